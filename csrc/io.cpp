@@ -1,0 +1,86 @@
+#include "io.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+namespace fi {
+
+IoError::IoError(bool on_write, int which, int code, int64_t at, int64_t wanted, int64_t got)
+    : std::runtime_error(on_write ? "write failed" : "read failed"),
+      write(on_write),
+      handle(which),
+      error(code),
+      offset(at),
+      expected(wanted),
+      done(got) {}
+
+const void* Source::get(int64_t offset, int64_t size, void* scratch) const {
+  if (memory_) return memory_ + offset;
+  char* to = static_cast<char*>(scratch);
+  for (int64_t done = 0; done < size;) {
+    const ssize_t got = pread(fd_, to + done, size_t(size - done), offset + done);
+    if (got > 0)
+      done += got;
+    else if (got == 0)
+      throw IoError(false, index_, 0, offset, size, done);
+    else if (errno != EINTR)
+      throw IoError(false, index_, errno, offset, size, done);
+  }
+  return scratch;
+}
+
+void Source::prefetch(int64_t offset, int64_t size) const {
+#if defined(POSIX_FADV_WILLNEED)
+  if (!memory_) posix_fadvise(fd_, offset, size, POSIX_FADV_WILLNEED);
+#endif
+}
+
+void* Sink::stage(int64_t offset, void* scratch) const { return memory_ ? memory_ + offset : scratch; }
+
+void Sink::put(int64_t offset, int64_t size, const void* staged) const {
+  if (memory_) return;
+  const char* from = static_cast<const char*>(staged);
+  for (int64_t done = 0; done < size;) {
+    const ssize_t put = pwrite(fd_, from + done, size_t(size - done), offset + done);
+    if (put > 0)
+      done += put;
+    else if (put == 0 || errno != EINTR)
+      throw IoError(true, index_, put == 0 ? ENOSPC : errno, offset, size, done);
+  }
+}
+
+int reserve(int fd, int64_t size) {
+#if defined(__linux__)
+  while (fallocate(fd, 0, 0, size) != 0) {
+    if (errno == EINTR) continue;
+    if (errno == EOPNOTSUPP || errno == ENOSYS) break;  // not posix_fallocate: it would write every block there
+    return errno;
+  }
+#endif
+  return ftruncate(fd, size) == 0 ? 0 : errno;
+}
+
+double cached_fraction(int fd, int64_t size) {
+  if (size <= 0) return 1;
+  void* map = mmap(nullptr, size_t(size), PROT_NONE, MAP_SHARED, fd, 0);  // never touched: it cannot raise SIGBUS
+  if (map == MAP_FAILED) return -1;
+  const int64_t page = sysconf(_SC_PAGESIZE), pages = (size + page - 1) / page, samples = std::min<int64_t>(64, pages);
+  int64_t in_cache = 0;
+  for (int64_t i = 0; i < samples; ++i) {
+    unsigned char bit = 0;
+    const int64_t at = i * pages / samples;
+    if (mincore(static_cast<char*>(map) + at * page, size_t(page), &bit) != 0) {
+      munmap(map, size_t(size));
+      return -1;
+    }
+    in_cache += bit & 1;
+  }
+  munmap(map, size_t(size));
+  return double(in_cache) / double(samples);
+}
+
+}  // namespace fi

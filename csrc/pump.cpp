@@ -1,0 +1,256 @@
+#include "pump.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <new>
+
+#include "cpu/backend.h"
+
+namespace fi {
+
+namespace {
+
+constexpr int64_t kSlack = 64;        // a block may end a few bytes late, at the end of an element
+constexpr size_t kPrefetchBlocks = 16;  // how far ahead of the work the kernel is asked to read
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+int element_bytes(const Step& step) { return step.kind == Step::kSame ? 1 : size_of(step.out_dtype); }
+
+int input_bytes(const Step& step, const Operand& input) {
+  return step.kind == Step::kSame ? 1 : size_of(input.dtype);
+}
+
+// One thread's scratch: mapped, so that it goes back to the system and is never mixed with the heap.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : bytes_(size_t(bytes)) {
+    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory_ == MAP_FAILED) throw std::bad_alloc();
+  }
+  ~Scratch() { munmap(memory_, bytes_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* get() { return static_cast<char*>(memory_); }
+
+ private:
+  size_t bytes_;
+  void* memory_;
+};
+
+}  // namespace
+
+Pump::Pump(const Backend& backend, std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Step> steps,
+           const PumpOptions& options)
+    : backend_(backend),
+      sources_(std::move(sources)),
+      sinks_(std::move(sinks)),
+      steps_(std::move(steps)),
+      options_(options) {
+  size_t inputs = 1, outputs = 1;
+  for (Step& step : steps_) {
+    for (size_t k = 0; k < step.rows.size(); ++k) {
+      step.rows[k].terms = step.terms[k].data();
+      step.rows[k].n_terms = int(step.terms[k].size());
+    }
+    inputs = std::max(inputs, step.inputs.size());
+    outputs = std::max(outputs, step.sinks.size());
+  }
+  in_bytes_ = round_up(options_.read_bytes + kSlack, 4096);
+  out_stride_ = round_up(options_.block_bytes + kSlack, 4096);
+  scratch_bytes_ = in_bytes_ * int64_t(inputs) + out_stride_ * int64_t(outputs);
+  cut();
+}
+
+Pump::~Pump() {
+  cancel();
+  join();
+}
+
+// Blocks end at multiples of block_bytes in the output file, so that the page cache can use large folios; only where an
+// element lies across such an edge does a block end a few bytes later.
+void Pump::cut() {
+  for (size_t s = 0; s < steps_.size(); ++s) {
+    const Step& step = steps_[s];
+    const int64_t size = element_bytes(step);
+    int64_t first = 0;
+    while (first < step.numel) {
+      const int64_t at = step.offsets[0] + first * size;
+      const bool joins = !blocks_.empty() && blocks_.back().offset + blocks_.back().bytes == at &&
+                         steps_[size_t(pieces_.back().step)].sinks == step.sinks &&
+                         at % options_.block_bytes >= element_bytes(steps_[size_t(pieces_.back().step)]);
+      if (!joins) blocks_.push_back({pieces_.size(), pieces_.size(), at, 0});
+      Block& block = blocks_.back();
+      const int64_t edge = (at / options_.block_bytes + 1) * options_.block_bytes;
+      const int64_t count = std::min(step.numel - first, (edge - at + size - 1) / size);
+      pieces_.push_back({int(s), first, count, stats_.size()});
+      stats_.resize(stats_.size() + step.rows.size(), RowStats{});
+      block.end = pieces_.size();
+      block.bytes += count * size;
+      first += count;
+    }
+  }
+}
+
+void Pump::start() {
+  running_ = std::max(1, options_.threads);
+  for (int i = 0; i < running_; ++i) threads_.emplace_back([this] { work(); });
+}
+
+bool Pump::wait(double seconds) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  return ended_.wait_for(lock, std::chrono::duration<double>(seconds), [this] { return running_ == 0; });
+}
+
+void Pump::join() {
+  for (std::thread& t : threads_) t.join();
+  threads_.clear();
+}
+
+void Pump::work() {
+  try {
+    const FloatEnvironment floats;
+    Scratch scratch(scratch_bytes_);
+    for (;;) {
+      const size_t block = next_++;
+      if (block >= blocks_.size() || cancelled_) break;
+      if (options_.prefetch) prefetch(block);
+      run_block(blocks_[block], scratch.get());
+    }
+  } catch (...) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!error_) error_ = std::current_exception();
+    cancelled_ = true;
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (--running_ == 0) ended_.notify_all();
+}
+
+void Pump::run_block(const Block& block, char* scratch) {
+  const Step& head = steps_[size_t(pieces_[block.begin].step)];
+  const std::vector<int>& sinks = head.sinks;
+  const auto offset = [&](size_t k) { return block.offset + head.offsets[k] - head.offsets[0]; };
+  char* outs = scratch + scratch_bytes_ - out_stride_ * int64_t(sinks.size());
+  std::vector<char*> staged(sinks.size());
+  for (size_t k = 0; k < sinks.size(); ++k)
+    staged[k] = static_cast<char*>(sinks_[size_t(sinks[k])].stage(offset(k), outs + out_stride_ * int64_t(k)));
+  std::vector<void*> out(sinks.size());
+  int64_t at = 0;
+  for (size_t i = block.begin; i < block.end; ++i) {
+    const Piece& piece = pieces_[i];
+    const Step& step = steps_[size_t(piece.step)];
+    for (size_t k = 0; k < sinks.size(); ++k) out[k] = staged[k] + at;
+    if (step.kind == Step::kSame) {
+      compare(piece, scratch, static_cast<char*>(out[0]));
+      for (size_t k = 1; k < out.size(); ++k) memcpy(out[k], out[0], size_t(piece.count));
+    } else {
+      run_piece(piece, scratch, out);
+    }
+    at += piece.count * element_bytes(step);
+  }
+  for (size_t k = 0; k < sinks.size(); ++k) sinks_[size_t(sinks[k])].put(offset(k), block.bytes, staged[k]);
+  bytes_written_ += block.bytes * int64_t(sinks.size());
+}
+
+// A piece is done in smaller reads, so that what was read is still in the second-level cache when it is combined.
+void Pump::run_piece(const Piece& piece, char* in, const std::vector<void*>& out) {
+  const Step& step = steps_[size_t(piece.step)];
+  const size_t n = step.inputs.size(), k = step.rows.size();
+  int widest = 1;
+  for (const Operand& input : step.inputs) widest = std::max(widest, size_of(input.dtype));
+  const int64_t most = std::max<int64_t>(1, options_.read_bytes / widest), size = size_of(step.out_dtype);
+  std::vector<const void*> x(n);
+  std::vector<DType> dtypes(n);
+  for (size_t i = 0; i < n; ++i) dtypes[i] = step.inputs[i].dtype;
+  std::vector<void*> to(k);
+  for (int64_t done = 0; done < piece.count; done += most) {
+    const int64_t count = std::min(most, piece.count - done), first = piece.first + done;
+    if (k == 1 && n == 1 && is_copy(step.rows[0]) && dtypes[0] == step.out_dtype) {
+      char* here = static_cast<char*>(out[0]) + done * size;
+      const Operand& input = step.inputs[0];
+      const void* bytes = sources_[size_t(input.source)].get(input.offset + first * size, count * size, here);
+      if (bytes != here) memcpy(here, bytes, size_t(count * size));
+      bytes_read_ += count * size;
+      continue;
+    }
+    for (size_t i = 0; i < n; ++i) {
+      const Operand& input = step.inputs[i];
+      const int64_t width = size_of(input.dtype);
+      x[i] = sources_[size_t(input.source)].get(input.offset + first * width, count * width, in + in_bytes_ * int64_t(i));
+      bytes_read_ += count * width;
+    }
+    for (size_t row = 0; row < k; ++row) to[row] = static_cast<char*>(out[row]) + done * size;
+    CombineArgs args{};
+    args.x = x.data();
+    args.in = dtypes.data();
+    args.rows = step.rows.data();
+    args.out = to.data();
+    args.keys = step.keys.data();
+    args.n = int(n);
+    args.k = int(k);
+    args.out_dtype = step.out_dtype;
+    args.stochastic = options_.stochastic;
+    args.fp8_saturate = options_.fp8_saturate;
+    args.stats_every = options_.stats_every;
+    args.numel = count;
+    args.first = first;
+    args.stats = &stats_[piece.stats];
+    backend_.combine(args);
+  }
+}
+
+void Pump::compare(const Piece& piece, char* in, char* first) {
+  const Step& step = steps_[size_t(piece.step)];
+  for (int64_t done = 0; done < piece.count; done += options_.read_bytes) {
+    const int64_t count = std::min(options_.read_bytes, piece.count - done);
+    for (size_t i = 0; i < step.inputs.size(); ++i) {
+      const Operand& input = step.inputs[i];
+      char* scratch = i == 0 ? first + done : in;
+      const void* bytes = sources_[size_t(input.source)].get(input.offset + piece.first + done, count, scratch);
+      bytes_read_ += count;
+      if (i == 0 && bytes != scratch)
+        memcpy(first + done, bytes, size_t(count));
+      else if (i != 0 && memcmp(bytes, first + done, size_t(count)) != 0)
+        throw Differs(piece.step, int(i));
+    }
+  }
+}
+
+void Pump::prefetch(size_t block) const {
+  // The first block asks for the whole window, every later one for the block that enters it.
+  const size_t begin = block == 0 ? 1 : block + kPrefetchBlocks;
+  for (size_t b = begin; b < blocks_.size() && b <= block + kPrefetchBlocks; ++b)
+    for (size_t i = blocks_[b].begin; i < blocks_[b].end; ++i) {
+      const Piece& piece = pieces_[i];
+      const Step& step = steps_[size_t(piece.step)];
+      for (const Operand& input : step.inputs) {
+        const int64_t width = input_bytes(step, input);
+        sources_[size_t(input.source)].prefetch(input.offset + piece.first * width, piece.count * width);
+      }
+    }
+}
+
+std::vector<std::vector<RowStats>> Pump::stats() const {
+  std::vector<std::vector<RowStats>> all(steps_.size());
+  for (size_t s = 0; s < steps_.size(); ++s) all[s].resize(steps_[s].rows.size(), RowStats{});
+  for (const Piece& piece : pieces_)
+    for (size_t k = 0; k < all[size_t(piece.step)].size(); ++k) {
+      RowStats& to = all[size_t(piece.step)][k];
+      const RowStats& from = stats_[piece.stats + k];
+      to.nan_in += from.nan_in;
+      to.inf_in += from.inf_in;
+      to.nan_out += from.nan_out;
+      to.inf_out += from.inf_out;
+      to.sampled += from.sampled;
+      to.changed += from.changed;
+      to.sum_pp += from.sum_pp;
+      to.sum_dd += from.sum_dd;
+      to.sum_od += from.sum_od;
+    }
+  return all;
+}
+
+}  // namespace fi

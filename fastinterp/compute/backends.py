@@ -1,0 +1,47 @@
+"""Finds what can compute here. Nothing is chosen silently: a name that cannot be used is an error."""
+
+from __future__ import annotations
+
+import os
+
+from fastinterp import _C
+from fastinterp.errors import BackendError
+
+ISA_VARIABLE = "FASTINTERP_ISA"
+
+
+def cpu_isa() -> str:
+    """The instruction set of the CPU backend: the best of this machine, or what FASTINTERP_ISA names.
+
+    Raises: BackendError, if FASTINTERP_ISA names one that this build or this processor does not have.
+    """
+    asked = os.environ.get(ISA_VARIABLE, "")
+    usable = _C.isas()
+    if not asked:
+        return usable[0]
+    if asked in usable:
+        return asked
+    why = "this processor cannot run it" if asked in _C.built_isas() else "this build has no such instruction set"
+    raise BackendError(f"{ISA_VARIABLE}={asked}, but {why}. Usable here: {', '.join(usable)}")
+
+
+def cpu_threads(asked: int | None = None) -> int:
+    """How many threads to use: `asked`, else one per CPU that this process may run on, at most 32.
+
+    Raises: BackendError, if `asked` is less than 1.
+    """
+    if asked is None:
+        return min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if asked < 1:
+        raise BackendError(f"the number of threads must be at least 1, got {asked}")
+    return asked
+
+
+def check_device(device: str) -> str:
+    """The device that a merge will run on: `cpu`, and a sentence that says why.
+
+    Raises: BackendError, if a device is asked for that this version cannot use.
+    """
+    if device in ("auto", "cpu"):
+        return "cpu"
+    raise BackendError(f"device {device!r} cannot be used: this version computes on the CPU. Usable here: auto, cpu")

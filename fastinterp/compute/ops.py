@@ -1,0 +1,83 @@
+"""The operations that methods ask for, as plain values. A leaf: imports nothing of fastinterp.
+
+Every method comes down to `combine`: read each input once, write weighted sums of them. This module also
+holds the rules of the numeric contract that are decided before any element is touched: which input is the
+pivot, which inputs are not read at all, and what is a copy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+NUMERICS = 1  # version of the numeric contract; changing any output bit bumps it
+MAX_INPUTS, MAX_OUTPUTS = 64, 16  # of one combine; the same numbers stand in csrc/ops.h
+
+
+@dataclass(frozen=True, slots=True)
+class Combine:
+    """A weighted sum of the inputs, as a method asks for it.
+
+    weights     f64[n], one per input, in recipe order
+    base        index of the base, or None. With a base the sum is out = x_b + sum_i weights[i] * (x_i - x_b), and
+                weights[base] must be 0. Without: out = sum_i weights[i] * x_i
+    sums_to_one the weights were normalised: their sum is 1 by definition, whatever their rounding says
+    """
+
+    weights: tuple[float, ...]
+    base: int | None = None
+    sums_to_one: bool = False
+
+    def row(self) -> Row:
+        """What the kernels execute: contract rules 2 and 3.
+
+        An input of weight 0 is not read; a lone input of weight 1 is copied; the pivot is the base, else the first
+        input that is read.
+        """
+        used = [(i, w) for i, w in enumerate(self.weights) if w != 0.0]
+        if self.base is not None:
+            if self.weights[self.base] != 0.0:
+                raise ValueError("the base carries no weight of its own")
+            if not used:
+                return Row(self.base)
+            if len(used) == 1 and used[0][1] == 1.0:
+                return Row(used[0][0])
+            return Row(self.base, 1.0, tuple(used))
+        if not used:
+            raise ValueError("all weights are 0")
+        total = 1.0 if self.sums_to_one else math.fsum(self.weights)
+        return Row(used[0][0], total, tuple(used[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One output of a combine: out = total * p + sum_k weight_k * (x_k - p), with p the pivot.
+
+    No terms and a total of 1 is a copy of the pivot: bit for bit when the dtypes agree.
+    """
+
+    pivot: int
+    total: float = 1.0
+    terms: tuple[tuple[int, float], ...] = ()  # (input, weight), in recipe order; never the pivot, never weight 0
+
+    @property
+    def is_copy(self) -> bool:
+        return not self.terms and self.total == 1.0
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The inputs that are read, in ascending order."""
+        return tuple(sorted({self.pivot, *(i for i, _ in self.terms)}))
+
+
+def philox_key(seed: int, stream: int, name: str) -> int:
+    """The 64-bit Philox key of one tensor: the same for any order of tensors, blocks, threads and devices.
+
+    seed    0 .. 2**64 - 1, as in the recipe
+    stream  0 for rounding at the store; 1 + i for the random keeps of model i
+    name    of the output tensor
+    """
+    import hashlib  # here, because only stochastic rounding and random keeps pay for it
+
+    text = seed.to_bytes(8, "little") + stream.to_bytes(4, "little") + name.encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

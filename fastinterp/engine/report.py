@@ -1,0 +1,139 @@
+"""What a merge did: how fast, and what the output's rounding made of the intended change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+_NOTICED = 0.05  # an effective strength off by more than this is worth a warning
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """The effect on one tensor, or on several together.
+
+    The counts of NaN and Inf are exact. The rest comes from sampled chunks: `sampled` of `numel` elements. The change is
+    measured from the pivot p: the base, else the first model that is read; D is the change that was asked for, before
+    the output's rounding.
+    """
+
+    numel: int
+    sampled: int
+    changed: int  # sampled elements whose stored value differs from the stored pivot
+    sum_pp: float  # <p, p>
+    sum_dd: float  # <D, D>
+    sum_od: float  # <out - p, D>
+    nan_in: int
+    inf_in: int
+    nan_out: int
+    inf_out: int
+
+    @property
+    def strength(self) -> float | None:
+        """What fraction of the intended change arrived: 1 is exact, 0.24 acts as a quarter of it. None if no change."""
+        return self.sum_od / self.sum_dd if self.sum_dd > 0 and math.isfinite(self.sum_od) else None
+
+    @property
+    def changed_fraction(self) -> float | None:
+        return self.changed / self.sampled if self.sampled else None
+
+    @property
+    def relative_change(self) -> float | None:
+        """|D| / |p|."""
+        return math.sqrt(self.sum_dd / self.sum_pp) if self.sum_pp > 0 else None
+
+    @staticmethod
+    def of(numel: int, stats: Mapping[str, float]) -> Effect:
+        counts = {k: int(stats[k]) for k in ("sampled", "changed", "nan_in", "inf_in", "nan_out", "inf_out")}
+        return Effect(numel, **counts, **{k: stats[k] for k in ("sum_pp", "sum_dd", "sum_od")})
+
+    @staticmethod
+    def total(effects: Iterable[Effect]) -> Effect:
+        every = list(effects)
+        return Effect(*(sum(getattr(e, name) for e in every) for name in Effect.__slots__))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "strength": self.strength,
+            "changed_fraction": self.changed_fraction,
+            "relative_change": self.relative_change,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """One output of a merge.
+
+    bytes_read and wall_s are those of the whole run, which may have made several outputs from one read.
+    """
+
+    output: str
+    files: tuple[str, ...]
+    tensors: Mapping[str, Effect]  # merged tensors; copies have no effect to speak of and are not listed
+    copied: tuple[str, ...]  # tensors whose bytes were taken over
+    bytes_read: int
+    bytes_written: int
+    outputs: int
+    wall_s: float
+    device: str  # and why
+    threads: int
+    removed: tuple[str, ...] = ()  # files of an old checkpoint that stood there
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def effect(self) -> Effect:
+        return Effect.total(self.tensors.values())
+
+    @property
+    def gb_per_s(self) -> float:
+        """Bytes read and written by the run, in 10^9 a second."""
+        return (self.bytes_read + self.bytes_written) / self.wall_s / 1e9 if self.wall_s else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as --json prints them."""
+        plain = {k: v for k, v in self.__dict__.items() if k != "tensors"}
+        return {
+            **plain,
+            "gb_per_s": self.gb_per_s,
+            "effect": self.effect.as_dict(),
+            "tensors": {name: effect.as_dict() for name, effect in self.tensors.items()},
+        }
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        lines = [
+            f"{self.output}: {len(self.files)} file(s), {self.bytes_written / self.outputs / 1e9:.2f} GB, "
+            f"{self.wall_s:.2f} s, {self.gb_per_s:.1f} GB/s read and written ({self.device}, {self.threads} threads)"
+        ]
+        total = self.effect
+        if total.strength is not None and total.changed_fraction is not None:
+            lines.append(
+                f"  change: |D|/|p| {total.relative_change or 0:.2e}, {total.changed_fraction:.1%} of elements changed, "
+                f"{total.strength:.3f} of the intended change arrived (from {total.sampled / total.numel:.0%} of them)"
+            )
+        lines += [f"  warning: {w}" for w in self.warnings]
+        if self.removed:
+            lines.append(f"  removed from the old checkpoint: {', '.join(self.removed)}")
+        return "\n".join(lines)
+
+
+def warnings_of(tensors: Mapping[str, Effect], dtype: str) -> tuple[str, ...]:
+    """What the user should know before trusting the output."""
+    found = []
+    total = Effect.total(tensors.values())
+    strength = total.strength
+    if strength is not None and abs(strength - 1) > _NOTICED:
+        found.append(
+            f"rounding to {dtype} lets {strength:.2f} of the intended change arrive: the models differ by little more "
+            "than the spacing of that dtype. Use --rounding stochastic, or --dtype float32"
+        )
+    if total.nan_in or total.inf_in:
+        names = [n for n, e in tensors.items() if e.nan_in or e.inf_in]
+        found.append(f"the inputs hold {total.nan_in} NaN and {total.inf_in} Inf, first in {names[0]}")
+    elif total.nan_out or total.inf_out:
+        names = [n for n, e in tensors.items() if e.nan_out or e.inf_out]
+        found.append(f"{total.nan_out} NaN and {total.inf_out} Inf arose in the output ({dtype}), first in {names[0]}")
+    return tuple(found)

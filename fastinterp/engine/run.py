@@ -1,0 +1,213 @@
+"""merge, interpolate and explain: from what the user asks for to files on disk and a report."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastinterp._version import __version__
+from fastinterp.compute.backends import check_device, cpu_isa
+from fastinterp.compute.dtypes import DType, parse_dtype
+from fastinterp.engine.plan import Plan, make_plan
+from fastinterp.engine.report import Effect, Report, warnings_of
+from fastinterp.engine.schedule import Done, Progress, run
+from fastinterp.errors import UsageError
+from fastinterp.files.folder import OutFolder
+from fastinterp.files.layout import parse_size
+from fastinterp.files.sidecars import copy_sidecars, model_card
+from fastinterp.recipe.load import Recipe, load_recipe
+
+Source = str | os.PathLike[str] | Mapping[str, Any]
+
+
+def merge(
+    recipe: Source,
+    out: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    max_shard_size: str | int = "5GB",
+    max_memory: str | int = "512MB",
+    dtype: str | None = None,
+    rounding: str | None = None,
+    seed: int | None = None,
+    force: bool = False,
+    durable: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Merge checkpoints into the folder `out`.
+
+    recipe          path of a YAML file, YAML text, or a mapping: mergekit's schema
+    device          "auto" or "cpu"
+    threads         None: one per CPU, at most 32. The output does not depend on it
+    max_shard_size  bytes of tensor data in one file, "5GB" or a number
+    max_memory      bound of the workers' scratch memory
+    dtype, rounding, seed   take the place of what the recipe says (dtype: of its out_dtype)
+    force           replace a checkpoint in `out`; inputs are refused all the same
+    durable         fsync before the finish: the output survives a crash of the machine
+    progress        called about ten times a second with bytes done and bytes to do
+
+    The output appears when all of it is written, or not at all.
+    Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
+    """
+    asked = _overridden(load_recipe(recipe), dtype, rounding, seed)
+    plan = make_plan([asked], max_shard_size=_size(max_shard_size))
+    return _carry_out(
+        plan, [out], device=device, threads=threads, max_memory=_size(max_memory), force=force, durable=durable,
+        progress=progress,
+    )[0]  # fmt: skip
+
+
+def interpolate(
+    a: str,
+    b: str,
+    alphas: float | Sequence[float],
+    out: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    max_shard_size: str | int = "5GB",
+    max_memory: str | int = "512MB",
+    dtype: str | None = None,
+    rounding: str | None = None,
+    seed: int | None = None,
+    force: bool = False,
+    durable: bool = False,
+    progress: Progress | None = None,
+) -> list[Report]:
+    """Walk the line from checkpoint `a` (alpha 0) to `b` (alpha 1), and beyond: out = a + alpha * (b - a).
+
+    alphas   any finite numbers, at most 16. One: `out` is the output. Several: `out/alpha_0.3` and so on, from one read
+    base     the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
+
+    Alpha 0 and 1 give the bytes of `a` and `b`. The other arguments and errors are those of `merge`.
+    """
+    points = [alphas] if isinstance(alphas, (int, float)) else list(alphas)
+    recipes = [_overridden(point_recipe(a, b, alpha, base), dtype, rounding, seed) for alpha in points]
+    if len({str(p) for p in map(float, points)}) != len(points):
+        raise UsageError(f"every alpha may be given once, got {', '.join(map(str, points))}")
+    plan = make_plan(recipes, max_shard_size=_size(max_shard_size))
+    outs: list[Path] = [Path(out)] if len(points) == 1 else [Path(out) / point_name(p) for p in points]
+    return _carry_out(
+        plan, outs, device=device, threads=threads, max_memory=_size(max_memory), force=force, durable=durable,
+        progress=progress,
+    )  # fmt: skip
+
+
+def explain(recipe: Source, *, max_shard_size: str | int = "5GB") -> Plan:
+    """What `merge` would do, from headers alone. Arguments and errors as there; nothing is written."""
+    return make_plan([load_recipe(recipe)], max_shard_size=_size(max_shard_size))
+
+
+def point_name(alpha: float) -> str:
+    """The folder of one point on a path: `alpha_0.3`, `alpha_-0.5`."""
+    return f"alpha_{float(alpha):.10g}"
+
+
+def point_recipe(a: str, b: str, alpha: float, base: str | None) -> Recipe:
+    """The recipe of one point on the line from `a` to `b`."""
+    if not math.isfinite(alpha):
+        raise UsageError(f"alpha must be a finite number, got {alpha}")
+    models = [
+        {"model": a, "parameters": {"weight": 1.0 - alpha}},
+        {"model": b, "parameters": {"weight": float(alpha)}},
+    ]
+    if base is None:
+        return load_recipe({"merge_method": "linear", "models": models})
+    return load_recipe({"merge_method": "task_arithmetic", "base_model": base, "models": models})
+
+
+def _overridden(recipe: Recipe, dtype: str | None, rounding: str | None, seed: int | None) -> Recipe:
+    changes: dict[str, Any] = {}
+    if dtype is not None:
+        changes["out_dtype"] = _dtype(dtype)
+    if rounding is not None:
+        if rounding not in ("nearest", "stochastic"):
+            raise UsageError(f"rounding must be nearest or stochastic, got {rounding!r}")
+        changes["rounding"] = rounding
+    if seed is not None:
+        if not 0 <= seed < 2**64:
+            raise UsageError(f"the seed must be in 0..2**64-1, got {seed}")
+        changes["seed"] = seed
+    return replace(recipe, **changes)
+
+
+def _dtype(text: str) -> DType:
+    found = parse_dtype(text)
+    if found is None:
+        raise UsageError(f"unknown dtype {text!r}. Known: float64, float32, float16, bfloat16, float8_e4m3fn, float8_e5m2")
+    return found
+
+
+def _size(given: str | int) -> int:
+    return parse_size(str(given))
+
+
+def _carry_out(
+    plan: Plan,
+    outs: Sequence[str | os.PathLike[str]],
+    *,
+    device: str,
+    threads: int | None,
+    max_memory: int,
+    force: bool,
+    durable: bool,
+    progress: Progress | None,
+) -> list[Report]:
+    start = time.perf_counter()
+    check_device(device)
+    cpu_isa()  # an unusable FASTINTERP_ISA shows before a folder is made
+    inputs = [path for c in (*plan.checkpoints, plan.origin) for path in c.inputs]
+    with ExitStack() as stack:
+        folders = []
+        for out, layout in zip(outs, plan.layouts, strict=True):
+            # Several outputs on one disk must fit together: the first one checks for all.
+            needed = plan.bytes_written if not folders else layout.disk_bytes
+            folders.append(stack.enter_context(OutFolder(out, inputs, force=force, durable=durable, needed=needed)))
+        for folder, recipe, layout in zip(folders, plan.recipes, plan.layouts, strict=True):
+            _write_small_files(folder, plan, recipe, layout.index, layout.index_name)
+        paths = [[f.temp(file.name) for file in layout.files] for f, layout in zip(folders, plan.layouts, strict=True)]
+        done = run(plan, paths, threads=threads, max_memory=max_memory, progress=progress)
+        for folder in folders:
+            folder.commit()
+    wall = time.perf_counter() - start
+    return [_report(plan, k, folder, done, wall) for k, folder in enumerate(folders)]
+
+
+def _write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: bytes | None, index_name: str) -> None:
+    for name, content in copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype).items():
+        folder.write(name, content)
+    folder.write("README.md", model_card(recipe.text, recipe.models, recipe.method.name, __version__).encode())
+    if index is not None:
+        folder.write(index_name, index)
+
+
+def _report(plan: Plan, k: int, folder: OutFolder, done: Done, wall_s: float) -> Report:
+    effects, copied = {}, []
+    for tensor, stats in zip(plan.tensors, done.stats, strict=True):
+        if not tensor.rows or tensor.rows[k].is_copy:
+            copied.append(tensor.name)
+        else:
+            effects[tensor.name] = Effect.of(tensor.numel, stats[k])
+    dtypes = sorted({str(t.dtype) for t in plan.tensors if t.rows})
+    return Report(
+        output=folder.name,
+        files=tuple(f.name for f in plan.layouts[k].files),
+        tensors=effects,
+        copied=tuple(copied),
+        bytes_read=done.bytes_read,
+        bytes_written=done.bytes_written,
+        outputs=len(plan.recipes),
+        wall_s=wall_s,
+        device=f"cpu {done.isa}",
+        threads=done.threads,
+        removed=folder.removed,
+        warnings=warnings_of(effects, ", ".join(dtypes)),
+    )

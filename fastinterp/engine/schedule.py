@@ -1,0 +1,237 @@
+"""Runs a plan: opens the files, hands the steps to the native pump, watches it, and puts its errors into words."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastinterp import _C
+from fastinterp.compute.backends import cpu_isa, cpu_threads
+from fastinterp.compute.ops import philox_key
+from fastinterp.engine.plan import Plan, PlannedTensor
+from fastinterp.files.checkpoint import changed_since
+from fastinterp.errors import CheckpointError, OutputError, ShapeError, StorageError, UsageError
+
+# Called from the thread that runs the merge, about ten times a second, with bytes done and bytes to do (read and
+# written together).
+Progress = Callable[[int, int], None]
+
+STATS_EVERY = 32  # chunks of 16384 elements: one of so many is measured, which costs a few percent of the kernel's time
+_STORE = 0  # Philox stream of the store's rounding
+_TICK_S = 0.1
+_SPARE_FDS = 64  # for everything that is not an input
+
+
+@dataclass(frozen=True)
+class Window:
+    """How much memory the workers use at a time, in bytes.
+
+    A block is what one write takes; the page cache likes it large. A read is small enough that the inputs are still in
+    the second-level cache when they are combined. docs/performance.md has the measurements.
+    """
+
+    threads: int
+    block_bytes: int
+    read_bytes: int
+    inputs: int
+    outputs: int
+
+    @property
+    def bytes(self) -> int:
+        """All workers' scratch; page roundings and slack included."""
+        return self.threads * (self.inputs * (self.read_bytes + 4096) + self.outputs * (self.block_bytes + 4096))
+
+
+def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
+    """The largest window that suits the caches and fits `max_memory`.
+
+    Raises: UsageError, if even the smallest does not fit.
+    """
+    inputs, outputs = max(1, max(len(t.inputs) for t in plan.tensors)), len(plan.recipes)
+    read, block = max(16 << 10, (512 << 10) // max(4, inputs)), max(64 << 10, (512 << 10) // outputs)
+    while True:
+        window = Window(threads, block, read, inputs, outputs)
+        if window.bytes <= max_memory:
+            return window
+        if block <= 4096 and read <= 4096:
+            raise UsageError(
+                f"{threads} threads with {inputs} inputs and {outputs} outputs need at least {window.bytes} bytes, but "
+                f"--max-memory allows {max_memory}. Allow more, or use fewer threads"
+            )
+        block, read = max(4096, block // 2), max(4096, read // 2)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the pump reports: per planned tensor and output, the statistics of its row."""
+
+    stats: list[list[dict[str, float]]]
+    bytes_read: int
+    bytes_written: int
+    threads: int
+    isa: str
+    scratch_bytes: int
+
+
+def run(
+    plan: Plan, outputs: Sequence[Sequence[Path]], *, threads: int | None, max_memory: int, progress: Progress | None
+) -> Done:
+    """Carry out the plan into files that exist and are empty: for each output, the path of each file of its layout.
+
+    Ends all threads before it returns or raises, KeyboardInterrupt included.
+    Raises: CheckpointError, if an input was cut or changed; ShapeError, if tensors that must agree differ;
+    StorageError and OutputError, if the operating system cannot read or write.
+    """
+    isa, workers = cpu_isa(), cpu_threads(threads)
+    window = make_window(plan, workers, max_memory)
+    with ExitStack() as stack:
+        sources = _Sources(plan, stack)
+        sinks = _Sinks(plan, outputs, stack)
+        steps = [_step(plan, tensor, sources, sinks) for tensor in sinks.in_file_order(plan)]
+        recipe = plan.recipes[0]
+        pump = _C.Pump(
+            isa, sources.fds, sinks.fds, steps,
+            threads=workers, block_bytes=window.block_bytes, read_bytes=window.read_bytes,
+            stochastic=recipe.rounding == "stochastic", fp8_saturate=recipe.fp8_overflow == "saturate",
+            prefetch=not sources.cached(), stats_every=STATS_EVERY,
+        )  # fmt: skip
+        _watch(pump, sum(_traffic(t) for t in plan.tensors), progress)
+        error = pump.error()
+        if error is not None:
+            raise _explained(error, plan, sources, sinks)
+        for checkpoint in plan.checkpoints:
+            changed = changed_since(checkpoint)
+            if changed:
+                raise CheckpointError("it changed while it was being read. Merge again when it rests", file=str(changed[0]))
+        by_name = dict(zip((t.name for t in sinks.in_file_order(plan)), pump.stats(), strict=True))
+        return Done(
+            [by_name[t.name] for t in plan.tensors], pump.bytes_read, pump.bytes_written, workers, isa,
+            window.bytes,
+        )  # fmt: skip
+
+
+def _traffic(tensor: PlannedTensor) -> int:
+    written = tensor.entries[0].nbytes if not tensor.rows else tensor.dtype.nbytes(tensor.numel) or 0
+    return sum(e.nbytes for e in tensor.entries) + written * max(1, len(tensor.rows))
+
+
+def _watch(pump: _C.Pump, total: int, progress: Progress | None) -> None:
+    pump.start()
+    try:
+        while not pump.wait(_TICK_S):
+            if progress:
+                progress(pump.bytes_read + pump.bytes_written, total)
+    finally:
+        pump.cancel()
+        pump.join()
+    if progress and pump.error() is None:
+        progress(total, total)
+
+
+class _Sources:
+    """The input files that are read, each opened once."""
+
+    def __init__(self, plan: Plan, stack: ExitStack):
+        needed = sorted({(i, e.file) for t in plan.tensors for i, e in zip(t.inputs, t.entries, strict=True)})
+        _allow_files(len(needed))
+        self.paths: list[Path] = []
+        self.fds: list[int] = []
+        self.number: dict[tuple[int, int], int] = {}
+        for checkpoint, file in needed:
+            path = plan.checkpoints[checkpoint].files[file]
+            with _storage(path):
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            self.number[checkpoint, file] = len(self.fds)
+            self.fds.append(fd)
+            self.paths.append(path)
+
+    def cached(self) -> bool:
+        """Whether all inputs are in the page cache, so that nothing need be read ahead."""
+        return all(_C.cached_fraction(fd, os.fstat(fd).st_size) > 0.95 for fd in self.fds)
+
+
+class _Sinks:
+    """The output files, open for writing with their headers in place and their space reserved."""
+
+    def __init__(self, plan: Plan, outputs: Sequence[Sequence[Path]], stack: ExitStack):
+        self.paths: list[Path] = []
+        self.fds: list[int] = []
+        self.of: dict[str, tuple[list[int], list[int]]] = {}  # tensor -> sink and offset per output
+        for layout, paths in zip(plan.layouts, outputs, strict=True):
+            for file, path in zip(layout.files, paths, strict=True):
+                with _storage(path, OutputError):
+                    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                    stack.callback(os.close, fd)
+                    _C.reserve(fd, file.size)
+                    os.pwrite(fd, file.header, 0)
+                for name, offset in file.places.items():
+                    sinks, offsets = self.of.setdefault(name, ([], []))
+                    sinks.append(len(self.fds))
+                    offsets.append(offset)
+                self.fds.append(fd)
+                self.paths.append(path)
+
+    def in_file_order(self, plan: Plan) -> list[PlannedTensor]:
+        """The tensors as they follow each other in the output, which the pump writes in runs."""
+        return sorted(plan.tensors, key=lambda t: (self.of[t.name][0][0], self.of[t.name][1][0]))
+
+
+def _step(plan: Plan, tensor: PlannedTensor, sources: _Sources, sinks: _Sinks) -> Any:
+    numbers, offsets = sinks.of[tensor.name]
+    merged = bool(tensor.rows)
+    operands = [
+        (sources.number[i, e.file], e.start, e.dtype.code or 0) for i, e in zip(tensor.inputs, tensor.entries, strict=True)
+    ]
+    rows = [(row.pivot, row.total, list(row.terms)) for row in tensor.rows]
+    keys = [philox_key(r.seed, _STORE, tensor.name) for r in plan.recipes] if plan.recipes[0].rounding == "stochastic" else []
+    count = tensor.numel if merged else tensor.entries[0].nbytes
+    return (not merged, operands, rows, numbers, offsets, tensor.dtype.code or 0, count, keys)
+
+
+@contextmanager
+def _storage(path: Path, kind: type[StorageError] = StorageError) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{path}: {error.strerror}") from None
+
+
+def _allow_files(inputs: int) -> None:
+    """Raise this process's soft limit on open files when many sharded models are merged."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and inputs + _SPARE_FDS > soft:
+        wanted = inputs + _SPARE_FDS if hard == resource.RLIM_INFINITY else min(hard, inputs + _SPARE_FDS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _explained(error: tuple[Any, ...], plan: Plan, sources: _Sources, sinks: _Sinks) -> Exception:
+    kind, *rest = error
+    if kind == "differs":
+        tensor = sinks.in_file_order(plan)[rest[0]]
+        first, other = (plan.checkpoints[tensor.inputs[i]].name for i in (0, rest[1]))
+        return ShapeError(
+            f"{tensor.name} ({tensor.dtype}) is not averaged, and differs between {first} and {other}. "
+            "Say whose to take: `integers: MODEL` in the recipe",
+            tensor=tensor.name,
+        )
+    if kind == "other":
+        return StorageError(f"the merge stopped: {rest[0]}")
+    handle, code, offset, expected, done = rest
+    if kind == "write":
+        hint = ". Free some space, or choose another folder" if code in (errno.ENOSPC, errno.EDQUOT) else ""
+        return OutputError(f"{sinks.paths[handle]}: {os.strerror(code)}, writing {expected} bytes at {offset}{hint}")
+    if code:
+        return StorageError(f"{sources.paths[handle]}: {os.strerror(code)}, reading {expected} bytes at {offset}")
+    return CheckpointError(
+        f"it ends at byte {offset + done}, but {expected} bytes were expected at {offset}: it was cut or replaced while it "
+        "was being read. Merge again when it rests",
+        file=str(sources.paths[handle]),
+    )
