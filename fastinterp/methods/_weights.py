@@ -1,0 +1,23 @@
+"""What the weighted averages share."""
+
+from __future__ import annotations
+
+import math
+
+from fastinterp.errors import MethodError
+
+
+def shares(weights: tuple[float, ...]) -> tuple[float, ...]:
+    """f64[n], each weight divided by their sum.
+
+    Raises: MethodError, if the weights cancel: their sum is below 1e-8 of the sum of their magnitudes, so that the
+    quotients would be mostly rounding error, or infinite.
+    """
+    total = math.fsum(weights)
+    if abs(total) <= 1e-8 * math.fsum(map(abs, weights)):
+        listed = ", ".join(f"{w:g}" for w in weights[:8]) + (", ..." if len(weights) > 8 else "")
+        raise MethodError(
+            f"the weights {listed} sum to {total:g}, which is too near 0 to divide by. "
+            "Change them, or write `normalize: false` to use them as they are"
+        )
+    return tuple(w / total for w in weights)

@@ -1,0 +1,25 @@
+"""Sums of task vectors."""
+
+from __future__ import annotations
+
+from fastinterp.compute.ops import Combine
+from fastinterp.methods import Each, method
+from fastinterp.methods._weights import shares
+
+
+@method(base="required", models=(2, 64))
+def task_arithmetic(n: int, *, weight: Each[float], normalize: bool = False, lambda_: float = 1.0) -> Combine:
+    """Add weighted task vectors to the base.     out = x0 + lambda * sum_i w_i*(x_i - x0)
+
+    x0          the base
+    weight      w_i, one per model other than the base; negative weights remove what a fine-tune learned
+    normalize   divide the sum by sum_i w_i
+    lambda      scales the whole step
+    Reads:  1 (combine).  Models: the base and 1 to 63 more; a base that is also listed adds nothing.
+    Source: Ilharco et al. 2023, "Editing models with task arithmetic" (arXiv 2212.04089).
+    Differs from mergekit `task_arithmetic`: differences and sums are float32 (mergekit: the base's dtype); under
+    normalize, weights that cancel are an error (mergekit then silently divides by 1); shapes that differ are an error
+    (mergekit skips the model for that tensor).
+    """
+    shared = shares(weight) if normalize else weight
+    return Combine((0.0, *(lambda_ * w for w in shared)), base=0)

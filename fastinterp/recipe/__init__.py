@@ -1,0 +1,1 @@
+"""What the user wants: recipes, read strictly and without touching a checkpoint."""

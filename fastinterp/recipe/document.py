@@ -1,0 +1,267 @@
+"""Recipe text into plain values, with the line of every key: YAML, JSON, or a Python mapping.
+
+YAML is read event by event, not as a node tree: libyaml's own composer recurses in C, and a file of a hundred
+thousand brackets kills the process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import yaml
+from yaml.constructor import SafeConstructor
+
+from fastinterp.errors import RecipeError
+from fastinterp.methods import clipped, shown
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+MAX_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 100_000, 32  # far above any recipe, far below what hurts
+
+_TAG = "tag:yaml.org,2002:"
+_CONSTRUCT: dict[str, Any] = {
+    _TAG + "str": SafeConstructor.construct_yaml_str,
+    _TAG + "int": SafeConstructor.construct_yaml_int,
+    _TAG + "float": SafeConstructor.construct_yaml_float,
+    _TAG + "bool": SafeConstructor.construct_yaml_bool,
+    _TAG + "null": SafeConstructor.construct_yaml_null,
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A recipe as plain values (dict, list, str, int, float, bool, None), not yet checked for meaning.
+
+    lines   `$.models[0].parameters.weight` -> 1-based line of that key or list item; empty without YAML text
+    """
+
+    value: Any
+    text: str
+    file: str | None
+    lines: Mapping[str, int] = field(default_factory=dict)
+
+    def error(
+        self, message: str, path: str = "$", *, at: str | None = None, kind: type[RecipeError] = RecipeError
+    ) -> RecipeError:
+        """An error that names `path`, and the line of `at` (default: of `path`) or of what contains it."""
+        spot = at or path
+        while spot not in self.lines and ("." in spot or "[" in spot):
+            spot = spot[: max(spot.rfind("."), spot.rfind("["))]
+        return kind(message, path=path, file=self.file, line=self.lines.get(spot))
+
+
+def read(source: str | os.PathLike[str] | Mapping[str, Any], file: str | None = None) -> Document:
+    """The document in a file (.json is JSON, all else YAML), in YAML text (a str with a newline), or in a mapping.
+
+    file    what messages call the source; default: the path that was given
+    Raises: RecipeError, if it cannot be read or parsed, or is too large or too deep to be a recipe.
+    """
+    if isinstance(source, Mapping):
+        value = _plain(source, "$", file, 0)
+        text = yaml.dump(value, Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
+        return Document(value, text, file)
+    if isinstance(source, str) and "\n" in source:
+        return _from_yaml(source, file or "<recipe>")
+    if not isinstance(source, (str, os.PathLike)):
+        raise RecipeError(f"a recipe is a path, YAML text or a mapping, got {type(source).__name__}", file=file)
+    path = os.fspath(source)
+    text = _text(path, file or path)
+    return (_from_json if path.endswith(".json") else _from_yaml)(text, file or path)
+
+
+def _text(path: str, file: str) -> str:
+    try:
+        with open(path, "rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+        return raw.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError("there is no such recipe file", file=file) from None
+    except IsADirectoryError:
+        raise RecipeError("this is a folder; a recipe is a .yml, .yaml or .json file", file=file) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"the file is not UTF-8 text (byte {error.start})", file=file) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise RecipeError(f"cannot read the recipe: {getattr(error, 'strerror', None) or error}", file=file) from None
+
+
+def _from_yaml(text: str, file: str) -> Document:
+    if len(text) > MAX_BYTES:
+        raise RecipeError(f"larger than {MAX_BYTES} bytes, so hardly a recipe", file=file)
+    lines: dict[str, int] = {}
+    try:
+        loader = _LOADER(text)
+        try:
+            value = _Yaml(loader, lines, file).document()
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        message = f"not valid YAML: {error.problem or error.context}"
+        raise RecipeError(message, file=file, line=mark.line + 1 if mark else None) from None
+    except (yaml.YAMLError, UnicodeError) as error:  # a character that YAML forbids; the C reader gives no mark
+        raise RecipeError(f"not valid YAML: {' '.join(str(error).split())}", file=file) from None
+    return Document(value, text, file, lines)
+
+
+class _Yaml:
+    """Builds the value of one document out of its parser events."""
+
+    def __init__(self, loader: Any, lines: dict[str, int], file: str):
+        self.loader, self.lines, self.file = loader, lines, file
+        self.nodes = 0
+        self.anchors: dict[str, tuple[Any, int]] = {}  # value, and how many nodes it has
+
+    def document(self) -> Any:
+        next_event = self.loader.get_event
+        next_event()  # stream start
+        event = next_event()
+        if isinstance(event, yaml.StreamEndEvent):
+            raise RecipeError("the recipe is empty", file=self.file)
+        value = self.build(next_event(), "$", 0)
+        next_event()  # document end
+        event = next_event()
+        if not isinstance(event, yaml.StreamEndEvent):
+            self.fail(event, "several documents (`---`) in one recipe are not supported yet", "$")
+        return value
+
+    def fail(self, event: Any, message: str, path: str) -> NoReturn:
+        raise RecipeError(message, path=path, file=self.file, line=event.start_mark.line + 1)
+
+    def build(self, event: Any, path: str, depth: int) -> Any:
+        self.lines.setdefault(path, event.start_mark.line + 1)
+        first = self.nodes
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in self.anchors:
+                self.fail(event, f"`*{clipped(event.anchor)}` names nothing that is complete above it", path)
+            value, size = self.anchors[event.anchor]
+            self.count(event, size, path)
+            return value
+        self.count(event, 1, path)
+        if depth > MAX_DEPTH:
+            self.fail(event, f"nested deeper than {MAX_DEPTH} levels", "$")
+        if isinstance(event, yaml.ScalarEvent):
+            value = self.scalar(event, path)
+        elif event.tag not in (None, "!", _TAG + ("map" if isinstance(event, yaml.MappingStartEvent) else "seq")):
+            self.fail(event, f"the YAML tag `{clipped(event.tag)}` has no meaning in a recipe", path)
+        elif isinstance(event, yaml.MappingStartEvent):
+            value = self.mapping(path, depth)
+        else:
+            value = self.sequence(path, depth)
+        if event.anchor is not None:
+            self.anchors[event.anchor] = value, self.nodes - first
+        return value
+
+    def count(self, event: Any, nodes: int, path: str) -> None:
+        self.nodes += nodes
+        if self.nodes > MAX_NODES:
+            self.fail(event, f"more than {MAX_NODES} values (aliases expanded), so hardly a recipe", path)
+
+    def scalar(self, event: Any, path: str) -> Any:
+        tag = event.tag
+        if tag is None or tag == "!":
+            tag = self.loader.resolve(yaml.ScalarNode, event.value, event.implicit)
+        if tag not in _CONSTRUCT:
+            what = f"`{clipped(event.value)}` is read as `{clipped(tag.removeprefix(_TAG))}` here"
+            self.fail(event, f"{what}; put it in quotes if it is text", path)
+        try:
+            return _CONSTRUCT[tag](self.loader, yaml.ScalarNode(tag, event.value))
+        except (ValueError, LookupError):
+            self.fail(event, f"`{clipped(event.value)}` is no valid {tag.removeprefix(_TAG)}", path)
+
+    def sequence(self, path: str, depth: int) -> list[Any]:
+        items: list[Any] = []
+        while not isinstance(event := self.loader.get_event(), yaml.SequenceEndEvent):
+            items.append(self.build(event, f"{path}[{len(items)}]", depth + 1))
+        return items
+
+    def mapping(self, path: str, depth: int) -> dict[str, Any]:
+        own: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        first_line: dict[str, int] = {}
+        while not isinstance(event := self.loader.get_event(), yaml.MappingEndEvent):
+            key = self.build(event, path, depth + 1) if isinstance(event, yaml.ScalarEvent) else None
+            line = event.start_mark.line + 1
+            if key == "<<" and event.implicit[0]:
+                merged = self.merge_key(event, path, depth) | merged
+                continue
+            if not isinstance(key, str):
+                if not isinstance(event, yaml.ScalarEvent):
+                    self.fail(event, "a key must be plain text", path)
+                self.fail(event, f"a key must be text, got `{clipped(event.value)}`. Put it in quotes", path)
+            if key in own:
+                self.fail(event, f"the key `{clipped(key)}` is given twice, first in line {first_line[key]}", path)
+            first_line[key] = self.lines[f"{path}.{key}"] = line
+            own[key] = self.build(self.loader.get_event(), f"{path}.{key}", depth + 1)
+        return merged | own
+
+    def merge_key(self, event: Any, path: str, depth: int) -> dict[str, Any]:
+        """The mappings under `<<`, the earlier ones winning."""
+        given = self.build(self.loader.get_event(), path, depth + 1)
+        merged: dict[str, Any] = {}
+        for mapping in given if isinstance(given, list) else [given]:
+            if not isinstance(mapping, dict):
+                self.fail(event, f"`<<` takes mappings, got {shown(mapping)}", path)
+            merged = mapping | merged
+        return merged
+
+
+# `<<` stays text: `mapping` above gives it its meaning.
+_CONSTRUCT[_TAG + "merge"] = SafeConstructor.construct_yaml_str
+
+
+def _from_json(text: str, file: str) -> Document:
+    import json
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise RecipeError(f"the key `{clipped(twice)}` is given twice", file=file)
+        return found
+
+    if len(text) > MAX_BYTES:
+        raise RecipeError(f"larger than {MAX_BYTES} bytes, so hardly a recipe", file=file)
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"not valid JSON: {error.msg}", file=file, line=error.lineno) from None
+    except RecursionError:
+        raise RecipeError(f"nested deeper than {MAX_DEPTH} levels", file=file) from None
+    except ValueError as error:  # an integer of more than 4300 digits
+        raise RecipeError(f"not valid JSON: {error}", file=file) from None
+    return Document(_plain(value, "$", file, 0), text, file)
+
+
+def _plain(value: Any, path: str, file: str | None, depth: int) -> Any:
+    """A copy of `value` made of plain types only. Paths (os.PathLike) become text, tuples lists."""
+    if depth > MAX_DEPTH:
+        raise RecipeError(f"nested deeper than {MAX_DEPTH} levels", path="$", file=file)
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise RecipeError(f"a key must be text, got {shown(key)}", path=path, file=file)
+        return {_plain(k, path, file, depth): _plain(v, f"{path}.{k}", file, depth + 1) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, f"{path}[{i}]", file, depth + 1) for i, v in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise RecipeError(f"{shown(value)} is not valid Unicode text", path=path, file=file) from None
+        return str(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and abs(value) < 2**64:
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    raise RecipeError(
+        f"expected text, a number, a truth value, a list or a mapping, got {shown(value)}", path=path, file=file
+    )
