@@ -173,19 +173,24 @@ std::vector<py::dict> combine(const std::vector<uintptr_t>& inputs, const std::v
 
 // (source, offset, dtype code)
 using PyOperand = std::tuple<int, int64_t, int>;
-// (same, operands, rows, sinks, offsets, out dtype code, numel, keys)
-using PyStep = std::tuple<bool, std::vector<PyOperand>, std::vector<PyRow>, std::vector<int>,
+// (kind, operands, rows, sinks, offsets, out dtype code, numel, keys), with kind "combine", "same", "measure" or
+// "measure_deltas"
+using PyStep = std::tuple<std::string, std::vector<PyOperand>, std::vector<PyRow>, std::vector<int>,
                           std::vector<int64_t>, int, int64_t, std::vector<uint64_t>>;
 
 fi::Step step_of(const PyStep& py_step, size_t sources, size_t sinks, bool stochastic) {
-  const auto& [same, operands, rows, places, offsets, out_dtype, numel, keys] = py_step;
+  const auto& [kind, operands, rows, places, offsets, out_dtype, numel, keys] = py_step;
   fi::Step step;
-  step.kind = same ? fi::Step::kSame : fi::Step::kCombine;
+  const bool combines = kind == "combine", same = kind == "same";
+  step.deltas = kind == "measure_deltas";
+  if (!combines && !same && !step.deltas && kind != "measure") throw py::value_error("no such kind of step: " + kind);
+  step.kind = combines ? fi::Step::kCombine : same ? fi::Step::kSame : fi::Step::kMeasure;
   check_count(operands.size(), fi::kMaxInputs, "inputs");
-  check_count(places.size(), fi::kMaxOutputs, "outputs");
+  if (combines || same) check_count(places.size(), fi::kMaxOutputs, "outputs");
   if (offsets.size() != places.size()) throw py::value_error("as many offsets as sinks are needed");
-  if (!same && rows.size() != places.size()) throw py::value_error("as many sinks as rows are needed");
-  if (!same && stochastic && keys.size() != rows.size()) throw py::value_error("a key per row is needed");
+  if (combines && rows.size() != places.size()) throw py::value_error("as many sinks as rows are needed");
+  if (combines && stochastic && keys.size() != rows.size()) throw py::value_error("a key per row is needed");
+  if (!combines && !rows.empty()) throw py::value_error("only a combine has rows");
   for (const auto& [source, at, code] : operands) {
     if (source < 0 || size_t(source) >= sources) throw py::value_error("an operand's source is none of the sources");
     step.inputs.push_back({source, at, same ? DType::F32 : dtype(code)});
@@ -199,7 +204,7 @@ fi::Step step_of(const PyStep& py_step, size_t sources, size_t sinks, bool stoch
   }
   step.sinks = places;
   step.offsets = offsets;
-  step.out_dtype = same ? DType::F32 : dtype(out_dtype);
+  step.out_dtype = combines ? dtype(out_dtype) : DType::F32;
   step.numel = numel;
   step.keys = keys;
   return step;
@@ -253,6 +258,12 @@ py::list stats_of(const fi::Pump& pump) {
   return steps;
 }
 
+py::list measured_of(const fi::Pump& pump) {
+  py::list steps;
+  for (const fi::Measured& m : pump.measured()) steps.append(py::make_tuple(m.sums, m.nonzero));
+  return steps;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -301,6 +312,8 @@ PYBIND11_MODULE(_C, m) {
       .def("join", &fi::Pump::join, py::call_guard<py::gil_scoped_release>())
       .def("error", &error_of)
       .def("stats", &stats_of)
+      .def("measured", &measured_of,
+           "Per step: sums (upper triangle of the Gram matrix, then L1 norms) and counts of nonzero elements.")
       .def_property_readonly("bytes_read", &fi::Pump::bytes_read)
       .def_property_readonly("bytes_written", &fi::Pump::bytes_written)
       .def_property_readonly("scratch_bytes", &fi::Pump::scratch_bytes);

@@ -7,7 +7,10 @@
 namespace fi {
 
 constexpr int kMaxInputs = 64, kMaxOutputs = 16;  // the same numbers stand in fastinterp/compute/ops.py
-constexpr int64_t kChunk = 16384;                 // elements; statistics sample whole chunks. Part of NUMERICS.
+// Elements and lanes of a measured chunk: sums run in lanes, lanes and chunks fold in pairs. Part of NUMERICS, not
+// tuning knobs. 256 lanes are one CUDA block; on AVX-512 they are eight passes of four registers.
+constexpr int64_t kChunk = 16384;
+constexpr int kLanes = 256;
 
 // One summand of a row: weight * (x[input] - x[pivot]).
 struct Term {
@@ -47,10 +50,26 @@ struct CombineArgs {
   RowStats* stats;   // k, added to
 };
 
+// How many sums a measure of n vectors has: the upper triangle of the Gram matrix row by row, then the L1 norms.
+FI_INLINE int measure_sums(int n) { return n * (n + 1) / 2 + n; }
+
+struct MeasureArgs {
+  const void* const* x;  // n inputs, `numel` elements each, any alignment
+  const DType* in;
+  int n;
+  bool deltas;      // the vectors are x[0] and x[i] - x[0]; else the inputs themselves
+  bool wide;        // compute in float64; needed when any input is F64
+  int64_t numel;    // at most kChunk: one whole chunk of a tensor, or its last one
+  void* scratch;    // n * kChunk elements of the compute type
+  double* sums;     // measure_sums(n)
+  int64_t* nonzero; // n, added to: elements of each vector that are not 0 (NaN counts)
+};
+
 struct Backend {
   const char* name;
   bool (*usable)();
   void (*combine)(const CombineArgs&);
+  void (*measure)(const MeasureArgs&);
 };
 
 }  // namespace fi

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kSlack = 64;        // a block may end a few bytes late, at the end of an element
 constexpr size_t kPrefetchBlocks = 16;  // how far ahead of the work the kernel is asked to read
+constexpr int64_t kMeasureChunks = 16;  // that a thread measures at a time
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -50,7 +51,7 @@ Pump::Pump(const Backend& backend, std::vector<Source> sources, std::vector<Sink
       sinks_(std::move(sinks)),
       steps_(std::move(steps)),
       options_(options) {
-  size_t inputs = 1, outputs = 1;
+  size_t inputs = 1, outputs = 1, measured = 0;
   for (Step& step : steps_) {
     for (size_t k = 0; k < step.rows.size(); ++k) {
       step.rows[k].terms = step.terms[k].data();
@@ -58,10 +59,12 @@ Pump::Pump(const Backend& backend, std::vector<Source> sources, std::vector<Sink
     }
     inputs = std::max(inputs, step.inputs.size());
     outputs = std::max(outputs, step.sinks.size());
+    if (step.kind == Step::kMeasure) measured = std::max(measured, step.inputs.size());
   }
-  in_bytes_ = round_up(options_.read_bytes + kSlack, 4096);
+  in_bytes_ = round_up(std::max<int64_t>(options_.read_bytes, measured ? kChunk * 8 : 0) + kSlack, 4096);
   out_stride_ = round_up(options_.block_bytes + kSlack, 4096);
   scratch_bytes_ = in_bytes_ * int64_t(inputs) + out_stride_ * int64_t(outputs);
+  scratch_bytes_ = std::max(scratch_bytes_, int64_t(inputs) * in_bytes_ + int64_t(measured) * kChunk * 8);
   cut();
 }
 
@@ -75,23 +78,39 @@ Pump::~Pump() {
 void Pump::cut() {
   for (size_t s = 0; s < steps_.size(); ++s) {
     const Step& step = steps_[s];
+    if (step.kind == Step::kMeasure) {
+      cut_measure(int(s));
+      continue;
+    }
     const int64_t size = element_bytes(step);
     int64_t first = 0;
     while (first < step.numel) {
       const int64_t at = step.offsets[0] + first * size;
-      const bool joins = !blocks_.empty() && blocks_.back().offset + blocks_.back().bytes == at &&
+      const bool joins = !blocks_.empty() && !steps_[size_t(pieces_.back().step)].sinks.empty() && blocks_.back().offset + blocks_.back().bytes == at &&
                          steps_[size_t(pieces_.back().step)].sinks == step.sinks &&
                          at % options_.block_bytes >= element_bytes(steps_[size_t(pieces_.back().step)]);
       if (!joins) blocks_.push_back({pieces_.size(), pieces_.size(), at, 0});
       Block& block = blocks_.back();
       const int64_t edge = (at / options_.block_bytes + 1) * options_.block_bytes;
       const int64_t count = std::min(step.numel - first, (edge - at + size - 1) / size);
-      pieces_.push_back({int(s), first, count, stats_.size()});
+      pieces_.push_back({int(s), first, count, stats_.size(), 0});
       stats_.resize(stats_.size() + step.rows.size(), RowStats{});
       block.end = pieces_.size();
       block.bytes += count * size;
       first += count;
     }
+  }
+}
+
+void Pump::cut_measure(int step) {
+  const int64_t numel = steps_[size_t(step)].numel, most = kMeasureChunks * kChunk;
+  const int n = int(steps_[size_t(step)].inputs.size());
+  for (int64_t first = 0; first < numel; first += most) {
+    const int64_t count = std::min(most, numel - first), chunks = (count + kChunk - 1) / kChunk;
+    blocks_.push_back({pieces_.size(), pieces_.size() + 1, 0, 0});
+    pieces_.push_back({step, first, count, sums_.size(), nonzero_.size()});
+    sums_.resize(sums_.size() + size_t(chunks * measure_sums(n)));
+    nonzero_.resize(nonzero_.size() + size_t(n));
   }
 }
 
@@ -131,6 +150,7 @@ void Pump::work() {
 
 void Pump::run_block(const Block& block, char* scratch) {
   const Step& head = steps_[size_t(pieces_[block.begin].step)];
+  if (head.kind == Step::kMeasure) return measure(pieces_[block.begin], scratch);
   const std::vector<int>& sinks = head.sinks;
   const auto offset = [&](size_t k) { return block.offset + head.offsets[k] - head.offsets[0]; };
   char* outs = scratch + scratch_bytes_ - out_stride_ * int64_t(sinks.size());
@@ -219,6 +239,36 @@ void Pump::compare(const Piece& piece, char* in, char* first) {
   }
 }
 
+void Pump::measure(const Piece& piece, char* scratch) {
+  const Step& step = steps_[size_t(piece.step)];
+  const size_t n = step.inputs.size();
+  std::vector<const void*> x(n);
+  std::vector<DType> dtypes(n);
+  MeasureArgs args{};
+  for (size_t i = 0; i < n; ++i) {
+    dtypes[i] = step.inputs[i].dtype;
+    args.wide = args.wide || dtypes[i] == DType::F64;
+  }
+  args.x = x.data();
+  args.in = dtypes.data();
+  args.n = int(n);
+  args.deltas = step.deltas;
+  args.scratch = scratch + in_bytes_ * int64_t(n);
+  args.nonzero = &nonzero_[piece.nonzero];
+  for (int64_t chunk = 0; chunk * kChunk < piece.count; ++chunk) {
+    const int64_t first = piece.first + chunk * kChunk;
+    args.numel = std::min(kChunk, piece.count - chunk * kChunk);
+    for (size_t i = 0; i < n; ++i) {
+      const Operand& input = step.inputs[i];
+      const int64_t width = size_of(input.dtype), size = args.numel * width;
+      x[i] = sources_[size_t(input.source)].get(input.offset + first * width, size, scratch + in_bytes_ * int64_t(i));
+      bytes_read_ += size;
+    }
+    args.sums = &sums_[piece.stats + size_t(chunk * measure_sums(args.n))];
+    backend_.measure(args);
+  }
+}
+
 void Pump::prefetch(size_t block) const {
   // The first block asks for the whole window, every later one for the block that enters it.
   const size_t begin = block == 0 ? 1 : block + kPrefetchBlocks;
@@ -250,6 +300,36 @@ std::vector<std::vector<RowStats>> Pump::stats() const {
       to.sum_dd += from.sum_dd;
       to.sum_od += from.sum_od;
     }
+  return all;
+}
+
+std::vector<Measured> Pump::measured() const {
+  std::vector<Measured> all(steps_.size());
+  std::vector<std::vector<double>> chunks(steps_.size());  // per step: the sums of its chunks, one after the other
+  for (const Piece& piece : pieces_) {
+    const Step& step = steps_[size_t(piece.step)];
+    if (step.kind != Step::kMeasure) continue;
+    const size_t n = step.inputs.size();
+    const size_t count = size_t((piece.count + kChunk - 1) / kChunk) * size_t(measure_sums(int(n)));
+    std::vector<double>& to = chunks[size_t(piece.step)];
+    to.insert(to.end(), sums_.begin() + int64_t(piece.stats), sums_.begin() + int64_t(piece.stats + count));
+    all[size_t(piece.step)].nonzero.resize(n);
+    for (size_t i = 0; i < n; ++i) all[size_t(piece.step)].nonzero[i] += nonzero_[piece.nonzero + i];
+  }
+  for (size_t s = 0; s < steps_.size(); ++s) {
+    if (steps_[s].kind != Step::kMeasure) continue;
+    const size_t width = size_t(measure_sums(int(steps_[s].inputs.size())));
+    std::vector<double>& sums = chunks[s];
+    sums.resize(std::max(sums.size(), width));  // a tensor without elements sums to 0
+    all[s].nonzero.resize(steps_[s].inputs.size());
+    for (size_t count = sums.size() / width; count > 1; count = (count + 1) / 2)
+      for (size_t c = 0; c < (count + 1) / 2; ++c)
+        for (size_t i = 0; i < width; ++i)
+          sums[c * width + i] = 2 * c + 1 < count ? sums[2 * c * width + i] + sums[(2 * c + 1) * width + i]
+                                                  : sums[2 * c * width + i];
+    sums.resize(width);
+    all[s].sums = std::move(sums);
+  }
   return all;
 }
 

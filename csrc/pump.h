@@ -25,7 +25,8 @@ struct Operand {
 struct Step {
   enum Kind {
     kCombine,
-    kSame,  // bytes that must be equal in every input, copied from the first
+    kSame,     // bytes that must be equal in every input, copied from the first
+    kMeasure,  // sums over the inputs, or over their deltas from the first; nothing is written
   };
   Kind kind = kCombine;
   std::vector<Operand> inputs;
@@ -36,6 +37,13 @@ struct Step {
   DType out_dtype = DType::F32;
   int64_t numel = 0;                     // elements; bytes for kSame
   std::vector<uint64_t> keys;            // one per output
+  bool deltas = false;                   // of kMeasure
+};
+
+// What a kMeasure step found: see MeasureArgs.
+struct Measured {
+  std::vector<double> sums;
+  std::vector<int64_t> nonzero;
 };
 
 struct PumpOptions {
@@ -76,12 +84,15 @@ class Pump {
   int64_t scratch_bytes() const { return scratch_bytes_; }  // of one thread
   // Per step and row, folded in the order of the blocks, whatever the threads did.
   std::vector<std::vector<RowStats>> stats() const;
+  // Per step; empty for those of another kind. Chunks fold pairwise in the order of the tensor.
+  std::vector<Measured> measured() const;
 
  private:
   struct Piece {
     int step;
     int64_t first, count;
-    size_t stats;  // index of its first row in stats_
+    size_t stats;  // index of its first row in stats_, or of its first sum in sums_ and count in nonzero_
+    size_t nonzero;
   };
   struct Block {
     size_t begin, end;  // pieces
@@ -89,10 +100,12 @@ class Pump {
   };
 
   void cut();
+  void cut_measure(int step);
   void work();
   void run_block(const Block& block, char* scratch);
   void run_piece(const Piece& piece, char* in, const std::vector<void*>& out);
   void compare(const Piece& piece, char* in, char* first);
+  void measure(const Piece& piece, char* scratch);
   void prefetch(size_t block) const;
 
   const Backend& backend_;
@@ -103,6 +116,8 @@ class Pump {
   std::vector<Piece> pieces_;
   std::vector<Block> blocks_;
   std::vector<RowStats> stats_;
+  std::vector<double> sums_;
+  std::vector<int64_t> nonzero_;
   int64_t scratch_bytes_ = 0, in_bytes_ = 0, out_stride_ = 0;
 
   std::vector<std::thread> threads_;

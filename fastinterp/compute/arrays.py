@@ -11,6 +11,7 @@ from fastinterp.compute.dtypes import DType, parse_dtype
 from fastinterp.compute.ops import MAX_INPUTS, Combine
 from fastinterp.errors import ShapeError, UsageError
 
+_SUMMED = "float64, float32, float16, bfloat16 and float8 can be summed"
 _NUMPY_TYPESTR = {"<f8": "F64", "<f4": "F32", "<f2": "F16"}
 
 
@@ -32,8 +33,8 @@ def weighted_sum(
     out      where the result goes: contiguous, writable, overlapping none of the arrays. None: a new array
     dtype    of a new array: a name. None: that of the pivot, else of the first array
 
-    Arithmetic is float32 (float64 if an array that is read is float64), with one rounding, to nearest even, at the store:
-    the numeric contract of docs/NUMERICS.md. Returns `out` or the new array, of the same library as the input.
+    Arithmetic is float32 (float64 if an array that is read is float64), with one rounding, to nearest even, at the
+    store: the numeric contract of docs/NUMERICS.md. Returns `out` or the new array, of the same library as the input.
     Raises: UsageError, ShapeError.
     """
     if not arrays or len(arrays) != len(weights):
@@ -89,7 +90,7 @@ class _Numpy:
             raise UsageError(f"{name} must be a numpy array like the first, got {type(x).__name__}")
         found = parse_dtype(_NUMPY_TYPESTR.get(x.dtype.str, x.dtype.name))
         if found is None or (x.dtype.isnative is False):
-            raise UsageError(f"{name} has dtype {x.dtype}; float64, float32, float16, bfloat16 and float8 can be summed")
+            raise UsageError(f"{name} has dtype {x.dtype}; {_SUMMED}")
         if not x.flags.c_contiguous:
             raise UsageError(f"{name} is not contiguous. Use numpy.ascontiguousarray")
         if writable and not x.flags.writeable:
@@ -120,13 +121,13 @@ class _Torch:
             raise UsageError(f"{name} must be a torch tensor like the first, got {type(x).__name__}")
         found = parse_dtype(str(x.dtype))
         if found is None:
-            raise UsageError(f"{name} has dtype {x.dtype}; float64, float32, float16, bfloat16 and float8 can be summed")
+            raise UsageError(f"{name} has dtype {x.dtype}; {_SUMMED}")
         if x.device.type != "cpu":
             raise UsageError(f"{name} is on {x.device}; only CPU tensors can be summed")
         if not x.is_contiguous():
             raise UsageError(f"{name} is not contiguous. Use .contiguous()")
         if x.requires_grad and torch.is_grad_enabled():
-            raise UsageError(f"{name} requires grad, and no gradient is computed here. Use .detach() or torch.no_grad()")
+            raise UsageError(f"{name} requires grad, and gets no gradient here. Use .detach() or torch.no_grad()")
         return x.data_ptr(), tuple(x.shape), found
 
     @staticmethod

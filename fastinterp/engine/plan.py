@@ -130,8 +130,12 @@ def _check_fit(lead: Checkpoint, other: Checkpoint) -> None:
     only_lead = [n for n in lead.tensors if n not in other.tensors]
     only_other = [n for n in other.tensors if n not in lead.tensors]
     if only_lead or only_other:
-        found = [f"{c.name} alone has {_listed(names)}" for c, names in ((lead, only_lead), (other, only_other)) if names]
-        raise ShapeError(f"the models have different tensors: {'; '.join(found)}. Only models of one architecture merge")
+        found = [
+            f"{c.name} alone has {_listed(names)}" for c, names in ((lead, only_lead), (other, only_other)) if names
+        ]
+        raise ShapeError(
+            f"the models have different tensors: {'; '.join(found)}. Only models of one architecture merge"
+        )
     shapes, kinds = [], []
     for name, a in lead.tensors.items():
         b = other.tensors[name]

@@ -14,9 +14,9 @@ _NOTICED = 0.05  # an effective strength off by more than this is worth a warnin
 class Effect:
     """The effect on one tensor, or on several together.
 
-    The counts of NaN and Inf are exact. The rest comes from sampled chunks: `sampled` of `numel` elements. The change is
-    measured from the pivot p: the base, else the first model that is read; D is the change that was asked for, before
-    the output's rounding.
+    The counts of NaN and Inf are exact. The rest comes from sampled chunks: `sampled` of `numel` elements. The change
+    is measured from the pivot p: the base, else the first model that is read; D is the change that was asked for,
+    before the output's rounding.
     """
 
     numel: int
@@ -46,8 +46,19 @@ class Effect:
 
     @staticmethod
     def of(numel: int, stats: Mapping[str, float]) -> Effect:
-        counts = {k: int(stats[k]) for k in ("sampled", "changed", "nan_in", "inf_in", "nan_out", "inf_out")}
-        return Effect(numel, **counts, **{k: stats[k] for k in ("sum_pp", "sum_dd", "sum_od")})
+        """`stats` as the kernels report them."""
+        return Effect(
+            numel,
+            int(stats["sampled"]),
+            int(stats["changed"]),
+            stats["sum_pp"],
+            stats["sum_dd"],
+            stats["sum_od"],
+            int(stats["nan_in"]),
+            int(stats["inf_in"]),
+            int(stats["nan_out"]),
+            int(stats["inf_out"]),
+        )
 
     @staticmethod
     def total(effects: Iterable[Effect]) -> Effect:
@@ -111,8 +122,8 @@ class Report:
         total = self.effect
         if total.strength is not None and total.changed_fraction is not None:
             lines.append(
-                f"  change: |D|/|p| {total.relative_change or 0:.2e}, {total.changed_fraction:.1%} of elements changed, "
-                f"{total.strength:.3f} of the intended change arrived (from {total.sampled / total.numel:.0%} of them)"
+                f"  change: |D|/|p| {total.relative_change or 0:.2e}, {total.changed_fraction:.1%} of elements changed,"
+                f" {total.strength:.3f} of the intended change arrived (from {total.sampled / total.numel:.0%} of them)"
             )
         lines += [f"  warning: {w}" for w in self.warnings]
         if self.removed:

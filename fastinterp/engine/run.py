@@ -14,9 +14,10 @@ from typing import Any
 from fastinterp._version import __version__
 from fastinterp.compute.backends import check_device, cpu_isa
 from fastinterp.compute.dtypes import DType, parse_dtype
+from fastinterp.compute.pump import Progress
 from fastinterp.engine.plan import Plan, make_plan
 from fastinterp.engine.report import Effect, Report, warnings_of
-from fastinterp.engine.schedule import Done, Progress, run
+from fastinterp.engine.schedule import Done, run
 from fastinterp.errors import UsageError
 from fastinterp.files.folder import OutFolder
 from fastinterp.files.layout import parse_size
@@ -142,7 +143,9 @@ def _overridden(recipe: Recipe, dtype: str | None, rounding: str | None, seed: i
 def _dtype(text: str) -> DType:
     found = parse_dtype(text)
     if found is None:
-        raise UsageError(f"unknown dtype {text!r}. Known: float64, float32, float16, bfloat16, float8_e4m3fn, float8_e5m2")
+        raise UsageError(
+            f"unknown dtype {text!r}. Known: float64, float32, float16, bfloat16, float8_e4m3fn, float8_e5m2"
+        )
     return found
 
 
@@ -166,7 +169,7 @@ def _carry_out(
     cpu_isa()  # an unusable FASTINTERP_ISA shows before a folder is made
     inputs = [path for c in (*plan.checkpoints, plan.origin) for path in c.inputs]
     with ExitStack() as stack:
-        folders = []
+        folders: list[OutFolder] = []
         for out, layout in zip(outs, plan.layouts, strict=True):
             # Several outputs on one disk must fit together: the first one checks for all.
             needed = plan.bytes_written if not folders else layout.disk_bytes

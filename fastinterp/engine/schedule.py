@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastinterp import _C
 from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.ops import philox_key
+from fastinterp.compute.pump import Progress, Pump, cached_fraction, reserve, watch
 from fastinterp.engine.plan import Plan, PlannedTensor
-from fastinterp.files.checkpoint import changed_since
 from fastinterp.errors import CheckpointError, OutputError, ShapeError, StorageError, UsageError
-
-# Called from the thread that runs the merge, about ten times a second, with bytes done and bytes to do (read and
-# written together).
-Progress = Callable[[int, int], None]
+from fastinterp.files.checkpoint import changed_since
 
 STATS_EVERY = 32  # chunks of 16384 elements: one of so many is measured, which costs a few percent of the kernel's time
 _STORE = 0  # Philox stream of the store's rounding
-_TICK_S = 0.1
 _SPARE_FDS = 64  # for everything that is not an input
 
 
@@ -52,7 +47,7 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
 
     Raises: UsageError, if even the smallest does not fit.
     """
-    inputs, outputs = max(1, max(len(t.inputs) for t in plan.tensors)), len(plan.recipes)
+    inputs, outputs = max(len(t.inputs) for t in plan.tensors), len(plan.recipes)
     read, block = max(16 << 10, (512 << 10) // max(4, inputs)), max(64 << 10, (512 << 10) // outputs)
     while True:
         window = Window(threads, block, read, inputs, outputs)
@@ -94,20 +89,22 @@ def run(
         sinks = _Sinks(plan, outputs, stack)
         steps = [_step(plan, tensor, sources, sinks) for tensor in sinks.in_file_order(plan)]
         recipe = plan.recipes[0]
-        pump = _C.Pump(
+        pump = Pump(
             isa, sources.fds, sinks.fds, steps,
             threads=workers, block_bytes=window.block_bytes, read_bytes=window.read_bytes,
             stochastic=recipe.rounding == "stochastic", fp8_saturate=recipe.fp8_overflow == "saturate",
             prefetch=not sources.cached(), stats_every=STATS_EVERY,
         )  # fmt: skip
-        _watch(pump, sum(_traffic(t) for t in plan.tensors), progress)
+        watch(pump, sum(_traffic(t) for t in plan.tensors), progress)
         error = pump.error()
         if error is not None:
             raise _explained(error, plan, sources, sinks)
         for checkpoint in plan.checkpoints:
             changed = changed_since(checkpoint)
             if changed:
-                raise CheckpointError("it changed while it was being read. Merge again when it rests", file=str(changed[0]))
+                raise CheckpointError(
+                    "it changed while it was being read. Merge again when it rests", file=str(changed[0])
+                )
         by_name = dict(zip((t.name for t in sinks.in_file_order(plan)), pump.stats(), strict=True))
         return Done(
             [by_name[t.name] for t in plan.tensors], pump.bytes_read, pump.bytes_written, workers, isa,
@@ -118,19 +115,6 @@ def run(
 def _traffic(tensor: PlannedTensor) -> int:
     written = tensor.entries[0].nbytes if not tensor.rows else tensor.dtype.nbytes(tensor.numel) or 0
     return sum(e.nbytes for e in tensor.entries) + written * max(1, len(tensor.rows))
-
-
-def _watch(pump: _C.Pump, total: int, progress: Progress | None) -> None:
-    pump.start()
-    try:
-        while not pump.wait(_TICK_S):
-            if progress:
-                progress(pump.bytes_read + pump.bytes_written, total)
-    finally:
-        pump.cancel()
-        pump.join()
-    if progress and pump.error() is None:
-        progress(total, total)
 
 
 class _Sources:
@@ -153,7 +137,7 @@ class _Sources:
 
     def cached(self) -> bool:
         """Whether all inputs are in the page cache, so that nothing need be read ahead."""
-        return all(_C.cached_fraction(fd, os.fstat(fd).st_size) > 0.95 for fd in self.fds)
+        return all(cached_fraction(fd, os.fstat(fd).st_size) > 0.95 for fd in self.fds)
 
 
 class _Sinks:
@@ -168,7 +152,7 @@ class _Sinks:
                 with _storage(path, OutputError):
                     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                     stack.callback(os.close, fd)
-                    _C.reserve(fd, file.size)
+                    reserve(fd, file.size)
                     os.pwrite(fd, file.header, 0)
                 for name, offset in file.places.items():
                     sinks, offsets = self.of.setdefault(name, ([], []))
@@ -186,12 +170,17 @@ def _step(plan: Plan, tensor: PlannedTensor, sources: _Sources, sinks: _Sinks) -
     numbers, offsets = sinks.of[tensor.name]
     merged = bool(tensor.rows)
     operands = [
-        (sources.number[i, e.file], e.start, e.dtype.code or 0) for i, e in zip(tensor.inputs, tensor.entries, strict=True)
+        (sources.number[i, e.file], e.start, e.dtype.code or 0)
+        for i, e in zip(tensor.inputs, tensor.entries, strict=True)
     ]
     rows = [(row.pivot, row.total, list(row.terms)) for row in tensor.rows]
-    keys = [philox_key(r.seed, _STORE, tensor.name) for r in plan.recipes] if plan.recipes[0].rounding == "stochastic" else []
+    keys = (
+        [philox_key(r.seed, _STORE, tensor.name) for r in plan.recipes]
+        if plan.recipes[0].rounding == "stochastic"
+        else []
+    )
     count = tensor.numel if merged else tensor.entries[0].nbytes
-    return (not merged, operands, rows, numbers, offsets, tensor.dtype.code or 0, count, keys)
+    return ("combine" if merged else "same", operands, rows, numbers, offsets, tensor.dtype.code or 0, count, keys)
 
 
 @contextmanager
@@ -231,7 +220,7 @@ def _explained(error: tuple[Any, ...], plan: Plan, sources: _Sources, sinks: _Si
     if code:
         return StorageError(f"{sources.paths[handle]}: {os.strerror(code)}, reading {expected} bytes at {offset}")
     return CheckpointError(
-        f"it ends at byte {offset + done}, but {expected} bytes were expected at {offset}: it was cut or replaced while it "
-        "was being read. Merge again when it rests",
+        f"it ends at byte {offset + done}, but {expected} bytes were expected at {offset}: it was cut or replaced "
+        "while it was being read. Merge again when it rests",
         file=str(sources.paths[handle]),
     )

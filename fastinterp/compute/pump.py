@@ -1,0 +1,32 @@
+"""The native pump: reads, combines, measures and writes on threads of its own, while Python only watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastinterp._C import Pump, cached_fraction, reserve
+
+__all__ = ["Progress", "Pump", "cached_fraction", "reserve", "watch"]
+
+# Called from the thread that runs the merge, about ten times a second, with bytes done and bytes to do (read and
+# written together).
+Progress = Callable[[int, int], None]
+
+_TICK_S = 0.1
+
+
+def watch(pump: Pump, total: int, progress: Progress | None) -> None:
+    """Run the pump to its end, or to the first exception here (Ctrl-C): its threads have ended when this returns.
+
+    total  bytes that it will read and write, for `progress`
+    """
+    pump.start()
+    try:
+        while not pump.wait(_TICK_S):
+            if progress:
+                progress(pump.bytes_read + pump.bytes_written, total)
+    finally:
+        pump.cancel()
+        pump.join()
+    if progress and pump.error() is None:
+        progress(total, total)

@@ -1,0 +1,125 @@
+"""How two checkpoints differ, tensor by tensor, from one read of both."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from fastinterp.compute.backends import cpu_isa, cpu_threads
+from fastinterp.compute.pump import Progress, Pump, watch
+from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.files.checkpoint import open_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How b differs from a, over one tensor or several: delta = b - a, in float32 (float64 if either is F64).
+
+    changed      elements where delta is not 0; exact
+    norm_a       |a|, float64
+    norm_delta   |delta|, float64
+    dot_a_delta  <a, delta>, float64
+    """
+
+    numel: int
+    changed: int
+    norm_a: float
+    norm_delta: float
+    dot_a_delta: float
+
+    @property
+    def relative(self) -> float | None:
+        """|delta| / |a|, or None if a is 0."""
+        return self.norm_delta / self.norm_a if self.norm_a > 0 else None
+
+    @property
+    def cosine(self) -> float | None:
+        """<a, b> / (|a| |b|), or None if either is 0. From delta, so that near models keep their digits."""
+        a2, d2 = self.norm_a**2, self.norm_delta**2
+        b2 = a2 + 2 * self.dot_a_delta + d2
+        return (a2 + self.dot_a_delta) / (self.norm_a * math.sqrt(b2)) if a2 > 0 and b2 > 0 else None
+
+    @property
+    def changed_fraction(self) -> float | None:
+        return self.changed / self.numel if self.numel else None
+
+    @staticmethod
+    def total(differences: Iterable[Difference]) -> Difference:
+        """All of them as one long vector."""
+        every = list(differences)
+        return Difference(
+            sum(d.numel for d in every),
+            sum(d.changed for d in every),
+            math.hypot(*(d.norm_a for d in every)),
+            math.hypot(*(d.norm_delta for d in every)),
+            math.fsum(d.dot_a_delta for d in every),
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """tensors: those that both have in the same shape and that merge. The rest are named, not left out silently."""
+
+    tensors: dict[str, Difference]
+    only_a: list[str]
+    only_b: list[str]
+    shapes: list[str]  # in both, of different shapes
+    unmeasured: list[str]  # in both, integers or dtypes that are not merged
+
+    @property
+    def total(self) -> Difference:
+        return Difference.total(self.tensors.values())
+
+
+def compare(a: str, b: str, *, threads: int | None = None, progress: Progress | None = None) -> Comparison:
+    """Measure b - a for every tensor of two checkpoints. Every byte is read once.
+
+    Raises: CheckpointError, StorageError, BackendError.
+    """
+    first, second = open_checkpoint(a), open_checkpoint(b)
+    common = [n for n in first.tensors if n in second.tensors]
+    shapes = [n for n in common if first.tensors[n].shape != second.tensors[n].shape]
+    same_shape = [n for n in common if first.tensors[n].shape == second.tensors[n].shape]
+    names = [n for n in same_shape if first.tensors[n].dtype.merges and second.tensors[n].dtype.merges]
+    paths = [*first.files, *second.files]
+    shift = len(first.files)
+    steps: list[Any] = []
+    total = 0
+    for name in names:
+        x, y = first.tensors[name], second.tensors[name]
+        operands = [(x.file, x.start, x.dtype.code or 0), (y.file + shift, y.start, y.dtype.code or 0)]
+        steps.append(("measure_deltas", operands, [], [], [], 0, x.numel, []))
+        total += x.nbytes + y.nbytes
+    fds: list[int] = []
+    try:
+        fds.extend(os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths)
+        pump = Pump(
+            cpu_isa(), fds, [], steps, threads=cpu_threads(threads), block_bytes=1 << 19, read_bytes=1 << 17,
+            stochastic=False, fp8_saturate=True, prefetch=True, stats_every=0,
+        )  # fmt: skip
+        watch(pump, total, progress)
+    except OSError as error:
+        raise StorageError(f"{error.filename}: {error.strerror}") from None
+    finally:
+        for fd in fds:
+            os.close(fd)
+    failed = pump.error()
+    if failed is not None:
+        _, handle, code, *_ = failed
+        if code:
+            raise StorageError(f"{paths[handle]}: {os.strerror(code)}")
+        raise CheckpointError("it was cut while it was being read", file=str(paths[handle]))
+    tensors = {}
+    for name, (sums, nonzero) in zip(names, pump.measured(), strict=True):
+        aa, ad, dd = sums[:3]
+        tensors[name] = Difference(first.tensors[name].numel, nonzero[1], math.sqrt(aa), math.sqrt(dd), ad)
+    return Comparison(
+        tensors,
+        [n for n in first.tensors if n not in second.tensors],
+        [n for n in second.tensors if n not in first.tensors],
+        shapes,
+        [n for n in same_shape if n not in tensors],
+    )
