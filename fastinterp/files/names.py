@@ -1,0 +1,41 @@
+"""Names of files and tensors: how they are shown in messages, and which are safe or mean something."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+WEIGHTS = ".safetensors"
+INDEX = ".safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+OTHER_WEIGHTS = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".tflite", ".nemo")
+
+SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors", re.DOTALL)
+
+
+def quote(name: object, limit: int = 160) -> str:
+    """`name` in backquotes on one line: control characters escaped and the middle of long names cut out."""
+    text = str(name)
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}...{text[-limit // 4 :]}"
+    return "`" + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + "`"
+
+
+def listing(names: Iterable[str], limit: int = 3) -> str:
+    """The first few names, quoted, and how many more there are."""
+    everything = list(names)
+    more = f" and {len(everything) - limit} more" if len(everything) > limit else ""
+    return ", ".join(quote(n) for n in everything[:limit]) + more
+
+
+def is_plain(name: str) -> bool:
+    """True if `name` names a file directly inside a folder: no separator, no `..`, not absolute."""
+    return name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+
+
+def suggestion(name: str, options: Iterable[str]) -> str:
+    """` Did you mean ...?` for the closest of `options`, or nothing."""
+    from difflib import get_close_matches  # only errors need it
+
+    close = get_close_matches(name, list(options), n=1)
+    return f" Did you mean {quote(close[0])}?" if close else ""
