@@ -87,21 +87,20 @@ struct Format<DType::F8_E5M2> {
 
 // ---- widen: exact ----------------------------------------------------------------------------------------------
 
-// The magnitude's bits, moved to float's mantissa, are the value times 2^(bias - 127), subnormals included; one exact
-// multiplication by a power of two puts the exponent right.
+// The magnitude's bits are moved to their place in float and the exponent is shifted to float's bias. A subnormal gets
+// the exponent of the smallest normal number, and the leading 1 that this implies is taken off again, exactly. There is
+// no branch, and no float subnormal, which some processors are slow at; specials keep their mantissa.
 template <DType D>
 FI_INLINE float widen_small(uint32_t b) {
   using F = Format<D>;
   const uint32_t mag = b & (F::kSign - 1), sign = b & F::kSign;
   constexpr int kSignShift = 31 - (F::kSign == 0x8000 ? 15 : 7);
-  constexpr uint32_t kScale = uint32_t(127 + 127 - F::kBias) << 23;
-  const float scaled = bit_cast<float>(mag << (23 - F::kMant)) * bit_cast<float>(kScale);
-  uint32_t bits = bit_cast<uint32_t>(scaled);
-  if (D == DType::F8_E4M3)
-    bits = mag == F::kNan ? 0x7fc00000u : bits;
-  else
-    bits = mag >= F::kInf ? 0x7f800000u | (mag << (23 - F::kMant)) : bits;
-  return bit_cast<float>(bits | (sign << kSignShift));
+  constexpr uint32_t kRebias = uint32_t(127 - F::kBias) << 23, kOne = 1u << 23;
+  const bool subnormal = mag < (1u << F::kMant);
+  const uint32_t placed = (mag << (23 - F::kMant)) + (subnormal ? kRebias + kOne : kRebias);
+  const float value = bit_cast<float>(placed) - bit_cast<float>(subnormal ? kRebias + kOne : 0u);
+  const uint32_t special = mag >= F::kInf ? 0x7f800000u : 0u;
+  return bit_cast<float>(bit_cast<uint32_t>(value) | special | (sign << kSignShift));
 }
 template <DType D>
 FI_INLINE float widen_f32(typename Format<D>::Bits b) {
@@ -138,34 +137,39 @@ struct Compute<double> {
   static constexpr U kInf = 0x7ff0000000000000ull, kSign = 0x8000000000000000ull;
 };
 
-// Integer rounding of a magnitude to format D: the significand loses its low `drop` bits, more of them where D is
-// subnormal, and a carry runs into the exponent by itself. `word` is the element's random word, used when kStochastic.
+// Rounds a magnitude to format D. One place of D is worth 2^(field - bias - kMant), where `field` is the exponent's field
+// or, where D is subnormal, that of D's smallest normal number. The result is the number of such places, added to the
+// exponent's bits, where a carry does the right thing by itself. `word` is the element's random word.
 template <DType D, class Policy, bool kStochastic, class T>
 FI_INLINE typename Format<D>::Bits round_to(T x, uint32_t word) {
   using F = Format<D>;
   using C = Compute<T>;
   using U = typename C::U;
-  static_assert(C::kMant > F::kMant, "something is dropped");
+  constexpr int kDrop = C::kMant - F::kMant;
+  static_assert(kDrop > 0, "something is dropped");
+  constexpr U kLeast = U(C::kBias - F::kBias + 1) << C::kMant;  // D's smallest normal number
+  constexpr U kBeyond = U(F::kMax + 1 + (U(C::kBias - F::kBias) << F::kMant)) << kDrop;  // the next after its largest
   const U bits = bit_cast<U>(x), mag = bits & ~C::kSign;
   const uint32_t sign = (bits & C::kSign) ? F::kSign : 0;
-  const int field = int(mag >> C::kMant);
-  const U implicit = field ? U(1) << C::kMant : 0;
-  const U sig = (mag & ((U(1) << C::kMant) - 1)) | implicit;
-  const int exponent = (field ? field : 1) - C::kBias + F::kBias;  // biased as in D; below 1: D is subnormal there
-  const int target = exponent < 1 ? 1 : exponent;
-  const int drop = C::kMant - F::kMant + (target - exponent);
-  U q;
+  const U finite = mag < kBeyond ? mag : kBeyond;
+  const U field = (finite & C::kInf) > kLeast ? finite & C::kInf : kLeast;
+  U places;
   if constexpr (kStochastic) {
-    const int d = drop > 60 ? 60 : drop;
-    const uint64_t noise = d <= 32 ? uint64_t(word) >> (32 - d) : uint64_t(word) << (d - 32);
-    q = drop > 60 ? U(0) : U((uint64_t(sig) + noise) >> d);
+    // word / 2^32 is added to what lies below the last place, and only the carry matters.
+    const int own = int(finite >> C::kMant);
+    const U implicit = own ? U(1) << C::kMant : 0;
+    const U sig = (finite & ((U(1) << C::kMant) - 1)) | implicit;
+    const int drop = kDrop + int(field >> C::kMant) - (own ? own : 1);
+    const U kept = drop > 60 ? U(0) : sig;
+    const uint32_t below = drop < 32 ? uint32_t(kept << (32 - drop)) : uint32_t(kept >> (drop - 32));
+    const uint32_t carry = uint32_t(below + word) < word ? 1 : 0;
+    places = (drop < int(8 * sizeof(U)) ? kept >> drop : U(0)) + carry;
   } else {
-    // Beyond kMant + 2 dropped bits the value is under half of D's smallest subnormal: it rounds to 0 all the same.
-    const int d = drop > C::kMant + 2 ? C::kMant + 2 : drop;
-    const U below_half = (U(1) << (d - 1)) - 1, odd = (sig >> d) & 1;
-    q = (sig + below_half + odd) >> d;
+    // Next to a number whose last place is D's, the sum's own rounding, to nearest even, is the one wanted.
+    const U large = field + (U(kDrop) << C::kMant);
+    places = bit_cast<U>(T(bit_cast<T>(finite) + bit_cast<T>(large))) - large;
   }
-  U out = (U(target - 1) << F::kMant) + q;
+  U out = ((field - kLeast) >> kDrop) + places;
   const uint32_t over = F::kFp8 && Policy::kSaturate ? F::kMax : F::kInf;
   out = out > F::kMax ? over : out;
   if (mag == C::kInf) out = F::kInf;
@@ -182,6 +186,11 @@ FI_INLINE uint16_t bf16_nearest(float x) {
   return uint16_t((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
+FI_INLINE uint16_t bf16_stochastic(float x, uint32_t word) {
+  const uint32_t u = bit_cast<uint32_t>(x);
+  return uint16_t((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (u + (word >> 16)) >> 16);
+}
+
 template <DType D, class Policy, bool kStochastic, class T>
 FI_INLINE typename Format<D>::Bits narrow(T x, uint32_t word) {
   if constexpr (D == DType::F64)
@@ -192,6 +201,8 @@ FI_INLINE typename Format<D>::Bits narrow(T x, uint32_t word) {
     return bit_cast<uint32_t>(canonical_nan(float(x)));  // the conversion rounds once, to nearest even
   else if constexpr (D == DType::BF16 && !kStochastic && sizeof(T) == 4)
     return bf16_nearest(x);
+  else if constexpr (D == DType::BF16 && sizeof(T) == 4)
+    return bf16_stochastic(x, word);
   else
     return round_to<D, Policy, kStochastic>(x, word);
 }

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fastinterp.engine.text import counted, plain, size
+
 _NOTICED = 0.05  # an effective strength off by more than this is worth a warning
 
 
@@ -113,22 +115,32 @@ class Report:
             "tensors": {name: effect.as_dict() for name, effect in self.tensors.items()},
         }
 
+    def pace(self) -> str:
+        """`2.20 GB written, 0.51 s, 8.6 GB/s (cpu avx2, 2 threads)`: of the whole run, rates over bytes in and out."""
+        return (
+            f"{size(self.bytes_written)} written, {self.wall_s:.2f} s, {self.gb_per_s:.1f} GB/s "
+            f"({self.device}, {counted(self.threads, 'thread')})"
+        )
+
+    def notes(self) -> list[str]:
+        """What is not as everybody expects."""
+        removed = [f"removed from the old checkpoint: {', '.join(map(plain, self.removed))}"] if self.removed else []
+        return [*(f"warning: {w}" for w in self.warnings), *removed]
+
     def summary(self) -> str:
         """A few lines for people."""
         lines = [
-            f"{self.output}: {len(self.files)} file(s), {self.bytes_written / self.outputs / 1e9:.2f} GB, "
-            f"{self.wall_s:.2f} s, {self.gb_per_s:.1f} GB/s read and written ({self.device}, {self.threads} threads)"
+            f"{plain(self.output)}: {counted(len(self.files), 'file')}, {size(self.bytes_read)} read, {self.pace()}"
         ]
         total = self.effect
         if total.strength is not None and total.changed_fraction is not None:
             lines.append(
-                f"  change: |D|/|p| {total.relative_change or 0:.2e}, {total.changed_fraction:.1%} of elements changed,"
-                f" {total.strength:.3f} of the intended change arrived (from {total.sampled / total.numel:.0%} of them)"
+                f"  {total.changed_fraction:.1%} of elements changed, |D|/|p| {total.relative_change or 0:.2e}, "
+                f"{total.strength:.3f} of the intended change arrived (measured on {total.sampled / total.numel:.0%})"
             )
-        lines += [f"  warning: {w}" for w in self.warnings]
-        if self.removed:
-            lines.append(f"  removed from the old checkpoint: {', '.join(self.removed)}")
-        return "\n".join(lines)
+        elif not self.tensors:
+            lines.append("  all tensors are copies")
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes())])
 
 
 def warnings_of(tensors: Mapping[str, Effect], dtype: str) -> tuple[str, ...]:

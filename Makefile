@@ -1,0 +1,117 @@
+# `make` or `make help` lists the targets. PYTHON=python3.12 picks the interpreter, CXX the compiler.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check lint format werror neon bench race clean distclean
+
+PYTHON ?= python3
+SIZE ?= 1b
+VENV := .venv
+DEMO_VENV := .venv-demo
+PY := $(VENV)/bin/python
+
+# For every pip, those inside isolated builds included; newer ones read the second name there.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt
+NATIVE := $(shell find csrc -type f)
+PACKAGE := $(shell find fastinterp -name '*.py' -o -name '*.pyi')
+CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inc')
+
+define CHECK_PYTHON
+import importlib.util, os, shutil, sys, sysconfig
+def need(ok, message):
+    if not ok: sys.exit("fastinterp: " + message)
+need(sys.version_info >= (3, 10), f"Python 3.10 or newer is needed, but {sys.executable} is {sys.version.split()[0]}. "
+     "Name another: make PYTHON=python3.12 ...")
+need(all(map(importlib.util.find_spec, ("venv", "ensurepip"))), f"{sys.executable} cannot make virtual environments. "
+     "On Debian or Ubuntu: apt install python3-venv")
+need(os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")), f"{sys.executable} has no C headers "
+     "(Python.h). On Debian or Ubuntu: apt install python3-dev")
+need(any(map(shutil.which, [*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++"])),
+     "no C++ compiler found. On Debian or Ubuntu: apt install g++")
+endef
+export CHECK_PYTHON
+
+# $(call make_venv,FOLDER)
+define make_venv
+@command -v $(PYTHON) >/dev/null || { echo "fastinterp: no $(PYTHON) on PATH. Name another: make PYTHON=..." >&2; exit 1; }
+@$(PYTHON) -c "$$CHECK_PYTHON"
+@test -x $(1)/bin/python || { echo "making the virtual environment $(1)"; $(PYTHON) -m venv --clear $(1); }
+endef
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+# ---- environments ---------------------------------------------------------------------------------------------------
+
+# Without torch, from the same kind of wheel that a user gets. Old copies of the package must not get into the wheel.
+$(DEMO_VENV)/.installed: $(BUILD_FILES) $(NATIVE) $(PACKAGE)
+	$(call make_venv,$(DEMO_VENV))
+	@echo "building and installing fastinterp in $(DEMO_VENV)"
+	@rm -rf build/lib*
+	$(DEMO_VENV)/bin/python -m pip install --quiet .
+	@touch $@
+
+# Everything that tests and lint need, CPU torch included, and fastinterp itself from this source tree.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call make_venv,$(VENV))
+	@echo "installing the tools, torch and fastinterp in $(VENV): a few minutes the first time"
+	$(PY) -m pip install --quiet setuptools wheel pybind11 cmake ninja
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@ $(VENV)/.built
+
+# The editable install above has built the extension; this does it again when the sources have changed.
+$(VENV)/.built: $(VENV)/.installed setup.py CMakeLists.txt $(NATIVE)
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.built
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev,bench]'
+	@touch $@
+
+# ---- targets --------------------------------------------------------------------------------------------------------
+
+demo: $(DEMO_VENV)/.installed ## build, install without torch, and merge small models in several ways
+	@$(DEMO_VENV)/bin/python examples/demo.py
+
+test: $(VENV)/.built ## the whole test suite
+	@$(PY) -m pytest
+
+check: lint ## lint and the quick tests
+	@$(PY) -m pytest --quiet -m "not slow"
+
+lint: $(VENV)/.built ## ruff, mypy, clang-format, codespell; changes nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(VENV)/bin/codespell
+
+format: $(VENV)/.built ## format Python and C++, and mend what ruff can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+werror: $(VENV)/.built ## compile with -Wall -Wextra -Werror, in a folder of its own
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" && cmake -S . -B build/werror -G Ninja --fresh -DFASTINTERP_WERROR=ON \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(PY)" -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" --log-level=WARNING \
+	  && cmake --build build/werror
+
+neon: ## cross-compile the kernels for aarch64 and test them under qemu-user
+	@tests/neon/run.sh
+
+bench: $(VENV)/.bench ## the kernel benchmarks
+	@$(PY) -m pytest benchmarks --benchmark-only
+
+race: $(VENV)/.built ## whole commands against the alternatives; SIZE=1b picks the models
+	@$(VENV)/bin/fastinterp bench --size $(SIZE)
+
+clean: ## remove what the build made
+	rm -rf build dist fastinterp.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f fastinterp/_C.*.so $(VENV)/.built $(DEMO_VENV)/.installed
+	find fastinterp tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## and the virtual environments
+	rm -rf $(VENV) $(DEMO_VENV)

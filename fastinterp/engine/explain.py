@@ -1,0 +1,211 @@
+"""A plan in words and as plain values: what will be read, computed, written and held. Touches no tensor data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastinterp.engine.plan import Plan, PlannedTensor
+from fastinterp.engine.schedule import Window
+from fastinterp.engine.text import WIDTH, counted, fit, plain, size, table
+from fastinterp.files.layout import OutFile
+from fastinterp.files.sidecars import copy_sidecars
+
+# Page cache to page cache, about what one machine of today does: the least time that a merge of these files can take.
+_READ_GB_S, _WRITE_GB_S = 10.0, 3.0
+_SHOWN = 8  # of one kind, before the rest is only counted
+
+
+def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
+    """Plain values, as --json prints them. The plan must have one output."""
+    (recipe,), (layout,) = plan.recipes, plan.layouts
+    sidecars = [*copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype), "README.md"]
+    return {
+        "method": recipe.method.name,
+        "formula": recipe.formula(),
+        "rounding": recipe.rounding,
+        "seed": recipe.seed,
+        "models": [_model(plan, i) for i in range(len(plan.checkpoints))],
+        "origin": plan.origin.name,
+        "steps": _steps(plan),
+        "must_agree": [t.name for t in plan.tensors if not t.rows and len(t.inputs) > 1],
+        "integers_from": recipe.integers,
+        "dtypes": _dtypes(plan),
+        "files": [{"name": f.name, "bytes": f.size, "tensors": len(f.places)} for f in layout.files],
+        "index": layout.index_name if layout.index is not None else None,
+        "sidecars": sidecars,
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "window": {name: getattr(window, name) for name in (*Window.__dataclass_fields__, "bytes")},
+        "floor": {
+            "seconds": plan.bytes_read / _READ_GB_S / 1e9 + plan.bytes_written / _WRITE_GB_S / 1e9,
+            "read_gb_per_s": _READ_GB_S,
+            "write_gb_per_s": _WRITE_GB_S,
+        },
+        "tensors": [_tensor(plan, t, place) for t, place in _placed(plan, layout.files)],
+    }
+
+
+def as_text(plan: Plan, window: Window) -> str:
+    """The same for people, at most 100 columns wide where names allow."""
+    found = as_dict(plan, window)
+    lines = [f"{found['method']} of {counted(len(found['models']), 'model')}", ""]
+    lines += [*_formula_lines(found["formula"]), ""]
+    lines += _reads(found) + _computes(found) + _writes(found)
+    w, floor = found["window"], found["floor"]
+    lines += [
+        f"held     at most {size(w['bytes'])} of scratch: {counted(w['threads'], 'thread')} x ({w['inputs']} x "
+        f"{w['read_bytes'] >> 10} KiB in + {w['outputs']} x {w['block_bytes'] >> 10} KiB out), and the page cache",
+        f"floor    {_seconds(floor['seconds'])}, if files are read at {floor['read_gb_per_s']:g} GB/s and written at "
+        f"{floor['write_gb_per_s']:g} GB/s, as a warm page cache allows",
+    ]
+    return "\n".join(lines)
+
+
+def _model(plan: Plan, i: int) -> dict[str, Any]:
+    checkpoint = plan.checkpoints[i]
+    entries = [e for t in plan.tensors for j, e in zip(t.inputs, t.entries, strict=True) if j == i]
+    return {
+        "symbol": f"x{i}",
+        "name": checkpoint.name,
+        "files": [str(p) for p in checkpoint.files],
+        "bytes": checkpoint.nbytes,
+        "tensors_read": len(entries),
+        "bytes_read": sum(e.nbytes for e in entries),
+    }
+
+
+def _steps(plan: Plan) -> list[dict[str, Any]]:
+    """The kernels' view: tensors grouped by what is computed for them, coefficients as they are used."""
+    groups: dict[str, list[PlannedTensor]] = {}
+    for tensor in plan.tensors:
+        groups.setdefault(_expression(tensor), []).append(tensor)
+    steps = []
+    for expression, tensors in groups.items():
+        first = tensors[0]
+        row = first.rows[0] if first.rows else None
+        steps.append(
+            {
+                "out": expression,
+                "pivot": None if row is None else plan.checkpoints[first.inputs[row.pivot]].name,
+                "total": None if row is None else row.total,
+                "terms": []
+                if row is None
+                else [{"model": plan.checkpoints[first.inputs[i]].name, "coefficient": c} for i, c in row.terms],
+                "copies": all(_copies(t) for t in tensors),
+                "tensors": len(tensors),
+                "bytes_read": sum(e.nbytes for t in tensors for e in t.entries),
+                "bytes_written": sum(_out_bytes(t) for t in tensors),
+            }
+        )
+    return steps
+
+
+def _expression(tensor: PlannedTensor) -> str:
+    """`x0 + 0.5*(x1 - x0)`: what is computed, with the pivot in front."""
+    if not tensor.rows:
+        return f"x{tensor.inputs[0]}"
+    row = tensor.rows[0]
+    pivot = f"x{tensor.inputs[row.pivot]}"
+    text = pivot if row.total == 1.0 else f"{row.total:.9g}*{pivot}"
+    for i, c in row.terms:
+        text += f" {'-' if c < 0 else '+'} {abs(c):.9g}*(x{tensor.inputs[i]} - {pivot})"
+    return text
+
+
+def _copies(tensor: PlannedTensor) -> bool:
+    """Whether the output has the input's bytes."""
+    return not tensor.rows or (tensor.rows[0].is_copy and tensor.dtype == tensor.entries[0].dtype)
+
+
+def _out_bytes(tensor: PlannedTensor) -> int:
+    return tensor.dtype.nbytes(tensor.numel) or 0
+
+
+def _dtypes(plan: Plan) -> list[dict[str, Any]]:
+    counts: dict[tuple[tuple[str, ...], str, str | None], list[int]] = {}
+    for tensor in plan.tensors:
+        found = tuple(dict.fromkeys(e.dtype.name for e in tensor.entries))
+        arithmetic = None if _copies(tensor) else "float64" if "F64" in found else "float32"
+        entry = counts.setdefault((found, tensor.dtype.name, arithmetic), [0, 0])
+        entry[0] += 1
+        entry[1] += tensor.numel
+    return [
+        {"in": list(i), "out": o, "arithmetic": a, "tensors": n, "elements": e} for (i, o, a), (n, e) in counts.items()
+    ]
+
+
+def _placed(plan: Plan, files: tuple[OutFile, ...]) -> list[tuple[PlannedTensor, str]]:
+    homes = {name: f.name for f in files for name in f.places}
+    return [(t, homes[t.name]) for t in plan.tensors]
+
+
+def _tensor(plan: Plan, tensor: PlannedTensor, file: str) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype.name,
+        "shape": list(tensor.shape),
+        "reads": [plan.checkpoints[i].name for i in tensor.inputs],
+        "out": _expression(tensor),
+        "file": file,
+    }
+
+
+def _formula_lines(formula: str) -> list[str]:
+    import textwrap
+
+    first, *legend = formula.split("\n")
+    wrapped = textwrap.wrap(first, WIDTH, initial_indent="  ", subsequent_indent="        ", break_long_words=False)
+    return [*wrapped, *(f"  {plain(line)}" for line in legend)]
+
+
+def _reads(found: dict[str, Any]) -> list[str]:
+    read = [m for m in found["models"] if m["bytes_read"]]
+    lines = [f"read     {size(found['bytes_read'])} of {counted(len(read), 'model')}, each byte once"]
+    rows = [
+        [m["name"], size(m["bytes_read"]), counted(len(m["files"]), "file"), counted(m["tensors_read"], "tensor")]
+        if m["bytes_read"]
+        else [m["name"], "-", "", "not read: it has no part in the sum"]
+        for m in found["models"]
+    ]
+    return [*lines, *table(rows, "<>><", indent=9)]
+
+
+def _computes(found: dict[str, Any]) -> list[str]:
+    how = f"stochastic, seed {found['seed']}" if found["rounding"] == "stochastic" else "to nearest even"
+    lines = [f"compute  with one rounding, {how}"]
+    for step in found["steps"][:_SHOWN]:
+        what = f"copies of {step['out']}" if step["copies"] else f"out = {step['out']}"
+        lines.append(fit(f"         {counted(step['tensors'], 'tensor')}: {what}", WIDTH))
+    if len(found["steps"]) > _SHOWN:
+        lines.append(f"         and {len(found['steps']) - _SHOWN} more formulas; --json has them all")
+    lines += [
+        f"         {counted(d['tensors'], 'tensor')} of {d['elements']:,} elements: {' and '.join(d['in'])} "
+        f"-> {d['out']}, {'as they are' if d['arithmetic'] is None else 'in ' + d['arithmetic']}"
+        for d in found["dtypes"]
+    ]
+    agree = found["must_agree"]
+    if agree:
+        lines.append(
+            f"         {counted(len(agree), 'tensor')} not averaged, which must be the same in all models: "
+            f"{fit(agree[0], 30)}{', ...' if len(agree) > 1 else ''}"
+        )
+    elif found["integers_from"] is not None:
+        lines.append(f"         tensors that are not averaged are those of {plain(found['integers_from'])}")
+    return lines
+
+
+def _writes(found: dict[str, Any]) -> list[str]:
+    files = found["files"]
+    lines = [f"write    {size(found['bytes_written'])} in {counted(len(files), 'file')}"]
+    rows = [[f["name"], size(f["bytes"]), counted(f["tensors"], "tensor")] for f in files[:_SHOWN]]
+    if len(files) > _SHOWN:
+        rows[-1] = [f"... {files[-1]['name']}", size(files[-1]["bytes"]), counted(files[-1]["tensors"], "tensor")]
+    lines += table(rows, "<>>", indent=9)
+    small = [*found["sidecars"], *([found["index"]] if found["index"] else [])]
+    lines.append(f"         {fit(', '.join(small), WIDTH - 9)}")
+    lines.append(f"         configuration and tokenizer are those of {plain(found['origin'])}")
+    return lines
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.2g} ms"

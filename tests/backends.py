@@ -1,0 +1,105 @@
+"""The backends under test, as functions of a case: which can run here, which cannot and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastinterp.compute.dtypes import DType
+from fastinterp.compute.ops import Row
+from tests.cases import Case, Guarded
+
+ISAS = ("scalar", "avx2", "avx512", "neon")  # of csrc/cpu
+
+
+def usable() -> list[str]:
+    """The instruction sets that this machine can run, of those that were built."""
+    try:
+        from fastinterp import _C
+    except ImportError:
+        return []
+    return [isa for isa in ISAS if isa in _C.isas()]
+
+
+def skipped() -> dict[str, str]:
+    """What cannot be tested here, and why: name -> reason."""
+    try:
+        from fastinterp import _C
+    except ImportError as error:
+        return dict.fromkeys(ISAS, f"fastinterp._C cannot be imported: {error}")
+    built = _C.built_isas()
+    return {
+        isa: "this processor cannot run it" if isa in built else "not built for this kind of processor"
+        for isa in ISAS
+        if isa not in usable()
+    }
+
+
+def missing_required() -> list[str]:
+    """What FASTINTERP_REQUIRE (a list with commas) demands and is not usable, with reasons."""
+    required = [name.strip() for name in os.environ.get("FASTINTERP_REQUIRE", "").split(",") if name.strip()]
+    reasons = skipped()
+    return [f"{name} ({reasons.get(name, 'unknown')})" for name in required if name not in usable()]
+
+
+def run(
+    isa: str,
+    inputs: Sequence[Guarded],
+    dtypes: Sequence[DType],
+    rows: Sequence[Row],
+    outputs: Sequence[Guarded],
+    out_dtype: DType,
+    **options: Any,
+) -> list[dict[str, float]]:
+    """One native combine of whole buffers; `options` as for `_C.combine`. Returns the statistics of each row."""
+    from fastinterp import _C
+
+    numel = inputs[0].view.size * 8 // dtypes[0].bits
+    return _C.combine(
+        [x.address for x in inputs],
+        [_code(d) for d in dtypes],
+        [(row.pivot, row.total, list(row.terms)) for row in rows],
+        [out.address for out in outputs],
+        _code(out_dtype),
+        numel,
+        isa=isa,
+        **options,
+    )
+
+
+def run_case(
+    isa: str, case: Case, inputs: Sequence[Guarded], outputs: Sequence[Guarded], **options: Any
+) -> list[dict[str, float]]:
+    """The case on an instruction set; `options` override the case's own."""
+    own: dict[str, Any] = {
+        "stochastic": case.rounding == "stochastic",
+        "keys": case.keys,
+        "fp8_saturate": case.fp8_overflow == "saturate",
+        "stats_every": case.stats_every,
+    }
+    return run(isa, inputs, case.dtypes, case.rows(), outputs, case.out_dtype, **(own | options))
+
+
+def _code(dtype: DType) -> int:
+    assert dtype.code is not None
+    return dtype.code
+
+
+def assert_same_bits(expected: NDArray[np.uint8], got: NDArray[np.uint8], dtype: DType, what: str) -> None:
+    """Fail with the number of elements that differ and the first of them, its bits and its neighbours."""
+    assert expected.size == got.size, f"{what}: {got.size} bytes, expected {expected.size}"
+    width = dtype.bits // 8
+    want, have = (np.array(v).view(f"u{width}") for v in (expected, got))
+    wrong = np.flatnonzero(want != have)
+    if wrong.size:
+        at = int(wrong[0])
+        around = slice(max(at - 2, 0), at + 3)
+        raise AssertionError(
+            f"{what}: {wrong.size} of {want.size} elements differ, first {at}: expected {int(want[at]):0{2 * width}x}, "
+            f"got {int(have[at]):0{2 * width}x}; around it expected {[f'{int(v):x}' for v in want[around]]}, "
+            f"got {[f'{int(v):x}' for v in have[around]]}; last {int(wrong[-1])}"
+        )
