@@ -56,8 +56,8 @@ class Stats:
 
     Counts are over all elements; the rest is over the sampled ones: chunks of 16384 elements of the tensor, chunk c
     if c % stats_every == 0 (none if stats_every is 0). p is the pivot, out the stored value widened, and the intended
-    change D is acc if total == 1, else y - p in the compute dtype. Sums are float64 in any order, so they agree only to
-    a few n * eps of `scale_od` (or of themselves: their terms are squares).
+    change D is acc if total == 1, else y - p. Differences are rounded to the compute dtype, products and sums are
+    float64 in any order, so they agree only to a few n * eps of `scale_od` (or of themselves: their terms are squares).
     """
 
     nan_in: int  # over the inputs that the row reads
