@@ -44,8 +44,9 @@ def assert_same_stats(want: reference.Stats | None, got: dict[str, float]) -> No
 def assert_same_sum(want: float, got: float, n: int, scale: float, name: str) -> None:
     """Two f64 sums of the same n terms in different orders, `scale` the sum of their magnitudes.
 
-    Each is within (n - 1) eps/2 of the truth relative to `scale`, and each term within 2 eps/2 (a subtraction and a
-    product), which makes (n + 1) eps of `scale` between them. A `scale` that overflows says nothing of order.
+    The differences are the same numbers on both sides. A product is within eps/2 of the truth and a sum within
+    (n - 1) eps/2, relative to `scale`: n eps between the two, and one more for terms of higher order. Where `scale`
+    overflows, whether a sum does depends on its order.
     """
     if math.isnan(want) or math.isinf(want):
         assert math.isnan(got) if math.isnan(want) else got == want, f"{name}: expected {want}, got {got}"
