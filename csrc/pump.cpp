@@ -115,8 +115,9 @@ void Pump::cut_measure(int step) {
 }
 
 void Pump::start() {
-  running_ = std::max(1, options_.threads);
-  for (int i = 0; i < running_; ++i) threads_.emplace_back([this] { work(); });
+  const int threads = std::max(1, options_.threads);
+  running_ = threads;  // not the loop's bound: threads that end at once count it down while others are being started
+  for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { work(); });
 }
 
 bool Pump::wait(double seconds) {

@@ -38,19 +38,21 @@ def models(tmp_path_factory):
     return folder
 
 
-def start(args, env, cwd, **how):
+def start(args, env, cwd):
     # A shell may have started the tests with SIGINT ignored, which children inherit.
-    fresh = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 # shorter than a def
-    return subprocess.Popen(
-        [*PROGRAM, *args], env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=fresh, **how,
-    )  # fmt: skip
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [*PROGRAM, *args], env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def partial_data(out: Path) -> bool:
     """Whether a merge into `out` has begun to write weights under a temporary name."""
     try:
-        return any(".safetensors.partial-" in e.name and e.stat().st_size for e in os.scandir(out))
+        return any((out / n).stat().st_size for n in os.listdir(out) if ".safetensors.partial-" in n)
     except FileNotFoundError:
         return False
 
@@ -99,7 +101,7 @@ def test_reader_that_goes_away_ends_the_program_quietly(env, models, tmp_path, a
     os.close(read)
     done = subprocess.run([*PROGRAM, *args], env=env, cwd=models, stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
-    assert (1, b"") == (done.returncode, done.stderr)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -108,7 +110,7 @@ def test_stdout_that_cannot_be_written_is_an_error(env, models):
         done = subprocess.run(
             [*PROGRAM, "inspect", "a"], env=env, cwd=models, stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
-    assert (4, "StorageError: stdout cannot be written: No space left on device\n") == (done.returncode, done.stderr)
+    assert (done.returncode, done.stderr) == (4, "StorageError: stdout cannot be written: No space left on device\n")
 
 
 def test_merge_without_stdout_and_stderr(env, models, tmp_path):
@@ -139,14 +141,14 @@ try:
     main()
 except SystemExit as end:
     assert not end.code, end.code
-heavy = {"torch", "numpy", "rich", "huggingface_hub", "transformers", "triton", "safetensors", "asyncio", "importlib.metadata"}
-assert not heavy & sys.modules.keys(), sorted(heavy & sys.modules.keys())
+heavy = "torch numpy rich huggingface_hub transformers triton safetensors asyncio importlib.metadata"
+assert not set(heavy.split()) & sys.modules.keys(), set(heavy.split()) & sys.modules.keys()
 """
     args = [str(tmp_path / "out") if a == "OUT" else a for a in args]
     done = subprocess.run(
         [sys.executable, "-c", program, *args], env=env, cwd=models, capture_output=True, text=True, check=False
     )
-    assert (0, "") == (done.returncode, done.stderr)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def fetch(repo: str, revision: str | None = None) -> Path:
             except Exception:
                 pass
         cached = "HF_HUB_OFFLINE is set and" if offline else f"the Hub cannot be reached ({_first_line(error)}), and"
-        problem = f"{cached} the local cache ({constants.HF_HUB_CACHE}) does not hold it in full"
+        problem = f"{cached} the local cache ({constants.HF_HUB_CACHE}) does not hold it in full."
     raise CheckpointError(problem, file=repo)
 
 

@@ -136,7 +136,7 @@ class _Yaml:
         first = self.nodes
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in self.anchors:
-                self.fail(event, f"`*{clipped(event.anchor)}` names nothing that is complete above it", path)
+                self.fail(event, f"`*{clipped(str(event.anchor))}` names nothing that is complete above it", path)
             value, size = self.anchors[event.anchor]
             self.count(event, size, path)
             return value

@@ -1,0 +1,101 @@
+"""The command line. What each command needs is imported when it runs: `fastinterp --version` loads none of it."""
+
+from __future__ import annotations
+
+import signal
+from importlib import import_module
+from types import FrameType
+from typing import Any
+
+import click
+
+from fastinterp._version import __version__
+from fastinterp.errors import FastinterpError
+
+# The commands in the order of --help, and the module that each is in.
+_HOMES = {
+    "merge": "fastinterp.cli.merging",
+    "interpolate": "fastinterp.cli.merging",
+    "explain": "fastinterp.cli.looking",
+    "inspect": "fastinterp.cli.looking",
+    "diff": "fastinterp.cli.looking",
+    "methods": "fastinterp.cli.about",
+    "doctor": "fastinterp.cli.about",
+    "bench": "fastinterp.bench.command",
+}
+OUTCOME = "fastinterp.outcome"  # key in click's Context.meta: a list, what to say of the output after an interruption
+
+
+class _Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM. Raised where the program stands, so that everything on the way out cleans up."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+class _Commands(click.Group):
+    """Loads the command that is asked for, and turns what it raises into one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_HOMES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _HOMES:
+            return None
+        found: click.Command = getattr(import_module(_HOMES[cmd_name]), cmd_name)
+        return found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in _HOMES and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            close = get_close_matches(args[0], _HOMES, n=1)
+            ctx.fail(f"no such command '{args[0]}'. " + (f"Did you mean {close[0]}?" if close else _KNOWN))
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FastinterpError as error:
+            click.echo(f"{click.style(type(error).__name__, fg='red')}: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt as stopped:
+            click.echo("; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), err=True)
+            ctx.exit(getattr(stopped, "exit_code", 130))
+
+
+_KNOWN = "Known: " + ", ".join(_HOMES)
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 2 bad usage or recipe, 3 bad checkpoint, 4 input or output failed, 130 interrupted.",
+)
+@click.version_option(__version__, prog_name="fastinterp", message="%(prog)s %(version)s")
+def commands() -> None:
+    """Merge model checkpoints as fast as the files can be copied, exactly.
+
+    \b
+    Example:
+      fastinterp explain recipe.yml
+      fastinterp merge recipe.yml merged/
+    """
+
+
+def main() -> None:
+    """The program `fastinterp`. Ends the process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
+    commands(prog_name="fastinterp")
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    # Once is enough: an impatient second Ctrl-C must not interrupt the removal of half-written files.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Stopped(number)

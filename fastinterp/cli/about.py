@@ -1,0 +1,71 @@
+"""`methods` and `doctor`: what this installation can do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from fastinterp.cli import options
+
+if TYPE_CHECKING:
+    from fastinterp.methods import Method
+
+
+@click.command()
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List the merge methods, or explain the one called NAME.
+
+    \b
+    Example:
+      fastinterp methods
+      fastinterp methods task_arithmetic
+    """
+    from fastinterp.methods import find, names
+
+    if name is not None:
+        found = find(name)
+        options.say(f"{found.doc}\n\nExample recipe:\n\n{example(found)}")
+        return
+    width = max(len(n) for n in names())
+    options.say("\n".join(f"{n:{width}}  {find(n).doc.splitlines()[0]}" for n in names()))
+
+
+def example(method: Method) -> str:
+    """A recipe that the method accepts: YAML, with the parameters that must be given."""
+    each = [p.name for p in method.parameters if p.each and p.required]
+    once = [p.name for p in method.parameters if not p.each and p.required]
+    count = max(method.models[0], min(2, method.models[1]))
+    lines = [f"merge_method: {method.name}"]
+    if method.base == "required":
+        lines.append("base_model: models/base")
+        count -= 1
+    lines.append("models:")
+    for i in range(count):
+        lines.append(f"  - model: models/{'abcd'[i]}")
+        if each:
+            lines.append("    parameters: {" + ", ".join(f"{name}: 0.5" for name in each) + "}")
+    if once:
+        lines.append("parameters: {" + ", ".join(f"{name}: 0.5" for name in once) + "}")
+    return "\n".join(lines)
+
+
+@click.command()
+@options.as_json
+def doctor(as_json: bool) -> None:
+    """Show what this machine has and how fast it is.
+
+    Versions, processor, GPUs, settings, and a two-second measurement of memory and file bandwidth.
+
+    \b
+    Example:
+      fastinterp doctor
+    """
+    from fastinterp import doctor as checkup
+
+    found = checkup.examine()
+    if as_json:
+        options.say_json(found)
+    else:
+        options.say(checkup.as_text(found))

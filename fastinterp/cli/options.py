@@ -1,0 +1,78 @@
+"""What the commands share: options, and how results get to stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from fastinterp.errors import StorageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+threads = click.option("--threads", type=int, metavar="N", help="Default: one per CPU, at most 32.")
+max_shard_size = click.option(
+    "--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Tensor data in one output file."
+)
+max_memory = click.option(
+    "--max-memory", default="512MB", show_default=True, metavar="SIZE", help="Bound of the scratch memory."
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else there.")
+quiet = click.option("--quiet", is_flag=True, help="Print errors and warnings only.")
+
+_OUTPUT = (
+    click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto or cpu."),
+    threads,
+    max_shard_size,
+    max_memory,
+    click.option("--dtype", metavar="NAME", help="Store float32, bfloat16, ... instead of what the recipe says."),
+    click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), help="Default: nearest, to even."),
+    click.option("--seed", type=int, metavar="N", help="Of stochastic rounding. Default: 0."),
+    click.option("--force", is_flag=True, help="Replace a checkpoint that is already there."),
+    click.option("--durable", is_flag=True, help="fsync all files: slower, but survives a crash of the machine."),
+    quiet,
+    as_json,
+)
+
+
+def output(command: F) -> F:
+    """All options of a command that writes checkpoints. Their names are the keyword arguments of `engine.run.merge`."""
+    for option in reversed(_OUTPUT):
+        command = option(command)
+    return command
+
+
+def say(text: str) -> None:
+    """Print a result on stdout.
+
+    Raises: StorageError, if it cannot be written; a reader that has gone away (`| head`) ends the program quietly.
+    """
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise  # click ends the program
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more when it ends
+        raise StorageError(f"stdout cannot be written: {error.strerror}") from None
+
+
+def say_json(value: Any) -> None:
+    """Print `value` on stdout as JSON. NaN and Inf, which JSON does not have, become null."""
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value), indent=2, allow_nan=False)
+    say(text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,100 @@
+"""How far a run is, on stderr: a bar on a terminal, a plain line every ten seconds elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Progress = Callable[[int, int], None]  # bytes done and bytes to do, about ten times a second
+
+_LINE_S = 10.0  # between plain lines
+_PATIENCE_S = 0.3  # a run that is over sooner shows no bar
+_RECENT_S = 5.0  # what the rate is taken over
+
+
+@contextmanager
+def shown(quiet: bool) -> Iterator[Progress | None]:
+    """The progress callback for a run inside the `with`; None if nothing is to be shown."""
+    if quiet or sys.stderr is None:  # None: it was closed before the program started
+        yield None
+    elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        bar = _Bar()
+        try:
+            yield bar
+        finally:
+            bar.close()
+    else:
+        yield _Lines()
+
+
+class _Rate:
+    """Bytes per second, over the last few seconds."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self._seen: deque[tuple[float, int]] = deque([(self.start, 0)])
+
+    def text(self, done: int, total: int) -> str:
+        """`1.2 of 9.8 GB, 2.1 GB/s, 4 s left`"""
+        now = time.monotonic()
+        self._seen.append((now, done))
+        while now - self._seen[0][0] > _RECENT_S and len(self._seen) > 2:
+            self._seen.popleft()
+        then, before = self._seen[0]
+        rate = (done - before) / (now - then) if now > then else 0.0
+        left = f", {_duration((total - done) / rate)} left" if rate > 0 else ""
+        return f"{done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.1f} GB/s{left}"
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._rate = _Rate()
+        self._last = self._rate.start
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= _LINE_S and done < total:
+            self._last = now
+            print(f"{done / total:4.0%} {self._rate.text(done, total)}", file=sys.stderr, flush=True)  # noqa: T201 # a log
+
+
+class _Bar:
+    """Draws from the calling thread: the run calls often enough, and its threads have the processors."""
+
+    def __init__(self) -> None:
+        self._rate = _Rate()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            if time.monotonic() - self._rate.start < _PATIENCE_S or done >= total:
+                return
+            self._open(total)
+        self._bar.update(self._task, completed=done, text=self._rate.text(done, total), refresh=True)
+
+    def _open(self, total: int) -> None:
+        # Here, because it takes as long to load as a small merge takes.
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = BarColumn(), TextColumn("{task.percentage:3.0f}% {task.fields[text]}")
+        self._bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
+        self._task = self._bar.add_task("", total=total, text="")
+        self._bar.start()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    """`4 s`, `3 min`, `2 h`: as precise as an estimate can be."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.0f} h"
