@@ -1,0 +1,1 @@
+"""Whole commands raced against each other: `fastinterp bench`. Kernel benchmarks are in benchmarks/."""
