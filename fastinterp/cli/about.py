@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("name", required=False)
-def methods(name: str | None) -> None:
+@click.option("--markdown", is_flag=True, help="List them as a table in Markdown.")
+def methods(name: str | None, markdown: bool) -> None:
     """List the merge methods, or explain the one called NAME.
 
     \b
@@ -28,8 +29,27 @@ def methods(name: str | None) -> None:
         found = find(name)
         options.say(f"{found.doc}\n\nExample recipe:\n\n{example(found)}")
         return
+    if markdown:
+        options.say(table())
+        return
     width = max(len(n) for n in names())
     options.say("\n".join(f"{n:{width}}  {find(n).doc.splitlines()[0]}" for n in names()))
+
+
+def table() -> str:
+    """The methods as a Markdown table: what each does, its formula, models and parameters."""
+    from fastinterp.methods import find, names
+
+    lines = ["| method | does | formula | models | parameters |", "|---|---|---|---|---|"]
+    for name in names():
+        found = find(name)
+        does, _, formula = found.doc.splitlines()[0].partition("     ")
+        low, high = found.models
+        models = f"{low}" if low == high else f"{low} to {high}"
+        base = {"required": ", with a base", "optional": ", with or without a base", "none": ""}[found.base]
+        parameters = ", ".join(f"`{p.name}`" for p in found.parameters)
+        lines.append(f"| `{name}` | {does} | `{formula.strip()}` | {models}{base} | {parameters} |")
+    return "\n".join(lines)
 
 
 def example(method: Method) -> str:
