@@ -272,17 +272,23 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_OUTPUTS") = fi::kMaxOutputs;
   m.attr("CHUNK") = fi::kChunk;
 
-  m.def("isas", [] {
-    std::vector<std::string> names;
-    for (int i = 0; i < fi::backend_count(); ++i)
-      if (fi::backend_at(i).usable()) names.emplace_back(fi::backend_at(i).name);
-    return names;
-  }, "Instruction sets that this machine can run, best first.");
-  m.def("built_isas", [] {
-    std::vector<std::string> names;
-    for (int i = 0; i < fi::backend_count(); ++i) names.emplace_back(fi::backend_at(i).name);
-    return names;
-  }, "Instruction sets in this build, best first.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < fi::backend_count(); ++i)
+          if (fi::backend_at(i).usable()) names.emplace_back(fi::backend_at(i).name);
+        return names;
+      },
+      "Instruction sets that this machine can run, best first.");
+  m.def(
+      "built_isas",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < fi::backend_count(); ++i) names.emplace_back(fi::backend_at(i).name);
+        return names;
+      },
+      "Instruction sets in this build, best first.");
 
   m.def("combine", &combine, py::arg("inputs"), py::arg("in_dtypes"), py::arg("rows"), py::arg("outputs"),
         py::arg("out_dtype"), py::arg("numel"), py::kw_only(), py::arg("first") = 0, py::arg("stochastic") = false,
@@ -290,14 +296,17 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads") = 1, py::arg("isa") = "",
         "Weighted sums of arrays in memory, given by address. The caller answers for the addresses.");
 
-  m.def("reserve", [](int fd, int64_t size) {
-    const int code = fi::reserve(fd, size);
-    if (code != 0) {
-      errno = code;
-      PyErr_SetFromErrno(PyExc_OSError);
-      throw py::error_already_set();
-    }
-  }, py::arg("fd"), py::arg("size"), "Reserve the bytes of an output file. Raises: OSError, if the disk is full.");
+  m.def(
+      "reserve",
+      [](int fd, int64_t size) {
+        const int code = fi::reserve(fd, size);
+        if (code != 0) {
+          errno = code;
+          PyErr_SetFromErrno(PyExc_OSError);
+          throw py::error_already_set();
+        }
+      },
+      py::arg("fd"), py::arg("size"), "Reserve the bytes of an output file. Raises: OSError, if the disk is full.");
   m.def("cached_fraction", &fi::cached_fraction, py::arg("fd"), py::arg("size"),
         "Fraction of a file in the page cache, from 64 sampled pages; -1 if unknown.");
 

@@ -48,6 +48,7 @@ struct Format;
 template <>
 struct Format<DType::F64> {
   using Bits = uint64_t;
+  static constexpr bool kFp8 = false;
 };
 template <>
 struct Format<DType::F32> {
@@ -85,8 +86,8 @@ struct Format<DType::F8_E5M2> {
   static constexpr bool kFp8 = true;
 };
 
-// All ones or all zeros: a choice without a branch, which compilers would not turn into vectors.
-FI_INLINE uint32_t mask(bool b) { return 0u - uint32_t(b); }
+// A choice that stays free of branches, which compilers would not turn into vectors.
+FI_INLINE uint32_t choose(bool which, uint32_t yes, uint32_t no) { return no ^ ((no ^ yes) & (0u - uint32_t(which))); }
 
 // ---- widen: exact ----------------------------------------------------------------------------------------------
 
@@ -99,10 +100,10 @@ FI_INLINE float widen_small(uint32_t b) {
   const uint32_t mag = b & (F::kSign - 1), sign = b & F::kSign;
   constexpr int kSignShift = 31 - (F::kSign == 0x8000 ? 15 : 7);
   constexpr uint32_t kRebias = uint32_t(127 - F::kBias) << 23, kOne = 1u << 23;
-  const uint32_t subnormal = mask(mag < (1u << F::kMant));
-  const uint32_t placed = (mag << (23 - F::kMant)) + kRebias + (subnormal & kOne);
-  const float value = bit_cast<float>(placed) - bit_cast<float>(subnormal & (kRebias + kOne));
-  const uint32_t special = mask(mag >= F::kInf) & 0x7f800000u;
+  const bool subnormal = mag < (1u << F::kMant);
+  const uint32_t placed = (mag << (23 - F::kMant)) + choose(subnormal, kRebias + kOne, kRebias);
+  const float value = bit_cast<float>(placed) - bit_cast<float>(choose(subnormal, kRebias + kOne, 0));
+  const uint32_t special = choose(mag >= F::kInf, 0x7f800000u, 0);
   return bit_cast<float>(bit_cast<uint32_t>(value) | special | (sign << kSignShift));
 }
 template <DType D>
@@ -140,9 +141,9 @@ struct Compute<double> {
   static constexpr U kInf = 0x7ff0000000000000ull, kSign = 0x8000000000000000ull;
 };
 
-// Rounds a magnitude to format D. One place of D is worth 2^(field - bias - kMant), where `field` is the exponent's field
-// or, where D is subnormal, that of D's smallest normal number. The result is the number of such places, added to the
-// exponent's bits, where a carry does the right thing by itself. `word` is the element's random word.
+// Rounds a magnitude to format D. One place of D is worth 2^(field - bias - kMant), where `field` is the exponent's
+// field or, where D is subnormal, that of D's smallest normal number. The result is the number of such places, added to
+// the exponent's bits, where a carry does the right thing by itself. `word` is the element's random word.
 template <DType D, class Policy, bool kStochastic, class T>
 FI_INLINE typename Format<D>::Bits round_to(T x, uint32_t word) {
   using F = Format<D>;
@@ -150,11 +151,15 @@ FI_INLINE typename Format<D>::Bits round_to(T x, uint32_t word) {
   using U = typename C::U;
   constexpr int kDrop = C::kMant - F::kMant;
   static_assert(kDrop > 0, "something is dropped");
-  constexpr U kLeast = U(C::kBias - F::kBias + 1) << C::kMant;  // D's smallest normal number
-  constexpr U kBeyond = U(F::kMax + 1 + (U(C::kBias - F::kBias) << F::kMant)) << kDrop;  // the next after its largest
+  constexpr int kSignShift = 8 * int(sizeof(U) - sizeof(typename F::Bits));
+  constexpr uint32_t kTop = F::kFp8 && Policy::kSaturate ? F::kMax : F::kMax + 1;  // what overflow becomes
+  constexpr U kRebias = U(C::kBias - F::kBias) << F::kMant;
+  constexpr U kLeast = (kRebias + (U(1) << F::kMant)) << kDrop;  // D's smallest normal number
+  constexpr U kBound = (kRebias + kTop) << kDrop;                // the value that rounds to kTop without a remainder
+  static_assert(F::kMax + 1 == F::kInf, "a carry out of the largest number is an infinity, in E4M3 a NaN");
   const U bits = bit_cast<U>(x), mag = bits & ~C::kSign;
-  const uint32_t sign = (bits & C::kSign) ? F::kSign : 0;
-  const U finite = mag < kBeyond ? mag : kBeyond;
+  const uint32_t sign = uint32_t(bits >> kSignShift) & F::kSign;
+  const U finite = mag < kBound ? mag : kBound;
   const U field = (finite & C::kInf) > kLeast ? finite & C::kInf : kLeast;
   U places;
   if constexpr (kStochastic) {
@@ -163,23 +168,20 @@ FI_INLINE typename Format<D>::Bits round_to(T x, uint32_t word) {
     const U implicit = own ? U(1) << C::kMant : 0;
     const U sig = (finite & ((U(1) << C::kMant) - 1)) | implicit;
     const int drop = kDrop + int(field >> C::kMant) - (own ? own : 1);
+    const int d = drop > 60 ? 60 : drop;
     const U kept = drop > 60 ? U(0) : sig;
-    const uint32_t below = drop < 32 ? uint32_t(kept << (32 - drop)) : uint32_t(kept >> (drop - 32));
+    const uint32_t below = d < 32 ? uint32_t(kept << (32 - d)) : uint32_t(kept >> (d - 32));
     const uint32_t carry = uint32_t(below + word) < word ? 1 : 0;
-    places = (drop < int(8 * sizeof(U)) ? kept >> drop : U(0)) + carry;
+    places = (d < int(8 * sizeof(U)) ? kept >> d : U(0)) + carry;
   } else {
     // Next to a number whose last place is D's, the sum's own rounding, to nearest even, is the one wanted.
     const U large = field + (U(kDrop) << C::kMant);
     places = bit_cast<U>(T(bit_cast<T>(finite) + bit_cast<T>(large))) - large;
   }
-  U out = ((field - kLeast) >> kDrop) + places;
-  const uint32_t over = F::kFp8 && Policy::kSaturate ? F::kMax : F::kInf;
-  out = out > F::kMax ? over : out;
-  if (mag == C::kInf) out = F::kInf;
-  out = out | sign;
-  if (D == DType::F8_E4M3 && (out & 0x7f) == 0x7f) out = F::kNan;
-  if (mag > C::kInf) out = F::kNan;
-  return typename F::Bits(out);
+  uint32_t out = uint32_t((field - kLeast) >> kDrop) + uint32_t(places);
+  if (kTop != F::kInf) out = choose(mag >= C::kInf, F::kInf, out);
+  const bool nan = D == DType::F8_E4M3 ? out == F::kNan : mag > C::kInf;
+  return typename F::Bits(choose(nan, F::kNan, out | sign));
 }
 
 // bf16 keeps float's exponent, so rounding is one integer addition. vcvtneps2bf16 is not used: it flushes subnormals.

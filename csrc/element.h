@@ -24,19 +24,23 @@ FI_INLINE T add_pivot(T total, T p, T acc) {
 // 16 * (e / 64) + e % 16: sixteen counters serve 64 elements, so that a 16-lane unit needs no transposition.
 constexpr int kPhiloxGroup = 64, kPhiloxLanes = 16;
 
+template <class W>
 struct PhiloxWords {
-  uint32_t w[4];
+  W w[4];
 };
 
-FI_INLINE PhiloxWords philox(uint64_t counter, uint64_t key) {
-  uint32_t c0 = uint32_t(counter), c1 = uint32_t(counter >> 32), c2 = 0, c3 = 0;
+// W is uint64_t, or a vector of them; product(c, k) multiplies the low half of each element of c by k. Words are in the
+// low halves, and what the high halves hold does not matter.
+template <class W, class Product>
+FI_INLINE PhiloxWords<W> philox(W counter, uint64_t key, Product product) {
+  W c0 = counter, c1 = counter >> 32, c2 = counter ^ counter, c3 = c2;
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
   for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(b >> 32) ^ c1 ^ k0;
-    c1 = uint32_t(b);
-    c2 = uint32_t(a >> 32) ^ c3 ^ k1;
-    c3 = uint32_t(a);
+    const W a = product(c0, 0xD2511F53u), b = product(c2, 0xCD9E8D57u);
+    c0 = (b >> 32) ^ c1 ^ k0;
+    c1 = b;
+    c2 = (a >> 32) ^ c3 ^ k1;
+    c3 = a;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }

@@ -44,10 +44,10 @@ struct CombineArgs {
   int n, k;
   DType out_dtype;
   bool stochastic, fp8_saturate;
-  int stats_every;   // chunk c of the tensor is sampled iff c % stats_every == 0; 0 samples none
-  int64_t numel;     // elements in this call
-  int64_t first;     // index, in the tensor, of this call's first element
-  RowStats* stats;   // k, added to
+  int stats_every;  // chunk c of the tensor is sampled iff c % stats_every == 0; 0 samples none
+  int64_t numel;    // elements in this call
+  int64_t first;    // index, in the tensor, of this call's first element
+  RowStats* stats;  // k, added to
 };
 
 // How many sums a measure of n vectors has: the upper triangle of the Gram matrix row by row, then the L1 norms.
@@ -57,12 +57,12 @@ struct MeasureArgs {
   const void* const* x;  // n inputs, `numel` elements each, any alignment
   const DType* in;
   int n;
-  bool deltas;      // the vectors are x[0] and x[i] - x[0]; else the inputs themselves
-  bool wide;        // compute in float64; needed when any input is F64
-  int64_t numel;    // at most kChunk: one whole chunk of a tensor, or its last one
-  void* scratch;    // n * kChunk elements of the compute type
-  double* sums;     // measure_sums(n)
-  int64_t* nonzero; // n, added to: elements of each vector that are not 0 (NaN counts)
+  bool deltas;       // the vectors are x[0] and x[i] - x[0]; else the inputs themselves
+  bool wide;         // compute in float64; needed when any input is F64
+  int64_t numel;     // at most kChunk: one whole chunk of a tensor, or its last one
+  void* scratch;     // n * kChunk elements of the compute type
+  double* sums;      // measure_sums(n)
+  int64_t* nonzero;  // n, added to: elements of each vector that are not 0 (NaN counts)
 };
 
 struct Backend {

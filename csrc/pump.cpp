@@ -13,7 +13,7 @@ namespace fi {
 
 namespace {
 
-constexpr int64_t kSlack = 64;        // a block may end a few bytes late, at the end of an element
+constexpr int64_t kSlack = 64;          // a block may end a few bytes late, at the end of an element
 constexpr size_t kPrefetchBlocks = 16;  // how far ahead of the work the kernel is asked to read
 constexpr int64_t kMeasureChunks = 16;  // that a thread measures at a time
 
@@ -21,9 +21,7 @@ int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 int element_bytes(const Step& step) { return step.kind == Step::kSame ? 1 : size_of(step.out_dtype); }
 
-int input_bytes(const Step& step, const Operand& input) {
-  return step.kind == Step::kSame ? 1 : size_of(input.dtype);
-}
+int input_bytes(const Step& step, const Operand& input) { return step.kind == Step::kSame ? 1 : size_of(input.dtype); }
 
 // One thread's scratch: mapped, so that it goes back to the system and is never mixed with the heap.
 class Scratch {
@@ -86,7 +84,8 @@ void Pump::cut() {
     int64_t first = 0;
     while (first < step.numel) {
       const int64_t at = step.offsets[0] + first * size;
-      const bool joins = !blocks_.empty() && !steps_[size_t(pieces_.back().step)].sinks.empty() && blocks_.back().offset + blocks_.back().bytes == at &&
+      const bool joins = !blocks_.empty() && !steps_[size_t(pieces_.back().step)].sinks.empty() &&
+                         blocks_.back().offset + blocks_.back().bytes == at &&
                          steps_[size_t(pieces_.back().step)].sinks == step.sinks &&
                          at % options_.block_bytes >= element_bytes(steps_[size_t(pieces_.back().step)]);
       if (!joins) blocks_.push_back({pieces_.size(), pieces_.size(), at, 0});
@@ -200,7 +199,8 @@ void Pump::run_piece(const Piece& piece, char* in, const std::vector<void*>& out
     for (size_t i = 0; i < n; ++i) {
       const Operand& input = step.inputs[i];
       const int64_t width = size_of(input.dtype);
-      x[i] = sources_[size_t(input.source)].get(input.offset + first * width, count * width, in + in_bytes_ * int64_t(i));
+      x[i] =
+          sources_[size_t(input.source)].get(input.offset + first * width, count * width, in + in_bytes_ * int64_t(i));
       bytes_read_ += count * width;
     }
     for (size_t row = 0; row < k; ++row) to[row] = static_cast<char*>(out[row]) + done * size;
@@ -326,8 +326,8 @@ std::vector<Measured> Pump::measured() const {
     for (size_t count = sums.size() / width; count > 1; count = (count + 1) / 2)
       for (size_t c = 0; c < (count + 1) / 2; ++c)
         for (size_t i = 0; i < width; ++i)
-          sums[c * width + i] = 2 * c + 1 < count ? sums[2 * c * width + i] + sums[(2 * c + 1) * width + i]
-                                                  : sums[2 * c * width + i];
+          sums[c * width + i] =
+              2 * c + 1 < count ? sums[2 * c * width + i] + sums[(2 * c + 1) * width + i] : sums[2 * c * width + i];
     sums.resize(width);
     all[s].sums = std::move(sums);
   }

@@ -35,9 +35,9 @@ struct Step {
   std::vector<int> sinks;                // one per output
   std::vector<int64_t> offsets;          // bytes, one per output
   DType out_dtype = DType::F32;
-  int64_t numel = 0;                     // elements; bytes for kSame
-  std::vector<uint64_t> keys;            // one per output
-  bool deltas = false;                   // of kMeasure
+  int64_t numel = 0;           // elements; bytes for kSame
+  std::vector<uint64_t> keys;  // one per output
+  bool deltas = false;         // of kMeasure
 };
 
 // What a kMeasure step found: see MeasureArgs.
@@ -95,7 +95,7 @@ class Pump {
     size_t nonzero;
   };
   struct Block {
-    size_t begin, end;  // pieces
+    size_t begin, end;      // pieces
     int64_t offset, bytes;  // in the first sink
   };
 

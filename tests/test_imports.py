@@ -61,6 +61,7 @@ PER_ISA = [
     "element.h",
     "cpu/backend.h",
     "cpu/loops.inc",
+    "cpu/measure.inc",
     "cpu/scalar.cpp",
     "cpu/avx*.cpp",
     "cpu/neon.cpp",

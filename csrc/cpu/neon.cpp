@@ -3,9 +3,7 @@
 
 namespace fi {
 namespace neon {
-static bool usable() {
-  return true;
-}
+static bool usable() { return true; }
 }  // namespace neon
 }  // namespace fi
 

@@ -3,9 +3,7 @@
 
 namespace fi {
 namespace scalar {
-static bool usable() {
-  return true;
-}
+static bool usable() { return true; }
 }  // namespace scalar
 }  // namespace fi
 
