@@ -212,10 +212,10 @@ fi::Step step_of(const PyStep& py_step, size_t sources, size_t sinks, bool stoch
 
 std::unique_ptr<fi::Pump> make_pump(const std::string& isa, const std::vector<int>& source_fds,
                                     const std::vector<int>& sink_fds, const std::vector<PyStep>& py_steps, int threads,
-                                    int64_t block_bytes, int64_t read_bytes, bool stochastic, bool fp8_saturate,
+                                    int64_t write_bytes, int64_t read_bytes, bool stochastic, bool fp8_saturate,
                                     bool prefetch, int stats_every) {
   if (threads < 1) throw py::value_error("at least one thread is needed");
-  if (block_bytes < 4096 || read_bytes < 4096) throw py::value_error("blocks and reads must have at least 4096 bytes");
+  if (write_bytes < 4096 || read_bytes < 4096) throw py::value_error("reads and writes must have at least 4096 bytes");
   std::vector<fi::Source> sources;
   for (const int fd : source_fds) sources.emplace_back(int(sources.size()), fd);
   std::vector<fi::Sink> sinks;
@@ -224,7 +224,7 @@ std::unique_ptr<fi::Pump> make_pump(const std::string& isa, const std::vector<in
   for (const PyStep& s : py_steps) steps.push_back(step_of(s, sources.size(), sinks.size(), stochastic));
   fi::PumpOptions options;
   options.threads = threads;
-  options.block_bytes = block_bytes;
+  options.write_bytes = write_bytes;
   options.read_bytes = read_bytes;
   options.stochastic = stochastic;
   options.fp8_saturate = fp8_saturate;
@@ -312,7 +312,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<fi::Pump>(m, "Pump", "Reads, combines and writes steps on threads of its own.")
       .def(py::init(&make_pump), py::arg("isa"), py::arg("sources"), py::arg("sinks"), py::arg("steps"), py::kw_only(),
-           py::arg("threads"), py::arg("block_bytes"), py::arg("read_bytes"), py::arg("stochastic"),
+           py::arg("threads"), py::arg("write_bytes"), py::arg("read_bytes"), py::arg("stochastic"),
            py::arg("fp8_saturate"), py::arg("prefetch"), py::arg("stats_every"))
       .def("start", &fi::Pump::start)
       .def("wait", &fi::Pump::wait, py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),

@@ -18,11 +18,10 @@ IoError::IoError(bool on_write, int which, int code, int64_t at, int64_t wanted,
       expected(wanted),
       done(got) {}
 
-const void* Source::get(int64_t offset, int64_t size, void* scratch) const {
-  if (memory_) return memory_ + offset;
-  char* to = static_cast<char*>(scratch);
+void Source::get(int64_t offset, int64_t size, void* to) const {
+  char* const bytes = static_cast<char*>(to);
   for (int64_t done = 0; done < size;) {
-    const ssize_t got = pread(fd_, to + done, size_t(size - done), offset + done);
+    const ssize_t got = pread(fd_, bytes + done, size_t(size - done), offset + done);
     if (got > 0)
       done += got;
     else if (got == 0)
@@ -30,22 +29,18 @@ const void* Source::get(int64_t offset, int64_t size, void* scratch) const {
     else if (errno != EINTR)
       throw IoError(false, index_, errno, offset, size, done);
   }
-  return scratch;
 }
 
 void Source::prefetch(int64_t offset, int64_t size) const {
 #if defined(POSIX_FADV_WILLNEED)
-  if (!memory_) posix_fadvise(fd_, offset, size, POSIX_FADV_WILLNEED);
+  posix_fadvise(fd_, offset, size, POSIX_FADV_WILLNEED);
 #endif
 }
 
-void* Sink::stage(int64_t offset, void* scratch) const { return memory_ ? memory_ + offset : scratch; }
-
-void Sink::put(int64_t offset, int64_t size, const void* staged) const {
-  if (memory_) return;
-  const char* from = static_cast<const char*>(staged);
+void Sink::put(int64_t offset, int64_t size, const void* from) const {
+  const char* const bytes = static_cast<const char*>(from);
   for (int64_t done = 0; done < size;) {
-    const ssize_t put = pwrite(fd_, from + done, size_t(size - done), offset + done);
+    const ssize_t put = pwrite(fd_, bytes + done, size_t(size - done), offset + done);
     if (put > 0)
       done += put;
     else if (put == 0 || errno != EINTR)

@@ -1,4 +1,4 @@
-// Where bytes come from and go to: a file or memory. Positioned reads and writes only, so threads share one handle.
+// Where bytes come from and go to. Positioned reads and writes only, so threads share one handle.
 #pragma once
 
 #include <cstdint>
@@ -18,32 +18,27 @@ struct IoError : std::runtime_error {
 
 class Source {
  public:
-  Source(int index, int fd) : index_(index), fd_(fd), memory_(nullptr) {}
-  Source(int index, const void* memory) : index_(index), fd_(-1), memory_(static_cast<const char*>(memory)) {}
+  Source(int index, int fd) : index_(index), fd_(fd) {}
 
-  // The bytes [offset, offset + size): read into `scratch`, or in place when they are in memory already.
-  const void* get(int64_t offset, int64_t size, void* scratch) const;
+  // Reads the bytes [offset, offset + size).
+  void get(int64_t offset, int64_t size, void* to) const;
 
   // Asks the kernel to have these bytes ready soon. A hint: errors do not matter.
   void prefetch(int64_t offset, int64_t size) const;
 
  private:
   int index_, fd_;
-  const char* memory_;
 };
 
 class Sink {
  public:
-  Sink(int index, int fd) : index_(index), fd_(fd), memory_(nullptr) {}
-  Sink(int index, void* memory) : index_(index), fd_(-1), memory_(static_cast<char*>(memory)) {}
+  Sink(int index, int fd) : index_(index), fd_(fd) {}
 
-  // Where `size` bytes for `offset` should be put together: `scratch`, or their last place when that is memory.
-  void* stage(int64_t offset, void* scratch) const;
-  void put(int64_t offset, int64_t size, const void* staged) const;
+  // Writes `size` bytes at `offset`.
+  void put(int64_t offset, int64_t size, const void* from) const;
 
  private:
   int index_, fd_;
-  char* memory_;
 };
 
 // Reserves `size` bytes of a file that is open for writing, so that a full disk shows before any work is done. File

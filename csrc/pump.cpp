@@ -13,15 +13,22 @@ namespace fi {
 
 namespace {
 
-constexpr int64_t kSlack = 64;          // a block may end a few bytes late, at the end of an element
-constexpr size_t kPrefetchBlocks = 16;  // how far ahead of the work the kernel is asked to read
-constexpr int64_t kMeasureChunks = 16;  // that a thread measures at a time
+constexpr int64_t kSlack = 64;            // a block may end a few bytes late, at the end of an element
+constexpr int64_t kBlockBytes = 2 << 20;  // of one output: what a thread takes at a time
+constexpr size_t kPrefetchBlocks = 8;     // how far ahead of the work the kernel is asked to read
+constexpr int64_t kMeasureChunks = 16;    // that a thread measures at a time
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 int element_bytes(const Step& step) { return step.kind == Step::kSame ? 1 : size_of(step.out_dtype); }
 
 int input_bytes(const Step& step, const Operand& input) { return step.kind == Step::kSame ? 1 : size_of(input.dtype); }
+
+int widest(const Step& step) {
+  int bytes = 1;
+  for (const Operand& input : step.inputs) bytes = std::max(bytes, input_bytes(step, input));
+  return bytes;
+}
 
 // One thread's scratch: mapped, so that it goes back to the system and is never mixed with the heap.
 class Scratch {
@@ -60,7 +67,7 @@ Pump::Pump(const Backend& backend, std::vector<Source> sources, std::vector<Sink
     if (step.kind == Step::kMeasure) measured = std::max(measured, step.inputs.size());
   }
   in_bytes_ = round_up(std::max<int64_t>(options_.read_bytes, measured ? kChunk * 8 : 0) + kSlack, 4096);
-  out_stride_ = round_up(options_.block_bytes + kSlack, 4096);
+  out_stride_ = round_up(options_.write_bytes + kSlack, 4096);
   scratch_bytes_ = in_bytes_ * int64_t(inputs) + out_stride_ * int64_t(outputs);
   scratch_bytes_ = std::max(scratch_bytes_, int64_t(inputs) * in_bytes_ + int64_t(measured) * kChunk * 8);
   cut();
@@ -71,8 +78,8 @@ Pump::~Pump() {
   join();
 }
 
-// Blocks end at multiples of block_bytes in the output file, so that the page cache can use large folios; only where an
-// element lies across such an edge does a block end a few bytes later.
+// Blocks end at multiples of kBlockBytes in the output file, so that writes can be aligned; only where an element lies
+// across such an edge does a block end a few bytes later.
 void Pump::cut() {
   for (size_t s = 0; s < steps_.size(); ++s) {
     const Step& step = steps_[s];
@@ -87,10 +94,10 @@ void Pump::cut() {
       const bool joins = !blocks_.empty() && !steps_[size_t(pieces_.back().step)].sinks.empty() &&
                          blocks_.back().offset + blocks_.back().bytes == at &&
                          steps_[size_t(pieces_.back().step)].sinks == step.sinks &&
-                         at % options_.block_bytes >= element_bytes(steps_[size_t(pieces_.back().step)]);
+                         at % kBlockBytes >= element_bytes(steps_[size_t(pieces_.back().step)]);
       if (!joins) blocks_.push_back({pieces_.size(), pieces_.size(), at, 0});
       Block& block = blocks_.back();
-      const int64_t edge = (at / options_.block_bytes + 1) * options_.block_bytes;
+      const int64_t edge = (at / kBlockBytes + 1) * kBlockBytes;
       const int64_t count = std::min(step.numel - first, (edge - at + size - 1) / size);
       pieces_.push_back({int(s), first, count, stats_.size(), 0});
       stats_.resize(stats_.size() + step.rows.size(), RowStats{});
@@ -148,96 +155,87 @@ void Pump::work() {
   if (--running_ == 0) ended_.notify_all();
 }
 
+// A block is read, combined and written in spans that stay in the second-level cache. A write ends at a multiple of
+// write_bytes in the file (or a few bytes later, with its last element), so the page cache gets aligned pages.
 void Pump::run_block(const Block& block, char* scratch) {
   const Step& head = steps_[size_t(pieces_[block.begin].step)];
   if (head.kind == Step::kMeasure) return measure(pieces_[block.begin], scratch);
-  const std::vector<int>& sinks = head.sinks;
-  const auto offset = [&](size_t k) { return block.offset + head.offsets[k] - head.offsets[0]; };
-  char* outs = scratch + scratch_bytes_ - out_stride_ * int64_t(sinks.size());
-  std::vector<char*> staged(sinks.size());
-  for (size_t k = 0; k < sinks.size(); ++k)
-    staged[k] = static_cast<char*>(sinks_[size_t(sinks[k])].stage(offset(k), outs + out_stride_ * int64_t(k)));
-  std::vector<void*> out(sinks.size());
-  int64_t at = 0;
+  char* const staged = scratch + scratch_bytes_ - out_stride_ * int64_t(head.sinks.size());
+  std::vector<void*> out(head.sinks.size());
+  int64_t start = block.offset, at = start;  // what is staged, in the first sink
   for (size_t i = block.begin; i < block.end; ++i) {
     const Piece& piece = pieces_[i];
     const Step& step = steps_[size_t(piece.step)];
-    for (size_t k = 0; k < sinks.size(); ++k) out[k] = staged[k] + at;
-    if (step.kind == Step::kSame) {
-      compare(piece, scratch, static_cast<char*>(out[0]));
-      for (size_t k = 1; k < out.size(); ++k) memcpy(out[k], out[0], size_t(piece.count));
-    } else {
-      run_piece(piece, scratch, out);
+    const int64_t size = element_bytes(step), most = options_.read_bytes / widest(step);
+    for (int64_t done = 0; done < piece.count && !cancelled_;) {
+      const int64_t edge = (start / options_.write_bytes + 1) * options_.write_bytes;
+      const int64_t count = std::min({piece.count - done, most, (edge - at + size - 1) / size});
+      for (size_t k = 0; k < out.size(); ++k) out[k] = staged + out_stride_ * int64_t(k) + (at - start);
+      step.kind == Step::kSame ? compare(piece, done, count, scratch, out) : combine(piece, done, count, scratch, out);
+      done += count;
+      at += count * size;
+      if (at >= edge || (done == piece.count && i + 1 == block.end)) {
+        write(head, start, at - start, staged);
+        start = at;
+      }
     }
-    at += piece.count * element_bytes(step);
   }
-  for (size_t k = 0; k < sinks.size(); ++k) sinks_[size_t(sinks[k])].put(offset(k), block.bytes, staged[k]);
-  bytes_written_ += block.bytes * int64_t(sinks.size());
 }
 
-// A piece is done in smaller reads, so that what was read is still in the second-level cache when it is combined.
-void Pump::run_piece(const Piece& piece, char* in, const std::vector<void*>& out) {
+void Pump::write(const Step& step, int64_t offset, int64_t size, const char* staged) {
+  for (size_t k = 0; k < step.sinks.size(); ++k)
+    sinks_[size_t(step.sinks[k])].put(offset + step.offsets[k] - step.offsets[0], size,
+                                      staged + out_stride_ * int64_t(k));
+  bytes_written_ += size * int64_t(step.sinks.size());
+}
+
+void Pump::combine(const Piece& piece, int64_t done, int64_t count, char* in, const std::vector<void*>& out) {
   const Step& step = steps_[size_t(piece.step)];
   const size_t n = step.inputs.size(), k = step.rows.size();
-  int widest = 1;
-  for (const Operand& input : step.inputs) widest = std::max(widest, size_of(input.dtype));
-  const int64_t most = std::max<int64_t>(1, options_.read_bytes / widest), size = size_of(step.out_dtype);
+  const int64_t first = piece.first + done;
+  const auto read = [&](size_t i, void* to) {
+    const Operand& input = step.inputs[i];
+    const int64_t width = size_of(input.dtype);
+    sources_[size_t(input.source)].get(input.offset + first * width, count * width, to);
+    bytes_read_ += count * width;
+  };
+  if (k == 1 && is_copy(step.rows[0]) && step.inputs[0].dtype == step.out_dtype) return read(0, out[0]);
   std::vector<const void*> x(n);
   std::vector<DType> dtypes(n);
-  for (size_t i = 0; i < n; ++i) dtypes[i] = step.inputs[i].dtype;
-  std::vector<void*> to(k);
-  for (int64_t done = 0; done < piece.count; done += most) {
-    const int64_t count = std::min(most, piece.count - done), first = piece.first + done;
-    if (k == 1 && n == 1 && is_copy(step.rows[0]) && dtypes[0] == step.out_dtype) {
-      char* here = static_cast<char*>(out[0]) + done * size;
-      const Operand& input = step.inputs[0];
-      const void* bytes = sources_[size_t(input.source)].get(input.offset + first * size, count * size, here);
-      if (bytes != here) memcpy(here, bytes, size_t(count * size));
-      bytes_read_ += count * size;
-      continue;
-    }
-    for (size_t i = 0; i < n; ++i) {
-      const Operand& input = step.inputs[i];
-      const int64_t width = size_of(input.dtype);
-      x[i] =
-          sources_[size_t(input.source)].get(input.offset + first * width, count * width, in + in_bytes_ * int64_t(i));
-      bytes_read_ += count * width;
-    }
-    for (size_t row = 0; row < k; ++row) to[row] = static_cast<char*>(out[row]) + done * size;
-    CombineArgs args{};
-    args.x = x.data();
-    args.in = dtypes.data();
-    args.rows = step.rows.data();
-    args.out = to.data();
-    args.keys = step.keys.data();
-    args.n = int(n);
-    args.k = int(k);
-    args.out_dtype = step.out_dtype;
-    args.stochastic = options_.stochastic;
-    args.fp8_saturate = options_.fp8_saturate;
-    args.stats_every = options_.stats_every;
-    args.numel = count;
-    args.first = first;
-    args.stats = &stats_[piece.stats];
-    backend_.combine(args);
+  for (size_t i = 0; i < n; ++i) {
+    char* const to = in + in_bytes_ * int64_t(i);
+    read(i, to);
+    x[i] = to;
+    dtypes[i] = step.inputs[i].dtype;
   }
+  CombineArgs args{};
+  args.x = x.data();
+  args.in = dtypes.data();
+  args.rows = step.rows.data();
+  args.out = out.data();
+  args.keys = step.keys.data();
+  args.n = int(n);
+  args.k = int(k);
+  args.out_dtype = step.out_dtype;
+  args.stochastic = options_.stochastic;
+  args.fp8_saturate = options_.fp8_saturate;
+  args.stats_every = options_.stats_every;
+  args.numel = count;
+  args.first = first;
+  args.stats = &stats_[piece.stats];
+  backend_.combine(args);
 }
 
-void Pump::compare(const Piece& piece, char* in, char* first) {
+void Pump::compare(const Piece& piece, int64_t done, int64_t count, char* in, const std::vector<void*>& out) {
   const Step& step = steps_[size_t(piece.step)];
-  for (int64_t done = 0; done < piece.count; done += options_.read_bytes) {
-    const int64_t count = std::min(options_.read_bytes, piece.count - done);
-    for (size_t i = 0; i < step.inputs.size(); ++i) {
-      const Operand& input = step.inputs[i];
-      char* scratch = i == 0 ? first + done : in;
-      const void* bytes = sources_[size_t(input.source)].get(input.offset + piece.first + done, count, scratch);
-      bytes_read_ += count;
-      if (i == 0 && bytes != scratch)
-        memcpy(first + done, bytes, size_t(count));
-      else if (i != 0 && memcmp(bytes, first + done, size_t(count)) != 0)
-        throw Differs(piece.step, int(i));
-    }
+  for (size_t i = 0; i < step.inputs.size(); ++i) {
+    const Operand& input = step.inputs[i];
+    void* const to = i == 0 ? out[0] : in;
+    sources_[size_t(input.source)].get(input.offset + piece.first + done, count, to);
+    bytes_read_ += count;
+    if (i != 0 && memcmp(in, out[0], size_t(count)) != 0) throw Differs(piece.step, int(i));
   }
+  for (size_t k = 1; k < out.size(); ++k) memcpy(out[k], out[0], size_t(count));
 }
 
 void Pump::measure(const Piece& piece, char* scratch) {
@@ -262,7 +260,9 @@ void Pump::measure(const Piece& piece, char* scratch) {
     for (size_t i = 0; i < n; ++i) {
       const Operand& input = step.inputs[i];
       const int64_t width = size_of(input.dtype), size = args.numel * width;
-      x[i] = sources_[size_t(input.source)].get(input.offset + first * width, size, scratch + in_bytes_ * int64_t(i));
+      char* const to = scratch + in_bytes_ * int64_t(i);
+      sources_[size_t(input.source)].get(input.offset + first * width, size, to);
+      x[i] = to;
       bytes_read_ += size;
     }
     args.sums = &sums_[piece.stats + size_t(chunk * measure_sums(args.n))];

@@ -48,8 +48,8 @@ struct Measured {
 
 struct PumpOptions {
   int threads = 1;
-  int64_t block_bytes = 512 << 10;  // of one output, per write
-  int64_t read_bytes = 128 << 10;   // of one input, per read
+  int64_t write_bytes = 64 << 10;  // of one output, per write
+  int64_t read_bytes = 64 << 10;   // of one input, per read
   bool stochastic = false, fp8_saturate = true, prefetch = false;
   int stats_every = 32;
 };
@@ -103,8 +103,10 @@ class Pump {
   void cut_measure(int step);
   void work();
   void run_block(const Block& block, char* scratch);
-  void run_piece(const Piece& piece, char* in, const std::vector<void*>& out);
-  void compare(const Piece& piece, char* in, char* first);
+  // Elements [done, done + count) of a piece, into `out`.
+  void combine(const Piece& piece, int64_t done, int64_t count, char* in, const std::vector<void*>& out);
+  void compare(const Piece& piece, int64_t done, int64_t count, char* in, const std::vector<void*>& out);
+  void write(const Step& step, int64_t offset, int64_t size, const char* staged);
   void measure(const Piece& piece, char* scratch);
   void prefetch(size_t block) const;
 
