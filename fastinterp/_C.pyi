@@ -42,7 +42,7 @@ class Pump:
         steps: list[_Step],
         *,
         threads: int,
-        block_bytes: int,
+        write_bytes: int,
         read_bytes: int,
         stochastic: bool,
         fp8_saturate: bool,

@@ -53,6 +53,8 @@ def weighted_sum(
     if pivot is None and not any(values):
         raise UsageError("every weight is 0, so nothing would be summed")
     row = (Combine(values) if pivot is None else Combine((0.0, *values), base=0)).row()
+    if out is not None and dtype is not None:
+        raise UsageError("give either `out` or `dtype`: out has a dtype of its own")
     kept = views[0][2]
     if out is None:
         wanted = kept if dtype is None else parse_dtype(dtype)

@@ -20,8 +20,8 @@ def watch(pump: Pump, total: int, progress: Progress | None) -> None:
 
     total  bytes that it will read and write, for `progress`
     """
-    pump.start()
     try:
+        pump.start()
         while not pump.wait(_TICK_S):
             if progress:
                 progress(pump.bytes_read + pump.bytes_written, total)

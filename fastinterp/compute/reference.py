@@ -3,24 +3,24 @@
 Raw tensors are uint8 arrays of any alignment; `codes` are their elements as unsigned integers of the storage width.
 Compute dtype: float32, or float64 if an input that the row reads is F64. Each row has its own, so an output does not
 depend on which other outputs share its read. Coefficients are float64 on the host, rounded once to the compute dtype.
-Sources: IEEE 754-2019; OCP FP8 (E4M3 is "e4m3fn": no Inf, S.1111.111 is NaN); Salmon et al. 2011 (Philox);
-Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd".
+Sources: IEEE 754-2019; OCP FP8 (E4M3 is "e4m3fn": no Inf, S.1111.111 is NaN); Salmon et al. 2011 (Philox).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.compute.exact_fma import fma, fma64
 from fastinterp.compute.ops import Row
 
-CHUNK = 16384  # elements; statistics that are sampled take whole chunks of the tensor
+CHUNK = 16384  # elements; statistics that are sampled take whole chunks of the tensor, `measure` folds them
+LANES = 256  # of a chunk, in `measure`
 
 Array = NDArray[Any]
 
@@ -215,83 +215,6 @@ def random_words(key: int, first: int, numel: int) -> Array:
     return np.take_along_axis(words, which.astype(np.int64)[:, None], axis=1)[:, 0]
 
 
-# --- fused multiply-add ----------------------------------------------------------------------------------------------
-
-
-def fma(a: Any, b: Array, c: Array) -> Array:
-    """a * b + c with one rounding, in the dtype of b: see fma32 and fma64."""
-    return fma64(a, b, c) if b.dtype == np.float64 else fma32(a, b, c)
-
-
-def fma32(a: Any, b: Any, c: Any) -> Array:
-    """a * b + c of f32 with one rounding to nearest even: f32, broadcast.
-
-    The product is exact in f64. The sum is rounded to odd there and then once to f32, which is right because 53 bits
-    are at least two more than f32 has (Boldo and Melquiond). Nothing over- or underflows in f64.
-    """
-    with np.errstate(all="ignore"):
-        product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
-        return _sum_to_odd(product, np.asarray(c, np.float64)).astype(np.float32)
-
-
-def fma64(a: Any, b: Any, c: Any) -> Array:
-    """a * b + c of f64 with one rounding to nearest even: f64, broadcast.
-
-    Boldo and Melquiond's algorithm where neither the product nor its error can over- or underflow; exact rational
-    arithmetic, an element at a time, elsewhere.
-    """
-    with np.errstate(all="ignore"):
-        a, b, c = (np.array(v) for v in np.broadcast_arrays(*(np.asarray(v, np.float64) for v in (a, b, c))))
-        high, low = _two_product(a, b)
-        t_high, t_low = _two_sum(c, low)
-        v_high, v_low = _two_sum(high, t_high)
-        y = v_high + _sum_to_odd(t_low, v_low)
-        factors_finite = np.isfinite(a) & np.isfinite(b)
-        plain = (a == 0) | (b == 0) | ~factors_finite | ~np.isfinite(c)
-        # An infinite c wins over a finite product, even over one that would overflow on its own.
-        y = np.where(plain, np.where(factors_finite & ~np.isfinite(c), c, a * b + c), y)
-        ea, eb, ec = (np.frexp(v)[1] for v in (a, b, c))
-        safe = (abs(ea) < 960) & (abs(eb) < 960) & (abs(ea + eb) < 900) & ((abs(ec) < 900) | (c == 0))
-        rest = ~(plain | safe)
-        y[rest] = [_exact_fma(*abc) for abc in zip(a[rest].tolist(), b[rest].tolist(), c[rest].tolist(), strict=True)]
-        return y
-
-
-def _exact_fma(a: float, b: float, c: float) -> float:
-    exact = Fraction(a) * Fraction(b) + Fraction(c)
-    try:
-        return float(exact)  # one rounding to nearest even, subnormals and the sign of an underflow included
-    except OverflowError:
-        return float("inf") if exact > 0 else float("-inf")
-
-
-def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """a + b rounded, and what the rounding lost (Knuth)."""
-    s = a + b
-    t = s - a
-    return s, (a - (s - t)) + (b - t)
-
-
-def _two_product(a: Array, b: Array) -> tuple[Array, Array]:
-    """a * b rounded, and what the rounding lost (Dekker, with Veltkamp's split into halves of 26 bits)."""
-
-    def split(x: Array) -> tuple[Array, Array]:
-        t = x * 134217729.0  # 2**27 + 1
-        high = t - (t - x)
-        return high, x - high
-
-    p = a * b
-    (ah, al), (bh, bl) = split(a), split(b)
-    return p, ((ah * bh - p) + ah * bl + al * bh) + al * bl
-
-
-def _sum_to_odd(a: Array, b: Array) -> Array:
-    """a + b in f64; where inexact, that one of the two neighbours whose last bit is 1."""
-    s, lost = _two_sum(a, b)
-    even = (s.view(np.int64) & 1 == 0) & (lost != 0) & np.isfinite(s)
-    return np.where(even, np.nextafter(s, np.where(lost > 0, np.inf, -np.inf)), s)
-
-
 # --- combine ---------------------------------------------------------------------------------------------------------
 
 
@@ -382,3 +305,47 @@ def _stats(x: list[Array], p: Array, change: Array, stored: Array, changed: Arra
         sum_od=float(np.sum(od)),
         scale_od=float(np.sum(abs(od))),
     )
+
+
+# --- measure ---------------------------------------------------------------------------------------------------------
+
+
+@np.errstate(all="ignore")
+def measure(inputs: Sequence[Array], dtypes: Sequence[DType], deltas: bool) -> tuple[Array, Array]:
+    """Sums over n vectors, in the order that contract rule 6 fixes: the inputs, or the first and x_i - x_0.
+
+    inputs  uint8[nbytes] each, any alignment, `dtypes` theirs; the same number of elements in each
+
+    Vectors are in the compute dtype, float64 if any of `dtypes` is F64; products and sums are fma in float64. In a
+    chunk of 16384 elements, element i adds to lane i % 256, in index order. Lanes, then chunks, fold in adjacent pairs;
+    an odd last one is carried along.
+
+    Returns f64[n * (n + 1) / 2 + n], the upper triangle of the Gram matrix row by row and then the L1 norms, and
+    i64[n], how many elements of each vector are not 0, NaN included.
+    """
+    compute: Any = np.float64 if F64 in dtypes else np.float32
+    x = np.stack([widen(raw, dtype).astype(compute) for raw, dtype in zip(inputs, dtypes, strict=True)])
+    if deltas:
+        x[1:] -= x[0]
+    n, numel = x.shape
+    chunks = max(1, -(-numel // CHUNK))
+    v = np.zeros((n, chunks * CHUNK))  # the zeros behind the last element change no sum
+    v[:, :numel] = x
+    v = v.reshape(n, chunks, CHUNK // LANES, LANES)
+    gram = [_folded_dot(v[i], v[j]) for i in range(n) for j in range(i, n)]
+    l1 = [_folded_dot(abs(v[i]), np.ones_like(v[i])) for i in range(n)]
+    return np.array(gram + l1), np.count_nonzero(x, axis=1)
+
+
+def _folded_dot(a: Array, b: Array) -> float:
+    """<a, b> of f64[chunks, steps, LANES]."""
+    lanes = np.zeros((a.shape[0], LANES))
+    for step in range(a.shape[1]):
+        lanes = fma64(a[:, step], b[:, step], lanes)
+    while lanes.shape[1] > 1:
+        lanes = lanes[:, 0::2] + lanes[:, 1::2]
+    sums = lanes[:, 0]
+    while sums.size > 1:
+        even = sums.size // 2 * 2
+        sums = np.append(sums[0:even:2] + sums[1:even:2], sums[even:])
+    return float(sums[0])

@@ -11,7 +11,7 @@ from typing import Any
 from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.pump import Progress, Pump, watch
 from fastinterp.errors import CheckpointError, StorageError
-from fastinterp.files.checkpoint import open_checkpoint
+from fastinterp.files.checkpoint import changed_since, open_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Difference:
     @property
     def cosine(self) -> float | None:
         """<a, b> / (|a| |b|), or None if either is 0. From delta, so that near models keep their digits."""
-        a2, d2 = self.norm_a**2, self.norm_delta**2
+        a2, d2 = self.norm_a * self.norm_a, self.norm_delta * self.norm_delta  # not **, which raises on overflow
         b2 = a2 + 2 * self.dot_a_delta + d2
         return (a2 + self.dot_a_delta) / (self.norm_a * math.sqrt(b2)) if a2 > 0 and b2 > 0 else None
 
@@ -74,12 +74,18 @@ class Comparison:
         return Difference.total(self.tensors.values())
 
 
-def compare(a: str, b: str, *, threads: int | None = None, progress: Progress | None = None) -> Comparison:
+def compare(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
     """Measure b - a for every tensor of two checkpoints. Every byte is read once.
 
     Raises: CheckpointError, StorageError, BackendError.
     """
-    first, second = open_checkpoint(a), open_checkpoint(b)
+    first, second = open_checkpoint(os.fspath(a)), open_checkpoint(os.fspath(b))
     common = [n for n in first.tensors if n in second.tensors]
     shapes = [n for n in common if first.tensors[n].shape != second.tensors[n].shape]
     same_shape = [n for n in common if first.tensors[n].shape == second.tensors[n].shape]
@@ -97,7 +103,7 @@ def compare(a: str, b: str, *, threads: int | None = None, progress: Progress | 
     try:
         fds.extend(os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths)
         pump = Pump(
-            cpu_isa(), fds, [], steps, threads=cpu_threads(threads), block_bytes=1 << 19, read_bytes=1 << 17,
+            cpu_isa(), fds, [], steps, threads=cpu_threads(threads), write_bytes=1 << 19, read_bytes=1 << 17,
             stochastic=False, fp8_saturate=True, prefetch=True, stats_every=0,
         )  # fmt: skip
         watch(pump, total, progress)
@@ -108,10 +114,15 @@ def compare(a: str, b: str, *, threads: int | None = None, progress: Progress | 
             os.close(fd)
     failed = pump.error()
     if failed is not None:
-        _, handle, code, *_ = failed
+        kind, *rest = failed
+        if kind != "read":
+            raise StorageError(f"the comparison stopped: {rest[0]}")
+        handle, code = rest[:2]
         if code:
             raise StorageError(f"{paths[handle]}: {os.strerror(code)}")
         raise CheckpointError("it was cut while it was being read", file=str(paths[handle]))
+    for path in (*changed_since(first), *changed_since(second)):
+        raise CheckpointError("it changed while it was being read. Compare again when it rests", file=str(path))
     tensors = {}
     for name, (sums, nonzero) in zip(names, pump.measured(), strict=True):
         aa, ad, dd = sums[:3]

@@ -54,7 +54,7 @@ def as_text(plan: Plan, window: Window) -> str:
     w, floor = found["window"], found["floor"]
     lines += [
         f"held     at most {size(w['bytes'])} of scratch: {counted(w['threads'], 'thread')} x ({w['inputs']} x "
-        f"{w['read_bytes'] >> 10} KiB in + {w['outputs']} x {w['block_bytes'] >> 10} KiB out)",
+        f"{w['read_bytes'] >> 10} KiB in + {w['outputs']} x {w['write_bytes'] >> 10} KiB out)",
         f"floor    {_seconds(floor['seconds'])}, if files are read at {floor['read_gb_per_s']:g} GB/s and written at "
         f"{floor['write_gb_per_s']:g} GB/s, as a warm page cache allows",
     ]

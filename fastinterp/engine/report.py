@@ -155,7 +155,10 @@ def warnings_of(tensors: Mapping[str, Effect], dtype: str) -> tuple[str, ...]:
         )
     if total.nan_in or total.inf_in:
         names = [n for n, e in tensors.items() if e.nan_in or e.inf_in]
-        found.append(f"the inputs hold {total.nan_in} NaN and {total.inf_in} Inf, first in {names[0]}")
+        found.append(
+            f"the inputs hold {total.nan_in} NaN and {total.inf_in} Inf, first in {names[0]}; "
+            f"the output ({dtype}) holds {total.nan_out} and {total.inf_out}"
+        )
     elif total.nan_out or total.inf_out:
         names = [n for n, e in tensors.items() if e.nan_out or e.inf_out]
         found.append(f"{total.nan_out} NaN and {total.inf_out} Inf arose in the output ({dtype}), first in {names[0]}")

@@ -66,12 +66,12 @@ def merge(
 
 
 def interpolate(
-    a: str,
-    b: str,
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
     alphas: float | Sequence[float],
     out: str | os.PathLike[str],
     *,
-    base: str | None = None,
+    base: str | os.PathLike[str] | None = None,
     device: str = "auto",
     threads: int | None = None,
     max_shard_size: str | int = "5GB",
@@ -91,9 +91,12 @@ def interpolate(
     Alpha 0 and 1 give the bytes of `a` and `b`. The other arguments and errors are those of `merge`.
     """
     points = [alphas] if isinstance(alphas, (int, float)) else list(alphas)
-    recipes = [_overridden(point_recipe(a, b, alpha, base), dtype, rounding, seed) for alpha in points]
-    if len({str(p) for p in map(float, points)}) != len(points):
+    if not points:
+        raise UsageError("at least one alpha is needed")
+    if len(points) != len({point_name(p) for p in points}):
         raise UsageError(f"every alpha may be given once, got {', '.join(map(str, points))}")
+    models = os.fspath(a), os.fspath(b), None if base is None else os.fspath(base)
+    recipes = [_overridden(point_recipe(*models[:2], p, models[2]), dtype, rounding, seed) for p in points]
     plan = make_plan(recipes, max_shard_size=_size(max_shard_size))
     outs: list[Path] = [Path(out)] if len(points) == 1 else [Path(out) / point_name(p) for p in points]
     return _carry_out(

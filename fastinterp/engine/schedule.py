@@ -26,12 +26,12 @@ _SPARE_FDS = 64  # for everything that is not an input
 class Window:
     """How much memory the workers use at a time, in bytes.
 
-    A block is what one write takes; the page cache likes it large. A read is small enough that the inputs are still in
-    the second-level cache when they are combined. docs/performance.md has the measurements.
+    Reads are small enough that the inputs are still in the second-level cache when they are combined, and writes take
+    no larger pages than `cp` does: docs/performance.md has the measurements.
     """
 
     threads: int
-    block_bytes: int
+    write_bytes: int
     read_bytes: int
     inputs: int
     outputs: int
@@ -39,7 +39,7 @@ class Window:
     @property
     def bytes(self) -> int:
         """All workers' scratch; page roundings and slack included."""
-        return self.threads * (self.inputs * (self.read_bytes + 4096) + self.outputs * (self.block_bytes + 4096))
+        return self.threads * (self.inputs * (self.read_bytes + 4096) + self.outputs * (self.write_bytes + 4096))
 
 
 def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
@@ -48,17 +48,22 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
     Raises: UsageError, if even the smallest does not fit.
     """
     inputs, outputs = max(len(t.inputs) for t in plan.tensors), len(plan.recipes)
-    read, block = max(16 << 10, (512 << 10) // max(4, inputs)), max(64 << 10, (512 << 10) // outputs)
+    read, write = _pages(max(16 << 10, min(64 << 10, (512 << 10) // inputs))), 64 << 10
     while True:
-        window = Window(threads, block, read, inputs, outputs)
+        window = Window(threads, write, read, inputs, outputs)
         if window.bytes <= max_memory:
             return window
-        if block <= 4096 and read <= 4096:
+        if write <= 4096 and read <= 4096:
             raise UsageError(
                 f"{threads} threads with {inputs} inputs and {outputs} outputs need at least {window.bytes} bytes, but "
                 f"--max-memory allows {max_memory}. Allow more, or use fewer threads"
             )
-        block, read = max(4096, block // 2), max(4096, read // 2)
+        write, read = _pages(write // 2), _pages(read // 2)
+
+
+def _pages(size: int) -> int:
+    """`size` in whole pages, at least one: so writes end at pages of the output, and scratch holds no half pages."""
+    return max(4096, size // 4096 * 4096)
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def run(
         recipe = plan.recipes[0]
         pump = Pump(
             isa, sources.fds, sinks.fds, steps,
-            threads=workers, block_bytes=window.block_bytes, read_bytes=window.read_bytes,
+            threads=workers, write_bytes=window.write_bytes, read_bytes=window.read_bytes,
             stochastic=recipe.rounding == "stochastic", fp8_saturate=recipe.fp8_overflow == "saturate",
             prefetch=not sources.cached(), stats_every=STATS_EVERY,
         )  # fmt: skip
@@ -220,7 +225,7 @@ def _explained(error: tuple[Any, ...], plan: Plan, sources: _Sources, sinks: _Si
     if code:
         return StorageError(f"{sources.paths[handle]}: {os.strerror(code)}, reading {expected} bytes at {offset}")
     return CheckpointError(
-        f"it ends at byte {offset + done}, but {expected} bytes were expected at {offset}: it was cut or replaced "
-        "while it was being read. Merge again when it rests",
+        f"only {done} of {expected} bytes are left at byte {offset}: it was cut or replaced while it was being read. "
+        "Merge again when it rests",
         file=str(sources.paths[handle]),
     )

@@ -1,0 +1,113 @@
+"""What the report says of the numbers, and when it warns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastinterp
+from fastinterp.compute.dtypes import BF16, F32
+from fastinterp.engine.report import Effect
+from tests.checkpoints import Tensor, floats, moved, read, recipe, saved, tensor, weights, write
+
+
+def test_nan_and_inf_in_the_inputs_are_counted(tmp_path):
+    clean = {f"x{i}": weights(i, F32, (40000,)) for i in range(3)}
+    dirty = {name: Tensor(F32, t.shape, t.raw.copy()) for name, t in clean.items()}
+    values = dirty["x1"].raw.view(np.float32)
+    values[[3, 20000, 39999]] = np.nan  # the second chunk of 16384 is not sampled; the counts are exact all the same
+    values[[4, 20001]] = np.inf, -np.inf
+    paths = saved(tmp_path, [clean, dirty])
+    report = fastinterp.merge(recipe("linear", paths, weights=[1, 1]), tmp_path / "out")
+    effect = report.tensors["x1"]
+    assert (effect.nan_in, effect.inf_in, effect.nan_out, effect.inf_out) == (3, 2, 3, 2)
+    assert report.tensors["x0"].nan_in == report.tensors["x2"].inf_in == 0
+    assert report.warnings == ("the inputs hold 3 NaN and 2 Inf, first in x1; the output (F32) holds 3 and 2",)
+    assert report.warnings[0] in report.summary()
+
+
+def test_a_lone_inf_is_warned_of(tmp_path):
+    a, b = weights(1, BF16, (100,)), weights(2, BF16, (100,))
+    b.raw.view(np.uint16)[7] = 0x7F80
+    report = fastinterp.merge(recipe("linear", saved(tmp_path, [{"x": a}, {"x": b}]), weights=[1, 1]), tmp_path / "out")
+    assert report.warnings == ("the inputs hold 0 NaN and 1 Inf, first in x; the output (BF16) holds 0 and 1",)
+
+
+def test_overflow_of_the_output_is_counted(tmp_path):
+    big = {"x": tensor(np.full(100, 40000.0), F32)}
+    paths = saved(tmp_path, [big, {"x": tensor(np.arange(100.0), F32)}])
+    report = fastinterp.merge(recipe("linear", paths, weights=[2, -1]), tmp_path / "out", dtype="float16")
+    want = int(np.isinf(floats(read(tmp_path / "out")["x"])).sum())
+    assert want == 100 == report.effect.inf_out
+    assert report.warnings[-1] == "0 NaN and 100 Inf arose in the output (F16), first in x"
+
+
+@pytest.fixture(scope="module")
+def near(tmp_path_factory) -> tuple[Path, Path, Tensor, Tensor]:
+    """A bf16 model, and a fine-tune whose weights moved by about one unit in the last place: science's worst case."""
+    folder = tmp_path_factory.mktemp("near")
+    a = weights(1, BF16, (1 << 20,))
+    b = moved(a, 2, 1e-5)
+    return write(folder / "a", {"x": a}), write(folder / "b", {"x": b}), a, b
+
+
+def strength(a: Tensor, b: Tensor, out: Tensor, alpha: float) -> float:
+    """<out - a, alpha * (b - a)> / |alpha * (b - a)|^2 over all elements, float64."""
+    change = alpha * (floats(b) - floats(a))
+    return float((floats(out) - floats(a)) @ change / (change @ change))
+
+
+def test_bf16_makes_alpha_a_staircase(tmp_path, near):
+    """Rounding to nearest lets a quarter of the change arrive as nearly nothing, and the report says so."""
+    first, second, a, b = near
+    (report,) = fastinterp.interpolate(first, second, 0.25, tmp_path / "out")
+    real = strength(a, b, read(tmp_path / "out")["x"], 0.25)
+    assert real < 0.4
+    found = report.effect.strength
+    assert found is not None and found < 0.4
+    assert report.effect.sampled == 2 * 16384  # chunks 0 and 32 of 64
+    assert report.warnings == (
+        f"rounding to BF16 lets {found:.2f} of the intended change arrive: the models differ by little more than the "
+        "spacing of that dtype. Use --rounding stochastic, or --dtype float32",
+    )
+
+
+def test_stochastic_rounding_walks_the_line(tmp_path, near):
+    """Unbiased: the strength is 1 within six standard deviations of what its coins can do.
+
+    An element moves by ulp u with probability f, else by none: a variance of u^2 f (1 - f) <= u^2 / 4. So the strength,
+    sum (out - a) D / sum D^2 over n elements, has a variance of at most sum (u D)^2 / 4 / (sum D^2)^2.
+    """
+    first, second, a, b = near
+    (report,) = fastinterp.interpolate(first, second, 0.25, tmp_path / "out", rounding="stochastic")
+    real = strength(a, b, read(tmp_path / "out")["x"], 0.25)
+    change = 0.25 * (floats(b) - floats(a))
+    ulp = np.exp2(np.floor(np.log2(np.maximum(abs(floats(a)), abs(floats(b)) + 1e-30))) - 7)
+    deviation = np.sqrt(((ulp * change) ** 2).sum() / 4) / (change @ change)
+    assert deviation < 0.02
+    assert abs(real - 1) < 6 * deviation
+    found = report.effect.strength
+    assert found is not None and abs(found - 1) < 6 * deviation * np.sqrt(32)  # of a 32nd of the elements
+    assert not [w for w in report.warnings if "intended change" in w] or abs(found - 1) > 0.05
+
+
+def test_float32_output_walks_the_line_exactly(tmp_path, near):
+    """But for float32's own rounding: y is off by at most 2^-24 |y|, so the sum by sum |y D| 2^-24."""
+    first, second, a, b = near
+    (report,) = fastinterp.interpolate(first, second, 0.25, tmp_path / "out", dtype="float32")
+    change = 0.25 * (floats(b) - floats(a))
+    bound = 2.0**-24 * (abs(floats(b)) + abs(floats(a))) @ abs(change) / (change @ change)
+    real = strength(a, b, read(tmp_path / "out")["x"], 0.25)
+    assert abs(real - 1) <= bound < 1e-3
+    assert report.effect.strength == pytest.approx(1, abs=1e-3)
+    assert report.warnings == ()
+
+
+def test_strength_adds_up_over_tensors():
+    """The total is that of one long vector."""
+    parts = [Effect(10, 10, 5, 4.0, 2.0, 1.0, 0, 0, 0, 0), Effect(30, 10, 5, 4.0, 6.0, 6.0, 1, 0, 1, 0)]
+    total = Effect.total(parts)
+    assert (total.strength, total.changed_fraction, total.relative_change) == (7 / 8, 0.5, 1.0)
+    assert (total.numel, total.nan_in, total.nan_out) == (40, 1, 1)
