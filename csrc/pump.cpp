@@ -199,7 +199,7 @@ void Pump::combine(const Piece& piece, int64_t done, int64_t count, char* in, co
     sources_[size_t(input.source)].get(input.offset + first * width, count * width, to);
     bytes_read_ += count * width;
   };
-  if (k == 1 && is_copy(step.rows[0]) && step.inputs[0].dtype == step.out_dtype) return read(0, out[0]);
+  if (k == 1 && n == 1 && is_copy(step.rows[0]) && step.inputs[0].dtype == step.out_dtype) return read(0, out[0]);
   std::vector<const void*> x(n);
   std::vector<DType> dtypes(n);
   for (size_t i = 0; i < n; ++i) {

@@ -48,8 +48,8 @@ struct Measured {
 
 struct PumpOptions {
   int threads = 1;
-  int64_t write_bytes = 64 << 10;  // of one output, per write
-  int64_t read_bytes = 64 << 10;   // of one input, per read
+  int64_t write_bytes = 128 << 10;  // of one output, per write
+  int64_t read_bytes = 64 << 10;    // of one input, per read
   bool stochastic = false, fp8_saturate = true, prefetch = false;
   int stats_every = 32;
 };

@@ -98,7 +98,7 @@ def test_a_type_that_recipes_cannot_give_is_refused():
     def odd(n: int, *, t: str) -> Combine:
         return Combine((1.0,))
 
-    def odder(n: int, *, t: Each[list]) -> Combine:  # type: ignore[type-arg]
+    def odder(n: int, *, t: Each[list]) -> Combine:
         return Combine((1.0,))
 
     for fn in (odd, odder):

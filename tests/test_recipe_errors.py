@@ -303,7 +303,7 @@ def test_bad_mapping():
         (unweighted, "`linear` needs the parameter `weight`, and 'a' has none - at $.models[0]"),
     ]:
         with pytest.raises(RecipeError) as error:
-            load_recipe(value)
+            load_recipe(value)  # type: ignore[arg-type]
         assert str(error.value) == message
     circle: dict[str, object] = {}
     circle["a"] = circle

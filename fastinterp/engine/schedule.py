@@ -48,7 +48,7 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
     Raises: UsageError, if even the smallest does not fit.
     """
     inputs, outputs = max(len(t.inputs) for t in plan.tensors), len(plan.recipes)
-    read, write = _pages(max(16 << 10, min(64 << 10, (512 << 10) // inputs))), 64 << 10
+    read, write = _pages(max(16 << 10, min(64 << 10, (512 << 10) // inputs))), 128 << 10
     while True:
         window = Window(threads, write, read, inputs, outputs)
         if window.bytes <= max_memory:
