@@ -35,14 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": LEAVES | {"recipe", "files", "compute", "compute.ops", "compute.dtypes"},
     "steer": LEAVES | {"engine"},
 }
-TOP = {
-    "",
-    "cli",
-    "__main__",
-    "doctor",
-    "bench",
-    "integrations",
-}  # may import every part above; nothing but __main__ imports cli
+# May import every part above; nothing but __main__ imports cli.
+TOP = {"", "cli", "__main__", "doctor", "bench", "integrations"}
 
 # What takes long to load, and which parts of the package a merge from the command line goes through.
 HEAVY = {"torch", "numpy", "rich", "huggingface_hub", "transformers", "triton", "safetensors", "pydantic", "asyncio"}

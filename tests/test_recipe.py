@@ -209,12 +209,11 @@ NEARLY = st.fixed_dictionaries(
 
 def loads_or_refuses(source: object) -> None:
     """Nothing but RecipeError comes out; what loads has finite coefficients and can be told to people."""
+    refusal: str | None = None
     try:
         recipe = load_recipe(source)  # type: ignore[arg-type]
     except RecipeError as error:
         refusal = str(error)
-    else:
-        refusal = None
     if refusal is not None:
         assert len(refusal) < 10_000
         return
