@@ -111,3 +111,32 @@ def test_strength_adds_up_over_tensors():
     total = Effect.total(parts)
     assert (total.strength, total.changed_fraction, total.relative_change) == (7 / 8, 0.5, 1.0)
     assert (total.numel, total.nan_in, total.nan_out) == (40, 1, 1)
+
+
+def test_overflow_of_a_copy_that_changes_dtype_is_counted(tmp_path):
+    """A lone model with weight 1 is converted, not taken over: what float16 cannot hold shows."""
+    big = {"x": tensor(np.array([1.0, 7e4, -7e4]), F32)}
+    report = fastinterp.merge(recipe("linear", saved(tmp_path, [big]), weights=[1]), tmp_path / "out", dtype="float16")
+    assert report.copied == ()
+    assert report.effect.inf_out == 2
+    assert report.warnings == ("0 NaN and 2 Inf arose in the output (F16), first in x",)
+
+
+def test_a_nan_in_one_tensor_does_not_hide_the_staircase_in_another(tmp_path):
+    a = {"near": weights(1, BF16, (1 << 18,)), "nan": weights(2, BF16, (100,))}
+    b = {"near": moved(a["near"], 3, 1e-5), "nan": weights(4, BF16, (100,))}
+    b["nan"].raw.view(np.uint16)[7] = 0x7FC0
+    first, second = saved(tmp_path, [a, b])
+    report = fastinterp.interpolate(first, second, 0.25, tmp_path / "out")[0]
+    assert report.tensors["nan"].strength is None
+    assert any("of the intended change arrive" in w for w in report.warnings)
+    assert any("1 NaN" in w for w in report.warnings)
+
+
+def test_code_of_the_model_is_left_behind_with_a_word(tmp_path):
+    paths = saved(tmp_path, [{"x": weights(1, BF16, (10,))}, {"x": weights(2, BF16, (10,))}])
+    (Path(paths[0]) / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_own.Own"}}')
+    (Path(paths[0]) / "modeling_own.py").write_text("raise SystemExit")
+    report = fastinterp.merge(recipe("linear", paths, weights=[1, 1]), tmp_path / "out")
+    assert not (tmp_path / "out" / "modeling_own.py").exists()
+    assert ["auto_map" in w for w in report.warnings] == [True]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fastinterp.engine.text import counted, plain, size
@@ -35,7 +35,7 @@ class Effect:
     @property
     def strength(self) -> float | None:
         """What fraction of the intended change arrived: 1 is exact, 0.24 acts as a quarter of it. None if no change."""
-        return self.sum_od / self.sum_dd if self.sum_dd > 0 and math.isfinite(self.sum_od) else None
+        return self.sum_od / self.sum_dd if self.finite and self.sum_dd > 0 else None
 
     @property
     def changed_fraction(self) -> float | None:
@@ -44,7 +44,7 @@ class Effect:
     @property
     def relative_change(self) -> float | None:
         """|D| / |p|."""
-        return math.sqrt(self.sum_dd / self.sum_pp) if self.sum_pp > 0 else None
+        return math.sqrt(self.sum_dd / self.sum_pp) if self.finite and self.sum_pp > 0 else None
 
     @staticmethod
     def of(numel: int, stats: Mapping[str, float]) -> Effect:
@@ -64,8 +64,13 @@ class Effect:
 
     @staticmethod
     def total(effects: Iterable[Effect]) -> Effect:
-        every = list(effects)
+        """All of them as one. A tensor with NaN or Inf in a sampled chunk gives its counts, but no sums."""
+        every = [e if e.finite else replace(e, sampled=0, changed=0, sum_pp=0, sum_dd=0, sum_od=0) for e in effects]
         return Effect(*(sum(getattr(e, name) for e in every) for name in Effect.__slots__))
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.sum_pp) and math.isfinite(self.sum_dd) and math.isfinite(self.sum_od)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -85,7 +90,7 @@ class Report:
 
     output: str
     files: tuple[str, ...]
-    tensors: Mapping[str, Effect]  # merged tensors; copies have no effect to speak of and are not listed
+    tensors: Mapping[str, Effect]  # merged and converted tensors; those whose bytes were taken over are not listed
     copied: tuple[str, ...]  # tensors whose bytes were taken over
     bytes_read: int
     bytes_written: int

@@ -21,7 +21,7 @@ from fastinterp.engine.schedule import Done, run
 from fastinterp.errors import UsageError
 from fastinterp.files.folder import OutFolder
 from fastinterp.files.layout import parse_size
-from fastinterp.files.sidecars import copy_sidecars, model_card
+from fastinterp.files.sidecars import copy_sidecars, model_card, needs_code
 from fastinterp.recipe.load import Recipe, load_recipe
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
@@ -198,7 +198,7 @@ def _write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: byt
 def _report(plan: Plan, k: int, folder: OutFolder, done: Done, wall_s: float) -> Report:
     effects, copied = {}, []
     for tensor, stats in zip(plan.tensors, done.stats, strict=True):
-        if not tensor.rows or tensor.rows[k].is_copy:
+        if not tensor.rows or (tensor.rows[k].is_copy and tensor.entries[tensor.rows[k].pivot].dtype == tensor.dtype):
             copied.append(tensor.name)
         else:
             effects[tensor.name] = Effect.of(tensor.numel, stats[k])
@@ -215,5 +215,12 @@ def _report(plan: Plan, k: int, folder: OutFolder, done: Done, wall_s: float) ->
         device=f"cpu {done.isa}",
         threads=done.threads,
         removed=folder.removed,
-        warnings=warnings_of(effects, ", ".join(dtypes)),
+        warnings=(*warnings_of(effects, ", ".join(dtypes)), *_code_warnings(plan)),
     )
+
+
+def _code_warnings(plan: Plan) -> tuple[str, ...]:
+    """Code is never copied, let alone run; a model that needs its own should not fail to load as a surprise."""
+    if not needs_code(plan.origin):
+        return ()
+    return (f"config.json names code of the model's own (auto_map). Copy its .py files from {plan.origin.name}",)

@@ -154,7 +154,7 @@ class _Sinks:
         self.of: dict[str, tuple[list[int], list[int]]] = {}  # tensor -> sink and offset per output
         for layout, paths in zip(plan.layouts, outputs, strict=True):
             for file, path in zip(layout.files, paths, strict=True):
-                with _storage(path, OutputError):
+                with _storage(path.parent / file.name, OutputError):
                     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                     stack.callback(os.close, fd)
                     reserve(fd, file.size)
@@ -164,7 +164,7 @@ class _Sinks:
                     sinks.append(len(self.fds))
                     offsets.append(offset)
                 self.fds.append(fd)
-                self.paths.append(path)
+                self.paths.append(path.parent / file.name)
 
     def in_file_order(self, plan: Plan) -> list[PlannedTensor]:
         """The tensors as they follow each other in the output, which the pump writes in runs."""
@@ -193,7 +193,14 @@ def _storage(path: Path, kind: type[StorageError] = StorageError) -> Iterator[No
     try:
         yield
     except OSError as error:
-        raise kind(f"{path}: {error.strerror}") from None
+        raise kind(f"{path}: {error.strerror}{_no_room(error.errno)}") from None
+
+
+def _no_room(code: int | None) -> str:
+    """What to do about it, if there is no room."""
+    if code == errno.EFBIG:
+        return ". This file system or ulimit allows only smaller files: --max-shard-size 1GB, say"
+    return ". Free some space, or choose another folder" if code in (errno.ENOSPC, errno.EDQUOT) else ""
 
 
 def _allow_files(inputs: int) -> None:
@@ -220,8 +227,8 @@ def _explained(error: tuple[Any, ...], plan: Plan, sources: _Sources, sinks: _Si
         return StorageError(f"the merge stopped: {rest[0]}")
     handle, code, offset, expected, done = rest
     if kind == "write":
-        hint = ". Free some space, or choose another folder" if code in (errno.ENOSPC, errno.EDQUOT) else ""
-        return OutputError(f"{sinks.paths[handle]}: {os.strerror(code)}, writing {expected} bytes at {offset}{hint}")
+        place = f"writing {expected} bytes at {offset}{_no_room(code)}"
+        return OutputError(f"{sinks.paths[handle]}: {os.strerror(code)}, {place}")
     if code:
         return StorageError(f"{sources.paths[handle]}: {os.strerror(code)}, reading {expected} bytes at {offset}")
     return CheckpointError(

@@ -55,6 +55,14 @@ def copy_sidecars(source: Checkpoint, dtype: DType | None = None) -> dict[str, b
     return found
 
 
+def needs_code(source: Checkpoint) -> bool:
+    """Whether config.json names Python files of the model's own."""
+    path = source.root / "config.json"
+    return path.is_file() and "auto_map" in parse_object(
+        path.read_bytes().lstrip(), "the model configuration", str(path)
+    )
+
+
 def with_dtype(config: bytes, dtype: DType, file: str = "config.json") -> bytes:
     """`config` with its `torch_dtype` and `dtype` set to `dtype`, at the top and in nested `*_config` objects.
 
