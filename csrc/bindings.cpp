@@ -3,14 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <atomic>
 #include <string>
-#include <thread>
 #include <tuple>
 #include <vector>
 
 #include "cpu/backend.h"
+#include "memory.h"
 #include "pump.h"
 
 namespace py = pybind11;
@@ -25,8 +23,6 @@ using fi::Term;
 
 using PyTerms = std::vector<std::pair<int, double>>;
 using PyRow = std::tuple<int, double, PyTerms>;
-
-constexpr int64_t kRange = 16 * fi::kChunk;  // elements that a thread takes at a time
 
 const Backend& backend(const std::string& isa) {
   if (isa.empty()) return fi::best_backend();
@@ -80,56 +76,6 @@ py::dict as_dict(const RowStats& s) {
   return d;
 }
 
-void add(const RowStats& from, RowStats* to) {
-  to->nan_in += from.nan_in;
-  to->inf_in += from.inf_in;
-  to->nan_out += from.nan_out;
-  to->inf_out += from.inf_out;
-  to->sampled += from.sampled;
-  to->changed += from.changed;
-  to->sum_pp += from.sum_pp;
-  to->sum_dd += from.sum_dd;
-  to->sum_od += from.sum_od;
-}
-
-// One combine in memory. Threads take ranges of whole chunks of the tensor; statistics fold in the ranges' order.
-std::vector<RowStats> combine_in_memory(const Backend& b, const std::vector<uintptr_t>& inputs,
-                                        const std::vector<DType>& in, const std::vector<Row>& rows,
-                                        const std::vector<uintptr_t>& outputs, const fi::CombineArgs& common,
-                                        int threads) {
-  const int64_t first = common.first, numel = common.numel, start = first / kRange;
-  const int64_t ranges = numel ? (first + numel - 1) / kRange - start + 1 : 0;
-  const size_t k = rows.size();
-  std::vector<RowStats> partial(size_t(ranges) * k, RowStats{});
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    const fi::FloatEnvironment floats;
-    std::vector<const void*> x(inputs.size());
-    std::vector<void*> out(k);
-    for (int64_t r; (r = next++) < ranges;) {
-      const int64_t lo = std::max(first, (start + r) * kRange), hi = std::min(first + numel, (start + r + 1) * kRange);
-      for (size_t i = 0; i < x.size(); ++i)
-        x[i] = reinterpret_cast<const char*>(inputs[i]) + (lo - first) * fi::size_of(in[i]);
-      for (size_t i = 0; i < k; ++i)
-        out[i] = reinterpret_cast<char*>(outputs[i]) + (lo - first) * fi::size_of(common.out_dtype);
-      fi::CombineArgs args = common;
-      args.x = x.data();
-      args.out = out.data();
-      args.first = lo;
-      args.numel = hi - lo;
-      args.stats = &partial[size_t(r) * k];
-      b.combine(args);
-    }
-  };
-  std::vector<std::thread> helpers;
-  for (int64_t t = 1; t < std::min<int64_t>(threads, ranges); ++t) helpers.emplace_back(work);
-  work();
-  for (std::thread& t : helpers) t.join();
-  std::vector<RowStats> stats(k, RowStats{});
-  for (size_t i = 0; i < partial.size(); ++i) add(partial[i], &stats[i % k]);
-  return stats;
-}
-
 std::vector<py::dict> combine(const std::vector<uintptr_t>& inputs, const std::vector<int>& in_dtypes,
                               const std::vector<PyRow>& py_rows, const std::vector<uintptr_t>& outputs, int out_dtype,
                               int64_t numel, int64_t first, bool stochastic, const std::vector<uint64_t>& keys,
@@ -164,7 +110,7 @@ std::vector<py::dict> combine(const std::vector<uintptr_t>& inputs, const std::v
   std::vector<RowStats> stats;
   {
     const py::gil_scoped_release release;
-    stats = combine_in_memory(chosen, inputs, in, rows, outputs, args, threads);
+    stats = fi::combine_in_memory(chosen, inputs, outputs, args, threads);
   }
   std::vector<py::dict> dicts;
   for (const RowStats& s : stats) dicts.push_back(as_dict(s));

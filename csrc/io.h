@@ -45,8 +45,7 @@ class Sink {
 // systems that cannot reserve get a file of that length. Returns 0 or errno.
 int reserve(int fd, int64_t size);
 
-// The part of [offset, offset + size) of a file that is in the page cache, from 64 sampled pages: 0..1, or -1 if
-// unknown.
+// The part of a file's first `size` bytes that is in the page cache, from 64 sampled pages: 0..1, or -1 if unknown.
 double cached_fraction(int fd, int64_t size);
 
 }  // namespace fi

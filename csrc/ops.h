@@ -35,6 +35,18 @@ struct RowStats {
   double sum_pp, sum_dd, sum_od;  // <p,p>, <D,D>, <out - p, D>, with D the intended change
 };
 
+FI_INLINE void add(const RowStats& from, RowStats* to) {
+  to->nan_in += from.nan_in;
+  to->inf_in += from.inf_in;
+  to->nan_out += from.nan_out;
+  to->inf_out += from.inf_out;
+  to->sampled += from.sampled;
+  to->changed += from.changed;
+  to->sum_pp += from.sum_pp;
+  to->sum_dd += from.sum_dd;
+  to->sum_od += from.sum_od;
+}
+
 struct CombineArgs {
   const void* const* x;  // n inputs, `numel` elements each, any alignment
   const DType* in;       // n dtypes

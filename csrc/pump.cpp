@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstring>
 #include <new>
+#include <system_error>
 
 #include "cpu/backend.h"
 
@@ -123,7 +124,18 @@ void Pump::cut_measure(int step) {
 void Pump::start() {
   const int threads = std::max(1, options_.threads);
   running_ = threads;  // not the loop's bound: threads that end at once count it down while others are being started
-  for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { work(); });
+  for (int i = 0; i < threads; ++i) {
+    try {
+      threads_.emplace_back([this] { work(); });
+    } catch (const std::system_error&) {
+      // The system allows no more threads: those that run share the work. None at all is an error.
+      const std::lock_guard<std::mutex> lock(mutex_);
+      running_ -= threads - i;
+      if (i == 0) throw;
+      if (running_ == 0) ended_.notify_all();
+      return;
+    }
+  }
 }
 
 bool Pump::wait(double seconds) {
@@ -288,19 +300,8 @@ std::vector<std::vector<RowStats>> Pump::stats() const {
   std::vector<std::vector<RowStats>> all(steps_.size());
   for (size_t s = 0; s < steps_.size(); ++s) all[s].resize(steps_[s].rows.size(), RowStats{});
   for (const Piece& piece : pieces_)
-    for (size_t k = 0; k < all[size_t(piece.step)].size(); ++k) {
-      RowStats& to = all[size_t(piece.step)][k];
-      const RowStats& from = stats_[piece.stats + k];
-      to.nan_in += from.nan_in;
-      to.inf_in += from.inf_in;
-      to.nan_out += from.nan_out;
-      to.inf_out += from.inf_out;
-      to.sampled += from.sampled;
-      to.changed += from.changed;
-      to.sum_pp += from.sum_pp;
-      to.sum_dd += from.sum_dd;
-      to.sum_od += from.sum_od;
-    }
+    for (size_t k = 0; k < all[size_t(piece.step)].size(); ++k)
+      add(stats_[piece.stats + k], &all[size_t(piece.step)][k]);
   return all;
 }
 

@@ -52,7 +52,8 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "cuda/*": {"ops.h", "dtypes.h", "element.h", "cuda/*"},
     "io.*": {"io.h"},
     "pump.*": {"pump.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
-    "bindings.cpp": {"pump.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
+    "memory.*": {"memory.h", "ops.h", "dtypes.h", "cpu/backend.h"},
+    "bindings.cpp": {"memory.h", "pump.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
 }
 # What is compiled once per instruction set may share no inline function with the rest: the linker keeps one copy, and
 # that may be the one with AVX-512 in it. So: headers of C and of intrinsics, nothing of the C++ library.
@@ -63,6 +64,7 @@ PER_ISA = [
     "cpu/backend.h",
     "cpu/loops.inc",
     "cpu/measure.inc",
+    "cpu/stats.inc",
     "cpu/scalar.cpp",
     "cpu/avx*.cpp",
     "cpu/neon.cpp",

@@ -46,7 +46,7 @@ def test_overflow_of_the_output_is_counted(tmp_path):
 
 @pytest.fixture(scope="module")
 def near(tmp_path_factory) -> tuple[Path, Path, Tensor, Tensor]:
-    """A bf16 model, and a fine-tune whose weights moved by about one unit in the last place: science's worst case."""
+    """A bf16 model, and a fine-tune whose weights moved by about one unit in the last place: the worst case."""
     folder = tmp_path_factory.mktemp("near")
     a = weights(1, BF16, (1 << 20,))
     b = moved(a, 2, 1e-5)

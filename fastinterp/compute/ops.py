@@ -29,7 +29,7 @@ class Combine:
     sums_to_one: bool = False
 
     def row(self) -> Row:
-        """What the kernels execute: contract rules 2 and 3.
+        """What the kernels execute: rules 2 and 3 of docs/NUMERICS.md.
 
         An input of weight 0 is not read; a lone input of weight 1 is copied; the pivot is the base, else the first
         input that is read.

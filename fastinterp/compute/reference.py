@@ -229,9 +229,9 @@ def combine(
     keys: Sequence[int] = (),
     first: int = 0,
     fp8_overflow: str = "saturate",
-    stats_every: int = 16,
+    stats_every: int = 32,
 ) -> tuple[list[Array], list[Stats | None]]:
-    """Write one output per row: contract rules 1, 2, 3 and 7.
+    """Write one output per row: rules 1 to 5 of docs/NUMERICS.md.
 
     inputs       uint8[nbytes] each, any alignment, `dtypes` theirs; the same number of elements in each
     out_dtypes   one for all rows, or one per row
@@ -312,7 +312,7 @@ def _stats(x: list[Array], p: Array, change: Array, stored: Array, changed: Arra
 
 @np.errstate(all="ignore")
 def measure(inputs: Sequence[Array], dtypes: Sequence[DType], deltas: bool) -> tuple[Array, Array]:
-    """Sums over n vectors, in the order that contract rule 6 fixes: the inputs, or the first and x_i - x_0.
+    """Sums over n vectors, in the order that rule 7 of docs/NUMERICS.md fixes: the inputs, or the first and x_i - x_0.
 
     inputs  uint8[nbytes] each, any alignment, `dtypes` theirs; the same number of elements in each
 
