@@ -3,6 +3,7 @@
     merge(recipe, out, ...)           carry out a recipe
     interpolate(a, b, ...)            walk the line between two checkpoints, and beyond
     explain(recipe)                   say what a merge would read, compute and write
+    compare(a, b)                     measure how two checkpoints differ
     weighted_sum(arrays, weights)     the same arithmetic on arrays in memory
 
 The public names are imported when first used: the command line, which needs few of them, starts faster for it.
@@ -16,6 +17,7 @@ from fastinterp._version import __version__
 
 if TYPE_CHECKING:
     from fastinterp.compute.arrays import weighted_sum
+    from fastinterp.engine.compare import compare
     from fastinterp.engine.report import Report
     from fastinterp.engine.run import explain, interpolate, merge
     from fastinterp.errors import (
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
         OutputError,
         RecipeError,
         ShapeError,
+        StorageError,
         UsageError,
     )
 
@@ -38,8 +41,10 @@ __all__ = [
     "RecipeError",
     "Report",
     "ShapeError",
+    "StorageError",
     "UsageError",
     "__version__",
+    "compare",
     "explain",
     "interpolate",
     "merge",
@@ -48,6 +53,7 @@ __all__ = [
 
 # Where each name lives, beside the errors.
 _HOMES = {
+    "compare": "fastinterp.engine.compare",
     "Report": "fastinterp.engine.report",
     "explain": "fastinterp.engine.run",
     "interpolate": "fastinterp.engine.run",

@@ -10,11 +10,12 @@ from typing import Any
 
 from fastinterp import _C
 from fastinterp._version import __version__
-from fastinterp.compute.backends import cpu_isa, cpu_threads
+from fastinterp.compute.backends import ISA_VARIABLE, cpu_isa, cpu_threads
 from fastinterp.errors import FastinterpError
 
 _PACKAGES = ("numpy", "torch", "triton", "safetensors", "huggingface_hub")
 _PREFIX = "FASTINTERP_"
+_READ = (ISA_VARIABLE, "FASTINTERP_REQUIRE")  # the second one by the tests
 _PROBE_S = 0.6  # each of the three
 _ARRAY = 64 << 20  # bytes: far beyond the caches
 _FILE = 512 << 20  # bytes: the most that is written
@@ -43,7 +44,8 @@ def as_text(found: dict[str, Any]) -> str:
     isa, memory, files = found["isa"], found["bandwidth"]["memory"], found["bandwidth"]["files"]
     packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items())
     force = isa["in_force"] or isa["problem"]
-    settings = ", ".join(f"{k}={v}" for k, v in found["environment"].items())
+    unknown = " (unknown: nothing reads it)"
+    settings = ", ".join(f"{k}={v}{'' if k in _READ else unknown}" for k, v in found["environment"].items())
     rows = [
         ("fastinterp", found["fastinterp"]),
         ("python", found["python"]),
@@ -57,7 +59,7 @@ def as_text(found: dict[str, Any]) -> str:
         ("settings", settings or f"no {_PREFIX} variables are set"),
     ]
     if memory["problem"]:
-        rows.append(("memory", memory["problem"]))
+        rows.append(("memory", "not measured, see isa" if isa["problem"] else memory["problem"]))
     else:
         share = memory["combine_gb_per_s"] / memory["copy_gb_per_s"]
         rows.append(

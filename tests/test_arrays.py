@@ -138,7 +138,7 @@ def test_odd_addresses():
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("isa", backends.usable())
 def test_large_arrays_on_any_number_of_threads(isa, threads, monkeypatch):
-    monkeypatch.setenv("FASTINTERP_ISA", isa)
+    monkeypatch.setenv("FASTINTERP_ISA", isa.upper())  # any case will do
     data = raws([BF16, BF16], "close", 16 * 16384 * 2 + 77)
     arrays = [array("numpy", r, BF16, (-1,)) for r in data]
     got = fastinterp.weighted_sum(arrays, [0.7, 0.3], threads=threads)
@@ -197,6 +197,8 @@ T = torch.ones(2, 3)
         ([X] * 64, [1] * 64, {"pivot": X}, UsageError, "at a time, pivot included, got 65"),
         ([X, X], [0, 0.0], {}, UsageError, "every weight is 0"),
         ([X], [float("nan")], {}, UsageError, "weights must be finite"),
+        ([X], ["1"], {}, UsageError, "weights must be numbers, got ['1']"),
+        ([X], [True], {}, UsageError, "weights must be numbers, got [True]"),
         ([X], [1e39], {}, UsageError, "weights must be finite float32 numbers"),
         ([X.astype(np.int64)], [1], {}, UsageError, "array 0 has dtype int64"),
         ([X.astype(">f4")], [1], {}, UsageError, "array 0 has dtype >f4"),

@@ -75,9 +75,10 @@ def test_models_of_ones_own(tiny, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in tiny.rglob("*")}
     done = run_bench("--models", tiny, "--against", "copy", "--runs", 1, "--dir", tmp_path)
     assert done.returncode == 0, done.stderr
-    first, _machine, head, *rows = done.stdout.splitlines()
+    first, _machine, head, *rows, small = done.stdout.splitlines()
     assert first.startswith("average of 2 checkpoints of ") and "warm page cache; 1 run" in first
     assert head.split()[:2] == ["wall", "s"]
+    assert small.startswith("models this small measure the start-up")
     assert [row.split()[0] for row in rows] == ["fastinterp", "copy"]
     assert before == {p: p.stat().st_mtime_ns for p in tiny.rglob("*")}
 
@@ -158,7 +159,7 @@ def test_a_rival_that_is_not_installed_says_how_to_install_it(monkeypatch, tmp_p
 
 def test_full_disk_is_refused_with_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
-    with pytest.raises(OutputError, match=r"three checkpoints of size tiny take 0\.00 GB, but 0\.00 GB are free"):
+    with pytest.raises(OutputError, match=r"three checkpoints of size tiny take 1\.50 MB, but 1\.00 MB are free"):
         invoke("--size", "tiny", "--against", "copy", "--dir", str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fastinterp import doctor
 from fastinterp.cli import commands, progress
 from fastinterp.cli.about import example
-from fastinterp.engine.text import fit, size, table
+from fastinterp.engine.text import fit, seconds, size, table
 from fastinterp.methods import find, names
 from fastinterp.recipe.load import load_recipe
 from tests.models import bf16, layers, load, save
@@ -79,13 +78,26 @@ def test_list_of_commands_cuts_no_sentence():
         (["interpolate", "a", "b", "-o", "out"], 2, "Missing option '--alpha'"),
         (["interpolate", "a", "b", "-o", "out", "--alpha", "half"], 2, "'half' is neither a number nor a range"),
         (["interpolate", "a", "b", "-o", "out", "--alpha", "0:1"], 2, "'0:1' is neither a number nor a range"),
-        (["interpolate", "a", "b", "-o", "out", "--alpha", "0:1:0"], 2, "'0:1:0' is neither a number nor a range"),
-        (["interpolate", "a", "b", "-o", "out", "--alpha", "0:1:-1"], 2, "the range '0:1:-1' has 0 points"),
-        (["interpolate", "a", "b", "-o", "out", "--alpha", "0:1:0.01"], 2, "at most 16 outputs, got 101"),
+        (["interpolate", "a", "b", "-o", "out", "--alpha", "0:inf:1"], 2, "'0:inf:1' is neither a number nor"),
+        (["interpolate", "a", "b", "-o", "out", "--alpha", "0:1:0"], 2, "the step of 0:1:0 is 0"),
+        (["interpolate", "a", "b", "-o", "out", "--alpha", "0:1:-1"], 2, "the step must be positive here: 0:1:1"),
+        (["interpolate", "a", "b", "-o", "out", "--alpha", "1:0:0.1"], 2, "the step must be negative here: 1:0:-0.1"),
+        (
+            ["interpolate", "a", "b", "-o", "out", "--alpha", "0:1:0.01"],
+            2,
+            "101 points, at most 16 fit one run. Write 0:1:0.1",
+        ),
+        (["interpolate", "a", "b", "-o", "out", "--alpha", "2:-1:-1e-9"], 2, "has 3.00000e+9 points"),
+        (["interpolate", "a", "b", "-o", "out", "--alpha", "0:1:0.1", "--alpha", "2:3:0.1"], 2, "outputs, got 22"),
+        (["interpolate", "a", "./a/", "-o", "out", "--alpha", "0.5"], 2, "A and B are the same checkpoint: 'a'"),
+        (["merge", "recipe.yml", "out", "--cuda"], 2, "No such option: --cuda. This version computes on the CPU."),
+        (["merge", "recipe.yml", "out", "--out-shard-size", "5B"], 2, "Use --max-shard-size."),
+        (["merge", "-", "out"], 2, "RecipeError: the recipe is empty"),
         (["interpolate", "a", "b", "-o", "out", "--alpha", "inf"], 2, "alpha"),
         (["inspect", "./none"], 3, "CheckpointError: ./none: there is no such folder or file"),
         (["diff", "a", "./none"], 3, "CheckpointError: ./none: there is no such folder or file"),
-        (["merge", "recipe.yml", "a"], 4, "OutputError: a: the output is the input folder"),
+        (["merge", "recipe.yml", "a"], 4, "OutputError: a: the output is the input folder `a`"),
+        (["merge", "recipe.yml", "a"], 4, "; nothing was written"),
         (["merge", "recipe.yml", "full"], 4, "Add --force"),
         (["methods", "liner"], 2, "MethodError: unknown merge method `liner`, did you mean `linear`?"),
     ],
@@ -120,6 +132,13 @@ def test_merge_prints_a_summary_and_writes_the_checkpoint(models):
     assert text.startswith("out: 1 file, ")
     assert "of the intended change arrived" in text
     assert set(layers(1)) == set(load(models / "out" / "model.safetensors"))
+
+
+def test_recipe_from_stdin(models):
+    done = CliRunner().invoke(commands, ["merge", "-", "piped"], input=RECIPE)
+    assert done.exit_code == 0, done.output
+    run("merge", "recipe.yml", "out")
+    assert load(models / "piped" / "model.safetensors") == load(models / "out" / "model.safetensors")
 
 
 def test_merge_json_is_the_report(models):
@@ -268,41 +287,38 @@ def test_names_from_files_do_not_reach_the_terminal_raw(models):
         assert "\x1b" not in run(*args)
 
 
-def test_diff_measures_by_layer_and_tensor(models):
-    x = {
-        "h.0.w": np.array([3.0, 0.0, 0.0, 4.0]),
-        "h.1.w": np.array([1.0, 0.0]),
-        "n": np.array([0.0]),
-        "i": np.arange(3),
-    }
-    y = {
-        "h.0.w": np.array([3.0, 0.0, 0.5, 4.0]),
-        "h.1.w": np.array([0.0, 1.0]),
-        "n": np.array([0.0]),
-        "i": np.arange(3),
-    }
-    save(models / "x", {**x, "only": np.ones(1), "s": np.ones(2)})
-    save(models / "y", {**y, "s": np.ones(3)})
-    found = json.loads(run("diff", "x", "y", "--json"))
-    assert (found["layers"]["h.0"]["relative"], found["layers"]["h.0"]["changed_fraction"]) == (0.1, 0.25)
-    assert (found["tensors"]["h.1.w"]["cosine"], found["tensors"]["h.1.w"]["changed"]) == (0.0, 2)
-    assert found["tensors"]["n"]["relative"] is None and found["total"]["numel"] == 7
-    assert tuple(found[k] for k in ("only_a", "only_b", "shapes", "unmeasured")) == (["only"], [], ["s"], ["i"])
-    text = run("diff", "x", "y")
-    assert "1 tensor only in A: only" in text and "1 tensor of different shapes: s" in text and "measured: i" in text
-    assert "h.0.w 1.000e-01 0.995037 25.00% 4" in " ".join(text.split())
+def test_explain_takes_what_merge_takes(models):
+    found = json.loads(
+        run("explain", "recipe.yml", "--dtype", "float32", "--rounding", "stochastic", "--seed", "7", "--json")
+    )
+    assert (found["rounding"], found["seed"], found["dtypes"][0]["out"]) == ("stochastic", 7, "F32")
+    assert (found["bytes_written"], found["disk_bytes"]) == (4 * 116, found["files"][0]["bytes"])
 
 
-def test_diff_lists_the_tensors_that_differ_most_or_all(models):
-    save(models / "x", {f"t{i}": np.ones(4) for i in range(12)})
-    save(models / "y", {f"t{i}": np.ones(4) * (1 + i) for i in range(12)})
-    most = run("diff", "x", "y").partition("differ most")[2]
-    assert [line.split()[0] for line in most.splitlines()[1:4]] == ["t11", "t10", "t9"] and "t1 " not in most
-    assert "t1 " in run("diff", "x", "y", "--all").partition("tensor ")[2]
+def test_what_holds_for_every_point_is_said_once(models):
+    """Of differing tokenizers, and of folders that an older run left."""
+    for name in "ab":
+        (models / name / "tokenizer.json").write_text(name)
+    first = run("interpolate", "a", "b", "--alpha", "0:1:0.5", "-o", "p")
+    assert first.count("  warning: tokenizer.json of a and of b differ") == 1 and "left as they are" not in first
+    text = run("interpolate", "a", "b", "--alpha", "0:0.4:0.2", "-o", "p", "--force")
+    assert text.endswith("  left as they are: 2 older alpha_* folders in p\n")
+    assert "warning  tokenizer.json of base" not in run("explain", "recipe.yml")
+    (models / "base" / "tokenizer.json").write_text("base")
+    assert "\nwarning  tokenizer.json of base and of a, b differ" in run("explain", "recipe.yml")
+
+
+@pytest.mark.parametrize(
+    ("wall_s", "text"),
+    [(123.4, "123.4 s"), (0.51, "0.51 s"), (0.0996, "0.10 s"), (0.0994, "99 ms"), (0.01, "10 ms"), (0.0042, "4.2 ms")],
+)
+def test_seconds(wall_s, text):
+    assert text == seconds(wall_s)
 
 
 def test_methods_lists_all():
     text = run("methods")
+    assert len({line.index(" out = ") for line in text.splitlines()}) == 1
     assert names() == [line.split()[0] for line in text.splitlines()]
 
 
@@ -312,31 +328,6 @@ def test_example_of_a_method_is_a_recipe(name):
     assert text.startswith(find(name).doc)
     assert load_recipe(example(find(name)) + "\n").method.name == name
     assert example(find(name)) in text
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    for name, value in (("_PROBE_S", 0.01), ("_ARRAY", 1 << 16), ("_FILE", 1 << 20)):
-        monkeypatch.setattr(doctor, name, value)
-
-
-def test_doctor_knows_this_machine(quick, monkeypatch):
-    monkeypatch.delenv("FASTINTERP_ISA", raising=False)
-    monkeypatch.setenv("FASTINTERP_TEST", "1")
-    found = json.loads(run("doctor", "--json"))
-    assert found["isa"]["in_force"] in found["isa"]["usable"] and set(found["isa"]["usable"]) <= set(
-        found["isa"]["built"]
-    )
-    assert found["packages"]["numpy"] == np.__version__ and found["environment"] == {"FASTINTERP_TEST": "1"}
-    memory, files = found["bandwidth"]["memory"], found["bandwidth"]["files"]
-    assert min(memory["combine_gb_per_s"], memory["copy_gb_per_s"], files["write_gb_per_s"]) > 0
-    text = run("doctor")
-    assert all(word in text for word in (found["cpu"], found["python"], "GB/s", "FASTINTERP_TEST=1"))
-
-
-def test_doctor_shows_a_setting_that_cannot_be_used(quick, monkeypatch):
-    monkeypatch.setenv("FASTINTERP_ISA", "mmx")
-    assert "FASTINTERP_ISA=mmx, but this build has no such instruction set" in run("doctor")
 
 
 class Terminal(io.StringIO):

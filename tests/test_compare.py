@@ -60,6 +60,9 @@ def test_what_is_not_compared_is_named(tmp_path):
     assert list(found.tensors) == ["both"]
     assert (found.only_a, found.only_b, found.shapes) == (["a"], ["b"], ["shape"])
     assert sorted(found.unmeasured) == ["int", "kind"]
+    assert found.kinds == {
+        "both": ("F32 [5]", "F16 [5]"), "shape": ("F32 [2, 3]", "F32 [3, 2]"), "kind": ("F32 [4]", "I32 [4]"),
+    }  # fmt: skip
 
 
 def test_a_checkpoint_and_itself(tmp_path):
@@ -77,7 +80,7 @@ def test_nan_counts_as_changed(tmp_path):
     a = {"x": patterns(F8_E4M3, 512, 0)}
     found = compare(*saved(tmp_path, [a, a])).tensors["x"]
     assert found.changed == np.isnan(floats(a["x"])).sum() == 4
-    assert math.isnan(found.norm_a) and math.isnan(found.norm_delta)
+    assert math.isnan(found.norm_a) and math.isnan(found.norm_delta) and not found.finite
 
 
 def test_empty_and_zero_tensors(tmp_path):

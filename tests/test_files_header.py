@@ -40,6 +40,10 @@ HOSTILE = {
         (MAX_HEADER + 1).to_bytes(8, "little") + b"{}",
         f"the header claims {MAX_HEADER + 1} bytes, more than the allowed {MAX_HEADER}",
     ),
+    "a Git LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "this is a Git LFS pointer; the file itself was not downloaded. Run `git lfs pull`",
+    ),
     "length 2^64 - 1": (b"\xff" * 8 + b"{}", "the header claims 18446744073709551615 bytes, more than the allowed"),
     "no header": (framed(b""), "the header must start with '{', got b''"),
     "an array": (framed(b"[1]"), "the header must start with '{', got b'[1]'"),

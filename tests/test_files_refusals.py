@@ -116,7 +116,7 @@ def test_no_space_left(tmp_path, monkeypatch):
     assert "not enough space: the output takes 1000000000000000000 bytes (1000000000.00 GB), but " in message
     disk = SimpleNamespace(f_bavail=5, f_frsize=4096, f_blocks=100)
     monkeypatch.setattr("fastinterp.files.folder.os.statvfs", lambda _: disk)
-    assert "takes 20481 bytes (0.00 GB), but 20480 (0.00 GB) are free" in refused(
+    assert "takes 20481 bytes (20.48 KB), but 20480 (20.48 KB) are free" in refused(
         tmp_path / "new" / "out", needed=20481
     )
     with OutFolder(tmp_path / "out", [], needed=20480) as out:
@@ -152,7 +152,7 @@ def test_read_only_target():
         command = [sys.executable, "-c", READ_ONLY, str(out), str(missing)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
         assert done.stdout.splitlines() == [
-            f"{out}: the folder cannot be written to",
+            f"{out}: the folder cannot be written to: Permission denied",
             f"{missing}: the folder cannot be created: Permission denied",
         ]
         assert tree(folder) == {"out": b""}

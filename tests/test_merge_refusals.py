@@ -263,16 +263,26 @@ def test_unknown_instruction_set(tmp_path, pair, monkeypatch):
     ("options", "message"),
     [
         ({"max_memory": "20KB", "threads": 2}, "2 threads with 2 inputs and 1 outputs need at least 49152 bytes"),
-        ({"threads": 0}, "the number of threads must be at least 1, got 0"),
+        ({"threads": 0}, "the number of threads must be a whole number in 1..1024, got 0"),
+        ({"threads": 5000}, "the number of threads must be a whole number in 1..1024, got 5000"),
+        ({"threads": "2"}, "the number of threads must be a whole number in 1..1024, got '2'"),
         ({"device": "cuda"}, "device 'cuda' cannot be used"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"rounding": "up"}, "rounding must be nearest or stochastic, got 'up'"),
         ({"seed": -1}, "the seed must be in"),
+        ({"seed": "1"}, "the seed must be a whole number, got '1'"),
+        ({"dtype": 3}, "unknown dtype 3"),
+        ({"alphas": "0.5"}, "alpha must be a number, or several in a list, got '0.5'"),
+        ({"alphas": 10**400}, "alpha must be a number"),
+        ({"alphas": True}, "alpha must be a number, or several in a list, got True"),
+        ({"base": 1}, "`base` must be a path, got 1"),
         ({"max_shard_size": "many"}, "`many` is not a size"),
         ({"alphas": []}, "at least one alpha is needed"),
         ({"alphas": [0.5, 0.5]}, "every alpha may be given once, got 0.5, 0.5"),
         ({"alphas": [0.1, 0.1 + 1e-15]}, "every alpha may be given once"),  # the same name of a folder
         ({"alphas": [0.5, float("nan")]}, "alpha must be a finite number, got nan"),
+        ({"alphas": 1e30}, "alpha must be in -4.0e+07..4.0e+07, got 1e+30"),
+        ({"alphas": 1e300, "base": "base"}, "alpha must be in -3.4e+38..3.4e+38, got 1e+300"),
         ({"alphas": [i / 16 for i in range(17)]}, "one read can make at most 16 outputs, got 17"),
     ],
 )
@@ -281,3 +291,15 @@ def test_arguments_that_make_no_sense(tmp_path, pair, options, message):
         with pytest.raises(fastinterp.UsageError) as caught:
             fastinterp.interpolate(pair[0], pair[1], options.pop("alphas", 0.5), tmp_path / "out", **options)
         assert message in str(caught.value)
+
+
+def test_paths_that_are_none(tmp_path, pair):
+    nothing: Any = None
+    for call in (
+        lambda: fastinterp.interpolate(nothing, pair[1], 0.5, tmp_path / "out"),
+        lambda: fastinterp.interpolate(pair[0], pair[1], 0.5, nothing),
+        lambda: fastinterp.merge(recipe("linear", pair, weights=[1, 1]), nothing),
+        lambda: fastinterp.compare(pair[0], nothing),
+    ):
+        with pytest.raises(fastinterp.UsageError, match="path, got None"):
+            call()

@@ -140,3 +140,107 @@ def test_code_of_the_model_is_left_behind_with_a_word(tmp_path):
     report = fastinterp.merge(recipe("linear", paths, weights=[1, 1]), tmp_path / "out")
     assert not (tmp_path / "out" / "modeling_own.py").exists()
     assert ["auto_map" in w for w in report.warnings] == [True]
+
+
+# --- the files beside the weights ------------------------------------------------------------------------------------
+
+
+def family_with(tmp_path: Path, **files: list[str | None]) -> list[str]:
+    """Checkpoints that fit; files: name (`_` for `.`) -> what it holds in each of them, None for no file."""
+    count = len(next(iter(files.values())))
+    paths = saved(tmp_path, [{"x": weights(i, BF16, (10,))} for i in range(count)])
+    for name, contents in files.items():
+        for path, text in zip(paths, contents, strict=True):
+            if text is not None:
+                (Path(path) / f"{name}.json").write_text(text)
+    return paths
+
+
+def warned(paths: list[str], out: Path) -> list[str]:
+    """By merge, and the same by explain."""
+    asked = recipe("linear", paths, weights=[1] * len(paths))
+    found = fastinterp.merge(asked, out).warnings
+    assert found == fastinterp.explain(asked).warnings
+    return list(found)
+
+
+def test_tokenizers_that_differ(tmp_path):
+    """By their bytes, of the same size or not; models that differ in the same files share a line."""
+    a, b, c, d = paths = family_with(
+        tmp_path, tokenizer=["{}", "[]", "[] ", "{}"], vocab=["1", "1", "1", None], config=["{}"] * 4
+    )
+    (line,) = warned(paths, tmp_path / "out")
+    assert line.startswith(f"tokenizer.json of {a} and of {b}, {c} differ; the output gets {a}'s. ") and d not in line
+
+
+def test_configurations_that_differ(tmp_path):
+    """In keys that the weights depend on, at the top and in text_config; a key that one leaves out is a default."""
+    first = '{"vocab_size": 8, "torch_dtype": "float32", "text_config": {"rope_theta": 1e4}, "head_dim": 4}'
+    other = '{"vocab_size": 9, "torch_dtype": "bfloat16", "text_config": {"rope_theta": 5e5}}'
+    scaled = '{"vocab_size": 8, "rope_scaling": {"factor": 4}}'
+    a, b, c = paths = family_with(tmp_path, config=[first, other, scaled])
+    one, two = warned(paths, tmp_path / "out")
+    assert f"{a} and of {b} differ: vocab_size 8 and 9, text_config.rope_theta 10000.0 and 500000.0; the" in one
+    assert f"{a} and of {c} differ: rope_scaling None and {{'factor': 4}}; the output gets {a}'s" in two
+
+
+def test_configurations_that_agree(tmp_path):
+    same = '{"vocab_size": 8, "text_config": null}'
+    assert warned(family_with(tmp_path, config=[same, same.replace(" ", "")]), tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00", '{"a": ' * 100000, '{"vocab_size": ' + "9" * 5000 + "}"])
+def test_damaged_configuration_of_another_model_does_not_stop_the_merge(tmp_path, text):
+    paths = family_with(tmp_path, config=["{}", text])
+    (line,) = warned(paths, tmp_path / "out")
+    assert line.startswith(f"config.json of {paths[1]} cannot be read")
+
+
+def test_damaged_configuration_that_would_be_copied_is_refused_at_once(tmp_path):
+    paths = family_with(tmp_path, config=["{", "{}"])
+    with pytest.raises(fastinterp.CheckpointError, match=r"a.config\.json: the model configuration is not JSON"):
+        fastinterp.merge(recipe("linear", paths, weights=[1, 1]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_origin_lacks_and_another_has(tmp_path):
+    paths = family_with(tmp_path, config=[None, "{}"], tokenizer=[None, "{}"])
+    assert warned(paths, tmp_path / "out") == [
+        f"{paths[0]} has no {what}, so the output has none. Copy that of {paths[1]}, if it fits"
+        for what in ("config.json", "tokenizer")
+    ]
+
+
+def test_many_models_that_differ_make_few_lines(tmp_path):
+    paths = family_with(tmp_path, config=[f'{{"vocab_size": {i}}}' for i in range(6)])
+    found = warned(paths, tmp_path / "out")
+    assert len(found) == 4 and found[-1] == "and 2 more like the last"
+
+
+# --- a few lines for people ------------------------------------------------------------------------------------------
+
+
+def test_identical_models_are_called_so(tmp_path):
+    model = {"x": weights(1, BF16, (40 * 16384,)), "y": weights(2, BF16, (100,))}
+    a, b = saved(tmp_path, [model, model])
+    (report,) = fastinterp.interpolate(a, b, 0.5, tmp_path / "out")
+    assert "nothing changed: the models are identical where they were measured (5% of the elements)" in str(report)
+    c, d = saved(tmp_path / "s", [{"y": model["y"]}] * 2)
+    (small,) = fastinterp.interpolate(c, d, 0.5, tmp_path / "small")
+    assert str(small).endswith("nothing changed: the models are identical")
+    (stored,) = fastinterp.interpolate(a, b, 0, tmp_path / "f32", dtype="float32")
+    assert str(stored).endswith("all tensors are copies, stored in another dtype")
+    (copied,) = fastinterp.interpolate(a, b, 0, tmp_path / "copy")
+    assert str(copied).endswith("all tensors are copies")
+
+
+def test_results_print_as_the_commands_do_and_show_shortly(tmp_path):
+    paths = saved(tmp_path, [{"x": weights(i, F32, (1000,))} for i in range(2)])
+    asked = recipe("linear", paths, weights=[1, 1])
+    plan, report = fastinterp.explain(asked, dtype="bfloat16"), fastinterp.merge(asked, tmp_path / "out")
+    assert "F32 -> BF16, in float32" in str(plan) and "2.00 KB, 6.10 KB with headers" in str(plan)
+    assert repr(plan) == "<Plan: linear of 2 models, 8.00 KB read, 2.00 KB written>"
+    assert repr(report) == f"<Report of {tmp_path / 'out'}: 1 file, 4.00 KB written, 0 warnings>"
+    assert str(report) == report.summary() and "of elements changed, relative change " in str(report)
+    found = fastinterp.compare(*paths)
+    assert repr(found) == f"<Comparison of 1 tensors: {found.total.changed:,} of 1,000 elements differ>"

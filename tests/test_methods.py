@@ -87,7 +87,7 @@ def test_declarations_come_from_the_signature():
         Parameter("weight", "weight", float, each=True, optional=False, required=True, default=None),
         Parameter("normalize", "normalize", bool, each=False, optional=False, required=False, default=True),
     )
-    assert [p.name for p in task_arithmetic.parameters] == ["weight", "normalize", "lambda"]
+    assert [p.name for p in task_arithmetic.parameters] == ["weight", "normalize", "lambda", "int8_mask"]
     assert task_arithmetic.parameters[2].keyword == "lambda_"
     assert passthrough.parameters == (Parameter("scale", "scale", float, True, True, False, None),)
     assert (linear.base, linear.models) == ("none", (1, 64))
@@ -113,7 +113,7 @@ TRUTH = Parameter("normalize", "normalize", bool, False, False, False, True)
 
 @pytest.mark.parametrize(
     ("parameter", "given_value", "expected"),
-    [(NUMBER, 1, 1.0), (NUMBER, True, 1.0), (NUMBER, -2.5, -2.5), (NUMBER, methods.LARGEST, 3.4028234663852886e38),
+    [(NUMBER, 1, 1.0), (NUMBER, -2.5, -2.5), (NUMBER, methods.LARGEST, 3.4028234663852886e38),
      (MAYBE, None, None), (MAYBE, 0, 0.0), (TRUTH, False, False), (TRUTH, 1, True), (TRUTH, 0.0, False)],
 )  # fmt: skip
 def test_values_become_the_declared_type(parameter, given_value, expected):
@@ -124,7 +124,8 @@ def test_values_become_the_declared_type(parameter, given_value, expected):
 
 @pytest.mark.parametrize(
     ("parameter", "given_value"),
-    [(NUMBER, None), (NUMBER, "1"), (NUMBER, float("nan")), (NUMBER, float("-inf")), (NUMBER, 3.5e38),
+    [(NUMBER, None), (NUMBER, True), (NUMBER, False), (NUMBER, "1"), (NUMBER, float("nan")), (NUMBER, float("-inf")),
+     (NUMBER, 3.5e38),
      (NUMBER, 10**400), (NUMBER, 10**5000), (NUMBER, [1]), (MAYBE, "none"), (TRUTH, 2), (TRUTH, "yes"), (TRUTH, None),
      (TRUTH, float("nan"))],
     ids=lambda v: "int" if isinstance(v, int) else str(v)[:12],
@@ -158,6 +159,8 @@ def test_unknown_methods():
         find("liner")
     with pytest.raises(MethodError, match=r"^unknown merge method `os`\. Known: .*linear, .*passthrough"):
         find("os")
+    with pytest.raises(MethodError, match=r"^`ties` is a method of mergekit that .* not have yet\. Here: .*linear"):
+        find("ties")
     for hidden in ("_weights", "__init__", "../errors", ""):
         with pytest.raises(MethodError, match="unknown merge method"):
             find(hidden)

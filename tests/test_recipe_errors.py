@@ -90,7 +90,17 @@ BAD = {
     ),
     "tokenizer_source": (
         LINEAR + "tokenizer_source: union\n",
-        "`tokenizer_source` is not supported yet. The tokenizer of base_model, else of the first model, is copied"
+        "`tokenizer_source` 'union' is not supported yet. Remove the line to copy the tokenizer of base_model, else of"
+        " the first model - at $.tokenizer_source (merge.yml:9)",
+    ),
+    "tokenizer_source: base without a base": (
+        LINEAR + "tokenizer_source: base\n",
+        "`tokenizer_source` 'base' needs the key `base_model`. Remove the line to copy the tokenizer of the first model"
+        " - at $.tokenizer_source (merge.yml:9)",
+    ),
+    "tokenizer": (
+        LINEAR + "tokenizer: {source: base}\n",
+        "`tokenizer` is not supported yet. Remove the key to copy the tokenizer of base_model, else of the first model"
         " - at $ (merge.yml:9)",
     ),
     "documents": (
@@ -115,7 +125,14 @@ BAD = {
         "`lora` is not supported yet. Merge the LoRA into its model first - at $.models[1].model (merge.yml:6)",
     ),
     # types and values
-    "not a mapping": ("- a\n- b\n", "expected a mapping, got a list - at $ (merge.yml:1)"),
+    "not a mapping": (
+        "- a\n- b\n",
+        "expected a mapping, got a list. A recipe starts with `merge_method: ...` - at $ (merge.yml:1)",
+    ),
+    "models are names": (
+        "merge_method: linear\nmodels: [a, b]\n",
+        "expected a mapping, got text. Write `- model: NAME` - at $.models[0] (merge.yml:2)",
+    ),
     "models is a mapping": (
         "merge_method: linear\nmodels: {a: 1}\n",
         "expected a list, got a mapping - at $.models (merge.yml:2)",
@@ -128,6 +145,15 @@ BAD = {
     "an exponent YAML does not see": (
         w0("1e-3"),
         f"{NUMBER} '1e-3'. YAML reads it as text: write a point and a sign (1.0e-03), and no quotes - at {AT_W0}",
+    ),
+    "yes for a number": (
+        w0("yes"),
+        f"`weight` must be a number, got true (YAML reads yes and on as true) - at {AT_W0}",
+    ),
+    "a decimal comma": (w0("0,5"), f"{NUMBER} '0,5'. A decimal comma? Write 0.5 - at {AT_W0}"),
+    "a decimal comma in braces": (
+        PASS.replace("model: a", "model: a, parameters: {scale: 0,5}"),
+        "a key must be text, got `5`. A decimal comma? Write a point: 0.5 - at $.models[0].parameters (merge.yml:2)",
     ),
     "nan": (w0(".nan"), f"{NUMBER} nan - at {AT_W0}"),
     "inf": (w0("-.inf"), f"{NUMBER} -inf - at {AT_W0}"),
@@ -214,6 +240,11 @@ BAD_FOR_THE_METHOD = {
     "unknown method": (
         LINEAR.replace("linear", "liner"),
         "unknown merge method `liner`, did you mean `linear`? - at $.merge_method (merge.yml:1)",
+    ),
+    "a method of mergekit, with keys of its own": (
+        "slices: []\nmerge_method: slerp\nparameters: {t: 0.5}\n",
+        "`slerp` is a method of mergekit that fastinterp does not have yet. Here: linear, passthrough, task_arithmetic"
+        " - at $.merge_method (merge.yml:2)",
     ),
     "no base": (
         TASK.replace("base_model: base\n", ""),

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastinterp.engine import text
+
 _POOL = (
     1 << 22
 )  # random numbers that are drawn; tensors are cut out of them, which is many times faster than drawing all
@@ -82,7 +84,7 @@ def write_checkpoints(
     made = []
     for name in _NAMES:
         if say:
-            say(f"writing {name}: {size.nbytes / 1e9:.2f} GB")
+            say(f"writing {name}: {text.size(size.nbytes)}")
         partial = folder / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -128,9 +130,9 @@ def _header(shard: dict[str, tuple[int, ...]]) -> bytes:
     for name, shape in shard.items():
         start, end = end, end + 2 * math.prod(shape)
         table[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(table).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    raw = json.dumps(table).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def _blocks(

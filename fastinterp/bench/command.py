@@ -26,6 +26,7 @@ RIVALS = ("copy", "touch", "naive", "mergekit")
 _NEEDS = {"naive": ("torch", "safetensors"), "mergekit": ("mergekit",)}  # packages
 _INSTALL = {"naive": "pip install torch safetensors", "mergekit": "pip install 'fastinterp[mergekit]'"}
 _SIZES = ("tiny", "100m", "1b", "7b")
+_SMALL = 20_000_000  # bytes; that many are copied in less time than Python takes to start
 _DELTA = (0.6, -0.3)  # weights of task vectors, in turn
 
 # Asks another Python for its packages: importing them all would take long.
@@ -221,13 +222,15 @@ def _job(folders: Sequence[Path], recipe: str) -> Job:
 
 
 def _need(folder: Path, nbytes: int, what: str) -> None:
+    from fastinterp.engine.text import size
+
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise OutputError(
-            f"{folder}: not enough space: {what} take {nbytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free. Free "
-            f"{(nbytes - free) / 1e9:.2f} GB, or name another folder or a smaller size"
+            f"{folder}: not enough space: {what} take {size(nbytes)}, but {size(free)} are free. Free "
+            f"{size(nbytes - free)}, or name another folder or a smaller size"
         )
 
 
@@ -275,10 +278,12 @@ def as_text(found: dict[str, Any]) -> list[str]:
         )
         seconds = [f"{v:.3f}" for v in (r["median_wall_s"], min(r["wall_s"]), max(r["wall_s"]), r["median_cpu_s"])]
         rows.append([name, *seconds, size(r["peak_anon_bytes"]), share])
+    small = found["model_bytes"] < _SMALL
     return [
         f"{found['recipe']} of {counted(found['inputs'], 'checkpoint')} of {size(found['model_bytes'])}, "
         f"{'+'.join(found['dtypes'])}; {found['cache']} page cache{least}; {counted(found['runs'], 'run')}",
         f"{where['cpu']}, {counted(where['cores'], 'core')}, {size(where['memory_bytes'])} of memory, "
         f"{where['file_system']}, {where['system']}; fastinterp {where['fastinterp']} ({where['isa']})",
         *table(rows, "<>>>>><"),
+        *(["models this small measure the start-up of the programs, and little else"] if small else []),
     ]

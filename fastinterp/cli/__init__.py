@@ -23,7 +23,19 @@ _HOMES = {
     "doctor": "fastinterp.cli.about",
     "bench": "fastinterp.bench.command",
 }
-OUTCOME = "fastinterp.outcome"  # key in click's Context.meta: a list, what to say of the output after an interruption
+OUTCOME = "fastinterp.outcome"  # key in click's Context.meta: a list, what to say of the output after a failure
+
+# Options of mergekit's commands, and what there is instead.
+_MERGEKIT = {
+    "--cuda": "This version computes on the CPU.",
+    "--copy-tokenizer": "Leave it out: the tokenizer is always copied.",
+    "--lazy-unpickle": "Leave it out: tensors are always read piece by piece.",
+    "--low-cpu-memory": "Leave it out: --max-memory bounds the memory.",
+    "--trust-remote-code": "Leave it out: no code of a model is ever run.",
+    "--allow-crimes": "Only models of one architecture merge.",
+    "--out-shard-size": "Use --max-shard-size.",
+    "--random-seed": "Use --seed.",
+}
 
 
 class _Stopped(KeyboardInterrupt):
@@ -59,8 +71,14 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            if error.option_name not in _MERGEKIT:
+                raise
+            said = f"No such option: {error.option_name}. {_MERGEKIT[error.option_name]}"
+            raise click.NoSuchOption(error.option_name, said, ctx=error.ctx) from None
         except FastinterpError as error:
-            click.echo(f"{click.style(type(error).__name__, fg='red')}: {error}", err=True)
+            said = "; ".join([str(error), *ctx.meta.get(OUTCOME, [])])
+            click.echo(f"{click.style(type(error).__name__, fg='red')}: {said}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as stopped:
             click.echo("; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), err=True)

@@ -32,8 +32,15 @@ def methods(name: str | None, markdown: bool) -> None:
     if markdown:
         options.say(table())
         return
-    width = max(len(n) for n in names())
-    options.say("\n".join(f"{n:{width}}  {find(n).doc.splitlines()[0]}" for n in names()))
+    rows = [(n, *_headline(find(n))) for n in names()]
+    wide, wider = (max(len(row[i]) for row in rows) for i in (0, 1))
+    options.say("\n".join(f"{n:{wide}}  {does:{wider}}  {formula}" for n, does, formula in rows))
+
+
+def _headline(method: Method) -> tuple[str, str]:
+    """What it does, and its formula."""
+    does, _, formula = method.doc.splitlines()[0].partition("     ")
+    return does, formula.strip()
 
 
 def table() -> str:
@@ -43,12 +50,12 @@ def table() -> str:
     lines = ["| method | does | formula | models | parameters |", "|---|---|---|---|---|"]
     for name in names():
         found = find(name)
-        does, _, formula = found.doc.splitlines()[0].partition("     ")
+        does, formula = _headline(found)
         low, high = found.models
         models = f"{low}" if low == high else f"{low} to {high}"
         base = {"required": ", with a base", "optional": ", with or without a base", "none": ""}[found.base]
         parameters = ", ".join(f"`{p.name}`" for p in found.parameters)
-        lines.append(f"| `{name}` | {does} | `{formula.strip()}` | {models}{base} | {parameters} |")
+        lines.append(f"| `{name}` | {does} | `{formula}` | {models}{base} | {parameters} |")
     return "\n".join(lines)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,15 +14,21 @@ if TYPE_CHECKING:
     from fastinterp.engine.compare import Comparison, Difference
 
 _MOST = 10  # tensors that diff lists without --all
+_LISTED = 3  # names in a note
 
 
 @click.command()
-@click.argument("recipe")
+@options.recipe
 @options.threads
 @options.max_shard_size
 @options.max_memory
+@click.option("--dtype", metavar="NAME", help="As of merge.")
+@click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), help="As of merge.")
+@click.option("--seed", type=int, metavar="N", help="As of merge.")
 @options.as_json
-def explain(recipe: str, threads: int | None, max_shard_size: str, max_memory: str, as_json: bool) -> None:
+def explain(
+    recipe: str, threads: int | None, max_shard_size: str, max_memory: str, as_json: bool, **wishes: Any
+) -> None:
     """Say what a merge would read, compute and write.
 
     Reads headers only and writes nothing.
@@ -35,7 +43,7 @@ def explain(recipe: str, threads: int | None, max_shard_size: str, max_memory: s
     from fastinterp.engine.schedule import make_window
     from fastinterp.files.layout import parse_size
 
-    plan = run.explain(recipe, max_shard_size=max_shard_size)
+    plan = run.explain(recipe, max_shard_size=max_shard_size, **wishes)
     window = make_window(plan, cpu_threads(threads), parse_size(max_memory))
     if as_json:
         options.say_json(explained.as_dict(plan, window))
@@ -104,6 +112,7 @@ def _as_dict(found: Comparison) -> dict[str, Any]:
         "only_b": found.only_b,
         "shapes": found.shapes,
         "unmeasured": found.unmeasured,
+        "kinds": found.kinds,
     }
 
 
@@ -127,28 +136,63 @@ def _layers(found: Comparison) -> dict[str, Difference]:
 
 def _as_text(found: Comparison, every: bool) -> str:
     from fastinterp.engine.contents import natural
-    from fastinterp.engine.text import WIDTH, counted, fit, table
+    from fastinterp.engine.text import counted, table
 
     head = ["|d|/|a|", "cosine", "changed", "elements"]
     layers = [_row(n, d) for n, d in _layers(found).items()]
     total = _row(f"all {counted(len(found.tensors), 'tensor')}", found.total)
-    lines = table([["layer", *head], *layers, total], "<>>>>", indent=0)
+    notes = _notes(found)
+    lines = [*notes, *([""] if notes else []), *table([["layer", *head], *layers, total], "<>>>>", indent=0)]
     names = sorted(found.tensors, key=natural)
     if not every:
-        names = sorted(names, key=lambda n: -(found.tensors[n].relative or 0.0))[:_MOST]
+        differing = [n for n in names if found.tensors[n].changed]
+        names = sorted(differing, key=lambda n: _rank(found.tensors[n]))[:_MOST]
     title = "tensor" if len(names) == len(found.tensors) else f"tensor, the {len(names)} that differ most"
     if names:
         lines += ["", *table([[title, *head], *(_row(n, found.tensors[n]) for n in names)], "<>>>>", indent=0)]
-    left_out = {
-        "only in A": found.only_a,
-        "only in B": found.only_b,
-        "of different shapes": found.shapes,
-        "not of a dtype that merges, so not measured": found.unmeasured,
-    }
-    for what, some in left_out.items():
-        if some:
-            lines.append(fit(f"{counted(len(some), 'tensor')} {what}: {', '.join(some)}", WIDTH))
     return "\n".join(lines)
+
+
+def _rank(d: Difference) -> float:
+    """NaN first, then what differs most, relative to nothing included."""
+    return -math.inf if not d.finite else -(math.inf if d.relative is None else d.relative)
+
+
+def _notes(found: Comparison) -> list[str]:
+    """What the table does not show."""
+    from fastinterp.engine.text import counted
+
+    notes = []
+    for what, some in (("only in A", found.only_a), ("only in B", found.only_b)):
+        if some:
+            notes.append(f"{counted(len(some), 'tensor')} {what}: {_listed(some)}")
+    kinds = {n: f"{n} ({a} in A, {b} in B)" for n, (a, b) in found.kinds.items()}
+    dtypes = [kinds[n] for n in kinds if n not in found.shapes]
+    if found.shapes:
+        notes.append(
+            f"{counted(len(found.shapes), 'tensor')} of different shapes: {_listed(kinds[n] for n in found.shapes)}"
+        )
+    if dtypes:
+        notes.append(f"{counted(len(dtypes), 'tensor')} of different dtypes: {_listed(dtypes)}")
+    if found.unmeasured:
+        many = counted(len(found.unmeasured), "tensor")
+        notes.append(f"{many} not of a dtype that merges, so not measured: {_listed(found.unmeasured)}")
+    in_a = [n for n, d in found.tensors.items() if not math.isfinite(d.norm_a)]
+    in_b = [n for n, d in found.tensors.items() if math.isfinite(d.norm_a) and not d.finite]
+    for which, some in (("A", in_a), ("B", in_b)):
+        if some:
+            notes.append(f"{which} has NaN, Inf or squares beyond float64, first in {_listed(some[:1])}")
+    if found.tensors and not found.total.changed:
+        notes.append("A and B hold the same numbers" + (" in all tensors that were measured" if notes else ""))
+    return notes
+
+
+def _listed(names: Iterable[str]) -> str:
+    from fastinterp.engine.text import WIDTH, fit
+
+    some = list(names)
+    more = f" and {len(some) - _LISTED} more" if len(some) > _LISTED else ""
+    return ", ".join(fit(n, WIDTH - 10) for n in some[:_LISTED]) + more
 
 
 def _row(name: str, d: Difference) -> list[str]:

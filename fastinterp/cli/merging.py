@@ -11,22 +11,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastinterp.cli import OUTCOME, options
+from fastinterp.errors import OutputError
 
 if TYPE_CHECKING:
+    from decimal import Decimal
+
     from fastinterp.engine.report import Report
 
-_MANY = 1000  # steps of a range: far more than one read can make
 _VISIBLE = 0.01  # an alpha that acts as one that is off by more than this share of it is worth a word
 
 
 @click.command()
-@click.argument("recipe")
+@options.recipe
 @click.argument("out")
 @options.output
 def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) -> None:
     """Merge checkpoints as a recipe says.
 
-    RECIPE is a YAML file, OUT a new folder. Each input byte is read once.
+    RECIPE is a YAML file, or - for stdin; OUT a new folder. Each input byte is read once.
 
     \b
     Example:
@@ -47,7 +49,7 @@ def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) ->
 
 def _points(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[float]:
     """The numbers in `0.3` and `0:1:0.25` (first, last, step), in the order given."""
-    from decimal import Decimal, InvalidOperation
+    from decimal import Decimal
 
     points: list[float] = []
     for value in values:
@@ -55,14 +57,37 @@ def _points(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
             # Decimal: 0:1:0.1 holds 0.3, not 0.30000000000000004.
             first, *rest = (Decimal(part.strip()) for part in value.split(":"))
             last, step = rest or (first, Decimal(1))
-            count = int((last - first) / step) + 1 if last != first else 1
-            if not 1 <= count <= _MANY:
-                raise click.BadParameter(f"the range {value!r} has {max(0, count)} points", ctx, param)
-            points += [float(first + k * step) for k in range(count)]
-        except (InvalidOperation, ZeroDivisionError, ValueError, OverflowError):
-            message = f"{value!r} is neither a number nor a range FIRST:LAST:STEP, as 0:1:0.25"
-            raise click.BadParameter(message, ctx, param) from None
+            if rest and not (max(abs(first), abs(last)) < 1e38 and step.is_finite()):
+                raise ValueError
+            problem = _range_problem(first, last, step)
+            if not problem:
+                points += [float(first + k * step) for k in range(int((last - first) / step) + 1)]
+        except (ArithmeticError, ValueError):
+            problem = f"{value!r} is neither a number nor a range FIRST:LAST:STEP, as 0:1:0.25"
+        if problem:
+            raise click.BadParameter(problem, ctx, param)
     return points
+
+
+def _range_problem(first: Decimal, last: Decimal, step: Decimal) -> str:
+    """What is wrong with a range, and one that would do; nothing, if it has at least one point and not too many."""
+    from decimal import Decimal
+
+    from fastinterp.compute.ops import MAX_OUTPUTS
+
+    text, span = f"{first}:{last}:{step}", last - first
+    if not step:
+        return f"the step of {text} is 0"
+    if span and (span > 0) != (step > 0):
+        return f"the step must be {'positive' if span > 0 else 'negative'} here: {first}:{last}:{-step}"
+    count = 1 + (span / step).to_integral_value("ROUND_FLOOR")
+    if count <= MAX_OUTPUTS:
+        return ""
+    least = abs(span) / (MAX_OUTPUTS - 1)
+    power = Decimal(10) ** least.adjusted()
+    fits = next(k * power for k in (1, 2, 5, 10) if k * power >= least).copy_sign(span)
+    instead = f"{first}:{last}:{fits.normalize():f}"
+    return f"{text} has {count:.6g} points, at most {MAX_OUTPUTS} fit one run. Write {instead}"
 
 
 @click.command()
@@ -90,6 +115,7 @@ def interpolate(
     """
     from fastinterp.cli import progress
     from fastinterp.engine import run
+    from fastinterp.engine.text import counted, plain
 
     outs = [Path(out)] if len(points) == 1 else [Path(out) / run.point_name(p) for p in points]
     with _outcome_of(outs), progress.shown(quiet or as_json) as shown:
@@ -101,16 +127,20 @@ def interpolate(
     elif quiet:
         _warn(reports)
     else:
-        options.say("\n".join(_path_lines(points, acting, reports)))
+        lines = _path_lines(points, acting, reports)
+        older = _older_points(Path(out), outs) if len(outs) > 1 else 0
+        if older:
+            lines.append(f"  left as they are: {counted(older, 'older alpha_* folder')} in {plain(out)}")
+        options.say("\n".join(lines))
 
 
 @contextmanager
 def _outcome_of(outs: Sequence[Path]) -> Iterator[None]:
-    """When the run inside is interrupted, note which outputs were finished before that: weights appear last."""
+    """When the run inside is interrupted or cannot write, note what was finished before that: weights appear last."""
     start = time.time()
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OutputError):
         done = [str(o) for o in outs if any(p.stat().st_mtime >= start for p in o.glob("*.safetensors"))]
         said = f"finished before that: {', '.join(done)}" if done else "nothing was written"
         click.get_current_context().meta[OUTCOME] = [said]
@@ -125,6 +155,7 @@ def _acts_as(alpha: float, report: Report) -> float | None:
 
 def _path_lines(points: Sequence[float], acting: Sequence[float | None], reports: Sequence[Report]) -> list[str]:
     """Alphas that act visibly as others are shown as such."""
+    from fastinterp.engine.report import COPIES
     from fastinterp.engine.text import plain, size, table
 
     told = [
@@ -135,19 +166,34 @@ def _path_lines(points: Sequence[float], acting: Sequence[float | None], reports
         return [reports[0].summary(), *(f"  alpha {points[0]:g} acts as {acts}" for acts in told if acts)]
     run = reports[0]
     lines = [f"{len(reports)} outputs from one read: {size(run.bytes_read)} read, {run.pace()}"]
-    rows = [["alpha", "acts as" if any(told) else "", "changed", "|D|/|p|", "output"]]
+    rows = [["alpha", "acts as" if any(told) else "", "changed", "relative change", "output"]]
     for alpha, acts, report in zip(points, told, reports, strict=True):
         effect = report.effect
         fraction, relative = effect.changed_fraction, effect.relative_change
-        change = ["copy", ""] if fraction is None else [f"{fraction:.1%}", f"{relative or 0:.2e}"]
+        change = ["copy", ""] if fraction is None else [f"{fraction:.1%}", f"{relative or 0:.1e}"]
         rows.append([f"{alpha:g}", acts, *change, report.output])
     lines += table(rows, ">>>><")
-    for report in reports:
-        lines += [f"  {plain(report.output)}: {note}" for note in report.notes()]
+    every = [r.notes() for r in reports]
+    lines += [f"  {note}" for note in every[0] if _shared(note, every)]
+    for report, notes in zip(reports, every, strict=True):
+        lines += [f"  {plain(report.output)}: {n}" for n in notes if n != COPIES and not _shared(n, every)]
     return lines
 
 
+def _older_points(out: Path, outs: Sequence[Path]) -> int:
+    return len([p for p in out.glob("alpha_*") if p.is_dir() and p not in outs])
+
+
+def _shared(note: str, every: Sequence[Sequence[str]]) -> bool:
+    """What is said of all outputs is said once."""
+    return all(note in notes for notes in every)
+
+
 def _warn(reports: Sequence[Report]) -> None:
+    from fastinterp.engine.text import plain
+
+    every = [r.warnings for r in reports]
     for report in reports:
         for warning in report.warnings:
-            click.echo(f"{report.output}: warning: {warning}", err=True)
+            if report is reports[0] or not _shared(warning, every):
+                click.echo(plain(f"{report.output}: warning: {warning}"), err=True)

@@ -15,6 +15,18 @@ from fastinterp.errors import StorageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+
+def _from_stdin(ctx: click.Context, param: click.Parameter, given: str) -> str:
+    """The text on stdin for `-`; a recipe's path otherwise."""
+    if given != "-":
+        return given
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig") + "\n"  # with a newline it is a recipe, not a path
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"stdin is not UTF-8 text (byte {error.start})", ctx, param) from None
+
+
+recipe = click.argument("recipe", callback=_from_stdin)
 threads = click.option("--threads", type=int, metavar="N", help="Default: one per CPU, at most 32.")
 max_shard_size = click.option(
     "--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Tensor data in one output file."

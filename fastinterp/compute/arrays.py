@@ -47,6 +47,8 @@ def weighted_sum(
     for i, view in enumerate(views):
         if view[1] != views[0][1]:
             raise ShapeError(f"arrays differ in shape: {list(views[0][1])} and, for array {i}, {list(view[1])}")
+    if any(isinstance(w, (bool, str, bytes)) or not hasattr(w, "__float__") for w in weights):
+        raise UsageError(f"weights must be numbers, got {list(weights)}")
     values = tuple(float(w) for w in weights)
     if not all(abs(w) <= 3.4e38 for w in values):
         raise UsageError(f"weights must be finite float32 numbers, got {list(values)}")

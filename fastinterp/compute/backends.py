@@ -8,14 +8,15 @@ from fastinterp import _C
 from fastinterp.errors import BackendError
 
 ISA_VARIABLE = "FASTINTERP_ISA"
+MAX_THREADS = 1024
 
 
 def cpu_isa() -> str:
-    """The instruction set of the CPU backend: the best of this machine, or what FASTINTERP_ISA names.
+    """The instruction set of the CPU backend: the best of this machine, or what FASTINTERP_ISA names, in any case.
 
     Raises: BackendError, if FASTINTERP_ISA names one that this build or this processor does not have.
     """
-    asked = os.environ.get(ISA_VARIABLE, "")
+    asked = os.environ.get(ISA_VARIABLE, "").lower()
     usable = _C.isas()
     if not asked:
         return usable[0]
@@ -28,12 +29,12 @@ def cpu_isa() -> str:
 def cpu_threads(asked: int | None = None) -> int:
     """How many threads to use: `asked`, else one per CPU that this process may run on, at most 32.
 
-    Raises: BackendError, if `asked` is less than 1.
+    Raises: BackendError, if `asked` is not in 1..1024.
     """
     if asked is None:
         return min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    if asked < 1:
-        raise BackendError(f"the number of threads must be at least 1, got {asked}")
+    if type(asked) is not int or not 1 <= asked <= MAX_THREADS:
+        raise BackendError(f"the number of threads must be a whole number in 1..{MAX_THREADS}, got {asked!r}")
     return asked
 
 

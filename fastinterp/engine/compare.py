@@ -10,8 +10,8 @@ from typing import Any
 
 from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.pump import Progress, Pump, watch
-from fastinterp.errors import CheckpointError, StorageError
-from fastinterp.files.checkpoint import changed_since, open_checkpoint
+from fastinterp.errors import CheckpointError, StorageError, UsageError
+from fastinterp.files.checkpoint import Checkpoint, changed_since, open_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,11 @@ class Difference:
         return (a2 + self.dot_a_delta) / (self.norm_a * math.sqrt(b2)) if a2 > 0 and b2 > 0 else None
 
     @property
+    def finite(self) -> bool:
+        """False if there is NaN or Inf in a or b, or the square of a norm is more than float64 holds."""
+        return math.isfinite(self.norm_a) and math.isfinite(self.norm_delta)
+
+    @property
     def changed_fraction(self) -> float | None:
         return self.changed / self.numel if self.numel else None
 
@@ -61,13 +66,22 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """tensors: those that both have in the same shape and that merge. The rest are named, not left out silently."""
+    """tensors: those that both have in the same shape and that merge. The rest are named, not left out silently.
+
+    kinds  dtype and shape in a and in b, of each tensor for which they differ: `("BF16 [4, 2]", "F32 [4, 2]")`
+    """
 
     tensors: dict[str, Difference]
     only_a: list[str]
     only_b: list[str]
     shapes: list[str]  # in both, of different shapes
     unmeasured: list[str]  # in both, integers or dtypes that are not merged
+    kinds: dict[str, tuple[str, str]]
+
+    def __repr__(self) -> str:
+        """Short: there is an entry for every tensor."""
+        total = self.total
+        return f"<Comparison of {len(self.tensors):,} tensors: {total.changed:,} of {total.numel:,} elements differ>"
 
     @property
     def total(self) -> Difference:
@@ -83,8 +97,11 @@ def compare(
 ) -> Comparison:
     """Measure b - a for every tensor of two checkpoints. Every byte is read once.
 
-    Raises: CheckpointError, StorageError, BackendError.
+    Raises: CheckpointError, StorageError, BackendError, UsageError.
     """
+    for given in (a, b):
+        if not isinstance(given, (str, os.PathLike)):
+            raise UsageError(f"a checkpoint must be named by its path, got {given!r}")
     first, second = open_checkpoint(os.fspath(a)), open_checkpoint(os.fspath(b))
     common = [n for n in first.tensors if n in second.tensors]
     shapes = [n for n in common if first.tensors[n].shape != second.tensors[n].shape]
@@ -133,4 +150,14 @@ def compare(
         [n for n in second.tensors if n not in first.tensors],
         shapes,
         [n for n in same_shape if n not in tensors],
+        _kinds(first, second, common),
     )
+
+
+def _kinds(first: Checkpoint, second: Checkpoint, common: Iterable[str]) -> dict[str, tuple[str, str]]:
+    kinds = {}
+    for name in common:
+        x, y = (f"{c.tensors[name].dtype} {list(c.tensors[name].shape)}" for c in (first, second))
+        if x != y:
+            kinds[name] = (x, y)
+    return kinds

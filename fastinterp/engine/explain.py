@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastinterp.compute.backends import cpu_threads
 from fastinterp.engine.plan import Plan, PlannedTensor
-from fastinterp.engine.schedule import Window
-from fastinterp.engine.text import WIDTH, counted, fit, plain, size, table
-from fastinterp.files.layout import OutFile
+from fastinterp.engine.schedule import Window, make_window
+from fastinterp.engine.text import WIDTH, counted, fit, plain, seconds, size, table
+from fastinterp.files.layout import OutFile, parse_size
 from fastinterp.files.sidecars import copy_sidecars
 
 # Page cache to page cache, about what one machine of today does: the least time that a merge of these files can take.
 _READ_GB_S, _WRITE_GB_S = 10.0, 3.0
 _SHOWN = 8  # of one kind, before the rest is only counted
+
+
+class Explained(Plan):
+    """A plan that print() shows as `fastinterp explain` does."""
+
+    def __str__(self) -> str:
+        return as_text(self, make_window(self, cpu_threads(), parse_size("512MB")))
 
 
 def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
@@ -35,12 +43,14 @@ def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
         "sidecars": sidecars,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
+        "disk_bytes": plan.disk_bytes,
         "window": {name: getattr(window, name) for name in (*Window.__dataclass_fields__, "bytes")},
         "floor": {
-            "seconds": plan.bytes_read / _READ_GB_S / 1e9 + plan.bytes_written / _WRITE_GB_S / 1e9,
+            "seconds": plan.bytes_read / _READ_GB_S / 1e9 + plan.disk_bytes / _WRITE_GB_S / 1e9,
             "read_gb_per_s": _READ_GB_S,
             "write_gb_per_s": _WRITE_GB_S,
         },
+        "warnings": list(plan.warnings),
         "tensors": [_tensor(plan, t, place) for t, place in _placed(plan, layout.files)],
     }
 
@@ -55,8 +65,9 @@ def as_text(plan: Plan, window: Window) -> str:
     lines += [
         f"held     at most {size(w['bytes'])} of scratch: {counted(w['threads'], 'thread')} x ({w['inputs']} x "
         f"{w['read_bytes'] >> 10} KiB in + {w['outputs']} x {w['write_bytes'] >> 10} KiB out)",
-        f"floor    {_seconds(floor['seconds'])}, if files are read at {floor['read_gb_per_s']:g} GB/s and written at "
+        f"floor    {seconds(floor['seconds'])}, if files are read at {floor['read_gb_per_s']:g} GB/s and written at "
         f"{floor['write_gb_per_s']:g} GB/s, as a warm page cache allows",
+        *(line for w in found["warnings"] for line in _wrapped(plain(w), "warning  ", " " * 9)),
     ]
     return "\n".join(lines)
 
@@ -150,12 +161,17 @@ def _tensor(plan: Plan, tensor: PlannedTensor, file: str) -> dict[str, Any]:
     }
 
 
-def _formula_lines(formula: str) -> list[str]:
+def _wrapped(text: str, first: str, others: str) -> list[str]:
     import textwrap
 
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _formula_lines(formula: str) -> list[str]:
     first, *legend = formula.split("\n")
-    wrapped = textwrap.wrap(first, WIDTH, initial_indent="  ", subsequent_indent="        ", break_long_words=False)
-    return [*wrapped, *(f"  {plain(line)}" for line in legend)]
+    return [*_wrapped(first, "  ", " " * 8), *(f"  {plain(line)}" for line in legend)]
 
 
 def _reads(found: dict[str, Any]) -> list[str]:
@@ -196,7 +212,10 @@ def _computes(found: dict[str, Any]) -> list[str]:
 
 def _writes(found: dict[str, Any]) -> list[str]:
     files = found["files"]
-    lines = [f"write    {size(found['bytes_written'])} in {counted(len(files), 'file')}"]
+    lines = [
+        f"write    {size(found['bytes_written'])}, {size(found['disk_bytes'])} with headers, in "
+        f"{counted(len(files), 'file')}"
+    ]
     rows = [[f["name"], size(f["bytes"]), counted(f["tensors"], "tensor")] for f in files[:_SHOWN]]
     if len(files) > _SHOWN:
         rows[-1] = [f"... {files[-1]['name']}", size(files[-1]["bytes"]), counted(files[-1]["tensors"], "tensor")]
@@ -205,7 +224,3 @@ def _writes(found: dict[str, Any]) -> list[str]:
     lines.append(f"         {fit(', '.join(small), WIDTH - 9)}")
     lines.append(f"         configuration and tokenizer are those of {plain(found['origin'])}")
     return lines
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.2g} ms"

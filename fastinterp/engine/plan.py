@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from fastinterp._version import __version__
 from fastinterp.compute.dtypes import DType
 from fastinterp.compute.ops import MAX_OUTPUTS, NUMERICS, Row
+from fastinterp.engine.companions import warnings_about
+from fastinterp.engine.text import counted, size
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
 from fastinterp.files.header import Entry
@@ -52,6 +54,7 @@ class Plan:
     checkpoints  the models of the recipe, in its order
     origin       the checkpoint that configuration and tokenizer come from
     layouts      one per output: equal but for the metadata in their headers
+    warnings     about the files beside the weights: what is copied, and may not fit
     """
 
     recipes: tuple[Recipe, ...]
@@ -59,6 +62,14 @@ class Plan:
     origin: Checkpoint
     tensors: tuple[PlannedTensor, ...]
     layouts: tuple[Layout, ...]
+    warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Short: the fields hold every tensor and header."""
+        return (
+            f"<Plan: {self.recipes[0].method.name} of {counted(len(self.checkpoints), 'model')}, "
+            f"{size(self.bytes_read)} read, {size(self.bytes_written)} written>"
+        )
 
     @property
     def bytes_read(self) -> int:
@@ -66,6 +77,11 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
+        """Of tensors. Headers and indexes are not counted: disk_bytes has them too."""
+        return sum(layout.total_size for layout in self.layouts)
+
+    @property
+    def disk_bytes(self) -> int:
         return sum(layout.disk_bytes for layout in self.layouts)
 
     @property
@@ -99,7 +115,7 @@ def make_plan(recipes: Sequence[Recipe], *, max_shard_size: int) -> Plan:
         make_layout([(t.name, t.dtype, t.shape) for t in tensors], _metadata(recipe), max_shard_size)
         for recipe in recipes
     )
-    return Plan(tuple(recipes), checkpoints, origin, tensors, layouts)
+    return Plan(tuple(recipes), checkpoints, origin, tensors, layouts, warnings_about(checkpoints, origin))
 
 
 def _planned(

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from fastinterp.engine.text import counted, plain, size
+from fastinterp.engine.text import counted, plain, seconds, size
 
+COPIES = "all tensors are copies"
 _NOTICED = 0.05  # an effective strength off by more than this is worth a warning
 
 
@@ -98,8 +99,19 @@ class Report:
     wall_s: float
     device: str  # and why
     threads: int
+    inputs: int = 0  # models that this output's tensors come from
     removed: tuple[str, ...] = ()  # files of an old checkpoint that stood there
     warnings: tuple[str, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        """Short; print() shows the summary."""
+        return (
+            f"<Report of {plain(self.output)}: {counted(len(self.files), 'file')}, {size(self.bytes_written)} written, "
+            f"{counted(len(self.warnings), 'warning')}>"
+        )
+
+    def __str__(self) -> str:
+        return self.summary()
 
     @property
     def effect(self) -> Effect:
@@ -121,16 +133,28 @@ class Report:
         }
 
     def pace(self) -> str:
-        """`2.20 GB written, 0.51 s, 8.6 GB/s (cpu avx2, 2 threads)`: of the whole run, rates over bytes in and out."""
+        """`2.20 GB written, 0.51 s, 8.60 GB/s (cpu avx2, 2 threads)`: of the whole run, rates over bytes in and out."""
         return (
-            f"{size(self.bytes_written)} written, {self.wall_s:.2f} s, {self.gb_per_s:.1f} GB/s "
+            f"{size(self.bytes_written)} written, {seconds(self.wall_s)}, {size(self.gb_per_s * 1e9)}/s "
             f"({self.device}, {counted(self.threads, 'thread')})"
         )
 
     def notes(self) -> list[str]:
         """What is not as everybody expects."""
         removed = [f"removed from the old checkpoint: {', '.join(map(plain, self.removed))}"] if self.removed else []
-        return [*(f"warning: {w}" for w in self.warnings), *removed]
+        return [*self._unchanged(), *(f"warning: {plain(w)}" for w in self.warnings), *removed]
+
+    def _unchanged(self) -> list[str]:
+        """Why there is no effect to tell of."""
+        total = self.effect
+        if not self.tensors:
+            return [COPIES]
+        if self.inputs == 1 and not any(e.sampled for e in self.tensors.values()):
+            return [f"{COPIES}, stored in another dtype"]
+        if not total.sampled or total.sum_dd > 0:
+            return []
+        where = "" if total.sampled == total.numel else f" where they were measured ({_percent(total)} of the elements)"
+        return [f"nothing changed: the models are identical{where}"]
 
     def summary(self) -> str:
         """A few lines for people."""
@@ -139,13 +163,16 @@ class Report:
         ]
         total = self.effect
         if total.strength is not None and total.changed_fraction is not None:
+            change = total.relative_change or 0
             lines.append(
-                f"  {total.changed_fraction:.1%} of elements changed, |D|/|p| {total.relative_change or 0:.2e}, "
-                f"{total.strength:.3f} of the intended change arrived (measured on {total.sampled / total.numel:.0%})"
+                f"  {total.changed_fraction:.1%} of elements changed, relative change {change:.1e}, "
+                f"{total.strength:.3f} of the intended change arrived (measured on {_percent(total)})"
             )
-        elif not self.tensors:
-            lines.append("  all tensors are copies")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes())])
+
+
+def _percent(total: Effect) -> str:
+    return f"{total.sampled / total.numel:.0%}"
 
 
 def warnings_of(tensors: Mapping[str, Effect], dtype: str) -> tuple[str, ...]:

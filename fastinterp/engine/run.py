@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,10 @@ from fastinterp.engine.schedule import Done, run
 from fastinterp.errors import UsageError
 from fastinterp.files.folder import OutFolder
 from fastinterp.files.layout import parse_size
-from fastinterp.files.sidecars import copy_sidecars, model_card, needs_code
-from fastinterp.recipe.load import Recipe, load_recipe
+from fastinterp.files.sidecars import copy_sidecars, model_card
+from fastinterp.recipe.load import Recipe, load_recipe, same_model
 
+_LARGEST_ALPHA = 4e7  # without a base; the weights 1 - alpha and alpha are divided by their sum
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
@@ -60,8 +61,8 @@ def merge(
     asked = _overridden(load_recipe(recipe), dtype, rounding, seed)
     plan = make_plan([asked], max_shard_size=_size(max_shard_size))
     return _carry_out(
-        plan, [out], device=device, threads=threads, max_memory=_size(max_memory), force=force, durable=durable,
-        progress=progress,
+        plan, [_path(out, "out")], device=device, threads=threads, max_memory=_size(max_memory), force=force,
+        durable=durable, progress=progress,
     )[0]  # fmt: skip
 
 
@@ -90,24 +91,35 @@ def interpolate(
 
     Alpha 0 and 1 give the bytes of `a` and `b`. The other arguments and errors are those of `merge`.
     """
-    points = [alphas] if isinstance(alphas, (int, float)) else list(alphas)
+    points = _points(alphas)
     if not points:
         raise UsageError("at least one alpha is needed")
     if len(points) != len({point_name(p) for p in points}):
         raise UsageError(f"every alpha may be given once, got {', '.join(map(str, points))}")
-    models = os.fspath(a), os.fspath(b), None if base is None else os.fspath(base)
+    models = _path(a, "a"), _path(b, "b"), None if base is None else _path(base, "base")
     recipes = [_overridden(point_recipe(*models[:2], p, models[2]), dtype, rounding, seed) for p in points]
     plan = make_plan(recipes, max_shard_size=_size(max_shard_size))
-    outs: list[Path] = [Path(out)] if len(points) == 1 else [Path(out) / point_name(p) for p in points]
+    target = Path(_path(out, "out"))
+    outs = [target] if len(points) == 1 else [target / point_name(p) for p in points]
     return _carry_out(
         plan, outs, device=device, threads=threads, max_memory=_size(max_memory), force=force, durable=durable,
         progress=progress,
     )  # fmt: skip
 
 
-def explain(recipe: Source, *, max_shard_size: str | int = "5GB") -> Plan:
-    """What `merge` would do, from headers alone. Arguments and errors as there; nothing is written."""
-    return make_plan([load_recipe(recipe)], max_shard_size=_size(max_shard_size))
+def explain(
+    recipe: Source,
+    *,
+    max_shard_size: str | int = "5GB",
+    dtype: str | None = None,
+    rounding: str | None = None,
+    seed: int | None = None,
+) -> Plan:
+    """What `merge` would do, from headers alone; print() shows it. Arguments and errors as there."""
+    from fastinterp.engine.explain import Explained
+
+    asked = _overridden(load_recipe(recipe), dtype, rounding, seed)
+    return Explained(**vars(make_plan([asked], max_shard_size=_size(max_shard_size))))
 
 
 def point_name(alpha: float) -> str:
@@ -119,6 +131,12 @@ def point_recipe(a: str, b: str, alpha: float, base: str | None) -> Recipe:
     """The recipe of one point on the line from `a` to `b`."""
     if not math.isfinite(alpha):
         raise UsageError(f"alpha must be a finite number, got {alpha}")
+    # Far out 1 - alpha and alpha cancel, or float32 cannot hold them.
+    limit = _LARGEST_ALPHA if base is None else 3.4e38
+    if max(abs(alpha), abs(1.0 - alpha)) > limit:
+        raise UsageError(f"alpha must be in -{limit:.1e}..{limit:.1e}, got {alpha:g}")
+    if same_model(a, b):
+        raise UsageError(f"A and B are the same checkpoint: {a!r}. Name two")
     models = [
         {"model": a, "parameters": {"weight": 1.0 - alpha}},
         {"model": b, "parameters": {"weight": float(alpha)}},
@@ -128,7 +146,7 @@ def point_recipe(a: str, b: str, alpha: float, base: str | None) -> Recipe:
     return load_recipe({"merge_method": "task_arithmetic", "base_model": base, "models": models})
 
 
-def _overridden(recipe: Recipe, dtype: str | None, rounding: str | None, seed: int | None) -> Recipe:
+def _overridden(recipe: Recipe, dtype: object, rounding: object, seed: object) -> Recipe:
     changes: dict[str, Any] = {}
     if dtype is not None:
         changes["out_dtype"] = _dtype(dtype)
@@ -137,14 +155,16 @@ def _overridden(recipe: Recipe, dtype: str | None, rounding: str | None, seed: i
             raise UsageError(f"rounding must be nearest or stochastic, got {rounding!r}")
         changes["rounding"] = rounding
     if seed is not None:
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise UsageError(f"the seed must be a whole number, got {seed!r}")
         if not 0 <= seed < 2**64:
             raise UsageError(f"the seed must be in 0..2**64-1, got {seed}")
         changes["seed"] = seed
     return replace(recipe, **changes)
 
 
-def _dtype(text: str) -> DType:
-    found = parse_dtype(text)
+def _dtype(text: object) -> DType:
+    found = parse_dtype(text) if isinstance(text, str) else None
     if found is None:
         raise UsageError(
             f"unknown dtype {text!r}. Known: float64, float32, float16, bfloat16, float8_e4m3fn, float8_e5m2"
@@ -154,6 +174,25 @@ def _dtype(text: str) -> DType:
 
 def _size(given: str | int) -> int:
     return parse_size(str(given))
+
+
+def _points(alphas: object) -> list[float]:
+    given: list[Any] = (
+        list(alphas) if isinstance(alphas, Iterable) and not isinstance(alphas, (str, bytes)) else [alphas]
+    )
+    for alpha in given:
+        if isinstance(alpha, (bool, str, bytes)) or not hasattr(alpha, "__float__"):
+            raise UsageError(f"alpha must be a number, or several in a list, got {alpha!r}")
+    try:
+        return [float(alpha) for alpha in given]
+    except (OverflowError, TypeError, ValueError):
+        raise UsageError(f"alpha must be a number, or several in a list, got {given!r}"[:200]) from None
+
+
+def _path(given: object, name: str) -> str:
+    if not isinstance(given, (str, os.PathLike)):
+        raise UsageError(f"`{name}` must be a path, got {given!r}")
+    return os.fspath(given)
 
 
 def _carry_out(
@@ -175,7 +214,7 @@ def _carry_out(
         folders: list[OutFolder] = []
         for out, layout in zip(outs, plan.layouts, strict=True):
             # Several outputs on one disk must fit together: the first one checks for all.
-            needed = plan.bytes_written if not folders else layout.disk_bytes
+            needed = plan.disk_bytes if not folders else layout.disk_bytes
             folders.append(stack.enter_context(OutFolder(out, inputs, force=force, durable=durable, needed=needed)))
         for folder, recipe, layout in zip(folders, plan.recipes, plan.layouts, strict=True):
             _write_small_files(folder, plan, recipe, layout.index, layout.index_name)
@@ -214,13 +253,7 @@ def _report(plan: Plan, k: int, folder: OutFolder, done: Done, wall_s: float) ->
         wall_s=wall_s,
         device=f"cpu {done.isa}",
         threads=done.threads,
+        inputs=len({t.inputs[i] for t in plan.tensors if t.rows for i in t.rows[k].inputs}),
         removed=folder.removed,
-        warnings=(*warnings_of(effects, ", ".join(dtypes)), *_code_warnings(plan)),
+        warnings=(*warnings_of(effects, ", ".join(dtypes)), *plan.warnings),
     )
-
-
-def _code_warnings(plan: Plan) -> tuple[str, ...]:
-    """Code is never copied, let alone run; a model that needs its own should not fail to load as a surprise."""
-    if not needs_code(plan.origin):
-        return ()
-    return (f"config.json names code of the model's own (auto_map). Copy its .py files from {plan.origin.name}",)

@@ -19,6 +19,13 @@ def size(nbytes: float) -> str:
     return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
 
 
+def seconds(wall_s: float) -> str:
+    """`12.3 s`, `0.51 s`, `53 ms`, `4.2 ms`."""
+    if wall_s >= 0.0995:
+        return f"{wall_s:.{2 if wall_s < 9.995 else 1}f} s"
+    return f"{wall_s * 1000:.{0 if wall_s >= 0.00995 else 2}{'f' if wall_s >= 0.00995 else 'g'}} ms"
+
+
 def counted(count: int, noun: str) -> str:
     """`1 file`, `2 files`, `1,000 files`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastinterp.errors import CheckpointError
 from fastinterp.files.header import MAX_HEADER, Entry, read_header
-from fastinterp.files.names import INDEX, OTHER_WEIGHTS, PICKLES, SHARD, WEIGHTS, is_plain, listing, quote, suggestion
+from fastinterp.files.names import INDEX, OTHER_WEIGHTS, PICKLES, SHARD, WEIGHTS, closest, is_plain, listing, quote
 from fastinterp.files.strict_json import parse_object
 
 Stamp = tuple[int, int, int]  # size in bytes, mtime in ns, inode
@@ -49,12 +49,12 @@ def open_checkpoint(name: str) -> Checkpoint:
 
     parsed = hub.parse(name)
     if parsed is None:
-        raise CheckpointError(f"there is no such folder or file.{_sibling(path)}", file=name or "''")
+        raise CheckpointError(f"there is no such folder or file.{_similar(path)}", file=name or "''")
     try:
         root = hub.fetch(*parsed)
     except CheckpointError as error:
         raise CheckpointError(
-            f"there is no such folder here, and as a Hub id: {error.message}{_sibling(path)}", file=name
+            f"there is no such folder here.{_similar(path)} As a Hub id: {error.message}", file=name
         ) from error
     return _open_folder(name, root)
 
@@ -72,11 +72,20 @@ def _stamp(path: Path) -> Stamp | None:
     return info.st_size, info.st_mtime_ns, info.st_ino
 
 
-def _sibling(path: Path) -> str:
+def _similar(path: Path) -> str:
+    """` Did you mean ...?` with the closest path that is there; nothing, if a part of `path` is like none there."""
+    found = Path()
     try:
-        return suggestion(path.name, os.listdir(path.parent))
+        for part in path.parts:
+            if not os.path.exists(found / part):
+                close = closest(part, os.listdir(found))
+                if close is None:
+                    return ""
+                part = close
+            found /= part
     except (OSError, ValueError):
         return ""
+    return f" Did you mean {quote(found)}?" if path.name else ""
 
 
 def _open_file(name: str, path: Path) -> Checkpoint:
@@ -127,7 +136,7 @@ def _no_weights(root: Path, present: list[str]) -> str:
         return f"the folder itself has no {WEIGHTS} file, but {listing(below)} in it do: name one of them"
     if any(".partial-" in n for n in os.listdir(root)):
         return f"the folder has no {WEIGHTS} file, only those of a merge that did not finish: run it again"
-    return f"the folder has no {WEIGHTS} file"
+    return f"the folder has no {WEIGHTS} file" + (f", only {listing(present)}" if present else "; it is empty")
 
 
 def _check_shards(name: str, weights: list[str]) -> None:

@@ -7,6 +7,7 @@ that is killed leaves only temporary files, which readers do not look at and the
 from __future__ import annotations
 
 import binascii
+import errno
 import json
 import os
 import re
@@ -187,7 +188,7 @@ class OutFolder:
                 raise self._error(f"{quote(name)} there is the same file as the input {quote(same)}. {_ELSEWHERE}")
         present = [n for n in entries if not _PARTIAL.fullmatch(n)]
         if present and not self._force:
-            raise self._error(f"the folder is not empty: {listing(present)}. Add --force to write into it all the same")
+            raise self._error(f"the folder is not empty: {listing(present)}. {_FORCE}")
         _, strangers = _old_checkpoint(self.path, present)
         if strangers:
             raise self._error(
@@ -195,7 +196,9 @@ class OutFolder:
                 "the output, and --force does not remove them: move them away, or choose another folder"
             )
         if not os.access(self.path, os.W_OK | os.X_OK):
-            raise self._error("the folder cannot be written to")
+            read_only = os.statvfs(self.path).f_flag & os.ST_RDONLY
+            why = os.strerror(errno.EROFS if read_only else errno.EACCES)
+            raise self._error(f"the folder cannot be written to: {why}")
         self._remove_leftovers()
 
     def _remove_leftovers(self, refuse_only: bool = False) -> None:
@@ -227,9 +230,11 @@ class OutFolder:
         free = info.f_bavail * info.f_frsize
         # Some network file systems report no sizes at all.
         if info.f_blocks and free < self._needed:
+            large = self._needed >= 10**9
+            factor, unit = (1e9, "GB") if large else (1e6, "MB") if self._needed >= 10**6 else (1e3, "KB")
             raise self._error(
-                f"not enough space: the output takes {self._needed} bytes ({self._needed / 1e9:.2f} GB), "
-                f"but {free} ({free / 1e9:.2f} GB) are free. Free some, or choose another folder"
+                f"not enough space: the output takes {self._needed} bytes ({self._needed / factor:.2f} {unit}), "
+                f"but {free} ({free / factor:.2f} {unit}) are free. Free some, or choose another folder"
             )
 
     def _entries(self) -> list[str]:
@@ -247,6 +252,7 @@ class OutFolder:
         self.removed = tuple(n for n in old if n not in self._temps)
 
 
+_FORCE = "Add --force (in Python force=True) to write into it all the same"
 _ELSEWHERE = "Choose another folder: inputs are never overwritten, not even with --force"
 
 

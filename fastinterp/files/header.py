@@ -78,7 +78,12 @@ def _read_json(file: str) -> tuple[bytes, int]:
         size = info.st_size
         if size < 8:
             raise CheckpointError(f"a safetensors file has at least 8 bytes, this one has {size}", file=file)
-        length = int.from_bytes(_read_exactly(fd, 8, file), "little")
+        first = _read_exactly(fd, 8, file)
+        if first == b"version " and os.pread(fd, 15, 8) == b"https://git-lfs":
+            raise CheckpointError(
+                "this is a Git LFS pointer; the file itself was not downloaded. Run `git lfs pull`", file=file
+            )
+        length = int.from_bytes(first, "little")
         if length > MAX_HEADER:
             raise CheckpointError(
                 f"the header claims {length} bytes, more than the allowed {MAX_HEADER}: "

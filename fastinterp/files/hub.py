@@ -75,4 +75,6 @@ def fetch(repo: str, revision: str | None = None) -> Path:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no details'}"
+    """What it says, without the names of Python classes in front."""
+    lines = re.sub(r"(Got: )?(\w+(Error|Exception): )*", "", str(error).strip(), count=1).splitlines()
+    return lines[0][:200] if lines else "no details"

@@ -16,12 +16,13 @@ from fastinterp.files.names import INDEX, WEIGHTS, quote
 ALIGN = 4096  # bytes; the data section starts on a page, so that it can be mapped and written directly
 
 _UNITS = {
-    "": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+    "": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
 
 
 def parse_size(text: str) -> int:
-    """Bytes in `text`: `5GB` (10^9), `1.5GiB` (2^30), or a plain number of bytes.
+    """Bytes in `text`: `5GB` or `5G` (10^9), `1.5GiB` (2^30), or a plain number of bytes.
 
     Raises: UsageError, if it is anything else, or less than one byte.
     """

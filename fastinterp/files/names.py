@@ -33,9 +33,9 @@ def is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
 
 
-def suggestion(name: str, options: Iterable[str]) -> str:
-    """` Did you mean ...?` for the closest of `options`, or nothing."""
+def closest(name: str, options: Iterable[str]) -> str | None:
+    """The one of `options` that is most like `name`, if one is like it."""
     from difflib import get_close_matches  # only errors need it
 
     close = get_close_matches(name, list(options), n=1)
-    return f" Did you mean {quote(close[0])}?" if close else ""
+    return close[0] if close else None

@@ -28,6 +28,10 @@ T = TypeVar("T")
 Each = tuple[T, ...]
 Base = Literal["required", "optional", "none"]
 
+# The methods of mergekit, as its recipes name them: those that are not here yet are no misspellings.
+_MERGEKIT = """arcee_fusion breadcrumbs breadcrumbs_ties dare_linear dare_ties della della_linear karcher linear
+    model_stock multislerp nearswap nuslerp passthrough ram ramplus_tl sce slerp task_arithmetic ties""".split()
+
 LARGEST = (2.0 - 2.0**-23) * 2.0**127  # of float32: coefficients are rounded to it before they reach a kernel
 
 
@@ -53,7 +57,7 @@ class Parameter:
     default: float | bool | None
 
     def value(self, given: object) -> float | bool | None:
-        """What a recipe gives, as `kind`: numbers take true and false as 1 and 0, truth values take 0 and 1.
+        """What a recipe gives, as `kind`. Truth values take 0 and 1; numbers take neither true nor false.
 
         Raises: ValueError with the reason, if `given` is something else or a number that float32 cannot hold.
         """
@@ -63,6 +67,9 @@ class Parameter:
             if isinstance(given, (bool, int, float)) and given in (0, 1):
                 return bool(given)
             raise ValueError(f"`{self.name}` must be true or false, got {shown(given)}")
+        if isinstance(given, bool):
+            words = "yes and on as true" if given else "no and off as false"
+            raise ValueError(f"`{self.name}` must be a number, got {shown(given)} (YAML reads {words})")
         if isinstance(given, (int, float)) and abs(given) <= LARGEST:
             return float(given)
         raise ValueError(f"`{self.name}` must be a finite number (at most 3.4e38), got {shown(given)}")
@@ -112,6 +119,10 @@ def find(name: str) -> Method:
     Raises: MethodError, if there is none.
     """
     known = names()
+    if name in _MERGEKIT and name not in known:
+        raise MethodError(
+            f"`{name}` is a method of mergekit that fastinterp does not have yet. Here: {', '.join(known)}"
+        )
     if name not in known:
         raise MethodError(f"unknown merge method `{clipped(name)}`{suggestion(name, known)}")
     found: Method = getattr(importlib.import_module(f"{__name__}.{name}"), name)

@@ -75,7 +75,7 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any], file: str | None = 
 
 def _text(path: str, file: str) -> str:
     try:
-        with open(path, "rb") as stream:
+        with open(os.path.expanduser(path), "rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
         return raw.decode("utf-8-sig")
     except FileNotFoundError:
@@ -191,6 +191,9 @@ class _Yaml:
             if not isinstance(key, str):
                 if not isinstance(event, yaml.ScalarEvent):
                     self.fail(event, "a key must be plain text", path)
+                last = next(reversed(own), "")
+                if type(key) is type(own.get(last)) is int and first_line[last] == line:  # {weight: 0,5}
+                    self.fail(event, f"a key must be text, got `{key}`. A decimal comma? Write a point: 0.5", path)
                 self.fail(event, f"a key must be text, got `{clipped(event.value)}`. Put it in quotes", path)
             if key in own:
                 self.fail(event, f"the key `{clipped(key)}` is given twice, first in line {first_line[key]}", path)

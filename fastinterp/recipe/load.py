@@ -10,10 +10,10 @@ from typing import Any
 from fastinterp.compute.dtypes import DType, parse_dtype
 from fastinterp.compute.ops import Combine
 from fastinterp.errors import MethodError
-from fastinterp.methods import LARGEST, Method, clipped, find, shown, suggestion
+from fastinterp.methods import LARGEST, Method, clipped, shown, suggestion
 from fastinterp.recipe.document import Document, read
 from fastinterp.recipe.parameters import resolve
-from fastinterp.recipe.schema import Place, Reference, Wish, check
+from fastinterp.recipe.schema import Place, Reference, Wish, check, method_of
 
 _CHOICES = {"rounding": ("nearest", "stochastic"), "fp8_overflow": ("saturate", "nonfinite")}
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -88,10 +88,8 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], *, file: str
     """
     document = read(source, file)
     wish = check(document)
-    try:
-        method = find(wish.merge_method)
-    except MethodError as error:
-        raise document.error(error.message, "$.merge_method", kind=MethodError) from None
+    method = method_of(document, wish.merge_method)
+    _check_tokenizer(document, wish)
     listed = _listed(document, wish)
     base_model = None if wish.base_model is None else _name(document, wish.base_model, "$.base_model")
     base = base_model if method.base != "none" else None
@@ -121,6 +119,22 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], *, file: str
         file=document.file,
         coefficients=_coefficients(document, method, models, parameters),
     )
+
+
+def _check_tokenizer(document: Document, wish: Wish) -> None:
+    """`base` asks for what is done where a base_model is named; nothing else is done yet."""
+    path = "$.tokenizer_source"
+    if wish.tokenizer_source not in (None, "base"):
+        given, instead = shown(wish.tokenizer_source), "base_model, else of the first model"
+        raise document.error(
+            f"`tokenizer_source` {given} is not supported yet. Remove the line to copy the tokenizer of {instead}", path
+        )
+    if wish.tokenizer_source == "base" and wish.base_model is None:
+        raise document.error(
+            "`tokenizer_source` 'base' needs the key `base_model`. Remove the line to copy the tokenizer of the first "
+            "model",
+            path,
+        )
 
 
 def _name(document: Document, given: str | Reference, path: str) -> str:

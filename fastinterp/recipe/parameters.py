@@ -89,11 +89,15 @@ def _value(document: Document, parameter: Parameter, given: Any, path: str) -> A
 
 def _read_as_text(given: Any) -> str:
     """YAML 1.1 takes 1e-3 for text: a number with an exponent needs a point, and a sign after the e."""
+    if not isinstance(given, str):
+        return ""
     try:
-        number = float(given) if isinstance(given, str) else None
+        number = float(given.replace(",", ".", 1))
     except ValueError:
         return ""
-    return "" if number is None else f". YAML reads it as text: write a point and a sign ({number:.1e}), and no quotes"
+    if "," in given:
+        return f". A decimal comma? Write {number:g}"
+    return f". YAML reads it as text: write a point and a sign ({number:.1e}), and no quotes"
 
 
 def _unknown(document: Document, method: Method, name: str, path: str) -> RecipeError:

@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
-from fastinterp.errors import RecipeError
-from fastinterp.methods import clipped, find, names, suggestion
+from fastinterp.errors import MethodError, RecipeError
+from fastinterp.methods import Method, clipped, find, names, suggestion
 from fastinterp.recipe.document import Document
 
 
@@ -45,15 +45,15 @@ class Wish(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     seed: int = 0
     fp8_overflow: str = "saturate"
     integers: str | Reference | None = None
+    tokenizer_source: Any = None
 
 
 # Keys of mergekit's that mean something, which we do not do yet, and what can be done instead.
 _NOT_YET = {
     "slices": "Whole models go under `models`",
     "modules": "Whole models go under `models`",
-    "tokenizer": "The tokenizer of base_model, else of the first model, is copied",
-    "tokenizer_source": "The tokenizer of base_model, else of the first model, is copied",
-    "chat_template": "The chat template of base_model, else of the first model, is copied",
+    "tokenizer": "Remove the key to copy the tokenizer of base_model, else of the first model",
+    "chat_template": "Remove the key to copy the chat template of base_model, else of the first model",
     "name": "It belongs to recipes of several documents; write one recipe a file",
     "lora": "Merge the LoRA into its model first",
     "override_architecture": "Leave it out; no architecture is needed",
@@ -73,16 +73,34 @@ _STRUCTS: dict[str, type[msgspec.Struct]] = {
 _PLAIN = {"object": "a mapping", "array": "a list", "str": "text", "int": "a whole number", "float": "a number",
           "bool": "true or false", "null": "nothing"}  # fmt: skip
 
+# What a mapping at these places looks like.
+_EXPECTED = {"$": ". A recipe starts with `merge_method: ...`", "$.models[]": ". Write `- model: NAME`"}
+
 
 def check(document: Document) -> Wish:
     """The document as a Wish.
 
-    Raises: RecipeError with path and line, if a key is unknown, missing or of the wrong type.
+    Raises: RecipeError with path and line, if a key is unknown, missing or of the wrong type. MethodError before that,
+    if there is no such method: its recipes have other keys.
     """
     try:
         return msgspec.convert(document.value, Wish)
     except msgspec.ValidationError as error:
+        name = document.value.get("merge_method") if isinstance(document.value, dict) else None
+        if isinstance(name, str):
+            method_of(document, name)
         raise _explained(document, str(error)) from None
+
+
+def method_of(document: Document, name: str) -> Method:
+    """The method that the recipe names.
+
+    Raises: MethodError with path and line, if there is none.
+    """
+    try:
+        return find(name)
+    except MethodError as error:
+        raise document.error(error.message, "$.merge_method", kind=MethodError) from None
 
 
 def _explained(document: Document, message: str) -> RecipeError:
@@ -95,7 +113,8 @@ def _explained(document: Document, message: str) -> RecipeError:
         return document.error(f"the key `{found[1]}` is missing", path)
     if found := re.fullmatch(r"Expected `(.*)`, got `(.*)`", what):
         expected = " or ".join(_PLAIN.get(kind, kind) for kind in found[1].split(" | "))
-        return document.error(f"expected {expected}, got {_PLAIN.get(found[2], found[2])}", path)
+        hint = _EXPECTED.get(re.sub(r"\[\d+\]", "[]", path), "") if found[1] == "object" else ""
+        return document.error(f"expected {expected}, got {_PLAIN.get(found[2], found[2])}{hint}", path)
     return document.error(what, path)
 
 
