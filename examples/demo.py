@@ -211,6 +211,8 @@ def check(folder: Path, job: Job) -> str:
     count = ties = 0
     seen = set()
     for name, out in read(folder / job.out):
+        if any(name not in m for m in models.values()):
+            raise SystemExit(f"{job.out}: {name} is missing in an input")
         x = {m: models[m][name].astype(np.float64) for m in job.weights}
         exact, moved = np.zeros(out.size), np.zeros(out.size)
         for m, w in job.weights.items():

@@ -19,7 +19,7 @@ _READ = (ISA_VARIABLE, "FASTINTERP_REQUIRE")  # the second one by the tests
 _PROBE_S = 0.6  # each of the three
 _ARRAY = 64 << 20  # bytes: far beyond the caches
 _FILE = 512 << 20  # bytes: the most that is written
-_WRITE = 512 << 10  # bytes of one write, as in a merge
+_WRITE = 128 << 10  # bytes of one write, as in a merge
 
 
 def examine() -> dict[str, Any]:

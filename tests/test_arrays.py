@@ -164,6 +164,16 @@ def test_an_array_of_weight_0_is_not_read():
     assert np.isnan(fastinterp.weighted_sum([poison, x, y], [1e-30, 2, -1])).all()
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_rows_of_a_matrix(library):
+    """One array of two dimensions is several arrays of one; weights may be an array too."""
+    rows = np.arange(12, dtype=np.float32).reshape(3, 4)
+    given: Any = rows if library == "numpy" else torch.from_numpy(rows)
+    weights: Any = np.array([1.0, 2.0, -1.0])
+    got = fastinterp.weighted_sum(given, weights)
+    assert got.tolist() == (rows[0] + 2 * rows[1] - rows[2]).tolist()
+
+
 def test_64_arrays():
     arrays = [np.full(3, i, np.float32) for i in range(64)]
     assert (fastinterp.weighted_sum(arrays, [1] * 64) == 64 * 63 / 2).all()
@@ -218,6 +228,11 @@ T = torch.ones(2, 3)
         ([T.to("meta")], [1], {}, UsageError, "array 0 is on meta; only CPU tensors"),
         ([T], [1], {"out": T}, UsageError, "out overlaps array 0"),
         ([T], [1], {"out": torch.ones(2, 3, requires_grad=True)}, UsageError, "out requires grad"),
+        ([X], [1], {"dtype": np.float32}, UsageError, "unknown dtype <class 'numpy.float32'>. Give a name"),
+        ([X, np.ma.masked_less(X, 2)], [1, 1], {}, UsageError, "array 1 is masked, and masks are not looked at"),
+        ([T, torch._neg_view(T)], [1, 1], {}, UsageError, "array 1 is a negated view. Use .resolve_neg()"),
+        ([torch.complex(T, T).conj()], [1], {}, UsageError, "array 0 has dtype torch.complex64"),
+        (np.ones((0, 3), np.float32), [], {}, UsageError, "got 0 arrays and 0 weights"),
     ],
 )  # fmt: skip
 def test_refused(arrays, weights, options, kind, message):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fastinterp.bench import checkpoints, command, provenance
+from fastinterp.bench import checkpoints, command, provenance, race
 from fastinterp.bench.check import Job, WrongAnswerError, allowed_error, check, read_tensors
 from fastinterp.bench.checkpoints import SIZES, write_checkpoints
 from fastinterp.errors import CheckpointError, OutputError, UsageError
@@ -115,6 +115,17 @@ def commands_running() -> str:
         except OSError:
             continue
     return "\n".join(found)
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_page_cache_that_the_system_does_not_tell_of(tiny, tmp_path, monkeypatch, cold):
+    """As of files of another user: the race goes on, and says that it does not know."""
+    monkeypatch.setattr(race, "cached_fraction", lambda fd, size: -1.0)
+    args = ["--models", str(tiny), "--against", "copy", "--runs", "1", "--dir", str(tmp_path)]
+    said = invoke(*args, *(["--cold"] if cold else []))
+    kind = "cold" if cold else "warm"
+    assert f"{kind} page cache as far as one can tell (only who may write the files is told); 1 run" in said
+    assert json.loads(invoke(*args, "--json"))["cached"] is None
 
 
 def test_a_failing_command_shows_what_it_said(tiny, tmp_path):

@@ -217,6 +217,17 @@ def test_interpolate_with_a_base_adds_task_vectors(models):
     assert [expected] * 8 == np.frombuffer(load(models / "p" / "model.safetensors")["w"][2], np.float32).tolist()
 
 
+def test_interpolate_takes_the_integers_of_the_model_that_is_named(models):
+    for name, value in (("x", 1), ("y", 2)):
+        save(models / name, {"w": np.full(4, value, np.float32), "steps": np.array([value])})
+    args = ["interpolate", "x", "y", "--alpha", "0.5", "--alpha", "1", "-o", "p"]
+    said = run(*args, code=3)
+    assert "steps (I64)" in said and "differs between x and y" in said and "--integers MODEL of interpolate" in said
+    run(*args, "--integers", "./y/")
+    for folder in ("alpha_0.5", "alpha_1"):
+        assert np.frombuffer(load(models / "p" / folder / "model.safetensors")["steps"][2], np.int64).tolist() == [2]
+
+
 def test_explain_agrees_with_the_merge(models):
     found = json.loads(run("explain", "recipe.yml", "--json", "--max-shard-size", "100"))
     assert not (models / "out").exists()

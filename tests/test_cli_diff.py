@@ -1,4 +1,4 @@
-"""What `fastinterp diff` prints."""
+"""What `fastinterp diff` prints, and how it and `inspect` order names."""
 
 from __future__ import annotations
 
@@ -80,3 +80,13 @@ def test_diff_says_first_what_is_not_in_its_table(models):
     assert same == "A and B hold the same numbers in all tensors that were measured"
     text = run("diff", "x", "x")
     assert text.startswith("A and B hold the same numbers\n\n") and "differ most" not in text
+
+
+def test_a_name_with_a_number_that_python_makes_no_int_of(models):
+    """Of 5000 digits; it still comes after the smaller ones, and leading zeros change nothing."""
+    digits = "9" * 5000
+    names = ["h.2.w", "h.010.w", f"h.{digits}.w", "h.w"]
+    save(models / "x", {name: bf16([1.0]) for name in reversed(names)})
+    assert [t["name"] for t in json.loads(run("inspect", "x", "--json"))["tensors"]] == names
+    assert "h.{2,10}.w" in run("inspect", "x") and "999...999" in run("inspect", "x")
+    assert list(json.loads(run("diff", "x", "x", "--json"))["layers"]) == ["h.2", "h.010", f"h.{digits}", "h.w"]

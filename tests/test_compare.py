@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import numpy as np
 import pytest
 
+from fastinterp._C import Pump
 from fastinterp.compute.dtypes import BF16, F8_E4M3, F16, F32, F64
 from fastinterp.engine import compare as compare_module
 from fastinterp.engine.compare import Comparison, Difference, compare
+from fastinterp.engine.sources import Sources
 from fastinterp.errors import BackendError, CheckpointError
 from tests import backends
 from tests.checkpoints import Tensor, family, floats, integers, moved, patterns, saved, tensor, weights, write
@@ -145,17 +148,34 @@ def test_input_that_changes_while_it_is_read(tmp_path, monkeypatch, how):
     paths = [write(tmp_path / str(i), m) for i, m in enumerate(models)]
     file = paths[1] / "model.safetensors"
 
-    def isa() -> str:  # asked for once the files are open
+    init = Sources.__init__
+
+    def opened(*args: Any) -> None:
+        init(*args)
         if how == "cut":
             os.truncate(file, 4096)
         else:
             os.utime(file, ns=(0, 0))
-        return backends.usable()[0]
 
-    monkeypatch.setattr(compare_module, "cpu_isa", isa)
-    with pytest.raises(CheckpointError, match="it was cut while" if how == "cut" else "it changed while") as caught:
+    monkeypatch.setattr(Sources, "__init__", opened)
+    said = "only .* bytes are left .*: it was cut or replaced while" if how == "cut" else "it changed while"
+    with pytest.raises(CheckpointError, match=said) as caught:
         compare(*paths)
     assert caught.value.file == str(file)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_files_are_read_ahead_unless_they_are_cached(tmp_path, monkeypatch, cached):
+    asked = []
+
+    def pump(*args: Any, **options: Any) -> Any:
+        asked.append(options["prefetch"])
+        return Pump(*args, **options)
+
+    monkeypatch.setattr(compare_module, "Pump", pump)
+    monkeypatch.setattr(Sources, "cached", lambda self: cached)
+    assert compare(*saved(tmp_path, [{"x": weights(i, BF16, (10,))} for i in range(2)])).tensors
+    assert asked == [not cached]
 
 
 def test_unusable_instruction_set(tmp_path, monkeypatch):

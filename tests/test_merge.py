@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,20 @@ def test_which_dtype_counts(tmp_path, keys, argument, want):
     assert_same(expected(models, Combine((0.5, 0.5), sums_to_one=True), out=want), read(tmp_path / "out"))
 
 
+def test_dtype_is_kept_from_the_model_whose_config_is_copied(tmp_path):
+    """Of `base_model`, where it has the tensor as one that merges, even if the method reads only the others."""
+    base = {"x": weights(9, F16, (99,)), "z": integers([1], "I64")}
+    models = [{n: weights(i, F32, (99,)) for n in "xy"} | {"z": weights(i, BF16, (1,))} for i in range(2)]
+    path, *paths = saved(tmp_path, [base, *models])
+    (Path(path) / "config.json").write_text('{"torch_dtype": "float16"}')
+    fastinterp.merge(recipe("linear", paths, weights=[1, 1], base_model=path), tmp_path / "out")
+    combine, got = Combine((0.5, 0.5), sums_to_one=True), read(tmp_path / "out")
+    assert {n: t.dtype for n, t in got.items()} == {"x": F16, "y": F32, "z": BF16}
+    assert np.array_equal(got["x"].raw, expected(models, combine, out=F16)["x"].raw)
+    fastinterp.merge(recipe("linear", paths, weights=[1, 1], base_model=path), tmp_path / "as_asked", dtype="float64")
+    assert {t.dtype for t in read(tmp_path / "as_asked").values()} == {F64}
+
+
 @pytest.mark.parametrize("policy", ["saturate", "nonfinite"])
 @pytest.mark.parametrize("dtype", [F8_E4M3, F8_E5M2], ids=str)
 def test_fp8_overflow(tmp_path, dtype, policy):
@@ -179,6 +194,16 @@ def test_several_alphas_from_one_read(tmp_path, base, rounding):
         )
         inputs = [models[2], *models[:2]] if base else models
         assert_same(expected(inputs, combine, rounding=rounding), read(Path(report.output)))
+
+
+@pytest.mark.parametrize(
+    "alpha", [np.float32(0.5), np.array(0.5), np.array([0.5], np.float16), Fraction(1, 2)], ids=repr
+)
+def test_alpha_may_be_any_number(tmp_path, alpha):
+    models = [{"x": weights(i, F32, (99,))} for i in range(2)]
+    first, second = saved(tmp_path, models)
+    fastinterp.interpolate(first, second, alpha, tmp_path / "out")
+    assert_same(expected(models, Combine((0.5, 0.5), sums_to_one=True)), read(tmp_path / "out"))
 
 
 def test_sixteen_outputs_and_sixty_four_inputs(tmp_path):
@@ -321,7 +346,7 @@ def test_integers_that_differ(tmp_path, name):
     dtype = models[0][name].dtype
     assert str(caught.value) == (
         f"{name} ({dtype}) is not averaged, and differs between {paths[0]} and {paths[2]}. "
-        "Say whose to take: `integers: MODEL` in the recipe"
+        "Say whose to take: `integers: MODEL` in the recipe, --integers MODEL of interpolate"
     )
     assert caught.value.tensor == name
     assert not (tmp_path / "out").exists()

@@ -10,8 +10,9 @@ import pytest
 from safetensors import safe_open
 
 import fastinterp
+from fastinterp.compute.dtypes import DTYPES
 from fastinterp.compute.ops import NUMERICS, Combine
-from tests.checkpoints import expected, family, receipt, recipe, saved
+from tests.checkpoints import assert_same, expected, family, read, receipt, recipe, saved
 from tests.written import tree
 
 
@@ -52,6 +53,7 @@ def test_receipt_and_model_card(tmp_path):
         "method": "linear",
         "models": paths,
         "coefficients": {"weights": [0.5, 0.5], "base": None, "sums_to_one": True},
+        "dtype": None,
         "rounding": "stochastic",
         "seed": 3,
         "fp8_overflow": "saturate",
@@ -61,12 +63,24 @@ def test_receipt_and_model_card(tmp_path):
     assert text.strip() in card and paths[0] in card and fastinterp.__version__ in card
 
 
-def test_replaying_the_receipt_gives_the_same_bytes(tmp_path):
-    models = family(2)
+OVERRIDES = {"dtype": "bf16", "rounding": "stochastic", "seed": 7}
+
+
+@pytest.mark.parametrize("keys", [{}, {"dtype": "float16"}, {"dtype": "float16", "out_dtype": "float8_e5m2"}], ids=str)
+@pytest.mark.parametrize("options", [{}, OVERRIDES], ids=["as-it-is", "overridden"])
+def test_replaying_the_receipt_gives_the_same_bytes(tmp_path, options, keys):
+    """By the engine from the recipe in it, and by the reference from nothing but its fields."""
+    models = family(2, mixed=True)
     paths = saved(tmp_path, models)
-    fastinterp.merge(recipe("linear", paths, weights=[0.1, 0.7]), tmp_path / "out")
-    fastinterp.merge(receipt(tmp_path / "out")["recipe"], tmp_path / "again")
+    fastinterp.merge(recipe("linear", paths, weights=[0.1, 0.7], **keys), tmp_path / "out", **options)
+    found = receipt(tmp_path / "out")
+    again = {name: found[name] for name in ("dtype", "rounding", "seed")}
+    fastinterp.merge(found["recipe"], tmp_path / "again", **again)
     assert tree(tmp_path / "out") == tree(tmp_path / "again")
+    asked = Combine(tuple(found["coefficients"].pop("weights")), **found["coefficients"])
+    dtype = None if found["dtype"] is None else DTYPES[found["dtype"]]
+    how = {name: found[name] for name in ("rounding", "seed", "fp8_overflow")}
+    assert_same(expected(models, asked, out=dtype, **how), read(tmp_path / "out"))
 
 
 def test_sidecars_come_along_and_the_config_names_the_dtype(tmp_path):

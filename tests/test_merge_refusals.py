@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -19,6 +20,7 @@ import fastinterp
 from fastinterp.compute import pump as pump_module
 from fastinterp.compute.dtypes import BF16, F32, F64
 from fastinterp.engine import schedule
+from fastinterp.engine.sources import Sources
 from tests.checkpoints import (
     family,
     integers,
@@ -100,13 +102,13 @@ def test_missing_shard(tmp_path, pair):
 
 def when_opened(monkeypatch, action: Callable[[], None]) -> None:
     """Run `action` once the inputs are open and before a byte of theirs is read."""
-    init = schedule._Sources.__init__
+    init = Sources.__init__
 
-    def opened(*args: object) -> None:
-        init(*args)  # type: ignore[arg-type]
+    def opened(*args: Any, **more: Any) -> None:
+        init(*args, **more)
         action()
 
-    monkeypatch.setattr(schedule._Sources, "__init__", opened)
+    monkeypatch.setattr(Sources, "__init__", opened)
 
 
 @pytest.mark.parametrize("keep", [0, 5000, 1_000_000])
@@ -137,7 +139,7 @@ def test_input_that_changes_while_it_is_read(tmp_path, pair, monkeypatch, how):
     when_opened(monkeypatch, change)
     with pytest.raises(fastinterp.CheckpointError) as caught:
         fastinterp.interpolate(pair[0], pair[1], 0.5, tmp_path / "out", threads=2)
-    assert str(caught.value) == f"{file}: it changed while it was being read. Merge again when it rests"
+    assert str(caught.value) == f"{file}: it changed while it was being read. Try again when it rests"
     assert not (tmp_path / "out").exists()
 
 
@@ -179,6 +181,55 @@ def test_interruption_in_the_middle(tmp_path, monkeypatch):
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
     assert pumps[0].wait(0) and pumps[0].error() is None
     assert pumps[0].bytes_written < 1 << 29  # of 2^30
+
+
+def test_header_is_written_whole_where_the_system_takes_a_part_at_a_time(tmp_path, pair, monkeypatch):
+    fastinterp.interpolate(pair[0], pair[1], 0.5, tmp_path / "whole")
+    pwrite, sizes = os.pwrite, []
+
+    def short(fd: int, data: bytes, offset: int) -> int:
+        sizes.append(len(data))
+        return pwrite(fd, data[:1000], offset)
+
+    monkeypatch.setattr(os, "pwrite", short)
+    fastinterp.interpolate(pair[0], pair[1], 0.5, tmp_path / "parts")
+    assert sizes == [4096, 3096, 2096, 1096, 96]
+    assert tree(tmp_path / "whole") == tree(tmp_path / "parts")
+
+
+FEW_FILES = """
+    import resource, sys, fastinterp
+    a, b, out, shard, *alphas = sys.argv[1:]
+    soft, hard = 128, int(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    if shard == "none":
+        hard = 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard), hard))
+    try:
+        if out == "-":
+            print(len(fastinterp.compare(a, b).tensors))
+        else:
+            print(sum(len(r.files) for r in fastinterp.interpolate(a, b, range(16), out, max_shard_size=1)))
+    except fastinterp.StorageError as error:
+        print(error)
+"""
+
+
+def test_many_files_at_a_time(tmp_path):
+    """More inputs, or more outputs, than the soft limit on open files allows: it is raised to the hard one."""
+    for name in "ab":
+        write(tmp_path / name, {f"x{j}": weights(j, BF16, (3,)) for j in range(100)}, shards=100)
+        write(tmp_path / f"few_{name}", {f"x{j}": weights(j, BF16, (3,)) for j in range(10)})
+    many, few = ([tmp_path / f"{kind}{name}" for name in "ab"] for kind in ("", "few_"))
+    done = [
+        run_python(FEW_FILES, *few, tmp_path / "out", "tiny"),  # 2 files in, 160 out
+        run_python(FEW_FILES, *many, "-", "tiny"),  # 200 files in
+        run_python(FEW_FILES, *many, "-", "none"),
+    ]
+    assert [(d.returncode, d.stderr) for d in done] == [(0, "")] * 3
+    assert [d.stdout for d in done[:2]] == ["160\n", "100\n"]
+    assert re.fullmatch(
+        r".*safetensors: Too many open files\. Allow more open files \(ulimit -n\), .*\n", done[2].stdout
+    )
 
 
 def test_progress_ends_at_the_total(tmp_path, pair):
@@ -276,6 +327,8 @@ def test_unknown_instruction_set(tmp_path, pair, monkeypatch):
         ({"alphas": 10**400}, "alpha must be a number"),
         ({"alphas": True}, "alpha must be a number, or several in a list, got True"),
         ({"base": 1}, "`base` must be a path, got 1"),
+        ({"integers": 1}, "`integers` must be a path, got 1"),
+        ({"integers": "c"}, "`integers` must be one of the checkpoints that are read, got 'c'"),
         ({"max_shard_size": "many"}, "`many` is not a size"),
         ({"alphas": []}, "at least one alpha is needed"),
         ({"alphas": [0.5, 0.5]}, "every alpha may be given once, got 0.5, 0.5"),

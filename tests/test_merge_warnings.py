@@ -60,14 +60,25 @@ def strength(a: Tensor, b: Tensor, out: Tensor, alpha: float) -> float:
 
 
 def test_bf16_makes_alpha_a_staircase(tmp_path, near):
-    """Rounding to nearest lets a quarter of the change arrive as nearly nothing, and the report says so."""
+    """Rounding to nearest lets a quarter of the change arrive as nearly nothing, and the report says so.
+
+    It looks at n of N elements. With o the stored change, D the intended one and s the strength over all, the
+    residuals e = (o - s D) D sum to 0, so what the sample finds is off by (sum of its e) / (sum of its D^2). A random
+    sample's sum of e has a deviation of sqrt(n mean(e^2)): the report is within six of those.
+    """
     first, second, a, b = near
     (report,) = fastinterp.interpolate(first, second, 0.25, tmp_path / "out")
-    real = strength(a, b, read(tmp_path / "out")["x"], 0.25)
+    out = read(tmp_path / "out")["x"]
+    real = strength(a, b, out, 0.25)
     assert real < 0.4
+    sampled = report.effect.sampled
+    assert sampled == 2 * 16384  # chunks 0 and 32 of 64
+    change = 0.25 * (floats(b) - floats(a))
+    residuals = (floats(out) - floats(a) - real * change) * change
+    deviation = np.sqrt(sampled * np.mean(residuals**2)) / (sampled * np.mean(change**2))
+    assert deviation < 0.02
     found = report.effect.strength
-    assert found is not None and found < 0.4
-    assert report.effect.sampled == 2 * 16384  # chunks 0 and 32 of 64
+    assert found is not None and abs(found - real) < 6 * deviation
     assert report.warnings == (
         f"rounding to BF16 lets {found:.2f} of the intended change arrive: the models differ by little more than the "
         "spacing of that dtype. Use --rounding stochastic, or --dtype float32",

@@ -16,6 +16,7 @@ from fastinterp._C import Pump
 from fastinterp.compute import reference
 from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from fastinterp.compute.ops import Combine, Row
+from fastinterp.compute.pump import watch
 from fastinterp.engine.schedule import Window
 from tests import backends
 from tests.cases import fill
@@ -171,6 +172,36 @@ def test_window_counts_all_of_the_scratch(inputs, outputs):
         stochastic=False, fp8_saturate=True, prefetch=False, stats_every=0,
     )  # fmt: skip
     assert pump.scratch_bytes == window.bytes
+
+
+class Interrupted:
+    """A pump whose end is interrupted: the second Ctrl-C comes as `cancel` or `join` returns."""
+
+    def __init__(self, at: str):
+        self.at, self.ended = at, 0
+
+    def start(self) -> None:
+        raise RuntimeError("first")
+
+    def cancel(self) -> None:
+        self.interrupt("cancel")
+
+    def join(self) -> None:
+        self.interrupt("join")
+        self.ended += 1
+
+    def interrupt(self, where: str) -> None:
+        if where == self.at:
+            self.at = ""
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", ["", "cancel", "join"])
+def test_threads_are_waited_for_whatever_comes(at):
+    pump: Any = Interrupted(at)
+    with pytest.raises(KeyboardInterrupt if at else RuntimeError):
+        watch(pump, 0, None)
+    assert pump.ended == 1
 
 
 # --- measure ---------------------------------------------------------------------------------------------------------

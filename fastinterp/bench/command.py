@@ -255,7 +255,7 @@ def _measure(
         "model_bytes": nbytes,
         "dtypes": sorted({t.dtype for t in read_tensors(job.models[0]).values()}),
         "cache": "cold" if cold else "warm",
-        "cached": cached,  # part of the inputs that was in the page cache before a run: smallest, largest
+        "cached": cached,  # part of the inputs that was in the page cache before a run: smallest, largest; or None
         "runs": runs,
         "racers": {r.name: r.as_dict(racers[0]) for r in racers},
         "provenance": provenance(work) | {"models_file_system": file_system(job.models[0])},
@@ -267,9 +267,11 @@ def as_text(found: dict[str, Any]) -> list[str]:
     from fastinterp.engine.text import counted, size, table
 
     where = found["provenance"]
-    least = (
-        "" if found["cache"] == "cold" or found["cached"][0] > 0.99 else f" ({found['cached'][0]:.0%} of it at least)"
-    )
+    least = ""
+    if found["cached"] is None:
+        least = " as far as one can tell (only who may write the files is told)"
+    elif found["cache"] == "warm" and found["cached"][0] <= 0.99:
+        least = f" ({found['cached'][0]:.0%} of it at least)"
     rows = [["", "wall s", "min", "max", "cpu s", "memory", "fastinterp takes"]]
     for name, r in found["racers"].items():
         ratio = r["ratio"]

@@ -56,16 +56,17 @@ def race(
     runs: int,
     cold: bool,
     say: Callable[[str], None],
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """Run every racer once to check its answer and its memory, then `runs` rounds of all in turn. Fills in the racers.
 
     inputs   the files whose place in the page cache is set before every run: all of them in it, or with `cold` none
     work     a folder that is empty but for recipes; `work/out` is where outputs appear, and are removed
-    Returns the smallest and the largest part of the inputs that was in the page cache before a run.
+    Returns the smallest and the largest part of the inputs that was in the page cache before a run; None, if the system
+    does not tell.
     Raises: FastinterpError, if a command fails; WrongAnswerError; UsageError, if the page cache cannot be emptied.
     """
     out, log = work / "out", work / "log"
-    cached = []
+    cached: list[float | None] = []
     for turn in range(runs + 1):
         for racer in racers:
             cached.append(_prepare(inputs, cold))
@@ -80,12 +81,17 @@ def race(
                 say(f"round {turn} of {runs}: {racer.name} {wall_s:.2f} s")
             shutil.rmtree(out)
             os.sync()  # what one racer wrote must not be written out during another's turn
-    return min(cached), max(cached)
+    known = [part for part in cached if part is not None]
+    return (min(known), max(known)) if known else None
 
 
-def _prepare(inputs: Sequence[Path], cold: bool) -> float:
-    """Read all inputs into the page cache, or drop them from it. Returns which part of the bytes is in it then."""
+def _prepare(inputs: Sequence[Path], cold: bool) -> float | None:
+    """Read all inputs into the page cache, or drop them from it. Returns which part of the bytes is in it then.
+
+    None, if the system does not tell: it answers only those who may write the files.
+    """
     held = total = 0.0
+    known = True
     for path in inputs:
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -96,10 +102,14 @@ def _prepare(inputs: Sequence[Path], cold: bool) -> float:
             else:
                 while os.read(fd, 1 << 22):
                     pass
-            held += cached_fraction(fd, size) * size
+            part = cached_fraction(fd, size)
+            known &= part >= 0
+            held += part * size
             total += size
         finally:
             os.close(fd)
+    if not known:
+        return None
     if cold and held > 0.05 * total:
         raise UsageError(
             f"{held / total:.0%} of the inputs stay in the page cache, so --cold cannot be measured here: their file "

@@ -99,6 +99,7 @@ def _range_problem(first: Decimal, last: Decimal, step: Decimal) -> str:
 )  # fmt: skip
 @click.option("-o", "--out", required=True, metavar="DIR", help="Several outputs go to DIR/alpha_0.3 and so on.")
 @click.option("--base", metavar="CKPT", help="Task vectors: base + (1 - alpha)*(A - base) + alpha*(B - base).")
+@click.option("--integers", metavar="CKPT", help="Whose integer tensors to take. Default: they must agree.")
 @options.output
 def interpolate(
     a: str, b: str, points: list[float], out: str, base: str | None, quiet: bool, as_json: bool,

@@ -42,7 +42,9 @@ _OUTPUT = (
     threads,
     max_shard_size,
     max_memory,
-    click.option("--dtype", metavar="NAME", help="Store float32, bfloat16, ... instead of what the recipe says."),
+    click.option(
+        "--dtype", metavar="NAME", help="Store float32, bfloat16, ...; default: as the inputs, or as the recipe says."
+    ),
     click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), help="Default: nearest, to even."),
     click.option("--seed", type=int, metavar="N", help="Of stochastic rounding. Default: 0."),
     click.option("--force", is_flag=True, help="Replace a checkpoint that is already there."),

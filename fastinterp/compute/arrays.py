@@ -37,7 +37,7 @@ def weighted_sum(
     store: the numeric contract of docs/NUMERICS.md. Returns `out` or the new array, of the same library as the input.
     Raises: UsageError, ShapeError.
     """
-    if not arrays or len(arrays) != len(weights):
+    if len(arrays) == 0 or len(arrays) != len(weights):
         raise UsageError(f"as many weights as arrays are needed, got {len(arrays)} arrays and {len(weights)} weights")
     inputs = [*arrays] if pivot is None else [pivot, *arrays]
     if len(inputs) > MAX_INPUTS:
@@ -59,9 +59,9 @@ def weighted_sum(
         raise UsageError("give either `out` or `dtype`: out has a dtype of its own")
     kept = views[0][2]
     if out is None:
-        wanted = kept if dtype is None else parse_dtype(dtype)
+        wanted = kept if dtype is None else _named(dtype)
         if wanted is None:
-            raise UsageError(f"unknown dtype {dtype!r}")
+            raise UsageError(f"unknown dtype {dtype!r}. Give a name, as 'float32'; {_SUMMED}")
         out = library.empty(inputs[0], wanted)
     address, shape, out_dtype = library.view(out, "out", writable=True)
     if shape != views[0][1]:
@@ -75,6 +75,10 @@ def weighted_sum(
         out_dtype.code or 0, numel, stats_every=0, threads=cpu_threads(threads), isa=cpu_isa(),
     )  # fmt: skip
     return out
+
+
+def _named(dtype: object) -> DType | None:
+    return parse_dtype(dtype) if isinstance(dtype, str) else None
 
 
 def _refuse_overlap(views: list[tuple[int, Any, DType]], out: tuple[int, DType], numel: int) -> None:
@@ -92,6 +96,8 @@ class _Numpy:
 
         if not isinstance(x, np.ndarray):
             raise UsageError(f"{name} must be a numpy array like the first, got {type(x).__name__}")
+        if isinstance(x, np.ma.MaskedArray):
+            raise UsageError(f"{name} is masked, and masks are not looked at. Use .filled(0), say")
         found = parse_dtype(_NUMPY_TYPESTR.get(x.dtype.str, x.dtype.name))
         if found is None or (x.dtype.isnative is False):
             raise UsageError(f"{name} has dtype {x.dtype}; {_SUMMED}")
@@ -130,6 +136,8 @@ class _Torch:
             raise UsageError(f"{name} is on {x.device}; only CPU tensors can be summed")
         if not x.is_contiguous():
             raise UsageError(f"{name} is not contiguous. Use .contiguous()")
+        if x.is_neg():  # the sign is in the view, not in the memory
+            raise UsageError(f"{name} is a negated view. Use .resolve_neg()")
         if x.requires_grad and torch.is_grad_enabled():
             raise UsageError(f"{name} requires grad, and gets no gradient here. Use .detach() or torch.no_grad()")
         return x.data_ptr(), tuple(x.shape), found

@@ -38,11 +38,12 @@ def cpu_threads(asked: int | None = None) -> int:
     return asked
 
 
-def check_device(device: str) -> str:
-    """The device that a merge will run on: `cpu`, and a sentence that says why.
+def check_device(device: str) -> None:
+    """See that `device` can be used: `cpu`, or `auto`, which is the CPU because this version has no other backend.
 
-    Raises: BackendError, if a device is asked for that this version cannot use.
+    Raises: BackendError, if it cannot.
     """
-    if device in ("auto", "cpu"):
-        return "cpu"
-    raise BackendError(f"device {device!r} cannot be used: this version computes on the CPU. Usable here: auto, cpu")
+    if device not in ("auto", "cpu"):
+        raise BackendError(
+            f"device {device!r} cannot be used: this version computes on the CPU. Usable here: auto, cpu"
+        )

@@ -18,6 +18,7 @@ _TICK_S = 0.1
 def watch(pump: Pump, total: int, progress: Progress | None) -> None:
     """Run the pump to its end, or to the first exception here (Ctrl-C): its threads have ended when this returns.
 
+    They have ended even if another exception comes while they are waited for: they use files that are closed next.
     total  bytes that it will read and write, for `progress`
     """
     try:
@@ -26,7 +27,15 @@ def watch(pump: Pump, total: int, progress: Progress | None) -> None:
             if progress:
                 progress(pump.bytes_read + pump.bytes_written, total)
     finally:
-        pump.cancel()
-        pump.join()
+        ended, late = False, None
+        while not ended:
+            try:
+                pump.cancel()
+                pump.join()
+                ended = True
+            except BaseException as error:
+                late = error
+        if late is not None:
+            raise late
     if progress and pump.error() is None:
         progress(total, total)

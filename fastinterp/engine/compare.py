@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.pump import Progress, Pump, watch
-from fastinterp.errors import CheckpointError, StorageError, UsageError
-from fastinterp.files.checkpoint import Checkpoint, changed_since, open_checkpoint
+from fastinterp.engine.sources import Sources
+from fastinterp.errors import UsageError
+from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,39 +109,22 @@ def compare(
     shapes = [n for n in common if first.tensors[n].shape != second.tensors[n].shape]
     same_shape = [n for n in common if first.tensors[n].shape == second.tensors[n].shape]
     names = [n for n in same_shape if first.tensors[n].dtype.merges and second.tensors[n].dtype.merges]
-    paths = [*first.files, *second.files]
-    shift = len(first.files)
-    steps: list[Any] = []
-    total = 0
-    for name in names:
-        x, y = first.tensors[name], second.tensors[name]
-        operands = [(x.file, x.start, x.dtype.code or 0), (y.file + shift, y.start, y.dtype.code or 0)]
-        steps.append(("measure_deltas", operands, [], [], [], 0, x.numel, []))
-        total += x.nbytes + y.nbytes
-    fds: list[int] = []
-    try:
-        fds.extend(os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths)
+    pairs = [(first.tensors[n], second.tensors[n]) for n in names]
+    with ExitStack() as stack:
+        sources = Sources((first, second), (read for pair in pairs for read in enumerate(pair)), stack)
+        steps: list[Any] = [
+            ("measure_deltas", [sources.operand(0, x), sources.operand(1, y)], [], [], [], 0, x.numel, [])
+            for x, y in pairs
+        ]
         pump = Pump(
-            cpu_isa(), fds, [], steps, threads=cpu_threads(threads), write_bytes=1 << 19, read_bytes=1 << 17,
-            stochastic=False, fp8_saturate=True, prefetch=True, stats_every=0,
+            cpu_isa(), sources.fds, [], steps, threads=cpu_threads(threads), write_bytes=1 << 19, read_bytes=1 << 17,
+            stochastic=False, fp8_saturate=True, prefetch=not sources.cached(), stats_every=0,
         )  # fmt: skip
-        watch(pump, total, progress)
-    except OSError as error:
-        raise StorageError(f"{error.filename}: {error.strerror}") from None
-    finally:
-        for fd in fds:
-            os.close(fd)
-    failed = pump.error()
-    if failed is not None:
-        kind, *rest = failed
-        if kind != "read":
-            raise StorageError(f"the comparison stopped: {rest[0]}")
-        handle, code = rest[:2]
-        if code:
-            raise StorageError(f"{paths[handle]}: {os.strerror(code)}")
-        raise CheckpointError("it was cut while it was being read", file=str(paths[handle]))
-    for path in (*changed_since(first), *changed_since(second)):
-        raise CheckpointError("it changed while it was being read. Compare again when it rests", file=str(path))
+        watch(pump, sum(x.nbytes + y.nbytes for x, y in pairs), progress)
+        error = pump.error()
+        if error is not None:
+            raise sources.explained(error)
+        sources.refuse_changed()
     tensors = {}
     for name, (sums, nonzero) in zip(names, pump.measured(), strict=True):
         aa, ad, dd = sums[:3]

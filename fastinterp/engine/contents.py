@@ -12,7 +12,7 @@ from fastinterp.engine.text import WIDTH, counted, fit, plain, size, table
 from fastinterp.files.checkpoint import Checkpoint
 from fastinterp.files.header import Entry
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")  # a whole part of a dotted name
+_NUMBER = re.compile(r"(?<=\.)\d{1,18}(?=\.|$)|^\d{1,18}(?=\.)")  # a whole part of a dotted name, that counts something
 _RECEIPT = "fastinterp"  # key of the metadata that a merge leaves
 _RANGES = 4  # of layer numbers in one pattern, before it only says how many
 
@@ -108,8 +108,15 @@ def patterns(entries: Iterable[Entry]) -> list[Pattern]:
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
-    """A sort key in which layer 10 comes after layer 9."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
+    """A sort key in which layer 10 comes after layer 9.
+
+    Numbers go by their count of digits first: Python makes no int of thousands of digits, which a name may have.
+    """
+    key = []
+    for part in name.split("."):
+        digits = part.lstrip("0")
+        key.append((0, len(digits), digits) if part.isdecimal() else (1, 0, part))
+    return key
 
 
 def _sorted(checkpoint: Checkpoint) -> list[Entry]:

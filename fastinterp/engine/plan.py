@@ -110,7 +110,7 @@ def make_plan(recipes: Sequence[Recipe], *, max_shard_size: int) -> Plan:
     lead = checkpoints[first.base or 0]
     for other in checkpoints:
         _check_fit(lead, other)
-    tensors = tuple(_planned(recipes, checkpoints, lead, name) for name in lead.tensors)
+    tensors = tuple(_planned(recipes, checkpoints, lead, origin, name) for name in lead.tensors)
     layouts = tuple(
         make_layout([(t.name, t.dtype, t.shape) for t in tensors], _metadata(recipe), max_shard_size)
         for recipe in recipes
@@ -119,7 +119,7 @@ def make_plan(recipes: Sequence[Recipe], *, max_shard_size: int) -> Plan:
 
 
 def _planned(
-    recipes: Sequence[Recipe], checkpoints: tuple[Checkpoint, ...], lead: Checkpoint, name: str
+    recipes: Sequence[Recipe], checkpoints: tuple[Checkpoint, ...], lead: Checkpoint, origin: Checkpoint, name: str
 ) -> PlannedTensor:
     recipe, kept = recipes[0], lead.tensors[name]
     if not kept.dtype.merges:
@@ -128,7 +128,9 @@ def _planned(
             inputs = (recipe.models.index(recipe.integers),)
         entries = tuple(checkpoints[i].tensors[name] for i in inputs)
         return PlannedTensor(name, kept.dtype, kept.shape, inputs, entries, ())
-    dtype = recipe.out_dtype or recipe.dtype or kept.dtype
+    # What is kept is the dtype of the model whose config.json is copied, which need not be merged itself.
+    named = origin.tensors.get(name, kept).dtype
+    dtype = recipe.out_dtype or recipe.dtype or (named if named.merges else kept.dtype)
     rows = [r.combine(name).row() for r in recipes]
     inputs = tuple(sorted({i for row in rows for i in row.inputs}))
     place = {checkpoint: i for i, checkpoint in enumerate(inputs)}
@@ -173,15 +175,18 @@ def _listed(items: Sequence[str]) -> str:
 def _metadata(recipe: Recipe) -> dict[str, str]:
     """The receipt that is stored in every output file: what was asked, and the coefficients that were used.
 
-    No time, path of the machine or thread count: the same merge gives the same bytes everywhere.
+    `recipe` as it was given, with the merge's own `dtype`, `rounding` and `seed`, makes the same bytes again. Models
+    are stored as the user named them. Time, output folder and threads are not, so that the same merge of the same
+    names gives the same bytes everywhere.
     """
-    asked = recipe.coefficients
+    asked, stored = recipe.coefficients, recipe.out_dtype or recipe.dtype
     receipt = {
         "fastinterp": __version__,
         "numerics": NUMERICS,
         "method": recipe.method.name,
         "models": recipe.models,
         "coefficients": {"weights": asked.weights, "base": asked.base, "sums_to_one": asked.sums_to_one},
+        "dtype": None if stored is None else stored.name,
         "rounding": recipe.rounding,
         "seed": recipe.seed,
         "fp8_overflow": recipe.fp8_overflow,

@@ -97,7 +97,7 @@ class Report:
     bytes_written: int
     outputs: int
     wall_s: float
-    device: str  # and why
+    device: str  # and the instruction set: `cpu avx2`
     threads: int
     inputs: int = 0  # models that this output's tensors come from
     removed: tuple[str, ...] = ()  # files of an old checkpoint that stood there

@@ -73,6 +73,7 @@ def interpolate(
     out: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
+    integers: str | os.PathLike[str] | None = None,
     device: str = "auto",
     threads: int | None = None,
     max_shard_size: str | int = "5GB",
@@ -88,6 +89,7 @@ def interpolate(
 
     alphas   any finite numbers, at most 16. One: `out` is the output. Several: `out/alpha_0.3` and so on, from one read
     base     the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
+    integers the one of them whose integer tensors are taken; None: they must agree
 
     Alpha 0 and 1 give the bytes of `a` and `b`. The other arguments and errors are those of `merge`.
     """
@@ -96,8 +98,10 @@ def interpolate(
         raise UsageError("at least one alpha is needed")
     if len(points) != len({point_name(p) for p in points}):
         raise UsageError(f"every alpha may be given once, got {', '.join(map(str, points))}")
-    models = _path(a, "a"), _path(b, "b"), None if base is None else _path(base, "base")
-    recipes = [_overridden(point_recipe(*models[:2], p, models[2]), dtype, rounding, seed) for p in points]
+    ends = _path(a, "a"), _path(b, "b")
+    origin = None if base is None else _path(base, "base")
+    whose = None if integers is None else _path(integers, "integers")
+    recipes = [_overridden(point_recipe(*ends, p, origin, whose), dtype, rounding, seed) for p in points]
     plan = make_plan(recipes, max_shard_size=_size(max_shard_size))
     target = Path(_path(out, "out"))
     outs = [target] if len(points) == 1 else [target / point_name(p) for p in points]
@@ -127,8 +131,8 @@ def point_name(alpha: float) -> str:
     return f"alpha_{float(alpha):.10g}"
 
 
-def point_recipe(a: str, b: str, alpha: float, base: str | None) -> Recipe:
-    """The recipe of one point on the line from `a` to `b`."""
+def point_recipe(a: str, b: str, alpha: float, base: str | None, integers: str | None = None) -> Recipe:
+    """The recipe of one point on the line from `a` to `b`. The other arguments are those of `interpolate`."""
     if not math.isfinite(alpha):
         raise UsageError(f"alpha must be a finite number, got {alpha}")
     # Far out 1 - alpha and alpha cancel, or float32 cannot hold them.
@@ -137,13 +141,19 @@ def point_recipe(a: str, b: str, alpha: float, base: str | None) -> Recipe:
         raise UsageError(f"alpha must be in -{limit:.1e}..{limit:.1e}, got {alpha:g}")
     if same_model(a, b):
         raise UsageError(f"A and B are the same checkpoint: {a!r}. Name two")
+    if integers is not None and not any(same_model(integers, m) for m in (a, b, base or a)):
+        raise UsageError(f"`integers` must be one of the checkpoints that are read, got {integers!r}")
     models = [
         {"model": a, "parameters": {"weight": 1.0 - alpha}},
         {"model": b, "parameters": {"weight": float(alpha)}},
     ]
-    if base is None:
-        return load_recipe({"merge_method": "linear", "models": models})
-    return load_recipe({"merge_method": "task_arithmetic", "base_model": base, "models": models})
+    asked: dict[str, Any] = {"merge_method": "linear"}
+    if base is not None:
+        asked = {"merge_method": "task_arithmetic", "base_model": base}
+    asked["models"] = models
+    if integers is not None:
+        asked["integers"] = integers
+    return load_recipe(asked)
 
 
 def _overridden(recipe: Recipe, dtype: object, rounding: object, seed: object) -> Recipe:
@@ -177,9 +187,9 @@ def _size(given: str | int) -> int:
 
 
 def _points(alphas: object) -> list[float]:
-    given: list[Any] = (
-        list(alphas) if isinstance(alphas, Iterable) and not isinstance(alphas, (str, bytes)) else [alphas]
-    )
+    given: list[Any] = [alphas]
+    if isinstance(alphas, Iterable) and not isinstance(alphas, (str, bytes)) and getattr(alphas, "shape", None) != ():
+        given = list(alphas)
     for alpha in given:
         if isinstance(alpha, (bool, str, bytes)) or not hasattr(alpha, "__float__"):
             raise UsageError(f"alpha must be a number, or several in a list, got {alpha!r}")

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.ops import philox_key
-from fastinterp.compute.pump import Progress, Pump, cached_fraction, reserve, watch
+from fastinterp.compute.pump import Progress, Pump, reserve, watch
 from fastinterp.engine.plan import Plan, PlannedTensor
-from fastinterp.errors import CheckpointError, OutputError, ShapeError, StorageError, UsageError
-from fastinterp.files.checkpoint import changed_since
+from fastinterp.engine.sources import Sources, remedy, storage
+from fastinterp.errors import OutputError, ShapeError, UsageError
 
 STATS_EVERY = 32  # chunks of 16384 elements: one of so many is measured, which costs a few percent of the kernel's time
 _STORE = 0  # Philox stream of the store's rounding
-_SPARE_FDS = 64  # for everything that is not an input
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,8 @@ def run(
     isa, workers = cpu_isa(), cpu_threads(threads)
     window = make_window(plan, workers, max_memory)
     with ExitStack() as stack:
-        sources = _Sources(plan, stack)
+        reads = ((i, e) for t in plan.tensors for i, e in zip(t.inputs, t.entries, strict=True))
+        sources = Sources(plan.checkpoints, reads, stack, outputs=sum(map(len, outputs)))
         sinks = _Sinks(plan, outputs, stack)
         steps = [_step(plan, tensor, sources, sinks) for tensor in sinks.in_file_order(plan)]
         recipe = plan.recipes[0]
@@ -104,12 +103,7 @@ def run(
         error = pump.error()
         if error is not None:
             raise _explained(error, plan, sources, sinks)
-        for checkpoint in plan.checkpoints:
-            changed = changed_since(checkpoint)
-            if changed:
-                raise CheckpointError(
-                    "it changed while it was being read. Merge again when it rests", file=str(changed[0])
-                )
+        sources.refuse_changed()
         by_name = dict(zip((t.name for t in sinks.in_file_order(plan)), pump.stats(), strict=True))
         return Done(
             [by_name[t.name] for t in plan.tensors], pump.bytes_read, pump.bytes_written, workers, isa,
@@ -122,29 +116,6 @@ def _traffic(tensor: PlannedTensor) -> int:
     return sum(e.nbytes for e in tensor.entries) + written * max(1, len(tensor.rows))
 
 
-class _Sources:
-    """The input files that are read, each opened once."""
-
-    def __init__(self, plan: Plan, stack: ExitStack):
-        needed = sorted({(i, e.file) for t in plan.tensors for i, e in zip(t.inputs, t.entries, strict=True)})
-        _allow_files(len(needed))
-        self.paths: list[Path] = []
-        self.fds: list[int] = []
-        self.number: dict[tuple[int, int], int] = {}
-        for checkpoint, file in needed:
-            path = plan.checkpoints[checkpoint].files[file]
-            with _storage(path):
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, fd)
-            self.number[checkpoint, file] = len(self.fds)
-            self.fds.append(fd)
-            self.paths.append(path)
-
-    def cached(self) -> bool:
-        """Whether all inputs are in the page cache, so that nothing need be read ahead."""
-        return all(cached_fraction(fd, os.fstat(fd).st_size) > 0.95 for fd in self.fds)
-
-
 class _Sinks:
     """The output files, open for writing with their headers in place and their space reserved."""
 
@@ -154,11 +125,11 @@ class _Sinks:
         self.of: dict[str, tuple[list[int], list[int]]] = {}  # tensor -> sink and offset per output
         for layout, paths in zip(plan.layouts, outputs, strict=True):
             for file, path in zip(layout.files, paths, strict=True):
-                with _storage(path.parent / file.name, OutputError):
+                with storage(path.parent / file.name, OutputError):
                     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                     stack.callback(os.close, fd)
                     reserve(fd, file.size)
-                    os.pwrite(fd, file.header, 0)
+                    _write_first(fd, file.header)
                 for name, offset in file.places.items():
                     sinks, offsets = self.of.setdefault(name, ([], []))
                     sinks.append(len(self.fds))
@@ -171,13 +142,17 @@ class _Sinks:
         return sorted(plan.tensors, key=lambda t: (self.of[t.name][0][0], self.of[t.name][1][0]))
 
 
-def _step(plan: Plan, tensor: PlannedTensor, sources: _Sources, sinks: _Sinks) -> Any:
+def _write_first(fd: int, data: bytes) -> None:
+    """Write all of `data` at the start of a file; the system may take less at a time."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], done)
+
+
+def _step(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: _Sinks) -> Any:
     numbers, offsets = sinks.of[tensor.name]
     merged = bool(tensor.rows)
-    operands = [
-        (sources.number[i, e.file], e.start, e.dtype.code or 0)
-        for i, e in zip(tensor.inputs, tensor.entries, strict=True)
-    ]
+    operands = [sources.operand(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True)]
     rows = [(row.pivot, row.total, list(row.terms)) for row in tensor.rows]
     keys = (
         [philox_key(r.seed, _STORE, tensor.name) for r in plan.recipes]
@@ -188,51 +163,18 @@ def _step(plan: Plan, tensor: PlannedTensor, sources: _Sources, sinks: _Sinks) -
     return ("combine" if merged else "same", operands, rows, numbers, offsets, tensor.dtype.code or 0, count, keys)
 
 
-@contextmanager
-def _storage(path: Path, kind: type[StorageError] = StorageError) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise kind(f"{path}: {error.strerror}{_no_room(error.errno)}") from None
-
-
-def _no_room(code: int | None) -> str:
-    """What to do about it, if there is no room."""
-    if code == errno.EFBIG:
-        return ". This file system or ulimit allows only smaller files: --max-shard-size 1GB, say"
-    return ". Free some space, or choose another folder" if code in (errno.ENOSPC, errno.EDQUOT) else ""
-
-
-def _allow_files(inputs: int) -> None:
-    """Raise this process's soft limit on open files when many sharded models are merged."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and inputs + _SPARE_FDS > soft:
-        wanted = inputs + _SPARE_FDS if hard == resource.RLIM_INFINITY else min(hard, inputs + _SPARE_FDS)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _explained(error: tuple[Any, ...], plan: Plan, sources: _Sources, sinks: _Sinks) -> Exception:
+def _explained(error: tuple[Any, ...], plan: Plan, sources: Sources, sinks: _Sinks) -> Exception:
     kind, *rest = error
     if kind == "differs":
         tensor = sinks.in_file_order(plan)[rest[0]]
         first, other = (plan.checkpoints[tensor.inputs[i]].name for i in (0, rest[1]))
         return ShapeError(
             f"{tensor.name} ({tensor.dtype}) is not averaged, and differs between {first} and {other}. "
-            "Say whose to take: `integers: MODEL` in the recipe",
+            "Say whose to take: `integers: MODEL` in the recipe, --integers MODEL of interpolate",
             tensor=tensor.name,
         )
-    if kind == "other":
-        return StorageError(f"the merge stopped: {rest[0]}")
-    handle, code, offset, expected, done = rest
     if kind == "write":
-        place = f"writing {expected} bytes at {offset}{_no_room(code)}"
+        handle, code, offset, expected, _ = rest
+        place = f"writing {expected} bytes at {offset}{remedy(code)}"
         return OutputError(f"{sinks.paths[handle]}: {os.strerror(code)}, {place}")
-    if code:
-        return StorageError(f"{sources.paths[handle]}: {os.strerror(code)}, reading {expected} bytes at {offset}")
-    return CheckpointError(
-        f"only {done} of {expected} bytes are left at byte {offset}: it was cut or replaced while it was being read. "
-        "Merge again when it rests",
-        file=str(sources.paths[handle]),
-    )
+    return sources.explained(error)
