@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import os
 import resource
-import signal
 import stat
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fastinterp.errors import CheckpointError, OutputError
+from fastinterp.errors import OutputError
 from fastinterp.files.checkpoint import open_checkpoint
 from fastinterp.files.folder import OutFolder
 from tests.written import GB, checkpoint, tree, write
@@ -78,113 +74,6 @@ def test_failing_rename_leaves_nothing(tmp_path, monkeypatch):
         with OutFolder(tmp_path / "out", []) as out:
             write(out, limit=16)
     assert tree(tmp_path) == {}
-
-
-STEPS = 14  # more renames and removals than any case below needs
-
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[3])
-from tests.written import write
-from fastinterp.files import folder
-
-class Os:  # the module's os, whose renames and removals count; after `left` of them the process dies
-    def __getattr__(self, name):
-        return getattr(os, name)
-    def step(self, call, *args):
-        if not self.left:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.left -= 1
-        call(*args)
-    def replace(self, *args):
-        self.step(os.replace, *args)
-    def unlink(self, *args):
-        self.step(os.unlink, *args)
-
-folder.os = Os()
-for path in sys.argv[4:]:
-    folder.os.left = int(path.rpartition("/")[2])
-    child = os.fork()
-    if not child:
-        with folder.OutFolder(path, [], force=True) as out:
-            write(out, limit=int(sys.argv[1]), value=bytes([int(sys.argv[2])]))
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-OLD = {"": [], "abc": ["a", "b", "c"], "abcde": ["a", "b", "c", "d", "e"]}
-
-
-@pytest.mark.parametrize(
-    ("names", "old", "new"),
-    [
-        ("", 0, 16),
-        ("", 0, GB),
-        ("abc", 16, 16),
-        ("abc", GB, GB),
-        ("abcde", 16, GB),
-        ("abcde", GB, 16),
-        ("abcde", 40, 16),
-    ],
-)
-def test_killed_process_leaves_nothing_that_opens(tmp_path, names, old, new):
-    """SIGKILL before any rename or removal: the old checkpoint, the new one in full, or nothing that opens.
-
-    The next run finishes over what is left, without --force if there was nothing before.
-    """
-    folders = [tmp_path / str(after) for after in range(STEPS)]
-    if names:
-        for folder in folders:
-            checkpoint(folder, OLD[names], old)
-    arguments = [str(new), "2", str(Path(__file__).parents[1]), *map(str, folders)]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=True)
-    codes = [int(line) for line in done.stdout.split()]
-    killed = codes.count(-signal.SIGKILL)
-    assert codes == [-signal.SIGKILL] * killed + [0] * (STEPS - killed) and 0 < killed < STEPS
-    outcomes = []
-    for after, folder in enumerate(folders[:killed]):
-        try:
-            found = open_checkpoint(str(folder))
-        except CheckpointError:
-            outcomes.append("nothing")
-        else:
-            data = {found.files[e.file].read_bytes()[e.start : e.start + e.nbytes] for e in found.tensors.values()}
-            assert data in ({bytes(16)}, {b"\2" * 16})
-            outcomes.append("old" if data == {bytes(16)} else "new")
-            assert sorted(found.tensors) == (OLD[names] if outcomes[-1] == "old" else ["a", "b", "c"])
-        with OutFolder(folder, [], force=bool(names) or after > 0) as out:
-            write(out)
-        assert not [n for n in tree(folder) if "partial" in n]
-        assert sorted(open_checkpoint(str(folder)).tensors) == ["a", "b", "c"]
-    assert outcomes[0] == ("old" if names else "nothing") and "nothing" in outcomes and outcomes[-1] == "new"
-    assert outcomes == sorted(outcomes, key=["old", "nothing", "new"].index)
-
-
-def test_order_of_the_finish(tmp_path, monkeypatch):
-    """The old index dies first, then the old shards; small files come before the new shards, the new index is last."""
-    folder = checkpoint(tmp_path / "out", ["a", "b", "c"], 16)
-    log = []
-
-    def logged(kind):
-        real = getattr(os, kind)
-
-        def call(*args):
-            log.append((kind, Path(args[-1]).name))
-            real(*args)
-
-        return call
-
-    for kind in ("replace", "unlink"):
-        monkeypatch.setattr(f"fastinterp.files.folder.os.{kind}", logged(kind))
-    shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    with OutFolder(folder, [], force=True) as out:
-        write(out, limit=16)
-    index = "model.safetensors.index.json"
-    assert log[:-1] == [
-        *(("unlink", n) for n in (index, *shards)),
-        *(("replace", n) for n in ("config.json", *shards, index)),
-    ]
 
 
 def test_planted_temporary_is_not_opened(tmp_path, monkeypatch):
@@ -260,35 +149,3 @@ def test_failing_write_cleans_up(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert tree(tmp_path) == {}
-
-
-def test_durable_syncs_before_renaming(tmp_path, monkeypatch):
-    """Every file is synced before any gets its name, and the folder before and after the last name."""
-    log = []
-    names: dict[int, str] = {}
-
-    def note(kind):
-        real = getattr(os, kind)
-
-        def call(*args):
-            log.append((kind, Path(names.get(args[0], args[0])).name if kind == "fsync" else Path(args[1]).name))
-            return real(*args)
-
-        return call
-
-    real_open = os.open
-
-    def opened(path, *args, **options):
-        fd = real_open(path, *args, **options)
-        names[fd] = os.fspath(path)
-        return fd
-
-    for kind in ("fsync", "replace"):
-        monkeypatch.setattr(f"fastinterp.files.folder.os.{kind}", note(kind))
-    monkeypatch.setattr("fastinterp.files.folder.os.open", opened)
-    with OutFolder(tmp_path / "out", [], durable=True) as out:
-        write(out)
-    kinds = [k for k, _ in log]
-    assert kinds == ["fsync", "fsync", "replace", "fsync", "replace", "fsync", "fsync"]
-    assert [n for k, n in log if k == "replace"] == ["config.json", "model.safetensors"]
-    assert [n for k, n in log if k == "fsync"][2:] == ["out", "out", tmp_path.name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,21 @@ def test_shards_without_index_must_be_complete(sharded):
     assert f"1 of 2 shards are there, and no index; missing: `{SHARDS[0]}`" in refusal(sharded)
 
 
+def test_a_name_may_claim_any_number_of_shards(tmp_path):
+    """Judged by counting: a set as large as the claim would take gigabytes. Numbers from 1 up, each there."""
+    put(tmp_path / "m", "model-00001-of-20000000.safetensors", "a")
+    tracemalloc.start()
+    try:
+        message = refusal(tmp_path / "m")
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+    assert "1 of 20000000 shards are there, and no index; missing: `model-00002-of-20000000.safetensors`" in message
+    for name in ("00000", "00002"):
+        put(tmp_path / "zero", f"model-{name}-of-00002.safetensors", f"t{name}")
+    assert "2 of 2 shards are there, and no index; missing: `model-00001-of-00002" in refusal(tmp_path / "zero")
+
+
 def test_missing_shard(sharded):
     (sharded / SHARDS[1]).unlink()
     assert "1 of 2 files that `model.safetensors.index.json` names are missing: `model-00002" in refusal(sharded)
@@ -160,6 +176,20 @@ def test_bad_index(sharded, content, expected):
     assert message.startswith(str(sharded / "model.safetensors.index.json")) and expected in message
 
 
+def test_index_that_is_no_file_or_too_large(sharded):
+    """A named pipe neither hangs nor opens, and gigabytes are not read."""
+    index = sharded / "model.safetensors.index.json"
+    with open(index, "r+b") as stream:
+        stream.truncate(5 * 10**9)
+    assert f"{index}: the file has 5000000000 bytes, more than the allowed 100000000" in refusal(sharded)
+    index.unlink()
+    os.mkfifo(index)
+    assert f"{index}: this is not a regular file" in refusal(sharded)
+    index.unlink()
+    index.symlink_to("/dev/zero")
+    assert f"{index}: this is not a regular file" in refusal(sharded)
+
+
 def test_two_indexes_and_index_beside_single_file(sharded):
     """What could mean two checkpoints is refused; naming the index decides."""
     put(sharded, "model.safetensors", "a")
@@ -184,6 +214,10 @@ def test_folder_without_weights(tmp_path):
     assert "the folder has no .safetensors file; it is empty" in refusal(folder)
     (folder / ".model.safetensors.partial-1-00000000-000000000000").touch()
     assert "only those of a merge that did not finish" in refusal(folder)
+    (aside := folder / ".model.safetensors.old-1-00000000-000000000000").touch()
+    message = refusal(folder)
+    assert f"a merge died while it replaced `{aside.name}`. To have the old checkpoint again, rename" in message
+    aside.unlink()
     (folder / "notes.txt").touch()
     assert "the folder has no .safetensors file, only those of a merge" in refusal(folder)
     put(folder / "unet", "x.safetensors", "a")

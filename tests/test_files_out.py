@@ -14,7 +14,7 @@ from fastinterp.compute.dtypes import BF16, DTYPES, F8_E4M3, F16, F32, F64
 from fastinterp.errors import CheckpointError, OutputError, UsageError
 from fastinterp.files.checkpoint import open_checkpoint
 from fastinterp.files.layout import ALIGN, make_layout, parse_size
-from fastinterp.files.sidecars import copy_sidecars, is_sidecar, model_card, with_dtype
+from fastinterp.files.sidecars import copy_sidecars, is_sidecar, model_card, needs_code, with_dtype
 
 U8, I64, F4 = DTYPES["U8"], DTYPES["I64"], DTYPES["F4"]
 GB = 10**9
@@ -193,6 +193,17 @@ def test_copy_sidecars(source):
     assert copy_sidecars(source) == paths
     with pytest.raises(CheckpointError, match=r"config\.json: the model configuration is not JSON"):
         copy_sidecars(source, F16)
+
+
+def test_config_that_is_too_large(source):
+    """Gigabytes are not read, by no one who looks into it."""
+    with open(source.root / "config.json", "r+b") as stream:
+        stream.truncate(5 * 10**9)
+    for look in (lambda: copy_sidecars(source, F16), lambda: needs_code(source)):
+        with pytest.raises(
+            CheckpointError, match=r"config\.json: the file has 5000000000 bytes, more than the allowed"
+        ):
+            look()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fastinterp.errors import OutputError
+from fastinterp.errors import CheckpointError, OutputError
 from fastinterp.files.checkpoint import open_checkpoint
 from fastinterp.files.folder import OutFolder
 from tests.written import checkpoint, tree, write
@@ -99,6 +99,49 @@ def test_output_folder_may_be_a_link(tmp_path):
     assert (tmp_path / "disk" / "config.json").read_text() == "{}" and (tmp_path / "out").is_symlink()
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("", "the name of the output folder is empty. Give the name of a new folder"),
+        ("x" * 300, "this path cannot be used: File name too long"),
+        ("new/" + "x" * 300, "the folder cannot be created: File name too long"),
+        ("a\0b", "this path cannot be used: embedded null byte"),
+        ("a\ud800b", "this path cannot be used: 'utf-8' codec can't encode character"),
+    ],
+    ids=["empty", "long", "long below", "NUL", "not Unicode"],
+)
+def test_names_that_no_folder_can_have(tmp_path, monkeypatch, name, expected):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError) as caught:
+        OutFolder(name, [], force=True).__enter__()
+    assert expected in str(caught.value) and "\0" not in str(caught.value)
+    assert tree(tmp_path) == {}
+
+
+def test_unreadable_sidecar_is_not_blamed_on_the_output(tmp_path):
+    """A file to copy that is gone, or has become a pipe, is named itself."""
+    source = tmp_path / "tokenizer.json"
+    for expected in ("the file does not exist", "this is not a regular file"):
+        with pytest.raises(CheckpointError) as caught, OutFolder(tmp_path / "out", []) as out:
+            out.write("tokenizer.json", source)
+        assert str(caught.value) == f"{source}: {expected}"
+        if not source.exists():
+            os.mkfifo(source)
+    source.unlink()
+    assert tree(tmp_path) == {}
+
+
+def test_odd_old_index_is_replaced(tmp_path):
+    """A pipe called like an index does not hang a --force, and gigabytes are not read."""
+    folder = checkpoint(tmp_path / "out")
+    os.mkfifo(folder / "model.safetensors.index.json")
+    with open(folder / "pytorch_model.bin.index.json", "wb") as stream:
+        stream.truncate(5 * 10**9)
+    with OutFolder(folder, [], force=True) as out:
+        write(out)
+    assert sorted(tree(folder)) == ["config.json", "model.safetensors"]
+
+
 def test_planted_link_is_not_written_through(tmp_path):
     """Somebody who swaps a temporary file for a link does not get another file overwritten."""
     (tmp_path / "precious").write_text("precious")
@@ -144,18 +187,20 @@ for path in sys.argv[1:]:
 def test_read_only_target():
     """No right to write: refused at the start, whether the folder is there or has to be made."""
     folder = Path(tempfile.mkdtemp())  # not tmp_path: pytest's folders are closed to other users
-    out, missing = folder / "out", folder / "new"
+    out, missing, closed = folder / "out", folder / "new", folder / "closed"
     out.mkdir()
+    closed.mkdir(0o700)
     for path in (out, folder):
         path.chmod(0o555)
     try:
-        command = [sys.executable, "-c", READ_ONLY, str(out), str(missing)]
+        command = [sys.executable, "-c", READ_ONLY, str(out), str(missing), *[str(closed / "out")] * (os.getuid() == 0)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
         assert done.stdout.splitlines() == [
             f"{out}: the folder cannot be written to: Permission denied",
             f"{missing}: the folder cannot be created: Permission denied",
+            *[f"`{closed}/out`: this path cannot be used: Permission denied"] * (os.getuid() == 0),
         ]
-        assert tree(folder) == {"out": b""}
+        assert tree(folder) == {"out": b"", "closed": b""}
     finally:
         for path in (folder, out):
             path.chmod(0o755)

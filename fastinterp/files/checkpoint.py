@@ -8,7 +8,20 @@ from pathlib import Path
 
 from fastinterp.errors import CheckpointError
 from fastinterp.files.header import MAX_HEADER, Entry, read_header
-from fastinterp.files.names import INDEX, OTHER_WEIGHTS, PICKLES, SHARD, WEIGHTS, closest, is_plain, listing, quote
+from fastinterp.files.names import (
+    ASIDE,
+    INDEX,
+    OTHER_WEIGHTS,
+    PICKLES,
+    PUT_BACK,
+    SHARD,
+    WEIGHTS,
+    closest,
+    is_plain,
+    listing,
+    quote,
+)
+from fastinterp.files.regular import read_regular
 from fastinterp.files.strict_json import parse_object
 
 Stamp = tuple[int, int, int]  # size in bytes, mtime in ns, inode
@@ -21,7 +34,9 @@ class Checkpoint:
     name: str  # as the user wrote it
     root: Path  # the folder that holds the files
     files: tuple[Path, ...]
-    tensors: dict[str, Entry]  # in the order of the files, then of the offsets; nothing may depend on it
+    # In the order of the files, then of the offsets. Inputs are matched by name alone; an output's tensors, and so its
+    # shards, come in the order of its first model.
+    tensors: dict[str, Entry]
     nbytes: int  # of all tensors
     index: bool  # an index file named the files
     metadata: dict[str, str]  # of all files; where they disagree, the first one's
@@ -134,7 +149,11 @@ def _no_weights(root: Path, present: list[str]) -> str:
     below = [n for n in present if any(f.name.endswith(WEIGHTS) for f in (root / n).glob("*" + WEIGHTS))]
     if below:
         return f"the folder itself has no {WEIGHTS} file, but {listing(below)} in it do: name one of them"
-    if any(".partial-" in n for n in os.listdir(root)):
+    hidden = os.listdir(root)
+    aside = sorted(n for n in hidden if ASIDE.fullmatch(n))
+    if aside:
+        return f"the folder has no {WEIGHTS} file, but a merge died while it replaced {listing(aside)}. {PUT_BACK}"
+    if any(".partial-" in n for n in hidden):
         return f"the folder has no {WEIGHTS} file, only those of a merge that did not finish: run it again"
     return f"the folder has no {WEIGHTS} file" + (f", only {listing(present)}" if present else "; it is empty")
 
@@ -148,7 +167,8 @@ def _check_shards(name: str, weights: list[str]) -> None:
             key = (match["stem"], int(match["count"]), len(match["count"]))
             found.setdefault(key, set()).add(int(match["number"]))
     for (stem, count, width), numbers in found.items():
-        if numbers != set(range(1, count + 1)):
+        # Not compared with a range: a file name may claim a billion shards.
+        if len(numbers) != count or min(numbers) != 1 or max(numbers) != count:
             first = next((n for n in range(1, len(numbers) + 1) if n not in numbers), len(numbers) + 1)
             raise CheckpointError(
                 f"{len(numbers)} of {count} shards are there, and no index; "
@@ -179,14 +199,7 @@ def _open_indexed(name: str, root: Path, index: str, named: bool = False) -> Che
 def _read_index(path: Path) -> dict[str, str]:
     """The weight_map of an index: tensor name -> plain name of a .safetensors file beside it."""
     file = str(path)
-    try:
-        with open(path, "rb") as stream:
-            raw = stream.read(MAX_HEADER + 1)
-    except OSError as error:
-        raise CheckpointError(f"the index cannot be read: {error.strerror}", file=file) from None
-    if len(raw) > MAX_HEADER:
-        raise CheckpointError(f"the index has more than the allowed {MAX_HEADER} bytes", file=file)
-    weight_map = parse_object(raw.lstrip(), "the index", file).get("weight_map")
+    weight_map = parse_object(read_regular(file, MAX_HEADER).lstrip(), "the index", file).get("weight_map")
     if type(weight_map) is not dict:
         raise CheckpointError("the index has no `weight_map` object", file=file)
     for tensor, target in weight_map.items():

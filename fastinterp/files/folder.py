@@ -1,7 +1,12 @@
 """The output folder: its files appear together at the end, or not at all.
 
-Everything is written under temporary names and renamed at the end, what makes a checkpoint readable last. A process
-that is killed leaves only temporary files, which readers do not look at and the next run removes.
+Everything is written under temporary names, `.NAME.partial-...`, and renamed at the end, what makes a checkpoint
+readable last. A process that is killed leaves only temporary files, which readers do not look at and the next run
+removes.
+
+An old checkpoint that is replaced is first renamed to `.NAME.old-...`, and removed when the new one is complete. If
+anything fails before that, it gets its names back. If the process is killed in between, the `.old-` files stay, since
+they may be the only copy: no run ever removes those of another, and the next run refuses and says how to put them back.
 """
 
 from __future__ import annotations
@@ -16,8 +21,10 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from fastinterp.errors import OutputError
-from fastinterp.files.names import INDEX, PICKLES, SHARD, WEIGHTS, is_plain, listing, quote
+from fastinterp.errors import CheckpointError, OutputError
+from fastinterp.files.header import MAX_HEADER
+from fastinterp.files.names import ASIDE, INDEX, PICKLES, PUT_BACK, SHARD, WEIGHTS, is_plain, listing, quote
+from fastinterp.files.regular import read_regular
 from fastinterp.files.sidecars import is_sidecar
 
 _PARTIAL = re.compile(r"\..+\.partial-(?P<pid>\d+)-(?P<host>[0-9a-f]{8})-[0-9a-f]{12}", re.DOTALL)
@@ -34,7 +41,7 @@ class OutFolder:
     needed   bytes that will be written; less free space than that is refused
 
     After `commit`, `removed` names the files of an old checkpoint that were removed and not replaced.
-    Raises: OutputError, from every method.
+    Raises: OutputError, from every method; CheckpointError, from `write`, if the file to copy cannot be read.
     """
 
     def __init__(
@@ -47,15 +54,25 @@ class OutFolder:
         needed: int = 0,
     ):
         self.name = os.fspath(path)
-        self.path = Path(os.path.realpath(path))
+        if not self.name:
+            raise OutputError("the name of the output folder is empty. Give the name of a new folder")
+        try:
+            self.path = Path(os.path.realpath(path))
+            with suppress(FileNotFoundError, NotADirectoryError):  # it is made later, or refused with more detail
+                os.lstat(self.path)
+        except (OSError, ValueError) as error:  # ValueError: a NUL, or no valid Unicode
+            why = getattr(error, "strerror", None) or error
+            raise OutputError(f"{quote(self.name)}: this path cannot be used: {why}") from None
         self.removed: tuple[str, ...] = ()
         self._inputs, self._force, self._durable, self._needed = inputs, force, durable, needed
         host = binascii.crc32(os.uname().nodename.encode())
-        self._ending = f".partial-{os.getpid()}-{host:08x}-{os.urandom(6).hex()}"
+        run = f"{os.getpid()}-{host:08x}-{os.urandom(6).hex()}"
+        self._ending, self._old_ending = f".partial-{run}", f".old-{run}"
         self._created: list[Path] = []  # folders, outermost first
         self._temps: dict[str, Path] = {}  # final name -> temporary
-        self._placed: list[Path] = []
-        self._committed = False
+        self._tried: list[str] = []  # final names whose rename was begun
+        self._aside: dict[str, Path] = {}  # name of an old file -> where it is until the new checkpoint is complete
+        self._done = False
 
     def __enter__(self) -> OutFolder:
         self._refuse_inputs()
@@ -75,7 +92,7 @@ class OutFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._committed:
+        if not self._done:
             self._undo()
 
     def temp(self, name: str) -> Path:
@@ -93,34 +110,79 @@ class OutFolder:
     def write(self, name: str, content: bytes | Path) -> None:
         """Put a small file into the output: bytes, or a copy of the file at a path."""
         path = self.temp(name)
+        data = read_regular(str(content)) if isinstance(content, Path) else content
         try:
-            data = content.read_bytes() if isinstance(content, Path) else content
             with open(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "wb") as stream:
                 stream.write(data)
         except OSError as error:
             raise self._error(f"{quote(name)} cannot be written: {error.strerror}") from error
 
     def commit(self) -> None:
-        """Finish: remove what is left of an old checkpoint, then give every file its name, index or weights last."""
+        """Finish: move an old checkpoint aside, give every file its name, then remove the old one.
+
+        What fails before the last name is taken back, so that the old checkpoint is there again.
+        """
         try:
-            if self._durable:
-                for path in self._temps.values():
-                    _fsync(path)
-            if self._force:
-                self._remove_old()
-            order = sorted(self._temps, key=_rank)
-            for name in order:
-                if self._durable and name == order[-1]:
-                    _fsync(self.path)  # the last name must not reach the disk before the others
-                os.replace(self._temps[name], self.path / name)
-                self._placed.append(self.path / name)
-            os.unlink(self._marker)
-            if self._durable:
-                for folder in (self.path, *(f.parent for f in reversed(self._created))):
-                    _fsync(folder)
+            self._place()
+            self._clean_up()
         except OSError as error:
-            raise self._error(f"the output cannot be finished: {error.strerror}") from error
-        self._committed = True
+            if self._complete():
+                self._leave()
+                what = "the output is complete, but its finish failed"
+            else:
+                self._undo()
+                what = "the output cannot be finished"
+            kept = [p.name for p in self._aside.values() if os.path.lexists(p)]
+            more = f". What it replaces is kept: {listing(kept)}. {PUT_BACK}" if kept else ""
+            raise self._error(f"{what}: {error.strerror}{more}") from error
+
+    def _place(self) -> None:
+        if self._durable:
+            for path in self._temps.values():
+                _fsync(path)
+        if self._force:
+            self._move_aside()
+            if self._durable and self._aside:
+                _fsync(self.path)  # a new name must not reach the disk beside an old index
+        order = sorted(self._temps, key=_rank)
+        for name in order:
+            if self._durable and name == order[-1]:
+                _fsync(self.path)  # the last name must not reach the disk before the others
+            self._tried.append(name)
+            os.replace(self._temps[name], self.path / name)
+
+    def _move_aside(self) -> None:
+        """Weights go first and their index after them: while one of its files is missing, readers refuse it."""
+        entries = self._entries()
+        old, _ = _old_checkpoint(self.path, entries)
+        self.removed = tuple(n for n in old if n not in self._temps)
+        for name in (*old, *(n for n in entries if n in self._temps and n not in old)):
+            aside = self.path / f".{name}{self._old_ending}"
+            self._aside[name] = aside
+            os.replace(self.path / name, aside)
+
+    def _placed(self, name: str) -> bool:
+        """Asks the disk, because an interrupt may come between a rename and a note of it."""
+        gone = name in self._tried and not os.path.lexists(self._temps[name])
+        return gone and os.path.lexists(self.path / name)
+
+    def _complete(self) -> bool:
+        return bool(self._temps) and all(self._placed(n) for n in self._temps)
+
+    def _clean_up(self) -> None:
+        """The output is complete: make it last, then remove what it replaced."""
+        if self._durable and self._aside:
+            _fsync(self.path)
+        for path in (*self._aside.values(), self._marker):
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        if self._durable:
+            for folder in (self.path, *(f.parent for f in reversed(self._created))):
+                _fsync(folder)
+        self._leave()
+
+    def _leave(self) -> None:
+        self._done = True
         _active.discard(self._ending)
 
     @property
@@ -150,13 +212,29 @@ class OutFolder:
             raise self._error(f"the folder cannot be created: {error.strerror}") from error
 
     def _undo(self) -> None:
-        for path in (self._marker, *self._temps.values(), *self._placed):
+        """Take everything back, or, after the last name, finish. An interrupt in here may call it once more."""
+        if self._complete():
+            with suppress(OSError):
+                self._clean_up()
+        else:
+            self._take_back()
+        self._leave()
+
+    def _take_back(self) -> None:
+        for name in reversed(self._tried):
+            if self._placed(name):
+                with suppress(OSError):
+                    os.unlink(self.path / name)
+        self._tried.clear()  # from here on those names are the old files'
+        for name, aside in reversed(self._aside.items()):
+            with suppress(OSError):  # also those that were not moved yet
+                os.replace(aside, self.path / name)
+        for path in (self._marker, *self._temps.values()):
             with suppress(OSError):
                 os.unlink(path)
         for folder in reversed(self._created):
             with suppress(OSError):  # not empty: somebody else put something there
                 os.rmdir(folder)
-        _active.discard(self._ending)
 
     def _refuse_inputs(self) -> None:
         """Folders are compared by device and inode all the way up, so links and bind mounts do not hide anything."""
@@ -186,6 +264,10 @@ class OutFolder:
             same = inputs.get(_identity(self.path / name))
             if same is not None:
                 raise self._error(f"{quote(name)} there is the same file as the input {quote(same)}. {_ELSEWHERE}")
+        aside = [n for n in entries if ASIDE.fullmatch(n)]
+        if aside:
+            self._remove_leftovers(refuse_only=True)  # the run that moved them may be alive
+            raise self._error(f"a merge died here while it replaced a checkpoint: {listing(aside)}. {PUT_BACK}")
         present = [n for n in entries if not _PARTIAL.fullmatch(n)]
         if present and not self._force:
             raise self._error(f"the folder is not empty: {listing(present)}. {_FORCE}")
@@ -243,14 +325,6 @@ class OutFolder:
         except OSError as error:
             raise self._error(f"the folder cannot be read: {error.strerror}") from error
 
-    def _remove_old(self) -> None:
-        """The index goes first: without it, what is left of the old checkpoint is refused by readers."""
-        old, _ = _old_checkpoint(self.path, self._entries())
-        for name in old:
-            if name not in self._temps or name.endswith((WEIGHTS, ".index.json")):
-                os.unlink(self.path / name)
-        self.removed = tuple(n for n in old if n not in self._temps)
-
 
 _FORCE = "Add --force (in Python force=True) to write into it all the same"
 _ELSEWHERE = "Choose another folder: inputs are never overwritten, not even with --force"
@@ -262,15 +336,18 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def _old_checkpoint(folder: Path, present: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files in `folder` that make up a checkpoint there, indexes first; and weights that belong to none."""
+    """The files in `folder` that make up a checkpoint there (weights, indexes, sidecars), and weights of none.
+
+    An index that is damaged or no regular file names nothing, but is one of them.
+    """
     files = [n for n in present if not n.startswith(".") and not os.path.isdir(folder / n)]
     indexes = [n for n in files if n.endswith((INDEX, ".bin.index.json"))]
     listed: set[str] = set()
     for index in indexes:
         try:
-            listed.update(v for v in json.loads((folder / index).read_bytes())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue  # a damaged index names nothing; it is removed all the same
+            listed.update(v for v in json.loads(read_regular(str(folder / index), MAX_HEADER))["weight_map"].values())
+        except (CheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
     weights, strangers = [], []
     for name in files:
         known = name == "model.safetensors" or SHARD.fullmatch(name)
@@ -280,7 +357,7 @@ def _old_checkpoint(folder: Path, present: Sequence[str]) -> tuple[list[str], li
             strangers.append(name)
     # A chat template or vocabulary of the old model would be taken for the new one's.
     sidecars = [n for n in files if is_sidecar(n)] if indexes or weights else []
-    return indexes + weights + sidecars, strangers
+    return weights + indexes + sidecars, strangers
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -7,7 +7,6 @@ cover the data section without holes or overlaps (https://github.com/huggingface
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NoReturn
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 from fastinterp.compute.dtypes import DTYPES, DType
 from fastinterp.errors import CheckpointError
 from fastinterp.files.names import quote
+from fastinterp.files.regular import open_regular
 from fastinterp.files.strict_json import parse_object
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
@@ -64,18 +64,8 @@ def read_header(path: str | os.PathLike[str], file_index: int = 0) -> tuple[list
 
 def _read_json(file: str) -> tuple[bytes, int]:
     """The JSON bytes and the size of the file in bytes."""
+    fd, size = open_regular(file)
     try:
-        # O_NONBLOCK: a named pipe must not hang the opening; it is refused below.
-        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise CheckpointError("the file does not exist", file=file) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the file cannot be opened: {getattr(error, 'strerror', error)}", file=file) from None
-    try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise CheckpointError("this is not a regular file", file=file)
-        size = info.st_size
         if size < 8:
             raise CheckpointError(f"a safetensors file has at least 8 bytes, this one has {size}", file=file)
         first = _read_exactly(fd, 8, file)

@@ -14,7 +14,9 @@ from fastinterp.compute.dtypes import DType
 from fastinterp.errors import CheckpointError
 from fastinterp.files import hub
 from fastinterp.files.checkpoint import Checkpoint
+from fastinterp.files.header import MAX_HEADER
 from fastinterp.files.names import OTHER_WEIGHTS, PICKLES, WEIGHTS
+from fastinterp.files.regular import read_regular
 from fastinterp.files.strict_json import parse_object
 
 _PATTERNS = (
@@ -42,24 +44,27 @@ def copy_sidecars(source: Checkpoint, dtype: DType | None = None) -> dict[str, b
     """The sidecars of `source`, by name: the path to copy, or new content.
 
     With `dtype`, the dtype of all output weights, config.json says so.
-    Raises: CheckpointError, if config.json has to change and is damaged.
+    Raises: CheckpointError, if config.json has to change and is damaged or cannot be read.
     """
     try:
         names = [n for n in sorted(os.listdir(source.root)) if is_sidecar(n) and (source.root / n).is_file()]
         found: dict[str, bytes | Path] = {n: source.root / n for n in names}
         if dtype is not None and "config.json" in found:
-            path = source.root / "config.json"
-            found["config.json"] = with_dtype(path.read_bytes(), dtype, str(path))
+            path = str(source.root / "config.json")
+            found["config.json"] = with_dtype(read_regular(path, MAX_HEADER), dtype, path)
     except OSError as error:
         raise CheckpointError(f"it cannot be read: {error.strerror}", file=str(error.filename)) from None
     return found
 
 
 def needs_code(source: Checkpoint) -> bool:
-    """Whether config.json names Python files of the model's own."""
+    """Whether config.json names Python files of the model's own.
+
+    Raises: CheckpointError, if it is damaged or cannot be read.
+    """
     path = source.root / "config.json"
     return path.is_file() and "auto_map" in parse_object(
-        path.read_bytes().lstrip(), "the model configuration", str(path)
+        read_regular(str(path), MAX_HEADER).lstrip(), "the model configuration", str(path)
     )
 
 
