@@ -356,3 +356,11 @@ def test_paths_that_are_none(tmp_path, pair):
     ):
         with pytest.raises(fastinterp.UsageError, match="path, got None"):
             call()
+
+
+def test_an_output_without_a_name_is_refused(tmp_path, pair, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a, b = pair
+    for alphas in ([0.5], [0.25, 0.5]):
+        with nothing_lost(tmp_path), pytest.raises(fastinterp.UsageError, match="name of the output folder is empty"):
+            fastinterp.interpolate(a, b, alphas, "")

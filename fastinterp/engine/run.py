@@ -103,8 +103,10 @@ def interpolate(
     whose = None if integers is None else _path(integers, "integers")
     recipes = [_overridden(point_recipe(*ends, p, origin, whose), dtype, rounding, seed) for p in points]
     plan = make_plan(recipes, max_shard_size=_size(max_shard_size))
-    target = Path(_path(out, "out"))
-    outs = [target] if len(points) == 1 else [target / point_name(p) for p in points]
+    target = _path(out, "out")
+    if not target:
+        raise UsageError("the name of the output folder is empty. Give the name of a new folder")
+    outs = [Path(target)] if len(points) == 1 else [Path(target) / point_name(p) for p in points]
     return _carry_out(
         plan, outs, device=device, threads=threads, max_memory=_size(max_memory), force=force, durable=durable,
         progress=progress,
