@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
+import benchmarks.table as speed
 from fastinterp.cli import commands
 from fastinterp.cli.about import table
 
@@ -50,3 +51,8 @@ def test_links_are_found():
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_relative_links_lead_somewhere(page):
     assert [t for t in relative_links(page.read_text("utf-8")) if not (page.parent / t).exists()] == []
+
+
+def test_speed_table_is_that_of_the_committed_results():
+    """To renew it: `python -m benchmarks.table --write`."""
+    assert between("bench") == "\n".join(speed.table(*speed.load(ROOT / "benchmarks" / "results")))
