@@ -77,7 +77,7 @@ demo: $(DEMO_VENV)/.installed ## build, install without torch, and merge small m
 	@$(DEMO_VENV)/bin/python examples/demo.py
 
 test: $(VENV)/.built ## the whole test suite
-	@$(PY) -m pytest
+	@FASTINTERP_REQUIRE=scalar $(PY) -m pytest
 
 check: lint ## lint and the quick tests
 	@$(PY) -m pytest --quiet -m "not slow"

@@ -239,7 +239,7 @@ def test_model_card(tmp_path, monkeypatch):
     """Hub ids, without revision and once each, become base_model; local names stand in the text only."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "local").mkdir()
-    names = ["org/a@main", "org/a", "gpt2", "./x", "/home/me/y", "local", "null", "1e3"]
+    names = ["org/a@main", "org/a", "gpt2", "./x", "/elsewhere/y", "local", "null", "1e3"]
     card = model_card("merge_method: linear\n", names, "linear", "0.1.0")
     assert front_matter(card) == {"base_model": ["org/a", "gpt2", "null", "1e3"], "tags": ["merge", "fastinterp"]}
     assert "Made with fastinterp 0.1.0, method `linear`, from:" in card
