@@ -70,6 +70,30 @@ class Row:
         return tuple(sorted({self.pivot, *(i for i, _ in self.terms)}))
 
 
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """What a method may know of the tensor that it merges.
+
+    layer, layers  index of its layer and their number, or None and 0 if it is in no layer
+    model_numel    elements of all merged tensors of the model
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layer: int | None = None
+    layers: int = 0
+    model_numel: int = 0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """All dimensions but the last, multiplied; 1 for 0-d and 1-d tensors."""
+        return math.prod(self.shape[:-1])
+
+
 def philox_key(seed: int, stream: int, name: str) -> int:
     """The 64-bit Philox key of one tensor: the same for any order of tensors, blocks, threads and devices.
 

@@ -1,13 +1,18 @@
 """The merge methods, one a file. This module finds them by scanning its folder and reads their declarations.
 
-A method is a function of the number of inputs n that answers with the operation it wants; it never sees a tensor.
-Its parameters are its keyword-only arguments, and their annotations are the declaration:
+A method is a function of the number of inputs n that answers with the sum it wants; it never sees an element. One that
+needs statistics is a generator: it yields requests (compute/requests.py) and returns the sum. Its parameters are its
+keyword-only arguments, and their annotations are the declaration:
 
     @method(base="required", models=(2, 64))
     def task_arithmetic(n: int, *, weight: Each[float], normalize: bool = False, lambda_: float = 1.0) -> Combine:
 
+    @method(base="required", models=(2, 64))
+    def ties(n: int, tensor: Tensor, *, weight: Each[float], density: Each[Unit] = (1.0,), ...) -> Steps:
+
 `Each[T]` is a tuple of one value per model, the base left out; its default is a tuple of one value, used for every
-model. A plain type is one value for the merge. A trailing underscore (`lambda_`) is not part of the name in recipes.
+model. A plain type is one value for the merge. Types: float, bool, int, those of them with a range (`Unit`), a Literal
+of words, `Sidecar`, and any of these or None. A trailing underscore (`lambda_`) is not part of the name in recipes.
 The function has the name of its file; a file whose name starts with an underscore holds no method.
 """
 
@@ -19,20 +24,44 @@ import os
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from fastinterp.compute.ops import Combine
+from fastinterp.compute.ops import Tensor
 from fastinterp.errors import MethodError
 
 T = TypeVar("T")
 Each = tuple[T, ...]
 Base = Literal["required", "optional", "none"]
 
+
+class Range(NamedTuple):
+    """The numbers low .. high, both included."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.low:g}..{self.high:g}" if self.high < LARGEST else f"at least {self.low:g}"
+
+
+class Keyed(NamedTuple):
+    """A word that recipes write as a mapping of one key: `weights: {decay: linear}`."""
+
+    key: str
+
+
+class Sidecar(str):
+    """The name of a further checkpoint, with the tensors of the model that it belongs to: its diagonal Fisher, say."""
+
+
 # The methods of mergekit, as its recipes name them: those that are not here yet are no misspellings.
 _MERGEKIT = """arcee_fusion breadcrumbs breadcrumbs_ties dare_linear dare_ties della della_linear karcher linear
     model_stock multislerp nearswap nuslerp passthrough ram ramplus_tl sce slerp task_arithmetic ties""".split()
 
 LARGEST = (2.0 - 2.0**-23) * 2.0**127  # of float32: coefficients are rounded to it before they reach a kernel
+
+Unit = Annotated[float, Range(0.0, 1.0)]
+NotNegative = Annotated[float, Range(0.0, LARGEST)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +70,37 @@ class Parameter:
 
     name      as recipes write it
     keyword   as the function takes it
-    kind      float or bool
+    kind      float, bool, int, str (one of `choices`) or Sidecar
     each      one value per model, else one for the merge
     optional  None is a value
     required  there is no default
     default   one value, of `kind` or None
+    range     of a number
+    choices   of a word
+    key       of a word that is written as a mapping of this one key, or None
     """
 
     name: str
     keyword: str
-    kind: type[float] | type[bool]
+    kind: type[float] | type[bool] | type[int] | type[str]
     each: bool
     optional: bool
     required: bool
-    default: float | bool | None
+    default: float | bool | str | None
+    range: Range | None = None
+    choices: tuple[str, ...] = ()
+    key: str | None = None
 
-    def value(self, given: object) -> float | bool | None:
+    @property
+    def varies(self) -> bool:
+        """Whether gradients make sense: values that lie between two others."""
+        return self.kind is float
+
+    def value(self, given: object) -> float | bool | str | None:
         """What a recipe gives, as `kind`. Truth values take 0 and 1; numbers take neither true nor false.
 
-        Raises: ValueError with the reason, if `given` is something else or a number that float32 cannot hold.
+        Raises: ValueError with the reason, if `given` is something else, out of range, or a number that float32 cannot
+        hold.
         """
         if given is None and self.optional:
             return None
@@ -67,41 +108,64 @@ class Parameter:
             if isinstance(given, (bool, int, float)) and given in (0, 1):
                 return bool(given)
             raise ValueError(f"`{self.name}` must be true or false, got {shown(given)}")
+        if issubclass(self.kind, str):
+            return self._word(given)
         if isinstance(given, bool):
             words = "yes and on as true" if given else "no and off as false"
             raise ValueError(f"`{self.name}` must be a number, got {shown(given)} (YAML reads {words})")
-        if isinstance(given, (int, float)) and abs(given) <= LARGEST:
-            return float(given)
-        raise ValueError(f"`{self.name}` must be a finite number (at most 3.4e38), got {shown(given)}")
+        if not isinstance(given, (int, float)) or not abs(given) <= LARGEST:
+            raise ValueError(f"`{self.name}` must be a finite number (at most 3.4e38), got {shown(given)}")
+        if self.kind is int and given != int(given):
+            raise ValueError(f"`{self.name}` must be a whole number, got {shown(given)}")
+        if self.range and not self.range.low <= given <= self.range.high:
+            raise ValueError(
+                f"`{self.name}` must be {'in ' * ('..' in str(self.range))}{self.range}, got {shown(given)}"
+            )
+        return self.kind(given)
+
+    def _word(self, given: object) -> str:
+        if self.key is not None:
+            if not isinstance(given, dict) or list(given) != [self.key]:
+                raise ValueError(f"`{self.name}` is written {{{self.key}: ...}}, got {shown(given)}")
+            given = given[self.key]
+        if not isinstance(given, str) or not given.strip():
+            raise ValueError(f"`{self.name}` must be text, got {shown(given)}")
+        if self.choices and given not in self.choices:
+            raise ValueError(f"`{self.name}` must be one of {', '.join(self.choices)}, got {shown(given)}")
+        return self.kind(given)
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A merge method: `fn(n, **parameters)` and what it declares.
+    """A merge method: `fn(n, **parameters)` or `fn(n, tensor, **parameters)`, and what it declares.
 
-    base    "required": input 0 is the base. "optional": it is, if the recipe has one. "none": all inputs are alike
-    models  fewest and most inputs, the base included
+    base       "required": input 0 is the base. "optional": it is, if the recipe has one. "none": all inputs are alike
+    models     fewest and most inputs, the base included; side-cars are not counted
+    generator  whether it asks for statistics first
     """
 
     name: str
-    fn: Callable[..., Combine]
+    fn: Callable[..., Any]
     doc: str
     base: Base
     models: tuple[int, int]
     parameters: tuple[Parameter, ...]
+    generator: bool = False
 
-    def __call__(self, n: int, **parameters: Any) -> Combine:
-        return self.fn(n, **parameters)
+    def __call__(self, n: int, tensor: Tensor | None = None, **parameters: Any) -> Any:
+        """What the method wants for one tensor of n inputs: a sum, or the generator that asks first and returns it."""
+        return self.fn(*(n, tensor)[: self.fn.__code__.co_argcount], **parameters)
 
 
-def method(*, base: Base, models: tuple[int, int]) -> Callable[[Callable[..., Combine]], Method]:
+def method(*, base: Base, models: tuple[int, int]) -> Callable[[Callable[..., Any]], Method]:
     """Declare the function below to be a merge method. Arguments: those of `Method`.
 
     Raises: TypeError, if a parameter is annotated with a type that recipes cannot give.
     """
 
-    def declare(fn: Callable[..., Combine]) -> Method:
-        return Method(fn.__name__, fn, inspect.cleandoc(fn.__doc__ or ""), base, models, _parameters(fn))
+    def declare(fn: Callable[..., Any]) -> Method:
+        doc, generator = inspect.cleandoc(fn.__doc__ or ""), inspect.isgeneratorfunction(fn)
+        return Method(fn.__name__, fn, doc, base, models, _parameters(fn), generator)
 
     return declare
 
@@ -152,22 +216,29 @@ def clipped(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _parameters(fn: Callable[..., Combine]) -> tuple[Parameter, ...]:
-    code, defaults, hints = fn.__code__, fn.__kwdefaults__ or {}, typing.get_type_hints(fn)
+def _parameters(fn: Callable[..., Any]) -> tuple[Parameter, ...]:
+    code, defaults = fn.__code__, fn.__kwdefaults__ or {}
     start = code.co_argcount
-    return tuple(
-        _parameter(keyword, hints[keyword], keyword not in defaults, defaults.get(keyword))
-        for keyword in code.co_varnames[start : start + code.co_kwonlyargcount]
-    )
+    keywords = code.co_varnames[start : start + code.co_kwonlyargcount]
+    hints = typing.get_type_hints(fn, include_extras=True)
+    return tuple(_parameter(k, hints[k], k not in defaults, defaults.get(k)) for k in keywords)
 
 
 def _parameter(keyword: str, hint: Any, required: bool, default: Any) -> Parameter:
     each = typing.get_origin(hint) is tuple
     if each:
         hint, default = typing.get_args(hint)[0], None if required else default[0]
-    kinds = set(typing.get_args(hint) or (hint,))
-    optional = type(None) in kinds
-    kinds.discard(type(None))
-    if kinds not in ({float}, {bool}):
-        raise TypeError(f"parameter {keyword}: {hint} is none of float, bool, float | None, bool | None")
-    return Parameter(keyword.rstrip("_"), keyword, kinds.pop(), each, optional, required, default)
+    optional = type(None) in typing.get_args(hint)
+    if optional:
+        (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
+    limits, key, choices = None, None, ()
+    if typing.get_origin(hint) is Annotated:
+        hint, note = typing.get_args(hint)
+        limits, key = (note, None) if isinstance(note, Range) else (None, note.key)
+    if typing.get_origin(hint) is Literal:
+        hint, choices = str, typing.get_args(hint)
+    if hint not in (float, bool, int, Sidecar) and not choices:
+        raise TypeError(
+            f"parameter {keyword}: {hint} is none of float, bool, int, Literal, Sidecar, or one of them or None"
+        )
+    return Parameter(keyword.rstrip("_"), keyword, hint, each, optional, required, default, limits, choices, key)
