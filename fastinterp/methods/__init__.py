@@ -82,7 +82,7 @@ class Parameter:
 
     name: str
     keyword: str
-    kind: type[float] | type[bool] | type[int] | type[str]
+    kind: Any
     each: bool
     optional: bool
     required: bool
@@ -121,7 +121,7 @@ class Parameter:
             raise ValueError(
                 f"`{self.name}` must be {'in ' * ('..' in str(self.range))}{self.range}, got {shown(given)}"
             )
-        return self.kind(given)
+        return self.kind(given)  # type: ignore[no-any-return]
 
     def _word(self, given: object) -> str:
         if self.key is not None:
@@ -132,7 +132,7 @@ class Parameter:
             raise ValueError(f"`{self.name}` must be text, got {shown(given)}")
         if self.choices and given not in self.choices:
             raise ValueError(f"`{self.name}` must be one of {', '.join(self.choices)}, got {shown(given)}")
-        return self.kind(given)
+        return self.kind(given)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True)

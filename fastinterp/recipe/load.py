@@ -237,7 +237,7 @@ def _coefficients(
 ) -> Combine:
     """Run the method, and see that float32 can hold what it asks for."""
     try:
-        asked = method(len(models), **{p.keyword: parameters[p.name] for p in method.parameters})
+        asked: Combine = method(len(models), **{p.keyword: parameters[p.name] for p in method.parameters})
     except MethodError as error:
         raise document.error(error.message, "$.models", kind=MethodError) from None
     row = asked.row()
