@@ -9,7 +9,7 @@ import click
 from fastinterp.cli import options
 
 if TYPE_CHECKING:
-    from fastinterp.methods import Method
+    from fastinterp.methods import Method, Parameter
 
 
 @click.command()
@@ -61,21 +61,34 @@ def table() -> str:
 
 def example(method: Method) -> str:
     """A recipe that the method accepts: YAML, with the parameters that must be given."""
-    each = [p.name for p in method.parameters if p.each and p.required]
-    once = [p.name for p in method.parameters if not p.each and p.required]
-    count = max(method.models[0], min(2, method.models[1]))
+    each = [p for p in method.parameters if p.each and p.required]
+    once = [f"{p.name}: {_sample(p)}" for p in method.parameters if not p.each and p.required]
+    count = max(method.models[0], min(3 if method.base == "required" else 2, method.models[1]))
     lines = [f"merge_method: {method.name}"]
     if method.base == "required":
         lines.append("base_model: models/base")
         count -= 1
     lines.append("models:")
-    for i in range(count):
-        lines.append(f"  - model: models/{'abcd'[i]}")
+    for letter in "abcd"[:count]:
+        lines.append(f"  - model: models/{letter}")
         if each:
-            lines.append("    parameters: {" + ", ".join(f"{name}: 0.5" for name in each) + "}")
+            own = ", ".join(f"{p.name}: {_sample(p, f'models/{letter}-{p.name}')}" for p in each)
+            lines.append(f"    parameters: {{{own}}}")
     if once:
-        lines.append("parameters: {" + ", ".join(f"{name}: 0.5" for name in once) + "}")
+        lines.append("parameters: {" + ", ".join(once) + "}")
     return "\n".join(lines)
+
+
+def _sample(parameter: Parameter, checkpoint: str = "") -> str:
+    """A value that the parameter accepts."""
+    from fastinterp.methods import Sidecar
+
+    if parameter.kind is Sidecar:
+        return checkpoint
+    if parameter.choices:
+        word = parameter.choices[0]
+        return f"{{{parameter.key}: {word}}}" if parameter.key else word
+    return {bool: "true", int: "10"}.get(parameter.kind, "0.5")
 
 
 @click.command()
