@@ -1,5 +1,6 @@
 """The native extension: kernels and the pump that feeds them. Private; arguments are checked, addresses are trusted."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_INPUTS: int
@@ -8,9 +9,8 @@ CHUNK: int
 
 # pivot, total, [(input, weight)]
 _Row = tuple[int, float, list[tuple[int, float]]]
-# kind ("combine", "same", "measure", "measure_deltas"), [(source, offset, dtype code)], rows, sinks, offsets, out dtype
-# code, numel (bytes for "same"), keys
-_Step = tuple[str, list[tuple[int, int, int]], list[_Row], list[int], list[int], int, int, list[int]]
+# A file descriptor, or ("memory", address, bytes): the caller keeps it alive and lets nobody write to it.
+_Handle = int | tuple[str, int, int]
 
 def isas() -> list[str]: ...
 def built_isas() -> list[str]: ...
@@ -34,12 +34,25 @@ def reserve(fd: int, size: int) -> None: ...
 def cached_fraction(fd: int, size: int) -> float: ...
 
 class Pump:
+    """Steps are dicts:
+
+    kind       "combine", "same" (bytes that must agree), "measure" or "measure_deltas"
+    inputs     [(source, byte offset, dtype code)]
+    numel      elements; bytes of "same"
+    sinks, offsets, out_dtype, keys
+               of the kinds that write, one per output but for the dtype; Philox keys for stochastic rounding only
+    rows       of "combine": [(pivot, total, [(input, weight)])], one per output
+
+    `answers` has an entry per step: None if it writes, else (f64[...], i64[...]) as memoryviews. Of the measures: the
+    upper triangle of the Gram matrix row by row, then the L1 norms; and the counts of elements that are not 0.
+    """
+
     def __init__(
         self,
         isa: str,
-        sources: list[int],
-        sinks: list[int],
-        steps: list[_Step],
+        sources: Sequence[_Handle],
+        sinks: Sequence[_Handle],
+        steps: Sequence[Mapping[str, Any]],
         *,
         threads: int,
         write_bytes: int,
@@ -55,7 +68,7 @@ class Pump:
     def join(self) -> None: ...
     def error(self) -> tuple[Any, ...] | None: ...
     def stats(self) -> list[list[dict[str, float]]]: ...
-    def measured(self) -> list[tuple[list[float], list[int]]]: ...
+    def answers(self) -> list[Any]: ...
     @property
     def bytes_read(self) -> int: ...
     @property

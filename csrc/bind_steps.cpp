@@ -1,0 +1,161 @@
+#include "bind_steps.h"
+
+#include "sums.h"
+#include "survey.h"
+
+namespace py = pybind11;
+
+namespace fi {
+
+namespace {
+
+// What a kind's function may look at beside the step that it completes.
+struct Given {
+  const py::dict& keys;
+  const Backend& backend;
+
+  template <class T>
+  T get(const char* key) const {
+    if (!keys.contains(key)) throw py::value_error(std::string("a step lacks `") + key + "`");
+    return keys[key].cast<T>();
+  }
+};
+
+std::vector<DType> dtypes_of(const Step& step) {
+  std::vector<DType> dtypes;
+  for (const Operand& input : step.inputs) dtypes.push_back(input.dtype);
+  return dtypes;
+}
+
+// ---- kinds: each completes a step whose inputs, sinks, offsets, keys and numel are there already --------------------
+
+void combine(const Given& given, Step* step) {
+  std::vector<Row> rows;
+  std::vector<std::vector<Term>> terms;
+  for (const PyRow& row : given.get<std::vector<PyRow>>("rows")) {
+    check_row(row, step->inputs.size());
+    terms.push_back(terms_of(row));
+    rows.push_back({std::get<0>(row), 0, std::get<1>(row), nullptr});
+  }
+  if (rows.size() != step->sinks.size()) throw py::value_error("as many sinks as rows are needed");
+  step->sum = std::make_shared<PlainSum>(given.backend, std::move(rows), std::move(terms));
+}
+
+void same(const Given&, Step* step) {
+  for (Operand& input : step->inputs) input.width = 1;
+}
+
+void measure_inputs(const Given& given, Step* step) {
+  step->survey = std::make_shared<MeasureSurvey>(given.backend, dtypes_of(*step), step->numel, false);
+}
+
+void measure_deltas(const Given& given, Step* step) {
+  step->survey = std::make_shared<MeasureSurvey>(given.backend, dtypes_of(*step), step->numel, true);
+}
+
+// Every kind, and the keys that it may have beside "kind", "inputs" and "numel", and beside "sinks", "offsets",
+// "out_dtype" and "keys" if it writes.
+struct Kind {
+  const char* name;
+  bool writes;
+  void (*complete)(const Given&, Step*);
+  std::vector<std::string> keys;
+};
+const std::vector<Kind>& kinds() {
+  static const std::vector<Kind> all = {
+      {"combine", true, combine, {"rows"}},
+      {"same", true, same, {}},
+      {"measure", false, measure_inputs, {}},
+      {"measure_deltas", false, measure_deltas, {}},
+  };
+  return all;
+}
+
+void check_keys(const py::dict& given, const Kind& kind) {
+  std::vector<std::string> known = {"kind", "inputs", "numel"};
+  if (kind.writes) known.insert(known.end(), {"sinks", "offsets", "out_dtype", "keys"});
+  known.insert(known.end(), kind.keys.begin(), kind.keys.end());
+  for (const auto& item : given) {
+    const std::string key = item.first.cast<std::string>();
+    bool found = false;
+    for (const std::string& name : known) found = found || name == key;
+    if (!found) throw py::value_error("a step of kind " + std::string(kind.name) + " has no `" + key + "`");
+  }
+}
+
+void add_outputs(const Given& given, size_t sinks, Step* step) {
+  step->sinks = given.get<std::vector<int>>("sinks");
+  step->offsets = given.get<std::vector<int64_t>>("offsets");
+  if (given.keys.contains("out_dtype")) step->out_dtype = dtype_of(given.get<int>("out_dtype"));
+  if (given.keys.contains("keys")) step->keys = given.get<std::vector<uint64_t>>("keys");
+  check_count(step->sinks.size(), kMaxOutputs, "outputs");
+  if (step->offsets.size() != step->sinks.size()) throw py::value_error("as many offsets as sinks are needed");
+  for (const int sink : step->sinks)
+    if (sink < 0 || size_t(sink) >= sinks) throw py::value_error("a step's sink is none of the sinks");
+}
+
+}  // namespace
+
+DType dtype_of(int code) {
+  if (code < 0 || code >= kDTypes) throw py::value_error("no dtype has code " + std::to_string(code));
+  return DType(code);
+}
+
+void check_count(size_t count, int most, const char* what) {
+  if (count < 1 || count > size_t(most))
+    throw py::value_error(std::string("expected 1 to ") + std::to_string(most) + " " + what + ", got " +
+                          std::to_string(count));
+}
+
+void check_row(const PyRow& row, size_t inputs) {
+  const auto bad = [&](int i) { return i < 0 || size_t(i) >= inputs; };
+  if (bad(std::get<0>(row))) throw py::value_error("a row's pivot is none of the inputs");
+  for (const auto& [input, weight] : std::get<2>(row))
+    if (bad(input)) throw py::value_error("a row's term is none of the inputs");
+}
+
+std::vector<Term> terms_of(const PyRow& row) {
+  std::vector<Term> terms;
+  for (const auto& [input, weight] : std::get<2>(row)) terms.push_back({input, weight});
+  return terms;
+}
+
+Step step_of(const py::dict& keys, const Backend& backend, size_t sources, size_t sinks, bool stochastic) {
+  const Given given{keys, backend};
+  const std::string name = given.get<std::string>("kind");
+  const Kind* kind = nullptr;
+  for (const Kind& k : kinds())
+    if (name == k.name) kind = &k;
+  if (!kind) throw py::value_error("no such kind of step: " + name);
+  check_keys(keys, *kind);
+  Step step;
+  step.numel = given.get<int64_t>("numel");
+  if (step.numel < 0) throw py::value_error("numel must not be negative");
+  for (const auto& [source, at, code] : given.get<std::vector<std::tuple<int, int64_t, int>>>("inputs")) {
+    if (source < 0 || size_t(source) >= sources) throw py::value_error("an operand's source is none of the sources");
+    const DType dtype = dtype_of(code);
+    step.inputs.push_back({source, at, dtype, size_of(dtype)});
+  }
+  check_count(step.inputs.size(), kMaxInputs, "inputs");
+  if (kind->writes) add_outputs(given, sinks, &step);
+  kind->complete(given, &step);
+  if (step.sum && stochastic && step.keys.size() != step.sinks.size())
+    throw py::value_error("stochastic rounding needs a key per output");
+  return step;
+}
+
+namespace {
+
+template <class T>
+py::object view_of(const std::vector<T>& values, const char* format) {
+  const py::bytes bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
+  return py::memoryview(bytes).attr("cast")(format);
+}
+
+}  // namespace
+
+py::tuple answer_of(const Answer& answer) {
+  return py::make_tuple(view_of(answer.reals, "d"), view_of(answer.counts, "q"));
+}
+
+}  // namespace fi
