@@ -38,9 +38,12 @@ def methods(name: str | None, markdown: bool) -> None:
 
 
 def _headline(method: Method) -> tuple[str, str]:
-    """What it does, and its formula."""
-    does, _, formula = method.doc.splitlines()[0].partition("     ")
-    return does, formula.strip()
+    """What it does, and its formula: on the docstring's first line, or on the first that starts with `out =`."""
+    lines = method.doc.splitlines()
+    does, _, formula = lines[0].partition("     ")
+    if not formula:
+        formula = next(line for line in map(str.strip, lines) if line.startswith("out = "))
+    return does, formula.strip().split("  ")[0]
 
 
 def table() -> str:
