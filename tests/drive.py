@@ -303,9 +303,9 @@ def _parts(total: MaskedCombine, d: Sequence[Array], tensor: Tensor, seed: int) 
 
 # --- what tests compare ----------------------------------------------------------------------------------------------
 
-# Of float64 against float64, of at most 100 elements. What two formulas do differently is how sums of up to 100 products
-# are ordered (100 * 2^-53 = 1e-14 of their terms), and the way to an angle: an arccos of a cosine that is off by 1e-14,
-# which at angles of at least 0.1 is 1e-13, and a division by a sine of at least 0.1. That leaves a factor of 10.
+# Of float64 against float64, of at most 100 elements. What two formulas do differently is how sums of up to 100 terms
+# are ordered (100 * 2^-53 = 1e-14 of their magnitudes), and the way to an angle: an arccos of a cosine that is off by
+# 1e-14, which at angles of at least 0.1 is 1e-13, and a division by a sine of at least 0.1. A factor of 10 is left.
 TIGHT = 1e-11
 
 
