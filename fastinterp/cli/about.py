@@ -63,9 +63,12 @@ def table() -> str:
 
 
 def example(method: Method) -> str:
-    """A recipe that the method accepts: YAML, with the parameters that must be given."""
-    each = [p for p in method.parameters if p.each and p.required]
-    once = [f"{p.name}: {_sample(p)}" for p in method.parameters if not p.each and p.required]
+    """A recipe that the method accepts: YAML, with the parameters that must be given, else the first that may be None:
+    of `ema`, one must be given, too.
+    """
+    needed = [p for p in method.parameters if p.required] or [p for p in method.parameters if p.optional][:1]
+    each = [p for p in needed if p.each]
+    once = [f"{p.name}: {_sample(p)}" for p in needed if not p.each]
     count = max(method.models[0], min(3 if method.base == "required" else 2, method.models[1]))
     lines = [f"merge_method: {method.name}"]
     if method.base == "required":
