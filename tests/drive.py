@@ -7,6 +7,7 @@ that is float64. Only the tests of masks are on float32 bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -112,7 +113,7 @@ def answer(request: Request, inputs: Sequence[Array], tensor: Tensor, seed: int)
 
 def _rows(x: Array) -> Array:
     """float64[rows, columns]."""
-    return x.astype(np.float64).reshape(-1, x.shape[-1] if x.ndim else 1)
+    return x.astype(np.float64).reshape(math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1)
 
 
 def deltas(inputs: Sequence[Array]) -> list[NDArray[np.float64]]:

@@ -53,7 +53,7 @@ def table() -> str:
     lines = ["| method | does | formula | models | parameters |", "|---|---|---|---|---|"]
     for name in names():
         found = find(name)
-        does, formula = _headline(found)
+        does, formula = (part.replace("|", "\\|") for part in _headline(found))  # a bar would end the cell
         low, high = found.models
         models = f"{low}" if low == high else f"{low} to {high}"
         base = {"required": ", with a base", "optional": ", with or without a base", "none": ""}[found.base]
