@@ -246,7 +246,7 @@ def _plain(weights: Sequence[float], base: int | None, used: Sequence[int], inpu
 
 def _grouped(total: GroupCombine, inputs: Sequence[Array]) -> Array:
     x = np.stack([_rows(v) for v in inputs])
-    w = np.array(total.weights).T  # [n, groups]
+    w = np.array(total.weights).reshape(-1, len(inputs)).T  # [n, groups]
     assert w.shape == (len(inputs), x.shape[1 if total.per == "row" else 2])
     w = w[:, :, None] if total.per == "row" else w[:, None, :]
     if total.base is not None:

@@ -50,7 +50,7 @@ def _scaled(v: Vector, factor: float) -> Vector:
 
 def _towards(span: Span, u: Vector, v: Vector) -> Vector:
     """The tangent at u that leads to v along the great circle, as long as the angle between them."""
-    c = span.dot(u, v)
+    c = span.dot(v, u)  # in this order: v has two coordinates that are not 0
     across = [b - c * a for a, b in zip(u, v, strict=True)]
     size = span.norm(across)
     theta = math.atan2(size, c)
