@@ -182,6 +182,10 @@ def test_geometric_median_at_a_model():
     x = [np.array([v]) for v in (0.0, -2.0, 1.0, 1.0)]
     out = run("geometric_median", x, parameters={"weight": (1e-3, 1.0, 1.0, 1.0), **options})
     assert out == pytest.approx(1.0, abs=1e-6)
+    # 0 with weight 3, 3 with 1 and -1 with 3: their mean is 0, where the pulls 1 - 3 do not overcome 3. It stays.
+    assert weights("geometric_median", [[0.0] * 3, [0.0, 9.0, -3.0], [0.0, -3.0, 1.0]], weight=(3.0, 1.0, 3.0)) == (
+        pytest.approx((3 / 7, 1 / 7, 3 / 7))
+    )
 
 
 # --- ends and edges --------------------------------------------------------------------------------------------------
