@@ -7,6 +7,7 @@ that is float64. Only the tests of masks are on float32 bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -112,7 +113,7 @@ def answer(request: Request, inputs: Sequence[Array], tensor: Tensor, seed: int)
 
 def _rows(x: Array) -> Array:
     """float64[rows, columns]."""
-    return x.astype(np.float64).reshape(-1, x.shape[-1] if x.ndim else 1)
+    return x.astype(np.float64).reshape(math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1)
 
 
 def deltas(inputs: Sequence[Array]) -> list[NDArray[np.float64]]:
@@ -245,7 +246,7 @@ def _plain(weights: Sequence[float], base: int | None, used: Sequence[int], inpu
 
 def _grouped(total: GroupCombine, inputs: Sequence[Array]) -> Array:
     x = np.stack([_rows(v) for v in inputs])
-    w = np.array(total.weights).T  # [n, groups]
+    w = np.array(total.weights).reshape(-1, len(inputs)).T  # [n, groups]
     assert w.shape == (len(inputs), x.shape[1 if total.per == "row" else 2])
     w = w[:, :, None] if total.per == "row" else w[:, None, :]
     if total.base is not None:
@@ -299,3 +300,23 @@ def _parts(total: MaskedCombine, d: Sequence[Array], tensor: Tensor, seed: int) 
             agrees = np.isnan(d[i]) | ((d[i] != 0) & ((np.signbit(v) ^ np.signbit(d[i])) == minus))
             parts[i] = parts[i] & agrees & (v != 0)
     return parts
+
+
+# --- what tests compare ----------------------------------------------------------------------------------------------
+
+# Of float64 against float64, of at most 100 elements. What two formulas do differently is how sums of up to 100 terms
+# are ordered (100 * 2^-53 = 1e-14 of their magnitudes), and the way to an angle: an arccos of a cosine that is off by
+# 1e-14, which at angles of at least 0.1 is 1e-13, and a division by a sine of at least 0.1. A factor of 10 is left.
+TIGHT = 1e-11
+
+
+def models(count: int, shape: tuple[int, ...] = (8, 9), *, seed: int = 0, spread: float = 1.0) -> list[np.ndarray]:
+    """A random tensor and `count - 1` others, `spread` times another random tensor away."""
+    rng = np.random.default_rng(seed)
+    first = rng.normal(size=shape)
+    return [first, *(first + spread * rng.normal(size=shape) for _ in range(count - 1))]
+
+
+def close(got: np.ndarray, want: np.ndarray) -> None:
+    assert got.shape == want.shape
+    assert np.max(np.abs(got - want), initial=0.0) <= TIGHT * np.max(np.abs(want), initial=1.0)

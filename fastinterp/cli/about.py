@@ -53,7 +53,7 @@ def table() -> str:
     lines = ["| method | does | formula | models | parameters |", "|---|---|---|---|---|"]
     for name in names():
         found = find(name)
-        does, formula = _headline(found)
+        does, formula = (part.replace("|", "\\|") for part in _headline(found))  # a bar would end the cell
         low, high = found.models
         models = f"{low}" if low == high else f"{low} to {high}"
         base = {"required": ", with a base", "optional": ", with or without a base", "none": ""}[found.base]
@@ -63,9 +63,12 @@ def table() -> str:
 
 
 def example(method: Method) -> str:
-    """A recipe that the method accepts: YAML, with the parameters that must be given."""
-    each = [p for p in method.parameters if p.each and p.required]
-    once = [f"{p.name}: {_sample(p)}" for p in method.parameters if not p.each and p.required]
+    """A recipe that the method accepts: YAML, with the parameters that must be given, else the first that may be None:
+    of `ema`, one must be given, too.
+    """
+    needed = [p for p in method.parameters if p.required] or [p for p in method.parameters if p.optional][:1]
+    each = [p for p in needed if p.each]
+    once = [f"{p.name}: {_sample(p)}" for p in needed if not p.each]
     count = max(method.models[0], min(3 if method.base == "required" else 2, method.models[1]))
     lines = [f"merge_method: {method.name}"]
     if method.base == "required":

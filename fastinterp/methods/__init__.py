@@ -54,10 +54,6 @@ class Sidecar(str):
     """The name of a further checkpoint, with the tensors of the model that it belongs to: its diagonal Fisher, say."""
 
 
-# The methods of mergekit, as its recipes name them: those that are not here yet are no misspellings.
-_MERGEKIT = """arcee_fusion breadcrumbs breadcrumbs_ties dare_linear dare_ties della della_linear karcher linear
-    model_stock multislerp nearswap nuslerp passthrough ram ramplus_tl sce slerp task_arithmetic ties""".split()
-
 LARGEST = (2.0 - 2.0**-23) * 2.0**127  # of float32: coefficients are rounded to it before they reach a kernel
 
 Unit = Annotated[float, Range(0.0, 1.0)]
@@ -183,10 +179,6 @@ def find(name: str) -> Method:
     Raises: MethodError, if there is none.
     """
     known = names()
-    if name in _MERGEKIT and name not in known:
-        raise MethodError(
-            f"`{name}` is a method of mergekit that fastinterp does not have yet. Here: {', '.join(known)}"
-        )
     if name not in known:
         raise MethodError(f"unknown merge method `{clipped(name)}`{suggestion(name, known)}")
     found: Method = getattr(importlib.import_module(f"{__name__}.{name}"), name)

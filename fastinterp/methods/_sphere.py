@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import mul
 
 from fastinterp.compute.requests import Measured
 from fastinterp.errors import MethodError
@@ -70,9 +71,7 @@ class Span:
         return [float(k == i or (k == 0 and not self.based)) for k in range(self.n)]
 
     def dot(self, a: Vector, b: Vector) -> float:
-        return sum(
-            u * sum(g * v for g, v in zip(row, b, strict=True)) for u, row in zip(a, self.gram, strict=True) if u
-        )
+        return float(sum(u * sum(map(mul, row, b)) for u, row in zip(a, self.gram, strict=True) if u))
 
     def norm(self, a: Vector) -> float:
         return math.sqrt(max(self.dot(a, a), 0.0))
@@ -84,4 +83,4 @@ class Span:
 
 def summed(weights: Sequence[float], vectors: Sequence[Vector]) -> Vector:
     """sum_i weights[i] * vectors[i]."""
-    return [math.fsum(w * v for w, v in zip(weights, column, strict=True)) for column in zip(*vectors, strict=True)]
+    return [math.fsum(map(mul, weights, column)) for column in zip(*vectors, strict=True)]

@@ -21,7 +21,7 @@ def geometric_median(
     max_iter: Annotated[int, Range(0, 10000)] = 100,
     tol: NotNegative = 1e-6,
 ) -> Steps:
-    """The point nearest to all models, an outlier pulling less than in the mean.     out = argmin_y sum_i w_i*|y - x_i|
+    """Find the point nearest to all models; outliers pull less than in a mean.     out = argmin_y sum_i w_i*|y - x_i|
 
     weight    w_i, at least 0, one per model
     max_iter  steps of Weiszfeld's iteration at most, from the weighted mean: y = sum_i (w_i/r_i)*x_i / sum_i w_i/r_i,

@@ -13,11 +13,12 @@ from fastinterp.methods._sphere import NEARLY_OPPOSITE, Span, Vector, finite, su
 
 @method(base="none", models=(2, 64))
 def karcher(n: int, tensor: Tensor, *, max_iter: Annotated[int, Range(0, 1000)] = 10, tol: NotNegative = 1e-5) -> Steps:
-    """Mean length times mean direction, angles squared.     out = sum_i |x_i|/n * u, u = argmin sum_i angle(u, x_i)^2
+    """Average the directions on the sphere, and the lengths.     out = |x|*u, |x| = sum_i |x_i|/n
 
-    u         unit vector, the Karcher mean, from the mean of x_i/|x_i| by steps along the mean of the great circles to them; a model that
-              is opposite to u to 1e-6 rad has no such circle and is left out. Where all directions cancel, the first
-              model's. Tensors of zeros have no direction; if all are, so is out
+    u         unit vector with the least sum_i angle(u, x_i)^2: the mean of the x_i/|x_i|, moved in steps along the
+              mean of the great circles to them. A model that is opposite to u to 1e-6 rad has no such circle and is
+              left out. Where all directions cancel, u starts at the first model's. Tensors of zeros have no direction;
+              of these alone, out is zeros
     max_iter  steps at most
     tol       radians: a step shorter than this is the last, and is not made
     Reads:  2 (measure, combine), whatever the number of steps: they are made in the span of the models.
@@ -49,7 +50,7 @@ def _scaled(v: Vector, factor: float) -> Vector:
 
 def _towards(span: Span, u: Vector, v: Vector) -> Vector:
     """The tangent at u that leads to v along the great circle, as long as the angle between them."""
-    c = span.dot(u, v)
+    c = span.dot(v, u)  # in this order: v has two coordinates that are not 0
     across = [b - c * a for a, b in zip(u, v, strict=True)]
     size = span.norm(across)
     theta = math.atan2(size, c)

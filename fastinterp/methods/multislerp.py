@@ -15,7 +15,7 @@ from fastinterp.methods._weights import shares
 def multislerp(
     n: int, tensor: Tensor, *, weight: Each[float], normalize_weights: bool = True, eps: NotNegative = 1e-8
 ) -> Steps:
-    """Mean length times mean direction.     out = sum_i w_i*|v_i| * m/|m|, m = sum_i w_i*v_i/|v_i|
+    """Average the models' directions, and their lengths.     out = sum_i w_i*|v_i| * m/|m|, m = sum_i w_i*v_i/|v_i|
 
     v_i                the models; with a base x_i - x0, and x0 is added to the result
     weight             w_i, one per model other than the base
