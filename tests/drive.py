@@ -295,3 +295,23 @@ def _parts(total: MaskedCombine, d: Sequence[Array], tensor: Tensor, seed: int) 
             agrees = np.isnan(d[i]) | ((d[i] != 0) & ((np.signbit(v) ^ np.signbit(d[i])) == minus))
             parts[i] = parts[i] & agrees & (v != 0)
     return parts
+
+
+# --- what tests compare ----------------------------------------------------------------------------------------------
+
+# Of float64 against float64, of at most 100 elements. What two formulas do differently is how sums of up to 100 products
+# are ordered (100 * 2^-53 = 1e-14 of their terms), and the way to an angle: an arccos of a cosine that is off by 1e-14,
+# which at angles of at least 0.1 is 1e-13, and a division by a sine of at least 0.1. That leaves a factor of 10.
+TIGHT = 1e-11
+
+
+def models(count: int, shape: tuple[int, ...] = (8, 9), *, seed: int = 0, spread: float = 1.0) -> list[np.ndarray]:
+    """A random tensor and `count - 1` others, `spread` times another random tensor away."""
+    rng = np.random.default_rng(seed)
+    first = rng.normal(size=shape)
+    return [first, *(first + spread * rng.normal(size=shape) for _ in range(count - 1))]
+
+
+def close(got: np.ndarray, want: np.ndarray) -> None:
+    assert got.shape == want.shape
+    assert np.max(np.abs(got - want), initial=0.0) <= TIGHT * np.max(np.abs(want), initial=1.0)

@@ -15,9 +15,10 @@ from fastinterp.methods._sphere import NEARLY_OPPOSITE, Span, Vector, finite, su
 def karcher(n: int, tensor: Tensor, *, max_iter: Annotated[int, Range(0, 1000)] = 10, tol: NotNegative = 1e-5) -> Steps:
     """Mean length times mean direction, angles squared.     out = sum_i |x_i|/n * u, u = argmin sum_i angle(u, x_i)^2
 
-    u         unit vector, the Karcher mean, from the mean of x_i/|x_i| by steps along the mean of the great circles to them; a model that
-              is opposite to u to 1e-6 rad has no such circle and is left out. Where all directions cancel, the first
-              model's. Tensors of zeros have no direction; if all are, so is out
+    u         unit vector, the Karcher mean of the x_i/|x_i|, from their mean by steps along the mean of the great
+              circles to them; a model that is opposite to u to 1e-6 rad has no such circle and is left out. Where all
+              directions cancel, u starts at the first model's. Tensors of zeros have no direction; of these alone,
+              out is zeros
     max_iter  steps at most
     tol       radians: a step shorter than this is the last, and is not made
     Reads:  2 (measure, combine), whatever the number of steps: they are made in the span of the models.

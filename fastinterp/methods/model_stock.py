@@ -21,8 +21,7 @@ def model_stock(n: int, tensor: Tensor, *, filter_wise: bool = False) -> Steps:
     Reads:  2 (measure, combine).  Models: the base and 2 to 63 more.
     Source: Jang et al. 2024, "Model Stock: all we need is just a few fine-tuned models" (arXiv 2403.19522).
     Differs from mergekit `model_stock`: deltas, cosines and t are float64 (mergekit: the storage dtype); cosines of
-    short deltas are not damped (mergekit divides by at least 1e-6); deltas that cancel give the base, not NaN. NaN or
-    Inf in a model is an error.
+    short deltas are not damped (mergekit divides by at least 1e-6). NaN or Inf in a model is an error.
     """
     if not filter_wise or len(tensor.shape) < 2:
         return Combine(_weights(finite((yield Measure(deltas=True)), tensor.name)), 0)
