@@ -140,6 +140,9 @@ def _measure(request: Measure, inputs: Sequence[Array]) -> Any:
 def _measure_kept(request: MeasureKept, inputs: Sequence[Array], tensor: Tensor, seed: int) -> Kept:
     d = deltas(inputs)
     masks = [kept(k, d[i], i, tensor, seed) for i, k in enumerate(request.keeps)]
+    if request.score is not None:
+        chosen = score(request.score, d) >= request.score.least
+        masks = [m & chosen for m in masks]
     masks[0] = np.zeros_like(masks[0])
     count = np.sum(masks, axis=0)
     return Kept(
@@ -147,6 +150,7 @@ def _measure_kept(request: MeasureKept, inputs: Sequence[Array], tensor: Tensor,
         tuple(float(np.abs(x[m]).sum()) for x, m in zip(d, masks, strict=True)),
         tuple(int(m.sum()) for m in masks),
         tuple(int((m & (count > 1)).sum()) for m in masks),
+        tuple(float(np.sum(x[m] ** 2)) for x, m in zip(d, masks, strict=True)),
     )
 
 
