@@ -24,8 +24,7 @@ def sce(n: int, tensor: Tensor, *, select_topk: Unit = 1.0, int8_mask: bool = Fa
     Models: the base and 1 to 63 more.
     Source: Wan et al. 2024, "FuseChat" (arXiv 2408.07990).
     Differs from mergekit `sce`: variances, means and weights are float64; all elements that equal the threshold are
-    selected (mergekit: an arbitrary choice among them); where nothing is selected the output is the base (mergekit: a
-    tensor of a wrong shape).
+    selected (mergekit: an arbitrary choice among them).
     """
     score, size = None, tensor.numel
     if select_topk < 1.0 and size:
