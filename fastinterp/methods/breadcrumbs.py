@@ -32,5 +32,5 @@ def breadcrumbs(
     them); a density above 0 keeps at least one; under normalize, weights that cancel are an error.
     """
     keeps = yield from middle(tensor, weight, density, gamma)
-    scales = yield from l1_ratios(keeps, rescale)
+    scales = yield from l1_ratios(tensor, keeps, rescale)
     return summed(weight, keeps, scales, normalize=normalize, lambda_=lambda_)

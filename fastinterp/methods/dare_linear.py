@@ -31,5 +31,5 @@ def dare_linear(
     the sums behind s_i are float64; under normalize, weights that cancel are an error.
     """
     keeps = at_random(weight, density)
-    scales = yield from dare_scales(keeps, rescale, preset)
+    scales = yield from dare_scales(tensor, keeps, rescale, preset)
     return summed(weight, keeps, scales, normalize=normalize, lambda_=lambda_)

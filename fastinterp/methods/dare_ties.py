@@ -34,6 +34,6 @@ def dare_ties(
     """
     count = preset != "mergekit"
     keeps = at_random((1.0,) * len(weight) if count else weight, density)
-    scales = yield from dare_scales(keeps, rescale, preset)
+    scales = yield from dare_scales(tensor, keeps, rescale, preset)
     divide = count if normalize is None else normalize
     return elected(weight, keeps, scales, normalize=divide, lambda_=lambda_, count=count)

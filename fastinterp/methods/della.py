@@ -33,5 +33,5 @@ def della(
     tensor name, model and element only; under normalize, weights that cancel are an error.
     """
     keeps = by_rank(weight, density, epsilon)
-    scales = yield from l1_ratios(keeps, rescale)
+    scales = yield from l1_ratios(tensor, keeps, rescale)
     return elected(weight, keeps, scales, normalize=normalize, lambda_=lambda_)

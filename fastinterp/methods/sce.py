@@ -37,6 +37,6 @@ def sce(n: int, tensor: Tensor, *, select_topk: Unit = 1.0, int8_mask: bool = Fa
     else:
         gram = (yield Measure(deltas=True)).gram
         squares = tuple(gram[i][i] for i in range(n))
-    weights = (0.0, *energies(squares[1:], size))
+    weights = (0.0, *energies(tensor, squares[1:]))
     votes = (0.0,) + (1.0,) * (n - 1)
     return MaskedCombine(weights, votes=votes, shares=weights, least_share=1e-6, other_share=1e-6, score=score)

@@ -37,5 +37,5 @@ def ties(
     size = tensor.model_numel if whole else tensor.numel
     kept = [number_kept(p, size) if w or count else 0 for w, p in zip(weight, density, strict=True)]
     keeps = yield from ranked([(1, k) if k else None for k in kept], size, whole)
-    scales = yield from l1_ratios(keeps, rescale)
+    scales = yield from l1_ratios(tensor, keeps, rescale)
     return elected(weight, keeps, scales, normalize=normalize, lambda_=lambda_, count=count)
