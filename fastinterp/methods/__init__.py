@@ -35,10 +35,11 @@ Base = Literal["required", "optional", "none"]
 
 
 class Range(NamedTuple):
-    """The numbers low .. high, both included."""
+    """The numbers low .. high, both included. `absolute`: in units of the weights, so that it scales with them."""
 
     low: float
     high: float
+    absolute: bool = False
 
     def __str__(self) -> str:
         return f"{self.low:g}..{self.high:g}" if self.high < LARGEST else f"at least {self.low:g}"
@@ -58,6 +59,7 @@ LARGEST = (2.0 - 2.0**-23) * 2.0**127  # of float32: coefficients are rounded to
 
 Unit = Annotated[float, Range(0.0, 1.0)]
 NotNegative = Annotated[float, Range(0.0, LARGEST)]
+Length = Annotated[float, Range(0.0, LARGEST, absolute=True)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,14 +85,16 @@ def at_random(weight: Sequence[float], density: Sequence[float], spread: Sequenc
     )
 
 
-def dare_scales(keeps: Keeps, rescale: bool, preset: Preset) -> Generator[Request, Any, tuple[float, ...]]:
+def dare_scales(
+    tensor: Tensor, keeps: Keeps, rescale: bool, preset: Preset
+) -> Generator[Request, Any, tuple[float, ...]]:
     """What makes up for dropped elements: the ratio of the L1 norms, or outside mergekit 1/density."""
     if rescale and preset != "mergekit":
         return tuple(1.0 / keep.chance if keep else 1.0 for keep in keeps)
-    return (yield from l1_ratios(keeps, rescale))
+    return (yield from l1_ratios(tensor, keeps, rescale))
 
 
-def l1_ratios(keeps: Keeps, rescale: bool = True) -> Generator[Request, Any, tuple[float, ...]]:
+def l1_ratios(tensor: Tensor, keeps: Keeps, rescale: bool) -> Generator[Request, Any, tuple[float, ...]]:
     """sum |d| / sum |d that stay|; 1 where all stay, without `rescale`, or if either sum is below 1e-7.
 
     Raises: MethodError, if a sum is not finite: the quotient would spoil the whole tensor.
@@ -106,26 +108,26 @@ def l1_ratios(keeps: Keeps, rescale: bool = True) -> Generator[Request, Any, tup
         masked = keep is not None and not keep.keeps_all
         if masked and not math.isfinite(before):
             raise MethodError(
-                f"model {i} (the base is 0) differs from the base by NaN or Inf, so the sum of its differences cannot "
-                "be rescaled to. Repair or leave out that model, or write `rescale: false`"
+                f"{tensor.name} of model {i} (the base is 0) differs from the base by NaN or Inf, so what is dropped "
+                "cannot be made up for. Repair or leave out that model, or write `rescale: false`"
             )
         ratios.append(before / after if masked and before >= LEAST_L1 and after >= LEAST_L1 else 1.0)
     return tuple(ratios)
 
 
-def energies(squares: Sequence[float], size: int) -> tuple[float, ...]:
-    """Weights of sum 1 in proportion to sums of squares over `size` elements; equal, if their mean adds to < 1e-6.
+def energies(tensor: Tensor, squares: Sequence[float]) -> tuple[float, ...]:
+    """Weights of sum 1 in proportion to sums of squares over the tensor; equal, if their mean adds to < 1e-6.
 
     Raises: MethodError, if a sum is not finite.
     """
     for i, square in enumerate(squares, 1):
         if not math.isfinite(square):
             raise MethodError(
-                f"model {i} (the base is 0) differs from the base by NaN, Inf or numbers whose squares are too large, "
-                "so it has no weight. Repair or leave out that model"
+                f"{tensor.name} of model {i} (the base is 0) differs from the base by NaN or Inf, or numbers beyond "
+                "1e150, so that model has no weight. Repair it, or leave it out"
             )
     total = math.fsum(squares)
-    if total / size < LEAST_ENERGY:
+    if total / tensor.numel < LEAST_ENERGY:
         return (1.0 / len(squares),) * len(squares)
     return tuple(square / total for square in squares)
 

@@ -21,8 +21,8 @@ def arcee_fusion(n: int, tensor: Tensor) -> Steps:
     Reads:  3 (divergence, select, combine).  Models: exactly 2, the base and another.
     Source: mergekit `arcee_fusion`.
     Differs from mergekit `arcee_fusion`: the quantiles are those of all scores (mergekit: of a random sample, where
-    there are more than a million); divergences are float64; a row with NaN does not silence the scores of the others;
-    the output has the dtype that the recipe asks for (mergekit: always float32).
+    there are more than a million); divergences are float64; the output has the dtype that the recipe asks for
+    (mergekit: always float32).
     """
     if not tensor.numel:
         return Combine((0.0, 0.0), base=0)

@@ -28,10 +28,9 @@ def breadcrumbs(
     int8_mask   changes nothing
     Reads:  2 (select, combine), one more with rescale; density 1: 1.  Models: the base and 1 to 63 more.
     Source: Davari & Belilovsky 2023, "Model Breadcrumbs" (arXiv 2312.06795).
-    Differs from mergekit `breadcrumbs`: where gamma is less than one element, no outlier is dropped (mergekit drops the
-    whole delta: gamma 0, or small tensors); elements that equal a threshold stay (mergekit: an arbitrary choice among
-    them); a density above 0 keeps at least one; weights that cancel under normalize are an error.
+    Differs from mergekit `breadcrumbs`: elements that equal a threshold stay (mergekit: an arbitrary choice among
+    them); a density above 0 keeps at least one; under normalize, weights that cancel are an error.
     """
     keeps = yield from middle(tensor, weight, density, gamma)
-    scales = yield from l1_ratios(keeps, rescale)
+    scales = yield from l1_ratios(tensor, keeps, rescale)
     return summed(weight, keeps, scales, normalize=normalize, lambda_=lambda_)

@@ -32,5 +32,5 @@ def breadcrumbs_ties(
     Differs from mergekit `breadcrumbs_ties`: as `breadcrumbs` does.
     """
     keeps = yield from middle(tensor, weight, density, gamma)
-    scales = yield from l1_ratios(keeps, rescale)
+    scales = yield from l1_ratios(tensor, keeps, rescale)
     return elected(weight, keeps, scales, normalize=normalize, lambda_=lambda_)

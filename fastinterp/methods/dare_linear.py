@@ -28,8 +28,8 @@ def dare_linear(
     Models: the base and 1 to 63 more.
     Source: Yu et al. 2023, "Language Models are Super Mario" (arXiv 2311.03099).
     Differs from mergekit `dare_linear`: which elements stay depends on seed, tensor name, model and element only;
-    the sums behind s_i cannot overflow; weights that cancel under normalize are an error.
+    the sums behind s_i are float64; under normalize, weights that cancel are an error.
     """
     keeps = at_random(weight, density)
-    scales = yield from dare_scales(keeps, rescale, preset)
+    scales = yield from dare_scales(tensor, keeps, rescale, preset)
     return summed(weight, keeps, scales, normalize=normalize, lambda_=lambda_)

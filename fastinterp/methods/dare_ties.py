@@ -30,10 +30,10 @@ def dare_ties(
     Models: the base and 1 to 63 more.
     Source: Yu et al. 2023 (arXiv 2311.03099); Yadav et al. 2023 (arXiv 2306.01708).
     Differs from mergekit `dare_ties`: which elements stay depends on seed, tensor name, model and element only;
-    the sums behind s_i cannot overflow; weights that cancel under normalize are an error.
+    the sums behind s_i are float64; under normalize, weights that cancel are an error.
     """
     count = preset != "mergekit"
     keeps = at_random((1.0,) * len(weight) if count else weight, density)
-    scales = yield from dare_scales(keeps, rescale, preset)
+    scales = yield from dare_scales(tensor, keeps, rescale, preset)
     divide = count if normalize is None else normalize
     return elected(weight, keeps, scales, normalize=divide, lambda_=lambda_, count=count)

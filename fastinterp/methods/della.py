@@ -29,9 +29,9 @@ def della(
     Reads:  2 (measure, combine); without rescale, and for density 1: 1.  Models: the base and 1 to 63 more.
     Source: Deep et al. 2024, "DELLA-Merging" (arXiv 2406.11617), whose s_i is 1/p_i.
     Differs from mergekit `della`: rows are the last dimension of tensors of any number of dimensions; equal magnitudes
-    share their mean rank; rows of one element have rank 1/2 (mergekit: NaN); which elements stay depends on seed,
-    tensor name, model and element only; weights that cancel under normalize are an error.
+    share their mean rank; rows of one element have rank 1/2 (mergekit fails); which elements stay depends on seed,
+    tensor name, model and element only; under normalize, weights that cancel are an error.
     """
     keeps = by_rank(weight, density, epsilon)
-    scales = yield from l1_ratios(keeps, rescale)
+    scales = yield from l1_ratios(tensor, keeps, rescale)
     return elected(weight, keeps, scales, normalize=normalize, lambda_=lambda_)

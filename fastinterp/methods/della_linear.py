@@ -31,5 +31,5 @@ def della_linear(
     Differs from mergekit `della_linear`: as `della` does.
     """
     keeps = by_rank(weight, density, epsilon)
-    scales = yield from l1_ratios(keeps, rescale)
+    scales = yield from l1_ratios(tensor, keeps, rescale)
     return summed(weight, keeps, scales, normalize=normalize, lambda_=lambda_)

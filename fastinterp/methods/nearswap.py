@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fastinterp.compute.ops import Combine
 from fastinterp.compute.requests import MaskedCombine, Sum
-from fastinterp.methods import NotNegative, method
+from fastinterp.methods import Length, method
 
 
 @method(base="required", models=(2, 2))
-def nearswap(n: int, *, t: NotNegative) -> Sum:
+def nearswap(n: int, *, t: Length) -> Sum:
     """Move every element of the base towards the other model, but not further than t.
 
         out = x0 + max(-t, min(t, x1 - x0))

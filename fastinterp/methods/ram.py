@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fastinterp.compute.requests import Keep, MaskedCombine
-from fastinterp.methods import NotNegative, method
+from fastinterp.methods import Length, method
 from fastinterp.methods._float32 import bits_above
 
 
 @method(base="required", models=(2, 64))
-def ram(n: int, *, epsilon: NotNegative = 1e-5) -> MaskedCombine:
+def ram(n: int, *, epsilon: Length = 1e-5) -> MaskedCombine:
     """Take what one model changed from that model, and the average of what several changed.
 
         out = x0 + sum_A (x_i - x0) / |A|       A: the models with |x_i - x0| > epsilon

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fastinterp.compute.requests import Keep, MaskedCombine, MeasureKept, Steps
-from fastinterp.methods import NotNegative, method
+from fastinterp.methods import Length, NotNegative, method
 from fastinterp.methods._float32 import bits_above
 
 
 @method(base="required", models=(2, 64))
-def ramplus_tl(n: int, *, epsilon: NotNegative = 1e-5, r: float = 0.1, alpha: NotNegative = 0.2) -> Steps:
+def ramplus_tl(n: int, *, epsilon: Length = 1e-5, r: float = 0.1, alpha: NotNegative = 0.2) -> Steps:
     """Take what one model changed from that model, scaled up, and the average of what several changed.
 
         out = x0 + l_i*(x_i - x0)               where only model i has |x_i - x0| > epsilon

@@ -24,8 +24,7 @@ def sce(n: int, tensor: Tensor, *, select_topk: Unit = 1.0, int8_mask: bool = Fa
     Models: the base and 1 to 63 more.
     Source: Wan et al. 2024, "FuseChat" (arXiv 2408.07990).
     Differs from mergekit `sce`: variances, means and weights are float64; all elements that equal the threshold are
-    selected (mergekit: an arbitrary choice among them); where nothing is selected the output is the base (mergekit: a
-    tensor of a wrong shape).
+    selected (mergekit: an arbitrary choice among them).
     """
     score, size = None, tensor.numel
     if select_topk < 1.0 and size:
@@ -38,6 +37,6 @@ def sce(n: int, tensor: Tensor, *, select_topk: Unit = 1.0, int8_mask: bool = Fa
     else:
         gram = (yield Measure(deltas=True)).gram
         squares = tuple(gram[i][i] for i in range(n))
-    weights = (0.0, *energies(squares[1:], size))
+    weights = (0.0, *energies(tensor, squares[1:]))
     votes = (0.0,) + (1.0,) * (n - 1)
     return MaskedCombine(weights, votes=votes, shares=weights, least_share=1e-6, other_share=1e-6, score=score)

@@ -30,12 +30,12 @@ def ties(
     Reads:  2 (select, combine), one more with rescale; density 1: 1.  Models: the base and 1 to 63 more.
     Source: Yadav et al. 2023, "TIES-Merging" (arXiv 2306.01708).
     Differs from mergekit `ties`: all elements that equal the threshold stay (mergekit: an arbitrary choice among them);
-    density 0 and densities of less than one element are defined (mergekit fails); weights that cancel under normalize
-    are an error. From the paper: a sum of 0 elects +, not the majority of the model's signs.
+    under normalize, weights that cancel are an error. From the paper: a sum of 0 elects +, not the sign that most of
+    the model has.
     """
     count, whole = preset != "mergekit", preset == "paper"
     size = tensor.model_numel if whole else tensor.numel
     kept = [number_kept(p, size) if w or count else 0 for w, p in zip(weight, density, strict=True)]
     keeps = yield from ranked([(1, k) if k else None for k in kept], size, whole)
-    scales = yield from l1_ratios(keeps, rescale)
+    scales = yield from l1_ratios(tensor, keeps, rescale)
     return elected(weight, keeps, scales, normalize=normalize, lambda_=lambda_, count=count)
