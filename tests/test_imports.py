@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": LEAVES | {"compute.ops", "compute.requests"},
     "recipe": LEAVES | {"methods", "compute.ops", "compute.dtypes"},
     "files": LEAVES | {"compute.dtypes"},
-    "compute": LEAVES | {"compute.ops", "compute.dtypes", "_C", "_triton"},
+    "compute": LEAVES | {"compute.ops", "compute.requests", "compute.dtypes", "_C", "_triton"},
     "_triton": {"compute.ops", "compute.dtypes"},
     "engine": LEAVES | {"recipe", "files", "compute", "compute.ops", "compute.dtypes"},
     "steer": LEAVES | {"engine"},

@@ -337,6 +337,14 @@ def measure(inputs: Sequence[Array], dtypes: Sequence[DType], deltas: bool) -> t
     return np.array(gram + l1), np.count_nonzero(x, axis=1)
 
 
+def lane_sum(x: Array) -> float:
+    """The sum of f32 or f64[numel], in the same order."""
+    padded = np.zeros(max(1, -(-x.size // CHUNK)) * CHUNK)
+    padded[: x.size] = x
+    v = padded.reshape(-1, CHUNK // LANES, LANES)
+    return _folded_dot(v, np.ones_like(v))
+
+
 def _folded_dot(a: Array, b: Array) -> float:
     """<a, b> of f64[chunks, steps, LANES]."""
     lanes = np.zeros((a.shape[0], LANES))
