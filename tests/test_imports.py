@@ -68,6 +68,8 @@ PER_ISA = [
     "element.h",
     "cpu/backend.h",
     "cpu/loops.inc",
+    "cpu/keeps.inc",
+    "cpu/masked.inc",
     "cpu/measure.inc",
     "cpu/stats.inc",
     "cpu/scalar.cpp",
