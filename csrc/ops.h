@@ -116,19 +116,12 @@ struct MaskedRow {
 };
 
 struct MaskedArgs {
-  const void* const* x;  // n inputs, `numel` elements each, any alignment
-  const DType* in;
+  CombineArgs of;         // all but its rows
   const MaskedRow* rows;  // k rows
-  void* const* out;
-  const uint64_t* keys;  // k Philox keys, when stochastic
-  int n, k;
-  DType out_dtype;
-  bool stochastic, fp8_saturate;
-  int stats_every;
-  int64_t numel, first, columns;  // columns: length of a row of the tensor
-  const uint8_t* const* ranked;   // one per term, row after row: what ranked_keeps found, `numel` each; null: no ranks
-  void* scratch;                  // masked_scratch(most terms of a row)
-  RowStats* stats;
+  int64_t columns;        // length of a row of the tensor
+  // One per term, row after row: what `ranked` found, `numel` elements each; null where there are no ranks.
+  const uint8_t* const* ranked;
+  void* scratch;  // masked_scratch(most terms of a row)
 };
 
 constexpr int kMaskedTile = 1024;  // elements

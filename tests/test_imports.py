@@ -53,11 +53,12 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "cuda/*": {"ops.h", "dtypes.h", "element.h", "cuda/*"},
     "io.*": {"io.h"},
     "step.h": {"io.h", "ops.h"},
+    "masked.*": {"masked.h", "survey.h", "step.h"},
     "sums.*": {"sums.h", "step.h"},
     "survey.*": {"survey.h", "step.h"},
     "pump.*": {"pump.h", "step.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
     "memory.*": {"memory.h", "ops.h", "dtypes.h", "cpu/backend.h"},
-    "bind_steps.*": {"bind_steps.h", "sums.h", "survey.h", "step.h"},
+    "bind_steps.*": {"bind_steps.h", "masked.h", "sums.h", "survey.h", "step.h"},
     "bindings.cpp": {"bind_steps.h", "memory.h", "pump.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
 }
 # What is compiled once per instruction set may share no inline function with the rest: the linker keeps one copy, and

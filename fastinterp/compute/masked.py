@@ -35,13 +35,11 @@ def terms(ask: MaskedCombine) -> list[tuple[int, Keep]]:
     _check(ask)
     tuples = [t for t in (ask.weights, ask.votes, ask.shares, ask.alone) if t is not None]
     scored = 0 if ask.score is None else len(ask.weights) if ask.score.kind == "spread" else 2
-    found = []
-    for i in range(0 if ask.importance else 1, len(ask.weights)):
-        if any(t[i] != 0.0 for t in tuples):
-            found.append((i, ask.keeps[i] if ask.keeps else Keep()))
-        elif 0 < i < scored:
-            found.append((i, NOTHING))
-    return found if any(keep is not NOTHING for _, keep in found) else []
+    used = [i for i in range(0 if ask.importance else 1, len(ask.weights)) if any(t[i] != 0.0 for t in tuples)]
+    if not used:
+        return []
+    keeps = dict.fromkeys(range(1, scored), NOTHING) | {i: ask.keeps[i] if ask.keeps else Keep() for i in used}
+    return sorted(keeps.items())
 
 
 def read_inputs(ask: MaskedCombine) -> list[int]:
