@@ -73,6 +73,19 @@ int64_t columns_of(const Given& given, const Step& step) {
   return columns;
 }
 
+// None, or (kind, least, factors as float32).
+OwnScore score_of(const py::object& given, int64_t rows) {
+  OwnScore own{};
+  if (given.is_none()) return own;
+  const auto [kind, least, bytes] = given.cast<std::tuple<std::string, uint32_t, std::string>>();
+  own.score = {kind == "spread" ? Score::kSpread : Score::kDivergence, least, nullptr};
+  own.factors.resize(bytes.size() / sizeof(float));
+  if (!own.factors.empty()) memcpy(own.factors.data(), bytes.data(), own.factors.size() * sizeof(float));
+  if (own.score.kind == Score::kDivergence && int64_t(own.factors.size()) != rows)
+    throw py::value_error("a divergence needs a factor per row");
+  return own;
+}
+
 MaskedOutput masked_output_of(const py::dict& d, int64_t rows, int inputs) {
   MaskedOutput out{};
   const auto input = [&](const py::handle given) {
@@ -97,14 +110,7 @@ MaskedOutput masked_output_of(const py::dict& d, int64_t rows, int inputs) {
   out.row.least_share = d["least_share"].cast<double>();
   out.row.other_share = d["other_share"].cast<double>();
   out.row.limit = d["limit"].cast<double>();
-  if (d["score"].is_none()) return out;
-  out.row.score.kind = d["score"].cast<std::string>() == "spread" ? Score::kSpread : Score::kDivergence;
-  out.row.score.least = d["least_score"].cast<uint32_t>();
-  const std::string factors = d["factors"].cast<std::string>();
-  out.factors.resize(factors.size() / sizeof(float));
-  memcpy(out.factors.data(), factors.data(), out.factors.size() * sizeof(float));
-  if (out.row.score.kind == Score::kDivergence && int64_t(out.factors.size()) != rows)
-    throw py::value_error("a divergence needs a factor per row");
+  out.score = score_of(d["score"], rows);
   return out;
 }
 
@@ -122,7 +128,9 @@ void kept(const Given& given, Step* step) {
   for (const py::handle d : given.get<py::list>("keeps")) keeps.push_back(keep_of(d.cast<py::dict>()));
   if (keeps.size() != step->inputs.size()) throw py::value_error("as many keeps as inputs are needed");
   const int64_t columns = columns_of(given, *step);
-  step->survey = std::make_shared<KeptSurvey>(given.backend, dtypes_of(*step), std::move(keeps), step->numel, columns);
+  OwnScore score = score_of(given.get<py::object>("score"), step->numel / columns);
+  step->survey = std::make_shared<KeptSurvey>(given.backend, dtypes_of(*step), std::move(keeps), std::move(score),
+                                              step->numel, columns);
 }
 
 // Every kind, and the keys that it may have beside "kind", "inputs" and "numel", and beside "sinks", "offsets",
@@ -138,7 +146,7 @@ const std::vector<Kind>& kinds() {
       {"combine", true, combine, {"rows"}},
       {"same", true, same, {}},
       {"masked", true, masked, {"masked", "columns"}},
-      {"kept", false, kept, {"keeps", "columns"}},
+      {"kept", false, kept, {"keeps", "score", "columns"}},
       {"measure", false, measure_inputs, {}},
       {"measure_deltas", false, measure_deltas, {}},
   };

@@ -1,7 +1,6 @@
 #include "masked.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -12,6 +11,8 @@ namespace fi {
 namespace {
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+Score pointed(const OwnScore& own) { return {own.score.kind, own.score.least, own.factors.data()}; }
 
 }  // namespace
 
@@ -37,7 +38,7 @@ MaskedSum::MaskedSum(const Backend& backend, const std::vector<DType>& dtypes, s
     out.row.n_terms = int(out.terms.size());
     out.row.reads = out.reads.data();
     out.row.n_reads = int(out.reads.size());
-    out.row.score.factors = out.factors.data();
+    out.row.score = pointed(out.score);
     rows_.push_back(out.row);
     terms_ = std::max(terms_, out.row.n_terms);
   }
@@ -69,9 +70,13 @@ void MaskedSum::run(const CombineArgs& args, char* scratch) const {
 
 // ---- what keeps leave ----------------------------------------------------------------------------------------------
 
-KeptSurvey::KeptSurvey(const Backend& backend, std::vector<DType> dtypes, std::vector<KeepTest> keeps, int64_t numel,
-                       int64_t columns)
-    : backend_(backend), dtypes_(std::move(dtypes)), keeps_(std::move(keeps)), columns_(columns) {
+KeptSurvey::KeptSurvey(const Backend& backend, std::vector<DType> dtypes, std::vector<KeepTest> keeps, OwnScore score,
+                       int64_t numel, int64_t columns)
+    : backend_(backend),
+      dtypes_(std::move(dtypes)),
+      keeps_(std::move(keeps)),
+      score_(std::move(score)),
+      columns_(columns) {
   for (const DType d : dtypes_) wide_ = wide_ || d == DType::F64;
   for (size_t i = 1; i < keeps_.size(); ++i) ranks_ = ranks_ || is_ranked(keeps_[i]);
   // Sums are of chunks and ranks of rows, so a piece reads its first and last row whole. It has several rows, that this
@@ -79,7 +84,7 @@ KeptSurvey::KeptSurvey(const Backend& backend, std::vector<DType> dtypes, std::v
   if (ranks_) part_ = piece_ = round_up(std::max(4 * kChunk, 4 * columns_), kChunk);
   raw_bytes_ = round_up((part_ + (ranks_ ? 2 * columns_ : 0)) * 8, 4096);
   const size_t n = dtypes_.size();
-  sums_.resize(size_t((numel + kChunk - 1) / kChunk) * 2 * n);
+  sums_.resize(size_t((numel + kChunk - 1) / kChunk) * 3 * n);
   counts_.resize(size_t((numel + piece_ - 1) / piece_) * 2 * n);
 }
 
@@ -124,17 +129,17 @@ void KeptSurvey::run_part(const Inputs& inputs, int64_t first, int64_t count, in
       x[i] = raw[i] + (first + done - from) * size_of(dtypes_[i]);
       ranked[i] = masks[i] ? masks[i] + done : nullptr;
     }
-    backend_.kept({x.data(), dtypes_.data(), keeps_.data(), ranked.data(), int(n), wide_,
-                   std::min(kChunk, count - done), first + done, own, &sums_[size_t((first + done) / kChunk) * 2 * n],
-                   counts});
+    backend_.kept({x.data(), dtypes_.data(), keeps_.data(), ranked.data(), int(n), wide_, pointed(score_),
+                   std::min(kChunk, count - done), first + done, columns_, own,
+                   &sums_[size_t((first + done) / kChunk) * 3 * n], counts});
   }
 }
 
 Answer KeptSurvey::answer() const {
-  const size_t width = 2 * dtypes_.size();
-  Answer found{sums_, std::vector<int64_t>(width)};
-  fold_chunks(width, &found.reals);
-  for (size_t i = 0; i < counts_.size(); ++i) found.counts[i % width] += counts_[i];
+  const size_t n = dtypes_.size();
+  Answer found{sums_, std::vector<int64_t>(2 * n)};
+  fold_chunks(3 * n, &found.reals);
+  for (size_t i = 0; i < counts_.size(); ++i) found.counts[i % (2 * n)] += counts_[i];
   return found;
 }
 

@@ -5,10 +5,16 @@
 
 namespace fi {
 
-struct MaskedOutput {
-  MaskedRow row;  // but for its pointers, which are to what follows
-  std::vector<MaskedTerm> terms;
+// A Score, whose pointer is to its factors: set where it is used.
+struct OwnScore {
+  Score score;
   std::vector<float> factors;
+};
+
+struct MaskedOutput {
+  MaskedRow row;  // but for its pointers and its score, which are of what follows
+  std::vector<MaskedTerm> terms;
+  OwnScore score;
   std::vector<int> reads;
   bool wide;
 };
@@ -30,11 +36,11 @@ class MaskedSum : public Sum {
   int terms_ = 0, ranks_ = 0;  // the most terms of an output; terms with ranks, of all outputs
 };
 
-// Answers with 2n reals and 2n counts: see KeptArgs.
+// Answers with 3n reals and 2n counts: see KeptArgs.
 class KeptSurvey : public Survey {
  public:
-  KeptSurvey(const Backend& backend, std::vector<DType> dtypes, std::vector<KeepTest> keeps, int64_t numel,
-             int64_t columns);
+  KeptSurvey(const Backend& backend, std::vector<DType> dtypes, std::vector<KeepTest> keeps, OwnScore score,
+             int64_t numel, int64_t columns);
   int64_t piece() const override { return piece_; }
   int64_t scratch_bytes() const override;
   void run(const Inputs& inputs, int64_t first, int64_t count, char* scratch) override;
@@ -46,6 +52,7 @@ class KeptSurvey : public Survey {
   const Backend& backend_;
   const std::vector<DType> dtypes_;
   const std::vector<KeepTest> keeps_;
+  const OwnScore score_;
   const int64_t columns_;
   bool wide_ = false, ranks_ = false;
   int64_t piece_ = 16 * kChunk;

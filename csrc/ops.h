@@ -146,13 +146,15 @@ struct KeptArgs {
   const uint8_t* const* ranked;  // n; as in MaskedArgs
   int n;
   bool wide;
+  Score score;
   int64_t numel, first;  // at most kChunk elements: one whole chunk of a tensor, or its last one
+  int64_t columns;       // length of a row of the tensor
   void* scratch;         // kept_scratch(n)
-  double* sums;          // 2 * n: L1 norms of the deltas, then of what is kept of them; 0 for the base
-  int64_t* counts;       // 2 * n, added to: elements kept, then those of them that another delta keeps too
+  double* sums;     // 3 * n: L1 norms of the deltas, then of what is kept of them, then its squares; 0 for the base
+  int64_t* counts;  // 2 * n, added to: elements kept, then those of them that another delta keeps too
 };
 
-FI_INLINE int64_t kept_scratch(int n) { return kChunk * (16 + n + 1); }
+FI_INLINE int64_t kept_scratch(int n) { return kChunk * (8 * n + n + 1); }
 
 struct Backend {
   const char* name;

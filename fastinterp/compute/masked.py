@@ -1,6 +1,6 @@
 """What a masked sum comes to on the host, before any element is touched: who is read, who may take part, which keys.
 
-The pump and the reference both start from here: rules 10 to 12 of docs/NUMERICS.md.
+The pump and the reference both start from here: rules 10, 14 and 15 of docs/NUMERICS.md.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastinterp.compute.ops import philox_key
-from fastinterp.compute.requests import ALL_BITS, Keep, MaskedCombine, MeasureKept
+from fastinterp.compute.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
 
 WORDS = 1 << 32  # random words; a word below a limit of 0..WORDS keeps its element
 NOTHING = Keep(least=ALL_BITS + 1)  # no magnitude is as large
@@ -100,7 +100,6 @@ def masked_step(ask: MaskedCombine, *, name: str, seed: int, inputs: Sequence[in
     ]
     if not found:
         raise ValueError("a masked sum without a term is a copy of its base")
-    score = ask.score
     return {
         "base": at[0],
         "terms": found,
@@ -110,12 +109,23 @@ def masked_step(ask: MaskedCombine, *, name: str, seed: int, inputs: Sequence[in
         "least_share": ask.least_share,
         "other_share": ask.other_share,
         "limit": ask.limit,
-        "score": None if score is None else score.kind,
-        "least_score": 0 if score is None else score.least,
-        "factors": b"" if score is None else struct.pack(f"={len(score.factors)}f", *score.factors),
+        "score": _score_step(ask.score),
     }
 
 
-def kept_step(ask: MeasureKept, *, name: str, seed: int) -> list[dict[str, int]]:
-    """The key "keeps" of a pump step of kind "kept"."""
-    return [keep_step(keep, keep_key(keep, i, name=name, seed=seed)) for i, keep in enumerate(ask.keeps)]
+def kept_step(ask: MeasureKept, *, name: str, seed: int) -> dict[str, Any]:
+    """The keys "keeps" and "score" of a pump step of kind "kept"."""
+    keeps = [keep_step(keep, keep_key(keep, i, name=name, seed=seed)) for i, keep in enumerate(ask.keeps)]
+    return {"keeps": keeps, "score": _score_step(ask.score)}
+
+
+def kept_of(reals: Sequence[float], counts: Sequence[int]) -> Kept:
+    """The answer of such a step."""
+    n = len(counts) // 2
+    l1, kept_l1, squares = (tuple(reals[k * n : (k + 1) * n]) for k in range(3))
+    return Kept(l1, kept_l1, tuple(counts[:n]), tuple(counts[n:]), squares)
+
+
+def _score_step(score: Score | None) -> tuple[str, int, bytes] | None:
+    """Kind, least, and the factors as float32."""
+    return None if score is None else (score.kind, score.least, struct.pack(f"={len(score.factors)}f", *score.factors))

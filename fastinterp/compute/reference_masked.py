@@ -1,4 +1,4 @@
-"""The numeric contract in numpy, continued: keeps, ranks, votes and scores. Rules 10 to 12 of docs/NUMERICS.md."""
+"""The numeric contract in numpy, continued: keeps, ranks, votes and scores. Rules 10, 14 and 15 of docs/NUMERICS.md."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def keep_mask(mag: Array, keep: Keep, columns: int, key: int) -> Array:
 
 @np.errstate(all="ignore")
 def scores(d: Sequence[Array], score: Score, columns: int) -> Array:
-    """A score of every element, as float32 bits: u32[numel], NaN as in `magnitudes`. Rule 11.
+    """A score of every element, as float32 bits: u32[numel], NaN as in `magnitudes`. Rule 14.
 
     d        the deltas of all inputs but the base, f32 or f64[numel], limited if the sum limits them
     columns  length of a row
@@ -109,23 +109,25 @@ def kept(
     inputs  uint8[nbytes] each, any alignment, `dtypes` theirs, of a tensor of `shape`; input 0 is the base
     name, seed  of the tensor and of the recipe, for random keeps
     """
-    masks, l1, kept_l1 = [], [0.0], [0.0]
-    for i, d in enumerate(deltas(inputs, dtypes), 1):
+    found, columns = deltas(inputs, dtypes), columns_of(shape)
+    masks = []
+    for i, d in enumerate(found, 1):
         key = keep_key(ask.keeps[i], i, name=name, seed=seed)
-        mask = keep_mask(magnitudes(d), ask.keeps[i], columns_of(shape), key)
-        l1.append(reference.lane_sum(abs(d)))
-        kept_l1.append(reference.lane_sum(np.where(mask, abs(d), 0)))
-        masks.append(mask)
+        masks.append(keep_mask(magnitudes(d), ask.keeps[i], columns, key))
+        if ask.score is not None:
+            masks[-1] &= scores(found, ask.score, columns) >= ask.score.least
     count = np.sum(masks, axis=0)
+    left = [np.where(m, d, 0) for m, d in zip(masks, found, strict=True)]
     return Kept(
-        tuple(l1),
-        tuple(kept_l1),
+        (0.0, *(reference.lane_dot(abs(d), np.ones_like(d)) for d in found)),
+        (0.0, *(reference.lane_dot(abs(d), np.ones_like(d)) for d in left)),
         (0, *(int(m.sum()) for m in masks)),
         (0, *(int((m & (count > 1)).sum()) for m in masks)),
+        (0.0, *(reference.lane_dot(d, d) for d in left)),
     )
 
 
-# --- rule 12: masked sums --------------------------------------------------------------------------------------------
+# --- rule 15: masked sums --------------------------------------------------------------------------------------------
 
 
 @np.errstate(all="ignore")
