@@ -10,7 +10,7 @@ PlainSum::PlainSum(const Backend& backend, std::vector<Row> rows, std::vector<st
   }
 }
 
-void PlainSum::run(const CombineArgs& args) const {
+void PlainSum::run(const CombineArgs& args, char*) const {
   CombineArgs with_rows = args;
   with_rows.rows = rows_.data();
   backend_.combine(with_rows);

@@ -12,6 +12,16 @@ int64_t pieces(int64_t numel, int64_t size) { return (numel + size - 1) / size; 
 
 }  // namespace
 
+void fold_chunks(size_t width, std::vector<double>* sums) {
+  sums->resize(std::max(sums->size(), width));  // a tensor without elements sums to 0
+  double* const s = sums->data();
+  for (size_t count = sums->size() / width; count > 1; count = (count + 1) / 2)
+    for (size_t c = 0; c < (count + 1) / 2; ++c)
+      for (size_t i = 0; i < width; ++i)
+        s[c * width + i] = 2 * c + 1 < count ? s[2 * c * width + i] + s[(2 * c + 1) * width + i] : s[2 * c * width + i];
+  sums->resize(width);
+}
+
 MeasureSurvey::MeasureSurvey(const Backend& backend, std::vector<DType> dtypes, int64_t numel, bool deltas)
     : backend_(backend), dtypes_(std::move(dtypes)), deltas_(deltas) {
   for (const DType d : dtypes_) wide_ = wide_ || d == DType::F64;
@@ -43,15 +53,7 @@ void MeasureSurvey::run(const Inputs& inputs, int64_t first, int64_t count, char
 Answer MeasureSurvey::answer() const {
   const size_t n = dtypes_.size(), width = size_t(measure_sums(int(n)));
   Answer found{sums_, std::vector<int64_t>(n)};
-  found.reals.resize(std::max(sums_.size(), width));  // a tensor without elements sums to 0
-  // Chunks fold pairwise in the order of the tensor.
-  std::vector<double>& sums = found.reals;
-  for (size_t count = sums.size() / width; count > 1; count = (count + 1) / 2)
-    for (size_t c = 0; c < (count + 1) / 2; ++c)
-      for (size_t i = 0; i < width; ++i)
-        sums[c * width + i] =
-            2 * c + 1 < count ? sums[2 * c * width + i] + sums[(2 * c + 1) * width + i] : sums[2 * c * width + i];
-  sums.resize(width);
+  fold_chunks(width, &found.reals);
   for (size_t i = 0; i < nonzero_.size(); ++i) found.counts[i % n] += nonzero_[i];
   return found;
 }

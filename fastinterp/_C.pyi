@@ -36,15 +36,21 @@ def cached_fraction(fd: int, size: int) -> float: ...
 class Pump:
     """Steps are dicts:
 
-    kind       "combine", "same" (bytes that must agree), "measure" or "measure_deltas"
+    kind       "combine", "masked", "same" (bytes that must agree), "kept", "measure" or "measure_deltas"
     inputs     [(source, byte offset, dtype code)]
     numel      elements; bytes of "same"
     sinks, offsets, out_dtype, keys
                of the kinds that write, one per output but for the dtype; Philox keys for stochastic rounding only
     rows       of "combine": [(pivot, total, [(input, weight)])], one per output
+    masked     of "masked": one dict per output, as compute/masked.py makes them
+    keeps, score
+               of "kept", made there, too
+    columns    of "masked" and "kept": the length of a row, that is of the last dimension
 
     `answers` has an entry per step: None if it writes, else (f64[...], i64[...]) as memoryviews. Of the measures: the
-    upper triangle of the Gram matrix row by row, then the L1 norms; and the counts of elements that are not 0.
+    upper triangle of the Gram matrix row by row, then the L1 norms; and the counts of elements that are not 0. Of
+    "kept": the L1 norm of each delta, 0 for input 0, then of what is kept of it, then the sum of squares of
+    that; and how many elements are kept, then how many of them another delta keeps, too.
     """
 
     def __init__(
