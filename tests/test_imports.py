@@ -69,6 +69,7 @@ PER_ISA = [
     "cpu/backend.h",
     "cpu/loops.inc",
     "cpu/measure.inc",
+    "cpu/per_group.inc",
     "cpu/stats.inc",
     "cpu/scalar.cpp",
     "cpu/avx*.cpp",
