@@ -33,7 +33,49 @@ std::vector<DType> dtypes_of(const Step& step) {
 
 // ---- kinds: each completes a step whose inputs, sinks, offsets, keys and numel are there already --------------------
 
+// The length of a row: ranks hold places in one as 32 bits.
+int64_t columns_of(const Given& given, const Step& step) {
+  const int64_t columns = given.get<int64_t>("columns");
+  if (columns < 1 || columns > int64_t(0xffffffff) || step.numel % columns != 0)
+    throw py::value_error("a tensor needs whole rows of `columns` elements, 1 to 2**32 - 1");
+  return columns;
+}
+
+// "tensor" where nothing is said.
+std::string per_of(const Given& given) {
+  const std::string per = given.keys.contains("per") ? given.get<std::string>("per") : "tensor";
+  if (per != "tensor" && per != "row" && per != "column") throw py::value_error("`per` is tensor, row or column");
+  return per;
+}
+
+// A contiguous buffer of float64: an array, bytes, a memoryview.
+std::vector<double> doubles_of(const py::buffer& given, size_t count) {
+  const py::buffer_info info = given.request();
+  if (info.ndim != 1 || info.strides[0] != info.itemsize ||
+      size_t(info.size * info.itemsize) != count * sizeof(double) || (info.format != "d" && info.itemsize != 1))
+    throw py::value_error("expected a contiguous buffer of " + std::to_string(count) + " float64");
+  const double* const from = static_cast<const double*>(info.ptr);
+  return std::vector<double>(from, from + count);
+}
+
+void combine_groups(const Given& given, bool per_row, Step* step) {
+  const int64_t columns = columns_of(given, *step), groups = per_row ? step->numel / columns : columns;
+  std::vector<GroupSum::Output> outputs;
+  for (auto& [pivot, totals, inputs, weights] :
+       given.get<std::vector<std::tuple<int, py::buffer, std::vector<int>, py::buffer>>>("rows")) {
+    PyRow row{pivot, 1.0, {}};
+    for (const int input : inputs) std::get<2>(row).push_back({input, 0.0});
+    check_row(row, step->inputs.size());
+    outputs.push_back(
+        {pivot, inputs, doubles_of(totals, size_t(groups)), doubles_of(weights, size_t(groups) * inputs.size())});
+  }
+  step->sum = std::make_shared<GroupSum>(given.backend, std::move(outputs), per_row, columns, groups);
+}
+
 void combine(const Given& given, Step* step) {
+  const std::string per = per_of(given);
+  if (given.get<py::list>("rows").size() != step->sinks.size()) throw py::value_error("a row per sink is needed");
+  if (per != "tensor") return combine_groups(given, per == "row", step);
   std::vector<Row> rows;
   std::vector<std::vector<Term>> terms;
   for (const PyRow& row : given.get<std::vector<PyRow>>("rows")) {
@@ -41,7 +83,6 @@ void combine(const Given& given, Step* step) {
     terms.push_back(terms_of(row));
     rows.push_back({std::get<0>(row), 0, std::get<1>(row), nullptr});
   }
-  if (rows.size() != step->sinks.size()) throw py::value_error("as many sinks as rows are needed");
   step->sum = std::make_shared<PlainSum>(given.backend, std::move(rows), std::move(terms));
 }
 
@@ -49,12 +90,25 @@ void same(const Given&, Step* step) {
   for (Operand& input : step->inputs) input.width = 1;
 }
 
-void measure_inputs(const Given& given, Step* step) {
-  step->survey = std::make_shared<MeasureSurvey>(given.backend, dtypes_of(*step), step->numel, false);
+void measure(const Given& given, bool deltas, Step* step) {
+  const std::string per = per_of(given);
+  if (per == "tensor")
+    step->survey = std::make_shared<MeasureSurvey>(given.backend, dtypes_of(*step), step->numel, deltas);
+  else if (per == "row")
+    step->survey =
+        std::make_shared<MeasureRows>(given.backend, dtypes_of(*step), step->numel, deltas, columns_of(given, *step));
+  else
+    step->survey = std::make_shared<MeasureColumns>(given.backend, dtypes_of(*step), step->numel, deltas,
+                                                    columns_of(given, *step));
 }
 
-void measure_deltas(const Given& given, Step* step) {
-  step->survey = std::make_shared<MeasureSurvey>(given.backend, dtypes_of(*step), step->numel, true);
+void measure_inputs(const Given& given, Step* step) { measure(given, false, step); }
+
+void measure_deltas(const Given& given, Step* step) { measure(given, true, step); }
+
+void divergence(const Given& given, Step* step) {
+  if (step->inputs.size() != 2) throw py::value_error("a divergence has two inputs");
+  step->survey = std::make_shared<Divergence>(given.backend, dtypes_of(*step), step->numel, columns_of(given, *step));
 }
 
 KeepTest keep_of(const py::dict& d) {
@@ -63,14 +117,6 @@ KeepTest keep_of(const py::dict& d) {
                       d["key"].cast<uint64_t>()};
   if (keep.lo > keep.hi) throw py::value_error("a keep's limits must not fall with the magnitude");
   return keep;
-}
-
-// Length of a row, which `numel` must be a multiple of. Ranks hold places in a row as 32 bits.
-int64_t columns_of(const Given& given, const Step& step) {
-  const int64_t columns = given.get<int64_t>("columns");
-  if (columns < 1 || columns > int64_t(0xffffffff) || step.numel % columns != 0)
-    throw py::value_error("columns must be in 1..2**32 - 1 and divide numel");
-  return columns;
 }
 
 // None, or (kind, least, factors as float32).
@@ -143,12 +189,13 @@ struct Kind {
 };
 const std::vector<Kind>& kinds() {
   static const std::vector<Kind> all = {
-      {"combine", true, combine, {"rows"}},
+      {"combine", true, combine, {"rows", "per", "columns"}},
       {"same", true, same, {}},
       {"masked", true, masked, {"masked", "columns"}},
       {"kept", false, kept, {"keeps", "score", "columns"}},
-      {"measure", false, measure_inputs, {}},
-      {"measure_deltas", false, measure_deltas, {}},
+      {"measure", false, measure_inputs, {"per", "columns"}},
+      {"measure_deltas", false, measure_deltas, {"per", "columns"}},
+      {"divergence", false, divergence, {"columns"}},
   };
   return all;
 }

@@ -19,4 +19,24 @@ class PlainSum : public Sum {
   const std::vector<std::vector<Term>> terms_;
 };
 
+// Weighted sums with a weight per row or column of the tensor.
+class GroupSum : public Sum {
+ public:
+  // The numbers of one output. weights: of the first group's terms, then of the second's, and so on.
+  struct Output {
+    int pivot;
+    std::vector<int> inputs;
+    std::vector<double> totals, weights;
+  };
+  GroupSum(const Backend& backend, std::vector<Output> outputs, bool per_row, int64_t columns, int64_t groups);
+  void run(const CombineArgs& args, char* scratch) const override;
+
+ private:
+  const Backend& backend_;
+  std::vector<Output> outputs_;
+  std::vector<GroupRow> rows_;
+  const bool per_row_;
+  const int64_t columns_, groups_;
+};
+
 }  // namespace fi

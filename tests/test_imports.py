@@ -72,6 +72,7 @@ PER_ISA = [
     "cpu/keeps.inc",
     "cpu/masked.inc",
     "cpu/measure.inc",
+    "cpu/per_group.inc",
     "cpu/stats.inc",
     "cpu/scalar.cpp",
     "cpu/avx*.cpp",
