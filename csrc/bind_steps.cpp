@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "masked.h"
 #include "sums.h"
@@ -25,6 +26,61 @@ struct Given {
   }
 };
 
+int64_t columns_of(const Given& given, int64_t numel) {
+  const int64_t columns = given.get<int64_t>("columns");
+  if (columns < 1 || columns > int64_t(0xffffffff) || numel % columns != 0)
+    throw py::value_error("a tensor needs whole rows of `columns` elements, 1 to 2**32 - 1");
+  return columns;
+}
+
+// A contiguous buffer of numbers: an array, a memoryview; bytes too.
+template <class T>
+std::vector<T> numbers_of(const py::buffer& given, size_t count) {
+  const py::buffer_info info = given.request();
+  const bool fits = info.itemsize == 1 || info.item_type_is_equivalent_to<T>();
+  if (!fits || info.ndim != 1 || info.strides[0] != info.itemsize ||
+      size_t(info.size * info.itemsize) != count * sizeof(T))
+    throw py::value_error("expected a contiguous buffer of " + std::to_string(count) +
+                          (std::is_same_v<T, double> ? " float64" : " int64"));
+  const T* const from = static_cast<const T*>(info.ptr);
+  return std::vector<T>(from, from + count);
+}
+
+int source_of(int source, size_t sources) {
+  if (source < 0 || size_t(source) >= sources) throw py::value_error("an operand's source is none of the sources");
+  return source;
+}
+
+// Parts lie one behind the other, each some whole rows of a source; `rows` are taken out of them.
+std::shared_ptr<RowMap> gathered_of(const py::tuple& given, size_t sources, int64_t row_bytes, int64_t rows) {
+  auto map = std::make_shared<RowMap>();
+  map->row_bytes = row_bytes;
+  const auto parts = given[0].cast<std::vector<std::tuple<int, int64_t, int64_t>>>();
+  for (int64_t row : numbers_of<int64_t>(given[2].cast<py::buffer>(), size_t(rows))) {
+    RowMap::Place place{-1, 0};
+    const bool zeros = row == -1;
+    for (const auto& [source, offset, count] : parts) {
+      if (row >= 0 && row < count) place = {source_of(source, sources), offset + row * row_bytes};
+      if (row >= 0) row -= count;
+      if (place.source >= 0) break;
+    }
+    if (!zeros && place.source < 0) throw py::value_error("a gathered row is none of the parts' rows");
+    map->rows.push_back(place);
+  }
+  return map;
+}
+
+// (source, byte offset, dtype code), or gathered: ([(source, byte offset, rows)], dtype code, i64[rows]).
+Operand operand_of(const Given& given, const py::tuple& operand, size_t sources, bool bytes, int64_t numel) {
+  if (operand.size() != 3) throw py::value_error("an operand has three parts");
+  const bool gathers = py::isinstance<py::list>(operand[0]);
+  const DType dtype = dtype_of(operand[gathers ? 1 : 2].cast<int>());
+  const int width = bytes ? 1 : size_of(dtype);
+  if (!gathers) return {source_of(operand[0].cast<int>(), sources), operand[1].cast<int64_t>(), dtype, width, nullptr};
+  const int64_t columns = columns_of(given, numel);
+  return {-1, 0, dtype, width, gathered_of(operand, sources, columns * width, numel / columns)};
+}
+
 std::vector<DType> dtypes_of(const Step& step) {
   std::vector<DType> dtypes;
   for (const Operand& input : step.inputs) dtypes.push_back(input.dtype);
@@ -33,14 +89,6 @@ std::vector<DType> dtypes_of(const Step& step) {
 
 // ---- kinds: each completes a step whose inputs, sinks, offsets, keys and numel are there already --------------------
 
-// The length of a row: ranks hold places in one as 32 bits.
-int64_t columns_of(const Given& given, const Step& step) {
-  const int64_t columns = given.get<int64_t>("columns");
-  if (columns < 1 || columns > int64_t(0xffffffff) || step.numel % columns != 0)
-    throw py::value_error("a tensor needs whole rows of `columns` elements, 1 to 2**32 - 1");
-  return columns;
-}
-
 // "tensor" where nothing is said.
 std::string per_of(const Given& given) {
   const std::string per = given.keys.contains("per") ? given.get<std::string>("per") : "tensor";
@@ -48,26 +96,16 @@ std::string per_of(const Given& given) {
   return per;
 }
 
-// A contiguous buffer of float64: an array, bytes, a memoryview.
-std::vector<double> doubles_of(const py::buffer& given, size_t count) {
-  const py::buffer_info info = given.request();
-  if (info.ndim != 1 || info.strides[0] != info.itemsize ||
-      size_t(info.size * info.itemsize) != count * sizeof(double) || (info.format != "d" && info.itemsize != 1))
-    throw py::value_error("expected a contiguous buffer of " + std::to_string(count) + " float64");
-  const double* const from = static_cast<const double*>(info.ptr);
-  return std::vector<double>(from, from + count);
-}
-
 void combine_groups(const Given& given, bool per_row, Step* step) {
-  const int64_t columns = columns_of(given, *step), groups = per_row ? step->numel / columns : columns;
+  const int64_t columns = columns_of(given, step->numel), groups = per_row ? step->numel / columns : columns;
   std::vector<GroupSum::Output> outputs;
   for (auto& [pivot, totals, inputs, weights] :
        given.get<std::vector<std::tuple<int, py::buffer, std::vector<int>, py::buffer>>>("rows")) {
     PyRow row{pivot, 1.0, {}};
     for (const int input : inputs) std::get<2>(row).push_back({input, 0.0});
     check_row(row, step->inputs.size());
-    outputs.push_back(
-        {pivot, inputs, doubles_of(totals, size_t(groups)), doubles_of(weights, size_t(groups) * inputs.size())});
+    outputs.push_back({pivot, inputs, numbers_of<double>(totals, size_t(groups)),
+                       numbers_of<double>(weights, size_t(groups) * inputs.size())});
   }
   step->sum = std::make_shared<GroupSum>(given.backend, std::move(outputs), per_row, columns, groups);
 }
@@ -86,20 +124,16 @@ void combine(const Given& given, Step* step) {
   step->sum = std::make_shared<PlainSum>(given.backend, std::move(rows), std::move(terms));
 }
 
-void same(const Given&, Step* step) {
-  for (Operand& input : step->inputs) input.width = 1;
-}
-
 void measure(const Given& given, bool deltas, Step* step) {
   const std::string per = per_of(given);
   if (per == "tensor")
     step->survey = std::make_shared<MeasureSurvey>(given.backend, dtypes_of(*step), step->numel, deltas);
   else if (per == "row")
-    step->survey =
-        std::make_shared<MeasureRows>(given.backend, dtypes_of(*step), step->numel, deltas, columns_of(given, *step));
+    step->survey = std::make_shared<MeasureRows>(given.backend, dtypes_of(*step), step->numel, deltas,
+                                                 columns_of(given, step->numel));
   else
     step->survey = std::make_shared<MeasureColumns>(given.backend, dtypes_of(*step), step->numel, deltas,
-                                                    columns_of(given, *step));
+                                                    columns_of(given, step->numel));
 }
 
 void measure_inputs(const Given& given, Step* step) { measure(given, false, step); }
@@ -108,7 +142,8 @@ void measure_deltas(const Given& given, Step* step) { measure(given, true, step)
 
 void divergence(const Given& given, Step* step) {
   if (step->inputs.size() != 2) throw py::value_error("a divergence has two inputs");
-  step->survey = std::make_shared<Divergence>(given.backend, dtypes_of(*step), step->numel, columns_of(given, *step));
+  step->survey =
+      std::make_shared<Divergence>(given.backend, dtypes_of(*step), step->numel, columns_of(given, step->numel));
 }
 
 KeepTest keep_of(const py::dict& d) {
@@ -161,7 +196,7 @@ MaskedOutput masked_output_of(const py::dict& d, int64_t rows, int inputs) {
 }
 
 void masked(const Given& given, Step* step) {
-  const int64_t columns = columns_of(given, *step);
+  const int64_t columns = columns_of(given, step->numel);
   std::vector<MaskedOutput> outputs;
   for (const py::handle d : given.get<py::list>("masked"))
     outputs.push_back(masked_output_of(d.cast<py::dict>(), step->numel / columns, int(step->inputs.size())));
@@ -173,35 +208,32 @@ void kept(const Given& given, Step* step) {
   std::vector<KeepTest> keeps;
   for (const py::handle d : given.get<py::list>("keeps")) keeps.push_back(keep_of(d.cast<py::dict>()));
   if (keeps.size() != step->inputs.size()) throw py::value_error("as many keeps as inputs are needed");
-  const int64_t columns = columns_of(given, *step);
+  const int64_t columns = columns_of(given, step->numel);
   OwnScore score = score_of(given.get<py::object>("score"), step->numel / columns);
   step->survey = std::make_shared<KeptSurvey>(given.backend, dtypes_of(*step), std::move(keeps), std::move(score),
                                               step->numel, columns);
 }
 
-// Every kind, and the keys that it may have beside "kind", "inputs" and "numel", and beside "sinks", "offsets",
-// "out_dtype" and "keys" if it writes.
+// Every kind, and the keys that it may have beside "kind", "inputs", "numel" and "columns", and beside "sinks",
+// "offsets", "out_dtype" and "keys" if it writes.
 struct Kind {
   const char* name;
-  bool writes;
+  bool writes, bytes;  // bytes: its elements are bytes, whatever the dtype
   void (*complete)(const Given&, Step*);
   std::vector<std::string> keys;
 };
 const std::vector<Kind>& kinds() {
   static const std::vector<Kind> all = {
-      {"combine", true, combine, {"rows", "per", "columns"}},
-      {"same", true, same, {}},
-      {"masked", true, masked, {"masked", "columns"}},
-      {"kept", false, kept, {"keeps", "score", "columns"}},
-      {"measure", false, measure_inputs, {"per", "columns"}},
-      {"measure_deltas", false, measure_deltas, {"per", "columns"}},
-      {"divergence", false, divergence, {"columns"}},
+      {"combine", true, false, combine, {"rows", "per"}}, {"same", true, true, nullptr, {}},
+      {"masked", true, false, masked, {"masked"}},        {"kept", false, false, kept, {"keeps", "score"}},
+      {"measure", false, false, measure_inputs, {"per"}}, {"measure_deltas", false, false, measure_deltas, {"per"}},
+      {"divergence", false, false, divergence, {}},
   };
   return all;
 }
 
 void check_keys(const py::dict& given, const Kind& kind) {
-  std::vector<std::string> known = {"kind", "inputs", "numel"};
+  std::vector<std::string> known = {"kind", "inputs", "numel", "columns"};
   if (kind.writes) known.insert(known.end(), {"sinks", "offsets", "out_dtype", "keys"});
   known.insert(known.end(), kind.keys.begin(), kind.keys.end());
   for (const auto& item : given) {
@@ -260,14 +292,11 @@ Step step_of(const py::dict& keys, const Backend& backend, size_t sources, size_
   Step step;
   step.numel = given.get<int64_t>("numel");
   if (step.numel < 0) throw py::value_error("numel must not be negative");
-  for (const auto& [source, at, code] : given.get<std::vector<std::tuple<int, int64_t, int>>>("inputs")) {
-    if (source < 0 || size_t(source) >= sources) throw py::value_error("an operand's source is none of the sources");
-    const DType dtype = dtype_of(code);
-    step.inputs.push_back({source, at, dtype, size_of(dtype)});
-  }
+  for (const py::handle input : given.get<py::list>("inputs"))
+    step.inputs.push_back(operand_of(given, input.cast<py::tuple>(), sources, kind->bytes, step.numel));
   check_count(step.inputs.size(), kMaxInputs, "inputs");
   if (kind->writes) add_outputs(given, sinks, &step);
-  kind->complete(given, &step);
+  if (kind->complete) kind->complete(given, &step);
   if (step.sum && stochastic && step.keys.size() != step.sinks.size())
     throw py::value_error("stochastic rounding needs a key per output");
   return step;

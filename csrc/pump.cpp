@@ -253,8 +253,8 @@ void Pump::prefetch(size_t block) const {
     for (size_t i = blocks_[b].begin; i < blocks_[b].end; ++i) {
       const Piece& piece = pieces_[i];
       const Step& step = steps_[size_t(piece.step)];
-      for (const Operand& input : step.inputs)
-        sources_[size_t(input.source)].prefetch(input.offset + piece.first * input.width, piece.count * input.width);
+      const Inputs inputs(sources_, step, nullptr);
+      for (size_t input = 0; input < step.inputs.size(); ++input) inputs.prefetch(input, piece.first, piece.count);
     }
 }
 

@@ -10,11 +10,22 @@
 
 namespace fi {
 
+// Where the rows of a gathered operand are, in the order of the output.
+struct RowMap {
+  struct Place {
+    int source;      // -1: a row of zeros
+    int64_t offset;  // bytes
+  };
+  std::vector<Place> rows;
+  int64_t row_bytes;
+};
+
 struct Operand {
   int source;
   int64_t offset;  // bytes
   DType dtype;
-  int width;  // bytes of an element; 1 where a step only compares bytes
+  int width;                               // bytes of an element; 1 where a step only compares bytes
+  std::shared_ptr<const RowMap> gathered;  // instead of source and offset
 };
 
 class Survey;
@@ -40,17 +51,11 @@ class Inputs {
 
   // Elements [first, first + count) of an input: where they lie, if that is memory, else `to`, into which they are
   // read.
-  const void* get(size_t input, int64_t first, int64_t count, void* to) const {
-    const Operand& from = step_.inputs[input];
-    *bytes_read_ += count * from.width;
-    return sources_[size_t(from.source)].get(from.offset + first * from.width, count * from.width, to);
-  }
+  const void* get(size_t input, int64_t first, int64_t count, void* to) const;
   // The same, always into `to`.
-  void read(size_t input, int64_t first, int64_t count, void* to) const {
-    const Operand& from = step_.inputs[input];
-    *bytes_read_ += count * from.width;
-    sources_[size_t(from.source)].read(from.offset + first * from.width, count * from.width, to);
-  }
+  void read(size_t input, int64_t first, int64_t count, void* to) const;
+  // Asks the kernel to have them ready soon.
+  void prefetch(size_t input, int64_t first, int64_t count) const;
 
  private:
   const std::vector<Source>& sources_;

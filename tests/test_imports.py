@@ -52,7 +52,7 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "cpu/*": {"ops.h", "dtypes.h", "element.h", "cpu/*"},
     "cuda/*": {"ops.h", "dtypes.h", "element.h", "cuda/*"},
     "io.*": {"io.h"},
-    "step.h": {"io.h", "ops.h"},
+    "step.*": {"step.h", "io.h", "ops.h"},
     "masked.*": {"masked.h", "survey.h", "step.h"},
     "sums.*": {"sums.h", "step.h"},
     "survey.*": {"survey.h", "step.h"},
