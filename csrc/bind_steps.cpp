@@ -154,6 +154,16 @@ KeepTest keep_of(const py::dict& d) {
   return keep;
 }
 
+<<<<<<< HEAD
+=======
+// Ranks hold places in a row as 32 bits.
+int64_t ranked_columns_of(const Given& given, const Step& step) {
+  const int64_t columns = columns_of(given, step.numel);
+  if (columns > int64_t(0xffffffff)) throw py::value_error("columns must be below 2**32");
+  return columns;
+}
+
+>>>>>>> n3
 // None, or (kind, least, factors as float32).
 OwnScore score_of(const py::object& given, int64_t rows) {
   OwnScore own{};
@@ -196,7 +206,11 @@ MaskedOutput masked_output_of(const py::dict& d, int64_t rows, int inputs) {
 }
 
 void masked(const Given& given, Step* step) {
+<<<<<<< HEAD
   const int64_t columns = columns_of(given, step->numel);
+=======
+  const int64_t columns = ranked_columns_of(given, *step);
+>>>>>>> n3
   std::vector<MaskedOutput> outputs;
   for (const py::handle d : given.get<py::list>("masked"))
     outputs.push_back(masked_output_of(d.cast<py::dict>(), step->numel / columns, int(step->inputs.size())));
@@ -208,7 +222,11 @@ void kept(const Given& given, Step* step) {
   std::vector<KeepTest> keeps;
   for (const py::handle d : given.get<py::list>("keeps")) keeps.push_back(keep_of(d.cast<py::dict>()));
   if (keeps.size() != step->inputs.size()) throw py::value_error("as many keeps as inputs are needed");
+<<<<<<< HEAD
   const int64_t columns = columns_of(given, step->numel);
+=======
+  const int64_t columns = ranked_columns_of(given, *step);
+>>>>>>> n3
   OwnScore score = score_of(given.get<py::object>("score"), step->numel / columns);
   step->survey = std::make_shared<KeptSurvey>(given.backend, dtypes_of(*step), std::move(keeps), std::move(score),
                                               step->numel, columns);
@@ -227,7 +245,12 @@ const std::vector<Kind>& kinds() {
       {"combine", true, false, combine, {"rows", "per"}}, {"same", true, true, nullptr, {}},
       {"masked", true, false, masked, {"masked"}},        {"kept", false, false, kept, {"keeps", "score"}},
       {"measure", false, false, measure_inputs, {"per"}}, {"measure_deltas", false, false, measure_deltas, {"per"}},
+<<<<<<< HEAD
       {"divergence", false, false, divergence, {}},
+=======
+      {"divergence", false, false, divergence, {}},       {"masked", true, false, masked, {"masked"}},
+      {"kept", false, false, kept, {"keeps", "score"}},
+>>>>>>> n3
   };
   return all;
 }
