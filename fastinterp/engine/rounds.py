@@ -1,0 +1,169 @@
+"""Drives the tensors of a plan through the pump, in rounds: what they ask, and then what they write.
+
+A round is one run of the pump. It holds the sums of the tensors whose answers are in and the next requests of the
+tensors after them, so that no thread waits for an answer, and so that what is read again was read just before: it comes
+from the page cache. Where no tensor asks anything, all of them are one round.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastinterp.compute.ops import Row
+from fastinterp.compute.pump import Progress, Pump, watch
+from fastinterp.engine.place import Place, Step
+
+ROUND_BYTES = 256 << 20  # of inputs whose first request enters a round; one tensor at least
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Of one step: its answer, or None if it writes; and the statistics of each output that it wrote."""
+
+    answer: Any
+    stats: list[dict[str, float]]
+
+
+class Job:
+    """A tensor of which everything is known: one step writes it.
+
+    rows  one per output, or none: all inputs must have the same bytes
+
+    `stats` has an entry per output when it is done.
+    """
+
+    cost = 0  # bytes that the next steps read only to answer
+    whole = False  # whether it waits for an answer about the whole model
+
+    def __init__(self, place: Place, rows: Sequence[Row]):
+        self.place, self.rows = place, tuple(rows)
+        self.stats: list[dict[str, float]] = []
+        self.done = False
+
+    def steps(self) -> list[Step]:
+        """What the next round is to do for this tensor."""
+        place = self.place
+        return [place.combine(self.rows, range(len(self.rows))) if self.rows else place.same()]
+
+    def take(self, results: Sequence[Result]) -> None:
+        """What came of each of `steps`."""
+        self.stats, self.done = results[0].stats, True
+
+    def reads(self, k: int) -> tuple[int, ...]:
+        """The inputs that output k was made of."""
+        return self.rows[k].inputs if self.rows else tuple(range(len(self.place.operands)))
+
+    def copies(self, k: int) -> bool:
+        """Whether output k has the bytes of an input."""
+        return not self.rows or is_copy(self.place, self.rows[k])
+
+
+def is_copy(place: Place, row: Row) -> bool:
+    """Whether a sum has the bytes of an input."""
+    return row.is_copy and place.operands[row.pivot][2] == place.out_dtype
+
+
+class Machine:
+    """Runs steps, a round at a time, and counts what they cost.
+
+    settings   of every Pump: isa, sources, sinks, threads and so on
+    explained  the pump's error and the steps that it ran, as the exception to raise
+    total      bytes that all rounds are expected to read and write, for `progress`
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        explained: Callable[[tuple[Any, ...], Sequence[Step]], Exception],
+        total: int,
+        progress: Progress | None,
+    ):
+        self._settings, self._explained = settings, explained
+        self._total, self._progress = total, progress
+        self.bytes_read = self.bytes_written = self.rounds = self.scratch_bytes = 0
+
+    def run(self, steps: Sequence[Step]) -> list[Result]:
+        """Ends all threads before it returns or raises, KeyboardInterrupt included."""
+        pump = Pump(steps=[step.native for step in steps], **self._settings)
+        before = self.bytes_read + self.bytes_written
+        watch(pump, sum(step.nbytes for step in steps), self._shown(before))
+        error = pump.error()
+        if error is not None:
+            raise self._explained(error, steps)
+        self.bytes_read += pump.bytes_read
+        self.bytes_written += pump.bytes_written
+        self.scratch_bytes = max(self.scratch_bytes, pump.scratch_bytes)
+        self.rounds += 1
+        return [Result(answer, stats) for answer, stats in zip(pump.answers(), pump.stats(), strict=True)]
+
+    def _shown(self, before: int) -> Progress | None:
+        progress, total = self._progress, self._total
+        if progress is None:
+            return None
+        # The plan may have foreseen less than the answers then asked for: the total grows, it is never exceeded.
+        return lambda done, _: progress(before + done, max(total, before + done))
+
+    def finish(self) -> None:
+        """Tell the end of the last round."""
+        done = self.bytes_read + self.bytes_written
+        if self._progress and done != self._total:
+            self._progress(done, done)
+
+
+def drive(jobs: Sequence[Job], machine: Machine) -> None:
+    """Carry out all jobs, in their order: that of the output files."""
+    waiting = deque(jobs)
+    running: list[Job] = []
+    while True:
+        running += _admitted(waiting)
+        if running:
+            _round(running, machine)
+            running = [job for job in running if not (job.done or job.whole)]
+            continue
+        resting = [job for job in jobs if not job.done]
+        if not resting:
+            return
+        _ask_all(resting, jobs, machine)
+        waiting.extend(resting)
+
+
+def _admitted(waiting: deque[Job]) -> list[Job]:
+    """The jobs that enter a round: as many as ask for at most ROUND_BYTES together, at least one if any waits."""
+    taken: list[Job] = []
+    nbytes = 0
+    while waiting and (not taken or nbytes + waiting[0].cost <= ROUND_BYTES):
+        taken.append(waiting.popleft())
+        nbytes += taken[-1].cost
+    return taken
+
+
+def _round(jobs: Sequence[Job], machine: Machine) -> None:
+    """The next steps of each job. Those that write come first: so neighbours in a file are neighbours here."""
+    steps = [(job, step) for job in jobs for step in job.steps()]
+    steps.sort(key=lambda pair: "sinks" not in pair[1].native)
+    found: dict[int, list[Result]] = {id(job): [] for job in jobs}
+    if steps:
+        for (job, _), result in zip(steps, machine.run([step for _, step in steps]), strict=True):
+            found[id(job)].append(result)
+    for job in jobs:
+        job.take(found[id(job)])
+
+
+def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], machine: Machine) -> None:
+    """Answer what is asked about the whole model, when all tensors that do not ask are at their end."""
+    from fastinterp.engine.asking import Asking, asked_of_all
+
+    merged = [job for job in jobs if isinstance(job, Asking)]
+    waits = [job for job in resting if isinstance(job, Asking)]
+    for request in dict.fromkeys(r for job in waits for r in job.whole_requests):
+        probes = asked_of_all(request)
+        try:
+            probe = next(probes)
+            while True:
+                probe = probes.send(_added(merged, probe, machine))
+        except StopIteration as end:
+            for job in waits:
+                job.answer(request, end.value)
