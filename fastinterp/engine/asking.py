@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, overload
 
 from fastinterp.compute.masked import kept_step, masked_step, read_inputs, terms
-from fastinterp.compute.ops import Combine, Row
+from fastinterp.compute.ops import GroupRow, Row
 from fastinterp.compute.requests import (
     Divergence,
     GroupCombine,
@@ -20,10 +20,11 @@ from fastinterp.compute.requests import (
     MeasureKept,
     Request,
     Select,
+    Sum,
 )
 from fastinterp.engine.conversation import Conversation, inputs_of
+from fastinterp.engine.jobs import Job, Result, is_copy
 from fastinterp.engine.place import Place, Step
-from fastinterp.engine.rounds import Job, Result, is_copy
 
 Probes = Generator[Step, Any, Any]  # steps, sent their answers one by one; returns the answer to a request
 
@@ -55,7 +56,8 @@ class Asking(Job):
     @property
     def whole_requests(self) -> list[Select]:
         """The requests about the whole model that have no answer yet."""
-        return [r for r, seed in self._talk.requests if _is_whole(r) and (r, seed) not in self._answers]
+        asked = (r for r, seed in self._talk.requests if (r, seed) not in self._answers)
+        return [r for r in asked if isinstance(r, Select) and r.whole]
 
     def answer(self, request: Select, answer: Any) -> None:
         """The answer to one of `whole_requests`."""
@@ -67,14 +69,15 @@ class Asking(Job):
     def steps(self) -> list[Step]:
         if not self._talk.ended:
             return [step for _, step in self._probing.values()]
-        groups = _groups(self.place, self._talk.sums)
-        self._written = [outputs for outputs, _ in groups]
-        return [step for _, step in groups]
+        writers = _writers(self.place, self._talk.sums)
+        self._written = [outputs for outputs, _ in writers]
+        return [step for _, step in writers]
 
     def take(self, results: Sequence[Result]) -> None:
         if self._talk.ended:
-            found = {k: stats for ks, r in zip(self._written, results, strict=True) for k, stats in zip(ks, r.stats, strict=True)}
-            self.stats, self.done = [found[k] for k in range(len(found))], True
+            pairs = zip(self._written, results, strict=True)
+            found = {k: stats for outputs, r in pairs for k, stats in zip(outputs, r.stats, strict=True)}
+            self.stats, self.done = [found[k] for k in sorted(found)], True
             return
         for (asked, (probes, _)), result in zip(list(self._probing.items()), results, strict=True):
             try:
@@ -85,12 +88,10 @@ class Asking(Job):
         self._go_on()
 
     def reads(self, k: int) -> tuple[int, ...]:
-        asked = self._talk.sums[k]
-        return () if asked is None else inputs_of(asked, self.n)
+        return inputs_of(self._talk.sums[k], self.n)
 
     def copies(self, k: int) -> bool:
-        asked = self._talk.sums[k]
-        row = None if asked is None else _row(asked)
+        row = _row(self._talk.sums[k])
         return isinstance(row, Row) and is_copy(self.place, row)
 
     def _begin(self) -> None:
@@ -114,29 +115,154 @@ def _is_whole(request: Request) -> bool:
 # --- what is asked ---------------------------------------------------------------------------------------------------
 
 
+def asked_of_all(
+    request: Select, jobs: Sequence[Asking], run: Callable[[Sequence[Step]], list[Result]], window: int
+) -> Any:
+    """Answer a request about the whole model: each pass goes over all tensors, whose counts are added.
+
+    run     carries out steps
+    window  bytes that are read in one run, for its answers hold many counts until they are added
+    """
+    from fastinterp.compute.select import added, selecting
+
+    passes = selecting(request, sum(job.place.numel for job in jobs))
+    try:
+        asked = next(passes)
+        while True:
+            total: Any = None
+            for some in _windows([_histogram(request, asked, job.place, job.n) for job in jobs], window):
+                for result in run(some):
+                    total = result.answer if total is None else added(total, result.answer)
+            asked = passes.send(total)
+    except StopIteration as end:
+        return end.value
+
+
+def _windows(steps: Sequence[Step], nbytes: int) -> Iterator[list[Step]]:
+    window: list[Step] = []
+    for step in steps:
+        if window and sum(s.nbytes for s in window) + step.nbytes > nbytes:
+            yield window
+            window = []
+        window.append(step)
+    yield window
+
+
 def _probes(request: Request, place: Place, n: int, seed: int) -> Probes:
+    """The steps that answer one request."""
     inputs = inputs_of(request, n)
     if isinstance(request, Measure):
         kind = "measure_deltas" if request.deltas else "measure"
         if request.per == "tensor":
-            return (yield from _one(place.asking(kind, inputs), lambda answer: _measured(answer, n)[0]))
-        step = place.asking(kind, inputs, per=request.per, columns=place.columns)
-        return (yield from _one(step, lambda answer: _measured(answer, n)))
+            return Groups(n, (yield place.asking(kind, inputs)))[0]
+        return Groups(n, (yield place.asking(kind, inputs, per=request.per, columns=place.columns)))
     if isinstance(request, MeasureKept):
         keeps = kept_step(request, name=place.name, seed=seed)
-        return (yield from _one(place.asking("kept", inputs, keeps=keeps, columns=place.columns), _kept))
+        return _kept((yield place.asking("kept", inputs, keeps=keeps, columns=place.columns)), n)
     if isinstance(request, Divergence):
-        step = place.asking("divergence", inputs, columns=place.columns)
-        return (yield from _one(step, lambda answer: tuple(_flat(answer))))
-    raise NotImplementedError(request)
+        return tuple(_flat((yield place.asking("divergence", inputs, columns=place.columns)), "d"))
+    return (yield from _selected(request, place, n))
 
 
-def _one(step: Step, told: Callable[[Any], Any]) -> Probes:
-    return told((yield step))
+def _selected(request: Select, place: Place, n: int) -> Probes:
+    from fastinterp.compute.select import selecting
+
+    passes = selecting(request, place.numel)
+    try:
+        asked = next(passes)
+        while True:
+            asked = passes.send((yield _histogram(request, asked, place, n)))
+    except StopIteration as end:
+        return end.value
 
 
-class _measured(Sequence[Measured]):  # noqa: N801
-    pass
+def _histogram(request: Select, asked: Any, place: Place, n: int) -> Step:
+    """The step of one pass; `asked` is a Coarse or Fine of compute/select.py."""
+    score = request.score
+    inputs = inputs_of(request, n) if score else (0, *sorted(set(asked.vectors)))
+    at = {i: k for k, i in enumerate(inputs)}
+    keys = {name: getattr(asked, name) for name in ("every", "low", "high") if hasattr(asked, name)}
+    vectors = asked.vectors if score else tuple(at[i] for i in asked.vectors)
+    step = place.asking("histogram", inputs, vectors=vectors, columns=place.columns, **keys)
+    if score:
+        step.native.update(score=score.kind, factors=score.factors)
+    return step
+
+
+class Groups(Sequence[Measured]):
+    """What the pump measured: one Measured per group, made when it is looked at, since rows may be many.
+
+    answer  f64[groups * (n * (n + 1) / 2 + n)] and i64[groups * n], as the pump has them
+    """
+
+    def __init__(self, n: int, answer: tuple[Any, Any]):
+        self._n, self._sums, self._nonzero = n, _flat(answer[0], "d"), _flat(answer[1], "q")
+
+    def __len__(self) -> int:
+        return len(self._nonzero) // self._n
+
+    @overload
+    def __getitem__(self, at: int) -> Measured: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Measured]: ...
+    def __getitem__(self, at: int | slice) -> Measured | list[Measured]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        n, g = self._n, at % len(self)
+        width = n * (n + 1) // 2 + n
+        sums = self._sums[g * width : (g + 1) * width].tolist()
+        gram = [[0.0] * n for _ in range(n)]
+        upper = iter(sums)
+        for i in range(n):
+            for j in range(i, n):
+                gram[i][j] = gram[j][i] = next(upper)
+        return Measured(tuple(map(tuple, gram)), tuple(upper), tuple(self._nonzero[g * n : (g + 1) * n]))
+
+
+def _kept(answer: tuple[Any, Any], n: int) -> Kept:
+    sums, counts = _flat(answer[0], "d").tolist(), _flat(answer[1], "q").tolist()
+    return Kept(tuple(sums[:n]), tuple(sums[n:]), tuple(counts[:n]), tuple(counts[n:]))
+
+
+def _flat(values: Any, code: str) -> memoryview[Any]:
+    """A buffer of any shape as one dimension."""
+    flat: memoryview[Any] = memoryview(values).cast("B").cast(code)  # type: ignore[call-overload]
+    return flat
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
+
+
+def _row(asked: Sum) -> Row | GroupRow | MaskedCombine:
+    """What the kernels execute: sums that come to a plain one, or to a copy, as such."""
+    if isinstance(asked, MaskedCombine):
+        return asked if terms(asked) else Row(0)
+    return asked.row()
+
+
+def _writers(place: Place, sums: Sequence[Sum]) -> list[tuple[tuple[int, ...], Step]]:
+    """The steps that write all outputs, one for each kind of sum, and which outputs each of them writes."""
+    rows = [_row(asked) for asked in sums]
+    kinds: dict[str, list[int]] = {}
+    for k, (row, asked) in enumerate(zip(rows, sums, strict=True)):
+        per = asked.per if isinstance(row, GroupRow) and isinstance(asked, GroupCombine) else ""
+        kinds.setdefault(per or type(row).__name__, []).append(k)
+    return [(tuple(ks), _writer(place, kind, [rows[k] for k in ks], ks)) for kind, ks in kinds.items()]
+
+
+def _writer(place: Place, kind: str, rows: Sequence[Any], outputs: Sequence[int]) -> Step:
+    if isinstance(rows[0], Row):
+        return place.combine(rows, outputs)
+    if isinstance(rows[0], GroupRow):
+        inputs = sorted({i for row in rows for i in (row.pivot, *row.inputs)})
+        at = {i: k for k, i in enumerate(inputs)}
+        native = [(at[row.pivot], row.totals, [at[i] for i in row.inputs], row.weights) for row in rows]
+        return place.writing("combine", inputs, outputs, rows=native, per=kind, columns=place.columns)
+    inputs = sorted({i for row in rows for i in read_inputs(row)})
+    masked = [
+        masked_step(row, name=place.name, seed=place.seeds[k], inputs=inputs)
+        for row, k in zip(rows, outputs, strict=True)
+    ]
+    return place.writing("masked", inputs, outputs, masked=masked, columns=place.columns)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fastinterp.compute.masked import read_inputs
@@ -24,8 +25,8 @@ from fastinterp.compute.requests import (
     Selected,
     Sum,
 )
+from fastinterp.engine.place import check_coefficients
 from fastinterp.errors import MethodError
-from fastinterp.methods import LARGEST
 
 _FORESEEN = 64  # requests that a dry run follows: answers that are made up may lead in circles
 
@@ -41,14 +42,14 @@ class Conversation:
 
     def __init__(self, name: str, calls: Sequence[Callable[[], Any]], seeds: Sequence[int]):
         self.name, self.seeds = name, tuple(seeds)
-        self.sums: list[Sum | None] = [None] * len(calls)
+        self._sums: dict[int, Sum] = {}
         self._steps: list[Generator[Request, Any, Sum] | None] = [None] * len(calls)
         self._now: list[Request | None] = [None] * len(calls)
         for k, call in enumerate(calls):
             said = self._said(call)
             if isinstance(said, Generator):
                 self._steps[k] = said
-                self._go_on(k, lambda steps=said: next(steps))
+                self._go_on(k, partial(next, said))
             else:
                 self._end(k, said)
 
@@ -57,6 +58,11 @@ class Conversation:
         """What is asked now, each with its seed, in the order of the outputs."""
         asked = zip(self._now, self.seeds, strict=True)
         return list(dict.fromkeys((request, seed) for request, seed in asked if request is not None))
+
+    @property
+    def sums(self) -> list[Sum]:
+        """One per output; all of them only when the conversation has ended."""
+        return [self._sums[k] for k in sorted(self._sums)]
 
     @property
     def ended(self) -> bool:
@@ -68,7 +74,7 @@ class Conversation:
             steps = self._steps[k]
             if request is not None and steps is not None:
                 answer = answers[request, seed]
-                self._go_on(k, lambda steps=steps, answer=answer: steps.send(answer))
+                self._go_on(k, partial(steps.send, answer))
 
     def _go_on(self, k: int, go: Callable[[], Any]) -> None:
         try:
@@ -81,33 +87,24 @@ class Conversation:
         try:
             return call()
         except MethodError as error:
-            raise MethodError(f"{self.name}: {error.message}") from None
+            named = self.name in error.message
+            raise MethodError(error.message if named else f"{self.name}: {error.message}") from None
 
     def _end(self, k: int, asked: Sum) -> None:
-        check_sum(asked, self.name)
-        self.sums[k] = asked
+        _check(asked, self.name)
+        self._sums[k] = asked
 
 
-def check_sum(asked: Sum, name: str) -> None:
-    """See that float32 can hold the coefficients of a sum.
-
-    Raises: MethodError with the tensor's name, if it cannot, or if they are no numbers.
-    """
+def _check(asked: Sum, name: str) -> None:
     if isinstance(asked, Combine):
-        used = [asked.row().total, *asked.weights]
+        check_coefficients([asked.row().total, *asked.weights], name)
     elif isinstance(asked, GroupCombine):
-        totals = [] if asked.base is not None or asked.sums_to_one else [math.fsum(w) for w in asked.weights]
-        used = [*totals, *(w for group in asked.weights for w in group)]
+        check_coefficients((w for group in asked.weights for w in group), name)
+        if asked.base is None and not asked.sums_to_one:
+            check_coefficients((math.fsum(group) for group in asked.weights), name)
     else:
-        used = [*asked.weights, *(asked.votes or ()), *(asked.shares or ()), *(asked.alone or ())]
-    wrong = next((w for w in used if not abs(w) <= LARGEST), None)
-    if wrong is not None:
-        why = (
-            f"beyond float32's {LARGEST:.2g}"
-            if math.isinf(wrong) or abs(wrong) > LARGEST
-            else "no number, as the inputs hold NaN or Inf"
-        )
-        raise MethodError(f"{name}: the method makes a coefficient of {wrong:g}, {why}")
+        used = (asked.weights, asked.votes, asked.shares, asked.alone)
+        check_coefficients((w for some in used if some is not None for w in some), name)
 
 
 def inputs_of(asked: Request | Sum, n: int) -> tuple[int, ...]:
@@ -128,29 +125,32 @@ def inputs_of(asked: Request | Sum, n: int) -> tuple[int, ...]:
     return tuple(range(n))
 
 
-def foresee(
-    name: str, calls: Sequence[Callable[[], Any]], seeds: Sequence[int], n: int, shape: tuple[int, ...]
-) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """The reads of a tensor: what for, and of which inputs. With answers that are made up, so no data is touched.
+def foresee(talk: Conversation, n: int, shape: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """The reads of a tensor: for what, and of which inputs. With answers that are made up, so no data is touched.
 
-    Raises: MethodError, for what the method finds wrong before it has any answer.
+    talk  at its start; it is used up
     """
-    talk = Conversation(name, calls, seeds)
     reads: list[tuple[str, tuple[int, ...]]] = []
     try:
         while not talk.ended and len(reads) < _FORESEEN:
             for request, _ in talk.requests:
                 found = (_NAMES[type(request)], inputs_of(request, n))
-                reads += [found] * (2 if isinstance(request, Select) else 1)
+                reads += [found] * (_passes(request, shape) if isinstance(request, Select) else 1)
             talk.answer({(r, seed): _made_up(r, n, shape) for r, seed in talk.requests})
     except MethodError:
-        pass  # of answers that nobody gave
+        return (*reads, ("combine", tuple(range(n))))  # what is wrong are the answers
     kinds: dict[type, set[int]] = {}
     for asked in talk.sums:
-        if asked is not None:
-            kinds.setdefault(type(asked), set()).update(inputs_of(asked, n))
-    reads += [("combine", tuple(sorted(inputs))) for inputs in kinds.values()]
-    return tuple(reads if kinds else [*reads, ("combine", tuple(range(n)))])
+        kinds.setdefault(type(asked), set()).update(inputs_of(asked, n))
+    return (*reads, *(("combine", tuple(sorted(inputs))) for inputs in kinds.values()))
+
+
+def _passes(request: Select, shape: tuple[int, ...]) -> int:
+    """A sample, which costs little, tells where a second pass must look; small tensors have no sample."""
+    from fastinterp.compute.select import sample_every
+
+    numel = math.prod(shape)
+    return 1 if sample_every(numel, [k if request.nonzero else k / numel for _, k in request.ranks]) > 1 else 2
 
 
 _NAMES = {Measure: "measure", MeasureKept: "measure", Divergence: "divergence", Select: "select"}
@@ -173,7 +173,9 @@ def _made_up(request: Request, n: int, shape: tuple[int, ...]) -> Any:
     if isinstance(request, Divergence):
         return tuple(1e-3 * (1 + r % 7) for r in range(rows))
     total = 1.0 if request.nonzero else float(max(numel, *(k for _, k in request.ranks)))
-    return tuple(Selected(0x3C000000 - int(0x1000000 * k / total), math.ceil(k / total * numel)) for _, k in request.ranks)
+    return tuple(
+        Selected(0x3C000000 - int(0x1000000 * k / total), math.ceil(k / total * numel)) for _, k in request.ranks
+    )
 
 
 def _near(n: int, numel: int, scale: float, deltas: bool) -> Measured:

@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastinterp.compute.ops import Row
+from fastinterp.errors import MethodError
+from fastinterp.methods import LARGEST
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the pump does at a time, as it takes it, and the bytes that it reads and writes for it."""
+    """What the pump does for a tensor at a time, as it takes it, and the bytes that it reads and writes for it."""
 
+    name: str
     native: dict[str, Any]
     nbytes: int
 
@@ -54,7 +57,7 @@ class Place:
     def asking(self, kind: str, inputs: Sequence[int], **keys: Any) -> Step:
         """A step that reads these inputs and answers."""
         native = {"kind": kind, "inputs": [self.operands[i] for i in inputs], "numel": self.numel, **keys}
-        return Step(native, sum(self.nbytes[i] for i in inputs))
+        return Step(self.name, native, sum(self.nbytes[i] for i in inputs))
 
     def writing(self, kind: str, inputs: Sequence[int], outputs: Sequence[int], **keys: Any) -> Step:
         """A step that reads these inputs and writes these of the outputs."""
@@ -69,7 +72,7 @@ class Place:
         }
         if self.keys:
             native["keys"] = [self.keys[k] for k in outputs]
-        return Step(native, sum(self.nbytes[i] for i in inputs) + self.out_bytes * len(outputs))
+        return Step(self.name, native, sum(self.nbytes[i] for i in inputs) + self.out_bytes * len(outputs))
 
     def combine(self, rows: Sequence[Row], outputs: Sequence[int]) -> Step:
         """The step that writes these outputs, each the sum that its row says."""
@@ -82,7 +85,7 @@ class Place:
         outputs = range(len(self.sinks))
         step = self.writing("same", range(len(self.operands)), outputs)
         native = {k: v for k, v in step.native.items() if k not in ("out_dtype", "keys")}
-        return Step({**native, "numel": self.nbytes[0]}, step.nbytes)
+        return Step(self.name, {**native, "numel": self.nbytes[0]}, step.nbytes)
 
 
 def renumbered(rows: Iterable[Row]) -> tuple[tuple[int, ...], tuple[Row, ...]]:
@@ -92,3 +95,15 @@ def renumbered(rows: Iterable[Row]) -> tuple[tuple[int, ...], tuple[Row, ...]]:
     at = {i: place for place, i in enumerate(inputs)}
     moved = (replace(row, pivot=at[row.pivot], terms=tuple((at[i], w) for i, w in row.terms)) for row in rows)
     return inputs, tuple(moved)
+
+
+def check_coefficients(values: Iterable[float], name: str) -> None:
+    """See that float32 can hold the coefficients of a sum.
+
+    Raises: MethodError with the tensor's name, if it cannot, or if they are no numbers.
+    """
+    for value in values:
+        if not abs(value) <= LARGEST:
+            why = "is no number" if math.isnan(value) else "is beyond float32's 3.4e38"
+            remedy = "Change the parameters, or look for NaN and Inf in the models"
+            raise MethodError(f"a coefficient of {name} {why}: {value:g}. {remedy}")

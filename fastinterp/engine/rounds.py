@@ -9,61 +9,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from fastinterp.compute.ops import Row
 from fastinterp.compute.pump import Progress, Pump, watch
-from fastinterp.engine.place import Place, Step
+from fastinterp.engine.jobs import Job, Result
+from fastinterp.engine.place import Step
 
 ROUND_BYTES = 256 << 20  # of inputs whose first request enters a round; one tensor at least
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Of one step: its answer, or None if it writes; and the statistics of each output that it wrote."""
-
-    answer: Any
-    stats: list[dict[str, float]]
-
-
-class Job:
-    """A tensor of which everything is known: one step writes it.
-
-    rows  one per output, or none: all inputs must have the same bytes
-
-    `stats` has an entry per output when it is done.
-    """
-
-    cost = 0  # bytes that the next steps read only to answer
-    whole = False  # whether it waits for an answer about the whole model
-
-    def __init__(self, place: Place, rows: Sequence[Row]):
-        self.place, self.rows = place, tuple(rows)
-        self.stats: list[dict[str, float]] = []
-        self.done = False
-
-    def steps(self) -> list[Step]:
-        """What the next round is to do for this tensor."""
-        place = self.place
-        return [place.combine(self.rows, range(len(self.rows))) if self.rows else place.same()]
-
-    def take(self, results: Sequence[Result]) -> None:
-        """What came of each of `steps`."""
-        self.stats, self.done = results[0].stats, True
-
-    def reads(self, k: int) -> tuple[int, ...]:
-        """The inputs that output k was made of."""
-        return self.rows[k].inputs if self.rows else tuple(range(len(self.place.operands)))
-
-    def copies(self, k: int) -> bool:
-        """Whether output k has the bytes of an input."""
-        return not self.rows or is_copy(self.place, self.rows[k])
-
-
-def is_copy(place: Place, row: Row) -> bool:
-    """Whether a sum has the bytes of an input."""
-    return row.is_copy and place.operands[row.pivot][2] == place.out_dtype
 
 
 class Machine:
@@ -82,7 +34,7 @@ class Machine:
         progress: Progress | None,
     ):
         self._settings, self._explained = settings, explained
-        self._total, self._progress = total, progress
+        self._total, self._told, self._progress = total, 0, progress
         self.bytes_read = self.bytes_written = self.rounds = self.scratch_bytes = 0
 
     def run(self, steps: Sequence[Step]) -> list[Result]:
@@ -100,16 +52,22 @@ class Machine:
         return [Result(answer, stats) for answer, stats in zip(pump.answers(), pump.stats(), strict=True)]
 
     def _shown(self, before: int) -> Progress | None:
-        progress, total = self._progress, self._total
+        progress = self._progress
         if progress is None:
             return None
-        # The plan may have foreseen less than the answers then asked for: the total grows, it is never exceeded.
-        return lambda done, _: progress(before + done, max(total, before + done))
+
+        def shown(done: int, _: int) -> None:
+            # Answers may lead to more or less than was foreseen: the total may grow, what is done never shrinks.
+            self._told = max(self._told, before + done)
+            self._total = max(self._total, self._told)
+            progress(self._told, self._total)
+
+        return shown
 
     def finish(self) -> None:
-        """Tell the end of the last round."""
+        """Tell the end, where it is another one than foreseen."""
         done = self.bytes_read + self.bytes_written
-        if self._progress and done != self._total:
+        if self._progress and not self._told == self._total == done:
             self._progress(done, done)
 
 
@@ -159,11 +117,6 @@ def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], machine: Machine) -> N
     merged = [job for job in jobs if isinstance(job, Asking)]
     waits = [job for job in resting if isinstance(job, Asking)]
     for request in dict.fromkeys(r for job in waits for r in job.whole_requests):
-        probes = asked_of_all(request)
-        try:
-            probe = next(probes)
-            while True:
-                probe = probes.send(_added(merged, probe, machine))
-        except StopIteration as end:
-            for job in waits:
-                job.answer(request, end.value)
+        answer = asked_of_all(request, merged, machine.run, ROUND_BYTES)
+        for job in waits:
+            job.answer(request, answer)
