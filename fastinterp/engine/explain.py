@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from fastinterp.compute.backends import cpu_threads
-from fastinterp.compute.ops import Combine
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.schedule import Window, make_window
 from fastinterp.engine.tensors import PlannedTensor
@@ -131,31 +130,10 @@ def _expression(plan: Plan, tensor: PlannedTensor) -> str:
 
 
 def _formula(plan: Plan) -> str:
-    """The merge in one line, then which model each symbol stands for; for people.
-
-    out = x0 + 0.6*(x1 - x0) - 0.3*(x2 - x0)
-    x0 = models/base
-    ...
-    """
-    method = plan.recipes[0].method
-    asked = {t.sums[0] for t in plan.tensors if t.sums}
-    plain = len(asked) == 1 and not any(t.program for t in plan.tensors)
-    read = plan.inputs_read
-    legend = [f"x{i} = {c.name}{'' if i in read else ' (weight 0: not read)'}" for i, c in enumerate(plan.checkpoints)]
-    if plain:
-        return "\n".join([f"out = {_sum(asked.pop())}", *legend])
-    return "\n".join([method.doc.split("\n")[0].partition(". ")[2].strip() or method.name, *legend])
-
-
-def _sum(asked: Combine) -> str:
-    weights, base = asked.weights, asked.base
-    terms = [(w, f"x{i}" if base is None else f"(x{i} - x{base})") for i, w in enumerate(weights) if w != 0.0]
-    if base is not None:
-        terms.insert(0, (1.0, f"x{base}"))
-    signed = "".join(
-        f" {'-' if w < 0 else '+'} {'' if abs(w) == 1.0 else f'{abs(w):.9g}*'}{symbol}" for w, symbol in terms
-    )
-    return signed.removeprefix(" + ") if not signed.startswith(" - ") else "-" + signed.removeprefix(" - ")
+    """The recipe's formula and legend, with the side-cars behind the models."""
+    models = len(plan.recipes[0].models)
+    beside = [f"x{i} = {c.name}" for i, c in enumerate(plan.checkpoints) if i >= models]
+    return "\n".join([plan.recipes[0].formula(), *beside])
 
 
 def _copies(tensor: PlannedTensor) -> bool:

@@ -13,9 +13,10 @@ from typing import Any
 from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.ops import philox_key
 from fastinterp.compute.pump import Progress, reserve
+from fastinterp.engine.jobs import Job
 from fastinterp.engine.place import Place, Step
 from fastinterp.engine.plan import Plan
-from fastinterp.engine.rounds import Job, Machine, drive
+from fastinterp.engine.rounds import Machine, drive
 from fastinterp.engine.sources import Sources, remedy, storage
 from fastinterp.engine.tensors import PlannedTensor
 from fastinterp.errors import OutputError, ShapeError, UsageError

@@ -76,7 +76,7 @@ class PlannedTensor:
 def sidecar_names(points: Sequence[Target], method: Method) -> list[str]:
     """The further checkpoints that any target's parameters name, each once, in the order of their use."""
     keywords = [p.keyword for p in method.parameters if p.kind is Sidecar]
-    found = (name for t in points for keyword in keywords for _, name in _named(t, keyword))
+    found = (name for t in points if not t.copies for keyword in keywords for _, name in _named(t, keyword))
     return list(dict.fromkeys(found))
 
 
@@ -141,6 +141,8 @@ class _Planner:
         # What is kept is the dtype of the model whose config.json is copied, which need not be merged itself.
         named = self._origin.tensors.get(one.name, kept).dtype
         dtype = recipe.out_dtype or recipe.dtype or (named if named.merges else kept.dtype)
+        if one.copies:
+            return _summed(one.name, dtype, kept.shape, found, [Combine((1.0,))] * len(targets))
         self._check_count(one)
         calls = tuple(self._call(k, target, kept) for k, target in enumerate(targets))
         asked = [call() for call in calls] if not self._method.generator else []

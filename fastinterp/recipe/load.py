@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastinterp.compute.dtypes import DType, parse_dtype
+from fastinterp.compute.ops import Combine
 from fastinterp.errors import MethodError
-from fastinterp.methods import Method, clipped, shown, suggestion
+from fastinterp.methods import LARGEST, Method, clipped, shown, suggestion
 from fastinterp.recipe.document import Document, read
 from fastinterp.recipe.parameters import resolve
 from fastinterp.recipe.schema import Place, Reference, Wish, check, method_of
@@ -33,6 +34,8 @@ class Recipe:
     integers      the one of `models` whose integer tensors are taken where the models differ, or None: they must agree
     text          the recipe for receipts: the user's own text, or YAML of the mapping that was given
     file          what messages call the source, or None
+    coefficients  what the method asks for, if that is the same for every tensor and known without reading any;
+                  else None; read it through `combine`
     """
 
     method: Method
@@ -48,6 +51,42 @@ class Recipe:
     integers: str | None
     text: str
     file: str | None
+    coefficients: Combine | None
+
+    def combine(self, tensor: str) -> Combine:
+        """What the method asks for the tensor of this name, where that is the same for every tensor.
+
+        Raises: ValueError, if it is not.
+        """
+        if self.coefficients is None:
+            raise ValueError("what the method asks for is not the same for every tensor")
+        return self.coefficients
+
+    def formula(self) -> str:
+        """The merge in one line, then which model each symbol stands for; for people.
+
+        out = x0 + 0.6*(x1 - x0) - 0.3*(x2 - x0)
+        x0 = models/base
+        ...
+
+        Where the coefficients are not known beforehand, it is the method's own formula.
+        """
+        if self.coefficients is None:
+            out = self.method.doc.partition("\n")[0].partition("out = ")[2] or f"{self.method.name}(x0, x1, ...)"
+            return "\n".join([f"out = {out}", *(f"x{i} = {name}" for i, name in enumerate(self.models))])
+        weights, base = self.coefficients.weights, self.coefficients.base
+        terms = [(w, f"x{i}" if base is None else f"(x{i} - x{base})") for i, w in enumerate(weights) if w != 0.0]
+        if base is not None:
+            terms.insert(0, (1.0, f"x{base}"))
+        signed = "".join(
+            f" {'-' if w < 0 else '+'} {'' if abs(w) == 1.0 else f'{abs(w):.9g}*'}{symbol}" for w, symbol in terms
+        )
+        unread = [i for i, w in enumerate(weights) if w == 0.0 and i != base]
+        legend = [
+            f"x{i} = {name}{' (weight 0: not read)' if i in unread else ''}" for i, name in enumerate(self.models)
+        ]
+        out = signed.removeprefix(" + ") if not signed.startswith(" - ") else "-" + signed.removeprefix(" - ")
+        return "\n".join([f"out = {out}", *legend])
 
 
 def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], *, file: str | None = None) -> Recipe:
@@ -89,6 +128,7 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], *, file: str
         integers=_integers(document, wish, models),
         text=document.text,
         file=document.file,
+        coefficients=_coefficients(document, method, models, parameters),
     )
 
 
@@ -201,3 +241,24 @@ def _integers(document: Document, wish: Wish, models: tuple[str, ...]) -> str | 
         if same_model(model, name):
             return model
     raise document.error(f"`integers` must name a model that is merged, got {shown(name)}", "$.integers")
+
+
+def _coefficients(
+    document: Document, method: Method, models: tuple[str, ...], parameters: Mapping[str, Any]
+) -> Combine | None:
+    """Run the method, and see that float32 can hold what it asks for. None, if that depends on the tensor."""
+    if method.generator or method.fn.__code__.co_argcount > 1:
+        return None
+    try:
+        asked = method(len(models), **{p.keyword: parameters[p.name] for p in method.parameters})
+    except MethodError as error:
+        raise document.error(error.message, "$.models", kind=MethodError) from None
+    if not isinstance(asked, Combine):
+        return None
+    row = asked.row()
+    largest = max([abs(row.total), *(abs(w) for w in asked.weights)])
+    if not largest <= LARGEST:
+        raise document.error(
+            f"the parameters make a coefficient of {largest:g}, beyond float32's 3.4e38", "$.models", kind=MethodError
+        )
+    return asked

@@ -19,6 +19,8 @@ class Target:
     inputs         (index in Recipe.models, name of the tensor there), in the order in which the method sees them
     parameters     keyword -> what the method is given: one value, or a tuple with one per input other than the base
     layer, layers  as in Tensor
+    copies         the method is not asked: the one input is copied
+    has_base       the first input is the method's base
     """
 
     name: str
@@ -26,6 +28,8 @@ class Target:
     parameters: Mapping[str, Any]
     layer: int | None = None
     layers: int = 0
+    copies: bool = False
+    has_base: bool = False
 
 
 def targets(recipe: Recipe, names: Sequence[Collection[str]]) -> list[Target]:
@@ -38,7 +42,9 @@ def targets(recipe: Recipe, names: Sequence[Collection[str]]) -> list[Target]:
     for i, found in enumerate(names):
         _check_same(recipe.models[lead], names[lead], recipe.models[i], found)
     parameters = {p.keyword: recipe.parameters[p.name] for p in recipe.method.parameters}
-    return [Target(name, tuple((i, name) for i in range(len(names))), parameters) for name in names[lead]]
+    inputs = range(len(names))
+    based = recipe.base is not None
+    return [Target(name, tuple((i, name) for i in inputs), parameters, has_base=based) for name in names[lead]]
 
 
 def _check_same(lead: str, ours: Collection[str], other: str, theirs: Collection[str]) -> None:
