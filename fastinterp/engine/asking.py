@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, overload
 
-from fastinterp.compute.masked import kept_step, masked_step, read_inputs, terms
+from fastinterp.compute.masked import kept_of, kept_step, masked_step, read_inputs, terms
 from fastinterp.compute.ops import GroupRow, Row
 from fastinterp.compute.requests import (
     Divergence,
     GroupCombine,
-    Kept,
     MaskedCombine,
     Measure,
     Measured,
@@ -157,8 +156,9 @@ def _probes(request: Request, place: Place, n: int, seed: int) -> Probes:
             return Groups(n, (yield place.asking(kind, inputs)))[0]
         return Groups(n, (yield place.asking(kind, inputs, per=request.per, columns=place.columns)))
     if isinstance(request, MeasureKept):
-        keeps = kept_step(request, name=place.name, seed=seed)
-        return _kept((yield place.asking("kept", inputs, keeps=keeps, columns=place.columns)), n)
+        keys = kept_step(request, name=place.name, seed=seed)
+        sums, counts = yield place.asking("kept", inputs, columns=place.columns, **keys)
+        return kept_of(_flat(sums, "d").tolist(), _flat(counts, "q").tolist())
     if isinstance(request, Divergence):
         return tuple(_flat((yield place.asking("divergence", inputs, columns=place.columns)), "d"))
     return (yield from _selected(request, place, n))
@@ -219,11 +219,6 @@ class Groups(Sequence[Measured]):
             for j in range(i, n):
                 gram[i][j] = gram[j][i] = next(upper)
         return Measured(tuple(map(tuple, gram)), tuple(upper), tuple(self._nonzero[g * n : (g + 1) * n]))
-
-
-def _kept(answer: tuple[Any, Any], n: int) -> Kept:
-    sums, counts = _flat(answer[0], "d").tolist(), _flat(answer[1], "q").tolist()
-    return Kept(tuple(sums[:n]), tuple(sums[n:]), tuple(counts[:n]), tuple(counts[n:]))
 
 
 def _flat(values: Any, code: str) -> memoryview[Any]:

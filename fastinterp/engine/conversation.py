@@ -169,7 +169,8 @@ def _made_up(request: Request, n: int, shape: tuple[int, ...]) -> Any:
         share = [0.0, *(k.chance if k.least == 0 else 0.5 * k.chance for k in request.keeps[1:])]
         sizes = (0.0, *(0.01 * numel,) * (n - 1))
         kept = tuple(round(s * numel) for s in share)
-        return Kept(sizes, tuple(s * x for s, x in zip(share, sizes, strict=True)), kept, tuple(k // 2 for k in kept))
+        part = tuple(s * x for s, x in zip(share, sizes, strict=True))
+        return Kept(sizes, part, kept, tuple(k // 2 for k in kept), tuple(0.01 * x for x in part))
     if isinstance(request, Divergence):
         return tuple(1e-3 * (1 + r % 7) for r in range(rows))
     total = 1.0 if request.nonzero else float(max(numel, *(k for _, k in request.ranks)))
