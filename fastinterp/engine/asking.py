@@ -5,7 +5,7 @@ Imported only where a plan has such tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, overload
 
 from fastinterp.compute.masked import kept_of, kept_step, masked_step, read_inputs, terms
@@ -46,7 +46,7 @@ class Asking(Job):
 
     @property
     def cost(self) -> int:  # type: ignore[override]
-        return sum(step.nbytes for _, step in self._probing.values())
+        return 0 if self._talk.ended else sum(self.place.nbytes)
 
     @property
     def whole(self) -> bool:  # type: ignore[override]
@@ -115,36 +115,34 @@ def _is_whole(request: Request) -> bool:
 
 
 def asked_of_all(
-    request: Select, jobs: Sequence[Asking], run: Callable[[Sequence[Step]], list[Result]], window: int
+    request: Select, jobs: Sequence[Asking], run: Callable[[Sequence[Step]], list[Result]], most: int
 ) -> Any:
     """Answer a request about the whole model: each pass goes over all tensors, whose counts are added.
 
-    run     carries out steps
-    window  bytes that are read in one run, for its answers hold many counts until they are added
+    run   carries out steps
+    most  bytes of answers at a time: they hold many counts until they are added
     """
-    from fastinterp.compute.select import added, selecting
+    from fastinterp.compute.select import selecting
 
     passes = selecting(request, sum(job.place.numel for job in jobs))
     try:
         asked = next(passes)
         while True:
-            total: Any = None
-            for some in _windows([_histogram(request, asked, job.place, job.n) for job in jobs], window):
-                for result in run(some):
-                    total = result.answer if total is None else added(total, result.answer)
+            total: Sequence[Any] = ()
+            at_a_time = max(1, most // (8 * asked.bins))
+            for first in range(0, len(jobs), at_a_time):
+                some = jobs[first : first + at_a_time]
+                for result in run([_histogram(request, asked, job.place, job.n) for job in some]):
+                    total = _added(total, result.answer)
             asked = passes.send(total)
     except StopIteration as end:
         return end.value
 
 
-def _windows(steps: Sequence[Step], nbytes: int) -> Iterator[list[Step]]:
-    window: list[Step] = []
-    for step in steps:
-        if window and sum(s.nbytes for s in window) + step.nbytes > nbytes:
-            yield window
-            window = []
-        window.append(step)
-    yield window
+def _added(total: Sequence[Any], more: Sequence[Any]) -> Sequence[Any]:
+    for one, other in zip(total, more, strict=True) if total else ():
+        one.add(other)
+    return total or more
 
 
 def _probes(request: Request, place: Place, n: int, seed: int) -> Probes:
@@ -160,7 +158,7 @@ def _probes(request: Request, place: Place, n: int, seed: int) -> Probes:
         sums, counts = yield place.asking("kept", inputs, columns=place.columns, **keys)
         return kept_of(_flat(sums, "d").tolist(), _flat(counts, "q").tolist())
     if isinstance(request, Divergence):
-        return tuple(_flat((yield place.asking("divergence", inputs, columns=place.columns)), "d"))
+        return tuple(_flat((yield place.asking("divergence", inputs, columns=place.columns))[0], "d"))
     return (yield from _selected(request, place, n))
 
 
@@ -178,15 +176,13 @@ def _selected(request: Select, place: Place, n: int) -> Probes:
 
 def _histogram(request: Select, asked: Any, place: Place, n: int) -> Step:
     """The step of one pass; `asked` is a Coarse or Fine of compute/select.py."""
-    score = request.score
-    inputs = inputs_of(request, n) if score else (0, *sorted(set(asked.vectors)))
-    at = {i: k for k, i in enumerate(inputs)}
-    keys = {name: getattr(asked, name) for name in ("every", "low", "high") if hasattr(asked, name)}
-    vectors = asked.vectors if score else tuple(at[i] for i in asked.vectors)
-    step = place.asking("histogram", inputs, vectors=vectors, columns=place.columns, **keys)
-    if score:
-        step.native.update(score=score.kind, factors=score.factors)
-    return step
+    from fastinterp.compute.select import elements_read, step
+
+    native = step(request, asked, place.numel, place.columns)
+    share = elements_read(asked, place.numel) / place.numel
+    read = range(n) if request.score else {0, *asked.vectors}
+    nbytes = round(share * sum(place.nbytes[i] for i in read))
+    return Step(place.name, {**native, "inputs": list(place.operands[:n])}, nbytes, 8 * asked.bins)
 
 
 class Groups(Sequence[Measured]):

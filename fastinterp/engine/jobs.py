@@ -26,7 +26,7 @@ class Job:
     `stats` has an entry per output when it is done.
     """
 
-    cost = 0  # bytes that the next steps read only to answer
+    cost = 0  # bytes of the inputs, if they will be read again
     whole = False  # whether it waits for an answer about the whole model
 
     def __init__(self, place: Place, rows: Sequence[Row]):

@@ -53,8 +53,7 @@ def merge_tensors(
     Raises: UsageError, MethodError (one of them), ShapeError, BackendError.
     """
     models = _listed(tensors, "tensors")
-    if not isinstance(name, str):
-        raise UsageError(f"`name` must be text, got {name!r}")
+    name = _text(name, "name")
     dicts = [{name: x} for x in models]
     origin = None if base is None else {name: base}
     labels = [*([] if base is None else ["base"]), *(f"tensor {i}" for i in range(len(dicts)))]
@@ -102,6 +101,12 @@ def _listed(given: Any, what: str) -> list[Any]:
     return found
 
 
+def _text(given: object, what: str) -> str:
+    if not isinstance(given, str):
+        raise UsageError(f"`{what}` must be text, got {given!r}")
+    return given
+
+
 def _mapping(parameters: Any) -> Mapping[str, Any]:
     if parameters is not None and not isinstance(parameters, Mapping):
         raise UsageError(f"`parameters` must be a mapping of names to values, got {type(parameters).__name__}")
@@ -123,9 +128,7 @@ class _Merge:
         rounding: str,
         threads: int | None,
     ):
-        if not isinstance(method, (str, Method)):
-            raise UsageError(f"`method` must be a name, as 'slerp', got {method!r}")
-        self.method = find(method) if isinstance(method, str) else method
+        self.method = method if isinstance(method, Method) else find(_text(method, "method"))
         self._check_base(base)
         self.inputs: list[Arrays] = [*([] if base is None else [base]), *models]
         self.labels = list(labels)
@@ -134,11 +137,9 @@ class _Merge:
             count = f"exactly {low}" if low == high else f"{low} to {high}"
             raise MethodError(f"`{self.method.name}` takes {count} models, the base included, got {len(self.inputs)}")
         self.dtype = None if dtype is None else _dtype(dtype)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise UsageError(f"the seed must be a whole number in 0..2**64-1, got {seed!r}")
         if rounding not in ("nearest", "stochastic"):
             raise UsageError(f"rounding must be nearest or stochastic, got {rounding!r}")
-        self.seed, self.stochastic = seed, rounding == "stochastic"
+        self.seed, self.stochastic = _seed(seed), rounding == "stochastic"
         self.isa, self.threads = cpu_isa(), cpu_threads(threads)
         self.sidecars: list[Arrays] = []
         self.parameters = self._resolved(parameters, len(models))
@@ -289,6 +290,12 @@ def _dtype(given: object) -> DType:
     if found is None:
         raise UsageError(f"unknown dtype {given!r}. Give a name, as 'float32'; float64 to float8 can be stored")
     return found
+
+
+def _seed(given: object) -> int:
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < 2**64:
+        raise UsageError(f"the seed must be a whole number in 0..2**64-1, got {given!r}")
+    return given
 
 
 def _explained(error: tuple[Any, ...], steps: Sequence[Step]) -> FastinterpError:

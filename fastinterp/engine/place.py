@@ -14,11 +14,17 @@ from fastinterp.methods import LARGEST
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the pump does for a tensor at a time, as it takes it, and the bytes that it reads and writes for it."""
+    """What the pump does for a tensor at a time.
+
+    native  as the pump takes it
+    nbytes  that it reads and writes for it
+    held    bytes of its answer
+    """
 
     name: str
     native: dict[str, Any]
     nbytes: int
+    held: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from fastinterp.compute.pump import Progress, Pump, watch
 from fastinterp.engine.jobs import Job, Result
 from fastinterp.engine.place import Step
 
-ROUND_BYTES = 256 << 20  # of inputs whose first request enters a round; one tensor at least
+ROUND_BYTES = 256 << 20  # of inputs that a round reads for the first time; one tensor at least
+HELD_BYTES = 64 << 20  # of answers at a time; those to one tensor at least
 
 
 class Machine:
@@ -74,12 +75,11 @@ class Machine:
 def drive(jobs: Sequence[Job], machine: Machine) -> None:
     """Carry out all jobs, in their order: that of the output files."""
     waiting = deque(jobs)
-    running: list[Job] = []
+    running: deque[Job] = deque()
     while True:
         running += _admitted(waiting)
         if running:
-            _round(running, machine)
-            running = [job for job in running if not (job.done or job.whole)]
+            running.extend(job for job in _round(running, machine) if not (job.done or job.whole))
             continue
         resting = [job for job in jobs if not job.done]
         if not resting:
@@ -89,7 +89,7 @@ def drive(jobs: Sequence[Job], machine: Machine) -> None:
 
 
 def _admitted(waiting: deque[Job]) -> list[Job]:
-    """The jobs that enter a round: as many as ask for at most ROUND_BYTES together, at least one if any waits."""
+    """The jobs that enter a round: as many as have ROUND_BYTES of inputs together, at least one if any waits."""
     taken: list[Job] = []
     nbytes = 0
     while waiting and (not taken or nbytes + waiting[0].cost <= ROUND_BYTES):
@@ -98,16 +98,29 @@ def _admitted(waiting: deque[Job]) -> list[Job]:
     return taken
 
 
-def _round(jobs: Sequence[Job], machine: Machine) -> None:
-    """The next steps of each job. Those that write come first: so neighbours in a file are neighbours here."""
-    steps = [(job, step) for job in jobs for step in job.steps()]
+def _round(running: deque[Job], machine: Machine) -> list[Job]:
+    """Take the next steps of each job, as long as their answers can be held; those jobs leave `running`.
+
+    Steps that write come first, so that neighbours in a file are neighbours here.
+    """
+    taken: list[Job] = []
+    steps: list[tuple[int, Step]] = []
+    held = 0
+    while running:
+        own = running[0].steps()
+        held += sum(step.held for step in own)
+        if taken and held > HELD_BYTES:
+            break
+        steps += [(len(taken), step) for step in own]
+        taken.append(running.popleft())
     steps.sort(key=lambda pair: "sinks" not in pair[1].native)
-    found: dict[int, list[Result]] = {id(job): [] for job in jobs}
+    found: list[list[Result]] = [[] for _ in taken]
     if steps:
-        for (job, _), result in zip(steps, machine.run([step for _, step in steps]), strict=True):
-            found[id(job)].append(result)
-    for job in jobs:
-        job.take(found[id(job)])
+        for (at, _), result in zip(steps, machine.run([step for _, step in steps]), strict=True):
+            found[at].append(result)
+    for job, results in zip(taken, found, strict=True):
+        job.take(results)
+    return taken
 
 
 def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], machine: Machine) -> None:
@@ -117,6 +130,6 @@ def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], machine: Machine) -> N
     merged = [job for job in jobs if isinstance(job, Asking)]
     waits = [job for job in resting if isinstance(job, Asking)]
     for request in dict.fromkeys(r for job in waits for r in job.whole_requests):
-        answer = asked_of_all(request, merged, machine.run, ROUND_BYTES)
+        answer = asked_of_all(request, merged, machine.run, HELD_BYTES)
         for job in waits:
             job.answer(request, answer)
