@@ -179,7 +179,7 @@ def _metadata(recipe: Recipe) -> dict[str, str]:
     are stored as the user named them. Time, output folder and threads are not, so that the same merge of the same
     names gives the same bytes everywhere.
     """
-    asked, stored = recipe.coefficients, recipe.out_dtype or recipe.dtype
+    asked, stored = recipe.combine(""), recipe.out_dtype or recipe.dtype
     receipt = {
         "fastinterp": __version__,
         "numerics": NUMERICS,
