@@ -126,7 +126,7 @@ class Resolver:
             self.constant = self._resolve("", ("",) * len(part.sources), None)
 
     def parameters(self, out: str, inputs: tuple[str, ...], place: Place | None) -> dict[str, Any]:
-        """Name -> value, or a tuple with one value per source other than the base. Equal ones are the same object.
+        """Keyword -> value, or a tuple with one value per source other than the base. Equal ones are the same object.
 
         out     name of the output tensor: what filters of a parameter for the whole merge look at
         inputs  its names in the sources: what those of a parameter per model look at
@@ -143,7 +143,7 @@ class Resolver:
         )
         found = self.known.get(key := repr(values))  # repr: 1 and True are equal, and so are 0.0 and -0.0
         if found is None:
-            found = {p.name: value for p, value in zip(self.method.parameters, values, strict=True)}
+            found = {p.keyword: value for p, value in zip(self.method.parameters, values, strict=True)}
             self.known[key] = found
         return found
 
