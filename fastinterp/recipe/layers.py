@@ -97,7 +97,7 @@ def _numbers(parts: list[str]) -> list[tuple[str, int, str]]:
     return [
         (".".join(parts[:i]), int(part), ".".join(parts[i + 1 :]))
         for i, part in enumerate(parts)
-        if 0 < i < len(parts) - 1 and part.isdecimal() and len(part) < 7
+        if 0 < i < len(parts) - 1 and part.isdecimal() and part.isascii() and str(int(part[:7])) == part
     ]
 
 
