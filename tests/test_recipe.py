@@ -130,6 +130,7 @@ def test_yaml_anchors_and_merge_keys():
         "  - {model: d, parameters: {<<: [{weight: 1.5}, *p]}}\n"
     )
     assert recipe.models == ("a", "b", "c", "d")
+    assert recipe.parameters is not None
     assert recipe.parameters["weight"] == (0.5, 0.5, 0.5, 1.5)
 
 

@@ -45,7 +45,8 @@ def inspect(
     names         gives the names of a model's tensors, and may raise CheckpointError; None: what depends on them is
                   not looked at
     """
-    faults, recipes = Faults(gather=True), ()
+    faults = Faults(gather=True)
+    recipes: tuple[Recipe, ...] = ()
     with faults:
         recipes = build_all(read_all(source, file), faults)
     if faults.found:
@@ -53,7 +54,9 @@ def inspect(
     odd: list[RecipeError] = [finding for recipe in recipes for finding in suspicions(recipe)]
     wrong: list[FastinterpError] = []
     made: list[Collection[str]] = []
-    for recipe in recipes if names is not None else ():
+    for recipe in recipes:
+        if names is None:
+            break
         try:
             assembly = Assembly(recipe, [_names(recipe, model, names, made) for model in recipe.models])
         except (RecipeError, CheckpointError) as error:

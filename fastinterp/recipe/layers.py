@@ -83,7 +83,7 @@ class Layers:
         return self.candidates[0] if len(self.candidates) == 1 else None
 
     def is_after(self, name: str) -> bool:
-        """Whether a tensor outside the main stack comes after it: final norm and head do, embeddings and towers do not."""
+        """Whether a tensor outside the main stack comes after it: final norm, head; not embeddings, towers."""
         main = self.main
         if name in self._places or _any(_ASIDE, name) or _any(_EMBEDDING, name):
             return False

@@ -27,6 +27,7 @@ class Levels:
         self.document, self.method, self.faults = document, method, faults
         self.declared = {p.name: p for p in method.parameters}
         self.read: dict[str, Level] = {}
+        self.unsure = False  # whether something was left out that may use a value, or be one; faults are gathered then
 
     def level(
         self, given: Mapping[str, Any] | None, path: str, *, own: bool = False, never: str | None = None
@@ -38,6 +39,10 @@ class Levels:
         """
         found: Level = {}
         for name, value in (given or {}).items():
+            if name in self.declared:  # what is wrong is there all the same
+                found[name] = Value(((None, None),), f"{path}.{name}", (path,))
+            else:
+                self.unsure = True
             with self.faults:
                 found[name] = self._value(name, value, path, own, never)
         self.read[path] = found
@@ -73,9 +78,13 @@ class Levels:
                         self._follow(part, parameter, i, used)
         for path, level in self.read.items():
             for name, value in level.items():
-                if value.path not in used:
+                if value.path not in used and not self.unsure and not self._is_told(value.path):
                     with self.faults:
                         raise self._unused(name, path, parts)
+
+    def _is_told(self, path: str) -> bool:
+        """Whether something is wrong with the value already."""
+        return any(error.path and path.startswith((error.path, error.path + ".")) for error in self.faults.found)
 
     def _follow(self, part: Part, parameter: Parameter, i: int | None, used: set[str]) -> None:
         """Mark what the parameter's values for source i of a part are taken from."""
@@ -87,7 +96,7 @@ class Levels:
                 used.add(value.path)
                 if value.matches_all:
                     return
-        if parameter.required and not given:
+        if parameter.required and not given and not self.unsure:
             needs = f"`{self.method.name}` needs the parameter `{parameter.name}`"
             if i is None:
                 raise self.document.error(f"{needs}. Write it in {TOP}", at="$.merge_method", kind=MethodError)
