@@ -370,7 +370,7 @@ def test_a_required_parameter_for_the_whole_merge():
         wish = check(read)
         assert wish is not None
         (section,) = Builder(read, wish, walk, (), Faults()).sections()
-        return Resolver(read, walk, section.parts[0]).constant
+        return Resolver(read, walk, section.parts[0]).parameters("", ("", ""), None)
 
     assert given_by("parameters: {t: 0.25}\n") == {"t": 0.25}
     with pytest.raises(MethodError) as error:

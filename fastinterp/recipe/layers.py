@@ -18,6 +18,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+_NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,5})\.")
 _BLOCK = re.compile(r"layer|block|^h$")
 _ASIDE = re.compile(
     r"vision|visual|image|audio|speech|video|^vit|^vae|patch|resampler|projector|connector|perceiver|merger|^mtp"
@@ -45,21 +46,23 @@ class Layers:
     def __init__(self, names: Iterable[str]):
         self._places: dict[str, tuple[Stack, int, str]] = {}
         self.stacks: tuple[Stack, ...] = ()
-        waiting = [(name, _numbers(name.split("."))) for name in names]
+        waiting = [(name, 0) for name in names]
         order = {name: i for i, (name, _) in enumerate(waiting)}
-        found: dict[str, Stack] = {}
-        depth = 0
-        while waiting := [(name, numbers) for name, numbers in waiting if len(numbers) > depth]:
+        while waiting:
             groups: dict[str, list[tuple[str, int, str]]] = {}
-            for name, numbers in waiting:
-                prefix, number, rest = numbers[depth]
-                groups.setdefault(prefix, []).append((name, number, rest))
+            ends = {}
+            for name, start in waiting:
+                if number := _NUMBER.search(name, start):
+                    groups.setdefault(name[: number.start()], []).append((name, int(number[1]), name[number.end() :]))
+                    ends[name] = number.end() - 1
+            waiting = []
             for prefix, members in groups.items():
-                if _is_stack(prefix, members):
-                    stack = found[prefix] = Stack(prefix, 1 + max(number for _, number, _ in members))
-                    self._places |= {name: (stack, number, rest) for name, number, rest in members}
-            waiting = [(name, numbers) for name, numbers in waiting if name not in self._places]
-            depth += 1
+                if prefix and _is_stack(prefix, members):
+                    stack = Stack(prefix, 1 + max(index for _, index, _ in members))
+                    for name, index, rest in members:
+                        self._places[name] = stack, index, rest
+                else:
+                    waiting += [(name, ends[name]) for name, _, _ in members]
         first: dict[Stack, int] = {}
         for name, (stack, _, _) in self._places.items():
             first[stack] = min(first.get(stack, order[name]), order[name])
@@ -90,15 +93,6 @@ class Layers:
         if _any(_ENCODER, name) and not (main and _any(_ENCODER, main.prefix)):
             return False
         return _any(_AFTER, name)
-
-
-def _numbers(parts: list[str]) -> list[tuple[str, int, str]]:
-    """(prefix, number, rest) for every component that is a number and has both."""
-    return [
-        (".".join(parts[:i]), int(part), ".".join(parts[i + 1 :]))
-        for i, part in enumerate(parts)
-        if 0 < i < len(parts) - 1 and part.isdecimal() and part.isascii() and str(int(part[:7])) == part
-    ]
 
 
 def _is_stack(prefix: str, members: list[tuple[str, int, str]]) -> bool:

@@ -146,7 +146,7 @@ def load_recipes(source: Source | Sequence[Mapping[str, Any]], *, file: str | No
 def build_all(documents: Sequence[Document], faults: Faults) -> tuple[Recipe, ...]:
     """The recipes of a source; fewer than it has documents, if faults were gathered."""
     if len(documents) > 1:
-        from fastinterp.recipe.chain import check_names, check_used
+        from fastinterp.recipe.chain import check_names
 
         check_names(documents, faults)
     found: list[Recipe] = []
@@ -155,8 +155,17 @@ def build_all(documents: Sequence[Document], faults: Faults) -> tuple[Recipe, ..
         if recipe is not None:
             found.append(recipe)
     if len(found) == len(documents) > 1:
-        check_used(found, faults)
+        _check_used(found, faults)
     return tuple(found)
+
+
+def _check_used(recipes: Sequence[Recipe], faults: Faults) -> None:
+    used = {i for recipe in recipes for i in recipe.earlier.values()}
+    for i, recipe in enumerate(recipes[:-1]):
+        if i not in used:
+            with faults:
+                message = f"{shown(recipe.name)} is never used by a document below it. Only the last one is written"
+                raise recipe.document.error(message, "$.name")
 
 
 def build(document: Document, above: Sequence[Recipe], faults: Faults) -> Recipe | None:

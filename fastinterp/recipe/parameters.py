@@ -129,10 +129,12 @@ class Resolver:
     def __init__(self, document: Document, method: Method, part: Part):
         self.document, self.method, self.part = document, method, part
         self.hits: set[str] = set()
-        self.known: dict[str, dict[str, Any]] = {}
-        self.constant: dict[str, Any] | None = None
+        self._takers = [(p, i) for p in method.parameters for i in _takers(part, p)]
+        self._by_cases: dict[Any, dict[str, Any]] = {}
+        self._by_values: dict[str, dict[str, Any]] = {}
+        self._constant: dict[str, Any] | None = None
         if part.is_constant:
-            self.constant = self._resolve("", ("",) * len(part.sources), None)
+            self._constant = self.parameters("", ("",) * len(part.sources), None)
 
     def parameters(self, out: str, inputs: tuple[str, ...], place: Place | None) -> dict[str, Any]:
         """Keyword -> value, or a tuple with one value per source other than the base. Equal ones are the same object.
@@ -141,28 +143,27 @@ class Resolver:
         inputs  its names in the sources: what those of a parameter per model look at
         Raises: MethodError, if a parameter without a default has no value for it.
         """
-        return self.constant if self.constant is not None else self._resolve(out, inputs, place)
-
-    def _resolve(self, out: str, inputs: tuple[str, ...], place: Place | None) -> dict[str, Any]:
-        values = tuple(
-            tuple(self._one(p, i, inputs[i], place) for i in range(self.part.has_base, len(inputs)))
-            if p.each
-            else self._one(p, None, out, place)
-            for p in self.method.parameters
-        )
-        found = self.known.get(key := repr(values))  # repr: 1 and True are equal, and so are 0.0 and -0.0
+        if self._constant is not None:
+            return self._constant
+        picked = tuple(self._pick(p, i, out if i is None else inputs[i]) for p, i in self._takers)
+        found = self._by_cases.get((picked, place))
         if found is None:
-            found = {p.keyword: value for p, value in zip(self.method.parameters, values, strict=True)}
-            self.known[key] = found
+            values: dict[str, Any] = {}
+            for (p, i), case in zip(self._takers, picked, strict=True):
+                value = p.default if case is None else case[0].pick(case[1], place)
+                values[p.keyword] = value if i is None else (*values.get(p.keyword, ()), value)
+            self.hits.update(case[0].paths[case[1]] for case in picked if case is not None)
+            # repr: 1 and True are equal, and so are 0.0 and -0.0
+            found = self._by_cases[picked, place] = self._by_values.setdefault(repr(values), values)
         return found
 
-    def _one(self, parameter: Parameter, i: int | None, name: str, place: Place | None) -> Any:
+    def _pick(self, parameter: Parameter, i: int | None, name: str) -> tuple[Value, int] | None:
+        """The value that covers a tensor, and which of its cases; None for the default."""
         value = None
         for level in self.part.levels_of(i):
             value = level.get(parameter.name)
             if value is not None and (index := value.case(name)) is not None:
-                self.hits.add(value.paths[index])
-                return value.pick(index, place)
+                return value, index
         if parameter.required:
             raise missing(self.document, parameter.name, name, value)
-        return parameter.default
+        return None
