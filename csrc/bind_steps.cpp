@@ -28,8 +28,7 @@ struct Given {
 
 int64_t columns_of(const Given& given, int64_t numel) {
   const int64_t columns = given.get<int64_t>("columns");
-  if (columns < 1 || columns > int64_t(0xffffffff) || numel % columns != 0)
-    throw py::value_error("a tensor needs whole rows of `columns` elements, 1 to 2**32 - 1");
+  if (columns < 1 || numel % columns != 0) throw py::value_error("a tensor needs whole rows of `columns` elements");
   return columns;
 }
 
@@ -154,8 +153,6 @@ KeepTest keep_of(const py::dict& d) {
   return keep;
 }
 
-<<<<<<< HEAD
-=======
 // Ranks hold places in a row as 32 bits.
 int64_t ranked_columns_of(const Given& given, const Step& step) {
   const int64_t columns = columns_of(given, step.numel);
@@ -163,7 +160,6 @@ int64_t ranked_columns_of(const Given& given, const Step& step) {
   return columns;
 }
 
->>>>>>> n3
 // None, or (kind, least, factors as float32).
 OwnScore score_of(const py::object& given, int64_t rows) {
   OwnScore own{};
@@ -206,11 +202,7 @@ MaskedOutput masked_output_of(const py::dict& d, int64_t rows, int inputs) {
 }
 
 void masked(const Given& given, Step* step) {
-<<<<<<< HEAD
-  const int64_t columns = columns_of(given, step->numel);
-=======
   const int64_t columns = ranked_columns_of(given, *step);
->>>>>>> n3
   std::vector<MaskedOutput> outputs;
   for (const py::handle d : given.get<py::list>("masked"))
     outputs.push_back(masked_output_of(d.cast<py::dict>(), step->numel / columns, int(step->inputs.size())));
@@ -222,11 +214,7 @@ void kept(const Given& given, Step* step) {
   std::vector<KeepTest> keeps;
   for (const py::handle d : given.get<py::list>("keeps")) keeps.push_back(keep_of(d.cast<py::dict>()));
   if (keeps.size() != step->inputs.size()) throw py::value_error("as many keeps as inputs are needed");
-<<<<<<< HEAD
-  const int64_t columns = columns_of(given, step->numel);
-=======
   const int64_t columns = ranked_columns_of(given, *step);
->>>>>>> n3
   OwnScore score = score_of(given.get<py::object>("score"), step->numel / columns);
   step->survey = std::make_shared<KeptSurvey>(given.backend, dtypes_of(*step), std::move(keeps), std::move(score),
                                               step->numel, columns);
@@ -243,14 +231,9 @@ struct Kind {
 const std::vector<Kind>& kinds() {
   static const std::vector<Kind> all = {
       {"combine", true, false, combine, {"rows", "per"}}, {"same", true, true, nullptr, {}},
-      {"masked", true, false, masked, {"masked"}},        {"kept", false, false, kept, {"keeps", "score"}},
       {"measure", false, false, measure_inputs, {"per"}}, {"measure_deltas", false, false, measure_deltas, {"per"}},
-<<<<<<< HEAD
-      {"divergence", false, false, divergence, {}},
-=======
       {"divergence", false, false, divergence, {}},       {"masked", true, false, masked, {"masked"}},
       {"kept", false, false, kept, {"keeps", "score"}},
->>>>>>> n3
   };
   return all;
 }
