@@ -1,4 +1,4 @@
-"""The numeric contract in numpy, continued: order statistics of magnitudes. Rule 13 of docs/NUMERICS.md."""
+"""The numeric contract in numpy, continued: order statistics of magnitudes. Rule 16 of docs/NUMERICS.md."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def select(inputs: Sequence[Array], dtypes: Sequence[DType], ask: Select, shape:
     return tuple(pick(v, k, ask.nonzero) for v, (_, k) in zip(values, ask.ranks, strict=True))
 
 
+@np.errstate(all="ignore")
 def ranked(inputs: Sequence[Array], dtypes: Sequence[DType], ask: Select, shape: Sequence[int]) -> list[Array]:
     """What each rank of `ask` is taken of, as float32 bits: u32[numel] each. Of a whole model, concatenate tensors'.
 
