@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": LEAVES | {"compute.dtypes"},
     "compute": LEAVES | {"compute.ops", "compute.requests", "compute.dtypes", "_C", "_triton"},
     "_triton": {"compute.ops", "compute.dtypes"},
-    "engine": LEAVES | {"recipe", "files", "compute", "compute.ops", "compute.dtypes"},
+    "engine": LEAVES | {"recipe", "methods", "files", "compute", "compute.ops", "compute.requests", "compute.dtypes"},
     "steer": LEAVES | {"engine"},
 }
 # May import every part above; nothing but __main__ imports cli.

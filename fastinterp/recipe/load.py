@@ -34,7 +34,8 @@ class Recipe:
     integers      the one of `models` whose integer tensors are taken where the models differ, or None: they must agree
     text          the recipe for receipts: the user's own text, or YAML of the mapping that was given
     file          what messages call the source, or None
-    coefficients  what the method asked for; read it through `combine`
+    coefficients  what the method asks for, if that is the same for every tensor and known without reading any;
+                  else None; read it through `combine`
     """
 
     method: Method
@@ -50,10 +51,15 @@ class Recipe:
     integers: str | None
     text: str
     file: str | None
-    coefficients: Combine
+    coefficients: Combine | None
 
     def combine(self, tensor: str) -> Combine:
-        """What the method asks for the tensor of this name; all parameters being scalars, the same for every tensor."""
+        """What the method asks for the tensor of this name, where that is the same for every tensor.
+
+        Raises: ValueError, if it is not.
+        """
+        if self.coefficients is None:
+            raise ValueError("what the method asks for is not the same for every tensor")
         return self.coefficients
 
     def formula(self) -> str:
@@ -62,7 +68,12 @@ class Recipe:
         out = x0 + 0.6*(x1 - x0) - 0.3*(x2 - x0)
         x0 = models/base
         ...
+
+        Where the coefficients are not known beforehand, it is the method's own formula.
         """
+        if self.coefficients is None:
+            out = self.method.doc.partition("\n")[0].partition("out = ")[2] or f"{self.method.name}(x0, x1, ...)"
+            return "\n".join([f"out = {out}", *(f"x{i} = {name}" for i, name in enumerate(self.models))])
         weights, base = self.coefficients.weights, self.coefficients.base
         terms = [(w, f"x{i}" if base is None else f"(x{i} - x{base})") for i, w in enumerate(weights) if w != 0.0]
         if base is not None:
@@ -234,12 +245,16 @@ def _integers(document: Document, wish: Wish, models: tuple[str, ...]) -> str | 
 
 def _coefficients(
     document: Document, method: Method, models: tuple[str, ...], parameters: Mapping[str, Any]
-) -> Combine:
-    """Run the method, and see that float32 can hold what it asks for."""
+) -> Combine | None:
+    """Run the method, and see that float32 can hold what it asks for. None, if that depends on the tensor."""
+    if method.generator or method.fn.__code__.co_argcount > 1:
+        return None
     try:
-        asked: Combine = method(len(models), **{p.keyword: parameters[p.name] for p in method.parameters})
+        asked = method(len(models), **{p.keyword: parameters[p.name] for p in method.parameters})
     except MethodError as error:
         raise document.error(error.message, "$.models", kind=MethodError) from None
+    if not isinstance(asked, Combine):
+        return None
     row = asked.row()
     largest = max([abs(row.total), *(abs(w) for w in asked.weights)])
     if not largest <= LARGEST:
