@@ -9,8 +9,10 @@ from fastinterp.compute.ops import Combine
 from fastinterp.errors import MethodError, RecipeError
 from fastinterp.methods import method
 from fastinterp.recipe import document
+from fastinterp.recipe.build import Builder
+from fastinterp.recipe.faults import Faults
 from fastinterp.recipe.load import load_recipe
-from fastinterp.recipe.parameters import resolve
+from fastinterp.recipe.parameters import Resolver
 from fastinterp.recipe.schema import check
 
 LINEAR = """\
@@ -83,37 +85,10 @@ BAD = {
         "merge_method: linear\nmodels:\n  - parameters: {weight: 1}\n",
         "the key `model` is missing - at $.models[0] (merge.yml:3)",
     ),
-    # mergekit has it, not yet here
-    "slices": (
-        "merge_method: linear\nslices:\n  - sources: []\n",
-        "`slices` is not supported yet. Whole models go under `models` - at $ (merge.yml:2)",
-    ),
-    "tokenizer_source": (
-        LINEAR + "tokenizer_source: union\n",
-        "`tokenizer_source` 'union' is not supported yet. Remove the line to copy the tokenizer of base_model, else of"
-        " the first model - at $.tokenizer_source (merge.yml:9)",
-    ),
-    "tokenizer_source: base without a base": (
-        LINEAR + "tokenizer_source: base\n",
-        "`tokenizer_source` 'base' needs the key `base_model`. Remove the line to copy the tokenizer of the first model"
-        " - at $.tokenizer_source (merge.yml:9)",
-    ),
-    "tokenizer": (
-        LINEAR + "tokenizer: {source: base}\n",
-        "`tokenizer` is not supported yet. Remove the key to copy the tokenizer of base_model, else of the first model"
-        " - at $ (merge.yml:9)",
-    ),
+    # what is not done
     "documents": (
         LINEAR + "---\n" + LINEAR,
         "several documents (`---`) in one recipe are not supported yet - at $ (merge.yml:9)",
-    ),
-    "gradient": (
-        w0("[0, 1]"),
-        f"gradients (a list of values) are not supported yet; give `weight` one value - at {AT_W0}",
-    ),
-    "filters": (
-        w0("[{filter: mlp, value: 1}, {value: 0}]"),
-        f"filters (`filter`, `value`) are not supported yet; give `weight` one value - at {AT_W0}",
     ),
     "lora": (
         LINEAR.replace("models/b", "b+lora"),
@@ -363,7 +338,7 @@ def test_without_libyaml(monkeypatch):
     """PyYAML's own parser gives the same values, lines and limits."""
     monkeypatch.setattr(document, "_LOADER", yaml.SafeLoader)
     assert load_recipe(LINEAR).combine("x") == load_recipe(yaml.safe_load(LINEAR)).combine("x")
-    for name in ("unknown parameter", "key twice", "brackets", "an alias bomb", "gradient"):
+    for name in ("unknown parameter", "key twice", "brackets", "an alias bomb", "documents"):
         test_bad_recipe(*BAD[name])
 
 
@@ -391,7 +366,10 @@ def test_a_required_parameter_for_the_whole_merge():
 
     def given_by(text: str) -> object:
         read = document.read("merge_method: linear\nmodels: [{model: a}, {model: b}]\n" + text, "merge.yml")
-        return resolve(read, check(read), walk, ("a", "b"), [0, 1])
+        wish = check(read)
+        assert wish is not None
+        (section,) = Builder(read, wish, walk, (), Faults()).sections()
+        return Resolver(read, walk, section.parts[0]).parameters("", ("", ""), None)
 
     assert given_by("parameters: {t: 0.25}\n") == {"t": 0.25}
     with pytest.raises(MethodError) as error:

@@ -7,7 +7,7 @@ thousand brackets kills the process.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -19,6 +19,8 @@ from fastinterp.methods import clipped, shown
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+Source = str | os.PathLike[str] | Mapping[str, Any]
 
 MAX_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 100_000, 32  # far above any recipe, far below what hurts
 
@@ -54,16 +56,31 @@ class Document:
         return kind(message, path=path, file=self.file, line=self.lines.get(spot))
 
 
-def read(source: str | os.PathLike[str] | Mapping[str, Any], file: str | None = None) -> Document:
+def read(source: Source, file: str | None = None) -> Document:
     """The document in a file (.json is JSON, all else YAML), in YAML text (a str with a newline), or in a mapping.
 
     file    what messages call the source; default: the path that was given
-    Raises: RecipeError, if it cannot be read or parsed, or is too large or too deep to be a recipe.
+    Raises: RecipeError, if it cannot be read or parsed, holds several documents, or is too large or too deep to be a
+    recipe.
     """
+    first, *others = read_all(source, file)
+    if others:
+        message = "several documents (`---`) in one recipe are not supported yet"
+        raise others[0].error(message)
+    return first
+
+
+def read_all(source: Source | Sequence[Mapping[str, Any]], file: str | None = None) -> tuple[Document, ...]:
+    """The documents in a source, `---` between them in YAML; or one for each mapping of a list."""
     if isinstance(source, Mapping):
-        value = _plain(source, "$", file, 0)
-        text = yaml.dump(value, Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
-        return Document(value, text, file)
+        source = [source]
+    if isinstance(source, (list, tuple)):
+        several = len(source) > 1
+        values = [_plain(value, "$", file, 0) for value in source]
+        text = yaml.dump_all(values, Dumper=_DUMPER, sort_keys=False, allow_unicode=True, explicit_start=several)
+        if not values:
+            raise RecipeError("the recipe is empty", file=file)
+        return tuple(Document(value, text, file) for value in values)
     if isinstance(source, str) and "\n" in source:
         return _from_yaml(source, file or "<recipe>")
     if not isinstance(source, (str, os.PathLike)):
@@ -88,14 +105,13 @@ def _text(path: str, file: str) -> str:
         raise RecipeError(f"cannot read the recipe: {getattr(error, 'strerror', None) or error}", file=file) from None
 
 
-def _from_yaml(text: str, file: str) -> Document:
+def _from_yaml(text: str, file: str) -> tuple[Document, ...]:
     if len(text) > MAX_BYTES:
         raise RecipeError(f"larger than {MAX_BYTES} bytes, so hardly a recipe", file=file)
-    lines: dict[str, int] = {}
     try:
         loader = _LOADER(text)
         try:
-            value = _Yaml(loader, lines, file).document()
+            found = _Yaml(loader, file).documents()
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -104,29 +120,34 @@ def _from_yaml(text: str, file: str) -> Document:
         raise RecipeError(message, file=file, line=mark.line + 1 if mark else None) from None
     except (yaml.YAMLError, UnicodeError) as error:  # a character that YAML forbids; the C reader gives no mark
         raise RecipeError(f"not valid YAML: {' '.join(str(error).split())}", file=file) from None
-    return Document(value, text, file, lines)
+    return tuple(Document(value, text, file, lines) for value, lines in found)
 
 
 class _Yaml:
-    """Builds the value of one document out of its parser events."""
+    """Builds the values of documents out of their parser events."""
 
-    def __init__(self, loader: Any, lines: dict[str, int], file: str):
-        self.loader, self.lines, self.file = loader, lines, file
+    def __init__(self, loader: Any, file: str):
+        self.loader, self.file = loader, file
         self.nodes = 0
+        self.lines: dict[str, int] = {}  # of one document, as its anchors are
         self.anchors: dict[str, tuple[Any, int]] = {}  # value, and how many nodes it has
 
-    def document(self) -> Any:
+    def documents(self) -> list[tuple[Any, dict[str, int]]]:
+        """(value, lines) of each."""
         next_event = self.loader.get_event
         next_event()  # stream start
-        event = next_event()
-        if isinstance(event, yaml.StreamEndEvent):
+        found: list[tuple[Any, dict[str, int]]] = []
+        while not isinstance(event := next_event(), yaml.StreamEndEvent):
+            self.lines, self.anchors = {"$": event.start_mark.line + 1} if found else {}, {}
+            event = next_event()
+            empty = isinstance(event, yaml.ScalarEvent) and event.value == "" and not event.style
+            value = self.build(event, "$", 0)
+            next_event()  # document end
+            if not (empty and found):  # a `---` with nothing behind it
+                found.append((value, self.lines))
+        if not found:
             raise RecipeError("the recipe is empty", file=self.file)
-        value = self.build(next_event(), "$", 0)
-        next_event()  # document end
-        event = next_event()
-        if not isinstance(event, yaml.StreamEndEvent):
-            self.fail(event, "several documents (`---`) in one recipe are not supported yet", "$")
-        return value
+        return found
 
     def fail(self, event: Any, message: str, path: str) -> NoReturn:
         raise RecipeError(message, path=path, file=self.file, line=event.start_mark.line + 1)
@@ -216,7 +237,7 @@ class _Yaml:
 _CONSTRUCT[_TAG + "merge"] = SafeConstructor.construct_yaml_str
 
 
-def _from_json(text: str, file: str) -> Document:
+def _from_json(text: str, file: str) -> tuple[Document, ...]:
     import json
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -237,7 +258,7 @@ def _from_json(text: str, file: str) -> Document:
         raise RecipeError(f"nested deeper than {MAX_DEPTH} levels", file=file) from None
     except ValueError as error:  # an integer of more than 4300 digits
         raise RecipeError(f"not valid JSON: {error}", file=file) from None
-    return Document(_plain(value, "$", file, 0), text, file)
+    return (Document(_plain(value, "$", file, 0), text, file),)
 
 
 def _plain(value: Any, path: str, file: str | None, depth: int) -> Any:

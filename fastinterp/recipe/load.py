@@ -1,19 +1,27 @@
-"""`load_recipe`: a recipe, checked against its method, ready to be planned."""
+"""`load_recipe` and `load_recipes`: recipes, checked against their methods, ready to be planned."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from fastinterp.compute.dtypes import DType, parse_dtype
 from fastinterp.compute.ops import Combine
 from fastinterp.errors import MethodError
-from fastinterp.methods import LARGEST, Method, clipped, shown, suggestion
-from fastinterp.recipe.document import Document, read
-from fastinterp.recipe.parameters import resolve
-from fastinterp.recipe.schema import Place, Reference, Wish, check, method_of
+from fastinterp.methods import LARGEST, Method, Sidecar, clipped, shown, suggestion
+from fastinterp.recipe.build import Builder
+from fastinterp.recipe.document import Document, Source, read, read_all
+from fastinterp.recipe.faults import Faults
+from fastinterp.recipe.parameters import Resolver
+from fastinterp.recipe.parts import Part, Section
+from fastinterp.recipe.references import model_name, same_model
+from fastinterp.recipe.schema import Wish, check, method_of
+
+if TYPE_CHECKING:
+    from fastinterp.recipe.tokenizer import ChatTemplate, TokenizerWish
+
+__all__ = ["Recipe", "load_recipe", "load_recipes", "same_model"]
 
 _CHOICES = {"rounding": ("nearest", "stochastic"), "fp8_overflow": ("saturate", "nonfinite")}
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -23,10 +31,13 @@ _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8
 class Recipe:
     """What to merge, and how. Models are named as the user did: a path, or a Hub id with or without `@revision`.
 
-    models        the inputs in the order in which the method sees them; its base, if it uses one, is the first
-    base          index of the base in `models`, or None
-    origin        the model that config and tokenizer come from: base_model, else the first model listed
-    parameters    what the method is given: one value, or a tuple with one per model other than the base
+    models        every model that is merged, once, in the order in which the method sees them where they are merged
+                  whole; its base, if it uses one, is the first
+    base          index of the recipe's base in `models`, or None
+    origin        the model that config and tokenizer come from: base_model, else the first model listed; never an
+                  earlier document, but what its config comes from
+    parameters    what the method is given, if that is the same for every tensor: name -> one value, or a tuple with one
+                  per model other than the base; else None: see targets.py
     dtype         as mergekit's: dtype of the output, unless `out_dtype` says otherwise; None keeps each tensor's own
     rounding      "nearest" or "stochastic"
     seed          0 .. 2**64 - 1
@@ -34,15 +45,23 @@ class Recipe:
     integers      the one of `models` whose integer tensors are taken where the models differ, or None: they must agree
     text          the recipe for receipts: the user's own text, or YAML of the mapping that was given
     file          what messages call the source, or None
-    coefficients  what the method asks for, if that is the same for every tensor and known without reading any;
+    coefficients  what the method asked for, if that is the same for every tensor and known without reading any;
                   else None; read it through `combine`
+    sections      what is put together of what
+    base_model    as the recipe has it, whether the method uses it or not
+    earlier       those of `models` (and base_model) that are documents above this one: name -> index among them
+    sidecars      further checkpoints that parameters name, each once
+    tokenizer     what is wanted of the vocabulary; None: the tokenizer of `origin` as it is
+    chat_template what is wanted of the chat template; None: that of `origin` as it is
+    name          of a document that others build on, or None
+    document      where messages about it point to
     """
 
     method: Method
     models: tuple[str, ...]
     base: int | None
     origin: str
-    parameters: Mapping[str, Any]
+    parameters: Mapping[str, Any] | None
     dtype: DType | None
     out_dtype: DType | None
     rounding: str
@@ -52,6 +71,18 @@ class Recipe:
     text: str
     file: str | None
     coefficients: Combine | None
+    sections: tuple[Section, ...] = field(repr=False)
+    base_model: str | None
+    earlier: Mapping[str, int]
+    sidecars: tuple[str, ...]
+    tokenizer: TokenizerWish | None
+    chat_template: ChatTemplate | None
+    name: str | None
+    document: Document = field(repr=False, compare=False)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(part for section in self.sections for part in section.parts)
 
     def combine(self, tensor: str) -> Combine:
         """What the method asks for the tensor of this name, where that is the same for every tensor.
@@ -69,7 +100,7 @@ class Recipe:
         x0 = models/base
         ...
 
-        Where the coefficients are not known beforehand, it is the method's own formula.
+        Where the coefficients are not known beforehand, or differ by tensor, it is the method's own formula.
         """
         if self.coefficients is None:
             out = self.method.doc.partition("\n")[0].partition("out = ")[2] or f"{self.method.name}(x0, x1, ...)"
@@ -89,7 +120,7 @@ class Recipe:
         return "\n".join([f"out = {out}", *legend])
 
 
-def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], *, file: str | None = None) -> Recipe:
+def load_recipe(source: Source, *, file: str | None = None) -> Recipe:
     """Read and check a recipe. Touches no checkpoint.
 
     source  path of a .yml, .yaml or .json file, YAML text (a str with a newline in it), or a mapping
@@ -97,121 +128,147 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], *, file: str
     Raises: RecipeError with path, file and line; MethodError (one of them), if models or parameters do not suit the
     method.
     """
-    document = read(source, file)
-    wish = check(document)
-    method = method_of(document, wish.merge_method)
-    _check_tokenizer(document, wish)
-    listed = _listed(document, wish)
-    base_model = None if wish.base_model is None else _name(document, wish.base_model, "$.base_model")
-    base = base_model if method.base != "none" else None
-    if method.base == "required" and base is None:
-        raise document.error(f"`{method.name}` needs the key `base_model`", at="$.merge_method", kind=MethodError)
-    places = [i for i, name in enumerate(listed) if base is None or not same_model(name, base)]
-    models = (() if base is None else (base,)) + tuple(listed[i] for i in places)
-    _count(document, method, len(models))
-    for i, name in enumerate(listed):
-        _not_beside(document, name, f"$.models[{i}].model")
-    if base_model is not None:
-        _not_beside(document, base_model, "$.base_model")
-    parameters = resolve(document, wish, method, listed, places)
+    recipe = build(read(source, file), (), Faults())
+    assert recipe is not None  # every fault was raised
+    return recipe
+
+
+def load_recipes(source: Source | Sequence[Mapping[str, Any]], *, file: str | None = None) -> tuple[Recipe, ...]:
+    """Read and check a recipe of one or more documents. The last is what is written; it may use those before it by
+    their `name`, as a model or base_model.
+
+    source  as that of `load_recipe`, or a list of mappings
+    Raises: what load_recipe raises, and RecipeError, if a document has no name, one that is taken, or is never used.
+    """
+    return build_all(read_all(source, file), Faults())
+
+
+def build_all(documents: Sequence[Document], faults: Faults) -> tuple[Recipe, ...]:
+    """The recipes of a source; fewer than it has documents, if faults were gathered."""
+    if len(documents) > 1:
+        from fastinterp.recipe.chain import check_names
+
+        check_names(documents, faults)
+    found: list[Recipe] = []
+    for document in documents:
+        recipe = build(document, found, faults)
+        if recipe is not None:
+            found.append(recipe)
+    if len(found) == len(documents) > 1:
+        _check_used(found, faults)
+    return tuple(found)
+
+
+def _check_used(recipes: Sequence[Recipe], faults: Faults) -> None:
+    used = {i for recipe in recipes for i in recipe.earlier.values()}
+    for i, recipe in enumerate(recipes[:-1]):
+        if i not in used:
+            with faults:
+                message = f"{shown(recipe.name)} is never used by a document below it. Only the last one is written"
+                raise recipe.document.error(message, "$.name")
+
+
+def build(document: Document, above: Sequence[Recipe], faults: Faults) -> Recipe | None:
+    """The recipe of one document; None, if faults were gathered that leave nothing to build.
+
+    above   those of the documents above it
+    """
+    wish = check(document, faults)
+    if wish is None:
+        return None
+    method: Method | None = None
+    with faults:
+        method = method_of(document, wish.merge_method)
+    if method is None:
+        return None
+    names = {recipe.name: i for i, recipe in enumerate(above) if recipe.name is not None}
+    builder = Builder(document, wish, method, tuple(names), faults)
+    sections = builder.sections()
+    settings = _settings(document, wish, builder, faults)
+    if not builder.models:
+        return None
+    parameters, coefficients = None, None
+    if not faults.found:
+        with faults:
+            parameters, coefficients = _constants(document, method, sections)
+    origin = builder.base_model or builder.models[0]
     return Recipe(
         method=method,
-        models=models,
-        base=None if base is None else 0,
-        origin=base_model or listed[0],
+        models=tuple(builder.models),
+        base=None if builder.base is None else 0,
+        origin=above[names[origin]].origin if origin in names else origin,
         parameters=parameters,
-        dtype=_dtype(document, wish.dtype, "$.dtype"),
-        out_dtype=_dtype(document, wish.out_dtype, "$.out_dtype"),
-        rounding=_choice(document, wish.rounding, "rounding"),
-        seed=_seed(document, wish.seed),
-        fp8_overflow=_choice(document, wish.fp8_overflow, "fp8_overflow"),
-        integers=_integers(document, wish, models),
+        rounding=wish.rounding,
+        seed=wish.seed,
+        fp8_overflow=wish.fp8_overflow,
         text=document.text,
         file=document.file,
-        coefficients=_coefficients(document, method, models, parameters),
+        coefficients=coefficients,
+        sections=sections,
+        base_model=builder.base_model,
+        earlier={name: names[name] for name in (*builder.models, builder.base_model) if name in names},
+        sidecars=_sidecars(method, sections),
+        name=wish.name,
+        document=document,
+        **settings,
     )
 
 
-def _check_tokenizer(document: Document, wish: Wish) -> None:
-    """`base` asks for what is done where a base_model is named; nothing else is done yet."""
-    path = "$.tokenizer_source"
-    if wish.tokenizer_source not in (None, "base"):
-        given, instead = shown(wish.tokenizer_source), "base_model, else of the first model"
-        raise document.error(
-            f"`tokenizer_source` {given} is not supported yet. Remove the line to copy the tokenizer of {instead}", path
-        )
-    if wish.tokenizer_source == "base" and wish.base_model is None:
-        raise document.error(
-            "`tokenizer_source` 'base' needs the key `base_model`. Remove the line to copy the tokenizer of the first "
-            "model",
-            path,
-        )
+def _settings(document: Document, wish: Wish, builder: Builder, faults: Faults) -> dict[str, Any]:
+    """The keys that do not say what is merged."""
+    found: dict[str, Any] = dict.fromkeys(("dtype", "out_dtype", "integers", "tokenizer", "chat_template"))
+    with faults:
+        found["dtype"] = _dtype(document, wish.dtype, "$.dtype")
+    with faults:
+        found["out_dtype"] = _dtype(document, wish.out_dtype, "$.out_dtype")
+    with faults:
+        _choice(document, wish.rounding, "rounding")
+    with faults:
+        _choice(document, wish.fp8_overflow, "fp8_overflow")
+    with faults:
+        _seed(document, wish.seed)
+    with faults:
+        found["integers"] = _integers(document, wish, builder.models)
+    if wish.tokenizer is not None or wish.tokenizer_source is not None:
+        from fastinterp.recipe.tokenizer import tokenizer_wish
+
+        found["tokenizer"] = tokenizer_wish(document, wish, builder.models, builder.base_model, faults)
+    if wish.chat_template is not None:
+        from fastinterp.recipe.tokenizer import chat_template
+
+        with faults:
+            found["chat_template"] = chat_template(document, wish.chat_template)
+    return found
 
 
-def _name(document: Document, given: str | Reference, path: str) -> str:
-    """A model reference as one string: a path or Hub id, with `@revision` if there is one."""
-    if isinstance(given, Reference):
-        return _placed(document, given.model, f"{path}.model")
-    if not given.strip():
-        raise document.error("the name of a model must not be empty", path)
-    instead = "If it belongs to the path, write `{model: {path: ...}}` for the name"
-    if "+" in given:
-        raise document.error(f"a LoRA behind `+` is not supported yet: merge it into its model first. {instead}", path)
-    if given.count("@") > 1:
-        raise document.error(f"{shown(given)} has more than one `@`. {instead}", path)
-    return given
+def _constants(
+    document: Document, method: Method, sections: tuple[Section, ...]
+) -> tuple[Mapping[str, Any] | None, Combine | None]:
+    """(parameters, coefficients) of a recipe that is one part and the same for every tensor.
+
+    Of others it runs the method all the same, where it can be run without a tensor: what is wrong shows here.
+    """
+    parameters, coefficients = None, None
+    parts = [part for section in sections for part in section.parts if not part.copies]
+    for part in parts:
+        if part.is_constant:
+            parameters = Resolver(document, method, part).parameters("", ("",) * len(part.sources), None)
+            if not method.generator and method.fn.__code__.co_argcount == 1:
+                coefficients = _coefficients(document, method, part, parameters)
+    if len(parts) != 1 or sections[0].stacked or sections[0].name is not None:
+        return None, None
+    return {p.name: parameters[p.keyword] for p in method.parameters} if parameters is not None else None, coefficients
 
 
-def _placed(document: Document, given: str | Place, path: str) -> str:
-    if isinstance(given, str):
-        return _name(document, given, path)
-    if not given.path.strip() or given.revision == "":
-        raise document.error("`path` and `revision` must not be empty", path)
-    return given.path if given.revision is None else f"{given.path}@{given.revision}"
-
-
-def same_model(a: str, b: str) -> bool:
-    """Whether two names in a recipe are the same model: `models/a` and `./models/a/` are."""
-    return os.path.normpath(a) == os.path.normpath(b)
-
-
-def _listed(document: Document, wish: Wish) -> tuple[str, ...]:
-    """The names under `models`, each of them once."""
-    if not wish.models:
-        raise document.error("`models` lists no model", "$.models")
-    first: dict[str, int] = {}
-    names: list[str] = []
-    for i, entry in enumerate(wish.models):
-        name = _name(document, entry.model, f"$.models[{i}].model")
-        at = first.setdefault(os.path.normpath(name), i)
-        if at != i:
-            raise document.error(
-                f"{shown(name)} is already listed as $.models[{at}]. List a model once, with the weights added up",
-                f"$.models[{i}]",
-            )
-        names.append(name)
-    return tuple(names)
-
-
-def _count(document: Document, method: Method, n: int) -> None:
-    low, high = method.models
-    if not low <= n <= high:
-        count = f"exactly {low}" if low == high else f"{low} to {high}"
-        what = "model" if high == 1 else "models"
-        of = "" if method.base == "none" else ", the base included"
-        raise document.error(f"`{method.name}` takes {count} {what}{of}, got {n}", "$.models", kind=MethodError)
-
-
-def _not_beside(document: Document, name: str, path: str) -> None:
-    """Relative paths start at the current folder, as mergekit's do: say so where the recipe's folder was meant."""
-    folder = os.path.dirname(document.file or "")
-    beside = os.path.join(folder, name)
-    if folder and not os.path.isabs(name) and os.path.exists(beside) and not os.path.exists(name):
-        raise document.error(
-            f"there is no {shown(name)} in the current folder, where relative paths start, but there is one beside the "
-            f"recipe. Write '{beside}', or run in '{folder}'",
-            path,
-        )
+def _sidecars(method: Method, sections: tuple[Section, ...]) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    names = [p.name for p in method.parameters if p.kind is Sidecar]
+    for part in (part for section in sections for part in section.parts) if names else ():
+        for level in (*(source.own for source in part.sources), *part.levels):
+            found |= {
+                case: None for name in names if name in level for _, case in level[name].cases if case is not None
+            }
+    return tuple(found)
 
 
 def _dtype(document: Document, given: str | None, path: str) -> DType | None:
@@ -233,32 +290,31 @@ def _seed(document: Document, seed: int) -> int:
     return seed
 
 
-def _integers(document: Document, wish: Wish, models: tuple[str, ...]) -> str | None:
+def _integers(document: Document, wish: Wish, models: Sequence[str]) -> str | None:
     if wish.integers is None:
         return None
-    name = _name(document, wish.integers, "$.integers")
+    name = model_name(document, wish.integers, "$.integers")
     for model in models:
         if same_model(model, name):
             return model
     raise document.error(f"`integers` must name a model that is merged, got {shown(name)}", "$.integers")
 
 
-def _coefficients(
-    document: Document, method: Method, models: tuple[str, ...], parameters: Mapping[str, Any]
-) -> Combine | None:
+def _coefficients(document: Document, method: Method, part: Part, parameters: Mapping[str, Any]) -> Combine | None:
     """Run the method, and see that float32 can hold what it asks for. None, if that depends on the tensor."""
     if method.generator or method.fn.__code__.co_argcount > 1:
         return None
+    n = len(part.sources)
     try:
-        asked = method(len(models), **{p.keyword: parameters[p.name] for p in method.parameters})
+        asked = method(n, **parameters)
     except MethodError as error:
-        raise document.error(error.message, "$.models", kind=MethodError) from None
+        raise document.error(error.message, part.path, kind=MethodError) from None
     if not isinstance(asked, Combine):
         return None
     row = asked.row()
     largest = max([abs(row.total), *(abs(w) for w in asked.weights)])
     if not largest <= LARGEST:
         raise document.error(
-            f"the parameters make a coefficient of {largest:g}, beyond float32's 3.4e38", "$.models", kind=MethodError
+            f"the parameters make a coefficient of {largest:g}, beyond float32's 3.4e38", part.path, kind=MethodError
         )
     return asked

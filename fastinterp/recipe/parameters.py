@@ -1,106 +1,169 @@
-"""A recipe's parameters, matched with what its method declares: nothing unknown, nothing unused, nothing missing."""
+"""A recipe's parameters, matched with what its method declares: nothing unknown, nothing unused, nothing missing.
+
+They stand on levels: at a model (or source of a slice), at a slice, at a module, at the top. The nearest one counts
+whose value covers the tensor, then the method's default.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fastinterp.errors import MethodError, RecipeError
-from fastinterp.methods import Method, Parameter, clipped, shown, suggestion
+from fastinterp.methods import Method, Parameter, Sidecar, clipped, shown, suggestion
 from fastinterp.recipe.document import Document
-from fastinterp.recipe.schema import Wish
+from fastinterp.recipe.faults import Faults
+from fastinterp.recipe.parts import Level, Part
+from fastinterp.recipe.references import model_name
+from fastinterp.recipe.values import Place, Value, missing, parse
 
-_TOP = "$.parameters"
-
-
-def resolve(
-    document: Document, wish: Wish, method: Method, listed: tuple[str, ...], places: Sequence[int]
-) -> Mapping[str, Any]:
-    """Name -> value, or a tuple with one value per model other than the base. A model's own value goes before the
-    top-level one, and that before the default.
-
-    listed  the names of `wish.models`
-    places  which of them are not the method's base
-    Raises: RecipeError, if a parameter is unknown, not usable where it stands, never used, missing, or of a wrong type.
-    """
-    declared = {p.name: p for p in method.parameters}
-    top = wish.parameters or {}
-    for name in top:
-        if name not in declared:
-            raise _unknown(document, method, name, _TOP)
-    for i, entry in enumerate(wish.models):
-        for name in entry.parameters or {}:
-            path = f"$.models[{i}].parameters"
-            at = f"{path}.{name}"
-            if name not in declared:
-                raise _unknown(document, method, name, path)
-            if not declared[name].each:
-                raise document.error(f"`{name}` is one value for the whole merge. Write it in {_TOP}", path, at=at)
-            if i not in places:
-                message = f"`{name}` is never used here: {shown(listed[i])} is the base of the merge. Remove it"
-                raise document.error(message, path, at=at)
-    return {p.name: _each(document, wish, method, p, listed, places) if p.each else _one(document, method, p, top)
-            for p in method.parameters}  # fmt: skip
+TOP = "$.parameters"
 
 
-def _one(document: Document, method: Method, parameter: Parameter, top: Mapping[str, Any]) -> Any:
-    if parameter.name in top:
-        return _value(document, parameter, top[parameter.name], _TOP)
-    if parameter.required:
-        message = f"`{method.name}` needs the parameter `{parameter.name}`. Write it in {_TOP}"
-        raise document.error(message, at="$.merge_method", kind=MethodError)
-    return parameter.default
+class Levels:
+    """Reads the levels of one recipe, and knows in the end which values nothing uses."""
 
+    def __init__(self, document: Document, method: Method, faults: Faults):
+        self.document, self.method, self.faults = document, method, faults
+        self.declared = {p.name: p for p in method.parameters}
+        self.read: dict[str, Level] = {}
+        self.unsure = False  # whether something was left out that may use a value, or be one; faults are gathered then
 
-def _each(
-    document: Document, wish: Wish, method: Method, parameter: Parameter, listed: tuple[str, ...], places: Sequence[int]
-) -> tuple[Any, ...]:
-    name, top = parameter.name, wish.parameters or {}
-    values, top_used = [], False
-    for i in places:
-        own = wish.models[i].parameters or {}
-        if name in own:
-            values.append(_value(document, parameter, own[name], f"$.models[{i}].parameters"))
-        elif name in top:
-            values.append(_value(document, parameter, top[name], _TOP))
-            top_used = True
-        elif parameter.required:
-            message = f"`{method.name}` needs the parameter `{name}`, and {shown(listed[i])} has none"
-            raise document.error(message, f"$.models[{i}]", kind=MethodError)
+    def level(
+        self, given: Mapping[str, Any] | None, path: str, *, own: bool = False, never: str | None = None
+    ) -> Level:
+        """The `parameters` at `path`.
+
+        own    they belong to one model
+        never  why none of them is used
+        """
+        found: Level = {}
+        for name, value in (given or {}).items():
+            if name in self.declared:  # what is wrong is there all the same
+                found[name] = Value(((None, None),), f"{path}.{name}", (path,))
+            else:
+                self.unsure = True
+            with self.faults:
+                found[name] = self._value(name, value, path, own, never)
+        self.read[path] = found
+        return found
+
+    def _value(self, name: str, given: Any, path: str, own: bool, never: str | None) -> Value:
+        at = f"{path}.{name}"
+        if name not in self.declared:
+            known = suggestion(name, list(self.declared))
+            message = f"unknown parameter `{clipped(name)}` of `{self.method.name}`{known}"
+            raise self.document.error(message, path, at=at)
+        parameter = self.declared[name]
+        if own and not parameter.each:
+            raise self.document.error(f"`{name}` is one value for the whole merge. Write it in {TOP}", path, at=at)
+        if never is not None:
+            raise self.document.error(f"`{name}` is never used here: {never}. Remove it", path, at=at)
+        value = parse(self.document, parameter, given, at)
+        if parameter.kind is Sidecar:
+            for (_, name_of_model), place in zip(value.cases, value.paths, strict=True):
+                model_name(self.document, name_of_model, place)
+        return value
+
+    def finish(self, parts: tuple[Part, ...]) -> None:
+        """See that every value is used by some part, and that none that is needed is missing.
+
+        Raises: RecipeError; MethodError, if a value is missing.
+        """
+        used: set[str] = set()
+        for part in parts:
+            for parameter in self.method.parameters:
+                for i in _takers(part, parameter):
+                    with self.faults:
+                        self._follow(part, parameter, i, used)
+        for path, level in self.read.items():
+            for name, value in level.items():
+                if value.path not in used and not self.unsure and not self._is_told(value.path):
+                    with self.faults:
+                        raise self._unused(name, path, parts)
+
+    def _is_told(self, path: str) -> bool:
+        """Whether something is wrong with the value already."""
+        return any(error.path and path.startswith((error.path, error.path + ".")) for error in self.faults.found)
+
+    def _follow(self, part: Part, parameter: Parameter, i: int | None, used: set[str]) -> None:
+        """Mark what the parameter's values for source i of a part are taken from."""
+        given = False
+        for level in part.levels_of(i):
+            value = level.get(parameter.name)
+            if value is not None:
+                given = True
+                used.add(value.path)
+                if value.matches_all:
+                    return
+        if parameter.required and not given and not self.unsure:
+            needs = f"`{self.method.name}` needs the parameter `{parameter.name}`"
+            if i is None:
+                raise self.document.error(f"{needs}. Write it in {TOP}", at="$.merge_method", kind=MethodError)
+            source = part.sources[i]
+            raise self.document.error(f"{needs}, and {shown(source.name)} has none", source.path, kind=MethodError)
+
+    def _unused(self, name: str, path: str, parts: tuple[Part, ...]) -> RecipeError:
+        if all(part.copies for part in parts):
+            why = "one model alone is copied"
+        elif path == TOP and all(part.path == "$.models" for part in parts):
+            why = "every model has its own"
         else:
-            values.append(parameter.default)
-    if name in top and not top_used:
-        message = f"`{name}` is never used here: every model has its own. Remove it"
-        raise document.error(message, _TOP, at=f"{_TOP}.{name}")
-    return tuple(values)
+            why = "a value nearer to the models always goes before it, or nothing below it takes it"
+        return self.document.error(f"`{name}` is never used here: {why}. Remove it", path, at=f"{path}.{name}")
 
 
-def _value(document: Document, parameter: Parameter, given: Any, path: str) -> Any:
-    at = f"{path}.{parameter.name}"
-    if isinstance(given, (list, dict)):
-        filters = isinstance(given, dict) or any(isinstance(item, dict) for item in given)
-        what = "filters (`filter`, `value`)" if filters else "gradients (a list of values)"
-        raise document.error(f"{what} are not supported yet; give `{parameter.name}` one value", at)
-    try:
-        return parameter.value(given)
-    except ValueError as error:
-        raise document.error(f"{error}{_read_as_text(given)}", at) from None
+def _takers(part: Part, parameter: Parameter) -> tuple[int | None, ...]:
+    """Who takes a value of the parameter: all sources but the base, or (None) the part as a whole."""
+    if part.copies:
+        return ()
+    return tuple(range(part.has_base, len(part.sources))) if parameter.each else (None,)
 
 
-def _read_as_text(given: Any) -> str:
-    """YAML 1.1 takes 1e-3 for text: a number with an exponent needs a point, and a sign after the e."""
-    if not isinstance(given, str):
-        return ""
-    try:
-        number = float(given.replace(",", ".", 1))
-    except ValueError:
-        return ""
-    if "," in given:
-        return f". A decimal comma? Write {number:g}"
-    return f". YAML reads it as text: write a point and a sign ({number:.1e}), and no quotes"
+class Resolver:
+    """The values of all parameters of a part, tensor by tensor.
 
+    hits  paths of the cases that any tensor got its value from
+    """
 
-def _unknown(document: Document, method: Method, name: str, path: str) -> RecipeError:
-    known = [p.name for p in method.parameters]
-    message = f"unknown parameter `{clipped(name)}` of `{method.name}`{suggestion(name, known)}"
-    return document.error(message, path, at=f"{path}.{name}")
+    def __init__(self, document: Document, method: Method, part: Part):
+        self.document, self.method, self.part = document, method, part
+        self.hits: set[str] = set()
+        self._takers = [(p, i) for p in method.parameters for i in _takers(part, p)]
+        self._by_cases: dict[Any, dict[str, Any]] = {}
+        self._by_values: dict[str, dict[str, Any]] = {}
+        self._constant: dict[str, Any] | None = None
+        if part.is_constant:
+            self._constant = self.parameters("", ("",) * len(part.sources), None)
+
+    def parameters(self, out: str, inputs: tuple[str, ...], place: Place | None) -> dict[str, Any]:
+        """Keyword -> value, or a tuple with one value per source other than the base. Equal ones are the same object.
+
+        out     name of the output tensor: what filters of a parameter for the whole merge look at
+        inputs  its names in the sources: what those of a parameter per model look at
+        Raises: MethodError, if a parameter without a default has no value for it.
+        """
+        if self._constant is not None:
+            return self._constant
+        picked = tuple(self._pick(p, i, out if i is None else inputs[i]) for p, i in self._takers)
+        found = self._by_cases.get((picked, place))
+        if found is None:
+            values: dict[str, Any] = {}
+            for (p, i), case in zip(self._takers, picked, strict=True):
+                value = p.default if case is None else case[0].pick(case[1], place)
+                values[p.keyword] = value if i is None else (*values.get(p.keyword, ()), value)
+            self.hits.update(case[0].paths[case[1]] for case in picked if case is not None)
+            # repr: 1 and True are equal, and so are 0.0 and -0.0
+            found = self._by_cases[picked, place] = self._by_values.setdefault(repr(values), values)
+        return found
+
+    def _pick(self, parameter: Parameter, i: int | None, name: str) -> tuple[Value, int] | None:
+        """The value that covers a tensor, and which of its cases; None for the default."""
+        value = None
+        for level in self.part.levels_of(i):
+            value = level.get(parameter.name)
+            if value is not None and (index := value.case(name)) is not None:
+                return value, index
+        if parameter.required:
+            raise missing(self.document, parameter.name, name, value)
+        return None

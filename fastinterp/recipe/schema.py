@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from fastinterp.errors import MethodError, RecipeError
 from fastinterp.methods import Method, clipped, find, names, suggestion
 from fastinterp.recipe.document import Document
+from fastinterp.recipe.faults import Faults
+
+T = TypeVar("T")
 
 
 class Place(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -32,11 +35,41 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     parameters: dict[str, Any] | None = None
 
 
+class Layers(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One item of the `sources` of a slice."""
+
+    model: str | Reference
+    layer_range: list[int]
+    parameters: dict[str, Any] | None = None
+
+
+class Slice(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One item of `slices`; each of its sources is a Layers."""
+
+    sources: list[Any]
+    base_model: str | Reference | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Module(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One entry of `modules`; its items as in Wish."""
+
+    models: list[Any] | None = None
+    slices: list[Any] | None = None
+    parameters: dict[str, Any] | None = None
+
+
 class Wish(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A whole recipe, every key of it in the right place and of the right type; values not yet judged."""
+    """A whole recipe, its own keys known and of the right type.
+
+    models, slices, modules  `converted` makes each of the items an Entry, a Slice, a Module
+    tokenizer                what tokenizer.py makes sense of
+    """
 
     merge_method: str
-    models: list[Entry]
+    models: list[Any] | None = None
+    slices: list[Any] | None = None
+    modules: dict[str, Any] | None = None
     base_model: str | Reference | None = None
     parameters: dict[str, Any] | None = None
     dtype: str | None = None
@@ -45,51 +78,83 @@ class Wish(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     seed: int = 0
     fp8_overflow: str = "saturate"
     integers: str | Reference | None = None
-    tokenizer_source: Any = None
+    tokenizer: dict[str, Any] | None = None
+    tokenizer_source: str | Reference | None = None
+    chat_template: str | None = None
+    name: str | None = None
 
 
-# Keys of mergekit's that mean something, which we do not do yet, and what can be done instead.
-_NOT_YET = {
-    "slices": "Whole models go under `models`",
-    "modules": "Whole models go under `models`",
-    "tokenizer": "Remove the key to copy the tokenizer of base_model, else of the first model",
-    "chat_template": "Remove the key to copy the chat template of base_model, else of the first model",
-    "name": "It belongs to recipes of several documents; write one recipe a file",
-    "lora": "Merge the LoRA into its model first",
-    "override_architecture": "Leave it out; no architecture is needed",
+# Keys of mergekit's that are refused, and what can be done instead.
+_REFUSED = {
+    "lora": "is not supported yet. Merge the LoRA into its model first",
+    "override_architecture": "is not supported yet. Leave it out; no architecture is needed",
+    "residual_weight": "does nothing, in mergekit neither. Remove it",
 }
 
-_STRUCTS: dict[str, type[msgspec.Struct]] = {
-    "$": Wish,
-    "$.models[]": Entry,
-    "$.models[].model": Reference,
-    "$.models[].model.model": Place,
-    "$.base_model": Reference,
-    "$.base_model.model": Place,
-    "$.integers": Reference,
-    "$.integers.model": Place,
-}
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`")
+_OF_PARAMETERS = (Wish, Entry, Layers, Slice, Module)  # with `parameters` beside the other keys
 
 _PLAIN = {"object": "a mapping", "array": "a list", "str": "text", "int": "a whole number", "float": "a number",
           "bool": "true or false", "null": "nothing"}  # fmt: skip
 
 # What a mapping at these places looks like.
-_EXPECTED = {"$": ". A recipe starts with `merge_method: ...`", "$.models[]": ". Write `- model: NAME`"}
+_EXPECTED = {
+    Wish: ". A recipe starts with `merge_method: ...`",
+    Entry: ". Write `- model: NAME`",
+    Layers: ". Write `- {model: NAME, layer_range: [0, 16]}`",
+    Slice: ". Write `- sources: ...`",
+}
 
 
-def check(document: Document) -> Wish:
-    """The document as a Wish.
+def check(document: Document, faults: Faults | None = None) -> Wish | None:
+    """The document as a Wish; None, if that cannot be and the faults are gathered.
 
     Raises: RecipeError with path and line, if a key is unknown, missing or of the wrong type. MethodError before that,
     if there is no such method: its recipes have other keys.
     """
-    try:
-        return msgspec.convert(document.value, Wish)
-    except msgspec.ValidationError as error:
-        name = document.value.get("merge_method") if isinstance(document.value, dict) else None
+    name = document.value.get("merge_method") if isinstance(document.value, dict) else None
+
+    def no_such_method() -> None:
         if isinstance(name, str):
             method_of(document, name)
-        raise _explained(document, str(error)) from None
+
+    return converted(document, document.value, Wish, "$", faults or Faults(), no_such_method)
+
+
+def converted(
+    document: Document, value: Any, kind: type[T], prefix: str, faults: Faults, before: Any = lambda: None
+) -> T | None:
+    """What stands at `prefix` as a `kind`. Gathering, it goes on without the keys that are wrong, and is None if one of
+    them was needed.
+
+    before  called before an error is told; it may raise a better one
+    Raises: RecipeError with path and line.
+    """
+    removed: set[str] = set()
+    while True:
+        try:
+            return msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            what, path = _split(str(error))
+            unknown, missing = _UNKNOWN.fullmatch(what), _MISSING.fullmatch(what)
+            if missing and path == "$" and _is_gone(missing[1], removed):
+                return None
+            with faults:
+                before()
+                raise _explained(document, what, prefix + path[1:], _struct_at(kind, path)) from None
+            key = unknown[1] if unknown and path == "$" else path[2:].partition(".")[0].partition("[")[0]
+            if not key:  # the value itself is wrong, or lacks something
+                return None
+            removed.add(key)
+            value = {k: v for k, v in value.items() if k != key}
+
+
+def _is_gone(key: str, removed: set[str]) -> bool:
+    """Whether a key is missing because it, or what was meant to be it, was taken away."""
+    import difflib  # as in `suggestion`: not on the path of a recipe without mistakes
+
+    return bool(difflib.get_close_matches(key, removed, n=1))
 
 
 def method_of(document: Document, name: str) -> Method:
@@ -103,32 +168,40 @@ def method_of(document: Document, name: str) -> Method:
         raise document.error(error.message, "$.merge_method", kind=MethodError) from None
 
 
-def _explained(document: Document, message: str) -> RecipeError:
-    """msgspec's message in our words: it ends in the path, unless that is the root."""
+def _split(message: str) -> tuple[str, str]:
+    """msgspec's message: it ends in the path, unless that is the root."""
     what, _, path = message.partition(" - at `")
-    path = path.removesuffix("`") or "$"
-    if found := re.fullmatch(r"Object contains unknown field `(.*)`", what, re.DOTALL):
-        return _unknown(document, found[1], path)
-    if found := re.fullmatch(r"Object missing required field `(.*)`", what):
+    return what, path.removesuffix("`") or "$"
+
+
+def _struct_at(kind: Any, path: str) -> Any:
+    """What a mapping at `path` inside a `kind` would be converted to."""
+    return kind if path == "$" else Place if path.endswith(".model") and path.count(".") > 1 else Reference
+
+
+def _explained(document: Document, what: str, path: str, struct: Any) -> RecipeError:
+    """msgspec's message in our words."""
+    if found := _UNKNOWN.fullmatch(what):
+        return _unknown(document, found[1], path, struct)
+    if found := _MISSING.fullmatch(what):
         return document.error(f"the key `{found[1]}` is missing", path)
     if found := re.fullmatch(r"Expected `(.*)`, got `(.*)`", what):
-        expected = " or ".join(_PLAIN.get(kind, kind) for kind in found[1].split(" | "))
-        hint = _EXPECTED.get(re.sub(r"\[\d+\]", "[]", path), "") if found[1] == "object" else ""
+        expected = " or ".join(_PLAIN.get(kind, kind) for kind in found[1].split(" | ") if kind != "null")
+        hint = _EXPECTED.get(struct, "") if found[1] == "object" else ""
         return document.error(f"expected {expected}, got {_PLAIN.get(found[2], found[2])}{hint}", path)
     return document.error(what, path)
 
 
-def _unknown(document: Document, key: str, path: str) -> RecipeError:
+def _unknown(document: Document, key: str, path: str, struct: Any) -> RecipeError:
     at = f"{path}.{key}"
-    if key in _NOT_YET:
-        return document.error(f"`{key}` is not supported yet. {_NOT_YET[key]}", path, at=at)
-    struct = _STRUCTS.get(re.sub(r"\[\d+\]", "[]", path))
-    known = struct.__struct_fields__ if struct else ()
-    if struct in (Wish, Entry):
+    if key in _REFUSED:
+        return document.error(f"`{key}` {_REFUSED[key]}", path, at=at)
+    known: tuple[str, ...] = struct.__struct_fields__
+    if struct in _OF_PARAMETERS:
         parameters = _parameter_names(document)
         if key in parameters:
             return document.error(f"unknown key `{key}`: what a method takes goes under `parameters`", path, at=at)
-        known += parameters if struct is Entry else ()
+        known += parameters if struct is not Wish else ()
     return document.error(f"unknown key `{clipped(key)}`{suggestion(key, known)}", path, at=at)
 
 

@@ -1,0 +1,73 @@
+"""What a recipe puts together, as plain values: sections (modules) of parts (slices) of sources (models)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastinterp.recipe.values import Value
+
+Level = dict[str, Value]  # the parameters that stand at one place of a recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One model in a part.
+
+    model    index into Recipe.models
+    name     as there
+    layers   first and end of its layers in a slice; None: the whole model
+    own      its own parameters
+    path     where it stands
+    """
+
+    model: int
+    name: str
+    layers: tuple[int, int] | None = None
+    own: Level = field(default_factory=dict)
+    path: str = "$"
+
+    @property
+    def length(self) -> int:
+        return self.layers[1] - self.layers[0] if self.layers else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is merged with each other: whole models, or as many layers of each.
+
+    sources   in the order of the method: its base first, if it has one
+    has_base  whether it has
+    levels    parameters of the slice, the module and the recipe: the nearest first
+    copies    there is one source, and the method takes more: it is copied
+    """
+
+    sources: tuple[Source, ...]
+    has_base: bool
+    levels: tuple[Level, ...]
+    copies: bool
+    path: str
+
+    def levels_of(self, i: int | None) -> tuple[Level, ...]:
+        """Where a parameter of source i is looked for, the nearest first; None: one for the whole merge."""
+        return self.levels if i is None else (self.sources[i].own, *self.levels)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all its parameters are the same for all tensors."""
+        every = (*self.levels, *(source.own for source in self.sources))
+        return all(value.is_constant for level in every for value in level.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A model as a whole, or a module of it: the tensors whose names start with `name`.
+
+    name     None: the whole model
+    parts    slices, one upon the other; or one part of whole models
+    stacked  they are slices
+    """
+
+    name: str | None
+    parts: tuple[Part, ...]
+    stacked: bool
+    path: str
