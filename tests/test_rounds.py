@@ -260,7 +260,7 @@ def test_a_sidecar_that_lacks_a_tensor(tmp_path):
         small.save(tmp_path / name, {"w": np.ones(4, np.float32)})
     small.save(tmp_path / "c", {"v": np.ones(4, np.float32)})
     asked = recipe("beside", [str(tmp_path / "a"), str(tmp_path / "b")], parameters={"other": str(tmp_path / "c")})
-    with pytest.raises(fastinterp.ShapeError, match="w is F32 .*side-car .*c lacks it"):
+    with pytest.raises(fastinterp.ShapeError, match=r"w is F32 .*side-car .*c lacks it"):
         fastinterp.explain(asked)
 
 
