@@ -16,7 +16,7 @@ import pytest
 
 import fastinterp
 from fastinterp import methods
-from fastinterp.compute.dtypes import BF16, F32
+from fastinterp.compute.dtypes import BF16
 from fastinterp.compute.ops import Combine, Tensor
 from fastinterp.compute.requests import Measure, Select, Selected, Steps
 from fastinterp.engine import rounds
