@@ -10,7 +10,7 @@ from typing import Any
 from fastinterp.engine.text import fit
 from fastinterp.errors import CheckpointError
 from fastinterp.files.checkpoint import Checkpoint
-from fastinterp.files.sidecars import is_sidecar, needs_code
+from fastinterp.files.sidecars import is_tokenizer_file, needs_code
 from fastinterp.files.strict_json import parse_object
 
 CONFIG = "config.json"
@@ -124,8 +124,7 @@ def _names(checkpoint: Checkpoint) -> set[str]:
 
 
 def _tokenizer_files(checkpoint: Checkpoint) -> set[str]:
-    """The sidecars that are no configuration of model, generation or processor."""
-    return {n for n in _names(checkpoint) if is_sidecar(n) and (n == "tokenizer_config.json" or "config." not in n)}
+    return {n for n in _names(checkpoint) if is_tokenizer_file(n)}
 
 
 def _same_bytes(a: Path, b: Path) -> bool:
