@@ -69,7 +69,8 @@ def test_embeddings_of_many_families():
     no = [
         entry("transformer.wpe.weight", 64, 8), entry("model.layers.0.mlp.up_proj.weight", 50, 8),
         entry("model.embed_tokens_per_layer.weight", 50, 8), entry("lm_head.scale", 1),
-        entry("vision.embeddings.x", 9, 8), entry("decoder.weight", 49, 8), entry("head.weight", 50, 8, 2), entry("weight", 50, 8),
+        entry("vision.embeddings.x", 9, 8), entry("decoder.weight", 49, 8), entry("head.weight", 50, 8, 2),
+        entry("weight", 50, 8),
     ]  # fmt: skip
     tensors = {e.name: e for e in yes + no}
     assert embeddings(tensors, 50) == tuple(e.name for e in yes)

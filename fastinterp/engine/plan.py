@@ -15,12 +15,18 @@ from fastinterp.compute.dtypes import DType
 from fastinterp.compute.ops import MAX_OUTPUTS, NUMERICS, Row
 from fastinterp.engine.companions import warnings_about
 from fastinterp.engine.text import counted, size
+from fastinterp.engine.vocabularies import Fitted, fit_models
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
+from fastinterp.files.embedding import named_as_embedding
 from fastinterp.files.header import Entry
 from fastinterp.files.layout import Layout, make_layout
 from fastinterp.recipe.load import Recipe, same_model
 
+_VOCABULARIES = (
+    "The vocabularies differ in size: say which one the output has, `tokenizer_source: base` or "
+    "`tokenizer_source: union`"
+)
 _SHOWN = 5  # differences that a message lists before it only counts them
 
 
@@ -54,6 +60,7 @@ class Plan:
     checkpoints  the models of the recipe, in its order
     origin       the checkpoint that configuration and tokenizer come from
     layouts      one per output: equal but for the metadata in their headers
+    fitted       what becomes of the files beside the weights, where vocabularies or tied embeddings differ
     warnings     about the files beside the weights: what is copied, and may not fit
     """
 
@@ -62,6 +69,7 @@ class Plan:
     origin: Checkpoint
     tensors: tuple[PlannedTensor, ...]
     layouts: tuple[Layout, ...]
+    fitted: Fitted
     warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -105,8 +113,9 @@ def make_plan(recipes: Sequence[Recipe], *, max_shard_size: int) -> Plan:
     for name in (*first.models, first.origin):
         if not any(same_model(name, known) for known in opened):
             opened[name] = open_checkpoint(name)
-    checkpoints = tuple(opened[name] for name in first.models)
     origin = next(c for name, c in opened.items() if same_model(name, first.origin))
+    fitted = fit_models(first, [opened[name] for name in first.models], origin)
+    checkpoints = fitted.models
     lead = checkpoints[first.base or 0]
     for other in checkpoints:
         _check_fit(lead, other)
@@ -115,7 +124,8 @@ def make_plan(recipes: Sequence[Recipe], *, max_shard_size: int) -> Plan:
         make_layout([(t.name, t.dtype, t.shape) for t in tensors], _metadata(recipe), max_shard_size)
         for recipe in recipes
     )
-    return Plan(tuple(recipes), checkpoints, origin, tensors, layouts, warnings_about(checkpoints, origin))
+    warnings = (*fitted.warnings, *warnings_about(checkpoints, origin, fitted.tokenizer is not None))
+    return Plan(tuple(recipes), checkpoints, origin, tensors, layouts, fitted, warnings)
 
 
 def _planned(
@@ -154,15 +164,16 @@ def _check_fit(lead: Checkpoint, other: Checkpoint) -> None:
         raise ShapeError(
             f"the models have different tensors: {'; '.join(found)}. Only models of one architecture merge"
         )
-    shapes, kinds = [], []
+    shapes, kinds, only_rows = [], [], True
     for name, a in lead.tensors.items():
         b = other.tensors[name]
         if a.shape != b.shape:
             shapes.append(f"{name} is {list(a.shape)} in {lead.name} but {list(b.shape)} in {other.name}")
+            only_rows &= named_as_embedding(name) and a.shape[1:] == b.shape[1:]
         elif a.dtype != b.dtype and not (a.dtype.merges and b.dtype.merges):
             kinds.append(f"{name} is {a.dtype} in {lead.name} but {b.dtype} in {other.name}")
     if shapes:
-        raise ShapeError(f"{_listed(shapes)}. Only tensors of the same shape merge")
+        raise ShapeError(f"{_listed(shapes)}. {_VOCABULARIES if only_rows else 'Only tensors of the same shape merge'}")
     if kinds:
         raise ShapeError(f"{_listed(kinds)}. Only F64, F32, F16, BF16 and F8 tensors merge; others must agree")
 

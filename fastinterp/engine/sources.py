@@ -12,6 +12,7 @@ from typing import Any
 from fastinterp.compute.pump import cached_fraction
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.files.checkpoint import Checkpoint, changed_since
+from fastinterp.files.embedding import MappedEntry
 from fastinterp.files.header import Entry
 
 _SPARE_FDS = 64  # for everything that is neither input nor output
@@ -22,14 +23,22 @@ class Sources:
 
     reads    (checkpoint, entry) of every tensor that will be read
     outputs  files that will be open for writing at the same time
+    scratch  folder for the rows of embeddings that are moved; None: the system's for temporary files
     Raises: StorageError, if a file cannot be opened.
     """
 
     def __init__(
-        self, checkpoints: Sequence[Checkpoint], reads: Iterable[tuple[int, Entry]], stack: ExitStack, outputs: int = 0
+        self,
+        checkpoints: Sequence[Checkpoint],
+        reads: Iterable[tuple[int, Entry]],
+        stack: ExitStack,
+        outputs: int = 0,
+        scratch: Path | None = None,
     ):
-        needed = sorted({(i, entry.file) for i, entry in reads})
-        _allow_files(len(needed) + outputs)
+        every = list(reads)
+        needed = sorted({(i, e.file) for i, e in every if not isinstance(e, MappedEntry)})
+        moved = {_mapped_key(i, e): (i, e) for i, e in every if isinstance(e, MappedEntry)}
+        _allow_files(len(needed) + len(moved) + outputs)
         self.paths: list[Path] = []
         self.fds: list[int] = []
         self._checkpoints = checkpoints
@@ -42,9 +51,25 @@ class Sources:
             self._number[checkpoint, file] = len(self.fds)
             self.fds.append(fd)
             self.paths.append(path)
+        self._moved: dict[tuple[int, int, int], int] = {}
+        for key, (checkpoint, entry) in moved.items():
+            self._add_moved(key, checkpoints[checkpoint].files[entry.file], entry, scratch, stack)
+
+    def _add_moved(
+        self, key: tuple[int, int, int], path: Path, entry: MappedEntry, scratch: Path | None, stack: ExitStack
+    ) -> None:
+        from fastinterp.engine.gather import gathered
+
+        with storage(scratch or Path("a temporary file")):
+            fd = gathered(entry, scratch, stack)
+        self._moved[key] = len(self.fds)
+        self.fds.append(fd)
+        self.paths.append(path)
 
     def operand(self, checkpoint: int, entry: Entry) -> tuple[int, int, int]:
         """A tensor as the pump takes it: source, byte offset, dtype code."""
+        if isinstance(entry, MappedEntry):
+            return self._moved[_mapped_key(checkpoint, entry)], 0, entry.dtype.code or 0
         return self._number[checkpoint, entry.file], entry.start, entry.dtype.code or 0
 
     def cached(self) -> bool:
@@ -70,6 +95,11 @@ class Sources:
             "read. Try again when it rests",
             file=str(self.paths[source]),
         )
+
+
+def _mapped_key(checkpoint: int, entry: MappedEntry) -> tuple[int, int, int]:
+    """Tensors that are one in the file, as tied ones are, are moved once."""
+    return checkpoint, entry.file, entry.start
 
 
 @contextmanager

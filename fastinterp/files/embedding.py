@@ -5,8 +5,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.files.header import Entry
 from fastinterp.files.names import quote
 from fastinterp.files.vocabulary import Joined, Vocabulary
@@ -65,6 +66,30 @@ class RowPlan:
     zeros: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class MappedEntry(Entry):
+    """A tensor whose rows are gathered: `shape` and `nbytes` are the output's, `start` and `file` those of its own.
+
+    own      index of its model in `sources`
+    rows     where each row is from
+    means    of the plan: what rows of model len(sources) are
+    sources  per model of the plan, file and place of the tensor there that corresponds, or None: the model has none
+    """
+
+    own: int
+    rows: RowMap
+    means: tuple[tuple[tuple[int, int], ...], ...]
+    sources: tuple[tuple[Path, Entry] | None, ...]
+
+    @property
+    def models(self) -> list[int]:
+        """The models that rows are read from, ascending; itself, even if no row is."""
+        found = {code >> _SHIFT for code in self.rows.codes if code >= 0} | {self.own}
+        if len(self.sources) in found:
+            found |= {model for rows in self.means for model, _ in rows}
+        return sorted(found - {len(self.sources)})
+
+
 @dataclass(frozen=True, slots=True)
 class RowWish:
     """What the row of one token shall be.
@@ -99,8 +124,13 @@ def embeddings(tensors: Mapping[str, Entry], vocab_size: int | None) -> tuple[st
         vocab_size = rows_found(tensors)
     return tuple(
         name for name, e in tensors.items()
-        if _module(name) in MODULES and len(e.shape) in (1, 2) and e.shape[0] == vocab_size
+        if named_as_embedding(name) and len(e.shape) in (1, 2) and e.shape[0] == vocab_size
     )  # fmt: skip
+
+
+def named_as_embedding(name: str) -> bool:
+    """Whether the name is that of a tensor that may have a row per token."""
+    return _module(name) in MODULES
 
 
 def rows_found(tensors: Mapping[str, Entry]) -> int | None:
@@ -131,6 +161,44 @@ def wished_row(models: Sequence[Vocabulary], model: int, token: str | int, wishe
             f"{of.name} has no {what}, which `tokens` names as the source of {quote(wisher)}. Name another source"
         )
     return row
+
+
+def mapped(
+    name: str, own: int, plan: RowPlan, sources: Sequence[tuple[Path, Entry] | None], names: Sequence[str]
+) -> Entry:
+    """The embedding of one model in the output's vocabulary; its own entry, if nothing changes.
+
+    sources  per model of the plan, file and place of its tensor of this name, or None
+    names    of those models, for messages
+    Raises: ShapeError, if rows cannot be moved: they are of different lengths, or not of floats.
+    """
+    mine, rows = sources[own], plan.maps[own]
+    assert mine is not None
+    entry = mine[1]
+    if rows.is_own(own, entry.shape[0]):
+        return entry
+    if not entry.dtype.merges:
+        raise ShapeError(
+            f"{name} of {names[own]} is {entry.dtype}, whose rows cannot follow another vocabulary. Convert it to BF16 "
+            "first, or leave `tokenizer` out of the recipe",
+            tensor=name,
+        )
+    shape = (plan.size, *entry.shape[1:])
+    nbytes = entry.nbytes // entry.shape[0] * plan.size
+    found = MappedEntry(
+        name, entry.dtype, shape, entry.start, nbytes, entry.file, own, rows, plan.means, tuple(sources)
+    )
+    for i in found.models:
+        place = sources[i]
+        other = None if place is None else place[1]
+        if other is None or other.shape[1:] != entry.shape[1:] or not other.dtype.merges:
+            what = "missing" if other is None else f"{other.dtype} {list(other.shape)}"
+            raise ShapeError(
+                f"{name} of {names[own]} needs rows of {names[i]}, where it is {what}; here it is {entry.dtype} "
+                f"{list(entry.shape)}. Only models of one architecture share embeddings",
+                tensor=name,
+            )
+    return found
 
 
 def plan_rows(
