@@ -20,7 +20,7 @@ from fastinterp.files.regular import open_regular
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_PIECE = 8 << 20  # bytes that are held at a time
+_PIECE = 2 << 20  # bytes that are held at a time
 
 
 def gathered(entry: MappedEntry, folder: Path | None, stack: ExitStack) -> int:
@@ -80,8 +80,11 @@ class _Rows:
                 if value not in (ZEROS, PADDING):
                     out[at : at + length] = self._run(value, length)
         if self.padded:
-            self._sum += self._wide(out, self.entry.dtype).astype(np.float64).reshape(count, -1).sum(axis=0)
-        return out.tobytes()
+            wide = self._wide(out, self.entry.dtype).astype(np.float64).reshape(count, -1)
+            # Row after row, so that neither the size of a piece nor numpy's way of summing shows.
+            self._sum = np.concatenate((self._sum[None], wide)).cumsum(axis=0)[-1]
+        data: bytes = out.tobytes()
+        return data
 
     def mean_of_all(self) -> bytes:
         """The mean of the rows that are no padding; all of them have been made."""

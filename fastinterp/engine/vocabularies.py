@@ -84,7 +84,7 @@ def fit_models(recipe: Recipe, models: Sequence[Checkpoint], origin: Checkpoint)
     rows of embeddings cannot be moved.
     """
     known = [*models, *([] if any(m is origin for m in models) else [origin])]
-    configs = [_table(m.root / "config.json") for m in known]
+    configs = [_config(m, recipe.tokenizer is not None) for m in known]
     tie = ties([m.tensors for m in models], [_says_tied(c) for c in configs[: len(models)]])
     tensors = [_fitted(m, own, tie.dropped) for m, own in zip(models, tie.aliases, strict=True)]
     for other in known[len(models) :]:  # a base that is not merged may give rows, those of its output layer too
@@ -216,6 +216,16 @@ def _says_tied(config: Mapping[str, Any]) -> bool:
     return config.get("tie_word_embeddings") is True or (
         isinstance(text, Mapping) and text.get("tie_word_embeddings") is True
     )
+
+
+def _config(model: Checkpoint, needed: bool) -> dict[str, Any]:
+    """config.json, or {} if there is none; also if it is damaged and not needed, of which others warn."""
+    try:
+        return _table(model.root / "config.json")
+    except CheckpointError:
+        if needed:
+            raise
+        return {}
 
 
 def _table(path: Path) -> dict[str, Any]:
