@@ -4,9 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <string>
-#include <tuple>
 #include <vector>
 
+#include "bind_steps.h"
 #include "cpu/backend.h"
 #include "memory.h"
 #include "pump.h"
@@ -17,12 +17,10 @@ namespace {
 
 using fi::Backend;
 using fi::DType;
+using fi::PyRow;
 using fi::Row;
 using fi::RowStats;
 using fi::Term;
-
-using PyTerms = std::vector<std::pair<int, double>>;
-using PyRow = std::tuple<int, double, PyTerms>;
 
 const Backend& backend(const std::string& isa) {
   if (isa.empty()) return fi::best_backend();
@@ -32,34 +30,10 @@ const Backend& backend(const std::string& isa) {
   return *found;
 }
 
-DType dtype(int code) {
-  if (code < 0 || code >= fi::kDTypes) throw py::value_error("no dtype has code " + std::to_string(code));
-  return DType(code);
-}
-
 std::vector<DType> dtypes(const std::vector<int>& codes) {
   std::vector<DType> all;
-  for (const int code : codes) all.push_back(dtype(code));
+  for (const int code : codes) all.push_back(fi::dtype_of(code));
   return all;
-}
-
-void check_count(size_t count, int most, const char* what) {
-  if (count < 1 || count > size_t(most))
-    throw py::value_error(std::string("expected 1 to ") + std::to_string(most) + " " + what + ", got " +
-                          std::to_string(count));
-}
-
-void check_row(const PyRow& row, size_t inputs) {
-  const auto bad = [&](int i) { return i < 0 || size_t(i) >= inputs; };
-  if (bad(std::get<0>(row))) throw py::value_error("a row's pivot is none of the inputs");
-  for (const auto& [input, weight] : std::get<2>(row))
-    if (bad(input)) throw py::value_error("a row's term is none of the inputs");
-}
-
-std::vector<Term> terms_of(const PyRow& row) {
-  std::vector<Term> terms;
-  for (const auto& [input, weight] : std::get<2>(row)) terms.push_back({input, weight});
-  return terms;
 }
 
 py::dict as_dict(const RowStats& s) {
@@ -80,8 +54,8 @@ std::vector<py::dict> combine(const std::vector<uintptr_t>& inputs, const std::v
                               const std::vector<PyRow>& py_rows, const std::vector<uintptr_t>& outputs, int out_dtype,
                               int64_t numel, int64_t first, bool stochastic, const std::vector<uint64_t>& keys,
                               bool fp8_saturate, int stats_every, int threads, const std::string& isa) {
-  check_count(inputs.size(), fi::kMaxInputs, "inputs");
-  check_count(py_rows.size(), fi::kMaxOutputs, "rows");
+  fi::check_count(inputs.size(), fi::kMaxInputs, "inputs");
+  fi::check_count(py_rows.size(), fi::kMaxOutputs, "rows");
   if (in_dtypes.size() != inputs.size()) throw py::value_error("as many dtypes as inputs are needed");
   if (outputs.size() != py_rows.size()) throw py::value_error("as many outputs as rows are needed");
   if (stochastic && keys.size() != py_rows.size()) throw py::value_error("stochastic rounding needs a key per row");
@@ -89,8 +63,8 @@ std::vector<py::dict> combine(const std::vector<uintptr_t>& inputs, const std::v
   std::vector<std::vector<Term>> terms;
   std::vector<Row> rows;
   for (const PyRow& row : py_rows) {
-    check_row(row, inputs.size());
-    terms.push_back(terms_of(row));
+    fi::check_row(row, inputs.size());
+    terms.push_back(fi::terms_of(row));
     rows.push_back({std::get<0>(row), int(terms.back().size()), std::get<1>(row), terms.back().data()});
   }
   const std::vector<DType> in = dtypes(in_dtypes);
@@ -100,7 +74,7 @@ std::vector<py::dict> combine(const std::vector<uintptr_t>& inputs, const std::v
   args.keys = keys.data();
   args.n = int(in.size());
   args.k = int(rows.size());
-  args.out_dtype = dtype(out_dtype);
+  args.out_dtype = fi::dtype_of(out_dtype);
   args.stochastic = stochastic;
   args.fp8_saturate = fp8_saturate;
   args.stats_every = stats_every;
@@ -117,57 +91,17 @@ std::vector<py::dict> combine(const std::vector<uintptr_t>& inputs, const std::v
   return dicts;
 }
 
-// (source, offset, dtype code)
-using PyOperand = std::tuple<int, int64_t, int>;
-// (kind, operands, rows, sinks, offsets, out dtype code, numel, keys), with kind "combine", "same", "measure" or
-// "measure_deltas"
-using PyStep = std::tuple<std::string, std::vector<PyOperand>, std::vector<PyRow>, std::vector<int>,
-                          std::vector<int64_t>, int, int64_t, std::vector<uint64_t>>;
-
-fi::Step step_of(const PyStep& py_step, size_t sources, size_t sinks, bool stochastic) {
-  const auto& [kind, operands, rows, places, offsets, out_dtype, numel, keys] = py_step;
-  fi::Step step;
-  const bool combines = kind == "combine", same = kind == "same";
-  step.deltas = kind == "measure_deltas";
-  if (!combines && !same && !step.deltas && kind != "measure") throw py::value_error("no such kind of step: " + kind);
-  step.kind = combines ? fi::Step::kCombine : same ? fi::Step::kSame : fi::Step::kMeasure;
-  check_count(operands.size(), fi::kMaxInputs, "inputs");
-  if (combines || same) check_count(places.size(), fi::kMaxOutputs, "outputs");
-  if (offsets.size() != places.size()) throw py::value_error("as many offsets as sinks are needed");
-  if (combines && rows.size() != places.size()) throw py::value_error("as many sinks as rows are needed");
-  if (combines && stochastic && keys.size() != rows.size()) throw py::value_error("a key per row is needed");
-  if (!combines && !rows.empty()) throw py::value_error("only a combine has rows");
-  for (const auto& [source, at, code] : operands) {
-    if (source < 0 || size_t(source) >= sources) throw py::value_error("an operand's source is none of the sources");
-    step.inputs.push_back({source, at, same ? DType::F32 : dtype(code)});
-  }
-  for (const int sink : places)
-    if (sink < 0 || size_t(sink) >= sinks) throw py::value_error("a step's sink is none of the sinks");
-  for (const PyRow& row : rows) {
-    check_row(row, operands.size());
-    step.terms.push_back(terms_of(row));
-    step.rows.push_back({std::get<0>(row), 0, std::get<1>(row), nullptr});
-  }
-  step.sinks = places;
-  step.offsets = offsets;
-  step.out_dtype = combines ? dtype(out_dtype) : DType::F32;
-  step.numel = numel;
-  step.keys = keys;
-  return step;
-}
-
-std::unique_ptr<fi::Pump> make_pump(const std::string& isa, const std::vector<int>& source_fds,
-                                    const std::vector<int>& sink_fds, const std::vector<PyStep>& py_steps, int threads,
-                                    int64_t write_bytes, int64_t read_bytes, bool stochastic, bool fp8_saturate,
-                                    bool prefetch, int stats_every) {
+std::unique_ptr<fi::Pump> make_pump(const std::string& isa, const py::list& py_sources, const py::list& py_sinks,
+                                    const py::list& py_steps, int threads, int64_t write_bytes, int64_t read_bytes,
+                                    bool stochastic, bool fp8_saturate, bool prefetch, int stats_every) {
   if (threads < 1) throw py::value_error("at least one thread is needed");
   if (write_bytes < 4096 || read_bytes < 4096) throw py::value_error("reads and writes must have at least 4096 bytes");
-  std::vector<fi::Source> sources;
-  for (const int fd : source_fds) sources.emplace_back(int(sources.size()), fd);
-  std::vector<fi::Sink> sinks;
-  for (const int fd : sink_fds) sinks.emplace_back(int(sinks.size()), fd);
+  const Backend& chosen = backend(isa);
+  std::vector<fi::Source> sources = fi::handles_of<fi::Source>(py_sources);
+  std::vector<fi::Sink> sinks = fi::handles_of<fi::Sink>(py_sinks);
   std::vector<fi::Step> steps;
-  for (const PyStep& s : py_steps) steps.push_back(step_of(s, sources.size(), sinks.size(), stochastic));
+  for (const py::handle s : py_steps)
+    steps.push_back(fi::step_of(s.cast<py::dict>(), chosen, sources.size(), sinks.size(), stochastic));
   fi::PumpOptions options;
   options.threads = threads;
   options.write_bytes = write_bytes;
@@ -176,7 +110,7 @@ std::unique_ptr<fi::Pump> make_pump(const std::string& isa, const std::vector<in
   options.fp8_saturate = fp8_saturate;
   options.prefetch = prefetch;
   options.stats_every = stats_every;
-  return std::make_unique<fi::Pump>(backend(isa), std::move(sources), std::move(sinks), std::move(steps), options);
+  return std::make_unique<fi::Pump>(std::move(sources), std::move(sinks), std::move(steps), options);
 }
 
 // What went wrong, for the caller to put into words: ("read" | "write", handle, errno, offset, expected, done),
@@ -204,10 +138,12 @@ py::list stats_of(const fi::Pump& pump) {
   return steps;
 }
 
-py::list measured_of(const fi::Pump& pump) {
-  py::list steps;
-  for (const fi::Measured& m : pump.measured()) steps.append(py::make_tuple(m.sums, m.nonzero));
-  return steps;
+// Per step what its survey found, or None.
+py::list answers_of(const fi::Pump& pump) {
+  py::list answers;
+  for (const fi::Step& step : pump.steps())
+    answers.append(step.survey ? py::object(fi::answer_of(step.survey->answer())) : py::none());
+  return answers;
 }
 
 }  // namespace
@@ -267,8 +203,9 @@ PYBIND11_MODULE(_C, m) {
       .def("join", &fi::Pump::join, py::call_guard<py::gil_scoped_release>())
       .def("error", &error_of)
       .def("stats", &stats_of)
-      .def("measured", &measured_of,
-           "Per step: sums (upper triangle of the Gram matrix, then L1 norms) and counts of nonzero elements.")
+      .def("answers", &answers_of,
+           "Per step None if it writes, else what it found: float64 and int64 memoryviews. Of measure: the upper "
+           "triangle of the Gram matrix, then L1 norms; counts of nonzero elements.")
       .def_property_readonly("bytes_read", &fi::Pump::bytes_read)
       .def_property_readonly("bytes_written", &fi::Pump::bytes_written)
       .def_property_readonly("scratch_bytes", &fi::Pump::scratch_bytes);

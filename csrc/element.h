@@ -20,6 +20,51 @@ FI_INLINE T add_pivot(T total, T p, T acc) {
   return fma_once(total, p, acc);
 }
 
+// e^x for x <= 0 to 1e-15 of itself, 0 below -708: x = k ln 2 + r, and Taylor's series. Written out, because compilers
+// find no vectors in a loop over the terms.
+FI_INLINE double exp_once(double x) {
+  const double shifted = fma_once(x, 0x1.71547652b82fep+0, 0x1.8p+52), k = shifted - 0x1.8p+52;
+  const double r = fma_once(k, -0x1.a39ef35793c76p-33, fma_once(k, -0x1.62e42fee00000p-1, x));
+  double y = 1.0 / 6227020800;
+  y = fma_once(y, r, 1.0 / 479001600);
+  y = fma_once(y, r, 1.0 / 39916800);
+  y = fma_once(y, r, 1.0 / 3628800);
+  y = fma_once(y, r, 1.0 / 362880);
+  y = fma_once(y, r, 1.0 / 40320);
+  y = fma_once(y, r, 1.0 / 5040);
+  y = fma_once(y, r, 1.0 / 720);
+  y = fma_once(y, r, 1.0 / 120);
+  y = fma_once(y, r, 1.0 / 24);
+  y = fma_once(y, r, 1.0 / 6);
+  y = fma_once(y, r, 1.0 / 2);
+  y = fma_once(y, r, 1.0);
+  y = fma_once(y, r, 1.0);
+  y = bit_cast<double>(bit_cast<uint64_t>(y) + (bit_cast<uint64_t>(shifted) << 52));
+  y = x < -708.0 ? 0.0 : y;
+  return x != x ? x : y;
+}
+
+// ln x for normal x > 0 to 1e-15 of itself: x = 2^k z with z about 1, and the series of artanh.
+FI_INLINE double log_once(double x) {
+  constexpr uint64_t kHalfRoot = 0x3fe6a09e667f3bcd;  // sqrt(1/2)
+  const uint64_t u = bit_cast<uint64_t>(x) + (0x3ff0000000000000 - kHalfRoot);
+  const double k = bit_cast<double>((u >> 52) | 0x4330000000000000) - (0x1p+52 + 1023.0);
+  const double z = bit_cast<double>((u & 0xfffffffffffff) + kHalfRoot), s = (z - 1.0) / (z + 1.0), q = s * s;
+  double y = 1.0 / 21;
+  y = fma_once(y, q, 1.0 / 19);
+  y = fma_once(y, q, 1.0 / 17);
+  y = fma_once(y, q, 1.0 / 15);
+  y = fma_once(y, q, 1.0 / 13);
+  y = fma_once(y, q, 1.0 / 11);
+  y = fma_once(y, q, 1.0 / 9);
+  y = fma_once(y, q, 1.0 / 7);
+  y = fma_once(y, q, 1.0 / 5);
+  y = fma_once(y, q, 1.0 / 3);
+  const double twice = s + s, ln_z = fma_once(twice * q, y, twice);
+  const double ln_x = fma_once(k, 0x1.62e42fee00000p-1, fma_once(k, 0x1.a39ef35793c76p-33, ln_z));
+  return x != x ? x : ln_x;
+}
+
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011). Element e of a tensor takes word (e / 16) % 4 of the counter
 // 16 * (e / 64) + e % 16: sixteen counters serve 64 elements, so that a 16-lane unit needs no transposition.
 constexpr int kPhiloxGroup = 64, kPhiloxLanes = 16;

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstring>
 
 namespace fi {
 
@@ -19,7 +20,30 @@ IoError::IoError(bool on_write, int which, int code, int64_t at, int64_t wanted,
       expected(wanted),
       done(got) {}
 
-void Source::get(int64_t offset, int64_t size, void* to) const {
+namespace {
+
+// How many of the bytes [offset, offset + wanted) lie within `size`; all of them, or what an error tells.
+int64_t within(int64_t offset, int64_t wanted, int64_t size) {
+  return offset < 0 || offset > size ? 0 : std::min(wanted, size - offset);
+}
+
+}  // namespace
+
+const void* Source::get(int64_t offset, int64_t size, void* to) const {
+  if (!memory_) {
+    read(offset, size, to);
+    return to;
+  }
+  const int64_t held = within(offset, size, size_);
+  if (held < size) throw IoError(false, index_, 0, offset, size, held);
+  return memory_ + offset;
+}
+
+void Source::read(int64_t offset, int64_t size, void* to) const {
+  if (memory_) {
+    memcpy(to, get(offset, size, to), size_t(size));
+    return;
+  }
   char* const bytes = static_cast<char*>(to);
   for (int64_t done = 0; done < size;) {
     const ssize_t got = pread(fd_, bytes + done, size_t(size - done), offset + done);
@@ -33,12 +57,20 @@ void Source::get(int64_t offset, int64_t size, void* to) const {
 }
 
 void Source::prefetch(int64_t offset, int64_t size) const {
+  if (memory_) return;
 #if defined(POSIX_FADV_WILLNEED)
   posix_fadvise(fd_, offset, size, POSIX_FADV_WILLNEED);
 #endif
 }
 
-void Sink::put(int64_t offset, int64_t size, const void* from) const {
+char* Sink::place(int64_t offset, int64_t size) const {
+  if (!memory_) return nullptr;
+  const int64_t held = within(offset, size, size_);
+  if (held < size) throw IoError(true, index_, 0, offset, size, held);
+  return memory_ + offset;
+}
+
+void Sink::write(int64_t offset, int64_t size, const void* from) const {
   const char* const bytes = static_cast<const char*>(from);
   for (int64_t done = 0; done < size;) {
     const ssize_t put = pwrite(fd_, bytes + done, size_t(size - done), offset + done);

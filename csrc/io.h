@@ -1,4 +1,5 @@
-// Where bytes come from and go to. Positioned reads and writes only, so threads share one handle.
+// Where bytes come from and go to: files, by positioned reads and writes only, so that threads share one handle, and
+// memory.
 #pragma once
 
 #include <cstdint>
@@ -16,29 +17,45 @@ struct IoError : std::runtime_error {
   int64_t offset, expected, done;
 };
 
+// A file, or a range of memory that its owner keeps alive and does not change meanwhile.
 class Source {
  public:
   Source(int index, int fd) : index_(index), fd_(fd) {}
+  Source(int index, const void* memory, int64_t size)
+      : index_(index), memory_(static_cast<const char*>(memory)), size_(size) {}
 
-  // Reads the bytes [offset, offset + size).
-  void get(int64_t offset, int64_t size, void* to) const;
+  // The bytes [offset, offset + size): where they lie, if that is memory, else `to`, into which they are read.
+  const void* get(int64_t offset, int64_t size, void* to) const;
+
+  // Reads them into `to` in any case.
+  void read(int64_t offset, int64_t size, void* to) const;
 
   // Asks the kernel to have these bytes ready soon. A hint: errors do not matter.
   void prefetch(int64_t offset, int64_t size) const;
 
  private:
-  int index_, fd_;
+  int index_, fd_ = -1;
+  const char* memory_ = nullptr;
+  int64_t size_ = 0;
 };
 
+// The same to be written. Memory overlaps no source.
 class Sink {
  public:
   Sink(int index, int fd) : index_(index), fd_(fd) {}
+  Sink(int index, void* memory, int64_t size) : index_(index), memory_(static_cast<char*>(memory)), size_(size) {}
 
-  // Writes `size` bytes at `offset`.
-  void put(int64_t offset, int64_t size, const void* from) const;
+  // Where the bytes [offset, offset + size) are to be stored, if that is memory: then there is nothing to write. Else
+  // null.
+  char* place(int64_t offset, int64_t size) const;
+
+  // Writes `size` bytes at `offset` of a file.
+  void write(int64_t offset, int64_t size, const void* from) const;
 
  private:
-  int index_, fd_;
+  int index_, fd_ = -1;
+  char* memory_ = nullptr;
+  int64_t size_ = 0;
 };
 
 // Reserves `size` bytes of a file that is open for writing, so that a full disk shows before any work is done. File

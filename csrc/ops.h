@@ -77,11 +77,63 @@ struct MeasureArgs {
   int64_t* nonzero;  // n, added to: elements of each vector that are not 0 (NaN counts)
 };
 
+// One output of a combine whose weights differ by group: totals[g] * x[pivot] + sum of the terms, g the element's
+// group.
+struct GroupRow {
+  int pivot;
+  int n_terms;
+  const int* inputs;      // of the terms
+  const double* totals;   // one per group; null if all are 1
+  const double* weights;  // of the first term, one per group; then those of the second
+};
+
+// A group is a row (index / columns) or a column (index % columns) of the tensor. A term whose weight is 0 in the
+// compute type is skipped, not multiplied.
+struct GroupArgs {
+  CombineArgs combine;  // but for its rows
+  const GroupRow* rows;
+  int64_t columns, groups;
+  bool per_row;
+};
+
+constexpr int kBlockRows = 64;  // that a column sums before blocks fold: kLanes columns of them are a chunk
+
+// Sums by column over a block of rows, and of up to kLanes columns.
+struct ColumnArgs {
+  const void* const* x;  // n inputs: the first element of each
+  const DType* in;
+  int n;
+  bool deltas, wide;  // as in MeasureArgs
+  int rows, columns;  // at most kBlockRows, kLanes
+  int64_t stride;     // elements from one row to the next
+  void* scratch;      // n * kChunk elements of the compute type
+  double* sums;       // measure_sums(n) and n counts for each column
+};
+
+// The divergence of one row of two tensors, a chunk at a time in three passes.
+struct DivergenceArgs {
+  enum Pass {
+    kTop,     // top[i] grows to the largest element
+    kPowers,  // sums[i] becomes the sum of exp(x[i] - top[i])
+    kTerms,   // sums[0] becomes the sum of p * log(p / q), from totals
+  };
+  const void* x[2];  // of q and p, `numel` elements each, any alignment
+  DType in[2];
+  Pass pass;
+  bool kept;        // of kTerms: scratch still holds the powers of this chunk
+  int64_t numel;    // at most kChunk
+  double* scratch;  // 2 * kChunk
+  double top[2], totals[2], sums[2];
+};
+
 struct Backend {
   const char* name;
   bool (*usable)();
   void (*combine)(const CombineArgs&);
+  void (*combine_groups)(const GroupArgs&);
   void (*measure)(const MeasureArgs&);
+  void (*measure_columns)(const ColumnArgs&);
+  void (*divergence)(DivergenceArgs&);
 };
 
 }  // namespace fi

@@ -17,17 +17,14 @@ namespace {
 constexpr int64_t kSlack = 64;            // a block may end a few bytes late, at the end of an element
 constexpr int64_t kBlockBytes = 2 << 20;  // of one output: what a thread takes at a time
 constexpr size_t kPrefetchBlocks = 8;     // how far ahead of the work the kernel is asked to read
-constexpr int64_t kMeasureChunks = 16;    // that a thread measures at a time
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-int element_bytes(const Step& step) { return step.kind == Step::kSame ? 1 : size_of(step.out_dtype); }
-
-int input_bytes(const Step& step, const Operand& input) { return step.kind == Step::kSame ? 1 : size_of(input.dtype); }
+int element_bytes(const Step& step) { return step.sum ? size_of(step.out_dtype) : 1; }
 
 int widest(const Step& step) {
   int bytes = 1;
-  for (const Operand& input : step.inputs) bytes = std::max(bytes, input_bytes(step, input));
+  for (const Operand& input : step.inputs) bytes = std::max(bytes, input.width);
   return bytes;
 }
 
@@ -50,27 +47,20 @@ class Scratch {
 
 }  // namespace
 
-Pump::Pump(const Backend& backend, std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Step> steps,
-           const PumpOptions& options)
-    : backend_(backend),
-      sources_(std::move(sources)),
-      sinks_(std::move(sinks)),
-      steps_(std::move(steps)),
-      options_(options) {
-  size_t inputs = 1, outputs = 1, measured = 0;
-  for (Step& step : steps_) {
-    for (size_t k = 0; k < step.rows.size(); ++k) {
-      step.rows[k].terms = step.terms[k].data();
-      step.rows[k].n_terms = int(step.terms[k].size());
+Pump::Pump(std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Step> steps, const PumpOptions& options)
+    : sources_(std::move(sources)), sinks_(std::move(sinks)), steps_(std::move(steps)), options_(options) {
+  size_t inputs = 1, outputs = 1;
+  for (const Step& step : steps_) {
+    if (step.survey) {
+      scratch_bytes_ = std::max(scratch_bytes_, round_up(step.survey->scratch_bytes(), 4096));
+    } else {
+      inputs = std::max(inputs, step.inputs.size());
+      outputs = std::max(outputs, step.sinks.size());
     }
-    inputs = std::max(inputs, step.inputs.size());
-    outputs = std::max(outputs, step.sinks.size());
-    if (step.kind == Step::kMeasure) measured = std::max(measured, step.inputs.size());
   }
-  in_bytes_ = round_up(std::max<int64_t>(options_.read_bytes, measured ? kChunk * 8 : 0) + kSlack, 4096);
+  in_bytes_ = round_up(options_.read_bytes + kSlack, 4096);
   out_stride_ = round_up(options_.write_bytes + kSlack, 4096);
-  scratch_bytes_ = in_bytes_ * int64_t(inputs) + out_stride_ * int64_t(outputs);
-  scratch_bytes_ = std::max(scratch_bytes_, int64_t(inputs) * in_bytes_ + int64_t(measured) * kChunk * 8);
+  scratch_bytes_ = std::max(scratch_bytes_, in_bytes_ * int64_t(inputs) + out_stride_ * int64_t(outputs));
   cut();
 }
 
@@ -84,8 +74,8 @@ Pump::~Pump() {
 void Pump::cut() {
   for (size_t s = 0; s < steps_.size(); ++s) {
     const Step& step = steps_[s];
-    if (step.kind == Step::kMeasure) {
-      cut_measure(int(s));
+    if (step.survey) {
+      cut_survey(int(s));
       continue;
     }
     const int64_t size = element_bytes(step);
@@ -100,8 +90,8 @@ void Pump::cut() {
       Block& block = blocks_.back();
       const int64_t edge = (at / kBlockBytes + 1) * kBlockBytes;
       const int64_t count = std::min(step.numel - first, (edge - at + size - 1) / size);
-      pieces_.push_back({int(s), first, count, stats_.size(), 0});
-      stats_.resize(stats_.size() + step.rows.size(), RowStats{});
+      pieces_.push_back({int(s), first, count, stats_.size()});
+      if (step.sum) stats_.resize(stats_.size() + step.sinks.size(), RowStats{});
       block.end = pieces_.size();
       block.bytes += count * size;
       first += count;
@@ -109,15 +99,11 @@ void Pump::cut() {
   }
 }
 
-void Pump::cut_measure(int step) {
-  const int64_t numel = steps_[size_t(step)].numel, most = kMeasureChunks * kChunk;
-  const int n = int(steps_[size_t(step)].inputs.size());
+void Pump::cut_survey(int step) {
+  const int64_t numel = steps_[size_t(step)].numel, most = steps_[size_t(step)].survey->piece();
   for (int64_t first = 0; first < numel; first += most) {
-    const int64_t count = std::min(most, numel - first), chunks = (count + kChunk - 1) / kChunk;
     blocks_.push_back({pieces_.size(), pieces_.size() + 1, 0, 0});
-    pieces_.push_back({step, first, count, sums_.size(), nonzero_.size()});
-    sums_.resize(sums_.size() + size_t(chunks * measure_sums(n)));
-    nonzero_.resize(nonzero_.size() + size_t(n));
+    pieces_.push_back({step, first, std::min(most, numel - first), 0});
   }
 }
 
@@ -170,8 +156,9 @@ void Pump::work() {
 // A block is read, combined and written in spans that stay in the second-level cache. A write ends at a multiple of
 // write_bytes in the file (or a few bytes later, with its last element), so the page cache gets aligned pages.
 void Pump::run_block(const Block& block, char* scratch) {
-  const Step& head = steps_[size_t(pieces_[block.begin].step)];
-  if (head.kind == Step::kMeasure) return measure(pieces_[block.begin], scratch);
+  const Piece& whole = pieces_[block.begin];
+  const Step& head = steps_[size_t(whole.step)];
+  if (head.survey) return head.survey->run(Inputs(sources_, head, &bytes_read_), whole.first, whole.count, scratch);
   char* const staged = scratch + scratch_bytes_ - out_stride_ * int64_t(head.sinks.size());
   std::vector<void*> out(head.sinks.size());
   int64_t start = block.offset, at = start;  // what is staged, in the first sink
@@ -182,8 +169,11 @@ void Pump::run_block(const Block& block, char* scratch) {
     for (int64_t done = 0; done < piece.count && !cancelled_;) {
       const int64_t edge = (start / options_.write_bytes + 1) * options_.write_bytes;
       const int64_t count = std::min({piece.count - done, most, (edge - at + size - 1) / size});
-      for (size_t k = 0; k < out.size(); ++k) out[k] = staged + out_stride_ * int64_t(k) + (at - start);
-      step.kind == Step::kSame ? compare(piece, done, count, scratch, out) : combine(piece, done, count, scratch, out);
+      for (size_t k = 0; k < out.size(); ++k) {
+        out[k] = sinks_[size_t(head.sinks[k])].place(at + head.offsets[k] - head.offsets[0], count * size);
+        if (!out[k]) out[k] = staged + out_stride_ * int64_t(k) + (at - start);
+      }
+      step.sum ? combine(piece, done, count, scratch, out) : compare(piece, done, count, scratch, out);
       done += count;
       at += count * size;
       if (at >= edge || (done == piece.count && i + 1 == block.end)) {
@@ -195,39 +185,34 @@ void Pump::run_block(const Block& block, char* scratch) {
 }
 
 void Pump::write(const Step& step, int64_t offset, int64_t size, const char* staged) {
-  for (size_t k = 0; k < step.sinks.size(); ++k)
-    sinks_[size_t(step.sinks[k])].put(offset + step.offsets[k] - step.offsets[0], size,
-                                      staged + out_stride_ * int64_t(k));
+  for (size_t k = 0; k < step.sinks.size(); ++k) {
+    const Sink& sink = sinks_[size_t(step.sinks[k])];
+    const int64_t at = offset + step.offsets[k] - step.offsets[0];
+    if (!sink.place(at, size)) sink.write(at, size, staged + out_stride_ * int64_t(k));
+  }
   bytes_written_ += size * int64_t(step.sinks.size());
 }
 
 void Pump::combine(const Piece& piece, int64_t done, int64_t count, char* in, const std::vector<void*>& out) {
   const Step& step = steps_[size_t(piece.step)];
-  const size_t n = step.inputs.size(), k = step.rows.size();
+  const Inputs inputs(sources_, step, &bytes_read_);
+  const size_t n = step.inputs.size();
   const int64_t first = piece.first + done;
-  const auto read = [&](size_t i, void* to) {
-    const Operand& input = step.inputs[i];
-    const int64_t width = size_of(input.dtype);
-    sources_[size_t(input.source)].get(input.offset + first * width, count * width, to);
-    bytes_read_ += count * width;
-  };
-  if (k == 1 && n == 1 && is_copy(step.rows[0]) && step.inputs[0].dtype == step.out_dtype) return read(0, out[0]);
+  if (n == 1 && step.sum->copies() && step.inputs[0].dtype == step.out_dtype)
+    return inputs.read(0, first, count, out[0]);
   std::vector<const void*> x(n);
   std::vector<DType> dtypes(n);
   for (size_t i = 0; i < n; ++i) {
-    char* const to = in + in_bytes_ * int64_t(i);
-    read(i, to);
-    x[i] = to;
+    x[i] = inputs.get(i, first, count, in + in_bytes_ * int64_t(i));
     dtypes[i] = step.inputs[i].dtype;
   }
   CombineArgs args{};
   args.x = x.data();
   args.in = dtypes.data();
-  args.rows = step.rows.data();
   args.out = out.data();
   args.keys = step.keys.data();
   args.n = int(n);
-  args.k = int(k);
+  args.k = int(out.size());
   args.out_dtype = step.out_dtype;
   args.stochastic = options_.stochastic;
   args.fp8_saturate = options_.fp8_saturate;
@@ -235,51 +220,17 @@ void Pump::combine(const Piece& piece, int64_t done, int64_t count, char* in, co
   args.numel = count;
   args.first = first;
   args.stats = &stats_[piece.stats];
-  backend_.combine(args);
+  step.sum->run(args);
 }
 
 void Pump::compare(const Piece& piece, int64_t done, int64_t count, char* in, const std::vector<void*>& out) {
   const Step& step = steps_[size_t(piece.step)];
-  for (size_t i = 0; i < step.inputs.size(); ++i) {
-    const Operand& input = step.inputs[i];
-    void* const to = i == 0 ? out[0] : in;
-    sources_[size_t(input.source)].get(input.offset + piece.first + done, count, to);
-    bytes_read_ += count;
-    if (i != 0 && memcmp(in, out[0], size_t(count)) != 0) throw Differs(piece.step, int(i));
-  }
+  const Inputs inputs(sources_, step, &bytes_read_);
+  const int64_t first = piece.first + done;
+  inputs.read(0, first, count, out[0]);
+  for (size_t i = 1; i < step.inputs.size(); ++i)
+    if (memcmp(inputs.get(i, first, count, in), out[0], size_t(count)) != 0) throw Differs(piece.step, int(i));
   for (size_t k = 1; k < out.size(); ++k) memcpy(out[k], out[0], size_t(count));
-}
-
-void Pump::measure(const Piece& piece, char* scratch) {
-  const Step& step = steps_[size_t(piece.step)];
-  const size_t n = step.inputs.size();
-  std::vector<const void*> x(n);
-  std::vector<DType> dtypes(n);
-  MeasureArgs args{};
-  for (size_t i = 0; i < n; ++i) {
-    dtypes[i] = step.inputs[i].dtype;
-    args.wide = args.wide || dtypes[i] == DType::F64;
-  }
-  args.x = x.data();
-  args.in = dtypes.data();
-  args.n = int(n);
-  args.deltas = step.deltas;
-  args.scratch = scratch + in_bytes_ * int64_t(n);
-  args.nonzero = &nonzero_[piece.nonzero];
-  for (int64_t chunk = 0; chunk * kChunk < piece.count; ++chunk) {
-    const int64_t first = piece.first + chunk * kChunk;
-    args.numel = std::min(kChunk, piece.count - chunk * kChunk);
-    for (size_t i = 0; i < n; ++i) {
-      const Operand& input = step.inputs[i];
-      const int64_t width = size_of(input.dtype), size = args.numel * width;
-      char* const to = scratch + in_bytes_ * int64_t(i);
-      sources_[size_t(input.source)].get(input.offset + first * width, size, to);
-      x[i] = to;
-      bytes_read_ += size;
-    }
-    args.sums = &sums_[piece.stats + size_t(chunk * measure_sums(args.n))];
-    backend_.measure(args);
-  }
 }
 
 void Pump::prefetch(size_t block) const {
@@ -289,49 +240,18 @@ void Pump::prefetch(size_t block) const {
     for (size_t i = blocks_[b].begin; i < blocks_[b].end; ++i) {
       const Piece& piece = pieces_[i];
       const Step& step = steps_[size_t(piece.step)];
-      for (const Operand& input : step.inputs) {
-        const int64_t width = input_bytes(step, input);
-        sources_[size_t(input.source)].prefetch(input.offset + piece.first * width, piece.count * width);
-      }
+      const Inputs inputs(sources_, step, nullptr);
+      for (size_t input = 0; input < step.inputs.size(); ++input) inputs.prefetch(input, piece.first, piece.count);
     }
 }
 
 std::vector<std::vector<RowStats>> Pump::stats() const {
   std::vector<std::vector<RowStats>> all(steps_.size());
-  for (size_t s = 0; s < steps_.size(); ++s) all[s].resize(steps_[s].rows.size(), RowStats{});
+  for (size_t s = 0; s < steps_.size(); ++s)
+    if (steps_[s].sum) all[s].resize(steps_[s].sinks.size(), RowStats{});
   for (const Piece& piece : pieces_)
     for (size_t k = 0; k < all[size_t(piece.step)].size(); ++k)
       add(stats_[piece.stats + k], &all[size_t(piece.step)][k]);
-  return all;
-}
-
-std::vector<Measured> Pump::measured() const {
-  std::vector<Measured> all(steps_.size());
-  std::vector<std::vector<double>> chunks(steps_.size());  // per step: the sums of its chunks, one after the other
-  for (const Piece& piece : pieces_) {
-    const Step& step = steps_[size_t(piece.step)];
-    if (step.kind != Step::kMeasure) continue;
-    const size_t n = step.inputs.size();
-    const size_t count = size_t((piece.count + kChunk - 1) / kChunk) * size_t(measure_sums(int(n)));
-    std::vector<double>& to = chunks[size_t(piece.step)];
-    to.insert(to.end(), sums_.begin() + int64_t(piece.stats), sums_.begin() + int64_t(piece.stats + count));
-    all[size_t(piece.step)].nonzero.resize(n);
-    for (size_t i = 0; i < n; ++i) all[size_t(piece.step)].nonzero[i] += nonzero_[piece.nonzero + i];
-  }
-  for (size_t s = 0; s < steps_.size(); ++s) {
-    if (steps_[s].kind != Step::kMeasure) continue;
-    const size_t width = size_t(measure_sums(int(steps_[s].inputs.size())));
-    std::vector<double>& sums = chunks[s];
-    sums.resize(std::max(sums.size(), width));  // a tensor without elements sums to 0
-    all[s].nonzero.resize(steps_[s].inputs.size());
-    for (size_t count = sums.size() / width; count > 1; count = (count + 1) / 2)
-      for (size_t c = 0; c < (count + 1) / 2; ++c)
-        for (size_t i = 0; i < width; ++i)
-          sums[c * width + i] =
-              2 * c + 1 < count ? sums[2 * c * width + i] + sums[(2 * c + 1) * width + i] : sums[2 * c * width + i];
-    sums.resize(width);
-    all[s].sums = std::move(sums);
-  }
   return all;
 }
 

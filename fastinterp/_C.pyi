@@ -1,5 +1,6 @@
 """The native extension: kernels and the pump that feeds them. Private; arguments are checked, addresses are trusted."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_INPUTS: int
@@ -8,9 +9,8 @@ CHUNK: int
 
 # pivot, total, [(input, weight)]
 _Row = tuple[int, float, list[tuple[int, float]]]
-# kind ("combine", "same", "measure", "measure_deltas"), [(source, offset, dtype code)], rows, sinks, offsets, out dtype
-# code, numel (bytes for "same"), keys
-_Step = tuple[str, list[tuple[int, int, int]], list[_Row], list[int], list[int], int, int, list[int]]
+# A file descriptor, or ("memory", address, bytes): the caller keeps it alive and lets nobody write to it.
+_Handle = int | tuple[str, int, int]
 
 def isas() -> list[str]: ...
 def built_isas() -> list[str]: ...
@@ -34,12 +34,32 @@ def reserve(fd: int, size: int) -> None: ...
 def cached_fraction(fd: int, size: int) -> float: ...
 
 class Pump:
+    """Steps are dicts:
+
+    kind       "combine", "same" (bytes that must agree), "measure", "measure_deltas" or "divergence"
+    inputs     [(source, byte offset, dtype code)]; or with rows gathered from parts that count as lying one behind the
+               other, -1 for a row of zeros: ([(source, byte offset, rows of the part)], dtype code, i64[rows])
+    numel      elements; bytes of "same"
+    columns    elements (bytes) of a row: needed by whatever looks at rows or columns, and by gathered inputs
+    sinks, offsets, out_dtype, keys
+               of the kinds that write, one per output but for the dtype; Philox keys for stochastic rounding only
+    per        of "combine" and the measures: "tensor" (as if nothing was said), "row" or "column"
+    rows       of "combine", one per output: [(pivot, total, [(input, weight)])]; by groups
+               [(pivot, f64[groups], [input], f64[groups * inputs])], all weights of a group together
+
+    i64 and f64 are contiguous buffers: array, memoryview, numpy, bytes.
+
+    `answers` has an entry per step: None if it writes, else (f64[...], i64[...]) as memoryviews. Of the measures: the
+    upper triangle of the Gram matrix row by row, then the L1 norms; and the counts of elements that are not 0; of one
+    group after the other. Of the divergence: one number per row, and nothing.
+    """
+
     def __init__(
         self,
         isa: str,
-        sources: list[int],
-        sinks: list[int],
-        steps: list[_Step],
+        sources: Sequence[_Handle],
+        sinks: Sequence[_Handle],
+        steps: Sequence[Mapping[str, Any]],
         *,
         threads: int,
         write_bytes: int,
@@ -55,7 +75,7 @@ class Pump:
     def join(self) -> None: ...
     def error(self) -> tuple[Any, ...] | None: ...
     def stats(self) -> list[list[dict[str, float]]]: ...
-    def measured(self) -> list[tuple[list[float], list[int]]]: ...
+    def answers(self) -> list[Any]: ...
     @property
     def bytes_read(self) -> int: ...
     @property

@@ -86,8 +86,8 @@ def laid_out(
         at = [sum(r.size for r in source) for source in data]
         operands = [(i, at[i], code(dtypes[i]) if dtypes else 0) for i in range(2)]
         rows = [(r.pivot, r.total, list(r.terms)) for r in ROWS[:row_count]] if dtypes else []
-        kind = "combine" if dtypes else "same"
-        steps.append((kind, operands, rows, list(range(row_count)), places, code(out), numel, []))
+        step = {"inputs": operands, "numel": numel, "sinks": list(range(row_count)), "offsets": places}
+        steps.append(step | ({"kind": "combine", "rows": rows, "out_dtype": code(out)} if dtypes else {"kind": "same"}))
         outputs = [inputs[0]] * row_count
         if dtypes:
             outputs, _ = reference.combine(inputs, dtypes, ROWS[:row_count], out)
@@ -122,7 +122,7 @@ def test_elements_across_the_edges_of_writes_and_blocks(tmp_path, starts, thread
 @pytest.mark.parametrize("step", [7, 2])
 def test_bytes_that_differ_name_step_and_input(tmp_path, step):
     sources, sinks, steps, _ = laid_out(tmp_path, (1,), 1)
-    _, operands, *_, numel, _ = steps[step]
+    operands, numel = steps[step]["inputs"], steps[step]["numel"]
     with open(sources[1], "r+b") as stream:
         stream.seek(operands[1][1] + numel - 1)
         last = stream.read(1)[0]
@@ -165,7 +165,10 @@ def test_window_counts_all_of_the_scratch(inputs, outputs):
     """What --max-memory bounds is what the pump takes."""
     operands = [(0, 0, code(BF16))] * inputs
     rows: list[Any] = [(0, 1.0, [(i, 0.5) for i in range(1, inputs)])] * outputs
-    step: Any = ("combine", operands, rows, [0] * outputs, [4096] * outputs, code(BF16), 10, [])
+    step = {
+        "kind": "combine", "inputs": operands, "rows": rows, "sinks": [0] * outputs, "offsets": [4096] * outputs,
+        "out_dtype": code(BF16), "numel": 10,
+    }  # fmt: skip
     window = Window(threads=1, write_bytes=1 << 16, read_bytes=1 << 14, inputs=inputs, outputs=outputs)
     pump = Pump(
         "scalar", [0], [1], [step], threads=1, write_bytes=window.write_bytes, read_bytes=window.read_bytes,
@@ -217,11 +220,11 @@ def measured(
         np.concatenate([np.zeros(2 * i + 1, np.uint8), raw]).tofile(paths[i])
         operands.append((i, 2 * i + 1, code(dtype)))
     numel = data[0].size * 8 // dtypes[0].bits
-    step: Any = ("measure_deltas" if deltas else "measure", operands, [], [], [], 0, numel, [])
+    step = {"kind": "measure_deltas" if deltas else "measure", "inputs": operands, "numel": numel}
     pump = run(paths, [], [step], **options)
     assert pump.bytes_read == sum(raw.size for raw in data)
-    ((sums, nonzero),) = pump.measured()
-    return np.array(sums), nonzero
+    ((sums, nonzero),) = pump.answers()
+    return np.array(sums), list(nonzero)
 
 
 def assert_measures_alike(

@@ -8,6 +8,7 @@ pivot, which inputs are not read at all, and what is a copy.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 NUMERICS = 1  # version of the numeric contract; changing any output bit bumps it
@@ -71,6 +72,20 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupRow:
+    """One output of a combine by groups: out = totals[g] * p + sum_k weights[g][k] * (x_k - p), g the element's group.
+
+    Never a copy. totals f64[groups]; inputs the terms' inputs, in recipe order, never the pivot; weights
+    f64[groups * len(inputs)], group by group. Buffers of float64, which the pump takes as they are.
+    """
+
+    pivot: int
+    totals: Sequence[float]
+    inputs: tuple[int, ...]
+    weights: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """What a method may know of the tensor that it merges.
 
@@ -92,6 +107,11 @@ class Tensor:
     def rows(self) -> int:
         """All dimensions but the last, multiplied; 1 for 0-d and 1-d tensors."""
         return math.prod(self.shape[:-1])
+
+    @property
+    def columns(self) -> int:
+        """The last dimension: the length of a row; 1 for 0-d tensors."""
+        return self.shape[-1] if self.shape else 1
 
 
 def philox_key(seed: int, stream: int, name: str) -> int:

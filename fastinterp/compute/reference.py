@@ -268,7 +268,7 @@ def combine(
         outputs.append(codes.view(np.uint8))
         unmoved = narrow(p, out_dtype, fp8_overflow=fp8_overflow)
         stored = widen(outputs[j], out_dtype)
-        found = None if row.is_copy else _stats(list(x.values()), p, change, stored, codes != unmoved, sampled)
+        found = None if row.is_copy else sampled_stats(list(x.values()), p, change, stored, codes != unmoved, sampled)
         stats.append(found)
     return outputs, stats
 
@@ -288,7 +288,7 @@ def _run(row: Row, x: dict[int, Array]) -> tuple[Array, Array, Array]:
     return p, y - p, y
 
 
-def _stats(x: list[Array], p: Array, change: Array, stored: Array, changed: Array, sampled: Array) -> Stats:
+def sampled_stats(x: list[Array], p: Array, change: Array, stored: Array, changed: Array, sampled: Array) -> Stats:
     """Statistics of one row from the inputs that it reads, pivot, intended change, stored values, and what changed."""
     moved = stored.astype(p.dtype) - p  # in the compute dtype, as D is
     p64, d64, moved64 = (v[sampled].astype(np.float64) for v in (p, change, moved))

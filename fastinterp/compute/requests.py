@@ -13,7 +13,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastinterp.compute.ops import Combine
+from fastinterp.compute.ops import Combine, GroupRow, Row
 
 Per = Literal["tensor", "row", "column"]
 
@@ -165,6 +165,33 @@ class GroupCombine:
     per: Literal["row", "column"]
     base: int | None = None
     sums_to_one: bool = False
+
+    def row(self) -> GroupRow | Row:
+        """What the kernels execute: rule 11 of docs/NUMERICS.md.
+
+        An input whose weight is 0 in every group is not read. The pivot is the base, else the first input that is read.
+        All groups alike in a copy are one: no weights beside a base, or a lone weight of 1.
+        Raises: ValueError, if the base has a weight or all weights are 0.
+        """
+        from array import array
+
+        if any(len(w) != len(self.weights[0]) for w in self.weights):
+            raise ValueError("every group needs a weight for each input")
+        used = [i for i, column in enumerate(zip(*self.weights, strict=True)) if any(column)]
+        if self.base is not None and self.base in used:
+            raise ValueError("the base carries no weight of its own")
+        if not used:
+            if self.base is None:
+                raise ValueError("all weights are 0")
+            return Row(self.base)
+        lone = used[0]
+        one_total = self.base is not None or self.sums_to_one
+        if len(used) == 1 and all(w[lone] == 1.0 for w in self.weights):
+            return Row(lone)
+        pivot = lone if self.base is None else self.base
+        terms = tuple(i for i in used if i != pivot)
+        totals = array("d", (1.0 if one_total else math.fsum(w) for w in self.weights))
+        return GroupRow(pivot, totals, terms, array("d", (w[i] for w in self.weights for i in terms)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,8 +112,8 @@ def compare(
     pairs = [(first.tensors[n], second.tensors[n]) for n in names]
     with ExitStack() as stack:
         sources = Sources((first, second), (read for pair in pairs for read in enumerate(pair)), stack)
-        steps: list[Any] = [
-            ("measure_deltas", [sources.operand(0, x), sources.operand(1, y)], [], [], [], 0, x.numel, [])
+        steps: list[dict[str, Any]] = [
+            {"kind": "measure_deltas", "inputs": [sources.operand(0, x), sources.operand(1, y)], "numel": x.numel}
             for x, y in pairs
         ]
         pump = Pump(
@@ -126,7 +126,7 @@ def compare(
             raise sources.explained(error)
         sources.refuse_changed()
     tensors = {}
-    for name, (sums, nonzero) in zip(names, pump.measured(), strict=True):
+    for name, (sums, nonzero) in zip(names, pump.answers(), strict=True):
         aa, ad, dd = sums[:3]
         tensors[name] = Difference(first.tensors[name].numel, nonzero[1], math.sqrt(aa), math.sqrt(dd), ad)
     return Comparison(

@@ -149,18 +149,21 @@ def _write_first(fd: int, data: bytes) -> None:
         done += os.pwrite(fd, data[done:], done)
 
 
-def _step(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: _Sinks) -> Any:
+def _step(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: _Sinks) -> dict[str, Any]:
     numbers, offsets = sinks.of[tensor.name]
-    merged = bool(tensor.rows)
-    operands = [sources.operand(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True)]
-    rows = [(row.pivot, row.total, list(row.terms)) for row in tensor.rows]
-    keys = (
-        [philox_key(r.seed, _STORE, tensor.name) for r in plan.recipes]
-        if plan.recipes[0].rounding == "stochastic"
-        else []
-    )
-    count = tensor.numel if merged else tensor.entries[0].nbytes
-    return ("combine" if merged else "same", operands, rows, numbers, offsets, tensor.dtype.code or 0, count, keys)
+    step: dict[str, Any] = {
+        "kind": "combine" if tensor.rows else "same",
+        "inputs": [sources.operand(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True)],
+        "numel": tensor.numel if tensor.rows else tensor.entries[0].nbytes,
+        "sinks": numbers,
+        "offsets": offsets,
+    }
+    if tensor.rows:
+        step["rows"] = [(row.pivot, row.total, list(row.terms)) for row in tensor.rows]
+        step["out_dtype"] = tensor.dtype.code
+        if plan.recipes[0].rounding == "stochastic":
+            step["keys"] = [philox_key(r.seed, _STORE, tensor.name) for r in plan.recipes]
+    return step
 
 
 def _explained(error: tuple[Any, ...], plan: Plan, sources: Sources, sinks: _Sinks) -> Exception:

@@ -1,0 +1,246 @@
+#include "bind_steps.h"
+
+#include <type_traits>
+
+#include "sums.h"
+#include "survey.h"
+
+namespace py = pybind11;
+
+namespace fi {
+
+namespace {
+
+// What a kind's function may look at beside the step that it completes.
+struct Given {
+  const py::dict& keys;
+  const Backend& backend;
+
+  template <class T>
+  T get(const char* key) const {
+    if (!keys.contains(key)) throw py::value_error(std::string("a step lacks `") + key + "`");
+    return keys[key].cast<T>();
+  }
+};
+
+int64_t columns_of(const Given& given, int64_t numel) {
+  const int64_t columns = given.get<int64_t>("columns");
+  if (columns < 1 || numel % columns != 0) throw py::value_error("a tensor needs whole rows of `columns` elements");
+  return columns;
+}
+
+// A contiguous buffer of numbers: an array, a memoryview; bytes too.
+template <class T>
+std::vector<T> numbers_of(const py::buffer& given, size_t count) {
+  const py::buffer_info info = given.request();
+  const bool fits = info.itemsize == 1 || info.item_type_is_equivalent_to<T>();
+  if (!fits || info.ndim != 1 || info.strides[0] != info.itemsize ||
+      size_t(info.size * info.itemsize) != count * sizeof(T))
+    throw py::value_error("expected a contiguous buffer of " + std::to_string(count) +
+                          (std::is_same_v<T, double> ? " float64" : " int64"));
+  const T* const from = static_cast<const T*>(info.ptr);
+  return std::vector<T>(from, from + count);
+}
+
+int source_of(int source, size_t sources) {
+  if (source < 0 || size_t(source) >= sources) throw py::value_error("an operand's source is none of the sources");
+  return source;
+}
+
+// Parts lie one behind the other, each some whole rows of a source; `rows` are taken out of them.
+std::shared_ptr<RowMap> gathered_of(const py::tuple& given, size_t sources, int64_t row_bytes, int64_t rows) {
+  auto map = std::make_shared<RowMap>();
+  map->row_bytes = row_bytes;
+  const auto parts = given[0].cast<std::vector<std::tuple<int, int64_t, int64_t>>>();
+  for (int64_t row : numbers_of<int64_t>(given[2].cast<py::buffer>(), size_t(rows))) {
+    RowMap::Place place{-1, 0};
+    const bool zeros = row == -1;
+    for (const auto& [source, offset, count] : parts) {
+      if (row >= 0 && row < count) place = {source_of(source, sources), offset + row * row_bytes};
+      if (row >= 0) row -= count;
+      if (place.source >= 0) break;
+    }
+    if (!zeros && place.source < 0) throw py::value_error("a gathered row is none of the parts' rows");
+    map->rows.push_back(place);
+  }
+  return map;
+}
+
+// (source, byte offset, dtype code), or gathered: ([(source, byte offset, rows)], dtype code, i64[rows]).
+Operand operand_of(const Given& given, const py::tuple& operand, size_t sources, bool bytes, int64_t numel) {
+  if (operand.size() != 3) throw py::value_error("an operand has three parts");
+  const bool gathers = py::isinstance<py::list>(operand[0]);
+  const DType dtype = dtype_of(operand[gathers ? 1 : 2].cast<int>());
+  const int width = bytes ? 1 : size_of(dtype);
+  if (!gathers) return {source_of(operand[0].cast<int>(), sources), operand[1].cast<int64_t>(), dtype, width, nullptr};
+  const int64_t columns = columns_of(given, numel);
+  return {-1, 0, dtype, width, gathered_of(operand, sources, columns * width, numel / columns)};
+}
+
+std::vector<DType> dtypes_of(const Step& step) {
+  std::vector<DType> dtypes;
+  for (const Operand& input : step.inputs) dtypes.push_back(input.dtype);
+  return dtypes;
+}
+
+// ---- kinds: each completes a step whose inputs, sinks, offsets, keys and numel are there already --------------------
+
+// "tensor" where nothing is said.
+std::string per_of(const Given& given) {
+  const std::string per = given.keys.contains("per") ? given.get<std::string>("per") : "tensor";
+  if (per != "tensor" && per != "row" && per != "column") throw py::value_error("`per` is tensor, row or column");
+  return per;
+}
+
+void combine_groups(const Given& given, bool per_row, Step* step) {
+  const int64_t columns = columns_of(given, step->numel), groups = per_row ? step->numel / columns : columns;
+  std::vector<GroupSum::Output> outputs;
+  for (auto& [pivot, totals, inputs, weights] :
+       given.get<std::vector<std::tuple<int, py::buffer, std::vector<int>, py::buffer>>>("rows")) {
+    PyRow row{pivot, 1.0, {}};
+    for (const int input : inputs) std::get<2>(row).push_back({input, 0.0});
+    check_row(row, step->inputs.size());
+    outputs.push_back({pivot, inputs, numbers_of<double>(totals, size_t(groups)),
+                       numbers_of<double>(weights, size_t(groups) * inputs.size())});
+  }
+  step->sum = std::make_shared<GroupSum>(given.backend, std::move(outputs), per_row, columns, groups);
+}
+
+void combine(const Given& given, Step* step) {
+  const std::string per = per_of(given);
+  if (given.get<py::list>("rows").size() != step->sinks.size()) throw py::value_error("a row per sink is needed");
+  if (per != "tensor") return combine_groups(given, per == "row", step);
+  std::vector<Row> rows;
+  std::vector<std::vector<Term>> terms;
+  for (const PyRow& row : given.get<std::vector<PyRow>>("rows")) {
+    check_row(row, step->inputs.size());
+    terms.push_back(terms_of(row));
+    rows.push_back({std::get<0>(row), 0, std::get<1>(row), nullptr});
+  }
+  step->sum = std::make_shared<PlainSum>(given.backend, std::move(rows), std::move(terms));
+}
+
+void measure(const Given& given, bool deltas, Step* step) {
+  const std::string per = per_of(given);
+  if (per == "tensor")
+    step->survey = std::make_shared<MeasureSurvey>(given.backend, dtypes_of(*step), step->numel, deltas);
+  else if (per == "row")
+    step->survey = std::make_shared<MeasureRows>(given.backend, dtypes_of(*step), step->numel, deltas,
+                                                 columns_of(given, step->numel));
+  else
+    step->survey = std::make_shared<MeasureColumns>(given.backend, dtypes_of(*step), step->numel, deltas,
+                                                    columns_of(given, step->numel));
+}
+
+void measure_inputs(const Given& given, Step* step) { measure(given, false, step); }
+
+void measure_deltas(const Given& given, Step* step) { measure(given, true, step); }
+
+void divergence(const Given& given, Step* step) {
+  if (step->inputs.size() != 2) throw py::value_error("a divergence has two inputs");
+  step->survey =
+      std::make_shared<Divergence>(given.backend, dtypes_of(*step), step->numel, columns_of(given, step->numel));
+}
+
+// Every kind, and the keys that it may have beside "kind", "inputs", "numel" and "columns", and beside "sinks",
+// "offsets", "out_dtype" and "keys" if it writes.
+struct Kind {
+  const char* name;
+  bool writes, bytes;  // bytes: its elements are bytes, whatever the dtype
+  void (*complete)(const Given&, Step*);
+  std::vector<std::string> keys;
+};
+const std::vector<Kind>& kinds() {
+  static const std::vector<Kind> all = {
+      {"combine", true, false, combine, {"rows", "per"}}, {"same", true, true, nullptr, {}},
+      {"measure", false, false, measure_inputs, {"per"}}, {"measure_deltas", false, false, measure_deltas, {"per"}},
+      {"divergence", false, false, divergence, {}},
+  };
+  return all;
+}
+
+void check_keys(const py::dict& given, const Kind& kind) {
+  std::vector<std::string> known = {"kind", "inputs", "numel", "columns"};
+  if (kind.writes) known.insert(known.end(), {"sinks", "offsets", "out_dtype", "keys"});
+  known.insert(known.end(), kind.keys.begin(), kind.keys.end());
+  for (const auto& item : given) {
+    const std::string key = item.first.cast<std::string>();
+    bool found = false;
+    for (const std::string& name : known) found = found || name == key;
+    if (!found) throw py::value_error("a step of kind " + std::string(kind.name) + " has no `" + key + "`");
+  }
+}
+
+void add_outputs(const Given& given, size_t sinks, Step* step) {
+  step->sinks = given.get<std::vector<int>>("sinks");
+  step->offsets = given.get<std::vector<int64_t>>("offsets");
+  if (given.keys.contains("out_dtype")) step->out_dtype = dtype_of(given.get<int>("out_dtype"));
+  if (given.keys.contains("keys")) step->keys = given.get<std::vector<uint64_t>>("keys");
+  check_count(step->sinks.size(), kMaxOutputs, "outputs");
+  if (step->offsets.size() != step->sinks.size()) throw py::value_error("as many offsets as sinks are needed");
+  for (const int sink : step->sinks)
+    if (sink < 0 || size_t(sink) >= sinks) throw py::value_error("a step's sink is none of the sinks");
+}
+
+}  // namespace
+
+DType dtype_of(int code) {
+  if (code < 0 || code >= kDTypes) throw py::value_error("no dtype has code " + std::to_string(code));
+  return DType(code);
+}
+
+void check_count(size_t count, int most, const char* what) {
+  if (count < 1 || count > size_t(most))
+    throw py::value_error(std::string("expected 1 to ") + std::to_string(most) + " " + what + ", got " +
+                          std::to_string(count));
+}
+
+void check_row(const PyRow& row, size_t inputs) {
+  const auto bad = [&](int i) { return i < 0 || size_t(i) >= inputs; };
+  if (bad(std::get<0>(row))) throw py::value_error("a row's pivot is none of the inputs");
+  for (const auto& [input, weight] : std::get<2>(row))
+    if (bad(input)) throw py::value_error("a row's term is none of the inputs");
+}
+
+std::vector<Term> terms_of(const PyRow& row) {
+  std::vector<Term> terms;
+  for (const auto& [input, weight] : std::get<2>(row)) terms.push_back({input, weight});
+  return terms;
+}
+
+Step step_of(const py::dict& keys, const Backend& backend, size_t sources, size_t sinks, bool stochastic) {
+  const Given given{keys, backend};
+  const std::string name = given.get<std::string>("kind");
+  const Kind* kind = nullptr;
+  for (const Kind& k : kinds())
+    if (name == k.name) kind = &k;
+  if (!kind) throw py::value_error("no such kind of step: " + name);
+  check_keys(keys, *kind);
+  Step step;
+  step.numel = given.get<int64_t>("numel");
+  if (step.numel < 0) throw py::value_error("numel must not be negative");
+  for (const py::handle input : given.get<py::list>("inputs"))
+    step.inputs.push_back(operand_of(given, input.cast<py::tuple>(), sources, kind->bytes, step.numel));
+  check_count(step.inputs.size(), kMaxInputs, "inputs");
+  if (kind->writes) add_outputs(given, sinks, &step);
+  if (kind->complete) kind->complete(given, &step);
+  if (step.sum && stochastic && step.keys.size() != step.sinks.size())
+    throw py::value_error("stochastic rounding needs a key per output");
+  return step;
+}
+
+namespace {
+
+template <class T>
+py::object view_of(const std::vector<T>& values, const char* format) {
+  const py::bytes bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
+  return py::memoryview(bytes).attr("cast")(format);
+}
+
+}  // namespace
+
+py::tuple answer_of(const Answer& answer) {
+  return py::make_tuple(view_of(answer.reals, "d"), view_of(answer.counts, "q"));
+}
+
+}  // namespace fi

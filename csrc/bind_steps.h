@@ -1,0 +1,48 @@
+// Steps, sources and sinks as Python gives them.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "step.h"
+
+namespace fi {
+
+using PyTerms = std::vector<std::pair<int, double>>;
+using PyRow = std::tuple<int, double, PyTerms>;  // pivot, total, (input, weight)
+
+// All throw pybind11::value_error, or what a conversion throws.
+DType dtype_of(int code);
+void check_count(size_t count, int most, const char* what);
+void check_row(const PyRow& row, size_t inputs);
+std::vector<Term> terms_of(const PyRow& row);
+
+// A file descriptor, or ("memory", address, bytes).
+template <class Handle>
+std::vector<Handle> handles_of(const pybind11::list& given) {
+  std::vector<Handle> handles;
+  for (const pybind11::handle h : given) {
+    const int index = int(handles.size());
+    if (pybind11::isinstance<pybind11::int_>(h)) {
+      handles.emplace_back(index, h.cast<int>());
+      continue;
+    }
+    const auto [kind, address, size] = h.cast<std::tuple<std::string, uintptr_t, int64_t>>();
+    if (kind != "memory" || size < 0) throw pybind11::value_error("a source or sink is a file descriptor or memory");
+    handles.emplace_back(index, reinterpret_cast<void*>(address), size);
+  }
+  return handles;
+}
+
+// A step from its dict. Its kind's row in the table of bind_steps.cpp tells which keys it has.
+Step step_of(const pybind11::dict& given, const Backend& backend, size_t sources, size_t sinks, bool stochastic);
+
+// (f64[...], i64[...]) as memoryviews.
+pybind11::tuple answer_of(const Answer& answer);
+
+}  // namespace fi

@@ -1,0 +1,64 @@
+#include "step.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace fi {
+
+namespace {
+
+// Calls take(source, offset, bytes) for every run of bytes that lie one behind the other, in order; source -1 for
+// zeros.
+template <class Take>
+void for_runs(const Operand& from, int64_t first, int64_t count, Take take) {
+  const int64_t start = first * from.width, end = start + count * from.width;
+  if (!from.gathered) return take(from.source, from.offset + start, end - start);
+  const std::vector<RowMap::Place>& rows = from.gathered->rows;
+  const int64_t size = from.gathered->row_bytes;
+  for (int64_t at = start; at < end;) {
+    int64_t row = at / size;
+    const RowMap::Place place = rows[size_t(row)];
+    const int64_t offset = place.offset + at % size;
+    int64_t run = size - at % size;
+    const auto goes_on = [&](const RowMap::Place& next) {
+      return next.source == place.source && (place.source < 0 || next.offset == offset + run);
+    };
+    for (; at + run < end && goes_on(rows[size_t(row + 1)]); ++row) run += size;
+    run = std::min(run, end - at);
+    take(place.source, offset, run);
+    at += run;
+  }
+}
+
+}  // namespace
+
+const void* Inputs::get(size_t input, int64_t first, int64_t count, void* to) const {
+  const Operand& from = step_.inputs[input];
+  if (from.gathered) {
+    read(input, first, count, to);
+    return to;
+  }
+  *bytes_read_ += count * from.width;
+  return sources_[size_t(from.source)].get(from.offset + first * from.width, count * from.width, to);
+}
+
+void Inputs::read(size_t input, int64_t first, int64_t count, void* to) const {
+  char* next = static_cast<char*>(to);
+  for_runs(step_.inputs[input], first, count, [&](int source, int64_t offset, int64_t bytes) {
+    if (source < 0) {
+      memset(next, 0, size_t(bytes));
+    } else {
+      sources_[size_t(source)].read(offset, bytes, next);
+      *bytes_read_ += bytes;
+    }
+    next += bytes;
+  });
+}
+
+void Inputs::prefetch(size_t input, int64_t first, int64_t count) const {
+  for_runs(step_.inputs[input], first, count, [&](int source, int64_t offset, int64_t bytes) {
+    if (source >= 0) sources_[size_t(source)].prefetch(offset, bytes);
+  });
+}
+
+}  // namespace fi

@@ -1,0 +1,97 @@
+// What the pump is given: steps, each one tensor, and the ways in which a step may work on its elements.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "io.h"
+#include "ops.h"
+
+namespace fi {
+
+// Where the rows of a gathered operand are, in the order of the output.
+struct RowMap {
+  struct Place {
+    int source;      // -1: a row of zeros
+    int64_t offset;  // bytes
+  };
+  std::vector<Place> rows;
+  int64_t row_bytes;
+};
+
+struct Operand {
+  int source;
+  int64_t offset;  // bytes
+  DType dtype;
+  int width;                               // bytes of an element; 1 where a step only compares bytes
+  std::shared_ptr<const RowMap> gathered;  // instead of source and offset
+};
+
+class Survey;
+class Sum;
+
+// One tensor: what to read, what to make of it, where it goes.
+struct Step {
+  std::vector<Operand> inputs;
+  std::shared_ptr<Survey> survey;  // of a step that writes nothing
+  std::shared_ptr<const Sum> sum;  // of a step that writes sums; neither: bytes that must be equal in every input
+  std::vector<int> sinks;          // one per output
+  std::vector<int64_t> offsets;    // bytes, one per output
+  DType out_dtype = DType::F32;
+  int64_t numel = 0;           // elements; bytes where they are only compared
+  std::vector<uint64_t> keys;  // one per output
+};
+
+// The inputs of one step, to be read by elements.
+class Inputs {
+ public:
+  Inputs(const std::vector<Source>& sources, const Step& step, std::atomic<int64_t>* bytes_read)
+      : sources_(sources), step_(step), bytes_read_(bytes_read) {}
+
+  // Elements [first, first + count) of an input: where they lie, if that is memory, else `to`, into which they are
+  // read.
+  const void* get(size_t input, int64_t first, int64_t count, void* to) const;
+  // The same, always into `to`.
+  void read(size_t input, int64_t first, int64_t count, void* to) const;
+  // Asks the kernel to have them ready soon.
+  void prefetch(size_t input, int64_t first, int64_t count) const;
+
+ private:
+  const std::vector<Source>& sources_;
+  const Step& step_;
+  std::atomic<int64_t>* bytes_read_;
+};
+
+// How outputs are made of inputs.
+class Sum {
+ public:
+  virtual ~Sum() = default;
+  // Makes one span of elements: x, in, out, n, k and everything else but `rows` are filled in. From several threads at
+  // once.
+  virtual void run(const CombineArgs& args) const = 0;
+  // Whether the only output is the only input, bit for bit, if their dtypes agree.
+  virtual bool copies() const { return false; }
+};
+
+// What a survey found: numbers whose order is the survey's own.
+struct Answer {
+  std::vector<double> reals;
+  std::vector<int64_t> counts;
+};
+
+// A read of the inputs that writes nothing. A thread takes a piece of the tensor at a time.
+class Survey {
+ public:
+  virtual ~Survey() = default;
+  // Elements of a piece: piece i begins at element i * piece(), and only the last one may be shorter.
+  virtual int64_t piece() const = 0;
+  virtual int64_t scratch_bytes() const = 0;  // of one thread
+  // Looks at the elements [first, first + count), one piece. From several threads at once, in any order, each piece
+  // once.
+  virtual void run(const Inputs& inputs, int64_t first, int64_t count, char* scratch) = 0;
+  // When all pieces were looked at.
+  virtual Answer answer() const = 0;
+};
+
+}  // namespace fi
