@@ -13,7 +13,7 @@ from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.ops import philox_key
 from fastinterp.compute.pump import Progress, Pump, reserve, watch
 from fastinterp.engine.plan import Plan, PlannedTensor
-from fastinterp.engine.sources import Sources, remedy, storage
+from fastinterp.engine.sources import Sources, gathers, remedy, storage
 from fastinterp.errors import OutputError, ShapeError, UsageError
 
 STATS_EVERY = 32  # chunks of 16384 elements: one of so many is measured, which costs a few percent of the kernel's time
@@ -158,6 +158,8 @@ def _step(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: _Sinks) ->
         "sinks": numbers,
         "offsets": offsets,
     }
+    if gathers(step["inputs"]):
+        step["columns"] = tensor.shape[-1]
     if tensor.rows:
         step["rows"] = [(row.pivot, row.total, list(row.terms)) for row in tensor.rows]
         step["out_dtype"] = tensor.dtype.code

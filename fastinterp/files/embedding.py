@@ -185,6 +185,8 @@ def mapped(
         )
     shape = (plan.size, *entry.shape[1:])
     nbytes = entry.nbytes // entry.shape[0] * plan.size
+    if not nbytes:
+        return Entry(name, entry.dtype, shape, entry.start, 0, entry.file)
     found = MappedEntry(
         name, entry.dtype, shape, entry.start, nbytes, entry.file, own, rows, plan.means, tuple(sources)
     )
