@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,61 @@ def test_same_bytes_for_any_piece(tmp_path, monkeypatch):
         out, _ = merged(tmp_path / str(piece), models, tokenizer={"pad_to_multiple_of": 64})
         found.append(read(out)[EMBED].raw.tobytes())
     assert found[0] == found[1] == found[2]
+
+
+def test_only_what_no_file_holds_is_made(tmp_path):
+    """Rows of models of the same dtype are read where they are; a mean, a converted row and padding are made, once."""
+    import contextlib
+
+    from fastinterp.engine.gather import gather
+    from fastinterp.engine.plan import make_plan
+    from fastinterp.files.embedding import MappedEntry
+    from fastinterp.recipe.load import load_recipe
+
+    a = plain(tmp_path / "a", ["<unk>", "a"], [1.0, 2.0], F32)
+    b = plain(tmp_path / "b", ["<unk>", "p", "b"], [3.0, 4.0, 5.0], F32)
+    c = plain(tmp_path / "c", ["p", "c"], [6.0, 7.0], F16)
+    asked = load_recipe(recipe("linear", [a, b, c], weights=[1, 1, 1], tokenizer={"pad_to_multiple_of": 4}))
+    [embedded] = make_plan([asked], max_shard_size=1 << 30).tensors
+    first = embedded.entries[0]
+    assert isinstance(first, MappedEntry) and first.shape == (8, 3)
+    with contextlib.ExitStack() as stack:
+        found = gather(first, tmp_path, stack)
+        assert [(path.parent.name, rows) for path, _, rows in found.parts] == [("a", 2), ("b", 3)]
+        assert found.rows is not None and found.made is not None
+        # <unk> a | p: the mean of b's and c's | b | c, converted | three rows of padding
+        assert found.rows.tolist() == [0, 1, 5, 4, 6, 7, 8, 9]
+        made = np.frombuffer(os.pread(found.made, 1000, 0), np.float32).reshape(-1, 3)[:, 0]
+        assert made.tolist() == [5.0, 7.0, 20 / 5, 4.0, 4.0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_biases_follow_the_vocabulary(tmp_path):
+    """A tensor of one dimension with a value per token."""
+    a = plain(tmp_path / "a", ["<unk>", "a"], [1.0, 2.0], F32)
+    b = plain(tmp_path / "b", ["<unk>", "b"], [3.0, 4.0], BF16)
+    for folder, values, dtype in ((a, [1.0, 2.0], F32), (b, [3.0, 4.0], BF16)):
+        path = Path(folder, "model.safetensors")
+        write_file(path, {EMBED: read(Path(folder))[EMBED], "lm_head.bias": tensor(values, dtype)})
+    out, _ = merged(tmp_path, [a, b], tokenizer_source="union")
+    assert floats(read(out)["lm_head.bias"]).tolist() == [2.0, 2.0, 4.0] == embedding(out)[:, 0].tolist()
+
+
+def test_model_that_is_cut_while_its_rows_are_made(tmp_path, monkeypatch):
+    from fastinterp.engine import gather
+
+    a = plain(tmp_path / "a", ["<unk>"], [1.0], F32)
+    b = plain(tmp_path / "b", ["<unk>", "b"], [1.0, 2.0], F16)
+    whole = gather._Maker.__init__
+
+    def cut(self: Any, *args: Any) -> None:
+        whole(self, *args)
+        os.truncate(Path(b, "model.safetensors"), 100)
+
+    monkeypatch.setattr(gather._Maker, "__init__", cut)
+    with pytest.raises(CheckpointError, match="bytes are missing at byte"):
+        merged(tmp_path, [a, b], tokenizer_source="union")
+    assert not (tmp_path / "out").exists()
 
 
 def test_integer_embeddings_are_refused(tmp_path):

@@ -102,7 +102,7 @@ class _Maker:
     def rows(self, codes: NDArray[Any], padding: bytes) -> NDArray[Any]:
         """The rows of these codes, uint8[len(codes), nbytes]; those of padding hold `padding`."""
         np = self._np
-        out = np.zeros((codes.size, self.nbytes), np.uint8)
+        out: NDArray[Any] = np.zeros((codes.size, self.nbytes), np.uint8)
         if padding:
             out[codes == PADDING] = np.frombuffer(padding, np.uint8)
         named = np.flatnonzero(codes >= 0)
