@@ -1,7 +1,10 @@
 #include "bind_steps.h"
 
+#include <algorithm>
+#include <cstring>
 #include <type_traits>
 
+#include "masked.h"
 #include "sums.h"
 #include "survey.h"
 
@@ -142,6 +145,81 @@ void divergence(const Given& given, Step* step) {
       std::make_shared<Divergence>(given.backend, dtypes_of(*step), step->numel, columns_of(given, step->numel));
 }
 
+KeepTest keep_of(const py::dict& d) {
+  const auto limit = [&](const char* key) { return std::min(d[key].cast<uint64_t>(), kWords); };
+  const KeepTest keep{d["least"].cast<uint32_t>(), d["most"].cast<uint32_t>(), limit("lo"), limit("hi"),
+                      d["key"].cast<uint64_t>()};
+  if (keep.lo > keep.hi) throw py::value_error("a keep's limits must not fall with the magnitude");
+  return keep;
+}
+
+// Ranks hold places in a row as 32 bits.
+int64_t ranked_columns_of(const Given& given, const Step& step) {
+  const int64_t columns = columns_of(given, step.numel);
+  if (columns > int64_t(0xffffffff)) throw py::value_error("columns must be below 2**32");
+  return columns;
+}
+
+// None, or (kind, least, factors as float32).
+OwnScore score_of(const py::object& given, int64_t rows) {
+  OwnScore own{};
+  if (given.is_none()) return own;
+  const auto [kind, least, bytes] = given.cast<std::tuple<std::string, uint32_t, std::string>>();
+  own.score = {kind == "spread" ? Score::kSpread : Score::kDivergence, least, nullptr};
+  own.factors.resize(bytes.size() / sizeof(float));
+  if (!own.factors.empty()) memcpy(own.factors.data(), bytes.data(), own.factors.size() * sizeof(float));
+  if (own.score.kind == Score::kDivergence && int64_t(own.factors.size()) != rows)
+    throw py::value_error("a divergence needs a factor per row");
+  return own;
+}
+
+MaskedOutput masked_output_of(const py::dict& d, int64_t rows, int inputs) {
+  MaskedOutput out{};
+  const auto input = [&](const py::handle given) {
+    const int i = given.cast<int>();
+    if (i < 0 || i >= inputs) throw py::value_error("a masked output names none of the inputs");
+    return i;
+  };
+  for (const py::handle item : d["terms"].cast<py::list>()) {
+    const auto t = item.cast<py::dict>();
+    const bool important = t["importance"].cast<int>() >= 0;
+    out.terms.push_back({input(t["input"]), important ? input(t["importance"]) : -1, t["weight"].cast<double>(),
+                         t["vote"].cast<double>(), t["share"].cast<double>(), t["alone"].cast<double>(),
+                         keep_of(t["keep"].cast<py::dict>())});
+    if (important != (out.terms[0].importance >= 0)) throw py::value_error("all terms have an importance, or none");
+  }
+  check_count(out.terms.size(), kMaxInputs, "terms");
+  out.row.base = input(d["base"]);
+  out.row.votes = d["votes"].cast<bool>();
+  out.row.divides = d["divides"].cast<bool>();
+  out.row.alone = d["alone"].cast<bool>();
+  out.row.important = out.terms[0].importance >= 0;
+  out.row.least_share = d["least_share"].cast<double>();
+  out.row.other_share = d["other_share"].cast<double>();
+  out.row.limit = d["limit"].cast<double>();
+  out.score = score_of(d["score"], rows);
+  return out;
+}
+
+void masked(const Given& given, Step* step) {
+  const int64_t columns = ranked_columns_of(given, *step);
+  std::vector<MaskedOutput> outputs;
+  for (const py::handle d : given.get<py::list>("masked"))
+    outputs.push_back(masked_output_of(d.cast<py::dict>(), step->numel / columns, int(step->inputs.size())));
+  if (outputs.size() != step->sinks.size()) throw py::value_error("as many sinks as masked outputs are needed");
+  step->sum = std::make_shared<MaskedSum>(given.backend, dtypes_of(*step), std::move(outputs), columns);
+}
+
+void kept(const Given& given, Step* step) {
+  std::vector<KeepTest> keeps;
+  for (const py::handle d : given.get<py::list>("keeps")) keeps.push_back(keep_of(d.cast<py::dict>()));
+  if (keeps.size() != step->inputs.size()) throw py::value_error("as many keeps as inputs are needed");
+  const int64_t columns = ranked_columns_of(given, *step);
+  OwnScore score = score_of(given.get<py::object>("score"), step->numel / columns);
+  step->survey = std::make_shared<KeptSurvey>(given.backend, dtypes_of(*step), std::move(keeps), std::move(score),
+                                              step->numel, columns);
+}
+
 // Every kind, and the keys that it may have beside "kind", "inputs", "numel" and "columns", and beside "sinks",
 // "offsets", "out_dtype" and "keys" if it writes.
 struct Kind {
@@ -154,7 +232,8 @@ const std::vector<Kind>& kinds() {
   static const std::vector<Kind> all = {
       {"combine", true, false, combine, {"rows", "per"}}, {"same", true, true, nullptr, {}},
       {"measure", false, false, measure_inputs, {"per"}}, {"measure_deltas", false, false, measure_deltas, {"per"}},
-      {"divergence", false, false, divergence, {}},
+      {"divergence", false, false, divergence, {}},       {"masked", true, false, masked, {"masked"}},
+      {"kept", false, false, kept, {"keeps", "score"}},
   };
   return all;
 }

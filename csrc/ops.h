@@ -126,6 +126,85 @@ struct DivergenceArgs {
   double top[2], totals[2], sums[2];
 };
 
+// Which elements of a delta are kept: those whose magnitude, as float32 bits, is in least..most and whose random word
+// is below a limit. That runs from `lo` for the smallest magnitude of a row to `hi`, 0..kWords; kWords draws no word.
+constexpr uint64_t kWords = 1ull << 32;
+struct KeepTest {
+  uint32_t least, most;
+  uint64_t lo, hi;
+  uint64_t key;  // of the words
+};
+
+FI_INLINE bool is_random(const KeepTest& keep) { return keep.lo < kWords; }
+FI_INLINE bool is_ranked(const KeepTest& keep) { return keep.lo != keep.hi; }
+
+// One delta d = x[input] - x[base] of a masked row; 0 where the input is the base itself.
+struct MaskedTerm {
+  int input, importance;  // importance: an input whose elements are a further factor of the weight, or -1
+  double weight, vote, share, alone;
+  KeepTest keep;
+};
+
+// A number for every element, of which those below `least` (float32 bits) are dropped from every delta.
+struct Score {
+  enum Kind { kNone, kSpread, kDivergence };  // from all terms; from the first, times a factor per row
+  Kind kind;
+  uint32_t least;
+  const float* factors;
+};
+
+// One output: x[base] + step. See MaskedCombine in fastinterp/compute/requests.py.
+struct MaskedRow {
+  int base, n_terms, n_reads;
+  const MaskedTerm* terms;
+  const int* reads;            // every input that is read, once
+  bool votes, divides, alone;  // which of the terms' numbers count
+  bool important;              // the terms have importances, and none of these three, nor keeps, nor a score
+  double least_share, other_share, limit;
+  Score score;
+};
+
+struct MaskedArgs {
+  CombineArgs of;         // all but its rows
+  const MaskedRow* rows;  // k rows
+  int64_t columns;        // length of a row of the tensor
+  // One per term, row after row: what `ranked` found, `numel` elements each; null where there are no ranks.
+  const uint8_t* const* ranked;
+  void* scratch;  // masked_scratch(most terms of a row)
+};
+
+constexpr int kMaskedTile = 1024;  // elements
+FI_INLINE int64_t masked_scratch(int terms) { return int64_t(terms) * kMaskedTile * 16; }
+
+// One row of a tensor and one delta: which elements the random keep keeps.
+struct RankArgs {
+  const void *x0, *x;  // `numel` elements each
+  DType in0, in;
+  bool wide;  // compute in float64
+  double limit;
+  KeepTest keep;
+  int64_t numel, first;
+  uint64_t* scratch;  // 2 * numel
+  uint8_t* kept;      // numel
+};
+
+struct KeptArgs {
+  const void* const* x;  // n inputs, `numel` elements each
+  const DType* in;
+  const KeepTest* keeps;         // n; that of the base, x[0], is ignored
+  const uint8_t* const* ranked;  // n; as in MaskedArgs
+  int n;
+  bool wide;
+  Score score;
+  int64_t numel, first;  // at most kChunk elements: one whole chunk of a tensor, or its last one
+  int64_t columns;       // length of a row of the tensor
+  void* scratch;         // kept_scratch(n)
+  double* sums;     // 3 * n: L1 norms of the deltas, then of what is kept of them, then its squares; 0 for the base
+  int64_t* counts;  // 2 * n, added to: elements kept, then those of them that another delta keeps too
+};
+
+FI_INLINE int64_t kept_scratch(int n) { return kChunk * (8 * n + n + 1); }
+
 struct Backend {
   const char* name;
   bool (*usable)();
@@ -134,6 +213,9 @@ struct Backend {
   void (*measure)(const MeasureArgs&);
   void (*measure_columns)(const ColumnArgs&);
   void (*divergence)(DivergenceArgs&);
+  void (*masked)(const MaskedArgs&);
+  void (*ranked)(const RankArgs&);
+  void (*kept)(const KeptArgs&);
 };
 
 }  // namespace fi

@@ -22,6 +22,10 @@ int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 int element_bytes(const Step& step) { return step.sum ? size_of(step.out_dtype) : 1; }
 
+int64_t grain(const Step& step) { return step.sum ? step.sum->grain() : 1; }
+
+int64_t grain_bytes(const Step& step) { return grain(step) * element_bytes(step); }
+
 int widest(const Step& step) {
   int bytes = 1;
   for (const Operand& input : step.inputs) bytes = std::max(bytes, input.width);
@@ -50,6 +54,7 @@ class Scratch {
 Pump::Pump(std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Step> steps, const PumpOptions& options)
     : sources_(std::move(sources)), sinks_(std::move(sinks)), steps_(std::move(steps)), options_(options) {
   size_t inputs = 1, outputs = 1;
+  int64_t read = options_.read_bytes, late = 0, own = 0;  // late: how far beyond its edge a write may end
   for (const Step& step : steps_) {
     if (step.survey) {
       scratch_bytes_ = std::max(scratch_bytes_, round_up(step.survey->scratch_bytes(), 4096));
@@ -57,10 +62,17 @@ Pump::Pump(std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Ste
       inputs = std::max(inputs, step.inputs.size());
       outputs = std::max(outputs, step.sinks.size());
     }
+    if (step.sum) {
+      const int64_t whole = grain(step), most = std::max(options_.read_bytes / widest(step), whole);
+      own = std::max(own, step.sum->scratch_bytes(most));
+      if (whole > 1) read = std::max(read, whole * widest(step));
+      if (whole > 1) late = std::max(late, grain_bytes(step));
+    }
   }
-  in_bytes_ = round_up(options_.read_bytes + kSlack, 4096);
-  out_stride_ = round_up(options_.write_bytes + kSlack, 4096);
-  scratch_bytes_ = std::max(scratch_bytes_, in_bytes_ * int64_t(inputs) + out_stride_ * int64_t(outputs));
+  in_bytes_ = round_up(read + kSlack, 4096);
+  in_total_ = in_bytes_ * int64_t(inputs);
+  out_stride_ = round_up(options_.write_bytes + late + kSlack, 4096);
+  scratch_bytes_ = std::max(scratch_bytes_, in_total_ + round_up(own, 4096) + out_stride_ * int64_t(outputs));
   cut();
 }
 
@@ -69,8 +81,8 @@ Pump::~Pump() {
   join();
 }
 
-// Blocks end at multiples of kBlockBytes in the output file, so that writes can be aligned; only where an element lies
-// across such an edge does a block end a few bytes later.
+// Blocks end at multiples of kBlockBytes in the output file, so that writes can be aligned; only where an element, or a
+// row that must be whole, lies across such an edge does a block end later.
 void Pump::cut() {
   for (size_t s = 0; s < steps_.size(); ++s) {
     const Step& step = steps_[s];
@@ -85,11 +97,11 @@ void Pump::cut() {
       const bool joins = !blocks_.empty() && !steps_[size_t(pieces_.back().step)].sinks.empty() &&
                          blocks_.back().offset + blocks_.back().bytes == at &&
                          steps_[size_t(pieces_.back().step)].sinks == step.sinks &&
-                         at % kBlockBytes >= element_bytes(steps_[size_t(pieces_.back().step)]);
+                         at % kBlockBytes >= grain_bytes(steps_[size_t(pieces_.back().step)]);
       if (!joins) blocks_.push_back({pieces_.size(), pieces_.size(), at, 0});
       Block& block = blocks_.back();
       const int64_t edge = (at / kBlockBytes + 1) * kBlockBytes;
-      const int64_t count = std::min(step.numel - first, (edge - at + size - 1) / size);
+      const int64_t count = std::min(step.numel - first, round_up((edge - at + size - 1) / size, grain(step)));
       pieces_.push_back({int(s), first, count, stats_.size()});
       if (step.sum) stats_.resize(stats_.size() + step.sinks.size(), RowStats{});
       block.end = pieces_.size();
@@ -165,10 +177,11 @@ void Pump::run_block(const Block& block, char* scratch) {
   for (size_t i = block.begin; i < block.end; ++i) {
     const Piece& piece = pieces_[i];
     const Step& step = steps_[size_t(piece.step)];
-    const int64_t size = element_bytes(step), most = options_.read_bytes / widest(step);
+    const int64_t size = element_bytes(step), whole = grain(step);
+    const int64_t most = std::max(options_.read_bytes / widest(step) / whole, int64_t(1)) * whole;
     for (int64_t done = 0; done < piece.count && !cancelled_;) {
       const int64_t edge = (start / options_.write_bytes + 1) * options_.write_bytes;
-      const int64_t count = std::min({piece.count - done, most, (edge - at + size - 1) / size});
+      const int64_t count = std::min({piece.count - done, most, round_up((edge - at + size - 1) / size, whole)});
       for (size_t k = 0; k < out.size(); ++k) {
         out[k] = sinks_[size_t(head.sinks[k])].place(at + head.offsets[k] - head.offsets[0], count * size);
         if (!out[k]) out[k] = staged + out_stride_ * int64_t(k) + (at - start);
@@ -193,7 +206,7 @@ void Pump::write(const Step& step, int64_t offset, int64_t size, const char* sta
   bytes_written_ += size * int64_t(step.sinks.size());
 }
 
-void Pump::combine(const Piece& piece, int64_t done, int64_t count, char* in, const std::vector<void*>& out) {
+void Pump::combine(const Piece& piece, int64_t done, int64_t count, char* scratch, const std::vector<void*>& out) {
   const Step& step = steps_[size_t(piece.step)];
   const Inputs inputs(sources_, step, &bytes_read_);
   const size_t n = step.inputs.size();
@@ -203,7 +216,7 @@ void Pump::combine(const Piece& piece, int64_t done, int64_t count, char* in, co
   std::vector<const void*> x(n);
   std::vector<DType> dtypes(n);
   for (size_t i = 0; i < n; ++i) {
-    x[i] = inputs.get(i, first, count, in + in_bytes_ * int64_t(i));
+    x[i] = inputs.get(i, first, count, scratch + in_bytes_ * int64_t(i));
     dtypes[i] = step.inputs[i].dtype;
   }
   CombineArgs args{};
@@ -220,7 +233,7 @@ void Pump::combine(const Piece& piece, int64_t done, int64_t count, char* in, co
   args.numel = count;
   args.first = first;
   args.stats = &stats_[piece.stats];
-  step.sum->run(args);
+  step.sum->run(args, scratch + in_total_);
 }
 
 void Pump::compare(const Piece& piece, int64_t done, int64_t count, char* in, const std::vector<void*>& out) {

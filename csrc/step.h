@@ -69,7 +69,14 @@ class Sum {
   virtual ~Sum() = default;
   // Makes one span of elements: x, in, out, n, k and everything else but `rows` are filled in. From several threads at
   // once.
-  virtual void run(const CombineArgs& args) const = 0;
+  virtual void run(const CombineArgs& args, char* scratch) const = 0;
+  // Bytes of scratch for a span of `most` elements.
+  virtual int64_t scratch_bytes(int64_t most) const {
+    (void)most;
+    return 0;
+  }
+  // Spans begin and end at multiples of so many elements. numel is a multiple, too.
+  virtual int64_t grain() const { return 1; }
   // Whether the only output is the only input, bit for bit, if their dtypes agree.
   virtual bool copies() const { return false; }
 };

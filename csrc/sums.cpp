@@ -12,7 +12,7 @@ PlainSum::PlainSum(const Backend& backend, std::vector<Row> rows, std::vector<st
   }
 }
 
-void PlainSum::run(const CombineArgs& args) const {
+void PlainSum::run(const CombineArgs& args, char*) const {
   CombineArgs with_rows = args;
   with_rows.rows = rows_.data();
   backend_.combine(with_rows);
@@ -32,7 +32,7 @@ GroupSum::GroupSum(const Backend& backend, std::vector<Output> outputs, bool per
   }
 }
 
-void GroupSum::run(const CombineArgs& args) const {
+void GroupSum::run(const CombineArgs& args, char*) const {
   backend_.combine_groups({args, rows_.data(), columns_, groups_, per_row_});
 }
 

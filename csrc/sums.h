@@ -10,7 +10,7 @@ class PlainSum : public Sum {
  public:
   // The rows' terms are `terms`, one list per row.
   PlainSum(const Backend& backend, std::vector<Row> rows, std::vector<std::vector<Term>> terms);
-  void run(const CombineArgs& args) const override;
+  void run(const CombineArgs& args, char* scratch) const override;
   bool copies() const override { return rows_.size() == 1 && is_copy(rows_[0]); }
 
  private:
@@ -29,7 +29,7 @@ class GroupSum : public Sum {
     std::vector<double> totals, weights;
   };
   GroupSum(const Backend& backend, std::vector<Output> outputs, bool per_row, int64_t columns, int64_t groups);
-  void run(const CombineArgs& args) const override;
+  void run(const CombineArgs& args, char* scratch) const override;
 
  private:
   const Backend& backend_;

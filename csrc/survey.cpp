@@ -20,17 +20,17 @@ bool any_f64(const std::vector<DType>& dtypes) {
   return std::find(dtypes.begin(), dtypes.end(), DType::F64) != dtypes.end();
 }
 
-// Groups of `width` sums fold pairwise in order; an odd one is carried.
-void fold_pairs(std::vector<double>* sums, size_t width) {
-  std::vector<double>& s = *sums;
-  for (size_t count = s.size() / width; count > 1; count = (count + 1) / 2)
+}  // namespace
+
+void fold_chunks(size_t width, std::vector<double>* sums) {
+  sums->resize(std::max(sums->size(), width));  // a tensor without elements sums to 0
+  double* const s = sums->data();
+  for (size_t count = sums->size() / width; count > 1; count = (count + 1) / 2)
     for (size_t c = 0; c < (count + 1) / 2; ++c)
       for (size_t i = 0; i < width; ++i)
         s[c * width + i] = 2 * c + 1 < count ? s[2 * c * width + i] + s[(2 * c + 1) * width + i] : s[2 * c * width + i];
-  s.resize(width);
+  sums->resize(width);
 }
-
-}  // namespace
 
 MeasureSurvey::MeasureSurvey(const Backend& backend, std::vector<DType> dtypes, int64_t numel, bool deltas)
     : backend_(backend), dtypes_(std::move(dtypes)), deltas_(deltas), wide_(any_f64(dtypes_)) {
@@ -62,8 +62,7 @@ void MeasureSurvey::run(const Inputs& inputs, int64_t first, int64_t count, char
 Answer MeasureSurvey::answer() const {
   const size_t n = dtypes_.size(), width = size_t(measure_sums(int(n)));
   Answer found{sums_, std::vector<int64_t>(n)};
-  found.reals.resize(std::max(sums_.size(), width));  // a tensor without elements sums to 0
-  fold_pairs(&found.reals, width);                    // chunks, in the order of the tensor
+  fold_chunks(width, &found.reals);
   for (size_t i = 0; i < nonzero_.size(); ++i) found.counts[i % n] += nonzero_[i];
   return found;
 }
@@ -125,7 +124,7 @@ void MeasureRows::long_row(const Inputs& inputs, int64_t row, MeasureArgs* args,
     args->sums = &sums[size_t(done / kChunk) * width];
     backend_.measure(*args);
   }
-  fold_pairs(&sums, width);
+  fold_chunks(width, &sums);
   std::copy(sums.begin(), sums.end(), &sums_[size_t(row) * width]);
 }
 
@@ -258,7 +257,7 @@ double Divergence::row(const Inputs& inputs, int64_t first, char* scratch) const
       backend_.divergence(args);
       sums.insert(sums.end(), args.sums, args.sums + 2);
     }
-    fold_pairs(&sums, 2);
+    fold_chunks(2, &sums);
     args.totals[0] = sums[0];
     args.totals[1] = sums[1];
   }

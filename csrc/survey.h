@@ -8,6 +8,9 @@
 
 namespace fi {
 
+// Folds sums, `width` of each chunk, one chunk after the other, in pairs, an odd one carried: to one of each.
+void fold_chunks(size_t width, std::vector<double>* sums);
+
 // Sums over the inputs, or over the first and the others' deltas from it: see MeasureArgs. Answers with measure_sums(n)
 // reals and n counts.
 class MeasureSurvey : public Survey {

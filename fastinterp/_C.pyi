@@ -36,7 +36,7 @@ def cached_fraction(fd: int, size: int) -> float: ...
 class Pump:
     """Steps are dicts:
 
-    kind       "combine", "same" (bytes that must agree), "measure", "measure_deltas" or "divergence"
+    kind       "combine", "masked", "same" (bytes that must agree), "kept", "measure", "measure_deltas" or "divergence"
     inputs     [(source, byte offset, dtype code)]; or with rows gathered from parts that count as lying one behind the
                other, -1 for a row of zeros: ([(source, byte offset, rows of the part)], dtype code, i64[rows])
     numel      elements; bytes of "same"
@@ -46,12 +46,17 @@ class Pump:
     per        of "combine" and the measures: "tensor" (as if nothing was said), "row" or "column"
     rows       of "combine", one per output: [(pivot, total, [(input, weight)])]; by groups
                [(pivot, f64[groups], [input], f64[groups * inputs])], all weights of a group together
+    masked     of "masked": one dict per output, as compute/masked.py makes them
+    keeps, score
+               of "kept", made there, too
 
     i64 and f64 are contiguous buffers: array, memoryview, numpy, bytes.
 
     `answers` has an entry per step: None if it writes, else (f64[...], i64[...]) as memoryviews. Of the measures: the
     upper triangle of the Gram matrix row by row, then the L1 norms; and the counts of elements that are not 0; of one
-    group after the other. Of the divergence: one number per row, and nothing.
+    group after the other. Of the divergence: one number per row, and nothing. Of "kept": the L1 norm of each delta, 0
+    for input 0, then of what is kept of it, then the sum of squares of that; and how many elements are kept, then how
+    many of them another delta keeps, too.
     """
 
     def __init__(

@@ -4,6 +4,8 @@
     interpolate(a, b, ...)            walk the line between two checkpoints, and beyond
     explain(recipe)                   say what a merge would read, compute and write
     compare(a, b)                     measure how two checkpoints differ
+    merge_tensors(tensors, method)    any method on tensors in memory
+    merge_state_dicts(dicts, method)  the same, on whole models in memory
     weighted_sum(arrays, weights)     the same arithmetic on arrays in memory
 
 The public names are imported when first used: the command line, which needs few of them, starts faster for it.
@@ -18,6 +20,7 @@ from fastinterp._version import __version__
 if TYPE_CHECKING:
     from fastinterp.compute.arrays import weighted_sum
     from fastinterp.engine.compare import compare
+    from fastinterp.engine.memory import merge_state_dicts, merge_tensors
     from fastinterp.engine.report import Report
     from fastinterp.engine.run import explain, interpolate, merge
     from fastinterp.errors import (
@@ -48,6 +51,8 @@ __all__ = [
     "explain",
     "interpolate",
     "merge",
+    "merge_state_dicts",
+    "merge_tensors",
     "weighted_sum",
 ]
 
@@ -58,6 +63,8 @@ _HOMES = {
     "explain": "fastinterp.engine.run",
     "interpolate": "fastinterp.engine.run",
     "merge": "fastinterp.engine.run",
+    "merge_state_dicts": "fastinterp.engine.memory",
+    "merge_tensors": "fastinterp.engine.memory",
     "weighted_sum": "fastinterp.compute.arrays",
 }
 

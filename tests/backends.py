@@ -25,8 +25,22 @@ def usable() -> list[str]:
     return [isa for isa in ISAS if isa in _C.isas()]
 
 
+def mergekit_missing() -> str:
+    """Why results cannot be compared with mergekit here; empty if they can."""
+    try:
+        import mergekit  # noqa: F401
+    except ImportError as error:
+        return f"mergekit cannot be imported: {error}"
+    return ""
+
+
 def skipped() -> dict[str, str]:
     """What cannot be tested here, and why: name -> reason."""
+    oracle = {"mergekit": reason} if (reason := mergekit_missing()) else {}
+    return _isas_skipped() | oracle
+
+
+def _isas_skipped() -> dict[str, str]:
     try:
         from fastinterp import _C
     except ImportError as error:
@@ -43,7 +57,8 @@ def missing_required() -> list[str]:
     """What FASTINTERP_REQUIRE (a list with commas) demands and is not usable, with reasons."""
     required = [name.strip() for name in os.environ.get("FASTINTERP_REQUIRE", "").split(",") if name.strip()]
     reasons = skipped()
-    return [f"{name} ({reasons.get(name, 'unknown')})" for name in required if name not in usable()]
+    known = (*ISAS, "mergekit")
+    return [f"{name} ({reasons.get(name, 'unknown')})" for name in required if name in reasons or name not in known]
 
 
 def run(

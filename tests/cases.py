@@ -137,6 +137,7 @@ _ROWS = {
     "delta": _delta,
     "scaled": _scaled,
     "copy": lambda n, j: Row(j % n),
+    "nothing": lambda n, j: Row(j % n, 0.0),
     "sweep": lambda n, j: _pair(n, ALPHAS[j]),
 }
 

@@ -31,9 +31,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": LEAVES | {"compute.ops", "compute.requests"},
     "recipe": LEAVES | {"methods", "compute.ops", "compute.dtypes"},
     "files": LEAVES | {"compute.dtypes"},
-    "compute": LEAVES | {"compute.ops", "compute.dtypes", "_C", "_triton"},
+    "compute": LEAVES | {"compute.ops", "compute.requests", "compute.dtypes", "_C", "_triton"},
     "_triton": {"compute.ops", "compute.dtypes"},
-    "engine": LEAVES | {"recipe", "files", "compute", "compute.ops", "compute.dtypes"},
+    "engine": LEAVES | {"recipe", "methods", "files", "compute", "compute.ops", "compute.requests", "compute.dtypes"},
     "steer": LEAVES | {"engine"},
 }
 # May import every part above; nothing but __main__ imports cli.
@@ -53,11 +53,12 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "cuda/*": {"ops.h", "dtypes.h", "element.h", "cuda/*"},
     "io.*": {"io.h"},
     "step.*": {"step.h", "io.h", "ops.h"},
+    "masked.*": {"masked.h", "survey.h", "step.h"},
     "sums.*": {"sums.h", "step.h"},
     "survey.*": {"survey.h", "step.h"},
     "pump.*": {"pump.h", "step.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
     "memory.*": {"memory.h", "ops.h", "dtypes.h", "cpu/backend.h"},
-    "bind_steps.*": {"bind_steps.h", "sums.h", "survey.h", "step.h"},
+    "bind_steps.*": {"bind_steps.h", "masked.h", "sums.h", "survey.h", "step.h"},
     "bindings.cpp": {"bind_steps.h", "memory.h", "pump.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
 }
 # What is compiled once per instruction set may share no inline function with the rest: the linker keeps one copy, and
@@ -68,6 +69,8 @@ PER_ISA = [
     "element.h",
     "cpu/backend.h",
     "cpu/loops.inc",
+    "cpu/keeps.inc",
+    "cpu/masked.inc",
     "cpu/measure.inc",
     "cpu/per_group.inc",
     "cpu/stats.inc",

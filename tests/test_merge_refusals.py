@@ -19,7 +19,7 @@ import pytest
 import fastinterp
 from fastinterp.compute import pump as pump_module
 from fastinterp.compute.dtypes import BF16, F32, F64
-from fastinterp.engine import schedule
+from fastinterp.engine import rounds, schedule
 from fastinterp.engine.sources import Sources
 from tests.checkpoints import (
     family,
@@ -175,7 +175,7 @@ def test_interruption_in_the_middle(tmp_path, monkeypatch):
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(schedule, "watch", watched)
+    monkeypatch.setattr(rounds, "watch", watched)
     with pytest.raises(KeyboardInterrupt):
         fastinterp.interpolate(tmp_path / "a", tmp_path / "b", 0.5, tmp_path / "out", progress=stop, threads=2)
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before

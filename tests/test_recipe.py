@@ -14,7 +14,8 @@ from fastinterp.compute.dtypes import BF16, F16, F32
 from fastinterp.compute.ops import Combine
 from fastinterp.errors import RecipeError
 from fastinterp.methods import find
-from fastinterp.recipe.load import load_recipe
+from fastinterp.recipe.check import inspect
+from fastinterp.recipe.load import load_recipe, load_recipes
 
 LINEAR = """\
 merge_method: linear
@@ -130,6 +131,7 @@ def test_yaml_anchors_and_merge_keys():
         "  - {model: d, parameters: {<<: [{weight: 1.5}, *p]}}\n"
     )
     assert recipe.models == ("a", "b", "c", "d")
+    assert recipe.parameters is not None
     assert recipe.parameters["weight"] == (0.5, 0.5, 0.5, 1.5)
 
 
@@ -196,44 +198,93 @@ TREES = st.recursive(
     max_leaves=12,
 )
 NUMBERS = st.integers() | st.floats() | st.booleans() | LEAVES
+VALUES = (
+    NUMBERS
+    | st.lists(NUMBERS, max_size=3)
+    | st.lists(
+        st.fixed_dictionaries({"value": NUMBERS}, optional={"filter": st.sampled_from(["mlp", "*", ""]) | LEAVES}),
+        max_size=3,
+    )
+)
 NEARLY = st.fixed_dictionaries(
     {
         "merge_method": st.sampled_from(["linear", "task_arithmetic", "passthrough"]),
         "models": st.lists(
             st.fixed_dictionaries(
                 {"model": st.sampled_from("abcdef") | LEAVES},
-                optional={"parameters": st.fixed_dictionaries({"weight": NUMBERS}) | TREES},
+                optional={"parameters": st.fixed_dictionaries({"weight": VALUES}) | TREES},
             ),
             max_size=4,
         ),
     },
     optional={
         "base_model": st.sampled_from("abz") | TREES,
-        "parameters": st.dictionaries(st.sampled_from(["weight", "normalize", "lambda", "scale"]), NUMBERS, max_size=2),
+        "parameters": st.dictionaries(st.sampled_from(["weight", "normalize", "lambda", "scale"]), VALUES, max_size=2),
         "seed": NUMBERS,
         "dtype": st.sampled_from(["bf16", "x"]) | LEAVES,
     },
 )
 
 
+PARTS = st.fixed_dictionaries(
+    {
+        "merge_method": st.sampled_from(["linear", "task_arithmetic", "passthrough"]),
+        "slices": st.lists(
+            st.fixed_dictionaries(
+                {
+                    "sources": st.lists(
+                        st.fixed_dictionaries(
+                            {
+                                "model": st.sampled_from("abc"),
+                                "layer_range": st.lists(st.integers(0, 4), min_size=2, max_size=2) | TREES,
+                            },
+                            optional={"parameters": st.dictionaries(st.sampled_from(["weight", "scale"]), LEAVES)},
+                        ),
+                        max_size=3,
+                    )
+                },
+                optional={"base_model": LEAVES, "parameters": st.fixed_dictionaries({"weight": VALUES})},
+            ),
+            max_size=3,
+        ),
+    },
+    optional={
+        "base_model": st.sampled_from("abz"),
+        "parameters": st.dictionaries(st.sampled_from(["weight", "normalize", "lambda", "scale"]), VALUES, max_size=2),
+        "tokenizer": st.fixed_dictionaries(
+            {}, optional={"source": LEAVES, "tokens": TREES, "pad_to_multiple_of": LEAVES}
+        ),
+        "tokenizer_source": st.sampled_from(["union", "base", "a"]) | TREES,
+        "chat_template": LEAVES,
+        "name": LEAVES,
+        "modules": st.dictionaries(st.text(max_size=3), TREES, max_size=2),
+    },
+)
+
+
 def loads_or_refuses(source: object) -> None:
-    """Nothing but RecipeError comes out; what loads has finite coefficients and can be told to people."""
+    """Nothing but RecipeError comes out; what loads has finite coefficients and can be told to people. Gathering the
+    errors finds some if and only if loading fails, and the one that loading fails with is among them.
+    """
     refusal: str | None = None
     try:
-        recipe = load_recipe(source)  # type: ignore[arg-type]
+        recipe = load_recipes(source)[-1]  # type: ignore[arg-type]
     except RecipeError as error:
         refusal = str(error)
+    wrong = [str(error) for error in inspect(source).wrong]  # type: ignore[arg-type]
+    assert refusal in (wrong or [None])
     if refusal is not None:
         assert len(refusal) < 10_000
         return
-    assert all(abs(w) <= 3.41e38 for w in recipe.combine("x").weights)
-    assert recipe.combine("x").row().inputs
     assert recipe.formula().startswith("out = ")
-    assert load_recipe(recipe.text + "\n").coefficients == recipe.coefficients
+    assert load_recipes(recipe.text + "\n")[-1].coefficients == recipe.coefficients
+    if recipe.coefficients is not None:
+        assert all(abs(w) <= 3.41e38 for w in recipe.combine("x").weights)
+        assert recipe.combine("x").row().inputs
 
 
 @settings(deadline=None, max_examples=150)
-@given(NEARLY | st.dictionaries(KEYS, TREES, max_size=5))
+@given(NEARLY | PARTS | st.dictionaries(KEYS, TREES, max_size=5))
 def test_any_mapping_loads_or_is_refused(value):
     loads_or_refuses(value)
 
@@ -257,7 +308,7 @@ def test_any_positive_weights_load(name, weights, normalize):
 
 
 @settings(deadline=None, max_examples=100)
-@given(NEARLY | TREES, st.booleans())
+@given(NEARLY | PARTS | TREES, st.booleans())
 def test_any_yaml_loads_or_is_refused(value, flow):
     loads_or_refuses(yaml.safe_dump(value, default_flow_style=flow, allow_unicode=True) + "\n")
 

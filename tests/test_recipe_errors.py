@@ -216,10 +216,9 @@ BAD_FOR_THE_METHOD = {
         LINEAR.replace("linear", "liner"),
         "unknown merge method `liner`, did you mean `linear`? - at $.merge_method (merge.yml:1)",
     ),
-    "a method of mergekit, with keys of its own": (
-        "slices: []\nmerge_method: slerp\nparameters: {t: 0.5}\n",
-        "`slerp` is a method of mergekit that fastinterp does not have yet. Here: linear, passthrough, task_arithmetic"
-        " - at $.merge_method (merge.yml:2)",
+    "an unknown method, with keys of its own": (
+        "slices: []\nmerge_method: slarp\nparameters: {t: 0.5}\n",
+        "unknown merge method `slarp`, did you mean `slerp`? - at $.merge_method (merge.yml:2)",
     ),
     "no base": (
         TASK.replace("base_model: base\n", ""),
@@ -370,7 +369,7 @@ def test_a_required_parameter_for_the_whole_merge():
         wish = check(read)
         assert wish is not None
         (section,) = Builder(read, wish, walk, (), Faults()).sections()
-        return Resolver(read, walk, section.parts[0]).constant
+        return Resolver(read, walk, section.parts[0]).parameters("", ("", ""), None)
 
     assert given_by("parameters: {t: 0.25}\n") == {"t": 0.25}
     with pytest.raises(MethodError) as error:

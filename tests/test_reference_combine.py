@@ -41,6 +41,15 @@ def test_signs_of_zero():
     assert run(Row(0, 1.0, ((1, 0.5),)), [x, x], [F32] * 2, F32)[0].view(np.uint32).tolist() == [0, 0]
 
 
+def test_a_total_of_0_makes_zeros():
+    """All weights 0: +0 for every finite element, whatever its sign; 0 times NaN or Inf is NaN."""
+    row = Combine((0.0, 0.0)).row()
+    assert row == Row(0, 0.0)
+    x = raw([1.0, -1.0, -0.0, -3e38, math.inf, math.nan], F32)
+    out, _ = run(row, [x], [F32], F32)
+    assert out.view(np.uint32).tolist() == [0, 0, 0, 0, 0x7FC00000, 0x7FC00000]
+
+
 def test_a_total_that_rounds_to_1_is_no_copy():
     """Whether a row is a copy is decided before its total is rounded to float32."""
     x = np.array([0x80000000, 0x7F800001], np.uint32).view(np.uint8)

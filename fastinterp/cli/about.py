@@ -9,7 +9,7 @@ import click
 from fastinterp.cli import options
 
 if TYPE_CHECKING:
-    from fastinterp.methods import Method
+    from fastinterp.methods import Method, Parameter
 
 
 @click.command()
@@ -38,9 +38,12 @@ def methods(name: str | None, markdown: bool) -> None:
 
 
 def _headline(method: Method) -> tuple[str, str]:
-    """What it does, and its formula."""
-    does, _, formula = method.doc.splitlines()[0].partition("     ")
-    return does, formula.strip()
+    """What it does, and its formula: on the docstring's first line, or on the first that starts with `out =`."""
+    lines = method.doc.splitlines()
+    does, _, formula = lines[0].partition("     ")
+    if not formula:
+        formula = next(line for line in map(str.strip, lines) if line.startswith("out = "))
+    return does, formula.strip().split("  ")[0]
 
 
 def table() -> str:
@@ -50,7 +53,7 @@ def table() -> str:
     lines = ["| method | does | formula | models | parameters |", "|---|---|---|---|---|"]
     for name in names():
         found = find(name)
-        does, formula = _headline(found)
+        does, formula = (part.replace("|", "\\|") for part in _headline(found))  # a bar would end the cell
         low, high = found.models
         models = f"{low}" if low == high else f"{low} to {high}"
         base = {"required": ", with a base", "optional": ", with or without a base", "none": ""}[found.base]
@@ -60,22 +63,38 @@ def table() -> str:
 
 
 def example(method: Method) -> str:
-    """A recipe that the method accepts: YAML, with the parameters that must be given."""
-    each = [p.name for p in method.parameters if p.each and p.required]
-    once = [p.name for p in method.parameters if not p.each and p.required]
-    count = max(method.models[0], min(2, method.models[1]))
+    """A recipe that the method accepts: YAML, with the parameters that must be given, else the first that may be None:
+    of `ema`, one must be given, too.
+    """
+    needed = [p for p in method.parameters if p.required] or [p for p in method.parameters if p.optional][:1]
+    each = [p for p in needed if p.each]
+    once = [f"{p.name}: {_sample(p)}" for p in needed if not p.each]
+    count = max(method.models[0], min(3 if method.base == "required" else 2, method.models[1]))
     lines = [f"merge_method: {method.name}"]
     if method.base == "required":
         lines.append("base_model: models/base")
         count -= 1
     lines.append("models:")
-    for i in range(count):
-        lines.append(f"  - model: models/{'abcd'[i]}")
+    for letter in "abcd"[:count]:
+        lines.append(f"  - model: models/{letter}")
         if each:
-            lines.append("    parameters: {" + ", ".join(f"{name}: 0.5" for name in each) + "}")
+            own = ", ".join(f"{p.name}: {_sample(p, f'models/{letter}-{p.name}')}" for p in each)
+            lines.append(f"    parameters: {{{own}}}")
     if once:
-        lines.append("parameters: {" + ", ".join(f"{name}: 0.5" for name in once) + "}")
+        lines.append("parameters: {" + ", ".join(once) + "}")
     return "\n".join(lines)
+
+
+def _sample(parameter: Parameter, checkpoint: str = "") -> str:
+    """A value that the parameter accepts."""
+    from fastinterp.methods import Sidecar
+
+    if parameter.kind is Sidecar:
+        return checkpoint
+    if parameter.choices:
+        word = parameter.choices[0]
+        return f"{{{parameter.key}: {word}}}" if parameter.key else word
+    return {bool: "true", int: "10"}.get(parameter.kind, "0.5")
 
 
 @click.command()

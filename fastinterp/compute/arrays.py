@@ -42,7 +42,7 @@ def weighted_sum(
     inputs = [*arrays] if pivot is None else [pivot, *arrays]
     if len(inputs) > MAX_INPUTS:
         raise UsageError(f"at most {MAX_INPUTS} arrays can be summed at a time, pivot included, got {len(inputs)}")
-    library = _Torch if hasattr(inputs[0], "data_ptr") else _Numpy
+    library = library_of(inputs[0])
     views = [library.view(x, f"array {i}") for i, x in enumerate(inputs)]
     for i, view in enumerate(views):
         if view[1] != views[0][1]:
@@ -77,6 +77,11 @@ def weighted_sum(
     return out
 
 
+def library_of(x: Any) -> type[Numpy] | type[Torch]:
+    """How arrays like `x` are looked at and made; what is no array at all is refused by its `view`."""
+    return Torch if hasattr(x, "data_ptr") else Numpy
+
+
 def _named(dtype: object) -> DType | None:
     return parse_dtype(dtype) if isinstance(dtype, str) else None
 
@@ -88,7 +93,23 @@ def _refuse_overlap(views: list[tuple[int, Any, DType]], out: tuple[int, DType],
             raise UsageError(f"out overlaps array {i}: the sum would change its own input. Give another array")
 
 
-class _Numpy:
+class Numpy:
+    """Numpy arrays, with ml_dtypes for those that numpy does not have."""
+
+    @staticmethod
+    def dtype(x: Any) -> DType | None:
+        """The dtype of an array, or None if it does not merge."""
+        return parse_dtype(_NUMPY_TYPESTR.get(x.dtype.str, x.dtype.name)) if x.dtype.isnative else None
+
+    @staticmethod
+    def same(x: Any, y: Any) -> bool:
+        """Whether two arrays of any dtype hold the same bytes."""
+        return x.dtype == y.dtype and x.shape == y.shape and bool(x.tobytes() == y.tobytes())
+
+    @staticmethod
+    def copy(x: Any) -> Any:
+        return x.copy()
+
     @staticmethod
     def view(x: Any, name: str, writable: bool = False) -> tuple[int, tuple[int, ...], DType]:
         """Address, shape and dtype of an array."""
@@ -98,8 +119,8 @@ class _Numpy:
             raise UsageError(f"{name} must be a numpy array like the first, got {type(x).__name__}")
         if isinstance(x, np.ma.MaskedArray):
             raise UsageError(f"{name} is masked, and masks are not looked at. Use .filled(0), say")
-        found = parse_dtype(_NUMPY_TYPESTR.get(x.dtype.str, x.dtype.name))
-        if found is None or (x.dtype.isnative is False):
+        found = Numpy.dtype(x)
+        if found is None:
             raise UsageError(f"{name} has dtype {x.dtype}; {_SUMMED}")
         if not x.flags.c_contiguous:
             raise UsageError(f"{name} is not contiguous. Use numpy.ascontiguousarray")
@@ -122,14 +143,32 @@ class _Numpy:
         return np.empty(like.shape, extra[dtype.name])
 
 
-class _Torch:
+class Torch:
+    """Torch tensors on the CPU."""
+
+    @staticmethod
+    def dtype(x: Any) -> DType | None:
+        """The dtype of a tensor, or None if it does not merge."""
+        return parse_dtype(str(x.dtype))
+
+    @staticmethod
+    def same(x: Any, y: Any) -> bool:
+        """Whether two tensors of any dtype are equal."""
+        import torch
+
+        return bool(x.dtype == y.dtype and torch.equal(x, y))
+
+    @staticmethod
+    def copy(x: Any) -> Any:
+        return x.detach().clone()
+
     @staticmethod
     def view(x: Any, name: str, writable: bool = False) -> tuple[int, tuple[int, ...], DType]:
         import torch
 
         if not isinstance(x, torch.Tensor):
             raise UsageError(f"{name} must be a torch tensor like the first, got {type(x).__name__}")
-        found = parse_dtype(str(x.dtype))
+        found = Torch.dtype(x)
         if found is None:
             raise UsageError(f"{name} has dtype {x.dtype}; {_SUMMED}")
         if x.device.type != "cpu":

@@ -33,7 +33,8 @@ class Combine:
         """What the kernels execute: rules 2 and 3 of docs/NUMERICS.md.
 
         An input of weight 0 is not read; a lone input of weight 1 is copied; the pivot is the base, else the first
-        input that is read.
+        input that is read. If all weights are 0 and there is no base, the sum is 0 times the first input: +0 where
+        that is finite. Methods for which this is a mistake say so themselves.
         """
         used = [(i, w) for i, w in enumerate(self.weights) if w != 0.0]
         if self.base is not None:
@@ -45,7 +46,7 @@ class Combine:
                 return Row(used[0][0])
             return Row(self.base, 1.0, tuple(used))
         if not used:
-            raise ValueError("all weights are 0")
+            return Row(0, 0.0)
         total = 1.0 if self.sums_to_one else math.fsum(self.weights)
         return Row(used[0][0], total, tuple(used[1:]))
 
@@ -54,7 +55,8 @@ class Combine:
 class Row:
     """One output of a combine: out = total * p + sum_k weight_k * (x_k - p), with p the pivot.
 
-    No terms and a total of 1 is a copy of the pivot: bit for bit when the dtypes agree.
+    No terms and a total of 1 is a copy of the pivot: bit for bit when the dtypes agree. No terms and a total of 0 makes
+    zeros: +0 for every finite element of the pivot, NaN for the others.
     """
 
     pivot: int

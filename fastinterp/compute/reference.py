@@ -337,6 +337,14 @@ def measure(inputs: Sequence[Array], dtypes: Sequence[DType], deltas: bool) -> t
     return np.array(gram + l1), np.count_nonzero(x, axis=1)
 
 
+def lane_dot(a: Array, b: Array) -> float:
+    """<a, b> of two f32 or f64[numel], in the same order."""
+    padded = np.zeros((2, max(1, -(-a.size // CHUNK)) * CHUNK))
+    padded[0, : a.size], padded[1, : a.size] = a, b
+    x, y = padded.reshape(2, -1, CHUNK // LANES, LANES)
+    return _folded_dot(x, y)
+
+
 def _folded_dot(a: Array, b: Array) -> float:
     """<a, b> of f64[chunks, steps, LANES]."""
     lanes = np.zeros((a.shape[0], LANES))

@@ -92,9 +92,13 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class MeasureKept:
-    """Ask what some keeps would leave of the deltas x_i - x_0. keeps[0] is that of the base, and is ignored."""
+    """Ask what some keeps would leave of the deltas x_i - x_0. keeps[0] is that of the base, and is ignored.
+
+    score  drops elements of all models, as in MaskedCombine
+    """
 
     keeps: tuple[Keep, ...]
+    score: Score | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +109,14 @@ class Kept:
     kept_l1  the same over the elements that are kept
     kept     how many those are
     shared   how many of them at least one other model keeps, too
+    squares  sum of d_i^2 over the elements that are kept
     """
 
     l1: tuple[float, ...]
     kept_l1: tuple[float, ...]
     kept: tuple[int, ...]
     shared: tuple[int, ...]
+    squares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fastinterp.compute.backends import cpu_threads
-from fastinterp.engine.plan import Plan, PlannedTensor
+from fastinterp.engine.plan import Plan
 from fastinterp.engine.schedule import Window, make_window
+from fastinterp.engine.tensors import PlannedTensor
 from fastinterp.engine.text import WIDTH, counted, fit, plain, seconds, size, table
 from fastinterp.files.layout import OutFile, parse_size
 from fastinterp.files.sidecars import copy_sidecars
@@ -29,13 +30,13 @@ def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
     sidecars = [*copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype), "README.md"]
     return {
         "method": recipe.method.name,
-        "formula": recipe.formula(),
+        "formula": _formula(plan),
         "rounding": recipe.rounding,
         "seed": recipe.seed,
         "models": [_model(plan, i) for i in range(len(plan.checkpoints))],
         "origin": plan.origin.name,
         "steps": _steps(plan),
-        "must_agree": [t.name for t in plan.tensors if not t.rows and len(t.inputs) > 1],
+        "must_agree": [t.name for t in plan.tensors if not t.merged and len(t.inputs) > 1],
         "integers_from": recipe.integers,
         "dtypes": _dtypes(plan),
         "files": [{"name": f.name, "bytes": f.size, "tensors": len(f.places)} for f in layout.files],
@@ -74,24 +75,26 @@ def as_text(plan: Plan, window: Window) -> str:
 
 def _model(plan: Plan, i: int) -> dict[str, Any]:
     checkpoint = plan.checkpoints[i]
-    entries = [e for t in plan.tensors for j, e in zip(t.inputs, t.entries, strict=True) if j == i]
+    reads = [
+        (t, t.entries[at].nbytes) for t in plan.tensors for _, inputs in t.reads for at in inputs if t.inputs[at] == i
+    ]
     return {
         "symbol": f"x{i}",
         "name": checkpoint.name,
         "files": [str(p) for p in checkpoint.files],
         "bytes": checkpoint.nbytes,
-        "tensors_read": len(entries),
-        "bytes_read": sum(e.nbytes for e in entries),
+        "tensors_read": len({name for name, _ in reads}),
+        "bytes_read": sum(nbytes for _, nbytes in reads),
     }
 
 
 def _steps(plan: Plan) -> list[dict[str, Any]]:
     """The kernels' view: tensors grouped by what is computed for them, coefficients as they are used."""
-    groups: dict[str, list[PlannedTensor]] = {}
+    groups: dict[tuple[str, tuple[str, ...]], list[PlannedTensor]] = {}
     for tensor in plan.tensors:
-        groups.setdefault(_expression(tensor), []).append(tensor)
+        groups.setdefault((_expression(plan, tensor), tuple(what for what, _ in tensor.reads)), []).append(tensor)
     steps = []
-    for expression, tensors in groups.items():
+    for (expression, reads), tensors in groups.items():
         first = tensors[0]
         row = first.rows[0] if first.rows else None
         steps.append(
@@ -103,16 +106,19 @@ def _steps(plan: Plan) -> list[dict[str, Any]]:
                 if row is None
                 else [{"model": plan.checkpoints[first.inputs[i]].name, "coefficient": c} for i, c in row.terms],
                 "copies": all(_copies(t) for t in tensors),
+                "reads": list(reads),
                 "tensors": len(tensors),
-                "bytes_read": sum(e.nbytes for t in tensors for e in t.entries),
+                "bytes_read": sum(t.bytes_read for t in tensors),
                 "bytes_written": sum(_out_bytes(t) for t in tensors),
             }
         )
     return steps
 
 
-def _expression(tensor: PlannedTensor) -> str:
-    """`x0 + 0.5*(x1 - x0)`: what is computed, with the pivot in front."""
+def _expression(plan: Plan, tensor: PlannedTensor) -> str:
+    """`x0 + 0.5*(x1 - x0)`: what is computed, with the pivot in front. `slerp(x0, x1)`, where the data decides."""
+    if tensor.program is not None:
+        return f"{plan.recipes[0].method.name}({', '.join(f'x{i}' for i in tensor.inputs)})"
     if not tensor.rows:
         return f"x{tensor.inputs[0]}"
     row = tensor.rows[0]
@@ -123,9 +129,18 @@ def _expression(tensor: PlannedTensor) -> str:
     return text
 
 
+def _formula(plan: Plan) -> str:
+    """The recipe's formula and legend, with the side-cars behind the models."""
+    models = len(plan.recipes[0].models)
+    beside = [f"x{i} = {c.name}" for i, c in enumerate(plan.checkpoints) if i >= models]
+    return "\n".join([plan.recipes[0].formula(), *beside])
+
+
 def _copies(tensor: PlannedTensor) -> bool:
     """Whether the output has the input's bytes."""
-    return not tensor.rows or (tensor.rows[0].is_copy and tensor.dtype == tensor.entries[0].dtype)
+    return not tensor.merged or (
+        bool(tensor.rows) and tensor.rows[0].is_copy and tensor.dtype == tensor.entries[0].dtype
+    )
 
 
 def _out_bytes(tensor: PlannedTensor) -> int:
@@ -156,7 +171,7 @@ def _tensor(plan: Plan, tensor: PlannedTensor, file: str) -> dict[str, Any]:
         "dtype": tensor.dtype.name,
         "shape": list(tensor.shape),
         "reads": [plan.checkpoints[i].name for i in tensor.inputs],
-        "out": _expression(tensor),
+        "out": _expression(plan, tensor),
         "file": file,
     }
 
@@ -176,7 +191,7 @@ def _formula_lines(formula: str) -> list[str]:
 
 def _reads(found: dict[str, Any]) -> list[str]:
     read = [m for m in found["models"] if m["bytes_read"]]
-    lines = [f"read     {size(found['bytes_read'])} of {counted(len(read), 'model')}, each byte once"]
+    lines = [f"read     {size(found['bytes_read'])} of {counted(len(read), 'model')}, {_times(found)}"]
     rows = [
         [m["name"], size(m["bytes_read"]), counted(len(m["files"]), "file"), counted(m["tensors_read"], "tensor")]
         if m["bytes_read"]
@@ -184,6 +199,12 @@ def _reads(found: dict[str, Any]) -> list[str]:
         for m in found["models"]
     ]
     return [*lines, *table(rows, "<>><", indent=9)]
+
+
+def _times(found: dict[str, Any]) -> str:
+    """`each byte once`, or the longest way that a tensor takes: `reads 2x: measure, combine`."""
+    longest: list[str] = max((step["reads"] for step in found["steps"]), key=len, default=[])
+    return "each byte once" if len(longest) < 2 else f"reads {len(longest)}x: {', '.join(longest)}"
 
 
 def _computes(found: dict[str, Any]) -> list[str]:

@@ -249,12 +249,15 @@ def _write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: byt
 
 def _report(plan: Plan, k: int, folder: OutFolder, done: Done, wall_s: float) -> Report:
     effects, copied = {}, []
-    for tensor, stats in zip(plan.tensors, done.stats, strict=True):
-        if not tensor.rows or (tensor.rows[k].is_copy and tensor.entries[tensor.rows[k].pivot].dtype == tensor.dtype):
+    models: set[int] = set()
+    for tensor, job in zip(plan.tensors, done.jobs, strict=True):
+        if tensor.merged:
+            models.update(tensor.inputs[i] for i in job.reads(k) if i < tensor.models)
+        if job.copies(k):
             copied.append(tensor.name)
         else:
-            effects[tensor.name] = Effect.of(tensor.numel, stats[k])
-    dtypes = sorted({str(t.dtype) for t in plan.tensors if t.rows})
+            effects[tensor.name] = Effect.of(tensor.numel, job.stats[k])
+    dtypes = sorted({str(t.dtype) for t in plan.tensors if t.merged})
     return Report(
         output=folder.name,
         files=tuple(f.name for f in plan.layouts[k].files),
@@ -266,7 +269,7 @@ def _report(plan: Plan, k: int, folder: OutFolder, done: Done, wall_s: float) ->
         wall_s=wall_s,
         device=f"cpu {done.isa}",
         threads=done.threads,
-        inputs=len({t.inputs[i] for t in plan.tensors if t.rows for i in t.rows[k].inputs}),
+        inputs=len(models),
         removed=folder.removed,
         warnings=(*warnings_of(effects, ", ".join(dtypes)), *plan.warnings),
     )

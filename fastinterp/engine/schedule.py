@@ -1,19 +1,24 @@
-"""Runs a plan: opens the files, hands the steps to the native pump, watches it, and puts its errors into words."""
+"""Runs a plan: opens the files, has its tensors carried out in rounds, and puts the pump's errors into words."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.ops import philox_key
-from fastinterp.compute.pump import Progress, Pump, reserve, watch
-from fastinterp.engine.plan import Plan, PlannedTensor
-from fastinterp.engine.sources import Sources, gathers, remedy, storage
+from fastinterp.compute.pump import Progress, reserve
+from fastinterp.engine.jobs import Job
+from fastinterp.engine.place import Place, Step
+from fastinterp.engine.plan import Plan
+from fastinterp.engine.rounds import Machine, drive
+from fastinterp.engine.sources import Sources, remedy, storage
+from fastinterp.engine.tensors import PlannedTensor
 from fastinterp.errors import OutputError, ShapeError, UsageError
 
 STATS_EVERY = 32  # chunks of 16384 elements: one of so many is measured, which costs a few percent of the kernel's time
@@ -66,9 +71,9 @@ def _pages(size: int) -> int:
 
 @dataclass(frozen=True)
 class Done:
-    """What the pump reports: per planned tensor and output, the statistics of its row."""
+    """What was done: per planned tensor its job, which has the statistics of every output."""
 
-    stats: list[list[dict[str, float]]]
+    jobs: list[Job]
     bytes_read: int
     bytes_written: int
     threads: int
@@ -91,29 +96,27 @@ def run(
         reads = ((i, e) for t in plan.tensors for i, e in zip(t.inputs, t.entries, strict=True))
         sources = Sources(plan.checkpoints, reads, stack, sum(map(len, outputs)), outputs[0][0].parent)
         sinks = _Sinks(plan, outputs, stack)
-        steps = [_step(plan, tensor, sources, sinks) for tensor in sinks.in_file_order(plan)]
         recipe = plan.recipes[0]
-        pump = Pump(
-            isa, sources.fds, sinks.fds, steps,
-            threads=workers, write_bytes=window.write_bytes, read_bytes=window.read_bytes,
-            stochastic=recipe.rounding == "stochastic", fp8_saturate=recipe.fp8_overflow == "saturate",
-            prefetch=not sources.cached(), stats_every=STATS_EVERY,
-        )  # fmt: skip
-        watch(pump, sum(_traffic(t) for t in plan.tensors), progress)
-        error = pump.error()
-        if error is not None:
-            raise _explained(error, plan, sources, sinks)
+        settings = {
+            "isa": isa,
+            "sources": sources.fds,
+            "sinks": sinks.fds,
+            "threads": workers,
+            "write_bytes": window.write_bytes,
+            "read_bytes": window.read_bytes,
+            "stochastic": recipe.rounding == "stochastic",
+            "fp8_saturate": recipe.fp8_overflow == "saturate",
+            "prefetch": not sources.cached(),
+            "stats_every": STATS_EVERY,
+        }
+        jobs = {t.name: _job(plan, t, sources, sinks) for t in sinks.in_file_order(plan)}
+        explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
+        machine = Machine(settings, explained, plan.bytes_read + plan.bytes_written, progress)
+        drive(list(jobs.values()), machine)
         sources.refuse_changed()
-        by_name = dict(zip((t.name for t in sinks.in_file_order(plan)), pump.stats(), strict=True))
-        return Done(
-            [by_name[t.name] for t in plan.tensors], pump.bytes_read, pump.bytes_written, workers, isa,
-            window.bytes,
-        )  # fmt: skip
-
-
-def _traffic(tensor: PlannedTensor) -> int:
-    written = tensor.entries[0].nbytes if not tensor.rows else tensor.dtype.nbytes(tensor.numel) or 0
-    return sum(e.nbytes for e in tensor.entries) + written * max(1, len(tensor.rows))
+        machine.finish()
+        every = [jobs[t.name] for t in plan.tensors]
+        return Done(every, machine.bytes_read, machine.bytes_written, workers, isa, window.bytes)
 
 
 class _Sinks:
@@ -149,29 +152,39 @@ def _write_first(fd: int, data: bytes) -> None:
         done += os.pwrite(fd, data[done:], done)
 
 
-def _step(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: _Sinks) -> dict[str, Any]:
+def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: _Sinks) -> Job:
     numbers, offsets = sinks.of[tensor.name]
-    step: dict[str, Any] = {
-        "kind": "combine" if tensor.rows else "same",
-        "inputs": [sources.operand(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True)],
-        "numel": tensor.numel if tensor.rows else tensor.entries[0].nbytes,
-        "sinks": numbers,
-        "offsets": offsets,
-    }
-    if gathers(step["inputs"]):
-        step["columns"] = tensor.shape[-1]
-    if tensor.rows:
-        step["rows"] = [(row.pivot, row.total, list(row.terms)) for row in tensor.rows]
-        step["out_dtype"] = tensor.dtype.code
-        if plan.recipes[0].rounding == "stochastic":
-            step["keys"] = [philox_key(r.seed, _STORE, tensor.name) for r in plan.recipes]
-    return step
+    stochastic = tensor.merged and plan.recipes[0].rounding == "stochastic"
+    place = Place(
+        name=tensor.name,
+        shape=tensor.shape,
+        operands=tuple(sources.operand(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True)),
+        nbytes=tuple(e.nbytes for e in tensor.entries),
+        out_dtype=tensor.dtype.code or 0,
+        out_bytes=(tensor.dtype.nbytes(tensor.numel) or 0) if tensor.merged else tensor.entries[0].nbytes,
+        sinks=tuple(numbers),
+        offsets=tuple(offsets),
+        keys=tuple(philox_key(r.seed, _STORE, tensor.name) for r in plan.recipes) if stochastic else (),
+        seeds=tuple(r.seed for r in plan.recipes),
+    )
+    if tensor.program is None:
+        return Job(place, tensor.rows)
+    from fastinterp.engine.asking import Asking
+
+    return Asking(place, tensor.models, tensor.program.calls)
 
 
-def _explained(error: tuple[Any, ...], plan: Plan, sources: Sources, sinks: _Sinks) -> Exception:
+def _explained(
+    tensors: Mapping[str, PlannedTensor],
+    plan: Plan,
+    sources: Sources,
+    sinks: _Sinks,
+    error: tuple[Any, ...],
+    steps: Sequence[Step],
+) -> Exception:
     kind, *rest = error
     if kind == "differs":
-        tensor = sinks.in_file_order(plan)[rest[0]]
+        tensor = tensors[steps[rest[0]].name]
         first, other = (plan.checkpoints[tensor.inputs[i]].name for i in (0, rest[1]))
         return ShapeError(
             f"{tensor.name} ({tensor.dtype}) is not averaged, and differs between {first} and {other}. "

@@ -111,6 +111,11 @@ def gathers(operands: Iterable[Operand]) -> bool:
     return any(isinstance(first, list) for first, _, _ in operands)
 
 
+def dtype_code(operand: Operand) -> int:
+    code: int = operand[1] if gathers([operand]) else operand[2]
+    return code
+
+
 def _moved_key(checkpoint: int, entry: MappedEntry) -> tuple[int, int, int]:
     """Tensors that are one in the file, as tied ones are, are moved once."""
     return checkpoint, entry.file, entry.start

@@ -35,10 +35,11 @@ Base = Literal["required", "optional", "none"]
 
 
 class Range(NamedTuple):
-    """The numbers low .. high, both included."""
+    """The numbers low .. high, both included. `absolute`: in units of the weights, so that it scales with them."""
 
     low: float
     high: float
+    absolute: bool = False
 
     def __str__(self) -> str:
         return f"{self.low:g}..{self.high:g}" if self.high < LARGEST else f"at least {self.low:g}"
@@ -54,14 +55,11 @@ class Sidecar(str):
     """The name of a further checkpoint, with the tensors of the model that it belongs to: its diagonal Fisher, say."""
 
 
-# The methods of mergekit, as its recipes name them: those that are not here yet are no misspellings.
-_MERGEKIT = """arcee_fusion breadcrumbs breadcrumbs_ties dare_linear dare_ties della della_linear karcher linear
-    model_stock multislerp nearswap nuslerp passthrough ram ramplus_tl sce slerp task_arithmetic ties""".split()
-
 LARGEST = (2.0 - 2.0**-23) * 2.0**127  # of float32: coefficients are rounded to it before they reach a kernel
 
 Unit = Annotated[float, Range(0.0, 1.0)]
 NotNegative = Annotated[float, Range(0.0, LARGEST)]
+Length = Annotated[float, Range(0.0, LARGEST, absolute=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +181,6 @@ def find(name: str) -> Method:
     Raises: MethodError, if there is none.
     """
     known = names()
-    if name in _MERGEKIT and name not in known:
-        raise MethodError(
-            f"`{name}` is a method of mergekit that fastinterp does not have yet. Here: {', '.join(known)}"
-        )
     if name not in known:
         raise MethodError(f"unknown merge method `{clipped(name)}`{suggestion(name, known)}")
     found: Method = getattr(importlib.import_module(f"{__name__}.{name}"), name)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from fastinterp.errors import MethodError
 
 
-def shares(weights: tuple[float, ...]) -> tuple[float, ...]:
+def shares(
+    weights: Sequence[float], *, instead: str = "Change them, or write `normalize: false` to use them as they are"
+) -> tuple[float, ...]:
     """f64[n], each weight divided by their sum.
+
+    instead  the end of the message: what to do
 
     Raises: MethodError, if the weights cancel: their sum is below 1e-8 of the sum of their magnitudes, so that the
     quotients would be mostly rounding error, or infinite.
@@ -16,8 +21,5 @@ def shares(weights: tuple[float, ...]) -> tuple[float, ...]:
     total = math.fsum(weights)
     if abs(total) <= 1e-8 * math.fsum(map(abs, weights)):
         listed = ", ".join(f"{w:g}" for w in weights[:8]) + (", ..." if len(weights) > 8 else "")
-        raise MethodError(
-            f"the weights {listed} sum to {total:g}, which is too near 0 to divide by. "
-            "Change them, or write `normalize: false` to use them as they are"
-        )
+        raise MethodError(f"the weights {listed} sum to {total:g}, which is too near 0 to divide by. {instead}")
     return tuple(w / total for w in weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fastinterp.errors import MethodError
 from fastinterp.methods import Method, shown
@@ -14,6 +14,8 @@ from fastinterp.recipe.parameters import TOP, Levels
 from fastinterp.recipe.parts import Level, Part, Section, Source
 from fastinterp.recipe.references import model_name, not_beside
 from fastinterp.recipe.schema import Entry, Layers, Module, Reference, Slice, Wish, converted
+
+T = TypeVar("T")
 
 
 class Builder:
@@ -43,6 +45,8 @@ class Builder:
         found: tuple[Section, ...] = ()
         with self.faults:
             found = self._sections()
+        if not found:
+            self.levels.unsure = True
         if self.wish.modules is not None and self.base_model is not None:
             self._index(self.base_model)  # it has what no module names
         self.levels.finish(tuple(part for section in found for part in section.parts))
@@ -73,6 +77,7 @@ class Builder:
             raise self.document.error("the name of a module must not be empty", "$.modules", at=path)
         module = converted(self.document, value, Module, path, self.faults)
         if module is None:
+            self.levels.unsure = True
             return ()
         if (module.models is None) == (module.slices is None):
             raise self.document.error("a module needs one of `models` and `slices`", path)
@@ -82,70 +87,81 @@ class Builder:
     def _section(
         self,
         name: str | None,
-        models: list[Entry] | None,
-        slices: list[Slice] | None,
+        models: list[Any] | None,
+        slices: list[Any] | None,
         levels: tuple[Level, ...],
         path: str,
     ) -> tuple[Section, ...]:
-        parts: list[Part] = []
+        if slices is not None and not slices:
+            raise self.document.error("`slices` lists no slice", f"{path}.slices")
+        parts: list[Part | None] = []
         if models is not None:
             with self.faults:
                 parts.append(self._whole(models, levels, f"{path}.models"))
-        for i, wish in enumerate(slices or ()):
+        for i, value in enumerate(slices or ()):
             with self.faults:
-                parts.append(self._slice(wish, levels, f"{path}.slices[{i}]"))
-        if slices is not None and not slices:
-            raise self.document.error("`slices` lists no slice", f"{path}.slices")
-        return (Section(name, tuple(parts), slices is not None, path),)
+                parts.append(self._slice(value, levels, f"{path}.slices[{i}]"))
+        found = tuple(part for part in parts if part is not None)
+        if len(found) < (1 if slices is None else len(slices)):
+            self.levels.unsure = True
+        return (Section(name, found, slices is not None, path),) if found else ()
 
-    def _whole(self, entries: list[Entry], levels: tuple[Level, ...], path: str) -> Part:
+    def _items(self, values: Sequence[Any], kind: type[T], path: str) -> list[tuple[T, str]]:
+        """Each item of a list, and its path."""
+        found = []
+        for i, value in enumerate(values):
+            item = converted(self.document, value, kind, f"{path}[{i}]", self.faults)
+            if item is None:
+                self.levels.unsure = True
+            else:
+                found.append((item, f"{path}[{i}]"))
+        return found
+
+    def _whole(self, values: list[Any], levels: tuple[Level, ...], path: str) -> Part | None:
         """Whole models: the base is one of them, listed or not."""
-        if not entries:
+        if not values:
             raise self.document.error("`models` lists no model", path)
-        listed = self._listed(
-            [(e.model, f"{path}[{i}]") for i, e in enumerate(entries)], "List a model once, with the weights added up"
-        )
-        sources = [
-            Source(index, self.models[index], None, {}, place)
-            for index, place in zip(listed, [f"{path}[{i}]" for i in range(len(entries))], strict=True)
-        ]
+        entries = self._items(values, Entry, path)
+        remedy = "List a model once, with the weights added up"
+        listed = self._listed([(entry.model, at) for entry, at in entries], remedy)
+        sources = [Source(i, self.models[i], None, {}, at) for i, (_, at) in zip(listed, entries, strict=True)]
         if self.base is not None and self._index(self.base) not in listed:
             sources.append(Source(self._index(self.base), self.base, None, {}, "$.base_model"))
-        return self._part(sources, [e.parameters for e in entries], self.base, levels, path, sliced=False)
+        whole = len(entries) == len(values)
+        return self._part(sources, [e.parameters for e, _ in entries], self.base, levels, path, whole=whole)
 
-    def _slice(self, wish: Slice, levels: tuple[Level, ...], path: str) -> Part:
+    def _slice(self, value: Any, levels: tuple[Level, ...], path: str) -> Part | None:
         """As many layers of each source. A base that is not among several sources has the same layers as they."""
+        wish = converted(self.document, value, Slice, path, self.faults)
+        if wish is None:
+            self.levels.unsure = True
+            return None
         if not wish.sources:
             raise self.document.error("`sources` lists no model", f"{path}.sources")
+        own = self.levels.level(wish.parameters, f"{path}.parameters")
         base = self.base
         if wish.base_model is not None:
             base = self._reference(wish.base_model, f"{path}.base_model")
             if self.method.base == "none":
                 message = f"`base_model` of a slice is never used here: `{self.method.name}` has no base. Remove it"
                 raise self.document.error(message, path, at=f"{path}.base_model")
-        places = [f"{path}.sources[{i}]" for i in range(len(wish.sources))]
+        entries = self._items(wish.sources, Layers, f"{path}.sources")
         remedy = "mergekit would drop one of them. Give it to another slice"
-        listed = self._listed([(s.model, at) for s, at in zip(wish.sources, places, strict=True)], remedy)
-        ranges = [self._range(s, at) for s, at in zip(wish.sources, places, strict=True)]
-        for at, (first, end) in zip(places, ranges, strict=True):
-            length = ranges[0][1] - ranges[0][0]
-            if end - first != length:
-                message = "the sources of a slice must have the same number of layers"
-                message = f"{message}: {end - first} here, {length} in {places[0]}"
-                raise self.document.error(message, f"{at}.layer_range")
+        listed = self._listed([(entry.model, at) for entry, at in entries], remedy)
+        ranges = self._ranges(entries)
         sources = [
-            Source(index, self.models[index], span, {}, at)
-            for index, span, at in zip(listed, ranges, places, strict=True)
+            Source(i, self.models[i], span, {}, at) for i, span, (_, at) in zip(listed, ranges, entries, strict=True)
         ]
-        own = self.levels.level(wish.parameters, f"{path}.parameters")
         if base is not None and len(sources) > 1 and self._index(base) not in listed:
             if len(set(ranges)) > 1:
                 message = f"it is not clear which layers of the base, {shown(base)}, belong here"
                 message = f"{message}. List it among the sources, with its `layer_range`"
                 raise self.document.error(message, path)
             sources.append(Source(self._index(base), base, ranges[0], {}, path))
-        given = [s.parameters for s in wish.sources]
-        return self._part(sources, given, base, (own, *levels), path, sliced=True)
+        whole = len(entries) == len(wish.sources)
+        return self._part(
+            sources, [e.parameters for e, _ in entries], base, (own, *levels), path, sliced=True, whole=whole
+        )
 
     def _part(
         self,
@@ -155,9 +171,13 @@ class Builder:
         levels: tuple[Level, ...],
         path: str,
         *,
-        sliced: bool,
+        sliced: bool = False,
+        whole: bool = True,
     ) -> Part:
-        """The sources, the base first, with the parameters that stand at those that are listed."""
+        """The sources, the base first, with the parameters that stand at those that are listed.
+
+        whole   none of them was left out for an error
+        """
         at_base = None if base is None else self._index(base)
         alone = len(sources) == 1 and (sliced or path.startswith("$.modules."))
         copies = alone and (self.method.models[0] > 1 or at_base is not None)
@@ -174,7 +194,8 @@ class Builder:
             if self.method.base == "required" and base is None and self.wish.base_model is None:
                 message = f"`{self.method.name}` needs the key `base_model`"
                 raise self.document.error(message, at="$.merge_method", kind=MethodError)
-            self._count(len(found), path)
+            if whole:
+                self._count(len(found), path)
         return Part(tuple(found), at_base is not None and not copies, levels, copies, path)
 
     def _count(self, n: int, path: str) -> None:
@@ -198,19 +219,25 @@ class Builder:
             found.append(self._index(name))
         return found
 
-    def _range(self, source: Layers, path: str) -> tuple[int, int]:
-        given, at = source.layer_range, f"{path}.layer_range"
-        if len(given) != 2:
-            raise self.document.error(f"`layer_range` is [first, end], got {shown(given)}", at)
-        first, end = given
-        if first < 0 or end < 0:
-            message = (
-                f"`layer_range` counts from the first layer, 0; got {shown(given)}. Negative numbers have no meaning"
-            )
-            raise self.document.error(message, at)
-        if first >= end:
-            raise self.document.error(f"`layer_range` [first, end) has no layer in it, got {shown(given)}", at)
-        return first, end
+    def _ranges(self, entries: Sequence[tuple[Layers, str]]) -> list[tuple[int, int]]:
+        """The `layer_range` of each source: all of the same length."""
+        found: list[tuple[int, int]] = []
+        for source, path in entries:
+            given, at = source.layer_range, f"{path}.layer_range"
+            if len(given) != 2:
+                raise self.document.error(f"`layer_range` is [first, end], got {shown(given)}", at)
+            first, end = given
+            if first < 0 or end < 0:
+                message = f"`layer_range` counts from the first layer, 0; got {shown(given)}"
+                raise self.document.error(f"{message}. Negative numbers have no meaning", at)
+            if first >= end:
+                raise self.document.error(f"`layer_range` [first, end) has no layer in it, got {shown(given)}", at)
+            found.append((first, end))
+            length = found[0][1] - found[0][0]
+            if end - first != length:
+                message = "the sources of a slice must have the same number of layers"
+                raise self.document.error(f"{message}: {end - first} here, {length} in {entries[0][1]}", at)
+        return found
 
     def _reference(self, given: str | Reference, path: str) -> str:
         name = model_name(self.document, given, path)

@@ -1,16 +1,13 @@
-"""Recipes of several documents: what their names must be, and that each of them is used."""
+"""The names of a recipe's documents, and what they may refer to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastinterp.methods import shown
 from fastinterp.recipe.document import Document
 from fastinterp.recipe.faults import Faults
-
-if TYPE_CHECKING:
-    from fastinterp.recipe.load import Recipe
 
 
 def check_names(documents: Sequence[Document], faults: Faults) -> None:
@@ -39,19 +36,6 @@ def check_names(documents: Sequence[Document], faults: Faults) -> None:
                     where = f" (line {line})" if line else ""
                     what = "this document itself" if at == i else f"a document below{where}. Move that above this one"
                     raise document.error(f"{shown(name)} is the name of {what}", path)
-
-
-def check_used(recipes: Sequence[Recipe], faults: Faults) -> None:
-    """See that every document but the last is used by a later one.
-
-    Raises: RecipeError
-    """
-    used = {i for recipe in recipes for i in recipe.earlier.values()}
-    for i, recipe in enumerate(recipes[:-1]):
-        if i not in used:
-            with faults:
-                message = f"{shown(recipe.name)} is never used by a document below it. Only the last one is written"
-                raise recipe.document.error(message, "$.name")
 
 
 def _references(value: Any, path: str) -> Iterator[tuple[str, str]]:

@@ -140,7 +140,7 @@ class _Yaml:
         while not isinstance(event := next_event(), yaml.StreamEndEvent):
             self.lines, self.anchors = {"$": event.start_mark.line + 1} if found else {}, {}
             event = next_event()
-            empty = isinstance(event, yaml.ScalarEvent) and event.value == "" and event.style is None
+            empty = isinstance(event, yaml.ScalarEvent) and event.value == "" and not event.style
             value = self.build(event, "$", 0)
             next_event()  # document end
             if not (empty and found):  # a `---` with nothing behind it

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.compute.dtypes import DType, parse_dtype
-from fastinterp.compute.ops import Combine, Tensor
+from fastinterp.compute.ops import Combine
 from fastinterp.errors import MethodError
 from fastinterp.methods import LARGEST, Method, Sidecar, clipped, shown, suggestion
 from fastinterp.recipe.build import Builder
@@ -48,6 +48,7 @@ class Recipe:
     coefficients  what the method asked for, if that is the same for every tensor and known without reading any;
                   else None; read it through `combine`
     sections      what is put together of what
+    base_model    as the recipe has it, whether the method uses it or not
     earlier       those of `models` (and base_model) that are documents above this one: name -> index among them
     sidecars      further checkpoints that parameters name, each once
     tokenizer     what is wanted of the vocabulary; None: the tokenizer of `origin` as it is
@@ -71,6 +72,7 @@ class Recipe:
     file: str | None
     coefficients: Combine | None
     sections: tuple[Section, ...] = field(repr=False)
+    base_model: str | None
     earlier: Mapping[str, int]
     sidecars: tuple[str, ...]
     tokenizer: TokenizerWish | None
@@ -85,19 +87,11 @@ class Recipe:
     def combine(self, tensor: str) -> Combine:
         """What the method asks for the tensor of this name, where that is the same for every tensor.
 
-        Raises: ValueError, if it is not: then `ask`.
+        Raises: ValueError, if it is not.
         """
         if self.coefficients is None:
             raise ValueError("what the method asks for is not the same for every tensor")
         return self.coefficients
-
-    def ask(self, n: int, parameters: Mapping[str, Any], tensor: Tensor) -> Any:
-        """What the method wants for a tensor of n inputs: a sum, or the generator that asks first and returns it.
-
-        parameters   those of its Target
-        Raises: MethodError, if it can do nothing with them. A generator may raise it, too.
-        """
-        return self.method(n, tensor, **{p.keyword: parameters[p.name] for p in self.method.parameters})
 
     def formula(self) -> str:
         """The merge in one line, then which model each symbol stands for; for people.
@@ -152,7 +146,7 @@ def load_recipes(source: Source | Sequence[Mapping[str, Any]], *, file: str | No
 def build_all(documents: Sequence[Document], faults: Faults) -> tuple[Recipe, ...]:
     """The recipes of a source; fewer than it has documents, if faults were gathered."""
     if len(documents) > 1:
-        from fastinterp.recipe.chain import check_names, check_used
+        from fastinterp.recipe.chain import check_names
 
         check_names(documents, faults)
     found: list[Recipe] = []
@@ -161,8 +155,17 @@ def build_all(documents: Sequence[Document], faults: Faults) -> tuple[Recipe, ..
         if recipe is not None:
             found.append(recipe)
     if len(found) == len(documents) > 1:
-        check_used(found, faults)
+        _check_used(found, faults)
     return tuple(found)
+
+
+def _check_used(recipes: Sequence[Recipe], faults: Faults) -> None:
+    used = {i for recipe in recipes for i in recipe.earlier.values()}
+    for i, recipe in enumerate(recipes[:-1]):
+        if i not in used:
+            with faults:
+                message = f"{shown(recipe.name)} is never used by a document below it. Only the last one is written"
+                raise recipe.document.error(message, "$.name")
 
 
 def build(document: Document, above: Sequence[Recipe], faults: Faults) -> Recipe | None:
@@ -202,6 +205,7 @@ def build(document: Document, above: Sequence[Recipe], faults: Faults) -> Recipe
         file=document.file,
         coefficients=coefficients,
         sections=sections,
+        base_model=builder.base_model,
         earlier={name: names[name] for name in (*builder.models, builder.base_model) if name in names},
         sidecars=_sidecars(method, sections),
         name=wish.name,
@@ -248,13 +252,12 @@ def _constants(
     parts = [part for section in sections for part in section.parts if not part.copies]
     for part in parts:
         if part.is_constant:
-            parameters = Resolver(document, method, part).constant
-            assert parameters is not None
+            parameters = Resolver(document, method, part).parameters("", ("",) * len(part.sources), None)
             if not method.generator and method.fn.__code__.co_argcount == 1:
                 coefficients = _coefficients(document, method, part, parameters)
     if len(parts) != 1 or sections[0].stacked or sections[0].name is not None:
         return None, None
-    return parameters, coefficients
+    return {p.name: parameters[p.keyword] for p in method.parameters} if parameters is not None else None, coefficients
 
 
 def _sidecars(method: Method, sections: tuple[Section, ...]) -> tuple[str, ...]:
@@ -297,13 +300,17 @@ def _integers(document: Document, wish: Wish, models: Sequence[str]) -> str | No
     raise document.error(f"`integers` must name a model that is merged, got {shown(name)}", "$.integers")
 
 
-def _coefficients(document: Document, method: Method, part: Part, parameters: Mapping[str, Any]) -> Combine:
-    """Run the method, and see that float32 can hold what it asks for."""
+def _coefficients(document: Document, method: Method, part: Part, parameters: Mapping[str, Any]) -> Combine | None:
+    """Run the method, and see that float32 can hold what it asks for. None, if that depends on the tensor."""
+    if method.generator or method.fn.__code__.co_argcount > 1:
+        return None
     n = len(part.sources)
     try:
-        asked: Combine = method(n, **{p.keyword: parameters[p.name] for p in method.parameters})
+        asked = method(n, **parameters)
     except MethodError as error:
         raise document.error(error.message, part.path, kind=MethodError) from None
+    if not isinstance(asked, Combine):
+        return None
     row = asked.row()
     largest = max([abs(row.total), *(abs(w) for w in asked.weights)])
     if not largest <= LARGEST:

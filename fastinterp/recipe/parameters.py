@@ -27,6 +27,7 @@ class Levels:
         self.document, self.method, self.faults = document, method, faults
         self.declared = {p.name: p for p in method.parameters}
         self.read: dict[str, Level] = {}
+        self.unsure = False  # whether something was left out that may use a value, or be one; faults are gathered then
 
     def level(
         self, given: Mapping[str, Any] | None, path: str, *, own: bool = False, never: str | None = None
@@ -38,6 +39,10 @@ class Levels:
         """
         found: Level = {}
         for name, value in (given or {}).items():
+            if name in self.declared:  # what is wrong is there all the same
+                found[name] = Value(((None, None),), f"{path}.{name}", (path,))
+            else:
+                self.unsure = True
             with self.faults:
                 found[name] = self._value(name, value, path, own, never)
         self.read[path] = found
@@ -73,9 +78,13 @@ class Levels:
                         self._follow(part, parameter, i, used)
         for path, level in self.read.items():
             for name, value in level.items():
-                if value.path not in used:
+                if value.path not in used and not self.unsure and not self._is_told(value.path):
                     with self.faults:
                         raise self._unused(name, path, parts)
+
+    def _is_told(self, path: str) -> bool:
+        """Whether something is wrong with the value already."""
+        return any(error.path and path.startswith((error.path, error.path + ".")) for error in self.faults.found)
 
     def _follow(self, part: Part, parameter: Parameter, i: int | None, used: set[str]) -> None:
         """Mark what the parameter's values for source i of a part are taken from."""
@@ -87,7 +96,7 @@ class Levels:
                 used.add(value.path)
                 if value.matches_all:
                     return
-        if parameter.required and not given:
+        if parameter.required and not given and not self.unsure:
             needs = f"`{self.method.name}` needs the parameter `{parameter.name}`"
             if i is None:
                 raise self.document.error(f"{needs}. Write it in {TOP}", at="$.merge_method", kind=MethodError)
@@ -120,40 +129,41 @@ class Resolver:
     def __init__(self, document: Document, method: Method, part: Part):
         self.document, self.method, self.part = document, method, part
         self.hits: set[str] = set()
-        self.known: dict[str, dict[str, Any]] = {}
-        self.constant: dict[str, Any] | None = None
+        self._takers = [(p, i) for p in method.parameters for i in _takers(part, p)]
+        self._by_cases: dict[Any, dict[str, Any]] = {}
+        self._by_values: dict[str, dict[str, Any]] = {}
+        self._constant: dict[str, Any] | None = None
         if part.is_constant:
-            self.constant = self._resolve("", ("",) * len(part.sources), None)
+            self._constant = self.parameters("", ("",) * len(part.sources), None)
 
     def parameters(self, out: str, inputs: tuple[str, ...], place: Place | None) -> dict[str, Any]:
-        """Name -> value, or a tuple with one value per source other than the base. Equal ones are the same object.
+        """Keyword -> value, or a tuple with one value per source other than the base. Equal ones are the same object.
 
         out     name of the output tensor: what filters of a parameter for the whole merge look at
         inputs  its names in the sources: what those of a parameter per model look at
         Raises: MethodError, if a parameter without a default has no value for it.
         """
-        return self.constant if self.constant is not None else self._resolve(out, inputs, place)
-
-    def _resolve(self, out: str, inputs: tuple[str, ...], place: Place | None) -> dict[str, Any]:
-        values = tuple(
-            tuple(self._one(p, i, inputs[i], place) for i in range(self.part.has_base, len(inputs)))
-            if p.each
-            else self._one(p, None, out, place)
-            for p in self.method.parameters
-        )
-        found = self.known.get(key := repr(values))  # repr: 1 and True are equal, and so are 0.0 and -0.0
+        if self._constant is not None:
+            return self._constant
+        picked = tuple(self._pick(p, i, out if i is None else inputs[i]) for p, i in self._takers)
+        found = self._by_cases.get((picked, place))
         if found is None:
-            found = {p.name: value for p, value in zip(self.method.parameters, values, strict=True)}
-            self.known[key] = found
+            values: dict[str, Any] = {}
+            for (p, i), case in zip(self._takers, picked, strict=True):
+                value = p.default if case is None else case[0].pick(case[1], place)
+                values[p.keyword] = value if i is None else (*values.get(p.keyword, ()), value)
+            self.hits.update(case[0].paths[case[1]] for case in picked if case is not None)
+            # repr: 1 and True are equal, and so are 0.0 and -0.0
+            found = self._by_cases[picked, place] = self._by_values.setdefault(repr(values), values)
         return found
 
-    def _one(self, parameter: Parameter, i: int | None, name: str, place: Place | None) -> Any:
+    def _pick(self, parameter: Parameter, i: int | None, name: str) -> tuple[Value, int] | None:
+        """The value that covers a tensor, and which of its cases; None for the default."""
         value = None
         for level in self.part.levels_of(i):
             value = level.get(parameter.name)
             if value is not None and (index := value.case(name)) is not None:
-                self.hits.add(value.paths[index])
-                return value.pick(index, place)
+                return value, index
         if parameter.required:
             raise missing(self.document, parameter.name, name, value)
-        return parameter.default
+        return None

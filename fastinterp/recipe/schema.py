@@ -44,31 +44,31 @@ class Layers(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Slice(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One item of `slices`."""
+    """One item of `slices`; each of its sources is a Layers."""
 
-    sources: list[Layers]
+    sources: list[Any]
     base_model: str | Reference | None = None
     parameters: dict[str, Any] | None = None
 
 
 class Module(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One entry of `modules`."""
+    """One entry of `modules`; its items as in Wish."""
 
-    models: list[Entry] | None = None
-    slices: list[Slice] | None = None
+    models: list[Any] | None = None
+    slices: list[Any] | None = None
     parameters: dict[str, Any] | None = None
 
 
 class Wish(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A whole recipe, every key of it in the right place and of the right type; values not yet judged.
+    """A whole recipe, its own keys known and of the right type.
 
-    modules     name -> what `converted` makes a Module
-    tokenizer   what tokenizer.py makes sense of
+    models, slices, modules  `converted` makes each of the items an Entry, a Slice, a Module
+    tokenizer                what tokenizer.py makes sense of
     """
 
     merge_method: str
-    models: list[Entry] | None = None
-    slices: list[Slice] | None = None
+    models: list[Any] | None = None
+    slices: list[Any] | None = None
     modules: dict[str, Any] | None = None
     base_model: str | Reference | None = None
     parameters: dict[str, Any] | None = None
@@ -91,7 +91,8 @@ _REFUSED = {
     "residual_weight": "does nothing, in mergekit neither. Remove it",
 }
 
-_INSIDE = {"models[]": Entry, "slices[]": Slice, "slices[].sources[]": Layers}  # of a Wish or Module
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`")
 _OF_PARAMETERS = (Wish, Entry, Layers, Slice, Module)  # with `parameters` beside the other keys
 
 _PLAIN = {"object": "a mapping", "array": "a list", "str": "text", "int": "a whole number", "float": "a number",
@@ -124,26 +125,36 @@ def check(document: Document, faults: Faults | None = None) -> Wish | None:
 def converted(
     document: Document, value: Any, kind: type[T], prefix: str, faults: Faults, before: Any = lambda: None
 ) -> T | None:
-    """What stands at `prefix` as a `kind`. Gathering, it goes on without what is wrong, and is None if that was needed.
+    """What stands at `prefix` as a `kind`. Gathering, it goes on without the keys that are wrong, and is None if one of
+    them was needed.
 
     before  called before an error is told; it may raise a better one
     Raises: RecipeError with path and line.
     """
-    removed = False
+    removed: set[str] = set()
     while True:
         try:
             return msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
             what, path = _split(str(error))
-            if removed and "missing required" in what:
+            unknown, missing = _UNKNOWN.fullmatch(what), _MISSING.fullmatch(what)
+            if missing and path == "$" and _is_gone(missing[1], removed):
                 return None
             with faults:
                 before()
                 raise _explained(document, what, prefix + path[1:], _struct_at(kind, path)) from None
-            value = _without(value, what, path)
-            removed = True
-            if value is None:
+            key = unknown[1] if unknown and path == "$" else path[2:].partition(".")[0].partition("[")[0]
+            if not key:  # the value itself is wrong, or lacks something
                 return None
+            removed.add(key)
+            value = {k: v for k, v in value.items() if k != key}
+
+
+def _is_gone(key: str, removed: set[str]) -> bool:
+    """Whether a key is missing because it, or what was meant to be it, was taken away."""
+    import difflib  # as in `suggestion`: not on the path of a recipe without mistakes
+
+    return bool(difflib.get_close_matches(key, removed, n=1))
 
 
 def method_of(document: Document, name: str) -> Method:
@@ -163,38 +174,16 @@ def _split(message: str) -> tuple[str, str]:
     return what, path.removesuffix("`") or "$"
 
 
-def _without(value: Any, what: str, path: str) -> Any:
-    """A copy of `value` without what is wrong, or None if nothing would be left."""
-    keys: list[Any] = [int(k[1:-1]) if k[0] == "[" else k[1:] for k in re.findall(r"\.[^.\[]+|\[\d+\]", path)]
-    if found := re.fullmatch(r"Object contains unknown field `(.*)`", what, re.DOTALL):
-        keys.append(found[1])
-    if not keys:
-        return None
-
-    def cut(node: Any, rest: list[Any]) -> Any:
-        copy = node.copy()
-        if len(rest) == 1:
-            del copy[rest[0]]
-        else:
-            copy[rest[0]] = cut(copy[rest[0]], rest[1:])
-        return copy
-
-    return cut(value, keys)
-
-
 def _struct_at(kind: Any, path: str) -> Any:
     """What a mapping at `path` inside a `kind` would be converted to."""
-    shape = re.sub(r"\[\d+\]", "[]", path)[2:]
-    if shape in _INSIDE or not shape:
-        return _INSIDE.get(shape, kind)
-    return Place if re.search(r"(model|integers|tokenizer_source)\.model$", shape) else Reference
+    return kind if path == "$" else Place if path.endswith(".model") and path.count(".") > 1 else Reference
 
 
 def _explained(document: Document, what: str, path: str, struct: Any) -> RecipeError:
     """msgspec's message in our words."""
-    if found := re.fullmatch(r"Object contains unknown field `(.*)`", what, re.DOTALL):
+    if found := _UNKNOWN.fullmatch(what):
         return _unknown(document, found[1], path, struct)
-    if found := re.fullmatch(r"Object missing required field `(.*)`", what):
+    if found := _MISSING.fullmatch(what):
         return document.error(f"the key `{found[1]}` is missing", path)
     if found := re.fullmatch(r"Expected `(.*)`, got `(.*)`", what):
         expected = " or ".join(_PLAIN.get(kind, kind) for kind in found[1].split(" | ") if kind != "null")

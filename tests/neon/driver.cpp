@@ -204,6 +204,8 @@ void run_measure(const Backend& backend, int in, int n, int64_t numel, Fill fill
   for (int64_t count : nonzero) h.integer(count);
 }
 
+#include "masked.inc"
+
 // ---- the table -----------------------------------------------------------------------------------------------------
 
 void print(const Backend& backend, const char* group, const char* name, const Hash& h) {
@@ -269,6 +271,17 @@ void run_measures(const Backend& backend, bool deltas) {
   print(backend, "measure-", deltas ? "deltas" : "inputs", h);
 }
 
+void run_masks(const Backend& backend) {
+  int turn = 0;
+  for (int in = 0; in < kDTypes; ++in) {
+    Hash h;
+    for (int out = 0; out < kDTypes; ++out)
+      for (int64_t columns : {1, 3, 17, 100, 1025, 5000})
+        run_masked(backend, in, out, columns > 2000 ? 3 : 7, columns, turn++, h);
+    print(backend, "masked-from-", kNames[in], h);
+  }
+}
+
 // A host program that flushes subnormals and rounds toward zero: FloatEnvironment undoes it, and puts it back.
 uint64_t spoil_environment() {
 #if defined(__x86_64__)
@@ -323,6 +336,7 @@ int main() {
       run_patterns(backend, int(DType::F16));
       run_measures(backend, false);
       run_measures(backend, true);
+      run_masks(backend);
     }
     run_spoiled(backend);
   }

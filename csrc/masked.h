@@ -1,0 +1,65 @@
+// Sums with masks, and what keeps leave of deltas.
+#pragma once
+
+#include "step.h"
+
+namespace fi {
+
+// A Score, whose pointer is to its factors: set where it is used.
+struct OwnScore {
+  Score score;
+  std::vector<float> factors;
+};
+
+struct MaskedOutput {
+  MaskedRow row;  // but for its pointers and its score, which are of what follows
+  std::vector<MaskedTerm> terms;
+  OwnScore score;
+  std::vector<int> reads;
+  bool wide;
+};
+
+class MaskedSum : public Sum {
+ public:
+  MaskedSum(const Backend& backend, const std::vector<DType>& dtypes, std::vector<MaskedOutput> outputs,
+            int64_t columns);
+  void run(const CombineArgs& args, char* scratch) const override;
+  int64_t scratch_bytes(int64_t most) const override;
+  // Ranks need whole rows.
+  int64_t grain() const override { return ranks_ ? columns_ : 1; }
+
+ private:
+  const Backend& backend_;
+  std::vector<MaskedOutput> outputs_;
+  std::vector<MaskedRow> rows_;
+  const int64_t columns_;
+  int terms_ = 0, ranks_ = 0;  // the most terms of an output; terms with ranks, of all outputs
+};
+
+// Answers with 3n reals and 2n counts: see KeptArgs.
+class KeptSurvey : public Survey {
+ public:
+  KeptSurvey(const Backend& backend, std::vector<DType> dtypes, std::vector<KeepTest> keeps, OwnScore score,
+             int64_t numel, int64_t columns);
+  int64_t piece() const override { return piece_; }
+  int64_t scratch_bytes() const override;
+  void run(const Inputs& inputs, int64_t first, int64_t count, char* scratch) override;
+  Answer answer() const override;
+
+ private:
+  void run_part(const Inputs& inputs, int64_t first, int64_t count, int64_t* counts, char* scratch);
+
+  const Backend& backend_;
+  const std::vector<DType> dtypes_;
+  const std::vector<KeepTest> keeps_;
+  const OwnScore score_;
+  const int64_t columns_;
+  bool wide_ = false, ranks_ = false;
+  int64_t piece_ = 16 * kChunk;
+  int64_t part_ = kChunk;        // elements that are read at a time
+  int64_t raw_bytes_ = 0;        // of them, of one input, with what else of their rows is needed
+  std::vector<double> sums_;     // of each chunk
+  std::vector<int64_t> counts_;  // of each piece
+};
+
+}  // namespace fi

@@ -1,0 +1,131 @@
+"""What a masked sum comes to on the host, before any element is touched: who is read, who may take part, which keys.
+
+The pump and the reference both start from here: rules 10, 14 and 15 of docs/NUMERICS.md.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from fastinterp.compute.ops import philox_key
+from fastinterp.compute.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
+
+WORDS = 1 << 32  # random words; a word below a limit of 0..WORDS keeps its element
+NOTHING = Keep(least=ALL_BITS + 1)  # no magnitude is as large
+
+
+def word_limits(keep: Keep) -> tuple[int, int]:
+    """Limits of the random word, 0..2**32, for the smallest and for the largest magnitude of a row."""
+
+    def limit(chance: float) -> int:
+        return min(max(round(chance * WORDS), 0), WORDS)
+
+    return limit(keep.chance - keep.spread), limit(keep.chance + keep.spread)
+
+
+def terms(ask: MaskedCombine) -> list[tuple[int, Keep]]:
+    """The inputs, beside the base, that a masked sum reads, in order, each with its keep.
+
+    One of weight, vote, share and alone all 0 is not read, unless it counts in the score: then it is read, and nothing
+    of it is kept. With an importance, the base is among the terms if it has a weight. Inputs that are only the
+    importance of others are not listed. Empty: the sum is a copy of input 0.
+    """
+    _check(ask)
+    tuples = [t for t in (ask.weights, ask.votes, ask.shares, ask.alone) if t is not None]
+    scored = 0 if ask.score is None else len(ask.weights) if ask.score.kind == "spread" else 2
+    used = [i for i in range(0 if ask.importance else 1, len(ask.weights)) if any(t[i] != 0.0 for t in tuples)]
+    if not used:
+        return []
+    keeps = dict.fromkeys(range(1, scored), NOTHING) | {i: ask.keeps[i] if ask.keeps else Keep() for i in used}
+    return sorted(keeps.items())
+
+
+def read_inputs(ask: MaskedCombine) -> list[int]:
+    """Every input that a masked sum reads, in ascending order: input 0, the terms, and their importances."""
+    used = [i for i, _ in terms(ask)]
+    return sorted({0, *used, *(ask.importance[i] for i in used if ask.importance)})
+
+
+def _check(ask: MaskedCombine) -> None:
+    n = len(ask.weights)
+    for name in ("keeps", "votes", "shares", "alone", "importance"):
+        given = getattr(ask, name)
+        if given is not None and len(given) != n:
+            raise ValueError(f"{name} has {len(given)} entries for {n} weights")
+    if ask.importance is None and ask.weights[0] != 0.0:
+        raise ValueError("the base carries no weight of its own")
+    others = (ask.keeps, ask.votes, ask.shares, ask.alone, ask.score)
+    if ask.importance is not None and any(given is not None for given in others):
+        raise ValueError("importance goes with neither keeps, votes, shares, alone nor a score")
+    if any(keep.spread < 0.0 for keep in ask.keeps or ()):
+        raise ValueError("the spread of a keep must not be negative")
+
+
+# --- as the pump takes it --------------------------------------------------------------------------------------------
+
+
+def keep_step(keep: Keep, key: int) -> dict[str, int]:
+    """A keep for a pump step; `key` is that of the input's random words."""
+    lo, hi = word_limits(keep)
+    return {"least": keep.least, "most": keep.most, "lo": lo, "hi": hi, "key": key}
+
+
+def keep_key(keep: Keep, i: int, *, name: str, seed: int) -> int:
+    """The Philox key of input i's random words; 0 if none are drawn."""
+    return philox_key(seed, 1 + i, name) if keep.is_random else 0
+
+
+def masked_step(ask: MaskedCombine, *, name: str, seed: int, inputs: Sequence[int]) -> dict[str, Any]:
+    """One entry of the key "masked" of a pump step.
+
+    name, seed  of the output tensor and of the recipe, for random keeps
+    inputs      the inputs that the step reads, in its order: `read_inputs`, of one output or of several together
+
+    Raises: ValueError, if there is nothing to add to input 0: that is a copy.
+    """
+    at = {i: k for k, i in enumerate(inputs)}
+    found = [
+        {
+            "input": at[i],
+            "weight": ask.weights[i],
+            "vote": ask.votes[i] if ask.votes else 0.0,
+            "share": ask.shares[i] if ask.shares else 0.0,
+            "alone": ask.alone[i] if ask.alone else 0.0,
+            "importance": at[ask.importance[i]] if ask.importance else -1,
+            "keep": keep_step(keep, keep_key(keep, i, name=name, seed=seed)),
+        }
+        for i, keep in terms(ask)
+    ]
+    if not found:
+        raise ValueError("a masked sum without a term is a copy of its base")
+    return {
+        "base": at[0],
+        "terms": found,
+        "votes": ask.votes is not None,
+        "divides": ask.shares is not None,
+        "alone": ask.alone is not None,
+        "least_share": ask.least_share,
+        "other_share": ask.other_share,
+        "limit": ask.limit,
+        "score": _score_step(ask.score),
+    }
+
+
+def kept_step(ask: MeasureKept, *, name: str, seed: int) -> dict[str, Any]:
+    """The keys "keeps" and "score" of a pump step of kind "kept"."""
+    keeps = [keep_step(keep, keep_key(keep, i, name=name, seed=seed)) for i, keep in enumerate(ask.keeps)]
+    return {"keeps": keeps, "score": _score_step(ask.score)}
+
+
+def kept_of(reals: Sequence[float], counts: Sequence[int]) -> Kept:
+    """The answer of such a step."""
+    n = len(counts) // 2
+    l1, kept_l1, squares = (tuple(reals[k * n : (k + 1) * n]) for k in range(3))
+    return Kept(l1, kept_l1, tuple(counts[:n]), tuple(counts[n:]), squares)
+
+
+def _score_step(score: Score | None) -> tuple[str, int, bytes] | None:
+    """Kind, least, and the factors as float32."""
+    return None if score is None else (score.kind, score.least, struct.pack(f"={len(score.factors)}f", *score.factors))

@@ -1,0 +1,229 @@
+"""The numeric contract in numpy, continued: keeps, ranks, votes and scores. Rules 10, 14 and 15 of docs/NUMERICS.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastinterp.compute import reference
+from fastinterp.compute.dtypes import F64, DType
+from fastinterp.compute.exact_fma import fma
+from fastinterp.compute.masked import keep_key, read_inputs, terms, word_limits
+from fastinterp.compute.ops import Row, philox_key
+from fastinterp.compute.reference import CHUNK, Array, Stats, narrow, random_words, sampled_stats, widen
+from fastinterp.compute.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
+
+INF_BITS = 0x7F800000
+
+
+def columns_of(shape: Sequence[int]) -> int:
+    """Length of a row: the last dimension. A 0-d or 1-d tensor is one row."""
+    return shape[-1] if len(shape) > 1 else math.prod(shape)
+
+
+def deltas(inputs: Sequence[Array], dtypes: Sequence[DType]) -> list[Array]:
+    """x_i - x_0 for every input but the first, in the compute dtype: float64 if any of `dtypes` is F64."""
+    compute: Any = np.float64 if F64 in dtypes else np.float32
+    x = [widen(raw, dtype).astype(compute) for raw, dtype in zip(inputs, dtypes, strict=True)]
+    with np.errstate(all="ignore"):
+        return [v - x[0] for v in x[1:]]
+
+
+# --- rule 10: keeps --------------------------------------------------------------------------------------------------
+
+
+def magnitudes(d: Array) -> Array:
+    """|d| (f32 or f64[numel]) rounded to float32, as bits: u32[numel]. Every NaN is 0x7FFFFFFF, above all else."""
+    with np.errstate(all="ignore"):
+        bits = abs(d).astype(np.float32).view(np.uint32)
+    found: Array = np.where(bits > INF_BITS, np.uint32(ALL_BITS), bits)
+    return found
+
+
+def twice_ranks(mag: Array, columns: int) -> Array:
+    """First and last place, added, of each element's run of equal magnitudes in its sorted row: i64[numel]."""
+    found = np.empty(mag.shape, np.int64)
+    for start in range(0, mag.size, max(columns, 1)):
+        row = mag[start : start + columns]
+        ordered = np.sort(row)
+        last = np.searchsorted(ordered, row, "right") - 1
+        found[start : start + columns] = np.searchsorted(ordered, row, "left") + last
+    return found
+
+
+def keep_mask(mag: Array, keep: Keep, columns: int, key: int) -> Array:
+    """Which elements of a tensor `keep` keeps: bool[numel].
+
+    mag      u32[numel], its magnitudes
+    columns  length of a row
+    key      of the random words, unused where none are drawn
+    """
+    kept: Array = (mag >= keep.least) & (mag <= keep.most)
+    if not keep.is_random:
+        return kept
+    lo, hi = word_limits(keep)
+    if columns == 1:
+        limit: Any = (lo + hi) // 2
+    else:
+        limit = lo + (hi - lo) * twice_ranks(mag, columns) // (2 * (columns - 1)) if hi != lo else lo
+    kept &= random_words(key, 0, mag.size).astype(np.int64) < limit
+    return kept
+
+
+@np.errstate(all="ignore")
+def scores(d: Sequence[Array], score: Score, columns: int) -> Array:
+    """A score of every element, as float32 bits: u32[numel], NaN as in `magnitudes`. Rule 14.
+
+    d        the deltas of all inputs but the base, f32 or f64[numel], limited if the sum limits them
+    columns  length of a row
+    """
+    compute = d[0].dtype.type
+    if score.kind == "divergence":
+        factors = np.asarray(score.factors, np.float64).astype(np.float32)
+        return magnitudes(abs(d[0]) * np.repeat(factors, columns).astype(compute))
+    mean = np.zeros_like(d[0])
+    for v in d:
+        mean = mean + v
+    mean = mean / compute(len(d))
+    total = np.zeros_like(mean)
+    for v in d:
+        total = fma(v - mean, v - mean, total)
+    return magnitudes(total)
+
+
+@np.errstate(all="ignore")
+def kept(
+    inputs: Sequence[Array],
+    dtypes: Sequence[DType],
+    ask: MeasureKept,
+    shape: Sequence[int],
+    *,
+    name: str = "",
+    seed: int = 0,
+) -> Kept:
+    """What the keeps of `ask` leave of x_i - x_0. Sums in the order of rule 7, to which a dropped element adds 0.
+
+    inputs  uint8[nbytes] each, any alignment, `dtypes` theirs, of a tensor of `shape`; input 0 is the base
+    name, seed  of the tensor and of the recipe, for random keeps
+    """
+    found, columns = deltas(inputs, dtypes), columns_of(shape)
+    masks = []
+    for i, d in enumerate(found, 1):
+        key = keep_key(ask.keeps[i], i, name=name, seed=seed)
+        masks.append(keep_mask(magnitudes(d), ask.keeps[i], columns, key))
+        if ask.score is not None:
+            masks[-1] &= scores(found, ask.score, columns) >= ask.score.least
+    count = np.sum(masks, axis=0)
+    left = [np.where(m, d, 0) for m, d in zip(masks, found, strict=True)]
+    return Kept(
+        (0.0, *(reference.lane_dot(abs(d), np.ones_like(d)) for d in found)),
+        (0.0, *(reference.lane_dot(abs(d), np.ones_like(d)) for d in left)),
+        (0, *(int(m.sum()) for m in masks)),
+        (0, *(int((m & (count > 1)).sum()) for m in masks)),
+        (0.0, *(reference.lane_dot(d, d) for d in left)),
+    )
+
+
+# --- rule 15: masked sums --------------------------------------------------------------------------------------------
+
+
+@np.errstate(all="ignore")
+def masked(
+    inputs: Sequence[Array],
+    dtypes: Sequence[DType],
+    ask: MaskedCombine,
+    out_dtype: DType,
+    shape: Sequence[int],
+    *,
+    name: str = "",
+    seed: int = 0,
+    rounding: str = "nearest",
+    fp8_overflow: str = "saturate",
+    stats_every: int = 32,
+) -> tuple[Array, Stats | None]:
+    """out = x_0 + step, narrowed once, as MaskedCombine defines it. Without a term it is a copy of input 0.
+
+    inputs      uint8[nbytes] each, any alignment, `dtypes` theirs, of a tensor of `shape`
+    name, seed  of the tensor and of the recipe, for random keeps and stochastic rounding
+
+    Compute dtype: float64 if an input that is read is F64. Returns uint8[nbytes] and the statistics, None of a copy;
+    their intended change D is `step`.
+    """
+    key = philox_key(seed, 0, name)
+    found = terms(ask)
+    if not found:
+        outs, stats = reference.combine(
+            inputs[:1], dtypes[:1], [Row(0)], out_dtype, rounding=rounding, keys=[key], fp8_overflow=fp8_overflow
+        )
+        return outs[0], stats[0]
+    read = read_inputs(ask)
+    compute: Any = np.float64 if any(dtypes[i] is F64 for i in read) else np.float32
+    x = {i: widen(inputs[i], dtypes[i]).astype(compute) for i in read}
+    p = x[0]
+    d = {i: _limited(x[i] - p if i else np.zeros_like(p), compute(ask.limit)) for i, _ in found}
+    columns = columns_of(shape)
+    step = _important(ask, d, x) if ask.importance else _step(ask, d, _taking_part(ask, d, columns, name, seed))
+    y = p + step
+    codes = narrow(y, out_dtype, rounding=rounding, key=key, fp8_overflow=fp8_overflow)
+    chunk = np.arange(p.size) // CHUNK
+    sampled = chunk % stats_every == 0 if stats_every else np.zeros(chunk.shape, bool)
+    changed = codes != narrow(p, out_dtype, fp8_overflow=fp8_overflow)
+    stored = widen(codes.view(np.uint8), out_dtype)
+    return codes.view(np.uint8), sampled_stats(list(x.values()), p, step, stored, changed, sampled)
+
+
+def _limited(d: Array, limit: Any) -> Array:
+    d = np.where(d < -limit, -limit, d)
+    return np.where(d > limit, limit, d)
+
+
+def _taking_part(ask: MaskedCombine, d: dict[int, Array], columns: int, name: str, seed: int) -> dict[int, Array]:
+    """Which elements of each delta take part: kept by its keep and by the score, and of the elected sign."""
+    part = {
+        i: keep_mask(magnitudes(d[i]), keep, columns, keep_key(keep, i, name=name, seed=seed)) for i, keep in terms(ask)
+    }
+    if ask.score is not None:
+        high = scores(list(d.values()), ask.score, columns) >= ask.score.least
+        part = {i: mask & high for i, mask in part.items()}
+    if ask.votes is None:
+        return part
+    total = np.zeros_like(next(iter(d.values())))
+    for i, mask in part.items():
+        if ask.votes[i] != 0.0:
+            total = np.where(mask, fma(total.dtype.type(ask.votes[i]), d[i], total), total)
+    minus = total < 0
+    for i, mask in part.items():
+        agrees = np.isnan(d[i]) | ((d[i] != 0) & ((np.signbit(d[i]) ^ (ask.votes[i] < 0)) == minus))
+        part[i] = mask & agrees & (ask.votes[i] != 0.0)
+    return part
+
+
+def _step(ask: MaskedCombine, d: dict[int, Array], part: dict[int, Array]) -> Array:
+    zero = np.zeros_like(next(iter(d.values())))
+    compute = zero.dtype.type
+    step, share, alone = zero, zero, zero
+    for i, mask in part.items():
+        step = np.where(mask, fma(compute(ask.weights[i]), d[i], step), step)
+        if ask.shares is not None:
+            share = np.where(mask, share + compute(ask.shares[i]), share)
+        if ask.alone is not None:
+            alone = np.where(mask, fma(compute(ask.alone[i]), d[i], zero), alone)
+    if ask.shares is not None:
+        other = (share == 0) | (abs(share) < compute(ask.least_share))
+        step = step / np.where(other, compute(ask.other_share), share)
+    if ask.alone is not None:
+        step = np.where(np.sum(list(part.values()), axis=0) == 1, alone, step)
+    return step
+
+
+def _important(ask: MaskedCombine, d: dict[int, Array], x: dict[int, Array]) -> Array:
+    assert ask.importance is not None
+    total = weight = np.zeros_like(x[0])
+    for i, v in d.items():
+        w = x[0].dtype.type
+        g = fma(w(ask.weights[i]), x[ask.importance[i]], np.full_like(weight, ask.weights[i] * 1e-6))
+        total, weight = fma(g, v, total), weight + g
+    return np.where(weight == 0, 0, total / weight).astype(x[0].dtype)

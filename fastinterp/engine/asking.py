@@ -1,0 +1,259 @@
+"""Tensors whose methods ask before they sum, and sums by group and with masks: their requests as steps of the pump.
+
+Imported only where a plan has such tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, overload
+
+from fastinterp.compute.masked import kept_of, kept_step, masked_step, read_inputs, terms
+from fastinterp.compute.ops import GroupRow, Row
+from fastinterp.compute.requests import (
+    Divergence,
+    GroupCombine,
+    MaskedCombine,
+    Measure,
+    Measured,
+    MeasureKept,
+    Request,
+    Select,
+    Sum,
+)
+from fastinterp.engine.conversation import Conversation, inputs_of
+from fastinterp.engine.jobs import Job, Result, is_copy
+from fastinterp.engine.place import Place, Step
+
+Probes = Generator[Step, Any, Any]  # steps, sent their answers one by one; returns the answer to a request
+
+
+class Asking(Job):
+    """A tensor that asks, and is written when all of its answers are in.
+
+    n      inputs of the method; side-cars are behind them
+    calls  as in Conversation
+    """
+
+    def __init__(self, place: Place, n: int, calls: Sequence[Callable[[], Any]]):
+        super().__init__(place, ())
+        self.n = n
+        self._talk = Conversation(place.name, calls, place.seeds)
+        self._answers: dict[tuple[Request, int], Any] = {}
+        self._probing: dict[tuple[Request, int], tuple[Probes, Step]] = {}
+        self._written: list[tuple[int, ...]] = []
+        self._begin()
+
+    @property
+    def cost(self) -> int:  # type: ignore[override]
+        return 0 if self._talk.ended else sum(self.place.nbytes)
+
+    @property
+    def whole(self) -> bool:  # type: ignore[override]
+        return not self._talk.ended and not self._probing
+
+    @property
+    def whole_requests(self) -> list[Select]:
+        """The requests about the whole model that have no answer yet."""
+        asked = (r for r, seed in self._talk.requests if (r, seed) not in self._answers)
+        return [r for r in asked if isinstance(r, Select) and r.whole]
+
+    def answer(self, request: Select, answer: Any) -> None:
+        """The answer to one of `whole_requests`."""
+        for asked in self._talk.requests:
+            if asked[0] == request:
+                self._answers[asked] = answer
+        self._go_on()
+
+    def steps(self) -> list[Step]:
+        if not self._talk.ended:
+            return [step for _, step in self._probing.values()]
+        writers = _writers(self.place, self._talk.sums)
+        self._written = [outputs for outputs, _ in writers]
+        return [step for _, step in writers]
+
+    def take(self, results: Sequence[Result]) -> None:
+        if self._talk.ended:
+            pairs = zip(self._written, results, strict=True)
+            found = {k: stats for outputs, r in pairs for k, stats in zip(outputs, r.stats, strict=True)}
+            self.stats, self.done = [found[k] for k in sorted(found)], True
+            return
+        for (asked, (probes, _)), result in zip(list(self._probing.items()), results, strict=True):
+            try:
+                self._probing[asked] = probes, probes.send(result.answer)
+            except StopIteration as end:
+                del self._probing[asked]
+                self._answers[asked] = end.value
+        self._go_on()
+
+    def reads(self, k: int) -> tuple[int, ...]:
+        return inputs_of(self._talk.sums[k], self.n)
+
+    def copies(self, k: int) -> bool:
+        row = _row(self._talk.sums[k])
+        return isinstance(row, Row) and is_copy(self.place, row)
+
+    def _begin(self) -> None:
+        for request, seed in self._talk.requests:
+            if not _is_whole(request):
+                probes = _probes(request, self.place, self.n, seed)
+                self._probing[request, seed] = probes, next(probes)
+
+    def _go_on(self) -> None:
+        """Let the method have its answers when all of them are there."""
+        if not self._talk.ended and all(asked in self._answers for asked in self._talk.requests):
+            self._talk.answer(self._answers)
+            self._answers.clear()
+            self._begin()
+
+
+def _is_whole(request: Request) -> bool:
+    return isinstance(request, Select) and request.whole
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def asked_of_all(
+    request: Select, jobs: Sequence[Asking], run: Callable[[Sequence[Step]], list[Result]], most: int
+) -> Any:
+    """Answer a request about the whole model: each pass goes over all tensors, whose counts are added.
+
+    run   carries out steps
+    most  bytes of answers at a time: they hold many counts until they are added
+    """
+    from fastinterp.compute.select import selecting
+
+    passes = selecting(request, sum(job.place.numel for job in jobs))
+    try:
+        asked = next(passes)
+        while True:
+            total: Sequence[Any] = ()
+            at_a_time = max(1, most // (8 * asked.bins))
+            for first in range(0, len(jobs), at_a_time):
+                some = jobs[first : first + at_a_time]
+                for result in run([_histogram(request, asked, job.place, job.n) for job in some]):
+                    total = _added(total, result.answer)
+            asked = passes.send(total)
+    except StopIteration as end:
+        return end.value
+
+
+def _added(total: Sequence[Any], more: Sequence[Any]) -> Sequence[Any]:
+    for one, other in zip(total, more, strict=True) if total else ():
+        one.add(other)
+    return total or more
+
+
+def _probes(request: Request, place: Place, n: int, seed: int) -> Probes:
+    """The steps that answer one request."""
+    inputs = inputs_of(request, n)
+    if isinstance(request, Measure):
+        kind = "measure_deltas" if request.deltas else "measure"
+        if request.per == "tensor":
+            return Groups(n, (yield place.asking(kind, inputs)))[0]
+        return Groups(n, (yield place.asking(kind, inputs, per=request.per, columns=place.columns)))
+    if isinstance(request, MeasureKept):
+        keys = kept_step(request, name=place.name, seed=seed)
+        sums, counts = yield place.asking("kept", inputs, columns=place.columns, **keys)
+        return kept_of(_flat(sums, "d").tolist(), _flat(counts, "q").tolist())
+    if isinstance(request, Divergence):
+        return tuple(_flat((yield place.asking("divergence", inputs, columns=place.columns))[0], "d"))
+    return (yield from _selected(request, place, n))
+
+
+def _selected(request: Select, place: Place, n: int) -> Probes:
+    from fastinterp.compute.select import selecting
+
+    passes = selecting(request, place.numel)
+    try:
+        asked = next(passes)
+        while True:
+            asked = passes.send((yield _histogram(request, asked, place, n)))
+    except StopIteration as end:
+        return end.value
+
+
+def _histogram(request: Select, asked: Any, place: Place, n: int) -> Step:
+    """The step of one pass; `asked` is a Coarse or Fine of compute/select.py."""
+    from fastinterp.compute.select import elements_read, step
+
+    native = step(request, asked, place.numel, place.columns)
+    share = elements_read(asked, place.numel) / place.numel
+    read = range(n) if request.score else {0, *asked.vectors}
+    nbytes = round(share * sum(place.nbytes[i] for i in read))
+    return Step(place.name, {**native, **place.reading(range(n))}, nbytes, 8 * asked.bins)
+
+
+class Groups(Sequence[Measured]):
+    """What the pump measured: one Measured per group, made when it is looked at, since rows may be many.
+
+    answer  f64[groups * (n * (n + 1) / 2 + n)] and i64[groups * n], as the pump has them
+    """
+
+    def __init__(self, n: int, answer: tuple[Any, Any]):
+        self._n, self._sums, self._nonzero = n, _flat(answer[0], "d"), _flat(answer[1], "q")
+
+    def __len__(self) -> int:
+        return len(self._nonzero) // self._n
+
+    @overload
+    def __getitem__(self, at: int) -> Measured: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Measured]: ...
+    def __getitem__(self, at: int | slice) -> Measured | list[Measured]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        n, g = self._n, at % len(self)
+        width = n * (n + 1) // 2 + n
+        sums = self._sums[g * width : (g + 1) * width].tolist()
+        gram = [[0.0] * n for _ in range(n)]
+        upper = iter(sums)
+        for i in range(n):
+            for j in range(i, n):
+                gram[i][j] = gram[j][i] = next(upper)
+        return Measured(tuple(map(tuple, gram)), tuple(upper), tuple(self._nonzero[g * n : (g + 1) * n]))
+
+
+def _flat(values: Any, code: str) -> memoryview[Any]:
+    """A buffer of any shape as one dimension."""
+    flat: memoryview[Any] = memoryview(values).cast("B").cast(code)  # type: ignore[call-overload]
+    return flat
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def _row(asked: Sum) -> Row | GroupRow | MaskedCombine:
+    """What the kernels execute: sums that come to a plain one, or to a copy, as such."""
+    if isinstance(asked, MaskedCombine):
+        return asked if terms(asked) else Row(0)
+    return asked.row()
+
+
+def _writers(place: Place, sums: Sequence[Sum]) -> list[tuple[tuple[int, ...], Step]]:
+    """The steps that write all outputs, one for each kind of sum, and which outputs each of them writes."""
+    rows = [_row(asked) for asked in sums]
+    kinds: dict[str, list[int]] = {}
+    for k, (row, asked) in enumerate(zip(rows, sums, strict=True)):
+        per = asked.per if isinstance(row, GroupRow) and isinstance(asked, GroupCombine) else ""
+        kinds.setdefault(per or type(row).__name__, []).append(k)
+    return [(tuple(ks), _writer(place, kind, [rows[k] for k in ks], ks)) for kind, ks in kinds.items()]
+
+
+def _writer(place: Place, kind: str, rows: Sequence[Any], outputs: Sequence[int]) -> Step:
+    if isinstance(rows[0], Row):
+        return place.combine(rows, outputs)
+    if isinstance(rows[0], GroupRow):
+        inputs = sorted({i for row in rows for i in (row.pivot, *row.inputs)})
+        at = {i: k for k, i in enumerate(inputs)}
+        native = [(at[row.pivot], row.totals, [at[i] for i in row.inputs], row.weights) for row in rows]
+        return place.writing("combine", inputs, outputs, rows=native, per=kind, columns=place.columns)
+    inputs = sorted({i for row in rows for i in read_inputs(row)})
+    masked = [
+        masked_step(row, name=place.name, seed=place.seeds[k], inputs=inputs)
+        for row, k in zip(rows, outputs, strict=True)
+    ]
+    return place.writing("masked", inputs, outputs, masked=masked, columns=place.columns)

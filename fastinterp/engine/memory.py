@@ -1,0 +1,302 @@
+"""Merges of what is in memory: tensors and state dicts, by any method. The same rounds as between files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from fastinterp.compute.arrays import library_of
+from fastinterp.compute.backends import cpu_isa, cpu_threads
+from fastinterp.compute.dtypes import DType, parse_dtype
+from fastinterp.compute.ops import Tensor, philox_key
+from fastinterp.engine.asking import Asking
+from fastinterp.engine.place import Place, Step
+from fastinterp.engine.rounds import Machine, drive
+from fastinterp.errors import FastinterpError, MethodError, ShapeError, StorageError, UsageError
+from fastinterp.methods import Method, Parameter, Sidecar, find, suggestion
+
+Arrays = Mapping[str, Any]
+
+_READ_BYTES, _WRITE_BYTES = 64 << 10, 128 << 10
+_STORE = 0  # Philox stream of the store's rounding
+_SHOWN = 5  # names that a message lists
+
+
+def merge_tensors(
+    tensors: Sequence[Any],
+    method: str | Method,
+    *,
+    base: Any = None,
+    parameters: Mapping[str, Any] | None = None,
+    name: str = "tensor",
+    dtype: str | None = None,
+    seed: int = 0,
+    rounding: str = "nearest",
+    threads: int | None = None,
+) -> Any:
+    """Merge tensors of one shape as `fastinterp merge` merges those of checkpoints: the same bytes.
+
+    tensors     contiguous numpy arrays or torch CPU tensors, not both: float64, float32, float16, bfloat16,
+                float8_e4m3fn or float8_e5m2, of any number of dimensions. They need not have the same dtype
+    method      a name: fastinterp methods lists them
+    base        a tensor like them, for methods that have one
+    parameters  as in a recipe. Those that each model has: one value for all, or a list with one per tensor.
+                Side-cars: a list with one tensor for each
+    name        of the tensor, from which random numbers are drawn
+    dtype       of the result; None: that of the base, else of the first tensor
+    seed, rounding   as in a recipe: 0..2**64-1; "nearest" or "stochastic"
+    threads     None: one per CPU, at most 32. The result does not depend on it
+
+    Returns a new tensor of the same library.
+    Raises: UsageError, MethodError (one of them), ShapeError, BackendError.
+    """
+    models = _listed(tensors, "tensors")
+    name = _text(name, "name")
+    dicts = [{name: x} for x in models]
+    origin = None if base is None else {name: base}
+    labels = [*([] if base is None else ["base"]), *(f"tensor {i}" for i in range(len(dicts)))]
+    given = dict(_mapping(parameters))
+    for key, value in given.items():
+        if isinstance(value, (list, tuple)) and any(hasattr(x, "dtype") for x in value):
+            given[key] = [{name: x} for x in value]
+    return _Merge(dicts, origin, labels, method, given, dtype, seed, rounding, threads).run()[name]
+
+
+def merge_state_dicts(
+    state_dicts: Sequence[Arrays],
+    method: str | Method,
+    *,
+    base: Arrays | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    rounding: str = "nearest",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Merge state dicts, mappings of names to tensors, as `fastinterp merge` merges checkpoints: the same bytes.
+
+    state_dicts  with the same names, and tensors of the same shapes; tensors as in `merge_tensors`. Integer and boolean
+                 ones must be equal in all of them, and are copied
+    base         a state dict like them, for methods that have one
+
+    The other arguments are those of `merge_tensors`; side-cars are state dicts. Returns a new dict of new tensors.
+    Raises: UsageError, MethodError (one of them), ShapeError, BackendError.
+    """
+    models = _listed(state_dicts, "state_dicts")
+    labels = [*([] if base is None else ["base"]), *(f"state dict {i}" for i in range(len(models)))]
+    for label, found in zip(labels, [*([] if base is None else [base]), *models], strict=True):
+        if not isinstance(found, Mapping):
+            raise UsageError(f"{label} must be a mapping of names to tensors, got {type(found).__name__}")
+    return _Merge(models, base, labels, method, _mapping(parameters), dtype, seed, rounding, threads).run()
+
+
+def _listed(given: Any, what: str) -> list[Any]:
+    if isinstance(given, (Mapping, str)) or hasattr(given, "dtype") or not hasattr(given, "__iter__"):
+        raise UsageError(f"`{what}` must be a list, got {type(given).__name__}")
+    found = list(given)
+    if not found:
+        raise UsageError(f"`{what}` is empty, so there is nothing to merge")
+    return found
+
+
+def _text(given: object, what: str) -> str:
+    if not isinstance(given, str):
+        raise UsageError(f"`{what}` must be text, got {given!r}")
+    return given
+
+
+def _mapping(parameters: Any) -> Mapping[str, Any]:
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise UsageError(f"`parameters` must be a mapping of names to values, got {type(parameters).__name__}")
+    return parameters or {}
+
+
+class _Merge:
+    """One call: arguments checked, then carried out."""
+
+    def __init__(
+        self,
+        models: Sequence[Arrays],
+        base: Arrays | None,
+        labels: Sequence[str],
+        method: str | Method,
+        parameters: Mapping[str, Any],
+        dtype: str | None,
+        seed: int,
+        rounding: str,
+        threads: int | None,
+    ):
+        self.method = method if isinstance(method, Method) else find(_text(method, "method"))
+        self._check_base(base)
+        self.inputs: list[Arrays] = [*([] if base is None else [base]), *models]
+        self.labels = list(labels)
+        low, high = self.method.models
+        if not low <= len(self.inputs) <= high:
+            count = f"exactly {low}" if low == high else f"{low} to {high}"
+            raise MethodError(f"`{self.method.name}` takes {count} models, the base included, got {len(self.inputs)}")
+        self.dtype = None if dtype is None else _dtype(dtype)
+        if rounding not in ("nearest", "stochastic"):
+            raise UsageError(f"rounding must be nearest or stochastic, got {rounding!r}")
+        self.seed, self.stochastic = _seed(seed), rounding == "stochastic"
+        self.isa, self.threads = cpu_isa(), cpu_threads(threads)
+        self.sidecars: list[Arrays] = []
+        self.parameters = self._resolved(parameters, len(models))
+
+    def run(self) -> dict[str, Any]:
+        self._check_names()
+        lead = self.inputs[0]
+        self.library = library_of(next(iter(lead.values()), None))
+        merged = {name: self._views(name) for name, x in lead.items() if self._merges(name)}
+        numel = sum(math.prod(views[0][1]) for views in merged.values())
+        out = {n: self._empty(n, merged[n][0][2]) if n in merged else self.library.copy(x) for n, x in lead.items()}
+        sources: list[tuple[str, int, int]] = []
+        sinks: list[tuple[str, int, int]] = []
+        jobs = []
+        for name, views in merged.items():
+            if math.prod(views[0][1]):
+                jobs.append(self._job(name, views, self.library.view(out[name], name), numel, sources, sinks))
+        settings = {
+            "isa": self.isa, "sources": sources, "sinks": sinks, "threads": self.threads, "write_bytes": _WRITE_BYTES,
+            "read_bytes": _READ_BYTES, "stochastic": self.stochastic, "fp8_saturate": True, "prefetch": False,
+            "stats_every": 0,
+        }  # fmt: skip
+        drive(jobs, Machine(settings, _explained, 0, None))
+        return out
+
+    def _job(
+        self,
+        name: str,
+        views: Sequence[tuple[int, tuple[int, ...], DType]],
+        out: tuple[int, tuple[int, ...], DType],
+        numel: int,
+        sources: list[tuple[str, int, int]],
+        sinks: list[tuple[str, int, int]],
+    ) -> Asking:
+        shape = views[0][1]
+        nbytes = [math.prod(shape) * dtype.bits // 8 for _, _, dtype in views]
+        first = len(sources)
+        sources += [("memory", view[0], size) for view, size in zip(views, nbytes, strict=True)]
+        out_bytes = math.prod(shape) * out[2].bits // 8
+        sinks.append(("memory", out[0], out_bytes))
+        place = Place(
+            name=name,
+            shape=shape,
+            operands=tuple((first + i, 0, view[2].code or 0) for i, view in enumerate(views)),
+            nbytes=tuple(nbytes),
+            out_dtype=out[2].code or 0,
+            out_bytes=out_bytes,
+            sinks=(len(sinks) - 1,),
+            offsets=(0,),
+            keys=(philox_key(self.seed, _STORE, name),) if self.stochastic else (),
+            seeds=(self.seed,),
+        )
+        n = len(self.inputs)
+        call = partial(self.method, n, Tensor(name, shape, model_numel=numel), **self.parameters)
+        return Asking(place, n, [call])
+
+    # --- arguments
+
+    def _check_base(self, base: Arrays | None) -> None:
+        name = self.method.name
+        if base is None and self.method.base == "required":
+            raise MethodError(f"`{name}` needs a base. Give `base`")
+        if base is not None and self.method.base == "none":
+            raise MethodError(f"`{name}` has no base. Leave `base` out, or list it with the others")
+
+    def _check_names(self) -> None:
+        lead = self.inputs[0]
+        labels = [*self.labels, *(f"side-car {i}" for i in range(len(self.sidecars)))]
+        for label, other in zip(labels[1:], [*self.inputs, *self.sidecars][1:], strict=True):
+            missing = [n for n in lead if n not in other]
+            more = [n for n in other if n not in lead]
+            if missing or more:
+                found = ", ".join((missing or more)[:_SHOWN])
+                raise ShapeError(f"{label} {'lacks' if missing else 'alone has'} {found}. All must have the same names")
+
+    def _merges(self, name: str) -> bool:
+        """Whether a tensor is merged; one that is not must be the same everywhere."""
+        first = self.inputs[0][name]
+        for label, found in zip(self.labels, self.inputs, strict=True):
+            x = found[name]
+            if not hasattr(x, "dtype") or library_of(x) is not self.library:
+                raise UsageError(f"{self._told(name, label)} must be a tensor like the first, got {type(x).__name__}")
+        floats = [self.library.dtype(found[name]) is not None for found in self.inputs]
+        if all(floats):
+            return True
+        if any(floats):
+            kinds = ", ".join(str(found[name].dtype) for found in self.inputs[:_SHOWN])
+            raise ShapeError(f"{name} is of dtypes {kinds}. Only floating ones merge; others must agree", tensor=name)
+        for label, found in zip(self.labels[1:], self.inputs[1:], strict=True):
+            if not self.library.same(first, found[name]):
+                raise ShapeError(f"{name} ({first.dtype}) is not averaged, and differs in {label}", tensor=name)
+        return False
+
+    def _views(self, name: str) -> list[tuple[int, tuple[int, ...], DType]]:
+        labels = [*self.labels, *(f"side-car {i}" for i in range(len(self.sidecars)))]
+        views = []
+        for label, found in zip(labels, [*self.inputs, *self.sidecars], strict=True):
+            views.append(self.library.view(found[name], self._told(name, label)))
+            if views[-1][1] != views[0][1]:
+                shapes = f"{list(views[0][1])} in {labels[0]} but {list(views[-1][1])} in {label}"
+                raise ShapeError(f"{name} is {shapes}. Only tensors of the same shape merge", tensor=name)
+        return views
+
+    def _told(self, name: str, label: str) -> str:
+        return f"{name} of {label}" if self.labels[-1].startswith("state dict") else label
+
+    def _empty(self, name: str, kept: DType) -> Any:
+        return self.library.empty(self.inputs[0][name], self.dtype or kept)
+
+    def _resolved(self, given: Mapping[str, Any], models: int) -> dict[str, Any]:
+        declared = {p.name: p for p in self.method.parameters}
+        for name in given:
+            if name not in declared:
+                known = suggestion(str(name), list(declared))
+                raise MethodError(f"unknown parameter `{name}` of `{self.method.name}`{known}")
+        return {p.keyword: self._value(p, given, models) for p in declared.values()}
+
+    def _value(self, p: Parameter, given: Mapping[str, Any], models: int) -> Any:
+        if p.name not in given:
+            if p.required:
+                raise MethodError(f"`{self.method.name}` needs the parameter `{p.name}`")
+            return (p.default,) * models if p.each else p.default
+        value = given[p.name]
+        if not p.each:
+            return self._one(p, value)
+        if not isinstance(value, (list, tuple)):
+            return tuple(self._one(p, value) for _ in range(models))
+        if len(value) != models:
+            raise MethodError(f"`{p.name}` has {len(value)} values for {models} models, the base left out")
+        return tuple(self._one(p, v) for v in value)
+
+    def _one(self, p: Parameter, value: Any) -> Any:
+        if p.kind is Sidecar and isinstance(value, Mapping):
+            self.sidecars.append(value)
+            return Sidecar(f"side-car {len(self.sidecars) - 1}")
+        if p.kind is Sidecar and value is not None:
+            raise MethodError(f"`{p.name}` takes tensors, one for each model, got {type(value).__name__}")
+        if hasattr(value, "item") and getattr(value, "shape", None) == ():
+            value = value.item()
+        try:
+            return p.value(value)
+        except ValueError as error:
+            raise MethodError(str(error)) from None
+
+
+def _dtype(given: object) -> DType:
+    found = parse_dtype(given) if isinstance(given, str) else None
+    if found is None:
+        raise UsageError(f"unknown dtype {given!r}. Give a name, as 'float32'; float64 to float8 can be stored")
+    return found
+
+
+def _seed(given: object) -> int:
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < 2**64:
+        raise UsageError(f"the seed must be a whole number in 0..2**64-1, got {given!r}")
+    return given
+
+
+def _explained(error: tuple[Any, ...], steps: Sequence[Step]) -> FastinterpError:
+    return StorageError(f"the run stopped: {error[1:]}")

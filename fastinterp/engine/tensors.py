@@ -1,0 +1,272 @@
+"""The tensors of a plan: of every target its inputs, and its sums as far as headers tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fastinterp.compute.dtypes import DType
+from fastinterp.compute.ops import Combine, Row, Tensor
+from fastinterp.engine.place import check_coefficients, renumbered
+from fastinterp.errors import MethodError, ShapeError, UsageError
+from fastinterp.files.checkpoint import Checkpoint
+from fastinterp.files.embedding import named_as_embedding
+from fastinterp.files.header import Entry
+from fastinterp.methods import Method, Sidecar
+from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.targets import Target
+
+_VOCABULARIES = (
+    "The vocabularies differ in size: say which one the output has, `tokenizer_source: base` or "
+    "`tokenizer_source: union`"
+)
+_SHOWN = 5  # differences that a message lists before it only counts them
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What must be asked before a tensor is merged, or a sum that is more than plain.
+
+    calls  one per output: the method with all of its arguments
+    reads  what is foreseen to be read: for what, and which of the tensor's inputs. Answers may change it
+    """
+
+    calls: tuple[Callable[[], Any], ...]
+    reads: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One output tensor.
+
+    inputs   the checkpoints that are read, as indices into Plan.checkpoints. Those of a program are all that its method
+             sees, in its order, side-cars last
+    entries  where each of them holds the tensor
+    rows     one per output; their numbers count `inputs`. None for a program, and none if the tensor is not merged but
+             must be the same in every input (integers, and floats that only a quantiser can read)
+    models   how many of `inputs` the method counts: not the side-cars
+    sums     what the method asked for, one per output, where `rows` come from it
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    inputs: tuple[int, ...]
+    entries: tuple[Entry, ...]
+    rows: tuple[Row, ...]
+    program: Program | None = None
+    models: int = 0
+    sums: tuple[Combine, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return self.entries[0].numel
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.rows) or self.program is not None
+
+    @property
+    def reads(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """What is read, in order: for what, and which of `inputs`."""
+        return (("combine", tuple(range(len(self.inputs)))),) if self.program is None else self.program.reads
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(self.entries[i].nbytes for _, inputs in self.reads for i in inputs)
+
+
+def sidecar_names(points: Sequence[Target], method: Method) -> list[str]:
+    """The further checkpoints that any target's parameters name, each once, in the order of their use."""
+    keywords = [p.keyword for p in method.parameters if p.kind is Sidecar]
+    found = (name for t in points if not t.copies for keyword in keywords for _, name in _named(t, keyword))
+    return list(dict.fromkeys(found))
+
+
+def _named(target: Target, keyword: str) -> Iterator[tuple[int, str]]:
+    """(place of the model among the inputs, side-car) of a parameter; one value for all belongs to the first."""
+    given = target.parameters[keyword]
+    values = given if isinstance(given, tuple) else (given,)
+    first = len(target.inputs) - len(values) if isinstance(given, tuple) else 0
+    return ((first + i, name) for i, name in enumerate(values) if name is not None)
+
+
+def plan_tensors(
+    recipes: Sequence[Recipe],
+    points: Sequence[Sequence[Target]],
+    models: Sequence[Checkpoint],
+    sidecars: Mapping[str, Checkpoint],
+    origin: Checkpoint,
+) -> tuple[PlannedTensor, ...]:
+    """The targets of all recipes, which differ in parameters only, as planned tensors.
+
+    points    the targets of each recipe
+    sidecars  further checkpoints by name; in the plan they follow the models
+    origin    whose dtypes are kept
+    Raises: ShapeError, if tensors do not fit together; MethodError, with the tensor's name; UsageError.
+    """
+    for other in points[1:]:
+        if [(t.name, t.inputs) for t in other] != [(t.name, t.inputs) for t in points[0]]:
+            raise UsageError("recipes that share one read must make the same tensors of the same models")
+    _check_fit(points[0], models)
+    planner = _Planner(recipes, models, sidecars, origin, points[0])
+    return tuple(planner.planned(targets) for targets in zip(*points, strict=True))
+
+
+class _Planner:
+    def __init__(
+        self,
+        recipes: Sequence[Recipe],
+        models: Sequence[Checkpoint],
+        sidecars: Mapping[str, Checkpoint],
+        origin: Checkpoint,
+        targets: Sequence[Target],
+    ):
+        self._recipes, self._models, self._origin = recipes, models, origin
+        self._method = recipes[0].method
+        self._sidecars = {name: (len(models) + i, c) for i, (name, c) in enumerate(sidecars.items())}
+        self._keywords = [p.keyword for p in self._method.parameters if p.kind is Sidecar]
+        leads = (models[t.inputs[0][0]].tensors[t.inputs[0][1]] for t in targets)
+        self._numel = sum(e.numel for e in leads if e.dtype.merges)
+        self._known: dict[tuple[Any, ...], Any] = {}  # what a method of the count alone asks for
+        self._foreseen: dict[tuple[Any, ...], Any] = {}
+
+    def planned(self, targets: Sequence[Target]) -> PlannedTensor:
+        """targets  one per output, of equal name and inputs"""
+        one, recipe = targets[0], self._recipes[0]
+        found = [(i, self._models[i].tensors[name]) for i, name in one.inputs]
+        kept = found[0][1]
+        if not kept.dtype.merges:
+            if recipe.integers is not None:
+                whose = recipe.models.index(recipe.integers)
+                found = [(i, entry) for i, entry in found if i == whose] or found
+            return _planned(one.name, kept.dtype, kept.shape, found)
+        # What is kept is the dtype of the model whose config.json is copied, which need not be merged itself.
+        named = self._origin.tensors.get(one.name, kept).dtype
+        dtype = recipe.out_dtype or recipe.dtype or (named if named.merges else kept.dtype)
+        if one.copies:
+            return _summed(one.name, dtype, kept.shape, found, [Combine((1.0,))] * len(targets))
+        self._check_count(one)
+        calls = tuple(self._call(k, target, kept) for k, target in enumerate(targets))
+        asked = [call() for call in calls] if not self._method.generator else []
+        if asked and all(isinstance(a, Combine) for a in asked):
+            return _summed(one.name, dtype, kept.shape, found, asked)
+        return self._asking(targets, dtype, kept, found, calls)
+
+    def _asking(
+        self,
+        targets: Sequence[Target],
+        dtype: DType,
+        kept: Entry,
+        found: list[tuple[int, Entry]],
+        calls: tuple[Callable[[], Any], ...],
+    ) -> PlannedTensor:
+        from fastinterp.engine.conversation import Conversation, foresee
+
+        one = targets[0]
+        if kept.numel == 0:  # nothing to merge, and nothing to ask
+            return _summed(one.name, dtype, kept.shape, found, [Combine((1.0,))] * len(calls))
+        talk = Conversation(one.name, calls, [r.seed for r in self._recipes])
+        plain = [asked for asked in talk.sums if isinstance(asked, Combine)]
+        if talk.ended and len(plain) == len(calls):
+            return _summed(one.name, dtype, kept.shape, found, plain)
+        # What is asked hardly depends on more than this, and it is an estimate.
+        key = (kept.shape, len(one.inputs), one.layer, *(id(t.parameters) for t in targets))
+        if key not in self._foreseen:
+            self._foreseen[key] = foresee(talk, len(one.inputs), kept.shape)
+        program = Program(calls, self._foreseen[key])
+        return _planned(one.name, dtype, kept.shape, [*found, *self._beside(one)], program, len(found))
+
+    def _call(self, k: int, target: Target, kept: Entry) -> Callable[[], Any]:
+        n, method = len(target.inputs), self._method
+        tensor = Tensor(target.name, kept.shape, target.layer, target.layers, self._numel)
+        call = partial(method, n, tensor, **target.parameters)
+        if method.generator:
+            return call
+        if method.fn.__code__.co_argcount > 1:
+            return partial(self._said, call, target.name, self._recipes[k])
+        key = (k, n, id(target.parameters))
+        if key not in self._known:
+            self._known[key] = self._said(call, target.name, self._recipes[k])
+        asked = self._known[key]
+        return lambda: asked
+
+    def _said(self, call: Callable[[], Any], name: str, recipe: Recipe) -> Any:
+        try:
+            asked = call()
+        except MethodError as error:
+            raise MethodError(error.message, path="$.models", file=recipe.file) from None
+        if isinstance(asked, Combine):
+            check_coefficients([asked.row().total, *asked.weights], name)
+        return asked
+
+    def _check_count(self, target: Target) -> None:
+        low, high = self._method.models
+        n = len(target.inputs)
+        if not low <= n <= high:
+            count = f"exactly {low}" if low == high else f"{low} to {high}"
+            raise MethodError(f"`{self._method.name}` takes {count} models, got {n} for {target.name}")
+
+    def _beside(self, target: Target) -> list[tuple[int, Entry]]:
+        """The side-cars' tensors, in the order of the models that they belong to."""
+        found = []
+        lead = self._models[target.inputs[0][0]].tensors[target.inputs[0][1]]
+        for place, sidecar in sorted(pair for keyword in self._keywords for pair in _named(target, keyword)):
+            number, checkpoint = self._sidecars[sidecar]
+            entry = checkpoint.tensors.get(target.inputs[place][1])
+            if entry is None or entry.shape != lead.shape or not entry.dtype.merges:
+                has = "lacks it" if entry is None else f"has {entry.dtype} {list(entry.shape)}"
+                raise ShapeError(
+                    f"{target.inputs[place][1]} is {lead.dtype} {list(lead.shape)}, but the side-car "
+                    f"{checkpoint.name} {has}. It must have every tensor of its model, in the same shape",
+                    tensor=target.name,
+                )
+            found.append((number, entry))
+        return found
+
+
+def _planned(
+    name: str,
+    dtype: DType,
+    shape: tuple[int, ...],
+    found: Sequence[tuple[int, Entry]],
+    program: Program | None = None,
+    models: int = 0,
+) -> PlannedTensor:
+    inputs, entries = tuple(i for i, _ in found), tuple(entry for _, entry in found)
+    return PlannedTensor(name, dtype, shape, inputs, entries, (), program, models or len(found))
+
+
+def _summed(
+    name: str, dtype: DType, shape: tuple[int, ...], found: Sequence[tuple[int, Entry]], sums: Sequence[Combine]
+) -> PlannedTensor:
+    """A tensor whose sums are known. An input of weight 0 is not read."""
+    read, rows = renumbered(a.row() for a in sums)
+    inputs, entries = tuple(found[i][0] for i in read), tuple(found[i][1] for i in read)
+    return PlannedTensor(name, dtype, shape, inputs, entries, rows, None, len(read), tuple(sums))
+
+
+def _check_fit(targets: Sequence[Target], models: Sequence[Checkpoint]) -> None:
+    """All inputs of a tensor must have its shape, and merge or not as the first does."""
+    shapes, kinds, only_rows = [], [], True
+    for target in targets:
+        (first, name), *others = target.inputs
+        lead, a = models[first], models[first].tensors[name]
+        for i, its in others:
+            b = models[i].tensors[its]
+            if a.shape != b.shape:
+                shapes.append(f"{its} is {list(a.shape)} in {lead.name} but {list(b.shape)} in {models[i].name}")
+                only_rows &= named_as_embedding(name) and a.shape[1:] == b.shape[1:]
+            elif a.dtype != b.dtype and not (a.dtype.merges and b.dtype.merges):
+                kinds.append(f"{its} is {a.dtype} in {lead.name} but {b.dtype} in {models[i].name}")
+    if shapes:
+        raise ShapeError(f"{_listed(shapes)}. {_VOCABULARIES if only_rows else 'Only tensors of the same shape merge'}")
+    if kinds:
+        raise ShapeError(f"{_listed(kinds)}. Only F64, F32, F16, BF16 and F8 tensors merge; others must agree")
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return ", ".join(items[:_SHOWN]) + more

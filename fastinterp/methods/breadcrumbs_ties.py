@@ -1,0 +1,36 @@
+"""Leave out the largest and the smallest changes, elect signs."""
+
+from __future__ import annotations
+
+from fastinterp.compute.ops import Tensor
+from fastinterp.compute.requests import Steps
+from fastinterp.methods import Each, Unit, method
+from fastinterp.methods._deltas import elected, l1_ratios, middle
+
+
+@method(base="required", models=(2, 64))
+def breadcrumbs_ties(
+    n: int, tensor: Tensor, *, weight: Each[float], density: Each[Unit] = (1.0,), gamma: Each[Unit] = (0.01,),
+    normalize: bool = False, rescale: bool = False, lambda_: float = 1.0, int8_mask: bool = False,
+) -> Steps:  # fmt: skip
+    """Drop the outliers and the small changes of each model, elect a sign for each element, and sum.
+
+        out = x0 + lambda * sum_A w_i*t_i       t_i = x_i - x0 where |x_i - x0| is neither among the largest nor the
+                                                smallest, else 0
+                                                A: the models with t_i != 0 and sign(w_i*t_i) = sign(sum w_j*t_j)
+    x0          the base
+    weight      w_i, one per model other than the base
+    density     the fraction of its elements that t_i keeps; 1: all, whatever gamma is; 0: the model adds nothing
+    gamma       the fraction that is dropped as the largest, or 1 - density where that is less; the rest of what is
+                dropped are the smallest. Elements that equal the largest or smallest kept one stay, too
+    normalize   divide by the sum of the weights of A; where that is 0, by 1
+    rescale     multiply t_i by sum |x_i - x0| / sum |t_i|, unless either sum is below 1e-7
+    lambda      scales the whole step
+    int8_mask   changes nothing
+    Reads:  2 (select, combine), one more with rescale; density 1: 1.  Models: the base and 1 to 63 more.
+    Source: Davari & Belilovsky 2023 (arXiv 2312.06795); Yadav et al. 2023 (arXiv 2306.01708).
+    Differs from mergekit `breadcrumbs_ties`: as `breadcrumbs` does.
+    """
+    keeps = yield from middle(tensor, weight, density, gamma)
+    scales = yield from l1_ratios(tensor, keeps, rescale)
+    return elected(weight, keeps, scales, normalize=normalize, lambda_=lambda_)

@@ -1,0 +1,38 @@
+"""Between the base and the mean of fine-tunes, as far as they agree."""
+
+from __future__ import annotations
+
+import math
+
+from fastinterp.compute.ops import Combine, Tensor
+from fastinterp.compute.requests import GroupCombine, Measure, Measured, Steps
+from fastinterp.methods import method
+from fastinterp.methods._sphere import angle, finite
+
+
+@method(base="required", models=(3, 64))
+def model_stock(n: int, tensor: Tensor, *, filter_wise: bool = False) -> Steps:
+    """Go from the base towards the mean of the fine-tunes, as far as they agree.     out = x0 + t * sum_i (x_i - x0)/N
+
+    x0           the base; N the number of the other models
+    t            N*c / (1 + (N-1)*c), with c the mean cosine between two of the d_i = x_i - x0. Deltas of zeros have
+                 cosine 0. Negative where they point apart; 0, the base, where they cancel: 1 + (N-1)*c < 1e-6
+    filter_wise  each row has its own c: each index of all dimensions but the last. Else each tensor has one
+    Reads:  2 (measure, combine).  Models: the base and 2 to 63 more.
+    Source: Jang et al. 2024, "Model Stock: all we need is just a few fine-tuned models" (arXiv 2403.19522).
+    Differs from mergekit `model_stock`: deltas, cosines and t are float64 (mergekit: the storage dtype); cosines of
+    short deltas are not damped (mergekit divides by at least 1e-6). NaN or Inf in a model is an error.
+    """
+    if not filter_wise or len(tensor.shape) < 2:
+        return Combine(_weights(finite((yield Measure(deltas=True)), tensor.name)), 0)
+    rows = yield Measure(deltas=True, per="row")
+    return GroupCombine(tuple(_weights(finite(row, tensor.name)) for row in rows), "row", 0)
+
+
+def _weights(found: Measured) -> tuple[float, ...]:
+    g, count = found.gram, len(found.gram) - 1
+    cosines = [math.cos(angle(g[i][i], g[j][j], g[i][j])) for j in range(2, count + 1) for i in range(1, j)]
+    c = math.fsum(cosines) / len(cosines)
+    spread = 1.0 + (count - 1) * c
+    t = count * c / spread if spread >= 1e-6 else 0.0
+    return (0.0, *(t / count,) * count)

@@ -1,0 +1,51 @@
+"""Interpolation along the great circle, of models or of task vectors; of whole tensors, rows or columns."""
+
+from __future__ import annotations
+
+from fastinterp.compute.ops import Combine, Tensor
+from fastinterp.compute.requests import GroupCombine, Measure, Measured, Per, Steps
+from fastinterp.errors import MethodError
+from fastinterp.methods import Each, method
+from fastinterp.methods._sphere import angle, angle_to_sum, arc, finite
+from fastinterp.methods._weights import shares
+
+
+@method(base="optional", models=(2, 3))
+def nuslerp(
+    n: int, tensor: Tensor, *, weight: Each[float], nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
+) -> Steps:
+    """Walk the great circle between two models, or two task vectors.     out = s1*x1 + s2*x2, or x0 + s1*d1 + s2*d2
+
+    x1, x2            the two models; x0 the base, if there is one; d1 = x1 - x0, d2 = x2 - x0
+    s1, s2            sin((1-t)*a)/sin(a), sin(t*a)/sin(a), with a the angle between the two vectors; 1-t and t where
+                      they are parallel or opposite to 1e-6. A vector of zeros is at a right angle
+    weight            w1 and w2: t = w2 / (w1 + w2)
+    nuslerp_flatten   true: each tensor is one vector. false: each index of all dimensions but the last has its angle
+    nuslerp_row_wise  with nuslerp_flatten false: each index of the last dimension has its angle instead, which is what
+                      mergekit does, whatever the name says. Tensors of one dimension are always one vector
+    Reads:  2 (measure, combine).  Models: exactly 2, with or without a base beside them.
+    Source: mergekit `nuslerp`; Shoemake 1985.
+    Differs from mergekit `nuslerp`: angles are float64, where mergekit has those of the storage dtype, which in bf16
+    are 0 above cos 0.998; weights that cancel are an error, not t = 0.5; under nuslerp_row_wise a tensor of 3
+    dimensions has an angle per last index, in mergekit one per pair of the last two. NaN or Inf in a model is an error.
+    """
+    if len(weight) != 2:
+        raise MethodError(f"`nuslerp` takes exactly 2 models beside the base, got {len(weight)}")
+    t = shares(weight, instead="Change them: `nuslerp` needs their ratio")[1]
+    based = n == 3
+    if t in (0.0, 1.0):
+        return Combine((0.0, 1.0 - t, t), 0) if based else Combine((1.0 - t, t), sums_to_one=True)
+    per: Per = "tensor"
+    if not nuslerp_flatten and len(tensor.shape) > 1:
+        per = "column" if nuslerp_row_wise else "row"
+    found = yield Measure(deltas=True, per=per)
+    groups = [_weights(finite(g, tensor.name), t, based) for g in ([found] if per == "tensor" else found)]
+    base = 0 if based else None
+    return Combine(groups[0], base) if per == "tensor" else GroupCombine(tuple(groups), per, base)
+
+
+def _weights(found: Measured, t: float, based: bool) -> tuple[float, ...]:
+    g = found.gram
+    if based:
+        return (0.0, *arc(t, angle(g[1][1], g[2][2], g[1][2])))
+    return arc(t, angle_to_sum(g[0][0], g[1][1], g[0][1]))

@@ -1,0 +1,203 @@
+"""Everything that is wrong with a recipe, at once, and what is suspicious about it. Reads no tensor data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastinterp.errors import CheckpointError, FastinterpError, RecipeError
+from fastinterp.methods import shown
+from fastinterp.recipe.document import Source, read_all
+from fastinterp.recipe.faults import Faults
+from fastinterp.recipe.load import Recipe, build_all
+from fastinterp.recipe.parts import Part
+from fastinterp.recipe.targets import Assembly
+from fastinterp.recipe.values import Value
+
+Names = Callable[[str], Collection[str]]  # the tensors of a model, by the model's name
+
+_CANCEL = 0.1  # weights whose sum is below this share of their magnitudes are scaled up tenfold and more
+_DROPS = ("dare", "della", "breadcrumbs")  # methods that are about dropping
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What `inspect` found, in the order of the recipe's lines.
+
+    wrong    errors: the merge would end with the first of them
+    odd      what is allowed, but hardly meant; never raised
+    recipes  the documents of the recipe, if nothing is wrong in them
+    """
+
+    wrong: tuple[FastinterpError, ...]
+    odd: tuple[RecipeError, ...]
+    recipes: tuple[Recipe, ...]
+
+
+def inspect(
+    source: Source | Sequence[Mapping[str, Any]], *, file: str | None = None, names: Names | None = None
+) -> Findings:
+    """Look at all of a recipe.
+
+    source, file  as those of load_recipes
+    names         gives the names of a model's tensors, and may raise CheckpointError; None: what depends on them is
+                  not looked at
+    """
+    faults = Faults(gather=True)
+    recipes: tuple[Recipe, ...] = ()
+    with faults:
+        recipes = build_all(read_all(source, file), faults)
+    if faults.found:
+        return Findings(_ordered(faults.found), (), ())
+    odd: list[RecipeError] = [finding for recipe in recipes for finding in suspicions(recipe)]
+    wrong: list[FastinterpError] = []
+    made: list[Collection[str]] = []
+    for recipe in recipes:
+        if names is None:
+            break
+        try:
+            assembly = Assembly(recipe, [_names(recipe, model, names, made) for model in recipe.models])
+        except (RecipeError, CheckpointError) as error:
+            wrong.append(error)
+            break
+        made.append([target.name for target in assembly.targets])
+        odd += [*unmatched(recipe, assembly), *_without_layers(recipe, assembly), *_by_tensor(recipe, assembly)]
+    return Findings(_ordered(wrong), _ordered(odd), recipes)
+
+
+def suspicions(recipe: Recipe) -> list[RecipeError]:
+    """What is odd about a recipe's values, whatever the tensors."""
+    found: list[RecipeError] = []
+    for part in recipe.parts:
+        if not part.copies:
+            found += _idle(recipe, part)
+    if recipe.parameters is not None:
+        what = _odd_weights(recipe, {p.keyword: recipe.parameters[p.name] for p in recipe.method.parameters})
+        found += [recipe.document.error(what, recipe.parts[0].path)] if what else []
+    return found
+
+
+def unmatched(recipe: Recipe, assembly: Assembly) -> list[RecipeError]:
+    """Filters that no tensor got its value from."""
+    hits = {path for resolver in assembly.resolvers for path in resolver.hits}
+    names = [name for target in assembly.targets for name in (target.name, *(n for _, n in target.inputs))]
+    found = []
+    for value in _values(recipe):
+        for (part, _), path in zip(value.cases, value.paths, strict=True):
+            if part is None:
+                continue
+            if path not in hits:
+                matching = sum(part in name for name in names)
+                first = "a filter above it, or a value nearer to the model, comes first"
+                why = first if matching else "no tensor's name has it"
+                found.append(recipe.document.error(f"the filter {shown(part)} matches nothing: {why}", path))
+            elif part[-1].isdecimal() and (more := _longer_numbers(part, names)):
+                message = f"the filter {shown(part)} also matches {more}. Write {shown(part + '.')} for that one"
+                found.append(recipe.document.error(message, path))
+    return found
+
+
+def _longer_numbers(part: str, names: Sequence[str]) -> str:
+    """What `layers.1` finds beside itself: layers.10, if there is one."""
+    for name in names:
+        _, at, behind = name.partition(part)
+        if at and behind[:1].isdecimal():
+            return part + behind.partition(".")[0]
+    return ""
+
+
+def _without_layers(recipe: Recipe, assembly: Assembly) -> list[RecipeError]:
+    if any(target.layer is not None for target in assembly.targets):
+        return []
+    return [
+        recipe.document.error("a gradient, but the models have no layers: its first number is used for all", path)
+        for value in _values(recipe)
+        for (_, given), path in zip(value.cases, value.paths, strict=True)
+        if isinstance(given, tuple)
+    ]
+
+
+def _by_tensor(recipe: Recipe, assembly: Assembly) -> list[RecipeError]:
+    """Weights that are odd for some tensors: the first of them is named."""
+    if recipe.parameters is not None:
+        return []
+    seen: set[int] = set()
+    for target in assembly.targets:
+        if target.copies or id(target.parameters) in seen:
+            continue
+        seen.add(id(target.parameters))
+        if what := _odd_weights(recipe, target.parameters):
+            return [recipe.document.error(f"{what}, in {target.name} for example", recipe.parts[0].path)]
+    return []
+
+
+def _odd_weights(recipe: Recipe, parameters: Mapping[str, Any]) -> str:
+    """What is odd about the weights of one tensor, or nothing."""
+    weights = parameters.get("weight")
+    if not isinstance(weights, tuple) or len(weights) < 2 or not all(isinstance(w, float) for w in weights):
+        return ""
+    total, size = math.fsum(weights), math.fsum(map(abs, weights))
+    listed = ", ".join(f"{w:g}" for w in weights[:8]) + (", ..." if len(weights) > 8 else "")
+    if parameters.get("normalize") is True and abs(total) < _CANCEL * size:
+        return f"the weights {listed} nearly cancel: divided by their sum, {total:g}, they become large"
+    if recipe.base is None and parameters.get("normalize") is False and abs(total - 1.0) > 1e-6:
+        return f"the weights {listed} sum to {total:g}, and `normalize: false` does not divide by it"
+    return ""
+
+
+def _idle(recipe: Recipe, part: Part) -> Iterator[RecipeError]:
+    """Parameters that do nothing."""
+    for source in part.sources:
+        for name, value in source.own.items():
+            if _only(value, 0.0) and name == "weight":
+                yield recipe.document.error(f"{shown(source.name)} adds nothing: its weight is 0", value.path)
+            if _only(value, 1.0) and name == "scale":
+                yield recipe.document.error("`scale` 1 changes nothing", value.path)
+    for value in (value for level in part.levels for name, value in level.items() if name in ("t", "lambda")):
+        name = value.path.rpartition(".")[2]
+        if _only(value, 0.0):
+            yield recipe.document.error(f"`{name}` 0 leaves {shown(part.sources[0].name)} as it is", value.path)
+        if _only(value, 1.0) and name == "t" and len(part.sources) == 2 and recipe.method.name == "slerp":
+            yield recipe.document.error(f"`t` 1 gives {shown(part.sources[1].name)} as it is", value.path)
+    yield from _dropping(recipe, part)
+
+
+def _dropping(recipe: Recipe, part: Part) -> Iterator[RecipeError]:
+    levels = (*(source.own for source in part.sources), *part.levels)
+    given = [level["density"] for level in levels if "density" in level]
+    for value in given:
+        if _only(value, 0.0):
+            yield recipe.document.error("`density` 0 drops everything", value.path)
+        if _only(value, 1.0) and recipe.method.name.startswith(_DROPS):
+            message = f"`density` 1 drops nothing, and dropping is what {recipe.method.name} is for"
+            yield recipe.document.error(message, value.path)
+    declared = [p for p in recipe.method.parameters if p.name == "density" and p.default == 1.0]
+    if not given and declared and recipe.method.name.startswith(_DROPS):
+        message = f"without a `density`, {recipe.method.name} drops nothing: its default is 1"
+        yield recipe.document.error(message, at="$.merge_method")
+
+
+def _only(value: Value, number: float) -> bool:
+    """Whether a value is this number for all tensors."""
+    return value.cases[0][0] is None and value.cases[0][1] in (number, (number,))
+
+
+def _values(recipe: Recipe) -> list[Value]:
+    """All that a recipe gives, each once."""
+    found: dict[str, Value] = {}
+    for part in recipe.parts:
+        for level in (*(source.own for source in part.sources), *part.levels):
+            found |= {value.path: value for value in level.values()}
+    return list(found.values())
+
+
+def _names(recipe: Recipe, model: str, names: Names, made: Sequence[Collection[str]]) -> Collection[str]:
+    return made[recipe.earlier[model]] if model in recipe.earlier else names(model)
+
+
+def _ordered(found: Sequence[Any]) -> tuple[Any, ...]:
+    """Each once, by line; those without a line last."""
+    unique = list({str(error): error for error in found}.values())
+    return tuple(sorted(unique, key=lambda error: getattr(error, "line", None) or math.inf))

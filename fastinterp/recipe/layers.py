@@ -1,0 +1,115 @@
+"""Layers, found in the names of tensors: any architecture, no list of architectures.
+
+The components of a name are what stands between its dots. A **stack** is a prefix whose next component is a number, so
+that the numbers are 0 .. layers-1 without a gap and the blocks are alike: at least half of them have a tensor in common
+with another block (the same name behind the number), and some tensor lies two or more components behind the number,
+which sets `layers.0.mlp.weight` apart from `mlp.0.weight`. A single block counts if the prefix ends in a word with
+`layer` or `block`, or in `h`. The first number of a name that makes a stack counts, so experts are in layers, and
+embedders.0 and embedders.1, which have nothing in common, are no stack, but the layers inside them are.
+
+The **main** stack is the one that slices cut. Left out are those of other modalities and of helpers (a component with
+vision, audio, conditioner, ...), then those of encoders, as long as others remain; of the rest it is the one with the
+most layers. If two have as many, there is none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+_NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,5})\.")
+_BLOCK = re.compile(r"layer|block|^h$")
+_ASIDE = re.compile(
+    r"vision|visual|image|audio|speech|video|^vit|^vae|patch|resampler|projector|connector|perceiver|merger|^mtp"
+    r"|conditioner|cond_stage|first_stage|text_encoder"
+)
+_ENCODER = re.compile("encoder")
+_EMBEDDING = re.compile(r"emb|^wte$|^wpe$|^shared$")
+_AFTER = re.compile(r"norm|^ln_|_ln$|head|final|pool|classif|score|^out|_out$|^fc$")
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """`prefix.0.` to `prefix.{layers - 1}.`"""
+
+    prefix: str
+    layers: int
+
+
+class Layers:
+    """The stacks among the names of a model's tensors, and which layer each tensor is in.
+
+    stacks  in the order in which the names have them
+    """
+
+    def __init__(self, names: Iterable[str]):
+        self._places: dict[str, tuple[Stack, int, str]] = {}
+        self.stacks: tuple[Stack, ...] = ()
+        waiting = [(name, 0) for name in names]
+        order = {name: i for i, (name, _) in enumerate(waiting)}
+        while waiting:
+            groups: dict[str, list[tuple[str, int, str]]] = {}
+            ends = {}
+            for name, start in waiting:
+                if number := _NUMBER.search(name, start):
+                    groups.setdefault(name[: number.start()], []).append((name, int(number[1]), name[number.end() :]))
+                    ends[name] = number.end() - 1
+            waiting = []
+            for prefix, members in groups.items():
+                if prefix and _is_stack(prefix, members):
+                    stack = Stack(prefix, 1 + max(index for _, index, _ in members))
+                    for name, index, rest in members:
+                        self._places[name] = stack, index, rest
+                else:
+                    waiting += [(name, ends[name]) for name, _, _ in members]
+        first: dict[Stack, int] = {}
+        for name, (stack, _, _) in self._places.items():
+            first[stack] = min(first.get(stack, order[name]), order[name])
+        self.stacks = tuple(sorted(first, key=first.__getitem__))
+
+    def place(self, name: str) -> tuple[Stack, int, str] | None:
+        """The stack and layer that a tensor is in, and the rest of its name; None, if it is in none."""
+        return self._places.get(name)
+
+    @property
+    def candidates(self) -> tuple[Stack, ...]:
+        """The main stack; or those that could be it, if there are several."""
+        left: Collection[Stack] = self.stacks
+        for kind in (_ASIDE, _ENCODER):
+            left = [s for s in left if not _any(kind, s.prefix)] or left
+        most = max((s.layers for s in left), default=0)
+        return tuple(s for s in left if s.layers == most)
+
+    @property
+    def main(self) -> Stack | None:
+        return self.candidates[0] if len(self.candidates) == 1 else None
+
+    def is_after(self, name: str) -> bool:
+        """Whether a tensor outside the main stack comes after it: final norm, head; not embeddings, towers."""
+        main = self.main
+        if name in self._places or _any(_ASIDE, name) or _any(_EMBEDDING, name):
+            return False
+        if _any(_ENCODER, name) and not (main and _any(_ENCODER, main.prefix)):
+            return False
+        return _any(_AFTER, name)
+
+
+def _is_stack(prefix: str, members: list[tuple[str, int, str]]) -> bool:
+    blocks: dict[int, set[str]] = {}
+    for _, number, rest in members:
+        blocks.setdefault(number, set()).add(rest)
+    if max(blocks) != len(blocks) - 1 or not any("." in rest for _, _, rest in members):
+        return False
+    if len(blocks) == 1:
+        return bool(_BLOCK.search(prefix.rpartition(".")[2]))
+    seen: dict[str, int] = {}
+    for block in blocks.values():
+        for rest in block:
+            seen[rest] = seen.get(rest, 0) + 1
+    alike = sum(any(seen[rest] > 1 for rest in block) for block in blocks.values())
+    return 2 * alike >= len(blocks)
+
+
+def _any(kind: re.Pattern[str], name: str) -> bool:
+    return any(kind.search(part) for part in name.lower().split("."))

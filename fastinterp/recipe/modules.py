@@ -1,0 +1,33 @@
+"""Which tensors belong to a module of a recipe: by the start of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+# mergekit's names for parts of vision-language models, and how their tensors start in checkpoints.
+_ALIASES = {
+    "text_decoder": ("language_model", "text_model", "model.layers", "model.embed_tokens", "model.norm", "lm_head"),
+    "multi_modal_projector": ("multi_modal_projector", "mm_projector", "visual.merger"),
+    "vision_tower": ("vision_tower", "visual", "vision_model"),
+}
+
+
+def members(module: str, names: Collection[str]) -> list[str]:
+    """The names that start with `module.` or `model.module.`; all of them for mergekit's `default`.
+
+    Where there are none, the three names that mergekit has for parts of vision-language models stand for what these are
+    called in checkpoints, the first that is there; a text_decoder has the head, too.
+    """
+    if module == "default":
+        return list(names)
+    found = _starting((module,), names)
+    if found or module not in _ALIASES:
+        return found
+    if module != "text_decoder":
+        return next((found for start in _ALIASES[module] if (found := _starting((start,), names))), [])
+    return _starting(_ALIASES[module], names)
+
+
+def _starting(starts: tuple[str, ...], names: Collection[str]) -> list[str]:
+    prefixes = tuple(f"{lead}{start.rstrip('.')}." for start in starts for lead in ("", "model."))
+    return [name for name in names if name.startswith(prefixes)]

@@ -1,0 +1,154 @@
+"""What keeps leave of deltas, and the definitions of keeps, ranks and terms."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from fastinterp.compute import reference_masked
+from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.compute.masked import NOTHING, kept_of, kept_step, masked_step, read_inputs, terms, word_limits
+from fastinterp.compute.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
+from tests import backends
+from tests.cases import Guarded
+from tests.pumps import Raw, code, guarded, memory, raws, run
+from tests.test_masked import NAME, SEED, SHAPES, Shape, of
+
+every_isa = pytest.mark.parametrize("isa", backends.usable())
+
+# --- the survey ------------------------------------------------------------------------------------------------------
+
+KEEPS = {
+    "all": Keep(),
+    "least": Keep(least=0x3A000000),
+    "random": Keep(chance=0.4),
+    "ranks": Keep(chance=0.5, spread=0.2),
+    "band": Keep(0x39000000, 0x3C000000, 0.7),
+}
+
+
+@every_isa
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 1009), (1, 300007)], ids=str)
+def test_what_keeps_leave(isa, shape):
+    dtypes = [BF16, F32, BF16, F16, BF16, BF16]
+    check_kept(isa, raws("normal", dtypes, math.prod(shape)), dtypes, tuple(KEEPS.values()), shape, 2)
+
+
+@every_isa
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("dtypes", [(F64, BF16, F64), (F8_E4M3, F8_E5M2, F16)], ids=str)
+def test_what_keeps_leave_on_threads(isa, dtypes, threads):
+    shape = (301, 1013)
+    data = raws("close", dtypes, math.prod(shape))
+    check_kept(isa, data, dtypes, (KEEPS["ranks"], KEEPS["band"]), shape, threads)
+    check_kept(isa, data, dtypes, (KEEPS["least"], KEEPS["random"]), shape, threads)
+    check_kept(isa, data, dtypes, (KEEPS["ranks"], Keep()), shape, threads, Score("spread", (), 0x38000000))
+    factors = tuple(0.5 + r % 3 for r in range(shape[0]))
+    check_kept(isa, data, dtypes, (KEEPS["least"], Keep()), shape, threads, Score("divergence", factors, 0x3A000000))
+
+
+def check_kept(
+    isa: str,
+    data: Sequence[Raw],
+    dtypes: Sequence[DType],
+    keeps: tuple[Keep, ...],
+    shape: Shape,
+    threads: int,
+    score: Score | None = None,
+) -> None:
+    ask = MeasureKept((Keep(), *keeps), score)
+    sources = guarded(data)
+    step = {
+        "kind": "kept",
+        "inputs": [(i, 0, code(d)) for i, d in enumerate(dtypes)],
+        "numel": math.prod(shape),
+        "columns": max(1, reference_masked.columns_of(shape)),
+        **kept_step(ask, name=NAME, seed=SEED),
+    }
+    got = kept_of(*run(isa, [step], memory(sources), [], threads=threads).answers()[0])
+    assert got == reference_masked.kept(data, dtypes, ask, shape, name=NAME, seed=SEED)
+
+
+def test_kept_counts_by_hand():
+    data = of([0] * 4, [1, 2, 0, 4], [1, 0, 0, -8])
+    ask = MeasureKept((Keep(), Keep(least=0x40000000), Keep(most=0x3F800000)))
+    found = reference_masked.kept(data, [F32] * 3, ask, (4,))
+    assert found == Kept((0.0, 7.0, 9.0), (0.0, 6.0, 1.0), (0, 2, 3), (0, 1, 1), (0.0, 20.0, 1.0))
+
+
+# --- definitions -----------------------------------------------------------------------------------------------------
+
+
+def test_magnitudes():
+    x = np.array([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, -math.nan, 1e300, 1 + 2.0**-24])
+    want = [0, 0, 0x3F800000, 0x3F800000, 0x7F800000, 0x7F800000, ALL_BITS, ALL_BITS, 0x7F800000, 0x3F800000]
+    assert list(reference_masked.magnitudes(x)) == want
+
+
+def test_ranks_of_ties_are_shared():
+    mag = np.array([5, 1, 5, 9, 0, 0, 0], np.uint32)
+    assert list(reference_masked.twice_ranks(mag[:4], 4)) == [3, 0, 3, 6]
+    assert list(reference_masked.twice_ranks(mag[:6], 2)) == [2, 0, 0, 2, 1, 1]
+
+
+def test_word_limits():
+    assert word_limits(Keep()) == (2**32, 2**32)
+    assert word_limits(Keep(chance=0.25)) == (2**30, 2**30)
+    assert word_limits(Keep(chance=0.9, spread=0.3)) == (round(0.6 * 2**32), 2**32)
+
+
+def test_who_is_read():
+    keeps = tuple(Keep(least=i) for i in range(4))
+    ask = MaskedCombine((0.0, 1.0, 0.0, 2.0), keeps=keeps)
+    assert terms(ask) == [(1, keeps[1]), (3, keeps[3])] and read_inputs(ask) == [0, 1, 3]
+    scored = dataclasses.replace(ask, score=Score("spread"))
+    assert terms(scored) == [(1, keeps[1]), (2, NOTHING), (3, keeps[3])]
+    assert terms(dataclasses.replace(ask, votes=(0.0, 0.0, 1.0, 0.0)))[1] == (2, keeps[2])
+    assert terms(MaskedCombine((0.0, 0.0), score=Score("spread"))) == []
+    assert read_inputs(MaskedCombine((0.0, 1.0, 1.0), importance=(3, 4, 5))) == [0, 1, 2, 4, 5]
+
+
+def test_without_a_term_it_is_a_copy():
+    data = of([-0.0, math.nan], [1.0, 1.0])
+    got, stats = reference_masked.masked(data, [F32] * 2, MaskedCombine((0.0, 0.0)), F32, (2,))
+    assert stats is None and np.array_equal(got, data[0])
+    with pytest.raises(ValueError, match="copy of its base"):
+        masked_step(MaskedCombine((0.0, 0.0)), name=NAME, seed=SEED, inputs=[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (MaskedCombine((1.0, 1.0)), "base carries no weight"),
+        (MaskedCombine((0.0, 1.0), votes=(1.0,)), "votes has 1 entries for 2 weights"),
+        (MaskedCombine((0.0, 1.0), importance=(2, 3), votes=(0.0, 1.0)), "importance goes with neither"),
+        (MaskedCombine((0.0, 1.0), keeps=(Keep(), Keep(spread=-0.1))), "spread of a keep"),
+    ],
+)
+def test_contradictions_are_refused(ask, words):
+    with pytest.raises(ValueError, match=words):
+        terms(ask)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"columns": 7}, "divide numel"),
+        ({"columns": 0}, "divide numel"),
+        ({"masked": []}, "as many sinks"),
+        ({"keeps": []}, "has no `keeps`"),
+    ],
+)
+def test_the_pump_refuses_steps_that_make_no_sense(change, words):
+    ask = MaskedCombine((0.0, 1.0))
+    step = {
+        "kind": "masked", "inputs": [(0, 0, code(F32)), (0, 0, code(F32))], "numel": 12, "sinks": [0], "offsets": [0],
+        "out_dtype": code(F32), "columns": 3, "masked": [masked_step(ask, name=NAME, seed=SEED, inputs=[0, 1])],
+    }  # fmt: skip
+    buffer = Guarded(48, 0)
+    with pytest.raises(ValueError, match=words):
+        run("scalar", [step | change], memory([buffer]), memory([buffer]))
