@@ -17,7 +17,7 @@ import fastinterp
 from fastinterp.compute.dtypes import BF16, F16, F32, F64, DType
 from fastinterp.errors import CheckpointError, ShapeError
 from tests import tokens
-from tests.checkpoints import Tensor, floats, read, recipe, tensor, write, write_file
+from tests.checkpoints import Tensor, assert_same, floats, read, recipe, tensor, write, write_file
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -150,6 +150,35 @@ def test_task_vectors_of_new_tokens(tmp_path, three):
     fastinterp.merge(asked, out)
     np.testing.assert_array_equal(row(out, "own1"), row(three[1], "own1"))
     np.testing.assert_allclose(row(out, "cat"), (row(three[1], "cat") + row(three[2], "cat")) / 2, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "keys"),
+    [
+        ("slerp", 2, {"parameters": {"t": 0.3}}),
+        ("nuslerp", 2, {"parameters": {"weight": 1.0, "nuslerp_flatten": False}}),
+        ("model_stock", 3, {"parameters": {"filter_wise": True}}),
+        ("dare_linear", 3, {"parameters": {"weight": 0.5, "density": 0.5}}),
+    ],
+)
+def test_methods_that_ask_see_the_moved_rows(tmp_path, three, method, count, keys):
+    """The same bytes as from models whose embeddings were moved beforehand, which a merge of one model does."""
+    models = three[:count]
+    asked = recipe(method, models[1:], base_model=models[0], **keys)
+    if method == "nuslerp":
+        asked = recipe(method, models, **keys)
+    moved = []
+    for k, model in enumerate(models):
+        out = tmp_path / f"moved{k}"
+        weights = [float(m == model) for m in models]
+        fastinterp.merge(recipe("linear", models, weights=weights, base_model=models[0], tokenizer_source="union"), out)
+        moved.append(str(out))
+    text = json.dumps(asked)
+    for model, other in zip(models, moved, strict=True):
+        text = text.replace(json.dumps(model), json.dumps(other))
+    fastinterp.merge(json.loads(text), tmp_path / "want")
+    fastinterp.merge(asked | {"tokenizer_source": "union"}, tmp_path / "got")
+    assert_same(read(tmp_path / "want"), read(tmp_path / "got"))
 
 
 def test_different_vocabularies_without_a_wish_are_refused(tmp_path, three):
