@@ -16,21 +16,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 _NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,5})\.")
-_BLOCK = re.compile(r"layer|block|^h$")
-_ASIDE = re.compile(
-    r"vision|visual|image|audio|speech|video|^vit|^vae|patch|resampler|projector|connector|perceiver|merger|^mtp"
-    r"|conditioner|cond_stage|first_stage|text_encoder"
+# Text, not compiled: most merges look for none of these.
+_BLOCK = "layer|block|^h$"
+_ASIDE = (
+    "vision|visual|image|audio|speech|video|^vit|^vae|patch|resampler|projector|connector|perceiver|merger|^mtp"
+    "|conditioner|cond_stage|first_stage|text_encoder"
 )
-_ENCODER = re.compile("encoder")
-_EMBEDDING = re.compile(r"emb|^wte$|^wpe$|^shared$")
-_AFTER = re.compile(r"norm|^ln_|_ln$|head|final|pool|classif|score|^out|_out$|^fc$")
+_ENCODER = "encoder"
+_EMBEDDING = "emb|^wte$|^wpe$|^shared$"
+_AFTER = "norm|^ln_|_ln$|head|final|pool|classif|score|^out|_out$|^fc$"
 
 
-@dataclass(frozen=True, slots=True)
-class Stack:
+class Stack(msgspec.Struct, frozen=True):
     """`prefix.0.` to `prefix.{layers - 1}.`"""
 
     prefix: str
@@ -102,7 +103,7 @@ def _is_stack(prefix: str, members: list[tuple[str, int, str]]) -> bool:
     if max(blocks) != len(blocks) - 1 or not any("." in rest for _, _, rest in members):
         return False
     if len(blocks) == 1:
-        return bool(_BLOCK.search(prefix.rpartition(".")[2]))
+        return bool(re.search(_BLOCK, prefix.rpartition(".")[2]))
     seen: dict[str, int] = {}
     for block in blocks.values():
         for rest in block:
@@ -111,5 +112,5 @@ def _is_stack(prefix: str, members: list[tuple[str, int, str]]) -> bool:
     return 2 * alike >= len(blocks)
 
 
-def _any(kind: re.Pattern[str], name: str) -> bool:
-    return any(kind.search(part) for part in name.lower().split("."))
+def _any(kind: str, name: str) -> bool:
+    return any(re.search(kind, part) for part in name.lower().split("."))

@@ -1,16 +1,18 @@
-"""What a recipe puts together, as plain values: sections (modules) of parts (slices) of sources (models)."""
+"""What a recipe puts together, as plain values: sections (modules) of parts (slices) of sources (models).
+
+Structs, not dataclasses: those take longer to make than a small recipe takes to read.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import msgspec
 
 from fastinterp.recipe.values import Value
 
 Level = dict[str, Value]  # the parameters that stand at one place of a recipe
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(msgspec.Struct, frozen=True):
     """One model in a part.
 
     model    index into Recipe.models
@@ -23,7 +25,7 @@ class Source:
     model: int
     name: str
     layers: tuple[int, int] | None = None
-    own: Level = field(default_factory=dict)
+    own: Level = msgspec.field(default_factory=dict)
     path: str = "$"
 
     @property
@@ -31,8 +33,7 @@ class Source:
         return self.layers[1] - self.layers[0] if self.layers else 0
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(msgspec.Struct, frozen=True):
     """What is merged with each other: whole models, or as many layers of each.
 
     sources   in the order of the method: its base first, if it has one
@@ -58,8 +59,7 @@ class Part:
         return all(value.is_constant for level in every for value in level.values())
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(msgspec.Struct, frozen=True):
     """A model as a whole, or a module of it: the tensors whose names start with `name`.
 
     name     None: the whole model

@@ -91,8 +91,8 @@ _REFUSED = {
     "residual_weight": "does nothing, in mergekit neither. Remove it",
 }
 
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(.*)`")
+_UNKNOWN = "(?s)Object contains unknown field `(.*)`"
+_MISSING = "Object missing required field `(.*)`"
 _OF_PARAMETERS = (Wish, Entry, Layers, Slice, Module)  # with `parameters` beside the other keys
 
 _PLAIN = {"object": "a mapping", "array": "a list", "str": "text", "int": "a whole number", "float": "a number",
@@ -137,7 +137,7 @@ def converted(
             return msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
             what, path = _split(str(error))
-            unknown, missing = _UNKNOWN.fullmatch(what), _MISSING.fullmatch(what)
+            unknown, missing = re.fullmatch(_UNKNOWN, what), re.fullmatch(_MISSING, what)
             if missing and path == "$" and _is_gone(missing[1], removed):
                 return None
             with faults:
@@ -181,9 +181,9 @@ def _struct_at(kind: Any, path: str) -> Any:
 
 def _explained(document: Document, what: str, path: str, struct: Any) -> RecipeError:
     """msgspec's message in our words."""
-    if found := _UNKNOWN.fullmatch(what):
+    if found := re.fullmatch(_UNKNOWN, what):
         return _unknown(document, found[1], path, struct)
-    if found := _MISSING.fullmatch(what):
+    if found := re.fullmatch(_MISSING, what):
         return document.error(f"the key `{found[1]}` is missing", path)
     if found := re.fullmatch(r"Expected `(.*)`, got `(.*)`", what):
         expected = " or ".join(_PLAIN.get(kind, kind) for kind in found[1].split(" | ") if kind != "null")

@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from fastinterp.errors import RecipeError, ShapeError
 from fastinterp.recipe.layers import Layers, Stack
 from fastinterp.recipe.load import Recipe, same_model
@@ -46,8 +48,7 @@ class Target:
     has_base: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LayerCount:
+class LayerCount(msgspec.Struct, frozen=True):
     """A stack that the output has with other layers than its inputs.
 
     prefix  of the names of its tensors

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from fastinterp.errors import RecipeError
 from fastinterp.methods import Parameter, clipped, shown, suggestion
@@ -13,8 +14,7 @@ from fastinterp.recipe.document import Document
 Place = tuple[int, int]  # index of a layer and how many there are: where a gradient is read
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
+class Value(msgspec.Struct, frozen=True):
     """What a recipe gives for a parameter, checked.
 
     cases  (filter, value), the first whose filter is a part of the tensor's name counts; a filter of None matches all.
