@@ -12,7 +12,6 @@ Modules: one after the other, each as if it were a model. What is in none comes 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -27,8 +26,7 @@ from fastinterp.recipe.parts import Part, Section, Source
 _SHOWN = 5  # names that a message lists before it only counts them
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """One output tensor.
 
     inputs         (index in Recipe.models, name of the tensor there), in the order in which the method sees them
