@@ -220,8 +220,7 @@ def test_rows_of_group_combines():
     assert GroupCombine(((0, 1), (0, 1)), "row").row() == Row(1)
     with pytest.raises(ValueError, match="no weight of its own"):
         GroupCombine(((1, 1),), "row", base=0).row()
-    with pytest.raises(ValueError, match="all weights are 0"):
-        GroupCombine(((0, 0),), "row").row()
+    assert GroupCombine(((0, 0), (0, 0)), "row").row() == Row(0, 0.0)
     with pytest.raises(ValueError, match="a weight for each input"):
         GroupCombine(((0, 1), (1,)), "row").row()
 

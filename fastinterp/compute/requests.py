@@ -176,8 +176,8 @@ class GroupCombine:
         """What the kernels execute: rule 11 of docs/NUMERICS.md.
 
         An input whose weight is 0 in every group is not read. The pivot is the base, else the first input that is read.
-        All groups alike in a copy are one: no weights beside a base, or a lone weight of 1.
-        Raises: ValueError, if the base has a weight or all weights are 0.
+        If all groups ask for the same copy, or have no weight at all, the row is that of Combine.
+        Raises: ValueError, if the base has a weight, or a group lacks one.
         """
         from array import array
 
@@ -187,9 +187,7 @@ class GroupCombine:
         if self.base is not None and self.base in used:
             raise ValueError("the base carries no weight of its own")
         if not used:
-            if self.base is None:
-                raise ValueError("all weights are 0")
-            return Row(self.base)
+            return Row(0, 0.0) if self.base is None else Row(self.base)
         lone = used[0]
         one_total = self.base is not None or self.sums_to_one
         if len(used) == 1 and all(w[lone] == 1.0 for w in self.weights):

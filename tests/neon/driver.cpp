@@ -40,6 +40,11 @@ struct Hash {  // FNV-1a, 64 bits
   }
 };
 
+void print(const Backend& backend, const char* group, const char* name, const Hash& h) {
+  printf("%s %s%s %016llx\n", backend.name, group, name, static_cast<unsigned long long>(h.value));
+  fflush(stdout);
+}
+
 uint64_t random_bits(uint64_t seed, uint64_t i) {  // splitmix64
   uint64_t z = (seed << 40) + (i + 1) * 0x9e3779b97f4a7c15ull;
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -204,14 +209,10 @@ void run_measure(const Backend& backend, int in, int n, int64_t numel, Fill fill
   for (int64_t count : nonzero) h.integer(count);
 }
 
+#include "groups.inc"
 #include "masked.inc"
 
 // ---- the table -----------------------------------------------------------------------------------------------------
-
-void print(const Backend& backend, const char* group, const char* name, const Hash& h) {
-  printf("%s %s%s %016llx\n", backend.name, group, name, static_cast<unsigned long long>(h.value));
-  fflush(stdout);
-}
 
 void run_dtypes(const Backend& backend) {
   for (int in = 0; in < kDTypes; ++in) {
@@ -337,6 +338,7 @@ int main() {
       run_measures(backend, false);
       run_measures(backend, true);
       run_masks(backend);
+      run_groups(backend);
     }
     run_spoiled(backend);
   }
