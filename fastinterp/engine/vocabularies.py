@@ -38,6 +38,7 @@ class Fitted:
     template    the output's chat template; None: the one that is in those files
     rows        of the output's embeddings; None: as in the origin
     tied        whether the output has no output layer of its own; None: as the origin's configuration says
+    source      whose vocabulary the output has, for people; None: the origin's as it is
     vocabulary  the folder of the model whose vocabulary the output has, if that is not the origin
     """
 
@@ -47,6 +48,7 @@ class Fitted:
     rows: int | None = None
     tied: bool | None = None
     vocabulary: Path | None = None
+    source: str | None = None
     warnings: tuple[str, ...] = ()
 
     def sidecars(self, files: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
@@ -142,6 +144,7 @@ def _with_vocabulary(
         models=tuple(_with(m, t) for m, t in zip(fitted.models, tensors, strict=False)),
         tokenizer=files,
         rows=None if size == sizes[origin] else size,
+        source=f"{'union, with the ids of ' if wish.source == 'union' else 'that of '}{known[lead].name}, {size} rows",
         vocabulary=None if lead == origin else known[lead].root,
         warnings=tuple(warnings),
     )
