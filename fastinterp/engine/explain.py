@@ -27,7 +27,8 @@ class Explained(Plan):
 def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
     """Plain values, as --json prints them. The plan must have one output."""
     (recipe,), (layout,) = plan.recipes, plan.layouts
-    sidecars = [*copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype), "README.md"]
+    copied = copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype)
+    sidecars = [*sorted(plan.fitted.sidecars(copied)), "README.md"]
     return {
         "method": recipe.method.name,
         "formula": _formula(plan),
@@ -35,6 +36,7 @@ def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
         "seed": recipe.seed,
         "models": [_model(plan, i) for i in range(len(plan.checkpoints))],
         "origin": plan.origin.name,
+        "vocabulary": plan.fitted.source,
         "steps": _steps(plan),
         "must_agree": [t.name for t in plan.tensors if not t.merged and len(t.inputs) > 1],
         "integers_from": recipe.integers,
@@ -243,5 +245,9 @@ def _writes(found: dict[str, Any]) -> list[str]:
     lines += table(rows, "<>>", indent=9)
     small = [*found["sidecars"], *([found["index"]] if found["index"] else [])]
     lines.append(f"         {fit(', '.join(small), WIDTH - 9)}")
-    lines.append(f"         configuration and tokenizer are those of {plain(found['origin'])}")
+    origin, vocabulary = plain(found["origin"]), found["vocabulary"]
+    if vocabulary is None:
+        lines.append(f"         configuration and tokenizer are those of {origin}")
+    else:
+        lines.append(f"         configuration of {origin}, vocabulary: {plain(vocabulary)}")
     return lines

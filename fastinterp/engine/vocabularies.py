@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastinterp.engine.text import fit
 from fastinterp.errors import CheckpointError
-from fastinterp.files.chat import BUILTIN, most_common, template_of, with_template
 from fastinterp.files.checkpoint import Checkpoint
 from fastinterp.files.embedding import RowPlan, RowWish, embeddings, mapped, plan_rows, rows_found, wished_row
 from fastinterp.files.header import MAX_HEADER, Entry
@@ -22,9 +21,10 @@ from fastinterp.files.regular import read_regular
 from fastinterp.files.sidecars import is_tokenizer_file
 from fastinterp.files.strict_json import parse_object
 from fastinterp.files.tied import config_changes, is_tied, ties, vocab_size_of, with_changes
-from fastinterp.files.tokenizer_files import tokenizer_files
-from fastinterp.files.vocabulary import Vocabulary, join, read_vocabulary, rows_of
 from fastinterp.recipe.load import Recipe, same_model
+
+if TYPE_CHECKING:
+    from fastinterp.files.vocabulary import Vocabulary
 
 _CONFIGS = ("config.json", "generation_config.json")
 
@@ -38,6 +38,7 @@ class Fitted:
     template    the output's chat template; None: the one that is in those files
     rows        of the output's embeddings; None: as in the origin
     tied        whether the output has no output layer of its own; None: as the origin's configuration says
+    source      whose vocabulary the output has, for people; None: the origin's as it is
     vocabulary  the folder of the model whose vocabulary the output has, if that is not the origin
     """
 
@@ -47,6 +48,7 @@ class Fitted:
     rows: int | None = None
     tied: bool | None = None
     vocabulary: Path | None = None
+    source: str | None = None
     warnings: tuple[str, ...] = ()
 
     def sidecars(self, files: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
@@ -58,6 +60,8 @@ class Fitted:
         if self.tokenizer is not None:
             found = {n: c for n, c in found.items() if not is_tokenizer_file(n)} | dict(self.tokenizer)
         if self.template is not None:
+            from fastinterp.files.chat import with_template
+
             found = with_template(found, self.template)
         if self.rows is not None or self.tied is not None or self.vocabulary is not None:
             for name in _CONFIGS:
@@ -108,6 +112,9 @@ def _with_vocabulary(
     configs: Sequence[Mapping[str, Any]],
 ) -> Fitted:  # fmt: skip
     """`fitted` with the vocabulary that the recipe asks for."""
+    from fastinterp.files.tokenizer_files import tokenizer_files
+    from fastinterp.files.vocabulary import join, read_vocabulary, rows_of
+
     wish, merged = recipe.tokenizer, len(fitted.models)
     assert wish is not None
     sizes = [_rows(m, t, c) for m, t, c in zip(known, tensors, configs, strict=True)]
@@ -137,6 +144,7 @@ def _with_vocabulary(
         models=tuple(_with(m, t) for m, t in zip(fitted.models, tensors, strict=False)),
         tokenizer=files,
         rows=None if size == sizes[origin] else size,
+        source=f"{'union, with the ids of ' if wish.source == 'union' else 'that of '}{known[lead].name}, {size} rows",
         vocabulary=None if lead == origin else known[lead].root,
         warnings=tuple(warnings),
     )
@@ -196,6 +204,8 @@ def _template(recipe: Recipe, models: Sequence[Checkpoint]) -> str | None:
     wish = recipe.chat_template
     if wish is None:
         return None
+    from fastinterp.files.chat import BUILTIN, most_common, template_of
+
     if wish.kind == "auto":
         return most_common([template_of(m.root) for m in models])
     return BUILTIN[wish.text] if wish.kind == "named" else wish.text

@@ -6,11 +6,14 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.files.header import Entry
 from fastinterp.files.names import quote
-from fastinterp.files.vocabulary import Joined, Vocabulary
+
+if TYPE_CHECKING:
+    from fastinterp.files.vocabulary import Joined, Vocabulary
 
 # What modules with a row per token are called, in the models that transformers and others know.
 _INPUTS = (
