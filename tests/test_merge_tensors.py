@@ -127,6 +127,14 @@ def test_state_dicts(convert):
     assert got["ids"].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_layers_are_found_from_names():
+    """`lines` has a coefficient per layer: the first layer takes nothing of the change, the last one all of it."""
+    names = [f"model.layers.{i}.mlp.weight" for i in range(3)]
+    base, other = {n: np.zeros(4, np.float32) for n in names}, {n: np.ones(4, np.float32) for n in names}
+    got = fastinterp.merge_state_dicts([other], "lines", base=base, parameters={"alpha": 0.0, "beta": 1.0})
+    assert [float(got[n][0]) for n in names] == [0.0, 0.5, 1.0]
+
+
 def test_a_module_takes_the_result():
     torch.manual_seed(0)
     one, two = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
@@ -147,10 +155,12 @@ def test_sidecars_are_arrays():
 
 # --- refusals --------------------------------------------------------------------------------------------------------
 
-X = np.ones(4, np.float32)
+X: Any = np.ones(4, np.float32)
+THREE: Any = 3
+LIST: Any = [X]
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "unknown method": (lambda: fastinterp.merge_tensors([X], "slurp"), MethodError, "unknown merge method `slurp`"),
-    "no name": (lambda: fastinterp.merge_tensors([X], 3), UsageError, "`method` must be text, got 3"),
+    "no name": (lambda: fastinterp.merge_tensors([X], THREE), UsageError, "`method` must be text, got 3"),
     "no base": (
         lambda: fastinterp.merge_tensors([X], "slerp", parameters={"t": 0.5}), MethodError, "`slerp` needs a base",
     ),
@@ -227,7 +237,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         ShapeError, "i is of dtypes int64, float32",
     ),
     "no dict": (
-        lambda: fastinterp.merge_state_dicts([{"a": X}, [X]], "linear", parameters={"weight": 1}), UsageError,
+        lambda: fastinterp.merge_state_dicts([{"a": X}, LIST], "linear", parameters={"weight": 1}), UsageError,
         "state dict 1 must be a mapping of names to tensors, got list",
     ),
 }  # fmt: skip
