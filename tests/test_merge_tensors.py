@@ -28,6 +28,10 @@ WAYS: dict[str, tuple[bool, int, dict[str, Any]]] = {
     "karcher": (False, 3, {}),
     "dare_ties": (True, 3, {"weight": 1.0, "density": [0.5, 0.9, 1.0]}),
     "della": (True, 2, {"weight": 1.0, "density": 0.5, "epsilon": 0.1}),
+    "ties": (True, 3, {"weight": 1.0, "density": [0.5, 0.9, 0.2]}),
+    "breadcrumbs": (True, 2, {"weight": 1.0, "density": 0.5, "gamma": 0.1}),
+    "sce": (True, 3, {"select_topk": 0.5}),
+    "arcee_fusion": (True, 1, {}),
     "ram": (True, 3, {}),
     "nearswap": (True, 1, {"t": 0.01}),
 }

@@ -183,7 +183,7 @@ def test_a_round_sums_what_the_last_one_asked_and_asks_for_what_follows(tmp_path
     ]
 
 
-@pytest.mark.parametrize("name", ["slerp", "halfway", "dare_ties"])
+@pytest.mark.parametrize("name", ["slerp", "halfway", "dare_ties", "ties"])
 def test_files_are_the_same_for_any_threads_and_windows(tmp_path, name, monkeypatch):
     models = finite(2)
     paths = saved(tmp_path, models)
@@ -191,6 +191,7 @@ def test_files_are_the_same_for_any_threads_and_windows(tmp_path, name, monkeypa
         "slerp": {"parameters": {"t": 0.3}},
         "halfway": {},
         "dare_ties": {"weights": [1.0], "parameters": {"density": 0.5}},
+        "ties": {"weights": [1.0], "parameters": {"density": 0.5}},
     }
     asked = recipe(name, paths[1:], base_model=paths[0], rounding="stochastic", seed=3, **ways[name])
     outputs = set()
