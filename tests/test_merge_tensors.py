@@ -28,6 +28,10 @@ WAYS: dict[str, tuple[bool, int, dict[str, Any]]] = {
     "karcher": (False, 3, {}),
     "dare_ties": (True, 3, {"weight": 1.0, "density": [0.5, 0.9, 1.0]}),
     "della": (True, 2, {"weight": 1.0, "density": 0.5, "epsilon": 0.1}),
+    "ties": (True, 3, {"weight": 1.0, "density": [0.5, 0.9, 0.2]}),
+    "breadcrumbs": (True, 2, {"weight": 1.0, "density": 0.5, "gamma": 0.1}),
+    "sce": (True, 3, {"select_topk": 0.5}),
+    "arcee_fusion": (True, 1, {}),
     "ram": (True, 3, {}),
     "nearswap": (True, 1, {"t": 0.01}),
 }
@@ -127,6 +131,14 @@ def test_state_dicts(convert):
     assert got["ids"].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_layers_are_found_from_names():
+    """`lines` has a coefficient per layer: the first layer takes nothing of the change, the last one all of it."""
+    names = [f"model.layers.{i}.mlp.weight" for i in range(3)]
+    base, other = {n: np.zeros(4, np.float32) for n in names}, {n: np.ones(4, np.float32) for n in names}
+    got = fastinterp.merge_state_dicts([other], "lines", base=base, parameters={"alpha": 0.0, "beta": 1.0})
+    assert [float(got[n][0]) for n in names] == [0.0, 0.5, 1.0]
+
+
 def test_a_module_takes_the_result():
     torch.manual_seed(0)
     one, two = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
@@ -147,10 +159,12 @@ def test_sidecars_are_arrays():
 
 # --- refusals --------------------------------------------------------------------------------------------------------
 
-X = np.ones(4, np.float32)
+X: Any = np.ones(4, np.float32)
+THREE: Any = 3
+LIST: Any = [X]
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "unknown method": (lambda: fastinterp.merge_tensors([X], "slurp"), MethodError, "unknown merge method `slurp`"),
-    "no name": (lambda: fastinterp.merge_tensors([X], 3), UsageError, "`method` must be text, got 3"),
+    "no name": (lambda: fastinterp.merge_tensors([X], THREE), UsageError, "`method` must be text, got 3"),
     "no base": (
         lambda: fastinterp.merge_tensors([X], "slerp", parameters={"t": 0.5}), MethodError, "`slerp` needs a base",
     ),
@@ -227,7 +241,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         ShapeError, "i is of dtypes int64, float32",
     ),
     "no dict": (
-        lambda: fastinterp.merge_state_dicts([{"a": X}, [X]], "linear", parameters={"weight": 1}), UsageError,
+        lambda: fastinterp.merge_state_dicts([{"a": X}, LIST], "linear", parameters={"weight": 1}), UsageError,
         "state dict 1 must be a mapping of names to tensors, got list",
     ),
 }  # fmt: skip

@@ -20,8 +20,11 @@ from fastinterp.compute.dtypes import BF16
 from fastinterp.compute.ops import Combine, Tensor
 from fastinterp.compute.requests import Measure, Select, Selected, Steps
 from fastinterp.engine import rounds
+from fastinterp.engine.plan import make_plan
+from fastinterp.engine.run import _carry_out
 from fastinterp.errors import MethodError
 from fastinterp.methods import Each, Method, Sidecar, method
+from fastinterp.recipe.load import load_recipe
 from tests import models as small
 from tests.checkpoints import assert_same, expected, family, read, recipe, saved, write_sparse
 from tests.written import tree
@@ -38,9 +41,10 @@ def halfway(n: int, *, weight: Each[float] = (1.0,)) -> Steps:
 
 @method(base="none", models=(1, 8))
 def calm(n: int, *, weight: Each[float] = (1.0,)) -> Steps:
-    """Asks nothing.     out = ..."""
+    """Asks nothing, unless a weight is below 0.     out = ..."""
+    if min(weight) < 0:
+        yield Measure()
     return Combine(tuple(w / sum(weight) for w in weight), sums_to_one=True)
-    yield
 
 
 @method(base="none", models=(2, 2))
@@ -140,6 +144,21 @@ def test_end_of_the_great_circle_is_the_reference(tmp_path):
             assert_same(expected([*one], Combine((0.0, norm / (1.0 + norm)), base=0)), {name: got[name]})
 
 
+def test_points_of_a_path_share_what_they_ask(tmp_path, seen):
+    """Each has the bytes of a merge of its own, from one measure of both models; alpha 0 asks nothing."""
+    paths = saved(tmp_path, finite(2))
+    asked = [recipe("slerp", paths[1:], base_model=paths[0], parameters={"t": t}) for t in (0.0, 0.25, 0.75)]
+    plan = make_plan([load_recipe(one) for one in asked], max_shard_size=10**9)
+    outs = [tmp_path / f"out{k}" for k in range(3)]
+    keys: dict[str, Any] = {"device": "cpu", "threads": 2, "max_memory": 1 << 29, "force": False, "durable": False}
+    reports = _carry_out(plan, outs, progress=None, **keys)
+    assert reports[0].bytes_read == plan.bytes_read == 2 * floats(finite(2)) + rest(finite(2))
+    assert len(seen) == 2
+    for one, out in zip(asked, outs, strict=True):
+        fastinterp.merge(one, tmp_path / "alone", force=True)
+        assert_same(read(tmp_path / "alone"), read(out))
+
+
 def finite(count: int) -> list[dict[str, Any]]:
     """As family(count), without NaN and Inf, which methods that measure refuse, and without lone elements, whose deltas
     may cancel: then less is read than was foreseen."""
@@ -164,16 +183,17 @@ def test_a_round_sums_what_the_last_one_asked_and_asks_for_what_follows(tmp_path
     ]
 
 
-@pytest.mark.parametrize("name", ["slerp", "halfway", "dare_ties"])
+@pytest.mark.parametrize("name", ["slerp", "halfway", "dare_ties", "ties"])
 def test_files_are_the_same_for_any_threads_and_windows(tmp_path, name, monkeypatch):
     models = finite(2)
     paths = saved(tmp_path, models)
-    keys: dict[str, Any] = {
+    ways: dict[str, dict[str, Any]] = {
         "slerp": {"parameters": {"t": 0.3}},
         "halfway": {},
         "dare_ties": {"weights": [1.0], "parameters": {"density": 0.5}},
-    }[name]
-    asked = recipe(name, paths[1:], base_model=paths[0], rounding="stochastic", seed=3, **keys)
+        "ties": {"weights": [1.0], "parameters": {"density": 0.5}},
+    }
+    asked = recipe(name, paths[1:], base_model=paths[0], rounding="stochastic", seed=3, **ways[name])
     outputs = set()
     for threads, window, held in ((1, 256 << 20, 64 << 20), (2, 1, 64 << 20), (7, 20000, 1)):
         monkeypatch.setattr(rounds, "ROUND_BYTES", window)

@@ -204,9 +204,10 @@ def _reads(found: dict[str, Any]) -> list[str]:
 
 
 def _times(found: dict[str, Any]) -> str:
-    """`each byte once`, or the longest way that a tensor takes: `reads 2x: measure, combine`."""
-    longest: list[str] = max((step["reads"] for step in found["steps"]), key=len, default=[])
-    return "each byte once" if len(longest) < 2 else f"reads {len(longest)}x: {', '.join(longest)}"
+    """`each byte once`, or the way that most bytes take: `reads 2x: measure, combine`."""
+    most = max(found["steps"], key=lambda step: step["bytes_read"], default=None)
+    reads = [] if most is None else most["reads"]
+    return "each byte once" if len(reads) < 2 else f"reads {len(reads)}x: {', '.join(reads)}"
 
 
 def _computes(found: dict[str, Any]) -> list[str]:
@@ -214,6 +215,8 @@ def _computes(found: dict[str, Any]) -> list[str]:
     lines = [f"compute  with one rounding, {how}"]
     for step in found["steps"][:_SHOWN]:
         what = f"copies of {step['out']}" if step["copies"] else f"out = {step['out']}"
+        if len(step["reads"]) > 1:
+            what += f" in {len(step['reads'])} reads"
         lines.append(fit(f"         {counted(step['tensors'], 'tensor')}: {what}", WIDTH))
     if len(found["steps"]) > _SHOWN:
         lines.append(f"         and {len(found['steps']) - _SHOWN} more formulas; --json has them all")

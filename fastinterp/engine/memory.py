@@ -16,6 +16,7 @@ from fastinterp.engine.place import Place, Step
 from fastinterp.engine.rounds import Machine, drive
 from fastinterp.errors import FastinterpError, MethodError, ShapeError, StorageError, UsageError
 from fastinterp.methods import Method, Parameter, Sidecar, find, suggestion
+from fastinterp.recipe.layers import Layers
 
 Arrays = Mapping[str, Any]
 
@@ -148,6 +149,7 @@ class _Merge:
         self._check_names()
         lead = self.inputs[0]
         self.library = library_of(next(iter(lead.values()), None))
+        self.layers = Layers(lead) if len(lead) > 1 else None
         merged = {name: self._views(name) for name, x in lead.items() if self._merges(name)}
         numel = sum(math.prod(views[0][1]) for views in merged.values())
         out = {n: self._empty(n, merged[n][0][2]) if n in merged else self.library.copy(x) for n, x in lead.items()}
@@ -193,7 +195,9 @@ class _Merge:
             seeds=(self.seed,),
         )
         n = len(self.inputs)
-        call = partial(self.method, n, Tensor(name, shape, model_numel=numel), **self.parameters)
+        found = self.layers.place(name) if self.layers else None
+        layer, layers = (None, 0) if found is None else (found[1], found[0].layers)
+        call = partial(self.method, n, Tensor(name, shape, layer, layers, numel), **self.parameters)
         return Asking(place, n, [call])
 
     # --- arguments
