@@ -4,6 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "histogram.h"
 #include "masked.h"
 #include "sums.h"
 #include "survey.h"
@@ -220,6 +221,24 @@ void kept(const Given& given, Step* step) {
                                               step->numel, columns);
 }
 
+void histogram(const Given& given, Step* step) {
+  const int64_t columns = columns_of(given, step->numel), every = given.get<int64_t>("every");
+  OwnScore score = score_of(given.get<py::object>("score"), step->numel / columns);
+  const bool scores = score.score.kind != Score::kNone;
+  if (scores && step->inputs.size() < 2) throw py::value_error("a score has two inputs or more");
+  std::vector<Histogram::Ranked> ranked;
+  for (const auto& [input, low, high, shift] :
+       given.get<std::vector<std::tuple<int, uint32_t, uint32_t, int>>>("ranked")) {
+    if (!scores && (input < 1 || size_t(input) >= step->inputs.size()))
+      throw py::value_error("what is ranked is the delta of none of the inputs");
+    if (low > high || high > kMostMagnitude || shift < 0 || shift > 30) throw py::value_error("no such bracket");
+    ranked.push_back({input, low, high, shift});
+  }
+  if (ranked.empty() || every < 1) throw py::value_error("a histogram needs brackets, and every strip or fewer");
+  step->survey = std::make_shared<Histogram>(given.backend, dtypes_of(*step), step->numel, std::move(ranked), every,
+                                             std::move(score), columns);
+}
+
 // Every kind, and the keys that it may have beside "kind", "inputs", "numel" and "columns", and beside "sinks",
 // "offsets", "out_dtype" and "keys" if it writes.
 struct Kind {
@@ -230,9 +249,13 @@ struct Kind {
 };
 const std::vector<Kind>& kinds() {
   static const std::vector<Kind> all = {
-      {"combine", true, false, combine, {"rows", "per"}}, {"same", true, true, nullptr, {}},
-      {"measure", false, false, measure_inputs, {"per"}}, {"measure_deltas", false, false, measure_deltas, {"per"}},
-      {"divergence", false, false, divergence, {}},       {"masked", true, false, masked, {"masked"}},
+      {"combine", true, false, combine, {"rows", "per"}},
+      {"same", true, true, nullptr, {}},
+      {"measure", false, false, measure_inputs, {"per"}},
+      {"measure_deltas", false, false, measure_deltas, {"per"}},
+      {"histogram", false, false, histogram, {"ranked", "every", "score"}},
+      {"divergence", false, false, divergence, {}},
+      {"masked", true, false, masked, {"masked"}},
       {"kept", false, false, kept, {"keeps", "score"}},
   };
   return all;
@@ -318,8 +341,25 @@ py::object view_of(const std::vector<T>& values, const char* format) {
 
 }  // namespace
 
-py::tuple answer_of(const Answer& answer) {
+py::object answer_of(const Answer& answer) {
+  if (!answer.histograms.empty()) return py::cast(answer.histograms);
   return py::make_tuple(view_of(answer.reals, "d"), view_of(answer.counts, "q"));
+}
+
+void bind_counts(py::module_& m) {
+  py::class_<Counts, std::shared_ptr<Counts>>(m, "Counts", "How many magnitudes of one vector lie where.")
+      .def_readonly("elements", &Counts::elements, "That were looked at.")
+      .def_readonly("above", &Counts::above, "Above the last bin.")
+      .def_readonly("zero", &Counts::zero, "That are 0, in a bin or not.")
+      .def_property_readonly(
+          "bins", [](const Counts& c) { return view_of(std::vector<uint64_t>(c.bins(), c.bins() + c.size()), "Q"); },
+          "A copy: u64[bins] as a memoryview.")
+      .def(
+          "add", [](Counts& c, const Counts& other) { c.add(other); }, py::arg("other"),
+          "Add another tensor's counts. Raises: ValueError, if those have other bins.")
+      .def("rank", &Counts::rank, py::arg("k"),
+           "The bin of the k-th largest in bins, and how many are in it or above; (-1, all) if those are fewer.")
+      .def("at_least", &Counts::at_least, py::arg("first"), "How many are in bin `first` or above.");
 }
 
 }  // namespace fi

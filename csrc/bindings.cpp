@@ -8,6 +8,7 @@
 
 #include "bind_steps.h"
 #include "cpu/backend.h"
+#include "histogram.h"
 #include "memory.h"
 #include "pump.h"
 
@@ -142,7 +143,7 @@ py::list stats_of(const fi::Pump& pump) {
 py::list answers_of(const fi::Pump& pump) {
   py::list answers;
   for (const fi::Step& step : pump.steps())
-    answers.append(step.survey ? py::object(fi::answer_of(step.survey->answer())) : py::none());
+    answers.append(step.survey ? fi::answer_of(step.survey->answer()) : py::none());
   return answers;
 }
 
@@ -153,6 +154,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_INPUTS") = fi::kMaxInputs;
   m.attr("MAX_OUTPUTS") = fi::kMaxOutputs;
   m.attr("CHUNK") = fi::kChunk;
+  m.attr("STRIP") = fi::kStrip;
 
   m.def(
       "isas",
@@ -192,6 +194,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cached_fraction", &fi::cached_fraction, py::arg("fd"), py::arg("size"),
         "Fraction of a file in the page cache, from 64 sampled pages; -1 if unknown.");
 
+  fi::bind_counts(m);
   py::class_<fi::Pump>(m, "Pump", "Reads, combines and writes steps on threads of its own.")
       .def(py::init(&make_pump), py::arg("isa"), py::arg("sources"), py::arg("sinks"), py::arg("steps"), py::kw_only(),
            py::arg("threads"), py::arg("write_bytes"), py::arg("read_bytes"), py::arg("stochastic"),

@@ -126,6 +126,8 @@ struct DivergenceArgs {
   double top[2], totals[2], sums[2];
 };
 
+constexpr uint32_t kMostMagnitude = 0x7fffffffu;  // as float32 bits: that of every NaN
+
 // Which elements of a delta are kept: those whose magnitude, as float32 bits, is in least..most and whose random word
 // is below a limit. That runs from `lo` for the smallest magnitude of a row to `hi`, 0..kWords; kWords draws no word.
 constexpr uint64_t kWords = 1ull << 32;
@@ -205,6 +207,28 @@ struct KeptArgs {
 
 FI_INLINE int64_t kept_scratch(int n) { return kChunk * (8 * n + n + 1); }
 
+// Where magnitudes, as float32 bits, are counted: bin (magnitude - low) >> shift, if it is in low..high.
+struct Bracket {
+  int input;  // whose delta from x[0] is ranked; ignored where a score is
+  uint32_t low, high;
+  int shift;
+  uint32_t hot;         // the kernel's guess at the bin that is hit most; 0 at first
+  uint32_t* bins;       // added to
+  int64_t above, zero;  // added to: magnitudes above high, and those that are 0, wherever the bracket lies
+};
+
+struct HistogramArgs {
+  const void* const* x;  // n inputs, `numel` elements each, any alignment
+  const DType* in;
+  int n, n_brackets;
+  bool wide;           // compute in float64; needed when any input is F64
+  const Score* score;  // what is ranked, or null: deltas
+  int64_t columns;     // length of a row of the tensor
+  Bracket* brackets;   // those of one input next to each other
+  int64_t numel;       // elements in this call, less than 2^32 until the bins are emptied
+  int64_t first;       // index, in the tensor, of this call's first element
+};
+
 struct Backend {
   const char* name;
   bool (*usable)();
@@ -216,6 +240,7 @@ struct Backend {
   void (*masked)(const MaskedArgs&);
   void (*ranked)(const RankArgs&);
   void (*kept)(const KeptArgs&);
+  void (*histogram)(const HistogramArgs&);
 };
 
 }  // namespace fi

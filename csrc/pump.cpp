@@ -253,6 +253,7 @@ void Pump::prefetch(size_t block) const {
     for (size_t i = blocks_[b].begin; i < blocks_[b].end; ++i) {
       const Piece& piece = pieces_[i];
       const Step& step = steps_[size_t(piece.step)];
+      if (step.survey && !step.survey->reads_all()) continue;
       const Inputs inputs(sources_, step, nullptr);
       for (size_t input = 0; input < step.inputs.size(); ++input) inputs.prefetch(input, piece.first, piece.count);
     }

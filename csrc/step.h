@@ -28,6 +28,7 @@ struct Operand {
   std::shared_ptr<const RowMap> gathered;  // instead of source and offset
 };
 
+class Counts;
 class Survey;
 class Sum;
 
@@ -85,6 +86,7 @@ class Sum {
 struct Answer {
   std::vector<double> reals;
   std::vector<int64_t> counts;
+  std::vector<std::shared_ptr<Counts>> histograms = {};
 };
 
 // A read of the inputs that writes nothing. A thread takes a piece of the tensor at a time.
@@ -94,6 +96,8 @@ class Survey {
   // Elements of a piece: piece i begins at element i * piece(), and only the last one may be shorter.
   virtual int64_t piece() const = 0;
   virtual int64_t scratch_bytes() const = 0;  // of one thread
+  // Whether every element is looked at, so that reading ahead of the work helps.
+  virtual bool reads_all() const { return true; }
   // Looks at the elements [first, first + count), one piece. From several threads at once, in any order, each piece
   // once.
   virtual void run(const Inputs& inputs, int64_t first, int64_t count, char* scratch) = 0;

@@ -6,6 +6,7 @@ from typing import Any
 MAX_INPUTS: int
 MAX_OUTPUTS: int
 CHUNK: int
+STRIP: int
 
 # pivot, total, [(input, weight)]
 _Row = tuple[int, float, list[tuple[int, float]]]
@@ -33,10 +34,21 @@ def combine(
 def reserve(fd: int, size: int) -> None: ...
 def cached_fraction(fd: int, size: int) -> float: ...
 
+class Counts:
+    elements: int  # that were looked at
+    above: int  # the last bin
+    zero: int  # magnitudes that are 0, in a bin or not
+    @property
+    def bins(self) -> memoryview: ...
+    def add(self, other: Counts) -> None: ...
+    def rank(self, k: int) -> tuple[int, int]: ...
+    def at_least(self, first: int) -> int: ...
+
 class Pump:
     """Steps are dicts:
 
-    kind       "combine", "masked", "same" (bytes that must agree), "kept", "measure", "measure_deltas" or "divergence"
+    kind       "combine", "masked", "same" (bytes that must agree), "kept", "measure", "measure_deltas", "divergence" or
+               "histogram"
     inputs     [(source, byte offset, dtype code)]; or with rows gathered from parts that count as lying one behind the
                other, -1 for a row of zeros: ([(source, byte offset, rows of the part)], dtype code, i64[rows])
     numel      elements; bytes of "same"
@@ -48,7 +60,10 @@ class Pump:
                [(pivot, f64[groups], [input], f64[groups * inputs])], all weights of a group together
     masked     of "masked": one dict per output, as compute/masked.py makes them
     keeps, score
-               of "kept", made there, too
+               of "kept", made there, too; the score also of "histogram", where it is ranked instead of deltas
+    ranked     of "histogram": [(input, low, high, shift)], magnitudes low..high are counted in bin
+               (magnitude - low) >> shift
+    every      of "histogram": strip s of the tensor, STRIP elements, is looked at iff s % every == 0
 
     i64 and f64 are contiguous buffers: array, memoryview, numpy, bytes.
 
@@ -56,7 +71,7 @@ class Pump:
     upper triangle of the Gram matrix row by row, then the L1 norms; and the counts of elements that are not 0; of one
     group after the other. Of the divergence: one number per row, and nothing. Of "kept": the L1 norm of each delta, 0
     for input 0, then of what is kept of it, then the sum of squares of that; and how many elements are kept, then how
-    many of them another delta keeps, too.
+    many of them another delta keeps, too. Of "histogram": a list of Counts, one for each entry of `ranked`.
     """
 
     def __init__(

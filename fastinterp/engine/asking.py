@@ -182,7 +182,7 @@ def _histogram(request: Select, asked: Any, place: Place, n: int) -> Step:
     share = elements_read(asked, place.numel) / place.numel
     read = range(n) if request.score else {0, *asked.vectors}
     nbytes = round(share * sum(place.nbytes[i] for i in read))
-    return Step(place.name, {**native, "inputs": list(place.operands[:n])}, nbytes, 8 * asked.bins)
+    return Step(place.name, {**native, **place.reading(range(n))}, nbytes, 8 * asked.bins)
 
 
 class Groups(Sequence[Measured]):

@@ -10,7 +10,7 @@ from typing import Any
 from fastinterp.engine.text import fit
 from fastinterp.errors import CheckpointError
 from fastinterp.files.checkpoint import Checkpoint
-from fastinterp.files.sidecars import is_sidecar, needs_code
+from fastinterp.files.sidecars import is_tokenizer_file, needs_code
 from fastinterp.files.strict_json import parse_object
 
 CONFIG = "config.json"
@@ -22,22 +22,23 @@ _LARGE = 4 << 20  # bytes; no config.json is
 _KEYS = (
     "model_type", "vocab_size", "hidden_size", "hidden_act", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_parameters",
-    "tie_word_embeddings", "sliding_window", "rope_scaling",
+    "sliding_window", "rope_scaling",
 )  # fmt: skip
 _OFF_IF_ABSENT = ("sliding_window", "rope_scaling")
 
 
-def warnings_about(checkpoints: Sequence[Checkpoint], origin: Checkpoint) -> tuple[str, ...]:
+def warnings_about(checkpoints: Sequence[Checkpoint], origin: Checkpoint, vocabulary: bool = False) -> tuple[str, ...]:
     """A line for each thing that the user should know of the files that come from `origin`: what to do is in it.
 
+    vocabulary  the recipe says what becomes of it, so tokenizers may differ
     Raises: CheckpointError, if the config.json of `origin` is damaged. Those of the others are only compared.
     """
     seen = {origin.root}
     others = [c for c in checkpoints if not (c.root in seen or seen.add(c.root))]  # type: ignore[func-returns-value]
     config = _config(origin)
-    found = [*_missing(origin, others), *_tokenizers(origin, others)]
+    found = [*_missing(origin, others), *([] if vocabulary else _tokenizers(origin, others))]
     if config is not None:
-        found += _configs(origin, config, others)
+        found += _configs(origin, config, others, {"vocab_size"} if vocabulary else set())
     if needs_code(origin):  # it is never copied, let alone run
         found.append(f"{CONFIG} names code of the model's own (auto_map). Copy its .py files from {origin.name}")
     return tuple(found)
@@ -70,13 +71,15 @@ def _tokenizers(origin: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
     )
 
 
-def _configs(origin: Checkpoint, config: dict[str, Any], others: Sequence[Checkpoint]) -> list[str]:
+def _configs(
+    origin: Checkpoint, config: dict[str, Any], others: Sequence[Checkpoint], may_differ: set[str]
+) -> list[str]:
     groups: dict[str, list[str]] = {}
     found = []
     for other in others:
         try:
             theirs = _config(other)
-            differing = [] if theirs is None else _differences(config, theirs)
+            differing = [] if theirs is None else _differences(config, theirs, may_differ)
         except (CheckpointError, RecursionError):
             found.append(f"{CONFIG} of {other.name} cannot be read, so it is not known whether that model fits")
             continue
@@ -89,7 +92,7 @@ def _configs(origin: Checkpoint, config: dict[str, Any], others: Sequence[Checkp
     )
 
 
-def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+def _differences(ours: dict[str, Any], theirs: dict[str, Any], may_differ: set[str]) -> list[str]:
     """`vocab_size 32000 and 32016` for each key, at the top and in text_config."""
     found = []
     for prefix in ("", "text_config."):
@@ -98,7 +101,7 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
             continue
         for key in _KEYS:
             x, y = a.get(key), b.get(key)
-            if x != y and ((x is not None and y is not None) or key in _OFF_IF_ABSENT):
+            if x != y and key not in may_differ and ((x is not None and y is not None) or key in _OFF_IF_ABSENT):
                 found.append(f"{prefix}{key} {fit(str(x), 40)} and {fit(str(y), 40)}")
     return found
 
@@ -124,8 +127,7 @@ def _names(checkpoint: Checkpoint) -> set[str]:
 
 
 def _tokenizer_files(checkpoint: Checkpoint) -> set[str]:
-    """The sidecars that are no configuration of model, generation or processor."""
-    return {n for n in _names(checkpoint) if is_sidecar(n) and (n == "tokenizer_config.json" or "config." not in n)}
+    return {n for n in _names(checkpoint) if is_tokenizer_file(n)}
 
 
 def _same_bytes(a: Path, b: Path) -> bool:

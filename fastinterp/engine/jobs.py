@@ -8,6 +8,7 @@ from typing import Any
 
 from fastinterp.compute.ops import Row
 from fastinterp.engine.place import Place, Step
+from fastinterp.engine.sources import dtype_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,4 +55,4 @@ class Job:
 
 def is_copy(place: Place, row: Row) -> bool:
     """Whether a sum has the bytes of an input."""
-    return row.is_copy and place.operands[row.pivot][2] == place.out_dtype
+    return row.is_copy and dtype_code(place.operands[row.pivot]) == place.out_dtype

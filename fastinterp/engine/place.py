@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastinterp.compute.ops import Row
+from fastinterp.engine.sources import Operand, gathers
 from fastinterp.errors import MethodError
 from fastinterp.methods import LARGEST
 
@@ -31,7 +32,7 @@ class Step:
 class Place:
     """Where a tensor's inputs are and its outputs go.
 
-    operands        of each input, as the sums number them: source, byte offset, dtype code
+    operands        of each input, as the sums number them
     nbytes          of each input
     out_dtype       dtype code of all outputs
     out_bytes       of one output
@@ -42,7 +43,7 @@ class Place:
 
     name: str
     shape: tuple[int, ...]
-    operands: tuple[tuple[int, int, int], ...]
+    operands: tuple[Operand, ...]
     nbytes: tuple[int, ...]
     out_dtype: int
     out_bytes: int
@@ -62,14 +63,14 @@ class Place:
 
     def asking(self, kind: str, inputs: Sequence[int], **keys: Any) -> Step:
         """A step that reads these inputs and answers."""
-        native = {"kind": kind, "inputs": [self.operands[i] for i in inputs], "numel": self.numel, **keys}
+        native = {"kind": kind, **self.reading(inputs), "numel": self.numel, **keys}
         return Step(self.name, native, sum(self.nbytes[i] for i in inputs))
 
     def writing(self, kind: str, inputs: Sequence[int], outputs: Sequence[int], **keys: Any) -> Step:
         """A step that reads these inputs and writes these of the outputs."""
         native = {
             "kind": kind,
-            "inputs": [self.operands[i] for i in inputs],
+            **self.reading(inputs),
             "numel": self.numel,
             "sinks": [self.sinks[k] for k in outputs],
             "offsets": [self.offsets[k] for k in outputs],
@@ -79,6 +80,11 @@ class Place:
         if self.keys:
             native["keys"] = [self.keys[k] for k in outputs]
         return Step(self.name, native, sum(self.nbytes[i] for i in inputs) + self.out_bytes * len(outputs))
+
+    def reading(self, inputs: Sequence[int]) -> dict[str, Any]:
+        """Which they are; and the length of a row, if rows of any of them are gathered."""
+        operands = [self.operands[i] for i in inputs]
+        return {"inputs": operands, "columns": self.columns} if gathers(operands) else {"inputs": operands}
 
     def combine(self, rows: Sequence[Row], outputs: Sequence[int]) -> Step:
         """The step that writes these outputs, each the sum that its row says."""

@@ -16,6 +16,7 @@ from fastinterp.compute.ops import MAX_OUTPUTS, NUMERICS, Combine
 from fastinterp.engine.companions import warnings_about
 from fastinterp.engine.tensors import PlannedTensor, plan_tensors, sidecar_names
 from fastinterp.engine.text import counted, size
+from fastinterp.engine.vocabularies import Fitted, fit_models
 from fastinterp.errors import UsageError
 from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
 from fastinterp.files.layout import Layout, make_layout
@@ -33,6 +34,7 @@ class Plan:
     checkpoints  the models of the recipe, in its order, then side-cars
     origin       the checkpoint that configuration and tokenizer come from
     layouts      one per output: equal but for the metadata in their headers
+    fitted       what becomes of the files beside the weights, where vocabularies or tied embeddings differ
     warnings     about the files beside the weights: what is copied, and may not fit
     """
 
@@ -41,6 +43,7 @@ class Plan:
     origin: Checkpoint
     tensors: tuple[PlannedTensor, ...]
     layouts: tuple[Layout, ...]
+    fitted: Fitted
     warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -86,8 +89,9 @@ def make_plan(recipes: Sequence[Recipe], *, max_shard_size: int) -> Plan:
     for name in (*first.models, first.origin):
         if not any(same_model(name, known) for known in opened):
             opened[name] = open_checkpoint(name)
-    models = tuple(opened[name] for name in first.models)
     origin = next(c for name, c in opened.items() if same_model(name, first.origin))
+    fitted = fit_models(first, [opened[name] for name in first.models], origin)
+    models = fitted.models
     points = [targets(recipe, [c.tensors for c in models]) for recipe in recipes]
     sidecars = {name: open_checkpoint(name) for name in sidecar_names(points[0], first.method)}
     tensors = plan_tensors(recipes, points, models, sidecars, origin)
@@ -95,8 +99,8 @@ def make_plan(recipes: Sequence[Recipe], *, max_shard_size: int) -> Plan:
         make_layout([(t.name, t.dtype, t.shape) for t in tensors], _metadata(recipe, k, tensors), max_shard_size)
         for k, recipe in enumerate(recipes)
     )
-    warnings = warnings_about(models, origin)
-    return Plan(tuple(recipes), (*models, *sidecars.values()), origin, tensors, layouts, warnings)
+    warnings = (*fitted.warnings, *warnings_about(models, origin, fitted.tokenizer is not None))
+    return Plan(tuple(recipes), (*models, *sidecars.values()), origin, tensors, layouts, fitted, warnings)
 
 
 def _metadata(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor]) -> dict[str, str]:

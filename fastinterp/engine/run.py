@@ -239,7 +239,8 @@ def _carry_out(
 
 
 def _write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: bytes | None, index_name: str) -> None:
-    for name, content in copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype).items():
+    copied = copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype)
+    for name, content in plan.fitted.sidecars(copied).items():
         folder.write(name, content)
     folder.write("README.md", model_card(recipe.text, recipe.models, recipe.method.name, __version__).encode())
     if index is not None:

@@ -94,7 +94,7 @@ def run(
     window = make_window(plan, workers, max_memory)
     with ExitStack() as stack:
         reads = ((i, e) for t in plan.tensors for i, e in zip(t.inputs, t.entries, strict=True))
-        sources = Sources(plan.checkpoints, reads, stack, outputs=sum(map(len, outputs)))
+        sources = Sources(plan.checkpoints, reads, stack, sum(map(len, outputs)), outputs[0][0].parent)
         sinks = _Sinks(plan, outputs, stack)
         recipe = plan.recipes[0]
         settings = {

@@ -12,9 +12,14 @@ from typing import Any
 from fastinterp.compute.pump import cached_fraction
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.files.checkpoint import Checkpoint, changed_since
+from fastinterp.files.embedding import MappedEntry
 from fastinterp.files.header import Entry
 
 _SPARE_FDS = 64  # for everything that is neither input nor output
+
+
+# (source, byte offset, dtype code); gathered: ([(source, byte offset, rows)], dtype code, i64[rows of the output]).
+Operand = tuple[Any, Any, Any]
 
 
 class Sources:
@@ -22,30 +27,59 @@ class Sources:
 
     reads    (checkpoint, entry) of every tensor that will be read
     outputs  files that will be open for writing at the same time
+    scratch  folder for the rows of embeddings that are moved; None: the system's for temporary files
     Raises: StorageError, if a file cannot be opened.
     """
 
     def __init__(
-        self, checkpoints: Sequence[Checkpoint], reads: Iterable[tuple[int, Entry]], stack: ExitStack, outputs: int = 0
+        self,
+        checkpoints: Sequence[Checkpoint],
+        reads: Iterable[tuple[int, Entry]],
+        stack: ExitStack,
+        outputs: int = 0,
+        scratch: Path | None = None,
     ):
-        needed = sorted({(i, entry.file) for i, entry in reads})
-        _allow_files(len(needed) + outputs)
+        every = list(reads)
+        moved = {_moved_key(i, e): (i, e) for i, e in every if isinstance(e, MappedEntry)}
+        needed = [checkpoints[i].files[f] for i, f in sorted({(i, e.file) for i, e in every})]
+        needed += [place[0] for _, e in moved.values() for m in e.models if (place := e.sources[m])]
+        needed = list(dict.fromkeys(needed))
+        _allow_files(len(needed) + len(moved) + outputs)
         self.paths: list[Path] = []
         self.fds: list[int] = []
         self._checkpoints = checkpoints
-        self._number: dict[tuple[int, int], int] = {}
-        for checkpoint, file in needed:
-            path = checkpoints[checkpoint].files[file]
+        self._number: dict[Path, int] = {}
+        for path in needed:
             with storage(path):
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, fd)
-            self._number[checkpoint, file] = len(self.fds)
-            self.fds.append(fd)
-            self.paths.append(path)
+            self._number[path] = self._add(fd, path)
+        self._moved = {
+            key: self._gathered(e, checkpoints[i].files[e.file], scratch, stack) for key, (i, e) in moved.items()
+        }
 
-    def operand(self, checkpoint: int, entry: Entry) -> tuple[int, int, int]:
-        """A tensor as the pump takes it: source, byte offset, dtype code."""
-        return self._number[checkpoint, entry.file], entry.start, entry.dtype.code or 0
+    def _add(self, fd: int, path: Path) -> int:
+        self.fds.append(fd)
+        self.paths.append(path)
+        return len(self.fds) - 1
+
+    def _gathered(self, entry: MappedEntry, path: Path, scratch: Path | None, stack: ExitStack) -> Operand:
+        from fastinterp.engine.gather import gather
+
+        with storage(scratch or Path("a temporary file")):
+            found = gather(entry, scratch, stack)
+        made = None if found.made is None else self._add(found.made, path)
+        code = entry.dtype.code or 0
+        if found.rows is None:
+            return made or 0, 0, code
+        parts = [(self._number[path], start, rows) for path, start, rows in found.parts]
+        return parts + ([] if made is None else [(made, 0, found.made_rows)]), code, found.rows
+
+    def operand(self, checkpoint: int, entry: Entry) -> Operand:
+        """A tensor as the pump takes it."""
+        if isinstance(entry, MappedEntry):
+            return self._moved[_moved_key(checkpoint, entry)]
+        return self._number[self._checkpoints[checkpoint].files[entry.file]], entry.start, entry.dtype.code or 0
 
     def cached(self) -> bool:
         """Whether all files are known to be in the page cache, so that nothing need be read ahead."""
@@ -70,6 +104,21 @@ class Sources:
             "read. Try again when it rests",
             file=str(self.paths[source]),
         )
+
+
+def gathers(operands: Iterable[Operand]) -> bool:
+    """Whether any of them names rows, so that a step must say how long they are (`columns`)."""
+    return any(isinstance(first, list) for first, _, _ in operands)
+
+
+def dtype_code(operand: Operand) -> int:
+    code: int = operand[1] if gathers([operand]) else operand[2]
+    return code
+
+
+def _moved_key(checkpoint: int, entry: MappedEntry) -> tuple[int, int, int]:
+    """Tensors that are one in the file, as tied ones are, are moved once."""
+    return checkpoint, entry.file, entry.start
 
 
 @contextmanager

@@ -12,11 +12,16 @@ from fastinterp.compute.ops import Combine, Row, Tensor
 from fastinterp.engine.place import check_coefficients, renumbered
 from fastinterp.errors import MethodError, ShapeError, UsageError
 from fastinterp.files.checkpoint import Checkpoint
+from fastinterp.files.embedding import named_as_embedding
 from fastinterp.files.header import Entry
 from fastinterp.methods import Method, Sidecar
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.targets import Target
 
+_VOCABULARIES = (
+    "The vocabularies differ in size: say which one the output has, `tokenizer_source: base` or "
+    "`tokenizer_source: union`"
+)
 _SHOWN = 5  # differences that a message lists before it only counts them
 
 
@@ -245,7 +250,7 @@ def _summed(
 
 def _check_fit(targets: Sequence[Target], models: Sequence[Checkpoint]) -> None:
     """All inputs of a tensor must have its shape, and merge or not as the first does."""
-    shapes, kinds = [], []
+    shapes, kinds, only_rows = [], [], True
     for target in targets:
         (first, name), *others = target.inputs
         lead, a = models[first], models[first].tensors[name]
@@ -253,10 +258,11 @@ def _check_fit(targets: Sequence[Target], models: Sequence[Checkpoint]) -> None:
             b = models[i].tensors[its]
             if a.shape != b.shape:
                 shapes.append(f"{its} is {list(a.shape)} in {lead.name} but {list(b.shape)} in {models[i].name}")
+                only_rows &= named_as_embedding(name) and a.shape[1:] == b.shape[1:]
             elif a.dtype != b.dtype and not (a.dtype.merges and b.dtype.merges):
                 kinds.append(f"{its} is {a.dtype} in {lead.name} but {b.dtype} in {models[i].name}")
     if shapes:
-        raise ShapeError(f"{_listed(shapes)}. Only tensors of the same shape merge")
+        raise ShapeError(f"{_listed(shapes)}. {_VOCABULARIES if only_rows else 'Only tensors of the same shape merge'}")
     if kinds:
         raise ShapeError(f"{_listed(kinds)}. Only F64, F32, F16, BF16 and F8 tensors merge; others must agree")
 

@@ -40,6 +40,11 @@ def is_sidecar(name: str) -> bool:
     return not name.endswith(_NEVER) and any(fnmatchcase(name, p) for p in _PATTERNS)
 
 
+def is_tokenizer_file(name: str) -> bool:
+    """True for a sidecar that is no configuration of model, generation or processor."""
+    return is_sidecar(name) and (name == "tokenizer_config.json" or "config." not in name)
+
+
 def copy_sidecars(source: Checkpoint, dtype: DType | None = None) -> dict[str, bytes | Path]:
     """The sidecars of `source`, by name: the path to copy, or new content.
 

@@ -103,7 +103,10 @@ class Recipe:
         Where the coefficients are not known beforehand, or differ by tensor, it is the method's own formula.
         """
         if self.coefficients is None:
-            out = self.method.doc.partition("\n")[0].partition("out = ")[2] or f"{self.method.name}(x0, x1, ...)"
+            out = (
+                self.method.doc.partition("out = ")[2].partition("\n")[0].partition("  ")[0]
+                or f"{self.method.name}(x0, x1, ...)"
+            )
             return "\n".join([f"out = {out}", *(f"x{i} = {name}" for i, name in enumerate(self.models))])
         weights, base = self.coefficients.weights, self.coefficients.base
         terms = [(w, f"x{i}" if base is None else f"(x{i} - x{base})") for i, w in enumerate(weights) if w != 0.0]
