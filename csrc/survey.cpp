@@ -11,6 +11,8 @@ constexpr int64_t kPiece = 16 * kChunk;           // elements that a thread take
 constexpr int64_t kRawBytes = kChunk * 8 + 4096;  // of one chunk of one input, as stored
 constexpr int64_t kBlockBytes = 256 << 10;        // of one input, that is read for a block of columns
 
+constexpr DivergenceArgs::Pass kPasses[] = {DivergenceArgs::kTop, DivergenceArgs::kPowers, DivergenceArgs::kTerms};
+
 int64_t pieces(int64_t numel, int64_t size) { return (numel + size - 1) / size; }
 
 // Whole rows, as many as make a piece.
@@ -232,34 +234,61 @@ int64_t Divergence::piece() const { return row_piece(columns_); }
 int64_t Divergence::scratch_bytes() const { return 2 * (kRawBytes + kChunk * 8); }
 
 void Divergence::run(const Inputs& inputs, int64_t first, int64_t count, char* scratch) {
-  for (int64_t done = 0; done < count; done += columns_)
-    found_[size_t((first + done) / columns_)] = row(inputs, first + done, scratch);
+  const int64_t together = kChunk / columns_ * columns_;  // short rows are read together
+  for (int64_t done = 0; done < count;) {
+    double* const found = &found_[size_t((first + done) / columns_)];
+    if (together == 0) {
+      *found = long_row(inputs, first + done, scratch);
+      done += columns_;
+      continue;
+    }
+    const int64_t here = std::min(together, count - done);
+    const void* x[2];
+    for (size_t i = 0; i < 2; ++i) x[i] = inputs.get(i, first + done, here, scratch + kRawBytes * int64_t(i));
+    DivergenceArgs args = arguments(scratch);
+    args.numel = columns_;
+    args.kept = true;
+    for (int64_t row = 0; row < here / columns_; ++row) {
+      for (size_t i = 0; i < 2; ++i) {
+        args.x[i] = static_cast<const char*>(x[i]) + row * columns_ * size_of(dtypes_[i]);
+        args.top[i] = -HUGE_VAL;
+      }
+      for (const auto pass : kPasses) {
+        args.pass = pass;
+        backend_.divergence(args);
+        std::copy(args.sums, args.sums + 2, args.totals);
+      }
+      found[row] = args.sums[0];
+    }
+    done += here;
+  }
 }
 
-double Divergence::row(const Inputs& inputs, int64_t first, char* scratch) const {
+DivergenceArgs Divergence::arguments(char* scratch) const {
   DivergenceArgs args{};
   args.in[0] = dtypes_[0];
   args.in[1] = dtypes_[1];
   args.scratch = reinterpret_cast<double*>(scratch + 2 * kRawBytes);
-  args.kept = columns_ <= kChunk;
   args.top[0] = args.top[1] = -HUGE_VAL;
-  const auto read = [&](int64_t done) {
-    args.numel = std::min(kChunk, columns_ - done);
-    for (size_t i = 0; i < 2; ++i)
-      args.x[i] = inputs.get(i, first + done, args.numel, scratch + kRawBytes * int64_t(i));
-  };
+  return args;
+}
+
+// A row of more than one chunk.
+double Divergence::long_row(const Inputs& inputs, int64_t first, char* scratch) const {
+  DivergenceArgs args = arguments(scratch);
   std::vector<double> sums;
-  for (const auto pass : {DivergenceArgs::kTop, DivergenceArgs::kPowers, DivergenceArgs::kTerms}) {
+  for (const auto pass : kPasses) {
     args.pass = pass;
     sums.clear();
     for (int64_t done = 0; done < columns_; done += kChunk) {
-      if (pass == DivergenceArgs::kTop || !args.kept) read(done);
+      args.numel = std::min(kChunk, columns_ - done);
+      for (size_t i = 0; i < 2; ++i)
+        args.x[i] = inputs.get(i, first + done, args.numel, scratch + kRawBytes * int64_t(i));
       backend_.divergence(args);
       sums.insert(sums.end(), args.sums, args.sums + 2);
     }
     fold_chunks(2, &sums);
-    args.totals[0] = sums[0];
-    args.totals[1] = sums[1];
+    std::copy(sums.begin(), sums.end(), args.totals);
   }
   return sums[0];
 }

@@ -89,7 +89,8 @@ class Divergence : public Survey {
   Answer answer() const override { return {found_, {}}; }
 
  private:
-  double row(const Inputs& inputs, int64_t first, char* scratch) const;
+  DivergenceArgs arguments(char* scratch) const;
+  double long_row(const Inputs& inputs, int64_t first, char* scratch) const;
 
   const Backend& backend_;
   const std::vector<DType> dtypes_;

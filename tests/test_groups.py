@@ -325,3 +325,15 @@ def test_bytes_are_coefficients_too():
     }  # fmt: skip
     run([x.view(np.uint8)], (F32,), [out.view(np.uint8)], step)
     assert out.tolist() == [0, 2, 4, 9, 12, 15]
+
+
+def test_tensors_without_rows():
+    """No rows to answer for; a column without rows sums to 0."""
+    nothing = np.zeros(0, np.uint8)
+    for step, reals, counts in (
+        ({"kind": "measure", "per": "row"}, 0, 0),
+        ({"kind": "measure", "per": "column"}, 4 * 5, 4 * 2),
+        ({"kind": "divergence"}, 0, 0),
+    ):
+        (answer,) = run([nothing, nothing], (F32, BF16), [], step | {"columns": 4}).answers()
+        assert [list(part) for part in answer] == [[0] * reals, [0] * counts]
