@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 NUMERICS = 1  # version of the numeric contract; changing any output bit bumps it
-MAX_INPUTS, MAX_OUTPUTS = 64, 16  # of one combine; the same numbers stand in csrc/ops.h
+MAX_INPUTS, MAX_OUTPUTS = 64, 256  # of one combine; the same numbers stand in csrc/ops.h
 
 
 @dataclass(frozen=True, slots=True)

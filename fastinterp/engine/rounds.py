@@ -8,7 +8,7 @@ from the page cache. Where no tensor asks anything, all of them are one round.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fastinterp.compute.pump import Progress, Pump, watch
@@ -74,12 +74,23 @@ class Machine:
 
 def drive(jobs: Sequence[Job], machine: Machine) -> None:
     """Carry out all jobs, in their order: that of the output files."""
+    for _ in finishing(jobs, machine):
+        pass
+
+
+def finishing(jobs: Sequence[Job], machine: Machine, small: bool = False) -> Iterator[list[Job]]:
+    """The same; yields after every round the jobs that it finished.
+
+    small  a round is for ROUND_BYTES of inputs even if their tensors ask nothing
+    """
     waiting = deque(jobs)
     running: deque[Job] = deque()
     while True:
-        running += _admitted(waiting)
+        running += _admitted(waiting, small)
         if running:
-            running.extend(job for job in _round(running, machine) if not (job.done or job.whole))
+            taken = _round(running, machine)
+            running.extend(job for job in taken if not (job.done or job.whole))
+            yield [job for job in taken if job.done]
             continue
         resting = [job for job in jobs if not job.done]
         if not resting:
@@ -88,13 +99,15 @@ def drive(jobs: Sequence[Job], machine: Machine) -> None:
         waiting.extend(resting)
 
 
-def _admitted(waiting: deque[Job]) -> list[Job]:
+def _admitted(waiting: deque[Job], small: bool) -> list[Job]:
     """The jobs that enter a round: as many as have ROUND_BYTES of inputs together, at least one if any waits."""
     taken: list[Job] = []
     nbytes = 0
-    while waiting and (not taken or nbytes + waiting[0].cost <= ROUND_BYTES):
+    while waiting:
+        nbytes += sum(waiting[0].place.nbytes) if small else waiting[0].cost
+        if taken and nbytes > ROUND_BYTES:
+            break
         taken.append(waiting.popleft())
-        nbytes += taken[-1].cost
     return taken
 
 

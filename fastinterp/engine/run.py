@@ -58,10 +58,10 @@ def merge(
     The output appears when all of it is written, or not at all.
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
-    asked = _overridden(load_recipe(recipe), dtype, rounding, seed)
-    plan = make_plan([asked], max_shard_size=_size(max_shard_size))
+    asked = overridden(load_recipe(recipe), dtype, rounding, seed)
+    plan = make_plan([asked], max_shard_size=size_of(max_shard_size))
     return _carry_out(
-        plan, [_path(out, "out")], device=device, threads=threads, max_memory=_size(max_memory), force=force,
+        plan, [path_of(out, "out")], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
         durable=durable, progress=progress,
     )[0]  # fmt: skip
 
@@ -93,22 +93,22 @@ def interpolate(
 
     Alpha 0 and 1 give the bytes of `a` and `b`. The other arguments and errors are those of `merge`.
     """
-    points = _points(alphas)
+    points = numbers(alphas)
     if not points:
         raise UsageError("at least one alpha is needed")
     if len(points) != len({point_name(p) for p in points}):
         raise UsageError(f"every alpha may be given once, got {', '.join(map(str, points))}")
-    ends = _path(a, "a"), _path(b, "b")
-    origin = None if base is None else _path(base, "base")
-    whose = None if integers is None else _path(integers, "integers")
-    recipes = [_overridden(point_recipe(*ends, p, origin, whose), dtype, rounding, seed) for p in points]
-    plan = make_plan(recipes, max_shard_size=_size(max_shard_size))
-    target = _path(out, "out")
+    ends = path_of(a, "a"), path_of(b, "b")
+    origin = None if base is None else path_of(base, "base")
+    whose = None if integers is None else path_of(integers, "integers")
+    recipes = [overridden(point_recipe(*ends, p, origin, whose), dtype, rounding, seed) for p in points]
+    plan = make_plan(recipes, max_shard_size=size_of(max_shard_size))
+    target = path_of(out, "out")
     if not target:
         raise UsageError("the name of the output folder is empty. Give the name of a new folder")
     outs = [Path(target)] if len(points) == 1 else [Path(target) / point_name(p) for p in points]
     return _carry_out(
-        plan, outs, device=device, threads=threads, max_memory=_size(max_memory), force=force, durable=durable,
+        plan, outs, device=device, threads=threads, max_memory=size_of(max_memory), force=force, durable=durable,
         progress=progress,
     )  # fmt: skip
 
@@ -124,8 +124,8 @@ def explain(
     """What `merge` would do, from headers alone; print() shows it. Arguments and errors as there."""
     from fastinterp.engine.explain import Explained
 
-    asked = _overridden(load_recipe(recipe), dtype, rounding, seed)
-    return Explained(**vars(make_plan([asked], max_shard_size=_size(max_shard_size))))
+    asked = overridden(load_recipe(recipe), dtype, rounding, seed)
+    return Explained(**vars(make_plan([asked], max_shard_size=size_of(max_shard_size))))
 
 
 def point_name(alpha: float) -> str:
@@ -156,55 +156,6 @@ def point_recipe(a: str, b: str, alpha: float, base: str | None, integers: str |
     if integers is not None:
         asked["integers"] = integers
     return load_recipe(asked)
-
-
-def _overridden(recipe: Recipe, dtype: object, rounding: object, seed: object) -> Recipe:
-    changes: dict[str, Any] = {}
-    if dtype is not None:
-        changes["out_dtype"] = _dtype(dtype)
-    if rounding is not None:
-        if rounding not in ("nearest", "stochastic"):
-            raise UsageError(f"rounding must be nearest or stochastic, got {rounding!r}")
-        changes["rounding"] = rounding
-    if seed is not None:
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise UsageError(f"the seed must be a whole number, got {seed!r}")
-        if not 0 <= seed < 2**64:
-            raise UsageError(f"the seed must be in 0..2**64-1, got {seed}")
-        changes["seed"] = seed
-    return replace(recipe, **changes)
-
-
-def _dtype(text: object) -> DType:
-    found = parse_dtype(text) if isinstance(text, str) else None
-    if found is None:
-        raise UsageError(
-            f"unknown dtype {text!r}. Known: float64, float32, float16, bfloat16, float8_e4m3fn, float8_e5m2"
-        )
-    return found
-
-
-def _size(given: str | int) -> int:
-    return parse_size(str(given))
-
-
-def _points(alphas: object) -> list[float]:
-    given: list[Any] = [alphas]
-    if isinstance(alphas, Iterable) and not isinstance(alphas, (str, bytes)) and getattr(alphas, "shape", None) != ():
-        given = list(alphas)
-    for alpha in given:
-        if isinstance(alpha, (bool, str, bytes)) or not hasattr(alpha, "__float__"):
-            raise UsageError(f"alpha must be a number, or several in a list, got {alpha!r}")
-    try:
-        return [float(alpha) for alpha in given]
-    except (OverflowError, TypeError, ValueError):
-        raise UsageError(f"alpha must be a number, or several in a list, got {given!r}"[:200]) from None
-
-
-def _path(given: object, name: str) -> str:
-    if not isinstance(given, (str, os.PathLike)):
-        raise UsageError(f"`{name}` must be a path, got {given!r}")
-    return os.fspath(given)
 
 
 def _carry_out(

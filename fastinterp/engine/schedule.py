@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.ops import philox_key
-from fastinterp.compute.pump import Progress, reserve
+from fastinterp.compute.pump import Progress
 from fastinterp.engine.jobs import Job
 from fastinterp.engine.place import Place, Step
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.rounds import Machine, drive
-from fastinterp.engine.sources import Sources, remedy, storage
+from fastinterp.engine.sinks import Sinks
+from fastinterp.engine.sources import Sources, remedy
 from fastinterp.engine.tensors import PlannedTensor
 from fastinterp.errors import OutputError, ShapeError, UsageError
 
@@ -81,27 +81,52 @@ class Done:
     scratch_bytes: int
 
 
-def run(
-    plan: Plan, outputs: Sequence[Sequence[Path]], *, threads: int | None, max_memory: int, progress: Progress | None
-) -> Done:
-    """Carry out the plan into files that exist and are empty: for each output, the path of each file of its layout.
+class Run:
+    """A plan whose files are open.
 
-    Ends all threads before it returns or raises, KeyboardInterrupt included.
-    Raises: CheckpointError, if an input was cut or changed; ShapeError, if tensors that must agree differ;
-    StorageError and OutputError, if the operating system cannot read or write.
+    jobs  one per tensor, in the order of the outputs
     """
-    isa, workers = cpu_isa(), cpu_threads(threads)
-    window = make_window(plan, workers, max_memory)
+
+    def __init__(self, plan: Plan, sources: Sources, window: Window, isa: str, machine: Machine, jobs: list[Job]):
+        self.jobs = jobs
+        self.machine = machine
+        self._plan, self._sources, self._window, self._isa = plan, sources, window, isa
+
+    def refuse_changed(self) -> None:
+        """Raises: CheckpointError, if an input is not what it was when its header was read."""
+        self._sources.refuse_changed()
+
+    def done(self) -> Done:
+        """When all jobs are done. Raises what `refuse_changed` does."""
+        self.refuse_changed()
+        machine, named = self.machine, {job.place.name: job for job in self.jobs}
+        machine.finish()
+        every = [named[t.name] for t in self._plan.tensors]
+        window = self._window
+        return Done(every, machine.bytes_read, machine.bytes_written, window.threads, self._isa, window.bytes)
+
+
+@contextmanager
+def opened(
+    plan: Plan, sinks: Sinks, *, threads: int | None, max_memory: int, progress: Progress | None
+) -> Iterator[Run]:
+    """The plan, ready to be carried out into `sinks`. Files are closed at the end of the `with`.
+
+    Raises: UsageError, if the scratch does not fit `max_memory`; StorageError and OutputError, if a file cannot be
+    opened.
+    """
+    isa = cpu_isa()
+    window = make_window(plan, cpu_threads(threads), max_memory)
     with ExitStack() as stack:
         reads = ((i, e) for t in plan.tensors for i, e in zip(t.inputs, t.entries, strict=True))
-        sources = Sources(plan.checkpoints, reads, stack, sum(map(len, outputs)), outputs[0][0].parent)
-        sinks = _Sinks(plan, outputs, stack)
+        sources = Sources(plan.checkpoints, reads, stack, sinks.files, sinks.scratch)
+        sinks.open(stack)
         recipe = plan.recipes[0]
         settings = {
             "isa": isa,
             "sources": sources.fds,
-            "sinks": sinks.fds,
-            "threads": workers,
+            "sinks": sinks.handles,
+            "threads": window.threads,
             "write_bytes": window.write_bytes,
             "read_bytes": window.read_bytes,
             "stochastic": recipe.rounding == "stochastic",
@@ -109,50 +134,27 @@ def run(
             "prefetch": not sources.cached(),
             "stats_every": STATS_EVERY,
         }
-        jobs = {t.name: _job(plan, t, sources, sinks) for t in sinks.in_file_order(plan)}
+        # As they follow each other in the outputs, which the pump writes in runs.
+        order = sorted(plan.tensors, key=lambda t: (sinks.of[t.name][0][0], sinks.of[t.name][1][0]))
+        jobs = [_job(plan, t, sources, sinks) for t in order]
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
         machine = Machine(settings, explained, plan.bytes_read + plan.bytes_written, progress)
-        drive(list(jobs.values()), machine)
-        sources.refuse_changed()
-        machine.finish()
-        every = [jobs[t.name] for t in plan.tensors]
-        return Done(every, machine.bytes_read, machine.bytes_written, workers, isa, window.bytes)
+        yield Run(plan, sources, window, isa, machine, jobs)
 
 
-class _Sinks:
-    """The output files, open for writing with their headers in place and their space reserved."""
+def run(plan: Plan, sinks: Sinks, *, threads: int | None, max_memory: int, progress: Progress | None) -> Done:
+    """Carry out the plan.
 
-    def __init__(self, plan: Plan, outputs: Sequence[Sequence[Path]], stack: ExitStack):
-        self.paths: list[Path] = []
-        self.fds: list[int] = []
-        self.of: dict[str, tuple[list[int], list[int]]] = {}  # tensor -> sink and offset per output
-        for layout, paths in zip(plan.layouts, outputs, strict=True):
-            for file, path in zip(layout.files, paths, strict=True):
-                with storage(path.parent / file.name, OutputError):
-                    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                    stack.callback(os.close, fd)
-                    reserve(fd, file.size)
-                    _write_first(fd, file.header)
-                for name, offset in file.places.items():
-                    sinks, offsets = self.of.setdefault(name, ([], []))
-                    sinks.append(len(self.fds))
-                    offsets.append(offset)
-                self.fds.append(fd)
-                self.paths.append(path.parent / file.name)
-
-    def in_file_order(self, plan: Plan) -> list[PlannedTensor]:
-        """The tensors as they follow each other in the output, which the pump writes in runs."""
-        return sorted(plan.tensors, key=lambda t: (self.of[t.name][0][0], self.of[t.name][1][0]))
+    Ends all threads before it returns or raises, KeyboardInterrupt included.
+    Raises: what `opened` does; CheckpointError, if an input was cut or changed; ShapeError, if tensors that must agree
+    differ; StorageError and OutputError, if the operating system cannot read or write.
+    """
+    with opened(plan, sinks, threads=threads, max_memory=max_memory, progress=progress) as running:
+        drive(running.jobs, running.machine)
+        return running.done()
 
 
-def _write_first(fd: int, data: bytes) -> None:
-    """Write all of `data` at the start of a file; the system may take less at a time."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], done)
-
-
-def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: _Sinks) -> Job:
+def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: Sinks) -> Job:
     numbers, offsets = sinks.of[tensor.name]
     stochastic = tensor.merged and plan.recipes[0].rounding == "stochastic"
     place = Place(
@@ -178,7 +180,7 @@ def _explained(
     tensors: Mapping[str, PlannedTensor],
     plan: Plan,
     sources: Sources,
-    sinks: _Sinks,
+    sinks: Sinks,
     error: tuple[Any, ...],
     steps: Sequence[Step],
 ) -> Exception:
