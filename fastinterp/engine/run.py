@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +13,14 @@ from typing import Any
 
 from fastinterp._version import __version__
 from fastinterp.compute.backends import check_device, cpu_isa
-from fastinterp.compute.dtypes import DType, parse_dtype
 from fastinterp.compute.pump import Progress
+from fastinterp.engine.arguments import numbers, overridden, path_of, size_of
 from fastinterp.engine.plan import Plan, make_plan
 from fastinterp.engine.report import Effect, Report, warnings_of
 from fastinterp.engine.schedule import Done, run
-from fastinterp.errors import UsageError
+from fastinterp.engine.sinks import FileSinks
+from fastinterp.errors import OutputError, UsageError
 from fastinterp.files.folder import OutFolder
-from fastinterp.files.layout import parse_size
 from fastinterp.files.sidecars import copy_sidecars, model_card
 from fastinterp.recipe.load import Recipe, load_recipe, same_model
 
@@ -60,8 +60,8 @@ def merge(
     """
     asked = overridden(load_recipe(recipe), dtype, rounding, seed)
     plan = make_plan([asked], max_shard_size=size_of(max_shard_size))
-    return _carry_out(
-        plan, [path_of(out, "out")], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
+    return carry_out(
+        [plan], [[path_of(out, "out")]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
         durable=durable, progress=progress,
     )[0]  # fmt: skip
 
@@ -87,7 +87,7 @@ def interpolate(
 ) -> list[Report]:
     """Walk the line from checkpoint `a` (alpha 0) to `b` (alpha 1), and beyond: out = a + alpha * (b - a).
 
-    alphas   any finite numbers, at most 16. One: `out` is the output. Several: `out/alpha_0.3` and so on, from one read
+    alphas   any finite numbers, at most 256. One: `out` is the output. Several: `out/alpha_0.3` and so on, of one read
     base     the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
     integers the one of them whose integer tensors are taken; None: they must agree
 
@@ -107,8 +107,8 @@ def interpolate(
     if not target:
         raise UsageError("the name of the output folder is empty. Give the name of a new folder")
     outs = [Path(target)] if len(points) == 1 else [Path(target) / point_name(p) for p in points]
-    return _carry_out(
-        plan, outs, device=device, threads=threads, max_memory=size_of(max_memory), force=force, durable=durable,
+    return carry_out(
+        [plan], [outs], device=device, threads=threads, max_memory=size_of(max_memory), force=force, durable=durable,
         progress=progress,
     )  # fmt: skip
 
@@ -135,6 +135,11 @@ def point_name(alpha: float) -> str:
 
 def point_recipe(a: str, b: str, alpha: float, base: str | None, integers: str | None = None) -> Recipe:
     """The recipe of one point on the line from `a` to `b`. The other arguments are those of `interpolate`."""
+    return load_recipe(point_mapping(a, b, alpha, base, integers))
+
+
+def point_mapping(a: str, b: str, alpha: float, base: str | None, integers: str | None = None) -> dict[str, Any]:
+    """The same, as a recipe has it."""
     if not math.isfinite(alpha):
         raise UsageError(f"alpha must be a finite number, got {alpha}")
     # Far out 1 - alpha and alpha cancel, or float32 cannot hold them.
@@ -155,12 +160,12 @@ def point_recipe(a: str, b: str, alpha: float, base: str | None, integers: str |
     asked["models"] = models
     if integers is not None:
         asked["integers"] = integers
-    return load_recipe(asked)
+    return asked
 
 
-def _carry_out(
-    plan: Plan,
-    outs: Sequence[str | os.PathLike[str]],
+def carry_out(
+    plans: Sequence[Plan],
+    outs: Sequence[Sequence[str | os.PathLike[str]]],
     *,
     device: str,
     threads: int | None,
@@ -169,24 +174,66 @@ def _carry_out(
     durable: bool,
     progress: Progress | None,
 ) -> list[Report]:
+    """Write the outputs of several plans. All of them appear at the end, one after the other.
+
+    outs  a folder for each output of each plan
+    Raises: what `merge` does; OutputError names the outputs that were finished before it.
+    """
     start = time.perf_counter()
     check_device(device)
     cpu_isa()  # an unusable FASTINTERP_ISA shows before a folder is made
-    inputs = [path for c in (*plan.checkpoints, plan.origin) for path in c.inputs]
+    every: list[Done] = []
     with ExitStack() as stack:
-        folders: list[OutFolder] = []
-        for out, layout in zip(outs, plan.layouts, strict=True):
-            # Several outputs on one disk must fit together: the first one checks for all.
-            needed = plan.disk_bytes if not folders else layout.disk_bytes
-            folders.append(stack.enter_context(OutFolder(out, inputs, force=force, durable=durable, needed=needed)))
-        for folder, recipe, layout in zip(folders, plan.recipes, plan.layouts, strict=True):
-            _write_small_files(folder, plan, recipe, layout.index, layout.index_name)
-        paths = [[f.temp(file.name) for file in layout.files] for f, layout in zip(folders, plan.layouts, strict=True)]
-        done = run(plan, paths, threads=threads, max_memory=max_memory, progress=progress)
-        for folder in folders:
-            folder.commit()
+        folders = _opened_folders(plans, outs, stack, force=force, durable=durable)
+        total = sum(plan.bytes_read + plan.bytes_written for plan in plans)
+        for plan, own in zip(plans, folders, strict=True):
+            pairs = zip(own, plan.layouts, strict=True)
+            sinks = FileSinks(plan, [[folder.temp(file.name) for file in layout.files] for folder, layout in pairs])
+            before = sum(d.bytes_read + d.bytes_written for d in every)
+            shown = progress if len(plans) == 1 else _part(progress, before, total)
+            every.append(run(plan, sinks, threads=threads, max_memory=max_memory, progress=shown))
+        _commit([folder for own in folders for folder in own])
     wall = time.perf_counter() - start
-    return [_report(plan, k, folder, done, wall) for k, folder in enumerate(folders)]
+    read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
+    reports = []
+    for plan, done, own in zip(plans, every, folders, strict=True):
+        whole = replace(done, bytes_read=read, bytes_written=written)
+        found = [report_of(plan, whole, wall, k, folder) for k, folder in enumerate(own)]
+        reports += [replace(report, outputs=sum(map(len, outs))) for report in found]
+    return reports
+
+
+def _opened_folders(
+    plans: Sequence[Plan], outs: Sequence[Sequence[str | os.PathLike[str]]], stack: ExitStack, **how: bool
+) -> list[list[OutFolder]]:
+    """The folders of every plan's outputs, with their small files; all or none."""
+    needed = sum(plan.disk_bytes for plan in plans)  # outputs on one disk must fit together: the first checks for all
+    folders: list[list[OutFolder]] = []
+    for plan, own in zip(plans, outs, strict=True):
+        inputs = [path for c in (*plan.checkpoints, plan.origin) for path in c.inputs]
+        folders.append([])
+        for out, layout in zip(own, plan.layouts, strict=True):
+            folders[-1].append(stack.enter_context(OutFolder(out, inputs, needed=needed or layout.disk_bytes, **how)))
+            needed = 0
+        for folder, recipe, layout in zip(folders[-1], plan.recipes, plan.layouts, strict=True):
+            _write_small_files(folder, plan, recipe, layout.index, layout.index_name)
+    return folders
+
+
+def _commit(folders: Sequence[OutFolder]) -> None:
+    for i, folder in enumerate(folders):
+        try:
+            folder.commit()
+        except OutputError as error:
+            finished = ", ".join(f.name for f in folders[:i])
+            raise OutputError(f"{error}; finished before that: {finished}" if finished else str(error)) from error
+
+
+def _part(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Progress of one run of several. `before`: bytes of those before it."""
+    if progress is None:
+        return None
+    return lambda done, own: progress(before + done, max(total, before + own))
 
 
 def _write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: bytes | None, index_name: str) -> None:
@@ -198,7 +245,8 @@ def _write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: byt
         folder.write(index_name, index)
 
 
-def _report(plan: Plan, k: int, folder: OutFolder, done: Done, wall_s: float) -> Report:
+def report_of(plan: Plan, done: Done, wall_s: float, k: int, folder: OutFolder | None = None) -> Report:
+    """Of output k. folder: where it was written; None: it is in memory."""
     effects, copied = {}, []
     models: set[int] = set()
     for tensor, job in zip(plan.tensors, done.jobs, strict=True):
@@ -210,8 +258,8 @@ def _report(plan: Plan, k: int, folder: OutFolder, done: Done, wall_s: float) ->
             effects[tensor.name] = Effect.of(tensor.numel, job.stats[k])
     dtypes = sorted({str(t.dtype) for t in plan.tensors if t.merged})
     return Report(
-        output=folder.name,
-        files=tuple(f.name for f in plan.layouts[k].files),
+        output="memory" if folder is None else folder.name,
+        files=() if folder is None else tuple(f.name for f in plan.layouts[k].files),
         tensors=effects,
         copied=tuple(copied),
         bytes_read=done.bytes_read,
@@ -221,6 +269,6 @@ def _report(plan: Plan, k: int, folder: OutFolder, done: Done, wall_s: float) ->
         device=f"cpu {done.isa}",
         threads=done.threads,
         inputs=len(models),
-        removed=folder.removed,
+        removed=() if folder is None else folder.removed,
         warnings=(*warnings_of(effects, ", ".join(dtypes)), *plan.warnings),
     )

@@ -1,0 +1,41 @@
+"""Plans whose outputs go to memory: the same bytes as in files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from fastinterp.compute.pump import Progress
+from fastinterp.engine.plan import Plan
+from fastinterp.engine.report import Report
+from fastinterp.engine.rounds import finishing
+from fastinterp.engine.run import report_of
+from fastinterp.engine.schedule import opened, run
+from fastinterp.engine.sinks import MemorySinks
+
+Places = Mapping[str, tuple[int, int]]  # tensor -> address and bytes: those of its planned dtype and shape
+
+
+def fill(
+    plan: Plan, outputs: Sequence[Places], *, threads: int | None, max_memory: int, progress: Progress | None = None
+) -> list[Report]:
+    """Carry out the plan into memory, which its owner keeps meanwhile. Of each output, its report.
+
+    Raises: what schedule.run does.
+    """
+    start = time.perf_counter()
+    done = run(plan, MemorySinks(outputs), threads=threads, max_memory=max_memory, progress=progress)
+    wall = time.perf_counter() - start
+    return [report_of(plan, done, wall, k) for k in range(len(outputs))]
+
+
+def filling(plan: Plan, output: Places, *, threads: int | None, max_memory: int) -> Iterator[list[str]]:
+    """The same for one output, some hundred megabytes at a time: yields the names of the tensors that are there.
+
+    Nothing is done between two steps of the iterator. Files are closed when it ends, or is closed.
+    """
+    with opened(plan, MemorySinks([output]), threads=threads, max_memory=max_memory, progress=None) as running:
+        for jobs in finishing(running.jobs, running.machine, small=True):
+            running.refuse_changed()
+            yield [job.place.name for job in jobs]
+        running.done()
