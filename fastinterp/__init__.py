@@ -2,6 +2,9 @@
 
     merge(recipe, out, ...)           carry out a recipe
     interpolate(a, b, ...)            walk the line between two checkpoints, and beyond
+    sweep(a, b, alphas, ...)          many points of a path from one read: to disk, in memory, or as recipes
+    load(recipe)                      a merged model as tensors, without a file; load_iter, load_into a module
+    Live(module, ...)                 walk a path with a module that is in use
     explain(recipe)                   say what a merge would read, compute and write
     compare(a, b)                     measure how two checkpoints differ
     merge_tensors(tensors, method)    any method on tensors in memory
@@ -34,13 +37,19 @@ if TYPE_CHECKING:
         StorageError,
         UsageError,
     )
+    from fastinterp.steer.live import Live
+    from fastinterp.steer.load import load, load_into, load_iter
+    from fastinterp.steer.points import Point
+    from fastinterp.steer.sweep import sweep
 
 __all__ = [
     "BackendError",
     "CheckpointError",
     "FastinterpError",
+    "Live",
     "MethodError",
     "OutputError",
+    "Point",
     "RecipeError",
     "Report",
     "ShapeError",
@@ -50,21 +59,31 @@ __all__ = [
     "compare",
     "explain",
     "interpolate",
+    "load",
+    "load_into",
+    "load_iter",
     "merge",
     "merge_state_dicts",
     "merge_tensors",
+    "sweep",
     "weighted_sum",
 ]
 
 # Where each name lives, beside the errors.
 _HOMES = {
+    "Live": "fastinterp.steer.live",
+    "Point": "fastinterp.steer.points",
     "compare": "fastinterp.engine.compare",
     "Report": "fastinterp.engine.report",
     "explain": "fastinterp.engine.run",
     "interpolate": "fastinterp.engine.run",
+    "load": "fastinterp.steer.load",
+    "load_into": "fastinterp.steer.load",
+    "load_iter": "fastinterp.steer.load",
     "merge": "fastinterp.engine.run",
     "merge_state_dicts": "fastinterp.engine.memory",
     "merge_tensors": "fastinterp.engine.memory",
+    "sweep": "fastinterp.steer.sweep",
     "weighted_sum": "fastinterp.compute.arrays",
 }
 

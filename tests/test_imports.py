@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compute": LEAVES | {"compute.ops", "compute.requests", "compute.dtypes", "_C", "_triton"},
     "_triton": {"compute.ops", "compute.dtypes"},
     "engine": LEAVES | {"recipe", "methods", "files", "compute", "compute.ops", "compute.requests", "compute.dtypes"},
-    "steer": LEAVES | {"engine"},
+    "steer": LEAVES | {"engine", "recipe", "methods", "files", "compute", "compute.ops", "compute.dtypes"},
 }
 # May import every part above; nothing but __main__ imports cli.
 TOP = {"", "cli", "__main__", "doctor", "bench", "integrations"}

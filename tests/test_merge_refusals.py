@@ -19,7 +19,7 @@ import pytest
 import fastinterp
 from fastinterp.compute import pump as pump_module
 from fastinterp.compute.dtypes import BF16, F32, F64
-from fastinterp.engine import rounds, schedule
+from fastinterp.engine import rounds, sinks
 from fastinterp.engine.sources import Sources
 from tests.checkpoints import (
     family,

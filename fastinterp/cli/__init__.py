@@ -16,6 +16,7 @@ from fastinterp.errors import FastinterpError
 _HOMES = {
     "merge": "fastinterp.cli.merging",
     "interpolate": "fastinterp.cli.merging",
+    "sweep": "fastinterp.cli.steering",
     "explain": "fastinterp.cli.looking",
     "inspect": "fastinterp.cli.looking",
     "diff": "fastinterp.cli.looking",

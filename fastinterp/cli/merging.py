@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastinterp.cli import OUTCOME, options
+from fastinterp.cli.ranges import alphas
 from fastinterp.errors import OutputError
 
 if TYPE_CHECKING:
-    from decimal import Decimal
-
     from fastinterp.engine.report import Report
 
 _VISIBLE = 0.01  # an alpha that acts as one that is off by more than this share of it is worth a word
@@ -37,64 +36,21 @@ def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) ->
     from fastinterp.cli import progress
     from fastinterp.engine import run
 
-    with _outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
+    with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
         report = run.merge(recipe, out, progress=shown, **settings)
     if as_json:
         options.say_json(report.as_dict())
     elif quiet:
-        _warn([report])
+        warn([report])
     else:
         options.say(report.summary())
-
-
-def _points(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[float]:
-    """The numbers in `0.3` and `0:1:0.25` (first, last, step), in the order given."""
-    from decimal import Decimal
-
-    points: list[float] = []
-    for value in values:
-        try:
-            # Decimal: 0:1:0.1 holds 0.3, not 0.30000000000000004.
-            first, *rest = (Decimal(part.strip()) for part in value.split(":"))
-            last, step = rest or (first, Decimal(1))
-            if rest and not (max(abs(first), abs(last)) < 1e38 and step.is_finite()):
-                raise ValueError
-            problem = _range_problem(first, last, step)
-            if not problem:
-                points += [float(first + k * step) for k in range(int((last - first) / step) + 1)]
-        except (ArithmeticError, ValueError):
-            problem = f"{value!r} is neither a number nor a range FIRST:LAST:STEP, as 0:1:0.25"
-        if problem:
-            raise click.BadParameter(problem, ctx, param)
-    return points
-
-
-def _range_problem(first: Decimal, last: Decimal, step: Decimal) -> str:
-    """What is wrong with a range, and one that would do; nothing, if it has at least one point and not too many."""
-    from decimal import Decimal
-
-    from fastinterp.compute.ops import MAX_OUTPUTS
-
-    text, span = f"{first}:{last}:{step}", last - first
-    if not step:
-        return f"the step of {text} is 0"
-    if span and (span > 0) != (step > 0):
-        return f"the step must be {'positive' if span > 0 else 'negative'} here: {first}:{last}:{-step}"
-    count = 1 + (span / step).to_integral_value("ROUND_FLOOR")
-    if count <= MAX_OUTPUTS:
-        return ""
-    least = abs(span) / (MAX_OUTPUTS - 1)
-    power = Decimal(10) ** least.adjusted()
-    fits = next(k * power for k in (1, 2, 5, 10) if k * power >= least).copy_sign(span)
-    instead = f"{first}:{last}:{fits.normalize():f}"
-    return f"{text} has {count:.6g} points, at most {MAX_OUTPUTS} fit one run. Write {instead}"
 
 
 @click.command()
 @click.argument("a")
 @click.argument("b")
 @click.option(
-    "--alpha", "points", callback=_points, multiple=True, required=True, metavar="ALPHA",
+    "--alpha", "points", callback=alphas, multiple=True, required=True, metavar="ALPHA",
     help="0 is A, 1 is B; any number, or a range as 0:1:0.25. Give it several times for several outputs.",
 )  # fmt: skip
 @click.option("-o", "--out", required=True, metavar="DIR", help="Several outputs go to DIR/alpha_0.3 and so on.")
@@ -119,14 +75,14 @@ def interpolate(
     from fastinterp.engine.text import counted, plain
 
     outs = [Path(out)] if len(points) == 1 else [Path(out) / run.point_name(p) for p in points]
-    with _outcome_of(outs), progress.shown(quiet or as_json) as shown:
+    with outcome_of(outs), progress.shown(quiet or as_json) as shown:
         reports = run.interpolate(a, b, points, out, base=base, progress=shown, **settings)
     acting = [_acts_as(p, r) if base is None else None for p, r in zip(points, reports, strict=True)]
     if as_json:
         found = zip(points, acting, reports, strict=True)
         options.say_json([{"alpha": p, "acts_as": x, **r.as_dict()} for p, x, r in found])
     elif quiet:
-        _warn(reports)
+        warn(reports)
     else:
         lines = _path_lines(points, acting, reports)
         older = _older_points(Path(out), outs) if len(outs) > 1 else 0
@@ -136,15 +92,16 @@ def interpolate(
 
 
 @contextmanager
-def _outcome_of(outs: Sequence[Path]) -> Iterator[None]:
+def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
     """When the run inside is interrupted or cannot write, note what was finished before that: weights appear last."""
     start = time.time()
     try:
         yield
-    except (KeyboardInterrupt, OutputError):
+    except (KeyboardInterrupt, OutputError) as error:
         done = [str(o) for o in outs if any(p.stat().st_mtime >= start for p in o.glob("*.safetensors"))]
         said = f"finished before that: {', '.join(done)}" if done else "nothing was written"
-        click.get_current_context().meta[OUTCOME] = [said]
+        if said not in str(error):
+            click.get_current_context().meta[OUTCOME] = [said]
         raise
 
 
@@ -190,7 +147,7 @@ def _shared(note: str, every: Sequence[Sequence[str]]) -> bool:
     return all(note in notes for notes in every)
 
 
-def _warn(reports: Sequence[Report]) -> None:
+def warn(reports: Sequence[Report]) -> None:
     from fastinterp.engine.text import plain
 
     every = [r.warnings for r in reports]

@@ -13,7 +13,8 @@ from fastinterp.engine.run import report_of
 from fastinterp.engine.schedule import opened, run
 from fastinterp.engine.sinks import MemorySinks
 
-Places = Mapping[str, tuple[int, int]]  # tensor -> address and bytes: those of its planned dtype and shape
+# Tensor -> address and bytes: those of its planned dtype and shape. Tensors that are not named are not made.
+Places = Mapping[str, tuple[int, int]]
 
 
 def fill(
@@ -35,7 +36,7 @@ def filling(plan: Plan, output: Places, *, threads: int | None, max_memory: int)
     Nothing is done between two steps of the iterator. Files are closed when it ends, or is closed.
     """
     with opened(plan, MemorySinks([output]), threads=threads, max_memory=max_memory, progress=None) as running:
-        for jobs in finishing(running.jobs, running.machine, small=True):
+        for jobs in finishing(running.jobs, running.machine, running.others, small=True):
             running.refuse_changed()
             yield [job.place.name for job in jobs]
         running.done()

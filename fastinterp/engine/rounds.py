@@ -72,13 +72,18 @@ class Machine:
             self._progress(done, done)
 
 
-def drive(jobs: Sequence[Job], machine: Machine) -> None:
-    """Carry out all jobs, in their order: that of the output files."""
-    for _ in finishing(jobs, machine):
+def drive(jobs: Sequence[Job], machine: Machine, others: Sequence[Job] = ()) -> None:
+    """Carry out all jobs, in their order: that of the output files.
+
+    others  jobs that are not carried out, but belong to the whole model
+    """
+    for _ in finishing(jobs, machine, others):
         pass
 
 
-def finishing(jobs: Sequence[Job], machine: Machine, small: bool = False) -> Iterator[list[Job]]:
+def finishing(
+    jobs: Sequence[Job], machine: Machine, others: Sequence[Job] = (), small: bool = False
+) -> Iterator[list[Job]]:
     """The same; yields after every round the jobs that it finished.
 
     small  a round is for ROUND_BYTES of inputs even if their tensors ask nothing
@@ -95,7 +100,7 @@ def finishing(jobs: Sequence[Job], machine: Machine, small: bool = False) -> Ite
         resting = [job for job in jobs if not job.done]
         if not resting:
             return
-        _ask_all(resting, jobs, machine)
+        _ask_all(resting, [*jobs, *others], machine)
         waiting.extend(resting)
 
 

@@ -249,14 +249,16 @@ def report_of(plan: Plan, done: Done, wall_s: float, k: int, folder: OutFolder |
     """Of output k. folder: where it was written; None: it is in memory."""
     effects, copied = {}, []
     models: set[int] = set()
-    for tensor, job in zip(plan.tensors, done.jobs, strict=True):
+    tensors = [t for t in plan.tensors if t.name in done.jobs]
+    for tensor in tensors:
+        job = done.jobs[tensor.name]
         if tensor.merged:
             models.update(tensor.inputs[i] for i in job.reads(k) if i < tensor.models)
         if job.copies(k):
             copied.append(tensor.name)
         else:
             effects[tensor.name] = Effect.of(tensor.numel, job.stats[k])
-    dtypes = sorted({str(t.dtype) for t in plan.tensors if t.merged})
+    dtypes = sorted({str(t.dtype) for t in tensors if t.merged})
     return Report(
         output="memory" if folder is None else folder.name,
         files=() if folder is None else tuple(f.name for f in plan.layouts[k].files),

@@ -64,6 +64,13 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
         write, read = _pages(write // 2), _pages(read // 2)
 
 
+def fitting_outputs(plan: Plan, threads: int, max_memory: int) -> int:
+    """How many outputs of such a plan one read can make within `max_memory`; at least 1."""
+    inputs = max(len(t.inputs) for t in plan.tensors)
+    least = Window(threads, 4096, 4096, inputs, 0).bytes, Window(threads, 4096, 4096, 0, 1).bytes
+    return max(1, (max_memory - least[0]) // least[1])
+
+
 def _pages(size: int) -> int:
     """`size` in whole pages, at least one: so writes end at pages of the output, and scratch holds no half pages."""
     return max(4096, size // 4096 * 4096)
@@ -71,9 +78,9 @@ def _pages(size: int) -> int:
 
 @dataclass(frozen=True)
 class Done:
-    """What was done: per planned tensor its job, which has the statistics of every output."""
+    """What was done: for each tensor that was made its job, which has the statistics of every output."""
 
-    jobs: list[Job]
+    jobs: dict[str, Job]
     bytes_read: int
     bytes_written: int
     threads: int
@@ -84,11 +91,21 @@ class Done:
 class Run:
     """A plan whose files are open.
 
-    jobs  one per tensor, in the order of the outputs
+    jobs    one per tensor that has sinks, in the order of the outputs
+    others  the tensors that are not wanted: they count where a method asks about the whole model
     """
 
-    def __init__(self, plan: Plan, sources: Sources, window: Window, isa: str, machine: Machine, jobs: list[Job]):
-        self.jobs = jobs
+    def __init__(
+        self,
+        plan: Plan,
+        sources: Sources,
+        window: Window,
+        isa: str,
+        machine: Machine,
+        jobs: list[Job],
+        others: list[Job],
+    ):
+        self.jobs, self.others = jobs, others
         self.machine = machine
         self._plan, self._sources, self._window, self._isa = plan, sources, window, isa
 
@@ -101,7 +118,7 @@ class Run:
         self.refuse_changed()
         machine, named = self.machine, {job.place.name: job for job in self.jobs}
         machine.finish()
-        every = [named[t.name] for t in self._plan.tensors]
+        every = {t.name: named[t.name] for t in self._plan.tensors if t.name in named}
         window = self._window
         return Done(every, machine.bytes_read, machine.bytes_written, window.threads, self._isa, window.bytes)
 
@@ -135,11 +152,13 @@ def opened(
             "stats_every": STATS_EVERY,
         }
         # As they follow each other in the outputs, which the pump writes in runs.
-        order = sorted(plan.tensors, key=lambda t: (sinks.of[t.name][0][0], sinks.of[t.name][1][0]))
-        jobs = [_job(plan, t, sources, sinks) for t in order]
+        wanted = [t for t in plan.tensors if t.name in sinks.of]
+        wanted.sort(key=lambda t: (sinks.of[t.name][0][0], sinks.of[t.name][1][0]))
+        jobs = [_job(plan, t, sources, sinks) for t in wanted]
+        others = [_job(plan, t, sources, sinks) for t in plan.tensors if t.name not in sinks.of]
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
         machine = Machine(settings, explained, plan.bytes_read + plan.bytes_written, progress)
-        yield Run(plan, sources, window, isa, machine, jobs)
+        yield Run(plan, sources, window, isa, machine, jobs, others)
 
 
 def run(plan: Plan, sinks: Sinks, *, threads: int | None, max_memory: int, progress: Progress | None) -> Done:
@@ -150,12 +169,12 @@ def run(plan: Plan, sinks: Sinks, *, threads: int | None, max_memory: int, progr
     differ; StorageError and OutputError, if the operating system cannot read or write.
     """
     with opened(plan, sinks, threads=threads, max_memory=max_memory, progress=progress) as running:
-        drive(running.jobs, running.machine)
+        drive(running.jobs, running.machine, running.others)
         return running.done()
 
 
 def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: Sinks) -> Job:
-    numbers, offsets = sinks.of[tensor.name]
+    numbers, offsets = sinks.of.get(tensor.name, ((), ()))
     stochastic = tensor.merged and plan.recipes[0].rounding == "stochastic"
     place = Place(
         name=tensor.name,

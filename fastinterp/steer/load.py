@@ -1,0 +1,207 @@
+"""Merged models in memory: as tensors by name, one after the other, or written into a module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastinterp.compute.allocate import Framework, maker, torch_dtype
+from fastinterp.engine.arguments import overridden, path_of, size_of
+from fastinterp.engine.fill import fill, filling
+from fastinterp.engine.plan import Plan, make_plan
+from fastinterp.engine.tensors import PlannedTensor
+from fastinterp.errors import BackendError, ShapeError
+from fastinterp.files.names import INDEX, WEIGHTS
+from fastinterp.recipe.load import Recipe, load_recipe
+from fastinterp.steer.module import Mismatches, Weight, touched, weights_of
+from fastinterp.steer.points import Point
+
+Source = str | os.PathLike[str] | Mapping[str, Any] | Point
+_SHARD = 5 * 10**9  # no file is written
+
+
+def load(
+    recipe: Source,
+    *,
+    dtype: str | None = None,
+    device: Any = None,
+    framework: Framework = "torch",
+    rounding: str | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    max_memory: str | int = "512MB",
+) -> dict[str, Any]:
+    """A merged model as tensors by name, as `model.load_state_dict` takes them. No file is written.
+
+    recipe      path of a recipe, YAML text, a mapping, a point of a sweep, or a checkpoint, which is loaded as it is
+    dtype       of the merged tensors, a name; None: as the recipe says, else as the models have it
+    device      where torch tensors go; they are computed on the CPU. None: they stay there
+    framework   "torch" or "numpy"
+    rounding, seed, threads, max_memory   as of `merge`
+
+    The bytes are those that `merge` would write, in the order of its files. Tied tensors are what the recipe makes of
+    the checkpoints: an absent lm_head stays absent.
+    Raises: what `merge` does, but OutputError; BackendError, if the device cannot be used.
+    """
+    plan = planned(recipe, dtype, rounding, seed)
+    place = _Place(framework, device)
+    tensors, places = allocated(plan.tensors, framework)
+    fill(plan, [places], threads=threads, max_memory=size_of(max_memory))
+    return {name: place.moved(tensor) for name, tensor in tensors.items()}
+
+
+def load_iter(
+    recipe: Source,
+    *,
+    dtype: str | None = None,
+    device: Any = None,
+    framework: Framework = "torch",
+    rounding: str | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    max_memory: str | int = "512MB",
+) -> Iterator[tuple[str, Any]]:
+    """(name, tensor) of a merged model, as tensors are done: what inference servers take weights from.
+
+    Some hundred megabytes of the models are merged at a time; a tensor that the caller lets go of is freed. The
+    arguments and errors are those of `load`; those about data come from the iterator.
+    """
+    plan = planned(recipe, dtype, rounding, seed)
+    place = _Place(framework, device)
+    return _streamed(plan, framework, place, threads, size_of(max_memory))
+
+
+def _streamed(
+    plan: Plan, framework: Framework, place: _Place, threads: int | None, most: int
+) -> Iterator[tuple[str, Any]]:
+    # The system gives memory to a large tensor when it is written, so that all of them can be made beforehand.
+    tensors, places = allocated(plan.tensors, framework)
+    for names in filling(plan, places, threads=threads, max_memory=most):
+        for name in names:
+            yield name, place.moved(tensors.pop(name))
+
+
+def load_into(
+    module: Any,
+    recipe: Source,
+    *,
+    layers: str | Sequence[str] | None = None,
+    rounding: str | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    max_memory: str | int = "512MB",
+) -> None:
+    """Write a merged model into the parameters and buffers of a torch module on the CPU.
+
+    layers   only tensors whose names match this pattern, or one of several, as `model.layers.1?.*`; None: all
+
+    Each merged tensor is rounded once, to the dtype that the module has. Names, shapes and kinds are checked before
+    anything is written, tied weights too: what is one tensor in the module must be one in the recipe. The other
+    arguments are those of `load`.
+    Raises: what `load` does; ShapeError with all mismatches. If the data cannot be read, the module is left with some
+    of its tensors written: load it again.
+    """
+    plan = planned(recipe, None, rounding, seed)
+    weights = weights_of(module, layers)
+    plan, places = _into(plan, weights, layers)
+    most = size_of(max_memory)
+    _check_tied(plan, weights, threads, most)
+    first = {next(n for n in w.names if n in places) for w in weights}
+    fill(plan, [{name: places[name] for name in first}], threads=threads, max_memory=most)
+    touched(weights)
+
+
+def planned(recipe: Source, dtype: str | None, rounding: str | None, seed: int | None) -> Plan:
+    """The plan of one model."""
+    asked = overridden(recipe_of(recipe), dtype, rounding, seed)
+    return make_plan([asked], max_shard_size=_SHARD)
+
+
+def recipe_of(source: Source) -> Recipe:
+    """Raises: RecipeError; UsageError, if it is nothing that can be loaded."""
+    if isinstance(source, Point):
+        return load_recipe(source.recipe)
+    if isinstance(source, Mapping) or (isinstance(source, str) and "\n" in source):
+        return load_recipe(source)
+    path = path_of(source, "recipe")
+    if os.path.isdir(os.path.expanduser(path)) or path.endswith((WEIGHTS, INDEX)):
+        return load_recipe({"merge_method": "passthrough", "models": [{"model": path}]})
+    return load_recipe(path)
+
+
+def allocated(wanted: Iterable[PlannedTensor], framework: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """New tensors for planned ones, and their places."""
+    make = maker(framework)
+    tensors: dict[str, Any] = {}
+    places: dict[str, tuple[int, int]] = {}
+    for t in wanted:
+        tensors[t.name], address = make(t.dtype, t.shape)
+        places[t.name] = address, t.dtype.nbytes(t.numel) or 0
+    return tensors, places
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where tensors go when they are done."""
+
+    framework: str
+    device: Any
+
+    def __post_init__(self) -> None:
+        if self.device is None or str(self.device) == "cpu":
+            return
+        if self.framework != "torch":
+            raise BackendError(f"numpy arrays are in the CPU's memory, not on {self.device}. Ask for framework='torch'")
+        import torch
+
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise BackendError(f"device {str(self.device)!r} cannot be used: {reason}") from None
+
+    def moved(self, tensor: Any) -> Any:
+        return tensor if self.device is None or self.framework != "torch" else tensor.to(self.device)
+
+
+def _into(
+    plan: Plan, weights: Sequence[Weight], layers: str | Sequence[str] | None
+) -> tuple[Plan, dict[str, tuple[int, int]]]:
+    """The plan with the module's dtypes, and the places of its tensors in the module.
+
+    Raises: ShapeError.
+    """
+    of = {name: weight for weight in weights for name in weight.names}
+    tensors = [t for t in plan.tensors if layers is None or t.name in of]
+    wrong = Mismatches()
+    wrong.check(weights, "the recipe's model", {t.name: (t.dtype, t.shape) for t in tensors})
+    for t in tensors:
+        if t.name in of and not t.merged and torch_dtype(t.dtype) != of[t.name].tensor.dtype:
+            wrong.add(f"{t.name} is {of[t.name].tensor.dtype} in the module but {t.dtype} in the recipe's model")
+    wrong.refuse()
+    stored = {name: weight.dtype for name, weight in of.items()}
+    fitted = tuple(replace(t, dtype=stored.get(t.name) or t.dtype) if t.merged else t for t in plan.tensors)
+    return replace(plan, tensors=fitted), {t.name: (of[t.name].address, of[t.name].nbytes) for t in tensors}
+
+
+def _check_tied(plan: Plan, weights: Sequence[Weight], threads: int | None, most: int) -> None:
+    """Raises: ShapeError, if the recipe makes several tensors that differ of what is one in the module."""
+    made = {t.name: t for t in plan.tensors}
+    tied = [[n for n in w.names if n in made] for w in weights]
+    tied = [names for names in tied if len(names) > 1]
+    if not tied:
+        return
+    tensors, places = allocated([made[n] for names in tied for n in names], "torch")
+    fill(plan, [places], threads=threads, max_memory=most)
+    import torch
+
+    for first, *others in tied:
+        for other in others:
+            if not torch.equal(*(tensors[n].reshape(-1).view(torch.uint8) for n in (first, other))):
+                raise ShapeError(
+                    f"{first} and {other} are one tensor in the module, but the recipe makes two that differ. "
+                    "Untie them: tie_word_embeddings=False in the module's configuration",
+                    tensor=other,
+                )

@@ -1,0 +1,413 @@
+"""A module that walks: always from the end points, in place, and back to its own weights at the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastinterp
+from fastinterp.errors import BackendError, CheckpointError, ShapeError, UsageError
+from fastinterp.steer.lock import StepLock
+from tests.modules import assert_same_state, gpt2, llama, same_bits, saved, state
+
+KINDS = {"llama": llama, "tied": lambda seed: llama(seed, tied=True), "gpt2": gpt2}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def family(request, tmp_path_factory):
+    """(what makes the module, base/, p/, f/)"""
+    make, root = KINDS[request.param], tmp_path_factory.mktemp(request.param)
+    return make, *(saved(make(seed), root / name) for seed, name in enumerate(("base", "p", "f")))
+
+
+def merged(recipe, folder, module):
+    """What the module must hold after `recipe`: by `merge`, through files."""
+    fastinterp.merge(recipe, folder)
+    tensors = load_file(folder / "model.safetensors")
+    expected = state(module)
+    for name in expected:
+        if name in tensors:
+            expected[name] = tensors[name]
+    if "lm_head.weight" not in tensors:
+        embedding = next(n for n in tensors if n.endswith(("embed_tokens.weight", "wte.weight")))
+        expected["lm_head.weight"] = tensors[embedding]
+    return expected
+
+
+def directions(base, p, f, positive, formal):
+    models = [{"model": str(m), "parameters": {"weight": w}} for m, w in ((p, positive), (f, formal))]
+    return {"merge_method": "task_arithmetic", "base_model": str(base), "models": models}
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_set_is_what_merge_writes(family, tmp_path, resident):
+    make, base, p, f = family
+    module = make(7)
+    before = state(module)
+    with fastinterp.Live(module, base=base, directions={"positive": p, "formal": f}, resident=resident) as live:
+        places = {n: t.data_ptr() for n, t in module.state_dict().items()}
+        assert live.alphas is None
+        for k, (positive, formal) in enumerate([(0.7, -0.2), (1.0, 0.0), (0.0, 0.0), (0.3, 2.0)]):
+            live.set(positive=positive, formal=formal)
+            assert live.alphas == {"positive": positive, "formal": formal}
+            expected = merged(directions(base, p, f, positive, formal), tmp_path / str(k), module)
+            assert_same_state(expected, state(module))
+        live.set(formal=1)  # a direction that is not named is at 0
+        assert live.alphas == {"positive": 0.0, "formal": 1.0}
+        assert places == {n: t.data_ptr() for n, t in module.state_dict().items()}
+    assert_same_state(before, state(module))
+
+
+def test_line_is_what_interpolate_writes(family, tmp_path):
+    make, a, b, _ = family
+    module = make(7)
+    live = fastinterp.Live(module, a=a, b=b, hooks=False)
+    for alpha in (0.3, 1.0, -0.5, 0.0):
+        live.set(alpha)
+        fastinterp.interpolate(a, b, alpha, tmp_path / "out", force=True)
+        tensors = load_file(tmp_path / "out" / "model.safetensors")
+        assert_same_state(tensors, {name: tensor for name, tensor in state(module).items() if name in tensors})
+    live.close()
+
+
+def test_state_dicts_and_own_weights_are_end_points():
+    """A state dict that is the module's own memory is copied first: it stays pristine."""
+    module, other = llama(1), llama(2)
+    before, there = state(module), state(other)
+    for base in (None, module.state_dict()):
+        with fastinterp.Live(module, base=base, directions={"far": other.state_dict()}) as live:
+            for alpha in (0.5, 1.0, 0.5, 0.0):
+                live.set(far=alpha)
+                got = state(module)
+            assert_same_state(before, got)
+            live.set({"far": 1.0})
+            assert_same_state(there, state(module))
+            assert_same_state(there, state(other))
+        assert_same_state(before, state(module))
+
+
+def test_stores_the_module_s_dtype(tmp_path):
+    """Bfloat16 end points, a float32 module: one rounding, to float32."""
+    a, b = saved(llama(1), tmp_path / "a"), saved(llama(2), tmp_path / "b")
+    module = llama(3, dtype=torch.float32)
+    with fastinterp.Live(module, a=a, b=b) as live:
+        live.set(0.3)
+        fastinterp.interpolate(a, b, 0.3, tmp_path / "out", dtype="float32")
+        assert_same_state(load_file(tmp_path / "out" / "model.safetensors"), state(module))
+
+
+def test_only_layers_that_match(tmp_path):
+    a, b = saved(llama(1), tmp_path / "a"), saved(llama(2), tmp_path / "b")
+    module = llama(3)
+    before, far = state(module), state(llama(2))
+    with fastinterp.Live(module, a=a, b=b, layers=["model.layers.1.*", "lm_head*"]) as live:
+        live.set(1.0)
+        for name, tensor in state(module).items():
+            moved = name.startswith(("model.layers.1.", "lm_head"))
+            assert same_bits(tensor, (far if moved else before)[name]), name
+    with pytest.raises(UsageError, match=r"no tensor of the module matches 'model\.layer\.\*'"):
+        fastinterp.Live(module, a=a, b=b, layers="model.layer.*")
+
+
+class Buffers(torch.nn.Module):
+    def __init__(self, fill):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(4)
+        self.scale = torch.nn.Parameter(torch.full((3,), float(fill)))
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("scratch", torch.zeros(5), persistent=False)
+        torch.nn.init.constant_(self.norm.running_mean, fill)
+        self.norm.num_batches_tracked.fill_(fill)
+
+
+def test_buffers():
+    """Floating buffers move; integers, booleans and those that are not saved stay."""
+    module = Buffers(1)
+    module.scratch.fill_(9)
+    with fastinterp.Live(module, a=Buffers(2).state_dict(), b=Buffers(4).state_dict()) as live:
+        live.set(0.5)
+        assert module.norm.running_mean.tolist() == [3.0] * 4
+        assert module.scale.tolist() == [3.0] * 3
+        assert module.norm.num_batches_tracked.item() == 1
+        assert module.mask.tolist() == [True, False]
+        assert module.scratch.tolist() == [9.0] * 5
+
+
+def test_every_mismatch_at_once():
+    module = Buffers(1)
+    other = Buffers(2).state_dict()
+    del other["norm.bias"]
+    other["scale"] = torch.zeros(4)
+    other["norm.weight"] = torch.zeros(4, dtype=torch.int64)
+    other["extra"] = torch.zeros(1)
+    with pytest.raises(ShapeError) as caught:
+        fastinterp.Live(module, base=Buffers(1).state_dict(), directions={"far": other})
+    message = str(caught.value)
+    for part in (
+        "the module does not fit, 4 mismatches: ",
+        "norm.bias [4] is not in direction far",
+        "scale is [3] in the module but [4] in direction far",
+        "norm.weight is float32 in the module but int64 in direction far",
+        "extra of direction far is not in the module",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        ({"formall": 1.0}, "unknown direction `formall`, did you mean `formal`"),
+        ({"formal": float("nan")}, "`formal` must be a finite number, got nan"),
+        ({"formal": float("inf")}, "`formal` must be a finite number, got inf"),
+        ({"formal": "1"}, "`formal` must be a finite number, got '1'"),
+        ({"formal": True}, "`formal` must be a finite number, got True"),
+        ({"formal": 1e39}, "`formal` must be a finite number"),
+    ],
+)
+def test_bad_points_change_nothing(point, message):
+    module, other = Buffers(1), Buffers(2).state_dict()
+    with fastinterp.Live(module, directions={"formal": other}) as live:
+        live.set(formal=0.5)
+        before = state(module)
+        with pytest.raises(UsageError, match=message):
+            live.set(**point)
+        assert_same_state(before, state(module))
+        assert live.alphas == {"formal": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "give either the ends of a line"),
+        ({"a": {}}, "give either the ends of a line"),
+        ({"a": {}, "b": {}, "directions": {"x": {}}}, "not both"),
+        ({"directions": {}}, "must be a mapping of names"),
+        ({"directions": {"": {}}}, "a direction must have a name"),
+        ({"a": {"x": 1}, "b": {}}, "x of a must be a torch tensor, got int"),
+        ({"a": 3, "b": {}}, "a must be a checkpoint or a state dict, got int"),
+    ],
+)
+def test_bad_end_points(given, message):
+    with pytest.raises(UsageError, match=message):
+        fastinterp.Live(Buffers(1), **given)
+
+
+def test_modules_that_cannot_walk():
+    ends = {"a": Buffers(1).state_dict(), "b": Buffers(2).state_dict()}
+    with pytest.raises(UsageError, match=r"must be a torch\.nn\.Module, got dict"):
+        fastinterp.Live({}, **ends)
+    with pytest.raises(UsageError, match="has no memory yet"):
+        fastinterp.Live(Buffers(1).to("meta"), **ends)
+    tensor = torch.zeros(6)
+    module = torch.nn.Module()
+    module.x, module.y = torch.nn.Parameter(tensor[:4]), torch.nn.Parameter(tensor[2:])
+    with pytest.raises(UsageError, match="x and y share memory without being the same tensor"):
+        fastinterp.Live(module, a={}, b={})
+
+
+def test_other_devices_are_refused(monkeypatch):
+    module = Buffers(1)
+    elsewhere = module.state_dict(keep_vars=True)
+
+    elsewhere["scale"] = type("T", (torch.Tensor,), {"device": torch.device("cuda", 0)})(torch.zeros(3))
+    monkeypatch.setattr(module, "state_dict", lambda **_: elsewhere)
+    with pytest.raises(BackendError, match="scale is on cuda:0, but this version computes on the CPU"):
+        fastinterp.Live(module, a={}, b={})
+
+
+@pytest.mark.parametrize("how", ["touched", "cut", "removed"])
+def test_end_point_that_changes_on_disk(tmp_path, how):
+    """Its file is looked at before and after every set; the module has its own weights again."""
+    a, b = saved(llama(1), tmp_path / "a"), saved(llama(2), tmp_path / "b")
+    module = llama(3)
+    before = state(module)
+    live = fastinterp.Live(module, a=a, b=b, resident=False)
+    live.set(0.5)
+    moved = state(module)
+    file = b / "model.safetensors"
+    if how == "touched":
+        file.write_bytes(file.read_bytes())
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        file.unlink()
+    with pytest.raises(CheckpointError, match="it changed while it was being read") as caught:
+        live.set(0.6)
+    assert str(file) in str(caught.value)
+    assert_same_state(moved, state(module))  # refused before anything was written
+    live.close()
+    assert_same_state(before, state(module))
+
+
+def test_failure_in_the_middle_gives_the_weights_back(tmp_path, monkeypatch):
+    """A file that is cut after it was looked at: some tensors are written when that shows."""
+    a, b = saved(llama(1), tmp_path / "a"), saved(llama(2), tmp_path / "b")
+    module = llama(3)
+    before = state(module)
+    live = fastinterp.Live(module, a=a, b=b, resident=False)
+    monkeypatch.setattr(live._ends, "refuse_changed", lambda: None)
+    file = b / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="bytes are left"):
+        live.set(0.5)
+    assert live.alphas is None
+    assert_same_state(before, state(module))
+    live.close()
+
+
+def test_resident_end_points_outlive_their_files(tmp_path):
+    a, b = saved(llama(1), tmp_path / "a"), saved(llama(2), tmp_path / "b")
+    module = llama(3)
+    with fastinterp.Live(module, a=a, b=b) as live:
+        (b / "model.safetensors").unlink()
+        live.set(1.0)
+        assert_same_state(state(llama(2)), state(module))
+
+
+def test_error_inside_gives_the_weights_back():
+    module, other = llama(1), llama(2)
+    before = state(module)
+
+    def fail(live):
+        live.set(far=1.0)
+        raise RuntimeError("callback")
+
+    with (
+        pytest.raises(RuntimeError, match="callback"),
+        fastinterp.Live(module, directions={"far": other.state_dict()}) as live,
+    ):
+        fail(live)
+    assert_same_state(before, state(module))
+    assert not module._forward_hooks and not module._forward_pre_hooks
+    with pytest.raises(UsageError, match="this Live is closed"):
+        live.set(far=1.0)
+    live.close()
+
+
+def test_tied_weights_that_differ_in_an_end_point(tmp_path):
+    """One tensor in the module, two in a checkpoint: fine if they are equal, refused if not."""
+    module = llama(1, tied=True)
+    ends = [state(llama(seed)) for seed in (2, 3)]
+    with pytest.raises(ShapeError, match="are one tensor in the module, but differ in an end point"):
+        fastinterp.Live(module, a=ends[0], b=ends[1])
+    for end in ends:
+        end["lm_head.weight"] = end["model.embed_tokens.weight"].clone()
+    with fastinterp.Live(module, a=ends[0], b=ends[1]) as live:
+        live.set(1.0)
+        assert same_bits(ends[1]["lm_head.weight"], module.lm_head.weight.detach())
+
+
+def test_module_that_was_converted(tmp_path):
+    module = llama(1)
+    live = fastinterp.Live(module, directions={"far": state(llama(2))})
+    module.to(torch.float32)
+    with pytest.raises(UsageError, match="is not where it was"):
+        live.set(far=1.0)
+
+
+def test_backward_over_old_weights_is_an_error():
+    module = torch.nn.Linear(3, 3)
+    with fastinterp.Live(module, directions={"far": state(torch.nn.Linear(3, 3))}) as live:
+        loss = module(torch.ones(1, 3, requires_grad=True)).square().sum()
+        live.set(far=1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_set_during_generation():
+    """Every forward pass sees one point, whole: two points differ in every tensor, and logits tell which it was."""
+    module, other = llama(1, dtype=torch.float32), llama(2, dtype=torch.float32)
+    ids = torch.arange(1, 9)[None]
+    logits, stop = [], threading.Event()
+
+    def generate():
+        with torch.no_grad():
+            while not stop.is_set():
+                logits.append(module(ids).logits)
+
+    with fastinterp.Live(module, directions={"far": state(other)}) as live, torch.no_grad():
+        expected = []
+        for alpha in (0.0, 1.0):
+            live.set(far=alpha)
+            expected.append(module(ids).logits)
+        thread = threading.Thread(target=generate)
+        thread.start()
+        for k in range(60):
+            live.set(far=float(k % 2))
+            time.sleep(0.002)
+        stop.set()
+        thread.join()
+    which = [[torch.equal(found, one) for one in expected] for found in logits]
+    assert len(logits) > 10
+    assert all(any(w) for w in which)
+    assert {w.index(True) for w in which} == {0, 1}
+
+
+def test_whole_generation_beside_set():
+    """transformers' own loop, in a second thread, with and without hooks."""
+    module, other = gpt2(1), gpt2(2)
+    ids = torch.arange(1, 9)[None]
+    done = []
+
+    def generate(live):
+        with live.step():  # the whole text from one point
+            done.append(module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False))
+
+    with fastinterp.Live(module, directions={"far": state(other)}) as live:
+        texts = []
+        for alpha in (0.0, 1.0):
+            live.set(far=alpha)
+            generate(live)
+            texts.append(done.pop())
+        threads = [threading.Thread(target=generate, args=(live,)) for _ in range(4)]
+        for k, thread in enumerate(threads):
+            thread.start()
+            live.set(far=float(k % 2))
+        for thread in threads:
+            thread.join()
+    assert len(done) == 4
+    assert all(any(torch.equal(text, one) for one in texts) for text in done)
+
+
+def test_set_inside_a_step_is_refused():
+    module = torch.nn.Linear(2, 2)
+    with fastinterp.Live(module, directions={"far": state(torch.nn.Linear(2, 2))}) as live:
+        with live.step(), live.step(), pytest.raises(UsageError, match="call this between steps"):
+            live.set(far=1.0)
+        live.set(far=1.0)
+
+
+def test_forward_that_fails_ends_its_step():
+    module = torch.nn.Linear(2, 2)
+    with fastinterp.Live(module, directions={"far": state(torch.nn.Linear(2, 2))}) as live:
+        with pytest.raises(RuntimeError):
+            module(torch.zeros(1, 3))
+        live.set(far=1.0)
+
+
+def test_change_is_not_starved():
+    """Steps without pause in two threads: a change gets its turn."""
+    lock, stop = StepLock(), threading.Event()
+
+    def steps():
+        while not stop.is_set():
+            lock.enter()
+            time.sleep(0.001)
+            lock.leave()
+
+    threads = [threading.Thread(target=steps) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    start = time.monotonic()
+    for _ in range(20):
+        with lock.change():
+            pass
+    took = time.monotonic() - start
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert took < 5
