@@ -11,7 +11,7 @@ from typing import Any
 from fastinterp.compute.dtypes import DType, parse_dtype
 from fastinterp.errors import BackendError, ShapeError, UsageError
 
-_SHOWN = 20  # mismatches that a message lists before it only counts the others
+_SHOWN = 100  # mismatches that a message lists before it only counts the others
 
 
 @dataclass(frozen=True, eq=False)

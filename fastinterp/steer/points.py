@@ -91,7 +91,8 @@ def grid(
     """Every combination of distances from `base` towards the models of `add`. The first direction changes slowest.
 
     add    direction -> model
-    steps  direction -> distances: 0 stays at the base, 1 reaches the model
+    steps  direction -> distances: 0 stays at the base, 1 reaches the model. Methods that would divide them by their sum
+           are told not to, by normalize: false, unless `parameters` says otherwise
     Raises: UsageError, MethodError.
     """
     origin = path_of(base, "base")
@@ -105,6 +106,8 @@ def grid(
     chosen = find(method or "task_arithmetic")
     if chosen.base == "none" or not any(p.name == "weight" and p.each for p in chosen.parameters):
         raise UsageError(f"`{chosen.name}` does not weigh directions from a base, as task_arithmetic or ties do")
+    # Divided by their sum, distances would be lost.
+    own = {"normalize": False} if any(p.name == "normalize" and p.default for p in chosen.parameters) else {}
     points = []
     for fars in itertools.product(*(_numbers(steps[name], name) for name in models)):
         weighed = [{"model": m, "parameters": {"weight": w}} for m, w in zip(models.values(), fars, strict=True)]
@@ -113,7 +116,7 @@ def grid(
             asked["integers"] = path_of(integers, "integers")
         named = "_".join(f"{name}_{far:.10g}" for name, far in zip(models, fars, strict=True))
         at = dict(zip(models, fars, strict=True))
-        points.append(Point(named, at, _complete(asked, parameters, settings)))
+        points.append(Point(named, at, _complete(asked, {**own, **parameters}, settings)))
     return _distinct(points)
 
 
