@@ -50,7 +50,7 @@ def test_set_is_what_merge_writes(family, tmp_path, resident):
     before = state(module)
     with fastinterp.Live(module, base=base, directions={"positive": p, "formal": f}, resident=resident) as live:
         places = {n: t.data_ptr() for n, t in module.state_dict().items()}
-        assert live.alphas is None
+        assert not live.alphas
         for k, (positive, formal) in enumerate([(0.7, -0.2), (1.0, 0.0), (0.0, 0.0), (0.3, 2.0)]):
             live.set(positive=positive, formal=formal)
             assert live.alphas == {"positive": positive, "formal": formal}
@@ -113,7 +113,7 @@ def test_only_layers_that_match(tmp_path):
         fastinterp.Live(module, a=a, b=b, layers="model.layer.*")
 
 
-class Buffers(torch.nn.Module):
+class Buffers(torch.nn.Module):  # type: ignore[misc]
     def __init__(self, fill):
         super().__init__()
         self.norm = torch.nn.BatchNorm1d(4)

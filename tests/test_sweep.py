@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from fastinterp.cli import commands
 from fastinterp.engine import run as runs
 from fastinterp.errors import MethodError, OutputError, RecipeError, UsageError
 from fastinterp.files.folder import OutFolder
-from fastinterp.steer import visit as visits
+from fastinterp.steer.load import allocated
 from tests.checkpoints import Tensor, assert_same, family, read, saved, write
 from tests.written import tree
 
+sweep: Any = fastinterp.sweep
 ALPHAS = [round(-0.5 + 0.1 * k, 10) for k in range(21)]
 
 
@@ -51,7 +53,7 @@ def command(*args, code=0):
 def test_line(ends, tmp_path):
     """21 points, more than one pass once held: the bytes of 21 merges, and every input byte read once."""
     a, b, _ = ends
-    points = fastinterp.sweep(a, b, ALPHAS, tmp_path / "path", threads=2)
+    points = sweep(a, b, ALPHAS, tmp_path / "path", threads=2)
     assert [p.at for p in points] == [{"alpha": alpha} for alpha in ALPHAS]
     assert [p.name for p in points][:3] == ["alpha_-0.5", "alpha_-0.4", "alpha_-0.3"]
     assert {p.report.bytes_read for p in points} == {read_bytes(2)}
@@ -71,14 +73,14 @@ def arrays(tensors, point):
 
 def test_line_with_a_base(ends, tmp_path):
     a, b, base = ends
-    (point,) = fastinterp.sweep(a, b, [0.3], tmp_path / "path", base=base, dtype="float32", seed=3)
+    (point,) = sweep(a, b, [0.3], tmp_path / "path", base=base, dtype="float32", seed=3)
     fastinterp.interpolate(a, b, 0.3, tmp_path / "one", base=base, dtype="float32", seed=3)
     assert_same(read(tmp_path / "one"), read(point.path))
 
 
 def test_grid(ends, tmp_path):
     base, p, f = ends
-    points = fastinterp.sweep(
+    points = sweep(
         base=base, add={"pos": p, "formal": f}, grid={"formal": [-1, 0.5], "pos": np.arange(3) / 2},
         out=tmp_path / "grid",
     )  # fmt: skip
@@ -101,7 +103,7 @@ def test_methods_measure_once(ends, tmp_path, method):
     else:
         how = {"base": base, "add": {"a": a, "b": b}, "grid": {"a": [0.5, 1], "b": [-1, 0.25, 1]}}
         how["parameters"] = {"density": 0.4}
-    points = fastinterp.sweep(out=tmp_path / "path", method=method, seed=5, **how)
+    points = sweep(out=tmp_path / "path", method=method, seed=5, **how)
     costs = set()
     for point in points:
         report = fastinterp.merge(point.recipe, tmp_path / "one", force=True)
@@ -112,7 +114,7 @@ def test_methods_measure_once(ends, tmp_path, method):
 
 def test_nuslerp_walks_by_weights(ends, tmp_path):
     a, b, _ = ends
-    points = fastinterp.sweep(a, b, [0, 0.5, 1], tmp_path / "path", method="nuslerp")
+    points = sweep(a, b, [0, 0.5, 1], tmp_path / "path", method="nuslerp")
     assert_same(dict(finite(1)[0]), read(points[0].path))
 
 
@@ -141,7 +143,7 @@ def test_nuslerp_walks_by_weights(ends, tmp_path):
 def test_bad_lines(ends, tmp_path, how, error, message):
     a, b, _ = ends
     with pytest.raises(error, match=message):
-        fastinterp.sweep(**({"a": a, "b": b, "alphas": [0.5], "out": tmp_path / "path"} | how))
+        sweep(**({"a": a, "b": b, "alphas": [0.5], "out": tmp_path / "path"} | how))
     assert not (tmp_path / "path").exists()
 
 
@@ -161,7 +163,7 @@ def test_bad_grids(ends, tmp_path, how, message):
     base, p, _ = ends
     given = {"base": base, "add": {"pos": p}, "grid": {"pos": [0.5]}, "out": tmp_path / "grid"}
     with pytest.raises(UsageError, match=message):
-        fastinterp.sweep(**(given | how))
+        sweep(**(given | how))
 
 
 def test_virtual(ends, tmp_path, monkeypatch):
@@ -169,7 +171,7 @@ def test_virtual(ends, tmp_path, monkeypatch):
     a, b, _ = ends
     monkeypatch.chdir(tmp_path)
     names = [str(Path(x).relative_to(tmp_path)) for x in (a, b)]
-    points = fastinterp.sweep(*names, [0.25, 0.5], "virtual", virtual=True, dtype="float32")
+    points = sweep(*names, [0.25, 0.5], "virtual", virtual=True, dtype="float32")
     assert [str(p.path) for p in points] == ["virtual/alpha_0.25.yml", "virtual/alpha_0.5.yml"]
     files = [(tmp_path / p.path) for p in points]
     assert sorted((tmp_path / "virtual").iterdir()) == files
@@ -183,16 +185,16 @@ def test_virtual(ends, tmp_path, monkeypatch):
         assert {n: t.raw.tobytes() for n, t in read(Path("out")).items()} == {n: x.tobytes() for n, x in loaded.items()}
     before = tree(tmp_path / "virtual")
     with pytest.raises(OutputError, match=r"alpha_0\.5\.yml is there already"):
-        fastinterp.sweep(a, b, [0.5], tmp_path / "virtual", virtual=True)
+        sweep(a, b, [0.5], tmp_path / "virtual", virtual=True)
     assert tree(tmp_path / "virtual") == before
-    fastinterp.sweep(a, b, [0.5], tmp_path / "virtual", virtual=True, force=True)
+    sweep(a, b, [0.5], tmp_path / "virtual", virtual=True, force=True)
     with pytest.raises(RecipeError, match="`t` must be in"):
-        fastinterp.sweep(a, b, [0.5, 1.5], tmp_path / "more", virtual=True, method="slerp")
+        sweep(a, b, [0.5, 1.5], tmp_path / "more", virtual=True, method="slerp")
 
 
 def test_in_memory(ends, tmp_path):
     a, b, _ = ends
-    fastinterp.sweep(a, b, ALPHAS, tmp_path / "path")
+    sweep(a, b, ALPHAS, tmp_path / "path")
     seen = []
 
     def visit(point, tensors):
@@ -200,7 +202,7 @@ def test_in_memory(ends, tmp_path):
         seen.append(point.name)
         return len(tensors)
 
-    points = fastinterp.sweep(a, b, ALPHAS, in_memory=visit, framework="numpy")
+    points = sweep(a, b, ALPHAS, in_memory=visit, framework="numpy")
     assert seen == [p.name for p in points] == [f"alpha_{alpha:g}" for alpha in ALPHAS]
     assert {p.result for p in points} == {len(finite(1)[0])}
     assert {p.report.bytes_read for p in points} == {read_bytes(2)}
@@ -215,11 +217,15 @@ def test_in_memory_as_many_as_fit(ends, monkeypatch):
     """A bound on memory takes further reads, and never more models at a time."""
     a, b, _ = ends
     made = []
-    allocated = visits.allocated
-    monkeypatch.setattr(visits, "allocated", lambda *args: made.append(1) or allocated(*args))
+
+    def seen(*args):
+        made.append(1)
+        return allocated(*args)
+
+    monkeypatch.setattr("fastinterp.steer.visit.allocated", seen)
     size = sum(t.raw.size for t in finite(1)[0].values())
     counts = []
-    points = fastinterp.sweep(
+    points = sweep(
         a, b, [0.1, 0.2, 0.3, 0.4, 0.5], in_memory=lambda p, t: counts.append(len(made)), max_memory=2 * size
     )
     assert counts == [2, 2, 4, 4, 5]
@@ -235,39 +241,35 @@ def test_callback_that_raises(ends):
         raise ArithmeticError("mine")
 
     with pytest.raises(ArithmeticError, match="mine"):
-        fastinterp.sweep(a, b, [0.1, 0.2], in_memory=visit)
+        sweep(a, b, [0.1, 0.2], in_memory=visit)
     assert seen == ["alpha_0.1"]
     with pytest.raises(UsageError, match="must be a function"):
-        fastinterp.sweep(a, b, [0.1], in_memory=3)
+        sweep(a, b, [0.1], in_memory=3)
 
 
 def test_less_memory_takes_further_reads(ends, tmp_path, monkeypatch):
     """Outputs of several reads appear together, too."""
-    from fastinterp.steer import sweep as home
-
     a, b, _ = ends
-    monkeypatch.setattr(home, "fitting_outputs", lambda *_: 8)
+    monkeypatch.setattr("fastinterp.steer.sweep.fitting_outputs", lambda *_: 8)
     told = []
-    points = fastinterp.sweep(a, b, ALPHAS, tmp_path / "path", progress=lambda done, total: told.append((done, total)))
+    points = sweep(a, b, ALPHAS, tmp_path / "path", progress=lambda done, total: told.append((done, total)))
     assert {p.report.bytes_read for p in points} == {3 * read_bytes(2)}
     assert told[-1][0] == told[-1][1] and all(one[0] <= other[0] for one, other in pairwise(told))
-    fastinterp.sweep(a, b, ALPHAS[:8], tmp_path / "few")
+    sweep(a, b, ALPHAS[:8], tmp_path / "few")
     assert_same(read(tmp_path / "few" / "alpha_0.2"), read(tmp_path / "path" / "alpha_0.2"))
 
 
 def test_scratch_that_bounds_outputs(ends, tmp_path):
     """By the real window: a bound that holds some outputs, and one that holds none."""
     a, b, _ = ends
-    points = fastinterp.sweep(a, b, ALPHAS, tmp_path / "path", max_memory=100_000, threads=1)
+    points = sweep(a, b, ALPHAS, tmp_path / "path", max_memory=100_000, threads=1)
     assert points[0].report.bytes_read == 3 * read_bytes(2)
     with pytest.raises(UsageError, match="--max-memory allows 1000"):
-        fastinterp.sweep(a, b, ALPHAS, tmp_path / "other", max_memory=1000)
+        sweep(a, b, ALPHAS, tmp_path / "other", max_memory=1000)
 
 
 def test_space_for_all_is_seen_to_first(ends, tmp_path, monkeypatch):
     """The first folder asks for the bytes of all outputs, of all reads."""
-    from fastinterp.steer import sweep as home
-
     a, b, _ = ends
     needed = []
     start = OutFolder.__init__
@@ -277,8 +279,8 @@ def test_space_for_all_is_seen_to_first(ends, tmp_path, monkeypatch):
         start(self, *args, **keys)
 
     monkeypatch.setattr(OutFolder, "__init__", seen)
-    monkeypatch.setattr(home, "fitting_outputs", lambda *_: 2)
-    points = fastinterp.sweep(a, b, ALPHAS[:5], tmp_path / "path")
+    monkeypatch.setattr("fastinterp.steer.sweep.fitting_outputs", lambda *_: 2)
+    points = sweep(a, b, ALPHAS[:5], tmp_path / "path")
     data = sum((point.path / "model.safetensors").stat().st_size for point in points)
     assert needed[0] == data and max(needed[1:]) < data
 
@@ -296,7 +298,7 @@ def test_failed_finish_names_what_was_finished(ends, tmp_path, monkeypatch):
     monkeypatch.setattr(OutFolder, "commit", fails)
     done = f"{tmp_path / 'path' / 'alpha_0.1'}, {tmp_path / 'path' / 'alpha_0.2'}"
     with pytest.raises(OutputError) as caught:
-        fastinterp.sweep(a, b, [0.1, 0.2, 0.3], tmp_path / "path")
+        sweep(a, b, [0.1, 0.2, 0.3], tmp_path / "path")
     assert str(caught.value).endswith(f"alpha_0.3: no more; finished before that: {done}")
     assert sorted(p.name for p in (tmp_path / "path").iterdir()) == ["alpha_0.1", "alpha_0.2"]
     calls.clear()
@@ -312,7 +314,7 @@ def test_failure_leaves_nothing(ends, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs, "run", fails)
     with pytest.raises(OutputError, match=r"^no more$"):
-        fastinterp.sweep(a, b, [0.1, 0.2], tmp_path / "path")
+        sweep(a, b, [0.1, 0.2], tmp_path / "path")
     assert not (tmp_path / "path").exists()
 
 
@@ -366,8 +368,8 @@ def test_command_in_memory(ends, tmp_path, monkeypatch):
 
 def test_torch_is_what_a_callback_gets(ends):
     a, b, _ = ends
-    kinds = []
-    fastinterp.sweep(a, b, [0.5], in_memory=lambda p, t: kinds.extend(map(type, t.values())))
+    kinds: list[type] = []
+    sweep(a, b, [0.5], in_memory=lambda p, t: kinds.extend(map(type, t.values())))
     assert set(kinds) == {torch.Tensor}
 
 
@@ -376,6 +378,6 @@ def test_models_with_one_tensor(tmp_path):
     one = {"x": family(1)[0][next(iter(finite(1)[0]))]}
     for name in "ab":
         write(tmp_path / name, one)
-    points = fastinterp.sweep(tmp_path / "a", tmp_path / "b", np.arange(256) / 256, tmp_path / "path")
+    points = sweep(tmp_path / "a", tmp_path / "b", np.arange(256) / 256, tmp_path / "path")
     assert points[0].report.bytes_read == 2 * one["x"].raw.size
     assert len(list((tmp_path / "path").iterdir())) == 256

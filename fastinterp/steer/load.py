@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,7 +62,7 @@ def load_iter(
     seed: int | None = None,
     threads: int | None = None,
     max_memory: str | int = "512MB",
-) -> Iterator[tuple[str, Any]]:
+) -> Generator[tuple[str, Any], None, None]:
     """(name, tensor) of a merged model, as tensors are done: what inference servers take weights from.
 
     Some hundred megabytes of the models are merged at a time; a tensor that the caller lets go of is freed. The
@@ -75,7 +75,7 @@ def load_iter(
 
 def _streamed(
     plan: Plan, framework: Framework, place: _Place, threads: int | None, most: int
-) -> Iterator[tuple[str, Any]]:
+) -> Generator[tuple[str, Any], None, None]:
     # The system gives memory to a large tensor when it is written, so that all of them can be made beforehand.
     tensors, places = allocated(plan.tensors, framework)
     for names in filling(plan, places, threads=threads, max_memory=most):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ _MEMORY = "512MB"
 def sweep(
     a: Model | None = None,
     b: Model | None = None,
-    alphas: Sequence[float] | None = None,
+    alphas: Iterable[float] | None = None,
     out: Model | None = None,
     *,
     base: Model | None = None,
     add: Mapping[str, Model] | None = None,
-    grid: Mapping[str, Sequence[float]] | None = None,
+    grid: Mapping[str, Iterable[float]] | None = None,
     method: str | None = None,
     parameters: Mapping[str, Any] | None = None,
     integers: Model | None = None,
