@@ -2,7 +2,7 @@
 
     python -m benchmarks.methods MODELS_DIR [--only ties,slerp] [--runs 3] [--mergekit PYTHON] [--out FILE.json]
 
-MODELS_DIR holds base/, ft1/ and ft2/, in BF16, as `fastinterp bench --models DIR` makes them. Floor: `cat` of every input
+MODELS_DIR holds base/, ft1/ and ft2/, BF16, as `fastinterp bench --models DIR` makes them. Floor: `cat` of every input
 that the method reads, then `cp` of one. The answer is compared with tests/drive.py, which evaluates the same
 definitions in float64, on the smallest tensors.
 """
