@@ -157,7 +157,7 @@ def _probes(request: Request, place: Place, n: int, name: str, seed: int) -> Pro
     if isinstance(request, MeasureKept):
         keys = kept_step(request, name=name, seed=seed)
         sums, counts = yield place.asking("kept", inputs, columns=place.columns, **keys)
-        return kept_of(_flat(sums, "d").tolist(), _flat(counts, "q").tolist())
+        return kept_of(request, _flat(sums, "d").tolist(), _flat(counts, "q").tolist())
     if isinstance(request, Divergence):
         return tuple(_flat((yield place.asking("divergence", inputs, columns=place.columns))[0], "d"))
     return (yield from _selected(request, place, n))
