@@ -22,7 +22,7 @@ from fastinterp.compute.requests import Measure, Select, Selected, Steps
 from fastinterp.engine import rounds
 from fastinterp.engine.plan import make_plan
 from fastinterp.engine.run import _carry_out
-from fastinterp.errors import MethodError
+from fastinterp.errors import MethodError, UsageError
 from fastinterp.methods import Each, Method, Sidecar, method
 from fastinterp.recipe.load import load_recipe
 from tests import models as small
@@ -355,3 +355,48 @@ def test_memory_does_not_grow_with_a_tensor_that_is_read_twice(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120, check=False)
         assert (done.returncode, done.stderr) == (0, "")
         assert int(done.stdout) * 1024 <= 40 << 20
+
+
+# --- memory and threads ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["slerp", "ties", "della", "model_stock", "arcee_fusion", "dare_ties", "linear"])
+def test_scratch_stays_within_the_bound(tmp_path, name, monkeypatch):
+    """Threads are fewer where their scratch would be more than --max-memory, and the bytes are the same."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(700, 800)).astype(np.float32)
+    paths = [str(small.save(tmp_path / c, {"w": base + k * rng.normal(size=base.shape).astype(np.float32) * 1e-3}))
+             for k, c in enumerate("abc")]  # fmt: skip
+    given: dict[str, Any] = {
+        "slerp": {"t": 0.5}, "ties": {"weight": 1.0, "density": 0.3}, "dare_ties": {"weight": 1.0, "density": 0.3},
+        "della": {"weight": 1.0, "density": 0.5, "epsilon": 0.1}, "linear": {"weight": 1.0},
+    }  # fmt: skip
+    models = paths[1:2] if name in ("slerp", "arcee_fusion") else paths[1:]
+    keys = {} if name == "linear" else {"base_model": paths[0]}
+    asked = recipe(name, models, parameters=given.get(name, {}), **keys)
+    pumps: list[tuple[int, int]] = []
+    made = rounds.Pump
+
+    def pump(**settings: Any) -> Any:
+        one = made(**settings)
+        pumps.append((settings["threads"], one.scratch_bytes))
+        return one
+
+    monkeypatch.setattr(rounds, "Pump", pump)
+    fastinterp.merge(asked, tmp_path / "free", threads=8)
+    most = max(3 * max(scratch for _, scratch in pumps), 10_000_000 if name in ("ties", "arcee_fusion") else 0)
+    pumps.clear()
+    fastinterp.merge(asked, tmp_path / "bound", threads=3 if name == "linear" else 8, max_memory=most)
+    assert min(threads for threads, _ in pumps) <= 3
+    first = {scratch: threads for threads, scratch in pumps}  # the last of a size is the one that ran
+    assert all(threads * scratch <= most for scratch, threads in first.items())
+    assert_same(read(tmp_path / "free"), read(tmp_path / "bound"))
+
+
+def test_too_little_memory_for_one_thread(tmp_path):
+    small.save(tmp_path / "a", {"w": np.ones(1000, np.float32)})
+    small.save(tmp_path / "b", {"w": np.full(1000, 2.0, np.float32)})
+    asked = recipe("slerp", [str(tmp_path / "b")], base_model=str(tmp_path / "a"), parameters={"t": 0.5})
+    with pytest.raises(UsageError, match=r"one thread needs \d+ bytes for w, but --max-memory allows 400000"):
+        fastinterp.merge(asked, tmp_path / "out", threads=1, max_memory=400_000)
+    assert not (tmp_path / "out").exists()
