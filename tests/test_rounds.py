@@ -400,3 +400,40 @@ def test_too_little_memory_for_one_thread(tmp_path):
     with pytest.raises(UsageError, match=r"one thread needs \d+ bytes for w, but --max-memory allows 400000"):
         fastinterp.merge(asked, tmp_path / "out", threads=1, max_memory=400_000)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_whole_model_has_the_tensors_that_ask_nothing(tmp_path):
+    """ties ranks all elements: those of a tensor that keeps all of them, too, but not those that are copied."""
+    rng = np.random.default_rng(3)
+    shapes = {
+        "model.layers.0.up.weight": (30, 40),
+        "model.layers.1.up.weight": (30, 40),
+        "model.layers.2.up.weight": (30, 40),
+    }
+    base = {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+    tune = {n: x + rng.normal(size=x.shape).astype(np.float32) * (k + 1) for k, (n, x) in enumerate(base.items())}
+    a, b = (str(small.save(tmp_path / c, m)) for c, m in (("a", base), ("b", tune)))
+    density = [{"filter": "layers.2.", "value": 1.0}, {"value": 0.25}]
+    asked = recipe("ties", [b], base_model=a, parameters={"density": density, "weight": 1.0, "preset": "paper"})
+    report = fastinterp.merge(asked, tmp_path / "out")
+    assert report.bytes_read == fastinterp.explain(asked).bytes_read
+    deltas = {n: np.abs(tune[n] - base[n]) for n in base}
+    least = np.sort(np.concatenate([d.ravel() for d in deltas.values()]))[::-1][3600 // 4 - 1]
+    got = read(tmp_path / "out")
+    for name, delta in deltas.items():
+        changed = got[name].raw.view(np.float32).reshape(30, 40) != base[name]
+        kept = delta >= least if "layers.2" not in name else delta > 0
+        assert changed.sum() == kept.sum() and (changed == kept).all()
+    stacked = [{"sources": [{"model": m, "layer_range": [0, 2]} for m in (a, b)]},
+               {"sources": [{"model": b, "layer_range": [2, 3]}]}]  # fmt: skip
+    asked = recipe(
+        "ties", [], base_model=a, slices=stacked, parameters={"density": 0.25, "weight": 1.0, "preset": "paper"}
+    )
+    del asked["models"]
+    fastinterp.merge(asked, tmp_path / "part")
+    two = np.concatenate([deltas[f"model.layers.{k}.up.weight"].ravel() for k in (0, 1)])
+    changed = (
+        read(tmp_path / "part")["model.layers.1.up.weight"].raw.view(np.float32).reshape(30, 40)
+        != base["model.layers.1.up.weight"]
+    )
+    assert changed.sum() == (deltas["model.layers.1.up.weight"] >= np.sort(two)[::-1][2400 // 4 - 1]).sum()

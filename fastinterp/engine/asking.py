@@ -180,7 +180,7 @@ def _histogram(request: Select, asked: Any, place: Place, n: int) -> Step:
     from fastinterp.compute.select import elements_read, step
 
     native = step(request, asked, place.numel, place.columns)
-    share = elements_read(asked, place.numel) / place.numel
+    share = elements_read(asked, place.numel) / max(1, place.numel)
     read = range(n) if request.score else {0, *asked.vectors}
     nbytes = round(share * sum(place.nbytes[i] for i in read))
     return Step(place.name, {**native, **place.reading(range(n))}, nbytes, 8 * asked.bins)
