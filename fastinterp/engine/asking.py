@@ -157,7 +157,7 @@ def _probes(request: Request, place: Place, n: int, name: str, seed: int) -> Pro
     if isinstance(request, MeasureKept):
         keys = kept_step(request, name=name, seed=seed)
         sums, counts = yield place.asking("kept", inputs, columns=place.columns, **keys)
-        return kept_of(_flat(sums, "d").tolist(), _flat(counts, "q").tolist())
+        return kept_of(request, _flat(sums, "d").tolist(), _flat(counts, "q").tolist())
     if isinstance(request, Divergence):
         return tuple(_flat((yield place.asking("divergence", inputs, columns=place.columns))[0], "d"))
     return (yield from _selected(request, place, n))
@@ -180,7 +180,7 @@ def _histogram(request: Select, asked: Any, place: Place, n: int) -> Step:
     from fastinterp.compute.select import elements_read, step
 
     native = step(request, asked, place.numel, place.columns)
-    share = elements_read(asked, place.numel) / place.numel
+    share = elements_read(asked, place.numel) / max(1, place.numel)
     read = range(n) if request.score else {0, *asked.vectors}
     nbytes = round(share * sum(place.nbytes[i] for i in read))
     return Step(place.name, {**native, **place.reading(range(n))}, nbytes, 8 * asked.bins)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from fastinterp.compute.masked import read_inputs
+from fastinterp.compute.masked import kept_inputs, read_inputs
 from fastinterp.compute.ops import Combine
 from fastinterp.compute.requests import (
     Divergence,
@@ -113,6 +113,8 @@ def inputs_of(asked: Request | Sum, n: int) -> tuple[int, ...]:
         return asked.row().inputs
     if isinstance(asked, MaskedCombine):
         return tuple(read_inputs(asked))
+    if isinstance(asked, MeasureKept):
+        return tuple(kept_inputs(asked))
     if isinstance(asked, GroupCombine):
         used = {i for i in range(n) if any(weights[i] != 0.0 for weights in asked.weights)}
         return tuple(sorted(used if asked.base is None else {asked.base, *used}))
@@ -169,8 +171,9 @@ def _made_up(request: Request, n: int, shape: tuple[int, ...]) -> Any:
         one = _near(n, numel // max(1, groups), 1e-4 if request.deltas else 1.0, request.deltas)
         return one if request.per == "tensor" else [one] * groups
     if isinstance(request, MeasureKept):
-        share = [0.0, *(k.chance if k.least == 0 else 0.5 * k.chance for k in request.keeps[1:])]
-        sizes = (0.0, *(0.01 * numel,) * (n - 1))
+        keeps = request.keeps[1:]
+        share = [0.0, *(0.0 if k is None else k.chance if k.least == 0 else 0.5 * k.chance for k in keeps)]
+        sizes = (0.0, *(0.0 if k is None else 0.01 * numel for k in keeps))
         kept = tuple(round(s * numel) for s in share)
         part = tuple(s * x for s, x in zip(share, sizes, strict=True))
         return Kept(sizes, part, kept, tuple(k // 2 for k in kept), tuple(0.01 * x for x in part))

@@ -68,6 +68,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[str], Checkpoint]) 
     sidecars = {name: find(name) for name in sidecar_names(points[0], first.method)}
     tensors = plan_tensors(recipes, points, fitted.models, sidecars, origin)
     warnings = [*fitted.warnings, *warnings_about(fitted.models, origin, fitted.tokenizer is not None)]
+    warnings += fitted.uncounted(origin) if fitted.counts else []
     if first.filters:
         from fastinterp.recipe.check import unmatched
 

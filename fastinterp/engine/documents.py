@@ -12,9 +12,10 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from fastinterp.compute.dtypes import DTYPES, DType
 from fastinterp.compute.ops import MAX_INPUTS, Combine, Row
@@ -29,21 +30,35 @@ from fastinterp.files.sidecars import copy_sidecars
 from fastinterp.recipe.load import Recipe
 
 Operand = tuple[int, Entry]  # number of a checkpoint, and a tensor there
-Chain = tuple[Document, tuple[Checkpoint, ...], tuple[str, ...], tuple[Checkpoint, ...], tuple[str, ...]]
+
+
+class Chain(NamedTuple):
+    """The last document, with those above in it.
+
+    last         with the numbers of `checkpoints`
+    checkpoints  the models of all documents, then side-cars and the documents above
+    models       the names of those models
+    opened       every checkpoint that was
+    warnings     about all documents
+    folders      small files of documents above
+    """
+
+    last: Document
+    checkpoints: tuple[Checkpoint, ...]
+    models: tuple[str, ...]
+    opened: tuple[Checkpoint, ...]
+    warnings: tuple[str, ...]
+    folders: tuple[Folder, ...]
 
 
 def plan_chain(above: Sequence[Recipe], last: Recipe) -> Chain:
-    """The last document, with those above in it.
-
-    Returns it with numbers of these checkpoints: the models of all documents, then side-cars and the documents above;
-    the names of those models; every checkpoint that was opened; the warnings of all documents.
-    Raises: what make_plan raises.
-    """
+    """Raises: what make_plan raises."""
     library = Library()
     numbers: dict[int, int] = {}  # id of a checkpoint -> its number
     checkpoints: list[Checkpoint] = []
     made: dict[str, Checkpoint] = {}
     warnings: list[str] = []
+    folders: list[Folder] = []
 
     def number(checkpoint: Checkpoint) -> int:
         if id(checkpoint) not in numbers:
@@ -68,10 +83,13 @@ def plan_chain(above: Sequence[Recipe], last: Recipe) -> Chain:
         document = replace(document, tensors=tensors)
         warnings += document.warnings
         if recipe is not last:
-            checkpoint = _checkpoint(recipe, document)
+            checkpoint, folder = _checkpoint(recipe, document)
+            folders += [] if folder is None else [folder]
             made[checkpoint.name] = checkpoint
             number(checkpoint)
-    return document, tuple(checkpoints), tuple(names), library.opened, tuple(dict.fromkeys(warnings))
+    return Chain(
+        document, tuple(checkpoints), tuple(names), library.opened, tuple(dict.fromkeys(warnings)), tuple(folders)
+    )
 
 
 def _check_store(recipe: Recipe, last: Recipe) -> None:
@@ -88,7 +106,8 @@ def _check_store(recipe: Recipe, last: Recipe) -> None:
 # --- what a document makes, as the models of those below -------------------------------------------------------------
 
 
-def _checkpoint(recipe: Recipe, document: Document) -> Checkpoint:
+def _checkpoint(recipe: Recipe, document: Document) -> tuple[Checkpoint, Folder | None]:
+    """What the document makes, and the folder of its small files, if it has one of its own."""
     name = recipe.name or ""
     named = recipe.out_dtype or recipe.dtype
     tensors: dict[str, Entry] = {}
@@ -104,11 +123,9 @@ def _checkpoint(recipe: Recipe, document: Document) -> Checkpoint:
         folds = recipe.out_dtype is None or _is_copy(t)
         tensors[t.name] = MadeEntry(t.name, t.dtype, t.shape, 0, t.nbytes, 0, kept, named is None, folds)
     nbytes = sum(e.nbytes for e in tensors.values())
-    root, keep = _small_files(recipe, document)
-    found = Checkpoint(name, root, (), tensors, nbytes, False, {}, (), False)
-    if keep is not None:
-        weakref.finalize(found, keep)
-    return found
+    folder = _small_files(recipe, document)
+    root = document.origin.root if folder is None else folder.path
+    return Checkpoint(name, root, (), tensors, nbytes, False, {}, (), False), folder
 
 
 def _wide(t: PlannedTensor) -> DType:
@@ -119,21 +136,28 @@ def _is_copy(t: PlannedTensor) -> bool:
     return len(t.rows) == 1 and t.rows[0].is_copy and t.dtype == t.entries[0].dtype
 
 
-def _small_files(recipe: Recipe, document: Document) -> tuple[Path, Callable[[], None] | None]:
-    """A folder with a document's configuration and tokenizer, and what removes it: that of its origin, if it can be."""
+class Folder:
+    """A temporary folder, which is gone when this object is."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="fastinterp-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+def _small_files(recipe: Recipe, document: Document) -> Folder | None:
+    """A folder with a document's configuration and tokenizer; None: they are those of its origin."""
+    root = document.origin.root
     copied = copy_sidecars(document.origin, recipe.out_dtype or recipe.dtype)
     files = document.fitted.sidecars(copied)
-    if all(isinstance(c, Path) and c.parent == document.origin.root for c in files.values()) and set(files) == set(
-        copied
-    ):
-        return document.origin.root, None
-    folder = Path(tempfile.mkdtemp(prefix="fastinterp-"))
+    if set(files) == set(copied) and all(isinstance(c, Path) and c.parent == root for c in files.values()):
+        return None
+    folder = Folder()
     for name, content in files.items():
         if isinstance(content, Path):
-            os.symlink(os.path.abspath(content), folder / name)
+            os.symlink(os.path.abspath(content), folder.path / name)
         else:
-            (folder / name).write_bytes(content)
-    return folder, lambda: shutil.rmtree(folder, ignore_errors=True)
+            (folder.path / name).write_bytes(content)
+    return folder
 
 
 # --- documents above in sums and requests ----------------------------------------------------------------------------

@@ -67,15 +67,24 @@ def as_text(plan: Plan, window: Window) -> str:
     lines = [f"{found['method']} of {counted(len(found['models']), 'model')}", ""]
     lines += [*_formula_lines(found["formula"]), ""]
     lines += _reads(found) + _computes(found) + _writes(found)
-    w, floor = found["window"], found["floor"]
+    floor = found["floor"]
     lines += [
-        f"held     at most {size(w['bytes'])} of scratch: {counted(w['threads'], 'thread')} x ({w['inputs']} x "
-        f"{w['read_bytes'] >> 10} KiB in + {w['outputs']} x {w['write_bytes'] >> 10} KiB out)",
+        _held(found["window"]),
         f"floor    {seconds(floor['seconds'])}, if files are read at {floor['read_gb_per_s']:g} GB/s and written at "
         f"{floor['write_gb_per_s']:g} GB/s, as a warm page cache allows",
         *(line for w in found["warnings"] for line in _wrapped(plain(w), "warning  ", " " * 9)),
     ]
     return "\n".join(lines)
+
+
+def _held(w: dict[str, Any]) -> str:
+    most = f"held     at most {size(w['bytes'])} of scratch: "
+    if w["asks"]:
+        return f"{most}{counted(w['threads'], 'thread')}, fewer where they need more than that for statistics"
+    return (
+        f"{most}{counted(w['threads'], 'thread')} x ({w['inputs']} x {w['read_bytes'] >> 10} KiB in + "
+        f"{w['outputs']} x {w['write_bytes'] >> 10} KiB out)"
+    )
 
 
 def _model(plan: Plan, i: int) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Plan:
     models       the names of the first of the checkpoints: the models of all documents
     inputs       files and folders that an output must not touch
     above        the documents above
+    folders      held as long as the plan is: they have the small files of documents above
     """
 
     recipes: tuple[Recipe, ...]
@@ -51,6 +52,7 @@ class Plan:
     models: tuple[str, ...]
     inputs: tuple[Path, ...]
     above: tuple[Recipe, ...] = ()
+    folders: tuple[object, ...] = ()
 
     def __repr__(self) -> str:
         """Short: the fields hold every tensor and header."""
@@ -95,12 +97,12 @@ def make_plan(recipes: Sequence[Recipe], *, max_shard_size: int, above: Sequence
     if above:
         from fastinterp.engine.documents import plan_chain
 
-        last, checkpoints, names, opened, warnings = plan_chain(above, first)
+        last, checkpoints, names, opened, warnings, folders = plan_chain(above, first)
     else:
         library = Library()
         last = plan_document(recipes, library.find)
         checkpoints, names = last.checkpoints, first.models
-        opened, warnings = library.opened, last.warnings
+        opened, warnings, folders = library.opened, last.warnings, ()
     tensors = last.tensors
     layouts = tuple(
         make_layout([(t.name, t.dtype, t.shape) for t in tensors], _metadata(recipe, k, tensors, names), max_shard_size)
@@ -109,7 +111,7 @@ def make_plan(recipes: Sequence[Recipe], *, max_shard_size: int, above: Sequence
     inputs = tuple(dict.fromkeys(path for c in opened for path in c.inputs))
     return Plan(
         tuple(recipes), checkpoints, last.origin, tensors, layouts, last.fitted, warnings, tuple(names), inputs,
-        tuple(above),
+        tuple(above), folders,
     )  # fmt: skip
 
 

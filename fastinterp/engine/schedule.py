@@ -35,6 +35,10 @@ class Window:
 
     Reads are small enough that the inputs are still in the second-level cache when they are combined, and writes take
     no larger pages than `cp` does: docs/performance.md has the measurements.
+
+    most  what may be used. What methods ask, and sums with masks, have scratch of their own: with less, fewer threads
+          work on them
+    asks  whether there are such
     """
 
     threads: int
@@ -42,10 +46,16 @@ class Window:
     read_bytes: int
     inputs: int
     outputs: int
+    most: int
+    asks: bool
 
     @property
     def bytes(self) -> int:
-        """All workers' scratch; page roundings and slack included."""
+        """All workers' scratch; page roundings and slack included. Of plain sums; else the bound."""
+        return self.most if self.asks else self.plain_bytes
+
+    @property
+    def plain_bytes(self) -> int:
         return self.threads * (self.inputs * (self.read_bytes + 4096) + self.outputs * (self.write_bytes + 4096))
 
 
@@ -55,15 +65,16 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
     Raises: UsageError, if even the smallest does not fit.
     """
     inputs, outputs = max(len(s.inputs) for t in plan.tensors for s in (*t.first, t)), len(plan.recipes)
+    asks = any(s.program is not None for t in plan.tensors for s in (*t.first, t))
     read, write = _pages(max(16 << 10, min(64 << 10, (512 << 10) // inputs))), 128 << 10
     while True:
-        window = Window(threads, write, read, inputs, outputs)
-        if window.bytes <= max_memory:
+        window = Window(threads, write, read, inputs, outputs, max_memory, asks)
+        if window.plain_bytes <= max_memory:
             return window
         if write <= 4096 and read <= 4096:
             raise UsageError(
-                f"{threads} threads with {inputs} inputs and {outputs} outputs need at least {window.bytes} bytes, but "
-                f"--max-memory allows {max_memory}. Allow more, or use fewer threads"
+                f"{threads} threads with {inputs} inputs and {outputs} outputs need at least {window.plain_bytes} "
+                f"bytes, but --max-memory allows {max_memory}. Allow more, or use fewer threads"
             )
         write, read = _pages(write // 2), _pages(read // 2)
 
@@ -121,12 +132,12 @@ def run(
         jobs = {t.name: _job(plan, t, sources, sinks, scratch) for t in sinks.in_file_order(plan)}
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
-        machine = Machine(settings, explained, total, progress)
+        machine = Machine(settings, explained, total, progress, max_memory)
         drive(list(jobs.values()), machine)
         sources.refuse_changed()
         machine.finish()
         done, written = [jobs[t.name] for t in plan.tensors], machine.bytes_written - plan.bytes_made
-        return Done(done, machine.bytes_read, written, workers, isa, window.bytes)
+        return Done(done, machine.bytes_read, written, workers, isa, machine.scratch_bytes)
 
 
 class _Sinks:

@@ -165,10 +165,18 @@ def plan_tensors(
             raise UsageError("recipes that share one read must make the same tensors of the same models")
     _check_fit(points[0], models)
     planner = _Planner(recipes, models, sidecars, origin, points[0])
+    tensors = tuple(planner.planned(targets) for targets in zip(*points, strict=True))
+    whole = next((t.program for t in tensors if t.program is not None and t.program.whole), None)
+    if whole is None:
+        return tensors
+    # What is asked about the whole model is asked about those, too, that ask nothing themselves.
+    planner.asked = tuple(read for read in whole.reads if read[0] == "select")
     return tuple(planner.planned(targets) for targets in zip(*points, strict=True))
 
 
 class _Planner:
+    """asked  reads of every tensor, whatever it asks itself; those of a request about the whole model"""
+
     def __init__(
         self,
         recipes: Sequence[Recipe],
@@ -181,10 +189,11 @@ class _Planner:
         self._method = recipes[0].method
         self._sidecars = {name: (len(models) + i, c) for i, (name, c) in enumerate(sidecars.items())}
         self._keywords = [p.keyword for p in self._method.parameters if p.kind is Sidecar]
-        leads = (models[t.inputs[0][0]].tensors[t.inputs[0][1]] for t in targets)
+        leads = (models[t.inputs[0][0]].tensors[t.inputs[0][1]] for t in targets if not t.copies)
         self._numel = sum(e.numel for e in leads if e.dtype.merges)
         self._known: dict[tuple[Any, ...], Any] = {}  # what a method of the count alone asks for
         self._foreseen: dict[tuple[Any, ...], Any] = {}
+        self.asked: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def planned(self, targets: Sequence[Target]) -> PlannedTensor:
         """targets  one per output, of equal name and inputs"""
@@ -226,13 +235,14 @@ class _Planner:
             return _summed(one.name, dtype, kept.shape, found, [Combine((1.0,))] * len(calls))
         talk = Conversation(one.name, calls, [r.seed for r in self._recipes])
         plain = [asked for asked in talk.sums if isinstance(asked, Combine)]
-        if talk.ended and len(plain) == len(calls):
+        if talk.ended and len(plain) == len(calls) and not self.asked:
             return _summed(one.name, dtype, kept.shape, found, plain)
         # What is asked hardly depends on more than this, and it is an estimate.
         key = (kept.shape, len(one.inputs), one.layer, *(id(t.parameters) for t in targets))
         if key not in self._foreseen:
             self._foreseen[key] = foresee(talk, len(one.inputs), kept.shape)
         reads, whole = self._foreseen[key]
+        reads = reads if whole else (*self.asked, *reads)
         seeds = tuple(r.seed for r in self._recipes)
         program = Program(calls, reads, whole, self._method.name, one.name, seeds)
         return _planned(one.name, dtype, kept.shape, [*found, *self._beside(one)], program, len(found))

@@ -93,6 +93,18 @@ class Fitted:
         new, changes = config_of_layers(parse_object(raw.lstrip(), "the model configuration", file), self.counts)
         return (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode() if changes else content
 
+    def uncounted(self, origin: Checkpoint) -> list[str]:
+        """Warnings of stacks whose layers the configuration does not count, so that it stays as it is."""
+        from fastinterp.recipe.layer_config import config_of_layers
+
+        config = _table(origin.root / "config.json")
+        return [
+            f"config.json does not say how many layers {count.prefix} has: there were {count.before}, the output has "
+            f"{len(count.layers)}. Write it there, as the software that loads the model wants it"
+            for count in self.counts
+            if config and not config_of_layers(config, [count])[1]
+        ]
+
     def _config(self, name: str, content: bytes | Path) -> bytes | Path:
         file = name if isinstance(content, bytes) else str(content)
         raw = content if isinstance(content, bytes) else read_regular(file, MAX_HEADER)
@@ -188,8 +200,8 @@ def _moved(plan: RowPlan, tensors: list[dict[str, Entry]], known: Sequence[Check
             tensors[i][name] = entry = mapped(name, i, plan, sources, names)
             if isinstance(entry, MappedEntry) and (made := [names[k] for k in entry.models if not known[k].files]):
                 raise CheckpointError(
-                    f"the vocabulary of {listing(made)}, made by a document above, would change here. Say there which "
-                    "one it has, `tokenizer_source: union` or `base`, or write it as a checkpoint of its own first",
+                    f"rows of {listing(made)}, which a document above makes, would have to be moved into another "
+                    "vocabulary here. Ask for the vocabulary there, or write it as a checkpoint of its own first",
                     tensor=name,
                 )
 
