@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from fastinterp.compute.backends import cpu_threads
+from fastinterp.engine.given import as_lines, given, layer_lines, symbols
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.schedule import Window, make_window
 from fastinterp.engine.tensors import PlannedTensor
 from fastinterp.engine.text import WIDTH, counted, fit, plain, seconds, size, table
+from fastinterp.files.embedding import MappedEntry
 from fastinterp.files.layout import OutFile, parse_size
 from fastinterp.files.sidecars import copy_sidecars
+from fastinterp.recipe.check import DRAWING
 
 # Page cache to page cache, about what one machine of today does: the least time that a merge of these files can take.
 _READ_GB_S, _WRITE_GB_S = 10.0, 3.0
@@ -32,11 +35,15 @@ def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
     return {
         "method": recipe.method.name,
         "formula": _formula(plan),
+        "symbols": [] if recipe.coefficients is not None else symbols(recipe),
+        "given": given(recipe, None if recipe.earlier else [m.tensors for m in plan.fitted.models]),
         "rounding": recipe.rounding,
         "seed": recipe.seed,
+        "draws": recipe.method.name.startswith(DRAWING),
         "models": [_model(plan, i) for i in range(len(plan.checkpoints))],
         "origin": plan.origin.name,
         "vocabulary": plan.fitted.source,
+        "moved": [t.name for t in plan.tensors if any(isinstance(e, MappedEntry) for e in t.entries)],
         "steps": _steps(plan),
         "must_agree": [t.name for t in plan.tensors if not t.merged and len(t.inputs) > 1],
         "integers_from": recipe.integers,
@@ -62,7 +69,8 @@ def as_text(plan: Plan, window: Window) -> str:
     """The same for people, at most 100 columns wide where names allow."""
     found = as_dict(plan, window)
     lines = [f"{found['method']} of {counted(len(found['models']), 'model')}", ""]
-    lines += [*_formula_lines(found["formula"]), ""]
+    lines += [*_formula_lines(found["formula"], found["symbols"]), ""]
+    lines += _given(found["given"])
     lines += _reads(found) + _computes(found) + _writes(found)
     w, floor = found["window"], found["floor"]
     lines += [
@@ -186,9 +194,22 @@ def _wrapped(text: str, first: str, others: str) -> list[str]:
     )
 
 
-def _formula_lines(formula: str) -> list[str]:
+def _formula_lines(formula: str, symbols: list[str]) -> list[str]:
     first, *legend = formula.split("\n")
-    return [*_wrapped(first, "  ", " " * 8), *(f"  {plain(line)}" for line in legend)]
+    lines = _wrapped(first, "  ", " " * 8)
+    for symbol in symbols:
+        lines += _wrapped(symbol, "  ", " " * 8)
+    return [*lines, *(f"  {plain(line)}" for line in legend)]
+
+
+def _given(found: dict[str, Any]) -> list[str]:
+    """The parameters that are in force, and how layers are put together."""
+    lines = []
+    for title, some in (("given", as_lines(found)), ("layers", layer_lines(found))):
+        for line in some:
+            first = f"{title:9}" if line is some[0] else " " * 9
+            lines += _wrapped(plain(line), first, " " * 11)
+    return lines
 
 
 def _reads(found: dict[str, Any]) -> list[str]:
@@ -213,6 +234,8 @@ def _times(found: dict[str, Any]) -> str:
 def _computes(found: dict[str, Any]) -> list[str]:
     how = f"stochastic, seed {found['seed']}" if found["rounding"] == "stochastic" else "to nearest even"
     lines = [f"compute  with one rounding, {how}"]
+    if found["draws"]:
+        lines.append(f"         what is dropped is drawn with seed {found['seed']}")
     for step in found["steps"][:_SHOWN]:
         what = f"copies of {step['out']}" if step["copies"] else f"out = {step['out']}"
         if len(step["reads"]) > 1:
@@ -253,4 +276,7 @@ def _writes(found: dict[str, Any]) -> list[str]:
         lines.append(f"         configuration and tokenizer are those of {origin}")
     else:
         lines.append(f"         configuration of {origin}, vocabulary: {plain(vocabulary)}")
+    if found["moved"]:
+        rows = f"whose rows follow their tokens: {', '.join(found['moved'])}"
+        lines.append(fit(f"         {counted(len(found['moved']), 'tensor')} {rows}", WIDTH))
     return lines

@@ -72,13 +72,11 @@ class Samples:
     """What was found.
 
     tensors    how many were sampled
-    numel      elements of a model that were
     not_finite (model, tensor) that have NaN or Inf
     models     index of a checkpoint, and of the one it is compared with -> what it is beside that
     """
 
     tensors: int = 0
-    numel: int = 0
     not_finite: list[tuple[int, str]] = field(default_factory=list)
     models: dict[tuple[int, int], Against] = field(default_factory=dict)
 
@@ -103,8 +101,7 @@ def take(plan: Plan) -> Samples:
     merged = [t for t in plan.tensors if t.merged and t.numel]
     chosen = [merged[k * len(merged) // TENSORS] for k in range(TENSORS)] if len(merged) > TENSORS else merged
     pairs = [pair for t in chosen for pair in _pairs(t)]
-    found.tensors = len(chosen)
-    found.numel = sum(min(t.numel, CHUNK) for t in chosen)
+    found.tensors = len({t.name for t, _ in pairs})
     with ExitStack() as stack:
         sources = Sources(plan.checkpoints, ((i, e) for _, reads in pairs for i, e in reads), stack)
         steps = [

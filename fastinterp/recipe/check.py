@@ -21,7 +21,7 @@ Names = Callable[[str], Collection[str]]  # the tensors of a model, by the model
 
 _CANCEL = 0.1  # weights whose sum is below this share of their magnitudes are scaled up tenfold and more
 _DROPS = ("dare", "della", "breadcrumbs")  # methods that are about dropping
-_RANDOM = ("dare", "della")  # those that draw what they drop
+DRAWING = ("dare", "della")  # those that draw what they drop
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _lone(recipe: Recipe, parameters: Mapping[str, Any]) -> Iterator[RecipeError
 def _unused(recipe: Recipe) -> Iterator[RecipeError]:
     """Settings that nothing of this merge looks at."""
     given = recipe.document.value
-    if "seed" in given and recipe.rounding == "nearest" and not recipe.method.name.startswith(_RANDOM):
+    if "seed" in given and recipe.rounding == "nearest" and not recipe.method.name.startswith(DRAWING):
         message = f"`seed` changes nothing: {recipe.method.name} draws nothing, and rounding is to nearest"
         yield recipe.document.error(message, "$.seed")
     stored = recipe.out_dtype or recipe.dtype
@@ -124,7 +124,7 @@ def _unused(recipe: Recipe) -> Iterator[RecipeError]:
 
 def unmatched(recipe: Recipe, assembly: Assembly) -> list[RecipeError]:
     """Filters that no tensor got its value from."""
-    hits = {path for resolver in assembly.resolvers for path in resolver.hits}
+    hits = {path for resolver in assembly.resolvers for path in resolver.reached()}
     names = [name for target in assembly.targets for name in (target.name, *(n for _, n in target.inputs))]
     found = []
     for value in _values(recipe):
