@@ -137,8 +137,8 @@ def test_contradictions_are_refused(ask, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"columns": 7}, "divide numel"),
-        ({"columns": 0}, "divide numel"),
+        ({"columns": 7}, "whole rows"),
+        ({"columns": 0}, "whole rows"),
         ({"masked": []}, "as many sinks"),
         ({"keeps": []}, "has no `keeps`"),
     ],
