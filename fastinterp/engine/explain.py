@@ -277,6 +277,6 @@ def _writes(found: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"         configuration of {origin}, vocabulary: {plain(vocabulary)}")
     if found["moved"]:
-        rows = f"whose rows follow their tokens: {', '.join(found['moved'])}"
-        lines.append(fit(f"         {counted(len(found['moved']), 'tensor')} {rows}", WIDTH))
+        told = f"{counted(len(found['moved']), 'tensor')} whose rows follow their tokens: {', '.join(found['moved'])}"
+        lines.append(fit(f"         {told}", WIDTH))
     return lines
