@@ -256,6 +256,37 @@ def test_documents_that_build_on_each_other(folder):
     assert wrong.startswith("3: ./c: there is no such folder")
 
 
+def test_models_beside_the_recipe(folder):
+    """Each is told where it is."""
+    (folder / "in").mkdir()
+    text = "merge_method: linear\nmodels: [{model: x}, {model: y}]\nparameters: {weight: 1}\n"
+    (folder / "in" / "r.yml").write_text(text)
+    for name in ("x", "y"):
+        save(f"in/{name}", llama())
+    wrong, _ = said(fastinterp.check("in/r.yml"))
+    assert [w.partition(". Write")[0] for w in wrong] == [
+        f"2: there is no '{name}' in the current folder, where relative paths start, but there is one beside the recipe"
+        for name in ("x", "y")
+    ]
+
+
+def test_a_name_that_is_wrong_in_itself_is_not_looked_for(folder):
+    (wrong,), _ = said(fastinterp.check(recipe("linear", ["a", "a+b"], parameters={"weight": 1})))
+    assert wrong.startswith("a LoRA behind `+` is not supported yet")
+
+
+def test_names_that_are_close(folder):
+    (folder / "recipe.yml").write_text("")
+    assert fastinterp.check("recipy.yml").wrong[0].message == "there is no such recipe file. Did you mean 'recipe.yml'?"
+    assert fastinterp.check("no/r.yml").wrong[0].message == "there is no such recipe file: there is no folder 'no'"
+    text = (
+        "merge_method: passthrough\nmodels: [{model: a}]\nparameters: {scale: [{filter: mpl, value: 2}, {value: 3}]}\n"
+    )
+    assert [f.message for f in fastinterp.check(text).odd] == [
+        "the filter 'mpl' matches nothing: no tensor's name has it, did you mean `mlp`?"
+    ]
+
+
 @pytest.mark.parametrize("text", ["none.yml", "merge_method: [\n", "- a\n"])
 def test_what_is_no_recipe(folder, text):
     found = fastinterp.check(text)

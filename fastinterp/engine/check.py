@@ -14,6 +14,7 @@ from fastinterp.recipe.chain import references
 from fastinterp.recipe.check import against, inspect
 from fastinterp.recipe.document import Document, Source, read_all
 from fastinterp.recipe.load import Recipe, same_model
+from fastinterp.recipe.references import not_beside
 
 if TYPE_CHECKING:
     from fastinterp.engine.plan import Plan
@@ -190,28 +191,33 @@ def _open_all(documents: Sequence[Document], recipes: Sequence[Recipe], found: _
     made = {r.name for r in recipes} | {d.value.get("name") for d in documents if isinstance(d.value, dict)}
     opened: dict[str, Checkpoint] = {}
     failed: set[str] = set()
-    for name, place in _named(documents, recipes):
-        if name in made or name in failed or any(same_model(name, known) for known in opened):
+    told = {fault.path for fault in found.wrong}
+    for name, document, path in _named(documents, recipes):
+        if path in told or name in made or name in failed or any(same_model(name, known) for known in opened):
             continue
         try:
             opened[name] = open_checkpoint(name)
         except (CheckpointError, StorageError) as error:
             failed.add(name)
-            found.add_wrong(error, place)
+            try:
+                not_beside(document, name, path)
+                found.add_wrong(error, (path, document.error("", path).line))
+            except RecipeError as better:
+                found.add_wrong(better)
     return opened
 
 
-def _named(documents: Sequence[Document], recipes: Sequence[Recipe]) -> Iterator[tuple[str, tuple[str, int | None]]]:
+def _named(documents: Sequence[Document], recipes: Sequence[Recipe]) -> Iterator[tuple[str, Document, str]]:
     """Every model that is named, with its place: as the recipes have them, or as the text has where that has faults."""
     for number, document in enumerate(documents):
-        written = [(name, (path, document.error("", path).line)) for name, path in references(document.value, "$")]
+        written = list(references(document.value, "$"))
         if not recipes:
-            yield from written
+            yield from ((name, document, path) for name, path in written)
             continue
         recipe = recipes[number]
         for name in (*recipe.models, recipe.origin, *recipe.sidecars):
-            places = (place for known, place in written if same_model(known, name.partition("@")[0]))
-            yield name, next(places, ("$", None))
+            places = (path for known, path in written if same_model(known, name.partition("@")[0]))
+            yield name, document, next(places, "$")
 
 
 def _looked_at(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastinterp.errors import CheckpointError, FastinterpError, MethodError, RecipeError
-from fastinterp.methods import shown
+from fastinterp.methods import shown, suggestion
 from fastinterp.methods._weights import shares
 from fastinterp.recipe.document import Source, read_all
 from fastinterp.recipe.faults import Faults
@@ -134,12 +134,20 @@ def unmatched(recipe: Recipe, assembly: Assembly) -> list[RecipeError]:
             if path not in hits:
                 matching = sum(part in name for name in names)
                 first = "a filter above it, or a value nearer to the model, comes first"
-                why = first if matching else "no tensor's name has it"
+                why = first if matching else f"no tensor's name has it{_near(part, names)}"
                 found.append(recipe.document.error(f"the filter {shown(part)} matches nothing: {why}", path))
             elif part[-1].isdecimal() and (more := _longer_numbers(part, names)):
                 message = f"the filter {shown(part)} also matches {more}. Write {shown(part + '.')} for that one"
                 found.append(recipe.document.error(message, path))
     return found
+
+
+def _near(part: str, names: Sequence[str]) -> str:
+    """The part of a name that was meant, if one is close."""
+    if "." in part.strip("."):
+        return ""
+    known = suggestion(part.strip("."), sorted({piece for name in names for piece in name.split(".")}))
+    return known if known.startswith(", did") else ""
 
 
 def _longer_numbers(part: str, names: Sequence[str]) -> str:
@@ -228,7 +236,7 @@ def _dropping(recipe: Recipe, part: Part) -> Iterator[RecipeError]:
             message = f"`density` 1 drops nothing, and dropping is what {recipe.method.name} is for"
             yield recipe.document.error(message, value.path)
     declared = [p for p in recipe.method.parameters if p.name == "density" and p.default == 1.0]
-    if not given and declared and recipe.method.name.startswith(_DROPS):
+    if not given and declared and recipe.method.name.startswith((*_DROPS, "ties")):
         message = f"without a `density`, {recipe.method.name} drops nothing: its default is 1"
         yield recipe.document.error(message, at="$.merge_method")
 

@@ -164,11 +164,12 @@ class Resolver:
 
     def _pick(self, parameter: Parameter, i: int | None, name: str) -> tuple[Value, int] | None:
         """The value that covers a tensor, and which of its cases; None for the default."""
-        value = None
+        nearest = None
         for level in self.part.levels_of(i):
             value = level.get(parameter.name)
+            nearest = nearest or value
             if value is not None and (index := value.case(name)) is not None:
                 return value, index
         if parameter.required:
-            raise missing(self.document, parameter.name, name, value)
+            raise missing(self.document, parameter.name, name, nearest)
         return None
