@@ -31,14 +31,15 @@ Probes = Generator[Step, Any, Any]  # steps, sent their answers one by one; retu
 class Asking(Job):
     """A tensor that asks, and is written when all of its answers are in.
 
-    n      inputs of the method; side-cars are behind them
-    calls  as in Conversation
+    n            inputs of the method; side-cars are behind them
+    calls        as in Conversation
+    name, seeds  random keeps are drawn from them: the tensor's name, and a seed per output
     """
 
-    def __init__(self, place: Place, n: int, calls: Sequence[Callable[[], Any]]):
+    def __init__(self, place: Place, n: int, calls: Sequence[Callable[[], Any]], name: str, seeds: Sequence[int]):
         super().__init__(place, ())
-        self.n = n
-        self._talk = Conversation(place.name, calls, place.seeds)
+        self.n, self._name, self._seeds = n, name, seeds
+        self._talk = Conversation(name, calls, seeds)
         self._answers: dict[tuple[Request, int], Any] = {}
         self._probing: dict[tuple[Request, int], tuple[Probes, Step]] = {}
         self._written: list[tuple[int, ...]] = []
@@ -68,7 +69,7 @@ class Asking(Job):
     def steps(self) -> list[Step]:
         if not self._talk.ended:
             return [step for _, step in self._probing.values()]
-        writers = _writers(self.place, self._talk.sums)
+        writers = _writers(self.place, self._talk.sums, self._name, self._seeds)
         self._written = [outputs for outputs, _ in writers]
         return [step for _, step in writers]
 
@@ -96,7 +97,7 @@ class Asking(Job):
     def _begin(self) -> None:
         for request, seed in self._talk.requests:
             if not _is_whole(request):
-                probes = _probes(request, self.place, self.n, seed)
+                probes = _probes(request, self.place, self.n, self._name, seed)
                 self._probing[request, seed] = probes, next(probes)
 
     def _go_on(self) -> None:
@@ -145,7 +146,7 @@ def _added(total: Sequence[Any], more: Sequence[Any]) -> Sequence[Any]:
     return total or more
 
 
-def _probes(request: Request, place: Place, n: int, seed: int) -> Probes:
+def _probes(request: Request, place: Place, n: int, name: str, seed: int) -> Probes:
     """The steps that answer one request."""
     inputs = inputs_of(request, n)
     if isinstance(request, Measure):
@@ -154,7 +155,7 @@ def _probes(request: Request, place: Place, n: int, seed: int) -> Probes:
             return Groups(n, (yield place.asking(kind, inputs)))[0]
         return Groups(n, (yield place.asking(kind, inputs, per=request.per, columns=place.columns)))
     if isinstance(request, MeasureKept):
-        keys = kept_step(request, name=place.name, seed=seed)
+        keys = kept_step(request, name=name, seed=seed)
         sums, counts = yield place.asking("kept", inputs, columns=place.columns, **keys)
         return kept_of(_flat(sums, "d").tolist(), _flat(counts, "q").tolist())
     if isinstance(request, Divergence):
@@ -233,17 +234,19 @@ def _row(asked: Sum) -> Row | GroupRow | MaskedCombine:
     return asked.row()
 
 
-def _writers(place: Place, sums: Sequence[Sum]) -> list[tuple[tuple[int, ...], Step]]:
+def _writers(place: Place, sums: Sequence[Sum], name: str, seeds: Sequence[int]) -> list[tuple[tuple[int, ...], Step]]:
     """The steps that write all outputs, one for each kind of sum, and which outputs each of them writes."""
     rows = [_row(asked) for asked in sums]
     kinds: dict[str, list[int]] = {}
     for k, (row, asked) in enumerate(zip(rows, sums, strict=True)):
         per = asked.per if isinstance(row, GroupRow) and isinstance(asked, GroupCombine) else ""
         kinds.setdefault(per or type(row).__name__, []).append(k)
-    return [(tuple(ks), _writer(place, kind, [rows[k] for k in ks], ks)) for kind, ks in kinds.items()]
+    return [(tuple(ks), _writer(place, kind, [rows[k] for k in ks], ks, name, seeds)) for kind, ks in kinds.items()]
 
 
-def _writer(place: Place, kind: str, rows: Sequence[Any], outputs: Sequence[int]) -> Step:
+def _writer(
+    place: Place, kind: str, rows: Sequence[Any], outputs: Sequence[int], name: str, seeds: Sequence[int]
+) -> Step:
     if isinstance(rows[0], Row):
         return place.combine(rows, outputs)
     if isinstance(rows[0], GroupRow):
@@ -252,8 +255,5 @@ def _writer(place: Place, kind: str, rows: Sequence[Any], outputs: Sequence[int]
         native = [(at[row.pivot], row.totals, [at[i] for i in row.inputs], row.weights) for row in rows]
         return place.writing("combine", inputs, outputs, rows=native, per=kind, columns=place.columns)
     inputs = sorted({i for row in rows for i in read_inputs(row)})
-    masked = [
-        masked_step(row, name=place.name, seed=place.seeds[k], inputs=inputs)
-        for row, k in zip(rows, outputs, strict=True)
-    ]
+    masked = [masked_step(row, name=name, seed=seeds[k], inputs=inputs) for row, k in zip(rows, outputs, strict=True)]
     return place.writing("masked", inputs, outputs, masked=masked, columns=place.columns)

@@ -123,7 +123,7 @@ def check(recipe: Source | Sequence[Mapping[str, Any]]) -> Checked:
     opened = _open_all(documents, looked.recipes, found)
     made: list[_Made] = []
     for one in () if found.wrong else looked.recipes:
-        known = _looked_at(one, opened, made, found)
+        known = _looked_at(one, looked.recipes, opened, made, found)
         if known is None:
             break
         made.append(known)
@@ -221,35 +221,41 @@ def _named(documents: Sequence[Document], recipes: Sequence[Recipe]) -> Iterator
 
 
 def _looked_at(
-    recipe: Recipe, opened: Mapping[str, Checkpoint], made: Sequence[_Made], found: _Findings
+    recipe: Recipe, recipes: Sequence[Recipe], opened: Mapping[str, Checkpoint], made: Sequence[_Made], found: _Findings
 ) -> _Made | None:
     """One document with its models; None, if something is wrong with them.
 
-    made  the documents above it
+    recipes  all documents
+    made     those above it
     """
     from fastinterp.engine.plan import make_plan
     from fastinterp.engine.vocabularies import fit_models
 
+    sampled = 0
     try:
         if recipe.earlier:
-            odd, own = against(recipe, [_names(recipe, name, opened, made) for name in recipe.models])
-            looked = _Made(own, 0)
+            models = [_names(recipe, name, opened, made) for name in recipe.models]
         else:
-            models = [_of(opened, name) for name in recipe.models]
-            fitted = fit_models(recipe, models, _of(opened, recipe.origin)).models
-            differing = _differing(recipe, fitted)
-            for error in differing:
-                found.add_wrong(error)
-            if differing:
+            fitted = fit_models(
+                recipe, [_of(opened, name) for name in recipe.models], _of(opened, recipe.origin)
+            ).models
+            models = [m.tensors for m in fitted]
+            if differing := _differing(recipe, fitted):
+                for error in differing:
+                    found.add_wrong(error)
                 return None
-            odd, own = against(recipe, [m.tensors for m in fitted])
-            looked = _Made(own, _sampled(make_plan([recipe], max_shard_size=_SHARD), found))
+        odd, own = against(recipe, models)
+        for finding in odd:
+            found.add_odd(finding)
+        if not recipe.earlier:
+            sampled = _sampled(make_plan([recipe], max_shard_size=_SHARD), {str(f) for f in odd}, found)
+        elif recipe is recipes[-1]:
+            plan = make_plan([recipe], max_shard_size=_SHARD, above=recipes[:-1])
+            sampled = _sampled(plan, {str(f) for f in odd}, found)
     except (RecipeError, CheckpointError, StorageError) as error:
         found.add_wrong(error)
         return None
-    for finding in odd:
-        found.add_odd(finding)
-    return looked
+    return _Made(own, sampled)
 
 
 def _names(recipe: Recipe, name: str, opened: Mapping[str, Checkpoint], made: Sequence[_Made]) -> Collection[str]:
@@ -290,12 +296,16 @@ def _listed(names: Sequence[str]) -> str:
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
-def _sampled(plan: Plan, found: _Findings) -> int:
-    """Tell what is odd about a plan and the data that it reads. Returns how many tensors were sampled."""
+def _sampled(plan: Plan, told: Collection[str], found: _Findings) -> int:
+    """Tell what is odd about a plan and the data that it reads. Returns how many tensors were sampled.
+
+    told  warnings of the plan that are findings already
+    """
     from fastinterp.engine import samples
 
     for warning in plan.warnings:
-        found.add_odd(warning)
+        if warning not in told:
+            found.add_odd(warning)
     wrong, longer = samples.disagreeing(plan)
     for error in wrong:
         found.add_wrong(error)

@@ -125,24 +125,27 @@ def inputs_of(asked: Request | Sum, n: int) -> tuple[int, ...]:
     return tuple(range(n))
 
 
-def foresee(talk: Conversation, n: int, shape: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def foresee(talk: Conversation, n: int, shape: tuple[int, ...]) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], bool]:
     """The reads of a tensor: for what, and of which inputs. With answers that are made up, so no data is touched.
 
     talk  at its start; it is used up
+    Returns the reads, and whether something is asked about the whole model.
     """
     reads: list[tuple[str, tuple[int, ...]]] = []
+    whole = False
     try:
         while not talk.ended and len(reads) < _FORESEEN:
             for request, _ in talk.requests:
                 found = (_NAMES[type(request)], inputs_of(request, n))
                 reads += [found] * (_passes(request, shape) if isinstance(request, Select) else 1)
+                whole |= isinstance(request, Select) and request.whole
             talk.answer({(r, seed): _made_up(r, n, shape) for r, seed in talk.requests})
     except MethodError:
-        return (*reads, ("combine", tuple(range(n))))  # what is wrong are the answers
+        return (*reads, ("combine", tuple(range(n)))), whole  # what is wrong are the answers
     kinds: dict[type, set[int]] = {}
     for asked in talk.sums:
         kinds.setdefault(type(asked), set()).update(inputs_of(asked, n))
-    return (*reads, *(("combine", tuple(sorted(inputs))) for inputs in kinds.values()))
+    return (*reads, *(("combine", tuple(sorted(inputs))) for inputs in kinds.values())), whole
 
 
 def _passes(request: Select, shape: tuple[int, ...]) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastinterp.compute.backends import cpu_threads
 from fastinterp.engine.given import as_lines, given, layer_lines, symbols
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.schedule import Window, make_window
-from fastinterp.engine.tensors import PlannedTensor
+from fastinterp.engine.tensors import MadeEntry, PlannedTensor
 from fastinterp.engine.text import WIDTH, counted, fit, plain, seconds, size, table
 from fastinterp.files.embedding import MappedEntry
 from fastinterp.files.layout import OutFile, parse_size
 from fastinterp.files.sidecars import copy_sidecars
 from fastinterp.recipe.check import DRAWING
+from fastinterp.recipe.load import same_model
 
 # Page cache to page cache, about what one machine of today does: the least time that a merge of these files can take.
 _READ_GB_S, _WRITE_GB_S = 10.0, 3.0
@@ -36,11 +38,12 @@ def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
         "method": recipe.method.name,
         "formula": _formula(plan),
         "symbols": [] if recipe.coefficients is not None else symbols(recipe),
-        "given": given(recipe, None if recipe.earlier else [m.tensors for m in plan.fitted.models]),
+        "given": given(recipe, [m.tensors for m in plan.fitted.models]),
         "rounding": recipe.rounding,
         "seed": recipe.seed,
         "draws": recipe.method.name.startswith(DRAWING),
-        "models": [_model(plan, i) for i in range(len(plan.checkpoints))],
+        "models": [_model(plan, i) for i, c in enumerate(plan.checkpoints) if c.files],
+        "made": _made(plan),
         "origin": plan.origin.name,
         "vocabulary": plan.fitted.source,
         "moved": [t.name for t in plan.tensors if any(isinstance(e, MappedEntry) for e in t.entries)],
@@ -86,7 +89,11 @@ def as_text(plan: Plan, window: Window) -> str:
 def _model(plan: Plan, i: int) -> dict[str, Any]:
     checkpoint = plan.checkpoints[i]
     reads = [
-        (t, t.entries[at].nbytes) for t in plan.tensors for _, inputs in t.reads for at in inputs if t.inputs[at] == i
+        (t.name, t.entries[at].nbytes)
+        for t in _all(plan)
+        for _, inputs in t.reads
+        for at in inputs
+        if t.inputs[at] == i
     ]
     return {
         "symbol": f"x{i}",
@@ -98,10 +105,34 @@ def _model(plan: Plan, i: int) -> dict[str, Any]:
     }
 
 
+def _all(plan: Plan) -> list[PlannedTensor]:
+    """The tensors of the output, each after those that have to be made before it."""
+    return [stage for t in plan.tensors for stage in (*t.first, t)]
+
+
+def _made(plan: Plan) -> list[dict[str, Any]]:
+    """The documents above of which tensors have to be stored until they are read."""
+    found: dict[int, list[PlannedTensor]] = {}
+    for tensor in _all(plan):
+        for i, entry in zip(tensor.inputs, tensor.entries, strict=True):
+            if isinstance(entry, MadeEntry):
+                found.setdefault(i, []).append(entry.made)
+    return [
+        {
+            "symbol": f"x{i}",
+            "name": plan.checkpoints[i].name,
+            "dtypes": sorted({t.dtype.name for t in tensors}),
+            "tensors": len({t.name for t in tensors}),
+            "bytes": sum({id(t): t.nbytes for t in tensors}.values()),
+        }
+        for i, tensors in sorted(found.items())
+    ]
+
+
 def _steps(plan: Plan) -> list[dict[str, Any]]:
     """The kernels' view: tensors grouped by what is computed for them, coefficients as they are used."""
     groups: dict[tuple[str, tuple[str, ...]], list[PlannedTensor]] = {}
-    for tensor in plan.tensors:
+    for tensor in _all(plan):
         groups.setdefault((_expression(plan, tensor), tuple(what for what, _ in tensor.reads)), []).append(tensor)
     steps = []
     for (expression, reads), tensors in groups.items():
@@ -128,7 +159,7 @@ def _steps(plan: Plan) -> list[dict[str, Any]]:
 def _expression(plan: Plan, tensor: PlannedTensor) -> str:
     """`x0 + 0.5*(x1 - x0)`: what is computed, with the pivot in front. `slerp(x0, x1)`, where the data decides."""
     if tensor.program is not None:
-        return f"{plan.recipes[0].method.name}({', '.join(f'x{i}' for i in tensor.inputs)})"
+        return f"{tensor.program.method}({', '.join(f'x{i}' for i in tensor.inputs)})"
     if not tensor.rows:
         return f"x{tensor.inputs[0]}"
     row = tensor.rows[0]
@@ -140,10 +171,20 @@ def _expression(plan: Plan, tensor: PlannedTensor) -> str:
 
 
 def _formula(plan: Plan) -> str:
-    """The recipe's formula and legend, with the side-cars behind the models."""
-    models = len(plan.recipes[0].models)
-    beside = [f"x{i} = {c.name}" for i, c in enumerate(plan.checkpoints) if i >= models]
-    return "\n".join([plan.recipes[0].formula(), *beside])
+    """The recipe's formula and legend, with the side-cars behind the models. Those of documents above follow."""
+    models = len(plan.models)
+    beside = [f"x{i} = {c.name}" for i, c in enumerate(plan.checkpoints) if i >= models and c.files]
+    if not plan.above:
+        return "\n".join([plan.recipes[0].formula(), *beside])
+    names = [*plan.models, *(c.name for c in plan.checkpoints[models:])]
+    formulas = []
+    for recipe in (plan.recipes[0], *reversed(plan.above)):
+        at = [next(i for i, name in enumerate(names) if same_model(name, model)) for model in recipe.models]
+        first = recipe.formula().partition("\n")[0].removeprefix("out = ")
+        told = re.sub(r"\bx(\d+)\b", lambda found, at=at: f"x{at[int(found[1])]}", first)  # type: ignore[misc]
+        name = f"x{names.index(recipe.name)}" if recipe.name in names else "out"
+        formulas.append(f"{name} = {told}" if name == "out" else f"{name} = {told}, {recipe.name}")
+    return "\n".join([*formulas, *(f"x{i} = {name}" for i, name in enumerate(plan.models)), *beside])
 
 
 def _copies(tensor: PlannedTensor) -> bool:
@@ -221,7 +262,12 @@ def _reads(found: dict[str, Any]) -> list[str]:
         else [m["name"], "-", "", "not read: it has no part in the sum"]
         for m in found["models"]
     ]
-    return [*lines, *table(rows, "<>><", indent=9)]
+    lines += table(rows, "<>><", indent=9)
+    for made in found["made"]:
+        dtypes = " and ".join(made["dtypes"])
+        what = f"{made['symbol']} = {fit(plain(made['name']), 40)}: {counted(made['tensors'], 'tensor')} in {dtypes}"
+        lines.append(f"made     {what}, {size(made['bytes'])}, kept in a temporary file until they are read")
+    return lines
 
 
 def _times(found: dict[str, Any]) -> str:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastinterp.compute.pump import Progress, Pump, watch
 from fastinterp.engine.jobs import Job, Result
 from fastinterp.engine.place import Step
+
+if TYPE_CHECKING:
+    from fastinterp.engine.asking import Asking
 
 ROUND_BYTES = 256 << 20  # of inputs that a round reads for the first time; one tensor at least
 HELD_BYTES = 64 << 20  # of answers at a time; those to one tensor at least
@@ -125,11 +128,18 @@ def _round(running: deque[Job], machine: Machine) -> list[Job]:
 
 def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], machine: Machine) -> None:
     """Answer what is asked about the whole model, when all tensors that do not ask are at their end."""
-    from fastinterp.engine.asking import Asking, asked_of_all
+    from fastinterp.engine.asking import asked_of_all
 
-    merged = [job for job in jobs if isinstance(job, Asking)]
-    waits = [job for job in resting if isinstance(job, Asking)]
+    merged = [job for job in map(_asking, jobs) if job is not None]
+    waits = [job for job in map(_asking, resting) if job is not None]
     for request in dict.fromkeys(r for job in waits for r in job.whole_requests):
         answer = asked_of_all(request, merged, machine.run, HELD_BYTES)
         for job in waits:
             job.answer(request, answer)
+
+
+def _asking(job: Job) -> Asking | None:
+    from fastinterp.engine.asking import Asking
+
+    last = job.last
+    return last if isinstance(last, Asking) else None

@@ -19,7 +19,6 @@ from fastinterp.engine.plan import Plan
 from fastinterp.engine.sources import Sources, storage
 from fastinterp.engine.tensors import PlannedTensor, must_agree
 from fastinterp.errors import ShapeError
-from fastinterp.files.embedding import MappedEntry
 from fastinterp.files.header import Entry
 
 CHUNK = 16384  # elements of a tensor
@@ -121,7 +120,9 @@ def disagreeing(plan: Plan) -> tuple[list[ShapeError], list[str]]:
     """
     wrong, longer = [], []
     for tensor in (t for t in plan.tensors if not t.merged and len(t.inputs) > 1):
-        reads = list(zip(tensor.inputs, tensor.entries, strict=True))
+        reads = [(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True) if type(e) is Entry]
+        if len(reads) < 2:
+            continue
         first = _bytes(plan, *reads[0], limit=_AGREE_BYTES)
         differing = [i for i, e in reads[1:] if _bytes(plan, i, e, limit=_AGREE_BYTES) != first]
         if differing:
@@ -136,8 +137,10 @@ Pair = tuple[PlannedTensor, list[tuple[int, Entry]]]  # a sample of the first mo
 
 
 def _pairs(tensor: PlannedTensor) -> Iterator[Pair]:
-    """The same chunk of the first model and of each other one. Rows that are moved are left out."""
-    reads = [(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True) if not isinstance(e, MappedEntry)]
+    """The same chunk of the first model and of each other one. What is not in the files as it is (rows that are moved,
+    tensors of a document above) is left out.
+    """
+    reads = [(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True) if type(e) is Entry]
     cut = [(i, _chunk(e)) for i, e in reads[: tensor.models]]
     if not cut:
         return

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.ops import philox_key
@@ -17,9 +17,13 @@ from fastinterp.engine.jobs import Job
 from fastinterp.engine.place import Place, Step
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.rounds import Machine, drive
-from fastinterp.engine.sources import Sources, remedy, storage
-from fastinterp.engine.tensors import PlannedTensor, must_agree
+from fastinterp.engine.sources import Operand, Sources, remedy, storage
+from fastinterp.engine.tensors import MadeEntry, PlannedTensor, must_agree
 from fastinterp.errors import OutputError, UsageError
+from fastinterp.files.header import Entry
+
+if TYPE_CHECKING:
+    from fastinterp.engine.staged import Scratch
 
 STATS_EVERY = 32  # chunks of 16384 elements: one of so many is measured, which costs a few percent of the kernel's time
 _STORE = 0  # Philox stream of the store's rounding
@@ -50,7 +54,7 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
 
     Raises: UsageError, if even the smallest does not fit.
     """
-    inputs, outputs = max(len(t.inputs) for t in plan.tensors), len(plan.recipes)
+    inputs, outputs = max(len(s.inputs) for t in plan.tensors for s in (*t.first, t)), len(plan.recipes)
     read, write = _pages(max(16 << 10, min(64 << 10, (512 << 10) // inputs))), 128 << 10
     while True:
         window = Window(threads, write, read, inputs, outputs)
@@ -93,10 +97,15 @@ def run(
     isa, workers = cpu_isa(), cpu_threads(threads)
     window = make_window(plan, workers, max_memory)
     with ExitStack() as stack:
-        reads = ((i, e) for t in plan.tensors for i, e in zip(t.inputs, t.entries, strict=True))
+        every = [s for t in plan.tensors for s in (*t.first, t)]
+        pairs = (pair for s in every for pair in zip(s.inputs, s.entries, strict=True))
+        reads = [(i, e) for i, e in pairs if not isinstance(e, MadeEntry)]
         sources = Sources(plan.checkpoints, reads, stack, sum(map(len, outputs)), outputs[0][0].parent)
         sinks = _Sinks(plan, outputs, stack)
         recipe = plan.recipes[0]
+        scratch = (
+            _scratch(plan, sources, sinks, stack, outputs[0][0].parent) if len(every) > len(plan.tensors) else None
+        )
         settings = {
             "isa": isa,
             "sources": sources.fds,
@@ -109,14 +118,15 @@ def run(
             "prefetch": not sources.cached(),
             "stats_every": STATS_EVERY,
         }
-        jobs = {t.name: _job(plan, t, sources, sinks) for t in sinks.in_file_order(plan)}
+        jobs = {t.name: _job(plan, t, sources, sinks, scratch) for t in sinks.in_file_order(plan)}
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
-        machine = Machine(settings, explained, plan.bytes_read + plan.bytes_written, progress)
+        total = plan.bytes_read + plan.bytes_made + plan.bytes_written
+        machine = Machine(settings, explained, total, progress)
         drive(list(jobs.values()), machine)
         sources.refuse_changed()
         machine.finish()
-        every = [jobs[t.name] for t in plan.tensors]
-        return Done(every, machine.bytes_read, machine.bytes_written, workers, isa, window.bytes)
+        done, written = [jobs[t.name] for t in plan.tensors], machine.bytes_written - plan.bytes_made
+        return Done(done, machine.bytes_read, written, workers, isa, window.bytes)
 
 
 class _Sinks:
@@ -152,26 +162,56 @@ def _write_first(fd: int, data: bytes) -> None:
         done += os.pwrite(fd, data[done:], done)
 
 
-def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: _Sinks) -> Job:
-    numbers, offsets = sinks.of[tensor.name]
-    stochastic = tensor.merged and plan.recipes[0].rounding == "stochastic"
+def _scratch(plan: Plan, sources: Sources, sinks: _Sinks, stack: ExitStack, folder: Path) -> Scratch:
+    """The file of what documents above make."""
+    from fastinterp.engine.staged import Scratch
+
+    file = Scratch(folder, stack, keeps=any(t.program is not None and t.program.whole for t in plan.tensors))
+    label = folder / "a temporary file"
+    file.source, file.sink = sources.add(file.fd, label), len(sinks.fds)
+    sinks.fds.append(file.fd)
+    sinks.paths.append(label)
+    return file
+
+
+def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: _Sinks, scratch: Scratch | None) -> Job:
+    stochastic = plan.recipes[0].rounding == "stochastic"
+    if scratch is None or not tensor.first:
+        return _job_at(tensor, stochastic, sources.operand, *sinks.of[tensor.name])
+    from fastinterp.engine.staged import Staged
+
+    def make(stage: PlannedTensor, operand: Callable[[int, Entry], Operand], offset: int | None) -> Job:
+        where = sinks.of[tensor.name] if offset is None else ([scratch.sink], [offset])
+        return _job_at(stage, stochastic, operand, *where)
+
+    return Staged((*tensor.first, tensor), scratch, sources.operand, make)
+
+
+def _job_at(
+    tensor: PlannedTensor,
+    stochastic: bool,
+    operand: Callable[[int, Entry], Operand],
+    numbers: Sequence[int],
+    offsets: Sequence[int],
+) -> Job:
+    """The job of a tensor whose outputs are to be at these offsets of these sinks."""
+    stochastic &= tensor.merged
     place = Place(
         name=tensor.name,
         shape=tensor.shape,
-        operands=tuple(sources.operand(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True)),
+        operands=tuple(operand(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True)),
         nbytes=tuple(e.nbytes for e in tensor.entries),
         out_dtype=tensor.dtype.code or 0,
         out_bytes=(tensor.dtype.nbytes(tensor.numel) or 0) if tensor.merged else tensor.entries[0].nbytes,
         sinks=tuple(numbers),
         offsets=tuple(offsets),
-        keys=tuple(philox_key(r.seed, _STORE, tensor.name) for r in plan.recipes) if stochastic else (),
-        seeds=tuple(r.seed for r in plan.recipes),
+        keys=tuple(philox_key(seed, _STORE, tensor.name) for seed in tensor.seeds) if stochastic else (),
     )
     if tensor.program is None:
         return Job(place, tensor.rows)
     from fastinterp.engine.asking import Asking
 
-    return Asking(place, tensor.models, tensor.program.calls)
+    return Asking(place, tensor.models, tensor.program.calls, tensor.program.name, tensor.program.seeds)
 
 
 def _explained(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,12 +29,20 @@ _SHOWN = 5  # differences that a message lists before it only counts them
 class Program:
     """What must be asked before a tensor is merged, or a sum that is more than plain.
 
-    calls  one per output: the method with all of its arguments
-    reads  what is foreseen to be read: for what, and which of the tensor's inputs. Answers may change it
+    calls   one per output: the method with all of its arguments
+    reads   what is foreseen to be read: for what, and which of the tensor's inputs. Answers may change it
+    whole   something is asked about the whole model
+    method  its name
+    name    of the tensor, under which random keeps are drawn
+    seeds   from which they are drawn, one per output
     """
 
     calls: tuple[Callable[[], Any], ...]
     reads: tuple[tuple[str, tuple[int, ...]], ...]
+    whole: bool
+    method: str
+    name: str
+    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,7 @@ class PlannedTensor:
              must be the same in every input (integers, and floats that only a quantiser can read)
     models   how many of `inputs` the method counts: not the side-cars
     sums     what the method asked for, one per output, where `rows` come from it
+    seeds    of the store's rounding, one per output
     """
 
     name: str
@@ -59,6 +68,7 @@ class PlannedTensor:
     program: Program | None = None
     models: int = 0
     sums: tuple[Combine, ...] = ()
+    seeds: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -76,6 +86,49 @@ class PlannedTensor:
     @property
     def bytes_read(self) -> int:
         return sum(self.entries[i].nbytes for _, inputs in self.reads for i in inputs)
+
+    @property
+    def nbytes(self) -> int:
+        """Of one output."""
+        return self.dtype.nbytes(self.numel) or 0
+
+    @property
+    def first(self) -> list[PlannedTensor]:
+        """The tensors of documents above that have to be made before this one, each once, in an order that works."""
+        found: dict[int, PlannedTensor] = {}
+        for entry in self.entries:
+            if isinstance(entry, MadeEntry):
+                found |= {id(t): t for t in (*entry.made.first, entry.made)}
+        return list(found.values())
+
+    def origins(self, read: Iterable[int]) -> set[int]:
+        """The checkpoints that these of its inputs come from in the end; side-cars left out."""
+        found: set[int] = set()
+        for at in read:
+            entry = self.entries[at]
+            if isinstance(entry, MadeEntry):
+                found |= entry.made.origins(range(entry.made.models))
+            elif at < self.models:
+                found.add(self.inputs[at])
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MadeEntry(Entry):
+    """A tensor of a document above: it is in no file.
+
+    made   how it is made, with the dtype in which it is stored until it is read
+    free   that document says nothing of its dtype
+    folds  its coefficients may become part of those of others, so that it need not be stored
+    """
+
+    made: PlannedTensor
+    free: bool
+    folds: bool
+
+    def stored(self) -> MadeEntry:
+        """As it will be read: `dtype` and `nbytes` of what is stored."""
+        return replace(self, dtype=self.made.dtype, nbytes=self.made.nbytes)
 
 
 def must_agree(tensor: PlannedTensor, first: str, other: str) -> ShapeError:
@@ -144,6 +197,9 @@ class _Planner:
 
     def planned(self, targets: Sequence[Target]) -> PlannedTensor:
         """targets  one per output, of equal name and inputs"""
+        return replace(self._planned(targets), seeds=tuple(r.seed for r in self._recipes))
+
+    def _planned(self, targets: Sequence[Target]) -> PlannedTensor:
         one, recipe = targets[0], self._recipes[0]
         found = [(i, self._models[i].tensors[name]) for i, name in one.inputs]
         kept = found[0][1]
@@ -185,7 +241,9 @@ class _Planner:
         key = (kept.shape, len(one.inputs), one.layer, *(id(t.parameters) for t in targets))
         if key not in self._foreseen:
             self._foreseen[key] = foresee(talk, len(one.inputs), kept.shape)
-        program = Program(calls, self._foreseen[key])
+        reads, whole = self._foreseen[key]
+        seeds = tuple(r.seed for r in self._recipes)
+        program = Program(calls, reads, whole, self._method.name, one.name, seeds)
         return _planned(one.name, dtype, kept.shape, [*found, *self._beside(one)], program, len(found))
 
     def _call(self, k: int, target: Target, kept: Entry) -> Callable[[], Any]:
