@@ -26,7 +26,7 @@ from fastinterp.bench.race import Racer, race
 from fastinterp.methods import Sidecar, find, names
 from tests.drive import run as evaluate
 
-_SAMPLED = 0.2  # of one read: how much a `select` may read beside its full passes, to find its bracket
+_SAMPLED = 0.5  # of one read: what a `select` may read beside its full pass: a sample, and small tensors twice
 _CHECKED = 6  # tensors
 
 
