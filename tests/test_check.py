@@ -53,8 +53,7 @@ def test_nothing_is_wrong(folder):
     assert (found.wrong, found.odd, found.ok, found.exit_code) == ((), (), True, 0)
     assert (found.method, found.models, found.tensors, found.sampled) == ("ties", 3, 3, 3)
     assert str(found) == (
-        "recipe: nothing is wrong, and nothing looks suspicious\n"
-        "  looked at: ties of 3 models, 3 tensors, samples of 3 of them"
+        "recipe: nothing is wrong, and nothing looks suspicious\n  looked at: ties of 3 models, 3 tensors; samples of 3"
     )
 
 
@@ -278,6 +277,9 @@ def test_a_name_that_is_wrong_in_itself_is_not_looked_for(folder):
 def test_names_that_are_close(folder):
     (folder / "recipe.yml").write_text("")
     assert fastinterp.check("recipy.yml").wrong[0].message == "there is no such recipe file. Did you mean 'recipe.yml'?"
+    assert fastinterp.check("a:\n\t- b\n").wrong[0].message == "not valid YAML: a tab indents this line. Write spaces"
+    given = recipe("ties", ["a"], base_model="base", parameters={"weight": 1, "density": "30%"})
+    assert fastinterp.check(given).wrong[0].message.endswith("got '30%'. A fraction? Write 0.3")
     assert fastinterp.check("no/r.yml").wrong[0].message == "there is no such recipe file: there is no folder 'no'"
     text = (
         "merge_method: passthrough\nmodels: [{model: a}]\nparameters: {scale: [{filter: mpl, value: 2}, {value: 3}]}\n"

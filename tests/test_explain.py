@@ -128,6 +128,16 @@ def test_rows_that_follow_their_tokens(folder):
     assert "1 tensor whose rows follow their tokens: embed_tokens.weight\n" in text
 
 
+def test_letters_of_documents_are_those_of_the_legend(folder):
+    text = explained(
+        "name: x\nmerge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n---\n"
+        "merge_method: nuslerp\nmodels: [{model: x, parameters: {weight: 1}}, {model: base, parameters: {weight: 2}}]\n"
+    )
+    letter = {line.split(" = ")[1]: line.split(" = ")[0].strip() for line in text.splitlines() if line[:3] == "  x"}
+    mixed = next(line.split()[0] for line in text.splitlines() if line.endswith(", x"))
+    assert f"weight  {mixed}: 1; {letter['base']}: 2" in text
+
+
 def test_json_has_all_of_it(folder):
     found = json.loads(explained(SLICES, "--json"))
     assert found["given"]["slices"][1] == {

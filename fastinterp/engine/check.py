@@ -54,7 +54,7 @@ class Checked:
     method     of the document that is written; None, if the recipe could not be read
     models     how many it merges
     tensors    that it makes; 0, if that is not known
-    sampled    of how many of them samples were read
+    sampled    of how many tensors samples were read, those of documents above included
     """
 
     wrong: tuple[Finding, ...]
@@ -96,7 +96,7 @@ class Checked:
                 lines += _wrapped(f"{title:11}", finding)
         if self.tensors:
             merged = f"{self.method} of {counted(self.models, 'model')}, {counted(self.tensors, 'tensor')}"
-            lines.append(f"  looked at: {merged}, samples of {self.sampled:,} of them")
+            lines.append(f"  looked at: {merged}; samples of {self.sampled:,}")
         elif self.method is None and any(f.path for f in self.wrong):
             lines.append("  the models were looked for, but not looked at: mend the recipe first")
         return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastinterp.compute.backends import cpu_threads
@@ -15,7 +16,7 @@ from fastinterp.files.embedding import MappedEntry
 from fastinterp.files.layout import OutFile, parse_size
 from fastinterp.files.sidecars import copy_sidecars
 from fastinterp.recipe.check import DRAWING
-from fastinterp.recipe.load import same_model
+from fastinterp.recipe.load import Recipe, same_model
 
 # Page cache to page cache, about what one machine of today does: the least time that a merge of these files can take.
 _READ_GB_S, _WRITE_GB_S = 10.0, 3.0
@@ -32,13 +33,14 @@ class Explained(Plan):
 def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
     """Plain values, as --json prints them. The plan must have one output."""
     (recipe,), (layout,) = plan.recipes, plan.layouts
+    letters = _letters(plan, recipe)
     copied = copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype)
     sidecars = [*sorted(plan.fitted.sidecars(copied)), "README.md"]
     return {
         "method": recipe.method.name,
         "formula": _formula(plan),
-        "symbols": [] if recipe.coefficients is not None else symbols(recipe),
-        "given": given(recipe, [m.tensors for m in plan.fitted.models]),
+        "symbols": [] if recipe.coefficients is not None else [_lettered(s, letters) for s in symbols(recipe)],
+        "given": given(recipe, [m.tensors for m in plan.fitted.models], letters),
         "rounding": recipe.rounding,
         "seed": recipe.seed,
         "draws": recipe.method.name.startswith(DRAWING),
@@ -176,15 +178,33 @@ def _formula(plan: Plan) -> str:
     beside = [f"x{i} = {c.name}" for i, c in enumerate(plan.checkpoints) if i >= models and c.files]
     if not plan.above:
         return "\n".join([plan.recipes[0].formula(), *beside])
-    names = [*plan.models, *(c.name for c in plan.checkpoints[models:])]
+    names = _names(plan)
     formulas = []
     for recipe in (plan.recipes[0], *reversed(plan.above)):
-        at = [next(i for i, name in enumerate(names) if same_model(name, model)) for model in recipe.models]
         first = recipe.formula().partition("\n")[0].removeprefix("out = ")
-        told = re.sub(r"\bx(\d+)\b", lambda found, at=at: f"x{at[int(found[1])]}", first)  # type: ignore[misc]
+        told = _lettered(first, _letters(plan, recipe))
         name = f"x{names.index(recipe.name)}" if recipe.name in names else "out"
         formulas.append(f"{name} = {told}" if name == "out" else f"{name} = {told}, {recipe.name}")
     return "\n".join([*formulas, *(f"x{i} = {name}" for i, name in enumerate(plan.models)), *beside])
+
+
+def _names(plan: Plan) -> list[str]:
+    return [*plan.models, *(c.name for c in plan.checkpoints[len(plan.models) :])]
+
+
+def _letters(plan: Plan, recipe: Recipe) -> list[str]:
+    """What the models of a document are called: x and the number of the checkpoint."""
+    if not plan.above:
+        return [f"x{i}" for i in range(len(recipe.models))]
+    names = _names(plan)
+    return [f"x{next(i for i, name in enumerate(names) if same_model(name, model))}" for model in recipe.models]
+
+
+def _lettered(text: str, letters: Sequence[str]) -> str:
+    """A method's own words, in which its first model is x0."""
+    return re.sub(
+        r"\bx(\d+)\b", lambda found: letters[int(found[1])] if int(found[1]) < len(letters) else found[0], text
+    )
 
 
 def _copies(tensor: PlannedTensor) -> bool:

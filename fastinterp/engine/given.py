@@ -16,10 +16,13 @@ from fastinterp.recipe.values import Value
 _SHOWN = 8  # of one kind, before the rest is only counted
 
 
-def given(recipe: Recipe, names: Sequence[Collection[str]] | None) -> dict[str, Any]:
+def given(
+    recipe: Recipe, names: Sequence[Collection[str]] | None, letters: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Plain values.
 
     names    of each of Recipe.models, those of its tensors; None: nothing is counted
+    letters  what each of Recipe.models is called; None: x0, x1, ...
 
     parameters  one entry per value that stands in the recipe: parameter, of (the model as x0, x1, ... and the slice),
                 path and cases: filter, value (a list of numbers is a gradient over the layers), and how many tensors it
@@ -27,19 +30,20 @@ def given(recipe: Recipe, names: Sequence[Collection[str]] | None) -> dict[str, 
     defaults    what is not given
     slices      module, layers of the output (first, end) and of each source
     """
+    letters = letters or [f"x{i}" for i in range(len(recipe.models))]
     reached: Counter[str] | None = None
     if names is not None:
         reached = Counter()
         for resolver in Assembly(recipe, names).resolvers:
             reached.update(resolver.reached())
-    entries = [_entry(value, of, reached) for value, of in _values(recipe)]
+    entries = [_entry(value, of, reached) for value, of in _values(recipe, letters)]
     named = {entry["parameter"] for entry in entries}
     return {
         "parameters": entries,
         "defaults": {
             p.name: p.default for p in recipe.method.parameters if p.name not in named and p.default is not None
         },
-        "slices": list(_slices(recipe)),
+        "slices": list(_slices(recipe, letters)),
     }
 
 
@@ -64,14 +68,16 @@ def symbols(recipe: Recipe) -> list[str]:
         if not known.intersection(name.split(", ")) and not name.startswith("x"):
             found.append(f"{name}: {' '.join(text.split())}")
     default = next((p.default for p in recipe.method.parameters if p.name == "preset"), None)
-    presets = {case for value, _ in _values(recipe) if _name(value) == "preset" for _, case in value.cases}
+    presets = {
+        case for value, _ in _values(recipe, recipe.models) if _name(value) == "preset" for _, case in value.cases
+    }
     meaning = re.search(r"^preset +(.*(?:\n .*)*)", recipe.method.doc, re.MULTILINE)
     if meaning and presets - {default}:
         found.append(f"preset {' and '.join(sorted(presets))} of these: {' '.join(meaning[1].split())}")
     return found
 
 
-def _values(recipe: Recipe) -> Iterator[tuple[Value, str]]:
+def _values(recipe: Recipe, letters: Sequence[str]) -> Iterator[tuple[Value, str]]:
     """Every value once, by parameter, and whose it is."""
     found: dict[str, tuple[Value, str]] = {}
     for section in recipe.sections:
@@ -80,7 +86,7 @@ def _values(recipe: Recipe) -> Iterator[tuple[Value, str]]:
             where = [module] * bool(module) + [f"slice {number}"] * section.stacked
             for source in part.sources:
                 for value in source.own.values():
-                    found.setdefault(value.path, (value, ", ".join([*where, f"x{source.model}"])))
+                    found.setdefault(value.path, (value, ", ".join([*where, letters[source.model]])))
             for value in (value for level in part.levels for value in level.values()):
                 of = "" if value.path.startswith("$.parameters") else ", ".join(where)
                 found.setdefault(value.path, (value, of))
@@ -109,7 +115,7 @@ def _entry(value: Value, of: str, reached: Counter[str] | None) -> dict[str, Any
     }
 
 
-def _slices(recipe: Recipe) -> Iterator[dict[str, Any]]:
+def _slices(recipe: Recipe, letters: Sequence[str]) -> Iterator[dict[str, Any]]:
     for section in recipe.sections:
         start = 0
         for part in section.parts:
@@ -118,7 +124,7 @@ def _slices(recipe: Recipe) -> Iterator[dict[str, Any]]:
                 yield {
                     "module": section.name,
                     "layers": [start, start + length] if section.stacked else None,
-                    "sources": [{"model": f"x{s.model}", "layers": _span(s.layers)} for s in part.sources],
+                    "sources": [{"model": letters[s.model], "layers": _span(s.layers)} for s in part.sources],
                     "copied": part.copies,
                 }
             start += length

@@ -129,7 +129,11 @@ def _from_yaml(text: str, file: str) -> tuple[Document, ...]:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        message = f"not valid YAML: {error.problem or error.context}"
+        line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+        tab = "\t" in line[: len(line) - len(line.lstrip())]
+        message = (
+            f"not valid YAML: {'a tab indents this line. Write spaces' if tab else error.problem or error.context}"
+        )
         raise RecipeError(message, file=file, line=mark.line + 1 if mark else None) from None
     except (yaml.YAMLError, UnicodeError) as error:  # a character that YAML forbids; the C reader gives no mark
         raise RecipeError(f"not valid YAML: {' '.join(str(error).split())}", file=file) from None
