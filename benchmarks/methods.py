@@ -2,7 +2,7 @@
 
     python -m benchmarks.methods MODELS_DIR [--only ties,slerp] [--runs 3] [--mergekit PYTHON] [--out FILE.json]
 
-MODELS_DIR holds base/, ft1/ and ft2/, BF16, as `fastinterp bench --models DIR` makes them. Floor: `cat` of every input
+MODELS_DIR holds base/, ft1/ and ft2/, in BF16, as `fastinterp bench --models DIR` makes them. Floor: `cat` of every input
 that the method reads, then `cp` of one. The answer is compared with tests/drive.py, which evaluates the same
 definitions in float64, on the smallest tensors.
 """
@@ -131,7 +131,7 @@ def measured(name: str, case: Case, models: Path, runs: int, mergekit: str | Non
         out, file, log = work / "out", work / "recipe.yml", work / "log"
         file.write_text(json.dumps(recipe(name, case, models)))
         one, files = weight_files(folders[0]), [f for folder in folders for f in weight_files(folder)]
-        input_bytes, reads = sum(f.stat().st_size for f in files), 0.0
+        input_bytes, reads = sum(2 * int(np.prod(t.shape)) for f in folders for t in read_tensors(f).values()), 0.0
 
         def check() -> int:
             nonlocal reads
