@@ -274,7 +274,12 @@ def test_room_is_used_again(tmp_path, llamas, monkeypatch):
     monkeypatch.setattr(rounds, "ROUND_BYTES", 1)
     sizes = []
     free = Scratch.free
-    monkeypatch.setattr(Scratch, "free", lambda self, some: (sizes.append(self.size), free(self, some))[1])
+
+    def noted(self: Scratch, some: Any) -> None:
+        sizes.append(self.size)
+        free(self, some)
+
+    monkeypatch.setattr(Scratch, "free", noted)
     a, b, c = llamas
     documents: list[dict[str, Any]] = [
         {"name": "sum", "merge_method": "linear", "models": models(a, b, weight=1.0)},
