@@ -2,6 +2,7 @@
 
     merge(recipe, out, ...)           carry out a recipe
     interpolate(a, b, ...)            walk the line between two checkpoints, and beyond
+    check(recipe)                     all that is wrong with a recipe and its models, and what looks odd
     explain(recipe)                   say what a merge would read, compute and write
     compare(a, b)                     measure how two checkpoints differ
     merge_tensors(tensors, method)    any method on tensors in memory
@@ -19,6 +20,7 @@ from fastinterp._version import __version__
 
 if TYPE_CHECKING:
     from fastinterp.compute.arrays import weighted_sum
+    from fastinterp.engine.check import check
     from fastinterp.engine.compare import compare
     from fastinterp.engine.memory import merge_state_dicts, merge_tensors
     from fastinterp.engine.report import Report
@@ -47,6 +49,7 @@ __all__ = [
     "StorageError",
     "UsageError",
     "__version__",
+    "check",
     "compare",
     "explain",
     "interpolate",
@@ -58,6 +61,7 @@ __all__ = [
 
 # Where each name lives, beside the errors.
 _HOMES = {
+    "check": "fastinterp.engine.check",
     "compare": "fastinterp.engine.compare",
     "Report": "fastinterp.engine.report",
     "explain": "fastinterp.engine.run",

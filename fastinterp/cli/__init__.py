@@ -16,6 +16,7 @@ from fastinterp.errors import FastinterpError
 _HOMES = {
     "merge": "fastinterp.cli.merging",
     "interpolate": "fastinterp.cli.merging",
+    "check": "fastinterp.cli.looking",
     "explain": "fastinterp.cli.looking",
     "inspect": "fastinterp.cli.looking",
     "diff": "fastinterp.cli.looking",

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastinterp.compute.backends import cpu_threads
+from fastinterp.engine.given import as_lines, given, layer_lines, symbols
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.schedule import Window, make_window
 from fastinterp.engine.tensors import MadeEntry, PlannedTensor
 from fastinterp.engine.text import WIDTH, counted, fit, plain, seconds, size, table
+from fastinterp.files.embedding import MappedEntry
 from fastinterp.files.layout import OutFile, parse_size
 from fastinterp.files.sidecars import copy_sidecars
-from fastinterp.recipe.load import same_model
+from fastinterp.recipe.check import DRAWING
+from fastinterp.recipe.load import Recipe, same_model
 
 # Page cache to page cache, about what one machine of today does: the least time that a merge of these files can take.
 _READ_GB_S, _WRITE_GB_S = 10.0, 3.0
@@ -29,17 +33,22 @@ class Explained(Plan):
 def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
     """Plain values, as --json prints them. The plan must have one output."""
     (recipe,), (layout,) = plan.recipes, plan.layouts
+    letters = _letters(plan, recipe)
     copied = copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype)
     sidecars = [*sorted(plan.fitted.sidecars(copied)), "README.md"]
     return {
         "method": recipe.method.name,
         "formula": _formula(plan),
+        "symbols": [] if recipe.coefficients is not None else [_lettered(s, letters) for s in symbols(recipe)],
+        "given": given(recipe, [m.tensors for m in plan.fitted.models], letters),
         "rounding": recipe.rounding,
         "seed": recipe.seed,
+        "draws": recipe.method.name.startswith(DRAWING),
         "models": [_model(plan, i) for i, c in enumerate(plan.checkpoints) if c.files],
         "made": _made(plan),
         "origin": plan.origin.name,
         "vocabulary": plan.fitted.source,
+        "moved": [t.name for t in plan.tensors if any(isinstance(e, MappedEntry) for e in t.entries)],
         "steps": _steps(plan),
         "must_agree": [t.name for t in plan.tensors if not t.merged and len(t.inputs) > 1],
         "integers_from": recipe.integers,
@@ -65,7 +74,8 @@ def as_text(plan: Plan, window: Window) -> str:
     """The same for people, at most 100 columns wide where names allow."""
     found = as_dict(plan, window)
     lines = [f"{found['method']} of {counted(len(found['models']), 'model')}", ""]
-    lines += [*_formula_lines(found["formula"]), ""]
+    lines += [*_formula_lines(found["formula"], found["symbols"]), ""]
+    lines += _given(found["given"])
     lines += _reads(found) + _computes(found) + _writes(found)
     floor = found["floor"]
     lines += [
@@ -177,15 +187,33 @@ def _formula(plan: Plan) -> str:
     beside = [f"x{i} = {c.name}" for i, c in enumerate(plan.checkpoints) if i >= models and c.files]
     if not plan.above:
         return "\n".join([plan.recipes[0].formula(), *beside])
-    names = [*plan.models, *(c.name for c in plan.checkpoints[models:])]
+    names = _names(plan)
     formulas = []
     for recipe in (plan.recipes[0], *reversed(plan.above)):
-        at = [next(i for i, name in enumerate(names) if same_model(name, model)) for model in recipe.models]
         first = recipe.formula().partition("\n")[0].removeprefix("out = ")
-        told = re.sub(r"\bx(\d+)\b", lambda found, at=at: f"x{at[int(found[1])]}", first)  # type: ignore[misc]
+        told = _lettered(first, _letters(plan, recipe))
         name = f"x{names.index(recipe.name)}" if recipe.name in names else "out"
         formulas.append(f"{name} = {told}" if name == "out" else f"{name} = {told}, {recipe.name}")
     return "\n".join([*formulas, *(f"x{i} = {name}" for i, name in enumerate(plan.models)), *beside])
+
+
+def _names(plan: Plan) -> list[str]:
+    return [*plan.models, *(c.name for c in plan.checkpoints[len(plan.models) :])]
+
+
+def _letters(plan: Plan, recipe: Recipe) -> list[str]:
+    """What the models of a document are called: x and the number of the checkpoint."""
+    if not plan.above:
+        return [f"x{i}" for i in range(len(recipe.models))]
+    names = _names(plan)
+    return [f"x{next(i for i, name in enumerate(names) if same_model(name, model))}" for model in recipe.models]
+
+
+def _lettered(text: str, letters: Sequence[str]) -> str:
+    """A method's own words, in which its first model is x0."""
+    return re.sub(
+        r"\bx(\d+)\b", lambda found: letters[int(found[1])] if int(found[1]) < len(letters) else found[0], text
+    )
 
 
 def _copies(tensor: PlannedTensor) -> bool:
@@ -236,9 +264,22 @@ def _wrapped(text: str, first: str, others: str) -> list[str]:
     )
 
 
-def _formula_lines(formula: str) -> list[str]:
+def _formula_lines(formula: str, symbols: list[str]) -> list[str]:
     first, *legend = formula.split("\n")
-    return [*_wrapped(first, "  ", " " * 8), *(f"  {plain(line)}" for line in legend)]
+    lines = _wrapped(first, "  ", " " * 8)
+    for symbol in symbols:
+        lines += _wrapped(symbol, "  ", " " * 8)
+    return [*lines, *(f"  {plain(line)}" for line in legend)]
+
+
+def _given(found: dict[str, Any]) -> list[str]:
+    """The parameters that are in force, and how layers are put together."""
+    lines = []
+    for title, some in (("given", as_lines(found)), ("layers", layer_lines(found))):
+        for line in some:
+            first = f"{title:9}" if line is some[0] else " " * 9
+            lines += _wrapped(plain(line), first, " " * 11)
+    return lines
 
 
 def _reads(found: dict[str, Any]) -> list[str]:
@@ -268,6 +309,8 @@ def _times(found: dict[str, Any]) -> str:
 def _computes(found: dict[str, Any]) -> list[str]:
     how = f"stochastic, seed {found['seed']}" if found["rounding"] == "stochastic" else "to nearest even"
     lines = [f"compute  with one rounding, {how}"]
+    if found["draws"]:
+        lines.append(f"         what is dropped is drawn with seed {found['seed']}")
     for step in found["steps"][:_SHOWN]:
         what = f"copies of {step['out']}" if step["copies"] else f"out = {step['out']}"
         if len(step["reads"]) > 1:
@@ -308,4 +351,7 @@ def _writes(found: dict[str, Any]) -> list[str]:
         lines.append(f"         configuration and tokenizer are those of {origin}")
     else:
         lines.append(f"         configuration of {origin}, vocabulary: {plain(vocabulary)}")
+    if found["moved"]:
+        told = f"{counted(len(found['moved']), 'tensor')} whose rows follow their tokens: {', '.join(found['moved'])}"
+        lines.append(fit(f"         {told}", WIDTH))
     return lines

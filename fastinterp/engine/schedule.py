@@ -18,8 +18,8 @@ from fastinterp.engine.place import Place, Step
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.rounds import Machine, drive
 from fastinterp.engine.sources import Operand, Sources, remedy, storage
-from fastinterp.engine.tensors import MadeEntry, PlannedTensor
-from fastinterp.errors import OutputError, ShapeError, UsageError
+from fastinterp.engine.tensors import MadeEntry, PlannedTensor, must_agree
+from fastinterp.errors import OutputError, UsageError
 from fastinterp.files.header import Entry
 
 if TYPE_CHECKING:
@@ -237,11 +237,7 @@ def _explained(
     if kind == "differs":
         tensor = tensors[steps[rest[0]].name]
         first, other = (plan.checkpoints[tensor.inputs[i]].name for i in (0, rest[1]))
-        return ShapeError(
-            f"{tensor.name} ({tensor.dtype}) is not averaged, and differs between {first} and {other}. "
-            "Say whose to take: `integers: MODEL` in the recipe, --integers MODEL of interpolate",
-            tensor=tensor.name,
-        )
+        return must_agree(tensor, first, other)
     if kind == "write":
         handle, code, offset, expected, _ = rest
         place = f"writing {expected} bytes at {offset}{remedy(code)}"

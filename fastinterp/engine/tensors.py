@@ -131,6 +131,15 @@ class MadeEntry(Entry):
         return replace(self, dtype=self.made.dtype, nbytes=self.made.nbytes)
 
 
+def must_agree(tensor: PlannedTensor, first: str, other: str) -> ShapeError:
+    """The error of a tensor that is not merged, and is not the same in the two models of these names."""
+    return ShapeError(
+        f"{tensor.name} ({tensor.dtype}) is not averaged, and differs between {first} and {other}. "
+        "Say whose to take: `integers: MODEL` in the recipe, --integers MODEL of interpolate",
+        tensor=tensor.name,
+    )
+
+
 def sidecar_names(points: Sequence[Target], method: Method) -> list[str]:
     """The further checkpoints that any target's parameters name, each once, in the order of their use."""
     keywords = [p.keyword for p in method.parameters if p.kind is Sidecar]
