@@ -23,7 +23,7 @@ TIES: dict[str, Any] = {"base_model": "base", "parameters": {"weight": 1, "densi
 
 def save(name: str, model: dict[str, Tensor], **config: object) -> None:
     write(Path(name), model)
-    Path(name, "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    Path(name, "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2, **config}))
 
 
 def llama(seed: int = 0, layers: int = 2, noise: float = 0.0, dtype: DType = BF16) -> dict[str, Tensor]:

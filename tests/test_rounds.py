@@ -375,7 +375,7 @@ def test_scratch_stays_within_the_bound(tmp_path, name, monkeypatch):
     keys = {} if name == "linear" else {"base_model": paths[0]}
     asked = recipe(name, models, parameters=given.get(name, {}), **keys)
     pumps: list[tuple[int, int]] = []
-    made = rounds.Pump
+    made = rounds.Pump  # type: ignore[attr-defined]
 
     def pump(**settings: Any) -> Any:
         one = made(**settings)
