@@ -115,8 +115,8 @@ def test_a_vocabulary_from_above(tmp_path, words, method):
     both = {"model": base}, {"model": one}
     first = {"name": "both", "merge_method": method, "models": list(both), "parameters": given}
     first |= {"tokenizer_source": "union", "base_model": base}
-    last = {"merge_method": "task_arithmetic", "base_model": "both", "models": [{"model": third}]}
-    last = {**last, "parameters": {"weight": 0.5}, "tokenizer_source": "base"}
+    last: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": "both", "models": [{"model": third}]}
+    last |= {"parameters": {"weight": 0.5}, "tokenizer_source": "base"}
     fastinterp.merge([first, last], tmp_path / "out")
     assert_runs(tmp_path / "out", ["cat", "dog", "own0", "own1", "pair"])
     fastinterp.merge({k: v for k, v in first.items() if k != "name"} | {"dtype": "float32"}, tmp_path / "first")
