@@ -129,7 +129,7 @@ def asked_of_all(
         asked = next(passes)
         while True:
             total: Sequence[Any] = ()
-            at_a_time = max(1, most // (8 * asked.bins))
+            at_a_time = max(1, most // (16 * asked.bins))
             for first in range(0, len(jobs), at_a_time):
                 some = jobs[first : first + at_a_time]
                 for result in run([_histogram(request, asked, job.place, job.n) for job in some]):
@@ -182,7 +182,7 @@ def _histogram(request: Select, asked: Any, place: Place, n: int) -> Step:
     share = elements_read(asked, place.numel) / place.numel
     read = range(n) if request.score else {0, *asked.vectors}
     nbytes = round(share * sum(place.nbytes[i] for i in read))
-    return Step(place.name, {**native, **place.reading(range(n))}, nbytes, 8 * asked.bins)
+    return Step(place.name, {**native, **place.reading(range(n))}, nbytes, 16 * asked.bins)
 
 
 class Groups(Sequence[Measured]):
