@@ -64,6 +64,10 @@ class Conversation:
         """One per output; all of them only when the conversation has ended."""
         return [self._sums[k] for k in sorted(self._sums)]
 
+    def forget(self) -> None:
+        """Let go of the sums."""
+        self._sums.clear()
+
     @property
     def ended(self) -> bool:
         return not any(request is not None for request in self._now)
