@@ -272,9 +272,14 @@ def test_room_is_used_again(tmp_path, llamas, monkeypatch):
     from fastinterp.engine import rounds
 
     monkeypatch.setattr(rounds, "ROUND_BYTES", 1)
-    sizes = []
+    sizes: list[int] = []
     free = Scratch.free
-    monkeypatch.setattr(Scratch, "free", lambda self, some: (sizes.append(self.size), free(self, some))[1])
+
+    def freed(self: Scratch, rooms: Any) -> None:
+        sizes.append(self.size)
+        free(self, rooms)
+
+    monkeypatch.setattr(Scratch, "free", freed)
     a, b, c = llamas
     documents: list[dict[str, Any]] = [
         {"name": "sum", "merge_method": "linear", "models": models(a, b, weight=1.0)},

@@ -65,7 +65,7 @@ def test_six_layers_of_four(tmp_path, tall):
 def test_a_stack_of_a_merge(tmp_path, tall):
     """The configuration follows the layers of both documents: four, then three, then five."""
     a, _ = tall
-    documents = [
+    documents: list[dict[str, Any]] = [
         {"name": "mean", "merge_method": "linear", "models": [{"model": m} for m in tall], "parameters": {"weight": 1}},
         {"name": "cut", "merge_method": "passthrough", "slices": slices(("mean", 0, 2), (a, 3, 4))},
         {"merge_method": "passthrough", "slices": slices(("cut", 0, 3), ("cut", 1, 3))},
@@ -113,9 +113,9 @@ def test_a_vocabulary_from_above(tmp_path, words, method):
     third = str(llama(tokens.words(tmp_path / "third", union), 3, 6))
     given = {"weight": 1.0} if method == "linear" else {"t": 0.5}
     both = {"model": base}, {"model": one}
-    first = {"name": "both", "merge_method": method, "models": list(both), "parameters": given}
+    first: dict[str, Any] = {"name": "both", "merge_method": method, "models": list(both), "parameters": given}
     first |= {"tokenizer_source": "union", "base_model": base}
-    last = {"merge_method": "task_arithmetic", "base_model": "both", "models": [{"model": third}]}
+    last: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": "both", "models": [{"model": third}]}
     last |= {"parameters": {"weight": 0.5}, "tokenizer_source": "base"}
     fastinterp.merge([first, last], tmp_path / "out")
     assert_runs(tmp_path / "out", ["cat", "dog", "own0", "own1", "pair"])
@@ -131,9 +131,7 @@ def test_a_vocabulary_from_above(tmp_path, words, method):
 
 def test_a_vocabulary_that_comes_too_late(tmp_path, words):
     base, one = words
-    first = {"name": "first", "merge_method": "task_arithmetic", "base_model": base, "models": [{"model": base}]}
-    first |= {"merge_method": "passthrough", "models": [{"model": base, "parameters": {"scale": 0.9}}]}
-    del first["base_model"]
+    first = {"name": "first", "merge_method": "passthrough", "models": [{"model": base, "parameters": {"scale": 0.9}}]}
     last = {"merge_method": "linear", "models": [{"model": "first"}, {"model": one}], "parameters": {"weight": 1.0}}
     with pytest.raises(CheckpointError, match="rows of `first`, which a document above makes, would have to be moved"):
         fastinterp.merge([first, last | {"tokenizer_source": "union"}], tmp_path / "out")
