@@ -272,7 +272,7 @@ def test_room_is_used_again(tmp_path, llamas, monkeypatch):
     from fastinterp.engine import rounds
 
     monkeypatch.setattr(rounds, "ROUND_BYTES", 1)
-    sizes = []
+    sizes: list[int] = []
     free = Scratch.free
 
     def noted(self: Scratch, some: Any) -> None:

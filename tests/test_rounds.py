@@ -18,6 +18,7 @@ from fastinterp import methods
 from fastinterp.compute import reference
 from fastinterp.compute.dtypes import BF16
 from fastinterp.compute.ops import Combine, Tensor
+from fastinterp.compute.pump import Pump
 from fastinterp.compute.requests import Measure, Select, Selected, Steps
 from fastinterp.engine import rounds
 from fastinterp.engine.plan import make_plan
@@ -375,7 +376,7 @@ def test_scratch_stays_within_the_bound(tmp_path, name, monkeypatch):
     keys = {} if name == "linear" else {"base_model": paths[0]}
     asked = recipe(name, models, parameters=given.get(name, {}), **keys)
     pumps: list[tuple[int, int]] = []
-    made = rounds.Pump  # type: ignore[attr-defined]
+    made = Pump
 
     def pump(**settings: Any) -> Any:
         one = made(**settings)

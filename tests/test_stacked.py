@@ -113,7 +113,7 @@ def test_a_vocabulary_from_above(tmp_path, words, method):
     third = str(llama(tokens.words(tmp_path / "third", union), 3, 6))
     given: Any = {"weight": 1.0} if method == "linear" else {"t": 0.5}
     both = {"model": base}, {"model": one}
-    first = {"name": "both", "merge_method": method, "models": list(both), "parameters": given}
+    first: dict[str, Any] = {"name": "both", "merge_method": method, "models": list(both), "parameters": given}
     first |= {"tokenizer_source": "union", "base_model": base}
     last: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": "both", "models": [{"model": third}]}
     last |= {"parameters": {"weight": 0.5}, "tokenizer_source": "base"}
@@ -131,9 +131,7 @@ def test_a_vocabulary_from_above(tmp_path, words, method):
 
 def test_a_vocabulary_that_comes_too_late(tmp_path, words):
     base, one = words
-    first = {"name": "first", "merge_method": "task_arithmetic", "base_model": base, "models": [{"model": base}]}
-    first |= {"merge_method": "passthrough", "models": [{"model": base, "parameters": {"scale": 0.9}}]}
-    del first["base_model"]
+    first = {"name": "first", "merge_method": "passthrough", "models": [{"model": base, "parameters": {"scale": 0.9}}]}
     last = {"merge_method": "linear", "models": [{"model": "first"}, {"model": one}], "parameters": {"weight": 1.0}}
     with pytest.raises(CheckpointError, match="rows of `first`, which a document above makes, would have to be moved"):
         fastinterp.merge([first, last | {"tokenizer_source": "union"}], tmp_path / "out")
