@@ -1,12 +1,13 @@
 # `make` or `make help` lists the targets. PYTHON=python3.12 picks the interpreter, CXX the compiler.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint format werror neon bench race clean distclean
+.PHONY: help demo test oracle check lint format werror neon bench race clean distclean
 
 PYTHON ?= python3
 SIZE ?= 1b
 VENV := .venv
 DEMO_VENV := .venv-demo
+ORACLE_VENV := .venv-oracle
 PY := $(VENV)/bin/python
 
 # For every pip, those inside isolated builds included; newer ones read the second name there.
@@ -67,6 +68,13 @@ $(VENV)/.built: $(VENV)/.installed setup.py CMakeLists.txt $(NATIVE)
 	$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
+# mergekit asks for many packages of its own, so it does not share the environment of the tests.
+$(ORACLE_VENV)/.installed: pyproject.toml constraints.txt
+	$(call make_venv,$(ORACLE_VENV))
+	@echo "installing mergekit in $(ORACLE_VENV): a minute the first time"
+	$(ORACLE_VENV)/bin/python -m pip install --quiet mergekit==0.1.5 click msgspec pytest
+	@touch $@
+
 $(VENV)/.bench: $(VENV)/.built
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev,bench]'
 	@touch $@
@@ -78,6 +86,9 @@ demo: $(DEMO_VENV)/.installed ## build, install without torch, and merge small m
 
 test: $(VENV)/.built ## the whole test suite
 	@FASTINTERP_REQUIRE=scalar $(PY) -m pytest
+
+oracle: $(VENV)/.built $(ORACLE_VENV)/.installed ## every method of mergekit, compared with it
+	@FASTINTERP_REQUIRE=mergekit PYTHONPATH=. $(ORACLE_VENV)/bin/python -m pytest tests/test_oracle_deltas.py tests/test_oracle_gram.py
 
 check: lint ## lint and the quick tests
 	@$(PY) -m pytest --quiet -m "not slow"
@@ -114,4 +125,4 @@ clean: ## remove what the build made
 	find fastinterp tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## and the virtual environments
-	rm -rf $(VENV) $(DEMO_VENV)
+	rm -rf $(VENV) $(DEMO_VENV) $(ORACLE_VENV)

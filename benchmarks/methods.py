@@ -26,7 +26,7 @@ from fastinterp.bench.race import Racer, race
 from fastinterp.methods import Sidecar, find, names
 from tests.drive import run as evaluate
 
-_SAMPLED = 0.2  # of one read: how much a `select` may read beside its full passes, to find its bracket
+_SAMPLED = 0.5  # of one read: what a `select` may read beside its full pass: a sample, and small tensors twice
 _CHECKED = 6  # tensors
 
 
@@ -131,7 +131,7 @@ def measured(name: str, case: Case, models: Path, runs: int, mergekit: str | Non
         out, file, log = work / "out", work / "recipe.yml", work / "log"
         file.write_text(json.dumps(recipe(name, case, models)))
         one, files = weight_files(folders[0]), [f for folder in folders for f in weight_files(folder)]
-        input_bytes, reads = sum(f.stat().st_size for f in files), 0.0
+        input_bytes, reads = sum(2 * int(np.prod(t.shape)) for f in folders for t in read_tensors(f).values()), 0.0
 
         def check() -> int:
             nonlocal reads

@@ -235,8 +235,8 @@ void histogram(const Given& given, Step* step) {
     ranked.push_back({input, low, high, shift});
   }
   if (ranked.empty() || every < 1) throw py::value_error("a histogram needs brackets, and every strip or fewer");
-  step->survey = std::make_shared<Histogram>(given.backend, dtypes_of(*step), step->numel, std::move(ranked), every,
-                                             std::move(score), columns);
+  step->survey =
+      std::make_shared<Histogram>(given.backend, dtypes_of(*step), std::move(ranked), every, std::move(score), columns);
 }
 
 // Every kind, and the keys that it may have beside "kind", "inputs", "numel" and "columns", and beside "sinks",
@@ -352,8 +352,7 @@ void bind_counts(py::module_& m) {
       .def_readonly("above", &Counts::above, "Above the last bin.")
       .def_readonly("zero", &Counts::zero, "That are 0, in a bin or not.")
       .def_property_readonly(
-          "bins", [](const Counts& c) { return view_of(std::vector<uint64_t>(c.bins(), c.bins() + c.size()), "Q"); },
-          "A copy: u64[bins] as a memoryview.")
+          "bins", [](const Counts& c) { return view_of(c.bins(), "Q"); }, "A copy: u64[bins] as a memoryview.")
       .def(
           "add", [](Counts& c, const Counts& other) { c.add(other); }, py::arg("other"),
           "Add another tensor's counts. Raises: ValueError, if those have other bins.")

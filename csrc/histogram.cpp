@@ -1,9 +1,6 @@
 #include "histogram.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <new>
 #include <stdexcept>
 
 namespace fi {
@@ -11,61 +8,84 @@ namespace fi {
 namespace {
 
 constexpr int64_t kRawBytes = kChunk * 8 + 4096;     // of one chunk of one input, as stored
-constexpr int64_t kMostElements = int64_t(1) << 31;  // that a tally counts before it is emptied: its bins have 32 bits
+constexpr int64_t kMostElements = int64_t(1) << 31;  // that a tally counts between two begins: its bins have 32 bits
 
 }  // namespace
 
 // ---- counts --------------------------------------------------------------------------------------------------------
 
-Counts::Counts(int64_t bins) : size_(bins) {
-  void* const memory =
-      mmap(nullptr, size_t(bins) * sizeof *bins_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  bins_ = static_cast<uint64_t*>(memory);
+std::vector<uint64_t> Counts::bins() const {
+  std::vector<uint64_t> all(size_t(size_), 0);
+  for (const Bin& bin : bins_) all[bin.index] = bin.count;
+  return all;
 }
 
-Counts::~Counts() { munmap(bins_, size_t(size_) * sizeof *bins_); }
+Counts::Bins Counts::filled(const uint32_t* bins, int64_t size) {
+  constexpr int64_t kRun = 16;  // bins that are passed over together: almost all are empty
+  Bins found;
+  for (int64_t at = 0; at < size; at += kRun) {
+    const int64_t end = std::min(at + kRun, size);
+    uint32_t any = 0;
+    for (int64_t i = at; i < end; ++i) any |= bins[i];
+    if (any == 0) continue;
+    for (int64_t i = at; i < end; ++i)
+      if (bins[i] != 0) found.push_back({uint32_t(i), bins[i]});
+  }
+  return found;
+}
 
-void Counts::add(const uint32_t* bins) {
-  for (int64_t i = 0; i < size_; ++i)
-    if (bins[i] != 0) bins_[i] += bins[i];
+void Counts::add(Bins more) {
+  if (bins_.empty()) {
+    bins_ = std::move(more);
+    return;
+  }
+  Bins sum;
+  sum.reserve(bins_.size() + more.size());
+  auto a = bins_.begin();
+  for (const Bin& b : more) {
+    for (; a != bins_.end() && a->index < b.index; ++a) sum.push_back(*a);
+    sum.push_back(b);
+    if (a != bins_.end() && a->index == b.index) sum.back().count += (a++)->count;
+  }
+  sum.insert(sum.end(), a, bins_.end());
+  bins_ = std::move(sum);
 }
 
 void Counts::add(const Counts& other) {
   if (other.size_ != size_) throw std::invalid_argument("counts with different bins do not add");
-  for (int64_t i = 0; i < size_; ++i)
-    if (other.bins_[i] != 0) bins_[i] += other.bins_[i];
+  add(other.bins_);
   elements += other.elements;
   above += other.above;
   zero += other.zero;
 }
 
 std::pair<int64_t, int64_t> Counts::rank(int64_t k) const {
+  if (k <= 0) return {size_ - 1, at_least(size_ - 1)};
   int64_t count = 0;
-  for (int64_t i = size_ - 1; i >= 0; --i) {
-    count += int64_t(bins_[i]);
-    if (count >= k) return {i, count};
+  for (auto bin = bins_.rbegin(); bin != bins_.rend(); ++bin) {
+    count += int64_t(bin->count);
+    if (count >= k) return {bin->index, count};
   }
   return {-1, count};
 }
 
 int64_t Counts::at_least(int64_t first) const {
   int64_t count = 0;
-  for (int64_t i = std::max<int64_t>(first, 0); i < size_; ++i) count += int64_t(bins_[i]);
+  for (auto bin = bins_.rbegin(); bin != bins_.rend() && int64_t(bin->index) >= first; ++bin)
+    count += int64_t(bin->count);
   return count;
 }
 
 // ---- the survey ----------------------------------------------------------------------------------------------------
 
-Histogram::Histogram(const Backend& backend, std::vector<DType> dtypes, int64_t numel, std::vector<Ranked> ranked,
-                     int64_t every, OwnScore score, int64_t columns)
+Histogram::Histogram(const Backend& backend, std::vector<DType> dtypes, std::vector<Ranked> ranked, int64_t every,
+                     OwnScore score, int64_t columns)
     : backend_(backend),
       dtypes_(std::move(dtypes)),
       ranked_(std::move(ranked)),
       every_(every),
       columns_(columns),
-      score_(std::move(score)),
-      pieces_left_((numel + piece() - 1) / piece()) {
+      score_(std::move(score)) {
   score_.score.factors = score_.factors.data();
   for (size_t i = 0; i < dtypes_.size(); ++i) {
     bool read = score_.score.kind != Score::kNone || i == 0;
@@ -77,15 +97,47 @@ Histogram::Histogram(const Backend& backend, std::vector<DType> dtypes, int64_t 
   for (const Ranked& r : ranked_) counts_.push_back(std::make_shared<Counts>(r.bins()));
 }
 
-// The tallies' bins are in it, though they are taken from the heap: it is what a thread needs.
+// What is read, then a tally: itself, its brackets, their bins.
 int64_t Histogram::scratch_bytes() const {
-  int64_t bins = 0;
-  for (const Ranked& r : ranked_) bins += r.bins();
-  return int64_t(dtypes_.size()) * kRawBytes + bins * int64_t(sizeof(uint32_t));
+  int64_t bytes = int64_t(dtypes_.size()) * kRawBytes + int64_t(sizeof(Tally));
+  for (const Ranked& r : ranked_) bytes += int64_t(sizeof(Bracket)) + r.bins() * int64_t(sizeof(uint32_t));
+  return bytes;
+}
+
+Histogram::Tally* Histogram::tally_in(char* scratch) const {
+  return reinterpret_cast<Tally*>(scratch + int64_t(dtypes_.size()) * kRawBytes);
+}
+
+void Histogram::begin(char* scratch) const {
+  Tally* const tally = tally_in(scratch);
+  *tally = {0, reinterpret_cast<Bracket*>(tally + 1)};
+  auto* bins = reinterpret_cast<uint32_t*>(tally->brackets + ranked_.size());
+  for (size_t j = 0; j < ranked_.size(); ++j) {
+    const Ranked& r = ranked_[j];
+    tally->brackets[j] = {r.input, r.low, r.high, r.shift, 0, bins, 0, 0};
+    std::fill(bins, bins + r.bins(), 0);
+    bins += r.bins();
+  }
+}
+
+void Histogram::finish(char* scratch) {
+  const Tally& tally = *tally_in(scratch);
+  for (size_t j = 0; j < ranked_.size(); ++j) {
+    Counts::Bins bins = Counts::filled(tally.brackets[j].bins, ranked_[j].bins());
+    const std::lock_guard<std::mutex> lock(mutex_);
+    counts_[j]->add(std::move(bins));
+    counts_[j]->elements += tally.elements;
+    counts_[j]->above += tally.brackets[j].above;
+    counts_[j]->zero += tally.brackets[j].zero;
+  }
 }
 
 void Histogram::run(const Inputs& inputs, int64_t first, int64_t count, char* scratch) {
-  std::unique_ptr<Tally> tally = take();
+  Tally* const tally = tally_in(scratch);
+  if (tally->elements + count >= kMostElements) {
+    finish(scratch);
+    begin(scratch);
+  }
   std::vector<const void*> x(dtypes_.size());
   HistogramArgs args{};
   args.x = x.data();
@@ -95,7 +147,7 @@ void Histogram::run(const Inputs& inputs, int64_t first, int64_t count, char* sc
   args.wide = wide_;
   args.score = score_.score.kind != Score::kNone ? &score_.score : nullptr;
   args.columns = columns_;
-  args.brackets = tally->brackets.data();
+  args.brackets = tally->brackets;
   const int64_t span = every_ > 1 ? kStrip : kChunk;
   for (int64_t done = 0; done < count; done += every_ * span) {  // a piece begins with a strip that is looked at
     args.first = first + done;
@@ -103,44 +155,6 @@ void Histogram::run(const Inputs& inputs, int64_t first, int64_t count, char* sc
     for (const size_t i : read_) x[i] = inputs.get(i, args.first, args.numel, scratch + kRawBytes * int64_t(i));
     backend_.histogram(args);
     tally->elements += args.numel;
-  }
-  give_back(std::move(tally));
-}
-
-std::unique_ptr<Histogram::Tally> Histogram::take() {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!free_.empty()) {
-      std::unique_ptr<Tally> tally = std::move(free_.back());
-      free_.pop_back();
-      return tally;
-    }
-  }
-  auto tally = std::make_unique<Tally>();
-  for (const Ranked& r : ranked_) {
-    tally->bins.emplace_back(size_t(r.bins()));
-    tally->brackets.push_back({r.input, r.low, r.high, r.shift, 0, tally->bins.back().data(), 0, 0});
-  }
-  return tally;
-}
-
-void Histogram::give_back(std::unique_ptr<Tally> tally) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (tally->elements >= kMostElements)
-    fold(tally.get());
-  else
-    free_.push_back(std::move(tally));
-  if (--pieces_left_ > 0) return;
-  for (const std::unique_ptr<Tally>& t : free_) fold(t.get());
-  free_.clear();
-}
-
-void Histogram::fold(Tally* tally) {
-  for (size_t j = 0; j < ranked_.size(); ++j) {
-    counts_[j]->add(tally->bins[j].data());
-    counts_[j]->elements += tally->elements;
-    counts_[j]->above += tally->brackets[j].above;
-    counts_[j]->zero += tally->brackets[j].zero;
   }
 }
 

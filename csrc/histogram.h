@@ -12,15 +12,10 @@ namespace fi {
 // The magnitudes of one vector in bins, low to high; sums over threads, or over tensors.
 class Counts {
  public:
-  explicit Counts(int64_t bins);
-  ~Counts();
-  Counts(const Counts&) = delete;
-  Counts& operator=(const Counts&) = delete;
+  explicit Counts(int64_t bins) : size_(bins) {}
 
   int64_t elements = 0, above = 0, zero = 0;  // looked at; above the last bin; equal to 0, in a bin or not
-  int64_t size() const { return size_; }
-  const uint64_t* bins() const { return bins_; }
-  void add(const uint32_t* bins);
+  std::vector<uint64_t> bins() const;
   // Throws std::invalid_argument, if `other` has another number of bins.
   void add(const Counts& other);
   // The bin of the k-th largest of what is in bins, and how many are in it or above; {-1, all} if those are fewer.
@@ -28,8 +23,18 @@ class Counts {
   int64_t at_least(int64_t first) const;  // in bin `first` or above
 
  private:
+  friend class Histogram;
+  struct Bin {
+    uint32_t index;
+    uint64_t count;
+  };
+  using Bins = std::vector<Bin>;
+  // Those of `bins` that are not empty.
+  static Bins filled(const uint32_t* bins, int64_t size);
+  void add(Bins more);
+
   const int64_t size_;
-  uint64_t* bins_;  // mapped: pages that no count touches take no memory
+  Bins bins_;  // those that are not empty, ascending: the deltas of 16-bit models fill few of many
 };
 
 // Elements that are sampled or skipped together: fewer than most rows have, because the elements of a row are alike.
@@ -45,24 +50,24 @@ class Histogram : public Survey {
   };
   // Strip s of the tensor, kStrip elements, is looked at iff s % every == 0. `score`: what is ranked, unless its kind
   // is kNone.
-  Histogram(const Backend& backend, std::vector<DType> dtypes, int64_t numel, std::vector<Ranked> ranked, int64_t every,
+  Histogram(const Backend& backend, std::vector<DType> dtypes, std::vector<Ranked> ranked, int64_t every,
             OwnScore score, int64_t columns);
   int64_t piece() const override { return every_ > 1 ? 128 * every_ * kStrip : 16 * kChunk; }
   int64_t scratch_bytes() const override;
   bool reads_all() const override { return every_ == 1; }
+  void begin(char* scratch) const override;
+  void finish(char* scratch) override;
   void run(const Inputs& inputs, int64_t first, int64_t count, char* scratch) override;
   Answer answer() const override { return {{}, {}, counts_}; }
 
  private:
-  // What one thread counts until it is added to the rest: when all pieces are done, or bins may run over.
+  // What one thread counts, in its scratch, until it is added to the rest: when the thread has no more pieces, or bins
+  // may run over.
   struct Tally {
-    std::vector<Bracket> brackets;
-    std::vector<std::vector<uint32_t>> bins;
-    int64_t elements = 0;
+    int64_t elements;
+    Bracket* brackets;
   };
-  std::unique_ptr<Tally> take();
-  void give_back(std::unique_ptr<Tally> tally);
-  void fold(Tally* tally);
+  Tally* tally_in(char* scratch) const;
 
   const Backend& backend_;
   const std::vector<DType> dtypes_;
@@ -72,8 +77,6 @@ class Histogram : public Survey {
   std::vector<size_t> read_;  // the inputs that are ranked, and the first
   bool wide_ = false;
   std::mutex mutex_;
-  int64_t pieces_left_;
-  std::vector<std::unique_ptr<Tally>> free_;
   std::vector<std::shared_ptr<Counts>> counts_;
 };
 

@@ -150,9 +150,17 @@ void Pump::work() {
   try {
     const FloatEnvironment floats;
     Scratch scratch(scratch_bytes_);
+    Survey* survey = nullptr;  // that this thread has begun
     for (;;) {
       const size_t block = next_++;
-      if (block >= blocks_.size() || cancelled_) break;
+      const bool end = block >= blocks_.size() || cancelled_;
+      Survey* const next = end ? nullptr : survey_of(blocks_[block]);
+      if (next != survey) {
+        if (survey) survey->finish(scratch.get());
+        if (next) next->begin(scratch.get());
+        survey = next;
+      }
+      if (end) break;
       if (options_.prefetch) prefetch(block);
       run_block(blocks_[block], scratch.get());
     }
@@ -164,6 +172,8 @@ void Pump::work() {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (--running_ == 0) ended_.notify_all();
 }
+
+Survey* Pump::survey_of(const Block& block) const { return steps_[size_t(pieces_[block.begin].step)].survey.get(); }
 
 // A block is read, combined and written in spans that stay in the second-level cache. A write ends at a multiple of
 // write_bytes in the file (or a few bytes later, with its last element), so the page cache gets aligned pages.

@@ -69,6 +69,8 @@ class Pump {
   void cut();
   void cut_survey(int step);
   void work();
+  // The survey of a block; null if it writes.
+  Survey* survey_of(const Block& block) const;
   void run_block(const Block& block, char* scratch);
   // Elements [done, done + count) of a piece, into `out`.
   void combine(const Piece& piece, int64_t done, int64_t count, char* scratch, const std::vector<void*>& out);

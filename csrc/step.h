@@ -98,10 +98,14 @@ class Survey {
   virtual int64_t scratch_bytes() const = 0;  // of one thread
   // Whether every element is looked at, so that reading ahead of the work helps.
   virtual bool reads_all() const { return true; }
+  // A thread calls begin, run for the pieces that it takes, and finish, always with the same scratch, which nothing
+  // else uses meanwhile.
+  virtual void begin(char*) const {}
+  virtual void finish(char*) {}
   // Looks at the elements [first, first + count), one piece. From several threads at once, in any order, each piece
   // once.
   virtual void run(const Inputs& inputs, int64_t first, int64_t count, char* scratch) = 0;
-  // When all pieces were looked at.
+  // When all threads have finished.
   virtual Answer answer() const = 0;
 };
 

@@ -5,6 +5,7 @@
     sweep(a, b, alphas, ...)          many points of a path from one read: to disk, in memory, or as recipes
     load(recipe)                      a merged model as tensors, without a file; load_iter, load_into a module
     Live(module, ...)                 walk a path with a module that is in use
+    check(recipe)                     all that is wrong with a recipe and its models, and what looks odd
     explain(recipe)                   say what a merge would read, compute and write
     compare(a, b)                     measure how two checkpoints differ
     merge_tensors(tensors, method)    any method on tensors in memory
@@ -22,6 +23,7 @@ from fastinterp._version import __version__
 
 if TYPE_CHECKING:
     from fastinterp.compute.arrays import weighted_sum
+    from fastinterp.engine.check import check
     from fastinterp.engine.compare import compare
     from fastinterp.engine.memory import merge_state_dicts, merge_tensors
     from fastinterp.engine.report import Report
@@ -56,6 +58,7 @@ __all__ = [
     "StorageError",
     "UsageError",
     "__version__",
+    "check",
     "compare",
     "explain",
     "interpolate",
@@ -73,6 +76,7 @@ __all__ = [
 _HOMES = {
     "Live": "fastinterp.steer.live",
     "Point": "fastinterp.steer.points",
+    "check": "fastinterp.engine.check",
     "compare": "fastinterp.engine.compare",
     "Report": "fastinterp.engine.report",
     "explain": "fastinterp.engine.run",

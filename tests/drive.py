@@ -140,7 +140,8 @@ def _measure(request: Measure, inputs: Sequence[Array]) -> Any:
 
 def _measure_kept(request: MeasureKept, inputs: Sequence[Array], tensor: Tensor, seed: int) -> Kept:
     d = deltas(inputs)
-    masks = [kept(k, d[i], i, tensor, seed) for i, k in enumerate(request.keeps)]
+    d = [x if k else np.zeros_like(x) for x, k in zip(d, request.keeps, strict=True)]
+    masks = [kept(k, d[i], i, tensor, seed) if k else np.zeros(d[i].shape, bool) for i, k in enumerate(request.keeps)]
     if request.score is not None:
         chosen = score(request.score, d) >= request.score.least
         masks = [m & chosen for m in masks]

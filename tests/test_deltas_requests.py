@@ -114,8 +114,8 @@ def test_dare_folds_the_l1_ratio_into_the_weights():
         weight=(1.0, 2.0, 3.0),
         density=(0.5, 0.25, 1.0),
     )
-    assert measure == MeasureKept((Keep(), Keep(chance=0.5), Keep(chance=0.25), Keep()))
-    assert total == MaskedCombine((0.0, 2.0, 8.0, 3.0), keeps=measure.keeps)
+    assert measure == MeasureKept((Keep(), Keep(chance=0.5), Keep(chance=0.25), None)), "density 1 needs no measure"
+    assert total == MaskedCombine((0.0, 2.0, 8.0, 3.0), keeps=(*measure.keeps[:3], Keep()))
 
 
 @pytest.mark.parametrize("l1", [(5e-8, 5e-8), (1.0, 5e-8), (0.0, 0.0)], ids=str)

@@ -11,7 +11,16 @@ import pytest
 
 from fastinterp.compute import reference_masked
 from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.compute.masked import NOTHING, kept_of, kept_step, masked_step, read_inputs, terms, word_limits
+from fastinterp.compute.masked import (
+    NOTHING,
+    kept_inputs,
+    kept_of,
+    kept_step,
+    masked_step,
+    read_inputs,
+    terms,
+    word_limits,
+)
 from fastinterp.compute.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
 from tests import backends
 from tests.cases import Guarded
@@ -46,6 +55,7 @@ def test_what_keeps_leave_on_threads(isa, dtypes, threads):
     data = raws("close", dtypes, math.prod(shape))
     check_kept(isa, data, dtypes, (KEEPS["ranks"], KEEPS["band"]), shape, threads)
     check_kept(isa, data, dtypes, (KEEPS["least"], KEEPS["random"]), shape, threads)
+    check_kept(isa, data, dtypes, (None, KEEPS["random"]), shape, threads)
     check_kept(isa, data, dtypes, (KEEPS["ranks"], Keep()), shape, threads, Score("spread", (), 0x38000000))
     factors = tuple(0.5 + r % 3 for r in range(shape[0]))
     check_kept(isa, data, dtypes, (KEEPS["least"], Keep()), shape, threads, Score("divergence", factors, 0x3A000000))
@@ -55,21 +65,22 @@ def check_kept(
     isa: str,
     data: Sequence[Raw],
     dtypes: Sequence[DType],
-    keeps: tuple[Keep, ...],
+    keeps: tuple[Keep | None, ...],
     shape: Shape,
     threads: int,
     score: Score | None = None,
 ) -> None:
     ask = MeasureKept((Keep(), *keeps), score)
     sources = guarded(data)
+    read = kept_inputs(ask)
     step = {
         "kind": "kept",
-        "inputs": [(i, 0, code(d)) for i, d in enumerate(dtypes)],
+        "inputs": [(i, 0, code(dtypes[i])) for i in read],
         "numel": math.prod(shape),
         "columns": max(1, reference_masked.columns_of(shape)),
         **kept_step(ask, name=NAME, seed=SEED),
     }
-    got = kept_of(*run(isa, [step], memory(sources), [], threads=threads).answers()[0])
+    got = kept_of(ask, *run(isa, [step], memory(sources), [], threads=threads).answers()[0])
     assert got == reference_masked.kept(data, dtypes, ask, shape, name=NAME, seed=SEED)
 
 
@@ -78,6 +89,11 @@ def test_kept_counts_by_hand():
     ask = MeasureKept((Keep(), Keep(least=0x40000000), Keep(most=0x3F800000)))
     found = reference_masked.kept(data, [F32] * 3, ask, (4,))
     assert found == Kept((0.0, 7.0, 9.0), (0.0, 6.0, 1.0), (0, 2, 3), (0, 1, 1), (0.0, 20.0, 1.0))
+    lone = dataclasses.replace(ask, keeps=(Keep(), None, ask.keeps[2]))
+    found = reference_masked.kept(data, [F32] * 3, lone, (4,))
+    assert found == Kept((0.0, 0.0, 9.0), (0.0, 0.0, 1.0), (0, 0, 3), (0, 0, 0), (0.0, 0.0, 1.0))
+    with pytest.raises(ValueError, match="every model needs a keep"):
+        kept_inputs(dataclasses.replace(lone, score=Score("spread")))
 
 
 # --- definitions -----------------------------------------------------------------------------------------------------
@@ -137,8 +153,8 @@ def test_contradictions_are_refused(ask, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"columns": 7}, "divide numel"),
-        ({"columns": 0}, "divide numel"),
+        ({"columns": 7}, "whole rows"),
+        ({"columns": 0}, "whole rows"),
         ({"masked": []}, "as many sinks"),
         ({"keeps": []}, "has no `keeps`"),
     ],

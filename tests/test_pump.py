@@ -169,7 +169,9 @@ def test_window_counts_all_of_the_scratch(inputs, outputs):
         "kind": "combine", "inputs": operands, "rows": rows, "sinks": [0] * outputs, "offsets": [4096] * outputs,
         "out_dtype": code(BF16), "numel": 10,
     }  # fmt: skip
-    window = Window(threads=1, write_bytes=1 << 16, read_bytes=1 << 14, inputs=inputs, outputs=outputs)
+    window = Window(
+        threads=1, write_bytes=1 << 16, read_bytes=1 << 14, inputs=inputs, outputs=outputs, most=0, asks=False
+    )
     pump = Pump(
         "scalar", [0], [1], [step], threads=1, write_bytes=window.write_bytes, read_bytes=window.read_bytes,
         stochastic=False, fp8_saturate=True, prefetch=False, stats_every=0,

@@ -74,7 +74,10 @@ def test_all_that_is_wrong():
         ("models: 3\n", ["1: expected a list, got a whole number", "1: the key `merge_method` is missing"]),
         ("- a\n", ["1: expected a mapping, got a list. A recipe starts with `merge_method: ...`"]),
         ("merge_method: linear\n", ["1: the key `models` is missing (or `slices`, or `modules`)"]),
-        ("merge_method: ties\nmodels: [{model: a}]\n", ["1: `ties` needs the key `base_model`"]),
+        (
+            "merge_method: ties\nmodels: [{model: a}]\n",
+            ["1: `ties` needs the key `base_model`: the model that the others were made from, or one of them"],
+        ),
         (
             "merge_method: linear\nslices:\n  - sources: [{model: a, layer_range: [3, 1]}]\n"
             "  - sources: []\n  - {sources: [{model: a, layer_range: [0, 1], parameters: {x: 1}}]}\n",
@@ -182,7 +185,7 @@ def test_odd_values(text, expected):
         (
             "[{filter: self_atn, value: 2}, {value: 1}]",
             arch.llama(),
-            ["3: the filter 'self_atn' matches nothing: no tensor's name has it"],
+            ["3: the filter 'self_atn' matches nothing: no tensor's name has it, did you mean `self_attn`?"],
         ),
         (
             "[{filter: mlp, value: 2}, {filter: up_proj, value: 3}, {value: 1}]",

@@ -222,11 +222,12 @@ BAD_FOR_THE_METHOD = {
     ),
     "no base": (
         TASK.replace("base_model: base\n", ""),
-        "`task_arithmetic` needs the key `base_model` - at $ (merge.yml:1)",
+        "`task_arithmetic` needs the key `base_model`: the model that the others were made from, or one of them"
+        " - at $ (merge.yml:1)",
     ),
     "too many": (
         PASS.replace("{model: a}", "{model: a}, {model: b}"),
-        "`passthrough` takes exactly 1 model, got 2 - at $.models (merge.yml:2)",
+        "`passthrough` takes exactly 1 model, got 2. For more: `linear`, or `slices` - at $.models (merge.yml:2)",
     ),
     "too few": (
         "merge_method: task_arithmetic\nbase_model: a\nmodels: [{model: a}]\n",

@@ -102,7 +102,8 @@ BAD = {
     ),
     "slices without a base": (
         SLICES.replace("linear", "ties"),
-        "`ties` needs the key `base_model` - at $ (merge.yml:1)",
+        "`ties` needs the key `base_model`: the model that the others were made from, or one of them"
+        " - at $ (merge.yml:1)",
     ),
     "a parameter of a source that is copied": (
         "merge_method: slerp\nbase_model: b\nslices:\n"

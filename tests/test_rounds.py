@@ -18,11 +18,12 @@ from fastinterp import methods
 from fastinterp.compute import reference
 from fastinterp.compute.dtypes import BF16
 from fastinterp.compute.ops import Combine, Tensor
+from fastinterp.compute.pump import Pump
 from fastinterp.compute.requests import Measure, Select, Selected, Steps
 from fastinterp.engine import rounds
 from fastinterp.engine.plan import make_plan
 from fastinterp.engine.run import carry_out
-from fastinterp.errors import MethodError
+from fastinterp.errors import MethodError, UsageError
 from fastinterp.methods import Each, Method, Sidecar, method
 from fastinterp.recipe.load import load_recipe
 from tests import models as small
@@ -355,3 +356,86 @@ def test_memory_does_not_grow_with_a_tensor_that_is_read_twice(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120, check=False)
         assert (done.returncode, done.stderr) == (0, "")
         assert int(done.stdout) * 1024 <= 40 << 20
+
+
+# --- memory and threads ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["slerp", "ties", "della", "model_stock", "arcee_fusion", "dare_ties", "linear"])
+def test_scratch_stays_within_the_bound(tmp_path, name, monkeypatch):
+    """Threads are fewer where their scratch would be more than --max-memory, and the bytes are the same."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(700, 800)).astype(np.float32)
+    paths = [str(small.save(tmp_path / c, {"w": base + k * rng.normal(size=base.shape).astype(np.float32) * 1e-3}))
+             for k, c in enumerate("abc")]  # fmt: skip
+    given: dict[str, Any] = {
+        "slerp": {"t": 0.5}, "ties": {"weight": 1.0, "density": 0.3}, "dare_ties": {"weight": 1.0, "density": 0.3},
+        "della": {"weight": 1.0, "density": 0.5, "epsilon": 0.1}, "linear": {"weight": 1.0},
+    }  # fmt: skip
+    models = paths[1:2] if name in ("slerp", "arcee_fusion") else paths[1:]
+    keys = {} if name == "linear" else {"base_model": paths[0]}
+    asked = recipe(name, models, parameters=given.get(name, {}), **keys)
+    pumps: list[tuple[int, int]] = []
+    made = Pump
+
+    def pump(**settings: Any) -> Any:
+        one = made(**settings)
+        pumps.append((settings["threads"], one.scratch_bytes))
+        return one
+
+    monkeypatch.setattr(rounds, "Pump", pump)
+    fastinterp.merge(asked, tmp_path / "free", threads=8)
+    answers = {"ties": 8 << 20, "arcee_fusion": 12 << 20}.get(name, 0)  # histograms, held beside the scratch
+    most = 3 * max(scratch for _, scratch in pumps) + answers
+    pumps.clear()
+    fastinterp.merge(asked, tmp_path / "bound", threads=3 if name == "linear" else 8, max_memory=most)
+    assert min(threads for threads, _ in pumps) <= 3
+    first = {scratch: threads for threads, scratch in pumps}  # the last of a size is the one that ran
+    assert all(threads * scratch <= most for scratch, threads in first.items())
+    assert_same(read(tmp_path / "free"), read(tmp_path / "bound"))
+
+
+def test_too_little_memory_for_one_thread(tmp_path):
+    small.save(tmp_path / "a", {"w": np.ones(1000, np.float32)})
+    small.save(tmp_path / "b", {"w": np.full(1000, 2.0, np.float32)})
+    asked = recipe("slerp", [str(tmp_path / "b")], base_model=str(tmp_path / "a"), parameters={"t": 0.5})
+    with pytest.raises(UsageError, match=r"one thread needs \d+ bytes for w, but --max-memory allows 400000"):
+        fastinterp.merge(asked, tmp_path / "out", threads=1, max_memory=400_000)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_whole_model_has_the_tensors_that_ask_nothing(tmp_path):
+    """ties ranks all elements: those of a tensor that keeps all of them, too, but not those that are copied."""
+    rng = np.random.default_rng(3)
+    shapes = {
+        "model.layers.0.up.weight": (30, 40),
+        "model.layers.1.up.weight": (30, 40),
+        "model.layers.2.up.weight": (30, 40),
+    }
+    base = {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+    tune = {n: x + rng.normal(size=x.shape).astype(np.float32) * (k + 1) for k, (n, x) in enumerate(base.items())}
+    a, b = (str(small.save(tmp_path / c, m)) for c, m in (("a", base), ("b", tune)))
+    density = [{"filter": "layers.2.", "value": 1.0}, {"value": 0.25}]
+    asked = recipe("ties", [b], base_model=a, parameters={"density": density, "weight": 1.0, "preset": "paper"})
+    report = fastinterp.merge(asked, tmp_path / "out")
+    assert report.bytes_read == fastinterp.explain(asked).bytes_read
+    deltas = {n: np.abs(tune[n] - base[n]) for n in base}
+    least = np.sort(np.concatenate([d.ravel() for d in deltas.values()]))[::-1][3600 // 4 - 1]
+    got = read(tmp_path / "out")
+    for name, delta in deltas.items():
+        changed = got[name].raw.view(np.float32).reshape(30, 40) != base[name]
+        kept = delta >= least if "layers.2" not in name else delta > 0
+        assert changed.sum() == kept.sum() and (changed == kept).all()
+    stacked = [{"sources": [{"model": m, "layer_range": [0, 2]} for m in (a, b)]},
+               {"sources": [{"model": b, "layer_range": [2, 3]}]}]  # fmt: skip
+    asked = recipe(
+        "ties", [], base_model=a, slices=stacked, parameters={"density": 0.25, "weight": 1.0, "preset": "paper"}
+    )
+    del asked["models"]
+    fastinterp.merge(asked, tmp_path / "part")
+    two = np.concatenate([deltas[f"model.layers.{k}.up.weight"].ravel() for k in (0, 1)])
+    changed = (
+        read(tmp_path / "part")["model.layers.1.up.weight"].raw.view(np.float32).reshape(30, 40)
+        != base["model.layers.1.up.weight"]
+    )
+    assert changed.sum() == (deltas["model.layers.1.up.weight"] >= np.sort(two)[::-1][2400 // 4 - 1]).sum()

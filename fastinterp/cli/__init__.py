@@ -17,6 +17,7 @@ _HOMES = {
     "merge": "fastinterp.cli.merging",
     "interpolate": "fastinterp.cli.merging",
     "sweep": "fastinterp.cli.steering",
+    "check": "fastinterp.cli.looking",
     "explain": "fastinterp.cli.looking",
     "inspect": "fastinterp.cli.looking",
     "diff": "fastinterp.cli.looking",

@@ -64,9 +64,10 @@ def table() -> str:
 
 def example(method: Method) -> str:
     """A recipe that the method accepts: YAML, with the parameters that must be given, else the first that may be None:
-    of `ema`, one must be given, too.
+    of `ema`, one must be given, too. And with a density, without which nothing is dropped.
     """
     needed = [p for p in method.parameters if p.required] or [p for p in method.parameters if p.optional][:1]
+    needed += [p for p in method.parameters if p.name in ("density", "select_topk") and p not in needed]
     each = [p for p in needed if p.each]
     once = [f"{p.name}: {_sample(p)}" for p in needed if not p.each]
     count = max(method.models[0], min(3 if method.base == "required" else 2, method.models[1]))

@@ -1,4 +1,4 @@
-"""`explain`, `inspect` and `diff`: the commands that write nothing."""
+"""`check`, `explain`, `inspect` and `diff`: the commands that write nothing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,29 @@ if TYPE_CHECKING:
 
 _MOST = 10  # tensors that diff lists without --all
 _LISTED = 3  # names in a note
+
+
+@click.command()
+@options.recipe
+@click.option("--strict", is_flag=True, help="Fail (exit code 2) if anything looks suspicious, too.")
+@options.as_json
+def check(recipe: str, strict: bool, as_json: bool) -> None:
+    """Say all that is wrong with a recipe, and what looks suspicious.
+
+    Reads headers and samples of the models and writes nothing. Exit code: 0, or that of the merge.
+
+    \b
+    Example:
+      fastinterp check recipe.yml
+    """
+    from fastinterp.engine.check import check as checked
+
+    found = checked(recipe)
+    if as_json:
+        options.say_json(found.as_dict())
+    else:
+        options.say(str(found))
+    click.get_current_context().exit(found.exit_code or (2 if strict and found.odd else 0))
 
 
 @click.command()

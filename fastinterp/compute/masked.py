@@ -113,17 +113,30 @@ def masked_step(ask: MaskedCombine, *, name: str, seed: int, inputs: Sequence[in
     }
 
 
+def kept_inputs(ask: MeasureKept) -> list[int]:
+    """Every input that is read for it, in ascending order."""
+    if ask.score is not None and None in ask.keeps[1:]:
+        raise ValueError("with a score every model needs a keep: all of them are read")
+    return [0, *(i for i, keep in enumerate(ask.keeps) if i and keep is not None)]
+
+
 def kept_step(ask: MeasureKept, *, name: str, seed: int) -> dict[str, Any]:
-    """The keys "keeps" and "score" of a pump step of kind "kept"."""
-    keeps = [keep_step(keep, keep_key(keep, i, name=name, seed=seed)) for i, keep in enumerate(ask.keeps)]
+    """The keys "keeps" and "score" of a pump step of kind "kept", which reads `kept_inputs`."""
+    found = [(i, ask.keeps[i] or Keep()) for i in kept_inputs(ask)]
+    keeps = [keep_step(keep, keep_key(keep, i, name=name, seed=seed)) for i, keep in found]
     return {"keeps": keeps, "score": score_step(ask.score)}
 
 
-def kept_of(reals: Sequence[float], counts: Sequence[int]) -> Kept:
-    """The answer of such a step."""
-    n = len(counts) // 2
-    l1, kept_l1, squares = (tuple(reals[k * n : (k + 1) * n]) for k in range(3))
-    return Kept(l1, kept_l1, tuple(counts[:n]), tuple(counts[n:]), squares)
+def kept_of(ask: MeasureKept, reals: Sequence[float], counts: Sequence[int]) -> Kept:
+    """The answer to `ask` from that of such a step."""
+    read = kept_inputs(ask)
+    n, at = len(read), {i: k for k, i in enumerate(read)}
+
+    def spread(found: Sequence[Any], zero: Any) -> tuple[Any, ...]:
+        return tuple(found[at[i]] if i in at else zero for i in range(len(ask.keeps)))
+
+    l1, kept_l1, squares = (spread(reals[k * n : (k + 1) * n], 0.0) for k in range(3))
+    return Kept(l1, kept_l1, spread(counts[:n], 0), spread(counts[n:], 0), squares)
 
 
 def score_step(score: Score | None) -> tuple[str, int, bytes] | None:

@@ -11,7 +11,7 @@ import numpy as np
 from fastinterp.compute import reference
 from fastinterp.compute.dtypes import F64, DType
 from fastinterp.compute.exact_fma import fma
-from fastinterp.compute.masked import keep_key, read_inputs, terms, word_limits
+from fastinterp.compute.masked import keep_key, kept_inputs, kept_of, read_inputs, terms, word_limits
 from fastinterp.compute.ops import Row, philox_key
 from fastinterp.compute.reference import CHUNK, Array, Stats, narrow, random_words, sampled_stats, widen
 from fastinterp.compute.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
@@ -109,22 +109,22 @@ def kept(
     inputs  uint8[nbytes] each, any alignment, `dtypes` theirs, of a tensor of `shape`; input 0 is the base
     name, seed  of the tensor and of the recipe, for random keeps
     """
-    found, columns = deltas(inputs, dtypes), columns_of(shape)
-    masks = []
-    for i, d in enumerate(found, 1):
-        key = keep_key(ask.keeps[i], i, name=name, seed=seed)
-        masks.append(keep_mask(magnitudes(d), ask.keeps[i], columns, key))
+    read, columns = kept_inputs(ask), columns_of(shape)
+    found, masks = deltas([inputs[i] for i in read], [dtypes[i] for i in read]), []
+    for i, d in zip(read[1:], found, strict=True):
+        keep = ask.keeps[i] or Keep()
+        masks.append(keep_mask(magnitudes(d), keep, columns, keep_key(keep, i, name=name, seed=seed)))
         if ask.score is not None:
             masks[-1] &= scores(found, ask.score, columns) >= ask.score.least
     count = np.sum(masks, axis=0)
     left = [np.where(m, d, 0) for m, d in zip(masks, found, strict=True)]
-    return Kept(
-        (0.0, *(reference.lane_dot(abs(d), np.ones_like(d)) for d in found)),
-        (0.0, *(reference.lane_dot(abs(d), np.ones_like(d)) for d in left)),
-        (0, *(int(m.sum()) for m in masks)),
-        (0, *(int((m & (count > 1)).sum()) for m in masks)),
-        (0.0, *(reference.lane_dot(d, d) for d in left)),
-    )
+    reals = [
+        *(0.0, *(reference.lane_dot(abs(d), np.ones_like(d)) for d in found)),
+        *(0.0, *(reference.lane_dot(abs(d), np.ones_like(d)) for d in left)),
+        *(0.0, *(reference.lane_dot(d, d) for d in left)),
+    ]
+    counts = [0, *(int(m.sum()) for m in masks), 0, *(int((m & (count > 1)).sum()) for m in masks)]
+    return kept_of(ask, reals, counts)
 
 
 # --- rule 15: masked sums --------------------------------------------------------------------------------------------

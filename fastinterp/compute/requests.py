@@ -94,16 +94,17 @@ class Measured:
 class MeasureKept:
     """Ask what some keeps would leave of the deltas x_i - x_0. keeps[0] is that of the base, and is ignored.
 
+    keeps  None: nothing is asked about that input, which is not read. Not with a score
     score  drops elements of all models, as in MaskedCombine
     """
 
-    keeps: tuple[Keep, ...]
+    keeps: tuple[Keep | None, ...]
     score: Score | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Of each input; those of the base, input 0, are 0.
+    """Of each input; those of the base, input 0, and of inputs that were not asked about are 0.
 
     l1       sum of |d_i|
     kept_l1  the same over the elements that are kept

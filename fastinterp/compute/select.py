@@ -84,7 +84,8 @@ def step(ask: Select, request: Coarse | Fine, numel: int, columns: int) -> dict[
     """The pump step of a request for one tensor, but for its "inputs": all of the model's, input 0 the base.
 
     columns  length of a row: the last dimension, or all elements of a 0-d or 1-d tensor
-    It needs `request.bins` counters of 4 bytes in each thread, and of 8 bytes while its answer is held.
+    It needs `request.bins` counters of 4 bytes in each thread, and up to 16 bytes for each that is not 0 while its
+    answer is held.
     """
     if isinstance(request, Coarse):
         every, ranked = request.every, [(i, 0, ALL_BITS, COARSE_BITS) for i in request.vectors]

@@ -5,7 +5,8 @@ Imported only where a plan has such tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, overload
 
 from fastinterp.compute.masked import kept_of, kept_step, masked_step, read_inputs, terms
@@ -25,23 +26,26 @@ from fastinterp.engine.conversation import Conversation, inputs_of
 from fastinterp.engine.jobs import Job, Result, is_copy
 from fastinterp.engine.place import Place, Step
 
+_AT_A_TIME = 1024  # groups whose numbers are Python's at a time
 Probes = Generator[Step, Any, Any]  # steps, sent their answers one by one; returns the answer to a request
 
 
 class Asking(Job):
     """A tensor that asks, and is written when all of its answers are in.
 
-    n      inputs of the method; side-cars are behind them
-    calls  as in Conversation
+    n            inputs of the method; side-cars are behind them
+    calls        as in Conversation
+    name, seeds  random keeps are drawn from them: the tensor's name, and a seed per output
     """
 
-    def __init__(self, place: Place, n: int, calls: Sequence[Callable[[], Any]]):
+    def __init__(self, place: Place, n: int, calls: Sequence[Callable[[], Any]], name: str, seeds: Sequence[int]):
         super().__init__(place, ())
-        self.n = n
-        self._talk = Conversation(place.name, calls, place.seeds)
+        self.n, self._name, self._seeds = n, name, seeds
+        self._talk = Conversation(name, calls, seeds)
         self._answers: dict[tuple[Request, int], Any] = {}
         self._probing: dict[tuple[Request, int], tuple[Probes, Step]] = {}
         self._written: list[tuple[int, ...]] = []
+        self._effects: list[tuple[tuple[int, ...], bool]] = []  # per output: what it reads, whether it copies
         self._begin()
 
     @property
@@ -68,7 +72,14 @@ class Asking(Job):
     def steps(self) -> list[Step]:
         if not self._talk.ended:
             return [step for _, step in self._probing.values()]
-        writers = _writers(self.place, self._talk.sums)
+        sums = self._talk.sums
+        rows = [_row(asked) for asked in sums]
+        # Noted now, because sums by row are large: they are not held until the end.
+        self._effects = [
+            (inputs_of(asked, self.n), isinstance(row, Row) and is_copy(self.place, row))
+            for row, asked in zip(rows, sums, strict=True)
+        ]
+        writers = _writers(self.place, rows, sums, self._name, self._seeds)
         self._written = [outputs for outputs, _ in writers]
         return [step for _, step in writers]
 
@@ -77,6 +88,7 @@ class Asking(Job):
             pairs = zip(self._written, results, strict=True)
             found = {k: stats for outputs, r in pairs for k, stats in zip(outputs, r.stats, strict=True)}
             self.stats, self.done = [found[k] for k in sorted(found)], True
+            self._talk.forget()
             return
         for (asked, (probes, _)), result in zip(list(self._probing.items()), results, strict=True):
             try:
@@ -87,16 +99,15 @@ class Asking(Job):
         self._go_on()
 
     def reads(self, k: int) -> tuple[int, ...]:
-        return inputs_of(self._talk.sums[k], self.n)
+        return self._effects[k][0]
 
     def copies(self, k: int) -> bool:
-        row = _row(self._talk.sums[k])
-        return isinstance(row, Row) and is_copy(self.place, row)
+        return self._effects[k][1]
 
     def _begin(self) -> None:
         for request, seed in self._talk.requests:
             if not _is_whole(request):
-                probes = _probes(request, self.place, self.n, seed)
+                probes = _probes(request, self.place, self.n, self._name, seed)
                 self._probing[request, seed] = probes, next(probes)
 
     def _go_on(self) -> None:
@@ -129,7 +140,7 @@ def asked_of_all(
         asked = next(passes)
         while True:
             total: Sequence[Any] = ()
-            at_a_time = max(1, most // (8 * asked.bins))
+            at_a_time = max(1, most // (16 * asked.bins))
             for first in range(0, len(jobs), at_a_time):
                 some = jobs[first : first + at_a_time]
                 for result in run([_histogram(request, asked, job.place, job.n) for job in some]):
@@ -145,7 +156,7 @@ def _added(total: Sequence[Any], more: Sequence[Any]) -> Sequence[Any]:
     return total or more
 
 
-def _probes(request: Request, place: Place, n: int, seed: int) -> Probes:
+def _probes(request: Request, place: Place, n: int, name: str, seed: int) -> Probes:
     """The steps that answer one request."""
     inputs = inputs_of(request, n)
     if isinstance(request, Measure):
@@ -154,9 +165,9 @@ def _probes(request: Request, place: Place, n: int, seed: int) -> Probes:
             return Groups(n, (yield place.asking(kind, inputs)))[0]
         return Groups(n, (yield place.asking(kind, inputs, per=request.per, columns=place.columns)))
     if isinstance(request, MeasureKept):
-        keys = kept_step(request, name=place.name, seed=seed)
+        keys = kept_step(request, name=name, seed=seed)
         sums, counts = yield place.asking("kept", inputs, columns=place.columns, **keys)
-        return kept_of(_flat(sums, "d").tolist(), _flat(counts, "q").tolist())
+        return kept_of(request, _flat(sums, "d").tolist(), _flat(counts, "q").tolist())
     if isinstance(request, Divergence):
         return tuple(_flat((yield place.asking("divergence", inputs, columns=place.columns))[0], "d"))
     return (yield from _selected(request, place, n))
@@ -179,10 +190,10 @@ def _histogram(request: Select, asked: Any, place: Place, n: int) -> Step:
     from fastinterp.compute.select import elements_read, step
 
     native = step(request, asked, place.numel, place.columns)
-    share = elements_read(asked, place.numel) / place.numel
+    share = elements_read(asked, place.numel) / max(1, place.numel)
     read = range(n) if request.score else {0, *asked.vectors}
     nbytes = round(share * sum(place.nbytes[i] for i in read))
-    return Step(place.name, {**native, **place.reading(range(n))}, nbytes, 8 * asked.bins)
+    return Step(place.name, {**native, **place.reading(range(n))}, nbytes, 16 * asked.bins)
 
 
 class Groups(Sequence[Measured]):
@@ -193,6 +204,12 @@ class Groups(Sequence[Measured]):
 
     def __init__(self, n: int, answer: tuple[Any, Any]):
         self._n, self._sums, self._nonzero = n, _flat(answer[0], "d"), _flat(answer[1], "q")
+        triangle = iter(range(n * (n + 1) // 2))
+        places = [[0] * n for _ in range(n)]
+        for i in range(n):
+            for j in range(i, n):
+                places[i][j] = places[j][i] = next(triangle)
+        self._rows = [itemgetter(*row) if n > 1 else itemgetter(slice(1)) for row in places]
 
     def __len__(self) -> int:
         return len(self._nonzero) // self._n
@@ -206,15 +223,20 @@ class Groups(Sequence[Measured]):
             return [self[i] for i in range(*at.indices(len(self)))]
         if not -len(self) <= at < len(self):
             raise IndexError(at)
-        n, g = self._n, at % len(self)
+        return next(self._from(at % len(self), 1))
+
+    def __iter__(self) -> Iterator[Measured]:
+        for first in range(0, len(self), _AT_A_TIME):
+            yield from self._from(first, _AT_A_TIME)
+
+    def _from(self, first: int, count: int) -> Iterator[Measured]:
+        """So many groups from the first on, or as many as there are."""
+        n, rows = self._n, self._rows
         width = n * (n + 1) // 2 + n
-        sums = self._sums[g * width : (g + 1) * width].tolist()
-        gram = [[0.0] * n for _ in range(n)]
-        upper = iter(sums)
-        for i in range(n):
-            for j in range(i, n):
-                gram[i][j] = gram[j][i] = next(upper)
-        return Measured(tuple(map(tuple, gram)), tuple(upper), tuple(self._nonzero[g * n : (g + 1) * n]))
+        sums = iter(self._sums[first * width : (first + count) * width].tolist())
+        nonzero = iter(self._nonzero[first * n : (first + count) * n].tolist())
+        for own, counts in zip(zip(*[sums] * width, strict=True), zip(*[nonzero] * n, strict=True), strict=True):
+            yield Measured(tuple([row(own) for row in rows]), own[-n:], counts)
 
 
 def _flat(values: Any, code: str) -> memoryview[Any]:
@@ -233,17 +255,20 @@ def _row(asked: Sum) -> Row | GroupRow | MaskedCombine:
     return asked.row()
 
 
-def _writers(place: Place, sums: Sequence[Sum]) -> list[tuple[tuple[int, ...], Step]]:
+def _writers(
+    place: Place, rows: Sequence[Row | GroupRow | MaskedCombine], sums: Sequence[Sum], name: str, seeds: Sequence[int]
+) -> list[tuple[tuple[int, ...], Step]]:
     """The steps that write all outputs, one for each kind of sum, and which outputs each of them writes."""
-    rows = [_row(asked) for asked in sums]
     kinds: dict[str, list[int]] = {}
     for k, (row, asked) in enumerate(zip(rows, sums, strict=True)):
         per = asked.per if isinstance(row, GroupRow) and isinstance(asked, GroupCombine) else ""
         kinds.setdefault(per or type(row).__name__, []).append(k)
-    return [(tuple(ks), _writer(place, kind, [rows[k] for k in ks], ks)) for kind, ks in kinds.items()]
+    return [(tuple(ks), _writer(place, kind, [rows[k] for k in ks], ks, name, seeds)) for kind, ks in kinds.items()]
 
 
-def _writer(place: Place, kind: str, rows: Sequence[Any], outputs: Sequence[int]) -> Step:
+def _writer(
+    place: Place, kind: str, rows: Sequence[Any], outputs: Sequence[int], name: str, seeds: Sequence[int]
+) -> Step:
     if isinstance(rows[0], Row):
         return place.combine(rows, outputs)
     if isinstance(rows[0], GroupRow):
@@ -252,8 +277,5 @@ def _writer(place: Place, kind: str, rows: Sequence[Any], outputs: Sequence[int]
         native = [(at[row.pivot], row.totals, [at[i] for i in row.inputs], row.weights) for row in rows]
         return place.writing("combine", inputs, outputs, rows=native, per=kind, columns=place.columns)
     inputs = sorted({i for row in rows for i in read_inputs(row)})
-    masked = [
-        masked_step(row, name=place.name, seed=place.seeds[k], inputs=inputs)
-        for row, k in zip(rows, outputs, strict=True)
-    ]
+    masked = [masked_step(row, name=name, seed=seeds[k], inputs=inputs) for row, k in zip(rows, outputs, strict=True)]
     return place.writing("masked", inputs, outputs, masked=masked, columns=place.columns)

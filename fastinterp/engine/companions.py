@@ -39,6 +39,7 @@ def warnings_about(checkpoints: Sequence[Checkpoint], origin: Checkpoint, vocabu
     found = [*_missing(origin, others), *([] if vocabulary else _tokenizers(origin, others))]
     if config is not None:
         found += _configs(origin, config, others, {"vocab_size"} if vocabulary else set())
+    found += _quantised(checkpoints)
     if needs_code(origin):  # it is never copied, let alone run
         found.append(f"{CONFIG} names code of the model's own (auto_map). Copy its .py files from {origin.name}")
     return tuple(found)
@@ -89,6 +90,23 @@ def _configs(
         f"{CONFIG} of {origin.name} and of {_listed(names)} differ: {keys}; the output gets {origin.name}'s. "
         "See that the models belong together"
         for keys, names in groups.items()
+    )
+
+
+def _quantised(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Models whose stored numbers mean nothing without their scales."""
+    groups: dict[str, list[str]] = {}
+    for checkpoint in checkpoints:
+        try:
+            told = (_config(checkpoint) or {}).get("quantization_config")
+        except (CheckpointError, RecursionError):
+            continue  # said elsewhere
+        if isinstance(told, dict):
+            groups.setdefault(fit(str(told.get("quant_method", "no method named")), 40), []).append(checkpoint.name)
+    return _few(
+        f"{CONFIG} of {_listed(list(dict.fromkeys(names)))} says that its weights are quantised ({how}). Numbers are "
+        "merged as they are stored, without scales: convert the models to bfloat16 first"
+        for how, names in groups.items()
     )
 
 

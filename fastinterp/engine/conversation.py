@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from fastinterp.compute.masked import read_inputs
+from fastinterp.compute.masked import kept_inputs, read_inputs
 from fastinterp.compute.ops import Combine
 from fastinterp.compute.requests import (
     Divergence,
@@ -64,6 +64,10 @@ class Conversation:
         """One per output; all of them only when the conversation has ended."""
         return [self._sums[k] for k in sorted(self._sums)]
 
+    def forget(self) -> None:
+        """Let go of the sums."""
+        self._sums.clear()
+
     @property
     def ended(self) -> bool:
         return not any(request is not None for request in self._now)
@@ -113,6 +117,8 @@ def inputs_of(asked: Request | Sum, n: int) -> tuple[int, ...]:
         return asked.row().inputs
     if isinstance(asked, MaskedCombine):
         return tuple(read_inputs(asked))
+    if isinstance(asked, MeasureKept):
+        return tuple(kept_inputs(asked))
     if isinstance(asked, GroupCombine):
         used = {i for i in range(n) if any(weights[i] != 0.0 for weights in asked.weights)}
         return tuple(sorted(used if asked.base is None else {asked.base, *used}))
@@ -125,24 +131,27 @@ def inputs_of(asked: Request | Sum, n: int) -> tuple[int, ...]:
     return tuple(range(n))
 
 
-def foresee(talk: Conversation, n: int, shape: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def foresee(talk: Conversation, n: int, shape: tuple[int, ...]) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], bool]:
     """The reads of a tensor: for what, and of which inputs. With answers that are made up, so no data is touched.
 
     talk  at its start; it is used up
+    Returns the reads, and whether something is asked about the whole model.
     """
     reads: list[tuple[str, tuple[int, ...]]] = []
+    whole = False
     try:
         while not talk.ended and len(reads) < _FORESEEN:
             for request, _ in talk.requests:
                 found = (_NAMES[type(request)], inputs_of(request, n))
                 reads += [found] * (_passes(request, shape) if isinstance(request, Select) else 1)
+                whole |= isinstance(request, Select) and request.whole
             talk.answer({(r, seed): _made_up(r, n, shape) for r, seed in talk.requests})
     except MethodError:
-        return (*reads, ("combine", tuple(range(n))))  # what is wrong are the answers
+        return (*reads, ("combine", tuple(range(n)))), whole  # what is wrong are the answers
     kinds: dict[type, set[int]] = {}
     for asked in talk.sums:
         kinds.setdefault(type(asked), set()).update(inputs_of(asked, n))
-    return (*reads, *(("combine", tuple(sorted(inputs))) for inputs in kinds.values()))
+    return (*reads, *(("combine", tuple(sorted(inputs))) for inputs in kinds.values())), whole
 
 
 def _passes(request: Select, shape: tuple[int, ...]) -> int:
@@ -166,8 +175,9 @@ def _made_up(request: Request, n: int, shape: tuple[int, ...]) -> Any:
         one = _near(n, numel // max(1, groups), 1e-4 if request.deltas else 1.0, request.deltas)
         return one if request.per == "tensor" else [one] * groups
     if isinstance(request, MeasureKept):
-        share = [0.0, *(k.chance if k.least == 0 else 0.5 * k.chance for k in request.keeps[1:])]
-        sizes = (0.0, *(0.01 * numel,) * (n - 1))
+        keeps = request.keeps[1:]
+        share = [0.0, *(0.0 if k is None else k.chance if k.least == 0 else 0.5 * k.chance for k in keeps)]
+        sizes = (0.0, *(0.0 if k is None else 0.01 * numel for k in keeps))
         kept = tuple(round(s * numel) for s in share)
         part = tuple(s * x for s, x in zip(share, sizes, strict=True))
         return Kept(sizes, part, kept, tuple(k // 2 for k in kept), tuple(0.01 * x for x in part))

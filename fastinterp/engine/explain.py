@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastinterp.compute.backends import cpu_threads
+from fastinterp.engine.given import as_lines, given, layer_lines, symbols
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.schedule import Window, make_window
-from fastinterp.engine.tensors import PlannedTensor
+from fastinterp.engine.tensors import MadeEntry, PlannedTensor
 from fastinterp.engine.text import WIDTH, counted, fit, plain, seconds, size, table
+from fastinterp.files.embedding import MappedEntry
 from fastinterp.files.layout import OutFile, parse_size
 from fastinterp.files.sidecars import copy_sidecars
+from fastinterp.recipe.check import DRAWING
+from fastinterp.recipe.load import Recipe, same_model
 
 # Page cache to page cache, about what one machine of today does: the least time that a merge of these files can take.
 _READ_GB_S, _WRITE_GB_S = 10.0, 3.0
@@ -27,16 +33,22 @@ class Explained(Plan):
 def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
     """Plain values, as --json prints them. The plan must have one output."""
     (recipe,), (layout,) = plan.recipes, plan.layouts
+    letters = _letters(plan, recipe)
     copied = copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype)
     sidecars = [*sorted(plan.fitted.sidecars(copied)), "README.md"]
     return {
         "method": recipe.method.name,
         "formula": _formula(plan),
+        "symbols": [] if recipe.coefficients is not None else [_lettered(s, letters) for s in symbols(recipe)],
+        "given": given(recipe, [m.tensors for m in plan.fitted.models], letters),
         "rounding": recipe.rounding,
         "seed": recipe.seed,
-        "models": [_model(plan, i) for i in range(len(plan.checkpoints))],
+        "draws": recipe.method.name.startswith(DRAWING),
+        "models": [_model(plan, i) for i, c in enumerate(plan.checkpoints) if c.files],
+        "made": _made(plan),
         "origin": plan.origin.name,
         "vocabulary": plan.fitted.source,
+        "moved": [t.name for t in plan.tensors if any(isinstance(e, MappedEntry) for e in t.entries)],
         "steps": _steps(plan),
         "must_agree": [t.name for t in plan.tensors if not t.merged and len(t.inputs) > 1],
         "integers_from": recipe.integers,
@@ -62,12 +74,12 @@ def as_text(plan: Plan, window: Window) -> str:
     """The same for people, at most 100 columns wide where names allow."""
     found = as_dict(plan, window)
     lines = [f"{found['method']} of {counted(len(found['models']), 'model')}", ""]
-    lines += [*_formula_lines(found["formula"]), ""]
+    lines += [*_formula_lines(found["formula"], found["symbols"]), ""]
+    lines += _given(found["given"])
     lines += _reads(found) + _computes(found) + _writes(found)
-    w, floor = found["window"], found["floor"]
+    floor = found["floor"]
     lines += [
-        f"held     at most {size(w['bytes'])} of scratch: {counted(w['threads'], 'thread')} x ({w['inputs']} x "
-        f"{w['read_bytes'] >> 10} KiB in + {w['outputs']} x {w['write_bytes'] >> 10} KiB out)",
+        _held(found["window"]),
         f"floor    {seconds(floor['seconds'])}, if files are read at {floor['read_gb_per_s']:g} GB/s and written at "
         f"{floor['write_gb_per_s']:g} GB/s, as a warm page cache allows",
         *(line for w in found["warnings"] for line in _wrapped(plain(w), "warning  ", " " * 9)),
@@ -75,10 +87,24 @@ def as_text(plan: Plan, window: Window) -> str:
     return "\n".join(lines)
 
 
+def _held(w: dict[str, Any]) -> str:
+    most = f"held     at most {size(w['bytes'])} of scratch: "
+    if w["asks"]:
+        return f"{most}{counted(w['threads'], 'thread')}, fewer where they need more than that for statistics"
+    return (
+        f"{most}{counted(w['threads'], 'thread')} x ({w['inputs']} x {w['read_bytes'] >> 10} KiB in + "
+        f"{w['outputs']} x {w['write_bytes'] >> 10} KiB out)"
+    )
+
+
 def _model(plan: Plan, i: int) -> dict[str, Any]:
     checkpoint = plan.checkpoints[i]
     reads = [
-        (t, t.entries[at].nbytes) for t in plan.tensors for _, inputs in t.reads for at in inputs if t.inputs[at] == i
+        (t.name, t.entries[at].nbytes)
+        for t in _all(plan)
+        for _, inputs in t.reads
+        for at in inputs
+        if t.inputs[at] == i
     ]
     return {
         "symbol": f"x{i}",
@@ -90,10 +116,34 @@ def _model(plan: Plan, i: int) -> dict[str, Any]:
     }
 
 
+def _all(plan: Plan) -> list[PlannedTensor]:
+    """The tensors of the output, each after those that have to be made before it."""
+    return [stage for t in plan.tensors for stage in (*t.first, t)]
+
+
+def _made(plan: Plan) -> list[dict[str, Any]]:
+    """The documents above of which tensors have to be stored until they are read."""
+    found: dict[int, list[PlannedTensor]] = {}
+    for tensor in _all(plan):
+        for i, entry in zip(tensor.inputs, tensor.entries, strict=True):
+            if isinstance(entry, MadeEntry):
+                found.setdefault(i, []).append(entry.made)
+    return [
+        {
+            "symbol": f"x{i}",
+            "name": plan.checkpoints[i].name,
+            "dtypes": sorted({t.dtype.name for t in tensors}),
+            "tensors": len({t.name for t in tensors}),
+            "bytes": sum({id(t): t.nbytes for t in tensors}.values()),
+        }
+        for i, tensors in sorted(found.items())
+    ]
+
+
 def _steps(plan: Plan) -> list[dict[str, Any]]:
     """The kernels' view: tensors grouped by what is computed for them, coefficients as they are used."""
     groups: dict[tuple[str, tuple[str, ...]], list[PlannedTensor]] = {}
-    for tensor in plan.tensors:
+    for tensor in _all(plan):
         groups.setdefault((_expression(plan, tensor), tuple(what for what, _ in tensor.reads)), []).append(tensor)
     steps = []
     for (expression, reads), tensors in groups.items():
@@ -120,7 +170,7 @@ def _steps(plan: Plan) -> list[dict[str, Any]]:
 def _expression(plan: Plan, tensor: PlannedTensor) -> str:
     """`x0 + 0.5*(x1 - x0)`: what is computed, with the pivot in front. `slerp(x0, x1)`, where the data decides."""
     if tensor.program is not None:
-        return f"{plan.recipes[0].method.name}({', '.join(f'x{i}' for i in tensor.inputs)})"
+        return f"{tensor.program.method}({', '.join(f'x{i}' for i in tensor.inputs)})"
     if not tensor.rows:
         return f"x{tensor.inputs[0]}"
     row = tensor.rows[0]
@@ -132,10 +182,38 @@ def _expression(plan: Plan, tensor: PlannedTensor) -> str:
 
 
 def _formula(plan: Plan) -> str:
-    """The recipe's formula and legend, with the side-cars behind the models."""
-    models = len(plan.recipes[0].models)
-    beside = [f"x{i} = {c.name}" for i, c in enumerate(plan.checkpoints) if i >= models]
-    return "\n".join([plan.recipes[0].formula(), *beside])
+    """The recipe's formula and legend, with the side-cars behind the models. Those of documents above follow."""
+    models = len(plan.models)
+    beside = [f"x{i} = {c.name}" for i, c in enumerate(plan.checkpoints) if i >= models and c.files]
+    if not plan.above:
+        return "\n".join([plan.recipes[0].formula(), *beside])
+    names = _names(plan)
+    formulas = []
+    for recipe in (plan.recipes[0], *reversed(plan.above)):
+        first = recipe.formula().partition("\n")[0].removeprefix("out = ")
+        told = _lettered(first, _letters(plan, recipe))
+        name = f"x{names.index(recipe.name)}" if recipe.name in names else "out"
+        formulas.append(f"{name} = {told}" if name == "out" else f"{name} = {told}, {recipe.name}")
+    return "\n".join([*formulas, *(f"x{i} = {name}" for i, name in enumerate(plan.models)), *beside])
+
+
+def _names(plan: Plan) -> list[str]:
+    return [*plan.models, *(c.name for c in plan.checkpoints[len(plan.models) :])]
+
+
+def _letters(plan: Plan, recipe: Recipe) -> list[str]:
+    """What the models of a document are called: x and the number of the checkpoint."""
+    if not plan.above:
+        return [f"x{i}" for i in range(len(recipe.models))]
+    names = _names(plan)
+    return [f"x{next(i for i, name in enumerate(names) if same_model(name, model))}" for model in recipe.models]
+
+
+def _lettered(text: str, letters: Sequence[str]) -> str:
+    """A method's own words, in which its first model is x0."""
+    return re.sub(
+        r"\bx(\d+)\b", lambda found: letters[int(found[1])] if int(found[1]) < len(letters) else found[0], text
+    )
 
 
 def _copies(tensor: PlannedTensor) -> bool:
@@ -186,9 +264,22 @@ def _wrapped(text: str, first: str, others: str) -> list[str]:
     )
 
 
-def _formula_lines(formula: str) -> list[str]:
+def _formula_lines(formula: str, symbols: list[str]) -> list[str]:
     first, *legend = formula.split("\n")
-    return [*_wrapped(first, "  ", " " * 8), *(f"  {plain(line)}" for line in legend)]
+    lines = _wrapped(first, "  ", " " * 8)
+    for symbol in symbols:
+        lines += _wrapped(symbol, "  ", " " * 8)
+    return [*lines, *(f"  {plain(line)}" for line in legend)]
+
+
+def _given(found: dict[str, Any]) -> list[str]:
+    """The parameters that are in force, and how layers are put together."""
+    lines = []
+    for title, some in (("given", as_lines(found)), ("layers", layer_lines(found))):
+        for line in some:
+            first = f"{title:9}" if line is some[0] else " " * 9
+            lines += _wrapped(plain(line), first, " " * 11)
+    return lines
 
 
 def _reads(found: dict[str, Any]) -> list[str]:
@@ -200,7 +291,12 @@ def _reads(found: dict[str, Any]) -> list[str]:
         else [m["name"], "-", "", "not read: it has no part in the sum"]
         for m in found["models"]
     ]
-    return [*lines, *table(rows, "<>><", indent=9)]
+    lines += table(rows, "<>><", indent=9)
+    for made in found["made"]:
+        dtypes = " and ".join(made["dtypes"])
+        what = f"{made['symbol']} = {fit(plain(made['name']), 40)}: {counted(made['tensors'], 'tensor')} in {dtypes}"
+        lines.append(f"made     {what}, {size(made['bytes'])}, kept in a temporary file until they are read")
+    return lines
 
 
 def _times(found: dict[str, Any]) -> str:
@@ -213,6 +309,8 @@ def _times(found: dict[str, Any]) -> str:
 def _computes(found: dict[str, Any]) -> list[str]:
     how = f"stochastic, seed {found['seed']}" if found["rounding"] == "stochastic" else "to nearest even"
     lines = [f"compute  with one rounding, {how}"]
+    if found["draws"]:
+        lines.append(f"         what is dropped is drawn with seed {found['seed']}")
     for step in found["steps"][:_SHOWN]:
         what = f"copies of {step['out']}" if step["copies"] else f"out = {step['out']}"
         if len(step["reads"]) > 1:
@@ -253,4 +351,7 @@ def _writes(found: dict[str, Any]) -> list[str]:
         lines.append(f"         configuration and tokenizer are those of {origin}")
     else:
         lines.append(f"         configuration of {origin}, vocabulary: {plain(vocabulary)}")
+    if found["moved"]:
+        told = f"{counted(len(found['moved']), 'tensor')} whose rows follow their tokens: {', '.join(found['moved'])}"
+        lines.append(fit(f"         {told}", WIDTH))
     return lines

@@ -36,7 +36,8 @@ def filling(plan: Plan, output: Places, *, threads: int | None, max_memory: int)
     Nothing is done between two steps of the iterator. Files are closed when it ends, or is closed.
     """
     with opened(plan, MemorySinks([output]), threads=threads, max_memory=max_memory, progress=None) as running:
-        for jobs in finishing(running.jobs, running.machine, running.others, small=True):
+        names = {id(job): name for name, job in running.jobs.items()}
+        for jobs in finishing([*running.jobs.values()], running.machine, running.others, small=True):
             running.refuse_changed()
-            yield [job.place.name for job in jobs]
+            yield [names[id(job)] for job in jobs]
         running.done()

@@ -35,6 +35,16 @@ class Job:
         self.stats: list[dict[str, float]] = []
         self.done = False
 
+    @property
+    def nbytes(self) -> int:
+        """Of the inputs."""
+        return sum(self.place.nbytes)
+
+    @property
+    def last(self) -> Job | None:
+        """The job that writes the output, if it has come to that."""
+        return self
+
     def steps(self) -> list[Step]:
         """What the next round is to do for this tensor."""
         place = self.place

@@ -192,13 +192,12 @@ class _Merge:
             sinks=(len(sinks) - 1,),
             offsets=(0,),
             keys=(philox_key(self.seed, _STORE, name),) if self.stochastic else (),
-            seeds=(self.seed,),
         )
         n = len(self.inputs)
         found = self.layers.place(name) if self.layers else None
         layer, layers = (None, 0) if found is None else (found[1], found[0].layers)
         call = partial(self.method, n, Tensor(name, shape, layer, layers, numel), **self.parameters)
-        return Asking(place, n, [call])
+        return Asking(place, n, [call], name, [self.seed])
 
     # --- arguments
 

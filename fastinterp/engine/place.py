@@ -38,7 +38,6 @@ class Place:
     out_bytes       of one output
     sinks, offsets  one per output
     keys            Philox keys of the store, one per output; none where rounding is to nearest
-    seeds           of the recipes, one per output: random keeps draw from them
     """
 
     name: str
@@ -50,7 +49,6 @@ class Place:
     sinks: tuple[int, ...]
     offsets: tuple[int, ...]
     keys: tuple[int, ...]
-    seeds: tuple[int, ...]
 
     @property
     def numel(self) -> int:

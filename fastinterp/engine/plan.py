@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastinterp._version import __version__
 from fastinterp.compute.ops import MAX_OUTPUTS, NUMERICS, Combine
-from fastinterp.engine.companions import warnings_about
-from fastinterp.engine.tensors import PlannedTensor, plan_tensors, sidecar_names
+from fastinterp.engine.document import Library, plan_document
+from fastinterp.engine.tensors import PlannedTensor
 from fastinterp.engine.text import counted, size
-from fastinterp.engine.vocabularies import Fitted, fit_models
+from fastinterp.engine.vocabularies import Fitted
 from fastinterp.errors import UsageError
-from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
+from fastinterp.files.checkpoint import Checkpoint
 from fastinterp.files.layout import Layout, make_layout
-from fastinterp.recipe.load import Recipe, same_model
-from fastinterp.recipe.targets import targets
+from fastinterp.recipe.load import Recipe
 
 _MOST_BYTES = 64 << 10  # of coefficients in a receipt, which is in every file
 
@@ -31,11 +31,15 @@ class Plan:
     """Everything that is known before the first byte of data is read.
 
     recipes      one per output; they differ in coefficients only
-    checkpoints  the models of the recipe, in its order, then side-cars
+    checkpoints  the models of the recipe, in its order, then side-cars; of several documents, then those that are made
     origin       the checkpoint that configuration and tokenizer come from
     layouts      one per output: equal but for the metadata in their headers
     fitted       what becomes of the files beside the weights, where vocabularies or tied embeddings differ
-    warnings     about the files beside the weights: what is copied, and may not fit
+    warnings     about the files beside the weights: what is copied, and may not fit; and about the recipe
+    models       the names of the first of the checkpoints: the models of all documents
+    inputs       files and folders that an output must not touch
+    above        the documents above
+    folders      held as long as the plan is: they have the small files of documents above
     """
 
     recipes: tuple[Recipe, ...]
@@ -44,7 +48,11 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     layouts: tuple[Layout, ...]
     fitted: Fitted
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...]
+    models: tuple[str, ...]
+    inputs: tuple[Path, ...]
+    above: tuple[Recipe, ...] = ()
+    folders: tuple[object, ...] = ()
 
     def __repr__(self) -> str:
         """Short: the fields hold every tensor and header."""
@@ -56,7 +64,12 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Foreseen: what answers turn out to be may ask for more, or less."""
-        return sum(t.bytes_read for t in self.tensors)
+        return sum(s.bytes_read for t in self.tensors for s in (*t.first, t))
+
+    @property
+    def bytes_made(self) -> int:
+        """Of tensors of documents above that are stored until they are read."""
+        return sum(s.nbytes for t in self.tensors for s in t.first)
 
     @property
     def bytes_written(self) -> int:
@@ -67,43 +80,42 @@ class Plan:
     def disk_bytes(self) -> int:
         return sum(layout.disk_bytes for layout in self.layouts)
 
-    @property
-    def inputs_read(self) -> tuple[int, ...]:
-        """The checkpoints that any tensor is read from."""
-        return tuple(sorted({i for t in self.tensors for i in t.inputs}))
 
-
-def make_plan(recipes: Sequence[Recipe], *, max_shard_size: int) -> Plan:
+def make_plan(recipes: Sequence[Recipe], *, max_shard_size: int, above: Sequence[Recipe] = ()) -> Plan:
     """Open the checkpoints' headers, see that they fit together, and lay out the output.
 
     recipes  1 to 16, with the same models, dtypes and rounding
+    above    the documents above, if there are any; then `recipes` is the last document alone
     Raises: CheckpointError and ShapeError, if a checkpoint is damaged or does not fit the others; MethodError, if a
-    method cannot do what is asked of it; UsageError.
+    method cannot do what is asked of it; RecipeError, if documents do not fit each other; UsageError.
     """
     first = recipes[0]
     if len(recipes) > MAX_OUTPUTS:
         raise UsageError(f"one read can make at most {MAX_OUTPUTS} outputs, got {len(recipes)}")
     if any(r.models != first.models or r.dtype != first.dtype or r.out_dtype != first.out_dtype for r in recipes):
         raise UsageError("recipes that share one read must have the same models and dtypes")
-    opened: dict[str, Checkpoint] = {}
-    for name in (*first.models, first.origin):
-        if not any(same_model(name, known) for known in opened):
-            opened[name] = open_checkpoint(name)
-    origin = next(c for name, c in opened.items() if same_model(name, first.origin))
-    fitted = fit_models(first, [opened[name] for name in first.models], origin)
-    models = fitted.models
-    points = [targets(recipe, [c.tensors for c in models]) for recipe in recipes]
-    sidecars = {name: open_checkpoint(name) for name in sidecar_names(points[0], first.method)}
-    tensors = plan_tensors(recipes, points, models, sidecars, origin)
+    if above:
+        from fastinterp.engine.documents import plan_chain
+
+        last, checkpoints, names, opened, warnings, folders = plan_chain(above, first)
+    else:
+        library = Library()
+        last = plan_document(recipes, library.find)
+        checkpoints, names = last.checkpoints, first.models
+        opened, warnings, folders = library.opened, last.warnings, ()
+    tensors = last.tensors
     layouts = tuple(
-        make_layout([(t.name, t.dtype, t.shape) for t in tensors], _metadata(recipe, k, tensors), max_shard_size)
+        make_layout([(t.name, t.dtype, t.shape) for t in tensors], _metadata(recipe, k, tensors, names), max_shard_size)
         for k, recipe in enumerate(recipes)
     )
-    warnings = (*fitted.warnings, *warnings_about(models, origin, fitted.tokenizer is not None))
-    return Plan(tuple(recipes), (*models, *sidecars.values()), origin, tensors, layouts, fitted, warnings)
+    inputs = tuple(dict.fromkeys(path for c in opened for path in c.inputs))
+    return Plan(
+        tuple(recipes), checkpoints, last.origin, tensors, layouts, last.fitted, warnings, tuple(names), inputs,
+        tuple(above), folders,
+    )  # fmt: skip
 
 
-def _metadata(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor]) -> dict[str, str]:
+def _metadata(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Sequence[str]) -> dict[str, str]:
     """The receipt that is stored in every output file: what was asked, and the coefficients that were used.
 
     `recipe` as it was given, with the merge's own `dtype`, `rounding` and `seed`, makes the same bytes again. Models
@@ -115,7 +127,7 @@ def _metadata(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor]) -> dict[
         "fastinterp": __version__,
         "numerics": NUMERICS,
         "method": recipe.method.name,
-        "models": recipe.models,
+        "models": models,
         "coefficients": _coefficients(k, tensors),
         "dtype": None if stored is None else stored.name,
         "rounding": recipe.rounding,
@@ -131,7 +143,7 @@ def _coefficients(k: int, tensors: Sequence[PlannedTensor]) -> dict[str, Any] | 
 
     The header is laid out before any data is read, so only coefficients that need no statistics can be in it.
     """
-    if any(t.program is not None for t in tensors):
+    if any(t.program is not None or t.first for t in tensors):
         return "left out: they come from the data, or differ by element. The recipe gives them again"
     sets: dict[Combine, list[str]] = {}
     for t in tensors:

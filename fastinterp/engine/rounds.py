@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastinterp.compute.pump import Progress, Pump, watch
 from fastinterp.engine.jobs import Job, Result
 from fastinterp.engine.place import Step
+from fastinterp.errors import UsageError
+
+if TYPE_CHECKING:
+    from fastinterp.engine.asking import Asking
 
 ROUND_BYTES = 256 << 20  # of inputs that a round reads for the first time; one tensor at least
 HELD_BYTES = 64 << 20  # of answers at a time; those to one tensor at least
@@ -25,6 +29,7 @@ class Machine:
     settings   of every Pump: isa, sources, sinks, threads and so on
     explained  the pump's error and the steps that it ran, as the exception to raise
     total      bytes that all rounds are expected to read and write, for `progress`
+    most       bytes of scratch and answers that it may hold: with less it takes fewer threads
     """
 
     def __init__(
@@ -33,14 +38,19 @@ class Machine:
         explained: Callable[[tuple[Any, ...], Sequence[Step]], Exception],
         total: int,
         progress: Progress | None,
+        most: int = 512_000_000,
     ):
+        self.most = most
         self._settings, self._explained = settings, explained
         self._total, self._told, self._progress = total, 0, progress
         self.bytes_read = self.bytes_written = self.rounds = self.scratch_bytes = 0
 
     def run(self, steps: Sequence[Step]) -> list[Result]:
-        """Ends all threads before it returns or raises, KeyboardInterrupt included."""
-        pump = Pump(steps=[step.native for step in steps], **self._settings)
+        """Ends all threads before it returns or raises, KeyboardInterrupt included.
+
+        Raises: UsageError, if even one thread needs more memory than is allowed.
+        """
+        pump = self._pump(steps)
         before = self.bytes_read + self.bytes_written
         watch(pump, sum(step.nbytes for step in steps), self._shown(before))
         error = pump.error()
@@ -48,9 +58,24 @@ class Machine:
             raise self._explained(error, steps)
         self.bytes_read += pump.bytes_read
         self.bytes_written += pump.bytes_written
-        self.scratch_bytes = max(self.scratch_bytes, pump.scratch_bytes)
         self.rounds += 1
         return [Result(answer, stats) for answer, stats in zip(pump.answers(), pump.stats(), strict=True)]
+
+    def _pump(self, steps: Sequence[Step]) -> Pump:
+        """With as many threads as fit into memory: surveys and masked sums have scratch of their own."""
+        native, threads = [step.native for step in steps], self._settings["threads"]
+        pump, held = Pump(steps=native, **self._settings), sum(step.held for step in steps)
+        fitting = (self.most - held) // max(1, pump.scratch_bytes)
+        if fitting < threads:
+            if fitting < 1:
+                raise UsageError(
+                    f"one thread needs {held + pump.scratch_bytes} bytes for {steps[0].name}, but --max-memory allows "
+                    f"{self.most}. Allow more"
+                )
+            threads = fitting
+            pump = Pump(steps=native, **{**self._settings, "threads": threads})
+        self.scratch_bytes = max(self.scratch_bytes, held + threads * pump.scratch_bytes)
+        return pump
 
     def _shown(self, before: int) -> Progress | None:
         progress = self._progress
@@ -109,7 +134,7 @@ def _admitted(waiting: deque[Job], small: bool) -> list[Job]:
     taken: list[Job] = []
     nbytes = 0
     while waiting:
-        nbytes += sum(waiting[0].place.nbytes) if small else waiting[0].cost
+        nbytes += waiting[0].nbytes if small else waiting[0].cost
         if taken and nbytes > ROUND_BYTES:
             break
         taken.append(waiting.popleft())
@@ -127,7 +152,7 @@ def _round(running: deque[Job], machine: Machine) -> list[Job]:
     while running:
         own = running[0].steps()
         held += sum(step.held for step in own)
-        if taken and held > HELD_BYTES:
+        if taken and held > min(HELD_BYTES, machine.most // 4):
             break
         steps += [(len(taken), step) for step in own]
         taken.append(running.popleft())
@@ -143,11 +168,18 @@ def _round(running: deque[Job], machine: Machine) -> list[Job]:
 
 def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], machine: Machine) -> None:
     """Answer what is asked about the whole model, when all tensors that do not ask are at their end."""
-    from fastinterp.engine.asking import Asking, asked_of_all
+    from fastinterp.engine.asking import asked_of_all
 
-    merged = [job for job in jobs if isinstance(job, Asking)]
-    waits = [job for job in resting if isinstance(job, Asking)]
+    merged = [job for job in map(_asking, jobs) if job is not None]
+    waits = [job for job in map(_asking, resting) if job is not None]
     for request in dict.fromkeys(r for job in waits for r in job.whole_requests):
-        answer = asked_of_all(request, merged, machine.run, HELD_BYTES)
+        answer = asked_of_all(request, merged, machine.run, min(HELD_BYTES, machine.most // 4))
         for job in waits:
             job.answer(request, answer)
+
+
+def _asking(job: Job) -> Asking | None:
+    from fastinterp.engine.asking import Asking
+
+    last = job.last
+    return last if isinstance(last, Asking) else None

@@ -22,10 +22,10 @@ from fastinterp.engine.sinks import FileSinks
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.files.folder import OutFolder
 from fastinterp.files.sidecars import copy_sidecars, model_card
-from fastinterp.recipe.load import Recipe, load_recipe, same_model
+from fastinterp.recipe.load import Recipe, load_recipe, load_recipes, same_model
 
 _LARGEST_ALPHA = 4e7  # without a base; the weights 1 - alpha and alpha are divided by their sum
-Source = str | os.PathLike[str] | Mapping[str, Any]
+Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 def merge(
@@ -45,7 +45,8 @@ def merge(
 ) -> Report:
     """Merge checkpoints into the folder `out`.
 
-    recipe          path of a YAML file, YAML text, or a mapping: mergekit's schema
+    recipe          path of a YAML file, YAML text, or a mapping: mergekit's schema. Of several documents (or of a list
+                    of mappings) the last is written; it may name those before it as models
     device          "auto" or "cpu"
     threads         None: one per CPU, at most 32. The output does not depend on it
     max_shard_size  bytes of tensor data in one file, "5GB" or a number
@@ -58,8 +59,7 @@ def merge(
     The output appears when all of it is written, or not at all.
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
-    asked = overridden(load_recipe(recipe), dtype, rounding, seed)
-    plan = make_plan([asked], max_shard_size=size_of(max_shard_size))
+    plan = plan_of(recipe, max_shard_size, dtype, rounding, seed)
     return carry_out(
         [plan], [[path_of(out, "out")]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
         durable=durable, progress=progress,
@@ -124,8 +124,7 @@ def explain(
     """What `merge` would do, from headers alone; print() shows it. Arguments and errors as there."""
     from fastinterp.engine.explain import Explained
 
-    asked = overridden(load_recipe(recipe), dtype, rounding, seed)
-    return Explained(**vars(make_plan([asked], max_shard_size=size_of(max_shard_size))))
+    return Explained(**vars(plan_of(recipe, max_shard_size, dtype, rounding, seed)))
 
 
 def point_name(alpha: float) -> str:
@@ -161,6 +160,18 @@ def point_mapping(a: str, b: str, alpha: float, base: str | None, integers: str 
     if integers is not None:
         asked["integers"] = integers
     return asked
+
+
+def plan_of(recipe: Source, max_shard_size: str | int, dtype: object, rounding: object, seed: object) -> Plan:
+    """The plan of one recipe, of one or more documents. Arguments and errors as of `merge`."""
+    *above, last = load_recipes(recipe)
+    asked = overridden(last, dtype, rounding, seed)
+    if above:
+        # They were stored as the last one is, and are; a seed that all have in common is replaced in all.
+        if rounding is not None:
+            above = [replace(r, rounding=asked.rounding) if r.rounding == last.rounding else r for r in above]
+        above = [replace(r, seed=asked.seed) if r.seed == last.seed else r for r in above]
+    return make_plan([asked], max_shard_size=size_of(max_shard_size), above=above)
 
 
 def carry_out(
@@ -210,10 +221,10 @@ def _opened_folders(
     needed = sum(plan.disk_bytes for plan in plans)  # outputs on one disk must fit together: the first checks for all
     folders: list[list[OutFolder]] = []
     for plan, own in zip(plans, outs, strict=True):
-        inputs = [path for c in (*plan.checkpoints, plan.origin) for path in c.inputs]
         folders.append([])
         for out, layout in zip(own, plan.layouts, strict=True):
-            folders[-1].append(stack.enter_context(OutFolder(out, inputs, needed=needed or layout.disk_bytes, **how)))
+            folder = OutFolder(out, plan.inputs, needed=needed or layout.disk_bytes, **how)
+            folders[-1].append(stack.enter_context(folder))
             needed = 0
         for folder, recipe, layout in zip(folders[-1], plan.recipes, plan.layouts, strict=True):
             _write_small_files(folder, plan, recipe, layout.index, layout.index_name)
@@ -240,7 +251,7 @@ def _write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: byt
     copied = copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype)
     for name, content in plan.fitted.sidecars(copied).items():
         folder.write(name, content)
-    folder.write("README.md", model_card(recipe.text, recipe.models, recipe.method.name, __version__).encode())
+    folder.write("README.md", model_card(recipe.text, plan.models, recipe.method.name, __version__).encode())
     if index is not None:
         folder.write(index_name, index)
 
@@ -253,7 +264,7 @@ def report_of(plan: Plan, done: Done, wall_s: float, k: int, folder: OutFolder |
     for tensor in tensors:
         job = done.jobs[tensor.name]
         if tensor.merged:
-            models.update(tensor.inputs[i] for i in job.reads(k) if i < tensor.models)
+            models |= tensor.origins(job.reads(k))
         if job.copies(k):
             copied.append(tensor.name)
         else:

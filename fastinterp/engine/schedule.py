@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.ops import philox_key
@@ -17,9 +18,13 @@ from fastinterp.engine.place import Place, Step
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.rounds import Machine, drive
 from fastinterp.engine.sinks import Sinks
-from fastinterp.engine.sources import Sources, remedy
-from fastinterp.engine.tensors import PlannedTensor
-from fastinterp.errors import OutputError, ShapeError, UsageError
+from fastinterp.engine.sources import Operand, Sources, remedy
+from fastinterp.engine.tensors import MadeEntry, PlannedTensor, must_agree
+from fastinterp.errors import OutputError, UsageError
+from fastinterp.files.header import Entry
+
+if TYPE_CHECKING:
+    from fastinterp.engine.staged import Scratch
 
 STATS_EVERY = 32  # chunks of 16384 elements: one of so many is measured, which costs a few percent of the kernel's time
 _STORE = 0  # Philox stream of the store's rounding
@@ -31,6 +36,10 @@ class Window:
 
     Reads are small enough that the inputs are still in the second-level cache when they are combined, and writes take
     no larger pages than `cp` does: docs/performance.md has the measurements.
+
+    most  what may be used. What methods ask, and sums with masks, have scratch of their own: with less, fewer threads
+          work on them
+    asks  whether there are such
     """
 
     threads: int
@@ -38,10 +47,16 @@ class Window:
     read_bytes: int
     inputs: int
     outputs: int
+    most: int
+    asks: bool
 
     @property
     def bytes(self) -> int:
-        """All workers' scratch; page roundings and slack included."""
+        """All workers' scratch; page roundings and slack included. Of plain sums; else the bound."""
+        return self.most if self.asks else self.plain_bytes
+
+    @property
+    def plain_bytes(self) -> int:
         return self.threads * (self.inputs * (self.read_bytes + 4096) + self.outputs * (self.write_bytes + 4096))
 
 
@@ -50,25 +65,26 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
 
     Raises: UsageError, if even the smallest does not fit.
     """
-    inputs, outputs = max(len(t.inputs) for t in plan.tensors), len(plan.recipes)
+    inputs, outputs = max(len(s.inputs) for t in plan.tensors for s in (*t.first, t)), len(plan.recipes)
+    asks = any(s.program is not None for t in plan.tensors for s in (*t.first, t))
     read, write = _pages(max(16 << 10, min(64 << 10, (512 << 10) // inputs))), 128 << 10
     while True:
-        window = Window(threads, write, read, inputs, outputs)
-        if window.bytes <= max_memory:
+        window = Window(threads, write, read, inputs, outputs, max_memory, asks)
+        if window.plain_bytes <= max_memory:
             return window
         if write <= 4096 and read <= 4096:
             raise UsageError(
-                f"{threads} threads with {inputs} inputs and {outputs} outputs need at least {window.bytes} bytes, but "
-                f"--max-memory allows {max_memory}. Allow more, or use fewer threads"
+                f"{threads} threads with {inputs} inputs and {outputs} outputs need at least {window.plain_bytes} "
+                f"bytes, but --max-memory allows {max_memory}. Allow more, or use fewer threads"
             )
         write, read = _pages(write // 2), _pages(read // 2)
 
 
 def fitting_outputs(plan: Plan, threads: int, max_memory: int) -> int:
     """How many outputs of such a plan one read can make within `max_memory`; at least 1."""
-    inputs = max(len(t.inputs) for t in plan.tensors)
-    least = Window(threads, 4096, 4096, inputs, 0).bytes, Window(threads, 4096, 4096, 0, 1).bytes
-    return max(1, (max_memory - least[0]) // least[1])
+    inputs = max(len(s.inputs) for t in plan.tensors for s in (*t.first, t))
+    fixed, each = (Window(threads, 4096, 4096, i, k, max_memory, False).plain_bytes for i, k in ((inputs, 0), (0, 1)))
+    return max(1, (max_memory - fixed) // each)
 
 
 def _pages(size: int) -> int:
@@ -91,23 +107,24 @@ class Done:
 class Run:
     """A plan whose files are open.
 
-    jobs    one per tensor that has sinks, in the order of the outputs
-    others  the tensors that are not wanted: they count where a method asks about the whole model
+    jobs    those of the tensors that have sinks, by name, in the order of the outputs
+    others  those of tensors that are not wanted: they count where a method asks about the whole model
     """
 
     def __init__(
         self,
         plan: Plan,
         sources: Sources,
-        window: Window,
         isa: str,
+        threads: int,
         machine: Machine,
-        jobs: list[Job],
-        others: list[Job],
+        jobs: Mapping[str, Job],
+        wanted: Container[str],
     ):
-        self.jobs, self.others = jobs, others
+        self.jobs = {name: job for name, job in jobs.items() if name in wanted}
+        self.others = [job for name, job in jobs.items() if name not in wanted]
         self.machine = machine
-        self._plan, self._sources, self._window, self._isa = plan, sources, window, isa
+        self._plan, self._sources, self._isa, self._threads = plan, sources, isa, threads
 
     def refuse_changed(self) -> None:
         """Raises: CheckpointError, if an input is not what it was when its header was read."""
@@ -116,11 +133,10 @@ class Run:
     def done(self) -> Done:
         """When all jobs are done. Raises what `refuse_changed` does."""
         self.refuse_changed()
-        machine, named = self.machine, {job.place.name: job for job in self.jobs}
+        machine = self.machine
         machine.finish()
-        every = {t.name: named[t.name] for t in self._plan.tensors if t.name in named}
-        window = self._window
-        return Done(every, machine.bytes_read, machine.bytes_written, window.threads, self._isa, window.bytes)
+        written = machine.bytes_written - self._plan.bytes_made
+        return Done(self.jobs, machine.bytes_read, written, self._threads, self._isa, machine.scratch_bytes)
 
 
 @contextmanager
@@ -135,10 +151,13 @@ def opened(
     isa = cpu_isa()
     window = make_window(plan, cpu_threads(threads), max_memory)
     with ExitStack() as stack:
-        reads = ((i, e) for t in plan.tensors for i, e in zip(t.inputs, t.entries, strict=True))
+        every = [s for t in plan.tensors for s in (*t.first, t)]
+        pairs = (pair for s in every for pair in zip(s.inputs, s.entries, strict=True))
+        reads = [(i, e) for i, e in pairs if not isinstance(e, MadeEntry)]
         sources = Sources(plan.checkpoints, reads, stack, sinks.files, sinks.scratch)
         sinks.open(stack)
         recipe = plan.recipes[0]
+        scratch = _scratch(plan, sources, sinks, stack, sinks.scratch) if len(every) > len(plan.tensors) else None
         settings = {
             "isa": isa,
             "sources": sources.fds,
@@ -152,13 +171,12 @@ def opened(
             "stats_every": STATS_EVERY,
         }
         # As they follow each other in the outputs, which the pump writes in runs.
-        wanted = [t for t in plan.tensors if t.name in sinks.of]
-        wanted.sort(key=lambda t: (sinks.of[t.name][0][0], sinks.of[t.name][1][0]))
-        jobs = [_job(plan, t, sources, sinks) for t in wanted]
-        others = [_job(plan, t, sources, sinks) for t in plan.tensors if t.name not in sinks.of]
+        order = sorted(plan.tensors, key=lambda t: [at[0] for at in sinks.of.get(t.name, ())])
+        jobs = {t.name: _job(plan, t, sources, sinks, scratch) for t in order}
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
-        machine = Machine(settings, explained, plan.bytes_read + plan.bytes_written, progress)
-        yield Run(plan, sources, window, isa, machine, jobs, others)
+        total = plan.bytes_read + plan.bytes_made + plan.bytes_written
+        machine = Machine(settings, explained, total, progress, max_memory)
+        yield Run(plan, sources, isa, window.threads, machine, jobs, sinks.of)
 
 
 def run(plan: Plan, sinks: Sinks, *, threads: int | None, max_memory: int, progress: Progress | None) -> Done:
@@ -169,30 +187,68 @@ def run(plan: Plan, sinks: Sinks, *, threads: int | None, max_memory: int, progr
     differ; StorageError and OutputError, if the operating system cannot read or write.
     """
     with opened(plan, sinks, threads=threads, max_memory=max_memory, progress=progress) as running:
-        drive(running.jobs, running.machine, running.others)
+        drive([*running.jobs.values()], running.machine, running.others)
         return running.done()
 
 
-def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: Sinks) -> Job:
-    numbers, offsets = sinks.of.get(tensor.name, ((), ()))
-    stochastic = tensor.merged and plan.recipes[0].rounding == "stochastic"
+def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folder: Path | None) -> Scratch:
+    """The file of what documents above make."""
+    import tempfile
+
+    from fastinterp.engine.staged import Scratch
+
+    folder = folder or Path(tempfile.gettempdir())
+    file = Scratch(folder, stack, keeps=any(t.program is not None and t.program.whole for t in plan.tensors))
+    label = folder / "a temporary file"
+    file.source, file.sink = sources.add(file.fd, label), len(sinks.handles)
+    sinks.handles.append(file.fd)
+    sinks.paths.append(label)
+    return file
+
+
+def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: Sinks, scratch: Scratch | None) -> Job:
+    stochastic = plan.recipes[0].rounding == "stochastic"
+    if scratch is None or not tensor.first:
+        return _job_at(tensor, stochastic, sources.operand, *_places(sinks, tensor.name))
+    from fastinterp.engine.staged import Staged
+
+    def make(stage: PlannedTensor, operand: Callable[[int, Entry], Operand], offset: int | None) -> Job:
+        where = _places(sinks, tensor.name) if offset is None else ([scratch.sink], [offset])
+        return _job_at(stage, stochastic, operand, *where)
+
+    return Staged((*tensor.first, tensor), scratch, sources.operand, make)
+
+
+def _places(sinks: Sinks, name: str) -> tuple[Sequence[int], Sequence[int]]:
+    """None for tensors that are not wanted."""
+    return sinks.of.get(name, ((), ()))
+
+
+def _job_at(
+    tensor: PlannedTensor,
+    stochastic: bool,
+    operand: Callable[[int, Entry], Operand],
+    numbers: Sequence[int],
+    offsets: Sequence[int],
+) -> Job:
+    """The job of a tensor whose outputs are to be at these offsets of these sinks."""
+    stochastic &= tensor.merged
     place = Place(
         name=tensor.name,
         shape=tensor.shape,
-        operands=tuple(sources.operand(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True)),
+        operands=tuple(operand(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True)),
         nbytes=tuple(e.nbytes for e in tensor.entries),
         out_dtype=tensor.dtype.code or 0,
         out_bytes=(tensor.dtype.nbytes(tensor.numel) or 0) if tensor.merged else tensor.entries[0].nbytes,
         sinks=tuple(numbers),
         offsets=tuple(offsets),
-        keys=tuple(philox_key(r.seed, _STORE, tensor.name) for r in plan.recipes) if stochastic else (),
-        seeds=tuple(r.seed for r in plan.recipes),
+        keys=tuple(philox_key(seed, _STORE, tensor.name) for seed in tensor.seeds) if stochastic else (),
     )
     if tensor.program is None:
         return Job(place, tensor.rows)
     from fastinterp.engine.asking import Asking
 
-    return Asking(place, tensor.models, tensor.program.calls)
+    return Asking(place, tensor.models, tensor.program.calls, tensor.program.name, tensor.program.seeds)
 
 
 def _explained(
@@ -207,11 +263,7 @@ def _explained(
     if kind == "differs":
         tensor = tensors[steps[rest[0]].name]
         first, other = (plan.checkpoints[tensor.inputs[i]].name for i in (0, rest[1]))
-        return ShapeError(
-            f"{tensor.name} ({tensor.dtype}) is not averaged, and differs between {first} and {other}. "
-            "Say whose to take: `integers: MODEL` in the recipe, --integers MODEL of interpolate",
-            tensor=tensor.name,
-        )
+        return must_agree(tensor, first, other)
     if kind == "write":
         handle, code, offset, expected, _ = rest
         place = f"writing {expected} bytes at {offset}{remedy(code)}"

@@ -53,12 +53,13 @@ class Sources:
             with storage(path):
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, fd)
-            self._number[path] = self._add(fd, path)
+            self._number[path] = self.add(fd, path)
         self._moved = {
             key: self._gathered(e, checkpoints[i].files[e.file], scratch, stack) for key, (i, e) in moved.items()
         }
 
-    def _add(self, fd: int, path: Path) -> int:
+    def add(self, fd: int, path: Path) -> int:
+        """One more, which is open already."""
         self.fds.append(fd)
         self.paths.append(path)
         return len(self.fds) - 1
@@ -68,7 +69,7 @@ class Sources:
 
         with storage(scratch or Path("a temporary file")):
             found = gather(entry, scratch, stack)
-        made = None if found.made is None else self._add(found.made, path)
+        made = None if found.made is None else self.add(found.made, path)
         code = entry.dtype.code or 0
         if found.rows is None:
             return made or 0, 0, code
@@ -116,9 +117,9 @@ def dtype_code(operand: Operand) -> int:
     return code
 
 
-def _moved_key(checkpoint: int, entry: MappedEntry) -> tuple[int, int, int]:
-    """Tensors that are one in the file, as tied ones are, are moved once."""
-    return checkpoint, entry.file, entry.start
+def _moved_key(checkpoint: int, entry: MappedEntry) -> tuple[int, int, int, int]:
+    """Tensors that are one in the file, as tied ones are, are moved once into the same vocabulary."""
+    return checkpoint, entry.file, entry.start, id(entry.rows)
 
 
 @contextmanager

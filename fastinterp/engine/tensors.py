@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,12 +29,20 @@ _SHOWN = 5  # differences that a message lists before it only counts them
 class Program:
     """What must be asked before a tensor is merged, or a sum that is more than plain.
 
-    calls  one per output: the method with all of its arguments
-    reads  what is foreseen to be read: for what, and which of the tensor's inputs. Answers may change it
+    calls   one per output: the method with all of its arguments
+    reads   what is foreseen to be read: for what, and which of the tensor's inputs. Answers may change it
+    whole   something is asked about the whole model
+    method  its name
+    name    of the tensor, under which random keeps are drawn
+    seeds   from which they are drawn, one per output
     """
 
     calls: tuple[Callable[[], Any], ...]
     reads: tuple[tuple[str, tuple[int, ...]], ...]
+    whole: bool
+    method: str
+    name: str
+    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,7 @@ class PlannedTensor:
              must be the same in every input (integers, and floats that only a quantiser can read)
     models   how many of `inputs` the method counts: not the side-cars
     sums     what the method asked for, one per output, where `rows` come from it
+    seeds    of the store's rounding, one per output
     """
 
     name: str
@@ -59,6 +68,7 @@ class PlannedTensor:
     program: Program | None = None
     models: int = 0
     sums: tuple[Combine, ...] = ()
+    seeds: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -76,6 +86,58 @@ class PlannedTensor:
     @property
     def bytes_read(self) -> int:
         return sum(self.entries[i].nbytes for _, inputs in self.reads for i in inputs)
+
+    @property
+    def nbytes(self) -> int:
+        """Of one output."""
+        return self.dtype.nbytes(self.numel) or 0
+
+    @property
+    def first(self) -> list[PlannedTensor]:
+        """The tensors of documents above that have to be made before this one, each once, in an order that works."""
+        found: dict[int, PlannedTensor] = {}
+        for entry in self.entries:
+            if isinstance(entry, MadeEntry):
+                found |= {id(t): t for t in (*entry.made.first, entry.made)}
+        return list(found.values())
+
+    def origins(self, read: Iterable[int]) -> set[int]:
+        """The checkpoints that these of its inputs come from in the end; side-cars left out."""
+        found: set[int] = set()
+        for at in read:
+            entry = self.entries[at]
+            if isinstance(entry, MadeEntry):
+                found |= entry.made.origins(range(entry.made.models))
+            elif at < self.models:
+                found.add(self.inputs[at])
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MadeEntry(Entry):
+    """A tensor of a document above: it is in no file.
+
+    made   how it is made, with the dtype in which it is stored until it is read
+    free   that document says nothing of its dtype
+    folds  its coefficients may become part of those of others, so that it need not be stored
+    """
+
+    made: PlannedTensor
+    free: bool
+    folds: bool
+
+    def stored(self) -> MadeEntry:
+        """As it will be read: `dtype` and `nbytes` of what is stored."""
+        return replace(self, dtype=self.made.dtype, nbytes=self.made.nbytes)
+
+
+def must_agree(tensor: PlannedTensor, first: str, other: str) -> ShapeError:
+    """The error of a tensor that is not merged, and is not the same in the two models of these names."""
+    return ShapeError(
+        f"{tensor.name} ({tensor.dtype}) is not averaged, and differs between {first} and {other}. "
+        "Say whose to take: `integers: MODEL` in the recipe, --integers MODEL of interpolate",
+        tensor=tensor.name,
+    )
 
 
 def sidecar_names(points: Sequence[Target], method: Method) -> list[str]:
@@ -112,10 +174,18 @@ def plan_tensors(
             raise UsageError("recipes that share one read must make the same tensors of the same models")
     _check_fit(points[0], models)
     planner = _Planner(recipes, models, sidecars, origin, points[0])
+    tensors = tuple(planner.planned(targets) for targets in zip(*points, strict=True))
+    whole = next((t.program for t in tensors if t.program is not None and t.program.whole), None)
+    if whole is None:
+        return tensors
+    # What is asked about the whole model is asked about those, too, that ask nothing themselves.
+    planner.asked = tuple(read for read in whole.reads if read[0] == "select")
     return tuple(planner.planned(targets) for targets in zip(*points, strict=True))
 
 
 class _Planner:
+    """asked  reads of every tensor, whatever it asks itself; those of a request about the whole model"""
+
     def __init__(
         self,
         recipes: Sequence[Recipe],
@@ -128,13 +198,17 @@ class _Planner:
         self._method = recipes[0].method
         self._sidecars = {name: (len(models) + i, c) for i, (name, c) in enumerate(sidecars.items())}
         self._keywords = [p.keyword for p in self._method.parameters if p.kind is Sidecar]
-        leads = (models[t.inputs[0][0]].tensors[t.inputs[0][1]] for t in targets)
+        leads = (models[t.inputs[0][0]].tensors[t.inputs[0][1]] for t in targets if not t.copies)
         self._numel = sum(e.numel for e in leads if e.dtype.merges)
         self._known: dict[tuple[Any, ...], Any] = {}  # what a method of the count alone asks for
         self._foreseen: dict[tuple[Any, ...], Any] = {}
+        self.asked: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def planned(self, targets: Sequence[Target]) -> PlannedTensor:
         """targets  one per output, of equal name and inputs"""
+        return replace(self._planned(targets), seeds=tuple(r.seed for r in self._recipes))
+
+    def _planned(self, targets: Sequence[Target]) -> PlannedTensor:
         one, recipe = targets[0], self._recipes[0]
         found = [(i, self._models[i].tensors[name]) for i, name in one.inputs]
         kept = found[0][1]
@@ -170,13 +244,16 @@ class _Planner:
             return _summed(one.name, dtype, kept.shape, found, [Combine((1.0,))] * len(calls))
         talk = Conversation(one.name, calls, [r.seed for r in self._recipes])
         plain = [asked for asked in talk.sums if isinstance(asked, Combine)]
-        if talk.ended and len(plain) == len(calls):
+        if talk.ended and len(plain) == len(calls) and not self.asked:
             return _summed(one.name, dtype, kept.shape, found, plain)
         # What is asked hardly depends on more than this, and it is an estimate.
         key = (kept.shape, len(one.inputs), one.layer, *(id(t.parameters) for t in targets))
         if key not in self._foreseen:
             self._foreseen[key] = foresee(talk, len(one.inputs), kept.shape)
-        program = Program(calls, self._foreseen[key])
+        reads, whole = self._foreseen[key]
+        reads = reads if whole else (*self.asked, *reads)
+        seeds = tuple(r.seed for r in self._recipes)
+        program = Program(calls, reads, whole, self._method.name, one.name, seeds)
         return _planned(one.name, dtype, kept.shape, [*found, *self._beside(one)], program, len(found))
 
     def _call(self, k: int, target: Target, kept: Entry) -> Callable[[], Any]:

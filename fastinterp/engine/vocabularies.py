@@ -6,6 +6,7 @@ the small files beside them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 from fastinterp.engine.text import fit
 from fastinterp.errors import CheckpointError
 from fastinterp.files.checkpoint import Checkpoint
-from fastinterp.files.embedding import RowPlan, RowWish, embeddings, mapped, plan_rows, rows_found, wished_row
+from fastinterp.files.embedding import (
+    MappedEntry,
+    RowPlan,
+    RowWish,
+    embeddings,
+    mapped,
+    plan_rows,
+    rows_found,
+    wished_row,
+)
 from fastinterp.files.header import MAX_HEADER, Entry
 from fastinterp.files.names import listing
 from fastinterp.files.regular import read_regular
@@ -25,6 +35,7 @@ from fastinterp.recipe.load import Recipe, same_model
 
 if TYPE_CHECKING:
     from fastinterp.files.vocabulary import Vocabulary
+    from fastinterp.recipe.targets import LayerCount
 
 _CONFIGS = ("config.json", "generation_config.json")
 
@@ -40,6 +51,7 @@ class Fitted:
     tied        whether the output has no output layer of its own; None: as the origin's configuration says
     source      whose vocabulary the output has, for people; None: the origin's as it is
     vocabulary  the folder of the model whose vocabulary the output has, if that is not the origin
+    counts      stacks of which the output has other layers than its inputs
     """
 
     models: tuple[Checkpoint, ...]
@@ -50,6 +62,7 @@ class Fitted:
     vocabulary: Path | None = None
     source: str | None = None
     warnings: tuple[str, ...] = ()
+    counts: tuple[LayerCount, ...] = ()
 
     def sidecars(self, files: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
         """The output's small files, from those of the origin.
@@ -67,7 +80,30 @@ class Fitted:
             for name in _CONFIGS:
                 if name in found:
                     found[name] = self._config(name, found[name])
+        if self.counts and "config.json" in found:
+            found["config.json"] = self._layered(found["config.json"])
         return found
+
+    def _layered(self, content: bytes | Path) -> bytes | Path:
+        """config.json with the number of layers that the output has."""
+        from fastinterp.recipe.layer_config import config_of_layers
+
+        file = "config.json" if isinstance(content, bytes) else str(content)
+        raw = content if isinstance(content, bytes) else read_regular(file, MAX_HEADER)
+        new, changes = config_of_layers(parse_object(raw.lstrip(), "the model configuration", file), self.counts)
+        return (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode() if changes else content
+
+    def uncounted(self, origin: Checkpoint) -> list[str]:
+        """Warnings of stacks whose layers the configuration does not count, so that it stays as it is."""
+        from fastinterp.recipe.layer_config import config_of_layers
+
+        config = _table(origin.root / "config.json")
+        return [
+            f"config.json does not say how many layers {count.prefix} has: there were {count.before}, the output has "
+            f"{len(count.layers)}. Write it there, as the software that loads the model wants it"
+            for count in self.counts
+            if config and not config_of_layers(config, [count])[1]
+        ]
 
     def _config(self, name: str, content: bytes | Path) -> bytes | Path:
         file = name if isinstance(content, bytes) else str(content)
@@ -154,11 +190,20 @@ def _moved(plan: RowPlan, tensors: list[dict[str, Entry]], known: Sequence[Check
     """Replace the embeddings of the models that are merged by their mapped ones."""
     names = [m.name for m in known]
     found = [set(embeddings(t, size)) for t, size in zip(tensors, sizes, strict=True)]
-    places = [{n: (m.files[e.file], e) for n, e in t.items()} for m, t in zip(known, tensors, strict=True)]
+    places = [
+        {n: (m.files[e.file] if m.files else m.root, e) for n, e in t.items()}
+        for m, t in zip(known, tensors, strict=True)
+    ]
     for i in range(len(plan.maps)):
         for name in found[i]:
             sources = [p[name] if name in own else None for p, own in zip(places, found, strict=True)]
-            tensors[i][name] = mapped(name, i, plan, sources, names)
+            tensors[i][name] = entry = mapped(name, i, plan, sources, names)
+            if isinstance(entry, MappedEntry) and (made := [names[k] for k in entry.models if not known[k].files]):
+                raise CheckpointError(
+                    f"rows of {listing(made)}, which a document above makes, would have to be moved into another "
+                    "vocabulary here. Ask for the vocabulary there, or write it as a checkpoint of its own first",
+                    tensor=name,
+                )
 
 
 def _wishes(recipe: Recipe, known: Sequence[Checkpoint], models: Sequence[Vocabulary]) -> dict[str, RowWish]:

@@ -101,17 +101,17 @@ def l1_ratios(tensor: Tensor, keeps: Keeps, rescale: bool) -> Generator[Request,
     """
     if not rescale or all(keep is None or keep.keeps_all for keep in keeps):
         return (1.0,) * len(keeps)
-    found = yield MeasureKept((Keep(), *(keep or Keep() for keep in keeps)))
+    asked = (Keep(), *(None if keep is None or keep.keeps_all else keep for keep in keeps))
+    found = yield MeasureKept(asked)
     ratios = []
-    for i, keep in enumerate(keeps, 1):
+    for i, keep in enumerate(asked[1:], 1):
         before, after = found.l1[i], found.kept_l1[i]
-        masked = keep is not None and not keep.keeps_all
-        if masked and not math.isfinite(before):
+        if keep is not None and not math.isfinite(before):
             raise MethodError(
                 f"{tensor.name} of model {i} (the base is 0) differs from the base by NaN or Inf, so what is dropped "
                 "cannot be made up for. Repair or leave out that model, or write `rescale: false`"
             )
-        ratios.append(before / after if masked and before >= LEAST_L1 and after >= LEAST_L1 else 1.0)
+        ratios.append(before / after if before >= LEAST_L1 and after >= LEAST_L1 else 1.0)
     return tuple(ratios)
 
 

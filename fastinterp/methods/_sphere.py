@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from operator import mul
 
 from fastinterp.compute.requests import Measured
@@ -19,7 +20,7 @@ def finite(found: Measured, name: str) -> Measured:
 
     Raises: MethodError, if a model has NaN or Inf in the tensor called `name`, or numbers beyond 1e150.
     """
-    if not all(math.isfinite(v) for row in found.gram for v in row):
+    if not all(map(math.isfinite, chain.from_iterable(found.gram))):
         raise MethodError(
             f"{name} holds NaN or Inf, or numbers beyond 1e150, so its lengths and angles are not defined. "
             "Repair the model, or merge with `linear`, which needs neither"
@@ -32,7 +33,8 @@ def angle(a2: float, b2: float, ab: float) -> float:
     lengths = math.sqrt(a2) * math.sqrt(b2)
     if lengths == 0.0:
         return math.pi / 2.0
-    c = max(-1.0, min(1.0, ab / lengths))
+    c = ab / lengths
+    c = -1.0 if c < -1.0 else min(1.0, c)
     return math.atan2(math.sqrt((1.0 - c) * (1.0 + c)), c)
 
 

@@ -17,6 +17,14 @@ from fastinterp.recipe.schema import Entry, Layers, Module, Reference, Slice, Wi
 
 T = TypeVar("T")
 
+# What to take where a method takes fewer models than there are.
+_FOR_MORE = {
+    "passthrough": "`linear`, or `slices`",
+    "slerp": "`multislerp`, `karcher`",
+    "nuslerp": "`multislerp`, `karcher`",
+    "expo": "`task_arithmetic`",
+}
+
 
 class Builder:
     """Reads what is to be merged out of one document.
@@ -192,7 +200,8 @@ class Builder:
         found.sort(key=lambda source: source.model != at_base)
         if not copies:
             if self.method.base == "required" and base is None and self.wish.base_model is None:
-                message = f"`{self.method.name}` needs the key `base_model`"
+                what = "the model that the others were made from, or one of them"
+                message = f"`{self.method.name}` needs the key `base_model`: {what}"
                 raise self.document.error(message, at="$.merge_method", kind=MethodError)
             if whole:
                 self._count(len(found), path)
@@ -205,6 +214,8 @@ class Builder:
             what = "model" if high == 1 else "models"
             of = "" if self.method.base == "none" else ", the base included"
             message = f"`{self.method.name}` takes {count} {what}{of}, got {n}"
+            if n > high and self.method.name in _FOR_MORE:
+                message += f". For more: {_FOR_MORE[self.method.name]}"
             raise self.document.error(message, path, kind=MethodError)
 
     def _listed(self, given: Sequence[tuple[str | Reference, str]], remedy: str) -> list[int]:

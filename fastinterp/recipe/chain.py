@@ -29,7 +29,7 @@ def check_names(documents: Sequence[Document], faults: Faults) -> None:
             if isinstance(name, str) and not name.strip():
                 raise document.error("the name of a document must not be empty", "$.name")
     for i, document in enumerate(documents):
-        for name, path in _references(document.value, "$"):
+        for name, path in references(document.value, "$"):
             if (at := named.get(name, -1)) >= i:
                 with faults:
                     line = documents[at].lines.get("$.name")
@@ -38,14 +38,14 @@ def check_names(documents: Sequence[Document], faults: Faults) -> None:
                     raise document.error(f"{shown(name)} is the name of {what}", path)
 
 
-def _references(value: Any, path: str) -> Iterator[tuple[str, str]]:
+def references(value: Any, path: str) -> Iterator[tuple[str, str]]:
     """(name, path) of all that may name a model."""
     if isinstance(value, list):
         for i, item in enumerate(value):
-            yield from _references(item, f"{path}[{i}]")
+            yield from references(item, f"{path}[{i}]")
     elif isinstance(value, dict):
         for key, item in value.items():
             if key in ("model", "base_model", "path") and isinstance(item, str):
                 yield item, f"{path}.{key}"
             else:
-                yield from _references(item, f"{path}.{key}")
+                yield from references(item, f"{path}.{key}")

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastinterp.errors import CheckpointError, FastinterpError, RecipeError
-from fastinterp.methods import shown
+from fastinterp.errors import CheckpointError, FastinterpError, MethodError, RecipeError
+from fastinterp.methods import shown, suggestion
+from fastinterp.methods._weights import shares
 from fastinterp.recipe.document import Source, read_all
 from fastinterp.recipe.faults import Faults
 from fastinterp.recipe.load import Recipe, build_all
@@ -20,6 +21,7 @@ Names = Callable[[str], Collection[str]]  # the tensors of a model, by the model
 
 _CANCEL = 0.1  # weights whose sum is below this share of their magnitudes are scaled up tenfold and more
 _DROPS = ("dare", "della", "breadcrumbs")  # methods that are about dropping
+DRAWING = ("dare", "della")  # those that draw what they drop
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def inspect(
     with faults:
         recipes = build_all(read_all(source, file), faults)
     if faults.found:
-        return Findings(_ordered(faults.found), (), ())
+        return Findings(ordered(faults.found), (), ())
     odd: list[RecipeError] = [finding for recipe in recipes for finding in suspicions(recipe)]
     wrong: list[FastinterpError] = []
     made: list[Collection[str]] = []
@@ -58,13 +60,27 @@ def inspect(
         if names is None:
             break
         try:
-            assembly = Assembly(recipe, [_names(recipe, model, names, made) for model in recipe.models])
+            found, own = against(recipe, [_names(recipe, model, names, made) for model in recipe.models])
         except (RecipeError, CheckpointError) as error:
             wrong.append(error)
             break
-        made.append([target.name for target in assembly.targets])
-        odd += [*unmatched(recipe, assembly), *_without_layers(recipe, assembly), *_by_tensor(recipe, assembly)]
-    return Findings(_ordered(wrong), _ordered(odd), recipes)
+        made.append(own)
+        odd += found
+    return Findings(ordered(wrong), ordered(odd), recipes)
+
+
+def against(recipe: Recipe, names: Sequence[Collection[str]]) -> tuple[list[RecipeError], list[str]]:
+    """What is odd about a recipe for these tensors, and the names of those that it makes.
+
+    names  of each of Recipe.models, those of its tensors
+    Raises: ShapeError and RecipeError, as targets.py; MethodError, if weights cancel that the method divides by.
+    """
+    assembly = Assembly(recipe, names)
+    different = {id(target.parameters): target.parameters for target in assembly.targets if not target.copies}
+    for parameters in different.values():
+        _refuse_cancelling(recipe, parameters)
+    odd = [*unmatched(recipe, assembly), *_without_layers(recipe, assembly), *_by_tensor(recipe, assembly)]
+    return odd, [target.name for target in assembly.targets]
 
 
 def suspicions(recipe: Recipe) -> list[RecipeError]:
@@ -76,12 +92,39 @@ def suspicions(recipe: Recipe) -> list[RecipeError]:
     if recipe.parameters is not None:
         what = _odd_weights(recipe, {p.keyword: recipe.parameters[p.name] for p in recipe.method.parameters})
         found += [recipe.document.error(what, recipe.parts[0].path)] if what else []
-    return found
+        found += _lone(recipe, recipe.parameters)
+    return [*found, *_unused(recipe)]
+
+
+def _lone(recipe: Recipe, parameters: Mapping[str, Any]) -> Iterator[RecipeError]:
+    """A weight that is divided by itself."""
+    (part, *_) = recipe.parts
+    lone = len(part.sources) - part.has_base == 1
+    given = [level["weight"] for level in (part.sources[-1].own, *part.levels) if "weight" in level]
+    if lone and given and parameters.get("normalize") is True and not _only(given[0], 1.0):
+        message = "`weight` changes nothing: there is one model, and `normalize` divides by its weight"
+        remedy = ". Write `normalize: false`" + (", or use `lambda`" if "lambda" in parameters else "")
+        yield recipe.document.error(message + remedy, given[0].path)
+
+
+def _unused(recipe: Recipe) -> Iterator[RecipeError]:
+    """Settings that nothing of this merge looks at."""
+    given = recipe.document.value
+    if "seed" in given and recipe.rounding == "nearest" and not recipe.method.name.startswith(DRAWING):
+        message = f"`seed` changes nothing: {recipe.method.name} draws nothing, and rounding is to nearest"
+        yield recipe.document.error(message, "$.seed")
+    stored = recipe.out_dtype or recipe.dtype
+    if "fp8_overflow" in given and stored is not None and not stored.name.startswith("F8"):
+        yield recipe.document.error(f"`fp8_overflow` changes nothing: {stored} is stored", "$.fp8_overflow")
+    for level in (level for part in recipe.parts for level in (*(s.own for s in part.sources), *part.levels)):
+        if "int8_mask" in level:
+            message = "`int8_mask` changes nothing: masks take no memory here"
+            yield recipe.document.error(message, level["int8_mask"].path)
 
 
 def unmatched(recipe: Recipe, assembly: Assembly) -> list[RecipeError]:
     """Filters that no tensor got its value from."""
-    hits = {path for resolver in assembly.resolvers for path in resolver.hits}
+    hits = {path for resolver in assembly.resolvers for path in resolver.reached()}
     names = [name for target in assembly.targets for name in (target.name, *(n for _, n in target.inputs))]
     found = []
     for value in _values(recipe):
@@ -91,12 +134,20 @@ def unmatched(recipe: Recipe, assembly: Assembly) -> list[RecipeError]:
             if path not in hits:
                 matching = sum(part in name for name in names)
                 first = "a filter above it, or a value nearer to the model, comes first"
-                why = first if matching else "no tensor's name has it"
+                why = first if matching else f"no tensor's name has it{_near(part, names)}"
                 found.append(recipe.document.error(f"the filter {shown(part)} matches nothing: {why}", path))
             elif part[-1].isdecimal() and (more := _longer_numbers(part, names)):
                 message = f"the filter {shown(part)} also matches {more}. Write {shown(part + '.')} for that one"
                 found.append(recipe.document.error(message, path))
     return found
+
+
+def _near(part: str, names: Sequence[str]) -> str:
+    """The part of a name that was meant, if one is close."""
+    if "." in part.strip("."):
+        return ""
+    known = suggestion(part.strip("."), sorted({piece for name in names for piece in name.split(".")}))
+    return known if known.startswith(", did") else ""
 
 
 def _longer_numbers(part: str, names: Sequence[str]) -> str:
@@ -131,6 +182,17 @@ def _by_tensor(recipe: Recipe, assembly: Assembly) -> list[RecipeError]:
         if what := _odd_weights(recipe, target.parameters):
             return [recipe.document.error(f"{what}, in {target.name} for example", recipe.parts[0].path)]
     return []
+
+
+def _refuse_cancelling(recipe: Recipe, parameters: Mapping[str, Any]) -> None:
+    """Methods that ask before they sum would find out when half of the model is written."""
+    counts = parameters.get("preset", "mergekit") != "mergekit" and recipe.method.name == "ties"  # models, not weights
+    if parameters.get("normalize") is True and recipe.method.generator and not counts:
+        weights = parameters["weight"]
+        try:
+            shares(weights if any(weights) else (1.0,))
+        except MethodError as error:
+            raise recipe.document.error(error.message, recipe.parts[0].path, kind=MethodError) from None
 
 
 def _odd_weights(recipe: Recipe, parameters: Mapping[str, Any]) -> str:
@@ -174,7 +236,7 @@ def _dropping(recipe: Recipe, part: Part) -> Iterator[RecipeError]:
             message = f"`density` 1 drops nothing, and dropping is what {recipe.method.name} is for"
             yield recipe.document.error(message, value.path)
     declared = [p for p in recipe.method.parameters if p.name == "density" and p.default == 1.0]
-    if not given and declared and recipe.method.name.startswith(_DROPS):
+    if not given and declared and recipe.method.name.startswith((*_DROPS, "ties")):
         message = f"without a `density`, {recipe.method.name} drops nothing: its default is 1"
         yield recipe.document.error(message, at="$.merge_method")
 
@@ -197,7 +259,7 @@ def _names(recipe: Recipe, model: str, names: Names, made: Sequence[Collection[s
     return made[recipe.earlier[model]] if model in recipe.earlier else names(model)
 
 
-def _ordered(found: Sequence[Any]) -> tuple[Any, ...]:
+def ordered(found: Sequence[Any]) -> tuple[Any, ...]:
     """Each once, by line; those without a line last."""
     unique = list({str(error): error for error in found}.values())
     return tuple(sorted(unique, key=lambda error: getattr(error, "line", None) or math.inf))

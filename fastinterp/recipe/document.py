@@ -96,13 +96,26 @@ def _text(path: str, file: str) -> str:
             raw = stream.read(MAX_BYTES + 1)
         return raw.decode("utf-8-sig")
     except FileNotFoundError:
-        raise RecipeError("there is no such recipe file", file=file) from None
+        raise RecipeError(f"there is no such recipe file{_close(path)}", file=file) from None
     except IsADirectoryError:
         raise RecipeError("this is a folder; a recipe is a .yml, .yaml or .json file", file=file) from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"the file is not UTF-8 text (byte {error.start})", file=file) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise RecipeError(f"cannot read the recipe: {getattr(error, 'strerror', None) or error}", file=file) from None
+
+
+def _close(path: str) -> str:
+    """`. Did you mean ...?` with the file in the same folder whose name is closest."""
+    import difflib  # not on the path of a recipe that is there
+
+    folder, name = os.path.split(path)
+    try:
+        known = {os.path.splitext(n)[0]: n for n in os.listdir(folder or ".") if n.endswith((".yml", ".yaml", ".json"))}
+    except OSError:
+        return f": there is no folder '{clipped(folder)}'"
+    close = difflib.get_close_matches(os.path.splitext(name)[0], known, n=1)
+    return f". Did you mean '{clipped(os.path.join(folder, known[close[0]]))}'?" if close else ""
 
 
 def _from_yaml(text: str, file: str) -> tuple[Document, ...]:
@@ -116,7 +129,11 @@ def _from_yaml(text: str, file: str) -> tuple[Document, ...]:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        message = f"not valid YAML: {error.problem or error.context}"
+        line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+        tab = "\t" in line[: len(line) - len(line.lstrip())]
+        message = (
+            f"not valid YAML: {'a tab indents this line. Write spaces' if tab else error.problem or error.context}"
+        )
         raise RecipeError(message, file=file, line=mark.line + 1 if mark else None) from None
     except (yaml.YAMLError, UnicodeError) as error:  # a character that YAML forbids; the C reader gives no mark
         raise RecipeError(f"not valid YAML: {' '.join(str(error).split())}", file=file) from None

@@ -49,7 +49,7 @@ class Recipe:
                   else None; read it through `combine`
     sections      what is put together of what
     base_model    as the recipe has it, whether the method uses it or not
-    earlier       those of `models` (and base_model) that are documents above this one: name -> index among them
+    earlier       models, base_model and side-cars that are documents above this one: name -> index among them
     sidecars      further checkpoints that parameters name, each once
     tokenizer     what is wanted of the vocabulary; None: the tokenizer of `origin` as it is
     chat_template what is wanted of the chat template; None: that of `origin` as it is
@@ -83,6 +83,12 @@ class Recipe:
     @property
     def parts(self) -> tuple[Part, ...]:
         return tuple(part for section in self.sections for part in section.parts)
+
+    @property
+    def filters(self) -> bool:
+        """Whether any value is for some tensors only."""
+        levels = (level for part in self.parts for level in (*(source.own for source in part.sources), *part.levels))
+        return any(given is not None for level in levels for value in level.values() for given, _ in value.cases)
 
     def combine(self, tensor: str) -> Combine:
         """What the method asks for the tensor of this name, where that is the same for every tensor.
@@ -195,6 +201,7 @@ def build(document: Document, above: Sequence[Recipe], faults: Faults) -> Recipe
         with faults:
             parameters, coefficients = _constants(document, method, sections)
     origin = builder.base_model or builder.models[0]
+    sidecars = _sidecars(method, sections)
     return Recipe(
         method=method,
         models=tuple(builder.models),
@@ -209,8 +216,8 @@ def build(document: Document, above: Sequence[Recipe], faults: Faults) -> Recipe
         coefficients=coefficients,
         sections=sections,
         base_model=builder.base_model,
-        earlier={name: names[name] for name in (*builder.models, builder.base_model) if name in names},
-        sidecars=_sidecars(method, sections),
+        earlier={name: names[name] for name in (*builder.models, builder.base_model, *sidecars) if name in names},
+        sidecars=sidecars,
         name=wish.name,
         document=document,
         **settings,

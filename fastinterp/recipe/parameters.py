@@ -121,14 +121,11 @@ def _takers(part: Part, parameter: Parameter) -> tuple[int | None, ...]:
 
 
 class Resolver:
-    """The values of all parameters of a part, tensor by tensor.
-
-    hits  paths of the cases that any tensor got its value from
-    """
+    """The values of all parameters of a part, tensor by tensor."""
 
     def __init__(self, document: Document, method: Method, part: Part):
         self.document, self.method, self.part = document, method, part
-        self.hits: set[str] = set()
+        self._uses: dict[Any, int] = {}
         self._takers = [(p, i) for p in method.parameters for i in _takers(part, p)]
         self._by_cases: dict[Any, dict[str, Any]] = {}
         self._by_values: dict[str, dict[str, Any]] = {}
@@ -146,24 +143,33 @@ class Resolver:
         if self._constant is not None:
             return self._constant
         picked = tuple(self._pick(p, i, out if i is None else inputs[i]) for p, i in self._takers)
+        self._uses[picked] = self._uses.get(picked, 0) + 1
         found = self._by_cases.get((picked, place))
         if found is None:
             values: dict[str, Any] = {}
             for (p, i), case in zip(self._takers, picked, strict=True):
                 value = p.default if case is None else case[0].pick(case[1], place)
                 values[p.keyword] = value if i is None else (*values.get(p.keyword, ()), value)
-            self.hits.update(case[0].paths[case[1]] for case in picked if case is not None)
             # repr: 1 and True are equal, and so are 0.0 and -0.0
             found = self._by_cases[picked, place] = self._by_values.setdefault(repr(values), values)
         return found
 
+    def reached(self) -> dict[str, int]:
+        """Path of each case that any tensor got its value from, and how many did; 1, if the part is constant."""
+        found: dict[str, int] = {}
+        for picked, count in self._uses.items():
+            for path in {case[0].paths[case[1]] for case in picked if case is not None}:
+                found[path] = found.get(path, 0) + count
+        return found
+
     def _pick(self, parameter: Parameter, i: int | None, name: str) -> tuple[Value, int] | None:
         """The value that covers a tensor, and which of its cases; None for the default."""
-        value = None
+        nearest = None
         for level in self.part.levels_of(i):
             value = level.get(parameter.name)
+            nearest = nearest or value
             if value is not None and (index := value.case(name)) is not None:
                 return value, index
         if parameter.required:
-            raise missing(self.document, parameter.name, name, value)
+            raise missing(self.document, parameter.name, name, nearest)
         return None

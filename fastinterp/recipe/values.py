@@ -140,6 +140,8 @@ def _read_as_text(given: Any) -> str:
     """YAML 1.1 takes 1e-3 for text: a number with an exponent needs a point, and a sign after the e."""
     if not isinstance(given, str):
         return ""
+    if given.endswith("%") and given[:-1].replace(".", "", 1).isdecimal():
+        return f". A fraction? Write {float(given[:-1]) / 100:g}"
     try:
         number = float(given.replace(",", ".", 1))
     except ValueError:

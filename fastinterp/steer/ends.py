@@ -150,7 +150,7 @@ class Ends:
             "isa": self._isa, "sources": self.handles, "sinks": sinks, "threads": self._threads, "write_bytes": write,
             "read_bytes": read, "stochastic": False, "fp8_saturate": True, "prefetch": False, "stats_every": 0,
         }  # fmt: skip
-        return Machine(settings, self._explained, 0, None)
+        return Machine(settings, self._explained, 0, None, 1 << 60)  # scratch for memory is never touched
 
     def _explained(self, error: tuple[Any, ...], steps: Sequence[Step]) -> Exception:
         if error[0] == "differs":

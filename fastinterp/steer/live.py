@@ -183,7 +183,7 @@ class Live:
         code = (weight.dtype.code if weight.dtype else None) or 0
         operands = [*operands, self._original[i]]
         return Place(weight.name, weight.shape, tuple(operands), (weight.nbytes,) * len(operands), code, weight.nbytes,
-                     (i,), (0,), (), (0,))  # fmt: skip
+                     (i,), (0,), ())  # fmt: skip
 
     def _hooks(self, module: Any) -> list[Any]:
         def before(*_: Any) -> None:

@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastinterp.compute.allocate import Framework, maker, torch_dtype
-from fastinterp.engine.arguments import overridden, path_of, size_of
+from fastinterp.engine.arguments import path_of, size_of
 from fastinterp.engine.fill import fill, filling
-from fastinterp.engine.plan import Plan, make_plan
+from fastinterp.engine.plan import Plan
+from fastinterp.engine.run import plan_of
 from fastinterp.engine.tensors import PlannedTensor
 from fastinterp.errors import BackendError, ShapeError
 from fastinterp.files.names import INDEX, WEIGHTS
-from fastinterp.recipe.load import Recipe, load_recipe
 from fastinterp.steer.module import Mismatches, Weight, touched, weights_of
 from fastinterp.steer.points import Point
 
-Source = str | os.PathLike[str] | Mapping[str, Any] | Point
+Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Point
 _SHARD = 5 * 10**9  # no file is written
 
 
@@ -109,26 +109,25 @@ def load_into(
     most = size_of(max_memory)
     _check_tied(plan, weights, threads, most)
     first = {next(n for n in w.names if n in places) for w in weights}
-    fill(plan, [{name: places[name] for name in first}], threads=threads, max_memory=most)
+    _made(plan, {name: places[name] for name in first}, threads, most)
     touched(weights)
 
 
 def planned(recipe: Source, dtype: str | None, rounding: str | None, seed: int | None) -> Plan:
     """The plan of one model."""
-    asked = overridden(recipe_of(recipe), dtype, rounding, seed)
-    return make_plan([asked], max_shard_size=_SHARD)
+    return plan_of(_recipe(recipe), _SHARD, dtype, rounding, seed)
 
 
-def recipe_of(source: Source) -> Recipe:
-    """Raises: RecipeError; UsageError, if it is nothing that can be loaded."""
+def _recipe(source: Source) -> str | Mapping[str, Any] | Sequence[Mapping[str, Any]]:
+    """Raises: UsageError, if it is nothing that can be loaded."""
     if isinstance(source, Point):
-        return load_recipe(source.recipe)
-    if isinstance(source, Mapping) or (isinstance(source, str) and "\n" in source):
-        return load_recipe(source)
+        return source.recipe
+    if isinstance(source, (Mapping, list, tuple)) or (isinstance(source, str) and "\n" in source):
+        return source
     path = path_of(source, "recipe")
     if os.path.isdir(os.path.expanduser(path)) or path.endswith((WEIGHTS, INDEX)):
-        return load_recipe({"merge_method": "passthrough", "models": [{"model": path}]})
-    return load_recipe(path)
+        return {"merge_method": "passthrough", "models": [{"model": path}]}
+    return path
 
 
 def allocated(wanted: Iterable[PlannedTensor], framework: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
@@ -186,6 +185,15 @@ def _into(
     return replace(plan, tensors=fitted), {t.name: (of[t.name].address, of[t.name].nbytes) for t in tensors}
 
 
+def _made(plan: Plan, places: dict[str, tuple[int, int]], threads: int | None, most: int) -> None:
+    """Make some of the tensors of a plan."""
+    unwanted = [t for t in plan.tensors if t.name not in places]
+    # What earlier documents make must be there when a method asks about the whole model.
+    kept, more = allocated(unwanted if any(t.first for t in plan.tensors) else [], "torch")
+    fill(plan, [places | more], threads=threads, max_memory=most)
+    del kept
+
+
 def _check_tied(plan: Plan, weights: Sequence[Weight], threads: int | None, most: int) -> None:
     """Raises: ShapeError, if the recipe makes several tensors that differ of what is one in the module."""
     made = {t.name: t for t in plan.tensors}
@@ -194,7 +202,7 @@ def _check_tied(plan: Plan, weights: Sequence[Weight], threads: int | None, most
     if not tied:
         return
     tensors, places = allocated([made[n] for names in tied for n in names], "torch")
-    fill(plan, [places], threads=threads, max_memory=most)
+    _made(plan, places, threads, most)
     import torch
 
     for first, *others in tied:

@@ -1,0 +1,76 @@
+"""One document of a recipe, planned: its models made to fit each other, and its tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from fastinterp.engine.companions import warnings_about
+from fastinterp.engine.tensors import PlannedTensor, plan_tensors, sidecar_names
+from fastinterp.engine.vocabularies import Fitted, fit_models
+from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
+from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.targets import Assembly
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document by itself.
+
+    origin    the checkpoint that configuration and tokenizer come from
+    tensors   whose inputs are numbers in `checkpoints`
+    sidecars  by the names that the recipe has
+    """
+
+    fitted: Fitted
+    origin: Checkpoint
+    tensors: tuple[PlannedTensor, ...]
+    sidecars: dict[str, Checkpoint]
+    warnings: tuple[str, ...]
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return (*self.fitted.models, *self.sidecars.values())
+
+
+class Library:
+    """Checkpoints, each opened once, whatever its name."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Checkpoint] = {}
+
+    def find(self, name: str) -> Checkpoint:
+        key = os.path.normpath(name)
+        if key not in self._found:
+            self._found[key] = open_checkpoint(name)
+        return self._found[key]
+
+    @property
+    def opened(self) -> tuple[Checkpoint, ...]:
+        return tuple(self._found.values())
+
+
+def plan_document(recipes: Sequence[Recipe], find: Callable[[str], Checkpoint]) -> Document:
+    """What a document makes, of what.
+
+    recipes  as those of make_plan
+    find     the checkpoint of a name: the same object for the same model
+    Raises: what make_plan raises.
+    """
+    first = recipes[0]
+    models = [find(name) for name in first.models]
+    origin = find(first.origin)
+    fitted = fit_models(first, models, origin)
+    assemblies = [Assembly(recipe, [c.tensors for c in fitted.models]) for recipe in recipes]
+    fitted = replace(fitted, counts=tuple(assemblies[0].counts))
+    points = [assembly.targets for assembly in assemblies]
+    sidecars = {name: find(name) for name in sidecar_names(points[0], first.method)}
+    tensors = plan_tensors(recipes, points, fitted.models, sidecars, origin)
+    warnings = [*fitted.warnings, *warnings_about(fitted.models, origin, fitted.tokenizer is not None)]
+    warnings += fitted.uncounted(origin) if fitted.counts else []
+    if first.filters:
+        from fastinterp.recipe.check import unmatched
+
+        warnings += [str(finding) for finding in unmatched(first, assemblies[0])]
+    return Document(fitted, origin, tensors, sidecars, tuple(warnings))
