@@ -44,9 +44,7 @@ class Asking(Job):
         self._answers: dict[tuple[Request, int], Any] = {}
         self._probing: dict[tuple[Request, int], tuple[Probes, Step]] = {}
         self._written: list[tuple[int, ...]] = []
-        self._effects: list[
-            tuple[tuple[int, ...], bool]
-        ] = []  # per output: what it reads, whether it copies
+        self._effects: list[tuple[tuple[int, ...], bool]] = []  # per output: what it reads, whether it copies
         self._begin()
 
     @property
