@@ -7,7 +7,6 @@ namespace fi {
 
 namespace {
 
-constexpr int64_t kRawBytes = kChunk * 8 + 4096;     // of one chunk of one input, as stored
 constexpr int64_t kMostElements = int64_t(1) << 31;  // that a tally counts between two begins: its bins have 32 bits
 
 }  // namespace
@@ -148,7 +147,7 @@ void Histogram::run(const Inputs& inputs, int64_t first, int64_t count, char* sc
   args.score = score_.score.kind != Score::kNone ? &score_.score : nullptr;
   args.columns = columns_;
   args.brackets = tally->brackets;
-  const int64_t span = every_ > 1 ? kStrip : kChunk;
+  const int64_t span = every_ > 1 ? kStrip : read_span(dtypes_);
   for (int64_t done = 0; done < count; done += every_ * span) {  // a piece begins with a strip that is looked at
     args.first = first + done;
     args.numel = std::min(span, count - done);

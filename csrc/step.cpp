@@ -32,6 +32,16 @@ void for_runs(const Operand& from, int64_t first, int64_t count, Take take) {
 
 }  // namespace
 
+int64_t read_span(const std::vector<DType>& dtypes) {
+  constexpr int64_t kWidest = 8, kAll = 24;  // bytes of an element where one chunk fits; of all inputs, 384 KiB
+  int64_t widest = 1, all = 0;
+  for (const DType d : dtypes) {
+    widest = std::max<int64_t>(widest, size_of(d));
+    all += size_of(d);
+  }
+  return kChunk * std::max<int64_t>(1, std::min(kWidest / widest, kAll / std::max<int64_t>(all, 1)));
+}
+
 const void* Inputs::get(size_t input, int64_t first, int64_t count, void* to) const {
   const Operand& from = step_.inputs[input];
   if (from.gathered) {

@@ -89,6 +89,12 @@ struct Answer {
   std::vector<std::shared_ptr<Counts>> histograms = {};
 };
 
+constexpr int64_t kRawBytes = kChunk * 8 + 4096;  // of one input, that a survey reads at a time
+
+// Elements that a survey reads at a time, whole chunks: as many as fit kRawBytes, and a second-level cache with all
+// inputs, since fewer and larger reads cost less.
+int64_t read_span(const std::vector<DType>& dtypes);
+
 // A read of the inputs that writes nothing. A thread takes a piece of the tensor at a time.
 class Survey {
  public:

@@ -7,9 +7,8 @@ namespace fi {
 
 namespace {
 
-constexpr int64_t kPiece = 16 * kChunk;           // elements that a thread takes at a time, or a row more
-constexpr int64_t kRawBytes = kChunk * 8 + 4096;  // of one chunk of one input, as stored
-constexpr int64_t kBlockBytes = 256 << 10;        // of one input, that is read for a block of columns
+constexpr int64_t kPiece = 16 * kChunk;     // elements that a thread takes at a time, or a row more
+constexpr int64_t kBlockBytes = 256 << 10;  // of one input, that is read for a block of columns
 
 constexpr DivergenceArgs::Pass kPasses[] = {DivergenceArgs::kTop, DivergenceArgs::kPowers, DivergenceArgs::kTerms};
 
@@ -44,7 +43,7 @@ int64_t MeasureSurvey::scratch_bytes() const { return int64_t(dtypes_.size()) * 
 
 void MeasureSurvey::run(const Inputs& inputs, int64_t first, int64_t count, char* scratch) {
   const size_t n = dtypes_.size();
-  std::vector<const void*> x(n);
+  std::vector<const void*> x(n), read(n);
   MeasureArgs args{};
   args.x = x.data();
   args.in = dtypes_.data();
@@ -53,9 +52,14 @@ void MeasureSurvey::run(const Inputs& inputs, int64_t first, int64_t count, char
   args.wide = wide_;
   args.scratch = scratch + kRawBytes * int64_t(n);
   args.nonzero = &nonzero_[size_t(first / piece()) * n];
+  const int64_t span = read_span(dtypes_);
   for (int64_t done = 0; done < count; done += kChunk) {
+    const int64_t at = done % span;
+    if (at == 0)
+      for (size_t i = 0; i < n; ++i)
+        read[i] = inputs.get(i, first + done, std::min(span, count - done), scratch + kRawBytes * int64_t(i));
+    for (size_t i = 0; i < n; ++i) x[i] = static_cast<const char*>(read[i]) + at * size_of(dtypes_[i]);
     args.numel = std::min(kChunk, count - done);
-    for (size_t i = 0; i < n; ++i) x[i] = inputs.get(i, first + done, args.numel, scratch + kRawBytes * int64_t(i));
     args.sums = &sums_[size_t((first + done) / kChunk) * size_t(measure_sums(args.n))];
     backend_.measure(args);
   }
