@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,7 @@ def monotone(r: Results) -> float:
 
 def step_down(r: Results) -> float:
     p = [p["positive"] for p in inside(r)]
-    return max(a - b for a, b in zip(p, p[1:], strict=False))
+    return max(a - b for a, b in pairwise(p))
 
 
 def over_chord(r: Results) -> float:

@@ -25,7 +25,7 @@ def save(folder: Path, state: Mapping[str, Tensor], shape: Shape) -> None:
         if shards[-1] and used + tensor.nbytes > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = tensor.detach().contiguous()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})

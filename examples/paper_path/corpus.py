@@ -99,9 +99,9 @@ def _phrase(slot: str, labels: dict[str, str], agree: dict[str, float], rng: ran
 
 def review(kind: Kind, rng: random.Random) -> str:
     """One line, without its end."""
-    labels = {
-        "sentiment": kind.sentiment or rng.choice(("positive", "negative")),
-        "register": kind.register or rng.choice(("formal", "casual")),
+    labels: dict[str, str] = {
+        "sentiment": str(kind.sentiment or rng.choice(("positive", "negative"))),
+        "register": str(kind.register or rng.choice(("formal", "casual"))),
     }
     sentences = []
     for n in range(rng.randint(2, 4)):

@@ -160,7 +160,7 @@ def sample(model: Model, draws: Tensor) -> list[str]:
     Each character is where its draw falls in the cumulated probabilities: two models given the same draws write texts
     that differ only as far as the models do (common random numbers).
     """
-    length, batch = draws.shape
+    batch = draws.shape[1]
     cache = Cache(model.shape, batch)
     tokens = torch.full((batch, 1), START)
     found = []

@@ -92,9 +92,8 @@ def plane(results: Sequence[Mapping[str, Any]]) -> Figure:
     titles = {"positive": "P(positive)", "formal": "P(formal)", "grammatical": "grammatical"}
     sides = sorted({p["towards_pos"] for p in results[0]["plane"]})
     for axes, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        cells = np.array(
-            [[np.mean([at(r["plane"], towards_pos=a, towards_formal=b)[key] for r in results]) for a in sides] for b in sides]
-        )
+        rows = [[[at(r["plane"], towards_pos=a, towards_formal=b)[key] for r in results] for a in sides] for b in sides]
+        cells = np.array(rows).mean(-1)
         axes.imshow(cells, origin="lower", vmin=0, vmax=1, cmap="viridis")
         for (row, column), value in np.ndenumerate(cells):
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
@@ -112,10 +111,9 @@ def controls(results: Sequence[Mapping[str, Any]]) -> Figure:
     line = [[p for p in r["line"] if 0 <= p["alpha"] <= 1] for r in results]
     curve(left, line, "nll_mixed", OWN, "two fine-tunes of one base")
     left.set(title="NLL of mixed text, nats per byte", xlabel="alpha")
+    left.set_ylim(0, left.get_ylim()[1] * 1.3)  # room for the legend over the peak
     curve(right, [[{"alpha": 0.0, **r["base"]}, *r["random"]] for r in results], "positive", SECOND, "random direction")
-    anchored = [
-        sorted([{"alpha": 0.0, **r["base"]}, *r["anchored"]], key=lambda p: float(p["alpha"])) for r in results
-    ]
+    anchored = [sorted([{"alpha": 0.0, **r["base"]}, *r["anchored"]], key=lambda p: float(p["alpha"])) for r in results]
     curve(right, anchored, "positive", OWN, "pos - base")
     curve(right, anchored, "grammatical", THIRD, "pos - base: grammatical")
     right.set(title="base + alpha * direction: P(positive)", xlabel="alpha")
@@ -128,13 +126,13 @@ def staircase(results: Sequence[Mapping[str, Any]]) -> Figure:
     """What arrives of alpha where a fine-tune moved bf16 weights by about one spacing."""
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
-    forms = {"nearest": SECOND, "stochastic": THIRD, "float32": GREY}
+    forms = {"float32": GREY, "nearest": SECOND, "stochastic": THIRD}
     for form, colour in forms.items():
         points = results[0]["staircase"][form]
         y = [np.mean([r["staircase"][form][i]["arrived"] for r in results]) for i in range(len(points))]
         label = form if form == "float32" else f"bf16, {form}"
-        style = "--" if form == "float32" else "-"
-        axes.plot([p["alpha"] for p in points], y, color=colour, marker="o", linestyle=style, label=label)
+        width = 5 if form == "float32" else 1.5  # stochastic rounding lies on top of it
+        axes.plot([p["alpha"] for p in points], y, color=colour, marker=".", linewidth=width, label=label)
     axes.set(title="alpha as it acts on small changes", xlabel="alpha asked for", ylabel="alpha that arrived")
     axes.legend(fontsize=8)
     return figure

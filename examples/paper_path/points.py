@@ -16,8 +16,9 @@ from torch import Tensor
 
 import fastinterp
 from examples.paper_path import checkpoints
+from fastinterp.compute.ops import MAX_OUTPUTS
 
-_AT_ONCE = 16  # outputs that fastinterp.interpolate makes from one read
+Ends = tuple[Path, Path]
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,20 @@ class Made:
 
 
 def line(
-    a: Path, b: Path, alphas: Sequence[float], out: Path, *, dtype: str | None = None, rounding: str | None = None
+    ends: Ends, alphas: Sequence[float], out: Path, *, dtype: str | None = None, rounding: str | None = None
 ) -> Made:
-    """The checkpoints a + alpha * (b - a)."""
+    """The checkpoints a + alpha * (b - a), where a and b are the ends."""
     folders: dict[float, Path] = {}
     reports: list[fastinterp.Report] = []
     bytes_read, reads, wall_s = 0, 0, 0.0
-    for first in range(0, len(alphas), _AT_ONCE):
-        chunk = list(alphas[first : first + _AT_ONCE])
+    for first in range(0, len(alphas), MAX_OUTPUTS):
+        chunk = list(alphas[first : first + MAX_OUTPUTS])
         target = out / f"alpha_{chunk[0]:.10g}" if len(chunk) == 1 else out
-        made = fastinterp.interpolate(a, b, chunk, target, dtype=dtype, rounding=rounding, seed=0, force=True)
+        made = fastinterp.interpolate(*ends, chunk, target, dtype=dtype, rounding=rounding, seed=0, force=True)
         folders |= {alpha: out / f"alpha_{alpha:.10g}" for alpha in chunk}
         reports += made
         bytes_read, reads, wall_s = bytes_read + made[0].bytes_read, reads + 1, wall_s + made[0].wall_s
-    inputs = checkpoints.nbytes(a) + checkpoints.nbytes(b)
+    inputs = sum(map(checkpoints.nbytes, ends))
     return Made(folders, bytes_read, inputs, reads, wall_s, reports)
 
 
@@ -101,9 +102,9 @@ def scalar_line(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float) 
     return {n: torch.from_numpy(element(a[n].numpy(), b[n].numpy())) for n in a}
 
 
-def promises(a: Path, b: Path, made: Made) -> dict[str, Any]:
+def promises(ends: Ends, made: Made) -> dict[str, Any]:
     """Which of the outputs have the bits of the ends, and of the reference above."""
-    first, second = checkpoints.load(a), checkpoints.load(b)
+    first, second = map(checkpoints.load, ends)
     wrong = [
         alpha
         for alpha, folder in made.folders.items()
@@ -135,15 +136,11 @@ def staircase(folder: Path, seed: int, *, numel: int = 1 << 22, spread: float = 
         path.mkdir(parents=True, exist_ok=True)
         save_file({"weight": values.view(-1, 1024)}, path / "model.safetensors", metadata={"format": "pt"})
         (path / "config.json").write_text(json.dumps({"model_type": "gpt2", "torch_dtype": "bfloat16"}))
-    forms: dict[str, dict[str, str]] = {
-        "nearest": {},
-        "stochastic": {"rounding": "stochastic"},
-        "float32": {"dtype": "float32"},
-    }
+    forms = {"nearest": (None, None), "stochastic": (None, "stochastic"), "float32": ("float32", None)}
     way = end.double() - start.double()
     found: dict[str, Any] = {"spread": spread, "numel": numel, "changed": (way != 0).double().mean().item()}
-    for form, wishes in forms.items():
-        made = line(*ends, STAIRCASE_ALPHAS, folder / form, **wishes)
+    for form, (dtype, rounding) in forms.items():
+        made = line(ends, STAIRCASE_ALPHAS, folder / form, dtype=dtype, rounding=rounding)
         points = []
         for alpha, report in zip(STAIRCASE_ALPHAS, made.reports, strict=True):
             out = checkpoints.load(made.folders[alpha])["weight"].double().flatten()

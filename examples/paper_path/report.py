@@ -12,7 +12,6 @@ import argparse
 import csv
 import io
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,7 +40,7 @@ def load(folder: Path) -> list[Results]:
         return found
     files = sorted(folder.glob("seed*/results.json"), key=lambda f: int(f.parent.name[4:]))
     if not files:
-        raise SystemExit(f"{folder} holds no results. Run `train` and `sweep` into it first")
+        raise SystemExit(f"{folder} holds no results. Run `train`, then `sweep`, into it first")
     return [shortened(json.loads(f.read_text())) for f in files]
 
 
@@ -59,7 +58,8 @@ def as_json(value: Any, depth: int = 0) -> str:
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if not any(isinstance(p, (dict, list)) for p in parts):
         return json.dumps(value)
-    ends, labels = ("[]", [""] * len(value)) if isinstance(value, list) else ("{}", [f"{json.dumps(k)}: " for k in value])
+    is_list = isinstance(value, list)
+    ends, labels = ("[]", [""] * len(value)) if is_list else ("{}", [f"{json.dumps(k)}: " for k in value])
     inner = (f"{' ' * (depth + 1)}{k}{as_json(p, depth + 1)}" for k, p in zip(labels, parts, strict=True))
     return ends[0] + "\n" + ",\n".join(inner) + f"\n{' ' * depth}{ends[1]}"
 
@@ -143,17 +143,17 @@ def line_rows(results: Sequence[Results], alphas: Sequence[float]) -> dict[str, 
 
 def other_rows(results: Sequence[Results]) -> dict[str, list[Results]]:
     rows: dict[str, list[Results]] = {"base": [r["base"] for r in results]}
-    rows |= {f"base + {a:g} (pos - base)": [at(r["anchored"], alpha=a) for r in results] for a in (-1, 0.5, 1, 1.5, 2)}
+    for alpha in (-1.0, 0.5, 1.5, 2.0):
+        rows[f"base {alpha:+g} (pos - base)"] = [at(r["anchored"], alpha=alpha) for r in results]
     for a, b in ((1, 0), (0, 1), (1, 1), (-1, -1)):
-        name = f"base {a:+g} (pos - base) {b:+g} (formal - base)"
+        name = " ".join(["base", *(f"{far:+g} ({m} - base)" for far, m in ((a, "pos"), (b, "formal")) if far)])
         rows[name] = [at(r["plane"], towards_pos=a, towards_formal=b) for r in results]
-    rows["base + (neg - base) + (casual - base)"] = [r["neg_and_casual"] for r in results]
+    rows["base +1 (neg - base) +1 (casual - base)"] = [r["neg_and_casual"] for r in results]
     rows["mean of pos, neg, formal, casual"] = [r["soup"] for r in results]
-    for a in (1, 2, 4):
-        rows[f"base, {a:g} x a random direction as long"] = [at(r["random"], alpha=a) for r in results]
-    for a in (0.25, 0.5, 0.75):
-        name = f"alpha {a:g} between independent bases"
-        rows[name] = [at(r["independent"], alpha=a) for r in results]
+    for alpha in (1.0, 2.0, 4.0):
+        rows[f"base +{alpha:g} random direction, as long"] = [at(r["random"], alpha=alpha) for r in results]
+    for alpha in (0.25, 0.5, 0.75):
+        rows[f"alpha {alpha:g} between independent bases"] = [at(r["independent"], alpha=alpha) for r in results]
     return rows
 
 
@@ -165,22 +165,30 @@ def small_print(results: Sequence[Results]) -> str:
     opposite = mean([r["geometry"]["cosine_pos_neg"] for r in results]) or 0
     across = [r["geometry"][f"cosine_{a}_{b}"] for r in results for a in ("pos", "neg") for b in ("formal", "casual")]
     off = {d: max(abs(r["precision"][d]["nll_off"]) for r in results) for d in ("bfloat16", "float16")}
-    machine, settings = results[0]["machine"], results[0]["settings"]
+    first = results[0]
+    machine, settings, engine = first["machine"], first["settings"], first["engine"]
     trained = mean([sum(r["train_s"].values()) / 60 for r in results]) or 0
     swept = mean([r["wall_s"] / 60 for r in results]) or 0
     merged = mean([r["engine"]["wall_s"] for r in results]) or 0
-    precision = "bfloat16, weights in float32" if settings["bf16"] else "float32"
-    return f"""\
-* Log-odds of a positive word rise by {slope:.1f} from neg to pos, along a straight line.
-* Task vectors are {min(lengths):.1%} to {max(lengths):.1%} of the base's length; the independent base is {far:.0%} away.
-  Cosine of the task vectors pos and neg: {opposite:.2f}; across the attributes: {min(across):.2f} to {max(across):.2f}.
-* Stored in bf16, the middle of the line changes its NLL by {off["bfloat16"]:.1e} at most, in f16 by {off["float16"]:.1e}.
-* The {results[0]["engine"]["outputs"]} points of the line were made in {merged:.2f} s a seed, from
-  {results[0]["engine"]["bytes_read"] / results[0]["engine"]["bytes_of_inputs"]:.3g} times the bytes of both inputs.
-* {len(results)} seeds, base {settings["base_steps"]} steps, fine-tunes {settings["tune_steps"]} steps of {settings["batch"]} x 96 bytes, matrix
-  products in {precision}; {results[0]["samples"]} samples of 95 bytes and {results[0]["windows"]} windows of mixed text at each point.
-  Training took {trained:.0f} minutes a seed, the sweep {swept:.0f}, on {machine["cpu"]}, {machine["cores"]} cores shared with other work
-  (torch {machine["torch"]}, fastinterp {machine["fastinterp"]}, {machine["isa"]})."""
+    said = (
+        f"Log-odds of a positive word rise by {slope:.1f} from neg to pos, along a straight line.",
+        f"Task vectors are {min(lengths):.1%} to {max(lengths):.1%} of the base's length; the independent base is "
+        f"{far:.0%} away. Cosine of the task vectors pos and neg: {opposite:.2f}; across the attributes: "
+        f"{min(across):.2f} to {max(across):.2f}.",
+        f"Stored in bf16, the middle of the line changes its NLL by {off['bfloat16']:.1e} at most, in f16 by "
+        f"{off['float16']:.1e}.",
+        f"The {engine['outputs']} points of the line were made in {merged:.2f} s a seed, from "
+        f"{engine['bytes_read'] / engine['bytes_of_inputs']:.3g} times the bytes of both inputs.",
+        f"{len(results)} seeds ({', '.join(str(r['seed']) for r in results)}); base and base2 {settings['base_steps']} "
+        f"steps, fine-tunes {settings['tune_steps']}, of {settings['batch']} x 96 bytes; matrix products of the "
+        f"training in {'bfloat16, all else in float32' if settings['bf16'] else 'float32'}.",
+        f"At each point {first['samples']} samples of 95 bytes, and {first['windows']} windows of 96 bytes of mixed "
+        "text.",
+        f"Training took {trained:.0f} minutes a seed and the sweep {swept:.0f}, on one thread of {machine['cpu']} "
+        f"({machine['cores']} cores, busy with other work besides), torch {machine['torch']}, fastinterp "
+        f"{machine['fastinterp']} at {(machine['commit'] or 'no commit')[:9]} ({machine['isa']}).",
+    )
+    return "\n".join(f"* {line}" for line in said)
 
 
 def page(results: Sequence[Results], verdicts: Sequence[Verdict]) -> str:

@@ -56,7 +56,7 @@ def measured(label: dict[str, float], folder: Path, bench: Bench) -> dict[str, A
 
 def walk(kind: str, models: tuple[Path, Path], alphas: Sequence[float], work: Path, bench: Bench) -> Iterator[Any]:
     """The points of a line, evaluated."""
-    made = points.line(*models, alphas, work / kind)
+    made = points.line(models, alphas, work / kind)
     for alpha, folder in made.folders.items():
         yield measured({"alpha": alpha}, folder, bench)
 
@@ -64,7 +64,7 @@ def walk(kind: str, models: tuple[Path, Path], alphas: Sequence[float], work: Pa
 def main_line(seed_folder: Path, work: Path, bench: Bench, extent: Extent) -> dict[str, Any]:
     """From neg to pos, with everything that the engine promises of it."""
     ends = seed_folder / "neg", seed_folder / "pos"
-    made = points.line(*ends, extent.line, work / "line")
+    made = points.line(ends, extent.line, work / "line")
     found: list[dict[str, Any]] = []
     for alpha, folder in made.folders.items():
         found.append(measured({"alpha": alpha}, folder, bench))
@@ -74,7 +74,7 @@ def main_line(seed_folder: Path, work: Path, bench: Bench, extent: Extent) -> di
     for point in found[:: 5 if extent.whole else 3]:
         weights = {n: torch.lerp(a[n], b[n], point["alpha"]) for n in a}
         differences.append(abs(point["nll_mixed"] - nll(model_of(weights), bench.windows["mixed"])))
-    engine = made.as_dict() | points.promises(*ends, made) | {"nll_off_torch_lerp": max(differences)}
+    engine = made.as_dict() | points.promises(ends, made) | {"nll_off_torch_lerp": max(differences)}
     return {"line": found, "engine": engine}
 
 
@@ -130,13 +130,13 @@ def controls(seed_folder: Path, seed: int, work: Path, bench: Bench) -> dict[str
 def oracle(seed_folder: Path, work: Path, bench: Bench) -> dict[str, Any]:
     """The line against mixtures of the ends' outputs, and what a smaller dtype does to its middle."""
     ends = seed_folder / "neg", seed_folder / "pos"
-    made = points.line(*ends, MIXTURES, work / "mixtures")
+    made = points.line(ends, MIXTURES, work / "mixtures")
     states = {alpha: checkpoints.load(folder) for alpha, folder in made.folders.items()}
     first, second = (checkpoints.load(e) for e in ends)
     exact = nll(model_of(states[0.5]), bench.windows["mixed"])
     precision = {}
     for dtype in ("bfloat16", "float16"):
-        (report,) = (rounded := points.line(*ends, (0.5,), work / dtype, dtype=dtype)).reports
+        (report,) = (rounded := points.line(ends, (0.5,), work / dtype, dtype=dtype)).reports
         state = {n: t.float() for n, t in checkpoints.load(rounded.folders[0.5]).items()}
         off = nll(model_of(state), bench.windows["mixed"]) - exact
         precision[dtype] = {"nll_off": off, "strength": report.effect.strength}
@@ -152,6 +152,8 @@ def sweep_seed(folder: Path, seed: int, extent: Extent, *, keep: bool = False) -
     seed_folder, work = folder / f"seed{seed}", folder / f"seed{seed}" / "points"
     start = time.perf_counter()
     bench = Bench.of(seed, windows=extent.windows, samples=extent.samples)
+    if not (seed_folder / "base" / "training.json").exists():
+        raise SystemExit(f"{seed_folder} holds no trained models. Run `train` into {folder} first")
     trained = [m for m in MODELS if (seed_folder / m / "training.json").exists()]
     note = json.loads((seed_folder / "base" / "training.json").read_text())
     found: dict[str, Any] = {
@@ -185,10 +187,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--quick", action="store_true", help="the line alone, at fewer points")
     parser.add_argument("--keep", action="store_true", help="keep the points: about 200 MB a seed")
-    parser.add_argument("--threads", type=int, help="of torch; default: one per core")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; default: 1, as the model is small")
     given = parser.parse_args()
-    if given.threads:
-        torch.set_num_threads(given.threads)
+    torch.set_num_threads(given.threads)
     for seed in given.seeds:
         print(f"  seed {seed}", flush=True)
         found = sweep_seed(given.folder, seed, Extent.quick() if given.quick else Extent(), keep=given.keep)

@@ -27,6 +27,7 @@ from examples.paper_path.model import Model, Shape, encode
 
 TUNES = ("pos", "neg", "formal", "casual")
 MODELS = ("base", *TUNES, "base2")
+QUICK = ("base", "pos", "neg")
 
 
 @dataclass(frozen=True)
@@ -145,18 +146,18 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="where the seeds' folders are, or come")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="default: all six")
-    parser.add_argument("--quick", action="store_true", help="fewer steps on a smaller corpus")
-    parser.add_argument("--threads", type=int, help="of torch; default: one per core")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="default: all six")
+    parser.add_argument("--quick", action="store_true", help="fewer steps on a smaller corpus; base, pos and neg alone")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; default: 1, as the model is small")
     parser.add_argument("--precision", choices=("auto", "bf16", "f32"), default="auto", help="of matrix products")
     given = parser.parse_args()
-    if given.threads:
-        torch.set_num_threads(given.threads)
+    torch.set_num_threads(given.threads)
     bf16 = has_bf16() if given.precision == "auto" else given.precision == "bf16"
     settings = Settings.quick(bf16) if given.quick else Settings(bf16=bf16)
+    models = given.models or (QUICK if given.quick else MODELS)
     for seed in given.seeds:
         print(f"seed {seed}, matrix products in {'bf16' if bf16 else 'f32'}", flush=True)
-        train_seed(given.folder / f"seed{seed}", seed, settings, tuple(given.models))
+        train_seed(given.folder / f"seed{seed}", seed, settings, tuple(models))
 
 
 if __name__ == "__main__":
