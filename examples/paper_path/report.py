@@ -157,6 +157,12 @@ def other_rows(results: Sequence[Results]) -> dict[str, list[Results]]:
     return rows
 
 
+def sample_list(results: Sequence[Results]) -> str:
+    """What the same random numbers write along the line, of the first seed."""
+    first = results[0]
+    return "\n".join(f"* alpha {a:g}: `{at(first['line'], alpha=a)['sample']}`" for a in (-1, 0, 0.5, 1, 2))
+
+
 def small_print(results: Sequence[Results]) -> str:
     """What no table holds, as a list."""
     slope = mean([fit_log_odds(r)[0] for r in results]) or 0
@@ -202,6 +208,11 @@ def page(results: Sequence[Results], verdicts: Sequence[Verdict]) -> str:
 Seeds as thin lines, means as thick ones with their standard error; grey: between the ends.
 
 {points_table(results, line_rows(results, alphas))}
+
+One sample of seed {results[0]["seed"]}, written with the same random numbers at each alpha. A stroke ends a review;
+the text is cut at 95 bytes.
+
+{sample_list(results)}
 
 ![Two attributes](paper/plane.svg)
 
