@@ -283,6 +283,11 @@ def test_numbers_of_the_checks_are_one_to_twelve():
     assert sorted({c.number for c in acceptance.CHECKS}) == list(range(1, 13))
 
 
+def test_margins_are_nowhere_looser_than_those_set_before():
+    assert [c.what for c in acceptance.CHECKS if not c.within(c.margin, c.first)] == []
+    assert [c.what for c in acceptance.QUICK if c.margin != c.first] == []
+
+
 COMMITTED = ROOT / "docs" / "paper"
 
 
