@@ -41,8 +41,10 @@ def curve(axes: Any, walks: Sequence[Points], key: str, colour: str, label: str)
     mean = y.mean(0)
     for row in y if len(y) > 1 else ():
         axes.plot(x, row, color=colour, linewidth=0.6, alpha=0.5)
-    errors = y.std(0, ddof=1) / len(y) ** 0.5 if len(y) > 1 else None
-    axes.errorbar(x, mean, yerr=errors, color=colour, linewidth=1.6, capsize=2, marker=".", markersize=4, label=label)
+    if len(y) > 1:
+        error = y.std(0, ddof=1) / len(y) ** 0.5
+        axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.25, linewidth=0)
+    axes.plot(x, mean, color=colour, linewidth=1.6, marker=".", markersize=4, label=label)
 
 
 def chord(axes: Any, walks: Sequence[Points], key: str) -> None:

@@ -205,7 +205,7 @@ def page(results: Sequence[Results], verdicts: Sequence[Verdict]) -> str:
     return f"""\
 ![From neg to pos, and beyond](paper/path.svg)
 
-Seeds as thin lines, means as thick ones with their standard error; grey: between the ends.
+Seeds are thin lines, their mean is a thick one, its standard error a band; grey: between the ends.
 
 {points_table(results, line_rows(results, alphas))}
 
