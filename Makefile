@@ -1,7 +1,7 @@
 # `make` or `make help` lists the targets. PYTHON=python3.12 picks the interpreter, CXX the compiler.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test oracle check lint format werror neon bench race clean distclean
+.PHONY: help demo test oracle check lint format werror neon bench race paper paper-quick clean distclean
 
 PYTHON ?= python3
 SIZE ?= 1b
@@ -43,7 +43,7 @@ define make_venv
 endef
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 # ---- environments ---------------------------------------------------------------------------------------------------
 
@@ -118,6 +118,17 @@ bench: $(VENV)/.bench ## the kernel benchmarks
 
 race: $(VENV)/.built ## whole commands against the alternatives; SIZE=1b picks the models
 	@$(VENV)/bin/fastinterp bench --size $(SIZE)
+
+# What is trained already, with the same settings, is kept: an interrupted run goes on where it was.
+paper: $(VENV)/.bench ## reproduce the paper's claim on a toy: three seeds, about 20 minutes; renews docs/paper
+	@$(PY) -m examples.paper_path.train build/paper
+	@$(PY) -m examples.paper_path.sweep build/paper
+	@$(PY) -m examples.paper_path.report build/paper -o docs/paper --page docs/paper.md
+
+paper-quick: $(VENV)/.built ## the same in a minute or two: one seed, fewer steps, the main line alone
+	@$(PY) -m examples.paper_path.train build/paper-quick --quick --seeds 0
+	@$(PY) -m examples.paper_path.sweep build/paper-quick --quick --seeds 0
+	@$(PY) -m examples.paper_path.report build/paper-quick --quick
 
 clean: ## remove what the build made
 	rm -rf build dist fastinterp.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
