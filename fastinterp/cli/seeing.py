@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastinterp.cli import options
+from fastinterp.cli import options, ranges
 
 if TYPE_CHECKING:
     from fastinterp.steer.explore.sliders import Sliders
@@ -31,19 +31,6 @@ def plot(report: str, out: str, metrics: tuple[str, ...]) -> None:
     PathReport.from_json(report).plot(out, metrics or None)
 
 
-def _added(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """`NAME=CHECKPOINT`, each name once."""
-    found: dict[str, str] = {}
-    for value in values:
-        name, _, model = value.partition("=")
-        if not name or not model:
-            raise click.BadParameter(f"{value!r} is not NAME=CHECKPOINT, as formal=fine-tune/", ctx, param)
-        if name in found:
-            raise click.BadParameter(f"{name!r} is given twice", ctx, param)
-        found[name] = model
-    return found
-
-
 def _range(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, float]:
     low, colon, high = value.partition(":")
     try:
@@ -59,7 +46,7 @@ def _range(ctx: click.Context, param: click.Parameter, value: str) -> tuple[floa
 @click.argument("models", nargs=-1, metavar="RECIPE | A B")
 @click.option("--base", metavar="CKPT", help="Where the directions of --add start.")
 @click.option(
-    "--add", "added", multiple=True, callback=_added, metavar="NAME=CKPT", help="A direction, and its slider."
+    "--add", "added", multiple=True, callback=ranges.named, metavar="NAME=CKPT", help="A direction, and its slider."
 )
 @click.option("--prompt", default="", metavar="TEXT", help="What the text starts with.")
 @click.option("--report", metavar="FILE", help="Show metrics along the path, from PathReport.to_json.")

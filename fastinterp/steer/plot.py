@@ -11,8 +11,8 @@ from fastinterp.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from fastinterp.engine.compare import Comparison
-    from fastinterp.steer.path_report import PathReport
 
+Report = Any  # PathReport, which imports this module
 # Okabe and Ito's palette: told apart with any kind of colour vision.
 _CURVE, _END, _ACTS = "#0072B2", "#D55E00", "#009E73"
 _TEXT, _QUIET, _SHADE = "#1a1a1a", "#6b6b6b", "#eef2f6"
@@ -37,7 +37,7 @@ _WRITTEN = 64  # cells of a heat map that have their value written in them; more
 _TICKS = 24  # layers that are named on an axis
 
 
-def plot_report(report: PathReport, file: str | os.PathLike[str], metrics: Sequence[str] | None = None) -> None:
+def plot_report(report: Report, file: str | os.PathLike[str], metrics: Sequence[str] | None = None) -> None:
     """Curves along one direction, heat maps over two. See PathReport.plot."""
     chosen = list(report.metrics if metrics is None else metrics)
     for name in chosen:
@@ -60,6 +60,7 @@ def plot_difference(found: Comparison, file: str | os.PathLike[str], title: str)
     Raises: UsageError, if there is no matplotlib or nothing was measured; StorageError.
     """
     from fastinterp.engine.compare import Difference
+    from fastinterp.engine.text import fit
     from fastinterp.steer.layers import grid
 
     if not found.tensors:
@@ -67,8 +68,9 @@ def plot_difference(found: Comparison, file: str | os.PathLike[str], title: str)
     places = grid(found.tensors)
     changes = {cell: Difference.total(found.tensors[n] for n in names) for cell, names in places.cells.items()}
     values = [[_change(changes.get((kind, layer))) for layer in places.layers] for kind in places.kinds]
-    width = 2.6 + 0.075 * max(map(len, places.kinds)) + min(0.3 * len(places.layers), 11)
+    width = 3.4 + 0.075 * max(map(len, places.kinds)) + min(0.3 * len(places.layers), 11)
     height = 1.5 + 0.26 * len(places.kinds)
+    title = fit(title, int(width * 9))
     _save(file, 1, (width, height), lambda axes: _change_map(axes[0], values, places.layers, places.kinds, title))
 
 
@@ -113,7 +115,7 @@ def _save(
 # --- curves
 
 
-def _curves(report: PathReport, metrics: Sequence[str], axes: Sequence[Any]) -> None:
+def _curves(report: Report, metrics: Sequence[str], axes: Sequence[Any]) -> None:
     name = report.varied[0]
     for panel, metric in zip(axes, metrics, strict=False):
         xs, points = report.curve(metric)
@@ -156,7 +158,7 @@ def _chord(panel: Any, at: Mapping[float, float]) -> None:
         )  # fmt: skip
 
 
-def _stairs(report: PathReport, panel: Any) -> None:
+def _stairs(report: Report, panel: Any) -> None:
     xs, points = report.curve(report.metrics[0])
     panel.plot([xs[0], xs[-1]], [xs[0], xs[-1]], color=_QUIET, linestyle=(0, (4, 3)), linewidth=1.2, label="exact")
     acts = [report.effective_alpha(p) for p in points]
@@ -169,7 +171,7 @@ def _stairs(report: PathReport, panel: Any) -> None:
 # --- heat maps
 
 
-def _maps(report: PathReport, metrics: Sequence[str], axes: Sequence[Any]) -> None:
+def _maps(report: Report, metrics: Sequence[str], axes: Sequence[Any]) -> None:
     across, down = report.varied
     xs = sorted({p.at[across] for p in report.points})
     ys = sorted({p.at[down] for p in report.points})
@@ -234,11 +236,12 @@ def _change_map(
     every = -(-len(layers) // _TICKS)
     first = 0 if layers[0] else 1
     shown = [i for i, layer in enumerate(layers) if not layer or (i - first) % every == 0]
-    panel.set_xticks([i + 0.5 for i in shown], [layers[i] or "none" for i in shown])
+    panel.set_xticks([i + 0.5 for i in shown], [layers[i] or "-" for i in shown])
     panel.set_yticks([i + 0.5 for i in range(len(kinds))], kinds)
     panel.invert_yaxis()
-    panel.set_xlabel("layer")
-    panel.set_title(title)
+    panel.set_xlabel("layer" if layers[0] else "layer (-: in none)")
+    # It may be wider than the map, which would shrink to make room for it.
+    panel.set_title(title, x=0).set_in_layout(False)
     bar = panel.figure.colorbar(image, ax=panel, label="relative change |d| / |a|")
     bar.outline.set_visible(False)
     if keys:

@@ -50,7 +50,8 @@ def _of_recipe(source: str) -> Sliders:
     if asked is None or (asked.base is None and not asked.sums_to_one):
         raise UsageError(
             f"{recipe.file or 'the recipe'} is no sum of whole models with one weight each, as linear and "
-            "task_arithmetic are, so there are no straight lines to move along. Merge it, and explore the line from its base to the result"
+            "task_arithmetic are, so there are no straight lines to move along. Merge it, and explore the line from "
+            "its base to the result"
         )
     origin = 0 if asked.base is None else asked.base
     others = [i for i in range(len(recipe.models)) if i != origin]
