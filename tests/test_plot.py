@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 import fastinterp
@@ -18,8 +19,6 @@ from fastinterp.errors import StorageError, UsageError
 from fastinterp.steer import plot
 from fastinterp.steer.layers import NO_LAYER, grid
 from tests.models import bf16, layers, save
-
-pytest.importorskip("matplotlib", reason="figures need matplotlib")
 
 ZERO, ONE = {"w": np.zeros(4, np.float32)}, {"w": np.ones(4, np.float32)}
 
@@ -60,7 +59,6 @@ def test_no_chord_is_drawn_where_an_end_is_missing(tmp_path):
 
 
 def test_staircase_has_a_panel_of_its_own(tmp_path):
-    torch = pytest.importorskip("torch")
     bits = bf16(np.linspace(1, 2, 4096)).astype(np.int16)
     a, b = ({"w": torch.from_numpy(bits + np.int16(k)).view(torch.bfloat16)} for k in (0, 1))
     found = fastinterp.path(a, b).evaluate(lambda w, a, s: {"m": a}, [0, 0.25, 0.75, 1])

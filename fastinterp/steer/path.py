@@ -130,7 +130,7 @@ class Path:
                         samples.setdefault(name, []).append(found[name])
                     if progress:
                         progress(len(done) * len(numbers) + k + 1, len(points) * len(numbers))
-                done.append(PathPoint(at, samples, *_effect(effects)))
+                done.append(PathPoint(at, {m: tuple(v) for m, v in samples.items()}, *_effect(effects)))
                 self._refuse_changed()
         ends = {name: end.name for name, end in self._ends.items()}
         base = None if self._base is None else self._base.name
