@@ -34,7 +34,7 @@ def save_model(folder: Path, favourite: str = "", width: int = 16, layers: int =
 
 def _tokenizer(folder: Path) -> None:
     split = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
-    tokenizer = {
+    tokenizer: dict[str, object] = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
         "pre_tokenizer": split, "post_processor": None, "decoder": {"type": "Fuse"},
         "model": {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(_LETTERS)}, "unk_token": "?"},

@@ -271,7 +271,9 @@ class Program:
         command = [sys.executable, "-m", "fastinterp", "explore", *map(str, args), "--port", "0", "--threads", "1"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        self.url = self.process.stdout.readline().split()[0]
+        assert self.process.stdout is not None
+        self.output = self.process.stdout
+        self.url = self.output.readline().split()[0]
         self.port = int(self.url.rstrip("/").rpartition(":")[2])
 
     def ask(self, method="GET", path="/", body=None, address="127.0.0.1", **headers):
@@ -291,7 +293,7 @@ class Program:
         """The exit code."""
         self.process.send_signal(number)
         code = self.process.wait(20)
-        self.process.stdout.close()
+        self.output.close()
         return code
 
 

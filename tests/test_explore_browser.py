@@ -80,14 +80,14 @@ def colours(page):
 def test_dragging_a_slider_changes_text_and_figures(page):
     before, total = settled(page), page.find_element(By.ID, "total").text
     cells, mark = colours(page), page.find_element(By.CSS_SELECTOR, "#curves .now").text
-    assert mark == "0 at 0" and total.endswith(": 0")
+    assert mark == "0 at x = 0" and total.endswith(": 0")
     drag(page, "x", 120)
     alpha = float(page.find_element(By.ID, "slider-x").get_attribute("value"))
     assert alpha > 0.5
     after = settled(page)
     assert after[0] == "the " + "x" * 40 and after != before
     assert after[1].count("x") > 30
-    assert page.find_element(By.CSS_SELECTOR, "#curves .now").text.endswith(f" at {alpha:g}")
+    assert page.find_element(By.CSS_SELECTOR, "#curves .now").text.endswith(f" at x = {alpha:g}")
     assert colours(page) != cells
     assert page.find_element(By.ID, "total").text != total
     folder = os.environ.get("FASTINTERP_SCREENSHOTS")

@@ -124,7 +124,12 @@ def test_checkpoint_that_changes_meanwhile_is_refused(tmp_path):
 
 def test_seeds_give_means_and_standard_errors():
     calls = []
-    found = report(lambda a, s: calls.append((a, s)) or {"m": a + s}, [0.5, 0.0], [1, 2, 6])
+
+    def measured(alpha, seed):
+        calls.append((alpha, seed))
+        return {"m": alpha + seed}
+
+    found = report(measured, [0.5, 0.0], [1, 2, 6])
     assert calls == [(0.5, 1), (0.5, 2), (0.5, 6), (0.0, 1), (0.0, 2), (0.0, 6)]
     point = found.points[0]
     assert point.mean("m") == 3.5
@@ -208,7 +213,7 @@ def test_staircase_of_bf16_is_measured_and_told():
     y = (x.float() + torch.from_numpy(rng.normal(0, 1e-5, x.shape).astype(np.float32))).bfloat16()
     found = fastinterp.path({"w": x}, {"w": y}).evaluate(lambda w, a, s: {"m": a}, [0.0, 0.25, 1.0])
     assert found.effective_alpha(found.points[1]) == pytest.approx(0.06, abs=0.02)
-    assert found.points[1].changed_fraction < 0.1
+    assert found.points[1].changed_fraction == pytest.approx(0.01, abs=0.05)
     assert [found.effective_alpha(p) for p in (found.points[0], found.points[2])] == [0.0, 1.0]
     assert "staircase" in found.warnings[0] and "alpha 0.25, which acts as 0.0" in found.warnings[0]
     assert "acts as" in str(found) and "warning: rounding" in str(found)
@@ -286,4 +291,4 @@ def test_path_needs_ends_or_directions():
         with pytest.raises(UsageError):
             fastinterp.path(**wrong)
     with pytest.raises(UsageError, match="must be a checkpoint's path or a state dict, got int"):
-        fastinterp.path(3, model(1.0))
+        fastinterp.path(3, model(1.0))  # type: ignore[arg-type]

@@ -51,13 +51,12 @@ def path(
         raise UsageError("a path needs `a` and `b`, or `base` and `directions`")
     if directions is not None and base is None:
         raise UsageError("`directions` start at a `base`. Give one")
-    if directions is not None and (not isinstance(directions, Mapping) or not directions):
-        raise UsageError(f"`directions` must map names to models, at least one, got {directions!r}")
+    _check_named(directions)
     origin = None if base is None else End(base, "base")
     models = directions if directions is not None else {"a": a, "b": b}
     ends = {name: End(x, name) for name, x in models.items()}  # type: ignore[arg-type]
     settings = {"dtype": dtype, "rounding": rounding, "seed": seed, "threads": threads}
-    return Path(ends, origin, tuple(directions or [ALPHA]), model, settings)
+    return Path(ends, origin, tuple(directions) if directions is not None else (ALPHA,), model, settings)
 
 
 class Path:
@@ -171,6 +170,11 @@ class Path:
             if name not in self.names:
                 raise UsageError(f"unknown direction `{name}`. Known: {', '.join(self.names)}")
         return {name: _finite(alpha.get(name, 0.0), name) for name in self.names}
+
+
+def _check_named(directions: Any) -> None:
+    if directions is not None and (not isinstance(directions, Mapping) or not directions):
+        raise UsageError(f"`directions` must map names to models, at least one, got {directions!r}"[:200])
 
 
 def _listed(alphas: Any) -> list[Any]:

@@ -92,7 +92,7 @@ class PathReport:
         """The directions in which not all points are at the same place."""
         return tuple(n for n in self.directions if len({p.at[n] for p in self.points}) > 1)
 
-    def curve(self, metric: str) -> tuple[list[float], list[PathPoint]]:
+    def along(self, metric: str) -> tuple[list[float], list[PathPoint]]:
         """Alphas in ascending order and their points. Raises: UsageError, if more than one direction is walked."""
         self.check_metric(metric)
         if len(self.varied) > 1:
@@ -103,7 +103,7 @@ class PathReport:
 
     def shape(self, metric: str) -> curve.Shape:
         """Barrier, monotonicity, log-odds and smoothness between the ends."""
-        xs, points = self.curve(metric)
+        xs, points = self.along(metric)
         return curve.shape(xs, [p.samples[metric] for p in points], probability=metric in self.probabilities)
 
     def respace(self, metric: str, count: int | None = None) -> list[float]:
@@ -113,7 +113,7 @@ class PathReport:
 
         Raises: UsageError, if the metric does not move or is NaN or Inf somewhere.
         """
-        xs, points = self.curve(metric)
+        xs, points = self.along(metric)
         ys = [p.mean(metric) for p in points]
         wanted = len(xs) if count is None else count
         if wanted < 2 or len(xs) < 2 or not all(map(math.isfinite, ys)):

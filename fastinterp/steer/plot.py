@@ -118,7 +118,7 @@ def _save(
 def _curves(report: Report, metrics: Sequence[str], axes: Sequence[Any]) -> None:
     name = report.varied[0]
     for panel, metric in zip(axes, metrics, strict=False):
-        xs, points = report.curve(metric)
+        xs, points = report.along(metric)
         ys = [y if math.isfinite(y) else math.nan for y in (p.mean(metric) for p in points)]
         errors = [p.se(metric) or 0.0 for p in points]
         _between(panel, xs)
@@ -159,7 +159,7 @@ def _chord(panel: Any, at: Mapping[float, float]) -> None:
 
 
 def _stairs(report: Report, panel: Any) -> None:
-    xs, points = report.curve(report.metrics[0])
+    xs, points = report.along(report.metrics[0])
     panel.plot([xs[0], xs[-1]], [xs[0], xs[-1]], color=_QUIET, linestyle=(0, (4, 3)), linewidth=1.2, label="exact")
     acts = [report.effective_alpha(p) for p in points]
     panel.plot(xs, acts, color=_ACTS, marker="s", markersize=3.5, linewidth=1.4, label="after rounding")
@@ -228,7 +228,12 @@ def _change_map(
             (j, i) for i, row in enumerate(values) for j, v in enumerate(row)
             if v is not None and (v == wanted or (math.isnan(v) and math.isnan(wanted)))
         ]  # fmt: skip
-        style = {"facecolor": face, "edgecolor": _QUIET if hatch else "white", "hatch": hatch, "linewidth": 0.6}
+        style: dict[str, Any] = {
+            "facecolor": face,
+            "edgecolor": _QUIET if hatch else "white",
+            "hatch": hatch,
+            "linewidth": 0.6,
+        }
         for place in cells:
             panel.add_patch(Rectangle(place, 1, 1, **style))
         if cells:

@@ -62,8 +62,8 @@ def _mapped(checkpoint: Checkpoint) -> dict[str, Any]:
     for name, entry in checkpoint.tensors.items():
         dtype = getattr(torch, _NAMES.get(entry.dtype.name, ""), None)
         if dtype is None:
-            file = str(checkpoint.files[entry.file])
-            raise CheckpointError(f"{name} is of dtype {entry.dtype}, which torch has not", file=file, tensor=name)
+            where = str(checkpoint.files[entry.file])
+            raise CheckpointError(f"{name} is of dtype {entry.dtype}, which torch has not", file=where, tensor=name)
         if entry.nbytes:
             flat = torch.frombuffer(views[entry.file], dtype=dtype, count=entry.numel, offset=entry.start)
             found[name] = flat.view(entry.shape)

@@ -63,4 +63,7 @@ def _place(x: Any) -> tuple[object, ...]:
 
 def _first_names(tensors: Mapping[str, Any]) -> list[str]:
     """One name for each place in memory."""
-    return list({_place(x): name for name, x in reversed(tensors.items())}.values())
+    places: dict[tuple[object, ...], str] = {}
+    for name, x in tensors.items():
+        places.setdefault(_place(x), name)
+    return list(places.values())
