@@ -54,6 +54,18 @@ def test_points_have_the_bytes_of_interpolate(tmp_path, base):
         assert found == {name: raw for name, (_, _, raw) in wanted.items()}
 
 
+def test_rounding_is_measured_as_by_interpolate(tmp_path):
+    for i, name in enumerate("ab"):
+        save(tmp_path / name, layers(1, noise=0.004 * i))
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    reports = fastinterp.interpolate(a, b, [0.0, 0.3], tmp_path / "out")
+    points = fastinterp.path(a, b).evaluate(lambda w, alpha, seed: {"m": 0.0}, [0.0, 0.3]).points
+    for point, told in zip(points, reports, strict=True):
+        wanted = told.effect.strength, told.effect.changed_fraction, told.effect.relative_change
+        assert (point.strength, point.changed_fraction, point.relative_change) == wanted
+    assert points[0].strength is None and abs(points[1].strength - 1) > 0.001
+
+
 def test_directions_add_up_and_those_left_out_are_zero():
     walked = fastinterp.path(base=model(1.0, 1.0), directions={"x": model(2.0, 1.0), "y": model(1.0, 3.0)})
     assert walked.weights({"x": 2, "y": -1})["w"].tolist() == [3.0, -1.0]

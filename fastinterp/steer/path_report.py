@@ -20,7 +20,7 @@ FORMAT = "fastinterp path report"
 _VERSION = 1
 _NOTICED = 0.05  # a strength that is off by more than this makes a staircase
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # JSON has no numbers for these
-_HEAD = ["from 0 to 1", "above chord", "below chord", "Spearman", "step up", "down", "kink", "log-odds slope", "R^2"]
+_HEAD = ["from 0 to 1", "above chord", "below chord", "Spearman", "step up", "down", "kink", "logit slope", "R^2"]
 
 
 @dataclass(frozen=True, slots=True)
