@@ -63,7 +63,7 @@ def test_rounding_is_measured_as_by_interpolate(tmp_path):
     for point, told in zip(points, reports, strict=True):
         wanted = told.effect.strength, told.effect.changed_fraction, told.effect.relative_change
         assert (point.strength, point.changed_fraction, point.relative_change) == wanted
-    assert points[0].strength is None and abs(points[1].strength - 1) > 0.001
+    assert points[0].strength is None and points[1].strength != 1
 
 
 def test_directions_add_up_and_those_left_out_are_zero():
@@ -92,6 +92,19 @@ def test_model_takes_on_each_point_and_gets_its_own_back():
     found = fastinterp.path(a, b, model=module).evaluate(look, [0.25, 2.0])
     assert [p.mean("w") for p in found.points] == [0.25, 2.0]
     assert torch.equal(module[0].weight, own)
+
+
+def test_rounding_to_a_models_dtype_is_the_one_that_is_measured():
+    module = torch.nn.Linear(64, 64, bias=False).bfloat16()
+    a = {"weight": torch.full((64, 64), 1.0)}
+    b = {"weight": torch.full((64, 64), 1 + 2**-7)}  # the next number in bf16
+    walked = fastinterp.path(a, b, model=module)
+    found = walked.evaluate(lambda given, alpha, seed: {"w": given.weight[0, 0].item()}, [0.25, 0.75])
+    assert [p.mean("w") for p in found.points] == [1.0, 1 + 2**-7]
+    assert [found.effective_alpha(p) for p in found.points] == [0.0, 1.0]
+    arrays = {"weight": np.zeros((64, 64), np.float32)}
+    with pytest.raises(UsageError, match="weight must be a torch tensor, to be put into a module, got ndarray"):
+        fastinterp.path(arrays, arrays, model=module).evaluate(first, [0.5])
 
 
 def test_model_has_its_weights_back_when_the_function_raises():

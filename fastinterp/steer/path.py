@@ -14,7 +14,7 @@ from fastinterp.engine.report import Effect
 from fastinterp.errors import UsageError
 from fastinterp.steer.path_report import PathPoint, PathReport
 from fastinterp.steer.pristine import End
-from fastinterp.steer.walk import Walker
+from fastinterp.steer.walk import Walker, dtype_of
 
 Model = str | os.PathLike[str] | Mapping[str, Any]
 Alpha = float | Mapping[str, float]
@@ -40,8 +40,8 @@ def path(
     directions  in place of a and b: a name for each model. out = base + sum of alpha[name] * (model - base)
     model       a torch module that takes on the weights of each point; its own are back at the end. None: the points
                 are state dicts
-    dtype       of the points; None: as the base's tensors, else those of `a`. In bf16 small steps of alpha may not
-                arrive: the report tells, float32 mends it
+    dtype       of the points; None: the model's, else as the base's tensors, else those of `a`. In bf16 small steps of
+                alpha may not arrive: the report tells, float32 mends it
     rounding, seed, threads   as of `fastinterp.merge`
 
     Each model is a checkpoint's path or a state dict in memory (torch CPU tensors or numpy arrays).
@@ -55,6 +55,8 @@ def path(
     origin = None if base is None else End(base, "base")
     models = directions if directions is not None else {"a": a, "b": b}
     ends = {name: End(x, name) for name, x in models.items()}  # type: ignore[arg-type]
+    # Straight to the model's dtype: rounded once, and what that does is measured.
+    dtype = dtype_of(model) if dtype is None and model is not None else dtype
     settings = {"dtype": dtype, "rounding": rounding, "seed": seed, "threads": threads}
     return Path(ends, origin, tuple(directions) if directions is not None else (ALPHA,), model, settings)
 

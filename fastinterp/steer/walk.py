@@ -33,8 +33,11 @@ class Walker:
     def take(self, tensors: Mapping[str, Any]) -> None:
         """Names as in the module's state dict. Tied tensors need one of their names; dtype and device stay.
 
-        Raises: ShapeError, with all that does not fit.
+        Raises: ShapeError, with all that does not fit; UsageError, if they are no torch tensors.
         """
+        for name, x in tensors.items():
+            if not hasattr(x, "data_ptr"):
+                raise UsageError(f"{name} must be a torch tensor, to be put into a module, got {type(x).__name__}")
         given = {_place(self._own[name]) for name in tensors if name in self._own}
         wrong = [f"{name} is not in the module" for name in tensors if name not in self._own]
         wrong += [f"{n} of the module is missing" for n in self._own if n not in tensors and not self._tied(n, given)]
@@ -55,6 +58,13 @@ class Walker:
         with torch.no_grad():
             for name, x in tensors.items():
                 self._own[name].copy_(x)
+
+
+def dtype_of(module: Any) -> str | None:
+    """The floating dtype that all of a module's tensors have, or None: they have several, or it is no module."""
+    tensors = module.state_dict().values() if hasattr(module, "state_dict") else ()
+    found = {str(x.dtype) for x in tensors if x.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
 
 
 def _place(x: Any) -> tuple[object, ...]:
