@@ -11,6 +11,7 @@
     merge_tensors(tensors, method)    any method on tensors in memory
     merge_state_dicts(dicts, method)  the same, on whole models in memory
     weighted_sum(arrays, weights)     the same arithmetic on arrays in memory
+    path(a, b).evaluate(fn, alphas)   what metrics do along a path between models
 
 The public names are imported when first used: the command line, which needs few of them, starts faster for it.
 """
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     )
     from fastinterp.steer.live import Live
     from fastinterp.steer.load import load, load_into, load_iter
+    from fastinterp.steer.path import path
+    from fastinterp.steer.path_report import PathReport
     from fastinterp.steer.points import Point
     from fastinterp.steer.sweep import sweep
 
@@ -51,6 +54,7 @@ __all__ = [
     "Live",
     "MethodError",
     "OutputError",
+    "PathReport",
     "Point",
     "RecipeError",
     "Report",
@@ -68,6 +72,7 @@ __all__ = [
     "merge",
     "merge_state_dicts",
     "merge_tensors",
+    "path",
     "sweep",
     "weighted_sum",
 ]
@@ -87,6 +92,8 @@ _HOMES = {
     "merge": "fastinterp.engine.run",
     "merge_state_dicts": "fastinterp.engine.memory",
     "merge_tensors": "fastinterp.engine.memory",
+    "path": "fastinterp.steer.path",
+    "PathReport": "fastinterp.steer.path_report",
     "sweep": "fastinterp.steer.sweep",
     "weighted_sum": "fastinterp.compute.arrays",
 }

@@ -21,6 +21,8 @@ _HOMES = {
     "explain": "fastinterp.cli.looking",
     "inspect": "fastinterp.cli.looking",
     "diff": "fastinterp.cli.looking",
+    "plot": "fastinterp.cli.seeing",
+    "explore": "fastinterp.cli.seeing",
     "methods": "fastinterp.cli.about",
     "doctor": "fastinterp.cli.about",
     "bench": "fastinterp.bench.command",

@@ -103,9 +103,12 @@ def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
 @click.argument("b")
 @click.option("--all", "every", is_flag=True, help=f"List every tensor, not only the {_MOST} that differ most.")
 @options.threads
+@click.option("--plot", metavar="FILE", help="Draw the change of each kind of tensor by layer, as .png, .svg or .pdf.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @options.as_json
-def diff(a: str, b: str, every: bool, threads: int | None, quiet: bool, as_json: bool) -> None:
+def diff(
+    a: str, b: str, every: bool, threads: int | None, plot: str | None, quiet: bool, as_json: bool
+) -> None:  # fmt: skip
     """Measure how checkpoint B differs from A.
 
     By layer and by tensor: |d|/|a| is the size of B - A relative to that of A, cosine that of the angle between A and
@@ -114,12 +117,17 @@ def diff(a: str, b: str, every: bool, threads: int | None, quiet: bool, as_json:
     \b
     Example:
       fastinterp diff base/ fine-tune/
+      fastinterp diff base/ fine-tune/ --plot change.png
     """
     from fastinterp.cli import progress
     from fastinterp.engine.compare import compare
 
     with progress.shown(quiet or as_json) as shown:
         found = compare(a, b, threads=threads, progress=shown)
+    if plot is not None:
+        from fastinterp.steer.plot import plot_difference
+
+        plot_difference(found, plot, f"{b} against {a}")
     if as_json:
         options.say_json({"a": a, "b": b, **_as_dict(found)})
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -109,24 +109,9 @@ def compare(
     shapes = [n for n in common if first.tensors[n].shape != second.tensors[n].shape]
     same_shape = [n for n in common if first.tensors[n].shape == second.tensors[n].shape]
     names = [n for n in same_shape if first.tensors[n].dtype.merges and second.tensors[n].dtype.merges]
-    pairs = [(first.tensors[n], second.tensors[n]) for n in names]
-    with ExitStack() as stack:
-        sources = Sources((first, second), (read for pair in pairs for read in enumerate(pair)), stack)
-        steps: list[dict[str, Any]] = [
-            {"kind": "measure_deltas", "inputs": [sources.operand(0, x), sources.operand(1, y)], "numel": x.numel}
-            for x, y in pairs
-        ]
-        pump = Pump(
-            cpu_isa(), sources.fds, [], steps, threads=cpu_threads(threads), write_bytes=1 << 19, read_bytes=1 << 17,
-            stochastic=False, fp8_saturate=True, prefetch=not sources.cached(), stats_every=0,
-        )  # fmt: skip
-        watch(pump, sum(x.nbytes + y.nbytes for x, y in pairs), progress)
-        error = pump.error()
-        if error is not None:
-            raise sources.explained(error)
-        sources.refuse_changed()
+    answers = _measured((first, second), names, threads, progress)
     tensors = {}
-    for name, (sums, nonzero) in zip(names, pump.answers(), strict=True):
+    for name, (sums, nonzero) in zip(names, answers, strict=True):
         aa, ad, dd = sums[:3]
         tensors[name] = Difference(first.tensors[name].numel, nonzero[1], math.sqrt(aa), math.sqrt(dd), ad)
     return Comparison(
@@ -137,6 +122,69 @@ def compare(
         [n for n in same_shape if n not in tensors],
         _kinds(first, second, common),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Deltas:
+    """What several models change in one tensor of their base, so that the size of any sum of changes is known.
+
+    aa    <a, a> of the base
+    gram  gram[i][j] = <d_i, d_j> of the models' deltas from the base, float64
+    """
+
+    aa: float
+    gram: tuple[tuple[float, ...], ...]
+
+
+def deltas(
+    base: str, models: Sequence[str], *, threads: int | None = None, progress: Progress | None = None
+) -> dict[str, Deltas]:
+    """Of every tensor that all have in one shape, and that merges. Every byte is read once.
+
+    Raises: CheckpointError, StorageError, BackendError, UsageError.
+    """
+    every = [open_checkpoint(name) for name in (base, *models)]
+    lead = every[0].tensors
+    names = [
+        n for n, entry in lead.items()
+        if all(n in c.tensors and c.tensors[n].shape == entry.shape and c.tensors[n].dtype.merges for c in every)
+    ]  # fmt: skip
+    found = {}
+    for name, (sums, _) in zip(names, _measured(every, names, threads, progress), strict=True):
+        # The upper triangle row by row, the base's row first.
+        rows, at = [], len(every)
+        for i in range(len(models)):
+            rows.append([0.0] * i + list(sums[at : at + len(models) - i]))
+            at += len(models) - i
+        gram = tuple(tuple(rows[min(i, j)][max(i, j)] for j in range(len(models))) for i in range(len(models)))
+        found[name] = Deltas(sums[0], gram)
+    return found
+
+
+def _measured(
+    checkpoints: Sequence[Checkpoint], names: Sequence[str], threads: int | None, progress: Progress | None
+) -> list[Any]:
+    """The pump's answer for each of the tensors called `names`: deltas from the first checkpoint."""
+    places = [[c.tensors[name] for c in checkpoints] for name in names]
+    with ExitStack() as stack:
+        sources = Sources(checkpoints, (read for entries in places for read in enumerate(entries)), stack)
+        steps: list[dict[str, Any]] = [
+            {
+                "kind": "measure_deltas", "inputs": [sources.operand(i, x) for i, x in enumerate(entries)],
+                "numel": entries[0].numel,
+            }
+            for entries in places
+        ]  # fmt: skip
+        pump = Pump(
+            cpu_isa(), sources.fds, [], steps, threads=cpu_threads(threads), write_bytes=1 << 19, read_bytes=1 << 17,
+            stochastic=False, fp8_saturate=True, prefetch=not sources.cached(), stats_every=0,
+        )  # fmt: skip
+        watch(pump, sum(x.nbytes for entries in places for x in entries), progress)
+        error = pump.error()
+        if error is not None:
+            raise sources.explained(error)
+        sources.refuse_changed()
+    return pump.answers()
 
 
 def _kinds(first: Checkpoint, second: Checkpoint, common: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -13,7 +13,9 @@ from fastinterp.compute.dtypes import DType, parse_dtype
 from fastinterp.compute.ops import Tensor, philox_key
 from fastinterp.engine.asking import Asking
 from fastinterp.engine.place import Place, Step
+from fastinterp.engine.report import Effect
 from fastinterp.engine.rounds import Machine, drive
+from fastinterp.engine.schedule import STATS_EVERY
 from fastinterp.errors import FastinterpError, MethodError, ShapeError, StorageError, UsageError
 from fastinterp.methods import Method, Parameter, Sidecar, find, suggestion
 from fastinterp.recipe.layers import Layers
@@ -93,6 +95,20 @@ def merge_state_dicts(
     return _Merge(models, base, labels, method, _mapping(parameters), dtype, seed, rounding, threads).run()
 
 
+def merge_measured(
+    state_dicts: Sequence[Arrays], method: str | Method, *, base: Arrays | None = None, **settings: Any
+) -> tuple[dict[str, Any], dict[str, Effect]]:
+    """`merge_state_dicts`, and what the rounding made of the change, by tensor: as a report of `merge` has it.
+
+    Tensors that are copies have no effect. Arguments and errors as there.
+    """
+    settings = {"parameters": None, "dtype": None, "seed": 0, "rounding": "nearest", "threads": None, **settings}
+    labels = [*([] if base is None else ["base"]), *(f"state dict {i}" for i in range(len(state_dicts)))]
+    given = _mapping(settings.pop("parameters"))
+    merge = _Merge(state_dicts, base, labels, method, given, **settings)
+    return merge.run(STATS_EVERY), merge.effects
+
+
 def _listed(given: Any, what: str) -> list[Any]:
     if isinstance(given, (Mapping, str)) or hasattr(given, "dtype") or not hasattr(given, "__iter__"):
         raise UsageError(f"`{what}` must be a list, got {type(given).__name__}")
@@ -143,9 +159,11 @@ class _Merge:
         self.seed, self.stochastic = _seed(seed), rounding == "stochastic"
         self.isa, self.threads = cpu_isa(), cpu_threads(threads)
         self.sidecars: list[Arrays] = []
+        self.effects: dict[str, Effect] = {}
         self.parameters = self._resolved(parameters, len(models))
 
-    def run(self) -> dict[str, Any]:
+    def run(self, stats_every: int = 0) -> dict[str, Any]:
+        """`effects` is filled if chunks are sampled for it, one in `stats_every`."""
         self._check_names()
         lead = self.inputs[0]
         self.library = library_of(next(iter(lead.values()), None))
@@ -162,9 +180,11 @@ class _Merge:
         settings = {
             "isa": self.isa, "sources": sources, "sinks": sinks, "threads": self.threads, "write_bytes": _WRITE_BYTES,
             "read_bytes": _READ_BYTES, "stochastic": self.stochastic, "fp8_saturate": True, "prefetch": False,
-            "stats_every": 0,
+            "stats_every": stats_every,
         }  # fmt: skip
         drive(jobs, Machine(settings, _explained, 0, None))
+        if stats_every:
+            self.effects = {j.place.name: Effect.of(j.place.numel, j.stats[0]) for j in jobs if not j.copies(0)}
         return out
 
     def _job(

@@ -1,1 +1,1 @@
-"""The path between models: swept to disk, loaded into memory, walked by a module that is in use."""
+"""The path between models: swept to disk, loaded into memory, walked by a module in use, measured, drawn, explored."""

@@ -1,0 +1,212 @@
+"""Paths between models, and what a metric does along them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from fastinterp.engine.memory import merge_measured
+from fastinterp.engine.report import Effect
+from fastinterp.errors import UsageError
+from fastinterp.steer.path_report import PathPoint, PathReport
+from fastinterp.steer.pristine import End
+from fastinterp.steer.walk import Walker, dtype_of
+
+Model = str | os.PathLike[str] | Mapping[str, Any]
+Alpha = float | Mapping[str, float]
+Alphas = Sequence[Alpha] | Mapping[str, Sequence[float]]
+ALPHA = "alpha"  # the name of the one direction of a line from a to b
+
+
+def path(
+    a: Model | None = None,
+    b: Model | None = None,
+    *,
+    base: Model | None = None,
+    directions: Mapping[str, Model] | None = None,
+    model: Any = None,
+    dtype: str | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    threads: int | None = None,
+) -> Path:
+    """The line from `a` to `b`, or all that lies in several directions from `base`; nothing is read yet.
+
+    a, b        out = a + alpha * (b - a); with a base: base + (1 - alpha) * (a - base) + alpha * (b - base)
+    directions  in place of a and b: a name for each model. out = base + sum of alpha[name] * (model - base)
+    model       a torch module that takes on the weights of each point; its own are back at the end. None: the points
+                are state dicts
+    dtype       of the points; None: the model's, else as the base's tensors, else those of `a`. In bf16 small steps of
+                alpha may not arrive: the report tells, float32 mends it
+    rounding, seed, threads   as of `fastinterp.merge`
+
+    Each model is a checkpoint's path or a state dict in memory (torch CPU tensors or numpy arrays).
+    Raises: UsageError, CheckpointError.
+    """
+    if (a is None) != (b is None) or (a is None) == (directions is None):
+        raise UsageError("a path needs `a` and `b`, or `base` and `directions`")
+    if directions is not None and base is None:
+        raise UsageError("`directions` start at a `base`. Give one")
+    _check_named(directions)
+    origin = None if base is None else End(base, "base")
+    models = directions if directions is not None else {"a": a, "b": b}
+    ends = {name: End(x, name) for name, x in models.items()}  # type: ignore[arg-type]
+    # Straight to the model's dtype: rounded once, and what that does is measured.
+    dtype = dtype_of(model) if dtype is None and model is not None else dtype
+    settings = {"dtype": dtype, "rounding": rounding, "seed": seed, "threads": threads}
+    return Path(ends, origin, tuple(directions) if directions is not None else (ALPHA,), model, settings)
+
+
+class Path:
+    """Made by `path`.
+
+    names  of the directions: `alpha` alone for a line from a to b
+    """
+
+    def __init__(
+        self,
+        ends: Mapping[str, End],
+        base: End | None,
+        names: tuple[str, ...],
+        model: Any,
+        settings: Mapping[str, Any],
+    ):
+        self.names = names
+        self._ends, self._base, self._model, self._settings = ends, base, model, settings
+        self._line = list(ends) == ["a", "b"] and names == (ALPHA,)
+
+    def __repr__(self) -> str:
+        base = "" if self._base is None else f" from {self._base.name}"
+        return f"<Path{base}: {', '.join(end.name for end in self._ends.values())}>"
+
+    def weights(self, alpha: Alpha) -> dict[str, Any]:
+        """The state dict of one point, in new tensors; by name of direction, if it is no line from a to b."""
+        return self._measured(self._point(alpha))[0]
+
+    def evaluate(
+        self,
+        fn: Callable[[Any, Any, int], Mapping[str, float]],
+        alphas: Alphas,
+        seeds: int | Sequence[int] = 1,
+        *,
+        probabilities: Sequence[str] = (),
+        progress: Callable[[int, int], object] | None = None,
+    ) -> PathReport:
+        """Call `fn(weights, alpha, seed)` for every point and seed, and report what its metrics do along the path.
+
+        fn             is given the model that `path` was given, else a state dict; alpha as in `alphas`; the seed. It
+                       returns a metric's value by its name, the same names every time. With the same random numbers
+                       for a seed at all points, differences between points have smaller errors than the points
+        alphas         numbers; for directions: mappings of their names to numbers, where names left out are 0, or one
+                       mapping of names to lists of numbers: the grid of all combinations
+        seeds          numbers given to `fn` in turn, or how many: 0, 1, ...
+        probabilities  metrics that are probabilities: a line is fitted to their log-odds
+        progress       called with the calls of `fn` done and to do
+
+        The ends are read once, and stay in memory as long as they fit: every point is made from them, never from
+        another point. If `fn` raises, the model has its own weights back.
+        Raises: UsageError; ShapeError, if weights do not fit; StorageError, if a checkpoint changes meanwhile.
+        """
+        points = self._points(alphas)
+        numbers = _seeds(seeds)
+        done: list[PathPoint] = []
+        with nullcontext() if self._model is None else Walker(self._model) as walker:
+            for at in points:
+                weights, effects = self._measured(at)
+                if walker is not None:
+                    walker.take(weights)
+                    weights = self._model
+                given = at[ALPHA] if self._line else dict(at)
+                samples: dict[str, list[float]] = {}
+                for k, seed in enumerate(numbers):
+                    found = _metrics(fn(weights, given, seed), given)
+                    names = list(done[0].samples) if done else list(samples or found)
+                    if set(found) != set(names):
+                        raise UsageError(f"the metrics must be the same at all points: {names}, then {list(found)}")
+                    for name in names:
+                        samples.setdefault(name, []).append(found[name])
+                    if progress:
+                        progress(len(done) * len(numbers) + k + 1, len(points) * len(numbers))
+                done.append(PathPoint(at, {m: tuple(v) for m, v in samples.items()}, *_effect(effects)))
+                self._refuse_changed()
+        ends = {name: end.name for name, end in self._ends.items()}
+        base = None if self._base is None else self._base.name
+        return PathReport(ends, base, tuple(numbers), tuple(done), tuple(probabilities), self._line)
+
+    def _measured(self, at: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, Effect]]:
+        alphas = [at[name] for name in self.names]
+        given = [1.0 - alphas[0], alphas[0]] if self._line else alphas
+        models = [end.tensors for end in self._ends.values()]
+        method = "linear" if self._base is None else "task_arithmetic"
+        base = None if self._base is None else self._base.tensors
+        return merge_measured(models, method, base=base, parameters={"weight": given}, **self._settings)
+
+    def _refuse_changed(self) -> None:
+        for end in (*self._ends.values(), *([self._base] if self._base else [])):
+            end.refuse_changed()
+
+    def _points(self, alphas: Alphas) -> list[dict[str, float]]:
+        points = list(self._grid(alphas) if isinstance(alphas, Mapping) else map(self._point, _listed(alphas)))
+        if not points:
+            raise UsageError("at least one alpha is needed")
+        for i, at in enumerate(points):
+            if at in points[:i]:
+                raise UsageError(f"every point may be given once, got {at} twice")
+        return points
+
+    def _grid(self, alphas: Mapping[str, Any]) -> Iterator[dict[str, float]]:
+        lists = {name: _listed(values) for name, values in alphas.items()}
+        for combination in itertools.product(*lists.values()):
+            yield self._point(dict(zip(lists, combination, strict=True)))
+
+    def _point(self, alpha: Any) -> dict[str, float]:
+        if not isinstance(alpha, Mapping):
+            if len(self.names) > 1:
+                raise UsageError(f"a point is a mapping of directions ({', '.join(self.names)}) to numbers: {alpha!r}")
+            alpha = {self.names[0]: alpha}
+        for name in alpha:
+            if name not in self.names:
+                raise UsageError(f"unknown direction `{name}`. Known: {', '.join(self.names)}")
+        return {name: _finite(alpha.get(name, 0.0), name) for name in self.names}
+
+
+def _check_named(directions: Any) -> None:
+    if directions is not None and (not isinstance(directions, Mapping) or not directions):
+        raise UsageError(f"`directions` must map names to models, at least one, got {directions!r}"[:200])
+
+
+def _listed(alphas: Any) -> list[Any]:
+    if isinstance(alphas, (str, bytes)) or not hasattr(alphas, "__iter__"):
+        raise UsageError(f"the alphas must be a list, got {alphas!r}")
+    return list(alphas)
+
+
+def _finite(value: Any, name: str) -> float:
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__") or not math.isfinite(float(value)):
+        raise UsageError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _seeds(given: int | Sequence[int]) -> list[int]:
+    seeds = list(range(given)) if isinstance(given, int) else list(given)
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UsageError(f"the seeds must be at least one and all different, got {given!r}")
+    return seeds
+
+
+def _metrics(found: Any, alpha: object) -> dict[str, float]:
+    if not isinstance(found, Mapping) or not found:
+        raise UsageError(f"at {alpha} the function returned {found!r}, expected metrics by name, as {{'loss': 0.3}}")
+    for name, value in found.items():
+        if not isinstance(name, str) or isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+            raise UsageError(f"at {alpha} the metric {name!r} is {value!r}, expected a number")
+    return {name: float(value.item() if hasattr(value, "item") else value) for name, value in found.items()}
+
+
+def _effect(effects: Mapping[str, Effect]) -> tuple[float | None, float | None, float | None]:
+    total = Effect.total(effects.values())
+    return total.strength, total.changed_fraction, total.relative_change

@@ -1,0 +1,319 @@
+"""Paths in memory: the weights of points, and what a report says of metrics along them."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import fastinterp
+from fastinterp.errors import ShapeError, StorageError, UsageError
+from fastinterp.steer import curve
+from fastinterp.steer.path_report import PathReport
+from tests.models import layers, load, save
+
+ALPHAS = [k / 10 for k in range(11)]
+
+
+def model(*values, dtype=torch.float32):
+    return {"w": torch.tensor(values, dtype=dtype)}
+
+
+def first(weights, alpha, seed):
+    return {"w": float(weights["w"][0])}
+
+
+def logistic(alpha):
+    return 1 / (1 + math.exp(-(6 * alpha - 2)))
+
+
+def report(fn, alphas=ALPHAS, seeds=1, **kwargs):
+    """Of metrics that depend on alpha and seed alone."""
+    return fastinterp.path(model(0.0), model(1.0)).evaluate(lambda w, a, s: fn(a, s), alphas, seeds, **kwargs)
+
+
+# --- weights
+
+
+@pytest.mark.parametrize("base", [None, "c"], ids=["line", "base"])
+def test_points_have_the_bytes_of_interpolate(tmp_path, base):
+    """Ends, between them and beyond: from checkpoints in memory as between files."""
+    for i, name in enumerate("abc"):
+        save(tmp_path / name, layers(1, noise=0.1 * i))
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    origin = c if base else None
+    points = [-0.5, 0.0, 0.3, 1.0, 1.5]
+    fastinterp.interpolate(a, b, points, tmp_path / "out", base=origin)
+    walked = fastinterp.path(a, b, base=origin)
+    for alpha in points:
+        found = {n: t.view(torch.uint16).numpy().tobytes() for n, t in walked.weights(alpha).items()}
+        wanted = load(tmp_path / "out" / f"alpha_{alpha:g}" / "model.safetensors")
+        assert found == {name: raw for name, (_, _, raw) in wanted.items()}
+
+
+def test_rounding_is_measured_as_by_interpolate(tmp_path):
+    for i, name in enumerate("ab"):
+        save(tmp_path / name, layers(1, noise=0.004 * i))
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    reports = fastinterp.interpolate(a, b, [0.0, 0.3], tmp_path / "out")
+    points = fastinterp.path(a, b).evaluate(lambda w, alpha, seed: {"m": 0.0}, [0.0, 0.3]).points
+    for point, told in zip(points, reports, strict=True):
+        wanted = told.effect.strength, told.effect.changed_fraction, told.effect.relative_change
+        assert (point.strength, point.changed_fraction, point.relative_change) == wanted
+    assert points[0].strength is None and points[1].strength != 1
+
+
+def test_directions_add_up_and_those_left_out_are_zero():
+    walked = fastinterp.path(base=model(1.0, 1.0), directions={"x": model(2.0, 1.0), "y": model(1.0, 3.0)})
+    assert walked.weights({"x": 2, "y": -1})["w"].tolist() == [3.0, -1.0]
+    assert walked.weights({"y": 0.5})["w"].tolist() == [1.0, 2.0]
+    assert walked.weights({})["w"].tolist() == [1.0, 1.0]
+
+
+def test_numpy_state_dicts_walk_without_torch_tensors():
+    a, b = {"w": np.zeros(2, np.float32)}, {"w": np.ones(2, np.float32)}
+    assert fastinterp.path(a, b).weights(0.25)["w"].tolist() == [0.25, 0.25]
+
+
+def test_model_takes_on_each_point_and_gets_its_own_back():
+    """Tied tensors by one of their names, dtype and identity of the parameters kept."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+    module[1].weight = module[0].weight
+    own, parameter = module[0].weight.detach().clone(), module[0].weight
+    a, b = {"0.weight": torch.zeros(2, 2)}, {"0.weight": torch.ones(2, 2)}
+
+    def look(given, alpha, seed):
+        assert given is module and given[1].weight is parameter
+        return {"w": float(given[1].weight[0, 0].detach())}
+
+    found = fastinterp.path(a, b, model=module).evaluate(look, [0.25, 2.0])
+    assert [p.mean("w") for p in found.points] == [0.25, 2.0]
+    assert torch.equal(module[0].weight, own)
+
+
+def test_rounding_to_a_models_dtype_is_the_one_that_is_measured():
+    module = torch.nn.Linear(64, 64, bias=False).bfloat16()
+    a = {"weight": torch.full((64, 64), 1.0)}
+    b = {"weight": torch.full((64, 64), 1 + 2**-7)}  # the next number in bf16
+    walked = fastinterp.path(a, b, model=module)
+    found = walked.evaluate(lambda given, alpha, seed: {"w": given.weight[0, 0].item()}, [0.25, 0.75])
+    assert [p.mean("w") for p in found.points] == [1.0, 1 + 2**-7]
+    assert [found.effective_alpha(p) for p in found.points] == [0.0, 1.0]
+    arrays = {"weight": np.zeros((64, 64), np.float32)}
+    with pytest.raises(UsageError, match="weight must be a torch tensor, to be put into a module, got ndarray"):
+        fastinterp.path(arrays, arrays, model=module).evaluate(first, [0.5])
+
+
+def test_model_has_its_weights_back_when_the_function_raises():
+    module = torch.nn.Linear(1, 1, bias=False)
+    own = module.weight.detach().clone()
+
+    def fail(given, alpha, seed):
+        assert given.weight.tolist() == [[5.0]]
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fastinterp.path({"weight": torch.full((1, 1), 5.0)}, {"weight": torch.zeros(1, 1)}, model=module).evaluate(
+            fail, [0.0]
+        )
+    assert torch.equal(module.weight, own)
+
+
+def test_all_that_does_not_fit_a_model_is_told_at_once():
+    a, b = ({"weight": torch.full((2, 2), x), "more": torch.zeros(1)} for x in (0.0, 1.0))
+    module = torch.nn.Linear(1, 1)
+    with pytest.raises(ShapeError) as caught:
+        fastinterp.path(a, b, model=module).evaluate(first, [0.5])
+    said = str(caught.value)
+    assert "more is not in the module" in said and "bias of the module is missing" in said
+    assert "weight is [2, 2], in the module [1, 1]" in said
+
+
+def test_checkpoint_that_changes_meanwhile_is_refused(tmp_path):
+    for i, name in enumerate("ab"):
+        save(tmp_path / name, layers(1, noise=0.1 * i))
+
+    def change(weights, alpha, seed):
+        save(tmp_path / "b", layers(2))
+        return {"m": 0.0}
+
+    with pytest.raises(StorageError, match=r"model\.safetensors was changed"):
+        fastinterp.path(tmp_path / "a", tmp_path / "b").evaluate(change, [0.5])
+
+
+# --- evaluate
+
+
+def test_seeds_give_means_and_standard_errors():
+    calls = []
+
+    def measured(alpha, seed):
+        calls.append((alpha, seed))
+        return {"m": alpha + seed}
+
+    found = report(measured, [0.5, 0.0], [1, 2, 6])
+    assert calls == [(0.5, 1), (0.5, 2), (0.5, 6), (0.0, 1), (0.0, 2), (0.0, 6)]
+    point = found.points[0]
+    assert point.mean("m") == 3.5
+    assert point.se("m") == pytest.approx(np.std([1.5, 2.5, 6.5], ddof=1) / math.sqrt(3))
+    assert report(lambda a, s: {"m": a}, [0.5]).points[0].se("m") is None
+
+
+def test_grid_is_the_product_of_its_lists():
+    walked = fastinterp.path(base=model(0.0), directions={"x": model(1.0), "y": model(10.0)})
+    found = walked.evaluate(first, {"x": [0, 1], "y": [0, 0.5, 1]})
+    assert [p.mean("w") for p in found.points] == [0, 5, 10, 1, 6, 11]
+    assert found.varied == ("x", "y")
+    with pytest.raises(UsageError, match="vary in x and y"):
+        found.shape("w")
+
+
+def test_barrier_is_measured_against_the_chord_seed_by_seed():
+    """A loss with a hump of 0.5 in the middle; an offset of each seed is in the chord too, so the error is 0."""
+    found = report(lambda a, s: {"loss": 1 + a + 2 * a * (1 - a) + 10 * s}, ALPHAS, 4).shape("loss")
+    assert found.above.at == 0.5
+    assert found.above.value == pytest.approx(0.5) and found.above.se == pytest.approx(0, abs=1e-12)
+    assert found.below.value == pytest.approx(0)
+    assert report(lambda a, s: {"loss": a}, [0.0, 0.5]).shape("loss").above is None
+
+
+def test_steps_against_the_trend_are_found():
+    values = dict(zip([0.0, 0.25, 0.5, 0.75, 1.0], [0.0, 0.4, 0.3, 0.8, 1.0], strict=True))
+    found = report(lambda a, s: {"m": values[a]}, list(values)).shape("m")
+    assert found.spearman == pytest.approx(0.9)
+    assert (found.step_down, found.step_up) == (pytest.approx(0.1), pytest.approx(0.5))
+    assert found.kink == pytest.approx(0.3)  # 0.3 lies 0.3 below the line from 0.4 to 0.8
+    assert report(lambda a, s: {"m": 7.0}).shape("m").spearman is None
+
+
+def test_only_points_between_the_ends_count():
+    inside = report(lambda a, s: {"m": 3 + a}).shape("m")
+    assert report(lambda a, s: {"m": 3 + a if 0 <= a <= 1 else -50}, [-1.0, *ALPHAS, 2.0]).shape("m") == inside
+
+
+def test_log_odds_of_a_logistic_curve_are_a_line():
+    found = report(lambda a, s: {"p": logistic(a), "loss": 0.5 + a}, probabilities=["p"])
+    line = found.shape("p").log_odds
+    assert (line.slope, line.intercept, line.r2) == (pytest.approx(6), pytest.approx(-2), pytest.approx(1))
+    assert found.shape("loss").log_odds is None
+    with pytest.raises(UsageError, match="`probabilities` names 'q'"):
+        report(lambda a, s: {"p": 0.5}, probabilities=["q"])
+    with pytest.raises(UsageError, match="not all of its values are in"):
+        report(lambda a, s: {"p": 1 + a}, probabilities=["p"])
+
+
+def test_log_odds_leave_out_zero_and_one():
+    line = report(lambda a, s: {"p": logistic(a) if 0 < a < 1 else round(a)}, probabilities=["p"]).shape("p").log_odds
+    assert line.points == 9 and line.slope == pytest.approx(6)
+
+
+def test_spearman_shares_ranks_among_equal_values():
+    assert curve.spearman([1, 2, 3, 4], [1, 1, 2, 2]) == pytest.approx(2 / math.sqrt(5))
+
+
+@pytest.mark.parametrize("falling", [False, True])
+def test_respaced_alphas_make_equal_steps(falling):
+    sign = -1 if falling else 1
+    alphas = [k / 100 for k in range(101)]
+    found = report(lambda a, s: {"p": sign * logistic(a)}, alphas).respace("p", 6)
+    steps = np.diff([logistic(a) for a in found])
+    assert (found[0], found[-1]) == (0.0, 1.0)
+    assert steps == pytest.approx([(logistic(1) - logistic(0)) / 5] * 5, rel=1e-3)
+
+
+def test_respacing_looks_over_noise_and_refuses_a_constant():
+    values = dict(zip([0.0, 1.0, 2.0, 3.0], [0.0, 2.0, 1.0, 3.0], strict=True))
+    assert report(lambda a, s: {"m": values[a]}, list(values)).respace("m", 3) == [0.0, 1.0, 3.0]
+    with pytest.raises(UsageError, match="no alphas make equal steps"):
+        report(lambda a, s: {"m": 1.0}).respace("m")
+
+
+def test_staircase_of_bf16_is_measured_and_told():
+    """Deltas of about one spacing: rounding makes 0.06 of 0.25; float32 has no stairs."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(0, 0.02, 200_000).astype(np.float32)).bfloat16()
+    y = (x.float() + torch.from_numpy(rng.normal(0, 1e-5, x.shape).astype(np.float32))).bfloat16()
+    found = fastinterp.path({"w": x}, {"w": y}).evaluate(lambda w, a, s: {"m": a}, [0.0, 0.25, 1.0])
+    assert found.effective_alpha(found.points[1]) == pytest.approx(0.06, abs=0.02)
+    assert found.points[1].changed_fraction == pytest.approx(0.01, abs=0.05)
+    assert [found.effective_alpha(p) for p in (found.points[0], found.points[2])] == [0.0, 1.0]
+    assert "staircase" in found.warnings[0] and "alpha 0.25, which acts as 0.0" in found.warnings[0]
+    assert "acts as" in str(found) and "warning: rounding" in str(found)
+    exact = fastinterp.path({"w": x}, {"w": y}, dtype="float32").evaluate(lambda w, a, s: {"m": a}, [0.25])
+    assert exact.effective_alpha(exact.points[0]) == pytest.approx(0.25, abs=1e-4)
+    assert exact.warnings == () and "acts as" not in str(exact)
+
+
+# --- files
+
+
+def test_json_makes_the_round_trip(tmp_path):
+    found = report(
+        lambda a, s: {"p": logistic(a), "loss": [math.inf, math.nan, 0.1 + a][s]}, [0, 0.5, 1], 3, probabilities=["p"]
+    )
+    text = found.to_json(tmp_path / "r.json")
+    json.loads(text, parse_constant=pytest.fail)  # no NaN or Infinity, which JSON does not have
+    for again in (PathReport.from_json(tmp_path / "r.json"), PathReport.from_json(text)):
+        assert again.to_json() == text and again.shape("p") == found.shape("p")
+    assert json.loads(text)["shapes"]["p"]["log_odds"]["slope"] == pytest.approx(6)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "{", '{"format": "fastinterp path report", "version": 1}', '{"format": 3, "version": 1}'], ids=repr
+)
+def test_what_is_no_report_is_refused(text, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UsageError, match="is not a path report"):
+        PathReport.from_json(tmp_path / "x.json")
+    with pytest.raises(StorageError, match="No such file"):
+        PathReport.from_json(tmp_path / "none.json")
+
+
+def test_csv_has_a_line_per_point(tmp_path):
+    text = report(lambda a, s: {"m": a + s}, [0.0, 0.5], 2).to_csv(tmp_path / "r.csv")
+    assert (tmp_path / "r.csv").read_text() == text
+    head, *rows = [line.split(",") for line in text.splitlines()]
+    assert head[:4] == ["alpha", "m", "m_se", "seeds"]
+    assert [row[:4] for row in rows] == [["0.0", "0.5", "0.5", "2"], ["0.5", "1.0", "0.5", "2"]]
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("alphas", "said"),
+    [
+        ([], "at least one alpha"),
+        ([0.5, 0.5], "every point may be given once"),
+        ([math.nan], "alpha must be a finite number, got nan"),
+        (["x"], "alpha must be a finite number, got 'x'"),
+        (0.5, "the alphas must be a list"),
+        ([{"beta": 1}], "unknown direction `beta`. Known: alpha"),
+    ],
+)
+def test_wrong_alphas_are_refused_before_anything_is_called(alphas, said):
+    with pytest.raises(UsageError) as caught:
+        fastinterp.path(model(0.0), model(1.0)).evaluate(lambda *_: pytest.fail("called"), alphas)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("returned", [None, {}, {"m": "high"}, 0.5])
+def test_what_is_no_metric_is_refused(returned):
+    with pytest.raises(UsageError, match="expected"):
+        report(lambda a, s: returned, [0.0])
+
+
+def test_metrics_must_be_the_same_at_all_points():
+    with pytest.raises(UsageError, match="must be the same at all points"):
+        report(lambda a, s: {"m": 1.0} if a == 0 else {"n": 1.0}, [0.0, 1.0])
+
+
+def test_path_needs_ends_or_directions():
+    for wrong in ({}, {"a": model(1.0)}, {"base": model(1.0)}, {"directions": {"x": model(1.0)}}):
+        with pytest.raises(UsageError):
+            fastinterp.path(**wrong)
+    with pytest.raises(UsageError, match="must be a checkpoint's path or a state dict, got int"):
+        fastinterp.path(3, model(1.0))  # type: ignore[arg-type]
