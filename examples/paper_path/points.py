@@ -16,7 +16,6 @@ from torch import Tensor
 
 import fastinterp
 from examples.paper_path import checkpoints
-from fastinterp.compute.ops import MAX_OUTPUTS
 
 Ends = tuple[Path, Path]
 
@@ -28,14 +27,12 @@ class Made:
     folders: Mapping[float, Path]
     bytes_read: int
     bytes_of_inputs: int
-    reads: int  # times that the inputs were read
     wall_s: float
     reports: Sequence[fastinterp.Report]
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "outputs": len(self.folders),
-            "reads": self.reads,
             "bytes_read": self.bytes_read,
             "bytes_of_inputs": self.bytes_of_inputs,
             "wall_s": self.wall_s,
@@ -47,26 +44,17 @@ def line(
     ends: Ends, alphas: Sequence[float], out: Path, *, dtype: str | None = None, rounding: str | None = None
 ) -> Made:
     """The checkpoints a + alpha * (b - a), where a and b are the ends."""
-    folders: dict[float, Path] = {}
-    reports: list[fastinterp.Report] = []
-    bytes_read, reads, wall_s = 0, 0, 0.0
-    for first in range(0, len(alphas), MAX_OUTPUTS):
-        chunk = list(alphas[first : first + MAX_OUTPUTS])
-        target = out / f"alpha_{chunk[0]:.10g}" if len(chunk) == 1 else out
-        made = fastinterp.interpolate(*ends, chunk, target, dtype=dtype, rounding=rounding, seed=0, force=True)
-        folders |= {alpha: out / f"alpha_{alpha:.10g}" for alpha in chunk}
-        reports += made
-        bytes_read, reads, wall_s = bytes_read + made[0].bytes_read, reads + 1, wall_s + made[0].wall_s
+    made = fastinterp.sweep(*ends, alphas, out, dtype=dtype, rounding=rounding, seed=0, force=True)
+    reports = [point.report for point in made if point.report is not None]
     inputs = sum(map(checkpoints.nbytes, ends))
-    return Made(folders, bytes_read, inputs, reads, wall_s, reports)
+    folders = {point.at["alpha"]: point.path for point in made if point.path is not None}
+    return Made(folders, reports[0].bytes_read, inputs, reports[0].wall_s, reports)
 
 
-def combination(base: Path, weights: Mapping[Path, float], out: Path) -> Path:
-    """base + the sum of weight * (model - base)."""
-    models = [{"model": str(model), "parameters": {"weight": weight}} for model, weight in weights.items()]
-    recipe = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models}
-    fastinterp.merge(recipe, out, force=True)
-    return out
+def plane(base: Path, add: Mapping[str, Path], steps: Sequence[float], out: Path) -> dict[tuple[float, ...], Path]:
+    """base + the sum of distance * (model - base), for every combination of distances, which name it."""
+    made = fastinterp.sweep(base=base, add=add, grid=dict.fromkeys(add, steps), out=out, force=True)
+    return {tuple(point.at.values()): point.path for point in made if point.path is not None}
 
 
 def average(models: Sequence[Path], out: Path) -> Path:

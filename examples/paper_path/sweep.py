@@ -86,18 +86,16 @@ def summary(point: dict[str, Any]) -> str:
 def planes(seed_folder: Path, work: Path, bench: Bench) -> dict[str, Any]:
     """Two attributes at once: task vectors added to and taken from the base, and the explicit opposite models."""
     base = seed_folder / "base"
+    made = points.plane(base, {m: seed_folder / m for m in ("pos", "formal")}, SIDE, work / "plane")
     grid = []
-    for a in SIDE:
-        for b in SIDE:
-            weights = {seed_folder / "pos": a, seed_folder / "formal": b}
-            folder = base if a == b == 0 else points.combination(base, weights, work / f"plane_{a:g}_{b:g}")
-            grid.append(measured({"towards_pos": a, "towards_formal": b}, folder, bench))
-            print(f"    pos {a:4.1f}, formal {b:4.1f}: {summary(grid[-1])}", flush=True)
-    opposite = points.combination(base, {seed_folder / "neg": 1.0, seed_folder / "casual": 1.0}, work / "opposite")
+    for (a, b), folder in made.items():
+        grid.append(measured({"towards_pos": a, "towards_formal": b}, folder, bench))
+        print(f"    pos {a:4.1f}, formal {b:4.1f}: {summary(grid[-1])}", flush=True)
+    explicit = points.plane(base, {m: seed_folder / m for m in ("neg", "casual")}, (1.0,), work / "opposite")
     soup = points.average([seed_folder / m for m in ("pos", "neg", "formal", "casual")], work / "soup")
     return {
         "plane": grid,
-        "neg_and_casual": measured({}, opposite, bench),
+        "neg_and_casual": measured({}, explicit[1.0, 1.0], bench),
         "soup": measured({}, soup, bench),
         "base": next(p for p in grid if p["towards_pos"] == p["towards_formal"] == 0),
     }
