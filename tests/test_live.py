@@ -113,7 +113,7 @@ def test_only_layers_that_match(tmp_path):
         fastinterp.Live(module, a=a, b=b, layers="model.layer.*")
 
 
-class Buffers(torch.nn.Module):  # type: ignore[misc]
+class Buffers(torch.nn.Module):
     def __init__(self, fill):
         super().__init__()
         self.norm = torch.nn.BatchNorm1d(4)
