@@ -75,6 +75,7 @@ PER_ISA = [
     "cpu/masked.inc",
     "cpu/measure.inc",
     "cpu/per_group.inc",
+    "cpu/ranks.inc",
     "cpu/stats.inc",
     "cpu/scalar.cpp",
     "cpu/avx*.cpp",

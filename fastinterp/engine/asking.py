@@ -6,13 +6,16 @@ Imported only where a plan has such tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
-from fastinterp.compute.masked import kept_of, kept_step, masked_step, read_inputs, terms
+from fastinterp.compute.dtypes import F64
+from fastinterp.compute.masked import Known, filled_masks, kept_of, kept_step, masked_step, read_inputs, terms
 from fastinterp.compute.ops import GroupRow, Row
 from fastinterp.compute.requests import (
     Divergence,
     GroupCombine,
+    Keep,
     MaskedCombine,
     Measure,
     Measured,
@@ -24,6 +27,7 @@ from fastinterp.compute.requests import (
 from fastinterp.engine.conversation import Conversation, inputs_of
 from fastinterp.engine.jobs import Job, Result, is_copy
 from fastinterp.engine.place import Place, Step
+from fastinterp.engine.sources import dtype_code
 
 Probes = Generator[Step, Any, Any]  # steps, sent their answers one by one; returns the answer to a request
 
@@ -42,6 +46,7 @@ class Asking(Job):
         self._answers: dict[tuple[Request, int], Any] = {}
         self._probing: dict[tuple[Request, int], tuple[Probes, Step]] = {}
         self._written: list[tuple[int, ...]] = []
+        self._known: dict[tuple[int, Keep, int], tuple[Any, int]] = {}  # masks that surveys of keeps have filled
         self._begin()
 
     @property
@@ -68,7 +73,7 @@ class Asking(Job):
     def steps(self) -> list[Step]:
         if not self._talk.ended:
             return [step for _, step in self._probing.values()]
-        writers = _writers(self.place, self._talk.sums)
+        writers = _writers(self.place, self._talk.sums, self._known)
         self._written = [outputs for outputs, _ in writers]
         return [step for _, step in writers]
 
@@ -77,6 +82,7 @@ class Asking(Job):
             pairs = zip(self._written, results, strict=True)
             found = {k: stats for outputs, r in pairs for k, stats in zip(outputs, r.stats, strict=True)}
             self.stats, self.done = [found[k] for k in sorted(found)], True
+            self._known.clear()
             return
         for (asked, (probes, _)), result in zip(list(self._probing.items()), results, strict=True):
             try:
@@ -96,7 +102,7 @@ class Asking(Job):
     def _begin(self) -> None:
         for request, seed in self._talk.requests:
             if not _is_whole(request):
-                probes = _probes(request, self.place, self.n, seed)
+                probes = _probes(request, self.place, self.n, seed, self._known)
                 self._probing[request, seed] = probes, next(probes)
 
     def _go_on(self) -> None:
@@ -145,8 +151,10 @@ def _added(total: Sequence[Any], more: Sequence[Any]) -> Sequence[Any]:
     return total or more
 
 
-def _probes(request: Request, place: Place, n: int, seed: int) -> Probes:
-    """The steps that answer one request."""
+def _probes(
+    request: Request, place: Place, n: int, seed: int, known: dict[tuple[int, Keep, int], tuple[Any, int]]
+) -> Probes:
+    """The steps that answer one request. What they find of keeps, for the sums, is added to `known`."""
     inputs = inputs_of(request, n)
     if isinstance(request, Measure):
         kind = "measure_deltas" if request.deltas else "measure"
@@ -154,12 +162,35 @@ def _probes(request: Request, place: Place, n: int, seed: int) -> Probes:
             return Groups(n, (yield place.asking(kind, inputs)))[0]
         return Groups(n, (yield place.asking(kind, inputs, per=request.per, columns=place.columns)))
     if isinstance(request, MeasureKept):
-        keys = kept_step(request, name=place.name, seed=seed)
-        sums, counts = yield place.asking("kept", inputs, columns=place.columns, **keys)
+        step, masks = _kept(request, place, inputs, seed)
+        sums, counts = yield step
+        known |= {(i, request.keeps[i], seed): found for i, found in masks.items()}
         return kept_of(_flat(sums, "d").tolist(), _flat(counts, "q").tolist())
     if isinstance(request, Divergence):
         return tuple(_flat((yield place.asking("divergence", inputs, columns=place.columns))[0], "d"))
     return (yield from _selected(request, place, n))
+
+
+def _kept(
+    request: MeasureKept, place: Place, inputs: Sequence[int], seed: int
+) -> tuple[Step, dict[int, tuple[Any, int]]]:
+    """The step that answers the request, and by input the mask that it fills, if they are no burden to hold.
+
+    In float64 the sum may compute with other deltas than the survey, which reads every input.
+    """
+    from fastinterp.compute.pump import Masks
+    from fastinterp.engine.rounds import HELD_BYTES
+
+    keys = kept_step(request, name=place.name, seed=seed)
+    step = place.asking("kept", inputs, columns=place.columns, **keys)
+    places = filled_masks(request)
+    count = max(places) + 1
+    wide = any(dtype_code(operand) == F64.code for operand in place.operands)
+    if not count or wide or count * place.numel > 8 * HELD_BYTES:
+        return step, {}
+    masks = Masks(count, place.numel)
+    native = {**step.native, "masks": (masks, places)}
+    return replace(step, native=native, held=masks.nbytes), {i: (masks, k) for i, k in enumerate(places) if k >= 0}
 
 
 def _selected(request: Select, place: Place, n: int) -> Probes:
@@ -233,17 +264,17 @@ def _row(asked: Sum) -> Row | GroupRow | MaskedCombine:
     return asked.row()
 
 
-def _writers(place: Place, sums: Sequence[Sum]) -> list[tuple[tuple[int, ...], Step]]:
+def _writers(place: Place, sums: Sequence[Sum], known: Known) -> list[tuple[tuple[int, ...], Step]]:
     """The steps that write all outputs, one for each kind of sum, and which outputs each of them writes."""
     rows = [_row(asked) for asked in sums]
     kinds: dict[str, list[int]] = {}
     for k, (row, asked) in enumerate(zip(rows, sums, strict=True)):
         per = asked.per if isinstance(row, GroupRow) and isinstance(asked, GroupCombine) else ""
         kinds.setdefault(per or type(row).__name__, []).append(k)
-    return [(tuple(ks), _writer(place, kind, [rows[k] for k in ks], ks)) for kind, ks in kinds.items()]
+    return [(tuple(ks), _writer(place, kind, [rows[k] for k in ks], ks, known)) for kind, ks in kinds.items()]
 
 
-def _writer(place: Place, kind: str, rows: Sequence[Any], outputs: Sequence[int]) -> Step:
+def _writer(place: Place, kind: str, rows: Sequence[Any], outputs: Sequence[int], known: Known) -> Step:
     if isinstance(rows[0], Row):
         return place.combine(rows, outputs)
     if isinstance(rows[0], GroupRow):
@@ -253,7 +284,8 @@ def _writer(place: Place, kind: str, rows: Sequence[Any], outputs: Sequence[int]
         return place.writing("combine", inputs, outputs, rows=native, per=kind, columns=place.columns)
     inputs = sorted({i for row in rows for i in read_inputs(row)})
     masked = [
-        masked_step(row, name=place.name, seed=place.seeds[k], inputs=inputs)
+        masked_step(row, name=place.name, seed=place.seeds[k], inputs=inputs, known=known)
         for row, k in zip(rows, outputs, strict=True)
     ]
-    return place.writing("masked", inputs, outputs, masked=masked, columns=place.columns)
+    step = place.writing("masked", inputs, outputs, masked=masked, columns=place.columns)
+    return replace(step, held=sum(masks.nbytes for masks in {id(m): m for m, _ in known.values()}.values()))

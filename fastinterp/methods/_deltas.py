@@ -101,7 +101,7 @@ def l1_ratios(tensor: Tensor, keeps: Keeps, rescale: bool) -> Generator[Request,
     """
     if not rescale or all(keep is None or keep.keeps_all for keep in keeps):
         return (1.0,) * len(keeps)
-    found = yield MeasureKept((Keep(), *(keep or Keep() for keep in keeps)))
+    found = yield MeasureKept((Keep(), *(keep or Keep() for keep in keeps)), squares=False)
     ratios = []
     for i, keep in enumerate(keeps, 1):
         before, after = found.l1[i], found.kept_l1[i]
