@@ -183,7 +183,7 @@ struct MaskedArgs {
 constexpr int kMaskedTile = 1024;  // elements
 FI_INLINE int64_t masked_scratch(int terms) { return int64_t(terms) * kMaskedTile * 16; }
 
-// Bins in which the magnitudes of a row are counted, and a bit for each: of 2^13 magnitudes, so of 32 powers of two.
+// Bins in which the magnitudes of a row are counted, and a bit for each: of 2^14 magnitudes, so of 64 powers of two.
 constexpr int kRankBins = 32768;
 constexpr int64_t kRankBinsBytes = kRankBins * 8 + kRankBins / 8;
 
