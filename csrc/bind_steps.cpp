@@ -213,7 +213,8 @@ void masked(const Given& given, Step* step) {
   const int64_t columns = ranked_columns_of(given, *step);
   std::vector<MaskedOutput> outputs;
   for (const py::handle d : given.get<py::list>("masked"))
-    outputs.push_back(masked_output_of(d.cast<py::dict>(), step->numel, step->numel / columns, int(step->inputs.size())));
+    outputs.push_back(
+        masked_output_of(d.cast<py::dict>(), step->numel, step->numel / columns, int(step->inputs.size())));
   if (outputs.size() != step->sinks.size()) throw py::value_error("as many sinks as masked outputs are needed");
   step->sum = std::make_shared<MaskedSum>(given.backend, dtypes_of(*step), std::move(outputs), columns);
 }
@@ -237,8 +238,7 @@ void kept(const Given& given, Step* step) {
     for (const int place : ask.places)
       if (place < -1 || place >= ask.masks->count()) throw py::value_error("an input's mask is none of the masks");
   }
-  step->survey =
-      std::make_shared<KeptSurvey>(given.backend, dtypes_of(*step), std::move(ask), step->numel, columns);
+  step->survey = std::make_shared<KeptSurvey>(given.backend, dtypes_of(*step), std::move(ask), step->numel, columns);
 }
 
 void histogram(const Given& given, Step* step) {

@@ -117,8 +117,8 @@ void KeptSurvey::run_part(const Inputs& inputs, int64_t first, int64_t count, in
     masks[i] = row_mask + columns_ + int64_t(i) * part_;
     for (int64_t row = from; row < to; row += columns_) {
       backend_.ranked({raw[0] + (row - from) * size_of(dtypes_[0]), raw[i] + (row - from) * size_of(dtypes_[i]),
-                       dtypes_[0], dtypes_[i], wide_, std::numeric_limits<double>::infinity(), ask_.keeps[i], columns_, row,
-                       sorting, bins, row_mask});
+                       dtypes_[0], dtypes_[i], wide_, std::numeric_limits<double>::infinity(), ask_.keeps[i], columns_,
+                       row, sorting, bins, row_mask});
       const int64_t begin = std::max(row, first), stop = std::min(row + columns_, end);
       memcpy(masks[i] + (begin - first), row_mask + (begin - row), size_t(stop - begin));
     }

@@ -212,9 +212,9 @@ struct KeptArgs {
   int64_t columns;       // length of a row of the tensor
   bool l1, squares;      // which of the sums are wanted; the others stay as they are
   void* scratch;         // kept_scratch(n)
-  double* sums;      // 3 * n: L1 norms of the deltas, then of what is kept of them, then its squares; 0 for the base
-  int64_t* counts;   // 2 * n, added to: elements kept, then those of them that another delta keeps too
-  uint8_t** masks;   // n: of this chunk; null where nobody wants them
+  double* sums;     // 3 * n: L1 norms of the deltas, then of what is kept of them, then its squares; 0 for the base
+  int64_t* counts;  // 2 * n, added to: elements kept, then those of them that another delta keeps too
+  uint8_t** masks;  // n: of this chunk; null where nobody wants them
 };
 
 FI_INLINE int64_t kept_scratch(int n) { return n * (8 * kChunk + kChunk / 8); }

@@ -72,6 +72,7 @@ PER_ISA = [
     "cpu/loops.inc",
     "cpu/histogram.inc",
     "cpu/keeps.inc",
+    "cpu/kept.inc",
     "cpu/masked.inc",
     "cpu/measure.inc",
     "cpu/per_group.inc",

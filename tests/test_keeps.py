@@ -12,7 +12,16 @@ import pytest
 from fastinterp._C import Masks
 from fastinterp.compute import reference, reference_masked
 from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.compute.masked import NOTHING, filled_masks, kept_of, kept_step, masked_step, read_inputs, terms, word_limits
+from fastinterp.compute.masked import (
+    NOTHING,
+    filled_masks,
+    kept_of,
+    kept_step,
+    masked_step,
+    read_inputs,
+    terms,
+    word_limits,
+)
 from fastinterp.compute.ops import philox_key
 from fastinterp.compute.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
 from tests import backends
@@ -94,7 +103,7 @@ def test_what_is_not_asked_is_0(isa, wanted):
 @every_isa
 @pytest.mark.parametrize("columns", [255, 256, 1024, 5000, 262144, 262145])
 def test_ranks_of_few_and_of_many_magnitudes(isa, columns):
-    """All in one bin and far apart, all equal, in steps of bf16, over all powers of two: counted, searched and sorted."""
+    """All in one bin, all equal, in steps of bf16, over all powers of two: counted, searched for and sorted."""
     shape, rng = (7, columns), np.random.default_rng(columns)
     close = 1 + 2.0**-20 * rng.integers(0, 8, columns)
     steps = rng.integers(-40, 40, columns) * 2.0**-9

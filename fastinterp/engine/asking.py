@@ -30,6 +30,7 @@ from fastinterp.engine.place import Place, Step
 from fastinterp.engine.sources import dtype_code
 
 Probes = Generator[Step, Any, Any]  # steps, sent their answers one by one; returns the answer to a request
+MASK_BYTES = 64 << 20  # of one tensor that wait for its sum; more are found again
 
 
 class Asking(Job):
@@ -179,14 +180,13 @@ def _kept(
     In float64 the sum may compute with other deltas than the survey, which reads every input.
     """
     from fastinterp.compute.pump import Masks
-    from fastinterp.engine.rounds import HELD_BYTES
 
     keys = kept_step(request, name=place.name, seed=seed)
     step = place.asking("kept", inputs, columns=place.columns, **keys)
     places = filled_masks(request)
     count = max(places) + 1
     wide = any(dtype_code(operand) == F64.code for operand in place.operands)
-    if not count or wide or count * place.numel > 8 * HELD_BYTES:
+    if not count or wide or count * place.numel > 8 * MASK_BYTES:
         return step, {}
     masks = Masks(count, place.numel)
     native = {**step.native, "masks": (masks, places)}
