@@ -163,15 +163,17 @@ def test_scaling_by_a_power_of_two_scales_the_output(case, exponent):
 
 
 @those(_free_of_order)
-def test_the_order_of_the_models_does_not_matter(case):
-    """Beyond rounding; each model takes its parameters along."""
+@pytest.mark.parametrize("shrinks", [1.0, 1e-3], ids=["alike", "lengths"])
+def test_the_order_of_the_models_does_not_matter(case, shrinks):
+    """Beyond rounding, also for models of lengths 1, 1e-3 and 1e-6; each model takes its parameters along."""
     inputs, each = case.draw(), {p.name for p in case.m.parameters if p.each}
-    models = inputs[case.based :]
+    models = [shrinks**i * x for i, x in enumerate(inputs[case.based :])]
     given = {**sidecars(case.m, inputs[0].shape, len(models)), **case.parameters}
-    expected = case.merge(inputs)
+    base = inputs[: case.based]
+    expected = case.merge([*base, *models])
     for order in ([*range(len(models))][::-1], [*range(1, len(models)), 0]):
         turned = {name: [v[i] for i in order] for name, v in given.items() if name in each}
-        drive.close(case.merge([*inputs[: case.based], *(models[i] for i in order)], **turned), expected)
+        drive.close(case.merge([*base, *(models[i] for i in order)], **turned), expected)
 
 
 @those(_free_of_factors)
@@ -222,6 +224,8 @@ EXTREMES = {
     "a row of zeros": lambda x: [v if v.ndim < 2 else np.concatenate([v[:1] * 0, v[1:]]) for v in x],
     "large": lambda x: [v * np.float32(1e30) for v in x],
     "tiny": lambda x: [v * np.float32(1e-40) for v in x],
+    "lengths": lambda x: [v * np.float32(10.0 ** (-3 * i)) for i, v in enumerate(x)],
+    "lengths, shortest first": lambda x: [v * np.float32(10.0 ** (3 * i)) for i, v in enumerate(x)],
     "random": lambda x: x,
 }
 
