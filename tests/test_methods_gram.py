@@ -363,8 +363,8 @@ def test_angles_of_groups_with_short_models(by_row):
 def test_karcher_of_single_elements(x):
     """u is -1, the sign of the mean direction; the opposite one has no great circle to it."""
     for order in itertools.permutations(x):
-        got = merge_tensors([np.float32([v]) for v in order], "karcher")
-        assert got[0] == pytest.approx(-sum(map(abs, x)) / 3, rel=2.0**-21)
+        got = merge_tensors([np.array([v], np.float32) for v in order], "karcher")
+        assert float(got[0]) == pytest.approx(-sum(map(abs, x)) / 3, rel=2.0**-21)
 
 
 def test_karcher_of_many_single_elements():

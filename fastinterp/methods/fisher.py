@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastinterp.compute.requests import MaskedCombine
 from fastinterp.errors import MethodError
 from fastinterp.methods import Each, NotNegative, Sidecar, method
+from fastinterp.methods._weights import level
 
 
 @method(base="none", models=(2, 32))
@@ -22,4 +23,4 @@ def fisher(n: int, *, fisher: Each[Sidecar], weight: Each[NotNegative] = (1.0,))
     """
     if not any(weight):
         raise MethodError("every weight is 0, so nothing would be merged. Give at least one model a weight")
-    return MaskedCombine(weight, importance=tuple(range(n, 2 * n)))
+    return MaskedCombine(level(weight), importance=tuple(range(n, 2 * n)))
