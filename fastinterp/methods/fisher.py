@@ -13,7 +13,8 @@ def fisher(n: int, *, fisher: Each[Sidecar], weight: Each[NotNegative] = (1.0,))
     """Average the models, elements weighted by importance.     out = sum_i g_i*x_i / sum_i g_i, g_i = w_i*(F_i + 1e-6)
 
     fisher  F_i: for each model a checkpoint of the same tensors that holds the diagonal of its Fisher information, the
-            mean of squared gradients, say; numbers that are not negative
+            mean of squared gradients, say; numbers that are not negative: a few samples are looked at, and a warning
+            tells of those that are
     weight  w_i, at least 0, one per model
     Where every g_i is 0, out = x0, the first model.
     Reads:  1 (combine), of the models and their side-cars.
