@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import fastinterp
 from fastinterp.cli import commands
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F32, DType
+from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from fastinterp.engine import samples
 from fastinterp.engine.check import Checked
 from tests.checkpoints import Tensor, bell, floats, integers, moved, recipe, tensor, weights, write
@@ -86,6 +86,35 @@ def test_missing_side_cars_are_told(folder):
         {"merge_method": "fisher", "models": [{"model": m, "parameters": {"fisher": f"./{m}-f"}} for m in ("a", "b")]}
     )
     assert [f.message.partition(":")[0] for f in found.wrong] == ["./a-f", "./b-f"]
+
+
+FISHER = {
+    "merge_method": "fisher",
+    "models": [{"model": m, "parameters": {"fisher": f"./{m}-f"}} for m in ("a", "b")],
+}
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, F16, BF16, F8_E4M3, F8_E5M2], ids=str)
+def test_negative_importances_are_told(folder, dtype):
+    """By check and by the merge; -0 and NaN, whatever its sign, are not below 0."""
+    size = dtype.bits // 8
+    for name in ("a", "b"):
+        model = {n: tensor(np.abs(floats(t)).reshape(t.shape), dtype) for n, t in llama().items()}
+        odd = model["model.layers.1.mlp.up_proj.weight"].raw.view(f"u{size}")
+        odd[1:3] = (1 << 8 * size - 1), (1 << 8 * size) - 1
+        if name == "b":
+            odd[9] |= 1 << 8 * size - 1
+        save(f"{name}-f", model)
+    told = (
+        "the side-car ./b-f holds numbers below 0, in model.layers.1.mlp.up_proj.weight for example: importances "
+        "must not be negative, since the merge divides by their sum"
+    )
+    assert said(fastinterp.check(FISHER)) == ([], [told])
+    assert told in fastinterp.merge(FISHER, "out").warnings
+    model["model.layers.1.mlp.up_proj.weight"].raw.view(f"u{size}")[9] = 0
+    save("b-f", model)
+    assert said(fastinterp.check(FISHER)) == ([], [])
+    assert told not in fastinterp.merge(FISHER, "out", force=True).warnings
 
 
 def test_tensors_of_one_model_only_and_shapes_that_differ(folder):

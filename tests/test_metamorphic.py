@@ -103,17 +103,19 @@ class Case:
 
 
 @cache
-def cases() -> list[Case]:
-    """Of everything that any method accepts."""
+def suggested() -> list[tuple[Case, bool]]:
+    """Of everything that declarations suggest, and whether the method accepts it."""
     found = []
     for name in names():
         m = find(name)
         for based in (True, False) if m.base == "optional" else (m.base == "required",):
-            suggested = [Case(m, based, label, given) for label, given in variants(m, count(m))]
-            accepted = [case for case in suggested if _accepted(case)]
-            assert accepted, f"{name} takes none of the parameters that its declaration suggests"
-            found += accepted
+            some = [Case(m, based, label, given) for label, given in variants(m, count(m))]
+            found += [(case, _accepted(case)) for case in some]
     return found
+
+
+def cases() -> list[Case]:
+    return [case for case, accepted in suggested() if accepted]
 
 
 def _accepted(case: Case) -> bool:
@@ -163,15 +165,17 @@ def test_scaling_by_a_power_of_two_scales_the_output(case, exponent):
 
 
 @those(_free_of_order)
-def test_the_order_of_the_models_does_not_matter(case):
-    """Beyond rounding; each model takes its parameters along."""
+@pytest.mark.parametrize("shrinks", [1.0, 1e-3], ids=["alike", "lengths"])
+def test_the_order_of_the_models_does_not_matter(case, shrinks):
+    """Beyond rounding, also for models of lengths 1, 1e-3 and 1e-6; each model takes its parameters along."""
     inputs, each = case.draw(), {p.name for p in case.m.parameters if p.each}
-    models = inputs[case.based :]
+    models = [shrinks**i * x for i, x in enumerate(inputs[case.based :])]
     given = {**sidecars(case.m, inputs[0].shape, len(models)), **case.parameters}
-    expected = case.merge(inputs)
+    base = inputs[: case.based]
+    expected = case.merge([*base, *models])
     for order in ([*range(len(models))][::-1], [*range(1, len(models)), 0]):
         turned = {name: [v[i] for i in order] for name, v in given.items() if name in each}
-        drive.close(case.merge([*inputs[: case.based], *(models[i] for i in order)], **turned), expected)
+        drive.close(case.merge([*base, *(models[i] for i in order)], **turned), expected)
 
 
 @those(_free_of_factors)
@@ -211,6 +215,16 @@ def test_few_methods_are_left_out():
     assert len({case.m.name for case in cases() if _only_weights(case)}) > len(names()) / 2
 
 
+REFUSED = {"ema-required", "ema-all"}  # it takes exactly one of its two rules
+
+
+def test_what_methods_refuse():
+    """Only these variants: parameters that do not go together. Each way to call a method has some that it accepts."""
+    assert {str(case) for case, accepted in suggested() if not accepted} == REFUSED
+    ways = {(case.m.name, case.based) for case, _ in suggested()}
+    assert {(case.m.name, case.based) for case in cases()} == ways
+
+
 EXTREMES = {
     "zeros": lambda x: [np.zeros_like(v) for v in x],
     "zeros but one": lambda x: [*(np.zeros_like(v) for v in x[1:]), x[0]],
@@ -222,6 +236,8 @@ EXTREMES = {
     "a row of zeros": lambda x: [v if v.ndim < 2 else np.concatenate([v[:1] * 0, v[1:]]) for v in x],
     "large": lambda x: [v * np.float32(1e30) for v in x],
     "tiny": lambda x: [v * np.float32(1e-40) for v in x],
+    "lengths": lambda x: [v * np.float32(10.0 ** (-3 * i)) for i, v in enumerate(x)],
+    "lengths, shortest first": lambda x: [v * np.float32(10.0 ** (3 * i)) for i, v in enumerate(x)],
     "random": lambda x: x,
 }
 

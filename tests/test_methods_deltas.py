@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fastinterp import merge_tensors
 from tests import drive
 
 
@@ -190,3 +191,27 @@ def test_models_and_seeds_draw_apart():
     first = kept(1, models[0], base)
     for other in (kept(2, models[0], base), kept(1, base, models[0])):
         assert (first & other).mean() == pytest.approx(0.25, abs=5 * np.sqrt(0.1875 / base.size))
+
+
+@pytest.mark.parametrize("method", ["ties", "della", "dare_ties", "breadcrumbs_ties"])
+@pytest.mark.parametrize("scale", [3e38, 1e-46, 2.0**40])
+def test_only_quotients_of_weights_count(method, scale):
+    """Divided by their sum, weights that float32 cannot add or hold act as those that it can."""
+    base, models = draw(3, 3)
+    base, models = base.astype(np.float32), [m.astype(np.float32) for m in models]
+    same = {"normalize": True, "density": 0.7} | ({"epsilon": 0.1} if method == "della" else {})
+    got, want = (
+        merge_tensors(models, method, base=base, parameters={"weight": w, **same})
+        for w in ([scale, 0.5 * scale, -0.125 * scale], [1.0, 0.5, -0.125])
+    )
+    # 10 roundings, of which the sum of weights magnifies some by 1.625 / 0.375.
+    assert np.max(np.abs(got - want)) <= 2.0**-18 * np.max(np.abs(want))
+
+
+def test_votes_of_large_weights_count():
+    """4e38 - 15e38 + 4e38 elects minus, although float32 cannot add it; lambda makes an ordinary step of it."""
+    base = np.zeros(2, np.float32)
+    models = [np.array([v, -v], np.float32) for v in (4.0, -5.0, 4.0)]
+    parameters = {"weight": [1e38, 3e38, 1e38], "rescale": False, "lambda": 1e-38}
+    got = merge_tensors(models, "dare_ties", base=base, parameters=parameters)
+    np.testing.assert_allclose(got, [-15.0, 15.0], rtol=2.0**-22)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from fastinterp import merge_tensors
 from fastinterp.compute.ops import Row
 from fastinterp.compute.requests import MaskedCombine
 from fastinterp.errors import MethodError
@@ -78,3 +79,14 @@ def test_fisher_of_equal_importance_is_the_mean():
     x = models(3)
     for value in (0.0, 2.5):
         close(run("fisher", x, parameters={"fisher": [np.full((8, 9), value)] * 3}), np.mean(x, axis=0))
+
+
+@pytest.mark.parametrize("scale", [3e38, 1e-46])
+def test_only_quotients_of_fisher_weights_count(scale):
+    """Weights that float32 cannot add or hold act as 1 and 1/2."""
+    x, f = ([v.astype(np.float32) for v in models(2, seed=s)] for s in (0, 5))
+    got, want = (
+        merge_tensors(x, "fisher", parameters={"fisher": list(map(np.abs, f)), "weight": [w, 0.5 * w]})
+        for w in (scale, 1.0)
+    )
+    assert np.max(np.abs(got - want)) <= 2.0**-21 * np.max(np.abs(want))

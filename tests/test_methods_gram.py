@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 
+from fastinterp import merge_tensors
 from fastinterp.compute.ops import Combine, Row, Tensor
 from fastinterp.compute.requests import GroupCombine, Measure, Measured, Per
 from fastinterp.errors import MethodError
@@ -304,6 +306,75 @@ def test_order_of_the_models_does_not_matter(name):
     base = x[0] if name == "model_stock" else None
     parameters = {"weight": 1.0} if name == "multislerp" else {"tol": 1e-12} if name != "model_stock" else {}
     close(run(name, x[:0:-1], base=base, parameters=parameters), run(name, x[1:], base=base, parameters=parameters))
+
+
+LENGTHS = (1.0, 1e-3, 1e-6)
+ALIKE = ("karcher", "geometric_median", "multislerp")  # whose models have no order
+
+
+@pytest.mark.parametrize("lengths", [*itertools.permutations(LENGTHS), (1.0, 1e-9, 1e-4)], ids=str)
+@pytest.mark.parametrize("name", ALIKE)
+def test_lengths_may_differ(name, lengths):
+    """In float32, through the kernels, in any order: within a few roundings of the sum in float64.
+
+    The pivot is no longer than 8 times the shortest, |p| <= 8*|x_i|, and the weights are at most the output's length by
+    |x_i|: each of 3 differences, coefficients and products is off by 2^-24 times at most 8 times the output's length.
+    """
+    rng = np.random.default_rng(7)
+    x = [(length * rng.normal(size=200)).astype(np.float32) for length in lengths]
+    parameters = {"weight": 1.0} if name == "multislerp" else {}
+    got = merge_tensors(x, name, parameters=parameters)
+    want = run(name, [v.astype(np.float64) for v in x], parameters=parameters)
+    assert np.linalg.norm(got - want) <= 3 * 3 * 8 * 2.0**-24 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("t", [0.3, 0.99999])
+@pytest.mark.parametrize("length", [1e-3, 1e-9])
+@pytest.mark.parametrize("name", ["slerp", "nuslerp"])
+def test_the_angle_to_a_short_model(name, length, t):
+    """t near the end: the short model makes the sum, and the digits of x_1 - x_0 would not."""
+    rng = np.random.default_rng(8)
+    a, b = rng.normal(size=200).astype(np.float32), (length * rng.normal(size=200)).astype(np.float32)
+    got = (
+        merge_tensors([b], name, base=a, parameters={"t": t})
+        if name == "slerp"
+        else merge_tensors([a, b], name, parameters={"weight": [1 - t, t]})
+    )
+    want = great_circle(t, a.astype(np.float64), b.astype(np.float64))
+    # Either model has at most the output's length times 1/sin(a) < 1.1 for a weight, and the pivot is the shorter one.
+    assert np.linalg.norm(got - want) <= 3 * 3 * 2.0**-24 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+def test_angles_of_groups_with_short_models(by_row):
+    """Row or column 1 of the second model is 1e-9 times as long: all are measured once more."""
+    rng = np.random.default_rng(9)
+    a, b = (rng.normal(size=(6, 7)).astype(np.float32) for _ in range(2))
+    if by_row:
+        b[1] *= 1e-9
+    else:
+        b[:, 1] *= 1e-9
+    parameters = {"weight": (0.5, 0.5), "nuslerp_flatten": False, "nuslerp_row_wise": not by_row}
+    want = great_circle(0.5, a.astype(np.float64), b.astype(np.float64), 1 if by_row else 0)
+    assert np.max(np.abs(run("nuslerp", [a, b], parameters=parameters) - want)) <= 8 * 2.0**-24 * np.max(np.abs(want))
+
+
+@pytest.mark.parametrize("x", [(-1.0, -0.001, 3.0), (-0.00288, -2.37e-6, 0.0112)], ids=str)
+def test_karcher_of_single_elements(x):
+    """u is -1, the sign of the mean direction; the opposite one has no great circle to it."""
+    for order in itertools.permutations(x):
+        got = merge_tensors([np.array([v], np.float32) for v in order], "karcher")
+        assert float(got[0]) == pytest.approx(-sum(map(abs, x)) / 3, rel=2.0**-21)
+
+
+def test_karcher_of_many_single_elements():
+    """Whatever their lengths and number: the mean length, with the sign of most."""
+    rng = np.random.default_rng(11)
+    for count in (3, 5, 9):
+        for _ in range(200):
+            x = rng.choice([-1, 1], count) * 10.0 ** rng.uniform(-6, 3, count)
+            out = run("karcher", [np.array([v]) for v in x], parameters={"tol": rng.choice([0.0, 1e-5])})
+            assert out[0] == pytest.approx(np.sign(np.sign(x).sum()) * np.abs(x).mean(), rel=1e-6)
 
 
 def test_groups_are_asked_for():

@@ -376,3 +376,37 @@ def test_a_required_parameter_for_the_whole_merge():
     with pytest.raises(MethodError) as error:
         given_by("")
     assert str(error.value) == "`walk` needs the parameter `t`. Write it in $.parameters - at $ (merge.yml:1)"
+
+
+DELLA = """\
+merge_method: della
+base_model: base
+models:
+  - {model: a, parameters: {weight: 1}}
+  - {model: b, parameters: {weight: 1}}
+parameters:
+  density: 0.9
+"""
+OUTSIDE = "gives probabilities from 0.75 to 1.05, and they must lie between 0 and 1. Use an `epsilon` below 0.1"
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        (DELLA + "  epsilon: 0.15\n", "$.parameters.epsilon (merge.yml:8)"),
+        (DELLA, "$.parameters.density (merge.yml:7)"),
+        (DELLA.replace("weight: 1}", "weight: 1, epsilon: 0.15}", 1), "$.models[0].parameters.epsilon (merge.yml:4)"),
+        (DELLA.replace("weight: 1}", "weight: 1, epsilon: 0.15}"), "$.models (merge.yml:3)"),
+    ],
+    ids=["given", "default", "of one model", "of several"],
+)
+def test_what_a_method_that_asks_refuses_is_told_with_its_line(text, where):
+    """By load_recipe, without a tensor: the value that the message names last, where there is only one of it."""
+    with pytest.raises(MethodError) as caught:
+        load_recipe(text, file="merge.yml")
+    assert str(caught.value) == f"`density` 0.9 with `epsilon` 0.15 {OUTSIDE} - at {where}"
+
+
+def test_weights_that_cancel_in_a_method_that_asks_are_told_with_their_line():
+    with pytest.raises(MethodError, match=r"sum to 0, .* - at \$\.models \(merge\.yml:3\)$"):
+        load_recipe(DELLA.replace("weight: 1", "weight: -1", 1).replace("0.9", "1"), file="merge.yml")

@@ -176,3 +176,10 @@ def test_the_staircase_of_bf16_shows_in_the_statistics(fine_tune, alpha, effecti
     assert effective_alpha(fine_tune, alpha) == pytest.approx(effective, abs=0.015)
     assert effective_alpha(fine_tune, alpha, out=F32) == pytest.approx(alpha, rel=2**-15)
     assert effective_alpha(fine_tune, alpha, rounding="stochastic") == pytest.approx(alpha, abs=0.02)
+
+
+def test_a_sum_may_choose_its_pivot():
+    """The input that is named, in front; the others stay in order. One without a weight is no pivot."""
+    assert Combine((0.5, 0.25, 0.0, 2.0), pivot=3).row() == Row(3, 2.75, ((0, 0.5), (1, 0.25)))
+    assert Combine((0.5, 0.25, 0.0, 2.0), pivot=2).row() == Combine((0.5, 0.25, 0.0, 2.0)).row()
+    assert Combine((0.5, 0.5), sums_to_one=True, pivot=1).row() == Row(1, 1.0, ((0, 0.5),))

@@ -441,3 +441,27 @@ def test_the_whole_model_has_the_tensors_that_ask_nothing(tmp_path):
         != base["model.layers.1.up.weight"]
     )
     assert changed.sum() == (deltas["model.layers.1.up.weight"] >= np.sort(two)[::-1][2400 // 4 - 1]).sum()
+
+
+def test_densities_of_the_whole_model_share_their_passes(tmp_path, monkeypatch):
+    """A gradient has a rank per layer: one pass counts for all, with the bytes that a pass for each gives."""
+    rng = np.random.default_rng(4)
+    base = {f"model.layers.{k}.up.weight": rng.normal(size=(30, 40)).astype(np.float32) for k in range(6)}
+    tunes = [{n: x + rng.normal(size=x.shape).astype(np.float32) for n, x in base.items()} for _ in range(2)]
+    a, b, c = (str(small.save(tmp_path / name, m)) for name, m in zip("abc", (base, *tunes), strict=True))
+    parameters = {"density": [0.1, 0.9], "weight": 1.0, "preset": "paper"}
+    asked = recipe("ties", [b, c], base_model=a, parameters=parameters)
+    one = recipe("ties", [b, c], base_model=a, parameters={**parameters, "density": 0.5})
+    once = fastinterp.merge(one, tmp_path / "one").bytes_read
+    assert fastinterp.merge(asked, tmp_path / "out").bytes_read == once == fastinterp.explain(asked).bytes_read
+    monkeypatch.setattr(rounds, "RANK_BYTES", 1 << 60)
+    assert fastinterp.merge(asked, tmp_path / "apart").bytes_read > 4 * once
+    assert_same(read(tmp_path / "apart"), read(tmp_path / "out"))
+
+
+def test_what_one_pass_can_answer():
+    """Requests that differ in more than ranks are apart, and so are ranks beyond the limit."""
+    a, b, c = (Select(((1, k), (2, k)), whole=True) for k in (10, 20, 30))
+    other = Select(((1, 0.5),), nonzero=True, whole=True)
+    assert rounds.gathered([a, other, b, c], 4) == [[a, b], [other], [c]]
+    assert rounds.gathered([a, b], 1) == [[a], [b]]

@@ -23,18 +23,21 @@ class Combine:
     base        index of the base, or None. With a base the sum is out = x_b + sum_i weights[i] * (x_i - x_b), and
                 weights[base] must be 0. Without: out = sum_i weights[i] * x_i
     sums_to_one the weights were normalised: their sum is 1 by definition, whatever their rounding says
+    pivot       without a base: the input that is the pivot, if it has a weight. None: the first that has one. What is
+                rounded is x_i - x_pivot, so of inputs of very different lengths it is to be the shortest
     """
 
     weights: tuple[float, ...]
     base: int | None = None
     sums_to_one: bool = False
+    pivot: int | None = None
 
     def row(self) -> Row:
         """What the kernels execute: rules 2 and 3 of docs/NUMERICS.md.
 
-        An input of weight 0 is not read; a lone input of weight 1 is copied; the pivot is the base, else the first
-        input that is read. If all weights are 0 and there is no base, the sum is 0 times the first input: +0 where
-        that is finite. Methods for which this is a mistake say so themselves.
+        An input of weight 0 is not read; a lone input of weight 1 is copied; the pivot is the base, else `pivot`, else
+        the first input that is read. If all weights are 0 and there is no base, the sum is 0 times the first input: +0
+        where that is finite. Methods for which this is a mistake say so themselves.
         """
         used = [(i, w) for i, w in enumerate(self.weights) if w != 0.0]
         if self.base is not None:
@@ -47,8 +50,9 @@ class Combine:
             return Row(self.base, 1.0, tuple(used))
         if not used:
             return Row(0, 0.0)
+        pivot = used[0][0] if self.pivot is None or self.weights[self.pivot] == 0.0 else self.pivot
         total = 1.0 if self.sums_to_one else math.fsum(self.weights)
-        return Row(used[0][0], total, tuple(used[1:]))
+        return Row(pivot, total, tuple((i, w) for i, w in used if i != pivot))
 
 
 @dataclass(frozen=True, slots=True)

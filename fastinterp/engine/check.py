@@ -314,6 +314,8 @@ def _sampled(plan: Plan, told: Collection[str], found: _Findings) -> int:
             f"{counted(len(longer), 'tensor')} that no method merges must be the same in all models, and only the "
             f"first MB of each was compared: {_listed(longer)}. Say whose to take: `integers: MODEL`"
         )
+    for doubt in samples.negative_importances(plan):
+        found.add_odd(doubt)
     taken = samples.take(plan)
     names = [plain(c.name) for c in plan.checkpoints]
     for i in dict.fromkeys(i for i, _ in taken.not_finite):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.compute.pump import Progress, Pump, watch
@@ -17,10 +18,12 @@ from fastinterp.engine.place import Step
 from fastinterp.errors import UsageError
 
 if TYPE_CHECKING:
+    from fastinterp.compute.requests import Select
     from fastinterp.engine.asking import Asking
 
 ROUND_BYTES = 256 << 20  # of inputs that a round reads for the first time; one tensor at least
 HELD_BYTES = 64 << 20  # of answers at a time; those to one tensor at least
+RANK_BYTES = 32_000_000  # of memory for one rank of a request about the whole model: 1 MB of counts in each thread
 
 
 class Machine:
@@ -172,10 +175,30 @@ def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], machine: Machine) -> N
 
     merged = [job for job in map(_asking, jobs) if job is not None]
     waits = [job for job in map(_asking, resting) if job is not None]
-    for request in dict.fromkeys(r for job in waits for r in job.whole_requests):
-        answer = asked_of_all(request, merged, machine.run, min(HELD_BYTES, machine.most // 4))
-        for job in waits:
-            job.answer(request, answer)
+    requests = list(dict.fromkeys(r for job in waits for r in job.whole_requests))
+    for some in gathered(requests, max(1, machine.most // RANK_BYTES)):
+        ranks = tuple(dict.fromkeys(rank for request in some for rank in request.ranks))
+        found = asked_of_all(replace(some[0], ranks=ranks), merged, machine.run, min(HELD_BYTES, machine.most // 4))
+        answers = dict(zip(ranks, found, strict=True))
+        for request in some:
+            for job in waits:
+                job.answer(request, tuple(answers[rank] for rank in request.ranks))
+
+
+def gathered(requests: Sequence[Select], most: int) -> list[list[Select]]:
+    """Requests that one pass can answer together: the same but for their ranks, of which it has at most `most`, or
+    those of one request.
+    """
+    groups: list[list[Select]] = []
+    for request in requests:
+        for group in groups:
+            count = len({rank for one in (*group, request) for rank in one.ranks})
+            if count <= most and replace(group[0], ranks=request.ranks) == request:
+                group.append(request)
+                break
+        else:
+            groups.append([request])
+    return groups
 
 
 def _asking(job: Job) -> Asking | None:

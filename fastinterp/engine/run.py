@@ -283,5 +283,13 @@ def report_of(plan: Plan, done: Done, wall_s: float, k: int, folder: OutFolder |
         threads=done.threads,
         inputs=len(models),
         removed=() if folder is None else folder.removed,
-        warnings=(*warnings_of(effects, ", ".join(dtypes)), *plan.warnings),
+        warnings=(*warnings_of(effects, ", ".join(dtypes)), *_importances(plan), *plan.warnings),
     )
+
+
+def _importances(plan: Plan) -> list[str]:
+    if not any(recipe.sidecars for recipe in plan.recipes) and not any(t.first for t in plan.tensors):
+        return []
+    from fastinterp.engine.samples import negative_importances
+
+    return negative_importances(plan)

@@ -18,6 +18,7 @@ from fastinterp.compute.pump import Pump, watch
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.sources import Sources, storage
 from fastinterp.engine.tensors import PlannedTensor, must_agree
+from fastinterp.engine.text import plain
 from fastinterp.errors import ShapeError
 from fastinterp.files.header import Entry
 
@@ -28,6 +29,9 @@ _NOISY = 0.7  # a share of signal below this is worth a word
 
 # Exponent bias and bits of the mantissa.
 _FP8 = {"F8_E4M3": (7, 3), "F8_E5M2": (15, 2)}
+_CODES: Any = {1: "B", 2: "H", 4: "I", 8: "Q"}  # unsigned integers of so many bytes
+# Code of Inf, or of the largest number where there is none.
+_INFINITE = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x7C00, "BF16": 0x7F80, "F8_E4M3": 0x7E, "F8_E5M2": 0x7C}
 _WIDTH = 0.8  # mean |d| of normally distributed d, in standard deviations
 
 
@@ -98,8 +102,7 @@ def take(plan: Plan) -> Samples:
     """
     found = Samples()
     merged = [t for t in plan.tensors if t.merged and t.numel]
-    chosen = [merged[k * len(merged) // TENSORS] for k in range(TENSORS)] if len(merged) > TENSORS else merged
-    pairs = [pair for t in chosen for pair in _pairs(t)]
+    pairs = [pair for t in _spread(merged) for pair in _pairs(t)]
     found.tensors = len({t.name for t, _ in pairs})
     with ExitStack() as stack:
         sources = Sources(plan.checkpoints, ((i, e) for _, reads in pairs for i, e in reads), stack)
@@ -131,6 +134,35 @@ def disagreeing(plan: Plan) -> tuple[list[ShapeError], list[str]]:
         elif tensor.entries[0].nbytes > _AGREE_BYTES:
             longer.append(tensor.name)
     return wrong, longer
+
+
+def negative_importances(plan: Plan) -> list[str]:
+    """What to say about side-cars whose samples hold numbers below 0: no importance is, and sums of them divide."""
+    every = {id(t): t for tensor in plan.tensors for t in (*tensor.first, tensor)}.values()
+    found: dict[str, list[str]] = {}
+    for tensor in _spread([t for t in every if t.program and t.numel and len(t.inputs) > t.models]):
+        for i, entry in zip(tensor.inputs[tensor.models :], tensor.entries[tensor.models :], strict=True):
+            if type(entry) is Entry and _below_0(plan, i, _chunk(entry)):
+                found.setdefault(plan.checkpoints[i].name, []).append(tensor.name)
+    return [
+        f"the side-car {plain(name)} holds numbers below 0, in {plain(tensors[0])} for example: importances must not "
+        "be negative, since the merge divides by their sum"
+        for name, tensors in found.items()
+    ]
+
+
+def _below_0(plan: Plan, i: int, entry: Entry) -> bool:
+    """-0 and NaN are not."""
+    data, size = _bytes(plan, i, entry, limit=entry.nbytes), entry.nbytes // entry.numel
+    if max(data[size - 1 :: size]) < 0x80:  # the bytes with the signs: nearly always
+        return False
+    sign, infinite = 1 << 8 * size - 1, _INFINITE[entry.dtype.name]
+    return any(sign < code <= sign + infinite for code in memoryview(data).cast(_CODES[size]))
+
+
+def _spread(tensors: list[PlannedTensor]) -> list[PlannedTensor]:
+    """TENSORS of them at most, over all of the model."""
+    return [tensors[k * len(tensors) // TENSORS] for k in range(TENSORS)] if len(tensors) > TENSORS else tensors
 
 
 Pair = tuple[PlannedTensor, list[tuple[int, Entry]]]  # a sample of the first model, or of two

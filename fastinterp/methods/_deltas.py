@@ -12,7 +12,7 @@ from typing import Any, Literal
 from fastinterp.compute.ops import Combine, Tensor
 from fastinterp.compute.requests import ALL_BITS, Keep, MaskedCombine, MeasureKept, Request, Select, Selected, Sum
 from fastinterp.errors import MethodError
-from fastinterp.methods._weights import shares
+from fastinterp.methods._weights import level, shares
 
 Preset = Literal["mergekit", "paper", "peft"]
 Keeps = tuple[Keep | None, ...]
@@ -163,17 +163,17 @@ def elected(
     if len(present) == 1:  # without opposition the sign is its own, and its weight divides itself
         alone = (1.0,) * len(keeps) if normalize and not count else weight
         return summed(alone, keeps, scales, normalize=False, lambda_=lambda_)
-    weights = _times(weight, keeps, scales, lambda_)
+    voices = (1.0,) * len(keeps) if count else level(weight)
+    weights = _times(voices if normalize and not count else weight, keeps, scales, lambda_)
     if not any(weights):
         return Combine(weights, base=0)
     ones = (1.0,) * len(keeps)
-    voices = ones if count else weight
     return MaskedCombine(
         weights,
         keeps=_masks(keeps),
         votes=_times(voices, keeps, scales, 1.0),
         shares=_times(voices, keeps, ones, 1.0) if normalize else None,
-        least_share=0.0 if count else _rounding_of_sums(weight),
+        least_share=0.0 if count else _rounding_of_sums(voices),
     )
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from itertools import chain
 from operator import mul
+from typing import Any
 
-from fastinterp.compute.requests import Measured
+from fastinterp.compute.ops import Combine
+from fastinterp.compute.requests import Measure, Measured, Per, Request
 from fastinterp.errors import MethodError
 
 NEARLY_OPPOSITE = 1e-6  # radians; closer to pi, the direction of a great circle is rounding error
+APART = 8.0  # a model shorter than the first by more than this loses more than 3 of its bits in a delta from it
 
 Vector = list[float]
+Gram = tuple[tuple[float, ...], ...]
 
 
 def finite(found: Measured, name: str) -> Measured:
@@ -58,19 +62,28 @@ def arc(t: float, theta: float) -> tuple[float, float]:
     return math.sin((1.0 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
 
 
-class Span:
-    """The space spanned by x_0 and the deltas x_i - x_0. A vector in it is the list of its coordinates in that basis.
+def is_short(g: Gram, i: int) -> bool:
+    """Whether x_i is much shorter than x_0, or 0, by the Gram matrix of x_0 and the deltas: those lose its digits."""
+    return g[0][0] + 2.0 * g[0][i] + g[i][i] < g[0][0] / APART**2
 
-    With a base the models are the deltas (coordinates e_1, e_2, ...), without they are the inputs (e_0, e_0 + e_1,
-    ...): either way, what is small is measured as small, and cosines near 1 keep their digits.
+
+class Span:
+    """The space spanned by n vectors, of which `found` is the Gram matrix. A vector in it is the list of its
+    coordinates in that basis.
+
+    based   the basis is x_0 and the deltas x_i - x_0, and the models are the deltas (coordinates e_1, e_2, ...)
+    deltas  without a base: the basis is the same, and the models are the inputs (e_0, e_0 + e_1, ...), so that what is
+            small is measured as small, and cosines near 1 keep their digits. False: the basis is the inputs themselves
+            (e_0, e_1, ...), where one `is_short`
     """
 
-    def __init__(self, found: Measured, *, based: bool) -> None:
+    def __init__(self, found: Measured, *, based: bool, deltas: bool = True) -> None:
         self.gram, self.n, self.based = found.gram, len(found.gram), based
+        self._deltas = deltas
         self.models = [self._model(i) for i in range(int(based), self.n)]
 
     def _model(self, i: int) -> Vector:
-        return [float(k == i or (k == 0 and not self.based)) for k in range(self.n)]
+        return [float(k == i or (k == 0 and self._deltas and not self.based)) for k in range(self.n)]
 
     def dot(self, a: Vector, b: Vector) -> float:
         return float(sum(u * sum(map(mul, row, b)) for u, row in zip(a, self.gram, strict=True) if u))
@@ -78,9 +91,48 @@ class Span:
     def norm(self, a: Vector) -> float:
         return math.sqrt(max(self.dot(a, a), 0.0))
 
-    def weights(self, a: Vector) -> tuple[float, ...]:
-        """Those with which the inputs sum to `a`; with a base, the deltas, and that of the base is 0."""
-        return (0.0 if self.based else a[0] - math.fsum(a[1:]), *a[1:])
+    def sum(self, a: Vector) -> Combine:
+        """The sum of the inputs that is `a`; with a base, what is added to it."""
+        if self.based:
+            return Combine((0.0, *a[1:]), 0)
+        weights = (a[0] - math.fsum(a[1:]), *a[1:]) if self._deltas else tuple(a)
+        return Combine(weights, pivot=self.pivot(weights))
+
+    def pivot(self, weights: Sequence[float]) -> int | None:
+        """Without a base: the shortest of the inputs with a weight, if the first of them is much longer; else None."""
+        lengths = [(self.norm(v), i) for i, (v, w) in enumerate(zip(self.models, weights, strict=True)) if w]
+        shortest = min(lengths, default=(0.0, 0))
+        return shortest[1] if lengths and lengths[0][0] > APART * shortest[0] else None
+
+
+def spanned(name: str, *, based: bool) -> Generator[Request, Measured, Span]:
+    """Measure the tensor called `name`: once, and once more if without a base a model is much shorter than the first.
+
+    Raises: MethodError, as `finite`.
+    """
+    found = finite((yield Measure(deltas=True)), name)
+    if based or not any(is_short(found.gram, i) for i in range(1, len(found.gram))):
+        return Span(found, based=based)
+    return Span(finite((yield Measure()), name), based=False, deltas=False)
+
+
+def angles(name: str, per: Per = "tensor") -> Generator[Request, Any, tuple[list[float], list[bool]]]:
+    """Of each group of the tensor called `name`: the angle between x_0 and x_1, and whether x_1 is much shorter; then
+    all are measured once more.
+
+    Raises: MethodError, as `finite`.
+    """
+    found = yield Measure(deltas=True, per=per)
+    groups = [finite(g, name).gram for g in ([found] if per == "tensor" else found)]
+    short = [is_short(g, 1) for g in groups]
+    if not any(short):
+        return [angle_to_sum(g[0][0], g[1][1], g[0][1]) for g in groups], short
+    again = yield Measure(per=per)
+    found = [finite(g, name).gram for g in ([again] if per == "tensor" else again)]
+    pairs = zip(groups, found, short, strict=True)
+    return [
+        angle(r[0][0], r[1][1], r[0][1]) if s else angle_to_sum(g[0][0], g[1][1], g[0][1]) for g, r, s in pairs
+    ], short
 
 
 def summed(weights: Sequence[float], vectors: Sequence[Vector]) -> Vector:

@@ -7,6 +7,19 @@ from collections.abc import Sequence
 
 from fastinterp.errors import MethodError
 
+ORDINARY = 2.0**32  # weights between its inverse and this are left as they are
+
+
+def level(weights: Sequence[float]) -> tuple[float, ...]:
+    """The weights divided by one power of two, so that float32 can hold them and their sums, where only their quotients
+    or signs count. Without rounding: by 1, unless the largest is beyond 2^32, or none above 2^-32.
+    """
+    largest = max(map(abs, weights), default=0.0)
+    if largest == 0.0 or 1.0 / ORDINARY < largest < ORDINARY:
+        return tuple(weights)
+    exponent = math.frexp(largest)[1]
+    return tuple(math.ldexp(w, -exponent) for w in weights)
+
 
 def shares(
     weights: Sequence[float], *, instead: str = "Change them, or write `normalize: false` to use them as they are"

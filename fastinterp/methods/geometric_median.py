@@ -6,9 +6,9 @@ import math
 from typing import Annotated
 
 from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.requests import Measure, Steps
+from fastinterp.compute.requests import Steps
 from fastinterp.methods import Each, NotNegative, Range, method
-from fastinterp.methods._sphere import Span, finite, summed
+from fastinterp.methods._sphere import spanned, summed
 from fastinterp.methods._weights import shares
 
 
@@ -27,12 +27,13 @@ def geometric_median(
     max_iter  steps of Weiszfeld's iteration at most, from the weighted mean: y = sum_i (w_i/r_i)*x_i / sum_i w_i/r_i,
               r_i = |y - x_i|, each tensor taken as one vector. At a model, the step is that of Vardi and Zhang
     tol       a step shorter than this times the largest r_i is the last
-    Reads:  2 (measure, combine), whatever the number of steps: they are made in the span of the models.
+    Reads:  2 (measure, combine), 3 where a model is shorter than the first by more than 8, whatever the number of
+            steps: they are made in the span of the models.
     Models: 2 to 64; base_model only gives config and tokenizer unless it is listed.
     Source: Weiszfeld 1937; Vardi and Zhang 2000, "The multivariate L1-median and associated data depth".
     Differs from mergekit: it has no such method.  NaN or Inf in a model is an error.
     """
-    span = Span(finite((yield Measure(deltas=True)), tensor.name), based=False)
+    span = yield from spanned(tensor.name, based=False)
     pull = shares(weight, instead="Give at least one model a weight")
     y = pull
     for _ in range(max_iter):
@@ -50,4 +51,4 @@ def geometric_median(
         y = tuple(a + move * (b - a) for a, b in zip(y, goal, strict=True))
         if move * leap <= tol * far:
             break
-    return Combine(y, sums_to_one=True)
+    return Combine(y, sums_to_one=True, pivot=span.pivot(y))

@@ -6,9 +6,9 @@ import math
 from typing import Annotated
 
 from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.requests import Measure, Steps
+from fastinterp.compute.requests import Steps
 from fastinterp.methods import NotNegative, Range, method
-from fastinterp.methods._sphere import NEARLY_OPPOSITE, Span, Vector, finite, summed
+from fastinterp.methods._sphere import NEARLY_OPPOSITE, Span, Vector, spanned, summed
 
 
 @method(base="none", models=(2, 64))
@@ -17,17 +17,18 @@ def karcher(n: int, tensor: Tensor, *, max_iter: Annotated[int, Range(0, 1000)] 
 
     u         unit vector with the least sum_i angle(u, x_i)^2: the mean of the x_i/|x_i|, moved in steps along the
               mean of the great circles to them. A model that is opposite to u to 1e-6 rad has no such circle and is
-              left out. Where all directions cancel, u starts at the first model's. Tensors of zeros have no direction;
-              of these alone, out is zeros
+              left out. Where all directions cancel, u starts at the first model's; a step that would lead to 0 is not
+              made. Tensors of zeros have no direction; of these alone, out is zeros
     max_iter  steps at most
     tol       radians: a step shorter than this is the last, and is not made
-    Reads:  2 (measure, combine), whatever the number of steps: they are made in the span of the models.
+    Reads:  2 (measure, combine), 3 where a model is shorter than the first by more than 8, whatever the number of
+            steps: they are made in the span of the models.
     Models: 2 to 64; base_model only gives config and tokenizer unless it is listed.
     Source: Karcher 1977; mergekit `karcher`.
     Differs from mergekit `karcher`: all is float64, where mergekit has the storage dtype's cosines, whose angles are 0
     for close models in bf16; short tensors count (mergekit drops those with |x_i| <= tol). NaN or Inf is an error.
     """
-    span = Span(finite((yield Measure(deltas=True)), tensor.name), based=False)
+    span = yield from spanned(tensor.name, based=False)
     lengths = [span.norm(v) for v in span.models]
     units = [[k / length for k in v] for v, length in zip(span.models, lengths, strict=True) if length]
     if not units:
@@ -39,9 +40,11 @@ def karcher(n: int, tensor: Tensor, *, max_iter: Annotated[int, Range(0, 1000)] 
         size = span.norm(step)
         if size < max(tol, 1e-15):
             break
-        u = summed((math.cos(size), math.sin(size) / size), (u, step))
-        u = _scaled(u, 1.0 / span.norm(u))
-    return Combine(span.weights(_scaled(u, math.fsum(lengths) / n)))
+        moved = summed((math.cos(size), math.sin(size) / size), (u, step))
+        if not span.norm(moved):
+            break
+        u = _scaled(moved, 1.0 / span.norm(moved))
+    return span.sum(_scaled(u, math.fsum(lengths) / n))
 
 
 def _scaled(v: Vector, factor: float) -> Vector:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.requests import Measure, Steps
+from fastinterp.compute.requests import Steps
 from fastinterp.methods import Each, NotNegative, method
-from fastinterp.methods._sphere import Span, finite, summed
+from fastinterp.methods._sphere import spanned, summed
 from fastinterp.methods._weights import shares
 
 
@@ -21,7 +21,8 @@ def multislerp(
     weight             w_i, one per model other than the base
     normalize_weights  divide each w_i by their sum
     eps                where |m| <= eps, directions cancel, and out = sum_i w_i*v_i
-    Reads:  2 (measure, combine).  Models: 2 to 64, with or without a base; one beside the base is copied.
+    Reads:  2 (measure, combine), 3 where without a base a model is shorter than the first by more than 8.
+    Models: 2 to 64, with or without a base; one beside the base is copied.
     Source: mergekit `multislerp` (goddard.blog).
     Differs from mergekit `multislerp`: its tangent term, sum_i w_i*(u_i - <u_i,m>*m), is 0 by construction and left
     out; lengths and directions are float64 (mergekit: the storage dtype), and eps is not added to lengths; directions
@@ -36,7 +37,7 @@ def multislerp(
         if normalize_weights
         else weight
     )
-    span = Span(finite((yield Measure(deltas=True)), tensor.name), based=based)
+    span = yield from spanned(tensor.name, based=based)
     lengths = [span.norm(v) for v in span.models]
     turned = [a / length if length else 0.0 for a, length in zip(w, lengths, strict=True)]
     m = summed(turned, span.models)
@@ -45,4 +46,4 @@ def multislerp(
         m, scale = summed(w, span.models), 1.0
     else:
         scale = math.fsum(a * length for a, length in zip(w, lengths, strict=True)) / size
-    return Combine(span.weights([scale * k for k in m]), 0 if based else None)
+    return span.sum([scale * k for k in m])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.requests import GroupCombine, Measure, Measured, Per, Steps
+from fastinterp.compute.requests import GroupCombine, Measure, Per, Steps
 from fastinterp.errors import MethodError
 from fastinterp.methods import Each, method
-from fastinterp.methods._sphere import angle, angle_to_sum, arc, finite
+from fastinterp.methods._sphere import angle, angles, arc, finite
 from fastinterp.methods._weights import shares
 
 
@@ -23,7 +23,8 @@ def nuslerp(
     nuslerp_flatten   true: each tensor is one vector. false: each index of all dimensions but the last has its angle
     nuslerp_row_wise  with nuslerp_flatten false: each index of the last dimension has its angle instead, which is what
                       mergekit does, whatever the name says. Tensors of one dimension are always one vector
-    Reads:  2 (measure, combine).  Models: exactly 2, with or without a base beside them.
+    Reads:  2 (measure, combine), 3 where without a base x2 is shorter than x1 by more than 8.
+    Models: exactly 2, with or without a base beside them.
     Source: mergekit `nuslerp`; Shoemake 1985.
     Differs from mergekit `nuslerp`: angles are float64, where mergekit has those of the storage dtype, which in bf16
     are 0 above cos 0.998; weights that cancel are an error, not t = 0.5; under nuslerp_row_wise a tensor of 3
@@ -38,14 +39,13 @@ def nuslerp(
     per: Per = "tensor"
     if not nuslerp_flatten and len(tensor.shape) > 1:
         per = "column" if nuslerp_row_wise else "row"
+    if not based:
+        thetas, short = yield from angles(tensor.name, per)
+        groups = [arc(t, theta) for theta in thetas]
+        return (
+            Combine(groups[0], pivot=1 if short[0] else None) if per == "tensor" else GroupCombine(tuple(groups), per)
+        )
     found = yield Measure(deltas=True, per=per)
-    groups = [_weights(finite(g, tensor.name), t, based) for g in ([found] if per == "tensor" else found)]
-    base = 0 if based else None
-    return Combine(groups[0], base) if per == "tensor" else GroupCombine(tuple(groups), per, base)
-
-
-def _weights(found: Measured, t: float, based: bool) -> tuple[float, ...]:
-    g = found.gram
-    if based:
-        return (0.0, *arc(t, angle(g[1][1], g[2][2], g[1][2])))
-    return arc(t, angle_to_sum(g[0][0], g[1][1], g[0][1]))
+    deltas = [finite(g, tensor.name).gram for g in ([found] if per == "tensor" else found)]
+    added = [(0.0, *arc(t, angle(g[1][1], g[2][2], g[1][2]))) for g in deltas]
+    return Combine(added[0], 0) if per == "tensor" else GroupCombine(tuple(added), per, 0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.requests import Measure, Steps
+from fastinterp.compute.requests import Steps
 from fastinterp.methods import Unit, method
-from fastinterp.methods._sphere import angle_to_sum, arc, finite
+from fastinterp.methods._sphere import angles, arc
 
 STRAIGHT = 0.9995  # |cos| above which a straight line is used: 1.81 degrees, so for nearly all fine-tunes of one base
 
@@ -20,15 +20,16 @@ def slerp(n: int, tensor: Tensor, *, t: Unit) -> Steps:
     s0, s1  sin((1-t)*a)/sin(a), sin(t*a)/sin(a), with a the angle between x0 and x1, each tensor taken as one vector;
             1-t and t where |cos a| > 0.9995, opposite vectors included. A tensor of zeros is at a right angle
     t       fraction of the way, 0..1
-    Reads:  2 (measure, combine).  Models: exactly 2, the base and one more.
+    Reads:  2 (measure, combine), 3 where x1 is shorter than x0 by more than 8.
+    Models: exactly 2, the base and one more.
     Source: Shoemake 1985, "Animating rotation with quaternion curves".
     Differs from mergekit `slerp`: the angle is float64, from x1 - x0, where mergekit normalises and sums in float32.
     NaN or Inf in a model is an error; mergekit makes NaN of the whole tensor.
     """
     if t in (0.0, 1.0):
         return Combine((1.0 - t, t), sums_to_one=True)
-    found = finite((yield Measure(deltas=True)), tensor.name)
-    theta = angle_to_sum(found.gram[0][0], found.gram[1][1], found.gram[0][1])
+    (theta,), (short,) = yield from angles(tensor.name)
+    pivot = 1 if short else None
     if abs(math.cos(theta)) > STRAIGHT:
-        return Combine((1.0 - t, t), sums_to_one=True)
-    return Combine(arc(t, theta))
+        return Combine((1.0 - t, t), sums_to_one=True, pivot=pivot)
+    return Combine(arc(t, theta), pivot=pivot)

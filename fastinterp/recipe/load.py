@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.compute.dtypes import DType, parse_dtype
-from fastinterp.compute.ops import Combine
+from fastinterp.compute.ops import Combine, Tensor
 from fastinterp.errors import MethodError
 from fastinterp.methods import LARGEST, Method, Sidecar, clipped, shown, suggestion
 from fastinterp.recipe.build import Builder
@@ -256,14 +256,17 @@ def _constants(
 ) -> tuple[Mapping[str, Any] | None, Combine | None]:
     """(parameters, coefficients) of a recipe that is one part and the same for every tensor.
 
-    Of others it runs the method all the same, where it can be run without a tensor: what is wrong shows here.
+    Of others it runs the method all the same, where it can be run without a tensor, and one that asks up to its first
+    request: what is wrong shows here.
     """
     parameters, coefficients = None, None
     parts = [part for section in sections for part in section.parts if not part.copies]
     for part in parts:
         if part.is_constant:
             parameters = Resolver(document, method, part).parameters("", ("",) * len(part.sources), None)
-            if not method.generator and method.fn.__code__.co_argcount == 1:
+            if method.generator:
+                _begin(document, method, part, parameters)
+            elif method.fn.__code__.co_argcount == 1:
                 coefficients = _coefficients(document, method, part, parameters)
     if len(parts) != 1 or sections[0].stacked or sections[0].name is not None:
         return None, None
@@ -308,6 +311,29 @@ def _integers(document: Document, wish: Wish, models: Sequence[str]) -> str | No
         if same_model(model, name):
             return model
     raise document.error(f"`integers` must name a model that is merged, got {shown(name)}", "$.integers")
+
+
+def _begin(document: Document, method: Method, part: Part, parameters: Mapping[str, Any]) -> None:
+    """Run a method that asks up to its first request, for a tensor that is none: what is wrong by then are parameters.
+
+    Raises: MethodError with path and line.
+    """
+    try:
+        next(method(len(part.sources), Tensor("", (2, 2), model_numel=4), **parameters), None)
+    except MethodError as error:
+        spot = _spot(method, part, error.message)
+        raise document.error(error.message, spot, kind=MethodError) from None
+
+
+def _spot(method: Method, part: Part, message: str) -> str:
+    """Where the parameter that a message names last has its one value; if it has several, where the part stands."""
+    named = [p.name for p in method.parameters if f"`{p.name}`" in message]
+    levels = (*part.levels, *(source.own for source in part.sources))
+    for name in sorted(named, key=lambda name: -message.rindex(f"`{name}`")):
+        paths = {level[name].path for level in levels if name in level}
+        if paths:
+            return paths.pop() if len(paths) == 1 else part.path
+    return part.path
 
 
 def _coefficients(document: Document, method: Method, part: Part, parameters: Mapping[str, Any]) -> Combine | None:
