@@ -1,8 +1,8 @@
-"""The README's table, made from the files in benchmarks/results/, so that no number in it is typed.
+"""Tables made from the files in benchmarks/results/, so that no number in them is typed.
 
-python -m benchmarks.table            print it
-python -m benchmarks.table --write    put it between the markers in README.md
-python -m benchmarks.table --check    fail if it is not what stands there
+python -m benchmarks.table            print the README's
+python -m benchmarks.table --write    put it, and that of the methods in docs/performance.md, between their markers
+python -m benchmarks.table --check    fail if they are not what stands there
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fastinterp.engine.text import size
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+METHODS = "methods-1b.json"  # what `python -m benchmarks.methods --out` writes
 RIVALS = {
     "copy": "`cp` of one input",
     "touch": "`cat` of all, `cp` of one",
@@ -35,6 +36,8 @@ def load(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
             races.append(found)
         elif "benchmarks" in found:
             kernels = found
+        elif found.get("benchmark") == "methods":
+            continue
         else:
             raise SystemExit(f"{path}: neither a race nor pytest-benchmark's results")
     if not races:
@@ -62,6 +65,24 @@ def table(races: list[dict[str, Any]], kernels: dict[str, Any] | None) -> list[s
         _slowest(races),
         *([_kernels(kernels["benchmarks"])] if kernels else []),
     ]  # fmt: skip
+
+
+def methods_table(found: dict[str, Any]) -> list[str]:
+    """Every method: seconds, memory, reads, and its time as a part of the floor's and of mergekit's."""
+    head = ["method", "inputs", "read", "fastinterp", "memory", RIVALS["touch"], "mergekit"]
+    lines = [_row(head), _row(["---", *["---:"] * (len(head) - 1)])]
+    for name, one in found["methods"].items():
+        own, floor, rival = (one["racers"].get(r) for r in ("fastinterp", "floor", "mergekit"))
+        lines.append(
+            _row([
+                f"`{name}`", str(one["inputs"]), f"{one['reads']:.2f} x", _seconds(own["median_wall_s"]),
+                f"{own['peak_anon_bytes'] / 1e6:.0f} MB",
+                f"{_seconds(floor['median_wall_s'])} ({_digits(floor['ratio']['median'])})",
+                f"{_seconds(rival['median_wall_s'])} ({_digits(rival['ratio']['median'])})" if rival else "",
+            ])
+        )  # fmt: skip
+    race = {"racers": {}, "provenance": found["provenance"]}
+    return [*lines, "", _machine(race)]
 
 
 def _row(cells: list[str]) -> str:
@@ -139,6 +160,19 @@ def _case(e: dict[str, Any]) -> str:
     return f"{e['dtype'].lower()}-n{e['n']}-k{e['k']}-{e['place']}-t{e['threads']}"
 
 
+def _between(file: Path, begin: str, end: str, lines: list[str], write: bool) -> None:
+    """Put the lines between the markers, or exit if they do not stand there."""
+    text = file.read_text("utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        sys.exit(f"{file}: it needs one line {begin} and, below it, one line {end}")
+    block = "\n".join([begin, *lines, end])
+    made = re.sub(f"{begin}.*{end}", lambda _: block, text, flags=re.DOTALL)
+    if write:
+        file.write_text(made, "utf-8")
+    elif made != text:
+        sys.exit(f"{file}: the table is not that of the results. Run: python -m benchmarks.table --write")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
@@ -147,18 +181,16 @@ def main() -> None:
     what.add_argument("--write", action="store_true")
     what.add_argument("--check", action="store_true")
     asked = parser.parse_args()
-    lines = "\n".join(table(*load(asked.results)))
+    lines = table(*load(asked.results))
     if not (asked.write or asked.check):
-        print(lines)
+        print("\n".join(lines))
         return
-    text = asked.readme.read_text("utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        sys.exit(f"{asked.readme}: it needs one line {BEGIN} and, below it, one line {END}")
-    made = re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{lines}\n{END}", text, flags=re.DOTALL)
-    if asked.write:
-        asked.readme.write_text(made, "utf-8")
-    elif made != text:
-        sys.exit(f"{asked.readme}: the table is not that of {asked.results}. Run: python -m benchmarks.table --write")
+    _between(asked.readme, BEGIN, END, lines, asked.write)
+    methods = asked.results / METHODS
+    if methods.exists():
+        rows = methods_table(json.loads(methods.read_text("utf-8")))
+        page = ROOT / "docs" / "performance.md"
+        _between(page, "<!-- methods:begin -->", "<!-- methods:end -->", rows, asked.write)
 
 
 if __name__ == "__main__":
