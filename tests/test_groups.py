@@ -207,22 +207,22 @@ def test_a_weight_of_zero_lets_nothing_through(per):
 
 def test_rows_of_group_combines():
     """Which input is the pivot, which are not read, and what is a copy."""
-    assert GroupCombine(((0, 0.0, 2.0), (0, 0.0, 0.0)), "row", base=0).row() == GroupRow(
+    assert GroupCombine(array("d", [0, 0, 2, 0, 0, 0]), 3, "row", base=0).row() == GroupRow(
         0, array("d", [1, 1]), (2,), array("d", [2, 0])
     )
-    assert GroupCombine(((0, 0.25, 0.5), (0, 0.5, 0.5)), "row").row() == GroupRow(
+    assert GroupCombine(array("d", [0, 0.25, 0.5, 0, 0.5, 0.5]), 3, "row").row() == GroupRow(
         1, array("d", [0.75, 1.0]), (2,), array("d", [0.5, 0.5])
     )
-    assert GroupCombine(((0.3, 0.7),), "column", sums_to_one=True).row() == GroupRow(
+    assert GroupCombine(array("d", [0.3, 0.7]), 2, "column", sums_to_one=True).row() == GroupRow(
         0, array("d", [1.0]), (1,), array("d", [0.7])
     )
-    assert GroupCombine(((0, 0), (0, 0)), "row", base=0).row() == Row(0)
-    assert GroupCombine(((0, 1), (0, 1)), "row").row() == Row(1)
+    assert GroupCombine(array("d", [0, 0, 0, 0]), 2, "row", base=0).row() == Row(0)
+    assert GroupCombine(array("d", [0, 1, 0, 1]), 2, "row").row() == Row(1)
     with pytest.raises(ValueError, match="no weight of its own"):
-        GroupCombine(((1, 1),), "row", base=0).row()
-    assert GroupCombine(((0, 0), (0, 0)), "row").row() == Row(0, 0.0)
+        GroupCombine(array("d", [1, 1]), 2, "row", base=0).row()
+    assert GroupCombine(array("d", [0, 0, 0, 0]), 2, "row").row() == Row(0, 0.0)
     with pytest.raises(ValueError, match="a weight for each input"):
-        GroupCombine(((0, 1), (1,)), "row").row()
+        GroupCombine(array("d", [0, 1, 1]), 2, "row").row()
 
 
 # --- divergence ------------------------------------------------------------------------------------------------------

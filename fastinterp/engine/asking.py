@@ -163,13 +163,16 @@ def _probes(request: Request, place: Place, n: int, name: str, seed: int) -> Pro
         kind = "measure_deltas" if request.deltas else "measure"
         if request.per == "tensor":
             return Groups(n, (yield place.asking(kind, inputs)))[0]
-        return Groups(n, (yield place.asking(kind, inputs, per=request.per, columns=place.columns)))
+        groups = place.columns if request.per == "column" else place.numel // max(1, place.columns)
+        held = 8 * groups * (n * (n + 1) // 2 + 2 * n + n)  # sums, counts, and the weights that come of them
+        return Groups(n, (yield place.asking(kind, inputs, held, per=request.per, columns=place.columns)))
     if isinstance(request, MeasureKept):
         keys = kept_step(request, name=name, seed=seed)
         sums, counts = yield place.asking("kept", inputs, columns=place.columns, **keys)
         return kept_of(request, _flat(sums, "d").tolist(), _flat(counts, "q").tolist())
     if isinstance(request, Divergence):
-        return tuple(_flat((yield place.asking("divergence", inputs, columns=place.columns))[0], "d"))
+        held = 8 * (place.numel // max(1, place.columns))
+        return _flat((yield place.asking("divergence", inputs, held, columns=place.columns))[0], "d")
     return (yield from _selected(request, place, n))
 
 
@@ -275,7 +278,8 @@ def _writer(
         inputs = sorted({i for row in rows for i in (row.pivot, *row.inputs)})
         at = {i: k for k, i in enumerate(inputs)}
         native = [(at[row.pivot], row.totals, [at[i] for i in row.inputs], row.weights) for row in rows]
-        return place.writing("combine", inputs, outputs, rows=native, per=kind, columns=place.columns)
+        held = sum(8 * (len(row.totals) + len(row.weights)) for row in rows)
+        return place.writing("combine", inputs, outputs, held, rows=native, per=kind, columns=place.columns)
     inputs = sorted({i for row in rows for i in read_inputs(row)})
     masked = [masked_step(row, name=name, seed=seeds[k], inputs=inputs) for row, k in zip(rows, outputs, strict=True)]
     return place.writing("masked", inputs, outputs, masked=masked, columns=place.columns)

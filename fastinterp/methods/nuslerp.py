@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from fastinterp.compute.ops import Combine, Tensor
 from fastinterp.compute.requests import GroupCombine, Measure, Measured, Per, Steps
 from fastinterp.errors import MethodError
@@ -39,9 +41,13 @@ def nuslerp(
     if not nuslerp_flatten and len(tensor.shape) > 1:
         per = "column" if nuslerp_row_wise else "row"
     found = yield Measure(deltas=True, per=per)
-    groups = [_weights(finite(g, tensor.name), t, based) for g in ([found] if per == "tensor" else found)]
     base = 0 if based else None
-    return Combine(groups[0], base) if per == "tensor" else GroupCombine(tuple(groups), per, base)
+    if per == "tensor":
+        return Combine(_weights(finite(found, tensor.name), t, based), base)
+    weights = array("d")
+    for group in found:
+        weights.extend(_weights(finite(group, tensor.name), t, based))
+    return GroupCombine(weights, n, per, base)
 
 
 def _weights(found: Measured, t: float, based: bool) -> tuple[float, ...]:
