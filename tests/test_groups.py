@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fastinterp
 from fastinterp._C import Pump
 from fastinterp.compute import reference, reference_groups
 from fastinterp.compute.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
 from fastinterp.compute.ops import GroupRow, Row
 from fastinterp.compute.requests import GroupCombine
+from fastinterp.errors import UsageError
 from tests import backends
 from tests.cases import fill
+from tests.checkpoints import read, tensor, write
 
 Raw = np.ndarray[Any, np.dtype[np.uint8]]
 MIXED = (BF16, F32, F16)
@@ -337,3 +340,18 @@ def test_tensors_without_rows():
     ):
         (answer,) = run([nothing, nothing], (F32, BF16), [], step | {"columns": 4}).answers()
         assert [list(part) for part in answer] == [[0] * reals, [0] * counts]
+
+
+def test_weights_by_row_that_do_not_fit_are_refused(tmp_path):
+    """Before they are measured: statistics of many short rows are larger than the rows."""
+    for name in ("base", "a", "b"):
+        values = np.random.default_rng(len(name)).normal(size=(30_000, 4))
+        write(tmp_path / name, {"w": tensor(values + (name == "b"), BF16)})
+    asked = {
+        "merge_method": "model_stock", "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / n)} for n in "ab"], "parameters": {"filter_wise": True},
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="w needs 5760000 bytes for statistics or weights, some of them for each row"):
+        fastinterp.merge(asked, tmp_path / "out", threads=1, max_memory="4MB")
+    fastinterp.merge(asked, tmp_path / "out", threads=1, max_memory="8MB")
+    assert read(tmp_path / "out")["w"].shape == (30_000, 4)

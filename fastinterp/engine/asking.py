@@ -164,14 +164,14 @@ def _probes(request: Request, place: Place, n: int, name: str, seed: int) -> Pro
         if request.per == "tensor":
             return Groups(n, (yield place.asking(kind, inputs)))[0]
         groups = place.columns if request.per == "column" else place.numel // max(1, place.columns)
-        held = 8 * groups * (n * (n + 1) // 2 + 2 * n + n)  # sums, counts, and the weights that come of them
+        held = 2 * 8 * groups * (n * (n + 1) // 2 + 2 * n)  # sums and counts, there and here; weights need less
         return Groups(n, (yield place.asking(kind, inputs, held, per=request.per, columns=place.columns)))
     if isinstance(request, MeasureKept):
         keys = kept_step(request, name=name, seed=seed)
         sums, counts = yield place.asking("kept", inputs, columns=place.columns, **keys)
         return kept_of(request, _flat(sums, "d").tolist(), _flat(counts, "q").tolist())
     if isinstance(request, Divergence):
-        held = 8 * (place.numel // max(1, place.columns))
+        held = 3 * 8 * (place.numel // max(1, place.columns))  # there, here, and the factors of a score
         return _flat((yield place.asking("divergence", inputs, held, columns=place.columns))[0], "d")
     return (yield from _selected(request, place, n))
 
