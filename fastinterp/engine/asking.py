@@ -5,7 +5,7 @@ Imported only where a plan has such tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, overload
 
@@ -23,6 +23,7 @@ from fastinterp.compute.requests import (
     Sum,
 )
 from fastinterp.engine.conversation import Conversation, inputs_of
+from fastinterp.engine.densities import Density, densities
 from fastinterp.engine.jobs import Job, Result, is_copy
 from fastinterp.engine.place import Place, Step
 
@@ -45,7 +46,8 @@ class Asking(Job):
         self._answers: dict[tuple[Request, int], Any] = {}
         self._probing: dict[tuple[Request, int], tuple[Probes, Step]] = {}
         self._written: list[tuple[int, ...]] = []
-        self._effects: list[tuple[tuple[int, ...], bool]] = []  # per output: what it reads, whether it copies
+        # Per output: what it reads, whether it copies, and what thresholds keep of its inputs.
+        self._effects: list[tuple[tuple[int, ...], bool, dict[int, Density]]] = []
         self._begin()
 
     @property
@@ -76,8 +78,12 @@ class Asking(Job):
         rows = [_row(asked) for asked in sums]
         # Noted now, because sums by row are large: they are not held until the end.
         self._effects = [
-            (inputs_of(asked, self.n), isinstance(row, Row) and is_copy(self.place, row))
-            for row, asked in zip(rows, sums, strict=True)
+            (
+                inputs_of(asked, self.n),
+                isinstance(row, Row) and is_copy(self.place, row),
+                densities(asked, told, self.place.numel),
+            )
+            for row, asked, told in zip(rows, sums, self._talk.selected, strict=True)
         ]
         writers = _writers(self.place, rows, sums, self._name, self._seeds)
         self._written = [outputs for outputs, _ in writers]
@@ -103,6 +109,9 @@ class Asking(Job):
 
     def copies(self, k: int) -> bool:
         return self._effects[k][1]
+
+    def densities(self, k: int) -> Mapping[int, Density]:
+        return self._effects[k][2]
 
     def _begin(self) -> None:
         for request, seed in self._talk.requests:

@@ -43,6 +43,7 @@ class Conversation:
     def __init__(self, name: str, calls: Sequence[Callable[[], Any]], seeds: Sequence[int]):
         self.name, self.seeds = name, tuple(seeds)
         self._sums: dict[int, Sum] = {}
+        self.selected: list[list[tuple[Select, Any]]] = [[] for _ in calls]  # per output, what it was told
         self._steps: list[Generator[Request, Any, Sum] | None] = [None] * len(calls)
         self._now: list[Request | None] = [None] * len(calls)
         for k, call in enumerate(calls):
@@ -65,8 +66,9 @@ class Conversation:
         return [self._sums[k] for k in sorted(self._sums)]
 
     def forget(self) -> None:
-        """Let go of the sums."""
+        """Let go of the sums, and what led to them."""
         self._sums.clear()
+        self.selected.clear()
 
     @property
     def ended(self) -> bool:
@@ -78,6 +80,8 @@ class Conversation:
             steps = self._steps[k]
             if request is not None and steps is not None:
                 answer = answers[request, seed]
+                if isinstance(request, Select):
+                    self.selected[k].append((request, answer))
                 self._go_on(k, partial(steps.send, answer))
 
     def _go_on(self, k: int, go: Callable[[], Any]) -> None:
