@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ import fastinterp
 from fastinterp._C import Pump
 from fastinterp.compute import reference, reference_groups
 from fastinterp.compute.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
-from fastinterp.compute.ops import GroupRow, Row
+from fastinterp.compute.ops import GroupRow, Row, Tensor
 from fastinterp.compute.requests import GroupCombine
+from fastinterp.engine.conversation import Conversation, foresee
 from fastinterp.errors import UsageError
+from fastinterp.methods import find
 from tests import backends
 from tests.cases import fill
 from tests.checkpoints import read, tensor, write
@@ -355,3 +358,17 @@ def test_weights_by_row_that_do_not_fit_are_refused(tmp_path):
         fastinterp.merge(asked, tmp_path / "out", threads=1, max_memory="4MB")
     fastinterp.merge(asked, tmp_path / "out", threads=1, max_memory="8MB")
     assert read(tmp_path / "out")["w"].shape == (30_000, 4)
+
+
+@pytest.mark.parametrize("name", ["model_stock", "arcee_fusion", "nuslerp"])
+def test_planning_takes_no_longer_for_more_rows(name):
+    """What is read is foreseen from one group that is made up, so rows may be beyond counting."""
+    parameters = {
+        "model_stock": {"filter_wise": True}, "arcee_fusion": {},
+        "nuslerp": {"weight": (1, 1), "nuslerp_flatten": False},
+    }[name]  # fmt: skip
+    n = 3 if name == "model_stock" else 2
+    call = partial(find(name), n, Tensor("w", (10**12, 4)), **parameters)
+    reads, whole = foresee(Conversation("w", [call], [0]), n, (10**12, 4))
+    assert [what for what, _ in reads][-1] == "combine" and not whole
+    assert all(inputs == tuple(range(n)) for _, inputs in reads)
