@@ -363,7 +363,7 @@ def test_weights_by_row_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.parametrize("name", ["model_stock", "arcee_fusion", "nuslerp"])
 def test_planning_takes_no_longer_for_more_rows(name):
     """What is read is foreseen from one group that is made up, so rows may be beyond counting."""
-    parameters = {
+    parameters: dict[str, Any] = {
         "model_stock": {"filter_wise": True}, "arcee_fusion": {},
         "nuslerp": {"weight": (1, 1), "nuslerp_flatten": False},
     }[name]  # fmt: skip
