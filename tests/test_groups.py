@@ -363,12 +363,12 @@ def test_weights_by_row_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.parametrize("name", ["model_stock", "arcee_fusion", "nuslerp"])
 def test_planning_takes_no_longer_for_more_rows(name):
     """What is read is foreseen from one group that is made up, so rows may be beyond counting."""
-    parameters: dict[str, Any] = {
+    every: dict[str, dict[str, Any]] = {
         "model_stock": {"filter_wise": True}, "arcee_fusion": {},
         "nuslerp": {"weight": (1, 1), "nuslerp_flatten": False},
-    }[name]  # fmt: skip
+    }  # fmt: skip
     n = 3 if name == "model_stock" else 2
-    call = partial(find(name), n, Tensor("w", (10**12, 4)), **parameters)
+    call = partial(find(name), n, Tensor("w", (10**12, 4)), **every[name])
     reads, whole = foresee(Conversation("w", [call], [0]), n, (10**12, 4))
     assert [what for what, _ in reads][-1] == "combine" and not whole
     assert all(inputs == tuple(range(n)) for _, inputs in reads)
