@@ -174,7 +174,7 @@ OwnScore score_of(const py::object& given, int64_t rows) {
   return own;
 }
 
-MaskedOutput masked_output_of(const py::dict& d, int64_t rows, int inputs) {
+MaskedOutput masked_output_of(const py::dict& d, int64_t numel, int64_t rows, int inputs) {
   MaskedOutput out{};
   const auto input = [&](const py::handle given) {
     const int i = given.cast<int>();
@@ -186,7 +186,14 @@ MaskedOutput masked_output_of(const py::dict& d, int64_t rows, int inputs) {
     const bool important = t["importance"].cast<int>() >= 0;
     out.terms.push_back({input(t["input"]), important ? input(t["importance"]) : -1, t["weight"].cast<double>(),
                          t["vote"].cast<double>(), t["share"].cast<double>(), t["alone"].cast<double>(),
-                         keep_of(t["keep"].cast<py::dict>())});
+                         keep_of(t["keep"].cast<py::dict>()), nullptr});
+    if (const py::object known = t["known"]; !known.is_none()) {
+      const auto [masks, place] = known.cast<std::pair<std::shared_ptr<Masks>, int>>();
+      if (!masks->allocated() || masks->numel() != numel || place < 0 || place >= masks->count())
+        throw py::value_error("a term's mask is none of the masks of its tensor");
+      out.terms.back().known = masks->mask(place);
+      out.masks.push_back(masks);
+    }
     if (important != (out.terms[0].importance >= 0)) throw py::value_error("all terms have an importance, or none");
   }
   check_count(out.terms.size(), kMaxInputs, "terms");
@@ -206,19 +213,32 @@ void masked(const Given& given, Step* step) {
   const int64_t columns = ranked_columns_of(given, *step);
   std::vector<MaskedOutput> outputs;
   for (const py::handle d : given.get<py::list>("masked"))
-    outputs.push_back(masked_output_of(d.cast<py::dict>(), step->numel / columns, int(step->inputs.size())));
+    outputs.push_back(
+        masked_output_of(d.cast<py::dict>(), step->numel, step->numel / columns, int(step->inputs.size())));
   if (outputs.size() != step->sinks.size()) throw py::value_error("as many sinks as masked outputs are needed");
   step->sum = std::make_shared<MaskedSum>(given.backend, dtypes_of(*step), std::move(outputs), columns);
 }
 
 void kept(const Given& given, Step* step) {
-  std::vector<KeepTest> keeps;
-  for (const py::handle d : given.get<py::list>("keeps")) keeps.push_back(keep_of(d.cast<py::dict>()));
-  if (keeps.size() != step->inputs.size()) throw py::value_error("as many keeps as inputs are needed");
+  KeptAsk ask{};
+  for (const py::handle d : given.get<py::list>("keeps")) ask.keeps.push_back(keep_of(d.cast<py::dict>()));
+  if (ask.keeps.size() != step->inputs.size()) throw py::value_error("as many keeps as inputs are needed");
   const int64_t columns = ranked_columns_of(given, *step);
-  OwnScore score = score_of(given.get<py::object>("score"), step->numel / columns);
-  step->survey = std::make_shared<KeptSurvey>(given.backend, dtypes_of(*step), std::move(keeps), std::move(score),
-                                              step->numel, columns);
+  ask.score = score_of(given.get<py::object>("score"), step->numel / columns);
+  ask.l1 = given.get<bool>("l1");
+  ask.squares = given.get<bool>("squares");
+  ask.places.resize(ask.keeps.size(), -1);
+  if (given.keys.contains("masks")) {
+    const auto [masks, places] = given.get<std::pair<std::shared_ptr<Masks>, std::vector<int>>>("masks");
+    masks->allocate();
+    ask.masks = masks;
+    ask.places = places;
+    if (ask.masks->numel() != step->numel || ask.places.size() != ask.keeps.size())
+      throw py::value_error("masks are needed of this tensor, and a place among them or -1 per input");
+    for (const int place : ask.places)
+      if (place < -1 || place >= ask.masks->count()) throw py::value_error("an input's mask is none of the masks");
+  }
+  step->survey = std::make_shared<KeptSurvey>(given.backend, dtypes_of(*step), std::move(ask), step->numel, columns);
 }
 
 void histogram(const Given& given, Step* step) {
@@ -256,7 +276,7 @@ const std::vector<Kind>& kinds() {
       {"histogram", false, false, histogram, {"ranked", "every", "score"}},
       {"divergence", false, false, divergence, {}},
       {"masked", true, false, masked, {"masked"}},
-      {"kept", false, false, kept, {"keeps", "score"}},
+      {"kept", false, false, kept, {"keeps", "score", "l1", "squares", "masks"}},
   };
   return all;
 }
@@ -346,7 +366,14 @@ py::object answer_of(const Answer& answer) {
   return py::make_tuple(view_of(answer.reals, "d"), view_of(answer.counts, "q"));
 }
 
-void bind_counts(py::module_& m) {
+void bind_answers(py::module_& m) {
+  py::class_<Masks, std::shared_ptr<Masks>>(m, "Masks", "Which elements of some deltas are kept, a bit for each.")
+      .def(py::init([](int count, int64_t numel) {
+             if (count < 1 || numel < 0) throw py::value_error("masks are one or more, of 0 elements or more");
+             return std::make_shared<Masks>(count, numel);
+           }),
+           py::arg("count"), py::arg("numel"))
+      .def_property_readonly("nbytes", &Masks::bytes);
   py::class_<Counts, std::shared_ptr<Counts>>(m, "Counts", "How many magnitudes of one vector lie where.")
       .def_readonly("elements", &Counts::elements, "That were looked at.")
       .def_readonly("above", &Counts::above, "Above the last bin.")

@@ -42,8 +42,8 @@ std::vector<Handle> handles_of(const pybind11::list& given) {
 // A step from its dict. Its kind's row in the table of bind_steps.cpp tells which keys it has.
 Step step_of(const pybind11::dict& given, const Backend& backend, size_t sources, size_t sinks, bool stochastic);
 
-// Adds the class of the counts that a histogram answers with.
-void bind_counts(pybind11::module_& m);
+// Adds the classes of the counts that a histogram answers with, and of the masks that a survey of keeps fills.
+void bind_answers(pybind11::module_& m);
 
 // (f64[...], i64[...]) as memoryviews; of a histogram a list of counts.
 pybind11::object answer_of(const Answer& answer);

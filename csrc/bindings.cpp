@@ -194,7 +194,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cached_fraction", &fi::cached_fraction, py::arg("fd"), py::arg("size"),
         "Fraction of a file in the page cache, from 64 sampled pages; -1 if unknown.");
 
-  fi::bind_counts(m);
+  fi::bind_answers(m);
   py::class_<fi::Pump>(m, "Pump", "Reads, combines and writes steps on threads of its own.")
       .def(py::init(&make_pump), py::arg("isa"), py::arg("sources"), py::arg("sinks"), py::arg("steps"), py::kw_only(),
            py::arg("threads"), py::arg("write_bytes"), py::arg("read_bytes"), py::arg("stochastic"),

@@ -69,6 +69,22 @@ FI_INLINE double log_once(double x) {
 // 16 * (e / 64) + e % 16: sixteen counters serve 64 elements, so that a 16-lane unit needs no transposition.
 constexpr int kPhiloxGroup = 64, kPhiloxLanes = 16;
 
+constexpr int kPhiloxRounds = 10;
+
+// The key of each round, in memory: vector units take it from there.
+struct PhiloxKeys {
+  uint64_t low[kPhiloxRounds], high[kPhiloxRounds];
+  explicit PhiloxKeys(uint64_t key) {
+    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      low[round] = k0;
+      high[round] = k1;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+  }
+};
+
 template <class W>
 struct PhiloxWords {
   W w[4];
@@ -76,20 +92,36 @@ struct PhiloxWords {
 
 // W is uint64_t, or a vector of them; product(c, k) multiplies the low half of each element of c by k. Words are in the
 // low halves, and what the high halves hold does not matter.
+// `space`: 0 or 1, the third word of the counter.
 template <class W, class Product>
-FI_INLINE PhiloxWords<W> philox(W counter, uint64_t key, Product product) {
-  W c0 = counter, c1 = counter >> 32, c2 = counter ^ counter, c3 = c2;
-  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-  for (int round = 0; round < 10; ++round) {
+FI_INLINE PhiloxWords<W> philox(W counter, const PhiloxKeys& keys, Product product, uint32_t space = 0) {
+  W c0 = counter, c1 = counter >> 32, c3 = counter ^ counter, c2 = c3 | space;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
     const W a = product(c0, 0xD2511F53u), b = product(c2, 0xCD9E8D57u);
-    c0 = (b >> 32) ^ c1 ^ k0;
+    c0 = (b >> 32) ^ c1 ^ keys.low[round];
     c1 = b;
-    c2 = (a >> 32) ^ c3 ^ k1;
+    c2 = (a >> 32) ^ c3 ^ keys.high[round];
     c3 = a;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   return {{c0, c1, c2, c3}};
+}
+
+// The random number of a keep has two halves of 16 bits. Element e takes them from word (e / 16) % 4 of the counter
+// 16 * (e / 128) + e % 16, in space 0 its high half and in space 1 its low half: of the word the low half if e % 128 <
+// 64, else the high one. The low half is looked at only where the high one equals that of the limit.
+constexpr int kKeepGroup = 2 * kPhiloxGroup;
+
+FI_INLINE uint32_t low_half(int64_t e, uint64_t key) {
+  const uint64_t counter = uint64_t(e / kKeepGroup) * kPhiloxLanes + uint64_t(e % kPhiloxLanes);
+  const auto product = [](uint64_t c, uint32_t k) { return (c & 0xffffffffu) * k; };
+  const uint32_t word = uint32_t(philox(counter, PhiloxKeys(key), product, 1).w[e / kPhiloxLanes % 4]);
+  return e % kKeepGroup < kPhiloxGroup ? word & 0xffffu : word >> 16;
+}
+
+// Whether the number of element e, whose high half is given, is below a limit of 0..2^32.
+FI_INLINE bool is_below(uint32_t high, uint64_t limit, int64_t e, uint64_t key) {
+  if (high != limit >> 16) return high < limit >> 16;
+  return (limit & 0xffffu) != 0 && low_half(e, key) < (limit & 0xffffu);
 }
 
 }  // namespace fi

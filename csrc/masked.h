@@ -11,9 +11,30 @@ struct OwnScore {
   std::vector<float> factors;
 };
 
+// Which elements of some deltas are kept, as a survey found it: a mask for each of them.
+class Masks {
+ public:
+  Masks(int count, int64_t numel) : count_(count), numel_(numel) {}
+  // Before they are filled. Not cleared: what is read of them was written.
+  void allocate() {
+    if (!bits_) bits_.reset(new uint8_t[size_t(bytes())]);
+  }
+  bool allocated() const { return bits_ != nullptr; }
+  int count() const { return count_; }
+  int64_t numel() const { return numel_; }
+  int64_t bytes() const { return count_ * mask_bytes(numel_); }
+  uint8_t* mask(int i) const { return bits_.get() + i * mask_bytes(numel_); }
+
+ private:
+  const int count_;
+  const int64_t numel_;
+  std::unique_ptr<uint8_t[]> bits_;
+};
+
 struct MaskedOutput {
   MaskedRow row;  // but for its pointers and its score, which are of what follows
   std::vector<MaskedTerm> terms;
+  std::vector<std::shared_ptr<const Masks>> masks;  // that terms point to
   OwnScore score;
   std::vector<int> reads;
   bool wide;
@@ -36,11 +57,19 @@ class MaskedSum : public Sum {
   int terms_ = 0, ranks_ = 0;  // the most terms of an output; terms with ranks, of all outputs
 };
 
+// What is asked of the survey beside counts.
+struct KeptAsk {
+  std::vector<KeepTest> keeps;
+  OwnScore score;
+  bool l1, squares;
+  std::shared_ptr<const Masks> masks;  // to be filled; null if not wanted
+  std::vector<int> places;             // of each input: the mask among these, or -1
+};
+
 // Answers with 3n reals and 2n counts: see KeptArgs.
 class KeptSurvey : public Survey {
  public:
-  KeptSurvey(const Backend& backend, std::vector<DType> dtypes, std::vector<KeepTest> keeps, OwnScore score,
-             int64_t numel, int64_t columns);
+  KeptSurvey(const Backend& backend, std::vector<DType> dtypes, KeptAsk ask, int64_t numel, int64_t columns);
   int64_t piece() const override { return piece_; }
   int64_t scratch_bytes() const override;
   void run(const Inputs& inputs, int64_t first, int64_t count, char* scratch) override;
@@ -51,8 +80,7 @@ class KeptSurvey : public Survey {
 
   const Backend& backend_;
   const std::vector<DType> dtypes_;
-  const std::vector<KeepTest> keeps_;
-  const OwnScore score_;
+  const KeptAsk ask_;
   const int64_t columns_;
   bool wide_ = false, ranks_ = false;
   int64_t piece_ = 16 * kChunk;

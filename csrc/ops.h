@@ -145,7 +145,12 @@ struct MaskedTerm {
   int input, importance;  // importance: an input whose elements are a further factor of the weight, or -1
   double weight, vote, share, alone;
   KeepTest keep;
+  const uint8_t* known;  // which elements of the tensor that keeps, if a survey has found it: kMaskSlack bytes longer
 };
+
+// Masks of elements have a bit for each, the first the lowest. They are read by eight bytes.
+constexpr int kMaskSlack = 8;
+FI_INLINE int64_t mask_bytes(int64_t numel) { return (numel + 7) / 8 + kMaskSlack; }
 
 // A number for every element, of which those below `least` (float32 bits) are dropped from every delta.
 struct Score {
@@ -178,6 +183,10 @@ struct MaskedArgs {
 constexpr int kMaskedTile = 1024;  // elements
 FI_INLINE int64_t masked_scratch(int terms) { return int64_t(terms) * kMaskedTile * 16; }
 
+// Bins in which the magnitudes of a row are counted, and a bit for each: of 2^14 magnitudes, so of 64 powers of two.
+constexpr int kRankBins = 32768;
+constexpr int64_t kRankBinsBytes = kRankBins * 8 + kRankBins / 8;
+
 // One row of a tensor and one delta: which elements the random keep keeps.
 struct RankArgs {
   const void *x0, *x;  // `numel` elements each
@@ -187,6 +196,7 @@ struct RankArgs {
   KeepTest keep;
   int64_t numel, first;
   uint64_t* scratch;  // 2 * numel
+  uint64_t* bins;     // kRankBinsBytes, all 0, and 0 again in the end
   uint8_t* kept;      // numel
 };
 
@@ -200,12 +210,14 @@ struct KeptArgs {
   Score score;
   int64_t numel, first;  // at most kChunk elements: one whole chunk of a tensor, or its last one
   int64_t columns;       // length of a row of the tensor
+  bool l1, squares;      // which of the sums are wanted; the others stay as they are
   void* scratch;         // kept_scratch(n)
   double* sums;     // 3 * n: L1 norms of the deltas, then of what is kept of them, then its squares; 0 for the base
   int64_t* counts;  // 2 * n, added to: elements kept, then those of them that another delta keeps too
+  uint8_t** masks;  // n: of this chunk; null where nobody wants them
 };
 
-FI_INLINE int64_t kept_scratch(int n) { return kChunk * (8 * n + n + 1); }
+FI_INLINE int64_t kept_scratch(int n) { return n * (8 * kChunk + kChunk / 8); }
 
 // Where magnitudes, as float32 bits, are counted: bin (magnitude - low) >> shift, if it is in low..high.
 struct Bracket {

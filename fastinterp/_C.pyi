@@ -44,6 +44,13 @@ class Counts:
     def rank(self, k: int) -> tuple[int, int]: ...
     def at_least(self, first: int) -> int: ...
 
+class Masks:
+    """Which elements of `count` deltas are kept: filled by a step of kind "kept", used by one of kind "masked"."""
+
+    def __init__(self, count: int, numel: int) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
 class Pump:
     """Steps are dicts:
 
@@ -59,8 +66,9 @@ class Pump:
     rows       of "combine", one per output: [(pivot, total, [(input, weight)])]; by groups
                [(pivot, f64[groups], [input], f64[groups * inputs])], all weights of a group together
     masked     of "masked": one dict per output, as compute/masked.py makes them
-    keeps, score
+    keeps, score, l1, squares
                of "kept", made there, too; the score also of "histogram", where it is ranked instead of deltas
+    masks      of "kept", may be left out: (Masks to be filled, which of them for each input, -1 for none)
     ranked     of "histogram": [(input, low, high, shift)], magnitudes low..high are counted in bin
                (magnitude - low) >> shift
     every      of "histogram": strip s of the tensor, STRIP elements, is looked at iff s % every == 0

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastinterp.compute import reference
+from fastinterp.compute import reference_masked
 from fastinterp.compute.ops import Combine, Tensor, philox_key
 from fastinterp.compute.requests import (
     ALL_BITS,
@@ -194,12 +194,12 @@ def kept(keep: Keep, d: Array, i: int, tensor: Tensor, seed: int) -> NDArray[np.
     mask = (keep.least <= mag) & (mag <= keep.most)
     if not keep.is_random:
         return mask
-    words = reference.random_words(philox_key(seed, 1 + i, tensor.name), 0, d.size).astype(np.int64).reshape(d.shape)
-    return mask & (words < _limits(keep, mag))
+    numbers = reference_masked.keep_numbers(philox_key(seed, 1 + i, tensor.name), d.size).astype(np.int64)
+    return mask & (numbers.reshape(d.shape) < _limits(keep, mag))
 
 
 def _limits(keep: Keep, mag: NDArray[np.int64]) -> Any:
-    """Keep where the 32-bit random word is below this."""
+    """Keep where the 32-bit random number is below this."""
     lo, hi = (round(min(max(keep.chance + s, 0.0), 1.0) * 2**32) for s in (-keep.spread, keep.spread))
     if keep.spread == 0.0:
         return lo

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from fastinterp.compute import reference_masked
+from fastinterp._C import Masks
+from fastinterp.compute import reference, reference_masked
 from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from fastinterp.compute.masked import (
     NOTHING,
+    filled_masks,
     kept_inputs,
     kept_of,
     kept_step,
@@ -22,6 +24,7 @@ from fastinterp.compute.masked import (
     terms,
     word_limits,
 )
+from fastinterp.compute.ops import philox_key
 from fastinterp.compute.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
 from tests import backends
 from tests.cases import Guarded
@@ -70,8 +73,9 @@ def check_kept(
     shape: Shape,
     threads: int,
     score: Score | None = None,
+    **wanted: bool,
 ) -> None:
-    ask = MeasureKept((Keep(), *keeps), score)
+    ask = MeasureKept((Keep(), *keeps), score, **wanted)
     sources = guarded(data)
     read = kept_inputs(ask)
     step = {
@@ -95,6 +99,88 @@ def test_kept_counts_by_hand():
     assert found == Kept((0.0, 0.0, 9.0), (0.0, 0.0, 1.0), (0, 0, 3), (0, 0, 0), (0.0, 0.0, 1.0))
     with pytest.raises(ValueError, match="every model needs a keep"):
         kept_inputs(dataclasses.replace(lone, score=Score("spread")))
+
+
+@every_isa
+@pytest.mark.parametrize("wanted", [{"l1": False}, {"squares": False}, {"l1": False, "squares": False}], ids=str)
+def test_what_is_not_asked_is_0(isa, wanted):
+    dtypes, shape = [BF16, F32, BF16], (11, 1009)
+    data = raws("normal", dtypes, math.prod(shape))
+    check_kept(isa, data, dtypes, (KEEPS["ranks"], KEEPS["least"]), shape, 2, **wanted)
+
+
+@every_isa
+@pytest.mark.parametrize("columns", [255, 256, 1024, 5000, 262144, 262145])
+def test_ranks_of_few_and_of_many_magnitudes(isa, columns):
+    """All in one bin, all equal, in steps of bf16, over all powers of two: counted, searched for and sorted."""
+    shape, rng = (7, columns), np.random.default_rng(columns)
+    close = 1 + 2.0**-20 * rng.integers(0, 8, columns)
+    steps = rng.integers(-40, 40, columns) * 2.0**-9
+    wide = rng.normal(size=columns) * 2.0 ** rng.integers(-120, 120, columns)
+    near = 2.0**-9 * rng.normal(size=columns)
+    rows = np.array([close, np.ones(columns), steps, wide, near, np.zeros(columns), -close])
+    data = of(np.zeros(shape).ravel(), rows.ravel())
+    keep = Keep(chance=0.5, spread=0.45)
+    check_kept(isa, data, [F32] * 2, (keep,), shape, 2)
+    rows[rng.random(shape) < 0.1] = np.nan
+    check_kept(isa, of(np.zeros(shape).ravel(), rows.ravel()), [F32] * 2, (keep,), shape, 2, l1=False, squares=False)
+
+
+@every_isa
+@pytest.mark.parametrize("shape", [(300007,), (301, 1013), (0, 4), (1, 1)], ids=str)
+@pytest.mark.parametrize("limit", [math.inf, 0.5])
+def test_masks_that_were_found_give_the_same_bytes(isa, shape, limit):
+    """The sum draws and sorts nothing again; where it limits the deltas, it must."""
+    dtypes, numel = [BF16] * 4, math.prod(shape)
+    data = raws("close", dtypes, numel)
+    keeps = (Keep(), KEEPS["ranks"], KEEPS["band"], Keep(chance=0.3, least=0x3A000000))
+    survey, combine = MeasureKept(keeps, squares=False), MaskedCombine((0.0, 0.5, -0.5, 1.0), keeps=keeps, limit=limit)
+    places = list(filled_masks(survey).values())
+    assert places == [-1, 0, 1, 2]
+    masks, sources, sink = Masks(3, numel), guarded(data), Guarded(2 * numel, 3)
+    common = {
+        "inputs": [(i, 0, code(BF16)) for i in range(4)], "numel": numel,
+        "columns": max(1, reference_masked.columns_of(shape)),
+    }  # fmt: skip
+    found = {"kind": "kept", **common, **kept_step(survey, name=NAME, seed=SEED), "masks": (masks, places)}
+    run(isa, [found], memory(sources), [])
+    known = {(i, keeps[i], SEED): (masks, places[i]) for i in (1, 2, 3)}
+    step = masked_step(combine, name=NAME, seed=SEED, inputs=range(4), known=known)
+    assert [term["known"] is not None for term in step["terms"]] == [limit == math.inf] * 3
+    written = {"kind": "masked", **common, "sinks": [0], "offsets": [0], "out_dtype": code(BF16), "masked": [step]}
+    run(isa, [written], memory(sources), memory([sink]))
+    want, _ = reference_masked.masked(data, dtypes, combine, BF16, shape, name=NAME, seed=SEED)
+    backends.assert_same_bits(want, sink.view, BF16, "with masks")
+
+
+def test_which_masks_are_filled():
+    keeps = (Keep(), Keep(least=5), Keep(chance=0.5), Keep(), Keep(chance=0.5, spread=0.1))
+    assert list(filled_masks(MeasureKept(keeps)).values()) == [-1, -1, 0, -1, 1]
+    assert list(filled_masks(MeasureKept(keeps, Score("spread"))).values()) == [-1] * 5
+    assert filled_masks(MeasureKept((*keeps[:3], None, keeps[4]))) == {0: -1, 1: -1, 2: 0, 4: 1}
+
+
+def test_numbers_of_keeps():
+    """Fair bits in both halves, and the low halves from another space than the high ones."""
+    numbers = reference_masked.keep_numbers(7, 1 << 16)
+    word = reference.philox(np.array([[16 * 3 + 5, 0, 0, 0], [16 * 3 + 5, 0, 1, 0]], np.uint32), 7)[:, 2]
+    assert numbers[3 * 128 + 2 * 16 + 5] == (int(word[0]) & 0xFFFF) << 16 | int(word[1]) & 0xFFFF
+    assert numbers[3 * 128 + 64 + 2 * 16 + 5] == int(word[0]) >> 16 << 16 | int(word[1]) >> 16
+    for bit in range(32):
+        assert abs(np.mean(numbers >> np.uint32(bit) & np.uint32(1)) - 0.5) < 5 * 0.5 / 256
+
+
+@every_isa
+def test_the_low_half_decides_where_the_high_one_is_the_limits(isa):
+    """Limits that lie on an element's number, and just above it."""
+    numbers = reference_masked.keep_numbers(philox_key(SEED, 2, NAME), 4000)
+    data = of(np.zeros(4000), np.ones(4000))
+    for e in (0, 63, 64, 127, 3999):
+        for limit in (int(numbers[e]), int(numbers[e]) + 1):
+            ask = MeasureKept((Keep(), Keep(chance=limit / 2**32)), squares=False)
+            check_kept(isa, data, [F32] * 2, ask.keeps[1:], (4000,), 1)
+            found = reference_masked.kept(data, [F32] * 2, ask, (4000,), name=NAME, seed=SEED)
+            assert found.kept[1] == int(np.sum(numbers < limit))
 
 
 # --- definitions -----------------------------------------------------------------------------------------------------

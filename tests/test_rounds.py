@@ -20,7 +20,7 @@ from fastinterp.compute.dtypes import BF16
 from fastinterp.compute.ops import Combine, Tensor
 from fastinterp.compute.pump import Pump
 from fastinterp.compute.requests import Measure, Select, Selected, Steps
-from fastinterp.engine import rounds
+from fastinterp.engine import asking, rounds
 from fastinterp.engine.plan import make_plan
 from fastinterp.engine.run import carry_out
 from fastinterp.errors import MethodError, UsageError
@@ -184,7 +184,7 @@ def test_a_round_sums_what_the_last_one_asked_and_asks_for_what_follows(tmp_path
     ]
 
 
-@pytest.mark.parametrize("name", ["slerp", "halfway", "dare_ties", "ties"])
+@pytest.mark.parametrize("name", ["slerp", "halfway", "dare_ties", "della", "ties"])
 def test_files_are_the_same_for_any_threads_and_windows(tmp_path, name, monkeypatch):
     models = finite(2)
     paths = saved(tmp_path, models)
@@ -192,13 +192,15 @@ def test_files_are_the_same_for_any_threads_and_windows(tmp_path, name, monkeypa
         "slerp": {"parameters": {"t": 0.3}},
         "halfway": {},
         "dare_ties": {"weights": [1.0], "parameters": {"density": 0.5}},
+        "della": {"weights": [1.0], "parameters": {"density": 0.5}},
         "ties": {"weights": [1.0], "parameters": {"density": 0.5}},
     }
     asked = recipe(name, paths[1:], base_model=paths[0], rounding="stochastic", seed=3, **ways[name])
     outputs = set()
-    for threads, window, held in ((1, 256 << 20, 64 << 20), (2, 1, 64 << 20), (7, 20000, 1)):
+    for threads, window, held, masks in ((1, 1 << 28, 1 << 26, 1 << 26), (2, 1, 1 << 26, 0), (7, 20000, 1, 1 << 26)):
         monkeypatch.setattr(rounds, "ROUND_BYTES", window)
         monkeypatch.setattr(rounds, "HELD_BYTES", held)
+        monkeypatch.setattr(asking, "MASK_BYTES", masks)
         fastinterp.merge(asked, tmp_path / f"out{threads}", threads=threads)
         outputs.add(json.dumps(tree(tmp_path / f"out{threads}"), default=lambda b: hashlib.sha256(b).hexdigest()))
     assert len(outputs) == 1

@@ -5,18 +5,21 @@ The pump and the reference both start from here: rules 10, 13 and 14 of docs/NUM
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastinterp.compute.ops import philox_key
 from fastinterp.compute.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
 
-WORDS = 1 << 32  # random words; a word below a limit of 0..WORDS keeps its element
+WORDS = 1 << 32  # random numbers of a keep; one below a limit of 0..WORDS keeps its element
+# By input, keep and seed: masks and which of them, as the pump has them.
+Known = Mapping[tuple[int, Keep, int], tuple[Any, int]]
 NOTHING = Keep(least=ALL_BITS + 1)  # no magnitude is as large
 
 
 def word_limits(keep: Keep) -> tuple[int, int]:
-    """Limits of the random word, 0..2**32, for the smallest and for the largest magnitude of a row."""
+    """Limits of the random number, 0..2**32, for the smallest and for the largest magnitude of a row."""
 
     def limit(chance: float) -> int:
         return min(max(round(chance * WORDS), 0), WORDS)
@@ -66,25 +69,30 @@ def _check(ask: MaskedCombine) -> None:
 
 
 def keep_step(keep: Keep, key: int) -> dict[str, int]:
-    """A keep for a pump step; `key` is that of the input's random words."""
+    """A keep for a pump step; `key` is that of the input's random numbers."""
     lo, hi = word_limits(keep)
     return {"least": keep.least, "most": keep.most, "lo": lo, "hi": hi, "key": key}
 
 
 def keep_key(keep: Keep, i: int, *, name: str, seed: int) -> int:
-    """The Philox key of input i's random words; 0 if none are drawn."""
+    """The Philox key of input i's random numbers; 0 if none are drawn."""
     return philox_key(seed, 1 + i, name) if keep.is_random else 0
 
 
-def masked_step(ask: MaskedCombine, *, name: str, seed: int, inputs: Sequence[int]) -> dict[str, Any]:
+def masked_step(
+    ask: MaskedCombine, *, name: str, seed: int, inputs: Sequence[int], known: Known | None = None
+) -> dict[str, Any]:
     """One entry of the key "masked" of a pump step.
 
     name, seed  of the output tensor and of the recipe, for random keeps
     inputs      the inputs that the step reads, in its order: `read_inputs`, of one output or of several together
+    known       what keeps leave of this tensor's deltas, where a step of kind "kept" has found it: not used if there is
+                a limit, which changes the deltas
 
     Raises: ValueError, if there is nothing to add to input 0: that is a copy.
     """
     at = {i: k for k, i in enumerate(inputs)}
+    known = known if known and ask.limit == math.inf else {}
     found = [
         {
             "input": at[i],
@@ -94,6 +102,7 @@ def masked_step(ask: MaskedCombine, *, name: str, seed: int, inputs: Sequence[in
             "alone": ask.alone[i] if ask.alone else 0.0,
             "importance": at[ask.importance[i]] if ask.importance else -1,
             "keep": keep_step(keep, keep_key(keep, i, name=name, seed=seed)),
+            "known": known.get((i, keep, seed)),
         }
         for i, keep in terms(ask)
     ]
@@ -120,10 +129,22 @@ def kept_inputs(ask: MeasureKept) -> list[int]:
 
 
 def kept_step(ask: MeasureKept, *, name: str, seed: int) -> dict[str, Any]:
-    """The keys "keeps" and "score" of a pump step of kind "kept", which reads `kept_inputs`."""
+    """The keys of a pump step of kind "kept", which reads `kept_inputs`, that say what is asked."""
     found = [(i, ask.keeps[i] or Keep()) for i in kept_inputs(ask)]
     keeps = [keep_step(keep, keep_key(keep, i, name=name, seed=seed)) for i, keep in found]
-    return {"keeps": keeps, "score": score_step(ask.score)}
+    return {"keeps": keeps, "score": score_step(ask.score), "l1": ask.l1, "squares": ask.squares}
+
+
+def filled_masks(ask: MeasureKept) -> dict[int, int]:
+    """Per input that is read, which mask such a step is to fill with what is kept of it, -1 for none: those that cost
+    most to find again. With a score there are none, since that is no part of a keep."""
+    found, count = {}, 0
+    for i in kept_inputs(ask):
+        keep = ask.keeps[i]
+        fills = i > 0 and keep is not None and keep.is_random and ask.score is None
+        found[i] = count if fills else -1
+        count += fills
+    return found
 
 
 def kept_of(ask: MeasureKept, reals: Sequence[float], counts: Sequence[int]) -> Kept:

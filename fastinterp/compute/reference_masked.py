@@ -13,7 +13,7 @@ from fastinterp.compute.dtypes import F64, DType
 from fastinterp.compute.exact_fma import fma
 from fastinterp.compute.masked import keep_key, kept_inputs, kept_of, read_inputs, terms, word_limits
 from fastinterp.compute.ops import Row, philox_key
-from fastinterp.compute.reference import CHUNK, Array, Stats, narrow, random_words, sampled_stats, widen
+from fastinterp.compute.reference import CHUNK, Array, Stats, narrow, sampled_stats, widen
 from fastinterp.compute.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
 
 INF_BITS = 0x7F800000
@@ -54,12 +54,31 @@ def twice_ranks(mag: Array, columns: int) -> Array:
     return found
 
 
+def keep_numbers(key: int, numel: int) -> Array:
+    """The random numbers that keeps draw for the elements of a tensor: u32[numel].
+
+    The halves of element e, the high one from space 0 and the low one from space 1, the third word of the counter: of
+    word (e // 16) % 4 of counter 16 * (e // 128) + e % 16 the low 16 bits if e % 128 < 64, else the high ones.
+    """
+    e = np.arange(numel, dtype=np.uint64)
+    c = np.uint64(16) * (e // np.uint64(128)) + e % np.uint64(16)
+    which = ((e // np.uint64(16)) % np.uint64(4)).astype(np.int64)[:, None]
+    shift = np.where(e % np.uint64(128) < 64, 0, 16).astype(np.uint32)
+    halves = []
+    for space in (0, 1):
+        counter = [c & np.uint64(0xFFFFFFFF), c >> np.uint64(32), np.full_like(c, space), np.zeros_like(c)]
+        words = np.take_along_axis(reference.philox(np.stack(counter, axis=-1), key), which, axis=1)[:, 0]
+        halves.append(words >> shift & np.uint32(0xFFFF))
+    numbers: Array = halves[0] << np.uint32(16) | halves[1]
+    return numbers
+
+
 def keep_mask(mag: Array, keep: Keep, columns: int, key: int) -> Array:
     """Which elements of a tensor `keep` keeps: bool[numel].
 
     mag      u32[numel], its magnitudes
     columns  length of a row
-    key      of the random words, unused where none are drawn
+    key      of the random numbers, unused where none are drawn
     """
     kept: Array = (mag >= keep.least) & (mag <= keep.most)
     if not keep.is_random:
@@ -69,13 +88,13 @@ def keep_mask(mag: Array, keep: Keep, columns: int, key: int) -> Array:
         limit: Any = (lo + hi) // 2
     else:
         limit = lo + (hi - lo) * twice_ranks(mag, columns) // (2 * (columns - 1)) if hi != lo else lo
-    kept &= random_words(key, 0, mag.size).astype(np.int64) < limit
+    kept &= keep_numbers(key, mag.size).astype(np.int64) < limit
     return kept
 
 
 @np.errstate(all="ignore")
 def scores(d: Sequence[Array], score: Score, columns: int) -> Array:
-    """A score of every element, as float32 bits: u32[numel], NaN as in `magnitudes`. Rule 14.
+    """A score of every element, as float32 bits: u32[numel], NaN as in `magnitudes`. Rule 13.
 
     d        the deltas of all inputs but the base, f32 or f64[numel], limited if the sum limits them
     columns  length of a row
@@ -118,10 +137,14 @@ def kept(
             masks[-1] &= scores(found, ask.score, columns) >= ask.score.least
     count = np.sum(masks, axis=0)
     left = [np.where(m, d, 0) for m, d in zip(masks, found, strict=True)]
+
+    def l1(d: Array) -> float:
+        return reference.lane_dot(abs(d), np.ones_like(d)) if ask.l1 else 0.0
+
     reals = [
-        *(0.0, *(reference.lane_dot(abs(d), np.ones_like(d)) for d in found)),
-        *(0.0, *(reference.lane_dot(abs(d), np.ones_like(d)) for d in left)),
-        *(0.0, *(reference.lane_dot(d, d) for d in left)),
+        *(0.0, *(l1(d) for d in found)),
+        *(0.0, *(l1(d) for d in left)),
+        *(0.0, *(reference.lane_dot(d, d) if ask.squares else 0.0 for d in left)),
     ]
     counts = [0, *(int(m.sum()) for m in masks), 0, *(int((m & (count > 1)).sum()) for m in masks)]
     return kept_of(ask, reals, counts)

@@ -95,12 +95,15 @@ class Measured:
 class MeasureKept:
     """Ask what some keeps would leave of the deltas x_i - x_0. keeps[0] is that of the base, and is ignored.
 
-    keeps  None: nothing is asked about that input, which is not read. Not with a score
-    score  drops elements of all models, as in MaskedCombine
+    keeps        None: nothing is asked about that input, which is not read. Not with a score
+    score        drops elements of all models, as in MaskedCombine
+    l1, squares  whether Kept needs the L1 norms, and the squares: each costs time. Else they are 0
     """
 
     keeps: tuple[Keep | None, ...]
     score: Score | None = None
+    l1: bool = True
+    squares: bool = True
 
 
 @dataclass(frozen=True, slots=True)

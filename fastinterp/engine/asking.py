@@ -6,14 +6,17 @@ Imported only where a plan has such tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any, overload
 
-from fastinterp.compute.masked import kept_of, kept_step, masked_step, read_inputs, terms
+from fastinterp.compute.dtypes import F64
+from fastinterp.compute.masked import Known, filled_masks, kept_of, kept_step, masked_step, read_inputs, terms
 from fastinterp.compute.ops import GroupRow, Row
 from fastinterp.compute.requests import (
     Divergence,
     GroupCombine,
+    Keep,
     MaskedCombine,
     Measure,
     Measured,
@@ -26,9 +29,11 @@ from fastinterp.engine.conversation import Conversation, inputs_of
 from fastinterp.engine.densities import Density, densities
 from fastinterp.engine.jobs import Job, Result, is_copy
 from fastinterp.engine.place import Place, Step
+from fastinterp.engine.sources import dtype_code
 
 _AT_A_TIME = 1024  # groups whose numbers are Python's at a time
 Probes = Generator[Step, Any, Any]  # steps, sent their answers one by one; returns the answer to a request
+MASK_BYTES = 64 << 20  # of one tensor that wait for its sum; more are found again
 
 
 class Asking(Job):
@@ -48,6 +53,7 @@ class Asking(Job):
         self._written: list[tuple[int, ...]] = []
         # Per output: what it reads, whether it copies, and what thresholds keep of its inputs.
         self._effects: list[tuple[tuple[int, ...], bool, dict[int, Density]]] = []
+        self._known: dict[tuple[int, Keep, int], tuple[Any, int]] = {}  # masks that surveys of keeps have filled
         self._begin()
 
     @property
@@ -85,7 +91,7 @@ class Asking(Job):
             )
             for row, asked, told in zip(rows, sums, self._talk.selected, strict=True)
         ]
-        writers = _writers(self.place, rows, sums, self._name, self._seeds)
+        writers = _writers(self.place, rows, sums, self._name, self._seeds, self._known)
         self._written = [outputs for outputs, _ in writers]
         return [step for _, step in writers]
 
@@ -95,6 +101,7 @@ class Asking(Job):
             found = {k: stats for outputs, r in pairs for k, stats in zip(outputs, r.stats, strict=True)}
             self.stats, self.done = [found[k] for k in sorted(found)], True
             self._talk.forget()
+            self._known.clear()
             return
         for (asked, (probes, _)), result in zip(list(self._probing.items()), results, strict=True):
             try:
@@ -116,7 +123,7 @@ class Asking(Job):
     def _begin(self) -> None:
         for request, seed in self._talk.requests:
             if not _is_whole(request):
-                probes = _probes(request, self.place, self.n, self._name, seed)
+                probes = _probes(request, self.place, self.n, self._name, seed, self._known)
                 self._probing[request, seed] = probes, next(probes)
 
     def _go_on(self) -> None:
@@ -165,8 +172,10 @@ def _added(total: Sequence[Any], more: Sequence[Any]) -> Sequence[Any]:
     return total or more
 
 
-def _probes(request: Request, place: Place, n: int, name: str, seed: int) -> Probes:
-    """The steps that answer one request."""
+def _probes(
+    request: Request, place: Place, n: int, name: str, seed: int, known: dict[tuple[int, Keep, int], tuple[Any, int]]
+) -> Probes:
+    """The steps that answer one request. What they find of keeps, for the sums, is added to `known`."""
     inputs = inputs_of(request, n)
     if isinstance(request, Measure):
         kind = "measure_deltas" if request.deltas else "measure"
@@ -176,13 +185,35 @@ def _probes(request: Request, place: Place, n: int, name: str, seed: int) -> Pro
         held = 2 * 8 * groups * (n * (n + 1) // 2 + 2 * n)  # sums and counts, there and here; weights need less
         return Groups(n, (yield place.asking(kind, inputs, held, per=request.per, columns=place.columns)))
     if isinstance(request, MeasureKept):
-        keys = kept_step(request, name=name, seed=seed)
-        sums, counts = yield place.asking("kept", inputs, columns=place.columns, **keys)
+        step, masks = _kept(request, place, inputs, name, seed)
+        sums, counts = yield step
+        known |= {(i, keep, seed): masks[i] for i, keep in enumerate(request.keeps) if i in masks and keep is not None}
         return kept_of(request, _flat(sums, "d").tolist(), _flat(counts, "q").tolist())
     if isinstance(request, Divergence):
         held = 3 * 8 * (place.numel // max(1, place.columns))  # there, here, and the factors of a score
         return _flat((yield place.asking("divergence", inputs, held, columns=place.columns))[0], "d")
     return (yield from _selected(request, place, n))
+
+
+def _kept(
+    request: MeasureKept, place: Place, inputs: Sequence[int], name: str, seed: int
+) -> tuple[Step, dict[int, tuple[Any, int]]]:
+    """The step that answers the request, and by input the mask that it fills, if they are no burden to hold.
+
+    In float64 the sum may compute with other deltas than the survey, which reads every input that is asked about.
+    """
+    from fastinterp.compute.pump import Masks
+
+    keys = kept_step(request, name=name, seed=seed)
+    step = place.asking("kept", inputs, columns=place.columns, **keys)
+    places = filled_masks(request)
+    count = max(places.values()) + 1
+    wide = any(dtype_code(operand) == F64.code for operand in place.operands)
+    if not count or wide or count * place.numel > 8 * MASK_BYTES:
+        return step, {}
+    masks = Masks(count, place.numel)
+    native = {**step.native, "masks": (masks, list(places.values()))}
+    return replace(step, native=native, held=masks.nbytes), {i: (masks, k) for i, k in places.items() if k >= 0}
 
 
 def _selected(request: Select, place: Place, n: int) -> Probes:
@@ -268,18 +299,25 @@ def _row(asked: Sum) -> Row | GroupRow | MaskedCombine:
 
 
 def _writers(
-    place: Place, rows: Sequence[Row | GroupRow | MaskedCombine], sums: Sequence[Sum], name: str, seeds: Sequence[int]
+    place: Place,
+    rows: Sequence[Row | GroupRow | MaskedCombine],
+    sums: Sequence[Sum],
+    name: str,
+    seeds: Sequence[int],
+    known: Known,
 ) -> list[tuple[tuple[int, ...], Step]]:
     """The steps that write all outputs, one for each kind of sum, and which outputs each of them writes."""
     kinds: dict[str, list[int]] = {}
     for k, (row, asked) in enumerate(zip(rows, sums, strict=True)):
         per = asked.per if isinstance(row, GroupRow) and isinstance(asked, GroupCombine) else ""
         kinds.setdefault(per or type(row).__name__, []).append(k)
-    return [(tuple(ks), _writer(place, kind, [rows[k] for k in ks], ks, name, seeds)) for kind, ks in kinds.items()]
+    return [
+        (tuple(ks), _writer(place, kind, [rows[k] for k in ks], ks, name, seeds, known)) for kind, ks in kinds.items()
+    ]
 
 
 def _writer(
-    place: Place, kind: str, rows: Sequence[Any], outputs: Sequence[int], name: str, seeds: Sequence[int]
+    place: Place, kind: str, rows: Sequence[Any], outputs: Sequence[int], name: str, seeds: Sequence[int], known: Known
 ) -> Step:
     if isinstance(rows[0], Row):
         return place.combine(rows, outputs)
@@ -290,5 +328,9 @@ def _writer(
         held = sum(8 * (len(row.totals) + len(row.weights)) for row in rows)
         return place.writing("combine", inputs, outputs, held, rows=native, per=kind, columns=place.columns)
     inputs = sorted({i for row in rows for i in read_inputs(row)})
-    masked = [masked_step(row, name=name, seed=seeds[k], inputs=inputs) for row, k in zip(rows, outputs, strict=True)]
-    return place.writing("masked", inputs, outputs, masked=masked, columns=place.columns)
+    masked = [
+        masked_step(row, name=name, seed=seeds[k], inputs=inputs, known=known)
+        for row, k in zip(rows, outputs, strict=True)
+    ]
+    step = place.writing("masked", inputs, outputs, masked=masked, columns=place.columns)
+    return replace(step, held=sum(masks.nbytes for masks in {id(m): m for m, _ in known.values()}.values()))

@@ -102,7 +102,7 @@ def l1_ratios(tensor: Tensor, keeps: Keeps, rescale: bool) -> Generator[Request,
     if not rescale or all(keep is None or keep.keeps_all for keep in keeps):
         return (1.0,) * len(keeps)
     asked = (Keep(), *(None if keep is None or keep.keeps_all else keep for keep in keeps))
-    found = yield MeasureKept(asked)
+    found = yield MeasureKept(asked, squares=False)
     ratios = []
     for i, keep in enumerate(asked[1:], 1):
         before, after = found.l1[i], found.kept_l1[i]

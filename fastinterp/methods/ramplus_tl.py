@@ -26,7 +26,7 @@ def ramplus_tl(n: int, *, epsilon: Length = 1e-5, r: float = 0.1, alpha: NotNega
     (mergekit: always float32).
     """
     keeps = (Keep(), *(Keep(least=bits_above(epsilon)),) * (n - 1))
-    found = yield MeasureKept(keeps)
+    found = yield MeasureKept(keeps, l1=False, squares=False)
     alone = [0.0]
     for i in range(1, n):
         unique = max(found.kept[i] - found.shared[i], epsilon)

@@ -33,7 +33,7 @@ def sce(n: int, tensor: Tensor, *, select_topk: Unit = 1.0, int8_mask: bool = Fa
     if not size or (score and score.least > ALL_BITS):
         return Combine((0.0,) * n, base=0)
     if score:
-        squares = (yield MeasureKept((Keep(),) * n, score)).squares
+        squares = (yield MeasureKept((Keep(),) * n, score, l1=False)).squares
     else:
         gram = (yield Measure(deltas=True)).gram
         squares = tuple(gram[i][i] for i in range(n))
