@@ -214,7 +214,7 @@ def _limits(keep: Keep, mag: NDArray[np.int64]) -> Any:
 def score(wanted: Score, d: Sequence[Array]) -> NDArray[np.int64]:
     """float32 bits of every element's score; NaN counts as the largest."""
     if wanted.kind == "divergence":
-        factors = np.array(wanted.factors, np.float32).astype(np.float64)
+        factors = np.frombuffer(wanted.factors, np.float32).astype(np.float64)
         value = (np.abs(d[1]).reshape(len(factors), -1) * factors[:, None]).reshape(d[1].shape)
     else:
         mean = sum(d[1:]) / (len(d) - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import numpy as np
@@ -223,8 +224,9 @@ def test_nearswap_limits_the_step():
 def test_arcee_fusion_takes_exact_quantiles():
     divergence, select, total = asks("arcee_fusion", 2, (1.0, 2.0, -1e-20, 0.5), found(*map(bits_from, (1, 2, 4))))
     assert divergence == Divergence()
-    assert select == Select(((0, 76), (0, 51), (0, 26)), score=Score("divergence", (1.0, 2.0, 0.0, 0.5)))
-    assert total == MaskedCombine((0.0, 1.0), score=Score("divergence", (1.0, 2.0, 0.0, 0.5), least=bits_from(6.5)))
+    factors = array("f", (1.0, 2.0, 0.0, 0.5)).tobytes()
+    assert select == Select(((0, 76), (0, 51), (0, 26)), score=Score("divergence", factors))
+    assert total == MaskedCombine((0.0, 1.0), score=Score("divergence", factors, least=bits_from(6.5)))
 
 
 def test_weights_that_cancel_cannot_be_normalised():

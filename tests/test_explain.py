@@ -63,7 +63,9 @@ def test_parameters_filters_and_slices(folder):
 def test_formula_in_force(folder):
     text = explained(SLICES)
     assert "  t_i = x_i - x0 where |x_i - x0| is among the largest, else 0\n  A: the models with t_i != 0" in text
-    assert "  preset paper of these: mergekit; peft: the sign is that of sum t_i, without weights" in text
+    assert text.splitlines()[2].startswith("  preset paper: like peft, and `density` is a fraction of the whole model")
+    told, _, formula = text.partition("  in the formula of preset mergekit:\n")
+    assert "(peft: the sign is that of sum t_i, without weights," in " ".join(told.split()) and "out = x0" in formula
     assert "preset" not in explained(SLICES.replace("preset: paper", "preset: mergekit")).partition("given")[0]
 
 

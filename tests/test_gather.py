@@ -93,7 +93,7 @@ def test_gathered_operands_are_as_good_as_gathered_tensors(tmp_path, kind, order
     n = INPUTS.get(kind, 3)
     if kind == "by row":
         weights = np.random.default_rng(1).normal(size=(ROWS, 3))
-        row: Any = GroupCombine(tuple(map(tuple, weights.tolist())), "row").row()
+        row: Any = GroupCombine(array("d", weights.ravel()), 3, "row").row()
         step["rows"] = [(row.pivot, row.totals, list(row.inputs), row.weights)]
     wanted = MAPS[order]
     with ExitStack() as stack:

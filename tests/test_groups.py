@@ -5,18 +5,24 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
+import fastinterp
 from fastinterp._C import Pump
 from fastinterp.compute import reference, reference_groups
 from fastinterp.compute.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
-from fastinterp.compute.ops import GroupRow, Row
+from fastinterp.compute.ops import GroupRow, Row, Tensor
 from fastinterp.compute.requests import GroupCombine
+from fastinterp.engine.conversation import Conversation, foresee
+from fastinterp.errors import UsageError
+from fastinterp.methods import find
 from tests import backends
 from tests.cases import fill
+from tests.checkpoints import read, tensor, write
 
 Raw = np.ndarray[Any, np.dtype[np.uint8]]
 MIXED = (BF16, F32, F16)
@@ -207,22 +213,22 @@ def test_a_weight_of_zero_lets_nothing_through(per):
 
 def test_rows_of_group_combines():
     """Which input is the pivot, which are not read, and what is a copy."""
-    assert GroupCombine(((0, 0.0, 2.0), (0, 0.0, 0.0)), "row", base=0).row() == GroupRow(
+    assert GroupCombine(array("d", [0, 0, 2, 0, 0, 0]), 3, "row", base=0).row() == GroupRow(
         0, array("d", [1, 1]), (2,), array("d", [2, 0])
     )
-    assert GroupCombine(((0, 0.25, 0.5), (0, 0.5, 0.5)), "row").row() == GroupRow(
+    assert GroupCombine(array("d", [0, 0.25, 0.5, 0, 0.5, 0.5]), 3, "row").row() == GroupRow(
         1, array("d", [0.75, 1.0]), (2,), array("d", [0.5, 0.5])
     )
-    assert GroupCombine(((0.3, 0.7),), "column", sums_to_one=True).row() == GroupRow(
+    assert GroupCombine(array("d", [0.3, 0.7]), 2, "column", sums_to_one=True).row() == GroupRow(
         0, array("d", [1.0]), (1,), array("d", [0.7])
     )
-    assert GroupCombine(((0, 0), (0, 0)), "row", base=0).row() == Row(0)
-    assert GroupCombine(((0, 1), (0, 1)), "row").row() == Row(1)
+    assert GroupCombine(array("d", [0, 0, 0, 0]), 2, "row", base=0).row() == Row(0)
+    assert GroupCombine(array("d", [0, 1, 0, 1]), 2, "row").row() == Row(1)
     with pytest.raises(ValueError, match="no weight of its own"):
-        GroupCombine(((1, 1),), "row", base=0).row()
-    assert GroupCombine(((0, 0), (0, 0)), "row").row() == Row(0, 0.0)
+        GroupCombine(array("d", [1, 1]), 2, "row", base=0).row()
+    assert GroupCombine(array("d", [0, 0, 0, 0]), 2, "row").row() == Row(0, 0.0)
     with pytest.raises(ValueError, match="a weight for each input"):
-        GroupCombine(((0, 1), (1,)), "row").row()
+        GroupCombine(array("d", [0, 1, 1]), 2, "row").row()
 
 
 # --- divergence ------------------------------------------------------------------------------------------------------
@@ -337,3 +343,32 @@ def test_tensors_without_rows():
     ):
         (answer,) = run([nothing, nothing], (F32, BF16), [], step | {"columns": 4}).answers()
         assert [list(part) for part in answer] == [[0] * reals, [0] * counts]
+
+
+def test_weights_by_row_that_do_not_fit_are_refused(tmp_path):
+    """Before they are measured: statistics of many short rows are larger than the rows."""
+    for name in ("base", "a", "b"):
+        values = np.random.default_rng(len(name)).normal(size=(30_000, 4))
+        write(tmp_path / name, {"w": tensor(values + (name == "b"), BF16)})
+    asked = {
+        "merge_method": "model_stock", "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / n)} for n in "ab"], "parameters": {"filter_wise": True},
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="w needs 5760000 bytes for statistics or weights, some of them for each row"):
+        fastinterp.merge(asked, tmp_path / "out", threads=1, max_memory="4MB")
+    fastinterp.merge(asked, tmp_path / "out", threads=1, max_memory="8MB")
+    assert read(tmp_path / "out")["w"].shape == (30_000, 4)
+
+
+@pytest.mark.parametrize("name", ["model_stock", "arcee_fusion", "nuslerp"])
+def test_planning_takes_no_longer_for_more_rows(name):
+    """What is read is foreseen from one group that is made up, so rows may be beyond counting."""
+    every: dict[str, dict[str, Any]] = {
+        "model_stock": {"filter_wise": True}, "arcee_fusion": {},
+        "nuslerp": {"weight": (1, 1), "nuslerp_flatten": False},
+    }  # fmt: skip
+    n = 3 if name == "model_stock" else 2
+    call = partial(find(name), n, Tensor("w", (10**12, 4)), **every[name])
+    reads, whole = foresee(Conversation("w", [call], [0]), n, (10**12, 4))
+    assert [what for what, _ in reads][-1] == "combine" and not whole
+    assert all(inputs == tuple(range(n)) for _, inputs in reads)

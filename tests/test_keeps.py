@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,8 +60,8 @@ def test_what_keeps_leave_on_threads(isa, dtypes, threads):
     check_kept(isa, data, dtypes, (KEEPS["ranks"], KEEPS["band"]), shape, threads)
     check_kept(isa, data, dtypes, (KEEPS["least"], KEEPS["random"]), shape, threads)
     check_kept(isa, data, dtypes, (None, KEEPS["random"]), shape, threads)
-    check_kept(isa, data, dtypes, (KEEPS["ranks"], Keep()), shape, threads, Score("spread", (), 0x38000000))
-    factors = tuple(0.5 + r % 3 for r in range(shape[0]))
+    check_kept(isa, data, dtypes, (KEEPS["ranks"], Keep()), shape, threads, Score("spread", b"", 0x38000000))
+    factors = array("f", (0.5 + r % 3 for r in range(shape[0]))).tobytes()
     check_kept(isa, data, dtypes, (KEEPS["least"], Keep()), shape, threads, Score("divergence", factors, 0x3A000000))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,7 +100,7 @@ def options_of(data: Sequence[Raw], dtypes: Sequence[DType], shape: Shape) -> di
     n, rows = len(data), math.prod(shape[:-1])
     low, high = least_of(data, dtypes, 0.3), least_of(data, dtypes, 0.9)
     signs = [(-1.0) ** (i // 3) for i in range(n)]
-    factors = tuple(0.25 + 0.5 * (r % 4) for r in range(rows))
+    factors = array("f", (0.25 + 0.5 * (r % 4) for r in range(rows))).tobytes()
     return {
         "least": {"keeps": tuple(Keep(least=v) for v in low)},
         "band": {"keeps": tuple(Keep(least=v, most=w) for v, w in zip(low, high, strict=True))},
@@ -111,7 +112,7 @@ def options_of(data: Sequence[Raw], dtypes: Sequence[DType], shape: Shape) -> di
         "shares": {"shares": tuple(0.5 * s for s in signs), "least_share": 0.75, "other_share": 0.5},
         "alone": {"alone": tuple(2.0 + 0.1 * i for i in range(n))},
         "limit": {"limit": float(np.array(high[1], np.uint32).view(np.float32)) if high[1] < 0x7F800000 else 1.0},
-        "spread": {"score": Score("spread", (), 0x3B000000)},
+        "spread": {"score": Score("spread", b"", 0x3B000000)},
         "divergence": {"score": Score("divergence", factors, high[1])},
     }
 

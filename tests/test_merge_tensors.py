@@ -157,6 +157,16 @@ def test_sidecars_are_arrays():
     assert np.array_equal(same["w"], got)
 
 
+def test_vectors_and_scalars_of_other_libraries_are_numbers():
+    one, two = np.array([1.0, 2.0], np.float32), np.array([3.0, 6.0], np.float32)
+    want = fastinterp.merge_tensors([one, two], "linear", parameters={"weight": [0.25, 0.75]})
+    every = np.array([0.25, 0.75]), torch.tensor([0.25, 0.75]), list(np.array([0.25, 0.75], np.float32))
+    for weight in (*every, [torch.tensor(0.25), np.float64(0.75)]):
+        assert np.array_equal(fastinterp.merge_tensors([one, two], "linear", parameters={"weight": weight}), want)
+    same = fastinterp.merge_tensors([one, two], "linear", parameters={"weight": np.float32(1.0)})
+    assert np.array_equal(same, [2.0, 4.0])
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 X: Any = np.ones(4, np.float32)
@@ -165,6 +175,14 @@ LIST: Any = [X]
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "unknown method": (lambda: fastinterp.merge_tensors([X], "slurp"), MethodError, "unknown merge method `slurp`"),
     "no name": (lambda: fastinterp.merge_tensors([X], THREE), UsageError, "`method` must be text, got 3"),
+    "surrogate": (
+        lambda: fastinterp.merge_tensors([X], "linear", parameters={"weight": 1}, name="\ud800", rounding="stochastic"),
+        UsageError, "`name` must be text that UTF-8 can write",
+    ),
+    "surrogate of a state dict": (
+        lambda: fastinterp.merge_state_dicts([{"a": X, "\udfff": X}], "linear", parameters={"weight": 1}),
+        UsageError, "the name of a tensor must be text that UTF-8 can write",
+    ),
     "no base": (
         lambda: fastinterp.merge_tensors([X], "slerp", parameters={"t": 0.5}), MethodError, "`slerp` needs a base",
     ),

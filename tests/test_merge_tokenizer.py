@@ -245,6 +245,17 @@ def test_tied_and_untied_of_different_vocabularies(tmp_path):
     assert_runs(out, ["cat", "dog"])
 
 
+def test_output_layer_of_a_tied_model_beside_untied_ones(tmp_path):
+    """What a tied model lacks comes from the others' output layers, not from their embeddings."""
+    a = str(llama(tokens.words(tmp_path / "a", ["<unk>", "cat", "own"]), 1, 3))
+    b = str(llama(tokens.words(tmp_path / "b", ["<unk>", "dog", "cat"]), 2, 3))
+    tied = str(llama(tokens.words(tmp_path / "c", ["<unk>", "cat"]), 3, 2, tied=True))
+    out, _ = merged(tmp_path, [a, b, tied], tokenizer_source="union")
+    for name in (EMBED, HEAD):
+        np.testing.assert_array_equal(row(out, "own", name), row(a, "own", name))
+        np.testing.assert_array_equal(row(out, "dog", name), row(b, "dog", name))
+
+
 # --- the rows themselves, without transformers -----------------------------------------------------------------------
 
 

@@ -390,5 +390,5 @@ def test_groups_are_asked_for():
         groups = [given(np.eye(n).tolist())] * (2 if per == "row" else 3)
         with pytest.raises(StopIteration) as end:
             steps.send(groups)
-        assert isinstance(end.value.value, GroupCombine) and len(end.value.value.weights) == len(groups)
+        assert isinstance(end.value.value, GroupCombine) and len(end.value.value.weights) == n * len(groups)
         assert next(find(name)(n, Tensor("t", (6,)), **parameters)) == Measure(deltas=True)

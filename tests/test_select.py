@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -118,7 +119,7 @@ def natively(
 SCORES: dict[str, Callable[[int], Score | None]] = {
     "deltas": lambda rows: None,
     "spread": lambda rows: Score("spread"),
-    "divergence": lambda rows: Score("divergence", tuple(1.1**r / 3 for r in range(rows))),
+    "divergence": lambda rows: Score("divergence", array("f", (1.1**r / 3 for r in range(rows))).tobytes()),
 }
 
 

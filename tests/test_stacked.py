@@ -12,9 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fastinterp
+from fastinterp.compute.dtypes import BF16, F32
 from fastinterp.errors import CheckpointError
 from tests import tokens
-from tests.checkpoints import read
+from tests.checkpoints import read, tensor, write
 from tests.test_merge_tokenizer import assert_runs, llama
 
 
@@ -135,3 +136,23 @@ def test_a_vocabulary_that_comes_too_late(tmp_path, words):
     last = {"merge_method": "linear", "models": [{"model": "first"}, {"model": one}], "parameters": {"weight": 1.0}}
     with pytest.raises(CheckpointError, match="rows of `first`, which a document above makes, would have to be moved"):
         fastinterp.merge([first, last | {"tokenizer_source": "union"}], tmp_path / "out")
+
+
+def test_layers_that_the_origin_lacks_have_its_dtypes(tmp_path):
+    """Those of its own layers, whatever their sources are stored in; else the merge says so."""
+    low, high = tmp_path / "low", tmp_path / "high"
+    name = "model.layers.{}.mlp.w.weight"
+    weights = [np.full((2, 2), i / 8) for i in range(6)]
+    norm = {"model.norm.weight": tensor(np.ones(2), F32)}
+    write(low, {name.format(i): tensor(weights[i], F32) for i in range(3)} | norm)
+    write(high, {name.format(i): tensor(weights[i], BF16) for i in range(6)} | norm)
+    parts = slices((str(low), 0, 2), (str(high), 2, 6))
+    report = fastinterp.merge({"merge_method": "passthrough", "slices": parts}, tmp_path / "out")
+    made = read(tmp_path / "out")
+    assert {str(made[name.format(i)].dtype) for i in range(6)} == {"F32"} and len(made) == 7
+    assert report.warnings == ()
+    write(high, {f"model.layers.{i}.mlp.{w}.weight": tensor(weights[i], BF16) for i in range(6) for w in "wv"} | norm)
+    other = fastinterp.merge({"merge_method": "passthrough", "slices": parts}, tmp_path / "other")
+    assert str(read(tmp_path / "other")[name.format(5)].dtype) == "F32"
+    (told,) = [w for w in other.warnings if "dtype" in w]
+    assert "has no tensor like model.layers.2.mlp.v.weight" in told and "--dtype" in told

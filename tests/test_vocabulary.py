@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from fastinterp.errors import CheckpointError
 from fastinterp.files.chat import BUILTIN, most_common, template_of, with_template
-from fastinterp.files.tokenizer_files import tokenizer_files
+from fastinterp.files.tokenizer_files import rowless, tokenizer_files
 from fastinterp.files.vocabulary import Joined, Vocabulary, join, read_vocabulary, rows_of
 from tests import tokens
 
@@ -54,7 +54,18 @@ def test_tokens_without_a_row_are_stripped(tmp_path):
     assert_ids(joined, made)
     assert made.get_vocab_size() == last - 1
     assert made.decode(made.encode("lower newest").ids) == "lower newest"
-    assert "no rows for them" in tokenizer_files(joined)[1][0]
+    assert "no rows for them" in rowless(joined, [], True)[0]
+
+
+def test_tokens_without_a_row_in_any_model_are_told(tmp_path):
+    """Those that the output's vocabulary would have from it: all in a union, else those of the base."""
+    base = read(tokens.words(tmp_path / "a", ["<unk>", "cat", "dog"]), 3)
+    other = read(tokens.words(tmp_path / "b", ["<unk>", "cat", "dog", "owl"]), 2)
+    (told,) = rowless(join(base, [other]), [other], union=True)
+    assert told.startswith("b has 2 tokens but no rows for them, `dog`, `owl`: they are left out")
+    (told,) = rowless(join(base), [other], union=False)
+    assert told.startswith("b has 1 tokens but no rows for them, `dog`:")
+    assert rowless(join(base), [base], union=True) == []
 
 
 def test_unchanged_files_are_copied(tmp_path):

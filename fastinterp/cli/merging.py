@@ -27,7 +27,8 @@ _VISIBLE = 0.01  # an alpha that acts as one that is off by more than this share
 def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) -> None:
     """Merge checkpoints as a recipe says.
 
-    RECIPE is a YAML file, or - for stdin; OUT a new folder. Each input byte is read once.
+    RECIPE is a YAML file, or - for stdin; OUT a new folder. Each input byte is read once, or once more for each
+    statistic that the method asks for: see `fastinterp methods NAME`.
 
     \b
     Example:

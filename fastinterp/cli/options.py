@@ -46,7 +46,9 @@ _OUTPUT = (
         "--dtype", metavar="NAME", help="Store float32, bfloat16, ...; default: as the inputs, or as the recipe says."
     ),
     click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), help="Default: nearest, to even."),
-    click.option("--seed", type=int, metavar="N", help="Of stochastic rounding. Default: 0."),
+    click.option(
+        "--seed", type=int, metavar="N", help="Of random keeps and stochastic rounding. Default: the recipe's, else 0."
+    ),
     click.option("--force", is_flag=True, help="Replace a checkpoint that is already there."),
     click.option("--durable", is_flag=True, help="fsync all files: slower, but survives a crash of the machine."),
     quiet,

@@ -1,12 +1,11 @@
 """What a masked sum comes to on the host, before any element is touched: who is read, who may take part, which keys.
 
-The pump and the reference both start from here: rules 10, 14 and 15 of docs/NUMERICS.md.
+The pump and the reference both start from here: rules 10, 13 and 14 of docs/NUMERICS.md.
 """
 
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -161,5 +160,5 @@ def kept_of(ask: MeasureKept, reals: Sequence[float], counts: Sequence[int]) -> 
 
 
 def score_step(score: Score | None) -> tuple[str, int, bytes] | None:
-    """Kind, least, and the factors as float32."""
-    return None if score is None else (score.kind, score.least, struct.pack(f"={len(score.factors)}f", *score.factors))
+    """Kind, least, and the factors."""
+    return None if score is None else (score.kind, score.least, score.factors)

@@ -1,4 +1,4 @@
-"""The numeric contract in numpy, continued: keeps, ranks, votes and scores. Rules 10, 14 and 15 of docs/NUMERICS.md."""
+"""The numeric contract in numpy, continued: keeps, ranks, votes and scores. Rules 10, 13 and 14 of docs/NUMERICS.md."""
 
 from __future__ import annotations
 
@@ -94,14 +94,14 @@ def keep_mask(mag: Array, keep: Keep, columns: int, key: int) -> Array:
 
 @np.errstate(all="ignore")
 def scores(d: Sequence[Array], score: Score, columns: int) -> Array:
-    """A score of every element, as float32 bits: u32[numel], NaN as in `magnitudes`. Rule 14.
+    """A score of every element, as float32 bits: u32[numel], NaN as in `magnitudes`. Rule 13.
 
     d        the deltas of all inputs but the base, f32 or f64[numel], limited if the sum limits them
     columns  length of a row
     """
     compute = d[0].dtype.type
     if score.kind == "divergence":
-        factors = np.asarray(score.factors, np.float64).astype(np.float32)
+        factors = np.frombuffer(score.factors, np.float32)
         return magnitudes(abs(d[0]) * np.repeat(factors, columns).astype(compute))
     mean = np.zeros_like(d[0])
     for v in d:
@@ -150,7 +150,7 @@ def kept(
     return kept_of(ask, reals, counts)
 
 
-# --- rule 15: masked sums --------------------------------------------------------------------------------------------
+# --- rule 14: masked sums --------------------------------------------------------------------------------------------
 
 
 @np.errstate(all="ignore")

@@ -1,4 +1,4 @@
-"""The numeric contract in numpy, continued: order statistics of magnitudes. Rule 16 of docs/NUMERICS.md."""
+"""The numeric contract in numpy, continued: order statistics of magnitudes. Rule 15 of docs/NUMERICS.md."""
 
 from __future__ import annotations
 

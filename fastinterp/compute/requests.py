@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from array import array
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,11 +52,11 @@ class Score:
 
     kind     "spread": sum_i (d_i - mean)^2 over the models, d_i = x_i - x_0
              "divergence": |d_1| * factors[row]
-    factors  f64[rows] of "divergence", rounded to float32 before use
+    factors  f32[rows] of "divergence", as bytes: rows may be many
     """
 
     kind: Literal["spread", "divergence"]
-    factors: tuple[float, ...] = ()
+    factors: bytes = b""
     least: int = 0
 
 
@@ -166,15 +167,28 @@ class Selected:
 class GroupCombine:
     """A weighted sum whose weights differ by row or by column. Otherwise as Combine.
 
-    weights      one tuple f64[n] per row or column, in order
+    weights      f64[groups * n], group by group: rows may be many, so this is a buffer and not tuples
+    n            the number of inputs
     base         as in Combine
     sums_to_one  as in Combine, for every group
     """
 
-    weights: tuple[tuple[float, ...], ...]
+    weights: array[float]
+    n: int
     per: Literal["row", "column"]
     base: int | None = None
     sums_to_one: bool = False
+
+    @property
+    def used(self) -> list[int]:
+        """The inputs that have a weight in any group."""
+        return [i for i in range(self.n) if any(self.weights[i :: self.n])]
+
+    @property
+    def totals(self) -> array[float]:
+        """f64[groups], the sums of the weights."""
+        columns = [self.weights[i :: self.n] for i in range(self.n)]
+        return array("d", map(math.fsum, zip(*columns, strict=True)))
 
     def row(self) -> GroupRow | Row:
         """What the kernels execute: rule 11 of docs/NUMERICS.md.
@@ -183,23 +197,25 @@ class GroupCombine:
         If all groups ask for the same copy, or have no weight at all, the row is that of Combine.
         Raises: ValueError, if the base has a weight, or a group lacks one.
         """
-        from array import array
-
-        if any(len(w) != len(self.weights[0]) for w in self.weights):
+        groups, rest = divmod(len(self.weights), self.n)
+        if rest:
             raise ValueError("every group needs a weight for each input")
-        used = [i for i, column in enumerate(zip(*self.weights, strict=True)) if any(column)]
+        used = self.used
         if self.base is not None and self.base in used:
             raise ValueError("the base carries no weight of its own")
         if not used:
             return Row(0, 0.0) if self.base is None else Row(self.base)
         lone = used[0]
         one_total = self.base is not None or self.sums_to_one
-        if len(used) == 1 and all(w[lone] == 1.0 for w in self.weights):
+        if len(used) == 1 and self.weights[lone :: self.n].count(1.0) == groups:
             return Row(lone)
         pivot = lone if self.base is None else self.base
         terms = tuple(i for i in used if i != pivot)
-        totals = array("d", (1.0 if one_total else math.fsum(w) for w in self.weights))
-        return GroupRow(pivot, totals, terms, array("d", (w[i] for w in self.weights for i in terms)))
+        totals = array("d", (1.0,)) * groups if one_total else self.totals
+        weights = array("d", bytes(8 * groups * len(terms)))
+        for k, i in enumerate(terms):
+            weights[k :: len(terms)] = self.weights[i :: self.n]
+        return GroupRow(pivot, totals, terms, weights)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Imported only where a plan has such tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any, overload
@@ -26,6 +26,7 @@ from fastinterp.compute.requests import (
     Sum,
 )
 from fastinterp.engine.conversation import Conversation, inputs_of
+from fastinterp.engine.densities import Density, densities
 from fastinterp.engine.jobs import Job, Result, is_copy
 from fastinterp.engine.place import Place, Step
 from fastinterp.engine.sources import dtype_code
@@ -50,7 +51,8 @@ class Asking(Job):
         self._answers: dict[tuple[Request, int], Any] = {}
         self._probing: dict[tuple[Request, int], tuple[Probes, Step]] = {}
         self._written: list[tuple[int, ...]] = []
-        self._effects: list[tuple[tuple[int, ...], bool]] = []  # per output: what it reads, whether it copies
+        # Per output: what it reads, whether it copies, and what thresholds keep of its inputs.
+        self._effects: list[tuple[tuple[int, ...], bool, dict[int, Density]]] = []
         self._known: dict[tuple[int, Keep, int], tuple[Any, int]] = {}  # masks that surveys of keeps have filled
         self._begin()
 
@@ -82,8 +84,12 @@ class Asking(Job):
         rows = [_row(asked) for asked in sums]
         # Noted now, because sums by row are large: they are not held until the end.
         self._effects = [
-            (inputs_of(asked, self.n), isinstance(row, Row) and is_copy(self.place, row))
-            for row, asked in zip(rows, sums, strict=True)
+            (
+                inputs_of(asked, self.n),
+                isinstance(row, Row) and is_copy(self.place, row),
+                densities(asked, told, self.place.numel),
+            )
+            for row, asked, told in zip(rows, sums, self._talk.selected, strict=True)
         ]
         writers = _writers(self.place, rows, sums, self._name, self._seeds, self._known)
         self._written = [outputs for outputs, _ in writers]
@@ -110,6 +116,9 @@ class Asking(Job):
 
     def copies(self, k: int) -> bool:
         return self._effects[k][1]
+
+    def densities(self, k: int) -> Mapping[int, Density]:
+        return self._effects[k][2]
 
     def _begin(self) -> None:
         for request, seed in self._talk.requests:
@@ -172,14 +181,17 @@ def _probes(
         kind = "measure_deltas" if request.deltas else "measure"
         if request.per == "tensor":
             return Groups(n, (yield place.asking(kind, inputs)))[0]
-        return Groups(n, (yield place.asking(kind, inputs, per=request.per, columns=place.columns)))
+        groups = place.columns if request.per == "column" else place.numel // max(1, place.columns)
+        held = 2 * 8 * groups * (n * (n + 1) // 2 + 2 * n)  # sums and counts, there and here; weights need less
+        return Groups(n, (yield place.asking(kind, inputs, held, per=request.per, columns=place.columns)))
     if isinstance(request, MeasureKept):
         step, masks = _kept(request, place, inputs, name, seed)
         sums, counts = yield step
         known |= {(i, keep, seed): masks[i] for i, keep in enumerate(request.keeps) if i in masks and keep is not None}
         return kept_of(request, _flat(sums, "d").tolist(), _flat(counts, "q").tolist())
     if isinstance(request, Divergence):
-        return tuple(_flat((yield place.asking("divergence", inputs, columns=place.columns))[0], "d"))
+        held = 3 * 8 * (place.numel // max(1, place.columns))  # there, here, and the factors of a score
+        return _flat((yield place.asking("divergence", inputs, held, columns=place.columns))[0], "d")
     return (yield from _selected(request, place, n))
 
 
@@ -313,7 +325,8 @@ def _writer(
         inputs = sorted({i for row in rows for i in (row.pivot, *row.inputs)})
         at = {i: k for k, i in enumerate(inputs)}
         native = [(at[row.pivot], row.totals, [at[i] for i in row.inputs], row.weights) for row in rows]
-        return place.writing("combine", inputs, outputs, rows=native, per=kind, columns=place.columns)
+        held = sum(8 * (len(row.totals) + len(row.weights)) for row in rows)
+        return place.writing("combine", inputs, outputs, held, rows=native, per=kind, columns=place.columns)
     inputs = sorted({i for row in rows for i in read_inputs(row)})
     masked = [
         masked_step(row, name=name, seed=seeds[k], inputs=inputs, known=known)

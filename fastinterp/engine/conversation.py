@@ -43,6 +43,7 @@ class Conversation:
     def __init__(self, name: str, calls: Sequence[Callable[[], Any]], seeds: Sequence[int]):
         self.name, self.seeds = name, tuple(seeds)
         self._sums: dict[int, Sum] = {}
+        self.selected: list[list[tuple[Select, Any]]] = [[] for _ in calls]  # per output, what it was told
         self._steps: list[Generator[Request, Any, Sum] | None] = [None] * len(calls)
         self._now: list[Request | None] = [None] * len(calls)
         for k, call in enumerate(calls):
@@ -65,8 +66,9 @@ class Conversation:
         return [self._sums[k] for k in sorted(self._sums)]
 
     def forget(self) -> None:
-        """Let go of the sums."""
+        """Let go of the sums, and what led to them."""
         self._sums.clear()
+        self.selected.clear()
 
     @property
     def ended(self) -> bool:
@@ -78,6 +80,8 @@ class Conversation:
             steps = self._steps[k]
             if request is not None and steps is not None:
                 answer = answers[request, seed]
+                if isinstance(request, Select):
+                    self.selected[k].append((request, answer))
                 self._go_on(k, partial(steps.send, answer))
 
     def _go_on(self, k: int, go: Callable[[], Any]) -> None:
@@ -103,9 +107,9 @@ def _check(asked: Sum, name: str) -> None:
     if isinstance(asked, Combine):
         check_coefficients([asked.row().total, *asked.weights], name)
     elif isinstance(asked, GroupCombine):
-        check_coefficients((w for group in asked.weights for w in group), name)
+        check_coefficients(asked.weights, name)
         if asked.base is None and not asked.sums_to_one:
-            check_coefficients((math.fsum(group) for group in asked.weights), name)
+            check_coefficients(asked.totals, name)
     else:
         used = (asked.weights, asked.votes, asked.shares, asked.alone)
         check_coefficients((w for some in used if some is not None for w in some), name)
@@ -120,8 +124,7 @@ def inputs_of(asked: Request | Sum, n: int) -> tuple[int, ...]:
     if isinstance(asked, MeasureKept):
         return tuple(kept_inputs(asked))
     if isinstance(asked, GroupCombine):
-        used = {i for i in range(n) if any(weights[i] != 0.0 for weights in asked.weights)}
-        return tuple(sorted(used if asked.base is None else {asked.base, *used}))
+        return tuple(sorted({*asked.used, *(() if asked.base is None else (asked.base,))}))
     if isinstance(asked, Divergence) or (
         isinstance(asked, Select) and asked.score is not None and asked.score.kind == "divergence"
     ):
@@ -168,12 +171,11 @@ _NAMES = {Measure: "measure", MeasureKept: "measure", Divergence: "divergence", 
 def _made_up(request: Request, n: int, shape: tuple[int, ...]) -> Any:
     """An answer as models that are near each other would give it."""
     numel = math.prod(shape)
-    rows = math.prod(shape[:-1])
     if isinstance(request, Measure):
         columns = shape[-1] if len(shape) > 1 else numel
-        groups = {"tensor": 1, "row": rows, "column": columns}[request.per]
+        groups = {"tensor": 1, "row": math.prod(shape[:-1]), "column": columns}[request.per]
         one = _near(n, numel // max(1, groups), 1e-4 if request.deltas else 1.0, request.deltas)
-        return one if request.per == "tensor" else [one] * groups
+        return one if request.per == "tensor" else [one]  # one group for all of them: many would take long
     if isinstance(request, MeasureKept):
         keeps = request.keeps[1:]
         share = [0.0, *(0.0 if k is None else k.chance if k.least == 0 else 0.5 * k.chance for k in keeps)]
@@ -182,7 +184,7 @@ def _made_up(request: Request, n: int, shape: tuple[int, ...]) -> Any:
         part = tuple(s * x for s, x in zip(share, sizes, strict=True))
         return Kept(sizes, part, kept, tuple(k // 2 for k in kept), tuple(0.01 * x for x in part))
     if isinstance(request, Divergence):
-        return tuple(1e-3 * (1 + r % 7) for r in range(rows))
+        return (1e-3,)
     total = 1.0 if request.nonzero else float(max(numel, *(k for _, k in request.ranks)))
     return tuple(
         Selected(0x3C000000 - int(0x1000000 * k / total), math.ceil(k / total * numel)) for _, k in request.ranks

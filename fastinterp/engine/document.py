@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from fastinterp.engine.companions import warnings_about
-from fastinterp.engine.tensors import PlannedTensor, plan_tensors, sidecar_names
+from fastinterp.engine.tensors import PlannedTensor, foreign_dtypes, plan_tensors, sidecar_names
 from fastinterp.engine.vocabularies import Fitted, fit_models
 from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
 from fastinterp.recipe.load import Recipe
@@ -69,6 +69,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[str], Checkpoint]) 
     tensors = plan_tensors(recipes, points, fitted.models, sidecars, origin)
     warnings = [*fitted.warnings, *warnings_about(fitted.models, origin, fitted.tokenizer is not None)]
     warnings += fitted.uncounted(origin) if fitted.counts else []
+    warnings += foreign_dtypes(first, points[0], origin)
     if first.filters:
         from fastinterp.recipe.check import unmatched
 

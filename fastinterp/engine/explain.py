@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastinterp.compute.backends import cpu_threads
-from fastinterp.engine.given import as_lines, given, layer_lines, symbols
+from fastinterp.engine.given import as_lines, given, layer_lines, presets_in_force, symbols
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.schedule import Window, make_window
 from fastinterp.engine.tensors import MadeEntry, PlannedTensor
@@ -40,6 +40,7 @@ def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
         "method": recipe.method.name,
         "formula": _formula(plan),
         "symbols": [] if recipe.coefficients is not None else [_lettered(s, letters) for s in symbols(recipe)],
+        "presets": [_lettered(s, letters) for s in presets_in_force(recipe)],
         "given": given(recipe, [m.tensors for m in plan.fitted.models], letters),
         "rounding": recipe.rounding,
         "seed": recipe.seed,
@@ -74,6 +75,9 @@ def as_text(plan: Plan, window: Window) -> str:
     """The same for people, at most 100 columns wide where names allow."""
     found = as_dict(plan, window)
     lines = [f"{found['method']} of {counted(len(found['models']), 'model')}", ""]
+    for preset in found["presets"]:
+        lines += _wrapped(preset, "  ", " " * 8)
+    lines += ["  in the formula of preset mergekit:"] if found["presets"] else []
     lines += [*_formula_lines(found["formula"], found["symbols"]), ""]
     lines += _given(found["given"])
     lines += _reads(found) + _computes(found) + _writes(found)

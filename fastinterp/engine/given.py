@@ -48,9 +48,7 @@ def given(
 
 
 def symbols(recipe: Recipe) -> list[str]:
-    """What the letters of the method's formula stand for, as its docstring has it beside and below the formula; and
-    what presets mean, if another one than the default is asked for.
-    """
+    """What the letters of the method's formula stand for, as its docstring has it beside and below the formula."""
     lines = recipe.method.doc.splitlines()[2:]
     count = next((i for i, line in enumerate(lines) if not line.startswith("    ")), len(lines))
     found: list[str] = []
@@ -67,14 +65,24 @@ def symbols(recipe: Recipe) -> list[str]:
     for name, text in re.findall(r"^(\S+(?:, \S+)*|\S+ \S+) {2,}(.*(?:\n .*)*)", body, re.MULTILINE):
         if not known.intersection(name.split(", ")) and not name.startswith("x"):
             found.append(f"{name}: {' '.join(text.split())}")
-    default = next((p.default for p in recipe.method.parameters if p.name == "preset"), None)
-    presets = {
-        case for value, _ in _values(recipe, recipe.models) if _name(value) == "preset" for _, case in value.cases
-    }
-    meaning = re.search(r"^preset +(.*(?:\n .*)*)", recipe.method.doc, re.MULTILINE)
-    if meaning and presets - {default}:
-        found.append(f"preset {' and '.join(sorted(presets))} of these: {' '.join(meaning[1].split())}")
     return found
+
+
+def presets_in_force(recipe: Recipe) -> list[str]:
+    """`preset paper: ...`, what replaces parts of the formula, for every preset asked for that is not the default."""
+    default = next((p.default for p in recipe.method.parameters if p.name == "preset"), None)
+    every = (value for value, _ in _values(recipe, recipe.models) if _name(value) == "preset")
+    asked = dict.fromkeys(str(case) for value in every for _, case in value.cases if case != default)
+    meaning = re.search(r"^preset +(.*(?:\n .*)*)", recipe.method.doc, re.MULTILINE)
+    if not asked or meaning is None:
+        return []
+    parts = [part.partition(": ")[::2] for part in " ".join(meaning[1].split()).split("; ")]
+    told = {name: text for names, text in parts for name in names.split(" and ") if text}
+    like = {name: next((n for n in told if f"like {n}" in told.get(name, "")), None) for name in asked}
+    return [
+        f"preset {name}: {told.get(name, name)}{f' ({other}: {told[other]})' if other else ''}"
+        for name, other in like.items()
+    ]
 
 
 def _values(recipe: Recipe, letters: Sequence[str]) -> Iterator[tuple[Value, str]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastinterp.compute.ops import Row
 from fastinterp.engine.place import Place, Step
 from fastinterp.engine.sources import dtype_code
+
+if TYPE_CHECKING:
+    from fastinterp.engine.densities import Density
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,10 @@ class Job:
     def copies(self, k: int) -> bool:
         """Whether output k has the bytes of an input."""
         return not self.rows or is_copy(self.place, self.rows[k])
+
+    def densities(self, k: int) -> Mapping[int, Density]:
+        """Of inputs of which thresholds keep a part in output k."""
+        return {}
 
 
 def is_copy(place: Place, row: Row) -> bool:

@@ -46,7 +46,7 @@ def merge_tensors(
     method      a name: fastinterp methods lists them
     base        a tensor like them, for methods that have one
     parameters  as in a recipe. Those that each model has: one value for all, or a list with one per tensor.
-                Side-cars: a list with one tensor for each
+                or a vector. Side-cars: a list with one tensor for each
     name        of the tensor, from which random numbers are drawn
     dtype       of the result; None: that of the base, else of the first tensor
     seed, rounding   as in a recipe: 0..2**64-1; "nearest" or "stochastic"
@@ -56,15 +56,16 @@ def merge_tensors(
     Raises: UsageError, MethodError (one of them), ShapeError, BackendError.
     """
     models = _listed(tensors, "tensors")
-    name = _text(name, "name")
+    name = _text(name, "`name`")
     dicts = [{name: x} for x in models]
     origin = None if base is None else {name: base}
     labels = [*([] if base is None else ["base"]), *(f"tensor {i}" for i in range(len(dicts)))]
+    found = _found(method)
     given = dict(_mapping(parameters))
-    for key, value in given.items():
-        if isinstance(value, (list, tuple)) and any(hasattr(x, "dtype") for x in value):
-            given[key] = [{name: x} for x in value]
-    return _Merge(dicts, origin, labels, method, given, dtype, seed, rounding, threads).run()[name]
+    for key in (p.name for p in found.parameters if p.kind is Sidecar):
+        if isinstance(given.get(key), (list, tuple)):
+            given[key] = [{name: x} if hasattr(x, "dtype") else x for x in given[key]]
+    return _Merge(dicts, origin, labels, found, given, dtype, seed, rounding, threads).run()[name]
 
 
 def merge_state_dicts(
@@ -120,8 +121,16 @@ def _listed(given: Any, what: str) -> list[Any]:
 
 def _text(given: object, what: str) -> str:
     if not isinstance(given, str):
-        raise UsageError(f"`{what}` must be text, got {given!r}")
+        raise UsageError(f"{what} must be text, got {given!r}")
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{what} must be text that UTF-8 can write, got {given!r}") from None
     return given
+
+
+def _found(method: str | Method) -> Method:
+    return method if isinstance(method, Method) else find(_text(method, "`method`"))
 
 
 def _mapping(parameters: Any) -> Mapping[str, Any]:
@@ -145,7 +154,7 @@ class _Merge:
         rounding: str,
         threads: int | None,
     ):
-        self.method = method if isinstance(method, Method) else find(_text(method, "method"))
+        self.method = _found(method)
         self._check_base(base)
         self.inputs: list[Arrays] = [*([] if base is None else [base]), *models]
         self.labels = list(labels)
@@ -230,6 +239,8 @@ class _Merge:
 
     def _check_names(self) -> None:
         lead = self.inputs[0]
+        for name in lead:
+            _text(name, "the name of a tensor")
         labels = [*self.labels, *(f"side-car {i}" for i in range(len(self.sidecars)))]
         for label, other in zip(labels[1:], [*self.inputs, *self.sidecars][1:], strict=True):
             missing = [n for n in lead if n not in other]
@@ -288,6 +299,8 @@ class _Merge:
         value = given[p.name]
         if not p.each:
             return self._one(p, value)
+        if p.kind is not Sidecar and hasattr(value, "tolist") and len(getattr(value, "shape", ())) == 1:
+            value = value.tolist()  # a vector of numbers
         if not isinstance(value, (list, tuple)):
             return tuple(self._one(p, value) for _ in range(models))
         if len(value) != models:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ class Step:
 
     native  as the pump takes it
     nbytes  that it reads and writes for it
-    held    bytes of its answer
+    held    bytes of its answer, or of weights by row or column, as far as they grow with the tensor
     """
 
     name: str
@@ -59,13 +60,13 @@ class Place:
         """Length of a row: the last dimension. A 0-d or 1-d tensor is one row."""
         return self.shape[-1] if len(self.shape) > 1 else self.numel
 
-    def asking(self, kind: str, inputs: Sequence[int], **keys: Any) -> Step:
-        """A step that reads these inputs and answers."""
+    def asking(self, kind: str, inputs: Sequence[int], held: int = 0, **keys: Any) -> Step:
+        """A step that reads these inputs and answers. held: bytes of that, and of what is made of it."""
         native = {"kind": kind, **self.reading(inputs), "numel": self.numel, **keys}
-        return Step(self.name, native, sum(self.nbytes[i] for i in inputs))
+        return Step(self.name, native, sum(self.nbytes[i] for i in inputs), held)
 
-    def writing(self, kind: str, inputs: Sequence[int], outputs: Sequence[int], **keys: Any) -> Step:
-        """A step that reads these inputs and writes these of the outputs."""
+    def writing(self, kind: str, inputs: Sequence[int], outputs: Sequence[int], held: int = 0, **keys: Any) -> Step:
+        """A step that reads these inputs and writes these of the outputs. held: bytes of its weights."""
         native = {
             "kind": kind,
             **self.reading(inputs),
@@ -77,7 +78,7 @@ class Place:
         }
         if self.keys:
             native["keys"] = [self.keys[k] for k in outputs]
-        return Step(self.name, native, sum(self.nbytes[i] for i in inputs) + self.out_bytes * len(outputs))
+        return Step(self.name, native, sum(self.nbytes[i] for i in inputs) + self.out_bytes * len(outputs), held)
 
     def reading(self, inputs: Sequence[int]) -> dict[str, Any]:
         """Which they are; and the length of a row, if rows of any of them are gathered."""
@@ -112,6 +113,8 @@ def check_coefficients(values: Iterable[float], name: str) -> None:
 
     Raises: MethodError with the tensor's name, if it cannot, or if they are no numbers.
     """
+    if isinstance(values, array) and values and math.isfinite(sum(values)):
+        values = min(values), max(values)  # they are many, and none is NaN
     for value in values:
         if not abs(value) <= LARGEST:
             why = "is no number" if math.isnan(value) else "is beyond float32's 3.4e38"

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastinterp.engine.text import counted, plain, seconds, size
+
+if TYPE_CHECKING:
+    from fastinterp.engine.densities import Density
 
 COPIES = "all tensors are copies"
 _NOTICED = 0.05  # an effective strength off by more than this is worth a warning
@@ -100,6 +103,8 @@ class Report:
     device: str  # and the instruction set: `cpu avx2`
     threads: int
     inputs: int = 0  # models that this output's tensors come from
+    densities: Mapping[str, Mapping[str, Density]] = field(default_factory=dict)  # model -> tensor -> what is kept
+    merged: int = 0  # elements of all merged tensors
     removed: tuple[str, ...] = ()  # files of an old checkpoint that stood there
     warnings: tuple[str, ...] = field(default=())
 
@@ -124,9 +129,15 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as --json prints them."""
-        plain = {k: v for k, v in self.__dict__.items() if k != "tensors"}
+        plain = {k: v for k, v in self.__dict__.items() if k not in ("tensors", "densities", "merged")}
+        kept = {}
+        if self.densities:
+            from fastinterp.engine.densities import as_dict
+
+            kept = as_dict(self.densities, self.merged)
         return {
             **plain,
+            "densities": kept,
             "gb_per_s": self.gb_per_s,
             "effect": self.effect.as_dict(),
             "tensors": {name: effect.as_dict() for name, effect in self.tensors.items()},
@@ -142,7 +153,15 @@ class Report:
     def notes(self) -> list[str]:
         """What is not as everybody expects."""
         removed = [f"removed from the old checkpoint: {', '.join(map(plain, self.removed))}"] if self.removed else []
-        return [*self._unchanged(), *(f"warning: {plain(w)}" for w in self.warnings), *removed]
+        return [*self._unchanged(), *self._kept(), *(f"warning: {plain(w)}" for w in self.warnings), *removed]
+
+    def _kept(self) -> list[str]:
+        if not self.densities:
+            return []
+        from fastinterp.engine.densities import note
+
+        told = note(self.densities, self.merged)
+        return [plain(told)] if told else []
 
     def _unchanged(self) -> list[str]:
         """Why there is no effect to tell of."""

@@ -67,7 +67,13 @@ class Machine:
     def _pump(self, steps: Sequence[Step]) -> Pump:
         """With as many threads as fit into memory: surveys and masked sums have scratch of their own."""
         native, threads = [step.native for step in steps], self._settings["threads"]
-        pump, held = Pump(steps=native, **self._settings), sum(step.held for step in steps)
+        held = sum(step.held for step in steps)
+        if held > self.most:  # before any of it is there
+            raise UsageError(
+                f"{steps[0].name} needs {held} bytes for statistics or weights, some of them for each row, but "
+                f"--max-memory allows {self.most}. Allow more"
+            )
+        pump = Pump(steps=native, **self._settings)
         fitting = (self.most - held) // max(1, pump.scratch_bytes)
         if fitting < threads:
             if fitting < 1:

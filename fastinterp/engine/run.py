@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastinterp._version import __version__
 from fastinterp.compute.backends import check_device, cpu_isa
@@ -23,6 +23,9 @@ from fastinterp.errors import OutputError, UsageError
 from fastinterp.files.folder import OutFolder
 from fastinterp.files.sidecars import copy_sidecars, model_card
 from fastinterp.recipe.load import Recipe, load_recipe, load_recipes, same_model
+
+if TYPE_CHECKING:
+    from fastinterp.engine.densities import Density
 
 _LARGEST_ALPHA = 4e7  # without a base; the weights 1 - alpha and alpha are divided by their sum
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -260,11 +263,14 @@ def report_of(plan: Plan, done: Done, wall_s: float, k: int, folder: OutFolder |
     """Of output k. folder: where it was written; None: it is in memory."""
     effects, copied = {}, []
     models: set[int] = set()
+    kept: dict[str, dict[str, Density]] = {}
     tensors = [t for t in plan.tensors if t.name in done.jobs]
     for tensor in tensors:
         job = done.jobs[tensor.name]
         if tensor.merged:
             models |= tensor.origins(job.reads(k))
+        for i, density in job.densities(k).items():
+            kept.setdefault(plan.checkpoints[tensor.inputs[i]].name, {})[tensor.name] = density
         if job.copies(k):
             copied.append(tensor.name)
         else:
@@ -282,6 +288,8 @@ def report_of(plan: Plan, done: Done, wall_s: float, k: int, folder: OutFolder |
         device=f"cpu {done.isa}",
         threads=done.threads,
         inputs=len(models),
+        densities=kept,
+        merged=sum(t.numel for t in plan.tensors if t.merged),
         removed=() if folder is None else folder.removed,
         warnings=(*warnings_of(effects, ", ".join(dtypes)), *_importances(plan), *plan.warnings),
     )

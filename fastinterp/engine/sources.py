@@ -117,9 +117,12 @@ def dtype_code(operand: Operand) -> int:
     return code
 
 
-def _moved_key(checkpoint: int, entry: MappedEntry) -> tuple[int, int, int, int]:
-    """Tensors that are one in the file, as tied ones are, are moved once into the same vocabulary."""
-    return checkpoint, entry.file, entry.start, id(entry.rows)
+def _moved_key(checkpoint: int, entry: MappedEntry) -> tuple[object, ...]:
+    """Tensors that are one in the file, as tied ones are, are moved once into the same vocabulary; but beside models
+    that are not tied, the rows that they lack come from different tensors.
+    """
+    sources = tuple(None if place is None else (place[0], place[1].start) for place in entry.sources)
+    return checkpoint, entry.file, entry.start, id(entry.rows), sources
 
 
 @contextmanager

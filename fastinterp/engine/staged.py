@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastinterp.engine.jobs import Job, Result
 from fastinterp.engine.place import Step
@@ -17,6 +18,9 @@ from fastinterp.engine.sources import Operand, storage
 from fastinterp.engine.tensors import MadeEntry, PlannedTensor
 from fastinterp.errors import OutputError
 from fastinterp.files.header import Entry
+
+if TYPE_CHECKING:
+    from fastinterp.engine.densities import Density
 
 _ALIGN = 4096  # bytes
 
@@ -106,6 +110,9 @@ class Staged(Job):
 
     def copies(self, k: int) -> bool:
         return self._current().copies(k)
+
+    def densities(self, k: int) -> Mapping[int, Density]:
+        return self._current().densities(k)
 
     def _current(self, ended: Job | None = None) -> Job:
         """The job of the stage that is made now: the next one, if that has ended."""

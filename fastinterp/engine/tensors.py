@@ -218,7 +218,7 @@ class _Planner:
                 found = [(i, entry) for i, entry in found if i == whose] or found
             return _planned(one.name, kept.dtype, kept.shape, found)
         # What is kept is the dtype of the model whose config.json is copied, which need not be merged itself.
-        named = self._origin.tensors.get(one.name, kept).dtype
+        named = (_kept_of(one, self._origin) or kept).dtype
         dtype = recipe.out_dtype or recipe.dtype or (named if named.merges else kept.dtype)
         if one.copies:
             return _summed(one.name, dtype, kept.shape, found, [Combine((1.0,))] * len(targets))
@@ -302,6 +302,29 @@ class _Planner:
                 )
             found.append((number, entry))
         return found
+
+
+def _kept_of(target: Target, origin: Checkpoint) -> Entry | None:
+    """The tensor of the origin whose dtype a target keeps, or None: where layers are stacked, that of its own layer in
+    the lead source, or in layer 0, which all layers of a kind have.
+    """
+    if target.layer is None or (target.name in origin.tensors and target.name == target.inputs[0][1]):
+        return origin.tensors.get(target.name)
+    first = target.name.replace(f".{target.layer}.", ".0.", 1)
+    return origin.tensors.get(target.inputs[0][1]) or origin.tensors.get(first)
+
+
+def foreign_dtypes(recipe: Recipe, targets: Sequence[Target], origin: Checkpoint) -> list[str]:
+    """A warning, if the origin does not tell the dtype of tensors in stacked layers, so that their source does."""
+    if recipe.dtype is not None or recipe.out_dtype is not None:
+        return []
+    found = [t.name for t in targets if t.layer is not None and _kept_of(t, origin) is None]
+    if not found:
+        return []
+    return [
+        f"{origin.name}, which the output follows, has no tensor like {_listed(found)}: stored in the dtype of "
+        "their sources. Say which one: `out_dtype`, or --dtype"
+    ]
 
 
 def _planned(

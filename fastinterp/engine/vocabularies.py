@@ -148,7 +148,7 @@ def _with_vocabulary(
     configs: Sequence[Mapping[str, Any]],
 ) -> Fitted:  # fmt: skip
     """`fitted` with the vocabulary that the recipe asks for."""
-    from fastinterp.files.tokenizer_files import tokenizer_files
+    from fastinterp.files.tokenizer_files import rowless, tokenizer_files
     from fastinterp.files.vocabulary import join, read_vocabulary, rows_of
 
     wish, merged = recipe.tokenizer, len(fitted.models)
@@ -169,6 +169,8 @@ def _with_vocabulary(
         wishes=_wishes(recipe, known, vocabularies), keep_padding=wish.pad_to_multiple_of is None,
     )  # fmt: skip
     files, warnings = tokenizer_files(joined)
+    beside = [v for i, v in enumerate(vocabularies) if i != lead]
+    warnings = [*rowless(joined, beside, wish.source == "union"), *warnings]
     if plan.zeros:
         warnings.append(
             f"no model has a row for {len(plan.zeros)} tokens, {listing(plan.zeros)}: their embeddings are zeros. Say "

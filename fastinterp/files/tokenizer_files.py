@@ -10,7 +10,7 @@ text in another way, its ordinary tokens have ids and rows, but text may never l
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,30 @@ def tokenizer_files(joined: Joined) -> tuple[dict[str, bytes | Path], list[str]]
     return files, warnings
 
 
-def _warnings(joined: Joined) -> list[str]:
-    found = []
-    base = joined.base
+def rowless(joined: Joined, others: Sequence[Vocabulary], union: bool) -> list[str]:
+    """Warnings of tokens that have no row in their model, so that it counts as one without them.
+
+    others  the models beside joined.base; without `union`, what they have beyond its tokens is left out anyway
+    """
+    base, found = joined.base, []
     if base.stripped:
         found.append(
             f"{base.name} has {len(base.stripped)} tokens but no rows for them, {listing(base.stripped)}: they are "
             "left out of the output's tokenizer"
         )
+    for other in others:
+        tokens = tuple(t for t in other.stripped if union or t in joined.ids)
+        if tokens:
+            found.append(
+                f"{other.name} has {len(tokens)} tokens but no rows for them, {listing(tokens)}: they are left out, as "
+                "if it did not have them"
+            )
+    return found
+
+
+def _warnings(joined: Joined) -> list[str]:
+    found = []
+    base = joined.base
     for other in dict.fromkeys(joined.ordinary.values()):
         count = sum(v is other for v in joined.ordinary.values())
         if other.kind != base.kind:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Generator, Sequence
 from itertools import chain
 from operator import mul
@@ -116,23 +117,25 @@ def spanned(name: str, *, based: bool) -> Generator[Request, Measured, Span]:
     return Span(finite((yield Measure()), name), based=False, deltas=False)
 
 
-def angles(name: str, per: Per = "tensor") -> Generator[Request, Any, tuple[list[float], list[bool]]]:
+def angles(name: str, per: Per = "tensor") -> Generator[Request, Any, tuple[Sequence[float], Sequence[int]]]:
     """Of each group of the tensor called `name`: the angle between x_0 and x_1, and whether x_1 is much shorter; then
     all are measured once more.
 
     Raises: MethodError, as `finite`.
     """
     found = yield Measure(deltas=True, per=per)
-    groups = [finite(g, name).gram for g in ([found] if per == "tensor" else found)]
-    short = [is_short(g, 1) for g in groups]
-    if not any(short):
-        return [angle_to_sum(g[0][0], g[1][1], g[0][1]) for g in groups], short
-    again = yield Measure(per=per)
-    found = [finite(g, name).gram for g in ([again] if per == "tensor" else again)]
-    pairs = zip(groups, found, short, strict=True)
-    return [
-        angle(r[0][0], r[1][1], r[0][1]) if s else angle_to_sum(g[0][0], g[1][1], g[0][1]) for g, r, s in pairs
-    ], short
+    thetas, short = array("d"), bytearray()
+    for group in [found] if per == "tensor" else found:
+        g = finite(group, name).gram
+        thetas.append(angle_to_sum(g[0][0], g[1][1], g[0][1]))
+        short.append(is_short(g, 1))
+    if any(short):
+        found = yield Measure(per=per)
+        for k, group in enumerate([found] if per == "tensor" else found):
+            if short[k]:
+                g = finite(group, name).gram
+                thetas[k] = angle(g[0][0], g[1][1], g[0][1])
+    return thetas, short
 
 
 def summed(weights: Sequence[float], vectors: Sequence[Vector]) -> Vector:

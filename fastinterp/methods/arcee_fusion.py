@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from fastinterp.compute.ops import Combine, Tensor
 from fastinterp.compute.requests import ALL_BITS, Divergence, MaskedCombine, Score, Select, Steps
 from fastinterp.methods import method
@@ -27,7 +29,7 @@ def arcee_fusion(n: int, tensor: Tensor) -> Steps:
     if not tensor.numel:
         return Combine((0.0, 0.0), base=0)
     rows = yield Divergence()
-    factors = tuple(max(0.0, row) for row in rows)  # rounding may leave a little below 0; a NaN becomes 0
+    factors = array("f", (max(0.0, row) for row in rows)).tobytes()  # a NaN, or a little below 0 from rounding, is 0
     last = tensor.numel - 1
     ranks = tuple((0, tensor.numel - quarter * last // 4) for quarter in (1, 2, 3))
     low, median, high = yield Select(ranks, score=Score("divergence", factors))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 
 from fastinterp.compute.ops import Combine, Tensor
 from fastinterp.compute.requests import GroupCombine, Measure, Measured, Steps
@@ -26,7 +27,10 @@ def model_stock(n: int, tensor: Tensor, *, filter_wise: bool = False) -> Steps:
     if not filter_wise or len(tensor.shape) < 2:
         return Combine(_weights(finite((yield Measure(deltas=True)), tensor.name)), 0)
     rows = yield Measure(deltas=True, per="row")
-    return GroupCombine(tuple(_weights(finite(row, tensor.name)) for row in rows), "row", 0)
+    weights = array("d")
+    for row in rows:
+        weights.extend(_weights(finite(row, tensor.name)))
+    return GroupCombine(weights, n, "row", 0)
 
 
 def _weights(found: Measured) -> tuple[float, ...]:

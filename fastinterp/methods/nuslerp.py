@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from fastinterp.compute.ops import Combine, Tensor
 from fastinterp.compute.requests import GroupCombine, Measure, Per, Steps
 from fastinterp.errors import MethodError
@@ -39,13 +41,16 @@ def nuslerp(
     per: Per = "tensor"
     if not nuslerp_flatten and len(tensor.shape) > 1:
         per = "column" if nuslerp_row_wise else "row"
+    weights = array("d")
     if not based:
         thetas, short = yield from angles(tensor.name, per)
-        groups = [arc(t, theta) for theta in thetas]
-        return (
-            Combine(groups[0], pivot=1 if short[0] else None) if per == "tensor" else GroupCombine(tuple(groups), per)
-        )
+        for theta in thetas:
+            weights.extend(arc(t, theta))
+        if per == "tensor":
+            return Combine(tuple(weights), pivot=1 if short[0] else None)
+        return GroupCombine(weights, n, per)
     found = yield Measure(deltas=True, per=per)
-    deltas = [finite(g, tensor.name).gram for g in ([found] if per == "tensor" else found)]
-    added = [(0.0, *arc(t, angle(g[1][1], g[2][2], g[1][2]))) for g in deltas]
-    return Combine(added[0], 0) if per == "tensor" else GroupCombine(tuple(added), per, 0)
+    for group in [found] if per == "tensor" else found:
+        g = finite(group, tensor.name).gram
+        weights.extend((0.0, *arc(t, angle(g[1][1], g[2][2], g[1][2]))))
+    return Combine(tuple(weights), 0) if per == "tensor" else GroupCombine(weights, n, per, 0)
