@@ -24,6 +24,7 @@ Arrays = Mapping[str, Any]
 
 _READ_BYTES, _WRITE_BYTES = 64 << 10, 128 << 10
 _STORE = 0  # Philox stream of the store's rounding
+_UNBOUNDED = 1 << 62  # bytes of scratch: whoever holds whole models in memory sets the bound
 _SHOWN = 5  # names that a message lists
 
 
@@ -45,8 +46,8 @@ def merge_tensors(
                 float8_e4m3fn or float8_e5m2, of any number of dimensions. They need not have the same dtype
     method      a name: fastinterp methods lists them
     base        a tensor like them, for methods that have one
-    parameters  as in a recipe. Those that each model has: one value for all, or a list with one per tensor.
-                or a vector. Side-cars: a list with one tensor for each
+    parameters  as in a recipe. Those that each model has: one value for all, or a list or vector with one
+                per tensor. Side-cars: a list with one tensor for each
     name        of the tensor, from which random numbers are drawn
     dtype       of the result; None: that of the base, else of the first tensor
     seed, rounding   as in a recipe: 0..2**64-1; "nearest" or "stochastic"
@@ -191,7 +192,7 @@ class _Merge:
             "read_bytes": _READ_BYTES, "stochastic": self.stochastic, "fp8_saturate": True, "prefetch": False,
             "stats_every": stats_every,
         }  # fmt: skip
-        drive(jobs, Machine(settings, _explained, 0, None))
+        drive(jobs, Machine(settings, _explained, 0, None, most=_UNBOUNDED))
         if stats_every:
             self.effects = {j.place.name: Effect.of(j.place.numel, j.stats[0]) for j in jobs if not j.copies(0)}
         return out
