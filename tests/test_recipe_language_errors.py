@@ -196,7 +196,7 @@ BAD = {
     ),
     "a stranger's tokenizer": (
         PAIR + "tokenizer_source: c\n",
-        "expected a model that is merged, or base_model, got 'c' - at $.tokenizer_source (merge.yml:4)",
+        "expected union, base, a model that is merged, or base_model, got 'c' - at $.tokenizer_source (merge.yml:4)",
     ),
     "a stranger's token": (
         PAIR + "tokenizer:\n  tokens:\n    <s.x>:\n      source: c\n",

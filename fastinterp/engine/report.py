@@ -194,12 +194,15 @@ def _percent(total: Effect) -> str:
     return f"{total.sampled / total.numel:.0%}"
 
 
-def warnings_of(tensors: Mapping[str, Effect], dtype: str) -> tuple[str, ...]:
-    """What the user should know before trusting the output."""
+def warnings_of(tensors: Mapping[str, Effect], dtype: str, stochastic: bool = False) -> tuple[str, ...]:
+    """What the user should know before trusting the output.
+
+    stochastic  rounding has no bias then, and what it adds to a small sample is noise
+    """
     found = []
     total = Effect.total(tensors.values())
     strength = total.strength
-    if strength is not None and abs(strength - 1) > _NOTICED:
+    if strength is not None and abs(strength - 1) > _NOTICED and not stochastic:
         found.append(
             f"rounding to {dtype} lets {strength:.2f} of the intended change arrive: the models differ by little more "
             "than the spacing of that dtype. Use --rounding stochastic, or --dtype float32"

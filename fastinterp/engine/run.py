@@ -291,7 +291,11 @@ def report_of(plan: Plan, done: Done, wall_s: float, k: int, folder: OutFolder |
         densities=kept,
         merged=sum(t.numel for t in plan.tensors if t.merged),
         removed=() if folder is None else folder.removed,
-        warnings=(*warnings_of(effects, ", ".join(dtypes)), *_importances(plan), *plan.warnings),
+        warnings=(
+            *warnings_of(effects, ", ".join(dtypes), plan.recipes[k].rounding == "stochastic"),
+            *_importances(plan),
+            *plan.warnings,
+        ),
     )
 
 

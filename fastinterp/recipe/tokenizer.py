@@ -164,7 +164,8 @@ def _model(document: Document, given: str | Reference, known: Sequence[str], pat
     for model in known:
         if same_model(model, name):
             return model
-    raise document.error(f"expected a model that is merged, or base_model, got {shown(name)}", path)
+    words = "union, base, " if path in ("$.tokenizer_source", "$.tokenizer.source") else ""
+    raise document.error(f"expected {words}a model that is merged, or base_model, got {shown(name)}", path)
 
 
 def _token(document: Document, known: Sequence[str], text: str, value: Any, path: str, faults: Faults) -> TokenWish:
