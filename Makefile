@@ -120,7 +120,7 @@ race: $(VENV)/.built ## whole commands against the alternatives; SIZE=1b picks t
 	@$(VENV)/bin/fastinterp bench --size $(SIZE)
 
 # What is trained already, with the same settings, is kept: an interrupted run goes on where it was.
-paper: $(VENV)/.bench ## reproduce the paper's claim on a toy: three seeds, about 20 minutes; renews docs/paper
+paper: $(VENV)/.bench ## reproduce the paper's claim on a toy: three seeds, 45 to 70 minutes; renews docs/paper
 	@$(PY) -m examples.paper_path.train build/paper
 	@$(PY) -m examples.paper_path.sweep build/paper
 	@$(PY) -m examples.paper_path.report build/paper -o docs/paper --page docs/paper.md

@@ -56,7 +56,7 @@ def test_all_that_is_wrong():
         "10: the key `value` is missing",
         "11: `normalize` must be true or false, got 3",
         "12: `seed` must be in 0..2**64-1, got -1",
-        "13: expected union, base, a model that is merged, or base_model, got 'z'",
+        "13: expected a model that is merged, or base_model, got 'z'",
         "13: unknown key `kind`. Known: source, force",
         "13: `tokenizer.source` 'base' needs the key `base_model`. Remove the line to copy the tokenizer of the first"
         " model",
