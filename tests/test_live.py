@@ -307,6 +307,24 @@ def test_module_that_was_converted(tmp_path):
     module.to(torch.float32)
     with pytest.raises(UsageError, match="is not where it was"):
         live.set(far=1.0)
+    with pytest.raises(UsageError, match="cannot be given back"):
+        live.close()
+    live.close()  # it is closed
+
+
+@pytest.mark.parametrize("leave", ["convert", "free"])
+def test_weights_that_cannot_be_given_back_are_told(leave):
+    """Nothing is written to memory that is no longer the module's."""
+    module = torch.nn.Linear(3, 3, bias=False)
+    with (
+        pytest.raises(UsageError, match="cannot be given back"),
+        fastinterp.Live(module, directions={"far": state(torch.nn.Linear(3, 3, bias=False))}) as live,
+    ):
+        live.set(far=1.0)
+        if leave == "convert":
+            module.double()
+        else:
+            module.weight.untyped_storage().resize_(0)
 
 
 def test_backward_over_old_weights_is_an_error():

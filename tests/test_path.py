@@ -144,6 +144,17 @@ def test_checkpoint_that_changes_meanwhile_is_refused(tmp_path):
         fastinterp.path(tmp_path / "a", tmp_path / "b").evaluate(change, [0.5])
 
 
+@pytest.mark.parametrize("do", [lambda p: p.weights(0.5), lambda p: p.evaluate(lambda *_: {"m": 0.0}, [0.5])])
+def test_checkpoint_that_was_cut_is_refused_before_it_is_read(tmp_path, do):
+    for i, name in enumerate("ab"):
+        save(tmp_path / name, layers(1, noise=0.1 * i))
+    path = fastinterp.path(tmp_path / "a", tmp_path / "b")
+    with open(tmp_path / "a" / "model.safetensors", "r+b") as stream:
+        stream.truncate(100)
+    with pytest.raises(StorageError, match=r"model\.safetensors was changed"):
+        do(path)
+
+
 # --- evaluate
 
 

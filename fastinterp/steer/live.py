@@ -68,6 +68,7 @@ class Live:
         self._module, self._layers = module, layers
         self._lock = StepLock()
         self._alphas: dict[str, float] | None = None
+        self._addresses = [w.address for w in self._weights]  # numbers: the tensors may be given other memory
         with ExitStack() as stack:
             self._ends = Ends(ends, self._weights, layers, resident, cpu_threads(threads), cpu_isa(), stack)
             own = list(self._ends.operands.values())
@@ -125,6 +126,7 @@ class Live:
         """Give the module its own weights back. `set` can be called again."""
         with self._lock.change():
             self._check_open()
+            self._check_in_place()
             self._restore()
             touched(self._weights)
 
@@ -138,11 +140,18 @@ class Live:
             self._lock.leave()
 
     def close(self) -> None:
-        """Give the module its own weights back, and let files and memory go. More calls do nothing."""
+        """Give the module its own weights back, and let files and memory go. More calls do nothing.
+
+        Raises: UsageError, if the module was converted, moved or loaded anew meanwhile: it is left as it is.
+        """
         with self._lock.change():
-            if self._open:
+            if not self._open:
+                return
+            try:
+                self._check_in_place()
                 self._restore()
                 touched(self._weights)
+            finally:
                 self._open = False
                 self._stack.close()
                 del self._ends, self._machine, self._places, self._original
@@ -170,11 +179,12 @@ class Live:
 
     def _check_in_place(self) -> None:
         found = {w.address for w in weights_of(self._module, self._layers)}
-        gone = [w.name for w in self._weights if w.address not in found and w.nbytes]
+        pairs = zip(self._weights, self._addresses, strict=True)
+        gone = [w.name for w, address in pairs if address not in found and w.nbytes]
         if gone:
             raise UsageError(
-                f"{gone[0]} is not where it was: the module was converted, moved or loaded anew. Close this Live, and "
-                "make another one"
+                f"{gone[0]} is not where it was: the module was converted, moved or loaded anew, and its own weights "
+                "cannot be given back. Load it anew, and make another Live"
             )
 
     def _place(self, i: int, operands: list[Any]) -> Place:

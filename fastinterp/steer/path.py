@@ -85,7 +85,10 @@ class Path:
 
     def weights(self, alpha: Alpha) -> dict[str, Any]:
         """The state dict of one point, in new tensors; by name of direction, if it is no line from a to b."""
-        return self._measured(self._point(alpha))[0]
+        self._refuse_changed()
+        weights = self._measured(self._point(alpha))[0]
+        self._refuse_changed()
+        return weights
 
     def evaluate(
         self,
@@ -116,6 +119,7 @@ class Path:
         done: list[PathPoint] = []
         with nullcontext() if self._model is None else Walker(self._model) as walker:
             for at in points:
+                self._refuse_changed()
                 weights, effects = self._measured(at)
                 if walker is not None:
                     walker.take(weights)
