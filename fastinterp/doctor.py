@@ -10,12 +10,12 @@ from typing import Any
 
 from fastinterp import _C
 from fastinterp._version import __version__
-from fastinterp.compute.backends import ISA_VARIABLE, cpu_isa, cpu_threads
+from fastinterp.compute.backends import GPU_VARIABLE, ISA_VARIABLE, cpu_isa, cpu_threads, gpu_backends
 from fastinterp.errors import FastinterpError
 
 _PACKAGES = ("numpy", "torch", "triton", "safetensors", "huggingface_hub")
 _PREFIX = "FASTINTERP_"
-_READ = (ISA_VARIABLE, "FASTINTERP_REQUIRE")  # the second one by the tests
+_READ = (ISA_VARIABLE, GPU_VARIABLE, "FASTINTERP_REQUIRE")  # the second one by the tests
 _PROBE_S = 0.6  # each of the three
 _ARRAY = 64 << 20  # bytes: far beyond the caches
 _FILE = 512 << 20  # bytes: the most that is written
@@ -32,6 +32,7 @@ def examine() -> dict[str, Any]:
         "isa": _isa(),
         "threads": cpu_threads(),
         "gpus": _gpus(),
+        "backends": {"cpu": None, **gpu_backends()},
         "nvcc": _nvcc(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_PREFIX)},
@@ -43,6 +44,7 @@ def as_text(found: dict[str, Any]) -> str:
     """The same for people."""
     isa, memory, files = found["isa"], found["bandwidth"]["memory"], found["bandwidth"]["files"]
     packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items())
+    backends = ", ".join(n if why is None else f"{n} (not usable: {why})" for n, why in found["backends"].items())
     force = isa["in_force"] or isa["problem"]
     unknown = " (unknown: nothing reads it)"
     settings = ", ".join(f"{k}={v}{'' if k in _READ else unknown}" for k, v in found["environment"].items())
@@ -54,6 +56,7 @@ def as_text(found: dict[str, Any]) -> str:
         ("isa", f"{force} (usable: {', '.join(isa['usable'])}; built: {', '.join(isa['built'])})"),
         ("threads", str(found["threads"])),
         ("gpus", "; ".join(found["gpus"]) or "none found"),
+        ("backends", backends),
         ("nvcc", found["nvcc"] or "none found"),
         ("packages", packages),
         ("settings", settings or f"no {_PREFIX} variables are set"),

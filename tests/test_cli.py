@@ -90,7 +90,7 @@ def test_list_of_commands_cuts_no_sentence():
         (["interpolate", "a", "b", "-o", "out", "--alpha", "2:-1:-1e-9"], 2, "has 3.00000e+9 points"),
         (["interpolate", "a", "b", "-o", "out", "--alpha", "0:1:0.005", "--alpha", "2:3:0.005"], 2, "outputs, got 402"),
         (["interpolate", "a", "./a/", "-o", "out", "--alpha", "0.5"], 2, "A and B are the same checkpoint: 'a'"),
-        (["merge", "recipe.yml", "out", "--cuda"], 2, "No such option: --cuda. This version computes on the CPU."),
+        (["merge", "recipe.yml", "out", "--cuda"], 2, "No such option: --cuda. Use --device cuda."),
         (["merge", "recipe.yml", "out", "--out-shard-size", "5B"], 2, "Use --max-shard-size."),
         (["merge", "-", "out"], 2, "RecipeError: the recipe is empty"),
         (["interpolate", "a", "b", "-o", "out", "--alpha", "inf"], 2, "alpha"),

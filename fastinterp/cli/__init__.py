@@ -31,7 +31,7 @@ OUTCOME = "fastinterp.outcome"  # key in click's Context.meta: a list, what to s
 
 # Options of mergekit's commands, and what there is instead.
 _MERGEKIT = {
-    "--cuda": "This version computes on the CPU.",
+    "--cuda": "Use --device cuda.",
     "--copy-tokenizer": "Leave it out: the tokenizer is always copied.",
     "--lazy-unpickle": "Leave it out: tensors are always read piece by piece.",
     "--low-cpu-memory": "Leave it out: --max-memory bounds the memory.",

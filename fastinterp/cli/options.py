@@ -38,7 +38,10 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on st
 quiet = click.option("--quiet", is_flag=True, help="Print errors and warnings only.")
 
 _OUTPUT = (
-    click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto or cpu."),
+    click.option(
+        "--device", default="auto", show_default=True, metavar="NAME",
+        help="cpu, cuda, cuda:0,1, triton; auto: what should be faster.",
+    ),  # fmt: skip
     threads,
     max_shard_size,
     max_memory,

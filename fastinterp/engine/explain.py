@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from fastinterp.compute.backends import cpu_threads
+from fastinterp.compute.backends import cpu_threads, maybe_devices
+from fastinterp.engine.cost import choose
 from fastinterp.engine.given import as_lines, given, layer_lines, presets_in_force, symbols
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.schedule import Window, make_window
@@ -32,6 +33,7 @@ class Explained(Plan):
 
 def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
     """Plain values, as --json prints them. The plan must have one output."""
+    choice = choose([plan], window.threads, window.most) if maybe_devices() else None
     (recipe,), (layout,) = plan.recipes, plan.layouts
     letters = _letters(plan, recipe)
     copied = copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype)
@@ -66,6 +68,7 @@ def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
             "read_gb_per_s": _READ_GB_S,
             "write_gb_per_s": _WRITE_GB_S,
         },
+        "auto": None if choice is None else choice.as_dict(),
         "warnings": list(plan.warnings),
         "tensors": [_tensor(plan, t, place) for t, place in _placed(plan, layout.files)],
     }
@@ -86,6 +89,7 @@ def as_text(plan: Plan, window: Window) -> str:
         _held(found["window"]),
         f"floor    {seconds(floor['seconds'])}, if files are read at {floor['read_gb_per_s']:g} GB/s and written at "
         f"{floor['write_gb_per_s']:g} GB/s, as a warm page cache allows",
+        *(_wrapped(found["auto"]["why"], "device   ", " " * 9) if found["auto"] else []),
         *(line for w in found["warnings"] for line in _wrapped(plain(w), "warning  ", " " * 9)),
     ]
     return "\n".join(lines)

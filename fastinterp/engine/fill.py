@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
+from fastinterp.compute.device import Device
 from fastinterp.compute.pump import Progress
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.report import Report
@@ -18,14 +19,20 @@ Places = Mapping[str, tuple[int, int]]
 
 
 def fill(
-    plan: Plan, outputs: Sequence[Places], *, threads: int | None, max_memory: int, progress: Progress | None = None
+    plan: Plan,
+    outputs: Sequence[Places],
+    *,
+    threads: int | None,
+    max_memory: int,
+    progress: Progress | None = None,
+    devices: Sequence[Device] = (),
 ) -> list[Report]:
     """Carry out the plan into memory, which its owner keeps meanwhile. Of each output, its report.
 
     Raises: what schedule.run does.
     """
     start = time.perf_counter()
-    done = run(plan, MemorySinks(outputs), threads=threads, max_memory=max_memory, progress=progress)
+    done = run(plan, MemorySinks(outputs), threads=threads, max_memory=max_memory, progress=progress, devices=devices)
     wall = time.perf_counter() - start
     return [report_of(plan, done, wall, k) for k in range(len(outputs))]
 

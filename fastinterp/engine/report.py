@@ -11,6 +11,7 @@ from fastinterp.engine.text import counted, plain, seconds, size
 
 if TYPE_CHECKING:
     from fastinterp.engine.densities import Density
+    from fastinterp.engine.rounds import Placed
 
 COPIES = "all tensors are copies"
 _NOTICED = 0.05  # an effective strength off by more than this is worth a warning
@@ -100,11 +101,13 @@ class Report:
     bytes_written: int
     outputs: int
     wall_s: float
-    device: str  # and the instruction set: `cpu avx2`
+    device: str  # and the instruction set: `cpu avx2`. Accelerators stand before it: see device_line
     threads: int
     inputs: int = 0  # models that this output's tensors come from
     densities: Mapping[str, Mapping[str, Density]] = field(default_factory=dict)  # model -> tensor -> what is kept
     merged: int = 0  # elements of all merged tensors
+    on_cpu: Mapping[str, int] = field(default_factory=dict)  # beside accelerators: why, and how many tensors
+    chosen: str = ""  # why `--device auto` chose the device, if there was a choice
     removed: tuple[str, ...] = ()  # files of an old checkpoint that stood there
     warnings: tuple[str, ...] = field(default=())
 
@@ -153,7 +156,8 @@ class Report:
     def notes(self) -> list[str]:
         """What is not as everybody expects."""
         removed = [f"removed from the old checkpoint: {', '.join(map(plain, self.removed))}"] if self.removed else []
-        return [*self._unchanged(), *self._kept(), *(f"warning: {plain(w)}" for w in self.warnings), *removed]
+        warnings = [f"warning: {plain(w)}" for w in self.warnings]
+        return [*self._unchanged(), *self._kept(), *self._placed(), *warnings, *removed]
 
     def _kept(self) -> list[str]:
         if not self.densities:
@@ -162,6 +166,14 @@ class Report:
 
         told = note(self.densities, self.merged)
         return [plain(told)] if told else []
+
+    def _placed(self) -> list[str]:
+        """Why the work was where it was."""
+        told = [plain(self.chosen)] if self.chosen else []
+        if self.on_cpu:
+            parts = (f"{counted(n, 'tensor')}, {why}" for why, n in self.on_cpu.items())
+            told.append(f"on the cpu: {plain('; '.join(parts))}")
+        return told
 
     def _unchanged(self) -> list[str]:
         """Why there is no effect to tell of."""
@@ -188,6 +200,12 @@ class Report:
                 f"{total.strength:.3f} of the intended change arrived (measured on {_percent(total)})"
             )
         return "\n".join([*lines, *(f"  {note}" for note in self.notes())])
+
+
+def device_line(placed: Placed, isa: str) -> str:
+    """What computed: `cpu avx2`; `cuda:0 NVIDIA H200 (cuda), cpu avx2 for 3 tensors`."""
+    cpu = [f"cpu {isa} for {counted(placed.tensors, 'tensor')}"] if placed.tensors else []
+    return ", ".join([*placed.devices, *cpu]) or f"cpu {isa}"
 
 
 def _percent(total: Effect) -> str:

@@ -8,8 +8,8 @@ from the page cache. Where no tensor asks anything, all of them are one round.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.compute.pump import Progress, Pump, watch
@@ -24,6 +24,22 @@ if TYPE_CHECKING:
 ROUND_BYTES = 256 << 20  # of inputs that a round reads for the first time; one tensor at least
 HELD_BYTES = 64 << 20  # of answers at a time; those to one tensor at least
 RANK_BYTES = 32_000_000  # of memory for one rank of a request about the whole model: 1 MB of counts in each thread
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a plan ran.
+
+    devices  accelerators, for people; none: the processor did everything
+    on_cpu   why the processor did a part beside them, and how many tensors each reason is for
+    tensors  how many of them it worked on, but for samples of magnitudes
+    lost     devices that were given up, and why
+    """
+
+    devices: tuple[str, ...] = ()
+    on_cpu: Mapping[str, int] = field(default_factory=dict)
+    tensors: int = 0
+    lost: tuple[str, ...] = ()
 
 
 class Machine:
@@ -98,6 +114,10 @@ class Machine:
             progress(self._told, self._total)
 
         return shown
+
+    def placed(self) -> Placed:
+        """Where the steps ran."""
+        return Placed()
 
     def finish(self) -> None:
         """Tell the end, where it is another one than foreseen."""

@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastinterp._version import __version__
-from fastinterp.compute.backends import check_device, cpu_isa
+from fastinterp.compute.backends import cpu_isa, cpu_threads, find_devices, maybe_devices, wish_of
 from fastinterp.compute.pump import Progress
 from fastinterp.engine.arguments import numbers, overridden, path_of, size_of
 from fastinterp.engine.plan import Plan, make_plan
-from fastinterp.engine.report import Effect, Report, warnings_of
+from fastinterp.engine.report import Effect, Report, device_line, warnings_of
 from fastinterp.engine.schedule import Done, run
 from fastinterp.engine.sinks import FileSinks
-from fastinterp.errors import OutputError, UsageError
+from fastinterp.errors import BackendError, OutputError, UsageError
 from fastinterp.files.folder import OutFolder
 from fastinterp.files.sidecars import copy_sidecars, model_card
 from fastinterp.recipe.load import Recipe, load_recipe, load_recipes, same_model
 
 if TYPE_CHECKING:
+    from fastinterp.compute.device import Device
     from fastinterp.engine.densities import Density
 
 _LARGEST_ALPHA = 4e7  # without a base; the weights 1 - alpha and alpha are divided by their sum
@@ -50,10 +51,11 @@ def merge(
 
     recipe          path of a YAML file, YAML text, or a mapping: mergekit's schema. Of several documents (or of a list
                     of mappings) the last is written; it may name those before it as models
-    device          "auto" or "cpu"
+    device          "cpu"; "cuda", "cuda:1" or "cuda:0,1" (accelerators, several together); "triton" as "cuda"; "auto"
+                    estimates which is faster, and the report says so
     threads         None: one per CPU, at most 32. The output does not depend on it
     max_shard_size  bytes of tensor data in one file, "5GB" or a number
-    max_memory      bound of the workers' scratch memory
+    max_memory      bound of the workers' scratch memory; of accelerators, of the host's memory
     dtype, rounding, seed   take the place of what the recipe says (dtype: of its out_dtype)
     force           replace a checkpoint in `out`; inputs are refused all the same
     durable         fsync before the finish: the output survives a crash of the machine
@@ -194,8 +196,8 @@ def carry_out(
     Raises: what `merge` does; OutputError names the outputs that were finished before it.
     """
     start = time.perf_counter()
-    check_device(device)
     cpu_isa()  # an unusable FASTINTERP_ISA shows before a folder is made
+    devices, chosen = _devices(device, plans, threads, max_memory)
     every: list[Done] = []
     with ExitStack() as stack:
         folders = _opened_folders(plans, outs, stack, force=force, durable=durable)
@@ -205,7 +207,7 @@ def carry_out(
             sinks = FileSinks(plan, [[folder.temp(file.name) for file in layout.files] for folder, layout in pairs])
             before = sum(d.bytes_read + d.bytes_written for d in every)
             shown = progress if len(plans) == 1 else _part(progress, before, total)
-            every.append(run(plan, sinks, threads=threads, max_memory=max_memory, progress=shown))
+            every.append(run(plan, sinks, threads=threads, max_memory=max_memory, progress=shown, devices=devices))
         _commit([folder for own in folders for folder in own])
     wall = time.perf_counter() - start
     read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
@@ -213,8 +215,26 @@ def carry_out(
     for plan, done, own in zip(plans, every, folders, strict=True):
         whole = replace(done, bytes_read=read, bytes_written=written)
         found = [report_of(plan, whole, wall, k, folder) for k, folder in enumerate(own)]
-        reports += [replace(report, outputs=sum(map(len, outs))) for report in found]
+        reports += [replace(report, outputs=sum(map(len, outs)), chosen=chosen) for report in found]
     return reports
+
+
+def _devices(asked: str, plans: Sequence[Plan], threads: int | None, max_memory: int) -> tuple[Sequence[Device], str]:
+    """The accelerators to use, none for the processor alone; and why, if that was to be found out."""
+    wish = wish_of(asked)
+    if wish.kind != "auto":
+        return find_devices(wish), ""
+    if not maybe_devices():
+        return (), ""
+    from fastinterp.engine.cost import choose
+
+    choice = choose(plans, cpu_threads(threads), max_memory)
+    if choice.device == "cpu":
+        return (), choice.why
+    try:
+        return find_devices(wish_of(choice.device)), choice.why
+    except BackendError as error:
+        return (), f"{choice.why}; but {error}"
 
 
 def _opened_folders(
@@ -285,7 +305,8 @@ def report_of(plan: Plan, done: Done, wall_s: float, k: int, folder: OutFolder |
         bytes_written=done.bytes_written,
         outputs=len(plan.recipes),
         wall_s=wall_s,
-        device=f"cpu {done.isa}",
+        device=device_line(done.placed, done.isa),
+        on_cpu=done.placed.on_cpu,
         threads=done.threads,
         inputs=len(models),
         densities=kept,
@@ -294,6 +315,7 @@ def report_of(plan: Plan, done: Done, wall_s: float, k: int, folder: OutFolder |
         warnings=(
             *warnings_of(effects, ", ".join(dtypes), plan.recipes[k].rounding == "stochastic"),
             *_importances(plan),
+            *(f"a device was given up, and others did its part: {lost}" for lost in done.placed.lost),
             *plan.warnings,
         ),
     )

@@ -16,7 +16,7 @@ from fastinterp.compute.pump import Progress
 from fastinterp.engine.jobs import Job
 from fastinterp.engine.place import Place, Step
 from fastinterp.engine.plan import Plan
-from fastinterp.engine.rounds import Machine, drive
+from fastinterp.engine.rounds import Machine, Placed, drive
 from fastinterp.engine.sinks import Sinks
 from fastinterp.engine.sources import Operand, Sources, remedy
 from fastinterp.engine.tensors import MadeEntry, PlannedTensor, must_agree
@@ -24,6 +24,7 @@ from fastinterp.errors import OutputError, UsageError
 from fastinterp.files.header import Entry
 
 if TYPE_CHECKING:
+    from fastinterp.compute.device import Device
     from fastinterp.engine.staged import Scratch
 
 STATS_EVERY = 32  # chunks of 16384 elements: one of so many is measured, which costs a few percent of the kernel's time
@@ -102,6 +103,7 @@ class Done:
     threads: int
     isa: str
     scratch_bytes: int
+    placed: Placed
 
 
 class Run:
@@ -136,20 +138,29 @@ class Run:
         machine = self.machine
         machine.finish()
         written = machine.bytes_written - self._plan.bytes_made
-        return Done(self.jobs, machine.bytes_read, written, self._threads, self._isa, machine.scratch_bytes)
+        return Done(
+            self.jobs, machine.bytes_read, written, self._threads, self._isa, machine.scratch_bytes, machine.placed()
+        )
 
 
 @contextmanager
 def opened(
-    plan: Plan, sinks: Sinks, *, threads: int | None, max_memory: int, progress: Progress | None
+    plan: Plan,
+    sinks: Sinks,
+    *,
+    threads: int | None,
+    max_memory: int,
+    progress: Progress | None,
+    devices: Sequence[Device] = (),
 ) -> Iterator[Run]:
-    """The plan, ready to be carried out into `sinks`. Files are closed at the end of the `with`.
+    """The plan, ready to be carried out into `sinks`, on `devices` where they can. Files are closed at the end of the
+    `with`.
 
     Raises: UsageError, if the scratch does not fit `max_memory`; StorageError and OutputError, if a file cannot be
     opened.
     """
     isa = cpu_isa()
-    window = make_window(plan, cpu_threads(threads), max_memory)
+    window = make_window(plan, cpu_threads(threads), max_memory - _slots(devices, max_memory))
     with ExitStack() as stack:
         every = [s for t in plan.tensors for s in (*t.first, t)]
         pairs = (pair for s in every for pair in zip(s.inputs, s.entries, strict=True))
@@ -175,20 +186,56 @@ def opened(
         jobs = {t.name: _job(plan, t, sources, sinks, scratch) for t in order}
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
-        machine = Machine(settings, explained, total, progress, max_memory)
+        machine = _machine(devices, stack, settings, explained, total, progress, max_memory)
         yield Run(plan, sources, isa, window.threads, machine, jobs, sinks.of)
 
 
-def run(plan: Plan, sinks: Sinks, *, threads: int | None, max_memory: int, progress: Progress | None) -> Done:
+def run(
+    plan: Plan,
+    sinks: Sinks,
+    *,
+    threads: int | None,
+    max_memory: int,
+    progress: Progress | None,
+    devices: Sequence[Device] = (),
+) -> Done:
     """Carry out the plan.
 
     Ends all threads before it returns or raises, KeyboardInterrupt included.
     Raises: what `opened` does; CheckpointError, if an input was cut or changed; ShapeError, if tensors that must agree
-    differ; StorageError and OutputError, if the operating system cannot read or write.
+    differ; StorageError and OutputError, if the operating system cannot read or write; BackendError, if no device is
+    left.
     """
-    with opened(plan, sinks, threads=threads, max_memory=max_memory, progress=progress) as running:
+    with opened(plan, sinks, threads=threads, max_memory=max_memory, progress=progress, devices=devices) as running:
         drive([*running.jobs.values()], running.machine, running.others)
         return running.done()
+
+
+def _slots(devices: Sequence[Device], max_memory: int) -> int:
+    """Bytes of `max_memory` that are for the devices."""
+    if not devices:
+        return 0
+    from fastinterp.engine.devices import device_window
+
+    return device_window(max_memory, len(devices))
+
+
+def _machine(
+    devices: Sequence[Device],
+    stack: ExitStack,
+    settings: dict[str, Any],
+    explained: Callable[[tuple[Any, ...], Sequence[Step]], Exception],
+    total: int,
+    progress: Progress | None,
+    max_memory: int,
+) -> Machine:
+    if not devices:
+        return Machine(settings, explained, total, progress, max_memory)
+    from fastinterp.engine.devices import DeviceMachine
+
+    machine = DeviceMachine(devices, settings, explained, total, progress, max_memory)
+    stack.callback(machine.close)
+    return machine
 
 
 def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folder: Path | None) -> Scratch:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastinterp.compute.backends import check_device, cpu_isa, cpu_threads
+from fastinterp.compute.backends import cpu_isa, cpu_threads, find_devices, wish_of
 from fastinterp.compute.ops import MAX_OUTPUTS
 from fastinterp.compute.pump import Progress
 from fastinterp.engine.arguments import dtype_named, path_of, size_of
@@ -78,14 +78,17 @@ def sweep(
         a, b, alphas, add, grid, base=base, integers=integers, method=method, parameters=parameters or {},
         settings=settings,
     )  # fmt: skip
-    check_device(device)
+    wish = wish_of(device)
     if in_memory is not None:
         if out is not None or virtual:
             raise UsageError("`in_memory` writes nothing: leave `out` and `virtual` out")
         from fastinterp.steer.visit import visit
 
         most = None if max_memory is None else size_of(max_memory)
-        return visit(points, in_memory, framework=framework, threads=threads, max_memory=most, progress=progress)
+        return visit(
+            points, in_memory, framework=framework, devices=find_devices(wish), threads=threads, max_memory=most,
+            progress=progress,
+        )  # fmt: skip
     target = path_of("" if out is None else out, "out")
     if not target:
         raise UsageError("the name of the output folder is missing. Give `out`, the name of a new folder")

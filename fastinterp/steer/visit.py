@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastinterp.compute.allocate import maker
+from fastinterp.compute.device import Device
 from fastinterp.compute.ops import MAX_OUTPUTS
 from fastinterp.compute.pump import Progress
 from fastinterp.engine.fill import fill
@@ -26,6 +27,7 @@ def visit(
     callback: Callable[[Point, dict[str, Any]], Any],
     *,
     framework: str,
+    devices: Sequence[Device],
     threads: int | None,
     max_memory: int | None,
     progress: Progress | None,
@@ -45,7 +47,8 @@ def visit(
     for first in range(0, len(points), at_a_time):
         plan = make_plan(recipes[first : first + at_a_time], max_shard_size=_SHARD)
         made = [allocated(plan.tensors, framework) for _ in plan.recipes]
-        reports = fill(plan, [p for _, p in made], threads=threads, max_memory=_SCRATCH, progress=progress)
+        places = [p for _, p in made]
+        reports = fill(plan, places, threads=threads, max_memory=_SCRATCH, progress=progress, devices=devices)
         models = [tensors for tensors, _ in made]
         del made
         for k, report in enumerate(reports):
