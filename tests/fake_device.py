@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastinterp import _C
+from fastinterp.compute import device
 from fastinterp.compute.dtypes import DTYPES
 from fastinterp.errors import BackendError, OutOfMemory
 
@@ -157,7 +158,9 @@ class Queue:
         self._work.put(event)
         return event
 
-    def after(self, event: Any) -> None:
+    def after(self, event: device.Event) -> None:
+        assert isinstance(event, Event)
+
         def wait() -> None:
             event._passed.wait(60)
             if event.error is not None:
@@ -238,6 +241,8 @@ class FakeDevice:
         keeps = [*step.get("keeps", ()), *(t["keep"] for m in step.get("masked", ()) for t in m["terms"])]
         if any(keep["lo"] != keep["hi"] for keep in keeps):
             return "random keeps by rank"
+        if step["kind"] == "divergence":
+            return "divergence"
         if step["kind"] == "histogram" and step["score"] is not None:
             return "scores in a histogram"
         return self._refuses(step)

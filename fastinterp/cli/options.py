@@ -39,7 +39,10 @@ quiet = click.option("--quiet", is_flag=True, help="Print errors and warnings on
 
 _OUTPUT = (
     click.option(
-        "--device", default="auto", show_default=True, metavar="NAME",
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="NAME",
         help="cpu, cuda, cuda:0,1, triton; auto: what should be faster.",
     ),  # fmt: skip
     threads,

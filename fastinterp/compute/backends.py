@@ -150,11 +150,8 @@ def _backend(name: str) -> _Backend:
         if not built(module):
             return _Backend(f"{module} is not there: {remedy}", 0, _none)
     found = import_module(f"fastinterp.compute.{name}")
-    try:
-        count = found.device_count()
-    except BackendError as error:
-        return _Backend(str(error), 0, _none)
-    return _Backend(None if count else "no device is visible", count, found.device)
+    missing = found.missing()
+    return _Backend(missing or None, 0 if missing else found.count(), found.device)
 
 
 def _none(ordinal: int) -> Device:

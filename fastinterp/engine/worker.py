@@ -22,6 +22,7 @@ from fastinterp.engine.jobs import Result
 from fastinterp.errors import BackendError, OutOfMemory
 
 LEAST_SLOT = 64 << 10  # bytes: with less, a device is given up
+_LEAST_SLOTS = 2  # so that one is filled while the device works on the other
 _READERS, _WRITERS = 8, 4  # threads for one device at most: its bus is not faster than so many copies
 
 
@@ -130,14 +131,23 @@ class Worker:
         return True
 
     def _allocated(self, work: Work) -> list[Slot]:
-        """The ring, as large as this round can use."""
+        """The ring, as large as this round can use, or as memory allows.
+
+        Raises: OutOfMemory, if there is none for two slots.
+        """
         if not self.queues:
             self.queues = tuple(self.device.queue() for _ in range(3))
         if self._ring and self._ring[0].nbytes < self.limit:
             self.close()
-        most = max(2, min(self._slots, self._window // self.limit))
+        most = max(_LEAST_SLOTS, min(self._slots, self._window // self.limit))
         while len(self._ring) < min(most, work.batches):
-            self._ring.append(Slot(self.device, self.limit))
+            try:
+                self._ring.append(Slot(self.device, self.limit))
+            except OutOfMemory:
+                if len(self._ring) < _LEAST_SLOTS:
+                    raise
+                self._slots = len(self._ring)
+                break
         return self._ring
 
 
