@@ -1,5 +1,7 @@
 #include "runtime.h"
 
+#include <cstring>
+
 namespace fi {
 namespace cuda {
 
@@ -89,28 +91,6 @@ void Buffer::free() {
     check(cudaFree(at), "cudaFree", device_, bytes_);
 }
 
-std::shared_ptr<void> HostPool::take(int64_t bytes) {
-  int64_t size = 4096;
-  while (size < bytes) size *= 2;
-  std::unique_ptr<Buffer> found;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (std::unique_ptr<Buffer>& buffer : unused_) {
-      if (buffer->bytes() != size) continue;
-      found = std::move(buffer);
-      unused_.erase(unused_.begin() + (&buffer - unused_.data()));
-      break;
-    }
-  }
-  if (!found) found = std::make_unique<Buffer>(device_, size, true);
-  void* const at = reinterpret_cast<void*>(found->address());
-  const std::shared_ptr<HostPool> self = shared_from_this();
-  return std::shared_ptr<void>(at, [self, buffer = found.release()](void*) {
-    const std::lock_guard<std::mutex> lock(self->mutex_);
-    self->unused_.emplace_back(buffer);
-  });
-}
-
 // ---- queues --------------------------------------------------------------------------------------------------------
 
 Event::Event(int device) : device_(device) {
@@ -128,6 +108,26 @@ bool Event::done() const {
 }
 
 void Event::wait() const { check(cudaEventSynchronize(event_), "cudaEventSynchronize", device_); }
+
+std::shared_ptr<HostPool::Block> HostPool::take(int64_t bytes) {
+  int64_t size = 4096;
+  while (size < bytes) size *= 2;
+  auto block = std::make_unique<Block>();
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (size_t i = 0; i < unused_.size() && !block->buffer; ++i) {
+      if (unused_[i].buffer->bytes() != size || (unused_[i].last && !unused_[i].last->done())) continue;
+      *block = std::move(unused_[i]);
+      unused_.erase(unused_.begin() + ptrdiff_t(i));
+    }
+  }
+  if (!block->buffer) block->buffer = std::make_unique<Buffer>(device_, size, true);
+  return std::shared_ptr<Block>(block.release(), [self = shared_from_this()](Block* used) {
+    const std::unique_ptr<Block> own(used);
+    const std::lock_guard<std::mutex> lock(self->mutex_);
+    self->unused_.push_back(std::move(*own));
+  });
+}
 
 Queue::Queue(int device, std::shared_ptr<HostPool> pool) : device_(device), own_(true), pool_(std::move(pool)) {
   const OnDevice on(device);
@@ -176,6 +176,20 @@ std::shared_ptr<Event> Queue::record() {
 void Queue::after(const Event& event) {
   const OnDevice on(device_);
   check(cudaStreamWaitEvent(stream_, event.handle(), 0), "cudaStreamWaitEvent", device_);
+}
+
+void Queue::send(void* to, const void* from, int64_t bytes) {
+  const std::shared_ptr<HostPool::Block> block = pool_->take(bytes);
+  memcpy(block->at(), from, size_t(bytes));
+  upload(uintptr_t(to), block->buffer->address(), bytes);
+  block->last = record();
+}
+
+std::shared_ptr<const char> Queue::fetch(const void* of, int64_t bytes) {
+  const std::shared_ptr<HostPool::Block> block = pool_->take(bytes);
+  download(block->buffer->address(), uintptr_t(of), bytes);
+  block->last = record();
+  return {block, block->at()};
 }
 
 bool Queue::capturing() const {
