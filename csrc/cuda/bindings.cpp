@@ -75,14 +75,12 @@ PYBIND11_MODULE(_cuda, m) {
   using Free = py::call_guard<py::gil_scoped_release>;
   m.doc() = "fastinterp's CUDA kernels, and what they need of CUDA's runtime.";
 
-  // `Failed` has one argument, the message, and is raised for every call that fails; OutOfMemory is a Failed.
-  static py::handle failed = py::exception<fi::cuda::Error>(m, "Failed", PyExc_RuntimeError).release();
-  static py::handle out_of_memory = py::exception<fi::cuda::Error>(m, "OutOfMemory", failed).release();
   py::register_local_exception_translator([](std::exception_ptr given) {
     try {
       if (given) std::rethrow_exception(given);
     } catch (const fi::cuda::Error& error) {
-      PyErr_SetString((error.memory ? out_of_memory : failed).ptr(), error.what());
+      const py::module_ errors = py::module_::import("fastinterp.errors");
+      PyErr_SetString(errors.attr(error.memory ? "OutOfMemory" : "BackendError").ptr(), error.what());
     }
   });
 

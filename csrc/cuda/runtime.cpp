@@ -7,34 +7,32 @@ namespace cuda {
 
 namespace {
 
-std::string message_of(cudaError_t error, const char* call, int device, int64_t bytes) {
-  std::string text = std::string(call) + " failed";
+[[noreturn]] void fail(cudaError_t error, const std::string& call, int device, int64_t bytes) {
+  std::string text = call + " failed";
   if (device >= 0) text += " on cuda:" + std::to_string(device);
   if (bytes >= 0) text += ", " + std::to_string(bytes) + " bytes";
-  return text + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
+  text += std::string(": ") + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
+  throw Error(text, error == cudaErrorMemoryAllocation);
 }
 
 }  // namespace
 
-Error::Error(cudaError_t error, const char* call, int device, int64_t bytes)
-    : std::runtime_error(message_of(error, call, device, bytes)), memory(error == cudaErrorMemoryAllocation) {}
-
 void check(cudaError_t error, const char* call, int device, int64_t bytes) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // an error that was reported is not to be found again by the check of a launch
-  throw Error(error, call, device, bytes);
+  (void)cudaGetLastError();  // what is reported here is not to be found again by the check of a launch
+  fail(error, call, device, bytes);
 }
 
 void check_launch(const char* kernel, int device) {
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
-    throw Error(error, (std::string("the launch of ") + kernel).c_str(), device, -1);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) fail(error, std::string("the launch of ") + kernel, device, -1);
 }
 
 int device_count() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaErrorNoDevice) {
-    cudaGetLastError();
+    (void)cudaGetLastError();
     return 0;
   }
   check(error, "cudaGetDeviceCount", -1);
@@ -200,7 +198,8 @@ bool Queue::capturing() const {
 
 Scratch::Scratch(Queue* queue, int64_t bytes, const char* what) : queue_(queue) {
   if (queue->capturing())
-    throw std::invalid_argument(std::string(what) + " need memory of the device, which cannot be part of a CUDA graph");
+    throw Error(std::string(what) + " need memory of cuda:" + std::to_string(queue->device()) +
+                ", which cannot be part of a CUDA graph");
   const OnDevice on(queue->device());
   check(cudaMallocAsync(&at_, bytes > 0 ? size_t(bytes) : 1, queue->stream()), "cudaMallocAsync", queue->device(),
         bytes);

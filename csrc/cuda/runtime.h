@@ -14,13 +14,14 @@
 namespace fi {
 namespace cuda {
 
-// A call that failed. The message names the call, the device, the bytes asked for if any, and CUDA's own words.
+// What went wrong, in words for people. Python gets it as fastinterp.errors.BackendError, or OutOfMemory.
 struct Error : std::runtime_error {
-  Error(cudaError_t error, const char* call, int device, int64_t bytes);
+  explicit Error(const std::string& message, bool memory = false) : std::runtime_error(message), memory(memory) {}
   const bool memory;  // there was too little
 };
 
-// Throws Error unless the call succeeded. bytes: -1 if the call has none.
+// Throws Error unless the call succeeded, which names the call, the device, the bytes asked for, and CUDA's own words.
+// bytes: -1 if the call has none.
 void check(cudaError_t error, const char* call, int device, int64_t bytes = -1);
 // After a launch of the kernel.
 void check_launch(const char* kernel, int device);
@@ -137,7 +138,7 @@ class Queue {
 };
 
 // Device memory for some launches: allocated, and given back at the end of the scope, in the order of the queue.
-// Throws std::invalid_argument, if the queue is capturing: `what` is what the memory is for.
+// Throws Error, if the queue is capturing: `what` is what the memory is for.
 class Scratch {
  public:
   Scratch(Queue* queue, int64_t bytes, const char* what);
