@@ -31,11 +31,7 @@ class MethodError(RecipeError):
 
 
 class BackendError(UsageError):
-    """A backend or instruction set that was asked for by name and cannot be used here; an accelerator that failed."""
-
-
-class OutOfMemory(BackendError):
-    """An accelerator, or what it needs of the host, has too little memory for a buffer."""
+    """A backend or instruction set that was asked for by name and cannot be used here, or a device that failed."""
 
 
 class OutOfMemory(BackendError):

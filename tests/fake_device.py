@@ -51,7 +51,7 @@ class Buffer:
     @property
     def view(self) -> memoryview:
         assert self._kind == "host"
-        return memoryview(self._bytes)
+        return self._bytes.data
 
     def free(self) -> None:
         assert self.nbytes, "freed twice"
@@ -136,7 +136,7 @@ class Queue:
         self._device.check("host", host, nbytes)
         self._put("download", nbytes, lambda: _copy(host, of, nbytes))
 
-    def run(self, pieces: Sequence[Mapping[str, Any]]) -> list[Pending]:
+    def run(self, pieces: Sequence[Mapping[str, Any]]) -> list[device.Pending]:
         pendings = [Pending() for _ in pieces]
         assert pieces
         for piece in pieces:
@@ -151,7 +151,7 @@ class Queue:
         for pending in pendings:
             self._work.put(pending.event)
         self._device.pieces += len(pieces)
-        return pendings
+        return [*pendings]
 
     def record(self) -> Event:
         event = Event()

@@ -44,7 +44,7 @@ _OUTPUT = (
         show_default=True,
         metavar="NAME",
         help="cpu, cuda, cuda:0,1, triton; auto: what should be faster.",
-    ),  # fmt: skip
+    ),
     threads,
     max_shard_size,
     max_memory,

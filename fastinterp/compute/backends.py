@@ -149,9 +149,16 @@ def _backend(name: str) -> _Backend:
     for module, remedy in _NEEDS[name].items():
         if not built(module):
             return _Backend(f"{module} is not there: {remedy}", 0, _none)
-    found = import_module(f"fastinterp.compute.{name}")
-    missing = found.missing()
-    return _Backend(missing or None, 0 if missing else found.count(), found.device)
+    if name == "triton":
+        triton = import_module("fastinterp.compute.triton")
+        return _Backend(triton.missing() or None, triton.count(), triton.TritonDevice)
+    from fastinterp.compute import cuda
+
+    try:
+        count = cuda.device_count()
+    except BackendError as error:
+        return _Backend(str(error), 0, _none)
+    return _Backend(None if count else "no device is visible", count, cuda.device)
 
 
 def _none(ordinal: int) -> Device:
