@@ -5,8 +5,13 @@
 
 namespace fi {
 
+#ifdef __CUDA_ARCH__
+FI_INLINE float fma_once(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+FI_INLINE double fma_once(double a, double b, double c) { return __fma_rn(a, b, c); }
+#else
 FI_INLINE float fma_once(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FI_INLINE double fma_once(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#endif
 
 // acc += w * (x - p): one rounding for the difference, one for the product and sum together.
 template <class T>
@@ -74,7 +79,7 @@ constexpr int kPhiloxRounds = 10;
 // The key of each round, in memory: vector units take it from there.
 struct PhiloxKeys {
   uint64_t low[kPhiloxRounds], high[kPhiloxRounds];
-  explicit PhiloxKeys(uint64_t key) {
+  FI_HD explicit PhiloxKeys(uint64_t key) {
     uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
     for (int round = 0; round < kPhiloxRounds; ++round) {
       low[round] = k0;

@@ -1,0 +1,198 @@
+#include "runtime.h"
+
+namespace fi {
+namespace cuda {
+
+namespace {
+
+std::string message_of(cudaError_t error, const char* call, int device, int64_t bytes) {
+  std::string text = std::string(call) + " failed";
+  if (device >= 0) text += " on cuda:" + std::to_string(device);
+  if (bytes >= 0) text += ", " + std::to_string(bytes) + " bytes";
+  return text + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
+}
+
+}  // namespace
+
+Error::Error(cudaError_t error, const char* call, int device, int64_t bytes)
+    : std::runtime_error(message_of(error, call, device, bytes)), memory(error == cudaErrorMemoryAllocation) {}
+
+void check(cudaError_t error, const char* call, int device, int64_t bytes) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // an error that was reported is not to be found again by the check of a launch
+  throw Error(error, call, device, bytes);
+}
+
+void check_launch(const char* kernel, int device) {
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
+    throw Error(error, (std::string("the launch of ") + kernel).c_str(), device, -1);
+}
+
+int device_count() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorNoDevice) {
+    cudaGetLastError();
+    return 0;
+  }
+  check(error, "cudaGetDeviceCount", -1);
+  return count;
+}
+
+std::string device_label(int device) {
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties", device);
+  return properties.name;
+}
+
+int64_t free_bytes(int device) {
+  const OnDevice on(device);
+  size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo", device);
+  return int64_t(free);
+}
+
+OnDevice::OnDevice(int device) {
+  check(cudaGetDevice(&before_), "cudaGetDevice", device);
+  check(cudaSetDevice(device), "cudaSetDevice", device);
+}
+
+OnDevice::~OnDevice() { (void)cudaSetDevice(before_); }
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+
+Buffer::Buffer(int device, int64_t bytes, bool host) : device_(device), bytes_(bytes), host_(host) {
+  const OnDevice on(device);
+  const size_t size = bytes > 0 ? size_t(bytes) : 1;  // so that every buffer has an address
+  if (host)
+    check(cudaHostAlloc(&at_, size, cudaHostAllocPortable), "cudaHostAlloc", device, bytes);
+  else
+    check(cudaMalloc(&at_, size), "cudaMalloc", device, bytes);
+}
+
+Buffer::~Buffer() {
+  try {
+    free();
+  } catch (const std::exception&) {
+    // What the device failed at is told by the event that is waited for.
+  }
+}
+
+void Buffer::free() {
+  void* const at = at_;
+  at_ = nullptr;
+  if (!at) return;
+  const OnDevice on(device_);
+  if (host_)
+    check(cudaFreeHost(at), "cudaFreeHost", device_, bytes_);
+  else
+    check(cudaFree(at), "cudaFree", device_, bytes_);
+}
+
+std::shared_ptr<void> HostPool::take(int64_t bytes) {
+  int64_t size = 4096;
+  while (size < bytes) size *= 2;
+  std::unique_ptr<Buffer> found;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (std::unique_ptr<Buffer>& buffer : unused_) {
+      if (buffer->bytes() != size) continue;
+      found = std::move(buffer);
+      unused_.erase(unused_.begin() + (&buffer - unused_.data()));
+      break;
+    }
+  }
+  if (!found) found = std::make_unique<Buffer>(device_, size, true);
+  void* const at = reinterpret_cast<void*>(found->address());
+  const std::shared_ptr<HostPool> self = shared_from_this();
+  return std::shared_ptr<void>(at, [self, buffer = found.release()](void*) {
+    const std::lock_guard<std::mutex> lock(self->mutex_);
+    self->unused_.emplace_back(buffer);
+  });
+}
+
+// ---- queues --------------------------------------------------------------------------------------------------------
+
+Event::Event(int device) : device_(device) {
+  const OnDevice on(device);
+  check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreate", device);
+}
+
+Event::~Event() { (void)cudaEventDestroy(event_); }
+
+bool Event::done() const {
+  const cudaError_t error = cudaEventQuery(event_);
+  if (error == cudaErrorNotReady) return false;
+  check(error, "cudaEventQuery", device_);
+  return true;
+}
+
+void Event::wait() const { check(cudaEventSynchronize(event_), "cudaEventSynchronize", device_); }
+
+Queue::Queue(int device, std::shared_ptr<HostPool> pool) : device_(device), own_(true), pool_(std::move(pool)) {
+  const OnDevice on(device);
+  check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate", device);
+}
+
+Queue::Queue(int device, std::shared_ptr<HostPool> pool, uintptr_t stream)
+    : device_(device), own_(false), pool_(std::move(pool)), stream_(reinterpret_cast<cudaStream_t>(stream)) {}
+
+Queue::~Queue() {
+  if (own_) (void)cudaStreamDestroy(stream_);
+}
+
+void Queue::upload(uintptr_t to, uintptr_t host, int64_t bytes) {
+  const OnDevice on(device_);
+  check(cudaMemcpyAsync(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(host), size_t(bytes),
+                        cudaMemcpyHostToDevice, stream_),
+        "cudaMemcpyAsync to the device", device_, bytes);
+}
+
+void Queue::download(uintptr_t host, uintptr_t of, int64_t bytes) {
+  const OnDevice on(device_);
+  check(cudaMemcpyAsync(reinterpret_cast<void*>(host), reinterpret_cast<const void*>(of), size_t(bytes),
+                        cudaMemcpyDeviceToHost, stream_),
+        "cudaMemcpyAsync from the device", device_, bytes);
+}
+
+void Queue::copy(void* to, const void* from, int64_t bytes) {
+  const OnDevice on(device_);
+  check(cudaMemcpyAsync(to, from, size_t(bytes), cudaMemcpyDeviceToDevice, stream_),
+        "cudaMemcpyAsync within the device", device_, bytes);
+}
+
+void Queue::zero(void* at, int64_t bytes) {
+  const OnDevice on(device_);
+  check(cudaMemsetAsync(at, 0, size_t(bytes), stream_), "cudaMemsetAsync", device_, bytes);
+}
+
+std::shared_ptr<Event> Queue::record() {
+  const OnDevice on(device_);
+  auto event = std::make_shared<Event>(device_);
+  check(cudaEventRecord(event->handle(), stream_), "cudaEventRecord", device_);
+  return event;
+}
+
+void Queue::after(const Event& event) {
+  const OnDevice on(device_);
+  check(cudaStreamWaitEvent(stream_, event.handle(), 0), "cudaStreamWaitEvent", device_);
+}
+
+bool Queue::capturing() const {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream_, &status), "cudaStreamIsCapturing", device_);
+  return status != cudaStreamCaptureStatusNone;
+}
+
+Scratch::Scratch(Queue* queue, int64_t bytes, const char* what) : queue_(queue) {
+  if (queue->capturing())
+    throw std::invalid_argument(std::string(what) + " need memory of the device, which cannot be part of a CUDA graph");
+  const OnDevice on(queue->device());
+  check(cudaMallocAsync(&at_, bytes > 0 ? size_t(bytes) : 1, queue->stream()), "cudaMallocAsync", queue->device(),
+        bytes);
+}
+
+Scratch::~Scratch() { (void)cudaFreeAsync(at_, queue_->stream()); }
+
+}  // namespace cuda
+}  // namespace fi

@@ -1,0 +1,146 @@
+// Devices, their memory, queues and events, and how the errors of CUDA's runtime become exceptions. For the host alone:
+// no kernel is compiled with it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace fi {
+namespace cuda {
+
+// A call that failed. The message names the call, the device, the bytes asked for if any, and CUDA's own words.
+struct Error : std::runtime_error {
+  Error(cudaError_t error, const char* call, int device, int64_t bytes);
+  const bool memory;  // there was too little
+};
+
+// Throws Error unless the call succeeded. bytes: -1 if the call has none.
+void check(cudaError_t error, const char* call, int device, int64_t bytes = -1);
+// After a launch of the kernel.
+void check_launch(const char* kernel, int device);
+
+// How many devices there are. Throws Error, if there is no driver, or none that this build can use.
+int device_count();
+std::string device_label(int device);
+// Free memory now, in bytes.
+int64_t free_bytes(int device);
+
+// Makes a device the calling thread's own, for a scope.
+class OnDevice {
+ public:
+  explicit OnDevice(int device);
+  ~OnDevice();
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+// Memory of a device (host = false), or of the host and pinned. free() waits until the device is done with it.
+class Buffer {
+ public:
+  Buffer(int device, int64_t bytes, bool host);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  uintptr_t address() const { return uintptr_t(at_); }
+  int64_t bytes() const { return bytes_; }
+  bool host() const { return host_; }
+  void free();
+
+ private:
+  const int device_;
+  const int64_t bytes_;
+  const bool host_;
+  void* at_ = nullptr;
+};
+
+// Pinned host memory of a device for small things, answers above all: given back, it is used again. Making pinned
+// memory takes long, and may wait for the device.
+class HostPool : public std::enable_shared_from_this<HostPool> {
+ public:
+  explicit HostPool(int device) : device_(device) {}
+  // At least `bytes`, that go back to the pool when nobody holds them any more.
+  std::shared_ptr<void> take(int64_t bytes);
+
+ private:
+  const int device_;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Buffer>> unused_;
+};
+
+// A moment in a queue.
+class Event {
+ public:
+  explicit Event(int device);
+  ~Event();
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+
+  bool done() const;
+  void wait() const;
+  cudaEvent_t handle() const { return event_; }
+
+ private:
+  const int device_;
+  cudaEvent_t event_ = nullptr;
+};
+
+// A stream. Nothing here waits for the device.
+class Queue {
+ public:
+  Queue(int device, std::shared_ptr<HostPool> pool);                    // a new stream
+  Queue(int device, std::shared_ptr<HostPool> pool, uintptr_t stream);  // somebody else's
+  ~Queue();
+  Queue(const Queue&) = delete;
+  Queue& operator=(const Queue&) = delete;
+
+  int device() const { return device_; }
+  cudaStream_t stream() const { return stream_; }
+
+  void upload(uintptr_t to, uintptr_t host, int64_t bytes);
+  void download(uintptr_t host, uintptr_t of, int64_t bytes);
+  void copy(void* to, const void* from, int64_t bytes);  // within the device
+  void zero(void* at, int64_t bytes);
+  std::shared_ptr<Event> record();
+  void after(const Event& event);
+
+  // Whether what is put in becomes a CUDA graph; then nothing may be allocated, and nothing answers.
+  bool capturing() const;
+  // Pinned host memory that lives as long as somebody holds it. Before it is let go of, the device must be done with
+  // it: an event that was recorded after its last use has passed.
+  std::shared_ptr<void> host(int64_t bytes) { return pool_->take(bytes); }
+
+ private:
+  const int device_;
+  const bool own_;
+  const std::shared_ptr<HostPool> pool_;
+  cudaStream_t stream_ = nullptr;
+};
+
+// Device memory for some launches: allocated, and given back at the end of the scope, in the order of the queue.
+// Throws std::invalid_argument, if the queue is capturing: `what` is what the memory is for.
+class Scratch {
+ public:
+  Scratch(Queue* queue, int64_t bytes, const char* what);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  void* at() const { return at_; }
+
+ private:
+  Queue* const queue_;
+  void* at_ = nullptr;
+};
+
+}  // namespace cuda
+}  // namespace fi

@@ -1,0 +1,494 @@
+// A CUDA runtime on the host's memory, for tests. Streams hold work in order; how it is done is set by fake_mode:
+//
+// kEager     at once
+// kDeferred  when somebody waits for it, or asks whether it is done; what is not awaited does not happen
+// kThreads   by a thread per stream, beside the caller
+//
+// Device memory is filled with 0xA5 before its first use and has guards around it; copies from or to what is no
+// device memory, where it should be, fail. The C functions that begin with fake_ are the controls and counters.
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+struct FakeEvent {
+  FakeStream* stream = nullptr;
+  uint64_t ticket = 0;  // passed when the stream has done so much
+};
+
+// Work of a stream: done once `ready` says so.
+struct Work {
+  FakeEvent after;  // of another stream, or none
+  std::function<cudaError_t()> run;
+};
+
+struct FakeStream {
+  int device = 0;
+  std::deque<Work> work;
+  uint64_t put = 0, done = 0;
+  bool busy = false, capturing = false, closing = false;
+  std::thread worker;
+};
+
+namespace {
+
+enum Mode { kEager = 0, kDeferred = 1, kThreads = 2 };
+constexpr size_t kGuard = 64, kAlign = 256;
+constexpr unsigned char kFresh = 0xA5, kGuardByte = 0x5C;
+
+struct Memory {
+  size_t bytes;
+  int device;
+  char* raw;
+};
+
+struct Fake {
+  std::mutex mutex;
+  std::condition_variable changed;
+  int mode = kEager, devices = 1, delay_us = 0;
+  size_t limit = size_t(1) << 32;
+  std::map<int, size_t> used;          // by device
+  std::map<uintptr_t, Memory> memory;  // of devices, by address
+  std::map<uintptr_t, size_t> host;    // allocated here, by address
+  std::set<FakeStream*> streams;
+  std::map<int, std::unique_ptr<FakeStream>> defaults;  // by device
+  std::map<std::string, int64_t> calls;
+  std::string fail_call;
+  int64_t fail_at = 0;
+  cudaError_t fail_with = cudaSuccess;
+  std::string wrong;  // what a kernel did wrong, or a guard that was written over
+  cudaError_t sticky = cudaSuccess;
+};
+
+// Never destroyed: threads of streams may still run when the process ends.
+Fake& fake() {
+  static Fake* const all = new Fake;
+  return *all;
+}
+
+using Lock = std::unique_lock<std::mutex>;
+
+thread_local int current_device = 0;
+thread_local cudaError_t last_error = cudaSuccess;
+
+// Counts a call, and says whether it is to fail.
+cudaError_t called(const char* name) {
+  Fake& f = fake();
+  const Lock lock(f.mutex);
+  const int64_t n = ++f.calls[name];
+  if (f.sticky != cudaSuccess) return f.sticky;
+  if (f.fail_call == name && n == f.fail_at) return f.fail_with;
+  return cudaSuccess;
+}
+
+FakeStream* stream_of(cudaStream_t given) {
+  if (given) return given;
+  Fake& f = fake();
+  const Lock lock(f.mutex);
+  std::unique_ptr<FakeStream>& own = f.defaults[current_device];
+  if (!own) {
+    own = std::make_unique<FakeStream>();
+    own->device = current_device;
+    f.streams.insert(own.get());
+  }
+  return own.get();
+}
+
+bool passed(const FakeEvent& event) { return !event.stream || event.stream->done >= event.ticket; }
+
+// Does the next work of a stream; of the stream that it waits for, if it waits. False if there is nothing to do.
+bool step(FakeStream* stream, Lock* lock) {
+  while (!stream->work.empty() && !passed(stream->work.front().after)) {
+    if (fake().mode == kThreads) return false;
+    stream = stream->work.front().after.stream;
+  }
+  if (stream->busy || stream->work.empty()) return false;
+  Work work = std::move(stream->work.front());
+  stream->work.pop_front();
+  stream->busy = true;
+  const int delay_us = fake().delay_us;
+  lock->unlock();
+  if (delay_us) std::this_thread::sleep_for(std::chrono::microseconds(delay_us));
+  const cudaError_t error = work.run ? work.run() : cudaSuccess;
+  lock->lock();
+  if (error != cudaSuccess) fake().sticky = error;
+  stream->busy = false;
+  ++stream->done;
+  fake().changed.notify_all();
+  return true;
+}
+
+void serve(FakeStream* stream) {
+  Lock lock(fake().mutex);
+  while (!stream->closing)
+    if (!step(stream, &lock)) fake().changed.wait(lock);
+}
+
+// Waits until a stream has done so much.
+cudaError_t await(const FakeEvent& event) {
+  Fake& f = fake();
+  Lock lock(f.mutex);
+  while (!passed(event) && f.sticky == cudaSuccess)
+    if (f.mode == kThreads || !step(event.stream, &lock)) f.changed.wait_for(lock, std::chrono::milliseconds(100));
+  return f.sticky;
+}
+
+cudaError_t put(cudaStream_t given, std::function<cudaError_t()> run, FakeEvent after = {}) {
+  FakeStream* const stream = stream_of(given);
+  Fake& f = fake();
+  FakeEvent end;
+  {
+    const Lock lock(f.mutex);
+    if (!f.streams.count(stream)) return cudaErrorInvalidResourceHandle;
+    stream->work.push_back({after, std::move(run)});
+    end = {stream, ++stream->put};
+    if (f.mode == kThreads && !stream->worker.joinable()) stream->worker = std::thread(serve, stream);
+    f.changed.notify_all();
+    if (f.mode != kEager) return cudaSuccess;
+  }
+  return await(end);
+}
+
+// Whether all of a range is memory of a device.
+bool is_device(const void* at, size_t bytes) {
+  Fake& f = fake();
+  const Lock lock(f.mutex);
+  auto found = f.memory.upper_bound(uintptr_t(at));
+  if (found == f.memory.begin()) return false;
+  --found;
+  return uintptr_t(at) + bytes <= found->first + found->second.bytes;
+}
+
+cudaError_t allocate(void** to, size_t bytes) {
+  Fake& f = fake();
+  const Lock lock(f.mutex);
+  *to = nullptr;
+  if (current_device >= f.devices) return cudaErrorNoDevice;
+  if (f.used[current_device] + bytes > f.limit) return cudaErrorMemoryAllocation;
+  const size_t whole = (bytes + 2 * kAlign + kAlign - 1) / kAlign * kAlign;
+  char* const raw = static_cast<char*>(std::aligned_alloc(kAlign, whole));
+  if (!raw) return cudaErrorMemoryAllocation;
+  memset(raw, kGuardByte, whole);
+  memset(raw + kAlign, kFresh, bytes);
+  f.used[current_device] += bytes;
+  f.memory[uintptr_t(raw + kAlign)] = {bytes, current_device, raw};
+  *to = raw + kAlign;
+  return cudaSuccess;
+}
+
+cudaError_t release(void* memory) {
+  Fake& f = fake();
+  const Lock lock(f.mutex);
+  const auto found = f.memory.find(uintptr_t(memory));
+  if (found == f.memory.end()) return cudaErrorInvalidValue;
+  const Memory m = found->second;
+  for (size_t i = 0; i < kGuard; ++i)
+    if (m.raw[kAlign - 1 - i] != char(kGuardByte) || m.raw[kAlign + m.bytes + i] != char(kGuardByte))
+      f.wrong = "something was written beside a device's memory of " + std::to_string(m.bytes) + " bytes";
+  f.used[m.device] -= m.bytes;
+  f.memory.erase(found);
+  memset(m.raw, kGuardByte, m.bytes + kAlign);
+  std::free(m.raw);
+  return cudaSuccess;
+}
+
+void drain() {
+  Fake& f = fake();
+  std::vector<FakeEvent> ends;
+  {
+    const Lock lock(f.mutex);
+    for (FakeStream* s : f.streams) ends.push_back({s, s->put});
+  }
+  for (const FakeEvent& end : ends) await(end);
+}
+
+}  // namespace
+
+namespace fi_host {
+
+void launch(uint32_t blocks, uint32_t threads, cudaStream_t stream, std::function<void()> thread) {
+  cudaError_t error = called("launch");
+  if (error == cudaSuccess)
+    error = put(stream, [=] {
+      const char* const wrong = run_grid(blocks, threads, thread);
+      if (!wrong) return cudaSuccess;
+      const Lock lock(fake().mutex);
+      fake().wrong = wrong;
+      return cudaErrorLaunchFailure;
+    });
+  if (error != cudaSuccess) last_error = error;
+}
+
+}  // namespace fi_host
+
+#define FI_CALLED(name)                                               \
+  if (const cudaError_t error = called(name); error != cudaSuccess) { \
+    last_error = error;                                               \
+    return error;                                                     \
+  }
+
+extern "C" {
+
+// ---- controls ------------------------------------------------------------------------------------------------------
+
+#define FI_CONTROL __attribute__((visibility("default")))
+
+// Everything as at the start; work that was put in is dropped.
+FI_CONTROL void fake_reset(int mode, int devices, uint64_t limit_bytes, int delay_us) {
+  drain();
+  Fake& f = fake();
+  const Lock lock(f.mutex);
+  for (FakeStream* s : f.streams) s->work.clear(), s->done = s->put;
+  f.mode = mode, f.devices = devices, f.limit = limit_bytes, f.delay_us = delay_us;
+  f.calls.clear(), f.fail_call.clear(), f.wrong.clear();
+  f.sticky = cudaSuccess;
+  last_error = cudaSuccess;
+  current_device = 0;
+}
+// The n-th call of a name from now on fails, n = 1 for the next one; "launch" is a call, too.
+FI_CONTROL void fake_fail(const char* call, int64_t n, int error) {
+  Fake& f = fake();
+  const Lock lock(f.mutex);
+  f.fail_call = call, f.fail_at = f.calls[call] + n, f.fail_with = cudaError_t(error);
+}
+FI_CONTROL int64_t fake_calls(const char* call) {
+  const Lock lock(fake().mutex);
+  return fake().calls[call];
+}
+FI_CONTROL int64_t fake_used(int device) {
+  const Lock lock(fake().mutex);
+  return int64_t(fake().used[device]);
+}
+FI_CONTROL int64_t fake_host_blocks() {
+  const Lock lock(fake().mutex);
+  return int64_t(fake().host.size());
+}
+// What was done wrong since the last reset, or an empty string.
+FI_CONTROL const char* fake_wrong() {
+  static thread_local std::string text;
+  const Lock lock(fake().mutex);
+  text = fake().wrong;
+  return text.c_str();
+}
+FI_CONTROL void fake_capture(cudaStream_t stream, int on) { stream_of(stream)->capturing = on != 0; }
+
+// ---- devices -------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 0;
+  FI_CALLED("cudaGetDeviceCount");
+  const Lock lock(fake().mutex);
+  *count = fake().devices;
+  return *count ? cudaSuccess : last_error = cudaErrorNoDevice;
+}
+cudaError_t cudaSetDevice(int device) {
+  FI_CALLED("cudaSetDevice");
+  if (device < 0 || device >= fake().devices) return last_error = cudaErrorInvalidDevice;
+  current_device = device;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = current_device;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* prop, int device) {
+  FI_CALLED("cudaGetDeviceProperties");
+  if (device < 0 || device >= fake().devices) return last_error = cudaErrorInvalidDevice;
+  snprintf(prop->name, sizeof prop->name, "Emulated device %d", device);
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  FI_CALLED("cudaDeviceGetAttribute");
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : 9;
+  return cudaSuccess;
+}
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  FI_CALLED("cudaMemGetInfo");
+  const Lock lock(fake().mutex);
+  *total = fake().limit;
+  *free = fake().limit - fake().used[current_device];
+  return cudaSuccess;
+}
+cudaError_t cudaMalloc(void** to, size_t bytes) {
+  FI_CALLED("cudaMalloc");
+  const cudaError_t error = allocate(to, bytes);
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+cudaError_t cudaFree(void* memory) {
+  FI_CALLED("cudaFree");
+  drain();
+  return memory ? release(memory) : cudaSuccess;
+}
+cudaError_t cudaMallocAsync(void** to, size_t bytes, cudaStream_t) {
+  FI_CALLED("cudaMallocAsync");
+  const cudaError_t error = allocate(to, bytes);
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
+  FI_CALLED("cudaFreeAsync");
+  return put(stream, [=] { return release(memory); });
+}
+cudaError_t cudaHostAlloc(void** to, size_t bytes, unsigned) {
+  FI_CALLED("cudaHostAlloc");
+  *to = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096 + 4096);
+  if (!*to) return last_error = cudaErrorMemoryAllocation;
+  memset(*to, kFresh, bytes);
+  const Lock lock(fake().mutex);
+  fake().host[uintptr_t(*to)] = bytes;
+  return cudaSuccess;
+}
+cudaError_t cudaFreeHost(void* memory) {
+  FI_CALLED("cudaFreeHost");
+  drain();
+  const Lock lock(fake().mutex);
+  if (!fake().host.erase(uintptr_t(memory))) return last_error = cudaErrorInvalidValue;
+  std::free(memory);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  FI_CALLED("cudaMemcpyAsync");
+  if ((kind == cudaMemcpyHostToDevice && !is_device(to, bytes)) ||
+      (kind == cudaMemcpyDeviceToHost && !is_device(from, bytes)))
+    return last_error = cudaErrorInvalidValue;
+  return put(stream, [=] { return memcpy(to, from, bytes), cudaSuccess; });
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  FI_CALLED("cudaMemsetAsync");
+  if (!is_device(to, bytes)) return last_error = cudaErrorInvalidValue;
+  return put(stream, [=] { return memset(to, value, bytes), cudaSuccess; });
+}
+
+// ---- streams and events --------------------------------------------------------------------------------------------
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  FI_CALLED("cudaStreamCreateWithFlags");
+  const Lock lock(fake().mutex);
+  *stream = new FakeStream;
+  (*stream)->device = current_device;
+  fake().streams.insert(*stream);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  FI_CALLED("cudaStreamDestroy");
+  await({stream, stream->put});
+  {
+    const Lock lock(fake().mutex);
+    if (!fake().streams.erase(stream)) return last_error = cudaErrorInvalidResourceHandle;
+    stream->closing = true;
+    stream->done = ~uint64_t(0);
+    fake().changed.notify_all();
+  }
+  if (stream->worker.joinable()) stream->worker.join();
+  return cudaSuccess;  // events may still name it, so it stays where it is
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  FI_CALLED("cudaStreamSynchronize");
+  FakeStream* const s = stream_of(stream);
+  return await({s, s->put});
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  FI_CALLED("cudaStreamWaitEvent");
+  return put(stream, nullptr, *event);
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  FI_CALLED("cudaStreamIsCapturing");
+  *status = stream_of(stream)->capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  FI_CALLED("cudaEventCreateWithFlags");
+  *event = new FakeEvent;
+  return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  FI_CALLED("cudaEventDestroy");
+  delete event;
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  FI_CALLED("cudaEventRecord");
+  FakeStream* const s = stream_of(stream);
+  const Lock lock(fake().mutex);
+  *event = {s, s->put};
+  return cudaSuccess;
+}
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  FI_CALLED("cudaEventQuery");
+  Lock lock(fake().mutex);
+  if (fake().sticky != cudaSuccess) return fake().sticky;
+  if (passed(*event)) return cudaSuccess;
+  if (fake().mode == kDeferred) step(event->stream, &lock);  // so that asking again and again comes to an end
+  return cudaErrorNotReady;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  FI_CALLED("cudaEventSynchronize");
+  return await(*event);
+}
+
+// ---- errors --------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInvalidValue:
+      return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation:
+      return "cudaErrorMemoryAllocation";
+    case cudaErrorInsufficientDriver:
+      return "cudaErrorInsufficientDriver";
+    case cudaErrorNoDevice:
+      return "cudaErrorNoDevice";
+    case cudaErrorInvalidDevice:
+      return "cudaErrorInvalidDevice";
+    case cudaErrorInvalidResourceHandle:
+      return "cudaErrorInvalidResourceHandle";
+    case cudaErrorNotReady:
+      return "cudaErrorNotReady";
+    case cudaErrorLaunchFailure:
+      return "cudaErrorLaunchFailure";
+    case cudaErrorStreamCaptureUnsupported:
+      return "cudaErrorStreamCaptureUnsupported";
+  }
+  return "cudaErrorUnknown";
+}
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorNoDevice:
+      return "no CUDA-capable device is detected";
+    case cudaErrorLaunchFailure:
+      return "unspecified launch failure";
+    default:
+      return "emulated error";
+  }
+}
+
+}  // extern "C"
