@@ -1,4 +1,4 @@
-#include "bind_sums.h"
+#include "bind_folds.h"
 #include "measure.h"
 
 namespace py = pybind11;

@@ -1,7 +1,7 @@
 // Gram matrices, L1 norms and counts of tensors, of their rows or of their columns, on a device.
 #pragma once
 
-#include "sums.h"
+#include "folds.h"
 #include "values.h"
 
 namespace fi {

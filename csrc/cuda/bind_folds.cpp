@@ -1,4 +1,4 @@
-#include "bind_sums.h"
+#include "bind_folds.h"
 
 namespace py = pybind11;
 

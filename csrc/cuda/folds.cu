@@ -1,4 +1,4 @@
-#include "sums.h"
+#include "folds.h"
 
 namespace fi {
 namespace cuda {

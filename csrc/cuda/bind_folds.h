@@ -4,7 +4,7 @@
 #include <functional>
 
 #include "bind_pieces.h"
-#include "sums.h"
+#include "folds.h"
 #include "values.h"
 
 namespace fi {
