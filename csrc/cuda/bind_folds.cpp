@@ -9,13 +9,13 @@ namespace {
 
 class Sums : public Pending {
  public:
-  Sums(std::shared_ptr<void> held, int64_t groups, int64_t reals, int64_t counts)
+  Sums(std::shared_ptr<const char> held, int64_t groups, int64_t reals, int64_t counts)
       : held_(std::move(held)), groups_(groups), reals_(reals), counts_(counts) {}
 
   py::object answer() const override {
     std::vector<double> reals(size_t(groups_ * reals_));
     std::vector<int64_t> counts(size_t(groups_ * counts_));
-    const double* from = static_cast<const double*>(held_.get());
+    const double* from = reinterpret_cast<const double*>(held_.get());
     for (int64_t g = 0; g < groups_ && held_; ++g) {
       for (int64_t i = 0; i < reals_; ++i) reals[size_t(g * reals_ + i)] = *from++;
       for (int64_t i = 0; i < counts_; ++i) counts[size_t(g * counts_ + i)] = int64_t(*from++);
@@ -24,7 +24,7 @@ class Sums : public Pending {
   }
 
  private:
-  const std::shared_ptr<void> held_;  // null: all are 0
+  const std::shared_ptr<const char> held_;  // null: all are 0
   const int64_t groups_, reals_, counts_;
 };
 
@@ -51,19 +51,16 @@ std::shared_ptr<Pending> no_sums(int64_t groups, int64_t reals, int64_t counts) 
 
 std::shared_ptr<Pending> folded(Queue* queue, const FoldTask& parts, int64_t groups, int64_t reals, int64_t counts,
                                 const char* kernel, const std::function<void(double*)>& fill) {
-  const int64_t own = parts.rows * parts.count * parts.width, bytes = groups * (reals + counts) * int64_t(sizeof(double));
-  const std::shared_ptr<void> held = queue->host(bytes);
-  {
-    const py::gil_scoped_release release;
-    const Scratch scratch(queue, (own + fold_scratch(parts)) * int64_t(sizeof(double)), "sums");
-    double* const sums = static_cast<double*>(scratch.at());
-    fill(sums);
-    check_launch(kernel, queue->device());
-    const double* const found = fold_parts(parts, sums, sums + own, queue->stream());
-    check_launch("fold", queue->device());
-    queue->download(uintptr_t(held.get()), uintptr_t(found), bytes);
-  }
-  return std::make_shared<Sums>(held, groups, reals, counts);
+  const int64_t own = parts.rows * parts.count * parts.width;
+  const py::gil_scoped_release release;
+  const Scratch scratch(queue, (own + fold_scratch(parts)) * int64_t(sizeof(double)), "sums");
+  double* const sums = static_cast<double*>(scratch.at());
+  fill(sums);
+  check_launch(kernel, queue->device());
+  const double* const found = fold_parts(parts, sums, sums + own, queue->stream());
+  check_launch("fold", queue->device());
+  const int64_t bytes = groups * (reals + counts) * int64_t(sizeof(double));
+  return std::make_shared<Sums>(queue->fetch(found, bytes), groups, reals, counts);
 }
 
 }  // namespace cuda

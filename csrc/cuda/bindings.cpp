@@ -15,7 +15,7 @@ using fi::cuda::Kind;
 using fi::cuda::Pending;
 using fi::cuda::Queue;
 
-const Kind* const kKinds[] = {&fi::cuda::kCombine, &fi::cuda::kMeasure, &fi::cuda::kMeasureDeltas};
+const Kind* const kKinds[] = {&fi::cuda::kCombine, &fi::cuda::kKept, &fi::cuda::kMasked, &fi::cuda::kMeasure, &fi::cuda::kMeasureDeltas};
 
 const Kind& kind_of(const std::string& name) {
   for (const Kind* kind : kKinds)

@@ -10,7 +10,7 @@ constexpr int kThreads = 256;
 
 int64_t groups(int64_t count) { return (count + kTogether - 1) / kTogether; }
 
-FI_KERNEL fold_kernel(FI_ARGUMENT FoldTask task, const double* parts, double* to) {
+FI_KERNEL(kThreads, 4) fold_kernel(FI_ARGUMENT FoldTask task, const double* parts, double* to) {
   const int64_t of_row = (task.count + kTogether - 1) / kTogether;
   const int64_t i = int64_t(block_index()) * kThreads + thread_index(), w = i % task.width, group = i / task.width;
   const int64_t row = group / of_row, first = group % of_row * kTogether;

@@ -157,7 +157,7 @@ FI_HD constexpr int shared_size() {
 
 // kVectors: how many there are; 0: more than kGroup.
 template <class T, int kVectors>
-FI_KERNEL measure_kernel(FI_ARGUMENT MeasureTask m) {
+FI_KERNEL(kLanes, kVectors == 0 ? 2 : sizeof(T) == 8 ? 3 : kVectors > 2 ? 4 : 5) measure_kernel(FI_ARGUMENT MeasureTask m) {
   if constexpr (kVectors) {
     FI_SHARED double shared[shared_size<T, kVectors, kVectors*(kVectors + 1) / 2 + 2 * kVectors>()];
     measure_group<T, kVectors>(m, slab_of(m, block_index()), 0, shared);

@@ -1,8 +1,7 @@
-// Elements of any dtype and at any address, in kernels.
+// The inputs of a kernel, and units of their elements.
 #pragma once
 
-#include "../element.h"
-#include "grid.h"
+#include "sums.h"
 
 namespace fi {
 namespace cuda {
@@ -12,30 +11,6 @@ struct InputTable {
   const void* x[kMaxInputs];
   DType in[kMaxInputs];
 };
-
-template <class T, DType D>
-FI_DEVICE T value(const void* x, int64_t i) {
-  using Bits = typename Format<D>::Bits;
-  return widen<T, D>(load_bits<Bits>(static_cast<const char*>(x) + i * int64_t(sizeof(Bits))));
-}
-
-template <class T>
-FI_DEVICE T value(DType dtype, const void* x, int64_t i) {
-  switch (dtype) {
-    case DType::F64:
-      return value<T, DType::F64>(x, i);
-    case DType::F32:
-      return value<T, DType::F32>(x, i);
-    case DType::F16:
-      return value<T, DType::F16>(x, i);
-    case DType::BF16:
-      return value<T, DType::BF16>(x, i);
-    case DType::F8_E4M3:
-      return value<T, DType::F8_E4M3>(x, i);
-    default:
-      return value<T, DType::F8_E5M2>(x, i);
-  }
-}
 
 constexpr int kUnit = 8;  // elements that a thread loads together: 16 bytes of the 16-bit dtypes
 
@@ -60,7 +35,7 @@ FI_DEVICE void unit(const void* x, int64_t i, int n, T* to) {
     }
     return;
   }
-  for (int j = 0; j < kUnit; ++j) to[j] = j < n ? value<T, D>(x, i + j) : T(0);
+  for (int j = 0; j < kUnit; ++j) to[j] = j < n ? widen_at<T, D>(x, i + j) : T(0);
 }
 
 template <class T>
