@@ -1,7 +1,7 @@
 # `make` or `make help` lists the targets. PYTHON=python3.12 picks the interpreter, CXX the compiler.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test oracle check lint format werror neon bench race paper paper-quick clean distclean
+.PHONY: help demo test oracle check lint format werror neon cuda-check bench race paper paper-quick clean distclean
 
 PYTHON ?= python3
 SIZE ?= 1b
@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt
 NATIVE := $(shell find csrc -type f)
 PACKAGE := $(shell find fastinterp -name '*.py' -o -name '*.pyi')
-CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inc')
+CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
 
 define CHECK_PYTHON
 import importlib.util, os, shutil, sys, sysconfig
@@ -47,12 +47,12 @@ help: ## list the targets
 
 # ---- environments ---------------------------------------------------------------------------------------------------
 
-# Without torch, from the same kind of wheel that a user gets. Old copies of the package must not get into the wheel.
+# Without torch and CUDA, else from the same kind of wheel that a user gets. Old copies of the package must not get into the wheel.
 $(DEMO_VENV)/.installed: $(BUILD_FILES) $(NATIVE) $(PACKAGE)
 	$(call make_venv,$(DEMO_VENV))
 	@echo "building and installing fastinterp in $(DEMO_VENV)"
 	@rm -rf build/lib*
-	$(DEMO_VENV)/bin/python -m pip install --quiet .
+	FASTINTERP_CUDA=0 $(DEMO_VENV)/bin/python -m pip install --quiet .
 	@touch $@
 
 # Everything that tests and lint need, CPU torch included, and fastinterp itself from this source tree.
@@ -113,6 +113,9 @@ werror: $(VENV)/.built ## compile with -Wall -Wextra -Werror, in a folder of its
 neon: ## cross-compile the kernels for aarch64 and test them under qemu-user
 	@tests/neon/run.sh
 
+cuda-check: $(VENV)/.built ## compile the CUDA kernels for every architecture, and look at what became of them
+	@FASTINTERP_REQUIRE=nvcc $(PY) -m pytest tests/test_cuda_compile.py
+
 bench: $(VENV)/.bench ## the kernel benchmarks
 	@$(PY) -m pytest benchmarks --benchmark-only
 
@@ -132,7 +135,7 @@ paper-quick: $(VENV)/.built ## the same in a minute or two: one seed, fewer step
 
 clean: ## remove what the build made
 	rm -rf build dist fastinterp.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f fastinterp/_C.*.so $(VENV)/.built $(DEMO_VENV)/.installed
+	rm -f fastinterp/_C.*.so fastinterp/_cuda.*.so $(VENV)/.built $(DEMO_VENV)/.installed
 	find fastinterp tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## and the virtual environments

@@ -27,9 +27,15 @@ def tool(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Lets CMake make the one extension module, where setuptools wants it: a wheel's folder or the source tree."""
+    """Lets CMake make the extension modules, where setuptools wants them: a wheel's folder or the source tree.
+
+    They come of one build. fastinterp._cuda is made where there is a CUDA compiler; the environment's FASTINTERP_CUDA
+    says otherwise by 0, and by 1 that it is an error if there is none.
+    """
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name != "fastinterp._C":
+            return
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         configure = [
@@ -38,11 +44,13 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DFASTINTERP_CUDA={os.environ.get('FASTINTERP_CUDA', 'auto')}",
         ]
         # Compiler, flags and paths are looked up anew each time: they change, and those of an isolated build are gone
         # after it. Not by --fresh, which would drop the compiled objects too.
-        for stale in (build / "CMakeCache.txt", *build.glob("CMakeFiles/*/CMakeCXXCompiler.cmake")):
+        for stale in (build / "CMakeCache.txt", *build.glob("CMakeFiles/*/CMake*Compiler.cmake")):
             stale.unlink(missing_ok=True)
+        _remove_cuda(target.parent)
         for command in (configure, [tool("cmake"), "--build", str(build)]):
             try:
                 subprocess.run(command, check=True)
@@ -51,5 +59,18 @@ class CMakeBuild(build_ext):
         if not target.exists():
             raise ExecError(f"CMake finished, but made no {target}")
 
+    def copy_extensions_to_source(self) -> None:
+        _remove_cuda(ROOT / "fastinterp")
+        super().copy_extensions_to_source()
 
-setup(ext_modules=[Extension("fastinterp._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+
+def _remove_cuda(folder: Path) -> None:
+    """Remove a former fastinterp._cuda: this build may be one without it."""
+    for former in folder.glob("_cuda.*.so"):
+        former.unlink()
+
+
+setup(
+    ext_modules=[Extension("fastinterp._C", sources=[]), Extension("fastinterp._cuda", sources=[], optional=True)],
+    cmdclass={"build_ext": CMakeBuild},
+)

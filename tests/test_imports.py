@@ -25,13 +25,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "_version": set(),
     "_C": set(),
+    "_cuda": set(),
     "compute.ops": set(),
     "compute.requests": {"compute.ops"},
     "compute.dtypes": set(),
     "methods": LEAVES | {"compute.ops", "compute.requests"},
     "recipe": LEAVES | {"methods", "compute.ops", "compute.dtypes"},
     "files": LEAVES | {"compute.dtypes"},
-    "compute": LEAVES | {"compute.ops", "compute.requests", "compute.dtypes", "_C", "_triton"},
+    "compute": LEAVES | {"compute.ops", "compute.requests", "compute.dtypes", "_C", "_cuda", "_triton"},
     "_triton": {"compute.ops", "compute.dtypes"},
     "engine": LEAVES | {"recipe", "methods", "files", "compute", "compute.ops", "compute.requests", "compute.dtypes"},
     "steer": LEAVES | {"engine", "recipe", "methods", "files", "compute", "compute.ops", "compute.dtypes"},
@@ -93,7 +94,7 @@ def module_name(path: Path) -> str:
 
 
 MODULES = {module_name(path): path for path in SOURCES}
-NATIVE = {"fastinterp._C"}  # modules without a source in Python
+NATIVE = {"fastinterp._C", "fastinterp._cuda"}  # modules without a source in Python
 
 
 def part_of(module: str, parts: set[str]) -> str | None:
@@ -216,6 +217,6 @@ def test_source_includes_only_what_it_may(path):
     assert not [f for own, f in found if own and not any(fnmatch(f, pattern) for pattern in rules[0])]
     others = {f for own, f in found if not own}
     assert not {f for f in others if f.split("/")[0] in {"torch", "ATen", "c10"}}  # one wheel serves every torch
-    assert name.startswith("bind") or not {f for f in others if f.startswith("pybind11") or f == "Python.h"}
+    assert path.name.startswith("bind") or not {f for f in others if f.startswith("pybind11") or f == "Python.h"}
     if any(fnmatch(name, pattern) for pattern in PER_ISA):
         assert others <= PLAIN_HEADERS

@@ -17,6 +17,13 @@ using fi::cuda::Queue;
 
 const Kind* const kKinds[] = {&fi::cuda::kCombine, &fi::cuda::kKept, &fi::cuda::kMasked, &fi::cuda::kMeasure, &fi::cuda::kMeasureDeltas};
 
+// "combine", or by rows or columns "combine by row".
+std::string kind_name(const py::dict& piece) {
+  const std::string name = fi::cuda::get<std::string>(piece, "kind");
+  const std::string per = fi::cuda::get<std::string>(piece, "per", "tensor");
+  return per == "tensor" ? name : name + " by " + per;
+}
+
 const Kind& kind_of(const std::string& name) {
   for (const Kind* kind : kKinds)
     if (name == kind->name) return *kind;
@@ -27,10 +34,10 @@ const Kind& kind_of(const std::string& name) {
 fi::cuda::Pendings run(Queue* queue, const fi::cuda::Pieces& pieces) {
   fi::cuda::Pendings all;
   for (size_t at = 0; at < pieces.size();) {
-    const std::string name = fi::cuda::get<std::string>(pieces[at], "kind");
+    const std::string name = kind_name(pieces[at]);
     const Kind& kind = kind_of(name);
     size_t end = at + 1;
-    while (end < pieces.size() && fi::cuda::get<std::string>(pieces[end], "kind") == name) ++end;
+    while (end < pieces.size() && kind_name(pieces[end]) == name) ++end;
     const fi::cuda::OnDevice on(queue->device());
     fi::cuda::Pendings some = kind.run(queue, fi::cuda::Pieces(pieces.begin() + at, pieces.begin() + end));
     all.insert(all.end(), some.begin(), some.end());
@@ -68,14 +75,12 @@ PYBIND11_MODULE(_cuda, m) {
   using Free = py::call_guard<py::gil_scoped_release>;
   m.doc() = "fastinterp's CUDA kernels, and what they need of CUDA's runtime.";
 
-  // `Failed` has one argument, the message, and is raised for every call that fails; OutOfMemory is a Failed.
-  static py::handle failed = py::exception<fi::cuda::Error>(m, "Failed", PyExc_RuntimeError).release();
-  static py::handle out_of_memory = py::exception<fi::cuda::Error>(m, "OutOfMemory", failed).release();
   py::register_local_exception_translator([](std::exception_ptr given) {
     try {
       if (given) std::rethrow_exception(given);
     } catch (const fi::cuda::Error& error) {
-      PyErr_SetString((error.memory ? out_of_memory : failed).ptr(), error.what());
+      const py::module_ errors = py::module_::import("fastinterp.errors");
+      PyErr_SetString(errors.attr(error.memory ? "OutOfMemory" : "BackendError").ptr(), error.what());
     }
   });
 

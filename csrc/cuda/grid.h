@@ -9,17 +9,20 @@
 #include <cstring>
 
 #ifdef __CUDACC__
-#define FI_KERNEL __global__ void
+// In blocks of this many threads, and with registers few enough for as many blocks at a time in a multiprocessor.
+#define FI_KERNEL(threads, resident) __global__ void __launch_bounds__((threads), (resident))
 #define FI_ARGUMENT const __grid_constant__  // of a struct: read where it lies, not copied by every thread
 #define FI_SHARED __shared__
 #define FI_DEVICE __device__ static __forceinline__
+#define FI_RARE __device__ static __noinline__  // what hardly ever happens, kept out of the way of what does
 // kernel in parentheses if it has template arguments; the caller checks cudaGetLastError() afterwards.
 #define FI_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<(blocks), (threads), 0, (stream)>>>(__VA_ARGS__)
 #else
-#define FI_KERNEL static inline void
+#define FI_KERNEL(threads, resident) static inline void
 #define FI_ARGUMENT const
 #define FI_SHARED static thread_local
 #define FI_DEVICE static inline __attribute__((unused))
+#define FI_RARE static inline __attribute__((unused))
 // Arguments are copied at the launch, as on a device: they must be variables or expressions of them, not `this`.
 #define FI_LAUNCH(kernel, blocks, threads, stream, ...) \
   fi_host::launch((blocks), (threads), (stream), [=] { kernel(__VA_ARGS__); })
@@ -70,6 +73,16 @@ FI_DEVICE void store_once(void* at, const Vector16& v) {
                : "memory");
 #else
   memcpy(at, &v, sizeof v);
+#endif
+}
+
+// What is computed of `v` after this is computed again each time: in a loop, that takes fewer registers than to keep
+// it.
+FI_DEVICE void compute_again(Vector16* v) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(v->w[0]), "+r"(v->w[1]), "+r"(v->w[2]), "+r"(v->w[3]));
+#else
+  (void)v;
 #endif
 }
 

@@ -1,38 +1,38 @@
 #include "runtime.h"
 
+#include <cstring>
+
 namespace fi {
 namespace cuda {
 
 namespace {
 
-std::string message_of(cudaError_t error, const char* call, int device, int64_t bytes) {
-  std::string text = std::string(call) + " failed";
+[[noreturn]] void fail(cudaError_t error, const std::string& call, int device, int64_t bytes) {
+  std::string text = call + " failed";
   if (device >= 0) text += " on cuda:" + std::to_string(device);
   if (bytes >= 0) text += ", " + std::to_string(bytes) + " bytes";
-  return text + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
+  text += std::string(": ") + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
+  throw Error(text, error == cudaErrorMemoryAllocation);
 }
 
 }  // namespace
 
-Error::Error(cudaError_t error, const char* call, int device, int64_t bytes)
-    : std::runtime_error(message_of(error, call, device, bytes)), memory(error == cudaErrorMemoryAllocation) {}
-
 void check(cudaError_t error, const char* call, int device, int64_t bytes) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // an error that was reported is not to be found again by the check of a launch
-  throw Error(error, call, device, bytes);
+  (void)cudaGetLastError();  // what is reported here is not to be found again by the check of a launch
+  fail(error, call, device, bytes);
 }
 
 void check_launch(const char* kernel, int device) {
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
-    throw Error(error, (std::string("the launch of ") + kernel).c_str(), device, -1);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) fail(error, std::string("the launch of ") + kernel, device, -1);
 }
 
 int device_count() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaErrorNoDevice) {
-    cudaGetLastError();
+    (void)cudaGetLastError();
     return 0;
   }
   check(error, "cudaGetDeviceCount", -1);
@@ -89,28 +89,6 @@ void Buffer::free() {
     check(cudaFree(at), "cudaFree", device_, bytes_);
 }
 
-std::shared_ptr<void> HostPool::take(int64_t bytes) {
-  int64_t size = 4096;
-  while (size < bytes) size *= 2;
-  std::unique_ptr<Buffer> found;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (std::unique_ptr<Buffer>& buffer : unused_) {
-      if (buffer->bytes() != size) continue;
-      found = std::move(buffer);
-      unused_.erase(unused_.begin() + (&buffer - unused_.data()));
-      break;
-    }
-  }
-  if (!found) found = std::make_unique<Buffer>(device_, size, true);
-  void* const at = reinterpret_cast<void*>(found->address());
-  const std::shared_ptr<HostPool> self = shared_from_this();
-  return std::shared_ptr<void>(at, [self, buffer = found.release()](void*) {
-    const std::lock_guard<std::mutex> lock(self->mutex_);
-    self->unused_.emplace_back(buffer);
-  });
-}
-
 // ---- queues --------------------------------------------------------------------------------------------------------
 
 Event::Event(int device) : device_(device) {
@@ -128,6 +106,26 @@ bool Event::done() const {
 }
 
 void Event::wait() const { check(cudaEventSynchronize(event_), "cudaEventSynchronize", device_); }
+
+std::shared_ptr<HostPool::Block> HostPool::take(int64_t bytes) {
+  int64_t size = 4096;
+  while (size < bytes) size *= 2;
+  auto block = std::make_unique<Block>();
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (size_t i = 0; i < unused_.size() && !block->buffer; ++i) {
+      if (unused_[i].buffer->bytes() != size || (unused_[i].last && !unused_[i].last->done())) continue;
+      *block = std::move(unused_[i]);
+      unused_.erase(unused_.begin() + ptrdiff_t(i));
+    }
+  }
+  if (!block->buffer) block->buffer = std::make_unique<Buffer>(device_, size, true);
+  return std::shared_ptr<Block>(block.release(), [self = shared_from_this()](Block* used) {
+    const std::unique_ptr<Block> own(used);
+    const std::lock_guard<std::mutex> lock(self->mutex_);
+    self->unused_.push_back(std::move(*own));
+  });
+}
 
 Queue::Queue(int device, std::shared_ptr<HostPool> pool) : device_(device), own_(true), pool_(std::move(pool)) {
   const OnDevice on(device);
@@ -178,6 +176,20 @@ void Queue::after(const Event& event) {
   check(cudaStreamWaitEvent(stream_, event.handle(), 0), "cudaStreamWaitEvent", device_);
 }
 
+void Queue::send(void* to, const void* from, int64_t bytes) {
+  const std::shared_ptr<HostPool::Block> block = pool_->take(bytes);
+  memcpy(block->at(), from, size_t(bytes));
+  upload(uintptr_t(to), block->buffer->address(), bytes);
+  block->last = record();
+}
+
+std::shared_ptr<const char> Queue::fetch(const void* of, int64_t bytes) {
+  const std::shared_ptr<HostPool::Block> block = pool_->take(bytes);
+  download(block->buffer->address(), uintptr_t(of), bytes);
+  block->last = record();
+  return {block, block->at()};
+}
+
 bool Queue::capturing() const {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream_, &status), "cudaStreamIsCapturing", device_);
@@ -186,7 +198,8 @@ bool Queue::capturing() const {
 
 Scratch::Scratch(Queue* queue, int64_t bytes, const char* what) : queue_(queue) {
   if (queue->capturing())
-    throw std::invalid_argument(std::string(what) + " need memory of the device, which cannot be part of a CUDA graph");
+    throw Error(std::string(what) + " need memory of cuda:" + std::to_string(queue->device()) +
+                ", which cannot be part of a CUDA graph");
   const OnDevice on(queue->device());
   check(cudaMallocAsync(&at_, bytes > 0 ? size_t(bytes) : 1, queue->stream()), "cudaMallocAsync", queue->device(),
         bytes);

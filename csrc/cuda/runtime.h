@@ -14,13 +14,14 @@
 namespace fi {
 namespace cuda {
 
-// A call that failed. The message names the call, the device, the bytes asked for if any, and CUDA's own words.
+// What went wrong, in words for people. Python gets it as fastinterp.errors.BackendError, or OutOfMemory.
 struct Error : std::runtime_error {
-  Error(cudaError_t error, const char* call, int device, int64_t bytes);
+  explicit Error(const std::string& message, bool memory = false) : std::runtime_error(message), memory(memory) {}
   const bool memory;  // there was too little
 };
 
-// Throws Error unless the call succeeded. bytes: -1 if the call has none.
+// Throws Error unless the call succeeded, which names the call, the device, the bytes asked for, and CUDA's own words.
+// bytes: -1 if the call has none.
 void check(cudaError_t error, const char* call, int device, int64_t bytes = -1);
 // After a launch of the kernel.
 void check_launch(const char* kernel, int device);
@@ -63,20 +64,6 @@ class Buffer {
   void* at_ = nullptr;
 };
 
-// Pinned host memory of a device for small things, answers above all: given back, it is used again. Making pinned
-// memory takes long, and may wait for the device.
-class HostPool : public std::enable_shared_from_this<HostPool> {
- public:
-  explicit HostPool(int device) : device_(device) {}
-  // At least `bytes`, that go back to the pool when nobody holds them any more.
-  std::shared_ptr<void> take(int64_t bytes);
-
- private:
-  const int device_;
-  std::mutex mutex_;
-  std::vector<std::unique_ptr<Buffer>> unused_;
-};
-
 // A moment in a queue.
 class Event {
  public:
@@ -92,6 +79,28 @@ class Event {
  private:
   const int device_;
   cudaEvent_t event_ = nullptr;
+};
+
+// Pinned host memory of a device for small things, used again and again: to make it takes long, and may wait for the
+// device.
+class HostPool : public std::enable_shared_from_this<HostPool> {
+ public:
+  explicit HostPool(int device) : device_(device) {}
+
+  // Memory of at least the size asked for. It goes back to the pool when nobody holds it any more, and is given out
+  // again only when the event, of its last use by the device, has passed.
+  struct Block {
+    std::unique_ptr<Buffer> buffer;
+    std::shared_ptr<Event> last;
+
+    char* at() const { return reinterpret_cast<char*>(buffer->address()); }
+  };
+  std::shared_ptr<Block> take(int64_t bytes);
+
+ private:
+  const int device_;
+  std::mutex mutex_;
+  std::vector<Block> unused_;
 };
 
 // A stream. Nothing here waits for the device.
@@ -115,9 +124,11 @@ class Queue {
 
   // Whether what is put in becomes a CUDA graph; then nothing may be allocated, and nothing answers.
   bool capturing() const;
-  // Pinned host memory that lives as long as somebody holds it. Before it is let go of, the device must be done with
-  // it: an event that was recorded after its last use has passed.
-  std::shared_ptr<void> host(int64_t bytes) { return pool_->take(bytes); }
+  // Copies bytes of pageable memory, which may change afterwards, to the device.
+  void send(void* to, const void* from, int64_t bytes);
+  // Copies bytes of the device to pinned memory, which lives as long as somebody holds it. They are there when an event
+  // that was recorded later has passed.
+  std::shared_ptr<const char> fetch(const void* of, int64_t bytes);
 
  private:
   const int device_;
@@ -127,7 +138,7 @@ class Queue {
 };
 
 // Device memory for some launches: allocated, and given back at the end of the scope, in the order of the queue.
-// Throws std::invalid_argument, if the queue is capturing: `what` is what the memory is for.
+// Throws Error, if the queue is capturing: `what` is what the memory is for.
 class Scratch {
  public:
   Scratch(Queue* queue, int64_t bytes, const char* what);

@@ -20,7 +20,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 CSRC, HERE = ROOT / "csrc", Path(__file__).resolve().parent
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
-FLAGS += ("-Wall", "-Wextra", "-Werror")
+FLAGS += ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")  # of unrolled loops
 
 
 def _compile(command: list[str]) -> None:

@@ -1,0 +1,209 @@
+// Sums of any dtypes at any addresses, an element at a time; and the samples of all sums.
+
+#include "combine_jobs.h"
+#include "sums.h"
+
+namespace fi {
+namespace cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+
+struct AnyRow {
+  void* out;
+  int64_t* counts;  // kCounts, or null
+  Sample* samples;
+  uint64_t key;
+  double total;
+  int pivot;
+  uint32_t first_term, n_terms;
+};
+
+// Followed by n addresses, n dtypes, n_rows rows and their terms.
+struct AnyPiece {
+  int64_t numel, first;
+  Store store;
+  uint32_t n, n_rows, dtypes_at, rows_at, terms_at;  // offsets in bytes
+  // Of `sample`: the tensor's first chunk that is sampled, how many chunks on the next one is, and how many samples on
+  // the row's sample of that.
+  int64_t first_chunk, every, stride;
+
+  template <class What>
+  FI_HD const What* part(uint32_t offset) const {
+    return reinterpret_cast<const What*>(reinterpret_cast<const char*>(this) + offset);
+  }
+  FI_HD const void* x(int i) const { return part<const void*>(sizeof(AnyPiece))[i]; }
+  FI_HD DType in(int i) const { return DType(part<uint8_t>(dtypes_at)[i]); }
+  FI_HD const AnyRow& row(uint32_t k) const { return part<AnyRow>(rows_at)[k]; }
+  FI_HD const Term& term(uint32_t t) const { return part<Term>(terms_at)[t]; }
+};
+
+FI_HD constexpr size_t aligned(size_t bytes) { return (bytes + 7) / 8 * 8; }
+
+// Groups of 64 elements of a tensor in a tile: a thread has four elements of one, those of one Philox counter.
+constexpr int kTileGroups = 64, kGroupThreads = kPhiloxLanes, kPassGroups = kThreads / kGroupThreads;
+
+// Of one element: the pivot, the sum of the terms, and the sum of both.
+template <class T>
+struct Parts {
+  T p, acc, y;
+};
+
+template <class T>
+FI_DEVICE Parts<T> parts_of(const AnyPiece& piece, const AnyRow& row, int64_t at) {
+  Parts<T> s;
+  s.p = widen_any<T>(piece.in(row.pivot), piece.x(row.pivot), at);
+  s.acc = 0;
+#pragma unroll 1
+  for (uint32_t t = row.first_term; t < row.first_term + row.n_terms; ++t) {
+    const Term& term = piece.term(t);
+    s.acc = add_term(T(term.weight), widen_any<T>(piece.in(term.input), piece.x(term.input), at), s.p, s.acc);
+  }
+  const bool copy = row.n_terms == 0 && row.total == 1.0;
+  s.y = copy ? s.p : add_pivot(T(row.total), s.p, s.acc);
+  return s;
+}
+
+template <class T>
+FI_RARE void any_count(const AnyPiece& piece, const AnyRow& row, int64_t at) {
+  const auto count = [&](int i) {
+    count_one(double(widen_any<T>(piece.in(i), piece.x(i), at)), row.counts + kNanIn, row.counts + kInfIn);
+  };
+  count(row.pivot);
+  for (uint32_t t = row.first_term; t < row.first_term + row.n_terms; ++t) count(piece.term(t).input);
+  count_one(widen_any<double>(piece.store.dtype, row.out, at), row.counts + kNanOut, row.counts + kInfOut);
+}
+
+template <class T>
+FI_KERNEL(kThreads, 4)
+any(FI_ARGUMENT Table table) {
+  uint32_t tile;
+  const AnyPiece& piece = entry_of_block<AnyPiece>(table, &tile);
+  const uint32_t lane = thread_index() % kGroupThreads;
+#pragma unroll 1
+  for (int pass = 0; pass < kTileGroups / kPassGroups; ++pass) {
+    const int64_t group =
+        piece.first / kPhiloxGroup + int64_t(tile) * kTileGroups + pass * kPassGroups + thread_index() / kGroupThreads;
+#pragma unroll 1
+    for (uint32_t k = 0; k < piece.n_rows; ++k) {
+      const AnyRow& row = piece.row(k);
+      PhiloxWords<uint64_t> words{};
+      if (piece.store.stochastic) words = words_of(group, lane, row.key);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const int64_t at = group * kPhiloxGroup + w * kPhiloxLanes + lane - piece.first;
+        if (at < 0 || at >= piece.numel) continue;
+        const Parts<T> s = parts_of<T>(piece, row, at);
+        store_any(piece.store.dtype, row.out, at, code_of(piece.store, s.y, uint32_t(words.w[w])));
+        // A sum that is finite may be stored as an infinity.
+        if (row.counts && !is_finite(widen_any<double>(piece.store.dtype, row.out, at))) any_count<T>(piece, row, at);
+      }
+    }
+  }
+}
+
+// A block has one sampled chunk.
+template <class T>
+FI_KERNEL(kThreads, 4)
+sample(FI_ARGUMENT Table table) {
+  uint32_t tile;
+  const AnyPiece& piece = entry_of_block<AnyPiece>(table, &tile);
+  const int64_t chunk = piece.first_chunk + tile * piece.every, begin = chunk * kChunk - piece.first;
+  const int64_t from = begin < 0 ? 0 : begin, end = begin + kChunk < piece.numel ? begin + kChunk : piece.numel;
+  FI_SHARED double sums[4][kThreads];
+  const uint32_t me = thread_index();
+  const Store nearest = {piece.store.dtype, false, piece.store.fp8_saturate};
+#pragma unroll 1
+  for (uint32_t k = 0; k < piece.n_rows; ++k) {
+    const AnyRow& row = piece.row(k);
+    double changed = 0, pp = 0, dd = 0, od = 0;
+#pragma unroll 1
+    for (int64_t at = from + me; at < end; at += kThreads) {
+      const Parts<T> s = parts_of<T>(piece, row, at);
+      const T stored = T(widen_any<double>(piece.store.dtype, row.out, at));
+      const T intended = row.total == 1.0 ? s.acc : T(s.y - s.p), moved = T(stored - s.p);
+      changed += load_any(piece.store.dtype, row.out, at) != code_of(nearest, s.p, 0u);
+      pp += double(s.p) * double(s.p);
+      dd += double(intended) * double(intended);
+      od += double(moved) * double(intended);
+    }
+    sums[0][me] = changed, sums[1][me] = pp, sums[2][me] = dd, sums[3][me] = od;
+    for (uint32_t half = kThreads / 2; half > 0; half /= 2) {
+      sync_threads();
+      if (me < half)
+        for (int j = 0; j < 4; ++j) sums[j][me] += sums[j][me + half];
+    }
+    if (me == 0)
+      row.samples[tile * piece.stride] = {end - from, int64_t(sums[0][0]), sums[1][0], sums[2][0], sums[3][0]};
+    sync_threads();
+  }
+}
+
+int64_t any_tiles(const Sum& sum) {
+  const int64_t tile = kTileGroups * kPhiloxGroup;
+  return (sum.first % kPhiloxGroup + sum.numel + tile - 1) / tile;
+}
+
+bool add_any(const Job& job, int64_t tiles, TableWriter* table) {
+  const Sum& sum = *job.sum;
+  const size_t n = sum.x.size(), dtypes_at = sizeof(AnyPiece) + n * sizeof(void*), rows_at = aligned(dtypes_at + n);
+  const size_t terms_at = rows_at + job.rows.size() * sizeof(AnyRow);
+  size_t n_terms = 0;
+  for (const size_t r : job.rows) n_terms += sum.rows[r].terms.size();
+  auto* const entry = static_cast<char*>(table->add(tiles, terms_at + n_terms * sizeof(Term)));
+  if (!entry) return false;
+  auto* const piece = reinterpret_cast<AnyPiece*>(entry);
+  piece->numel = sum.numel;
+  piece->first = sum.first;
+  piece->store = {sum.out_dtype, sum.stochastic, sum.fp8_saturate};
+  piece->n = uint32_t(n);
+  piece->n_rows = uint32_t(job.rows.size());
+  piece->dtypes_at = uint32_t(dtypes_at);
+  piece->rows_at = uint32_t(rows_at);
+  piece->terms_at = uint32_t(terms_at);
+  piece->first_chunk = job.first_chunk;
+  piece->every = sum.stats_every;
+  piece->stride = int64_t(sum.rows.size());
+  memcpy(entry + sizeof(AnyPiece), sum.x.data(), n * sizeof(void*));
+  for (size_t i = 0; i < n; ++i) entry[dtypes_at + i] = char(sum.in[i]);
+  auto* row = reinterpret_cast<AnyRow*>(entry + rows_at);
+  auto* const terms = reinterpret_cast<Term*>(entry + terms_at);
+  uint32_t term = 0;
+  for (const size_t r : job.rows) {
+    const SumRow& from = sum.rows[r];
+    *row++ = {from.out,   job.counts(r), job.samples(r), from.key,
+              from.total, from.pivot,    term,           uint32_t(from.terms.size())};
+    for (const Term& t : from.terms) terms[term++] = t;
+  }
+  return true;
+}
+
+}  // namespace
+
+void launch_any(Queue* queue, bool wide, std::vector<Job> jobs) {
+  const auto add = [](const Job& job, TableWriter* table) { return add_any(job, any_tiles(*job.sum), table); };
+  launch_jobs(std::move(jobs), add, [queue, wide](const TableWriter& writer) {
+    const Table& table = writer.table();
+    if (wide)
+      FI_LAUNCH(any<double>, writer.tiles(), kThreads, queue->stream(), table);
+    else
+      FI_LAUNCH(any<float>, writer.tiles(), kThreads, queue->stream(), table);
+    check_launch("combine", queue->device());
+  });
+}
+
+void launch_samples(Queue* queue, bool wide, std::vector<Job> jobs) {
+  const auto add = [](const Job& job, TableWriter* table) { return add_any(job, job.chunks, table); };
+  launch_jobs(std::move(jobs), add, [queue, wide](const TableWriter& writer) {
+    const Table& table = writer.table();
+    if (wide)
+      FI_LAUNCH(sample<double>, writer.tiles(), kThreads, queue->stream(), table);
+    else
+      FI_LAUNCH(sample<float>, writer.tiles(), kThreads, queue->stream(), table);
+    check_launch("the samples of combine", queue->device());
+  });
+}
+
+}  // namespace cuda
+}  // namespace fi
