@@ -33,7 +33,7 @@ struct Kind {
 };
 
 // One row per file bind_NAME.cpp; the table that lists them stands in bindings.cpp.
-extern const Kind kCombine;
+extern const Kind kCombine, kKept, kMasked, kMeasure, kMeasureDeltas;
 
 // ---- for the functions of kinds. All throw pybind11::value_error, or what a conversion throws. ----------------------
 

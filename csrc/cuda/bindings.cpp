@@ -15,7 +15,7 @@ using fi::cuda::Kind;
 using fi::cuda::Pending;
 using fi::cuda::Queue;
 
-const Kind* const kKinds[] = {&fi::cuda::kCombine};
+const Kind* const kKinds[] = {&fi::cuda::kCombine, &fi::cuda::kKept, &fi::cuda::kMasked, &fi::cuda::kMeasure, &fi::cuda::kMeasureDeltas};
 
 // "combine", or by rows or columns "combine by row".
 std::string kind_name(const py::dict& piece) {

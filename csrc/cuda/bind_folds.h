@@ -1,0 +1,27 @@
+// For the kinds whose pieces answer with sums.
+#pragma once
+
+#include <functional>
+
+#include "bind_pieces.h"
+#include "folds.h"
+#include "values.h"
+
+namespace fi {
+namespace cuda {
+
+InputTable table_of(const Operands& operands);
+
+// The length of a row, of which the piece has whole ones.
+int64_t columns_of(const pybind11::dict& piece, int64_t numel);
+
+// (f64[groups * reals], i64[groups * counts]), all 0: of a piece without elements.
+std::shared_ptr<Pending> no_sums(int64_t groups, int64_t reals, int64_t counts);
+
+// The same, found on the device: `fill` puts in what fills the parts, which are folded. Of each group there are its
+// reals, then its counts, as float64.
+std::shared_ptr<Pending> folded(Queue* queue, const FoldTask& parts, int64_t groups, int64_t reals, int64_t counts,
+                                const char* kernel, const std::function<void(double*)>& fill);
+
+}  // namespace cuda
+}  // namespace fi

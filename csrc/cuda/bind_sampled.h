@@ -1,0 +1,32 @@
+// The statistics of pieces that write masked sums or sums by group.
+#pragma once
+
+#include "bind_pieces.h"
+#include "sampled.h"
+
+namespace fi {
+namespace cuda {
+
+class SampledOutputs : public Pending {
+ public:
+  SampledOutputs(const Operands& operands, const Outputs& outputs);
+
+  // Makes room on the device, if statistics are wanted; then where those of output k go.
+  void prepare(Queue* queue);
+  OutputStats of(size_t k) const;
+  // When all launches are in the queue.
+  void fetch(Queue* queue);
+
+  pybind11::list stats() const override;
+
+ private:
+  int64_t bytes_of_output() const;
+
+  const size_t outputs_;
+  OutputStats chunks_{};
+  std::unique_ptr<Scratch> device_;
+  std::shared_ptr<const char> found_;  // null: nothing was counted
+};
+
+}  // namespace cuda
+}  // namespace fi

@@ -1,0 +1,53 @@
+// What masked sums and sums by group tell of an output: exact counts, and sums over sampled chunks.
+#pragma once
+
+#include "sums.h"
+
+namespace fi {
+namespace cuda {
+
+struct ChunkSample {
+  int64_t sampled, changed;
+  double sum_pp, sum_dd, sum_od;
+};
+
+struct OutputStats {
+  int64_t* counts;       // nan_in, inf_in, nan_out, inf_out, added to; null: nothing is counted
+  ChunkSample* samples;  // of every sampled chunk of the tensor that the piece touches
+  int64_t first_chunk, every, chunks;
+};
+
+constexpr int kSampleThreads = 256;
+
+// The sums of a block's threads over its chunk.
+struct Sampling {
+  double sampled = 0, changed = 0, pp = 0, dd = 0, od = 0;
+
+  // An element: its pivot, what it was intended to move by, and where it was stored.
+  template <class T>
+  FI_HD void take(T p, T intended, T stored, bool differs) {
+    const T moved = stored - p;
+    sampled += 1;
+    changed += differs;
+    pp += double(p) * double(p);
+    dd += double(intended) * double(intended);
+    od += double(moved) * double(intended);
+  }
+};
+
+// Called by all threads of the block that has chunk `block_index()` of those that are sampled.
+FI_DEVICE void give_sample(const OutputStats& stats, const Sampling& own) {
+  FI_SHARED double sums[5][kSampleThreads];
+  const uint32_t me = thread_index();
+  sums[0][me] = own.sampled, sums[1][me] = own.changed, sums[2][me] = own.pp, sums[3][me] = own.dd, sums[4][me] = own.od;
+  for (uint32_t half = kSampleThreads / 2; half > 0; half /= 2) {
+    sync_threads();
+    if (me < half)
+      for (int j = 0; j < 5; ++j) sums[j][me] += sums[j][me + half];
+  }
+  if (me == 0)
+    stats.samples[block_index()] = {int64_t(sums[0][0]), int64_t(sums[1][0]), sums[2][0], sums[3][0], sums[4][0]};
+}
+
+}  // namespace cuda
+}  // namespace fi

@@ -1,0 +1,88 @@
+// Magnitudes, scores and random keeps in kernels: rules 10 and 13 of docs/NUMERICS.md.
+#pragma once
+
+#include "sums.h"
+
+namespace fi {
+namespace cuda {
+
+template <class T>
+FI_DEVICE uint32_t magnitude(T d) {
+  const uint32_t mag = bit_cast<uint32_t>(float(d)) & kMostMagnitude;
+  return mag > 0x7f800000u ? kMostMagnitude : mag;
+}
+
+// A keep's bounds, so that one comparison does for both, and its random numbers.
+struct KeepRange {
+  uint32_t least, span;
+  uint64_t limit, key;  // kWords draws nothing
+};
+
+inline KeepRange range_of(const KeepTest& keep) {
+  const bool none = keep.least > keep.most;  // nothing has the magnitude 2^32 - 1
+  return {none ? 0xffffffffu : keep.least, none ? 0u : keep.most - keep.least, keep.lo, keep.key};
+}
+
+FI_DEVICE bool in_range(const KeepRange& keep, uint32_t mag) { return mag - keep.least <= keep.span; }
+
+// A thread has the elements of one counter of a keep's random numbers: 128 * group + 64 * h + 16 * w + lane of the
+// tensor, h = 0, 1 and w = 0..3. Bit 4 * h + w of the result: whether the keep draws that element.
+constexpr int kCounterElements = kKeepGroup / kPhiloxLanes;
+
+FI_DEVICE uint32_t drawn_by(const KeepRange& keep, int64_t group, uint32_t lane) {
+  if (keep.limit >= kWords) return 0xff;
+  const auto product = [](uint64_t c, uint32_t k) { return (c & 0xffffffffu) * k; };
+  const uint64_t counter = uint64_t(group) * kPhiloxLanes + lane;
+  const PhiloxKeys keys(keep.key);
+  const PhiloxWords<uint64_t> high = philox(counter, keys, product);
+  const uint32_t limit = uint32_t(keep.limit >> 16), rest = uint32_t(keep.limit) & 0xffffu;
+  uint32_t below = 0, equal = 0;
+#pragma unroll
+  for (int w = 0; w < 4; ++w)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t half = uint32_t(high.w[w]) >> (16 * h) & 0xffffu;
+      below |= uint32_t(half < limit) << (4 * h + w);
+      equal |= uint32_t(half == limit) << (4 * h + w);
+    }
+  if (equal == 0 || rest == 0) return below;
+  const PhiloxWords<uint64_t> low = philox(counter, keys, product, 1);
+#pragma unroll
+  for (int w = 0; w < 4; ++w)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      below |= uint32_t((uint32_t(low.w[w]) >> (16 * h) & 0xffffu) < rest) << (4 * h + w) & equal;
+  return below;
+}
+
+// A Score, whose factors are those of the rows from `first_row` on.
+struct ScoreTask {
+  Score::Kind kind;
+  uint32_t least;
+  const float* factors;
+  int64_t first_row, columns;
+};
+
+// The score of element e of the tensor from delta(t), t < terms. kMost: how many terms there may be, 0 for any number.
+template <class T, int kMost, class Delta>
+FI_DEVICE T score_of(const ScoreTask& score, int terms, int64_t e, Delta delta) {
+  if (score.kind == Score::kDivergence) {
+    const T d = delta(0);
+    return (d < 0 ? -d : d) * T(score.factors[e / score.columns - score.first_row]);
+  }
+  T mean = 0, sum = 0;
+#pragma unroll (kMost ? kMost : 1)
+  for (int t = 0; t < (kMost ? kMost : terms); ++t)
+    if (t < terms) mean += delta(t);
+  mean /= T(terms);
+#pragma unroll (kMost ? kMost : 1)
+  for (int t = 0; t < (kMost ? kMost : terms); ++t) {
+    if (t >= terms) continue;
+    const T away = delta(t) - mean;
+    sum = fma_once(away, away, sum);
+  }
+  return sum;
+}
+
+}  // namespace cuda
+}  // namespace fi
