@@ -103,9 +103,7 @@ def written(
     return [np.concatenate(own) for own in zip(*parts, strict=True)], stats
 
 
-def pump_written(
-    step: dict[str, Any], data: Sequence[Raw], **options: Any
-) -> tuple[list[Raw], list[dict[str, float]]]:
+def pump_written(step: dict[str, Any], data: Sequence[Raw], **options: Any) -> tuple[list[Raw], list[dict[str, float]]]:
     sources = guarded(data)
     sinks = [Guarded(step["numel"] * pieces._SIZES[step["out_dtype"]], 5) for _ in step["sinks"]]
     pump = run("", [step], memory(sources), memory(sinks), **options)

@@ -15,8 +15,6 @@ from tests import cuda_host
 from tests.checkpoints import MERGING, family, recipe, saved
 from tests.written import tree
 
-pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())
-
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[cuda_host.Fake]:
@@ -105,7 +103,8 @@ def test_a_device_without_memory_is_given_up(tmp_path, models, fake):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_driver_is_said(tmp_path, models, fake):
+def test_no_driver_is_said(tmp_path, models, fake, monkeypatch):
+    monkeypatch.setenv("FASTINTERP_GPU", "cuda")
     fake.fail("cudaGetDeviceCount", fake.INSUFFICIENT_DRIVER)
     with pytest.raises(BackendError, match="device 'cuda' cannot be used: cuda: .*driver"):
         fastinterp.merge(recipe("linear", models, **ASKED["linear"]), tmp_path / "out", device="cuda")
