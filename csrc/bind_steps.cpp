@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 
 #include "histogram.h"
 #include "masked.h"
@@ -33,19 +32,6 @@ int64_t columns_of(const Given& given, int64_t numel) {
   return columns;
 }
 
-// A contiguous buffer of numbers: an array, a memoryview; bytes too.
-template <class T>
-std::vector<T> numbers_of(const py::buffer& given, size_t count) {
-  const py::buffer_info info = given.request();
-  const bool fits = info.itemsize == 1 || info.item_type_is_equivalent_to<T>();
-  if (!fits || info.ndim != 1 || info.strides[0] != info.itemsize ||
-      size_t(info.size * info.itemsize) != count * sizeof(T))
-    throw py::value_error("expected a contiguous buffer of " + std::to_string(count) +
-                          (std::is_same_v<T, double> ? " float64" : " int64"));
-  const T* const from = static_cast<const T*>(info.ptr);
-  return std::vector<T>(from, from + count);
-}
-
 int source_of(int source, size_t sources) {
   if (source < 0 || size_t(source) >= sources) throw py::value_error("an operand's source is none of the sources");
   return source;
@@ -56,7 +42,7 @@ std::shared_ptr<RowMap> gathered_of(const py::tuple& given, size_t sources, int6
   auto map = std::make_shared<RowMap>();
   map->row_bytes = row_bytes;
   const auto parts = given[0].cast<std::vector<std::tuple<int, int64_t, int64_t>>>();
-  for (int64_t row : numbers_of<int64_t>(given[2].cast<py::buffer>(), size_t(rows))) {
+  for (int64_t row : numbers_of<int64_t>(given[2].cast<py::buffer>(), rows)) {
     RowMap::Place place{-1, 0};
     const bool zeros = row == -1;
     for (const auto& [source, offset, count] : parts) {
@@ -104,8 +90,8 @@ void combine_groups(const Given& given, bool per_row, Step* step) {
     PyRow row{pivot, 1.0, {}};
     for (const int input : inputs) std::get<2>(row).push_back({input, 0.0});
     check_row(row, step->inputs.size());
-    outputs.push_back({pivot, inputs, numbers_of<double>(totals, size_t(groups)),
-                       numbers_of<double>(weights, size_t(groups) * inputs.size())});
+    outputs.push_back({pivot, inputs, numbers_of<double>(totals, groups),
+                       numbers_of<double>(weights, groups * int64_t(inputs.size()))});
   }
   step->sum = std::make_shared<GroupSum>(given.backend, std::move(outputs), per_row, columns, groups);
 }
@@ -349,43 +335,6 @@ Step step_of(const py::dict& keys, const Backend& backend, size_t sources, size_
   if (step.sum && stochastic && step.keys.size() != step.sinks.size())
     throw py::value_error("stochastic rounding needs a key per output");
   return step;
-}
-
-namespace {
-
-template <class T>
-py::object view_of(const std::vector<T>& values, const char* format) {
-  const py::bytes bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
-  return py::memoryview(bytes).attr("cast")(format);
-}
-
-}  // namespace
-
-py::object answer_of(const Answer& answer) {
-  if (!answer.histograms.empty()) return py::cast(answer.histograms);
-  return py::make_tuple(view_of(answer.reals, "d"), view_of(answer.counts, "q"));
-}
-
-void bind_answers(py::module_& m) {
-  py::class_<Masks, std::shared_ptr<Masks>>(m, "Masks", "Which elements of some deltas are kept, a bit for each.")
-      .def(py::init([](int count, int64_t numel) {
-             if (count < 1 || numel < 0) throw py::value_error("masks are one or more, of 0 elements or more");
-             return std::make_shared<Masks>(count, numel);
-           }),
-           py::arg("count"), py::arg("numel"))
-      .def_property_readonly("nbytes", &Masks::bytes);
-  py::class_<Counts, std::shared_ptr<Counts>>(m, "Counts", "How many magnitudes of one vector lie where.")
-      .def_readonly("elements", &Counts::elements, "That were looked at.")
-      .def_readonly("above", &Counts::above, "Above the last bin.")
-      .def_readonly("zero", &Counts::zero, "That are 0, in a bin or not.")
-      .def_property_readonly(
-          "bins", [](const Counts& c) { return view_of(c.bins(), "Q"); }, "A copy: u64[bins] as a memoryview.")
-      .def(
-          "add", [](Counts& c, const Counts& other) { c.add(other); }, py::arg("other"),
-          "Add another tensor's counts. Raises: ValueError, if those have other bins.")
-      .def("rank", &Counts::rank, py::arg("k"),
-           "The bin of the k-th largest in bins, and how many are in it or above; (-1, all) if those are fewer.")
-      .def("at_least", &Counts::at_least, py::arg("first"), "How many are in bin `first` or above.");
 }
 
 }  // namespace fi

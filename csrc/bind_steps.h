@@ -4,8 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -39,10 +41,29 @@ std::vector<Handle> handles_of(const pybind11::list& given) {
   return handles;
 }
 
+// A contiguous buffer of numbers, of so many unless `count` is negative: an array, a memoryview; bytes too.
+template <class T>
+std::vector<T> numbers_of(const pybind11::buffer& given, int64_t count = -1) {
+  const pybind11::buffer_info info = given.request();
+  const bool fits = info.itemsize == 1 || info.item_type_is_equivalent_to<T>();
+  const size_t bytes = size_t(info.size * info.itemsize);
+  if (!fits || info.ndim != 1 || info.strides[0] != info.itemsize || bytes % sizeof(T) != 0 ||
+      (count >= 0 && bytes != size_t(count) * sizeof(T)))
+    throw pybind11::value_error("expected a contiguous buffer of " + (count < 0 ? "" : std::to_string(count) + " ") +
+                                (std::is_floating_point_v<T> ? "float"
+                                 : std::is_signed_v<T>       ? "int"
+                                                             : "uint") +
+                                std::to_string(8 * sizeof(T)));
+  std::vector<T> numbers(bytes / sizeof(T));
+  if (bytes != 0) memcpy(numbers.data(), info.ptr, bytes);
+  return numbers;
+}
+
 // A step from its dict. Its kind's row in the table of bind_steps.cpp tells which keys it has.
 Step step_of(const pybind11::dict& given, const Backend& backend, size_t sources, size_t sinks, bool stochastic);
 
-// Adds the classes of the counts that a histogram answers with, and of the masks that a survey of keeps fills.
+// Adds the classes of the counts that a histogram answers with, and of the masks that a survey of keeps fills; and what
+// folds the answers of a tensor's pieces.
 void bind_answers(pybind11::module_& m);
 
 // (f64[...], i64[...]) as memoryviews; of a histogram a list of counts.

@@ -13,6 +13,9 @@ namespace fi {
 class Counts {
  public:
   explicit Counts(int64_t bins) : size_(bins) {}
+  // `counted`: how many are in each bin.
+  Counts(int64_t elements_seen, int64_t above_bins, int64_t zeros, const uint32_t* counted, int64_t bins)
+      : elements(elements_seen), above(above_bins), zero(zeros), size_(bins), bins_(filled(counted, bins)) {}
 
   int64_t elements = 0, above = 0, zero = 0;  // looked at; above the last bin; equal to 0, in a bin or not
   std::vector<uint64_t> bins() const;

@@ -38,6 +38,10 @@ class Counts:
     elements: int  # that were looked at
     above: int  # the last bin
     zero: int  # magnitudes that are 0, in a bin or not
+
+    def __init__(self, elements: int, above: int, zero: int, bins: Any) -> None:
+        """bins: a buffer of u32. Raises: ValueError, if it is none."""
+
     @property
     def bins(self) -> memoryview: ...
     def add(self, other: Counts) -> None: ...
@@ -50,6 +54,12 @@ class Masks:
     def __init__(self, count: int, numel: int) -> None: ...
     @property
     def nbytes(self) -> int: ...
+
+def fold(pieces: Sequence[tuple[Any, Any]]) -> tuple[memoryview, memoryview]:
+    """The answer to a measure or a survey of keeps, as `Pump.answers` has it, from those of its pieces, in order.
+
+    Raises: ValueError, if there are none, or if they differ in length.
+    """
 
 class Pump:
     """Steps are dicts:

@@ -59,6 +59,7 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "histogram.*": {"histogram.h", "masked.h", "step.h"},
     "pump.*": {"pump.h", "step.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
     "memory.*": {"memory.h", "ops.h", "dtypes.h", "cpu/backend.h"},
+    "bind_answers.cpp": {"bind_steps.h", "histogram.h", "masked.h", "survey.h"},
     "bind_steps.*": {"bind_steps.h", "histogram.h", "masked.h", "sums.h", "survey.h", "step.h"},
     "bindings.cpp": {"bind_steps.h", "histogram.h", "memory.h", "pump.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
 }
