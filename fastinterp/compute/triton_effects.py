@@ -36,8 +36,8 @@ class Effects:
         *, every: int, measured: bool, flags: Any,
     ):  # fmt: skip
         self._found: list[tuple[tuple[str, ...], list[tuple[int, int, int]], Any]] = []
-        block, levels = (4096, 12) if room.on_host else (1024, 10)
-        table = Table(parts, block)
+        block = room.block(1024)
+        table = Table(parts, [1] * len(parts))
         rows, numbers = table.on(room)
         for counts in (True, False) if measured else (True,):
             every_span = _cut(parts, constants["OUT"], 0 if counts else every)
@@ -46,7 +46,7 @@ class Effects:
                 found = room.zeros("int64" if counts else "float64", len(owners), 4)
                 room.launch(
                     kernel, len(spans), rows, numbers, flags, room.upload(_described(parts, spans), "int64"), found,
-                    **constants, COUNTS=counts, ALIGN=align, BLOCK=block, LEVELS=levels,
+                    **constants, COUNTS=counts, ALIGN=align, BLOCK=block,
                 )  # fmt: skip
                 self._found.append((COUNTED if counts else SAMPLED, owners, room.fetch(found)))
 

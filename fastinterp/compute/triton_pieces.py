@@ -114,14 +114,16 @@ def refuses(step: Mapping[str, Any]) -> str | None:
 
 
 def run(room: Room, pieces: Sequence[Piece]) -> list[Pending]:
+    from fastinterp.compute.triton_measure import measure
     from fastinterp.compute.triton_sums import combine
 
+    kernels = {"combine": combine, "measure": measure, "measure_deltas": measure}
     pending: list[Pending | None] = [None] * len(pieces)
     kinds: dict[str, list[int]] = {}
     for i, piece in enumerate(pieces):
         kinds.setdefault(piece["kind"], []).append(i)
     for kind, places in kinds.items():
-        some = {"combine": combine}[kind](room, [pieces[i] for i in places])
+        some = kernels[kind](room, [pieces[i] for i in places])
         for i, one in zip(places, some, strict=True):
             pending[i] = one
     return [one for one in pending if one is not None]

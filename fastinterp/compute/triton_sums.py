@@ -9,7 +9,7 @@ from typing import Any
 from fastinterp.compute.device import Piece
 from fastinterp.compute.triton_effects import Effects, nothing
 from fastinterp.compute.triton_pieces import Answer, Room
-from fastinterp.compute.triton_tables import Part, Table, aligned
+from fastinterp.compute.triton_tables import Part, Table, aligned, tiles_of
 
 PLAIN, BY_ROW, BY_COLUMN, CONVERT, COPY = range(5)  # as in _triton/combine.py
 
@@ -116,7 +116,7 @@ def _run(
     told = room.zeros("int32", max(1, flags))
     block = room.block(2048 if constants["N"] <= 4 else 1024)
     for align, some in aligned(parts, constants["OUT"]).items():
-        table = Table(some, block)
+        table = Table(some, tiles_of(some, block))
         room.launch(
             combine_kernel, table.tiles, *table.on(room), told, len(some),
             **constants, STOCHASTIC=stochastic, TELL=every > 0, ALIGN=align, BLOCK=block, STEPS=table.steps,

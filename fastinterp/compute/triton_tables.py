@@ -35,6 +35,7 @@ class Part:
     group: int = 0
     groups: int = 1
     flags: int = 0
+    place: int = 0  # of its first answer, where it has no numbers
     extra: list[int] = field(default_factory=list)
 
     def at(self, begin: int, count: int, out_code: int) -> Part:
@@ -43,6 +44,12 @@ class Part:
         outs = [out + begin * SIZES[out_code] for out in self.outs]
         return replace(self, addresses=addresses, outs=outs, count=count, first=self.first + begin)
 
+    def of(self, inputs: Sequence[int]) -> Part:
+        """With some of its inputs."""
+        return replace(
+            self, addresses=[self.addresses[i] for i in inputs], codes=tuple(self.codes[i] for i in inputs)
+        )
+
     def alignment(self, out_code: int) -> int:
         return alignment([*self.addresses, *self.outs], [*self.codes, *[out_code] * len(self.outs)])
 
@@ -50,12 +57,13 @@ class Part:
 class Table:
     """Rows for kernels: see _triton/table.py."""
 
-    def __init__(self, parts: Sequence[Part], block: int):
+    def __init__(self, parts: Sequence[Part], tiles: Sequence[int]):
+        """tiles: programs for each part."""
         width = 11 + len(parts[0].addresses)
         rows, pool, numbers = array("q"), array("q"), bytearray()
-        tiles, end = 0, width * len(parts)
-        for part in parts:
-            rows.extend((tiles, part.count, part.first, end + len(pool), len(part.outs), len(numbers) // 8))
+        first, end = 0, width * len(parts)
+        for part, count in zip(parts, tiles, strict=True):
+            rows.extend((first, part.count, part.first, end + len(pool), len(part.outs), part.place + len(numbers) // 8))
             extra = end + len(pool) + 3 * len(part.outs)
             rows.extend((part.flags, part.columns, part.group, part.groups, extra))
             rows.extend(part.addresses)
@@ -64,11 +72,15 @@ class Table:
             pool.extend(map(int, part.affine))
             pool.extend(part.extra)
             numbers += part.numbers
-            tiles += -(-part.count // block)
-        self.rows, self.tiles, self.numbers, self.steps = rows + pool, tiles, numbers, steps(len(parts))
+            first += count
+        self.rows, self.tiles, self.numbers, self.steps = rows + pool, first, numbers, steps(len(parts))
 
     def on(self, room: Room) -> tuple[Any, Any]:
         return room.upload(self.rows, "int64"), room.upload(self.numbers, "float64")
+
+
+def tiles_of(parts: Sequence[Part], block: int) -> list[int]:
+    return [-(-part.count // block) for part in parts]
 
 
 def aligned(parts: Sequence[Part], out: int) -> dict[int, list[Part]]:

@@ -46,12 +46,14 @@ def _numbers_at(row, numbers, j, e0, lanes, N: tl.constexpr, PER: tl.constexpr):
     own = numbers + tl.load(row + NUMBERS)
     if PER == PLAIN:
         total = own + j * N
-        return total, total + 1
-    groups = tl.load(row + GROUPS)
-    place, column = place_of(e0, tl.load(row + COLUMNS), lanes)
-    group = place - tl.load(row + GROUP) if PER == BY_ROW else column
-    own += j * groups * N
-    return own + group, own + groups + group * (N - 1)
+        weights = total + 1
+    else:
+        groups = tl.load(row + GROUPS)
+        place, column = place_of(e0, tl.load(row + COLUMNS), lanes)
+        group = place - tl.load(row + GROUP) if PER == BY_ROW else column
+        total = own + j * groups * N + group
+        weights = own + j * groups * N + groups + group * (N - 1)
+    return total, weights
 
 
 @triton.jit
@@ -75,28 +77,31 @@ def _sum(
     """
     p = xs[0]
     acc = tl.zeros_like(p)
-    if PER == CONVERT:
-        return p, acc, p
     WIDE: tl.constexpr = p.dtype == tl.float64
-    total_at, weights_at = _numbers_at(row, numbers, j, e0, lanes, N, PER)
-    here = True if PER == PLAIN else mask
-    for i in tl.static_range(1, N):
-        if len(xs) == N:
-            x = xs[i]
-        else:
-            x = widen(load_codes(tl.load(row + HEADER + i), offs, mask, DT[i], ALIGN), DT[i], WIDE)
-        w = _number(weights_at + (i - 1), here, p, PER)
-        more = tl.fma(w, x - p, acc)
-        acc = more if PER == PLAIN else tl.where(w != 0, more, acc)
-    return p, acc, tl.fma(_number(total_at, here, p, PER), p, acc)
+    if PER == CONVERT:
+        y = p
+    else:
+        total_at, weights_at = _numbers_at(row, numbers, j, e0, lanes, N, PER)
+        for i in tl.static_range(1, N):
+            if len(xs) == N:
+                x = xs[i]
+            else:
+                x = widen(load_codes(tl.load(row + HEADER + i), offs, mask, DT[i], ALIGN), DT[i], WIDE)
+            w = _number(weights_at + (i - 1), mask, p, PER)
+            more = tl.fma(w, x - p, acc)
+            acc = more if PER == PLAIN else tl.where(w != 0, more, acc)
+        y = tl.fma(_number(total_at, mask, p, PER), p, acc)
+    return p, acc, y
 
 
 @triton.jit
 def _number(at, mask, like, PER: tl.constexpr):
     """A coefficient as the compute type: one rounding of what the host computed in f64."""
     if PER == PLAIN:
-        return tl.full(like.shape, 0, like.dtype) + tl.load(at).to(like.dtype)
-    return tl.load(at, mask=mask, other=0).to(like.dtype)
+        number = tl.broadcast_to(tl.load(at).to(like.dtype), like.shape)
+    else:
+        number = tl.load(at, mask=mask, other=0).to(like.dtype)
+    return number
 
 
 @triton.jit
@@ -162,8 +167,7 @@ def effect_kernel(
     PER: tl.constexpr,
     SATURATE: tl.constexpr,
     ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,  # 2**LEVELS
-    LEVELS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """What a pass tells of the outputs of some chunks: sums in any order, which is always this one."""
     span = spans + tl.program_id(0) * 4
@@ -186,10 +190,10 @@ def effect_kernel(
                     codes = load_codes(out, offs, mask, OUT, ALIGN)
                     counts = add_counts(counts, codes, mask, OUT, True)
                     for i in tl.static_range(N):
-                        part = mask & _takes_part(row, numbers, j, i, first + start, lanes, mask, WIDE, N, PER)
+                        part = _takes_part(row, numbers, j, i, first + start, lanes, mask, WIDE, N, PER)
                         codes = load_codes(tl.load(row + HEADER + i), offs, part, DT[i], ALIGN)
                         counts = add_counts(counts, codes, part, DT[i], False)
-                store_counts(to, counts, BLOCK, LEVELS)
+                store_counts(to, counts)
         else:
             affine = tl.load(outs + 2 * outputs + j) != 0
             sums = no_effect(BLOCK)
@@ -200,15 +204,16 @@ def effect_kernel(
                 p, acc, y = _sum(row, numbers, j, xs, first + start, lanes, offs, mask, N, DT, PER, ALIGN)
                 codes = load_codes(out, offs, mask, OUT, ALIGN)
                 sums = add_effect(sums, p, tl.where(affine, acc, y - p), codes, mask, OUT, SATURATE)
-            store_effect(to, sums, BLOCK, LEVELS)
+            store_effect(to, sums)
 
 
 @triton.jit
-def _takes_part(row, numbers, j, i, e0, lanes, mask, WIDE: tl.constexpr, N: tl.constexpr, PER: tl.constexpr):
+def _takes_part(row, numbers, j, i: tl.constexpr, e0, lanes, mask, WIDE: tl.constexpr, N: tl.constexpr, PER: tl.constexpr):
     """Where input i has a weight that is not 0 in the compute type."""
+    part = mask
     if PER == BY_ROW or PER == BY_COLUMN:
         if i > 0:
             _, weights_at = _numbers_at(row, numbers, j, e0, lanes, N, PER)
             w = tl.load(weights_at + (i - 1), mask=mask, other=0)
-            return (w if WIDE else w.to(tl.float32)) != 0
-    return mask
+            part = mask & ((w if WIDE else w.to(tl.float32)) != 0)
+    return part

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastinterp._triton.numbers import fold, is_nan, is_nonfinite, narrow, widen
+from fastinterp._triton.numbers import is_nan, is_nonfinite, narrow, widen
 
 
 @triton.jit
@@ -33,11 +33,10 @@ def add_effect(sums, p, intended, codes, mask, OUT: tl.constexpr, SATURATE: tl.c
 
 
 @triton.jit
-def store_effect(to, sums, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """to  f64[4]"""
-    one = tl.arange(0, 1)
+def store_effect(to, sums):
+    """to  f64[4]. The order of these sums is no part of the numeric contract."""
     for i in tl.static_range(4):
-        tl.store(to + i + one, fold(sums[i], BLOCK, LEVELS).to(tl.float64))
+        tl.store(to + i, tl.sum(sums[i], axis=0).to(tl.float64))
 
 
 @triton.jit
@@ -55,13 +54,16 @@ def add_counts(counts, codes, mask, D: tl.constexpr, OUTPUT: tl.constexpr):
     nans = tl.where(nan, 1, 0)
     infs = tl.where(inf, 1, 0) - nans
     if OUTPUT:
-        return nan_in, inf_in, nan_out + nans, inf_out + infs
-    return nan_in + nans, inf_in + infs, nan_out, inf_out
+        nan_out += nans
+        inf_out += infs
+    else:
+        nan_in += nans
+        inf_in += infs
+    return nan_in, inf_in, nan_out, inf_out
 
 
 @triton.jit
-def store_counts(to, counts, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+def store_counts(to, counts):
     """to  i64[4]: NaN and infinities of the inputs, then of the output"""
-    one = tl.arange(0, 1)
     for i in tl.static_range(4):
-        tl.store(to + i + one, fold(counts[i], BLOCK, LEVELS).to(tl.int64))
+        tl.store(to + i, tl.sum(counts[i], axis=0).to(tl.int64))

@@ -23,8 +23,15 @@ BYTES = tl.constexpr(1)
 @triton.jit
 def load_codes(address, offs, mask, D: tl.constexpr, ALIGN: tl.constexpr):
     """The elements `offs` of a tensor at `address` as u8, u16, u32 or u64; 0 where `mask` is not set."""
-    if ALIGN == BYTES:
-        return _load_bytes(address, offs, mask, D)
+    if ALIGN == BYTES and D < 4:
+        codes = _load_bytes(address, offs, mask, D)
+    else:
+        codes = tl.load(_elements_at(address, D, ALIGN) + offs, mask=mask, other=0)
+    return codes
+
+
+@triton.jit
+def _elements_at(address, D: tl.constexpr, ALIGN: tl.constexpr):
     if D == 0:
         p = address.to(tl.pointer_type(tl.uint64))
     elif D == 1:
@@ -35,21 +42,23 @@ def load_codes(address, offs, mask, D: tl.constexpr, ALIGN: tl.constexpr):
         p = address.to(tl.pointer_type(tl.uint8))
     if ALIGN == VECTORS:
         p = tl.multiple_of(p, 16)
-    return tl.load(p + offs, mask=mask, other=0)
+    return p
 
 
 @triton.jit
 def _load_bytes(address, offs, mask, D: tl.constexpr):
     p = address.to(tl.pointer_type(tl.uint8))
-    if D >= 4:
-        return tl.load(p + offs, mask=mask, other=0)
     WIDTH: tl.constexpr = 8 if D == 0 else (4 if D == 1 else 2)
     code = tl.zeros(offs.shape, tl.uint64)
     for i in tl.static_range(WIDTH):
         code |= tl.load(p + offs * WIDTH + i, mask=mask, other=0).to(tl.uint64) << (8 * i)
-    if D == 0:
-        return code
-    return code.to(tl.uint32) if D == 1 else code.to(tl.uint16)
+    if D == 1:
+        codes = code.to(tl.uint32)
+    elif D > 1:
+        codes = code.to(tl.uint16)
+    else:
+        codes = code
+    return codes
 
 
 @triton.jit
@@ -60,17 +69,7 @@ def store_codes(address, offs, codes, mask, D: tl.constexpr, ALIGN: tl.constexpr
         for i in tl.static_range(WIDTH):
             tl.store(p + offs * WIDTH + i, (codes.to(tl.uint64) >> (8 * i)).to(tl.uint8), mask=mask)
     else:
-        if D == 0:
-            p = address.to(tl.pointer_type(tl.uint64))
-        elif D == 1:
-            p = address.to(tl.pointer_type(tl.uint32))
-        elif D <= 3:
-            p = address.to(tl.pointer_type(tl.uint16))
-        else:
-            p = address.to(tl.pointer_type(tl.uint8))
-        if ALIGN == VECTORS:
-            p = tl.multiple_of(p, 16)
-        tl.store(p + offs, codes, mask=mask, cache_modifier=".cs")
+        tl.store(_elements_at(address, D, ALIGN) + offs, codes, mask=mask, cache_modifier=".cs")
 
 
 # --- widen: exact ----------------------------------------------------------------------------------------------------
@@ -80,8 +79,8 @@ def store_codes(address, offs, codes, mask, D: tl.constexpr, ALIGN: tl.constexpr
 def widen(codes, D: tl.constexpr, WIDE: tl.constexpr):
     """The values of codes in the compute dtype: f64 if WIDE, else f32."""
     if D == 0:
-        return codes.to(tl.float64, bitcast=True)
-    if D == 1:
+        x = codes.to(tl.float64, bitcast=True)
+    elif D == 1:
         x = codes.to(tl.float32, bitcast=True)
     elif D == 2:
         x = _widen_small(codes, 10, 15, 0x7C00, 0x8000, 16)
@@ -91,7 +90,9 @@ def widen(codes, D: tl.constexpr, WIDE: tl.constexpr):
         x = _widen_small(codes, 3, 7, 0x7F, 0x80, 24)
     else:
         x = _widen_small(codes, 2, 15, 0x7C, 0x80, 24)
-    return x.to(tl.float64) if WIDE else x
+    if WIDE and D > 0:
+        x = x.to(tl.float64)
+    return x
 
 
 @triton.jit
@@ -121,22 +122,24 @@ def narrow(x, word, D: tl.constexpr, STOCHASTIC: tl.constexpr, SATURATE: tl.cons
     WIDE: tl.constexpr = x.dtype == tl.float64
     if D == 0:
         u = x.to(tl.float64).to(tl.uint64, bitcast=True)
-        return tl.where(x == x, u, 0x7FF8000000000000).to(tl.uint64)
-    if D == 1 and not WIDE:
-        return tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000).to(tl.uint32)
-    if D == 1:
-        return _round(x, word, 23, 127, 0x7F800000, 0x7FC00000, 31, False, False, STOCHASTIC).to(tl.uint32)
-    if D == 2:
-        return _round(x, word, 10, 15, 0x7C00, 0x7E00, 15, False, False, STOCHASTIC).to(tl.uint16)
-    if D == 3 and WIDE:
-        return _round(x, word, 7, 127, 0x7F80, 0x7FC0, 15, False, False, STOCHASTIC).to(tl.uint16)
-    if D == 3:
+        codes = tl.where(x == x, u, 0x7FF8000000000000).to(tl.uint64)
+    elif D == 1 and not WIDE:
+        codes = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000).to(tl.uint32)
+    elif D == 1:
+        codes = _round(x, word, 23, 127, 0x7F800000, 0x7FC00000, 31, False, False, STOCHASTIC).to(tl.uint32)
+    elif D == 2:
+        codes = _round(x, word, 10, 15, 0x7C00, 0x7E00, 15, False, False, STOCHASTIC).to(tl.uint16)
+    elif D == 3 and WIDE:
+        codes = _round(x, word, 7, 127, 0x7F80, 0x7FC0, 15, False, False, STOCHASTIC).to(tl.uint16)
+    elif D == 3:
         u = x.to(tl.uint32, bitcast=True)
         rounded = (u + (word >> 16)) >> 16 if STOCHASTIC else (u + 0x7FFF + ((u >> 16) & 1)) >> 16
-        return tl.where((u & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.uint16)
-    if D == 4:
-        return _round(x, word, 3, 7, 0x7F, 0x7F, 7, SATURATE, True, STOCHASTIC).to(tl.uint8)
-    return _round(x, word, 2, 15, 0x7C, 0x7E, 7, SATURATE, False, STOCHASTIC).to(tl.uint8)
+        codes = tl.where((u & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.uint16)
+    elif D == 4:
+        codes = _round(x, word, 3, 7, 0x7F, 0x7F, 7, SATURATE, True, STOCHASTIC).to(tl.uint8)
+    else:
+        codes = _round(x, word, 2, 15, 0x7C, 0x7E, 7, SATURATE, False, STOCHASTIC).to(tl.uint8)
+    return codes
 
 
 @triton.jit
@@ -190,9 +193,7 @@ def _round(
         below = tl.where(drop < 32, sig.to(tl.uint64) << left.to(tl.uint64), sig.to(tl.uint64) >> right.to(tl.uint64))
         carry = (below.to(tl.uint32) + word) < word
         short = tl.where(drop > MOST, MOST, drop).to(U)
-        places = tl.where(drop > MOST, 0, sig >> short).to(U) + carry.to(U)
-        if U == tl.uint64:
-            places = (sig >> short) + carry.to(U)
+        places = tl.where(drop > 60, 0, tl.where(drop > MOST, 0, sig >> short)).to(U) + carry.to(U)
     else:
         d = tl.where(drop > MOST, MOST, drop).to(U)  # of more, nothing is left
         half = (tl.full(d.shape, 1, U) << d) >> 1
@@ -219,10 +220,12 @@ def is_nan(codes, D: tl.constexpr):
 @triton.jit
 def _magnitude(codes, D: tl.constexpr):
     if D == 0:
-        return codes & 0x7FFFFFFFFFFFFFFF
-    if D == 1:
-        return codes & 0x7FFFFFFF
-    return codes & (0x7FFF if D <= 3 else 0x7F)
+        mag = codes & 0x7FFFFFFFFFFFFFFF
+    elif D == 1:
+        mag = codes & 0x7FFFFFFF
+    else:
+        mag = codes & (0x7FFF if D <= 3 else 0x7F)
+    return mag
 
 
 @triton.jit
@@ -289,9 +292,11 @@ def is_drawn(e, limit, key):
 
 
 @triton.jit
-def fold(x, COUNT: tl.constexpr, LEVELS: tl.constexpr):
-    """The sum of COUNT = 2**LEVELS numbers, in adjacent pairs: [COUNT] to [1]."""
+def fold(x, ROWS: tl.constexpr, COUNT: tl.constexpr, LEVELS: tl.constexpr):
+    """The sums of rows of COUNT = 2**LEVELS numbers, in adjacent pairs: [ROWS, COUNT] to [ROWS].
+
+    `tl.sum` adds in an order of its own; of two numbers there is but one.
+    """
     for level in tl.static_range(LEVELS):
-        left, right = tl.split(tl.reshape(x, [COUNT >> (level + 1), 2]))
-        x = left + right
-    return x
+        x = tl.sum(tl.reshape(x, [ROWS, COUNT >> (level + 1), 2]), axis=2)
+    return tl.reshape(x, [ROWS])
