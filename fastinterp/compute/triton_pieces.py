@@ -114,10 +114,11 @@ def refuses(step: Mapping[str, Any]) -> str | None:
 
 
 def run(room: Room, pieces: Sequence[Piece]) -> list[Pending]:
+    from fastinterp.compute.triton_histogram import histogram
     from fastinterp.compute.triton_measure import measure
     from fastinterp.compute.triton_sums import combine
 
-    kernels = {"combine": combine, "measure": measure, "measure_deltas": measure}
+    kernels = {"combine": combine, "measure": measure, "measure_deltas": measure, "histogram": histogram}
     pending: list[Pending | None] = [None] * len(pieces)
     kinds: dict[str, list[int]] = {}
     for i, piece in enumerate(pieces):

@@ -49,14 +49,13 @@ def row_of(table, rows, tile, WIDTH: tl.constexpr, STEPS: tl.constexpr):
 
 @triton.jit
 def place_of(e0, columns, offs):
-    """Row and column of elements e0 + offs (i32, less than 2**20) of a tensor: i64 each."""
+    """Row and column of elements e0 + offs of a tensor: i64 each."""
     row = e0 // columns
     column = e0 - row * columns
-    # Short numbers, because long ones are slow to divide.
-    left = tl.minimum(columns - column, 1 << 30).to(tl.int32)
-    length = tl.minimum(columns, 1 << 30).to(tl.int32)
-    beyond = tl.maximum(offs - left, 0)
+    left = columns - column
     here = offs < left
-    rows = tl.where(here, 0, 1 + beyond // length)
-    columns_beyond = (beyond % length).to(tl.int64)
-    return row + rows, tl.where(here, column + offs, columns_beyond)
+    # Short numbers, because long ones are slow to divide. Elements of a tile that lie beyond its row are near.
+    beyond = tl.where(here, 0, offs - left).to(tl.uint32)
+    length = tl.minimum(columns, 1 << 31).to(tl.uint32)
+    rows = tl.where(here, 0, 1 + (beyond // length).to(tl.int64))
+    return row + rows, tl.where(here, column + offs, (beyond % length).to(tl.int64))
