@@ -123,7 +123,7 @@ def _rows(room: Room, pieces: Sequence[Piece], codes: tuple[int, ...], deltas: b
     for place, rows, chunks in shapes:
         sums = found[place : place + rows * chunks].reshape(rows, chunks, found.shape[1])
         counts = counted[place : place + rows * chunks].reshape(rows, chunks, len(codes))
-        answers.append(_answer(room, sums, counts))
+        answers.append(answer_of(room, sums, counts))
     return answers
 
 
@@ -149,11 +149,11 @@ def _columns(room: Room, pieces: Sequence[Piece], codes: tuple[int, ...], deltas
         end = place + blocks * columns
         sums = found[place * width : end * width].reshape(1, blocks, width * columns)
         counts = counted[place * n : end * n].reshape(1, blocks, n * columns)
-        answers.append(_answer(room, sums, counts, columns))
+        answers.append(answer_of(room, sums, counts, columns))
     return answers
 
 
-def _answer(room: Room, sums: Any, counts: Any, columns: int = 1) -> Answer:
+def answer_of(room: Room, sums: Any, counts: Any, columns: int = 1) -> Answer:
     """sums  f64[rows, chunks, numbers]; counts  i32, likewise. With `columns`, numbers are [kinds, columns]."""
     if sums.numel() > FETCHED:
         sums, counts = fold(sums), counts.sum(dim=1, keepdim=True)

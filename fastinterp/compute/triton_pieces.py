@@ -106,19 +106,31 @@ def steps(rows: int) -> int:
 
 
 def refuses(step: Mapping[str, Any]) -> str | None:
-    """Why no kernel here does this step; None if one does."""
+    """Why no kernel here does this step, as "random keeps by rank"; None if one does."""
     kind = step["kind"]
-    if kind not in ("combine", "measure", "measure_deltas"):
-        return f"steps of kind {kind}"
+    if kind == "divergence":
+        return "the divergence of rows"
+    if kind == "same":
+        return "bytes that are only compared"
+    if any(isinstance(operand[0], list) for operand in step["inputs"]):
+        return "rows gathered from several places"
+    keeps = step["keeps"][1:] if kind == "kept" else []
+    keeps += [term["keep"] for asked in step.get("masked", ()) for term in asked["terms"]]
+    if any(min(keep["lo"], 1 << 32) != min(keep["hi"], 1 << 32) for keep in keeps):
+        return "random keeps by rank"
     return None
 
 
 def run(room: Room, pieces: Sequence[Piece]) -> list[Pending]:
     from fastinterp.compute.triton_histogram import histogram
+    from fastinterp.compute.triton_masked import kept, masked
     from fastinterp.compute.triton_measure import measure
     from fastinterp.compute.triton_sums import combine
 
-    kernels = {"combine": combine, "measure": measure, "measure_deltas": measure, "histogram": histogram}
+    kernels = {
+        "combine": combine, "measure": measure, "measure_deltas": measure, "histogram": histogram, "masked": masked,
+        "kept": kept,
+    }  # fmt: skip
     pending: list[Pending | None] = [None] * len(pieces)
     kinds: dict[str, list[int]] = {}
     for i, piece in enumerate(pieces):

@@ -279,13 +279,18 @@ def random_words(e, key):
 
 @triton.jit
 def is_drawn(e, limit, key):
-    """Whether the random number of a keep is below its limit (i64, 0..2**32)."""
+    """Whether the random number of a keep is below its limit (i64, below 2**32)."""
     late = e % 128 >= 64
-    high = _word_of(e, 128, key, 0)
-    low = _word_of(e, 128, key, 1)
-    number = tl.where(late, high >> 16, high & 0xFFFF).to(tl.int64) << 16
-    number |= tl.where(late, low >> 16, low & 0xFFFF).to(tl.int64)
-    return number < limit
+    word = _word_of(e, 128, key, 0)
+    high = tl.where(late, word >> 16, word & 0xFFFF).to(tl.int64)
+    drawn = high < (limit >> 16)
+    ties = high == (limit >> 16)
+    # The number's low half is looked at only where the high one equals that of the limit.
+    if tl.max(tl.ravel(ties.to(tl.int32)), axis=0) > 0:
+        word = _word_of(e, 128, key, 1)
+        low = tl.where(late, word >> 16, word & 0xFFFF).to(tl.int64)
+        drawn = drawn | (ties & (low < (limit & 0xFFFF)))
+    return drawn
 
 
 # --- sums in a fixed order -------------------------------------------------------------------------------------------
