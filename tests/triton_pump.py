@@ -1,4 +1,4 @@
-"""A pump whose steps are done by Triton's interpreter: what tests of the native pump check, checked of those kernels."""
+"""A pump whose steps are done by Triton's interpreter, so that what tests of the native one check is checked of it."""
 
 from __future__ import annotations
 

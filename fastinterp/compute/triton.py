@@ -1,7 +1,7 @@
 """Accelerators through Triton: memory, streams and events are torch's, the kernels those of fastinterp._triton.
 
-For NVIDIA and AMD: torch.cuda is ROCm's, too. Under TRITON_INTERPRET=1 Triton runs kernels on the host, slowly; then the
-one device's memory is the host's, and everything is done as soon as it is asked for.
+For NVIDIA and AMD: torch.cuda is ROCm's, too. Under TRITON_INTERPRET=1 Triton runs kernels on the host, slowly; then
+the one device's memory is the host's, and everything is done as soon as it is asked for.
 """
 
 from __future__ import annotations

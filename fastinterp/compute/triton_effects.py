@@ -14,12 +14,33 @@ COUNTED = ("nan_in", "inf_in", "nan_out", "inf_out")
 SAMPLED = ("sum_pp", "sum_dd", "sum_od", "changed")
 
 
-def nothing() -> dict[str, float]:
+def _nothing() -> dict[str, float]:
     """As `_C.Pump.stats` has it, before anything is counted."""
     return {
         "nan_in": 0, "inf_in": 0, "nan_out": 0, "inf_out": 0, "sampled": 0, "changed": 0,
         "sum_pp": 0.0, "sum_dd": 0.0, "sum_od": 0.0,
     }  # fmt: skip
+
+
+class Written:
+    """Pending, see device.py, of a piece that writes.
+
+    piece, outputs  its number, and how many outputs it has
+    effects         what is told of them, added by and by
+    """
+
+    def __init__(self, piece: int, outputs: int):
+        self._piece, self._outputs = piece, outputs
+        self.effects: list[Effects] = []
+
+    def answer(self) -> None:
+        return None
+
+    def stats(self) -> list[dict[str, float]]:
+        found = [_nothing() for _ in range(self._outputs)]
+        for effects in self.effects:
+            effects.add_to(self._piece, found)
+        return found
 
 
 class Effects:
@@ -36,7 +57,7 @@ class Effects:
         *, every: int, measured: bool, flags: Any,
     ):  # fmt: skip
         self._found: list[tuple[tuple[str, ...], list[tuple[int, int, int]], Any]] = []
-        block = room.block(1024)
+        block = room.block(512)
         table = Table(parts, [1] * len(parts))
         rows, numbers = table.on(room)
         for counts in (True, False) if measured else (True,):

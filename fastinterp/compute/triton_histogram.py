@@ -12,7 +12,7 @@ from fastinterp.compute.triton_pieces import Answer, Room, alignment
 from fastinterp.compute.triton_tables import Part, Table
 
 NO_SCORE, SPREAD, DIVERGENCE = range(3)  # as in _triton/scores.py
-STRIPS = 8  # of a program
+STRIPS = 4  # of a program
 
 
 def score_of(score: tuple[str, int, bytes] | None) -> int:
@@ -40,7 +40,9 @@ def histogram(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
     strips = STRIPS if not room.on_host else 256
     for kind in dict.fromkeys(kinds):
         some = [p for p, own in enumerate(kinds) if own == kind]
-        _launch(room, [parts[p] for p in some], [-(-shapes[p][0] // STRIP) for p in some], kind, counted, totals, strips)
+        _launch(
+            room, [parts[p] for p in some], [-(-shapes[p][0] // STRIP) for p in some], kind, counted, totals, strips
+        )
     counted, totals = room.fetch(counted), room.fetch(totals)
     return [Answer(lambda shape=shape: _answer(counted, totals, *shape)) for shape in shapes]  # type: ignore[misc]
 

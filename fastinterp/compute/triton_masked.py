@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastinterp.compute.device import Piece
-from fastinterp.compute.triton_effects import Effects, nothing
+from fastinterp.compute.triton_effects import Effects, Written
 from fastinterp.compute.triton_histogram import factors_of, score_of
 from fastinterp.compute.triton_measure import answer_of
 from fastinterp.compute.triton_pieces import CHUNK, Answer, Room, alignment, signed
@@ -30,7 +30,7 @@ def _tests(score: tuple[str, int, bytes] | None, keeps: Sequence[Mapping[str, in
     return tests
 
 
-def masked(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
+def masked(room: Room, pieces: Sequence[Piece]) -> list[Written]:
     """Sums with masks, an output at a time."""
     same: dict[tuple[Any, ...], list[Part]] = {}
     for i, piece in enumerate(pieces):
@@ -38,21 +38,10 @@ def masked(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
             part, constants = _part(i, j, piece, asked)
             rounding = (piece["out_dtype"], bool(piece.get("keys")), piece["fp8_saturate"], piece["stats_every"])
             same.setdefault((*rounding, *constants), []).append(part)
-    found = [[nothing() for _ in piece["outputs"]] for piece in pieces]
-    pending: list[list[Effects]] = [[] for _ in pieces]
+    found = [Written(i, len(piece["outputs"])) for i, piece in enumerate(pieces)]
     for (out, stochastic, saturate, every, *constants), parts in same.items():
-        effects = _launch(room, parts, out, stochastic, saturate, every, tuple(constants))
-        for i in dict.fromkeys(part.piece for part in parts) if effects else ():
-            assert effects is not None
-            pending[i].append(effects)
-
-    def told(i: int) -> list[dict[str, float]]:
-        for effects in pending[i]:
-            effects.add_to(i, found[i])
-        pending[i].clear()
-        return found[i]
-
-    return [Answer(told=lambda i=i: told(i)) for i in range(len(pieces))]  # type: ignore[misc]
+        _launch(room, parts, out, stochastic, saturate, every, constants, found)
+    return found
 
 
 def _part(i: int, j: int, piece: Piece, asked: Mapping[str, Any]) -> tuple[Part, tuple[Any, ...]]:
@@ -96,8 +85,9 @@ def _part(i: int, j: int, piece: Piece, asked: Mapping[str, Any]) -> tuple[Part,
 
 
 def _launch(
-    room: Room, parts: list[Part], out: int, stochastic: bool, saturate: bool, every: int, constants: tuple[Any, ...]
-) -> Effects | None:
+    room: Room, parts: list[Part], out: int, stochastic: bool, saturate: bool, every: int, constants: Sequence[Any],
+    found: Sequence[Written],
+) -> None:  # fmt: skip
     from fastinterp._triton.masked import masked_effect_kernel, masked_kernel
 
     codes, terms, importance, random, votes, divides, alone, limited, score = constants
@@ -116,9 +106,10 @@ def _launch(
             masked_kernel, table.tiles, *table.on(room), flags, len(some),
             **named, STOCHASTIC=stochastic, TELL=every > 0, ALIGN=align, BLOCK=block, STEPS=table.steps,
         )  # fmt: skip
-    if every == 0:
-        return None
-    return Effects(room, masked_effect_kernel, parts, named, every=every, measured=True, flags=flags)
+    if every > 0:
+        effects = Effects(room, masked_effect_kernel, parts, named, every=every, measured=True, flags=flags)
+        for i in dict.fromkeys(part.piece for part in parts):
+            found[i].effects.append(effects)
 
 
 # --- what keeps leave ------------------------------------------------------------------------------------------------

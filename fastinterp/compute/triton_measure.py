@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastinterp.compute.device import Piece
-from fastinterp.compute.triton_pieces import ALIGNED, CHUNK, Answer, Room, alignment
+from fastinterp.compute.triton_pieces import CHUNK, Answer, Room, alignment
 from fastinterp.compute.triton_tables import Part, Table
 
 BLOCK_ROWS = 64  # that a column sums before its blocks fold
@@ -180,5 +179,5 @@ def fold(sums: Any) -> Any:
     return sums
 
 
-def _bytes_of(tensor: Any, code: str) -> memoryview:
+def _bytes_of(tensor: Any, code: Literal["d", "q"]) -> memoryview:
     return memoryview(tensor.contiguous().numpy().tobytes()).cast(code)

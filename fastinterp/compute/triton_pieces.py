@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fastinterp.compute.device import Pending, Piece
@@ -72,18 +71,14 @@ class Room:
         return 8192 if self.on_host else most
 
 
-@dataclass(slots=True)
 class Answer:
-    """Pending, see device.py: from functions that look at what was fetched."""
+    """Pending, see device.py, of a piece that answers: a function looks at what was fetched."""
 
-    answers: Callable[[], Any] | None = None
-    told: Callable[[], list[dict[str, float]]] | None = None
-
-    def answer(self) -> Any:
-        return self.answers() if self.answers else None
+    def __init__(self, answer: Callable[[], Any]):
+        self.answer = answer
 
     def stats(self) -> list[dict[str, float]]:
-        return self.told() if self.told else []
+        return []
 
 
 def signed(word: int) -> int:
@@ -127,7 +122,7 @@ def run(room: Room, pieces: Sequence[Piece]) -> list[Pending]:
     from fastinterp.compute.triton_measure import measure
     from fastinterp.compute.triton_sums import combine
 
-    kernels = {
+    kernels: dict[str, Callable[[Room, list[Piece]], Sequence[Pending]]] = {
         "combine": combine, "measure": measure, "measure_deltas": measure, "histogram": histogram, "masked": masked,
         "kept": kept,
     }  # fmt: skip

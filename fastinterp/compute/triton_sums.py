@@ -7,37 +7,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastinterp.compute.device import Piece
-from fastinterp.compute.triton_effects import Effects, nothing
-from fastinterp.compute.triton_pieces import Answer, Room
+from fastinterp.compute.triton_effects import Effects, Written
+from fastinterp.compute.triton_pieces import Room
 from fastinterp.compute.triton_tables import Part, Table, aligned, tiles_of
 
 PLAIN, BY_ROW, BY_COLUMN, CONVERT, COPY = range(5)  # as in _triton/combine.py
 
 
-def combine(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
+def combine(room: Room, pieces: Sequence[Piece]) -> list[Written]:
     """Weighted sums, by tensor, row or column."""
     same: dict[tuple[Any, ...], list[Part]] = {}
     for i, piece in enumerate(pieces):
         parts = _groups(i, piece) if piece.get("per", "tensor") != "tensor" else _plain(i, piece)
         for part in parts:
             copies = part.kind == COPY  # whatever is asked of the others
-            told = 0 if copies else piece["stats_every"]
-            rounding = (bool(piece.get("keys")) and not copies, piece["fp8_saturate"] or copies)
-            constants = (part.kind, part.codes, piece["out_dtype"], *rounding)
-            same.setdefault((*constants, told), []).append(part)
-    found: list[list[dict[str, float]]] = [[nothing() for _ in piece["outputs"]] for piece in pieces]
-    pending: list[list[Effects]] = [[] for _ in pieces]
+            stochastic = bool(piece.get("keys")) and not copies
+            every = 0 if copies else piece["stats_every"]
+            alike = (part.kind, part.codes, piece["out_dtype"], stochastic, piece["fp8_saturate"] or copies, every)
+            same.setdefault(alike, []).append(part)
+    found = [Written(i, len(piece["outputs"])) for i, piece in enumerate(pieces)]
     for (kind, codes, out, stochastic, saturate, every), parts in same.items():
         constants = {"N": len(codes), "DT": codes, "OUT": out, "WIDE": 0 in codes, "PER": kind, "SATURATE": saturate}
-        _run(room, parts, constants, stochastic, every, pending)
-
-    def told(i: int) -> list[dict[str, float]]:
-        for effects in pending[i]:
-            effects.add_to(i, found[i])
-        pending[i].clear()
-        return found[i]
-
-    return [Answer(told=lambda i=i: told(i)) for i in range(len(pieces))]  # type: ignore[misc]
+        _run(room, parts, constants, stochastic, every, found)
+    return found
 
 
 def _plain(i: int, piece: Piece) -> list[Part]:
@@ -94,7 +86,7 @@ def _groups(i: int, piece: Piece) -> list[Part]:
     return parts
 
 
-def _doubles(buffer: Any) -> memoryview:
+def _doubles(buffer: Any) -> memoryview[float]:
     return memoryview(buffer).cast("B").cast("d")
 
 
@@ -104,7 +96,7 @@ def _run(
     constants: dict[str, Any],
     stochastic: bool,
     every: int,
-    pending: list[list[Effects]],
+    found: Sequence[Written],
 ) -> None:
     """Launches the kernels for parts that are alike."""
     from fastinterp._triton.combine import combine_kernel, effect_kernel
@@ -125,4 +117,4 @@ def _run(
         measured = constants["PER"] != CONVERT
         effects = Effects(room, effect_kernel, parts, constants, every=every, measured=measured, flags=told)
         for i in dict.fromkeys(part.piece for part in parts):
-            pending[i].append(effects)
+            found[i].effects.append(effects)

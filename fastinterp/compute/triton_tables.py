@@ -46,9 +46,7 @@ class Part:
 
     def of(self, inputs: Sequence[int]) -> Part:
         """With some of its inputs."""
-        return replace(
-            self, addresses=[self.addresses[i] for i in inputs], codes=tuple(self.codes[i] for i in inputs)
-        )
+        return replace(self, addresses=[self.addresses[i] for i in inputs], codes=tuple(self.codes[i] for i in inputs))
 
     def alignment(self, out_code: int) -> int:
         return alignment([*self.addresses, *self.outs], [*self.codes, *[out_code] * len(self.outs)])
@@ -63,7 +61,9 @@ class Table:
         rows, pool, numbers = array("q"), array("q"), bytearray()
         first, end = 0, width * len(parts)
         for part, count in zip(parts, tiles, strict=True):
-            rows.extend((first, part.count, part.first, end + len(pool), len(part.outs), part.place + len(numbers) // 8))
+            rows.extend(
+                (first, part.count, part.first, end + len(pool), len(part.outs), part.place + len(numbers) // 8)
+            )
             extra = end + len(pool) + 3 * len(part.outs)
             rows.extend((part.flags, part.columns, part.group, part.groups, extra))
             rows.extend(part.addresses)

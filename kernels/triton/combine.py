@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fastinterp._triton.effects import (
     add_counts,
     add_effect,
@@ -148,8 +147,8 @@ def combine_kernel(
             codes = narrow(y, word, OUT, STOCHASTIC, SATURATE)
         store_codes(tl.load(outs + j), offs, codes, mask, OUT, ALIGN)
         if TELL:
-            bad = is_nonfinite(codes, OUT) & mask
-            tl.store(flags + tl.load(row + FLAGS) + j + tl.zeros_like(lanes), 1, mask=bad)
+            bad = tl.max((is_nonfinite(codes, OUT) & mask).to(tl.int32), axis=0)
+            tl.store(flags + tl.load(row + FLAGS) + j, 1, mask=bad > 0)
 
 
 @triton.jit
@@ -208,7 +207,9 @@ def effect_kernel(
 
 
 @triton.jit
-def _takes_part(row, numbers, j, i: tl.constexpr, e0, lanes, mask, WIDE: tl.constexpr, N: tl.constexpr, PER: tl.constexpr):
+def _takes_part(
+    row, numbers, j, i: tl.constexpr, e0, lanes, mask, WIDE: tl.constexpr, N: tl.constexpr, PER: tl.constexpr
+):
     """Where input i has a weight that is not 0 in the compute type."""
     part = mask
     if PER == BY_ROW or PER == BY_COLUMN:

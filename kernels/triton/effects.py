@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fastinterp._triton.numbers import is_nan, is_nonfinite, narrow, widen
 
 

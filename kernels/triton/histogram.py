@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fastinterp._triton.numbers import load_codes, widen
 from fastinterp._triton.scores import NO_SCORE, magnitude, score_of
 from fastinterp._triton.table import COUNT, EXTRA, FIRST, HEADER, NUMBERS, row_of

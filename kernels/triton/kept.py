@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fastinterp._triton.masked import is_kept
 from fastinterp._triton.measure import CHUNK, LANES
 from fastinterp._triton.numbers import fold, load_codes, widen

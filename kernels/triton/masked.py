@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fastinterp._triton.effects import add_counts, add_effect, no_counts, no_effect, store_counts, store_effect
 from fastinterp._triton.numbers import (
     is_drawn,
@@ -201,7 +200,7 @@ def masked_kernel(
     store_codes(tl.load(outs), offs, codes, mask, OUT, ALIGN)
     if TELL:
         bad = (bad | is_nonfinite(codes, OUT)) & mask
-        tl.store(flags + tl.load(row + FLAGS) + tl.zeros_like(lanes), 1, mask=bad)
+        tl.store(flags + tl.load(row + FLAGS), 1, mask=tl.max(bad.to(tl.int32), axis=0) > 0)
 
 
 @triton.jit

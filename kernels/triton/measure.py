@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fastinterp._triton.numbers import fold, load_codes, widen
 from fastinterp._triton.table import COLUMNS, COUNT, HEADER, NUMBERS, row_of
 
@@ -144,7 +143,7 @@ def measure_columns_kernel(
     mask = (column < columns) & (block * BLOCK_ROWS < rows)
     sums = _no_sums(len(PAIRS) + len(ALONE), TILES, tl.float64)
     counts = _no_sums(len(ALONE), TILES, tl.int32)
-    for step in range(0, tl.minimum(rows, BLOCK_ROWS)):
+    for step in range(tl.minimum(rows, BLOCK_ROWS)):
         r = block * BLOCK_ROWS + step
         vectors = _vectors(inputs, r * columns + column, mask & (r < rows), DT, WIDE, DELTAS, ALIGN)
         sums, counts = _add(sums, counts, vectors, PAIRS, ALONE)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from fastinterp._triton.table import COLUMNS, GROUP, NUMBERS, place_of
+from fastinterp._triton.table import COLUMNS, GROUP, place_of
 
 NO_SCORE = tl.constexpr(0)
 SPREAD = tl.constexpr(1)
