@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt
 NATIVE := $(shell find csrc -type f)
-PACKAGE := $(shell find fastinterp -name '*.py' -o -name '*.pyi')
+PACKAGE := $(shell find fastinterp kernels -name '*.py' -o -name '*.pyi')
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
 
 define CHECK_PYTHON

@@ -16,7 +16,8 @@ import fastinterp
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-SOURCES = sorted((ROOT / "fastinterp").rglob("*.py"))
+# _triton is a link to kernels/triton, which rglob does not follow.
+SOURCES = sorted({*(ROOT / "fastinterp").rglob("*.py"), *(ROOT / "fastinterp" / "_triton").glob("*.py")})
 
 # Each part of the package, and the parts it may import beside itself. The most specific name counts: a module of
 # compute/ that is not named here belongs to `compute`. Parts that import nothing but themselves are leaves.

@@ -1,0 +1,220 @@
+"""Weighted sums: rules 2, 3 and 11 of docs/NUMERICS.md, and what the report tells of them.
+
+The inputs of a piece are in the order of its sum: the pivot, then the terms. Its numbers are the total and the weights
+of the terms, for each output; by row or by column the totals of all groups and then, group by group, the weights.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from fastinterp._triton.effects import (
+    add_counts,
+    add_effect,
+    no_counts,
+    no_effect,
+    store_counts,
+    store_effect,
+)
+from fastinterp._triton.numbers import is_nonfinite, load_codes, narrow, random_words, store_codes, widen
+from fastinterp._triton.table import (
+    COLUMNS,
+    COUNT,
+    FIRST,
+    FLAGS,
+    GROUP,
+    GROUPS,
+    HEADER,
+    NUMBERS,
+    OUTS,
+    ROWS,
+    place_of,
+    row_of,
+)
+
+PLAIN = tl.constexpr(0)
+BY_ROW = tl.constexpr(1)
+BY_COLUMN = tl.constexpr(2)
+CONVERT = tl.constexpr(3)  # no sum: the pivot in another dtype
+COPY = tl.constexpr(4)  # the pivot, bit for bit
+
+
+@triton.jit
+def _numbers_at(row, numbers, j, e0, lanes, N: tl.constexpr, PER: tl.constexpr):
+    """Where the total of each element's group stands, and the first weight; pointers, of one element if PLAIN."""
+    own = numbers + tl.load(row + NUMBERS)
+    if PER == PLAIN:
+        total = own + j * N
+        weights = total + 1
+    else:
+        groups = tl.load(row + GROUPS)
+        place, column = place_of(e0, tl.load(row + COLUMNS), lanes)
+        group = place - tl.load(row + GROUP) if PER == BY_ROW else column
+        total = own + j * groups * N + group
+        weights = own + j * groups * N + groups + group * (N - 1)
+    return total, weights
+
+
+@triton.jit
+def _sum(
+    row,
+    numbers,
+    j,
+    xs,
+    e0,
+    lanes,
+    offs,
+    mask,
+    N: tl.constexpr,
+    DT: tl.constexpr,
+    PER: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Pivot, sum of the terms and result of output j at elements `offs` of the piece, e0 + lanes of the tensor.
+
+    xs  all inputs, widened; or the pivot alone, if the others are to be read here
+    """
+    p = xs[0]
+    acc = tl.zeros_like(p)
+    WIDE: tl.constexpr = p.dtype == tl.float64
+    if PER == CONVERT:
+        y = p
+    else:
+        total_at, weights_at = _numbers_at(row, numbers, j, e0, lanes, N, PER)
+        for i in tl.static_range(1, N):
+            if len(xs) == N:
+                x = xs[i]
+            else:
+                x = widen(load_codes(tl.load(row + HEADER + i), offs, mask, DT[i], ALIGN), DT[i], WIDE)
+            w = _number(weights_at + (i - 1), mask, p, PER)
+            more = tl.fma(w, x - p, acc)
+            acc = more if PER == PLAIN else tl.where(w != 0, more, acc)
+        y = tl.fma(_number(total_at, mask, p, PER), p, acc)
+    return p, acc, y
+
+
+@triton.jit
+def _number(at, mask, like, PER: tl.constexpr):
+    """A coefficient as the compute type: one rounding of what the host computed in f64."""
+    if PER == PLAIN:
+        number = tl.broadcast_to(tl.load(at).to(like.dtype), like.shape)
+    else:
+        number = tl.load(at, mask=mask, other=0).to(like.dtype)
+    return number
+
+
+@triton.jit
+def combine_kernel(
+    table,  # i64: see table.py
+    numbers,  # f64
+    flags,  # i32[outputs]: becomes 1 where something of an output is NaN or infinite
+    pieces,
+    N: tl.constexpr,  # inputs of each piece
+    DT: tl.constexpr,  # their dtype codes
+    OUT: tl.constexpr,  # dtype code of the outputs
+    WIDE: tl.constexpr,  # compute in f64
+    PER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    SATURATE: tl.constexpr,
+    TELL: tl.constexpr,  # whether flags are wanted
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,  # elements of a tile
+    STEPS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = row_of(table, pieces, program, HEADER + N, STEPS)
+    start = (program - tl.load(row)) * BLOCK
+    count = tl.load(row + COUNT)
+    if ALIGN == 16:
+        count = tl.multiple_of(count, 16)
+    lanes = tl.arange(0, BLOCK)
+    offs = start + lanes
+    mask = offs < count
+    e0 = tl.load(row + FIRST) + start
+    pivot = load_codes(tl.load(row + HEADER), offs, mask, DT[0], ALIGN)
+    xs = (widen(pivot, DT[0], WIDE),)
+    if N <= 8:  # few enough to be held in registers while all outputs are made
+        for i in tl.static_range(1, N):
+            xs = xs + (widen(load_codes(tl.load(row + HEADER + i), offs, mask, DT[i], ALIGN), DT[i], WIDE),)
+    outputs = tl.load(row + ROWS)
+    outs = table + tl.load(row + OUTS)
+    for j in range(outputs):
+        if PER == COPY:
+            codes = pivot
+        else:
+            _, _, y = _sum(row, numbers, j, xs, e0, lanes, offs, mask, N, DT, PER, ALIGN)
+            word = random_words(e0 + lanes, tl.load(outs + outputs + j)) if STOCHASTIC else 0
+            codes = narrow(y, word, OUT, STOCHASTIC, SATURATE)
+        store_codes(tl.load(outs + j), offs, codes, mask, OUT, ALIGN)
+        if TELL:
+            bad = tl.max((is_nonfinite(codes, OUT) & mask).to(tl.int32), axis=0)
+            tl.store(flags + tl.load(row + FLAGS) + j, 1, mask=bad > 0)
+
+
+@triton.jit
+def effect_kernel(
+    table,
+    numbers,
+    flags,
+    spans,  # i64[programs, 4]: row of the table, first element in the piece, elements, place of the answers
+    found,  # f64[answers, 4] or i64[answers, 4]: see effects.py; zeros, so far
+    COUNTS: tl.constexpr,  # whether NaN and infinities are counted, where there are any; else how outputs moved
+    N: tl.constexpr,
+    DT: tl.constexpr,
+    OUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PER: tl.constexpr,
+    SATURATE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What a pass tells of the outputs of some chunks: sums in any order, which is always this one."""
+    span = spans + tl.program_id(0) * 4
+    row = table + tl.load(span) * (HEADER + N)
+    begin = tl.load(span + 1)
+    end = begin + tl.load(span + 2)
+    first = tl.load(row + FIRST)
+    lanes = tl.arange(0, BLOCK)
+    outs = table + tl.load(row + OUTS)
+    outputs = tl.load(row + ROWS)
+    for j in range(outputs):
+        to = found + (tl.load(span + 3) + j) * 4
+        out = tl.load(outs + j)
+        if COUNTS:
+            if tl.load(flags + tl.load(row + FLAGS) + j) != 0:
+                counts = no_counts(BLOCK)
+                for start in range(begin, end, BLOCK):
+                    offs = start + lanes
+                    mask = offs < end
+                    codes = load_codes(out, offs, mask, OUT, ALIGN)
+                    counts = add_counts(counts, codes, mask, OUT, True)
+                    for i in tl.static_range(N):
+                        part = _takes_part(row, numbers, j, i, first + start, lanes, mask, WIDE, N, PER)
+                        codes = load_codes(tl.load(row + HEADER + i), offs, part, DT[i], ALIGN)
+                        counts = add_counts(counts, codes, part, DT[i], False)
+                store_counts(to, counts)
+        else:
+            affine = tl.load(outs + 2 * outputs + j) != 0
+            sums = no_effect(BLOCK)
+            for start in range(begin, end, BLOCK):
+                offs = start + lanes
+                mask = offs < end
+                xs = (widen(load_codes(tl.load(row + HEADER), offs, mask, DT[0], ALIGN), DT[0], WIDE),)
+                p, acc, y = _sum(row, numbers, j, xs, first + start, lanes, offs, mask, N, DT, PER, ALIGN)
+                codes = load_codes(out, offs, mask, OUT, ALIGN)
+                sums = add_effect(sums, p, tl.where(affine, acc, y - p), codes, mask, OUT, SATURATE)
+            store_effect(to, sums)
+
+
+@triton.jit
+def _takes_part(
+    row, numbers, j, i: tl.constexpr, e0, lanes, mask, WIDE: tl.constexpr, N: tl.constexpr, PER: tl.constexpr
+):
+    """Where input i has a weight that is not 0 in the compute type."""
+    part = mask
+    if PER == BY_ROW or PER == BY_COLUMN:
+        if i > 0:
+            _, weights_at = _numbers_at(row, numbers, j, e0, lanes, N, PER)
+            w = tl.load(weights_at + (i - 1), mask=mask, other=0)
+            part = mask & ((w if WIDE else w.to(tl.float32)) != 0)
+    return part

@@ -1,0 +1,108 @@
+"""What keeps leave of deltas: rules 7 and 10 of docs/NUMERICS.md. Chunks as in measure.py; a piece is one row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from fastinterp._triton.masked import is_kept
+from fastinterp._triton.measure import CHUNK, LANES
+from fastinterp._triton.numbers import fold, load_codes, widen
+from fastinterp._triton.scores import NO_SCORE, magnitude, score_of
+from fastinterp._triton.table import COUNT, EXTRA, FIRST, GROUPS, HEADER, NUMBERS, row_of
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, TILES: tl.constexpr, kind: tl.constexpr):
+    none = ()
+    for _ in tl.static_range(COUNT):
+        none = none + (tl.zeros([TILES, LANES], kind),)
+    return none
+
+
+@triton.jit
+def _deltas(inputs, offs, mask, DT: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr):
+    x0 = widen(load_codes(inputs[0], offs, mask, DT[0], ALIGN), DT[0], WIDE)
+    deltas = ()
+    for i in tl.static_range(1, len(DT)):
+        deltas = deltas + (widen(load_codes(inputs[i], offs, mask, DT[i], ALIGN), DT[i], WIDE) - x0,)
+    return deltas
+
+
+@triton.jit
+def _masks(row, extra, numbers, deltas, e0, offs, mask, RANDOM: tl.constexpr, SCORE: tl.constexpr):
+    """Of every delta which elements are kept."""
+    high = mask
+    if SCORE != NO_SCORE:
+        factors = numbers + tl.load(row + NUMBERS)
+        score = score_of(row, factors, deltas, e0, offs, mask, SCORE)
+        high = mask & (magnitude(score).to(tl.int64) >= tl.load(extra))
+    masks = ()
+    for i in tl.static_range(len(deltas)):
+        masks = masks + (high & is_kept(deltas[i], extra + 1 + 4 * i, e0 + offs, RANDOM[i]),)
+    return masks
+
+
+@triton.jit
+def kept_kernel(
+    table,  # i64: see table.py. EXTRA as in masked.py, GROUPS is the place of the first answer
+    numbers,  # f64: factors of a divergence
+    found,  # f64[answers, 3 * N]: L1 norms of deltas, then of what is kept of them, then its squares
+    counted,  # i32[answers, 2 * N]: elements that are kept, then those of them that another delta keeps
+    pieces,
+    N: tl.constexpr,
+    DT: tl.constexpr,
+    WIDE: tl.constexpr,
+    OWN: tl.constexpr,  # (delta, ...), from 0: whose sums these are
+    RANDOM: tl.constexpr,
+    SCORE: tl.constexpr,
+    L1: tl.constexpr,
+    SQUARES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TILES: tl.constexpr,  # chunks of a program
+    STEPS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = row_of(table, pieces, program, HEADER + N, STEPS)
+    inputs = ()
+    for i in tl.static_range(N):
+        inputs = inputs + (tl.load(row + HEADER + i),)
+    count = tl.load(row + COUNT)
+    if ALIGN == 16:
+        count = tl.multiple_of(count, 16)
+    first = tl.load(row + FIRST)
+    extra = table + tl.load(row + EXTRA)
+    chunk = (program - tl.load(row)) * TILES + tl.arange(0, TILES)
+    begin = tl.multiple_of(chunk.to(tl.int64) * CHUNK, 16)
+    places = begin[:, None] + tl.arange(0, LANES)[None, :]
+    sums = _zeros(3 * len(OWN), TILES, tl.float64)
+    counts = _zeros(2 * len(OWN), TILES, tl.int32)
+    for start in range(0, CHUNK, LANES):
+        offs = places + start
+        mask = offs < count
+        deltas = _deltas(inputs, offs, mask, DT, WIDE, ALIGN)
+        masks = _masks(row, extra, numbers, deltas, first, offs, mask, RANDOM, SCORE)
+        keepers = tl.zeros([TILES, LANES], tl.int32)
+        for i in tl.static_range(N - 1):
+            keepers += masks[i].to(tl.int32)
+        all_sums = ()
+        all_counts = ()
+        for k in tl.static_range(len(OWN)):
+            d = deltas[OWN[k]].to(tl.float64)
+            left = tl.where(masks[OWN[k]], d, 0.0)
+            l1 = sums[3 * k] + tl.abs(d) if L1 else sums[3 * k]
+            kept_l1 = sums[3 * k + 1] + tl.abs(left) if L1 else sums[3 * k + 1]
+            squares = tl.fma(left, left, sums[3 * k + 2]) if SQUARES else sums[3 * k + 2]
+            all_sums = all_sums + (l1, kept_l1, squares)
+            one = masks[OWN[k]].to(tl.int32)
+            all_counts = all_counts + (counts[2 * k] + one, counts[2 * k + 1] + tl.where(keepers > 1, one, 0))
+        sums = all_sums
+        counts = all_counts
+    answer = tl.load(row + GROUPS) + chunk
+    here = begin < count
+    for k in tl.static_range(len(OWN)):
+        for part in tl.static_range(3):
+            at = found + answer * 3 * N + part * N + OWN[k] + 1
+            tl.store(at, fold(sums[3 * k + part], TILES, LANES, 8), mask=here)
+        for part in tl.static_range(2):
+            at = counted + answer * 2 * N + part * N + OWN[k] + 1
+            tl.store(at, fold(counts[2 * k + part], TILES, LANES, 8), mask=here)
