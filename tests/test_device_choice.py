@@ -17,6 +17,7 @@ from fastinterp.compute import backends
 from fastinterp.compute.backends import Wish, find_devices, wish_of
 from fastinterp.compute.dtypes import BF16
 from fastinterp.engine import cost
+from fastinterp.engine.devices import SLOT_BYTES, SLOTS
 from fastinterp.engine.explain import as_dict, as_text
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.schedule import make_window
@@ -156,7 +157,7 @@ def test_the_estimate_follows_its_constants(tmp_path, driver):
     choice = cost.choose([plan], 1, 1 << 29)
     copies = 6 / cost.READ_GB_S + plan.bytes_written / 1e9 / cost.WRITE_GB_S
     assert choice.cpu_s == pytest.approx(copies + 3 * cost.PLAIN_NS)
-    start = cost.CONTEXT_S + (256 << 20) / cost.PIN_GB_S / 1e9
+    start = cost.CONTEXT_S + SLOTS * SLOT_BYTES / cost.PIN_GB_S / 1e9
     assert choice.device_s == pytest.approx(start + copies)
 
 

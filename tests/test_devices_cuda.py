@@ -98,7 +98,7 @@ def test_a_kernel_that_fails_costs_the_device(tmp_path, models, fake):
 
 def test_a_device_without_memory_is_given_up(tmp_path, models, fake):
     fake.reset(fake.THREADS, devices=1, limit_bytes=1000)
-    with pytest.raises(BackendError, match="no device is left to merge on: cuda:0 Emulated device 0: .*bytes"):
+    with pytest.raises(BackendError, match=r"no device is left to merge on: cuda:0 Emulated device 0: .*bytes"):
         fastinterp.merge(recipe("linear", models, **ASKED["linear"]), tmp_path / "out", device="cuda")
     assert not (tmp_path / "out").exists()
 
@@ -106,7 +106,7 @@ def test_a_device_without_memory_is_given_up(tmp_path, models, fake):
 def test_no_driver_is_said(tmp_path, models, fake, monkeypatch):
     monkeypatch.setenv("FASTINTERP_GPU", "cuda")
     fake.fail("cudaGetDeviceCount", fake.INSUFFICIENT_DRIVER)
-    with pytest.raises(BackendError, match="device 'cuda' cannot be used: cuda: .*driver"):
+    with pytest.raises(BackendError, match=r"device 'cuda' cannot be used: cuda: .*driver"):
         fastinterp.merge(recipe("linear", models, **ASKED["linear"]), tmp_path / "out", device="cuda")
-    with pytest.raises(BackendError, match="there is no device 2. There are cuda:0, cuda:1"):
+    with pytest.raises(BackendError, match=r"there is no device 2. There are cuda:0, cuda:1"):
         fastinterp.merge(recipe("linear", models, **ASKED["linear"]), tmp_path / "out", device="cuda:2")

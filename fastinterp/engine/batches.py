@@ -151,7 +151,7 @@ class Work:
     """
 
     def __init__(self, waiting: Sequence[Batch], workers: int):
-        self.batches = len(waiting)
+        self.batches, self._every = len(waiting), tuple(waiting)
         self.bytes_read = self.bytes_written = 0  # of batches that are done
         self.error: BaseException | tuple[Any, ...] | None = None
         self.lost: list[str] = []  # of each device that was given up, why
@@ -166,6 +166,7 @@ class Work:
     def take(self, most: int, ended: threading.Event) -> Batch | None:
         """A batch of at most so many bytes; waits for one while any other device could still hand one back.
 
+        most   as many as `least` says, or more
         ended  whether the caller wants no more; `wake` must be called after it is set
         None: there is nothing left to do, or all must stop.
         """
@@ -185,10 +186,8 @@ class Work:
         return None
 
     def least(self) -> int:
-        """Bytes of the largest part of the waiting batches, when all are cut as small as can be."""
-        with self._changed:
-            parts = [part for batch in self._waiting for part in batch.parts]
-        return max((_smallest(part) for part in parts), default=0)
+        """Bytes of the largest part of the round, when all are cut as small as can be: a device needs as many."""
+        return max((_smallest(part) for batch in self._every for part in batch.parts), default=0)
 
     def done(self, batch: Batch, results: Sequence[Result]) -> None:
         """All that it writes is written."""
