@@ -12,7 +12,7 @@ import click
 
 from fastinterp.cli import OUTCOME, options
 from fastinterp.cli.ranges import alphas
-from fastinterp.errors import OutputError
+from fastinterp.errors import FastinterpError, OutputError
 
 if TYPE_CHECKING:
     from fastinterp.engine.report import Report
@@ -28,17 +28,29 @@ def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) ->
     """Merge checkpoints as a recipe says.
 
     RECIPE is a YAML file, or - for stdin; OUT a new folder. Each input byte is read once, or once more for each
-    statistic that the method asks for: see `fastinterp methods NAME`.
+    statistic that the method asks for: see `fastinterp methods NAME`. Started by torchrun or srun, all processes share
+    the output files among them.
 
     \b
     Example:
       fastinterp merge recipe.yml merged/ --dtype bfloat16
+      torchrun --nproc-per-node=4 -m fastinterp merge recipe.yml merged/
     """
     from fastinterp.cli import progress
     from fastinterp.engine import run
 
-    with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
-        report = run.merge(recipe, out, progress=shown, **settings)
+    me = options.rank()
+    if me is None:
+        with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
+            report = run.merge(recipe, out, progress=shown, **settings)
+    else:
+        from fastinterp.engine import distributed
+
+        with kept_of(Path(out)), progress.shown(quiet or as_json or me.rank > 0) as shown:
+            shared = distributed.merge(recipe, out, me, progress=shown, **settings)
+        if shared is None:
+            return  # rank 0 tells
+        report = shared
     if as_json:
         options.say_json(report.as_dict())
     elif quiet:
@@ -75,6 +87,7 @@ def interpolate(
     from fastinterp.engine import run
     from fastinterp.engine.text import counted, plain
 
+    options.refuse_ranks("interpolate")
     outs = [Path(out)] if len(points) == 1 else [Path(out) / run.point_name(p) for p in points]
     with outcome_of(outs), progress.shown(quiet or as_json) as shown:
         reports = run.interpolate(a, b, points, out, base=base, progress=shown, **settings)
@@ -103,6 +116,20 @@ def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
         said = f"finished before that: {', '.join(done)}" if done else "nothing was written"
         if said not in str(error):
             click.get_current_context().meta[OUTCOME] = [said]
+        raise
+
+
+@contextmanager
+def kept_of(out: Path) -> Iterator[None]:
+    """When a merge that several processes share ends early, note what the next one goes on from."""
+    from fastinterp.files.shared_folder import journals
+
+    try:
+        yield
+    except (KeyboardInterrupt, FastinterpError):
+        done = journals(out)
+        if done:
+            click.get_current_context().meta[OUTCOME] = [f"{done} complete files are kept: start the same merge again"]
         raise
 
 

@@ -59,6 +59,7 @@ def sweep(
     from fastinterp.cli import progress
     from fastinterp.steer import sweep as steer
 
+    options.refuse_ranks("sweep")
     if not settings["alphas"]:
         settings["alphas"] = None
     if in_memory is not None:
