@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import fastinterp
+from fastinterp.engine.memory import merge_measured
+from fastinterp.engine.report import Effect
 from fastinterp.errors import ShapeError, StorageError, UsageError
 from fastinterp.steer import curve
 from fastinterp.steer.path_report import PathReport
@@ -128,8 +133,8 @@ def test_all_that_does_not_fit_a_model_is_told_at_once():
     with pytest.raises(ShapeError) as caught:
         fastinterp.path(a, b, model=module).evaluate(first, [0.5])
     said = str(caught.value)
-    assert "more is not in the module" in said and "bias of the module is missing" in said
-    assert "weight is [2, 2], in the module [1, 1]" in said
+    assert "more of a is not in the module\n" in said and "bias [1] is not in a\n" in said
+    assert "weight is [1, 1] in the module but [2, 2] in b\n" in said
 
 
 def test_checkpoint_that_changes_meanwhile_is_refused(tmp_path):
@@ -153,6 +158,141 @@ def test_checkpoint_that_was_cut_is_refused_before_it_is_read(tmp_path, do):
         stream.truncate(100)
     with pytest.raises(StorageError, match=r"model\.safetensors was changed"):
         do(path)
+
+
+CUT = """
+import os, sys, threading, torch, fastinterp
+from safetensors.torch import save_file
+from fastinterp.errors import StorageError
+
+folder, how = sys.argv[1:]
+files = [os.path.join(folder, name + ".safetensors") for name in "ab"]
+for file in files:
+    save_file({"w": torch.rand(8 << 20), "n": torch.arange(1 << 20)}, file)
+path = fastinterp.path(*files)
+
+def cut():
+    os.truncate(files[1], 1 << 20)
+
+def look(weights, alpha, seed):
+    if how == "between":
+        cut()
+    return {"m": 0.0}
+
+if how == "thread":
+    threading.Thread(target=cut).start()
+if how == "inside":  # after the file was looked at, before it is read
+    from fastinterp.steer import path as module
+    merge = module.merge_measured
+    module.merge_measured = lambda *a, **k: (cut(), merge(*a, **k))[1]
+try:
+    path.evaluate(look, [k / 50 for k in range(50)])
+except StorageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("how", ["between", "inside", "thread"])
+def test_checkpoint_that_is_cut_while_it_is_read_kills_nothing(tmp_path, how):
+    done = subprocess.run([sys.executable, "-c", CUT, tmp_path, how], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "b.safetensors was changed while the path was walked" in done.stdout
+
+
+def test_checkpoints_and_state_dicts_may_be_mixed(tmp_path):
+    a, b = {"w": torch.zeros(2, 3), "n": torch.arange(3)}, {"w": torch.ones(2, 3), "n": torch.arange(3)}
+    save_file(b, tmp_path / "b.safetensors")
+    found = fastinterp.path(a, tmp_path / "b.safetensors").weights(0.25)
+    assert found["w"].tolist() == [[0.25] * 3] * 2 and found["n"].tolist() == [0, 1, 2]
+    other = {"w": np.zeros((2, 3), np.float32), "n": np.arange(3)}
+    with pytest.raises(UsageError, match="must be a tensor like the first"):
+        fastinterp.path(other, tmp_path / "b.safetensors").weights(0.25)
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wte, self.head = (torch.nn.Parameter(torch.zeros(64)) for _ in range(2))
+        self.head = self.wte
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["memory", "file"])
+def test_tied_tensors_that_differ_in_an_end_are_refused(tmp_path, stored):
+    def end(name, wte, head):
+        tensors = {"wte": torch.full((64,), wte), "head": torch.full((64,), head)}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        return str(tmp_path / f"{name}.safetensors") if stored else tensors
+
+    ends = end("a", 0.0, 0.0), end("b", 1.0, 2.0)
+    with pytest.raises(ShapeError, match=r"wte and head are one tensor in the module, but differ in .*b"):
+        fastinterp.path(*ends, model=Tied()).evaluate(lambda *_: pytest.fail("called"), [0.0])
+    walked = fastinterp.path(ends[0], end("c", 1.0, 1.0), model=Tied(), rounding="stochastic")
+    assert walked.evaluate(lambda m, *_: {"w": m.head[0].item()}, [0.5]).points[0].mean("w") == 0.5
+    one = {"head": torch.full((64,), 3.0)}  # either of the names will do
+    found = fastinterp.path(ends[0], one, model=Tied()).evaluate(lambda m, *_: {"w": m.wte[0].item()}, [1.0])
+    assert found.points[0].mean("w") == 3.0
+
+
+class Mixed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fine = torch.nn.Parameter(torch.zeros(4096))
+        self.coarse = torch.nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16))
+
+
+def test_each_tensor_is_rounded_once_to_what_the_module_has():
+    """Ends in float16, whose own rounding in between would be another one."""
+    rng = np.random.default_rng(0)
+    a, b = ({n: torch.from_numpy(rng.normal(1, 1e-3, 4096)).half() for n in ("fine", "coarse")} for _ in range(2))
+    module = Mixed()
+    alphas = [0.25, 0.5]
+
+    def look(given, alpha, seed):
+        wanted = a["coarse"].double() + alpha * (b["coarse"].double() - a["coarse"].double())
+        assert torch.equal(given.coarse, wanted.float().bfloat16())
+        return {"fine": given.fine.double().sum().item()}
+
+    found = fastinterp.path(a, b, model=module).evaluate(look, alphas)
+    stored = {"fine": "float32", "coarse": "bfloat16"}
+    for alpha, point in zip(alphas, found.points, strict=True):
+        weights, effects = merge_measured([a, b], "linear", parameters={"weight": [1 - alpha, alpha]}, dtype=stored)
+        assert point.changed_fraction == Effect.total(effects.values()).changed_fraction
+        changed = sum((weights[n].double() != a[n].double()).sum().item() for n in stored)
+        assert point.changed_fraction == pytest.approx(changed / 8192, abs=0.02)
+    with pytest.raises(UsageError, match=r"`dtype` is float32, but `model` has coarse \(torch.bfloat16\)"):
+        fastinterp.path(a, b, model=module, dtype="float32")
+
+
+class Extra(torch.nn.Linear):
+    """Its state_dict holds more than tensors."""
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        raise AssertionError("it is left alone")
+
+
+def test_extra_state_of_a_model_is_left_alone():
+    module, ends = Extra(2, 2, bias=False), [Extra(2, 2, bias=False).state_dict() for _ in range(2)]
+    found = fastinterp.path(*ends, model=module).evaluate(lambda m, *_: {"w": m.weight[0, 0].item()}, [0.0, 1.0])
+    assert [p.mean("w") for p in found.points] == [end["weight"][0, 0].item() for end in ends]
+
+
+def test_model_that_is_converted_meanwhile():
+    """The points go on in its new dtype; but it cannot have what it had before."""
+    module = torch.nn.Linear(1, 1, bias=False)
+    seen = []
+
+    def convert(given, alpha, seed):
+        seen.append((given.weight.dtype, given.weight.item()))
+        given.bfloat16()
+        return {"m": 0.0}
+
+    ends = {"weight": torch.zeros(1, 1)}, {"weight": torch.ones(1, 1)}
+    with pytest.raises(UsageError, match="weight was converted or replaced while the path was walked"):
+        fastinterp.path(*ends, model=module).evaluate(convert, [0.25, 0.5])
+    assert seen == [(torch.float32, 0.25), (torch.bfloat16, 0.5)]
 
 
 # --- evaluate
@@ -311,7 +451,26 @@ def test_wrong_alphas_are_refused_before_anything_is_called(alphas, said):
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("returned", [None, {}, {"m": "high"}, 0.5])
+@pytest.mark.parametrize("seeds", ["x", "12", b"12", 1.5, [1.5], True, [True], None, {1: 2}, [1, 1], 0, [], -1, ["1"]])
+def test_wrong_seeds_are_refused(seeds):
+    with pytest.raises(UsageError, match="the seeds must be"):
+        fastinterp.path(model(0.0), model(1.0)).evaluate(lambda *_: pytest.fail("called"), [0.5], seeds)
+
+
+@pytest.mark.parametrize("seeds", [3, np.int64(3), range(3), np.arange(3), (0, 1, 2), torch.arange(3)])
+def test_seeds_are_how_many_or_which(seeds):
+    found = report(lambda a, s: {"m": a + s}, [0.5], seeds)
+    assert found.seeds == (0, 1, 2) and {type(seed) for seed in found.seeds} == {int}
+    json.loads(found.to_json())
+
+
+@pytest.mark.parametrize("alpha", [10**400, np.zeros(2), torch.zeros(2)])
+def test_alphas_that_are_no_single_finite_number(alpha):
+    with pytest.raises(UsageError, match="alpha must be a finite number"):
+        fastinterp.path(model(0.0), model(1.0)).weights(alpha)
+
+
+@pytest.mark.parametrize("returned", [None, {}, {"m": "high"}, 0.5, {"m": np.zeros(2)}, {"m": torch.zeros(2)}])
 def test_what_is_no_metric_is_refused(returned):
     with pytest.raises(UsageError, match="expected"):
         report(lambda a, s: returned, [0.0])
