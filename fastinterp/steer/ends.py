@@ -16,6 +16,7 @@ from fastinterp.engine.sources import Operand, Sources
 from fastinterp.errors import BackendError, ShapeError, UsageError
 from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
 from fastinterp.steer.module import Mismatches, Weight, is_extra_state, matches, place_of
+from fastinterp.steer.pristine import warn_unlike
 
 End = str | os.PathLike[str] | Mapping[str, Any]
 _ALIGN = 64  # bytes
@@ -74,6 +75,7 @@ class Ends:
         opened = [_opened(label, end) for label, end in ends.items()]
         self._check(opened, weights, layers)
         checkpoints = [end.checkpoint for end in opened if end.checkpoint is not None]
+        warn_unlike(checkpoints, stacklevel=3)
         number = {id(c): i for i, c in enumerate(checkpoints)}
         reads = [
             (number[id(end.checkpoint)], end.checkpoint.tensors[name])

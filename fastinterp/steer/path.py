@@ -15,7 +15,7 @@ from fastinterp.engine.memory import merge_measured
 from fastinterp.engine.report import Effect
 from fastinterp.errors import FastinterpError, UsageError
 from fastinterp.steer.path_report import PathPoint, PathReport
-from fastinterp.steer.pristine import End, opened
+from fastinterp.steer.pristine import End, opened, warn_unlike
 from fastinterp.steer.walk import Walker, dtypes_of
 
 Model = str | os.PathLike[str] | Mapping[str, Any]
@@ -46,7 +46,8 @@ def path(
                 arrive: the report tells, float32 mends it. With a model: the dtypes that it has, and no others
     rounding, seed, threads   as of `fastinterp.merge`
 
-    Each model is a checkpoint's path or a state dict in memory (torch CPU tensors or numpy arrays).
+    Each model is a checkpoint's path or a state dict in memory (torch CPU tensors or numpy arrays). Python's warnings
+    say where tokenizers of checkpoints differ, or weights are quantised.
     Raises: UsageError, CheckpointError.
     """
     if (a is None) != (b is None) or (a is None) == (directions is None):
@@ -59,6 +60,8 @@ def path(
     ends = {name: End(x, name) for name, x in models.items()}  # type: ignore[arg-type]
     if model is not None and dtype is not None:
         _check_dtype(dtype, model)
+    every = [*([] if origin is None else [origin]), *ends.values()]
+    warn_unlike([end.checkpoint for end in every if end.checkpoint is not None], stacklevel=2)
     settings = {"dtype": dtype, "rounding": rounding, "seed": seed, "threads": threads}
     return Path(ends, origin, tuple(directions) if directions is not None else (ALPHA,), model, settings)
 

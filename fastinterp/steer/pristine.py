@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from fastinterp.compute.allocate import torch_dtype
 from fastinterp.compute.dtypes import DType, parse_dtype
+from fastinterp.engine.companions import unlike
 from fastinterp.engine.memory import StoredTensor
 from fastinterp.engine.sources import Sources, storage
+from fastinterp.engine.text import plain
 from fastinterp.errors import CheckpointError, StorageError, UsageError
 from fastinterp.files.checkpoint import Checkpoint, changed_since, open_checkpoint
 from fastinterp.files.header import Entry
+from fastinterp.steer.module import is_extra_state
 
 _CHUNK = 8 << 20  # bytes that are compared at a time
 
@@ -41,11 +45,13 @@ class End:
             raise UsageError(f"`{what}` must be a checkpoint's path or a state dict, got {type(given).__name__}")
 
     def facts(self) -> Facts:
-        """Dtype and shape of each tensor. Raises: UsageError, if one is no torch tensor."""
+        """Dtype and shape of each tensor, extra state left out. Raises: UsageError, if one is no torch tensor."""
         if self.checkpoint is not None:
             return {name: (entry.dtype, entry.shape) for name, entry in self.checkpoint.tensors.items()}
         found = {}
         for name, x in (self.state or {}).items():
+            if is_extra_state(name):
+                continue
             if not hasattr(x, "data_ptr"):
                 raise UsageError(f"{name} must be a torch tensor, to be put into a module, got {type(x).__name__}")
             dtype = parse_dtype(str(x.dtype)) or DType(str(x.dtype).removeprefix("torch."), 8)
@@ -57,6 +63,15 @@ class End:
         changed = changed_since(self.checkpoint) if self.checkpoint else []
         if changed:
             raise StorageError(f"{changed[0]} was changed while the path was walked. Evaluate it again")
+
+
+def warn_unlike(checkpoints: Sequence[Checkpoint], stacklevel: int) -> None:
+    """Warn of what the user should know of the models, as a merge of them would. The first is what others differ from.
+
+    stacklevel  1: the caller's line is named
+    """
+    for warning in unlike(checkpoints) if checkpoints else ():
+        warnings.warn(plain(warning), stacklevel=stacklevel + 1)
 
 
 @contextmanager
