@@ -295,6 +295,15 @@ def test_extra_state_of_a_model_is_left_alone():
     assert [p.mean("w") for p in found.points] == [end["weight"][0, 0].item() for end in ends]
 
 
+def test_models_made_in_inference_mode_walk():
+    with torch.inference_mode():
+        module = torch.nn.Linear(1, 1, bias=False)
+    own = module.weight.item()
+    ends = {"weight": torch.zeros(1, 1)}, {"weight": torch.ones(1, 1)}
+    found = fastinterp.path(*ends, model=module).evaluate(lambda m, *_: {"w": m.weight.item()}, [0.25])
+    assert found.points[0].mean("w") == 0.25 and module.weight.item() == own
+
+
 def test_model_that_is_converted_meanwhile():
     """The points go on in its new dtype; but it cannot have what it had before."""
     module = torch.nn.Linear(1, 1, bias=False)

@@ -199,7 +199,11 @@ def _made(plan: Plan, places: dict[str, tuple[int, int]], threads: int | None, m
 
 
 def _check_tied(plan: Plan, weights: Sequence[Weight], threads: int | None, most: int) -> None:
-    """Raises: ShapeError, if the recipe makes several tensors that differ of what is one in the module."""
+    """Raises: ShapeError, if the recipe makes several tensors that differ of what is one in the module.
+
+    Rounded to nearest: tensors of two names draw different random numbers, but one of them is all that is written.
+    """
+    plan = replace(plan, recipes=tuple(replace(recipe, rounding="nearest") for recipe in plan.recipes))
     made = {t.name: t for t in plan.tensors}
     tied = [[n for n in w.names if n in made] for w in weights]
     tied = [names for names in tied if len(names) > 1]

@@ -57,8 +57,8 @@ class Walker:
         import torch
 
         own = dict(tensors_of(self._module))  # anew: it may have been moved
-        with torch.no_grad():
-            for name, x in tensors.items():
+        for name, x in tensors.items():
+            with torch.inference_mode(own[name].is_inference()), torch.no_grad():
                 own[name].copy_(x)
 
     def _check_tied(self, end: End, tensors: Mapping[str, Any], files: Sources) -> None:
