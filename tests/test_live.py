@@ -221,6 +221,9 @@ def test_tensors_without_memory_are_refused():
     module.weight.untyped_storage().resize_(0)
     with pytest.raises(UsageError, match="weight has no memory of its own"):
         fastinterp.Live(module, a={}, b={})
+    sparse = {"weight": torch.eye(2).to_sparse(), "bias": torch.zeros(2)}
+    with pytest.raises(UsageError, match=r"weight of direction far has no memory of its own .*sparse"):
+        fastinterp.Live(torch.nn.Linear(2, 2), directions={"far": sparse})
 
 
 def test_state_dict_whose_memory_is_gone_is_refused():

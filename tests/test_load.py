@@ -261,12 +261,13 @@ class Tied(torch.nn.Module):
 
 def test_tied_tensors_may_be_rounded_at_random(tmp_path):
     """Each name draws its own numbers; the module has one tensor, and gets those of its first name."""
-    recipe = {"merge_method": "linear", "models": [], "rounding": "stochastic", "seed": 3}
+    models = []
     for seed, name in enumerate("ab"):
         torch.manual_seed(seed)
         x = torch.randn(4096)
         save_file({"wte": x, "head": x.clone()}, tmp_path / f"{name}.safetensors")
-        recipe["models"].append({"model": str(tmp_path / f"{name}.safetensors"), "parameters": {"weight": seed + 1}})
+        models.append({"model": str(tmp_path / f"{name}.safetensors"), "parameters": {"weight": seed + 1}})
+    recipe = {"merge_method": "linear", "models": models, "rounding": "stochastic", "seed": 3}
     module = Tied()
     fastinterp.load_into(module, recipe)
     made = fastinterp.load(recipe, dtype="bfloat16")

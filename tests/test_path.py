@@ -295,6 +295,18 @@ def test_extra_state_of_a_model_is_left_alone():
     assert [p.mean("w") for p in found.points] == [end["weight"][0, 0].item() for end in ends]
 
 
+@pytest.mark.parametrize("view", [False, True])
+def test_the_model_s_own_weights_may_be_an_end(view):
+    """They are copied first: they stay pristine while the model walks."""
+    module = torch.nn.Linear(2, 1, bias=False)
+    own = module.weight.detach().clone()
+    a = {"weight": module.weight.detach().view(2).view(1, 2)} if view else module.state_dict()
+    b = {"weight": torch.zeros(1, 2)}
+    found = fastinterp.path(a, b, model=module).evaluate(lambda m, *_: {"w": m.weight[0, 0].item()}, [1.0, 0.5, 0.0])
+    assert [p.mean("w") for p in found.points] == [0.0, own[0, 0].item() / 2, own[0, 0].item()]
+    assert torch.equal(module.weight, own)
+
+
 def test_models_made_in_inference_mode_walk():
     with torch.inference_mode():
         module = torch.nn.Linear(1, 1, bias=False)
@@ -507,6 +519,8 @@ def test_metrics_must_be_the_same_at_all_points():
 
 
 def test_path_needs_ends_or_directions():
+    with pytest.raises(UsageError, match="a direction must have a name, got ''"):
+        fastinterp.path(base=model(1.0), directions={"": model(1.0)})
     for wrong in ({}, {"a": model(1.0)}, {"base": model(1.0)}, {"directions": {"x": model(1.0)}}):
         with pytest.raises(UsageError):
             fastinterp.path(**wrong)

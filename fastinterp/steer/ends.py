@@ -121,7 +121,10 @@ class Ends:
         if tensor.device.type != "cpu":
             raise BackendError(f"{name} of {end.label} is on {tensor.device}. Move it: .to('cpu')")
         size = tensor.numel() * tensor.element_size()
-        start = tensor.data_ptr()
+        start = place_of(tensor)[1]
+        if size and not start:
+            raise UsageError(f"{name} of {end.label} has no memory of its own ({tensor.layout}): make it dense")
+        assert isinstance(start, int)
         ours = any(start < w.address + w.nbytes and w.address < start + size for w in weights)
         if ours or not tensor.is_contiguous() or tensor.is_neg():
             tensor = tensor.resolve_neg().contiguous()

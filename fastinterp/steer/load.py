@@ -49,7 +49,7 @@ def load(
     place = _Place(framework, device)
     tensors, places = allocated(plan.tensors, framework)
     fill(plan, [places], threads=threads, max_memory=size_of(max_memory))
-    return {name: place.moved(tensor) for name, tensor in tensors.items()}
+    return {name: place.moved(tensors.pop(name)) for name in [*tensors]}  # one at a time in both places
 
 
 def load_iter(

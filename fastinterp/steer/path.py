@@ -205,6 +205,9 @@ class Path:
 def _check_named(directions: Any) -> None:
     if directions is not None and (not isinstance(directions, Mapping) or not directions):
         raise UsageError(f"`directions` must map names to models, at least one, got {directions!r}"[:200])
+    for name in directions or ():
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"a direction must have a name, got {name!r}")
 
 
 def _check_dtype(dtype: str, model: Any) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from fastinterp.engine.memory import StoredTensor
 from fastinterp.engine.sources import Sources
 from fastinterp.errors import ShapeError, UsageError
-from fastinterp.steer.module import Mismatches, tensors_of, weights_of
+from fastinterp.steer.module import Mismatches, place_of, tensors_of, weights_of
 from fastinterp.steer.pristine import End, opened, same
 
 
@@ -20,9 +21,10 @@ class Walker:
     """
 
     def __init__(self, module: Any, ends: Sequence[End]):
-        self._module = module
+        self._module, self._ends = module, ends
         self._weights = weights_of(module, None)
         self._saved: dict[str, Any] = {}
+        self._apart: dict[Any, Any] = {}  # copies of what end points have in the module's own memory, by place
         wrong = Mismatches()
         for end in ends:
             wrong.check(self._weights, end.name, end.facts())
@@ -33,6 +35,9 @@ class Walker:
 
     def __enter__(self) -> Walker:
         self._saved = {w.name: w.tensor.clone() for w in self._weights}
+        ours = {w.tensor.untyped_storage().data_ptr() for w in self._weights}
+        given = [x for end in self._ends for x in (end.state or {}).values() if hasattr(x, "untyped_storage")]
+        self._apart = {place_of(x): x.clone() for x in given if x.untyped_storage().data_ptr() in ours}
         return self
 
     def __exit__(
@@ -41,7 +46,7 @@ class Walker:
         own = dict(tensors_of(self._module))
         converted = [n for n, x in self._saved.items() if n not in own or own[n].dtype != x.dtype]
         self.take({name: x for name, x in self._saved.items() if name in own})
-        self._saved = {}
+        self._saved, self._apart = {}, {}
         if converted and kind is None:
             raise UsageError(
                 f"{converted[0]} was converted or replaced while the path was walked, so the module does not have its "
@@ -50,7 +55,10 @@ class Walker:
 
     def named(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """Those of an end point that the module has, each once, by the name that `take` knows them by."""
-        return {w.name: tensors[next(n for n in w.names if n in tensors)] for w in self._weights}
+        found = {w.name: tensors[next(n for n in w.names if n in tensors)] for w in self._weights}
+        return {
+            name: x if isinstance(x, StoredTensor) else self._apart.get(place_of(x), x) for name, x in found.items()
+        }
 
     def take(self, tensors: Mapping[str, Any]) -> None:
         """Write tensors into the module, by the names of `named`. They are of its dtypes."""
