@@ -44,6 +44,7 @@ class Live:
     `task_arithmetic` would write in the module's dtypes. Tied weights are written once; integer and boolean buffers
     stay as they are. `set` waits for steps that run, in any thread, and steps wait for it.
     At the end of the `with`, or after `close`, the module has its own weights again, bit for bit: a copy is kept.
+    Extra state (get_extra_state) is left alone. Python's warnings say where tokenizers of checkpoints differ.
 
     Raises: ShapeError, with everything that does not match; CheckpointError; BackendError, if the module is not on the
     CPU; UsageError.

@@ -33,7 +33,8 @@ class StepLock:
         """
         me = threading.get_ident()
         with self._free:
-            self._forget_dead()
+            if me in self._inside:
+                self._forget_dead()
             while me not in self._inside and self._changing != me and (self._changing is not None or self._waiting):
                 self._free.wait()
             self._inside.setdefault(me, []).append(call)
@@ -93,7 +94,10 @@ class StepLock:
 
 def call() -> Call:
     """What `enter` and `leave` know a call of a torch module by, asked in one of its hooks."""
-    return next((frame for frame in _frames() if frame.f_code.co_name == "_call_impl"), "compiled")
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_call_impl":
+        frame = frame.f_back
+    return frame or "compiled"
 
 
 def _frames() -> Iterator[FrameType]:
