@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.argument("b", required=False)
 @click.option(
     "--alphas", callback=ranges.alphas, multiple=True, metavar="ALPHAS",
-    help="Points from A (0) to B (1), and beyond: a range as -0.5:1.5:0.1, or a number. May be given several times.",
+    help="Points from A (0) to B (1), and beyond: -0.5:1.5:0.1, or 0,0.5,1. May be given several times.",
 )  # fmt: skip
 @click.option("-o", "--out", metavar="DIR", help="The outputs go to DIR/alpha_0.3, DIR/pos_0.25_formal_-1 and so on.")
 @click.option("--base", metavar="CKPT", help="Where directions start; with A and B: base + (1-alpha)*(A-base) + ...")
@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 @click.option(
     "--in-memory", metavar="MODULE:FUNCTION",
     help="Write nothing: call function(point, tensors) for each point, and print what it returns.",
+)  # fmt: skip
+@click.option(
+    "--framework", type=click.Choice(["torch", "numpy"]), default="torch", show_default=True,
+    help="Whose tensors the function of --in-memory gets.",
 )  # fmt: skip
 @options.output
 def sweep(
@@ -65,7 +69,7 @@ def sweep(
     if in_memory is not None:
         settings["max_memory"] = _given("max_memory", settings["max_memory"])
     settings["parameters"] = {name: _value(text) for name, text in parameters.items()}
-    callback = None if in_memory is None else _function(in_memory)
+    callback = None if in_memory is None else _told(_function(in_memory), in_memory, as_json)
     with outcome_of([] if out is None else _Folders(out)), progress.shown(quiet or as_json) as shown:
         points = steer.sweep(a, b, out=out, in_memory=callback, progress=shown, **settings)
     if as_json:
@@ -115,6 +119,48 @@ def _function(named: str) -> Callable[..., Any]:
     if not callable(found):
         raise UsageError(f"--in-memory {named}: {module} has no function {name}")
     return found  # type: ignore[no-any-return]
+
+
+def _told(function: Callable[..., Any], named: str, as_json: bool) -> Callable[..., Any]:
+    """The function, its results in Python's own types. For JSON what is none is refused, before more points are made.
+
+    Raises: UsageError.
+    """
+
+    def told(point: Point, tensors: dict[str, Any]) -> Any:
+        result = function(point, tensors)
+        try:
+            return _python(result)
+        except TypeError as error:
+            if as_json:
+                raise UsageError(
+                    f"--in-memory {named} returned {error} at {point.name}, which JSON does not have. Return numbers, "
+                    "text, lists or mappings of them by name"
+                ) from None
+            return result
+
+    return told
+
+
+def _python(value: Any) -> Any:
+    """With numbers of numpy and torch as Python's. Raises: TypeError, that names what JSON does not have."""
+    if isinstance(value, float):
+        return float(value)  # numpy.float64 is one
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Mapping):
+        wrong = [key for key in value if not isinstance(key, str)]
+        if wrong:
+            raise TypeError(f"a mapping with the key {wrong[0]!r}"[:100])
+        return {key: _python(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_python(one) for one in value]
+    count = getattr(value, "numel", lambda: getattr(value, "size", None))()
+    if hasattr(value, "item") and count == 1:
+        return _python(value.item())
+    shape = getattr(value, "shape", None)
+    of = "" if shape is None else f" of shape {list(shape)}"
+    raise TypeError(f"a {type(value).__module__}.{type(value).__qualname__}{of}")
 
 
 def _as_dict(point: Point) -> dict[str, Any]:
