@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -368,6 +369,43 @@ def test_barrier_is_measured_against_the_chord_seed_by_seed():
     assert report(lambda a, s: {"loss": a}, [0.0, 0.5]).shape("loss").above is None
 
 
+def test_metrics_of_any_size_have_a_shape():
+    """Squares and differences of these are beyond float64."""
+    sizes = [1e154, 1e200, 1.7e308, 5e-324]
+    for unit in sizes:
+        found = report(lambda a, s, unit=unit: {"m": unit * (a if s else -a)}, [0.0, 0.5, 1.0], 3)
+        assert found.points[2].se("m") == pytest.approx(unit * (math.sqrt(8 / 9 / 2)), rel=1e-12 if unit > 1 else 1)
+        assert found.points[2].mean("m") == pytest.approx(unit / 3, rel=1e-12 if unit > 1 else 1)
+        assert json.loads(found.to_json())["shapes"]["m"]["points"] == 3 and str(found)
+    found = report(lambda a, s: {"m": 1.7e308 * (2 * a - 1)})
+    assert found.respace("m", 3) == [0.0, pytest.approx(0.5), 1.0]
+    assert curve.mean([1.7e308, 1.7e308]) == 1.7e308
+
+
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_metric_that_is_no_number_is_named(where, value):
+    """No shape is told of the points beside a NaN, and the report says where it is."""
+    found = report(lambda a, s: {"m": value if a == where and s == 1 else a, "p": 0.25 + a / 2}, ALPHAS, 2)
+    word = "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"
+    assert found.warnings == (f"m is {word} at alpha {where:g}",)
+    assert f"warning: m is {word} at alpha {where:g}" in str(found)
+    shape = found.shape("m")
+    if math.isnan(value):
+        told = (shape.step_up, shape.step_down, shape.kink, shape.above.value, shape.below.value)
+        assert all(map(math.isnan, told)) and shape.spearman is None
+    else:
+        assert math.inf in (shape.step_up, shape.step_down) and shape.kink is None
+    assert found.shape("p").step_down == 0.0
+    assert PathReport.from_json(found.to_json()).to_json() == found.to_json()
+
+
+def test_how_often_a_metric_is_no_number():
+    found = report(lambda a, s: {"p": math.nan if a > 0.75 else a}, probabilities=["p"])
+    assert found.warnings == ("p is NaN at 3 of 11 points, first at alpha 0.8",)
+    assert found.shape("p").log_odds is None
+
+
 def test_steps_against_the_trend_are_found():
     values = dict(zip([0.0, 0.25, 0.5, 0.75, 1.0], [0.0, 0.4, 0.3, 0.8, 1.0], strict=True))
     found = report(lambda a, s: {"m": values[a]}, list(values)).shape("m")
@@ -389,7 +427,7 @@ def test_log_odds_of_a_logistic_curve_are_a_line():
     assert found.shape("loss").log_odds is None
     with pytest.raises(UsageError, match="`probabilities` names 'q'"):
         report(lambda a, s: {"p": 0.5}, probabilities=["q"])
-    with pytest.raises(UsageError, match="not all of its values are in"):
+    with pytest.raises(UsageError, match=r"not all of its values are in 0..1: 1.1 at alpha 0.1"):
         report(lambda a, s: {"p": 1 + a}, probabilities=["p"])
 
 
@@ -438,6 +476,35 @@ def test_staircase_of_bf16_is_measured_and_told():
 # --- files
 
 
+@pytest.mark.parametrize(
+    ("first", "last", "step"), [(0, 1.05, 0.1), (-1, 2.05, 0.1), (-2, 2, 0.01), (-1, 2, 0.001), (-0.3, 1.35, 0.05)]
+)
+def test_sums_of_steps_reach_the_ends(first, last, step):
+    """numpy.arange misses 0 and 1 by some 1e-16 to 1e-13, and the ends of the chord are where alpha is 0 and 1."""
+    alphas: Any = np.arange(first, last, step)
+    walked = fastinterp.path(model(0.1), model(0.7))
+    found = walked.evaluate(lambda w, a, s: {"m": float(w["w"][0]), "given": a}, alphas)
+    given = [p.at["alpha"] for p in found.points]
+    assert {0.0, 1.0} <= set(given) and given == [p.samples["given"][0] for p in found.points]
+    shape = found.shape("m")
+    assert shape.above is not None and shape.points == sum(-1e-9 < a < 1 + 1e-9 for a in alphas)
+    assert found.warnings == ()
+    assert torch.equal(walked.weights(alphas[np.abs(alphas - 1).argmin()])["w"], model(0.7)["w"])
+
+
+def test_what_is_beside_an_end_stays_there():
+    alphas = [1e-12, -1e-12, 1 - 1e-12, 1 + 1e-12, 0.30000000000000004, 1 / 3]
+    found = report(lambda a, s: {"m": a}, alphas)
+    assert [p.at["alpha"] for p in found.points] == alphas
+    assert [report(lambda a, s: {"m": a}, [a]).points[0].at["alpha"] for a in (-0.0, -1e-16, 1 + 5e-13)] == [0, 0, 1]
+
+
+def test_reports_of_sums_of_steps_have_their_ends():
+    text = report(lambda a, s: {"m": a}, [0.0, 0.5, 1.0]).to_json()
+    text = text.replace('"alpha": 1.0', '"alpha": 1.0000000000000002')
+    assert "1.0000000000000002" in text and PathReport.from_json(text).shape("m").above is not None
+
+
 def test_json_makes_the_round_trip(tmp_path):
     found = report(
         lambda a, s: {"p": logistic(a), "loss": [math.inf, math.nan, 0.1 + a][s]}, [0, 0.5, 1], 3, probabilities=["p"]
@@ -477,6 +544,8 @@ def test_csv_has_a_line_per_point(tmp_path):
         ([], "at least one alpha"),
         ([0.5, 0.5], "every point may be given once"),
         ([math.nan], "alpha must be a finite number, got nan"),
+        ([10**400], "alpha must be a finite number, got 1000"),
+        ([torch.zeros(2)], "alpha must be a finite number, got tensor([0., 0.])"),
         (["x"], "alpha must be a finite number, got 'x'"),
         (0.5, "the alphas must be a list"),
         ([{"beta": 1}], "unknown direction `beta`. Known: alpha"),

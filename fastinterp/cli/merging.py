@@ -64,7 +64,7 @@ def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) ->
 @click.argument("b")
 @click.option(
     "--alpha", "points", callback=alphas, multiple=True, required=True, metavar="ALPHA",
-    help="0 is A, 1 is B; any number, or a range as 0:1:0.25. Give it several times for several outputs.",
+    help="0 is A, 1 is B; any number, several as 0,0.5,1, or a range as 0:1:0.25. May be given several times.",
 )  # fmt: skip
 @click.option("-o", "--out", required=True, metavar="DIR", help="Several outputs go to DIR/alpha_0.3 and so on.")
 @click.option("--base", metavar="CKPT", help="Task vectors: base + (1 - alpha)*(A - base) + alpha*(B - base).")
@@ -76,7 +76,7 @@ def interpolate(
 ) -> None:  # fmt: skip
     """Walk the line from checkpoint A to B, and beyond.
 
-    The output is A + alpha*(B - A). Several alphas are made from one read of A and B.
+    The output is A + alpha*(B - A). Several alphas are made from one read of A and B, up to 256 of them.
 
     \b
     Example:
@@ -141,6 +141,7 @@ def _acts_as(alpha: float, report: Report) -> float | None:
 
 def _path_lines(points: Sequence[float], acting: Sequence[float | None], reports: Sequence[Report]) -> list[str]:
     """Alphas that act visibly as others are shown as such."""
+    from fastinterp.compute.ops import MAX_OUTPUTS
     from fastinterp.engine.report import COPIES
     from fastinterp.engine.text import plain, size, table
 
@@ -150,8 +151,9 @@ def _path_lines(points: Sequence[float], acting: Sequence[float | None], reports
     ]
     if len(reports) == 1:
         return [reports[0].summary(), *(f"  alpha {points[0]:g} acts as {acts}" for acts in told if acts)]
-    run = reports[0]
-    lines = [f"{len(reports)} outputs from one read: {size(run.bytes_read)} read, {run.pace()}"]
+    run, reads = reports[0], -(-len(reports) // MAX_OUTPUTS)
+    read = "one read" if reads == 1 else f"{reads} reads"
+    lines = [f"{len(reports)} outputs from {read}: {size(run.bytes_read)} read, {run.pace()}"]
     rows = [["alpha", "acts as" if any(told) else "", "changed", "relative change", "output"]]
     for alpha, acts, report in zip(points, told, reports, strict=True):
         effect = report.effect

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp._version import __version__
 from fastinterp.compute.backends import check_device, cpu_isa
+from fastinterp.compute.ops import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.compute.pump import Progress
 from fastinterp.engine.arguments import numbers, overridden, path_of, size_of
 from fastinterp.engine.plan import Plan, make_plan
@@ -90,7 +91,8 @@ def interpolate(
 ) -> list[Report]:
     """Walk the line from checkpoint `a` (alpha 0) to `b` (alpha 1), and beyond: out = a + alpha * (b - a).
 
-    alphas   any finite numbers, at most 256. One: `out` is the output. Several: `out/alpha_0.3` and so on, of one read
+    alphas   any finite numbers, at most 4096. One: `out` is the output. Several: `out/alpha_0.3` and so on, of one read
+             for each 256. What a sum of steps makes of 0 and 1 is 0 and 1
     base     the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
     integers the one of them whose integer tensors are taken; None: they must agree
 
@@ -99,20 +101,25 @@ def interpolate(
     points = numbers(alphas)
     if not points:
         raise UsageError("at least one alpha is needed")
-    if len(points) != len({point_name(p) for p in points}):
-        raise UsageError(f"every alpha may be given once, got {', '.join(map(str, points))}")
+    if len(points) > MAX_POINTS:
+        raise UsageError(f"at most {MAX_POINTS} alphas are made at once, got {len(points)}")
+    names = [point_name(p) for p in points]
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise UsageError(f"every alpha may be given once, but {twice} comes twice")
     ends = path_of(a, "a"), path_of(b, "b")
     origin = None if base is None else path_of(base, "base")
     whose = None if integers is None else path_of(integers, "integers")
     recipes = [overridden(point_recipe(*ends, p, origin, whose), dtype, rounding, seed) for p in points]
-    plan = make_plan(recipes, max_shard_size=size_of(max_shard_size))
+    groups = [slice(i, i + MAX_OUTPUTS) for i in range(0, len(points), MAX_OUTPUTS)]
+    plans = [make_plan(recipes[group], max_shard_size=size_of(max_shard_size)) for group in groups]
     target = path_of(out, "out")
     if not target:
         raise UsageError("the name of the output folder is empty. Give the name of a new folder")
-    outs = [Path(target)] if len(points) == 1 else [Path(target) / point_name(p) for p in points]
+    outs = [Path(target)] if len(points) == 1 else [Path(target) / name for name in names]
     return carry_out(
-        [plan], [outs], device=device, threads=threads, max_memory=size_of(max_memory), force=force, durable=durable,
-        progress=progress,
+        plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
+        force=force, durable=durable, progress=progress,
     )  # fmt: skip
 
 

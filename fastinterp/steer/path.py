@@ -11,6 +11,7 @@ from operator import index
 from typing import Any
 
 from fastinterp.compute.dtypes import parse_dtype
+from fastinterp.engine.arguments import snapped
 from fastinterp.engine.memory import merge_measured
 from fastinterp.engine.report import Effect
 from fastinterp.errors import FastinterpError, UsageError
@@ -107,7 +108,8 @@ class Path:
                        returns a metric's value by its name, the same names every time. With the same random numbers
                        for a seed at all points, differences between points have smaller errors than the points
         alphas         numbers; for directions: mappings of their names to numbers, where names left out are 0, or one
-                       mapping of names to lists of numbers: the grid of all combinations
+                       mapping of names to lists of numbers: the grid of all combinations. What a sum of steps makes of
+                       0 and 1 is 0 and 1
         seeds          whole numbers given to `fn` in turn, or how many: 0, 1, ...
         probabilities  metrics that are probabilities: a line is fitted to their log-odds
         progress       called with the calls of `fn` done and to do
@@ -229,7 +231,7 @@ def _finite(value: Any, name: str) -> float:
     found = _number(value)
     if found is None or not math.isfinite(found):
         raise UsageError(f"{name} must be a finite number, got {value!r}"[:200])
-    return found
+    return snapped(found)
 
 
 def _number(value: Any) -> float | None:

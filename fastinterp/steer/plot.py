@@ -51,7 +51,7 @@ def plot_report(report: Report, file: str | os.PathLike[str], metrics: Sequence[
         _save(file, len(chosen), (4.6, 3.9), lambda axes: _maps(report, chosen, axes))
         return
     stairs = any("staircase" in w for w in report.warnings) and report.line and report.base is None
-    _save(file, len(chosen) + stairs, (4.4, 3.4), lambda axes: _curves(report, chosen, axes))
+    _save(file, len(chosen) + stairs, (4.4, 3.4), lambda axes: _curves(report, chosen, axes[: len(chosen) + stairs]))
 
 
 def plot_difference(found: Comparison, file: str | os.PathLike[str], title: str) -> None:
@@ -134,7 +134,7 @@ def _curves(report: Report, metrics: Sequence[str], axes: Sequence[Any]) -> None
         panel.set_axisbelow(True)
     panel = axes[0]
     panel.legend(frameon=False, fontsize=9, loc="best")
-    if len(axes) > len(metrics) and report.line and report.warnings:
+    if len(axes) > len(metrics):
         _stairs(report, axes[len(metrics)])
 
 
