@@ -95,6 +95,12 @@ def test_arguments_that_say_nothing_clear_are_refused(models, base, added):
         Sliders.of(models, base, added)
 
 
+def test_one_checkpoint_is_no_path(tmp_path):
+    for name in (tmp_path, "a/model.safetensors"):
+        with pytest.raises(UsageError, match="is one checkpoint, and a path has two ends"):
+            Sliders.of([str(name)], None, {})
+
+
 def test_report_must_walk_along_the_sliders(tmp_path):
     one = {"w": np.ones(1, np.float32)}
     found = fastinterp.path({"w": np.zeros(1, np.float32)}, one).evaluate(lambda w, a, s: {"m": a}, [0, 1])

@@ -351,6 +351,12 @@ def test_seeds_give_means_and_standard_errors():
     assert report(lambda a, s: {"m": a}, [0.5]).points[0].se("m") is None
 
 
+def test_seeds_that_agree_have_no_error():
+    """The sum of three 0.4 is not 1.2, so that a mean by it would be beside them all."""
+    point = report(lambda a, s: {"m": 0.4}, [0.5], 3).points[0]
+    assert (point.mean("m"), point.se("m")) == (0.4, 0.0)
+
+
 def test_grid_is_the_product_of_its_lists():
     walked = fastinterp.path(base=model(0.0), directions={"x": model(1.0), "y": model(10.0)})
     found = walked.evaluate(first, {"x": [0, 1], "y": [0, 0.5, 1]})

@@ -150,7 +150,7 @@ def test_nuslerp_walks_by_weights(ends, tmp_path):
         ({"alphas": range(5000)}, UsageError, "a sweep has at most 4096 points, got 5000"),
         ({"b": None}, UsageError, "a sweep needs A, B and alphas"),
         ({"add": {"x": "y"}}, UsageError, "give either A, B and alphas, or a base"),
-        ({"out": None}, UsageError, "the name of the output folder is missing"),
+        ({"out": None}, UsageError, "the name of the output folder is missing. Give -o DIR"),
         ({"out": "x", "in_memory": print}, UsageError, "`in_memory` writes nothing"),
         ({"parameters": {"weight": 1}}, UsageError, "the parameter `weight` is what the sweep changes"),
         ({"parameters": 3}, UsageError, "`parameters` must be a mapping"),
@@ -436,6 +436,15 @@ def key(point, tensors):
         said = command(*given, f"results:{name}", "--json", code=2)
         assert f"--in-memory results:{name} returned {what} at alpha_0.5, which JSON does not have" in said
         assert command(*given, f"results:{name}")
+
+
+def test_a_function_that_raises_is_told_with_its_own_traceback_alone(ends, tmp_path, monkeypatch):
+    a, b, _ = ends
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raising.py").write_text("def score(point, tensors):\n    return tensors['lm_head']\n")
+    said = command("sweep", a, b, "--alphas", "0.5", "--in-memory", "raising:score", code=2)
+    assert "UsageError: --in-memory raising:score raised KeyError: 'lm_head' at alpha_0.5" in said
+    assert 'raising.py", line 2, in score' in said and "visit.py" not in said and "steering.py" not in said
 
 
 def test_without_torch_the_option_that_helps_is_named(ends, tmp_path, monkeypatch):

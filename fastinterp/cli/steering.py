@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -124,11 +126,16 @@ def _function(named: str) -> Callable[..., Any]:
 def _told(function: Callable[..., Any], named: str, as_json: bool) -> Callable[..., Any]:
     """The function, its results in Python's own types. For JSON what is none is refused, before more points are made.
 
-    Raises: UsageError.
+    Raises: UsageError, also if the function raises anything, after its traceback.
     """
 
     def told(point: Point, tensors: dict[str, Any]) -> Any:
-        result = function(point, tensors)
+        try:
+            result = function(point, tensors)
+        except Exception as error:  # any: it is the user's own
+            click.echo("".join(traceback.format_exception(error.with_traceback(_below(error)))).rstrip(), err=True)
+            what = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise UsageError(f"--in-memory {named} raised {what} at {point.name}") from None
         try:
             return _python(result)
         except TypeError as error:
@@ -140,6 +147,11 @@ def _told(function: Callable[..., Any], named: str, as_json: bool) -> Callable[.
             return result
 
     return told
+
+
+def _below(error: Exception) -> TracebackType | None:
+    """The traceback from the user's function on."""
+    return error.__traceback__ and error.__traceback__.tb_next
 
 
 def _python(value: Any) -> Any:

@@ -59,6 +59,8 @@ class Shape:
 
 
 def mean(values: Sequence[float]) -> float:
+    if all(v == values[0] for v in values):
+        return values[0]  # not what rounding makes of their sum: seeds that agree have no error
     try:
         return math.fsum(values) / len(values)
     except ValueError:  # Inf and -Inf in one sum

@@ -87,7 +87,7 @@ def sweep(
         return visit(points, in_memory, framework=framework, threads=threads, max_memory=most, progress=progress)
     target = path_of("" if out is None else out, "out")
     if not target:
-        raise UsageError("the name of the output folder is missing. Give `out`, the name of a new folder")
+        raise UsageError("the name of the output folder is missing. Give -o DIR (in Python out=...), a new folder")
     shard, most = size_of(max_shard_size), size_of(_MEMORY if max_memory is None else max_memory)
     if virtual:
         recipes = [load_recipe(point.recipe) for point in points]
