@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -331,7 +332,8 @@ class Program:
     def __init__(self, *args):
         command = [sys.executable, "-m", "fastinterp", "explore", *map(str, args), "--port", "0", "--threads", "1"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # `end` closes it
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment)
         assert self.process.stdout is not None
         self.output = self.process.stdout
         self.url = self.output.readline().split()[0]
@@ -355,6 +357,9 @@ class Program:
         self.process.send_signal(number)
         code = self.process.wait(20)
         self.output.close()
+        self.stderr.seek(0)
+        self.said = self.stderr.read().splitlines()
+        self.stderr.close()
         return code
 
 
@@ -454,6 +459,8 @@ def test_signal_ends_it_while_it_writes_and_the_disk_is_as_before(models, number
     writing.start()
     time.sleep(0.3)
     assert found.end(number) == code
+    last = "ended" if code == 0 else "interrupted"
+    assert found.said == ["measuring what the directions change", "loading the model", last]
     writing.join(10)
     assert not writing.is_alive()
     assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(models.rglob("*")) if p.is_file()}

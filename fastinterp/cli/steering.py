@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import traceback
@@ -71,7 +72,10 @@ def sweep(
     if in_memory is not None:
         settings["max_memory"] = _given("max_memory", settings["max_memory"])
     settings["parameters"] = {name: _value(text) for name, text in parameters.items()}
-    callback = None if in_memory is None else _told(_function(in_memory), in_memory, as_json)
+    callback = None
+    if in_memory is not None:
+        gc.enable()  # the function may leave garbage at every point
+        callback = _told(_function(in_memory), in_memory, as_json)
     with outcome_of([] if out is None else _Folders(out)), progress.shown(quiet or as_json) as shown:
         points = steer.sweep(a, b, out=out, in_memory=callback, progress=shown, **settings)
     if as_json:
