@@ -20,6 +20,7 @@ from fastinterp.engine import cost
 from fastinterp.engine.devices import SLOT_BYTES, SLOTS
 from fastinterp.engine.explain import as_dict, as_text
 from fastinterp.engine.plan import Plan
+from fastinterp.engine.rounds import Placed
 from fastinterp.engine.schedule import make_window
 from fastinterp.errors import BackendError, RecipeError
 from tests.checkpoints import family, recipe, saved, write_sparse
@@ -75,6 +76,17 @@ def test_cuda_is_the_extension_if_it_was_built(monkeypatch):
     monkeypatch.delenv("FASTINTERP_GPU")
     have(monkeypatch, cuda="no driver", triton=1)
     assert [d.name for d in find_devices(wish_of("cuda"))] == ["triton:0"]
+
+
+def test_processes_of_one_machine_take_a_device_each(monkeypatch):
+    """And begin again where there are more processes than devices; what was asked for by number is what each takes."""
+    have(monkeypatch, cuda=2)
+    assert [find_devices(wish_of("cuda"), local)[0].name for local in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [d.name for d in find_devices(wish_of("cuda:1"), 0)] == ["cuda:1"]
+    ones = Placed(("cuda:0 A (cuda)",), {"copies": 1, "empty": 2}, 3), Placed(("cuda:1 A (cuda)",), {"copies": 1}, 1)
+    assert Placed.together([*ones, ones[0]]) == Placed(
+        ("cuda:0 A (cuda)", "cuda:1 A (cuda)"), {"copies": 3, "empty": 4}, 7
+    )
 
 
 def test_what_is_missing_is_said(monkeypatch):

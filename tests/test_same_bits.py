@@ -64,12 +64,13 @@ def buffers(raws: list[np.ndarray], misalignment: int = 0) -> list[Guarded]:
 
 
 @every_isa
+@pytest.mark.parametrize("streamed", [False, True], ids=["", "streamed"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_same_bits(isa, case):
+def test_same_bits(isa, case, streamed):
     """A backend returns the reference's bits and statistics, and writes nothing beside its outputs."""
     outs, stats = expected(case)
     inputs, outputs = guarded(case)
-    got = backends.run_case(isa, case, inputs, outputs)
+    got = backends.run_case(isa, case, inputs, outputs, streamed=streamed)
     for j, out in enumerate(outputs):
         assert_same_bits(outs[j], out.view, case.out_dtype, f"row {j}")
         assert out.intact(), f"row {j}: bytes beside the output were written"

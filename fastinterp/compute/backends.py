@@ -86,11 +86,11 @@ def wish_of(device: object) -> Wish:
     return Wish(found[1] or found[2], ordinals)
 
 
-def find_devices(wish: Wish) -> list[Device]:
+def find_devices(wish: Wish, local: int = 0) -> list[Device]:
     """The accelerators that are asked for, ready for use; none for cpu and auto.
 
     `cuda` is the extension fastinterp._cuda if it was built and finds a device, else Triton; FASTINTERP_GPU names one
-    of them.
+    of them. If no ordinals are asked for, `local` counts round all that there are.
     Raises: BackendError, which says what is missing, if they cannot be had.
     """
     if wish.kind in ("cpu", "auto"):
@@ -104,7 +104,7 @@ def find_devices(wish: Wish) -> list[Device]:
             if missing:
                 there = ", ".join(f"cuda:{i}" for i in range(backend.count))
                 raise BackendError(f"device {str(wish)!r}: there is no device {missing[0]}. There are {there}")
-            return [backend.open(i) for i in wish.ordinals or (0,)]
+            return [backend.open(i) for i in wish.ordinals or (local % backend.count,)]
         why.append(f"{name}: {backend.missing}")
     raise BackendError(f"device {str(wish)!r} cannot be used: {'; '.join(why)}. Usable here: auto, cpu")
 

@@ -41,6 +41,20 @@ class Placed:
     tensors: int = 0
     lost: tuple[str, ...] = ()
 
+    @staticmethod
+    def together(every: Sequence[Placed]) -> Placed:
+        """Of several runs."""
+        on_cpu: dict[str, int] = {}
+        for one in every:
+            for why, count in one.on_cpu.items():
+                on_cpu[why] = on_cpu.get(why, 0) + count
+        return Placed(
+            tuple(dict.fromkeys(device for one in every for device in one.devices)),
+            on_cpu,
+            sum(one.tensors for one in every),
+            tuple(dict.fromkeys(lost for one in every for lost in one.lost)),
+        )
+
 
 class Machine:
     """Runs steps, a round at a time, and counts what they cost.
