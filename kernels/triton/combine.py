@@ -212,9 +212,8 @@ def _takes_part(
 ):
     """Where input i has a weight that is not 0 in the compute type."""
     part = mask
-    if PER == BY_ROW or PER == BY_COLUMN:
-        if i > 0:
-            _, weights_at = _numbers_at(row, numbers, j, e0, lanes, N, PER)
-            w = tl.load(weights_at + (i - 1), mask=mask, other=0)
-            part = mask & ((w if WIDE else w.to(tl.float32)) != 0)
+    if PER != PLAIN and PER != CONVERT and i > 0:
+        _, weights_at = _numbers_at(row, numbers, j, e0, lanes, N, PER)
+        w = tl.load(weights_at + (i - 1), mask=mask, other=0)
+        part = mask & ((w if WIDE else w.to(tl.float32)) != 0)
     return part
