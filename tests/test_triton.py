@@ -52,7 +52,7 @@ def _compiled_anew(tmp_path, monkeypatch):
 
 
 def compiled(kernel: Any, target: Any, arguments: str, constants: dict[str, Any], warps: int = 4) -> Any:
-    """As compute/triton_pieces.py launches it. arguments: "name:type name:type ...", pointers with a star."""
+    """As compute/triton_room.py launches it. arguments: "name:type name:type ...", pointers with a star."""
     signature = dict(argument.split(":") for argument in arguments.split()) | dict.fromkeys(constants, "constexpr")
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
@@ -119,7 +119,7 @@ CASES = {
 @pytest.mark.parametrize("target", [SM80, SM90, SM100, GFX942], ids=lambda t: f"{t.backend}-{t.arch}")
 @pytest.mark.parametrize("name", CASES)
 def test_compiles(name, target):
-    """Without a contraction: every fma is written as one, and what is only multiplied stays apart."""
+    """Each operation says how it rounds, so that none is contracted, and flushes nothing."""
     kernel, arguments, constants, warps = CASES[name]
     made = compiled(kernel, target, arguments, constants, warps)
     if target.backend == "hip":
@@ -129,9 +129,7 @@ def test_compiles(name, target):
     assert made.asm["cubin"]
     assert ".ftz" not in ptx and "div.full" not in ptx and ".approx" not in ptx
     sums = re.findall(r"\b(?:add|sub|mul|fma|mad)\.(\S*f(?:32|64))", ptx)
-    assert all(kind.startswith("rn.") for kind in sums), sorted(
-        set(sums)
-    )  # what is rounded by name is never contracted
+    assert all(kind.startswith("rn.") for kind in sums), sorted(set(sums))
 
 
 def test_no_stack_on_hopper_where_bytes_are_to_stream():

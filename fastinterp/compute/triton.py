@@ -198,7 +198,8 @@ class TritonQueue:
     def run(self, pieces: Sequence[Piece]) -> list[Pending]:
         import torch
 
-        from fastinterp.compute.triton_pieces import Room, run
+        from fastinterp.compute.triton_pieces import run
+        from fastinterp.compute.triton_room import Room
 
         nbytes = 8 * sum(piece["numel"] for piece in pieces)
         with self._current(f"kernels for {len(pieces)} pieces, at most {nbytes} bytes an operand,"):

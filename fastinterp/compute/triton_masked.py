@@ -11,7 +11,7 @@ from fastinterp.compute.device import Piece
 from fastinterp.compute.triton_effects import Effects, Written
 from fastinterp.compute.triton_histogram import factors_of, score_of
 from fastinterp.compute.triton_measure import answer_of
-from fastinterp.compute.triton_pieces import CHUNK, Answer, Room, alignment, signed
+from fastinterp.compute.triton_room import CHUNK, Answer, Room, alignment, signed
 from fastinterp.compute.triton_tables import Part, Table, aligned, tiles_of
 
 WORDS = 1 << 32  # a random limit that draws nothing

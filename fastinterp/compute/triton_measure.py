@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastinterp.compute.device import Piece
-from fastinterp.compute.triton_pieces import CHUNK, Answer, Room, alignment
+from fastinterp.compute.triton_room import CHUNK, Answer, Room, alignment
 from fastinterp.compute.triton_tables import Part, Table
 
 BLOCK_ROWS = 64  # that a column sums before its blocks fold
