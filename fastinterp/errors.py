@@ -34,6 +34,10 @@ class BackendError(UsageError):
     """A backend or instruction set that was asked for by name and cannot be used here."""
 
 
+class OutOfMemory(BackendError):
+    """A device has too little memory for what was asked of it."""
+
+
 class CheckpointError(FastinterpError):
     """A checkpoint that is missing, damaged or hostile. Attributes: file, tensor, each or None."""
 

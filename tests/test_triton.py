@@ -29,7 +29,7 @@ from fastinterp._triton.measure import measure_columns_kernel, measure_kernel  #
 from fastinterp.compute.triton_measure import launches  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = sorted((ROOT / "kernels" / "triton").glob("*.py"))
+KERNELS = sorted((ROOT / "fastinterp" / "_triton").glob("*.py"))
 SM80, SM90, SM100 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 100))
 GFX942 = GPUTarget("hip", "gfx942", 64)
 BF16, F16, F32, F64, E4M3 = 3, 2, 1, 0, 4
@@ -124,6 +124,7 @@ def test_compiles(name, target):
     made = compiled(kernel, target, arguments, constants, warps)
     if target.backend == "hip":
         assert made.asm["hsaco"]
+        assert ".amdhsa_float_denorm_mode_32 3" in made.asm["amdgcn"]  # subnormals are kept
         return
     ptx = made.asm["ptx"]
     assert made.asm["cubin"]

@@ -21,8 +21,8 @@ from fastinterp.compute import reference, reference_groups
 from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64
 from fastinterp.compute.reference_select import select
 from fastinterp.compute.requests import Keep, Score, Select
-from fastinterp.compute.triton import TritonDevice
-from fastinterp.errors import BackendError
+from fastinterp.compute.triton import TritonDevice, missing
+from fastinterp.errors import BackendError, OutOfMemory
 from tests import pumps, test_groups, test_keeps, test_masked, test_select
 from tests.backends import assert_same_bits
 from tests.cases import CASES, Case, Guarded, guarded
@@ -278,6 +278,31 @@ def test_memory_and_copies():
     assert device.free_bytes() > 0
     assert (device.name, device.backend, device.label) == ("triton:0", "triton", "Triton's interpreter")
     there.free()
+
+
+def test_too_little_memory():
+    with pytest.raises(OutOfMemory, match=r"^memory of 1152921504606846976 bytes on triton:0: "):
+        TritonDevice().memory(1 << 60)
+
+
+def test_errors_name_call_and_device(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("a launch failed\nand more")
+
+    monkeypatch.setattr("fastinterp.compute.triton_sums.combine", fails)
+    piece = {"kind": "combine", "numel": 10}
+    with pytest.raises(BackendError, match=r"^kernels for 1 pieces, at most 80 bytes an operand, on triton:0: a launch"):
+        TritonDevice().queue().run([piece])
+
+
+def test_tritons_that_round_differently(monkeypatch):
+    monkeypatch.setattr("triton.__version__", "3.8.1+git")
+    assert missing() == "triton 3.8.1+git rounds differently: 3.9 or newer is needed"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert missing() == ""
+    monkeypatch.setattr("triton.__version__", "3.5.0")
+    assert missing() == "triton 3.5.0 rounds differently: 3.6 or newer is needed"
 
 
 def test_devices_that_are_not_there():

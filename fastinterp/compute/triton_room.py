@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 SIZES = (8, 4, 2, 2, 1, 1)  # bytes of an element, by dtype code
 CHUNK = 16384
+_INTERPRETER = threading.Lock()
 ALIGNED, NATURAL, BYTES = 16, 0, 1  # VECTORS, ELEMENTS and BYTES of _triton/numbers.py
 
 
@@ -50,18 +52,18 @@ class Room:
     def launch(self, kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
         if programs == 0:
             return
-        with self._quiet():
+        with self._interpreting():
             kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=1, enable_fp_fusion=False)
 
     @contextlib.contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """The interpreter computes in numpy, which warns where numbers become infinite."""
+    def _interpreting(self) -> Iterator[None]:
+        """The interpreter runs one kernel at a time, in numpy, which warns where numbers become infinite."""
         if not self.on_host:
             yield
             return
         import numpy as np
 
-        with np.errstate(all="ignore"):
+        with _INTERPRETER, np.errstate(all="ignore"):
             yield
 
     def block(self, most: int) -> int:

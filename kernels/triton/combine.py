@@ -103,7 +103,7 @@ def _number(at, mask, like, PER: tl.constexpr):
     return number
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def combine_kernel(
     table,  # i64: see table.py
     numbers,  # f64

@@ -42,7 +42,7 @@ def _masks(row, extra, numbers, deltas, e0, offs, mask, RANDOM: tl.constexpr, SC
     return masks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def kept_kernel(
     table,  # i64: see table.py. EXTRA as in masked.py, GROUPS is the place of the first answer
     numbers,  # f64: factors of a divergence
