@@ -170,16 +170,16 @@ def test_measures(dtypes, numel, deltas):
 
 
 def test_measures_of_pieces_fold(monkeypatch):
-    """7 chunks in pieces of 2: as the whole tensor's."""
+    """5 chunks in pieces of 2: as the whole tensor's."""
     monkeypatch.setattr(TritonPump, "most", 2 * 16384 * 4)
-    data, got = measured([BF16, BF16], 6 * 16384 + 77, True, "close")
+    data, got = measured([BF16, BF16], 4 * 16384 + 77, True, "close")
     assert_same_answer(reference.measure(data, [BF16, BF16], True), got)
 
 
 @pytest.mark.parametrize("columns", [1, 300])
 @pytest.mark.parametrize("per", ["row", "column"])
 def test_measures_by_row_and_column(per, columns, monkeypatch):
-    dtypes, numel = [BF16, F32, F16], 130 * columns
+    dtypes, numel = [BF16, F32], 70 * columns
     reference_of = reference_groups.measure_rows if per == "row" else reference_groups.measure_columns
     data, got = measured(dtypes, numel, True, per=per, columns=columns)
     assert_same_answer(reference_of(data, dtypes, True, columns), got)
@@ -291,7 +291,8 @@ def test_errors_name_call_and_device(monkeypatch):
 
     monkeypatch.setattr("fastinterp.compute.triton_sums.combine", fails)
     piece = {"kind": "combine", "numel": 10}
-    with pytest.raises(BackendError, match=r"^kernels for 1 pieces, at most 80 bytes an operand, on triton:0: a launch"):
+    what = r"^kernels for 1 pieces, at most 80 bytes an operand, on triton:0: a launch failed$"
+    with pytest.raises(BackendError, match=what):
         TritonDevice().queue().run([piece])
 
 
