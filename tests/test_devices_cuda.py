@@ -67,21 +67,34 @@ def test_a_path_of_many_outputs(tmp_path, models, fake):
     assert fake.calls("launch")
 
 
-@pytest.mark.parametrize("method", ["ties", "slerp", "dare_linear", "model_stock"])
+BOTH: dict[str, Any] = {"weights": [0.5, 0.5]}
+METHODS: dict[str, Any] = {
+    "slerp": {"parameters": {"t": 0.3}},
+    "karcher": {},
+    "nuslerp": {**BOTH, "parameters": {"nuslerp_row_wise": True}},
+    "model_stock": {"parameters": {"filter_wise": True}},
+    "ties": {**BOTH, "parameters": {"density": 0.4}},
+    "breadcrumbs": {**BOTH, "parameters": {"density": 0.5, "gamma": 0.1}},
+    "sce": {"parameters": {"select_topk": 0.5}},
+    "dare_linear": {**BOTH, "parameters": {"density": 0.4}},
+    "dare_ties": {**BOTH, "parameters": {"density": 0.4}},
+    "della": {**BOTH, "parameters": {"density": 0.5, "epsilon": 0.2}},
+    "arcee_fusion": {},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_methods_that_ask(tmp_path, fake, method):
-    """What has no kernel is the processor's, and told."""
+    """On two devices; what has no kernel is the processor's."""
     left_out = ["one", "scale", *(f"patterns.{d}" for d in MERGING)]
     finite = [{n: t for n, t in m.items() if n.removeprefix("model.") not in left_out} for m in family(3)]
     paths = saved(tmp_path, finite)
-    keys: dict[str, Any] = {
-        "ties": {"weights": [0.5, 0.5], "parameters": {"density": 0.4}},
-        "slerp": {"parameters": {"t": 0.3}},
-        "dare_linear": {"weights": [0.5, 0.5], "parameters": {"density": 0.4}},
-        "model_stock": {},
-    }
-    asked = recipe(method, paths[1 : 2 if method == "slerp" else 3], base_model=paths[0], **keys[method])
+    models = paths[1 : 2 if method in ("slerp", "arcee_fusion") else 3]
+    asked = recipe(method, models, base_model=paths[0], **METHODS[method])
+    if method == "karcher":
+        asked = recipe(method, paths)
     fastinterp.merge(asked, tmp_path / "cpu", device="cpu")
-    fastinterp.merge(asked, tmp_path / "gpu", device="cuda:1")
+    fastinterp.merge(asked, tmp_path / "gpu", device="cuda:0,1")
     assert tree(tmp_path / "cpu") == tree(tmp_path / "gpu")
 
 

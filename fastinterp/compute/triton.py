@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastinterp.compute.device import Pending, Piece
-from fastinterp.errors import BackendError
+from fastinterp.errors import BackendError, OutOfMemory
 
 
 def interpreted() -> bool:
@@ -21,13 +21,20 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "on", "true", "yes", "y")
 
 
+# Older ones flush what is subnormal where they divide; older interpreters round an fma twice.
+OLDEST, OLDEST_INTERPRETER = (3, 6), (3, 9)
+
+
 def missing() -> str:
     """Why there is no device here; empty if there is one."""
     try:
         import torch
-        import triton  # noqa: F401
+        import triton
     except ImportError as error:
         return f"{error.name} is not installed: pip install 'fastinterp[gpu]'"
+    oldest = OLDEST_INTERPRETER if interpreted() else OLDEST
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < oldest:
+        return f"triton {triton.__version__} rounds differently: {oldest[0]}.{oldest[1]} or newer is needed"
     if interpreted() or torch.cuda.is_available():
         return ""
     return "torch sees no GPU"
@@ -43,12 +50,16 @@ def count() -> int:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Errors of torch and Triton as BackendError. what: call, device and bytes."""
+def _explained(what: str, kind: type[BackendError] = BackendError) -> Iterator[None]:
+    """Errors of torch and Triton as `kind`, or OutOfMemory. what: call, device and bytes."""
+    import torch
+    from triton.errors import TritonError
+
     try:
         yield
-    except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one, too
-        raise BackendError(f"{what}: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, TritonError) as error:
+        kind = OutOfMemory if isinstance(error, torch.cuda.OutOfMemoryError) else kind
+        raise kind(f"{what}: {(str(error).splitlines() or [''])[0]}") from error
 
 
 class TritonDevice:
@@ -88,13 +99,13 @@ class TritonDevice:
     def memory(self, nbytes: int) -> TritonBuffer:
         import torch
 
-        with _explained(f"memory of {nbytes} bytes on {self.name}"):
+        with _explained(f"memory of {nbytes} bytes on {self.name}", OutOfMemory):
             return TritonBuffer(torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device), nbytes)
 
     def host(self, nbytes: int) -> TritonBuffer:
         import torch
 
-        with _explained(f"pinned memory of {nbytes} bytes for {self.name}"):
+        with _explained(f"pinned memory of {nbytes} bytes for {self.name}", OutOfMemory):
             return TritonBuffer(torch.empty(nbytes, dtype=torch.uint8, pin_memory=not self.host_only), nbytes)
 
     def queue(self, handle: int | None = None) -> TritonQueue:
@@ -198,7 +209,8 @@ class TritonQueue:
     def run(self, pieces: Sequence[Piece]) -> list[Pending]:
         import torch
 
-        from fastinterp.compute.triton_pieces import Room, run
+        from fastinterp.compute.triton_pieces import run
+        from fastinterp.compute.triton_room import Room
 
         nbytes = 8 * sum(piece["numel"] for piece in pieces)
         with self._current(f"kernels for {len(pieces)} pieces, at most {nbytes} bytes an operand,"):

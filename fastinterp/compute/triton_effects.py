@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fastinterp.compute.triton_pieces import ALIGNED, CHUNK, NATURAL, Room
+from fastinterp.compute.triton_room import ALIGNED, CHUNK, NATURAL, Room
 from fastinterp.compute.triton_tables import Part, Table
 
 SPAN = 1 << 18  # elements that one program counts NaN and infinities of

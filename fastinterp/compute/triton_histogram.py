@@ -8,7 +8,7 @@ from typing import Any
 
 from fastinterp._C import STRIP, Counts
 from fastinterp.compute.device import Piece
-from fastinterp.compute.triton_pieces import Answer, Room, alignment
+from fastinterp.compute.triton_room import Answer, Room, alignment
 from fastinterp.compute.triton_tables import Part, Table
 
 NO_SCORE, SPREAD, DIVERGENCE = range(3)  # as in _triton/scores.py

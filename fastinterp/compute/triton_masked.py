@@ -11,7 +11,7 @@ from fastinterp.compute.device import Piece
 from fastinterp.compute.triton_effects import Effects, Written
 from fastinterp.compute.triton_histogram import factors_of, score_of
 from fastinterp.compute.triton_measure import answer_of
-from fastinterp.compute.triton_pieces import CHUNK, Answer, Room, alignment, signed
+from fastinterp.compute.triton_room import CHUNK, Answer, Room, alignment, signed
 from fastinterp.compute.triton_tables import Part, Table, aligned, tiles_of
 
 WORDS = 1 << 32  # a random limit that draws nothing
@@ -37,9 +37,9 @@ def masked(room: Room, pieces: Sequence[Piece]) -> list[Written]:
         for j, asked in enumerate(piece["masked"]):
             part, constants = _part(i, j, piece, asked)
             rounding = (piece["out_dtype"], bool(piece.get("keys")), piece["fp8_saturate"], piece["stats_every"])
-            same.setdefault((*rounding, *constants), []).append(part)
+            same.setdefault((*rounding, constants), []).append(part)
     found = [Written(i, len(piece["outputs"])) for i, piece in enumerate(pieces)]
-    for (out, stochastic, saturate, every, *constants), parts in same.items():
+    for (out, stochastic, saturate, every, constants), parts in same.items():
         _launch(room, parts, out, stochastic, saturate, every, constants, found)
     return found
 

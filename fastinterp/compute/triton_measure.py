@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastinterp.compute.device import Piece
-from fastinterp.compute.triton_pieces import CHUNK, Answer, Room, alignment
+from fastinterp.compute.triton_room import CHUNK, Answer, Room, alignment
 from fastinterp.compute.triton_tables import Part, Table
 
 BLOCK_ROWS = 64  # that a column sums before its blocks fold
@@ -158,7 +158,7 @@ def answer_of(room: Room, sums: Any, counts: Any, columns: int = 1) -> Answer:
         sums, counts = fold(sums), counts.sum(dim=1, keepdim=True)
     sums, counts = room.fetch(sums), room.fetch(counts)
 
-    def answer() -> tuple[memoryview, memoryview]:
+    def answer() -> tuple[Any, Any]:
         reals, nonzero = fold(sums), counts.sum(dim=1)
         if columns > 1:
             reals, nonzero = (x.reshape(-1, columns).T for x in (reals, nonzero))
@@ -179,5 +179,5 @@ def fold(sums: Any) -> Any:
     return sums
 
 
-def _bytes_of(tensor: Any, code: Literal["d", "q"]) -> memoryview:
+def _bytes_of(tensor: Any, code: Literal["d", "q"]) -> Any:
     return memoryview(tensor.contiguous().numpy().tobytes()).cast(code)

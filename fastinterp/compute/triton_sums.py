@@ -8,7 +8,7 @@ from typing import Any
 
 from fastinterp.compute.device import Piece
 from fastinterp.compute.triton_effects import Effects, Written
-from fastinterp.compute.triton_pieces import Room
+from fastinterp.compute.triton_room import Room
 from fastinterp.compute.triton_tables import Part, Table, aligned, tiles_of
 
 PLAIN, BY_ROW, BY_COLUMN, CONVERT, COPY = range(5)  # as in _triton/combine.py

@@ -103,7 +103,7 @@ def _number(at, mask, like, PER: tl.constexpr):
     return number
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def combine_kernel(
     table,  # i64: see table.py
     numbers,  # f64
@@ -212,9 +212,8 @@ def _takes_part(
 ):
     """Where input i has a weight that is not 0 in the compute type."""
     part = mask
-    if PER == BY_ROW or PER == BY_COLUMN:
-        if i > 0:
-            _, weights_at = _numbers_at(row, numbers, j, e0, lanes, N, PER)
-            w = tl.load(weights_at + (i - 1), mask=mask, other=0)
-            part = mask & ((w if WIDE else w.to(tl.float32)) != 0)
+    if PER != PLAIN and PER != CONVERT and i > 0:
+        _, weights_at = _numbers_at(row, numbers, j, e0, lanes, N, PER)
+        w = tl.load(weights_at + (i - 1), mask=mask, other=0)
+        part = mask & ((w if WIDE else w.to(tl.float32)) != 0)
     return part

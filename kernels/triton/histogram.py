@@ -30,7 +30,7 @@ def _count(mags, mask, bracket, bins, totals):
     tl.atomic_add(total + 1, zeros.to(tl.int64), mask=zeros > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def histogram_kernel(
     table,  # i64: see table.py. EXTRA: how many strips apart, where the first begins, the first bracket of each input
     # and the end of the last, and the brackets: see _count

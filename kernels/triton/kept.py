@@ -42,7 +42,7 @@ def _masks(row, extra, numbers, deltas, e0, offs, mask, RANDOM: tl.constexpr, SC
     return masks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def kept_kernel(
     table,  # i64: see table.py. EXTRA as in masked.py, GROUPS is the place of the first answer
     numbers,  # f64: factors of a divergence
@@ -76,7 +76,7 @@ def kept_kernel(
     places = begin[:, None] + tl.arange(0, LANES)[None, :]
     sums = _zeros(3 * len(OWN), TILES, tl.float64)
     counts = _zeros(2 * len(OWN), TILES, tl.int32)
-    for start in range(0, CHUNK, LANES):
+    for start in range(0, tl.minimum(count, CHUNK), LANES):
         offs = places + start
         mask = offs < count
         deltas = _deltas(inputs, offs, mask, DT, WIDE, ALIGN)

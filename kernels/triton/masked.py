@@ -149,7 +149,7 @@ def _sum(
     return step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def masked_kernel(
     table,  # i64: see table.py
     numbers,  # f64

@@ -60,7 +60,7 @@ def _add(sums, counts, vectors, PAIRS: tl.constexpr, ALONE: tl.constexpr):
     return more, counted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def measure_kernel(
     table,  # i64: see table.py; NUMBERS is the place of the first answer
     found,  # f64[answers, WIDTH]
@@ -110,7 +110,7 @@ def measure_kernel(
         tl.store(counted + answer * COUNTS + at, fold(counts[k], TILES, LANES, 8), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def measure_columns_kernel(
     table,
     found,  # f64[answers, WIDTH, columns], at NUMBERS * WIDTH * columns for a piece
