@@ -38,10 +38,6 @@ class OutOfMemory(BackendError):
     """A device has too little memory for what was asked of it."""
 
 
-class OutOfMemory(BackendError):
-    """A device has too little memory for what was asked of it."""
-
-
 class CheckpointError(FastinterpError):
     """A checkpoint that is missing, damaged or hostile. Attributes: file, tensor, each or None."""
 
