@@ -33,8 +33,10 @@ Pendings run(Queue* queue, const Pieces& pieces) {
 
 }  // namespace
 
-const Kind kMeasure = {"measure", run<false>};
-const Kind kMeasureDeltas = {"measure_deltas", run<true>};
+const Kind kMeasure = {"measure", run<false>}, kMeasureRows = {"measure by row", run<false>},
+           kMeasureColumns = {"measure by column", run<false>};
+const Kind kMeasureDeltas = {"measure_deltas", run<true>}, kMeasureDeltasRows = {"measure_deltas by row", run<true>},
+           kMeasureDeltasColumns = {"measure_deltas by column", run<true>};
 
 }  // namespace cuda
 }  // namespace fi

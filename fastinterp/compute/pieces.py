@@ -50,6 +50,14 @@ def _grain(step: Mapping[str, Any]) -> tuple[int, bool]:
     return CHUNK, kind.startswith("measure") or kind == "kept"
 
 
+def has_ranks(step: Mapping[str, Any]) -> bool:
+    """Whether a step of kind "kept" or "masked" has random keeps by rank: those look at whole rows."""
+    keeps = step["keeps"][1:] if step["kind"] == "kept" else ()
+    if step["kind"] == "masked":
+        keeps = [term["keep"] for output in step["masked"] for term in output["terms"]]
+    return any(keep["lo"] != keep["hi"] for keep in keeps)
+
+
 def join(step: Mapping[str, Any], answers: Sequence[Any]) -> Any:
     """The answer of a step from those of its pieces, in order; None if it writes.
 
