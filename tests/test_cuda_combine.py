@@ -1,11 +1,11 @@
-"""How CUDA's combine puts pieces into launches, on the host's emulation. That its bytes are right test_same_bits shows."""
+"""How CUDA's combine puts pieces into launches, emulated on the host. More of its bytes are looked at in test_same_bits."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fastinterp import _C
@@ -46,7 +46,14 @@ class Case:
     """Inputs, rows and guarded outputs of one piece."""
 
     def __init__(
-        self, dtype: DType, n: int, rows: Sequence[Row], numel: int, offset: int = 0, kind: str = "patterns", **more: Any
+        self,
+        dtype: DType,
+        n: int,
+        rows: Sequence[Row],
+        numel: int,
+        offset: int = 0,
+        kind: str = "patterns",
+        **more: Any,
     ) -> None:
         self.dtype, self.rows, self.numel = dtype, list(rows), numel
         self.inputs = [Guarded(raw.size, offset) for raw in raws(kind, [dtype] * n, numel)]
@@ -154,7 +161,7 @@ def test_samples_of_pieces_are_those_of_the_tensor():
     rig, numel, every = Rig(), 9 * _C.CHUNK + 777, 3
     whole = Case(BF16, 2, [HALF, Row(0)], numel, 0, "close", stats_every=every)
     pieces, edges = [], [0, 8, 5000, 2 * _C.CHUNK, 6 * _C.CHUNK + 16, numel]
-    for lo, hi in zip(edges, edges[1:], strict=False):
+    for lo, hi in itertools.pairwise(edges):
         piece = whole.piece()
         piece["inputs"] = [(a + 2 * lo, c) for a, c in piece["inputs"]]
         piece["outputs"] = [a + 2 * lo for a in piece["outputs"]]

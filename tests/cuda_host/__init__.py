@@ -90,7 +90,7 @@ class Fake:
     """The controls of the runtime: modes, how many devices and how much memory, calls that fail, and what it saw."""
 
     EAGER, DEFERRED, THREADS = 0, 1, 2
-    MEMORY_ALLOCATION, INSUFFICIENT_DRIVER, LAUNCH_FAILURE = 2, 35, 719
+    MEMORY_ALLOCATION, INSUFFICIENT_DRIVER, NO_DEVICE, LAUNCH_FAILURE = 2, 35, 100, 719
 
     def __init__(self) -> None:
         self._lib = ctypes.CDLL(str(library()))
@@ -124,6 +124,12 @@ class Fake:
     def capture(self, handle: int, on: bool) -> None:
         """Let a stream say that it is captured for a CUDA graph."""
         self._lib.fake_capture(handle, int(on))
+
+    def sum(self, kind: int, threads: int, blocks: int) -> list[int]:
+        """Launch a kernel of faults.cpp. Returns the sums of the blocks."""
+        sums = (ctypes.c_int64 * blocks)()
+        self._lib.fake_sum(kind, threads, sums, blocks)
+        return list(sums)
 
     def wrong(self) -> str:
         """What kernels did wrong since the reset: barriers that not all reach, bytes written beside memory."""
