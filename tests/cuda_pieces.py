@@ -47,7 +47,7 @@ class Rig:
 
 
 def addressed(rig: Rig, step: Mapping[str, Any], data: Sequence[Raw], first: int, count: int, offset: int) -> Any:
-    """The piece of elements [first, first + count); inputs and outputs lie `offset` times odd numbers off a boundary."""
+    """The piece of elements [first, first + count); its inputs lie `offset` times odd numbers off a boundary."""
     inputs = []
     for i, (source, _, code) in enumerate(step["inputs"]):
         size = pieces._SIZES[code]
@@ -103,9 +103,7 @@ def written(
     return [np.concatenate(own) for own in zip(*parts, strict=True)], stats
 
 
-def pump_written(
-    step: dict[str, Any], data: Sequence[Raw], **options: Any
-) -> tuple[list[Raw], list[dict[str, float]]]:
+def pump_written(step: dict[str, Any], data: Sequence[Raw], **options: Any) -> tuple[list[Raw], list[dict[str, float]]]:
     sources = guarded(data)
     sinks = [Guarded(step["numel"] * pieces._SIZES[step["out_dtype"]], 5) for _ in step["sinks"]]
     pump = run("", [step], memory(sources), memory(sinks), **options)

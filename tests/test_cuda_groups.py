@@ -61,11 +61,14 @@ def check(
                 assert stats[k][name] == pytest.approx(expected[k][name], rel=0, abs=1e-11 * scale)
 
 
+SHAPES = ((1, 1), (7, 1), (1, 7), (100, 3), (3, 331), (65, 64), (3, 16385), (701, 29))
 every_per = pytest.mark.parametrize("per", ["row", "column"])
 
 
 @every_per
-@pytest.mark.parametrize("shape", [(1, 1), (7, 1), (1, 7), (100, 3), (3, 331), (65, 64), (3, 16385), (701, 29)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (7, 1), (1, 7), (100, 3), (3, 331), (65, 64), (3, 16385), (701, 29)], ids=str
+)
 def test_every_size_in_pieces(shape, per):
     for most in (1, 200_000):
         check(per, [BF16, F32, BF16], BF16, shape, offset=2, most=most, stochastic=most == 1, stats_every=1)
@@ -111,8 +114,11 @@ def test_what_is_refused():
         "inputs": [(i, 0, code(F32)) for i in range(2)], "rows": [row_of("row", (2, 3), 2, 0, 0)],
     }  # fmt: skip
     rig = Rig()
-    piece = {**addressed(rig, step, raws("normal", [F32, F32], 6), 0, 6, 0), "outputs": [rig.put(np.zeros(24, "u1"), 0)]}
-    pivot, totals, terms, weights = step["rows"][0]  # type: ignore[index, misc]
+    piece = {
+        **addressed(rig, step, raws("normal", [F32, F32], 6), 0, 6, 0),
+        "outputs": [rig.put(np.zeros(24, "u1"), 0)],
+    }
+    pivot, totals, terms, weights = step["rows"][0]  # type: ignore[index]
     for rows, words in (
         ([], "a row per output"), ([(5, totals, terms, weights)], "pivot"), ([(pivot, totals, [2], weights)], "term"),
         ([(pivot, totals[:1], terms, weights)], "a total and a weight"),

@@ -39,8 +39,8 @@ std::vector<T> table_of(const Numbers& totals, const Numbers& weights, int64_t f
 
 template <class T>
 void send(Queue* queue, const std::vector<T>& table, bool ones, GroupTask* task, Uploads* uploads) {
-  const void* const at = upload(queue, table.data(), int64_t(table.size() * sizeof(T)), "weights by row or column",
-                                uploads);
+  const void* const at =
+      upload(queue, table.data(), int64_t(table.size() * sizeof(T)), "weights by row or column", uploads);
   task->totals = ones ? nullptr : at;
   task->weights = static_cast<const T*>(at) + (ones ? 0 : task->groups);
 }

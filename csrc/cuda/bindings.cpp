@@ -16,10 +16,18 @@ using fi::cuda::Pending;
 using fi::cuda::Queue;
 
 const Kind* const kKinds[] = {
-    &fi::cuda::kCombine,        &fi::cuda::kCombineRows,       &fi::cuda::kCombineColumns,
-    &fi::cuda::kHistogram,      &fi::cuda::kKept,              &fi::cuda::kMasked,
-    &fi::cuda::kMeasure,        &fi::cuda::kMeasureRows,       &fi::cuda::kMeasureColumns,
-    &fi::cuda::kMeasureDeltas,  &fi::cuda::kMeasureDeltasRows, &fi::cuda::kMeasureDeltasColumns,
+    &fi::cuda::kCombine,
+    &fi::cuda::kCombineRows,
+    &fi::cuda::kCombineColumns,
+    &fi::cuda::kHistogram,
+    &fi::cuda::kKept,
+    &fi::cuda::kMasked,
+    &fi::cuda::kMeasure,
+    &fi::cuda::kMeasureRows,
+    &fi::cuda::kMeasureColumns,
+    &fi::cuda::kMeasureDeltas,
+    &fi::cuda::kMeasureDeltasRows,
+    &fi::cuda::kMeasureDeltasColumns,
 };
 
 // "combine", or by rows or columns "combine by row".

@@ -6,7 +6,7 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = kSampleThreads, kGroupsAtOnce = kThreads / kPhiloxLanes;  // groups of kPhiloxGroup elements
-constexpr int kEach = kPhiloxGroup / kPhiloxLanes;                                // elements of a thread, of one counter
+constexpr int kEach = kPhiloxGroup / kPhiloxLanes;  // elements of a thread, of one counter
 constexpr int kPasses = 4;
 
 template <class T>

@@ -25,12 +25,17 @@ FI_DEVICE Slab slab_of(const MeasureTask& m, int64_t part) {
   if (!m.by_column) {
     const int64_t chunks = (m.length + kChunk - 1) / kChunk, first = part % chunks * kChunk;
     const int total = least(m.length - first, int(kChunk));
-    return {part / chunks * m.length + first, kLanes, (total + kLanes - 1) / kLanes, kLanes, total,
-            m.sums + part * width};
+    return {
+        part / chunks * m.length + first, kLanes, (total + kLanes - 1) / kLanes, kLanes, total, m.sums + part * width};
   }
-  const int64_t spans = (m.length + kLanes - 1) / kLanes, row = part / spans * kBlockRows, column = part % spans * kLanes;
+  const int64_t spans = (m.length + kLanes - 1) / kLanes, row = part / spans * kBlockRows,
+                column = part % spans * kLanes;
   const int rows = least(m.numel / m.length - row, kBlockRows), lanes = least(m.length - column, kLanes);
-  return {row * m.length + column, m.length, rows, lanes, rows * kLanes,
+  return {row * m.length + column,
+          m.length,
+          rows,
+          lanes,
+          rows * kLanes,
           m.sums + (part / spans * m.length + column) * width};
 }
 
@@ -54,7 +59,7 @@ FI_DEVICE void input_unit(const MeasureTask& m, int i, int64_t e, int n, T* to) 
 template <class T, int kSame, int kVectors>
 FI_DEVICE void stage_lines(const MeasureTask& m, const Slab& slab, int a, int b, int line, T* to) {
   constexpr int kAtOnce = lines_at_once<T, kVectors>(), kUnits = kLanes / kUnit, kItems = kAtOnce * kUnits;
-#pragma unroll (kSame == kAnyDType ? 1 : 4)
+#pragma unroll(kSame == kAnyDType ? 1 : 4)
   for (int item = int(thread_index()); item < kVectors * kItems; item += kLanes) {
     const int v = item / kItems, l = line + item % kItems / kUnits, lane = item % kUnits * kUnit;
     const int i = (v < kGroup ? a : b) + v % kGroup;
