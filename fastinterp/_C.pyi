@@ -55,6 +55,8 @@ class Masks:
     def __init__(self, count: int, numel: int) -> None: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def filled(self) -> bool: ...  # a pump has been given them to fill
 
 def fold(pieces: Sequence[tuple[Any, Any]]) -> tuple[memoryview, memoryview]:
     """The answer to a measure or a survey of keeps, as `Pump.answers` has it, from those of its pieces, in order.

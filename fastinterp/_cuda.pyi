@@ -1,7 +1,7 @@
 """The CUDA extension: devices and their memory, queues of work, and kernels. Private; addresses are trusted.
 
-Built only where there is a CUDA compiler; importing it needs no driver. Calls of CUDA that fail raise BackendError, which
-names call, device and bytes; OutOfMemory, if there is too little memory.
+Built only where there is a CUDA compiler; importing it needs no driver. Calls of CUDA that fail raise BackendError,
+which names call, device and bytes; OutOfMemory, if there is too little memory.
 """
 
 from collections.abc import Mapping, Sequence

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,12 @@ from numpy.typing import NDArray
 
 from fastinterp.compute.dtypes import DType
 from fastinterp.compute.ops import Row
+from fastinterp.errors import BackendError
+from tests import cuda_combine, cuda_host
 from tests.cases import Case, Guarded
 
 ISAS = ("scalar", "avx2", "avx512", "neon")  # of csrc/cpu
+EMULATED = "cuda-emulated"  # the CUDA kernels on the host, see tests/cuda_host
 
 
 def usable() -> list[str]:
@@ -23,6 +29,38 @@ def usable() -> list[str]:
     except ImportError:
         return []
     return [isa for isa in ISAS if isa in _C.isas()]
+
+
+def combining() -> list[str]:
+    """The backends that can do a combine here: instruction sets, and CUDA on a device or emulated."""
+    return usable() + [name for name in ("cuda", EMULATED) if name not in _cuda_skipped()]
+
+
+@cache
+def _cuda_skipped() -> dict[str, str]:
+    from fastinterp.compute import cuda
+
+    reasons = {}
+    try:
+        if cuda.device_count() == 0:
+            reasons["cuda"] = "there is no device"
+    except BackendError as error:
+        reasons["cuda"] = str(error)
+    if why := cuda_host.missing():
+        reasons[EMULATED] = why
+    if not shutil.which("nvcc"):
+        reasons["nvcc"] = "it is not on PATH, so what it makes of the CUDA kernels is not looked at"
+    return reasons
+
+
+def cuda_module(name: str) -> ModuleType:
+    """fastinterp._cuda, or its emulation, begun anew."""
+    if name == EMULATED:
+        cuda_host.fake().reset(cuda_host.Fake.DEFERRED)
+        return cuda_host.module()
+    from fastinterp import _cuda
+
+    return _cuda
 
 
 def mergekit_missing() -> str:
@@ -37,7 +75,7 @@ def mergekit_missing() -> str:
 def skipped() -> dict[str, str]:
     """What cannot be tested here, and why: name -> reason."""
     oracle = {"mergekit": reason} if (reason := mergekit_missing()) else {}
-    return _isas_skipped() | oracle
+    return _isas_skipped() | _cuda_skipped() | oracle
 
 
 def _isas_skipped() -> dict[str, str]:
@@ -57,7 +95,7 @@ def missing_required() -> list[str]:
     """What FASTINTERP_REQUIRE (a list with commas) demands and is not usable, with reasons."""
     required = [name.strip() for name in os.environ.get("FASTINTERP_REQUIRE", "").split(",") if name.strip()]
     reasons = skipped()
-    known = (*ISAS, "mergekit")
+    known = (*ISAS, "cuda", EMULATED, "nvcc", "mergekit")
     return [f"{name} ({reasons.get(name, 'unknown')})" for name in required if name in reasons or name not in known]
 
 
@@ -71,6 +109,10 @@ def run(
     **options: Any,
 ) -> list[dict[str, float]]:
     """One native combine of whole buffers; `options` as for `_C.combine`. Returns the statistics of each row."""
+    if isa in ("cuda", EMULATED):
+        found = cuda_combine.run(cuda_module(isa), inputs, dtypes, rows, outputs, out_dtype, **options)
+        assert isa == "cuda" or cuda_host.fake().wrong() == ""
+        return found
     from fastinterp import _C
 
     numel = inputs[0].view.size * 8 // dtypes[0].bits

@@ -263,6 +263,11 @@ class Guarded:
     def address(self) -> int:
         return self._all.ctypes.data + self._start
 
+    @property
+    def whole(self) -> NDArray[np.uint8]:
+        """The buffer with what lies around it."""
+        return self._all
+
     def intact(self) -> bool:
         """Nothing was written beside the buffer."""
         end = self._start + self.view.size

@@ -19,6 +19,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> list[str]:
     skipped = [f"{name} ({reason})" for name, reason in backends.skipped().items()]
     return [
-        f"fastinterp backends tested: {', '.join(['reference', *backends.usable()])}",
+        f"fastinterp backends tested: {', '.join(['reference', *backends.combining()])}",
         f"fastinterp backends skipped: {', '.join(skipped) or 'none'}",
     ]

@@ -47,7 +47,7 @@ class Rig:
 
 
 def addressed(rig: Rig, step: Mapping[str, Any], data: Sequence[Raw], first: int, count: int, offset: int) -> Any:
-    """The piece of elements [first, first + count); inputs and outputs lie `offset` times odd numbers off a boundary."""
+    """The piece of elements [first, first + count); its inputs lie `offset` times odd numbers off a boundary."""
     inputs = []
     for i, (source, _, code) in enumerate(step["inputs"]):
         size = pieces._SIZES[code]

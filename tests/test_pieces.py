@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastinterp._C import CHUNK, STRIP, Counts, fold
+from fastinterp._C import CHUNK, STRIP, Counts, Masks, fold
 from fastinterp.compute import pieces
 from fastinterp.compute.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
 from fastinterp.compute.requests import ALL_BITS
+from tests.cases import Guarded
 from tests.pumps import code, guarded, memory, raws, run
 
 KEEP = {"least": 0x39000000, "most": ALL_BITS, "lo": 1 << 32, "hi": 1 << 32, "key": 0}
@@ -117,3 +118,38 @@ def test_counts_from_bins():
     for bad in (b"", b"abc", np.zeros(3)):
         with pytest.raises(ValueError, match=r"bin|uint32"):
             Counts(0, 0, 0, bad)
+
+
+def test_masks_that_nobody_filled_are_drawn_again():
+    """What the pump writes from masks, and without them."""
+    dtypes, numel = [BF16, BF16], 1000
+    keep = {"least": 0, "most": ALL_BITS, "lo": 1 << 31, "hi": 1 << 31, "key": 77}
+    data, masks = raws("normal", dtypes, numel), Masks(1, numel)
+    inputs = [(i, 0, code(d)) for i, d in enumerate(dtypes)]
+    term = {"input": 1, "weight": 0.5, "vote": 0.0, "share": 0.0, "alone": 0.0, "importance": -1, "keep": keep,
+            "known": (masks, 0)}  # fmt: skip
+    output = {"base": 0, "terms": [term], "votes": False, "divides": False, "alone": False, "least_share": 0.0,
+              "other_share": 1.0, "limit": math.inf, "score": None}  # fmt: skip
+    step = {"kind": "masked", "inputs": inputs, "numel": numel, "columns": numel, "sinks": [0], "offsets": [0],
+            "out_dtype": BF16.code, "masked": [output]}  # fmt: skip
+    kept = {"kind": "kept", "inputs": inputs, "numel": numel, "columns": numel, "keeps": [KEEP, keep], "score": None,
+            "l1": False, "squares": False, "masks": (masks, [-1, 0])}  # fmt: skip
+    sources, sinks = guarded(data), [Guarded(2 * numel, 5) for _ in range(2)]
+    with pytest.raises(ValueError, match="none of the masks"):
+        run("", [step], memory(sources), memory(sinks[:1]))
+    run("", [dict(pieces.for_pump(step))], memory(sources), memory(sinks[:1]))
+    assert pieces.for_pump(kept) is kept
+    filled = [masks.filled]
+    run("", [kept], memory(sources), [])
+    assert [*filled, masks.filled] == [False, True] and pieces.for_pump(step) == step
+    run("", [step], memory(sources), memory(sinks[1:]))
+    assert sinks[0].view.tobytes() == sinks[1].view.tobytes() != data[0].tobytes()
+
+
+def test_keeps_by_rank_are_told():
+    def has(kind: str, lo: int) -> bool:
+        keeps = [{**KEEP, "lo": lo, "hi": 1 << 31}] * 2
+        return pieces.has_ranks({"kind": kind, "keeps": keeps, "masked": [{"terms": [{"keep": k} for k in keeps]}]})
+
+    assert has("kept", 5) and has("masked", 5)
+    assert not has("kept", 1 << 31) and not has("masked", 1 << 31) and not has("measure", 5)

@@ -20,7 +20,8 @@ void add_terms(const py::dict& d, MaskedTask* task) {
   };
   const auto terms = d["terms"].cast<py::list>();
   if (terms.empty() || terms.size() > size_t(kMaxInputs))
-    throw py::value_error("expected 1 to " + std::to_string(kMaxInputs) + " terms, got " + std::to_string(terms.size()));
+    throw py::value_error("expected 1 to " + std::to_string(kMaxInputs) + " terms, got " +
+                          std::to_string(terms.size()));
   task->reads = 0;
   task->base = input(d["base"]);
   task->n_terms = int(terms.size());
@@ -29,9 +30,12 @@ void add_terms(const py::dict& d, MaskedTask* task) {
     const bool important = t["importance"].cast<int>() >= 0;
     if (i == 0) task->important = important;
     if (important != task->important) throw py::value_error("all terms have an importance, or none");
-    task->terms[i] = {input(t["input"]),         important ? input(t["importance"]) : -1,
-                      t["weight"].cast<double>(), t["vote"].cast<double>(),
-                      t["share"].cast<double>(),  t["alone"].cast<double>(),
+    task->terms[i] = {input(t["input"]),
+                      important ? input(t["importance"]) : -1,
+                      t["weight"].cast<double>(),
+                      t["vote"].cast<double>(),
+                      t["share"].cast<double>(),
+                      t["alone"].cast<double>(),
                       keep_of(t["keep"].cast<py::dict>())};
   }
   task->votes = d["votes"].cast<bool>();
@@ -41,7 +45,8 @@ void add_terms(const py::dict& d, MaskedTask* task) {
   task->other_share = d["other_share"].cast<double>();
   task->limit = d["limit"].cast<double>();
   task->wide = false;
-  for (int i = 0; i < inputs; ++i) task->wide = task->wide || (task->reads >> i & 1 && task->inputs.in[i] == DType::F64);
+  for (int i = 0; i < inputs; ++i)
+    task->wide = task->wide || (task->reads >> i & 1 && task->inputs.in[i] == DType::F64);
 }
 
 std::shared_ptr<Pending> run_one(Queue* queue, const py::dict& piece) {

@@ -33,7 +33,8 @@ struct Kind {
 };
 
 // One row per file bind_NAME.cpp; the table that lists them stands in bindings.cpp.
-extern const Kind kCombine, kKept, kMasked, kMeasure, kMeasureDeltas;
+extern const Kind kCombine, kCombineRows, kCombineColumns, kHistogram, kKept, kMasked, kMeasure, kMeasureRows,
+    kMeasureColumns, kMeasureDeltas, kMeasureDeltasRows, kMeasureDeltasColumns;
 
 // ---- for the functions of kinds. All throw pybind11::value_error, or what a conversion throws. ----------------------
 

@@ -20,9 +20,7 @@ SampledOutputs::SampledOutputs(const Operands& operands, const Outputs& outputs)
   chunks_.chunks = chunks_.first_chunk <= last ? (last - chunks_.first_chunk) / every + 1 : 0;
 }
 
-int64_t SampledOutputs::bytes_of_output() const {
-  return kCountBytes + chunks_.chunks * int64_t(sizeof(ChunkSample));
-}
+int64_t SampledOutputs::bytes_of_output() const { return kCountBytes + chunks_.chunks * int64_t(sizeof(ChunkSample)); }
 
 void SampledOutputs::prepare(Queue* queue) {
   if (chunks_.every == 0) return;

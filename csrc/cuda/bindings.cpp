@@ -15,7 +15,20 @@ using fi::cuda::Kind;
 using fi::cuda::Pending;
 using fi::cuda::Queue;
 
-const Kind* const kKinds[] = {&fi::cuda::kCombine, &fi::cuda::kKept, &fi::cuda::kMasked, &fi::cuda::kMeasure, &fi::cuda::kMeasureDeltas};
+const Kind* const kKinds[] = {
+    &fi::cuda::kCombine,
+    &fi::cuda::kCombineRows,
+    &fi::cuda::kCombineColumns,
+    &fi::cuda::kHistogram,
+    &fi::cuda::kKept,
+    &fi::cuda::kMasked,
+    &fi::cuda::kMeasure,
+    &fi::cuda::kMeasureRows,
+    &fi::cuda::kMeasureColumns,
+    &fi::cuda::kMeasureDeltas,
+    &fi::cuda::kMeasureDeltasRows,
+    &fi::cuda::kMeasureDeltasColumns,
+};
 
 // "combine", or by rows or columns "combine by row".
 std::string kind_name(const py::dict& piece) {
@@ -73,6 +86,7 @@ std::unique_ptr<Queue> make_queue(const Device& device, std::optional<uintptr_t>
 
 PYBIND11_MODULE(_cuda, m) {
   using Free = py::call_guard<py::gil_scoped_release>;
+  const py::module_local local;  // tests load an emulation of this module, which has the same classes, beside it
   m.doc() = "fastinterp's CUDA kernels, and what they need of CUDA's runtime.";
 
   py::register_local_exception_translator([](std::exception_ptr given) {
@@ -91,26 +105,26 @@ PYBIND11_MODULE(_cuda, m) {
   });
   m.def("device_count", &fi::cuda::device_count, Free());
 
-  py::class_<Buffer>(m, "Buffer", py::buffer_protocol())
+  py::class_<Buffer>(m, "Buffer", local, py::buffer_protocol())
       .def_buffer(&bytes_of)
       .def_property_readonly("address", &Buffer::address)
       .def_property_readonly("nbytes", &Buffer::bytes)
       .def_property_readonly("view", &view_of)
       .def("free", &Buffer::free, Free());
-  py::class_<Event, std::shared_ptr<Event>>(m, "Event")
+  py::class_<Event, std::shared_ptr<Event>>(m, "Event", local)
       .def("done", &Event::done, Free())
       .def("wait", &Event::wait, Free());
-  py::class_<Pending, std::shared_ptr<Pending>>(m, "Pending")
+  py::class_<Pending, std::shared_ptr<Pending>>(m, "Pending", local)
       .def("answer", &Pending::answer)
       .def("stats", &Pending::stats);
-  py::class_<Queue>(m, "Queue")
+  py::class_<Queue>(m, "Queue", local)
       .def_property_readonly("handle", [](const Queue& q) { return reinterpret_cast<uintptr_t>(q.stream()); })
       .def("upload", &Queue::upload, py::arg("to"), py::arg("host"), py::arg("nbytes"), Free())
       .def("download", &Queue::download, py::arg("host"), py::arg("of"), py::arg("nbytes"), Free())
       .def("run", &run, py::arg("pieces"))
       .def("record", &Queue::record, Free())
       .def("after", &Queue::after, py::arg("event"), Free());
-  py::class_<Device>(m, "Device")
+  py::class_<Device>(m, "Device", local)
       .def(py::init<int>(), py::arg("index"))
       .def_property_readonly("label", [](const Device& d) { return fi::cuda::device_label(d.index); })
       .def(

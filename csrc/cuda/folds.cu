@@ -27,9 +27,7 @@ FI_KERNEL(kThreads, 4) fold_kernel(FI_ARGUMENT FoldTask task, const double* part
 
 }  // namespace
 
-int64_t fold_scratch(const FoldTask& task) {
-  return task.count > 1 ? task.rows * groups(task.count) * task.width : 0;
-}
+int64_t fold_scratch(const FoldTask& task) { return task.count > 1 ? task.rows * groups(task.count) * task.width : 0; }
 
 double* fold_parts(const FoldTask& task, double* parts, double* scratch, cudaStream_t stream) {
   double *from = parts, *to = scratch;

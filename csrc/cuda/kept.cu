@@ -5,8 +5,8 @@ namespace cuda {
 
 namespace {
 
-constexpr int kOwn = 4, kKinds = 5;         // deltas whose sums a block finds; of each, so many
-constexpr int kSpan = kLanes * kUnit;       // elements whose random keeps are drawn at a time
+constexpr int kOwn = 4, kKinds = 5;    // deltas whose sums a block finds; of each, so many
+constexpr int kSpan = kLanes * kUnit;  // elements whose random keeps are drawn at a time
 constexpr int kShared = kOwn * kKinds * kLanes;
 static_assert(kSpan <= kShared && kUnit == kCounterElements, "a thread draws what as many as it has elements need");
 
@@ -37,7 +37,7 @@ FI_DEVICE uint64_t kept_bits(const KeptTask& task, int64_t at, uint64_t drawn, D
     if (magnitude(score) < task.score.least) return 0;
   }
   uint64_t bits = 0;
-#pragma unroll (kMost ? kMost : 1)
+#pragma unroll(kMost ? kMost : 1)
   for (int t = 0; t < (kMost ? kMost : terms); ++t)
     if (t < terms && in_range(task.keeps[t + 1], magnitude(delta(t)))) bits |= uint64_t(1) << t;
   return bits & drawn;

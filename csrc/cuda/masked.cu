@@ -6,8 +6,8 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = kSampleThreads, kGroupsAtOnce = kThreads / kPhiloxLanes;  // groups of kKeepGroup elements
-constexpr int kPasses = 2;                                             // of a block
-constexpr int kFew = 4;                                                // deltas that stay in registers
+constexpr int kPasses = 2;                                                         // of a block
+constexpr int kFew = 4;                                                            // deltas that stay in registers
 constexpr int kAnyDType = -1;
 
 // kSame: the dtype of all inputs and of the output, which is rounded to nearest; or kAnyDType.
@@ -34,7 +34,7 @@ FI_DEVICE T delta_of(const MaskedTask& m, int t, int64_t at, T p, bool* odd) {
 template <class T, int kSame, int kMost, class Delta>
 FI_DEVICE T important_step(const MaskedTask& m, int64_t at, Delta delta, bool* odd) {
   T step = 0, share = 0;
-#pragma unroll (kMost ? kMost : 1)
+#pragma unroll(kMost ? kMost : 1)
   for (int t = 0; t < (kMost ? kMost : m.n_terms); ++t) {
     if (t >= m.n_terms) continue;
     const MaskedTaskTerm& term = m.terms[t];
@@ -53,7 +53,7 @@ FI_DEVICE T masked_step(const MaskedTask& m, Delta delta, Kept kept) {
   const int terms = kMost ? kMost : m.n_terms;
   T votes = 0;
   if (m.votes) {
-#pragma unroll (kMost ? kMost : 1)
+#pragma unroll(kMost ? kMost : 1)
     for (int t = 0; t < terms; ++t) {
       if (t >= m.n_terms || m.terms[t].vote == 0) continue;
       const T d = delta(t);
@@ -62,7 +62,7 @@ FI_DEVICE T masked_step(const MaskedTask& m, Delta delta, Kept kept) {
   }
   T step = 0, share = 0, alone = 0;
   int count = 0;
-#pragma unroll (kMost ? kMost : 1)
+#pragma unroll(kMost ? kMost : 1)
   for (int t = 0; t < terms; ++t) {
     if (t >= m.n_terms) continue;
     const MaskedTaskTerm& term = m.terms[t];
@@ -168,7 +168,8 @@ FI_DEVICE void each_step(const MaskedTask& m, int64_t group, uint8_t* shared, Ta
 // Counts are of the inputs themselves, because a NaN that is dropped does not reach the output.
 FI_RARE void count(const MaskedTask& m, int64_t at) {
   for (int i = 0; i < kMaxInputs; ++i)
-    if (m.reads >> i & 1) count_one(widen_any<double>(m.inputs.in[i], m.inputs.x[i], at), m.stats.counts, m.stats.counts + 1);
+    if (m.reads >> i & 1)
+      count_one(widen_any<double>(m.inputs.in[i], m.inputs.x[i], at), m.stats.counts, m.stats.counts + 1);
   count_one(widen_any<double>(m.store.dtype, m.out, at), m.stats.counts + 2, m.stats.counts + 3);
 }
 

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kGroup = 4;  // vectors that a block takes from one place: ten products in registers
 constexpr int kStageBytes = 32 << 10;
+constexpr int kAnyDType = -1;
 
 FI_DEVICE int least(int64_t a, int b) { return a < b ? int(a) : b; }
 
@@ -24,27 +25,41 @@ FI_DEVICE Slab slab_of(const MeasureTask& m, int64_t part) {
   if (!m.by_column) {
     const int64_t chunks = (m.length + kChunk - 1) / kChunk, first = part % chunks * kChunk;
     const int total = least(m.length - first, int(kChunk));
-    return {part / chunks * m.length + first, kLanes, (total + kLanes - 1) / kLanes, kLanes, total,
-            m.sums + part * width};
+    return {
+        part / chunks * m.length + first, kLanes, (total + kLanes - 1) / kLanes, kLanes, total, m.sums + part * width};
   }
-  const int64_t spans = (m.length + kLanes - 1) / kLanes, row = part / spans * kBlockRows, column = part % spans * kLanes;
+  const int64_t spans = (m.length + kLanes - 1) / kLanes, row = part / spans * kBlockRows,
+                column = part % spans * kLanes;
   const int rows = least(m.numel / m.length - row, kBlockRows), lanes = least(m.length - column, kLanes);
-  return {row * m.length + column, m.length, rows, lanes, rows * kLanes,
+  return {row * m.length + column,
+          m.length,
+          rows,
+          lanes,
+          rows * kLanes,
           m.sums + (part / spans * m.length + column) * width};
 }
 
 // Lines that lie in shared memory at a time.
 template <class T, int kVectors>
 FI_HD constexpr int lines_at_once() {
-  constexpr int kFit = kStageBytes / (kVectors * kLanes * int(sizeof(T)));
-  return kFit < 8 ? kFit : 8;
+  return kStageBytes / (kVectors * kLanes * int(sizeof(T)));
+}
+
+// kSame: the dtype of all inputs, or kAnyDType.
+template <class T, int kSame>
+FI_DEVICE void input_unit(const MeasureTask& m, int i, int64_t e, int n, T* to) {
+  if constexpr (kSame != kAnyDType)
+    unit<T, DType(kSame)>(m.inputs.x[i], e, n, to);
+  else
+    unit<T>(m.inputs.in[i], m.inputs.x[i], e, n, to);
 }
 
 // Lines `line` and on of vectors a, a + 1, and so on, from the kGroup-th on b, b + 1, and so on: element i of line l of
 // vector v goes to to[(v * kAtOnce + l) * kLanes + i]. What does not exist is 0.
-template <class T, int kVectors>
+template <class T, int kSame, int kVectors>
 FI_DEVICE void stage_lines(const MeasureTask& m, const Slab& slab, int a, int b, int line, T* to) {
   constexpr int kAtOnce = lines_at_once<T, kVectors>(), kUnits = kLanes / kUnit, kItems = kAtOnce * kUnits;
+#pragma unroll(kSame == kAnyDType ? 1 : 4)
   for (int item = int(thread_index()); item < kVectors * kItems; item += kLanes) {
     const int v = item / kItems, l = line + item % kItems / kUnits, lane = item % kUnits * kUnit;
     const int i = (v < kGroup ? a : b) + v % kGroup;
@@ -52,10 +67,10 @@ FI_DEVICE void stage_lines(const MeasureTask& m, const Slab& slab, int a, int b,
     T x[kUnit];
     if (i < m.n && l < slab.lines && here > 0) {
       const int64_t e = slab.at + l * slab.stride + lane;
-      unit<T>(m.inputs.in[i], m.inputs.x[i], e, here, x);
+      input_unit<T, kSame>(m, i, e, here, x);
       if (m.deltas && i > 0) {
         T p[kUnit];
-        unit<T>(m.inputs.in[0], m.inputs.x[0], e, here, p);
+        input_unit<T, kSame>(m, 0, e, here, p);
         for (int j = 0; j < kUnit; ++j) x[j] -= p[j];
       }
     } else {
@@ -67,15 +82,16 @@ FI_DEVICE void stage_lines(const MeasureTask& m, const Slab& slab, int a, int b,
 }
 
 // Runs take(values) for every line, values those of the thread's lane of each vector.
-template <class T, int kVectors, class Take>
+template <class T, int kSame, int kVectors, class Take>
 FI_DEVICE void each_line(const MeasureTask& m, const Slab& slab, int a, int b, T* staged, Take take) {
   constexpr int kAtOnce = lines_at_once<T, kVectors>();
   const int lane = int(thread_index());
   for (int line = 0; line < slab.lines; line += kAtOnce) {
     sync_threads();  // what was staged before has been used
-    stage_lines<T, kVectors>(m, slab, a, b, line, staged);
+    stage_lines<T, kSame, kVectors>(m, slab, a, b, line, staged);
     sync_threads();
     const int here = least(slab.lines - line, kAtOnce);
+#pragma unroll 2
     for (int l = 0; l < here; ++l) {
       T x[kVectors];
       for (int v = 0; v < kVectors; ++v) x[v] = staged[(v * kAtOnce + l) * kLanes + lane];
@@ -102,12 +118,12 @@ FI_DEVICE void give(const MeasureTask& m, const Slab& slab, const double* sum, d
 }
 
 // All sums of vectors a, a + 1, and so on among themselves. Some of them may not exist.
-template <class T, int kVectors>
+template <class T, int kSame, int kVectors>
 FI_DEVICE void measure_group(const MeasureTask& m, const Slab& slab, int a, double* shared) {
   constexpr int kPairs = kVectors * (kVectors + 1) / 2, kSums = kPairs + 2 * kVectors;
   double sum[kSums] = {};
   int nonzero[kVectors] = {};
-  each_line<T, kVectors>(m, slab, a, a, reinterpret_cast<T*>(shared), [&](const T* x) {
+  each_line<T, kSame, kVectors>(m, slab, a, a, reinterpret_cast<T*>(shared), [&](const T* x) {
     double wide[kVectors];
     for (int i = 0; i < kVectors; ++i) {
       nonzero[i] += x[i] != 0;
@@ -134,7 +150,7 @@ FI_DEVICE void measure_group(const MeasureTask& m, const Slab& slab, int a, doub
 template <class T>
 FI_DEVICE void measure_products(const MeasureTask& m, const Slab& slab, int a, int b, double* shared) {
   double sum[kGroup * kGroup] = {};
-  each_line<T, 2 * kGroup>(m, slab, a, b, reinterpret_cast<T*>(shared), [&](const T* x) {
+  each_line<T, kAnyDType, 2 * kGroup>(m, slab, a, b, reinterpret_cast<T*>(shared), [&](const T* x) {
     for (int i = 0; i < kGroup; ++i)
       for (int j = 0; j < kGroup; ++j)
         sum[i * kGroup + j] = fma_once(double(x[i]), double(x[kGroup + j]), sum[i * kGroup + j]);
@@ -146,54 +162,58 @@ FI_DEVICE void measure_products(const MeasureTask& m, const Slab& slab, int a, i
   });
 }
 
-constexpr int kMostSums = kGroup * (kGroup + 1) / 2 + 2 * kGroup;  // those of a group; of two there are fewer
+FI_HD constexpr int group_sums(int vectors) { return vectors * (vectors + 1) / 2 + 2 * vectors; }
 
 // Shared memory for float64 numbers: for the lines of so many vectors, and later for lanes that fold.
-template <class T, int kVectors, int kSums>
+template <class T, int kVectors>
 FI_HD constexpr int shared_size() {
-  constexpr int kStage = kVectors * lines_at_once<T, kVectors>() * kLanes * int(sizeof(T)) / 8, kFold = kSums * kLanes;
+  constexpr int kStage = kVectors * lines_at_once<T, kVectors>() * kLanes * int(sizeof(T)) / 8;
+  constexpr int kFold = group_sums(kVectors < kGroup ? kVectors : kGroup) * kLanes;
   return kStage > kFold ? kStage : kFold;
 }
 
-// kVectors: how many there are; 0: more than kGroup.
-template <class T, int kVectors>
-FI_KERNEL(kLanes, kVectors == 0 ? 2 : sizeof(T) == 8 ? 3 : kVectors > 2 ? 4 : 5) measure_kernel(FI_ARGUMENT MeasureTask m) {
-  if constexpr (kVectors) {
-    FI_SHARED double shared[shared_size<T, kVectors, kVectors*(kVectors + 1) / 2 + 2 * kVectors>()];
-    measure_group<T, kVectors>(m, slab_of(m, block_index()), 0, shared);
-  } else {
-    FI_SHARED double shared[shared_size<T, 2 * kGroup, kMostSums>()];
-    // Blocks that read the same elements stand next to each other.
-    const int groups = (m.n + kGroup - 1) / kGroup, pairs = groups * (groups + 1) / 2;
-    int i = 0, j = int(block_index()) % pairs;
-    for (; j >= groups - i; ++i) j -= groups - i;
-    const Slab slab = slab_of(m, block_index() / uint32_t(pairs));
-    if (j == 0)
-      measure_group<T, kGroup>(m, slab, i * kGroup, shared);
-    else
-      measure_products<T>(m, slab, i * kGroup, (i + j) * kGroup, shared);
-  }
+// As many inputs as kVectors says, all of one dtype, which float32 holds.
+template <int kSame, int kVectors>
+FI_KERNEL(kLanes, kVectors > 2 ? 3 : 4)
+measure_kernel(FI_ARGUMENT MeasureTask m) {
+  FI_SHARED double shared[shared_size<float, kVectors>()];
+  measure_group<float, kSame, kVectors>(m, slab_of(m, block_index()), 0, shared);
 }
 
+// Any inputs.
 template <class T>
-void launch(const MeasureTask& task, uint32_t parts, cudaStream_t stream) {
-  const uint32_t groups = uint32_t(task.n + kGroup - 1) / kGroup;
-  switch (task.n) {
-    case 1:
-      FI_LAUNCH((measure_kernel<T, 1>), parts, kLanes, stream, task);
-      return;
-    case 2:
-      FI_LAUNCH((measure_kernel<T, 2>), parts, kLanes, stream, task);
-      return;
-    case 3:
-      FI_LAUNCH((measure_kernel<T, 3>), parts, kLanes, stream, task);
-      return;
-    case 4:
-      FI_LAUNCH((measure_kernel<T, 4>), parts, kLanes, stream, task);
-      return;
-    default:
-      FI_LAUNCH((measure_kernel<T, 0>), parts * groups * (groups + 1) / 2, kLanes, stream, task);
-  }
+FI_KERNEL(kLanes, 2)
+measure_any_kernel(FI_ARGUMENT MeasureTask m) {
+  FI_SHARED double shared[shared_size<T, 2 * kGroup>()];
+  // Blocks that read the same elements stand next to each other.
+  const int groups = (m.n + kGroup - 1) / kGroup, pairs = groups * (groups + 1) / 2;
+  int i = 0, j = int(block_index()) % pairs;
+  for (; j >= groups - i; ++i) j -= groups - i;
+  const Slab slab = slab_of(m, block_index() / uint32_t(pairs));
+  if (j == 0)
+    measure_group<T, kAnyDType, kGroup>(m, slab, i * kGroup, shared);
+  else
+    measure_products<T>(m, slab, i * kGroup, (i + j) * kGroup, shared);
+}
+
+template <int kSame>
+void launch_same(const MeasureTask& task, uint32_t blocks, cudaStream_t stream) {
+  if (task.n == 1)
+    FI_LAUNCH((measure_kernel<kSame, 1>), blocks, kLanes, stream, task);
+  else if (task.n == 2)
+    FI_LAUNCH((measure_kernel<kSame, 2>), blocks, kLanes, stream, task);
+  else if (task.n == 3)
+    FI_LAUNCH((measure_kernel<kSame, 3>), blocks, kLanes, stream, task);
+  else
+    FI_LAUNCH((measure_kernel<kSame, 4>), blocks, kLanes, stream, task);
+}
+
+void launch_any(const MeasureTask& task, uint32_t parts, cudaStream_t stream) {
+  const uint32_t groups = uint32_t(task.n + kGroup - 1) / kGroup, blocks = parts * groups * (groups + 1) / 2;
+  if (task.wide)
+    FI_LAUNCH(measure_any_kernel<double>, blocks, kLanes, stream, task);
+  else
+    FI_LAUNCH(measure_any_kernel<float>, blocks, kLanes, stream, task);
 }
 
 }  // namespace
@@ -208,7 +228,16 @@ void measure(const MeasureTask& task, cudaStream_t stream) {
   const FoldTask parts = measure_parts(task);
   const int64_t spans = task.by_column ? (task.length + kLanes - 1) / kLanes : 1;
   const uint32_t blocks = uint32_t(parts.rows * parts.count * spans);
-  task.wide ? launch<double>(task, blocks, stream) : launch<float>(task, blocks, stream);
+  bool same = task.n <= kGroup;
+  for (int i = 1; i < task.n; ++i) same = same && task.inputs.in[i] == task.inputs.in[0];
+  if (same && task.inputs.in[0] == DType::BF16)
+    launch_same<int(DType::BF16)>(task, blocks, stream);
+  else if (same && task.inputs.in[0] == DType::F16)
+    launch_same<int(DType::F16)>(task, blocks, stream);
+  else if (same && task.inputs.in[0] == DType::F32)
+    launch_same<int(DType::F32)>(task, blocks, stream);
+  else
+    launch_any(task, blocks, stream);
 }
 
 }  // namespace cuda

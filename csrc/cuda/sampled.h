@@ -39,7 +39,8 @@ struct Sampling {
 FI_DEVICE void give_sample(const OutputStats& stats, const Sampling& own) {
   FI_SHARED double sums[5][kSampleThreads];
   const uint32_t me = thread_index();
-  sums[0][me] = own.sampled, sums[1][me] = own.changed, sums[2][me] = own.pp, sums[3][me] = own.dd, sums[4][me] = own.od;
+  sums[0][me] = own.sampled, sums[1][me] = own.changed, sums[2][me] = own.pp, sums[3][me] = own.dd,
+  sums[4][me] = own.od;
   for (uint32_t half = kSampleThreads / 2; half > 0; half /= 2) {
     sync_threads();
     if (me < half)

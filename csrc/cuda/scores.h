@@ -71,11 +71,11 @@ FI_DEVICE T score_of(const ScoreTask& score, int terms, int64_t e, Delta delta) 
     return (d < 0 ? -d : d) * T(score.factors[e / score.columns - score.first_row]);
   }
   T mean = 0, sum = 0;
-#pragma unroll (kMost ? kMost : 1)
+#pragma unroll(kMost ? kMost : 1)
   for (int t = 0; t < (kMost ? kMost : terms); ++t)
     if (t < terms) mean += delta(t);
   mean /= T(terms);
-#pragma unroll (kMost ? kMost : 1)
+#pragma unroll(kMost ? kMost : 1)
   for (int t = 0; t < (kMost ? kMost : terms); ++t) {
     if (t >= terms) continue;
     const T away = delta(t) - mean;

@@ -38,11 +38,13 @@ FI_DEVICE void unit(const void* x, int64_t i, int n, T* to) {
   for (int j = 0; j < kUnit; ++j) to[j] = j < n ? widen_at<T, D>(x, i + j) : T(0);
 }
 
+// T is double where it may be F64.
 template <class T>
 FI_DEVICE void unit(DType dtype, const void* x, int64_t i, int n, T* to) {
   switch (dtype) {
     case DType::F64:
-      return unit<T, DType::F64>(x, i, n, to);
+      if constexpr (sizeof(T) == 8) unit<T, DType::F64>(x, i, n, to);
+      return;
     case DType::F32:
       return unit<T, DType::F32>(x, i, n, to);
     case DType::F16:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fastinterp.compute.pieces import has_ranks
 from fastinterp.errors import BackendError
 
 if TYPE_CHECKING:
@@ -78,4 +79,6 @@ class CudaDevice:
     def refuses(self, step: Mapping[str, Any]) -> str | None:
         per = step.get("per", "tensor")
         name = step["kind"] if per == "tensor" else f"{step['kind']} by {per}"
-        return None if name in self._kinds else f"no CUDA kernel for {name}"
+        if name not in self._kinds:
+            return f"no CUDA kernel for {name}"
+        return "random keeps by rank" if has_ranks(step) else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from fastinterp._C import CHUNK, STRIP, fold
 from fastinterp.compute.dtypes import DTYPES
@@ -50,6 +50,28 @@ def _grain(step: Mapping[str, Any]) -> tuple[int, bool]:
     return CHUNK, kind.startswith("measure") or kind == "kept"
 
 
+def has_ranks(step: Mapping[str, Any]) -> bool:
+    """Whether a step of kind "kept" or "masked" has random keeps by rank: those look at whole rows."""
+    keeps = step["keeps"][1:] if step["kind"] == "kept" else ()
+    if step["kind"] == "masked":
+        keeps = [term["keep"] for output in step["masked"] for term in output["terms"]]
+    return any(keep["lo"] != keep["hi"] for keep in keeps)
+
+
+def for_pump(step: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A step whose tensor's step of kind "kept" a device may have done: those fill no masks, as the pump does. The
+    elements of masks that were not filled are drawn again, with the same result.
+    """
+    if step["kind"] != "masked":
+        return step
+
+    def drawn(term: Mapping[str, Any]) -> Mapping[str, Any]:
+        known = term["known"]
+        return term if known is None or known[0].filled else {**term, "known": None}
+
+    return {**step, "masked": [{**out, "terms": [drawn(t) for t in out["terms"]]} for out in step["masked"]]}
+
+
 def join(step: Mapping[str, Any], answers: Sequence[Any]) -> Any:
     """The answer of a step from those of its pieces, in order; None if it writes.
 
@@ -69,8 +91,9 @@ def join(step: Mapping[str, Any], answers: Sequence[Any]) -> Any:
     return fold(list(answers))
 
 
-def _chained(parts: Sequence[memoryview], code: str) -> memoryview:
-    return memoryview(b"".join(parts)).cast(code)
+def _chained(parts: Sequence[memoryview], code: Literal["d", "q"]) -> memoryview:
+    whole: Any = memoryview(b"".join(parts)).cast(code)
+    return memoryview(whole)
 
 
 def join_stats(stats: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:

@@ -10,6 +10,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,16 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 CSRC, HERE = ROOT / "csrc", Path(__file__).resolve().parent
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
-FLAGS += ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")  # of unrolled loops
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")  # those are of unrolled loops
+
+
+def _compiler() -> list[str]:
+    return os.environ.get("CXX", "g++").split()
+
+
+def missing() -> str:
+    """Why the emulation cannot be built here; empty if it can."""
+    return "" if shutil.which(_compiler()[0]) else f"no C++ compiler: {_compiler()[0]}"
 
 
 def _compile(command: list[str]) -> None:
@@ -34,15 +44,15 @@ def _object(source: Path, folder: Path) -> Path:
     import pybind11
 
     includes = [f"-I{HERE / 'include'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    compiler = os.environ.get("CXX", "g++").split()
+    compiler, flags = _compiler(), [*FLAGS, *WARNINGS, *includes]
     headers = sorted([*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.h"), *(HERE / "include").glob("*.h")])
-    key = hashlib.sha256(repr((compiler, FLAGS, includes)).encode())
+    key = hashlib.sha256(repr((compiler, flags)).encode())
     for path in (source, *headers):
         key.update(path.read_bytes())
     target = folder / f"{source.stem}-{key.hexdigest()[:16]}.o"
     if not target.exists():
         made = target.with_suffix(f".{os.getpid()}.o")
-        _compile([*compiler, *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", str(made)])
+        _compile([*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(made)])
         made.replace(target)
     return target
 
@@ -59,7 +69,7 @@ def library() -> Path:
     target = folder / f"_cuda-{key}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not target.exists():
         made = target.with_suffix(f".{os.getpid()}")
-        _compile([*os.environ.get("CXX", "g++").split(), "-shared", "-pthread", "-o", str(made), *map(str, objects)])
+        _compile([*_compiler(), "-shared", "-pthread", "-o", str(made), *map(str, objects)])
         made.replace(target)
     return target
 
@@ -67,8 +77,9 @@ def library() -> Path:
 @cache
 def module() -> ModuleType:
     """The extension, loaded. It is put in no place of the package: a test does that, as it needs it."""
-    loader = importlib.machinery.ExtensionFileLoader("fastinterp._cuda", str(library()))
-    spec = importlib.util.spec_from_loader("fastinterp._cuda", loader)
+    name = f"{__name__}._cuda"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(library()))
+    spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
     loaded = importlib.util.module_from_spec(spec)
     loader.exec_module(loaded)
@@ -79,7 +90,7 @@ class Fake:
     """The controls of the runtime: modes, how many devices and how much memory, calls that fail, and what it saw."""
 
     EAGER, DEFERRED, THREADS = 0, 1, 2
-    MEMORY_ALLOCATION, INSUFFICIENT_DRIVER, LAUNCH_FAILURE = 2, 35, 719
+    MEMORY_ALLOCATION, INSUFFICIENT_DRIVER, NO_DEVICE, LAUNCH_FAILURE = 2, 35, 100, 719
 
     def __init__(self) -> None:
         self._lib = ctypes.CDLL(str(library()))
@@ -113,6 +124,12 @@ class Fake:
     def capture(self, handle: int, on: bool) -> None:
         """Let a stream say that it is captured for a CUDA graph."""
         self._lib.fake_capture(handle, int(on))
+
+    def sum(self, kind: int, threads: int, blocks: int) -> list[int]:
+        """Launch a kernel of faults.cpp. Returns the sums of the blocks."""
+        sums = (ctypes.c_int64 * blocks)()
+        self._lib.fake_sum(kind, threads, sums, blocks)
+        return list(sums)
 
     def wrong(self) -> str:
         """What kernels did wrong since the reset: barriers that not all reach, bytes written beside memory."""
