@@ -15,6 +15,8 @@ from tests import cuda_host
 from tests.checkpoints import MERGING, family, recipe, saved
 from tests.written import tree
 
+pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())
+
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[cuda_host.Fake]:
