@@ -1,4 +1,4 @@
-// A CUDA runtime on the host's memory, for tests. Streams hold work in order; how it is done is set by fake_mode:
+// A CUDA runtime on the host's memory, for tests. Streams hold work in order; fake_reset sets how it is done:
 //
 // kEager     at once
 // kDeferred  when somebody waits for it, or asks whether it is done; what is not awaited does not happen
