@@ -25,15 +25,16 @@ ASKS_NOTHING = {"linear", "task_arithmetic", "nearswap", "ram"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sum(device: HostDevice, dtype: torch.dtype):
+def test_sum(device: HostDevice, dtype: Any):
     """Put in without waiting; written when the device comes to it."""
     xs = [x.to(dtype) for x in TUNES]
-    for keys in ({}, {"pivot": BASE.half()}, {"dtype": "float32"}):
+    every: list[dict[str, Any]] = [{}, {"pivot": BASE.half()}, {"dtype": "float32"}]
+    for keys in every:
         there = {k: moved(v) if isinstance(v, torch.Tensor) else v for k, v in keys.items()}
         got = fastinterp.weighted_sum([moved(x) for x in xs], [0.5, 0.0, -1.25], **there)
         assert isinstance(got, OnHost) and not device.waits
         device.finish()
-        want = fastinterp.weighted_sum(xs, [0.5, 0.0, -1.25], **keys)  # type: ignore[arg-type]
+        want = fastinterp.weighted_sum(xs, [0.5, 0.0, -1.25], **keys)
         assert got.dtype == want.dtype and bits(got) == bits(want)
     assert device.runs == 3
 
@@ -190,7 +191,8 @@ def test_all_on_one_device(device: HostDevice):
     with pytest.raises(UsageError, match="base is on cpu, but tensor 0 on cuda:0"):
         fastinterp.merge_tensors([there], "slerp", base=BASE, parameters={"t": 0.5})
     with pytest.raises(UsageError, match="a of state dict 0 is on cuda:0, but b of state dict 1 on cuda:1"):
-        fastinterp.merge_state_dicts([{"a": there, "b": there}, {"a": there, "b": other}], "linear", parameters={"weight": 1})
+        models = [{"a": there, "b": there}, {"a": there, "b": other}]
+        fastinterp.merge_state_dicts(models, "linear", parameters={"weight": 1})
     assert device.runs == 0
 
 

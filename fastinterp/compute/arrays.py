@@ -110,6 +110,7 @@ def library_of(x: Any) -> type[Numpy] | type[Torch]:
         return Exchanged
     return Numpy
 
+
 def _named(dtype: object) -> DType | None:
     return parse_dtype(dtype) if isinstance(dtype, str) else None
 
