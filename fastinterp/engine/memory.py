@@ -14,6 +14,7 @@ from fastinterp.compute.dtypes import DType, parse_dtype
 from fastinterp.compute.ops import Tensor, philox_key
 from fastinterp.compute.resident_devices import capturing, current_queue, device_of, one_place
 from fastinterp.engine.asking import Asking
+from fastinterp.engine.keywords import resolved
 from fastinterp.engine.place import Place, Step
 from fastinterp.engine.report import Effect
 from fastinterp.engine.resident import ResidentMachine
@@ -21,7 +22,7 @@ from fastinterp.engine.rounds import Machine, Runs, drive
 from fastinterp.engine.schedule import STATS_EVERY
 from fastinterp.engine.sources import Sources
 from fastinterp.errors import MethodError, ShapeError, StorageError, UsageError
-from fastinterp.methods import Method, Parameter, Sidecar, find, suggestion
+from fastinterp.methods import Method, Sidecar, find
 from fastinterp.recipe.layers import Layers
 
 Arrays = Mapping[str, Any]
@@ -203,7 +204,7 @@ class _Merge:
         self.isa, self.threads = cpu_isa(), cpu_threads(threads)
         self.sidecars: list[Arrays] = []
         self.effects: dict[str, Effect] = {}
-        self.parameters = self._resolved(parameters, len(models))
+        self.parameters = resolved(self.method, parameters, len(models), self.sidecars)
 
     def run(self, stats_every: int = 0) -> dict[str, Any]:
         """`effects` is filled if chunks are sampled for it, one in `stats_every`."""
@@ -358,43 +359,6 @@ class _Merge:
 
     def _explained(self, error: tuple[Any, ...], steps: Sequence[Step]) -> Exception:
         return self.files.explained(error) if self.files else StorageError(f"the run stopped: {error[1:]}")
-
-    def _resolved(self, given: Mapping[str, Any], models: int) -> dict[str, Any]:
-        declared = {p.name: p for p in self.method.parameters}
-        for name in given:
-            if name not in declared:
-                known = suggestion(str(name), list(declared))
-                raise MethodError(f"unknown parameter `{name}` of `{self.method.name}`{known}")
-        return {p.keyword: self._value(p, given, models) for p in declared.values()}
-
-    def _value(self, p: Parameter, given: Mapping[str, Any], models: int) -> Any:
-        if p.name not in given:
-            if p.required:
-                raise MethodError(f"`{self.method.name}` needs the parameter `{p.name}`")
-            return (p.default,) * models if p.each else p.default
-        value = given[p.name]
-        if not p.each:
-            return self._one(p, value)
-        if p.kind is not Sidecar and hasattr(value, "tolist") and len(getattr(value, "shape", ())) == 1:
-            value = value.tolist()  # a vector of numbers
-        if not isinstance(value, (list, tuple)):
-            return tuple(self._one(p, value) for _ in range(models))
-        if len(value) != models:
-            raise MethodError(f"`{p.name}` has {len(value)} values for {models} models, the base left out")
-        return tuple(self._one(p, v) for v in value)
-
-    def _one(self, p: Parameter, value: Any) -> Any:
-        if p.kind is Sidecar and isinstance(value, Mapping):
-            self.sidecars.append(value)
-            return Sidecar(f"side-car {len(self.sidecars) - 1}")
-        if p.kind is Sidecar and value is not None:
-            raise MethodError(f"`{p.name}` takes tensors, one for each model, got {type(value).__name__}")
-        if hasattr(value, "item") and getattr(value, "shape", None) == ():
-            value = value.item()
-        try:
-            return p.value(value)
-        except ValueError as error:
-            raise MethodError(str(error)) from None
 
 
 def _dtype(given: object) -> DType:
