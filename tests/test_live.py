@@ -306,13 +306,19 @@ def test_modules_that_cannot_walk():
         fastinterp.Live(module, a={}, b={})
 
 
-def test_other_devices_are_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (torch.device("cuda", 0), "norm.weight is on cpu, but scale on cuda:0. Move the module to one device"),
+        (torch.device("mps"), "scale is on mps. Move the module to the CPU, or to a device with CUDA"),
+    ],
+)
+def test_other_devices_are_refused(monkeypatch, place, message):
     module = Buffers(1)
     elsewhere = module.state_dict(keep_vars=True)
-
-    elsewhere["scale"] = type("T", (torch.Tensor,), {"device": torch.device("cuda", 0)})(torch.zeros(3))
+    elsewhere["scale"] = type("T", (torch.Tensor,), {"device": place})(torch.zeros(3))
     monkeypatch.setattr(module, "state_dict", lambda **_: elsewhere)
-    with pytest.raises(BackendError, match="scale is on cuda:0, but this version computes on the CPU"):
+    with pytest.raises(BackendError, match=message):
         fastinterp.Live(module, a={}, b={})
 
 

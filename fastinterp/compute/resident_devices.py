@@ -40,6 +40,26 @@ def free_bytes(where: Any) -> int:
     return device_of(where).free_bytes() + _spare(_number(where))
 
 
+def memory(where: Any, nbytes: int, left: int = 0) -> Any:
+    """u8[nbytes] on that device, or None if it has no room for it, or less than `left` bytes besides."""
+    if free_bytes(where) < nbytes + left:
+        return None
+    import torch
+
+    try:
+        return _bytes(nbytes, where)
+    except torch.OutOfMemoryError:  # there is room, but in parts
+        return None
+
+
+def pinned(nbytes: int) -> Any:
+    """u8[nbytes] of the host, which kernels reach by its address, and which copies do not go round. None: no room."""
+    try:
+        return _bytes(nbytes, None)
+    except RuntimeError:
+        return None
+
+
 def one_place(tensors: list[tuple[str, Any]]) -> Any:
     """The torch.device of all tensors, None for the CPU; tensors are given with what messages call them.
 
@@ -63,6 +83,14 @@ def _open(number: int) -> Device:
     backend, name = ("cuda", "CudaDevice") if find_spec("fastinterp._cuda") else ("triton", "TritonDevice")
     found: Device = getattr(import_module(f"fastinterp.compute.{backend}"), name)(number)
     return found
+
+
+def _bytes(nbytes: int, where: Any) -> Any:
+    import torch
+
+    if where is None:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(nbytes, dtype=torch.uint8, device=where)
 
 
 def _current() -> int:

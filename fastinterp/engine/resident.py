@@ -46,23 +46,28 @@ class ResidentMachine:
 
     def run(self, steps: Sequence[Step]) -> list[Result]:
         """Raises: BackendError, if the device has no kernel for a step, or must be waited for in a graph."""
-        for step in steps:
-            self._check(step)
+        pieces = self.pieces(steps)
         asked = [k for k, step in enumerate(steps) if self._stats_every or "sinks" not in step.native]
         written = [k for k in range(len(steps)) if k not in set(asked)]
         results = [Result(None, [{} for _ in step.native.get("sinks", ())]) for step in steps]
         pending: list[Pending] = []
         event = None
         if asked:
-            pending = self._queue.run([self._piece(steps[k].native) for k in asked])
+            pending = self._queue.run([pieces[k] for k in asked])
             event = self._queue.record()
         if written:  # they go on while the answers are looked at
-            self._queue.run([self._piece(steps[k].native) for k in written])
+            self._queue.run([pieces[k] for k in written])
         if event is not None:
             event.wait()
         for k, found in zip(asked, pending, strict=True):
             results[k] = Result(found.answer(), found.stats())
         return results
+
+    def pieces(self, steps: Sequence[Step]) -> list[dict[str, Any]]:
+        """The steps as the device takes them: whole tensors, with addresses. Raises: as `run`."""
+        for step in steps:
+            self._check(step)
+        return [self._piece(step.native) for step in steps]
 
     def _check(self, step: Step) -> None:
         why = self._device.refuses(step.native)
@@ -78,7 +83,6 @@ class ResidentMachine:
             )
 
     def _piece(self, native: dict[str, Any]) -> dict[str, Any]:
-        """A step as the device takes it: the whole tensor, with addresses."""
         inputs = [(self._sources[source][1] + offset, code) for source, offset, code in native["inputs"]]
         left = {k: v for k, v in native.items() if k not in ("sinks", "offsets")}
         piece = {**left, "inputs": inputs, "first": 0}

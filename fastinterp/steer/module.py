@@ -109,14 +109,24 @@ def walked(weights: Iterable[Weight]) -> list[Weight]:
     return [w for w in every if w.dtype is not None]
 
 
-def check_on_cpu(weights: Iterable[Weight]) -> None:
-    """Raises: BackendError, if one of them is elsewhere."""
+def device_of_all(weights: Iterable[Weight]) -> Any:
+    """The torch.device that they are on, with CUDA; None for the CPU.
+
+    Raises: BackendError, if they are on several, or on one that is neither.
+    """
+    weights = list(weights)
+    first = min(weights, key=lambda w: w.tensor.device.type != "cpu")  # so that it is named which one was left behind
     for w in weights:
-        if w.tensor.device.type != "cpu":
+        device = w.tensor.device
+        if device.type not in ("cpu", "cuda"):
+            raise BackendError(f"{w.name} is on {device}. Move the module to the CPU, or to a device with CUDA")
+        if device != first.tensor.device:
             raise BackendError(
-                f"{w.name} is on {w.tensor.device}, but this version computes on the CPU. Move the module: "
-                "module.to('cpu')"
+                f"{first.name} is on {first.tensor.device}, but {w.name} on {device}. Move the module to one device, "
+                "or name the tensors of one with `layers`"
             )
+    device = weights[0].tensor.device
+    return None if device.type == "cpu" else device
 
 
 def matches(names: Iterable[str], layers: str | Sequence[str]) -> bool:
