@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -198,9 +199,8 @@ def test_all_on_one_device(device: HostDevice):
 
 def test_steps_that_have_no_kernel(device: HostDevice):
     device._refused = {"masked": "random keeps by rank"}
-    with pytest.raises(
-        BackendError, match=r"w needs random keeps by rank, for which cuda:0 \(cuda\) has no kernel. .* by .cpu\(\)"
-    ):
+    message = "w cannot be merged on cuda:0, whose backend is cuda: random keeps by rank. Move the tensors to the CPU"
+    with pytest.raises(BackendError, match=message):
         fastinterp.merge_tensors(
             [moved(TUNES[0])], "della", base=moved(BASE), name="w", parameters={"weight": 1.0, "density": 0.5}
         )
@@ -235,3 +235,24 @@ def test_shapes_and_dtypes_are_checked_as_on_the_cpu(device: HostDevice):
         fastinterp.weighted_sum([moved(BASE).t()], [1])
     with pytest.raises(UsageError, match="out overlaps array 0"):
         fastinterp.weighted_sum([x := moved(BASE)], [1], out=x)
+
+
+def test_paths_of_state_dicts(device: HostDevice):
+    """Points are made where the ends lie, and put into a module there."""
+    here = [{n: x for n, x in model.items() if n != "ids"} for model in dicts(2)]
+    there = [{n: moved(x) for n, x in model.items()} for model in here]
+    want = fastinterp.path(*here).weights(0.3)
+    got = fastinterp.path(*there).weights(0.3)
+    device.finish()
+    assert {n: bits(x) for n, x in got.items()} == {n: bits(x) for n, x in want.items()}
+    with pytest.raises(UsageError, match=r"is on cuda:0, but .* on cpu"):
+        fastinterp.path(there[0], here[1]).weights(0.3)
+
+
+def test_paths_of_files_and_tensors_on_a_device(device: HostDevice, tmp_path: Path):
+    from safetensors.torch import save_file
+
+    here = [{n: x for n, x in model.items() if n != "ids"} for model in dicts(2)]
+    save_file(here[0], tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match=r"is on cpu, but .* on cuda:0. All must be on one device"):
+        fastinterp.path(tmp_path, {n: moved(x) for n, x in here[1].items()}).weights(0.3)

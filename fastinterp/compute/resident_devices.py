@@ -80,7 +80,10 @@ def _number(where: Any) -> int:
 
 
 def _open(number: int) -> Device:
-    backend, name = ("cuda", "CudaDevice") if find_spec("fastinterp._cuda") else ("triton", "TritonDevice")
+    import torch
+
+    built = find_spec("fastinterp._cuda") is not None and torch.version.hip is None  # AMD's GPUs say "cuda" in torch
+    backend, name = ("cuda", "CudaDevice") if built else ("triton", "TritonDevice")
     found: Device = getattr(import_module(f"fastinterp.compute.{backend}"), name)(number)
     return found
 

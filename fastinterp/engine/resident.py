@@ -73,8 +73,8 @@ class ResidentMachine:
         why = self._device.refuses(step.native)
         if why is not None:
             raise BackendError(
-                f"{step.name} needs {why}, for which {self._device.name} ({self._device.backend}) has no kernel. "
-                "Merge on the CPU: give it tensors that were moved there by .cpu()"
+                f"{step.name} cannot be merged on {self._device.name}, whose backend is {self._device.backend}: {why}. "
+                "Move the tensors to the CPU by .cpu()"
             )
         if self._capturing and "sinks" not in step.native:
             raise BackendError(
