@@ -21,14 +21,19 @@ _WIDTH = {dtype.code: dtype.bits // 8 for dtype in DTYPES.values() if dtype.code
 
 
 class _Slot:
-    """Pinned memory, and the moment from which it may be written again."""
+    """Pinned memory, had when it is needed, and the moment from which it may be written again."""
 
     def __init__(self) -> None:
-        self._memory = pinned(_SLOT_BYTES)
+        self._memory: Any = None
+        self.read: Event | None = None
+
+    @property
+    def address(self) -> int:
+        if self._memory is None:
+            self._memory = pinned(_SLOT_BYTES)
         if self._memory is None:
             raise BackendError(f"{_SLOT_BYTES} bytes of pinned memory cannot be had: raise the limit of `ulimit -l`")
-        self.address = int(self._memory.data_ptr())
-        self.read: Event | None = None
+        return int(self._memory.data_ptr())
 
 
 class StreamedMachine:

@@ -17,13 +17,14 @@ class Writer:
     def __init__(self, ends: Ends, places: Sequence[Place], sinks: list[Any]):
         self._ends, self._sinks = ends, sinks
         self._places = [place for place in places if place.numel]
+        self._all_on_device = ends.all_on_device
         self._ready: dict[tuple[int, ...], list[dict[str, Any]]] = {}  # pieces by the inputs that they read
 
     def write(self, row: Row) -> None:
         """Write the same sum of each tensor's operands. On a device that has them all it is one launch, which is not
         waited for, and little work for the host: at 4 TB/s a model takes milliseconds.
         """
-        if not self._ends.all_on_device:
+        if not self._all_on_device:
             self._ends.machine(self._sinks).run([place.combine([row], [0]) for place in self._places])
             return
         inputs, (own,) = renumbered([row])
