@@ -11,11 +11,10 @@ import fastinterp
 from fastinterp.errors import BackendError, UsageError
 from fastinterp.integrations.torch_ops import weighted_sum
 from tests.modules import same_bits
+from tests.resident_cases import REFUSED
 from tests.test_live_device import POINTS, Mixed, copied
 from tests.test_merge_tensors import WAYS
 from tests.test_resident import BASE, DTYPES, TUNES, dicts
-
-REFUSED = {"della", "arcee_fusion"}  # keeps by rank, and divergences, have no kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
