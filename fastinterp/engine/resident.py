@@ -47,8 +47,9 @@ class ResidentMachine:
     def run(self, steps: Sequence[Step]) -> list[Result]:
         """Raises: BackendError, if the device has no kernel for a step, or must be waited for in a graph."""
         pieces = self.pieces(steps)
-        asked = [k for k, step in enumerate(steps) if self._stats_every or "sinks" not in step.native]
-        written = [k for k in range(len(steps)) if k not in set(asked)]
+        waits = [self._waits(step) for step in steps]
+        asked = [k for k, wait in enumerate(waits) if wait]
+        written = [k for k, wait in enumerate(waits) if not wait]
         results = [Result(None, [{} for _ in step.native.get("sinks", ())]) for step in steps]
         pending: list[Pending] = []
         event = None
@@ -76,11 +77,15 @@ class ResidentMachine:
                 f"{step.name} cannot be merged on {self._device.name}, whose backend is {self._device.backend}: {why}. "
                 "Move the tensors to the CPU by .cpu()"
             )
-        if self._capturing and "sinks" not in step.native:
+        if self._capturing and self._waits(step):
             raise BackendError(
                 f"{step.name} needs answers from {self._device.name} before it is merged, which a CUDA graph cannot "
                 "wait for. Merge it before the capture, or by a plain weighted sum"
             )
+
+    def _waits(self, step: Step) -> bool:
+        """Whether the host needs something of what the step finds."""
+        return bool(self._stats_every) or "sinks" not in step.native
 
     def _piece(self, native: dict[str, Any]) -> dict[str, Any]:
         inputs = [(self._sources[source][1] + offset, code) for source, offset, code in native["inputs"]]
