@@ -617,3 +617,36 @@ def test_change_is_not_starved():
     for thread in threads:
         thread.join()
     assert took < 5
+
+
+def test_what_a_module_holds_is_looked_at_part_by_part():
+    """Without a state dict being made, which takes long; one is where parts or tensors are others."""
+    module = llama(1)
+    asked: list[bool] = []
+    real = module.state_dict
+
+    def state_dict(**keys):
+        asked.append(True)
+        return real(**keys)
+
+    with fastinterp.Live(module, a=state(module), b=state(module)) as live:
+        module.state_dict = state_dict
+        live.set(0.5)
+        assert not asked
+        layer, module.model.layers[1] = module.model.layers[1], llama(2).model.layers[1]
+        with pytest.raises(UsageError, match=r"model.layers.1.* is not where it was"):
+            live.set(0.25)
+        module.model.layers[1] = layer
+        del asked[:]
+        live.set(0.25)
+        assert not asked
+        norm = module.model.norm.weight
+        module.model.norm.weight = torch.nn.Parameter(norm.detach().clone())
+        with pytest.raises(UsageError, match=r"model.norm.weight is not where it was"):
+            live.set(0.5)
+        module.model.norm.weight = norm
+        weight = norm.data
+        norm.data = weight.clone()
+        with pytest.raises(UsageError, match=r"model.norm.weight is not where it was"):
+            live.set(0.5)
+        norm.data = weight

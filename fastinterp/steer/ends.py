@@ -19,7 +19,7 @@ from fastinterp.engine.sources import Operand, Sources
 from fastinterp.engine.streamed import StreamedMachine
 from fastinterp.errors import BackendError, ShapeError, UsageError
 from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
-from fastinterp.steer.module import Mismatches, Weight, is_extra_state, matches, place_of
+from fastinterp.steer.module import Mismatches, Weight, address_of, is_extra_state, matches
 from fastinterp.steer.pristine import warn_unlike
 
 End = str | os.PathLike[str] | Mapping[str, Any]
@@ -101,7 +101,7 @@ class Ends:
         self._files = Sources(checkpoints, reads, stack)
         self.handles: list[Any] = list(self._files.fds)
         self._kept: list[Any] = []  # memory that handles point to
-        self._at: list[tuple[Any, tuple[object, ...]]] = []  # tensors of others, and where they were
+        self._at: list[tuple[Any, int]] = []  # tensors of others, and where they were
         self._lying: dict[int, Any] = {}  # the same by the number of their source
         found = [
             {
@@ -140,10 +140,9 @@ class Ends:
                 f"{name} of {end.label} is on {tensor.device}, the module on {where}. Move it: .to({str(where)!r})"
             )
         size = tensor.numel() * tensor.element_size()
-        start = place_of(tensor)[1]
+        start = address_of(tensor)
         if size and not start:
             raise UsageError(f"{name} of {end.label} has no memory of its own ({tensor.layout}): make it dense")
-        assert isinstance(start, int)
         ours = any(start < w.address + w.nbytes and w.address < start + size for w in weights)
         if ours or not tensor.is_contiguous() or tensor.is_neg():
             tensor = tensor.resolve_neg().contiguous()
@@ -153,7 +152,7 @@ class Ends:
     def add(self, tensor: Any, dtype: DType) -> Operand:
         """A tensor in memory, contiguous, as an operand."""
         self._kept.append(tensor)
-        self._at.append((tensor, place_of(tensor)))
+        self._at.append((tensor, address_of(tensor)))
         self._lying[len(self.handles)] = tensor
         kind = "memory" if tensor.device.type == "cpu" else "device"
         self.handles.append((kind, tensor.data_ptr(), tensor.numel() * tensor.element_size()))
@@ -171,7 +170,7 @@ class Ends:
         tensors lie elsewhere or nowhere by now.
         """
         self._files.refuse_changed()
-        if any(place_of(tensor) != at for tensor, at in self._at):
+        if any(address_of(tensor) != at for tensor, at in self._at):
             raise UsageError("the tensors of a state dict were given other memory. Give the end points to another Live")
 
     @property

@@ -17,7 +17,8 @@ from fastinterp.errors import BackendError, UsageError
 from fastinterp.methods import LARGEST, suggestion
 from fastinterp.steer.ends import End, Ends, Memory, copy
 from fastinterp.steer.lock import StepLock, call
-from fastinterp.steer.module import Weight, device_of_all, place_of, tensors_of, touched, walked, weights_of
+from fastinterp.steer.module import Weight, device_of_all, touched, walked, weights_of
+from fastinterp.steer.standing import Standing
 from fastinterp.steer.streams import StreamOrder
 from fastinterp.steer.writer import Writer
 
@@ -74,11 +75,11 @@ class Live:
         ends = _named(base, directions, a, b)
         self._line = directions is None
         self._names = (_LINE,) if self._line else tuple(directions or ())
-        self._module, self._weights = module, walked(weights_of(module, layers))
+        self._weights = walked(weights_of(module, layers))
         self._where = device_of_all(self._weights)
         self._lock, self._order = StepLock(), None if self._where is None else StreamOrder(self._where)
         self._alphas: dict[str, float] | None = None
-        self._at = [place_of(w.tensor) for w in self._weights]  # the tensors may be given other memory
+        self._standing = Standing(module, self._weights)  # the tensors may be given other memory
         with ExitStack() as stack:
             self._ends = Ends(
                 ends, self._weights, layers, resident, cpu_threads(threads), cpu_isa(), stack, self._where
@@ -211,8 +212,7 @@ class Live:
             raise UsageError("this Live is closed, and the module has its own weights. Make another one")
 
     def _check_in_place(self) -> None:
-        found = {place_of(tensor) for _, tensor in tensors_of(self._module)}
-        gone = [w.name for w, at in zip(self._weights, self._at, strict=True) if at not in found and w.nbytes]
+        gone = self._standing.gone()
         if gone:
             raise UsageError(
                 f"{gone[0]} is not where it was: the module was converted, moved or loaded anew, and its own weights "

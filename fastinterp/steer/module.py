@@ -85,12 +85,16 @@ def is_extra_state(name: str) -> bool:
 
 
 def place_of(tensor: Any) -> tuple[object, ...]:
-    """What tensors have in common that are one. The address is 0, if they have no memory."""
+    """What tensors have in common that are one."""
+    return str(tensor.device), address_of(tensor), tensor.dtype, tuple(tensor.shape)
+
+
+def address_of(tensor: Any) -> int:
+    """0, if it has no memory."""
     try:
-        address = tensor.data_ptr()
+        return int(tensor.data_ptr())
     except RuntimeError:  # sparse ones, and types that only hold other tensors
-        address = 0
-    return str(tensor.device), address, tensor.dtype, tuple(tensor.shape)
+        return 0
 
 
 def walked(weights: Iterable[Weight]) -> list[Weight]:
@@ -147,7 +151,7 @@ def _check_memory(name: str, tensor: Any) -> None:
         raise UsageError(
             f"{name} has no memory yet (device meta). Load the module first: module.to_empty(device='cpu')"
         )
-    if tensor.numel() and not place_of(tensor)[1]:
+    if tensor.numel() and not address_of(tensor):
         raise UsageError(
             f"{name} has no memory of its own that could be written ({type(tensor).__name__}, {tensor.layout}). "
             "Load the module with plain tensors: dense, not quantised, not sharded"
