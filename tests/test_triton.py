@@ -210,7 +210,6 @@ def test_launches_compile_as_they_are_made():
     masked |= {"least_share": 0.0, "other_share": 1.0, "limit": math.inf}
     pieces = [
         {"kind": "combine", **operands, **written, "rows": [(0, 1.0, [(1, 0.5)])]},
-        {"kind": "measure", **operands},
         {"kind": "histogram", **operands, "ranked": [(1, 0, 0x7FFFFFFF, 16)], "every": 1, "score": None},
         {"kind": "kept", **operands, "keeps": [keep, keep], "score": None, "l1": True, "squares": True},
         {"kind": "masked", **operands, **written, "masked": [masked]},
@@ -222,7 +221,7 @@ def test_launches_compile_as_they_are_made():
     finally:
         triton.runtime.driver.reset_active()
     wrote = {"combine_kernel", "effect_kernel", "masked_kernel", "masked_effect_kernel"}
-    assert set(room.launched) == wrote | {"measure_kernel", "histogram_kernel", "kept_kernel"}
+    assert set(room.launched) == wrote | {"histogram_kernel", "kept_kernel"}
 
 
 def test_each_fma_is_written():
