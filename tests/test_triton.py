@@ -7,7 +7,6 @@ Linux alone. What is not tested here is how the compiled kernels run.
 from __future__ import annotations
 
 import ast
-import math
 import os
 import re
 import subprocess
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -29,8 +28,6 @@ from fastinterp._triton.kept import kept_kernel  # noqa: E402
 from fastinterp._triton.masked import masked_effect_kernel, masked_kernel  # noqa: E402
 from fastinterp._triton.measure import measure_columns_kernel, measure_kernel  # noqa: E402
 from fastinterp.compute.triton_measure import launches  # noqa: E402
-from fastinterp.compute.triton_pieces import run  # noqa: E402
-from fastinterp.compute.triton_room import Room  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "fastinterp" / "_triton").glob("*.py"))
@@ -168,61 +165,6 @@ def test_other_kernels_load_16_or_8_bytes(kernel):
     loads, _ = memory_of(compiled(function, SM90, arguments, constants, warps).asm["ptx"])
     assert loads
     assert set(loads) <= {"v4.b32", "v2.b32", "b32"}, loads
-
-
-class Driver:
-    """A GPU that kernels can be compiled for, and that nothing runs on."""
-
-    def get_current_target(self) -> Any:
-        return SM90
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class Compiling(Room):
-    """Launches nothing: compiles each kernel for the arguments that it is launched with."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"))
-        self.launched: list[str] = []
-
-    def launch(self, kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
-        options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
-        assert kernel.warmup(*arguments, grid=(programs,), **constants, **options).asm["cubin"]
-        self.launched.append(kernel.fn.__name__)
-
-    def block(self, most: int) -> int:
-        return most
-
-
-def test_launches_compile_as_they_are_made():
-    """What a launch passes is what a kernel takes, constants and all."""
-    operands = {"inputs": [(1 << 20, BF16), (2 << 20, BF16)], "numel": 100003, "first": 0, "columns": 100003}
-    written = {"outputs": [3 << 20], "out_dtype": BF16, "stats_every": 2, "fp8_saturate": True}
-    keep = {"least": 0, "most": 1 << 30, "lo": 5, "hi": 5, "key": 1 << 63}
-    numbers = {"weight": 1.0, "vote": 1.0, "share": 1.0, "alone": 0.0}
-    term = {"input": 1, "importance": -1, "keep": keep, "known": None, **numbers}
-    masked = {"base": 0, "terms": [term], "votes": True, "divides": True, "alone": False, "score": None}
-    masked |= {"least_share": 0.0, "other_share": 1.0, "limit": math.inf}
-    pieces = [
-        {"kind": "combine", **operands, **written, "rows": [(0, 1.0, [(1, 0.5)])]},
-        {"kind": "measure", **operands},
-        {"kind": "histogram", **operands, "ranked": [(1, 0, 0x7FFFFFFF, 16)], "every": 1, "score": None},
-        {"kind": "kept", **operands, "keeps": [keep, keep], "score": None, "l1": True, "squares": True},
-        {"kind": "masked", **operands, **written, "masked": [masked]},
-    ]
-    room = Compiling()
-    triton.runtime.driver.set_active(Driver())
-    try:
-        run(room, pieces)
-    finally:
-        triton.runtime.driver.reset_active()
-    wrote = {"combine_kernel", "effect_kernel", "masked_kernel", "masked_effect_kernel"}
-    assert set(room.launched) == wrote | {"measure_kernel", "histogram_kernel", "kept_kernel"}
 
 
 def test_each_fma_is_written():

@@ -97,4 +97,4 @@ def alignment(addresses: Sequence[int], codes: Sequence[int], *counts: int) -> i
 def steps(rows: int) -> int:
     """Halvings that find one of so many rows: few different ones, since each is a kernel of its own."""
     needed = max(0, (rows - 1).bit_length())
-    return next(s for s in (0, 4, 8, 12, 20, 31) if s >= needed)
+    return next(s for s in (4, 8, 12, 20, 31) if s >= needed)
