@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -54,7 +55,8 @@ py::dict as_dict(const RowStats& s) {
 std::vector<py::dict> combine(const std::vector<uintptr_t>& inputs, const std::vector<int>& in_dtypes,
                               const std::vector<PyRow>& py_rows, const std::vector<uintptr_t>& outputs, int out_dtype,
                               int64_t numel, int64_t first, bool stochastic, const std::vector<uint64_t>& keys,
-                              bool fp8_saturate, int stats_every, int threads, const std::string& isa) {
+                              bool fp8_saturate, int stats_every, int threads, const std::string& isa,
+                              std::optional<bool> streamed) {
   fi::check_count(inputs.size(), fi::kMaxInputs, "inputs");
   fi::check_count(py_rows.size(), fi::kMaxOutputs, "rows");
   if (in_dtypes.size() != inputs.size()) throw py::value_error("as many dtypes as inputs are needed");
@@ -81,6 +83,7 @@ std::vector<py::dict> combine(const std::vector<uintptr_t>& inputs, const std::v
   args.stats_every = stats_every;
   args.first = first;
   args.numel = numel;
+  args.streamed = streamed.value_or(fi::worth_streaming(int64_t(outputs.size()) * numel * fi::size_of(args.out_dtype)));
   const Backend& chosen = backend(isa);
   std::vector<RowStats> stats;
   {
@@ -174,11 +177,13 @@ PYBIND11_MODULE(_C, m) {
       },
       "Instruction sets in this build, best first.");
 
-  m.def("combine", &combine, py::arg("inputs"), py::arg("in_dtypes"), py::arg("rows"), py::arg("outputs"),
-        py::arg("out_dtype"), py::arg("numel"), py::kw_only(), py::arg("first") = 0, py::arg("stochastic") = false,
-        py::arg("keys") = std::vector<uint64_t>{}, py::arg("fp8_saturate") = true, py::arg("stats_every") = 32,
-        py::arg("threads") = 1, py::arg("isa") = "",
-        "Weighted sums of arrays in memory, given by address. The caller answers for the addresses.");
+  m.def(
+      "combine", &combine, py::arg("inputs"), py::arg("in_dtypes"), py::arg("rows"), py::arg("outputs"),
+      py::arg("out_dtype"), py::arg("numel"), py::kw_only(), py::arg("first") = 0, py::arg("stochastic") = false,
+      py::arg("keys") = std::vector<uint64_t>{}, py::arg("fp8_saturate") = true, py::arg("stats_every") = 32,
+      py::arg("threads") = 1, py::arg("isa") = "", py::arg("streamed") = py::none(),
+      "Weighted sums of arrays in memory, given by address. The caller answers for the addresses. streamed: store the "
+      "outputs around the caches; None decides by their size.");
 
   m.def(
       "reserve",

@@ -45,6 +45,8 @@ class Sink {
   Sink(int index, int fd) : index_(index), fd_(fd) {}
   Sink(int index, void* memory, int64_t size) : index_(index), memory_(static_cast<char*>(memory)), size_(size) {}
 
+  bool in_memory() const { return memory_ != nullptr; }
+
   // Where the bytes [offset, offset + size) are to be stored, if that is memory: then there is nothing to write. Else
   // null.
   char* place(int64_t offset, int64_t size) const;

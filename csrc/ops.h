@@ -56,11 +56,16 @@ struct CombineArgs {
   int n, k;
   DType out_dtype;
   bool stochastic, fp8_saturate;
+  bool streamed;    // store the outputs around the caches; only `combine` looks at it
   int stats_every;  // chunk c of the tensor is sampled iff c % stats_every == 0; 0 samples none
   int64_t numel;    // elements in this call
   int64_t first;    // index, in the tensor, of this call's first element
   RowStats* stats;  // k, added to
 };
+
+// Whether outputs of so many bytes in memory are best stored around the caches: docs/performance.md has measurements.
+// Not the size that the system tells of a cache: in virtual machines it is that of the whole processor.
+FI_INLINE bool worth_streaming(int64_t bytes) { return bytes >= 32 << 20; }
 
 // How many sums a measure of n vectors has: the upper triangle of the Gram matrix row by row, then the L1 norms.
 FI_INLINE int measure_sums(int n) { return n * (n + 1) / 2 + n; }

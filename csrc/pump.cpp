@@ -54,6 +54,7 @@ class Scratch {
 Pump::Pump(std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Step> steps, const PumpOptions& options)
     : sources_(std::move(sources)), sinks_(std::move(sinks)), steps_(std::move(steps)), options_(options) {
   size_t inputs = 1, outputs = 1;
+  int64_t stored = 0;                                     // bytes, in memory
   int64_t read = options_.read_bytes, late = 0, own = 0;  // late: how far beyond its edge a write may end
   for (const Step& step : steps_) {
     if (step.survey) {
@@ -63,12 +64,14 @@ Pump::Pump(std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Ste
       outputs = std::max(outputs, step.sinks.size());
     }
     if (step.sum) {
+      if (in_memory(step)) stored += step.numel * element_bytes(step) * int64_t(step.sinks.size());
       const int64_t whole = grain(step), most = std::max(options_.read_bytes / widest(step), whole);
       own = std::max(own, step.sum->scratch_bytes(most));
       if (whole > 1) read = std::max(read, whole * widest(step));
       if (whole > 1) late = std::max(late, grain_bytes(step));
     }
   }
+  streamed_ = worth_streaming(stored);
   in_bytes_ = round_up(read + kSlack, 4096);
   in_total_ = in_bytes_ * int64_t(inputs);
   out_stride_ = round_up(options_.write_bytes + late + kSlack, 4096);
@@ -207,6 +210,10 @@ void Pump::run_block(const Block& block, char* scratch) {
   }
 }
 
+bool Pump::in_memory(const Step& step) const {
+  return std::all_of(step.sinks.begin(), step.sinks.end(), [&](int s) { return sinks_[size_t(s)].in_memory(); });
+}
+
 void Pump::write(const Step& step, int64_t offset, int64_t size, const char* staged) {
   for (size_t k = 0; k < step.sinks.size(); ++k) {
     const Sink& sink = sinks_[size_t(step.sinks[k])];
@@ -239,6 +246,7 @@ void Pump::combine(const Piece& piece, int64_t done, int64_t count, char* scratc
   args.out_dtype = step.out_dtype;
   args.stochastic = options_.stochastic;
   args.fp8_saturate = options_.fp8_saturate;
+  args.streamed = streamed_ && in_memory(step);
   args.stats_every = options_.stats_every;
   args.numel = count;
   args.first = first;

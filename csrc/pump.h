@@ -75,6 +75,7 @@ class Pump {
   // Elements [done, done + count) of a piece, into `out`.
   void combine(const Piece& piece, int64_t done, int64_t count, char* scratch, const std::vector<void*>& out);
   void compare(const Piece& piece, int64_t done, int64_t count, char* in, const std::vector<void*>& out);
+  bool in_memory(const Step& step) const;  // all its sinks
   void write(const Step& step, int64_t offset, int64_t size, const char* staged);
   void prefetch(size_t block) const;
 
@@ -85,6 +86,7 @@ class Pump {
   std::vector<Piece> pieces_;
   std::vector<Block> blocks_;
   std::vector<RowStats> stats_;
+  bool streamed_ = false;  // outputs in memory are large
   int64_t scratch_bytes_ = 0, in_bytes_ = 0, in_total_ = 0, out_stride_ = 0;
 
   std::vector<std::thread> threads_;

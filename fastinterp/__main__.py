@@ -12,7 +12,8 @@ def main() -> None:
     try:
         run()
     finally:
-        gc.freeze()
+        if not gc.isenabled():  # a command that runs others' code enabled it
+            gc.freeze()
 
 
 if __name__ == "__main__":

@@ -60,3 +60,9 @@ class StorageError(FastinterpError):
 
 class OutputError(StorageError):
     """The output cannot be written, or must not be: it exists, holds an input, or the disk is full."""
+
+
+class RankError(FastinterpError):
+    """Another process of a merge that several share failed, or cannot be reached."""
+
+    exit_code = 4

@@ -57,11 +57,11 @@ def run(
     out_dtype: DType,
     **options: Any,
 ) -> list[dict[str, float]]:
-    """As `_C.combine`, with the same options but for `isa`; `threads` changes nothing."""
+    """As `_C.combine`, with the same options but for `isa`; `threads` and `streamed` change nothing."""
     device = native.Device(0)
     queue = device.queue()
     stochastic, keys = options.pop("stochastic", False), options.pop("keys", [])
-    options.pop("threads", None)
+    options = {name: value for name, value in options.items() if name not in ("threads", "streamed")}
     loans = Loan(device, queue, inputs), Loan(device, queue, outputs)
     piece = piece_of(
         loans[0].addresses,

@@ -88,6 +88,49 @@ def test_missing_side_cars_are_told(folder):
     assert [f.message.partition(":")[0] for f in found.wrong] == ["./a-f", "./b-f"]
 
 
+def test_missing_side_cars_have_their_lines(folder):
+    (folder / "r.yml").write_text(
+        "merge_method: fisher\nmodels:\n  - model: a\n    parameters: {fisher: ./a-f}\n  - model: b\n"
+        "    parameters:\n      fisher: ./b-f\n"
+    )
+    assert [(f.line, f.path) for f in fastinterp.check("r.yml").wrong] == [
+        (4, "$.models[0].parameters.fisher"),
+        (7, "$.models[1].parameters.fisher"),
+    ]
+    with pytest.raises(fastinterp.CheckpointError) as caught:
+        fastinterp.merge("r.yml", "out")
+    assert str(caught.value).endswith(" - at $.models[0].parameters.fisher (r.yml:4)")
+
+
+def test_names_close_to_a_documents(folder):
+    text = (
+        "name: first-mix\nmerge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1}\n---\n"
+        "merge_method: linear\nmodels: [{model: ./first_mix}]\nparameters: {weight: 1}\n"
+    )
+    wrong, _ = said(fastinterp.check(text))
+    assert wrong[1].startswith("7: ./first_mix: there is no such folder or file.")
+    assert wrong[1].endswith("Did you mean the document 'first-mix'?")
+
+
+def test_models_of_a_folder_above_the_recipe(folder, monkeypatch):
+    """Relative paths start at the current folder: where they were meant to is said, by check and by merge."""
+    (folder / "recipes").mkdir()
+    text = "merge_method: linear\nmodels:\n  - {model: ./a}\n  - {model: ./b}\nparameters: {weight: 1}\n"
+    (folder / "recipes" / "r.yml").write_text(text)
+    (folder / "elsewhere").mkdir()
+    for place, file in (("recipes", "r.yml"), ("elsewhere", "../recipes/r.yml")):
+        monkeypatch.chdir(folder / place)
+        wrong, _ = said(fastinterp.check(file))
+        hint = f" It is in '{folder}': relative paths start at the current folder. Run it there"
+        assert len(wrong) == 2 and all(w.endswith(hint) for w in wrong)
+        with pytest.raises(fastinterp.CheckpointError) as caught:
+            fastinterp.merge(file, "out")
+        assert str(caught.value).endswith(f"{hint} - at $.models[0].model ({file}:3)")
+    (folder / "recipes" / "r.yml").write_text(text.replace("./a", "./no"))
+    wrong, _ = said(fastinterp.check("../recipes/r.yml"))
+    assert wrong[0].endswith(f"Relative paths start at the current folder, '{folder / 'elsewhere'}'")
+
+
 FISHER = {
     "merge_method": "fisher",
     "models": [{"model": m, "parameters": {"fisher": f"./{m}-f"}} for m in ("a", "b")],
@@ -269,6 +312,27 @@ def test_slices(folder):
     assert (found.wrong, found.odd, found.tensors) == ((), (), 4)
     (wrong,), _ = said(fastinterp.check(text.replace("[1, 2]", "[1, 3]")))
     assert wrong == "4: `layer_range` [1, 3] goes beyond the 2 layers of b"
+
+
+def test_no_document_hides_another(folder):
+    """What is wrong in one is no reason not to look at those that do not use it."""
+    text = "name: {0}\nmerge_method: passthrough\nslices: [{{sources: [{{model: {1}, layer_range: [1, {2}]}}]}}]\n---\n"
+    text = text.format("one", "a", 7) + text.format("two", "b", 9) + "merge_method: linear\nmodels:\n  - {model: one}\n"
+    wrong, _ = said(fastinterp.check(text + "  - {model: two}\nparameters: {weight: 1}\n"))
+    assert wrong == [
+        "3: `layer_range` [1, 7] goes beyond the 2 layers of a",
+        "7: `layer_range` [1, 9] goes beyond the 2 layers of b",
+    ]
+
+
+def test_a_fault_of_the_tokenizer_hides_no_filter(folder):
+    text = (
+        "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: [{filter: mpl, value: 2}, {value: 1}]}}\n"
+        "  - {model: b, parameters: {weight: 1}}\nseed: 0\ntokenizer: {source: union}\n"
+    )
+    wrong, odd = said(fastinterp.check(text))
+    assert len(wrong) == 1 and wrong[0].startswith("6: ") and "tokenizer" in wrong[0]
+    assert "3: the filter 'mpl' matches nothing: no tensor's name has it, did you mean `mlp`?" in odd
 
 
 def test_documents_that_build_on_each_other(folder):

@@ -1,4 +1,4 @@
-"""How CUDA's combine puts pieces into launches, emulated on the host. More of its bytes are looked at in test_same_bits."""
+"""How CUDA's combine puts pieces into launches, emulated on the host. More of its bytes: test_same_bits.py."""
 
 from __future__ import annotations
 

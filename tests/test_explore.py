@@ -7,10 +7,12 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -25,7 +27,7 @@ from fastinterp.engine.compare import deltas
 from fastinterp.errors import CheckpointError, StorageError, UsageError
 from fastinterp.steer.explore import server
 from fastinterp.steer.explore.facts import facts
-from fastinterp.steer.explore.session import Wish, open_session
+from fastinterp.steer.explore.session import Wish, check_model, open_session
 from fastinterp.steer.explore.sliders import Sliders, read_report
 from tests.language_models import save_model
 from tests.models import bf16, layers, save
@@ -94,6 +96,12 @@ def test_arguments_that_say_nothing_clear_are_refused(models, base, added):
         Sliders.of(models, base, added)
 
 
+def test_one_checkpoint_is_no_path(tmp_path):
+    for name in (tmp_path, "a/model.safetensors"):
+        with pytest.raises(UsageError, match="is one checkpoint, and a path has two ends"):
+            Sliders.of([str(name)], None, {})
+
+
 def test_report_must_walk_along_the_sliders(tmp_path):
     one = {"w": np.ones(1, np.float32)}
     found = fastinterp.path({"w": np.zeros(1, np.float32)}, one).evaluate(lambda w, a, s: {"m": a}, [0, 1])
@@ -127,7 +135,7 @@ def test_facts_are_json_even_where_weights_are_not_finite(tmp_path):
     y = layers(1, noise=0.1) | {"model.layers.1.norm.weight": bf16([np.inf] * 4)}
     a, b = str(save(tmp_path / "a", x)), str(save(tmp_path / "b", y))
     sliders = Sliders.of([a, b], None, {})
-    found = facts(sliders, deltas(a, [b]), None, prompt="p", low=-1, high=2)
+    found = facts(sliders, deltas(a, [b]), None, prompt="p", low=-1, high=2, most_tokens=9)
     json.dumps(found, allow_nan=False)
     assert found["sliders"] == [{"name": "alpha", "model": b, "start": 0.5, "low": -1, "high": 2}]
     cells = {
@@ -171,6 +179,21 @@ def test_prompt_longer_than_the_context_keeps_its_end(session):
     assert len(session.text(wish(2, prompt=""))) == 8
 
 
+def test_no_more_tokens_than_the_model_has_positions(session):
+    """64: one for the prompt, 63 for the text."""
+    assert session.most_tokens == 63
+    for turn, length in enumerate((63, 64, 4096)):
+        assert session.text(wish(turn, x=1, length=length)) == "x" * 63
+    assert session.text(wish(3, length=4096, prompt="abc " * 100, sampled=True))
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_point_where_the_model_has_no_numbers_is_told(session, sampled):
+    with pytest.raises(UsageError, match=r"the model cannot write here .*move the sliders towards 0"):
+        session.text(wish(0, x=1e38, q=1e38, sampled=sampled))
+    assert session.text(wish(1, x=1)) == "x" * 8
+
+
 def test_later_wish_stops_an_earlier_one(session):
     """A text of 50 tokens is given up when the next is asked for, and one that comes too late is not begun."""
     begun, told = threading.Event(), {}
@@ -206,8 +229,36 @@ def test_chat_needs_a_template(models):
 
 def test_folder_that_is_no_language_model_is_refused(tmp_path):
     folders = [str(save(tmp_path / name, layers(1))) for name in "ab"]
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "a" / name).write_text("{}")
     with pytest.raises(CheckpointError, match="transformers cannot open this as a causal language model"):
         open_session(Sliders.of(folders, None, {}), threads=1)
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        (["tokenizer.json", "tokenizer_config.json"], "there is no tokenizer in the folder: tokenizer.json is missing"),
+        (["tokenizer.json"], "there is no tokenizer in the folder (only `tokenizer_config.json`)"),
+        (["config.json"], "config.json is missing. Copy it from the model that this one was made from"),
+    ],
+    ids=" ".join,
+)
+def test_missing_files_are_named_before_anything_is_measured(models, tmp_path, gone, said):
+    shutil.copytree(models / "base", tmp_path / "base")
+    for name in gone:
+        (tmp_path / "base" / name).unlink()
+    given = ["explore", str(tmp_path / "base"), str(models / "x"), "--port", "0"]
+    done = CliRunner().invoke(commands, given, prog_name="fastinterp")
+    assert done.exit_code == 3 and said in done.stderr and "measuring" not in done.stderr
+    assert "Copy " in done.stderr and "or name the folder that has it" in done.stderr
+
+
+def test_tokenizers_of_bytes_need_no_vocabulary(models, tmp_path):
+    shutil.copytree(models / "base", tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    (tmp_path / "base" / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    assert check_model(str(tmp_path / "base")) == tmp_path / "base"
 
 
 # --- requests
@@ -235,13 +286,24 @@ def test_request_is_read():
         ({"temperature": 0}, "`temperature`"),
         ({"turn": None}, "`turn`"),
         ({"seed": -1}, "`seed`"),
+        ({"seed": 1.5}, "`seed` must be a whole number, got 1.5"),
+        ({"seed": 10**400}, "`seed` must be in 0..4294967296, got 10000000000000000000..."),
+        ({"turn": -(10**400)}, "`turn` must be in"),
+        ({"length": 10**400}, "`length` must be in"),
+        ({"length": "8"}, "`length` must be a number, got '8'"),
+        ({"temperature": 10**400}, "`temperature` must be in"),
+        ({"temperature": []}, "`temperature` must be a number, got []"),
+        ({"alphas": {"x": -(10**400)}}, "`x` must be in"),
+        ({"alphas": {"\ud800": 1}}, "`alphas` must be x"),
+        ({"prompt": "a\ud800b"}, "`prompt` is not valid Unicode text: character 2 is half of one"),
     ],
-    ids=str,
+    ids=lambda x: ascii(x)[:60],
 )
 def test_wrong_request_is_refused(change, said):
     with pytest.raises(ValueError) as caught:
         server.read_wish({**GOOD, **change}, ["x"])
     assert said in str(caught.value)
+    str(caught.value).encode()
 
 
 def test_page_asks_nothing_of_others():
@@ -270,7 +332,8 @@ class Program:
     def __init__(self, *args):
         command = [sys.executable, "-m", "fastinterp", "explore", *map(str, args), "--port", "0", "--threads", "1"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # `end` closes it
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment)
         assert self.process.stdout is not None
         self.output = self.process.stdout
         self.url = self.output.readline().split()[0]
@@ -294,6 +357,9 @@ class Program:
         self.process.send_signal(number)
         code = self.process.wait(20)
         self.output.close()
+        self.stderr.seek(0)
+        self.said = self.stderr.read().splitlines()
+        self.stderr.close()
         return code
 
 
@@ -328,6 +394,41 @@ def test_server_answers_its_own_page(program):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "status", "said"),
+    [
+        ({"length": 4096}, 200, None),
+        ({"prompt": "\ud800"}, 400, "half of one"),
+        ({"seed": 10**400}, 400, "`seed` must be in"),
+        ({"alphas": {"x": 10**400, "q": 0}}, 400, "`x` must be in"),
+        ({"alphas": [1, 2]}, 400, "an object with `alphas`"),
+        ({"sampled": "yes"}, 400, "true or false"),
+        ({"sampled": True, "alphas": {"x": 1e6, "q": 1e6}, "length": 60}, (200, 422), None),
+    ],
+    ids=lambda x: ascii(x)[:40],
+)
+def test_server_says_what_is_wrong_as_json(program, change, status, said):
+    asked = {**GOOD, "alphas": {"x": 1, "q": 0}, "turn": time.time_ns() // 10**6, **change}
+    found, headers, body = program.text(asked)
+    assert found in (status if isinstance(status, tuple) else (status,)), body
+    assert headers["content-type"] == "application/json"
+    assert said is None or said in json.loads(body)["error"]
+
+
+@pytest.mark.slow
+def test_server_refuses_in_json_what_is_no_request(program):
+    for body in ("{", "\udcff", "1" * 5000, "[" * 10000, '{"alphas": {}}', "null", '"text"'):
+        status, headers, answer = program.ask(
+            "POST", "/text", body.encode(errors="surrogateescape"), content_type="application/json"
+        )
+        assert (status, headers["content-type"]) == (400, "application/json"), body[:20]
+        assert json.loads(answer)["error"]
+    for method, path, wanted in (("GET", "/none", 404), ("GET", "/text", 405)):
+        status, _, answer = program.ask(method, path)
+        assert status == wanted and json.loads(answer)["error"]
+
+
+@pytest.mark.slow
 def test_server_refuses_others(program):
     """Other names for this machine, pages elsewhere, forms, and what is no request."""
     asked = {**GOOD, "alphas": {"x": 1, "q": 0}}
@@ -358,6 +459,8 @@ def test_signal_ends_it_while_it_writes_and_the_disk_is_as_before(models, number
     writing.start()
     time.sleep(0.3)
     assert found.end(number) == code
+    last = "ended" if code == 0 else "interrupted"
+    assert found.said == ["measuring what the directions change", "loading the model", last]
     writing.join(10)
     assert not writing.is_alive()
     assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(models.rglob("*")) if p.is_file()}

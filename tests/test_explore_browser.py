@@ -126,6 +126,25 @@ def test_page_asks_its_own_server_alone_and_complains_of_nothing(page):
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
+def test_what_is_refused_is_shown(page):
+    seed, length = (page.find_element(By.ID, name) for name in ("seed", "length"))
+    most = page.find_element(By.ID, "most")
+    assert not most.is_displayed()
+    length.clear()
+    length.send_keys("4000")  # more than the model has positions: clamped, and said
+    assert all(settled(page)) and most.text == "at most 63"
+    seed.clear()
+    seed.send_keys("1.5")
+    deadline = time.monotonic() + 20
+    while "whole number" not in page.find_element(By.ID, "greedy").text and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "`seed` must be a whole number, got 1.5" in page.find_element(By.ID, "greedy").text
+    for box, value in ((seed, "0"), (length, "40")):
+        box.clear()
+        box.send_keys(value)
+    assert all(settled(page)) and not most.is_displayed()
+
+
 def test_page_says_when_the_program_has_ended(page):
     page.program.process.terminate()
     page.program.process.wait(20)

@@ -231,6 +231,37 @@ def test_folder_without_weights(tmp_path):
     assert "this file is not a checkpoint" in refusal(folder / "model.gguf")
 
 
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin", None])
+def test_adapters_are_named(tmp_path, file):
+    """As peft saves them: what it is, of which base, and how it becomes a model."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if file:
+        save_file({"base_model.model.h.0.attn.lora_A.weight": np.ones((2, 2), np.float32)}, folder / file)
+    message = refusal(folder)
+    assert "this is a LoRA adapter to `org/base`, not a whole model, and adapters are not merged" in message
+    assert f"AutoPeftModelForCausalLM.from_pretrained('{folder}').merge_and_unload()" in message
+    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    assert "this is a PEFT adapter, not a whole model" in refusal(folder)
+    (folder / "adapter_config.json").unlink()
+    assert ("this is a PEFT adapter" if file else "it is empty") in refusal(folder)
+
+
+def test_adapter_beside_a_model(tmp_path):
+    """Its tensors are none of the model's; an index says which files are."""
+    one = {"w": np.ones((2, 2), np.float32)}
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        save_file({f"{name}.w": one["w"]}, tmp_path / name)
+    assert "has an adapter, `adapter_model.safetensors`, beside `model.safetensors`. Name the" in refusal(tmp_path)
+    assert list(open_checkpoint(str(tmp_path / "model.safetensors")).tensors) == ["model.safetensors.w"]
+    assert list(open_checkpoint(str(tmp_path / "adapter_model.safetensors")).tensors) == ["adapter_model.safetensors.w"]
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert list(open_checkpoint(str(tmp_path)).tensors) == ["model.safetensors.w"]
+
+
 def test_empty_checkpoint(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"\2\0\0\0\0\0\0\0{}")

@@ -148,13 +148,110 @@ def test_every_mismatch_at_once():
         fastinterp.Live(module, base=Buffers(1).state_dict(), directions={"far": other})
     message = str(caught.value)
     for part in (
-        "the module does not fit, 4 mismatches: ",
+        "the module does not fit, 4 mismatches:\n  ",
         "norm.bias [4] is not in direction far",
         "scale is [3] in the module but [4] in direction far",
         "norm.weight is float32 in the module but int64 in direction far",
         "extra of direction far is not in the module",
     ):
         assert part in message
+    assert len(message.splitlines()) == 5
+
+
+def test_mismatches_beyond_fifty_are_counted():
+    other = Buffers(2).state_dict() | {f"more.{i}": torch.zeros(1) for i in range(60)}
+    with pytest.raises(ShapeError) as caught:
+        fastinterp.Live(Buffers(1), directions={"far": other})
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "the module does not fit, 60 mismatches:"
+    assert (len(lines), lines[-1]) == (52, "  ... and 10 more")
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_one_checkpoint_may_be_several_end_points(tmp_path, resident):
+    base, far = saved(llama(1), tmp_path / "base"), saved(llama(2), tmp_path / "far")
+    module, wanted = llama(3), state(llama(2))
+    with fastinterp.Live(module, base=base, directions={"x": far, "y": far}, resident=resident) as live:
+        live.set(y=1.0)
+        assert_same_state(wanted, state(module))
+    with fastinterp.Live(module, a=far, b=far, resident=resident) as live:
+        live.set(0.5)
+        assert_same_state(wanted, state(module))
+
+
+class Extra(torch.nn.Linear):
+    """Its state_dict holds more than tensors."""
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        raise AssertionError("it is left alone")
+
+
+def test_extra_state_is_left_alone():
+    module, far = Extra(2, 2), Extra(2, 2)
+    with fastinterp.Live(module, directions={"far": far.state_dict()}) as live:
+        live.set(far=1.0)
+        assert same_bits(far.weight.detach(), module.weight.detach())
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize")
+@pytest.mark.parametrize("dtype", ["complex64", "float8_e4m3fnuz", "qint8"])
+def test_dtypes_that_cannot_walk_are_named(dtype):
+    module = Buffers(1)
+    odd = torch.zeros(3)
+    if dtype == "qint8":
+        odd = torch._empty_affine_quantized([3], scale=1.0, zero_point=0, dtype=torch.qint8)
+    module.register_buffer("odd", odd if dtype == "qint8" else odd.to(getattr(torch, dtype)))
+    ends = {"a": Buffers(1).state_dict(), "b": Buffers(2).state_dict()}
+    with pytest.raises(UsageError, match=rf"odd \({dtype}\): this dtype cannot be walked"):
+        fastinterp.Live(module, **ends)
+    with fastinterp.Live(module, **ends, layers="scale") as live:
+        live.set(1.0)
+        assert module.scale.tolist() == [2.0] * 3
+
+
+def test_tensors_without_memory_are_refused():
+    module = torch.nn.Module()
+    module.register_buffer("odd", torch.eye(3).to_sparse())
+    with pytest.raises(UsageError, match=r"odd has no memory of its own .*sparse"):
+        fastinterp.Live(module, a={}, b={})
+    module = torch.nn.Linear(2, 2)
+    module.weight.untyped_storage().resize_(0)
+    with pytest.raises(UsageError, match="weight has no memory of its own"):
+        fastinterp.Live(module, a={}, b={})
+    sparse = {"weight": torch.eye(2).to_sparse(), "bias": torch.zeros(2)}
+    with pytest.raises(UsageError, match=r"weight of direction far has no memory of its own .*sparse"):
+        fastinterp.Live(torch.nn.Linear(2, 2), directions={"far": sparse})
+
+
+def test_state_dict_whose_memory_is_gone_is_refused():
+    module, far = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    before = state(module)
+    with fastinterp.Live(module, directions={"far": far.state_dict()}) as live:
+        far.weight.untyped_storage().resize_(0)
+        with pytest.raises(UsageError, match="were given other memory"):
+            live.set(far=1.0)
+    assert_same_state(before, state(module))
+
+
+def test_names_may_change_while_tensors_stay():
+    """As when adapters are put around them."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    before = state(module)
+    with fastinterp.Live(
+        module, directions={"far": state(torch.nn.Sequential(torch.nn.Linear(2, 2)))}, layers="0.*"
+    ) as live:
+        module[0] = torch.nn.ModuleDict({"inner": module[0]})
+        live.set(far=1.0)
+    assert same_bits(module[0]["inner"].weight.detach(), before["0.weight"])
+
+
+@pytest.mark.parametrize("layers", [5, [5], {"x": 1}])
+def test_layers_that_are_no_patterns(layers):
+    with pytest.raises(UsageError, match="`layers` must be a pattern of names"):
+        fastinterp.Live(Buffers(1), a={}, b={}, layers=layers)
 
 
 @pytest.mark.parametrize(
@@ -407,15 +504,100 @@ def test_forward_that_fails_ends_its_step():
         live.set(far=1.0)
 
 
+@pytest.mark.parametrize("whose", ["module", "global"])
+def test_another_hook_that_fails_does_not_end_the_step_around_it(whose):
+    def fail(*_):
+        raise ValueError("not begun")
+
+    module = torch.nn.Linear(2, 2)
+    register = torch.nn.modules.module.register_module_forward_pre_hook
+    handle = module.register_forward_pre_hook(fail) if whose == "module" else register(fail)
+    try:
+        with fastinterp.Live(module, directions={"far": state(torch.nn.Linear(2, 2))}) as live:
+            with live.step():
+                with pytest.raises(ValueError, match="not begun"):
+                    module(torch.ones(1, 2))
+                with pytest.raises(UsageError, match="call this between steps"):
+                    live.set(far=1.0)
+            live.set(far=1.0)
+    finally:
+        handle.remove()
+
+
+def test_a_call_inside_a_call_does_not_end_it():
+    """The inner one fails before its step begins; the outer one goes on, and is a step still."""
+
+    class Twice(torch.nn.Linear):
+        def forward(self, x):
+            if x.shape[0] == 1:
+                with pytest.raises(ValueError, match="inner"):
+                    self(torch.ones(2, 2))
+                with pytest.raises(UsageError, match="call this between steps"):
+                    live.set(far=0.5)
+            return super().forward(x)
+
+    def fail(module, args):
+        if args[0].shape[0] == 2:
+            raise ValueError("inner")
+
+    module = Twice(2, 2)
+    module.register_forward_pre_hook(fail)
+    with fastinterp.Live(module, directions={"far": state(torch.nn.Linear(2, 2))}) as live:
+        module(torch.ones(1, 2))
+        live.set(far=1.0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_weights_are_back_when_a_forward_is_interrupted(error):
+    """Torch runs no hook then."""
+
+    class Interrupted(torch.nn.Linear):
+        def forward(self, x):
+            raise error
+
+    module = Interrupted(2, 2)
+    before = state(module)
+    far = {"far": state(torch.nn.Linear(2, 2))}
+
+    def call():
+        with pytest.raises(error):
+            module(torch.ones(1, 2))
+
+    def run():
+        with pytest.raises(error), fastinterp.Live(module, directions=far) as live:
+            live.set(far=1.0)
+            module(torch.ones(1, 2))
+
+    run()
+    assert_same_state(before, state(module))
+    with fastinterp.Live(module, directions=far) as live:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        live.set(far=1.0)  # a step of a thread that has ended
+
+
+def test_step_may_end_in_another_thread():
+    """As a generator does that servers run in a pool of threads."""
+    module = torch.nn.Linear(2, 2)
+    with fastinterp.Live(module, directions={"far": state(torch.nn.Linear(2, 2))}) as live:
+        step = live.step()
+        for do in (step.__enter__, lambda: step.__exit__(None, None, None)):
+            thread = threading.Thread(target=do)
+            thread.start()
+            thread.join()
+        live.set(far=1.0)
+
+
 def test_change_is_not_starved():
     """Steps without pause in two threads: a change gets its turn."""
     lock, stop = StepLock(), threading.Event()
 
     def steps():
         while not stop.is_set():
-            lock.enter()
+            thread = lock.enter()
             time.sleep(0.001)
-            lock.leave()
+            lock.leave(thread)
 
     threads = [threading.Thread(target=steps) for _ in range(2)]
     for thread in threads:

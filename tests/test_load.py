@@ -250,3 +250,46 @@ def test_dtype_that_a_library_lacks(tmp_path):
     for framework in ("torch", "numpy"):
         with pytest.raises(UsageError, match=f"{framework} has no dtype for F4"):
             fastinterp.load(path, framework=framework)
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wte = torch.nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16))
+        self.head = self.wte
+
+
+def test_tied_tensors_may_be_rounded_at_random(tmp_path):
+    """Each name draws its own numbers; the module has one tensor, and gets those of its first name."""
+    models = []
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        x = torch.randn(4096)
+        save_file({"wte": x, "head": x.clone()}, tmp_path / f"{name}.safetensors")
+        models.append({"model": str(tmp_path / f"{name}.safetensors"), "parameters": {"weight": seed + 1}})
+    recipe = {"merge_method": "linear", "models": models, "rounding": "stochastic", "seed": 3}
+    module = Tied()
+    fastinterp.load_into(module, recipe)
+    made = fastinterp.load(recipe, dtype="bfloat16")
+    assert torch.equal(module.wte, made["wte"]) and not torch.equal(made["wte"], made["head"])
+
+
+class Extra(torch.nn.Linear):
+    """Its state_dict holds one tensor more than it computes with."""
+
+    def get_extra_state(self):
+        return torch.zeros(3)
+
+    def set_extra_state(self, state):
+        raise AssertionError("it is left alone")
+
+
+def test_extra_state_is_left_alone(tmp_path):
+    save_file({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, tmp_path / "a.safetensors")
+    save_file(
+        {"weight": torch.ones(2, 2), "bias": torch.ones(2), "_extra_state": torch.ones(3)}, tmp_path / "b.safetensors"
+    )
+    for name in "ab":
+        module = Extra(2, 2)
+        fastinterp.load_into(module, tmp_path / f"{name}.safetensors")
+        assert module.weight.tolist() == [[1.0, 1.0]] * 2

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import fastinterp
+from fastinterp.engine.memory import merge_measured
+from fastinterp.engine.report import Effect
 from fastinterp.errors import ShapeError, StorageError, UsageError
 from fastinterp.steer import curve
 from fastinterp.steer.path_report import PathReport
@@ -128,8 +134,8 @@ def test_all_that_does_not_fit_a_model_is_told_at_once():
     with pytest.raises(ShapeError) as caught:
         fastinterp.path(a, b, model=module).evaluate(first, [0.5])
     said = str(caught.value)
-    assert "more is not in the module" in said and "bias of the module is missing" in said
-    assert "weight is [2, 2], in the module [1, 1]" in said
+    assert "more of a is not in the module\n" in said and "bias [1] is not in a\n" in said
+    assert "weight is [1, 1] in the module but [2, 2] in b\n" in said
 
 
 def test_checkpoint_that_changes_meanwhile_is_refused(tmp_path):
@@ -155,6 +161,178 @@ def test_checkpoint_that_was_cut_is_refused_before_it_is_read(tmp_path, do):
         do(path)
 
 
+CUT = """
+import os, sys, threading, torch, fastinterp
+from safetensors.torch import save_file
+from fastinterp.errors import StorageError
+
+folder, how = sys.argv[1:]
+files = [os.path.join(folder, name + ".safetensors") for name in "ab"]
+for file in files:
+    save_file({"w": torch.rand(8 << 20), "n": torch.arange(1 << 20)}, file)
+path = fastinterp.path(*files)
+
+def cut():
+    os.truncate(files[1], 1 << 20)
+
+def look(weights, alpha, seed):
+    if how == "between":
+        cut()
+    return {"m": 0.0}
+
+if how == "thread":
+    threading.Thread(target=cut).start()
+if how == "inside":  # after the file was looked at, before it is read
+    from fastinterp.steer import path as module
+    merge = module.merge_measured
+    module.merge_measured = lambda *a, **k: (cut(), merge(*a, **k))[1]
+try:
+    path.evaluate(look, [k / 50 for k in range(50)])
+except StorageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("how", ["between", "inside", "thread"])
+def test_checkpoint_that_is_cut_while_it_is_read_kills_nothing(tmp_path, how):
+    command = [sys.executable, "-c", CUT, str(tmp_path), how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "b.safetensors was changed while the path was walked" in done.stdout
+
+
+def test_checkpoints_and_state_dicts_may_be_mixed(tmp_path):
+    a, b = {"w": torch.zeros(2, 3), "n": torch.arange(3)}, {"w": torch.ones(2, 3), "n": torch.arange(3)}
+    save_file(b, tmp_path / "b.safetensors")
+    found = fastinterp.path(a, tmp_path / "b.safetensors").weights(0.25)
+    assert found["w"].tolist() == [[0.25] * 3] * 2 and found["n"].tolist() == [0, 1, 2]
+    other = {"w": np.zeros((2, 3), np.float32), "n": np.arange(3)}
+    with pytest.raises(UsageError, match="must be a tensor like the first"):
+        fastinterp.path(other, tmp_path / "b.safetensors").weights(0.25)
+
+
+def test_tokenizers_that_differ_are_told(tmp_path):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.ones(1)}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "tokenizer.json").write_text("{}" if name < "c" else "{ }")
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    fastinterp.path(a, b)
+    module = torch.nn.Module()
+    module.w = torch.nn.Parameter(torch.zeros(1))
+    for walk in (fastinterp.path, lambda **ends: fastinterp.Live(module, **ends).close()):
+        with pytest.warns(UserWarning, match=r"tokenizer.json of .*a and of .*c differ\. See that every") as told:
+            walk(base=a, directions={"x": b, "y": c})
+        assert [w.filename for w in told] == [__file__]
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wte, self.head = (torch.nn.Parameter(torch.zeros(64)) for _ in range(2))
+        self.head = self.wte
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["memory", "file"])
+def test_tied_tensors_that_differ_in_an_end_are_refused(tmp_path, stored):
+    def end(name, wte, head):
+        tensors = {"wte": torch.full((64,), wte), "head": torch.full((64,), head)}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        return str(tmp_path / f"{name}.safetensors") if stored else tensors
+
+    ends = end("a", 0.0, 0.0), end("b", 1.0, 2.0)
+    with pytest.raises(ShapeError, match=r"wte and head are one tensor in the module, but differ in .*b"):
+        fastinterp.path(*ends, model=Tied()).evaluate(lambda *_: pytest.fail("called"), [0.0])
+    walked = fastinterp.path(ends[0], end("c", 1.0, 1.0), model=Tied(), rounding="stochastic")
+    assert walked.evaluate(lambda m, *_: {"w": m.head[0].item()}, [0.5]).points[0].mean("w") == 0.5
+    one = {"head": torch.full((64,), 3.0)}  # either of the names will do
+    found = fastinterp.path(ends[0], one, model=Tied()).evaluate(lambda m, *_: {"w": m.wte[0].item()}, [1.0])
+    assert found.points[0].mean("w") == 3.0
+
+
+class Mixed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fine = torch.nn.Parameter(torch.zeros(4096))
+        self.coarse = torch.nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16))
+
+
+def test_each_tensor_is_rounded_once_to_what_the_module_has():
+    """Ends in float16, whose own rounding in between would be another one."""
+    rng = np.random.default_rng(0)
+    a, b = ({n: torch.from_numpy(rng.normal(1, 1e-3, 4096)).half() for n in ("fine", "coarse")} for _ in range(2))
+    module = Mixed()
+    alphas = [0.25, 0.5]
+
+    def look(given, alpha, seed):
+        wanted = a["coarse"].double() + alpha * (b["coarse"].double() - a["coarse"].double())
+        assert torch.equal(given.coarse, wanted.float().bfloat16())
+        return {"fine": given.fine.double().sum().item()}
+
+    found = fastinterp.path(a, b, model=module).evaluate(look, alphas)
+    stored = {"fine": "float32", "coarse": "bfloat16"}
+    for alpha, point in zip(alphas, found.points, strict=True):
+        weights, effects = merge_measured([a, b], "linear", parameters={"weight": [1 - alpha, alpha]}, dtype=stored)
+        assert point.changed_fraction == Effect.total(effects.values()).changed_fraction
+        changed = sum((weights[n] != a[n].to(weights[n].dtype)).sum().item() for n in stored)
+        assert point.changed_fraction == changed / 8192
+    with pytest.raises(UsageError, match=r"`dtype` is float32, but `model` has coarse \(torch.bfloat16\)"):
+        fastinterp.path(a, b, model=module, dtype="float32")
+
+
+class Extra(torch.nn.Linear):
+    """Its state_dict holds more than tensors."""
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        raise AssertionError("it is left alone")
+
+
+def test_extra_state_of_a_model_is_left_alone():
+    module, ends = Extra(2, 2, bias=False), [Extra(2, 2, bias=False).state_dict() for _ in range(2)]
+    found = fastinterp.path(*ends, model=module).evaluate(lambda m, *_: {"w": m.weight[0, 0].item()}, [0.0, 1.0])
+    assert [p.mean("w") for p in found.points] == [end["weight"][0, 0].item() for end in ends]
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_the_model_s_own_weights_may_be_an_end(view):
+    """They are copied first: they stay pristine while the model walks."""
+    module = torch.nn.Linear(2, 1, bias=False)
+    own = module.weight.detach().clone()
+    a = {"weight": module.weight.detach().view(2).view(1, 2)} if view else module.state_dict()
+    b = {"weight": torch.zeros(1, 2)}
+    found = fastinterp.path(a, b, model=module).evaluate(lambda m, *_: {"w": m.weight[0, 0].item()}, [1.0, 0.5, 0.0])
+    assert [p.mean("w") for p in found.points] == [0.0, own[0, 0].item() / 2, own[0, 0].item()]
+    assert torch.equal(module.weight, own)
+
+
+def test_models_made_in_inference_mode_walk():
+    with torch.inference_mode():
+        module = torch.nn.Linear(1, 1, bias=False)
+    own = module.weight.item()
+    ends = {"weight": torch.zeros(1, 1)}, {"weight": torch.ones(1, 1)}
+    found = fastinterp.path(*ends, model=module).evaluate(lambda m, *_: {"w": m.weight.item()}, [0.25])
+    assert found.points[0].mean("w") == 0.25 and module.weight.item() == own
+
+
+def test_model_that_is_converted_meanwhile():
+    """The points go on in its new dtype; but it cannot have what it had before."""
+    module = torch.nn.Linear(1, 1, bias=False)
+    seen = []
+
+    def convert(given, alpha, seed):
+        seen.append((given.weight.dtype, given.weight.item()))
+        given.bfloat16()
+        return {"m": 0.0}
+
+    ends = {"weight": torch.zeros(1, 1)}, {"weight": torch.ones(1, 1)}
+    with pytest.raises(UsageError, match="weight was converted or replaced while the path was walked"):
+        fastinterp.path(*ends, model=module).evaluate(convert, [0.25, 0.5])
+    assert seen == [(torch.float32, 0.25), (torch.bfloat16, 0.5)]
+
+
 # --- evaluate
 
 
@@ -173,6 +351,12 @@ def test_seeds_give_means_and_standard_errors():
     assert report(lambda a, s: {"m": a}, [0.5]).points[0].se("m") is None
 
 
+def test_seeds_that_agree_have_no_error():
+    """The sum of three 0.4 is not 1.2, so that a mean by it would be beside them all."""
+    point = report(lambda a, s: {"m": 0.4}, [0.5], 3).points[0]
+    assert (point.mean("m"), point.se("m")) == (0.4, 0.0)
+
+
 def test_grid_is_the_product_of_its_lists():
     walked = fastinterp.path(base=model(0.0), directions={"x": model(1.0), "y": model(10.0)})
     found = walked.evaluate(first, {"x": [0, 1], "y": [0, 0.5, 1]})
@@ -189,6 +373,43 @@ def test_barrier_is_measured_against_the_chord_seed_by_seed():
     assert found.above.value == pytest.approx(0.5) and found.above.se == pytest.approx(0, abs=1e-12)
     assert found.below.value == pytest.approx(0)
     assert report(lambda a, s: {"loss": a}, [0.0, 0.5]).shape("loss").above is None
+
+
+def test_metrics_of_any_size_have_a_shape():
+    """Squares and differences of these are beyond float64."""
+    sizes = [1e154, 1e200, 1.7e308, 5e-324]
+    for unit in sizes:
+        found = report(lambda a, s, unit=unit: {"m": unit * (a if s else -a)}, [0.0, 0.5, 1.0], 3)
+        assert found.points[2].se("m") == pytest.approx(unit * (math.sqrt(8 / 9 / 2)), rel=1e-12 if unit > 1 else 1)
+        assert found.points[2].mean("m") == pytest.approx(unit / 3, rel=1e-12 if unit > 1 else 1)
+        assert json.loads(found.to_json())["shapes"]["m"]["points"] == 3 and str(found)
+    found = report(lambda a, s: {"m": 1.7e308 * (2 * a - 1)})
+    assert found.respace("m", 3) == [0.0, pytest.approx(0.5), 1.0]
+    assert curve.mean([1.7e308, 1.7e308]) == 1.7e308
+
+
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_metric_that_is_no_number_is_named(where, value):
+    """No shape is told of the points beside a NaN, and the report says where it is."""
+    found = report(lambda a, s: {"m": value if a == where and s == 1 else a, "p": 0.25 + a / 2}, ALPHAS, 2)
+    word = "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"
+    assert found.warnings == (f"m is {word} at alpha {where:g}",)
+    assert f"warning: m is {word} at alpha {where:g}" in str(found)
+    shape = found.shape("m")
+    if math.isnan(value):
+        told = (shape.step_up, shape.step_down, shape.kink, shape.above.value, shape.below.value)
+        assert all(map(math.isnan, told)) and shape.spearman is None
+    else:
+        assert math.inf in (shape.step_up, shape.step_down) and shape.kink is None
+    assert found.shape("p").step_down == 0.0
+    assert PathReport.from_json(found.to_json()).to_json() == found.to_json()
+
+
+def test_how_often_a_metric_is_no_number():
+    found = report(lambda a, s: {"p": math.nan if a > 0.75 else a}, probabilities=["p"])
+    assert found.warnings == ("p is NaN at 3 of 11 points, first at alpha 0.8",)
+    assert found.shape("p").log_odds is None
 
 
 def test_steps_against_the_trend_are_found():
@@ -212,7 +433,7 @@ def test_log_odds_of_a_logistic_curve_are_a_line():
     assert found.shape("loss").log_odds is None
     with pytest.raises(UsageError, match="`probabilities` names 'q'"):
         report(lambda a, s: {"p": 0.5}, probabilities=["q"])
-    with pytest.raises(UsageError, match="not all of its values are in"):
+    with pytest.raises(UsageError, match=r"not all of its values are in 0..1: 1.1 at alpha 0.1"):
         report(lambda a, s: {"p": 1 + a}, probabilities=["p"])
 
 
@@ -261,6 +482,35 @@ def test_staircase_of_bf16_is_measured_and_told():
 # --- files
 
 
+@pytest.mark.parametrize(
+    ("first", "last", "step"), [(0, 1.05, 0.1), (-1, 2.05, 0.1), (-2, 2, 0.01), (-1, 2, 0.001), (-0.3, 1.35, 0.05)]
+)
+def test_sums_of_steps_reach_the_ends(first, last, step):
+    """numpy.arange misses 0 and 1 by some 1e-16 to 1e-13, and the ends of the chord are where alpha is 0 and 1."""
+    alphas: Any = np.arange(first, last, step)
+    walked = fastinterp.path(model(0.1), model(0.7))
+    found = walked.evaluate(lambda w, a, s: {"m": float(w["w"][0]), "given": a}, alphas)
+    given = [p.at["alpha"] for p in found.points]
+    assert {0.0, 1.0} <= set(given) and given == [p.samples["given"][0] for p in found.points]
+    shape = found.shape("m")
+    assert shape.above is not None and shape.points == sum(-1e-9 < a < 1 + 1e-9 for a in alphas)
+    assert found.warnings == ()
+    assert torch.equal(walked.weights(alphas[np.abs(alphas - 1).argmin()])["w"], model(0.7)["w"])
+
+
+def test_what_is_beside_an_end_stays_there():
+    alphas = [1e-12, -1e-12, 1 - 1e-12, 1 + 1e-12, 0.30000000000000004, 1 / 3]
+    found = report(lambda a, s: {"m": a}, alphas)
+    assert [p.at["alpha"] for p in found.points] == alphas
+    assert [report(lambda a, s: {"m": a}, [a]).points[0].at["alpha"] for a in (-0.0, -1e-16, 1 + 5e-13)] == [0, 0, 1]
+
+
+def test_reports_of_sums_of_steps_have_their_ends():
+    text = report(lambda a, s: {"m": a}, [0.0, 0.5, 1.0]).to_json()
+    text = text.replace('"alpha": 1.0', '"alpha": 1.0000000000000002')
+    assert "1.0000000000000002" in text and PathReport.from_json(text).shape("m").above is not None
+
+
 def test_json_makes_the_round_trip(tmp_path):
     found = report(
         lambda a, s: {"p": logistic(a), "loss": [math.inf, math.nan, 0.1 + a][s]}, [0, 0.5, 1], 3, probabilities=["p"]
@@ -300,6 +550,8 @@ def test_csv_has_a_line_per_point(tmp_path):
         ([], "at least one alpha"),
         ([0.5, 0.5], "every point may be given once"),
         ([math.nan], "alpha must be a finite number, got nan"),
+        ([10**400], "alpha must be a finite number, got 1000"),
+        ([torch.zeros(2)], "alpha must be a finite number, got tensor([0., 0.])"),
         (["x"], "alpha must be a finite number, got 'x'"),
         (0.5, "the alphas must be a list"),
         ([{"beta": 1}], "unknown direction `beta`. Known: alpha"),
@@ -311,7 +563,26 @@ def test_wrong_alphas_are_refused_before_anything_is_called(alphas, said):
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("returned", [None, {}, {"m": "high"}, 0.5])
+@pytest.mark.parametrize("seeds", ["x", "12", b"12", 1.5, [1.5], True, [True], None, {1: 2}, [1, 1], 0, [], -1, ["1"]])
+def test_wrong_seeds_are_refused(seeds):
+    with pytest.raises(UsageError, match="the seeds must be"):
+        fastinterp.path(model(0.0), model(1.0)).evaluate(lambda *_: pytest.fail("called"), [0.5], seeds)
+
+
+@pytest.mark.parametrize("seeds", [3, np.int64(3), range(3), np.arange(3), (0, 1, 2), torch.arange(3)])
+def test_seeds_are_how_many_or_which(seeds):
+    found = report(lambda a, s: {"m": a + s}, [0.5], seeds)
+    assert found.seeds == (0, 1, 2) and {type(seed) for seed in found.seeds} == {int}
+    json.loads(found.to_json())
+
+
+@pytest.mark.parametrize("alpha", [10**400, np.zeros(2), torch.zeros(2)])
+def test_alphas_that_are_no_single_finite_number(alpha):
+    with pytest.raises(UsageError, match="alpha must be a finite number"):
+        fastinterp.path(model(0.0), model(1.0)).weights(alpha)
+
+
+@pytest.mark.parametrize("returned", [None, {}, {"m": "high"}, 0.5, {"m": np.zeros(2)}, {"m": torch.zeros(2)}])
 def test_what_is_no_metric_is_refused(returned):
     with pytest.raises(UsageError, match="expected"):
         report(lambda a, s: returned, [0.0])
@@ -323,6 +594,8 @@ def test_metrics_must_be_the_same_at_all_points():
 
 
 def test_path_needs_ends_or_directions():
+    with pytest.raises(UsageError, match="a direction must have a name, got ''"):
+        fastinterp.path(base=model(1.0), directions={"": model(1.0)})
     for wrong in ({}, {"a": model(1.0)}, {"base": model(1.0)}, {"directions": {"x": model(1.0)}}):
         with pytest.raises(UsageError):
             fastinterp.path(**wrong)

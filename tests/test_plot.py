@@ -112,6 +112,12 @@ def test_command_draws_a_report(tmp_path):
     assert run("plot", str(tmp_path / "none.json"), "-o", str(tmp_path / "y.svg")).exit_code == 4
 
 
+def test_diff_refuses_a_figure_before_it_measures(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastinterp.engine.compare.compare", lambda *_, **__: pytest.fail("measured"))
+    for name, code in (("x.gif", 2), ("none/x.png", 4)):
+        assert run("diff", "a", "b", "--plot", str(tmp_path / name)).exit_code == code
+
+
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"pip install 'fastinterp\[plot\]'"):

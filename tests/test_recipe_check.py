@@ -70,7 +70,11 @@ def test_all_that_is_wrong():
     ("text", "expected"),
     [
         ("merge_method: [\n", ["2: not valid YAML: did not find expected node content"]),
-        ("merge_method: liner\nmodels: []\n", ["1: unknown merge method `liner`, did you mean `linear`?"]),
+        (
+            "merge_method: liner\nmodels: []\n",
+            ["1: unknown merge method `liner`, did you mean `linear`?", "2: `models` lists no model"],
+        ),
+        ("merge_method: linear\nmodels: 3\n", ["2: expected a list, got a whole number"]),
         ("models: 3\n", ["1: expected a list, got a whole number", "1: the key `merge_method` is missing"]),
         ("- a\n", ["1: expected a mapping, got a list. A recipe starts with `merge_method: ...`"]),
         ("merge_method: linear\n", ["1: the key `models` is missing (or `slices`, or `modules`)"]),
@@ -94,7 +98,7 @@ def test_all_that_is_wrong():
         (
             "merge_method: linear\nmodels: [{model: a}]\nslices: []\nparameters: {weight: 1, normalize: x}\n",
             ["3: `models` and `slices` exclude each other: give one of `models`, `slices`, `modules`",
-             "4: `normalize` must be true or false, got 'x'"],
+             "3: `slices` lists no slice", "4: `normalize` must be true or false, got 'x'"],
         ),
         (
             "name: a\nmerge_method: linear\nmodels: []\n---\nmerge_method: linear\nmodels: [{model: b}]\nx: 1\n",
@@ -105,6 +109,125 @@ def test_all_that_is_wrong():
 )  # fmt: skip
 def test_wrong(text, expected):
     assert [found.partition(". Known: merge_method")[0] for found in wrong(text)] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param(
+            "merge_method: linear\nslices:\n  - sources: [{model: a, layer_range: [0, 0]}]\n"
+            "  - sources:\n      - {model: a, layer_range: [0, 1]}\n      - {model: b, layer_range: [0, 1, 2]}\n"
+            "      - {model: c, layer_range: [1, -2]}\n      - {model: d, layer_range: [1, 3]}\n"
+            "      - {model: a, layer_range: [1, 2], parameters: {wight: 1}}\nparameters: {weight: 1}\n",
+            [
+                "3: `layer_range` [first, end) has no layer in it, got [0, 0]",
+                "6: `layer_range` is [first, end], got [0, 1, 2]",
+                "7: `layer_range` counts from the first layer, 0; got [1, -2]. Negative numbers have no meaning",
+                "8: the sources of a slice must have the same number of layers: 2 here, 1 in $.slices[1].sources[0]",
+                "9: 'a' is already listed as $.slices[1].sources[0]. mergekit would drop one of them. Give it to"
+                " another slice",
+                "9: unknown parameter `wight` of `linear`, did you mean `weight`?",
+            ],
+            id="slices",
+        ),
+        pytest.param(
+            "merge_method: liner\nmodels:\n  - {model: a, parameters: {wieght: 1, density: x}}\n"
+            "  - {modle: b}\n  - {model: c, parameters: {weight: high}}\ndtyp: float32\nseed: -1\n",
+            [
+                "1: unknown merge method `liner`, did you mean `linear`?",
+                "3: unknown parameter `wieght`, did you mean `weight`?",
+                "4: unknown key `modle`, did you mean `model`?",
+                "5: `weight` must be a finite number (at most 3.4e38), got 'high'",
+                "6: unknown key `dtyp`, did you mean `dtype`?",
+                "7: `seed` must be in 0..2**64-1, got -1",
+            ],
+            id="method",
+        ),
+        pytest.param(
+            "merge_method: 3\nmodels: [{model: a, weight: 1}, {model: b}]\nparameters: {weight: z, whatever: 3}\n"
+            "dtype: float61\n",
+            [
+                "1: expected text, got a whole number",
+                "2: unknown key `weight`: what a method takes goes under `parameters`",
+                "3: unknown parameter `whatever`",
+                "4: unknown dtype `float61`, did you mean `float64`?",
+            ],
+            id="no method",
+        ),
+        pytest.param(
+            "merge_method: linear\nmodels:\n  - model: a\n    parameters:\n      weight:\n"
+            "        - {filter: attn, value: x}\n        - {filtr: mlp, vale: 1}\n        - {filter: 3, value: .inf}\n"
+            "        - 7\n        - {filter: mlp, value: [1, y, null]}\n"
+            "  - {model: b, parameters: {weight: [1, two, null]}}\n",
+            [
+                "6: `weight` must be a finite number (at most 3.4e38), got 'x'",
+                "7: unknown key `filtr`, did you mean `filter`?",
+                "7: unknown key `vale`, did you mean `value`?",
+                "7: the key `value` is missing",
+                "8: `filter` must be text, a part of tensor names, got 3",
+                "8: `weight` must be a finite number (at most 3.4e38), got inf",
+                "9: numbers and filters do not mix in one list: expected `{filter: ..., value: ...}`, got 7",
+                "10: `weight` must be a finite number (at most 3.4e38), got 'y'",
+                "10: a gradient consists of numbers, got nothing",
+                "11: `weight` must be a finite number (at most 3.4e38), got 'two'",
+                "11: a gradient consists of numbers, got nothing",
+            ],
+            id="filters",
+        ),
+        pytest.param(
+            "merge_method: linear\nmodels: [{model: a, parameters: {wieght: 3}}]\n"
+            "slices:\n  - sources: [{model: a, layer_range: [2, 1]}]\n"
+            "modules:\n  m: {models: [{model: a, parameters: {weight: x}}]}\n",
+            [
+                "2: unknown parameter `wieght` of `linear`, did you mean `weight`?",
+                "3: `models` and `slices` exclude each other: give one of `models`, `slices`, `modules`",
+                "4: `layer_range` [first, end) has no layer in it, got [2, 1]",
+                "6: `weight` must be a finite number (at most 3.4e38), got 'x'",
+            ],
+            id="models, slices and modules",
+        ),
+        pytest.param(
+            "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: [{filter: x, value: y}]}}\n"
+            "tokenizer:\n  source: b\n  pad_to_multiple_of: 0\n  tokens: {t: {source: c}}\n",
+            [
+                "3: `weight` must be a finite number (at most 3.4e38), got 'y'",
+                "5: expected union, base, a model that is merged, or base_model, got 'b'",
+                "6: `pad_to_multiple_of` must be in 1..2**20, got 0",
+                "7: expected a model that is merged, or base_model, got 'c'",
+            ],
+            id="tokenizer and filters",
+        ),
+        pytest.param(
+            "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1}\n---\n"
+            "merge_method: linear\nmodels: [{model: b}]\nparameters: {weight: 1}\n",
+            ["1: the key `name` is missing: every document but the last needs one that those after it use"],
+            id="unnamed",
+        ),
+        pytest.param(
+            "name: first-mix\nmerge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1}\n---\n"
+            "merge_method: linear\nmodels: [{model: first_mix}]\nparameters: {weight: 1}\n",
+            ["1: 'first-mix' is never used by a document below it, but line 7 names 'first_mix': did you mean"
+             " 'first-mix'?"],
+            id="close",
+        ),
+    ],
+)  # fmt: skip
+def test_no_fault_hides_another(text, expected):
+    assert [found.partition(". Known: alpha")[0] for found in wrong(text)] == expected
+
+
+def test_faults_of_tensors_are_told_together():
+    """Slices that go beyond the layers, and weights that cancel, in every document that can be looked at."""
+    text = (
+        "merge_method: passthrough\nslices:\n  - sources: [{model: a, layer_range: [0, 9]}]\n"
+        "  - sources: [{model: a, layer_range: [0, 1]}]\n  - sources: [{model: b, layer_range: [1, 7]}]\n"
+    )
+    known = {"a": arch.llama(2), "b": arch.llama(3)}
+    found = inspect(text, names=known.__getitem__).wrong
+    assert [f"{e.line}: {e.message}" for e in found] == [  # type: ignore[attr-defined]
+        "3: `layer_range` [0, 9] goes beyond the 2 layers of a",
+        "5: `layer_range` [1, 7] goes beyond the 3 layers of b",
+    ]
 
 
 def test_what_is_wrong_with_the_models():

@@ -24,6 +24,8 @@ from tests.cases import CASES, MERGING, Case, Guarded, fill, guarded
 
 NONE = pytest.param("", marks=pytest.mark.skip(reason="the native module is not built"))
 every_isa = pytest.mark.parametrize("isa", backends.usable() or [NONE])
+WAYS = [pytest.param(isa, False, id=isa) for isa in backends.combining()]
+WAYS += [pytest.param(isa, True, id=f"{isa}-streamed") for isa in backends.usable()]  # on a CPU, around the caches
 every_backend = pytest.mark.parametrize("isa", backends.combining() or [NONE])
 COUNTS = ("nan_in", "inf_in", "nan_out", "inf_out", "sampled", "changed")
 
@@ -64,13 +66,13 @@ def buffers(raws: list[np.ndarray], misalignment: int = 0) -> list[Guarded]:
     return copies
 
 
-@every_backend
+@pytest.mark.parametrize(("isa", "streamed"), WAYS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_same_bits(isa, case):
+def test_same_bits(isa, case, streamed):
     """A backend returns the reference's bits and statistics, and writes nothing beside its outputs."""
     outs, stats = expected(case)
     inputs, outputs = guarded(case)
-    got = backends.run_case(isa, case, inputs, outputs)
+    got = backends.run_case(isa, case, inputs, outputs, streamed=streamed)
     for j, out in enumerate(outputs):
         assert_same_bits(outs[j], out.view, case.out_dtype, f"row {j}")
         assert out.intact(), f"row {j}: bytes beside the output were written"

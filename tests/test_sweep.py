@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,23 @@ def arrays(tensors, point):
         yield name, Tensor(there[name].dtype, x.shape, np.frombuffer(x.tobytes(), np.uint8))
 
 
+def test_sums_of_steps_reach_the_ends(ends, tmp_path):
+    """numpy.arange(-0.5, 1.55, 0.1) has neither 0 nor 1; what is made there are the ends, under their names."""
+    a, b, _ = ends
+    alphas = np.arange(-0.5, 1.55, 0.1)
+    assert 0 not in alphas and 1 not in alphas
+    points = sweep(a, b, alphas, tmp_path / "path")
+    assert [p.name for p in points] == [f"alpha_{alpha:g}" for alpha in ALPHAS]
+    for at, name in ((5, a), (15, b)):
+        assert points[at].at == {"alpha": float(at == 15)} and not points[at].report.tensors
+        assert_same(read(points[at].path), read(Path(name)))
+    reports = fastinterp.interpolate(a, b, list(alphas), tmp_path / "again")
+    assert [not r.tensors for r in reports] == [not p.report.tensors for p in points]
+    grid = {"b": np.arange(-1, 1.05, 0.1)}
+    found = sweep(base=a, add={"b": b}, grid=grid, in_memory=lambda p, t: p.name, framework="numpy")
+    assert (found[10].result, found[20].result) == ("b_0", "b_1") and found[20].at == {"b": 1.0}
+
+
 def test_line_with_a_base(ends, tmp_path):
     a, b, base = ends
     (point,) = sweep(a, b, [0.3], tmp_path / "path", base=base, dtype="float32", seed=3)
@@ -132,7 +150,7 @@ def test_nuslerp_walks_by_weights(ends, tmp_path):
         ({"alphas": range(5000)}, UsageError, "a sweep has at most 4096 points, got 5000"),
         ({"b": None}, UsageError, "a sweep needs A, B and alphas"),
         ({"add": {"x": "y"}}, UsageError, "give either A, B and alphas, or a base"),
-        ({"out": None}, UsageError, "the name of the output folder is missing"),
+        ({"out": None}, UsageError, "the name of the output folder is missing. Give -o DIR"),
         ({"out": "x", "in_memory": print}, UsageError, "`in_memory` writes nothing"),
         ({"parameters": {"weight": 1}}, UsageError, "the parameter `weight` is what the sweep changes"),
         ({"parameters": 3}, UsageError, "`parameters` must be a mapping"),
@@ -330,6 +348,30 @@ def test_command(ends, tmp_path):
     assert command("sweep", a, b, "--alphas", "0.5", "-o", tmp_path / "q", "--quiet") == ""
 
 
+@pytest.mark.parametrize("command_name", ["sweep", "interpolate"])
+def test_command_takes_lists_and_ranges(ends, tmp_path, command_name):
+    a, b, _ = ends
+    option = "--alphas" if command_name == "sweep" else "--alpha"
+    command(command_name, a, b, option, "0, 0.5:0.7:0.1,1.0000000000000002", option, "2", "-o", tmp_path / "path")
+    names = {path.name for path in (tmp_path / "path").iterdir()}
+    assert names == {"alpha_0", "alpha_0.5", "alpha_0.6", "alpha_0.7", "alpha_1", "alpha_2"}
+
+
+def test_more_points_than_one_read_makes(tmp_path):
+    """Both commands make up to the same number."""
+    one = {"x": family(1)[0][next(iter(finite(1)[0]))]}
+    for name in "ab":
+        write(tmp_path / name, one)
+    text = command("sweep", tmp_path / "a", tmp_path / "b", "--alphas", "0:1:0.001", "-o", tmp_path / "path")
+    assert text.startswith("1,001 outputs: ")
+    assert len(list((tmp_path / "path").iterdir())) == 1001
+    text = command("interpolate", tmp_path / "a", tmp_path / "b", "--alpha", "0:1:0.0025", "-o", tmp_path / "more")
+    assert text.startswith("401 outputs from 2 reads: ")
+    assert len(list((tmp_path / "more").iterdir())) == 401
+    for name in ("alpha_0", "alpha_0.005", "alpha_0.75", "alpha_1"):
+        assert_same(read(tmp_path / "path" / name), read(tmp_path / "more" / name))
+
+
 def test_command_of_grids(ends, tmp_path):
     base, p, f = ends
     command(
@@ -364,6 +406,56 @@ def test_command_in_memory(ends, tmp_path, monkeypatch):
         ("no.such:f", "No mod"),
     ):
         assert why in command("sweep", a, b, "--alphas", "0.5", "--in-memory", named, code=2)
+
+
+def test_numbers_of_torch_and_numpy_are_printed(ends, tmp_path, monkeypatch):
+    a, b, _ = ends
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results.py").write_text("""
+import numpy as np, torch
+def numbers(point, tensors):
+    return {"t": torch.tensor(0.5, dtype=torch.bfloat16), "n": [np.float32(0.25), np.int64(3), np.bool_(True)],
+            "d": np.float64(0.75), "one": torch.ones(1), "z": np.array(2.5), "nan": np.float64("nan"), "no": None}
+def tensor(point, tensors):
+    return {"loss": torch.zeros(2, 3)}
+def thing(point, tensors):
+    return object()
+def key(point, tensors):
+    return {3: 1.0}
+""")
+    given = ("sweep", a, b, "--alphas", "0.5", "--in-memory")
+    (point,) = json.loads(command(*given, "results:numbers", "--json"))
+    wanted = {"t": 0.5, "n": [0.25, 3, True], "d": 0.75, "one": 1.0, "z": 2.5, "nan": None, "no": None}
+    assert point["result"] == wanted
+    assert "{'t': 0.5, 'n': [0.25, 3, True]" in command(*given, "results:numbers")
+    for name, what in (
+        ("tensor", "a torch.Tensor of shape [2, 3]"),
+        ("thing", "a builtins.object"),
+        ("key", "a mapping with the key 3"),
+    ):
+        said = command(*given, f"results:{name}", "--json", code=2)
+        assert f"--in-memory results:{name} returned {what} at alpha_0.5, which JSON does not have" in said
+        assert command(*given, f"results:{name}")
+
+
+def test_a_function_that_raises_is_told_with_its_own_traceback_alone(ends, tmp_path, monkeypatch):
+    a, b, _ = ends
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raising.py").write_text("def score(point, tensors):\n    return tensors['lm_head']\n")
+    said = command("sweep", a, b, "--alphas", "0.5", "--in-memory", "raising:score", code=2)
+    assert "UsageError: --in-memory raising:score raised KeyError: 'lm_head' at alpha_0.5" in said
+    assert 'raising.py", line 2, in score' in said and "visit.py" not in said and "steering.py" not in said
+
+
+def test_without_torch_the_option_that_helps_is_named(ends, tmp_path, monkeypatch):
+    a, b, _ = ends
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kinds.py").write_text("def kind(point, tensors):\n    return type(tensors['bf16']).__module__\n")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    given = ("sweep", a, b, "--alphas", "0.5", "--in-memory", "kinds:kind")
+    assert "sweep --framework numpy" in command(*given, code=2)
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    assert "--dtype float32" in command(*given, "--framework", "numpy", code=2)
 
 
 def test_torch_is_what_a_callback_gets(ends):

@@ -40,9 +40,9 @@ constexpr int kUnroll = N == 1   ? 4
                         : N == 2 ? 2
                                  : 1;
 template <int N>
-constexpr int kResident = N <= 3   ? 4
-                          : N <= 5 ? 3
-                                   : 2;
+constexpr int kResident = N == 2 || N == 3 ? 4
+                          : N <= 5         ? 3
+                                           : 2;
 constexpr int kPasses = 4;  // of a tile
 template <int N>
 constexpr int kTileVectors = kThreads * kUnroll<N> * kPasses;

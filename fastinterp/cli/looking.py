@@ -122,6 +122,10 @@ def diff(
     from fastinterp.cli import progress
     from fastinterp.engine.compare import compare
 
+    if plot is not None:
+        from fastinterp.steer.plot import check_figure
+
+        check_figure(plot)  # first: what takes long comes after what may be refused
     with progress.shown(quiet or as_json) as shown:
         found = compare(a, b, threads=threads, progress=shown)
     if plot is not None:

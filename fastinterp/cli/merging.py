@@ -12,7 +12,7 @@ import click
 
 from fastinterp.cli import OUTCOME, options
 from fastinterp.cli.ranges import alphas
-from fastinterp.errors import OutputError
+from fastinterp.errors import FastinterpError, OutputError
 
 if TYPE_CHECKING:
     from fastinterp.engine.report import Report
@@ -28,17 +28,29 @@ def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) ->
     """Merge checkpoints as a recipe says.
 
     RECIPE is a YAML file, or - for stdin; OUT a new folder. Each input byte is read once, or once more for each
-    statistic that the method asks for: see `fastinterp methods NAME`.
+    statistic that the method asks for: see `fastinterp methods NAME`. Started by torchrun or srun, all processes share
+    the output files among them.
 
     \b
     Example:
       fastinterp merge recipe.yml merged/ --dtype bfloat16
+      torchrun --nproc-per-node=4 -m fastinterp merge recipe.yml merged/
     """
     from fastinterp.cli import progress
     from fastinterp.engine import run
 
-    with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
-        report = run.merge(recipe, out, progress=shown, **settings)
+    me = options.rank()
+    if me is None:
+        with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
+            report = run.merge(recipe, out, progress=shown, **settings)
+    else:
+        from fastinterp.engine import distributed
+
+        with kept_of(Path(out)), progress.shown(quiet or as_json or me.rank > 0) as shown:
+            shared = distributed.merge(recipe, out, me, progress=shown, **settings)
+        if shared is None:
+            return  # rank 0 tells
+        report = shared
     if as_json:
         options.say_json(report.as_dict())
     elif quiet:
@@ -52,7 +64,7 @@ def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) ->
 @click.argument("b")
 @click.option(
     "--alpha", "points", callback=alphas, multiple=True, required=True, metavar="ALPHA",
-    help="0 is A, 1 is B; any number, or a range as 0:1:0.25. Give it several times for several outputs.",
+    help="0 is A, 1 is B; any number, several as 0,0.5,1, or a range as 0:1:0.25. May be given several times.",
 )  # fmt: skip
 @click.option("-o", "--out", required=True, metavar="DIR", help="Several outputs go to DIR/alpha_0.3 and so on.")
 @click.option("--base", metavar="CKPT", help="Task vectors: base + (1 - alpha)*(A - base) + alpha*(B - base).")
@@ -64,7 +76,7 @@ def interpolate(
 ) -> None:  # fmt: skip
     """Walk the line from checkpoint A to B, and beyond.
 
-    The output is A + alpha*(B - A). Several alphas are made from one read of A and B.
+    The output is A + alpha*(B - A). Several alphas are made from one read of A and B, up to 256 of them.
 
     \b
     Example:
@@ -75,6 +87,7 @@ def interpolate(
     from fastinterp.engine import run
     from fastinterp.engine.text import counted, plain
 
+    options.refuse_ranks("interpolate")
     outs = [Path(out)] if len(points) == 1 else [Path(out) / run.point_name(p) for p in points]
     with outcome_of(outs), progress.shown(quiet or as_json) as shown:
         reports = run.interpolate(a, b, points, out, base=base, progress=shown, **settings)
@@ -106,6 +119,20 @@ def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def kept_of(out: Path) -> Iterator[None]:
+    """When a merge that several processes share ends early, note what the next one goes on from."""
+    from fastinterp.files.shared_folder import journals
+
+    try:
+        yield
+    except (KeyboardInterrupt, FastinterpError):
+        done = journals(out)
+        if done:
+            click.get_current_context().meta[OUTCOME] = [f"{done} complete files are kept: start the same merge again"]
+        raise
+
+
 def _acts_as(alpha: float, report: Report) -> float | None:
     """The alpha that the output's rounding made of `alpha`; None for copies."""
     strength = report.effect.strength
@@ -114,6 +141,7 @@ def _acts_as(alpha: float, report: Report) -> float | None:
 
 def _path_lines(points: Sequence[float], acting: Sequence[float | None], reports: Sequence[Report]) -> list[str]:
     """Alphas that act visibly as others are shown as such."""
+    from fastinterp.compute.ops import MAX_OUTPUTS
     from fastinterp.engine.report import COPIES
     from fastinterp.engine.text import plain, size, table
 
@@ -123,8 +151,9 @@ def _path_lines(points: Sequence[float], acting: Sequence[float | None], reports
     ]
     if len(reports) == 1:
         return [reports[0].summary(), *(f"  alpha {points[0]:g} acts as {acts}" for acts in told if acts)]
-    run = reports[0]
-    lines = [f"{len(reports)} outputs from one read: {size(run.bytes_read)} read, {run.pace()}"]
+    run, reads = reports[0], -(-len(reports) // MAX_OUTPUTS)
+    read = "one read" if reads == 1 else f"{reads} reads"
+    lines = [f"{len(reports)} outputs from {read}: {size(run.bytes_read)} read, {run.pace()}"]
     rows = [["alpha", "acts as" if any(told) else "", "changed", "relative change", "output"]]
     for alpha, acts, report in zip(points, told, reports, strict=True):
         effect = report.effect

@@ -7,11 +7,14 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from fastinterp.errors import StorageError
+from fastinterp.errors import StorageError, UsageError
+
+if TYPE_CHECKING:
+    from fastinterp.engine.ranks import Rank
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -61,6 +64,28 @@ def output(command: F) -> F:
     for option in reversed(_OUTPUT):
         command = option(command)
     return command
+
+
+def rank() -> Rank | None:
+    """This process among those that torchrun or srun started to merge together; None if it is alone.
+
+    Raises: BackendError, if what they say is incomplete.
+    """
+    if not {"RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"} & os.environ.keys():
+        return None
+    from fastinterp.engine.ranks import started
+
+    return started()
+
+
+def refuse_ranks(command: str) -> None:
+    """Raises: UsageError, if this process is one of several."""
+    me = rank()
+    if me is not None:
+        raise UsageError(
+            f"`{command}` runs in one process, but this is rank {me.rank} of {me.world}. Start it once, without "
+            "torchrun or srun; or write a recipe and `merge` it, which all ranks share"
+        )
 
 
 def say(text: str) -> None:

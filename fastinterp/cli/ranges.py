@@ -1,4 +1,4 @@
-"""Numbers on the command line: `0.3`, ranges as `0:1:0.25`, and what is named, as `formal=-1:1:0.5`."""
+"""Numbers on the command line: `0.3`, `0,0.5,1`, ranges as `0:1:0.25`, and what is named, as `formal=-1:1:0.5`."""
 
 from __future__ import annotations
 
@@ -6,35 +6,43 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastinterp.compute.ops import MAX_OUTPUTS
+from fastinterp.compute.ops import MAX_POINTS
 
 if TYPE_CHECKING:
     from decimal import Decimal
 
 
 def alphas(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[float]:
-    """The numbers in `0.3` and `0:1:0.25` (first, last, step), in the order given."""
+    """The numbers in `0.3`, `0,0.5,1` and `0:1:0.25` (first, last, step), in the order given."""
     return [number for value in values for number in numbers(ctx, param, value)]
 
 
-def numbers(ctx: click.Context, param: click.Parameter, value: str, most: int = MAX_OUTPUTS) -> list[float]:
-    """Those in one value.
+def numbers(ctx: click.Context, param: click.Parameter, value: str) -> list[float]:
+    """Those in one value: numbers and ranges, commas between them. 0 and 1 also where a sum of steps just misses them.
 
-    most  that a range may have
+    Raises: BadParameter.
     """
+    from fastinterp.engine.arguments import snapped
+
+    return [snapped(number) for part in value.split(",") for number in _range(ctx, param, part, value)]
+
+
+def _range(ctx: click.Context, param: click.Parameter, part: str, value: str) -> list[float]:
+    """value: of which it is a part, for messages"""
     from decimal import Decimal
 
     try:
         # Decimal: 0:1:0.1 holds 0.3, not 0.30000000000000004.
-        first, *rest = (Decimal(part.strip()) for part in value.split(":"))
+        first, *rest = (Decimal(text.strip()) for text in part.split(":"))
         last, step = rest or (first, Decimal(1))
         if rest and not (max(abs(first), abs(last)) < 1e38 and step.is_finite()):
             raise ValueError
-        problem = _range_problem(first, last, step, most)
+        problem = _range_problem(first, last, step)
         if not problem:
             return [float(first + k * step) for k in range(int((last - first) / step) + 1)]
     except (ArithmeticError, ValueError):
-        problem = f"{value!r} is neither a number nor a range FIRST:LAST:STEP, as 0:1:0.25"
+        of = "" if part == value else f" in {value!r}"
+        problem = f"{part!r}{of} is neither a number nor a range FIRST:LAST:STEP, as 0:1:0.25"
     raise click.BadParameter(problem, ctx, param)
 
 
@@ -52,12 +60,11 @@ def named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -
 
 
 def grids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, list[float]]:
-    """`NAME=NUMBERS`, several times: numbers and ranges, commas between them."""
-    given = named(ctx, param, values)
-    return {name: [n for part in text.split(",") for n in numbers(ctx, param, part)] for name, text in given.items()}
+    """`NAME=NUMBERS`, several times."""
+    return {name: numbers(ctx, param, text) for name, text in named(ctx, param, values).items()}
 
 
-def _range_problem(first: Decimal, last: Decimal, step: Decimal, most: int) -> str:
+def _range_problem(first: Decimal, last: Decimal, step: Decimal) -> str:
     """What is wrong with a range, and one that would do; nothing, if it has at least one point and not too many."""
     from decimal import Decimal
 
@@ -67,10 +74,10 @@ def _range_problem(first: Decimal, last: Decimal, step: Decimal, most: int) -> s
     if span and (span > 0) != (step > 0):
         return f"the step must be {'positive' if span > 0 else 'negative'} here: {first}:{last}:{-step}"
     count = 1 + (span / step).to_integral_value("ROUND_FLOOR")
-    if count <= most:
+    if count <= MAX_POINTS:
         return ""
-    least = abs(span) / (most - 1)
+    least = abs(span) / (MAX_POINTS - 1)
     power = Decimal(10) ** least.adjusted()
     fits = next(k * power for k in (1, 2, 5, 10) if k * power >= least).copy_sign(span)
     instead = f"{first}:{last}:{fits.normalize():f}"
-    return f"{text} has {count:.6g} points, at most {most} fit one run. Write {instead}"
+    return f"{text} has {count:.6g} points, at most {MAX_POINTS} are made at once. Write {instead}"

@@ -86,16 +86,21 @@ def explore(
 
 
 def _serve(sliders: Sliders, settings: dict[str, Any], *, chat: bool, port: int, threads: int | None) -> None:
+    import gc
+
     from fastinterp.engine.compare import deltas
     from fastinterp.steer.explore import server
     from fastinterp.steer.explore.facts import facts
-    from fastinterp.steer.explore.session import open_session
+    from fastinterp.steer.explore.session import check_model, open_session
 
+    gc.enable()  # it runs for long; and triton, in torch, complains at the end of what is left
     with server.bound(port) as sock:  # first: what takes long comes after what may be refused
+        check_model(sliders.base)
         click.echo("measuring what the directions change", err=True)
         changes = deltas(sliders.base, list(sliders.models.values()), threads=threads)
         click.echo("loading the model", err=True)
         with open_session(sliders, threads=threads, chat=chat) as session:
-            app = server.make_app(session, facts(sliders, changes, **settings))
+            told = facts(sliders, changes, most_tokens=session.most_tokens, **settings)
+            app = server.make_app(session, told)
             server.serve(app, sock, session, lambda url: click.echo(f"{url}  (Ctrl-C ends it)"))
     click.echo("ended", err=True)

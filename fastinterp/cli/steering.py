@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 @click.argument("b", required=False)
 @click.option(
     "--alphas", callback=ranges.alphas, multiple=True, metavar="ALPHAS",
-    help="Points from A (0) to B (1), and beyond: a range as -0.5:1.5:0.1, or a number. May be given several times.",
+    help="Points from A (0) to B (1), and beyond: -0.5:1.5:0.1, or 0,0.5,1. May be given several times.",
 )  # fmt: skip
 @click.option("-o", "--out", metavar="DIR", help="The outputs go to DIR/alpha_0.3, DIR/pos_0.25_formal_-1 and so on.")
 @click.option("--base", metavar="CKPT", help="Where directions start; with A and B: base + (1-alpha)*(A-base) + ...")
@@ -42,6 +45,10 @@ if TYPE_CHECKING:
     "--in-memory", metavar="MODULE:FUNCTION",
     help="Write nothing: call function(point, tensors) for each point, and print what it returns.",
 )  # fmt: skip
+@click.option(
+    "--framework", type=click.Choice(["torch", "numpy"]), default="torch", show_default=True,
+    help="Whose tensors the function of --in-memory gets.",
+)  # fmt: skip
 @options.output
 def sweep(
     a: str | None, b: str | None, out: str | None, in_memory: str | None, parameters: dict[str, str], quiet: bool,
@@ -59,12 +66,16 @@ def sweep(
     from fastinterp.cli import progress
     from fastinterp.steer import sweep as steer
 
+    options.refuse_ranks("sweep")
     if not settings["alphas"]:
         settings["alphas"] = None
     if in_memory is not None:
         settings["max_memory"] = _given("max_memory", settings["max_memory"])
     settings["parameters"] = {name: _value(text) for name, text in parameters.items()}
-    callback = None if in_memory is None else _function(in_memory)
+    callback = None
+    if in_memory is not None:
+        gc.enable()  # the function may leave garbage at every point
+        callback = _told(_function(in_memory), in_memory, as_json)
     with outcome_of([] if out is None else _Folders(out)), progress.shown(quiet or as_json) as shown:
         points = steer.sweep(a, b, out=out, in_memory=callback, progress=shown, **settings)
     if as_json:
@@ -114,6 +125,58 @@ def _function(named: str) -> Callable[..., Any]:
     if not callable(found):
         raise UsageError(f"--in-memory {named}: {module} has no function {name}")
     return found  # type: ignore[no-any-return]
+
+
+def _told(function: Callable[..., Any], named: str, as_json: bool) -> Callable[..., Any]:
+    """The function, its results in Python's own types. For JSON what is none is refused, before more points are made.
+
+    Raises: UsageError, also if the function raises anything, after its traceback.
+    """
+
+    def told(point: Point, tensors: dict[str, Any]) -> Any:
+        try:
+            result = function(point, tensors)
+        except Exception as error:  # any: it is the user's own
+            click.echo("".join(traceback.format_exception(error.with_traceback(_below(error)))).rstrip(), err=True)
+            what = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise UsageError(f"--in-memory {named} raised {what} at {point.name}") from None
+        try:
+            return _python(result)
+        except TypeError as error:
+            if as_json:
+                raise UsageError(
+                    f"--in-memory {named} returned {error} at {point.name}, which JSON does not have. Return numbers, "
+                    "text, lists or mappings of them by name"
+                ) from None
+            return result
+
+    return told
+
+
+def _below(error: Exception) -> TracebackType | None:
+    """The traceback from the user's function on."""
+    return error.__traceback__ and error.__traceback__.tb_next
+
+
+def _python(value: Any) -> Any:
+    """With numbers of numpy and torch as Python's. Raises: TypeError, that names what JSON does not have."""
+    if isinstance(value, float):
+        return float(value)  # numpy.float64 is one
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Mapping):
+        wrong = [key for key in value if not isinstance(key, str)]
+        if wrong:
+            raise TypeError(f"a mapping with the key {wrong[0]!r}"[:100])
+        return {key: _python(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_python(one) for one in value]
+    count = getattr(value, "numel", lambda: getattr(value, "size", None))()
+    if hasattr(value, "item") and count == 1:
+        return _python(value.item())
+    shape = getattr(value, "shape", None)
+    of = "" if shape is None else f" of shape {list(shape)}"
+    raise TypeError(f"a {type(value).__module__}.{type(value).__qualname__}{of}")
 
 
 def _as_dict(point: Point) -> dict[str, Any]:

@@ -36,7 +36,9 @@ def maker(framework: str) -> Make:
         try:
             import torch
         except ImportError:
-            raise UsageError("torch is not installed: pip install torch, or ask for framework='numpy'") from None
+            raise UsageError(
+                "torch is not installed: pip install torch, or ask for framework='numpy' (sweep --framework numpy)"
+            ) from None
 
         def with_torch(dtype: DType, shape: tuple[int, ...]) -> tuple[Any, int]:
             tensor = torch.empty(shape, dtype=torch_dtype(dtype), device="cpu")
@@ -73,7 +75,9 @@ def _numpy_dtype(dtype: DType) -> Any:
     try:
         import ml_dtypes
     except ImportError:
-        raise UsageError(f"numpy has no {dtype}: pip install ml_dtypes, or ask for dtype='float32'") from None
+        raise UsageError(
+            f"numpy has no {dtype}: pip install ml_dtypes, or ask for dtype='float32' (--dtype float32)"
+        ) from None
     found = getattr(ml_dtypes, _ML_DTYPES.get(dtype.name, ""), None)
     if found is None:
         raise UsageError(f"numpy has no dtype for {dtype}, so such tensors cannot be loaded. Merge them to files")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 NUMERICS = 1  # version of the numeric contract; changing any output bit bumps it
 MAX_INPUTS, MAX_OUTPUTS = 64, 256  # of one combine; the same numbers stand in csrc/ops.h
+MAX_POINTS = 4096  # of a path that is walked at once: each MAX_OUTPUTS of them take a read of their own
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,6 +12,17 @@ from fastinterp.compute.dtypes import DType, parse_dtype
 from fastinterp.errors import UsageError
 from fastinterp.files.layout import parse_size
 from fastinterp.recipe.load import Recipe
+
+# Alphas this close to 0 or 1 are meant to be there: at an end a model is copied, beside it it is not, and a path has no
+# chord. numpy.arange(-1, 2, 0.001)[1000] is 9e-14: its step, (first + step) - first, is off by half an ulp of `first`,
+# 2**-53 for up to 2, and a sweep has at most 4096 = 2**12 steps. What is meant to be near an end is far beyond that.
+DUST = 2.0**-40
+
+
+def snapped(alpha: float) -> float:
+    """0 or 1 for what a sum of steps makes of them, all else as it is."""
+    nearest = 1.0 if alpha > 0.5 else 0.0
+    return nearest if math.fabs(alpha - nearest) <= DUST else alpha
 
 
 def overridden(recipe: Recipe, dtype: object, rounding: object, seed: object) -> Recipe:
@@ -44,6 +56,7 @@ def size_of(given: str | int) -> int:
 
 
 def numbers(alphas: object) -> list[float]:
+    """One alpha or several, as numbers; those that are 0 or 1 but for rounding are."""
     given: list[Any] = [alphas]
     if isinstance(alphas, Iterable) and not isinstance(alphas, (str, bytes)) and getattr(alphas, "shape", None) != ():
         given = list(alphas)
@@ -51,7 +64,7 @@ def numbers(alphas: object) -> list[float]:
         if isinstance(alpha, (bool, str, bytes)) or not hasattr(alpha, "__float__"):
             raise UsageError(f"alpha must be a number, or several in a list, got {alpha!r}")
     try:
-        return [float(alpha) for alpha in given]
+        return [snapped(float(alpha)) for alpha in given]
     except (OverflowError, TypeError, ValueError):
         raise UsageError(f"alpha must be a number, or several in a list, got {given!r}"[:200]) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastinterp.engine.text import WIDTH, counted, plain
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
 from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
-from fastinterp.recipe.chain import references
+from fastinterp.recipe.chain import not_there, references
 from fastinterp.recipe.check import against, inspect
 from fastinterp.recipe.document import Document, Source, read_all
+from fastinterp.recipe.faults import Faults
 from fastinterp.recipe.load import Recipe, same_model
 from fastinterp.recipe.references import not_beside
 
@@ -121,12 +123,11 @@ def check(recipe: Source | Sequence[Mapping[str, Any]]) -> Checked:
     for finding in looked.odd:
         found.add_odd(finding)
     opened = _open_all(documents, looked.recipes, found)
-    made: list[_Made] = []
-    for one in () if found.wrong else looked.recipes:
-        known = _looked_at(one, looked.recipes, opened, made, found)
-        if known is None:
-            break
-        made.append(known)
+    made: dict[int, _Made] = {}
+    for i, one in enumerate(() if found.wrong else looked.recipes):
+        if all(above in made for above in one.earlier.values()):
+            known = _looked_at(one, looked.recipes, opened, made, found)
+            made |= {} if known is None else {i: known}
     return found.checked(documents[0].file, looked.recipes, made)
 
 
@@ -142,10 +143,10 @@ class _Findings:
     wrong: list[Finding] = field(default_factory=list)
     odd: list[Finding] = field(default_factory=list)
 
-    def add_wrong(self, error: FastinterpError, place: tuple[str, int | None] | None = None) -> None:
+    def add_wrong(self, error: FastinterpError, place: tuple[str, int | None] | None = None, hint: str = "") -> None:
         """place  path and line, for an error that does not say it itself"""
         path, line = place or (getattr(error, "path", None), getattr(error, "line", None))
-        message = error.message if isinstance(error, RecipeError) else str(error)
+        message = (error.message if isinstance(error, RecipeError) else str(error)) + hint
         self.wrong.append(Finding(message, type(error).__name__, path, line, error.exit_code))
 
     def add_odd(self, finding: RecipeError | str) -> None:
@@ -154,16 +155,19 @@ class _Findings:
         else:
             self.odd.append(Finding(finding.message, "", finding.path, finding.line))
 
-    def checked(self, name: str | None, recipes: Sequence[Recipe] = (), made: Sequence[_Made] = ()) -> Checked:
+    def checked(
+        self, name: str | None, recipes: Sequence[Recipe] = (), made: Mapping[int, _Made] | None = None
+    ) -> Checked:
         last = recipes[-1] if recipes else None
+        made = made or {}
         return Checked(
             _ordered(self.wrong),
             _ordered(self.odd),
             name or "recipe",
             last.method.name if last else None,
             len(last.models) if last else 0,
-            len(made[-1].names) if made and len(made) == len(recipes) else 0,
-            sum(one.sampled for one in made),
+            len(made[len(recipes) - 1].names) if made and len(made) == len(recipes) else 0,
+            sum(one.sampled for one in made.values()),
         )
 
 
@@ -188,7 +192,8 @@ def _wrapped(title: str, finding: Finding) -> list[str]:
 
 def _open_all(documents: Sequence[Document], recipes: Sequence[Recipe], found: _Findings) -> dict[str, Checkpoint]:
     """All checkpoints that are named, whatever else is wrong; those that cannot be opened are findings."""
-    made = {r.name for r in recipes} | {d.value.get("name") for d in documents if isinstance(d.value, dict)}
+    named = [d.value.get("name") for d in documents if isinstance(d.value, dict)]
+    made = {name for name in (*named, *(r.name for r in recipes)) if isinstance(name, str)}
     opened: dict[str, Checkpoint] = {}
     failed: set[str] = set()
     told = {fault.path for fault in found.wrong}
@@ -199,9 +204,11 @@ def _open_all(documents: Sequence[Document], recipes: Sequence[Recipe], found: _
             opened[name] = open_checkpoint(name)
         except (CheckpointError, StorageError) as error:
             failed.add(name)
+            place = path, document.error("", path).line
             try:
                 not_beside(document, name, path)
-                found.add_wrong(error, (path, document.error("", path).line))
+                hint = "" if os.path.exists(os.path.expanduser(name)) else not_there(document, name, sorted(made))
+                found.add_wrong(error, place, hint)
             except RecipeError as better:
                 found.add_wrong(better)
     return opened
@@ -210,18 +217,20 @@ def _open_all(documents: Sequence[Document], recipes: Sequence[Recipe], found: _
 def _named(documents: Sequence[Document], recipes: Sequence[Recipe]) -> Iterator[tuple[str, Document, str]]:
     """Every model that is named, with its place: as the recipes have them, or as the text has where that has faults."""
     for number, document in enumerate(documents):
-        written = list(references(document.value, "$"))
         if not recipes:
-            yield from ((name, document, path) for name, path in written)
+            yield from ((name, document, path) for name, path in references(document.value, "$"))
             continue
         recipe = recipes[number]
         for name in (*recipe.models, recipe.origin, *recipe.sidecars):
-            places = (path for known, path in written if same_model(known, name.partition("@")[0]))
-            yield name, document, next(places, "$")
+            yield name, document, recipe.place_of(name)
 
 
 def _looked_at(
-    recipe: Recipe, recipes: Sequence[Recipe], opened: Mapping[str, Checkpoint], made: Sequence[_Made], found: _Findings
+    recipe: Recipe,
+    recipes: Sequence[Recipe],
+    opened: Mapping[str, Checkpoint],
+    made: Mapping[int, _Made],
+    found: _Findings,
 ) -> _Made | None:
     """One document with its models; None, if something is wrong with them.
 
@@ -229,27 +238,21 @@ def _looked_at(
     made     those above it
     """
     from fastinterp.engine.plan import make_plan
-    from fastinterp.engine.vocabularies import fit_models
 
-    sampled = 0
+    faults, sampled = Faults(gather=True), 0
     try:
-        if recipe.earlier:
-            models = [_names(recipe, name, opened, made) for name in recipe.models]
-        else:
-            fitted = fit_models(
-                recipe, [_of(opened, name) for name in recipe.models], _of(opened, recipe.origin)
-            ).models
-            models = [m.tensors for m in fitted]
-            if differing := _differing(recipe, fitted):
-                for error in differing:
-                    found.add_wrong(error)
-                return None
-        odd, own = against(recipe, models)
+        models, fit = _models(recipe, opened, made, found)
+        odd, own = against(recipe, models, faults)
+        for error in faults.found:
+            if fit or not isinstance(error, ShapeError):  # they were to be made to fit
+                found.add_wrong(error)
         for finding in odd:
             found.add_odd(finding)
+        if own is None or not fit:
+            return None
         if not recipe.earlier:
             sampled = _sampled(make_plan([recipe], max_shard_size=_SHARD), {str(f) for f in odd}, found)
-        elif recipe is recipes[-1]:
+        elif recipe is recipes[-1] and len(made) == len(recipes) - 1:
             plan = make_plan([recipe], max_shard_size=_SHARD, above=recipes[:-1])
             sampled = _sampled(plan, {str(f) for f in odd}, found)
     except (RecipeError, CheckpointError, StorageError) as error:
@@ -258,7 +261,33 @@ def _looked_at(
     return _Made(own, sampled)
 
 
-def _names(recipe: Recipe, name: str, opened: Mapping[str, Checkpoint], made: Sequence[_Made]) -> Collection[str]:
+def _models(
+    recipe: Recipe, opened: Mapping[str, Checkpoint], made: Mapping[int, _Made], found: _Findings
+) -> tuple[list[Collection[str]], bool]:
+    """The tensors of a recipe's models, and whether these could be made to fit each other."""
+    from fastinterp.engine.vocabularies import fit_models
+
+    if recipe.earlier:
+        return [_names(recipe, name, opened, made) for name in recipe.models], True
+    models = [_of(opened, name) for name in recipe.models]
+    try:
+        fitted = fit_models(recipe, models, _of(opened, recipe.origin)).models
+    except (CheckpointError, StorageError) as error:
+        found.add_wrong(error, _tokenizer(recipe))
+        return [m.tensors for m in models], False
+    differing = _differing(recipe, fitted)
+    for wrong in differing:
+        found.add_wrong(wrong)
+    return [m.tensors for m in fitted], not differing
+
+
+def _tokenizer(recipe: Recipe) -> tuple[str, int | None] | None:
+    """Path and line of what the recipe says of tokenizers."""
+    keys = [k for k in ("tokenizer", "tokenizer_source", "chat_template") if recipe.document.value.get(k) is not None]
+    return (f"$.{keys[0]}", recipe.document.error("", f"$.{keys[0]}").line) if keys else None
+
+
+def _names(recipe: Recipe, name: str, opened: Mapping[str, Checkpoint], made: Mapping[int, _Made]) -> Collection[str]:
     return made[recipe.earlier[name]].names if name in recipe.earlier else _of(opened, name).tensors
 
 

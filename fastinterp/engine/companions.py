@@ -45,6 +45,14 @@ def warnings_about(checkpoints: Sequence[Checkpoint], origin: Checkpoint, vocabu
     return tuple(found)
 
 
+def unlike(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """The same of models that are walked between, where no file is copied: tokenizers that differ from the first's, and
+    weights whose numbers mean nothing by themselves.
+    """
+    first, *others = {c.root: c for c in checkpoints}.values()
+    return tuple(_tokenizers(first, others, copied=False) + _quantised(checkpoints))
+
+
 def _missing(origin: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
     """If no model has a file, the output is no worse than they are."""
     found = []
@@ -57,7 +65,7 @@ def _missing(origin: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
     return found
 
 
-def _tokenizers(origin: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
+def _tokenizers(origin: Checkpoint, others: Sequence[Checkpoint], copied: bool = True) -> list[str]:
     own = _tokenizer_files(origin)
     groups: dict[str, list[str]] = {}
     for other in others:
@@ -65,8 +73,9 @@ def _tokenizers(origin: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
         differing = [n for n in shared if not _same_bytes(origin.root / n, other.root / n)]
         if differing:
             groups.setdefault(_listed(differing), []).append(other.name)
+    whose = f"; the output gets {origin.name}'s" if copied else ""
     return _few(
-        f"{files} of {origin.name} and of {_listed(names)} differ; the output gets {origin.name}'s. "
+        f"{files} of {origin.name} and of {_listed(names)} differ{whose}. "
         "See that every token has the same id in all models"
         for files, names in groups.items()
     )

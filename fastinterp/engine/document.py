@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from fastinterp.engine.companions import warnings_about
 from fastinterp.engine.tensors import PlannedTensor, foreign_dtypes, plan_tensors, sidecar_names
 from fastinterp.engine.vocabularies import Fitted, fit_models
+from fastinterp.errors import CheckpointError
 from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
+from fastinterp.recipe.chain import not_there
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.targets import Assembly
 
@@ -51,6 +53,23 @@ class Library:
         return tuple(self._found.values())
 
 
+def found(recipe: Recipe, find: Callable[[str], Checkpoint], name: str) -> Checkpoint:
+    """What `find` returns for a model that a recipe names.
+
+    Raises: CheckpointError, with the place in the recipe, and where the model may be.
+    """
+    try:
+        return find(name)
+    except CheckpointError as error:
+        document = recipe.document
+        if document.file is None or error.file != name:  # a recipe that nobody wrote; a file of the model
+            raise
+        path = recipe.place_of(name)
+        hint = "" if os.path.exists(os.path.expanduser(name)) else not_there(document, name, ())
+        where = str(document.error("", path)).strip()
+        raise CheckpointError(f"{error.message}{hint} {where}", file=name, tensor=error.tensor) from error
+
+
 def plan_document(recipes: Sequence[Recipe], find: Callable[[str], Checkpoint]) -> Document:
     """What a document makes, of what.
 
@@ -59,13 +78,13 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[str], Checkpoint]) 
     Raises: what make_plan raises.
     """
     first = recipes[0]
-    models = [find(name) for name in first.models]
-    origin = find(first.origin)
+    models = [found(first, find, name) for name in first.models]
+    origin = found(first, find, first.origin)
     fitted = fit_models(first, models, origin)
     assemblies = [Assembly(recipe, [c.tensors for c in fitted.models]) for recipe in recipes]
     fitted = replace(fitted, counts=tuple(assemblies[0].counts))
     points = [assembly.targets for assembly in assemblies]
-    sidecars = {name: find(name) for name in sidecar_names(points[0], first.method)}
+    sidecars = {name: found(first, find, name) for name in sidecar_names(points[0], first.method)}
     tensors = plan_tensors(recipes, points, fitted.models, sidecars, origin)
     warnings = [*fitted.warnings, *warnings_about(fitted.models, origin, fitted.tokenizer is not None)]
     warnings += fitted.uncounted(origin) if fitted.counts else []

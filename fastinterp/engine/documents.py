@@ -20,6 +20,7 @@ from typing import NamedTuple
 from fastinterp.compute.dtypes import DTYPES, DType
 from fastinterp.compute.ops import MAX_INPUTS, Combine, Row
 from fastinterp.engine.document import Document, Library, plan_document
+from fastinterp.engine.document import found as found_model
 from fastinterp.engine.place import check_coefficients
 from fastinterp.engine.tensors import MadeEntry, PlannedTensor
 from fastinterp.errors import RecipeError
@@ -70,8 +71,9 @@ def plan_chain(above: Sequence[Recipe], last: Recipe) -> Chain:
         return made.get(name) or library.find(name)
 
     names: list[str] = []
-    for name in (name for recipe in (*above, last) for name in recipe.models if name not in recipe.earlier):
-        if number(library.find(name)) == len(names):  # else it is there under another name
+    named = [(recipe, n) for recipe in (*above, last) for n in recipe.models if n not in recipe.earlier]
+    for recipe, name in named:
+        if number(found_model(recipe, library.find, name)) == len(names):  # else it is there under another name
             names.append(name)
     for recipe in (*above, last):
         _check_store(recipe, last)

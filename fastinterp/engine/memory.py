@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fastinterp.compute.arrays import library_of
+from fastinterp.compute.arrays import Numpy, Torch, library_of
 from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.dtypes import DType, parse_dtype
 from fastinterp.compute.ops import Tensor, philox_key
@@ -16,11 +17,13 @@ from fastinterp.engine.place import Place, Step
 from fastinterp.engine.report import Effect
 from fastinterp.engine.rounds import Machine, drive
 from fastinterp.engine.schedule import STATS_EVERY
-from fastinterp.errors import FastinterpError, MethodError, ShapeError, StorageError, UsageError
+from fastinterp.engine.sources import Sources
+from fastinterp.errors import MethodError, ShapeError, StorageError, UsageError
 from fastinterp.methods import Method, Parameter, Sidecar, find, suggestion
 from fastinterp.recipe.layers import Layers
 
 Arrays = Mapping[str, Any]
+_View = tuple["int | StoredTensor", tuple[int, ...], DType]  # address, shape, dtype
 
 _READ_BYTES, _WRITE_BYTES = 64 << 10, 128 << 10
 _STORE = 0  # Philox stream of the store's rounding
@@ -97,17 +100,31 @@ def merge_state_dicts(
     return _Merge(models, base, labels, method, _mapping(parameters), dtype, seed, rounding, threads).run()
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A floating tensor that is read from an open file as it is merged. source: number of the file in `files`."""
+
+    source: int
+    start: int
+    shape: tuple[int, ...]
+    dtype: DType
+
+
 def merge_measured(
-    state_dicts: Sequence[Arrays], method: str | Method, *, base: Arrays | None = None, **settings: Any
-) -> tuple[dict[str, Any], dict[str, Effect]]:
+    state_dicts: Sequence[Arrays], method: str | Method, *, base: Arrays | None = None, files: Sources | None = None,
+    **settings: Any,
+) -> tuple[dict[str, Any], dict[str, Effect]]:  # fmt: skip
     """`merge_state_dicts`, and what the rounding made of the change, by tensor: as a report of `merge` has it.
 
-    Tensors that are copies have no effect. Arguments and errors as there.
+    files  of StoredTensors, which go with torch tensors
+
+    Tensors that are copies have no effect. `dtype` may be a mapping of names to dtypes, too: tensors that it does not
+    name keep theirs. Other arguments and errors as there; CheckpointError and StorageError, if a file cannot be read.
     """
     settings = {"parameters": None, "dtype": None, "seed": 0, "rounding": "nearest", "threads": None, **settings}
     labels = [*([] if base is None else ["base"]), *(f"state dict {i}" for i in range(len(state_dicts)))]
     given = _mapping(settings.pop("parameters"))
-    merge = _Merge(state_dicts, base, labels, method, given, **settings)
+    merge = _Merge(state_dicts, base, labels, method, given, **settings, files=files)
     return merge.run(STATS_EVERY), merge.effects
 
 
@@ -130,6 +147,10 @@ def _text(given: object, what: str) -> str:
     return given
 
 
+def _library_of(x: Any) -> type[Numpy] | type[Torch]:
+    return Torch if isinstance(x, StoredTensor) else library_of(x)
+
+
 def _found(method: str | Method) -> Method:
     return method if isinstance(method, Method) else find(_text(method, "`method`"))
 
@@ -150,10 +171,11 @@ class _Merge:
         labels: Sequence[str],
         method: str | Method,
         parameters: Mapping[str, Any],
-        dtype: str | None,
+        dtype: str | Mapping[str, str] | None,
         seed: int,
         rounding: str,
         threads: int | None,
+        files: Sources | None = None,
     ):
         self.method = _found(method)
         self._check_base(base)
@@ -163,7 +185,12 @@ class _Merge:
         if not low <= len(self.inputs) <= high:
             count = f"exactly {low}" if low == high else f"{low} to {high}"
             raise MethodError(f"`{self.method.name}` takes {count} models, the base included, got {len(self.inputs)}")
-        self.dtype = None if dtype is None else _dtype(dtype)
+        self.files = files
+        self.dtype: DType | Mapping[str, DType] | None = None
+        if isinstance(dtype, Mapping):
+            self.dtype = {name: _dtype(d) for name, d in dtype.items()}
+        elif dtype is not None:
+            self.dtype = _dtype(dtype)
         if rounding not in ("nearest", "stochastic"):
             raise UsageError(f"rounding must be nearest or stochastic, got {rounding!r}")
         self.seed, self.stochastic = _seed(seed), rounding == "stochastic"
@@ -176,13 +203,13 @@ class _Merge:
         """`effects` is filled if chunks are sampled for it, one in `stats_every`."""
         self._check_names()
         lead = self.inputs[0]
-        self.library = library_of(next(iter(lead.values()), None))
+        self.library = _library_of(next(iter(lead.values()), None))
         self.layers = Layers(lead) if len(lead) > 1 else None
         merged = {name: self._views(name) for name, x in lead.items() if self._merges(name)}
         numel = sum(math.prod(views[0][1]) for views in merged.values())
         out = {n: self._empty(n, merged[n][0][2]) if n in merged else self.library.copy(x) for n, x in lead.items()}
-        sources: list[tuple[str, int, int]] = []
-        sinks: list[tuple[str, int, int]] = []
+        sources: list[Any] = [*self.files.fds] if self.files else []
+        sinks: list[Any] = []
         jobs = []
         for name, views in merged.items():
             if math.prod(views[0][1]):
@@ -192,7 +219,7 @@ class _Merge:
             "read_bytes": _READ_BYTES, "stochastic": self.stochastic, "fp8_saturate": True, "prefetch": False,
             "stats_every": stats_every,
         }  # fmt: skip
-        drive(jobs, Machine(settings, _explained, 0, None, most=_UNBOUNDED))
+        drive(jobs, Machine(settings, self._explained, 0, None, most=_UNBOUNDED))
         if stats_every:
             self.effects = {j.place.name: Effect.of(j.place.numel, j.stats[0]) for j in jobs if not j.copies(0)}
         return out
@@ -200,22 +227,27 @@ class _Merge:
     def _job(
         self,
         name: str,
-        views: Sequence[tuple[int, tuple[int, ...], DType]],
-        out: tuple[int, tuple[int, ...], DType],
+        views: Sequence[_View],
+        out: _View,
         numel: int,
-        sources: list[tuple[str, int, int]],
-        sinks: list[tuple[str, int, int]],
+        sources: list[Any],
+        sinks: list[Any],
     ) -> Asking:
         shape = views[0][1]
         nbytes = [math.prod(shape) * dtype.bits // 8 for _, _, dtype in views]
-        first = len(sources)
-        sources += [("memory", view[0], size) for view, size in zip(views, nbytes, strict=True)]
+        operands = []
+        for (at, _, dtype), size in zip(views, nbytes, strict=True):
+            if isinstance(at, StoredTensor):
+                operands.append((at.source, at.start, dtype.code or 0))
+            else:
+                operands.append((len(sources), 0, dtype.code or 0))
+                sources.append(("memory", at, size))
         out_bytes = math.prod(shape) * out[2].bits // 8
         sinks.append(("memory", out[0], out_bytes))
         place = Place(
             name=name,
             shape=shape,
-            operands=tuple((first + i, 0, view[2].code or 0) for i, view in enumerate(views)),
+            operands=tuple(operands),
             nbytes=tuple(nbytes),
             out_dtype=out[2].code or 0,
             out_bytes=out_bytes,
@@ -255,9 +287,10 @@ class _Merge:
         first = self.inputs[0][name]
         for label, found in zip(self.labels, self.inputs, strict=True):
             x = found[name]
-            if not hasattr(x, "dtype") or library_of(x) is not self.library:
+            if not hasattr(x, "dtype") or _library_of(x) is not self.library:
                 raise UsageError(f"{self._told(name, label)} must be a tensor like the first, got {type(x).__name__}")
-        floats = [self.library.dtype(found[name]) is not None for found in self.inputs]
+        every = [found[name] for found in self.inputs]
+        floats = [isinstance(x, StoredTensor) or self.library.dtype(x) is not None for x in every]
         if all(floats):
             return True
         if any(floats):
@@ -268,11 +301,13 @@ class _Merge:
                 raise ShapeError(f"{name} ({first.dtype}) is not averaged, and differs in {label}", tensor=name)
         return False
 
-    def _views(self, name: str) -> list[tuple[int, tuple[int, ...], DType]]:
+    def _views(self, name: str) -> list[_View]:
         labels = [*self.labels, *(f"side-car {i}" for i in range(len(self.sidecars)))]
-        views = []
+        views: list[_View] = []
         for label, found in zip(labels, [*self.inputs, *self.sidecars], strict=True):
-            views.append(self.library.view(found[name], self._told(name, label)))
+            x = found[name]
+            stored = isinstance(x, StoredTensor)
+            views.append((x, x.shape, x.dtype) if stored else self.library.view(x, self._told(name, label)))
             if views[-1][1] != views[0][1]:
                 shapes = f"{list(views[0][1])} in {labels[0]} but {list(views[-1][1])} in {label}"
                 raise ShapeError(f"{name} is {shapes}. Only tensors of the same shape merge", tensor=name)
@@ -282,7 +317,11 @@ class _Merge:
         return f"{name} of {label}" if self.labels[-1].startswith("state dict") else label
 
     def _empty(self, name: str, kept: DType) -> Any:
-        return self.library.empty(self.inputs[0][name], self.dtype or kept)
+        wanted = self.dtype.get(name) if isinstance(self.dtype, Mapping) else self.dtype
+        return self.library.empty(self.inputs[0][name], wanted or kept)
+
+    def _explained(self, error: tuple[Any, ...], steps: Sequence[Step]) -> Exception:
+        return self.files.explained(error) if self.files else StorageError(f"the run stopped: {error[1:]}")
 
     def _resolved(self, given: Mapping[str, Any], models: int) -> dict[str, Any]:
         declared = {p.name: p for p in self.method.parameters}
@@ -333,7 +372,3 @@ def _seed(given: object) -> int:
     if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < 2**64:
         raise UsageError(f"the seed must be a whole number in 0..2**64-1, got {given!r}")
     return given
-
-
-def _explained(error: tuple[Any, ...], steps: Sequence[Step]) -> FastinterpError:
-    return StorageError(f"the run stopped: {error[1:]}")

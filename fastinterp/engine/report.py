@@ -85,6 +85,22 @@ class Effect:
         }
 
 
+@dataclass
+class Findings:
+    """What was found on the way to one output, or to some of its tensors.
+
+    effects    of merged and converted tensors
+    copied     tensors whose bytes were taken over
+    models     numbers of the checkpoints that tensors come from
+    densities  model -> tensor -> what thresholds keep
+    """
+
+    effects: dict[str, Effect] = field(default_factory=dict)
+    copied: list[str] = field(default_factory=list)
+    models: set[int] = field(default_factory=set)
+    densities: dict[str, dict[str, Density]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Report:
     """One output of a merge.

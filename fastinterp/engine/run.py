@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp._version import __version__
 from fastinterp.compute.backends import check_device, cpu_isa
+from fastinterp.compute.ops import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.compute.pump import Progress
 from fastinterp.engine.arguments import numbers, overridden, path_of, size_of
 from fastinterp.engine.plan import Plan, make_plan
-from fastinterp.engine.report import Effect, Report, warnings_of
+from fastinterp.engine.report import Effect, Findings, Report, warnings_of
 from fastinterp.engine.schedule import Done, run
 from fastinterp.engine.sinks import FileSinks
 from fastinterp.errors import OutputError, UsageError
@@ -25,7 +26,7 @@ from fastinterp.files.sidecars import copy_sidecars, model_card
 from fastinterp.recipe.load import Recipe, load_recipe, load_recipes, same_model
 
 if TYPE_CHECKING:
-    from fastinterp.engine.densities import Density
+    from fastinterp.engine.jobs import Job
 
 _LARGEST_ALPHA = 4e7  # without a base; the weights 1 - alpha and alpha are divided by their sum
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -90,7 +91,8 @@ def interpolate(
 ) -> list[Report]:
     """Walk the line from checkpoint `a` (alpha 0) to `b` (alpha 1), and beyond: out = a + alpha * (b - a).
 
-    alphas   any finite numbers, at most 256. One: `out` is the output. Several: `out/alpha_0.3` and so on, of one read
+    alphas   any finite numbers, at most 4096. One: `out` is the output. Several: `out/alpha_0.3` and so on, of one read
+             for each 256. What a sum of steps makes of 0 and 1 is 0 and 1
     base     the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
     integers the one of them whose integer tensors are taken; None: they must agree
 
@@ -99,20 +101,25 @@ def interpolate(
     points = numbers(alphas)
     if not points:
         raise UsageError("at least one alpha is needed")
-    if len(points) != len({point_name(p) for p in points}):
-        raise UsageError(f"every alpha may be given once, got {', '.join(map(str, points))}")
+    if len(points) > MAX_POINTS:
+        raise UsageError(f"at most {MAX_POINTS} alphas are made at once, got {len(points)}")
+    names = [point_name(p) for p in points]
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise UsageError(f"every alpha may be given once, but {twice} comes twice")
     ends = path_of(a, "a"), path_of(b, "b")
     origin = None if base is None else path_of(base, "base")
     whose = None if integers is None else path_of(integers, "integers")
     recipes = [overridden(point_recipe(*ends, p, origin, whose), dtype, rounding, seed) for p in points]
-    plan = make_plan(recipes, max_shard_size=size_of(max_shard_size))
+    groups = [slice(i, i + MAX_OUTPUTS) for i in range(0, len(points), MAX_OUTPUTS)]
+    plans = [make_plan(recipes[group], max_shard_size=size_of(max_shard_size)) for group in groups]
     target = path_of(out, "out")
     if not target:
         raise UsageError("the name of the output folder is empty. Give the name of a new folder")
-    outs = [Path(target)] if len(points) == 1 else [Path(target) / point_name(p) for p in points]
+    outs = [Path(target)] if len(points) == 1 else [Path(target) / name for name in names]
     return carry_out(
-        [plan], [outs], device=device, threads=threads, max_memory=size_of(max_memory), force=force, durable=durable,
-        progress=progress,
+        plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
+        force=force, durable=durable, progress=progress,
     )  # fmt: skip
 
 
@@ -206,7 +213,7 @@ def carry_out(
             before = sum(d.bytes_read + d.bytes_written for d in every)
             shown = progress if len(plans) == 1 else _part(progress, before, total)
             every.append(run(plan, sinks, threads=threads, max_memory=max_memory, progress=shown))
-        _commit([folder for own in folders for folder in own])
+        finish([folder for own in folders for folder in own])
     wall = time.perf_counter() - start
     read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
     reports = []
@@ -230,11 +237,12 @@ def _opened_folders(
             folders[-1].append(stack.enter_context(folder))
             needed = 0
         for folder, recipe, layout in zip(folders[-1], plan.recipes, plan.layouts, strict=True):
-            _write_small_files(folder, plan, recipe, layout.index, layout.index_name)
+            write_small_files(folder, plan, recipe, layout.index, layout.index_name)
     return folders
 
 
-def _commit(folders: Sequence[OutFolder]) -> None:
+def finish(folders: Sequence[OutFolder]) -> None:
+    """Let all outputs appear, one after the other."""
     for i, folder in enumerate(folders):
         try:
             folder.commit()
@@ -250,7 +258,8 @@ def _part(progress: Progress | None, before: int, total: int) -> Progress | None
     return lambda done, own: progress(before + done, max(total, before + own))
 
 
-def _write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: bytes | None, index_name: str) -> None:
+def write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: bytes | None, index_name: str) -> None:
+    """Everything beside the weights."""
     copied = copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype)
     for name, content in plan.fitted.sidecars(copied).items():
         folder.write(name, content)
@@ -261,38 +270,48 @@ def _write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: byt
 
 def report_of(plan: Plan, done: Done, wall_s: float, k: int, folder: OutFolder | None = None) -> Report:
     """Of output k. folder: where it was written; None: it is in memory."""
-    effects, copied = {}, []
-    models: set[int] = set()
-    kept: dict[str, dict[str, Density]] = {}
-    tensors = [t for t in plan.tensors if t.name in done.jobs]
-    for tensor in tensors:
-        job = done.jobs[tensor.name]
+    return report_on(plan, done, wall_s, k, findings_of(plan, done.jobs, k), folder)
+
+
+def findings_of(plan: Plan, jobs: Mapping[str, Job], k: int) -> Findings:
+    """What the jobs found, of output k."""
+    found = Findings()
+    for tensor in (t for t in plan.tensors if t.name in jobs):
+        job = jobs[tensor.name]
         if tensor.merged:
-            models |= tensor.origins(job.reads(k))
+            found.models |= tensor.origins(job.reads(k))
         for i, density in job.densities(k).items():
-            kept.setdefault(plan.checkpoints[tensor.inputs[i]].name, {})[tensor.name] = density
+            found.densities.setdefault(plan.checkpoints[tensor.inputs[i]].name, {})[tensor.name] = density
         if job.copies(k):
-            copied.append(tensor.name)
+            found.copied.append(tensor.name)
         else:
-            effects[tensor.name] = Effect.of(tensor.numel, job.stats[k])
-    dtypes = sorted({str(t.dtype) for t in tensors if t.merged})
+            found.effects[tensor.name] = Effect.of(tensor.numel, job.stats[k])
+    return found
+
+
+def report_on(
+    plan: Plan, done: Done, wall_s: float, k: int, found: Findings, folder: OutFolder | None = None
+) -> Report:
+    """The report of output k, from what was found."""
+    made = {*found.copied, *found.effects}
+    dtypes = sorted({str(t.dtype) for t in plan.tensors if t.merged and t.name in made})
     return Report(
         output="memory" if folder is None else folder.name,
         files=() if folder is None else tuple(f.name for f in plan.layouts[k].files),
-        tensors=effects,
-        copied=tuple(copied),
+        tensors=found.effects,
+        copied=tuple(found.copied),
         bytes_read=done.bytes_read,
         bytes_written=done.bytes_written,
         outputs=len(plan.recipes),
         wall_s=wall_s,
         device=f"cpu {done.isa}",
         threads=done.threads,
-        inputs=len(models),
-        densities=kept,
+        inputs=len(found.models),
+        densities=found.densities,
         merged=sum(t.numel for t in plan.tensors if t.merged),
         removed=() if folder is None else folder.removed,
         warnings=(
-            *warnings_of(effects, ", ".join(dtypes), plan.recipes[k].rounding == "stochastic"),
+            *warnings_of(found.effects, ", ".join(dtypes), plan.recipes[k].rounding == "stochastic"),
             *_importances(plan),
             *plan.warnings,
         ),

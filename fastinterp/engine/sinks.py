@@ -34,21 +34,25 @@ class Sinks(Protocol):
 class FileSinks:
     """The output files, open for writing until `stack` closes.
 
-    outputs  for each output, the path of each file of its layout. They exist, and are empty
+    outputs  for each output, the path of each file of its layout; None for files that others write. They exist. What
+             an earlier run has left in them is written again
     """
 
-    def __init__(self, plan: Plan, outputs: Sequence[Sequence[Path]]):
+    def __init__(self, plan: Plan, outputs: Sequence[Sequence[Path | None]]):
         self.handles: list[Any] = []
         self.of: dict[str, tuple[list[int], list[int]]] = {}
         self.paths: list[Path] = []
-        self.files = sum(map(len, outputs))
-        self.scratch: Path | None = outputs[0][0].parent
+        paths = [path for own in outputs for path in own if path is not None]
+        self.files = len(paths)
+        self.scratch: Path | None = paths[0].parent
         self._plan, self._outputs = plan, outputs
 
     def open(self, stack: ExitStack) -> None:
         """Raises: OutputError, if a file cannot be opened, or the disk is full."""
         for layout, paths in zip(self._plan.layouts, self._outputs, strict=True):
             for file, path in zip(layout.files, paths, strict=True):
+                if path is None:
+                    continue
                 with storage(path.parent / file.name, OutputError):
                     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                     stack.callback(os.close, fd)

@@ -210,6 +210,7 @@ def _moved(plan: RowPlan, tensors: list[dict[str, Entry]], known: Sequence[Check
 
 def _wishes(recipe: Recipe, known: Sequence[Checkpoint], models: Sequence[Vocabulary]) -> dict[str, RowWish]:
     found: dict[str, RowWish] = {}
+    missing = []
     for token in recipe.tokenizer.tokens if recipe.tokenizer else ():
         source = token.source
         if source is None:
@@ -219,7 +220,12 @@ def _wishes(recipe: Recipe, known: Sequence[Checkpoint], models: Sequence[Vocabu
             continue
         model = _index(known, source.model)
         which = source.token_id if source.token_id is not None else source.token or token.text
-        found[token.text] = RowWish(model, wished_row(models, model, which, token.text), token.force)
+        try:
+            found[token.text] = RowWish(model, wished_row(models, model, which, token.text), token.force)
+        except CheckpointError as error:
+            missing.append(str(error))
+    if missing:
+        raise CheckpointError("; ".join(missing))
     return found
 
 

@@ -126,6 +126,7 @@ def _open_folder(name: str, root: Path) -> Checkpoint:
         raise CheckpointError(f"the folder cannot be read: {error.strerror}", file=str(root)) from None
     indexes = [n for n in present if n.endswith(INDEX)]
     weights = [n for n in present if n.endswith(WEIGHTS)]
+    _refuse_adapter(name, root, present, [n for n in (*indexes, *weights) if not n.startswith(_ADAPTER)])
     if len(indexes) > 1:
         raise CheckpointError(
             f"the folder has several indexes: {listing(indexes, 8)}. Name the one you mean, as {root / indexes[0]}",
@@ -137,6 +138,34 @@ def _open_folder(name: str, root: Path) -> Checkpoint:
         raise CheckpointError(_no_weights(root, present), file=name)
     _check_shards(name, weights)
     return _load(name, root, weights, whole_folder=True)
+
+
+_ADAPTER, _ADAPTER_CONFIG = "adapter_model.", "adapter_config.json"  # as peft saves them
+
+
+def _refuse_adapter(name: str, root: Path, present: list[str], whole: list[str]) -> None:
+    """whole: the weights in the folder that are no adapter's."""
+    own = [n for n in present if n.startswith(_ADAPTER) and n.endswith((WEIGHTS, *PICKLES))]
+    if whole and own and not any(n.endswith(INDEX) for n in whole):
+        raise CheckpointError(
+            f"the folder has an adapter, {listing(own)}, beside {listing(whole)}. Name the model's file, as "
+            f"{root / whole[0]}",
+            file=name,
+        )
+    if whole or not (own or _ADAPTER_CONFIG in present):
+        return
+    kind, base = "a PEFT adapter", ""
+    if _ADAPTER_CONFIG in present:
+        path = str(root / _ADAPTER_CONFIG)
+        config = parse_object(read_regular(path, MAX_HEADER).lstrip(), "the adapter's configuration", path)
+        kind = "a LoRA adapter" if config.get("peft_type") == "LORA" else kind
+        base = f" to {quote(found)}" if isinstance(found := config.get("base_model_name_or_path"), str) else ""
+    raise CheckpointError(
+        f"this is {kind}{base}, not a whole model, and adapters are not merged. Merge it into its base first, with "
+        f"peft: `AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('NEW')`; then "
+        "name NEW",
+        file=name,
+    )
 
 
 def _no_weights(root: Path, present: list[str]) -> str:

@@ -28,6 +28,7 @@ from fastinterp.files.regular import read_regular
 from fastinterp.files.sidecars import is_sidecar
 
 _PARTIAL = re.compile(r"\..+\.partial-(?P<pid>\d+)-(?P<host>[0-9a-f]{8})-[0-9a-f]{12}", re.DOTALL)
+SHARED = "ffffffff"  # in the place of a host: what several processes write together (shared_folder.py)
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW  # a planted link is never written through
 _active: set[str] = set()  # endings of the temporary names that this process has in use
 
@@ -65,8 +66,8 @@ class OutFolder:
             raise OutputError(f"{quote(self.name)}: this path cannot be used: {why}") from None
         self.removed: tuple[str, ...] = ()
         self._inputs, self._force, self._durable, self._needed = inputs, force, durable, needed
-        host = binascii.crc32(os.uname().nodename.encode())
-        run = f"{os.getpid()}-{host:08x}-{os.urandom(6).hex()}"
+        self._host = f"{binascii.crc32(os.uname().nodename.encode()):08x}"
+        run = f"{os.getpid()}-{self._host}-{os.urandom(6).hex()}"
         self._ending, self._old_ending = f".partial-{run}", f".old-{run}"
         self._created: list[Path] = []  # folders, outermost first
         self._temps: dict[str, Path] = {}  # final name -> temporary
@@ -285,17 +286,21 @@ class OutFolder:
 
     def _remove_leftovers(self, refuse_only: bool = False) -> None:
         """Remove temporary files of runs that are dead; refuse if one may be alive."""
-        host = self._ending.split("-")[2]
         for name in self._entries():
             match = _PARTIAL.fullmatch(name)
             if not match or name.endswith(self._ending):
                 continue
             pid = int(match["pid"])
-            if match["host"] != host and not self._force:
+            if match["host"] == SHARED and not self._force:
+                raise self._error(
+                    f"a merge that several processes began is not finished: {quote(name)}. Start the same one again, "
+                    "with the same inputs and options, and it goes on; or remove what is there with --force"
+                )
+            if match["host"] not in (self._host, SHARED) and not self._force:
                 raise self._error(
                     f"another machine is writing here, or died doing so: {quote(name)}. If it died: --force"
                 )
-            if match["host"] == host and _alive(pid, name):
+            if match["host"] == self._host and _alive(pid, name):
                 raise self._error(
                     f"process {pid} is writing here: {quote(name)}. Wait for it; if that process is something else, "
                     "remove the file"

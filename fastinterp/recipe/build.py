@@ -16,6 +16,7 @@ from fastinterp.recipe.references import model_name, not_beside
 from fastinterp.recipe.schema import Entry, Layers, Module, Reference, Slice, Wish, converted
 
 T = TypeVar("T")
+Item = TypeVar("Item", Entry, Layers)
 
 # What to take where a method takes fewer models than there are.
 _FOR_MORE = {
@@ -35,10 +36,14 @@ class Builder:
     base        the same, if the method takes a base
     """
 
-    def __init__(self, document: Document, wish: Wish, method: Method, earlier: Sequence[str], faults: Faults):
+    def __init__(
+        self, document: Document, wish: Wish, method: Method, earlier: Sequence[str], faults: Faults, *,
+        guessed: bool = False,
+    ):  # fmt: skip
+        """guessed: the method only stands for one that is not known"""
         self.document, self.wish, self.method, self.earlier, self.faults = document, wish, method, earlier, faults
         self.models: list[str] = []
-        self.levels = Levels(document, method, faults)
+        self.levels = Levels(document, method, faults, guessed=guessed)
         self.base_model: str | None = None
         if wish.base_model is not None:
             with faults:
@@ -64,20 +69,24 @@ class Builder:
         wish = self.wish
         given = [key for key in ("models", "slices", "modules") if getattr(wish, key) is not None]
         if len(given) > 1:
-            message = f"`{given[0]}` and `{given[1]}` exclude each other: give one of `models`, `slices`, `modules`"
-            raise self.document.error(message, at=f"$.{given[1]}")
+            with self.faults:
+                message = f"`{given[0]}` and `{given[1]}` exclude each other: give one of `models`, `slices`, `modules`"
+                raise self.document.error(message, at=f"$.{given[1]}")
         if not given:
+            if any(key in self.document.value for key in ("models", "slices", "modules")):
+                return ()  # what is wrong with it was told
             message = "the key `models` is missing (or `slices`, or `modules`)"
             raise self.document.error(message)
-        if wish.modules is None:
-            return self._section(None, wish.models, wish.slices, (self.top,), "$")
-        if not wish.modules:
-            raise self.document.error("`modules` names no module", "$.modules")
         found: list[Section] = []
-        for name, value in wish.modules.items():
+        if wish.models is not None or wish.slices is not None:
+            with self.faults:
+                found += self._section(None, wish.models, wish.slices, (self.top,), "$")
+        if wish.modules is not None and not wish.modules:
+            raise self.document.error("`modules` names no module", "$.modules")
+        for name, value in (wish.modules or {}).items():
             with self.faults:
                 found += self._module(name, value)
-        return tuple(found)
+        return tuple(found) if len(given) == 1 else ()
 
     def _module(self, name: str, value: Any) -> tuple[Section, ...]:
         path = f"$.modules.{name}"
@@ -129,14 +138,13 @@ class Builder:
         """Whole models: the base is one of them, listed or not."""
         if not values:
             raise self.document.error("`models` lists no model", path)
-        entries = self._items(values, Entry, path)
-        remedy = "List a model once, with the weights added up"
-        listed = self._listed([(entry.model, at) for entry, at in entries], remedy)
-        sources = [Source(i, self.models[i], None, {}, at) for i, (_, at) in zip(listed, entries, strict=True)]
-        if self.base is not None and self._index(self.base) not in listed:
+        entries = self._listed(self._items(values, Entry, path), "List a model once, with the weights added up")
+        sources = [Source(i, self.models[i], None, {}, at) for i, _, at in entries]
+        if self.base is not None and self._index(self.base) not in [i for i, _, _ in entries]:
             sources.append(Source(self._index(self.base), self.base, None, {}, "$.base_model"))
         whole = len(entries) == len(values)
-        return self._part(sources, [e.parameters for e, _ in entries], self.base, levels, path, whole=whole)
+        part = self._part(sources, [e.parameters for _, e, _ in entries], self.base, levels, path, whole=whole)
+        return part if whole else None
 
     def _slice(self, value: Any, levels: tuple[Level, ...], path: str) -> Part | None:
         """As many layers of each source. A base that is not among several sources has the same layers as they."""
@@ -153,23 +161,20 @@ class Builder:
             if self.method.base == "none":
                 message = f"`base_model` of a slice is never used here: `{self.method.name}` has no base. Remove it"
                 raise self.document.error(message, path, at=f"{path}.base_model")
-        entries = self._items(wish.sources, Layers, f"{path}.sources")
-        remedy = "mergekit would drop one of them. Give it to another slice"
-        listed = self._listed([(entry.model, at) for entry, at in entries], remedy)
-        ranges = self._ranges(entries)
-        sources = [
-            Source(i, self.models[i], span, {}, at) for i, span, (_, at) in zip(listed, ranges, entries, strict=True)
-        ]
-        if base is not None and len(sources) > 1 and self._index(base) not in listed:
-            if len(set(ranges)) > 1:
+        items = self._items(wish.sources, Layers, f"{path}.sources")
+        ranges = {at: span for (_, at), span in zip(items, self._ranges(items), strict=True)}
+        entries = self._listed(items, "mergekit would drop one of them. Give it to another slice")
+        sources = [Source(i, self.models[i], ranges[at], {}, at) for i, _, at in entries]
+        whole = len(entries) == len(wish.sources) and None not in ranges.values()
+        if whole and base is not None and len(sources) > 1 and self._index(base) not in [i for i, _, _ in entries]:
+            if len(set(ranges.values())) > 1:
                 message = f"it is not clear which layers of the base, {shown(base)}, belong here"
                 message = f"{message}. List it among the sources, with its `layer_range`"
                 raise self.document.error(message, path)
-            sources.append(Source(self._index(base), base, ranges[0], {}, path))
-        whole = len(entries) == len(wish.sources)
-        return self._part(
-            sources, [e.parameters for e, _ in entries], base, (own, *levels), path, sliced=True, whole=whole
-        )
+            sources.append(Source(self._index(base), base, sources[0].layers, {}, path))
+        given = [e.parameters for _, e, _ in entries]
+        part = self._part(sources, given, base, (own, *levels), path, sliced=True, whole=whole)
+        return part if whole else None
 
     def _part(
         self,
@@ -218,37 +223,51 @@ class Builder:
                 message += f". For more: {_FOR_MORE[self.method.name]}"
             raise self.document.error(message, path, kind=MethodError)
 
-    def _listed(self, given: Sequence[tuple[str | Reference, str]], remedy: str) -> list[int]:
-        """Indices of the models, each of them once."""
+    def _listed(self, items: Sequence[tuple[Item, str]], remedy: str) -> list[tuple[int, Item, str]]:
+        """(index of the model, item, path) of each that names a model that no other does."""
         first: dict[str, str] = {}
         found = []
-        for reference, path in given:
-            name = self._reference(reference, f"{path}.model")
-            at = first.setdefault(os.path.normpath(name), path)
-            if at != path:
-                raise self.document.error(f"{shown(name)} is already listed as {at}. {remedy}", path)
-            found.append(self._index(name))
+        for item, path in items:
+            before = len(self.faults.found)
+            with self.faults:
+                name = self._reference(item.model, f"{path}.model")
+                at = first.setdefault(os.path.normpath(name), path)
+                if at != path:
+                    raise self.document.error(f"{shown(name)} is already listed as {at}. {remedy}", path)
+                found.append((self._index(name), item, path))
+            if len(self.faults.found) > before:
+                self.levels.unsure = True
+                self.levels.level(item.parameters, f"{path}.parameters", own=True)
         return found
 
-    def _ranges(self, entries: Sequence[tuple[Layers, str]]) -> list[tuple[int, int]]:
-        """The `layer_range` of each source: all of the same length."""
-        found: list[tuple[int, int]] = []
+    def _ranges(self, entries: Sequence[tuple[Layers, str]]) -> list[tuple[int, int] | None]:
+        """The `layer_range` of each source, all of the same length; None for those whose faults were gathered."""
+        found: list[tuple[int, int] | None] = []
+        lead: tuple[int, str] | None = None
         for source, path in entries:
-            given, at = source.layer_range, f"{path}.layer_range"
-            if len(given) != 2:
-                raise self.document.error(f"`layer_range` is [first, end], got {shown(given)}", at)
-            first, end = given
-            if first < 0 or end < 0:
-                message = f"`layer_range` counts from the first layer, 0; got {shown(given)}"
-                raise self.document.error(f"{message}. Negative numbers have no meaning", at)
-            if first >= end:
-                raise self.document.error(f"`layer_range` [first, end) has no layer in it, got {shown(given)}", at)
-            found.append((first, end))
-            length = found[0][1] - found[0][0]
-            if end - first != length:
-                message = "the sources of a slice must have the same number of layers"
-                raise self.document.error(f"{message}: {end - first} here, {length} in {entries[0][1]}", at)
+            span: tuple[int, int] | None = None
+            with self.faults:
+                first, end = self._range(source.layer_range, f"{path}.layer_range")
+                length, where = lead = lead or (end - first, path)
+                if end - first != length:
+                    message = "the sources of a slice must have the same number of layers"
+                    raise self.document.error(
+                        f"{message}: {end - first} here, {length} in {where}", f"{path}.layer_range"
+                    )
+                span = first, end
+            found.append(span)
         return found
+
+    def _range(self, given: list[int], at: str) -> tuple[int, int]:
+        if len(given) != 2:
+            raise self.document.error(f"`layer_range` is [first, end], got {shown(given)}", at)
+        first, end = given
+        if first < 0 or end < 0:
+            message = f"`layer_range` counts from the first layer, 0; got {shown(given)}"
+            raise self.document.error(f"{message}. Negative numbers have no meaning", at)
+        if first >= end:
+            raise self.document.error(f"`layer_range` [first, end) has no layer in it, got {shown(given)}", at)
+        return first, end
 
     def _reference(self, given: str | Reference, path: str) -> str:
         name = model_name(self.document, given, path)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastinterp.methods import shown
 from fastinterp.recipe.document import Document
 from fastinterp.recipe.faults import Faults
+
+_CLOSE = 0.8  # names as alike as this are one that was mistyped
 
 
 def check_names(documents: Sequence[Document], faults: Faults) -> None:
@@ -36,6 +40,38 @@ def check_names(documents: Sequence[Document], faults: Faults) -> None:
                     where = f" (line {line})" if line else ""
                     what = "this document itself" if at == i else f"a document below{where}. Move that above this one"
                     raise document.error(f"{shown(name)} is the name of {what}", path)
+
+
+def close_reference(name: str, documents: Sequence[Document]) -> str:
+    """The end of a message about a name that nothing refers to: what was hardly meant otherwise."""
+    import difflib  # as below
+
+    for document in documents:
+        for known, path in references(document.value, "$"):
+            if difflib.get_close_matches(known, [name], n=1, cutoff=_CLOSE):
+                line = document.lines.get(path)
+                where = f"line {line} names" if line else "one names"
+                return f", but {where} {shown(known)}: did you mean {shown(name)}?"
+    return ""
+
+
+def not_there(document: Document, name: str, documents: Sequence[str]) -> str:
+    """What to say of a model that cannot be opened beside that: what its name is close to, or where it is.
+
+    documents  the names of the recipe's documents
+    """
+    import difflib  # not on the path of a recipe whose models are there
+
+    if close := difflib.get_close_matches(name, documents, n=1, cutoff=_CLOSE):
+        return f" Did you mean the document {shown(close[0])}?"
+    if os.path.isabs(os.path.expanduser(name)):
+        return ""
+    here, given, file = os.getcwd(), name.partition("@")[0], document.file or ""
+    beside = os.path.dirname(os.path.abspath(file)) if os.path.isfile(file) else here
+    for folder in (beside, *map(str, Path(beside).parents)):
+        if folder != here and os.path.exists(os.path.join(folder, given)):
+            return f" It is in '{folder}': relative paths start at the current folder. Run it there"
+    return "" if beside == here else f" Relative paths start at the current folder, '{here}'"
 
 
 def references(value: Any, path: str) -> Iterator[tuple[str, str]]:

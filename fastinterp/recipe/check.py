@@ -54,31 +54,37 @@ def inspect(
     if faults.found:
         return Findings(ordered(faults.found), (), ())
     odd: list[RecipeError] = [finding for recipe in recipes for finding in suspicions(recipe)]
-    wrong: list[FastinterpError] = []
     made: list[Collection[str]] = []
     for recipe in recipes:
         if names is None:
             break
         try:
-            found, own = against(recipe, [_names(recipe, model, names, made) for model in recipe.models])
-        except (RecipeError, CheckpointError) as error:
-            wrong.append(error)
+            found, own = against(recipe, [_names(recipe, model, names, made) for model in recipe.models], faults)
+        except CheckpointError as error:
+            return Findings((error,), ordered(odd), recipes)
+        odd += found
+        if own is None:
             break
         made.append(own)
-        odd += found
-    return Findings(ordered(wrong), ordered(odd), recipes)
+    return Findings(ordered(faults.found), ordered(odd), recipes)
 
 
-def against(recipe: Recipe, names: Sequence[Collection[str]]) -> tuple[list[RecipeError], list[str]]:
-    """What is odd about a recipe for these tensors, and the names of those that it makes.
+def against(
+    recipe: Recipe, names: Sequence[Collection[str]], faults: Faults
+) -> tuple[list[RecipeError], list[str] | None]:
+    """What is odd about a recipe for these tensors, and the names of those that it makes: None, if faults were found.
 
     names  of each of Recipe.models, those of its tensors
     Raises: ShapeError and RecipeError, as targets.py; MethodError, if weights cancel that the method divides by.
     """
-    assembly = Assembly(recipe, names)
+    before = len(faults.found)
+    assembly = Assembly(recipe, names, faults)
     different = {id(target.parameters): target.parameters for target in assembly.targets if not target.copies}
     for parameters in different.values():
-        _refuse_cancelling(recipe, parameters)
+        with faults:
+            _refuse_cancelling(recipe, parameters)
+    if len(faults.found) > before:
+        return [], None
     odd = [*unmatched(recipe, assembly), *_without_layers(recipe, assembly), *_by_tensor(recipe, assembly)]
     return odd, [target.name for target in assembly.targets]
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.compute.dtypes import DType, parse_dtype
 from fastinterp.compute.ops import Combine, Tensor
 from fastinterp.errors import MethodError
-from fastinterp.methods import LARGEST, Method, Sidecar, clipped, shown, suggestion
+from fastinterp.methods import LARGEST, Method, clipped, shown, suggestion
 from fastinterp.recipe.build import Builder
 from fastinterp.recipe.document import Document, Source, read, read_all
 from fastinterp.recipe.faults import Faults
 from fastinterp.recipe.parameters import Resolver
-from fastinterp.recipe.parts import Part, Section
+from fastinterp.recipe.parts import Part, Section, sidecar_places
 from fastinterp.recipe.references import model_name, same_model
-from fastinterp.recipe.schema import Wish, check, method_of
+from fastinterp.recipe.schema import Wish, check, guessed_method, method_of
 
 if TYPE_CHECKING:
     from fastinterp.recipe.tokenizer import ChatTemplate, TokenizerWish
@@ -99,6 +99,13 @@ class Recipe:
             raise ValueError("what the method asks for is not the same for every tensor")
         return self.coefficients
 
+    def place_of(self, name: str) -> str:
+        """Where the recipe names a model, or a side-car: `$.models[0].model`."""
+        from fastinterp.recipe.chain import references
+
+        written = [*references(self.document.value, "$"), *sidecar_places(self.method, self.sections).items()]
+        return next((path for known, path in written if same_model(known, name.partition("@")[0])), "$")
+
     def formula(self) -> str:
         """The merge in one line, then which model each symbol stands for; for people.
 
@@ -169,12 +176,15 @@ def build_all(documents: Sequence[Document], faults: Faults) -> tuple[Recipe, ..
 
 
 def _check_used(recipes: Sequence[Recipe], faults: Faults) -> None:
+    from fastinterp.recipe.chain import close_reference
+
     used = {i for recipe in recipes for i in recipe.earlier.values()}
     for i, recipe in enumerate(recipes[:-1]):
-        if i not in used:
+        if i not in used and recipe.name is not None:
             with faults:
-                message = f"{shown(recipe.name)} is never used by a document below it. Only the last one is written"
-                raise recipe.document.error(message, "$.name")
+                message = f"{shown(recipe.name)} is never used by a document below it"
+                meant = close_reference(recipe.name, [r.document for r in recipes[i + 1 :]])
+                raise recipe.document.error(f"{message}{meant or '. Only the last one is written'}", "$.name")
 
 
 def build(document: Document, above: Sequence[Recipe], faults: Faults) -> Recipe | None:
@@ -182,26 +192,21 @@ def build(document: Document, above: Sequence[Recipe], faults: Faults) -> Recipe
 
     above   those of the documents above it
     """
-    wish = check(document, faults)
+    wish, method, guessed = _wish(document, faults)
     if wish is None:
         return None
-    method: Method | None = None
-    with faults:
-        method = method_of(document, wish.merge_method)
-    if method is None:
-        return None
     names = {recipe.name: i for i, recipe in enumerate(above) if recipe.name is not None}
-    builder = Builder(document, wish, method, tuple(names), faults)
+    builder = Builder(document, wish, method, tuple(names), faults, guessed=guessed)
     sections = builder.sections()
     settings = _settings(document, wish, builder, faults)
-    if not builder.models:
+    if not builder.models or guessed:
         return None
     parameters, coefficients = None, None
     if not faults.found:
         with faults:
             parameters, coefficients = _constants(document, method, sections)
     origin = builder.base_model or builder.models[0]
-    sidecars = _sidecars(method, sections)
+    sidecars = tuple(sidecar_places(method, sections))
     return Recipe(
         method=method,
         models=tuple(builder.models),
@@ -222,6 +227,19 @@ def build(document: Document, above: Sequence[Recipe], faults: Faults) -> Recipe
         document=document,
         **settings,
     )
+
+
+def _wish(document: Document, faults: Faults) -> tuple[Wish | None, Method, bool]:
+    """(the document's keys, its method, whether that is one that only stands for it, as a fault was gathered)"""
+    name = document.value.get("merge_method") if isinstance(document.value, dict) else None
+    method: Method | None = None
+    if isinstance(name, str):
+        with faults:  # before anything else: recipes of other programs have other keys
+            method = method_of(document, name)
+    wish = check(document, faults)
+    if wish is None and isinstance(document.value, dict):  # no method is named; the other keys are looked at
+        wish = check(replace(document, value={**document.value, "merge_method": ""}), faults)
+    return wish, method or guessed_method(name), method is None
 
 
 def _settings(document: Document, wish: Wish, builder: Builder, faults: Faults) -> dict[str, Any]:
@@ -271,17 +289,6 @@ def _constants(
     if len(parts) != 1 or sections[0].stacked or sections[0].name is not None:
         return None, None
     return {p.name: parameters[p.keyword] for p in method.parameters} if parameters is not None else None, coefficients
-
-
-def _sidecars(method: Method, sections: tuple[Section, ...]) -> tuple[str, ...]:
-    found: dict[str, None] = {}
-    names = [p.name for p in method.parameters if p.kind is Sidecar]
-    for part in (part for section in sections for part in section.parts) if names else ():
-        for level in (*(source.own for source in part.sources), *part.levels):
-            found |= {
-                case: None for name in names if name in level for _, case in level[name].cases if case is not None
-            }
-    return tuple(found)
 
 
 def _dtype(document: Document, given: str | None, path: str) -> DType | None:

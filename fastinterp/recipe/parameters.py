@@ -15,19 +15,24 @@ from fastinterp.recipe.document import Document
 from fastinterp.recipe.faults import Faults
 from fastinterp.recipe.parts import Level, Part
 from fastinterp.recipe.references import model_name
+from fastinterp.recipe.schema import known_parameters
 from fastinterp.recipe.values import Place, Value, missing, parse
 
 TOP = "$.parameters"
 
 
 class Levels:
-    """Reads the levels of one recipe, and knows in the end which values nothing uses."""
+    """Reads the levels of one recipe, and knows in the end which values nothing uses.
 
-    def __init__(self, document: Document, method: Method, faults: Faults):
-        self.document, self.method, self.faults = document, method, faults
+    guessed  the method only stands for one that is not known: parameters of any method may be meant
+    """
+
+    def __init__(self, document: Document, method: Method, faults: Faults, *, guessed: bool = False):
+        self.document, self.method, self.faults, self.guessed = document, method, faults, guessed
         self.declared = {p.name: p for p in method.parameters}
         self.read: dict[str, Level] = {}
-        self.unsure = False  # whether something was left out that may use a value, or be one; faults are gathered then
+        # Whether something was left out that may use a value, or be one; faults are gathered then.
+        self.unsure = guessed
 
     def level(
         self, given: Mapping[str, Any] | None, path: str, *, own: bool = False, never: str | None = None
@@ -44,25 +49,31 @@ class Levels:
             else:
                 self.unsure = True
             with self.faults:
-                found[name] = self._value(name, value, path, own, never)
+                parsed = self._value(name, value, path, own, never)
+                if parsed is not None:
+                    found[name] = parsed
         self.read[path] = found
         return found
 
-    def _value(self, name: str, given: Any, path: str, own: bool, never: str | None) -> Value:
+    def _value(self, name: str, given: Any, path: str, own: bool, never: str | None) -> Value | None:
         at = f"{path}.{name}"
         if name not in self.declared:
-            known = suggestion(name, list(self.declared))
-            message = f"unknown parameter `{clipped(name)}` of `{self.method.name}`{known}"
+            known = known_parameters() if self.guessed else list(self.declared)
+            if name in known:
+                return None
+            of = "" if self.guessed else f" of `{self.method.name}`"
+            message = f"unknown parameter `{clipped(name)}`{of}{suggestion(name, known)}"
             raise self.document.error(message, path, at=at)
         parameter = self.declared[name]
         if own and not parameter.each:
             raise self.document.error(f"`{name}` is one value for the whole merge. Write it in {TOP}", path, at=at)
         if never is not None:
             raise self.document.error(f"`{name}` is never used here: {never}. Remove it", path, at=at)
-        value = parse(self.document, parameter, given, at)
-        if parameter.kind is Sidecar:
+        value = parse(self.document, parameter, given, at, self.faults)
+        if parameter.kind is Sidecar and value is not None:
             for (_, name_of_model), place in zip(value.cases, value.paths, strict=True):
-                model_name(self.document, name_of_model, place)
+                with self.faults:
+                    model_name(self.document, name_of_model, place)
         return value
 
     def finish(self, parts: tuple[Part, ...]) -> None:

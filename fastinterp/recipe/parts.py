@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
+from fastinterp.methods import Method, Sidecar
 from fastinterp.recipe.values import Value
 
 Level = dict[str, Value]  # the parameters that stand at one place of a recipe
@@ -71,3 +72,16 @@ class Section(msgspec.Struct, frozen=True):
     parts: tuple[Part, ...]
     stacked: bool
     path: str
+
+
+def sidecar_places(method: Method, sections: tuple[Section, ...]) -> dict[str, str]:
+    """The further checkpoints that parameters name, and where each is first named."""
+    found: dict[str, str] = {}
+    names = [p.name for p in method.parameters if p.kind is Sidecar]
+    for part in (part for section in sections for part in section.parts) if names else ():
+        for level in (*(source.own for source in part.sources), *part.levels):
+            for value in (level[name] for name in names if name in level):
+                for (_, case), path in zip(value.cases, value.paths, strict=True):
+                    if case is not None:
+                        found.setdefault(case, path)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -110,25 +111,15 @@ _EXPECTED = {
 def check(document: Document, faults: Faults | None = None) -> Wish | None:
     """The document as a Wish; None, if that cannot be and the faults are gathered.
 
-    Raises: RecipeError with path and line, if a key is unknown, missing or of the wrong type. MethodError before that,
-    if there is no such method: its recipes have other keys.
+    Raises: RecipeError with path and line, if a key is unknown, missing or of the wrong type.
     """
-    name = document.value.get("merge_method") if isinstance(document.value, dict) else None
-
-    def no_such_method() -> None:
-        if isinstance(name, str):
-            method_of(document, name)
-
-    return converted(document, document.value, Wish, "$", faults or Faults(), no_such_method)
+    return converted(document, document.value, Wish, "$", faults or Faults())
 
 
-def converted(
-    document: Document, value: Any, kind: type[T], prefix: str, faults: Faults, before: Any = lambda: None
-) -> T | None:
+def converted(document: Document, value: Any, kind: type[T], prefix: str, faults: Faults) -> T | None:
     """What stands at `prefix` as a `kind`. Gathering, it goes on without the keys that are wrong, and is None if one of
     them was needed.
 
-    before  called before an error is told; it may raise a better one
     Raises: RecipeError with path and line.
     """
     removed: set[str] = set()
@@ -141,7 +132,6 @@ def converted(
             if missing and path == "$" and _is_gone(missing[1], removed):
                 return None
             with faults:
-                before()
                 raise _explained(document, what, prefix + path[1:], _struct_at(kind, path)) from None
             key = unknown[1] if unknown and path == "$" else path[2:].partition(".")[0].partition("[")[0]
             if not key:  # the value itself is wrong, or lacks something
@@ -166,6 +156,22 @@ def method_of(document: Document, name: str) -> Method:
         return find(name)
     except MethodError as error:
         raise document.error(error.message, "$.merge_method", kind=MethodError) from None
+
+
+def guessed_method(name: object) -> Method:
+    """What stands for an unknown method while the rest of its recipe is checked: the one that was meant, if one is
+    close, else one without parameters.
+    """
+    import difflib  # as in `suggestion`
+
+    close = difflib.get_close_matches(name[:100].lower(), names(), n=1) if isinstance(name, str) else []
+    found = find(close[0] if close else "linear")
+    return replace(found, base="optional", models=(1, 2**16), parameters=found.parameters if close else ())
+
+
+def known_parameters() -> tuple[str, ...]:
+    """The names of all parameters of all methods."""
+    return tuple(sorted({p.name for name in names() for p in find(name).parameters}))
 
 
 def _split(message: str) -> tuple[str, str]:
@@ -207,5 +213,5 @@ def _unknown(document: Document, key: str, path: str, struct: Any) -> RecipeErro
 
 def _parameter_names(document: Document) -> tuple[str, ...]:
     """What the recipe's method takes, as far as the unchecked document names one."""
-    name = document.value.get("merge_method")
-    return tuple(p.name for p in find(name).parameters) if name in names() else ()
+    name = document.value.get("merge_method") if isinstance(document.value, dict) else None
+    return tuple(p.name for p in find(name).parameters) if name in names() else known_parameters()

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from fastinterp.errors import RecipeError, ShapeError
+from fastinterp.recipe.faults import Faults
 from fastinterp.recipe.layers import Layers, Stack
 from fastinterp.recipe.load import Recipe, same_model
 from fastinterp.recipe.modules import members
@@ -72,27 +73,29 @@ def targets(recipe: Recipe, names: Sequence[Collection[str]]) -> list[Target]:
 class Assembly:
     """What `targets` returns, and what became known on the way.
 
-    targets    the output's tensors
+    targets    the output's tensors; not all, if faults were gathered
     counts     stacks of which the output has other layers than its inputs
     resolvers  with the values that were used, in the order of the parts
     """
 
-    def __init__(self, recipe: Recipe, names: Sequence[Collection[str]]):
-        self._recipe, self._names = recipe, names
+    def __init__(self, recipe: Recipe, names: Sequence[Collection[str]], faults: Faults | None = None):
+        self._recipe, self._names, self._faults = recipe, names, faults or Faults()
         self._layers: dict[tuple[int, str | None], Layers] = {}
         self.targets: list[Target] = []
         self.counts: list[LayerCount] = []
         self.resolvers: list[Resolver] = []
         for section in recipe.sections:
-            before = len(self.targets)
-            if section.stacked:
-                self._stack(section)
-            else:
-                self._whole(section)
-            if len(self.targets) == before:
-                raise self._error(self._nothing(section), section.path)
+            with self._faults:
+                before = len(self.targets), len(self._faults.found)
+                if section.stacked:
+                    self._stack(section)
+                else:
+                    self._whole(section)
+                if (len(self.targets), len(self._faults.found)) == before:
+                    raise self._error(self._nothing(section), section.path)
         if recipe.sections[0].name is not None:
-            self._rest()
+            with self._faults:
+                self._rest()
 
     # whole models
 
@@ -101,8 +104,12 @@ class Assembly:
         lead = part.sources[0]
         layers = self._layers_of(lead, section)
         ours = self._of(lead, section)
+        before = len(self._faults.found)
         for source in part.sources[1:]:
-            self._check_same(lead, ours, source, self._of(source, section))
+            with self._faults:
+                self._check_same(lead, ours, source, self._of(source, section))
+        if len(self._faults.found) > before:
+            return
         resolver = self._resolver(part)
         for name in ours:
             found = layers.place(name)
@@ -116,28 +123,40 @@ class Assembly:
         stack = self._main(section)
         total = sum(part.sources[0].length for part in parts)
         resolvers = [self._resolver(part) for part in parts]
-        self._outside(section, parts[0], resolvers[0], stack, after=False)
+        with self._faults:
+            self._outside(section, parts[0], resolvers[0], stack, after=False)
         start = 0
         for part, resolver in zip(parts, resolvers, strict=True):
-            blocks = [self._blocks(source, section, stack) for source in part.sources]
-            lead = part.sources[0]
-            for offset in range(lead.length):
-                numbers = [source.layers[0] + offset for source in part.sources if source.layers]
-                rests = [b[number] for b, number in zip(blocks, numbers, strict=True)]
-                for i, source in enumerate(part.sources[1:], 1):
-                    where = f"layer {numbers[0]}", f"layer {numbers[i]}"
-                    self._check_same(lead, rests[0], source, rests[i], where)
-                out = start + offset
-                for rest in rests[0]:
-                    inputs = tuple(f"{stack.prefix}.{number}.{rest}" for number in numbers)
-                    name = f"{stack.prefix}.{out}.{rest}"
-                    self._add(part, resolver, name, inputs, (offset, lead.length), (out, total))
-            start += lead.length
-        self._outside(section, parts[-1], resolvers[-1], stack, after=True)
+            with self._faults:
+                self._slice(section, part, resolver, stack, (start, total))
+            start += part.sources[0].length
+        with self._faults:
+            self._outside(section, parts[-1], resolvers[-1], stack, after=True)
         picked = [part.sources[0].layers for part in parts]
         numbers = [n for span in picked if span for n in range(*span)]
         if numbers != list(range(stack.layers)):
             self.counts.append(LayerCount(stack.prefix, stack.layers, tuple(numbers)))
+
+    def _slice(self, section: Section, part: Part, resolver: Resolver, stack: Stack, place: tuple[int, int]) -> None:
+        """place: index of the slice's first layer in the output, and how many it has"""
+        blocks: list[dict[int, list[str]]] = []
+        for source in part.sources:
+            with self._faults:
+                blocks.append(self._blocks(source, section, stack))
+        if len(blocks) < len(part.sources):
+            return
+        lead, (start, total) = part.sources[0], place
+        for offset in range(lead.length):
+            numbers = [source.layers[0] + offset for source in part.sources if source.layers]
+            rests = [b[number] for b, number in zip(blocks, numbers, strict=True)]
+            for i, source in enumerate(part.sources[1:], 1):
+                where = f"layer {numbers[0]}", f"layer {numbers[i]}"
+                self._check_same(lead, rests[0], source, rests[i], where)
+            out = start + offset
+            for rest in rests[0]:
+                inputs = tuple(f"{stack.prefix}.{number}.{rest}" for number in numbers)
+                name = f"{stack.prefix}.{out}.{rest}"
+                self._add(part, resolver, name, inputs, (offset, lead.length), (out, total))
 
     def _main(self, section: Section) -> Stack:
         """The stack that a section's slices cut, in the lead model of the first."""

@@ -133,12 +133,13 @@ def tokenizer_wish(
     for text, value in (given.tokens or {}).items():
         with faults:
             tokens.append(_token(document, known, text, value, f"{path}.tokens.{text}", faults))
+    multiple = given.pad_to_multiple_of
     with faults:
-        multiple = given.pad_to_multiple_of
         if multiple is not None and not 1 <= multiple <= 1 << 20:
             raise document.error(
                 f"`pad_to_multiple_of` must be in 1..2**20, got {shown(multiple)}", f"{path}.pad_to_multiple_of"
             )
+    with faults:
         kind, model = _source(document, given.source, known, base_model, at)
         return TokenizerWish(kind, model, tuple(tokens), multiple)
     return None

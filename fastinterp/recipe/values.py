@@ -10,6 +10,7 @@ import msgspec
 from fastinterp.errors import RecipeError
 from fastinterp.methods import Parameter, clipped, shown, suggestion
 from fastinterp.recipe.document import Document
+from fastinterp.recipe.faults import Faults
 
 Place = tuple[int, int]  # index of a layer and how many there are: where a gradient is read
 
@@ -63,8 +64,8 @@ def between(numbers: Sequence[float], place: Place | None) -> float:
     return numbers[low] * (1.0 - share) + numbers[low + 1] * share
 
 
-def parse(document: Document, parameter: Parameter, given: Any, path: str) -> Value:
-    """What stands at `path`, checked against what the parameter may be.
+def parse(document: Document, parameter: Parameter, given: Any, path: str, faults: Faults) -> Value | None:
+    """What stands at `path`, checked against what the parameter may be; None, if faults of its items were gathered.
 
     Raises: RecipeError with path and line.
     """
@@ -77,56 +78,73 @@ def parse(document: Document, parameter: Parameter, given: Any, path: str) -> Va
     if not given:
         raise document.error(f"`{parameter.name}` has an empty list", path)
     if not any(isinstance(item, dict) and not _is_word(parameter, item) for item in given):
-        return Value(((None, _gradient(document, parameter, given, paths, path)),), path, (path,))
-    cases = tuple(_case(document, parameter, item, at) for item, at in zip(given, paths, strict=True))
+        numbers = _gradient(document, parameter, given, paths, path, faults)
+        return None if numbers is None else Value(((None, numbers),), path, (path,))
+    cases = []
+    for item, at in zip(given, paths, strict=True):
+        with faults:
+            case = _case(document, parameter, item, at, faults)
+            cases += [] if case is None else [case]
+    if len(cases) < len(given):
+        return None
     for i, (part, _) in enumerate(cases[:-1]):
         if part is None:
             message = f"what follows is never used: {paths[i]} matches every tensor. Put it last"
             raise document.error(message, paths[i + 1])
-    return Value(cases, path, tuple(paths))
+    return Value(tuple(cases), path, tuple(paths))
 
 
 def _is_word(parameter: Parameter, item: dict[str, Any]) -> bool:
     return parameter.key is not None and list(item) == [parameter.key]
 
 
-def _case(document: Document, parameter: Parameter, item: Any, path: str) -> tuple[str | None, Any]:
-    """One `{filter, value}`."""
+def _case(
+    document: Document, parameter: Parameter, item: Any, path: str, faults: Faults
+) -> tuple[str | None, Any] | None:
+    """One `{filter, value}`; None, if faults of it were gathered."""
     if not isinstance(item, dict):
         message = (
             f"numbers and filters do not mix in one list: expected `{{filter: ..., value: ...}}`, got {shown(item)}"
         )
         raise document.error(message, path)
+    before = len(faults.found)
     for key in item:
         if key not in ("filter", "value"):
-            known = suggestion(key, ("filter", "value"))
-            raise document.error(f"unknown key `{clipped(key)}`{known}", path, at=f"{path}.{key}")
-    if "value" not in item:
-        raise document.error("the key `value` is missing", path)
+            with faults:
+                known = suggestion(key, ("filter", "value"))
+                raise document.error(f"unknown key `{clipped(key)}`{known}", path, at=f"{path}.{key}")
     part = item.get("filter")
     if part is not None and (not isinstance(part, str) or not part):
-        raise document.error(f"`filter` must be text, a part of tensor names, got {shown(part)}", f"{path}.filter")
+        with faults:
+            raise document.error(f"`filter` must be text, a part of tensor names, got {shown(part)}", f"{path}.filter")
+    if "value" not in item:
+        raise document.error("the key `value` is missing", path)
     value, at = item["value"], f"{path}.value"
     if isinstance(value, list) and value:
-        found: Any = _gradient(document, parameter, value, [f"{at}[{i}]" for i in range(len(value))], at)
+        paths = [f"{at}[{i}]" for i in range(len(value))]
+        found: Any = _gradient(document, parameter, value, paths, at, faults)
     else:
         found = _one(document, parameter, value, at)
-    return (None if part == "*" else part), found
+    return None if len(faults.found) > before else (None if part == "*" else part, found)
 
 
 def _gradient(
-    document: Document, parameter: Parameter, given: list[Any], paths: Sequence[str], path: str
-) -> tuple[float, ...]:
+    document: Document, parameter: Parameter, given: list[Any], paths: Sequence[str], path: str, faults: Faults
+) -> tuple[float, ...] | None:
+    """None, if faults of its numbers were gathered."""
     if not parameter.varies:
         raise document.error(
             f"`{parameter.name}` cannot have a gradient (a list of numbers): there is nothing between its values. Give "
             "one value, or filters (`filter`, `value`)",
             path,
         )
+    numbers: list[float] = []
     for item, at in zip(given, paths, strict=True):
-        if item is None:  # a parameter may be nothing, but there is no way from nothing to a number
-            raise document.error(f"a gradient consists of numbers, got {shown(item)}", at)
-    return tuple(_one(document, parameter, item, at) for item, at in zip(given, paths, strict=True))
+        with faults:
+            if item is None:  # a parameter may be nothing, but there is no way from nothing to a number
+                raise document.error(f"a gradient consists of numbers, got {shown(item)}", at)
+            numbers.append(_one(document, parameter, item, at))
+    return tuple(numbers) if len(numbers) == len(given) else None
 
 
 def _one(document: Document, parameter: Parameter, given: Any, path: str) -> Any:

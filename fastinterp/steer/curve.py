@@ -41,8 +41,11 @@ class Shape:
     step_up, step_down
                   the largest step between neighbours in each direction, both >= 0
     kink          the largest distance of a point from the line between its neighbours, as a share of the metric's
-                  range: 0 is a straight line. None for fewer than 3 points or no range
+                  range: 0 is a straight line. None for fewer than 3 points or no finite range
     log_odds      the line through log(p / (1 - p)), of probabilities; points where p is 0 or 1 are left out
+
+    Where the metric is NaN at any of the points, above, below, step_up, step_down and kink are NaN, and spearman and
+    log_odds are None: no shape is told of a part of them.
     """
 
     points: int
@@ -56,10 +59,14 @@ class Shape:
 
 
 def mean(values: Sequence[float]) -> float:
+    if all(v == values[0] for v in values):
+        return values[0]  # not what rounding makes of their sum: seeds that agree have no error
     try:
         return math.fsum(values) / len(values)
-    except (ValueError, OverflowError):  # Inf and -Inf in one sum
+    except ValueError:  # Inf and -Inf in one sum
         return math.nan
+    except OverflowError:  # of the sum alone: the mean lies between the values
+        return math.fsum(v / len(values) for v in values)
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -67,8 +74,17 @@ def standard_error(values: Sequence[float]) -> float | None:
     n = len(values)
     if n < 2:
         return None
-    middle = mean(values)
-    return math.sqrt(mean([(v - middle) ** 2 for v in values]) / (n - 1))
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    small, exponent = _scaled(values)
+    middle = mean(small)
+    return math.ldexp(math.sqrt(math.fsum((v - middle) ** 2 for v in small) / n / (n - 1)), exponent)
+
+
+def _scaled(values: Sequence[float]) -> tuple[list[float], int]:
+    """Finite values / 2**exponent, all within -1..1: their squares and differences do not overflow."""
+    exponent = math.frexp(max(map(abs, values)))[1]
+    return [math.ldexp(v, -exponent) for v in values], exponent
 
 
 def shape(xs: Sequence[float], samples: Sequence[Sequence[float]], *, probability: bool) -> Shape:
@@ -80,15 +96,17 @@ def shape(xs: Sequence[float], samples: Sequence[Sequence[float]], *, probabilit
     inside = [(x, s) for x, s in zip(xs, samples, strict=True) if 0 <= x <= 1]
     xs, samples = [x for x, _ in inside], [s for _, s in inside]
     ys = [mean(s) for s in samples]
-    steps = [b - a for a, b in pairwise(ys)]
+    steps = [0.0 if a == b else b - a for a, b in pairwise(ys)]  # equal: Inf - Inf is NaN
+    # Python's max drops a NaN, or not, by its place.
+    unknown = [math.nan] if any(map(math.isnan, ys)) else []
     above, below = gaps(xs, samples)
     return Shape(
         points=len(xs),
         above=above,
         below=below,
         spearman=spearman(xs, ys),
-        step_up=max([0.0, *steps]),
-        step_down=max([0.0, *(-s for s in steps)]),
+        step_up=max(unknown or [0.0, *steps]),
+        step_down=max(unknown or [0.0, *(-s for s in steps)]),
         kink=_kink(xs, ys),
         log_odds=log_odds(xs, ys) if probability else None,
     )
@@ -127,6 +145,8 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def _kink(xs: Sequence[float], ys: Sequence[float]) -> float | None:
+    if any(map(math.isnan, ys)):
+        return math.nan
     span = max(ys) - min(ys) if ys else 0.0
     if len(xs) < 3 or not 0 < span < math.inf:
         return None
@@ -138,7 +158,9 @@ def _kink(xs: Sequence[float], ys: Sequence[float]) -> float | None:
 
 
 def log_odds(xs: Sequence[float], ps: Sequence[float]) -> Line | None:
-    """The line through log(p / (1 - p)), or None for fewer than 3 points strictly between 0 and 1."""
+    """The line through log(p / (1 - p)), or None for fewer than 3 points strictly between 0 and 1, or a NaN."""
+    if any(map(math.isnan, ps)):
+        return None
     used = [(x, math.log(p / (1 - p))) for x, p in zip(xs, ps, strict=True) if 0 < p < 1]
     return fit([x for x, _ in used], [y for _, y in used]) if len(used) >= 3 else None
 
@@ -170,6 +192,7 @@ def respaced(xs: Sequence[float], ys: Sequence[float], count: int) -> list[float
 
     y is made monotone first, and taken as straight between its points. Raises ValueError if it does not move.
     """
+    ys, _ = _scaled(ys)
     rising = mean(ys[len(ys) // 2 :]) >= mean(ys[: (len(ys) + 1) // 2])
     smooth = monotone(ys if rising else [-y for y in ys])
     low, high = smooth[0], smooth[-1]

@@ -15,7 +15,8 @@ from fastinterp.engine.rounds import Machine
 from fastinterp.engine.sources import Operand, Sources
 from fastinterp.errors import BackendError, ShapeError, UsageError
 from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
-from fastinterp.steer.module import Mismatches, Weight, matches
+from fastinterp.steer.module import Mismatches, Weight, is_extra_state, matches, place_of
+from fastinterp.steer.pristine import warn_unlike
 
 End = str | os.PathLike[str] | Mapping[str, Any]
 _ALIGN = 64  # bytes
@@ -27,7 +28,7 @@ _FROM_MEMORY = 1 << 20, 1 << 20  # nothing is copied, and processors read ahead 
 class _Opened:
     """An end point. tensors: their dtypes and shapes by name; checkpoint or state dict: one of them is None."""
 
-    label: str
+    label: str  # what messages call it; two may have the same
     tensors: Mapping[str, tuple[DType, tuple[int, ...]]]
     checkpoint: Checkpoint | None = None
     state: Mapping[str, Any] | None = None
@@ -74,6 +75,7 @@ class Ends:
         opened = [_opened(label, end) for label, end in ends.items()]
         self._check(opened, weights, layers)
         checkpoints = [end.checkpoint for end in opened if end.checkpoint is not None]
+        warn_unlike(checkpoints, stacklevel=3)
         number = {id(c): i for i, c in enumerate(checkpoints)}
         reads = [
             (number[id(end.checkpoint)], end.checkpoint.tensors[name])
@@ -83,20 +85,19 @@ class Ends:
         self._files = Sources(checkpoints, reads, stack)
         self.handles: list[Any] = list(self._files.fds)
         self._kept: list[Any] = []  # memory that handles point to
-        found = {
-            end.label: {
+        self._at: list[tuple[Any, tuple[object, ...]]] = []  # tensors of others, and where they were
+        found = [
+            {
                 name: self._operand(end, name, number, weights)
                 for w in weights
                 for name in w.names
                 if name in end.tensors
             }
             for end in opened
-        }
+        ]
         self._check_tied(found, weights)
         # Of each end, the operand of each weight.
-        self.operands = {
-            label: [own[next(n for n in w.names if n in own)] for w in weights] for label, own in found.items()
-        }
+        self.operands = [[own[next(n for n in w.names if n in own)] for w in weights] for own in found]
         if resident and self._files.fds:
             self._read(weights)
             self._files = Sources([], [], stack)
@@ -109,6 +110,7 @@ class Ends:
             if layers is not None:
                 own = {n: t for n, t in own.items() if n in ours or matches([n], layers)}
             wrong.check(weights, end.label, own)
+        wrong.check_contiguous(weights)
         wrong.refuse()
 
     def _operand(self, end: _Opened, name: str, number: Mapping[int, int], weights: Sequence[Weight]) -> Operand:
@@ -119,7 +121,10 @@ class Ends:
         if tensor.device.type != "cpu":
             raise BackendError(f"{name} of {end.label} is on {tensor.device}. Move it: .to('cpu')")
         size = tensor.numel() * tensor.element_size()
-        start = tensor.data_ptr()
+        start = place_of(tensor)[1]
+        if size and not start:
+            raise UsageError(f"{name} of {end.label} has no memory of its own ({tensor.layout}): make it dense")
+        assert isinstance(start, int)
         ours = any(start < w.address + w.nbytes and w.address < start + size for w in weights)
         if ours or not tensor.is_contiguous() or tensor.is_neg():
             tensor = tensor.resolve_neg().contiguous()
@@ -129,6 +134,7 @@ class Ends:
     def add(self, tensor: Any, dtype: DType) -> Operand:
         """A tensor in memory, contiguous, as an operand."""
         self._kept.append(tensor)
+        self._at.append((tensor, place_of(tensor)))
         self.handles.append(("memory", tensor.data_ptr(), tensor.numel() * tensor.element_size()))
         return len(self.handles) - 1, 0, dtype.code or 0
 
@@ -140,8 +146,12 @@ class Ends:
         return [(first + i, 0, (w.dtype.code if w.dtype else None) or 0) for i, w in enumerate(weights)]
 
     def refuse_changed(self) -> None:
-        """Raises: CheckpointError, if a file is not what it was when it was opened."""
+        """Raises: CheckpointError, if a file is not what it was when it was opened; UsageError, if a state dict's
+        tensors lie elsewhere or nowhere by now.
+        """
         self._files.refuse_changed()
+        if any(place_of(tensor) != at for tensor, at in self._at):
+            raise UsageError("the tensors of a state dict were given other memory. Give the end points to another Live")
 
     def machine(self, sinks: list[Any]) -> Machine:
         """What runs steps from the end points into `sinks`."""
@@ -162,11 +172,11 @@ class Ends:
             )
         return self._files.explained(error)
 
-    def _check_tied(self, found: Mapping[str, Mapping[str, Operand]], weights: Sequence[Weight]) -> None:
+    def _check_tied(self, found: Sequence[Mapping[str, Operand]], weights: Sequence[Weight]) -> None:
         """Tensors that are one in the module must be one in every end point."""
         steps: list[Step] = []
         sinks: list[int] = []
-        for own in found.values():
+        for own in found:
             for w in weights:
                 first, *others = [n for n in w.names if n in own] or [w.name]
                 for other in others:
@@ -183,17 +193,17 @@ class Ends:
     def _read(self, weights: Sequence[Weight]) -> None:
         """Read what is in files into memory."""
         moved = [
-            (label, i) for label, own in self.operands.items() for i, o in enumerate(own) if o[0] < len(self._files.fds)
+            (k, i) for k, own in enumerate(self.operands) for i, o in enumerate(own) if o[0] < len(self._files.fds)
         ]
-        size = {(label, i): weights[i].tensor.numel() * _width(self.operands[label][i]) for label, i in moved}
+        size = {(k, i): weights[i].tensor.numel() * _width(self.operands[k][i]) for k, i in moved}
         memory = Memory(size)
         sinks = [memory.handle(key) for key in moved]
-        steps = [_same("", [self.operands[label][i]], k, size[label, i]) for k, (label, i) in enumerate(moved)]
+        steps = [_same("", [self.operands[k][i]], sink, size[k, i]) for sink, (k, i) in enumerate(moved)]
         self.machine(sinks).run(steps)
         self.refuse_changed()
         self._kept.append(memory)
-        for key, handle in zip(moved, sinks, strict=True):
-            self.operands[key[0]][key[1]] = len(self.handles), 0, self.operands[key[0]][key[1]][2]
+        for (k, i), handle in zip(moved, sinks, strict=True):
+            self.operands[k][i] = len(self.handles), 0, self.operands[k][i][2]
             self.handles.append(handle)
 
 
@@ -222,6 +232,8 @@ def _opened(label: str, end: End) -> _Opened:
 
     found = {}
     for name, tensor in end.items():
+        if is_extra_state(name):
+            continue
         if not isinstance(tensor, torch.Tensor):
             raise UsageError(f"{name} of {label} must be a torch tensor, got {type(tensor).__name__}")
         dtype = parse_dtype(str(tensor.dtype)) or DType(str(tensor.dtype).removeprefix("torch."), 8)

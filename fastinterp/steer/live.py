@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -14,8 +15,8 @@ from fastinterp.engine.place import Place
 from fastinterp.errors import UsageError
 from fastinterp.methods import LARGEST, suggestion
 from fastinterp.steer.ends import End, Ends, Memory, copy
-from fastinterp.steer.lock import StepLock
-from fastinterp.steer.module import Weight, touched, weights_of
+from fastinterp.steer.lock import StepLock, call
+from fastinterp.steer.module import Weight, check_on_cpu, place_of, tensors_of, touched, walked, weights_of
 
 _LINE = "alpha"
 _LARGEST_ALPHA = 4e7  # on a line; as of `interpolate`
@@ -43,6 +44,7 @@ class Live:
     `task_arithmetic` would write in the module's dtypes. Tied weights are written once; integer and boolean buffers
     stay as they are. `set` waits for steps that run, in any thread, and steps wait for it.
     At the end of the `with`, or after `close`, the module has its own weights again, bit for bit: a copy is kept.
+    Extra state (get_extra_state) is left alone. Python's warnings say where tokenizers of checkpoints differ.
 
     Raises: ShapeError, with everything that does not match; CheckpointError; BackendError, if the module is not on the
     CPU; UsageError.
@@ -64,14 +66,14 @@ class Live:
         ends = _named(base, directions, a, b)
         self._line = directions is None
         self._names = (_LINE,) if self._line else tuple(directions or ())
-        self._weights = [w for w in weights_of(module, layers) if w.dtype is not None]
-        self._module, self._layers = module, layers
+        self._module, self._weights = module, walked(weights_of(module, layers))
+        check_on_cpu(self._weights)
         self._lock = StepLock()
         self._alphas: dict[str, float] | None = None
-        self._addresses = [w.address for w in self._weights]  # numbers: the tensors may be given other memory
+        self._at = [place_of(w.tensor) for w in self._weights]  # the tensors may be given other memory
         with ExitStack() as stack:
             self._ends = Ends(ends, self._weights, layers, resident, cpu_threads(threads), cpu_isa(), stack)
-            own = list(self._ends.operands.values())
+            own = [*self._ends.operands]
             sizes = [w.nbytes for w in self._weights]
             original = Memory({w.name: w.nbytes for w in self._weights})
             kept = [original.handle(w.name) for w in self._weights]
@@ -112,6 +114,7 @@ class Live:
             self._check_open()
             self._check_in_place()
             self._ends.refuse_changed()
+            self._alphas = None
             try:
                 self._machine.run([place.combine([row], [0]) for place in self._places])
                 self._ends.refuse_changed()
@@ -133,11 +136,11 @@ class Live:
     @contextmanager
     def step(self) -> Iterator[None]:
         """The weights do not change inside. For generation that does not call the module itself, but parts of it."""
-        self._lock.enter()
+        thread = self._lock.enter()
         try:
             yield
         finally:
-            self._lock.leave()
+            self._lock.leave(thread)
 
     def close(self) -> None:
         """Give the module its own weights back, and let files and memory go. More calls do nothing.
@@ -178,9 +181,8 @@ class Live:
             raise UsageError("this Live is closed, and the module has its own weights. Make another one")
 
     def _check_in_place(self) -> None:
-        found = {w.address for w in weights_of(self._module, self._layers)}
-        pairs = zip(self._weights, self._addresses, strict=True)
-        gone = [w.name for w, address in pairs if address not in found and w.nbytes]
+        found = {place_of(tensor) for _, tensor in tensors_of(self._module)}
+        gone = [w.name for w, at in zip(self._weights, self._at, strict=True) if at not in found and w.nbytes]
         if gone:
             raise UsageError(
                 f"{gone[0]} is not where it was: the module was converted, moved or loaded anew, and its own weights "
@@ -197,12 +199,12 @@ class Live:
 
     def _hooks(self, module: Any) -> list[Any]:
         def before(*_: Any) -> None:
-            self._lock.enter()
+            self._lock.enter(call())
 
         def after(*_: Any) -> None:
-            self._lock.leave()
+            self._lock.leave(threading.get_ident(), call())
 
-        # The last to begin and the first to end, so that other hooks' errors leave nothing locked.
+        # `after` runs even if another hook failed before `before` did.
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
 
     def _point(self, alpha: Any, alphas: Mapping[str, float]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from fastinterp.engine.run import plan_of
 from fastinterp.engine.tensors import PlannedTensor
 from fastinterp.errors import BackendError, ShapeError
 from fastinterp.files.names import INDEX, WEIGHTS
-from fastinterp.steer.module import Mismatches, Weight, touched, weights_of
+from fastinterp.steer.module import Mismatches, Weight, check_on_cpu, is_extra_state, touched, weights_of
 from fastinterp.steer.points import Point
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Point
@@ -49,7 +49,7 @@ def load(
     place = _Place(framework, device)
     tensors, places = allocated(plan.tensors, framework)
     fill(plan, [places], threads=threads, max_memory=size_of(max_memory))
-    return {name: place.moved(tensor) for name, tensor in tensors.items()}
+    return {name: place.moved(tensors.pop(name)) for name in [*tensors]}  # one at a time in both places
 
 
 def load_iter(
@@ -105,12 +105,15 @@ def load_into(
     """
     plan = planned(recipe, None, rounding, seed)
     weights = weights_of(module, layers)
+    check_on_cpu(weights)
     plan, places = _into(plan, weights, layers)
     most = size_of(max_memory)
     _check_tied(plan, weights, threads, most)
     first = {next(n for n in w.names if n in places) for w in weights}
-    _made(plan, {name: places[name] for name in first}, threads, most)
-    touched(weights)
+    try:
+        _made(plan, {name: places[name] for name in first}, threads, most)
+    finally:
+        touched(weights)
 
 
 def planned(recipe: Source, dtype: str | None, rounding: str | None, seed: int | None) -> Plan:
@@ -173,12 +176,13 @@ def _into(
     Raises: ShapeError.
     """
     of = {name: weight for weight in weights for name in weight.names}
-    tensors = [t for t in plan.tensors if layers is None or t.name in of]
+    tensors = [t for t in plan.tensors if t.name in of or (layers is None and not is_extra_state(t.name))]
     wrong = Mismatches()
     wrong.check(weights, "the recipe's model", {t.name: (t.dtype, t.shape) for t in tensors})
     for t in tensors:
         if t.name in of and not t.merged and torch_dtype(t.dtype) != of[t.name].tensor.dtype:
             wrong.add(f"{t.name} is {of[t.name].tensor.dtype} in the module but {t.dtype} in the recipe's model")
+    wrong.check_contiguous(weights)
     wrong.refuse()
     stored = {name: weight.dtype for name, weight in of.items()}
     fitted = tuple(replace(t, dtype=stored.get(t.name) or t.dtype) if t.merged else t for t in plan.tensors)
@@ -195,7 +199,11 @@ def _made(plan: Plan, places: dict[str, tuple[int, int]], threads: int | None, m
 
 
 def _check_tied(plan: Plan, weights: Sequence[Weight], threads: int | None, most: int) -> None:
-    """Raises: ShapeError, if the recipe makes several tensors that differ of what is one in the module."""
+    """Raises: ShapeError, if the recipe makes several tensors that differ of what is one in the module.
+
+    Rounded to nearest: tensors of two names draw different random numbers, but one of them is all that is written.
+    """
+    plan = replace(plan, recipes=tuple(replace(recipe, rounding="nearest") for recipe in plan.recipes))
     made = {t.name: t for t in plan.tensors}
     tied = [[n for n in w.names if n in made] for w in weights]
     tied = [names for names in tied if len(names) > 1]

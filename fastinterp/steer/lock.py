@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from fastinterp.errors import UsageError
+
+Call = FrameType | str | None
+_LOOK_S = 1.0  # between looks for threads that ended inside a step
 
 
 class StepLock:
@@ -17,38 +22,64 @@ class StepLock:
 
     def __init__(self) -> None:
         self._free = threading.Condition()
-        self._inside: dict[int, int] = {}  # thread -> how many steps it is in
+        self._inside: dict[int, list[Call]] = {}  # thread -> the calls that are its steps
         self._changing: int | None = None  # the thread that changes
         self._waiting = 0  # changes
 
-    def enter(self) -> None:
+    def enter(self, call: Call = None) -> int:
+        """Begin a step. Returns what `leave` takes: the thread, for the step may end in another one.
+
+        call  the frame that is a step until it ends, if one is; else anything that `leave` is given too
+        """
         me = threading.get_ident()
         with self._free:
+            if me in self._inside:
+                self._forget_dead()
             while me not in self._inside and self._changing != me and (self._changing is not None or self._waiting):
                 self._free.wait()
-            self._inside[me] = self._inside.get(me, 0) + 1
+            self._inside.setdefault(me, []).append(call)
+        return me
 
-    def leave(self) -> None:
-        """Of a thread that is in no step, nothing: hooks that end a step run even if its beginning failed."""
-        me = threading.get_ident()
+    def leave(self, thread: int, call: Call = None) -> None:
+        """End the step of this call. Nothing, if it was not begun: hooks that end a step run even if its beginning
+        failed.
+        """
         with self._free:
-            if self._inside.get(me, 0) > 1:
-                self._inside[me] -= 1
-            else:
-                self._inside.pop(me, None)
-                self._free.notify_all()
+            calls = self._inside.get(thread, [])
+            if call in calls:
+                calls.remove(call)
+                self._clear(thread)
+
+    def _clear(self, thread: int) -> None:
+        if not self._inside[thread]:
+            del self._inside[thread]
+            self._free.notify_all()
+
+    def _forget_dead(self) -> None:
+        """End the steps of frames that are gone: no hook runs after KeyboardInterrupt and SystemExit.
+
+        Only of this thread and of those that ended: the frames of others change while one looks.
+        """
+        me, running = threading.get_ident(), sys._current_frames()
+        for thread in [t for t in self._inside if t == me or t not in running]:
+            frames = set(_frames()) if thread == me else set()
+            calls = self._inside[thread]
+            calls[:] = [c for c in calls if not isinstance(c, FrameType) or c in frames]
+            self._clear(thread)
 
     @contextmanager
     def change(self) -> Iterator[None]:
         """Raises: UsageError, if this thread is in a step, which would wait for itself."""
         me = threading.get_ident()
         with self._free:
+            self._forget_dead()
             if me in self._inside or self._changing == me:
                 raise UsageError("the weights cannot change inside a step of generation: call this between steps")
             self._waiting += 1
             try:
                 while self._inside or self._changing is not None:
-                    self._free.wait()
+                    self._free.wait(_LOOK_S)
+                    self._forget_dead()
                 self._changing = me
             finally:
                 self._waiting -= 1
@@ -59,3 +90,19 @@ class StepLock:
             with self._free:
                 self._changing = None
                 self._free.notify_all()
+
+
+def call() -> Call:
+    """What `enter` and `leave` know a call of a torch module by, asked in one of its hooks."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_call_impl":
+        frame = frame.f_back
+    return frame or "compiled"
+
+
+def _frames() -> Iterator[FrameType]:
+    """Those of this thread that run."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
 
 from fastinterp.compute.dtypes import DType, parse_dtype
+from fastinterp.engine.text import plain
 from fastinterp.errors import BackendError, ShapeError, UsageError
 
-_SHOWN = 100  # mismatches that a message lists before it only counts the others
+_SHOWN = 50  # mismatches that a message lists before it only counts the others
+_NAMED = 3  # the same of tensors named in a line
+# What stays as it is while floating tensors are walked.
+_KEPT = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +24,7 @@ class Weight:
 
     names   as the module's state_dict has them; more than one if they are tied
     tensor  the torch tensor
-    dtype   None: it is not merged (integers, booleans)
+    dtype   None: it is not merged (integers, booleans, complex numbers)
     """
 
     names: tuple[str, ...]
@@ -47,21 +51,15 @@ class Weight:
 def weights_of(module: Any, layers: str | Sequence[str] | None) -> list[Weight]:
     """The tensors of a module's state_dict, each once, of which any name matches any of the patterns `layers`.
 
-    Raises: UsageError, if it is no module, nothing matches, or tensors overlap without being the same; BackendError,
-    if a tensor is not in the CPU's memory.
+    They may be on any device; what get_extra_state returns is not among them.
+    Raises: UsageError, if it is no module, nothing matches, a tensor has no memory, or tensors overlap without being
+    the same.
     """
-    import torch
-
-    if not isinstance(module, torch.nn.Module):
-        raise UsageError(f"`module` must be a torch.nn.Module, got {type(module).__name__}")
     groups: dict[Any, tuple[list[str], Any]] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, torch.Tensor):
-            continue  # what get_extra_state returns
-        _check_device(name, tensor)
+    for name, tensor in tensors_of(module):
+        _check_memory(name, tensor)
         # Empty tensors lie nowhere, so no two of them are one.
-        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape)) if tensor.numel() else name
-        groups.setdefault(key, ([], tensor))[0].append(name)
+        groups.setdefault(place_of(tensor) if tensor.numel() else name, ([], tensor))[0].append(name)
     found = [Weight(tuple(names), t.detach(), parse_dtype(str(t.dtype))) for names, t in groups.values()]
     _check_apart(found)
     chosen = [w for w in found if layers is None or matches(w.names, layers)]
@@ -70,31 +68,88 @@ def weights_of(module: Any, layers: str | Sequence[str] | None) -> list[Weight]:
     return chosen
 
 
+def tensors_of(module: Any) -> Iterator[tuple[str, Any]]:
+    """Name and tensor of everything in a module's state_dict, but for extra state. Raises: UsageError."""
+    import torch
+
+    if not isinstance(module, torch.nn.Module):
+        raise UsageError(f"`module` must be a torch.nn.Module, got {type(module).__name__}")
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, torch.Tensor) and not is_extra_state(name):
+            yield name, tensor
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether a state_dict has under this name what a module's get_extra_state returned: of any type."""
+    return name.rpartition(".")[2] == "_extra_state"
+
+
+def place_of(tensor: Any) -> tuple[object, ...]:
+    """What tensors have in common that are one. The address is 0, if they have no memory."""
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # sparse ones, and types that only hold other tensors
+        address = 0
+    return str(tensor.device), address, tensor.dtype, tuple(tensor.shape)
+
+
+def walked(weights: Iterable[Weight]) -> list[Weight]:
+    """The floating ones among them. Integers and booleans are left out.
+
+    Raises: UsageError, if there are others: complex or quantised ones, or floats that are not merged.
+    """
+    every = list(weights)
+    unknown = [w for w in every if w.dtype is None and _dtype_name(w) not in _KEPT]
+    if unknown:
+        listed = ", ".join(f"{w.name} ({_dtype_name(w)})" for w in unknown[:_NAMED])
+        more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
+        raise UsageError(
+            f"{listed}{more}: this dtype cannot be walked. Convert the module, or name the other tensors with `layers`"
+        )
+    return [w for w in every if w.dtype is not None]
+
+
+def check_on_cpu(weights: Iterable[Weight]) -> None:
+    """Raises: BackendError, if one of them is elsewhere."""
+    for w in weights:
+        if w.tensor.device.type != "cpu":
+            raise BackendError(
+                f"{w.name} is on {w.tensor.device}, but this version computes on the CPU. Move the module: "
+                "module.to('cpu')"
+            )
+
+
 def matches(names: Iterable[str], layers: str | Sequence[str]) -> bool:
     """Whether any name matches any pattern, in which * stands for anything: `model.layers.1?.*`."""
-    patterns = [layers] if isinstance(layers, str) else list(layers)
+    patterns: list[Any] = [*layers] if isinstance(layers, (list, tuple, set, frozenset)) else [layers]
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise UsageError(f"`layers` must be a pattern of names, or several in a list, got {pattern!r}")
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _check_device(name: str, tensor: Any) -> None:
+def _dtype_name(weight: Weight) -> str:
+    return str(weight.tensor.dtype).removeprefix("torch.")
+
+
+def _check_memory(name: str, tensor: Any) -> None:
     if tensor.device.type == "meta":
         raise UsageError(
             f"{name} has no memory yet (device meta). Load the module first: module.to_empty(device='cpu')"
         )
-    if tensor.device.type != "cpu":
-        raise BackendError(
-            f"{name} is on {tensor.device}, but this version computes on the CPU. Move the module: module.to('cpu')"
+    if tensor.numel() and not place_of(tensor)[1]:
+        raise UsageError(
+            f"{name} has no memory of its own that could be written ({type(tensor).__name__}, {tensor.layout}). "
+            "Load the module with plain tensors: dense, not quantised, not sharded"
         )
 
 
 def _check_apart(weights: Sequence[Weight]) -> None:
     """Tied tensors are one; those that share some of their memory otherwise cannot be written one by one."""
-    by_place = sorted((w for w in weights if w.nbytes and w.tensor.is_contiguous()), key=lambda w: w.address)
+    dense = (w for w in weights if w.nbytes and w.tensor.is_contiguous())
+    by_place = sorted(dense, key=lambda w: (str(w.tensor.device), w.address))
     for one, other in pairwise(by_place):
-        if other.address < one.address + one.nbytes:
+        if one.tensor.device == other.tensor.device and other.address < one.address + one.nbytes:
             raise UsageError(f"{one.name} and {other.name} share memory without being the same tensor")
 
 
@@ -127,26 +182,28 @@ class Mismatches:
             for name in own:
                 self._compare(weight, name, model, *tensors[name])
         for name in tensors:
-            if name not in known:
+            if name not in known and not is_extra_state(name):
                 self.add(f"{name} of {model} is not in the module")
+
+    def check_contiguous(self, weights: Iterable[Weight]) -> None:
+        """See that what will be written lies in one piece."""
+        for weight in weights:
+            if not weight.tensor.is_contiguous():
+                self.add(f"{weight.name} is not contiguous in the module: use .contiguous()")
 
     def _compare(self, weight: Weight, name: str, model: str, dtype: DType, shape: tuple[int, ...]) -> None:
         if weight.shape != shape:
             self.add(f"{name} is {list(weight.shape)} in the module but {list(shape)} in {model}")
         if bool(weight.dtype) != dtype.merges:
-            self.add(
-                f"{name} is {str(weight.tensor.dtype).removeprefix('torch.')} in the module but {dtype} in {model}"
-            )
-        if not weight.tensor.is_contiguous():
-            self.add(f"{name} is not contiguous in the module: use .contiguous()")
+            self.add(f"{name} is {_dtype_name(weight)} in the module but {dtype} in {model}")
 
     def refuse(self) -> None:
-        """Raises: ShapeError, if anything was gathered, with all of it."""
+        """Raises: ShapeError, if anything was gathered, with all of it: a line for each."""
         if self._found:
-            found = list(dict.fromkeys(self._found))
-            more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-            count = f"{len(found)} mismatch{'' if len(found) == 1 else 'es'}"
-            raise ShapeError(f"the module does not fit, {count}: {'; '.join(found[:_SHOWN])}{more}")
+            found = list(dict.fromkeys(map(plain, self._found)))
+            lines = [f"the module does not fit, {len(found)} mismatch{'' if len(found) == 1 else 'es'}:"]
+            lines += found[:_SHOWN] + ([f"... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else [])
+            raise ShapeError("\n  ".join(lines))
 
 
 def touched(weights: Iterable[Weight]) -> None:

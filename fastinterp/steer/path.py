@@ -7,14 +7,17 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from operator import index
 from typing import Any
 
+from fastinterp.compute.dtypes import parse_dtype
+from fastinterp.engine.arguments import snapped
 from fastinterp.engine.memory import merge_measured
 from fastinterp.engine.report import Effect
-from fastinterp.errors import UsageError
+from fastinterp.errors import FastinterpError, UsageError
 from fastinterp.steer.path_report import PathPoint, PathReport
-from fastinterp.steer.pristine import End
-from fastinterp.steer.walk import Walker, dtype_of
+from fastinterp.steer.pristine import End, opened, warn_unlike
+from fastinterp.steer.walk import Walker, dtypes_of
 
 Model = str | os.PathLike[str] | Mapping[str, Any]
 Alpha = float | Mapping[str, float]
@@ -40,11 +43,12 @@ def path(
     directions  in place of a and b: a name for each model. out = base + sum of alpha[name] * (model - base)
     model       a torch module that takes on the weights of each point; its own are back at the end. None: the points
                 are state dicts
-    dtype       of the points; None: the model's, else as the base's tensors, else those of `a`. In bf16 small steps of
-                alpha may not arrive: the report tells, float32 mends it
+    dtype       of the points; None: as the base's tensors, else those of `a`. In bf16 small steps of alpha may not
+                arrive: the report tells, float32 mends it. With a model: the dtypes that it has, and no others
     rounding, seed, threads   as of `fastinterp.merge`
 
-    Each model is a checkpoint's path or a state dict in memory (torch CPU tensors or numpy arrays).
+    Each model is a checkpoint's path or a state dict in memory (torch CPU tensors or numpy arrays). Python's warnings
+    say where tokenizers of checkpoints differ, or weights are quantised.
     Raises: UsageError, CheckpointError.
     """
     if (a is None) != (b is None) or (a is None) == (directions is None):
@@ -55,8 +59,10 @@ def path(
     origin = None if base is None else End(base, "base")
     models = directions if directions is not None else {"a": a, "b": b}
     ends = {name: End(x, name) for name, x in models.items()}  # type: ignore[arg-type]
-    # Straight to the model's dtype: rounded once, and what that does is measured.
-    dtype = dtype_of(model) if dtype is None and model is not None else dtype
+    if model is not None and dtype is not None:
+        _check_dtype(dtype, model)
+    every = [*([] if origin is None else [origin]), *ends.values()]
+    warn_unlike([end.checkpoint for end in every if end.checkpoint is not None], stacklevel=2)
     settings = {"dtype": dtype, "rounding": rounding, "seed": seed, "threads": threads}
     return Path(ends, origin, tuple(directions) if directions is not None else (ALPHA,), model, settings)
 
@@ -85,10 +91,7 @@ class Path:
 
     def weights(self, alpha: Alpha) -> dict[str, Any]:
         """The state dict of one point, in new tensors; by name of direction, if it is no line from a to b."""
-        self._refuse_changed()
-        weights = self._measured(self._point(alpha))[0]
-        self._refuse_changed()
-        return weights
+        return self._measured(self._point(alpha))[0]
 
     def evaluate(
         self,
@@ -105,22 +108,22 @@ class Path:
                        returns a metric's value by its name, the same names every time. With the same random numbers
                        for a seed at all points, differences between points have smaller errors than the points
         alphas         numbers; for directions: mappings of their names to numbers, where names left out are 0, or one
-                       mapping of names to lists of numbers: the grid of all combinations
-        seeds          numbers given to `fn` in turn, or how many: 0, 1, ...
+                       mapping of names to lists of numbers: the grid of all combinations. What a sum of steps makes of
+                       0 and 1 is 0 and 1
+        seeds          whole numbers given to `fn` in turn, or how many: 0, 1, ...
         probabilities  metrics that are probabilities: a line is fitted to their log-odds
         progress       called with the calls of `fn` done and to do
 
-        The ends are read once, and stay in memory as long as they fit: every point is made from them, never from
-        another point. If `fn` raises, the model has its own weights back.
+        Every point is made from the ends, never from another point. Those in files are read anew for each, through the
+        page cache, which keeps them as long as they fit. If `fn` raises, the model has its own weights back.
         Raises: UsageError; ShapeError, if weights do not fit; StorageError, if a checkpoint changes meanwhile.
         """
         points = self._points(alphas)
         numbers = _seeds(seeds)
         done: list[PathPoint] = []
-        with nullcontext() if self._model is None else Walker(self._model) as walker:
+        with nullcontext() if self._model is None else Walker(self._model, [*self._all.values()]) as walker:
             for at in points:
-                self._refuse_changed()
-                weights, effects = self._measured(at)
+                weights, effects = self._measured(at, walker)
                 if walker is not None:
                     walker.take(weights)
                     weights = self._model
@@ -137,20 +140,43 @@ class Path:
                         progress(len(done) * len(numbers) + k + 1, len(points) * len(numbers))
                 done.append(PathPoint(at, {m: tuple(v) for m, v in samples.items()}, *_effect(effects)))
                 self._refuse_changed()
+                del weights  # before those of the next point are made
         ends = {name: end.name for name, end in self._ends.items()}
         base = None if self._base is None else self._base.name
         return PathReport(ends, base, tuple(numbers), tuple(done), tuple(probabilities), self._line)
 
-    def _measured(self, at: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, Effect]]:
+    def _measured(
+        self, at: Mapping[str, float], walker: Walker | None = None
+    ) -> tuple[dict[str, Any], dict[str, Effect]]:
         alphas = [at[name] for name in self.names]
         given = [1.0 - alphas[0], alphas[0]] if self._line else alphas
-        models = [end.tensors for end in self._ends.values()]
-        method = "linear" if self._base is None else "task_arithmetic"
-        base = None if self._base is None else self._base.tensors
-        return merge_measured(models, method, base=base, parameters={"weight": given}, **self._settings)
+        settings = dict(self._settings)
+        if self._model is not None and settings["dtype"] is None:
+            settings["dtype"] = dtypes_of(self._model)  # straight to them: what is measured is what the model holds
+        self._refuse_changed()
+        try:
+            found = self._merged(given, settings, walker)
+        except FastinterpError:
+            self._refuse_changed()  # which says more than what came of it
+            raise
+        self._refuse_changed()
+        return found
+
+    def _merged(
+        self, given: Sequence[float], settings: Mapping[str, Any], walker: Walker | None
+    ) -> tuple[dict[str, Any], dict[str, Effect]]:
+        with opened([*self._all.values()]) as (tensors, files):
+            named = tensors if walker is None else [walker.named(x) for x in tensors]
+            base, models = (None, named) if self._base is None else (named[0], named[1:])
+            method = "linear" if base is None else "task_arithmetic"
+            return merge_measured(models, method, base=base, parameters={"weight": given}, files=files, **settings)
+
+    @property
+    def _all(self) -> dict[str, End]:
+        return {**({} if self._base is None else {"base": self._base}), **self._ends}
 
     def _refuse_changed(self) -> None:
-        for end in (*self._ends.values(), *([self._base] if self._base else [])):
+        for end in self._all.values():
             end.refuse_changed()
 
     def _points(self, alphas: Alphas) -> list[dict[str, float]]:
@@ -181,6 +207,18 @@ class Path:
 def _check_named(directions: Any) -> None:
     if directions is not None and (not isinstance(directions, Mapping) or not directions):
         raise UsageError(f"`directions` must map names to models, at least one, got {directions!r}"[:200])
+    for name in directions or ():
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"a direction must have a name, got {name!r}")
+
+
+def _check_dtype(dtype: str, model: Any) -> None:
+    others = [f"{n} ({d})" for n, d in dtypes_of(model).items() if parse_dtype(d) != parse_dtype(dtype)]
+    if others:
+        raise UsageError(
+            f"`dtype` is {dtype}, but `model` has {others[0]}, and would round a second time. Leave `dtype` out, or "
+            "convert the model first"
+        )
 
 
 def _listed(alphas: Any) -> list[Any]:
@@ -190,13 +228,31 @@ def _listed(alphas: Any) -> list[Any]:
 
 
 def _finite(value: Any, name: str) -> float:
-    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__") or not math.isfinite(float(value)):
-        raise UsageError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
+    found = _number(value)
+    if found is None or not math.isfinite(found):
+        raise UsageError(f"{name} must be a finite number, got {value!r}"[:200])
+    return snapped(found)
 
 
-def _seeds(given: int | Sequence[int]) -> list[int]:
-    seeds = list(range(given)) if isinstance(given, int) else list(given)
+def _number(value: Any) -> float | None:
+    """None: it is none. NaN and Inf are."""
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        return None
+    try:
+        return float(value.item() if hasattr(value, "item") else value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # several numbers in an array, or one too large
+        return None
+
+
+def _seeds(given: Any) -> list[int]:
+    """Raises: UsageError."""
+    listed = hasattr(given, "__iter__") and getattr(given, "shape", None) != ()
+    try:
+        if isinstance(given, (str, bytes, Mapping)) or any(isinstance(x, bool) for x in (given if listed else [given])):
+            raise TypeError
+        seeds = [index(seed) for seed in given] if listed else list(range(index(given)))
+    except TypeError:
+        raise UsageError(f"the seeds must be whole numbers in a list, or how many there are, got {given!r}") from None
     if not seeds or len(set(seeds)) != len(seeds):
         raise UsageError(f"the seeds must be at least one and all different, got {given!r}")
     return seeds
@@ -205,10 +261,11 @@ def _seeds(given: int | Sequence[int]) -> list[int]:
 def _metrics(found: Any, alpha: object) -> dict[str, float]:
     if not isinstance(found, Mapping) or not found:
         raise UsageError(f"at {alpha} the function returned {found!r}, expected metrics by name, as {{'loss': 0.3}}")
-    for name, value in found.items():
-        if not isinstance(name, str) or isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
-            raise UsageError(f"at {alpha} the metric {name!r} is {value!r}, expected a number")
-    return {name: float(value.item() if hasattr(value, "item") else value) for name, value in found.items()}
+    numbers = {name: _number(value) for name, value in found.items()}
+    for name, number in numbers.items():
+        if not isinstance(name, str) or number is None:
+            raise UsageError(f"at {alpha} the metric {name!r} is {found[name]!r}, expected a number")
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def _effect(effects: Mapping[str, Effect]) -> tuple[float | None, float | None, float | None]:

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any
 
+from fastinterp.engine.arguments import snapped
 from fastinterp.errors import StorageError, UsageError
 from fastinterp.steer import curve
 
@@ -69,8 +70,13 @@ class PathReport:
                 raise UsageError(
                     f"`probabilities` names {name!r}, which is no metric. Known: {', '.join(self.metrics)}"
                 )
-            if not all(0 <= v <= 1 for p in self.points for v in p.samples[name]):
-                raise UsageError(f"`probabilities` names {name!r}, but not all of its values are in 0..1")
+            for p in self.points:
+                wrong = [v for v in p.samples[name] if v < 0 or v > 1]  # NaN: `warnings` tell it
+                if wrong:
+                    raise UsageError(
+                        f"`probabilities` names {name!r}, but not all of its values are in 0..1: {wrong[0]:g} at "
+                        f"{_place(p)}"
+                    )
 
     def __repr__(self) -> str:
         """Short; print() shows the summary."""
@@ -132,17 +138,29 @@ class PathReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The staircase, where there is one."""
+        """Metrics that are NaN or Inf somewhere, and the staircase, where there is one."""
+        return (*self._not_finite(), *self._staircase())
+
+    def _not_finite(self) -> list[str]:
+        found = []
+        for metric in self.metrics:
+            where = [p for p in self.points if not all(map(math.isfinite, p.samples[metric]))]
+            if where:
+                value = next(v for v in where[0].samples[metric] if not math.isfinite(v))
+                first = f"{len(where)} of {len(self.points)} points, first at " if len(where) > 1 else ""
+                found.append(f"{metric} is {_word(value)} at {first}{_place(where[0])}")
+        return found
+
+    def _staircase(self) -> tuple[str, ...]:
         steep = [p for p in self.points if p.strength is not None and abs(p.strength - 1) > _NOTICED]
         if not steep:
             return ()
         worst = max(steep, key=lambda p: abs((p.strength or 0) - 1))
-        where = ", ".join(f"{name} {value:g}" for name, value in worst.at.items() if value)
         acts = self.effective_alpha(worst)
         arrived = f"acts as {acts:.2g}" if acts is not None else f"lets {worst.strength:.2f} of its change arrive"
         return (
             f"rounding makes a staircase of the path: at {len(steep)} of {len(self.points)} points the change that "
-            f"arrives is off by more than 5%, most at {where}, which {arrived}. Use dtype='float32', or "
+            f"arrives is off by more than 5%, most at {_place(worst)}, which {arrived}. Use dtype='float32', or "
             "rounding='stochastic'",
         )
 
@@ -255,6 +273,17 @@ def _or_blank(value: float | None, spec: str) -> str:
     return "" if value is None else format(value, spec)
 
 
+def _place(p: PathPoint) -> str:
+    """`alpha 0.3`; of several directions those that are not 0, one at least."""
+    shown = {name: far for name, far in p.at.items() if far} or p.at
+    return ", ".join(f"{name} {far:g}" for name, far in shown.items())
+
+
+def _word(value: float) -> str:
+    """NaN, Inf or -Inf."""
+    return "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"
+
+
 def _plus_minus(value: float, se: float | None) -> str:
     return f"{value:.4g}" if se is None else f"{value:.4g} +- {se:.1g}"
 
@@ -268,7 +297,7 @@ def _shape(found: curve.Shape) -> dict[str, Any]:
 def _report(found: dict[str, Any]) -> PathReport:
     points = tuple(
         PathPoint(
-            {n: float(v) for n, v in p["at"].items()},
+            {n: snapped(float(v)) for n, v in p["at"].items()},
             {m: tuple(_WORDS[v] if isinstance(v, str) else float(v) for v in s) for m, s in p["samples"].items()},
             *(p[n] if p[n] is None else float(p[n]) for n in ("strength", "changed_fraction", "relative_change")),
         )

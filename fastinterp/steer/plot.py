@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.errors import StorageError, UsageError
@@ -51,7 +53,7 @@ def plot_report(report: Report, file: str | os.PathLike[str], metrics: Sequence[
         _save(file, len(chosen), (4.6, 3.9), lambda axes: _maps(report, chosen, axes))
         return
     stairs = any("staircase" in w for w in report.warnings) and report.line and report.base is None
-    _save(file, len(chosen) + stairs, (4.4, 3.4), lambda axes: _curves(report, chosen, axes))
+    _save(file, len(chosen) + stairs, (4.4, 3.4), lambda axes: _curves(report, chosen, axes[: len(chosen) + stairs]))
 
 
 def plot_difference(found: Comparison, file: str | os.PathLike[str], title: str) -> None:
@@ -83,20 +85,29 @@ def _change(d: Any) -> float | None:
     return math.nan if d.relative is None or not d.finite else float(d.relative)
 
 
-def _save(
-    file: str | os.PathLike[str], panels: int, size: tuple[float, float], draw: Callable[[list[Any]], None]
-) -> None:
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("figures need matplotlib: pip install 'fastinterp[plot]'") from None
-    from pathlib import Path
+def check_figure(file: str | os.PathLike[str]) -> tuple[Path, str]:
+    """The path of a figure, and what it is: png, svg or pdf.
 
+    Raises: UsageError, if there is no matplotlib, or the name ends otherwise; StorageError, if there is no such folder.
+    """
+    if find_spec("matplotlib") is None:
+        raise UsageError("figures need matplotlib: pip install 'fastinterp[plot]'")
     path = Path(file)
     kind = path.suffix.lower().removeprefix(".")
     if kind not in ("png", "svg", "pdf"):
         raise UsageError(f"{path} must end in .png, .svg or .pdf, which says what to draw")
+    if not path.parent.is_dir():
+        raise StorageError(f"{path} cannot be written: No such file or directory: {path.parent}")
+    return path, kind
+
+
+def _save(
+    file: str | os.PathLike[str], panels: int, size: tuple[float, float], draw: Callable[[list[Any]], None]
+) -> None:
+    path, kind = check_figure(file)
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     across = min(panels, _PANELS)
     down = -(-panels // across)
     with mpl.rc_context(_STYLE):
@@ -134,7 +145,7 @@ def _curves(report: Report, metrics: Sequence[str], axes: Sequence[Any]) -> None
         panel.set_axisbelow(True)
     panel = axes[0]
     panel.legend(frameon=False, fontsize=9, loc="best")
-    if len(axes) > len(metrics) and report.line and report.warnings:
+    if len(axes) > len(metrics):
         _stairs(report, axes[len(metrics)])
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastinterp.compute.ops import MAX_POINTS
 from fastinterp.engine.arguments import numbers, path_of
 from fastinterp.engine.report import Report
 from fastinterp.engine.run import point_mapping, point_name
@@ -61,7 +62,9 @@ def line(
     origin = None if base is None else path_of(base, "base")
     whose = None if integers is None else path_of(integers, "integers")
     points = []
-    for alpha in _numbers(alphas, "alphas"):
+    walked = _numbers(alphas, "alphas")
+    _check_count(len(walked))
+    for alpha in walked:
         asked = point_mapping(*ends, alpha, origin, whose)
         if method is not None:
             asked = _curve(find(method), *ends, alpha, origin) | ({} if whose is None else {"integers": whose})
@@ -108,8 +111,10 @@ def grid(
         raise UsageError(f"`{chosen.name}` does not weigh directions from a base, as task_arithmetic or ties do")
     # Divided by their sum, distances would be lost.
     own = {"normalize": False} if any(p.name == "normalize" and p.default for p in chosen.parameters) else {}
+    walked = [_numbers(steps[name], name) for name in models]
+    _check_count(math.prod(map(len, walked)))
     points = []
-    for fars in itertools.product(*(_numbers(steps[name], name) for name in models)):
+    for fars in itertools.product(*walked):
         weighed = [{"model": m, "parameters": {"weight": w}} for m, w in zip(models.values(), fars, strict=True)]
         asked = {"merge_method": chosen.name, "base_model": origin, "models": weighed}
         if integers is not None:
@@ -125,6 +130,11 @@ def check_direction(name: object) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UsageError(f"a direction is named with letters, digits, _ . and -, got {clipped(repr(name))}")
     return name
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_POINTS:
+        raise UsageError(f"a sweep has at most {MAX_POINTS} points, got {count}")
 
 
 def _numbers(given: object, what: str) -> list[float]:

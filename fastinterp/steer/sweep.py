@@ -21,7 +21,6 @@ from fastinterp.steer.points import Point, grid, line
 
 Model = str | os.PathLike[str]
 Callback = Callable[[Point, dict[str, Any]], Any]
-MAX_POINTS = 4096
 _MEMORY = "512MB"
 
 
@@ -88,7 +87,7 @@ def sweep(
         return visit(points, in_memory, framework=framework, threads=threads, max_memory=most, progress=progress)
     target = path_of("" if out is None else out, "out")
     if not target:
-        raise UsageError("the name of the output folder is missing. Give `out`, the name of a new folder")
+        raise UsageError("the name of the output folder is missing. Give -o DIR (in Python out=...), a new folder")
     shard, most = size_of(max_shard_size), size_of(_MEMORY if max_memory is None else max_memory)
     if virtual:
         recipes = [load_recipe(point.recipe) for point in points]
@@ -127,8 +126,6 @@ def _points(a: Any, b: Any, alphas: Any, add: Any, steps: Any, *, base: Any, **h
         if a is None or b is None or alphas is None:
             raise UsageError("a sweep needs A, B and alphas, or a base with directions (add) and their points (grid)")
         found = line(a, b, alphas, base=base, **how)
-    if len(found) > MAX_POINTS:
-        raise UsageError(f"a sweep has at most {MAX_POINTS} points, got {len(found)}")
     return found
 
 

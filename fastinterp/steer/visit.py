@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from fastinterp.compute.allocate import maker
 from fastinterp.compute.ops import MAX_OUTPUTS
 from fastinterp.compute.pump import Progress
+from fastinterp.engine.available import available_memory
 from fastinterp.engine.fill import fill
 from fastinterp.engine.plan import make_plan
 from fastinterp.errors import UsageError
@@ -39,7 +39,7 @@ def visit(
     maker(framework)
     recipes = [load_recipe(point.recipe) for point in points]
     size = make_plan(recipes[:1], max_shard_size=_SHARD).bytes_written
-    most = _free() // 2 if max_memory is None else max_memory
+    most = available_memory() // 2 if max_memory is None else max_memory
     at_a_time = max(1, min(MAX_OUTPUTS, most // max(1, size)))
     visited = []
     for first in range(0, len(points), at_a_time):
@@ -54,13 +54,3 @@ def visit(
             visited.append(replace(point, result=callback(point, tensors)))
             del tensors
     return visited
-
-
-def _free() -> int:
-    """Bytes of memory that can be had without swapping."""
-    try:
-        with open("/proc/meminfo") as lines:
-            found = next(line for line in lines if line.startswith("MemAvailable"))
-        return int(found.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -2,78 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from fastinterp.engine.memory import StoredTensor
+from fastinterp.engine.sources import Sources
 from fastinterp.errors import ShapeError, UsageError
-
-_SHOWN = 8  # mismatches that a message lists
+from fastinterp.steer.module import Mismatches, place_of, tensors_of, weights_of
+from fastinterp.steer.pristine import End, opened, same
 
 
 class Walker:
-    """A context manager: inside it `take` puts weights into the module, and the end restores what was there."""
+    """A context manager: inside it `take` puts weights into the module, and the end restores what was there.
 
-    def __init__(self, module: Any):
-        if not hasattr(module, "state_dict") or not hasattr(module, "load_state_dict"):
-            raise UsageError(f"`model` must be a torch module, got {type(module).__name__}")
-        self._own: dict[str, Any] = module.state_dict()
+    Tied tensors are one, under the first of their names. The module may be on any device.
+    Raises: UsageError, if it is no torch module; ShapeError, with all that does not fit.
+    """
+
+    def __init__(self, module: Any, ends: Sequence[End]):
+        self._module, self._ends = module, ends
+        self._weights = weights_of(module, None)
         self._saved: dict[str, Any] = {}
+        self._apart: dict[Any, Any] = {}  # copies of what end points have in the module's own memory, by place
+        wrong = Mismatches()
+        for end in ends:
+            wrong.check(self._weights, end.name, end.facts())
+        wrong.refuse()
+        with opened(ends) as (every, files):
+            for end, tensors in zip(ends, every, strict=True):
+                self._check_tied(end, tensors, files)
 
     def __enter__(self) -> Walker:
-        self._saved = {name: self._own[name].detach().clone() for name in _first_names(self._own)}
+        self._saved = {w.name: w.tensor.clone() for w in self._weights}
+        ours = {w.tensor.untyped_storage().data_ptr() for w in self._weights}
+        given = [x for end in self._ends for x in (end.state or {}).values() if hasattr(x, "untyped_storage")]
+        self._apart = {place_of(x): x.clone() for x in given if x.untyped_storage().data_ptr() in ours}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._copy(self._saved)
-        self._saved = {}
+        own = dict(tensors_of(self._module))
+        converted = [n for n, x in self._saved.items() if n not in own or own[n].dtype != x.dtype]
+        self.take({name: x for name, x in self._saved.items() if name in own})
+        self._saved, self._apart = {}, {}
+        if converted and kind is None:
+            raise UsageError(
+                f"{converted[0]} was converted or replaced while the path was walked, so the module does not have its "
+                "own weights again. Load it anew"
+            )
+
+    def named(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of an end point that the module has, each once, by the name that `take` knows them by."""
+        found = {w.name: tensors[next(n for n in w.names if n in tensors)] for w in self._weights}
+        return {
+            name: x if isinstance(x, StoredTensor) else self._apart.get(place_of(x), x) for name, x in found.items()
+        }
 
     def take(self, tensors: Mapping[str, Any]) -> None:
-        """Names as in the module's state dict. Tied tensors need one of their names; dtype and device stay.
-
-        Raises: ShapeError, with all that does not fit; UsageError, if they are no torch tensors.
-        """
-        for name, x in tensors.items():
-            if not hasattr(x, "data_ptr"):
-                raise UsageError(f"{name} must be a torch tensor, to be put into a module, got {type(x).__name__}")
-        given = {_place(self._own[name]) for name in tensors if name in self._own}
-        wrong = [f"{name} is not in the module" for name in tensors if name not in self._own]
-        wrong += [f"{n} of the module is missing" for n in self._own if n not in tensors and not self._tied(n, given)]
-        for name, x in tensors.items():
-            if name in self._own and tuple(x.shape) != tuple(self._own[name].shape):
-                wrong.append(f"{name} is {list(x.shape)}, in the module {list(self._own[name].shape)}")
-        if wrong:
-            more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-            raise ShapeError(f"the weights do not fit the module: {'; '.join(wrong[:_SHOWN])}{more}")
-        self._copy(tensors)
-
-    def _tied(self, name: str, given: set[tuple[object, ...]]) -> bool:
-        return _place(self._own[name]) in given
-
-    def _copy(self, tensors: Mapping[str, Any]) -> None:
+        """Write tensors into the module, by the names of `named`. They are of its dtypes."""
         import torch
 
-        with torch.no_grad():
-            for name, x in tensors.items():
-                self._own[name].copy_(x)
+        own = dict(tensors_of(self._module))  # anew: it may have been moved
+        for name, x in tensors.items():
+            with torch.inference_mode(own[name].is_inference()), torch.no_grad():
+                own[name].copy_(x)
+
+    def _check_tied(self, end: End, tensors: Mapping[str, Any], files: Sources) -> None:
+        for weight in self._weights:
+            first, *others = [name for name in weight.names if name in tensors]
+            for other in others:
+                if not same(tensors[first], tensors[other], files):
+                    raise ShapeError(
+                        f"{first} and {other} are one tensor in the module, but differ in {end.name}. "
+                        "Untie them: tie_word_embeddings=False in the module's configuration",
+                        tensor=other,
+                    )
 
 
-def dtype_of(module: Any) -> str | None:
-    """The floating dtype that all of a module's tensors have, or None: they have several, or it is no module."""
-    tensors = module.state_dict().values() if hasattr(module, "state_dict") else ()
-    found = {str(x.dtype) for x in tensors if x.is_floating_point()}
-    return found.pop() if len(found) == 1 else None
-
-
-def _place(x: Any) -> tuple[object, ...]:
-    return x.device, x.data_ptr(), tuple(x.shape)
-
-
-def _first_names(tensors: Mapping[str, Any]) -> list[str]:
-    """One name for each place in memory."""
-    places: dict[tuple[object, ...], str] = {}
-    for name, x in tensors.items():
-        places.setdefault(_place(x), name)
-    return list(places.values())
+def dtypes_of(module: Any) -> dict[str, str]:
+    """The dtypes of a module's floating tensors that can be merged, by all of their names. Raises: UsageError."""
+    return {n: str(w.tensor.dtype) for w in weights_of(module, None) if w.dtype is not None for n in w.names}

@@ -1,4 +1,4 @@
-// A CUDA runtime on the host's memory, for tests. Streams hold work in order; how it is done is set by fake_mode:
+// A CUDA runtime on the host's memory, for tests. Streams hold work in order; fake_reset sets how it is done:
 //
 // kEager     at once
 // kDeferred  when somebody waits for it, or asks whether it is done; what is not awaited does not happen
@@ -7,72 +7,15 @@
 // Device memory is filled with 0xA5 before its first use and has guards around it; copies from or to what is no
 // device memory, where it should be, fail. The C functions that begin with fake_ are the controls and counters.
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <set>
-#include <string>
-#include <thread>
-#include <vector>
 
-struct FakeEvent {
-  FakeStream* stream = nullptr;
-  uint64_t ticket = 0;  // passed when the stream has done so much
-};
-
-// Work of a stream: done once `ready` says so.
-struct Work {
-  FakeEvent after;  // of another stream, or none
-  std::function<cudaError_t()> run;
-};
-
-struct FakeStream {
-  int device = 0;
-  std::deque<Work> work;
-  uint64_t put = 0, done = 0;
-  bool busy = false, capturing = false, closing = false;
-  std::thread worker;
-};
+#include "include/fake.h"
 
 namespace {
-
-enum Mode { kEager = 0, kDeferred = 1, kThreads = 2 };
-constexpr size_t kGuard = 64, kAlign = 256;
-constexpr unsigned char kFresh = 0xA5, kGuardByte = 0x5C;
-
-struct Memory {
-  size_t bytes;
-  int device;
-  char* raw;
-};
-
-struct Fake {
-  std::mutex mutex;
-  std::condition_variable changed;
-  int mode = kEager, devices = 1, delay_us = 0;
-  size_t limit = size_t(1) << 32;
-  std::map<int, size_t> used;          // by device
-  std::map<uintptr_t, Memory> memory;  // of devices, by address
-  std::map<uintptr_t, size_t> host;    // allocated here, by address
-  std::set<FakeStream*> streams;
-  std::map<int, std::unique_ptr<FakeStream>> defaults;  // by device
-  std::map<std::string, int64_t> calls;
-  std::string fail_call;
-  int64_t fail_at = 0;
-  cudaError_t fail_with = cudaSuccess;
-  std::string wrong;  // what a kernel did wrong, or a guard that was written over
-  cudaError_t sticky = cudaSuccess;
-};
 
 // Never destroyed: threads of streams may still run when the process ends.
 Fake& fake() {
@@ -451,44 +394,4 @@ cudaError_t cudaGetLastError() {
   last_error = cudaSuccess;
   return error;
 }
-const char* cudaGetErrorName(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess:
-      return "cudaSuccess";
-    case cudaErrorInvalidValue:
-      return "cudaErrorInvalidValue";
-    case cudaErrorMemoryAllocation:
-      return "cudaErrorMemoryAllocation";
-    case cudaErrorInsufficientDriver:
-      return "cudaErrorInsufficientDriver";
-    case cudaErrorNoDevice:
-      return "cudaErrorNoDevice";
-    case cudaErrorInvalidDevice:
-      return "cudaErrorInvalidDevice";
-    case cudaErrorInvalidResourceHandle:
-      return "cudaErrorInvalidResourceHandle";
-    case cudaErrorNotReady:
-      return "cudaErrorNotReady";
-    case cudaErrorLaunchFailure:
-      return "cudaErrorLaunchFailure";
-    case cudaErrorStreamCaptureUnsupported:
-      return "cudaErrorStreamCaptureUnsupported";
-  }
-  return "cudaErrorUnknown";
-}
-const char* cudaGetErrorString(cudaError_t error) {
-  switch (error) {
-    case cudaErrorMemoryAllocation:
-      return "out of memory";
-    case cudaErrorInsufficientDriver:
-      return "CUDA driver version is insufficient for CUDA runtime version";
-    case cudaErrorNoDevice:
-      return "no CUDA-capable device is detected";
-    case cudaErrorLaunchFailure:
-      return "unspecified launch failure";
-    default:
-      return "emulated error";
-  }
-}
-
 }  // extern "C"

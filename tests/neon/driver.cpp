@@ -171,6 +171,7 @@ void run_combine(const Backend& backend, const Case& c, uint64_t seed, Hash& h) 
   a.stochastic = c.stochastic;
   a.fp8_saturate = c.saturate;
   a.stats_every = int(seed % 3);
+  a.streamed = seed % 2 != 0;
   a.numel = c.numel;
   a.first = c.first;
   a.stats = stats.data();

@@ -20,9 +20,11 @@ def facts(
     prompt: str,
     low: float,
     high: float,
+    most_tokens: int,
 ) -> dict[str, Any]:
     """As JSON: no NaN, no Inf."""
     return {
+        "most_tokens": most_tokens,
         "base": sliders.base,
         "sliders": [
             {"name": name, "model": model, "start": sliders.start[name], "low": low, "high": high}

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.errors import FastinterpError, StorageError, UsageError
-from fastinterp.steer.explore.session import Session, Wish
+from fastinterp.steer.explore.session import LONGEST, Session, Wish
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 _NAMES = [HOST, "localhost"]  # what a Host header may say: a page elsewhere that made its name point here says another
 _LONGEST = 1 << 20  # bytes of a request
-_MOST_TOKENS = 4096
 _LARGEST = 1e6  # of a slider's value
 _INTERRUPTED = 130  # exit code after SIGINT
 _HEADERS = {
@@ -62,6 +61,7 @@ def make_app(session: Session, facts: Mapping[str, Any]) -> Starlette:
     """facts: what the page shows besides the text, as JSON: sliders, report, change by layer."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.responses import HTMLResponse, JSONResponse
@@ -86,8 +86,12 @@ def make_app(session: Session, facts: Mapping[str, Any]) -> Starlette:
         if int(request.headers.get("content-length", _LONGEST + 1)) > _LONGEST:
             return refused(413, "the request is too long")
         try:
-            wish = read_wish(await request.json(), names)
+            asked = await request.json()
         except (ValueError, RecursionError) as error:
+            return refused(400, f"the request is not JSON: {error}")
+        try:
+            wish = read_wish(asked, names)
+        except ValueError as error:
             return refused(400, str(error))
         try:
             text = await run_in_threadpool(session.text, wish)
@@ -95,9 +99,17 @@ def make_app(session: Session, facts: Mapping[str, Any]) -> Starlette:
             return refused(422, str(error))
         return refused(409, "superseded") if text is None else JSONResponse({"text": text}, headers=_HEADERS)
 
+    async def failed(request: Request, error: Exception) -> Response:
+        """Its traceback is on the terminal."""
+        said = f"{type(error).__name__}: {error}"[:300].encode(errors="backslashreplace").decode()
+        return JSONResponse({"error": f"the program failed: {said}"}, 500, headers=_HEADERS)
+
+    async def refuse(request: Request, error: Any) -> Response:
+        return JSONResponse({"error": error.detail}, error.status_code, headers=_HEADERS)
+
     routes = [Route("/", page), Route("/facts", tell), Route("/text", write, methods=["POST"])]
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=_NAMES, www_redirect=False)
-    return Starlette(routes=routes, middleware=[hosts])
+    return Starlette(routes=routes, middleware=[hosts], exception_handlers={Exception: failed, HTTPException: refuse})
 
 
 def _is_json(request: Request) -> bool:
@@ -111,28 +123,40 @@ def read_wish(given: Any, names: list[str]) -> Wish:
         raise ValueError("a request is an object with `alphas`")
     alphas = given["alphas"]
     if sorted(alphas) != sorted(names):
-        raise ValueError(f"`alphas` must be {', '.join(names)}")
+        raise ValueError(f"`alphas` must be {', '.join(names)}, got {', '.join(map(repr, alphas)) or 'none'}"[:200])
     values = {name: _number(alphas[name], name, -_LARGEST, _LARGEST) for name in names}
     prompt = given.get("prompt")
     if not isinstance(prompt, str) or not isinstance(given.get("sampled"), bool):
         raise ValueError("`prompt` must be text, and `sampled` true or false")
+    half = next((i for i, c in enumerate(prompt) if "\ud800" <= c <= "\udfff"), None)
+    if half is not None:
+        raise ValueError(f"`prompt` is not valid Unicode text: character {half + 1} is half of one. Remove it")
     return Wish(
-        turn=int(_number(given.get("turn"), "turn", 0, 2**53)),
+        turn=_whole(given.get("turn"), "turn", 0, 2**53),
         alphas=values,
         prompt=prompt,
         sampled=given["sampled"],
-        seed=int(_number(given.get("seed"), "seed", 0, 2**32)),
-        length=int(_number(given.get("length"), "length", 1, _MOST_TOKENS)),
+        seed=_whole(given.get("seed"), "seed", 0, 2**32),
+        length=_whole(given.get("length"), "length", 1, LONGEST),
         temperature=_number(given.get("temperature"), "temperature", 0.01, 100),
     )
 
 
 def _number(value: Any, name: str, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    is_nan = isinstance(value, float) and math.isnan(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or is_nan:
         raise ValueError(f"`{name}` must be a number, got {value!r}"[:200])
-    if not low <= value <= high:
-        raise ValueError(f"`{name}` must be in {low:g}..{high:g}, got {value:g}")
+    if not low <= value <= high:  # before float(): an integer may be beyond it
+        shown = repr(value) if len(repr(value)) < 40 else f"{repr(value)[:20]}..."
+        raise ValueError(f"`{name}` must be in {low:.10g}..{high:.10g}, got {shown}")
     return float(value)
+
+
+def _whole(value: Any, name: str, low: int, high: int) -> int:
+    number = _number(value, name, low, high)
+    if number != int(number):
+        raise ValueError(f"`{name}` must be a whole number, got {value!r}")
+    return int(number)
 
 
 def serve(app: Starlette, sock: socket.socket, session: Session, ready: Callable[[str], object]) -> None:

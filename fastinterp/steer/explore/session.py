@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.files.checkpoint import open_checkpoint
+from fastinterp.files.names import listing
+from fastinterp.files.sidecars import is_tokenizer_file
 from fastinterp.steer.explore.sliders import Sliders
+
+LONGEST = 4096  # tokens of a text
+# Of the tokenizer's files, those that hold no vocabulary; and the tokenizers that need none: their tokens are bytes.
+_NO_VOCABULARY = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template")
+_OF_BYTES = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +46,15 @@ class Session:
         if chat and not getattr(tokenizer, "chat_template", None):
             raise UsageError("--chat needs a chat template, and the base's tokenizer has none")
         self._module, self._tokenizer, self._live, self._chat = module, tokenizer, live, chat
+        self._positions = _positions(module.config)
         self._one_at_a_time = threading.Lock()
         self._newest = -1
         self._ended = False
+
+    @property
+    def most_tokens(self) -> int:
+        """That a text may have: the model's positions but one, for the prompt; or LONGEST."""
+        return LONGEST if self._positions is None else min(LONGEST, self._positions - 1)
 
     def __enter__(self) -> Session:
         return self
@@ -54,13 +69,24 @@ class Session:
         self._ended = True
 
     def text(self, wish: Wish) -> str | None:
-        """What the model writes after the prompt, or None if a later wish came in between. From any thread."""
+        """What the model writes after the prompt, `most_tokens` at most, or None if a later wish came in between.
+
+        From any thread.
+        Raises: UsageError, if it cannot write: its weights, or what they make of the prompt, are no numbers.
+        """
         self._newest = max(self._newest, wish.turn)
         with self._one_at_a_time:
             if self._late(wish):
                 return None
             self._live.set(wish.alphas)
-            return self._written(wish)
+            try:
+                return self._written(wish)
+            except (RuntimeError, ValueError, IndexError) as error:  # torch and transformers refuse what they get
+                reason = " ".join(str(error).split())[:200]
+                raise UsageError(
+                    f"the model cannot write here ({type(error).__name__}: {reason}). Far from its ends its numbers "
+                    "may be NaN or Inf: move the sliders towards 0"
+                ) from error
 
     def _late(self, wish: Wish) -> bool:
         return self._ended or wish.turn < self._newest
@@ -70,9 +96,9 @@ class Session:
 
         tokens = self._tokens(wish.prompt)
         device = self._module.device
-        most = getattr(self._module.config, "max_position_embeddings", None)
-        if most is not None:  # the end of a long prompt is what counts
-            tokens = tokens[-max(1, most - wish.length) :]
+        length = min(wish.length, self.most_tokens)
+        if self._positions is not None:  # the end of a long prompt is what counts
+            tokens = tokens[-max(1, self._positions - length) :]
         given = torch.tensor([tokens], device=device)
         settings: dict[str, Any] = {"do_sample": False}
         if wish.sampled:
@@ -80,8 +106,9 @@ class Session:
         with torch.inference_mode(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(wish.seed)
             found = self._module.generate(
-                given, attention_mask=torch.ones_like(given), max_new_tokens=wish.length, pad_token_id=self._padding(),
-                stopping_criteria=[lambda ids, scores, **_: self._stops(ids, wish)], **settings,
+                given, attention_mask=torch.ones_like(given), max_new_tokens=length, pad_token_id=self._padding(),
+                stopping_criteria=[lambda ids, scores, **_: self._stops(ids, wish)],
+                logits_processor=[_checked], **settings,
             )  # fmt: skip
         if self._late(wish):
             return None
@@ -110,10 +137,48 @@ class Session:
         return 0
 
 
+def _checked(ids: Any, scores: Any) -> Any:
+    """Of NaN the likeliest token is any, and text would come all the same."""
+    if scores.isnan().any():
+        raise ValueError("the scores of its tokens are NaN")
+    return scores
+
+
+def _positions(config: Any) -> int | None:
+    """How many tokens the model can look at; None, if its configuration does not bound them."""
+    for part in (config, getattr(config, "text_config", None)):
+        found = getattr(part, "max_position_embeddings", None)
+        if isinstance(found, int) and found > 1:
+            return found
+    return None
+
+
+def check_model(checkpoint: str) -> Path:
+    """The folder of a model, in which there is what transformers needs to write text with it.
+
+    Raises: CheckpointError, with the files that are missing, and what to do.
+    """
+    root = open_checkpoint(checkpoint).root
+    remedy = "Copy {} from the model that this one was made from, or name the folder that has it"
+    if not (root / "config.json").is_file():
+        raise CheckpointError(f"config.json is missing. {remedy.format('it')}", file=str(root))
+    there = [n for n in sorted(os.listdir(root)) if is_tokenizer_file(n)]
+    settings = root / "tokenizer_config.json"
+    of_bytes = settings.is_file() and any(f'"{name}"' in settings.read_text("utf-8", "replace") for name in _OF_BYTES)
+    if not of_bytes and all(n.startswith(_NO_VOCABULARY) for n in there):
+        only = f" (only {listing(there)})" if there else ""
+        raise CheckpointError(
+            f"there is no tokenizer in the folder{only}: tokenizer.json is missing, or tokenizer.model, or vocab.json "
+            f"with merges.txt. {remedy.format('tokenizer.json and tokenizer_config.json')}",
+            file=str(root),
+        )
+    return root
+
+
 def open_session(sliders: Sliders, *, threads: int | None = None, chat: bool = False) -> Session:
     """The base's model and tokenizer, as transformers has them; no code of a model is run.
 
-    Raises: UsageError, if transformers is missing; CheckpointError, if it cannot open the folder.
+    Raises: UsageError, if transformers is missing; CheckpointError, if it cannot open the folder, or files are missing.
     """
     try:
         import transformers
@@ -122,13 +187,13 @@ def open_session(sliders: Sliders, *, threads: int | None = None, chat: bool = F
         raise UsageError("explore needs torch and transformers: pip install 'fastinterp[explore]'") from None
     from fastinterp.steer.live import Live
 
-    root = open_checkpoint(sliders.base).root
+    root = check_model(sliders.base)
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(root, local_files_only=True)
         module = AutoModelForCausalLM.from_pretrained(root, dtype="auto", local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        said = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
             f"transformers cannot open this as a causal language model: {said}", file=str(root)
         ) from None

@@ -45,6 +45,8 @@ class Sliders:
 def _of_recipe(source: str) -> Sliders:
     from fastinterp.recipe.load import load_recipe
 
+    if os.path.isdir(os.path.expanduser(source)) or source.endswith(".safetensors"):
+        raise UsageError(f"{source} is one checkpoint, and a path has two ends. Name the other, too, or give a recipe")
     recipe = load_recipe(source)
     asked = recipe.coefficients
     if asked is None or (asked.base is None and not asked.sums_to_one):
