@@ -12,6 +12,7 @@
     merge_state_dicts(dicts, method)  the same, on whole models in memory
     weighted_sum(arrays, weights)     the same arithmetic on arrays in memory
     path(a, b).evaluate(fn, alphas)   what metrics do along a path between models
+    integrations.torch_ops            weighted sums for autograd, torch.compile and CUDA graphs
 
 The public names are imported when first used: the command line, which needs few of them, starts faster for it.
 """

@@ -225,7 +225,7 @@ T = torch.ones(2, 3)
         ([T], [1], {"out": X.copy()}, UsageError, "out must be a torch tensor like the first"),
         ([T.to(torch.int8)], [1], {}, UsageError, "array 0 has dtype torch.int8"),
         ([T.t()], [1], {}, UsageError, "array 0 is not contiguous. Use .contiguous()"),
-        ([T.to("meta")], [1], {}, UsageError, "array 0 is on meta; only CPU tensors"),
+        ([T.to("meta")], [1], {}, UsageError, "array 0 is on meta; only tensors on the CPU or on CUDA"),
         ([T], [1], {"out": T}, UsageError, "out overlaps array 0"),
         ([T], [1], {"out": torch.ones(2, 3, requires_grad=True)}, UsageError, "out requires grad"),
         ([X], [1], {"dtype": np.float32}, UsageError, "unknown dtype <class 'numpy.float32'>. Give a name"),

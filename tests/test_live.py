@@ -306,13 +306,19 @@ def test_modules_that_cannot_walk():
         fastinterp.Live(module, a={}, b={})
 
 
-def test_other_devices_are_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (torch.device("cuda", 0), "norm.weight is on cpu, but scale on cuda:0. Move the module to one device"),
+        (torch.device("mps"), "scale is on mps. Move the module to the CPU, or to a device with CUDA"),
+    ],
+)
+def test_other_devices_are_refused(monkeypatch, place, message):
     module = Buffers(1)
     elsewhere = module.state_dict(keep_vars=True)
-
-    elsewhere["scale"] = type("T", (torch.Tensor,), {"device": torch.device("cuda", 0)})(torch.zeros(3))
+    elsewhere["scale"] = type("T", (torch.Tensor,), {"device": place})(torch.zeros(3))
     monkeypatch.setattr(module, "state_dict", lambda **_: elsewhere)
-    with pytest.raises(BackendError, match="scale is on cuda:0, but this version computes on the CPU"):
+    with pytest.raises(BackendError, match=message):
         fastinterp.Live(module, a={}, b={})
 
 
@@ -611,3 +617,36 @@ def test_change_is_not_starved():
     for thread in threads:
         thread.join()
     assert took < 5
+
+
+def test_what_a_module_holds_is_looked_at_part_by_part():
+    """Without a state dict being made, which takes long; one is where parts or tensors are others."""
+    module = llama(1)
+    asked: list[bool] = []
+    real = module.state_dict
+
+    def state_dict(**keys):
+        asked.append(True)
+        return real(**keys)
+
+    with fastinterp.Live(module, a=state(module), b=state(module)) as live:
+        module.state_dict = state_dict
+        live.set(0.5)
+        assert not asked
+        layer, module.model.layers[1] = module.model.layers[1], llama(2).model.layers[1]
+        with pytest.raises(UsageError, match=r"model.layers.1.* is not where it was"):
+            live.set(0.25)
+        module.model.layers[1] = layer
+        del asked[:]
+        live.set(0.25)
+        assert not asked
+        norm = module.model.norm.weight
+        module.model.norm.weight = torch.nn.Parameter(norm.detach().clone())
+        with pytest.raises(UsageError, match=r"model.norm.weight is not where it was"):
+            live.set(0.5)
+        module.model.norm.weight = norm
+        weight = norm.data
+        norm.data = weight.clone()
+        with pytest.raises(UsageError, match=r"model.norm.weight is not where it was"):
+            live.set(0.5)
+        norm.data = weight

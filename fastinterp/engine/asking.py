@@ -42,9 +42,13 @@ class Asking(Job):
     n            inputs of the method; side-cars are behind them
     calls        as in Conversation
     name, seeds  random keeps are drawn from them: the tensor's name, and a seed per output
+    notes        let the pump note what surveys find to be kept, in masks for the sum
     """
 
-    def __init__(self, place: Place, n: int, calls: Sequence[Callable[[], Any]], name: str, seeds: Sequence[int]):
+    def __init__(
+        self, place: Place, n: int, calls: Sequence[Callable[[], Any]], name: str, seeds: Sequence[int],
+        notes: bool = True,
+    ):  # fmt: skip
         super().__init__(place, ())
         self.n, self._name, self._seeds = n, name, seeds
         self._talk = Conversation(name, calls, seeds)
@@ -53,7 +57,8 @@ class Asking(Job):
         self._written: list[tuple[int, ...]] = []
         # Per output: what it reads, whether it copies, and what thresholds keep of its inputs.
         self._effects: list[tuple[tuple[int, ...], bool, dict[int, Density]]] = []
-        self._known: dict[tuple[int, Keep, int], tuple[Any, int]] = {}  # masks that surveys of keeps have filled
+        # Masks that surveys of keeps have filled; None if they do not.
+        self._known: dict[tuple[int, Keep, int], tuple[Any, int]] | None = {} if notes else None
         self._begin()
 
     @property
@@ -91,7 +96,7 @@ class Asking(Job):
             )
             for row, asked, told in zip(rows, sums, self._talk.selected, strict=True)
         ]
-        writers = _writers(self.place, rows, sums, self._name, self._seeds, self._known)
+        writers = _writers(self.place, rows, sums, self._name, self._seeds, self._known or {})
         self._written = [outputs for outputs, _ in writers]
         return [step for _, step in writers]
 
@@ -101,7 +106,7 @@ class Asking(Job):
             found = {k: stats for outputs, r in pairs for k, stats in zip(outputs, r.stats, strict=True)}
             self.stats, self.done = [found[k] for k in sorted(found)], True
             self._talk.forget()
-            self._known.clear()
+            self._known = None
             return
         for (asked, (probes, _)), result in zip(list(self._probing.items()), results, strict=True):
             try:
@@ -173,8 +178,9 @@ def _added(total: Sequence[Any], more: Sequence[Any]) -> Sequence[Any]:
 
 
 def _probes(
-    request: Request, place: Place, n: int, name: str, seed: int, known: dict[tuple[int, Keep, int], tuple[Any, int]]
-) -> Probes:
+    request: Request, place: Place, n: int, name: str, seed: int,
+    known: dict[tuple[int, Keep, int], tuple[Any, int]] | None,
+) -> Probes:  # fmt: skip
     """The steps that answer one request. What they find of keeps, for the sums, is added to `known`."""
     inputs = inputs_of(request, n)
     if isinstance(request, Measure):
@@ -185,9 +191,11 @@ def _probes(
         held = 2 * 8 * groups * (n * (n + 1) // 2 + 2 * n)  # sums and counts, there and here; weights need less
         return Groups(n, (yield place.asking(kind, inputs, held, per=request.per, columns=place.columns)))
     if isinstance(request, MeasureKept):
-        step, masks = _kept(request, place, inputs, name, seed)
+        step, masks = _kept(request, place, inputs, name, seed, known is not None)
         sums, counts = yield step
-        known |= {(i, keep, seed): masks[i] for i, keep in enumerate(request.keeps) if i in masks and keep is not None}
+        if known is not None:
+            kept = enumerate(request.keeps)
+            known |= {(i, keep, seed): masks[i] for i, keep in kept if i in masks and keep is not None}
         return kept_of(request, _flat(sums, "d").tolist(), _flat(counts, "q").tolist())
     if isinstance(request, Divergence):
         held = 3 * 8 * (place.numel // max(1, place.columns))  # there, here, and the factors of a score
@@ -196,7 +204,7 @@ def _probes(
 
 
 def _kept(
-    request: MeasureKept, place: Place, inputs: Sequence[int], name: str, seed: int
+    request: MeasureKept, place: Place, inputs: Sequence[int], name: str, seed: int, notes: bool
 ) -> tuple[Step, dict[int, tuple[Any, int]]]:
     """The step that answers the request, and by input the mask that it fills, if they are no burden to hold.
 
@@ -209,7 +217,7 @@ def _kept(
     places = filled_masks(request)
     count = max(places.values()) + 1
     wide = any(dtype_code(operand) == F64.code for operand in place.operands)
-    if not count or wide or count * place.numel > 8 * MASK_BYTES:
+    if not notes or not count or wide or count * place.numel > 8 * MASK_BYTES:
         return step, {}
     masks = Masks(count, place.numel)
     native = {**step.native, "masks": (masks, list(places.values()))}

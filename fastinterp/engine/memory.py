@@ -8,18 +8,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fastinterp.compute.arrays import Numpy, Torch, library_of
+from fastinterp.compute.arrays import Exchanged, Numpy, Torch, library_of
 from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.dtypes import DType, parse_dtype
 from fastinterp.compute.ops import Tensor, philox_key
+from fastinterp.compute.resident_devices import capturing, current_queue, device_of, one_place
 from fastinterp.engine.asking import Asking
+from fastinterp.engine.keywords import resolved
 from fastinterp.engine.place import Place, Step
 from fastinterp.engine.report import Effect
-from fastinterp.engine.rounds import Machine, drive
+from fastinterp.engine.resident import ResidentMachine
+from fastinterp.engine.rounds import Machine, Runs, drive
 from fastinterp.engine.schedule import STATS_EVERY
 from fastinterp.engine.sources import Sources
 from fastinterp.errors import MethodError, ShapeError, StorageError, UsageError
-from fastinterp.methods import Method, Parameter, Sidecar, find, suggestion
+from fastinterp.methods import Method, Sidecar, find
 from fastinterp.recipe.layers import Layers
 
 Arrays = Mapping[str, Any]
@@ -45,8 +48,9 @@ def merge_tensors(
 ) -> Any:
     """Merge tensors of one shape as `fastinterp merge` merges those of checkpoints: the same bytes.
 
-    tensors     contiguous numpy arrays or torch CPU tensors, not both: float64, float32, float16, bfloat16,
-                float8_e4m3fn or float8_e5m2, of any number of dimensions. They need not have the same dtype
+    tensors     contiguous numpy arrays or torch tensors, not both, or what has `__dlpack__`, as cupy's; float64,
+                float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, of any number of dimensions. They need not
+                have the same dtype. All on one device: the CPU, or one with CUDA
     method      a name: fastinterp methods lists them
     base        a tensor like them, for methods that have one
     parameters  as in a recipe. Those that each model has: one value for all, or a list or vector with one
@@ -54,8 +58,10 @@ def merge_tensors(
     name        of the tensor, from which random numbers are drawn
     dtype       of the result; None: that of the base, else of the first tensor
     seed, rounding   as in a recipe: 0..2**64-1; "nearest" or "stochastic"
-    threads     None: one per CPU, at most 32. The result does not depend on it
+    threads     of the CPU; None: one per CPU, at most 32. The result does not depend on it
 
+    On a device everything is put into torch's current stream. What is written is not waited for: where the method asks
+    nothing about the tensors (linear, task_arithmetic, and the like), nothing is.
     Returns a new tensor of the same library.
     Raises: UsageError, MethodError (one of them), ShapeError, BackendError.
     """
@@ -89,7 +95,8 @@ def merge_state_dicts(
                  ones must be equal in all of them, and are copied
     base         a state dict like them, for methods that have one
 
-    The other arguments are those of `merge_tensors`; side-cars are state dicts. Returns a new dict of new tensors.
+    The other arguments are those of `merge_tensors`; side-cars are state dicts. Returns a new dict of new tensors. On a
+    device, that integer tensors are equal is waited for.
     Raises: UsageError, MethodError (one of them), ShapeError, BackendError.
     """
     models = _listed(state_dicts, "state_dicts")
@@ -197,13 +204,21 @@ class _Merge:
         self.isa, self.threads = cpu_isa(), cpu_threads(threads)
         self.sidecars: list[Arrays] = []
         self.effects: dict[str, Effect] = {}
-        self.parameters = self._resolved(parameters, len(models))
+        self.parameters = resolved(self.method, parameters, len(models), self.sidecars)
 
     def run(self, stats_every: int = 0) -> dict[str, Any]:
         """`effects` is filled if chunks are sampled for it, one in `stats_every`."""
         self._check_names()
+        first = next(iter(self.inputs[0].values()), None)
+        if library_of(first) is not Exchanged:
+            return self._run(stats_every)
+        self.inputs, self.sidecars = self._exchanged(self.inputs), self._exchanged(self.sidecars)
+        return {name: Exchanged.given(x, first) for name, x in self._run(stats_every).items()}
+
+    def _run(self, stats_every: int) -> dict[str, Any]:
         lead = self.inputs[0]
         self.library = _library_of(next(iter(lead.values()), None))
+        self.where = self._place()
         self.layers = Layers(lead) if len(lead) > 1 else None
         merged = {name: self._views(name) for name, x in lead.items() if self._merges(name)}
         numel = sum(math.prod(views[0][1]) for views in merged.values())
@@ -214,15 +229,23 @@ class _Merge:
         for name, views in merged.items():
             if math.prod(views[0][1]):
                 jobs.append(self._job(name, views, self.library.view(out[name], name), numel, sources, sinks))
+        drive(jobs, self._machine(sources, sinks, stats_every))
+        if stats_every:
+            self.effects = {j.place.name: Effect.of(j.place.numel, j.stats[0]) for j in jobs if not j.copies(0)}
+        return out
+
+    def _machine(self, sources: list[Any], sinks: list[Any], stats_every: int) -> Runs:
+        if self.where is not None:
+            return ResidentMachine(
+                device_of(self.where), current_queue(self.where), sources, sinks,
+                stats_every=stats_every, capturing=capturing(self.where),
+            )  # fmt: skip
         settings = {
             "isa": self.isa, "sources": sources, "sinks": sinks, "threads": self.threads, "write_bytes": _WRITE_BYTES,
             "read_bytes": _READ_BYTES, "stochastic": self.stochastic, "fp8_saturate": True, "prefetch": False,
             "stats_every": stats_every,
         }  # fmt: skip
-        drive(jobs, Machine(settings, self._explained, 0, None, most=_UNBOUNDED))
-        if stats_every:
-            self.effects = {j.place.name: Effect.of(j.place.numel, j.stats[0]) for j in jobs if not j.copies(0)}
-        return out
+        return Machine(settings, self._explained, 0, None, most=_UNBOUNDED)
 
     def _job(
         self,
@@ -233,6 +256,7 @@ class _Merge:
         sources: list[Any],
         sinks: list[Any],
     ) -> Asking:
+        kind = "memory" if self.where is None else "device"
         shape = views[0][1]
         nbytes = [math.prod(shape) * dtype.bits // 8 for _, _, dtype in views]
         operands = []
@@ -241,9 +265,9 @@ class _Merge:
                 operands.append((at.source, at.start, dtype.code or 0))
             else:
                 operands.append((len(sources), 0, dtype.code or 0))
-                sources.append(("memory", at, size))
+                sources.append((kind, at, size))
         out_bytes = math.prod(shape) * out[2].bits // 8
-        sinks.append(("memory", out[0], out_bytes))
+        sinks.append((kind, out[0], out_bytes))
         place = Place(
             name=name,
             shape=shape,
@@ -259,7 +283,7 @@ class _Merge:
         found = self.layers.place(name) if self.layers else None
         layer, layers = (None, 0) if found is None else (found[1], found[0].layers)
         call = partial(self.method, n, Tensor(name, shape, layer, layers, numel), **self.parameters)
-        return Asking(place, n, [call], name, [self.seed])
+        return Asking(place, n, [call], name, [self.seed], notes=self.where is None)
 
     # --- arguments
 
@@ -269,6 +293,19 @@ class _Merge:
             raise MethodError(f"`{name}` needs a base. Give `base`")
         if base is not None and self.method.base == "none":
             raise MethodError(f"`{name}` has no base. Leave `base` out, or list it with the others")
+
+    def _place(self) -> Any:
+        """The torch.device of all tensors, None for the CPU."""
+        labels = [*self.labels, *(f"side-car {i}" for i in range(len(self.sidecars)))]
+        pairs = zip(labels, [*self.inputs, *self.sidecars], strict=True)
+        found = [(self._told(name, label), x) for label, own in pairs for name, x in own.items()]
+        return one_place([
+            (told, None if isinstance(x, StoredTensor) else self.library.place(x))
+            for told, x in found if _library_of(x) is self.library
+        ])  # fmt: skip
+
+    def _exchanged(self, models: Sequence[Arrays]) -> list[Arrays]:
+        return [{name: Exchanged.own(x) for name, x in found.items()} for found in models]
 
     def _check_names(self) -> None:
         lead = self.inputs[0]
@@ -322,43 +359,6 @@ class _Merge:
 
     def _explained(self, error: tuple[Any, ...], steps: Sequence[Step]) -> Exception:
         return self.files.explained(error) if self.files else StorageError(f"the run stopped: {error[1:]}")
-
-    def _resolved(self, given: Mapping[str, Any], models: int) -> dict[str, Any]:
-        declared = {p.name: p for p in self.method.parameters}
-        for name in given:
-            if name not in declared:
-                known = suggestion(str(name), list(declared))
-                raise MethodError(f"unknown parameter `{name}` of `{self.method.name}`{known}")
-        return {p.keyword: self._value(p, given, models) for p in declared.values()}
-
-    def _value(self, p: Parameter, given: Mapping[str, Any], models: int) -> Any:
-        if p.name not in given:
-            if p.required:
-                raise MethodError(f"`{self.method.name}` needs the parameter `{p.name}`")
-            return (p.default,) * models if p.each else p.default
-        value = given[p.name]
-        if not p.each:
-            return self._one(p, value)
-        if p.kind is not Sidecar and hasattr(value, "tolist") and len(getattr(value, "shape", ())) == 1:
-            value = value.tolist()  # a vector of numbers
-        if not isinstance(value, (list, tuple)):
-            return tuple(self._one(p, value) for _ in range(models))
-        if len(value) != models:
-            raise MethodError(f"`{p.name}` has {len(value)} values for {models} models, the base left out")
-        return tuple(self._one(p, v) for v in value)
-
-    def _one(self, p: Parameter, value: Any) -> Any:
-        if p.kind is Sidecar and isinstance(value, Mapping):
-            self.sidecars.append(value)
-            return Sidecar(f"side-car {len(self.sidecars) - 1}")
-        if p.kind is Sidecar and value is not None:
-            raise MethodError(f"`{p.name}` takes tensors, one for each model, got {type(value).__name__}")
-        if hasattr(value, "item") and getattr(value, "shape", None) == ():
-            value = value.item()
-        try:
-            return p.value(value)
-        except ValueError as error:
-            raise MethodError(str(error)) from None
 
 
 def _dtype(given: object) -> DType:

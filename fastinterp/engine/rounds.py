@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastinterp.compute.pump import Progress, Pump, watch
 from fastinterp.engine.jobs import Job, Result
@@ -22,8 +22,25 @@ if TYPE_CHECKING:
     from fastinterp.engine.asking import Asking
 
 ROUND_BYTES = 256 << 20  # of inputs that a round reads for the first time; one tensor at least
-HELD_BYTES = 64 << 20  # of answers at a time; those to one tensor at least
+HELD_BYTES = 64 << 20  # of answers at a time
 RANK_BYTES = 32_000_000  # of memory for one rank of a request about the whole model: 1 MB of counts in each thread
+
+
+class Runs(Protocol):
+    """What carries out the steps of a round.
+
+    most         bytes of scratch and answers that it may hold
+    round_bytes  of inputs that a round reads for the first time; one tensor at least
+    held_bytes   of answers at a time; those to one tensor at least
+    """
+
+    most: int
+
+    @property
+    def round_bytes(self) -> int: ...
+    @property
+    def held_bytes(self) -> int: ...
+    def run(self, steps: Sequence[Step]) -> list[Result]: ...
 
 
 class Machine:
@@ -47,6 +64,14 @@ class Machine:
         self._settings, self._explained = settings, explained
         self._total, self._told, self._progress = total, 0, progress
         self.bytes_read = self.bytes_written = self.rounds = self.scratch_bytes = 0
+
+    @property
+    def round_bytes(self) -> int:
+        return ROUND_BYTES
+
+    @property
+    def held_bytes(self) -> int:
+        return min(HELD_BYTES, self.most // 4)
 
     def run(self, steps: Sequence[Step]) -> list[Result]:
         """Ends all threads before it returns or raises, KeyboardInterrupt included.
@@ -106,7 +131,7 @@ class Machine:
             self._progress(done, done)
 
 
-def drive(jobs: Sequence[Job], machine: Machine, others: Sequence[Job] = ()) -> None:
+def drive(jobs: Sequence[Job], machine: Runs, others: Sequence[Job] = ()) -> None:
     """Carry out all jobs, in their order: that of the output files.
 
     others  jobs that are not carried out, but belong to the whole model
@@ -116,16 +141,16 @@ def drive(jobs: Sequence[Job], machine: Machine, others: Sequence[Job] = ()) -> 
 
 
 def finishing(
-    jobs: Sequence[Job], machine: Machine, others: Sequence[Job] = (), small: bool = False
+    jobs: Sequence[Job], machine: Runs, others: Sequence[Job] = (), small: bool = False
 ) -> Iterator[list[Job]]:
     """The same; yields after every round the jobs that it finished.
 
-    small  a round is for ROUND_BYTES of inputs even if their tensors ask nothing
+    small  a round is for the machine's round_bytes of inputs even if their tensors ask nothing
     """
     waiting = deque(jobs)
     running: deque[Job] = deque()
     while True:
-        running += _admitted(waiting, small)
+        running += _admitted(waiting, machine.round_bytes, small)
         if running:
             taken = _round(running, machine)
             running.extend(job for job in taken if not (job.done or job.whole))
@@ -138,19 +163,19 @@ def finishing(
         waiting.extend(resting)
 
 
-def _admitted(waiting: deque[Job], small: bool) -> list[Job]:
-    """The jobs that enter a round: as many as have ROUND_BYTES of inputs together, at least one if any waits."""
+def _admitted(waiting: deque[Job], most: int, small: bool) -> list[Job]:
+    """The jobs that enter a round: as many as have `most` bytes of inputs together, at least one if any waits."""
     taken: list[Job] = []
     nbytes = 0
     while waiting:
         nbytes += waiting[0].nbytes if small else waiting[0].cost
-        if taken and nbytes > ROUND_BYTES:
+        if taken and nbytes > most:
             break
         taken.append(waiting.popleft())
     return taken
 
 
-def _round(running: deque[Job], machine: Machine) -> list[Job]:
+def _round(running: deque[Job], machine: Runs) -> list[Job]:
     """Take the next steps of each job, as long as their answers can be held; those jobs leave `running`.
 
     Steps that write come first, so that neighbours in a file are neighbours here.
@@ -161,7 +186,7 @@ def _round(running: deque[Job], machine: Machine) -> list[Job]:
     while running:
         own = running[0].steps()
         held += sum(step.held for step in own)
-        if taken and held > min(HELD_BYTES, machine.most // 4):
+        if taken and held > machine.held_bytes:
             break
         steps += [(len(taken), step) for step in own]
         taken.append(running.popleft())
@@ -175,7 +200,7 @@ def _round(running: deque[Job], machine: Machine) -> list[Job]:
     return taken
 
 
-def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], machine: Machine) -> None:
+def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], machine: Runs) -> None:
     """Answer what is asked about the whole model, when all tensors that do not ask are at their end."""
     from fastinterp.engine.asking import asked_of_all
 
@@ -184,7 +209,7 @@ def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], machine: Machine) -> N
     requests = list(dict.fromkeys(r for job in waits for r in job.whole_requests))
     for some in gathered(requests, max(1, machine.most // RANK_BYTES)):
         ranks = tuple(dict.fromkeys(rank for request in some for rank in request.ranks))
-        found = asked_of_all(replace(some[0], ranks=ranks), merged, machine.run, min(HELD_BYTES, machine.most // 4))
+        found = asked_of_all(replace(some[0], ranks=ranks), merged, machine.run, machine.held_bytes)
         answers = dict(zip(ranks, found, strict=True))
         for request in some:
             for job in waits:

@@ -5,25 +5,29 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
 from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.ops import Combine, Row
+from fastinterp.compute.resident_devices import current_queue
 from fastinterp.engine.place import Place
-from fastinterp.errors import UsageError
+from fastinterp.errors import BackendError, UsageError
 from fastinterp.methods import LARGEST, suggestion
 from fastinterp.steer.ends import End, Ends, Memory, copy
 from fastinterp.steer.lock import StepLock, call
-from fastinterp.steer.module import Weight, check_on_cpu, place_of, tensors_of, touched, walked, weights_of
+from fastinterp.steer.module import Weight, device_of_all, touched, walked, weights_of
+from fastinterp.steer.standing import Standing
+from fastinterp.steer.streams import StreamOrder
+from fastinterp.steer.writer import Writer
 
 _LINE = "alpha"
 _LARGEST_ALPHA = 4e7  # on a line; as of `interpolate`
 
 
 class Live:
-    """A torch module on the CPU, whose parameters and floating buffers are set to any point of a path, in place.
+    """A torch module, whose parameters and floating buffers are set to any point of a path, in place.
 
         with fastinterp.Live(model, base="base/", directions={"positive": "p/", "formal": "f/"}) as live:
             live.set(positive=0.7, formal=-0.2)
@@ -32,11 +36,12 @@ class Live:
         live = fastinterp.Live(model, a="a/", b="b/")
         live.set(0.3)
 
-    base        a checkpoint, or a state dict of torch CPU tensors; None with directions: the module's own weights
+    base        a checkpoint, or a state dict of torch tensors; None with directions: the module's own weights
     directions  name -> checkpoint or state dict: out = base + sum of alpha * (it - base)
     a, b        instead of directions, the ends of a line: out = a + alpha * (b - a)
     layers      only tensors whose names match this pattern, or one of several, as `model.layers.1?.*`; None: all
-    resident    hold the end points in memory. False: read them from their files at every `set`, through the page cache
+    resident    hold the end points in memory: that of the module's device, or of the host where there is no room, which
+                is warned of. False: read them from their files at every `set`, through the page cache
     hooks       let every forward pass of the module be a step, as `with live.step():` does
     threads     None: one per CPU, at most 32. The result does not depend on it
 
@@ -46,8 +51,12 @@ class Live:
     At the end of the `with`, or after `close`, the module has its own weights again, bit for bit: a copy is kept.
     Extra state (get_extra_state) is left alone. Python's warnings say where tokenizers of checkpoints differ.
 
-    Raises: ShapeError, with everything that does not match; CheckpointError; BackendError, if the module is not on the
-    CPU; UsageError.
+    On a device with CUDA `set` is one launch in torch's current stream, after what steps have put into other streams,
+    and nothing waits for it: errors of the device come later. Steps that follow come after it, in any stream. CUDA
+    graphs are replayed inside of `with live.step():`, which keeps the order; nothing is set while one is captured.
+
+    Raises: ShapeError, with everything that does not match; CheckpointError; BackendError, if the module is on several
+    devices, or on one without CUDA; UsageError.
     """
 
     def __init__(
@@ -66,23 +75,22 @@ class Live:
         ends = _named(base, directions, a, b)
         self._line = directions is None
         self._names = (_LINE,) if self._line else tuple(directions or ())
-        self._module, self._weights = module, walked(weights_of(module, layers))
-        check_on_cpu(self._weights)
-        self._lock = StepLock()
+        self._weights = walked(weights_of(module, layers))
+        self._where = device_of_all(self._weights)
+        self._lock, self._order = StepLock(), None if self._where is None else StreamOrder(self._where)
         self._alphas: dict[str, float] | None = None
-        self._at = [place_of(w.tensor) for w in self._weights]  # the tensors may be given other memory
+        self._standing = Standing(module, self._weights)  # the tensors may be given other memory
         with ExitStack() as stack:
-            self._ends = Ends(ends, self._weights, layers, resident, cpu_threads(threads), cpu_isa(), stack)
+            self._ends = Ends(
+                ends, self._weights, layers, resident, cpu_threads(threads), cpu_isa(), stack, self._where
+            )
             own = [*self._ends.operands]
-            sizes = [w.nbytes for w in self._weights]
-            original = Memory({w.name: w.nbytes for w in self._weights})
-            kept = [original.handle(w.name) for w in self._weights]
-            copy(self._ends, [self._ends.add(w.tensor, w.dtype) for w in self._weights if w.dtype], kept, sizes)
-            self._original = self._ends.add_memory(original, self._weights)
+            self._original = self._kept()
             if not self._line and base is None:
                 own.insert(0, self._original)
-            self._places = [self._place(i, [operands[i] for operands in own]) for i in range(len(self._weights))]
-            self._machine = self._ends.machine([("memory", w.address, w.nbytes) for w in self._weights])
+            places = [self._place(i, [operands[i] for operands in own]) for i in range(len(self._weights))]
+            kind = "memory" if self._where is None else "device"
+            self._writer = Writer(self._ends, places, [(kind, w.address, w.nbytes) for w in self._weights])
             if hooks:
                 for handle in self._hooks(module):
                     stack.callback(handle.remove)
@@ -110,13 +118,13 @@ class Live:
         """
         point = self._point(alpha, alphas)
         row = self._row(point)
-        with self._lock.change():
+        with self._change():
             self._check_open()
             self._check_in_place()
             self._ends.refuse_changed()
             self._alphas = None
             try:
-                self._machine.run([place.combine([row], [0]) for place in self._places])
+                self._writer.write(row)
                 self._ends.refuse_changed()
                 self._alphas = point
             except BaseException:
@@ -127,7 +135,7 @@ class Live:
 
     def restore(self) -> None:
         """Give the module its own weights back. `set` can be called again."""
-        with self._lock.change():
+        with self._change():
             self._check_open()
             self._check_in_place()
             self._restore()
@@ -138,6 +146,7 @@ class Live:
         """The weights do not change inside. For generation that does not call the module itself, but parts of it."""
         thread = self._lock.enter()
         try:
+            self._begin()
             yield
         finally:
             self._lock.leave(thread)
@@ -147,7 +156,7 @@ class Live:
 
         Raises: UsageError, if the module was converted, moved or loaded anew meanwhile: it is left as it is.
         """
-        with self._lock.change():
+        with self._change():
             if not self._open:
                 return
             try:
@@ -157,7 +166,9 @@ class Live:
             finally:
                 self._open = False
                 self._stack.close()
-                del self._ends, self._machine, self._places, self._original
+                if self._where is not None:  # what is in its queues uses memory that is let go
+                    current_queue(self._where).record().wait()
+                del self._ends, self._writer, self._original
 
     def __enter__(self) -> Live:
         self._check_open()
@@ -172,8 +183,28 @@ class Live:
         where = "closed" if not self._open else "own weights" if self._alphas is None else str(self._alphas)
         return f"<Live: {len(self._weights)} tensors, {', '.join(self._names)}; at {where}>"
 
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Alone, on the host and on the device."""
+        with self._lock.change(), nullcontext() if self._order is None else self._order.change():
+            yield
+
+    def _begin(self) -> None:
+        if self._order is not None:
+            self._order.step()
+
+    def _kept(self) -> list[Any]:
+        """A copy of the module's own weights, as operands."""
+        size = {w.name: w.nbytes for w in self._weights}
+        original = Memory(size) if self._where is None else self._ends.placed(size)
+        if original is None:
+            raise BackendError(f"{sum(size.values())} bytes for a copy of the module's own weights cannot be had")
+        sinks = [original.handle(w.name) for w in self._weights]
+        copy(self._ends, [self._ends.add(w.tensor, w.dtype) for w in self._weights if w.dtype], sinks, [*size.values()])
+        return self._ends.add_memory(original, self._weights)
+
     def _restore(self) -> None:
-        self._machine.run([place.combine([Row(len(place.operands) - 1)], [0]) for place in self._places])
+        self._writer.write(Row(self._last))
         self._alphas = None
 
     def _check_open(self) -> None:
@@ -181,8 +212,7 @@ class Live:
             raise UsageError("this Live is closed, and the module has its own weights. Make another one")
 
     def _check_in_place(self) -> None:
-        found = {place_of(tensor) for _, tensor in tensors_of(self._module)}
-        gone = [w.name for w, at in zip(self._weights, self._at, strict=True) if at not in found and w.nbytes]
+        gone = self._standing.gone()
         if gone:
             raise UsageError(
                 f"{gone[0]} is not where it was: the module was converted, moved or loaded anew, and its own weights "
@@ -192,6 +222,7 @@ class Live:
     def _place(self, i: int, operands: list[Any]) -> Place:
         """The module's own weights are the last operand."""
         weight: Weight = self._weights[i]
+        self._last = len(operands)
         code = (weight.dtype.code if weight.dtype else None) or 0
         operands = [*operands, self._original[i]]
         return Place(weight.name, weight.shape, tuple(operands), (weight.nbytes,) * len(operands), code, weight.nbytes,
@@ -200,6 +231,7 @@ class Live:
     def _hooks(self, module: Any) -> list[Any]:
         def before(*_: Any) -> None:
             self._lock.enter(call())
+            self._begin()
 
         def after(*_: Any) -> None:
             self._lock.leave(threading.get_ident(), call())

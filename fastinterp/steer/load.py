@@ -15,7 +15,7 @@ from fastinterp.engine.run import plan_of
 from fastinterp.engine.tensors import PlannedTensor
 from fastinterp.errors import BackendError, ShapeError
 from fastinterp.files.names import INDEX, WEIGHTS
-from fastinterp.steer.module import Mismatches, Weight, check_on_cpu, is_extra_state, touched, weights_of
+from fastinterp.steer.module import Mismatches, Weight, is_extra_state, touched, weights_of
 from fastinterp.steer.points import Point
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Point
@@ -93,25 +93,28 @@ def load_into(
     threads: int | None = None,
     max_memory: str | int = "512MB",
 ) -> None:
-    """Write a merged model into the parameters and buffers of a torch module on the CPU.
+    """Write a merged model into the parameters and buffers of a torch module, on any devices.
 
     layers   only tensors whose names match this pattern, or one of several, as `model.layers.1?.*`; None: all
 
     Each merged tensor is rounded once, to the dtype that the module has. Names, shapes and kinds are checked before
-    anything is written, tied weights too: what is one tensor in the module must be one in the recipe. The other
-    arguments are those of `load`.
+    anything is written, tied weights too: what is one tensor in the module must be one in the recipe. What goes to a
+    device is computed on the CPU, and copied there as it is done. The other arguments are those of `load`.
     Raises: what `load` does; ShapeError with all mismatches. If the data cannot be read, the module is left with some
     of its tensors written: load it again.
     """
     plan = planned(recipe, None, rounding, seed)
     weights = weights_of(module, layers)
-    check_on_cpu(weights)
     plan, places = _into(plan, weights, layers)
     most = size_of(max_memory)
     _check_tied(plan, weights, threads, most)
-    first = {next(n for n in w.names if n in places) for w in weights}
+    first = {next(n for n in w.names if n in places): w for w in weights}
+    here = {name: places[name] for name, w in first.items() if w.tensor.device.type == "cpu"}
     try:
-        _made(plan, {name: places[name] for name in first}, threads, most)
+        if len(here) == len(first):
+            _made(plan, here, threads, most)
+        else:
+            _sent(plan, here, {name: w.tensor for name, w in first.items() if name not in here}, threads, most)
     finally:
         touched(weights)
 
@@ -187,6 +190,19 @@ def _into(
     stored = {name: weight.dtype for name, weight in of.items()}
     fitted = tuple(replace(t, dtype=stored.get(t.name) or t.dtype) if t.merged else t for t in plan.tensors)
     return replace(plan, tensors=fitted), {t.name: (of[t.name].address, of[t.name].nbytes) for t in tensors}
+
+
+def _sent(
+    plan: Plan, here: Mapping[str, tuple[int, int]], there: Mapping[str, Any], threads: int | None, most: int
+) -> None:
+    """Make some of the tensors of a plan in their places, and copy others to where they go."""
+    # As in _made; what is sent is let go of when nothing else may ask for it.
+    whole = any(t.first for t in plan.tensors)
+    tensors, places = allocated([t for t in plan.tensors if t.name in there or (whole and t.name not in here)], "torch")
+    for names in filling(plan, {**here, **places}, threads=threads, max_memory=most):
+        for name in names:
+            if name in there:
+                there[name].copy_(tensors[name] if whole else tensors.pop(name))
 
 
 def _made(plan: Plan, places: dict[str, tuple[int, int]], threads: int | None, most: int) -> None:

@@ -85,12 +85,16 @@ def is_extra_state(name: str) -> bool:
 
 
 def place_of(tensor: Any) -> tuple[object, ...]:
-    """What tensors have in common that are one. The address is 0, if they have no memory."""
+    """What tensors have in common that are one."""
+    return str(tensor.device), address_of(tensor), tensor.dtype, tuple(tensor.shape)
+
+
+def address_of(tensor: Any) -> int:
+    """0, if it has no memory."""
     try:
-        address = tensor.data_ptr()
+        return int(tensor.data_ptr())
     except RuntimeError:  # sparse ones, and types that only hold other tensors
-        address = 0
-    return str(tensor.device), address, tensor.dtype, tuple(tensor.shape)
+        return 0
 
 
 def walked(weights: Iterable[Weight]) -> list[Weight]:
@@ -109,14 +113,24 @@ def walked(weights: Iterable[Weight]) -> list[Weight]:
     return [w for w in every if w.dtype is not None]
 
 
-def check_on_cpu(weights: Iterable[Weight]) -> None:
-    """Raises: BackendError, if one of them is elsewhere."""
+def device_of_all(weights: Iterable[Weight]) -> Any:
+    """The torch.device that they are on, with CUDA; None for the CPU.
+
+    Raises: BackendError, if they are on several, or on one that is neither.
+    """
+    weights = list(weights)
+    first = min(weights, key=lambda w: w.tensor.device.type != "cpu")  # so that it is named which one was left behind
     for w in weights:
-        if w.tensor.device.type != "cpu":
+        device = w.tensor.device
+        if device.type not in ("cpu", "cuda"):
+            raise BackendError(f"{w.name} is on {device}. Move the module to the CPU, or to a device with CUDA")
+        if device != first.tensor.device:
             raise BackendError(
-                f"{w.name} is on {w.tensor.device}, but this version computes on the CPU. Move the module: "
-                "module.to('cpu')"
+                f"{first.name} is on {first.tensor.device}, but {w.name} on {device}. Move the module to one device, "
+                "or name the tensors of one with `layers`"
             )
+    device = weights[0].tensor.device
+    return None if device.type == "cpu" else device
 
 
 def matches(names: Iterable[str], layers: str | Sequence[str]) -> bool:
@@ -137,7 +151,7 @@ def _check_memory(name: str, tensor: Any) -> None:
         raise UsageError(
             f"{name} has no memory yet (device meta). Load the module first: module.to_empty(device='cpu')"
         )
-    if tensor.numel() and not place_of(tensor)[1]:
+    if tensor.numel() and not address_of(tensor):
         raise UsageError(
             f"{name} has no memory of its own that could be written ({type(tensor).__name__}, {tensor.layout}). "
             "Load the module with plain tensors: dense, not quantised, not sharded"

@@ -47,8 +47,8 @@ def path(
                 arrive: the report tells, float32 mends it. With a model: the dtypes that it has, and no others
     rounding, seed, threads   as of `fastinterp.merge`
 
-    Each model is a checkpoint's path or a state dict in memory (torch CPU tensors or numpy arrays). Python's warnings
-    say where tokenizers of checkpoints differ, or weights are quantised.
+    Each model is a checkpoint's path or a state dict in memory (torch tensors, on one device, or numpy arrays).
+    Python's warnings say where tokenizers of checkpoints differ, or weights are quantised.
     Raises: UsageError, CheckpointError.
     """
     if (a is None) != (b is None) or (a is None) == (directions is None):

@@ -1,0 +1,170 @@
+"""Weighted sums as operators of torch: for autograd, torch.compile and CUDA graphs.
+
+    from fastinterp.integrations.torch_ops import weighted_sum
+
+    merged = weighted_sum([a, b], [0.7, 0.3])                        # the bytes of fastinterp.weighted_sum
+    loss = f(weighted_sum([x, y], alphas, pivot=base)); loss.backward()     # alphas.grad, x.grad, ...
+
+The operators are torch.ops.fastinterp.weighted_sum (weights as numbers), .weighted_sum_tensor (weights as a tensor),
+.weighted_sum_out (into a tensor that is there) and .dots (products in float64). torch.compile takes them into its graph
+as they are (fullgraph=True), and their bytes are those of eager calls.
+
+Kernels take weights as arguments, that is from the host. So weights in a tensor on a device are waited for, and so is
+their gradient: neither goes into a CUDA graph, which keeps the numbers that it was captured with. torch.compile
+compiles anew for other numbers: give it weights that change as a tensor on the CPU, which nothing waits for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fastinterp.compute import arrays, products
+from fastinterp.compute.dtypes import parse_dtype
+from fastinterp.errors import ShapeError, UsageError
+
+
+def weighted_sum(
+    xs: Sequence[Tensor],
+    weights: Sequence[float] | Tensor,
+    *,
+    pivot: Tensor | None = None,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """sum_k weights[k] * xs[k], or with a pivot p: p + sum_k weights[k] * (xs[k] - p).
+
+    xs       1 to 64 tensors of one shape and on one device, as `fastinterp.weighted_sum` takes them, of any strides
+    weights  numbers, one per tensor; or a 1-d floating tensor of them, anywhere: it can require a gradient
+    out      where the result goes, contiguous; then weights are numbers, and nothing requires a gradient
+    dtype    of a new tensor; None: that of the pivot, else of the first tensor
+
+    Gradients: of weights[k] <xs[k] - p, g>, measured in float64; of xs[k] weights[k] * g; of the pivot (1 - sum of
+    weights) * g. The rounding of the result counts as none.
+    Raises: UsageError, ShapeError, BackendError.
+    """
+    xs = list(xs)
+    if not xs or (pivot is not None and pivot.shape != xs[0].shape) or any(x.shape != xs[0].shape for x in xs):
+        shapes = [list(x.shape) for x in (*xs, *(() if pivot is None else (pivot,)))]
+        raise ShapeError(f"one or more tensors of one shape are needed, got {shapes[:8]}")
+    ops = torch.ops.fastinterp
+    if isinstance(weights, Tensor):
+        if weights.dim() != 1 or len(weights) != len(xs) or not weights.is_floating_point():
+            raise UsageError(
+                f"weights must be a floating tensor of shape [{len(xs)}], one for each tensor, got {weights.dtype} "
+                f"{list(weights.shape)}"
+            )
+        if out is not None:
+            raise UsageError("`out` takes weights as numbers: weights.tolist(), which waits for them")
+        return cast(Tensor, ops.weighted_sum_tensor(xs, weights, pivot, dtype))
+    if len(weights) != len(xs):
+        raise UsageError(f"as many weights as tensors are needed, got {len(xs)} tensors and {len(weights)} weights")
+    numbers = [float(w) for w in weights]
+    if out is None:
+        return cast(Tensor, ops.weighted_sum(xs, numbers, pivot, dtype))
+    if dtype is not None:
+        raise UsageError("give either `out` or `dtype`: out has a dtype of its own")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *xs, *(() if pivot is None else (pivot,)))):
+        raise UsageError("nothing gets a gradient through `out`. Use torch.no_grad(), or leave `out` out")
+    ops.weighted_sum_out(out, xs, numbers, pivot)
+    return out
+
+
+# --- the operators ---------------------------------------------------------------------------------------------------
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.detach().resolve_neg().contiguous()
+
+
+def _sum(
+    xs: Sequence[Tensor], weights: Sequence[float], pivot: Tensor | None, dtype: torch.dtype | None, out: Tensor | None
+) -> Tensor:
+    named = None if dtype is None else parse_dtype(str(dtype))
+    if dtype is not None and named is None:
+        raise UsageError(f"{dtype} cannot be stored: only float64 to float8 can")
+    result = arrays.weighted_sum(
+        [_dense(x) for x in xs], weights, pivot=None if pivot is None else _dense(pivot), out=out,
+        dtype=None if named is None else str(named),
+    )  # fmt: skip
+    return cast(Tensor, result)
+
+
+def _by_numbers(
+    xs: Sequence[Tensor], weights: Sequence[float], pivot: Tensor | None, dtype: torch.dtype | None
+) -> Tensor:
+    return _sum(xs, weights, pivot, dtype, None)
+
+
+def _by_tensor(xs: Sequence[Tensor], weights: Tensor, pivot: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    return _sum(xs, weights.tolist(), pivot, dtype, None)
+
+
+def _into(out: Tensor, xs: Sequence[Tensor], weights: Sequence[float], pivot: Tensor | None) -> None:
+    _sum(xs, weights, pivot, None, out.detach())
+
+
+def _dots(of: Tensor, xs: Sequence[Tensor]) -> Tensor:
+    """f64[xs], on the CPU."""
+    return torch.tensor(products.dots(_dense(of), [_dense(x) for x in xs]), dtype=torch.float64)
+
+
+# --- what torch.compile is told of them ------------------------------------------------------------------------------
+
+
+def _shaped(xs: Sequence[Tensor], weights: Any, pivot: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    like = xs[0] if pivot is None else pivot
+    return like.new_empty(like.shape, dtype=dtype or like.dtype)
+
+
+def _written(out: Tensor, xs: Sequence[Tensor], weights: Sequence[float], pivot: Tensor | None) -> None:
+    return None
+
+
+def _counted(of: Tensor, xs: Sequence[Tensor]) -> Tensor:
+    return torch.empty(len(xs), dtype=torch.float64, device="cpu")
+
+
+# --- and autograd ----------------------------------------------------------------------------------------------------
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    xs, weights, pivot, _ = inputs
+    ctx.dtypes = [x.dtype for x in xs], None if pivot is None else pivot.dtype
+    ctx.numbers = None if isinstance(weights, Tensor) else list(weights)
+    if isinstance(weights, Tensor):
+        # The tensors themselves only where they are needed: they may be whole models.
+        wanted = weights.requires_grad
+        ctx.save_for_backward(weights, *(xs if wanted else ()), *([pivot] if wanted and pivot is not None else ()))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    dtypes, pivot_dtype = ctx.dtypes
+    weights, *saved = ctx.saved_tensors if ctx.numbers is None else (ctx.numbers,)
+    to_xs, to_weights, to_pivot, _ = ctx.needs_input_grad
+    of_xs = [(grad * weights[k]).to(dtypes[k]) if wanted else None for k, wanted in enumerate(to_xs)]
+    of_weights = of_pivot = None
+    if to_weights:
+        found = torch.ops.fastinterp.dots(grad, saved)
+        if pivot_dtype is not None:  # in float64 the difference of the products loses nothing that float32 would hold
+            found = found[:-1] - found[-1]
+        of_weights = found.to(weights.device, weights.dtype)
+    if to_pivot:
+        total = sum(weights) if ctx.numbers is not None else weights.sum()
+        of_pivot = (grad * (1.0 - total)).to(pivot_dtype)
+    return of_xs, of_weights, of_pivot, None
+
+
+for _name, _call, _fake, _learns in (
+    ("weighted_sum", _by_numbers, _shaped, True),
+    ("weighted_sum_tensor", _by_tensor, _shaped, True),
+    ("weighted_sum_out", _into, _written, False),
+    ("dots", _dots, _counted, False),
+):
+    _op = torch.library.custom_op(f"fastinterp::{_name}", _call, mutates_args=("out",) if _call is _into else ())
+    _op.register_fake(_fake)
+    if _learns:
+        _op.register_autograd(_backward, setup_context=_remember)
