@@ -138,6 +138,13 @@ def test_importances():
         check(data[:5], dtypes[:5], [MaskedCombine(weights[:2], importance=(2, 3))], BF16, shape)
 
 
+def test_shares_that_cancel():
+    """A sum of shares that is 0 counts as the other one, whatever the least is."""
+    dtypes, shape = [BF16] * 3, (3, 257)
+    ask = ask_of(3, {"shares": (0.0, 1.0, -1.0), "other_share": 4.0, "keeps": (Keep(), Keep(chance=0.5), Keep())})
+    check(raws("normal", dtypes, math.prod(shape)), dtypes, [ask], F32, shape)
+
+
 def test_many_terms():
     n = 40
     dtypes, shape = [(BF16, F8_E5M2)[i % 2] for i in range(n)], (3, 257)
@@ -147,3 +154,10 @@ def test_many_terms():
     check(data, dtypes, [ask], F32, shape)
     factors = array("f", (1.0, 2.0, 0.5)).tobytes()
     check(data, dtypes, [dataclasses.replace(ask, score=Score("divergence", factors, 0x39000000))], BF16, shape)
+
+
+def test_low_halves_of_random_numbers():
+    """Limits whose high half is met by some elements, so that the other half decides."""
+    dtypes, numel = [BF16, BF16], 500_000
+    keep = Keep(chance=3 * 2.0**-17)
+    check(raws("normal", dtypes, numel), dtypes, [dataclasses.replace(ask_of(2), keeps=(Keep(), keep))], F32, (numel,))

@@ -5,7 +5,7 @@
 
 #include "bind_pieces.h"
 #include "folds.h"
-#include "values.h"
+#include "tasks.h"
 
 namespace fi {
 namespace cuda {

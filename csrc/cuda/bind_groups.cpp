@@ -90,10 +90,7 @@ std::shared_ptr<Pending> run_one(Queue* queue, const py::dict& piece, bool per_r
     task.groups = per_row ? rows.count : rows.columns;
     task.numel = operands.numel;
     task.first = operands.first;
-    const bool stochastic = !outputs.keys.empty();
-    task.store = {outputs.out_dtype, stochastic, outputs.fp8_saturate};
-    task.key = stochastic ? outputs.keys[k] : 0;
-    task.out = outputs.out[k];
+    task.to = output_of(outputs, k);
     task.stats = pending->of(k);
     add_row(queue, given[k], operands, &task, &uploads);
     group_sum(task, queue->stream());

@@ -10,7 +10,8 @@ KeepRange keep_of(const py::dict& d) {
   const KeepTest keep{d["least"].cast<uint32_t>(), d["most"].cast<uint32_t>(), limit("lo"), limit("hi"),
                       d["key"].cast<uint64_t>()};
   if (is_ranked(keep)) throw py::value_error("there is no kernel for random keeps by rank");
-  return range_of(keep);
+  const bool none = keep.least > keep.most;  // nothing has the magnitude 2^32 - 1
+  return {none ? 0xffffffffu : keep.least, none ? 0u : keep.most - keep.least, keep.lo, keep.key};
 }
 
 Rows rows_of(const py::dict& piece, const Operands& operands) {

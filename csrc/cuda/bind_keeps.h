@@ -2,7 +2,7 @@
 #pragma once
 
 #include "bind_folds.h"
-#include "scores.h"
+#include "tasks.h"
 
 namespace fi {
 namespace cuda {

@@ -64,10 +64,7 @@ std::shared_ptr<Pending> run_one(Queue* queue, const py::dict& piece) {
   for (size_t k = 0; k < dicts.size(); ++k) {
     add_terms(dicts[k], &tasks[k]);
     tasks[k].score = score_of(queue, dicts[k]["score"], rows, &uploads);
-    const bool stochastic = !outputs.keys.empty();
-    tasks[k].store = {outputs.out_dtype, stochastic, outputs.fp8_saturate};
-    tasks[k].key = stochastic ? outputs.keys[k] : 0;
-    tasks[k].out = outputs.out[k];
+    tasks[k].to = output_of(outputs, k);
   }
   auto pending = std::make_shared<SampledOutputs>(operands, outputs);
   if (operands.numel == 0) return pending;

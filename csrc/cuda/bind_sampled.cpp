@@ -11,6 +11,11 @@ constexpr int64_t kCountBytes = 4 * int64_t(sizeof(int64_t));
 
 }  // namespace
 
+OutputTask output_of(const Outputs& outputs, size_t k) {
+  const bool stochastic = !outputs.keys.empty();
+  return {outputs.out[k], outputs.out_dtype, stochastic, outputs.fp8_saturate, stochastic ? outputs.keys[k] : 0};
+}
+
 SampledOutputs::SampledOutputs(const Operands& operands, const Outputs& outputs) : outputs_(outputs.out.size()) {
   const int64_t every = outputs.stats_every;
   if (every <= 0 || operands.numel == 0) return;

@@ -2,10 +2,12 @@
 #pragma once
 
 #include "bind_pieces.h"
-#include "sampled.h"
+#include "tasks.h"
 
 namespace fi {
 namespace cuda {
+
+OutputTask output_of(const Outputs& outputs, size_t k);
 
 class SampledOutputs : public Pending {
  public:

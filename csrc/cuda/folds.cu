@@ -1,4 +1,5 @@
 #include "folds.h"
+#include "grid.h"
 
 namespace fi {
 namespace cuda {

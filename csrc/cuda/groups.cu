@@ -1,4 +1,5 @@
 #include "groups.h"
+#include "sampled.h"
 
 namespace fi {
 namespace cuda {
@@ -53,7 +54,7 @@ FI_RARE void count(const GroupTask& g, int64_t at, int64_t group) {
   for (int t = 0; t < g.n_terms; ++t)
     if (number<T>(g.weights, t * g.groups + group) != 0)
       count_one(double(value_of<T>(g, g.terms[t], at)), counts, counts + 1);
-  count_one(widen_any<double>(g.store.dtype, g.out, at), counts + 2, counts + 3);
+  count_one(widen_any<double>(g.to.dtype, g.to.out, at), counts + 2, counts + 3);
 }
 
 template <class T>
@@ -64,10 +65,10 @@ group_kernel(FI_ARGUMENT GroupTask g) {
     const int64_t group = g.first / kPhiloxGroup + (int64_t(block_index()) * kPasses + pass) * kGroupsAtOnce +
                           thread_index() / kPhiloxLanes;
     PhiloxWords<uint64_t> words{};
-    if (g.store.stochastic) words = words_of(group, thread_index() % kPhiloxLanes, g.key);
+    if (g.to.stochastic) words = words_of(group, thread_index() % kPhiloxLanes, g.to.key);
     each_sum<T>(g, group, [&](int64_t at, int64_t of, T, T, T y, int w) {
-      store_any(g.store.dtype, g.out, at, code_of(g.store, y, uint32_t(words.w[w])));
-      if (g.stats.counts && !is_finite(widen_any<double>(g.store.dtype, g.out, at))) count<T>(g, at, of);
+      store_any(g.to.dtype, g.to.out, at, code_of(store_of(g.to, g.to.stochastic), y, uint32_t(words.w[w])));
+      if (g.stats.counts && !is_finite(widen_any<double>(g.to.dtype, g.to.out, at))) count<T>(g, at, of);
     });
   }
 }
@@ -77,14 +78,14 @@ template <class T>
 FI_KERNEL(kThreads, 3)
 group_sample_kernel(FI_ARGUMENT GroupTask g) {
   const int64_t chunk = g.stats.first_chunk + block_index() * g.stats.every;
-  const Store nearest = {g.store.dtype, false, g.store.fp8_saturate};
+  const Store nearest = store_of(g.to, false);
   Sampling own;
 #pragma unroll 1
   for (int pass = 0; pass < kChunk / kPhiloxGroup / kGroupsAtOnce; ++pass) {
     const int64_t group = chunk * (kChunk / kPhiloxGroup) + pass * kGroupsAtOnce + thread_index() / kPhiloxLanes;
     each_sum<T>(g, group, [&](int64_t at, int64_t, T p, T acc, T y, int) {
-      const bool differs = load_any(g.store.dtype, g.out, at) != code_of(nearest, p, 0u);
-      own.take(p, g.totals ? T(y - p) : acc, T(widen_any<double>(g.store.dtype, g.out, at)), differs);
+      const bool differs = load_any(g.to.dtype, g.to.out, at) != code_of(nearest, p, 0u);
+      own.take(p, g.totals ? T(y - p) : acc, T(widen_any<double>(g.to.dtype, g.to.out, at)), differs);
     });
   }
   give_sample(g.stats, own);

@@ -1,8 +1,9 @@
 // Sums whose weights differ by row or column, on a device: rule 11 of docs/NUMERICS.md.
 #pragma once
 
-#include "sampled.h"
-#include "values.h"
+#include <cuda_runtime.h>
+
+#include "tasks.h"
 
 namespace fi {
 namespace cuda {
@@ -15,9 +16,7 @@ struct GroupTask {
   const void* totals;   // of each group; null if all are 1
   const void* weights;  // of the first term, one per group; then those of the second
   int64_t columns, groups, first_group;
-  Store store;
-  uint64_t key;
-  void* out;
+  OutputTask to;
   int64_t numel, first;
   OutputStats stats;
   int terms[kMaxInputs];  // their inputs

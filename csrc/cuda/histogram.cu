@@ -1,4 +1,6 @@
 #include "histogram.h"
+#include "scores.h"
+#include "values.h"
 
 namespace fi {
 namespace cuda {

@@ -1,8 +1,9 @@
 // Counts of magnitudes or scores in bins, on a device.
 #pragma once
 
-#include "scores.h"
-#include "values.h"
+#include <cuda_runtime.h>
+
+#include "tasks.h"
 
 namespace fi {
 namespace cuda {

@@ -1,4 +1,7 @@
 #include "kept.h"
+#include "lanes.h"
+#include "scores.h"
+#include "values.h"
 
 namespace fi {
 namespace cuda {

@@ -1,9 +1,10 @@
 // What keeps leave of deltas, on a device: rule 10 of docs/NUMERICS.md.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include "folds.h"
-#include "scores.h"
-#include "values.h"
+#include "tasks.h"
 
 namespace fi {
 namespace cuda {

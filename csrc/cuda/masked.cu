@@ -1,4 +1,6 @@
 #include "masked.h"
+#include "sampled.h"
+#include "scores.h"
 
 namespace fi {
 namespace cuda {
@@ -170,7 +172,7 @@ FI_RARE void count(const MaskedTask& m, int64_t at) {
   for (int i = 0; i < kMaxInputs; ++i)
     if (m.reads >> i & 1)
       count_one(widen_any<double>(m.inputs.in[i], m.inputs.x[i], at), m.stats.counts, m.stats.counts + 1);
-  count_one(widen_any<double>(m.store.dtype, m.out, at), m.stats.counts + 2, m.stats.counts + 3);
+  count_one(widen_any<double>(m.to.dtype, m.to.out, at), m.stats.counts + 2, m.stats.counts + 3);
 }
 
 template <class T, int kSame, int kMost>
@@ -189,13 +191,13 @@ masked_kernel(FI_ARGUMENT MaskedTask m) {
       if constexpr (kSame != kAnyDType) {
         constexpr DType kDType = DType(kSame);
         using Bits = typename Format<kDType>::Bits;
-        store_bits(static_cast<Bits*>(m.out) + at, narrow<kDType, Fp8Saturate, false>(y, 0u));
-        odd = odd || !is_finite(widen_at<T, kDType>(m.out, at));
+        store_bits(static_cast<Bits*>(m.to.out) + at, narrow<kDType, Fp8Saturate, false>(y, 0u));
+        odd = odd || !is_finite(widen_at<T, kDType>(m.to.out, at));
       } else {
-        if (m.store.stochastic && drawn_for != h) words = words_of(2 * group + h, lane, m.key);
+        if (m.to.stochastic && drawn_for != h) words = words_of(2 * group + h, lane, m.to.key);
         drawn_for = h;
-        store_any(m.store.dtype, m.out, at, code_of(m.store, y, uint32_t(words.w[w])));
-        odd = odd || !is_finite(widen_any<double>(m.store.dtype, m.out, at));
+        store_any(m.to.dtype, m.to.out, at, code_of(store_of(m.to, m.to.stochastic), y, uint32_t(words.w[w])));
+        odd = odd || !is_finite(widen_any<double>(m.to.dtype, m.to.out, at));
       }
       if (m.stats.counts && (odd || !is_finite(p))) count(m, at);
     });
@@ -208,14 +210,14 @@ FI_KERNEL(kThreads, 2)
 sample_kernel(FI_ARGUMENT MaskedTask m) {
   FI_SHARED uint8_t shared[kMaxInputs * kThreads];
   const int64_t chunk = m.stats.first_chunk + block_index() * m.stats.every;
-  const Store nearest = {m.store.dtype, false, m.store.fp8_saturate};
+  const Store nearest = store_of(m.to, false);
   Sampling own;
 #pragma unroll 1
   for (int pass = 0; pass < kChunk / kKeepGroup / kGroupsAtOnce; ++pass) {
     const int64_t group = chunk * (kChunk / kKeepGroup) + pass * kGroupsAtOnce + thread_index() / kPhiloxLanes;
     each_step<T, kAnyDType, 0>(m, group, shared, [&](int64_t at, T p, T step, int, int, bool) {
-      const bool differs = load_any(m.store.dtype, m.out, at) != code_of(nearest, p, 0u);
-      own.take(p, step, T(widen_any<double>(m.store.dtype, m.out, at)), differs);
+      const bool differs = load_any(m.to.dtype, m.to.out, at) != code_of(nearest, p, 0u);
+      own.take(p, step, T(widen_any<double>(m.to.dtype, m.to.out, at)), differs);
     });
   }
   give_sample(m.stats, own);
@@ -231,9 +233,9 @@ void launch(const MaskedTask& task, uint32_t blocks, cudaStream_t stream) {
 
 // Whether all that is read and written has one dtype, and is rounded to nearest.
 bool has_one_dtype(const MaskedTask& task) {
-  bool one = !task.store.stochastic;
+  bool one = !task.to.stochastic;
   for (int i = 0; i < kMaxInputs; ++i)
-    if (task.reads >> i & 1) one = one && task.inputs.in[i] == task.store.dtype;
+    if (task.reads >> i & 1) one = one && task.inputs.in[i] == task.to.dtype;
   return one;
 }
 
@@ -242,7 +244,7 @@ bool has_one_dtype(const MaskedTask& task) {
 void masked(const MaskedTask& task, cudaStream_t stream) {
   constexpr int64_t kTile = int64_t(kPasses) * kGroupsAtOnce * kKeepGroup;
   const uint32_t blocks = uint32_t((task.first % kKeepGroup + task.numel + kTile - 1) / kTile);
-  const DType same = has_one_dtype(task) ? task.store.dtype : DType::F64;
+  const DType same = has_one_dtype(task) ? task.to.dtype : DType::F64;
   if (task.wide)
     launch<double, kAnyDType>(task, blocks, stream);
   else if (same == DType::BF16)

@@ -1,9 +1,9 @@
 // Masked sums on a device: rule 14 of docs/NUMERICS.md.
 #pragma once
 
-#include "sampled.h"
-#include "scores.h"
-#include "values.h"
+#include <cuda_runtime.h>
+
+#include "tasks.h"
 
 namespace fi {
 namespace cuda {
@@ -22,9 +22,7 @@ struct MaskedTask {
   double least_share, other_share, limit;
   ScoreTask score;
   uint64_t reads;  // bit i: input i is read
-  Store store;
-  uint64_t key;
-  void* out;
+  OutputTask to;
   int64_t numel, first;
   OutputStats stats;
   MaskedTaskTerm terms[kMaxInputs];

@@ -1,4 +1,6 @@
+#include "lanes.h"
 #include "measure.h"
+#include "values.h"
 
 namespace fi {
 namespace cuda {

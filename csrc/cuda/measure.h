@@ -1,8 +1,10 @@
 // Gram matrices, L1 norms and counts of tensors, of their rows or of their columns, on a device.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include "folds.h"
-#include "values.h"
+#include "tasks.h"
 
 namespace fi {
 namespace cuda {

@@ -1,21 +1,13 @@
-// What masked sums and sums by group tell of an output: exact counts, and sums over sampled chunks.
+// How masked sums and sums by group store their outputs, and what they tell of sampled chunks.
 #pragma once
 
 #include "sums.h"
+#include "tasks.h"
 
 namespace fi {
 namespace cuda {
 
-struct ChunkSample {
-  int64_t sampled, changed;
-  double sum_pp, sum_dd, sum_od;
-};
-
-struct OutputStats {
-  int64_t* counts;       // nan_in, inf_in, nan_out, inf_out, added to; null: nothing is counted
-  ChunkSample* samples;  // of every sampled chunk of the tensor that the piece touches
-  int64_t first_chunk, every, chunks;
-};
+FI_DEVICE Store store_of(const OutputTask& to, bool stochastic) { return {to.dtype, stochastic, to.fp8_saturate}; }
 
 constexpr int kSampleThreads = 256;
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "sums.h"
+#include "tasks.h"
 
 namespace fi {
 namespace cuda {
@@ -10,17 +11,6 @@ template <class T>
 FI_DEVICE uint32_t magnitude(T d) {
   const uint32_t mag = bit_cast<uint32_t>(float(d)) & kMostMagnitude;
   return mag > 0x7f800000u ? kMostMagnitude : mag;
-}
-
-// A keep's bounds, so that one comparison does for both, and its random numbers.
-struct KeepRange {
-  uint32_t least, span;
-  uint64_t limit, key;  // kWords draws nothing
-};
-
-inline KeepRange range_of(const KeepTest& keep) {
-  const bool none = keep.least > keep.most;  // nothing has the magnitude 2^32 - 1
-  return {none ? 0xffffffffu : keep.least, none ? 0u : keep.most - keep.least, keep.lo, keep.key};
 }
 
 FI_DEVICE bool in_range(const KeepRange& keep, uint32_t mag) { return mag - keep.least <= keep.span; }
@@ -54,14 +44,6 @@ FI_DEVICE uint32_t drawn_by(const KeepRange& keep, int64_t group, uint32_t lane)
       below |= uint32_t((uint32_t(low.w[w]) >> (16 * h) & 0xffffu) < rest) << (4 * h + w) & equal;
   return below;
 }
-
-// A Score, whose factors are those of the rows from `first_row` on.
-struct ScoreTask {
-  Score::Kind kind;
-  uint32_t least;
-  const float* factors;
-  int64_t first_row, columns;
-};
 
 // The score of element e of the tensor from delta(t), t < terms. kMost: how many terms there may be, 0 for any number.
 template <class T, int kMost, class Delta>

@@ -1,18 +1,11 @@
-// The inputs of a kernel, and units of their elements.
+// Units of elements of a kernel's inputs.
 #pragma once
 
 #include "sums.h"
+#include "tasks.h"
 
 namespace fi {
 namespace cuda {
-
-// Inputs of a kernel. As an argument it lies in constant memory, where an index costs nothing.
-struct InputTable {
-  const void* x[kMaxInputs];
-  DType in[kMaxInputs];
-};
-
-constexpr int kUnit = 8;  // elements that a thread loads together: 16 bytes of the 16-bit dtypes
 
 // Elements [i, i + n) of the unit that begins with i, 0 for the rest of it.
 template <class T, DType D>
