@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from fastinterp.compute.dtypes import DType
@@ -53,6 +56,37 @@ def _cuda_skipped() -> dict[str, str]:
     return reasons
 
 
+@cache
+def _triton_skipped() -> str:
+    """Why Triton's kernels are neither run on a GPU here nor interpreted; empty if they are."""
+    from fastinterp.compute import triton
+    from fastinterp.compute.backends import maybe_driver
+
+    if not triton.interpreted() and not maybe_driver() and "gpu" not in _required():
+        return "there is no driver of a GPU, and TRITON_INTERPRET is not 1"  # torch is not loaded to find that out
+    return triton.missing()
+
+
+def on_devices() -> list[str]:
+    """The kernels of accelerators that can be run here, on one or as if: see `device`."""
+    cuda = [name for name in ("cuda", EMULATED) if name not in _cuda_skipped()]
+    return cuda[:1] + ([] if _triton_skipped() else ["triton"])
+
+
+@contextmanager
+def device(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The first device by this name of `on_devices`."""
+    from fastinterp.compute import cuda, triton
+
+    if name == "triton":
+        yield triton.TritonDevice(0)
+        return
+    if name == EMULATED:
+        monkeypatch.setitem(sys.modules, "fastinterp._cuda", cuda_module(name))
+    yield cuda.device(0)
+    assert name == "cuda" or cuda_host.fake().wrong() == ""
+
+
 def cuda_module(name: str) -> ModuleType:
     """fastinterp._cuda, or its emulation, begun anew."""
     if name == EMULATED:
@@ -74,8 +108,17 @@ def mergekit_missing() -> str:
 
 def skipped() -> dict[str, str]:
     """What cannot be tested here, and why: name -> reason."""
-    oracle = {"mergekit": reason} if (reason := mergekit_missing()) else {}
-    return _isas_skipped() | _cuda_skipped() | oracle
+    others = {"triton": _triton_skipped(), "gpu": _gpu_missing(), "mergekit": mergekit_missing()}
+    return _isas_skipped() | _cuda_skipped() | {name: reason for name, reason in others.items() if reason}
+
+
+def _gpu_missing() -> str:
+    """Why not all that a GPU can be tested with is here; empty if it is."""
+    from fastinterp.compute import triton
+
+    reasons = {"cuda": _cuda_skipped().get("cuda"), "triton": _triton_skipped()}
+    reasons["triton"] = reasons["triton"] or ("it is interpreted" if triton.interpreted() else "")
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
 
 
 def _isas_skipped() -> dict[str, str]:
@@ -93,10 +136,13 @@ def _isas_skipped() -> dict[str, str]:
 
 def missing_required() -> list[str]:
     """What FASTINTERP_REQUIRE (a list with commas) demands and is not usable, with reasons."""
-    required = [name.strip() for name in os.environ.get("FASTINTERP_REQUIRE", "").split(",") if name.strip()]
     reasons = skipped()
-    known = (*ISAS, "cuda", EMULATED, "nvcc", "mergekit")
-    return [f"{name} ({reasons.get(name, 'unknown')})" for name in required if name in reasons or name not in known]
+    known = (*ISAS, "cuda", EMULATED, "triton", "gpu", "nvcc", "mergekit")
+    return [f"{name} ({reasons.get(name, 'unknown')})" for name in _required() if name in reasons or name not in known]
+
+
+def _required() -> list[str]:
+    return [name.strip() for name in os.environ.get("FASTINTERP_REQUIRE", "").split(",") if name.strip()]
 
 
 def run(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import fastinterp
+from fastinterp.compute import resident_devices
 from fastinterp.errors import BackendError, UsageError
 from fastinterp.integrations.torch_ops import weighted_sum
+from tests import backends
 from tests.modules import same_bits
 from tests.resident_cases import REFUSED
 from tests.test_live_device import POINTS, Mixed, copied
@@ -17,6 +20,16 @@ from tests.test_merge_tensors import WAYS
 from tests.test_resident import BASE, DTYPES, TUNES, dicts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+@pytest.fixture(params=["cuda", "triton"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Whose kernels work."""
+    if request.param not in backends.on_devices():
+        pytest.skip(backends.skipped()[request.param])
+    with backends.device(request.param, monkeypatch) as opened:
+        monkeypatch.setattr(resident_devices, "_opened", {0: opened})
+        yield request.param
 
 
 def assert_same(there: torch.Tensor, here: torch.Tensor) -> None:
@@ -63,8 +76,8 @@ def test_state_dicts():
             assert_same(got[name], x)
 
 
-def test_streams_and_graphs():
-    """A sum follows what is in its stream; a captured one is replayed with what the inputs hold then."""
+def test_streams():
+    """A sum follows what is in its stream."""
     x, y, out = (torch.randn(1 << 20, device="cuda") for _ in "xyo")
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -73,7 +86,16 @@ def test_streams_and_graphs():
         fastinterp.weighted_sum([x, y], [0.5, 0.0], out=out)
         assert_same(out, torch.full((1 << 20,), 1.5))
     torch.cuda.synchronize()
+
+
+def test_graphs(kernels: str):
+    """A captured sum is replayed with what the inputs hold then. Triton's kernels cannot be captured, and say so."""
+    x, y, out = (torch.randn(1 << 20, device="cuda") for _ in "xyo")
     graph = torch.cuda.CUDAGraph()
+    if kernels == "triton":
+        with pytest.raises(BackendError, match="CUDA graph"), torch.cuda.graph(graph):
+            fastinterp.weighted_sum([x, y], [0.5, 0.25], out=out)
+        return
     with torch.cuda.graph(graph):
         fastinterp.weighted_sum([x, y], [0.5, 0.25], out=out)
         inner = weighted_sum([x, out], [1.0, 1.0])
@@ -89,7 +111,9 @@ def test_streams_and_graphs():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compiled(mode: str):
+def test_compiled(mode: str, kernels: str):
+    if kernels == "triton" and mode == "reduce-overhead":
+        pytest.skip("Triton's kernels cannot be captured in a CUDA graph")
     xs, pivot = [x.bfloat16().cuda() for x in TUNES], BASE.bfloat16().cuda()
     compiled = torch.compile(lambda xs: weighted_sum(xs, [0.2, 0.3, 0.4], pivot=pivot) * 2, mode=mode, fullgraph=True)
     want = weighted_sum([x.cpu() for x in xs], [0.2, 0.3, 0.4], pivot=pivot.cpu()) * 2

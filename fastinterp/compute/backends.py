@@ -112,9 +112,12 @@ def find_devices(wish: Wish, local: int = 0) -> list[Device]:
 def maybe_devices() -> bool:
     """Whether it is worth looking for accelerators: a driver is there, and something that could use it. Costs nothing:
     torch is not loaded for it."""
-    if not any(os.path.exists(path) for path in _DRIVERS):
-        return False
-    return "torch" in sys.modules or built("fastinterp._cuda")
+    return maybe_driver() and ("torch" in sys.modules or built("fastinterp._cuda"))
+
+
+def maybe_driver() -> bool:
+    """Whether a driver of accelerators seems to be there."""
+    return any(os.path.exists(path) for path in _DRIVERS)
 
 
 def gpu_backends() -> dict[str, str | None]:
