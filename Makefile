@@ -1,7 +1,7 @@
 # `make` or `make help` lists the targets. PYTHON=python3.12 picks the interpreter, CXX the compiler.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test oracle check lint format werror neon cuda-check bench race paper paper-quick clean distclean
+.PHONY: help demo test oracle check lint format werror neon cuda-check gpu-test gpu-bench bench race paper paper-quick clean distclean
 
 PYTHON ?= python3
 SIZE ?= 1b
@@ -116,6 +116,12 @@ neon: ## cross-compile the kernels for aarch64 and test them under qemu-user
 
 cuda-check: $(VENV)/.built ## compile the CUDA kernels for every architecture, and look at what became of them
 	@FASTINTERP_REQUIRE=nvcc $(PY) -m pytest tests/test_cuda_compile.py
+
+gpu-test: $(VENV)/.built ## on a machine with a GPU: the same bytes everywhere, no bad access, no race
+	@ONLY=tests PYTHON="$(CURDIR)/$(PY)" benchmarks/gpu.sh
+
+gpu-bench: $(VENV)/.built ## on a machine with a GPU: its speed, into benchmarks/results/gpu.json
+	@ONLY=speed PYTHON="$(CURDIR)/$(PY)" benchmarks/gpu.sh
 
 bench: $(VENV)/.bench ## the kernel benchmarks
 	@$(PY) -m pytest benchmarks --benchmark-only

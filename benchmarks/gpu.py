@@ -130,8 +130,10 @@ def main(given: Sequence[str] | None = None) -> int:
                 bench.empty_cache()
     if not words or any(word in "file to file" for word in words):
         print("whole commands")
-        size, device = ("tiny", "triton") if asked.rehearse else ("1b", "cuda")
-        for found in gpu_files.files(size=size, device=device, runs=asked.file_runs, scratch=asked.scratch):
+        how: dict[str, Any] = {"size": "1b", "device": "cuda"}
+        if asked.rehearse:
+            how = {"size": "tiny", "device": "triton", "recipes": ["linear"]}
+        for found in gpu_files.files(runs=asked.file_runs, scratch=asked.scratch, **how):
             add(found, gpu_files.told(found))
     return 0 if asked.rehearse or all(r["holds"] is not False for r in results["results"]) else 1
 

@@ -7,6 +7,7 @@
 # PYTHON     the interpreter that has torch; python3
 # WHEELS     a folder with wheels of packages that it lacks
 # COMMIT     what is measured, where this is no checkout
+# ONLY       "tests" or "speed": leave the other out
 # REHEARSE   1: go through all of it without a GPU, on emulations, with small arrays
 #
 # A step that fails does not keep those after it from running; what failed is told in the end, and is the exit status.
@@ -14,10 +15,12 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 rehearse=${REHEARSE:-}
+only=${ONLY:-tests speed}
 results=$(realpath -m "${1:-benchmarks/results}")
 made=$PWD/build/gpu # what is needed on the way
 rm -rf "$made" && mkdir -p "$results" "$made"
-export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 TRITON_CACHE_DIR="$made/triton" TORCHINDUCTOR_CACHE_DIR="$made/inductor"
+command -v nvcc >/dev/null || PATH+=:/usr/local/cuda/bin
 
 # `tests` and `benchmarks` are plain folders, which another package of such a name would hide.
 for name in tests benchmarks; do
@@ -28,11 +31,12 @@ export PYTHONPATH="$made/first:$PWD"
 if [ -n "${WHEELS:-}" ]; then
   "$python" -m pip install -q --no-index --no-deps --no-compile --target "$made/wheels" "$WHEELS"/*.whl || exit
   PYTHONPATH+=":$made/wheels"
+  PATH+=":$made/wheels/bin"
 fi
 "$python" - <<'PY' || exit
-import importlib.util, sys
+import importlib.util, shutil, sys
 needed = "click msgspec numpy yaml rich safetensors torch triton pybind11 cmake ninja pytest hypothesis ml_dtypes setuptools"
-missing = [name for name in needed.split() if importlib.util.find_spec(name) is None]
+missing = [name for name in needed.split() if importlib.util.find_spec(name) is None and not shutil.which(name)]
 if missing:
     sys.exit(f"{sys.executable} lacks {', '.join(missing)}: put their wheels into a folder, and name it in WHEELS")
 PY
@@ -40,66 +44,75 @@ PY
 failed=()
 step() { printf '\n== %s (%d s so far)\n' "$1" "$SECONDS"; }
 await() { # PROCESS NAME LOG: what it found, in the end; it is a failure if it failed
-  wait "$1" || { failed+=("$2"); grep -E '^(FAILED|ERROR|E  |=+ (ERROR SUMMARY|RACECHECK))' "$3" | head -n 40; }
+  wait "$1" || { failed+=("$2"); grep -E '^(FAILED|ERROR|E  |=========)' "$3" | head -n 40; }
   tail -n 1 "$3" | sed "s/^/$2: /"
 }
 # Other versions of packages warn of other things, which is no failure here: so none of this project's settings.
 pytest=("$python" -m pytest -q -c /dev/null --rootdir=. -p no:cacheprovider)
 
 step "build"
-nvidia-smi || true
+command -v nvidia-smi >/dev/null && nvidia-smi
 FASTINTERP_CUDA=1 "$python" setup.py -q build_ext --inplace >"$made/build" 2>&1 || { tail -n 40 "$made/build"; exit 1; }
 
-step "the same bytes everywhere"
-# Compiling Triton's kernels takes most of the time, so several processes each run a part of the tests.
-collected() { "${pytest[@]}" --collect-only "$@" >"$made/collected" 2>&1 || cat "$made/collected" >&2; grep :: "$made/collected"; }
-if [ -n "$rehearse" ]; then
-  at_once=2
-  collected tests/test_gpu.py | grep -E 'sizes|launch' >"$made/tests"
-else
-  export FASTINTERP_REQUIRE=gpu
-  at_once=$(($(nproc) < 12 ? $(nproc) : 12))
-  {
-    collected tests/test_gpu.py tests/test_gpu_merge.py tests/test_resident_gpu.py | grep -vE 'sanitized|32_bits'
-    collected tests/test_cuda_{groups,histogram,kept,masked,measure}.py
-    collected tests/test_same_bits.py | grep -F '[cuda-' | grep -v emulated
-  } | sort -R --random-source=Makefile >"$made/tests"
-fi
-wc -l <"$made/tests" | sed 's/$/ tests/'
-for ((i = 0; i < at_once; i++)); do
-  awk -v n="$at_once" -v i="$i" 'NR % n == i' "$made/tests" >"$made/tests.$i"
-  timeout 280 xargs -a "$made/tests.$i" -d '\n' "${pytest[@]}" >"$made/log.$i" 2>&1 &
-  running[i]=$!
-done
-for ((i = 0; i < at_once; i++)); do await "${running[i]}" "bytes, part $i" "$made/log.$i"; done
-if [ -z "$rehearse" ]; then # alone, since it needs much memory
-  timeout 60 "${pytest[@]}" tests/test_gpu_merge.py -k 32_bits >"$made/log.large" 2>&1 &
-  await $! "more elements than 32 bits count" "$made/log.large"
-fi
-
-step "no bad access, no race"
-tools=(memcheck racecheck synccheck)
-checked=("${pytest[@]}" tests/test_gpu.py -k sanitized)
-if [ -n "$rehearse" ]; then
-  tools=(rehearsal)
-  "${checked[@]}" >"$made/log.rehearsal" 2>&1 &
-  running=($!)
-elif command -v compute-sanitizer >/dev/null; then
-  for i in "${!tools[@]}"; do # errors of calls that torch only tries are not ours; our own calls are all looked at
-    timeout 120 compute-sanitizer --tool "${tools[i]}" --report-api-errors no --error-exitcode 9 --target-processes all \
-      "${checked[@]}" >"$made/log.${tools[i]}" 2>&1 &
+same_bytes() {
+  step "the same bytes everywhere"
+  # Compiling Triton's kernels takes most of the time, so several processes each run a part of the tests.
+  collected() { "${pytest[@]}" --collect-only "$@" >"$made/collected" 2>&1 || cat "$made/collected" >&2; grep :: "$made/collected"; }
+  if [ -n "$rehearse" ]; then
+    at_once=2
+    collected tests/test_gpu.py | grep -E 'launch|measures' >"$made/tests"
+  else
+    export FASTINTERP_REQUIRE=gpu
+    at_once=$(($(nproc) < 12 ? $(nproc) : 12))
+    {
+      collected tests/test_gpu.py tests/test_gpu_merge.py tests/test_resident_gpu.py | grep -vE 'sanitized|32_bits'
+      collected tests/test_cuda_{groups,histogram,kept,masked,measure}.py
+      collected tests/test_same_bits.py | grep -F '[cuda-' | grep -v emulated
+    } | sort -R --random-source=Makefile >"$made/tests"
+  fi
+  wc -l <"$made/tests" | sed 's/$/ tests/'
+  [ -s "$made/tests" ] || failed+=("no tests were found")
+  for ((i = 0; i < at_once; i++)); do
+    awk -v n="$at_once" -v i="$i" 'NR % n == i' "$made/tests" >"$made/tests.$i"
+    timeout 280 xargs -r -a "$made/tests.$i" -d '\n' "${pytest[@]}" >"$made/log.$i" 2>&1 &
     running[i]=$!
   done
-else
-  tools=()
-  failed+=("compute-sanitizer is not there")
-fi
-for i in "${!tools[@]}"; do await "${running[i]}" "${tools[i]}" "$made/log.${tools[i]}"; done
+  for ((i = 0; i < at_once; i++)); do await "${running[i]}" "bytes, part $i" "$made/log.$i"; done
+  if [ -z "$rehearse" ]; then # alone, since it needs much memory
+    timeout 60 "${pytest[@]}" tests/test_gpu_merge.py -k 32_bits >"$made/log.large" 2>&1 &
+    await $! "more elements than 32 bits count" "$made/log.large"
+  fi
+}
 
-step "speed"
-timeout 300 "$python" -m benchmarks.gpu ${rehearse:+--rehearse} --commit "${COMMIT:-}" --out "$results/gpu.json" ||
-  failed+=("speed: a bound, or see above")
+no_bad_access() {
+  step "no bad access, no race"
+  tools=(memcheck racecheck synccheck)
+  checked=("${pytest[@]}" tests/test_gpu.py -k sanitized)
+  if [ -n "$rehearse" ]; then
+    tools=(rehearsal)
+    "${checked[@]}" >"$made/log.rehearsal" 2>&1 &
+    running=($!)
+  elif command -v compute-sanitizer >/dev/null; then
+    for i in "${!tools[@]}"; do # errors of calls that torch only tries are not ours; our own calls are all looked at
+      timeout 120 compute-sanitizer --tool "${tools[i]}" --report-api-errors no --error-exitcode 9 --target-processes all \
+        "${checked[@]}" >"$made/log.${tools[i]}" 2>&1 &
+      running[i]=$!
+    done
+  else
+    tools=()
+    failed+=("compute-sanitizer is not there")
+  fi
+  for i in "${!tools[@]}"; do await "${running[i]}" "${tools[i]}" "$made/log.${tools[i]}"; done
+}
 
+speed() {
+  step "speed"
+  timeout 300 "$python" -m benchmarks.gpu ${rehearse:+--rehearse} --commit "${COMMIT:-}" --out "$results/gpu.json" ||
+    failed+=("speed: a bound, or see above")
+}
+
+[[ $only != *tests* ]] || { same_bytes; no_bad_access; }
+[[ $only != *speed* ]] || speed
 step "end"
 [ ${#failed[@]} -eq 0 ] || { printf 'FAILED: %s\n' "${failed[@]}"; exit 1; }
 echo "all of it holds"

@@ -250,9 +250,10 @@ def opened(backend: str, rehearse: bool) -> Any:
         from fastinterp.compute import cuda
 
         if rehearse:
+            import fastinterp
             from tests import cuda_host
 
-            sys.modules["fastinterp._cuda"] = cuda_host.module()
+            sys.modules["fastinterp._cuda"] = fastinterp._cuda = cuda_host.module()  # type: ignore[attr-defined]
             cuda_host.fake().reset(cuda_host.Fake.EAGER)
         device = cuda.device(0)
     if not rehearse:

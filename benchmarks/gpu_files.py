@@ -21,8 +21,10 @@ BOUND = 1.1  # of the time on the GPU over that on the processor; or auto does n
 _MEMORY = Path("/dev/shm")
 
 
-def files(*, size: str, device: str, runs: int, scratch: Path | None) -> Iterator[dict[str, Any]]:
-    """Results of two recipes on checkpoints of `size` (see fastinterp.bench), which are made in `scratch` and removed.
+def files(
+    *, size: str, device: str, runs: int, scratch: Path | None, recipes: Sequence[str] = ("linear", "ties")
+) -> Iterator[dict[str, Any]]:
+    """Results of recipes on checkpoints of `size` (see fastinterp.bench), which are made in `scratch` and removed.
 
     device   that is compared with cpu, as --device takes it
     scratch  None: a file system in memory, if there is one with room, else the system's folder for temporary files
@@ -35,7 +37,9 @@ def files(*, size: str, device: str, runs: int, scratch: Path | None) -> Iterato
         base, one, other = write_checkpoints(folder / "models", SIZES[size])
         linear: dict[str, Any] = {"merge_method": "linear", "models": _weighted(one, other), "dtype": "bfloat16"}
         ties = linear | {"merge_method": "ties", "base_model": str(base), "parameters": {"density": 0.5}}
-        for name, recipe, inputs in (("linear", linear, (one, other)), ("ties", ties, (base, one, other))):
+        known = {"linear": (linear, (one, other)), "ties": (ties, (base, one, other))}
+        for name in recipes:
+            recipe, inputs = known[name]
             yield _compared(f"{size} {name}, file to file", recipe, inputs, folder, device, runs)
 
 

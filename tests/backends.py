@@ -82,7 +82,9 @@ def device(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield triton.TritonDevice(0)
         return
     if name == EMULATED:
-        monkeypatch.setitem(sys.modules, "fastinterp._cuda", cuda_module(name))
+        emulated = cuda_module(name)
+        monkeypatch.setitem(sys.modules, "fastinterp._cuda", emulated)
+        monkeypatch.setattr("fastinterp._cuda", emulated, raising=False)
     yield cuda.device(0)
     assert name == "cuda" or cuda_host.fake().wrong() == ""
 

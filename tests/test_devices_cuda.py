@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.miss
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[cuda_host.Fake]:
     """The emulated runtime, with two devices; small slots, so that there are many batches."""
     monkeypatch.setitem(sys.modules, "fastinterp._cuda", cuda_host.module())
+    monkeypatch.setattr("fastinterp._cuda", cuda_host.module(), raising=False)
     monkeypatch.setattr(machine, "SLOT_BYTES", 64 << 10)
     monkeypatch.setattr(machine, "_LEAST_BATCH", 1)
     found = cuda_host.fake()

@@ -23,7 +23,7 @@ import pytest
 
 from fastinterp import _C
 from fastinterp.compute import reference, reference_groups
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64
 from fastinterp.compute.ops import Combine
 from fastinterp.compute.reference_select import select
 from fastinterp.compute.requests import Keep, Score, Select

@@ -37,8 +37,8 @@ BF16, F16, F32, F64, E4M3 = 3, 2, 1, 0, 4
 
 
 def test_interpreted_kernels_give_the_bytes_of_the_reference():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
-    command += ["-k", "triton and not sanitized and not 291"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["tests/test_gpu.py", "tests/triton_interpreted.py", "-k", "triton and not sanitized and not 291"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
