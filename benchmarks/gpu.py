@@ -20,8 +20,9 @@ import gc
 import json
 import os
 import statistics
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,30 @@ def measured(bench: Bench, case: Case, runs: int) -> dict[str, Any]:
     taken: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(runs):
         for name, run in works.items():
-            taken[name].append(bench.seconds(run) / (part if name == "copy" else 1.0))
+            taken[name].append(bench.seconds(run, case.wall) / (part if name == "copy" else 1.0))
     ratios = [ours / floor for ours, floor in zip(taken["fastinterp"], taken["copy"], strict=True)]
-    found = {
-        "case": case.name, "bytes": case.nbytes, "bound": case.bound, "ratio": statistics.median(ratios),
+    ratio = statistics.median(ratios)
+    return {
+        "case": case.name, "bytes": case.nbytes, "bound": case.bound, "wall": case.wall, "ratio": ratio,
+        "holds": None if case.bound is None else ratio <= case.bound,
         "ratios": ratios, "seconds": {name: statistics.median(times) for name, times in taken.items()},
         "gb_per_s": {name: case.nbytes / statistics.median(times) / 1e9 for name, times in taken.items()},
     }  # fmt: skip
-    found["holds"] = None if case.bound is None else found["ratio"] <= case.bound
-    return found
+
+
+def tried(measure: Callable[[], dict[str, Any]], name: str, rehearse: bool) -> dict[str, Any]:
+    """What it returns. A case that fails is told, and those after it are measured all the same; not in a rehearsal."""
+    try:
+        return measure()
+    except Exception as error:
+        if rehearse:
+            raise
+        return {"case": name, "holds": False, "error": f"{type(error).__name__}: {error}"[:1000]}
 
 
 def told(found: dict[str, Any]) -> str:
+    if "error" in found:
+        return f"{found['case']:26}FAILED: {found['error']}"
     ours, floor = (found["gb_per_s"][name] for name in ("fastinterp", "copy"))
     bound = "" if found["bound"] is None else f", bound {found['bound']:.3f}: {'holds' if found['holds'] else 'MISSED'}"
     others = {name: s / found["seconds"]["fastinterp"] for name, s in found["seconds"].items()}
@@ -81,11 +94,11 @@ def where(device: Any, asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        first = Path("/proc/driver/nvidia/version").read_text("utf-8").splitlines()[0]
-    except OSError:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
         return None
-    return next((word for word in first.split() if word[0].isdigit() and "." in word), None)
 
 
 def parsed(given: Sequence[str] | None) -> argparse.Namespace:
@@ -122,10 +135,8 @@ def main(given: Sequence[str] | None = None) -> int:
         print(f"{backend} on {bench.device.label}")
         for name, make in bench.cases():
             if not words or any(word in name for word in words):
-                case = make()
-                found = {"backend": backend, **measured(bench, case, asked.runs)}
-                add(found, told(found))
-                del case
+                found = tried(lambda: measured(bench, make(), asked.runs), name, asked.rehearse)  # noqa: B023
+                add({"backend": backend, **found}, told(found))
                 gc.collect()
                 bench.empty_cache()
     if not words or any(word in "file to file" for word in words):

@@ -34,7 +34,7 @@ from tests.device_pump import DevicePump, Loan
 from tests.pumps import code, memory, raws, run
 from tests.test_same_bits import assert_same_stats
 
-DEVICES = backends.on_devices() or [
+DEVICES: list[Any] = [*backends.on_devices()] or [
     pytest.param("", marks=pytest.mark.skip(reason="neither a GPU nor a C++ compiler is here"))
 ]
 SMALL = [case for i, case in enumerate(CASES) if (case.n <= 8 and case.k <= 3 and i % 2 == 0) or i % 32 == 0]

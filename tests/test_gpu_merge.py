@@ -23,7 +23,7 @@ from tests.checkpoints import MERGING, family, recipe, saved
 from tests.pumps import code
 from tests.written import tree
 
-REAL = [] if interpreted() else [name for name in backends.on_devices() if name != backends.EMULATED]
+REAL: list[Any] = [] if interpreted() else [name for name in backends.on_devices() if name != backends.EMULATED]
 
 
 @pytest.fixture(params=REAL or [pytest.param("", marks=pytest.mark.skip(reason="there is no GPU"))], autouse=True)
