@@ -43,10 +43,6 @@ PY
 
 failed=()
 step() { printf '\n== %s (%d s so far)\n' "$1" "$SECONDS"; }
-await() { # PROCESS NAME LOG: what it found, in the end; it is a failure if it failed
-  wait "$1" || { failed+=("$2"); grep -E '^(FAILED|ERROR|E  |=========)' "$3" | head -n 40; }
-  tail -n 1 "$3" | sed "s/^/$2: /"
-}
 # Other versions of packages warn of other things, which is no failure here: so none of this project's settings.
 pytest=("$python" -m pytest -q -c /dev/null --rootdir=. -p no:cacheprovider)
 
@@ -54,55 +50,44 @@ step "build"
 command -v nvidia-smi >/dev/null && nvidia-smi
 FASTINTERP_CUDA=1 "$python" setup.py -q build_ext --inplace >"$made/build" 2>&1 || { tail -n 40 "$made/build"; exit 1; }
 
-same_bytes() {
-  step "the same bytes everywhere"
-  # Compiling Triton's kernels takes most of the time, so several processes each run a part of the tests.
+# Compiling Triton's kernels takes most of the time, so several processes each run a part of the tests.
+tests() {
+  step "the same bytes everywhere; no bad access, no race"
+  local checked=("${pytest[@]}" tests/test_gpu.py -k sanitized) at_once=2 pids=() names=() i tool
   collected() { "${pytest[@]}" --collect-only "$@" >"$made/collected" 2>&1 || cat "$made/collected" >&2; grep :: "$made/collected"; }
+  started() { pids+=("$!") && names+=("$1"); }
   if [ -n "$rehearse" ]; then
-    at_once=2
     collected tests/test_gpu.py | grep -E 'launch|measures' >"$made/tests"
+    "${checked[@]}" >"$made/log.sanitized" 2>&1 &
+    started sanitized
   else
     export FASTINTERP_REQUIRE=gpu
-    at_once=$(($(nproc) < 12 ? $(nproc) : 12))
+    at_once=$(($(nproc) < 16 ? $(nproc) : 16))
     {
       collected tests/test_gpu.py tests/test_gpu_merge.py tests/test_resident_gpu.py | grep -vE 'sanitized|32_bits'
       collected tests/test_cuda_{groups,histogram,kept,masked,measure}.py
       collected tests/test_same_bits.py | grep -F '[cuda-' | grep -v emulated
     } | sort -R --random-source=Makefile >"$made/tests"
+    command -v compute-sanitizer >/dev/null || failed+=("compute-sanitizer is not there")
+    for tool in memcheck racecheck synccheck; do # errors of calls that torch only tries are not ours
+      command -v compute-sanitizer >/dev/null || break
+      timeout 250 compute-sanitizer --tool $tool --report-api-errors no --error-exitcode 9 --target-processes all \
+        "${checked[@]}" >"$made/log.$tool" 2>&1 &
+      started $tool
+    done
   fi
   wc -l <"$made/tests" | sed 's/$/ tests/'
   [ -s "$made/tests" ] || failed+=("no tests were found")
   for ((i = 0; i < at_once; i++)); do
     awk -v n="$at_once" -v i="$i" 'NR % n == i' "$made/tests" >"$made/tests.$i"
-    timeout 280 xargs -r -a "$made/tests.$i" -d '\n' "${pytest[@]}" >"$made/log.$i" 2>&1 &
-    running[i]=$!
+    timeout 280 xargs -r -a "$made/tests.$i" -d '\n' "${pytest[@]}" >"$made/log.part $i" 2>&1 &
+    started "part $i"
   done
-  for ((i = 0; i < at_once; i++)); do await "${running[i]}" "bytes, part $i" "$made/log.$i"; done
-  if [ -z "$rehearse" ]; then # alone, since it needs much memory
-    timeout 60 "${pytest[@]}" tests/test_gpu_merge.py -k 32_bits >"$made/log.large" 2>&1 &
-    await $! "more elements than 32 bits count" "$made/log.large"
-  fi
-}
-
-no_bad_access() {
-  step "no bad access, no race"
-  tools=(memcheck racecheck synccheck)
-  checked=("${pytest[@]}" tests/test_gpu.py -k sanitized)
-  if [ -n "$rehearse" ]; then
-    tools=(rehearsal)
-    "${checked[@]}" >"$made/log.rehearsal" 2>&1 &
-    running=($!)
-  elif command -v compute-sanitizer >/dev/null; then
-    for i in "${!tools[@]}"; do # errors of calls that torch only tries are not ours; our own calls are all looked at
-      timeout 120 compute-sanitizer --tool "${tools[i]}" --report-api-errors no --error-exitcode 9 --target-processes all \
-        "${checked[@]}" >"$made/log.${tools[i]}" 2>&1 &
-      running[i]=$!
-    done
-  else
-    tools=()
-    failed+=("compute-sanitizer is not there")
-  fi
-  for i in "${!tools[@]}"; do await "${running[i]}" "${tools[i]}" "$made/log.${tools[i]}"; done
+  for i in "${!pids[@]}"; do
+    wait "${pids[i]}" || { failed+=("${names[i]}"); grep -E '^(FAILED|ERROR|E  |=========)' "$made/log.${names[i]}" | head -n 40; }
+    tail -n 1 "$made/log.${names[i]}" | sed "s/^/${names[i]}: /"
+  done
+  [ -n "$rehearse" ] || "${pytest[@]}" tests/test_gpu_merge.py -k 32_bits || failed+=("more elements than 32 bits count")
 }
 
 speed() {
@@ -111,7 +96,7 @@ speed() {
     failed+=("speed: a bound, or see above")
 }
 
-[[ $only != *tests* ]] || { same_bytes; no_bad_access; }
+[[ $only != *tests* ]] || tests
 [[ $only != *speed* ]] || speed
 step "end"
 [ ${#failed[@]} -eq 0 ] || { printf 'FAILED: %s\n' "${failed[@]}"; exit 1; }

@@ -60,15 +60,26 @@ METHODS: dict[str, Any] = {
 }  # fmt: skip
 
 
+# Triton compiles a kernel for each mixture of dtypes: so some of the merges show that the engine drives it right.
+BY_TRITON = ("stochastic", "fp8", "dare_ties", "slerp")
+
+
 @pytest.mark.parametrize("name", SUMS)
 def test_sums(tmp_path, models, device, name):
+    only_some(device, name)
     check(tmp_path, recipe("linear", models, weights=[0.5, 0.3, 0.2], **SUMS[name]), device)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(tmp_path, finite, device, method):
+    only_some(device, method)
     paths = finite[1 : 2 if method == "slerp" else 3]
     check(tmp_path, recipe(method, paths, base_model=finite[0], **METHODS[method]), device)
+
+
+def only_some(device: Any, name: str) -> None:
+    if device.backend == "triton" and name not in BY_TRITON:
+        pytest.skip(f"of merges by Triton only {', '.join(BY_TRITON)}")
 
 
 def check(folder: Path, asked: dict[str, Any], device: Any) -> None:
