@@ -7,6 +7,8 @@ Linux alone. What is not tested here is how the compiled kernels run.
 from __future__ import annotations
 
 import ast
+import functools
+import math
 import os
 import re
 import subprocess
@@ -16,7 +18,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -28,6 +30,8 @@ from fastinterp._triton.kept import kept_kernel  # noqa: E402
 from fastinterp._triton.masked import masked_effect_kernel, masked_kernel  # noqa: E402
 from fastinterp._triton.measure import measure_columns_kernel, measure_kernel  # noqa: E402
 from fastinterp.compute.triton_measure import launches  # noqa: E402
+from fastinterp.compute.triton_pieces import run  # noqa: E402
+from fastinterp.compute.triton_room import Room  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "fastinterp" / "_triton").glob("*.py"))
@@ -80,6 +84,7 @@ def measuring(n: int) -> dict[str, Any]:
     return {
         "DT": (BF16,) * len(sums.inputs), "WIDE": False, "DELTAS": True, "PAIRS": sums.pairs, "ALONE": sums.alone,
         "PLACES": sums.places, "WIDTH": n * (n + 1) // 2 + n, "COUNTS": n, "ALIGN": 16, "TILES": 1, "STEPS": 4,
+        "AHEAD": 4 if len(sums.inputs) <= 4 else 2,
     }  # fmt: skip
 
 
@@ -118,12 +123,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("target", [SM80, SM90, SM100, GFX942], ids=lambda t: f"{t.backend}-{t.arch}")
+@functools.cache
+def case(name: str, target: Any) -> Any:
+    kernel, arguments, constants, warps = CASES[name]
+    return compiled(kernel, target, arguments, constants, warps)
+
+
+@pytest.mark.parametrize("target", [SM90, SM100, GFX942], ids=lambda t: f"{t.backend}-{t.arch}")
 @pytest.mark.parametrize("name", CASES)
 def test_compiles(name, target):
     """Each operation says how it rounds, so that none is contracted, and flushes nothing."""
-    kernel, arguments, constants, warps = CASES[name]
-    made = compiled(kernel, target, arguments, constants, warps)
+    made = case(name, target)
     if target.backend == "hip":
         assert made.asm["hsaco"]
         assert ".amdhsa_float_denorm_mode_32 3" in made.asm["amdgcn"]  # subnormals are kept
@@ -135,15 +145,11 @@ def test_compiles(name, target):
     assert all(kind.startswith("rn.") for kind in sums), sorted(set(sums))
 
 
-def test_no_stack_on_hopper_where_bytes_are_to_stream():
-    made = compiled(combine_kernel, SM90, SUMS, weighted((BF16,) * 8, BF16, BLOCK=1024))
-    assert not re.search(r"\.local\b", made.asm["ptx"])
-
-
 def memory_of(ptx: str) -> tuple[list[str], list[str]]:
     """Loads and stores of global memory that are no scalars of tables, flags or numbers."""
     scalars = ("b64", "f64")
-    loads = [kind for kind in re.findall(r"ld\.global\.(\S+)", ptx) if kind not in scalars]
+    hints = re.compile(r"L1::evict_first\.|L2::cache_hint\.")
+    loads = [hints.sub("", kind) for kind in re.findall(r"ld\.global\.(\S+)", ptx) if kind not in scalars]
     return loads, [kind for kind in re.findall(r"st\.global\.(\S+)", ptx) if kind not in scalars]
 
 
@@ -162,10 +168,90 @@ def test_elements_move_in_16_bytes(n, dtype, target):
 
 @pytest.mark.parametrize("kernel", ["masked", "measure", "histogram", "kept"])
 def test_other_kernels_load_16_or_8_bytes(kernel):
-    function, arguments, constants, warps = CASES[kernel]
-    loads, _ = memory_of(compiled(function, SM90, arguments, constants, warps).asm["ptx"])
+    loads, _ = memory_of(case(kernel, SM90).asm["ptx"])
     assert loads
     assert set(loads) <= {"v4.b32", "v2.b32", "b32"}, loads
+
+
+class Driver:
+    """A GPU that kernels can be compiled for, and that nothing runs on."""
+
+    def get_current_target(self) -> Any:
+        return SM90
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiling(Room):
+    """Launches nothing: compiles each kernel for the arguments that it is launched with."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.launched: list[tuple[str, Any, dict[str, Any]]] = []
+
+    def launch(self, kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
+        options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
+        made = kernel.warmup(*arguments, grid=(programs,), **constants, **options)
+        self.launched.append((kernel.fn.__name__, made, constants))
+
+    def tile(self, compiled: int, interpreted: int) -> int:
+        return compiled  # though its memory is the host's
+
+
+@pytest.fixture
+def room(monkeypatch):
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    return Compiling()
+
+
+def pieces_of(n: int, numel: int = 98304, first: int = 1 << 20) -> dict[str, dict[str, Any]]:
+    """One of each kind, of bf16: what methods ask of most tensors."""
+    operands = {"inputs": [(first * (1 + i), BF16) for i in range(n)], "numel": numel, "first": 0, "columns": numel}
+    written = {"outputs": [first * (1 + n)], "out_dtype": BF16, "stats_every": 2, "fp8_saturate": True}
+    keep = {"least": 0, "most": 1 << 30, "lo": 5, "hi": 5, "key": 1 << 63}
+    numbers = {"weight": 1.0, "vote": 1.0, "share": 1.0, "alone": 0.0, "importance": -1, "known": None}
+    terms = [{"input": i, "keep": keep, **numbers} for i in range(1, n)]
+    masked = {"base": 0, "terms": terms, "votes": True, "divides": True, "alone": False, "score": None}
+    masked |= {"least_share": 0.0, "other_share": 1.0, "limit": math.inf}
+    ranked = [(i, 0, 0x7FFFFFFF, 16) for i in range(1, n)]
+    return {
+        "combine": operands | written | {"rows": [(0, 1.0, [(i, 0.5) for i in range(1, n)])]},
+        "measure": operands,
+        "histogram": operands | {"ranked": ranked, "every": 1, "score": None},
+        "kept": operands | {"keeps": [keep] * n, "score": None, "l1": True, "squares": True},
+        "masked": operands | written | {"masked": [masked]},
+    }
+
+
+def test_launches_compile_as_they_are_made(room):
+    """What a launch passes is what a kernel takes, constants and all."""
+    run(room, [{"kind": kind, **piece} for kind, piece in pieces_of(2).items()])
+    wrote = {"combine_kernel", "effect_kernel", "masked_kernel", "masked_effect_kernel"}
+    assert {name for name, *_ in room.launched} == wrote | {"measure_kernel", "histogram_kernel", "kept_kernel"}
+
+
+def test_tables_of_different_lengths_are_one_kernel(room):
+    """Where numbers begin is no reason to compile again."""
+    combine, odd = ({"kind": "combine", **pieces_of(n)["combine"], "stats_every": 0} for n in (2, 2))
+    odd["rows"], odd["outputs"] = odd["rows"] * 2, [*odd["outputs"], 1 << 23]
+    for pieces in ([combine], [combine] * 2, [odd], [odd, combine]):
+        run(room, pieces)
+    assert len({made.hash for _, made, _ in room.launched}) == 1
+
+
+def test_registers_hold_all_of_8_inputs(room, tmp_path):
+    """Nothing is spilled, on Hopper."""
+    run(room, [{"kind": kind, **piece} for kind, piece in pieces_of(8).items()])
+    file = tmp_path / "kernel.cubin"
+    for name, made, constants in room.launched:
+        file.write_bytes(made.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert " STACK:0 " in told and " LOCAL:0 " in told, f"{name} {constants}: {told}"
 
 
 def test_each_fma_is_written():

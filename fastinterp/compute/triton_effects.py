@@ -54,10 +54,10 @@ class Effects:
 
     def __init__(
         self, room: Room, kernel: Any, parts: Sequence[Part], constants: dict[str, Any],
-        *, every: int, measured: bool, flags: Any,
+        *, every: int, measured: bool, flags: Any, warps: int = 4,
     ):  # fmt: skip
         self._found: list[tuple[tuple[str, ...], list[tuple[int, int, int]], Any]] = []
-        block = room.block(512)
+        block = room.tile(512, 8192)
         table = Table(parts, [1] * len(parts))
         rows, numbers = table.on(room)
         for counts in (True, False) if measured else (True,):
@@ -67,7 +67,7 @@ class Effects:
                 found = room.zeros("int64" if counts else "float64", len(owners), 4)
                 room.launch(
                     kernel, len(spans), rows, numbers, flags, room.upload(_described(parts, spans), "int64"), found,
-                    **constants, COUNTS=counts, ALIGN=align, BLOCK=block,
+                    **constants, COUNTS=counts, ALIGN=align, BLOCK=block, warps=warps,
                 )  # fmt: skip
                 self._found.append((COUNTED if counts else SAMPLED, owners, room.fetch(found)))
 
@@ -91,7 +91,7 @@ def _cut(parts: Sequence[Part], out: int, every: int) -> dict[int, list[tuple[in
     for at, part in enumerate(parts):
         align = part.alignment(out)
         for begin, count in _samples(part, every) if every else _spans(part):
-            own = NATURAL if align == ALIGNED and (begin % 16 or count % 16) else align
+            own = NATURAL if align == ALIGNED and (begin | count) % 16 else align
             cuts.setdefault(own, []).append((at, begin, count))
     return cuts
 

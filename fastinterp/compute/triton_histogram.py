@@ -37,7 +37,7 @@ def histogram(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
         parts.append(part)
         kinds.append((part.codes, score_of(piece["score"]), alignment(part.addresses, part.codes, part.count)))
     counted, totals = room.zeros("int32", bins), room.zeros("int64", brackets, 2)
-    strips = STRIPS if not room.on_host else 256
+    strips = room.tile(STRIPS, 256)
     for kind in dict.fromkeys(kinds):
         some = [p for p, own in enumerate(kinds) if own == kind]
         _launch(
@@ -59,7 +59,10 @@ def _part(piece: Piece, bins: int, brackets: int) -> tuple[Part, int, list[int]]
         factors_of(score, part)
     every, strip = piece["every"], piece["first"] // STRIP
     start = -(-strip // every) * every - strip
-    looked = [min(STRIP, part.count - s * STRIP) for s in range(start, -(-part.count // STRIP), every)]
+    looked = range(start, -(-part.count // STRIP), every)
+    elements = len(looked) * STRIP
+    if looked:
+        elements -= max(0, (looked[-1] + 1) * STRIP - part.count)
     sizes = [((high - low) >> shift) + 1 for _, low, high, shift in ranked]
     # Those of one input next to each other; in front of them, for each input, where its own begin.
     order = sorted(range(len(ranked)), key=lambda b: 0 if score else ranked[b][0])
@@ -68,7 +71,7 @@ def _part(piece: Piece, bins: int, brackets: int) -> tuple[Part, int, list[int]]
     for b in order:
         _, low, high, shift = ranked[b]
         part.extra += [low, high, shift, bins + sum(sizes[:b]), brackets + b]
-    return part, sum(looked), sizes
+    return part, elements, sizes
 
 
 def _launch(

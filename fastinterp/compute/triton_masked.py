@@ -10,11 +10,12 @@ from typing import Any
 from fastinterp.compute.device import Piece
 from fastinterp.compute.triton_effects import Effects, Written
 from fastinterp.compute.triton_histogram import factors_of, score_of
-from fastinterp.compute.triton_measure import answer_of
+from fastinterp.compute.triton_measure import answer_of, fetched
 from fastinterp.compute.triton_room import CHUNK, Answer, Room, alignment, signed
 from fastinterp.compute.triton_tables import Part, Table, aligned, tiles_of
 
 WORDS = 1 << 32  # a random limit that draws nothing
+DRAWN = 3  # random keeps that a thread holds in registers for 4 or 8 elements; of more keeps, it does half as many
 OWN = 3  # deltas whose sums a program of `kept` holds in registers
 
 
@@ -99,15 +100,18 @@ def _launch(
     for place, part in enumerate(parts):
         part.flags = place
     flags = room.zeros("int32", len(parts))
-    block = room.block(1024)
+    block = room.tile(1024, 8192)
+    warps = 4 if sum(random) <= DRAWN else 8
     for align, some in aligned(parts, out).items():
         table = Table(some, tiles_of(some, block))
         room.launch(
             masked_kernel, table.tiles, *table.on(room), flags, len(some),
-            **named, STOCHASTIC=stochastic, TELL=every > 0, ALIGN=align, BLOCK=block, STEPS=table.steps,
+            **named, STOCHASTIC=stochastic, TELL=every > 0, ALIGN=align, BLOCK=block, STEPS=table.steps, warps=warps,
         )  # fmt: skip
     if every > 0:
-        effects = Effects(room, masked_effect_kernel, parts, named, every=every, measured=True, flags=flags)
+        effects = Effects(
+            room, masked_effect_kernel, parts, named, every=every, measured=True, flags=flags, warps=warps
+        )
         for i in dict.fromkeys(part.piece for part in parts):
             found[i].effects.append(effects)
 
@@ -117,28 +121,59 @@ def _launch(
 
 def kept(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
     """L1 norms, squares and counts of what keeps leave of deltas."""
+    same: dict[tuple[Any, ...], list[int]] = {}
+    for i, piece in enumerate(pieces):
+        kind = (
+            tuple(code for _, code in piece["inputs"]), tuple(map(is_random, piece["keeps"][1:])),
+            score_of(piece["score"]), piece["l1"], piece["squares"],
+        )  # fmt: skip
+        same.setdefault(kind, []).append(i)
+    answers: list[Answer | None] = [None] * len(pieces)
+    for kind, places in same.items():
+        for i, answer in zip(places, _kept(room, [pieces[i] for i in places], *kind), strict=True):
+            answers[i] = answer
+    return [answer for answer in answers if answer is not None]
+
+
+def _kept(
+    room: Room, pieces: Sequence[Piece], codes: tuple[int, ...], random: tuple[bool, ...], score: int, l1: bool,
+    squares: bool,
+) -> list[Answer]:  # fmt: skip
+    """Of pieces that are alike."""
     from fastinterp._triton.kept import kept_kernel
 
-    answers = []
+    n, together = len(codes), room.tile(1, 16)
+    warps = 2 if n <= 4 and sum(random) < DRAWN else 4
+    shapes: list[tuple[int, int]] = []
+    places = 0
+    alike: dict[int, list[tuple[Part, int]]] = {}
     for piece in pieces:
-        addresses, codes = zip(*piece["inputs"], strict=True)
-        n, score, keeps = len(codes), piece["score"], piece["keeps"][1:]
-        part = Part(
-            0, list(addresses), codes, [], [], [], bytearray(), [], 0, piece["numel"], piece["first"], piece["columns"],
-            extra=_tests(score, keeps),
-        )  # fmt: skip
-        if score and score[0] == "divergence":
-            factors_of(score, part)
-        part.groups = 0  # place of the first answer
-        chunks, together = -(-part.count // CHUNK), 16 if room.on_host else 1
-        found, counted = room.zeros("float64", chunks, 3 * n), room.zeros("int32", chunks, 2 * n)
-        table = Table([part], [-(-chunks // together)])
+        part = _left(piece, codes)
+        part.groups = places  # of its first answer
+        chunks = -(-part.count // CHUNK)
+        alike.setdefault(alignment(part.addresses, codes, part.count), []).append((part, -(-chunks // together)))
+        shapes.append((places, places + chunks))
+        places += chunks
+    found, counted = room.zeros("float64", places, 3 * n), room.zeros("int32", places, 2 * n)
+    for align, some in alike.items():
+        table = Table([part for part, _ in some], [tiles for _, tiles in some])
+        told = table.on(room)
         for first in range(0, n - 1, OWN):
             room.launch(
-                kept_kernel, table.tiles, *table.on(room), found, counted, 1,
-                N=n, DT=codes, WIDE=0 in codes, OWN=tuple(range(first, min(first + OWN, n - 1))),
-                RANDOM=tuple(map(is_random, keeps)), SCORE=score_of(score), L1=piece["l1"], SQUARES=piece["squares"],
-                ALIGN=alignment(addresses, codes, part.count), TILES=together, STEPS=table.steps, warps=2,
+                kept_kernel, table.tiles, *told, found, counted, len(some),
+                N=n, DT=codes, WIDE=0 in codes, OWN=tuple(range(first, min(first + OWN, n - 1))), RANDOM=random,
+                SCORE=score, L1=l1, SQUARES=squares, ALIGN=align, TILES=together, STEPS=table.steps, warps=warps,
             )  # fmt: skip
-        answers.append(answer_of(room, found[None], counted[None]))
-    return answers
+    found, counted = fetched(room, found, counted)
+    return [answer_of(room, found[None, begin:end], counted[None, begin:end]) for begin, end in shapes]
+
+
+def _left(piece: Piece, codes: tuple[int, ...]) -> Part:
+    addresses = [address for address, _ in piece["inputs"]]
+    part = Part(
+        0, addresses, codes, [], [], [], bytearray(), [], 0, piece["numel"], piece["first"], piece["columns"],
+        extra=_tests(piece["score"], piece["keeps"][1:]),
+    )  # fmt: skip
+    if piece["score"] and piece["score"][0] == "divergence":
+        factors_of(piece["score"], part)
+    return part

@@ -76,11 +76,16 @@ def _part(piece: Piece, begin: int, count: int, columns: int, place: int) -> Par
 
 
 def _launch(
-    room: Room, kernel: Any, parts: Sequence[Part], tiles: Sequence[int], deltas: bool, found: Any, counted: Any
-) -> None:
-    """All sums of parts whose inputs have the same dtypes. tiles: of each, of which a program may do several."""
+    room: Room, kernel: Any, parts: Sequence[Part], tiles: Sequence[int], deltas: bool, found: Any, counted: Any,
+    ahead: int,
+) -> None:  # fmt: skip
+    """All sums of parts whose inputs have the same dtypes.
+
+    tiles  of each, of which a program may do several
+    ahead  steps of few inputs that are loaded at the same time: bytes in flight, as far as registers hold them
+    """
     codes = parts[0].codes
-    wide, together = 0 in codes, 64 if room.on_host else 1
+    wide, together = 0 in codes, room.tile(1, 64)
     aligned: dict[int, list[int]] = {}
     for p, part in enumerate(parts):
         aligned.setdefault(alignment(part.addresses, codes, part.columns), []).append(p)
@@ -91,8 +96,9 @@ def _launch(
             room.launch(
                 kernel, table.tiles, rows, found, counted, len(places),
                 DT=tuple(codes[i] for i in sums.inputs), WIDE=wide, DELTAS=deltas, PAIRS=sums.pairs, ALONE=sums.alone,
-                PLACES=sums.places, WIDTH=_width(len(codes)), COUNTS=len(codes), ALIGN=align, TILES=together,
-                STEPS=table.steps, warps=1 if len(sums.pairs) <= 3 else 2,
+                PLACES=sums.places, WIDTH=_width(len(codes)), COUNTS=len(codes), ALIGN=align,
+                AHEAD=room.tile(ahead if len(sums.inputs) <= TOGETHER else 2, 1), TILES=together, STEPS=table.steps,
+                warps=1 if len(sums.pairs) <= 3 else 2,
             )  # fmt: skip
 
 
@@ -117,7 +123,8 @@ def _rows(room: Room, pieces: Sequence[Piece], codes: tuple[int, ...], deltas: b
         place += rows * chunks
     found, counted = room.zeros("float64", place, _width(len(codes))), room.zeros("int32", place, len(codes))
     if parts:
-        _launch(room, measure_kernel, parts, tiles, deltas, found, counted)
+        _launch(room, measure_kernel, parts, tiles, deltas, found, counted, 4)
+    found, counted = fetched(room, found, counted)
     answers = []
     for place, rows, chunks in shapes:
         sums = found[place : place + rows * chunks].reshape(rows, chunks, found.shape[1])
@@ -142,7 +149,8 @@ def _columns(room: Room, pieces: Sequence[Piece], codes: tuple[int, ...], deltas
     width, n = _width(len(codes)), len(codes)
     found, counted = room.zeros("float64", place * width), room.zeros("int32", place * n)
     if parts:
-        _launch(room, measure_columns_kernel, parts, tiles, deltas, found, counted)
+        _launch(room, measure_columns_kernel, parts, tiles, deltas, found, counted, 2)
+    found, counted = fetched(room, found, counted)
     answers = []
     for place, blocks, columns in shapes:
         end = place + blocks * columns
@@ -152,11 +160,16 @@ def _columns(room: Room, pieces: Sequence[Piece], codes: tuple[int, ...], deltas
     return answers
 
 
+def fetched(room: Room, found: Any, counted: Any) -> tuple[Any, Any]:
+    """What a launch found, in one copy; or as it is, where there is so much that it is folded first."""
+    return (found, counted) if found.numel() > FETCHED else (room.fetch(found), room.fetch(counted))
+
+
 def answer_of(room: Room, sums: Any, counts: Any, columns: int = 1) -> Answer:
-    """sums  f64[rows, chunks, numbers]; counts  i32, likewise. With `columns`, numbers are [kinds, columns]."""
-    if sums.numel() > FETCHED:
-        sums, counts = fold(sums), counts.sum(dim=1, keepdim=True)
-    sums, counts = room.fetch(sums), room.fetch(counts)
+    """sums  f64[rows, chunks, numbers]; counts  i32, likewise: fetched or not. With `columns`, numbers are
+    [kinds, columns]."""
+    if sums.device.type != "cpu":
+        sums, counts = room.fetch(fold(sums)), room.fetch(counts.sum(dim=1, keepdim=True))
 
     def answer() -> tuple[Any, Any]:
         reals, nonzero = fold(sums), counts.sum(dim=1)

@@ -66,9 +66,9 @@ class Room:
         with _INTERPRETER, np.errstate(all="ignore"):
             yield
 
-    def block(self, most: int) -> int:
-        """Elements of a tile: the interpreter takes as long for a large one as for a small one."""
-        return 8192 if self.on_host else most
+    def tile(self, compiled: int, interpreted: int) -> int:
+        """How much a program does: the interpreter takes as long for much as for little, and compilers do not."""
+        return interpreted if self.on_host else compiled
 
 
 class Answer:
@@ -88,7 +88,10 @@ def signed(word: int) -> int:
 
 def alignment(addresses: Sequence[int], codes: Sequence[int], *counts: int) -> int:
     """What a kernel may count on; counts: of elements, that must be multiples of 16 where it is ALIGNED."""
-    if all(a % 16 == 0 for a in (*addresses, *counts)):
+    low = 0
+    for number in (*addresses, *counts):
+        low |= number
+    if low % 16 == 0:
         return ALIGNED
     natural = all(a % SIZES[code] == 0 for a, code in zip(addresses, codes, strict=True))
     return NATURAL if natural else BYTES
@@ -97,4 +100,4 @@ def alignment(addresses: Sequence[int], codes: Sequence[int], *counts: int) -> i
 def steps(rows: int) -> int:
     """Halvings that find one of so many rows: few different ones, since each is a kernel of its own."""
     needed = max(0, (rows - 1).bit_length())
-    return next(s for s in (4, 8, 12, 20, 31) if s >= needed)
+    return next(s for s in (4, 6, 8, 10, 12, 20, 31) if s >= needed)

@@ -39,26 +39,27 @@ def _plain(i: int, piece: Piece) -> list[Part]:
         kind = PLAIN
         if not terms and total == 1.0:
             kind = COPY if piece["inputs"][pivot][1] == piece["out_dtype"] else CONVERT
-        alike.setdefault((kind, pivot, *(t for t, _ in terms)), []).append(j)
+        alike.setdefault((kind, pivot, *[t for t, _ in terms]), []).append(j)
     parts = []
     for (kind, *used), rows in alike.items():
         numbers = array("d")
         for j in rows:
             _, total, terms = piece["rows"][j]
-            numbers.extend((total, *(w for _, w in terms)))
-        parts.append(_part(i, piece, kind, used, rows, bytearray(numbers.tobytes())))
+            numbers.append(total)
+            numbers.extend([w for _, w in terms])
+        parts.append(_part(i, piece, kind, used, rows, bytearray(numbers)))
     return parts
 
 
 def _part(i: int, piece: Piece, kind: int, used: Sequence[int], rows: list[int], numbers: bytearray) -> Part:
     """`used`: pivot and terms."""
-    inputs, keys = piece["inputs"], piece.get("keys") or [0] * len(piece["outputs"])
+    inputs, outputs, keys = piece["inputs"], piece["outputs"], piece.get("keys")
     return Part(
         piece=i,
         addresses=[inputs[u][0] for u in used],
-        codes=tuple(inputs[u][1] for u in used),
-        outs=[piece["outputs"][j] for j in rows],
-        keys=[keys[j] for j in rows],
+        codes=tuple([inputs[u][1] for u in used]),
+        outs=[outputs[j] for j in rows],
+        keys=[keys[j] for j in rows] if keys else [0] * len(rows),
         rows=rows,
         numbers=numbers,
         affine=[piece["rows"][j][1] == 1.0 for j in rows] if kind == PLAIN else [True] * len(rows),
@@ -80,7 +81,7 @@ def _groups(i: int, piece: Piece) -> list[Part]:
         own = _doubles(totals)
         numbers = bytearray(own[begin:end].tobytes()) + _doubles(weights)[begin * n : end * n].tobytes()
         part = _part(i, piece, BY_ROW if by_row else BY_COLUMN, [pivot, *inputs], [j], numbers)
-        part.affine = [all(total == 1.0 for total in own)]
+        part.affine = [own.tolist().count(1.0) == len(own)]
         part.columns, part.group, part.groups = columns, begin, end - begin
         parts.append(part)
     return parts
@@ -106,7 +107,9 @@ def _run(
         part.flags = flags
         flags += len(part.outs)
     told = room.zeros("int32", max(1, flags))
-    block = room.block(2048 if constants["N"] <= 4 else 1024)
+    # 16 elements a thread where they are few enough to be held in registers, else 8.
+    few = constants["N"] <= 4 and constants["PER"] not in (BY_ROW, BY_COLUMN) and not stochastic
+    block = room.tile(2048 if few else 1024, 8192)
     for align, some in aligned(parts, constants["OUT"]).items():
         table = Table(some, tiles_of(some, block))
         room.launch(

@@ -40,6 +40,8 @@ class Part:
 
     def at(self, begin: int, count: int, out_code: int) -> Part:
         """Some of its elements."""
+        if not begin and count == self.count:
+            return self
         addresses = [a + begin * SIZES[c] for a, c in zip(self.addresses, self.codes, strict=True)]
         outs = [out + begin * SIZES[out_code] for out in self.outs]
         return replace(self, addresses=addresses, outs=outs, count=count, first=self.first + begin)
@@ -58,25 +60,34 @@ class Table:
     def __init__(self, parts: Sequence[Part], tiles: Sequence[int]):
         """tiles: programs for each part."""
         width = 11 + len(parts[0].addresses)
-        rows, pool, numbers = array("q"), array("q"), bytearray()
+        rows: list[int] = []
+        pool: list[int] = []
+        numbers = bytearray()
         first, end = 0, width * len(parts)
         for part, count in zip(parts, tiles, strict=True):
-            rows.extend(
-                (first, part.count, part.first, end + len(pool), len(part.outs), part.place + len(numbers) // 8)
-            )
-            extra = end + len(pool) + 3 * len(part.outs)
-            rows.extend((part.flags, part.columns, part.group, part.groups, extra))
-            rows.extend(part.addresses)
-            pool.extend(part.outs)
-            pool.extend(map(signed, part.keys))
-            pool.extend(map(int, part.affine))
-            pool.extend(part.extra)
+            outs = end + len(pool)
+            pool += part.outs
+            pool += [signed(key) for key in part.keys]
+            pool += part.affine
+            rows += (
+                first, part.count, part.first, outs, len(part.outs), part.place + len(numbers) // 8,
+                part.flags, part.columns, part.group, part.groups, end + len(pool), *part.addresses,
+            )  # fmt: skip
+            pool += part.extra
             numbers += part.numbers
             first += count
-        self.rows, self.tiles, self.numbers, self.steps = rows + pool, first, numbers, steps(len(parts))
+        # An even number of them, so that the numbers behind them begin at a multiple of 16, too: for addresses that are
+        # none, kernels are compiled once more.
+        self._words = array("q", rows + pool + [0] * (len(rows) + len(pool) & 1))
+        self._numbers_at, self.tiles, self.steps = len(self._words), first, steps(len(parts))
+        self._words.frombytes(numbers or bytes(8))
 
     def on(self, room: Room) -> tuple[Any, Any]:
-        return room.upload(self.rows, "int64"), room.upload(self.numbers, "float64")
+        """The rows, i64, and the numbers, f64: in one copy to the device."""
+        import torch
+
+        words = room.upload(self._words, "int64")
+        return words[: self._numbers_at], words[self._numbers_at :].view(torch.float64)
 
 
 def tiles_of(parts: Sequence[Part], block: int) -> list[int]:

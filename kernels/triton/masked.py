@@ -233,6 +233,9 @@ def masked_effect_kernel(
     row = table + tl.load(span) * (HEADER + N)
     begin = tl.load(span + 1)
     end = begin + tl.load(span + 2)
+    if ALIGN == 16:
+        begin = tl.multiple_of(begin, 16)
+        end = tl.multiple_of(end, 16)
     first = tl.load(row + FIRST)
     lanes = tl.arange(0, BLOCK)
     out = tl.load(table + tl.load(row + OUTS))

@@ -34,12 +34,20 @@ def _addresses(row, N: tl.constexpr):
 
 
 @triton.jit
-def _vectors(inputs, offs, mask, DT: tl.constexpr, WIDE: tl.constexpr, DELTAS: tl.constexpr, ALIGN: tl.constexpr):
-    """The inputs at `offs`, or the first and the others' deltas from it: in the compute type."""
-    x0 = widen(load_codes(inputs[0], offs, mask, DT[0], ALIGN), DT[0], WIDE)
+def _codes(inputs, offs, mask, DT: tl.constexpr, ALIGN: tl.constexpr):
+    codes = ()
+    for i in tl.static_range(len(DT)):
+        codes = codes + (load_codes(inputs[i], offs, mask, DT[i], ALIGN),)
+    return codes
+
+
+@triton.jit
+def _vectors(codes, DT: tl.constexpr, WIDE: tl.constexpr, DELTAS: tl.constexpr):
+    """The inputs, or the first and the others' deltas from it: in the compute type."""
+    x0 = widen(codes[0], DT[0], WIDE)
     vectors = (x0,)
     for i in tl.static_range(1, len(DT)):
-        x = widen(load_codes(inputs[i], offs, mask, DT[i], ALIGN), DT[i], WIDE)
+        x = widen(codes[i], DT[i], WIDE)
         vectors = vectors + ((x - x0 if DELTAS else x),)
     return vectors
 
@@ -75,6 +83,7 @@ def measure_kernel(
     WIDTH: tl.constexpr,
     COUNTS: tl.constexpr,
     ALIGN: tl.constexpr,
+    AHEAD: tl.constexpr,  # steps whose elements are on their way at the same time: a divisor of 64
     TILES: tl.constexpr,  # chunks of a program, that it sums at the same time
     STEPS: tl.constexpr,
 ):
@@ -98,10 +107,13 @@ def measure_kernel(
     lanes = begin[:, None] + tl.arange(0, LANES)[None, :]
     sums = _no_sums(len(PAIRS) + len(ALONE), TILES, tl.float64)
     counts = _no_sums(len(ALONE), TILES, tl.int32)
-    for start in range(0, tl.minimum(columns, CHUNK), LANES):
-        offs = lanes + start
-        vectors = _vectors(inputs, offs, offs < end[:, None], DT, WIDE, DELTAS, ALIGN)
-        sums, counts = _add(sums, counts, vectors, PAIRS, ALONE)
+    for start in range(0, tl.minimum(columns, CHUNK), LANES * AHEAD):
+        codes = ()
+        for ahead in tl.static_range(AHEAD):
+            offs = lanes + start + ahead * LANES
+            codes = codes + (_codes(inputs, offs, offs < end[:, None], DT, ALIGN),)
+        for ahead in tl.static_range(AHEAD):
+            sums, counts = _add(sums, counts, _vectors(codes[ahead], DT, WIDE, DELTAS), PAIRS, ALONE)
     answer = tl.load(row + NUMBERS) + chunk
     for k in tl.static_range(len(PAIRS) + len(ALONE)):
         tl.store(found + answer * WIDTH + PLACES[k], fold(sums[k], TILES, LANES, 8), mask=here)
@@ -125,6 +137,7 @@ def measure_columns_kernel(
     WIDTH: tl.constexpr,
     COUNTS: tl.constexpr,
     ALIGN: tl.constexpr,
+    AHEAD: tl.constexpr,
     TILES: tl.constexpr,  # of a program: blocks of rows and LANES columns
     STEPS: tl.constexpr,
 ):
@@ -143,10 +156,13 @@ def measure_columns_kernel(
     mask = (column < columns) & (block * BLOCK_ROWS < rows)
     sums = _no_sums(len(PAIRS) + len(ALONE), TILES, tl.float64)
     counts = _no_sums(len(ALONE), TILES, tl.int32)
-    for step in range(tl.minimum(rows, BLOCK_ROWS)):
-        r = block * BLOCK_ROWS + step
-        vectors = _vectors(inputs, r * columns + column, mask & (r < rows), DT, WIDE, DELTAS, ALIGN)
-        sums, counts = _add(sums, counts, vectors, PAIRS, ALONE)
+    for step in range(0, tl.minimum(rows, BLOCK_ROWS), AHEAD):
+        codes = ()
+        for ahead in tl.static_range(AHEAD):
+            r = block * BLOCK_ROWS + step + ahead
+            codes = codes + (_codes(inputs, r * columns + column, mask & (r < rows), DT, ALIGN),)
+        for ahead in tl.static_range(AHEAD):
+            sums, counts = _add(sums, counts, _vectors(codes[ahead], DT, WIDE, DELTAS), PAIRS, ALONE)
     first = tl.load(row + NUMBERS)
     for k in tl.static_range(len(PAIRS) + len(ALONE)):
         tl.store(found + first * WIDTH + (block * WIDTH + PLACES[k]) * columns + column, sums[k], mask=mask)

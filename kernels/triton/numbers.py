@@ -26,7 +26,8 @@ def load_codes(address, offs, mask, D: tl.constexpr, ALIGN: tl.constexpr):
     if ALIGN == BYTES and D < 4:
         codes = _load_bytes(address, offs, mask, D)
     else:
-        codes = tl.load(_elements_at(address, D, ALIGN) + offs, mask=mask, other=0)
+        # The table stays in the first cache, and what is read but once leaves it first.
+        codes = tl.load(_elements_at(address, D, ALIGN) + offs, mask=mask, other=0, eviction_policy="evict_first")
     return codes
 
 
