@@ -32,7 +32,8 @@ def is_kept(d, keep, e, RANDOM: tl.constexpr):
     mag = magnitude(d).to(tl.int64)
     kept = (mag >= tl.load(keep)) & (mag <= tl.load(keep + 1))
     if RANDOM:
-        kept = kept & is_drawn(e, tl.load(keep + 2), tl.load(keep + 3))
+        # Volatile, or compilers make the keys of all rounds before a loop, and have no registers left in it.
+        kept = kept & is_drawn(e, tl.load(keep + 2), tl.load(keep + 3, volatile=True))
     return kept
 
 
