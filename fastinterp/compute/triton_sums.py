@@ -81,7 +81,7 @@ def _groups(i: int, piece: Piece) -> list[Part]:
         own = _doubles(totals)
         numbers = bytearray(own[begin:end].tobytes()) + _doubles(weights)[begin * n : end * n].tobytes()
         part = _part(i, piece, BY_ROW if by_row else BY_COLUMN, [pivot, *inputs], [j], numbers)
-        part.affine = [own.tolist().count(1.0) == len(own)]
+        part.affine = [list(own).count(1.0) == len(own)]
         part.columns, part.group, part.groups = columns, begin, end - begin
         parts.append(part)
     return parts
