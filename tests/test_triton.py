@@ -84,7 +84,7 @@ def measuring(n: int) -> dict[str, Any]:
     return {
         "DT": (BF16,) * len(sums.inputs), "WIDE": False, "DELTAS": True, "PAIRS": sums.pairs, "ALONE": sums.alone,
         "PLACES": sums.places, "WIDTH": n * (n + 1) // 2 + n, "COUNTS": n, "ALIGN": 16, "TILES": 1, "STEPS": 4,
-        "AHEAD": 4 if len(sums.inputs) <= 4 else 2,
+        "AHEAD": 2,
     }  # fmt: skip
 
 

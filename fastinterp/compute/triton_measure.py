@@ -82,7 +82,7 @@ def _launch(
     """All sums of parts whose inputs have the same dtypes.
 
     tiles  of each, of which a program may do several
-    ahead  steps of few inputs that are loaded at the same time: bytes in flight, as far as registers hold them
+    ahead  steps of few inputs that are loaded while others are added: bytes in flight, as far as registers hold them
     """
     codes = parts[0].codes
     wide, together = 0 in codes, room.tile(1, 64)
@@ -97,7 +97,7 @@ def _launch(
                 kernel, table.tiles, rows, found, counted, len(places),
                 DT=tuple(codes[i] for i in sums.inputs), WIDE=wide, DELTAS=deltas, PAIRS=sums.pairs, ALONE=sums.alone,
                 PLACES=sums.places, WIDTH=_width(len(codes)), COUNTS=len(codes), ALIGN=align,
-                AHEAD=room.tile(ahead if len(sums.inputs) <= TOGETHER else 2, 1), TILES=together, STEPS=table.steps,
+                AHEAD=room.tile(ahead if len(sums.inputs) <= 2 else 1, 1), TILES=together, STEPS=table.steps,
                 warps=1 if len(sums.pairs) <= 3 else 2,
             )  # fmt: skip
 
@@ -123,7 +123,7 @@ def _rows(room: Room, pieces: Sequence[Piece], codes: tuple[int, ...], deltas: b
         place += rows * chunks
     found, counted = room.zeros("float64", place, _width(len(codes))), room.zeros("int32", place, len(codes))
     if parts:
-        _launch(room, measure_kernel, parts, tiles, deltas, found, counted, 4)
+        _launch(room, measure_kernel, parts, tiles, deltas, found, counted, 2)
     found, counted = fetched(room, found, counted)
     answers = []
     for place, rows, chunks in shapes:

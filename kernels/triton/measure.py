@@ -34,20 +34,23 @@ def _addresses(row, N: tl.constexpr):
 
 
 @triton.jit
-def _codes(inputs, offs, mask, DT: tl.constexpr, ALIGN: tl.constexpr):
+def _codes(inputs, offs, apart, end, mask, DT: tl.constexpr, AHEAD: tl.constexpr, ALIGN: tl.constexpr):
+    """Of AHEAD steps, which are so far apart and end there: the codes of all inputs, step by step."""
     codes = ()
-    for i in tl.static_range(len(DT)):
-        codes = codes + (load_codes(inputs[i], offs, mask, DT[i], ALIGN),)
+    for step in tl.static_range(AHEAD):
+        at = offs + step * apart
+        for i in tl.static_range(len(DT)):
+            codes = codes + (load_codes(inputs[i], at, mask & (at < end), DT[i], ALIGN),)
     return codes
 
 
 @triton.jit
-def _vectors(codes, DT: tl.constexpr, WIDE: tl.constexpr, DELTAS: tl.constexpr):
-    """The inputs, or the first and the others' deltas from it: in the compute type."""
-    x0 = widen(codes[0], DT[0], WIDE)
+def _vectors(codes, step: tl.constexpr, DT: tl.constexpr, WIDE: tl.constexpr, DELTAS: tl.constexpr):
+    """The inputs at a step, or the first and the others' deltas from it: in the compute type."""
+    x0 = widen(codes[step * len(DT)], DT[0], WIDE)
     vectors = (x0,)
     for i in tl.static_range(1, len(DT)):
-        x = widen(codes[i], DT[i], WIDE)
+        x = widen(codes[step * len(DT) + i], DT[i], WIDE)
         vectors = vectors + ((x - x0 if DELTAS else x),)
     return vectors
 
@@ -83,7 +86,7 @@ def measure_kernel(
     WIDTH: tl.constexpr,
     COUNTS: tl.constexpr,
     ALIGN: tl.constexpr,
-    AHEAD: tl.constexpr,  # steps whose elements are on their way at the same time: a divisor of 64
+    AHEAD: tl.constexpr,  # steps whose elements are loaded while as many are added: a divisor of 64
     TILES: tl.constexpr,  # chunks of a program, that it sums at the same time
     STEPS: tl.constexpr,
 ):
@@ -107,13 +110,14 @@ def measure_kernel(
     lanes = begin[:, None] + tl.arange(0, LANES)[None, :]
     sums = _no_sums(len(PAIRS) + len(ALONE), TILES, tl.float64)
     counts = _no_sums(len(ALONE), TILES, tl.int32)
+    codes = _codes(inputs, lanes, LANES, end[:, None], here[:, None], DT, AHEAD, ALIGN)
     for start in range(0, tl.minimum(columns, CHUNK), LANES * AHEAD):
-        codes = ()
-        for ahead in tl.static_range(AHEAD):
-            offs = lanes + start + ahead * LANES
-            codes = codes + (_codes(inputs, offs, offs < end[:, None], DT, ALIGN),)
-        for ahead in tl.static_range(AHEAD):
-            sums, counts = _add(sums, counts, _vectors(codes[ahead], DT, WIDE, DELTAS), PAIRS, ALONE)
+        # On their way while these are added: else bytes in flight would be few.
+        offs = lanes + start + LANES * AHEAD
+        more = _codes(inputs, offs, LANES, end[:, None], here[:, None], DT, AHEAD, ALIGN)
+        for step in tl.static_range(AHEAD):
+            sums, counts = _add(sums, counts, _vectors(codes, step, DT, WIDE, DELTAS), PAIRS, ALONE)
+        codes = more
     answer = tl.load(row + NUMBERS) + chunk
     for k in tl.static_range(len(PAIRS) + len(ALONE)):
         tl.store(found + answer * WIDTH + PLACES[k], fold(sums[k], TILES, LANES, 8), mask=here)
@@ -156,13 +160,15 @@ def measure_columns_kernel(
     mask = (column < columns) & (block * BLOCK_ROWS < rows)
     sums = _no_sums(len(PAIRS) + len(ALONE), TILES, tl.float64)
     counts = _no_sums(len(ALONE), TILES, tl.int32)
-    for step in range(0, tl.minimum(rows, BLOCK_ROWS), AHEAD):
-        codes = ()
-        for ahead in tl.static_range(AHEAD):
-            r = block * BLOCK_ROWS + step + ahead
-            codes = codes + (_codes(inputs, r * columns + column, mask & (r < rows), DT, ALIGN),)
-        for ahead in tl.static_range(AHEAD):
-            sums, counts = _add(sums, counts, _vectors(codes[ahead], DT, WIDE, DELTAS), PAIRS, ALONE)
+    offs = block * BLOCK_ROWS * columns + column
+    end = tl.minimum(block * BLOCK_ROWS + BLOCK_ROWS, rows) * columns
+    codes = _codes(inputs, offs, columns, end, mask, DT, AHEAD, ALIGN)
+    for _ in range(0, tl.minimum(rows, BLOCK_ROWS), AHEAD):
+        offs += columns * AHEAD
+        more = _codes(inputs, offs, columns, end, mask, DT, AHEAD, ALIGN)
+        for step in tl.static_range(AHEAD):
+            sums, counts = _add(sums, counts, _vectors(codes, step, DT, WIDE, DELTAS), PAIRS, ALONE)
+        codes = more
     first = tl.load(row + NUMBERS)
     for k in tl.static_range(len(PAIRS) + len(ALONE)):
         tl.store(found + first * WIDTH + (block * WIDTH + PLACES[k]) * columns + column, sums[k], mask=mask)
