@@ -129,7 +129,7 @@ def case(name: str, target: Any) -> Any:
     return compiled(kernel, target, arguments, constants, warps)
 
 
-@pytest.mark.parametrize("target", [SM90, SM100, GFX942], ids=lambda t: f"{t.backend}-{t.arch}")
+@pytest.mark.parametrize("target", [SM80, SM90, SM100, GFX942], ids=lambda t: f"{t.backend}-{t.arch}")
 @pytest.mark.parametrize("name", CASES)
 def test_compiles(name, target):
     """Each operation says how it rounds, so that none is contracted, and flushes nothing."""
