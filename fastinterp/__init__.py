@@ -101,6 +101,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "_C":
+        return _native()
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
@@ -108,6 +110,21 @@ def __getattr__(name: str) -> object:
     value: object = getattr(import_module(_HOMES.get(name, "fastinterp.errors")), name)
     globals()[name] = value  # the next use does not come here again
     return value
+
+
+def _native() -> object:
+    """The extension; what is wrong, if it is not there."""
+    from importlib import import_module
+
+    try:
+        return import_module("fastinterp._C")
+    except ModuleNotFoundError as error:
+        if error.name != "fastinterp._C":
+            raise
+        raise ImportError(
+            f"{__path__[0]} is fastinterp's source, without its compiled part. Python found it before the installed "
+            "package: start it in another folder, or build in place: pip install -e ."
+        ) from None
 
 
 def __dir__() -> list[str]:

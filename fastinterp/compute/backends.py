@@ -24,7 +24,7 @@ _KNOWN = "auto, cpu, cuda, triton"
 # Backends for accelerators, the one to prefer first: what each needs, and the remedy where that is missing.
 _EXTRA = "pip install 'fastinterp[gpu]'"
 _NEEDS = {
-    "cuda": {"fastinterp._cuda": "nvcc was not found when fastinterp was built. Install it and build again"},
+    "cuda": {"fastinterp._cuda": "fastinterp was built without it, or without nvcc. Install nvcc, build again"},
     "triton": {"torch": _EXTRA, "triton": _EXTRA},
 }
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, under Windows, of AMD
@@ -160,7 +160,7 @@ def _backend(name: str) -> _Backend:
     try:
         count = cuda.device_count()
     except BackendError as error:
-        return _Backend(str(error), 0, _none)
+        return _Backend(str(error) if maybe_driver() else "there is no GPU driver on this machine", 0, _none)
     return _Backend(None if count else "no device is visible", count, cuda.device)
 
 

@@ -293,8 +293,8 @@ class OutFolder:
             pid = int(match["pid"])
             if match["host"] == SHARED and not self._force:
                 raise self._error(
-                    f"a merge that several processes began is not finished: {quote(name)}. Start the same one again, "
-                    "with the same inputs and options, and it goes on; or remove what is there with --force"
+                    f"a merge that several processes began is not finished: {quote(name)}. Start the same one again "
+                    "with torchrun or srun, inputs and options unchanged, and it goes on; or replace it: --force"
                 )
             if match["host"] not in (self._host, SHARED) and not self._force:
                 raise self._error(

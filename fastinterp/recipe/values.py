@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -166,6 +167,10 @@ def _read_as_text(given: Any) -> str:
         return ""
     if "," in given:
         return f". A decimal comma? Write {number:g}"
+    if not math.isfinite(number):
+        return ". It must be finite"
+    if "e" not in given.lower():
+        return f". Quoted it is text: write {number:g}, without quotes"
     return f". YAML reads it as text: write a point and a sign ({number:.1e}), and no quotes"
 
 
