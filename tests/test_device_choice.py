@@ -113,8 +113,6 @@ def test_what_is_missing_is_said(monkeypatch):
 def test_without_a_build_the_remedy_is_told(monkeypatch):
     monkeypatch.setattr(backends, "built", lambda module: False)
     with pytest.raises(BackendError, match=r"built without it, or without nvcc.*pip install 'fastinterp"):
-        BackendError, match=r"fastinterp was built without it, or without nvcc.*pip install 'fastinterp"
-    ):
         find_devices(wish_of("cuda"))
     assert not backends.maybe_devices()
 

@@ -100,7 +100,11 @@ class TritonDevice:
         import torch
 
         with _explained(f"memory of {nbytes} bytes on {self.name}", OutOfMemory):
-            return TritonBuffer(torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device), nbytes)
+            found = torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+            if not self.host_only:
+                # Torch may give memory that the current stream still uses; it is for other streams.
+                torch.cuda.current_stream(self.index).synchronize()
+            return TritonBuffer(found, nbytes)
 
     def host(self, nbytes: int) -> TritonBuffer:
         import torch
@@ -224,8 +228,11 @@ class TritonQueue:
     def record(self) -> TritonEvent:
         if self._stream is None:
             return TritonEvent(None, self.device.name)
+        import torch
+
         with _explained(f"event of {self.device.name}"):
-            return TritonEvent(self._stream.record_event(), self.device.name)
+            # Whoever waits for it sleeps: the processor has other threads to run.
+            return TritonEvent(self._stream.record_event(torch.cuda.Event(blocking=True)), self.device.name)
 
     def after(self, event: TritonEvent) -> None:
         if self._stream is not None and event.event is not None:
