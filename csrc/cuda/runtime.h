@@ -32,7 +32,8 @@ std::string device_label(int device);
 // Free memory now, in bytes.
 int64_t free_bytes(int device);
 
-// Makes a device the calling thread's own, for a scope.
+// Makes a device the calling thread's own, for a scope. Afterwards the thread has the context that it had, or none: to
+// set the device that it had instead would make a context there, of hundreds of megabytes, even if nobody uses it.
 class OnDevice {
  public:
   explicit OnDevice(int device);
@@ -41,7 +42,7 @@ class OnDevice {
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
-  int before_ = 0;
+  void* before_ = nullptr;  // a CUcontext
 };
 
 // Memory of a device (host = false), or of the host and pinned. free() waits until the device is done with it.

@@ -117,6 +117,10 @@ class Fake:
         """Bytes of the device's memory in use."""
         return int(self._lib.fake_used(device))
 
+    def has_context(self, device: int) -> bool:
+        """Whether anything has made a context on the device since the reset."""
+        return bool(self._lib.fake_has_context(device))
+
     def host_blocks(self) -> int:
         """Blocks of pinned host memory in use."""
         return int(self._lib.fake_host_blocks())
