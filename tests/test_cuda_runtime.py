@@ -146,6 +146,19 @@ def test_other_devices_get_no_context(fake):
     assert [fake.has_context(i) for i in range(3)] == [False, True, False]
 
 
+def test_memory_of_launches_is_kept_between_waits(fake):
+    device = cuda.device(0)
+    queue, held = device.queue(), device.memory(64)
+    piece = {"kind": "measure", "inputs": [(held.address, 1)], "numel": 8, "first": 0}
+    for _ in range(3):
+        queue.run([piece])
+    assert fake.kept() == 64 << 20
+    assert fake.calls("cudaMemPoolSetAttribute") == 1
+    fake.kept(0, 1 << 40)  # as others want it, who use the same pool
+    cuda.device(0).queue().run([piece])
+    assert fake.kept() == 1 << 40
+
+
 def test_somebody_elses_stream(fake):
     device = cuda.device(0)
     own = device.queue()

@@ -17,6 +17,8 @@ namespace {
   throw Error(text, error == cudaErrorMemoryAllocation);
 }
 
+constexpr uint64_t kKeptScratch = 64 << 20;  // bytes of each device
+
 // What the runtime has no functions for, in the library that it opens itself.
 struct Driver {
   int (*get)(void**);  // cuCtxGetCurrent
@@ -164,6 +166,17 @@ std::shared_ptr<HostPool::Block> HostPool::take(int64_t bytes) {
   });
 }
 
+void HostPool::keep_scratch() {
+  std::call_once(kept_, [this] {
+    cudaMemPool_t pool = nullptr;
+    uint64_t kept = 0, wanted = kKeptScratch;
+    check(cudaDeviceGetDefaultMemPool(&pool, device_), "cudaDeviceGetDefaultMemPool", device_);
+    check(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept), "cudaMemPoolGetAttribute", device_);
+    if (kept >= wanted) return;  // others use the same pool
+    check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &wanted), "cudaMemPoolSetAttribute", device_);
+  });
+}
+
 Queue::Queue(int device, std::shared_ptr<HostPool> pool) : device_(device), own_(true), pool_(std::move(pool)) {
   const OnDevice on(device);
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate", device);
@@ -245,6 +258,7 @@ Scratch::Scratch(Queue* queue, int64_t bytes, const char* what) : queue_(queue) 
     throw Error(std::string(what) + " need memory of cuda:" + std::to_string(queue->device()) +
                 ", which cannot be part of a CUDA graph");
   const OnDevice on(queue->device());
+  queue->pool().keep_scratch();
   check(cudaMallocAsync(&at_, bytes > 0 ? size_t(bytes) : 1, queue->stream()), "cudaMallocAsync", queue->device(),
         bytes);
 }

@@ -98,8 +98,13 @@ class HostPool : public std::enable_shared_from_this<HostPool> {
   };
   std::shared_ptr<Block> take(int64_t bytes);
 
+  // Lets CUDA keep a little of the memory of Scratch: else it gives it back to the system at every wait, and takes as
+  // long as a pass over the data to have it again.
+  void keep_scratch();
+
  private:
   const int device_;
+  std::once_flag kept_;
   std::mutex mutex_;
   std::vector<Block> unused_;
 };
@@ -115,6 +120,7 @@ class Queue {
 
   int device() const { return device_; }
   cudaStream_t stream() const { return stream_; }
+  HostPool& pool() const { return *pool_; }
 
   void upload(uintptr_t to, uintptr_t host, int64_t bytes);
   void download(uintptr_t host, uintptr_t of, int64_t bytes);

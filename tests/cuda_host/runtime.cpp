@@ -211,7 +211,7 @@ FI_CONTROL void fake_reset(int mode, int devices, uint64_t limit_bytes, int dela
   f.mode = mode, f.devices = devices, f.limit = limit_bytes, f.delay_us = delay_us;
   f.calls.clear(), f.fail_call.clear(), f.wrong.clear();
   f.sticky = cudaSuccess;
-  f.contexts.clear();
+  f.contexts.clear(), f.kept.clear();
   last_error = cudaSuccess;
   current_device = 0, current_context = -1;
 }
@@ -228,6 +228,12 @@ FI_CONTROL int64_t fake_calls(const char* call) {
 FI_CONTROL int64_t fake_used(int device) {
   const Lock lock(fake().mutex);
   return int64_t(fake().used[device]);
+}
+// Bytes that the pool of a device keeps after a wait; -1 only asks.
+FI_CONTROL int64_t fake_kept(int device, int64_t bytes) {
+  const Lock lock(fake().mutex);
+  if (bytes >= 0) fake().kept[device] = uint64_t(bytes);
+  return int64_t(fake().kept[device]);
 }
 FI_CONTROL int fake_has_context(int device) {
   const Lock lock(fake().mutex);
@@ -302,6 +308,24 @@ cudaError_t cudaMallocAsync(void** to, size_t bytes, cudaStream_t) {
 cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
   FI_IN_CONTEXT("cudaFreeAsync");
   return put(stream, [=] { return release(memory); });
+}
+cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int device) {
+  FI_IN_CONTEXT("cudaDeviceGetDefaultMemPool");
+  const Lock lock(fake().mutex);
+  *pool = &fake().kept[device];
+  return cudaSuccess;
+}
+cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t pool, cudaMemPoolAttr, void* value) {
+  FI_IN_CONTEXT("cudaMemPoolGetAttribute");
+  const Lock lock(fake().mutex);
+  *static_cast<uint64_t*>(value) = *pool;
+  return cudaSuccess;
+}
+cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t pool, cudaMemPoolAttr, void* value) {
+  FI_IN_CONTEXT("cudaMemPoolSetAttribute");
+  const Lock lock(fake().mutex);
+  *pool = *static_cast<const uint64_t*>(value);
+  return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** to, size_t bytes, unsigned) {
   FI_IN_CONTEXT("cudaHostAlloc");
