@@ -13,7 +13,7 @@ import pytest
 
 import fastinterp
 from fastinterp import doctor
-from fastinterp.compute import backends
+from fastinterp.compute import backends, resident_devices
 from fastinterp.compute.backends import Wish, find_devices, wish_of
 from fastinterp.compute.dtypes import BF16
 from fastinterp.engine import cost
@@ -255,3 +255,13 @@ def test_a_wrong_recipe_is_told_before_a_device_is_looked_for(tmp_path, monkeypa
     have(monkeypatch)
     with pytest.raises(RecipeError):
         fastinterp.merge({"merge_method": "linear", "models": []}, tmp_path / "out", device="cuda")
+
+
+def test_tensors_on_a_device_use_the_backend_that_files_use(monkeypatch):
+    """CUDA's kernels may have been built, but the driver may be too old for them, or AMD's."""
+    have(monkeypatch, cuda="CUDA driver version is insufficient", triton=2)
+    monkeypatch.setattr(resident_devices, "_opened", {})
+    assert resident_devices.device_of(SimpleNamespace(index=1)).name == "triton:1"
+    monkeypatch.setenv(backends.GPU_VARIABLE, "cuda")
+    with pytest.raises(BackendError, match="driver version is insufficient"):
+        resident_devices.device_of(SimpleNamespace(index=0))

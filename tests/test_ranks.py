@@ -14,6 +14,7 @@ import pytest
 
 from fastinterp.engine.ranks import Rank, first_host, started
 from fastinterp.errors import BackendError
+from fastinterp.files.shared_folder import reserved, shared_file, stands
 from tests.models import layers, save
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,6 +163,33 @@ def test_when_all_end_the_next_run_goes_on_from_what_was_complete(models, tmp_pa
     for name, before in kept.items():  # they were not written again
         after = (out / name[1 : name.index(".done")]).stat()
         assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_another_number_of_ranks_goes_on_and_shares_otherwise(models, tmp_path):
+    """Where each rank does a share of the files at a time, what is noted is of other shares."""
+    out, noted, port = tmp_path / "out", tmp_path / "died", free_port()
+    args = ["merge", "paper.yml", str(out), *SHARDS]
+    said = ended([srun(r, 2, port, args, models, DIES=f"0:0:{noted}") for r in range(2)])
+    left = [p.name for p in out.iterdir() if ".done.partial-" in p.name]
+    assert left, said
+    (out / left[0].replace(".done", ".1-ab.draft")).touch()  # of a rank that died over a journal
+    port = free_port()
+    ranks = [srun(r, 3, port, args, models) for r in range(3)]
+    said = ended(ranks)
+    assert [p.returncode for p in ranks] == [0, 0, 0], said
+    assert contents(out) == contents(models / "one-paper")
+
+
+def test_what_stands_in_a_folder_that_is_not_finished(tmp_path):
+    key = "0123456789ab"
+    assert not stands(tmp_path, "x", key, 0)
+    assert reserved(tmp_path, key) == reserved(tmp_path / "none", key) == 0
+    shared_file(tmp_path, "x", key).write_bytes(bytes(8192))
+    (tmp_path / "other").write_bytes(bytes(1 << 20))
+    assert stands(tmp_path, "x", key, 8192)
+    assert not stands(tmp_path, "x", key, 8193)
+    assert reserved(tmp_path, key) == shared_file(tmp_path, "x", key).stat().st_blocks * 512
+    assert reserved(tmp_path, "ba9876543210") == 0
 
 
 def test_another_merge_does_not_go_on_from_what_is_there(models, tmp_path):

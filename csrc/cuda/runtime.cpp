@@ -1,5 +1,7 @@
 #include "runtime.h"
 
+#include <dlfcn.h>
+
 #include <cstring>
 
 namespace fi {
@@ -13,6 +15,28 @@ namespace {
   if (bytes >= 0) text += ", " + std::to_string(bytes) + " bytes";
   text += std::string(": ") + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
   throw Error(text, error == cudaErrorMemoryAllocation);
+}
+
+constexpr uint64_t kKeptScratch = 64 << 20;  // bytes of each device
+
+// What the runtime has no functions for, in the library that it opens itself.
+struct Driver {
+  int (*get)(void**);  // cuCtxGetCurrent
+  int (*set)(void*);   // cuCtxSetCurrent
+};
+
+const Driver& driver() {
+  static const Driver found = [] {
+    void* const library = dlopen("libcuda.so.1", RTLD_NOW);
+    const auto function = [&](const char* name) {
+      void* const at = library ? dlsym(library, name) : nullptr;
+      if (!at) throw Error(std::string("there is no driver of CUDA: libcuda.so.1 has no ") + name);
+      return at;
+    };
+    return Driver{reinterpret_cast<int (*)(void**)>(function("cuCtxGetCurrent")),
+                  reinterpret_cast<int (*)(void*)>(function("cuCtxSetCurrent"))};
+  }();
+  return found;
 }
 
 }  // namespace
@@ -53,11 +77,11 @@ int64_t free_bytes(int device) {
 }
 
 OnDevice::OnDevice(int device) {
-  check(cudaGetDevice(&before_), "cudaGetDevice", device);
+  if (driver().get(&before_) != 0) before_ = nullptr;  // nobody has used CUDA in this process
   check(cudaSetDevice(device), "cudaSetDevice", device);
 }
 
-OnDevice::~OnDevice() { (void)cudaSetDevice(before_); }
+OnDevice::~OnDevice() { (void)driver().set(before_); }
 
 // ---- memory --------------------------------------------------------------------------------------------------------
 
@@ -93,19 +117,34 @@ void Buffer::free() {
 
 Event::Event(int device) : device_(device) {
   const OnDevice on(device);
-  check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreate", device);
+  // Threads that wait sleep: others need their processors to read and write meanwhile.
+  check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming | cudaEventBlockingSync), "cudaEventCreate", device);
 }
 
-Event::~Event() { (void)cudaEventDestroy(event_); }
+Event::~Event() {
+  try {
+    const OnDevice on(device_);
+    (void)cudaEventDestroy(event_);
+  } catch (const std::exception&) {
+    // As in ~Buffer.
+  }
+}
 
 bool Event::done() const {
+  const OnDevice on(device_);
   const cudaError_t error = cudaEventQuery(event_);
-  if (error == cudaErrorNotReady) return false;
+  if (error == cudaErrorNotReady) {
+    (void)cudaGetLastError();  // no error, but CUDA notes it as one, and the check of a launch would find it
+    return false;
+  }
   check(error, "cudaEventQuery", device_);
   return true;
 }
 
-void Event::wait() const { check(cudaEventSynchronize(event_), "cudaEventSynchronize", device_); }
+void Event::wait() const {
+  const OnDevice on(device_);
+  check(cudaEventSynchronize(event_), "cudaEventSynchronize", device_);
+}
 
 std::shared_ptr<HostPool::Block> HostPool::take(int64_t bytes) {
   int64_t size = 4096;
@@ -127,6 +166,17 @@ std::shared_ptr<HostPool::Block> HostPool::take(int64_t bytes) {
   });
 }
 
+void HostPool::keep_scratch() {
+  std::call_once(kept_, [this] {
+    cudaMemPool_t pool = nullptr;
+    uint64_t kept = 0, wanted = kKeptScratch;
+    check(cudaDeviceGetDefaultMemPool(&pool, device_), "cudaDeviceGetDefaultMemPool", device_);
+    check(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept), "cudaMemPoolGetAttribute", device_);
+    if (kept >= wanted) return;  // others use the same pool
+    check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &wanted), "cudaMemPoolSetAttribute", device_);
+  });
+}
+
 Queue::Queue(int device, std::shared_ptr<HostPool> pool) : device_(device), own_(true), pool_(std::move(pool)) {
   const OnDevice on(device);
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate", device);
@@ -136,7 +186,13 @@ Queue::Queue(int device, std::shared_ptr<HostPool> pool, uintptr_t stream)
     : device_(device), own_(false), pool_(std::move(pool)), stream_(reinterpret_cast<cudaStream_t>(stream)) {}
 
 Queue::~Queue() {
-  if (own_) (void)cudaStreamDestroy(stream_);
+  if (!own_) return;
+  try {
+    const OnDevice on(device_);
+    (void)cudaStreamDestroy(stream_);
+  } catch (const std::exception&) {
+    // As in ~Buffer.
+  }
 }
 
 void Queue::upload(uintptr_t to, uintptr_t host, int64_t bytes) {
@@ -191,6 +247,7 @@ std::shared_ptr<const char> Queue::fetch(const void* of, int64_t bytes) {
 }
 
 bool Queue::capturing() const {
+  const OnDevice on(device_);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream_, &status), "cudaStreamIsCapturing", device_);
   return status != cudaStreamCaptureStatusNone;
@@ -201,11 +258,19 @@ Scratch::Scratch(Queue* queue, int64_t bytes, const char* what) : queue_(queue) 
     throw Error(std::string(what) + " need memory of cuda:" + std::to_string(queue->device()) +
                 ", which cannot be part of a CUDA graph");
   const OnDevice on(queue->device());
+  queue->pool().keep_scratch();
   check(cudaMallocAsync(&at_, bytes > 0 ? size_t(bytes) : 1, queue->stream()), "cudaMallocAsync", queue->device(),
         bytes);
 }
 
-Scratch::~Scratch() { (void)cudaFreeAsync(at_, queue_->stream()); }
+Scratch::~Scratch() {
+  try {
+    const OnDevice on(queue_->device());
+    (void)cudaFreeAsync(at_, queue_->stream());
+  } catch (const std::exception&) {
+    // As in ~Buffer.
+  }
+}
 
 }  // namespace cuda
 }  // namespace fi

@@ -32,7 +32,8 @@ std::string device_label(int device);
 // Free memory now, in bytes.
 int64_t free_bytes(int device);
 
-// Makes a device the calling thread's own, for a scope.
+// Makes a device the calling thread's own, for a scope. Afterwards the thread has the context that it had, or none: to
+// set the device that it had instead would make a context there, of hundreds of megabytes, even if nobody uses it.
 class OnDevice {
  public:
   explicit OnDevice(int device);
@@ -41,7 +42,7 @@ class OnDevice {
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
-  int before_ = 0;
+  void* before_ = nullptr;  // a CUcontext
 };
 
 // Memory of a device (host = false), or of the host and pinned. free() waits until the device is done with it.
@@ -97,8 +98,13 @@ class HostPool : public std::enable_shared_from_this<HostPool> {
   };
   std::shared_ptr<Block> take(int64_t bytes);
 
+  // Lets CUDA keep a little of the memory of Scratch: else it gives it back to the system at every wait, and takes as
+  // long as a pass over the data to have it again.
+  void keep_scratch();
+
  private:
   const int device_;
+  std::once_flag kept_;
   std::mutex mutex_;
   std::vector<Block> unused_;
 };
@@ -114,6 +120,7 @@ class Queue {
 
   int device() const { return device_; }
   cudaStream_t stream() const { return stream_; }
+  HostPool& pool() const { return *pool_; }
 
   void upload(uintptr_t to, uintptr_t host, int64_t bytes);
   void download(uintptr_t host, uintptr_t of, int64_t bytes);

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from fastinterp.compute.backends import Wish, find_devices
 from fastinterp.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ _opened: dict[int, Device] = {}
 
 
 def device_of(where: Any) -> Device:
-    """The device that a torch.device on CUDA names, with the kernels of CUDA if they were built, else of Triton.
+    """The device that a torch.device on CUDA names, with the kernels that `--device cuda` uses.
 
     Raises: BackendError, if neither can be used.
     """
@@ -80,12 +79,8 @@ def _number(where: Any) -> int:
 
 
 def _open(number: int) -> Device:
-    import torch
-
-    built = find_spec("fastinterp._cuda") is not None and torch.version.hip is None  # AMD's GPUs say "cuda" in torch
-    backend, name = ("cuda", "CudaDevice") if built else ("triton", "TritonDevice")
-    found: Device = getattr(import_module(f"fastinterp.compute.{backend}"), name)(number)
-    return found
+    # AMD's GPUs are "cuda" in torch, too: those are Triton's, since CUDA's kernels find none.
+    return find_devices(Wish("cuda", (number,)))[0]
 
 
 def _bytes(nbytes: int, where: Any) -> Any:

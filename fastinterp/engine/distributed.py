@@ -31,7 +31,14 @@ from fastinterp.engine.schedule import Done, run
 from fastinterp.engine.sinks import FileSinks
 from fastinterp.errors import RankError
 from fastinterp.files.folder import OutFolder
-from fastinterp.files.shared_folder import SharedFolder, read_journal, shared_file, write_journal
+from fastinterp.files.shared_folder import (
+    SharedFolder,
+    read_journal,
+    reserved,
+    shared_file,
+    stands,
+    write_journal,
+)
 
 _LOOK_S = 0.05  # between looks at what the others have done
 
@@ -130,7 +137,7 @@ def fingerprint(plan: Plan) -> str:
 def _open(
     plan: Plan, outs: Sequence[str | os.PathLike[str]], key: str, stack: ExitStack, *, force: bool, durable: bool
 ) -> list[OutFolder]:
-    needed = plan.disk_bytes
+    needed = max(0, plan.disk_bytes - sum(reserved(out, key) for out in outs))
     folders: list[OutFolder] = []
     for out, layout, recipe in zip(outs, plan.layouts, plan.recipes, strict=True):
         folder = SharedFolder(out, plan.inputs, key, force=force, durable=durable, needed=needed)
@@ -188,14 +195,22 @@ class _Part:
 
     def _noted(self, unit: Unit) -> dict[str, Any] | None:
         """What was noted when the unit was done. The store knows at once, where a network file system may be late."""
-        text = self._peers.get(f"done/{unit.number}")
-        if text is None:
+        told = self._peers.get(f"done/{unit.number}")
+        note = _note_of(unit, told)
+        if note is None and self._stands(unit):
             journal = read_journal(self._outs[0], self._name(unit), self._key)
-            if journal is not None:
-                text = journal.decode()
-                self._peers.put(f"done/{unit.number}", text)
-        found: dict[str, Any] | None = None if text is None else json.loads(text)
-        return found
+            note = _note_of(unit, None if journal is None else journal.decode())
+            if note is not None:
+                self._peers.put(f"done/{unit.number}", json.dumps(note))
+        return note
+
+    def _stands(self, unit: Unit) -> bool:
+        """Whether the unit's files are there, as long as they will be: a journal may outlive its file."""
+        return all(
+            stands(out, layout.files[f].name, self._key, layout.files[f].size)
+            for out, layout in zip(self._outs, self._plan.layouts, strict=True)
+            for f in unit.files
+        )
 
     def _name(self, unit: Unit) -> str:
         """Under which the journal of all of the unit's files stands: that of the last of them."""
@@ -213,7 +228,7 @@ class _Part:
             progress=lambda own, _: self._tell(before + own - self._peers.bytes_done), devices=self._devices,
         )  # fmt: skip
         self._peers.bytes_done = before + done.bytes_read + done.bytes_written
-        note = _note(plan, done)
+        note = {"files": list(unit.files), **_note(plan, done)}
         text = json.dumps(note)
         for out, layout in zip(self._outs[::-1], plan.layouts[::-1], strict=True):  # the first output's journals last
             for f in unit.files:
@@ -229,6 +244,12 @@ class _Part:
 
 
 # ---- notes ----------------------------------------------------------------------------------------------------------
+
+
+def _note_of(unit: Unit, text: str | None) -> dict[str, Any] | None:
+    """What `text` says of this unit. None, if it is of another one: more or fewer ranks share the files otherwise."""
+    note: dict[str, Any] | None = None if text is None else json.loads(text)
+    return note if note is not None and note["files"] == list(unit.files) else None
 
 
 def _note(plan: Plan, done: Done) -> dict[str, Any]:

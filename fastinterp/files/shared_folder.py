@@ -50,8 +50,8 @@ class SharedFolder(OutFolder):
             self._leave()
 
     def _clean_up(self) -> None:
-        for name in self._entries_or_none():
-            if name.endswith(f".done{self._ending}"):
+        for name in self._entries_or_none():  # journals, and those that somebody died over
+            if name.endswith(self._ending):
                 os.unlink(self.path / name)
         super()._clean_up()
 
@@ -89,6 +89,24 @@ def read_journal(out: str | os.PathLike[str], name: str, key: str) -> bytes | No
     """What was noted of `name`; None if it is not complete."""
     path = shared_file(out, f"{name}.done", key)
     return read_regular(str(path)) if os.path.lexists(path) else None
+
+
+def stands(out: str | os.PathLike[str], name: str, key: str, size: int) -> bool:
+    """Whether `name`, before the folder is finished, is there and has so many bytes."""
+    try:
+        return os.stat(shared_file(out, name, key), follow_symlinks=False).st_size == size
+    except OSError:
+        return False
+
+
+def reserved(out: str | os.PathLike[str], key: str) -> int:
+    """Bytes of the disk that an earlier run of the same merge has taken, and this one takes over."""
+    try:
+        with os.scandir(out) as entries:
+            own = [e.stat(follow_symlinks=False) for e in entries if e.name.endswith(_ending(key))]
+    except OSError:
+        return 0
+    return sum(info.st_blocks * 512 for info in own)
 
 
 def journals(out: str | os.PathLike[str]) -> int:

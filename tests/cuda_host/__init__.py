@@ -98,7 +98,7 @@ class Fake:
         self._lib.fake_fail.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int]
         self._lib.fake_capture.argtypes = [ctypes.c_void_p, ctypes.c_int]
         self._lib.fake_wrong.restype = ctypes.c_char_p
-        for name in ("fake_calls", "fake_used", "fake_host_blocks"):
+        for name in ("fake_calls", "fake_used", "fake_host_blocks", "fake_kept"):
             getattr(self._lib, name).restype = ctypes.c_int64
 
     def reset(self, mode: int = EAGER, devices: int = 1, limit_bytes: int = 1 << 32, delay_us: int = 0) -> None:
@@ -116,6 +116,14 @@ class Fake:
     def used(self, device: int = 0) -> int:
         """Bytes of the device's memory in use."""
         return int(self._lib.fake_used(device))
+
+    def has_context(self, device: int) -> bool:
+        """Whether anything has made a context on the device since the reset."""
+        return bool(self._lib.fake_has_context(device))
+
+    def kept(self, device: int = 0, nbytes: int = -1) -> int:
+        """Bytes of freed memory that the device's pool does not give back to the system. nbytes: let it be so many."""
+        return int(self._lib.fake_kept(device, ctypes.c_int64(nbytes)))
 
     def host_blocks(self) -> int:
         """Blocks of pinned host memory in use."""

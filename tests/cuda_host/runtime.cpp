@@ -26,6 +26,7 @@ Fake& fake() {
 using Lock = std::unique_lock<std::mutex>;
 
 thread_local int current_device = 0;
+thread_local int current_context = -1;  // the device that it is of; -1: none
 thread_local cudaError_t last_error = cudaSuccess;
 
 // Counts a call, and says whether it is to fail.
@@ -36,6 +37,14 @@ cudaError_t called(const char* name) {
   if (f.sticky != cudaSuccess) return f.sticky;
   if (f.fail_call == name && n == f.fail_at) return f.fail_with;
   return cudaSuccess;
+}
+
+// Makes the context of a device the thread's, as all calls do with the current device where the thread has none.
+void use_context(int device) {
+  Fake& f = fake();
+  const Lock lock(f.mutex);
+  f.contexts.insert(device);
+  current_device = current_context = device;
 }
 
 FakeStream* stream_of(cudaStream_t given) {
@@ -183,6 +192,9 @@ void launch(uint32_t blocks, uint32_t threads, cudaStream_t stream, std::functio
     last_error = error;                                               \
     return error;                                                     \
   }
+#define FI_IN_CONTEXT(name) \
+  FI_CALLED(name)           \
+  if (current_context < 0) use_context(current_device)
 
 extern "C" {
 
@@ -199,8 +211,9 @@ FI_CONTROL void fake_reset(int mode, int devices, uint64_t limit_bytes, int dela
   f.mode = mode, f.devices = devices, f.limit = limit_bytes, f.delay_us = delay_us;
   f.calls.clear(), f.fail_call.clear(), f.wrong.clear();
   f.sticky = cudaSuccess;
+  f.contexts.clear(), f.kept.clear();
   last_error = cudaSuccess;
-  current_device = 0;
+  current_device = 0, current_context = -1;
 }
 // The n-th call of a name from now on fails, n = 1 for the next one; "launch" is a call, too.
 FI_CONTROL void fake_fail(const char* call, int64_t n, int error) {
@@ -215,6 +228,16 @@ FI_CONTROL int64_t fake_calls(const char* call) {
 FI_CONTROL int64_t fake_used(int device) {
   const Lock lock(fake().mutex);
   return int64_t(fake().used[device]);
+}
+// Bytes that the pool of a device keeps after a wait; -1 only asks.
+FI_CONTROL int64_t fake_kept(int device, int64_t bytes) {
+  const Lock lock(fake().mutex);
+  if (bytes >= 0) fake().kept[device] = uint64_t(bytes);
+  return int64_t(fake().kept[device]);
+}
+FI_CONTROL int fake_has_context(int device) {
+  const Lock lock(fake().mutex);
+  return int(fake().contexts.count(device));
 }
 FI_CONTROL int64_t fake_host_blocks() {
   const Lock lock(fake().mutex);
@@ -241,11 +264,7 @@ cudaError_t cudaGetDeviceCount(int* count) {
 cudaError_t cudaSetDevice(int device) {
   FI_CALLED("cudaSetDevice");
   if (device < 0 || device >= fake().devices) return last_error = cudaErrorInvalidDevice;
-  current_device = device;
-  return cudaSuccess;
-}
-cudaError_t cudaGetDevice(int* device) {
-  *device = current_device;
+  use_context(device);
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* prop, int device) {
@@ -263,35 +282,53 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 // ---- memory --------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
-  FI_CALLED("cudaMemGetInfo");
+  FI_IN_CONTEXT("cudaMemGetInfo");
   const Lock lock(fake().mutex);
   *total = fake().limit;
   *free = fake().limit - fake().used[current_device];
   return cudaSuccess;
 }
 cudaError_t cudaMalloc(void** to, size_t bytes) {
-  FI_CALLED("cudaMalloc");
+  FI_IN_CONTEXT("cudaMalloc");
   const cudaError_t error = allocate(to, bytes);
   if (error != cudaSuccess) last_error = error;
   return error;
 }
 cudaError_t cudaFree(void* memory) {
-  FI_CALLED("cudaFree");
+  FI_IN_CONTEXT("cudaFree");
   drain();
   return memory ? release(memory) : cudaSuccess;
 }
 cudaError_t cudaMallocAsync(void** to, size_t bytes, cudaStream_t) {
-  FI_CALLED("cudaMallocAsync");
+  FI_IN_CONTEXT("cudaMallocAsync");
   const cudaError_t error = allocate(to, bytes);
   if (error != cudaSuccess) last_error = error;
   return error;
 }
 cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
-  FI_CALLED("cudaFreeAsync");
+  FI_IN_CONTEXT("cudaFreeAsync");
   return put(stream, [=] { return release(memory); });
 }
+cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int device) {
+  FI_IN_CONTEXT("cudaDeviceGetDefaultMemPool");
+  const Lock lock(fake().mutex);
+  *pool = &fake().kept[device];
+  return cudaSuccess;
+}
+cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t pool, cudaMemPoolAttr, void* value) {
+  FI_IN_CONTEXT("cudaMemPoolGetAttribute");
+  const Lock lock(fake().mutex);
+  *static_cast<uint64_t*>(value) = *pool;
+  return cudaSuccess;
+}
+cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t pool, cudaMemPoolAttr, void* value) {
+  FI_IN_CONTEXT("cudaMemPoolSetAttribute");
+  const Lock lock(fake().mutex);
+  *pool = *static_cast<const uint64_t*>(value);
+  return cudaSuccess;
+}
 cudaError_t cudaHostAlloc(void** to, size_t bytes, unsigned) {
-  FI_CALLED("cudaHostAlloc");
+  FI_IN_CONTEXT("cudaHostAlloc");
   *to = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096 + 4096);
   if (!*to) return last_error = cudaErrorMemoryAllocation;
   memset(*to, kFresh, bytes);
@@ -300,7 +337,7 @@ cudaError_t cudaHostAlloc(void** to, size_t bytes, unsigned) {
   return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* memory) {
-  FI_CALLED("cudaFreeHost");
+  FI_IN_CONTEXT("cudaFreeHost");
   drain();
   const Lock lock(fake().mutex);
   if (!fake().host.erase(uintptr_t(memory))) return last_error = cudaErrorInvalidValue;
@@ -308,14 +345,14 @@ cudaError_t cudaFreeHost(void* memory) {
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
-  FI_CALLED("cudaMemcpyAsync");
+  FI_IN_CONTEXT("cudaMemcpyAsync");
   if ((kind == cudaMemcpyHostToDevice && !is_device(to, bytes)) ||
       (kind == cudaMemcpyDeviceToHost && !is_device(from, bytes)))
     return last_error = cudaErrorInvalidValue;
   return put(stream, [=] { return memcpy(to, from, bytes), cudaSuccess; });
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
-  FI_CALLED("cudaMemsetAsync");
+  FI_IN_CONTEXT("cudaMemsetAsync");
   if (!is_device(to, bytes)) return last_error = cudaErrorInvalidValue;
   return put(stream, [=] { return memset(to, value, bytes), cudaSuccess; });
 }
@@ -323,7 +360,7 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stre
 // ---- streams and events --------------------------------------------------------------------------------------------
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  FI_CALLED("cudaStreamCreateWithFlags");
+  FI_IN_CONTEXT("cudaStreamCreateWithFlags");
   const Lock lock(fake().mutex);
   *stream = new FakeStream;
   (*stream)->device = current_device;
@@ -331,7 +368,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  FI_CALLED("cudaStreamDestroy");
+  FI_IN_CONTEXT("cudaStreamDestroy");
   await({stream, stream->put});
   {
     const Lock lock(fake().mutex);
@@ -344,47 +381,62 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;  // events may still name it, so it stays where it is
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  FI_CALLED("cudaStreamSynchronize");
+  FI_IN_CONTEXT("cudaStreamSynchronize");
   FakeStream* const s = stream_of(stream);
   return await({s, s->put});
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  FI_CALLED("cudaStreamWaitEvent");
+  FI_IN_CONTEXT("cudaStreamWaitEvent");
   return put(stream, nullptr, *event);
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-  FI_CALLED("cudaStreamIsCapturing");
+  FI_IN_CONTEXT("cudaStreamIsCapturing");
   *status = stream_of(stream)->capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  FI_CALLED("cudaEventCreateWithFlags");
+  FI_IN_CONTEXT("cudaEventCreateWithFlags");
   *event = new FakeEvent;
   return cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  FI_CALLED("cudaEventDestroy");
+  FI_IN_CONTEXT("cudaEventDestroy");
   delete event;
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  FI_CALLED("cudaEventRecord");
+  FI_IN_CONTEXT("cudaEventRecord");
   FakeStream* const s = stream_of(stream);
   const Lock lock(fake().mutex);
   *event = {s, s->put};
   return cudaSuccess;
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
-  FI_CALLED("cudaEventQuery");
+  FI_IN_CONTEXT("cudaEventQuery");
   Lock lock(fake().mutex);
   if (fake().sticky != cudaSuccess) return fake().sticky;
   if (passed(*event)) return cudaSuccess;
   if (fake().mode == kDeferred) step(event->stream, &lock);  // so that asking again and again comes to an end
-  return cudaErrorNotReady;
+  return last_error = cudaErrorNotReady;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  FI_CALLED("cudaEventSynchronize");
+  FI_IN_CONTEXT("cudaEventSynchronize");
   return await(*event);
+}
+
+// ---- the driver ----------------------------------------------------------------------------------------------------
+
+// Contexts are numbers: that of device 0 is 1, and so on.
+static int get_context(void** context) {
+  *context = reinterpret_cast<void*>(intptr_t(current_context) + 1);
+  return 0;
+}
+static int set_context(void* context) {
+  current_context = int(intptr_t(context)) - 1;
+  return 0;
+}
+void* fake_driver(const char* function) {
+  return reinterpret_cast<void*>(strcmp(function, "cuCtxGetCurrent") ? uintptr_t(set_context) : uintptr_t(get_context));
 }
 
 // ---- errors --------------------------------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ struct Fake {
   std::map<uintptr_t, size_t> host;    // allocated here, by address
   std::set<FakeStream*> streams;
   std::map<int, std::unique_ptr<FakeStream>> defaults;  // by device
+  std::map<int, uint64_t> kept;                         // bytes that its pool keeps, by device
+  std::set<int> contexts;                               // devices that have one
   std::map<std::string, int64_t> calls;
   std::string fail_call;
   int64_t fail_at = 0;
