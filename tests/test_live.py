@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 
@@ -224,6 +225,41 @@ def test_tensors_without_memory_are_refused():
     sparse = {"weight": torch.eye(2).to_sparse(), "bias": torch.zeros(2)}
     with pytest.raises(UsageError, match=r"weight of direction far has no memory of its own .*sparse"):
         fastinterp.Live(torch.nn.Linear(2, 2), directions={"far": sparse})
+
+
+def test_a_second_live_on_the_same_tensors_is_refused(tmp_path):
+    """It would take the first one's point for the module's own weights."""
+    a, b = saved(llama(1), tmp_path / "a"), saved(llama(2), tmp_path / "b")
+    module = llama(3)
+    before = state(module)
+    first = fastinterp.Live(module, a=a, b=b, layers="model.layers.0.*")
+    first.set(0.5)
+    moved = state(module)
+    with pytest.raises(UsageError, match=r"an open Live already walks model\.layers\.0\..*live\.close\(\)"):
+        fastinterp.Live(module, a=a, b=b)
+    with fastinterp.Live(module, a=a, b=b, layers="model.layers.1.*") as beside:  # other tensors
+        beside.set(1.0)
+        with pytest.raises(UsageError, match="an open Live already walks"):
+            fastinterp.Live(module, a=a, b=b, layers=["model.layers.1.*", "lm_head*"])
+    assert_same_state(moved, state(module))
+    first.close()
+    for _ in range(2):  # also one that failed claims nothing, while its error is held
+        with fastinterp.Live(module, a=a, b=b) as live:
+            live.set(1.0)
+        assert_same_state(before, state(module))
+        with pytest.raises(CheckpointError) as caught:
+            fastinterp.Live(module, a=a, b=tmp_path / "none")
+    assert caught.value is not None
+
+
+def test_a_live_that_nobody_holds_claims_nothing():
+    module, ends = llama(1), {"a": llama(2).state_dict(), "b": llama(3).state_dict()}
+    live = fastinterp.Live(module, **ends, hooks=False)  # hooks hold it as long as the module is there
+    with pytest.raises(UsageError, match="an open Live already walks"):
+        fastinterp.Live(module, **ends)
+    del live
+    gc.collect()
+    fastinterp.Live(module, **ends).close()
 
 
 def test_state_dict_whose_memory_is_gone_is_refused():

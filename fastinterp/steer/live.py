@@ -15,6 +15,7 @@ from fastinterp.compute.resident_devices import current_queue
 from fastinterp.engine.place import Place
 from fastinterp.errors import BackendError, UsageError
 from fastinterp.methods import LARGEST, suggestion
+from fastinterp.steer.claim import Claim
 from fastinterp.steer.ends import End, Ends, Memory, copy
 from fastinterp.steer.lock import StepLock, call
 from fastinterp.steer.module import Weight, device_of_all, touched, walked, weights_of
@@ -49,7 +50,7 @@ class Live:
     `task_arithmetic` would write in the module's dtypes. Tied weights are written once; integer and boolean buffers
     stay as they are. `set` waits for steps that run, in any thread, and steps wait for it.
     At the end of the `with`, or after `close`, the module has its own weights again, bit for bit: a copy is kept.
-    Extra state (get_extra_state) is left alone. Python's warnings say where tokenizers of checkpoints differ.
+    A tensor is walked by one open Live at a time. Extra state (get_extra_state) is left alone. Python's warnings say where tokenizers of checkpoints differ.
 
     On a device with CUDA `set` is one launch in torch's current stream, after what steps have put into other streams,
     and nothing waits for it: errors of the device come later. Steps that follow come after it, in any stream. CUDA
@@ -81,6 +82,7 @@ class Live:
         self._alphas: dict[str, float] | None = None
         self._standing = Standing(module, self._weights)  # the tensors may be given other memory
         with ExitStack() as stack:
+            stack.callback(Claim(self._weights).release)
             self._ends = Ends(
                 ends, self._weights, layers, resident, cpu_threads(threads), cpu_isa(), stack, self._where
             )
