@@ -588,6 +588,26 @@ def test_what_is_no_metric_is_refused(returned):
         report(lambda a, s: returned, [0.0])
 
 
+@pytest.mark.parametrize("fn", [None, {"m": 1.0}, "metrics"])
+def test_what_is_no_function_is_refused(fn):
+    with pytest.raises(UsageError, match=f"`fn` must be a function .* got {type(fn).__name__}"):
+        fastinterp.path(model(0.0), model(1.0)).evaluate(fn, [0.5])
+
+
+def test_error_of_the_function_tells_the_point():
+    def fail(weights, alpha, seed):
+        if (alpha, seed) == (0.5, 7):
+            raise ZeroDivisionError("mine")
+        return {"m": 1.0}
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        fastinterp.path(model(0.0), model(1.0)).evaluate(fail, [0.0, 0.5], [3, 7])
+    assert str(caught.value) == "mine"
+    notes = getattr(caught.value, "__notes__", [])
+    assert len(notes) == (sys.version_info >= (3, 11))
+    assert all("at alpha 0.5, seed 7" in note for note in notes)
+
+
 def test_metrics_must_be_the_same_at_all_points():
     with pytest.raises(UsageError, match="must be the same at all points"):
         report(lambda a, s: {"m": 1.0} if a == 0 else {"n": 1.0}, [0.0, 1.0])

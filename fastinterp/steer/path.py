@@ -115,9 +115,12 @@ class Path:
         progress       called with the calls of `fn` done and to do
 
         Every point is made from the ends, never from another point. Those in files are read anew for each, through the
-        page cache, which keeps them as long as they fit. If `fn` raises, the model has its own weights back.
+        page cache, which keeps them as long as they fit. If `fn` raises, the model has its own weights back, and from
+        Python 3.11 on a note at the error tells the point and the seed.
         Raises: UsageError; ShapeError, if weights do not fit; StorageError, if a checkpoint changes meanwhile.
         """
+        if not callable(fn):
+            raise UsageError(f"`fn` must be a function of weights, alpha and seed, got {type(fn).__name__}")
         points = self._points(alphas)
         numbers = _seeds(seeds)
         done: list[PathPoint] = []
@@ -130,7 +133,7 @@ class Path:
                 given = at[ALPHA] if self._line else dict(at)
                 samples: dict[str, list[float]] = {}
                 for k, seed in enumerate(numbers):
-                    found = _metrics(fn(weights, given, seed), given)
+                    found = _metrics(_called(fn, weights, given, seed), given)
                     names = list(done[0].samples) if done else list(samples or found)
                     if set(found) != set(names):
                         raise UsageError(f"the metrics must be the same at all points: {names}, then {list(found)}")
@@ -256,6 +259,16 @@ def _seeds(given: Any) -> list[int]:
     if not seeds or len(set(seeds)) != len(seeds):
         raise UsageError(f"the seeds must be at least one and all different, got {given!r}")
     return seeds
+
+
+def _called(fn: Callable[[Any, Any, int], Any], weights: Any, alpha: object, seed: int) -> Any:
+    """What `fn` returns. Raises: what it raises, with a note of where."""
+    try:
+        return fn(weights, alpha, seed)
+    except Exception as error:
+        if hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(f"fastinterp: raised by the function that evaluate called at alpha {alpha}, seed {seed}")
+        raise
 
 
 def _metrics(found: Any, alpha: object) -> dict[str, float]:
