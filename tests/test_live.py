@@ -374,7 +374,7 @@ def test_end_point_that_changes_on_disk(tmp_path, how):
         file.write_bytes(file.read_bytes()[:-100])
     else:
         file.unlink()
-    with pytest.raises(CheckpointError, match="it changed while it was being read") as caught:
+    with pytest.raises(CheckpointError, match=r"no longer what Live opened.*Make a new Live") as caught:
         live.set(0.6)
     assert str(file) in str(caught.value)
     assert_same_state(moved, state(module))  # refused before anything was written
@@ -396,6 +396,27 @@ def test_failure_in_the_middle_gives_the_weights_back(tmp_path, monkeypatch):
     assert live.alphas is None
     assert_same_state(before, state(module))
     live.close()
+
+
+def test_file_that_is_cut_during_a_set(tmp_path, monkeypatch):
+    """The first look found it whole; what is told is what to do, not only which bytes were missing."""
+    a, b = saved(llama(1), tmp_path / "a"), saved(llama(2), tmp_path / "b")
+    module = llama(3)
+    before = state(module)
+    file = b / "model.safetensors"
+    with fastinterp.Live(module, a=a, b=b, resident=False) as live:
+        write = live._writer.write
+
+        def cut_first(row):
+            monkeypatch.undo()
+            file.write_bytes(file.read_bytes()[:-100])
+            write(row)
+
+        monkeypatch.setattr(live._writer, "write", cut_first)
+        with pytest.raises(CheckpointError, match=r"no longer what Live opened.*Make a new Live"):
+            live.set(0.5)
+        assert live.alphas is None
+        assert_same_state(before, state(module))
 
 
 def test_resident_end_points_outlive_their_files(tmp_path):

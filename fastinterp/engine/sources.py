@@ -86,11 +86,11 @@ class Sources:
         """Whether all files are known to be in the page cache, so that nothing need be read ahead."""
         return all(cached_fraction(fd, os.fstat(fd).st_size) > 0.95 for fd in self.fds)
 
-    def refuse_changed(self) -> None:
+    def refuse_changed(self, told: str = "it changed while it was being read. Try again when it rests") -> None:
         """Raises: CheckpointError, if a file of a checkpoint is not what it was when its header was read."""
         for checkpoint in self._checkpoints:
             for path in changed_since(checkpoint):
-                raise CheckpointError("it changed while it was being read. Try again when it rests", file=str(path))
+                raise CheckpointError(told, file=str(path))
 
     def explained(self, error: tuple[Any, ...]) -> Exception:
         """The pump's error in words: a read that failed, or what stopped the run altogether."""

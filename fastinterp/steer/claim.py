@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import ClassVar
 from weakref import WeakSet
 
 from fastinterp.errors import UsageError
@@ -19,7 +20,7 @@ class Claim:
     Raises: UsageError, if any shares memory with a tensor of another claim.
     """
 
-    _standing: WeakSet[Claim] = WeakSet()
+    _standing: ClassVar[WeakSet[Claim]] = WeakSet()
 
     def __init__(self, weights: Sequence[Weight]):
         self._weights = weights

@@ -169,7 +169,7 @@ class Ends:
         """Raises: CheckpointError, if a file is not what it was when it was opened; UsageError, if a state dict's
         tensors lie elsewhere or nowhere by now.
         """
-        self._files.refuse_changed()
+        self._files.refuse_changed("it is no longer what Live opened: it was changed or removed. Make a new Live")
         if any(address_of(tensor) != at for tensor, at in self._at):
             raise UsageError("the tensors of a state dict were given other memory. Give the end points to another Live")
 

@@ -13,7 +13,7 @@ from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.ops import Combine, Row
 from fastinterp.compute.resident_devices import current_queue
 from fastinterp.engine.place import Place
-from fastinterp.errors import BackendError, UsageError
+from fastinterp.errors import BackendError, CheckpointError, UsageError
 from fastinterp.methods import LARGEST, suggestion
 from fastinterp.steer.claim import Claim
 from fastinterp.steer.ends import End, Ends, Memory, copy
@@ -50,7 +50,8 @@ class Live:
     `task_arithmetic` would write in the module's dtypes. Tied weights are written once; integer and boolean buffers
     stay as they are. `set` waits for steps that run, in any thread, and steps wait for it.
     At the end of the `with`, or after `close`, the module has its own weights again, bit for bit: a copy is kept.
-    A tensor is walked by one open Live at a time. Extra state (get_extra_state) is left alone. Python's warnings say where tokenizers of checkpoints differ.
+    A tensor is walked by one open Live at a time; a second is refused.
+    Extra state (get_extra_state) is left alone. Python's warnings say where tokenizers of checkpoints differ.
 
     On a device with CUDA `set` is one launch in torch's current stream, after what steps have put into other streams,
     and nothing waits for it: errors of the device come later. Steps that follow come after it, in any stream. CUDA
@@ -129,8 +130,10 @@ class Live:
                 self._writer.write(row)
                 self._ends.refuse_changed()
                 self._alphas = point
-            except BaseException:
+            except BaseException as error:
                 self._restore()
+                if isinstance(error, CheckpointError):
+                    self._ends.refuse_changed()  # which says more than what came of it
                 raise
             finally:
                 touched(self._weights)
