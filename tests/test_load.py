@@ -155,6 +155,17 @@ def test_load_into_takes_the_module_s_dtype(ends):
     assert_same_state(fastinterp.load(asked(ends), dtype="float32"), state(module))
 
 
+def test_load_into_what_is_no_module(ends):
+    module = torch.nn.Linear(2, 2)
+    told = r"^`module` must be a torch\.nn\.Module, got dict"
+    with pytest.raises(UsageError, match=told + r"\. Are they swapped\? It is load_into\(module, recipe\)$"):
+        fastinterp.load_into(asked(ends), module)
+    with pytest.raises(UsageError, match=told + "$"):
+        fastinterp.load_into({}, asked(ends))
+    with pytest.raises(UsageError, match=r"^`recipe` must be a path, got Linear$"):
+        fastinterp.load_into(module, module)
+
+
 def test_load_into_some_layers(ends):
     module = llama(3)
     before, whole = state(module), fastinterp.load(asked(ends))

@@ -71,5 +71,6 @@ def numbers(alphas: object) -> list[float]:
 
 def path_of(given: object, name: str) -> str:
     if not isinstance(given, (str, os.PathLike)):
-        raise UsageError(f"`{name}` must be a path, got {given!r}")
+        what = repr(given) if isinstance(given, (int, float, type(None))) else type(given).__name__
+        raise UsageError(f"`{name}` must be a path, got {what}")
     return os.fspath(given)

@@ -13,7 +13,7 @@ from fastinterp.engine.fill import fill, filling
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.run import plan_of
 from fastinterp.engine.tensors import PlannedTensor
-from fastinterp.errors import BackendError, ShapeError
+from fastinterp.errors import BackendError, ShapeError, UsageError
 from fastinterp.files.names import INDEX, WEIGHTS
 from fastinterp.steer.module import Mismatches, Weight, is_extra_state, touched, weights_of
 from fastinterp.steer.points import Point
@@ -103,6 +103,7 @@ def load_into(
     Raises: what `load` does; ShapeError with all mismatches. If the data cannot be read, the module is left with some
     of its tensors written: load it again.
     """
+    _check_module(module, recipe)
     plan = planned(recipe, None, rounding, seed)
     weights = weights_of(module, layers)
     plan, places = _into(plan, weights, layers)
@@ -117,6 +118,18 @@ def load_into(
             _sent(plan, here, {name: w.tensor for name, w in first.items() if name not in here}, threads, most)
     finally:
         touched(weights)
+
+
+def _check_module(module: Any, recipe: Any) -> None:
+    """Raises: UsageError, if it is none. Before the recipe is looked at, which may stand where the module should."""
+    import torch
+
+    if not isinstance(module, torch.nn.Module):
+        swapped = isinstance(recipe, torch.nn.Module)
+        raise UsageError(
+            f"`module` must be a torch.nn.Module, got {type(module).__name__}"
+            + (". Are they swapped? It is load_into(module, recipe)" if swapped else "")
+        )
 
 
 def planned(recipe: Source, dtype: str | None, rounding: str | None, seed: int | None) -> Plan:
