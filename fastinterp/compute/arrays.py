@@ -167,7 +167,8 @@ class Numpy:
         if found is None:
             raise UsageError(f"{name} has dtype {x.dtype}; {_SUMMED}")
         if not x.flags.c_contiguous:
-            raise UsageError(f"{name} is not contiguous. Use numpy.ascontiguousarray")
+            remedy = "Give a contiguous array" if writable else "Use numpy.ascontiguousarray"  # of a copy nobody knows
+            raise UsageError(f"{name} is not contiguous. {remedy}")
         if writable and not x.flags.writeable:
             raise UsageError(f"{name} is read-only")
         return x.ctypes.data, x.shape, found
@@ -230,11 +231,15 @@ class Torch:
         if x.device.type not in ("cpu", "cuda"):
             raise UsageError(f"{name} is on {x.device}; only tensors on the CPU or on CUDA devices can be summed")
         if not x.is_contiguous():
-            raise UsageError(f"{name} is not contiguous. Use .contiguous()")
+            remedy = "Give a contiguous tensor" if writable else "Use .contiguous()"  # of a copy nobody knows
+            raise UsageError(f"{name} is not contiguous. {remedy}")
         if x.is_neg():  # the sign is in the view, not in the memory
-            raise UsageError(f"{name} is a negated view. Use .resolve_neg()")
+            raise UsageError(f"{name} is a negated view. {'Give another tensor' if writable else 'Use .resolve_neg()'}")
         if x.requires_grad and torch.is_grad_enabled():
-            raise UsageError(f"{name} requires grad, and gets no gradient here. Use .detach() or torch.no_grad()")
+            raise UsageError(
+                f"{name} requires grad, and gets no gradient here. Use .detach() or torch.no_grad(); for gradients of "
+                "weighted sums, fastinterp.integrations.torch_ops.weighted_sum"
+            )
         return x.data_ptr(), tuple(x.shape), found
 
     @staticmethod
