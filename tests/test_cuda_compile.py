@@ -48,7 +48,9 @@ def test_nothing_is_fused_or_flushed_that_the_source_does_not_say(architecture):
     made, _ = compiled(FAST)
     for source in SOURCES:
         for name, code in machine_code(compiled(source)[0], architecture).items():
-            assert not [op for op in code if "FTZ" in op.split(".")], name
+            flushed = [op for op in code if "FTZ" in op.split(".")]
+            # Division of integers, of indices, is made of these: no source line turns a float into an integer.
+            assert not [op for op in flushed if not op.startswith("F2I.FTZ.U32.TRUNC")], name
     [code] = [v for k, v in machine_code(made, architecture).items() if "fastILNS_5DTypeE3ELi2EEE" in k]
     fused = [op for op in code if op.split(".")[0] in ("FFMA", "FFMA2")]
     per_element = [op for op in code if op.split(".")[0] in ("FADD", "FADD2")]
