@@ -74,6 +74,14 @@ def machine_code(made: Path, architecture: str) -> dict[str, list[str]]:
     return kernels
 
 
+@cache
+def ptx(made: Path) -> str:
+    """The portable code in an object file, of the newest architecture."""
+    tool = cuobjdump()
+    assert tool is not None
+    return _run([tool, "-ptx", str(made)])
+
+
 def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

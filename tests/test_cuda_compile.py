@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from tests import cuda_compile
-from tests.cuda_compile import ARCHITECTURES, SOURCES, compiled, machine_code
+from tests.cuda_compile import ARCHITECTURES, SOURCES, compiled, machine_code, ptx
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,15 +46,21 @@ def test_sums_read_and_write_16_bytes_at_a_time(n, dtype, code, architecture):
 def test_nothing_is_fused_or_flushed_that_the_source_does_not_say(architecture):
     """A sum of two bf16 inputs has one fma per element and term, and one per element for the pivot."""
     made, _ = compiled(FAST)
-    for source in SOURCES:
-        for name, code in machine_code(compiled(source)[0], architecture).items():
-            flushed = [op for op in code if "FTZ" in op.split(".")]
-            # Division of integers, of indices, is made of these: no source line turns a float into an integer.
-            assert not [op for op in flushed if not op.startswith("F2I.FTZ.U32.TRUNC")], name
+    for name, every in machine_code(made, architecture).items():
+        assert not [op for op in every if "FTZ" in op.split(".")], name
     [code] = [v for k, v in machine_code(made, architecture).items() if "fastILNS_5DTypeE3ELi2EEE" in k]
     fused = [op for op in code if op.split(".")[0] in ("FFMA", "FFMA2")]
     per_element = [op for op in code if op.split(".")[0] in ("FADD", "FADD2")]
     assert fused and per_element
+
+
+@pytest.mark.skipif(cuda_compile.cuobjdump() is None, reason="no cuobjdump: neither CUDA's nor Triton's is here")
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
+def test_no_kernel_asks_for_flushed_or_approximate_arithmetic(source):
+    """In the portable code: the machine's own routines for division, of indices too, flush inside where it is safe."""
+    text = ptx(compiled(source)[0])
+    assert (".entry" in text) == ("FI_KERNEL" in source.read_text("utf-8"))
+    assert not re.findall(r"\.ftz|\.approx|\bfma\.r[zmp]\.f", text)
 
 
 def test_the_report_would_show_a_spill(tmp_path):
