@@ -52,3 +52,14 @@ def assert_same_state(expected: dict[str, torch.Tensor], got: dict[str, torch.Te
     assert expected.keys() == got.keys()
     differing = [name for name in expected if not same_bits(expected[name], got[name])]
     assert not differing
+
+
+class Buffers(torch.nn.Module):
+    def __init__(self, fill):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(4)
+        self.scale = torch.nn.Parameter(torch.full((3,), float(fill)))
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("scratch", torch.zeros(5), persistent=False)
+        torch.nn.init.constant_(self.norm.running_mean, fill)
+        self.norm.num_batches_tracked.fill_(fill)
