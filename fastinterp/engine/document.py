@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fastinterp.engine.companions import warnings_about
 from fastinterp.engine.tensors import PlannedTensor, foreign_dtypes, plan_tensors, sidecar_names
 from fastinterp.engine.vocabularies import Fitted, fit_models
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
 from fastinterp.recipe.chain import not_there
 from fastinterp.recipe.load import Recipe
@@ -37,20 +37,28 @@ class Document:
 
 
 class Library:
-    """Checkpoints, each opened once, whatever its name."""
+    """Checkpoints by the name that a recipe has for them. Each is opened once, and so is each that cannot be."""
 
     def __init__(self) -> None:
-        self._found: dict[str, Checkpoint] = {}
+        self._opened: dict[str, Checkpoint] = {}
+        self._errors: dict[str, CheckpointError | StorageError] = {}
 
     def find(self, name: str) -> Checkpoint:
+        """Raises: CheckpointError and StorageError, the same one each time."""
         key = os.path.normpath(name)
-        if key not in self._found:
-            self._found[key] = open_checkpoint(name)
-        return self._found[key]
+        if key in self._errors:
+            raise self._errors[key]
+        if key not in self._opened:
+            try:
+                self._opened[key] = open_checkpoint(name)
+            except (CheckpointError, StorageError) as error:
+                self._errors[key] = error
+                raise
+        return self._opened[key]
 
     @property
     def opened(self) -> tuple[Checkpoint, ...]:
-        return tuple(self._found.values())
+        return tuple(self._opened.values())
 
 
 def found(recipe: Recipe, find: Callable[[str], Checkpoint], name: str) -> Checkpoint:

@@ -39,7 +39,6 @@ class Chain(NamedTuple):
     last         with the numbers of `checkpoints`
     checkpoints  the models of all documents, then side-cars and the documents above
     models       the names of those models
-    opened       every checkpoint that was
     warnings     about all documents
     folders      small files of documents above
     """
@@ -47,14 +46,12 @@ class Chain(NamedTuple):
     last: Document
     checkpoints: tuple[Checkpoint, ...]
     models: tuple[str, ...]
-    opened: tuple[Checkpoint, ...]
     warnings: tuple[str, ...]
     folders: tuple[Folder, ...]
 
 
-def plan_chain(above: Sequence[Recipe], last: Recipe) -> Chain:
+def plan_chain(above: Sequence[Recipe], last: Recipe, library: Library) -> Chain:
     """Raises: what make_plan raises."""
-    library = Library()
     numbers: dict[int, int] = {}  # id of a checkpoint -> its number
     checkpoints: list[Checkpoint] = []
     made: dict[str, Checkpoint] = {}
@@ -89,9 +86,7 @@ def plan_chain(above: Sequence[Recipe], last: Recipe) -> Chain:
             folders += [] if folder is None else [folder]
             made[checkpoint.name] = checkpoint
             number(checkpoint)
-    return Chain(
-        document, tuple(checkpoints), tuple(names), library.opened, tuple(dict.fromkeys(warnings)), tuple(folders)
-    )
+    return Chain(document, tuple(checkpoints), tuple(names), tuple(dict.fromkeys(warnings)), tuple(folders))
 
 
 def _check_store(recipe: Recipe, last: Recipe) -> None:

@@ -18,6 +18,13 @@ from fastinterp.recipe.schema import Entry, Layers, Module, Reference, Slice, Wi
 T = TypeVar("T")
 Item = TypeVar("Item", Entry, Layers)
 
+# Keys that say what is merged, and what is said of each where it is empty.
+_EMPTY = {
+    "models": "`models` lists no model. Write `- model: NAME` for each",
+    "slices": "`slices` lists no slice. Write `- sources: [{model: NAME, layer_range: [0, 16]}]` for each",
+    "modules": "`modules` names no module. Write `NAME: {models: [{model: NAME}]}` for each",
+}
+
 # What to take where a method takes fewer models than there are.
 _FOR_MORE = {
     "passthrough": "`linear`, or `slices`",
@@ -67,22 +74,24 @@ class Builder:
 
     def _sections(self) -> tuple[Section, ...]:
         wish = self.wish
-        given = [key for key in ("models", "slices", "modules") if getattr(wish, key) is not None]
+        given = [key for key in _EMPTY if getattr(wish, key) is not None]
         if len(given) > 1:
             with self.faults:
                 message = f"`{given[0]}` and `{given[1]}` exclude each other: give one of `models`, `slices`, `modules`"
                 raise self.document.error(message, at=f"$.{given[1]}")
         if not given:
-            if any(key in self.document.value for key in ("models", "slices", "modules")):
-                return ()  # what is wrong with it was told
-            message = "the key `models` is missing (or `slices`, or `modules`)"
-            raise self.document.error(message)
+            written = [key for key in _EMPTY if key in self.document.value]
+            if any(self.document.value[key] is not None for key in written):
+                return ()  # of a wrong type, which is an error already
+            if written:
+                raise self.document.error(_EMPTY[written[0]], f"$.{written[0]}")
+            raise self.document.error("the key `models` is missing (or `slices`, or `modules`)")
         found: list[Section] = []
         if wish.models is not None or wish.slices is not None:
             with self.faults:
                 found += self._section(None, wish.models, wish.slices, (self.top,), "$")
         if wish.modules is not None and not wish.modules:
-            raise self.document.error("`modules` names no module", "$.modules")
+            raise self.document.error(_EMPTY["modules"], "$.modules")
         for name, value in (wish.modules or {}).items():
             with self.faults:
                 found += self._module(name, value)
@@ -110,7 +119,7 @@ class Builder:
         path: str,
     ) -> tuple[Section, ...]:
         if slices is not None and not slices:
-            raise self.document.error("`slices` lists no slice", f"{path}.slices")
+            raise self.document.error(_EMPTY["slices"], f"{path}.slices")
         parts: list[Part | None] = []
         if models is not None:
             with self.faults:
@@ -137,7 +146,7 @@ class Builder:
     def _whole(self, values: list[Any], levels: tuple[Level, ...], path: str) -> Part | None:
         """Whole models: the base is one of them, listed or not."""
         if not values:
-            raise self.document.error("`models` lists no model", path)
+            raise self.document.error(_EMPTY["models"], path)
         entries = self._listed(self._items(values, Entry, path), "List a model once, with the weights added up")
         sources = [Source(i, self.models[i], None, {}, at) for i, _, at in entries]
         if self.base is not None and self._index(self.base) not in [i for i, _, _ in entries]:
@@ -153,7 +162,8 @@ class Builder:
             self.levels.unsure = True
             return None
         if not wish.sources:
-            raise self.document.error("`sources` lists no model", f"{path}.sources")
+            message = "`sources` lists no model. Write `- {model: NAME, layer_range: [0, 16]}` for each"
+            raise self.document.error(message, f"{path}.sources")
         own = self.levels.level(wish.parameters, f"{path}.parameters")
         base = self.base
         if wish.base_model is not None:
@@ -252,7 +262,7 @@ class Builder:
                 if end - first != length:
                     message = "the sources of a slice must have the same number of layers"
                     raise self.document.error(
-                        f"{message}: {end - first} here, {length} in {where}", f"{path}.layer_range"
+                        f"{message}: {shown(end - first)} here, {shown(length)} in {where}", f"{path}.layer_range"
                     )
                 span = first, end
             found.append(span)

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from fastinterp.errors import RecipeError, ShapeError
+from fastinterp.methods import shown
 from fastinterp.recipe.faults import Faults
 from fastinterp.recipe.layers import Layers, Stack
 from fastinterp.recipe.load import Recipe, same_model
@@ -24,6 +25,7 @@ from fastinterp.recipe.modules import members
 from fastinterp.recipe.parameters import Resolver
 from fastinterp.recipe.parts import Part, Section, Source
 
+MAX_LAYERS = 100_000  # of a stack that slices make: far above any model, and all of it is held
 _SHOWN = 5  # names that a message lists before it only counts them
 
 
@@ -122,6 +124,7 @@ class Assembly:
         parts = section.parts
         stack = self._main(section)
         total = sum(part.sources[0].length for part in parts)
+        before = len(self._faults.found)
         resolvers = [self._resolver(part) for part in parts]
         with self._faults:
             self._outside(section, parts[0], resolvers[0], stack, after=False)
@@ -132,6 +135,8 @@ class Assembly:
             start += part.sources[0].length
         with self._faults:
             self._outside(section, parts[-1], resolvers[-1], stack, after=True)
+        if len(self._faults.found) > before:  # a range may go beyond all that exists
+            return
         picked = [part.sources[0].layers for part in parts]
         numbers = [n for span in picked if span for n in range(*span)]
         if numbers != list(range(stack.layers)):
@@ -146,6 +151,8 @@ class Assembly:
         if len(blocks) < len(part.sources):
             return
         lead, (start, total) = part.sources[0], place
+        if start + lead.length > MAX_LAYERS:
+            raise self._error(f"the slices have more than {MAX_LAYERS:,} layers up to here. Use fewer", part.path)
         for offset in range(lead.length):
             numbers = [source.layers[0] + offset for source in part.sources if source.layers]
             rests = [b[number] for b, number in zip(blocks, numbers, strict=True)]
@@ -180,7 +187,7 @@ class Assembly:
         assert source.layers is not None
         if source.layers[1] > own.layers:
             raise self._error(
-                f"`layer_range` {list(source.layers)} goes beyond the {own.layers} layers of {source.name}",
+                f"`layer_range` {shown(list(source.layers))} goes beyond the {own.layers} layers of {source.name}",
                 f"{source.path}.layer_range",
             )
         found: dict[int, list[str]] = {}
