@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING
 from fastinterp._version import __version__
 
 if TYPE_CHECKING:
+    from fastinterp.api import explain, interpolate, merge
     from fastinterp.compute.arrays import weighted_sum
     from fastinterp.engine.check import check
     from fastinterp.engine.compare import compare
     from fastinterp.engine.memory import merge_state_dicts, merge_tensors
     from fastinterp.engine.report import Report
-    from fastinterp.engine.run import explain, interpolate, merge
     from fastinterp.errors import (
         BackendError,
         CheckpointError,
@@ -85,12 +85,12 @@ _HOMES = {
     "check": "fastinterp.engine.check",
     "compare": "fastinterp.engine.compare",
     "Report": "fastinterp.engine.report",
-    "explain": "fastinterp.engine.run",
-    "interpolate": "fastinterp.engine.run",
+    "explain": "fastinterp.api",
+    "interpolate": "fastinterp.api",
     "load": "fastinterp.steer.load",
     "load_into": "fastinterp.steer.load",
     "load_iter": "fastinterp.steer.load",
-    "merge": "fastinterp.engine.run",
+    "merge": "fastinterp.api",
     "merge_state_dicts": "fastinterp.engine.memory",
     "merge_tensors": "fastinterp.engine.memory",
     "path": "fastinterp.steer.path",

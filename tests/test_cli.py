@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from fastinterp.cli import commands, progress
 from fastinterp.cli.about import example
-from fastinterp.engine.text import fit, seconds, size, table
+from fastinterp.messages import fit, seconds, size, table
 from fastinterp.methods import find, names
 from fastinterp.recipe.load import load_recipe
 from tests.models import bf16, layers, load, save
@@ -123,7 +123,7 @@ def test_unexpected_exception_is_not_hidden(models, monkeypatch):
     def broken(*args, **settings):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("fastinterp.engine.run.merge", broken)
+    monkeypatch.setattr("fastinterp.api.merge", broken)
     with pytest.raises(ZeroDivisionError):
         run("merge", "recipe.yml", "out")
 

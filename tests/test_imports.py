@@ -27,7 +27,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_version": set(),
     "_C": set(),
     "_cuda": set(),
-    "compute.ops": set(),
+    "messages": set(),
+    "arguments": LEAVES | {"compute.dtypes", "files", "recipe"},
+    "compute.ops": {"errors"},
     "compute.requests": {"compute.ops"},
     "compute.dtypes": set(),
     "methods": LEAVES | {"compute.ops", "compute.requests"},
@@ -35,16 +37,28 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": LEAVES | {"compute.dtypes"},
     "compute": LEAVES | {"compute.ops", "compute.requests", "compute.dtypes", "_C", "_cuda", "_triton"},
     "_triton": {"compute.ops", "compute.dtypes"},
-    "engine": LEAVES | {"recipe", "methods", "files", "compute", "compute.ops", "compute.requests", "compute.dtypes"},
-    "steer": LEAVES | {"engine", "recipe", "methods", "files", "compute", "compute.ops", "compute.dtypes"},
+    "engine": LEAVES
+    | {
+        "messages",
+        "arguments",
+        "recipe",
+        "methods",
+        "files",
+        "compute",
+        "compute.ops",
+        "compute.requests",
+        "compute.dtypes",
+    },
+    "steer": LEAVES
+    | {"messages", "arguments", "engine", "recipe", "methods", "files", "compute", "compute.ops", "compute.dtypes"},
 }
 # May import every part above; nothing but __main__ imports cli.
-TOP = {"", "cli", "__main__", "doctor", "bench", "integrations"}
+TOP = {"", "api", "cli", "__main__", "doctor", "bench", "integrations"}
 
 # What takes long to load, and which parts of the package a merge from the command line goes through.
 HEAVY = {"torch", "numpy", "rich", "huggingface_hub", "transformers", "triton", "safetensors", "pydantic", "asyncio"}
 MERGE_PATH = {"", "cli", "__main__", "_version", "errors", "methods", "recipe", "files", "engine"}
-MERGE_PATH |= {"compute.ops", "compute.dtypes"}
+MERGE_PATH |= {"api", "arguments", "messages", "compute.ops", "compute.dtypes"}
 
 # The same for csrc/: a file (or pattern) and the files of csrc/ that it may include.
 MAY_INCLUDE: dict[str, set[str]] = {
@@ -171,7 +185,7 @@ def test_rule_sees_what_it_forbids(tmp_path, monkeypatch):
 def test_merge_path_loads_nothing_heavy():
     """Importing every module that a merge goes through: what each loads at once is what the user waits for."""
     path = [m for m in MODULES if m != "fastinterp.__main__" and part_of(m, MAY_IMPORT.keys() | TOP) in MERGE_PATH]
-    assert {"fastinterp.cli", "fastinterp.engine.run"} <= set(path)
+    assert {"fastinterp.cli", "fastinterp.api"} <= set(path)
     program = f"""
 import importlib, sys
 heavy = {HEAVY!r}

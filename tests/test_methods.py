@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastinterp import methods
-from fastinterp.compute.ops import Combine, Row
+from fastinterp.compute.ops import LARGEST, Combine, Row
 from fastinterp.errors import MethodError
 from fastinterp.methods import Each, Parameter, find, method
 
@@ -112,7 +112,7 @@ TRUTH = Parameter("normalize", "normalize", bool, False, False, False, True)
 
 @pytest.mark.parametrize(
     ("parameter", "given_value", "expected"),
-    [(NUMBER, 1, 1.0), (NUMBER, -2.5, -2.5), (NUMBER, methods.LARGEST, 3.4028234663852886e38),
+    [(NUMBER, 1, 1.0), (NUMBER, -2.5, -2.5), (NUMBER, LARGEST, 3.4028234663852886e38),
      (MAYBE, None, None), (MAYBE, 0, 0.0), (TRUTH, False, False), (TRUTH, 1, True), (TRUTH, 0.0, False)],
 )  # fmt: skip
 def test_values_become_the_declared_type(parameter, given_value, expected):

@@ -22,7 +22,7 @@ from fastinterp.compute.pump import Pump
 from fastinterp.compute.requests import Measure, Select, Selected, Steps
 from fastinterp.engine import asking, rounds
 from fastinterp.engine.plan import make_plan
-from fastinterp.engine.run import carry_out
+from fastinterp.engine.to_files import write_outputs
 from fastinterp.errors import MethodError, UsageError
 from fastinterp.methods import Each, Method, Sidecar, method
 from fastinterp.recipe.load import load_recipe
@@ -152,7 +152,7 @@ def test_points_of_a_path_share_what_they_ask(tmp_path, seen):
     plan = make_plan([load_recipe(one) for one in asked], max_shard_size=10**9)
     outs = [tmp_path / f"out{k}" for k in range(3)]
     keys: dict[str, Any] = {"device": "cpu", "threads": 2, "max_memory": 1 << 29, "force": False, "durable": False}
-    reports = carry_out([plan], [outs], progress=None, **keys)
+    reports = write_outputs([plan], [outs], progress=None, **keys)
     assert reports[0].bytes_read == plan.bytes_read == 2 * floats(finite(2)) + rest(finite(2))
     assert len(seen) == 2
     for one, out in zip(asked, outs, strict=True):

@@ -15,8 +15,8 @@ import yaml
 from click.testing import CliRunner
 
 import fastinterp
+from fastinterp.engine import to_files
 from fastinterp.cli import commands
-from fastinterp.engine import run as runs
 from fastinterp.errors import MethodError, OutputError, RecipeError, UsageError
 from fastinterp.files.folder import OutFolder
 from fastinterp.steer.load import allocated
@@ -330,7 +330,7 @@ def test_failure_leaves_nothing(ends, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise OutputError("no more")
 
-    monkeypatch.setattr(runs, "run", fails)
+    monkeypatch.setattr(to_files, "run", fails)
     with pytest.raises(OutputError, match=r"^no more$"):
         sweep(a, b, [0.1, 0.2], tmp_path / "path")
     assert not (tmp_path / "path").exists()

@@ -60,13 +60,13 @@ def explain(
     Example:
       fastinterp explain recipe.yml
     """
+    from fastinterp import api
     from fastinterp.compute.backends import cpu_threads
     from fastinterp.engine import explain as explained
-    from fastinterp.engine import run
     from fastinterp.engine.schedule import make_window
     from fastinterp.files.layout import parse_size
 
-    plan = run.explain(recipe, max_shard_size=max_shard_size, **wishes)
+    plan = api.explain(recipe, max_shard_size=max_shard_size, **wishes)
     window = make_window(plan, cpu_threads(threads), parse_size(max_memory))
     if as_json:
         options.say_json(explained.as_dict(plan, window))
@@ -171,7 +171,7 @@ def _layers(found: Comparison) -> dict[str, Difference]:
 
 def _as_text(found: Comparison, every: bool) -> str:
     from fastinterp.engine.contents import natural
-    from fastinterp.engine.text import counted, table
+    from fastinterp.messages import counted, table
 
     head = ["|d|/|a|", "cosine", "changed", "elements"]
     layers = [_row(n, d) for n, d in _layers(found).items()]
@@ -195,7 +195,7 @@ def _rank(d: Difference) -> float:
 
 def _notes(found: Comparison) -> list[str]:
     """What the table does not show."""
-    from fastinterp.engine.text import counted
+    from fastinterp.messages import counted
 
     notes = []
     for what, some in (("only in A", found.only_a), ("only in B", found.only_b)):
@@ -223,7 +223,7 @@ def _notes(found: Comparison) -> list[str]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    from fastinterp.engine.text import WIDTH, fit
+    from fastinterp.messages import WIDTH, fit
 
     some = list(names)
     more = f" and {len(some) - _LISTED} more" if len(some) > _LISTED else ""

@@ -36,13 +36,13 @@ def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) ->
       fastinterp merge recipe.yml merged/ --dtype bfloat16
       torchrun --nproc-per-node=4 -m fastinterp merge recipe.yml merged/
     """
+    from fastinterp import api
     from fastinterp.cli import progress
-    from fastinterp.engine import run
 
     me = options.rank()
     if me is None:
         with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
-            report = run.merge(recipe, out, progress=shown, **settings)
+            report = api.merge(recipe, out, progress=shown, **settings)
     else:
         from fastinterp.engine import distributed
 
@@ -83,14 +83,15 @@ def interpolate(
       fastinterp interpolate model-a/ model-b/ --alpha 0.3 -o mixed/
       fastinterp interpolate model-a/ model-b/ --alpha -0.5 --alpha 0:1:0.25 --alpha 1.5 -o path/
     """
+    from fastinterp import api
     from fastinterp.cli import progress
-    from fastinterp.engine import run
-    from fastinterp.engine.text import counted, plain
+    from fastinterp.messages import counted, plain
+    from fastinterp.steer.points import point_name
 
     options.refuse_ranks("interpolate")
-    outs = [Path(out)] if len(points) == 1 else [Path(out) / run.point_name(p) for p in points]
+    outs = [Path(out)] if len(points) == 1 else [Path(out) / point_name(p) for p in points]
     with outcome_of(outs), progress.shown(quiet or as_json) as shown:
-        reports = run.interpolate(a, b, points, out, base=base, progress=shown, **settings)
+        reports = api.interpolate(a, b, points, out, base=base, progress=shown, **settings)
     acting = [_acts_as(p, r) if base is None else None for p, r in zip(points, reports, strict=True)]
     if as_json:
         found = zip(points, acting, reports, strict=True)
@@ -143,7 +144,7 @@ def _path_lines(points: Sequence[float], acting: Sequence[float | None], reports
     """Alphas that act visibly as others are shown as such."""
     from fastinterp.compute.ops import MAX_OUTPUTS
     from fastinterp.engine.report import COPIES
-    from fastinterp.engine.text import plain, size, table
+    from fastinterp.messages import plain, size, table
 
     told = [
         f"{acts:.3g}" if acts is not None and abs(acts - alpha) > _VISIBLE * abs(alpha) else ""
@@ -178,7 +179,7 @@ def _shared(note: str, every: Sequence[Sequence[str]]) -> bool:
 
 
 def warn(reports: Sequence[Report]) -> None:
-    from fastinterp.engine.text import plain
+    from fastinterp.messages import plain
 
     every = [r.warnings for r in reports]
     for report in reports:

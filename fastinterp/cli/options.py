@@ -66,7 +66,7 @@ _OUTPUT = (
 
 
 def output(command: F) -> F:
-    """All options of a command that writes checkpoints. Their names are the keyword arguments of `engine.run.merge`."""
+    """All options of a command that writes checkpoints. Their names are the keyword arguments of `fastinterp.merge`."""
     for option in reversed(_OUTPUT):
         command = option(command)
     return command

@@ -22,7 +22,7 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str) -> list[floa
 
     Raises: BadParameter.
     """
-    from fastinterp.engine.arguments import snapped
+    from fastinterp.arguments import snapped
 
     return [snapped(number) for part in value.split(",") for number in _range(ctx, param, part, value)]
 

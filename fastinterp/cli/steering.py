@@ -188,7 +188,7 @@ def _as_dict(point: Point) -> dict[str, Any]:
 
 
 def _lines(points: Sequence[Point], virtual: bool) -> list[str]:
-    from fastinterp.engine.text import counted, plain, size, table
+    from fastinterp.messages import counted, plain, size, table
 
     if virtual:
         folder = "" if points[0].path is None else str(points[0].path.parent)

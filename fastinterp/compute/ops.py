@@ -1,4 +1,4 @@
-"""The operations that methods ask for, as plain values. A leaf: imports nothing of fastinterp.
+"""The operations that methods ask for, as plain values. A leaf: imports nothing of fastinterp but its errors.
 
 Every method comes down to `combine`: read each input once, write weighted sums of them. This module also
 holds the rules of the numeric contract that are decided before any element is touched: which input is the
@@ -8,11 +8,15 @@ pivot, which inputs are not read at all, and what is a copy.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from fastinterp.errors import MethodError
 
 NUMERICS = 1  # version of the numeric contract; changing any output bit bumps it
 MAX_INPUTS, MAX_OUTPUTS = 64, 256  # of one combine; the same numbers stand in csrc/ops.h
+LARGEST = (2.0 - 2.0**-23) * 2.0**127  # of float32: coefficients are rounded to it before they reach a kernel
 MAX_POINTS = 4096  # of a path that is walked at once: each MAX_OUTPUTS of them take a read of their own
 
 
@@ -132,3 +136,26 @@ def philox_key(seed: int, stream: int, name: str) -> int:
 
     text = seed.to_bytes(8, "little") + stream.to_bytes(4, "little") + name.encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def renumbered(rows: Iterable[Row]) -> tuple[tuple[int, ...], tuple[Row, ...]]:
+    """The inputs that any of the rows reads, ascending, and the rows with the places among these as their numbers."""
+    rows = tuple(rows)
+    inputs = tuple(sorted({i for row in rows for i in row.inputs}))
+    at = {i: place for place, i in enumerate(inputs)}
+    moved = (replace(row, pivot=at[row.pivot], terms=tuple((at[i], w) for i, w in row.terms)) for row in rows)
+    return inputs, tuple(moved)
+
+
+def check_coefficients(values: Iterable[float], name: str) -> None:
+    """See that float32 can hold the coefficients of a sum.
+
+    Raises: MethodError with the tensor's name, if it cannot, or if they are no numbers.
+    """
+    if isinstance(values, array) and values and math.isfinite(sum(values)):
+        values = min(values), max(values)  # they are many, and none is NaN
+    for value in values:
+        if not abs(value) <= LARGEST:
+            why = "is no number" if math.isnan(value) else "is beyond float32's 3.4e38"
+            remedy = "Change the parameters, or look for NaN and Inf in the models"
+            raise MethodError(f"a coefficient of {name} {why}: {value:g}. {remedy}")

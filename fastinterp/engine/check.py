@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastinterp.engine.text import WIDTH, counted, plain
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
 from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
+from fastinterp.messages import WIDTH, counted, plain
 from fastinterp.recipe.chain import not_there, references
 from fastinterp.recipe.check import against, inspect
 from fastinterp.recipe.document import Document, Source, read_all
@@ -330,7 +330,7 @@ def _sampled(plan: Plan, told: Collection[str], found: _Findings) -> int:
 
     told  warnings of the plan that are findings already
     """
-    from fastinterp.engine import samples
+    from fastinterp.engine import importances, samples
 
     for warning in plan.warnings:
         if warning not in told:
@@ -343,7 +343,7 @@ def _sampled(plan: Plan, told: Collection[str], found: _Findings) -> int:
             f"{counted(len(longer), 'tensor')} that no method merges must be the same in all models, and only the "
             f"first MB of each was compared: {_listed(longer)}. Say whose to take: `integers: MODEL`"
         )
-    for doubt in samples.negative_importances(plan):
+    for doubt in importances.negative_importances(plan):
         found.add_odd(doubt)
     taken = samples.take(plan)
     names = [plain(c.name) for c in plan.checkpoints]

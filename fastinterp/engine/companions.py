@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastinterp.engine.text import fit
 from fastinterp.errors import CheckpointError
 from fastinterp.files.checkpoint import Checkpoint
 from fastinterp.files.sidecars import is_tokenizer_file, needs_code
 from fastinterp.files.strict_json import parse_object
+from fastinterp.messages import fit
 
 CONFIG = "config.json"
 _MOST = 3  # lines of a kind, and names in a line, before the rest is only counted

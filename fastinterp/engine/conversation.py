@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from fastinterp.compute.masked import kept_inputs, read_inputs
-from fastinterp.compute.ops import Combine
+from fastinterp.compute.ops import Combine, check_coefficients
 from fastinterp.compute.requests import (
     Divergence,
     GroupCombine,
@@ -25,7 +25,6 @@ from fastinterp.compute.requests import (
     Selected,
     Sum,
 )
-from fastinterp.engine.place import check_coefficients
 from fastinterp.errors import MethodError
 
 _FORESEEN = 64  # requests that a dry run follows: answers that are made up may lead in circles

@@ -15,7 +15,7 @@ from typing import Any
 from fastinterp.compute.backends import built
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.tensors import PlannedTensor
-from fastinterp.engine.text import seconds
+from fastinterp.messages import seconds
 
 # Of one thread, measured on an EPYC with AVX-512 (docs/performance.md): reads and writes of files in the page cache,
 # 10^9 bytes a second. Writes go on in as many files at a time as there are.

@@ -17,9 +17,9 @@ from fastinterp.engine.jobs import Result
 from fastinterp.engine.place import Step
 from fastinterp.engine.rounds import Machine, Placed
 from fastinterp.engine.sources import dtype_code, gathers
-from fastinterp.engine.text import size
 from fastinterp.engine.worker import LEAST_SLOT, Files, Worker
 from fastinterp.errors import UsageError
+from fastinterp.messages import size
 
 # Of each device. Shorter slots cost more of Python than of the bus (tried: 4, 8, 16, 32 MiB), longer ones more to lock.
 SLOTS, SLOT_BYTES = 8, 16 << 20

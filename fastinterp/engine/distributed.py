@@ -17,18 +17,18 @@ from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 from fastinterp._version import __version__
+from fastinterp.arguments import path_of, size_of
 from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.device import Device
 from fastinterp.compute.pump import Progress
-from fastinterp.engine.arguments import path_of, size_of
 from fastinterp.engine.densities import Density
-from fastinterp.engine.plan import Plan
+from fastinterp.engine.plan import Plan, Source, plan_recipe
 from fastinterp.engine.ranks import Peers, Rank
-from fastinterp.engine.report import Effect, Findings, Report
+from fastinterp.engine.report import Effect, Findings, Report, findings_of, report_on
 from fastinterp.engine.rounds import Placed
-from fastinterp.engine.run import Source, devices_for, findings_of, finish, plan_of, report_on, write_small_files
 from fastinterp.engine.schedule import Done, run
 from fastinterp.engine.sinks import FileSinks
+from fastinterp.engine.to_files import devices_for, finish, write_small_files
 from fastinterp.errors import RankError
 from fastinterp.files.folder import OutFolder
 from fastinterp.files.shared_folder import (
@@ -63,8 +63,8 @@ def merge(
     seed: int | None = None,
     **settings: Any,
 ) -> Report | None:
-    """This process's part of `engine.run.merge`, whose arguments these are. The report on rank 0, else None."""
-    plan = plan_of(recipe, max_shard_size, dtype, rounding, seed)
+    """This process's part of `fastinterp.merge`, whose arguments these are. The report on rank 0, else None."""
+    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed)
     reports = carry_out(plan, [path_of(out, "out")], me, max_memory=size_of(max_memory), **settings)
     return reports[0] if reports else None
 
@@ -90,7 +90,7 @@ def carry_out(
 
     Returns the reports on rank 0 and None on the others, when the outputs have appeared. If it ends before that, files
     that are complete are kept under temporary names, and the same merge goes on from them.
-    Raises: what `engine.run.carry_out` does; RankError, if another rank failed, or cannot be reached.
+    Raises: what `write_outputs` does; RankError, if another rank failed, or cannot be reached.
     """
     start = time.perf_counter()
     cpu_isa()

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastinterp.compute.dtypes import DTYPES, DType
-from fastinterp.compute.ops import MAX_INPUTS, Combine, Row
+from fastinterp.compute.ops import MAX_INPUTS, Combine, Row, check_coefficients
 from fastinterp.engine.document import Document, Library, plan_document
 from fastinterp.engine.document import found as found_model
-from fastinterp.engine.place import check_coefficients
 from fastinterp.engine.tensors import MadeEntry, PlannedTensor
 from fastinterp.errors import RecipeError
 from fastinterp.files.checkpoint import Checkpoint

@@ -12,10 +12,10 @@ from fastinterp.engine.given import as_lines, given, layer_lines, presets_in_for
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.schedule import Window, make_window
 from fastinterp.engine.tensors import MadeEntry, PlannedTensor
-from fastinterp.engine.text import WIDTH, counted, fit, plain, seconds, size, table
 from fastinterp.files.embedding import MappedEntry
 from fastinterp.files.layout import OutFile, parse_size
 from fastinterp.files.sidecars import copy_sidecars
+from fastinterp.messages import WIDTH, counted, fit, plain, seconds, size, table
 from fastinterp.recipe.check import DRAWING
 from fastinterp.recipe.load import Recipe, same_model
 

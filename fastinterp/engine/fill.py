@@ -8,9 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from fastinterp.compute.device import Device
 from fastinterp.compute.pump import Progress
 from fastinterp.engine.plan import Plan
-from fastinterp.engine.report import Report
+from fastinterp.engine.report import Report, report_of
 from fastinterp.engine.rounds import finishing
-from fastinterp.engine.run import report_of
 from fastinterp.engine.schedule import opened, run
 from fastinterp.engine.sinks import MemorySinks
 

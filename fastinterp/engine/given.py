@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from fastinterp.engine.text import counted
+from fastinterp.messages import counted
 from fastinterp.methods import shown
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.targets import Assembly

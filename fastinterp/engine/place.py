@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from fastinterp.compute.ops import Row
+from fastinterp.compute.ops import Row, renumbered
 from fastinterp.engine.sources import Operand, gathers
-from fastinterp.errors import MethodError
-from fastinterp.methods import LARGEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,26 +94,3 @@ class Place:
         step = self.writing("same", range(len(self.operands)), outputs)
         native = {k: v for k, v in step.native.items() if k not in ("out_dtype", "keys")}
         return Step(self.name, {**native, "numel": self.nbytes[0]}, step.nbytes)
-
-
-def renumbered(rows: Iterable[Row]) -> tuple[tuple[int, ...], tuple[Row, ...]]:
-    """The inputs that any of the rows reads, ascending, and the rows with the places among these as their numbers."""
-    rows = tuple(rows)
-    inputs = tuple(sorted({i for row in rows for i in row.inputs}))
-    at = {i: place for place, i in enumerate(inputs)}
-    moved = (replace(row, pivot=at[row.pivot], terms=tuple((at[i], w) for i, w in row.terms)) for row in rows)
-    return inputs, tuple(moved)
-
-
-def check_coefficients(values: Iterable[float], name: str) -> None:
-    """See that float32 can hold the coefficients of a sum.
-
-    Raises: MethodError with the tensor's name, if it cannot, or if they are no numbers.
-    """
-    if isinstance(values, array) and values and math.isfinite(sum(values)):
-        values = min(values), max(values)  # they are many, and none is NaN
-    for value in values:
-        if not abs(value) <= LARGEST:
-            why = "is no number" if math.isnan(value) else "is beyond float32's 3.4e38"
-            remedy = "Change the parameters, or look for NaN and Inf in the models"
-            raise MethodError(f"a coefficient of {name} {why}: {value:g}. {remedy}")

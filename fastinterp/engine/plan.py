@@ -7,22 +7,25 @@ output tensor which inputs are read, with which coefficients, and where the resu
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastinterp._version import __version__
+from fastinterp.arguments import overridden, size_of
 from fastinterp.compute.ops import MAX_OUTPUTS, NUMERICS, Combine
 from fastinterp.engine.document import Library, plan_document
 from fastinterp.engine.tensors import PlannedTensor
-from fastinterp.engine.text import counted, size
 from fastinterp.engine.vocabularies import Fitted
 from fastinterp.errors import UsageError
 from fastinterp.files.checkpoint import Checkpoint
 from fastinterp.files.layout import Layout, make_layout
-from fastinterp.recipe.load import Recipe
+from fastinterp.messages import counted, size
+from fastinterp.recipe.load import Recipe, load_recipes
 
+Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 _MOST_BYTES = 64 << 10  # of coefficients in a receipt, which is in every file
 
 
@@ -156,3 +159,15 @@ def _coefficients(k: int, tensors: Sequence[PlannedTensor]) -> dict[str, Any] | 
     if len(json.dumps(named)) > _MOST_BYTES:
         return f"left out: {len(sets)} sets of them are too many. The recipe gives them again"
     return named
+
+
+def plan_recipe(recipe: Source, max_shard_size: str | int, dtype: object, rounding: object, seed: object) -> Plan:
+    """The plan of one recipe, of one or more documents. Arguments and errors as of `merge`."""
+    *above, last = load_recipes(recipe)
+    asked = overridden(last, dtype, rounding, seed)
+    if above:
+        # They were stored as the last one is, and are; a seed that all have in common is replaced in all.
+        if rounding is not None:
+            above = [replace(r, rounding=asked.rounding) if r.rounding == last.rounding else r for r in above]
+        above = [replace(r, seed=asked.seed) if r.seed == last.seed else r for r in above]
+    return make_plan([asked], max_shard_size=size_of(max_shard_size), above=above)

@@ -7,11 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.engine.text import counted, plain, seconds, size
+from fastinterp.messages import counted, plain, seconds, size
 
 if TYPE_CHECKING:
     from fastinterp.engine.densities import Density
+    from fastinterp.engine.jobs import Job
+    from fastinterp.engine.plan import Plan
     from fastinterp.engine.rounds import Placed
+    from fastinterp.engine.schedule import Done
+    from fastinterp.files.folder import OutFolder
 
 COPIES = "all tensors are copies"
 _NOTICED = 0.05  # an effective strength off by more than this is worth a warning
@@ -251,3 +255,63 @@ def warnings_of(tensors: Mapping[str, Effect], dtype: str, stochastic: bool = Fa
         names = [n for n, e in tensors.items() if e.nan_out or e.inf_out]
         found.append(f"{total.nan_out} NaN and {total.inf_out} Inf arose in the output ({dtype}), first in {names[0]}")
     return tuple(found)
+
+
+def report_of(plan: Plan, done: Done, wall_s: float, k: int, folder: OutFolder | None = None) -> Report:
+    """Of output k. folder: where it was written; None: it is in memory."""
+    return report_on(plan, done, wall_s, k, findings_of(plan, done.jobs, k), folder)
+
+
+def findings_of(plan: Plan, jobs: Mapping[str, Job], k: int) -> Findings:
+    """What the jobs found, of output k."""
+    found = Findings()
+    for tensor in (t for t in plan.tensors if t.name in jobs):
+        job = jobs[tensor.name]
+        if tensor.merged:
+            found.models |= tensor.origins(job.reads(k))
+        for i, density in job.densities(k).items():
+            found.densities.setdefault(plan.checkpoints[tensor.inputs[i]].name, {})[tensor.name] = density
+        if job.copies(k):
+            found.copied.append(tensor.name)
+        else:
+            found.effects[tensor.name] = Effect.of(tensor.numel, job.stats[k])
+    return found
+
+
+def report_on(
+    plan: Plan, done: Done, wall_s: float, k: int, found: Findings, folder: OutFolder | None = None
+) -> Report:
+    """The report of output k, from what was found."""
+    made = {*found.copied, *found.effects}
+    dtypes = sorted({str(t.dtype) for t in plan.tensors if t.merged and t.name in made})
+    return Report(
+        output="memory" if folder is None else folder.name,
+        files=() if folder is None else tuple(f.name for f in plan.layouts[k].files),
+        tensors=found.effects,
+        copied=tuple(found.copied),
+        bytes_read=done.bytes_read,
+        bytes_written=done.bytes_written,
+        outputs=len(plan.recipes),
+        wall_s=wall_s,
+        device=device_line(done.placed, done.isa),
+        on_cpu=done.placed.on_cpu,
+        threads=done.threads,
+        inputs=len(found.models),
+        densities=found.densities,
+        merged=sum(t.numel for t in plan.tensors if t.merged),
+        removed=() if folder is None else folder.removed,
+        warnings=(
+            *warnings_of(found.effects, ", ".join(dtypes), plan.recipes[k].rounding == "stochastic"),
+            *_importances(plan),
+            *(f"a device was given up, and others did its part: {lost}" for lost in done.placed.lost),
+            *plan.warnings,
+        ),
+    )
+
+
+def _importances(plan: Plan) -> list[str]:
+    if not any(recipe.sidecars for recipe in plan.recipes) and not any(t.first for t in plan.tensors):
+        return []
+    from fastinterp.engine.importances import negative_importances
+
+    return negative_importances(plan)

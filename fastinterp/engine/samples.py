@@ -6,32 +6,26 @@ A merge would read all of it; here a chunk from the middle of some tensors has t
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastinterp.compute.backends import cpu_isa, cpu_threads
 from fastinterp.compute.pump import Pump, watch
+from fastinterp.engine.chunks import middle_chunk, read_bytes, spread_over
 from fastinterp.engine.plan import Plan
-from fastinterp.engine.sources import Sources, storage
+from fastinterp.engine.sources import Sources
 from fastinterp.engine.tensors import PlannedTensor, must_agree
-from fastinterp.engine.text import plain
 from fastinterp.errors import ShapeError
 from fastinterp.files.header import Entry
 
-CHUNK = 16384  # elements of a tensor
-TENSORS = 128  # that are sampled, spread over the model
 _AGREE_BYTES = 1 << 20  # of a tensor that must be the same in all models
 _NOISY = 0.7  # a share of signal below this is worth a word
 
 # Exponent bias and bits of the mantissa.
 _FP8 = {"F8_E4M3": (7, 3), "F8_E5M2": (15, 2)}
-_CODES: Any = {1: "B", 2: "H", 4: "I", 8: "Q"}  # unsigned integers of so many bytes
-# Code of Inf, or of the largest number where there is none.
-_INFINITE = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x7C00, "BF16": 0x7F80, "F8_E4M3": 0x7E, "F8_E5M2": 0x7C}
 _WIDTH = 0.8  # mean |d| of normally distributed d, in standard deviations
 
 
@@ -102,7 +96,7 @@ def take(plan: Plan) -> Samples:
     """
     found = Samples()
     merged = [t for t in plan.tensors if t.merged and t.numel]
-    pairs = [pair for t in _spread(merged) for pair in _pairs(t)]
+    pairs = [pair for t in spread_over(merged) for pair in _pairs(t)]
     found.tensors = len({t.name for t, _ in pairs})
     with ExitStack() as stack:
         sources = Sources(plan.checkpoints, ((i, e) for _, reads in pairs for i, e in reads), stack)
@@ -126,43 +120,14 @@ def disagreeing(plan: Plan) -> tuple[list[ShapeError], list[str]]:
         reads = [(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True) if type(e) is Entry]
         if len(reads) < 2:
             continue
-        first = _bytes(plan, *reads[0], limit=_AGREE_BYTES)
-        differing = [i for i, e in reads[1:] if _bytes(plan, i, e, limit=_AGREE_BYTES) != first]
+        first = read_bytes(plan, *reads[0], limit=_AGREE_BYTES)
+        differing = [i for i, e in reads[1:] if read_bytes(plan, i, e, limit=_AGREE_BYTES) != first]
         if differing:
             names = (plan.checkpoints[i].name for i in (reads[0][0], differing[0]))
             wrong.append(must_agree(tensor, *names))
         elif tensor.entries[0].nbytes > _AGREE_BYTES:
             longer.append(tensor.name)
     return wrong, longer
-
-
-def negative_importances(plan: Plan) -> list[str]:
-    """What to say about side-cars whose samples hold numbers below 0: no importance is, and sums of them divide."""
-    every = {id(t): t for tensor in plan.tensors for t in (*tensor.first, tensor)}.values()
-    found: dict[str, list[str]] = {}
-    for tensor in _spread([t for t in every if t.program and t.numel and len(t.inputs) > t.models]):
-        for i, entry in zip(tensor.inputs[tensor.models :], tensor.entries[tensor.models :], strict=True):
-            if type(entry) is Entry and _below_0(plan, i, _chunk(entry)):
-                found.setdefault(plan.checkpoints[i].name, []).append(tensor.name)
-    return [
-        f"the side-car {plain(name)} holds numbers below 0, in {plain(tensors[0])} for example: importances must not "
-        "be negative, since the merge divides by their sum"
-        for name, tensors in found.items()
-    ]
-
-
-def _below_0(plan: Plan, i: int, entry: Entry) -> bool:
-    """-0 and NaN are not."""
-    data, size = _bytes(plan, i, entry, limit=entry.nbytes), entry.nbytes // entry.numel
-    if max(data[size - 1 :: size]) < 0x80:  # the bytes with the signs: nearly always
-        return False
-    sign, infinite = 1 << 8 * size - 1, _INFINITE[entry.dtype.name]
-    return any(sign < code <= sign + infinite for code in memoryview(data).cast(_CODES[size]))
-
-
-def _spread(tensors: list[PlannedTensor]) -> list[PlannedTensor]:
-    """TENSORS of them at most, over all of the model."""
-    return [tensors[k * len(tensors) // TENSORS] for k in range(TENSORS)] if len(tensors) > TENSORS else tensors
 
 
 Pair = tuple[PlannedTensor, list[tuple[int, Entry]]]  # a sample of the first model, or of two
@@ -173,21 +138,13 @@ def _pairs(tensor: PlannedTensor) -> Iterator[Pair]:
     tensors of a document above) is left out.
     """
     reads = [(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True) if type(e) is Entry]
-    cut = [(i, _chunk(e)) for i, e in reads[: tensor.models]]
+    cut = [(i, middle_chunk(e)) for i, e in reads[: tensor.models]]
     if not cut:
         return
     first = tensor.rows[0].pivot if tensor.rows and len(cut) == len(tensor.inputs) else 0
     others = [one for k, one in enumerate(cut) if k != first]
     for other in others or [cut[first]]:
         yield tensor, [cut[first], other]
-
-
-def _chunk(entry: Entry) -> Entry:
-    """CHUNK elements of a tensor, from its middle; all of it, if it has no more."""
-    size = entry.nbytes // entry.numel
-    count = min(entry.numel, CHUNK)
-    skipped = (entry.numel - count) // 2
-    return replace(entry, shape=(count,), start=entry.start + skipped * size, nbytes=count * size)
 
 
 def _measured(sources: Sources, steps: Sequence[dict[str, Any]]) -> list[Any]:
@@ -233,15 +190,8 @@ def _steps(plan: Plan, i: int, entry: Entry) -> tuple[float, float]:
     """Sum of the distances from each element to its neighbours in its dtype of 8 bits, and of their squares."""
     bias, bits = _FP8[entry.dtype.name]
     steps = steps2 = 0.0
-    for code, count in Counter(_bytes(plan, i, entry, limit=entry.nbytes)).items():
+    for code, count in Counter(read_bytes(plan, i, entry, limit=entry.nbytes)).items():
         step = 2.0 ** (max((code & 0x7F) >> bits, 1) - bias - bits)
         steps += count * step
         steps2 += count * step * step
     return steps, steps2
-
-
-def _bytes(plan: Plan, i: int, entry: Entry, *, limit: int) -> bytes:
-    """The first bytes of a tensor, or of a chunk of it."""
-    path = plan.checkpoints[i].files[entry.file]
-    with storage(path), open(path, "rb", buffering=0) as stream:
-        return os.pread(stream.fileno(), min(entry.nbytes, limit), entry.start)

@@ -8,8 +8,7 @@ from functools import partial
 from typing import Any
 
 from fastinterp.compute.dtypes import DType
-from fastinterp.compute.ops import Combine, Row, Tensor
-from fastinterp.engine.place import check_coefficients, renumbered
+from fastinterp.compute.ops import Combine, Row, Tensor, check_coefficients, renumbered
 from fastinterp.errors import MethodError, ShapeError, UsageError
 from fastinterp.files.checkpoint import Checkpoint
 from fastinterp.files.embedding import named_as_embedding

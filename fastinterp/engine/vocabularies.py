@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.engine.text import fit
 from fastinterp.errors import CheckpointError
 from fastinterp.files.checkpoint import Checkpoint
 from fastinterp.files.embedding import (
@@ -31,6 +30,7 @@ from fastinterp.files.regular import read_regular
 from fastinterp.files.sidecars import is_tokenizer_file
 from fastinterp.files.strict_json import parse_object
 from fastinterp.files.tied import config_changes, is_tied, ties, vocab_size_of, with_changes
+from fastinterp.messages import fit
 from fastinterp.recipe.load import Recipe, same_model
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from fastinterp.compute.ops import Tensor
+from fastinterp.compute.ops import LARGEST, Tensor
 from fastinterp.errors import MethodError
 
 T = TypeVar("T")
@@ -54,8 +54,6 @@ class Keyed(NamedTuple):
 class Sidecar(str):
     """The name of a further checkpoint, with the tensors of the model that it belongs to: its diagonal Fisher, say."""
 
-
-LARGEST = (2.0 - 2.0**-23) * 2.0**127  # of float32: coefficients are rounded to it before they reach a kernel
 
 Unit = Annotated[float, Range(0.0, 1.0)]
 NotNegative = Annotated[float, Range(0.0, LARGEST)]

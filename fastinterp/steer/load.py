@@ -7,11 +7,10 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastinterp.arguments import path_of, size_of
 from fastinterp.compute.allocate import Framework, maker, torch_dtype
-from fastinterp.engine.arguments import path_of, size_of
 from fastinterp.engine.fill import fill, filling
-from fastinterp.engine.plan import Plan
-from fastinterp.engine.run import plan_of
+from fastinterp.engine.plan import Plan, plan_recipe
 from fastinterp.engine.tensors import PlannedTensor
 from fastinterp.errors import BackendError, ShapeError, UsageError
 from fastinterp.files.names import INDEX, WEIGHTS
@@ -134,7 +133,7 @@ def _check_module(module: Any, recipe: Any) -> None:
 
 def planned(recipe: Source, dtype: str | None, rounding: str | None, seed: int | None) -> Plan:
     """The plan of one model."""
-    return plan_of(_recipe(recipe), _SHARD, dtype, rounding, seed)
+    return plan_recipe(_recipe(recipe), _SHARD, dtype, rounding, seed)
 
 
 def _recipe(source: Source) -> str | Mapping[str, Any] | Sequence[Mapping[str, Any]]:

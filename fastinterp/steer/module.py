@@ -9,8 +9,8 @@ from itertools import pairwise
 from typing import Any
 
 from fastinterp.compute.dtypes import DType, parse_dtype
-from fastinterp.engine.text import plain
 from fastinterp.errors import BackendError, ShapeError, UsageError
+from fastinterp.messages import plain
 
 _SHOWN = 50  # mismatches that a message lists before it only counts the others
 _NAMED = 3  # the same of tensors named in a line

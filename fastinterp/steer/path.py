@@ -10,8 +10,8 @@ from contextlib import nullcontext
 from operator import index
 from typing import Any
 
+from fastinterp.arguments import snapped
 from fastinterp.compute.dtypes import parse_dtype
-from fastinterp.engine.arguments import snapped
 from fastinterp.engine.memory import merge_measured
 from fastinterp.engine.report import Effect
 from fastinterp.errors import FastinterpError, UsageError

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any
 
-from fastinterp.engine.arguments import snapped
+from fastinterp.arguments import snapped
 from fastinterp.errors import StorageError, UsageError
 from fastinterp.steer import curve
 
@@ -166,7 +166,7 @@ class PathReport:
 
     def summary(self) -> str:
         """A few lines for people."""
-        from fastinterp.engine.text import table
+        from fastinterp.messages import table
 
         names = [*self.directions, *(self._columns()), *self.metrics]
         rows = [names, *(self._row(p) for p in self.points)]

@@ -62,7 +62,7 @@ def plot_difference(found: Comparison, file: str | os.PathLike[str], title: str)
     Raises: UsageError, if there is no matplotlib or nothing was measured; StorageError.
     """
     from fastinterp.engine.compare import Difference
-    from fastinterp.engine.text import fit
+    from fastinterp.messages import fit
     from fastinterp.steer.layers import grid
 
     if not found.tensors:

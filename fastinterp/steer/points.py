@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastinterp.arguments import numbers, path_of
 from fastinterp.compute.ops import MAX_POINTS
-from fastinterp.engine.arguments import numbers, path_of
 from fastinterp.engine.report import Report
-from fastinterp.engine.run import point_mapping, point_name
 from fastinterp.errors import UsageError
 from fastinterp.methods import Method, clipped, find, suggestion
+from fastinterp.recipe.load import Recipe, load_recipe, same_model
 
+_LARGEST_ALPHA = 4e7  # without a base; the weights 1 - alpha and alpha are divided by their sum
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a direction: it is part of folders' names
 
 
@@ -47,6 +48,41 @@ class Point:
         """
         strength = None if self.report is None else self.report.effect.strength
         return None if strength is None else {name: far * strength for name, far in self.at.items()}
+
+
+def point_name(alpha: float) -> str:
+    """The folder of one point on a path: `alpha_0.3`, `alpha_-0.5`."""
+    return f"alpha_{float(alpha):.10g}"
+
+
+def point_recipe(a: str, b: str, alpha: float, base: str | None, integers: str | None = None) -> Recipe:
+    """The recipe of one point on the line from `a` to `b`. The other arguments are those of `interpolate`."""
+    return load_recipe(point_mapping(a, b, alpha, base, integers))
+
+
+def point_mapping(a: str, b: str, alpha: float, base: str | None, integers: str | None = None) -> dict[str, Any]:
+    """The same, as a recipe has it."""
+    if not math.isfinite(alpha):
+        raise UsageError(f"alpha must be a finite number, got {alpha}")
+    # Far out 1 - alpha and alpha cancel, or float32 cannot hold them.
+    limit = _LARGEST_ALPHA if base is None else 3.4e38
+    if max(abs(alpha), abs(1.0 - alpha)) > limit:
+        raise UsageError(f"alpha must be in -{limit:.1e}..{limit:.1e}, got {alpha:g}")
+    if same_model(a, b):
+        raise UsageError(f"A and B are the same checkpoint: {a!r}. Name two")
+    if integers is not None and not any(same_model(integers, m) for m in (a, b, base or a)):
+        raise UsageError(f"`integers` must be one of the checkpoints that are read, got {integers!r}")
+    models = [
+        {"model": a, "parameters": {"weight": 1.0 - alpha}},
+        {"model": b, "parameters": {"weight": float(alpha)}},
+    ]
+    asked: dict[str, Any] = {"merge_method": "linear"}
+    if base is not None:
+        asked = {"merge_method": "task_arithmetic", "base_model": base}
+    asked["models"] = models
+    if integers is not None:
+        asked["integers"] = integers
+    return asked
 
 
 def line(

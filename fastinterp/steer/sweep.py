@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastinterp.arguments import dtype_named, path_of, size_of
 from fastinterp.compute.backends import cpu_isa, cpu_threads, find_devices, wish_of
 from fastinterp.compute.ops import MAX_OUTPUTS
 from fastinterp.compute.pump import Progress
-from fastinterp.engine.arguments import dtype_named, path_of, size_of
 from fastinterp.engine.plan import Plan, make_plan
-from fastinterp.engine.run import carry_out
 from fastinterp.engine.schedule import fitting_outputs
+from fastinterp.engine.to_files import write_outputs
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.recipe.load import load_recipe
 from fastinterp.steer.points import Point, grid, line
@@ -100,7 +100,7 @@ def sweep(
     paths = [Path(target) / point.name for point in points]
     starts = [sum(len(p.recipes) for p in plans[:i]) for i in range(len(plans))]
     outs = [paths[at : at + len(p.recipes)] for at, p in zip(starts, plans, strict=True)]
-    reports = carry_out(
+    reports = write_outputs(
         plans, outs, device=device, threads=threads, max_memory=most, force=force, durable=durable, progress=progress
     )
     made = zip(points, paths, reports, strict=True)
