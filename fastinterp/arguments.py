@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from fastinterp.compute.dtypes import DType, parse_dtype
 from fastinterp.errors import UsageError
 from fastinterp.files.layout import parse_size
+from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.recipe.load import Recipe
 
 # Alphas this close to 0 or 1 are meant to be there: at an end a model is copied, beside it it is not, and a path has no

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastinterp import _C
 from fastinterp._version import __version__
-from fastinterp.compute.backends import GPU_VARIABLE, ISA_VARIABLE, cpu_isa, cpu_threads, gpu_backends
+from fastinterp.backends.registry import GPU_VARIABLE, ISA_VARIABLE, cpu_isa, cpu_threads, gpu_backends
 from fastinterp.errors import FastinterpError
 
 _PACKAGES = ("numpy", "torch", "triton", "safetensors", "huggingface_hub")

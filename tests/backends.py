@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fastinterp.compute.dtypes import DType
-from fastinterp.compute.ops import Row
 from fastinterp.errors import BackendError
+from fastinterp.ops.combine import Row
+from fastinterp.ops.dtypes import DType
 from tests import cuda_combine, cuda_host
 from tests.cases import Case, Guarded
 
@@ -41,7 +41,7 @@ def combining() -> list[str]:
 
 @cache
 def _cuda_skipped() -> dict[str, str]:
-    from fastinterp.compute import cuda
+    from fastinterp.backends import cuda
 
     reasons = {}
     try:
@@ -59,8 +59,8 @@ def _cuda_skipped() -> dict[str, str]:
 @cache
 def _triton_skipped() -> str:
     """Why Triton's kernels are neither run on a GPU here nor interpreted; empty if they are."""
-    from fastinterp.compute import triton
-    from fastinterp.compute.backends import maybe_driver
+    from fastinterp.backends.registry import maybe_driver
+    from fastinterp.backends.triton import device as triton
 
     if not triton.interpreted() and not maybe_driver() and "gpu" not in _required():
         return "there is no driver of a GPU, and TRITON_INTERPRET is not 1"  # torch is not loaded to find that out
@@ -76,7 +76,8 @@ def on_devices() -> list[str]:
 @contextmanager
 def device(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The first device by this name of `on_devices`."""
-    from fastinterp.compute import cuda, triton
+    from fastinterp.backends import cuda
+    from fastinterp.backends.triton import device as triton
 
     if name == "triton":
         yield triton.TritonDevice(0)
@@ -116,7 +117,7 @@ def skipped() -> dict[str, str]:
 
 def _gpu_missing() -> str:
     """Why not all that a GPU can be tested with is here; empty if it is."""
-    from fastinterp.compute import triton
+    from fastinterp.backends.triton import device as triton
 
     reasons = {"cuda": _cuda_skipped().get("cuda"), "triton": _triton_skipped()}
     reasons["triton"] = reasons["triton"] or ("it is interpreted" if triton.interpreted() else "")

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastinterp.compute import reference
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.compute.ops import Combine, Row, philox_key
+from fastinterp.ops.combine import Combine, Row, philox_key
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.reference import combine as reference
 
 MERGING = (F64, F32, F16, BF16, F8_E4M3, F8_E5M2)
 GUARD = 128  # bytes on either side of a buffer: two of the widest vectors

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastinterp.compute import reference
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.compute.ops import Combine, Row, philox_key
+from fastinterp.ops.combine import Combine, Row, philox_key
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.reference import combine as reference
 from tests.cases import fill
 
 Raw = NDArray[np.uint8]
@@ -77,7 +77,7 @@ def patterns(dtype: DType, numel: int, index: int) -> Tensor:
 
 def integers(values: Any, kind: str) -> Tensor:
     """An integer tensor; kind: `I64`, `U8`, `BOOL`, ..."""
-    from fastinterp.compute.dtypes import DTYPES
+    from fastinterp.ops.dtypes import DTYPES
 
     numpy_name = {"BOOL": "?", "U8": "u1", "I8": "i1", "I32": "<i4", "I64": "<i8"}[kind]
     x = np.asarray(values).astype(numpy_name)
@@ -154,7 +154,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 def read(folder: Path) -> dict[str, Tensor]:
     """All tensors of all files of a checkpoint."""
-    from fastinterp.compute.dtypes import DTYPES
+    from fastinterp.ops.dtypes import DTYPES
 
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):

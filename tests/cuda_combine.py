@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from fastinterp.compute.dtypes import DType
-from fastinterp.compute.ops import Row
+from fastinterp.ops.combine import Row
+from fastinterp.ops.dtypes import DType
 from tests.cases import Guarded
 from tests.pumps import code
 

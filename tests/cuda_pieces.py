@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastinterp.compute import pieces
+from fastinterp.backends import pieces
 from tests import backends, cuda_host
 from tests.cases import Guarded
 from tests.pumps import Raw, guarded, memory, run

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastinterp.compute import backends
+from fastinterp.backends import registry as backends
 from fastinterp.engine import devices as machine
 from tests.checkpoints import saved
 from tests.device_merges import SLOT, Use, models

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastinterp.compute.dtypes import BF16, F32
+from fastinterp.ops.dtypes import BF16, F32
 from tests.checkpoints import Tensor, family, moved, recipe, saved, weights
 from tests.fake_device import FakeDevice
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastinterp.compute.dtypes import DTYPES
-from fastinterp.compute.pieces import cut, join, join_stats
+from fastinterp.backends.pieces import cut, join, join_stats
+from fastinterp.ops.dtypes import DTYPES
 from tests.cases import GUARD, Guarded
 
 SIZES = {dtype.code: dtype.bits // 8 for dtype in DTYPES.values() if dtype.code is not None}

@@ -1,5 +1,5 @@
 """Runs a merge method on arrays, without the engine: answers its requests and evaluates its sum in float64, straight
-from the definitions in compute/requests.py. Slow and obvious: what the tests of methods compare with formulas.
+from the definitions in ops/requests.py. Slow and obvious: what the tests of methods compare with formulas.
 
 Deltas are x_i - x_0 in the dtype of the arrays (float32 arrays: rounded once, as the engine does), everything after
 that is float64. Only the tests of masks are on float32 bits.
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastinterp.compute import reference_masked
-from fastinterp.compute.ops import Combine, Tensor, philox_key
-from fastinterp.compute.requests import (
+from fastinterp.methods import Method, Sidecar, find
+from fastinterp.ops.combine import Combine, Tensor, philox_key
+from fastinterp.ops.requests import (
     ALL_BITS,
     Divergence,
     GroupCombine,
@@ -32,7 +32,7 @@ from fastinterp.compute.requests import (
     Selected,
     Sum,
 )
-from fastinterp.methods import Method, Sidecar, find
+from fastinterp.reference import masked as reference_masked
 
 Array = NDArray[Any]
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from fastinterp import _C
-from fastinterp.compute import device
-from fastinterp.compute.dtypes import DTYPES
+from fastinterp.backends import device
 from fastinterp.errors import BackendError, OutOfMemory
+from fastinterp.ops.dtypes import DTYPES
 
 SIZES = {d.code: d.bits // 8 for d in DTYPES.values() if d.code is not None}
 POISON = 0xA5

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastinterp.compute import resident_devices
-from fastinterp.compute.device import Piece
-from fastinterp.compute.dtypes import parse_dtype
-from fastinterp.compute.pump import Pump
+from fastinterp.backends import torch_device as resident_devices
+from fastinterp.backends.cpu import Pump
+from fastinterp.backends.device import Piece
+from fastinterp.ops.dtypes import parse_dtype
 
 WIDTH = (8, 4, 2, 2, 1, 1)  # bytes by dtype code
 

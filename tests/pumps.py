@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastinterp._C import Pump
-from fastinterp.compute.dtypes import DType
+from fastinterp.ops.dtypes import DType
 from tests.cases import Guarded, fill
 
 Raw = NDArray[np.uint8]

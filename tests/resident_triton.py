@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fastinterp.compute import resident_devices
+from fastinterp.backends import torch_device as resident_devices
 from tests import resident_cases
 from tests.on_host import HostDevice, device, streams
 from tests.test_merge_tensors import WAYS
@@ -16,7 +16,7 @@ __all__ = ["device", "streams"]  # fixtures
 
 @pytest.fixture(autouse=True)
 def _triton(device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend: Any = pytest.importorskip("fastinterp.compute.triton")
+    backend: Any = pytest.importorskip("fastinterp.backends.triton.device")
     monkeypatch.setattr(resident_devices, "_opened", {0: backend.TritonDevice(0)})
 
 

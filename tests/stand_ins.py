@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from fastinterp.compute.ops import Combine
 from fastinterp.methods import Each, Keyed, Method, NotNegative, Range, Sidecar, find, method
+from fastinterp.ops.combine import Combine
 from fastinterp.recipe import schema
 
 

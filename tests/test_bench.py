@@ -314,7 +314,7 @@ def test_kernel_benchmarks_in_their_quick_form():
 def test_kernel_benchmarks_find_a_wrong_answer():
     """Of one element in the last repetition, exactly and within the bound; and a write beside the output."""
     from benchmarks.kernel_cases import PERIOD, KernelCase
-    from fastinterp.compute.dtypes import BF16
+    from fastinterp.ops.dtypes import BF16
 
     case = KernelCase(BF16, 2, 1, "memory", 3 * PERIOD)
     out = case.outputs[0].view

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import fastinterp
-from fastinterp.compute.dtypes import BF16, F32
 from fastinterp.engine.staged import Scratch
 from fastinterp.errors import RecipeError
+from fastinterp.ops.dtypes import BF16, F32
 from tests.checkpoints import (
     assert_same,
     family,

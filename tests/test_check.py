@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 import fastinterp
 from fastinterp.cli import commands
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from fastinterp.engine import samples
 from fastinterp.engine.check import Checked
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from tests.checkpoints import Tensor, bell, floats, integers, moved, recipe, tensor, weights, write
 
 TIES: dict[str, Any] = {"base_model": "base", "parameters": {"weight": 1, "density": 0.5}}

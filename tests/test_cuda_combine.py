@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fastinterp import _C
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
-from fastinterp.compute.ops import Combine, Row
 from fastinterp.errors import BackendError, OutOfMemory
+from fastinterp.ops.combine import Combine, Row
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
 from tests import cuda_host
 from tests.backends import assert_same_bits
 from tests.cases import Guarded

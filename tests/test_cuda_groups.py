@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
-from fastinterp.compute.ops import GroupRow, philox_key
-from fastinterp.compute.requests import GroupCombine
+from fastinterp.ops.combine import GroupRow, philox_key
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
+from fastinterp.ops.requests import GroupCombine
 from tests import backends
 from tests.cases import MERGING
 from tests.cuda_pieces import Rig, addressed, pump_written, written

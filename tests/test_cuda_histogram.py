@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from fastinterp._C import STRIP
-from fastinterp.compute.dtypes import BF16, F8_E5M2, F16, F32, F64, DType
-from fastinterp.compute.requests import ALL_BITS
-from fastinterp.compute.select import COARSE_BITS
+from fastinterp.ops.dtypes import BF16, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.requests import ALL_BITS
+from fastinterp.ops.select import COARSE_BITS
 from tests.cases import MERGING
 from tests.cuda_pieces import Rig, addressed, answers, pump_answers, same
 from tests.pumps import code, raws

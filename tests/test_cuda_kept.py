@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from fastinterp._C import CHUNK
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.compute.masked import kept_inputs, kept_step
-from fastinterp.compute.requests import Keep, MeasureKept, Score
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.masked import kept_inputs, kept_step
+from fastinterp.ops.requests import Keep, MeasureKept, Score
 from tests.cases import MERGING
 from tests.cuda_pieces import Rig, addressed, answers, pump_answers, same
 from tests.pumps import code, raws

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from fastinterp._C import CHUNK
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.compute.masked import masked_step, read_inputs
-from fastinterp.compute.ops import philox_key
-from fastinterp.compute.requests import Keep, MaskedCombine, Score
+from fastinterp.ops.combine import philox_key
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.masked import masked_step, read_inputs
+from fastinterp.ops.requests import Keep, MaskedCombine, Score
 from tests import backends
 from tests.cases import MERGING
 from tests.cuda_pieces import Rig, addressed, pump_written, written

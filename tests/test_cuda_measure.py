@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64
 from tests.cases import MERGING
 from tests.cuda_pieces import answers, pump_answers, same
 from tests.pumps import code, raws

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import fastinterp
-from fastinterp.compute import cuda
-from fastinterp.compute.device import Device
+from fastinterp.backends import cuda
+from fastinterp.backends.device import Device
 from fastinterp.errors import BackendError, OutOfMemory
 from tests import cuda_host
 from tests.cuda_host import Fake

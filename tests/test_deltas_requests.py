@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.requests import (
+from fastinterp.errors import MethodError
+from fastinterp.methods import find
+from fastinterp.methods._float32 import bits_above, bits_from
+from fastinterp.ops.combine import Combine, Tensor
+from fastinterp.ops.requests import (
     ALL_BITS,
     Divergence,
     Keep,
@@ -22,9 +25,6 @@ from fastinterp.compute.requests import (
     Select,
     Selected,
 )
-from fastinterp.errors import MethodError
-from fastinterp.methods import find
-from fastinterp.methods._float32 import bits_above, bits_from
 
 T = Tensor("t", (4, 25), model_numel=1000)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import fastinterp
-from fastinterp.compute.requests import Keep, MaskedCombine, Select, Selected
 from fastinterp.engine.densities import Density, densities
+from fastinterp.ops.requests import Keep, MaskedCombine, Select, Selected
 from tests import models as small
 
 

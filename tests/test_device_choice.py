@@ -13,9 +13,9 @@ import pytest
 
 import fastinterp
 from fastinterp import doctor
-from fastinterp.compute import backends, resident_devices
-from fastinterp.compute.backends import Wish, find_devices, wish_of
-from fastinterp.compute.dtypes import BF16
+from fastinterp.backends import registry as backends
+from fastinterp.backends import torch_device as resident_devices
+from fastinterp.backends.registry import Wish, find_devices, wish_of
 from fastinterp.engine import cost
 from fastinterp.engine.devices import SLOT_BYTES, SLOTS
 from fastinterp.engine.explain import as_dict, as_text
@@ -23,6 +23,7 @@ from fastinterp.engine.plan import Plan
 from fastinterp.engine.rounds import Placed
 from fastinterp.engine.schedule import make_window
 from fastinterp.errors import BackendError, RecipeError
+from fastinterp.ops.dtypes import BF16
 from tests.checkpoints import family, recipe, saved, write_sparse
 from tests.fake_device import FakeDevice
 from tests.test_cli import run as command
@@ -214,7 +215,7 @@ def test_looking_for_a_device_loads_nothing():
     """`auto`, where there is no driver, and where there is one but nothing built: torch stays away."""
     program = """
 import sys
-from fastinterp.compute import backends
+from fastinterp.backends import registry as backends
 for drivers in ((), ("/",)):
     backends._DRIVERS = drivers
     backends.maybe_devices()

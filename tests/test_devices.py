@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import fastinterp
-from fastinterp.compute import backends
-from fastinterp.compute.dtypes import BF16
+from fastinterp.backends import registry as backends
 from fastinterp.engine import devices as machine
 from fastinterp.errors import UsageError
+from fastinterp.ops.dtypes import BF16
 from tests import tokens
 from tests.checkpoints import moved, read, recipe, saved, weights, write
 from tests.device_merges import KB, METHODS, models, names, small

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from fastinterp.compute.dtypes import BF16
 from fastinterp.errors import CheckpointError
 from fastinterp.files.embedding import (
     PADDING,
@@ -24,6 +23,7 @@ from fastinterp.files.embedding import (
 )
 from fastinterp.files.header import Entry
 from fastinterp.files.vocabulary import Vocabulary, join
+from fastinterp.ops.dtypes import BF16
 
 
 def vocabulary(tokens: str | dict[str, int], size: int | None = None, name: str = "m") -> Vocabulary:

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from fastinterp.compute.dtypes import DTYPES
 from fastinterp.errors import CheckpointError
 from fastinterp.files.checkpoint import open_checkpoint
 from fastinterp.files.header import MAX_HEADER, read_header
+from fastinterp.ops.dtypes import DTYPES
 
 
 def framed(header: bytes | dict, data: bytes = b"") -> bytes:

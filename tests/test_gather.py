@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from fastinterp._C import Pump
-from fastinterp.compute.dtypes import BF16, F16, F32
-from fastinterp.compute.requests import GroupCombine
+from fastinterp.ops.dtypes import BF16, F16, F32
+from fastinterp.ops.requests import GroupCombine
 from tests.cases import fill
 
 COLUMNS = 37

@@ -22,11 +22,12 @@ import numpy as np
 import pytest
 
 from fastinterp import _C
-from fastinterp.compute import reference, reference_groups
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64
-from fastinterp.compute.ops import Combine
-from fastinterp.compute.reference_select import select
-from fastinterp.compute.requests import Keep, Score, Select
+from fastinterp.ops.combine import Combine
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64
+from fastinterp.ops.requests import Keep, Score, Select
+from fastinterp.reference import combine as reference
+from fastinterp.reference import groups as reference_groups
+from fastinterp.reference.select import select
 from tests import backends, pumps, test_groups, test_keeps, test_masked, test_select
 from tests.backends import assert_same_bits
 from tests.cases import CASES, Case, Guarded, guarded
@@ -161,7 +162,7 @@ def test_pieces_of_a_tensor(device):
 )
 @pytest.mark.parametrize("kind", ["close", "patterns"])
 def test_weights_by_group(per, dtypes, out, kind):
-    from fastinterp.compute.ops import GroupRow
+    from fastinterp.ops.combine import GroupRow
 
     columns, rows = 119, 37
     data = raws(kind, list(dtypes), rows * columns)

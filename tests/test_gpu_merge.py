@@ -16,8 +16,8 @@ import pytest
 
 import fastinterp
 from fastinterp import _C
-from fastinterp.compute.dtypes import BF16
-from fastinterp.compute.triton import interpreted
+from fastinterp.backends.triton.device import interpreted
+from fastinterp.ops.dtypes import BF16
 from tests import backends
 from tests.checkpoints import MERGING, family, recipe, saved
 from tests.pumps import code

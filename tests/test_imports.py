@@ -21,44 +21,47 @@ SOURCES = sorted({*(ROOT / "fastinterp").rglob("*.py"), *(ROOT / "fastinterp" / 
 
 # Each part of the package, and the parts it may import beside itself. The most specific name counts: a module of
 # compute/ that is not named here belongs to `compute`. Parts that import nothing but themselves are leaves.
-LEAVES = {"errors", "_version"}
+LEAVES = {"errors", "messages", "_version"}
+CONTRACT = {"ops"}
+PLANNING = LEAVES | CONTRACT | {"arguments", "recipe", "methods", "checkpoint", "tokenizer"}
+RUNNING = PLANNING | {"plan", "backends", "execute"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "messages": set(),
     "_version": set(),
     "_C": set(),
     "_cuda": set(),
-    "messages": set(),
-    "arguments": LEAVES | {"compute.dtypes", "files", "recipe"},
-    "compute.ops": {"errors"},
-    "compute.requests": {"compute.ops"},
-    "compute.dtypes": set(),
-    "methods": LEAVES | {"compute.ops", "compute.requests"},
-    "recipe": LEAVES | {"methods", "compute.ops", "compute.dtypes"},
-    "files": LEAVES | {"compute.dtypes"},
-    "compute": LEAVES | {"compute.ops", "compute.requests", "compute.dtypes", "_C", "_cuda", "_triton"},
-    "_triton": {"compute.ops", "compute.dtypes"},
-    "engine": LEAVES
-    | {
-        "messages",
-        "arguments",
-        "recipe",
-        "methods",
-        "files",
-        "compute",
-        "compute.ops",
-        "compute.requests",
-        "compute.dtypes",
-    },
-    "steer": LEAVES
-    | {"messages", "arguments", "engine", "recipe", "methods", "files", "compute", "compute.ops", "compute.dtypes"},
+    "_triton": CONTRACT,
+    "ops": {"errors"},
+    "reference": CONTRACT,
+    "backends": LEAVES | CONTRACT | {"_C", "_cuda", "_triton"},
+    "methods": LEAVES | CONTRACT,
+    "recipe": LEAVES | CONTRACT | {"methods"},
+    "checkpoint": LEAVES | CONTRACT,
+    "tokenizer": LEAVES | CONTRACT | {"checkpoint"},
+    "arguments": LEAVES | CONTRACT | {"checkpoint", "files", "recipe"},
+    "plan": PLANNING,
+    "execute": PLANNING | {"plan", "backends", "reference"},
+    "inspect": RUNNING,
+    "in_memory": RUNNING,
+    "system.available_memory": set(),
+    # Points are recipes, and what became of them: loading a model takes one in place of a recipe.
+    "paths.points": PLANNING | {"execute"},
+    "torch_models": RUNNING | {"in_memory", "paths.points"},
+    "paths": RUNNING | {"inspect", "in_memory", "torch_models", "paths.points", "system.available_memory"},
+    # Legacy.
+    "compute": LEAVES | CONTRACT | {"backends", "_C", "_cuda", "_triton", ""},
+    "files": LEAVES | CONTRACT | {"checkpoint", "tokenizer"},
+    "engine": RUNNING | {"compute", "files", "in_memory", "engine", "reference", "inspect"},
+    "steer": RUNNING | {"compute", "files", "in_memory", "engine", "inspect", "paths.points", "torch_models"},
 }
 # May import every part above; nothing but __main__ imports cli.
-TOP = {"", "api", "cli", "__main__", "doctor", "bench", "integrations"}
+TOP = {"", "api", "cli", "__main__", "doctor", "system", "bench", "integrations"}
 
 # What takes long to load, and which parts of the package a merge from the command line goes through.
 HEAVY = {"torch", "numpy", "rich", "huggingface_hub", "transformers", "triton", "safetensors", "pydantic", "asyncio"}
-MERGE_PATH = {"", "cli", "__main__", "_version", "errors", "methods", "recipe", "files", "engine"}
-MERGE_PATH |= {"api", "arguments", "messages", "compute.ops", "compute.dtypes"}
+MERGE_PATH = {"", "api", "arguments", "cli", "__main__", "_version", "errors", "messages", "methods", "recipe", "files"}
+MERGE_PATH |= {"engine", "ops", "checkpoint", "tokenizer", "plan", "execute"}
 
 # The same for csrc/: a file (or pattern) and the files of csrc/ that it may include.
 MAY_INCLUDE: dict[str, set[str]] = {
@@ -105,7 +108,7 @@ PLAIN_HEADERS = {"cstdint", "cstddef", "cstring", "immintrin.h", "arm_neon.h"}
 
 
 def module_name(path: Path) -> str:
-    """`fastinterp.compute.ops` for fastinterp/compute/ops.py; a package for its __init__.py."""
+    """`fastinterp.ops.combine` for fastinterp/ops/combine.py; a package for its __init__.py."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -165,7 +168,7 @@ def test_no_circles():
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if part_of(m, {"methods", "compute.ops", "compute.dtypes"})])
+@pytest.mark.parametrize("module", [m for m in MODULES if part_of(m, {"methods", "ops"})])
 def test_methods_and_leaves_hold_no_arrays(module):
     """Methods are formulas: they are tested without tensors, so they may not touch any, not even in functions."""
     found = imports(module, ast.parse(MODULES[module].read_text("utf-8")))
@@ -177,9 +180,9 @@ def test_rule_sees_what_it_forbids(tmp_path, monkeypatch):
     source = "import torch.nn\nfrom . import dtypes\nfrom ..files import header\ndef f():\n    from .. import errors\n"
     path = tmp_path / "x.py"
     path.write_text(source)
-    monkeypatch.setitem(MODULES, "fastinterp.compute.x", path)
-    expected = ["torch.nn", "fastinterp.compute.dtypes", "fastinterp.files.header", "fastinterp.errors"]
-    assert expected == [name for _, name in imports("fastinterp.compute.x", ast.parse(source))]
+    monkeypatch.setitem(MODULES, "fastinterp.ops.x", path)
+    expected = ["torch.nn", "fastinterp.ops.dtypes", "fastinterp.files.header", "fastinterp.errors"]
+    assert expected == [name for _, name in imports("fastinterp.ops.x", ast.parse(source))]
 
 
 def test_merge_path_loads_nothing_heavy():

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from fastinterp._C import Masks
-from fastinterp.compute import reference, reference_masked
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.compute.masked import (
+from fastinterp.ops.combine import philox_key
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.masked import (
     NOTHING,
     filled_masks,
     kept_inputs,
@@ -24,8 +24,9 @@ from fastinterp.compute.masked import (
     terms,
     word_limits,
 )
-from fastinterp.compute.ops import philox_key
-from fastinterp.compute.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
+from fastinterp.ops.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
+from fastinterp.reference import combine as reference
+from fastinterp.reference import masked as reference_masked
 from tests import backends
 from tests.cases import Guarded
 from tests.pumps import Raw, code, guarded, memory, raws, run

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastinterp
-from fastinterp.compute import resident_devices
+from fastinterp.backends import torch_device as resident_devices
 from fastinterp.engine import streamed
 from fastinterp.errors import BackendError, ShapeError, UsageError
 from tests.modules import llama, saved

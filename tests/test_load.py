@@ -50,7 +50,7 @@ def test_load_is_what_merge_writes(ends, tmp_path, method):
 
 def test_every_dtype_and_shape(tmp_path):
     """Mixed dtypes, integers, 0-d and empty tensors, NaN: through numpy, against the reference."""
-    from fastinterp.compute.ops import Combine
+    from fastinterp.ops.combine import Combine
 
     models = family(2)
     paths = saved(tmp_path, models)
@@ -252,7 +252,7 @@ def test_no_file_is_left_open(ends):
 
 
 def test_dtype_that_a_library_lacks(tmp_path):
-    from fastinterp.compute.dtypes import DTYPES
+    from fastinterp.ops.dtypes import DTYPES
     from tests.checkpoints import Tensor
 
     path = tmp_path / "a"

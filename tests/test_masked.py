@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastinterp.compute import reference_masked
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.compute.masked import NOTHING, masked_step, read_inputs
-from fastinterp.compute.ops import philox_key
-from fastinterp.compute.requests import ALL_BITS, Keep, MaskedCombine, Score
+from fastinterp.ops.combine import philox_key
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.masked import NOTHING, masked_step, read_inputs
+from fastinterp.ops.requests import ALL_BITS, Keep, MaskedCombine, Score
+from fastinterp.reference import masked as reference_masked
 from tests import backends
 from tests.cases import MERGING, Guarded
 from tests.pumps import Raw, code, guarded, memory, raws, run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastinterp.compute.dtypes import BF16
+from fastinterp.ops.dtypes import BF16
 from tests.checkpoints import write_sparse
 
 MIB = 1 << 20

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fastinterp._C import Pump
-from fastinterp.compute import reference
-from fastinterp.compute.dtypes import BF16, F32
-from fastinterp.compute.ops import Combine
+from fastinterp.ops.combine import Combine
+from fastinterp.ops.dtypes import BF16, F32
+from fastinterp.reference import combine as reference
 from tests import backends
 from tests.cases import fill
 from tests.test_pump import TENSORS, laid_out

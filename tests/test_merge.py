@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import fastinterp
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.compute.ops import Combine
+from fastinterp.ops.combine import Combine
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from tests import backends
 from tests.checkpoints import (
     MERGING,

@@ -10,8 +10,8 @@ import pytest
 from safetensors import safe_open
 
 import fastinterp
-from fastinterp.compute.dtypes import DTYPES
-from fastinterp.compute.ops import NUMERICS, Combine
+from fastinterp.ops.combine import NUMERICS, Combine
+from fastinterp.ops.dtypes import DTYPES
 from tests.checkpoints import assert_same, expected, family, read, receipt, recipe, saved
 from tests.written import tree
 

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 import fastinterp
-from fastinterp.compute import pump as pump_module
-from fastinterp.compute.dtypes import BF16, F32, F64
+from fastinterp.backends import cpu as pump_module
 from fastinterp.engine import rounds, sinks
 from fastinterp.engine.sources import Sources
+from fastinterp.ops.dtypes import BF16, F32, F64
 from tests.checkpoints import (
     family,
     integers,

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import fastinterp
-from fastinterp.compute.dtypes import BF16, F16, F32, F64, DType
 from fastinterp.errors import CheckpointError, ShapeError
+from fastinterp.ops.dtypes import BF16, F16, F32, F64, DType
 from tests import tokens
 from tests.checkpoints import Tensor, assert_same, floats, read, recipe, tensor, write, write_file
 
@@ -354,7 +354,7 @@ def test_model_that_is_cut_while_its_rows_are_made(tmp_path, monkeypatch):
 def test_integer_embeddings_are_refused(tmp_path):
     a = plain(tmp_path / "a", ["<unk>"], [1.0], F32)
     b = plain(tmp_path / "b", ["<unk>", "b"], [1.0, 2.0], F32)
-    from fastinterp.compute.dtypes import DTYPES
+    from fastinterp.ops.dtypes import DTYPES
 
     for folder, rows in ((a, 1), (b, 2)):
         write_file(

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastinterp.compute.requests import Divergence
 from fastinterp.errors import MethodError
 from fastinterp.methods import Method, Parameter, Sidecar, find, names
+from fastinterp.ops.requests import Divergence
 from tests import drive
 
 WEIGHTS = (0.5, 0.3, 0.2)  # of sum 1, so that sums are averages

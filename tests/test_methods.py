@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastinterp import methods
-from fastinterp.compute.ops import LARGEST, Combine, Row
 from fastinterp.errors import MethodError
 from fastinterp.methods import Each, Parameter, find, method
+from fastinterp.ops.combine import LARGEST, Combine, Row
 
 linear, passthrough, task_arithmetic = find("linear"), find("passthrough"), find("task_arithmetic")
 

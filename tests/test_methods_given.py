@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from fastinterp import merge_tensors
-from fastinterp.compute.ops import Row
-from fastinterp.compute.requests import MaskedCombine
 from fastinterp.errors import MethodError
 from fastinterp.methods import find
+from fastinterp.ops.combine import Row
+from fastinterp.ops.requests import MaskedCombine
 from tests.drive import close, models, run
 
 

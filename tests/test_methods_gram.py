@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from fastinterp import merge_tensors
-from fastinterp.compute.ops import Combine, Row, Tensor
-from fastinterp.compute.requests import GroupCombine, Measure, Measured, Per
 from fastinterp.errors import MethodError
 from fastinterp.methods import find
+from fastinterp.ops.combine import Combine, Row, Tensor
+from fastinterp.ops.requests import GroupCombine, Measure, Measured, Per
 from tests.drive import close, models, run
 
 SHAPES = [(), (1,), (7,), (4, 5), (1, 6), (3, 1), (2, 3, 4), (0,), (0, 3), (3, 0)]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from fastinterp._C import CHUNK, STRIP, Counts, Masks, fold
-from fastinterp.compute import pieces
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
-from fastinterp.compute.requests import ALL_BITS
+from fastinterp.backends import pieces
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
+from fastinterp.ops.requests import ALL_BITS
 from tests.cases import Guarded
 from tests.pumps import code, guarded, memory, raws, run
 

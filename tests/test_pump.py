@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from fastinterp._C import Pump
-from fastinterp.compute import reference
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.compute.ops import Combine, Row
-from fastinterp.compute.pump import watch
+from fastinterp.backends.cpu import watch
 from fastinterp.engine.schedule import Window
+from fastinterp.ops.combine import Combine, Row
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.reference import combine as reference
 from tests import backends
 from tests.cases import fill
 

@@ -10,10 +10,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastinterp.compute.dtypes import BF16, F16, F32
-from fastinterp.compute.ops import Combine
 from fastinterp.errors import RecipeError
 from fastinterp.methods import find
+from fastinterp.ops.combine import Combine
+from fastinterp.ops.dtypes import BF16, F16, F32
 from fastinterp.recipe.check import inspect
 from fastinterp.recipe.load import load_recipe, load_recipes
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from fastinterp.compute.ops import Combine
 from fastinterp.errors import MethodError, RecipeError
 from fastinterp.methods import method
+from fastinterp.ops.combine import Combine
 from fastinterp.recipe import document
 from fastinterp.recipe.build import Builder
 from fastinterp.recipe.faults import Faults

@@ -10,10 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fastinterp.compute import exact_fma, reference
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.compute.ops import philox_key
-from fastinterp.compute.reference import FORMATS, narrow, widen
+from fastinterp.ops.combine import philox_key
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.reference import combine as reference
+from fastinterp.reference import fma as exact_fma
+from fastinterp.reference.combine import FORMATS, narrow, widen
 from tests.cases import MERGING
 
 SMALL = (F16, BF16, F8_E4M3, F8_E5M2)

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from fastinterp.compute import reference
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F32, F64, DType
-from fastinterp.compute.ops import Combine, Row, philox_key
-from fastinterp.compute.reference import combine, narrow, widen
+from fastinterp.ops.combine import Combine, Row, philox_key
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F32, F64, DType
+from fastinterp.reference import combine as reference
+from fastinterp.reference.combine import combine, narrow, widen
 from tests.cases import MERGING, fill
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastinterp.compute import resident_devices
+from fastinterp.backends import torch_device as resident_devices
 from fastinterp.errors import BackendError
 from tests import resident_cases
 from tests.on_host import HostDevice, Streams, device, streams
@@ -46,7 +46,7 @@ def cuda(device: HostDevice, streams: Streams, monkeypatch: pytest.MonkeyPatch) 
     runtime.reset(runtime.DEFERRED)
     monkeypatch.setitem(sys.modules, "fastinterp._cuda", host.module())
     monkeypatch.setattr("fastinterp._cuda", host.module(), raising=False)
-    backend: Any = pytest.importorskip("fastinterp.compute.cuda")
+    backend: Any = pytest.importorskip("fastinterp.backends.cuda")
     found = backend.CudaDevice(0)
     monkeypatch.setattr(resident_devices, "_opened", {0: found})
     queue = found.queue()
@@ -77,7 +77,7 @@ def test_live_by_cuda(cuda: Cuda):
 
 def test_triton():
     pytest.importorskip("triton")
-    pytest.importorskip("fastinterp.compute.triton")
+    pytest.importorskip("fastinterp.backends.triton.device")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/resident_triton.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

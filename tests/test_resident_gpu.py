@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastinterp
-from fastinterp.compute import resident_devices
+from fastinterp.backends import torch_device as resident_devices
 from fastinterp.errors import BackendError, UsageError
 from fastinterp.integrations.torch_ops import weighted_sum
 from tests import backends

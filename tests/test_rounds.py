@@ -15,17 +15,17 @@ import pytest
 
 import fastinterp
 from fastinterp import methods
-from fastinterp.compute import reference
-from fastinterp.compute.dtypes import BF16
-from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.pump import Pump
-from fastinterp.compute.requests import Measure, Select, Selected, Steps
+from fastinterp.backends.cpu import Pump
 from fastinterp.engine import asking, rounds
 from fastinterp.engine.plan import make_plan
 from fastinterp.engine.to_files import write_outputs
 from fastinterp.errors import MethodError, UsageError
 from fastinterp.methods import Each, Method, Sidecar, method
+from fastinterp.ops.combine import Combine, Tensor
+from fastinterp.ops.dtypes import BF16
+from fastinterp.ops.requests import Measure, Select, Selected, Steps
 from fastinterp.recipe.load import load_recipe
+from fastinterp.reference import combine as reference
 from tests import models as small
 from tests.checkpoints import assert_same, expected, family, read, recipe, saved, write_sparse
 from tests.written import tree

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from fastinterp import _C
 from fastinterp._C import Pump
-from fastinterp.compute import select as selecting_module
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.compute.reference_select import pick, ranked, select
-from fastinterp.compute.requests import ALL_BITS, Score, Select, Selected
-from fastinterp.compute.select import COARSE_BITS, STRIP, Coarse, Fine, elements_read, selecting, step
+from fastinterp.ops import select as selecting_module
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.requests import ALL_BITS, Score, Select, Selected
+from fastinterp.ops.select import COARSE_BITS, STRIP, Coarse, Fine, elements_read, selecting, step
+from fastinterp.reference.select import pick, ranked, select
 from tests import backends
 from tests.cases import fill
 

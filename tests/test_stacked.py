@@ -12,8 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fastinterp
-from fastinterp.compute.dtypes import BF16, F32
 from fastinterp.errors import CheckpointError
+from fastinterp.ops.dtypes import BF16, F32
 from tests import tokens
 from tests.checkpoints import read, tensor, write
 from tests.test_merge_tokenizer import assert_runs, llama

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastinterp.compute.dtypes import BF16, F32, DType
-from fastinterp.compute.ops import Row
+from fastinterp.ops.combine import Row
+from fastinterp.ops.dtypes import BF16, F32, DType
 from tests import backends, pumps
 from tests.cases import ALPHAS, Guarded, fill
 

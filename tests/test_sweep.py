@@ -15,8 +15,8 @@ import yaml
 from click.testing import CliRunner
 
 import fastinterp
-from fastinterp.engine import to_files
 from fastinterp.cli import commands
+from fastinterp.engine import to_files
 from fastinterp.errors import MethodError, OutputError, RecipeError, UsageError
 from fastinterp.files.folder import OutFolder
 from fastinterp.steer.load import allocated

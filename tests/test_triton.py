@@ -29,9 +29,9 @@ from fastinterp._triton.histogram import histogram_kernel  # noqa: E402
 from fastinterp._triton.kept import kept_kernel  # noqa: E402
 from fastinterp._triton.masked import masked_effect_kernel, masked_kernel  # noqa: E402
 from fastinterp._triton.measure import measure_columns_kernel, measure_kernel  # noqa: E402
-from fastinterp.compute.triton_measure import launches  # noqa: E402
-from fastinterp.compute.triton_pieces import run  # noqa: E402
-from fastinterp.compute.triton_room import Room  # noqa: E402
+from fastinterp.backends.triton.launch import Room  # noqa: E402
+from fastinterp.backends.triton.measure import launches  # noqa: E402
+from fastinterp.backends.triton.pieces import run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "fastinterp" / "_triton").glob("*.py"))
@@ -58,7 +58,7 @@ def _compiled_anew(tmp_path, monkeypatch):
 
 
 def compiled(kernel: Any, target: Any, arguments: str, constants: dict[str, Any], warps: int = 4) -> Any:
-    """As compute/triton_room.py launches it. arguments: "name:type name:type ...", pointers with a star."""
+    """As backends/triton/launch.py launches it. arguments: "name:type name:type ...", pointers with a star."""
     signature = dict(argument.split(":") for argument in arguments.split()) | dict.fromkeys(constants, "constexpr")
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
@@ -274,7 +274,7 @@ def test_the_package_links_to_its_kernels():
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
 def test_kernels_import_triton_and_leaves_alone(path):
-    allowed = {"__future__", "triton", "triton.language", "fastinterp.compute.ops", "fastinterp.compute.dtypes"}
+    allowed = {"__future__", "triton", "triton.language", "fastinterp.ops.combine", "fastinterp.ops.dtypes"}
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             assert {alias.name for alias in node.names} <= allowed

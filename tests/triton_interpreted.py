@@ -11,7 +11,7 @@ import os
 
 import pytest
 
-from fastinterp.compute.triton import TritonDevice, missing
+from fastinterp.backends.triton.device import TritonDevice, missing
 from fastinterp.errors import BackendError, OutOfMemory
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton would compile")
@@ -31,7 +31,7 @@ def test_errors_name_call_and_device(monkeypatch):
     def fails(*_):
         raise RuntimeError("a launch failed\nand more")
 
-    monkeypatch.setattr("fastinterp.compute.triton_sums.combine", fails)
+    monkeypatch.setattr("fastinterp.backends.triton.combine.combine", fails)
     piece = {"kind": "combine", "numel": 10}
     what = r"^kernels for 1 pieces, at most 80 bytes an operand, on triton:0: a launch failed$"
     with pytest.raises(BackendError, match=what):

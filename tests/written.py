@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fastinterp.compute.dtypes import F32
 from fastinterp.files.folder import OutFolder
 from fastinterp.files.layout import make_layout
+from fastinterp.ops.dtypes import F32
 
 GB = 10**9
 

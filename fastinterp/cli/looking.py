@@ -61,7 +61,7 @@ def explain(
       fastinterp explain recipe.yml
     """
     from fastinterp import api
-    from fastinterp.compute.backends import cpu_threads
+    from fastinterp.backends.registry import cpu_threads
     from fastinterp.engine import explain as explained
     from fastinterp.engine.schedule import make_window
     from fastinterp.files.layout import parse_size

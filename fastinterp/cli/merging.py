@@ -142,9 +142,9 @@ def _acts_as(alpha: float, report: Report) -> float | None:
 
 def _path_lines(points: Sequence[float], acting: Sequence[float | None], reports: Sequence[Report]) -> list[str]:
     """Alphas that act visibly as others are shown as such."""
-    from fastinterp.compute.ops import MAX_OUTPUTS
     from fastinterp.engine.report import COPIES
     from fastinterp.messages import plain, size, table
+    from fastinterp.ops.combine import MAX_OUTPUTS
 
     told = [
         f"{acts:.3g}" if acts is not None and abs(acts - alpha) > _VISIBLE * abs(alpha) else ""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastinterp.compute.ops import MAX_POINTS
+from fastinterp.ops.combine import MAX_POINTS
 
 if TYPE_CHECKING:
     from decimal import Decimal

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from fastinterp.compute.dtypes import DType
 from fastinterp.errors import UsageError
+from fastinterp.ops.dtypes import DType
 
 Framework = Literal["torch", "numpy"]
 Make = Callable[[DType, tuple[int, ...]], tuple[Any, int]]  # -> the tensor, and the address of its first byte

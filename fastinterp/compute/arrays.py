@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastinterp import _C
-from fastinterp.compute.backends import cpu_isa, cpu_threads
-from fastinterp.compute.dtypes import DType, parse_dtype
-from fastinterp.compute.ops import MAX_INPUTS, Combine, Row
-from fastinterp.compute.resident_devices import current_queue, one_place
+from fastinterp.backends.registry import cpu_isa, cpu_threads
+from fastinterp.backends.torch_device import current_queue, one_place
 from fastinterp.errors import ShapeError, UsageError
+from fastinterp.ops.combine import MAX_INPUTS, Combine, Row
+from fastinterp.ops.dtypes import DType, parse_dtype
 
 View = tuple[int, tuple[int, ...], DType]  # address, shape, dtype
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fastinterp.backends.cpu import Pump, watch
+from fastinterp.backends.registry import cpu_isa, cpu_threads
+from fastinterp.backends.torch_device import capturing, current_queue, one_place
 from fastinterp.compute.arrays import Torch
-from fastinterp.compute.backends import cpu_isa, cpu_threads
-from fastinterp.compute.pump import Pump, watch
-from fastinterp.compute.resident_devices import capturing, current_queue, one_place
 from fastinterp.errors import BackendError, ShapeError, StorageError
 
 _AT_A_TIME = 4  # of the arrays: more would cost more products among themselves than another read of `of`

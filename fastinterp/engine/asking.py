@@ -10,10 +10,15 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import Any, overload
 
-from fastinterp.compute.dtypes import F64
-from fastinterp.compute.masked import Known, filled_masks, kept_of, kept_step, masked_step, read_inputs, terms
-from fastinterp.compute.ops import GroupRow, Row
-from fastinterp.compute.requests import (
+from fastinterp.engine.conversation import Conversation, inputs_of
+from fastinterp.engine.densities import Density, densities
+from fastinterp.engine.jobs import Job, Result, is_copy
+from fastinterp.engine.place import Place, Step
+from fastinterp.engine.sources import dtype_code
+from fastinterp.ops.combine import GroupRow, Row
+from fastinterp.ops.dtypes import F64
+from fastinterp.ops.masked import Known, filled_masks, kept_of, kept_step, masked_step, read_inputs, terms
+from fastinterp.ops.requests import (
     Divergence,
     GroupCombine,
     Keep,
@@ -25,11 +30,6 @@ from fastinterp.compute.requests import (
     Select,
     Sum,
 )
-from fastinterp.engine.conversation import Conversation, inputs_of
-from fastinterp.engine.densities import Density, densities
-from fastinterp.engine.jobs import Job, Result, is_copy
-from fastinterp.engine.place import Place, Step
-from fastinterp.engine.sources import dtype_code
 
 _AT_A_TIME = 1024  # groups whose numbers are Python's at a time
 Probes = Generator[Step, Any, Any]  # steps, sent their answers one by one; returns the answer to a request
@@ -154,7 +154,7 @@ def asked_of_all(
     run   carries out steps
     most  bytes of answers at a time: they hold many counts until they are added
     """
-    from fastinterp.compute.select import selecting
+    from fastinterp.ops.select import selecting
 
     passes = selecting(request, sum(job.place.numel for job in jobs))
     try:
@@ -210,7 +210,7 @@ def _kept(
 
     In float64 the sum may compute with other deltas than the survey, which reads every input that is asked about.
     """
-    from fastinterp.compute.pump import Masks
+    from fastinterp.backends.cpu import Masks
 
     keys = kept_step(request, name=name, seed=seed)
     step = place.asking("kept", inputs, columns=place.columns, **keys)
@@ -225,7 +225,7 @@ def _kept(
 
 
 def _selected(request: Select, place: Place, n: int) -> Probes:
-    from fastinterp.compute.select import selecting
+    from fastinterp.ops.select import selecting
 
     passes = selecting(request, place.numel)
     try:
@@ -237,8 +237,8 @@ def _selected(request: Select, place: Place, n: int) -> Probes:
 
 
 def _histogram(request: Select, asked: Any, place: Place, n: int) -> Step:
-    """The step of one pass; `asked` is a Coarse or Fine of compute/select.py."""
-    from fastinterp.compute.select import elements_read, step
+    """The step of one pass; `asked` is a Coarse or Fine of ops/select.py."""
+    from fastinterp.ops.select import elements_read, step
 
     native = step(request, asked, place.numel, place.columns)
     share = elements_read(asked, place.numel) / max(1, place.numel)

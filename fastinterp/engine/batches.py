@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastinterp.compute.dtypes import DTYPES
-from fastinterp.compute.pieces import cut, join, join_stats
+from fastinterp.backends.pieces import cut, join, join_stats
 from fastinterp.engine.jobs import Result
 from fastinterp.errors import BackendError
+from fastinterp.ops.dtypes import DTYPES
 
 ALIGN = 256  # bytes: where operands begin in a slot, as the widest loads of any device want it
 _PARTS = 4096  # of a batch at most: a tensor of a few elements costs a batch no bytes, but time

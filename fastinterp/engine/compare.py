@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from fastinterp.compute.backends import cpu_isa, cpu_threads
-from fastinterp.compute.pump import Progress, Pump, watch
+from fastinterp.backends.cpu import Progress, Pump, watch
+from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.engine.sources import Sources
 from fastinterp.errors import UsageError
 from fastinterp.files.checkpoint import Checkpoint, open_checkpoint

@@ -10,9 +10,10 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from fastinterp.compute.masked import kept_inputs, read_inputs
-from fastinterp.compute.ops import Combine, check_coefficients
-from fastinterp.compute.requests import (
+from fastinterp.errors import MethodError
+from fastinterp.ops.combine import Combine, check_coefficients
+from fastinterp.ops.masked import kept_inputs, read_inputs
+from fastinterp.ops.requests import (
     Divergence,
     GroupCombine,
     Kept,
@@ -25,7 +26,6 @@ from fastinterp.compute.requests import (
     Selected,
     Sum,
 )
-from fastinterp.errors import MethodError
 
 _FORESEEN = 64  # requests that a dry run follows: answers that are made up may lead in circles
 
@@ -158,7 +158,7 @@ def foresee(talk: Conversation, n: int, shape: tuple[int, ...]) -> tuple[tuple[t
 
 def _passes(request: Select, shape: tuple[int, ...]) -> int:
     """A sample, which costs little, tells where a second pass must look; small tensors have no sample."""
-    from fastinterp.compute.select import sample_every
+    from fastinterp.ops.select import sample_every
 
     numel = math.prod(shape)
     return 1 if sample_every(numel, [k if request.nonzero else k / numel for _, k in request.ranks]) > 1 else 2

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastinterp.compute.backends import built
+from fastinterp.backends.registry import built
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.tensors import PlannedTensor
 from fastinterp.messages import seconds

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastinterp.compute.requests import MaskedCombine, Select, Selected, Sum
+from fastinterp.ops.requests import MaskedCombine, Select, Selected, Sum
 
 _NOTICED = 0.01  # a density obtained that is off by more than this is worth a word
 

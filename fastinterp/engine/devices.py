@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastinterp.compute.device import Device
-from fastinterp.compute.pump import Progress
+from fastinterp.backends.cpu import Progress
+from fastinterp.backends.device import Device
 from fastinterp.engine.batches import Part, Work, batches
 from fastinterp.engine.jobs import Result
 from fastinterp.engine.place import Step

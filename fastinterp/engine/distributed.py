@@ -18,9 +18,9 @@ from typing import Any
 
 from fastinterp._version import __version__
 from fastinterp.arguments import path_of, size_of
-from fastinterp.compute.backends import cpu_isa, cpu_threads
-from fastinterp.compute.device import Device
-from fastinterp.compute.pump import Progress
+from fastinterp.backends.cpu import Progress
+from fastinterp.backends.device import Device
+from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.engine.densities import Density
 from fastinterp.engine.plan import Plan, Source, plan_recipe
 from fastinterp.engine.ranks import Peers, Rank

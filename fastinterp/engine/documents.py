@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from fastinterp.compute.dtypes import DTYPES, DType
-from fastinterp.compute.ops import MAX_INPUTS, Combine, Row, check_coefficients
 from fastinterp.engine.document import Document, Library, plan_document
 from fastinterp.engine.document import found as found_model
 from fastinterp.engine.tensors import MadeEntry, PlannedTensor
@@ -27,6 +25,8 @@ from fastinterp.files.checkpoint import Checkpoint
 from fastinterp.files.embedding import MappedEntry
 from fastinterp.files.header import Entry
 from fastinterp.files.sidecars import copy_sidecars
+from fastinterp.ops.combine import MAX_INPUTS, Combine, Row, check_coefficients
+from fastinterp.ops.dtypes import DTYPES, DType
 from fastinterp.recipe.load import Recipe
 
 Operand = tuple[int, Entry]  # number of a checkpoint, and a tensor there

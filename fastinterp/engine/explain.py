@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from fastinterp.compute.backends import cpu_threads, maybe_devices
+from fastinterp.backends.registry import cpu_threads, maybe_devices
 from fastinterp.engine.cost import choose
 from fastinterp.engine.given import as_lines, given, layer_lines, presets_in_force, symbols
 from fastinterp.engine.plan import Plan

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from fastinterp.compute.device import Device
-from fastinterp.compute.pump import Progress
+from fastinterp.backends.cpu import Progress
+from fastinterp.backends.device import Device
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.report import Report, report_of
 from fastinterp.engine.rounds import finishing

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.compute.dtypes import DType
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.files.embedding import PADDING, ZEROS, MappedEntry, split
 from fastinterp.files.regular import open_regular
+from fastinterp.ops.dtypes import DType
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -155,12 +155,12 @@ class _Maker:
         return self._np.frombuffer(raw, self._np.uint8), source.dtype
 
     def _wide(self, raw: NDArray[Any], dtype: DType) -> NDArray[Any]:
-        from fastinterp.compute.reference import widen
+        from fastinterp.reference.combine import widen
 
         return widen(raw.reshape(-1), dtype)
 
     def _narrow(self, values: NDArray[Any]) -> NDArray[Any]:
-        from fastinterp.compute.reference import narrow
+        from fastinterp.reference.combine import narrow
 
         return narrow(values, self._entry.dtype).view(self._np.uint8)
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.compute.ops import Row
 from fastinterp.engine.place import Place, Step
 from fastinterp.engine.sources import dtype_code
+from fastinterp.ops.combine import Row
 
 if TYPE_CHECKING:
     from fastinterp.engine.densities import Density

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from fastinterp.backends.registry import cpu_isa, cpu_threads
+from fastinterp.backends.torch_device import capturing, current_queue, device_of, one_place
 from fastinterp.compute.arrays import Exchanged, Numpy, Torch, library_of
-from fastinterp.compute.backends import cpu_isa, cpu_threads
-from fastinterp.compute.dtypes import DType, parse_dtype
-from fastinterp.compute.ops import Tensor, philox_key
-from fastinterp.compute.resident_devices import capturing, current_queue, device_of, one_place
 from fastinterp.engine.asking import Asking
 from fastinterp.engine.keywords import resolved
 from fastinterp.engine.place import Place, Step
@@ -23,6 +21,8 @@ from fastinterp.engine.schedule import STATS_EVERY
 from fastinterp.engine.sources import Sources
 from fastinterp.errors import MethodError, ShapeError, StorageError, UsageError
 from fastinterp.methods import Method, Sidecar, find
+from fastinterp.ops.combine import Tensor, philox_key
+from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.recipe.layers import Layers
 
 Arrays = Mapping[str, Any]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastinterp.compute.ops import Row, renumbered
 from fastinterp.engine.sources import Operand, gathers
+from fastinterp.ops.combine import Row, renumbered
 
 
 @dataclass(frozen=True, slots=True)

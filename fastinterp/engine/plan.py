@@ -15,7 +15,6 @@ from typing import Any
 
 from fastinterp._version import __version__
 from fastinterp.arguments import overridden, size_of
-from fastinterp.compute.ops import MAX_OUTPUTS, NUMERICS, Combine
 from fastinterp.engine.document import Library, plan_document
 from fastinterp.engine.tensors import PlannedTensor
 from fastinterp.engine.vocabularies import Fitted
@@ -23,6 +22,7 @@ from fastinterp.errors import UsageError
 from fastinterp.files.checkpoint import Checkpoint
 from fastinterp.files.layout import Layout, make_layout
 from fastinterp.messages import counted, size
+from fastinterp.ops.combine import MAX_OUTPUTS, NUMERICS, Combine
 from fastinterp.recipe.load import Recipe, load_recipes
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]

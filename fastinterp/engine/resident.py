@@ -10,7 +10,7 @@ from fastinterp.engine.place import Step
 from fastinterp.errors import BackendError
 
 if TYPE_CHECKING:
-    from fastinterp.compute.device import Device, Pending, Queue
+    from fastinterp.backends.device import Device, Pending, Queue
 
 _UNBOUNDED = 1 << 62  # bytes of scratch: whoever holds whole models in memory sets the bound
 Handle = tuple[str, int, int]  # "device", address, bytes: memory that the device can read, or write

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastinterp.compute.pump import Progress, Pump, watch
+from fastinterp.backends.cpu import Progress, Pump, watch
 from fastinterp.engine.jobs import Job, Result
 from fastinterp.engine.place import Step
 from fastinterp.errors import UsageError
 
 if TYPE_CHECKING:
-    from fastinterp.compute.requests import Select
     from fastinterp.engine.asking import Asking
+    from fastinterp.ops.requests import Select
 
 ROUND_BYTES = 256 << 20  # of inputs that a round reads for the first time; one tensor at least
 HELD_BYTES = 64 << 20  # of answers at a time

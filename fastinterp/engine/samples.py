@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastinterp.compute.backends import cpu_isa, cpu_threads
-from fastinterp.compute.pump import Pump, watch
+from fastinterp.backends.cpu import Pump, watch
+from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.engine.chunks import middle_chunk, read_bytes, spread_over
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.sources import Sources

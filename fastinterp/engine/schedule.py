@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.compute.backends import cpu_isa, cpu_threads
-from fastinterp.compute.ops import philox_key
-from fastinterp.compute.pump import Progress
+from fastinterp.backends.cpu import Progress
+from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.engine.jobs import Job
 from fastinterp.engine.place import Place, Step
 from fastinterp.engine.plan import Plan
@@ -22,9 +21,10 @@ from fastinterp.engine.sources import Operand, Sources, remedy
 from fastinterp.engine.tensors import MadeEntry, PlannedTensor, must_agree
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.files.header import Entry
+from fastinterp.ops.combine import philox_key
 
 if TYPE_CHECKING:
-    from fastinterp.compute.device import Device
+    from fastinterp.backends.device import Device
     from fastinterp.engine.staged import Scratch
 
 STATS_EVERY = 32  # chunks of 16384 elements: one of so many is measured, which costs a few percent of the kernel's time

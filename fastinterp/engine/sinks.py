@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastinterp.compute.pump import reserve
+from fastinterp.backends.cpu import reserve
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.sources import storage
 from fastinterp.errors import OutputError

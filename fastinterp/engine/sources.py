@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastinterp.compute.pump import cached_fraction
+from fastinterp.backends.cpu import cached_fraction
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.files.checkpoint import Checkpoint, changed_since
 from fastinterp.files.embedding import MappedEntry

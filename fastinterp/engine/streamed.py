@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.compute.dtypes import DTYPES
-from fastinterp.compute.resident_devices import pinned
+from fastinterp.backends.torch_device import pinned
 from fastinterp.engine.place import Step
 from fastinterp.engine.rounds import Machine
 from fastinterp.errors import BackendError
+from fastinterp.ops.dtypes import DTYPES
 
 if TYPE_CHECKING:
-    from fastinterp.compute.device import Event, Queue
+    from fastinterp.backends.device import Event, Queue
 
 _SLOT_BYTES = 64 << 20  # of pinned memory; there are two, one being filled while the other is read
 _ALIGN = 256  # bytes

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from fastinterp.compute.dtypes import DType
-from fastinterp.compute.ops import Combine, Row, Tensor, check_coefficients, renumbered
 from fastinterp.errors import MethodError, ShapeError, UsageError
 from fastinterp.files.checkpoint import Checkpoint
 from fastinterp.files.embedding import named_as_embedding
 from fastinterp.files.header import Entry
 from fastinterp.methods import Method, Sidecar
+from fastinterp.ops.combine import Combine, Row, Tensor, check_coefficients, renumbered
+from fastinterp.ops.dtypes import DType
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.targets import Target
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastinterp._version import __version__
-from fastinterp.compute.backends import cpu_isa, cpu_threads, find_devices, maybe_devices, wish_of
-from fastinterp.compute.pump import Progress
+from fastinterp.backends.cpu import Progress
+from fastinterp.backends.registry import cpu_isa, cpu_threads, find_devices, maybe_devices, wish_of
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.report import Report, report_of
 from fastinterp.engine.schedule import Done, run
@@ -22,7 +22,7 @@ from fastinterp.files.sidecars import copy_sidecars, model_card
 from fastinterp.recipe.load import Recipe
 
 if TYPE_CHECKING:
-    from fastinterp.compute.device import Device
+    from fastinterp.backends.device import Device
 
 
 def write_outputs(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
-from fastinterp.compute.device import Buffer, Device, Event, Pending, Queue
+from fastinterp.backends.device import Buffer, Device, Event, Pending, Queue
 from fastinterp.engine.batches import Batch, Operand, Work
 from fastinterp.engine.jobs import Result
 from fastinterp.errors import BackendError, OutOfMemory

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NoReturn
 
-from fastinterp.compute.dtypes import DTYPES, DType
 from fastinterp.errors import CheckpointError
 from fastinterp.files.names import quote
 from fastinterp.files.regular import open_regular
 from fastinterp.files.strict_json import parse_object
+from fastinterp.ops.dtypes import DTYPES, DType
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_NUMEL = 2**63 - 1

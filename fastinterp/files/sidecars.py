@@ -10,7 +10,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from fastinterp.compute.dtypes import DType
 from fastinterp.errors import CheckpointError
 from fastinterp.files import hub
 from fastinterp.files.checkpoint import Checkpoint
@@ -18,6 +17,7 @@ from fastinterp.files.header import MAX_HEADER
 from fastinterp.files.names import OTHER_WEIGHTS, PICKLES, WEIGHTS
 from fastinterp.files.regular import read_regular
 from fastinterp.files.strict_json import parse_object
+from fastinterp.ops.dtypes import DType
 
 _PATTERNS = (
     "config.json", "generation_config.json", "chat_template.*",

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from fastinterp.compute import arrays, products
-from fastinterp.compute.dtypes import parse_dtype
 from fastinterp.errors import ShapeError, UsageError
+from fastinterp.ops.dtypes import parse_dtype
 
 
 def weighted_sum(

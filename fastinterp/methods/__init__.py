@@ -1,7 +1,7 @@
 """The merge methods, one a file. This module finds them by scanning its folder and reads their declarations.
 
 A method is a function of the number of inputs n that answers with the sum it wants; it never sees an element. One that
-needs statistics is a generator: it yields requests (compute/requests.py) and returns the sum. Its parameters are its
+needs statistics is a generator: it yields requests (ops/requests.py) and returns the sum. Its parameters are its
 keyword-only arguments, and their annotations are the declaration:
 
     @method(base="required", models=(2, 64))
@@ -26,8 +26,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from fastinterp.compute.ops import LARGEST, Tensor
 from fastinterp.errors import MethodError
+from fastinterp.ops.combine import LARGEST, Tensor
 
 T = TypeVar("T")
 Each = tuple[T, ...]

@@ -10,8 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from fastinterp.compute.dtypes import DType, parse_dtype
-from fastinterp.compute.resident_devices import current_queue, device_of, memory, pinned
+from fastinterp.backends.torch_device import current_queue, device_of, memory, pinned
 from fastinterp.engine.place import Step
 from fastinterp.engine.resident import ResidentMachine
 from fastinterp.engine.rounds import Machine
@@ -19,6 +18,7 @@ from fastinterp.engine.sources import Operand, Sources
 from fastinterp.engine.streamed import StreamedMachine
 from fastinterp.errors import BackendError, ShapeError, UsageError
 from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
+from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.steer.module import Mismatches, Weight, address_of, is_extra_state, matches
 from fastinterp.steer.pristine import warn_unlike
 

@@ -9,12 +9,12 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
-from fastinterp.compute.backends import cpu_isa, cpu_threads
-from fastinterp.compute.ops import LARGEST, Combine, Row
-from fastinterp.compute.resident_devices import current_queue
+from fastinterp.backends.registry import cpu_isa, cpu_threads
+from fastinterp.backends.torch_device import current_queue
 from fastinterp.engine.place import Place
 from fastinterp.errors import BackendError, CheckpointError, UsageError
 from fastinterp.methods import suggestion
+from fastinterp.ops.combine import LARGEST, Combine, Row
 from fastinterp.steer.claim import Claim
 from fastinterp.steer.ends import End, Ends, Memory, copy
 from fastinterp.steer.lock import StepLock, call

@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
 
-from fastinterp.compute.dtypes import DType, parse_dtype
 from fastinterp.errors import BackendError, ShapeError, UsageError
 from fastinterp.messages import plain
+from fastinterp.ops.dtypes import DType, parse_dtype
 
 _SHOWN = 50  # mismatches that a message lists before it only counts the others
 _NAMED = 3  # the same of tensors named in a line

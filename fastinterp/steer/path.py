@@ -11,10 +11,10 @@ from operator import index
 from typing import Any
 
 from fastinterp.arguments import snapped
-from fastinterp.compute.dtypes import parse_dtype
 from fastinterp.engine.memory import merge_measured
 from fastinterp.engine.report import Effect
 from fastinterp.errors import FastinterpError, UsageError
+from fastinterp.ops.dtypes import parse_dtype
 from fastinterp.steer.path_report import PathPoint, PathReport
 from fastinterp.steer.pristine import End, opened, warn_unlike
 from fastinterp.steer.walk import Walker, dtypes_of

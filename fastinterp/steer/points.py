@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp.arguments import numbers, path_of
-from fastinterp.compute.ops import MAX_POINTS
 from fastinterp.engine.report import Report
 from fastinterp.errors import UsageError
 from fastinterp.methods import Method, clipped, find, suggestion
+from fastinterp.ops.combine import MAX_POINTS
 from fastinterp.recipe.load import Recipe, load_recipe, same_model
 
 _LARGEST_ALPHA = 4e7  # without a base; the weights 1 - alpha and alpha are divided by their sum

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from fastinterp.compute.allocate import torch_dtype
-from fastinterp.compute.dtypes import DType, parse_dtype
 from fastinterp.engine.companions import unlike
 from fastinterp.engine.memory import StoredTensor
 from fastinterp.engine.sources import Sources, storage
@@ -18,6 +17,7 @@ from fastinterp.errors import CheckpointError, StorageError, UsageError
 from fastinterp.files.checkpoint import Checkpoint, changed_since, open_checkpoint
 from fastinterp.files.header import Entry
 from fastinterp.messages import plain
+from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.steer.module import is_extra_state
 
 _CHUNK = 8 << 20  # bytes that are compared at a time

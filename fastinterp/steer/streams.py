@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.compute.resident_devices import capturing, current_queue
+from fastinterp.backends.torch_device import capturing, current_queue
 
 if TYPE_CHECKING:
-    from fastinterp.compute.device import Event, Queue
+    from fastinterp.backends.device import Event, Queue
 
 
 class StreamOrder:

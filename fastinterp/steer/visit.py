@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fastinterp.backends.cpu import Progress
+from fastinterp.backends.device import Device
 from fastinterp.compute.allocate import maker
-from fastinterp.compute.device import Device
-from fastinterp.compute.ops import MAX_OUTPUTS
-from fastinterp.compute.pump import Progress
 from fastinterp.engine.available import available_memory
 from fastinterp.engine.fill import fill
 from fastinterp.engine.plan import make_plan
 from fastinterp.errors import UsageError
+from fastinterp.ops.combine import MAX_OUTPUTS
 from fastinterp.recipe.load import load_recipe
 from fastinterp.steer.load import allocated
 from fastinterp.steer.points import Point

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastinterp.compute.ops import Row, renumbered
-from fastinterp.compute.resident_devices import current_queue
+from fastinterp.backends.torch_device import current_queue
 from fastinterp.engine.place import Place
+from fastinterp.ops.combine import Row, renumbered
 from fastinterp.steer.ends import Ends
 
 

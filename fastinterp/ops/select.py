@@ -17,8 +17,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fastinterp.compute.masked import score_step
-from fastinterp.compute.requests import ALL_BITS, Select, Selected
+from fastinterp.ops.masked import score_step
+from fastinterp.ops.requests import ALL_BITS, Select, Selected
 
 STRIP = 512  # elements that are sampled or skipped together; the same number stands in csrc/histogram.h
 COARSE_BITS = 15  # of a magnitude that a coarse bin drops

@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any, Literal
 
 from fastinterp._C import CHUNK, STRIP, fold
-from fastinterp.compute.dtypes import DTYPES
+from fastinterp.ops.dtypes import DTYPES
 
 BLOCK_ROWS = 64  # that a column sums before its blocks fold; the same number stands in csrc/ops.h
 _SIZES = {dtype.code: dtype.bits // 8 for dtype in DTYPES.values() if dtype.code is not None}

@@ -14,7 +14,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastinterp.compute.ops import Combine, GroupRow, Row
+from fastinterp.ops.combine import Combine, GroupRow, Row
 
 Per = Literal["tensor", "row", "column"]
 

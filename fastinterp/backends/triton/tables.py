@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fastinterp.compute.triton_room import ALIGNED, NATURAL, SIZES, Room, alignment, signed, steps
+from fastinterp.backends.triton.launch import ALIGNED, NATURAL, SIZES, Room, alignment, signed, steps
 
 
 @dataclass(slots=True)

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fastinterp.compute import reference
-from fastinterp.compute.dtypes import F64, DType
-from fastinterp.compute.exact_fma import fma
-from fastinterp.compute.masked import keep_key, kept_inputs, kept_of, read_inputs, terms, word_limits
-from fastinterp.compute.ops import Row, philox_key
-from fastinterp.compute.reference import CHUNK, Array, Stats, narrow, sampled_stats, widen
-from fastinterp.compute.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
+from fastinterp.ops.combine import Row, philox_key
+from fastinterp.ops.dtypes import F64, DType
+from fastinterp.ops.masked import keep_key, kept_inputs, kept_of, read_inputs, terms, word_limits
+from fastinterp.ops.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
+from fastinterp.reference import combine as reference
+from fastinterp.reference.combine import CHUNK, Array, Stats, narrow, sampled_stats, widen
+from fastinterp.reference.fma import fma
 
 INF_BITS = 0x7F800000
 

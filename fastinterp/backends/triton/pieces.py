@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fastinterp.compute.device import Pending, Piece
-from fastinterp.compute.triton_room import Room
+from fastinterp.backends.device import Pending, Piece
+from fastinterp.backends.triton.launch import Room
 
 
 def refuses(step: Mapping[str, Any]) -> str | None:
@@ -26,10 +26,10 @@ def refuses(step: Mapping[str, Any]) -> str | None:
 
 
 def run(room: Room, pieces: Sequence[Piece]) -> list[Pending]:
-    from fastinterp.compute.triton_histogram import histogram
-    from fastinterp.compute.triton_masked import kept, masked
-    from fastinterp.compute.triton_measure import measure
-    from fastinterp.compute.triton_sums import combine
+    from fastinterp.backends.triton.combine import combine
+    from fastinterp.backends.triton.histogram import histogram
+    from fastinterp.backends.triton.masked import kept, masked
+    from fastinterp.backends.triton.measure import measure
 
     kernels: dict[str, Callable[[Room, list[Piece]], Sequence[Pending]]] = {
         "combine": combine, "measure": measure, "measure_deltas": measure, "histogram": histogram, "masked": masked,

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fastinterp.compute.device import Pending, Piece
+from fastinterp.backends.device import Pending, Piece
 from fastinterp.errors import BackendError, OutOfMemory
 
 
@@ -125,7 +125,7 @@ class TritonDevice:
             return TritonQueue(self, torch.cuda.ExternalStream(handle, self.index))
 
     def refuses(self, step: Mapping[str, Any]) -> str | None:
-        from fastinterp.compute.triton_pieces import refuses
+        from fastinterp.backends.triton.pieces import refuses
 
         return refuses(step)
 
@@ -213,8 +213,8 @@ class TritonQueue:
     def run(self, pieces: Sequence[Piece]) -> list[Pending]:
         import torch
 
-        from fastinterp.compute.triton_pieces import run
-        from fastinterp.compute.triton_room import Room
+        from fastinterp.backends.triton.launch import Room
+        from fastinterp.backends.triton.pieces import run
 
         nbytes = 8 * sum(piece["numel"] for piece in pieces)
         with self._current(f"kernels for {len(pieces)} pieces, at most {nbytes} bytes an operand,"):

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastinterp.compute.dtypes import F64, DType
-from fastinterp.compute.exact_fma import fma, fma64
-from fastinterp.compute.ops import GroupRow
-from fastinterp.compute.reference import CHUNK, LANES, Array, Stats, narrow, sampled_stats, widen
+from fastinterp.ops.combine import GroupRow
+from fastinterp.ops.dtypes import F64, DType
+from fastinterp.reference.combine import CHUNK, LANES, Array, Stats, narrow, sampled_stats, widen
+from fastinterp.reference.fma import fma, fma64
 
 BLOCK = 64  # rows that a column sums before blocks fold
 

@@ -14,7 +14,7 @@ from fastinterp import _C
 from fastinterp.errors import BackendError
 
 if TYPE_CHECKING:
-    from fastinterp.compute.device import Device
+    from fastinterp.backends.device import Device
 
 ISA_VARIABLE = "FASTINTERP_ISA"
 GPU_VARIABLE = "FASTINTERP_GPU"
@@ -153,9 +153,9 @@ def _backend(name: str) -> _Backend:
         if not built(module):
             return _Backend(f"{module} is not there: {remedy}", 0, _none)
     if name == "triton":
-        triton = import_module("fastinterp.compute.triton")
+        triton = import_module("fastinterp.backends.triton.device")
         return _Backend(triton.missing() or None, triton.count(), triton.TritonDevice)
-    from fastinterp.compute import cuda
+    from fastinterp.backends import cuda
 
     try:
         count = cuda.device_count()

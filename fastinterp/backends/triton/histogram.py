@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastinterp._C import STRIP, Counts
-from fastinterp.compute.device import Piece
-from fastinterp.compute.triton_room import Answer, Room, alignment
-from fastinterp.compute.triton_tables import Part, Table
+from fastinterp.backends.device import Piece
+from fastinterp.backends.triton.launch import Answer, Room, alignment
+from fastinterp.backends.triton.tables import Part, Table
 
 NO_SCORE, SPREAD, DIVERGENCE = range(3)  # as in _triton/scores.py
 STRIPS = 4  # of a program

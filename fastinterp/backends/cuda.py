@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.compute.pieces import has_ranks
+from fastinterp.backends.pieces import has_ranks
 from fastinterp.errors import BackendError
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from fastinterp.compute.device import Buffer, Queue
+    from fastinterp.backends.device import Buffer, Queue
 
 REMEDY = "It is built where nvcc is found: install the CUDA toolkit, and build fastinterp again"
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastinterp.compute.dtypes import DType
-from fastinterp.compute.reference import Array
-from fastinterp.compute.reference_masked import columns_of, deltas, magnitudes, scores
-from fastinterp.compute.requests import ALL_BITS, Select, Selected
+from fastinterp.ops.dtypes import DType
+from fastinterp.ops.requests import ALL_BITS, Select, Selected
+from fastinterp.reference.combine import Array
+from fastinterp.reference.masked import columns_of, deltas, magnitudes, scores
 
 
 def select(inputs: Sequence[Array], dtypes: Sequence[DType], ask: Select, shape: Sequence[int]) -> tuple[Selected, ...]:

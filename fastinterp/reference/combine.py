@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.compute.exact_fma import fma, fma64
-from fastinterp.compute.ops import Row
+from fastinterp.ops.combine import Row
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.reference.fma import fma, fma64
 
 CHUNK = 16384  # elements; statistics that are sampled take whole chunks of the tensor, `measure` folds them
 LANES = 256  # of a chunk, in `measure`

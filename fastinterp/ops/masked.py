@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastinterp.compute.ops import philox_key
-from fastinterp.compute.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
+from fastinterp.ops.combine import philox_key
+from fastinterp.ops.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
 
 WORDS = 1 << 32  # random numbers of a keep; one below a limit of 0..WORDS keeps its element
 # By input, keep and seed: masks and which of them, as the pump has them.

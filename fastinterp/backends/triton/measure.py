@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastinterp.compute.device import Piece
-from fastinterp.compute.triton_room import CHUNK, Answer, Room, alignment
-from fastinterp.compute.triton_tables import Part, Table
+from fastinterp.backends.device import Piece
+from fastinterp.backends.triton.launch import CHUNK, Answer, Room, alignment
+from fastinterp.backends.triton.tables import Part, Table
 
 BLOCK_ROWS = 64  # that a column sums before its blocks fold
 LANES = 256

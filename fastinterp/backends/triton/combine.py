@@ -6,10 +6,10 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from fastinterp.compute.device import Piece
-from fastinterp.compute.triton_effects import Effects, Written
-from fastinterp.compute.triton_room import Room
-from fastinterp.compute.triton_tables import Part, Table, aligned, tiles_of
+from fastinterp.backends.device import Piece
+from fastinterp.backends.triton.effects import Effects, Written
+from fastinterp.backends.triton.launch import Room
+from fastinterp.backends.triton.tables import Part, Table, aligned, tiles_of
 
 PLAIN, BY_ROW, BY_COLUMN, CONVERT, COPY = range(5)  # as in _triton/combine.py
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.compute.backends import Wish, find_devices
+from fastinterp.backends.registry import Wish, find_devices
 from fastinterp.errors import UsageError
 
 if TYPE_CHECKING:
-    from fastinterp.compute.device import Device, Queue
+    from fastinterp.backends.device import Device, Queue
 
 _opened: dict[int, Device] = {}
 

@@ -7,12 +7,12 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastinterp.compute.device import Piece
-from fastinterp.compute.triton_effects import Effects, Written
-from fastinterp.compute.triton_histogram import factors_of, score_of
-from fastinterp.compute.triton_measure import answer_of, fetched
-from fastinterp.compute.triton_room import CHUNK, Answer, Room, alignment, signed
-from fastinterp.compute.triton_tables import Part, Table, aligned, tiles_of
+from fastinterp.backends.device import Piece
+from fastinterp.backends.triton.effects import Effects, Written
+from fastinterp.backends.triton.histogram import factors_of, score_of
+from fastinterp.backends.triton.launch import CHUNK, Answer, Room, alignment, signed
+from fastinterp.backends.triton.measure import answer_of, fetched
+from fastinterp.backends.triton.tables import Part, Table, aligned, tiles_of
 
 WORDS = 1 << 32  # a random limit that draws nothing
 DRAWN = 3  # random keeps that a thread holds in registers for 4 or 8 elements; of more keeps, it does half as many
