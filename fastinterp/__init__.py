@@ -25,10 +25,8 @@ from fastinterp._version import __version__
 
 if TYPE_CHECKING:
     from fastinterp.api import explain, interpolate, merge
-    from fastinterp.compute.arrays import weighted_sum
     from fastinterp.engine.check import check
     from fastinterp.engine.compare import compare
-    from fastinterp.engine.memory import merge_state_dicts, merge_tensors
     from fastinterp.engine.report import Report
     from fastinterp.errors import (
         BackendError,
@@ -41,6 +39,8 @@ if TYPE_CHECKING:
         StorageError,
         UsageError,
     )
+    from fastinterp.in_memory.merge import merge_state_dicts, merge_tensors
+    from fastinterp.in_memory.weighted_sum import weighted_sum
     from fastinterp.steer.live import Live
     from fastinterp.steer.load import load, load_into, load_iter
     from fastinterp.steer.path import path
@@ -91,12 +91,12 @@ _HOMES = {
     "load_into": "fastinterp.steer.load",
     "load_iter": "fastinterp.steer.load",
     "merge": "fastinterp.api",
-    "merge_state_dicts": "fastinterp.engine.memory",
-    "merge_tensors": "fastinterp.engine.memory",
+    "merge_state_dicts": "fastinterp.in_memory.merge",
+    "merge_tensors": "fastinterp.in_memory.merge",
     "path": "fastinterp.steer.path",
     "PathReport": "fastinterp.steer.path_report",
     "sweep": "fastinterp.steer.sweep",
-    "weighted_sum": "fastinterp.compute.arrays",
+    "weighted_sum": "fastinterp.in_memory.weighted_sum",
 }
 
 

@@ -140,7 +140,7 @@ def _memory() -> dict[str, Any]:
     """The kernels on arrays in memory, and as their floor a copy that moves bytes with as many threads."""
     import numpy as np
 
-    from fastinterp.compute.arrays import weighted_sum
+    from fastinterp.in_memory.weighted_sum import weighted_sum
 
     a, b, out = (np.full(_ARRAY // 4, v, np.float32) for v in (1.0, 2.0, 0.0))
     try:

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 import fastinterp
-from fastinterp.engine.memory import merge_measured
 from fastinterp.engine.report import Effect
 from fastinterp.errors import ShapeError, StorageError, UsageError
+from fastinterp.in_memory.merge import merge_measured
 from tests.models import layers, load, save
 
 ALPHAS = [k / 10 for k in range(11)]

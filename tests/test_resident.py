@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fastinterp
-from fastinterp.engine.memory import merge_measured
 from fastinterp.errors import BackendError, ShapeError, UsageError
+from fastinterp.in_memory.merge import merge_measured
 from tests.on_host import HostDevice, OnHost, OnHost1, Streams, bits, device, moved, streams
 from tests.test_merge_tensors import WAYS
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fastinterp
-from fastinterp.compute.arrays import Torch
 from fastinterp.errors import BackendError, ShapeError, UsageError
+from fastinterp.in_memory.weighted_sum import Torch
 from fastinterp.integrations.torch_ops import weighted_sum
 from tests.on_host import HostDevice, Streams, bits, device, streams
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
-from fastinterp.compute.allocate import maker
 from fastinterp.engine.available import available_memory
 from fastinterp.engine.fill import fill
 from fastinterp.engine.plan import make_plan
 from fastinterp.errors import UsageError
+from fastinterp.in_memory.allocate import maker
 from fastinterp.ops.combine import MAX_OUTPUTS
 from fastinterp.recipe.load import load_recipe
 from fastinterp.steer.load import allocated

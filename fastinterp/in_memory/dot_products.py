@@ -8,8 +8,8 @@ from typing import Any
 from fastinterp.backends.cpu import Pump, watch
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, one_place
-from fastinterp.compute.arrays import Torch
 from fastinterp.errors import BackendError, ShapeError, StorageError
+from fastinterp.in_memory.weighted_sum import Torch
 
 _AT_A_TIME = 4  # of the arrays: more would cost more products among themselves than another read of `of`
 _BYTES = 1 << 20

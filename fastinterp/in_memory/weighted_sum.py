@@ -244,7 +244,7 @@ class Torch:
 
     @staticmethod
     def empty(like: Any, dtype: DType) -> Any:
-        from fastinterp.compute.allocate import torch_dtype
+        from fastinterp.in_memory.allocate import torch_dtype
 
         if hasattr(like, "new_empty"):  # on the same device
             return like.new_empty(like.shape, dtype=torch_dtype(dtype))

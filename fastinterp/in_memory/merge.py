@@ -10,9 +10,7 @@ from typing import Any
 
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, device_of, one_place
-from fastinterp.compute.arrays import Exchanged, Numpy, Torch, library_of
 from fastinterp.engine.asking import Asking
-from fastinterp.engine.keywords import resolved
 from fastinterp.engine.place import Place, Step
 from fastinterp.engine.report import Effect
 from fastinterp.engine.resident import ResidentMachine
@@ -20,6 +18,8 @@ from fastinterp.engine.rounds import Machine, Runs, drive
 from fastinterp.engine.schedule import STATS_EVERY
 from fastinterp.engine.sources import Sources
 from fastinterp.errors import MethodError, ShapeError, StorageError, UsageError
+from fastinterp.in_memory.parameters import resolved
+from fastinterp.in_memory.weighted_sum import Exchanged, Numpy, Torch, library_of
 from fastinterp.methods import Method, Sidecar, find
 from fastinterp.ops.combine import Tensor, philox_key
 from fastinterp.ops.dtypes import DType, parse_dtype
