@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from fastinterp.checkpoint.layout import parse_size
 from fastinterp.errors import UsageError
-from fastinterp.files.layout import parse_size
 from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.recipe.load import Recipe
 

@@ -18,8 +18,8 @@ from click.testing import CliRunner
 from fastinterp.bench import checkpoints, command, provenance, race
 from fastinterp.bench.check import Job, WrongAnswerError, allowed_error, check, read_tensors
 from fastinterp.bench.checkpoints import SIZES, write_checkpoints
+from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.errors import CheckpointError, OutputError, UsageError
-from fastinterp.files.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = SIZES["tiny"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fastinterp.checkpoint.header import Entry
 from fastinterp.errors import CheckpointError
 from fastinterp.files.embedding import (
     PADDING,
@@ -21,7 +22,6 @@ from fastinterp.files.embedding import (
     split,
     wished_row,
 )
-from fastinterp.files.header import Entry
 from fastinterp.files.vocabulary import Vocabulary, join
 from fastinterp.ops.dtypes import BF16
 

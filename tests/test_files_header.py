@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from fastinterp.checkpoint.header import MAX_HEADER, read_header
+from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.errors import CheckpointError
-from fastinterp.files.checkpoint import open_checkpoint
-from fastinterp.files.header import MAX_HEADER, read_header
 from fastinterp.ops.dtypes import DTYPES
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from fastinterp.checkpoint import hub
+from fastinterp.checkpoint.header import read_header
+from fastinterp.checkpoint.open import changed_since, open_checkpoint
 from fastinterp.errors import CheckpointError
-from fastinterp.files import hub
-from fastinterp.files.checkpoint import changed_since, open_checkpoint
-from fastinterp.files.header import read_header
 
 
 def put(folder: Path, name: str, *tensors: str) -> None:
@@ -286,7 +286,7 @@ def test_unreadable_file_is_an_error(tmp_path, monkeypatch):
     def denied(*_args, **_kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("fastinterp.files.header.os.open", denied)
+    monkeypatch.setattr("fastinterp.checkpoint.header.os.open", denied)
     with pytest.raises(CheckpointError, match=r"x\.safetensors: the file cannot be opened: Permission denied"):
         read_header(tmp_path / "m" / "x.safetensors")
 

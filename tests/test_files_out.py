@@ -10,10 +10,10 @@ import pytest
 import yaml
 from safetensors import safe_open
 
+from fastinterp.checkpoint.layout import ALIGN, make_layout, parse_size
+from fastinterp.checkpoint.open import open_checkpoint
+from fastinterp.checkpoint.sidecar_files import copy_sidecars, is_sidecar, model_card, needs_code, with_dtype
 from fastinterp.errors import CheckpointError, OutputError, UsageError
-from fastinterp.files.checkpoint import open_checkpoint
-from fastinterp.files.layout import ALIGN, make_layout, parse_size
-from fastinterp.files.sidecars import copy_sidecars, is_sidecar, model_card, needs_code, with_dtype
 from fastinterp.ops.dtypes import BF16, DTYPES, F8_E4M3, F16, F32, F64
 
 U8, I64, F4 = DTYPES["U8"], DTYPES["I64"], DTYPES["F4"]

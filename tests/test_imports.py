@@ -181,7 +181,7 @@ def test_rule_sees_what_it_forbids(tmp_path, monkeypatch):
     path = tmp_path / "x.py"
     path.write_text(source)
     monkeypatch.setitem(MODULES, "fastinterp.ops.x", path)
-    expected = ["torch.nn", "fastinterp.ops.dtypes", "fastinterp.files.header", "fastinterp.errors"]
+    expected = ["torch.nn", "fastinterp.ops.dtypes", "fastinterp.checkpoint.header", "fastinterp.errors"]
     assert expected == [name for _, name in imports("fastinterp.ops.x", ast.parse(source))]
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from fastinterp.checkpoint.shared_output_folder import reserved, shared_file, stands
 from fastinterp.engine.ranks import Rank, first_host, started
 from fastinterp.errors import BackendError
-from fastinterp.files.shared_folder import reserved, shared_file, stands
 from tests.models import layers, save
 
 ROOT = Path(__file__).resolve().parent.parent

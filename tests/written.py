@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fastinterp.files.folder import OutFolder
-from fastinterp.files.layout import make_layout
+from fastinterp.checkpoint.layout import make_layout
+from fastinterp.checkpoint.output_folder import OutFolder
 from fastinterp.ops.dtypes import F32
 
 GB = 10**9

@@ -62,9 +62,9 @@ def explain(
     """
     from fastinterp import api
     from fastinterp.backends.registry import cpu_threads
+    from fastinterp.checkpoint.layout import parse_size
     from fastinterp.engine import explain as explained
     from fastinterp.engine.schedule import make_window
-    from fastinterp.files.layout import parse_size
 
     plan = api.explain(recipe, max_shard_size=max_shard_size, **wishes)
     window = make_window(plan, cpu_threads(threads), parse_size(max_memory))
@@ -88,8 +88,8 @@ def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
     Example:
       fastinterp inspect merged/
     """
+    from fastinterp.checkpoint.open import open_checkpoint
     from fastinterp.engine import contents
-    from fastinterp.files.checkpoint import open_checkpoint
 
     found = open_checkpoint(checkpoint)
     if as_json:

@@ -123,7 +123,7 @@ def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
 @contextmanager
 def kept_of(out: Path) -> Iterator[None]:
     """When a merge that several processes share ends early, note what the next one goes on from."""
-    from fastinterp.files.shared_folder import journals
+    from fastinterp.checkpoint.shared_output_folder import journals
 
     try:
         yield

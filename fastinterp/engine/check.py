@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
-from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
 from fastinterp.messages import WIDTH, counted, plain
 from fastinterp.recipe.chain import not_there, references
 from fastinterp.recipe.check import against, inspect

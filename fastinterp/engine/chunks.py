@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+from fastinterp.checkpoint.header import Entry
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.sources import storage
 from fastinterp.engine.tensors import PlannedTensor
-from fastinterp.files.header import Entry
 
 CHUNK = 16384  # elements of a tensor
 TENSORS = 128  # that are sampled, spread over the model

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastinterp.checkpoint.open import Checkpoint
+from fastinterp.checkpoint.sidecar_files import is_tokenizer_file, needs_code
+from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
-from fastinterp.files.checkpoint import Checkpoint
-from fastinterp.files.sidecars import is_tokenizer_file, needs_code
-from fastinterp.files.strict_json import parse_object
 from fastinterp.messages import fit
 
 CONFIG = "config.json"

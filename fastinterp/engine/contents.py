@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fastinterp.files.checkpoint import Checkpoint
-from fastinterp.files.header import Entry
+from fastinterp.checkpoint.header import Entry
+from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.messages import WIDTH, counted, fit, plain, size, table
 
 _NUMBER = re.compile(r"(?<=\.)\d{1,18}(?=\.|$)|^\d{1,18}(?=\.)")  # a whole part of a dotted name, that counts something

@@ -21,6 +21,15 @@ from fastinterp.arguments import path_of, size_of
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
 from fastinterp.backends.registry import cpu_isa, cpu_threads
+from fastinterp.checkpoint.output_folder import OutFolder
+from fastinterp.checkpoint.shared_output_folder import (
+    SharedFolder,
+    read_journal,
+    reserved,
+    shared_file,
+    stands,
+    write_journal,
+)
 from fastinterp.engine.densities import Density
 from fastinterp.engine.plan import Plan, Source, plan_recipe
 from fastinterp.engine.ranks import Peers, Rank
@@ -30,15 +39,6 @@ from fastinterp.engine.schedule import Done, run
 from fastinterp.engine.sinks import FileSinks
 from fastinterp.engine.to_files import devices_for, finish, write_small_files
 from fastinterp.errors import RankError
-from fastinterp.files.folder import OutFolder
-from fastinterp.files.shared_folder import (
-    SharedFolder,
-    read_journal,
-    reserved,
-    shared_file,
-    stands,
-    write_journal,
-)
 
 _LOOK_S = 0.05  # between looks at what the others have done
 

@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
 from fastinterp.engine.companions import warnings_about
 from fastinterp.engine.tensors import PlannedTensor, foreign_dtypes, plan_tensors, sidecar_names
 from fastinterp.engine.vocabularies import Fitted, fit_models
 from fastinterp.errors import CheckpointError
-from fastinterp.files.checkpoint import Checkpoint, open_checkpoint
 from fastinterp.recipe.chain import not_there
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.targets import Assembly

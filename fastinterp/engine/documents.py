@@ -17,14 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from fastinterp.checkpoint.header import Entry
+from fastinterp.checkpoint.open import Checkpoint
+from fastinterp.checkpoint.sidecar_files import copy_sidecars
 from fastinterp.engine.document import Document, Library, plan_document
 from fastinterp.engine.document import found as found_model
 from fastinterp.engine.tensors import MadeEntry, PlannedTensor
 from fastinterp.errors import RecipeError
-from fastinterp.files.checkpoint import Checkpoint
 from fastinterp.files.embedding import MappedEntry
-from fastinterp.files.header import Entry
-from fastinterp.files.sidecars import copy_sidecars
 from fastinterp.ops.combine import MAX_INPUTS, Combine, Row, check_coefficients
 from fastinterp.ops.dtypes import DTYPES, DType
 from fastinterp.recipe.load import Recipe

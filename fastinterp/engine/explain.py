@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastinterp.backends.registry import cpu_threads, maybe_devices
+from fastinterp.checkpoint.layout import OutFile, parse_size
+from fastinterp.checkpoint.sidecar_files import copy_sidecars
 from fastinterp.engine.cost import choose
 from fastinterp.engine.given import as_lines, given, layer_lines, presets_in_force, symbols
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.schedule import Window, make_window
 from fastinterp.engine.tensors import MadeEntry, PlannedTensor
 from fastinterp.files.embedding import MappedEntry
-from fastinterp.files.layout import OutFile, parse_size
-from fastinterp.files.sidecars import copy_sidecars
 from fastinterp.messages import WIDTH, counted, fit, plain, seconds, size, table
 from fastinterp.recipe.check import DRAWING
 from fastinterp.recipe.load import Recipe, same_model

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastinterp.checkpoint.regular_file import open_regular
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.files.embedding import PADDING, ZEROS, MappedEntry, split
-from fastinterp.files.regular import open_regular
 from fastinterp.ops.dtypes import DType
 
 if TYPE_CHECKING:

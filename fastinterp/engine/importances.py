@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastinterp.checkpoint.header import Entry
 from fastinterp.engine.chunks import middle_chunk, read_bytes, spread_over
 from fastinterp.engine.plan import Plan
-from fastinterp.files.header import Entry
 from fastinterp.messages import plain
 
 _CODES: Any = {1: "B", 2: "H", 4: "I", 8: "Q"}  # unsigned integers of so many bytes

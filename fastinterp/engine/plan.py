@@ -15,12 +15,12 @@ from typing import Any
 
 from fastinterp._version import __version__
 from fastinterp.arguments import overridden, size_of
+from fastinterp.checkpoint.layout import Layout, make_layout
+from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.engine.document import Library, plan_document
 from fastinterp.engine.tensors import PlannedTensor
 from fastinterp.engine.vocabularies import Fitted
 from fastinterp.errors import UsageError
-from fastinterp.files.checkpoint import Checkpoint
-from fastinterp.files.layout import Layout, make_layout
 from fastinterp.messages import counted, size
 from fastinterp.ops.combine import MAX_OUTPUTS, NUMERICS, Combine
 from fastinterp.recipe.load import Recipe, load_recipes

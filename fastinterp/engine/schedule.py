@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads
+from fastinterp.checkpoint.header import Entry
 from fastinterp.engine.jobs import Job
 from fastinterp.engine.place import Place, Step
 from fastinterp.engine.plan import Plan
@@ -20,7 +21,6 @@ from fastinterp.engine.sinks import Sinks
 from fastinterp.engine.sources import Operand, Sources, remedy
 from fastinterp.engine.tensors import MadeEntry, PlannedTensor, must_agree
 from fastinterp.errors import OutputError, UsageError
-from fastinterp.files.header import Entry
 from fastinterp.ops.combine import philox_key
 
 if TYPE_CHECKING:

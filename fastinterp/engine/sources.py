@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp.backends.cpu import cached_fraction
+from fastinterp.checkpoint.header import Entry
+from fastinterp.checkpoint.open import Checkpoint, changed_since
 from fastinterp.errors import CheckpointError, StorageError
-from fastinterp.files.checkpoint import Checkpoint, changed_since
 from fastinterp.files.embedding import MappedEntry
-from fastinterp.files.header import Entry
 
 _SPARE_FDS = 64  # for everything that is neither input nor output
 

@@ -12,12 +12,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastinterp.checkpoint.header import Entry
 from fastinterp.engine.jobs import Job, Result
 from fastinterp.engine.place import Step
 from fastinterp.engine.sources import Operand, storage
 from fastinterp.engine.tensors import MadeEntry, PlannedTensor
 from fastinterp.errors import OutputError
-from fastinterp.files.header import Entry
 
 if TYPE_CHECKING:
     from fastinterp.engine.densities import Density

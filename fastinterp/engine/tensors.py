@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from fastinterp.checkpoint.header import Entry
+from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import MethodError, ShapeError, UsageError
-from fastinterp.files.checkpoint import Checkpoint
 from fastinterp.files.embedding import named_as_embedding
-from fastinterp.files.header import Entry
 from fastinterp.methods import Method, Sidecar
 from fastinterp.ops.combine import Combine, Row, Tensor, check_coefficients, renumbered
 from fastinterp.ops.dtypes import DType

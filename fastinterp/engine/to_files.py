@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from fastinterp._version import __version__
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, find_devices, maybe_devices, wish_of
+from fastinterp.checkpoint.output_folder import OutFolder
+from fastinterp.checkpoint.sidecar_files import copy_sidecars, model_card
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.report import Report, report_of
 from fastinterp.engine.schedule import Done, run
 from fastinterp.engine.sinks import FileSinks
 from fastinterp.errors import BackendError, OutputError
-from fastinterp.files.folder import OutFolder
-from fastinterp.files.sidecars import copy_sidecars, model_card
 from fastinterp.recipe.load import Recipe
 
 if TYPE_CHECKING:

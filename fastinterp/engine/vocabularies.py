@@ -12,8 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastinterp.checkpoint.header import MAX_HEADER, Entry
+from fastinterp.checkpoint.names import listing
+from fastinterp.checkpoint.open import Checkpoint
+from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
+from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
-from fastinterp.files.checkpoint import Checkpoint
 from fastinterp.files.embedding import (
     MappedEntry,
     RowPlan,
@@ -24,11 +29,6 @@ from fastinterp.files.embedding import (
     rows_found,
     wished_row,
 )
-from fastinterp.files.header import MAX_HEADER, Entry
-from fastinterp.files.names import listing
-from fastinterp.files.regular import read_regular
-from fastinterp.files.sidecars import is_tokenizer_file
-from fastinterp.files.strict_json import parse_object
 from fastinterp.files.tied import config_changes, is_tied, ties, vocab_size_of, with_changes
 from fastinterp.messages import fit
 from fastinterp.recipe.load import Recipe, same_model

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
-from fastinterp.files.regular import read_regular
-from fastinterp.files.strict_json import parse_object
 
 JINJA, CONFIG, PROCESSOR = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
 _LARGEST = 1 << 26  # bytes

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastinterp.checkpoint.header import Entry
+from fastinterp.checkpoint.names import quote
 from fastinterp.errors import CheckpointError, ShapeError
-from fastinterp.files.header import Entry
-from fastinterp.files.names import quote
 
 if TYPE_CHECKING:
     from fastinterp.files.vocabulary import Joined, Vocabulary

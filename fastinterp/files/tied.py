@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
-from fastinterp.files.strict_json import parse_object
 
 # The last part but one of a name, in the order in which they are looked for. `output` counts as `output.weight` only.
 _OUT = ("lm_head", "embed_out", "output")

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastinterp.checkpoint.names import listing, quote
+from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.errors import CheckpointError
-from fastinterp.files.names import listing, quote
-from fastinterp.files.sidecars import is_tokenizer_file
 from fastinterp.files.vocabulary import ADDED, MERGES, TOKENIZER, TOKENIZER_CONFIG, VOCAB, Joined, Vocabulary
 
 # Files that other software reads instead of tokenizer.json, in formats that are not extended here.

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastinterp.checkpoint.names import listing, quote
+from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
-from fastinterp.files.names import listing, quote
-from fastinterp.files.regular import read_regular
-from fastinterp.files.strict_json import parse_object
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from fastinterp.checkpoint.header import Entry
+from fastinterp.checkpoint.open import Checkpoint, changed_since, open_checkpoint
 from fastinterp.engine.companions import unlike
 from fastinterp.engine.sources import Sources, storage
 from fastinterp.errors import CheckpointError, StorageError, UsageError
-from fastinterp.files.checkpoint import Checkpoint, changed_since, open_checkpoint
-from fastinterp.files.header import Entry
 from fastinterp.in_memory.allocate import torch_dtype
 from fastinterp.in_memory.merge import StoredTensor
 from fastinterp.messages import plain

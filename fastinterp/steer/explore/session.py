@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastinterp.checkpoint.names import listing
+from fastinterp.checkpoint.open import open_checkpoint
+from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.errors import CheckpointError, UsageError
-from fastinterp.files.checkpoint import open_checkpoint
-from fastinterp.files.names import listing
-from fastinterp.files.sidecars import is_tokenizer_file
 from fastinterp.steer.explore.sliders import Sliders
 
 LONGEST = 4096  # tokens of a text

@@ -21,11 +21,11 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from fastinterp.checkpoint.header import MAX_HEADER
+from fastinterp.checkpoint.names import ASIDE, INDEX, PICKLES, PUT_BACK, SHARD, WEIGHTS, is_plain, listing, quote
+from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.sidecar_files import is_sidecar
 from fastinterp.errors import CheckpointError, OutputError
-from fastinterp.files.header import MAX_HEADER
-from fastinterp.files.names import ASIDE, INDEX, PICKLES, PUT_BACK, SHARD, WEIGHTS, is_plain, listing, quote
-from fastinterp.files.regular import read_regular
-from fastinterp.files.sidecars import is_sidecar
 
 _PARTIAL = re.compile(r"\..+\.partial-(?P<pid>\d+)-(?P<host>[0-9a-f]{8})-[0-9a-f]{12}", re.DOTALL)
 SHARED = "ffffffff"  # in the place of a host: what several processes write together (shared_folder.py)

@@ -11,10 +11,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastinterp.checkpoint.names import quote
+from fastinterp.checkpoint.output_folder import SHARED, OutFolder
+from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.errors import OutputError
-from fastinterp.files.folder import SHARED, OutFolder
-from fastinterp.files.names import quote
-from fastinterp.files.regular import read_regular
 
 
 class SharedFolder(OutFolder):

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NoReturn
 
+from fastinterp.checkpoint.names import quote
+from fastinterp.checkpoint.regular_file import open_regular
+from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
-from fastinterp.files.names import quote
-from fastinterp.files.regular import open_regular
-from fastinterp.files.strict_json import parse_object
 from fastinterp.ops.dtypes import DTYPES, DType
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fastinterp.checkpoint.header import MAX_HEADER
+from fastinterp.checkpoint.names import INDEX, WEIGHTS, quote
 from fastinterp.errors import OutputError, UsageError
-from fastinterp.files.header import MAX_HEADER
-from fastinterp.files.names import INDEX, WEIGHTS, quote
 from fastinterp.ops.dtypes import DType
 
 ALIGN = 4096  # bytes; the data section starts on a page, so that it can be mapped and written directly

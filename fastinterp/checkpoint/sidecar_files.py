@@ -10,13 +10,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from fastinterp.checkpoint import hub
+from fastinterp.checkpoint.header import MAX_HEADER
+from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, WEIGHTS
+from fastinterp.checkpoint.open import Checkpoint
+from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
-from fastinterp.files import hub
-from fastinterp.files.checkpoint import Checkpoint
-from fastinterp.files.header import MAX_HEADER
-from fastinterp.files.names import OTHER_WEIGHTS, PICKLES, WEIGHTS
-from fastinterp.files.regular import read_regular
-from fastinterp.files.strict_json import parse_object
 from fastinterp.ops.dtypes import DType
 
 _PATTERNS = (

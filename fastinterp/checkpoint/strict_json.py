@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from fastinterp.checkpoint.names import quote
 from fastinterp.errors import CheckpointError
-from fastinterp.files.names import quote
 
 
 class _Duplicate(Exception):

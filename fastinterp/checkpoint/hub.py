@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from fastinterp.checkpoint.names import WEIGHTS
 from fastinterp.errors import CheckpointError
-from fastinterp.files.names import WEIGHTS
 
 # Weights, configuration and tokenizer from the top folder; no pickles, no code.
 ALLOW = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "*.model", "*.tiktoken")

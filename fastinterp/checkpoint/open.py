@@ -6,9 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastinterp.errors import CheckpointError
-from fastinterp.files.header import MAX_HEADER, Entry, read_header
-from fastinterp.files.names import (
+from fastinterp.checkpoint.header import MAX_HEADER, Entry, read_header
+from fastinterp.checkpoint.names import (
     ASIDE,
     INDEX,
     OTHER_WEIGHTS,
@@ -21,8 +20,9 @@ from fastinterp.files.names import (
     listing,
     quote,
 )
-from fastinterp.files.regular import read_regular
-from fastinterp.files.strict_json import parse_object
+from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.strict_json import parse_object
+from fastinterp.errors import CheckpointError
 
 Stamp = tuple[int, int, int]  # size in bytes, mtime in ns, inode
 
@@ -60,7 +60,7 @@ def open_checkpoint(name: str) -> Checkpoint:
         return _open_folder(name, path)
     if name.strip() and os.path.exists(path):
         return _open_file(name, path)
-    from fastinterp.files import hub
+    from fastinterp.checkpoint import hub
 
     parsed = hub.parse(name)
     if parsed is None:
