@@ -10,7 +10,8 @@ import pytest
 
 from fastinterp.checkpoint.header import Entry
 from fastinterp.errors import CheckpointError
-from fastinterp.files.embedding import (
+from fastinterp.ops.dtypes import BF16
+from fastinterp.tokenizer.embedding_rows import (
     PADDING,
     ZEROS,
     RowPlan,
@@ -22,8 +23,7 @@ from fastinterp.files.embedding import (
     split,
     wished_row,
 )
-from fastinterp.files.vocabulary import Vocabulary, join
-from fastinterp.ops.dtypes import BF16
+from fastinterp.tokenizer.vocabulary import Vocabulary, join
 
 
 def vocabulary(tokens: str | dict[str, int], size: int | None = None, name: str = "m") -> Vocabulary:

@@ -302,8 +302,8 @@ def test_only_what_no_file_holds_is_made(tmp_path):
 
     from fastinterp.engine.gather import gather
     from fastinterp.engine.plan import make_plan
-    from fastinterp.files.embedding import MappedEntry
     from fastinterp.recipe.load import load_recipe
+    from fastinterp.tokenizer.embedding_rows import MappedEntry
 
     a = plain(tmp_path / "a", ["<unk>", "a"], [1.0, 2.0], F32)
     b = plain(tmp_path / "b", ["<unk>", "p", "b"], [3.0, 4.0, 5.0], F32)

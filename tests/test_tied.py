@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fastinterp.errors import CheckpointError
-from fastinterp.files.tied import Ties, config_changes, is_tied, ties, vocab_size_of, with_changes
+from fastinterp.tokenizer.tied_embeddings import Ties, config_changes, is_tied, ties, vocab_size_of, with_changes
 
 EMBED, HEAD, OTHER = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 UNTIED, TIED = [EMBED, OTHER, HEAD], [EMBED, OTHER]

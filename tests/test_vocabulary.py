@@ -9,9 +9,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from fastinterp.errors import CheckpointError
-from fastinterp.files.chat import BUILTIN, most_common, template_of, with_template
-from fastinterp.files.tokenizer_files import rowless, tokenizer_files
-from fastinterp.files.vocabulary import Joined, Vocabulary, join, read_vocabulary, rows_of
+from fastinterp.tokenizer.chat_template import BUILTIN, most_common, template_of, with_template
+from fastinterp.tokenizer.files import rowless, tokenizer_files
+from fastinterp.tokenizer.vocabulary import Joined, Vocabulary, join, read_vocabulary, rows_of
 from tests import tokens
 
 

@@ -24,10 +24,10 @@ from fastinterp.engine.document import Document, Library, plan_document
 from fastinterp.engine.document import found as found_model
 from fastinterp.engine.tensors import MadeEntry, PlannedTensor
 from fastinterp.errors import RecipeError
-from fastinterp.files.embedding import MappedEntry
 from fastinterp.ops.combine import MAX_INPUTS, Combine, Row, check_coefficients
 from fastinterp.ops.dtypes import DTYPES, DType
 from fastinterp.recipe.load import Recipe
+from fastinterp.tokenizer.embedding_rows import MappedEntry
 
 Operand = tuple[int, Entry]  # number of a checkpoint, and a tensor there
 

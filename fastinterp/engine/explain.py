@@ -14,10 +14,10 @@ from fastinterp.engine.given import as_lines, given, layer_lines, presets_in_for
 from fastinterp.engine.plan import Plan
 from fastinterp.engine.schedule import Window, make_window
 from fastinterp.engine.tensors import MadeEntry, PlannedTensor
-from fastinterp.files.embedding import MappedEntry
 from fastinterp.messages import WIDTH, counted, fit, plain, seconds, size, table
 from fastinterp.recipe.check import DRAWING
 from fastinterp.recipe.load import Recipe, same_model
+from fastinterp.tokenizer.embedding_rows import MappedEntry
 
 # Page cache to page cache, about what one machine of today does: the least time that a merge of these files can take.
 _READ_GB_S, _WRITE_GB_S = 10.0, 3.0

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp.checkpoint.regular_file import open_regular
 from fastinterp.errors import CheckpointError, StorageError
-from fastinterp.files.embedding import PADDING, ZEROS, MappedEntry, split
 from fastinterp.ops.dtypes import DType
+from fastinterp.tokenizer.embedding_rows import PADDING, ZEROS, MappedEntry, split
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

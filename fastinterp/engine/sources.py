@@ -13,7 +13,7 @@ from fastinterp.backends.cpu import cached_fraction
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint, changed_since
 from fastinterp.errors import CheckpointError, StorageError
-from fastinterp.files.embedding import MappedEntry
+from fastinterp.tokenizer.embedding_rows import MappedEntry
 
 _SPARE_FDS = 64  # for everything that is neither input nor output
 

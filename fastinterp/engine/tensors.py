@@ -10,12 +10,12 @@ from typing import Any
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import MethodError, ShapeError, UsageError
-from fastinterp.files.embedding import named_as_embedding
 from fastinterp.methods import Method, Sidecar
 from fastinterp.ops.combine import Combine, Row, Tensor, check_coefficients, renumbered
 from fastinterp.ops.dtypes import DType
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.targets import Target
+from fastinterp.tokenizer.embedding_rows import named_as_embedding
 
 _VOCABULARIES = (
     "The vocabularies differ in size: say which one the output has, `tokenizer_source: base` or "

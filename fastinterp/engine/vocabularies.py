@@ -19,7 +19,9 @@ from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
-from fastinterp.files.embedding import (
+from fastinterp.messages import fit
+from fastinterp.recipe.load import Recipe, same_model
+from fastinterp.tokenizer.embedding_rows import (
     MappedEntry,
     RowPlan,
     RowWish,
@@ -29,13 +31,11 @@ from fastinterp.files.embedding import (
     rows_found,
     wished_row,
 )
-from fastinterp.files.tied import config_changes, is_tied, ties, vocab_size_of, with_changes
-from fastinterp.messages import fit
-from fastinterp.recipe.load import Recipe, same_model
+from fastinterp.tokenizer.tied_embeddings import config_changes, is_tied, ties, vocab_size_of, with_changes
 
 if TYPE_CHECKING:
-    from fastinterp.files.vocabulary import Vocabulary
     from fastinterp.recipe.targets import LayerCount
+    from fastinterp.tokenizer.vocabulary import Vocabulary
 
 _CONFIGS = ("config.json", "generation_config.json")
 
@@ -73,7 +73,7 @@ class Fitted:
         if self.tokenizer is not None:
             found = {n: c for n, c in found.items() if not is_tokenizer_file(n)} | dict(self.tokenizer)
         if self.template is not None:
-            from fastinterp.files.chat import with_template
+            from fastinterp.tokenizer.chat_template import with_template
 
             found = with_template(found, self.template)
         if self.rows is not None or self.tied is not None or self.vocabulary is not None:
@@ -148,8 +148,8 @@ def _with_vocabulary(
     configs: Sequence[Mapping[str, Any]],
 ) -> Fitted:  # fmt: skip
     """`fitted` with the vocabulary that the recipe asks for."""
-    from fastinterp.files.tokenizer_files import rowless, tokenizer_files
-    from fastinterp.files.vocabulary import join, read_vocabulary, rows_of
+    from fastinterp.tokenizer.files import rowless, tokenizer_files
+    from fastinterp.tokenizer.vocabulary import join, read_vocabulary, rows_of
 
     wish, merged = recipe.tokenizer, len(fitted.models)
     assert wish is not None
@@ -257,7 +257,7 @@ def _template(recipe: Recipe, models: Sequence[Checkpoint]) -> str | None:
     wish = recipe.chat_template
     if wish is None:
         return None
-    from fastinterp.files.chat import BUILTIN, most_common, template_of
+    from fastinterp.tokenizer.chat_template import BUILTIN, most_common, template_of
 
     if wish.kind == "auto":
         return most_common([template_of(m.root) for m in models])

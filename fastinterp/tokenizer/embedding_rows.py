@@ -13,7 +13,7 @@ from fastinterp.checkpoint.names import quote
 from fastinterp.errors import CheckpointError, ShapeError
 
 if TYPE_CHECKING:
-    from fastinterp.files.vocabulary import Joined, Vocabulary
+    from fastinterp.tokenizer.vocabulary import Joined, Vocabulary
 
 # What modules with a row per token are called, in the models that transformers and others know.
 _INPUTS = (

@@ -17,7 +17,7 @@ from typing import Any
 from fastinterp.checkpoint.names import listing, quote
 from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.errors import CheckpointError
-from fastinterp.files.vocabulary import ADDED, MERGES, TOKENIZER, TOKENIZER_CONFIG, VOCAB, Joined, Vocabulary
+from fastinterp.tokenizer.vocabulary import ADDED, MERGES, TOKENIZER, TOKENIZER_CONFIG, VOCAB, Joined, Vocabulary
 
 # Files that other software reads instead of tokenizer.json, in formats that are not extended here.
 _STALE = (".model", ".tiktoken", ".spm", "vocab.txt", "tekken.json", "bpe.codes")
