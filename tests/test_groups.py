@@ -13,12 +13,12 @@ import pytest
 
 import fastinterp
 from fastinterp._C import Pump
-from fastinterp.engine.conversation import Conversation, foresee
 from fastinterp.errors import UsageError
 from fastinterp.methods import find
 from fastinterp.ops.combine import GroupRow, Row, Tensor
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
 from fastinterp.ops.requests import GroupCombine
+from fastinterp.plan.method_run import Conversation, foresee
 from fastinterp.reference import combine as reference
 from fastinterp.reference import groups as reference_groups
 from tests import backends

@@ -301,7 +301,7 @@ def test_only_what_no_file_holds_is_made(tmp_path):
     import contextlib
 
     from fastinterp.engine.gather import gather
-    from fastinterp.engine.plan import make_plan
+    from fastinterp.plan.plan import make_plan
     from fastinterp.recipe.load import load_recipe
     from fastinterp.tokenizer.embedding_rows import MappedEntry
 

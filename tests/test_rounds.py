@@ -17,13 +17,13 @@ import fastinterp
 from fastinterp import methods
 from fastinterp.backends.cpu import Pump
 from fastinterp.engine import asking, rounds
-from fastinterp.engine.plan import make_plan
 from fastinterp.engine.to_files import write_outputs
 from fastinterp.errors import MethodError, UsageError
 from fastinterp.methods import Each, Method, Sidecar, method
 from fastinterp.ops.combine import Combine, Tensor
 from fastinterp.ops.dtypes import BF16
 from fastinterp.ops.requests import Measure, Select, Selected, Steps
+from fastinterp.plan.plan import make_plan
 from fastinterp.recipe.load import load_recipe
 from fastinterp.reference import combine as reference
 from tests import models as small

@@ -10,7 +10,6 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import Any, overload
 
-from fastinterp.engine.conversation import Conversation, inputs_of
 from fastinterp.engine.densities import Density, densities
 from fastinterp.engine.jobs import Job, Result, is_copy
 from fastinterp.engine.place import Place, Step
@@ -30,6 +29,7 @@ from fastinterp.ops.requests import (
     Select,
     Sum,
 )
+from fastinterp.plan.method_run import Conversation, inputs_of
 
 _AT_A_TIME = 1024  # groups whose numbers are Python's at a time
 Probes = Generator[Step, Any, Any]  # steps, sent their answers one by one; returns the answer to a request

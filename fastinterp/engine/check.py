@@ -19,7 +19,7 @@ from fastinterp.recipe.load import Recipe, same_model
 from fastinterp.recipe.references import not_beside
 
 if TYPE_CHECKING:
-    from fastinterp.engine.plan import Plan
+    from fastinterp.plan.plan import Plan
 
 _NO_DELTAS = ("slerp",)  # methods with a base whose deltas are not what they sum
 _LISTED = 3  # names in a message, before the rest is only counted
@@ -237,7 +237,7 @@ def _looked_at(
     recipes  all documents
     made     those above it
     """
-    from fastinterp.engine.plan import make_plan
+    from fastinterp.plan.plan import make_plan
 
     faults, sampled = Faults(gather=True), 0
     try:
@@ -265,7 +265,7 @@ def _models(
     recipe: Recipe, opened: Mapping[str, Checkpoint], made: Mapping[int, _Made], found: _Findings
 ) -> tuple[list[Collection[str]], bool]:
     """The tensors of a recipe's models, and whether these could be made to fit each other."""
-    from fastinterp.engine.vocabularies import fit_models
+    from fastinterp.plan.vocabularies import fit_models
 
     if recipe.earlier:
         return [_names(recipe, name, opened, made) for name in recipe.models], True

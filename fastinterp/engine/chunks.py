@@ -6,9 +6,9 @@ import os
 from dataclasses import replace
 
 from fastinterp.checkpoint.header import Entry
-from fastinterp.engine.plan import Plan
 from fastinterp.engine.sources import storage
-from fastinterp.engine.tensors import PlannedTensor
+from fastinterp.plan.plan import Plan
+from fastinterp.plan.tensors import PlannedTensor
 
 CHUNK = 16384  # elements of a tensor
 TENSORS = 128  # that are sampled, spread over the model

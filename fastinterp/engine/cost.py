@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastinterp.backends.registry import built
-from fastinterp.engine.plan import Plan
-from fastinterp.engine.tensors import PlannedTensor
 from fastinterp.messages import seconds
+from fastinterp.plan.plan import Plan
+from fastinterp.plan.tensors import PlannedTensor
 
 # Of one thread, measured on an EPYC with AVX-512 (docs/performance.md): reads and writes of files in the page cache,
 # 10^9 bytes a second. Writes go on in as many files at a time as there are.

@@ -31,7 +31,6 @@ from fastinterp.checkpoint.shared_output_folder import (
     write_journal,
 )
 from fastinterp.engine.densities import Density
-from fastinterp.engine.plan import Plan, Source, plan_recipe
 from fastinterp.engine.ranks import Peers, Rank
 from fastinterp.engine.report import Effect, Findings, Report, findings_of, report_on
 from fastinterp.engine.rounds import Placed
@@ -39,6 +38,7 @@ from fastinterp.engine.schedule import Done, run
 from fastinterp.engine.sinks import FileSinks
 from fastinterp.engine.to_files import devices_for, finish, write_small_files
 from fastinterp.errors import RankError
+from fastinterp.plan.plan import Plan, Source, plan_recipe
 
 _LOOK_S = 0.05  # between looks at what the others have done
 

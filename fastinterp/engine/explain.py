@@ -11,10 +11,10 @@ from fastinterp.checkpoint.layout import OutFile, parse_size
 from fastinterp.checkpoint.sidecar_files import copy_sidecars
 from fastinterp.engine.cost import choose
 from fastinterp.engine.given import as_lines, given, layer_lines, presets_in_force, symbols
-from fastinterp.engine.plan import Plan
 from fastinterp.engine.schedule import Window, make_window
-from fastinterp.engine.tensors import MadeEntry, PlannedTensor
 from fastinterp.messages import WIDTH, counted, fit, plain, seconds, size, table
+from fastinterp.plan.plan import Plan
+from fastinterp.plan.tensors import MadeEntry, PlannedTensor
 from fastinterp.recipe.check import DRAWING
 from fastinterp.recipe.load import Recipe, same_model
 from fastinterp.tokenizer.embedding_rows import MappedEntry

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
-from fastinterp.engine.plan import Plan
 from fastinterp.engine.report import Report, report_of
 from fastinterp.engine.rounds import finishing
 from fastinterp.engine.schedule import opened, run
 from fastinterp.engine.sinks import MemorySinks
+from fastinterp.plan.plan import Plan
 
 # Tensor -> address and bytes: those of its planned dtype and shape. Tensors that are not named are not made.
 Places = Mapping[str, tuple[int, int]]

@@ -6,8 +6,8 @@ from typing import Any
 
 from fastinterp.checkpoint.header import Entry
 from fastinterp.engine.chunks import middle_chunk, read_bytes, spread_over
-from fastinterp.engine.plan import Plan
 from fastinterp.messages import plain
+from fastinterp.plan.plan import Plan
 
 _CODES: Any = {1: "B", 2: "H", 4: "I", 8: "Q"}  # unsigned integers of so many bytes
 # Code of Inf, or of the largest number where there is none.

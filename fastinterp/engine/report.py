@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from fastinterp.checkpoint.output_folder import OutFolder
     from fastinterp.engine.densities import Density
     from fastinterp.engine.jobs import Job
-    from fastinterp.engine.plan import Plan
     from fastinterp.engine.rounds import Placed
     from fastinterp.engine.schedule import Done
+    from fastinterp.plan.plan import Plan
 
 COPIES = "all tensors are copies"
 _NOTICED = 0.05  # an effective strength off by more than this is worth a warning

@@ -16,10 +16,10 @@ from fastinterp.backends.cpu import Pump, watch
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.header import Entry
 from fastinterp.engine.chunks import middle_chunk, read_bytes, spread_over
-from fastinterp.engine.plan import Plan
 from fastinterp.engine.sources import Sources
-from fastinterp.engine.tensors import PlannedTensor, must_agree
 from fastinterp.errors import ShapeError
+from fastinterp.plan.plan import Plan
+from fastinterp.plan.tensors import PlannedTensor, must_agree
 
 _AGREE_BYTES = 1 << 20  # of a tensor that must be the same in all models
 _NOISY = 0.7  # a share of signal below this is worth a word

@@ -15,13 +15,13 @@ from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.header import Entry
 from fastinterp.engine.jobs import Job
 from fastinterp.engine.place import Place, Step
-from fastinterp.engine.plan import Plan
 from fastinterp.engine.rounds import Machine, Placed, drive
 from fastinterp.engine.sinks import Sinks
 from fastinterp.engine.sources import Operand, Sources, remedy
-from fastinterp.engine.tensors import MadeEntry, PlannedTensor, must_agree
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.ops.combine import philox_key
+from fastinterp.plan.plan import Plan
+from fastinterp.plan.tensors import MadeEntry, PlannedTensor, must_agree
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device

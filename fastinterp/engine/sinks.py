@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastinterp.backends.cpu import reserve
-from fastinterp.engine.plan import Plan
 from fastinterp.engine.sources import storage
 from fastinterp.errors import OutputError
+from fastinterp.plan.plan import Plan
 
 
 class Sinks(Protocol):

@@ -16,8 +16,8 @@ from fastinterp.checkpoint.header import Entry
 from fastinterp.engine.jobs import Job, Result
 from fastinterp.engine.place import Step
 from fastinterp.engine.sources import Operand, storage
-from fastinterp.engine.tensors import MadeEntry, PlannedTensor
 from fastinterp.errors import OutputError
+from fastinterp.plan.tensors import MadeEntry, PlannedTensor
 
 if TYPE_CHECKING:
     from fastinterp.engine.densities import Density

@@ -14,11 +14,11 @@ from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, find_devices, maybe_devices, wish_of
 from fastinterp.checkpoint.output_folder import OutFolder
 from fastinterp.checkpoint.sidecar_files import copy_sidecars, model_card
-from fastinterp.engine.plan import Plan
 from fastinterp.engine.report import Report, report_of
 from fastinterp.engine.schedule import Done, run
 from fastinterp.engine.sinks import FileSinks
 from fastinterp.errors import BackendError, OutputError
+from fastinterp.plan.plan import Plan
 from fastinterp.recipe.load import Recipe
 
 if TYPE_CHECKING:

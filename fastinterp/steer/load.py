@@ -10,10 +10,10 @@ from typing import Any
 from fastinterp.arguments import path_of, size_of
 from fastinterp.checkpoint.names import INDEX, WEIGHTS
 from fastinterp.engine.fill import fill, filling
-from fastinterp.engine.plan import Plan, plan_recipe
-from fastinterp.engine.tensors import PlannedTensor
 from fastinterp.errors import BackendError, ShapeError, UsageError
 from fastinterp.in_memory.allocate import Framework, maker, torch_dtype
+from fastinterp.plan.plan import Plan, plan_recipe
+from fastinterp.plan.tensors import PlannedTensor
 from fastinterp.steer.module import Mismatches, Weight, is_extra_state, touched, weights_of
 from fastinterp.steer.points import Point
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint, changed_since, open_checkpoint
-from fastinterp.engine.companions import unlike
 from fastinterp.engine.sources import Sources, storage
 from fastinterp.errors import CheckpointError, StorageError, UsageError
 from fastinterp.in_memory.allocate import torch_dtype
 from fastinterp.in_memory.merge import StoredTensor
 from fastinterp.messages import plain
 from fastinterp.ops.dtypes import DType, parse_dtype
+from fastinterp.plan.compatibility import unlike
 from fastinterp.steer.module import is_extra_state
 
 _CHUNK = 8 << 20  # bytes that are compared at a time

@@ -11,11 +11,11 @@ from typing import Any
 from fastinterp.arguments import dtype_named, path_of, size_of
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, find_devices, wish_of
-from fastinterp.engine.plan import Plan, make_plan
 from fastinterp.engine.schedule import fitting_outputs
 from fastinterp.engine.to_files import write_outputs
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.ops.combine import MAX_OUTPUTS
+from fastinterp.plan.plan import Plan, make_plan
 from fastinterp.recipe.load import load_recipe
 from fastinterp.steer.points import Point, grid, line
 

@@ -10,10 +10,10 @@ from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
 from fastinterp.engine.available import available_memory
 from fastinterp.engine.fill import fill
-from fastinterp.engine.plan import make_plan
 from fastinterp.errors import UsageError
 from fastinterp.in_memory.allocate import maker
 from fastinterp.ops.combine import MAX_OUTPUTS
+from fastinterp.plan.plan import make_plan
 from fastinterp.recipe.load import load_recipe
 from fastinterp.steer.load import allocated
 from fastinterp.steer.points import Point

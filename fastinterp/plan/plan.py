@@ -17,12 +17,12 @@ from fastinterp._version import __version__
 from fastinterp.arguments import overridden, size_of
 from fastinterp.checkpoint.layout import Layout, make_layout
 from fastinterp.checkpoint.open import Checkpoint
-from fastinterp.engine.document import Library, plan_document
-from fastinterp.engine.tensors import PlannedTensor
-from fastinterp.engine.vocabularies import Fitted
 from fastinterp.errors import UsageError
 from fastinterp.messages import counted, size
 from fastinterp.ops.combine import MAX_OUTPUTS, NUMERICS, Combine
+from fastinterp.plan.single import Library, plan_document
+from fastinterp.plan.tensors import PlannedTensor
+from fastinterp.plan.vocabularies import Fitted
 from fastinterp.recipe.load import Recipe, load_recipes
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -98,7 +98,7 @@ def make_plan(recipes: Sequence[Recipe], *, max_shard_size: int, above: Sequence
     if any(r.models != first.models or r.dtype != first.dtype or r.out_dtype != first.out_dtype for r in recipes):
         raise UsageError("recipes that share one read must have the same models and dtypes")
     if above:
-        from fastinterp.engine.documents import plan_chain
+        from fastinterp.plan.chained import plan_chain
 
         last, checkpoints, names, opened, warnings, folders = plan_chain(above, first)
     else:

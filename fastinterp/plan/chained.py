@@ -20,12 +20,12 @@ from typing import NamedTuple
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.sidecar_files import copy_sidecars
-from fastinterp.engine.document import Document, Library, plan_document
-from fastinterp.engine.document import found as found_model
-from fastinterp.engine.tensors import MadeEntry, PlannedTensor
 from fastinterp.errors import RecipeError
 from fastinterp.ops.combine import MAX_INPUTS, Combine, Row, check_coefficients
 from fastinterp.ops.dtypes import DTYPES, DType
+from fastinterp.plan.single import Document, Library, plan_document
+from fastinterp.plan.single import found as found_model
+from fastinterp.plan.tensors import MadeEntry, PlannedTensor
 from fastinterp.recipe.load import Recipe
 from fastinterp.tokenizer.embedding_rows import MappedEntry
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
-from fastinterp.engine.companions import warnings_about
-from fastinterp.engine.tensors import PlannedTensor, foreign_dtypes, plan_tensors, sidecar_names
-from fastinterp.engine.vocabularies import Fitted, fit_models
 from fastinterp.errors import CheckpointError
+from fastinterp.plan.compatibility import warnings_about
+from fastinterp.plan.tensors import PlannedTensor, foreign_dtypes, plan_tensors, sidecar_names
+from fastinterp.plan.vocabularies import Fitted, fit_models
 from fastinterp.recipe.chain import not_there
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.targets import Assembly

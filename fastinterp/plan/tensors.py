@@ -236,7 +236,7 @@ class _Planner:
         found: list[tuple[int, Entry]],
         calls: tuple[Callable[[], Any], ...],
     ) -> PlannedTensor:
-        from fastinterp.engine.conversation import Conversation, foresee
+        from fastinterp.plan.method_run import Conversation, foresee
 
         one = targets[0]
         if kept.numel == 0:  # nothing to merge, and nothing to ask
