@@ -25,8 +25,6 @@ from fastinterp._version import __version__
 
 if TYPE_CHECKING:
     from fastinterp.api import explain, interpolate, merge
-    from fastinterp.engine.check import check
-    from fastinterp.engine.compare import compare
     from fastinterp.engine.report import Report
     from fastinterp.errors import (
         BackendError,
@@ -41,6 +39,8 @@ if TYPE_CHECKING:
     )
     from fastinterp.in_memory.merge import merge_state_dicts, merge_tensors
     from fastinterp.in_memory.weighted_sum import weighted_sum
+    from fastinterp.inspect.check import check
+    from fastinterp.inspect.compare import compare
     from fastinterp.steer.live import Live
     from fastinterp.steer.load import load, load_into, load_iter
     from fastinterp.steer.path import path
@@ -82,8 +82,8 @@ __all__ = [
 _HOMES = {
     "Live": "fastinterp.steer.live",
     "Point": "fastinterp.steer.points",
-    "check": "fastinterp.engine.check",
-    "compare": "fastinterp.engine.compare",
+    "check": "fastinterp.inspect.check",
+    "compare": "fastinterp.inspect.compare",
     "Report": "fastinterp.engine.report",
     "explain": "fastinterp.api",
     "interpolate": "fastinterp.api",

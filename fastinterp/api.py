@@ -117,6 +117,6 @@ def explain(
     seed: int | None = None,
 ) -> Plan:
     """What `merge` would do, from headers alone; print() shows it. Arguments and errors as there."""
-    from fastinterp.engine.explain import Explained
+    from fastinterp.inspect.explain import Explained
 
     return Explained(**vars(plan_recipe(recipe, max_shard_size, dtype, rounding, seed)))

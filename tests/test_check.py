@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 import fastinterp
 from fastinterp.cli import commands
-from fastinterp.engine import samples
-from fastinterp.engine.check import Checked
+from fastinterp.inspect import samples
+from fastinterp.inspect.check import Checked
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from tests.checkpoints import Tensor, bell, floats, integers, moved, recipe, tensor, weights, write
 

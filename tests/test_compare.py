@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from fastinterp._C import Pump
-from fastinterp.engine import compare as compare_module
-from fastinterp.engine.compare import Comparison, Difference, compare
 from fastinterp.engine.sources import Sources
 from fastinterp.errors import BackendError, CheckpointError
+from fastinterp.inspect import compare as compare_module
+from fastinterp.inspect.compare import Comparison, Difference, compare
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, F64
 from tests import backends
 from tests.checkpoints import Tensor, family, floats, integers, moved, patterns, saved, tensor, weights, write

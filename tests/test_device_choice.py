@@ -18,10 +18,10 @@ from fastinterp.backends import torch_device as resident_devices
 from fastinterp.backends.registry import Wish, find_devices, wish_of
 from fastinterp.engine import cost
 from fastinterp.engine.devices import SLOT_BYTES, SLOTS
-from fastinterp.engine.explain import as_dict, as_text
 from fastinterp.engine.rounds import Placed
 from fastinterp.engine.schedule import make_window
 from fastinterp.errors import BackendError, RecipeError
+from fastinterp.inspect.explain import as_dict, as_text
 from fastinterp.ops.dtypes import BF16
 from fastinterp.plan.plan import Plan
 from tests.checkpoints import family, recipe, saved, write_sparse

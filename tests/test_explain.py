@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import fastinterp
 from fastinterp.cli import commands
-from fastinterp.engine.given import given, symbols
+from fastinterp.inspect.explain_parameters import given, symbols
 from fastinterp.messages import WIDTH
 from fastinterp.methods import find, names
 from fastinterp.recipe.load import load_recipe

@@ -23,8 +23,8 @@ from click.testing import CliRunner
 
 import fastinterp
 from fastinterp.cli import commands
-from fastinterp.engine.compare import deltas
 from fastinterp.errors import CheckpointError, StorageError, UsageError
+from fastinterp.inspect.compare import deltas
 from fastinterp.steer.explore import server
 from fastinterp.steer.explore.facts import facts
 from fastinterp.steer.explore.session import Wish, check_model, open_session

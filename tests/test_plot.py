@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 import fastinterp
 from fastinterp.cli import commands
-from fastinterp.engine.compare import compare
 from fastinterp.errors import StorageError, UsageError
+from fastinterp.inspect.compare import compare
 from fastinterp.steer import plot
 from fastinterp.steer.layers import NO_LAYER, grid
 from tests.models import bf16, layers, save
@@ -113,7 +113,7 @@ def test_command_draws_a_report(tmp_path):
 
 
 def test_diff_refuses_a_figure_before_it_measures(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastinterp.engine.compare.compare", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("fastinterp.inspect.compare.compare", lambda *_, **__: pytest.fail("measured"))
     for name, code in (("x.gif", 2), ("none/x.png", 4)):
         assert run("diff", "a", "b", "--plot", str(tmp_path / name)).exit_code == code
 

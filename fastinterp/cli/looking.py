@@ -11,7 +11,7 @@ import click
 from fastinterp.cli import options
 
 if TYPE_CHECKING:
-    from fastinterp.engine.compare import Comparison, Difference
+    from fastinterp.inspect.compare import Comparison, Difference
 
 _MOST = 10  # tensors that diff lists without --all
 _LISTED = 3  # names in a note
@@ -30,7 +30,7 @@ def check(recipe: str, strict: bool, as_json: bool) -> None:
     Example:
       fastinterp check recipe.yml
     """
-    from fastinterp.engine.check import check as checked
+    from fastinterp.inspect.check import check as checked
 
     found = checked(recipe)
     if as_json:
@@ -63,8 +63,8 @@ def explain(
     from fastinterp import api
     from fastinterp.backends.registry import cpu_threads
     from fastinterp.checkpoint.layout import parse_size
-    from fastinterp.engine import explain as explained
     from fastinterp.engine.schedule import make_window
+    from fastinterp.inspect import explain as explained
 
     plan = api.explain(recipe, max_shard_size=max_shard_size, **wishes)
     window = make_window(plan, cpu_threads(threads), parse_size(max_memory))
@@ -89,7 +89,7 @@ def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
       fastinterp inspect merged/
     """
     from fastinterp.checkpoint.open import open_checkpoint
-    from fastinterp.engine import contents
+    from fastinterp.inspect import describe as contents
 
     found = open_checkpoint(checkpoint)
     if as_json:
@@ -120,7 +120,7 @@ def diff(
       fastinterp diff base/ fine-tune/ --plot change.png
     """
     from fastinterp.cli import progress
-    from fastinterp.engine.compare import compare
+    from fastinterp.inspect.compare import compare
 
     if plot is not None:
         from fastinterp.steer.plot import check_figure
@@ -158,8 +158,8 @@ def _values(d: Difference) -> dict[str, Any]:
 
 def _layers(found: Comparison) -> dict[str, Difference]:
     """One entry per layer (the name up to its first number), and per tensor that is in no layer, in natural order."""
-    from fastinterp.engine.compare import Difference
-    from fastinterp.engine.contents import natural
+    from fastinterp.inspect.compare import Difference
+    from fastinterp.inspect.describe import natural
 
     groups: dict[str, list[Difference]] = {}
     for name in sorted(found.tensors, key=natural):
@@ -170,7 +170,7 @@ def _layers(found: Comparison) -> dict[str, Difference]:
 
 
 def _as_text(found: Comparison, every: bool) -> str:
-    from fastinterp.engine.contents import natural
+    from fastinterp.inspect.describe import natural
     from fastinterp.messages import counted, table
 
     head = ["|d|/|a|", "cosine", "changed", "elements"]

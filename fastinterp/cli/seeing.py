@@ -88,7 +88,7 @@ def explore(
 def _serve(sliders: Sliders, settings: dict[str, Any], *, chat: bool, port: int, threads: int | None) -> None:
     import gc
 
-    from fastinterp.engine.compare import deltas
+    from fastinterp.inspect.compare import deltas
     from fastinterp.steer.explore import server
     from fastinterp.steer.explore.facts import facts
     from fastinterp.steer.explore.session import check_model, open_session

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fastinterp.engine.contents import natural
+from fastinterp.inspect.describe import natural
 
 NO_LAYER = ""
 

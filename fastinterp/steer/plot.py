@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastinterp.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
-    from fastinterp.engine.compare import Comparison
+    from fastinterp.inspect.compare import Comparison
 
 Report = Any  # PathReport, which imports this module
 # Okabe and Ito's palette: told apart with any kind of colour vision.
@@ -61,7 +61,7 @@ def plot_difference(found: Comparison, file: str | os.PathLike[str], title: str)
 
     Raises: UsageError, if there is no matplotlib or nothing was measured; StorageError.
     """
-    from fastinterp.engine.compare import Difference
+    from fastinterp.inspect.compare import Difference
     from fastinterp.messages import fit
     from fastinterp.steer.layers import grid
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fastinterp.engine.compare import Deltas
+from fastinterp.inspect.compare import Deltas
 from fastinterp.steer.explore.sliders import Sliders
 from fastinterp.steer.layers import grid
 from fastinterp.steer.path_report import PathReport
