@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastinterp.engine.available import available_memory
+from fastinterp.system.available_memory import available_memory
 
 MB = 1 << 20
 STAT = f"anon 5\ninactive_file {30 * MB}\nactive_file {20 * MB}\n"

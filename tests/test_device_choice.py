@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import fastinterp
-from fastinterp import doctor
 from fastinterp.backends import registry as backends
 from fastinterp.backends import torch_device as resident_devices
 from fastinterp.backends.registry import Wish, find_devices, wish_of
@@ -24,6 +23,7 @@ from fastinterp.errors import BackendError, RecipeError
 from fastinterp.inspect.explain import as_dict, as_text
 from fastinterp.ops.dtypes import BF16
 from fastinterp.plan.plan import Plan
+from fastinterp.system import doctor
 from tests.checkpoints import family, recipe, saved, write_sparse
 from tests.fake_device import FakeDevice
 from tests.test_cli import run as command

@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 
-from fastinterp import doctor
+from fastinterp.system import doctor
 from tests.test_cli import run
 
 

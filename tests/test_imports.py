@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "steer": RUNNING | {"compute", "files", "in_memory", "engine", "inspect", "paths.points", "torch_models"},
 }
 # May import every part above; nothing but __main__ imports cli.
-TOP = {"", "api", "cli", "__main__", "doctor", "system", "bench", "integrations"}
+TOP = {"", "api", "cli", "__main__", "system.doctor", "system", "bench", "integrations"}
 
 # What takes long to load, and which parts of the package a merge from the command line goes through.
 HEAVY = {"torch", "numpy", "rich", "huggingface_hub", "transformers", "triton", "safetensors", "pydantic", "asyncio"}

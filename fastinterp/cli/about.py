@@ -109,7 +109,7 @@ def doctor(as_json: bool) -> None:
     Example:
       fastinterp doctor
     """
-    from fastinterp import doctor as checkup
+    from fastinterp.system import doctor as checkup
 
     found = checkup.examine()
     if as_json:

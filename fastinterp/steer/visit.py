@@ -8,7 +8,6 @@ from typing import Any
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
-from fastinterp.engine.available import available_memory
 from fastinterp.engine.fill import fill
 from fastinterp.errors import UsageError
 from fastinterp.in_memory.allocate import maker
@@ -17,6 +16,7 @@ from fastinterp.plan.plan import make_plan
 from fastinterp.recipe.load import load_recipe
 from fastinterp.steer.load import allocated
 from fastinterp.steer.points import Point
+from fastinterp.system.available_memory import available_memory
 
 _SCRATCH = 512 << 20
 _SHARD = 5 * 10**9  # no file is written
