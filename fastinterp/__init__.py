@@ -25,7 +25,6 @@ from fastinterp._version import __version__
 
 if TYPE_CHECKING:
     from fastinterp.api import explain, interpolate, merge
-    from fastinterp.engine.report import Report
     from fastinterp.errors import (
         BackendError,
         CheckpointError,
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
         StorageError,
         UsageError,
     )
+    from fastinterp.execute.report import Report
     from fastinterp.in_memory.merge import merge_state_dicts, merge_tensors
     from fastinterp.in_memory.weighted_sum import weighted_sum
     from fastinterp.inspect.check import check
@@ -84,7 +84,7 @@ _HOMES = {
     "Point": "fastinterp.steer.points",
     "check": "fastinterp.inspect.check",
     "compare": "fastinterp.inspect.compare",
-    "Report": "fastinterp.engine.report",
+    "Report": "fastinterp.execute.report",
     "explain": "fastinterp.api",
     "interpolate": "fastinterp.api",
     "load": "fastinterp.steer.load",

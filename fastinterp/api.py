@@ -8,9 +8,9 @@ from pathlib import Path
 
 from fastinterp.arguments import numbers, overridden, path_of, size_of
 from fastinterp.backends.cpu import Progress
-from fastinterp.engine.report import Report
-from fastinterp.engine.to_files import write_outputs
 from fastinterp.errors import UsageError
+from fastinterp.execute.report import Report
+from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.plan.plan import Plan, Source, make_plan, plan_recipe
 from fastinterp.steer.points import point_name, point_recipe

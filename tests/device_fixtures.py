@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastinterp.backends import registry as backends
-from fastinterp.engine import devices as machine
+from fastinterp.execute.device import executor as machine
 from tests.checkpoints import saved
 from tests.device_merges import SLOT, Use, models
 from tests.fake_device import FakeDevice

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp.__main__ import main
-from fastinterp.engine import distributed, ranks
-from fastinterp.engine.schedule import run
 from fastinterp.errors import StorageError
+from fastinterp.execute.distributed import merge as distributed
+from fastinterp.execute.distributed import peers as ranks
+from fastinterp.execute.run import run
 
 if "PATIENCE" in os.environ:
     ranks.PATIENCE_S = float(os.environ["PATIENCE"])

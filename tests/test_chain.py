@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import fastinterp
-from fastinterp.engine.staged import Scratch
 from fastinterp.errors import RecipeError
+from fastinterp.execute.chained_job import Scratch
 from fastinterp.ops.dtypes import BF16, F32
 from tests.checkpoints import (
     assert_same,
@@ -269,7 +269,7 @@ def test_inputs_above_are_not_replaced(tmp_path, llamas):
 
 def test_room_is_used_again(tmp_path, llamas, monkeypatch):
     """The temporary file is no larger than what is made at a time, and is gone at the end."""
-    from fastinterp.engine import rounds
+    from fastinterp.execute import rounds
 
     monkeypatch.setattr(rounds, "ROUND_BYTES", 1)
     sizes: list[int] = []

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fastinterp._C import Pump
-from fastinterp.engine.sources import Sources
 from fastinterp.errors import BackendError, CheckpointError
+from fastinterp.execute.sources import Sources
 from fastinterp.inspect import compare as compare_module
 from fastinterp.inspect.compare import Comparison, Difference, compare
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, F64

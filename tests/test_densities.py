@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastinterp
-from fastinterp.engine.densities import Density, densities
+from fastinterp.execute.densities import Density, densities
 from fastinterp.ops.requests import Keep, MaskedCombine, Select, Selected
 from tests import models as small
 

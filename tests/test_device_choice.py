@@ -15,11 +15,11 @@ import fastinterp
 from fastinterp.backends import registry as backends
 from fastinterp.backends import torch_device as resident_devices
 from fastinterp.backends.registry import Wish, find_devices, wish_of
-from fastinterp.engine import cost
-from fastinterp.engine.devices import SLOT_BYTES, SLOTS
-from fastinterp.engine.rounds import Placed
-from fastinterp.engine.schedule import make_window
 from fastinterp.errors import BackendError, RecipeError
+from fastinterp.execute import device_choice as cost
+from fastinterp.execute.device.executor import SLOT_BYTES, SLOTS
+from fastinterp.execute.rounds import Placed
+from fastinterp.execute.run import make_window
 from fastinterp.inspect.explain import as_dict, as_text
 from fastinterp.ops.dtypes import BF16
 from fastinterp.plan.plan import Plan

@@ -9,8 +9,8 @@ import pytest
 
 import fastinterp
 from fastinterp.backends import registry as backends
-from fastinterp.engine import devices as machine
 from fastinterp.errors import UsageError
+from fastinterp.execute.device import executor as machine
 from fastinterp.ops.dtypes import BF16
 from tests import tokens
 from tests.checkpoints import moved, read, recipe, saved, weights, write

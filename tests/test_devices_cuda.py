@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import fastinterp
-from fastinterp.engine import devices as machine
 from fastinterp.errors import BackendError
+from fastinterp.execute.device import executor as machine
 from tests import cuda_host
 from tests.checkpoints import MERGING, family, recipe, saved
 from tests.written import tree

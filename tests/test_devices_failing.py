@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import fastinterp
-from fastinterp.engine import devices as machine
-from fastinterp.engine import worker
 from fastinterp.errors import BackendError, CheckpointError, OutOfMemory, OutputError
+from fastinterp.execute.device import executor as machine
+from fastinterp.execute.device import worker
 from tests import fake_device
 from tests.checkpoints import recipe, write
 from tests.device_merges import KB, METHODS, SLOT, models, small

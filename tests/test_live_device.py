@@ -13,8 +13,8 @@ import torch
 
 import fastinterp
 from fastinterp.backends import torch_device as resident_devices
-from fastinterp.engine import streamed
 from fastinterp.errors import BackendError, ShapeError, UsageError
+from fastinterp.execute.device import streamed
 from tests.modules import llama, saved
 from tests.on_host import HostDevice, OnHost, OnHost1, Streams, bits, device, moved, moved_module, streams
 

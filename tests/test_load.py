@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastinterp
-from fastinterp.engine import rounds
-from fastinterp.engine.fill import fill
 from fastinterp.errors import BackendError, CheckpointError, RecipeError, ShapeError, UsageError
+from fastinterp.execute import rounds
+from fastinterp.execute.to_memory import fill
 from tests.checkpoints import expected as made
 from tests.checkpoints import family, read, recipe, saved, write
 from tests.modules import assert_same_state, gpt2, llama, same_bits, state

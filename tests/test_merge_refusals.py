@@ -18,8 +18,8 @@ import pytest
 
 import fastinterp
 from fastinterp.backends import cpu as pump_module
-from fastinterp.engine import rounds, sinks
-from fastinterp.engine.sources import Sources
+from fastinterp.execute import rounds, sinks
+from fastinterp.execute.sources import Sources
 from fastinterp.ops.dtypes import BF16, F32, F64
 from tests.checkpoints import (
     family,

@@ -280,7 +280,7 @@ def test_rows_of_other_dtypes_are_rounded(tmp_path, dtype):
 
 def test_same_bytes_for_any_piece(tmp_path, monkeypatch):
     """How much is gathered at a time is not seen in the output, nor where runs of rows end."""
-    from fastinterp.engine import gather
+    from fastinterp.execute import gather_rows as gather
 
     rng = np.random.default_rng(5)
     names = [f"t{i}" for i in range(300)]
@@ -300,7 +300,7 @@ def test_only_what_no_file_holds_is_made(tmp_path):
     """Rows of models of the same dtype are read where they are; a mean, a converted row and padding are made, once."""
     import contextlib
 
-    from fastinterp.engine.gather import gather
+    from fastinterp.execute.gather_rows import gather
     from fastinterp.plan.plan import make_plan
     from fastinterp.recipe.load import load_recipe
     from fastinterp.tokenizer.embedding_rows import MappedEntry
@@ -335,7 +335,7 @@ def test_biases_follow_the_vocabulary(tmp_path):
 
 
 def test_model_that_is_cut_while_its_rows_are_made(tmp_path, monkeypatch):
-    from fastinterp.engine import gather
+    from fastinterp.execute import gather_rows as gather
 
     a = plain(tmp_path / "a", ["<unk>"], [1.0], F32)
     b = plain(tmp_path / "b", ["<unk>", "b"], [1.0, 2.0], F16)

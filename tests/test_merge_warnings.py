@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastinterp
-from fastinterp.engine.report import Effect
+from fastinterp.execute.report import Effect
 from fastinterp.ops.dtypes import BF16, F32
 from tests.checkpoints import Tensor, floats, moved, read, recipe, saved, tensor, weights, write
 

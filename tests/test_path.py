@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import fastinterp
-from fastinterp.engine.report import Effect
 from fastinterp.errors import ShapeError, StorageError, UsageError
+from fastinterp.execute.report import Effect
 from fastinterp.in_memory.merge import merge_measured
 from tests.models import layers, load, save
 

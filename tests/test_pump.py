@@ -14,7 +14,7 @@ import pytest
 
 from fastinterp._C import Pump
 from fastinterp.backends.cpu import watch
-from fastinterp.engine.schedule import Window
+from fastinterp.execute.run import Window
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from fastinterp.reference import combine as reference

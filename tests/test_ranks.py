@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from fastinterp.checkpoint.shared_output_folder import reserved, shared_file, stands
-from fastinterp.engine.ranks import Rank, first_host, started
 from fastinterp.errors import BackendError
+from fastinterp.execute.distributed.peers import Rank, first_host, started
 from tests.models import layers, save
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,9 +16,10 @@ import pytest
 import fastinterp
 from fastinterp import methods
 from fastinterp.backends.cpu import Pump
-from fastinterp.engine import asking, rounds
-from fastinterp.engine.to_files import write_outputs
 from fastinterp.errors import MethodError, UsageError
+from fastinterp.execute import adaptive_job as asking
+from fastinterp.execute import rounds
+from fastinterp.execute.to_files import write_outputs
 from fastinterp.methods import Each, Method, Sidecar, method
 from fastinterp.ops.combine import Combine, Tensor
 from fastinterp.ops.dtypes import BF16

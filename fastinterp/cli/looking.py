@@ -63,7 +63,7 @@ def explain(
     from fastinterp import api
     from fastinterp.backends.registry import cpu_threads
     from fastinterp.checkpoint.layout import parse_size
-    from fastinterp.engine.schedule import make_window
+    from fastinterp.execute.run import make_window
     from fastinterp.inspect import explain as explained
 
     plan = api.explain(recipe, max_shard_size=max_shard_size, **wishes)

@@ -15,7 +15,7 @@ from fastinterp.cli.ranges import alphas
 from fastinterp.errors import FastinterpError, OutputError
 
 if TYPE_CHECKING:
-    from fastinterp.engine.report import Report
+    from fastinterp.execute.report import Report
 
 _VISIBLE = 0.01  # an alpha that acts as one that is off by more than this share of it is worth a word
 
@@ -44,7 +44,7 @@ def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) ->
         with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
             report = api.merge(recipe, out, progress=shown, **settings)
     else:
-        from fastinterp.engine import distributed
+        from fastinterp.execute.distributed import merge as distributed
 
         with kept_of(Path(out)), progress.shown(quiet or as_json or me.rank > 0) as shown:
             shared = distributed.merge(recipe, out, me, progress=shown, **settings)
@@ -142,7 +142,7 @@ def _acts_as(alpha: float, report: Report) -> float | None:
 
 def _path_lines(points: Sequence[float], acting: Sequence[float | None], reports: Sequence[Report]) -> list[str]:
     """Alphas that act visibly as others are shown as such."""
-    from fastinterp.engine.report import COPIES
+    from fastinterp.execute.report import COPIES
     from fastinterp.messages import plain, size, table
     from fastinterp.ops.combine import MAX_OUTPUTS
 

@@ -14,7 +14,7 @@ import click
 from fastinterp.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
-    from fastinterp.engine.ranks import Rank
+    from fastinterp.execute.distributed.peers import Rank
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,7 +79,7 @@ def rank() -> Rank | None:
     """
     if not {"RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"} & os.environ.keys():
         return None
-    from fastinterp.engine.ranks import started
+    from fastinterp.execute.distributed.peers import started
 
     return started()
 

@@ -10,14 +10,14 @@ from typing import Any
 
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, device_of, one_place
-from fastinterp.engine.asking import Asking
-from fastinterp.engine.place import Place, Step
-from fastinterp.engine.report import Effect
-from fastinterp.engine.resident import ResidentMachine
-from fastinterp.engine.rounds import Machine, Runs, drive
-from fastinterp.engine.schedule import STATS_EVERY
-from fastinterp.engine.sources import Sources
 from fastinterp.errors import MethodError, ShapeError, StorageError, UsageError
+from fastinterp.execute.adaptive_job import Asking
+from fastinterp.execute.device.resident import ResidentMachine
+from fastinterp.execute.report import Effect
+from fastinterp.execute.rounds import Machine, Runs, drive
+from fastinterp.execute.run import STATS_EVERY
+from fastinterp.execute.sources import Sources
+from fastinterp.execute.tensor_io import Place, Step
 from fastinterp.in_memory.parameters import resolved
 from fastinterp.in_memory.weighted_sum import Exchanged, Numpy, Torch, library_of
 from fastinterp.methods import Method, Sidecar, find

@@ -330,7 +330,7 @@ def _sampled(plan: Plan, told: Collection[str], found: _Findings) -> int:
 
     told  warnings of the plan that are findings already
     """
-    from fastinterp.engine import importances
+    from fastinterp.execute import importances
     from fastinterp.inspect import samples
 
     for warning in plan.warnings:

@@ -12,8 +12,8 @@ from typing import Any
 from fastinterp.backends.cpu import Progress, Pump, watch
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
-from fastinterp.engine.sources import Sources
 from fastinterp.errors import UsageError
+from fastinterp.execute.sources import Sources
 
 
 @dataclass(frozen=True, slots=True)

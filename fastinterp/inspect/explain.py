@@ -9,8 +9,8 @@ from typing import Any
 from fastinterp.backends.registry import cpu_threads, maybe_devices
 from fastinterp.checkpoint.layout import OutFile, parse_size
 from fastinterp.checkpoint.sidecar_files import copy_sidecars
-from fastinterp.engine.cost import choose
-from fastinterp.engine.schedule import Window, make_window
+from fastinterp.execute.device_choice import choose
+from fastinterp.execute.run import Window, make_window
 from fastinterp.inspect.explain_parameters import as_lines, given, layer_lines, presets_in_force, symbols
 from fastinterp.messages import WIDTH, counted, fit, plain, seconds, size, table
 from fastinterp.plan.plan import Plan

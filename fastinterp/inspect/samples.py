@@ -15,9 +15,9 @@ from typing import Any
 from fastinterp.backends.cpu import Pump, watch
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.header import Entry
-from fastinterp.engine.chunks import middle_chunk, read_bytes, spread_over
-from fastinterp.engine.sources import Sources
 from fastinterp.errors import ShapeError
+from fastinterp.execute.chunks import middle_chunk, read_bytes, spread_over
+from fastinterp.execute.sources import Sources
 from fastinterp.plan.plan import Plan
 from fastinterp.plan.tensors import PlannedTensor, must_agree
 

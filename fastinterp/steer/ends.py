@@ -12,12 +12,12 @@ from typing import Any
 
 from fastinterp.backends.torch_device import current_queue, device_of, memory, pinned
 from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
-from fastinterp.engine.place import Step
-from fastinterp.engine.resident import ResidentMachine
-from fastinterp.engine.rounds import Machine
-from fastinterp.engine.sources import Operand, Sources
-from fastinterp.engine.streamed import StreamedMachine
 from fastinterp.errors import BackendError, ShapeError, UsageError
+from fastinterp.execute.device.resident import ResidentMachine
+from fastinterp.execute.device.streamed import StreamedMachine
+from fastinterp.execute.rounds import Machine
+from fastinterp.execute.sources import Operand, Sources
+from fastinterp.execute.tensor_io import Step
 from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.steer.module import Mismatches, Weight, address_of, is_extra_state, matches
 from fastinterp.steer.pristine import warn_unlike

@@ -11,8 +11,8 @@ from typing import Any
 
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import current_queue
-from fastinterp.engine.place import Place
 from fastinterp.errors import BackendError, CheckpointError, UsageError
+from fastinterp.execute.tensor_io import Place
 from fastinterp.methods import suggestion
 from fastinterp.ops.combine import LARGEST, Combine, Row
 from fastinterp.steer.claim import Claim

@@ -9,8 +9,8 @@ from typing import Any
 
 from fastinterp.arguments import path_of, size_of
 from fastinterp.checkpoint.names import INDEX, WEIGHTS
-from fastinterp.engine.fill import fill, filling
 from fastinterp.errors import BackendError, ShapeError, UsageError
+from fastinterp.execute.to_memory import fill, filling
 from fastinterp.in_memory.allocate import Framework, maker, torch_dtype
 from fastinterp.plan.plan import Plan, plan_recipe
 from fastinterp.plan.tensors import PlannedTensor

@@ -11,8 +11,8 @@ from operator import index
 from typing import Any
 
 from fastinterp.arguments import snapped
-from fastinterp.engine.report import Effect
 from fastinterp.errors import FastinterpError, UsageError
+from fastinterp.execute.report import Effect
 from fastinterp.in_memory.merge import merge_measured
 from fastinterp.ops.dtypes import parse_dtype
 from fastinterp.steer.path_report import PathPoint, PathReport

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp.arguments import numbers, path_of
-from fastinterp.engine.report import Report
 from fastinterp.errors import UsageError
+from fastinterp.execute.report import Report
 from fastinterp.methods import Method, clipped, find, suggestion
 from fastinterp.ops.combine import MAX_POINTS
 from fastinterp.recipe.load import Recipe, load_recipe, same_model

@@ -11,8 +11,8 @@ from typing import Any
 
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint, changed_since, open_checkpoint
-from fastinterp.engine.sources import Sources, storage
 from fastinterp.errors import CheckpointError, StorageError, UsageError
+from fastinterp.execute.sources import Sources, storage
 from fastinterp.in_memory.allocate import torch_dtype
 from fastinterp.in_memory.merge import StoredTensor
 from fastinterp.messages import plain

@@ -11,9 +11,9 @@ from typing import Any
 from fastinterp.arguments import dtype_named, path_of, size_of
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, find_devices, wish_of
-from fastinterp.engine.schedule import fitting_outputs
-from fastinterp.engine.to_files import write_outputs
 from fastinterp.errors import OutputError, UsageError
+from fastinterp.execute.run import fitting_outputs
+from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS
 from fastinterp.plan.plan import Plan, make_plan
 from fastinterp.recipe.load import load_recipe

@@ -8,8 +8,8 @@ from typing import Any
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
-from fastinterp.engine.fill import fill
 from fastinterp.errors import UsageError
+from fastinterp.execute.to_memory import fill
 from fastinterp.in_memory.allocate import maker
 from fastinterp.ops.combine import MAX_OUTPUTS
 from fastinterp.plan.plan import make_plan

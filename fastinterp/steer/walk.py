@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from fastinterp.engine.sources import Sources
 from fastinterp.errors import ShapeError, UsageError
+from fastinterp.execute.sources import Sources
 from fastinterp.in_memory.merge import StoredTensor
 from fastinterp.steer.module import Mismatches, place_of, tensors_of, weights_of
 from fastinterp.steer.pristine import End, opened, same

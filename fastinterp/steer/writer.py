@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastinterp.backends.torch_device import current_queue
-from fastinterp.engine.place import Place
+from fastinterp.execute.tensor_io import Place
 from fastinterp.ops.combine import Row, renumbered
 from fastinterp.steer.ends import Ends
 

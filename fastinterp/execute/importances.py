@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastinterp.checkpoint.header import Entry
-from fastinterp.engine.chunks import middle_chunk, read_bytes, spread_over
+from fastinterp.execute.chunks import middle_chunk, read_bytes, spread_over
 from fastinterp.messages import plain
 from fastinterp.plan.plan import Plan
 

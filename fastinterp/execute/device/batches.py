@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastinterp.backends.pieces import cut, join, join_stats
-from fastinterp.engine.jobs import Result
 from fastinterp.errors import BackendError
+from fastinterp.execute.jobs import Result
 from fastinterp.ops.dtypes import DTYPES
 
 ALIGN = 256  # bytes: where operands begin in a slot, as the widest loads of any device want it

@@ -30,14 +30,14 @@ from fastinterp.checkpoint.shared_output_folder import (
     stands,
     write_journal,
 )
-from fastinterp.engine.densities import Density
-from fastinterp.engine.ranks import Peers, Rank
-from fastinterp.engine.report import Effect, Findings, Report, findings_of, report_on
-from fastinterp.engine.rounds import Placed
-from fastinterp.engine.schedule import Done, run
-from fastinterp.engine.sinks import FileSinks
-from fastinterp.engine.to_files import devices_for, finish, write_small_files
 from fastinterp.errors import RankError
+from fastinterp.execute.densities import Density
+from fastinterp.execute.distributed.peers import Peers, Rank
+from fastinterp.execute.report import Effect, Findings, Report, findings_of, report_on
+from fastinterp.execute.rounds import Placed
+from fastinterp.execute.run import Done, run
+from fastinterp.execute.sinks import FileSinks
+from fastinterp.execute.to_files import devices_for, finish, write_small_files
 from fastinterp.plan.plan import Plan, Source, plan_recipe
 
 _LOOK_S = 0.05  # between looks at what the others have done

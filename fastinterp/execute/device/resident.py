@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.engine.jobs import Result
-from fastinterp.engine.place import Step
 from fastinterp.errors import BackendError
+from fastinterp.execute.jobs import Result
+from fastinterp.execute.tensor_io import Step
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device, Pending, Queue

@@ -14,10 +14,10 @@ from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, find_devices, maybe_devices, wish_of
 from fastinterp.checkpoint.output_folder import OutFolder
 from fastinterp.checkpoint.sidecar_files import copy_sidecars, model_card
-from fastinterp.engine.report import Report, report_of
-from fastinterp.engine.schedule import Done, run
-from fastinterp.engine.sinks import FileSinks
 from fastinterp.errors import BackendError, OutputError
+from fastinterp.execute.report import Report, report_of
+from fastinterp.execute.run import Done, run
+from fastinterp.execute.sinks import FileSinks
 from fastinterp.plan.plan import Plan
 from fastinterp.recipe.load import Recipe
 
@@ -77,7 +77,7 @@ def devices_for(
         return find_devices(wish, local), ""
     if not maybe_devices():
         return (), ""
-    from fastinterp.engine.cost import choose
+    from fastinterp.execute.device_choice import choose
 
     choice = choose(plans, cpu_threads(threads), max_memory)
     if choice.device == "cpu":

@@ -52,7 +52,7 @@ class Choice:
 
 def choose(plans: Sequence[Plan], threads: int, max_memory: int) -> Choice:
     """Between the processor and the first accelerator."""
-    from fastinterp.engine.devices import SLOT_BYTES, SLOTS
+    from fastinterp.execute.device.executor import SLOT_BYTES, SLOTS
 
     tensors = [s for plan in plans for t in plan.tensors for s in (*t.first, t)]
     read = sum(t.bytes_read for t in tensors)

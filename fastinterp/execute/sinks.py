@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastinterp.backends.cpu import reserve
-from fastinterp.engine.sources import storage
 from fastinterp.errors import OutputError
+from fastinterp.execute.sources import storage
 from fastinterp.plan.plan import Plan
 
 

@@ -65,7 +65,7 @@ class Sources:
         return len(self.fds) - 1
 
     def _gathered(self, entry: MappedEntry, path: Path, scratch: Path | None, stack: ExitStack) -> Operand:
-        from fastinterp.engine.gather import gather
+        from fastinterp.execute.gather_rows import gather
 
         with storage(scratch or Path("a temporary file")):
             found = gather(entry, scratch, stack)

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.engine.place import Place, Step
-from fastinterp.engine.sources import dtype_code
+from fastinterp.execute.sources import dtype_code
+from fastinterp.execute.tensor_io import Place, Step
 from fastinterp.ops.combine import Row
 
 if TYPE_CHECKING:
-    from fastinterp.engine.densities import Density
+    from fastinterp.execute.densities import Density
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,13 @@ from typing import Any
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
-from fastinterp.engine.batches import Part, Work, batches
-from fastinterp.engine.jobs import Result
-from fastinterp.engine.place import Step
-from fastinterp.engine.rounds import Machine, Placed
-from fastinterp.engine.sources import dtype_code, gathers
-from fastinterp.engine.worker import LEAST_SLOT, Files, Worker
 from fastinterp.errors import UsageError
+from fastinterp.execute.device.batches import Part, Work, batches
+from fastinterp.execute.device.worker import LEAST_SLOT, Files, Worker
+from fastinterp.execute.jobs import Result
+from fastinterp.execute.rounds import Machine, Placed
+from fastinterp.execute.sources import dtype_code, gathers
+from fastinterp.execute.tensor_io import Step
 from fastinterp.messages import size
 
 # Of each device. Shorter slots cost more of Python than of the bus (tried: 4, 8, 16, 32 MiB), longer ones more to lock.

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.header import Entry
-from fastinterp.engine.jobs import Job
-from fastinterp.engine.place import Place, Step
-from fastinterp.engine.rounds import Machine, Placed, drive
-from fastinterp.engine.sinks import Sinks
-from fastinterp.engine.sources import Operand, Sources, remedy
 from fastinterp.errors import OutputError, UsageError
+from fastinterp.execute.jobs import Job
+from fastinterp.execute.rounds import Machine, Placed, drive
+from fastinterp.execute.sinks import Sinks
+from fastinterp.execute.sources import Operand, Sources, remedy
+from fastinterp.execute.tensor_io import Place, Step
 from fastinterp.ops.combine import philox_key
 from fastinterp.plan.plan import Plan
 from fastinterp.plan.tensors import MadeEntry, PlannedTensor, must_agree
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device
-    from fastinterp.engine.staged import Scratch
+    from fastinterp.execute.chained_job import Scratch
 
 STATS_EVERY = 32  # chunks of 16384 elements: one of so many is measured, which costs a few percent of the kernel's time
 _STORE = 0  # Philox stream of the store's rounding
@@ -215,7 +215,7 @@ def _slots(devices: Sequence[Device], max_memory: int) -> int:
     """Bytes of `max_memory` that are for the devices."""
     if not devices:
         return 0
-    from fastinterp.engine.devices import device_window
+    from fastinterp.execute.device.executor import device_window
 
     return device_window(max_memory, len(devices))
 
@@ -231,7 +231,7 @@ def _machine(
 ) -> Machine:
     if not devices:
         return Machine(settings, explained, total, progress, max_memory)
-    from fastinterp.engine.devices import DeviceMachine
+    from fastinterp.execute.device.executor import DeviceMachine
 
     machine = DeviceMachine(devices, settings, explained, total, progress, max_memory)
     stack.callback(machine.close)
@@ -242,7 +242,7 @@ def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folde
     """The file of what documents above make."""
     import tempfile
 
-    from fastinterp.engine.staged import Scratch
+    from fastinterp.execute.chained_job import Scratch
 
     folder = folder or Path(tempfile.gettempdir())
     file = Scratch(folder, stack, keeps=any(t.program is not None and t.program.whole for t in plan.tensors))
@@ -257,7 +257,7 @@ def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: Sinks, scra
     stochastic = plan.recipes[0].rounding == "stochastic"
     if scratch is None or not tensor.first:
         return _job_at(tensor, stochastic, sources.operand, *_places(sinks, tensor.name))
-    from fastinterp.engine.staged import Staged
+    from fastinterp.execute.chained_job import Staged
 
     def make(stage: PlannedTensor, operand: Callable[[int, Entry], Operand], offset: int | None) -> Job:
         where = _places(sinks, tensor.name) if offset is None else ([scratch.sink], [offset])
@@ -293,7 +293,7 @@ def _job_at(
     )
     if tensor.program is None:
         return Job(place, tensor.rows)
-    from fastinterp.engine.asking import Asking
+    from fastinterp.execute.adaptive_job import Asking
 
     return Asking(place, tensor.models, tensor.program.calls, tensor.program.name, tensor.program.seeds)
 

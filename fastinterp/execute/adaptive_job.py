@@ -10,10 +10,10 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import Any, overload
 
-from fastinterp.engine.densities import Density, densities
-from fastinterp.engine.jobs import Job, Result, is_copy
-from fastinterp.engine.place import Place, Step
-from fastinterp.engine.sources import dtype_code
+from fastinterp.execute.densities import Density, densities
+from fastinterp.execute.jobs import Job, Result, is_copy
+from fastinterp.execute.sources import dtype_code
+from fastinterp.execute.tensor_io import Place, Step
 from fastinterp.ops.combine import GroupRow, Row
 from fastinterp.ops.dtypes import F64
 from fastinterp.ops.masked import Known, filled_masks, kept_of, kept_step, masked_step, read_inputs, terms

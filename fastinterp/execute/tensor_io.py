@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastinterp.engine.sources import Operand, gathers
+from fastinterp.execute.sources import Operand, gathers
 from fastinterp.ops.combine import Row, renumbered
 
 

@@ -17,9 +17,9 @@ from queue import SimpleQueue
 from typing import Any
 
 from fastinterp.backends.device import Buffer, Device, Event, Pending, Queue
-from fastinterp.engine.batches import Batch, Operand, Work
-from fastinterp.engine.jobs import Result
 from fastinterp.errors import BackendError, OutOfMemory
+from fastinterp.execute.device.batches import Batch, Operand, Work
+from fastinterp.execute.jobs import Result
 
 LEAST_SLOT = 64 << 10  # bytes: with less, a device is given up
 _LEAST_SLOTS = 2  # so that one is filled while the device works on the other

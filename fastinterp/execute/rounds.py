@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastinterp.backends.cpu import Progress, Pump, watch
-from fastinterp.engine.jobs import Job, Result
-from fastinterp.engine.place import Step
 from fastinterp.errors import UsageError
+from fastinterp.execute.jobs import Job, Result
+from fastinterp.execute.tensor_io import Step
 
 if TYPE_CHECKING:
-    from fastinterp.engine.asking import Asking
+    from fastinterp.execute.adaptive_job import Asking
     from fastinterp.ops.requests import Select
 
 ROUND_BYTES = 256 << 20  # of inputs that a round reads for the first time; one tensor at least
@@ -236,7 +236,7 @@ def _round(running: deque[Job], machine: Runs) -> list[Job]:
 
 def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], machine: Runs) -> None:
     """Answer what is asked about the whole model, when all tensors that do not ask are at their end."""
-    from fastinterp.engine.asking import asked_of_all
+    from fastinterp.execute.adaptive_job import asked_of_all
 
     merged = [job for job in map(_asking, jobs) if job is not None]
     waits = [job for job in map(_asking, resting) if job is not None]
@@ -267,7 +267,7 @@ def gathered(requests: Sequence[Select], most: int) -> list[list[Select]]:
 
 
 def _asking(job: Job) -> Asking | None:
-    from fastinterp.engine.asking import Asking
+    from fastinterp.execute.adaptive_job import Asking
 
     last = job.last
     return last if isinstance(last, Asking) else None

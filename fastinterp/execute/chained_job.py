@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastinterp.checkpoint.header import Entry
-from fastinterp.engine.jobs import Job, Result
-from fastinterp.engine.place import Step
-from fastinterp.engine.sources import Operand, storage
 from fastinterp.errors import OutputError
+from fastinterp.execute.jobs import Job, Result
+from fastinterp.execute.sources import Operand, storage
+from fastinterp.execute.tensor_io import Step
 from fastinterp.plan.tensors import MadeEntry, PlannedTensor
 
 if TYPE_CHECKING:
-    from fastinterp.engine.densities import Density
+    from fastinterp.execute.densities import Density
 
 _ALIGN = 4096  # bytes
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 
 from fastinterp.checkpoint.header import Entry
-from fastinterp.engine.sources import storage
+from fastinterp.execute.sources import storage
 from fastinterp.plan.plan import Plan
 from fastinterp.plan.tensors import PlannedTensor
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.torch_device import pinned
-from fastinterp.engine.place import Step
-from fastinterp.engine.rounds import Machine
 from fastinterp.errors import BackendError
+from fastinterp.execute.rounds import Machine
+from fastinterp.execute.tensor_io import Step
 from fastinterp.ops.dtypes import DTYPES
 
 if TYPE_CHECKING:

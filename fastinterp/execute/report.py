@@ -11,10 +11,10 @@ from fastinterp.messages import counted, plain, seconds, size
 
 if TYPE_CHECKING:
     from fastinterp.checkpoint.output_folder import OutFolder
-    from fastinterp.engine.densities import Density
-    from fastinterp.engine.jobs import Job
-    from fastinterp.engine.rounds import Placed
-    from fastinterp.engine.schedule import Done
+    from fastinterp.execute.densities import Density
+    from fastinterp.execute.jobs import Job
+    from fastinterp.execute.rounds import Placed
+    from fastinterp.execute.run import Done
     from fastinterp.plan.plan import Plan
 
 COPIES = "all tensors are copies"
@@ -155,7 +155,7 @@ class Report:
         plain = {k: v for k, v in self.__dict__.items() if k not in ("tensors", "densities", "merged")}
         kept = {}
         if self.densities:
-            from fastinterp.engine.densities import as_dict
+            from fastinterp.execute.densities import as_dict
 
             kept = as_dict(self.densities, self.merged)
         return {
@@ -182,7 +182,7 @@ class Report:
     def _kept(self) -> list[str]:
         if not self.densities:
             return []
-        from fastinterp.engine.densities import note
+        from fastinterp.execute.densities import note
 
         told = note(self.densities, self.merged)
         return [plain(told)] if told else []
@@ -312,6 +312,6 @@ def report_on(
 def _importances(plan: Plan) -> list[str]:
     if not any(recipe.sidecars for recipe in plan.recipes) and not any(t.first for t in plan.tensors):
         return []
-    from fastinterp.engine.importances import negative_importances
+    from fastinterp.execute.importances import negative_importances
 
     return negative_importances(plan)

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
-from fastinterp.engine.report import Report, report_of
-from fastinterp.engine.rounds import finishing
-from fastinterp.engine.schedule import opened, run
-from fastinterp.engine.sinks import MemorySinks
+from fastinterp.execute.report import Report, report_of
+from fastinterp.execute.rounds import finishing
+from fastinterp.execute.run import opened, run
+from fastinterp.execute.sinks import MemorySinks
 from fastinterp.plan.plan import Plan
 
 # Tensor -> address and bytes: those of its planned dtype and shape. Tensors that are not named are not made.
