@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from fastinterp.in_memory.weighted_sum import weighted_sum
     from fastinterp.inspect.check import check
     from fastinterp.inspect.compare import compare
-    from fastinterp.steer.live import Live
-    from fastinterp.steer.load import load, load_into, load_iter
     from fastinterp.steer.path import path
     from fastinterp.steer.path_report import PathReport
     from fastinterp.steer.points import Point
     from fastinterp.steer.sweep import sweep
+    from fastinterp.torch_models.live import Live
+    from fastinterp.torch_models.load import load, load_into, load_iter
 
 __all__ = [
     "BackendError",
@@ -80,16 +80,16 @@ __all__ = [
 
 # Where each name lives, beside the errors.
 _HOMES = {
-    "Live": "fastinterp.steer.live",
+    "Live": "fastinterp.torch_models.live",
     "Point": "fastinterp.steer.points",
     "check": "fastinterp.inspect.check",
     "compare": "fastinterp.inspect.compare",
     "Report": "fastinterp.execute.report",
     "explain": "fastinterp.api",
     "interpolate": "fastinterp.api",
-    "load": "fastinterp.steer.load",
-    "load_into": "fastinterp.steer.load",
-    "load_iter": "fastinterp.steer.load",
+    "load": "fastinterp.torch_models.load",
+    "load_into": "fastinterp.torch_models.load",
+    "load_iter": "fastinterp.torch_models.load",
     "merge": "fastinterp.api",
     "merge_state_dicts": "fastinterp.in_memory.merge",
     "merge_tensors": "fastinterp.in_memory.merge",

@@ -10,7 +10,7 @@ import torch
 
 import fastinterp
 from fastinterp.errors import UsageError
-from fastinterp.steer.lock import StepLock
+from fastinterp.torch_models.step_lock import StepLock
 from tests.modules import assert_same_state, gpt2, llama, state
 
 

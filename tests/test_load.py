@@ -234,7 +234,7 @@ def test_files_read_once(ends, monkeypatch):
     def seen(*args, **keys):
         reports.extend(fill(*args, **keys))
 
-    monkeypatch.setattr("fastinterp.steer.load.fill", seen)
+    monkeypatch.setattr("fastinterp.torch_models.load.fill", seen)
     tensors = fastinterp.load(asked(ends))
     nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
     assert (reports[0].bytes_read, reports[0].bytes_written) == (2 * nbytes, nbytes)

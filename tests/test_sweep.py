@@ -19,7 +19,7 @@ from fastinterp.checkpoint.output_folder import OutFolder
 from fastinterp.cli import commands
 from fastinterp.errors import MethodError, OutputError, RecipeError, UsageError
 from fastinterp.execute import to_files
-from fastinterp.steer.load import allocated
+from fastinterp.torch_models.load import allocated
 from tests.checkpoints import Tensor, assert_same, family, read, saved, write
 from tests.written import tree
 

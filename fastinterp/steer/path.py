@@ -16,8 +16,8 @@ from fastinterp.execute.report import Effect
 from fastinterp.in_memory.merge import merge_measured
 from fastinterp.ops.dtypes import parse_dtype
 from fastinterp.steer.path_report import PathPoint, PathReport
-from fastinterp.steer.pristine import End, opened, warn_unlike
-from fastinterp.steer.walk import Walker, dtypes_of
+from fastinterp.torch_models.module_weights import Walker, dtypes_of
+from fastinterp.torch_models.path_endpoints import End, opened, warn_unlike
 
 Model = str | os.PathLike[str] | Mapping[str, Any]
 Alpha = float | Mapping[str, float]

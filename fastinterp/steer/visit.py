@@ -14,9 +14,9 @@ from fastinterp.in_memory.allocate import maker
 from fastinterp.ops.combine import MAX_OUTPUTS
 from fastinterp.plan.plan import make_plan
 from fastinterp.recipe.load import load_recipe
-from fastinterp.steer.load import allocated
 from fastinterp.steer.points import Point
 from fastinterp.system.available_memory import available_memory
+from fastinterp.torch_models.load import allocated
 
 _SCRATCH = 512 << 20
 _SHARD = 5 * 10**9  # no file is written

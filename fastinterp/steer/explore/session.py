@@ -185,7 +185,7 @@ def open_session(sliders: Sliders, *, threads: int | None = None, chat: bool = F
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         raise UsageError("explore needs torch and transformers: pip install 'fastinterp[explore]'") from None
-    from fastinterp.steer.live import Live
+    from fastinterp.torch_models.live import Live
 
     root = check_model(sliders.base)
     transformers.utils.logging.disable_progress_bar()

@@ -18,7 +18,7 @@ from fastinterp.in_memory.merge import StoredTensor
 from fastinterp.messages import plain
 from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.plan.compatibility import unlike
-from fastinterp.steer.module import is_extra_state
+from fastinterp.torch_models.module_tensors import is_extra_state
 
 _CHUNK = 8 << 20  # bytes that are compared at a time
 

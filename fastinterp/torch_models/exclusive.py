@@ -9,7 +9,7 @@ from typing import ClassVar
 from weakref import WeakSet
 
 from fastinterp.errors import UsageError
-from fastinterp.steer.module import Weight
+from fastinterp.torch_models.module_tensors import Weight
 
 _LOCK = threading.Lock()
 

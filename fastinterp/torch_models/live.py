@@ -15,13 +15,13 @@ from fastinterp.errors import BackendError, CheckpointError, UsageError
 from fastinterp.execute.tensor_io import Place
 from fastinterp.methods import suggestion
 from fastinterp.ops.combine import LARGEST, Combine, Row
-from fastinterp.steer.claim import Claim
-from fastinterp.steer.ends import End, Ends, Memory, copy
-from fastinterp.steer.lock import StepLock, call
-from fastinterp.steer.module import Weight, device_of_all, touched, walked, weights_of
-from fastinterp.steer.standing import Standing
-from fastinterp.steer.streams import StreamOrder
-from fastinterp.steer.writer import Writer
+from fastinterp.torch_models.endpoints import End, Ends, Memory, copy
+from fastinterp.torch_models.exclusive import Claim
+from fastinterp.torch_models.module_tensors import Weight, device_of_all, touched, walked, weights_of
+from fastinterp.torch_models.step_lock import StepLock, call
+from fastinterp.torch_models.stream_order import StreamOrder
+from fastinterp.torch_models.unchanged import Standing
+from fastinterp.torch_models.writer import Writer
 
 _LINE = "alpha"
 _LARGEST_ALPHA = 4e7  # on a line; as of `interpolate`

@@ -9,8 +9,8 @@ from typing import Any
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.execute.sources import Sources
 from fastinterp.in_memory.merge import StoredTensor
-from fastinterp.steer.module import Mismatches, place_of, tensors_of, weights_of
-from fastinterp.steer.pristine import End, opened, same
+from fastinterp.torch_models.module_tensors import Mismatches, place_of, tensors_of, weights_of
+from fastinterp.torch_models.path_endpoints import End, opened, same
 
 
 class Walker:

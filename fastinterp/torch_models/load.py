@@ -14,8 +14,8 @@ from fastinterp.execute.to_memory import fill, filling
 from fastinterp.in_memory.allocate import Framework, maker, torch_dtype
 from fastinterp.plan.plan import Plan, plan_recipe
 from fastinterp.plan.tensors import PlannedTensor
-from fastinterp.steer.module import Mismatches, Weight, is_extra_state, touched, weights_of
 from fastinterp.steer.points import Point
+from fastinterp.torch_models.module_tensors import Mismatches, Weight, is_extra_state, touched, weights_of
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Point
 _SHARD = 5 * 10**9  # no file is written

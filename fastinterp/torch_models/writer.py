@@ -8,7 +8,7 @@ from typing import Any
 from fastinterp.backends.torch_device import current_queue
 from fastinterp.execute.tensor_io import Place
 from fastinterp.ops.combine import Row, renumbered
-from fastinterp.steer.ends import Ends
+from fastinterp.torch_models.endpoints import Ends
 
 
 class Writer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastinterp.steer.module import Weight, place_of, tensors_of
+from fastinterp.torch_models.module_tensors import Weight, place_of, tensors_of
 
 
 class Standing:

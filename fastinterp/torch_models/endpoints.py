@@ -19,8 +19,8 @@ from fastinterp.execute.rounds import Machine
 from fastinterp.execute.sources import Operand, Sources
 from fastinterp.execute.tensor_io import Step
 from fastinterp.ops.dtypes import DType, parse_dtype
-from fastinterp.steer.module import Mismatches, Weight, address_of, is_extra_state, matches
-from fastinterp.steer.pristine import warn_unlike
+from fastinterp.torch_models.module_tensors import Mismatches, Weight, address_of, is_extra_state, matches
+from fastinterp.torch_models.path_endpoints import warn_unlike
 
 End = str | os.PathLike[str] | Mapping[str, Any]
 _ALIGN = 64  # bytes
