@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from fastinterp.in_memory.weighted_sum import weighted_sum
     from fastinterp.inspect.check import check
     from fastinterp.inspect.compare import compare
-    from fastinterp.steer.path import path
-    from fastinterp.steer.path_report import PathReport
-    from fastinterp.steer.points import Point
-    from fastinterp.steer.sweep import sweep
+    from fastinterp.paths.path import path
+    from fastinterp.paths.points import Point
+    from fastinterp.paths.report import PathReport
+    from fastinterp.paths.sweep import sweep
     from fastinterp.torch_models.live import Live
     from fastinterp.torch_models.load import load, load_into, load_iter
 
@@ -81,7 +81,7 @@ __all__ = [
 # Where each name lives, beside the errors.
 _HOMES = {
     "Live": "fastinterp.torch_models.live",
-    "Point": "fastinterp.steer.points",
+    "Point": "fastinterp.paths.points",
     "check": "fastinterp.inspect.check",
     "compare": "fastinterp.inspect.compare",
     "Report": "fastinterp.execute.report",
@@ -93,9 +93,9 @@ _HOMES = {
     "merge": "fastinterp.api",
     "merge_state_dicts": "fastinterp.in_memory.merge",
     "merge_tensors": "fastinterp.in_memory.merge",
-    "path": "fastinterp.steer.path",
-    "PathReport": "fastinterp.steer.path_report",
-    "sweep": "fastinterp.steer.sweep",
+    "path": "fastinterp.paths.path",
+    "PathReport": "fastinterp.paths.report",
+    "sweep": "fastinterp.paths.sweep",
     "weighted_sum": "fastinterp.in_memory.weighted_sum",
 }
 

@@ -12,8 +12,8 @@ from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
+from fastinterp.paths.points import point_name, point_recipe
 from fastinterp.plan.plan import Plan, Source, make_plan, plan_recipe
-from fastinterp.steer.points import point_name, point_recipe
 
 
 def merge(

@@ -25,10 +25,10 @@ import fastinterp
 from fastinterp.cli import commands
 from fastinterp.errors import CheckpointError, StorageError, UsageError
 from fastinterp.inspect.compare import deltas
-from fastinterp.steer.explore import server
-from fastinterp.steer.explore.facts import facts
-from fastinterp.steer.explore.session import Wish, check_model, open_session
-from fastinterp.steer.explore.sliders import Sliders, read_report
+from fastinterp.paths.explore import server
+from fastinterp.paths.explore.facts import facts
+from fastinterp.paths.explore.session import Wish, check_model, open_session
+from fastinterp.paths.explore.sliders import Sliders, read_report
 from tests.language_models import save_model
 from tests.models import bf16, layers, save
 

@@ -176,7 +176,7 @@ def look(weights, alpha, seed):
 if how == "thread":
     threading.Thread(target=cut).start()
 if how == "inside":  # after the file was looked at, before it is read
-    from fastinterp.steer import path as module
+    from fastinterp.paths import path as module
     merge = module.merge_measured
     module.merge_measured = lambda *a, **k: (cut(), merge(*a, **k))[1]
 try:

@@ -13,8 +13,8 @@ import torch
 
 import fastinterp
 from fastinterp.errors import StorageError, UsageError
-from fastinterp.steer import curve
-from fastinterp.steer.path_report import PathReport
+from fastinterp.paths import curve
+from fastinterp.paths.report import PathReport
 from tests.test_path import ALPHAS, first, logistic, model, report
 
 

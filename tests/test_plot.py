@@ -16,8 +16,8 @@ import fastinterp
 from fastinterp.cli import commands
 from fastinterp.errors import StorageError, UsageError
 from fastinterp.inspect.compare import compare
-from fastinterp.steer import plot
-from fastinterp.steer.layers import NO_LAYER, grid
+from fastinterp.paths import plot
+from fastinterp.paths.layer_grid import NO_LAYER, grid
 from tests.models import bf16, layers, save
 
 ZERO, ONE = {"w": np.zeros(4, np.float32)}, {"w": np.ones(4, np.float32)}
@@ -125,7 +125,7 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_metrics_need_no_matplotlib():
-    program = "import fastinterp.steer.path, fastinterp.steer.plot, sys; print('matplotlib' in sys.modules)"
+    program = "import fastinterp.paths.path, fastinterp.paths.plot, sys; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

@@ -240,7 +240,7 @@ def test_in_memory_as_many_as_fit(ends, monkeypatch):
         made.append(1)
         return allocated(*args)
 
-    monkeypatch.setattr("fastinterp.steer.visit.allocated", seen)
+    monkeypatch.setattr("fastinterp.paths.sweep_in_memory.allocated", seen)
     size = sum(t.raw.size for t in finite(1)[0].values())
     counts = []
     points = sweep(
@@ -268,7 +268,7 @@ def test_callback_that_raises(ends):
 def test_less_memory_takes_further_reads(ends, tmp_path, monkeypatch):
     """Outputs of several reads appear together, too."""
     a, b, _ = ends
-    monkeypatch.setattr("fastinterp.steer.sweep.fitting_outputs", lambda *_: 8)
+    monkeypatch.setattr("fastinterp.paths.sweep.fitting_outputs", lambda *_: 8)
     told = []
     points = sweep(a, b, ALPHAS, tmp_path / "path", progress=lambda done, total: told.append((done, total)))
     assert {p.report.bytes_read for p in points} == {3 * read_bytes(2)}
@@ -297,7 +297,7 @@ def test_space_for_all_is_seen_to_first(ends, tmp_path, monkeypatch):
         start(self, *args, **keys)
 
     monkeypatch.setattr(OutFolder, "__init__", seen)
-    monkeypatch.setattr("fastinterp.steer.sweep.fitting_outputs", lambda *_: 2)
+    monkeypatch.setattr("fastinterp.paths.sweep.fitting_outputs", lambda *_: 2)
     points = sweep(a, b, ALPHAS[:5], tmp_path / "path")
     data = sum((point.path / "model.safetensors").stat().st_size for point in points)
     assert needed[0] == data and max(needed[1:]) < data

@@ -123,13 +123,13 @@ def diff(
     from fastinterp.inspect.compare import compare
 
     if plot is not None:
-        from fastinterp.steer.plot import check_figure
+        from fastinterp.paths.plot import check_figure
 
         check_figure(plot)  # first: what takes long comes after what may be refused
     with progress.shown(quiet or as_json) as shown:
         found = compare(a, b, threads=threads, progress=shown)
     if plot is not None:
-        from fastinterp.steer.plot import plot_difference
+        from fastinterp.paths.plot import plot_difference
 
         plot_difference(found, plot, f"{b} against {a}")
     if as_json:

@@ -86,7 +86,7 @@ def interpolate(
     from fastinterp import api
     from fastinterp.cli import progress
     from fastinterp.messages import counted, plain
-    from fastinterp.steer.points import point_name
+    from fastinterp.paths.points import point_name
 
     options.refuse_ranks("interpolate")
     outs = [Path(out)] if len(points) == 1 else [Path(out) / point_name(p) for p in points]

@@ -9,7 +9,7 @@ import click
 from fastinterp.cli import options, ranges
 
 if TYPE_CHECKING:
-    from fastinterp.steer.explore.sliders import Sliders
+    from fastinterp.paths.explore.sliders import Sliders
 
 
 @click.command()
@@ -26,7 +26,7 @@ def plot(report: str, out: str, metrics: tuple[str, ...]) -> None:
     Example:
       fastinterp plot report.json -o figure.png
     """
-    from fastinterp.steer.path_report import PathReport
+    from fastinterp.paths.report import PathReport
 
     PathReport.from_json(report).plot(out, metrics or None)
 
@@ -77,7 +77,7 @@ def explore(
       fastinterp explore model-a/ model-b/ --prompt "The food was"
       fastinterp explore --base base/ --add positive=p/ --add formal=f/ --report report.json
     """
-    from fastinterp.steer.explore.sliders import Sliders, read_report
+    from fastinterp.paths.explore.sliders import Sliders, read_report
 
     sliders = Sliders.of(models, base, added)
     found = None if report is None else read_report(report, sliders)
@@ -89,9 +89,9 @@ def _serve(sliders: Sliders, settings: dict[str, Any], *, chat: bool, port: int,
     import gc
 
     from fastinterp.inspect.compare import deltas
-    from fastinterp.steer.explore import server
-    from fastinterp.steer.explore.facts import facts
-    from fastinterp.steer.explore.session import check_model, open_session
+    from fastinterp.paths.explore import server
+    from fastinterp.paths.explore.facts import facts
+    from fastinterp.paths.explore.session import check_model, open_session
 
     gc.enable()  # it runs for long; and triton, in torch, complains at the end of what is left
     with server.bound(port) as sock:  # first: what takes long comes after what may be refused

@@ -18,7 +18,7 @@ from fastinterp.cli.merging import outcome_of, warn
 from fastinterp.errors import UsageError
 
 if TYPE_CHECKING:
-    from fastinterp.steer.points import Point
+    from fastinterp.paths.points import Point
 
 
 @click.command()
@@ -64,7 +64,7 @@ def sweep(
       fastinterp sweep --base base/ --add pos=P/ --add formal=F/ --grid pos=0:1:0.25 --grid formal=-1:1:0.5 -o grid/
     """
     from fastinterp.cli import progress
-    from fastinterp.steer import sweep as steer
+    from fastinterp.paths import sweep as steer
 
     options.refuse_ranks("sweep")
     if not settings["alphas"]:

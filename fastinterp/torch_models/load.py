@@ -12,9 +12,9 @@ from fastinterp.checkpoint.names import INDEX, WEIGHTS
 from fastinterp.errors import BackendError, ShapeError, UsageError
 from fastinterp.execute.to_memory import fill, filling
 from fastinterp.in_memory.allocate import Framework, maker, torch_dtype
+from fastinterp.paths.points import Point
 from fastinterp.plan.plan import Plan, plan_recipe
 from fastinterp.plan.tensors import PlannedTensor
-from fastinterp.steer.points import Point
 from fastinterp.torch_models.module_tensors import Mismatches, Weight, is_extra_state, touched, weights_of
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Point

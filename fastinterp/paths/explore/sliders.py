@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastinterp.errors import UsageError
-from fastinterp.steer.path_report import PathReport
+from fastinterp.paths.report import PathReport
 
 ALPHA = "alpha"
 

@@ -13,7 +13,7 @@ from fastinterp.checkpoint.names import listing
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.errors import CheckpointError, UsageError
-from fastinterp.steer.explore.sliders import Sliders
+from fastinterp.paths.explore.sliders import Sliders
 
 LONGEST = 4096  # tokens of a text
 # Of the tokenizer's files, those that hold no vocabulary; and the tokenizers that need none: their tokens are bytes.

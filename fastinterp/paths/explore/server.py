@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.errors import FastinterpError, StorageError, UsageError
-from fastinterp.steer.explore.session import LONGEST, Session, Wish
+from fastinterp.paths.explore.session import LONGEST, Session, Wish
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

@@ -15,7 +15,7 @@ from fastinterp.errors import FastinterpError, UsageError
 from fastinterp.execute.report import Effect
 from fastinterp.in_memory.merge import merge_measured
 from fastinterp.ops.dtypes import parse_dtype
-from fastinterp.steer.path_report import PathPoint, PathReport
+from fastinterp.paths.report import PathPoint, PathReport
 from fastinterp.torch_models.module_weights import Walker, dtypes_of
 from fastinterp.torch_models.path_endpoints import End, opened, warn_unlike
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastinterp.arguments import snapped
 from fastinterp.errors import StorageError, UsageError
-from fastinterp.steer import curve
+from fastinterp.paths import curve
 
 FORMAT = "fastinterp path report"
 _VERSION = 1
@@ -259,7 +259,7 @@ class PathReport:
 
         Raises: UsageError, if there is no matplotlib or nothing to draw; StorageError.
         """
-        from fastinterp.steer.plot import plot_report
+        from fastinterp.paths.plot import plot_report
 
         plot_report(self, file, metrics)
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastinterp.inspect.compare import Deltas
-from fastinterp.steer.explore.sliders import Sliders
-from fastinterp.steer.layers import grid
-from fastinterp.steer.path_report import PathReport
+from fastinterp.paths.explore.sliders import Sliders
+from fastinterp.paths.layer_grid import grid
+from fastinterp.paths.report import PathReport
 
 
 def facts(

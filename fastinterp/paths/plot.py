@@ -63,7 +63,7 @@ def plot_difference(found: Comparison, file: str | os.PathLike[str], title: str)
     """
     from fastinterp.inspect.compare import Difference
     from fastinterp.messages import fit
-    from fastinterp.steer.layers import grid
+    from fastinterp.paths.layer_grid import grid
 
     if not found.tensors:
         raise UsageError("no tensor is in both models with the same shape, so there is no change to draw")

@@ -12,9 +12,9 @@ from fastinterp.errors import UsageError
 from fastinterp.execute.to_memory import fill
 from fastinterp.in_memory.allocate import maker
 from fastinterp.ops.combine import MAX_OUTPUTS
+from fastinterp.paths.points import Point
 from fastinterp.plan.plan import make_plan
 from fastinterp.recipe.load import load_recipe
-from fastinterp.steer.points import Point
 from fastinterp.system.available_memory import available_memory
 from fastinterp.torch_models.load import allocated
 

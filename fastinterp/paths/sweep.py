@@ -15,9 +15,9 @@ from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.run import fitting_outputs
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS
+from fastinterp.paths.points import Point, grid, line
 from fastinterp.plan.plan import Plan, make_plan
 from fastinterp.recipe.load import load_recipe
-from fastinterp.steer.points import Point, grid, line
 
 Model = str | os.PathLike[str]
 Callback = Callable[[Point, dict[str, Any]], Any]
@@ -81,7 +81,7 @@ def sweep(
     if in_memory is not None:
         if out is not None or virtual:
             raise UsageError("`in_memory` writes nothing: leave `out` and `virtual` out")
-        from fastinterp.steer.visit import visit
+        from fastinterp.paths.sweep_in_memory import visit
 
         most = None if max_memory is None else size_of(max_memory)
         return visit(
