@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from fastinterp.cli import commands, progress
-from fastinterp.cli.about import example
+from fastinterp.cli.info import example
 from fastinterp.messages import fit, seconds, size, table
 from fastinterp.methods import find, names
 from fastinterp.recipe.load import load_recipe

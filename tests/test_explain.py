@@ -102,7 +102,7 @@ def test_values_of_models_slices_and_modules_say_whose_they_are():
 @pytest.mark.parametrize("name", names())
 def test_symbols_of_every_method(name):
     """Each is a definition: a name first, then what it is; none is cut off by the columns of the docstring."""
-    from fastinterp.cli.about import example
+    from fastinterp.cli.info import example
 
     found = symbols(load_recipe(example(find(name)) + "\n"))
     for line in found:

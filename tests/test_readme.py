@@ -10,7 +10,7 @@ import pytest
 
 import benchmarks.table as speed
 from fastinterp.cli import commands
-from fastinterp.cli.about import table
+from fastinterp.cli.info import table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastinterp.cli import options, ranges
-from fastinterp.cli.merging import outcome_of, warn
+from fastinterp.cli.merge import outcome_of, warn
 from fastinterp.errors import UsageError
 
 if TYPE_CHECKING:
