@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": LEAVES | CONTRACT | {"methods"},
     "checkpoint": LEAVES | CONTRACT,
     "tokenizer": LEAVES | CONTRACT | {"checkpoint"},
-    "arguments": LEAVES | CONTRACT | {"checkpoint", "files", "recipe"},
+    "arguments": LEAVES | CONTRACT | {"checkpoint", "recipe"},
     "plan": PLANNING,
     "execute": PLANNING | {"plan", "backends", "reference"},
     "inspect": RUNNING,
@@ -49,19 +49,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "paths.points": PLANNING | {"execute"},
     "torch_models": RUNNING | {"in_memory", "paths.points"},
     "paths": RUNNING | {"inspect", "in_memory", "torch_models", "paths.points", "system.available_memory"},
-    # Legacy.
-    "compute": LEAVES | CONTRACT | {"backends", "_C", "_cuda", "_triton", ""},
-    "files": LEAVES | CONTRACT | {"checkpoint", "tokenizer"},
-    "engine": RUNNING | {"compute", "files", "in_memory", "engine", "reference", "inspect"},
-    "steer": RUNNING | {"compute", "files", "in_memory", "engine", "inspect", "paths.points", "torch_models"},
 }
 # May import every part above; nothing but __main__ imports cli.
 TOP = {"", "api", "cli", "__main__", "system.doctor", "system", "bench", "integrations"}
 
 # What takes long to load, and which parts of the package a merge from the command line goes through.
 HEAVY = {"torch", "numpy", "rich", "huggingface_hub", "transformers", "triton", "safetensors", "pydantic", "asyncio"}
-MERGE_PATH = {"", "api", "arguments", "cli", "__main__", "_version", "errors", "messages", "methods", "recipe", "files"}
-MERGE_PATH |= {"engine", "ops", "checkpoint", "tokenizer", "plan", "execute"}
+MERGE_PATH = {"", "api", "arguments", "cli", "__main__", "_version", "errors", "messages", "methods", "recipe"}
+MERGE_PATH |= {"ops", "checkpoint", "tokenizer", "plan", "execute"}
 
 # The same for csrc/: a file (or pattern) and the files of csrc/ that it may include.
 MAY_INCLUDE: dict[str, set[str]] = {
@@ -177,7 +172,9 @@ def test_methods_and_leaves_hold_no_arrays(module):
 
 def test_rule_sees_what_it_forbids(tmp_path, monkeypatch):
     """The reader of imports finds relative, nested and conditional ones."""
-    source = "import torch.nn\nfrom . import dtypes\nfrom ..files import header\ndef f():\n    from .. import errors\n"
+    source = (
+        "import torch.nn\nfrom . import dtypes\nfrom ..checkpoint import header\ndef f():\n    from .. import errors\n"
+    )
     path = tmp_path / "x.py"
     path.write_text(source)
     monkeypatch.setitem(MODULES, "fastinterp.ops.x", path)

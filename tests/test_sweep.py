@@ -444,7 +444,7 @@ def test_a_function_that_raises_is_told_with_its_own_traceback_alone(ends, tmp_p
     (tmp_path / "raising.py").write_text("def score(point, tensors):\n    return tensors['lm_head']\n")
     said = command("sweep", a, b, "--alphas", "0.5", "--in-memory", "raising:score", code=2)
     assert "UsageError: --in-memory raising:score raised KeyError: 'lm_head' at alpha_0.5" in said
-    assert 'raising.py", line 2, in score' in said and "visit.py" not in said and "steering.py" not in said
+    assert 'raising.py", line 2, in score' in said and "sweep_in_memory.py" not in said and "sweep.py" not in said
 
 
 def test_without_torch_the_option_that_helps_is_named(ends, tmp_path, monkeypatch):

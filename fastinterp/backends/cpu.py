@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastinterp._C import Masks, Pump, cached_fraction, reserve
+from fastinterp._C import Masks, Pump, cached_fraction, combine, reserve
 
-__all__ = ["Masks", "Progress", "Pump", "cached_fraction", "reserve", "watch"]
+__all__ = ["Masks", "Progress", "Pump", "cached_fraction", "combine", "reserve", "watch"]
 
 # Called from the thread that runs the merge, about ten times a second, with bytes done and bytes to do (read and
 # written together).

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fastinterp import _C
+from fastinterp.backends.cpu import combine
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import current_queue, one_place
 from fastinterp.errors import ShapeError, UsageError
@@ -90,7 +90,7 @@ def _add_up(views: Sequence[View], row: Row, out: View, where: Any, threads: int
     numel = math.prod(out[1])
     native = [(row.pivot, row.total, list(row.terms))]
     if where is None:
-        _C.combine(
+        combine(
             [v[0] for v in views], [v[2].code or 0 for v in views], native, [out[0]], out[2].code or 0, numel,
             stats_every=0, threads=cpu_threads(threads), isa=cpu_isa(),
         )  # fmt: skip
