@@ -15,7 +15,7 @@ from fastinterp.bench.check import allowed_error
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, DType
 from fastinterp.reference import combine as reference
-from tests.cases import Guarded, fill
+from tests.support.cases import Guarded, fill
 
 DTYPES = (BF16, F16, F32, F8_E4M3)
 PERIOD = 65536  # elements; larger arrays repeat them, so that the slow reference need compute no more
