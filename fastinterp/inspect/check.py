@@ -21,7 +21,6 @@ from fastinterp.recipe.load import Recipe
 if TYPE_CHECKING:
     from fastinterp.plan.plan import Plan
 
-_NO_DELTAS = ("slerp",)  # methods with a base whose deltas are not what they sum
 _LISTED = 3  # names in a message, before the rest is only counted
 _SHARD = 5 * 10**9  # as merge's default: nothing is written here
 
@@ -363,7 +362,7 @@ def _sampled(plan: Plan, told: Collection[str], found: _Findings) -> int:
             f"{names[i]} and {names[other]} hold the same numbers in all samples: is one of them the wrong model?"
         )
     recipe = plan.recipes[0]
-    if recipe.base is not None and recipe.method.name not in _NO_DELTAS:
+    if recipe.base is not None and recipe.method.sums_deltas:
         for i, base, beside, signal in taken.noisy():
             found.add_odd(
                 f"what {names[i]} adds to {names[base]} is mostly rounding noise: stored as "

@@ -15,7 +15,6 @@ from fastinterp.inspect.explain_parameters import as_lines, given, layer_lines, 
 from fastinterp.messages import WIDTH, counted, fit, plain, seconds, size, table
 from fastinterp.plan.plan import Plan
 from fastinterp.plan.tensors import MadeEntry, PlannedTensor
-from fastinterp.recipe.check import DRAWING
 from fastinterp.recipe.load import Recipe, same_model
 from fastinterp.tokenizer.embedding_rows import MappedEntry
 
@@ -46,7 +45,7 @@ def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
         "given": given(recipe, [m.tensors for m in plan.fitted.models], letters),
         "rounding": recipe.rounding,
         "seed": recipe.seed,
-        "draws": recipe.method.name.startswith(DRAWING),
+        "draws": recipe.method.draws,
         "models": [_model(plan, i) for i, c in enumerate(plan.checkpoints) if c.files],
         "made": _made(plan),
         "origin": plan.origin.name,

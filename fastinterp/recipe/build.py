@@ -25,14 +25,6 @@ _EMPTY = {
     "modules": "`modules` names no module. Write `NAME: {models: [{model: NAME}]}` for each",
 }
 
-# What to take where a method takes fewer models than there are.
-_FOR_MORE = {
-    "passthrough": "`linear`, or `slices`",
-    "slerp": "`multislerp`, `karcher`",
-    "nuslerp": "`multislerp`, `karcher`",
-    "expo": "`task_arithmetic`",
-}
-
 
 class Builder:
     """Reads what is to be merged out of one document.
@@ -229,8 +221,8 @@ class Builder:
             what = "model" if high == 1 else "models"
             of = "" if self.method.base == "none" else ", the base included"
             message = f"`{self.method.name}` takes {count} {what}{of}, got {n}"
-            if n > high and self.method.name in _FOR_MORE:
-                message += f". For more: {_FOR_MORE[self.method.name]}"
+            if n > high and self.method.for_more:
+                message += f". For more: {self.method.for_more}"
             raise self.document.error(message, path, kind=MethodError)
 
     def _listed(self, items: Sequence[tuple[Item, str]], remedy: str) -> list[tuple[int, Item, str]]:

@@ -283,7 +283,7 @@ def _constants(
         if part.is_constant:
             parameters = Resolver(document, method, part).parameters("", ("",) * len(part.sources), None)
             if method.generator:
-                _begin(document, method, part, parameters)
+                run_to_first_request(document, method, part, parameters)
             elif method.fn.__code__.co_argcount == 1:
                 coefficients = _coefficients(document, method, part, parameters)
     if len(parts) != 1 or sections[0].stacked or sections[0].name is not None:
@@ -320,8 +320,8 @@ def _integers(document: Document, wish: Wish, models: Sequence[str]) -> str | No
     raise document.error(f"`integers` must name a model that is merged, got {shown(name)}", "$.integers")
 
 
-def _begin(document: Document, method: Method, part: Part, parameters: Mapping[str, Any]) -> None:
-    """Run a method that asks up to its first request, for a tensor that is none: what is wrong by then are parameters.
+def run_to_first_request(document: Document, method: Method, part: Part, parameters: Mapping[str, Any]) -> None:
+    """Run a generator method up to its first request, for a made-up tensor: errors by then are those of parameters.
 
     Raises: MethodError with path and line.
     """

@@ -165,6 +165,10 @@ class Resolver:
             found = self._by_cases[picked, place] = self._by_values.setdefault(repr(values), values)
         return found
 
+    def resolved(self) -> list[dict[str, Any]]:
+        """Every different result of `parameters` so far, once."""
+        return list(self._by_values.values())
+
     def reached(self) -> dict[str, int]:
         """Path of each case that any tensor got its value from, and how many did; 1, if the part is constant."""
         found: dict[str, int] = {}
