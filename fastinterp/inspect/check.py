@@ -17,6 +17,7 @@ from fastinterp.recipe.check import against, inspect
 from fastinterp.recipe.document import Document, Source, read_all
 from fastinterp.recipe.faults import Faults
 from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.references import ModelRef
 
 if TYPE_CHECKING:
     from fastinterp.plan.plan import Plan
@@ -209,28 +210,29 @@ def _open_all(
     """Open all checkpoints that are named, whatever else is wrong; those that cannot be opened are findings."""
     named = [d.value.get("name") for d in documents if isinstance(d.value, dict)]
     made = {name for name in (*named, *(r.name for r in recipes)) if isinstance(name, str)}
-    seen: set[str] = set()
+    seen: set[ModelRef] = set()
     told = {error.path for error in found.wrong}
-    for name, document, path in _named(documents, recipes):
-        if path in told or name in made or os.path.normpath(name) in seen:
+    for model, document, path in _named(documents, recipes):
+        name = str(model)
+        if path in told or name in made or model in seen:
             continue
-        seen.add(os.path.normpath(name))
+        seen.add(model)
         try:
-            library.find(name)
+            library.find(model)
         except (CheckpointError, StorageError) as error:
             hint = "" if os.path.exists(os.path.expanduser(name)) else not_there(document, name, sorted(made))
             found.add_wrong(error, (path, document.error("", path).line), hint)
 
 
-def _named(documents: Sequence[Document], recipes: Sequence[Recipe]) -> Iterator[tuple[str, Document, str]]:
+def _named(documents: Sequence[Document], recipes: Sequence[Recipe]) -> Iterator[tuple[ModelRef, Document, str]]:
     """Every model that is named, with its place: as the recipes have them, or as the text has where that has faults."""
     for number, document in enumerate(documents):
         if not recipes:
-            yield from ((name, document, path) for name, path in references(document.value, "$"))
+            yield from ((ModelRef.of(text), document, path) for text, path in references(document.value, "$"))
             continue
         recipe = recipes[number]
-        for name in (*recipe.models, recipe.origin, *recipe.sidecars):
-            yield name, document, recipe.place_of(name)
+        for model in (*recipe.models, recipe.origin, *recipe.sidecars):
+            yield model, document, recipe.place_of(model)
 
 
 def _looked_at(
@@ -278,8 +280,8 @@ def _models(
     from fastinterp.plan.vocabularies import fit_models
 
     if recipe.earlier:
-        return [_names(recipe, name, library, made) for name in recipe.models], True
-    models = [library.find(name) for name in recipe.models]
+        return [_names(recipe, model, library, made) for model in recipe.models], True
+    models = [library.find(model) for model in recipe.models]
     try:
         fitted = fit_models(recipe, models, library.find(recipe.origin)).models
     except (CheckpointError, StorageError) as error:
@@ -297,8 +299,9 @@ def _tokenizer(recipe: Recipe) -> tuple[str, int | None] | None:
     return (f"$.{keys[0]}", recipe.document.error("", f"$.{keys[0]}").line) if keys else None
 
 
-def _names(recipe: Recipe, name: str, library: Library, made: Mapping[int, _Made]) -> Collection[str]:
-    return made[recipe.earlier[name]].names if name in recipe.earlier else library.find(name).tensors
+def _names(recipe: Recipe, model: ModelRef, library: Library, made: Mapping[int, _Made]) -> Collection[str]:
+    above = recipe.made_by(model)
+    return library.find(model).tensors if above is None else made[above].names
 
 
 def _differing(recipe: Recipe, models: Sequence[Checkpoint]) -> list[ShapeError]:

@@ -27,6 +27,7 @@ from fastinterp.plan.single import Document, Library, plan_document
 from fastinterp.plan.single import found as found_model
 from fastinterp.plan.tensors import MadeEntry, PlannedTensor
 from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.references import ModelRef
 from fastinterp.tokenizer.embedding_rows import MappedEntry
 
 Operand = tuple[int, Entry]  # number of a checkpoint, and a tensor there
@@ -63,20 +64,20 @@ def plan_chain(above: Sequence[Recipe], last: Recipe, library: Library) -> Chain
             checkpoints.append(checkpoint)
         return numbers[id(checkpoint)]
 
-    def find(name: str) -> Checkpoint:
-        return made.get(name) or library.find(name)
+    def find(model: ModelRef) -> Checkpoint:
+        return made.get(str(model)) or library.find(model)
 
     names: list[str] = []
-    named = [(recipe, n) for recipe in (*above, last) for n in recipe.models if n not in recipe.earlier]
-    for recipe, name in named:
-        if number(found_model(recipe, library.find, name)) == len(names):  # else it is there under another name
-            names.append(name)
+    stored = [(recipe, m) for recipe in (*above, last) for m in recipe.models if recipe.made_by(m) is None]
+    for recipe, model in stored:
+        if number(found_model(recipe, library.find, model)) == len(names):  # else it is there under another name
+            names.append(str(model))
     for recipe in (*above, last):
         _check_store(recipe, last)
         lead = recipe.base_model or recipe.models[0]
-        document = plan_document([replace(recipe, origin=lead) if lead in made else recipe], find)
+        document = plan_document([replace(recipe, origin=lead) if str(lead) in made else recipe], find)
         # `fitted` has replacements of some models: the numbers are those of what they replace.
-        found = [number(find(n)) for n in (*recipe.models, *document.sidecars)]
+        found = [number(find(m)) for m in (*recipe.models, *document.sidecars)]
         tensors = tuple(_resolved(t, found, len(names)) for t in document.tensors)
         document = replace(document, tensors=tensors)
         warnings += document.warnings

@@ -107,7 +107,7 @@ def make_plan(
         last, checkpoints, names, warnings, folders = plan_chain(above, first, library)
     else:
         last = plan_document(recipes, library.find)
-        checkpoints, names, warnings, folders = last.checkpoints, first.models, last.warnings, ()
+        checkpoints, names, warnings, folders = last.checkpoints, tuple(map(str, first.models)), last.warnings, ()
     tensors = last.tensors
     layouts = tuple(
         make_layout([(t.name, t.dtype, t.shape) for t in tensors], _metadata(recipe, k, tensors, names), max_shard_size)

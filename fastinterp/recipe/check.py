@@ -13,10 +13,11 @@ from fastinterp.recipe.document import Source, read_all
 from fastinterp.recipe.faults import Faults
 from fastinterp.recipe.load import Recipe, build_all, run_to_first_request
 from fastinterp.recipe.parts import Part
+from fastinterp.recipe.references import ModelRef
 from fastinterp.recipe.targets import Assembly
 from fastinterp.recipe.values import Value
 
-Names = Callable[[str], Collection[str]]  # the tensors of a model, by the model's name
+Names = Callable[[str], Collection[str]]  # the tensors of a model, by its text form
 
 _CANCEL = 0.1  # weights whose sum is below this share of their magnitudes are scaled up tenfold and more
 
@@ -206,15 +207,15 @@ def _idle(recipe: Recipe, part: Part) -> Iterator[RecipeError]:
     for source in part.sources:
         for name, value in source.own.items():
             if _only(value, 0.0) and name == "weight":
-                yield recipe.document.error(f"{shown(source.name)} adds nothing: its weight is 0", value.path)
+                yield recipe.document.error(f"{shown(str(source.ref))} adds nothing: its weight is 0", value.path)
             if _only(value, 1.0) and name == "scale":
                 yield recipe.document.error("`scale` 1 changes nothing", value.path)
     for value in (value for level in part.levels for name, value in level.items() if name in ("t", "lambda")):
         name = value.path.rpartition(".")[2]
         if _only(value, 0.0):
-            yield recipe.document.error(f"`{name}` 0 leaves {shown(part.sources[0].name)} as it is", value.path)
+            yield recipe.document.error(f"`{name}` 0 leaves {shown(str(part.sources[0].ref))} as it is", value.path)
         if _only(value, 1.0) and name == "t" and len(part.sources) == 2 and recipe.method.walks:
-            yield recipe.document.error(f"`t` 1 gives {shown(part.sources[1].name)} as it is", value.path)
+            yield recipe.document.error(f"`t` 1 gives {shown(str(part.sources[1].ref))} as it is", value.path)
     yield from _dropping(recipe, part)
 
 
@@ -247,8 +248,9 @@ def _values(recipe: Recipe) -> list[Value]:
     return list(found.values())
 
 
-def _names(recipe: Recipe, model: str, names: Names, made: Sequence[Collection[str]]) -> Collection[str]:
-    return made[recipe.earlier[model]] if model in recipe.earlier else names(model)
+def _names(recipe: Recipe, model: ModelRef, names: Names, made: Sequence[Collection[str]]) -> Collection[str]:
+    above = recipe.made_by(model)
+    return names(str(model)) if above is None else made[above]
 
 
 def ordered(found: Sequence[Any]) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from fastinterp.recipe.faults import Faults
 from fastinterp.recipe.load import load_recipe, load_recipes
 from fastinterp.recipe.parameters import Resolver
 from fastinterp.recipe.schema import check
+from tests.support.references import texts
 
 LINEAR = """\
 merge_method: linear
@@ -356,7 +357,7 @@ def test_relative_paths_start_at_the_current_folder(tmp_path, monkeypatch):
         " Write 'there/models/a', or run in 'there' - at $.models[0].model (there/merge.yml:3)"
     )
     monkeypatch.chdir(tmp_path / "there")
-    assert load_recipe("merge.yml").models == ("models/a", "models/b")
+    assert texts(load_recipe("merge.yml").models) == ("models/a", "models/b")
 
 
 def test_a_required_parameter_for_the_whole_merge():
@@ -438,4 +439,4 @@ def test_a_key_that_is_left_empty(key, value, method_name, base):
 def test_an_empty_key_beside_one_that_is_given():
     """As if it were not there."""
     (section,) = load_recipe("merge_method: passthrough\nslices:\nmodels: [{model: a}]\nmodules: ~\n").sections
-    assert [source.name for part in section.parts for source in part.sources] == ["a"]
+    assert [str(source.ref) for part in section.parts for source in part.sources] == ["a"]
