@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 import fastinterp
 from fastinterp.cli import commands
+from fastinterp.execute import chunks
 from fastinterp.inspect import samples
 from fastinterp.inspect.check import Checked
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
@@ -288,14 +289,14 @@ def test_deltas_of_quantised_models(folder, dtype, size, both):
 
 
 def test_samples_are_few(folder, monkeypatch):
-    monkeypatch.setattr(samples, "TENSORS", 2)
+    monkeypatch.setattr(chunks, "TENSORS", 2)
     found = fastinterp.check(recipe("ties", ["a", "b"], **TIES))
     assert (found.tensors, found.sampled) == (3, 2)
 
 
 def test_a_sample_is_the_middle_of_a_tensor(folder, monkeypatch):
     """NaN there is found; at an end of the tensor, where nothing is read, it is not."""
-    monkeypatch.setattr(samples, "CHUNK", 4)
+    monkeypatch.setattr(chunks, "CHUNK", 4)
     for at, found in ((3, ()), (4, ("x",)), (7, ("x",)), (8, ())):
         values = np.ones(12)
         values[at] = np.nan
