@@ -1,4 +1,4 @@
-"""How sizes, counts and tables look to people. Nothing here is wider than 100 columns."""
+"""Formats what messages and tables show: sizes, counts, lists, values. Nothing is wider than 100 columns."""
 
 from __future__ import annotations
 
@@ -29,6 +29,36 @@ def seconds(wall_s: float) -> str:
 def counted(count: int, noun: str) -> str:
     """`1 file`, `2 files`, `1,000 files`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    every = list(names)
+    more = f" and {len(every) - limit} more" if len(every) > limit else ""
+    return ", ".join(every[:limit]) + more
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown word: the known word that is close to it, else all that are known."""
+    import difflib  # not on the path of a recipe without mistakes
+
+    close = difflib.get_close_matches(word[:100].lower(), known, n=1)
+    return f", did you mean `{close[0]}`?" if close else f". Known: {', '.join(known) or 'none'}"
+
+
+def shown(value: object) -> str:
+    """A value for a message: its repr, cut short; true, false and nothing as recipes have them."""
+    if value is None or isinstance(value, bool):
+        return {None: "nothing", True: "true", False: "false"}[value]
+    try:
+        return clipped(repr(value))
+    except ValueError:  # integers of more than 4300 digits have no repr
+        return "a number of thousands of digits"
+
+
+def clipped(text: str) -> str:
+    """Text for a message, cut after 60 characters."""
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def plain(text: str) -> str:

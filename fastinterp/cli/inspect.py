@@ -223,11 +223,9 @@ def _notes(found: Comparison) -> list[str]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    from fastinterp.messages import WIDTH, fit
+    from fastinterp.messages import WIDTH, fit, listed
 
-    some = list(names)
-    more = f" and {len(some) - _LISTED} more" if len(some) > _LISTED else ""
-    return ", ".join(fit(n, WIDTH - 10) for n in some[:_LISTED]) + more
+    return listed((fit(name, WIDTH - 10) for name in names), _LISTED)
 
 
 def _row(name: str, d: Difference) -> list[str]:

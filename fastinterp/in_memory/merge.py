@@ -280,8 +280,8 @@ class _Merge:
             keys=(philox_key(self.seed, _STORE, name),) if self.stochastic else (),
         )
         n = len(self.inputs)
-        found = self.layers.place(name) if self.layers else None
-        layer, layers = (None, 0) if found is None else (found[1], found[0].layers)
+        position = self.layers.position(name) if self.layers else None
+        layer, layers = position or (None, 0)
         call = partial(self.method, n, Tensor(name, shape, layer, layers, numel), **self.parameters)
         return Asking(place, n, [call], name, [self.seed], notes=self.where is None)
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
-from fastinterp.messages import WIDTH, counted, plain
+from fastinterp.messages import WIDTH, counted, listed, plain
 from fastinterp.plan.single import Library
 from fastinterp.recipe.chain import not_there, references
-from fastinterp.recipe.check import against, inspect
-from fastinterp.recipe.document import Document, Source, read_all
-from fastinterp.recipe.faults import Faults
+from fastinterp.recipe.check import check_recipe, check_tensors
+from fastinterp.recipe.document import Document, RecipeSource, read_all
+from fastinterp.recipe.error_collector import ErrorCollector
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
 
@@ -101,7 +101,7 @@ class Checked:
         return "\n".join(lines)
 
 
-def check(recipe: Source | Sequence[Mapping[str, Any]]) -> Checked:
+def check(recipe: RecipeSource | Sequence[Mapping[str, Any]]) -> Checked:
     """Look at a recipe and its models as closely as headers and samples of the data allow. Raises nothing that is wrong
     with them: it is in the result.
 
@@ -115,10 +115,10 @@ def check(recipe: Source | Sequence[Mapping[str, Any]]) -> Checked:
         found.add_wrong(error)
         found.exit_code = error.exit_code
         return found.checked(error.file)
-    inspected = inspect(recipe)
-    for wrong in inspected.wrong:
+    inspected = check_recipe(recipe)
+    for wrong in inspected.errors:
         found.add_wrong(wrong)
-    for finding in inspected.odd:
+    for finding in inspected.warnings:
         found.add_odd(finding)
     library = Library()
     _open_all(documents, inspected.recipes, library, found)
@@ -128,19 +128,20 @@ def check(recipe: Source | Sequence[Mapping[str, Any]]) -> Checked:
             known = _looked_at(one, inspected.recipes, library, made, found)
             made |= {} if known is None else {i: known}
     if found.wrong:
-        found.exit_code = found.wrong[0].exit_code if inspected.wrong else _exit_code(inspected.recipes, library, found)
+        first = found.wrong[0].exit_code
+        found.exit_code = first if inspected.errors else _exit_code(inspected.recipes, library, first)
     return found.checked(documents[0].file, inspected.recipes, made)
 
 
-def _exit_code(recipes: Sequence[Recipe], library: Library, found: _Findings) -> int:
-    """That of the error that ends the planning of the merge; where it can be planned, of the first that was found."""
+def _exit_code(recipes: Sequence[Recipe], library: Library, first: int) -> int:
+    """That of the error that ends the planning of the merge; `first`, that of the first finding, if none does."""
     from fastinterp.plan.plan import make_plan
 
     try:
         make_plan(recipes[-1:], max_shard_size=_SHARD, above=recipes[:-1], library=library)
     except FastinterpError as error:
         return error.exit_code
-    return found.wrong[0].exit_code
+    return first
 
 
 class _Made(NamedTuple):
@@ -225,14 +226,14 @@ def _open_all(
 
 
 def _named(documents: Sequence[Document], recipes: Sequence[Recipe]) -> Iterator[tuple[ModelRef, Document, str]]:
-    """Every model that is named, with its place: as the recipes have them, or as the text has where that has faults."""
+    """Every model that is named, with its path: as the recipes have them, or as the text has where that has errors."""
     for number, document in enumerate(documents):
         if not recipes:
             yield from ((ModelRef.of(text), document, path) for text, path in references(document.value, "$"))
             continue
         recipe = recipes[number]
         for model in (*recipe.models, recipe.origin, *recipe.sidecars):
-            yield model, document, recipe.place_of(model)
+            yield model, document, recipe.path_of(model)
 
 
 def _looked_at(
@@ -249,28 +250,28 @@ def _looked_at(
     """
     from fastinterp.plan.plan import make_plan
 
-    faults, sampled = Faults(gather=True), 0
+    collector, sampled = ErrorCollector(collect=True), 0
     try:
         models, fit = _models(recipe, library, made, found)
-        odd, own = against(recipe, models, faults)
-        for error in faults.found:
+        warnings, outputs = check_tensors(recipe, models, collector)
+        for error in collector.errors:
             if fit or not isinstance(error, ShapeError):  # they were to be made to fit
                 found.add_wrong(error)
-        for finding in odd:
-            found.add_odd(finding)
-        if own is None or not fit:
+        for warning in warnings:
+            found.add_odd(warning)
+        if outputs is None or not fit:
             return None
+        known = {str(warning) for warning in warnings}
         if not recipe.earlier:
-            sampled = _sampled(
-                make_plan([recipe], max_shard_size=_SHARD, library=library), {str(f) for f in odd}, found
-            )
+            plan = make_plan([recipe], max_shard_size=_SHARD, library=library)
+            sampled = _sampled(plan, known, found)
         elif recipe is recipes[-1] and len(made) == len(recipes) - 1:
             plan = make_plan([recipe], max_shard_size=_SHARD, above=recipes[:-1], library=library)
-            sampled = _sampled(plan, {str(f) for f in odd}, found)
+            sampled = _sampled(plan, known, found)
     except (RecipeError, CheckpointError, StorageError) as error:
         found.add_wrong(error)
         return None
-    return _Made(own, sampled)
+    return _Made(outputs, sampled)
 
 
 def _models(
@@ -314,7 +315,7 @@ def _differing(recipe: Recipe, models: Sequence[Checkpoint]) -> list[ShapeError]
     alone, shapes = [], []
     for other in others:
         only = [(a.name, [n for n in a.tensors if n not in b.tensors]) for a, b in ((lead, other), (other, lead))]
-        told = [f"{name} alone has {_listed(names)}" for name, names in only if names]
+        told = [f"{name} alone has {listed(names, _LISTED)}" for name, names in only if names]
         alone += ["; ".join(told)] if told else []
         shapes += [
             f"{n} is {list(e.shape)} in {lead.name} but {list(other.tensors[n].shape)} in {other.name}"
@@ -323,12 +324,7 @@ def _differing(recipe: Recipe, models: Sequence[Checkpoint]) -> list[ShapeError]
         ]
     remedy = ". Only models of one architecture merge"
     found = [ShapeError(f"the models have different tensors: {told}{remedy}") for told in alone]
-    return [*found, ShapeError(_listed(shapes))] if found and shapes else found
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    return [*found, ShapeError(listed(shapes, _LISTED))] if found and shapes else found
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------
@@ -351,7 +347,7 @@ def _sampled(plan: Plan, told: Collection[str], found: _Findings) -> int:
     if longer:
         found.add_odd(
             f"{counted(len(longer), 'tensor')} that no method merges must be the same in all models, and only the "
-            f"first MB of each was compared: {_listed(longer)}. Say whose to take: `integers: MODEL`"
+            f"first MB of each was compared: {listed(longer, _LISTED)}. Say whose to take: `integers: MODEL`"
         )
     for doubt in importances.negative_importances(plan):
         found.add_odd(doubt)
@@ -359,7 +355,7 @@ def _sampled(plan: Plan, told: Collection[str], found: _Findings) -> int:
     names = [plain(c.name) for c in plan.checkpoints]
     for i in dict.fromkeys(i for i, _ in taken.not_finite):
         where = [tensor for model, tensor in taken.not_finite if model == i]
-        found.add_odd(f"{names[i]} holds NaN or Inf, in {_listed(where)}")
+        found.add_odd(f"{names[i]} holds NaN or Inf, in {listed(where, _LISTED)}")
     for i, other in taken.same():
         found.add_odd(
             f"{names[i]} and {names[other]} hold the same numbers in all samples: is one of them the wrong model?"

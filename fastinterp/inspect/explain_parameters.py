@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from fastinterp.messages import counted
-from fastinterp.methods import shown
+from fastinterp.messages import counted, shown
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.targets import Assembly
 from fastinterp.recipe.values import Value
@@ -89,13 +88,13 @@ def _values(recipe: Recipe, letters: Sequence[str]) -> Iterator[tuple[Value, str
     """Every value once, by parameter, and whose it is."""
     found: dict[str, tuple[Value, str]] = {}
     for section in recipe.sections:
-        for number, part in enumerate(section.parts, 1):
+        for number, group in enumerate(section.groups, 1):
             module = "" if section.name is None else section.name or "everything"
             where = [module] * bool(module) + [f"slice {number}"] * section.stacked
-            for source in part.sources:
-                for value in source.own.values():
+            for source in group.sources:
+                for value in source.parameters.values():
                     found.setdefault(value.path, (value, ", ".join([*where, letters[source.model]])))
-            for value in (value for level in part.levels for value in level.values()):
+            for value in (value for level in group.levels for value in level.values()):
                 of = "" if value.path.startswith("$.parameters") else ", ".join(where)
                 found.setdefault(value.path, (value, of))
     order = {p.name: i for i, p in enumerate(recipe.method.parameters)}
@@ -126,14 +125,14 @@ def _entry(value: Value, of: str, reached: Counter[str] | None) -> dict[str, Any
 def _slices(recipe: Recipe, letters: Sequence[str]) -> Iterator[dict[str, Any]]:
     for section in recipe.sections:
         start = 0
-        for part in section.parts:
-            length = part.sources[0].length
+        for group in section.groups:
+            length = group.sources[0].length
             if section.name is not None or section.stacked:
                 yield {
                     "module": section.name,
                     "layers": [start, start + length] if section.stacked else None,
-                    "sources": [{"model": letters[s.model], "layers": _span(s.layers)} for s in part.sources],
-                    "copied": part.copies,
+                    "sources": [{"model": letters[s.model], "layers": _span(s.layers)} for s in group.sources],
+                    "copied": group.copies,
                 }
             start += length
 

@@ -11,7 +11,7 @@ from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.sidecar_files import is_tokenizer_file, needs_code
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
-from fastinterp.messages import fit
+from fastinterp.messages import fit, listed
 
 CONFIG = "config.json"
 _MOST = 3  # lines of a kind, and names in a line, before the rest is only counted
@@ -72,10 +72,10 @@ def _tokenizers(origin: Checkpoint, others: Sequence[Checkpoint], copied: bool =
         shared = sorted(own & _tokenizer_files(other))
         differing = [n for n in shared if not _same_bytes(origin.root / n, other.root / n)]
         if differing:
-            groups.setdefault(_listed(differing), []).append(other.name)
+            groups.setdefault(listed(differing, _MOST), []).append(other.name)
     whose = f"; the output gets {origin.name}'s" if copied else ""
     return _few(
-        f"{files} of {origin.name} and of {_listed(names)} differ{whose}. "
+        f"{files} of {origin.name} and of {listed(names, _MOST)} differ{whose}. "
         "See that every token has the same id in all models"
         for files, names in groups.items()
     )
@@ -94,9 +94,9 @@ def _configs(
             found.append(f"{CONFIG} of {other.name} cannot be read, so it is not known whether that model fits")
             continue
         if differing:
-            groups.setdefault(_listed(differing), []).append(other.name)
+            groups.setdefault(listed(differing, _MOST), []).append(other.name)
     return _few(found) + _few(
-        f"{CONFIG} of {origin.name} and of {_listed(names)} differ: {keys}; the output gets {origin.name}'s. "
+        f"{CONFIG} of {origin.name} and of {listed(names, _MOST)} differ: {keys}; the output gets {origin.name}'s. "
         "See that the models belong together"
         for keys, names in groups.items()
     )
@@ -113,7 +113,7 @@ def _quantised(checkpoints: Sequence[Checkpoint]) -> list[str]:
         if isinstance(told, dict):
             groups.setdefault(fit(str(told.get("quant_method", "no method named")), 40), []).append(checkpoint.name)
     return _few(
-        f"{CONFIG} of {_listed(list(dict.fromkeys(names)))} says that its weights are quantised ({how}). Numbers are "
+        f"{CONFIG} of {listed(dict.fromkeys(names), _MOST)} says that its weights are quantised ({how}). Numbers are "
         "merged as they are stored, without scales: convert the models to bfloat16 first"
         for how, names in groups.items()
     )
@@ -169,8 +169,3 @@ def _few(lines: Iterable[str]) -> list[str]:
     every = list(lines)
     more = [f"and {len(every) - _MOST} more like the last"] if len(every) > _MOST else []
     return every[:_MOST] + more
-
-
-def _listed(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _MOST} more" if len(items) > _MOST else ""
-    return ", ".join(items[:_MOST]) + more

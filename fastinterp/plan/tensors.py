@@ -10,6 +10,7 @@ from typing import Any
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import MethodError, ShapeError, UsageError
+from fastinterp.messages import listed
 from fastinterp.methods import Method, Sidecar
 from fastinterp.ops.combine import Combine, Row, Tensor, check_coefficients, renumbered
 from fastinterp.ops.dtypes import DType
@@ -22,7 +23,6 @@ _VOCABULARIES = (
     "The vocabularies differ in size: say which one the output has, `tokenizer_source: base` or "
     "`tokenizer_source: union`"
 )
-_SHOWN = 5  # differences that a message lists before it only counts them
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +323,7 @@ def foreign_dtypes(recipe: Recipe, targets: Sequence[Target], origin: Checkpoint
     if not found:
         return []
     return [
-        f"{origin.name}, which the output follows, has no tensor like {_listed(found)}: stored in the dtype of "
+        f"{origin.name}, which the output follows, has no tensor like {listed(found)}: stored in the dtype of "
         "their sources. Say which one: `out_dtype`, or --dtype"
     ]
 
@@ -363,11 +363,6 @@ def _check_fit(targets: Sequence[Target], models: Sequence[Checkpoint]) -> None:
             elif a.dtype != b.dtype and not (a.dtype.merges and b.dtype.merges):
                 kinds.append(f"{its} is {a.dtype} in {lead.name} but {b.dtype} in {models[i].name}")
     if shapes:
-        raise ShapeError(f"{_listed(shapes)}. {_VOCABULARIES if only_rows else 'Only tensors of the same shape merge'}")
+        raise ShapeError(f"{listed(shapes)}. {_VOCABULARIES if only_rows else 'Only tensors of the same shape merge'}")
     if kinds:
-        raise ShapeError(f"{_listed(kinds)}. Only F64, F32, F16, BF16 and F8 tensors merge; others must agree")
-
-
-def _listed(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(items[:_SHOWN]) + more
+        raise ShapeError(f"{listed(kinds)}. Only F64, F32, F16, BF16 and F8 tensors merge; others must agree")

@@ -13,7 +13,7 @@ from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import current_queue
 from fastinterp.errors import BackendError, CheckpointError, UsageError
 from fastinterp.execute.tensor_io import Place
-from fastinterp.methods import suggestion
+from fastinterp.messages import suggestion
 from fastinterp.ops.combine import LARGEST, Combine, Row
 from fastinterp.torch_models.endpoints import End, Ends, Memory, copy
 from fastinterp.torch_models.exclusive import Claim
