@@ -22,11 +22,14 @@ import importlib
 import inspect
 import os
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from fastinterp.errors import MethodError
+from fastinterp.messages import clipped as clipped
+from fastinterp.messages import shown as shown
+from fastinterp.messages import suggestion as suggestion
 from fastinterp.ops.combine import LARGEST, Tensor
 
 T = TypeVar("T")
@@ -183,29 +186,6 @@ def find(name: str) -> Method:
         raise MethodError(f"unknown merge method `{clipped(name)}`{suggestion(name, known)}")
     found: Method = getattr(importlib.import_module(f"{__name__}.{name}"), name)
     return found
-
-
-def suggestion(word: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown word: the known word that is close to it, else all that are known."""
-    import difflib  # not on the path of a recipe without mistakes
-
-    close = difflib.get_close_matches(word[:100].lower(), known, n=1)
-    return f", did you mean `{close[0]}`?" if close else f". Known: {', '.join(known) or 'none'}"
-
-
-def shown(value: object) -> str:
-    """A value for a message: its repr, cut short; true, false and nothing as recipes have them."""
-    if value is None or isinstance(value, bool):
-        return {None: "nothing", True: "true", False: "false"}[value]
-    try:
-        return clipped(repr(value))
-    except ValueError:  # integers of more than 4300 digits have no repr
-        return "a number of thousands of digits"
-
-
-def clipped(text: str) -> str:
-    """Text for a message, cut after 60 characters."""
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _parameters(fn: Callable[..., Any]) -> tuple[Parameter, ...]:

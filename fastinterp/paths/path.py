@@ -12,7 +12,7 @@ from typing import Any
 
 from fastinterp.arguments import snapped
 from fastinterp.errors import FastinterpError, UsageError
-from fastinterp.execute.report import Effect
+from fastinterp.execute.report import RoundingEffect
 from fastinterp.in_memory.merge import merge_measured
 from fastinterp.ops.dtypes import parse_dtype
 from fastinterp.paths.report import PathPoint, PathReport
@@ -150,7 +150,7 @@ class Path:
 
     def _measured(
         self, at: Mapping[str, float], walker: Walker | None = None
-    ) -> tuple[dict[str, Any], dict[str, Effect]]:
+    ) -> tuple[dict[str, Any], dict[str, RoundingEffect]]:
         alphas = [at[name] for name in self.names]
         given = [1.0 - alphas[0], alphas[0]] if self._line else alphas
         settings = dict(self._settings)
@@ -167,7 +167,7 @@ class Path:
 
     def _merged(
         self, given: Sequence[float], settings: Mapping[str, Any], walker: Walker | None
-    ) -> tuple[dict[str, Any], dict[str, Effect]]:
+    ) -> tuple[dict[str, Any], dict[str, RoundingEffect]]:
         with opened([*self._all.values()]) as (tensors, files):
             named = tensors if walker is None else [walker.named(x) for x in tensors]
             base, models = (None, named) if self._base is None else (named[0], named[1:])
@@ -281,6 +281,6 @@ def _metrics(found: Any, alpha: object) -> dict[str, float]:
     return {name: number for name, number in numbers.items() if number is not None}
 
 
-def _effect(effects: Mapping[str, Effect]) -> tuple[float | None, float | None, float | None]:
-    total = Effect.total(effects.values())
+def _effect(effects: Mapping[str, RoundingEffect]) -> tuple[float | None, float | None, float | None]:
+    total = RoundingEffect.total(effects.values())
     return total.strength, total.changed_fraction, total.relative_change
