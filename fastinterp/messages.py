@@ -1,4 +1,4 @@
-"""Formats what messages and tables show: sizes, counts, lists, values. Nothing is wider than 100 columns."""
+"""Formatting of values, lists, sizes and tables for messages and terminal output, at most 100 columns wide."""
 
 from __future__ import annotations
 
@@ -31,23 +31,29 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def listed(names: Iterable[str], limit: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    every = list(names)
-    more = f" and {len(every) - limit} more" if len(every) > limit else ""
+def listed(items: Iterable[str], limit: int) -> str:
+    """`a, b, c and 4 more`: the first `limit` items, and the number of those left out."""
+    every = list(items)
+    more = f" and {len(every) - limit:,} more" if len(every) > limit else ""
     return ", ".join(every[:limit]) + more
 
 
-def suggestion(word: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown word: the known word that is close to it, else all that are known."""
-    import difflib  # not on the path of a recipe without mistakes
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word most similar to `word`, or None if none is similar."""
+    import difflib  # imported only when a message is made: it is not needed on the path of a merge
 
-    close = difflib.get_close_matches(word[:100].lower(), known, n=1)
-    return f", did you mean `{close[0]}`?" if close else f". Known: {', '.join(known) or 'none'}"
+    close = difflib.get_close_matches(word[:100], list(known), n=1)
+    return close[0] if close else None
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown word: the known word most similar to it, else all known words."""
+    close = closest(word.lower(), known)
+    return f", did you mean `{close}`?" if close else f". Known: {', '.join(known) or 'none'}"
 
 
 def shown(value: object) -> str:
-    """A value for a message: its repr, cut short; true, false and nothing as recipes have them."""
+    """The repr of a value, cut after 60 characters; None, True and False as `nothing`, `true` and `false`."""
     if value is None or isinstance(value, bool):
         return {None: "nothing", True: "true", False: "false"}[value]
     try:
@@ -57,12 +63,12 @@ def shown(value: object) -> str:
 
 
 def clipped(text: str) -> str:
-    """Text for a message, cut after 60 characters."""
+    """`text`, cut after 60 characters."""
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def plain(text: str) -> str:
-    """`text` on one line, control characters escaped: names from files are shown, never obeyed by the terminal."""
+    """`text` on one line with control characters escaped, so that names read from files cannot control a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -19,6 +19,7 @@ from fastinterp.recipe.references import ModelRef
 from fastinterp.recipe.targets import Target
 from fastinterp.tokenizer.embedding_rows import named_as_embedding
 
+_LISTED = 5  # differences in a message before the rest is only counted
 _VOCABULARIES = (
     "The vocabularies differ in size: say which one the output has, `tokenizer_source: base` or "
     "`tokenizer_source: union`"
@@ -323,7 +324,7 @@ def foreign_dtypes(recipe: Recipe, targets: Sequence[Target], origin: Checkpoint
     if not found:
         return []
     return [
-        f"{origin.name}, which the output follows, has no tensor like {listed(found)}: stored in the dtype of "
+        f"{origin.name}, which the output follows, has no tensor like {listed(found, _LISTED)}: stored in the dtype of "
         "their sources. Say which one: `out_dtype`, or --dtype"
     ]
 
@@ -363,6 +364,8 @@ def _check_fit(targets: Sequence[Target], models: Sequence[Checkpoint]) -> None:
             elif a.dtype != b.dtype and not (a.dtype.merges and b.dtype.merges):
                 kinds.append(f"{its} is {a.dtype} in {lead.name} but {b.dtype} in {models[i].name}")
     if shapes:
-        raise ShapeError(f"{listed(shapes)}. {_VOCABULARIES if only_rows else 'Only tensors of the same shape merge'}")
+        raise ShapeError(
+            f"{listed(shapes, _LISTED)}. {_VOCABULARIES if only_rows else 'Only tensors of the same shape merge'}"
+        )
     if kinds:
-        raise ShapeError(f"{listed(kinds)}. Only F64, F32, F16, BF16 and F8 tensors merge; others must agree")
+        raise ShapeError(f"{listed(kinds, _LISTED)}. Only F64, F32, F16, BF16 and F8 tensors merge; others must agree")

@@ -26,6 +26,7 @@ from fastinterp.recipe.modules import tensors_of
 from fastinterp.recipe.parameters import Resolver
 
 MAX_LAYERS = 100_000  # of a stack that slices make: far above any model, and all of it is held
+_LISTED = 5  # names in a message before the rest is only counted
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -234,7 +235,7 @@ class Assembly:
         for at in sorted(sources):
             if rest := self._in_no_module(at):
                 raise self._error(
-                    f"no module takes {listed(rest)} of {recipe.models[at]}. Name a module for them, or write "
+                    f"no module takes {listed(rest, _LISTED)} of {recipe.models[at]}. Name a module for them, or write "
                     "`base_model`, from which they are copied then",
                     "$.modules",
                 )
@@ -284,7 +285,7 @@ class Assembly:
         if section.name is None:
             return "the models have no tensors"
         starts = {name.split(".")[0]: None for name in self._names[section.groups[0].sources[0].model]}
-        return f"no tensor's name starts with the module's, `{section.name}`. They start with {listed(starts)}"
+        return f"no tensor's name starts with the module's, `{section.name}`. They start with {listed(starts, _LISTED)}"
 
     def _error(self, message: str, path: str) -> RecipeError:
         return self._recipe.document.error(message, path)
@@ -309,7 +310,7 @@ class Assembly:
             (other.ref, layers[1], [name for name in others_tensors if name not in ours]),
         )
         differences = [
-            f"{model} alone has {listed(names)}{f' in {layer}' if layer else ''}"
+            f"{model} alone has {listed(names, _LISTED)}{f' in {layer}' if layer else ''}"
             for model, layer, names in sides
             if names
         ]
