@@ -1,4 +1,4 @@
-"""What the methods that thin out deltas share: which elements stay, what makes up for the rest, and who outvotes whom.
+"""Shared by the methods that drop elements of deltas: the keeps, the rescaling, and the election of signs.
 
 All tuples have one entry per model, the base left out. A keep of None: the model adds nothing, and is not ranked.
 """
@@ -31,11 +31,11 @@ def ranked(bands: Sequence[Band], size: int, whole: bool = False) -> Generator[R
 
     size   the number of elements that are ranked: of the tensor, or with `whole` of the model
     """
-    wanted = ((i, k) for i, band in enumerate(bands, 1) if band for k, end in zip(band, (1, size), strict=True)
+    needed = ((i, k) for i, band in enumerate(bands, 1) if band for k, end in zip(band, (1, size), strict=True)
               if k != end)  # fmt: skip
-    ranks = tuple(dict.fromkeys(wanted))
+    ranks = tuple(dict.fromkeys(needed))
     answer = (yield Select(ranks, whole=whole)) if ranks else ()
-    bits = {rank: found.least for rank, found in zip(ranks, answer, strict=True)}
+    bits = {rank: selected.least for rank, selected in zip(ranks, answer, strict=True)}
     return tuple(
         Keep(
             least=bits[i, band[1]] if band[1] < size else 0,
@@ -88,7 +88,7 @@ def at_random(weight: Sequence[float], density: Sequence[float], spread: Sequenc
 def dare_scales(
     tensor: Tensor, keeps: Keeps, rescale: bool, preset: Preset
 ) -> Generator[Request, Any, tuple[float, ...]]:
-    """What makes up for dropped elements: the ratio of the L1 norms, or outside mergekit 1/density."""
+    """The factors that rescale what stays: the ratio of the L1 norms, or outside preset mergekit 1/density."""
     if rescale and preset != "mergekit":
         return tuple(1.0 / keep.chance if keep else 1.0 for keep in keeps)
     return (yield from l1_ratios(tensor, keeps, rescale))
@@ -101,11 +101,11 @@ def l1_ratios(tensor: Tensor, keeps: Keeps, rescale: bool) -> Generator[Request,
     """
     if not rescale or all(keep is None or keep.keeps_all for keep in keeps):
         return (1.0,) * len(keeps)
-    asked = (Keep(), *(None if keep is None or keep.keeps_all else keep for keep in keeps))
-    found = yield MeasureKept(asked, squares=False)
+    partial = (Keep(), *(None if keep is None or keep.keeps_all else keep for keep in keeps))
+    stats = yield MeasureKept(partial, squares=False)
     ratios = []
-    for i, keep in enumerate(asked[1:], 1):
-        before, after = found.l1[i], found.kept_l1[i]
+    for i, keep in enumerate(partial[1:], 1):
+        before, after = stats.l1[i], stats.kept_l1[i]
         if keep is not None and not math.isfinite(before):
             raise MethodError(
                 f"{tensor.name} of model {i} (the base is 0) differs from the base by NaN or Inf, so what is dropped "
@@ -152,23 +152,23 @@ def elected(
     """x0 + lambda * sum_i w_i*s_i*d_i over what stays and has the elected sign; under `normalize`, divided by sum_i w_i
     over the same, a sum of 0 counting as 1.
 
-    count  the votes are s_i*d_i instead of w_i*s_i*d_i, and the divisor is the number of models that agree
+    count  signs are elected by s_i*d_i instead of w_i*s_i*d_i, and the divisor is the number of models that agree
     """
     present = [i for i, keep in enumerate(keeps) if keep is not None]
-    if len(present) == 1:  # without opposition the sign is its own, and its weight divides itself
-        alone = (1.0,) * len(keeps) if normalize and not count else weight
-        return summed(alone, keeps, scales, lambda_)
-    voices = (1.0,) * len(keeps) if count else level(weight)
-    weights = _times(voices if normalize and not count else weight, keeps, scales, lambda_)
+    if len(present) == 1:  # one model elects its own sign, and its weight divides itself
+        weights_of_one = (1.0,) * len(keeps) if normalize and not count else weight
+        return summed(weights_of_one, keeps, scales, lambda_)
+    sign_weights = (1.0,) * len(keeps) if count else level(weight)
+    weights = _times(sign_weights if normalize and not count else weight, keeps, scales, lambda_)
     if not any(weights):
         return Combine(weights, base=0)
     ones = (1.0,) * len(keeps)
     return MaskedCombine(
         weights,
         keeps=_masks(keeps),
-        votes=_times(voices, keeps, scales, 1.0),
-        shares=_times(voices, keeps, ones, 1.0) if normalize else None,
-        least_share=0.0 if count else _rounding_of_sums(voices),
+        votes=_times(sign_weights, keeps, scales, 1.0),
+        shares=_times(sign_weights, keeps, ones, 1.0) if normalize else None,
+        least_share=0.0 if count else _rounding_of_sums(sign_weights),
     )
 
 
@@ -193,7 +193,7 @@ def _masks(keeps: Keeps) -> tuple[Keep, ...] | None:
 
 
 def _rounding_of_sums(weight: Sequence[float]) -> float:
-    """The largest sum in float32 that may be nothing but the rounding of weights that cancel: it counts as 0.
+    """The largest float32 sum that may be only the rounding error of weights that cancel: such a sum counts as 0.
 
     0 if all weights have one sign; never so large that a single weight would count as 0.
     """

@@ -28,8 +28,8 @@ def sce(n: int, tensor: Tensor, *, select_topk: Unit = 1.0, int8_mask: bool = Fa
     """
     score, size = None, tensor.numel
     if select_topk < 1.0 and size:
-        (found,) = yield Select(((0, select_topk),), score=Score("spread"), nonzero=True)
-        score = Score("spread", least=found.least)
+        (threshold,) = yield Select(((0, select_topk),), score=Score("spread"), nonzero=True)
+        score = Score("spread", least=threshold.least)
     if not size or (score and score.least > ALL_BITS):
         return Combine((0.0,) * n, base=0)
     if score:
@@ -38,5 +38,5 @@ def sce(n: int, tensor: Tensor, *, select_topk: Unit = 1.0, int8_mask: bool = Fa
         gram = (yield Measure(deltas=True)).gram
         squares = tuple(gram[i][i] for i in range(n))
     weights = (0.0, *energies(tensor, squares[1:]))
-    votes = (0.0,) + (1.0,) * (n - 1)
-    return MaskedCombine(weights, votes=votes, shares=weights, least_share=1e-6, other_share=1e-6, score=score)
+    ones = (0.0,) + (1.0,) * (n - 1)
+    return MaskedCombine(weights, votes=ones, shares=weights, least_share=1e-6, other_share=1e-6, score=score)
