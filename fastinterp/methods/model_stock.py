@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from array import array
 
-from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.requests import GroupCombine, Measure, Measured, Steps
 from fastinterp.methods import method
 from fastinterp.methods._sphere import angle, finite
+from fastinterp.ops.combine import Combine, Tensor
+from fastinterp.ops.requests import GroupCombine, Measure, Measured, Steps
 
 
-@method(base="required", models=(3, 64))
+@method(base="required", models=(3, 64), sums_deltas=True)
 def model_stock(n: int, tensor: Tensor, *, filter_wise: bool = False) -> Steps:
     """Go from the base towards the mean of the fine-tunes, as far as they agree.     out = x0 + t * sum_i (x_i - x0)/N
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from array import array
 
-from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.requests import GroupCombine, Measure, Per, Steps
 from fastinterp.errors import MethodError
 from fastinterp.methods import Each, method
 from fastinterp.methods._sphere import angle, angles, arc, finite
 from fastinterp.methods._weights import shares
+from fastinterp.ops.combine import Combine, Tensor
+from fastinterp.ops.requests import GroupCombine, Measure, Per, Steps
 
 
-@method(base="optional", models=(2, 3))
+@method(base="optional", models=(2, 3), sums_deltas=True, for_more="`multislerp`, `karcher`")
 def nuslerp(
     n: int, tensor: Tensor, *, weight: Each[float], nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
 ) -> Steps:

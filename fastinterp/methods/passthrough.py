@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fastinterp.compute.ops import Combine
 from fastinterp.methods import Each, method
+from fastinterp.ops.combine import Combine
 
 
-@method(base="none", models=(1, 1))
+@method(base="none", models=(1, 1), for_more="`linear`, or `slices`")
 def passthrough(n: int, *, scale: Each[float | None] = (None,)) -> Combine:
     """Copy one model, or scale it.     out = scale*x0
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fastinterp.compute.requests import Keep, MaskedCombine
 from fastinterp.methods import Length, method
 from fastinterp.methods._float32 import bits_above
+from fastinterp.ops.requests import Keep, MaskedCombine
 
 
-@method(base="required", models=(2, 64))
+@method(base="required", models=(2, 64), sums_deltas=True, drops=True)
 def ram(n: int, *, epsilon: Length = 1e-5) -> MaskedCombine:
     """Take what one model changed from that model, and the average of what several changed.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fastinterp.compute.requests import Keep, MaskedCombine, MeasureKept, Steps
 from fastinterp.methods import Length, NotNegative, method
 from fastinterp.methods._float32 import bits_above
+from fastinterp.ops.requests import Keep, MaskedCombine, MeasureKept, Steps
 
 
-@method(base="required", models=(2, 64))
+@method(base="required", models=(2, 64), sums_deltas=True, drops=True)
 def ramplus_tl(n: int, *, epsilon: Length = 1e-5, r: float = 0.1, alpha: NotNegative = 0.2) -> Steps:
     """Take what one model changed from that model, scaled up, and the average of what several changed.
 

@@ -1,0 +1,157 @@
+"""The end points of a path: checkpoints on disk and state dicts in memory, which are read and never written to."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastinterp.checkpoint.header import Entry
+from fastinterp.checkpoint.open import Checkpoint, changed_since, open_checkpoint
+from fastinterp.errors import UsageError
+from fastinterp.execute.sources import Sources, storage
+from fastinterp.in_memory.allocate import torch_dtype
+from fastinterp.in_memory.merge import StoredTensor
+from fastinterp.messages import plain
+from fastinterp.ops.dtypes import DType, parse_dtype
+from fastinterp.plan.compatibility import unlike
+from fastinterp.torch_models.module_tensors import TensorSpec, Weight, equal_bytes, is_extra_state, tied_error
+
+Model = str | os.PathLike[str] | Mapping[str, Any]  # a checkpoint's path or Hub id, or a state dict
+_CHUNK = 8 << 20  # bytes that are compared at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Endpoint:
+    """One model of a path: the headers of a checkpoint, or a state dict.
+
+    label       what messages and reports call it: a checkpoint as the user named it, a state dict by its role
+    checkpoint  None for a state dict. Its tensors stay on disk
+    state       tensors by name; empty for a checkpoint
+    """
+
+    label: str
+    checkpoint: Checkpoint | None
+    state: Mapping[str, Any]
+
+    @staticmethod
+    def of(model: Model | None, role: str) -> Endpoint:
+        """role: `base`, say. Raises: UsageError, if the model is neither; CheckpointError."""
+        if isinstance(model, Mapping):
+            return Endpoint(role, None, model)
+        if not isinstance(model, (str, os.PathLike)):
+            raise UsageError(f"{role} must be a checkpoint's path or a state dict, got {type(model).__name__}")
+        name = os.fspath(model)
+        return Endpoint(name, open_checkpoint(name), {})
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Dtype and shape of each tensor, extra state left out. Raises: UsageError, if one is no torch tensor."""
+        if self.checkpoint is not None:
+            return {name: (entry.dtype, entry.shape) for name, entry in self.checkpoint.tensors.items()}
+        specs: dict[str, TensorSpec] = {}
+        for name, x in self.state.items():
+            if is_extra_state(name):
+                continue
+            if not hasattr(x, "data_ptr"):
+                raise UsageError(f"{name} of {self.label} must be a torch tensor, got {type(x).__name__}")
+            dtype = parse_dtype(str(x.dtype)) or DType(str(x.dtype).removeprefix("torch."), 8)
+            specs[name] = dtype, tuple(x.shape)
+        return specs
+
+    def changed_files(self) -> list[Path]:
+        """The files that were changed, replaced or removed since their headers were read."""
+        return [] if self.checkpoint is None else changed_since(self.checkpoint)
+
+
+class Endpoints:
+    """Several end points, the files of the checkpoints among them open for reading until `stack` closes.
+
+    names  of the tensors that will be read: only their files are opened. None: all
+
+    Files are read with pread, never mapped: where a file shrinks under a mapping, the process is killed.
+    Raises: StorageError, if a file cannot be opened.
+    """
+
+    def __init__(self, models: Sequence[Endpoint], stack: ExitStack, names: Collection[str] | None = None):
+        checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
+        self._names = names
+        self._number = {id(checkpoint): i for i, checkpoint in enumerate(checkpoints)}
+        reads = [(i, entry) for i, c in enumerate(checkpoints) for n, entry in c.tensors.items() if self._wanted(n)]
+        self.files = Sources(checkpoints, reads, stack)
+
+    def _wanted(self, name: str) -> bool:
+        return self._names is None or name in self._names
+
+    def tensors(self, model: Endpoint) -> dict[str, Any]:
+        """The tensors of one end point by name.
+
+        Those of a state dict are its own. Of a checkpoint floating tensors are StoredTensors, read where they are used;
+        others are few, and are read now.
+        Raises: StorageError, CheckpointError.
+        """
+        if model.checkpoint is None:
+            return {name: x for name, x in model.state.items() if self._wanted(name)}
+        number = self._number[id(model.checkpoint)]
+        return {name: self._stored(number, e) for name, e in model.checkpoint.tensors.items() if self._wanted(name)}
+
+    def _stored(self, checkpoint: int, entry: Entry) -> Any:
+        source, start, _ = self.files.operand(checkpoint, entry)
+        stored = StoredTensor(source, start, entry.shape, entry.dtype)
+        return stored if entry.dtype.merges else self._whole(stored)
+
+    def check_tied(self, model: Endpoint, tensors: Mapping[str, Any], weights: Sequence[Weight]) -> None:
+        """Raises: ShapeError, if tensors that are one in the module differ in the end point `model`."""
+        for weight in weights:
+            first, *others = [name for name in weight.names if name in tensors] or [weight.name]
+            for other in others:
+                if not self._equal(tensors[first], tensors[other]):
+                    raise tied_error(first, other, f"differ in {model.label}")
+
+    def _equal(self, x: Any, y: Any) -> bool:
+        """Whether two tensors of one end point hold the same bytes."""
+        if (x.dtype, tuple(x.shape)) != (y.dtype, tuple(y.shape)):
+            return False
+        if not isinstance(x, StoredTensor) or not isinstance(y, StoredTensor):
+            return equal_bytes(x, y)
+        nbytes = x.dtype.nbytes(math.prod(x.shape)) or 0
+        chunks = [(at, min(_CHUNK, nbytes - at)) for at in range(0, nbytes, _CHUNK)]
+        return (x.source, x.start) == (y.source, y.start) or all(
+            self._read(x.source, x.start + at, n) == self._read(y.source, y.start + at, n) for at, n in chunks
+        )
+
+    def _whole(self, stored: StoredTensor) -> Any:
+        """The tensor, read into a torch tensor in the CPU's memory."""
+        import torch
+
+        nbytes = stored.dtype.nbytes(math.prod(stored.shape))
+        if not nbytes:
+            return torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
+        data = self._read(stored.source, stored.start, nbytes)
+        return torch.frombuffer(data, dtype=torch_dtype(stored.dtype)).view(stored.shape)
+
+    def _read(self, source: int, start: int, nbytes: int) -> bytearray:
+        """Raises: StorageError; CheckpointError, if the file ends before."""
+        data = bytearray(nbytes)
+        done = 0
+        with storage(self.files.paths[source]):
+            while done < nbytes:
+                count = os.preadv(self.files.fds[source], [memoryview(data)[done:]], start + done)
+                if not count:
+                    raise self.files.explained(("read", source, 0, start, nbytes, done))
+                done += count
+        return data
+
+
+def warn_unlike(models: Sequence[Endpoint], stacklevel: int) -> None:
+    """Warn where tokenizers of the checkpoints differ from the first's, or weights are quantised, as a merge would.
+
+    stacklevel  1: the caller's line is named
+    """
+    checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
+    for warning in unlike(checkpoints) if checkpoints else ():
+        warnings.warn(plain(warning), stacklevel=stacklevel + 1)

@@ -1,0 +1,41 @@
+"""A check that a module still holds the tensors that it had: before every change of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastinterp.torch_models.module_tensors import Weight, identity_of, tensors_of
+
+
+class TensorWatch:
+    """Remembers where the weights of a module are: in which modules, and at which addresses.
+
+    To make a state dict takes milliseconds, as long as a device takes to change a model. So `gone` first looks at each
+    submodule and tensor where it was, and makes a state dict only if one of them is not there.
+    """
+
+    def __init__(self, module: Any, weights: Sequence[Weight]):
+        self._module = module
+        self._identities = [(w.name, identity_of(w.tensor)) for w in weights if w.nbytes]
+        self._submodules = [(m._modules, name, child) for m in module.modules() for name, child in m._modules.items()]
+        slots = {}
+        for prefix, part in module.named_modules(remove_duplicate=False):
+            for held in (part._parameters, part._buffers):
+                slots.update({f"{prefix}.{name}".lstrip("."): (held, name, x) for name, x in held.items()})
+        names = [name for w in weights if w.nbytes for name in w.names]
+        # A name that a module's own state_dict has made up is in no slot.
+        found = [slots.get(name) for name in names]
+        self._tensors = [(*slot, slot[2].data_ptr()) for slot in found if slot is not None and slot[2] is not None]
+        self._quick = len(self._tensors) == len(names)
+
+    def gone(self) -> list[str]:
+        """Names of the weights that the module no longer holds, or at another address."""
+        if (
+            self._quick
+            and all(held.get(name) is x and x.data_ptr() == address for held, name, x, address in self._tensors)
+            and all(children.get(name) is child for children, name, child in self._submodules)
+        ):
+            return []
+        there = {identity_of(tensor) for _, tensor in tensors_of(self._module)}
+        return [name for name, identity in self._identities if identity not in there]

@@ -1,0 +1,152 @@
+"""Recipes of several documents, and what they want of tokenizer and chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastinterp.errors import RecipeError
+from fastinterp.recipe.load import load_recipe, load_recipes
+from fastinterp.recipe.references import ModelRef
+from fastinterp.recipe.tokenizer import ChatTemplate, TokenizerWish, TokenSource, TokenWish
+from tests.support.references import texts
+
+PAIR = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tokenizer_source: union\n", TokenizerWish("union")),
+        ("tokenizer_source: base\nbase_model: c\n", TokenizerWish("base", ModelRef("c"))),
+        ("tokenizer_source: ./b/\n", TokenizerWish("model", ModelRef("b"))),
+        ("tokenizer_source: {model: b}\n", TokenizerWish("model", ModelRef("b"))),
+        ("tokenizer: {}\n", TokenizerWish("union")),
+        (
+            "tokenizer: {source: {model: {path: b}}, pad_to_multiple_of: 64}\n",
+            TokenizerWish("model", ModelRef("b"), (), 64),
+        ),
+        (
+            "tokenizer:\n  source: union\n  tokens:\n    <|im_start|>: {source: b}\n"
+            "    <|eot_id|>: {source: a, force: true}\n    <new>:\n    zero: {source: {kind: zero}}\n"
+            "    like: {source: {kind: model_token, model: a, token: 'x.[1]'}}\n"
+            "    id: {source: {kind: model_token, model: {model: b}, token_id: 7}}\n    long: {source: {model: b}}\n",
+            TokenizerWish(
+                "union",
+                None,
+                (
+                    TokenWish("<|im_start|>", TokenSource(ModelRef("b"))),
+                    TokenWish("<|eot_id|>", TokenSource(ModelRef("a")), force=True),
+                    TokenWish("<new>"),
+                    TokenWish("zero", TokenSource()),
+                    TokenWish("like", TokenSource(ModelRef("a"), token="x.[1]")),
+                    TokenWish("id", TokenSource(ModelRef("b"), token_id=7)),
+                    TokenWish("long", TokenSource(ModelRef("b"))),
+                ),
+            ),
+        ),
+    ],
+)
+def test_tokenizer(text, expected):
+    assert load_recipe(PAIR + text).tokenizer == expected
+
+
+def test_chat_template():
+    jinja = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    for text, expected in [
+        ("auto", ChatTemplate("auto")),
+        ("chatml", ChatTemplate("named", "chatml")),
+        (f"'{jinja}'", ChatTemplate("jinja", jinja)),
+    ]:
+        assert load_recipe(f"{PAIR}chat_template: {text}\n").chat_template == expected
+    assert load_recipe(PAIR).chat_template is None
+    assert load_recipe(PAIR).tokenizer is None
+
+
+# several documents
+
+CHAIN = """\
+name: first
+merge_method: linear
+base_model: origin
+models: [{model: a}, {model: b}]
+parameters: {weight: 1}
+---
+name: second
+merge_method: task_arithmetic
+base_model: first
+models: [{model: c}]
+parameters: {weight: 1}
+---
+merge_method: slerp
+base_model: second
+models: [{model: first}]
+parameters: {t: 0.5}
+"""
+
+
+def test_several_documents():
+    first, second, last = load_recipes(CHAIN)
+    assert [r.name for r in (first, second, last)] == ["first", "second", None]
+    assert (texts(second.models), second.earlier, str(second.origin)) == (("first", "c"), {"first": 0}, "origin")
+    assert (texts(last.models), last.earlier, str(last.origin)) == (
+        ("second", "first"),
+        {"second": 1, "first": 0},
+        "origin",
+    )
+    assert {r.text for r in (first, second, last)} == {CHAIN}
+    again = load_recipes([r.document.value for r in (first, second, last)])
+    assert [r.models for r in again] == [r.models for r in (first, second, last)]
+    assert [r.models for r in load_recipes(again[-1].text)] == [r.models for r in again]
+    assert texts(load_recipes("---\n" + PAIR + "---\n")[0].models) == ("a", "b")
+    assert load_recipes(PAIR + "name: alone\n")[0].name == "alone"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            CHAIN.replace("name: second\n", ""),
+            "the key `name` is missing: every document but the last needs one that those after it use"
+            " - at $ (merge.yml:6)",
+        ),
+        (
+            CHAIN.replace("name: second", "name: first"),
+            "the name 'first' is already taken in line 1 - at $.name (merge.yml:7)",
+        ),
+        (
+            CHAIN.replace("models: [{model: c}]", "models: [{model: second}]"),
+            "'second' is the name of this document itself - at $.models[0].model (merge.yml:10)",
+        ),
+        (
+            CHAIN.replace("{model: b}", "{model: second}"),
+            "'second' is the name of a document below (line 7). Move that above this one"
+            " - at $.models[1].model (merge.yml:4)",
+        ),
+        (
+            CHAIN.replace("base_model: second", "base_model: x"),
+            "'second' is never used by a document below it. Only the last one is written - at $.name (merge.yml:7)",
+        ),
+        (
+            CHAIN.replace("weight: 1}\n---\nmerge", "wieght: 1}\n---\nmerge"),
+            "unknown parameter `wieght` of `task_arithmetic`, did you mean `weight`? - at $.parameters (merge.yml:11)",
+        ),
+        (
+            CHAIN.replace("name: first", "name: ''"),
+            "the name of a document must not be empty - at $.name (merge.yml:1)",
+        ),
+    ],
+)
+def test_bad_documents(text, message):
+    with pytest.raises(RecipeError) as error:
+        load_recipes(text, file="merge.yml")
+    assert str(error.value) == message
+
+
+def test_a_name_of_a_document_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder beside the recipe that is called like a document above is not looked at."""
+    (tmp_path / "there" / "first").mkdir(parents=True)
+    (tmp_path / "there" / "merge.yml").write_text(CHAIN)
+    monkeypatch.chdir(tmp_path)
+    assert len(load_recipes("there/merge.yml")) == 3
