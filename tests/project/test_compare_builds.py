@@ -14,7 +14,7 @@ from benchmarks.compare_builds import Build, Result, Variant, compare, first_dif
 from fastinterp.bench.checkpoints import SIZES
 from fastinterp.methods import names
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCALAR = [Variant("scalar", 1, "cpu")]
 
 
