@@ -10,15 +10,18 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from fastinterp.backends.cpu import PumpOptions
 from fastinterp.backends.torch_device import current_queue, device_of, memory, pinned
 from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
 from fastinterp.errors import BackendError, ShapeError, UsageError
 from fastinterp.execute.device.resident import ResidentMachine
 from fastinterp.execute.device.streamed import StreamedMachine
 from fastinterp.execute.rounds import Machine
-from fastinterp.execute.sources import Operand, Sources
+from fastinterp.execute.sources import Sources
 from fastinterp.execute.tensor_io import Step
-from fastinterp.ops.dtypes import DType, parse_dtype
+from fastinterp.ops.combine import Row
+from fastinterp.ops.dtypes import CODE_BYTES, DType, parse_dtype
+from fastinterp.ops.steps import Combine, CopyEqual, Stored
 from fastinterp.torch_models.module_tensors import Mismatches, Weight, address_of, is_extra_state, matches
 from fastinterp.torch_models.path_endpoints import warn_unlike
 
@@ -129,9 +132,9 @@ class Ends:
         wrong.check_contiguous(weights)
         wrong.refuse()
 
-    def _operand(self, end: _Opened, name: str, number: Mapping[int, int], weights: Sequence[Weight]) -> Operand:
+    def _operand(self, end: _Opened, name: str, number: Mapping[int, int], weights: Sequence[Weight]) -> Stored:
         if end.checkpoint is not None:
-            return self._files.operand(number[id(end.checkpoint)], end.checkpoint.tensors[name])
+            return self._files.stored(number[id(end.checkpoint)], end.checkpoint.tensors[name])
         assert end.state is not None
         tensor = end.state[name].detach()
         if tensor.device.type != "cpu" and tensor.device != self.where:
@@ -149,21 +152,21 @@ class Ends:
             tensor = tensor.clone() if ours else tensor  # the module's own memory is what will be written
         return self.add(tensor, end.tensors[name][0])
 
-    def add(self, tensor: Any, dtype: DType) -> Operand:
+    def add(self, tensor: Any, dtype: DType) -> Stored:
         """A tensor in memory, contiguous, as an operand."""
         self._kept.append(tensor)
         self._at.append((tensor, address_of(tensor)))
         self._lying[len(self.handles)] = tensor
         kind = "memory" if tensor.device.type == "cpu" else "device"
         self.handles.append((kind, tensor.data_ptr(), tensor.numel() * tensor.element_size()))
-        return len(self.handles) - 1, 0, dtype.code or 0
+        return Stored(len(self.handles) - 1, 0, dtype.code or 0)
 
-    def add_memory(self, memory: Memory, weights: Sequence[Weight]) -> list[Operand]:
+    def add_memory(self, memory: Memory, weights: Sequence[Weight]) -> list[Stored]:
         """Copies of the module's own tensors, as operands."""
         self._kept.append(memory)
         first = len(self.handles)
         self.handles += [memory.handle(w.name) for w in weights]
-        return [(first + i, 0, (w.dtype.code if w.dtype else None) or 0) for i, w in enumerate(weights)]
+        return [Stored(first + i, 0, (w.dtype.code if w.dtype else None) or 0) for i, w in enumerate(weights)]
 
     def refuse_changed(self) -> None:
         """Raises: CheckpointError, if a file is not what it was when it was opened; UsageError, if a state dict's
@@ -192,26 +195,28 @@ class Ends:
         """What the CPU does, from what it reaches."""
         read, write = _FROM_FILES if self._files.fds else _FROM_MEMORY
         sources = [("memory", 0, 0) if _is_device(handle) else handle for handle in self.handles]
-        settings = {
-            "isa": self._isa, "sources": sources, "sinks": sinks, "threads": self._threads, "write_bytes": write,
-            "read_bytes": read, "stochastic": False, "fp8_saturate": True, "prefetch": False, "stats_every": 0,
-        }  # fmt: skip
-        return Machine(settings, self._explained, 0, None, 1 << 60)  # scratch for memory is never touched
+        options = PumpOptions(isa=self._isa, threads=self._threads, write_bytes=write, read_bytes=read)
+        return Machine(
+            sources, sinks, options, self._explained, 0, None, 1 << 60
+        )  # scratch for memory is never touched
 
-    def _reached(self, operand: Operand) -> bool:
-        return _is_device(self.handles[operand[0]])
+    def _reached(self, operand: Stored) -> bool:
+        return _is_device(self.handles[operand.source])
 
     def _explained(self, error: tuple[Any, ...], steps: Sequence[Step]) -> Exception:
         if error[0] == "differs":
-            one, other = steps[error[1]].name.split("\0")
-            return ShapeError(
-                f"{one} and {other} are one tensor in the module, but differ in an end point. "
-                "Untie them: tie_word_embeddings=False in the module's configuration",
-                tensor=other,
-            )
+            return self._differing(*steps[error[1]].name.split("\0"))
         return self._files.explained(error)
 
-    def _check_tied(self, found: Sequence[Mapping[str, Operand]], weights: Sequence[Weight]) -> None:
+    @staticmethod
+    def _differing(one: str, other: str) -> ShapeError:
+        return ShapeError(
+            f"{one} and {other} are one tensor in the module, but differ in an end point. "
+            "Untie them: tie_word_embeddings=False in the module's configuration",
+            tensor=other,
+        )
+
+    def _check_tied(self, found: Sequence[Mapping[str, Stored]], weights: Sequence[Weight]) -> None:
         """Tensors that are one in the module must be one in every end point."""
         steps: list[Step] = []
         sinks: list[int] = []
@@ -221,8 +226,8 @@ class Ends:
                 for other in others:
                     if own[first] != own[other]:
                         nbytes = w.tensor.numel() * _width(own[first])
-                        if own[first][2] != own[other][2]:
-                            raise self._explained(("differs", 0, 1), [Step(f"{first}\0{other}", {}, 0)])
+                        if own[first].dtype != own[other].dtype:
+                            raise self._differing(first, other)
                         if self._reached(own[first]) or self._reached(own[other]):
                             self._compare(first, other, own)
                             continue
@@ -232,13 +237,13 @@ class Ends:
             scratch = Memory(dict(enumerate(sinks)))
             self._pumped([scratch.handle(i) for i in range(len(sinks))]).run(steps)
 
-    def _compare(self, first: str, other: str, own: Mapping[str, Operand]) -> None:
+    def _compare(self, first: str, other: str, own: Mapping[str, Stored]) -> None:
         """The same for two tensors of a state dict of which one is on a device."""
         import torch
 
-        tensors = [self._lying[own[name][0]].reshape(-1).view(torch.uint8) for name in (first, other)]
+        tensors = [self._lying[own[name].source].reshape(-1).view(torch.uint8) for name in (first, other)]
         if not torch.equal(*(tensors if all(x.device == self.where for x in tensors) else (x.cpu() for x in tensors))):
-            raise self._explained(("differs", 0, 1), [Step(f"{first}\0{other}", {}, 0)])
+            raise self._differing(first, other)
 
     def _read(self, weights: Sequence[Weight]) -> bool:
         """Read what is in files into memory, and what the module's device does not reach into its memory.
@@ -248,7 +253,7 @@ class Ends:
         files = len(self._files.fds)
         moved = [
             (k, i) for k, own in enumerate(self.operands) for i, o in enumerate(own)
-            if (o[0] < files if self.where is None else not self._reached(o))
+            if (o.source < files if self.where is None else not self._reached(o))
         ]  # fmt: skip
         size = {(k, i): weights[i].tensor.numel() * _width(self.operands[k][i]) for k, i in moved}
         held = Memory(size) if self.where is None else self.placed(size)
@@ -259,7 +264,7 @@ class Ends:
         self.refuse_changed()
         self._kept.append(held)
         for (k, i), handle in zip(moved, sinks, strict=True):
-            self.operands[k][i] = len(self.handles), 0, self.operands[k][i][2]
+            self.operands[k][i] = Stored(len(self.handles), 0, self.operands[k][i].dtype)
             self.handles.append(handle)
         return True
 
@@ -278,30 +283,31 @@ class Ends:
         return None if block is None else Memory(size, "device", block)
 
 
-def copy(ends: Ends, sources: Sequence[Operand], sinks: list[Any], sizes: Sequence[int]) -> None:
+def copy(ends: Ends, sources: Sequence[Stored], sinks: list[Any], sizes: Sequence[int]) -> None:
     """Copy the bytes of operands into sinks, one into each."""
     places = [(o, i, n) for i, (o, n) in enumerate(zip(sources, sizes, strict=True)) if n]
     if ends.where is None:
         ends.machine(sinks).run([_same("", [o], i, n) for o, i, n in places])
     elif places:  # by kernels
-        ends.machine(sinks).run([
-            Step("", {"kind": "combine", "inputs": [o], "rows": [(0, 1.0, [])], "numel": n // _width(o), "sinks": [i],
-                      "offsets": [0], "out_dtype": o[2]}, 2 * n)
-            for o, i, n in places
-        ])  # fmt: skip
+        ends.machine(sinks).run([Step("", _unchanged(o, i, n // _width(o)), 2 * n) for o, i, n in places])
+
+
+def _unchanged(operand: Stored, sink: int, numel: int) -> Combine:
+    """A copy of a tensor's elements, in its own dtype."""
+    return Combine(inputs=(operand,), numel=numel, sinks=(sink,), offsets=(0,), out_dtype=operand.dtype, rows=(Row(0),))
 
 
 def _is_device(handle: Any) -> bool:
     return isinstance(handle, tuple) and handle[0] == "device"
 
 
-def _same(name: str, operands: Sequence[Operand], sink: int, nbytes: int) -> Step:
-    native = {"kind": "same", "inputs": list(operands), "numel": nbytes, "sinks": [sink], "offsets": [0]}
+def _same(name: str, operands: Sequence[Stored], sink: int, nbytes: int) -> Step:
+    native = CopyEqual(inputs=tuple(operands), numel=nbytes, sinks=(sink,), offsets=(0,))
     return Step(name, native, nbytes * 2)
 
 
-def _width(operand: Operand) -> int:
-    return (8, 4, 2, 2, 1, 1)[operand[2]]
+def _width(operand: Stored) -> int:
+    return CODE_BYTES[operand.dtype]
 
 
 def _opened(label: str, end: End) -> _Opened:

@@ -111,11 +111,11 @@ def _stored(checkpoint: Checkpoint | None, number: Mapping[int, int], files: Sou
     """Floating tensors stay where they are; the others, which are copied, are few, and are read."""
     found: dict[str, Any] = {}
     for name, entry in checkpoint.tensors.items() if checkpoint else ():
-        source, start, _ = files.operand(number[id(checkpoint)], entry)
+        operand = files.stored(number[id(checkpoint)], entry)
         if entry.dtype.merges:
-            found[name] = StoredTensor(source, start, entry.shape, entry.dtype)
+            found[name] = StoredTensor(operand.source, operand.offset, entry.shape, entry.dtype)
         else:
-            found[name] = _whole(files, source, entry)
+            found[name] = _whole(files, operand.source, entry)
     return found
 
 
