@@ -41,10 +41,10 @@ def densities(asked: Sum, answers: Answers, numel: int) -> dict[int, Density]:
     for request, selected in answers:
         if request.score is not None or request.nonzero:
             continue
-        for i, keep in enumerate(asked.keeps or ()):
+        for i, keep in enumerate(asked.masks or ()):
             own = [(int(k), s) for (at, k), s in zip(request.ranks, selected, strict=True) if at == i]
-            low = max(((k, s.kept) for k, s in own if s.least == keep.least > 0), default=None)
-            above = min((k - 1 for k, s in own if s.least == keep.most), default=0)
+            low = max(((k, s.kept) for k, s in own if s.min_bits == keep.min_bits > 0), default=None)
+            above = min((k - 1 for k, s in own if s.min_bits == keep.max_bits), default=0)
             if low is not None:
                 found[i] = Density(low[0] - above, low[1] - above, 0 if request.whole else numel)
     return found

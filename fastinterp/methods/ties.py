@@ -13,7 +13,7 @@ def ties(
     n: int, tensor: Tensor, *, weight: Each[float], density: Each[Unit] = (1.0,), normalize: bool = True,
     rescale: bool = False, lambda_: float = 1.0, int8_mask: bool = False, preset: Preset = "mergekit",
 ) -> Steps:  # fmt: skip
-    """Keep the largest changes of each model, elect a sign for each element, and average those that have it.
+    """Mask the largest changes of each model, elect a sign for each element, and average those that have it.
 
         out = x0 + lambda * sum_A w_i*t_i / sum_A w_i  t_i = x_i - x0 where |x_i - x0| is among the largest, else 0
                                                        A: the models with t_i != 0, sign(w_i*t_i) = sign(sum w_j*t_j)
@@ -38,6 +38,6 @@ def ties(
         refuse_cancelling(weight)
     size = tensor.model_numel if whole else tensor.numel
     kept = [number_kept(p, size) if w or count else 0 for w, p in zip(weight, density, strict=True)]
-    keeps = yield from ranked([(1, k) if k else None for k in kept], size, whole)
-    scales = yield from l1_ratios(tensor, keeps, rescale)
-    return elected(weight, keeps, scales, normalize=normalize, lambda_=lambda_, count=count)
+    masks = yield from ranked([(1, k) if k else None for k in kept], size, whole)
+    scales = yield from l1_ratios(tensor, masks, rescale)
+    return elected(weight, masks, scales, normalize=normalize, lambda_=lambda_, count=count)

@@ -110,7 +110,7 @@ def _check(asked: Sum, name: str) -> None:
         if asked.base is None and not asked.sums_to_one:
             check_coefficients(asked.totals, name)
     else:
-        used = (asked.weights, asked.votes, asked.shares, asked.alone)
+        used = (asked.weights, asked.sign_weights, asked.shares, asked.sole_weights)
         check_coefficients((w for some in used if some is not None for w in some), name)
 
 
@@ -176,9 +176,9 @@ def _made_up(request: Request, n: int, shape: tuple[int, ...]) -> Any:
         one = _near(n, numel // max(1, groups), 1e-4 if request.deltas else 1.0, request.deltas)
         return one if request.per == "tensor" else [one]  # one group for all of them: many would take long
     if isinstance(request, MeasureKept):
-        keeps = request.keeps[1:]
-        share = [0.0, *(0.0 if k is None else k.chance if k.least == 0 else 0.5 * k.chance for k in keeps)]
-        sizes = (0.0, *(0.0 if k is None else 0.01 * numel for k in keeps))
+        masks = request.masks[1:]
+        share = [0.0, *(0.0 if m is None else m.probability if m.min_bits == 0 else 0.5 * m.probability for m in masks)]
+        sizes = (0.0, *(0.0 if m is None else 0.01 * numel for m in masks))
         kept = tuple(round(s * numel) for s in share)
         part = tuple(s * x for s, x in zip(share, sizes, strict=True))
         return Kept(sizes, part, kept, tuple(k // 2 for k in kept), tuple(0.01 * x for x in part))
