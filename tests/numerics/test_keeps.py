@@ -92,7 +92,7 @@ def test_kept_counts_by_hand():
     lone = dataclasses.replace(ask, masks=(Mask(), None, ask.masks[2]))
     found = reference_masked.kept(data, [F32] * 3, lone, (4,))
     assert found == Kept((0.0, 0.0, 9.0), (0.0, 0.0, 1.0), (0, 0, 3), (0, 0, 0), (0.0, 0.0, 1.0))
-    with pytest.raises(ValueError, match="every model needs a keep"):
+    with pytest.raises(ValueError, match="every model needs a mask"):
         kept_inputs(dataclasses.replace(lone, score=Score("variance")))
 
 
