@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from fastinterp.checkpoint.header import Entry
 from fastinterp.execute.sources import storage
+from fastinterp.ops.contract import CHUNK
 from fastinterp.plan.plan import Plan
 from fastinterp.plan.tensors import PlannedTensor
 
-CHUNK = 16384  # elements of a tensor
 TENSORS = 128  # that are sampled, spread over the model
 
 

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from fastinterp.backends.cpu import reserve
+from fastinterp.backends.cpu import Handle, reserve
 from fastinterp.errors import OutputError
 from fastinterp.execute.sources import storage
 from fastinterp.plan.plan import Plan
@@ -22,7 +22,7 @@ class Sinks(Protocol):
     scratch  a folder for temporary files; None: the system's
     """
 
-    handles: list[Any]
+    handles: list[Handle]
     of: dict[str, tuple[list[int], list[int]]]
     paths: list[Path]
     files: int
@@ -39,7 +39,7 @@ class FileSinks:
     """
 
     def __init__(self, plan: Plan, outputs: Sequence[Sequence[Path | None]]):
-        self.handles: list[Any] = []
+        self.handles: list[Handle] = []
         self.of: dict[str, tuple[list[int], list[int]]] = {}
         self.paths: list[Path] = []
         paths = [path for own in outputs for path in own if path is not None]
@@ -73,7 +73,7 @@ class MemorySinks:
     """
 
     def __init__(self, outputs: Sequence[Mapping[str, tuple[int, int]]]):
-        self.handles: list[Any] = []
+        self.handles: list[Handle] = []
         self.of: dict[str, tuple[list[int], list[int]]] = {}
         self.paths: list[Path] = []
         self.files = 0

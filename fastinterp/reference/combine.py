@@ -16,11 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastinterp.ops.combine import Row
+from fastinterp.ops.contract import CHUNK, LANES
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from fastinterp.reference.fma import fma, fma64
-
-CHUNK = 16384  # elements; statistics that are sampled take whole chunks of the tensor, `measure` folds them
-LANES = 256  # of a chunk, in `measure`
 
 Array = NDArray[Any]
 

@@ -27,8 +27,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from fastinterp._triton.combine import combine_kernel, effect_kernel  # noqa: E402
 from fastinterp._triton.histogram import histogram_kernel  # noqa: E402
-from fastinterp._triton.kept import kept_kernel  # noqa: E402
-from fastinterp._triton.masked import masked_effect_kernel, masked_kernel  # noqa: E402
+from fastinterp._triton.masked_stats import masked_stats_kernel  # noqa: E402
+from fastinterp._triton.masked_sum import masked_sum_effect_kernel, masked_sum_kernel  # noqa: E402
 from fastinterp._triton.measure import measure_columns_kernel, measure_kernel  # noqa: E402
 from fastinterp.backends.device import Piece  # noqa: E402
 from fastinterp.backends.triton.launch import Room  # noqa: E402
@@ -122,9 +122,9 @@ CASES = {
     "measure_columns": (measure_columns_kernel, MEASURED, measuring(2), 1),
     "histogram": (histogram_kernel, COUNTED, HISTOGRAM, 4),
     "scores": (histogram_kernel, COUNTED, HISTOGRAM | {"SCORE": 1}, 4),
-    "masked": (masked_kernel, SUMS, MASKED, 4),
-    "masked_sampled": (masked_effect_kernel, TOLD + "*fp64", effect(MASKED, False), 4),
-    "kept": (kept_kernel, LEFT, KEPT, 2),
+    "masked": (masked_sum_kernel, SUMS, MASKED, 4),
+    "masked_sampled": (masked_sum_effect_kernel, TOLD + "*fp64", effect(MASKED, False), 4),
+    "kept": (masked_stats_kernel, LEFT, KEPT, 2),
 }
 
 
@@ -247,8 +247,8 @@ def pieces_of(n: int, numel: int = 98304, first: int = 1 << 20) -> dict[str, Pie
 def test_launches_compile_as_they_are_made(room):
     """What a launch passes is what a kernel takes, constants and all."""
     run(room, [*pieces_of(2).values()])
-    wrote = {"combine_kernel", "effect_kernel", "masked_kernel", "masked_effect_kernel"}
-    assert {name for name, *_ in room.launched} == wrote | {"measure_kernel", "histogram_kernel", "kept_kernel"}
+    wrote = {"combine_kernel", "effect_kernel", "masked_sum_kernel", "masked_sum_effect_kernel"}
+    assert {name for name, *_ in room.launched} == wrote | {"measure_kernel", "histogram_kernel", "masked_stats_kernel"}
 
 
 def test_tables_of_different_lengths_are_one_kernel(room):
