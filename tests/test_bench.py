@@ -20,6 +20,7 @@ from fastinterp.bench.check import Job, WrongAnswerError, allowed_error, check, 
 from fastinterp.bench.checkpoints import SIZES, write_checkpoints
 from fastinterp.errors import CheckpointError, OutputError, UsageError
 from fastinterp.files.checkpoint import open_checkpoint
+from tests.processes import started
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = SIZES["tiny"]
@@ -95,13 +96,13 @@ def test_interrupt_leaves_nothing(tmp_path):
     """Not the scratch folder, and not the command that was running."""
     args = ["--size", "tiny", "--against", "copy", "--runs", "1000", "--dir", str(tmp_path)]
     program = [sys.executable, "-m", "fastinterp", "bench", *args]
-    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True, cwd=ROOT) as child:
+    with started(program, stderr=subprocess.PIPE, cwd=ROOT) as child:
         assert child.stderr is not None
         for line in child.stderr:
             if line.startswith("round 1 of 1000: copy"):
                 break
         child.send_signal(signal.SIGINT)
-        assert "Traceback" not in child.stderr.read()
+        assert "Traceback" not in child.communicate(timeout=60)[1]
     assert child.returncode not in (0, None)
     assert list(tmp_path.iterdir()) == []
     assert str(tmp_path) not in commands_running()

@@ -17,6 +17,7 @@ from tests import fake_device
 from tests.checkpoints import recipe, write
 from tests.device_merges import KB, METHODS, SLOT, models, small
 from tests.fake_device import FakeDevice, Fault
+from tests.processes import interruptible
 from tests.written import tree
 
 pytest_plugins = ("tests.device_fixtures",)
@@ -150,7 +151,7 @@ def test_a_signal_ends_all_threads(tmp_path, ends, use, monkeypatch):
         return compute(piece)
 
     monkeypatch.setattr(fake_device, "computed", interrupting)
-    with pytest.raises(KeyboardInterrupt):
+    with interruptible(), pytest.raises(KeyboardInterrupt):
         fastinterp.merge(METHODS["linear"](ends), tmp_path / "out", device="cuda:0,1")
     assert not (tmp_path / "out").exists()
     assert all(d.held == {"host": 0, "memory": 0} for d in found)

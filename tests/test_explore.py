@@ -31,6 +31,7 @@ from fastinterp.steer.explore.session import Wish, check_model, open_session
 from fastinterp.steer.explore.sliders import Sliders, read_report
 from tests.language_models import save_model
 from tests.models import bf16, layers, save
+from tests.processes import interruptible
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -333,7 +334,10 @@ class Program:
         command = [sys.executable, "-m", "fastinterp", "explore", *map(str, args), "--port", "0", "--threads", "1"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # `end` closes it
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment)
+        with interruptible():
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment
+            )
         assert self.process.stdout is not None
         self.output = self.process.stdout
         self.url = self.output.readline().split()[0]
@@ -355,7 +359,10 @@ class Program:
     def end(self, number=signal.SIGINT):
         """The exit code."""
         self.process.send_signal(number)
-        code = self.process.wait(20)
+        try:
+            code = self.process.wait(20)
+        finally:
+            self.process.kill()
         self.output.close()
         self.stderr.seek(0)
         self.said = self.stderr.read().splitlines()
