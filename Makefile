@@ -88,7 +88,7 @@ test: $(VENV)/.built ## the whole test suite
 	@FASTINTERP_REQUIRE=scalar $(PY) -m pytest
 
 oracle: $(VENV)/.built $(ORACLE_VENV)/.installed ## every method of mergekit, compared with it
-	@FASTINTERP_REQUIRE=mergekit PYTHONPATH=. $(ORACLE_VENV)/bin/python -m pytest tests/test_oracle_deltas.py tests/test_oracle_gram.py
+	@FASTINTERP_REQUIRE=mergekit PYTHONPATH=. $(ORACLE_VENV)/bin/python -m pytest tests/methods/test_oracle_deltas.py tests/methods/test_oracle_gram.py
 
 check: lint ## lint and the quick tests
 	@$(PY) -m pytest --quiet -m "not slow"
@@ -112,10 +112,10 @@ werror: $(VENV)/.built ## compile with -Wall -Wextra -Werror, in a folder of its
 	  && cmake --build build/werror
 
 neon: ## cross-compile the kernels for aarch64 and test them under qemu-user
-	@tests/neon/run.sh
+	@tests/numerics/neon/run.sh
 
 cuda-check: $(VENV)/.built ## compile the CUDA kernels for every architecture, and look at what became of them
-	@FASTINTERP_REQUIRE=nvcc $(PY) -m pytest tests/test_cuda_compile.py
+	@FASTINTERP_REQUIRE=nvcc $(PY) -m pytest tests/devices/test_cuda_compile.py
 
 gpu-test: $(VENV)/.built ## on a machine with a GPU: the same bytes everywhere, no bad access, no race
 	@ONLY=tests PYTHON="$(CURDIR)/$(PY)" benchmarks/gpu.sh

@@ -10,7 +10,7 @@ the device that moves as many bytes, those read and those written together. 55 G
 Merges from file to file are whole commands on checkpoints of 2.2 GB each, `--device cuda` and `--device cpu` in turn.
 
 `--rehearse` goes through all of it with small arrays on a machine without a GPU: CUDA's kernels run on the host as
-tests/cuda_host has it, and Triton's in its interpreter. Its times mean nothing.
+tests/support/cuda_host has it, and Triton's in its interpreter. Its times mean nothing.
 """
 
 from __future__ import annotations

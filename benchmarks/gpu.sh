@@ -53,20 +53,20 @@ FASTINTERP_CUDA=1 "$python" setup.py -q build_ext --inplace >"$made/build" 2>&1 
 # Compiling Triton's kernels takes most of the time, so several processes each run a part of the tests.
 tests() {
   step "the same bytes everywhere; no bad access, no race"
-  local checked=("${pytest[@]}" tests/test_gpu.py -k sanitized) at_once=2 pids=() names=() i tool
+  local checked=("${pytest[@]}" tests/devices/test_gpu.py -k sanitized) at_once=2 pids=() names=() i tool
   collected() { "${pytest[@]}" --collect-only "$@" >"$made/collected" 2>&1 || cat "$made/collected" >&2; grep :: "$made/collected"; }
   started() { pids+=("$!") && names+=("$1"); }
   if [ -n "$rehearse" ]; then
-    collected tests/test_gpu.py | grep -E 'launch|measures' >"$made/tests"
+    collected tests/devices/test_gpu.py | grep -E 'launch|measures' >"$made/tests"
     "${checked[@]}" >"$made/log.sanitized" 2>&1 &
     started sanitized
   else
     export FASTINTERP_REQUIRE=gpu
     at_once=$(($(nproc) < 16 ? $(nproc) : 16))
     {
-      collected tests/test_gpu.py tests/test_gpu_merge.py tests/test_resident_gpu.py | grep -vE 'sanitized|32_bits'
-      collected tests/test_cuda_{groups,histogram,kept,masked,measure}.py
-      collected tests/test_same_bits.py | grep -F '[cuda-' | grep -v emulated
+      collected tests/devices/test_gpu.py tests/devices/test_gpu_merge.py tests/devices/test_resident_gpu.py | grep -vE 'sanitized|32_bits'
+      collected tests/devices/test_cuda_{groups,histogram,kept,masked,measure}.py
+      collected tests/numerics/test_same_bits.py | grep -F '[cuda-' | grep -v emulated
     } | sort -R --random-source=Makefile >"$made/tests"
     command -v compute-sanitizer >/dev/null || failed+=("compute-sanitizer is not there")
     for tool in memcheck racecheck synccheck; do # errors of calls that torch only tries are not ours
@@ -87,7 +87,7 @@ tests() {
     wait "${pids[i]}" || { failed+=("${names[i]}"); grep -E '^(FAILED|ERROR|E  |=========)' "$made/log.${names[i]}" | head -n 40; }
     tail -n 1 "$made/log.${names[i]}" | sed "s/^/${names[i]}: /"
   done
-  [ -n "$rehearse" ] || "${pytest[@]}" tests/test_gpu_merge.py -k 32_bits || failed+=("more elements than 32 bits count")
+  [ -n "$rehearse" ] || "${pytest[@]}" tests/devices/test_gpu_merge.py -k 32_bits || failed+=("more elements than 32 bits count")
 }
 
 speed() {

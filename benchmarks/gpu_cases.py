@@ -39,7 +39,7 @@ class Case:
 class Bench:
     """The first device and a backend for it, "cuda" or "triton". Cases move about 2 GB each, but those of whole models.
 
-    rehearse  on the host: CUDA's kernels as tests/cuda_host has them, Triton's interpreted, and all arrays small
+    rehearse  on the host: CUDA's kernels emulated (tests/support/cuda_host), Triton's interpreted, and all arrays small
     """
 
     def __init__(self, backend: str, rehearse: bool):
@@ -63,7 +63,7 @@ class Bench:
         return [first, *(self.random(numel, i, first) for i in range(1, n))]
 
     def piece(self, inputs: Sequence[Any], outputs: Sequence[Any], rows: Sequence[Any]) -> dict[str, Any]:
-        from fastinterp.compute.dtypes import BF16
+        from fastinterp.ops.dtypes import BF16
 
         code = BF16.code
         return {
@@ -251,21 +251,21 @@ class Bench:
 def opened(backend: str, rehearse: bool) -> Any:
     """The device, which what fastinterp does with tensors on it uses too."""
     if backend == "triton":
-        from fastinterp.compute.triton import TritonDevice
+        from fastinterp.backends.triton.device import TritonDevice
 
         device: Any = TritonDevice(0)
     else:
-        from fastinterp.compute import cuda
+        from fastinterp.backends import cuda
 
         if rehearse:
             import fastinterp
-            from tests import cuda_host
+            from tests.support import cuda_host
 
             sys.modules["fastinterp._cuda"] = fastinterp._cuda = cuda_host.module()
             cuda_host.fake().reset(cuda_host.Fake.EAGER)
         device = cuda.device(0)
     if not rehearse:
-        from fastinterp.compute import resident_devices
+        from fastinterp.backends import torch_device as resident_devices
 
         resident_devices._opened[0] = device
     return device
@@ -280,7 +280,7 @@ def _llama_7b() -> list[int]:
 
 def _combine_on_cpu(inputs: Sequence[Any], out: Any, row: Any, first: int) -> None:
     from fastinterp import _C
-    from fastinterp.compute.dtypes import BF16
+    from fastinterp.ops.dtypes import BF16
 
     code, given = BF16.code or 0, [x.data_ptr() for x in inputs]
     _C.combine(given, [code] * len(given), [row], [out.data_ptr()], code, out.numel(), first=first)
@@ -288,8 +288,8 @@ def _combine_on_cpu(inputs: Sequence[Any], out: Any, row: Any, first: int) -> No
 
 def _measured_on_cpu(inputs: Sequence[Any]) -> list[list[float]]:
     from fastinterp._C import Pump
-    from fastinterp.compute.backends import cpu_isa
-    from fastinterp.compute.dtypes import BF16
+    from fastinterp.backends.registry import cpu_isa
+    from fastinterp.ops.dtypes import BF16
 
     sources = [("memory", x.data_ptr(), 2 * x.numel()) for x in inputs]
     operands = [(i, 0, BF16.code) for i in range(len(inputs))]

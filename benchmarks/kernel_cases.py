@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastinterp.bench.check import allowed_error
-from fastinterp.compute import reference
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F16, F32, DType
-from fastinterp.compute.ops import Combine, Row
-from tests.cases import Guarded, fill
+from fastinterp.ops.combine import Combine, Row
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, DType
+from fastinterp.reference import combine as reference
+from tests.support.cases import Guarded, fill
 
 DTYPES = (BF16, F16, F32, F8_E4M3)
 PERIOD = 65536  # elements; larger arrays repeat them, so that the slow reference need compute no more

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from benchmarks.kernel_cases import KernelCase
-from fastinterp.compute.dtypes import BF16, F8_E4M3, F16, F32
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32
 
 Run = Callable[[], object]
 
@@ -176,7 +176,7 @@ class Fastinterp(Rival):
 
     def prepare(self, case: KernelCase, threads: int) -> Run:
         from fastinterp import _C, weighted_sum
-        from fastinterp.compute.backends import cpu_isa
+        from fastinterp.backends.registry import cpu_isa
 
         if case.k == 1:
             inputs, out, weights = case.arrays(case.inputs), case.arrays(case.outputs)[0], case.weights[0]

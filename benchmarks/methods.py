@@ -3,7 +3,7 @@
     python -m benchmarks.methods MODELS_DIR [--only ties,slerp] [--runs 3] [--mergekit PYTHON] [--out FILE.json]
 
 MODELS_DIR holds base/, ft1/ and ft2/, BF16, as `fastinterp bench --models DIR` makes them. Floor: `cat` of every input
-that the method reads, then `cp` of one. The answer is compared with tests/drive.py, which evaluates the same
+that the method reads, then `cp` of one. The answer is compared with tests/support/drive.py, which evaluates the same
 definitions in float64, on the smallest tensors.
 """
 
@@ -24,7 +24,7 @@ from fastinterp.bench.check import WrongAnswerError, allowed_error, read_tensors
 from fastinterp.bench.provenance import provenance
 from fastinterp.bench.race import Racer, race
 from fastinterp.methods import Sidecar, find, names
-from tests.drive import run as evaluate
+from tests.support.drive import run as evaluate
 
 _SAMPLED = 0.5  # of one read: what a `select` may read beside its full pass: a sample, and small tensors twice
 _CHECKED = 6  # tensors

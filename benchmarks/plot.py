@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib as mpl
 
 from benchmarks.table import RIVALS, load
-from fastinterp.engine.text import size
+from fastinterp.messages import size
 
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "fastinterp"  # the same results give the same file

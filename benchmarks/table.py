@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastinterp.engine.text import size
+from fastinterp.messages import size
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"

@@ -15,7 +15,7 @@
 
 namespace fi {
 
-// The numbers stand in fastinterp/compute/dtypes.py too.
+// The numbers stand in fastinterp/ops/dtypes.py too.
 enum class DType : int { F64 = 0, F32 = 1, F16 = 2, BF16 = 3, F8_E4M3 = 4, F8_E5M2 = 5 };
 constexpr int kDTypes = 6;
 

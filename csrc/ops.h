@@ -6,7 +6,7 @@
 
 namespace fi {
 
-constexpr int kMaxInputs = 64, kMaxOutputs = 256;  // the same numbers stand in fastinterp/compute/ops.py
+constexpr int kMaxInputs = 64, kMaxOutputs = 256;  // the same numbers stand in fastinterp/ops/combine.py
 // Elements and lanes of a measured chunk: sums run in lanes, lanes and chunks fold in pairs. Part of NUMERICS, not
 // tuning knobs. 256 lanes are one CUDA block; on AVX-512 they are eight passes of four registers.
 constexpr int64_t kChunk = 16384;
@@ -165,7 +165,7 @@ struct Score {
   const float* factors;
 };
 
-// One output: x[base] + step. See MaskedCombine in fastinterp/compute/requests.py.
+// One output: x[base] + step. See MaskedCombine in fastinterp/ops/requests.py.
 struct MaskedRow {
   int base, n_terms, n_reads;
   const MaskedTerm* terms;

@@ -78,7 +78,7 @@ class Pump:
     per        of "combine" and the measures: "tensor" (as if nothing was said), "row" or "column"
     rows       of "combine", one per output: [(pivot, total, [(input, weight)])]; by groups
                [(pivot, f64[groups], [input], f64[groups * inputs])], all weights of a group together
-    masked     of "masked": one dict per output, as compute/masked.py makes them
+    masked     of "masked": one dict per output, as ops/masked.py makes them
     keeps, score, l1, squares
                of "kept", made there, too; the score also of "histogram", where it is ranked instead of deltas
     masks      of "kept", may be left out: (Masks to be filled, which of them for each input, -1 for none)

@@ -24,12 +24,7 @@ from typing import TYPE_CHECKING
 from fastinterp._version import __version__
 
 if TYPE_CHECKING:
-    from fastinterp.compute.arrays import weighted_sum
-    from fastinterp.engine.check import check
-    from fastinterp.engine.compare import compare
-    from fastinterp.engine.memory import merge_state_dicts, merge_tensors
-    from fastinterp.engine.report import Report
-    from fastinterp.engine.run import explain, interpolate, merge
+    from fastinterp.api import explain, interpolate, merge
     from fastinterp.errors import (
         BackendError,
         CheckpointError,
@@ -41,12 +36,17 @@ if TYPE_CHECKING:
         StorageError,
         UsageError,
     )
-    from fastinterp.steer.live import Live
-    from fastinterp.steer.load import load, load_into, load_iter
-    from fastinterp.steer.path import path
-    from fastinterp.steer.path_report import PathReport
-    from fastinterp.steer.points import Point
-    from fastinterp.steer.sweep import sweep
+    from fastinterp.execute.report import Report
+    from fastinterp.in_memory.merge import merge_state_dicts, merge_tensors
+    from fastinterp.in_memory.weighted_sum import weighted_sum
+    from fastinterp.inspect.check import check
+    from fastinterp.inspect.compare import compare
+    from fastinterp.paths.path import path
+    from fastinterp.paths.points import Point
+    from fastinterp.paths.report import PathReport
+    from fastinterp.paths.sweep import sweep
+    from fastinterp.torch_models.live import Live
+    from fastinterp.torch_models.load import load, load_into, load_iter
 
 __all__ = [
     "BackendError",
@@ -80,23 +80,23 @@ __all__ = [
 
 # Where each name lives, beside the errors.
 _HOMES = {
-    "Live": "fastinterp.steer.live",
-    "Point": "fastinterp.steer.points",
-    "check": "fastinterp.engine.check",
-    "compare": "fastinterp.engine.compare",
-    "Report": "fastinterp.engine.report",
-    "explain": "fastinterp.engine.run",
-    "interpolate": "fastinterp.engine.run",
-    "load": "fastinterp.steer.load",
-    "load_into": "fastinterp.steer.load",
-    "load_iter": "fastinterp.steer.load",
-    "merge": "fastinterp.engine.run",
-    "merge_state_dicts": "fastinterp.engine.memory",
-    "merge_tensors": "fastinterp.engine.memory",
-    "path": "fastinterp.steer.path",
-    "PathReport": "fastinterp.steer.path_report",
-    "sweep": "fastinterp.steer.sweep",
-    "weighted_sum": "fastinterp.compute.arrays",
+    "Live": "fastinterp.torch_models.live",
+    "Point": "fastinterp.paths.points",
+    "check": "fastinterp.inspect.check",
+    "compare": "fastinterp.inspect.compare",
+    "Report": "fastinterp.execute.report",
+    "explain": "fastinterp.api",
+    "interpolate": "fastinterp.api",
+    "load": "fastinterp.torch_models.load",
+    "load_into": "fastinterp.torch_models.load",
+    "load_iter": "fastinterp.torch_models.load",
+    "merge": "fastinterp.api",
+    "merge_state_dicts": "fastinterp.in_memory.merge",
+    "merge_tensors": "fastinterp.in_memory.merge",
+    "path": "fastinterp.paths.path",
+    "PathReport": "fastinterp.paths.report",
+    "sweep": "fastinterp.paths.sweep",
+    "weighted_sum": "fastinterp.in_memory.weighted_sum",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests import backends
+from tests.support import backends
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,7 +14,7 @@
 namespace fi {
 namespace cuda {
 
-// What a piece answers, once an event that was recorded after it has passed. See fastinterp/compute/device.py.
+// What a piece answers, once an event that was recorded after it has passed. See fastinterp/backends/device.py.
 class Pending {
  public:
   virtual ~Pending() = default;

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastinterp.engine import text
+from fastinterp import messages as text
 
 _POOL = (
     1 << 22

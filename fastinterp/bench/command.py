@@ -222,7 +222,7 @@ def _job(folders: Sequence[Path], recipe: str) -> Job:
 
 
 def _need(folder: Path, nbytes: int, what: str) -> None:
-    from fastinterp.engine.text import size
+    from fastinterp.messages import size
 
     while not folder.exists():
         folder = folder.parent
@@ -264,7 +264,7 @@ def _measure(
 
 def as_text(found: dict[str, Any]) -> list[str]:
     """The table that people read."""
-    from fastinterp.engine.text import counted, size, table
+    from fastinterp.messages import counted, size, table
 
     where = found["provenance"]
     least = ""

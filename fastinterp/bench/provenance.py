@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp._version import __version__
-from fastinterp.compute.backends import cpu_isa, cpu_threads
+from fastinterp.backends.registry import cpu_isa, cpu_threads
 
 
 def provenance(folder: Path | None = None) -> dict[str, Any]:

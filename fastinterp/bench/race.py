@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastinterp.compute.pump import cached_fraction
+from fastinterp.backends.cpu import cached_fraction
 from fastinterp.errors import FastinterpError, UsageError
 
 _TICK_S = 0.005  # between two looks at the memory

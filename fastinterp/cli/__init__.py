@@ -14,17 +14,17 @@ from fastinterp.errors import FastinterpError
 
 # The commands in the order of --help, and the module that each is in.
 _HOMES = {
-    "merge": "fastinterp.cli.merging",
-    "interpolate": "fastinterp.cli.merging",
-    "sweep": "fastinterp.cli.steering",
-    "check": "fastinterp.cli.looking",
-    "explain": "fastinterp.cli.looking",
-    "inspect": "fastinterp.cli.looking",
-    "diff": "fastinterp.cli.looking",
-    "plot": "fastinterp.cli.seeing",
-    "explore": "fastinterp.cli.seeing",
-    "methods": "fastinterp.cli.about",
-    "doctor": "fastinterp.cli.about",
+    "merge": "fastinterp.cli.merge",
+    "interpolate": "fastinterp.cli.merge",
+    "sweep": "fastinterp.cli.sweep",
+    "check": "fastinterp.cli.inspect",
+    "explain": "fastinterp.cli.inspect",
+    "inspect": "fastinterp.cli.inspect",
+    "diff": "fastinterp.cli.inspect",
+    "plot": "fastinterp.cli.explore",
+    "explore": "fastinterp.cli.explore",
+    "methods": "fastinterp.cli.info",
+    "doctor": "fastinterp.cli.info",
     "bench": "fastinterp.bench.command",
 }
 OUTCOME = "fastinterp.outcome"  # key in click's Context.meta: a list, what to say of the output after a failure

@@ -14,7 +14,7 @@ import click
 from fastinterp.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
-    from fastinterp.engine.ranks import Rank
+    from fastinterp.execute.distributed.peers import Rank
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -66,7 +66,7 @@ _OUTPUT = (
 
 
 def output(command: F) -> F:
-    """All options of a command that writes checkpoints. Their names are the keyword arguments of `engine.run.merge`."""
+    """All options of a command that writes checkpoints. Their names are the keyword arguments of `fastinterp.merge`."""
     for option in reversed(_OUTPUT):
         command = option(command)
     return command
@@ -79,7 +79,7 @@ def rank() -> Rank | None:
     """
     if not {"RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"} & os.environ.keys():
         return None
-    from fastinterp.engine.ranks import started
+    from fastinterp.execute.distributed.peers import started
 
     return started()
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastinterp.compute.ops import MAX_POINTS
+from fastinterp.ops.combine import MAX_POINTS
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -22,7 +22,7 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str) -> list[floa
 
     Raises: BadParameter.
     """
-    from fastinterp.engine.arguments import snapped
+    from fastinterp.arguments import snapped
 
     return [snapped(number) for part in value.split(",") for number in _range(ctx, param, part, value)]
 

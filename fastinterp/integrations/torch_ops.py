@@ -22,9 +22,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastinterp.compute import arrays, products
-from fastinterp.compute.dtypes import parse_dtype
 from fastinterp.errors import ShapeError, UsageError
+from fastinterp.in_memory import dot_products as products
+from fastinterp.in_memory import weighted_sum as arrays
+from fastinterp.ops.dtypes import parse_dtype
 
 
 def weighted_sum(

@@ -1,7 +1,7 @@
 """The merge methods, one a file. This module finds them by scanning its folder and reads their declarations.
 
 A method is a function of the number of inputs n that answers with the sum it wants; it never sees an element. One that
-needs statistics is a generator: it yields requests (compute/requests.py) and returns the sum. Its parameters are its
+needs statistics is a generator: it yields requests (ops/requests.py) and returns the sum. Its parameters are its
 keyword-only arguments, and their annotations are the declaration:
 
     @method(base="required", models=(2, 64))
@@ -26,8 +26,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from fastinterp.compute.ops import Tensor
 from fastinterp.errors import MethodError
+from fastinterp.ops.combine import LARGEST, Tensor
 
 T = TypeVar("T")
 Each = tuple[T, ...]
@@ -54,8 +54,6 @@ class Keyed(NamedTuple):
 class Sidecar(str):
     """The name of a further checkpoint, with the tensors of the model that it belongs to: its diagonal Fisher, say."""
 
-
-LARGEST = (2.0 - 2.0**-23) * 2.0**127  # of float32: coefficients are rounded to it before they reach a kernel
 
 Unit = Annotated[float, Range(0.0, 1.0)]
 NotNegative = Annotated[float, Range(0.0, LARGEST)]

@@ -9,10 +9,10 @@ import math
 from collections.abc import Generator, Sequence
 from typing import Any, Literal
 
-from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.requests import ALL_BITS, Keep, MaskedCombine, MeasureKept, Request, Select, Selected, Sum
 from fastinterp.errors import MethodError
 from fastinterp.methods._weights import level, shares
+from fastinterp.ops.combine import Combine, Tensor
+from fastinterp.ops.requests import ALL_BITS, Keep, MaskedCombine, MeasureKept, Request, Select, Selected, Sum
 
 Preset = Literal["mergekit", "paper", "peft"]
 Keeps = tuple[Keep | None, ...]

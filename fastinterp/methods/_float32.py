@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 
-from fastinterp.compute.requests import ALL_BITS
+from fastinterp.ops.requests import ALL_BITS
 
 _INFINITE = 0x7F800000
 

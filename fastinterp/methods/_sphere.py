@@ -9,9 +9,9 @@ from itertools import chain
 from operator import mul
 from typing import Any
 
-from fastinterp.compute.ops import Combine
-from fastinterp.compute.requests import Measure, Measured, Per, Request
 from fastinterp.errors import MethodError
+from fastinterp.ops.combine import Combine
+from fastinterp.ops.requests import Measure, Measured, Per, Request
 
 NEARLY_OPPOSITE = 1e-6  # radians; closer to pi, the direction of a great circle is rounding error
 APART = 8.0  # a model shorter than the first by more than this loses more than 3 of its bits in a delta from it

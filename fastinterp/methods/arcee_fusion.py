@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from array import array
 
-from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.requests import ALL_BITS, Divergence, MaskedCombine, Score, Select, Steps
 from fastinterp.methods import method
 from fastinterp.methods._float32 import bits_from
+from fastinterp.ops.combine import Combine, Tensor
+from fastinterp.ops.requests import ALL_BITS, Divergence, MaskedCombine, Score, Select, Steps
 
 
 @method(base="required", models=(2, 2))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fastinterp.compute.ops import Tensor
-from fastinterp.compute.requests import Steps
 from fastinterp.methods import Each, Unit, method
 from fastinterp.methods._deltas import elected, l1_ratios, middle
+from fastinterp.ops.combine import Tensor
+from fastinterp.ops.requests import Steps
 
 
 @method(base="required", models=(2, 64))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from fastinterp.compute.ops import Combine
 from fastinterp.errors import MethodError
 from fastinterp.methods import Keyed, Unit, method
+from fastinterp.ops.combine import Combine
 
 Schedule = Annotated[Literal["1-sqrt", "linear", "cosine", "uniform"], Keyed("decay")]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastinterp.compute.ops import Combine
 from fastinterp.methods import method
+from fastinterp.ops.combine import Combine
 
 
 @method(base="required", models=(2, 2))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fastinterp.compute.requests import MaskedCombine
 from fastinterp.errors import MethodError
 from fastinterp.methods import Each, NotNegative, Sidecar, method
 from fastinterp.methods._weights import level
+from fastinterp.ops.requests import MaskedCombine
 
 
 @method(base="none", models=(2, 32))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.requests import Steps
 from fastinterp.methods import Each, NotNegative, Range, method
 from fastinterp.methods._sphere import spanned, summed
 from fastinterp.methods._weights import shares
+from fastinterp.ops.combine import Combine, Tensor
+from fastinterp.ops.requests import Steps
 
 
 @method(base="none", models=(2, 64))

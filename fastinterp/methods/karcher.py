@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.requests import Steps
 from fastinterp.methods import NotNegative, Range, method
 from fastinterp.methods._sphere import NEARLY_OPPOSITE, Span, Vector, spanned, summed
+from fastinterp.ops.combine import Combine, Tensor
+from fastinterp.ops.requests import Steps
 
 
 @method(base="none", models=(2, 64))

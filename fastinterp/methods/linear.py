@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fastinterp.compute.ops import Combine
 from fastinterp.errors import MethodError
 from fastinterp.methods import Each, method
 from fastinterp.methods._weights import shares
+from fastinterp.ops.combine import Combine
 
 
 @method(base="none", models=(1, 64))

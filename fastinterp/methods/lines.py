@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastinterp.compute.ops import Combine, Tensor
 from fastinterp.methods import Each, method
+from fastinterp.ops.combine import Combine, Tensor
 
 
 @method(base="required", models=(2, 64))

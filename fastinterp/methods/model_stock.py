@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from array import array
 
-from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.requests import GroupCombine, Measure, Measured, Steps
 from fastinterp.methods import method
 from fastinterp.methods._sphere import angle, finite
+from fastinterp.ops.combine import Combine, Tensor
+from fastinterp.ops.requests import GroupCombine, Measure, Measured, Steps
 
 
 @method(base="required", models=(3, 64))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastinterp.compute.ops import Combine
-from fastinterp.compute.requests import MaskedCombine, Sum
 from fastinterp.methods import Length, method
+from fastinterp.ops.combine import Combine
+from fastinterp.ops.requests import MaskedCombine, Sum
 
 
 @method(base="required", models=(2, 2))

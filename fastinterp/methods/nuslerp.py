@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from array import array
 
-from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.requests import GroupCombine, Measure, Per, Steps
 from fastinterp.errors import MethodError
 from fastinterp.methods import Each, method
 from fastinterp.methods._sphere import angle, angles, arc, finite
 from fastinterp.methods._weights import shares
+from fastinterp.ops.combine import Combine, Tensor
+from fastinterp.ops.requests import GroupCombine, Measure, Per, Steps
 
 
 @method(base="optional", models=(2, 3))

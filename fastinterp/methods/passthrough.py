@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastinterp.compute.ops import Combine
 from fastinterp.methods import Each, method
+from fastinterp.ops.combine import Combine
 
 
 @method(base="none", models=(1, 1))

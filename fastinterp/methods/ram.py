@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastinterp.compute.requests import Keep, MaskedCombine
 from fastinterp.methods import Length, method
 from fastinterp.methods._float32 import bits_above
+from fastinterp.ops.requests import Keep, MaskedCombine
 
 
 @method(base="required", models=(2, 64))

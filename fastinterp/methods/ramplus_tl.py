@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastinterp.compute.requests import Keep, MaskedCombine, MeasureKept, Steps
 from fastinterp.methods import Length, NotNegative, method
 from fastinterp.methods._float32 import bits_above
+from fastinterp.ops.requests import Keep, MaskedCombine, MeasureKept, Steps
 
 
 @method(base="required", models=(2, 64))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.requests import ALL_BITS, Keep, MaskedCombine, Measure, MeasureKept, Score, Select, Steps
 from fastinterp.methods import Unit, method
 from fastinterp.methods._deltas import energies
+from fastinterp.ops.combine import Combine, Tensor
+from fastinterp.ops.requests import ALL_BITS, Keep, MaskedCombine, Measure, MeasureKept, Score, Select, Steps
 
 
 @method(base="required", models=(2, 64))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from fastinterp.compute.ops import Combine, Tensor
-from fastinterp.compute.requests import Steps
 from fastinterp.methods import Unit, method
 from fastinterp.methods._sphere import angles, arc
+from fastinterp.ops.combine import Combine, Tensor
+from fastinterp.ops.requests import Steps
 
 STRAIGHT = 0.9995  # |cos| above which a straight line is used: 1.81 degrees, so for nearly all fine-tunes of one base
 

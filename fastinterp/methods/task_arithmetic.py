@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastinterp.compute.ops import Combine
 from fastinterp.methods import Each, method
 from fastinterp.methods._weights import shares
+from fastinterp.ops.combine import Combine
 
 
 @method(base="required", models=(2, 64))

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.compute.dtypes import DType, parse_dtype
-from fastinterp.compute.ops import Combine, Tensor
 from fastinterp.errors import MethodError
-from fastinterp.methods import LARGEST, Method, clipped, shown, suggestion
+from fastinterp.methods import Method, clipped, shown, suggestion
+from fastinterp.ops.combine import LARGEST, Combine, Tensor
+from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.recipe.build import Builder
 from fastinterp.recipe.document import Document, Source, read, read_all
 from fastinterp.recipe.faults import Faults

@@ -1,1 +1,1 @@
-"""The operations of the engine in Triton: kernels over addresses. Private; fastinterp.compute.triton launches them."""
+"""The operations of the engine in Triton: kernels over addresses. Launched by fastinterp.backends.triton."""

@@ -1,7 +1,7 @@
 """The numeric contract for one element, as csrc/dtypes.h and csrc/element.h have it. See docs/NUMERICS.md.
 
 Elements are loaded and stored as unsigned integers ("codes"), and rounded by integer arithmetic: what a cast to a small
-dtype does with NaN, overflow and subnormals differs between processors. dtype codes are those of compute/dtypes.py.
+dtype does with NaN, overflow and subnormals differs between processors. dtype codes are those of ops/dtypes.py.
 Branches are on constants and leave no trace in the compiled kernel.
 """
 

@@ -1,0 +1,122 @@
+"""merge, interpolate and explain: the public functions that take recipes and checkpoints on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastinterp.arguments import numbers, overridden, path_of, size_of
+from fastinterp.backends.cpu import Progress
+from fastinterp.errors import UsageError
+from fastinterp.execute.report import Report
+from fastinterp.execute.to_files import write_outputs
+from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
+from fastinterp.paths.points import point_name, point_recipe
+from fastinterp.plan.plan import Plan, Source, make_plan, plan_recipe
+
+
+def merge(
+    recipe: Source,
+    out: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    max_shard_size: str | int = "5GB",
+    max_memory: str | int = "512MB",
+    dtype: str | None = None,
+    rounding: str | None = None,
+    seed: int | None = None,
+    force: bool = False,
+    durable: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Merge checkpoints into the folder `out`.
+
+    recipe          path of a YAML file, YAML text, or a mapping: mergekit's schema. Of several documents (or of a list
+                    of mappings) the last is written; it may name those before it as models
+    device          "cpu"; "cuda", "cuda:1" or "cuda:0,1" (accelerators, several together); "triton" as "cuda"; "auto"
+                    estimates which is faster, and the report says so
+    threads         None: one per CPU, at most 32. The output does not depend on it
+    max_shard_size  bytes of tensor data in one file, "5GB" or a number
+    max_memory      bound of the workers' scratch memory; of accelerators, of the host's memory
+    dtype, rounding, seed   take the place of what the recipe says (dtype: of its out_dtype)
+    force           replace a checkpoint in `out`; inputs are refused all the same
+    durable         fsync before the finish: the output survives a crash of the machine
+    progress        called about ten times a second with bytes done and bytes to do
+
+    The output appears when all of it is written, or not at all.
+    Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
+    """
+    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed)
+    return write_outputs(
+        [plan], [[path_of(out, "out")]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
+        durable=durable, progress=progress,
+    )[0]  # fmt: skip
+
+
+def interpolate(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    alphas: float | Sequence[float],
+    out: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    integers: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    max_shard_size: str | int = "5GB",
+    max_memory: str | int = "512MB",
+    dtype: str | None = None,
+    rounding: str | None = None,
+    seed: int | None = None,
+    force: bool = False,
+    durable: bool = False,
+    progress: Progress | None = None,
+) -> list[Report]:
+    """Walk the line from checkpoint `a` (alpha 0) to `b` (alpha 1), and beyond: out = a + alpha * (b - a).
+
+    alphas   any finite numbers, at most 4096. One: `out` is the output. Several: `out/alpha_0.3` and so on, of one read
+             for each 256. What a sum of steps makes of 0 and 1 is 0 and 1
+    base     the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
+    integers the one of them whose integer tensors are taken; None: they must agree
+
+    Alpha 0 and 1 give the bytes of `a` and `b`. The other arguments and errors are those of `merge`.
+    """
+    points = numbers(alphas)
+    if not points:
+        raise UsageError("at least one alpha is needed")
+    if len(points) > MAX_POINTS:
+        raise UsageError(f"at most {MAX_POINTS} alphas are made at once, got {len(points)}")
+    names = [point_name(p) for p in points]
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise UsageError(f"every alpha may be given once, but {twice} comes twice")
+    ends = path_of(a, "a"), path_of(b, "b")
+    origin = None if base is None else path_of(base, "base")
+    whose = None if integers is None else path_of(integers, "integers")
+    recipes = [overridden(point_recipe(*ends, p, origin, whose), dtype, rounding, seed) for p in points]
+    groups = [slice(i, i + MAX_OUTPUTS) for i in range(0, len(points), MAX_OUTPUTS)]
+    plans = [make_plan(recipes[group], max_shard_size=size_of(max_shard_size)) for group in groups]
+    target = path_of(out, "out")
+    if not target:
+        raise UsageError("the name of the output folder is empty. Give the name of a new folder")
+    outs = [Path(target)] if len(points) == 1 else [Path(target) / name for name in names]
+    return write_outputs(
+        plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
+        force=force, durable=durable, progress=progress,
+    )  # fmt: skip
+
+
+def explain(
+    recipe: Source,
+    *,
+    max_shard_size: str | int = "5GB",
+    dtype: str | None = None,
+    rounding: str | None = None,
+    seed: int | None = None,
+) -> Plan:
+    """What `merge` would do, from headers alone; print() shows it. Arguments and errors as there."""
+    from fastinterp.inspect.explain import Explained
+
+    return Explained(**vars(plan_recipe(recipe, max_shard_size, dtype, rounding, seed)))

@@ -1,0 +1,76 @@
+"""Arguments of the public functions, checked."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from fastinterp.checkpoint.layout import parse_size
+from fastinterp.errors import UsageError
+from fastinterp.ops.dtypes import DType, parse_dtype
+from fastinterp.recipe.load import Recipe
+
+# Alphas this close to 0 or 1 are meant to be there: at an end a model is copied, beside it it is not, and a path has no
+# chord. numpy.arange(-1, 2, 0.001)[1000] is 9e-14: its step, (first + step) - first, is off by half an ulp of `first`,
+# 2**-53 for up to 2, and a sweep has at most 4096 = 2**12 steps. What is meant to be near an end is far beyond that.
+DUST = 2.0**-40
+
+
+def snapped(alpha: float) -> float:
+    """0 or 1 for what a sum of steps makes of them, all else as it is."""
+    nearest = 1.0 if alpha > 0.5 else 0.0
+    return nearest if math.fabs(alpha - nearest) <= DUST else alpha
+
+
+def overridden(recipe: Recipe, dtype: object, rounding: object, seed: object) -> Recipe:
+    changes: dict[str, Any] = {}
+    if dtype is not None:
+        changes["out_dtype"] = dtype_named(dtype)
+    if rounding is not None:
+        if rounding not in ("nearest", "stochastic"):
+            raise UsageError(f"rounding must be nearest or stochastic, got {rounding!r}")
+        changes["rounding"] = rounding
+    if seed is not None:
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise UsageError(f"the seed must be a whole number, got {seed!r}")
+        if not 0 <= seed < 2**64:
+            raise UsageError(f"the seed must be in 0..2**64-1, got {seed}")
+        changes["seed"] = seed
+    return replace(recipe, **changes)
+
+
+def dtype_named(text: object) -> DType:
+    found = parse_dtype(text) if isinstance(text, str) else None
+    if found is None:
+        raise UsageError(
+            f"unknown dtype {text!r}. Known: float64, float32, float16, bfloat16, float8_e4m3fn, float8_e5m2"
+        )
+    return found
+
+
+def size_of(given: str | int) -> int:
+    return parse_size(str(given))
+
+
+def numbers(alphas: object) -> list[float]:
+    """One alpha or several, as numbers; those that are 0 or 1 but for rounding are."""
+    given: list[Any] = [alphas]
+    if isinstance(alphas, Iterable) and not isinstance(alphas, (str, bytes)) and getattr(alphas, "shape", None) != ():
+        given = list(alphas)
+    for alpha in given:
+        if isinstance(alpha, (bool, str, bytes)) or not hasattr(alpha, "__float__"):
+            raise UsageError(f"alpha must be a number, or several in a list, got {alpha!r}")
+    try:
+        return [snapped(float(alpha)) for alpha in given]
+    except (OverflowError, TypeError, ValueError):
+        raise UsageError(f"alpha must be a number, or several in a list, got {given!r}"[:200]) from None
+
+
+def path_of(given: object, name: str) -> str:
+    if not isinstance(given, (str, os.PathLike)):
+        what = repr(given) if isinstance(given, (int, float, type(None))) else type(given).__name__
+        raise UsageError(f"`{name}` must be a path, got {what}")
+    return os.fspath(given)

@@ -1,0 +1,84 @@
+"""Accelerators of NVIDIA by the extension fastinterp._cuda. See device.py for what a device is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fastinterp.backends.pieces import has_ranks
+from fastinterp.errors import BackendError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from fastinterp.backends.device import Buffer, Queue
+
+REMEDY = "It is built where nvcc is found: install the CUDA toolkit, and build fastinterp again"
+
+
+def _native() -> ModuleType:
+    try:
+        from fastinterp import _cuda
+    except ImportError as error:
+        raise BackendError(f"this installation has no CUDA kernels (fastinterp._cuda). {REMEDY}") from error
+    return _cuda
+
+
+def device_count() -> int:
+    """How many devices there are.
+
+    Raises: BackendError, if this build has no CUDA kernels, or there is no driver for them.
+    """
+    count: int = _native().device_count()
+    return count
+
+
+def device(index: int) -> CudaDevice:
+    """The device of this number, from 0.
+
+    Raises: BackendError, if there is none.
+    """
+    count = device_count()
+    if not 0 <= index < count:
+        there = ", ".join(f"cuda:{i}" for i in range(count))
+        raise BackendError(f"there is no device cuda:{index}. There are: {there or 'none'}")
+    return CudaDevice(index)
+
+
+class CudaDevice:
+    """One GPU. Its buffers, queues and events are those of fastinterp._cuda as they are."""
+
+    backend = "cuda"
+
+    def __init__(self, index: int):
+        self.name = f"cuda:{index}"
+        self._native = _native().Device(index)
+        self._kinds = frozenset(_native().kinds())
+
+    @property
+    def label(self) -> str:
+        label: str = self._native.label
+        return label
+
+    def free_bytes(self) -> int:
+        free: int = self._native.free_bytes()
+        return free
+
+    def memory(self, nbytes: int) -> Buffer:
+        buffer: Buffer = self._native.memory(nbytes)
+        return buffer
+
+    def host(self, nbytes: int) -> Buffer:
+        buffer: Buffer = self._native.host(nbytes)
+        return buffer
+
+    def queue(self, handle: int | None = None) -> Queue:
+        queue: Queue = self._native.queue(handle)
+        return queue
+
+    def refuses(self, step: Mapping[str, Any]) -> str | None:
+        per = step.get("per", "tensor")
+        name = step["kind"] if per == "tensor" else f"{step['kind']} by {per}"
+        if name not in self._kinds:
+            return f"no CUDA kernel for {name}"
+        return "random keeps by rank" if has_ranks(step) else None

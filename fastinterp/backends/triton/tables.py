@@ -1,0 +1,107 @@
+"""The tables that Triton kernels which write read: see kernels/triton/table.py."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fastinterp.backends.triton.launch import ALIGNED, NATURAL, SIZES, Room, alignment, signed, steps
+
+
+@dataclass(slots=True)
+class Part:
+    """Outputs of one piece that have pivot and terms in common.
+
+    addresses, codes  of pivot and terms, in the order of the sum
+    rows              which outputs of the piece these are
+    numbers           f64: see _triton/combine.py
+    affine            of each output: whether its total is 1, so that the sum of its terms is the change it makes
+    """
+
+    piece: int
+    addresses: list[int]
+    codes: tuple[int, ...]
+    outs: list[int]
+    keys: list[int]
+    rows: list[int]
+    numbers: bytearray
+    affine: list[bool]
+    kind: int
+    count: int
+    first: int
+    columns: int = 1
+    group: int = 0
+    groups: int = 1
+    flags: int = 0
+    place: int = 0  # of its first answer, where it has no numbers
+    extra: list[int] = field(default_factory=list)
+
+    def at(self, begin: int, count: int, out_code: int) -> Part:
+        """Some of its elements."""
+        if not begin and count == self.count:
+            return self
+        addresses = [a + begin * SIZES[c] for a, c in zip(self.addresses, self.codes, strict=True)]
+        outs = [out + begin * SIZES[out_code] for out in self.outs]
+        return replace(self, addresses=addresses, outs=outs, count=count, first=self.first + begin)
+
+    def of(self, inputs: Sequence[int]) -> Part:
+        """With some of its inputs."""
+        return replace(self, addresses=[self.addresses[i] for i in inputs], codes=tuple(self.codes[i] for i in inputs))
+
+    def alignment(self, out_code: int) -> int:
+        return alignment([*self.addresses, *self.outs], [*self.codes, *[out_code] * len(self.outs)])
+
+
+class Table:
+    """Rows for kernels: see _triton/table.py."""
+
+    def __init__(self, parts: Sequence[Part], tiles: Sequence[int]):
+        """tiles: programs for each part."""
+        width = 11 + len(parts[0].addresses)
+        rows: list[int] = []
+        pool: list[int] = []
+        numbers = bytearray()
+        first, end = 0, width * len(parts)
+        for part, count in zip(parts, tiles, strict=True):
+            outs = end + len(pool)
+            pool += part.outs
+            pool += [signed(key) for key in part.keys]
+            pool += part.affine
+            rows += (
+                first, part.count, part.first, outs, len(part.outs), part.place + len(numbers) // 8,
+                part.flags, part.columns, part.group, part.groups, end + len(pool), *part.addresses,
+            )  # fmt: skip
+            pool += part.extra
+            numbers += part.numbers
+            first += count
+        # An even number of them, so that the numbers behind them begin at a multiple of 16, too: for addresses that are
+        # none, kernels are compiled once more.
+        self._words = array("q", rows + pool + [0] * (len(rows) + len(pool) & 1))
+        self._numbers_at, self.tiles, self.steps = len(self._words), first, steps(len(parts))
+        self._words.frombytes(numbers or bytes(8))
+
+    def on(self, room: Room) -> tuple[Any, Any]:
+        """The rows, i64, and the numbers, f64: in one copy to the device."""
+        import torch
+
+        words = room.upload(self._words, "int64")
+        return words[: self._numbers_at], words[self._numbers_at :].view(torch.float64)
+
+
+def tiles_of(parts: Sequence[Part], block: int) -> list[int]:
+    return [-(-part.count // block) for part in parts]
+
+
+def aligned(parts: Sequence[Part], out: int) -> dict[int, list[Part]]:
+    """Parts by what a kernel may count on. Where addresses are multiples of 16, whole 16s and the rest apart."""
+    found: dict[int, list[Part]] = {}
+    for part in parts:
+        align = part.alignment(out)
+        body = part.count // 16 * 16 if align == ALIGNED else part.count
+        if body:
+            found.setdefault(align, []).append(part.at(0, body, out))
+        if body < part.count:
+            found.setdefault(NATURAL, []).append(part.at(body, part.count - body, out))
+    return found

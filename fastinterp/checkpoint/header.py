@@ -1,0 +1,202 @@
+"""The header of one safetensors file: read it, and believe nothing in it.
+
+Format: 8 bytes little-endian length, that many bytes of JSON, then the data section. The tensors' byte ranges must
+cover the data section without holes or overlaps (https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, NoReturn
+
+from fastinterp.checkpoint.names import quote
+from fastinterp.checkpoint.regular_file import open_regular
+from fastinterp.checkpoint.strict_json import parse_object
+from fastinterp.errors import CheckpointError
+from fastinterp.ops.dtypes import DTYPES, DType
+
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_NUMEL = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor lies."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    start: int  # byte offset in the file, from its first byte
+    nbytes: int
+    file: int  # index into Checkpoint.files
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+def read_header(path: str | os.PathLike[str], file_index: int = 0) -> tuple[list[Entry], dict[str, str]]:
+    """The tensors of the safetensors file at `path`, in the order of their offsets, and its metadata.
+
+    Reads the length and the JSON, no tensor data. `file_index` becomes `Entry.file`.
+    Raises: CheckpointError, naming file and tensor, if the file cannot be read or breaks the format in any way.
+    """
+    file = os.fspath(path)
+    raw, size = _read_json(file)
+    table = parse_object(raw, "the header", file)
+    metadata = _metadata(table.pop("__metadata__", {}), file)
+    start = 8 + len(raw)
+    try:
+        "".join(table).encode()
+    except UnicodeEncodeError:
+        name = next(n for n in table if any("\ud800" <= c <= "\udfff" for c in n))
+        raise CheckpointError(f"the tensor name {quote(name)} is not valid Unicode", file=file, tensor=name) from None
+    entries = _entries(table, start, size - start, file_index, file)
+    _check_cover(entries, start, size, file)
+    return entries, metadata
+
+
+def _read_json(file: str) -> tuple[bytes, int]:
+    """The JSON bytes and the size of the file in bytes."""
+    fd, size = open_regular(file)
+    try:
+        if size < 8:
+            raise CheckpointError(f"a safetensors file has at least 8 bytes, this one has {size}", file=file)
+        first = _read_exactly(fd, 8, file)
+        if first == b"version " and os.pread(fd, 15, 8) == b"https://git-lfs":
+            raise CheckpointError(
+                "this is a Git LFS pointer; the file itself was not downloaded. Run `git lfs pull`", file=file
+            )
+        length = int.from_bytes(first, "little")
+        if length > MAX_HEADER:
+            raise CheckpointError(
+                f"the header claims {length} bytes, more than the allowed {MAX_HEADER}: "
+                "damaged, or not a safetensors file",
+                file=file,
+            )
+        if length > size - 8:
+            raise CheckpointError(
+                f"the header claims {length} bytes, but only {size - 8} follow: truncated, or not a safetensors file",
+                file=file,
+            )
+        return _read_exactly(fd, length, file), size
+    except OSError as error:
+        raise CheckpointError(f"the file cannot be read: {error.strerror}", file=file) from None
+    finally:
+        os.close(fd)
+
+
+def _read_exactly(fd: int, count: int, file: str) -> bytes:
+    """The next `count` bytes; a read may return fewer than asked, and none when the file shrinks meanwhile."""
+    parts: list[bytes] = []
+    while count:
+        part = os.read(fd, count)
+        if not part:
+            raise CheckpointError("the file ended while its header was read: it is being changed", file=file)
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def _metadata(found: Any, file: str) -> dict[str, str]:
+    if type(found) is not dict:
+        raise CheckpointError(f"`__metadata__` must be an object of strings, got {_kind(found)}", file=file)
+    for key, value in found.items():
+        if type(value) is not str:
+            raise CheckpointError(f"`__metadata__` key {quote(key)} must be a string, got {_kind(value)}", file=file)
+    return found
+
+
+def _entries(table: dict[str, Any], start: int, size: int, file_index: int, file: str) -> list[Entry]:
+    """Check every tensor by itself. start: of the data section in the file, bytes; size: of the data section, bytes."""
+    entries: list[Entry] = []
+    for name, info in table.items():
+        try:
+            dims, (begin, end) = info["shape"], info["data_offsets"]
+            dtype = DTYPES[info["dtype"]]
+        except (KeyError, TypeError, ValueError):
+            _explain(name, info, size, file)
+        if type(dims) is not list:
+            _explain(name, info, size, file)
+        numel = 1
+        for dim in dims:
+            # Stop at once: the product of a million hostile numbers would take hours.
+            if type(dim) is not int or dim < 0 or numel * dim > MAX_NUMEL:
+                numel = -1
+                break
+            numel *= dim
+        if (
+            not type(begin) is type(end) is int
+            or not 0 <= begin <= end <= size
+            or numel < 0
+            or numel * dtype.bits != (end - begin) * 8
+        ):
+            _explain(name, info, size, file)
+        entries.append(Entry(name, dtype, tuple(dims), start + begin, end - begin, file_index))
+    return entries
+
+
+def _explain(name: str, info: Any, size: int, file: str) -> NoReturn:
+    """Say what is wrong with an entry that was found to be wrong; slow and complete, where the check is quick."""
+
+    def fail(message: str) -> NoReturn:
+        raise CheckpointError(f"tensor {quote(name)}: {message}", file=file, tensor=name)
+
+    if type(info) is not dict:
+        fail(f"its entry must be an object, got {_kind(info)}")
+    for key in ("dtype", "shape", "data_offsets"):
+        if key not in info:
+            fail(f"its entry has no `{key}`")
+    tag, dims, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if type(tag) is not str or tag not in DTYPES:
+        fail(f"unknown dtype {quote(tag)}; known: {', '.join(DTYPES)}")
+    if type(dims) is not list or any(type(d) is not int or d < 0 for d in dims):
+        fail(f"`shape` must be a list of integers from 0 up, got {quote(dims)}")
+    count = 1
+    for dim in dims:
+        count *= dim
+        if count > MAX_NUMEL:
+            fail(f"shape {quote(dims)} has more than 2^63 - 1 elements")
+    if type(offsets) is not list or len(offsets) != 2 or any(type(o) is not int for o in offsets):
+        fail(f"`data_offsets` must be two integers, got {quote(offsets)}")
+    begin, end = offsets
+    if begin < 0 or end < begin:
+        fail(f"`data_offsets` must go upwards from 0, got [{begin}, {end}]")
+    if end > size:
+        fail(f"it ends at byte {end} of the data section, which has only {size}: truncated, or a damaged header")
+    expected = DTYPES[tag].nbytes(count)
+    if expected is None:
+        fail(f"{count} elements of {tag} do not fill whole bytes")
+    fail(f"{tag} {dims} takes {expected} bytes, but `data_offsets` [{begin}, {end}] hold {end - begin}")
+
+
+def _check_cover(entries: list[Entry], start: int, size: int, file: str) -> None:
+    """Sort by offset and check that the tensors lie back to back from `start` to `size`, the end of the file."""
+    entries.sort(key=attrgetter("start", "nbytes"))  # an empty tensor comes before the one that starts where it does
+    before = start
+    for index, entry in enumerate(entries):
+        if entry.start != before:
+            name, where = entry.name, f"byte {entry.start - start} of the data section"
+            after = f"{quote(entries[index - 1].name)}, which ends at {before - start}" if index else "nothing"
+            what = "overlaps" if entry.start < before else "leaves a hole after"
+            raise CheckpointError(
+                f"tensor {quote(name)}: it starts at {where} and {what} {after}", file=file, tensor=name
+            )
+        before += entry.nbytes
+    if before != size:
+        raise CheckpointError(
+            f"the tensors end at byte {before} of the file, but the file has {size}: "
+            f"{size - before} bytes belong to no tensor",
+            file=file,
+        )
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

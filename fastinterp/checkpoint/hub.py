@@ -1,0 +1,80 @@
+"""Checkpoints named by their id on the Hugging Face Hub: from the local cache, else downloaded into it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from fastinterp.checkpoint.names import WEIGHTS
+from fastinterp.errors import CheckpointError
+
+# Weights, configuration and tokenizer from the top folder; no pickles, no code.
+ALLOW = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "*.model", "*.tiktoken")
+IGNORE = ("*/*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.py", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
+
+_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
+_ID = re.compile(rf"({_PART}(?:/{_PART})?)(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?")
+
+
+def parse(name: str) -> tuple[str, str | None] | None:
+    """`org/name@revision` -> (id, revision or None); None if `name` cannot be a Hub id.
+
+    `./x`, `/x`, `a/b/c` and names of .safetensors files are paths, never ids.
+    """
+    match = _ID.fullmatch(name)
+    if not match or "--" in match[1] or ".." in match[1] or match[1].endswith(WEIGHTS):
+        return None
+    return match[1], match[2]
+
+
+def fetch(repo: str, revision: str | None = None) -> Path:
+    """The local folder with the model `repo`; downloads what the cache lacks unless HF_HUB_OFFLINE is set.
+
+    Raises: CheckpointError, if huggingface_hub is missing, or the Hub and the cache cannot give the model.
+    """
+    try:
+        from huggingface_hub import constants, snapshot_download
+        from huggingface_hub import errors as hub_errors
+    except ImportError:
+        raise CheckpointError(
+            "this needs the Hub's client. Install it: pip install huggingface_hub", file=repo
+        ) from None
+
+    def get(offline: bool) -> Path:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=list(ALLOW),
+                ignore_patterns=list(IGNORE),
+                local_files_only=offline,
+            )
+        )
+
+    offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    try:
+        return get(offline)
+    except hub_errors.RevisionNotFoundError:
+        problem = f"it has no revision `{revision}`"
+    except hub_errors.GatedRepoError:
+        problem = "it is gated: ask for access on its page, then run `hf auth login`"
+    except hub_errors.RepositoryNotFoundError:
+        problem = "the Hub has no such model, or it is private (then run `hf auth login`)"
+    except hub_errors.HFValidationError as error:
+        problem = f"it is not a valid id: {error}"
+    except Exception as error:  # the client's HTTP library (requests, httpx) differs by version, and so do its errors
+        if not offline:
+            try:
+                return get(offline=True)  # proxies and broken connections do not make the client try its cache
+            except Exception:
+                pass
+        cached = "HF_HUB_OFFLINE is set and" if offline else f"the Hub cannot be reached ({_first_line(error)}), and"
+        problem = f"{cached} the local cache ({constants.HF_HUB_CACHE}) does not hold it in full."
+    raise CheckpointError(problem, file=repo)
+
+
+def _first_line(error: Exception) -> str:
+    """What it says, without the names of Python classes in front."""
+    lines = re.sub(r"(Got: )?(\w+(Error|Exception): )*", "", str(error).strip(), count=1).splitlines()
+    return lines[0][:200] if lines else "no details"

@@ -1,0 +1,152 @@
+"""Where every output byte will lie, known before any is written. Pure: no file is touched."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fastinterp.checkpoint.header import MAX_HEADER
+from fastinterp.checkpoint.names import INDEX, WEIGHTS, quote
+from fastinterp.errors import OutputError, UsageError
+from fastinterp.ops.dtypes import DType
+
+ALIGN = 4096  # bytes; the data section starts on a page, so that it can be mapped and written directly
+
+_UNITS = {
+    "": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+
+def parse_size(text: str) -> int:
+    """Bytes in `text`: `5GB` or `5G` (10^9), `1.5GiB` (2^30), or a plain number of bytes.
+
+    Raises: UsageError, if it is anything else, or less than one byte.
+    """
+    match = re.fullmatch(r"\s*(\d{1,18})(?:\.(\d{1,18}))?\s*([A-Za-z]*)\s*", text, re.ASCII)
+    unit = _UNITS.get(match[3].upper()) if match else None
+    if match is None or unit is None:
+        raise UsageError(
+            f"{quote(text)} is not a size; write a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB, as 5GB"
+        )
+    fraction = match[2] or ""
+    size: int = int(match[1] + fraction) * unit // 10 ** len(fraction)
+    if size < 1:
+        raise UsageError(f"the size {quote(text)} is less than one byte")
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class OutFile:
+    """One output file: its first bytes, and where its tensors go."""
+
+    name: str
+    header: bytes  # length and JSON, padded with spaces to a multiple of ALIGN
+    size: int  # of the whole file, bytes
+    places: dict[str, int]  # tensor name -> byte offset in the file, from its first byte
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    files: tuple[OutFile, ...]
+    index: bytes | None  # what STEM.safetensors.index.json holds; None for a single file
+    index_name: str
+    total_size: int  # bytes of all tensors, without headers
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the output takes on the disk: data, headers and index."""
+        return sum(f.size for f in self.files) + len(self.index or b"")
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def make_layout(
+    tensors: Iterable[tuple[str, DType, tuple[int, ...]]],
+    metadata: dict[str, str],
+    max_shard_size: int,
+    stem: str = "model",
+) -> Layout:
+    """Lay `tensors` out in one file, or in shards of at most `max_shard_size` bytes of data, in the order given.
+
+    A tensor larger than that gets a shard of its own. Within a file wider dtypes come first, as safetensors itself
+    writes them, so that every tensor is aligned to its own width. `metadata` goes into every file.
+    Raises: OutputError, if there are no tensors, a name occurs twice or is reserved, or a header grows too large.
+    """
+    shards = _cut(_checked(tensors), max_shard_size)
+    files = []
+    for number, shard in enumerate(shards, 1):
+        name = f"{stem}{WEIGHTS}" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}{WEIGHTS}"
+        files.append(_out_file(name, shard, metadata))
+    total = sum(t.nbytes for shard in shards for t in shard)
+    index = None
+    if len(shards) > 1:
+        weight_map = {tensor: file.name for file in files for tensor in file.places}
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+    return Layout(tuple(files), index, stem + INDEX, total)
+
+
+def _checked(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> list[_Tensor]:
+    found: dict[str, _Tensor] = {}
+    for name, dtype, shape in tensors:
+        nbytes = dtype.nbytes(math.prod(shape))
+        if nbytes is None:
+            raise OutputError(f"tensor {quote(name)}: {dtype} {list(shape)} does not fill whole bytes")
+        if name in found:
+            raise OutputError(f"tensor {quote(name)} would be written twice")
+        if name == "__metadata__":
+            raise OutputError("a tensor cannot be called `__metadata__`: safetensors reserves the name")
+        found[name] = _Tensor(name, dtype, tuple(shape), nbytes)
+    if not found:
+        raise OutputError("there are no tensors to write")
+    return list(found.values())
+
+
+def _cut(tensors: list[_Tensor], max_shard_size: int) -> list[list[_Tensor]]:
+    """Fill one shard after the other, as huggingface_hub does, so that the shards are those of `save_pretrained`."""
+    shards: list[list[_Tensor]] = []
+    current: list[_Tensor] = []
+    used = 0
+    for tensor in tensors:
+        if tensor.nbytes > max_shard_size:
+            shards.append([tensor])
+            continue
+        if used + tensor.nbytes > max_shard_size:
+            shards.append(current)
+            current, used = [], 0
+        current.append(tensor)
+        used += tensor.nbytes
+    return [*shards, current] if current else shards
+
+
+def _out_file(name: str, tensors: list[_Tensor], metadata: dict[str, str]) -> OutFile:
+    table: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offsets: dict[str, int] = {}
+    end = 0
+    for tensor in sorted(tensors, key=lambda t: -t.dtype.bits):
+        offsets[tensor.name] = end
+        table[tensor.name] = {
+            "dtype": tensor.dtype.name,
+            "shape": tensor.shape,
+            "data_offsets": (end, end + tensor.nbytes),
+        }
+        end += tensor.nbytes
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGN)
+    if len(text) > MAX_HEADER:
+        raise OutputError(
+            f"{name}: its header takes {len(text)} bytes, safetensors allows {MAX_HEADER}; use more shards"
+        )
+    start = 8 + len(text)
+    places = {tensor: start + offset for tensor, offset in offsets.items()}
+    return OutFile(name, len(text).to_bytes(8, "little") + text, start + end, places)

@@ -1,0 +1,128 @@
+"""The small files that go with the weights: configuration, tokenizer, processors, and the model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from fastinterp.checkpoint import hub
+from fastinterp.checkpoint.header import MAX_HEADER
+from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, WEIGHTS
+from fastinterp.checkpoint.open import Checkpoint
+from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.strict_json import parse_object
+from fastinterp.errors import CheckpointError
+from fastinterp.ops.dtypes import DType
+
+_PATTERNS = (
+    "config.json", "generation_config.json", "chat_template.*",
+    "tokenizer*.json", "tokenizer*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "spiece.model", "sentencepiece*.model", "*.spm", "*.tiktoken", "bpe.codes", "normalizer.json", "tekken.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "image_processor_config.json",
+)  # fmt: skip
+_NEVER = (WEIGHTS, *PICKLES, *OTHER_WEIGHTS, ".py", ".index.json")
+
+# What transformers calls the dtypes, in config.json.
+_TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+
+
+def is_sidecar(name: str) -> bool:
+    """True for a file that belongs to a model beside its weights. Never weights, code or optimizer state."""
+    return not name.endswith(_NEVER) and any(fnmatchcase(name, p) for p in _PATTERNS)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """True for a sidecar that is no configuration of model, generation or processor."""
+    return is_sidecar(name) and (name == "tokenizer_config.json" or "config." not in name)
+
+
+def copy_sidecars(source: Checkpoint, dtype: DType | None = None) -> dict[str, bytes | Path]:
+    """The sidecars of `source`, by name: the path to copy, or new content.
+
+    With `dtype`, the dtype of all output weights, config.json says so.
+    Raises: CheckpointError, if config.json has to change and is damaged or cannot be read.
+    """
+    try:
+        names = [n for n in sorted(os.listdir(source.root)) if is_sidecar(n) and (source.root / n).is_file()]
+        found: dict[str, bytes | Path] = {n: source.root / n for n in names}
+        if dtype is not None and "config.json" in found:
+            path = str(source.root / "config.json")
+            found["config.json"] = with_dtype(read_regular(path, MAX_HEADER), dtype, path)
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read: {error.strerror}", file=str(error.filename)) from None
+    return found
+
+
+def needs_code(source: Checkpoint) -> bool:
+    """Whether config.json names Python files of the model's own.
+
+    Raises: CheckpointError, if it is damaged or cannot be read.
+    """
+    path = source.root / "config.json"
+    return path.is_file() and "auto_map" in parse_object(
+        read_regular(str(path), MAX_HEADER).lstrip(), "the model configuration", str(path)
+    )
+
+
+def with_dtype(config: bytes, dtype: DType, file: str = "config.json") -> bytes:
+    """`config` with its `torch_dtype` and `dtype` set to `dtype`, at the top and in nested `*_config` objects.
+
+    Only keys that are there are set. The bytes come back untouched if nothing changes.
+    """
+    table = parse_object(config.lstrip(), "the model configuration", file)
+    if dtype.name not in _TORCH_NAMES:
+        raise CheckpointError(f"the model configuration has no name for dtype {dtype}", file=file)
+    if not _set_dtype(table, _TORCH_NAMES[dtype.name]):
+        return config
+    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _set_dtype(table: dict[str, Any], name: str) -> bool:
+    changed = False
+    for key, value in table.items():
+        if key in ("torch_dtype", "dtype") and (value is None or isinstance(value, str)):
+            changed |= value != name
+            table[key] = name
+        elif key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
+            changed |= _set_dtype(value, name)
+    return changed
+
+
+def model_card(recipe_text: str, models: Sequence[str], method: str, version: str) -> str:
+    """README.md for the output: YAML front matter for the Hub, then how the model was made.
+
+    `base_model` lists those of `models` that can be Hub ids; the Hub refuses other names there.
+    """
+    ids = list(dict.fromkeys(parsed[0] for m in models if not os.path.exists(m) and (parsed := hub.parse(m))))
+    front = ["---"]
+    if ids:
+        front += ["base_model:", *(f'- "{i}"' for i in ids)]
+    front += ["tags:", "- merge", "- fastinterp", "---"]
+    names = "\n".join(f"- {_code(m)}" for m in models)
+    fence = "`" * max(3, 1 + _longest_run(recipe_text))
+    return (
+        "\n".join(front)
+        + f"\n\n# Merged model\n\nMade with fastinterp {version}, method {_code(method)}, from:\n\n{names}\n\n"
+        + f"The recipe:\n\n{fence}yaml\n{recipe_text.rstrip()}\n{fence}\n"
+    )
+
+
+def _code(text: str) -> str:
+    """`text` as inline code on one line, whatever backquotes it holds."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    ticks = "`" * (1 + _longest_run(line))
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{ticks}{pad}{line}{pad}{ticks}"
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)

@@ -1,0 +1,118 @@
+"""`methods` and `doctor`: what this installation can do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from fastinterp.cli import options
+
+if TYPE_CHECKING:
+    from fastinterp.methods import Method, Parameter
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--markdown", is_flag=True, help="List them as a table in Markdown.")
+def methods(name: str | None, markdown: bool) -> None:
+    """List the merge methods, or explain the one called NAME.
+
+    \b
+    Example:
+      fastinterp methods
+      fastinterp methods task_arithmetic
+    """
+    from fastinterp.methods import find, names
+
+    if name is not None:
+        found = find(name)
+        options.say(f"{found.doc}\n\nExample recipe:\n\n{example(found)}")
+        return
+    if markdown:
+        options.say(table())
+        return
+    rows = [(n, *_headline(find(n))) for n in names()]
+    wide, wider = (max(len(row[i]) for row in rows) for i in (0, 1))
+    options.say("\n".join(f"{n:{wide}}  {does:{wider}}  {formula}" for n, does, formula in rows))
+
+
+def _headline(method: Method) -> tuple[str, str]:
+    """What it does, and its formula: on the docstring's first line, or on the first that starts with `out =`."""
+    lines = method.doc.splitlines()
+    does, _, formula = lines[0].partition("     ")
+    if not formula:
+        formula = next(line for line in map(str.strip, lines) if line.startswith("out = "))
+    return does, formula.strip().split("  ")[0]
+
+
+def table() -> str:
+    """The methods as a Markdown table: what each does, its formula, models and parameters."""
+    from fastinterp.methods import find, names
+
+    lines = ["| method | does | formula | models | parameters |", "|---|---|---|---|---|"]
+    for name in names():
+        found = find(name)
+        does, formula = (part.replace("|", "\\|") for part in _headline(found))  # a bar would end the cell
+        low, high = found.models
+        models = f"{low}" if low == high else f"{low} to {high}"
+        base = {"required": ", with a base", "optional": ", with or without a base", "none": ""}[found.base]
+        parameters = ", ".join(f"`{p.name}`" for p in found.parameters)
+        lines.append(f"| `{name}` | {does} | `{formula}` | {models}{base} | {parameters} |")
+    return "\n".join(lines)
+
+
+def example(method: Method) -> str:
+    """A recipe that the method accepts: YAML, with the parameters that must be given, else the first that may be None:
+    of `ema`, one must be given, too. And with a density, without which nothing is dropped.
+    """
+    needed = [p for p in method.parameters if p.required] or [p for p in method.parameters if p.optional][:1]
+    needed += [p for p in method.parameters if p.name in ("density", "select_topk") and p not in needed]
+    each = [p for p in needed if p.each]
+    once = [f"{p.name}: {_sample(p)}" for p in needed if not p.each]
+    count = max(method.models[0], min(3 if method.base == "required" else 2, method.models[1]))
+    lines = [f"merge_method: {method.name}"]
+    if method.base == "required":
+        lines.append("base_model: models/base")
+        count -= 1
+    lines.append("models:")
+    for letter in "abcd"[:count]:
+        lines.append(f"  - model: models/{letter}")
+        if each:
+            own = ", ".join(f"{p.name}: {_sample(p, f'models/{letter}-{p.name}')}" for p in each)
+            lines.append(f"    parameters: {{{own}}}")
+    if once:
+        lines.append("parameters: {" + ", ".join(once) + "}")
+    return "\n".join(lines)
+
+
+def _sample(parameter: Parameter, checkpoint: str = "") -> str:
+    """A value that the parameter accepts."""
+    from fastinterp.methods import Sidecar
+
+    if parameter.kind is Sidecar:
+        return checkpoint
+    if parameter.choices:
+        word = parameter.choices[0]
+        return f"{{{parameter.key}: {word}}}" if parameter.key else word
+    return {bool: "true", int: "10"}.get(parameter.kind, "0.5")
+
+
+@click.command()
+@options.as_json
+def doctor(as_json: bool) -> None:
+    """Show what this machine has and how fast it is.
+
+    Versions, processor, GPUs, settings, and a two-second measurement of memory and file bandwidth.
+
+    \b
+    Example:
+      fastinterp doctor
+    """
+    from fastinterp.system import doctor as checkup
+
+    found = checkup.examine()
+    if as_json:
+        options.say_json(found)
+    else:
+        options.say(checkup.as_text(found))

@@ -1,0 +1,188 @@
+"""`merge` and `interpolate`: the commands that write checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastinterp.cli import OUTCOME, options
+from fastinterp.cli.ranges import alphas
+from fastinterp.errors import FastinterpError, OutputError
+
+if TYPE_CHECKING:
+    from fastinterp.execute.report import Report
+
+_VISIBLE = 0.01  # an alpha that acts as one that is off by more than this share of it is worth a word
+
+
+@click.command()
+@options.recipe
+@click.argument("out")
+@options.output
+def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) -> None:
+    """Merge checkpoints as a recipe says.
+
+    RECIPE is a YAML file, or - for stdin; OUT a new folder. Each input byte is read once, or once more for each
+    statistic that the method asks for: see `fastinterp methods NAME`. Started by torchrun or srun, all processes share
+    the output files among them.
+
+    \b
+    Example:
+      fastinterp merge recipe.yml merged/ --dtype bfloat16
+      torchrun --nproc-per-node=4 -m fastinterp merge recipe.yml merged/
+    """
+    from fastinterp import api
+    from fastinterp.cli import progress
+
+    me = options.rank()
+    if me is None:
+        with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
+            report = api.merge(recipe, out, progress=shown, **settings)
+    else:
+        from fastinterp.execute.distributed import merge as distributed
+
+        with kept_of(Path(out)), progress.shown(quiet or as_json or me.rank > 0) as shown:
+            shared = distributed.merge(recipe, out, me, progress=shown, **settings)
+        if shared is None:
+            return  # rank 0 tells
+        report = shared
+    if as_json:
+        options.say_json(report.as_dict())
+    elif quiet:
+        warn([report])
+    else:
+        options.say(report.summary())
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option(
+    "--alpha", "points", callback=alphas, multiple=True, required=True, metavar="ALPHA",
+    help="0 is A, 1 is B; any number, several as 0,0.5,1, or a range as 0:1:0.25. May be given several times.",
+)  # fmt: skip
+@click.option("-o", "--out", required=True, metavar="DIR", help="Several outputs go to DIR/alpha_0.3 and so on.")
+@click.option("--base", metavar="CKPT", help="Task vectors: base + (1 - alpha)*(A - base) + alpha*(B - base).")
+@click.option("--integers", metavar="CKPT", help="Whose integer tensors to take. Default: they must agree.")
+@options.output
+def interpolate(
+    a: str, b: str, points: list[float], out: str, base: str | None, quiet: bool, as_json: bool,
+    **settings: Any,
+) -> None:  # fmt: skip
+    """Walk the line from checkpoint A to B, and beyond.
+
+    The output is A + alpha*(B - A). Several alphas are made from one read of A and B, up to 256 of them.
+
+    \b
+    Example:
+      fastinterp interpolate model-a/ model-b/ --alpha 0.3 -o mixed/
+      fastinterp interpolate model-a/ model-b/ --alpha -0.5 --alpha 0:1:0.25 --alpha 1.5 -o path/
+    """
+    from fastinterp import api
+    from fastinterp.cli import progress
+    from fastinterp.messages import counted, plain
+    from fastinterp.paths.points import point_name
+
+    options.refuse_ranks("interpolate")
+    outs = [Path(out)] if len(points) == 1 else [Path(out) / point_name(p) for p in points]
+    with outcome_of(outs), progress.shown(quiet or as_json) as shown:
+        reports = api.interpolate(a, b, points, out, base=base, progress=shown, **settings)
+    acting = [_acts_as(p, r) if base is None else None for p, r in zip(points, reports, strict=True)]
+    if as_json:
+        found = zip(points, acting, reports, strict=True)
+        options.say_json([{"alpha": p, "acts_as": x, **r.as_dict()} for p, x, r in found])
+    elif quiet:
+        warn(reports)
+    else:
+        lines = _path_lines(points, acting, reports)
+        older = _older_points(Path(out), outs) if len(outs) > 1 else 0
+        if older:
+            lines.append(f"  left as they are: {counted(older, 'older alpha_* folder')} in {plain(out)}")
+        options.say("\n".join(lines))
+
+
+@contextmanager
+def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
+    """When the run inside is interrupted or cannot write, note what was finished before that: weights appear last."""
+    start = time.time()
+    try:
+        yield
+    except (KeyboardInterrupt, OutputError) as error:
+        done = [str(o) for o in outs if any(p.stat().st_mtime >= start for p in o.glob("*.safetensors"))]
+        said = f"finished before that: {', '.join(done)}" if done else "nothing was written"
+        if said not in str(error):
+            click.get_current_context().meta[OUTCOME] = [said]
+        raise
+
+
+@contextmanager
+def kept_of(out: Path) -> Iterator[None]:
+    """When a merge that several processes share ends early, note what the next one goes on from."""
+    from fastinterp.checkpoint.shared_output_folder import journals
+
+    try:
+        yield
+    except (KeyboardInterrupt, FastinterpError):
+        done = journals(out)
+        if done:
+            click.get_current_context().meta[OUTCOME] = [f"{done} complete files are kept: start the same merge again"]
+        raise
+
+
+def _acts_as(alpha: float, report: Report) -> float | None:
+    """The alpha that the output's rounding made of `alpha`; None for copies."""
+    strength = report.effect.strength
+    return None if strength is None else alpha * strength
+
+
+def _path_lines(points: Sequence[float], acting: Sequence[float | None], reports: Sequence[Report]) -> list[str]:
+    """Alphas that act visibly as others are shown as such."""
+    from fastinterp.execute.report import COPIES
+    from fastinterp.messages import plain, size, table
+    from fastinterp.ops.combine import MAX_OUTPUTS
+
+    told = [
+        f"{acts:.3g}" if acts is not None and abs(acts - alpha) > _VISIBLE * abs(alpha) else ""
+        for alpha, acts in zip(points, acting, strict=True)
+    ]
+    if len(reports) == 1:
+        return [reports[0].summary(), *(f"  alpha {points[0]:g} acts as {acts}" for acts in told if acts)]
+    run, reads = reports[0], -(-len(reports) // MAX_OUTPUTS)
+    read = "one read" if reads == 1 else f"{reads} reads"
+    lines = [f"{len(reports)} outputs from {read}: {size(run.bytes_read)} read, {run.pace()}"]
+    rows = [["alpha", "acts as" if any(told) else "", "changed", "relative change", "output"]]
+    for alpha, acts, report in zip(points, told, reports, strict=True):
+        effect = report.effect
+        fraction, relative = effect.changed_fraction, effect.relative_change
+        change = ["copy", ""] if fraction is None else [f"{fraction:.1%}", f"{relative or 0:.1e}"]
+        rows.append([f"{alpha:g}", acts, *change, report.output])
+    lines += table(rows, ">>>><")
+    every = [r.notes() for r in reports]
+    lines += [f"  {note}" for note in every[0] if _shared(note, every)]
+    for report, notes in zip(reports, every, strict=True):
+        lines += [f"  {plain(report.output)}: {n}" for n in notes if n != COPIES and not _shared(n, every)]
+    return lines
+
+
+def _older_points(out: Path, outs: Sequence[Path]) -> int:
+    return len([p for p in out.glob("alpha_*") if p.is_dir() and p not in outs])
+
+
+def _shared(note: str, every: Sequence[Sequence[str]]) -> bool:
+    """What is said of all outputs is said once."""
+    return all(note in notes for notes in every)
+
+
+def warn(reports: Sequence[Report]) -> None:
+    from fastinterp.messages import plain
+
+    every = [r.warnings for r in reports]
+    for report in reports:
+        for warning in report.warnings:
+            if report is reports[0] or not _shared(warning, every):
+                click.echo(plain(f"{report.output}: warning: {warning}"), err=True)

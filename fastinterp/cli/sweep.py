@@ -1,0 +1,217 @@
+"""`sweep`: many points of a path from one read."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastinterp.cli import options, ranges
+from fastinterp.cli.merge import outcome_of, warn
+from fastinterp.errors import UsageError
+
+if TYPE_CHECKING:
+    from fastinterp.paths.points import Point
+
+
+@click.command()
+@click.argument("a", required=False)
+@click.argument("b", required=False)
+@click.option(
+    "--alphas", callback=ranges.alphas, multiple=True, metavar="ALPHAS",
+    help="Points from A (0) to B (1), and beyond: -0.5:1.5:0.1, or 0,0.5,1. May be given several times.",
+)  # fmt: skip
+@click.option("-o", "--out", metavar="DIR", help="The outputs go to DIR/alpha_0.3, DIR/pos_0.25_formal_-1 and so on.")
+@click.option("--base", metavar="CKPT", help="Where directions start; with A and B: base + (1-alpha)*(A-base) + ...")
+@click.option("--add", callback=ranges.named, multiple=True, metavar="NAME=CKPT", help="A direction from the base.")
+@click.option(
+    "--grid", callback=ranges.grids, multiple=True, metavar="NAME=POINTS",
+    help="How far to go in that direction: 0:1:0.25, or 0,0.5,1.",
+)  # fmt: skip
+@click.option("--method", metavar="NAME", help="Another than the straight line: slerp, ties, ... (fastinterp methods).")
+@click.option(
+    "--parameter", "parameters", callback=ranges.named, multiple=True, metavar="NAME=VALUE", help="Of the method."
+)
+@click.option("--integers", metavar="CKPT", help="Whose integer tensors to take. Default: they must agree.")
+@click.option("--virtual", is_flag=True, help="Write only a recipe per point, for fastinterp.load to carry out.")
+@click.option(
+    "--in-memory", metavar="MODULE:FUNCTION",
+    help="Write nothing: call function(point, tensors) for each point, and print what it returns.",
+)  # fmt: skip
+@click.option(
+    "--framework", type=click.Choice(["torch", "numpy"]), default="torch", show_default=True,
+    help="Whose tensors the function of --in-memory gets.",
+)  # fmt: skip
+@options.output
+def sweep(
+    a: str | None, b: str | None, out: str | None, in_memory: str | None, parameters: dict[str, str], quiet: bool,
+    as_json: bool, **settings: Any,
+) -> None:  # fmt: skip
+    """Make many points of a path from one read of the models.
+
+    Points are on the line from A to B, and beyond; or a grid of directions from a base.
+
+    \b
+    Example:
+      fastinterp sweep model-a/ model-b/ --alphas -0.5:1.5:0.1 -o path/
+      fastinterp sweep --base base/ --add pos=P/ --add formal=F/ --grid pos=0:1:0.25 --grid formal=-1:1:0.5 -o grid/
+    """
+    from fastinterp.cli import progress
+    from fastinterp.paths import sweep as steer
+
+    options.refuse_ranks("sweep")
+    if not settings["alphas"]:
+        settings["alphas"] = None
+    if in_memory is not None:
+        settings["max_memory"] = _given("max_memory", settings["max_memory"])
+    settings["parameters"] = {name: _value(text) for name, text in parameters.items()}
+    callback = None
+    if in_memory is not None:
+        gc.enable()  # the function may leave garbage at every point
+        callback = _told(_function(in_memory), in_memory, as_json)
+    with outcome_of([] if out is None else _Folders(out)), progress.shown(quiet or as_json) as shown:
+        points = steer.sweep(a, b, out=out, in_memory=callback, progress=shown, **settings)
+    if as_json:
+        options.say_json([_as_dict(point) for point in points])
+    elif quiet:
+        warn([point.report for point in points if point.report is not None])
+    else:
+        options.say("\n".join(_lines(points, settings["virtual"])))
+
+
+class _Folders(Iterable[Path]):
+    """The folders in a folder when they are looked at: those of a sweep are not known before."""
+
+    def __init__(self, folder: str):
+        self._folder = Path(folder)
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(sorted(p for p in self._folder.glob("*") if p.is_dir()))
+
+
+def _given(name: str, value: Any) -> Any:
+    """`value`, or None if it is only the option's default."""
+    source = click.get_current_context().get_parameter_source(name)
+    return None if source is click.core.ParameterSource.DEFAULT else value
+
+
+def _value(text: str) -> Any:
+    """A parameter as recipes have it: numbers, true and false; all else is text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _function(named: str) -> Callable[..., Any]:
+    """The function of `MODULE:FUNCTION`; modules are looked for in the current folder first."""
+    from importlib import import_module
+
+    module, colon, name = named.partition(":")
+    if not colon or not module or not name:
+        raise UsageError(f"--in-memory takes MODULE:FUNCTION, got {named!r}")
+    sys.path.insert(0, "")
+    try:
+        found = getattr(import_module(module), name, None)
+    except ImportError as error:
+        raise UsageError(f"--in-memory {named}: {error}") from None
+    if not callable(found):
+        raise UsageError(f"--in-memory {named}: {module} has no function {name}")
+    return found  # type: ignore[no-any-return]
+
+
+def _told(function: Callable[..., Any], named: str, as_json: bool) -> Callable[..., Any]:
+    """The function, its results in Python's own types. For JSON what is none is refused, before more points are made.
+
+    Raises: UsageError, also if the function raises anything, after its traceback.
+    """
+
+    def told(point: Point, tensors: dict[str, Any]) -> Any:
+        try:
+            result = function(point, tensors)
+        except Exception as error:  # any: it is the user's own
+            click.echo("".join(traceback.format_exception(error.with_traceback(_below(error)))).rstrip(), err=True)
+            what = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise UsageError(f"--in-memory {named} raised {what} at {point.name}") from None
+        try:
+            return _python(result)
+        except TypeError as error:
+            if as_json:
+                raise UsageError(
+                    f"--in-memory {named} returned {error} at {point.name}, which JSON does not have. Return numbers, "
+                    "text, lists or mappings of them by name"
+                ) from None
+            return result
+
+    return told
+
+
+def _below(error: Exception) -> TracebackType | None:
+    """The traceback from the user's function on."""
+    return error.__traceback__ and error.__traceback__.tb_next
+
+
+def _python(value: Any) -> Any:
+    """With numbers of numpy and torch as Python's. Raises: TypeError, that names what JSON does not have."""
+    if isinstance(value, float):
+        return float(value)  # numpy.float64 is one
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Mapping):
+        wrong = [key for key in value if not isinstance(key, str)]
+        if wrong:
+            raise TypeError(f"a mapping with the key {wrong[0]!r}"[:100])
+        return {key: _python(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_python(one) for one in value]
+    count = getattr(value, "numel", lambda: getattr(value, "size", None))()
+    if hasattr(value, "item") and count == 1:
+        return _python(value.item())
+    shape = getattr(value, "shape", None)
+    of = "" if shape is None else f" of shape {list(shape)}"
+    raise TypeError(f"a {type(value).__module__}.{type(value).__qualname__}{of}")
+
+
+def _as_dict(point: Point) -> dict[str, Any]:
+    path = None if point.path is None else str(point.path)
+    plain: dict[str, Any] = {"name": point.name, "at": dict(point.at), "acts_as": point.acts_as, "path": path}
+    if point.report is not None:
+        plain["report"] = point.report.as_dict()
+    return plain if point.result is None else {**plain, "result": point.result}
+
+
+def _lines(points: Sequence[Point], virtual: bool) -> list[str]:
+    from fastinterp.messages import counted, plain, size, table
+
+    if virtual:
+        folder = "" if points[0].path is None else str(points[0].path.parent)
+        return [
+            f"{counted(len(points), 'recipe')} in {plain(folder)}: give one to `fastinterp merge` or fastinterp.load"
+        ]
+    reports = [point.report for point in points if point.report is not None]
+    run = reports[0]
+    written = points[0].path is not None
+    pace = run.pace() if written else "in memory"
+    lines = [f"{counted(len(points), 'output')}: {size(run.bytes_read)} read, {pace}"]
+    names = list(points[0].at)
+    rows = [[*names, "acts as", "changed", "relative change", "output" if written else "result"]]
+    for point, report in zip(points, reports, strict=True):
+        effect = report.effect
+        fraction, relative = effect.changed_fraction, effect.relative_change
+        change = ["copy", ""] if fraction is None else [f"{fraction:.1%}", f"{relative or 0:.1e}"]
+        acts = " ".join(f"{far:.3g}" for far in (point.acts_as or {}).values())
+        shown = str(point.path) if written else str(point.result)
+        rows.append([*(f"{far:g}" for far in point.at.values()), acts, *change, shown])
+    lines += table(rows, ">" * (len(names) + 3) + "<")
+    shared = [note for note in reports[0].notes() if all(note in r.notes() for r in reports)]
+    lines += [f"  {note}" for note in shared]
+    for point, report in zip(points, reports, strict=True):
+        lines += [f"  {point.name}: {note}" for note in report.notes() if note not in shared and "warning" in note]
+    return lines

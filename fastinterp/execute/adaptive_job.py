@@ -1,0 +1,344 @@
+"""Tensors whose methods ask before they sum, and sums by group and with masks: their requests as steps of the pump.
+
+Imported only where a plan has such tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from operator import itemgetter
+from typing import Any, overload
+
+from fastinterp.execute.densities import Density, densities
+from fastinterp.execute.jobs import Job, Result, is_copy
+from fastinterp.execute.sources import dtype_code
+from fastinterp.execute.tensor_io import Place, Step
+from fastinterp.ops.combine import GroupRow, Row
+from fastinterp.ops.dtypes import F64
+from fastinterp.ops.masked import Known, filled_masks, kept_of, kept_step, masked_step, read_inputs, terms
+from fastinterp.ops.requests import (
+    Divergence,
+    GroupCombine,
+    Keep,
+    MaskedCombine,
+    Measure,
+    Measured,
+    MeasureKept,
+    Request,
+    Select,
+    Sum,
+)
+from fastinterp.plan.method_run import Conversation, inputs_of
+
+_AT_A_TIME = 1024  # groups whose numbers are Python's at a time
+Probes = Generator[Step, Any, Any]  # steps, sent their answers one by one; returns the answer to a request
+MASK_BYTES = 64 << 20  # of one tensor that wait for its sum; more are found again
+
+
+class Asking(Job):
+    """A tensor that asks, and is written when all of its answers are in.
+
+    n            inputs of the method; side-cars are behind them
+    calls        as in Conversation
+    name, seeds  random keeps are drawn from them: the tensor's name, and a seed per output
+    notes        let the pump note what surveys find to be kept, in masks for the sum
+    """
+
+    def __init__(
+        self, place: Place, n: int, calls: Sequence[Callable[[], Any]], name: str, seeds: Sequence[int],
+        notes: bool = True,
+    ):  # fmt: skip
+        super().__init__(place, ())
+        self.n, self._name, self._seeds = n, name, seeds
+        self._talk = Conversation(name, calls, seeds)
+        self._answers: dict[tuple[Request, int], Any] = {}
+        self._probing: dict[tuple[Request, int], tuple[Probes, Step]] = {}
+        self._written: list[tuple[int, ...]] = []
+        # Per output: what it reads, whether it copies, and what thresholds keep of its inputs.
+        self._effects: list[tuple[tuple[int, ...], bool, dict[int, Density]]] = []
+        # Masks that surveys of keeps have filled; None if they do not.
+        self._known: dict[tuple[int, Keep, int], tuple[Any, int]] | None = {} if notes else None
+        self._begin()
+
+    @property
+    def cost(self) -> int:  # type: ignore[override]
+        return 0 if self._talk.ended else sum(self.place.nbytes)
+
+    @property
+    def whole(self) -> bool:  # type: ignore[override]
+        return not self._talk.ended and not self._probing
+
+    @property
+    def whole_requests(self) -> list[Select]:
+        """The requests about the whole model that have no answer yet."""
+        asked = (r for r, seed in self._talk.requests if (r, seed) not in self._answers)
+        return [r for r in asked if isinstance(r, Select) and r.whole]
+
+    def answer(self, request: Select, answer: Any) -> None:
+        """The answer to one of `whole_requests`."""
+        for asked in self._talk.requests:
+            if asked[0] == request:
+                self._answers[asked] = answer
+        self._go_on()
+
+    def steps(self) -> list[Step]:
+        if not self._talk.ended:
+            return [step for _, step in self._probing.values()]
+        sums = self._talk.sums
+        rows = [_row(asked) for asked in sums]
+        # Noted now, because sums by row are large: they are not held until the end.
+        self._effects = [
+            (
+                inputs_of(asked, self.n),
+                isinstance(row, Row) and is_copy(self.place, row),
+                densities(asked, told, self.place.numel),
+            )
+            for row, asked, told in zip(rows, sums, self._talk.selected, strict=True)
+        ]
+        writers = _writers(self.place, rows, sums, self._name, self._seeds, self._known or {})
+        self._written = [outputs for outputs, _ in writers]
+        return [step for _, step in writers]
+
+    def take(self, results: Sequence[Result]) -> None:
+        if self._talk.ended:
+            pairs = zip(self._written, results, strict=True)
+            found = {k: stats for outputs, r in pairs for k, stats in zip(outputs, r.stats, strict=True)}
+            self.stats, self.done = [found[k] for k in sorted(found)], True
+            self._talk.forget()
+            self._known = None
+            return
+        for (asked, (probes, _)), result in zip(list(self._probing.items()), results, strict=True):
+            try:
+                self._probing[asked] = probes, probes.send(result.answer)
+            except StopIteration as end:
+                del self._probing[asked]
+                self._answers[asked] = end.value
+        self._go_on()
+
+    def reads(self, k: int) -> tuple[int, ...]:
+        return self._effects[k][0]
+
+    def copies(self, k: int) -> bool:
+        return self._effects[k][1]
+
+    def densities(self, k: int) -> Mapping[int, Density]:
+        return self._effects[k][2]
+
+    def _begin(self) -> None:
+        for request, seed in self._talk.requests:
+            if not _is_whole(request):
+                probes = _probes(request, self.place, self.n, self._name, seed, self._known)
+                self._probing[request, seed] = probes, next(probes)
+
+    def _go_on(self) -> None:
+        """Let the method have its answers when all of them are there."""
+        if not self._talk.ended and all(asked in self._answers for asked in self._talk.requests):
+            self._talk.answer(self._answers)
+            self._answers.clear()
+            self._begin()
+
+
+def _is_whole(request: Request) -> bool:
+    return isinstance(request, Select) and request.whole
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def asked_of_all(
+    request: Select, jobs: Sequence[Asking], run: Callable[[Sequence[Step]], list[Result]], most: int
+) -> Any:
+    """Answer a request about the whole model: each pass goes over all tensors, whose counts are added.
+
+    run   carries out steps
+    most  bytes of answers at a time: they hold many counts until they are added
+    """
+    from fastinterp.ops.select import selecting
+
+    passes = selecting(request, sum(job.place.numel for job in jobs))
+    try:
+        asked = next(passes)
+        while True:
+            total: Sequence[Any] = ()
+            at_a_time = max(1, most // (16 * asked.bins))
+            for first in range(0, len(jobs), at_a_time):
+                some = jobs[first : first + at_a_time]
+                for result in run([_histogram(request, asked, job.place, job.n) for job in some]):
+                    total = _added(total, result.answer)
+            asked = passes.send(total)
+    except StopIteration as end:
+        return end.value
+
+
+def _added(total: Sequence[Any], more: Sequence[Any]) -> Sequence[Any]:
+    for one, other in zip(total, more, strict=True) if total else ():
+        one.add(other)
+    return total or more
+
+
+def _probes(
+    request: Request, place: Place, n: int, name: str, seed: int,
+    known: dict[tuple[int, Keep, int], tuple[Any, int]] | None,
+) -> Probes:  # fmt: skip
+    """The steps that answer one request. What they find of keeps, for the sums, is added to `known`."""
+    inputs = inputs_of(request, n)
+    if isinstance(request, Measure):
+        kind = "measure_deltas" if request.deltas else "measure"
+        if request.per == "tensor":
+            return Groups(n, (yield place.asking(kind, inputs)))[0]
+        groups = place.columns if request.per == "column" else place.numel // max(1, place.columns)
+        held = 2 * 8 * groups * (n * (n + 1) // 2 + 2 * n)  # sums and counts, there and here; weights need less
+        return Groups(n, (yield place.asking(kind, inputs, held, per=request.per, columns=place.columns)))
+    if isinstance(request, MeasureKept):
+        step, masks = _kept(request, place, inputs, name, seed, known is not None)
+        sums, counts = yield step
+        if known is not None:
+            kept = enumerate(request.keeps)
+            known |= {(i, keep, seed): masks[i] for i, keep in kept if i in masks and keep is not None}
+        return kept_of(request, _flat(sums, "d").tolist(), _flat(counts, "q").tolist())
+    if isinstance(request, Divergence):
+        held = 3 * 8 * (place.numel // max(1, place.columns))  # there, here, and the factors of a score
+        return _flat((yield place.asking("divergence", inputs, held, columns=place.columns))[0], "d")
+    return (yield from _selected(request, place, n))
+
+
+def _kept(
+    request: MeasureKept, place: Place, inputs: Sequence[int], name: str, seed: int, notes: bool
+) -> tuple[Step, dict[int, tuple[Any, int]]]:
+    """The step that answers the request, and by input the mask that it fills, if they are no burden to hold.
+
+    In float64 the sum may compute with other deltas than the survey, which reads every input that is asked about.
+    """
+    from fastinterp.backends.cpu import Masks
+
+    keys = kept_step(request, name=name, seed=seed)
+    step = place.asking("kept", inputs, columns=place.columns, **keys)
+    places = filled_masks(request)
+    count = max(places.values()) + 1
+    wide = any(dtype_code(operand) == F64.code for operand in place.operands)
+    if not notes or not count or wide or count * place.numel > 8 * MASK_BYTES:
+        return step, {}
+    masks = Masks(count, place.numel)
+    native = {**step.native, "masks": (masks, list(places.values()))}
+    return replace(step, native=native, held=masks.nbytes), {i: (masks, k) for i, k in places.items() if k >= 0}
+
+
+def _selected(request: Select, place: Place, n: int) -> Probes:
+    from fastinterp.ops.select import selecting
+
+    passes = selecting(request, place.numel)
+    try:
+        asked = next(passes)
+        while True:
+            asked = passes.send((yield _histogram(request, asked, place, n)))
+    except StopIteration as end:
+        return end.value
+
+
+def _histogram(request: Select, asked: Any, place: Place, n: int) -> Step:
+    """The step of one pass; `asked` is a Coarse or Fine of ops/select.py."""
+    from fastinterp.ops.select import elements_read, step
+
+    native = step(request, asked, place.numel, place.columns)
+    share = elements_read(asked, place.numel) / max(1, place.numel)
+    read = range(n) if request.score else {0, *asked.vectors}
+    nbytes = round(share * sum(place.nbytes[i] for i in read))
+    return Step(place.name, {**native, **place.reading(range(n))}, nbytes, 16 * asked.bins)
+
+
+class Groups(Sequence[Measured]):
+    """What the pump measured: one Measured per group, made when it is looked at, since rows may be many.
+
+    answer  f64[groups * (n * (n + 1) / 2 + n)] and i64[groups * n], as the pump has them
+    """
+
+    def __init__(self, n: int, answer: tuple[Any, Any]):
+        self._n, self._sums, self._nonzero = n, _flat(answer[0], "d"), _flat(answer[1], "q")
+        triangle = iter(range(n * (n + 1) // 2))
+        places = [[0] * n for _ in range(n)]
+        for i in range(n):
+            for j in range(i, n):
+                places[i][j] = places[j][i] = next(triangle)
+        self._rows = [itemgetter(*row) if n > 1 else itemgetter(slice(1)) for row in places]
+
+    def __len__(self) -> int:
+        return len(self._nonzero) // self._n
+
+    @overload
+    def __getitem__(self, at: int) -> Measured: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Measured]: ...
+    def __getitem__(self, at: int | slice) -> Measured | list[Measured]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        return next(self._from(at % len(self), 1))
+
+    def __iter__(self) -> Iterator[Measured]:
+        for first in range(0, len(self), _AT_A_TIME):
+            yield from self._from(first, _AT_A_TIME)
+
+    def _from(self, first: int, count: int) -> Iterator[Measured]:
+        """So many groups from the first on, or as many as there are."""
+        n, rows = self._n, self._rows
+        width = n * (n + 1) // 2 + n
+        sums = iter(self._sums[first * width : (first + count) * width].tolist())
+        nonzero = iter(self._nonzero[first * n : (first + count) * n].tolist())
+        for own, counts in zip(zip(*[sums] * width, strict=True), zip(*[nonzero] * n, strict=True), strict=True):
+            yield Measured(tuple([row(own) for row in rows]), own[-n:], counts)
+
+
+def _flat(values: Any, code: str) -> memoryview[Any]:
+    """A buffer of any shape as one dimension."""
+    flat: memoryview[Any] = memoryview(values).cast("B").cast(code)  # type: ignore[call-overload]
+    return flat
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def _row(asked: Sum) -> Row | GroupRow | MaskedCombine:
+    """What the kernels execute: sums that come to a plain one, or to a copy, as such."""
+    if isinstance(asked, MaskedCombine):
+        return asked if terms(asked) else Row(0)
+    return asked.row()
+
+
+def _writers(
+    place: Place,
+    rows: Sequence[Row | GroupRow | MaskedCombine],
+    sums: Sequence[Sum],
+    name: str,
+    seeds: Sequence[int],
+    known: Known,
+) -> list[tuple[tuple[int, ...], Step]]:
+    """The steps that write all outputs, one for each kind of sum, and which outputs each of them writes."""
+    kinds: dict[str, list[int]] = {}
+    for k, (row, asked) in enumerate(zip(rows, sums, strict=True)):
+        per = asked.per if isinstance(row, GroupRow) and isinstance(asked, GroupCombine) else ""
+        kinds.setdefault(per or type(row).__name__, []).append(k)
+    return [
+        (tuple(ks), _writer(place, kind, [rows[k] for k in ks], ks, name, seeds, known)) for kind, ks in kinds.items()
+    ]
+
+
+def _writer(
+    place: Place, kind: str, rows: Sequence[Any], outputs: Sequence[int], name: str, seeds: Sequence[int], known: Known
+) -> Step:
+    if isinstance(rows[0], Row):
+        return place.combine(rows, outputs)
+    if isinstance(rows[0], GroupRow):
+        inputs = sorted({i for row in rows for i in (row.pivot, *row.inputs)})
+        at = {i: k for k, i in enumerate(inputs)}
+        native = [(at[row.pivot], row.totals, [at[i] for i in row.inputs], row.weights) for row in rows]
+        held = sum(8 * (len(row.totals) + len(row.weights)) for row in rows)
+        return place.writing("combine", inputs, outputs, held, rows=native, per=kind, columns=place.columns)
+    inputs = sorted({i for row in rows for i in read_inputs(row)})
+    masked = [
+        masked_step(row, name=name, seed=seeds[k], inputs=inputs, known=known)
+        for row, k in zip(rows, outputs, strict=True)
+    ]
+    step = place.writing("masked", inputs, outputs, masked=masked, columns=place.columns)
+    return replace(step, held=sum(masks.nbytes for masks in {id(m): m for m, _ in known.values()}.values()))

@@ -1,0 +1,131 @@
+"""Tensors that need others of documents above, made one after the other in a temporary file.
+
+Imported only where a plan has such tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastinterp.checkpoint.header import Entry
+from fastinterp.errors import OutputError
+from fastinterp.execute.jobs import Job, Result
+from fastinterp.execute.sources import Operand, storage
+from fastinterp.execute.tensor_io import Step
+from fastinterp.plan.tensors import MadeEntry, PlannedTensor
+
+if TYPE_CHECKING:
+    from fastinterp.execute.densities import Density
+
+_ALIGN = 4096  # bytes
+
+# The operand of an input; and the job of a tensor: with its operands, at an offset in the file, or None: in the output.
+Find = Callable[[int, Entry], Operand]
+Make = Callable[[PlannedTensor, Find, int | None], Job]
+
+
+class Scratch:
+    """A file without a name, open until `stack` closes. Room that is free again is used again, so that it stays small.
+
+    keeps         nothing is free again
+    source, sink  its numbers for the pump
+    """
+
+    def __init__(self, folder: Path, stack: ExitStack, keeps: bool):
+        with storage(folder, OutputError), tempfile.TemporaryFile(dir=folder) as file:
+            self.fd = os.dup(file.fileno())
+        stack.callback(os.close, self.fd)
+        self.keeps = keeps
+        self.source = self.sink = -1
+        self.size = 0
+        self._free: list[tuple[int, int]] = []  # (size, offset)
+
+    def take(self, nbytes: int) -> tuple[int, int]:
+        """(size, offset) of room for so many bytes: the smallest that is free, else at the end."""
+        size = -(-nbytes // _ALIGN) * _ALIGN
+        fitting = [room for room in self._free if room[0] >= size]
+        if not fitting:
+            self.size += size
+            return size, self.size - size
+        room = min(fitting)
+        self._free.remove(room)
+        return room
+
+    def free(self, rooms: Sequence[tuple[int, int]]) -> None:
+        if not self.keeps:
+            self._free += rooms
+
+
+class Staged(Job):
+    """A tensor, after those that it is made of.
+
+    stages  the tensors in the order in which they are made; the last one is written to the output
+    """
+
+    def __init__(self, stages: Sequence[PlannedTensor], scratch: Scratch, find: Find, make: Make):
+        self.stats, self.done = [], False
+        self._cost = sum(entry.nbytes for stage in stages for entry in stage.entries)
+        self._waiting = list(stages)
+        self._scratch, self._find, self._make = scratch, find, make
+        self._rooms: dict[int, tuple[int, int]] = {}  # id of a tensor -> where it is
+        self.now: Job | None = None
+
+    @property
+    def cost(self) -> int:  # type: ignore[override]
+        return self._cost if self.now is None else self.now.cost
+
+    @property
+    def nbytes(self) -> int:
+        return self._cost
+
+    @property
+    def whole(self) -> bool:  # type: ignore[override]
+        return self.now is not None and self.now.whole
+
+    @property
+    def last(self) -> Job | None:
+        return self.now if not self._waiting else None
+
+    def steps(self) -> list[Step]:
+        return self._current().steps()
+
+    def take(self, results: Sequence[Result]) -> None:
+        job = self._current()
+        job.take(results)
+        if not job.done:
+            return
+        if self._waiting:
+            self._current(job)
+            return
+        self.stats, self.done = job.stats, True
+        self._scratch.free(list(self._rooms.values()))
+
+    def reads(self, k: int) -> tuple[int, ...]:
+        return self._current().reads(k)
+
+    def copies(self, k: int) -> bool:
+        return self._current().copies(k)
+
+    def densities(self, k: int) -> Mapping[int, Density]:
+        return self._current().densities(k)
+
+    def _current(self, ended: Job | None = None) -> Job:
+        """The job of the stage that is made now: the next one, if that has ended."""
+        if self.now is None or self.now is ended:
+            stage = self._waiting.pop(0)
+            offset = None
+            if self._waiting:
+                self._rooms[id(stage)] = self._scratch.take(stage.nbytes)
+                offset = self._rooms[id(stage)][1]
+            self.now = self._make(stage, self._operand, offset)
+        return self.now
+
+    def _operand(self, checkpoint: int, entry: Entry) -> Operand:
+        if isinstance(entry, MadeEntry):
+            return self._scratch.source, self._rooms[id(entry.made)][1], entry.dtype.code or 0
+        return self._find(checkpoint, entry)

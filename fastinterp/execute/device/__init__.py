@@ -1,0 +1,1 @@
+"""Carries out steps on accelerators, beside the CPU."""

@@ -1,0 +1,225 @@
+"""Runs steps on accelerators, and what they cannot or need not do on the processor beside them.
+
+Imported only where a device was asked for, or `--device auto` chose one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastinterp.backends.cpu import Progress
+from fastinterp.backends.device import Device
+from fastinterp.errors import UsageError
+from fastinterp.execute.device.batches import Part, Work, batches
+from fastinterp.execute.device.worker import LEAST_SLOT, Files, Worker
+from fastinterp.execute.jobs import Result
+from fastinterp.execute.rounds import Machine, Placed
+from fastinterp.execute.sources import dtype_code, gathers
+from fastinterp.execute.tensor_io import Step
+from fastinterp.messages import size
+
+# Of each device. Shorter slots cost more of Python than of the bus (tried: 4, 8, 16, 32 MiB), longer ones more to lock.
+SLOTS, SLOT_BYTES = 8, 16 << 20
+_LEAST_BATCH = 4 << 20  # bytes: where there is less to do, it is not shared any further
+_TICK_S = 0.1
+_SAMPLES = "samples of magnitudes"
+
+
+def device_window(max_memory: int, devices: int) -> int:
+    """Bytes of host memory for the slots of all devices: half of what may be used, or as much as they need.
+
+    Raises: UsageError, if that is too little for the smallest slots.
+    """
+    window = min(max_memory // 2, devices * SLOTS * SLOT_BYTES)
+    if window < devices * 2 * LEAST_SLOT:
+        raise UsageError(
+            f"--max-memory allows {max_memory} bytes, but merging on accelerators takes at least "
+            f"{4 * devices * LEAST_SLOT}. Allow more, or use --device cpu"
+        )
+    return window
+
+
+class DeviceMachine(Machine):
+    """A Machine whose steps run on `devices`; on the processor, what none of them does.
+
+    max_memory  bytes of host memory for slots, scratch and answers together
+    The other arguments are those of Machine. Devices are the caller's; `close` gives their memory back.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        settings: dict[str, Any],
+        explained: Callable[[tuple[Any, ...], Sequence[Step]], Exception],
+        total: int,
+        progress: Progress | None,
+        max_memory: int,
+    ):
+        window = device_window(max_memory, len(devices))
+        super().__init__(settings, explained, total, progress, max_memory - window)
+        files = Files(settings["sources"], settings["sinks"], settings["prefetch"])
+        threads, each = settings["threads"] // len(devices), window // len(devices)
+        slot = max(LEAST_SLOT, min(SLOT_BYTES, each // SLOTS))
+        self._workers = [Worker(device, each, slot, SLOTS, threads, files) for device in devices]
+        self._window = each
+        self._on_cpu: dict[str, set[str]] = {}  # why the processor works on tensors, and their names
+        self._unfilled: dict[int, Any] = {}  # masks that a survey on a device did not fill
+        self._work = Work((), 0)  # of the round that runs
+        self._pinned = 0  # bytes of slots at most
+
+    def placed(self) -> Placed:
+        devices = [worker.device for worker in self._workers]
+        names = set().union(*(some for why, some in self._on_cpu.items() if why != _SAMPLES))
+        return Placed(
+            devices=tuple(f"{device.name} {device.label} ({device.backend})" for device in devices),
+            on_cpu={why: len(some) for why, some in self._on_cpu.items()},
+            tensors=len(names),
+            lost=tuple(worker.lost for worker in self._workers if worker.lost),
+        )
+
+    def run(self, steps: Sequence[Step]) -> list[Result]:
+        """Ends all threads before it returns or raises, KeyboardInterrupt included.
+
+        Raises: BackendError, if no device is left; what Machine.run does.
+        """
+        workers = [worker for worker in self._workers if not worker.lost]
+        most = self._batch_bytes(steps, workers)
+        parts, rest = self._sorted(steps, most)
+        needed = max((p.nbytes for own in parts.values() for p in own), default=0)
+        for worker in workers:
+            worker.limit = max(worker.limit, needed)
+        every = batches((p for own in parts.values() for p in own), most)
+        work = self._work = Work(every, len(workers))
+        rounds = self.rounds
+        self.scratch_bytes -= self._pinned
+        crew = [threading.Thread(target=w.work, args=(work,), name=w.device.name) for w in workers if every]
+        try:
+            for thread in crew:
+                thread.start()
+            found = dict(zip(rest, super().run([*rest.values()]), strict=True)) if rest else {}
+            while not work.wait(_TICK_S):
+                self._tell(self.bytes_read + self.bytes_written)
+        finally:
+            _end(work, crew)
+        self._tell(self.bytes_read + self.bytes_written)
+        self.bytes_read += work.bytes_read
+        self.bytes_written += work.bytes_written
+        self.rounds = rounds + 1
+        self._pinned = max(self._pinned, sum(worker.held_bytes for worker in workers))
+        self.scratch_bytes += self._pinned
+        found |= {i: _result(own) for i, own in parts.items()}
+        return [found[i] for i in range(len(steps))]
+
+    def close(self) -> None:
+        """Give the memory of all devices back. The machine runs no more."""
+        for worker in self._workers:
+            worker.close()
+
+    def _batch_bytes(self, steps: Sequence[Step], workers: Sequence[Worker]) -> int:
+        """Of one batch: a slot at most, and less where there is so little to do that devices would wait."""
+        share = sum(step.nbytes for step in steps) // (len(workers) * SLOTS)
+        return min(max(_LEAST_BATCH, share), *(worker.limit for worker in workers))
+
+    def _sorted(self, steps: Sequence[Step], most: int) -> tuple[dict[int, list[Part]], dict[int, Step]]:
+        """By number of the step, its parts for the devices; and the steps that the processor does."""
+        parts: dict[int, list[Part]] = {}
+        rest: dict[int, Step] = {}
+        for i, step in enumerate(steps):
+            native = self._without_lost_masks(step.native)
+            why = _nothing_to_compute(native) or self._workers[0].device.refuses(native)
+            if why is None:
+                if native["kind"] == "kept" and "masks" in native:
+                    native = self._unmasked(native)
+                own = Part({**native, **self._writing(native)}, 0, native["numel"]).cut(most)
+                if 2 * own[0].nbytes <= self._window:
+                    parts[i] = own
+                    continue
+                why = f"rows so long that they do not fit into {size(self._window // 2)}"
+            self._on_cpu.setdefault(why, set()).add(step.name)
+            rest[i] = replace(step, native=native)
+        return parts, rest
+
+    def _writing(self, native: Mapping[str, Any]) -> dict[str, Any]:
+        """What a piece says, and the pump is told for all of its steps."""
+        if "sinks" not in native:
+            return {}
+        return {name: self._settings[name] for name in ("stats_every", "fp8_saturate")}
+
+    def _unmasked(self, native: Mapping[str, Any]) -> dict[str, Any]:
+        """A survey of keeps that fills no masks: devices find again what is kept, for less than it costs to send."""
+        masks = native["masks"][0]
+        self._unfilled[id(masks)] = masks
+        return {k: v for k, v in native.items() if k != "masks"}
+
+    def _without_lost_masks(self, native: dict[str, Any]) -> dict[str, Any]:
+        """A sum that does not rely on masks which no survey has filled."""
+        if native["kind"] != "masked" or not self._unfilled:
+            return native
+
+        def term(given: dict[str, Any]) -> dict[str, Any]:
+            lost = given["known"] is not None and id(given["known"][0]) in self._unfilled
+            return {**given, "known": None} if lost else given
+
+        return {**native, "masked": [{**m, "terms": [term(t) for t in m["terms"]]} for m in native["masked"]]}
+
+    def _shown(self, before: int) -> Progress:
+        return lambda done, _: self._tell(before + done)
+
+    def _tell(self, done: int) -> None:
+        """Show the progress of devices and processor: `done` are the bytes of this one, and of rounds before.
+
+        Raises: what stopped the devices.
+        """
+        work = self._work
+        if isinstance(work.error, tuple):
+            raise self._explained(work.error, ())
+        if work.error is not None:
+            raise work.error
+        if self._progress is not None:
+            self._told = max(self._told, done + work.bytes_read + work.bytes_written)
+            self._total = max(self._total, self._told)
+            self._progress(self._told, self._total)
+
+
+def _nothing_to_compute(native: Mapping[str, Any]) -> str | None:
+    """Why a step is the processor's, whatever devices can do: sending the bytes would cost more than the work."""
+    if gathers(native["inputs"]):
+        return "rows that are moved"
+    if native["kind"] == "same":
+        return "not averaged"
+    if not native["numel"]:
+        return "empty"
+    if native["kind"] == "histogram" and native["every"] > 1:
+        return _SAMPLES
+    if native["kind"] == "combine" and native.get("per", "tensor") == "tensor" and len(native["inputs"]) == 1:
+        copies = all(total == 1.0 and not terms for _, total, terms in native["rows"])
+        if copies and dtype_code(native["inputs"][0]) == native["out_dtype"]:
+            return "copies"
+    return None
+
+
+def _result(parts: Sequence[Part]) -> Result:
+    """Of a step, when all of its parts are done."""
+    whole = parts[0].whole or parts[0]
+    if whole.result is None:
+        raise ValueError("a step has no result, though all batches are done")
+    return whole.result
+
+
+def _end(work: Work, crew: Sequence[threading.Thread]) -> None:
+    """Wait for all threads, even if another exception comes meanwhile: they use memory that is freed next."""
+    late = None
+    while True:
+        try:
+            work.stop()
+            for thread in crew:
+                if thread.ident is not None:
+                    thread.join()
+            break
+        except BaseException as error:
+            late = error
+    if late is not None:
+        raise late

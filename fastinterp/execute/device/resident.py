@@ -1,0 +1,98 @@
+"""Runs steps on tensors that lie in the memory of one device: nothing is read or written but by its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastinterp.errors import BackendError
+from fastinterp.execute.jobs import Result
+from fastinterp.execute.tensor_io import Step
+
+if TYPE_CHECKING:
+    from fastinterp.backends.device import Device, Pending, Queue
+
+_UNBOUNDED = 1 << 62  # bytes of scratch: whoever holds whole models in memory sets the bound
+Handle = tuple[str, int, int]  # "device", address, bytes: memory that the device can read, or write
+
+
+class ResidentMachine:
+    """As a Machine, for steps whose sources and sinks are ("device", address, bytes).
+
+    Whole tensors are launched in one queue. What writes is not waited for, so that a run without questions returns at
+    once; with `stats_every`, statistics are waited for, too.
+
+    sources, sinks   they may be added to between runs
+    capturing        work goes into a graph, so nothing can be waited for
+    """
+
+    round_bytes = 4 << 30  # a millisecond of work: the host prepares the next round meanwhile
+    held_bytes = 256 << 20
+
+    def __init__(
+        self,
+        device: Device,
+        queue: Queue,
+        sources: Sequence[Handle],
+        sinks: Sequence[Handle],
+        *,
+        stats_every: int = 0,
+        capturing: bool = False,
+    ):
+        self.most = _UNBOUNDED
+        self._device, self._queue = device, queue
+        self._sources, self._sinks = sources, sinks
+        self._stats_every, self._capturing = stats_every, capturing
+
+    def run(self, steps: Sequence[Step]) -> list[Result]:
+        """Raises: BackendError, if the device has no kernel for a step, or must be waited for in a graph."""
+        pieces = self.pieces(steps)
+        waits = [self._waits(step) for step in steps]
+        asked = [k for k, wait in enumerate(waits) if wait]
+        written = [k for k, wait in enumerate(waits) if not wait]
+        results = [Result(None, [{} for _ in step.native.get("sinks", ())]) for step in steps]
+        pending: list[Pending] = []
+        event = None
+        if asked:
+            pending = self._queue.run([pieces[k] for k in asked])
+            event = self._queue.record()
+        if written:  # they go on while the answers are looked at
+            self._queue.run([pieces[k] for k in written])
+        if event is not None:
+            event.wait()
+        for k, found in zip(asked, pending, strict=True):
+            results[k] = Result(found.answer(), found.stats())
+        return results
+
+    def pieces(self, steps: Sequence[Step]) -> list[dict[str, Any]]:
+        """The steps as the device takes them: whole tensors, with addresses. Raises: as `run`."""
+        for step in steps:
+            self._check(step)
+        return [self._piece(step.native) for step in steps]
+
+    def _check(self, step: Step) -> None:
+        why = self._device.refuses(step.native)
+        if why is not None:
+            raise BackendError(
+                f"{step.name} cannot be merged on {self._device.name}, whose backend is {self._device.backend}: {why}. "
+                "Move the tensors to the CPU by .cpu()"
+            )
+        if self._capturing and self._waits(step):
+            raise BackendError(
+                f"{step.name} needs answers from {self._device.name} before it is merged, which a CUDA graph cannot "
+                "wait for. Merge it before the capture, or by a plain weighted sum"
+            )
+
+    def _waits(self, step: Step) -> bool:
+        """Whether the host needs something of what the step finds."""
+        return bool(self._stats_every) or "sinks" not in step.native
+
+    def _piece(self, native: dict[str, Any]) -> dict[str, Any]:
+        inputs = [(self._sources[source][1] + offset, code) for source, offset, code in native["inputs"]]
+        left = {k: v for k, v in native.items() if k not in ("sinks", "offsets")}
+        piece = {**left, "inputs": inputs, "first": 0}
+        if "sinks" in native:
+            places = zip(native["sinks"], native["offsets"], strict=True)
+            piece["outputs"] = [self._sinks[sink][1] + offset for sink, offset in places]
+            piece |= {"stats_every": self._stats_every, "fp8_saturate": True}
+        return piece

@@ -1,0 +1,112 @@
+"""Sums on a device whose sources are partly the host's: files, or memory that the device does not reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastinterp.backends.torch_device import pinned
+from fastinterp.errors import BackendError
+from fastinterp.execute.rounds import Machine
+from fastinterp.execute.tensor_io import Step
+from fastinterp.ops.dtypes import DTYPES
+
+if TYPE_CHECKING:
+    from fastinterp.backends.device import Event, Queue
+
+_SLOT_BYTES = 64 << 20  # of pinned memory; there are two, one being filled while the other is read
+_ALIGN = 256  # bytes
+_CHUNK = 16384  # elements: pieces begin at multiples of it
+_WIDTH = {dtype.code: dtype.bits // 8 for dtype in DTYPES.values() if dtype.code is not None}
+
+
+class _Slot:
+    """Pinned memory, had when it is needed, and the moment from which it may be written again."""
+
+    def __init__(self) -> None:
+        self._memory: Any = None
+        self.read: Event | None = None
+
+    @property
+    def address(self) -> int:
+        if self._memory is None:
+            self._memory = pinned(_SLOT_BYTES)
+        if self._memory is None:
+            raise BackendError(f"{_SLOT_BYTES} bytes of pinned memory cannot be had: raise the limit of `ulimit -l`")
+        return int(self._memory.data_ptr())
+
+
+class StreamedMachine:
+    """Runs plain sums: the pump fills pinned memory, from which kernels read.
+
+    sources  ("device", address, bytes), or as the pump takes them
+    filled   makes the Machine that reads the host's sources into the sinks that it is given
+
+    Nothing is waited for but what was read from the slot that is filled next, and at the end.
+    """
+
+    def __init__(
+        self, queue: Queue, sources: Sequence[Any], sinks: Sequence[Any], filled: Callable[[list[Any]], Machine]
+    ):
+        self._queue, self._sources, self._sinks, self._filled = queue, sources, sinks, filled
+        self._slots = [_Slot(), _Slot()]
+        self._reads: list[Step] = []
+        self._pieces: list[dict[str, Any]] = []
+        self._used = 0
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """steps  of kind "combine", with one sum for the whole tensor. Raises: what the pump does."""
+        for step in steps:
+            native = step.native
+            width = sum(_WIDTH[code] for source, _, code in native["inputs"] if self._is_host(source))
+            most = (_SLOT_BYTES - _ALIGN * len(native["inputs"])) // max(1, width) // _CHUNK * _CHUNK
+            for first in range(0, native["numel"], most):
+                self._add(native, first, min(most, native["numel"] - first))
+        self._flush()
+        for slot in self._slots:
+            if slot.read is not None:
+                slot.read.wait()
+
+    def _is_host(self, source: int) -> bool:
+        handle = self._sources[source]
+        return not (isinstance(handle, tuple) and handle[0] == "device")
+
+    def _add(self, native: dict[str, Any], first: int, count: int) -> None:
+        """Elements first..first+count of a step, into the slot that is being filled."""
+        sizes = [count * _WIDTH[code] for source, _, code in native["inputs"] if self._is_host(source)]
+        if self._used + sum(sizes) + _ALIGN * len(sizes) > _SLOT_BYTES:
+            self._flush()
+        inputs = []
+        for source, offset, code in native["inputs"]:
+            start = offset + first * _WIDTH[code]
+            if self._is_host(source):
+                inputs.append((self._slots[0].address + self._used, code))
+                self._read((source, start, code), count * _WIDTH[code])
+            else:
+                inputs.append((self._sources[source][1] + start, code))
+        places = zip(native["sinks"], native["offsets"], strict=True)
+        at = first * _WIDTH[native["out_dtype"]]
+        outputs = [self._sinks[sink][1] + offset + at for sink, offset in places]
+        left = {k: v for k, v in native.items() if k not in ("sinks", "offsets")}
+        self._pieces.append(
+            {**left, "inputs": inputs, "outputs": outputs, "first": first, "numel": count, "stats_every": 0,
+             "fp8_saturate": True}
+        )  # fmt: skip
+
+    def _read(self, operand: tuple[int, int, int], nbytes: int) -> None:
+        native = {"kind": "same", "inputs": [operand], "numel": nbytes, "sinks": [0], "offsets": [self._used]}
+        self._reads.append(Step("", native, 2 * nbytes))
+        self._used += -(-nbytes // _ALIGN) * _ALIGN
+
+    def _flush(self) -> None:
+        """Fill the slot, put in what reads it, and go on with the other one."""
+        slot = self._slots[0]
+        if self._reads:
+            if slot.read is not None:
+                slot.read.wait()
+            self._filled([("memory", slot.address, _SLOT_BYTES)]).run(self._reads)
+        if self._pieces:
+            self._queue.run(self._pieces)
+            slot.read = self._queue.record()
+        self._slots.reverse()
+        self._reads, self._pieces, self._used = [], [], 0

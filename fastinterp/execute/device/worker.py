@@ -1,0 +1,333 @@
+"""One accelerator at work: threads read batches into host memory, the device works on them, other threads write.
+
+A slot is host memory and device memory of the same size, in which a batch lies in the same places. Three queues of the
+device work beside each other: while one batch is summed, the next one goes up and the last one comes down.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+from fastinterp.backends.device import Buffer, Device, Event, Pending, Queue
+from fastinterp.errors import BackendError, OutOfMemory
+from fastinterp.execute.device.batches import Batch, Operand, Work
+from fastinterp.execute.jobs import Result
+
+LEAST_SLOT = 64 << 10  # bytes: with less, a device is given up
+_LEAST_SLOTS = 2  # so that one is filled while the device works on the other
+_READERS, _WRITERS = 8, 4  # threads for one device at most: its bus is not faster than so many copies
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What a round reads and writes, as the pump has it: file descriptors, or ("memory", address, bytes).
+
+    ahead  files are not in the page cache: ask for them early
+    """
+
+    sources: Sequence[Any]
+    sinks: Sequence[Any]
+    ahead: bool
+
+
+class FileError(Exception):
+    """A read or write that failed; `told` is the pump's tuple of it."""
+
+    def __init__(self, *told: Any):
+        super().__init__(*told)
+        self.told = told
+
+
+class Slot:
+    """Host and device memory of one batch at a time."""
+
+    def __init__(self, device: Device, nbytes: int):
+        """Raises: OutOfMemory, BackendError; nothing is left allocated then."""
+        self.nbytes = nbytes
+        self.host: Buffer = device.host(nbytes)
+        try:
+            self.memory: Buffer = device.memory(nbytes)
+        except BaseException:
+            _freed(self.host)
+            raise
+
+    def free(self) -> None:
+        for buffer in (self.memory, self.host):
+            _freed(buffer)
+
+
+def _freed(buffer: Buffer) -> None:
+    with suppress(BackendError):  # of a device that failed: its memory goes with the process
+        buffer.free()
+
+
+class Worker:
+    """Takes batches for one device until none is left, or until the device is given up.
+
+    window   bytes of host memory for it
+    slot     bytes of one slot: `limit`, which may be raised between two rounds up to half of the window
+    slots    how many it has at most
+    threads  of the processor that it may use
+
+    `lost` is why the device was given up; empty if it was not.
+    """
+
+    def __init__(self, device: Device, window: int, slot: int, slots: int, threads: int, files: Files):
+        self.device, self.files, self.lost = device, files, ""
+        self.limit = slot
+        self.readers = min(_READERS, max(2, threads // 2))
+        self.writers = min(_WRITERS, max(1, threads // 4))
+        self.queues: tuple[Queue, ...] = ()  # up, compute, down
+        self._window, self._slots = window, slots
+        self._ring: list[Slot] = []
+
+    @property
+    def held_bytes(self) -> int:
+        """Of host memory."""
+        return sum(slot.nbytes for slot in self._ring)
+
+    def work(self, work: Work) -> None:
+        """In a thread of its own. Raises nothing: what goes wrong is told to `work`."""
+        try:
+            while not self._attempt(work):
+                pass
+        except BaseException as error:  # a mistake of this program: it must not look like an end
+            work.fail(error)
+
+    def close(self) -> None:
+        """Give all memory back."""
+        while self._ring:
+            self._ring.pop().free()
+
+    def _attempt(self, work: Work) -> bool:
+        """Work until the end, or the first failure of the device. Whether that was the end for it."""
+        try:
+            session = _Session(self, work, self._allocated(work))
+            session.run()
+            if session.failed is not None:
+                raise session.failed
+            return True
+        except OutOfMemory as error:
+            self.close()
+            self.limit //= 2
+            if self.limit >= max(LEAST_SLOT, work.least()):
+                return False
+            return self._give_up(work, f"{error}, with a slot of {2 * self.limit} bytes")
+        except BackendError as error:
+            self.close()
+            return self._give_up(work, str(error))
+
+    def _give_up(self, work: Work, why: str) -> bool:
+        self.lost = f"{self.device.name} {self.device.label}: {why}"
+        work.leave(self.lost)
+        return True
+
+    def _allocated(self, work: Work) -> list[Slot]:
+        """The ring, as large as this round can use, or as memory allows.
+
+        Raises: OutOfMemory, if there is none for two slots.
+        """
+        if not self.queues:
+            self.queues = tuple(self.device.queue() for _ in range(3))
+        if self._ring and self._ring[0].nbytes < self.limit:
+            self.close()
+        most = max(_LEAST_SLOTS, min(self._slots, self._window // self.limit))
+        while len(self._ring) < min(most, work.batches):
+            try:
+                self._ring.append(Slot(self.device, self.limit))
+            except OutOfMemory:
+                if len(self._ring) < _LEAST_SLOTS:
+                    raise
+                self._slots = len(self._ring)
+                break
+        return self._ring
+
+
+class _Session:
+    """The threads of one worker, from their start to their end: everything done, a stop, or the device's failure."""
+
+    def __init__(self, worker: Worker, work: Work, ring: Sequence[Slot]):
+        self.failed: BackendError | None = None
+        self._worker, self._work, self._files = worker, work, worker.files
+        self._upload, self._compute, self._download = worker.queues
+        self._ended = threading.Event()
+        self._launching = threading.Lock()
+        self._free: SimpleQueue[Slot] = SimpleQueue()
+        self._launched: SimpleQueue[tuple[Batch, Slot, Event, list[Pending]] | None] = SimpleQueue()
+        for slot in ring:
+            self._free.put(slot)
+
+    def run(self) -> None:
+        writers: list[threading.Thread] = []
+        readers: list[threading.Thread] = []
+        try:
+            self._start(self._write, self._worker.writers, writers)
+            self._start(self._read, self._worker.readers, readers)
+        except BaseException as error:  # the system allows no more threads
+            self._work.fail(error)
+        for thread in readers:
+            thread.join()
+        for _ in writers:
+            self._launched.put(None)
+        for thread in writers:
+            thread.join()
+        if self.failed is not None:
+            for queue in self._worker.queues:
+                with suppress(BackendError):  # nothing may be under way in memory that is freed next
+                    queue.record().wait()
+
+    def _start(self, target: Callable[[], None], count: int, threads: list[threading.Thread]) -> None:
+        for _ in range(count):
+            thread = threading.Thread(target=target, name=f"{self._worker.device.name}{target.__name__}")
+            thread.start()
+            threads.append(thread)
+
+    def _fail(self, error: BackendError, batch: Batch) -> None:
+        """The device did not do this batch, and gets no more."""
+        self.failed = self.failed or error
+        self._ended.set()
+        self._work.back(batch)
+
+    # --- threads that read
+
+    def _read(self) -> None:
+        try:
+            while self._next():
+                pass
+        except FileError as error:
+            self._work.fail(error.told)
+        except BaseException as error:  # a mistake of this program: it must not look like an end
+            self._work.fail(error)
+
+    def _next(self) -> bool:
+        """Read the next batch and launch it. False at the end."""
+        slot = self._free.get()
+        launched = False
+        try:
+            batch = self._work.take(self._worker.limit, self._ended)
+            if batch is None:
+                return False
+            self._fill(slot, batch)
+            if self._work.stopped:
+                return False
+            try:
+                self._launch(slot, batch)
+                launched = True
+            except BackendError as error:
+                self._fail(error, batch)
+        finally:
+            if not launched:
+                self._free.put(slot)  # at the end, the next thread sees so
+        return launched
+
+    def _fill(self, slot: Slot, batch: Batch) -> None:
+        operands = [o for some in batch.inputs for o in some]
+        if self._files.ahead and hasattr(os, "posix_fadvise"):
+            for o in operands:
+                if isinstance(self._files.sources[o.handle], int):
+                    os.posix_fadvise(self._files.sources[o.handle], o.offset, o.nbytes, os.POSIX_FADV_WILLNEED)
+        for o in operands:
+            if self._work.stopped:
+                return
+            _read_into(slot, o, self._files.sources[o.handle])
+
+    def _launch(self, slot: Slot, batch: Batch) -> None:
+        """Put everything that the device is to do for a batch into its three queues."""
+        pieces = [self._piece(slot, batch, i) for i in range(len(batch.parts))]
+        host, memory, output_bytes = slot.host.address, slot.memory.address, batch.nbytes - batch.input_bytes
+        with self._launching:
+            self._upload.upload(memory, host, batch.input_bytes)
+            self._compute.after(self._upload.record())
+            pendings = self._compute.run(pieces)
+            event = self._compute.record()
+            if output_bytes:
+                self._download.after(event)
+                self._download.download(host + batch.input_bytes, memory + batch.input_bytes, output_bytes)
+                event = self._download.record()
+            self._launched.put((batch, slot, event, pendings))
+
+    def _piece(self, slot: Slot, batch: Batch, i: int) -> dict[str, Any]:
+        part = batch.parts[i]
+        codes = [code for _, _, code in part.native["inputs"]]
+        places = [slot.memory.address + o.place for o in batch.inputs[i]]
+        piece = {k: v for k, v in part.native.items() if k not in ("sinks", "offsets")}
+        piece |= {"inputs": list(zip(places, codes, strict=True)), "numel": part.count, "first": part.first}
+        if "sinks" in part.native:
+            piece["outputs"] = [slot.memory.address + o.place for o in batch.outputs[i]]
+        return piece
+
+    # --- threads that write
+
+    def _write(self) -> None:
+        while (launched := self._launched.get()) is not None:
+            batch, slot, event, pendings = launched
+            try:
+                event.wait()
+                results = [Result(pending.answer(), pending.stats()) for pending in pendings]
+                if self._store(slot, batch):
+                    self._work.done(batch, results)
+            except BackendError as error:
+                self._fail(error, batch)
+            except FileError as error:
+                self._work.fail(error.told)
+            except BaseException as error:
+                self._work.fail(error)
+            finally:
+                self._free.put(slot)
+
+    def _store(self, slot: Slot, batch: Batch) -> bool:
+        """Whether all of it is written: not, if everything stops."""
+        for o in (o for some in batch.outputs for o in some):
+            if self._work.stopped:
+                return False
+            _write_from(slot, o, self._files.sinks[o.handle])
+        return not self._work.stopped
+
+
+# --- reads and writes, with the pump's errors ------------------------------------------------------------------------
+
+
+def _read_into(slot: Slot, o: Operand, source: Any) -> None:
+    if not isinstance(source, int):
+        _, address, size = source
+        held = max(0, min(o.nbytes, size - o.offset))
+        if held < o.nbytes:
+            raise FileError("read", o.handle, 0, o.offset, o.nbytes, held)
+        ctypes.memmove(slot.host.address + o.place, address + o.offset, o.nbytes)
+        return
+    view, done = slot.host.view[o.place : o.place + o.nbytes], 0
+    while done < o.nbytes:
+        try:
+            got = os.preadv(source, [view[done:]], o.offset + done)
+        except OSError as error:
+            raise FileError("read", o.handle, error.errno, o.offset, o.nbytes, done) from None
+        if got == 0:
+            raise FileError("read", o.handle, 0, o.offset, o.nbytes, done)
+        done += got
+
+
+def _write_from(slot: Slot, o: Operand, sink: Any) -> None:
+    if not isinstance(sink, int):
+        _, address, size = sink
+        held = max(0, min(o.nbytes, size - o.offset))
+        if held < o.nbytes:
+            raise FileError("write", o.handle, 0, o.offset, o.nbytes, held)
+        ctypes.memmove(address + o.offset, slot.host.address + o.place, o.nbytes)
+        return
+    view, done = slot.host.view[o.place : o.place + o.nbytes], 0
+    while done < o.nbytes:
+        try:
+            put = os.pwrite(sink, view[done:], o.offset + done)
+        except OSError as error:
+            raise FileError("write", o.handle, error.errno, o.offset, o.nbytes, done) from None
+        if put == 0:
+            raise FileError("write", o.handle, errno.ENOSPC, o.offset, o.nbytes, done)
+        done += put

@@ -1,0 +1,1 @@
+"""One merge by several processes that share a file system."""

@@ -1,0 +1,299 @@
+"""One merge by several processes, perhaps on several machines that share a file system.
+
+Each takes output files, the largest first, until none is left; rank 0 makes the folder, the files beside the weights
+and the end. Every process plans the whole merge, from headers alone, so all that they tell each other is who does what.
+The bytes are those that one process writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, astuple, dataclass, replace
+from typing import Any
+
+from fastinterp._version import __version__
+from fastinterp.arguments import path_of, size_of
+from fastinterp.backends.cpu import Progress
+from fastinterp.backends.device import Device
+from fastinterp.backends.registry import cpu_isa, cpu_threads
+from fastinterp.checkpoint.output_folder import OutFolder
+from fastinterp.checkpoint.shared_output_folder import (
+    SharedFolder,
+    read_journal,
+    reserved,
+    shared_file,
+    stands,
+    write_journal,
+)
+from fastinterp.errors import RankError
+from fastinterp.execute.densities import Density
+from fastinterp.execute.distributed.peers import Peers, Rank
+from fastinterp.execute.report import Effect, Findings, Report, findings_of, report_on
+from fastinterp.execute.rounds import Placed
+from fastinterp.execute.run import Done, run
+from fastinterp.execute.sinks import FileSinks
+from fastinterp.execute.to_files import devices_for, finish, write_small_files
+from fastinterp.plan.plan import Plan, Source, plan_recipe
+
+_LOOK_S = 0.05  # between looks at what the others have done
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one rank does at a time: the files with these numbers, in every output."""
+
+    number: int
+    files: tuple[int, ...]
+
+
+def merge(
+    recipe: Source,
+    out: str | os.PathLike[str],
+    me: Rank,
+    *,
+    max_shard_size: str | int = "5GB",
+    max_memory: str | int = "512MB",
+    dtype: str | None = None,
+    rounding: str | None = None,
+    seed: int | None = None,
+    **settings: Any,
+) -> Report | None:
+    """This process's part of `fastinterp.merge`, whose arguments these are. The report on rank 0, else None."""
+    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed)
+    reports = carry_out(plan, [path_of(out, "out")], me, max_memory=size_of(max_memory), **settings)
+    return reports[0] if reports else None
+
+
+def carry_out(
+    plan: Plan,
+    outs: Sequence[str | os.PathLike[str]],
+    me: Rank,
+    *,
+    device: str,
+    threads: int | None,
+    max_memory: int,
+    force: bool,
+    durable: bool,
+    progress: Progress | None,
+) -> list[Report] | None:
+    """This process's part of writing the outputs of a plan: all ranks call it with the same arguments.
+
+    outs      a folder for each output, on a file system that all ranks see
+    device    "cuda" is another one for each process of a machine, as far as there are so many
+    threads   of this process. None: its share of the machine's CPUs
+    progress  told on rank 0, of all ranks together
+
+    Returns the reports on rank 0 and None on the others, when the outputs have appeared. If it ends before that, files
+    that are complete are kept under temporary names, and the same merge goes on from them.
+    Raises: what `write_outputs` does; RankError, if another rank failed, or cannot be reached.
+    """
+    start = time.perf_counter()
+    cpu_isa()
+    if threads is None:
+        threads = max(1, cpu_threads() // me.local_world)
+    devices, chosen = devices_for(device, [plan], threads, max_memory, me.local)
+    key = fingerprint(plan)
+    with Peers(me, "0") as peers, ExitStack() as stack:
+        if me.rank == 0:
+            folders = _open(plan, outs, key, stack, force=force, durable=durable)
+            peers.put("key", key)
+        elif (theirs := peers.await_("key", "open the output folder")) != key:
+            raise RankError(
+                f"rank {me.rank} plans another merge than rank 0: recipe, options, version, or the sizes or times of "
+                f"the models' files differ between the two ({key} and {theirs}). All ranks must see the same files"
+            )
+        part = _Part(plan, outs, key, peers, threads=threads, max_memory=max_memory, progress=progress, devices=devices)
+        notes = part.work(_units(plan, me.world))
+        if me.rank != 0:
+            peers.await_("finished", "finish the output")
+            return None
+        finish(folders)
+        peers.put("finished", "")
+    wall = time.perf_counter() - start
+    if progress is not None:
+        total = plan.bytes_read + plan.bytes_made + plan.bytes_written
+        progress(total, total)
+    return [replace(report, chosen=chosen) for report in _reports(plan, notes, folders, wall, me.world)]
+
+
+def fingerprint(plan: Plan) -> str:
+    """12 hexadecimal digits: of what is written, how it is made, and the files that it is made of."""
+    digest = hashlib.blake2b(__version__.encode(), digest_size=6)
+    for layout in plan.layouts:
+        for file in layout.files:  # their headers hold the recipe, the dtypes, the seed
+            digest.update(file.name.encode() + b"\0" + file.header)
+    for checkpoint in plan.checkpoints:
+        for path in checkpoint.files:
+            info = os.stat(path)
+            digest.update(f"{path.name} {info.st_size} {info.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def _open(
+    plan: Plan, outs: Sequence[str | os.PathLike[str]], key: str, stack: ExitStack, *, force: bool, durable: bool
+) -> list[OutFolder]:
+    needed = max(0, plan.disk_bytes - sum(reserved(out, key) for out in outs))
+    folders: list[OutFolder] = []
+    for out, layout, recipe in zip(outs, plan.layouts, plan.recipes, strict=True):
+        folder = SharedFolder(out, plan.inputs, key, force=force, durable=durable, needed=needed)
+        folders.append(stack.enter_context(folder))
+        needed = 0
+        write_small_files(folder, plan, recipe, layout.index, layout.index_name)
+        for file in layout.files:
+            folder.temp(file.name)
+    return folders
+
+
+def _units(plan: Plan, world: int) -> list[Unit]:
+    """Files, the largest first; a share for each rank where a method asks about the whole model, in every unit anew."""
+    files = plan.layouts[0].files
+    order = sorted(range(len(files)), key=lambda f: -files[f].size)
+    if not any(t.program is not None and t.program.whole for t in plan.tensors):
+        return [Unit(i, (f,)) for i, f in enumerate(order)]
+    shares: list[list[int]] = [[] for _ in range(min(world, len(files)))]
+    for f in order:
+        min(shares, key=lambda share: sum(files[i].size for i in share)).append(f)
+    return [Unit(i, tuple(share)) for i, share in enumerate(shares)]
+
+
+class _Part:
+    """The work of one rank."""
+
+    def __init__(
+        self, plan: Plan, outs: Sequence[str | os.PathLike[str]], key: str, peers: Peers, *, threads: int,
+        max_memory: int, progress: Progress | None, devices: Sequence[Device],
+    ):  # fmt: skip
+        self._plan, self._outs, self._key, self._peers = plan, outs, key, peers
+        self._threads, self._max_memory, self._progress = threads, max_memory, progress
+        self._devices = devices
+        self._total = plan.bytes_read + plan.bytes_made + plan.bytes_written
+
+    def work(self, units: Sequence[Unit]) -> list[dict[str, Any]]:
+        """Take units until all are done, by whomever. Returns the notes of all of them."""
+        notes: dict[int, dict[str, Any]] = {}
+        while len(notes) < len(units):
+            before = len(notes)
+            for unit in units:
+                if unit.number in notes:
+                    continue
+                self._peers.refuse_failed()
+                note = self._noted(unit)
+                if note is None and self._peers.takes(unit.number):
+                    # Once more: rank 0 says that all is done before it finishes the folder, and the journals go.
+                    note = self._noted(unit) or self._merge(unit)
+                if note is not None:
+                    notes[unit.number] = note
+            self._tell(0)
+            if len(notes) == before:
+                time.sleep(_LOOK_S)
+        return [notes[i] for i in sorted(notes)]
+
+    def _noted(self, unit: Unit) -> dict[str, Any] | None:
+        """What was noted when the unit was done. The store knows at once, where a network file system may be late."""
+        told = self._peers.get(f"done/{unit.number}")
+        note = _note_of(unit, told)
+        if note is None and self._stands(unit):
+            journal = read_journal(self._outs[0], self._name(unit), self._key)
+            note = _note_of(unit, None if journal is None else journal.decode())
+            if note is not None:
+                self._peers.put(f"done/{unit.number}", json.dumps(note))
+        return note
+
+    def _stands(self, unit: Unit) -> bool:
+        """Whether the unit's files are there, as long as they will be: a journal may outlive its file."""
+        return all(
+            stands(out, layout.files[f].name, self._key, layout.files[f].size)
+            for out, layout in zip(self._outs, self._plan.layouts, strict=True)
+            for f in unit.files
+        )
+
+    def _name(self, unit: Unit) -> str:
+        """Under which the journal of all of the unit's files stands: that of the last of them."""
+        return self._plan.layouts[0].files[unit.files[-1]].name
+
+    def _merge(self, unit: Unit) -> dict[str, Any]:
+        plan = self._plan
+        paths = [
+            [shared_file(out, file.name, self._key) if f in unit.files else None for f, file in enumerate(layout.files)]
+            for out, layout in zip(self._outs, plan.layouts, strict=True)
+        ]
+        before = self._peers.bytes_done
+        done = run(
+            plan, FileSinks(plan, paths), threads=self._threads, max_memory=self._max_memory,
+            progress=lambda own, _: self._tell(before + own - self._peers.bytes_done), devices=self._devices,
+        )  # fmt: skip
+        self._peers.bytes_done = before + done.bytes_read + done.bytes_written
+        note = {"files": list(unit.files), **_note(plan, done)}
+        text = json.dumps(note)
+        for out, layout in zip(self._outs[::-1], plan.layouts[::-1], strict=True):  # the first output's journals last
+            for f in unit.files:
+                write_journal(out, layout.files[f].name, self._key, text.encode())
+        self._peers.put(f"done/{unit.number}", text)
+        return note
+
+    def _tell(self, more: int) -> None:
+        self._peers.bytes_done += more
+        if self._progress is not None and self._peers.me.rank == 0:
+            done = self._peers.bytes_of_all()
+            self._progress(min(done, self._total), self._total)
+
+
+# ---- notes ----------------------------------------------------------------------------------------------------------
+
+
+def _note_of(unit: Unit, text: str | None) -> dict[str, Any] | None:
+    """What `text` says of this unit. None, if it is of another one: more or fewer ranks share the files otherwise."""
+    note: dict[str, Any] | None = None if text is None else json.loads(text)
+    return note if note is not None and note["files"] == list(unit.files) else None
+
+
+def _note(plan: Plan, done: Done) -> dict[str, Any]:
+    """What a unit found, as plain values."""
+    found = [findings_of(plan, done.jobs, k) for k in range(len(plan.recipes))]
+    return {
+        "bytes_read": done.bytes_read, "bytes_written": done.bytes_written, "threads": done.threads, "isa": done.isa,
+        "scratch_bytes": done.scratch_bytes, "placed": asdict(done.placed),
+        "outputs": [
+            {
+                "effects": {name: astuple(effect) for name, effect in f.effects.items()},
+                "copied": f.copied,
+                "models": sorted(f.models),
+                "densities": {m: {t: astuple(d) for t, d in own.items()} for m, own in f.densities.items()},
+            }
+            for f in found
+        ],
+    }  # fmt: skip
+
+
+def _together(plan: Plan, notes: Sequence[dict[str, Any]], k: int) -> Findings:
+    """What all units found, in the order of the plan's tensors."""
+    found = Findings()
+    order = {t.name: i for i, t in enumerate(plan.tensors)}
+
+    def ordered(items: dict[str, Any], make: Callable[..., Any]) -> dict[str, Any]:
+        return {name: make(*items[name]) for name in sorted(items, key=order.__getitem__)}
+
+    own = [note["outputs"][k] for note in notes]
+    found.effects = ordered({n: e for o in own for n, e in o["effects"].items()}, Effect)
+    found.copied = sorted((n for o in own for n in o["copied"]), key=order.__getitem__)
+    found.models = {m for o in own for m in o["models"]}
+    for model in dict.fromkeys(m for o in own for m in o["densities"]):
+        found.densities[model] = ordered({t: d for o in own for t, d in o["densities"].get(model, {}).items()}, Density)
+    return found
+
+
+def _reports(
+    plan: Plan, notes: Sequence[dict[str, Any]], folders: Sequence[OutFolder], wall: float, world: int
+) -> list[Report]:
+    placed = Placed.together([Placed(**n["placed"]) for n in notes])
+    done = Done(
+        {}, sum(n["bytes_read"] for n in notes), sum(n["bytes_written"] for n in notes), notes[0]["threads"],
+        notes[0]["isa"], max(n["scratch_bytes"] for n in notes), placed,
+    )  # fmt: skip
+    reports = [report_on(plan, done, wall, k, _together(plan, notes, k), folder) for k, folder in enumerate(folders)]
+    return [replace(report, device=f"{report.device}, {world} ranks") for report in reports]

@@ -1,0 +1,188 @@
+"""The rows of embeddings in the order of another vocabulary: which the pump can gather where they are, and the rest.
+
+Rows of a model that stores them in the same dtype are read where they lie. Means, padding, and rows that are converted
+are made here first, a piece at a time, into a file without a name beside the output: so memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastinterp.checkpoint.regular_file import open_regular
+from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.ops.dtypes import DType
+from fastinterp.tokenizer.embedding_rows import PADDING, ZEROS, MappedEntry, split
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_PIECE = 2 << 20  # bytes that are held at a time
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Where the rows of one embedding are.
+
+    parts  (file, byte offset, rows), which count as lying one behind the other
+    made   a descriptor of a file of `made_rows` further rows, from byte 0, which count behind those; or None
+    rows   i64[rows of the output]: the row there, -1 for zeros; None: the file `made` is the whole tensor
+    """
+
+    parts: tuple[tuple[Path, int, int], ...]
+    made: int | None
+    made_rows: int
+    rows: NDArray[Any] | None
+
+
+def gather(entry: MappedEntry, folder: Path | None, stack: ExitStack) -> Gathered:
+    """Make the rows that have to be made, and say where all of them are.
+
+    folder  for the file of those that are made, which is open until `stack` closes; None: that for temporary files
+
+    Rows of another model are rounded to this tensor's dtype, to nearest, if theirs is another; so are means, which are
+    summed in float32 (float64 if a row is F64) in the order of the plan, and padding, summed in float64. A tensor of
+    one dimension, as a bias has, is made as a whole: it has no rows in the pump's sense.
+    Raises: CheckpointError, if a model's file cannot be read or was cut; OSError, if the new one cannot be written.
+    """
+    import numpy as np
+
+    codes = np.frombuffer(entry.rows.codes, np.int64)
+    if len(entry.shape) == 1:
+        return Gathered((), _made(entry, codes, folder, stack), codes.size, None)
+    rows, parts, end = np.full(codes.size, -1, np.int64), [], 0
+    left = codes != ZEROS
+    for model in entry.models:
+        place = entry.sources[model]
+        if place is not None and place[1].dtype == entry.dtype:
+            path, source = place
+            own = (codes >= 0) & (codes >> 40 == model)
+            rows[own] = (codes[own] & (1 << 40) - 1) + end
+            left &= ~own
+            parts.append((path, source.start, source.shape[0]))
+            end += source.shape[0]
+    rows[left] = np.arange(left.sum()) + end
+    made = _made(entry, codes[left], folder, stack) if left.any() else None
+    return Gathered(tuple(parts), made, int(left.sum()), rows)
+
+
+def _made(entry: MappedEntry, codes: NDArray[Any], folder: Path | None, stack: ExitStack) -> int:
+    """A descriptor of a file without a name that holds the rows of these codes."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        fd = os.dup(file.fileno())
+    stack.callback(os.close, fd)
+    with ExitStack() as inputs:
+        maker = _Maker(entry, inputs)
+        mean = maker.mean_of_all() if PADDING in codes else b""
+        for first in range(0, codes.size, maker.step):
+            _write(fd, maker.rows(codes[first : first + maker.step], mean).tobytes(), first * maker.nbytes)
+    return fd
+
+
+class _Maker:
+    """Reads, converts and averages rows of one new embedding. Its inputs are open until `stack` closes.
+
+    nbytes  of one row
+    step    rows that are held at a time
+    """
+
+    def __init__(self, entry: MappedEntry, stack: ExitStack):
+        import numpy as np
+
+        self._np, self._entry, self._stack = np, entry, stack
+        self._fds: dict[Path, int] = {}
+        self.columns = entry.numel // max(1, entry.shape[0])
+        self.nbytes = entry.dtype.nbytes(self.columns) or 0
+        self.step = max(1, _PIECE // max(1, self.nbytes))
+
+    def rows(self, codes: NDArray[Any], padding: bytes) -> NDArray[Any]:
+        """The rows of these codes, uint8[len(codes), nbytes]; those of padding hold `padding`."""
+        np = self._np
+        out: NDArray[Any] = np.zeros((codes.size, self.nbytes), np.uint8)
+        if padding:
+            out[codes == PADDING] = np.frombuffer(padding, np.uint8)
+        named = np.flatnonzero(codes >= 0)
+        # Rows that follow each other, here and there, are read at once.
+        breaks = (np.diff(codes[named]) != 1) | (np.diff(named) != 1)
+        for run in np.split(named, np.flatnonzero(breaks) + 1) if named.size else ():
+            out[run[0] : run[0] + run.size] = self._run(int(codes[run[0]]), run.size)
+        return out
+
+    def mean_of_all(self) -> bytes:
+        """The mean of all rows of the output that are no padding."""
+        np = self._np
+        every = np.frombuffer(self._entry.rows.codes, np.int64)
+        every = every[every != PADDING]
+        total = np.zeros((1, self.columns), np.float64)
+        for first in range(0, every.size, self.step):
+            raw = self.rows(every[first : first + self.step], b"")
+            wide = self._wide(raw, self._entry.dtype).astype(np.float64).reshape(-1, self.columns)
+            # Row after row, so that neither the size of a piece nor numpy's way of summing shows.
+            total = np.concatenate((total, wide)).cumsum(axis=0)[-1:]
+        mean: bytes = self._narrow(total[0] / max(1, every.size)).tobytes()
+        return mean
+
+    def _run(self, code: int, count: int) -> NDArray[Any]:
+        """`count` rows that follow each other in one model, uint8[count, nbytes]; or as many means."""
+        model, row = split(code)
+        if model == len(self._entry.sources):
+            return self._np.stack([self._mean(k) for k in range(row, row + count)])
+        raw, dtype = self._raw(model, row, count)
+        if dtype != self._entry.dtype:
+            raw = self._narrow(self._wide(raw, dtype))
+        return raw.reshape(count, self.nbytes)
+
+    def _mean(self, k: int) -> NDArray[Any]:
+        rows = [self._wide(*self._raw(model, row, 1)) for model, row in self._entry.means[k]]
+        total = rows[0].astype(self._np.result_type(*rows))
+        for row in rows[1:]:
+            total = total + row
+        return self._narrow(total / total.dtype.type(len(rows)))
+
+    def _raw(self, model: int, row: int, count: int) -> tuple[NDArray[Any], DType]:
+        place = self._entry.sources[model]
+        assert place is not None
+        path, source = place
+        if path not in self._fds:
+            self._fds[path] = open_regular(str(path))[0]
+            self._stack.callback(os.close, self._fds[path])
+        nbytes = source.dtype.nbytes(self.columns) or 0
+        raw = _read(self._fds[path], path, source.start + row * nbytes, count * nbytes)
+        return self._np.frombuffer(raw, self._np.uint8), source.dtype
+
+    def _wide(self, raw: NDArray[Any], dtype: DType) -> NDArray[Any]:
+        from fastinterp.reference.combine import widen
+
+        return widen(raw.reshape(-1), dtype)
+
+    def _narrow(self, values: NDArray[Any]) -> NDArray[Any]:
+        from fastinterp.reference.combine import narrow
+
+        return narrow(values, self._entry.dtype).view(self._np.uint8)
+
+
+def _read(fd: int, path: Path, offset: int, count: int) -> bytes:
+    parts: list[bytes] = []
+    while count:
+        try:
+            part = os.pread(fd, count, offset)
+        except OSError as error:
+            raise StorageError(f"{path}: {error.strerror}, reading {count} bytes at {offset}") from None
+        if not part:
+            raise CheckpointError(
+                f"{count} bytes are missing at byte {offset}: it was cut or replaced. Try again when it rests",
+                file=str(path),
+            )
+        parts.append(part)
+        offset, count = offset + len(part), count - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _write(fd: int, data: bytes, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, memoryview(data)[done:], offset + done)

@@ -1,0 +1,273 @@
+"""Drives the tensors of a plan through the pump, in rounds: what they ask, and then what they write.
+
+A round is one run of the pump. It holds the sums of the tensors whose answers are in and the next requests of the
+tensors after them, so that no thread waits for an answer, and so that what is read again was read just before: it comes
+from the page cache. Where no tensor asks anything, all of them are one round.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastinterp.backends.cpu import Progress, Pump, watch
+from fastinterp.errors import UsageError
+from fastinterp.execute.jobs import Job, Result
+from fastinterp.execute.tensor_io import Step
+
+if TYPE_CHECKING:
+    from fastinterp.execute.adaptive_job import Asking
+    from fastinterp.ops.requests import Select
+
+ROUND_BYTES = 256 << 20  # of inputs that a round reads for the first time; one tensor at least
+HELD_BYTES = 64 << 20  # of answers at a time
+RANK_BYTES = 32_000_000  # of memory for one rank of a request about the whole model: 1 MB of counts in each thread
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a plan ran.
+
+    devices  accelerators, for people; none: the processor did everything
+    on_cpu   why the processor did a part beside them, and how many tensors each reason is for
+    tensors  how many of them it worked on, but for samples of magnitudes
+    lost     devices that were given up, and why
+    """
+
+    devices: tuple[str, ...] = ()
+    on_cpu: Mapping[str, int] = field(default_factory=dict)
+    tensors: int = 0
+    lost: tuple[str, ...] = ()
+
+    @staticmethod
+    def together(every: Sequence[Placed]) -> Placed:
+        """Of several runs."""
+        on_cpu: dict[str, int] = {}
+        for one in every:
+            for why, count in one.on_cpu.items():
+                on_cpu[why] = on_cpu.get(why, 0) + count
+        return Placed(
+            tuple(dict.fromkeys(device for one in every for device in one.devices)),
+            on_cpu,
+            sum(one.tensors for one in every),
+            tuple(dict.fromkeys(lost for one in every for lost in one.lost)),
+        )
+
+
+class Runs(Protocol):
+    """What carries out the steps of a round.
+
+    most         bytes of scratch and answers that it may hold
+    round_bytes  of inputs that a round reads for the first time; one tensor at least
+    held_bytes   of answers at a time; those to one tensor at least
+    """
+
+    most: int
+
+    @property
+    def round_bytes(self) -> int: ...
+    @property
+    def held_bytes(self) -> int: ...
+    def run(self, steps: Sequence[Step]) -> list[Result]: ...
+
+
+class Machine:
+    """Runs steps, a round at a time, and counts what they cost.
+
+    settings   of every Pump: isa, sources, sinks, threads and so on
+    explained  the pump's error and the steps that it ran, as the exception to raise
+    total      bytes that all rounds are expected to read and write, for `progress`
+    most       bytes of scratch and answers that it may hold: with less it takes fewer threads
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        explained: Callable[[tuple[Any, ...], Sequence[Step]], Exception],
+        total: int,
+        progress: Progress | None,
+        most: int = 512_000_000,
+    ):
+        self.most = most
+        self._settings, self._explained = settings, explained
+        self._total, self._told, self._progress = total, 0, progress
+        self.bytes_read = self.bytes_written = self.rounds = self.scratch_bytes = 0
+
+    @property
+    def round_bytes(self) -> int:
+        return ROUND_BYTES
+
+    @property
+    def held_bytes(self) -> int:
+        return min(HELD_BYTES, self.most // 4)
+
+    def run(self, steps: Sequence[Step]) -> list[Result]:
+        """Ends all threads before it returns or raises, KeyboardInterrupt included.
+
+        Raises: UsageError, if even one thread needs more memory than is allowed.
+        """
+        pump = self._pump(steps)
+        before = self.bytes_read + self.bytes_written
+        watch(pump, sum(step.nbytes for step in steps), self._shown(before))
+        error = pump.error()
+        if error is not None:
+            raise self._explained(error, steps)
+        self.bytes_read += pump.bytes_read
+        self.bytes_written += pump.bytes_written
+        self.rounds += 1
+        return [Result(answer, stats) for answer, stats in zip(pump.answers(), pump.stats(), strict=True)]
+
+    def _pump(self, steps: Sequence[Step]) -> Pump:
+        """With as many threads as fit into memory: surveys and masked sums have scratch of their own."""
+        native, threads = [step.native for step in steps], self._settings["threads"]
+        held = sum(step.held for step in steps)
+        if held > self.most:  # before any of it is there
+            raise UsageError(
+                f"{steps[0].name} needs {held} bytes for statistics or weights, some of them for each row, but "
+                f"--max-memory allows {self.most}. Allow more"
+            )
+        pump = Pump(steps=native, **self._settings)
+        fitting = (self.most - held) // max(1, pump.scratch_bytes)
+        if fitting < threads:
+            if fitting < 1:
+                raise UsageError(
+                    f"one thread needs {held + pump.scratch_bytes} bytes for {steps[0].name}, but --max-memory allows "
+                    f"{self.most}. Allow more"
+                )
+            threads = fitting
+            pump = Pump(steps=native, **{**self._settings, "threads": threads})
+        self.scratch_bytes = max(self.scratch_bytes, held + threads * pump.scratch_bytes)
+        return pump
+
+    def _shown(self, before: int) -> Progress | None:
+        progress = self._progress
+        if progress is None:
+            return None
+
+        def shown(done: int, _: int) -> None:
+            # Answers may lead to more or less than was foreseen: the total may grow, what is done never shrinks.
+            self._told = max(self._told, before + done)
+            self._total = max(self._total, self._told)
+            progress(self._told, self._total)
+
+        return shown
+
+    def placed(self) -> Placed:
+        """Where the steps ran."""
+        return Placed()
+
+    def finish(self) -> None:
+        """Tell the end, where it is another one than foreseen."""
+        done = self.bytes_read + self.bytes_written
+        if self._progress and not self._told == self._total == done:
+            self._progress(done, done)
+
+
+def drive(jobs: Sequence[Job], machine: Runs, others: Sequence[Job] = ()) -> None:
+    """Carry out all jobs, in their order: that of the output files.
+
+    others  jobs that are not carried out, but belong to the whole model
+    """
+    for _ in finishing(jobs, machine, others):
+        pass
+
+
+def finishing(
+    jobs: Sequence[Job], machine: Runs, others: Sequence[Job] = (), small: bool = False
+) -> Iterator[list[Job]]:
+    """The same; yields after every round the jobs that it finished.
+
+    small  a round is for the machine's round_bytes of inputs even if their tensors ask nothing
+    """
+    waiting = deque(jobs)
+    running: deque[Job] = deque()
+    while True:
+        running += _admitted(waiting, machine.round_bytes, small)
+        if running:
+            taken = _round(running, machine)
+            running.extend(job for job in taken if not (job.done or job.whole))
+            yield [job for job in taken if job.done]
+            continue
+        resting = [job for job in jobs if not job.done]
+        if not resting:
+            return
+        _ask_all(resting, [*jobs, *others], machine)
+        waiting.extend(resting)
+
+
+def _admitted(waiting: deque[Job], most: int, small: bool) -> list[Job]:
+    """The jobs that enter a round: as many as have `most` bytes of inputs together, at least one if any waits."""
+    taken: list[Job] = []
+    nbytes = 0
+    while waiting:
+        nbytes += waiting[0].nbytes if small else waiting[0].cost
+        if taken and nbytes > most:
+            break
+        taken.append(waiting.popleft())
+    return taken
+
+
+def _round(running: deque[Job], machine: Runs) -> list[Job]:
+    """Take the next steps of each job, as long as their answers can be held; those jobs leave `running`.
+
+    Steps that write come first, so that neighbours in a file are neighbours here.
+    """
+    taken: list[Job] = []
+    steps: list[tuple[int, Step]] = []
+    held = 0
+    while running:
+        own = running[0].steps()
+        held += sum(step.held for step in own)
+        if taken and held > machine.held_bytes:
+            break
+        steps += [(len(taken), step) for step in own]
+        taken.append(running.popleft())
+    steps.sort(key=lambda pair: "sinks" not in pair[1].native)
+    found: list[list[Result]] = [[] for _ in taken]
+    if steps:
+        for (at, _), result in zip(steps, machine.run([step for _, step in steps]), strict=True):
+            found[at].append(result)
+    for job, results in zip(taken, found, strict=True):
+        job.take(results)
+    return taken
+
+
+def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], machine: Runs) -> None:
+    """Answer what is asked about the whole model, when all tensors that do not ask are at their end."""
+    from fastinterp.execute.adaptive_job import asked_of_all
+
+    merged = [job for job in map(_asking, jobs) if job is not None]
+    waits = [job for job in map(_asking, resting) if job is not None]
+    requests = list(dict.fromkeys(r for job in waits for r in job.whole_requests))
+    for some in gathered(requests, max(1, machine.most // RANK_BYTES)):
+        ranks = tuple(dict.fromkeys(rank for request in some for rank in request.ranks))
+        found = asked_of_all(replace(some[0], ranks=ranks), merged, machine.run, machine.held_bytes)
+        answers = dict(zip(ranks, found, strict=True))
+        for request in some:
+            for job in waits:
+                job.answer(request, tuple(answers[rank] for rank in request.ranks))
+
+
+def gathered(requests: Sequence[Select], most: int) -> list[list[Select]]:
+    """Requests that one pass can answer together: the same but for their ranks, of which it has at most `most`, or
+    those of one request.
+    """
+    groups: list[list[Select]] = []
+    for request in requests:
+        for group in groups:
+            count = len({rank for one in (*group, request) for rank in one.ranks})
+            if count <= most and replace(group[0], ranks=request.ranks) == request:
+                group.append(request)
+                break
+        else:
+            groups.append([request])
+    return groups
+
+
+def _asking(job: Job) -> Asking | None:
+    from fastinterp.execute.adaptive_job import Asking
+
+    last = job.last
+    return last if isinstance(last, Asking) else None

@@ -1,0 +1,132 @@
+"""Outputs of plans as folders on disk: files reserved, written, and named together at the end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fastinterp._version import __version__
+from fastinterp.backends.cpu import Progress
+from fastinterp.backends.registry import cpu_isa, cpu_threads, find_devices, maybe_devices, wish_of
+from fastinterp.checkpoint.output_folder import OutFolder
+from fastinterp.checkpoint.sidecar_files import copy_sidecars, model_card
+from fastinterp.errors import BackendError, OutputError
+from fastinterp.execute.report import Report, report_of
+from fastinterp.execute.run import Done, run
+from fastinterp.execute.sinks import FileSinks
+from fastinterp.plan.plan import Plan
+from fastinterp.recipe.load import Recipe
+
+if TYPE_CHECKING:
+    from fastinterp.backends.device import Device
+
+
+def write_outputs(
+    plans: Sequence[Plan],
+    outs: Sequence[Sequence[str | os.PathLike[str]]],
+    *,
+    device: str,
+    threads: int | None,
+    max_memory: int,
+    force: bool,
+    durable: bool,
+    progress: Progress | None,
+) -> list[Report]:
+    """Write the outputs of several plans. All of them appear at the end, one after the other.
+
+    outs  a folder for each output of each plan
+    Raises: what `merge` does; OutputError names the outputs that were finished before it.
+    """
+    start = time.perf_counter()
+    cpu_isa()  # an unusable FASTINTERP_ISA shows before a folder is made
+    devices, chosen = devices_for(device, plans, threads, max_memory)
+    every: list[Done] = []
+    with ExitStack() as stack:
+        folders = _opened_folders(plans, outs, stack, force=force, durable=durable)
+        total = sum(plan.bytes_read + plan.bytes_written for plan in plans)
+        for plan, own in zip(plans, folders, strict=True):
+            pairs = zip(own, plan.layouts, strict=True)
+            sinks = FileSinks(plan, [[folder.temp(file.name) for file in layout.files] for folder, layout in pairs])
+            before = sum(d.bytes_read + d.bytes_written for d in every)
+            shown = progress if len(plans) == 1 else _part(progress, before, total)
+            every.append(run(plan, sinks, threads=threads, max_memory=max_memory, progress=shown, devices=devices))
+        finish([folder for own in folders for folder in own])
+    wall = time.perf_counter() - start
+    read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
+    reports = []
+    for plan, done, own in zip(plans, every, folders, strict=True):
+        whole = replace(done, bytes_read=read, bytes_written=written)
+        found = [report_of(plan, whole, wall, k, folder) for k, folder in enumerate(own)]
+        reports += [replace(report, outputs=sum(map(len, outs)), chosen=chosen) for report in found]
+    return reports
+
+
+def devices_for(
+    asked: str, plans: Sequence[Plan], threads: int | None, max_memory: int, local: int = 0
+) -> tuple[Sequence[Device], str]:
+    """The accelerators to use, none for the processor alone; and why, if that was to be found out.
+
+    local  number of this process among those of this machine that share its accelerators
+    """
+    wish = wish_of(asked)
+    if wish.kind != "auto":
+        return find_devices(wish, local), ""
+    if not maybe_devices():
+        return (), ""
+    from fastinterp.execute.device_choice import choose
+
+    choice = choose(plans, cpu_threads(threads), max_memory)
+    if choice.device == "cpu":
+        return (), choice.why
+    try:
+        return find_devices(wish_of(choice.device), local), choice.why
+    except BackendError as error:
+        return (), f"{choice.why}; but {error}"
+
+
+def _opened_folders(
+    plans: Sequence[Plan], outs: Sequence[Sequence[str | os.PathLike[str]]], stack: ExitStack, **how: bool
+) -> list[list[OutFolder]]:
+    """The folders of every plan's outputs, with their small files; all or none."""
+    needed = sum(plan.disk_bytes for plan in plans)  # outputs on one disk must fit together: the first checks for all
+    folders: list[list[OutFolder]] = []
+    for plan, own in zip(plans, outs, strict=True):
+        folders.append([])
+        for out, layout in zip(own, plan.layouts, strict=True):
+            folder = OutFolder(out, plan.inputs, needed=needed or layout.disk_bytes, **how)
+            folders[-1].append(stack.enter_context(folder))
+            needed = 0
+        for folder, recipe, layout in zip(folders[-1], plan.recipes, plan.layouts, strict=True):
+            write_small_files(folder, plan, recipe, layout.index, layout.index_name)
+    return folders
+
+
+def finish(folders: Sequence[OutFolder]) -> None:
+    """Let all outputs appear, one after the other."""
+    for i, folder in enumerate(folders):
+        try:
+            folder.commit()
+        except OutputError as error:
+            finished = ", ".join(f.name for f in folders[:i])
+            raise OutputError(f"{error}; finished before that: {finished}" if finished else str(error)) from error
+
+
+def _part(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Progress of one run of several. `before`: bytes of those before it."""
+    if progress is None:
+        return None
+    return lambda done, own: progress(before + done, max(total, before + own))
+
+
+def write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: bytes | None, index_name: str) -> None:
+    """Everything beside the weights."""
+    copied = copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype)
+    for name, content in plan.fitted.sidecars(copied).items():
+        folder.write(name, content)
+    folder.write("README.md", model_card(recipe.text, plan.models, recipe.method.name, __version__).encode())
+    if index is not None:
+        folder.write(index_name, index)

@@ -1,0 +1,49 @@
+"""Plans whose outputs go to memory: the same bytes as in files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from fastinterp.backends.cpu import Progress
+from fastinterp.backends.device import Device
+from fastinterp.execute.report import Report, report_of
+from fastinterp.execute.rounds import finishing
+from fastinterp.execute.run import opened, run
+from fastinterp.execute.sinks import MemorySinks
+from fastinterp.plan.plan import Plan
+
+# Tensor -> address and bytes: those of its planned dtype and shape. Tensors that are not named are not made.
+Places = Mapping[str, tuple[int, int]]
+
+
+def fill(
+    plan: Plan,
+    outputs: Sequence[Places],
+    *,
+    threads: int | None,
+    max_memory: int,
+    progress: Progress | None = None,
+    devices: Sequence[Device] = (),
+) -> list[Report]:
+    """Carry out the plan into memory, which its owner keeps meanwhile. Of each output, its report.
+
+    Raises: what schedule.run does.
+    """
+    start = time.perf_counter()
+    done = run(plan, MemorySinks(outputs), threads=threads, max_memory=max_memory, progress=progress, devices=devices)
+    wall = time.perf_counter() - start
+    return [report_of(plan, done, wall, k) for k in range(len(outputs))]
+
+
+def filling(plan: Plan, output: Places, *, threads: int | None, max_memory: int) -> Iterator[list[str]]:
+    """The same for one output, some hundred megabytes at a time: yields the names of the tensors that are there.
+
+    Nothing is done between two steps of the iterator. Files are closed when it ends, or is closed.
+    """
+    with opened(plan, MemorySinks([output]), threads=threads, max_memory=max_memory, progress=None) as running:
+        names = {id(job): name for name, job in running.jobs.items()}
+        for jobs in finishing([*running.jobs.values()], running.machine, running.others, small=True):
+            running.refuse_changed()
+            yield [names[id(job)] for job in jobs]
+        running.done()

@@ -1,0 +1,1 @@
+"""Merges and weighted sums of arrays and tensors that are in memory already."""

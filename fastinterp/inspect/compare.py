@@ -1,0 +1,196 @@
+"""How two checkpoints differ, tensor by tensor, from one read of both."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from fastinterp.backends.cpu import Progress, Pump, watch
+from fastinterp.backends.registry import cpu_isa, cpu_threads
+from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
+from fastinterp.errors import UsageError
+from fastinterp.execute.sources import Sources
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How b differs from a, over one tensor or several: delta = b - a, in float32 (float64 if either is F64).
+
+    changed      elements where delta is not 0; exact
+    norm_a       |a|, float64
+    norm_delta   |delta|, float64
+    dot_a_delta  <a, delta>, float64
+    """
+
+    numel: int
+    changed: int
+    norm_a: float
+    norm_delta: float
+    dot_a_delta: float
+
+    @property
+    def relative(self) -> float | None:
+        """|delta| / |a|, or None if a is 0."""
+        return self.norm_delta / self.norm_a if self.norm_a > 0 else None
+
+    @property
+    def cosine(self) -> float | None:
+        """<a, b> / (|a| |b|), or None if either is 0. From delta, so that near models keep their digits."""
+        a2, d2 = self.norm_a * self.norm_a, self.norm_delta * self.norm_delta  # not **, which raises on overflow
+        b2 = a2 + 2 * self.dot_a_delta + d2
+        return (a2 + self.dot_a_delta) / (self.norm_a * math.sqrt(b2)) if a2 > 0 and b2 > 0 else None
+
+    @property
+    def finite(self) -> bool:
+        """False if there is NaN or Inf in a or b, or the square of a norm is more than float64 holds."""
+        return math.isfinite(self.norm_a) and math.isfinite(self.norm_delta)
+
+    @property
+    def changed_fraction(self) -> float | None:
+        return self.changed / self.numel if self.numel else None
+
+    @staticmethod
+    def total(differences: Iterable[Difference]) -> Difference:
+        """All of them as one long vector."""
+        every = list(differences)
+        return Difference(
+            sum(d.numel for d in every),
+            sum(d.changed for d in every),
+            math.hypot(*(d.norm_a for d in every)),
+            math.hypot(*(d.norm_delta for d in every)),
+            math.fsum(d.dot_a_delta for d in every),
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """tensors: those that both have in the same shape and that merge. The rest are named, not left out silently.
+
+    kinds  dtype and shape in a and in b, of each tensor for which they differ: `("BF16 [4, 2]", "F32 [4, 2]")`
+    """
+
+    tensors: dict[str, Difference]
+    only_a: list[str]
+    only_b: list[str]
+    shapes: list[str]  # in both, of different shapes
+    unmeasured: list[str]  # in both, integers or dtypes that are not merged
+    kinds: dict[str, tuple[str, str]]
+
+    def __repr__(self) -> str:
+        """Short: there is an entry for every tensor."""
+        total = self.total
+        return f"<Comparison of {len(self.tensors):,} tensors: {total.changed:,} of {total.numel:,} elements differ>"
+
+    @property
+    def total(self) -> Difference:
+        return Difference.total(self.tensors.values())
+
+
+def compare(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Measure b - a for every tensor of two checkpoints. Every byte is read once.
+
+    Raises: CheckpointError, StorageError, BackendError, UsageError.
+    """
+    for given in (a, b):
+        if not isinstance(given, (str, os.PathLike)):
+            raise UsageError(f"a checkpoint must be named by its path, got {given!r}")
+    first, second = open_checkpoint(os.fspath(a)), open_checkpoint(os.fspath(b))
+    common = [n for n in first.tensors if n in second.tensors]
+    shapes = [n for n in common if first.tensors[n].shape != second.tensors[n].shape]
+    same_shape = [n for n in common if first.tensors[n].shape == second.tensors[n].shape]
+    names = [n for n in same_shape if first.tensors[n].dtype.merges and second.tensors[n].dtype.merges]
+    answers = _measured((first, second), names, threads, progress)
+    tensors = {}
+    for name, (sums, nonzero) in zip(names, answers, strict=True):
+        aa, ad, dd = sums[:3]
+        tensors[name] = Difference(first.tensors[name].numel, nonzero[1], math.sqrt(aa), math.sqrt(dd), ad)
+    return Comparison(
+        tensors,
+        [n for n in first.tensors if n not in second.tensors],
+        [n for n in second.tensors if n not in first.tensors],
+        shapes,
+        [n for n in same_shape if n not in tensors],
+        _kinds(first, second, common),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Deltas:
+    """What several models change in one tensor of their base, so that the size of any sum of changes is known.
+
+    aa    <a, a> of the base
+    gram  gram[i][j] = <d_i, d_j> of the models' deltas from the base, float64
+    """
+
+    aa: float
+    gram: tuple[tuple[float, ...], ...]
+
+
+def deltas(
+    base: str, models: Sequence[str], *, threads: int | None = None, progress: Progress | None = None
+) -> dict[str, Deltas]:
+    """Of every tensor that all have in one shape, and that merges. Every byte is read once.
+
+    Raises: CheckpointError, StorageError, BackendError, UsageError.
+    """
+    every = [open_checkpoint(name) for name in (base, *models)]
+    lead = every[0].tensors
+    names = [
+        n for n, entry in lead.items()
+        if all(n in c.tensors and c.tensors[n].shape == entry.shape and c.tensors[n].dtype.merges for c in every)
+    ]  # fmt: skip
+    found = {}
+    for name, (sums, _) in zip(names, _measured(every, names, threads, progress), strict=True):
+        # The upper triangle row by row, the base's row first.
+        rows, at = [], len(every)
+        for i in range(len(models)):
+            rows.append([0.0] * i + list(sums[at : at + len(models) - i]))
+            at += len(models) - i
+        gram = tuple(tuple(rows[min(i, j)][max(i, j)] for j in range(len(models))) for i in range(len(models)))
+        found[name] = Deltas(sums[0], gram)
+    return found
+
+
+def _measured(
+    checkpoints: Sequence[Checkpoint], names: Sequence[str], threads: int | None, progress: Progress | None
+) -> list[Any]:
+    """The pump's answer for each of the tensors called `names`: deltas from the first checkpoint."""
+    places = [[c.tensors[name] for c in checkpoints] for name in names]
+    with ExitStack() as stack:
+        sources = Sources(checkpoints, (read for entries in places for read in enumerate(entries)), stack)
+        steps: list[dict[str, Any]] = [
+            {
+                "kind": "measure_deltas", "inputs": [sources.operand(i, x) for i, x in enumerate(entries)],
+                "numel": entries[0].numel,
+            }
+            for entries in places
+        ]  # fmt: skip
+        pump = Pump(
+            cpu_isa(), sources.fds, [], steps, threads=cpu_threads(threads), write_bytes=1 << 19, read_bytes=1 << 17,
+            stochastic=False, fp8_saturate=True, prefetch=not sources.cached(), stats_every=0,
+        )  # fmt: skip
+        watch(pump, sum(x.nbytes for entries in places for x in entries), progress)
+        error = pump.error()
+        if error is not None:
+            raise sources.explained(error)
+        sources.refuse_changed()
+    return pump.answers()
+
+
+def _kinds(first: Checkpoint, second: Checkpoint, common: Iterable[str]) -> dict[str, tuple[str, str]]:
+    kinds = {}
+    for name in common:
+        x, y = (f"{c.tensors[name].dtype} {list(c.tensors[name].shape)}" for c in (first, second))
+        if x != y:
+            kinds[name] = (x, y)
+    return kinds

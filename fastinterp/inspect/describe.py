@@ -1,0 +1,170 @@
+"""What one checkpoint holds, from headers alone, as plain values and in words."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from fastinterp.checkpoint.header import Entry
+from fastinterp.checkpoint.open import Checkpoint
+from fastinterp.messages import WIDTH, counted, fit, plain, size, table
+
+_NUMBER = re.compile(r"(?<=\.)\d{1,18}(?=\.|$)|^\d{1,18}(?=\.)")  # a whole part of a dotted name, that counts something
+_RECEIPT = "fastinterp"  # key of the metadata that a merge leaves
+_RANGES = 4  # of layer numbers in one pattern, before it only says how many
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Tensors of one dtype and shape whose names differ in numbers only."""
+
+    name: str  # `model.layers.{0..21}.mlp.up_proj.weight`
+    dtype: str
+    shape: tuple[int, ...]
+    count: int
+    nbytes: int  # of all of them
+
+
+def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Plain values, as --json prints them."""
+    entries = _sorted(checkpoint)
+    counts = [0] * len(checkpoint.files)
+    for e in entries:
+        counts[e.file] += 1
+    return {
+        "name": checkpoint.name,
+        "files": [
+            {"path": str(p), "bytes": stamp[0], "tensors": counts[i]}
+            for i, (p, stamp) in enumerate(zip(checkpoint.files, checkpoint.stamps, strict=True))
+        ],
+        "index": checkpoint.index,
+        "bytes": checkpoint.nbytes,
+        "parameters": sum(e.numel for e in entries if e.dtype.merges),
+        "dtypes": _dtypes(entries),
+        "metadata": checkpoint.metadata,
+        "receipt": receipt(checkpoint),
+        "tensors": [
+            {
+                "name": e.name,
+                "dtype": e.dtype.name,
+                "shape": list(e.shape),
+                "bytes": e.nbytes,
+                "file": checkpoint.files[e.file].name,
+                "offset": e.start,
+            }
+            for e in entries
+        ],
+    }
+
+
+def as_text(checkpoint: Checkpoint, *, every: bool = False) -> str:
+    """The same for people. every: list each tensor, instead of one line for those that differ in numbers only."""
+    found = as_dict(checkpoint)
+    lines = [
+        f"{plain(checkpoint.name)}: {found['parameters']:,} parameters in {counted(len(found['tensors']), 'tensor')}, "
+        f"{size(found['bytes'])}"
+    ]
+    lines += ["dtypes"]
+    dtypes = [
+        [d["dtype"], counted(d["tensors"], "tensor"), f"{d['elements']:,} elements", size(d["bytes"])]
+        for d in found["dtypes"]
+    ]
+    lines += table(dtypes, "<>>>")
+    lines += ["files, named by an index" if found["index"] else "files"]
+    lines += table([[f["path"], counted(f["tensors"], "tensor"), size(f["bytes"])] for f in found["files"]], "<>>")
+    lines += _metadata_lines(found)
+    lines += ["tensors"]
+    if every:
+        rows = [[t["name"], t["dtype"], str(t["shape"]), size(t["bytes"])] for t in found["tensors"]]
+        return "\n".join([*lines, *table(rows, "<<<>")])
+    rows = [
+        [p.name, p.dtype, str(list(p.shape)), f"x{p.count}" if p.count > 1 else "", size(p.nbytes)]
+        for p in patterns(_sorted(checkpoint))
+    ]
+    return "\n".join([*lines, *table(rows, "<<<>>")])
+
+
+def receipt(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What a merge wrote about itself into the files, or None. It is as trustworthy as the file."""
+    try:
+        found = json.loads(checkpoint.metadata.get(_RECEIPT, ""))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def patterns(entries: Iterable[Entry]) -> list[Pattern]:
+    """Entries grouped by name, numbers aside, and by dtype and shape; in the order of the first of each."""
+    groups: dict[tuple[str, str, tuple[int, ...]], list[Entry]] = {}
+    for e in entries:
+        groups.setdefault((_NUMBER.sub("{}", e.name), e.dtype.name, e.shape), []).append(e)
+    found = []
+    for (_, dtype, shape), group in groups.items():
+        found.append(Pattern(_pattern([e.name for e in group]), dtype, shape, len(group), sum(e.nbytes for e in group)))
+    return found
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A sort key in which layer 10 comes after layer 9.
+
+    Numbers go by their count of digits first: Python makes no int of thousands of digits, which a name may have.
+    """
+    key = []
+    for part in name.split("."):
+        digits = part.lstrip("0")
+        key.append((0, len(digits), digits) if part.isdecimal() else (1, 0, part))
+    return key
+
+
+def _sorted(checkpoint: Checkpoint) -> list[Entry]:
+    return sorted(checkpoint.tensors.values(), key=lambda e: natural(e.name))
+
+
+def _pattern(names: list[str]) -> str:
+    columns = zip(*(_NUMBER.findall(name) for name in names), strict=True)
+    numbers = iter([sorted({int(n) for n in column}) for column in columns])
+    return _NUMBER.sub(lambda _: _ranges(next(numbers)), names[0])
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`{0..21}`, `{0..3,7}`; a lone number as it is."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][1] == n - 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    if len(runs) > _RANGES:
+        return f"{{{numbers[0]}..{numbers[-1]}: {len(numbers)} of them}}"
+    return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) + "}"
+
+
+def _dtypes(entries: list[Entry]) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for e in entries:
+        total = found.setdefault(e.dtype.name, {"dtype": e.dtype.name, "tensors": 0, "elements": 0, "bytes": 0})
+        total["tensors"] += 1
+        total["elements"] += e.numel
+        total["bytes"] += e.nbytes
+    return sorted(found.values(), key=lambda d: -d["bytes"])
+
+
+def _metadata_lines(found: dict[str, Any]) -> list[str]:
+    made, lines = found["receipt"], []
+    for key, value in found["metadata"].items():
+        if made is None or key != _RECEIPT:
+            lines.append(fit(f"  {key}: {value}", WIDTH))
+    lines = ["metadata", *lines] if lines else []
+    if made is not None:
+        lines.append("receipt of the merge")
+        for key, value in made.items():
+            if key == "recipe" and isinstance(value, str):
+                lines += ["  recipe:", *(f"    {plain(line)}" for line in value.rstrip().split("\n"))]
+            else:
+                lines.append(fit(f"  {key}: {value if isinstance(value, str) else json.dumps(value)}", WIDTH))
+    return lines

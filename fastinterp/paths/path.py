@@ -1,0 +1,286 @@
+"""Paths between models, and what a metric does along them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from operator import index
+from typing import Any
+
+from fastinterp.arguments import snapped
+from fastinterp.errors import FastinterpError, UsageError
+from fastinterp.execute.report import Effect
+from fastinterp.in_memory.merge import merge_measured
+from fastinterp.ops.dtypes import parse_dtype
+from fastinterp.paths.report import PathPoint, PathReport
+from fastinterp.torch_models.module_weights import Walker, dtypes_of
+from fastinterp.torch_models.path_endpoints import End, opened, warn_unlike
+
+Model = str | os.PathLike[str] | Mapping[str, Any]
+Alpha = float | Mapping[str, float]
+Alphas = Sequence[Alpha] | Mapping[str, Sequence[float]]
+ALPHA = "alpha"  # the name of the one direction of a line from a to b
+
+
+def path(
+    a: Model | None = None,
+    b: Model | None = None,
+    *,
+    base: Model | None = None,
+    directions: Mapping[str, Model] | None = None,
+    model: Any = None,
+    dtype: str | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    threads: int | None = None,
+) -> Path:
+    """The line from `a` to `b`, or all that lies in several directions from `base`; nothing is read yet.
+
+    a, b        out = a + alpha * (b - a); with a base: base + (1 - alpha) * (a - base) + alpha * (b - base)
+    directions  in place of a and b: a name for each model. out = base + sum of alpha[name] * (model - base)
+    model       a torch module that takes on the weights of each point; its own are back at the end. None: the points
+                are state dicts
+    dtype       of the points; None: as the base's tensors, else those of `a`. In bf16 small steps of alpha may not
+                arrive: the report tells, float32 mends it. With a model: the dtypes that it has, and no others
+    rounding, seed, threads   as of `fastinterp.merge`
+
+    Each model is a checkpoint's path or a state dict in memory (torch tensors, on one device, or numpy arrays).
+    Python's warnings say where tokenizers of checkpoints differ, or weights are quantised.
+    Raises: UsageError, CheckpointError.
+    """
+    if (a is None) != (b is None) or (a is None) == (directions is None):
+        raise UsageError("a path needs `a` and `b`, or `base` and `directions`")
+    if directions is not None and base is None:
+        raise UsageError("`directions` start at a `base`. Give one")
+    _check_named(directions)
+    origin = None if base is None else End(base, "base")
+    models = directions if directions is not None else {"a": a, "b": b}
+    ends = {name: End(x, name) for name, x in models.items()}  # type: ignore[arg-type]
+    if model is not None and dtype is not None:
+        _check_dtype(dtype, model)
+    every = [*([] if origin is None else [origin]), *ends.values()]
+    warn_unlike([end.checkpoint for end in every if end.checkpoint is not None], stacklevel=2)
+    settings = {"dtype": dtype, "rounding": rounding, "seed": seed, "threads": threads}
+    return Path(ends, origin, tuple(directions) if directions is not None else (ALPHA,), model, settings)
+
+
+class Path:
+    """Made by `path`.
+
+    names  of the directions: `alpha` alone for a line from a to b
+    """
+
+    def __init__(
+        self,
+        ends: Mapping[str, End],
+        base: End | None,
+        names: tuple[str, ...],
+        model: Any,
+        settings: Mapping[str, Any],
+    ):
+        self.names = names
+        self._ends, self._base, self._model, self._settings = ends, base, model, settings
+        self._line = list(ends) == ["a", "b"] and names == (ALPHA,)
+
+    def __repr__(self) -> str:
+        base = "" if self._base is None else f" from {self._base.name}"
+        return f"<Path{base}: {', '.join(end.name for end in self._ends.values())}>"
+
+    def weights(self, alpha: Alpha) -> dict[str, Any]:
+        """The state dict of one point, in new tensors; by name of direction, if it is no line from a to b."""
+        return self._measured(self._point(alpha))[0]
+
+    def evaluate(
+        self,
+        fn: Callable[[Any, Any, int], Mapping[str, float]],
+        alphas: Alphas,
+        seeds: int | Sequence[int] = 1,
+        *,
+        probabilities: Sequence[str] = (),
+        progress: Callable[[int, int], object] | None = None,
+    ) -> PathReport:
+        """Call `fn(weights, alpha, seed)` for every point and seed, and report what its metrics do along the path.
+
+        fn             is given the model that `path` was given, else a state dict; alpha as in `alphas`; the seed. It
+                       returns a metric's value by its name, the same names every time. With the same random numbers
+                       for a seed at all points, differences between points have smaller errors than the points
+        alphas         numbers; for directions: mappings of their names to numbers, where names left out are 0, or one
+                       mapping of names to lists of numbers: the grid of all combinations. What a sum of steps makes of
+                       0 and 1 is 0 and 1
+        seeds          whole numbers given to `fn` in turn, or how many: 0, 1, ...
+        probabilities  metrics that are probabilities: a line is fitted to their log-odds
+        progress       called with the calls of `fn` done and to do
+
+        Every point is made from the ends, never from another point. Those in files are read anew for each, through the
+        page cache, which keeps them as long as they fit. If `fn` raises, the model has its own weights back, and from
+        Python 3.11 on a note at the error tells the point and the seed.
+        Raises: UsageError; ShapeError, if weights do not fit; StorageError, if a checkpoint changes meanwhile.
+        """
+        if not callable(fn):
+            raise UsageError(f"`fn` must be a function of weights, alpha and seed, got {type(fn).__name__}")
+        points = self._points(alphas)
+        numbers = _seeds(seeds)
+        done: list[PathPoint] = []
+        with nullcontext() if self._model is None else Walker(self._model, [*self._all.values()]) as walker:
+            for at in points:
+                weights, effects = self._measured(at, walker)
+                if walker is not None:
+                    walker.take(weights)
+                    weights = self._model
+                given = at[ALPHA] if self._line else dict(at)
+                samples: dict[str, list[float]] = {}
+                for k, seed in enumerate(numbers):
+                    found = _metrics(_called(fn, weights, given, seed), given)
+                    names = list(done[0].samples) if done else list(samples or found)
+                    if set(found) != set(names):
+                        raise UsageError(f"the metrics must be the same at all points: {names}, then {list(found)}")
+                    for name in names:
+                        samples.setdefault(name, []).append(found[name])
+                    if progress:
+                        progress(len(done) * len(numbers) + k + 1, len(points) * len(numbers))
+                done.append(PathPoint(at, {m: tuple(v) for m, v in samples.items()}, *_effect(effects)))
+                self._refuse_changed()
+                del weights  # before those of the next point are made
+        ends = {name: end.name for name, end in self._ends.items()}
+        base = None if self._base is None else self._base.name
+        return PathReport(ends, base, tuple(numbers), tuple(done), tuple(probabilities), self._line)
+
+    def _measured(
+        self, at: Mapping[str, float], walker: Walker | None = None
+    ) -> tuple[dict[str, Any], dict[str, Effect]]:
+        alphas = [at[name] for name in self.names]
+        given = [1.0 - alphas[0], alphas[0]] if self._line else alphas
+        settings = dict(self._settings)
+        if self._model is not None and settings["dtype"] is None:
+            settings["dtype"] = dtypes_of(self._model)  # straight to them: what is measured is what the model holds
+        self._refuse_changed()
+        try:
+            found = self._merged(given, settings, walker)
+        except FastinterpError:
+            self._refuse_changed()  # which says more than what came of it
+            raise
+        self._refuse_changed()
+        return found
+
+    def _merged(
+        self, given: Sequence[float], settings: Mapping[str, Any], walker: Walker | None
+    ) -> tuple[dict[str, Any], dict[str, Effect]]:
+        with opened([*self._all.values()]) as (tensors, files):
+            named = tensors if walker is None else [walker.named(x) for x in tensors]
+            base, models = (None, named) if self._base is None else (named[0], named[1:])
+            method = "linear" if base is None else "task_arithmetic"
+            return merge_measured(models, method, base=base, parameters={"weight": given}, files=files, **settings)
+
+    @property
+    def _all(self) -> dict[str, End]:
+        return {**({} if self._base is None else {"base": self._base}), **self._ends}
+
+    def _refuse_changed(self) -> None:
+        for end in self._all.values():
+            end.refuse_changed()
+
+    def _points(self, alphas: Alphas) -> list[dict[str, float]]:
+        points = list(self._grid(alphas) if isinstance(alphas, Mapping) else map(self._point, _listed(alphas)))
+        if not points:
+            raise UsageError("at least one alpha is needed")
+        for i, at in enumerate(points):
+            if at in points[:i]:
+                raise UsageError(f"every point may be given once, got {at} twice")
+        return points
+
+    def _grid(self, alphas: Mapping[str, Any]) -> Iterator[dict[str, float]]:
+        lists = {name: _listed(values) for name, values in alphas.items()}
+        for combination in itertools.product(*lists.values()):
+            yield self._point(dict(zip(lists, combination, strict=True)))
+
+    def _point(self, alpha: Any) -> dict[str, float]:
+        if not isinstance(alpha, Mapping):
+            if len(self.names) > 1:
+                raise UsageError(f"a point is a mapping of directions ({', '.join(self.names)}) to numbers: {alpha!r}")
+            alpha = {self.names[0]: alpha}
+        for name in alpha:
+            if name not in self.names:
+                raise UsageError(f"unknown direction `{name}`. Known: {', '.join(self.names)}")
+        return {name: _finite(alpha.get(name, 0.0), name) for name in self.names}
+
+
+def _check_named(directions: Any) -> None:
+    if directions is not None and (not isinstance(directions, Mapping) or not directions):
+        raise UsageError(f"`directions` must map names to models, at least one, got {directions!r}"[:200])
+    for name in directions or ():
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"a direction must have a name, got {name!r}")
+
+
+def _check_dtype(dtype: str, model: Any) -> None:
+    others = [f"{n} ({d})" for n, d in dtypes_of(model).items() if parse_dtype(d) != parse_dtype(dtype)]
+    if others:
+        raise UsageError(
+            f"`dtype` is {dtype}, but `model` has {others[0]}, and would round a second time. Leave `dtype` out, or "
+            "convert the model first"
+        )
+
+
+def _listed(alphas: Any) -> list[Any]:
+    if isinstance(alphas, (str, bytes)) or not hasattr(alphas, "__iter__"):
+        raise UsageError(f"the alphas must be a list, got {alphas!r}")
+    return list(alphas)
+
+
+def _finite(value: Any, name: str) -> float:
+    found = _number(value)
+    if found is None or not math.isfinite(found):
+        raise UsageError(f"{name} must be a finite number, got {value!r}"[:200])
+    return snapped(found)
+
+
+def _number(value: Any) -> float | None:
+    """None: it is none. NaN and Inf are."""
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        return None
+    try:
+        return float(value.item() if hasattr(value, "item") else value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # several numbers in an array, or one too large
+        return None
+
+
+def _seeds(given: Any) -> list[int]:
+    """Raises: UsageError."""
+    listed = hasattr(given, "__iter__") and getattr(given, "shape", None) != ()
+    try:
+        if isinstance(given, (str, bytes, Mapping)) or any(isinstance(x, bool) for x in (given if listed else [given])):
+            raise TypeError
+        seeds = [index(seed) for seed in given] if listed else list(range(index(given)))
+    except TypeError:
+        raise UsageError(f"the seeds must be whole numbers in a list, or how many there are, got {given!r}") from None
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UsageError(f"the seeds must be at least one and all different, got {given!r}")
+    return seeds
+
+
+def _called(fn: Callable[[Any, Any, int], Any], weights: Any, alpha: object, seed: int) -> Any:
+    """What `fn` returns. Raises: what it raises, with a note of where."""
+    try:
+        return fn(weights, alpha, seed)
+    except Exception as error:
+        if hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(f"fastinterp: raised by the function that evaluate called at alpha {alpha}, seed {seed}")
+        raise
+
+
+def _metrics(found: Any, alpha: object) -> dict[str, float]:
+    if not isinstance(found, Mapping) or not found:
+        raise UsageError(f"at {alpha} the function returned {found!r}, expected metrics by name, as {{'loss': 0.3}}")
+    numbers = {name: _number(value) for name, value in found.items()}
+    for name, number in numbers.items():
+        if not isinstance(name, str) or number is None:
+            raise UsageError(f"at {alpha} the metric {name!r} is {found[name]!r}, expected a number")
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+def _effect(effects: Mapping[str, Effect]) -> tuple[float | None, float | None, float | None]:
+    total = Effect.total(effects.values())
+    return total.strength, total.changed_fraction, total.relative_change

@@ -1,0 +1,264 @@
+"""Figures: metrics along a path, and where two models differ. Needs matplotlib."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastinterp.errors import StorageError, UsageError
+
+if TYPE_CHECKING:
+    from fastinterp.inspect.compare import Comparison
+
+Report = Any  # PathReport, which imports this module
+# Okabe and Ito's palette: told apart with any kind of colour vision.
+_CURVE, _END, _ACTS = "#0072B2", "#D55E00", "#009E73"
+_TEXT, _QUIET, _SHADE = "#1a1a1a", "#6b6b6b", "#eef2f6"
+_COLOURS = "viridis"
+_STYLE = {
+    "figure.dpi": 120,
+    "font.size": 10,
+    "text.color": _TEXT,
+    "axes.labelcolor": _TEXT,
+    "axes.edgecolor": _QUIET,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "xtick.color": _TEXT,
+    "ytick.color": _TEXT,
+    "svg.hashsalt": "fastinterp",  # the same figures give the same file
+    "svg.fonttype": "none",  # text stays text
+}
+_PANELS = 3  # beside each other
+_WRITTEN = 64  # cells of a heat map that have their value written in them; more would be clutter
+_TICKS = 24  # layers that are named on an axis
+
+
+def plot_report(report: Report, file: str | os.PathLike[str], metrics: Sequence[str] | None = None) -> None:
+    """Curves along one direction, heat maps over two. See PathReport.plot."""
+    chosen = list(report.metrics if metrics is None else metrics)
+    for name in chosen:
+        report.check_metric(name)
+    if not chosen or not 1 <= len(report.varied) <= 2:
+        raise UsageError(
+            f"one or two directions can be drawn, but the points vary in {len(report.varied)}: "
+            f"{', '.join(report.varied) or 'there is one point'}"
+        )
+    if len(report.varied) == 2:
+        _save(file, len(chosen), (4.6, 3.9), lambda axes: _maps(report, chosen, axes))
+        return
+    stairs = any("staircase" in w for w in report.warnings) and report.line and report.base is None
+    _save(file, len(chosen) + stairs, (4.4, 3.4), lambda axes: _curves(report, chosen, axes[: len(chosen) + stairs]))
+
+
+def plot_difference(found: Comparison, file: str | os.PathLike[str], title: str) -> None:
+    """The relative change |d| / |a| of each kind of tensor in each layer, on a logarithmic scale.
+
+    Raises: UsageError, if there is no matplotlib or nothing was measured; StorageError.
+    """
+    from fastinterp.inspect.compare import Difference
+    from fastinterp.messages import fit
+    from fastinterp.paths.layer_grid import grid
+
+    if not found.tensors:
+        raise UsageError("no tensor is in both models with the same shape, so there is no change to draw")
+    places = grid(found.tensors)
+    changes = {cell: Difference.total(found.tensors[n] for n in names) for cell, names in places.cells.items()}
+    values = [[_change(changes.get((kind, layer))) for layer in places.layers] for kind in places.kinds]
+    width = 3.4 + 0.075 * max(map(len, places.kinds)) + min(0.3 * len(places.layers), 11)
+    height = 1.5 + 0.26 * len(places.kinds)
+    title = fit(title, int(width * 9))
+    _save(file, 1, (width, height), lambda axes: _change_map(axes[0], values, places.layers, places.kinds, title))
+
+
+def _change(d: Any) -> float | None:
+    """None: there is no such tensor. 0: nothing changed. NaN: no number can be given."""
+    if d is None:
+        return None
+    if d.finite and not d.changed:
+        return 0.0
+    return math.nan if d.relative is None or not d.finite else float(d.relative)
+
+
+def check_figure(file: str | os.PathLike[str]) -> tuple[Path, str]:
+    """The path of a figure, and what it is: png, svg or pdf.
+
+    Raises: UsageError, if there is no matplotlib, or the name ends otherwise; StorageError, if there is no such folder.
+    """
+    if find_spec("matplotlib") is None:
+        raise UsageError("figures need matplotlib: pip install 'fastinterp[plot]'")
+    path = Path(file)
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg", "pdf"):
+        raise UsageError(f"{path} must end in .png, .svg or .pdf, which says what to draw")
+    if not path.parent.is_dir():
+        raise StorageError(f"{path} cannot be written: No such file or directory: {path.parent}")
+    return path, kind
+
+
+def _save(
+    file: str | os.PathLike[str], panels: int, size: tuple[float, float], draw: Callable[[list[Any]], None]
+) -> None:
+    path, kind = check_figure(file)
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    across = min(panels, _PANELS)
+    down = -(-panels // across)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(size[0] * across, size[1] * down), layout="constrained")
+        axes = list(figure.subplots(down, across, squeeze=False).flat)
+        draw(axes)
+        for spare in axes[panels:]:
+            spare.remove()
+        dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+        try:
+            figure.savefig(path, format=kind, metadata=dates.get(kind), facecolor="white")
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror}") from None
+
+
+# --- curves
+
+
+def _curves(report: Report, metrics: Sequence[str], axes: Sequence[Any]) -> None:
+    name = report.varied[0]
+    for panel, metric in zip(axes, metrics, strict=False):
+        xs, points = report.along(metric)
+        ys = [y if math.isfinite(y) else math.nan for y in (p.mean(metric) for p in points)]
+        errors = [p.se(metric) or 0.0 for p in points]
+        _between(panel, xs)
+        _chord(panel, dict(zip(xs, ys, strict=True)))
+        panel.errorbar(
+            xs, ys, yerr=errors if any(errors) else None, color=_CURVE, marker="o", markersize=3.5, linewidth=1.4,
+            elinewidth=1, capsize=2, zorder=3,
+        )  # fmt: skip
+        panel.set_title(metric)
+        panel.set_xlabel(name)
+        panel.locator_params(axis="x", nbins=7)
+        panel.grid(axis="y", color="#e3e3e3", linewidth=0.6)
+        panel.set_axisbelow(True)
+    panel = axes[0]
+    panel.legend(frameon=False, fontsize=9, loc="best")
+    if len(axes) > len(metrics):
+        _stairs(report, axes[len(metrics)])
+
+
+def _between(panel: Any, xs: Sequence[float]) -> None:
+    if xs[0] < 0 or xs[-1] > 1:
+        low, high = max(0.0, xs[0]), min(1.0, xs[-1])
+        if low < high:
+            panel.axvspan(low, high, color=_SHADE, linewidth=0, zorder=0, label="between the ends")
+
+
+def _chord(panel: Any, at: Mapping[float, float]) -> None:
+    """The straight line between the ends, and the ends themselves."""
+    if 0.0 in at and 1.0 in at:
+        ends = [at[0.0], at[1.0]]
+        panel.plot([0, 1], ends, color=_QUIET, linestyle=(0, (4, 3)), linewidth=1.2, zorder=2, label="chord")
+    ends = [x for x in (0.0, 1.0) if x in at]
+    if ends:
+        panel.plot(
+            ends, [at[x] for x in ends], linestyle="none", marker="D", markersize=7, markerfacecolor="white",
+            markeredgecolor=_END, markeredgewidth=1.8, zorder=4, label="ends",
+        )  # fmt: skip
+
+
+def _stairs(report: Report, panel: Any) -> None:
+    xs, points = report.along(report.metrics[0])
+    panel.plot([xs[0], xs[-1]], [xs[0], xs[-1]], color=_QUIET, linestyle=(0, (4, 3)), linewidth=1.2, label="exact")
+    acts = [report.effective_alpha(p) for p in points]
+    panel.plot(xs, acts, color=_ACTS, marker="s", markersize=3.5, linewidth=1.4, label="after rounding")
+    panel.set_title("effective alpha")
+    panel.set_xlabel(report.varied[0])
+    panel.legend(frameon=False, fontsize=9)
+
+
+# --- heat maps
+
+
+def _maps(report: Report, metrics: Sequence[str], axes: Sequence[Any]) -> None:
+    across, down = report.varied
+    xs = sorted({p.at[across] for p in report.points})
+    ys = sorted({p.at[down] for p in report.points})
+    if len(xs) * len(ys) > 4 * len(report.points):
+        raise UsageError(f"the points make no grid of {across} and {down}: a heat map of them would be mostly empty")
+    at = {(p.at[across], p.at[down]): p for p in report.points}
+    for panel, metric in zip(axes, metrics, strict=False):
+        values = [[at[x, y].mean(metric) if (x, y) in at else math.nan for x in xs] for y in ys]
+        image = _cells(panel, values, None)
+        if len(xs) * len(ys) <= _WRITTEN:
+            _write(panel, image, values)
+        panel.set_xticks([i + 0.5 for i in range(len(xs))], [f"{x:g}" for x in xs])
+        panel.set_yticks([i + 0.5 for i in range(len(ys))], [f"{y:g}" for y in ys])
+        panel.set(xlabel=across, ylabel=down)
+        panel.set_title(metric)
+        panel.figure.colorbar(image, ax=panel).outline.set_visible(False)
+
+
+def _cells(panel: Any, values: Sequence[Sequence[float]], norm: Any) -> Any:
+    import numpy as np
+
+    image = panel.pcolormesh(np.ma.masked_invalid(np.array(values, dtype=float)), cmap=_COLOURS, norm=norm,
+                             edgecolors="white", linewidth=0.6)  # fmt: skip
+    for spine in panel.spines.values():
+        spine.set_visible(False)
+    panel.tick_params(length=0)
+    return image
+
+
+def _write(panel: Any, image: Any, values: Sequence[Sequence[float]]) -> None:
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            if math.isfinite(value):
+                red, green, blue, _ = image.cmap(image.norm(value))
+                light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+                panel.text(j + 0.5, i + 0.5, f"{value:.3g}", ha="center", va="center", fontsize=8,
+                           color="black" if light else "white")  # fmt: skip
+
+
+def _change_map(
+    panel: Any, values: Sequence[Sequence[float | None]], layers: Sequence[str], kinds: Sequence[str], title: str
+) -> None:
+    from matplotlib.colors import LogNorm
+    from matplotlib.patches import Patch, Rectangle
+
+    seen = [v for row in values for v in row if v is not None and v > 0]
+    low, high = (min(seen), max(seen)) if seen else (1e-3, 1.0)
+    norm = LogNorm(low if low < high else low / 2, high if low < high else high * 2)
+    image = _cells(panel, [[v or math.nan for v in row] for row in values], norm)
+    marked = [("unchanged", 0.0, "#e0e0e0", ""), ("no number: a is 0, or NaN", math.nan, "white", "xxxx")]
+    keys = []
+    for label, wanted, face, hatch in marked:
+        cells = [
+            (j, i) for i, row in enumerate(values) for j, v in enumerate(row)
+            if v is not None and (v == wanted or (math.isnan(v) and math.isnan(wanted)))
+        ]  # fmt: skip
+        style: dict[str, Any] = {
+            "facecolor": face,
+            "edgecolor": _QUIET if hatch else "white",
+            "hatch": hatch,
+            "linewidth": 0.6,
+        }
+        for place in cells:
+            panel.add_patch(Rectangle(place, 1, 1, **style))
+        if cells:
+            keys.append(Patch(label=label, **style))
+    every = -(-len(layers) // _TICKS)
+    first = 0 if layers[0] else 1
+    shown = [i for i, layer in enumerate(layers) if not layer or (i - first) % every == 0]
+    panel.set_xticks([i + 0.5 for i in shown], [layers[i] or "-" for i in shown])
+    panel.set_yticks([i + 0.5 for i in range(len(kinds))], kinds)
+    panel.invert_yaxis()
+    panel.set_xlabel("layer" if layers[0] else "layer (-: in none)")
+    # It may be wider than the map, which would shrink to make room for it.
+    panel.set_title(title, x=0).set_in_layout(False)
+    bar = panel.figure.colorbar(image, ax=panel, label="relative change |d| / |a|")
+    bar.outline.set_visible(False)
+    if keys:
+        panel.legend(handles=keys, frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2)

@@ -1,0 +1,330 @@
+"""What was found along a path: tables, files, figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path as FilePath
+from typing import Any
+
+from fastinterp.arguments import snapped
+from fastinterp.errors import StorageError, UsageError
+from fastinterp.paths import curve
+
+FORMAT = "fastinterp path report"
+_VERSION = 1
+_NOTICED = 0.05  # a strength that is off by more than this makes a staircase
+_WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # JSON has no numbers for these
+_HEAD = ["from 0 to 1", "above chord", "below chord", "Spearman", "step up", "down", "kink", "logit slope", "R^2"]
+
+
+@dataclass(frozen=True, slots=True)
+class PathPoint:
+    """One point of a path.
+
+    at       alpha by direction
+    samples  of each metric one value per seed
+    strength, changed_fraction, relative_change
+             as in the report of a merge: the share of the intended change that the rounding let through, the share of
+             elements that differ from the pivot (the base, else a), and |change| / |pivot|. None for copies
+    """
+
+    at: Mapping[str, float]
+    samples: Mapping[str, Sequence[float]]
+    strength: float | None = None
+    changed_fraction: float | None = None
+    relative_change: float | None = None
+
+    def mean(self, metric: str) -> float:
+        return curve.mean(self.samples[metric])
+
+    def se(self, metric: str) -> float | None:
+        """Standard error of the mean over seeds; None for one seed."""
+        return curve.standard_error(self.samples[metric])
+
+
+@dataclass(frozen=True)
+class PathReport:
+    """Made by `path(...).evaluate`.
+
+    ends  the models by direction; `a` and `b` of a line
+    line  whether it is one from a to b: then alpha has an effective value
+    """
+
+    ends: Mapping[str, str]
+    base: str | None
+    seeds: tuple[int, ...]
+    points: tuple[PathPoint, ...]
+    probabilities: tuple[str, ...]
+    line: bool
+
+    def __post_init__(self) -> None:
+        for name in self.probabilities:
+            if name not in self.metrics:
+                raise UsageError(
+                    f"`probabilities` names {name!r}, which is no metric. Known: {', '.join(self.metrics)}"
+                )
+            for p in self.points:
+                wrong = [v for v in p.samples[name] if v < 0 or v > 1]  # NaN: `warnings` tell it
+                if wrong:
+                    raise UsageError(
+                        f"`probabilities` names {name!r}, but not all of its values are in 0..1: {wrong[0]:g} at "
+                        f"{_place(p)}"
+                    )
+
+    def __repr__(self) -> str:
+        """Short; print() shows the summary."""
+        return f"<PathReport: {len(self.points)} points, {len(self.seeds)} seeds, metrics {', '.join(self.metrics)}>"
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(self.points[0].samples)
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return tuple(self.points[0].at)
+
+    @cached_property
+    def varied(self) -> tuple[str, ...]:
+        """The directions in which not all points are at the same place."""
+        return tuple(n for n in self.directions if len({p.at[n] for p in self.points}) > 1)
+
+    def along(self, metric: str) -> tuple[list[float], list[PathPoint]]:
+        """Alphas in ascending order and their points. Raises: UsageError, if more than one direction is walked."""
+        self.check_metric(metric)
+        if len(self.varied) > 1:
+            raise UsageError(f"the points vary in {' and '.join(self.varied)}: only along one direction is it a curve")
+        name = (self.varied or self.directions)[0]
+        ordered = sorted(self.points, key=lambda p: p.at[name])
+        return [p.at[name] for p in ordered], ordered
+
+    def shape(self, metric: str) -> curve.Shape:
+        """Barrier, monotonicity, log-odds and smoothness between the ends."""
+        xs, points = self.along(metric)
+        return curve.shape(xs, [p.samples[metric] for p in points], probability=metric in self.probabilities)
+
+    def respace(self, metric: str, count: int | None = None) -> list[float]:
+        """Alphas, from the first to the last that were evaluated, between which the metric moves by equal steps.
+
+        count  of alphas, at least 2; None: as many as were evaluated
+
+        Raises: UsageError, if the metric does not move or is NaN or Inf somewhere.
+        """
+        xs, points = self.along(metric)
+        ys = [p.mean(metric) for p in points]
+        wanted = len(xs) if count is None else count
+        if wanted < 2 or len(xs) < 2 or not all(map(math.isfinite, ys)):
+            raise UsageError(f"two points are needed at least, and {metric} finite at all of them")
+        try:
+            return curve.respaced(xs, ys, wanted)
+        except ValueError:
+            raise UsageError(f"{metric} is the same at both ends, so no alphas make equal steps of it") from None
+
+    def effective_alpha(self, point: PathPoint) -> float | None:
+        """The alpha that rounding made of a point's, on a line from a to b without a base; None elsewhere."""
+        if not self.line or self.base is not None:
+            return None
+        alpha = next(iter(point.at.values()))
+        return alpha if point.strength is None else alpha * point.strength
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Metrics that are NaN or Inf somewhere, and the staircase, where there is one."""
+        return (*self._not_finite(), *self._staircase())
+
+    def _not_finite(self) -> list[str]:
+        found = []
+        for metric in self.metrics:
+            where = [p for p in self.points if not all(map(math.isfinite, p.samples[metric]))]
+            if where:
+                value = next(v for v in where[0].samples[metric] if not math.isfinite(v))
+                first = f"{len(where)} of {len(self.points)} points, first at " if len(where) > 1 else ""
+                found.append(f"{metric} is {_word(value)} at {first}{_place(where[0])}")
+        return found
+
+    def _staircase(self) -> tuple[str, ...]:
+        steep = [p for p in self.points if p.strength is not None and abs(p.strength - 1) > _NOTICED]
+        if not steep:
+            return ()
+        worst = max(steep, key=lambda p: abs((p.strength or 0) - 1))
+        acts = self.effective_alpha(worst)
+        arrived = f"acts as {acts:.2g}" if acts is not None else f"lets {worst.strength:.2f} of its change arrive"
+        return (
+            f"rounding makes a staircase of the path: at {len(steep)} of {len(self.points)} points the change that "
+            f"arrives is off by more than 5%, most at {_place(worst)}, which {arrived}. Use dtype='float32', or "
+            "rounding='stochastic'",
+        )
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        from fastinterp.messages import table
+
+        names = [*self.directions, *(self._columns()), *self.metrics]
+        rows = [names, *(self._row(p) for p in self.points)]
+        lines = table(rows, ">" * len(names))
+        if len(self.varied) == 1:
+            lines += ["", *table([_HEAD, *(self._shape_row(m) for m in self.metrics)], "<" + ">" * (len(_HEAD) - 1))]
+        return "\n".join([*lines, *(f"  warning: {w}" for w in self.warnings)])
+
+    def _columns(self) -> list[str]:
+        return ["acts as"] if any(self._off(p) for p in self.points) else []
+
+    def _off(self, p: PathPoint) -> bool:
+        return self.effective_alpha(p) is not None and abs((p.strength or 1) - 1) > _NOTICED
+
+    def _row(self, p: PathPoint) -> list[str]:
+        acts = [f"{self.effective_alpha(p) or 0:.3g}" if self._off(p) else ""] if self._columns() else []
+        return [*(f"{v:g}" for v in p.at.values()), *acts, *(_plus_minus(p.mean(m), p.se(m)) for m in self.metrics)]
+
+    def _shape_row(self, metric: str) -> list[str]:
+        found = self.shape(metric)
+        gaps = ["" if g is None else _plus_minus(g.value, g.se) for g in (found.above, found.below)]
+        odds = found.log_odds
+        return [
+            metric, *gaps, _or_blank(found.spearman, ".3f"), f"{found.step_up:.3g}", f"{found.step_down:.3g}",
+            _or_blank(found.kink, ".1%"), *(["", ""] if odds is None else [f"{odds.slope:.3g}", f"{odds.r2:.4f}"]),
+        ]  # fmt: skip
+
+    # --- files
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as in the JSON file."""
+        shapes = {m: _shape(self.shape(m)) for m in self.metrics} if len(self.varied) == 1 else {}
+        points = [
+            {
+                "at": dict(p.at), "samples": {m: list(v) for m, v in p.samples.items()},
+                "mean": {m: p.mean(m) for m in p.samples}, "se": {m: p.se(m) for m in p.samples},
+                "strength": p.strength, "effective_alpha": self.effective_alpha(p),
+                "changed_fraction": p.changed_fraction, "relative_change": p.relative_change,
+            }
+            for p in self.points
+        ]  # fmt: skip
+        return {
+            "format": FORMAT, "version": _VERSION, "ends": dict(self.ends), "base": self.base, "line": self.line,
+            "seeds": list(self.seeds), "probabilities": list(self.probabilities),
+            "points": points, "shapes": shapes, "warnings": list(self.warnings),
+        }  # fmt: skip
+
+    def to_json(self, file: str | os.PathLike[str] | None = None) -> str:
+        """The report as JSON text, written to `file` if one is named. NaN and Inf are the words that Python has."""
+        text = json.dumps(_worded(self.as_dict()), indent=1, allow_nan=False) + "\n"
+        _write(file, text)
+        return text
+
+    @staticmethod
+    def from_json(source: str | os.PathLike[str]) -> PathReport:
+        """The report in a file, or in text that starts with `{`. Raises: UsageError, StorageError."""
+        text = os.fspath(source)
+        name = "the text"
+        if not text.lstrip().startswith("{"):
+            name = text
+            try:
+                text = FilePath(name).read_text("utf-8")
+            except (OSError, ValueError) as error:
+                raise StorageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        try:
+            found = json.loads(text)
+            if found["format"] != FORMAT or found["version"] != _VERSION:
+                raise ValueError
+            return _report(found)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise UsageError(
+                f"{name} is not a path report of version {_VERSION}, as PathReport.to_json writes"
+            ) from None
+
+    def to_csv(self, file: str | os.PathLike[str] | None = None) -> str:
+        """A line per point: alphas, means and standard errors of the metrics, and what rounding did. Empty: none."""
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        about = ["seeds", "strength", "effective_alpha", "changed_fraction", "relative_change"]
+        writer.writerow([*self.directions, *(f"{m}{end}" for m in self.metrics for end in ("", "_se")), *about])
+        for p in self.points:
+            values = [v for m in self.metrics for v in (p.mean(m), p.se(m))]
+            rounding = [p.strength, self.effective_alpha(p), p.changed_fraction, p.relative_change]
+            writer.writerow([*p.at.values(), *values, len(self.seeds), *rounding])
+        _write(file, stream.getvalue())
+        return stream.getvalue()
+
+    def plot(self, file: str | os.PathLike[str], metrics: Sequence[str] | None = None) -> None:
+        """Draw the metrics: curves along one direction, heat maps over two. The name's end says what: .png, .svg, .pdf.
+
+        Raises: UsageError, if there is no matplotlib or nothing to draw; StorageError.
+        """
+        from fastinterp.paths.plot import plot_report
+
+        plot_report(self, file, metrics)
+
+    def check_metric(self, metric: str) -> None:
+        """Raises: UsageError, if there is no such metric."""
+        if metric not in self.metrics:
+            raise UsageError(f"no metric is called {metric!r}. Known: {', '.join(self.metrics)}")
+
+
+def _or_blank(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
+
+
+def _place(p: PathPoint) -> str:
+    """`alpha 0.3`; of several directions those that are not 0, one at least."""
+    shown = {name: far for name, far in p.at.items() if far} or p.at
+    return ", ".join(f"{name} {far:g}" for name, far in shown.items())
+
+
+def _word(value: float) -> str:
+    """NaN, Inf or -Inf."""
+    return "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"
+
+
+def _plus_minus(value: float, se: float | None) -> str:
+    return f"{value:.4g}" if se is None else f"{value:.4g} +- {se:.1g}"
+
+
+def _shape(found: curve.Shape) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(found)
+
+
+def _report(found: dict[str, Any]) -> PathReport:
+    points = tuple(
+        PathPoint(
+            {n: snapped(float(v)) for n, v in p["at"].items()},
+            {m: tuple(_WORDS[v] if isinstance(v, str) else float(v) for v in s) for m, s in p["samples"].items()},
+            *(p[n] if p[n] is None else float(p[n]) for n in ("strength", "changed_fraction", "relative_change")),
+        )
+        for p in found["points"]
+    )
+    seeds, named = tuple(found["seeds"]), found["probabilities"]
+    first = points[0]
+    for p in points:
+        if list(p.at) != list(first.at) or list(p.samples) != list(first.samples):
+            raise ValueError
+        if any(len(s) != len(seeds) for s in p.samples.values()):
+            raise ValueError
+    return PathReport(dict(found["ends"]), found["base"], seeds, points, tuple(named), bool(found["line"]))
+
+
+def _worded(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return next(w for w, v in _WORDS.items() if v == value or (math.isnan(v) and math.isnan(value)))
+    if isinstance(value, dict):
+        return {k: _worded(v) for k, v in value.items()}
+    return [_worded(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _write(file: str | os.PathLike[str] | None, text: str) -> None:
+    if file is None:
+        return
+    try:
+        FilePath(file).write_text(text, "utf-8")
+    except OSError as error:
+        raise StorageError(f"{os.fspath(file)} cannot be written: {error.strerror}") from None

@@ -1,0 +1,183 @@
+"""Many points of a path from one read of the models: as checkpoints, in memory, or as recipes to be loaded later."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastinterp.arguments import dtype_named, path_of, size_of
+from fastinterp.backends.cpu import Progress
+from fastinterp.backends.registry import cpu_isa, cpu_threads, find_devices, wish_of
+from fastinterp.errors import OutputError, UsageError
+from fastinterp.execute.run import fitting_outputs
+from fastinterp.execute.to_files import write_outputs
+from fastinterp.ops.combine import MAX_OUTPUTS
+from fastinterp.paths.points import Point, grid, line
+from fastinterp.plan.plan import Plan, make_plan
+from fastinterp.recipe.load import load_recipe
+
+Model = str | os.PathLike[str]
+Callback = Callable[[Point, dict[str, Any]], Any]
+_MEMORY = "512MB"
+
+
+def sweep(
+    a: Model | None = None,
+    b: Model | None = None,
+    alphas: Iterable[float] | None = None,
+    out: Model | None = None,
+    *,
+    base: Model | None = None,
+    add: Mapping[str, Model] | None = None,
+    grid: Mapping[str, Iterable[float]] | None = None,
+    method: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    integers: Model | None = None,
+    virtual: bool = False,
+    in_memory: Callback | None = None,
+    framework: str = "torch",
+    device: str = "auto",
+    threads: int | None = None,
+    max_shard_size: str | int = "5GB",
+    max_memory: str | int | None = None,
+    dtype: str | None = None,
+    rounding: str | None = None,
+    seed: int | None = None,
+    force: bool = False,
+    durable: bool = False,
+    progress: Progress | None = None,
+) -> list[Point]:
+    """Make many points of a path from one read of its models.
+
+    sweep(a, b, alphas, out)                 on the line from checkpoint `a` (0) to `b` (1), and beyond
+    sweep(base=..., add={"formal": f, "kind": k}, grid={"formal": [-1, 0, 1], "kind": [0, 0.5, 1]}, out=...)
+                                             every combination of distances from `base` towards other checkpoints
+
+    base        with a and b: the task-vector form, as of `interpolate`
+    method      another than the straight line: slerp, ties, ... What it measures is measured once for all points. Its
+                `t`, or its `weight` of each model, is what changes
+    parameters  further parameters of the method, the same for all points
+    integers    the model whose integer tensors are taken where models differ
+    out         the folder of the outputs: `out/alpha_0.3`, `out/formal_-1_kind_0.5`
+    virtual     write a recipe for every point, `out/alpha_0.3.yml`, instead of a checkpoint: for `fastinterp.load`
+    in_memory   called for every point as in_memory(point, tensors), `out` left out. Tensors by name, of `framework`
+    max_memory  in_memory: bound of the models that are held at a time, one at least; half of what is free, if it is
+                None. Else bound of the workers' scratch memory: 512MB, if it is None
+
+    The other arguments are those of `merge`. Points of `in_memory` that do not fit take further reads. Checkpoints
+    appear when all of them are written; space for all is seen to before any is.
+    Returns the points, in their order.
+    Raises: what `merge` does, and what the callback raises; OutputError names what was finished before it.
+    """
+    settings = _settings(dtype, rounding, seed)
+    points = _points(
+        a, b, alphas, add, grid, base=base, integers=integers, method=method, parameters=parameters or {},
+        settings=settings,
+    )  # fmt: skip
+    wish = wish_of(device)
+    if in_memory is not None:
+        if out is not None or virtual:
+            raise UsageError("`in_memory` writes nothing: leave `out` and `virtual` out")
+        from fastinterp.paths.sweep_in_memory import visit
+
+        most = None if max_memory is None else size_of(max_memory)
+        return visit(
+            points, in_memory, framework=framework, devices=find_devices(wish), threads=threads, max_memory=most,
+            progress=progress,
+        )  # fmt: skip
+    target = path_of("" if out is None else out, "out")
+    if not target:
+        raise UsageError("the name of the output folder is missing. Give -o DIR (in Python out=...), a new folder")
+    shard, most = size_of(max_shard_size), size_of(_MEMORY if max_memory is None else max_memory)
+    if virtual:
+        recipes = [load_recipe(point.recipe) for point in points]
+        make_plan(recipes[:1], max_shard_size=shard)  # whether the models are there, and fit
+        return _recipes(points, Path(target), force)
+    plans = _plans(points, shard, threads, most)
+    paths = [Path(target) / point.name for point in points]
+    starts = [sum(len(p.recipes) for p in plans[:i]) for i in range(len(plans))]
+    outs = [paths[at : at + len(p.recipes)] for at, p in zip(starts, plans, strict=True)]
+    reports = write_outputs(
+        plans, outs, device=device, threads=threads, max_memory=most, force=force, durable=durable, progress=progress
+    )
+    made = zip(points, paths, reports, strict=True)
+    return [replace(point, path=path, report=report) for point, path, report in made]
+
+
+def _settings(dtype: str | None, rounding: str | None, seed: int | None) -> dict[str, Any]:
+    given = {"out_dtype": None if dtype is None else dtype_named(dtype).name, "rounding": rounding, "seed": seed}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _points(a: Any, b: Any, alphas: Any, add: Any, steps: Any, *, base: Any, **how: Any) -> list[Point]:
+    if not isinstance(how["parameters"], Mapping):
+        raise UsageError(f"`parameters` must be a mapping of names to values, got {how['parameters']!r}")
+    if add or steps:
+        if a is not None or b is not None or alphas is not None:
+            raise UsageError("give either A, B and alphas, or a base with directions (add) and their points (grid)")
+        if base is None:
+            raise UsageError("directions start from a base: name it with --base (in Python base=...)")
+        if not isinstance(add, Mapping) or not isinstance(steps, Mapping):
+            raise UsageError(
+                "`add` (direction to model) and `grid` (direction to numbers) must both be given, as mappings"
+            )
+        found = grid(base, add, steps, **how)
+    else:
+        if a is None or b is None or alphas is None:
+            raise UsageError("a sweep needs A, B and alphas, or a base with directions (add) and their points (grid)")
+        found = line(a, b, alphas, base=base, **how)
+    return found
+
+
+def _plans(points: Sequence[Point], max_shard_size: int, threads: int | None, max_memory: int) -> list[Plan]:
+    """One plan for as many points as one read can make; nearly always for all."""
+    cpu_isa()
+    recipes = [load_recipe(point.recipe) for point in points]
+    first = make_plan(recipes[:MAX_OUTPUTS], max_shard_size=max_shard_size)
+    most = min(MAX_OUTPUTS, fitting_outputs(first, cpu_threads(threads), max_memory))
+    if len(recipes) <= most:
+        return [first]
+    parts = [recipes[i : i + most] for i in range(0, len(recipes), most)]
+    return [make_plan(part, max_shard_size=max_shard_size) for part in parts]
+
+
+def _recipes(points: Sequence[Point], folder: Path, force: bool) -> list[Point]:
+    """Write a recipe file for every point. Models on this disk are named from its root."""
+    import yaml
+
+    paths = [folder / f"{point.name}.yml" for point in points]
+    there = [path for path in paths if os.path.lexists(path)]
+    if there and not force:
+        raise OutputError(f"{there[0]} is there already. Add --force (in Python force=True) to replace it")
+    done: list[Point] = []
+    for point, path in zip(points, paths, strict=True):
+        asked = _rooted(point.recipe)
+        text = yaml.safe_dump(asked, sort_keys=False, allow_unicode=True)
+        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text, "utf-8")
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OutputError(f"{path}: {error.strerror}; {len(done)} of {len(paths)} recipes were written") from None
+        done.append(replace(point, recipe=asked, path=path))
+    return done
+
+
+def _rooted(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """With absolute paths for models on this disk, so that the recipe means the same from every folder."""
+    found = dict(recipe)
+    for key in ("base_model", "integers"):
+        if key in found:
+            found[key] = _root(found[key])
+    found["models"] = [{**model, "model": _root(model["model"])} for model in found["models"]]
+    return found
+
+
+def _root(model: str) -> str:
+    path = os.path.expanduser(model)
+    return os.path.abspath(path) if os.path.exists(path) else model

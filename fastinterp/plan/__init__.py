@@ -1,0 +1,1 @@
+"""What a merge will read, compute and write, decided from headers alone."""

@@ -1,1 +1,0 @@
-"""A local page to steer a language model with: sliders for directions, and what the model writes."""

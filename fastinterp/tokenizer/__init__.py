@@ -1,0 +1,1 @@
+"""Vocabularies, tokenizer files, chat templates, and the embedding rows that follow them."""

@@ -1,0 +1,298 @@
+"""A module whose weights walk a path while it is in use."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import TracebackType
+from typing import Any
+
+from fastinterp.backends.registry import cpu_isa, cpu_threads
+from fastinterp.backends.torch_device import current_queue
+from fastinterp.errors import BackendError, CheckpointError, UsageError
+from fastinterp.execute.tensor_io import Place
+from fastinterp.methods import suggestion
+from fastinterp.ops.combine import LARGEST, Combine, Row
+from fastinterp.torch_models.endpoints import End, Ends, Memory, copy
+from fastinterp.torch_models.exclusive import Claim
+from fastinterp.torch_models.module_tensors import Weight, device_of_all, touched, walked, weights_of
+from fastinterp.torch_models.step_lock import StepLock, call
+from fastinterp.torch_models.stream_order import StreamOrder
+from fastinterp.torch_models.unchanged import Standing
+from fastinterp.torch_models.writer import Writer
+
+_LINE = "alpha"
+_LARGEST_ALPHA = 4e7  # on a line; as of `interpolate`
+
+
+class Live:
+    """A torch module, whose parameters and floating buffers are set to any point of a path, in place.
+
+        with fastinterp.Live(model, base="base/", directions={"positive": "p/", "formal": "f/"}) as live:
+            live.set(positive=0.7, formal=-0.2)
+            model.generate(...)
+
+        live = fastinterp.Live(model, a="a/", b="b/")
+        live.set(0.3)
+
+    base        a checkpoint, or a state dict of torch tensors; None with directions: the module's own weights
+    directions  name -> checkpoint or state dict: out = base + sum of alpha * (it - base)
+    a, b        instead of directions, the ends of a line: out = a + alpha * (b - a)
+    layers      only tensors whose names match this pattern, or one of several, as `model.layers.1?.*`; None: all
+    resident    hold the end points in memory: that of the module's device, or of the host where there is no room, which
+                is warned of. False: read them from their files at every `set`, through the page cache
+    hooks       let every forward pass of the module be a step, as `with live.step():` does
+    threads     None: one per CPU, at most 32. The result does not depend on it
+
+    Every `set` starts from the end points, never from what the module holds: its result is what `interpolate` or
+    `task_arithmetic` would write in the module's dtypes. Tied weights are written once; integer and boolean buffers
+    stay as they are. `set` waits for steps that run, in any thread, and steps wait for it.
+    At the end of the `with`, or after `close`, the module has its own weights again, bit for bit: a copy is kept.
+    A tensor is walked by one open Live at a time; a second is refused.
+    Extra state (get_extra_state) is left alone. Python's warnings say where tokenizers of checkpoints differ.
+
+    On a device with CUDA `set` is one launch in torch's current stream, after what steps have put into other streams,
+    and nothing waits for it: errors of the device come later. Steps that follow come after it, in any stream. CUDA
+    graphs are replayed inside of `with live.step():`, which keeps the order; nothing is set while one is captured.
+
+    Raises: ShapeError, with everything that does not match; CheckpointError; BackendError, if the module is on several
+    devices, or on one without CUDA; UsageError.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        *,
+        base: End | None = None,
+        directions: Mapping[str, End] | None = None,
+        a: End | None = None,
+        b: End | None = None,
+        layers: str | Sequence[str] | None = None,
+        resident: bool = True,
+        hooks: bool = True,
+        threads: int | None = None,
+    ):
+        ends = _named(base, directions, a, b)
+        self._line = directions is None
+        self._names = (_LINE,) if self._line else tuple(directions or ())
+        self._weights = walked(weights_of(module, layers))
+        self._where = device_of_all(self._weights)
+        self._lock, self._order = StepLock(), None if self._where is None else StreamOrder(self._where)
+        self._alphas: dict[str, float] | None = None
+        self._standing = Standing(module, self._weights)  # the tensors may be given other memory
+        with ExitStack() as stack:
+            stack.callback(Claim(self._weights).release)
+            self._ends = Ends(
+                ends, self._weights, layers, resident, cpu_threads(threads), cpu_isa(), stack, self._where
+            )
+            own = [*self._ends.operands]
+            self._original = self._kept()
+            if not self._line and base is None:
+                own.insert(0, self._original)
+            places = [self._place(i, [operands[i] for operands in own]) for i in range(len(self._weights))]
+            kind = "memory" if self._where is None else "device"
+            self._writer = Writer(self._ends, places, [(kind, w.address, w.nbytes) for w in self._weights])
+            if hooks:
+                for handle in self._hooks(module):
+                    stack.callback(handle.remove)
+            self._stack = stack.pop_all()
+        self._open = True
+
+    @property
+    def alphas(self) -> dict[str, float] | None:
+        """Where the module is: what `set` was given last, 0 for what it was not given. None: at its own weights."""
+        return None if self._alphas is None else dict(self._alphas)
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """What `set` takes: the names of the directions, or `alpha` on a line."""
+        return self._names
+
+    def set(self, alpha: float | Mapping[str, float] | None = None, /, **alphas: float) -> None:
+        """Move the module to a point: one number on a line; a distance for each direction, 0 where none is given.
+
+        alpha  on a line the number; else a mapping, for directions whose names are no Python names
+
+        Waits until no step runs. If anything fails, the module has its own weights again.
+        Raises: UsageError, if a direction is unknown, an alpha is no finite number, or this thread is in a step;
+        CheckpointError, if a file of an end point changed.
+        """
+        point = self._point(alpha, alphas)
+        row = self._row(point)
+        with self._change():
+            self._check_open()
+            self._check_in_place()
+            self._ends.refuse_changed()
+            self._alphas = None
+            try:
+                self._writer.write(row)
+                self._ends.refuse_changed()
+                self._alphas = point
+            except BaseException as error:
+                self._restore()
+                if isinstance(error, CheckpointError):
+                    self._ends.refuse_changed()  # which says more than what came of it
+                raise
+            finally:
+                touched(self._weights)
+
+    def restore(self) -> None:
+        """Give the module its own weights back. `set` can be called again."""
+        with self._change():
+            self._check_open()
+            self._check_in_place()
+            self._restore()
+            touched(self._weights)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The weights do not change inside. For generation that does not call the module itself, but parts of it."""
+        thread = self._lock.enter()
+        try:
+            self._begin()
+            yield
+        finally:
+            self._lock.leave(thread)
+
+    def close(self) -> None:
+        """Give the module its own weights back, and let files and memory go. More calls do nothing.
+
+        Raises: UsageError, if the module was converted, moved or loaded anew meanwhile: it is left as it is.
+        """
+        with self._change():
+            if not self._open:
+                return
+            try:
+                self._check_in_place()
+                self._restore()
+                touched(self._weights)
+            finally:
+                self._open = False
+                self._stack.close()
+                if self._where is not None:  # what is in its queues uses memory that is let go
+                    current_queue(self._where).record().wait()
+                del self._ends, self._writer, self._original
+
+    def __enter__(self) -> Live:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = "closed" if not self._open else "own weights" if self._alphas is None else str(self._alphas)
+        return f"<Live: {len(self._weights)} tensors, {', '.join(self._names)}; at {where}>"
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Alone, on the host and on the device."""
+        with self._lock.change(), nullcontext() if self._order is None else self._order.change():
+            yield
+
+    def _begin(self) -> None:
+        if self._order is not None:
+            self._order.step()
+
+    def _kept(self) -> list[Any]:
+        """A copy of the module's own weights, as operands."""
+        size = {w.name: w.nbytes for w in self._weights}
+        original = Memory(size) if self._where is None else self._ends.placed(size)
+        if original is None:
+            raise BackendError(f"{sum(size.values())} bytes for a copy of the module's own weights cannot be had")
+        sinks = [original.handle(w.name) for w in self._weights]
+        copy(self._ends, [self._ends.add(w.tensor, w.dtype) for w in self._weights if w.dtype], sinks, [*size.values()])
+        return self._ends.add_memory(original, self._weights)
+
+    def _restore(self) -> None:
+        self._writer.write(Row(self._last))
+        self._alphas = None
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise UsageError("this Live is closed, and the module has its own weights. Make another one")
+
+    def _check_in_place(self) -> None:
+        gone = self._standing.gone()
+        if gone:
+            raise UsageError(
+                f"{gone[0]} is not where it was: the module was converted, moved or loaded anew, and its own weights "
+                "cannot be given back. Load it anew, and make another Live"
+            )
+
+    def _place(self, i: int, operands: list[Any]) -> Place:
+        """The module's own weights are the last operand."""
+        weight: Weight = self._weights[i]
+        self._last = len(operands)
+        code = (weight.dtype.code if weight.dtype else None) or 0
+        operands = [*operands, self._original[i]]
+        return Place(weight.name, weight.shape, tuple(operands), (weight.nbytes,) * len(operands), code, weight.nbytes,
+                     (i,), (0,), ())  # fmt: skip
+
+    def _hooks(self, module: Any) -> list[Any]:
+        def before(*_: Any) -> None:
+            self._lock.enter(call())
+            self._begin()
+
+        def after(*_: Any) -> None:
+            self._lock.leave(threading.get_ident(), call())
+
+        # `after` runs even if another hook failed before `before` did.
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
+
+    def _point(self, alpha: Any, alphas: Mapping[str, float]) -> dict[str, float]:
+        given: dict[str, Any] = dict(alphas)
+        if isinstance(alpha, Mapping):
+            given = {**alpha, **given}
+        elif alpha is not None:
+            if not self._line:
+                raise UsageError(f"name the directions: set({self._names[0]}={alpha!r}), say")
+            given[_LINE] = alpha
+        elif self._line and not given:
+            raise UsageError("set() needs the point on the line: set(0.3), say")
+        for name in given:
+            if name not in self._names:
+                raise UsageError(f"unknown direction `{name}`{suggestion(str(name), self._names)}")
+        return {name: _finite(name, given.get(name, 0.0)) for name in self._names}
+
+    def _row(self, point: Mapping[str, float]) -> Row:
+        far = tuple(point.values())
+        if not self._line:
+            return Combine((0.0, *far), base=0).row()
+        if abs(far[0]) > _LARGEST_ALPHA:
+            raise UsageError(f"alpha must be in -{_LARGEST_ALPHA:.1e}..{_LARGEST_ALPHA:.1e}, got {far[0]:g}")
+        return Combine((1.0 - far[0], far[0]), sums_to_one=True).row()
+
+
+def _finite(name: str, given: Any) -> float:
+    try:
+        value = float(given) if not isinstance(given, (bool, str, bytes)) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not abs(value) <= LARGEST:
+        raise UsageError(f"`{name}` must be a finite number, got {given!r}"[:200])
+    return value
+
+
+def _named(base: Any, directions: Any, a: Any, b: Any) -> dict[str, End]:
+    """The end points by what messages call them, in the order of the sum."""
+    if directions is None:
+        if a is None or b is None or base is not None:
+            raise UsageError(
+                "give either the ends of a line, a and b, or directions, and the base that they start from"
+            )
+        return {"a": a, "b": b}
+    if a is not None or b is not None:
+        raise UsageError("give either directions or the ends of a line, a and b, not both")
+    if not isinstance(directions, Mapping) or not directions:
+        raise UsageError(
+            f"`directions` must be a mapping of names to checkpoints or state dicts, got {directions!r}"[:200]
+        )
+    for name in directions:
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"a direction must have a name, got {name!r}")
+    return {**({} if base is None else {"base": base}), **{f"direction {name}": it for name, it in directions.items()}}

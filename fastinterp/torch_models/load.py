@@ -1,0 +1,251 @@
+"""Merged models in memory: as tensors by name, one after the other, or written into a module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastinterp.arguments import path_of, size_of
+from fastinterp.checkpoint.names import INDEX, WEIGHTS
+from fastinterp.errors import BackendError, ShapeError, UsageError
+from fastinterp.execute.to_memory import fill, filling
+from fastinterp.in_memory.allocate import Framework, maker, torch_dtype
+from fastinterp.paths.points import Point
+from fastinterp.plan.plan import Plan, plan_recipe
+from fastinterp.plan.tensors import PlannedTensor
+from fastinterp.torch_models.module_tensors import Mismatches, Weight, is_extra_state, touched, weights_of
+
+Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Point
+_SHARD = 5 * 10**9  # no file is written
+
+
+def load(
+    recipe: Source,
+    *,
+    dtype: str | None = None,
+    device: Any = None,
+    framework: Framework = "torch",
+    rounding: str | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    max_memory: str | int = "512MB",
+) -> dict[str, Any]:
+    """A merged model as tensors by name, as `model.load_state_dict` takes them. No file is written.
+
+    recipe      path of a recipe, YAML text, a mapping, a point of a sweep, or a checkpoint, which is loaded as it is
+    dtype       of the merged tensors, a name; None: as the recipe says, else as the models have it
+    device      where torch tensors go; they are computed on the CPU. None: they stay there
+    framework   "torch" or "numpy"
+    rounding, seed, threads, max_memory   as of `merge`
+
+    The bytes are those that `merge` would write, in the order of its files. Tied tensors are what the recipe makes of
+    the checkpoints: an absent lm_head stays absent.
+    Raises: what `merge` does, but OutputError; BackendError, if the device cannot be used.
+    """
+    plan = planned(recipe, dtype, rounding, seed)
+    place = _Place(framework, device)
+    tensors, places = allocated(plan.tensors, framework)
+    fill(plan, [places], threads=threads, max_memory=size_of(max_memory))
+    return {name: place.moved(tensors.pop(name)) for name in [*tensors]}  # one at a time in both places
+
+
+def load_iter(
+    recipe: Source,
+    *,
+    dtype: str | None = None,
+    device: Any = None,
+    framework: Framework = "torch",
+    rounding: str | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    max_memory: str | int = "512MB",
+) -> Generator[tuple[str, Any], None, None]:
+    """(name, tensor) of a merged model, as tensors are done: what inference servers take weights from.
+
+    Some hundred megabytes of the models are merged at a time; a tensor that the caller lets go of is freed. The
+    arguments and errors are those of `load`; those about data come from the iterator.
+    """
+    plan = planned(recipe, dtype, rounding, seed)
+    place = _Place(framework, device)
+    return _streamed(plan, framework, place, threads, size_of(max_memory))
+
+
+def _streamed(
+    plan: Plan, framework: Framework, place: _Place, threads: int | None, most: int
+) -> Generator[tuple[str, Any], None, None]:
+    # The system gives memory to a large tensor when it is written, so that all of them can be made beforehand.
+    tensors, places = allocated(plan.tensors, framework)
+    for names in filling(plan, places, threads=threads, max_memory=most):
+        for name in names:
+            yield name, place.moved(tensors.pop(name))
+
+
+def load_into(
+    module: Any,
+    recipe: Source,
+    *,
+    layers: str | Sequence[str] | None = None,
+    rounding: str | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    max_memory: str | int = "512MB",
+) -> None:
+    """Write a merged model into the parameters and buffers of a torch module, on any devices.
+
+    layers   only tensors whose names match this pattern, or one of several, as `model.layers.1?.*`; None: all
+
+    Each merged tensor is rounded once, to the dtype that the module has. Names, shapes and kinds are checked before
+    anything is written, tied weights too: what is one tensor in the module must be one in the recipe. What goes to a
+    device is computed on the CPU, and copied there as it is done. The other arguments are those of `load`.
+    Raises: what `load` does; ShapeError with all mismatches. If the data cannot be read, the module is left with some
+    of its tensors written: load it again.
+    """
+    _check_module(module, recipe)
+    plan = planned(recipe, None, rounding, seed)
+    weights = weights_of(module, layers)
+    plan, places = _into(plan, weights, layers)
+    most = size_of(max_memory)
+    _check_tied(plan, weights, threads, most)
+    first = {next(n for n in w.names if n in places): w for w in weights}
+    here = {name: places[name] for name, w in first.items() if w.tensor.device.type == "cpu"}
+    try:
+        if len(here) == len(first):
+            _made(plan, here, threads, most)
+        else:
+            _sent(plan, here, {name: w.tensor for name, w in first.items() if name not in here}, threads, most)
+    finally:
+        touched(weights)
+
+
+def _check_module(module: Any, recipe: Any) -> None:
+    """Raises: UsageError, if it is none. Before the recipe is looked at, which may stand where the module should."""
+    import torch
+
+    if not isinstance(module, torch.nn.Module):
+        swapped = isinstance(recipe, torch.nn.Module)
+        raise UsageError(
+            f"`module` must be a torch.nn.Module, got {type(module).__name__}"
+            + (". Are they swapped? It is load_into(module, recipe)" if swapped else "")
+        )
+
+
+def planned(recipe: Source, dtype: str | None, rounding: str | None, seed: int | None) -> Plan:
+    """The plan of one model."""
+    return plan_recipe(_recipe(recipe), _SHARD, dtype, rounding, seed)
+
+
+def _recipe(source: Source) -> str | Mapping[str, Any] | Sequence[Mapping[str, Any]]:
+    """Raises: UsageError, if it is nothing that can be loaded."""
+    if isinstance(source, Point):
+        return source.recipe
+    if isinstance(source, (Mapping, list, tuple)) or (isinstance(source, str) and "\n" in source):
+        return source
+    path = path_of(source, "recipe")
+    if os.path.isdir(os.path.expanduser(path)) or path.endswith((WEIGHTS, INDEX)):
+        return {"merge_method": "passthrough", "models": [{"model": path}]}
+    return path
+
+
+def allocated(wanted: Iterable[PlannedTensor], framework: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """New tensors for planned ones, and their places."""
+    make = maker(framework)
+    tensors: dict[str, Any] = {}
+    places: dict[str, tuple[int, int]] = {}
+    for t in wanted:
+        tensors[t.name], address = make(t.dtype, t.shape)
+        places[t.name] = address, t.dtype.nbytes(t.numel) or 0
+    return tensors, places
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where tensors go when they are done."""
+
+    framework: str
+    device: Any
+
+    def __post_init__(self) -> None:
+        if self.device is None or str(self.device) == "cpu":
+            return
+        if self.framework != "torch":
+            raise BackendError(f"numpy arrays are in the CPU's memory, not on {self.device}. Ask for framework='torch'")
+        import torch
+
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise BackendError(f"device {str(self.device)!r} cannot be used: {reason}") from None
+
+    def moved(self, tensor: Any) -> Any:
+        return tensor if self.device is None or self.framework != "torch" else tensor.to(self.device)
+
+
+def _into(
+    plan: Plan, weights: Sequence[Weight], layers: str | Sequence[str] | None
+) -> tuple[Plan, dict[str, tuple[int, int]]]:
+    """The plan with the module's dtypes, and the places of its tensors in the module.
+
+    Raises: ShapeError.
+    """
+    of = {name: weight for weight in weights for name in weight.names}
+    tensors = [t for t in plan.tensors if t.name in of or (layers is None and not is_extra_state(t.name))]
+    wrong = Mismatches()
+    wrong.check(weights, "the recipe's model", {t.name: (t.dtype, t.shape) for t in tensors})
+    for t in tensors:
+        if t.name in of and not t.merged and torch_dtype(t.dtype) != of[t.name].tensor.dtype:
+            wrong.add(f"{t.name} is {of[t.name].tensor.dtype} in the module but {t.dtype} in the recipe's model")
+    wrong.check_contiguous(weights)
+    wrong.refuse()
+    stored = {name: weight.dtype for name, weight in of.items()}
+    fitted = tuple(replace(t, dtype=stored.get(t.name) or t.dtype) if t.merged else t for t in plan.tensors)
+    return replace(plan, tensors=fitted), {t.name: (of[t.name].address, of[t.name].nbytes) for t in tensors}
+
+
+def _sent(
+    plan: Plan, here: Mapping[str, tuple[int, int]], there: Mapping[str, Any], threads: int | None, most: int
+) -> None:
+    """Make some of the tensors of a plan in their places, and copy others to where they go."""
+    # As in _made; what is sent is let go of when nothing else may ask for it.
+    whole = any(t.first for t in plan.tensors)
+    tensors, places = allocated([t for t in plan.tensors if t.name in there or (whole and t.name not in here)], "torch")
+    for names in filling(plan, {**here, **places}, threads=threads, max_memory=most):
+        for name in names:
+            if name in there:
+                there[name].copy_(tensors[name] if whole else tensors.pop(name))
+
+
+def _made(plan: Plan, places: dict[str, tuple[int, int]], threads: int | None, most: int) -> None:
+    """Make some of the tensors of a plan."""
+    unwanted = [t for t in plan.tensors if t.name not in places]
+    # What earlier documents make must be there when a method asks about the whole model.
+    kept, more = allocated(unwanted if any(t.first for t in plan.tensors) else [], "torch")
+    fill(plan, [places | more], threads=threads, max_memory=most)
+    del kept
+
+
+def _check_tied(plan: Plan, weights: Sequence[Weight], threads: int | None, most: int) -> None:
+    """Raises: ShapeError, if the recipe makes several tensors that differ of what is one in the module.
+
+    Rounded to nearest: tensors of two names draw different random numbers, but one of them is all that is written.
+    """
+    plan = replace(plan, recipes=tuple(replace(recipe, rounding="nearest") for recipe in plan.recipes))
+    made = {t.name: t for t in plan.tensors}
+    tied = [[n for n in w.names if n in made] for w in weights]
+    tied = [names for names in tied if len(names) > 1]
+    if not tied:
+        return
+    tensors, places = allocated([made[n] for names in tied for n in names], "torch")
+    _made(plan, places, threads, most)
+    import torch
+
+    for first, *others in tied:
+        for other in others:
+            if not torch.equal(*(tensors[n].reshape(-1).view(torch.uint8) for n in (first, other))):
+                raise ShapeError(
+                    f"{first} and {other} are one tensor in the module, but the recipe makes two that differ. "
+                    "Untie them: tie_word_embeddings=False in the module's configuration",
+                    tensor=other,
+                )

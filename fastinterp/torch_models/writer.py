@@ -1,0 +1,36 @@
+"""Puts sums of the end points into the tensors of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastinterp.backends.torch_device import current_queue
+from fastinterp.execute.tensor_io import Place
+from fastinterp.ops.combine import Row, renumbered
+from fastinterp.torch_models.endpoints import Ends
+
+
+class Writer:
+    """places  of the tensors, whose operands are the end points' and whose sinks are numbers of `sinks`"""
+
+    def __init__(self, ends: Ends, places: Sequence[Place], sinks: list[Any]):
+        self._ends, self._sinks = ends, sinks
+        self._places = [place for place in places if place.numel]
+        self._all_on_device = ends.all_on_device
+        self._ready: dict[tuple[int, ...], list[dict[str, Any]]] = {}  # pieces by the inputs that they read
+
+    def write(self, row: Row) -> None:
+        """Write the same sum of each tensor's operands. On a device that has them all it is one launch, which is not
+        waited for, and little work for the host: at 4 TB/s a model takes milliseconds.
+        """
+        if not self._all_on_device:
+            self._ends.machine(self._sinks).run([place.combine([row], [0]) for place in self._places])
+            return
+        inputs, (own,) = renumbered([row])
+        if inputs not in self._ready:
+            steps = [place.combine([row], [0]) for place in self._places]
+            self._ready[inputs] = self._ends.resident(self._sinks).pieces(steps)
+        rows = [(own.pivot, own.total, list(own.terms))]
+        if self._places:
+            current_queue(self._ends.where).run([{**piece, "rows": rows} for piece in self._ready[inputs]])

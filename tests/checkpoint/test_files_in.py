@@ -1,0 +1,396 @@
+"""Checkpoints in: folders, indexes, Hub names."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from fastinterp.checkpoint import hub
+from fastinterp.checkpoint.header import read_header
+from fastinterp.checkpoint.open import changed_since, open_checkpoint
+from fastinterp.errors import CheckpointError
+
+
+def put(folder: Path, name: str, *tensors: str) -> None:
+    folder.mkdir(exist_ok=True)
+    save_file({t: np.full(2, i, "f4") for i, t in enumerate(tensors)}, folder / name)
+
+
+def put_index(folder: Path, weight_map: object, name: str = "model.safetensors.index.json") -> None:
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    folder = tmp_path / "sharded"
+    put(folder, SHARDS[0], "a", "b")
+    put(folder, SHARDS[1], "c")
+    put_index(folder, {"c": SHARDS[1], "a": SHARDS[0], "b": SHARDS[0]})
+    return folder
+
+
+def refusal(name: object) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(str(name))
+    return str(caught.value)
+
+
+def test_open_folder_with_index(sharded):
+    found = open_checkpoint(str(sharded))
+    assert found.name == str(sharded) and found.root == sharded and found.index and found.nbytes == 24
+    assert [p.name for p in found.files] == SHARDS
+    assert {n: e.file for n, e in found.tensors.items()} == {"a": 0, "b": 0, "c": 1}
+    assert found.inputs == (sharded, *found.files)
+    assert open_checkpoint(f"{sharded}/model.safetensors.index.json").tensors == found.tensors
+
+
+def test_open_single_file_and_its_folder(tmp_path):
+    """A folder with one file and the file itself give the same tensors; only the first claims the folder."""
+    put(tmp_path / "m", "weights.safetensors", "a")
+    folder, file = open_checkpoint(str(tmp_path / "m")), open_checkpoint(str(tmp_path / "m" / "weights.safetensors"))
+    assert folder.tensors == file.tensors and folder.files == file.files == file.inputs
+    assert not file.index and file.root == tmp_path / "m" and folder.inputs[0] == tmp_path / "m"
+
+
+def test_open_other_index_name_and_home(tmp_path, monkeypatch):
+    """Diffusers calls its index otherwise; `~` is the home folder."""
+    put(tmp_path / "m", "diffusion_pytorch_model-00001-of-00001.safetensors", "a")
+    put_index(
+        tmp_path / "m",
+        {"a": "diffusion_pytorch_model-00001-of-00001.safetensors"},
+        "diffusion_pytorch_model.safetensors.index.json",
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert list(open_checkpoint("~/m").tensors) == ["a"]
+
+
+def test_open_several_files_without_index(tmp_path):
+    """Files with disjoint names are one checkpoint; metadata is the first one's where they disagree."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    save_file({"a": np.ones(1, "f4")}, folder / "x.safetensors", metadata={"k": "1"})
+    save_file({"b": np.ones(1, "f4")}, folder / "y.safetensors", metadata={"k": "2", "l": "3"})
+    found = open_checkpoint(str(folder))
+    assert sorted(found.tensors) == ["a", "b"] and not found.index and found.metadata == {"k": "1", "l": "3"}
+
+
+def test_same_tensor_in_two_files(tmp_path):
+    put(tmp_path / "m", "x.safetensors", "a", "b")
+    put(tmp_path / "m", "y.safetensors", "b")
+    message = refusal(tmp_path / "m")
+    assert "tensor `b` is in `x.safetensors` and in `y.safetensors`, and no index says which counts" in message
+
+
+def test_shards_without_index_must_be_complete(sharded):
+    """Without its index a complete set of shards opens, and an incomplete one does not, were it one single file."""
+    (sharded / "model.safetensors.index.json").unlink()
+    assert len(open_checkpoint(str(sharded)).tensors) == 3
+    (sharded / SHARDS[0]).unlink()
+    assert f"1 of 2 shards are there, and no index; missing: `{SHARDS[0]}`" in refusal(sharded)
+
+
+def test_a_name_may_claim_any_number_of_shards(tmp_path):
+    """Judged by counting: a set as large as the claim would take gigabytes. Numbers from 1 up, each there."""
+    put(tmp_path / "m", "model-00001-of-20000000.safetensors", "a")
+    tracemalloc.start()
+    try:
+        message = refusal(tmp_path / "m")
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+    assert "1 of 20000000 shards are there, and no index; missing: `model-00002-of-20000000.safetensors`" in message
+    for name in ("00000", "00002"):
+        put(tmp_path / "zero", f"model-{name}-of-00002.safetensors", f"t{name}")
+    assert "2 of 2 shards are there, and no index; missing: `model-00001-of-00002" in refusal(tmp_path / "zero")
+
+
+def test_missing_shard(sharded):
+    (sharded / SHARDS[1]).unlink()
+    assert "1 of 2 files that `model.safetensors.index.json` names are missing: `model-00002" in refusal(sharded)
+
+
+def test_dangling_link_is_a_missing_shard(sharded):
+    (sharded / SHARDS[1]).unlink()
+    (sharded / SHARDS[1]).symlink_to("gone")
+    assert "are missing: `model-00002" in refusal(sharded)
+
+
+def test_index_and_files_must_agree(sharded):
+    """A tensor in the index but not in its file, in a file but not in the index, or in another file than it says."""
+    full = {"a": SHARDS[0], "b": SHARDS[0], "c": SHARDS[1]}
+    put_index(sharded, {**full, "d": SHARDS[1]})
+    message = refusal(sharded)
+    assert (
+        message.startswith(str(sharded / SHARDS[1]))
+        and "tensor `d` is in `model.safetensors.index.json` but" in message
+    )
+    put_index(sharded, {k: v for k, v in full.items() if k != "b"})
+    message = refusal(sharded)
+    assert message.startswith(str(sharded / SHARDS[0])) and "tensor `b` is in this file but not in `model" in message
+    put_index(sharded, {**full, "b": SHARDS[1]})
+    assert "tensor `b` is in this file, but `model.safetensors.index.json` puts it into `model-00002" in refusal(
+        sharded
+    )
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["../o/x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "a\\x.safetensors", "..", "", "a\0.safetensors"],
+)
+def test_weight_map_cannot_leave_the_folder(sharded, target):
+    put_index(sharded, {"a": target})
+    assert "`weight_map` puts tensor `a` into" in (message := refusal(sharded))
+    assert "only a plain file name in the same folder is allowed" in message
+
+
+def test_weight_map_of_odd_types(sharded):
+    for weight_map, expected in (
+        ([], "the index has no `weight_map` object"),
+        ({"a": 5}, "`weight_map` puts tensor `a` into `5`, which is not a file name"),
+        ({"a": "pytorch_model.bin"}, "pickled weights are never loaded"),
+        ({"a": "x.gguf"}, "expected a .safetensors file"),
+        ({}, "the checkpoint has no tensors"),
+    ):
+        put_index(sharded, weight_map)
+        assert expected in refusal(sharded)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"", "the index must start with"), (b"{", "the index is not JSON"), (b"{}", "the index has no `weight_map`"),
+     (b'{"weight_map": {"a": "x", "a": "y"}}', "the index names `a` twice")],
+)  # fmt: skip
+def test_bad_index(sharded, content, expected):
+    (sharded / "model.safetensors.index.json").write_bytes(content)
+    message = refusal(sharded)
+    assert message.startswith(str(sharded / "model.safetensors.index.json")) and expected in message
+
+
+def test_index_that_is_no_file_or_too_large(sharded):
+    """A named pipe neither hangs nor opens, and gigabytes are not read."""
+    index = sharded / "model.safetensors.index.json"
+    with open(index, "r+b") as stream:
+        stream.truncate(5 * 10**9)
+    assert f"{index}: the file has 5000000000 bytes, more than the allowed 100000000" in refusal(sharded)
+    index.unlink()
+    os.mkfifo(index)
+    assert f"{index}: this is not a regular file" in refusal(sharded)
+    index.unlink()
+    index.symlink_to("/dev/zero")
+    assert f"{index}: this is not a regular file" in refusal(sharded)
+
+
+def test_two_indexes_and_index_beside_single_file(sharded):
+    """What could mean two checkpoints is refused; naming the index decides."""
+    put(sharded, "model.safetensors", "a")
+    assert "has both `model.safetensors` and `model.safetensors.index.json`" in refusal(sharded)
+    assert len(open_checkpoint(str(sharded / "model.safetensors.index.json")).tensors) == 3
+    (sharded / "model.safetensors").unlink()
+    put_index(sharded, {}, "other.safetensors.index.json")
+    assert "several indexes: `model.safetensors.index.json`, `other.safetensors.index.json`" in refusal(sharded)
+
+
+def test_links_to_files_outside_are_fine(sharded, tmp_path):
+    """The Hub's cache keeps links to blobs in the folder."""
+    (tmp_path / "blobs").mkdir()
+    (sharded / SHARDS[0]).rename(tmp_path / "blobs" / "123abc")
+    (sharded / SHARDS[0]).symlink_to("../blobs/123abc")
+    assert len(open_checkpoint(str(sharded)).tensors) == 3
+
+
+def test_folder_without_weights(tmp_path):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    assert "the folder has no .safetensors file; it is empty" in refusal(folder)
+    (folder / ".model.safetensors.partial-1-00000000-000000000000").touch()
+    assert "only those of a merge that did not finish" in refusal(folder)
+    (aside := folder / ".model.safetensors.old-1-00000000-000000000000").touch()
+    message = refusal(folder)
+    assert f"a merge died while it replaced `{aside.name}`. To have the old checkpoint again, rename" in message
+    aside.unlink()
+    (folder / "notes.txt").touch()
+    assert "the folder has no .safetensors file, only those of a merge" in refusal(folder)
+    put(folder / "unet", "x.safetensors", "a")
+    assert "but `unet` in it do: name one of them" in refusal(folder)
+    (folder / "model.gguf").touch()
+    assert "only `model.gguf`: this format is not read" in refusal(folder)
+    (folder / "pytorch_model.bin").touch()
+    message = refusal(folder)
+    assert "only `pytorch_model.bin`: pickled weights are never loaded" in message and "Convert them first" in message
+    assert "pickled weights are never loaded" in refusal(folder / "pytorch_model.bin")
+    assert "this file is not a checkpoint" in refusal(folder / "model.gguf")
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin", None])
+def test_adapters_are_named(tmp_path, file):
+    """As peft saves them: what it is, of which base, and how it becomes a model."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if file:
+        save_file({"base_model.model.h.0.attn.lora_A.weight": np.ones((2, 2), np.float32)}, folder / file)
+    message = refusal(folder)
+    assert "this is a LoRA adapter to `org/base`, not a whole model, and adapters are not merged" in message
+    assert f"AutoPeftModelForCausalLM.from_pretrained('{folder}').merge_and_unload()" in message
+    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    assert "this is a PEFT adapter, not a whole model" in refusal(folder)
+    (folder / "adapter_config.json").unlink()
+    assert ("this is a PEFT adapter" if file else "it is empty") in refusal(folder)
+
+
+def test_adapter_beside_a_model(tmp_path):
+    """Its tensors are none of the model's; an index says which files are."""
+    one = {"w": np.ones((2, 2), np.float32)}
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        save_file({f"{name}.w": one["w"]}, tmp_path / name)
+    assert "has an adapter, `adapter_model.safetensors`, beside `model.safetensors`. Name the" in refusal(tmp_path)
+    assert list(open_checkpoint(str(tmp_path / "model.safetensors")).tensors) == ["model.safetensors.w"]
+    assert list(open_checkpoint(str(tmp_path / "adapter_model.safetensors")).tensors) == ["adapter_model.safetensors.w"]
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert list(open_checkpoint(str(tmp_path)).tensors) == ["model.safetensors.w"]
+
+
+def test_empty_checkpoint(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    assert "the checkpoint has no tensors" in refusal(path)
+
+
+def test_missing_folder_suggests_a_similar_path(tmp_path):
+    put(tmp_path / "llama-base", "x.safetensors", "a")
+    message = refusal(tmp_path / "lama-base")
+    assert message == f"{tmp_path}/lama-base: there is no such folder or file. Did you mean `{tmp_path}/llama-base`?"
+    put(tmp_path / "llama-base" / "ft1", "x.safetensors", "a")
+    assert f"Did you mean `{tmp_path}/llama-base/ft1`?" in refusal(tmp_path / "lama-base" / "ft1")
+    assert "there is no such folder or file" in refusal(tmp_path / "a" / "b" / "c")
+    assert "there is no such folder or file" in refusal("")
+    assert "there is no such folder or file" in refusal("a\0b")
+
+
+def test_unreadable_file_is_an_error(tmp_path, monkeypatch):
+    """Permission errors become CheckpointError (simulated: the tests may run as root)."""
+    put(tmp_path / "m", "x.safetensors", "a")
+
+    def denied(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("fastinterp.checkpoint.header.os.open", denied)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: the file cannot be opened: Permission denied"):
+        read_header(tmp_path / "m" / "x.safetensors")
+
+
+def test_changed_since(sharded):
+    """Touched, replaced and removed files are all noticed; untouched ones are not."""
+    found = open_checkpoint(str(sharded))
+    assert changed_since(found) == []
+    os.utime(found.files[0], ns=(1, 1))
+    assert changed_since(found) == [found.files[0]]
+    found = open_checkpoint(str(sharded))
+    old = found.files[1].stat()
+    replacement = sharded / "new"
+    replacement.write_bytes(found.files[1].read_bytes())
+    os.utime(replacement, ns=(old.st_atime_ns, old.st_mtime_ns))
+    replacement.rename(found.files[1])
+    assert changed_since(found) == [found.files[1]]
+    found.files[0].unlink()
+    assert changed_since(found) == list(found.files)
+
+
+# Hub names
+
+
+def test_hub_names():
+    assert hub.parse("org/name") == ("org/name", None)
+    assert hub.parse("gpt2") == ("gpt2", None)
+    assert hub.parse("org/name-7B.v1_x@refs/pr/3") == ("org/name-7B.v1_x", "refs/pr/3")
+    for path in ("./x", "/x", "a/b/c", "../x", "~/x", "x/", "a//b", "", " ", "a b", "a..b/c", "a--b/c", "x@",
+                 "org/x@/y", "x.safetensors", "org/x.safetensors", "a\nb", "-x", "org/" + "x" * 97):  # fmt: skip
+        assert hub.parse(path) is None, path
+
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def offline_cache(tmp_path, monkeypatch) -> Path:
+    """A Hub cache with one model, and no network."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    repo = tmp_path / "cache" / "models--org--name"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(SHA)
+    (repo / "snapshots" / SHA).mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    put(repo / "blobs", "1.safetensors", "a")
+    (repo / "snapshots" / SHA / "model.safetensors").symlink_to("../../blobs/1.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return repo / "snapshots" / SHA
+
+
+def test_hub_id_from_the_cache_when_offline(offline_cache):
+    for name in ("org/name", "org/name@main", f"org/name@{SHA}"):
+        found = open_checkpoint(name)
+        assert list(found.tensors) == ["a"] and found.name == name and found.root == offline_cache
+
+
+def test_hub_id_not_in_the_cache(offline_cache):
+    message = refusal("org/other")
+    assert message.startswith("org/other: there is no such folder here. As a Hub id: HF_HUB_OFFLINE is set and")
+    assert "does not hold it in full" in message
+
+
+def test_a_local_folder_wins_over_the_hub(offline_cache, tmp_path):
+    (tmp_path / "org").mkdir()
+    put(tmp_path / "org" / "name", "x.safetensors", "local")
+    assert list(open_checkpoint("org/name").tensors) == ["local"]
+    assert "Did you mean `org/name`?" in refusal("org/nane")
+
+
+def test_broken_connection_falls_back_to_the_cache(offline_cache, monkeypatch):
+    """An error of the HTTP library itself, not of the Hub, is answered from the cache if it can be."""
+    import huggingface_hub
+
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    real, asked = huggingface_hub.snapshot_download, []
+
+    def broken(repo, *, local_files_only, **options):
+        asked.append(local_files_only)
+        if not local_files_only:
+            raise ConnectionError("Got: ConnectError: proxy says no")
+        return real(repo, local_files_only=True, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    assert list(open_checkpoint("org/name").tensors) == ["a"]
+    assert asked == [False, True]
+    assert "the Hub cannot be reached (proxy says no)" in refusal("org/other")
+
+
+def test_hub_client_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match="pip install huggingface_hub"):
+        hub.fetch("org/name")
+
+
+def test_hub_fetches_no_pickles_and_no_code():
+    """The patterns, as the client applies them."""
+    utils = pytest.importorskip("huggingface_hub.utils")
+    names = ["model.safetensors", "config.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "x.tiktoken",
+             "model.safetensors.index.json"]  # fmt: skip
+    bad = ["pytorch_model.bin", "modeling.py", "tokenizer.py", "original/consolidated.safetensors", "x.pt", "m.gguf"]
+    kept = utils.filter_repo_objects(names + bad, allow_patterns=list(hub.ALLOW), ignore_patterns=list(hub.IGNORE))
+    assert list(kept) == names

@@ -1,0 +1,92 @@
+"""What `fastinterp diff` prints, and how it and `inspect` order names."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from fastinterp.cli import commands
+from tests.support.models import bf16, save
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """The current folder, for checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*args):
+    """A command's stdout."""
+    return CliRunner().invoke(commands, args, prog_name="fastinterp", catch_exceptions=False).stdout
+
+
+def test_diff_measures_by_layer_and_tensor(models):
+    x = {
+        "h.0.w": np.array([3.0, 0.0, 0.0, 4.0]),
+        "h.1.w": np.array([1.0, 0.0]),
+        "n": np.array([0.0]),
+        "i": np.arange(3),
+    }
+    y = {
+        "h.0.w": np.array([3.0, 0.0, 0.5, 4.0]),
+        "h.1.w": np.array([0.0, 1.0]),
+        "n": np.array([0.0]),
+        "i": np.arange(3),
+    }
+    save(models / "x", {**x, "only": np.ones(1), "s": np.ones(2)})
+    save(models / "y", {**y, "s": np.ones(3)})
+    found = json.loads(run("diff", "x", "y", "--json"))
+    assert (found["layers"]["h.0"]["relative"], found["layers"]["h.0"]["changed_fraction"]) == (0.1, 0.25)
+    assert (found["tensors"]["h.1.w"]["cosine"], found["tensors"]["h.1.w"]["changed"]) == (0.0, 2)
+    assert found["tensors"]["n"]["relative"] is None and found["total"]["numel"] == 7
+    assert tuple(found[k] for k in ("only_a", "only_b", "shapes", "unmeasured")) == (["only"], [], ["s"], ["i"])
+    text = run("diff", "x", "y")
+    assert (
+        "1 tensor only in A: only" in text
+        and "1 tensor of different shapes: s (F64 [2] in A, F64 [3] in B)" in text
+        and "measured: i" in text
+    )
+    assert "h.0.w 1.000e-01 0.995037 25.00% 4" in " ".join(text.split())
+
+
+def test_diff_lists_the_tensors_that_differ_most_or_all(models):
+    save(models / "x", {f"t{i}": np.ones(4) for i in range(12)})
+    save(models / "y", {f"t{i}": np.ones(4) * (1 + i) for i in range(12)})
+    most = run("diff", "x", "y").partition("differ most")[2]
+    assert [line.split()[0] for line in most.splitlines()[1:4]] == ["t11", "t10", "t9"] and "t1 " not in most
+    assert "t1 " in run("diff", "x", "y", "--all").partition("tensor ")[2]
+
+
+def test_diff_puts_nan_first_and_names_its_model(models):
+    clean = {f"t{i}": np.ones(4, np.float32) for i in range(12)}
+    save(models / "x", clean)
+    save(models / "y", {**{n: t * 2 for n, t in clean.items()}, "t7": np.array([1, np.nan, 1, 1], np.float32)})
+    text = run("diff", "x", "y")
+    assert text.startswith("B has NaN, Inf or squares beyond float64, first in t7\n")
+    assert text.partition("differ most")[2].splitlines()[1].split()[:2] == ["t7", "nan"]
+    assert run("diff", "y", "x").startswith("A has NaN")
+
+
+def test_diff_says_first_what_is_not_in_its_table(models):
+    save(models / "x", {"n": bf16([1.0]), "s": bf16([1.0, 2.0])})
+    save(models / "y", {"n": np.ones(1, np.float32), "s": np.ones(3, np.float32)})
+    shapes, dtypes, same, *_ = run("diff", "x", "y").splitlines()
+    assert shapes == "1 tensor of different shapes: s (BF16 [2] in A, F32 [3] in B)"
+    assert dtypes == "1 tensor of different dtypes: n (BF16 [1] in A, F32 [1] in B)"
+    assert same == "A and B hold the same numbers in all tensors that were measured"
+    text = run("diff", "x", "x")
+    assert text.startswith("A and B hold the same numbers\n\n") and "differ most" not in text
+
+
+def test_a_name_with_a_number_that_python_makes_no_int_of(models):
+    """Of 5000 digits; it still comes after the smaller ones, and leading zeros change nothing."""
+    digits = "9" * 5000
+    names = ["h.2.w", "h.010.w", f"h.{digits}.w", "h.w"]
+    save(models / "x", {name: bf16([1.0]) for name in reversed(names)})
+    assert [t["name"] for t in json.loads(run("inspect", "x", "--json"))["tensors"]] == names
+    assert "h.{2,10}.w" in run("inspect", "x") and "999...999" in run("inspect", "x")
+    assert list(json.loads(run("diff", "x", "x", "--json"))["layers"]) == ["h.2", "h.010", f"h.{digits}", "h.w"]

@@ -1,0 +1,86 @@
+"""CUDA's kernel of what keeps leave, on the host: the answers of the pump, to the bit."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from fastinterp._C import CHUNK
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.masked import kept_inputs, kept_step
+from fastinterp.ops.requests import Keep, MeasureKept, Score
+from tests.numerics.test_masked import NAME, SEED, Shape
+from tests.support.cases import MERGING
+from tests.support.cuda_pieces import Rig, addressed, answers, pump_answers, same
+from tests.support.pumps import code, raws
+
+KEEPS = (Keep(), Keep(least=0x3A000000), Keep(chance=0.4), Keep(0x39000000, 0x3C000000, 0.7), Keep(1, 0))
+
+
+def step_of(ask: MeasureKept, dtypes: Sequence[DType], shape: Shape) -> dict[str, Any]:
+    return {
+        "kind": "kept", "numel": math.prod(shape), "columns": max(1, shape[-1]),
+        "inputs": [(i, 0, code(dtypes[i])) for i in kept_inputs(ask)],
+        **kept_step(ask, name=NAME, seed=SEED),
+    }  # fmt: skip
+
+
+def check(
+    dtypes: Sequence[DType], keeps: Sequence[Keep | None], shape: Shape, fill: str = "normal",
+    score: Score | None = None, wanted: dict[str, bool] | None = None, **cut: int,
+) -> None:  # fmt: skip
+    data = raws(fill, dtypes, math.prod(shape))
+    step = step_of(MeasureKept((Keep(), *keeps), score, **(wanted or {})), dtypes, shape)
+    assert same(answers(step, data, **cut), pump_answers(step, data))
+
+
+SIZES = [(0,), (1,), (255,), (257,), (2047,), (2049,), (16384,), (16385,), (3, 17001)]
+
+
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_every_size(shape):
+    check([BF16, F32, BF16, F16, BF16], KEEPS[:4], shape)
+    check([BF16, F32, BF16, F16, BF16, BF16], KEEPS, shape, offset=1)
+
+
+@pytest.mark.parametrize("dtype", MERGING, ids=str)
+@pytest.mark.parametrize("fill", ["patterns", "close"])
+def test_every_dtype(fill, dtype):
+    check([dtype, BF16, dtype], KEEPS[2:4], (3, 1009), fill, offset=3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 10, 33])
+def test_any_number_of_inputs(n):
+    dtypes = [(BF16, F8_E4M3, F64, F8_E5M2)[i % 4 if i % 5 else 0] for i in range(n)]
+    keeps = [KEEPS[i % len(KEEPS)] for i in range(n - 1)]
+    check(dtypes, keeps, (5, 811))
+    if n > 1:
+        check(dtypes, keeps, (5, 811), score=Score("spread", b"", 0x38000000))
+        check(dtypes, [None, *keeps[1:]], (5, 811))
+
+
+def test_scores_and_what_is_not_asked():
+    dtypes, shape = [BF16, F32, BF16], (11, 3001)
+    factors = array("f", (0.5 + r % 3 for r in range(shape[0]))).tobytes()
+    check(dtypes, KEEPS[1:3], shape, score=Score("divergence", factors, 0x3A000000), most=1)
+    for wanted in ({"l1": False}, {"squares": False}, {"l1": False, "squares": False}):
+        check(dtypes, KEEPS[2:4], shape, wanted=wanted)
+
+
+@pytest.mark.parametrize("most", [1, 5 * 2 * CHUNK, 1 << 30])
+def test_pieces_fold_to_the_tensor(most):
+    check([BF16, F8_E4M3, F16], KEEPS[2:4], (331, 307), most=most)
+
+
+def test_what_is_refused():
+    step = step_of(MeasureKept((Keep(), Keep(chance=0.5, spread=0.1))), [BF16, BF16], (2, 8))
+    rig, data = Rig(), raws("normal", [BF16, BF16], 16)
+    with pytest.raises(ValueError, match="by rank"):
+        rig.run([addressed(rig, step, data, 0, 16, 0)])
+    step = step_of(MeasureKept((Keep(), Keep())), [BF16, BF16], (2, 8))
+    with pytest.raises(ValueError, match="begins with a chunk"):
+        rig.run([addressed(rig, step, data, 8, 8, 0)])

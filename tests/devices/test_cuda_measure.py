@@ -1,0 +1,75 @@
+"""CUDA's kernels of measures, on the host: the answers of the pump, to the bit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64
+from tests.support.cases import MERGING
+from tests.support.cuda_pieces import answers, pump_answers, same
+from tests.support.pumps import code, raws
+
+
+def step_of(kind: str, per: str, dtypes: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "kind": kind, "per": per, "numel": math.prod(shape), "columns": max(1, shape[-1]),
+        "inputs": [(i, 0, code(d)) for i, d in enumerate(dtypes)],
+    }  # fmt: skip
+
+
+def check(kind: str, per: str, dtypes: Any, shape: tuple[int, ...], fill: str = "normal", **cut: int) -> None:
+    data = raws(fill, dtypes, math.prod(shape))
+    step = step_of(kind, per, dtypes, shape)
+    assert same(answers(step, data, **cut), pump_answers(step, data))
+
+
+SHAPES = (
+    (0,), (1,), (7,), (255,), (256,), (257,), (16383,), (16384,), (16385,), (40009,), (0, 5), (7, 1), (100, 3),
+    (65, 257), (3, 16385), (129, 300), (64 * 17, 5),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("per", ["tensor", "row", "column"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_size(shape, per):
+    check("measure_deltas", per, [BF16, F32, BF16], shape)
+    check("measure", per, [BF16, BF16], shape, offset=3)
+
+
+@pytest.mark.parametrize("kind", ["measure", "measure_deltas"])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 13])
+def test_any_number_of_inputs(n, kind):
+    for per in ("tensor", "column"):
+        check(kind, per, [(BF16, F16, F32)[i % 3] for i in range(n)], (65, 130), offset=n % 3)
+    check(kind, "row", [(F64, BF16)[i % 2] for i in range(n)], (2, 333))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 8])
+@pytest.mark.parametrize("dtype", MERGING, ids=str)
+@pytest.mark.parametrize("fill", ["patterns", "close"])
+def test_every_dtype_at_every_alignment(fill, dtype, offset):
+    """Sums of many patterns are NaN; those of rows are of a few patterns each."""
+    for per, shape in (("tensor", (1, 811)), ("row", (40, 7)), ("column", (7, 40))):
+        check("measure", per, [dtype, dtype], shape, fill, offset=offset)
+        check("measure_deltas", per, [dtype, F8_E5M2], shape, fill, offset=offset)
+
+
+@pytest.mark.parametrize("per", ["tensor", "row", "column"])
+def test_tiny_float64(per):
+    """Products that vanish leave a sum of -0, which the elements behind the last one must not turn."""
+    shape = (2, 300)
+    tiny = np.full(600, 1e-170)
+    data = [tiny.view(np.uint8), (-tiny).view(np.uint8)]
+    step = step_of("measure", per, [F64, F64], shape)
+    assert same(answers(step, data), pump_answers(step, data))
+
+
+@pytest.mark.parametrize("most", [1, 200_000, 1_000_000])
+@pytest.mark.parametrize("per", ["tensor", "row", "column"])
+def test_pieces_fold_to_the_tensor(per, most):
+    check("measure_deltas", per, [BF16, F8_E4M3, F16], (331, 107), most=most)
+    check("measure", per, [F32, F32], (3, 33_001), most=most)

@@ -1,0 +1,283 @@
+"""Triton's kernels without a GPU: interpreted they give the reference's bytes, and they compile for NVIDIA and AMD.
+
+Skipped as a whole where Triton or torch is not installed: both are of the extras `gpu` and `dev`, and Triton is for
+Linux alone. What is not tested here is how the compiled kernels run.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fastinterp._triton.combine import combine_kernel, effect_kernel  # noqa: E402
+from fastinterp._triton.histogram import histogram_kernel  # noqa: E402
+from fastinterp._triton.kept import kept_kernel  # noqa: E402
+from fastinterp._triton.masked import masked_effect_kernel, masked_kernel  # noqa: E402
+from fastinterp._triton.measure import measure_columns_kernel, measure_kernel  # noqa: E402
+from fastinterp.backends.triton.launch import Room  # noqa: E402
+from fastinterp.backends.triton.measure import launches  # noqa: E402
+from fastinterp.backends.triton.pieces import run  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = sorted((ROOT / "fastinterp" / "_triton").glob("*.py"))
+SM80, SM90, SM100 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 100))
+GFX942 = GPUTarget("hip", "gfx942", 64)
+BF16, F16, F32, F64, E4M3 = 3, 2, 1, 0, 4
+
+
+def test_interpreted_kernels_give_the_bytes_of_the_reference():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["tests/devices/test_gpu.py", "tests/support/triton_interpreted.py"]
+    command += ["-k", "triton and not sanitized and not 291"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-500:]
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compiled(kernel: Any, target: Any, arguments: str, constants: dict[str, Any], warps: int = 4) -> Any:
+    """As backends/triton/launch.py launches it. arguments: "name:type name:type ...", pointers with a star."""
+    signature = dict(argument.split(":") for argument in arguments.split()) | dict.fromkeys(constants, "constexpr")
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return triton.compile(source, target=target, options=options)
+
+
+def weighted(codes: tuple[int, ...], out: int, **others: Any) -> dict[str, Any]:
+    plain = {
+        "N": len(codes), "DT": codes, "OUT": out, "WIDE": F64 in codes, "PER": 0, "STOCHASTIC": False, "SATURATE": True,
+        "TELL": True, "ALIGN": 16, "BLOCK": 2048, "STEPS": 4,
+    }  # fmt: skip
+    return plain | others
+
+
+def effect(constants: dict[str, Any], counts: bool) -> dict[str, Any]:
+    kept = {name: value for name, value in constants.items() if name not in ("STOCHASTIC", "TELL", "STEPS")}
+    return kept | {"COUNTS": counts, "BLOCK": 512}
+
+
+def measuring(n: int) -> dict[str, Any]:
+    """The launch of most sums."""
+    sums = max(launches(n, True), key=lambda one: len(one.pairs))
+    return {
+        "DT": (BF16,) * len(sums.inputs), "WIDE": False, "DELTAS": True, "PAIRS": sums.pairs, "ALONE": sums.alone,
+        "PLACES": sums.places, "WIDTH": n * (n + 1) // 2 + n, "COUNTS": n, "ALIGN": 16, "TILES": 1, "STEPS": 4,
+        "AHEAD": 2,
+    }  # fmt: skip
+
+
+MASKED = weighted(
+    (BF16,) * 3, BF16, TERMS=(1, 2), IMPORTANCE=(), RANDOM=(True, False), VOTES=True, DIVIDES=True, ALONE=True,
+    LIMITED=True, SCORE=2, BLOCK=1024,
+)  # fmt: skip
+MASKED.pop("PER")
+HISTOGRAM = {
+    "N": 2, "DT": (BF16, BF16), "WIDE": False, "SCORE": 0, "ALIGN": 16, "STRIPS": 4, "STEPS": 4,
+}  # fmt: skip
+KEPT = {
+    "N": 2, "DT": (BF16, BF16), "WIDE": False, "OWN": (0,), "RANDOM": (True,), "SCORE": 0, "L1": True, "SQUARES": True,
+    "ALIGN": 16, "TILES": 1, "STEPS": 4,
+}  # fmt: skip
+SUMS = "table:*i64 numbers:*fp64 flags:*i32 pieces:i32"
+TOLD = "table:*i64 numbers:*fp64 flags:*i32 spans:*i64 found:"
+MEASURED = "table:*i64 found:*fp64 counted:*i32 pieces:i32"
+COUNTED = "table:*i64 numbers:*fp64 bins:*i32 totals:*i64 pieces:i32"
+LEFT = "table:*i64 numbers:*fp64 found:*fp64 counted:*i32 pieces:i32"
+GROUPED = weighted((BF16, F32), E4M3, PER=1, STOCHASTIC=True, ALIGN=1)
+CASES = {
+    "combine": (combine_kernel, SUMS, weighted((BF16, BF16), BF16), 4),
+    "wide": (combine_kernel, SUMS, weighted((F64, F16, E4M3), F16, PER=2, STOCHASTIC=True, ALIGN=0), 4),
+    "grouped": (combine_kernel, SUMS, GROUPED, 4),
+    "copied": (combine_kernel, SUMS, weighted((F32,), F32, PER=4), 4),
+    "sampled": (effect_kernel, TOLD + "*fp64", effect(weighted((BF16, BF16), BF16), False), 4),
+    "nonfinite": (effect_kernel, TOLD + "*i64", effect(GROUPED, True), 4),
+    "measure": (measure_kernel, MEASURED, measuring(2), 1),
+    "measure_columns": (measure_columns_kernel, MEASURED, measuring(2), 1),
+    "histogram": (histogram_kernel, COUNTED, HISTOGRAM, 4),
+    "scores": (histogram_kernel, COUNTED, HISTOGRAM | {"SCORE": 1}, 4),
+    "masked": (masked_kernel, SUMS, MASKED, 4),
+    "masked_sampled": (masked_effect_kernel, TOLD + "*fp64", effect(MASKED, False), 4),
+    "kept": (kept_kernel, LEFT, KEPT, 2),
+}
+
+
+@functools.cache
+def case(name: str, target: Any) -> Any:
+    kernel, arguments, constants, warps = CASES[name]
+    return compiled(kernel, target, arguments, constants, warps)
+
+
+@pytest.mark.parametrize("target", [SM80, SM90, SM100, GFX942], ids=lambda t: f"{t.backend}-{t.arch}")
+@pytest.mark.parametrize("name", CASES)
+def test_compiles(name, target):
+    """Each operation says how it rounds, so that none is contracted, and flushes nothing."""
+    made = case(name, target)
+    if target.backend == "hip":
+        assert made.asm["hsaco"]
+        assert ".amdhsa_float_denorm_mode_32 3" in made.asm["amdgcn"]  # subnormals are kept
+        return
+    ptx = made.asm["ptx"]
+    assert made.asm["cubin"]
+    assert ".ftz" not in ptx and "div.full" not in ptx and ".approx" not in ptx
+    sums = re.findall(r"\b(?:add|sub|mul|fma|mad)\.(\S*f(?:32|64))", ptx)
+    assert all(kind.startswith("rn.") for kind in sums), sorted(set(sums))
+
+
+def memory_of(ptx: str) -> tuple[list[str], list[str]]:
+    """Loads and stores of global memory that are no scalars of tables, flags or numbers."""
+    scalars = ("b64", "f64")
+    hints = re.compile(r"L1::evict_first\.|L2::cache_hint\.")
+    loads = [hints.sub("", kind) for kind in re.findall(r"ld\.global\.(\S+)", ptx) if kind not in scalars]
+    return loads, [kind for kind in re.findall(r"st\.global\.(\S+)", ptx) if kind not in scalars]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("n", [2, 8])
+@pytest.mark.parametrize("target", [SM80, SM90, SM100], ids=lambda t: str(t.arch))
+def test_elements_move_in_16_bytes(n, dtype, target):
+    """In the body, which has whole 16s of them: addresses come from a table, so Triton must be told."""
+    block = 2048 if n <= 4 else 1024
+    made = compiled(combine_kernel, target, SUMS, weighted((dtype,) * n, dtype, TELL=False, BLOCK=block))
+    loads, stores = memory_of(made.asm["ptx"])
+    vectors = block * (4 if dtype == F32 else 2) // (128 * 16)  # of a thread and an operand
+    assert loads == ["v4.b32"] * (n * vectors)
+    assert stores == ["cs.v4.b32"] * vectors
+
+
+@pytest.mark.parametrize("kernel", ["masked", "measure", "histogram", "kept"])
+def test_other_kernels_load_16_or_8_bytes(kernel):
+    loads, _ = memory_of(case(kernel, SM90).asm["ptx"])
+    assert loads
+    assert set(loads) <= {"v4.b32", "v2.b32", "b32"}, loads
+
+
+class Driver:
+    """A GPU that kernels can be compiled for, and that nothing runs on."""
+
+    def get_current_target(self) -> Any:
+        return SM90
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiling(Room):
+    """Launches nothing: compiles each kernel for the arguments that it is launched with."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.launched: list[tuple[str, Any, dict[str, Any]]] = []
+
+    def launch(self, kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
+        options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
+        made = kernel.warmup(*arguments, grid=(programs,), **constants, **options)
+        self.launched.append((kernel.fn.__name__, made, constants))
+
+    def tile(self, compiled: int, interpreted: int) -> int:
+        return compiled  # though its memory is the host's
+
+
+@pytest.fixture
+def room(monkeypatch):
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    return Compiling()
+
+
+def pieces_of(n: int, numel: int = 98304, first: int = 1 << 20) -> dict[str, dict[str, Any]]:
+    """One of each kind, of bf16: what methods ask of most tensors."""
+    operands = {"inputs": [(first * (1 + i), BF16) for i in range(n)], "numel": numel, "first": 0, "columns": numel}
+    written = {"outputs": [first * (1 + n)], "out_dtype": BF16, "stats_every": 2, "fp8_saturate": True}
+    keep = {"least": 0, "most": 1 << 30, "lo": 5, "hi": 5, "key": 1 << 63}
+    numbers = {"weight": 1.0, "vote": 1.0, "share": 1.0, "alone": 0.0, "importance": -1, "known": None}
+    terms = [{"input": i, "keep": keep, **numbers} for i in range(1, n)]
+    masked = {"base": 0, "terms": terms, "votes": True, "divides": True, "alone": False, "score": None}
+    masked |= {"least_share": 0.0, "other_share": 1.0, "limit": math.inf}
+    ranked = [(i, 0, 0x7FFFFFFF, 16) for i in range(1, n)]
+    return {
+        "combine": operands | written | {"rows": [(0, 1.0, [(i, 0.5) for i in range(1, n)])]},
+        "measure": operands,
+        "histogram": operands | {"ranked": ranked, "every": 1, "score": None},
+        "kept": operands | {"keeps": [keep] * n, "score": None, "l1": True, "squares": True},
+        "masked": operands | written | {"masked": [masked]},
+    }
+
+
+def test_launches_compile_as_they_are_made(room):
+    """What a launch passes is what a kernel takes, constants and all."""
+    run(room, [{"kind": kind, **piece} for kind, piece in pieces_of(2).items()])
+    wrote = {"combine_kernel", "effect_kernel", "masked_kernel", "masked_effect_kernel"}
+    assert {name for name, *_ in room.launched} == wrote | {"measure_kernel", "histogram_kernel", "kept_kernel"}
+
+
+def test_tables_of_different_lengths_are_one_kernel(room):
+    """Where numbers begin is no reason to compile again."""
+    combine, odd = ({"kind": "combine", **pieces_of(n)["combine"], "stats_every": 0} for n in (2, 2))
+    odd["rows"], odd["outputs"] = odd["rows"] * 2, [*odd["outputs"], 1 << 23]
+    for pieces in ([combine], [combine] * 2, [odd], [odd, combine]):
+        run(room, pieces)
+    assert len({made.hash for _, made, _ in room.launched}) == 1
+
+
+def test_registers_hold_all_of_8_inputs(room, tmp_path):
+    """Nothing is spilled, on Hopper."""
+    run(room, [{"kind": kind, **piece} for kind, piece in pieces_of(8).items()])
+    file = tmp_path / "kernel.cubin"
+    for name, made, constants in room.launched:
+        file.write_bytes(made.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert " STACK:0 " in told and " LOCAL:0 " in told, f"{name} {constants}: {told}"
+
+
+def test_each_fma_is_written():
+    """An input costs one difference and one fma; a total costs one fma."""
+    made = compiled(combine_kernel, SM90, SUMS, weighted((F32,) * 3, F32, TELL=False, BLOCK=512))
+    ops = re.findall(r"\b(fma|add|sub|mul|mad)\.rn\.f32", made.asm["ptx"])
+    assert {op: ops.count(op) for op in ops} == {"sub": 2 * 4, "fma": 3 * 4}  # 4 elements a thread
+
+
+# --- installed -------------------------------------------------------------------------------------------------------
+
+
+def test_the_package_links_to_its_kernels():
+    link = ROOT / "fastinterp" / "_triton"
+    if not link.is_symlink():
+        pytest.skip("an unpacked archive holds files")
+    assert os.readlink(link) == "../kernels/triton"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_kernels_import_triton_and_leaves_alone(path):
+    allowed = {"__future__", "triton", "triton.language", "fastinterp.ops.combine", "fastinterp.ops.dtypes"}
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            assert {alias.name for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and (node.module in allowed or str(node.module).startswith("fastinterp._triton."))

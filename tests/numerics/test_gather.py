@@ -1,0 +1,161 @@
+"""Operands whose rows are gathered: every kind of step gives what it gives for a tensor that holds these rows."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastinterp._C import Pump
+from fastinterp.ops.dtypes import BF16, F16, F32
+from fastinterp.ops.requests import GroupCombine
+from tests.support.cases import fill
+
+COLUMNS = 37
+DTYPES = (BF16, F32, F16)
+SETTINGS: dict[str, Any] = {
+    "isa": "", "threads": 2, "write_bytes": 4096, "read_bytes": 4096, "stochastic": False, "fp8_saturate": True,
+    "prefetch": True, "stats_every": 1,
+}  # fmt: skip
+ROWS = 2500
+RNG = np.random.default_rng(3)
+MAPS = {
+    "in order": np.arange(ROWS),
+    "backwards": np.arange(ROWS)[::-1],
+    "runs, repeats and zeros": np.concatenate(
+        [
+            np.arange(700, 1300),
+            [-1] * 40,
+            np.arange(600),
+            [5, 5, 5, -1, 9],
+            np.arange(1499, 1500).repeat(255),
+            np.arange(1000),
+        ]
+    ),
+    "anywhere": RNG.integers(-1, ROWS, ROWS),
+    "zeros only": np.full(ROWS, -1),
+}
+
+
+def run(handles: list[Any], sinks: list[Any], step: dict[str, Any], **options: Any) -> Pump:
+    pump = Pump(sources=handles, sinks=sinks, steps=[step], **(SETTINGS | options))
+    pump.start()
+    assert pump.wait(60)
+    pump.join()
+    return pump
+
+
+def stored(folder: Path, memory: bool, stack: ExitStack) -> tuple[list[Any], list[Any], list[np.ndarray], list[Any]]:
+    """Three operands of 1500 rows in one source and 1000 in another: sources, parts, rows as bytes, what to keep."""
+    sources: list[Any] = []
+    parts, matrices, kept = [], [], []
+    for i, dtype in enumerate(DTYPES):
+        matrix = fill("normal", dtype, ROWS * COLUMNS, i, np.random.default_rng(i)).view(np.uint8).reshape(ROWS, -1)
+        places = []
+        for start, count in ((0, 1500), (1500, 1000)):
+            raw = np.concatenate([np.zeros(2 * i + 1, np.uint8), matrix[start : start + count].ravel()])
+            places.append((len(sources), 2 * i + 1, count))
+            if memory:
+                kept.append(raw)
+                sources.append(("memory", raw.ctypes.data, raw.size))
+            else:
+                path = folder / f"{i}.{start}"
+                raw.tofile(path)
+                sources.append(os.open(path, os.O_RDONLY))
+                stack.callback(os.close, sources[-1])
+        parts.append(places)
+        matrices.append(matrix)
+    return sources, parts, matrices, kept
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "combine": {"kind": "combine", "rows": [(0, 1.0, [(1, 0.3), (2, -0.7)])], "out_dtype": BF16.code},
+    "copy": {"kind": "combine", "rows": [(0, 1.0, [])], "out_dtype": BF16.code},
+    "by row": {"kind": "combine", "per": "row", "out_dtype": F32.code},
+    "measure": {"kind": "measure_deltas"},
+    "rows": {"kind": "measure", "per": "row"},
+    "columns": {"kind": "measure", "per": "column"},
+    "divergence": {"kind": "divergence"},
+}
+INPUTS = {"copy": 1, "divergence": 2}
+
+
+@pytest.mark.parametrize("memory", [False, True], ids=["files", "memory"])
+@pytest.mark.parametrize("order", MAPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gathered_operands_are_as_good_as_gathered_tensors(tmp_path, kind, order, memory):
+    step = dict(KINDS[kind])
+    n = INPUTS.get(kind, 3)
+    if kind == "by row":
+        weights = np.random.default_rng(1).normal(size=(ROWS, 3))
+        row: Any = GroupCombine(array("d", weights.ravel()), 3, "row").row()
+        step["rows"] = [(row.pivot, row.totals, list(row.inputs), row.weights)]
+    wanted = MAPS[order]
+    with ExitStack() as stack:
+        sources, parts, matrices, _kept = stored(tmp_path, memory, stack)
+        rows = array("q", wanted.tolist())
+        gathered = [(parts[i], DTYPES[i].code, rows) for i in range(n)]
+        whole = [np.where((wanted >= 0)[:, None], m[wanted], 0).astype(np.uint8) for m in matrices]
+        plain = [("memory", w.ctypes.data, w.size) for w in whole]
+        found: list[Any] = []
+        for handles, inputs in ((plain, [(i, 0, DTYPES[i].code) for i in range(n)]), (sources, gathered)):
+            out = np.zeros(ROWS * COLUMNS * 4, np.uint8)
+            sinks = [("memory", out.ctypes.data, out.size)] if step["kind"] == "combine" else []
+            places = {"sinks": [0], "offsets": [0]} if sinks else {}
+            full = step | places | {"inputs": inputs, "numel": ROWS * COLUMNS, "columns": COLUMNS}
+            pump = run(handles, sinks, full)
+            assert pump.error() is None
+            (answer,) = pump.answers()
+            found.append((out.tobytes(), [list(part) for part in answer or []]))
+            read = sum(d.bits // 8 for d in DTYPES[:n]) * COLUMNS
+        assert found[0] == found[1]
+        assert pump.bytes_read == read * int((wanted >= 0).sum())
+        assert any(found[0][0]) or any(map(any, found[0][1])) or order == "zeros only"
+
+
+def test_bytes_that_must_agree_may_be_gathered():
+    """Rows of bytes of any dtype; `columns` counts bytes there."""
+    x = np.arange(60, dtype=np.uint8)
+    back = np.ascontiguousarray(x.reshape(6, 10)[::-1])
+    out = np.zeros(60, np.uint8)
+    memory = [("memory", v.ctypes.data, v.size) for v in (x, back, out)]
+    step = {
+        "kind": "same", "inputs": [(0, 0, 0), ([(1, 0, 6)], 0, array("q", [5, 4, 3, 2, 1, 0]))], "numel": 60,
+        "columns": 10, "sinks": [0], "offsets": [0],
+    }  # fmt: skip
+    assert run(memory[:2], memory[2:], step).error() is None
+    assert np.array_equal(out, x)
+    back[2, 3] ^= 1
+    assert run(memory[:2], memory[2:], step).error() == ("differs", 0, 1)
+
+
+def test_rows_that_follow_each_other_are_read_at_once():
+    """What an error names is the run of rows that was asked for: here all of a source that is too short."""
+    x = np.zeros(100, np.uint8)
+    inputs = [([(0, 0, 50)], BF16.code, array("q", [-1, *range(1, 40), 3]))]
+    step = {"kind": "measure", "inputs": inputs, "numel": 41 * 5, "columns": 5}
+    pump = run([("memory", x.ctypes.data, 100)], [], step)
+    assert pump.error() == ("read", 0, 0, 10, 390, 90)
+
+
+@pytest.mark.parametrize(
+    ("operand", "said"),
+    [
+        (([(0, 0, 4)], F32.code, array("q", [0, 1, 4])), "none of the parts' rows"),
+        (([(0, 0, 4)], F32.code, array("q", [0, 1, -2])), "none of the parts' rows"),
+        (([(1, 0, 4)], F32.code, array("q", [0, 1, 2])), "none of the sources"),
+        (([(0, 0, 4)], F32.code, array("q", [0, 1])), "buffer of 3 int64"),
+        (([(0, 0, 4)], F32.code, array("i", [0, 1, 2])), "buffer of 3 int64"),
+        (([(0, 0, 4)], F32.code), "three parts"),
+    ],
+)
+def test_wrong_maps_are_refused(operand, said):
+    x = np.zeros(80, np.uint8)
+    step = {"kind": "measure", "inputs": [operand], "numel": 15, "columns": 5}
+    with pytest.raises(ValueError, match=said):
+        run([("memory", x.ctypes.data, 80)], [], step)

@@ -1,0 +1,258 @@
+"""What keeps leave of deltas, and the definitions of keeps, ranks and terms."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from fastinterp._C import Masks
+from fastinterp.ops.combine import philox_key
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.masked import (
+    NOTHING,
+    filled_masks,
+    kept_inputs,
+    kept_of,
+    kept_step,
+    masked_step,
+    read_inputs,
+    terms,
+    word_limits,
+)
+from fastinterp.ops.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
+from fastinterp.reference import combine as reference
+from fastinterp.reference import masked as reference_masked
+from tests.numerics.test_masked import NAME, SEED, SHAPES, Shape, of
+from tests.support import backends
+from tests.support.cases import Guarded
+from tests.support.pumps import Raw, code, guarded, memory, raws, run
+
+every_isa = pytest.mark.parametrize("isa", backends.usable())
+
+# --- the survey ------------------------------------------------------------------------------------------------------
+
+KEEPS = {
+    "all": Keep(),
+    "least": Keep(least=0x3A000000),
+    "random": Keep(chance=0.4),
+    "ranks": Keep(chance=0.5, spread=0.2),
+    "band": Keep(0x39000000, 0x3C000000, 0.7),
+}
+
+
+@every_isa
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 1009), (1, 300007)], ids=str)
+def test_what_keeps_leave(isa, shape):
+    dtypes = [BF16, F32, BF16, F16, BF16, BF16]
+    check_kept(isa, raws("normal", dtypes, math.prod(shape)), dtypes, tuple(KEEPS.values()), shape, 2)
+
+
+@every_isa
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("dtypes", [(F64, BF16, F64), (F8_E4M3, F8_E5M2, F16)], ids=str)
+def test_what_keeps_leave_on_threads(isa, dtypes, threads):
+    shape = (301, 1013)
+    data = raws("close", dtypes, math.prod(shape))
+    check_kept(isa, data, dtypes, (KEEPS["ranks"], KEEPS["band"]), shape, threads)
+    check_kept(isa, data, dtypes, (KEEPS["least"], KEEPS["random"]), shape, threads)
+    check_kept(isa, data, dtypes, (None, KEEPS["random"]), shape, threads)
+    check_kept(isa, data, dtypes, (KEEPS["ranks"], Keep()), shape, threads, Score("spread", b"", 0x38000000))
+    factors = array("f", (0.5 + r % 3 for r in range(shape[0]))).tobytes()
+    check_kept(isa, data, dtypes, (KEEPS["least"], Keep()), shape, threads, Score("divergence", factors, 0x3A000000))
+
+
+def check_kept(
+    isa: str,
+    data: Sequence[Raw],
+    dtypes: Sequence[DType],
+    keeps: tuple[Keep | None, ...],
+    shape: Shape,
+    threads: int,
+    score: Score | None = None,
+    **wanted: bool,
+) -> None:
+    ask = MeasureKept((Keep(), *keeps), score, **wanted)
+    sources = guarded(data)
+    read = kept_inputs(ask)
+    step = {
+        "kind": "kept",
+        "inputs": [(i, 0, code(dtypes[i])) for i in read],
+        "numel": math.prod(shape),
+        "columns": max(1, reference_masked.columns_of(shape)),
+        **kept_step(ask, name=NAME, seed=SEED),
+    }
+    got = kept_of(ask, *run(isa, [step], memory(sources), [], threads=threads).answers()[0])
+    assert got == reference_masked.kept(data, dtypes, ask, shape, name=NAME, seed=SEED)
+
+
+def test_kept_counts_by_hand():
+    data = of([0] * 4, [1, 2, 0, 4], [1, 0, 0, -8])
+    ask = MeasureKept((Keep(), Keep(least=0x40000000), Keep(most=0x3F800000)))
+    found = reference_masked.kept(data, [F32] * 3, ask, (4,))
+    assert found == Kept((0.0, 7.0, 9.0), (0.0, 6.0, 1.0), (0, 2, 3), (0, 1, 1), (0.0, 20.0, 1.0))
+    lone = dataclasses.replace(ask, keeps=(Keep(), None, ask.keeps[2]))
+    found = reference_masked.kept(data, [F32] * 3, lone, (4,))
+    assert found == Kept((0.0, 0.0, 9.0), (0.0, 0.0, 1.0), (0, 0, 3), (0, 0, 0), (0.0, 0.0, 1.0))
+    with pytest.raises(ValueError, match="every model needs a keep"):
+        kept_inputs(dataclasses.replace(lone, score=Score("spread")))
+
+
+@every_isa
+@pytest.mark.parametrize("wanted", [{"l1": False}, {"squares": False}, {"l1": False, "squares": False}], ids=str)
+def test_what_is_not_asked_is_0(isa, wanted):
+    dtypes, shape = [BF16, F32, BF16], (11, 1009)
+    data = raws("normal", dtypes, math.prod(shape))
+    check_kept(isa, data, dtypes, (KEEPS["ranks"], KEEPS["least"]), shape, 2, **wanted)
+
+
+@every_isa
+@pytest.mark.parametrize("columns", [255, 256, 1024, 5000, 262144, 262145])
+def test_ranks_of_few_and_of_many_magnitudes(isa, columns):
+    """All in one bin, all equal, in steps of bf16, over all powers of two: counted, searched for and sorted."""
+    shape, rng = (7, columns), np.random.default_rng(columns)
+    close = 1 + 2.0**-20 * rng.integers(0, 8, columns)
+    steps = rng.integers(-40, 40, columns) * 2.0**-9
+    wide = rng.normal(size=columns) * 2.0 ** rng.integers(-120, 120, columns)
+    near = 2.0**-9 * rng.normal(size=columns)
+    rows = np.array([close, np.ones(columns), steps, wide, near, np.zeros(columns), -close])
+    data = of(np.zeros(shape).ravel(), rows.ravel())
+    keep = Keep(chance=0.5, spread=0.45)
+    check_kept(isa, data, [F32] * 2, (keep,), shape, 2)
+    rows[rng.random(shape) < 0.1] = np.nan
+    check_kept(isa, of(np.zeros(shape).ravel(), rows.ravel()), [F32] * 2, (keep,), shape, 2, l1=False, squares=False)
+
+
+@every_isa
+@pytest.mark.parametrize("shape", [(300007,), (301, 1013), (0, 4), (1, 1)], ids=str)
+@pytest.mark.parametrize("limit", [math.inf, 0.5])
+def test_masks_that_were_found_give_the_same_bytes(isa, shape, limit):
+    """The sum draws and sorts nothing again; where it limits the deltas, it must."""
+    dtypes, numel = [BF16] * 4, math.prod(shape)
+    data = raws("close", dtypes, numel)
+    keeps = (Keep(), KEEPS["ranks"], KEEPS["band"], Keep(chance=0.3, least=0x3A000000))
+    survey, combine = MeasureKept(keeps, squares=False), MaskedCombine((0.0, 0.5, -0.5, 1.0), keeps=keeps, limit=limit)
+    places = list(filled_masks(survey).values())
+    assert places == [-1, 0, 1, 2]
+    masks, sources, sink = Masks(3, numel), guarded(data), Guarded(2 * numel, 3)
+    common = {
+        "inputs": [(i, 0, code(BF16)) for i in range(4)], "numel": numel,
+        "columns": max(1, reference_masked.columns_of(shape)),
+    }  # fmt: skip
+    found = {"kind": "kept", **common, **kept_step(survey, name=NAME, seed=SEED), "masks": (masks, places)}
+    run(isa, [found], memory(sources), [])
+    known = {(i, keeps[i], SEED): (masks, places[i]) for i in (1, 2, 3)}
+    step = masked_step(combine, name=NAME, seed=SEED, inputs=range(4), known=known)
+    assert [term["known"] is not None for term in step["terms"]] == [limit == math.inf] * 3
+    written = {"kind": "masked", **common, "sinks": [0], "offsets": [0], "out_dtype": code(BF16), "masked": [step]}
+    run(isa, [written], memory(sources), memory([sink]))
+    want, _ = reference_masked.masked(data, dtypes, combine, BF16, shape, name=NAME, seed=SEED)
+    backends.assert_same_bits(want, sink.view, BF16, "with masks")
+
+
+def test_which_masks_are_filled():
+    keeps = (Keep(), Keep(least=5), Keep(chance=0.5), Keep(), Keep(chance=0.5, spread=0.1))
+    assert list(filled_masks(MeasureKept(keeps)).values()) == [-1, -1, 0, -1, 1]
+    assert list(filled_masks(MeasureKept(keeps, Score("spread"))).values()) == [-1] * 5
+    assert filled_masks(MeasureKept((*keeps[:3], None, keeps[4]))) == {0: -1, 1: -1, 2: 0, 4: 1}
+
+
+def test_numbers_of_keeps():
+    """Fair bits in both halves, and the low halves from another space than the high ones."""
+    numbers = reference_masked.keep_numbers(7, 1 << 16)
+    word = reference.philox(np.array([[16 * 3 + 5, 0, 0, 0], [16 * 3 + 5, 0, 1, 0]], np.uint32), 7)[:, 2]
+    assert numbers[3 * 128 + 2 * 16 + 5] == (int(word[0]) & 0xFFFF) << 16 | int(word[1]) & 0xFFFF
+    assert numbers[3 * 128 + 64 + 2 * 16 + 5] == int(word[0]) >> 16 << 16 | int(word[1]) >> 16
+    for bit in range(32):
+        assert abs(np.mean(numbers >> np.uint32(bit) & np.uint32(1)) - 0.5) < 5 * 0.5 / 256
+
+
+@every_isa
+def test_the_low_half_decides_where_the_high_one_is_the_limits(isa):
+    """Limits that lie on an element's number, and just above it."""
+    numbers = reference_masked.keep_numbers(philox_key(SEED, 2, NAME), 4000)
+    data = of(np.zeros(4000), np.ones(4000))
+    for e in (0, 63, 64, 127, 3999):
+        for limit in (int(numbers[e]), int(numbers[e]) + 1):
+            ask = MeasureKept((Keep(), Keep(chance=limit / 2**32)), squares=False)
+            check_kept(isa, data, [F32] * 2, ask.keeps[1:], (4000,), 1)
+            found = reference_masked.kept(data, [F32] * 2, ask, (4000,), name=NAME, seed=SEED)
+            assert found.kept[1] == int(np.sum(numbers < limit))
+
+
+# --- definitions -----------------------------------------------------------------------------------------------------
+
+
+def test_magnitudes():
+    x = np.array([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, -math.nan, 1e300, 1 + 2.0**-24])
+    want = [0, 0, 0x3F800000, 0x3F800000, 0x7F800000, 0x7F800000, ALL_BITS, ALL_BITS, 0x7F800000, 0x3F800000]
+    assert list(reference_masked.magnitudes(x)) == want
+
+
+def test_ranks_of_ties_are_shared():
+    mag = np.array([5, 1, 5, 9, 0, 0, 0], np.uint32)
+    assert list(reference_masked.twice_ranks(mag[:4], 4)) == [3, 0, 3, 6]
+    assert list(reference_masked.twice_ranks(mag[:6], 2)) == [2, 0, 0, 2, 1, 1]
+
+
+def test_word_limits():
+    assert word_limits(Keep()) == (2**32, 2**32)
+    assert word_limits(Keep(chance=0.25)) == (2**30, 2**30)
+    assert word_limits(Keep(chance=0.9, spread=0.3)) == (round(0.6 * 2**32), 2**32)
+
+
+def test_who_is_read():
+    keeps = tuple(Keep(least=i) for i in range(4))
+    ask = MaskedCombine((0.0, 1.0, 0.0, 2.0), keeps=keeps)
+    assert terms(ask) == [(1, keeps[1]), (3, keeps[3])] and read_inputs(ask) == [0, 1, 3]
+    scored = dataclasses.replace(ask, score=Score("spread"))
+    assert terms(scored) == [(1, keeps[1]), (2, NOTHING), (3, keeps[3])]
+    assert terms(dataclasses.replace(ask, votes=(0.0, 0.0, 1.0, 0.0)))[1] == (2, keeps[2])
+    assert terms(MaskedCombine((0.0, 0.0), score=Score("spread"))) == []
+    assert read_inputs(MaskedCombine((0.0, 1.0, 1.0), importance=(3, 4, 5))) == [0, 1, 2, 4, 5]
+
+
+def test_without_a_term_it_is_a_copy():
+    data = of([-0.0, math.nan], [1.0, 1.0])
+    got, stats = reference_masked.masked(data, [F32] * 2, MaskedCombine((0.0, 0.0)), F32, (2,))
+    assert stats is None and np.array_equal(got, data[0])
+    with pytest.raises(ValueError, match="copy of its base"):
+        masked_step(MaskedCombine((0.0, 0.0)), name=NAME, seed=SEED, inputs=[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (MaskedCombine((1.0, 1.0)), "base carries no weight"),
+        (MaskedCombine((0.0, 1.0), votes=(1.0,)), "votes has 1 entries for 2 weights"),
+        (MaskedCombine((0.0, 1.0), importance=(2, 3), votes=(0.0, 1.0)), "importance goes with neither"),
+        (MaskedCombine((0.0, 1.0), keeps=(Keep(), Keep(spread=-0.1))), "spread of a keep"),
+    ],
+)
+def test_contradictions_are_refused(ask, words):
+    with pytest.raises(ValueError, match=words):
+        terms(ask)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"columns": 7}, "whole rows"),
+        ({"columns": 0}, "whole rows"),
+        ({"masked": []}, "as many sinks"),
+        ({"keeps": []}, "has no `keeps`"),
+    ],
+)
+def test_the_pump_refuses_steps_that_make_no_sense(change, words):
+    ask = MaskedCombine((0.0, 1.0))
+    step = {
+        "kind": "masked", "inputs": [(0, 0, code(F32)), (0, 0, code(F32))], "numel": 12, "sinks": [0], "offsets": [0],
+        "out_dtype": code(F32), "columns": 3, "masked": [masked_step(ask, name=NAME, seed=SEED, inputs=[0, 1])],
+    }  # fmt: skip
+    buffer = Guarded(48, 0)
+    with pytest.raises(ValueError, match=words):
+        run("scalar", [step | change], memory([buffer]), memory([buffer]))

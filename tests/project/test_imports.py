@@ -1,0 +1,239 @@
+"""Who may import whom in the package and in csrc/, read from the sources; and what a merge must not load."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+import fastinterp
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+# _triton is a link to kernels/triton, which rglob does not follow.
+SOURCES = sorted({*(ROOT / "fastinterp").rglob("*.py"), *(ROOT / "fastinterp" / "_triton").glob("*.py")})
+
+# Each part of the package, and the parts it may import beside itself. The most specific name counts: a module of
+# compute/ that is not named here belongs to `compute`. Parts that import nothing but themselves are leaves.
+LEAVES = {"errors", "messages", "_version"}
+CONTRACT = {"ops"}
+PLANNING = LEAVES | CONTRACT | {"arguments", "recipe", "methods", "checkpoint", "tokenizer"}
+RUNNING = PLANNING | {"plan", "backends", "execute"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "messages": set(),
+    "_version": set(),
+    "_C": set(),
+    "_cuda": set(),
+    "_triton": CONTRACT,
+    "ops": {"errors"},
+    "reference": CONTRACT,
+    "backends": LEAVES | CONTRACT | {"_C", "_cuda", "_triton"},
+    "methods": LEAVES | CONTRACT,
+    "recipe": LEAVES | CONTRACT | {"methods"},
+    "checkpoint": LEAVES | CONTRACT,
+    "tokenizer": LEAVES | CONTRACT | {"checkpoint"},
+    "arguments": LEAVES | CONTRACT | {"checkpoint", "recipe"},
+    "plan": PLANNING,
+    "execute": PLANNING | {"plan", "backends", "reference"},
+    "inspect": RUNNING,
+    "in_memory": RUNNING,
+    "system.available_memory": set(),
+    # Points are recipes, and what became of them: loading a model takes one in place of a recipe.
+    "paths.points": PLANNING | {"execute"},
+    "torch_models": RUNNING | {"in_memory", "paths.points"},
+    "paths": RUNNING | {"inspect", "in_memory", "torch_models", "paths.points", "system.available_memory"},
+}
+# May import every part above; nothing but __main__ imports cli.
+TOP = {"", "api", "cli", "__main__", "system.doctor", "system", "bench", "integrations"}
+
+# What takes long to load, and which parts of the package a merge from the command line goes through.
+HEAVY = {"torch", "numpy", "rich", "huggingface_hub", "transformers", "triton", "safetensors", "pydantic", "asyncio"}
+MERGE_PATH = {"", "api", "arguments", "cli", "__main__", "_version", "errors", "messages", "methods", "recipe"}
+MERGE_PATH |= {"ops", "checkpoint", "tokenizer", "plan", "execute"}
+
+# The same for csrc/: a file (or pattern) and the files of csrc/ that it may include.
+MAY_INCLUDE: dict[str, set[str]] = {
+    "dtypes.h": set(),
+    "ops.h": {"dtypes.h"},
+    "element.h": {"ops.h", "dtypes.h"},
+    "cpu/*": {"ops.h", "dtypes.h", "element.h", "cpu/*"},
+    "cuda/*": {"ops.h", "dtypes.h", "element.h", "cuda/*"},
+    "io.*": {"io.h"},
+    "step.*": {"step.h", "io.h", "ops.h"},
+    "masked.*": {"masked.h", "survey.h", "step.h"},
+    "sums.*": {"sums.h", "step.h"},
+    "survey.*": {"survey.h", "step.h"},
+    "histogram.*": {"histogram.h", "masked.h", "step.h"},
+    "pump.*": {"pump.h", "step.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
+    "memory.*": {"memory.h", "ops.h", "dtypes.h", "cpu/backend.h"},
+    "bind_answers.cpp": {"bind_steps.h", "histogram.h", "masked.h", "survey.h"},
+    "bind_steps.*": {"bind_steps.h", "histogram.h", "masked.h", "sums.h", "survey.h", "step.h"},
+    "bindings.cpp": {"bind_steps.h", "histogram.h", "memory.h", "pump.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
+}
+# What is compiled once per instruction set may share no inline function with the rest: the linker keeps one copy, and
+# that may be the one with AVX-512 in it. So: headers of C and of intrinsics, nothing of the C++ library.
+PER_ISA = [
+    "dtypes.h",
+    "ops.h",
+    "element.h",
+    "cpu/backend.h",
+    "cpu/loops.inc",
+    "cpu/histogram.inc",
+    "cpu/keeps.inc",
+    "cpu/kept.inc",
+    "cpu/masked.inc",
+    "cpu/measure.inc",
+    "cpu/pairs.inc",
+    "cpu/per_group.inc",
+    "cpu/ranks.inc",
+    "cpu/stats.inc",
+    "cpu/stream.inc",
+    "cpu/scalar.cpp",
+    "cpu/avx*.cpp",
+    "cpu/neon.cpp",
+]
+PLAIN_HEADERS = {"cstdint", "cstddef", "cstring", "immintrin.h", "arm_neon.h"}
+
+
+def module_name(path: Path) -> str:
+    """`fastinterp.ops.combine` for fastinterp/ops/combine.py; a package for its __init__.py."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+NATIVE = {"fastinterp._C", "fastinterp._cuda"}  # modules without a source in Python
+
+
+def part_of(module: str, parts: set[str]) -> str | None:
+    """The most specific of `parts` that `fastinterp.module` belongs to, or None."""
+    name = module.removeprefix("fastinterp").removeprefix(".")
+    found = [p for p in parts if p == name or (p and name.startswith(p + "."))]
+    return max(found, key=len, default=None)
+
+
+def imports(module: str, node: ast.AST) -> list[tuple[int, str]]:
+    """(line, full module name) of everything that the code under `node` imports, in functions too."""
+    found = []
+    package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    for n in ast.walk(node):
+        if isinstance(n, ast.Import):
+            found += [(n.lineno, a.name) for a in n.names]
+        elif isinstance(n, ast.ImportFrom):
+            stem = package.split(".")[: len(package.split(".")) - n.level + 1] if n.level else []
+            source = ".".join([*stem, *filter(None, [n.module])])
+            named = [f"{source}.{a.name}" for a in n.names]
+            found += [(n.lineno, name if name in MODULES.keys() | NATIVE else source) for name in named]
+    return sorted(set(found))
+
+
+def own_imports(module: str) -> list[tuple[int, str]]:
+    every = imports(module, ast.parse(MODULES[module].read_text("utf-8")))
+    return [(line, name) for line, name in every if name.split(".")[0] == "fastinterp"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_what_its_part_may(module):
+    part = part_of(module, TOP | MAY_IMPORT.keys())
+    assert part is not None, f"{module} belongs to no part: give it a place in MAY_IMPORT, and in docs/ARCHITECTURE.md"
+    wrong = []
+    for line, name in own_imports(module):
+        target = part_of(name, TOP | MAY_IMPORT.keys())
+        if part in TOP:
+            allowed = target is not None and (target != "cli" or part in {"cli", "__main__"})
+        else:
+            allowed = target == part or target in MAY_IMPORT[part]
+        if not allowed:
+            wrong.append(f"{MODULES[module].relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong
+
+
+def test_no_circles():
+    """Not even through imports inside functions."""
+    graph = {
+        module: {name for _, name in own_imports(module)} - {module} for module in MODULES if module != "fastinterp"
+    }
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if part_of(m, {"methods", "ops"})])
+def test_methods_and_leaves_hold_no_arrays(module):
+    """Methods are formulas: they are tested without tensors, so they may not touch any, not even in functions."""
+    found = imports(module, ast.parse(MODULES[module].read_text("utf-8")))
+    assert not [(line, name) for line, name in found if name.split(".")[0] in HEAVY]
+
+
+def test_rule_sees_what_it_forbids(tmp_path, monkeypatch):
+    """The reader of imports finds relative, nested and conditional ones."""
+    source = (
+        "import torch.nn\nfrom . import dtypes\nfrom ..checkpoint import header\ndef f():\n    from .. import errors\n"
+    )
+    path = tmp_path / "x.py"
+    path.write_text(source)
+    monkeypatch.setitem(MODULES, "fastinterp.ops.x", path)
+    expected = ["torch.nn", "fastinterp.ops.dtypes", "fastinterp.checkpoint.header", "fastinterp.errors"]
+    assert expected == [name for _, name in imports("fastinterp.ops.x", ast.parse(source))]
+
+
+def test_merge_path_loads_nothing_heavy():
+    """Importing every module that a merge goes through: what each loads at once is what the user waits for."""
+    path = [m for m in MODULES if m != "fastinterp.__main__" and part_of(m, MAY_IMPORT.keys() | TOP) in MERGE_PATH]
+    assert {"fastinterp.cli", "fastinterp.api"} <= set(path)
+    program = f"""
+import importlib, sys
+heavy = {HEAVY!r}
+for name in {path!r}:
+    importlib.import_module(name)
+    found = heavy & sys.modules.keys()
+    if found:
+        sys.exit(f"importing {{name}} loads {{sorted(found)}}")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", fastinterp.__all__)
+def test_public_name_resolves(name):
+    assert getattr(fastinterp, name) is not None
+    assert name in dir(fastinterp)
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'fastinterp' has no attribute 'marge'"):
+        _ = fastinterp.marge
+
+
+def includes(path: Path) -> list[tuple[bool, str]]:
+    """(own, name) of each #include: own files by their path in csrc/, others by the name between < and >."""
+    found = []
+    for quote, name in re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', path.read_text("utf-8"), re.MULTILINE):
+        own = quote == '"'
+        beside = (path.parent / name).resolve() if own else Path()
+        if own and not beside.exists():
+            beside = (CSRC / name).resolve()
+        found.append((own, beside.relative_to(CSRC).as_posix() if own else name))
+    return found
+
+
+CXX = sorted(p for p in CSRC.rglob("*") if p.suffix in {".h", ".cpp", ".inc", ".cu", ".cuh"})
+
+
+@pytest.mark.parametrize("path", CXX, ids=lambda p: p.relative_to(CSRC).as_posix())
+def test_source_includes_only_what_it_may(path):
+    name = path.relative_to(CSRC).as_posix()
+    rules = [allowed for pattern, allowed in MAY_INCLUDE.items() if fnmatch(name, pattern)]
+    assert len(rules) == 1, f"csrc/{name} needs exactly one place in MAY_INCLUDE"
+    found = includes(path)
+    assert not [f for own, f in found if own and not any(fnmatch(f, pattern) for pattern in rules[0])]
+    others = {f for own, f in found if not own}
+    assert not {f for f in others if f.split("/")[0] in {"torch", "ATen", "c10"}}  # one wheel serves every torch
+    assert path.name.startswith("bind") or not {f for f in others if f.startswith("pybind11") or f == "Python.h"}
+    if any(fnmatch(name, pattern) for pattern in PER_ISA):
+        assert others <= PLAIN_HEADERS

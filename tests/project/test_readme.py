@@ -1,0 +1,58 @@
+"""The README shows what the program says: its generated parts are compared, its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+import benchmarks.table as speed
+from fastinterp.cli import commands
+from fastinterp.cli.info import table
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def between(name: str) -> str:
+    found = re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", README, re.DOTALL)
+    assert found, f"README.md has no markers for {name}"
+    return found[1].strip()
+
+
+def test_methods_table_is_what_the_program_prints():
+    """To renew it: `fastinterp methods --markdown`, between the markers."""
+    assert between("methods") == table()
+
+
+def test_every_command_that_the_readme_shows_exists():
+    assert isinstance(commands, click.Group)
+    known = set(commands.list_commands(click.Context(commands)))
+    shown = set(re.findall(r"^\$ fastinterp ([a-z]+)", README, re.MULTILINE))
+    assert shown, "the README shows no command"
+    assert shown <= known
+
+
+def relative_links(text: str) -> list[str]:
+    """The targets of Markdown links and images, code aside, that lead to files: no scheme, no lone `#heading`."""
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    found = re.findall(r"\]\(\s*<?([^)>\s]+)", prose) + re.findall(r"^\[[^\]]+\]:\s*<?([^>\s]+)", prose, re.MULTILINE)
+    return [t.partition("#")[0] for t in found if not re.match(r"[a-z][a-z0-9+.-]*:|#", t, re.IGNORECASE)]
+
+
+def test_links_are_found():
+    text = "[a](x.md#y) ![b](<z.png> 't') [c](https://x.org/y.md) [d](#e)\n`[f](g)`\n[h]: docs/i.md\n"
+    assert relative_links(text) == ["x.md", "z.png", "docs/i.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_relative_links_lead_somewhere(page):
+    assert [t for t in relative_links(page.read_text("utf-8")) if not (page.parent / t).exists()] == []
+
+
+def test_speed_table_is_that_of_the_committed_results():
+    """To renew it: `python -m benchmarks.table --write`."""
+    assert between("bench") == "\n".join(speed.table(*speed.load(ROOT / "benchmarks" / "results")))

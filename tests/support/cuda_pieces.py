@@ -1,0 +1,110 @@
+"""Steps of the pump in pieces, for tests of CUDA's kernels: on a GPU if there is one, else on the host's emulation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastinterp.backends import pieces
+from tests.support import backends, cuda_host
+from tests.support.cases import Guarded
+from tests.support.pumps import Raw, guarded, memory, run
+
+_WRITES = ("sinks", "offsets")
+
+
+class Rig:
+    """A device with one queue."""
+
+    def __init__(self) -> None:
+        self._name = next(name for name in ("cuda", backends.EMULATED) if name not in backends.skipped())
+        self.device = backends.cuda_module(self._name).Device(0)
+        self.queue = self.device.queue()
+        self.buffers: list[Any] = []
+
+    def put(self, raw: Raw, offset: int) -> int:
+        """The address of a copy in the device's memory, `offset` bytes off a boundary."""
+        buffer = self.device.memory(raw.size + offset)
+        self.buffers.append(buffer)
+        held = np.ascontiguousarray(raw)
+        self.queue.upload(buffer.address + offset, held.ctypes.data, held.size)
+        self.queue.record().wait()
+        return int(buffer.address) + offset
+
+    def get(self, address: int, nbytes: int) -> Raw:
+        held = np.zeros(nbytes, np.uint8)
+        self.queue.download(held.ctypes.data, address, nbytes)
+        self.queue.record().wait()
+        return held
+
+    def run(self, some: Sequence[Mapping[str, Any]]) -> list[Any]:
+        pending = self.queue.run([dict(piece) for piece in some])
+        self.queue.record().wait()
+        assert self._name == "cuda" or cuda_host.fake().wrong() == ""
+        return list(pending)
+
+
+def addressed(rig: Rig, step: Mapping[str, Any], data: Sequence[Raw], first: int, count: int, offset: int) -> Any:
+    """The piece of elements [first, first + count); its inputs lie `offset` times odd numbers off a boundary."""
+    inputs = []
+    for i, (source, _, code) in enumerate(step["inputs"]):
+        size = pieces._SIZES[code]
+        part = data[source][first * size : (first + count) * size]
+        inputs.append((rig.put(part, offset * (2 * i + 1) % 64), code))
+    kept = {key: value for key, value in step.items() if key not in _WRITES}
+    return {**kept, "inputs": inputs, "numel": count, "first": first}
+
+
+def answers(step: Mapping[str, Any], data: Sequence[Raw], offset: int = 0, most: int = 1 << 30) -> Any:
+    """What the pieces of at most so many bytes answer together."""
+    rig = Rig()
+    some = [addressed(rig, step, data, first, count, offset) for first, count in pieces.cut(step, most)]
+    return pieces.join(step, [pending.answer() for pending in rig.run(some)])
+
+
+def pump_answers(step: dict[str, Any], data: Sequence[Raw]) -> Any:
+    sources = guarded(data)
+    return run("", [step], memory(sources), []).answers()[0]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two answers hold the same bytes, every NaN being one."""
+    if isinstance(a, list):
+        return [_counts(c) for c in a] == [_counts(c) for c in b]
+    reals = [np.array(x[0], np.float64) for x in (a, b)]
+    for x in reals:
+        x[np.isnan(x)] = np.nan
+    return reals[0].tobytes() == reals[1].tobytes() and a[1].tobytes() == b[1].tobytes()
+
+
+def _counts(c: Any) -> tuple[Any, ...]:
+    return c.elements, c.above, c.zero, c.bins.tobytes()
+
+
+def written(
+    step: dict[str, Any], data: Sequence[Raw], offset: int = 0, most: int = 1 << 30, **options: Any
+) -> tuple[list[Raw], list[dict[str, float]]]:
+    """The outputs that pieces of at most so many bytes write, and their statistics together.
+
+    options  fp8_saturate and stats_every of the pieces, and stochastic
+    """
+    rig, size = Rig(), pieces._SIZES[step["out_dtype"]]
+    if not options.pop("stochastic", False):
+        step = {key: value for key, value in step.items() if key != "keys"}
+    some, cuts = [], pieces.cut(step, most)
+    for first, count in cuts:
+        outputs = [rig.put(np.full(count * size, 0x5A, np.uint8), offset * (2 * k + 5) % 64) for k in step["sinks"]]
+        some.append({**addressed(rig, step, data, first, count, offset), "outputs": outputs, **options})
+    pending = rig.run(some)
+    parts = [[rig.get(o, piece["numel"] * size) for o in piece["outputs"]] for piece in some]
+    stats = pieces.join_stats([p.stats() for p in pending])
+    return [np.concatenate(own) for own in zip(*parts, strict=True)], stats
+
+
+def pump_written(step: dict[str, Any], data: Sequence[Raw], **options: Any) -> tuple[list[Raw], list[dict[str, float]]]:
+    sources = guarded(data)
+    sinks = [Guarded(step["numel"] * pieces._SIZES[step["out_dtype"]], 5) for _ in step["sinks"]]
+    pump = run("", [step], memory(sources), memory(sinks), **options)
+    return [s.view.copy() for s in sinks], pump.stats()[0]

@@ -1,0 +1,330 @@
+"""An accelerator on host memory, with queues that are threads: what is not waited for shows as wrong bytes.
+
+Its kernels are the processor's. Delays, failures and a shortage of memory can be asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from fastinterp import _C
+from fastinterp.backends import device
+from fastinterp.errors import BackendError, OutOfMemory
+from fastinterp.ops.dtypes import DTYPES
+
+SIZES = {d.code: d.bits // 8 for d in DTYPES.values() if d.code is not None}
+POISON = 0xA5
+
+
+@dataclass
+class Fault:
+    """What goes wrong: the n-th call of this name (upload, run, download, memory, host), counted from 1, raises."""
+
+    call: str
+    at: int
+    error: type[BackendError] = BackendError
+    lasts: bool = True  # later calls fail, too
+    late: bool = False  # not the call, but what it put into the queue
+
+
+class Buffer:
+    def __init__(self, device: FakeDevice, nbytes: int, kind: str):
+        raw = np.full(nbytes + 256, POISON, np.uint8)
+        start = -int(raw.ctypes.data) % 256
+        self._bytes = raw[start : start + nbytes]
+        self._device, self._kind, self.nbytes = device, kind, nbytes
+        device.hold(kind, nbytes)
+
+    @property
+    def address(self) -> int:
+        return int(self._bytes.ctypes.data)
+
+    @property
+    def view(self) -> memoryview:
+        assert self._kind == "host"
+        return self._bytes.data
+
+    def free(self) -> None:
+        assert self.nbytes, "freed twice"
+        self._bytes[:] = POISON
+        self._device.hold(self._kind, -self.nbytes)
+        self.nbytes = 0
+
+
+class Event:
+    def __init__(self) -> None:
+        self._passed = threading.Event()
+        self.error: BaseException | None = None
+
+    def done(self) -> bool:
+        return self._passed.is_set()
+
+    def set(self, error: BaseException | None) -> None:
+        self.error = error
+        self._passed.set()
+
+    def wait(self) -> None:
+        assert self._passed.wait(60), "an event that never comes"
+        if self.error is not None:
+            raise self.error
+
+
+@dataclass
+class Pending:
+    found: Any = None
+    of: list[dict[str, float]] = field(default_factory=list)
+    event: Event = field(default_factory=Event)
+
+    def answer(self) -> Any:
+        assert self.event.done(), "asked before an event behind the piece has passed"
+        return self.found
+
+    def stats(self) -> list[dict[str, float]]:
+        assert self.event.done()
+        return self.of
+
+
+class Queue:
+    handle = 0
+
+    def __init__(self, device: FakeDevice):
+        self._device = device
+        self._work: SimpleQueue[Callable[[], None] | Event] = SimpleQueue()
+        self._error: BaseException | None = None
+        threading.Thread(target=self._go, daemon=True).start()
+
+    def _go(self) -> None:
+        while True:
+            work = self._work.get()
+            if isinstance(work, Event):
+                work.set(self._error)
+                continue
+            time.sleep(random.random() * self._device.jitter)
+            if self._error is None:
+                try:
+                    work()
+                except BaseException as error:  # a mistake of the test shows where the event is waited for
+                    self._error = error
+
+    def _put(self, name: str, nbytes: int, work: Callable[[], None]) -> None:
+        late = self._device.count(name)
+
+        def slow() -> None:
+            time.sleep(nbytes / self._device.bytes_per_s)
+            if late is not None:
+                raise late
+            work()
+
+        self._work.put(slow)
+
+    def upload(self, to: int, host: int, nbytes: int) -> None:
+        self._device.check("memory", to, nbytes)
+        self._device.check("host", host, nbytes)
+        self._put("upload", nbytes, lambda: _copy(to, host, nbytes))
+
+    def download(self, host: int, of: int, nbytes: int) -> None:
+        self._device.check("memory", of, nbytes)
+        self._device.check("host", host, nbytes)
+        self._put("download", nbytes, lambda: _copy(host, of, nbytes))
+
+    def run(self, pieces: Sequence[Mapping[str, Any]]) -> list[device.Pending]:
+        pendings = [Pending() for _ in pieces]
+        assert pieces
+        for piece in pieces:
+            assert not {"sinks", "offsets", "masks"} & piece.keys()
+            assert all(address % 256 == 0 for address in (*(a for a, _ in piece["inputs"]), *piece.get("outputs", ())))
+
+        def work() -> None:
+            for piece, pending in zip(pieces, pendings, strict=True):
+                pending.found, pending.of = computed(piece)
+
+        self._put("run", 0, work)
+        for pending in pendings:
+            self._work.put(pending.event)
+        self._device.pieces += len(pieces)
+        return [*pendings]
+
+    def record(self) -> Event:
+        event = Event()
+        self._work.put(event)
+        return event
+
+    def after(self, event: device.Event) -> None:
+        assert isinstance(event, Event)
+
+        def wait() -> None:
+            event._passed.wait(60)
+            if event.error is not None:
+                raise event.error
+
+        self._work.put(wait)
+
+
+class FakeDevice:
+    """bytes_per_s  of each copy; jitter: seconds of delay at most before everything; room: bytes of device memory."""
+
+    backend, label = "fake", "Fake"
+
+    def __init__(
+        self,
+        ordinal: int = 0,
+        *,
+        bytes_per_s: float = float("inf"),
+        jitter: float = 0.0,
+        room: int = 1 << 40,
+        faults: Sequence[Fault] = (),
+        refuses: Callable[[Mapping[str, Any]], str | None] = lambda step: None,
+    ):
+        self.name = f"cuda:{ordinal}"
+        self.bytes_per_s, self.jitter, self.room, self.faults = bytes_per_s, jitter, room, list(faults)
+        self.held = {"host": 0, "memory": 0}
+        self.most = {"host": 0, "memory": 0}
+        self.calls: dict[str, int] = {}
+        self.pieces = 0
+        self._refuses = refuses
+        self._buffers: list[Buffer] = []
+        self._lock = threading.Lock()
+
+    def free_bytes(self) -> int:
+        return self.room - self.held["memory"]
+
+    def hold(self, kind: str, nbytes: int) -> None:
+        with self._lock:
+            self.held[kind] += nbytes
+            self.most[kind] = max(self.most[kind], self.held[kind])
+
+    def count(self, name: str) -> BackendError | None:
+        """Count a call. Raises what is to go wrong with it, or returns it, if that is to be later."""
+        with self._lock:
+            self.calls[name] = at = self.calls.get(name, 0) + 1
+        for fault in self.faults:
+            if fault.call == name and (at == fault.at or (fault.lasts and at > fault.at)):
+                error = fault.error(f"{name} {at} of {self.name} failed on purpose")
+                if fault.late:
+                    return error
+                raise error
+        return None
+
+    def check(self, kind: str, address: int, nbytes: int) -> None:
+        assert any(
+            b._kind == kind and b.nbytes and b.address <= address and address + nbytes <= b.address + b.nbytes
+            for b in self._buffers
+        ), f"{nbytes} bytes at {address} are in no {kind} buffer"
+
+    def memory(self, nbytes: int) -> Buffer:
+        self.count("memory")
+        if self.held["memory"] + nbytes > self.room:
+            raise OutOfMemory(f"{self.name}: out of memory, {nbytes} bytes")
+        return self._kept(Buffer(self, nbytes, "memory"))
+
+    def host(self, nbytes: int) -> Buffer:
+        self.count("host")
+        return self._kept(Buffer(self, nbytes, "host"))
+
+    def _kept(self, buffer: Buffer) -> Buffer:
+        self._buffers = [b for b in self._buffers if b.nbytes] + [buffer]
+        return buffer
+
+    def queue(self, handle: int | None = None) -> Queue:
+        return Queue(self)
+
+    def refuses(self, step: Mapping[str, Any]) -> str | None:
+        keeps = [*step.get("keeps", ()), *(t["keep"] for m in step.get("masked", ()) for t in m["terms"])]
+        if any(keep["lo"] != keep["hi"] for keep in keeps):
+            return "random keeps by rank"
+        if step["kind"] == "divergence":
+            return "divergence"
+        if step["kind"] == "histogram" and step["score"] is not None:
+            return "scores in a histogram"
+        return self._refuses(step)
+
+
+def _copy(to: int, of: int, nbytes: int) -> None:
+    ctypes.memmove(to, of, nbytes)
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def computed(piece: Mapping[str, Any]) -> tuple[Any, list[dict[str, float]]]:
+    """A piece, by the processor: (answer, stats)."""
+    codes = [code for _, code in piece["inputs"]]
+    if piece["kind"] == "combine" and piece.get("per", "tensor") == "tensor":
+        keys = piece.get("keys", [])
+        return None, _C.combine(
+            [address for address, _ in piece["inputs"]], codes, piece["rows"], piece["outputs"], piece["out_dtype"],
+            piece["numel"], first=piece["first"], stochastic=bool(keys), keys=keys,
+            fp8_saturate=piece["fp8_saturate"], stats_every=piece["stats_every"],
+        )  # fmt: skip
+    if "outputs" not in piece and piece["kind"] != "kept":
+        sources = [("memory", a, piece["numel"] * SIZES[code]) for a, code in piece["inputs"]]
+        whole = {**piece, "columns": piece["numel"]} if piece["kind"] == "histogram" else piece
+        return _pump(whole, sources, [], piece["numel"]).answers()[0], []
+    return _embedded(piece, codes)
+
+
+def _embedded(piece: Mapping[str, Any], codes: Sequence[int]) -> tuple[Any, list[dict[str, float]]]:
+    """The piece at its place in a tensor of zeros, from which its random numbers and groups follow; less what the zeros
+    before it count."""
+    first, count = piece["first"], piece["numel"]
+    numel = _whole(piece, first + count)
+    sources, sinks, held = [], [], []
+    for address, code in piece["inputs"]:
+        x = np.zeros(numel * SIZES[code], np.uint8)
+        _copy(x.ctypes.data + first * SIZES[code], address, count * SIZES[code])
+        held.append(x)
+        sources.append(("memory", x.ctypes.data, x.nbytes))
+    width = SIZES[piece["out_dtype"]] if "outputs" in piece else 0
+    for _ in piece.get("outputs", ()):
+        held.append(np.zeros(numel * width, np.uint8))
+        sinks.append(("memory", held[-1].ctypes.data, held[-1].nbytes))
+    pump = _pump(piece, sources, sinks, numel)
+    for address, (_, made, _) in zip(piece.get("outputs", ()), sinks, strict=True):
+        _copy(address, made + first * width, count * width)
+    stats = [dict.fromkeys(s, 0.0) for s in pump.stats()[0]]  # those of zeros would be among them
+    if "outputs" in piece:
+        return None, stats
+    reals, counts = pump.answers()[0]
+    for x, code in zip(held, codes, strict=True):
+        x[first * SIZES[code] : (first + count) * SIZES[code]] = 0
+    zeros = np.asarray(_pump(piece, sources, [], numel).answers()[0][1])
+    return (reals, memoryview((np.asarray(counts) - zeros).tobytes()).cast("q")), []
+
+
+def _whole(piece: Mapping[str, Any], end: int) -> int:
+    """Elements of a tensor that has this piece, in whole rows; of as many rows as numbers for each row are given."""
+    columns = piece.get("columns", 1)
+    rows = -(-end // columns)
+    if piece.get("per") == "row":
+        rows = len(piece["rows"][0][1])
+    for score in (piece.get("score"), *(m["score"] for m in piece.get("masked", ()))):
+        if score is not None and score[2]:
+            rows = len(score[2]) // 4
+    return rows * columns
+
+
+def _pump(piece: Mapping[str, Any], sources: list[Any], sinks: list[Any], numel: int) -> _C.Pump:
+    left_out = ("inputs", "outputs", "first", "numel", "stats_every", "fp8_saturate")
+    step: dict[str, Any] = {k: v for k, v in piece.items() if k not in left_out}
+    step |= {"inputs": [(i, 0, code) for i, (_, code) in enumerate(piece["inputs"])], "numel": numel}
+    if sinks:
+        step |= {"sinks": list(range(len(sinks))), "offsets": [0] * len(sinks)}
+    pump = _C.Pump(
+        "", sources, sinks, [step], threads=1, write_bytes=1 << 16, read_bytes=1 << 16,
+        stochastic="keys" in piece, fp8_saturate=piece.get("fp8_saturate", True), prefetch=False,
+        stats_every=piece.get("stats_every", 0),
+    )  # fmt: skip
+    pump.start()
+    assert pump.wait(60)
+    pump.join()
+    assert pump.error() is None, pump.error()
+    return pump

@@ -1,0 +1,59 @@
+"""What is Triton's own of a device: errors, and which versions are right. Its kernels are tested in test_gpu.py.
+
+Run by test_triton.py in a process of its own, since Triton decides at its import whether it compiles or interprets:
+
+    TRITON_INTERPRET=1 python -m pytest tests/support/triton_interpreted.py
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from fastinterp.backends.triton.device import TritonDevice, missing
+from fastinterp.errors import BackendError, OutOfMemory
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton would compile")
+
+
+def test_names():
+    device = TritonDevice()
+    assert (device.name, device.backend, device.label) == ("triton:0", "triton", "Triton's interpreter")
+
+
+def test_too_little_memory():
+    with pytest.raises(OutOfMemory, match=r"^memory of 1152921504606846976 bytes on triton:0: "):
+        TritonDevice().memory(1 << 60)
+
+
+def test_errors_name_call_and_device(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("a launch failed\nand more")
+
+    monkeypatch.setattr("fastinterp.backends.triton.combine.combine", fails)
+    piece = {"kind": "combine", "numel": 10}
+    what = r"^kernels for 1 pieces, at most 80 bytes an operand, on triton:0: a launch failed$"
+    with pytest.raises(BackendError, match=what):
+        TritonDevice().queue().run([piece])
+
+
+def test_tritons_that_round_differently(monkeypatch):
+    monkeypatch.setattr("triton.__version__", "3.8.1+git")
+    assert missing() == "triton 3.8.1+git rounds differently: 3.9 or newer is needed"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert missing() == ""
+    monkeypatch.setattr("triton.__version__", "3.5.0")
+    assert missing() == "triton 3.5.0 rounds differently: 3.6 or newer is needed"
+
+
+def test_devices_that_are_not_there():
+    with pytest.raises(BackendError, match="device triton:1 cannot be used: there are 1, numbered from 0"):
+        TritonDevice(1)
+
+
+def test_what_is_refused():
+    refuses = TritonDevice().refuses
+    assert refuses({"kind": "divergence", "inputs": []}) == "the divergence of rows"
+    assert refuses({"kind": "combine", "inputs": [([(0, 0, 1)], 3, b"")]}) == "rows gathered from several places"
