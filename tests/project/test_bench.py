@@ -71,6 +71,7 @@ def test_race_of_all_that_need_no_network(tmp_path, recipe):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_models_of_ones_own(tiny, tmp_path):
     """They are raced on, not touched; the table names what was measured."""
     before = {p: p.stat().st_mtime_ns for p in tiny.rglob("*")}
@@ -84,6 +85,7 @@ def test_models_of_ones_own(tiny, tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in tiny.rglob("*")}
 
 
+@pytest.mark.slow
 def test_models_are_made_where_asked_and_kept(tmp_path):
     done = run_bench(
         "--models", tmp_path / "kept", "--size", "tiny", "--against", "copy", "--runs", 1, "--dir", tmp_path
@@ -92,6 +94,7 @@ def test_models_are_made_where_asked_and_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_dir()) == ["base", "ft1", "ft2", "kept"]
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_nothing(tmp_path):
     """Not the scratch folder, and not the command that was running."""
     args = ["--size", "tiny", "--against", "copy", "--runs", "1000", "--dir", str(tmp_path)]
@@ -118,6 +121,7 @@ def commands_running() -> str:
     return "\n".join(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cold", [False, True])
 def test_page_cache_that_the_system_does_not_tell_of(tiny, tmp_path, monkeypatch, cold):
     """As of files of another user: the race goes on, and says that it does not know."""
