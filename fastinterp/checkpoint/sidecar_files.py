@@ -28,12 +28,6 @@ _PATTERNS = (
 )  # fmt: skip
 _NEVER = (WEIGHTS, *PICKLES, *OTHER_WEIGHTS, ".py", ".index.json")
 
-# What transformers calls the dtypes, in config.json.
-_TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-}  # fmt: skip
-
 
 def is_sidecar(name: str) -> bool:
     """True for a file that belongs to a model beside its weights. Never weights, code or optimizer state."""
@@ -79,9 +73,9 @@ def with_dtype(config: bytes, dtype: DType, file: str = "config.json") -> bytes:
     Only keys that are there are set. The bytes come back untouched if nothing changes.
     """
     table = parse_object(config.lstrip(), "the model configuration", file)
-    if dtype.name not in _TORCH_NAMES:
+    if not dtype.library_name:
         raise CheckpointError(f"the model configuration has no name for dtype {dtype}", file=file)
-    if not _set_dtype(table, _TORCH_NAMES[dtype.name]):
+    if not _set_dtype(table, dtype.library_name):
         return config
     return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
 

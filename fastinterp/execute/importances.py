@@ -10,8 +10,6 @@ from fastinterp.messages import plain
 from fastinterp.plan.plan import Plan
 
 _CODES: Any = {1: "B", 2: "H", 4: "I", 8: "Q"}  # unsigned integers of so many bytes
-# Code of Inf, or of the largest number where there is none.
-_INFINITE = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x7C00, "BF16": 0x7F80, "F8_E4M3": 0x7E, "F8_E5M2": 0x7C}
 
 
 def negative_importances(plan: Plan) -> list[str]:
@@ -34,5 +32,7 @@ def _below_0(plan: Plan, i: int, entry: Entry) -> bool:
     data, size = read_bytes(plan, i, entry, limit=entry.nbytes), entry.nbytes // entry.numel
     if max(data[size - 1 :: size]) < 0x80:  # the bytes with the signs: nearly always
         return False
-    sign, infinite = 1 << 8 * size - 1, _INFINITE[entry.dtype.name]
+    layout = entry.dtype.layout
+    assert layout is not None  # side-cars merge
+    sign, infinite = layout.sign, layout.infinite
     return any(sign < code <= sign + infinite for code in memoryview(data).cast(_CODES[size]))

@@ -25,8 +25,6 @@ from fastinterp.plan.tensors import PlannedTensor, must_agree
 _AGREE_BYTES = 1 << 20  # of a tensor that must be the same in all models
 _NOISY = 0.7  # a share of signal below this is worth a word
 
-# Exponent bias and bits of the mantissa.
-_FP8 = {"F8_E4M3": (7, 3), "F8_E5M2": (15, 2)}
 _WIDTH = 0.8  # mean |d| of normally distributed d, in standard deviations
 
 
@@ -162,7 +160,7 @@ def _note(
     beside = found.models.setdefault((b, a), Against())
     beside.changed += nonzero[1]
     beside.numel += x.numel
-    rounded = [(i, e) for i, e in reads if e.dtype.name in _FP8]
+    rounded = [(i, e) for i, e in reads if e.dtype.merges and e.dtype.bits == 8]
     if rounded and math.isfinite(dd):
         # The steps of one are those of the other, where both are rounded: their deltas are small.
         steps, steps2 = _steps(plan, *rounded[0])
@@ -176,7 +174,9 @@ def _note(
 
 def _steps(plan: Plan, i: int, entry: Entry) -> tuple[float, float]:
     """Sum of the distances from each element to its neighbours in its dtype of 8 bits, and of their squares."""
-    bias, bits = _FP8[entry.dtype.name]
+    layout = entry.dtype.layout
+    assert layout is not None
+    bias, bits = layout.bias, layout.mantissa
     steps = steps2 = 0.0
     for code, count in Counter(read_bytes(plan, i, entry, limit=entry.nbytes)).items():
         step = 2.0 ** (max((code & 0x7F) >> bits, 1) - bias - bits)
