@@ -303,5 +303,7 @@ def test_kernels_import_triton_and_leaves_alone(path):
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             assert {alias.name for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom) and node.module == "fastinterp.ops":
+            assert [alias.name for alias in node.names] == ["contract"]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and (node.module in allowed or str(node.module).startswith("fastinterp._triton."))
