@@ -40,7 +40,7 @@ GFX942 = GPUTarget("hip", "gfx942", 64)
 BF16, F16, F32, F64, E4M3 = 3, 2, 1, 0, 4
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_interpreted_kernels_give_the_bytes_of_the_reference():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["tests/devices/test_gpu.py", "tests/support/triton_interpreted.py"]
