@@ -170,6 +170,7 @@ def test_elements_move_in_16_bytes(n, dtype, target):
     assert stores == ["cs.v4.b32"] * vectors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["masked", "measure", "histogram", "kept"])
 def test_other_kernels_load_16_or_8_bytes(kernel):
     loads, _ = memory_of(case(kernel, SM90).asm["ptx"])
