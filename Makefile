@@ -2,7 +2,7 @@
 # tests in one process.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test oracle check lint format werror neon cuda-check gpu-test gpu-bench bench race paper paper-quick clean distclean
+.PHONY: help demo test oracle check compare lint format werror neon cuda-check gpu-test gpu-bench bench race paper paper-quick clean distclean
 
 PYTHON ?= python3
 SIZE ?= 1b
@@ -97,6 +97,10 @@ oracle: $(VENV)/.built $(ORACLE_VENV)/.installed ## every method of mergekit, co
 
 check: lint ## lint and the quick tests
 	@$(PY) -m pytest --quiet -m "not slow" $(SHARED)
+
+compare: $(VENV)/.built ## the bytes of all outputs, against those of another build: BEFORE=its Python, or its folder
+	@test -n "$(BEFORE)" || { echo "fastinterp: BEFORE= names a Python or a source tree with the other build" >&2; exit 2; }
+	@$(PY) -m benchmarks.compare_builds "$(BEFORE)" "$(or $(AFTER),$(PY))"
 
 lint: $(VENV)/.built ## ruff, mypy, clang-format, codespell; changes nothing
 	$(PY) -m ruff check .

@@ -49,7 +49,8 @@ def _object(source: Path) -> Path:
 @cache
 def library() -> Path:
     """The extension's file, in build/cuda_host."""
-    sources = sorted([*(CSRC / "cuda").rglob("*.cpp"), *(CSRC / "cuda").rglob("*.cu"), *HERE.glob("*.cpp")])
+    cuda = [path for path in (CSRC / "cuda").rglob("*.c*") if path.suffix in (".cpp", ".cu")]
+    sources = sorted([CSRC / "binding" / "parse.cpp", *cuda, *HERE.glob("*.cpp")])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(path) for path in pool.map(_object, sources)]
     flags = ["-shared", "-pthread", *objects]
