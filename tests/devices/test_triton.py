@@ -44,7 +44,7 @@ GFX942 = GPUTarget("hip", "gfx942", 64)
 BF16, F16, F32, F64, E4M3 = 3, 2, 1, 0, 4
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_interpreted_kernels_give_the_bytes_of_the_reference():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["tests/devices/test_gpu.py", "tests/support/triton_interpreted.py"]
@@ -174,6 +174,7 @@ def test_elements_move_in_16_bytes(n, dtype, target):
     assert stores == ["cs.v4.b32"] * vectors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["masked", "measure", "histogram", "kept"])
 def test_other_kernels_load_16_or_8_bytes(kernel):
     loads, _ = memory_of(case(kernel, SM90).asm["ptx"])
