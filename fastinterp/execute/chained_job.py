@@ -12,21 +12,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastinterp.checkpoint.header import Entry
 from fastinterp.errors import OutputError
 from fastinterp.execute.jobs import Job, Result
-from fastinterp.execute.sources import Operand, storage
+from fastinterp.execute.sources import Sources, storage
 from fastinterp.execute.tensor_io import Step
-from fastinterp.plan.tensors import MadeEntry, PlannedTensor
+from fastinterp.plan.inputs import GatheredInput, IntermediateInput, Operand, PlannedTensor, StoredInput, TensorInput
 
 if TYPE_CHECKING:
     from fastinterp.execute.densities import Density
 
 _ALIGN = 4096  # bytes
 
-# The operand of an input; and the job of a tensor: with its operands, at an offset in the file, or None: in the output.
-Find = Callable[[int, Entry], Operand]
-Make = Callable[[PlannedTensor, Find, int | None], Job]
+# The job of a tensor: with the operand of each input, at an offset in the file, or None: in the output.
+Make = Callable[[PlannedTensor, Callable[[TensorInput], Operand], int | None], Job]
 
 
 class Scratch:
@@ -67,11 +65,11 @@ class Staged(Job):
     stages  the tensors in the order in which they are made; the last one is written to the output
     """
 
-    def __init__(self, stages: Sequence[PlannedTensor], scratch: Scratch, find: Find, make: Make):
+    def __init__(self, stages: Sequence[PlannedTensor], scratch: Scratch, sources: Sources, make: Make):
         self.stats, self.done = [], False
         self._cost = sum(entry.nbytes for stage in stages for entry in stage.entries)
         self._waiting = list(stages)
-        self._scratch, self._find, self._make = scratch, find, make
+        self._scratch, self._sources, self._make = scratch, sources, make
         self._rooms: dict[int, tuple[int, int]] = {}  # id of a tensor -> where it is
         self.now: Job | None = None
 
@@ -125,7 +123,16 @@ class Staged(Job):
             self.now = self._make(stage, self._operand, offset)
         return self.now
 
-    def _operand(self, checkpoint: int, entry: Entry) -> Operand:
-        if isinstance(entry, MadeEntry):
-            return self._scratch.source, self._rooms[id(entry.made)][1], entry.dtype.code or 0
-        return self._find(checkpoint, entry)
+    def _operand(self, tensor: TensorInput) -> Operand:
+        return tensor.open(self)
+
+    # What inputs are opened with.
+
+    def stored(self, tensor: StoredInput) -> Operand:
+        return self._sources.operand(tensor)
+
+    def gathered(self, tensor: GatheredInput) -> Operand:
+        return self._sources.operand(tensor)
+
+    def intermediate(self, tensor: IntermediateInput) -> Operand:
+        return self._scratch.source, self._rooms[id(tensor.tensor)][1], tensor.dtype.code or 0

@@ -310,7 +310,7 @@ def report_on(
 
 
 def _importances(plan: Plan) -> list[str]:
-    if not any(recipe.sidecars for recipe in plan.recipes) and not any(t.first for t in plan.tensors):
+    if not any(recipe.sidecars for recipe in plan.recipes) and not any(t.before for t in plan.tensors):
         return []
     from fastinterp.execute.importances import negative_importances
 

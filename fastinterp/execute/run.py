@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.checkpoint.header import Entry
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.jobs import Job
 from fastinterp.execute.rounds import Machine, Placed, drive
 from fastinterp.execute.sinks import Sinks
-from fastinterp.execute.sources import Operand, Sources, remedy
+from fastinterp.execute.sources import Sources, remedy
 from fastinterp.execute.tensor_io import Place, Step
 from fastinterp.ops.combine import philox_key
+from fastinterp.plan.inputs import Operand, PlannedTensor, TensorInput
 from fastinterp.plan.plan import Plan
-from fastinterp.plan.tensors import MadeEntry, PlannedTensor, must_agree
+from fastinterp.plan.tensors import must_agree
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device
@@ -66,8 +66,8 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
 
     Raises: UsageError, if even the smallest does not fit.
     """
-    inputs, outputs = max(len(s.inputs) for t in plan.tensors for s in (*t.first, t)), len(plan.recipes)
-    asks = any(s.program is not None for t in plan.tensors for s in (*t.first, t))
+    inputs, outputs = max(len(s.inputs) for t in plan.tensors for s in t.stages), len(plan.recipes)
+    asks = any(s.program is not None for t in plan.tensors for s in t.stages)
     read, write = _pages(max(16 << 10, min(64 << 10, (512 << 10) // inputs))), 128 << 10
     while True:
         window = Window(threads, write, read, inputs, outputs, max_memory, asks)
@@ -83,7 +83,7 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
 
 def fitting_outputs(plan: Plan, threads: int, max_memory: int) -> int:
     """How many outputs of such a plan one read can make within `max_memory`; at least 1."""
-    inputs = max(len(s.inputs) for t in plan.tensors for s in (*t.first, t))
+    inputs = max(len(s.inputs) for t in plan.tensors for s in t.stages)
     fixed, each = (Window(threads, 4096, 4096, i, k, max_memory, False).plain_bytes for i, k in ((inputs, 0), (0, 1)))
     return max(1, (max_memory - fixed) // each)
 
@@ -162,10 +162,9 @@ def opened(
     isa = cpu_isa()
     window = make_window(plan, cpu_threads(threads), max_memory - _slots(devices, max_memory))
     with ExitStack() as stack:
-        every = [s for t in plan.tensors for s in (*t.first, t)]
-        pairs = (pair for s in every for pair in zip(s.inputs, s.entries, strict=True))
-        reads = [(i, e) for i, e in pairs if not isinstance(e, MadeEntry)]
-        sources = Sources(plan.checkpoints, reads, stack, sinks.files, sinks.scratch)
+        every = [s for t in plan.tensors for s in t.stages]
+        inputs = (tensor for s in every for tensor in s.entries)
+        sources = Sources(plan.opened, inputs, stack, sinks.files, sinks.scratch)
         sinks.open(stack)
         recipe = plan.recipes[0]
         scratch = _scratch(plan, sources, sinks, stack, sinks.scratch) if len(every) > len(plan.tensors) else None
@@ -255,15 +254,15 @@ def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folde
 
 def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: Sinks, scratch: Scratch | None) -> Job:
     stochastic = plan.recipes[0].rounding == "stochastic"
-    if scratch is None or not tensor.first:
+    if scratch is None or not tensor.before:
         return _job_at(tensor, stochastic, sources.operand, *_places(sinks, tensor.name))
     from fastinterp.execute.chained_job import Staged
 
-    def make(stage: PlannedTensor, operand: Callable[[int, Entry], Operand], offset: int | None) -> Job:
+    def make(stage: PlannedTensor, operand: Callable[[TensorInput], Operand], offset: int | None) -> Job:
         where = _places(sinks, tensor.name) if offset is None else ([scratch.sink], [offset])
         return _job_at(stage, stochastic, operand, *where)
 
-    return Staged((*tensor.first, tensor), scratch, sources.operand, make)
+    return Staged(tensor.stages, scratch, sources, make)
 
 
 def _places(sinks: Sinks, name: str) -> tuple[Sequence[int], Sequence[int]]:
@@ -274,7 +273,7 @@ def _places(sinks: Sinks, name: str) -> tuple[Sequence[int], Sequence[int]]:
 def _job_at(
     tensor: PlannedTensor,
     stochastic: bool,
-    operand: Callable[[int, Entry], Operand],
+    operand: Callable[[TensorInput], Operand],
     numbers: Sequence[int],
     offsets: Sequence[int],
 ) -> Job:
@@ -283,7 +282,7 @@ def _job_at(
     place = Place(
         name=tensor.name,
         shape=tensor.shape,
-        operands=tuple(operand(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True)),
+        operands=tuple(operand(entry) for entry in tensor.entries),
         nbytes=tuple(e.nbytes for e in tensor.entries),
         out_dtype=tensor.dtype.code or 0,
         out_bytes=(tensor.dtype.nbytes(tensor.numel) or 0) if tensor.merged else tensor.entries[0].nbytes,

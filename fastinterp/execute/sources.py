@@ -4,83 +4,82 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from fastinterp.backends.cpu import cached_fraction
-from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint, changed_since
 from fastinterp.errors import CheckpointError, StorageError
-from fastinterp.tokenizer.embedding_rows import MappedEntry
+from fastinterp.plan.inputs import GatheredInput, IntermediateInput, Operand, StoredInput, TensorInput
 
 _SPARE_FDS = 64  # for everything that is neither input nor output
 
 
-# (source, byte offset, dtype code); gathered: ([(source, byte offset, rows)], dtype code, i64[rows of the output]).
-Operand = tuple[Any, Any, Any]
-
-
 class Sources:
-    """The files that hold some entries of some checkpoints, open for reading until `stack` closes.
+    """The files of inputs, open for reading until `stack` closes; rows that have to be gathered are found.
 
-    reads    (checkpoint, entry) of every tensor that will be read
-    outputs  files that will be open for writing at the same time
-    scratch  folder for the rows of embeddings that are moved; None: the system's for temporary files
+    checkpoints  those that must not change meanwhile
+    inputs       every tensor that will be read
+    outputs      files that will be open for writing at the same time
+    scratch      folder for the rows of embeddings that are moved; None: the system's for temporary files
     Raises: StorageError, if a file cannot be opened.
     """
 
     def __init__(
         self,
-        checkpoints: Sequence[Checkpoint],
-        reads: Iterable[tuple[int, Entry]],
+        checkpoints: Iterable[Checkpoint],
+        inputs: Iterable[TensorInput],
         stack: ExitStack,
         outputs: int = 0,
         scratch: Path | None = None,
     ):
-        every = list(reads)
-        moved = {_moved_key(i, e): (i, e) for i, e in every if isinstance(e, MappedEntry)}
-        needed = [checkpoints[i].files[f] for i, f in sorted({(i, e.file) for i, e in every})]
-        needed += [place[0] for _, e in moved.values() for m in e.models if (place := e.sources[m])]
-        needed = list(dict.fromkeys(needed))
-        _allow_files(len(needed) + len(moved) + outputs)
+        every = list({tensor.key: tensor for tensor in inputs if tensor.files}.values())
+        needed = list(dict.fromkeys(path for tensor in every for path in tensor.files))
+        moved = sum(tensor.moves_rows for tensor in every)
+        _allow_files(len(needed) + moved + outputs)
         self.paths: list[Path] = []
         self.fds: list[int] = []
-        self._checkpoints = checkpoints
+        self._checkpoints = tuple(checkpoints)
         self._number: dict[Path, int] = {}
+        self._scratch, self._stack = scratch, stack
         for path in needed:
             with storage(path):
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, fd)
             self._number[path] = self.add(fd, path)
-        self._moved = {
-            key: self._gathered(e, checkpoints[i].files[e.file], scratch, stack) for key, (i, e) in moved.items()
-        }
+        self._operands: dict[Hashable, Operand] = {}
+        for tensor in every:
+            self._operands[tensor.key] = tensor.open(self)
 
     def add(self, fd: int, path: Path) -> int:
-        """One more, which is open already."""
+        """The number of one more file, which is open already."""
         self.fds.append(fd)
         self.paths.append(path)
         return len(self.fds) - 1
 
-    def _gathered(self, entry: MappedEntry, path: Path, scratch: Path | None, stack: ExitStack) -> Operand:
+    def operand(self, tensor: TensorInput) -> Operand:
+        """One of the inputs as the pump takes it."""
+        return self._operands[tensor.key]
+
+    def stored(self, tensor: StoredInput) -> Operand:
+        return self._number[tensor.path], tensor.start, tensor.dtype.code or 0
+
+    def gathered(self, tensor: GatheredInput) -> Operand:
         from fastinterp.execute.gather_rows import gather
 
-        with storage(scratch or Path("a temporary file")):
-            found = gather(entry, scratch, stack)
-        made = None if found.made is None else self.add(found.made, path)
-        code = entry.dtype.code or 0
-        if found.rows is None:
+        with storage(self._scratch or Path("a temporary file")):
+            rows = gather(tensor, self._scratch, self._stack)
+        made = None if rows.made is None else self.add(rows.made, tensor.files[0])
+        code = tensor.dtype.code or 0
+        if rows.rows is None:
             return made or 0, 0, code
-        parts = [(self._number[path], start, rows) for path, start, rows in found.parts]
-        return parts + ([] if made is None else [(made, 0, found.made_rows)]), code, found.rows
+        parts = [(self._number[path], start, count) for path, start, count in rows.parts]
+        return parts + ([] if made is None else [(made, 0, rows.made_rows)]), code, rows.rows
 
-    def operand(self, checkpoint: int, entry: Entry) -> Operand:
-        """A tensor as the pump takes it."""
-        if isinstance(entry, MappedEntry):
-            return self._moved[_moved_key(checkpoint, entry)]
-        return self._number[self._checkpoints[checkpoint].files[entry.file]], entry.start, entry.dtype.code or 0
+    def intermediate(self, tensor: IntermediateInput) -> Operand:
+        raise LookupError(f"{tensor.name} is in no file before a chained job has made it")
 
     def cached(self) -> bool:
         """Whether all files are known to be in the page cache, so that nothing need be read ahead."""
@@ -115,14 +114,6 @@ def gathers(operands: Iterable[Operand]) -> bool:
 def dtype_code(operand: Operand) -> int:
     code: int = operand[1] if gathers([operand]) else operand[2]
     return code
-
-
-def _moved_key(checkpoint: int, entry: MappedEntry) -> tuple[object, ...]:
-    """Tensors that are one in the file, as tied ones are, are moved once into the same vocabulary; but beside models
-    that are not tied, the rows that they lack come from different tensors.
-    """
-    sources = tuple(None if place is None else (place[0], place[1].start) for place in entry.sources)
-    return checkpoint, entry.file, entry.start, id(entry.rows), sources
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastinterp.execute.sources import Operand, gathers
+from fastinterp.execute.sources import gathers
 from fastinterp.ops.combine import Row, renumbered
+from fastinterp.plan.inputs import Operand
 
 
 @dataclass(frozen=True, slots=True)

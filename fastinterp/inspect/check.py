@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
 from fastinterp.messages import WIDTH, counted, plain
+from fastinterp.plan.models import Model, open_model
 from fastinterp.recipe.chain import not_there, references
 from fastinterp.recipe.check import against, inspect
 from fastinterp.recipe.document import Document, Source, read_all
@@ -190,18 +190,18 @@ def _wrapped(title: str, finding: Finding) -> list[str]:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def _open_all(documents: Sequence[Document], recipes: Sequence[Recipe], found: _Findings) -> dict[str, Checkpoint]:
+def _open_all(documents: Sequence[Document], recipes: Sequence[Recipe], found: _Findings) -> dict[str, Model]:
     """All checkpoints that are named, whatever else is wrong; those that cannot be opened are findings."""
     named = [d.value.get("name") for d in documents if isinstance(d.value, dict)]
     made = {name for name in (*named, *(r.name for r in recipes)) if isinstance(name, str)}
-    opened: dict[str, Checkpoint] = {}
+    opened: dict[str, Model] = {}
     failed: set[str] = set()
     told = {fault.path for fault in found.wrong}
     for name, document, path in _named(documents, recipes):
         if path in told or name in made or name in failed or any(same_model(name, known) for known in opened):
             continue
         try:
-            opened[name] = open_checkpoint(name)
+            opened[name] = open_model(name)
         except (CheckpointError, StorageError) as error:
             failed.add(name)
             place = path, document.error("", path).line
@@ -228,7 +228,7 @@ def _named(documents: Sequence[Document], recipes: Sequence[Recipe]) -> Iterator
 def _looked_at(
     recipe: Recipe,
     recipes: Sequence[Recipe],
-    opened: Mapping[str, Checkpoint],
+    opened: Mapping[str, Model],
     made: Mapping[int, _Made],
     found: _Findings,
 ) -> _Made | None:
@@ -262,7 +262,7 @@ def _looked_at(
 
 
 def _models(
-    recipe: Recipe, opened: Mapping[str, Checkpoint], made: Mapping[int, _Made], found: _Findings
+    recipe: Recipe, opened: Mapping[str, Model], made: Mapping[int, _Made], found: _Findings
 ) -> tuple[list[Collection[str]], bool]:
     """The tensors of a recipe's models, and whether these could be made to fit each other."""
     from fastinterp.plan.vocabularies import fit_models
@@ -287,15 +287,15 @@ def _tokenizer(recipe: Recipe) -> tuple[str, int | None] | None:
     return (f"$.{keys[0]}", recipe.document.error("", f"$.{keys[0]}").line) if keys else None
 
 
-def _names(recipe: Recipe, name: str, opened: Mapping[str, Checkpoint], made: Mapping[int, _Made]) -> Collection[str]:
+def _names(recipe: Recipe, name: str, opened: Mapping[str, Model], made: Mapping[int, _Made]) -> Collection[str]:
     return made[recipe.earlier[name]].names if name in recipe.earlier else _of(opened, name).tensors
 
 
-def _of(opened: Mapping[str, Checkpoint], name: str) -> Checkpoint:
+def _of(opened: Mapping[str, Model], name: str) -> Model:
     return next(c for known, c in opened.items() if same_model(name, known))
 
 
-def _differing(recipe: Recipe, models: Sequence[Checkpoint]) -> list[ShapeError]:
+def _differing(recipe: Recipe, models: Sequence[Model]) -> list[ShapeError]:
     """Tensors that one model has and another lacks, of every model where they are merged whole. Where that is so, the
     shapes of the others are told, too; where it is not, the plan tells them.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from fastinterp.backends.registry import cpu_threads, maybe_devices
@@ -13,11 +13,10 @@ from fastinterp.execute.device_choice import choose
 from fastinterp.execute.run import Window, make_window
 from fastinterp.inspect.explain_parameters import as_lines, given, layer_lines, presets_in_force, symbols
 from fastinterp.messages import WIDTH, counted, fit, plain, seconds, size, table
+from fastinterp.plan.inputs import PlannedTensor, TensorInput
 from fastinterp.plan.plan import Plan
-from fastinterp.plan.tensors import MadeEntry, PlannedTensor
 from fastinterp.recipe.check import DRAWING
 from fastinterp.recipe.load import Recipe, same_model
-from fastinterp.tokenizer.embedding_rows import MappedEntry
 
 # Page cache to page cache, about what one machine of today does: the least time that a merge of these files can take.
 _READ_GB_S, _WRITE_GB_S = 10.0, 3.0
@@ -36,7 +35,7 @@ def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
     choice = choose([plan], window.threads, window.most) if maybe_devices() else None
     (recipe,), (layout,) = plan.recipes, plan.layouts
     letters = _letters(plan, recipe)
-    copied = copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype)
+    copied = copy_sidecars(plan.origin.root, recipe.out_dtype or recipe.dtype)
     sidecars = [*sorted(plan.fitted.sidecars(copied)), "README.md"]
     return {
         "method": recipe.method.name,
@@ -51,7 +50,7 @@ def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
         "made": _made(plan),
         "origin": plan.origin.name,
         "vocabulary": plan.fitted.source,
-        "moved": [t.name for t in plan.tensors if any(isinstance(e, MappedEntry) for e in t.entries)],
+        "moved": [t.name for t in plan.tensors if any(e.moves_rows for e in t.entries)],
         "steps": _steps(plan),
         "must_agree": [t.name for t in plan.tensors if not t.merged and len(t.inputs) > 1],
         "integers_from": recipe.integers,
@@ -126,23 +125,23 @@ def _model(plan: Plan, i: int) -> dict[str, Any]:
 
 def _all(plan: Plan) -> list[PlannedTensor]:
     """The tensors of the output, each after those that have to be made before it."""
-    return [stage for t in plan.tensors for stage in (*t.first, t)]
+    return [stage for t in plan.tensors for stage in t.stages]
 
 
 def _made(plan: Plan) -> list[dict[str, Any]]:
     """The documents above of which tensors have to be stored until they are read."""
-    found: dict[int, list[PlannedTensor]] = {}
+    found: dict[int, dict[Hashable, TensorInput]] = {}
     for tensor in _all(plan):
         for i, entry in zip(tensor.inputs, tensor.entries, strict=True):
-            if isinstance(entry, MadeEntry):
-                found.setdefault(i, []).append(entry.made)
+            if entry.stages:
+                found.setdefault(i, {})[entry.key] = entry
     return [
         {
             "symbol": f"x{i}",
             "name": plan.checkpoints[i].name,
-            "dtypes": sorted({t.dtype.name for t in tensors}),
-            "tensors": len({t.name for t in tensors}),
-            "bytes": sum({id(t): t.nbytes for t in tensors}.values()),
+            "dtypes": sorted({t.dtype.name for t in tensors.values()}),
+            "tensors": len(tensors),
+            "bytes": sum(t.nbytes for t in tensors.values()),
         }
         for i, tensors in sorted(found.items())
     ]

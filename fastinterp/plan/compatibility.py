@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.sidecar_files import is_tokenizer_file, needs_code
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import fit
+from fastinterp.plan.models import Model
 
 CONFIG = "config.json"
 _MOST = 3  # lines of a kind, and names in a line, before the rest is only counted
@@ -27,11 +27,11 @@ _KEYS = (
 _OFF_IF_ABSENT = ("sliding_window", "rope_scaling")
 
 
-def warnings_about(checkpoints: Sequence[Checkpoint], origin: Checkpoint, vocabulary: bool = False) -> tuple[str, ...]:
+def warnings_about(checkpoints: Sequence[Model], origin: Model, vocabulary: bool = False) -> tuple[str, ...]:
     """A line for each thing that the user should know of the files that come from `origin`: what to do is in it.
 
     vocabulary  the recipe says what becomes of it, so tokenizers may differ
-    Raises: CheckpointError, if the config.json of `origin` is damaged. Those of the others are only compared.
+    Raises: ModelError, if the config.json of `origin` is damaged. Those of the others are only compared.
     """
     seen = {origin.root}
     others = [c for c in checkpoints if not (c.root in seen or seen.add(c.root))]  # type: ignore[func-returns-value]
@@ -40,12 +40,12 @@ def warnings_about(checkpoints: Sequence[Checkpoint], origin: Checkpoint, vocabu
     if config is not None:
         found += _configs(origin, config, others, {"vocab_size"} if vocabulary else set())
     found += _quantised(checkpoints)
-    if needs_code(origin):  # it is never copied, let alone run
+    if needs_code(origin.root):  # it is never copied, let alone run
         found.append(f"{CONFIG} names code of the model's own (auto_map). Copy its .py files from {origin.name}")
     return tuple(found)
 
 
-def unlike(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+def unlike(checkpoints: Sequence[Model]) -> tuple[str, ...]:
     """The same of models that are walked between, where no file is copied: tokenizers that differ from the first's, and
     weights whose numbers mean nothing by themselves.
     """
@@ -53,7 +53,7 @@ def unlike(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
     return tuple(_tokenizers(first, others, copied=False) + _quantised(checkpoints))
 
 
-def _missing(origin: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
+def _missing(origin: Model, others: Sequence[Model]) -> list[str]:
     """If no model has a file, the output is no worse than they are."""
     found = []
     for what, names in ((CONFIG, lambda c: {CONFIG} & _names(c)), ("tokenizer", _tokenizer_files)):
@@ -65,7 +65,7 @@ def _missing(origin: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
     return found
 
 
-def _tokenizers(origin: Checkpoint, others: Sequence[Checkpoint], copied: bool = True) -> list[str]:
+def _tokenizers(origin: Model, others: Sequence[Model], copied: bool = True) -> list[str]:
     own = _tokenizer_files(origin)
     groups: dict[str, list[str]] = {}
     for other in others:
@@ -81,9 +81,7 @@ def _tokenizers(origin: Checkpoint, others: Sequence[Checkpoint], copied: bool =
     )
 
 
-def _configs(
-    origin: Checkpoint, config: dict[str, Any], others: Sequence[Checkpoint], may_differ: set[str]
-) -> list[str]:
+def _configs(origin: Model, config: dict[str, Any], others: Sequence[Model], may_differ: set[str]) -> list[str]:
     groups: dict[str, list[str]] = {}
     found = []
     for other in others:
@@ -102,7 +100,7 @@ def _configs(
     )
 
 
-def _quantised(checkpoints: Sequence[Checkpoint]) -> list[str]:
+def _quantised(checkpoints: Sequence[Model]) -> list[str]:
     """Models whose stored numbers mean nothing without their scales."""
     groups: dict[str, list[str]] = {}
     for checkpoint in checkpoints:
@@ -133,7 +131,7 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any], may_differ: set[s
     return found
 
 
-def _config(checkpoint: Checkpoint) -> dict[str, Any] | None:
+def _config(checkpoint: Model) -> dict[str, Any] | None:
     """None if there is none."""
     path = checkpoint.root / CONFIG
     try:
@@ -146,14 +144,14 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any] | None:
         raise CheckpointError(f"it cannot be read: {error.strerror}", file=str(path)) from None
 
 
-def _names(checkpoint: Checkpoint) -> set[str]:
+def _names(checkpoint: Model) -> set[str]:
     try:
         return set(os.listdir(checkpoint.root))
     except OSError:
         return set()
 
 
-def _tokenizer_files(checkpoint: Checkpoint) -> set[str]:
+def _tokenizer_files(checkpoint: Model) -> set[str]:
     return {n for n in _names(checkpoint) if is_tokenizer_file(n)}
 
 

@@ -20,8 +20,9 @@ from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import UsageError
 from fastinterp.messages import counted, size
 from fastinterp.ops.combine import MAX_OUTPUTS, NUMERICS, Combine
+from fastinterp.plan.inputs import PlannedTensor
+from fastinterp.plan.models import Model
 from fastinterp.plan.single import Library, plan_document
-from fastinterp.plan.tensors import PlannedTensor
 from fastinterp.plan.vocabularies import Fitted
 from fastinterp.recipe.load import Recipe, load_recipes
 
@@ -46,8 +47,8 @@ class Plan:
     """
 
     recipes: tuple[Recipe, ...]
-    checkpoints: tuple[Checkpoint, ...]
-    origin: Checkpoint
+    checkpoints: tuple[Model, ...]
+    origin: Model
     tensors: tuple[PlannedTensor, ...]
     layouts: tuple[Layout, ...]
     fitted: Fitted
@@ -65,14 +66,19 @@ class Plan:
         )
 
     @property
+    def opened(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints that it reads."""
+        return tuple(model.checkpoint for model in self.checkpoints if model.checkpoint is not None)
+
+    @property
     def bytes_read(self) -> int:
         """Foreseen: what answers turn out to be may ask for more, or less."""
-        return sum(s.bytes_read for t in self.tensors for s in (*t.first, t))
+        return sum(stage.bytes_read for t in self.tensors for stage in t.stages)
 
     @property
     def bytes_made(self) -> int:
         """Of tensors of documents above that are stored until they are read."""
-        return sum(s.nbytes for t in self.tensors for s in t.first)
+        return sum(stage.nbytes for t in self.tensors for stage in t.before)
 
     @property
     def bytes_written(self) -> int:
@@ -111,7 +117,7 @@ def make_plan(recipes: Sequence[Recipe], *, max_shard_size: int, above: Sequence
         make_layout([(t.name, t.dtype, t.shape) for t in tensors], _metadata(recipe, k, tensors, names), max_shard_size)
         for k, recipe in enumerate(recipes)
     )
-    inputs = tuple(dict.fromkeys(path for c in opened for path in c.inputs))
+    inputs = tuple(dict.fromkeys(path for model in opened if model.checkpoint for path in model.checkpoint.inputs))
     return Plan(
         tuple(recipes), checkpoints, last.origin, tensors, layouts, last.fitted, warnings, tuple(names), inputs,
         tuple(above), folders,
@@ -146,7 +152,7 @@ def _coefficients(k: int, tensors: Sequence[PlannedTensor]) -> dict[str, Any] | 
 
     The header is laid out before any data is read, so only coefficients that need no statistics can be in it.
     """
-    if any(t.program is not None or t.first for t in tensors):
+    if any(t.program is not None or t.before for t in tensors):
         return "left out: they come from the data, or differ by element. The recipe gives them again"
     sets: dict[Combine, list[str]] = {}
     for t in tensors:

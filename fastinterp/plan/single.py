@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
 from fastinterp.errors import CheckpointError
 from fastinterp.plan.compatibility import warnings_about
-from fastinterp.plan.tensors import PlannedTensor, foreign_dtypes, plan_tensors, sidecar_names
+from fastinterp.plan.inputs import PlannedTensor
+from fastinterp.plan.models import Model, open_model
+from fastinterp.plan.tensors import foreign_dtypes, plan_tensors, sidecar_names
 from fastinterp.plan.vocabularies import Fitted, fit_models
 from fastinterp.recipe.chain import not_there
 from fastinterp.recipe.load import Recipe
@@ -26,13 +27,13 @@ class Document:
     """
 
     fitted: Fitted
-    origin: Checkpoint
+    origin: Model
     tensors: tuple[PlannedTensor, ...]
-    sidecars: dict[str, Checkpoint]
+    sidecars: dict[str, Model]
     warnings: tuple[str, ...]
 
     @property
-    def checkpoints(self) -> tuple[Checkpoint, ...]:
+    def checkpoints(self) -> tuple[Model, ...]:
         return (*self.fitted.models, *self.sidecars.values())
 
 
@@ -40,23 +41,23 @@ class Library:
     """Checkpoints, each opened once, whatever its name."""
 
     def __init__(self) -> None:
-        self._found: dict[str, Checkpoint] = {}
+        self._found: dict[str, Model] = {}
 
-    def find(self, name: str) -> Checkpoint:
+    def find(self, name: str) -> Model:
         key = os.path.normpath(name)
         if key not in self._found:
-            self._found[key] = open_checkpoint(name)
+            self._found[key] = open_model(name)
         return self._found[key]
 
     @property
-    def opened(self) -> tuple[Checkpoint, ...]:
+    def opened(self) -> tuple[Model, ...]:
         return tuple(self._found.values())
 
 
-def found(recipe: Recipe, find: Callable[[str], Checkpoint], name: str) -> Checkpoint:
+def found(recipe: Recipe, find: Callable[[str], Model], name: str) -> Model:
     """What `find` returns for a model that a recipe names.
 
-    Raises: CheckpointError, with the place in the recipe, and where the model may be.
+    Raises: ModelError, with the place in the recipe, and where the model may be.
     """
     try:
         return find(name)
@@ -70,7 +71,7 @@ def found(recipe: Recipe, find: Callable[[str], Checkpoint], name: str) -> Check
         raise CheckpointError(f"{error.message}{hint} {where}", file=name, tensor=error.tensor) from error
 
 
-def plan_document(recipes: Sequence[Recipe], find: Callable[[str], Checkpoint]) -> Document:
+def plan_document(recipes: Sequence[Recipe], find: Callable[[str], Model]) -> Document:
     """What a document makes, of what.
 
     recipes  as those of make_plan

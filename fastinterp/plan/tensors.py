@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from fastinterp.checkpoint.header import Entry
-from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import MethodError, ShapeError, UsageError
 from fastinterp.methods import Method, Sidecar
-from fastinterp.ops.combine import Combine, Row, Tensor, check_coefficients, renumbered
+from fastinterp.ops.combine import Combine, Tensor, check_coefficients, renumbered
 from fastinterp.ops.dtypes import DType
+from fastinterp.plan.inputs import ModelInput, PlannedTensor, Program, TensorInput
+from fastinterp.plan.models import Model
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.targets import Target
 from fastinterp.tokenizer.embedding_rows import named_as_embedding
@@ -22,112 +22,6 @@ _VOCABULARIES = (
     "`tokenizer_source: union`"
 )
 _SHOWN = 5  # differences that a message lists before it only counts them
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """What must be asked before a tensor is merged, or a sum that is more than plain.
-
-    calls   one per output: the method with all of its arguments
-    reads   what is foreseen to be read: for what, and which of the tensor's inputs. Answers may change it
-    whole   something is asked about the whole model
-    method  its name
-    name    of the tensor, under which random keeps are drawn
-    seeds   from which they are drawn, one per output
-    """
-
-    calls: tuple[Callable[[], Any], ...]
-    reads: tuple[tuple[str, tuple[int, ...]], ...]
-    whole: bool
-    method: str
-    name: str
-    seeds: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """One output tensor.
-
-    inputs   the checkpoints that are read, as indices into Plan.checkpoints. Those of a program are all that its method
-             sees, in its order, side-cars last
-    entries  where each of them holds the tensor
-    rows     one per output; their numbers count `inputs`. None for a program, and none if the tensor is not merged but
-             must be the same in every input (integers, and floats that only a quantiser can read)
-    models   how many of `inputs` the method counts: not the side-cars
-    sums     what the method asked for, one per output, where `rows` come from it
-    seeds    of the store's rounding, one per output
-    """
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    inputs: tuple[int, ...]
-    entries: tuple[Entry, ...]
-    rows: tuple[Row, ...]
-    program: Program | None = None
-    models: int = 0
-    sums: tuple[Combine, ...] = ()
-    seeds: tuple[int, ...] = ()
-
-    @property
-    def numel(self) -> int:
-        return self.entries[0].numel
-
-    @property
-    def merged(self) -> bool:
-        return bool(self.rows) or self.program is not None
-
-    @property
-    def reads(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """What is read, in order: for what, and which of `inputs`."""
-        return (("combine", tuple(range(len(self.inputs)))),) if self.program is None else self.program.reads
-
-    @property
-    def bytes_read(self) -> int:
-        return sum(self.entries[i].nbytes for _, inputs in self.reads for i in inputs)
-
-    @property
-    def nbytes(self) -> int:
-        """Of one output."""
-        return self.dtype.nbytes(self.numel) or 0
-
-    @property
-    def first(self) -> list[PlannedTensor]:
-        """The tensors of documents above that have to be made before this one, each once, in an order that works."""
-        found: dict[int, PlannedTensor] = {}
-        for entry in self.entries:
-            if isinstance(entry, MadeEntry):
-                found |= {id(t): t for t in (*entry.made.first, entry.made)}
-        return list(found.values())
-
-    def origins(self, read: Iterable[int]) -> set[int]:
-        """The checkpoints that these of its inputs come from in the end; side-cars left out."""
-        found: set[int] = set()
-        for at in read:
-            entry = self.entries[at]
-            if isinstance(entry, MadeEntry):
-                found |= entry.made.origins(range(entry.made.models))
-            elif at < self.models:
-                found.add(self.inputs[at])
-        return found
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class MadeEntry(Entry):
-    """A tensor of a document above: it is in no file.
-
-    made   how it is made, with the dtype in which it is stored until it is read
-    free   that document says nothing of its dtype
-    folds  its coefficients may become part of those of others, so that it need not be stored
-    """
-
-    made: PlannedTensor
-    free: bool
-    folds: bool
-
-    def stored(self) -> MadeEntry:
-        """As it will be read: `dtype` and `nbytes` of what is stored."""
-        return replace(self, dtype=self.made.dtype, nbytes=self.made.nbytes)
 
 
 def must_agree(tensor: PlannedTensor, first: str, other: str) -> ShapeError:
@@ -157,9 +51,9 @@ def _named(target: Target, keyword: str) -> Iterator[tuple[int, str]]:
 def plan_tensors(
     recipes: Sequence[Recipe],
     points: Sequence[Sequence[Target]],
-    models: Sequence[Checkpoint],
-    sidecars: Mapping[str, Checkpoint],
-    origin: Checkpoint,
+    models: Sequence[Model],
+    sidecars: Mapping[str, Model],
+    origin: Model,
 ) -> tuple[PlannedTensor, ...]:
     """The targets of all recipes, which differ in parameters only, as planned tensors.
 
@@ -188,9 +82,9 @@ class _Planner:
     def __init__(
         self,
         recipes: Sequence[Recipe],
-        models: Sequence[Checkpoint],
-        sidecars: Mapping[str, Checkpoint],
-        origin: Checkpoint,
+        models: Sequence[Model],
+        sidecars: Mapping[str, Model],
+        origin: Model,
         targets: Sequence[Target],
     ):
         self._recipes, self._models, self._origin = recipes, models, origin
@@ -217,8 +111,8 @@ class _Planner:
                 found = [(i, entry) for i, entry in found if i == whose] or found
             return _planned(one.name, kept.dtype, kept.shape, found)
         # What is kept is the dtype of the model whose config.json is copied, which need not be merged itself.
-        named = (_kept_of(one, self._origin) or kept).dtype
-        dtype = recipe.out_dtype or recipe.dtype or (named if named.merges else kept.dtype)
+        named = (_kept_of(one, self._origin) or kept).kept_dtype
+        dtype = recipe.out_dtype or recipe.dtype or (named if named.merges else kept.kept_dtype)
         if one.copies:
             return _summed(one.name, dtype, kept.shape, found, [Combine((1.0,))] * len(targets))
         self._check_count(one)
@@ -232,8 +126,8 @@ class _Planner:
         self,
         targets: Sequence[Target],
         dtype: DType,
-        kept: Entry,
-        found: list[tuple[int, Entry]],
+        kept: TensorInput,
+        found: list[ModelInput],
         calls: tuple[Callable[[], Any], ...],
     ) -> PlannedTensor:
         from fastinterp.plan.method_run import Conversation, foresee
@@ -255,7 +149,7 @@ class _Planner:
         program = Program(calls, reads, whole, self._method.name, one.name, seeds)
         return _planned(one.name, dtype, kept.shape, [*found, *self._beside(one)], program, len(found))
 
-    def _call(self, k: int, target: Target, kept: Entry) -> Callable[[], Any]:
+    def _call(self, k: int, target: Target, kept: TensorInput) -> Callable[[], Any]:
         n, method = len(target.inputs), self._method
         tensor = Tensor(target.name, kept.shape, target.layer, target.layers, self._numel)
         call = partial(method, n, tensor, **target.parameters)
@@ -285,7 +179,7 @@ class _Planner:
             count = f"exactly {low}" if low == high else f"{low} to {high}"
             raise MethodError(f"`{self._method.name}` takes {count} models, got {n} for {target.name}")
 
-    def _beside(self, target: Target) -> list[tuple[int, Entry]]:
+    def _beside(self, target: Target) -> list[ModelInput]:
         """The side-cars' tensors, in the order of the models that they belong to."""
         found = []
         lead = self._models[target.inputs[0][0]].tensors[target.inputs[0][1]]
@@ -293,9 +187,9 @@ class _Planner:
             number, checkpoint = self._sidecars[sidecar]
             entry = checkpoint.tensors.get(target.inputs[place][1])
             if entry is None or entry.shape != lead.shape or not entry.dtype.merges:
-                has = "lacks it" if entry is None else f"has {entry.dtype} {list(entry.shape)}"
+                has = "lacks it" if entry is None else f"has {entry.describe()}"
                 raise ShapeError(
-                    f"{target.inputs[place][1]} is {lead.dtype} {list(lead.shape)}, but the side-car "
+                    f"{target.inputs[place][1]} is {lead.describe()}, but the side-car "
                     f"{checkpoint.name} {has}. It must have every tensor of its model, in the same shape",
                     tensor=target.name,
                 )
@@ -303,7 +197,7 @@ class _Planner:
         return found
 
 
-def _kept_of(target: Target, origin: Checkpoint) -> Entry | None:
+def _kept_of(target: Target, origin: Model) -> TensorInput | None:
     """The tensor of the origin whose dtype a target keeps, or None: where layers are stacked, that of its own layer in
     the lead source, or in layer 0, which all layers of a kind have.
     """
@@ -313,7 +207,7 @@ def _kept_of(target: Target, origin: Checkpoint) -> Entry | None:
     return origin.tensors.get(target.inputs[0][1]) or origin.tensors.get(first)
 
 
-def foreign_dtypes(recipe: Recipe, targets: Sequence[Target], origin: Checkpoint) -> list[str]:
+def foreign_dtypes(recipe: Recipe, targets: Sequence[Target], origin: Model) -> list[str]:
     """A warning, if the origin does not tell the dtype of tensors in stacked layers, so that their source does."""
     if recipe.dtype is not None or recipe.out_dtype is not None:
         return []
@@ -330,7 +224,7 @@ def _planned(
     name: str,
     dtype: DType,
     shape: tuple[int, ...],
-    found: Sequence[tuple[int, Entry]],
+    found: Sequence[ModelInput],
     program: Program | None = None,
     models: int = 0,
 ) -> PlannedTensor:
@@ -339,7 +233,7 @@ def _planned(
 
 
 def _summed(
-    name: str, dtype: DType, shape: tuple[int, ...], found: Sequence[tuple[int, Entry]], sums: Sequence[Combine]
+    name: str, dtype: DType, shape: tuple[int, ...], found: Sequence[ModelInput], sums: Sequence[Combine]
 ) -> PlannedTensor:
     """A tensor whose sums are known. An input of weight 0 is not read."""
     read, rows = renumbered(a.row() for a in sums)
@@ -347,7 +241,7 @@ def _summed(
     return PlannedTensor(name, dtype, shape, inputs, entries, rows, None, len(read), tuple(sums))
 
 
-def _check_fit(targets: Sequence[Target], models: Sequence[Checkpoint]) -> None:
+def _check_fit(targets: Sequence[Target], models: Sequence[Model]) -> None:
     """All inputs of a tensor must have its shape, and merge or not as the first does."""
     shapes, kinds, only_rows = [], [], True
     for target in targets:

@@ -7,29 +7,28 @@ the small files beside them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.checkpoint.header import MAX_HEADER, Entry
+from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import listing
-from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.checkpoint.strict_json import parse_object
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.messages import fit
+from fastinterp.plan.inputs import GatheredInput, TensorInput
+from fastinterp.plan.models import Model
 from fastinterp.recipe.load import Recipe, same_model
 from fastinterp.tokenizer.embedding_rows import (
-    MappedEntry,
     RowPlan,
-    RowWish,
+    RowSource,
     embeddings,
-    mapped,
     plan_rows,
+    row_of,
     rows_found,
-    wished_row,
 )
 from fastinterp.tokenizer.tied_embeddings import config_changes, is_tied, ties, vocab_size_of, with_changes
 
@@ -54,7 +53,7 @@ class Fitted:
     counts      stacks of which the output has other layers than its inputs
     """
 
-    models: tuple[Checkpoint, ...]
+    models: tuple[Model, ...]
     tokenizer: Mapping[str, bytes | Path] | None = None
     template: str | None = None
     rows: int | None = None
@@ -67,7 +66,7 @@ class Fitted:
     def sidecars(self, files: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
         """The output's small files, from those of the origin.
 
-        Raises: CheckpointError, if one that has to change is damaged.
+        Raises: ModelError, if one that has to change is damaged.
         """
         found = dict(files)
         if self.tokenizer is not None:
@@ -93,7 +92,7 @@ class Fitted:
         new, changes = config_of_layers(parse_object(raw.lstrip(), "the model configuration", file), self.counts)
         return (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode() if changes else content
 
-    def uncounted(self, origin: Checkpoint) -> list[str]:
+    def uncounted(self, origin: Model) -> list[str]:
         """Warnings of stacks whose layers the configuration does not count, so that it stays as it is."""
         from fastinterp.recipe.layer_config import config_of_layers
 
@@ -117,10 +116,10 @@ class Fitted:
         return with_changes(raw, changes, file) if changes else content
 
 
-def fit_models(recipe: Recipe, models: Sequence[Checkpoint], origin: Checkpoint) -> Fitted:
+def fit_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> Fitted:
     """Give every model the output layer and the vocabulary that the recipe asks for, or that the others have.
 
-    Raises: CheckpointError, if a tokenizer or configuration that has to be read is missing or damaged; ShapeError, if
+    Raises: ModelError, if a tokenizer or configuration that has to be read is missing or damaged; ShapeError, if
     rows of embeddings cannot be moved.
     """
     known = [*models, *([] if any(m is origin for m in models) else [origin])]
@@ -138,13 +137,13 @@ def fit_models(recipe: Recipe, models: Sequence[Checkpoint], origin: Checkpoint)
     return fitted if recipe.tokenizer is None else _with_vocabulary(recipe, fitted, known, tensors, configs)
 
 
-def _fitted(model: Checkpoint, aliases: Mapping[str, str], dropped: Sequence[str]) -> dict[str, Entry]:
+def _fitted(model: Model, aliases: Mapping[str, str], dropped: Sequence[str]) -> dict[str, TensorInput]:
     kept = {n: e for n, e in model.tensors.items() if n not in dropped}
     return kept | {n: replace(model.tensors[source], name=n) for n, source in aliases.items()}
 
 
 def _with_vocabulary(
-    recipe: Recipe, fitted: Fitted, known: Sequence[Checkpoint], tensors: list[dict[str, Entry]],
+    recipe: Recipe, fitted: Fitted, known: Sequence[Model], tensors: list[dict[str, TensorInput]],
     configs: Sequence[Mapping[str, Any]],
 ) -> Fitted:  # fmt: skip
     """`fitted` with the vocabulary that the recipe asks for."""
@@ -188,40 +187,73 @@ def _with_vocabulary(
     )
 
 
-def _moved(plan: RowPlan, tensors: list[dict[str, Entry]], known: Sequence[Checkpoint], sizes: Sequence[int]) -> None:
-    """Replace the embeddings of the models that are merged by their mapped ones."""
-    names = [m.name for m in known]
-    found = [set(embeddings(t, size)) for t, size in zip(tensors, sizes, strict=True)]
-    places = [
-        {n: (m.files[e.file] if m.files else m.root, e) for n, e in t.items()}
-        for m, t in zip(known, tensors, strict=True)
-    ]
+def _moved(plan: RowPlan, tensors: list[dict[str, TensorInput]], known: Sequence[Model], sizes: Sequence[int]) -> None:
+    """Replace the embeddings of the models that are merged by those in the output's vocabulary."""
+    embedded = [set(embeddings(t, size)) for t, size in zip(tensors, sizes, strict=True)]
+    before = [dict(t) for t in tensors]
     for i in range(len(plan.maps)):
-        for name in found[i]:
-            sources = [p[name] if name in own else None for p, own in zip(places, found, strict=True)]
-            tensors[i][name] = entry = mapped(name, i, plan, sources, names)
-            if isinstance(entry, MappedEntry) and (made := [names[k] for k in entry.models if not known[k].files]):
-                raise CheckpointError(
-                    f"rows of {listing(made)}, which a document above makes, would have to be moved into another "
-                    "vocabulary here. Ask for the vocabulary there, or write it as a checkpoint of its own first",
-                    tensor=name,
-                )
+        for name in embedded[i]:
+            sources = [t[name] if name in own else None for t, own in zip(before, embedded, strict=True)]
+            tensors[i][name] = _gathered(name, i, plan, sources, known)
 
 
-def _wishes(recipe: Recipe, known: Sequence[Checkpoint], models: Sequence[Vocabulary]) -> dict[str, RowWish]:
-    found: dict[str, RowWish] = {}
+def _gathered(
+    name: str, own: int, plan: RowPlan, sources: Sequence[TensorInput | None], models: Sequence[Model]
+) -> TensorInput:
+    """The embedding of one model in the output's vocabulary; as it is, if nothing changes.
+
+    sources  of each model, its tensor of this name, or None
+    Raises: ShapeError, if rows cannot be moved: they are of different lengths, or not of floats; CheckpointError, if
+    they are not stored as rows.
+    """
+    tensor, rows = sources[own], plan.maps[own]
+    assert tensor is not None
+    if rows.is_own(own, tensor.shape[0]):
+        return tensor
+    if not tensor.dtype.merges:
+        raise ShapeError(
+            f"{name} of {models[own].name} is {tensor.dtype}, whose rows cannot follow another vocabulary. Convert it "
+            "to BF16 first, or leave `tokenizer` out of the recipe",
+            tensor=name,
+        )
+    shape, nbytes = (plan.size, *tensor.shape[1:]), tensor.nbytes // tensor.shape[0] * plan.size
+    if not nbytes:
+        return replace(tensor, shape=shape, nbytes=0)
+    stored = tuple(None if source is None else source.plain for source in sources)
+    gathered = GatheredInput(name, tensor.dtype, shape, nbytes, own, rows, plan.means, stored)
+    for i in gathered.models:
+        source = sources[i]
+        if source is None or source.shape[1:] != tensor.shape[1:] or not source.dtype.merges:
+            raise ShapeError(
+                f"{name} of {models[own].name} needs rows of {models[i].name}, where it is "
+                f"{'missing' if source is None else source.describe()}; here it is {tensor.describe()}. Only models of "
+                "one architecture share embeddings",
+                tensor=name,
+            )
+    above = [models[i].name for i in gathered.models if stored[i] is None]
+    if above:
+        raise CheckpointError(
+            f"rows of {listing(above)}, which a document above makes, would have to be moved into another vocabulary "
+            "here. Ask for the vocabulary there, or write it as a checkpoint of its own first",
+            tensor=name,
+        )
+    return gathered
+
+
+def _wishes(recipe: Recipe, known: Sequence[Model], models: Sequence[Vocabulary]) -> dict[str, RowSource]:
+    found: dict[str, RowSource] = {}
     missing = []
     for token in recipe.tokenizer.tokens if recipe.tokenizer else ():
         source = token.source
         if source is None:
             continue
         if source.model is None:
-            found[token.text] = RowWish(None, force=token.force)
+            found[token.text] = RowSource(None, force=token.force)
             continue
         model = _index(known, source.model)
         which = source.token_id if source.token_id is not None else source.token or token.text
         try:
-            found[token.text] = RowWish(model, wished_row(models, model, which, token.text), token.force)
+            found[token.text] = RowSource(model, row_of(models, model, which, token.text), token.force)
         except CheckpointError as error:
             missing.append(str(error))
     if missing:
@@ -236,11 +268,11 @@ def _base(recipe: Recipe, origin: int) -> int | None:
     return recipe.base if recipe.base is not None else origin if named else None
 
 
-def _index(known: Sequence[Checkpoint], name: str) -> int:
+def _index(known: Sequence[Model], name: str) -> int:
     return next(i for i, m in enumerate(known) if same_model(m.name, name))
 
 
-def _rows(model: Checkpoint, tensors: Mapping[str, Entry], config: Mapping[str, Any]) -> int:
+def _rows(model: Model, tensors: Mapping[str, TensorInput], config: Mapping[str, Any]) -> int:
     """Rows of a model's embeddings: as its configuration says, if there are such, else as the input embedding has."""
     size = vocab_size_of(config, str(model.root / "config.json"))
     if size is None or not embeddings(tensors, size):
@@ -253,7 +285,7 @@ def _rows(model: Checkpoint, tensors: Mapping[str, Entry], config: Mapping[str, 
     return size
 
 
-def _template(recipe: Recipe, models: Sequence[Checkpoint]) -> str | None:
+def _template(recipe: Recipe, models: Sequence[Model]) -> str | None:
     wish = recipe.chat_template
     if wish is None:
         return None
@@ -265,7 +297,10 @@ def _template(recipe: Recipe, models: Sequence[Checkpoint]) -> str | None:
 
 
 def _tied(
-    out: Mapping[str, Entry], origin: Mapping[str, Entry], says_tied: bool, configs: Sequence[Mapping[str, Any]]
+    out: Iterable[str],
+    origin: Iterable[str],
+    says_tied: bool,
+    configs: Sequence[Mapping[str, Any]],
 ) -> bool | None:
     """What the output's configuration has to say instead of what the origin's says, or None."""
     if is_tied(out) != is_tied(origin):
@@ -281,7 +316,7 @@ def _says_tied(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _config(model: Checkpoint, needed: bool) -> dict[str, Any]:
+def _config(model: Model, needed: bool) -> dict[str, Any]:
     """config.json, or {} if there is none; also if it is damaged and not needed, of which others warn."""
     try:
         return _table(model.root / "config.json")
@@ -298,6 +333,6 @@ def _table(path: Path) -> dict[str, Any]:
     return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), f"`{fit(path.name, 40)}`", str(path))
 
 
-def _with(model: Checkpoint, tensors: Mapping[str, Entry]) -> Checkpoint:
+def _with(model: Model, tensors: Mapping[str, TensorInput]) -> Model:
     """`model` itself, if these are its tensors; so that it is still known as the same."""
     return model if tensors == model.tensors else replace(model, tensors=dict(tensors))

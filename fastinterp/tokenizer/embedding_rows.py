@@ -5,12 +5,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
-from fastinterp.errors import CheckpointError, ShapeError
+from fastinterp.errors import CheckpointError
 
 if TYPE_CHECKING:
     from fastinterp.tokenizer.vocabulary import Joined, Vocabulary
@@ -29,6 +27,14 @@ MODULES = frozenset(_INPUTS) | {
     "head",
     "decoder",
 }
+
+
+class HasShape(Protocol):
+    """A tensor, as far as it matters here."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
 
 ZEROS = -1
 PADDING = -2
@@ -50,6 +56,11 @@ class RowMap:
         start = model << _SHIFT
         return self.codes == array("q", range(start, start + rows))
 
+    @property
+    def models(self) -> set[int]:
+        """The models that rows are from; RowPlan.models stands for means."""
+        return {code >> _SHIFT for code in self.codes if code >= 0}
+
 
 @dataclass(frozen=True, eq=False)
 class RowPlan:
@@ -69,32 +80,8 @@ class RowPlan:
     zeros: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MappedEntry(Entry):
-    """A tensor whose rows are gathered: `shape` and `nbytes` are the output's, `start` and `file` those of its own.
-
-    own      index of its model in `sources`
-    rows     where each row is from
-    means    of the plan: what rows of model len(sources) are
-    sources  per model of the plan, file and place of the tensor there that corresponds, or None: the model has none
-    """
-
-    own: int
-    rows: RowMap
-    means: tuple[tuple[tuple[int, int], ...], ...]
-    sources: tuple[tuple[Path, Entry] | None, ...]
-
-    @property
-    def models(self) -> list[int]:
-        """The models that rows are read from, ascending; itself, even if no row is."""
-        found = {code >> _SHIFT for code in self.rows.codes if code >= 0} | {self.own}
-        if len(self.sources) in found:
-            found |= {model for rows in self.means for model, _ in rows}
-        return sorted(found - {len(self.sources)})
-
-
 @dataclass(frozen=True, slots=True)
-class RowWish:
+class RowSource:
     """What the row of one token shall be.
 
     model  index of the model whose row it is; None: zeros
@@ -116,7 +103,7 @@ def split(code: int) -> tuple[int, int]:
     return code >> _SHIFT, code & (1 << _SHIFT) - 1
 
 
-def embeddings(tensors: Mapping[str, Entry], vocab_size: int | None) -> tuple[str, ...]:
+def embeddings(tensors: Mapping[str, HasShape], vocab_size: int | None) -> tuple[str, ...]:
     """The tensors with a row per token, in the order of the file.
 
     They are those of a module with a name in MODULES (`model.embed_tokens.weight`, `lm_head.bias`: the last part but
@@ -136,7 +123,7 @@ def named_as_embedding(name: str) -> bool:
     return _module(name) in MODULES
 
 
-def rows_found(tensors: Mapping[str, Entry]) -> int | None:
+def rows_found(tensors: Mapping[str, HasShape]) -> int | None:
     """Rows of the input embedding, by its name alone; None if no tensor has one."""
     for kind in _INPUTS:
         for name, e in tensors.items():
@@ -150,7 +137,7 @@ def _module(name: str) -> str:
     return parts[-2] if len(parts) > 1 else ""
 
 
-def wished_row(models: Sequence[Vocabulary], model: int, token: str | int, wisher: str) -> int:
+def row_of(models: Sequence[Vocabulary], model: int, token: str | int, wisher: str) -> int:
     """The row of a token, by text or by id, in the embedding of a model.
 
     wisher  the token whose row is wished for, for the message
@@ -166,46 +153,6 @@ def wished_row(models: Sequence[Vocabulary], model: int, token: str | int, wishe
     return row
 
 
-def mapped(
-    name: str, own: int, plan: RowPlan, sources: Sequence[tuple[Path, Entry] | None], names: Sequence[str]
-) -> Entry:
-    """The embedding of one model in the output's vocabulary; its own entry, if nothing changes.
-
-    sources  per model of the plan, file and place of its tensor of this name, or None
-    names    of those models, for messages
-    Raises: ShapeError, if rows cannot be moved: they are of different lengths, or not of floats.
-    """
-    mine, rows = sources[own], plan.maps[own]
-    assert mine is not None
-    entry = mine[1]
-    if rows.is_own(own, entry.shape[0]):
-        return entry
-    if not entry.dtype.merges:
-        raise ShapeError(
-            f"{name} of {names[own]} is {entry.dtype}, whose rows cannot follow another vocabulary. Convert it to BF16 "
-            "first, or leave `tokenizer` out of the recipe",
-            tensor=name,
-        )
-    shape = (plan.size, *entry.shape[1:])
-    nbytes = entry.nbytes // entry.shape[0] * plan.size
-    if not nbytes:
-        return Entry(name, entry.dtype, shape, entry.start, 0, entry.file)
-    found = MappedEntry(
-        name, entry.dtype, shape, entry.start, nbytes, entry.file, own, rows, plan.means, tuple(sources)
-    )
-    for i in found.models:
-        place = sources[i]
-        other = None if place is None else place[1]
-        if other is None or other.shape[1:] != entry.shape[1:] or not other.dtype.merges:
-            what = "missing" if other is None else f"{other.dtype} {list(other.shape)}"
-            raise ShapeError(
-                f"{name} of {names[own]} needs rows of {names[i]}, where it is {what}; here it is {entry.dtype} "
-                f"{list(entry.shape)}. Only models of one architecture share embeddings",
-                tensor=name,
-            )
-    return found
-
-
 def plan_rows(
     joined: Joined,
     models: Sequence[Vocabulary],
@@ -213,7 +160,7 @@ def plan_rows(
     size: int,
     *,
     base: int | None,
-    wishes: Mapping[str, RowWish] | None = None,
+    wishes: Mapping[str, RowSource] | None = None,
     keep_padding: bool = True,
 ) -> RowPlan:
     """Where every row of the embeddings of models[:merged] is from, in the vocabulary `joined` of `size` rows.

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastinterp.backends.torch_device import current_queue, device_of, memory, pinned
-from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
 from fastinterp.errors import BackendError, ShapeError, UsageError
 from fastinterp.execute.device.resident import ResidentMachine
 from fastinterp.execute.device.streamed import StreamedMachine
 from fastinterp.execute.rounds import Machine
-from fastinterp.execute.sources import Operand, Sources
+from fastinterp.execute.sources import Sources
 from fastinterp.execute.tensor_io import Step
 from fastinterp.ops.dtypes import DType, parse_dtype
+from fastinterp.plan.inputs import Operand
+from fastinterp.plan.models import Model, open_model
 from fastinterp.torch_models.module_tensors import Mismatches, Weight, address_of, is_extra_state, matches
 from fastinterp.torch_models.path_endpoints import warn_unlike
 
@@ -35,7 +36,7 @@ class _Opened:
 
     label: str  # what messages call it; two may have the same
     tensors: Mapping[str, tuple[DType, tuple[int, ...]]]
-    checkpoint: Checkpoint | None = None
+    checkpoint: Model | None = None
     state: Mapping[str, Any] | None = None
 
 
@@ -92,24 +93,18 @@ class Ends:
         self._check(opened, weights, layers)
         checkpoints = [end.checkpoint for end in opened if end.checkpoint is not None]
         warn_unlike(checkpoints, stacklevel=3)
-        number = {id(c): i for i, c in enumerate(checkpoints)}
         reads = [
-            (number[id(end.checkpoint)], end.checkpoint.tensors[name])
+            end.checkpoint.tensors[name]
             for end in opened if end.checkpoint is not None
             for w in weights for name in w.names if name in end.tensors
         ]  # fmt: skip
-        self._files = Sources(checkpoints, reads, stack)
+        self._files = Sources([c.checkpoint for c in checkpoints if c.checkpoint is not None], reads, stack)
         self.handles: list[Any] = list(self._files.fds)
         self._kept: list[Any] = []  # memory that handles point to
         self._at: list[tuple[Any, int]] = []  # tensors of others, and where they were
         self._lying: dict[int, Any] = {}  # the same by the number of their source
         found = [
-            {
-                name: self._operand(end, name, number, weights)
-                for w in weights
-                for name in w.names
-                if name in end.tensors
-            }
+            {name: self._operand(end, name, weights) for w in weights for name in w.names if name in end.tensors}
             for end in opened
         ]
         self._check_tied(found, weights)
@@ -129,9 +124,9 @@ class Ends:
         wrong.check_contiguous(weights)
         wrong.refuse()
 
-    def _operand(self, end: _Opened, name: str, number: Mapping[int, int], weights: Sequence[Weight]) -> Operand:
+    def _operand(self, end: _Opened, name: str, weights: Sequence[Weight]) -> Operand:
         if end.checkpoint is not None:
-            return self._files.operand(number[id(end.checkpoint)], end.checkpoint.tensors[name])
+            return self._files.operand(end.checkpoint.tensors[name])
         assert end.state is not None
         tensor = end.state[name].detach()
         if tensor.device.type != "cpu" and tensor.device != self.where:
@@ -308,7 +303,7 @@ def _opened(label: str, end: End) -> _Opened:
     if not isinstance(end, Mapping):
         if not isinstance(end, (str, os.PathLike)):
             raise UsageError(f"{label} must be a checkpoint or a state dict, got {type(end).__name__}")
-        checkpoint = open_checkpoint(os.fspath(end))
+        checkpoint = open_model(os.fspath(end))
         own = {name: (e.dtype, e.shape) for name, e in checkpoint.tensors.items()}
         return _Opened(checkpoint.name, own, checkpoint)
     import torch

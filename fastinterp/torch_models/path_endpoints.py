@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from fastinterp.checkpoint.header import Entry
-from fastinterp.checkpoint.open import Checkpoint, changed_since, open_checkpoint
+from fastinterp.checkpoint.open import changed_since
 from fastinterp.errors import CheckpointError, StorageError, UsageError
 from fastinterp.execute.sources import Sources, storage
 from fastinterp.in_memory.allocate import torch_dtype
@@ -18,6 +17,8 @@ from fastinterp.in_memory.merge import StoredTensor
 from fastinterp.messages import plain
 from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.plan.compatibility import unlike
+from fastinterp.plan.inputs import TensorInput
+from fastinterp.plan.models import Model, open_model
 from fastinterp.torch_models.module_tensors import is_extra_state
 
 _CHUNK = 8 << 20  # bytes that are compared at a time
@@ -33,13 +34,13 @@ class End:
     """
 
     def __init__(self, given: str | os.PathLike[str] | Mapping[str, Any], what: str):
-        self.checkpoint: Checkpoint | None = None
+        self.checkpoint: Model | None = None
         self.state: Mapping[str, Any] | None = None
         if isinstance(given, Mapping):
             self.name, self.state = what, given
         elif isinstance(given, (str, os.PathLike)):
             self.name = os.fspath(given)
-            self.checkpoint = open_checkpoint(self.name)
+            self.checkpoint = open_model(self.name)
             _check_torch(self.checkpoint)
         else:
             raise UsageError(f"`{what}` must be a checkpoint's path or a state dict, got {type(given).__name__}")
@@ -60,12 +61,12 @@ class End:
 
     def refuse_changed(self) -> None:
         """Raises: StorageError, if a file is no longer what it was when it was opened."""
-        changed = changed_since(self.checkpoint) if self.checkpoint else []
+        changed = changed_since(self.checkpoint.checkpoint) if self.checkpoint and self.checkpoint.checkpoint else []
         if changed:
             raise StorageError(f"{changed[0]} was changed while the path was walked. Evaluate it again")
 
 
-def warn_unlike(checkpoints: Sequence[Checkpoint], stacklevel: int) -> None:
+def warn_unlike(checkpoints: Sequence[Model], stacklevel: int) -> None:
     """Warn of what the user should know of the models, as a merge of them would. The first is what others differ from.
 
     stacklevel  1: the caller's line is named
@@ -82,11 +83,10 @@ def opened(ends: Sequence[End]) -> Iterator[tuple[list[Mapping[str, Any]], Sourc
     Raises: StorageError, CheckpointError.
     """
     checkpoints = [end.checkpoint for end in ends if end.checkpoint is not None]
-    reads = [(i, entry) for i, checkpoint in enumerate(checkpoints) for entry in checkpoint.tensors.values()]
+    reads = [entry for checkpoint in checkpoints for entry in checkpoint.tensors.values()]
     with ExitStack() as stack:
-        files = Sources(checkpoints, reads, stack)
-        number = {id(checkpoint): i for i, checkpoint in enumerate(checkpoints)}
-        yield [end.state or _stored(end.checkpoint, number, files) for end in ends], files
+        files = Sources([c.checkpoint for c in checkpoints if c.checkpoint is not None], reads, stack)
+        yield [end.state or _stored(end.checkpoint, files) for end in ends], files
 
 
 def same(x: Any, y: Any, files: Sources) -> bool:
@@ -107,24 +107,24 @@ def same(x: Any, y: Any, files: Sources) -> bool:
     return bool(torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (x, y))))
 
 
-def _stored(checkpoint: Checkpoint | None, number: Mapping[int, int], files: Sources) -> dict[str, Any]:
+def _stored(checkpoint: Model | None, files: Sources) -> dict[str, Any]:
     """Floating tensors stay where they are; the others, which are copied, are few, and are read."""
     found: dict[str, Any] = {}
     for name, entry in checkpoint.tensors.items() if checkpoint else ():
-        source, start, _ = files.operand(number[id(checkpoint)], entry)
+        source, start, _ = files.operand(entry)
         if entry.dtype.merges:
             found[name] = StoredTensor(source, start, entry.shape, entry.dtype)
         else:
-            found[name] = _whole(files, source, entry)
+            found[name] = _whole(files, source, start, entry)
     return found
 
 
-def _whole(files: Sources, source: int, entry: Entry) -> Any:
+def _whole(files: Sources, source: int, start: int, entry: TensorInput) -> Any:
     import torch
 
     if not entry.nbytes:
         return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
-    data = _read(files, source, entry.start, entry.nbytes)
+    data = _read(files, source, start, entry.nbytes)
     return torch.frombuffer(data, dtype=torch_dtype(entry.dtype)).view(entry.shape)
 
 
@@ -141,7 +141,7 @@ def _read(files: Sources, source: int, start: int, nbytes: int) -> bytearray:
     return data
 
 
-def _check_torch(checkpoint: Checkpoint) -> None:
+def _check_torch(checkpoint: Model) -> None:
     """Raises: UsageError, without torch; CheckpointError, if torch has not one of the dtypes."""
     try:
         import torch  # noqa: F401
@@ -153,7 +153,7 @@ def _check_torch(checkpoint: Checkpoint) -> None:
         try:
             torch_dtype(entry.dtype)
         except UsageError:
-            where = str(checkpoint.files[entry.file])
+            where = str(entry.files[0])
             raise CheckpointError(
                 f"{name} is of dtype {entry.dtype}, which torch has not", file=where, tensor=name
             ) from None

@@ -140,9 +140,9 @@ def test_what_cannot_be_folded_is_made_first(tmp_path, dtype):
     assert plan.bytes_made > 0 and report.bytes_read == plan.bytes_read
     assert report.inputs == 3
     found = plan.tensors[[t.name for t in plan.tensors].index("model.embed_tokens.weight")]
-    assert [t.dtype for t in found.first] == [F32, F32]
+    assert [t.dtype for t in found.before] == [F32, F32]
     assert found.bytes_read == 4 * 4 * 97 * 64  # measured and combined, both in float32
-    assert [t.bytes_read for t in found.first] == [2 * 2 * 97 * 64, 4 * 2 * 97 * 64]
+    assert [t.bytes_read for t in found.before] == [2 * 2 * 97 * 64, 4 * 2 * 97 * 64]
     assert "x3 = sum: " in str(plan) and "x4 = arc: " in str(plan) and "kept in a temporary file" in str(plan)
     assert not [p for p in (tmp_path / "out").iterdir() if p.suffix not in (".safetensors", ".md")]
 

@@ -301,9 +301,9 @@ def test_only_what_no_file_holds_is_made(tmp_path):
     import contextlib
 
     from fastinterp.execute.gather_rows import gather
+    from fastinterp.plan.inputs import GatheredInput
     from fastinterp.plan.plan import make_plan
     from fastinterp.recipe.load import load_recipe
-    from fastinterp.tokenizer.embedding_rows import MappedEntry
 
     a = plain(tmp_path / "a", ["<unk>", "a"], [1.0, 2.0], F32)
     b = plain(tmp_path / "b", ["<unk>", "p", "b"], [3.0, 4.0, 5.0], F32)
@@ -311,7 +311,7 @@ def test_only_what_no_file_holds_is_made(tmp_path):
     asked = load_recipe(recipe("linear", [a, b, c], weights=[1, 1, 1], tokenizer={"pad_to_multiple_of": 4}))
     [embedded] = make_plan([asked], max_shard_size=1 << 30).tensors
     first = embedded.entries[0]
-    assert isinstance(first, MappedEntry) and first.shape == (8, 3)
+    assert isinstance(first, GatheredInput) and first.shape == (8, 3)
     with contextlib.ExitStack() as stack:
         found = gather(first, tmp_path, stack)
         assert [(path.parent.name, rows) for path, _, rows in found.parts] == [("a", 2), ("b", 3)]

@@ -1,0 +1,313 @@
+"""Inputs of output tensors: an interface, and one class for each kind.
+
+`TensorInput` is all that planning, running and reporting know of an input. Kinds: a tensor that one file holds
+(`StoredInput`); rows that come from several places (`GatheredInput`); a tensor of a document above, which is in no file
+(`IntermediateInput`). `PlannedTensor` is what is made of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastinterp.ops.combine import Combine, Row
+from fastinterp.ops.dtypes import DType
+from fastinterp.tokenizer.embedding_rows import RowMap
+
+# (source, byte offset, dtype code); gathered: ([(source, byte offset, rows)], dtype code, i64[rows of the output]).
+Operand = tuple[Any, Any, Any]
+ModelInput = tuple[int, "TensorInput"]  # number of its model in the plan, and a tensor of it
+
+
+class OpenFiles(Protocol):
+    """The files of inputs, open: each kind of input has its operand made in one of these ways."""
+
+    def stored(self, tensor: StoredInput) -> Operand: ...
+    def gathered(self, tensor: GatheredInput) -> Operand: ...
+    def intermediate(self, tensor: IntermediateInput) -> Operand: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInput(ABC):
+    """One tensor that is read.
+
+    dtype, shape  of its numbers, whatever stores them
+    nbytes        that are read for all of it
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    @abstractmethod
+    def key(self) -> Hashable:
+        """Identity: inputs of one key are the same tensor, under whatever names."""
+
+    @property
+    @abstractmethod
+    def files(self) -> tuple[Path, ...]:
+        """The files that it is read from; none if it has to be made first."""
+
+    @abstractmethod
+    def open(self, files: OpenFiles) -> Operand:
+        """The operand by which steps read it."""
+
+    def describe(self) -> str:
+        """Dtype and shape, for people: `BF16 [4, 2]`."""
+        return f"{self.dtype} {list(self.shape)}"
+
+    @property
+    def kept_dtype(self) -> DType:
+        """The dtype of an output tensor that keeps this one's."""
+        return self.dtype
+
+    @property
+    def plain(self) -> StoredInput | None:
+        """Itself, if its elements lie in a file one after the other, as `dtype` stores them; else None."""
+        return None
+
+    @property
+    def moves_rows(self) -> bool:
+        """Whether its rows are in the order of another vocabulary than that of its file."""
+        return False
+
+    # What only a tensor of a document above answers in another way.
+
+    @property
+    def stages(self) -> tuple[PlannedTensor, ...]:
+        """The tensors that have to be made before it can be read, in an order that works."""
+        return ()
+
+    def origins(self, model: int) -> set[int]:
+        """The models that it comes from in the end. model: the one that it is a tensor of."""
+        return {model}
+
+    def agreeing(self, model: int) -> list[ModelInput]:
+        """What must have the same bytes in all models, where it is not merged but copied."""
+        return [(model, self)]
+
+    @property
+    def weighted_sum(self) -> tuple[Row, list[ModelInput]] | None:
+        """The sum of other inputs that it is, if that may become part of a sum that reads it."""
+        return None
+
+    @property
+    def direct(self) -> PlannedTensor | None:
+        """How a copy of it is made without storing it first; None if the copy has to read it."""
+        return None
+
+    def stored(self) -> TensorInput:
+        """The same with the dtype and the bytes that it has when it is read."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class StoredInput(TensorInput):
+    """A tensor in one file, from byte `start` on."""
+
+    path: Path
+    start: int
+
+    @property
+    def key(self) -> Hashable:
+        return self.path, self.start, self.nbytes, self.dtype.name
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+    def open(self, files: OpenFiles) -> Operand:
+        return files.stored(self)
+
+    @property
+    def plain(self) -> StoredInput | None:
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredInput(TensorInput):
+    """A tensor of one model with rows from several: an embedding in the order of the output's vocabulary.
+
+    own      index of its model in `sources`
+    rows     where each row is from
+    means    what rows of model len(sources) are: the rows, each (model, row), of which each is the mean
+    sources  of each model, its tensor that corresponds; None: the model has none
+    """
+
+    own: int
+    rows: RowMap
+    means: tuple[tuple[tuple[int, int], ...], ...]
+    sources: tuple[StoredInput | None, ...]
+
+    @property
+    def models(self) -> list[int]:
+        """The models that rows are read from, ascending; its own, even if no row is."""
+        numbers = self.rows.models | {self.own}
+        if len(self.sources) in numbers:
+            numbers |= {model for rows in self.means for model, _ in rows}
+        return sorted(numbers - {len(self.sources)})
+
+    @property
+    def key(self) -> Hashable:
+        # Tied embeddings are one tensor in the file, and in this vocabulary; but beside models that are not tied, the
+        # rows that they lack come from different tensors.
+        return self.rows, self.own, tuple(None if source is None else source.key for source in self.sources)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(source.path for i in self.models if (source := self.sources[i]) is not None))
+
+    def open(self, files: OpenFiles) -> Operand:
+        return files.gathered(self)
+
+    @property
+    def moves_rows(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class IntermediateInput(TensorInput):
+    """A tensor of a document above: it is in no file, and is made when it is needed.
+
+    tensor  how it is made, with the dtype in which it is stored until it is read
+    free    that document says nothing of its dtype
+    folds   its coefficients may become part of those of others, so that it need not be stored
+    """
+
+    tensor: PlannedTensor
+    free: bool
+    folds: bool
+
+    @property
+    def key(self) -> Hashable:
+        return id(self.tensor)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return ()
+
+    def open(self, files: OpenFiles) -> Operand:
+        return files.intermediate(self)
+
+    @property
+    def stages(self) -> tuple[PlannedTensor, ...]:
+        return self.tensor.stages
+
+    def origins(self, model: int) -> set[int]:
+        return self.tensor.origins(range(self.tensor.models))
+
+    def agreeing(self, model: int) -> list[ModelInput]:
+        return list(zip(self.tensor.inputs, self.tensor.entries, strict=True))
+
+    @property
+    def weighted_sum(self) -> tuple[Row, list[ModelInput]] | None:
+        if not self.folds or not self.tensor.rows:
+            return None
+        return self.tensor.rows[0], list(zip(self.tensor.inputs, self.tensor.entries, strict=True))
+
+    @property
+    def direct(self) -> PlannedTensor | None:
+        # Its bytes are the same then: nothing is rounded on the way, or only once to nearest.
+        return self.tensor if self.free and self.tensor.program is not None else None
+
+    def stored(self) -> TensorInput:
+        return replace(self, dtype=self.tensor.dtype, nbytes=self.tensor.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What must be asked before a tensor is merged, or a sum that is more than plain.
+
+    calls   one per output: the method with all of its arguments
+    reads   what is foreseen to be read: for what, and which of the tensor's inputs. Answers may change it
+    whole   something is asked about the whole model
+    method  its name
+    name    of the tensor, under which random masks are drawn
+    seeds   from which they are drawn, one per output
+    """
+
+    calls: tuple[Callable[[], Any], ...]
+    reads: tuple[tuple[str, tuple[int, ...]], ...]
+    whole: bool
+    method: str
+    name: str
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One output tensor.
+
+    inputs   the models that are read, as indices into Plan.checkpoints. Those of a program are all that its method
+             sees, in its order, side-cars last
+    entries  the tensor in each of them
+    rows     one per output; their numbers count `inputs`. None for a program, and none if the tensor is not merged but
+             must be the same in every input (integers, and floats that only a quantiser can read)
+    models   how many of `inputs` the method counts: not the side-cars
+    sums     what the method asked for, one per output, where `rows` come from it
+    seeds    of the store's rounding, one per output
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    inputs: tuple[int, ...]
+    entries: tuple[TensorInput, ...]
+    rows: tuple[Row, ...]
+    program: Program | None = None
+    models: int = 0
+    sums: tuple[Combine, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return self.entries[0].numel
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.rows) or self.program is not None
+
+    @property
+    def reads(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """What is read, in order: for what, and which of `inputs`."""
+        return (("combine", tuple(range(len(self.inputs)))),) if self.program is None else self.program.reads
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(self.entries[i].nbytes for _, inputs in self.reads for i in inputs)
+
+    @property
+    def nbytes(self) -> int:
+        """Of one output."""
+        return self.dtype.nbytes(self.numel) or 0
+
+    @property
+    def before(self) -> tuple[PlannedTensor, ...]:
+        """The tensors of documents above that have to be made before this one, each once, in an order that works."""
+        return tuple({id(t): t for entry in self.entries for t in entry.stages}.values())
+
+    @property
+    def stages(self) -> tuple[PlannedTensor, ...]:
+        """The same, and this one."""
+        return (*self.before, self)
+
+    def origins(self, read: Iterable[int]) -> set[int]:
+        """The models that these of its inputs come from in the end; side-cars left out."""
+        models: set[int] = set()
+        for at in read:
+            if at < self.models:
+                models |= self.entries[at].origins(self.inputs[at])
+        return models
