@@ -15,8 +15,8 @@ from fastinterp.inspect.explain_parameters import as_lines, given, layer_lines, 
 from fastinterp.messages import WIDTH, counted, fit, plain, seconds, size, table
 from fastinterp.plan.inputs import PlannedTensor, TensorInput
 from fastinterp.plan.plan import Plan
-from fastinterp.recipe.check import DRAWING
-from fastinterp.recipe.load import Recipe, same_model
+from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.references import ModelRef
 
 # Page cache to page cache, about what one machine of today does: the least time that a merge of these files can take.
 _READ_GB_S, _WRITE_GB_S = 10.0, 3.0
@@ -45,7 +45,7 @@ def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
         "given": given(recipe, [m.tensors for m in plan.fitted.models], letters),
         "rounding": recipe.rounding,
         "seed": recipe.seed,
-        "draws": recipe.method.name.startswith(DRAWING),
+        "draws": recipe.method.draws,
         "models": [_model(plan, i) for i, c in enumerate(plan.checkpoints) if c.files],
         "made": _made(plan),
         "origin": plan.origin.name,
@@ -53,7 +53,7 @@ def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
         "moved": [t.name for t in plan.tensors if any(e.moves_rows for e in t.entries)],
         "steps": _steps(plan),
         "must_agree": [t.name for t in plan.tensors if not t.merged and len(t.inputs) > 1],
-        "integers_from": recipe.integers,
+        "integers_from": None if recipe.integers is None else str(recipe.integers),
         "dtypes": _dtypes(plan),
         "files": [{"name": f.name, "bytes": f.size, "tensors": len(f.places)} for f in layout.files],
         "index": layout.index_name if layout.index is not None else None,
@@ -212,8 +212,8 @@ def _letters(plan: Plan, recipe: Recipe) -> list[str]:
     """What the models of a document are called: x and the number of the checkpoint."""
     if not plan.above:
         return [f"x{i}" for i in range(len(recipe.models))]
-    names = _names(plan)
-    return [f"x{next(i for i, name in enumerate(names) if same_model(name, model))}" for model in recipe.models]
+    known = [ModelRef.of(name) for name in _names(plan)]
+    return [f"x{known.index(model)}" for model in recipe.models]
 
 
 def _lettered(text: str, letters: Sequence[str]) -> str:

@@ -1,25 +1,25 @@
-"""Paths between models, and what a metric does along them."""
+"""Linear paths between models, and metrics evaluated along them."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from importlib.util import find_spec
 from operator import index
 from typing import Any
 
 from fastinterp.arguments import snapped
-from fastinterp.errors import FastinterpError, UsageError
-from fastinterp.execute.report import Effect
+from fastinterp.errors import CheckpointError, FastinterpError, StorageError, UsageError
+from fastinterp.execute.report import RoundingEffect
+from fastinterp.in_memory.allocate import torch_dtype
 from fastinterp.in_memory.merge import merge_measured
 from fastinterp.ops.dtypes import parse_dtype
 from fastinterp.paths.report import PathPoint, PathReport
-from fastinterp.torch_models.module_weights import Walker, dtypes_of
-from fastinterp.torch_models.path_endpoints import End, opened, warn_unlike
+from fastinterp.torch_models.endpoints import Endpoint, Endpoints, Model, warn_unlike
+from fastinterp.torch_models.module_weights import ModuleWeights, dtypes_of
 
-Model = str | os.PathLike[str] | Mapping[str, Any]
 Alpha = float | Mapping[str, float]
 Alphas = Sequence[Alpha] | Mapping[str, Sequence[float]]
 ALPHA = "alpha"  # the name of the one direction of a line from a to b
@@ -56,13 +56,12 @@ def path(
     if directions is not None and base is None:
         raise UsageError("`directions` start at a `base`. Give one")
     _check_named(directions)
-    origin = None if base is None else End(base, "base")
+    origin = None if base is None else _endpoint(base, "base")
     models = directions if directions is not None else {"a": a, "b": b}
-    ends = {name: End(x, name) for name, x in models.items()}  # type: ignore[arg-type]
+    ends = {name: _endpoint(x, name) for name, x in models.items()}
     if model is not None and dtype is not None:
         _check_dtype(dtype, model)
-    every = [*([] if origin is None else [origin]), *ends.values()]
-    warn_unlike([end.checkpoint for end in every if end.checkpoint is not None], stacklevel=2)
+    warn_unlike([*([] if origin is None else [origin]), *ends.values()], stacklevel=2)
     settings = {"dtype": dtype, "rounding": rounding, "seed": seed, "threads": threads}
     return Path(ends, origin, tuple(directions) if directions is not None else (ALPHA,), model, settings)
 
@@ -75,8 +74,8 @@ class Path:
 
     def __init__(
         self,
-        ends: Mapping[str, End],
-        base: End | None,
+        ends: Mapping[str, Endpoint],
+        base: Endpoint | None,
         names: tuple[str, ...],
         model: Any,
         settings: Mapping[str, Any],
@@ -86,8 +85,8 @@ class Path:
         self._line = list(ends) == ["a", "b"] and names == (ALPHA,)
 
     def __repr__(self) -> str:
-        base = "" if self._base is None else f" from {self._base.name}"
-        return f"<Path{base}: {', '.join(end.name for end in self._ends.values())}>"
+        base = "" if self._base is None else f" from {self._base.label}"
+        return f"<Path{base}: {', '.join(end.label for end in self._ends.values())}>"
 
     def weights(self, alpha: Alpha) -> dict[str, Any]:
         """The state dict of one point, in new tensors; by name of direction, if it is no line from a to b."""
@@ -124,63 +123,72 @@ class Path:
         points = self._points(alphas)
         numbers = _seeds(seeds)
         done: list[PathPoint] = []
-        with nullcontext() if self._model is None else Walker(self._model, [*self._all.values()]) as walker:
+        with nullcontext() if self._model is None else ModuleWeights(self._model, self._models) as module:
             for at in points:
-                weights, effects = self._measured(at, walker)
-                if walker is not None:
-                    walker.take(weights)
+                weights, effects = self._measured(at, module)
+                if module is not None:
+                    module.write(weights)
                     weights = self._model
-                given = at[ALPHA] if self._line else dict(at)
+                alpha = at[ALPHA] if self._line else dict(at)
                 samples: dict[str, list[float]] = {}
                 for k, seed in enumerate(numbers):
-                    found = _metrics(_called(fn, weights, given, seed), given)
-                    names = list(done[0].samples) if done else list(samples or found)
-                    if set(found) != set(names):
-                        raise UsageError(f"the metrics must be the same at all points: {names}, then {list(found)}")
+                    metrics = _metrics(_called(fn, weights, alpha, seed), alpha)
+                    names = list(done[0].samples) if done else list(samples or metrics)
+                    if set(metrics) != set(names):
+                        raise UsageError(f"the metrics must be the same at all points: {names}, then {list(metrics)}")
                     for name in names:
-                        samples.setdefault(name, []).append(found[name])
+                        samples.setdefault(name, []).append(metrics[name])
                     if progress:
                         progress(len(done) * len(numbers) + k + 1, len(points) * len(numbers))
                 done.append(PathPoint(at, {m: tuple(v) for m, v in samples.items()}, *_effect(effects)))
                 self._refuse_changed()
                 del weights  # before those of the next point are made
-        ends = {name: end.name for name, end in self._ends.items()}
-        base = None if self._base is None else self._base.name
+        ends = {name: end.label for name, end in self._ends.items()}
+        base = None if self._base is None else self._base.label
         return PathReport(ends, base, tuple(numbers), tuple(done), tuple(probabilities), self._line)
 
     def _measured(
-        self, at: Mapping[str, float], walker: Walker | None = None
-    ) -> tuple[dict[str, Any], dict[str, Effect]]:
+        self, at: Mapping[str, float], module: ModuleWeights | None = None
+    ) -> tuple[dict[str, Any], dict[str, RoundingEffect]]:
+        """The tensors of one point, and what their rounding made of the change."""
         alphas = [at[name] for name in self.names]
-        given = [1.0 - alphas[0], alphas[0]] if self._line else alphas
+        weights = [1.0 - alphas[0], alphas[0]] if self._line else alphas
         settings = dict(self._settings)
         if self._model is not None and settings["dtype"] is None:
             settings["dtype"] = dtypes_of(self._model)  # straight to them: what is measured is what the model holds
         self._refuse_changed()
         try:
-            found = self._merged(given, settings, walker)
+            merged = self._merged(weights, settings, module)
         except FastinterpError:
             self._refuse_changed()  # which says more than what came of it
             raise
         self._refuse_changed()
-        return found
+        return merged
 
     def _merged(
-        self, given: Sequence[float], settings: Mapping[str, Any], walker: Walker | None
-    ) -> tuple[dict[str, Any], dict[str, Effect]]:
-        with opened([*self._all.values()]) as (tensors, files):
-            named = tensors if walker is None else [walker.named(x) for x in tensors]
-            base, models = (None, named) if self._base is None else (named[0], named[1:])
-            method = "linear" if base is None else "task_arithmetic"
-            return merge_measured(models, method, base=base, parameters={"weight": given}, files=files, **settings)
+        self, weights: Sequence[float], settings: Mapping[str, Any], module: ModuleWeights | None
+    ) -> tuple[dict[str, Any], dict[str, RoundingEffect]]:
+        with ExitStack() as stack:
+            endpoints = Endpoints(self._models, stack)
+            tensors = [endpoints.tensors(model) for model in self._models]
+            if module is not None:
+                tensors = [module.select(x) for x in tensors]
+            base = None if self._base is None else tensors.pop(0)
+            return merge_measured(
+                tensors, "linear" if base is None else "task_arithmetic", base=base, parameters={"weight": weights},
+                files=endpoints.files, **settings,
+            )  # fmt: skip
 
     @property
-    def _all(self) -> dict[str, End]:
-        return {**({} if self._base is None else {"base": self._base}), **self._ends}
+    def _models(self) -> list[Endpoint]:
+        """The base, if there is one, and the others."""
+        return [*([] if self._base is None else [self._base]), *self._ends.values()]
 
     def _refuse_changed(self) -> None:
-        for end in self._all.values():
-            end.refuse_changed()
+        """Raises: StorageError, if a file is no longer what it was when the path was made."""
+        for model in self._models:
+            for file in model.changed_files():
+                raise StorageError(f"{file} was changed while the path was evaluated. Evaluate it again")
 
     def _points(self, alphas: Alphas) -> list[dict[str, float]]:
         points = list(self._grid(alphas) if isinstance(alphas, Mapping) else map(self._point, _listed(alphas)))
@@ -207,6 +215,26 @@ class Path:
         return {name: _finite(alpha.get(name, 0.0), name) for name in self.names}
 
 
+def _endpoint(model: Model | None, role: str) -> Endpoint:
+    """Raises: UsageError, without torch; CheckpointError, also if torch does not have one of the dtypes."""
+    endpoint = Endpoint.of(model, role)
+    if endpoint.checkpoint is None:
+        return endpoint
+    if find_spec("torch") is None:
+        raise UsageError(
+            "a path between checkpoints needs torch: pip install torch. Without it, give state dicts of numpy arrays"
+        )
+    for name, entry in endpoint.checkpoint.tensors.items():
+        try:
+            torch_dtype(entry.dtype)
+        except UsageError:
+            raise CheckpointError(
+                f"{name} is of dtype {entry.dtype}, which torch does not have",
+                file=str(endpoint.entry.files[0]), tensor=name,
+            ) from None  # fmt: skip
+    return endpoint
+
+
 def _check_named(directions: Any) -> None:
     if directions is not None and (not isinstance(directions, Mapping) or not directions):
         raise UsageError(f"`directions` must map names to models, at least one, got {directions!r}"[:200])
@@ -231,14 +259,14 @@ def _listed(alphas: Any) -> list[Any]:
 
 
 def _finite(value: Any, name: str) -> float:
-    found = _number(value)
-    if found is None or not math.isfinite(found):
+    number = _number(value)
+    if number is None or not math.isfinite(number):
         raise UsageError(f"{name} must be a finite number, got {value!r}"[:200])
-    return snapped(found)
+    return snapped(number)
 
 
 def _number(value: Any) -> float | None:
-    """None: it is none. NaN and Inf are."""
+    """A number of Python, numpy or torch, NaN and Inf too; None for anything else."""
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         return None
     try:
@@ -247,17 +275,17 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _seeds(given: Any) -> list[int]:
-    """Raises: UsageError."""
-    listed = hasattr(given, "__iter__") and getattr(given, "shape", None) != ()
+def _seeds(value: Any) -> list[int]:
+    """Seeds from a list, or from how many. Raises: UsageError."""
+    listed = hasattr(value, "__iter__") and getattr(value, "shape", None) != ()
     try:
-        if isinstance(given, (str, bytes, Mapping)) or any(isinstance(x, bool) for x in (given if listed else [given])):
+        if isinstance(value, (str, bytes, Mapping)) or any(isinstance(x, bool) for x in (value if listed else [value])):
             raise TypeError
-        seeds = [index(seed) for seed in given] if listed else list(range(index(given)))
+        seeds = [index(seed) for seed in value] if listed else list(range(index(value)))
     except TypeError:
-        raise UsageError(f"the seeds must be whole numbers in a list, or how many there are, got {given!r}") from None
+        raise UsageError(f"the seeds must be whole numbers in a list, or how many there are, got {value!r}") from None
     if not seeds or len(set(seeds)) != len(seeds):
-        raise UsageError(f"the seeds must be at least one and all different, got {given!r}")
+        raise UsageError(f"the seeds must be at least one and all different, got {value!r}")
     return seeds
 
 
@@ -271,16 +299,16 @@ def _called(fn: Callable[[Any, Any, int], Any], weights: Any, alpha: object, see
         raise
 
 
-def _metrics(found: Any, alpha: object) -> dict[str, float]:
-    if not isinstance(found, Mapping) or not found:
-        raise UsageError(f"at {alpha} the function returned {found!r}, expected metrics by name, as {{'loss': 0.3}}")
-    numbers = {name: _number(value) for name, value in found.items()}
+def _metrics(result: Any, alpha: object) -> dict[str, float]:
+    if not isinstance(result, Mapping) or not result:
+        raise UsageError(f"at {alpha} the function returned {result!r}, expected metrics by name, as {{'loss': 0.3}}")
+    numbers = {name: _number(value) for name, value in result.items()}
     for name, number in numbers.items():
         if not isinstance(name, str) or number is None:
-            raise UsageError(f"at {alpha} the metric {name!r} is {found[name]!r}, expected a number")
+            raise UsageError(f"at {alpha} the metric {name!r} is {result[name]!r}, expected a number")
     return {name: number for name, number in numbers.items() if number is not None}
 
 
-def _effect(effects: Mapping[str, Effect]) -> tuple[float | None, float | None, float | None]:
-    total = Effect.total(effects.values())
+def _effect(effects: Mapping[str, RoundingEffect]) -> tuple[float | None, float | None, float | None]:
+    total = RoundingEffect.total(effects.values())
     return total.strength, total.changed_fraction, total.relative_change

@@ -31,7 +31,7 @@ def warnings_about(checkpoints: Sequence[Model], origin: Model, vocabulary: bool
     """A line for each thing that the user should know of the files that come from `origin`: what to do is in it.
 
     vocabulary  the recipe says what becomes of it, so tokenizers may differ
-    Raises: ModelError, if the config.json of `origin` is damaged. Those of the others are only compared.
+    Raises: CheckpointError, if the config.json of `origin` is damaged. Those of the others are only compared.
     """
     seen = {origin.root}
     others = [c for c in checkpoints if not (c.root in seen or seen.add(c.root))]  # type: ignore[func-returns-value]

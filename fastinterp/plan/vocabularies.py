@@ -21,7 +21,8 @@ from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.messages import fit
 from fastinterp.plan.inputs import GatheredInput, TensorInput
 from fastinterp.plan.models import Model
-from fastinterp.recipe.load import Recipe, same_model
+from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.references import ModelRef
 from fastinterp.tokenizer.embedding_rows import (
     RowPlan,
     RowSource,
@@ -66,7 +67,7 @@ class Fitted:
     def sidecars(self, files: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
         """The output's small files, from those of the origin.
 
-        Raises: ModelError, if one that has to change is damaged.
+        Raises: CheckpointError, if one that has to change is damaged.
         """
         found = dict(files)
         if self.tokenizer is not None:
@@ -119,7 +120,7 @@ class Fitted:
 def fit_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> Fitted:
     """Give every model the output layer and the vocabulary that the recipe asks for, or that the others have.
 
-    Raises: ModelError, if a tokenizer or configuration that has to be read is missing or damaged; ShapeError, if
+    Raises: CheckpointError, if a tokenizer or configuration that has to be read is missing or damaged; ShapeError, if
     rows of embeddings cannot be moved.
     """
     known = [*models, *([] if any(m is origin for m in models) else [origin])]
@@ -129,10 +130,11 @@ def fit_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> Fitted
     for other in known[len(models) :]:  # a base that is not merged may give rows, those of its output layer too
         own = ties([other.tensors, tensors[0]], [True, False]).aliases[0]
         tensors.append(_fitted(other, own, tie.dropped))
+    says_tied = _says_tied(configs[_index(known, ModelRef.of(origin.name))])
     fitted = Fitted(
         tuple(_with(m, t) for m, t in zip(models, tensors, strict=False)),
         template=_template(recipe, models),
-        tied=_tied(tensors[0], origin.tensors, _says_tied(configs[_index(known, origin.name)]), configs[: len(models)]),
+        tied=_tied(tensors[0], origin.tensors, says_tied, configs[: len(models)]),
     )
     return fitted if recipe.tokenizer is None else _with_vocabulary(recipe, fitted, known, tensors, configs)
 
@@ -268,8 +270,8 @@ def _base(recipe: Recipe, origin: int) -> int | None:
     return recipe.base if recipe.base is not None else origin if named else None
 
 
-def _index(known: Sequence[Model], name: str) -> int:
-    return next(i for i, m in enumerate(known) if same_model(m.name, name))
+def _index(known: Sequence[Model], model: ModelRef) -> int:
+    return [ModelRef.of(checkpoint.name) for checkpoint in known].index(model)
 
 
 def _rows(model: Model, tensors: Mapping[str, TensorInput], config: Mapping[str, Any]) -> int:

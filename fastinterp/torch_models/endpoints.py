@@ -1,319 +1,158 @@
-"""The end points of a path that a module walks: checkpoints and state dicts, as the pump reads them."""
+"""The end points of a path: checkpoints on disk and state dicts in memory, which are read and never written to."""
 
 from __future__ import annotations
 
-import mmap
+import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from fastinterp.backends.torch_device import current_queue, device_of, memory, pinned
-from fastinterp.errors import BackendError, ShapeError, UsageError
-from fastinterp.execute.device.resident import ResidentMachine
-from fastinterp.execute.device.streamed import StreamedMachine
-from fastinterp.execute.rounds import Machine
-from fastinterp.execute.sources import Sources
-from fastinterp.execute.tensor_io import Step
+from fastinterp.checkpoint.open import changed_since
+from fastinterp.errors import UsageError
+from fastinterp.execute.sources import Sources, storage
+from fastinterp.in_memory.allocate import torch_dtype
+from fastinterp.in_memory.merge import StoredTensor
+from fastinterp.messages import plain
 from fastinterp.ops.dtypes import DType, parse_dtype
-from fastinterp.plan.inputs import Operand
-from fastinterp.plan.models import Model, open_model
-from fastinterp.torch_models.module_tensors import Mismatches, Weight, address_of, is_extra_state, matches
-from fastinterp.torch_models.path_endpoints import warn_unlike
+from fastinterp.plan.compatibility import unlike
+from fastinterp.plan.inputs import TensorInput
+from fastinterp.plan.models import Model as StoredModel
+from fastinterp.plan.models import open_model
+from fastinterp.torch_models.module_tensors import TensorSpec, Weight, equal_bytes, is_extra_state, tied_error
 
-End = str | os.PathLike[str] | Mapping[str, Any]
-_ALIGN = 64  # bytes
-_LEFT = 1 << 30  # bytes of a device that are left to what the module computes
-_FROM_FILES = 64 << 10, 128 << 10  # bytes per read and write: what is read is still in the cache when it is combined
-_FROM_MEMORY = 1 << 20, 1 << 20  # nothing is copied, and processors read ahead better in long runs
+Model = str | os.PathLike[str] | Mapping[str, Any]  # a checkpoint's path or Hub id, or a state dict
+_CHUNK = 8 << 20  # bytes that are compared at a time
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """An end point. tensors: their dtypes and shapes by name; checkpoint or state dict: one of them is None."""
+@dataclass(frozen=True, eq=False)
+class Endpoint:
+    """One model of a path: the headers of a checkpoint, or a state dict.
 
-    label: str  # what messages call it; two may have the same
-    tensors: Mapping[str, tuple[DType, tuple[int, ...]]]
-    checkpoint: Model | None = None
-    state: Mapping[str, Any] | None = None
-
-
-class Memory:
-    """One piece of memory that holds a copy of several tensors. Its bytes are not set."""
-
-    def __init__(self, sizes: Mapping[Any, int], kind: str = "memory", block: Any = None):
-        """block  u8[room(sizes)], of memory that kernels reach if `kind` is "device"; None: new, the host's"""
-        self._at: dict[Any, tuple[int, int]] = {}
-        end = 0
-        for key, nbytes in sizes.items():
-            self._at[key] = end, nbytes
-            end += -(-nbytes // _ALIGN) * _ALIGN
-        self._kind, self._bytes = kind, _pages(end) if block is None else block
-
-    @staticmethod
-    def room(sizes: Mapping[Any, int]) -> int:
-        """Bytes for all of them."""
-        return max(1, sum(-(-nbytes // _ALIGN) * _ALIGN for nbytes in sizes.values()))
-
-    def handle(self, key: Any) -> tuple[str, int, int]:
-        """Of one tensor, as the machines take it."""
-        start, nbytes = self._at[key]
-        return self._kind, int(self._bytes.data_ptr()) + start, nbytes
-
-
-def _pages(nbytes: int) -> Any:
-    import torch
-
-    pages = mmap.mmap(-1, max(1, nbytes))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)  # a page fault for 2 MB, not for every 4 KB
-    return torch.frombuffer(pages, dtype=torch.uint8)
-
-
-class Ends:
-    """The end points, open until `stack` closes, or in memory.
-
-    ends      label -> checkpoint or state dict
-    weights   those of the module that are walked
-    layers    the pattern that chose them, or None
-    resident  read checkpoints into memory now: that of the module's device, if there is room
-    where     the torch.device of the module, None for the CPU
-    Raises: CheckpointError; ShapeError, with all that does not fit; UsageError; BackendError.
+    label       what messages and reports call it: a checkpoint as the user named it, a state dict by its role
+    checkpoint  None for a state dict. Its tensors stay on disk
+    state       tensors by name; empty for a checkpoint
     """
 
-    def __init__(
-        self, ends: Mapping[str, End], weights: Sequence[Weight], layers: Any, resident: bool, threads: int, isa: str,
-        stack: ExitStack, where: Any = None,
-    ):  # fmt: skip
-        self._isa, self._threads, self.where = isa, threads, where
-        opened = [_opened(label, end) for label, end in ends.items()]
-        self._check(opened, weights, layers)
-        checkpoints = [end.checkpoint for end in opened if end.checkpoint is not None]
-        warn_unlike(checkpoints, stacklevel=3)
-        reads = [
-            end.checkpoint.tensors[name]
-            for end in opened if end.checkpoint is not None
-            for w in weights for name in w.names if name in end.tensors
-        ]  # fmt: skip
-        self._files = Sources([c.checkpoint for c in checkpoints if c.checkpoint is not None], reads, stack)
-        self.handles: list[Any] = list(self._files.fds)
-        self._kept: list[Any] = []  # memory that handles point to
-        self._at: list[tuple[Any, int]] = []  # tensors of others, and where they were
-        self._lying: dict[int, Any] = {}  # the same by the number of their source
-        found = [
-            {name: self._operand(end, name, weights) for w in weights for name in w.names if name in end.tensors}
-            for end in opened
-        ]
-        self._check_tied(found, weights)
-        # Of each end, the operand of each weight.
-        self.operands = [[own[next(n for n in w.names if n in own)] for w in weights] for own in found]
-        if resident and (where is not None or self._files.fds) and self._read(weights):
-            self._files = Sources([], [], stack)
+    label: str
+    checkpoint: StoredModel | None
+    state: Mapping[str, Any]
 
-    def _check(self, opened: Sequence[_Opened], weights: Sequence[Weight], layers: Any) -> None:
-        wrong = Mismatches()
-        ours = {name for w in weights for name in w.names}
-        for end in opened:
-            own = {n: t for n, t in end.tensors.items() if t[0].merges or n in ours}
-            if layers is not None:
-                own = {n: t for n, t in own.items() if n in ours or matches([n], layers)}
-            wrong.check(weights, end.label, own)
-        wrong.check_contiguous(weights)
-        wrong.refuse()
+    @staticmethod
+    def of(model: Model | None, role: str) -> Endpoint:
+        """role: `base`, say. Raises: UsageError, if the model is neither; CheckpointError."""
+        if isinstance(model, Mapping):
+            return Endpoint(role, None, model)
+        if not isinstance(model, (str, os.PathLike)):
+            raise UsageError(f"{role} must be a checkpoint's path or a state dict, got {type(model).__name__}")
+        name = os.fspath(model)
+        return Endpoint(name, open_model(name), {})
 
-    def _operand(self, end: _Opened, name: str, weights: Sequence[Weight]) -> Operand:
-        if end.checkpoint is not None:
-            return self._files.operand(end.checkpoint.tensors[name])
-        assert end.state is not None
-        tensor = end.state[name].detach()
-        if tensor.device.type != "cpu" and tensor.device != self.where:
-            where = self.where or "cpu"
-            raise BackendError(
-                f"{name} of {end.label} is on {tensor.device}, the module on {where}. Move it: .to({str(where)!r})"
-            )
-        size = tensor.numel() * tensor.element_size()
-        start = address_of(tensor)
-        if size and not start:
-            raise UsageError(f"{name} of {end.label} has no memory of its own ({tensor.layout}): make it dense")
-        ours = any(start < w.address + w.nbytes and w.address < start + size for w in weights)
-        if ours or not tensor.is_contiguous() or tensor.is_neg():
-            tensor = tensor.resolve_neg().contiguous()
-            tensor = tensor.clone() if ours else tensor  # the module's own memory is what will be written
-        return self.add(tensor, end.tensors[name][0])
+    def specs(self) -> dict[str, TensorSpec]:
+        """Dtype and shape of each tensor, extra state left out. Raises: UsageError, if one is no torch tensor."""
+        if self.checkpoint is not None:
+            return {name: (entry.dtype, entry.shape) for name, entry in self.checkpoint.tensors.items()}
+        specs: dict[str, TensorSpec] = {}
+        for name, x in self.state.items():
+            if is_extra_state(name):
+                continue
+            if not hasattr(x, "data_ptr"):
+                raise UsageError(f"{name} of {self.label} must be a torch tensor, got {type(x).__name__}")
+            dtype = parse_dtype(str(x.dtype)) or DType(str(x.dtype).removeprefix("torch."), 8)
+            specs[name] = dtype, tuple(x.shape)
+        return specs
 
-    def add(self, tensor: Any, dtype: DType) -> Operand:
-        """A tensor in memory, contiguous, as an operand."""
-        self._kept.append(tensor)
-        self._at.append((tensor, address_of(tensor)))
-        self._lying[len(self.handles)] = tensor
-        kind = "memory" if tensor.device.type == "cpu" else "device"
-        self.handles.append((kind, tensor.data_ptr(), tensor.numel() * tensor.element_size()))
-        return len(self.handles) - 1, 0, dtype.code or 0
+    def changed_files(self) -> list[Path]:
+        """The files that were changed, replaced or removed since their headers were read."""
+        checkpoint = None if self.checkpoint is None else self.checkpoint.checkpoint
+        return [] if checkpoint is None else changed_since(checkpoint)
 
-    def add_memory(self, memory: Memory, weights: Sequence[Weight]) -> list[Operand]:
-        """Copies of the module's own tensors, as operands."""
-        self._kept.append(memory)
-        first = len(self.handles)
-        self.handles += [memory.handle(w.name) for w in weights]
-        return [(first + i, 0, (w.dtype.code if w.dtype else None) or 0) for i, w in enumerate(weights)]
 
-    def refuse_changed(self) -> None:
-        """Raises: CheckpointError, if a file is not what it was when it was opened; UsageError, if a state dict's
-        tensors lie elsewhere or nowhere by now.
+class Endpoints:
+    """Several end points, the files of the checkpoints among them open for reading until `stack` closes.
+
+    names  of the tensors that will be read: only their files are opened. None: all
+
+    Files are read with pread, never mapped: where a file shrinks under a mapping, the process is killed.
+    Raises: StorageError, if a file cannot be opened.
+    """
+
+    def __init__(self, models: Sequence[Endpoint], stack: ExitStack, names: Collection[str] | None = None):
+        checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
+        self._names = names
+        reads = [tensor for c in checkpoints for name, tensor in c.tensors.items() if self._wanted(name)]
+        self.files = Sources([c.checkpoint for c in checkpoints if c.checkpoint is not None], reads, stack)
+
+    def _wanted(self, name: str) -> bool:
+        return self._names is None or name in self._names
+
+    def tensors(self, model: Endpoint) -> dict[str, Any]:
+        """The tensors of one end point by name.
+
+        Those of a state dict are its own. Of a checkpoint floating tensors are StoredTensors, read where they are used;
+        others are few, and are read now.
+        Raises: StorageError, CheckpointError.
         """
-        self._files.refuse_changed("it is no longer what Live opened: it was changed or removed. Make a new Live")
-        if any(address_of(tensor) != at for tensor, at in self._at):
-            raise UsageError("the tensors of a state dict were given other memory. Give the end points to another Live")
+        if model.checkpoint is None:
+            return {name: x for name, x in model.state.items() if self._wanted(name)}
+        return {name: self._stored(tensor) for name, tensor in model.checkpoint.tensors.items() if self._wanted(name)}
 
-    @property
-    def all_on_device(self) -> bool:
-        """Whether kernels reach all of them where they are."""
-        return self.where is not None and all(self._reached(o) for own in self.operands for o in own)
+    def _stored(self, tensor: TensorInput) -> Any:
+        source, start, _ = self.files.operand(tensor)
+        stored = StoredTensor(source, start, tensor.shape, tensor.dtype)
+        return stored if tensor.dtype.merges else self._whole(stored)
 
-    def machine(self, sinks: list[Any]) -> Machine | StreamedMachine:
-        """What runs steps from the end points into `sinks`."""
-        if self.where is None:
-            return self._pumped(sinks)
-        return StreamedMachine(current_queue(self.where), self.handles, sinks, self._pumped)
+    def check_tied(self, model: Endpoint, tensors: Mapping[str, Any], weights: Sequence[Weight]) -> None:
+        """Raises: ShapeError, if tensors that are one in the module differ in the end point `model`."""
+        for weight in weights:
+            first, *others = [name for name in weight.names if name in tensors] or [weight.name]
+            for other in others:
+                if not self._equal(tensors[first], tensors[other]):
+                    raise tied_error(first, other, f"differ in {model.label}")
 
-    def resident(self, sinks: list[Any]) -> ResidentMachine:
-        """The same, from what kernels reach."""
-        return ResidentMachine(device_of(self.where), current_queue(self.where), self.handles, sinks)
+    def _equal(self, x: Any, y: Any) -> bool:
+        """Whether two tensors of one end point hold the same bytes."""
+        if (x.dtype, tuple(x.shape)) != (y.dtype, tuple(y.shape)):
+            return False
+        if not isinstance(x, StoredTensor) or not isinstance(y, StoredTensor):
+            return equal_bytes(x, y)
+        nbytes = x.dtype.nbytes(math.prod(x.shape)) or 0
+        chunks = [(at, min(_CHUNK, nbytes - at)) for at in range(0, nbytes, _CHUNK)]
+        return (x.source, x.start) == (y.source, y.start) or all(
+            self._read(x.source, x.start + at, n) == self._read(y.source, y.start + at, n) for at, n in chunks
+        )
 
-    def _pumped(self, sinks: list[Any]) -> Machine:
-        """What the CPU does, from what it reaches."""
-        read, write = _FROM_FILES if self._files.fds else _FROM_MEMORY
-        sources = [("memory", 0, 0) if _is_device(handle) else handle for handle in self.handles]
-        settings = {
-            "isa": self._isa, "sources": sources, "sinks": sinks, "threads": self._threads, "write_bytes": write,
-            "read_bytes": read, "stochastic": False, "fp8_saturate": True, "prefetch": False, "stats_every": 0,
-        }  # fmt: skip
-        return Machine(settings, self._explained, 0, None, 1 << 60)  # scratch for memory is never touched
-
-    def _reached(self, operand: Operand) -> bool:
-        return _is_device(self.handles[operand[0]])
-
-    def _explained(self, error: tuple[Any, ...], steps: Sequence[Step]) -> Exception:
-        if error[0] == "differs":
-            one, other = steps[error[1]].name.split("\0")
-            return ShapeError(
-                f"{one} and {other} are one tensor in the module, but differ in an end point. "
-                "Untie them: tie_word_embeddings=False in the module's configuration",
-                tensor=other,
-            )
-        return self._files.explained(error)
-
-    def _check_tied(self, found: Sequence[Mapping[str, Operand]], weights: Sequence[Weight]) -> None:
-        """Tensors that are one in the module must be one in every end point."""
-        steps: list[Step] = []
-        sinks: list[int] = []
-        for own in found:
-            for w in weights:
-                first, *others = [n for n in w.names if n in own] or [w.name]
-                for other in others:
-                    if own[first] != own[other]:
-                        nbytes = w.tensor.numel() * _width(own[first])
-                        if own[first][2] != own[other][2]:
-                            raise self._explained(("differs", 0, 1), [Step(f"{first}\0{other}", {}, 0)])
-                        if self._reached(own[first]) or self._reached(own[other]):
-                            self._compare(first, other, own)
-                            continue
-                        steps.append(_same(f"{first}\0{other}", [own[first], own[other]], len(sinks), nbytes))
-                        sinks.append(nbytes)
-        if steps:
-            scratch = Memory(dict(enumerate(sinks)))
-            self._pumped([scratch.handle(i) for i in range(len(sinks))]).run(steps)
-
-    def _compare(self, first: str, other: str, own: Mapping[str, Operand]) -> None:
-        """The same for two tensors of a state dict of which one is on a device."""
+    def _whole(self, stored: StoredTensor) -> Any:
+        """The tensor, read into a torch tensor in the CPU's memory."""
         import torch
 
-        tensors = [self._lying[own[name][0]].reshape(-1).view(torch.uint8) for name in (first, other)]
-        if not torch.equal(*(tensors if all(x.device == self.where for x in tensors) else (x.cpu() for x in tensors))):
-            raise self._explained(("differs", 0, 1), [Step(f"{first}\0{other}", {}, 0)])
+        nbytes = stored.dtype.nbytes(math.prod(stored.shape))
+        if not nbytes:
+            return torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
+        data = self._read(stored.source, stored.start, nbytes)
+        return torch.frombuffer(data, dtype=torch_dtype(stored.dtype)).view(stored.shape)
 
-    def _read(self, weights: Sequence[Weight]) -> bool:
-        """Read what is in files into memory, and what the module's device does not reach into its memory.
-
-        Returns whether there was room.
-        """
-        files = len(self._files.fds)
-        moved = [
-            (k, i) for k, own in enumerate(self.operands) for i, o in enumerate(own)
-            if (o[0] < files if self.where is None else not self._reached(o))
-        ]  # fmt: skip
-        size = {(k, i): weights[i].tensor.numel() * _width(self.operands[k][i]) for k, i in moved}
-        held = Memory(size) if self.where is None else self.placed(size)
-        if held is None:
-            return False
-        sinks = [held.handle(key) for key in moved]
-        copy(self, [self.operands[k][i] for k, i in moved], sinks, [size[key] for key in moved])
-        self.refuse_changed()
-        self._kept.append(held)
-        for (k, i), handle in zip(moved, sinks, strict=True):
-            self.operands[k][i] = len(self.handles), 0, self.operands[k][i][2]
-            self.handles.append(handle)
-        return True
-
-    def placed(self, size: Mapping[Any, int]) -> Memory | None:
-        """Memory of the module's device, else of the host where kernels reach it; None, if there is neither."""
-        room = Memory.room(size)
-        block = memory(self.where, room, _LEFT)
-        if block is None:
-            block = pinned(room)
-            how = "not at all: files are read at every `set`" if block is None else "in pinned memory of the host"
-            warnings.warn(
-                f"{self.where} has no room for {room} bytes of end points and of the module's own weights, so they are "
-                f"held {how}. With fewer tensors (`layers`) or end points, `set` is faster",
-                stacklevel=5,
-            )
-        return None if block is None else Memory(size, "device", block)
+    def _read(self, source: int, start: int, nbytes: int) -> bytearray:
+        """Raises: StorageError; CheckpointError, if the file ends before."""
+        data = bytearray(nbytes)
+        done = 0
+        with storage(self.files.paths[source]):
+            while done < nbytes:
+                count = os.preadv(self.files.fds[source], [memoryview(data)[done:]], start + done)
+                if not count:
+                    raise self.files.explained(("read", source, 0, start, nbytes, done))
+                done += count
+        return data
 
 
-def copy(ends: Ends, sources: Sequence[Operand], sinks: list[Any], sizes: Sequence[int]) -> None:
-    """Copy the bytes of operands into sinks, one into each."""
-    places = [(o, i, n) for i, (o, n) in enumerate(zip(sources, sizes, strict=True)) if n]
-    if ends.where is None:
-        ends.machine(sinks).run([_same("", [o], i, n) for o, i, n in places])
-    elif places:  # by kernels
-        ends.machine(sinks).run([
-            Step("", {"kind": "combine", "inputs": [o], "rows": [(0, 1.0, [])], "numel": n // _width(o), "sinks": [i],
-                      "offsets": [0], "out_dtype": o[2]}, 2 * n)
-            for o, i, n in places
-        ])  # fmt: skip
+def warn_unlike(models: Sequence[Endpoint], stacklevel: int) -> None:
+    """Warn where tokenizers of the checkpoints differ from the first's, or weights are quantised, as a merge would.
 
-
-def _is_device(handle: Any) -> bool:
-    return isinstance(handle, tuple) and handle[0] == "device"
-
-
-def _same(name: str, operands: Sequence[Operand], sink: int, nbytes: int) -> Step:
-    native = {"kind": "same", "inputs": list(operands), "numel": nbytes, "sinks": [sink], "offsets": [0]}
-    return Step(name, native, nbytes * 2)
-
-
-def _width(operand: Operand) -> int:
-    return (8, 4, 2, 2, 1, 1)[operand[2]]
-
-
-def _opened(label: str, end: End) -> _Opened:
-    if not isinstance(end, Mapping):
-        if not isinstance(end, (str, os.PathLike)):
-            raise UsageError(f"{label} must be a checkpoint or a state dict, got {type(end).__name__}")
-        checkpoint = open_model(os.fspath(end))
-        own = {name: (e.dtype, e.shape) for name, e in checkpoint.tensors.items()}
-        return _Opened(checkpoint.name, own, checkpoint)
-    import torch
-
-    found = {}
-    for name, tensor in end.items():
-        if is_extra_state(name):
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise UsageError(f"{name} of {label} must be a torch tensor, got {type(tensor).__name__}")
-        dtype = parse_dtype(str(tensor.dtype)) or DType(str(tensor.dtype).removeprefix("torch."), 8)
-        found[name] = dtype, tuple(tensor.shape)
-    return _Opened(label, found, None, end)
+    stacklevel  1: the caller's line is named
+    """
+    checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
+    for warning in unlike(checkpoints) if checkpoints else ():
+        warnings.warn(plain(warning), stacklevel=stacklevel + 1)

@@ -1,4 +1,4 @@
-"""Which tensors are walked: by one `Live` alone, as a second would take the first one's point for their own values."""
+"""Exclusive use of a module's tensors: a second `Live` would take the first one's point for their own values."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from fastinterp.torch_models.module_tensors import Weight
 _LOCK = threading.Lock()
 
 
-class Claim:
-    """Tensors that nothing else may claim, until `release`, or until nobody holds the claim any more.
+class ExclusiveTensors:
+    """A registration of tensors, which nothing else may register until `release`, or until this object is gone.
 
-    Raises: UsageError, if any shares memory with a tensor of another claim.
+    Raises: UsageError, if any shares memory with a registered tensor.
     """
 
-    _standing: ClassVar[WeakSet[Claim]] = WeakSet()
+    _registered: ClassVar[WeakSet[ExclusiveTensors]] = WeakSet()
 
     def __init__(self, weights: Sequence[Weight]):
         self._weights = weights
         with _LOCK:
-            for other in self._standing:
-                self._refuse(other)
-            self._standing.add(self)
+            for other in self._registered:
+                self._refuse_overlap(other)
+            self._registered.add(self)
 
     def release(self) -> None:
-        self._standing.discard(self)
+        self._registered.discard(self)
 
-    def _refuse(self, other: Claim) -> None:
-        """Tensors of one claim lie apart, so that one that begins in another is the next after it."""
+    def _refuse_overlap(self, other: ExclusiveTensors) -> None:
+        """The tensors of one registration do not overlap, so of two that do one follows the other in memory."""
         ranges = sorted(
             (str(w.tensor.device), w.address, w.nbytes, k, w.name)
-            for k, claim in enumerate((self, other))
-            for w in claim._weights
+            for k, registration in enumerate((self, other))
+            for w in registration._weights
             if w.nbytes
         )
-        for (device, start, nbytes, k, name), (place, at, _, i, named) in pairwise(ranges):
-            if k != i and device == place and at < start + nbytes:
+        for (device, start, nbytes, k, name), (next_device, next_start, _, next_k, next_name) in pairwise(ranges):
+            if k != next_k and device == next_device and next_start < start + nbytes:
                 raise UsageError(
-                    f"an open Live already walks {named if i == 0 else name}, so that its own weights would be lost. "
-                    "Close that Live first: live.close(), or leave its `with`"
+                    f"an open Live already sets {next_name if next_k == 0 else name}, so that its own weights would be "
+                    "lost. Close that Live first: live.close(), or leave its `with`"
                 )

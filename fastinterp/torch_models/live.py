@@ -1,4 +1,4 @@
-"""A module whose weights walk a path while it is in use."""
+"""A torch module whose weights are set to points of a path while it is in use."""
 
 from __future__ import annotations
 
@@ -15,13 +15,24 @@ from fastinterp.errors import BackendError, CheckpointError, UsageError
 from fastinterp.execute.tensor_io import Place
 from fastinterp.methods import suggestion
 from fastinterp.ops.combine import LARGEST, Combine, Row
-from fastinterp.torch_models.endpoints import End, Ends, Memory, copy
-from fastinterp.torch_models.exclusive import Claim
-from fastinterp.torch_models.module_tensors import Weight, device_of_all, touched, walked, weights_of
+from fastinterp.plan.inputs import Operand
+from fastinterp.torch_models.endpoint_operands import EndpointOperands
+from fastinterp.torch_models.endpoints import Endpoint, Model, warn_unlike
+from fastinterp.torch_models.exclusive import ExclusiveTensors
+from fastinterp.torch_models.memory_block import MemoryBlock
+from fastinterp.torch_models.module_tensors import (
+    Mismatches,
+    Weight,
+    device_of_all,
+    floating,
+    increment_versions,
+    matches,
+    weights_of,
+)
 from fastinterp.torch_models.step_lock import StepLock, call
 from fastinterp.torch_models.stream_order import StreamOrder
-from fastinterp.torch_models.unchanged import Standing
-from fastinterp.torch_models.writer import Writer
+from fastinterp.torch_models.unchanged import TensorWatch
+from fastinterp.torch_models.writer import ModuleWriter
 
 _LINE = "alpha"
 _LARGEST_ALPHA = 4e7  # on a line; as of `interpolate`
@@ -38,11 +49,11 @@ class Live:
         live.set(0.3)
 
     base        a checkpoint, or a state dict of torch tensors; None with directions: the module's own weights
-    directions  name -> checkpoint or state dict: out = base + sum of alpha * (it - base)
+    directions  name -> checkpoint or state dict: out = base + sum of alpha * (model - base)
     a, b        instead of directions, the ends of a line: out = a + alpha * (b - a)
     layers      only tensors whose names match this pattern, or one of several, as `model.layers.1?.*`; None: all
-    resident    hold the end points in memory: that of the module's device, or of the host where there is no room, which
-                is warned of. False: read them from their files at every `set`, through the page cache
+    resident    hold the end points in memory: that of the module's device, or of the host where there is no room, with
+                a warning. False: read them from their files at every `set`, through the page cache
     hooks       let every forward pass of the module be a step, as `with live.step():` does
     threads     None: one per CPU, at most 32. The result does not depend on it
 
@@ -50,7 +61,7 @@ class Live:
     `task_arithmetic` would write in the module's dtypes. Tied weights are written once; integer and boolean buffers
     stay as they are. `set` waits for steps that run, in any thread, and steps wait for it.
     At the end of the `with`, or after `close`, the module has its own weights again, bit for bit: a copy is kept.
-    A tensor is walked by one open Live at a time; a second is refused.
+    A tensor is set by one open Live at a time; a second is refused.
     Extra state (get_extra_state) is left alone. Python's warnings say where tokenizers of checkpoints differ.
 
     On a device with CUDA `set` is one launch in torch's current stream, after what steps have put into other streams,
@@ -65,35 +76,39 @@ class Live:
         self,
         module: Any,
         *,
-        base: End | None = None,
-        directions: Mapping[str, End] | None = None,
-        a: End | None = None,
-        b: End | None = None,
+        base: Model | None = None,
+        directions: Mapping[str, Model] | None = None,
+        a: Model | None = None,
+        b: Model | None = None,
         layers: str | Sequence[str] | None = None,
         resident: bool = True,
         hooks: bool = True,
         threads: int | None = None,
     ):
-        ends = _named(base, directions, a, b)
+        roles = _roles(base, directions, a, b)
         self._line = directions is None
         self._names = (_LINE,) if self._line else tuple(directions or ())
-        self._weights = walked(weights_of(module, layers))
-        self._where = device_of_all(self._weights)
-        self._lock, self._order = StepLock(), None if self._where is None else StreamOrder(self._where)
+        self._weights = floating(weights_of(module, layers))
+        self._device = device_of_all(self._weights)
+        self._lock, self._order = StepLock(), None if self._device is None else StreamOrder(self._device)
         self._alphas: dict[str, float] | None = None
-        self._standing = Standing(module, self._weights)  # the tensors may be given other memory
+        self._watch = TensorWatch(module, self._weights)  # the tensors may be given other memory
         with ExitStack() as stack:
-            stack.callback(Claim(self._weights).release)
-            self._ends = Ends(
-                ends, self._weights, layers, resident, cpu_threads(threads), cpu_isa(), stack, self._where
-            )
-            own = [*self._ends.operands]
-            self._original = self._kept()
+            stack.callback(ExclusiveTensors(self._weights).release)
+            models = [Endpoint.of(model, role) for role, model in roles.items()]
+            _check_fit(models, self._weights, layers)
+            warn_unlike(models, stacklevel=2)
+            self._operands = EndpointOperands(
+                models, self._weights, resident=resident, threads=cpu_threads(threads), isa=cpu_isa(), stack=stack,
+                device=self._device,
+            )  # fmt: skip
+            self._original = self._copy_of_own_weights()
+            of_models = [*self._operands.operands]
             if not self._line and base is None:
-                own.insert(0, self._original)
-            places = [self._place(i, [operands[i] for operands in own]) for i in range(len(self._weights))]
-            kind = "memory" if self._where is None else "device"
-            self._writer = Writer(self._ends, places, [(kind, w.address, w.nbytes) for w in self._weights])
+                of_models.insert(0, self._original)
+            places = [self._place(i, [operands[i] for operands in of_models]) for i in range(len(self._weights))]
+            kind = "memory" if self._device is None else "device"
+            self._writer = ModuleWriter(self._operands, places, [(kind, w.address, w.nbytes) for w in self._weights])
             if hooks:
                 for handle in self._hooks(module):
                     stack.callback(handle.remove)
@@ -124,19 +139,19 @@ class Live:
         with self._change():
             self._check_open()
             self._check_in_place()
-            self._ends.refuse_changed()
+            self._operands.refuse_changed()
             self._alphas = None
             try:
                 self._writer.write(row)
-                self._ends.refuse_changed()
+                self._operands.refuse_changed()
                 self._alphas = point
             except BaseException as error:
                 self._restore()
                 if isinstance(error, CheckpointError):
-                    self._ends.refuse_changed()  # which says more than what came of it
+                    self._operands.refuse_changed()  # which says more than what came of it
                 raise
             finally:
-                touched(self._weights)
+                increment_versions(self._weights)
 
     def restore(self) -> None:
         """Give the module its own weights back. `set` can be called again."""
@@ -144,7 +159,7 @@ class Live:
             self._check_open()
             self._check_in_place()
             self._restore()
-            touched(self._weights)
+            increment_versions(self._weights)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -167,13 +182,13 @@ class Live:
             try:
                 self._check_in_place()
                 self._restore()
-                touched(self._weights)
+                increment_versions(self._weights)
             finally:
                 self._open = False
                 self._stack.close()
-                if self._where is not None:  # what is in its queues uses memory that is let go
-                    current_queue(self._where).record().wait()
-                del self._ends, self._writer, self._original
+                if self._device is not None:  # what is in its queues uses memory that is let go
+                    current_queue(self._device).record().wait()
+                del self._operands, self._writer, self._original
 
     def __enter__(self) -> Live:
         self._check_open()
@@ -198,15 +213,15 @@ class Live:
         if self._order is not None:
             self._order.step()
 
-    def _kept(self) -> list[Any]:
-        """A copy of the module's own weights, as operands."""
-        size = {w.name: w.nbytes for w in self._weights}
-        original = Memory(size) if self._where is None else self._ends.placed(size)
-        if original is None:
-            raise BackendError(f"{sum(size.values())} bytes for a copy of the module's own weights cannot be had")
-        sinks = [original.handle(w.name) for w in self._weights]
-        copy(self._ends, [self._ends.add(w.tensor, w.dtype) for w in self._weights if w.dtype], sinks, [*size.values()])
-        return self._ends.add_memory(original, self._weights)
+    def _copy_of_own_weights(self) -> list[Operand]:
+        sizes = {w.name: w.nbytes for w in self._weights}
+        block = MemoryBlock(sizes) if self._device is None else self._operands.device_block(sizes)
+        if block is None:
+            raise BackendError(f"{sum(sizes.values())} bytes for a copy of the module's own weights cannot be had")
+        sinks = [block.handle(w.name) for w in self._weights]
+        own = [self._operands.add(w.tensor, w.dtype) for w in self._weights if w.dtype]
+        self._operands.copy(own, sinks, [*sizes.values()])
+        return self._operands.add_block(block, self._weights)
 
     def _restore(self) -> None:
         self._writer.write(Row(self._last))
@@ -217,14 +232,14 @@ class Live:
             raise UsageError("this Live is closed, and the module has its own weights. Make another one")
 
     def _check_in_place(self) -> None:
-        gone = self._standing.gone()
+        gone = self._watch.gone()
         if gone:
             raise UsageError(
                 f"{gone[0]} is not where it was: the module was converted, moved or loaded anew, and its own weights "
                 "cannot be given back. Load it anew, and make another Live"
             )
 
-    def _place(self, i: int, operands: list[Any]) -> Place:
+    def _place(self, i: int, operands: list[Operand]) -> Place:
         """The module's own weights are the last operand."""
         weight: Weight = self._weights[i]
         self._last = len(operands)
@@ -245,41 +260,54 @@ class Live:
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
 
     def _point(self, alpha: Any, alphas: Mapping[str, float]) -> dict[str, float]:
-        given: dict[str, Any] = dict(alphas)
+        distances: dict[str, Any] = dict(alphas)
         if isinstance(alpha, Mapping):
-            given = {**alpha, **given}
+            distances = {**alpha, **distances}
         elif alpha is not None:
             if not self._line:
                 raise UsageError(f"name the directions: set({self._names[0]}={alpha!r}), say")
-            given[_LINE] = alpha
-        elif self._line and not given:
+            distances[_LINE] = alpha
+        elif self._line and not distances:
             raise UsageError("set() needs the point on the line: set(0.3), say")
-        for name in given:
+        for name in distances:
             if name not in self._names:
                 raise UsageError(f"unknown direction `{name}`{suggestion(str(name), self._names)}")
-        return {name: _finite(name, given.get(name, 0.0)) for name in self._names}
+        return {name: _finite(name, distances.get(name, 0.0)) for name in self._names}
 
     def _row(self, point: Mapping[str, float]) -> Row:
-        far = tuple(point.values())
         if not self._line:
-            return Combine((0.0, *far), base=0).row()
-        if abs(far[0]) > _LARGEST_ALPHA:
-            raise UsageError(f"alpha must be in -{_LARGEST_ALPHA:.1e}..{_LARGEST_ALPHA:.1e}, got {far[0]:g}")
-        return Combine((1.0 - far[0], far[0]), sums_to_one=True).row()
+            return Combine((0.0, *point.values()), base=0).row()
+        alpha = point[_LINE]
+        if abs(alpha) > _LARGEST_ALPHA:
+            raise UsageError(f"alpha must be in -{_LARGEST_ALPHA:.1e}..{_LARGEST_ALPHA:.1e}, got {alpha:g}")
+        return Combine((1.0 - alpha, alpha), sums_to_one=True).row()
 
 
-def _finite(name: str, given: Any) -> float:
+def _finite(name: str, number: Any) -> float:
     try:
-        value = float(given) if not isinstance(given, (bool, str, bytes)) else math.nan
+        value = float(number) if not isinstance(number, (bool, str, bytes)) else math.nan
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not abs(value) <= LARGEST:
-        raise UsageError(f"`{name}` must be a finite number, got {given!r}"[:200])
+        raise UsageError(f"`{name}` must be a finite number, got {number!r}"[:200])
     return value
 
 
-def _named(base: Any, directions: Any, a: Any, b: Any) -> dict[str, End]:
-    """The end points by what messages call them, in the order of the sum."""
+def _check_fit(models: Sequence[Endpoint], weights: Sequence[Weight], layers: str | Sequence[str] | None) -> None:
+    """Raises: ShapeError, with everything that does not fit the module. Tensors that `layers` leaves out may differ."""
+    names = {name for w in weights for name in w.names}
+    mismatches = Mismatches()
+    for model in models:
+        specs = {n: spec for n, spec in model.specs().items() if spec[0].merges or n in names}
+        if layers is not None:
+            specs = {n: spec for n, spec in specs.items() if n in names or matches([n], layers)}
+        mismatches.check(weights, model.label, specs)
+    mismatches.check_contiguous(weights)
+    mismatches.refuse()
+
+
+def _roles(base: Any, directions: Any, a: Any, b: Any) -> dict[str, Model]:
+    """The end points by their role, in the order of the sum's terms."""
     if directions is None:
         if a is None or b is None or base is not None:
             raise UsageError(
@@ -295,4 +323,5 @@ def _named(base: Any, directions: Any, a: Any, b: Any) -> dict[str, End]:
     for name in directions:
         if not isinstance(name, str) or not name:
             raise UsageError(f"a direction must have a name, got {name!r}")
-    return {**({} if base is None else {"base": base}), **{f"direction {name}": it for name, it in directions.items()}}
+    origin = {} if base is None else {"base": base}
+    return origin | {f"direction {name}": model for name, model in directions.items()}

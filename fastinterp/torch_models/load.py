@@ -9,13 +9,21 @@ from typing import Any
 
 from fastinterp.arguments import path_of, size_of
 from fastinterp.checkpoint.names import INDEX, WEIGHTS
-from fastinterp.errors import BackendError, ShapeError, UsageError
+from fastinterp.errors import BackendError, UsageError
 from fastinterp.execute.to_memory import fill, filling
 from fastinterp.in_memory.allocate import Framework, maker, torch_dtype
 from fastinterp.paths.points import Point
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.plan import Plan, plan_recipe
-from fastinterp.torch_models.module_tensors import Mismatches, Weight, is_extra_state, touched, weights_of
+from fastinterp.torch_models.module_tensors import (
+    Mismatches,
+    Weight,
+    equal_bytes,
+    increment_versions,
+    is_extra_state,
+    tied_error,
+    weights_of,
+)
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Point
 _SHARD = 5 * 10**9  # no file is written
@@ -116,7 +124,7 @@ def load_into(
         else:
             _sent(plan, here, {name: w.tensor for name, w in first.items() if name not in here}, threads, most)
     finally:
-        touched(weights)
+        increment_versions(weights)
 
 
 def _check_module(module: Any, recipe: Any) -> None:
@@ -239,13 +247,7 @@ def _check_tied(plan: Plan, weights: Sequence[Weight], threads: int | None, most
         return
     tensors, places = allocated([made[n] for names in tied for n in names], "torch")
     _made(plan, places, threads, most)
-    import torch
-
     for first, *others in tied:
         for other in others:
-            if not torch.equal(*(tensors[n].reshape(-1).view(torch.uint8) for n in (first, other))):
-                raise ShapeError(
-                    f"{first} and {other} are one tensor in the module, but the recipe makes two that differ. "
-                    "Untie them: tie_word_embeddings=False in the module's configuration",
-                    tensor=other,
-                )
+            if not equal_bytes(tensors[first], tensors[other]):
+                raise tied_error(first, other, "the recipe makes two that differ")

@@ -1,4 +1,4 @@
-"""The tensors of a torch module: where they lie, which of them are one, and whether a model's tensors fit them."""
+"""The tensors of a torch module: their addresses, which of them are tied, and whether a model's tensors fit them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from fastinterp.errors import BackendError, ShapeError, UsageError
 from fastinterp.messages import plain
 from fastinterp.ops.dtypes import DType, parse_dtype
 
+TensorSpec = tuple[DType, tuple[int, ...]]  # dtype, shape
 _SHOWN = 50  # mismatches that a message lists before it only counts the others
 _NAMED = 3  # the same of tensors named in a line
-# What stays as it is while floating tensors are walked.
-_KEPT = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
+# Tensors of these dtypes keep their values while floating ones are set.
+_UNCHANGED = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +56,16 @@ def weights_of(module: Any, layers: str | Sequence[str] | None) -> list[Weight]:
     Raises: UsageError, if it is no module, nothing matches, a tensor has no memory, or tensors overlap without being
     the same.
     """
-    groups: dict[Any, tuple[list[str], Any]] = {}
+    groups: dict[object, tuple[list[str], Any]] = {}  # by identity: names, tensor
     for name, tensor in tensors_of(module):
         _check_memory(name, tensor)
-        # Empty tensors lie nowhere, so no two of them are one.
-        groups.setdefault(place_of(tensor) if tensor.numel() else name, ([], tensor))[0].append(name)
-    found = [Weight(tuple(names), t.detach(), parse_dtype(str(t.dtype))) for names, t in groups.values()]
-    _check_apart(found)
-    chosen = [w for w in found if layers is None or matches(w.names, layers)]
+        # Empty tensors have no memory, so no two of them are tied.
+        groups.setdefault(identity_of(tensor) if tensor.numel() else name, ([], tensor))[0].append(name)
+    weights = [Weight(tuple(names), t.detach(), parse_dtype(str(t.dtype))) for names, t in groups.values()]
+    _check_apart(weights)
+    chosen = [w for w in weights if layers is None or matches(w.names, layers)]
     if not chosen:
-        raise UsageError(f"no tensor of the module matches {layers!r}. They have names like {_example(found)}")
+        raise UsageError(f"no tensor of the module matches {layers!r}. They have names like {_example(weights)}")
     return chosen
 
 
@@ -84,41 +85,40 @@ def is_extra_state(name: str) -> bool:
     return name.rpartition(".")[2] == "_extra_state"
 
 
-def place_of(tensor: Any) -> tuple[object, ...]:
-    """What tensors have in common that are one."""
+def identity_of(tensor: Any) -> tuple[object, ...]:
+    """Device, address, dtype and shape: equal for tied tensors, and only for those."""
     return str(tensor.device), address_of(tensor), tensor.dtype, tuple(tensor.shape)
 
 
 def address_of(tensor: Any) -> int:
-    """0, if it has no memory."""
+    """The address of a tensor's first element; 0, if it has no memory of its own."""
     try:
         return int(tensor.data_ptr())
     except RuntimeError:  # sparse ones, and types that only hold other tensors
         return 0
 
 
-def walked(weights: Iterable[Weight]) -> list[Weight]:
-    """The floating ones among them. Integers and booleans are left out.
+def floating(weights: Sequence[Weight]) -> list[Weight]:
+    """Those of a dtype that is merged. Integers and booleans are left out.
 
     Raises: UsageError, if there are others: complex or quantised ones, or floats that are not merged.
     """
-    every = list(weights)
-    unknown = [w for w in every if w.dtype is None and _dtype_name(w) not in _KEPT]
+    unknown = [w for w in weights if w.dtype is None and _dtype_name(w) not in _UNCHANGED]
     if unknown:
         listed = ", ".join(f"{w.name} ({_dtype_name(w)})" for w in unknown[:_NAMED])
         more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
         raise UsageError(
-            f"{listed}{more}: this dtype cannot be walked. Convert the module, or name the other tensors with `layers`"
+            f"{listed}{more}: this dtype cannot be interpolated. Convert the module, or name the other tensors "
+            "with `layers`"
         )
-    return [w for w in every if w.dtype is not None]
+    return [w for w in weights if w.dtype is not None]
 
 
-def device_of_all(weights: Iterable[Weight]) -> Any:
-    """The torch.device that they are on, with CUDA; None for the CPU.
+def device_of_all(weights: Sequence[Weight]) -> Any:
+    """The torch.device with CUDA that all weights are on; None for the CPU. weights: at least one.
 
     Raises: BackendError, if they are on several, or on one that is neither.
     """
-    weights = list(weights)
     first = min(weights, key=lambda w: w.tensor.device.type != "cpu")  # so that it is named which one was left behind
     for w in weights:
         device = w.tensor.device
@@ -161,8 +161,8 @@ def _check_memory(name: str, tensor: Any) -> None:
 def _check_apart(weights: Sequence[Weight]) -> None:
     """Tied tensors are one; those that share some of their memory otherwise cannot be written one by one."""
     dense = (w for w in weights if w.nbytes and w.tensor.is_contiguous())
-    by_place = sorted(dense, key=lambda w: (str(w.tensor.device), w.address))
-    for one, other in pairwise(by_place):
+    by_address = sorted(dense, key=lambda w: (str(w.tensor.device), w.address))
+    for one, other in pairwise(by_address):
         if one.tensor.device == other.tensor.device and other.address < one.address + one.nbytes:
             raise UsageError(f"{one.name} and {other.name} share memory without being the same tensor")
 
@@ -172,35 +172,30 @@ def _example(weights: Sequence[Weight]) -> str:
 
 
 class Mismatches:
-    """Gathers what does not fit, to be raised as one error."""
+    """Collects the differences between a module and models that do not fit it, to be raised as one error."""
 
     def __init__(self) -> None:
-        self._found: list[str] = []
+        self._messages: list[str] = []
 
     def add(self, message: str) -> None:
-        self._found.append(message)
+        self._messages.append(message)
 
-    def check(
-        self, weights: Sequence[Weight], model: str, tensors: Mapping[str, tuple[DType, tuple[int, ...]]]
-    ) -> None:
-        """See that `tensors`, the dtypes and shapes of a model, are those of the module.
-
-        model  what messages call it
-        """
+    def check(self, weights: Sequence[Weight], model: str, specs: Mapping[str, TensorSpec]) -> None:
+        """Compare the dtypes and shapes of a model, `specs`, with those of the module. model: what messages call it."""
         known = {name for w in weights for name in w.names}
         for weight in weights:
-            own = [name for name in weight.names if name in tensors]
-            if not own:
+            names = [name for name in weight.names if name in specs]
+            if not names:
                 kind = "" if weight.dtype else f" ({weight.tensor.dtype})"
                 self.add(f"{weight.name}{kind} {list(weight.shape)} is not in {model}")
-            for name in own:
-                self._compare(weight, name, model, *tensors[name])
-        for name in tensors:
+            for name in names:
+                self._compare(weight, name, model, *specs[name])
+        for name in specs:
             if name not in known and not is_extra_state(name):
                 self.add(f"{name} of {model} is not in the module")
 
     def check_contiguous(self, weights: Iterable[Weight]) -> None:
-        """See that what will be written lies in one piece."""
+        """See that what will be written is contiguous."""
         for weight in weights:
             if not weight.tensor.is_contiguous():
                 self.add(f"{weight.name} is not contiguous in the module: use .contiguous()")
@@ -212,16 +207,35 @@ class Mismatches:
             self.add(f"{name} is {_dtype_name(weight)} in the module but {dtype} in {model}")
 
     def refuse(self) -> None:
-        """Raises: ShapeError, if anything was gathered, with all of it: a line for each."""
-        if self._found:
-            found = list(dict.fromkeys(map(plain, self._found)))
-            lines = [f"the module does not fit, {len(found)} mismatch{'' if len(found) == 1 else 'es'}:"]
-            lines += found[:_SHOWN] + ([f"... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else [])
+        """Raises: ShapeError, if there are any, with a line for each."""
+        if self._messages:
+            messages = list(dict.fromkeys(map(plain, self._messages)))
+            lines = [f"the module does not fit, {len(messages)} mismatch{'' if len(messages) == 1 else 'es'}:"]
+            lines += messages[:_SHOWN] + ([f"... and {len(messages) - _SHOWN} more"] if len(messages) > _SHOWN else [])
             raise ShapeError("\n  ".join(lines))
 
 
-def touched(weights: Iterable[Weight]) -> None:
-    """Tell autograd that the memory changed, so that a backward pass over old values is an error."""
+def equal_bytes(x: Any, y: Any) -> bool:
+    """Whether two torch tensors of one dtype and shape, on any devices, hold the same bytes."""
+    import torch
+
+    if (x.device, x.data_ptr(), x.stride(), x.is_neg()) == (y.device, y.data_ptr(), y.stride(), y.is_neg()):
+        return True
+    x, y = (t.detach().resolve_neg().contiguous().reshape(-1).view(torch.uint8) for t in (x, y))
+    return bool(torch.equal(x, y) if x.device == y.device else torch.equal(x.cpu(), y.cpu()))
+
+
+def tied_error(first: str, other: str, difference: str) -> ShapeError:
+    """Of tensors that are tied in the module, but not equal in a model. difference: `differ in base/`, say."""
+    return ShapeError(
+        f"{first} and {other} are one tensor in the module, but {difference}. "
+        "Untie them: tie_word_embeddings=False in the module's configuration",
+        tensor=other,
+    )
+
+
+def increment_versions(weights: Iterable[Weight]) -> None:
+    """Tell autograd that the weights changed in place, so that a backward pass over old values is an error."""
     import torch
 
     for weight in weights:

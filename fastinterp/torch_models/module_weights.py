@@ -1,43 +1,46 @@
-"""A module that takes on the weights of one point after the other, and gets its own back at the end."""
+"""Replaces the weights of a module by those of one point after another, in place, and restores them at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-from fastinterp.errors import ShapeError, UsageError
-from fastinterp.execute.sources import Sources
+from fastinterp.errors import UsageError
 from fastinterp.in_memory.merge import StoredTensor
-from fastinterp.torch_models.module_tensors import Mismatches, place_of, tensors_of, weights_of
-from fastinterp.torch_models.path_endpoints import End, opened, same
+from fastinterp.torch_models.endpoints import Endpoint, Endpoints
+from fastinterp.torch_models.module_tensors import Mismatches, identity_of, tensors_of, weights_of
 
 
-class Walker:
-    """A context manager: inside it `take` puts weights into the module, and the end restores what was there.
+class ModuleWeights:
+    """A context manager: inside it `write` puts weights into the module, and its end restores what was there.
+
+    models  the end points that the weights are computed from
 
     Tied tensors are one, under the first of their names. The module may be on any device.
-    Raises: UsageError, if it is no torch module; ShapeError, with all that does not fit.
+    Raises: UsageError, if it is no torch module; ShapeError, with everything that does not fit.
     """
 
-    def __init__(self, module: Any, ends: Sequence[End]):
-        self._module, self._ends = module, ends
+    def __init__(self, module: Any, models: Sequence[Endpoint]):
+        self._module, self._models = module, models
         self._weights = weights_of(module, None)
         self._saved: dict[str, Any] = {}
-        self._apart: dict[Any, Any] = {}  # copies of what end points have in the module's own memory, by place
-        wrong = Mismatches()
-        for end in ends:
-            wrong.check(self._weights, end.name, end.facts())
-        wrong.refuse()
-        with opened(ends) as (every, files):
-            for end, tensors in zip(ends, every, strict=True):
-                self._check_tied(end, tensors, files)
+        self._copies: dict[object, Any] = {}  # of end points' tensors in the module's own memory, by identity
+        mismatches = Mismatches()
+        for model in models:
+            mismatches.check(self._weights, model.label, model.specs())
+        mismatches.refuse()
+        with ExitStack() as stack:
+            endpoints = Endpoints(models, stack)
+            for model in models:
+                endpoints.check_tied(model, endpoints.tensors(model), self._weights)
 
-    def __enter__(self) -> Walker:
+    def __enter__(self) -> ModuleWeights:
         self._saved = {w.name: w.tensor.clone() for w in self._weights}
-        ours = {w.tensor.untyped_storage().data_ptr() for w in self._weights}
-        given = [x for end in self._ends for x in (end.state or {}).values() if hasattr(x, "untyped_storage")]
-        self._apart = {place_of(x): x.clone() for x in given if x.untyped_storage().data_ptr() in ours}
+        own = {w.tensor.untyped_storage().data_ptr() for w in self._weights}
+        tensors = [x for model in self._models for x in model.state.values() if hasattr(x, "untyped_storage")]
+        self._copies = {identity_of(x): x.clone() for x in tensors if x.untyped_storage().data_ptr() in own}
         return self
 
     def __exit__(
@@ -45,40 +48,30 @@ class Walker:
     ) -> None:
         own = dict(tensors_of(self._module))
         converted = [n for n, x in self._saved.items() if n not in own or own[n].dtype != x.dtype]
-        self.take({name: x for name, x in self._saved.items() if name in own})
-        self._saved, self._apart = {}, {}
+        self.write({name: x for name, x in self._saved.items() if name in own})
+        self._saved, self._copies = {}, {}
         if converted and kind is None:
             raise UsageError(
-                f"{converted[0]} was converted or replaced while the path was walked, so the module does not have its "
-                "own weights again. Load it anew"
+                f"{converted[0]} was converted or replaced while the path was evaluated, so the module does not have "
+                "its own weights again. Load it anew"
             )
 
-    def named(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of an end point that the module has, each once, by the name that `take` knows them by."""
-        found = {w.name: tensors[next(n for n in w.names if n in tensors)] for w in self._weights}
+    def select(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """The tensors of an end point that the module has, tied ones once, by the name that `write` takes."""
+        selected = {w.name: tensors[next(n for n in w.names if n in tensors)] for w in self._weights}
         return {
-            name: x if isinstance(x, StoredTensor) else self._apart.get(place_of(x), x) for name, x in found.items()
+            name: x if isinstance(x, StoredTensor) else self._copies.get(identity_of(x), x)
+            for name, x in selected.items()
         }
 
-    def take(self, tensors: Mapping[str, Any]) -> None:
-        """Write tensors into the module, by the names of `named`. They are of its dtypes."""
+    def write(self, tensors: Mapping[str, Any]) -> None:
+        """Copy tensors into the module, by the names of `select`. They have the module's dtypes."""
         import torch
 
         own = dict(tensors_of(self._module))  # anew: it may have been moved
         for name, x in tensors.items():
             with torch.inference_mode(own[name].is_inference()), torch.no_grad():
                 own[name].copy_(x)
-
-    def _check_tied(self, end: End, tensors: Mapping[str, Any], files: Sources) -> None:
-        for weight in self._weights:
-            first, *others = [name for name in weight.names if name in tensors]
-            for other in others:
-                if not same(tensors[first], tensors[other], files):
-                    raise ShapeError(
-                        f"{first} and {other} are one tensor in the module, but differ in {end.name}. "
-                        "Untie them: tie_word_embeddings=False in the module's configuration",
-                        tensor=other,
-                    )
 
 
 def dtypes_of(module: Any) -> dict[str, str]:

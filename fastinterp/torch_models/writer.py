@@ -1,4 +1,4 @@
-"""Puts sums of the end points into the tensors of a module."""
+"""Writes weighted sums of end points into the tensors of a module."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from typing import Any
 from fastinterp.backends.torch_device import current_queue
 from fastinterp.execute.tensor_io import Place
 from fastinterp.ops.combine import Row, renumbered
-from fastinterp.torch_models.endpoints import Ends
+from fastinterp.torch_models.endpoint_operands import EndpointOperands
+from fastinterp.torch_models.memory_block import Handle
 
 
-class Writer:
-    """places  of the tensors, whose operands are the end points' and whose sinks are numbers of `sinks`"""
+class ModuleWriter:
+    """Writes one sum for all tensors of a module.
 
-    def __init__(self, ends: Ends, places: Sequence[Place], sinks: list[Any]):
-        self._ends, self._sinks = ends, sinks
+    operands  what the sums read
+    places    of the module's tensors, whose sinks are numbers of `sinks`
+    """
+
+    def __init__(self, operands: EndpointOperands, places: Sequence[Place], sinks: list[Handle]):
+        self._operands, self._sinks = operands, sinks
         self._places = [place for place in places if place.numel]
-        self._all_on_device = ends.all_on_device
+        self._all_on_device = operands.all_on_device
         self._ready: dict[tuple[int, ...], list[dict[str, Any]]] = {}  # pieces by the inputs that they read
 
     def write(self, row: Row) -> None:
@@ -25,12 +30,12 @@ class Writer:
         waited for, and little work for the host: at 4 TB/s a model takes milliseconds.
         """
         if not self._all_on_device:
-            self._ends.machine(self._sinks).run([place.combine([row], [0]) for place in self._places])
+            self._operands.machine(self._sinks).run([place.combine([row], [0]) for place in self._places])
             return
         inputs, (own,) = renumbered([row])
         if inputs not in self._ready:
             steps = [place.combine([row], [0]) for place in self._places]
-            self._ready[inputs] = self._ends.resident(self._sinks).pieces(steps)
+            self._ready[inputs] = self._operands.resident(self._sinks).pieces(steps)
         rows = [(own.pivot, own.total, list(own.terms))]
         if self._places:
-            current_queue(self._ends.where).run([{**piece, "rows": rows} for piece in self._ready[inputs]])
+            current_queue(self._operands.device).run([{**piece, "rows": rows} for piece in self._ready[inputs]])

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import fastinterp
 from fastinterp.errors import ShapeError, StorageError, UsageError
-from fastinterp.execute.report import Effect
+from fastinterp.execute.report import RoundingEffect
 from fastinterp.in_memory.merge import merge_measured
 from tests.support.models import layers, load, save
 
@@ -102,7 +102,7 @@ def test_rounding_to_a_models_dtype_is_the_one_that_is_measured():
     assert [p.mean("w") for p in found.points] == [1.0, 1 + 2**-7]
     assert [found.effective_alpha(p) for p in found.points] == [0.0, 1.0]
     arrays = {"weight": np.zeros((64, 64), np.float32)}
-    with pytest.raises(UsageError, match="weight must be a torch tensor, to be put into a module, got ndarray"):
+    with pytest.raises(UsageError, match="weight of a must be a torch tensor, got ndarray"):
         fastinterp.path(arrays, arrays, model=module).evaluate(first, [0.5])
 
 
@@ -191,7 +191,7 @@ def test_checkpoint_that_is_cut_while_it_is_read_kills_nothing(tmp_path, how):
     command = [sys.executable, "-c", CUT, str(tmp_path), how]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "b.safetensors was changed while the path was walked" in done.stdout
+    assert "b.safetensors was changed while the path was evaluated" in done.stdout
 
 
 def test_checkpoints_and_state_dicts_may_be_mixed(tmp_path):
@@ -266,7 +266,7 @@ def test_each_tensor_is_rounded_once_to_what_the_module_has():
     stored = {"fine": "float32", "coarse": "bfloat16"}
     for alpha, point in zip(alphas, found.points, strict=True):
         weights, effects = merge_measured([a, b], "linear", parameters={"weight": [1 - alpha, alpha]}, dtype=stored)
-        assert point.changed_fraction == Effect.total(effects.values()).changed_fraction
+        assert point.changed_fraction == RoundingEffect.total(effects.values()).changed_fraction
         changed = sum((weights[n] != a[n].to(weights[n].dtype)).sum().item() for n in stored)
         assert point.changed_fraction == changed / 8192
     with pytest.raises(UsageError, match=r"`dtype` is float32, but `model` has coarse \(torch.bfloat16\)"):
@@ -321,6 +321,6 @@ def test_model_that_is_converted_meanwhile():
         return {"m": 0.0}
 
     ends = {"weight": torch.zeros(1, 1)}, {"weight": torch.ones(1, 1)}
-    with pytest.raises(UsageError, match="weight was converted or replaced while the path was walked"):
+    with pytest.raises(UsageError, match="weight was converted or replaced while the path was evaluated"):
         fastinterp.path(*ends, model=module).evaluate(convert, [0.25, 0.5])
     assert seen == [(torch.float32, 0.25), (torch.bfloat16, 0.5)]

@@ -80,7 +80,7 @@ def test_dtypes_that_cannot_walk_are_named(dtype):
         odd = torch._empty_affine_quantized([3], scale=1.0, zero_point=0, dtype=torch.qint8)
     module.register_buffer("odd", odd if dtype == "qint8" else odd.to(getattr(torch, dtype)))
     ends = {"a": Buffers(1).state_dict(), "b": Buffers(2).state_dict()}
-    with pytest.raises(UsageError, match=rf"odd \({dtype}\): this dtype cannot be walked"):
+    with pytest.raises(UsageError, match=rf"odd \({dtype}\): this dtype cannot be interpolated"):
         fastinterp.Live(module, **ends)
     with fastinterp.Live(module, **ends, layers="scale") as live:
         live.set(1.0)
@@ -109,11 +109,11 @@ def test_a_second_live_on_the_same_tensors_is_refused(tmp_path):
     first = fastinterp.Live(module, a=a, b=b, layers="model.layers.0.*")
     first.set(0.5)
     moved = state(module)
-    with pytest.raises(UsageError, match=r"an open Live already walks model\.layers\.0\..*live\.close\(\)"):
+    with pytest.raises(UsageError, match=r"an open Live already sets model\.layers\.0\..*live\.close\(\)"):
         fastinterp.Live(module, a=a, b=b)
     with fastinterp.Live(module, a=a, b=b, layers="model.layers.1.*") as beside:  # other tensors
         beside.set(1.0)
-        with pytest.raises(UsageError, match="an open Live already walks"):
+        with pytest.raises(UsageError, match="an open Live already sets"):
             fastinterp.Live(module, a=a, b=b, layers=["model.layers.1.*", "lm_head*"])
     assert_same_state(moved, state(module))
     first.close()
@@ -129,7 +129,7 @@ def test_a_second_live_on_the_same_tensors_is_refused(tmp_path):
 def test_a_live_that_nobody_holds_claims_nothing():
     module, ends = llama(1), {"a": llama(2).state_dict(), "b": llama(3).state_dict()}
     live = fastinterp.Live(module, **ends, hooks=False)  # hooks hold it as long as the module is there
-    with pytest.raises(UsageError, match="an open Live already walks"):
+    with pytest.raises(UsageError, match="an open Live already sets"):
         fastinterp.Live(module, **ends)
     del live
     gc.collect()
@@ -195,7 +195,7 @@ def test_bad_points_change_nothing(point, message):
         ({"directions": {}}, "must be a mapping of names"),
         ({"directions": {"": {}}}, "a direction must have a name"),
         ({"a": {"x": 1}, "b": {}}, "x of a must be a torch tensor, got int"),
-        ({"a": 3, "b": {}}, "a must be a checkpoint or a state dict, got int"),
+        ({"a": 3, "b": {}}, "a must be a checkpoint's path or a state dict, got int"),
     ],
 )
 def test_bad_end_points(given, message):
@@ -262,7 +262,7 @@ def test_failure_in_the_middle_gives_the_weights_back(tmp_path, monkeypatch):
     module = llama(3)
     before = state(module)
     live = fastinterp.Live(module, a=a, b=b, resident=False)
-    monkeypatch.setattr(live._ends, "refuse_changed", lambda: None)
+    monkeypatch.setattr(live._operands, "refuse_changed", lambda: None)
     file = b / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="bytes are left"):
@@ -326,7 +326,7 @@ def test_tied_weights_that_differ_in_an_end_point(tmp_path):
     """One tensor in the module, two in a checkpoint: fine if they are equal, refused if not."""
     module = llama(1, tied=True)
     ends = [state(llama(seed)) for seed in (2, 3)]
-    with pytest.raises(ShapeError, match="are one tensor in the module, but differ in an end point"):
+    with pytest.raises(ShapeError, match=r"are one tensor in the module, but differ in a\. Untie"):
         fastinterp.Live(module, a=ends[0], b=ends[1])
     for end in ends:
         end["lm_head.weight"] = end["model.embed_tokens.weight"].clone()

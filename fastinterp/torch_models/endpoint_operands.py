@@ -1,0 +1,198 @@
+"""The tensors of end points as operands of the pump and of kernels: read from files each time, or held in memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from fastinterp.backends.torch_device import current_queue, device_of, memory, pinned
+from fastinterp.errors import BackendError, UsageError
+from fastinterp.execute.device.resident import ResidentMachine
+from fastinterp.execute.device.streamed import StreamedMachine
+from fastinterp.execute.rounds import Machine
+from fastinterp.execute.sources import Sources
+from fastinterp.execute.tensor_io import Step
+from fastinterp.in_memory.merge import StoredTensor
+from fastinterp.ops.dtypes import DType
+from fastinterp.plan.inputs import Operand
+from fastinterp.torch_models.endpoints import Endpoint, Endpoints
+from fastinterp.torch_models.memory_block import MemoryBlock
+from fastinterp.torch_models.module_tensors import Weight, address_of
+
+_LEFT = 1 << 30  # bytes of a device that are left to what the module computes
+_FROM_FILES = 64 << 10, 128 << 10  # bytes per read and write: what is read is still in the cache when it is combined
+_FROM_MEMORY = 1 << 20, 1 << 20  # nothing is copied, and processors read ahead better in long runs
+
+
+class EndpointOperands:
+    """The tensors of end points that a module's weights are computed from.
+
+    models    the end points, which fit the module
+    weights   of the module that are set, floating ones
+    resident  read checkpoints into memory now: that of the module's device, if there is room. Else their files stay
+              open until `stack` closes
+    device    the torch.device of the module, None for the CPU
+
+    operands  [end point][weight], each an operand: number of a handle, byte offset, dtype code
+    handles   files and memory that operands are in, as the pump's sources
+    Raises: CheckpointError; StorageError; ShapeError, if tied tensors differ; UsageError; BackendError.
+    """
+
+    def __init__(
+        self, models: Sequence[Endpoint], weights: Sequence[Weight], *, resident: bool, threads: int, isa: str,
+        stack: ExitStack, device: Any = None,
+    ):  # fmt: skip
+        self._isa, self._threads, self.device = isa, threads, device
+        endpoints = Endpoints(models, stack, {name for w in weights for name in w.names})
+        self._files = endpoints.files
+        self.handles: list[Any] = list(self._files.fds)
+        self._held: list[Any] = []  # memory that handles point to
+        self._addresses: list[tuple[Any, int]] = []  # tensors of the caller's state dicts, and where they were
+        self.operands: list[list[Operand]] = []
+        for model in models:
+            tensors = endpoints.tensors(model)
+            if model.checkpoint is None:
+                for name, x in tensors.items():
+                    self._check_reachable(x, f"{name} of {model.label}")
+            endpoints.check_tied(model, tensors, weights)
+            specs = model.specs()
+            names = [next(name for name in w.names if name in tensors) for w in weights]
+            self.operands.append([self._operand(tensors[name], specs[name][0], weights) for name in names])
+        if resident and (device is not None or self._files.fds) and self._read(weights):
+            self._files = Sources([], [], stack)
+
+    def _check_reachable(self, tensor: Any, label: str) -> None:
+        if tensor.device.type != "cpu" and tensor.device != self.device:
+            where = self.device or "cpu"
+            raise BackendError(f"{label} is on {tensor.device}, the module on {where}. Move it: .to({str(where)!r})")
+        if tensor.numel() and not address_of(tensor):
+            raise UsageError(f"{label} has no memory of its own ({tensor.layout}): make it dense")
+
+    def _operand(self, tensor: Any, dtype: DType, weights: Sequence[Weight]) -> Operand:
+        if isinstance(tensor, StoredTensor):
+            return tensor.source, tensor.start, dtype.code or 0
+        tensor = tensor.detach()
+        start, size = address_of(tensor), tensor.numel() * tensor.element_size()
+        overlaps = any(start < w.address + w.nbytes and w.address < start + size for w in weights)
+        if overlaps or not tensor.is_contiguous() or tensor.is_neg():
+            tensor = tensor.resolve_neg().contiguous()
+            tensor = tensor.clone() if overlaps else tensor  # the module's own memory is what will be written
+        return self.add(tensor, dtype)
+
+    def add(self, tensor: Any, dtype: DType) -> Operand:
+        """A contiguous tensor in memory as an operand."""
+        self._held.append(tensor)
+        self._addresses.append((tensor, address_of(tensor)))
+        kind = "memory" if tensor.device.type == "cpu" else "device"
+        self.handles.append((kind, tensor.data_ptr(), tensor.numel() * tensor.element_size()))
+        return len(self.handles) - 1, 0, dtype.code or 0
+
+    def add_block(self, block: MemoryBlock, weights: Sequence[Weight]) -> list[Operand]:
+        """Copies of the module's own weights, by their names in `block`, as operands."""
+        self._held.append(block)
+        first = len(self.handles)
+        self.handles += [block.handle(w.name) for w in weights]
+        return [(first + i, 0, (w.dtype.code if w.dtype else None) or 0) for i, w in enumerate(weights)]
+
+    def refuse_changed(self) -> None:
+        """Raises: CheckpointError, if a file is not what it was when it was opened; UsageError, if a state dict's
+        tensors are at other addresses, or have no memory by now.
+        """
+        self._files.refuse_changed("it is no longer what Live opened: it was changed or removed. Make a new Live")
+        if any(address_of(tensor) != address for tensor, address in self._addresses):
+            raise UsageError("the tensors of a state dict were given other memory. Give the end points to another Live")
+
+    @property
+    def all_on_device(self) -> bool:
+        """Whether kernels of the module's device reach all operands where they are."""
+        return self.device is not None and all(self._on_device(o) for model in self.operands for o in model)
+
+    def machine(self, sinks: list[Any]) -> Machine | StreamedMachine:
+        """What runs steps from the end points into `sinks`."""
+        if self.device is None:
+            return self._pumped(sinks)
+        return StreamedMachine(current_queue(self.device), self.handles, sinks, self._pumped)
+
+    def resident(self, sinks: list[Any]) -> ResidentMachine:
+        """The same, from what kernels reach."""
+        return ResidentMachine(device_of(self.device), current_queue(self.device), self.handles, sinks)
+
+    def _pumped(self, sinks: list[Any]) -> Machine:
+        """The same on the CPU, from what it reaches."""
+        read, write = _FROM_FILES if self._files.fds else _FROM_MEMORY
+        sources = [("memory", 0, 0) if _is_device(handle) else handle for handle in self.handles]
+        settings = {
+            "isa": self._isa, "sources": sources, "sinks": sinks, "threads": self._threads, "write_bytes": write,
+            "read_bytes": read, "stochastic": False, "fp8_saturate": True, "prefetch": False, "stats_every": 0,
+        }  # fmt: skip
+        return Machine(settings, self._explained, 0, None, 1 << 60)  # scratch for memory is never touched
+
+    def _on_device(self, operand: Operand) -> bool:
+        return _is_device(self.handles[operand[0]])
+
+    def _explained(self, error: tuple[Any, ...], steps: Sequence[Step]) -> Exception:
+        return self._files.explained(error)
+
+    def copy(self, operands: Sequence[Operand], sinks: list[Any], sizes: Sequence[int]) -> None:
+        """Copy the bytes of operands into sinks, one into each. sizes: in bytes."""
+        places = [(o, i, n) for i, (o, n) in enumerate(zip(operands, sizes, strict=True)) if n]
+        if self.device is None:
+            self.machine(sinks).run([_same("", [o], i, n) for o, i, n in places])
+        elif places:  # by kernels
+            self.machine(sinks).run([
+                Step("", {"kind": "combine", "inputs": [o], "rows": [(0, 1.0, [])], "numel": n // _width(o),
+                          "sinks": [i], "offsets": [0], "out_dtype": o[2]}, 2 * n)
+                for o, i, n in places
+            ])  # fmt: skip
+
+    def _read(self, weights: Sequence[Weight]) -> bool:
+        """Read what is in files into memory, and what the module's device does not reach into its memory.
+
+        Returns whether there was room.
+        """
+        files = len(self._files.fds)
+        moved = [
+            (k, i) for k, model in enumerate(self.operands) for i, o in enumerate(model)
+            if (o[0] < files if self.device is None else not self._on_device(o))
+        ]  # fmt: skip
+        sizes = {(k, i): weights[i].tensor.numel() * _width(self.operands[k][i]) for k, i in moved}
+        block = MemoryBlock(sizes) if self.device is None else self.device_block(sizes)
+        if block is None:
+            return False
+        sinks = [block.handle(key) for key in moved]
+        self.copy([self.operands[k][i] for k, i in moved], sinks, [sizes[key] for key in moved])
+        self.refuse_changed()
+        self._held.append(block)
+        for (k, i), handle in zip(moved, sinks, strict=True):
+            self.operands[k][i] = len(self.handles), 0, self.operands[k][i][2]
+            self.handles.append(handle)
+        return True
+
+    def device_block(self, sizes: Mapping[Any, int]) -> MemoryBlock | None:
+        """Memory of the module's device, else of the host where kernels reach it; None, if there is neither."""
+        room = MemoryBlock.room(sizes)
+        block = memory(self.device, room, _LEFT)
+        if block is None:
+            block = pinned(room)
+            how = "not at all: files are read at every `set`" if block is None else "in pinned memory of the host"
+            warnings.warn(
+                f"{self.device} has no room for {room} bytes of end points and of the module's own weights, so they "
+                f"are held {how}. With fewer tensors (`layers`) or end points, `set` is faster",
+                stacklevel=5,
+            )
+        return None if block is None else MemoryBlock(sizes, block)
+
+
+def _is_device(handle: Any) -> bool:
+    return isinstance(handle, tuple) and handle[0] == "device"
+
+
+def _same(name: str, operands: Sequence[Operand], sink: int, nbytes: int) -> Step:
+    native = {"kind": "same", "inputs": list(operands), "numel": nbytes, "sinks": [sink], "offsets": [0]}
+    return Step(name, native, nbytes * 2)
+
+
+def _width(operand: Operand) -> int:
+    return (8, 4, 2, 2, 1, 1)[operand[2]]
