@@ -67,7 +67,7 @@ class Staged(Job):
 
     def __init__(self, stages: Sequence[PlannedTensor], scratch: Scratch, sources: Sources, make: Make):
         self.stats, self.done = [], False
-        self._cost = sum(entry.nbytes for stage in stages for entry in stage.entries)
+        self._cost = sum(entry.nbytes for stage in stages for entry in stage.inputs)
         self._waiting = list(stages)
         self._scratch, self._sources, self._make = scratch, sources, make
         self._rooms: dict[int, tuple[int, int]] = {}  # id of a tensor -> where it is

@@ -174,7 +174,8 @@ def _read(fd: int, path: Path, offset: int, count: int) -> bytes:
             raise StorageError(f"{path}: {error.strerror}, reading {count} bytes at {offset}") from None
         if not part:
             raise CheckpointError(
-                f"{count} bytes are missing at byte {offset}: it was cut or replaced. Try again when it rests",
+                f"{count} bytes are missing at byte {offset}: it was truncated or replaced. Retry once nothing is "
+                "writing to it",
                 file=str(path),
             )
         parts.append(part)

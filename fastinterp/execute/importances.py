@@ -18,8 +18,8 @@ def negative_importances(plan: Plan) -> list[str]:
     """What to say about side-cars whose samples hold numbers below 0: no importance is, and sums of them divide."""
     every = {id(t): t for tensor in plan.tensors for t in tensor.stages}.values()
     found: dict[str, list[str]] = {}
-    for tensor in spread_over([t for t in every if t.program and t.numel and len(t.inputs) > t.models]):
-        for i, entry in zip(tensor.inputs[tensor.models :], tensor.entries[tensor.models :], strict=True):
+    for tensor in spread_over([t for t in every if t.program and t.numel and len(t.inputs) > t.model_count]):
+        for i, entry in tensor.pairs[tensor.model_count :]:
             if entry.plain is not None and _below_0(middle_chunk(entry.plain)):
                 found.setdefault(plan.checkpoints[i].name, []).append(tensor.name)
     return [

@@ -163,7 +163,7 @@ def opened(
     window = make_window(plan, cpu_threads(threads), max_memory - _slots(devices, max_memory))
     with ExitStack() as stack:
         every = [s for t in plan.tensors for s in t.stages]
-        inputs = (tensor for s in every for tensor in s.entries)
+        inputs = (tensor for s in every for tensor in s.inputs)
         sources = Sources(plan.opened, inputs, stack, sinks.files, sinks.scratch)
         sinks.open(stack)
         recipe = plan.recipes[0]
@@ -282,10 +282,10 @@ def _job_at(
     place = Place(
         name=tensor.name,
         shape=tensor.shape,
-        operands=tuple(operand(entry) for entry in tensor.entries),
-        nbytes=tuple(e.nbytes for e in tensor.entries),
+        operands=tuple(operand(entry) for entry in tensor.inputs),
+        nbytes=tuple(e.nbytes for e in tensor.inputs),
         out_dtype=tensor.dtype.code or 0,
-        out_bytes=(tensor.dtype.nbytes(tensor.numel) or 0) if tensor.merged else tensor.entries[0].nbytes,
+        out_bytes=(tensor.dtype.nbytes(tensor.numel) or 0) if tensor.merged else tensor.inputs[0].nbytes,
         sinks=tuple(numbers),
         offsets=tuple(offsets),
         keys=tuple(philox_key(seed, _STORE, tensor.name) for seed in tensor.seeds) if stochastic else (),
@@ -294,7 +294,7 @@ def _job_at(
         return Job(place, tensor.rows)
     from fastinterp.execute.adaptive_job import Asking
 
-    return Asking(place, tensor.models, tensor.program.calls, tensor.program.name, tensor.program.seeds)
+    return Asking(place, tensor.model_count, tensor.program.calls, tensor.program.name, tensor.program.seeds)
 
 
 def _explained(
@@ -308,7 +308,7 @@ def _explained(
     kind, *rest = error
     if kind == "differs":
         tensor = tensors[steps[rest[0]].name]
-        first, other = (plan.checkpoints[tensor.inputs[i]].name for i in (0, rest[1]))
+        first, other = (plan.checkpoints[tensor.checkpoints[i]].name for i in (0, rest[1]))
         return must_agree(tensor, first, other)
     if kind == "write":
         handle, code, offset, expected, _ = rest

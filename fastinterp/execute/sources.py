@@ -85,7 +85,9 @@ class Sources:
         """Whether all files are known to be in the page cache, so that nothing need be read ahead."""
         return all(cached_fraction(fd, os.fstat(fd).st_size) > 0.95 for fd in self.fds)
 
-    def refuse_changed(self, told: str = "it changed while it was being read. Try again when it rests") -> None:
+    def refuse_changed(
+        self, told: str = "it changed while it was being read. Retry once nothing is writing to it"
+    ) -> None:
         """Raises: CheckpointError, if a file of a checkpoint is not what it was when its header was read."""
         for checkpoint in self._checkpoints:
             for path in changed_since(checkpoint):
@@ -101,7 +103,7 @@ class Sources:
             return StorageError(f"{self.paths[source]}: {os.strerror(code)}, reading {expected} bytes at {offset}")
         return CheckpointError(
             f"only {done} of {expected} bytes are left at byte {offset}: it was cut or replaced while it was being "
-            "read. Try again when it rests",
+            "read. Retry once nothing is writing to it",
             file=str(self.paths[source]),
         )
 

@@ -277,20 +277,20 @@ def _models(
     recipe: Recipe, library: Library, made: Mapping[int, _Made], found: _Findings
 ) -> tuple[list[Collection[str]], bool]:
     """The tensors of a recipe's models, and whether these could be made to fit each other."""
-    from fastinterp.plan.vocabularies import fit_models
+    from fastinterp.plan.vocabularies import align_models
 
     if recipe.earlier:
         return [_names(recipe, model, library, made) for model in recipe.models], True
     models = [library.find(model) for model in recipe.models]
     try:
-        fitted = fit_models(recipe, models, library.find(recipe.origin)).models
+        aligned = align_models(recipe, models, library.find(recipe.origin)).models
     except (CheckpointError, StorageError) as error:
         found.add_wrong(error, _tokenizer(recipe))
         return [m.tensors for m in models], False
-    differing = _differing(recipe, fitted)
+    differing = _differing(recipe, aligned)
     for wrong in differing:
         found.add_wrong(wrong)
-    return [m.tensors for m in fitted], not differing
+    return [m.tensors for m in aligned], not differing
 
 
 def _tokenizer(recipe: Recipe) -> tuple[str, int | None] | None:

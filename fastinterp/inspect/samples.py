@@ -125,7 +125,7 @@ def disagreeing(plan: Plan) -> tuple[list[ShapeError], list[str]]:
         if differing:
             names = (plan.checkpoints[i].name for i in (reads[0][0], differing[0]))
             wrong.append(must_agree(tensor, *names))
-        elif tensor.entries[0].nbytes > _AGREE_BYTES:
+        elif tensor.inputs[0].nbytes > _AGREE_BYTES:
             longer.append(tensor.name)
     return wrong, longer
 
@@ -134,7 +134,7 @@ def _plain(tensor: PlannedTensor) -> list[tuple[int, StoredInput]]:
     """The inputs that lie in the files as they are, with their models: rows that are moved and tensors of a document
     above are left out.
     """
-    pairs = ((i, e.plain) for i, e in zip(tensor.inputs, tensor.entries, strict=True))
+    pairs = ((i, e.plain) for i, e in tensor.pairs)
     return [(i, e) for i, e in pairs if e is not None]
 
 
@@ -144,7 +144,7 @@ Pair = tuple[PlannedTensor, list[tuple[int, StoredInput]]]  # a sample of the fi
 def _pairs(tensor: PlannedTensor) -> Iterator[Pair]:
     """The same chunk of the first model and of each other one."""
     reads = _plain(tensor)
-    cut = [(i, middle_chunk(e)) for i, e in reads[: tensor.models]]
+    cut = [(i, middle_chunk(e)) for i, e in reads[: tensor.model_count]]
     if not cut:
         return
     first = tensor.rows[0].pivot if tensor.rows and len(cut) == len(tensor.inputs) else 0

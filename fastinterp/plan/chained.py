@@ -72,7 +72,7 @@ def plan_chain(above: Sequence[Recipe], last: Recipe, library: Library) -> Chain
         _check_store(recipe, last)
         lead = recipe.base_model or recipe.models[0]
         document = plan_document([replace(recipe, origin=lead) if str(lead) in made else recipe], find)
-        # `fitted` has replacements of some models: the numbers are those of what they replace.
+        # `aligned` has replacements of some models: the numbers are those of what they replace.
         found = [number(find(m)) for m in (*recipe.models, *document.sidecars)]
         tensors = tuple(_resolved(t, found, len(names)) for t in document.tensors)
         document = replace(document, tensors=tensors)
@@ -121,11 +121,11 @@ def _checkpoint(recipe: Recipe, document: Document) -> tuple[Model, Folder | Non
 
 
 def _wide(t: PlannedTensor) -> DType:
-    return DTYPES["F64" if any(e.dtype.name == "F64" for e in t.entries) else "F32"]
+    return DTYPES["F64" if any(e.dtype.name == "F64" for e in t.inputs) else "F32"]
 
 
 def _is_copy(t: PlannedTensor) -> bool:
-    return len(t.rows) == 1 and t.rows[0].is_copy and t.dtype == t.entries[0].dtype
+    return len(t.rows) == 1 and t.rows[0].is_copy and t.dtype == t.inputs[0].dtype
 
 
 class Folder:
@@ -140,7 +140,7 @@ def _small_files(recipe: Recipe, document: Document) -> Folder | None:
     """A folder with a document's configuration and tokenizer; None: they are those of its origin."""
     root = document.origin.root
     copied = copy_sidecars(document.origin.root, recipe.out_dtype or recipe.dtype)
-    files = document.fitted.sidecars(copied)
+    files = document.aligned.sidecars(copied)
     if set(files) == set(copied) and all(isinstance(c, Path) and c.parent == root for c in files.values()):
         return None
     folder = Folder()
@@ -160,7 +160,7 @@ def _resolved(t: PlannedTensor, numbers: Sequence[int], models: int) -> PlannedT
 
     models  how many checkpoints are models
     """
-    inputs = [(numbers[i], entry) for i, entry in zip(t.inputs, t.entries, strict=True)]
+    inputs = [(numbers[i], entry) for i, entry in t.pairs]
     if not t.merged:
         every = {_key(i): i for model, entry in inputs for i in entry.agreeing(model)}
         return _with(t, list(every.values()))
@@ -173,11 +173,11 @@ def _resolved(t: PlannedTensor, numbers: Sequence[int], models: int) -> PlannedT
     if direct is not None:
         return replace(direct, name=t.name, dtype=t.dtype, seeds=t.seeds)
     check_coefficients([row.total, *(w for _, w in row.terms)], t.name)
-    return replace(_with(t, used), rows=(row,), sums=_sums(row, used, models), models=len(used))
+    return replace(_with(t, used), rows=(row,), sums=_sums(row, used, models), model_count=len(used))
 
 
 def _with(t: PlannedTensor, inputs: Sequence[ModelInput]) -> PlannedTensor:
-    return replace(t, inputs=tuple(i for i, _ in inputs), entries=tuple(entry for _, entry in inputs))
+    return replace(t, checkpoints=tuple(i for i, _ in inputs), inputs=tuple(tensor for _, tensor in inputs))
 
 
 def _plainest(one: ModelInput) -> ModelInput:

@@ -207,16 +207,16 @@ class IntermediateInput(TensorInput):
         return self.tensor.stages
 
     def origins(self, model: int) -> set[int]:
-        return self.tensor.origins(range(self.tensor.models))
+        return self.tensor.origins(range(self.tensor.model_count))
 
     def agreeing(self, model: int) -> list[ModelInput]:
-        return list(zip(self.tensor.inputs, self.tensor.entries, strict=True))
+        return self.tensor.pairs
 
     @property
     def weighted_sum(self) -> tuple[Row, list[ModelInput]] | None:
         if not self.folds or not self.tensor.rows:
             return None
-        return self.tensor.rows[0], list(zip(self.tensor.inputs, self.tensor.entries, strict=True))
+        return self.tensor.rows[0], self.tensor.pairs
 
     @property
     def direct(self) -> PlannedTensor | None:
@@ -251,30 +251,35 @@ class Program:
 class PlannedTensor:
     """One output tensor.
 
-    inputs   the models that are read, as indices into Plan.checkpoints. Those of a program are all that its method
-             sees, in its order, side-cars last
-    entries  the tensor in each of them
-    rows     one per output; their numbers count `inputs`. None for a program, and none if the tensor is not merged but
-             must be the same in every input (integers, and floats that only a quantiser can read)
-    models   how many of `inputs` the method counts: not the side-cars
-    sums     what the method asked for, one per output, where `rows` come from it
-    seeds    of the store's rounding, one per output
+    inputs       what is read. Inputs of a program are all that its method sees, in its order, side-cars last
+    checkpoints  of each input the index of its model in Plan.checkpoints
+    rows         weighted sums of the inputs, one per output. None for a program, and none if the tensor is not merged
+                 but must be the same in every input (integers, and floats that only a quantiser can read)
+    program      what the method asks of the data, where `rows` do not say it all
+    model_count  how many of the inputs are models that the method merges; the others are side-cars
+    sums         what the method asked for, one per output, where `rows` come from it
+    seeds        of the store's rounding, one per output
     """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    inputs: tuple[int, ...]
-    entries: tuple[TensorInput, ...]
+    checkpoints: tuple[int, ...]
+    inputs: tuple[TensorInput, ...]
     rows: tuple[Row, ...]
     program: Program | None = None
-    models: int = 0
+    model_count: int = 0
     sums: tuple[Combine, ...] = ()
     seeds: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
-        return self.entries[0].numel
+        return self.inputs[0].numel
+
+    @property
+    def pairs(self) -> list[ModelInput]:
+        """Each input with the index of its model."""
+        return list(zip(self.checkpoints, self.inputs, strict=True))
 
     @property
     def merged(self) -> bool:
@@ -287,7 +292,7 @@ class PlannedTensor:
 
     @property
     def bytes_read(self) -> int:
-        return sum(self.entries[i].nbytes for _, inputs in self.reads for i in inputs)
+        return sum(self.inputs[i].nbytes for _, inputs in self.reads for i in inputs)
 
     @property
     def nbytes(self) -> int:
@@ -297,7 +302,7 @@ class PlannedTensor:
     @property
     def before(self) -> tuple[PlannedTensor, ...]:
         """The tensors of documents above that have to be made before this one, each once, in an order that works."""
-        return tuple({id(t): t for entry in self.entries for t in entry.stages}.values())
+        return tuple({id(t): t for tensor in self.inputs for t in tensor.stages}.values())
 
     @property
     def stages(self) -> tuple[PlannedTensor, ...]:
@@ -308,6 +313,6 @@ class PlannedTensor:
         """The models that these of its inputs come from in the end; side-cars left out."""
         models: set[int] = set()
         for at in read:
-            if at < self.models:
-                models |= self.entries[at].origins(self.inputs[at])
+            if at < self.model_count:
+                models |= self.inputs[at].origins(self.checkpoints[at])
         return models

@@ -23,7 +23,7 @@ from fastinterp.ops.combine import MAX_OUTPUTS, NUMERICS, Combine
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
 from fastinterp.plan.single import Library, plan_document
-from fastinterp.plan.vocabularies import Fitted
+from fastinterp.plan.vocabularies import AlignedModels
 from fastinterp.recipe.load import Recipe, load_recipes
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -38,7 +38,7 @@ class Plan:
     checkpoints  the models of the recipe, in its order, then side-cars; of several documents, then those that are made
     origin       the checkpoint that configuration and tokenizer come from
     layouts      one per output: equal but for the metadata in their headers
-    fitted       what becomes of the files beside the weights, where vocabularies or tied embeddings differ
+    aligned       what becomes of the files beside the weights, where vocabularies or tied embeddings differ
     warnings     about the files beside the weights: what is copied, and may not fit; and about the recipe
     models       the names of the first of the checkpoints: the models of all documents
     inputs       files and folders that an output must not touch
@@ -51,7 +51,7 @@ class Plan:
     origin: Model
     tensors: tuple[PlannedTensor, ...]
     layouts: tuple[Layout, ...]
-    fitted: Fitted
+    aligned: AlignedModels
     warnings: tuple[str, ...]
     models: tuple[str, ...]
     inputs: tuple[Path, ...]
@@ -121,7 +121,7 @@ def make_plan(
     )
     inputs = tuple(dict.fromkeys(path for m in library.opened if m.checkpoint for path in m.checkpoint.inputs))
     return Plan(
-        tuple(recipes), checkpoints, last.origin, tensors, layouts, last.fitted, warnings, tuple(names), inputs,
+        tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings, tuple(names), inputs,
         tuple(above), folders,
     )  # fmt: skip
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from fastinterp.errors import CheckpointError, StorageError
-from fastinterp.plan.compatibility import warnings_about
+from fastinterp.plan.compatibility import compatibility_warnings
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model, open_model
-from fastinterp.plan.tensors import foreign_dtypes, plan_tensors, sidecar_refs
-from fastinterp.plan.vocabularies import Fitted, fit_models
+from fastinterp.plan.tensors import dtype_warnings, plan_tensors, sidecar_refs
+from fastinterp.plan.vocabularies import AlignedModels, align_models
 from fastinterp.recipe.chain import not_there
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
@@ -27,7 +27,7 @@ class Document:
     sidecars  by the names that the recipe has
     """
 
-    fitted: Fitted
+    aligned: AlignedModels
     origin: Model
     tensors: tuple[PlannedTensor, ...]
     sidecars: dict[ModelRef, Model]
@@ -35,7 +35,7 @@ class Document:
 
     @property
     def checkpoints(self) -> tuple[Model, ...]:
-        return (*self.fitted.models, *self.sidecars.values())
+        return (*self.aligned.models, *self.sidecars.values())
 
 
 class Library:
@@ -89,17 +89,17 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     first = recipes[0]
     models = [found(first, find, model) for model in first.models]
     origin = found(first, find, first.origin)
-    fitted = fit_models(first, models, origin)
-    assemblies = [Assembly(recipe, [c.tensors for c in fitted.models]) for recipe in recipes]
-    fitted = replace(fitted, counts=tuple(assemblies[0].counts))
+    aligned = align_models(first, models, origin)
+    assemblies = [Assembly(recipe, [c.tensors for c in aligned.models]) for recipe in recipes]
+    aligned = replace(aligned, counts=tuple(assemblies[0].counts))
     points = [assembly.targets for assembly in assemblies]
     sidecars = {model: found(first, find, model) for model in sidecar_refs(points[0], first.method)}
-    tensors = plan_tensors(recipes, points, fitted.models, sidecars, origin)
-    warnings = [*fitted.warnings, *warnings_about(fitted.models, origin, fitted.tokenizer is not None)]
-    warnings += fitted.uncounted(origin) if fitted.counts else []
-    warnings += foreign_dtypes(first, points[0], origin)
+    tensors = plan_tensors(recipes, points, aligned.models, sidecars, origin)
+    warnings = [*aligned.warnings, *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None)]
+    warnings += aligned.uncounted(origin) if aligned.counts else []
+    warnings += dtype_warnings(first, points[0], origin)
     if first.filters:
         from fastinterp.recipe.check import unmatched
 
         warnings += [str(finding) for finding in unmatched(first, assemblies[0])]
-    return Document(fitted, origin, tensors, sidecars, tuple(warnings))
+    return Document(aligned, origin, tensors, sidecars, tuple(warnings))

@@ -1,6 +1,6 @@
-"""Models made to fit each other where their vocabularies differ, or some tie their embeddings, before a plan is made.
+"""Alignment of models whose vocabularies differ, or of which some tie their embeddings, before a plan is made.
 
-What comes out are checkpoints whose tensors have the names and shapes of the output's. Nothing is read but headers and
+The results are models whose tensors have the names and shapes of the output's. Nothing is read but headers and
 the small files beside them.
 """
 
@@ -41,8 +41,8 @@ _CONFIGS = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """What becomes of models and of the files beside the weights.
+class AlignedModels:
+    """Models with the names and shapes of the output, and what the files beside the weights have to say.
 
     models      those that are merged, with the tensors that are read as theirs
     tokenizer   the output's tokenizer files by name; None: those of the origin
@@ -69,20 +69,20 @@ class Fitted:
 
         Raises: CheckpointError, if one that has to change is damaged.
         """
-        found = dict(files)
+        changed = dict(files)
         if self.tokenizer is not None:
-            found = {n: c for n, c in found.items() if not is_tokenizer_file(n)} | dict(self.tokenizer)
+            changed = {n: c for n, c in changed.items() if not is_tokenizer_file(n)} | dict(self.tokenizer)
         if self.template is not None:
             from fastinterp.tokenizer.chat_template import with_template
 
-            found = with_template(found, self.template)
+            changed = with_template(changed, self.template)
         if self.rows is not None or self.tied is not None or self.vocabulary is not None:
             for name in _CONFIGS:
-                if name in found:
-                    found[name] = self._config(name, found[name])
-        if self.counts and "config.json" in found:
-            found["config.json"] = self._layered(found["config.json"])
-        return found
+                if name in changed:
+                    changed[name] = self._config(name, changed[name])
+        if self.counts and "config.json" in changed:
+            changed["config.json"] = self._layered(changed["config.json"])
+        return changed
 
     def _layered(self, content: bytes | Path) -> bytes | Path:
         """config.json with the number of layers that the output has."""
@@ -117,7 +117,7 @@ class Fitted:
         return with_changes(raw, changes, file) if changes else content
 
 
-def fit_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> Fitted:
+def align_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> AlignedModels:
     """Give every model the output layer and the vocabulary that the recipe asks for, or that the others have.
 
     Raises: CheckpointError, if a tokenizer or configuration that has to be read is missing or damaged; ShapeError, if
@@ -126,52 +126,53 @@ def fit_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> Fitted
     known = [*models, *([] if any(m is origin for m in models) else [origin])]
     configs = [_config(m, recipe.tokenizer is not None) for m in known]
     tie = ties([m.tensors for m in models], [_says_tied(c) for c in configs[: len(models)]])
-    tensors = [_fitted(m, own, tie.dropped) for m, own in zip(models, tie.aliases, strict=True)]
+    tensors = [_renamed(m, aliases, tie.dropped) for m, aliases in zip(models, tie.aliases, strict=True)]
     for other in known[len(models) :]:  # a base that is not merged may give rows, those of its output layer too
-        own = ties([other.tensors, tensors[0]], [True, False]).aliases[0]
-        tensors.append(_fitted(other, own, tie.dropped))
+        aliases = ties([other.tensors, tensors[0]], [True, False]).aliases[0]
+        tensors.append(_renamed(other, aliases, tie.dropped))
     says_tied = _says_tied(configs[_index(known, ModelRef.of(origin.name))])
-    fitted = Fitted(
+    aligned = AlignedModels(
         tuple(_with(m, t) for m, t in zip(models, tensors, strict=False)),
         template=_template(recipe, models),
         tied=_tied(tensors[0], origin.tensors, says_tied, configs[: len(models)]),
     )
-    return fitted if recipe.tokenizer is None else _with_vocabulary(recipe, fitted, known, tensors, configs)
+    return aligned if recipe.tokenizer is None else _with_vocabulary(recipe, aligned, known, tensors, configs)
 
 
-def _fitted(model: Model, aliases: Mapping[str, str], dropped: Sequence[str]) -> dict[str, TensorInput]:
+def _renamed(model: Model, aliases: Mapping[str, str], dropped: Sequence[str]) -> dict[str, TensorInput]:
+    """A model's tensors, with its input embedding as the output layer that it lacks, and without those dropped."""
     kept = {n: e for n, e in model.tensors.items() if n not in dropped}
     return kept | {n: replace(model.tensors[source], name=n) for n, source in aliases.items()}
 
 
 def _with_vocabulary(
-    recipe: Recipe, fitted: Fitted, known: Sequence[Model], tensors: list[dict[str, TensorInput]],
+    recipe: Recipe, aligned: AlignedModels, known: Sequence[Model], tensors: list[dict[str, TensorInput]],
     configs: Sequence[Mapping[str, Any]],
-) -> Fitted:  # fmt: skip
-    """`fitted` with the vocabulary that the recipe asks for."""
+) -> AlignedModels:  # fmt: skip
+    """`aligned` with the vocabulary that the recipe asks for."""
     from fastinterp.tokenizer.files import rowless, tokenizer_files
     from fastinterp.tokenizer.vocabulary import join, read_vocabulary, rows_of
 
-    wish, merged = recipe.tokenizer, len(fitted.models)
-    assert wish is not None
+    spec, merged = recipe.tokenizer, len(aligned.models)
+    assert spec is not None
     sizes = [_rows(m, t, c) for m, t, c in zip(known, tensors, configs, strict=True)]
     vocabularies = [read_vocabulary(m.name, m.root, size) for m, size in zip(known, sizes, strict=True)]
     origin = _index(known, recipe.origin)
-    lead = origin if wish.model is None else _index(known, wish.model)
-    others = [v for i, v in enumerate(vocabularies) if i != lead] if wish.source == "union" else []
+    lead = origin if spec.model is None else _index(known, spec.model)
+    others = [v for i, v in enumerate(vocabularies) if i != lead] if spec.source == "union" else []
     extra = [
         (t.text, vocabularies[_index(known, t.source.model)] if t.source and t.source.model else None)
-        for t in wish.tokens
+        for t in spec.tokens
     ]
     joined = join(vocabularies[lead], others, extra)
-    size = rows_of(joined, sizes[lead], wish.pad_to_multiple_of)
+    size = rows_of(joined, sizes[lead], spec.pad_to_multiple_of)
     plan = plan_rows(
         joined, vocabularies, merged, size, base=_base(recipe, origin),
-        wishes=_wishes(recipe, known, vocabularies), keep_padding=wish.pad_to_multiple_of is None,
+        chosen=_chosen_rows(recipe, known, vocabularies), keep_padding=spec.pad_to_multiple_of is None,
     )  # fmt: skip
     files, warnings = tokenizer_files(joined)
     beside = [v for i, v in enumerate(vocabularies) if i != lead]
-    warnings = [*rowless(joined, beside, wish.source == "union"), *warnings]
+    warnings = [*rowless(joined, beside, spec.source == "union"), *warnings]
     if plan.zeros:
         warnings.append(
             f"no model has a row for {len(plan.zeros)} tokens, {listing(plan.zeros)}: their embeddings are zeros. Say "
@@ -179,11 +180,11 @@ def _with_vocabulary(
         )
     _moved(plan, tensors, known, sizes)
     return replace(
-        fitted,
-        models=tuple(_with(m, t) for m, t in zip(fitted.models, tensors, strict=False)),
+        aligned,
+        models=tuple(_with(m, t) for m, t in zip(aligned.models, tensors, strict=False)),
         tokenizer=files,
         rows=None if size == sizes[origin] else size,
-        source=f"{'union, with the ids of ' if wish.source == 'union' else 'that of '}{known[lead].name}, {size} rows",
+        source=f"{'union, with the ids of ' if spec.source == 'union' else 'that of '}{known[lead].name}, {size} rows",
         vocabulary=None if lead == origin else known[lead].root,
         warnings=tuple(warnings),
     )
@@ -242,25 +243,26 @@ def _gathered(
     return gathered
 
 
-def _wishes(recipe: Recipe, known: Sequence[Model], models: Sequence[Vocabulary]) -> dict[str, RowSource]:
-    found: dict[str, RowSource] = {}
-    missing = []
+def _chosen_rows(recipe: Recipe, known: Sequence[Model], models: Sequence[Vocabulary]) -> dict[str, RowSource]:
+    """The rows of tokens that the recipe names, by token."""
+    chosen: dict[str, RowSource] = {}
+    errors = []
     for token in recipe.tokenizer.tokens if recipe.tokenizer else ():
         source = token.source
         if source is None:
             continue
         if source.model is None:
-            found[token.text] = RowSource(None, force=token.force)
+            chosen[token.text] = RowSource(None, force=token.force)
             continue
         model = _index(known, source.model)
         which = source.token_id if source.token_id is not None else source.token or token.text
         try:
-            found[token.text] = RowSource(model, row_of(models, model, which, token.text), token.force)
+            chosen[token.text] = RowSource(model, row_of(models, model, which, token.text), token.force)
         except CheckpointError as error:
-            missing.append(str(error))
-    if missing:
-        raise CheckpointError("; ".join(missing))
-    return found
+            errors.append(str(error))
+    if errors:
+        raise CheckpointError("; ".join(errors))
+    return chosen
 
 
 def _base(recipe: Recipe, origin: int) -> int | None:
@@ -288,14 +290,15 @@ def _rows(model: Model, tensors: Mapping[str, TensorInput], config: Mapping[str,
 
 
 def _template(recipe: Recipe, models: Sequence[Model]) -> str | None:
-    wish = recipe.chat_template
-    if wish is None:
+    """The chat template that the recipe asks for; None: that of the tokenizer files."""
+    spec = recipe.chat_template
+    if spec is None:
         return None
     from fastinterp.tokenizer.chat_template import BUILTIN, most_common, template_of
 
-    if wish.kind == "auto":
+    if spec.kind == "auto":
         return most_common([template_of(m.root) for m in models])
-    return BUILTIN[wish.text] if wish.kind == "named" else wish.text
+    return BUILTIN[spec.text] if spec.kind == "named" else spec.text
 
 
 def _tied(

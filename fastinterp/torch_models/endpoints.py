@@ -18,7 +18,7 @@ from fastinterp.in_memory.allocate import torch_dtype
 from fastinterp.in_memory.merge import StoredTensor
 from fastinterp.messages import plain
 from fastinterp.ops.dtypes import DType, parse_dtype
-from fastinterp.plan.compatibility import unlike
+from fastinterp.plan.compatibility import path_warnings
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.models import Model as StoredModel
 from fastinterp.plan.models import open_model
@@ -154,5 +154,5 @@ def warn_unlike(models: Sequence[Endpoint], stacklevel: int) -> None:
     stacklevel  1: the caller's line is named
     """
     checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
-    for warning in unlike(checkpoints) if checkpoints else ():
+    for warning in path_warnings(checkpoints) if checkpoints else ():
         warnings.warn(plain(warning), stacklevel=stacklevel + 1)

@@ -54,8 +54,8 @@ def one_by_one(documents: list[dict[str, Any]], folder: Path, **keys: Any) -> tu
         for name, path in there.items():
             text = text.replace(f'"{name}"', json.dumps(path))
         last = i == len(documents) - 1
-        wish = json.loads(text) if last else {"dtype": "float32"} | json.loads(text)
-        report = fastinterp.merge(wish, folder / str(i), **(keys if last else {}))
+        values = json.loads(text) if last else {"dtype": "float32"} | json.loads(text)
+        report = fastinterp.merge(values, folder / str(i), **(keys if last else {}))
         there[document.get("name", "")] = str(folder / str(i))
     return folder / str(len(documents) - 1), report
 
@@ -236,10 +236,10 @@ def test_integers(tmp_path, three):
     ]
     plan = fastinterp.explain(documents)
     found = {t.name: t for t in plan.tensors}
-    assert found["ids"].inputs == (0, 1, 2)
+    assert found["ids"].checkpoints == (0, 1, 2)
     documents[0]["integers"] = three[1]
     documents[1]["integers"] = "first"
-    assert {t.name: t for t in fastinterp.explain(documents).tensors}["ids"].inputs == (1,)
+    assert {t.name: t for t in fastinterp.explain(documents).tensors}["ids"].checkpoints == (1,)
 
 
 def test_one_way_of_storing(tmp_path, llamas):

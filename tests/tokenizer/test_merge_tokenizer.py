@@ -183,7 +183,7 @@ def test_methods_that_ask_see_the_moved_rows(tmp_path, three, method, count, key
     assert_same(read(tmp_path / "want"), read(tmp_path / "got"))
 
 
-def test_different_vocabularies_without_a_wish_are_refused(tmp_path, three):
+def test_different_vocabularies_without_a_tokenizer_key_are_refused(tmp_path, three):
     with pytest.raises(ShapeError, match="tokenizer_source: base` or `tokenizer_source: union`"):
         merged(tmp_path, three)
 
@@ -310,7 +310,7 @@ def test_only_what_no_file_holds_is_made(tmp_path):
     c = plain(tmp_path / "c", ["p", "c"], [6.0, 7.0], F16)
     asked = load_recipe(recipe("linear", [a, b, c], weights=[1, 1, 1], tokenizer={"pad_to_multiple_of": 4}))
     [embedded] = make_plan([asked], max_shard_size=1 << 30).tensors
-    first = embedded.entries[0]
+    first = embedded.inputs[0]
     assert isinstance(first, GatheredInput) and first.shape == (8, 3)
     with contextlib.ExitStack() as stack:
         found = gather(first, tmp_path, stack)
