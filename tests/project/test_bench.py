@@ -168,6 +168,15 @@ def test_a_rival_that_is_not_installed_says_how_to_install_it(monkeypatch, tmp_p
         invoke("--against", "naive", "--dir", str(tmp_path))
 
 
+def test_naive_is_left_out_where_a_package_is_missing(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_packages", lambda python: {"torch": "2.4"})
+    done = CliRunner().invoke(command.bench, ["--models", str(tiny), "--runs", "1", "--dir", str(tmp_path)])
+    assert done.exit_code == 0
+    assert (
+        f"naive is left out: {sys.executable} does not have safetensors. pip install torch safetensors" in done.stderr
+    )
+
+
 def test_full_disk_is_refused_with_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     with pytest.raises(OutputError, match=r"three checkpoints of size tiny take 1\.50 MB, but 1\.00 MB are free"):

@@ -170,6 +170,19 @@ def test_methods_and_leaves_hold_no_arrays(module):
     assert not [(line, name) for line, name in found if name.split(".")[0] in HEAVY]
 
 
+def test_every_dependency_is_imported():
+    """Nothing is installed with the package that it does not import; a rival of the races brings its own packages."""
+    table = re.search(
+        r"^dependencies = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert table is not None
+    required = {{"PyYAML": "yaml"}.get(name, name) for name in re.findall(r'^ +"([\w-]+)', table[1], re.MULTILINE)}
+    own = {m: ast.parse(path.read_text("utf-8")) for m, path in MODULES.items() if m != "fastinterp.bench.naive"}
+    used = {name.split(".")[0] for module, tree in own.items() for _, name in imports(module, tree)}
+    assert "numpy" in required and required <= used
+    assert "safetensors" not in used
+
+
 def test_rule_sees_what_it_forbids(tmp_path, monkeypatch):
     """The reader of imports finds relative, nested and conditional ones."""
     source = (
