@@ -16,7 +16,8 @@ from fastinterp.errors import OutputError
 from fastinterp.execute.jobs import Job, Result
 from fastinterp.execute.sources import Sources, storage
 from fastinterp.execute.tensor_io import Step
-from fastinterp.plan.inputs import GatheredInput, IntermediateInput, Operand, PlannedTensor, StoredInput, TensorInput
+from fastinterp.ops.steps import Operand, Stored
+from fastinterp.plan.inputs import GatheredInput, IntermediateInput, PlannedTensor, StoredInput, TensorInput
 
 if TYPE_CHECKING:
     from fastinterp.execute.densities import Density
@@ -135,4 +136,4 @@ class Staged(Job):
         return self._sources.operand(tensor)
 
     def intermediate(self, tensor: IntermediateInput) -> Operand:
-        return self._scratch.source, self._rooms[id(tensor.tensor)][1], tensor.dtype.code or 0
+        return Stored(self._scratch.source, self._rooms[id(tensor.tensor)][1], tensor.dtype.code or 0)

@@ -12,7 +12,8 @@ from typing import Any
 from fastinterp.backends.cpu import cached_fraction
 from fastinterp.checkpoint.open import Checkpoint, changed_since
 from fastinterp.errors import CheckpointError, StorageError
-from fastinterp.plan.inputs import GatheredInput, IntermediateInput, Operand, StoredInput, TensorInput
+from fastinterp.ops.steps import Gathered, Operand, Stored
+from fastinterp.plan.inputs import GatheredInput, IntermediateInput, StoredInput, TensorInput
 
 _SPARE_FDS = 64  # for everything that is neither input nor output
 
@@ -63,8 +64,8 @@ class Sources:
         """One of the inputs as the pump takes it."""
         return self._operands[tensor.key]
 
-    def stored(self, tensor: StoredInput) -> Operand:
-        return self._number[tensor.path], tensor.start, tensor.dtype.code or 0
+    def stored(self, tensor: StoredInput) -> Stored:
+        return Stored(self._number[tensor.path], tensor.start, tensor.dtype.code or 0)
 
     def gathered(self, tensor: GatheredInput) -> Operand:
         from fastinterp.execute.gather_rows import gather
@@ -74,9 +75,11 @@ class Sources:
         made = None if rows.made is None else self.add(rows.made, tensor.files[0])
         code = tensor.dtype.code or 0
         if rows.rows is None:
-            return made or 0, 0, code
+            return Stored(made or 0, 0, code)
         parts = [(self._number[path], start, count) for path, start, count in rows.parts]
-        return parts + ([] if made is None else [(made, 0, rows.made_rows)]), code, rows.rows
+        if made is not None:
+            parts.append((made, 0, rows.made_rows))
+        return Gathered(tuple(parts), code, rows.rows)
 
     def intermediate(self, tensor: IntermediateInput) -> Operand:
         raise LookupError(f"{tensor.name} is in no file before a chained job has made it")
@@ -106,16 +109,6 @@ class Sources:
             "read. Retry once nothing is writing to it",
             file=str(self.paths[source]),
         )
-
-
-def gathers(operands: Iterable[Operand]) -> bool:
-    """Whether any of them names rows, so that a step must say how long they are (`columns`)."""
-    return any(isinstance(first, list) for first, _, _ in operands)
-
-
-def dtype_code(operand: Operand) -> int:
-    code: int = operand[1] if gathers([operand]) else operand[2]
-    return code
 
 
 @contextmanager

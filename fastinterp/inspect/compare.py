@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
-from fastinterp.backends.cpu import Progress, Pump, watch
+from fastinterp.backends.cpu import Progress, PumpOptions, survey
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import UsageError
 from fastinterp.execute.sources import Sources
+from fastinterp.ops.steps import Answer, Measure
 from fastinterp.plan.models import Model, open_model
 
 
@@ -163,29 +163,23 @@ def deltas(
 
 def _measured(
     models: Sequence[Model], names: Sequence[str], threads: int | None, progress: Progress | None
-) -> list[Any]:
+) -> list[Answer]:
     """The pump's answer for each of the tensors called `names`: deltas from the first checkpoint."""
     places = [[c.tensors[name] for c in models] for name in names]
     with ExitStack() as stack:
         checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
         sources = Sources(checkpoints, (tensor for tensors in places for tensor in tensors), stack)
-        steps: list[dict[str, Any]] = [
-            {
-                "kind": "measure_deltas", "inputs": [sources.operand(x) for x in entries],
-                "numel": entries[0].numel,
-            }
+        steps = [
+            Measure(inputs=tuple(sources.operand(x) for x in entries), numel=entries[0].numel, deltas=True)
             for entries in places
-        ]  # fmt: skip
-        pump = Pump(
-            cpu_isa(), sources.fds, [], steps, threads=cpu_threads(threads), write_bytes=1 << 19, read_bytes=1 << 17,
-            stochastic=False, fp8_saturate=True, prefetch=not sources.cached(), stats_every=0,
-        )  # fmt: skip
-        watch(pump, sum(x.nbytes for entries in places for x in entries), progress)
-        error = pump.error()
-        if error is not None:
-            raise sources.explained(error)
+        ]
+        options = PumpOptions(
+            isa=cpu_isa(), threads=cpu_threads(threads), read_bytes=128 << 10, prefetch=not sources.cached()
+        )
+        total = sum(x.nbytes for entries in places for x in entries)
+        answers = survey(sources.fds, steps, options, sources.explained, total, progress)
         sources.refuse_changed()
-    return pump.answers()
+    return answers
 
 
 def _kinds(first: Model, second: Model, common: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -11,14 +11,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import DType
 from fastinterp.tokenizer.embedding_rows import RowMap
 
-# (source, byte offset, dtype code); gathered: ([(source, byte offset, rows)], dtype code, i64[rows of the output]).
-Operand = tuple[Any, Any, Any]
+if TYPE_CHECKING:
+    from fastinterp.ops.steps import Operand
+
 ModelInput = tuple[int, "TensorInput"]  # number of its model in the plan, and a tensor of it
 
 

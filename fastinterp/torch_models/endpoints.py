@@ -101,8 +101,10 @@ class Endpoints:
         return {name: self._stored(tensor) for name, tensor in model.checkpoint.tensors.items() if self._wanted(name)}
 
     def _stored(self, tensor: TensorInput) -> Any:
-        source, start, _ = self.files.operand(tensor)
-        stored = StoredTensor(source, start, tensor.shape, tensor.dtype)
+        plain = tensor.plain
+        assert plain is not None
+        operand = self.files.stored(plain)
+        stored = StoredTensor(operand.source, operand.offset, tensor.shape, tensor.dtype)
         return stored if tensor.dtype.merges else self._whole(stored)
 
     def check_tied(self, model: Endpoint, tensors: Mapping[str, Any], weights: Sequence[Weight]) -> None:

@@ -160,7 +160,7 @@ def test_progress_only_grows(tmp_path, ends, use):
 
 
 def test_the_report_says_what_ran_where(tmp_path, ends, use):
-    use(FakeDevice(0, refuses=lambda s: "sums of nothing" if s["numel"] == 200_003 else None), FakeDevice(1))
+    use(FakeDevice(0, refuses=lambda s: "sums of nothing" if s.numel == 200_003 else None), FakeDevice(1))
     report = fastinterp.merge(METHODS["linear"](ends), tmp_path / "out", device="cuda:0,1")
     isa = backends.cpu_isa()
     assert report.device == f"cuda:0 Fake (fake), cuda:1 Fake (fake), cpu {isa} for 5 tensors"

@@ -45,7 +45,7 @@ def _object(source: Path, folder: Path) -> Path:
 
     includes = [f"-I{HERE / 'include'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     compiler, flags = _compiler(), [*FLAGS, *WARNINGS, *includes]
-    headers = sorted([*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.h"), *(HERE / "include").glob("*.h")])
+    headers = sorted([*CSRC.rglob("*.h"), *(HERE / "include").glob("*.h")])
     key = hashlib.sha256(repr((compiler, flags)).encode())
     for path in (source, *headers):
         key.update(path.read_bytes())
@@ -62,7 +62,8 @@ def library() -> Path:
     """The extension's file, built if its sources have changed: in build/cuda_host."""
     folder = ROOT / "build" / "cuda_host"
     folder.mkdir(parents=True, exist_ok=True)
-    sources = sorted([*(CSRC / "cuda").glob("*.cpp"), *(CSRC / "cuda").glob("*.cu"), *HERE.glob("*.cpp")])
+    cuda = [path for path in (CSRC / "cuda").rglob("*.c*") if path.suffix in (".cpp", ".cu")]
+    sources = sorted([CSRC / "binding" / "parse.cpp", *cuda, *HERE.glob("*.cpp")])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda source: _object(source, folder), sources))
     key = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
