@@ -12,7 +12,7 @@ from typing import Any
 from fastinterp.backends.cpu import cached_fraction
 from fastinterp.checkpoint.open import Checkpoint, changed_since
 from fastinterp.errors import CheckpointError, StorageError
-from fastinterp.ops.steps import Gathered, Operand, Stored
+from fastinterp.ops.steps import Decoder, Gathered, Operand, Stored
 from fastinterp.plan.inputs import GatheredInput, IntermediateInput, StoredInput, TensorInput
 
 _SPARE_FDS = 64  # for everything that is neither input nor output
@@ -65,7 +65,12 @@ class Sources:
         return self._operands[tensor.key]
 
     def stored(self, tensor: StoredInput) -> Stored:
-        return Stored(self._number[tensor.path], tensor.start, tensor.dtype.code or 0)
+        number, code, encoding = self._number[tensor.path], tensor.dtype.code or 0, tensor.encoding
+        if encoding is None:
+            return Stored(number, tensor.start, code)
+        columns = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.numel
+        companions = tuple((self._number[c.path], c.start, c.nbytes) for c in encoding.companions)
+        return Stored(number, tensor.start, code, Decoder(encoding.decoder, columns, companions, encoding.parameters))
 
     def gathered(self, tensor: GatheredInput) -> Operand:
         from fastinterp.execute.gather_rows import gather

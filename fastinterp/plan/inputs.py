@@ -1,8 +1,8 @@
 """Inputs of output tensors: an interface, and one class for each kind.
 
-`TensorInput` is all that planning, running and reporting know of an input. Kinds: a tensor that one file holds
-(`StoredInput`); rows that come from several places (`GatheredInput`); a tensor of a document above, which is in no file
-(`IntermediateInput`). `PlannedTensor` is what is made of them.
+`TensorInput` is all that planning, running and reporting know of an input. Kinds: a tensor that a file holds, as it is
+or as codes that a decoder turns into float32 (`StoredInput`); rows that come from several places (`GatheredInput`); a
+tensor of a document above, which is in no file (`IntermediateInput`). `PlannedTensor` is what is made of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastinterp.ops.combine import Combine, Row
-from fastinterp.ops.dtypes import DType
+from fastinterp.ops.dtypes import BF16, DType
 from fastinterp.tokenizer.embedding_rows import RowMap
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class TensorInput(ABC):
 
     @property
     def kept_dtype(self) -> DType:
-        """The dtype of an output tensor that keeps this one's."""
+        """The dtype of an output tensor that keeps this one's: BF16, where it is decoded."""
         return self.dtype
 
     @property
@@ -116,26 +116,59 @@ class TensorInput(ABC):
 
 
 @dataclass(frozen=True, slots=True)
+class Encoding:
+    """How the bytes of a stored tensor become float32 numbers.
+
+    stored      the dtype of its codes
+    decoder     its name in csrc/decoder.cpp and reference/decode.py
+    companions  scales and the like, in the order in which the decoder takes them
+    parameters  numbers that it takes
+    """
+
+    stored: DType
+    decoder: str
+    companions: tuple[StoredInput, ...]
+    parameters: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StoredInput(TensorInput):
-    """A tensor in one file, from byte `start` on."""
+    """A tensor in one file, from byte `start` on.
+
+    encoding  None: its bytes are elements of `dtype`. Else they are codes, and dtype is F32
+    """
 
     path: Path
     start: int
+    encoding: Encoding | None = None
 
     @property
     def key(self) -> Hashable:
-        return self.path, self.start, self.nbytes, self.dtype.name
+        if self.encoding is None:
+            return self.path, self.start, self.nbytes, self.dtype.name
+        companions = tuple(companion.key for companion in self.encoding.companions)
+        return self.path, self.start, self.nbytes, self.encoding.decoder, self.encoding.parameters, companions
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return (self.path,)
+        if self.encoding is None:
+            return (self.path,)
+        return tuple(dict.fromkeys((self.path, *(companion.path for companion in self.encoding.companions))))
 
     def open(self, files: OpenFiles) -> Operand:
         return files.stored(self)
 
+    def describe(self) -> str:
+        text = f"{self.dtype} {list(self.shape)}"
+        return text if self.encoding is None else f"{text} ({self.encoding.stored} with {self.encoding.decoder})"
+
+    @property
+    def kept_dtype(self) -> DType:
+        return self.dtype if self.encoding is None else BF16
+
     @property
     def plain(self) -> StoredInput | None:
-        return self
+        return self if self.encoding is None else None
 
 
 @dataclass(frozen=True, slots=True)

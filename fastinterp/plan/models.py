@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastinterp.checkpoint.formats import EncodedTensor, encoded_tensors
+from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
-from fastinterp.plan.inputs import StoredInput, TensorInput
+from fastinterp.ops.dtypes import F32
+from fastinterp.plan.inputs import Encoding, StoredInput, TensorInput
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -16,7 +19,7 @@ class Model:
 
     name        as the recipe has it
     root        the folder of its configuration and tokenizer
-    tensors     by name, in the order of the checkpoint
+    tensors     by name, in the order of the checkpoint; encoded ones as what they are decoded
     checkpoint  what it was opened from; None: a document above makes it
     """
 
@@ -42,9 +45,27 @@ def open_model(name: str) -> Model:
 
 
 def model_of(checkpoint: Checkpoint) -> Model:
-    files = checkpoint.files
-    tensors = {
-        name: StoredInput(name, entry.dtype, entry.shape, entry.nbytes, files[entry.file], entry.start)
-        for name, entry in checkpoint.tensors.items()
-    }
+    """Its tensors decoded, where a reader knows their format. Raises: CheckpointError, of a reader."""
+    every = encoded_tensors(checkpoint)
+    companions = {entry.name for encoded in every for entry in encoded.companions}
+    encoded_by_codes = {encoded.codes.name: encoded for encoded in every}
+    tensors = {}
+    for name, entry in checkpoint.tensors.items():
+        if name not in companions:
+            encoded = encoded_by_codes.get(name)
+            tensor = _stored(entry, checkpoint) if encoded is None else _decoded(encoded, checkpoint)
+            tensors[tensor.name] = tensor
     return Model(checkpoint.name, checkpoint.root, tensors, checkpoint)
+
+
+def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
+    codes = _stored(encoded.codes, checkpoint)
+    companions = tuple(_stored(entry, checkpoint) for entry in encoded.companions)
+    nbytes = codes.nbytes + sum(companion.nbytes for companion in companions)
+    encoding = Encoding(codes.dtype, encoded.decoder, companions, encoded.parameters)
+    return StoredInput(encoded.name, F32, encoded.shape, nbytes, codes.path, codes.start, encoding)
+
+
+def _stored(entry: Entry, checkpoint: Checkpoint) -> StoredInput:
+    path = checkpoint.files[entry.file]
+    return StoredInput(entry.name, entry.dtype, entry.shape, entry.nbytes, path, entry.start)

@@ -233,11 +233,18 @@ def _gathered(
                 "one architecture share embeddings",
                 tensor=name,
             )
-    above = [models[i].name for i in gathered.models if stored[i] is None]
+    unreadable = [i for i in gathered.models if stored[i] is None]
+    above = [models[i].name for i in unreadable if models[i].checkpoint is None]
     if above:
         raise CheckpointError(
             f"rows of {listing(above)}, which a document above makes, would have to be moved into another vocabulary "
             "here. Ask for the vocabulary there, or write it as a checkpoint of its own first",
+            tensor=name,
+        )
+    if unreadable:
+        raise CheckpointError(
+            f"{name} of {listing([models[i].name for i in unreadable])} is encoded: its rows cannot be moved into "
+            "another vocabulary. Convert it to BF16 first, or leave `tokenizer` out of the recipe",
             tensor=name,
         )
     return gathered

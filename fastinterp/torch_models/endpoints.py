@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp.checkpoint.open import changed_since
-from fastinterp.errors import UsageError
+from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.execute.sources import Sources, storage
 from fastinterp.in_memory.allocate import torch_dtype
 from fastinterp.in_memory.merge import StoredTensor
@@ -102,7 +102,12 @@ class Endpoints:
 
     def _stored(self, tensor: TensorInput) -> Any:
         plain = tensor.plain
-        assert plain is not None
+        if plain is None:
+            raise CheckpointError(
+                f"{tensor.name} is {tensor.describe()}: Live and paths read no encoded tensors. Convert the model to "
+                "BF16 first, by a merge of it alone",
+                file=str(tensor.files[0]), tensor=tensor.name,
+            )  # fmt: skip
         operand = self.files.stored(plain)
         stored = StoredTensor(operand.source, operand.offset, tensor.shape, tensor.dtype)
         return stored if tensor.dtype.merges else self._whole(stored)
