@@ -115,6 +115,7 @@ def test_too_little_memory_is_said(tmp_path, ends, use):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_devices_share_by_speed(tmp_path, use, monkeypatch):
     """The one that is four times as fast does most of the work; nobody waits for the other but at the end."""
     monkeypatch.setattr(machine, "SLOTS", 3)

@@ -44,6 +44,7 @@ GFX942 = GPUTarget("hip", "gfx942", 64)
 BF16, F16, F32, F64, E4M3 = 3, 2, 1, 0, 4
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_give_the_bytes_of_the_reference():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["tests/devices/test_gpu.py", "tests/support/triton_interpreted.py"]
@@ -134,6 +135,7 @@ def case(name: str, target: Any) -> Any:
     return compiled(kernel, target, arguments, constants, warps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [SM80, SM90, SM100, GFX942], ids=lambda t: f"{t.backend}-{t.arch}")
 @pytest.mark.parametrize("name", CASES)
 def test_compiles(name, target):
@@ -158,6 +160,7 @@ def memory_of(ptx: str) -> tuple[list[str], list[str]]:
     return loads, [kind for kind in re.findall(r"st\.global\.(\S+)", ptx) if kind not in scalars]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("n", [2, 8])
 @pytest.mark.parametrize("target", [SM80, SM90, SM100], ids=lambda t: str(t.arch))
@@ -244,6 +247,7 @@ def pieces_of(n: int, numel: int = 98304, first: int = 1 << 20) -> dict[str, Pie
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_launches_compile_as_they_are_made(room):
     """What a launch passes is what a kernel takes, constants and all."""
     run(room, [*pieces_of(2).values()])
@@ -263,6 +267,7 @@ def test_tables_of_different_lengths_are_one_kernel(room):
     assert len({made.hash for _, made, _ in room.launched}) == 1
 
 
+@pytest.mark.slow
 def test_registers_hold_all_of_8_inputs(room, tmp_path):
     """Nothing is spilled, on Hopper."""
     run(room, [*pieces_of(8).values()])

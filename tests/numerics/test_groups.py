@@ -105,6 +105,7 @@ def test_measure_of_dtypes(dtypes, kind):
     check_measure(kind, dtypes, (70, 37), True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 7])
 def test_measure_on_any_number_of_threads(threads):
     """Many pieces: blocks of columns fold in the same pairs whichever is ready first."""

@@ -53,6 +53,7 @@ def test_what_keeps_leave(isa, shape):
     check_kept(isa, raws("normal", dtypes, math.prod(shape)), dtypes, tuple(KEEPS.values()), shape, 2)
 
 
+@pytest.mark.slow
 @every_isa
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("dtypes", [(F64, BF16, F64), (F8_E4M3, F8_E5M2, F16)], ids=str)
@@ -105,7 +106,9 @@ def test_what_is_not_asked_is_0(isa, wanted):
 
 
 @every_isa
-@pytest.mark.parametrize("columns", [255, 256, 1024, 5000, 262144, 262145])
+@pytest.mark.parametrize(
+    "columns", [255, 256, 1024, 5000, *(pytest.param(n, marks=pytest.mark.slow) for n in (262144, 262145))]
+)
 def test_ranks_of_few_and_of_many_magnitudes(isa, columns):
     """All in one bin, all equal, in steps of bf16, over all powers of two: counted, searched for and sorted."""
     shape, rng = (7, columns), np.random.default_rng(columns)
