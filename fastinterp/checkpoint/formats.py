@@ -13,6 +13,7 @@ from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import CheckpointError
+from fastinterp.ops.dtypes import BF16, DType
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class EncodedTensor:
                 model any more
     decoder     its name in csrc/decoder.cpp and reference/decode.py
     parameters  numbers that it takes: block sizes, say
+    kept        the dtype of an output tensor that keeps this one's
     """
 
     name: str
@@ -34,6 +36,7 @@ class EncodedTensor:
     companions: tuple[Entry, ...]
     decoder: str
     parameters: tuple[float, ...] = ()
+    kept: DType = BF16
 
 
 # Yields the tensors of one format; nothing, if the checkpoint has none.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastinterp.ops.combine import Combine, Row
-from fastinterp.ops.dtypes import BF16, DType
+from fastinterp.ops.dtypes import DType
 from fastinterp.tokenizer.embedding_rows import RowMap
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class TensorInput(ABC):
 
     @property
     def kept_dtype(self) -> DType:
-        """The dtype of an output tensor that keeps this one's: BF16, where it is decoded."""
+        """The dtype of an output tensor that keeps this one's."""
         return self.dtype
 
     @property
@@ -120,12 +120,14 @@ class Encoding:
     """How the bytes of a stored tensor become float32 numbers.
 
     stored      the dtype of its codes
+    kept        the dtype of an output tensor that keeps this one's
     decoder     its name in csrc/decoder.cpp and reference/decode.py
     companions  scales and the like, in the order in which the decoder takes them
     parameters  numbers that it takes
     """
 
     stored: DType
+    kept: DType
     decoder: str
     companions: tuple[StoredInput, ...]
     parameters: tuple[float, ...]
@@ -164,7 +166,7 @@ class StoredInput(TensorInput):
 
     @property
     def kept_dtype(self) -> DType:
-        return self.dtype if self.encoding is None else BF16
+        return self.dtype if self.encoding is None else self.encoding.kept
 
     @property
     def plain(self) -> StoredInput | None:

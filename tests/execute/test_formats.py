@@ -28,7 +28,9 @@ from fastinterp.plan.models import open_model
 from fastinterp.reference import decode
 from tests.support import backends, cuda_host, decoders
 from tests.support.checkpoints import Tensor, assert_same, bell, expected, floats, integers, read, recipe, tensor, write
+from tests.support.fake_device import FakeDevice
 
+pytest_plugins = ("tests.support.device_fixtures",)
 pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())
 
 # --- the format ------------------------------------------------------------------------------------------------------
@@ -212,6 +214,17 @@ def test_documents_and_stochastic_rounding(tmp_path):
         last = recipe("linear", ["first", paths[2]], weights=[0.4, 0.6], rounding="stochastic", dtype="bfloat16")
         fastinterp.merge([first, last], tmp_path / f"out{k}")
     assert_same(read(tmp_path / "out1"), read(tmp_path / "out0"))
+
+
+def test_devices_leave_encoded_tensors_to_the_processor(tmp_path, use):
+    use(FakeDevice(0))
+    models = family(3)
+    models = [models[0], *(decoded(m) for m in models[1:])]
+    values = recipe_of("ties", saved(tmp_path, models))
+    report = fastinterp.merge(values, tmp_path / "device", device="cuda:0")
+    fastinterp.merge(values, tmp_path / "cpu", device="cpu")
+    assert_same(read(tmp_path / "cpu"), read(tmp_path / "device"))
+    assert report.on_cpu["encoded inputs"] == len(SHAPES)
 
 
 # --- what else reads checkpoints -------------------------------------------------------------------------------------
