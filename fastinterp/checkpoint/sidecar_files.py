@@ -52,13 +52,13 @@ def copy_sidecars(root: Path, dtype: DType | None = None) -> dict[str, bytes | P
     """
     try:
         names = [n for n in sorted(os.listdir(root)) if is_sidecar(n) and (root / n).is_file()]
-        found: dict[str, bytes | Path] = {n: root / n for n in names}
-        if dtype is not None and "config.json" in found:
+        files: dict[str, bytes | Path] = {n: root / n for n in names}
+        if dtype is not None and "config.json" in files:
             path = str(root / "config.json")
-            found["config.json"] = with_dtype(read_regular(path, MAX_HEADER), dtype, path)
+            files["config.json"] = with_dtype(read_regular(path, MAX_HEADER), dtype, path)
     except OSError as error:
         raise CheckpointError(f"it cannot be read: {error.strerror}", file=str(error.filename)) from None
-    return found
+    return files
 
 
 def needs_code(root: Path) -> bool:

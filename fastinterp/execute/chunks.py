@@ -1,4 +1,4 @@
-"""Parts of stored tensors, read one by one outside of a run: what `check` and reports look at."""
+"""Reads samples of stored tensors outside of a run, for `check` and reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of embeddings in the order of another vocabulary: which the pump can gather where they are, and the rest.
+"""Gathers the rows of an embedding in the order of another vocabulary.
 
 Rows of a model that stores them in the same dtype are read where they lie. Means, padding, and rows that are converted
 are made here first, a piece at a time, into a file without a name beside the output: so memory stays bounded.
@@ -41,7 +41,7 @@ class Gathered:
 
 
 def gather(tensor: GatheredInput, folder: Path | None, stack: ExitStack) -> Gathered:
-    """Make the rows that have to be made, and say where all of them are.
+    """Compute the rows that no file holds, and locate all of them.
 
     folder  for the file of those that are made, which is open until `stack` closes; None: that for temporary files
 
@@ -60,9 +60,9 @@ def gather(tensor: GatheredInput, folder: Path | None, stack: ExitStack) -> Gath
     for model in tensor.models:
         source = tensor.sources[model]
         if source is not None and source.dtype == tensor.dtype:
-            own = (codes >= 0) & (codes >> 40 == model)
-            rows[own] = (codes[own] & (1 << 40) - 1) + end
-            left &= ~own
+            stored = (codes >= 0) & (codes >> 40 == model)
+            rows[stored] = (codes[stored] & (1 << 40) - 1) + end
+            left &= ~stored
             parts.append((source.path, source.start, source.shape[0]))
             end += source.shape[0]
     rows[left] = np.arange(left.sum()) + end

@@ -26,7 +26,7 @@ from fastinterp.plan.tensors import must_agree
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device
-    from fastinterp.execute.chained_job import Scratch
+    from fastinterp.execute.chained_job import ScratchFile
 
 STATS_EVERY = 32  # chunks of 16384 elements: one of so many is measured, which costs a few percent of the kernel's time
 _STORE = 0  # Philox stream of the store's rounding
@@ -238,14 +238,14 @@ def _machine(
     return machine
 
 
-def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folder: Path | None) -> Scratch:
+def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folder: Path | None) -> ScratchFile:
     """The file of what documents above make."""
     import tempfile
 
-    from fastinterp.execute.chained_job import Scratch
+    from fastinterp.execute.chained_job import ScratchFile
 
     folder = folder or Path(tempfile.gettempdir())
-    file = Scratch(folder, stack, keeps=any(t.program is not None and t.program.whole for t in plan.tensors))
+    file = ScratchFile(folder, stack, keeps=any(t.program is not None and t.program.whole for t in plan.tensors))
     label = folder / "a temporary file"
     file.source, file.sink = sources.add(file.fd, label), len(sinks.handles)
     sinks.handles.append(file.fd)
@@ -253,17 +253,17 @@ def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folde
     return file
 
 
-def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: Sinks, scratch: Scratch | None) -> Job:
+def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: Sinks, scratch: ScratchFile | None) -> Job:
     stochastic = plan.recipes[0].rounding == "stochastic"
     if scratch is None or not tensor.before:
         return _job_at(tensor, stochastic, sources.operand, *_places(sinks, tensor.name))
-    from fastinterp.execute.chained_job import Staged
+    from fastinterp.execute.chained_job import ChainedJob
 
     def make(stage: PlannedTensor, operand: Callable[[TensorInput], Operand], offset: int | None) -> Job:
         where = _places(sinks, tensor.name) if offset is None else ([scratch.sink], [offset])
         return _job_at(stage, stochastic, operand, *where)
 
-    return Staged(tensor.stages, scratch, sources, make)
+    return ChainedJob(tensor.stages, scratch, sources, make)
 
 
 def _places(sinks: Sinks, name: str) -> tuple[Sequence[int], Sequence[int]]:

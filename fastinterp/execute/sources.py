@@ -1,4 +1,4 @@
-"""The input files while they are read: opened once each, and what can go wrong with them put into words."""
+"""The input files while they are read: opens each once, and turns errors of reads into exceptions."""
 
 from __future__ import annotations
 
@@ -94,15 +94,15 @@ class Sources:
         return all(cached_fraction(fd, os.fstat(fd).st_size) > 0.95 for fd in self.fds)
 
     def refuse_changed(
-        self, told: str = "it changed while it was being read. Retry once nothing is writing to it"
+        self, message: str = "it changed while it was being read. Retry once nothing is writing to it"
     ) -> None:
         """Raises: CheckpointError, if a file of a checkpoint is not what it was when its header was read."""
         for checkpoint in self._checkpoints:
             for path in changed_since(checkpoint):
-                raise CheckpointError(told, file=str(path))
+                raise CheckpointError(message, file=str(path))
 
     def explained(self, error: tuple[Any, ...]) -> Exception:
-        """The pump's error in words: a read that failed, or what stopped the run altogether."""
+        """The exception of an error of the pump: a read that failed, or what stopped the run altogether."""
         kind, *rest = error
         if kind == "other":
             return StorageError(f"the run stopped: {rest[0]}")
@@ -110,15 +110,15 @@ class Sources:
         if code:
             return StorageError(f"{self.paths[source]}: {os.strerror(code)}, reading {expected} bytes at {offset}")
         return CheckpointError(
-            f"only {done} of {expected} bytes are left at byte {offset}: it was cut or replaced while it was being "
-            "read. Retry once nothing is writing to it",
+            f"only {done} of {expected} bytes are left at byte {offset}: it was truncated or replaced while it was "
+            "being read. Retry once nothing is writing to it",
             file=str(self.paths[source]),
         )
 
 
 @contextmanager
 def storage(path: Path, kind: type[StorageError] = StorageError) -> Iterator[None]:
-    """What the operating system refuses inside is raised as `kind`, with the path and what to do."""
+    """Errors of the operating system inside are raised as `kind`, with the path and a remedy."""
     try:
         yield
     except OSError as error:
@@ -126,7 +126,7 @@ def storage(path: Path, kind: type[StorageError] = StorageError) -> Iterator[Non
 
 
 def remedy(code: int | None) -> str:
-    """What to do about an error of the operating system, where that is known."""
+    """A remedy for an error of the operating system, as the end of a message; or nothing."""
     if code == errno.EFBIG:
         return ". This file system or ulimit allows only smaller files: --max-shard-size 1GB, say"
     if code == errno.EMFILE:

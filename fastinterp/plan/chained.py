@@ -1,8 +1,9 @@
-"""Recipes of several documents: the tensors of those above, made part of those below.
+"""Plans recipes of several documents: tensors of those above become part of those below.
 
 Nothing of a document above is written as a checkpoint. Its weighted sums become part of the sums that read them: their
 coefficients are multiplied in float64. What cannot be expressed so is made tensor by tensor, in float32 (float64, if an
-input is F64) or the dtype that the document names, and stored until the tensor that reads it is done (staged.py).
+input is F64) or the dtype that the document names, and stored until the tensor that reads it is done: see
+execute/chained_job.py.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from fastinterp.ops.combine import MAX_INPUTS, Combine, Row, check_coefficients
 from fastinterp.ops.dtypes import DTYPES, DType
 from fastinterp.plan.inputs import IntermediateInput, ModelInput, PlannedTensor, TensorInput
 from fastinterp.plan.models import Model
-from fastinterp.plan.single import Document, Library, plan_document
-from fastinterp.plan.single import found as found_model
+from fastinterp.plan.single import Document, Library, find_named, plan_document
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
 
@@ -47,7 +47,7 @@ class Chain(NamedTuple):
 
 
 def plan_chain(above: Sequence[Recipe], last: Recipe, library: Library) -> Chain:
-    """Raises: what make_plan raises."""
+    """Plan all documents as one. Raises: what make_plan raises."""
     numbers: dict[int, int] = {}  # id of a checkpoint -> its number
     checkpoints: list[Model] = []
     made: dict[str, Model] = {}
@@ -66,15 +66,15 @@ def plan_chain(above: Sequence[Recipe], last: Recipe, library: Library) -> Chain
     names: list[str] = []
     stored = [(recipe, m) for recipe in (*above, last) for m in recipe.models if recipe.made_by(m) is None]
     for recipe, model in stored:
-        if number(found_model(recipe, library.find, model)) == len(names):  # else it is there under another name
+        if number(find_named(recipe, library.find, model)) == len(names):  # else it is there under another name
             names.append(str(model))
     for recipe in (*above, last):
         _check_store(recipe, last)
         lead = recipe.base_model or recipe.models[0]
         document = plan_document([replace(recipe, origin=lead) if str(lead) in made else recipe], find)
         # `aligned` has replacements of some models: the numbers are those of what they replace.
-        found = [number(find(m)) for m in (*recipe.models, *document.sidecars)]
-        tensors = tuple(_resolved(t, found, len(names)) for t in document.tensors)
+        read = [number(find(m)) for m in (*recipe.models, *document.sidecars)]
+        tensors = tuple(_resolved(t, read, len(names)) for t in document.tensors)
         document = replace(document, tensors=tensors)
         warnings += document.warnings
         if recipe is not last:
@@ -86,7 +86,7 @@ def plan_chain(above: Sequence[Recipe], last: Recipe, library: Library) -> Chain
 
 
 def _check_store(recipe: Recipe, last: Recipe) -> None:
-    """One run stores in one way."""
+    """Raises: RecipeError, if documents round differently: one run stores in one way."""
     for key in ("rounding", "fp8_overflow"):
         if getattr(recipe, key) != getattr(last, key):
             raise recipe.document.error(
@@ -100,7 +100,7 @@ def _check_store(recipe: Recipe, last: Recipe) -> None:
 
 
 def _checkpoint(recipe: Recipe, document: Document) -> tuple[Model, Folder | None]:
-    """What the document makes, and the folder of its small files, if it has one of its own."""
+    """The output of the document as a model, and the folder of its small files, if it needs one."""
     name = recipe.name or ""
     named = recipe.out_dtype or recipe.dtype
     tensors: dict[str, TensorInput] = {}
@@ -181,12 +181,12 @@ def _with(t: PlannedTensor, inputs: Sequence[ModelInput]) -> PlannedTensor:
 
 
 def _plainest(one: ModelInput) -> ModelInput:
-    """What a copy is a copy of; else what has to be made first."""
+    """The input that a copy is of; else the tensor as it is stored when it has been made."""
     model, entry = one
     summed = entry.weighted_sum
     if summed is not None and summed[0].is_copy:
         return summed[1][0]
-    return model, entry.stored()
+    return model, entry.as_read()
 
 
 def _folded(row: Row, inputs: Sequence[ModelInput]) -> tuple[Row, list[ModelInput]]:

@@ -110,7 +110,7 @@ class TensorInput(ABC):
         """How a copy of it is made without storing it first; None if the copy has to read it."""
         return None
 
-    def stored(self) -> TensorInput:
+    def as_read(self) -> TensorInput:
         """The same with the dtype and the bytes that it has when it is read."""
         return self
 
@@ -177,13 +177,13 @@ class StoredInput(TensorInput):
 class GatheredInput(TensorInput):
     """A tensor of one model with rows from several: an embedding in the order of the output's vocabulary.
 
-    own      index of its model in `sources`
+    model    index of its model in `sources`
     rows     where each row is from
     means    what rows of model len(sources) are: the rows, each (model, row), of which each is the mean
     sources  of each model, its tensor that corresponds; None: the model has none
     """
 
-    own: int
+    model: int
     rows: RowMap
     means: tuple[tuple[tuple[int, int], ...], ...]
     sources: tuple[StoredInput | None, ...]
@@ -191,7 +191,7 @@ class GatheredInput(TensorInput):
     @property
     def models(self) -> list[int]:
         """The models that rows are read from, ascending; its own, even if no row is."""
-        numbers = self.rows.models | {self.own}
+        numbers = self.rows.models | {self.model}
         if len(self.sources) in numbers:
             numbers |= {model for rows in self.means for model, _ in rows}
         return sorted(numbers - {len(self.sources)})
@@ -200,7 +200,7 @@ class GatheredInput(TensorInput):
     def key(self) -> Hashable:
         # Tied embeddings are one tensor in the file, and in this vocabulary; but beside models that are not tied, the
         # rows that they lack come from different tensors.
-        return self.rows, self.own, tuple(None if source is None else source.key for source in self.sources)
+        return self.rows, self.model, tuple(None if source is None else source.key for source in self.sources)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -259,7 +259,7 @@ class IntermediateInput(TensorInput):
         # Its bytes are the same then: nothing is rounded on the way, or only once to nearest.
         return self.tensor if self.free and self.tensor.program is not None else None
 
-    def stored(self) -> TensorInput:
+    def as_read(self) -> TensorInput:
         return replace(self, dtype=self.tensor.dtype, nbytes=self.tensor.nbytes)
 
 

@@ -38,7 +38,7 @@ class Plan:
     checkpoints  the models of the recipe, in its order, then side-cars; of several documents, then those that are made
     origin       the checkpoint that configuration and tokenizer come from
     layouts      one per output: equal but for the metadata in their headers
-    aligned       what becomes of the files beside the weights, where vocabularies or tied embeddings differ
+    aligned      what becomes of the files beside the weights, where vocabularies or tied embeddings differ
     warnings     about the files beside the weights: what is copied, and may not fit; and about the recipe
     models       the names of the first of the checkpoints: the models of all documents
     inputs       files and folders that an output must not touch
@@ -160,10 +160,10 @@ def _coefficients(k: int, tensors: Sequence[PlannedTensor]) -> dict[str, Any] | 
     for t in tensors:
         if t.sums:
             sets.setdefault(t.sums[k], []).append(t.name)
-    found = [{"weights": c.weights, "base": c.base, "sums_to_one": c.sums_to_one} for c in sets]
-    if len(found) <= 1:
-        return found[0] if found else []
-    named = [{**one, "tensors": names} for one, names in zip(found, sets.values(), strict=True)]
+    listed = [{"weights": c.weights, "base": c.base, "sums_to_one": c.sums_to_one} for c in sets]
+    if len(listed) <= 1:
+        return listed[0] if listed else []
+    named = [{**one, "tensors": names} for one, names in zip(listed, sets.values(), strict=True)]
     if len(json.dumps(named)) > _MOST_BYTES:
         return f"left out: {len(sets)} sets of them are too many. The recipe gives them again"
     return named
@@ -172,10 +172,10 @@ def _coefficients(k: int, tensors: Sequence[PlannedTensor]) -> dict[str, Any] | 
 def plan_recipe(recipe: Source, max_shard_size: str | int, dtype: object, rounding: object, seed: object) -> Plan:
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge`."""
     *above, last = load_recipes(recipe)
-    asked = overridden(last, dtype, rounding, seed)
+    overriding = overridden(last, dtype, rounding, seed)
     if above:
         # They were stored as the last one is, and are; a seed that all have in common is replaced in all.
         if rounding is not None:
-            above = [replace(r, rounding=asked.rounding) if r.rounding == last.rounding else r for r in above]
-        above = [replace(r, seed=asked.seed) if r.seed == last.seed else r for r in above]
-    return make_plan([asked], max_shard_size=size_of(max_shard_size), above=above)
+            above = [replace(r, rounding=overriding.rounding) if r.rounding == last.rounding else r for r in above]
+        above = [replace(r, seed=overriding.seed) if r.seed == last.seed else r for r in above]
+    return make_plan([overriding], max_shard_size=size_of(max_shard_size), above=above)

@@ -1,4 +1,4 @@
-"""One document of a recipe, planned: its models made to fit each other, and its tensors."""
+"""Plans one document of a recipe: its models, aligned with each other, and its tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastinterp.recipe.targets import Assembly
 
 @dataclass(frozen=True)
 class Document:
-    """A document by itself.
+    """The plan of one document.
 
     origin    the checkpoint that configuration and tokenizer come from
     tensors   whose inputs are numbers in `checkpoints`
@@ -62,7 +62,7 @@ class Library:
         return tuple(self._opened.values())
 
 
-def found(recipe: Recipe, find: Callable[[ModelRef], Model], model: ModelRef) -> Model:
+def find_named(recipe: Recipe, find: Callable[[ModelRef], Model], model: ModelRef) -> Model:
     """What `find` returns for a model that a recipe names.
 
     Raises: CheckpointError, with the place in the recipe, and where the model may be.
@@ -80,20 +80,20 @@ def found(recipe: Recipe, find: Callable[[ModelRef], Model], model: ModelRef) ->
 
 
 def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) -> Document:
-    """What a document makes, of what.
+    """The plan of one document.
 
     recipes  as those of make_plan
     find     the checkpoint of a name: the same object for the same model
     Raises: what make_plan raises.
     """
     first = recipes[0]
-    models = [found(first, find, model) for model in first.models]
-    origin = found(first, find, first.origin)
+    models = [find_named(first, find, model) for model in first.models]
+    origin = find_named(first, find, first.origin)
     aligned = align_models(first, models, origin)
     assemblies = [Assembly(recipe, [c.tensors for c in aligned.models]) for recipe in recipes]
     aligned = replace(aligned, counts=tuple(assemblies[0].counts))
     points = [assembly.targets for assembly in assemblies]
-    sidecars = {model: found(first, find, model) for model in sidecar_refs(points[0], first.method)}
+    sidecars = {model: find_named(first, find, model) for model in sidecar_refs(points[0], first.method)}
     tensors = plan_tensors(recipes, points, aligned.models, sidecars, origin)
     warnings = [*aligned.warnings, *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None)]
     warnings += aligned.uncounted(origin) if aligned.counts else []

@@ -196,12 +196,12 @@ def _moved(plan: RowPlan, tensors: list[dict[str, TensorInput]], known: Sequence
     before = [dict(t) for t in tensors]
     for i in range(len(plan.maps)):
         for name in embedded[i]:
-            sources = [t[name] if name in own else None for t, own in zip(before, embedded, strict=True)]
+            sources = [t[name] if name in names else None for t, names in zip(before, embedded, strict=True)]
             tensors[i][name] = _gathered(name, i, plan, sources, known)
 
 
 def _gathered(
-    name: str, own: int, plan: RowPlan, sources: Sequence[TensorInput | None], models: Sequence[Model]
+    name: str, model: int, plan: RowPlan, sources: Sequence[TensorInput | None], models: Sequence[Model]
 ) -> TensorInput:
     """The embedding of one model in the output's vocabulary; as it is, if nothing changes.
 
@@ -209,26 +209,26 @@ def _gathered(
     Raises: ShapeError, if rows cannot be moved: they are of different lengths, or not of floats; CheckpointError, if
     they are not stored as rows.
     """
-    tensor, rows = sources[own], plan.maps[own]
+    tensor, rows = sources[model], plan.maps[model]
     assert tensor is not None
-    if rows.is_own(own, tensor.shape[0]):
+    if rows.is_own(model, tensor.shape[0]):
         return tensor
     if not tensor.dtype.merges:
         raise ShapeError(
-            f"{name} of {models[own].name} is {tensor.dtype}, whose rows cannot follow another vocabulary. Convert it "
-            "to BF16 first, or leave `tokenizer` out of the recipe",
+            f"{name} of {models[model].name} is {tensor.dtype}, whose rows cannot follow another vocabulary. Convert "
+            "it to BF16 first, or leave `tokenizer` out of the recipe",
             tensor=name,
         )
     shape, nbytes = (plan.size, *tensor.shape[1:]), tensor.nbytes // tensor.shape[0] * plan.size
     if not nbytes:
         return replace(tensor, shape=shape, nbytes=0)
     stored = tuple(None if source is None else source.plain for source in sources)
-    gathered = GatheredInput(name, tensor.dtype, shape, nbytes, own, rows, plan.means, stored)
+    gathered = GatheredInput(name, tensor.dtype, shape, nbytes, model, rows, plan.means, stored)
     for i in gathered.models:
         source = sources[i]
         if source is None or source.shape[1:] != tensor.shape[1:] or not source.dtype.merges:
             raise ShapeError(
-                f"{name} of {models[own].name} needs rows of {models[i].name}, where it is "
+                f"{name} of {models[model].name} needs rows of {models[i].name}, where it is "
                 f"{'missing' if source is None else source.describe()}; here it is {tensor.describe()}. Only models of "
                 "one architecture share embeddings",
                 tensor=name,
@@ -238,7 +238,7 @@ def _gathered(
     if above:
         raise CheckpointError(
             f"rows of {listing(above)}, which a document above makes, would have to be moved into another vocabulary "
-            "here. Ask for the vocabulary there, or write it as a checkpoint of its own first",
+            "here. Ask for the vocabulary there, or write it as a checkpoint of its model first",
             tensor=name,
         )
     if unreadable:

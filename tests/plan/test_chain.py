@@ -11,7 +11,7 @@ import pytest
 
 import fastinterp
 from fastinterp.errors import RecipeError
-from fastinterp.execute.chained_job import Scratch
+from fastinterp.execute.chained_job import ScratchFile
 from fastinterp.ops.dtypes import BF16, F32
 from tests.support.checkpoints import (
     assert_same,
@@ -273,13 +273,13 @@ def test_room_is_used_again(tmp_path, llamas, monkeypatch):
 
     monkeypatch.setattr(rounds, "ROUND_BYTES", 1)
     sizes: list[int] = []
-    free = Scratch.free
+    free = ScratchFile.free
 
-    def noted(self: Scratch, some: Any) -> None:
+    def noted(self: ScratchFile, some: Any) -> None:
         sizes.append(self.size)
         free(self, some)
 
-    monkeypatch.setattr(Scratch, "free", noted)
+    monkeypatch.setattr(ScratchFile, "free", noted)
     a, b, c = llamas
     documents: list[dict[str, Any]] = [
         {"name": "sum", "merge_method": "linear", "models": models(a, b, weight=1.0)},
