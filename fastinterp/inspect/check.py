@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
 from fastinterp.messages import WIDTH, counted, plain
-from fastinterp.plan.models import Model
-from fastinterp.plan.single import Library
+from fastinterp.plan.models import Library, Model
 from fastinterp.recipe.chain import not_there, references
 from fastinterp.recipe.check import against, inspect
 from fastinterp.recipe.document import Document, Source, read_all

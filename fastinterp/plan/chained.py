@@ -23,8 +23,8 @@ from fastinterp.errors import RecipeError
 from fastinterp.ops.combine import MAX_INPUTS, Combine, Row, check_coefficients
 from fastinterp.ops.dtypes import DTYPES, DType
 from fastinterp.plan.inputs import IntermediateInput, ModelInput, PlannedTensor, TensorInput
-from fastinterp.plan.models import Model
-from fastinterp.plan.single import Document, Library, find_named, plan_document
+from fastinterp.plan.models import Library, Model
+from fastinterp.plan.single import Document, find_named, plan_document
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from fastinterp.checkpoint.formats import EncodedTensor, encoded_tensors
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
+from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.ops.dtypes import F32
 from fastinterp.plan.inputs import Encoding, StoredInput, TensorInput
+from fastinterp.recipe.references import ModelRef
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +39,30 @@ class Model:
     def nbytes(self) -> int:
         """Of all tensors of the checkpoint."""
         return 0 if self.checkpoint is None else self.checkpoint.nbytes
+
+
+class Library:
+    """Opens the models of recipes, each once; and raises the same error for one that cannot be opened."""
+
+    def __init__(self) -> None:
+        self._opened: dict[ModelRef, Model] = {}
+        self._errors: dict[ModelRef, CheckpointError | StorageError] = {}
+
+    def find(self, model: ModelRef) -> Model:
+        """Raises: CheckpointError and StorageError, the same one each time."""
+        if model in self._errors:
+            raise self._errors[model]
+        if model not in self._opened:
+            try:
+                self._opened[model] = open_model(str(model))
+            except (CheckpointError, StorageError) as error:
+                self._errors[model] = error
+                raise
+        return self._opened[model]
+
+    @property
+    def opened(self) -> tuple[Model, ...]:
+        return tuple(self._opened.values())
 
 
 def open_model(name: str) -> Model:

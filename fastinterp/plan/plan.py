@@ -1,4 +1,4 @@
-"""What a merge will do, decided from headers alone: no tensor data is touched here.
+"""Plans a merge from headers alone: no tensor data is read here.
 
 A plan holds one or more outputs made from one read of the same inputs (a path of interpolations, say): for every
 output tensor which inputs are read, with which coefficients, and where the result goes.
@@ -21,8 +21,8 @@ from fastinterp.errors import UsageError
 from fastinterp.messages import counted, size
 from fastinterp.ops.combine import MAX_OUTPUTS, NUMERICS, Combine
 from fastinterp.plan.inputs import PlannedTensor
-from fastinterp.plan.models import Model
-from fastinterp.plan.single import Library, plan_document
+from fastinterp.plan.models import Library, Model
+from fastinterp.plan.single import plan_document
 from fastinterp.plan.vocabularies import AlignedModels
 from fastinterp.recipe.load import Recipe, load_recipes
 
@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        """Foreseen: what answers turn out to be may ask for more, or less."""
+        """An estimate: the answers to a method's requests may lead to more or fewer reads."""
         return sum(stage.bytes_read for t in self.tensors for stage in t.stages)
 
     @property
@@ -127,7 +127,7 @@ def make_plan(
 
 
 def _metadata(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Sequence[str]) -> dict[str, str]:
-    """The receipt that is stored in every output file: what was asked, and the coefficients that were used.
+    """The receipt that is stored in every output file: the recipe, and the coefficients that were used.
 
     `recipe` as it was given, with the merge's own `dtype`, `rounding` and `seed`, makes the same bytes again. Models
     are stored as the user named them. Time, output folder and threads are not, so that the same merge of the same
@@ -160,10 +160,10 @@ def _coefficients(k: int, tensors: Sequence[PlannedTensor]) -> dict[str, Any] | 
     for t in tensors:
         if t.sums:
             sets.setdefault(t.sums[k], []).append(t.name)
-    listed = [{"weights": c.weights, "base": c.base, "sums_to_one": c.sums_to_one} for c in sets]
-    if len(listed) <= 1:
-        return listed[0] if listed else []
-    named = [{**one, "tensors": names} for one, names in zip(listed, sets.values(), strict=True)]
+    weights = [{"weights": c.weights, "base": c.base, "sums_to_one": c.sums_to_one} for c in sets]
+    if len(weights) <= 1:
+        return weights[0] if weights else []
+    named = [{**one, "tensors": names} for one, names in zip(weights, sets.values(), strict=True)]
     if len(json.dumps(named)) > _MOST_BYTES:
         return f"left out: {len(sets)} sets of them are too many. The recipe gives them again"
     return named
@@ -172,10 +172,10 @@ def _coefficients(k: int, tensors: Sequence[PlannedTensor]) -> dict[str, Any] | 
 def plan_recipe(recipe: Source, max_shard_size: str | int, dtype: object, rounding: object, seed: object) -> Plan:
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge`."""
     *above, last = load_recipes(recipe)
-    overriding = overridden(last, dtype, rounding, seed)
+    changed = overridden(last, dtype, rounding, seed)
     if above:
         # They were stored as the last one is, and are; a seed that all have in common is replaced in all.
         if rounding is not None:
-            above = [replace(r, rounding=overriding.rounding) if r.rounding == last.rounding else r for r in above]
-        above = [replace(r, seed=overriding.seed) if r.seed == last.seed else r for r in above]
-    return make_plan([overriding], max_shard_size=size_of(max_shard_size), above=above)
+            above = [replace(r, rounding=changed.rounding) if r.rounding == last.rounding else r for r in above]
+        above = [replace(r, seed=changed.seed) if r.seed == last.seed else r for r in above]
+    return make_plan([changed], max_shard_size=size_of(max_shard_size), above=above)

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.errors import CheckpointError
 from fastinterp.plan.compatibility import compatibility_warnings
 from fastinterp.plan.inputs import PlannedTensor
-from fastinterp.plan.models import Model, open_model
+from fastinterp.plan.models import Model
 from fastinterp.plan.tensors import dtype_warnings, plan_tensors, sidecar_refs
 from fastinterp.plan.vocabularies import AlignedModels, align_models
 from fastinterp.recipe.chain import not_there
@@ -23,7 +23,7 @@ class Document:
     """The plan of one document.
 
     origin    the checkpoint that configuration and tokenizer come from
-    tensors   whose inputs are numbers in `checkpoints`
+    tensors   their inputs' checkpoints are indices into `checkpoints`
     sidecars  by the names that the recipe has
     """
 
@@ -36,30 +36,6 @@ class Document:
     @property
     def checkpoints(self) -> tuple[Model, ...]:
         return (*self.aligned.models, *self.sidecars.values())
-
-
-class Library:
-    """Checkpoints by the models of recipes. Each is opened once, and so is each that cannot be."""
-
-    def __init__(self) -> None:
-        self._opened: dict[ModelRef, Model] = {}
-        self._errors: dict[ModelRef, CheckpointError | StorageError] = {}
-
-    def find(self, model: ModelRef) -> Model:
-        """Raises: CheckpointError and StorageError, the same one each time."""
-        if model in self._errors:
-            raise self._errors[model]
-        if model not in self._opened:
-            try:
-                self._opened[model] = open_model(str(model))
-            except (CheckpointError, StorageError) as error:
-                self._errors[model] = error
-                raise
-        return self._opened[model]
-
-    @property
-    def opened(self) -> tuple[Model, ...]:
-        return tuple(self._opened.values())
 
 
 def find_named(recipe: Recipe, find: Callable[[ModelRef], Model], model: ModelRef) -> Model:
@@ -83,7 +59,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     """The plan of one document.
 
     recipes  as those of make_plan
-    find     the checkpoint of a name: the same object for the same model
+    find     opens a model: the same object for the same model
     Raises: what make_plan raises.
     """
     first = recipes[0]
