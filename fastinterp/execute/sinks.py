@@ -15,7 +15,9 @@ from fastinterp.plan.plan import Plan
 
 
 class Sinks(Protocol):
-    """handles  as the pump takes them
+    """Outputs by number.
+
+    handles  as the pump takes them
     of       tensor -> number of the sink and byte offset in it, one of each per output
     paths    of sinks that are files, for messages
     files    how many of them will be open at the same time
@@ -42,7 +44,7 @@ class FileSinks:
         self.handles: list[Handle] = []
         self.of: dict[str, tuple[list[int], list[int]]] = {}
         self.paths: list[Path] = []
-        paths = [path for own in outputs for path in own if path is not None]
+        paths = [path for files in outputs for path in files if path is not None]
         self.files = len(paths)
         self.scratch: Path | None = paths[0].parent
         self._plan, self._outputs = plan, outputs
