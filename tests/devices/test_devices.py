@@ -35,7 +35,7 @@ def test_a_device_gives_the_processors_bytes(tmp_path, ends, use, name, count):
         d.held == {"host": 0, "memory": 0} for d in found
     )
     assert got.device.startswith("cuda:0 Fake (fake)") and "not averaged" in got.on_cpu
-    assert ("random keeps by rank" in got.on_cpu) == (name == "della")
+    assert ("random masks by rank" in got.on_cpu) == (name == "della")
 
 
 def test_a_sweep_writes_many_outputs_of_one_read(tmp_path, ends, use):
@@ -115,6 +115,7 @@ def test_too_little_memory_is_said(tmp_path, ends, use):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_devices_share_by_speed(tmp_path, use, monkeypatch):
     """The one that is four times as fast does most of the work; nobody waits for the other but at the end."""
     monkeypatch.setattr(machine, "SLOTS", 3)

@@ -195,6 +195,7 @@ def test_many_inputs(isa):
 BIG: Shape = (1601, 1009)
 
 
+@pytest.mark.slow
 @every_isa
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("ranks", [False, True])

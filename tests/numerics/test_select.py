@@ -363,6 +363,7 @@ def lumps(draw: Any) -> Mags:
     return np.minimum(np.concatenate(parts), ALL_BITS).astype(np.uint32)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(values=lumps(), places=st.lists(st.floats(0, 1), min_size=1, max_size=4), nonzero=st.booleans())
 def test_any_values_in_any_order(values, places, nonzero):

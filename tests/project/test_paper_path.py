@@ -308,6 +308,7 @@ def test_page_without_markers_is_refused():
         report.put_into("# Page\n", "x")
 
 
+@pytest.mark.slow
 def test_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     from examples.paper_path import plots
@@ -324,6 +325,7 @@ def run(command: str, *arguments: object, seconds: int = 60) -> subprocess.Compl
     return subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["sweep", "report"])
 def test_commands_say_what_comes_first(command, tmp_path):
     done = run(command, tmp_path / "nothing")
@@ -331,7 +333,7 @@ def test_commands_say_what_comes_first(command, tmp_path):
     assert "Run `train`" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.slow(120)
 def test_short_form_runs_and_holds(tmp_path):
     """Training, sweep and report: no barrier, monotone, ends equal bit for bit. What is trained is kept."""
     for command, more in (("train", ("--seeds", 0)), ("sweep", ("--seeds", 0)), ("report", ())):

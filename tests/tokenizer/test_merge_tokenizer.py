@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+import transformers
 
 import fastinterp
 from fastinterp.errors import CheckpointError, ShapeError
@@ -25,11 +25,11 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def llama(folder: Path, seed: int, rows: int, tied: bool = False) -> Path:
     """A tiny Llama beside the tokenizer that is in `folder`."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=rows, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
@@ -61,7 +61,8 @@ def merged(tmp_path: Path, models: Sequence[str], **keys: Any) -> tuple[Path, An
 
 def assert_runs(folder: Path, texts: Sequence[str]) -> None:
     """transformers loads it, its tokenizer has an id below the number of rows for each text, and it generates."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for text in texts:
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
         assert ids.shape == (1, 1) and int(ids[0, 0]) < model.config.vocab_size
@@ -183,7 +184,7 @@ def test_methods_that_ask_see_the_moved_rows(tmp_path, three, method, count, key
     assert_same(read(tmp_path / "want"), read(tmp_path / "got"))
 
 
-def test_different_vocabularies_without_a_wish_are_refused(tmp_path, three):
+def test_different_vocabularies_without_a_tokenizer_key_are_refused(tmp_path, three):
     with pytest.raises(ShapeError, match="tokenizer_source: base` or `tokenizer_source: union`"):
         merged(tmp_path, three)
 
@@ -192,9 +193,9 @@ def test_chat_templates(tmp_path, three):
     for model, template in zip(three, ("a", "{{ b }}", "{{ b }}"), strict=True):
         Path(model, "chat_template.jinja").write_text(template)
     out, _ = merged(tmp_path, three, tokenizer_source="union", chat_template="auto")
-    assert AutoTokenizer.from_pretrained(out).chat_template == "{{ b }}"
+    assert transformers.AutoTokenizer.from_pretrained(out).chat_template == "{{ b }}"
     fastinterp.merge(recipe("linear", three[:1], weights=[1.0], chat_template="chatml"), tmp_path / "named")
-    made = AutoTokenizer.from_pretrained(tmp_path / "named")
+    made = transformers.AutoTokenizer.from_pretrained(tmp_path / "named")
     talk = made.apply_chat_template([{"role": "user", "content": "cat"}], tokenize=False, add_generation_prompt=True)
     assert talk == "<|im_start|>user\ncat<|im_end|>\n<|im_start|>assistant\n"
 
@@ -222,7 +223,7 @@ def test_tied_and_untied(tmp_path):
         np.testing.assert_allclose(embedding(out, HEAD), (embedding(tied) + embedding(untied, HEAD)) / 2, atol=1e-8)
         assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
         assert_runs(out, ["cat"])
-        model = AutoModelForCausalLM.from_pretrained(out)
+        model = transformers.AutoModelForCausalLM.from_pretrained(out)
         assert model.get_input_embeddings().weight.data_ptr() != model.get_output_embeddings().weight.data_ptr()
 
 
@@ -301,17 +302,17 @@ def test_only_what_no_file_holds_is_made(tmp_path):
     import contextlib
 
     from fastinterp.execute.gather_rows import gather
+    from fastinterp.plan.inputs import GatheredInput
     from fastinterp.plan.plan import make_plan
     from fastinterp.recipe.load import load_recipe
-    from fastinterp.tokenizer.embedding_rows import MappedEntry
 
     a = plain(tmp_path / "a", ["<unk>", "a"], [1.0, 2.0], F32)
     b = plain(tmp_path / "b", ["<unk>", "p", "b"], [3.0, 4.0, 5.0], F32)
     c = plain(tmp_path / "c", ["p", "c"], [6.0, 7.0], F16)
     asked = load_recipe(recipe("linear", [a, b, c], weights=[1, 1, 1], tokenizer={"pad_to_multiple_of": 4}))
     [embedded] = make_plan([asked], max_shard_size=1 << 30).tensors
-    first = embedded.entries[0]
-    assert isinstance(first, MappedEntry) and first.shape == (8, 3)
+    first = embedded.inputs[0]
+    assert isinstance(first, GatheredInput) and first.shape == (8, 3)
     with contextlib.ExitStack() as stack:
         found = gather(first, tmp_path, stack)
         assert [(path.parent.name, rows) for path, _, rows in found.parts] == [("a", 2), ("b", 3)]
