@@ -14,7 +14,7 @@ def dare_linear(
     n: int, tensor: Tensor, *, weight: Each[float], density: Each[Unit] = (1.0,), normalize: bool = False,
     rescale: bool = True, lambda_: float = 1.0, int8_mask: bool = False, preset: Preset = "mergekit",
 ) -> Steps:  # fmt: skip
-    """Mask a random part of each model's changes, make up for the rest, and add the weighted sum to the base.
+    """Keep a random part of each model's changes, make up for the rest, and add the weighted sum to the base.
 
         out = x0 + lambda * sum_i w_i*s_i*m_i*(x_i - x0)        m_i = 1 with probability density_i, else 0
     x0          the base

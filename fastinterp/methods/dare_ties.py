@@ -13,7 +13,7 @@ def dare_ties(
     n: int, tensor: Tensor, *, weight: Each[float], density: Each[Unit] = (1.0,), normalize: bool | None = None,
     rescale: bool = True, lambda_: float = 1.0, int8_mask: bool = False, preset: Preset = "mergekit",
 ) -> Steps:  # fmt: skip
-    """Mask a random part of each model's changes, make up for the rest, elect a sign for each element, and sum.
+    """Keep a random part of each model's changes, make up for the rest, elect a sign for each element, and sum.
 
         out = x0 + lambda * sum_A w_i*t_i       t_i = s_i*(x_i - x0) with probability density_i, else 0
                                                 A: the models with t_i != 0 and sign(w_i*t_i) = sign(sum w_j*t_j)

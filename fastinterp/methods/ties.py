@@ -13,7 +13,7 @@ def ties(
     n: int, tensor: Tensor, *, weight: Each[float], density: Each[Unit] = (1.0,), normalize: bool = True,
     rescale: bool = False, lambda_: float = 1.0, int8_mask: bool = False, preset: Preset = "mergekit",
 ) -> Steps:  # fmt: skip
-    """Mask the largest changes of each model, elect a sign for each element, and average those that have it.
+    """Keep the largest changes of each model, elect a sign for each element, and average those that have it.
 
         out = x0 + lambda * sum_A w_i*t_i / sum_A w_i  t_i = x_i - x0 where |x_i - x0| is among the largest, else 0
                                                        A: the models with t_i != 0, sign(w_i*t_i) = sign(sum w_j*t_j)

@@ -199,7 +199,7 @@ def kept(keep: Mask, d: Array, i: int, tensor: Tensor, seed: int) -> NDArray[np.
 
 
 def _limits(keep: Mask, mag: NDArray[np.int64]) -> Any:
-    """Mask where the 32-bit random number is below this."""
+    """Keep where the 32-bit random number is below this."""
     lo, hi = (round(min(max(keep.probability + s, 0.0), 1.0) * 2**32) for s in (-keep.rank_slope, keep.rank_slope))
     if keep.rank_slope == 0.0:
         return lo
