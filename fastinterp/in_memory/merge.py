@@ -12,13 +12,13 @@ from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, device_of, one_place
 from fastinterp.errors import MethodError, ShapeError, StorageError, UsageError
-from fastinterp.execute.adaptive_job import Asking
-from fastinterp.execute.device.resident import ResidentMachine
+from fastinterp.execute.adaptive_job import AdaptiveJob
+from fastinterp.execute.device.resident import ResidentExecutor
 from fastinterp.execute.report import RoundingEffect
-from fastinterp.execute.rounds import Machine, Runs, drive
+from fastinterp.execute.rounds import Executor, PumpExecutor, run_jobs
 from fastinterp.execute.run import STATS_EVERY
 from fastinterp.execute.sources import Sources
-from fastinterp.execute.tensor_io import Place, Step
+from fastinterp.execute.tensor_io import TensorIO, TensorStep
 from fastinterp.in_memory.parameters import resolved
 from fastinterp.in_memory.weighted_sum import Exchanged, Numpy, Torch, View, library_of
 from fastinterp.methods import Method, Sidecar, find
@@ -230,19 +230,19 @@ class _Merge:
         for name, views in merged.items():
             if math.prod(views[0][1]):
                 jobs.append(self._job(name, views, self.library.view(out[name], name), numel, sources, sinks))
-        drive(jobs, self._machine(sources, sinks, stats_every))
+        run_jobs(jobs, self._executor(sources, sinks, stats_every))
         if stats_every:
             self.effects = {j.place.name: RoundingEffect.of(j.place.numel, j.stats[0]) for j in jobs if not j.copies(0)}
         return out
 
-    def _machine(self, sources: list[Handle], sinks: list[Handle], stats_every: int) -> Runs:
+    def _executor(self, sources: list[Handle], sinks: list[Handle], stats_every: int) -> Executor:
         if self.where is not None:
-            return ResidentMachine(
+            return ResidentExecutor(
                 device_of(self.where), current_queue(self.where), sources, sinks,
                 stats_every=stats_every, capturing=capturing(self.where),
             )  # fmt: skip
         options = PumpOptions(isa=self.isa, threads=self.threads, stochastic=self.stochastic, stats_every=stats_every)
-        return Machine(sources, sinks, options, self._explained, 0, None, most=_UNBOUNDED)
+        return PumpExecutor(sources, sinks, options, self._explained, 0, None, most=_UNBOUNDED)
 
     def _job(
         self,
@@ -252,7 +252,7 @@ class _Merge:
         numel: int,
         sources: list[Handle],
         sinks: list[Handle],
-    ) -> Asking:
+    ) -> AdaptiveJob:
         kind = "memory" if self.where is None else "device"
         shape = views[0][1]
         nbytes = [math.prod(shape) * dtype.bits // 8 for _, _, dtype in views]
@@ -265,7 +265,7 @@ class _Merge:
                 sources.append((kind, at, size))
         out_bytes = math.prod(shape) * out[2].bits // 8
         sinks.append((kind, out[0], out_bytes))
-        place = Place(
+        place = TensorIO(
             name=name,
             shape=shape,
             operands=tuple(operands),
@@ -280,7 +280,7 @@ class _Merge:
         found = self.layers.place(name) if self.layers else None
         layer, layers = (None, 0) if found is None else (found[1], found[0].layers)
         call = partial(self.method, n, Tensor(name, shape, layer, layers, numel), **self.parameters)
-        return Asking(place, n, [call], name, [self.seed], notes=self.where is None)
+        return AdaptiveJob(place, n, [call], name, [self.seed], notes=self.where is None)
 
     # --- arguments
 
@@ -354,7 +354,7 @@ class _Merge:
         wanted = self.dtype.get(name) if isinstance(self.dtype, Mapping) else self.dtype
         return self.library.empty(self.inputs[0][name], wanted or kept)
 
-    def _explained(self, error: tuple[Any, ...], steps: Sequence[Step]) -> Exception:
+    def _explained(self, error: tuple[Any, ...], steps: Sequence[TensorStep]) -> Exception:
         return self.files.explained(error) if self.files else StorageError(f"the run stopped: {error[1:]}")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import current_queue
 from fastinterp.errors import BackendError, CheckpointError, UsageError
-from fastinterp.execute.tensor_io import Place
+from fastinterp.execute.tensor_io import TensorIO
 from fastinterp.methods import suggestion
 from fastinterp.ops.combine import LARGEST, Combine, Row
 from fastinterp.ops.steps import Stored
@@ -239,14 +239,14 @@ class Live:
                 "cannot be given back. Load it anew, and make another Live"
             )
 
-    def _place(self, i: int, operands: list[Stored]) -> Place:
+    def _place(self, i: int, operands: list[Stored]) -> TensorIO:
         """The module's own weights are the last operand."""
         weight: Weight = self._weights[i]
         self._last = len(operands)
         code = (weight.dtype.code if weight.dtype else None) or 0
         operands = [*operands, self._original[i]]
-        return Place(weight.name, weight.shape, tuple(operands), (weight.nbytes,) * len(operands), code, weight.nbytes,
-                     (i,), (0,), ())  # fmt: skip
+        nbytes = (weight.nbytes,) * len(operands)
+        return TensorIO(weight.name, weight.shape, tuple(operands), nbytes, code, weight.nbytes, (i,), (0,), ())
 
     def _hooks(self, module: Any) -> list[Any]:
         def before(*_: Any) -> None:
