@@ -165,7 +165,7 @@ def opened(
     with ExitStack() as stack:
         every = [s for t in plan.tensors for s in t.stages]
         inputs = (tensor for s in every for tensor in s.inputs)
-        sources = Sources(plan.opened, inputs, stack, sinks.files, sinks.scratch)
+        sources = Sources(plan.checkpoints, inputs, stack, sinks.files, sinks.scratch)
         sinks.open(stack)
         recipe = plan.recipes[0]
         scratch = _scratch(plan, sources, sinks, stack, sinks.scratch) if len(every) > len(plan.tensors) else None

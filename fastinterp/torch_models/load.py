@@ -7,6 +7,8 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from msgspec import structs
+
 from fastinterp.arguments import path_of, size_of
 from fastinterp.checkpoint.names import INDEX, WEIGHTS
 from fastinterp.errors import BackendError, UsageError
@@ -208,7 +210,7 @@ def _into(
     wrong.check_contiguous(weights)
     wrong.refuse()
     stored = {name: weight.dtype for name, weight in of.items()}
-    fitted = tuple(replace(t, dtype=stored.get(t.name) or t.dtype) if t.merged else t for t in plan.tensors)
+    fitted = tuple(structs.replace(t, dtype=stored.get(t.name) or t.dtype) if t.merged else t for t in plan.tensors)
     return replace(plan, tensors=fitted), {t.name: (of[t.name].address, of[t.name].nbytes) for t in tensors}
 
 
