@@ -1,9 +1,11 @@
-"""New tensors in memory, of torch or numpy, for every dtype that a checkpoint may hold."""
+"""New tensors in memory, torch's or numpy's, of every dtype that a checkpoint may have."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Literal
+
+import numpy as np
 
 from fastinterp.errors import UsageError
 from fastinterp.ops.dtypes import DType
@@ -28,9 +30,9 @@ _ML_DTYPES = {
 
 
 def maker(framework: str) -> Make:
-    """What makes tensors of a library: uninitialised, contiguous, in the CPU's memory.
+    """A function that makes tensors of a library: uninitialised, contiguous, in the CPU's memory.
 
-    Raises: UsageError, if the library is not there; what it returns, if the library has no such dtype.
+    Raises: UsageError, if the library is not installed. The function raises it where the library has no such dtype.
     """
     if framework == "torch":
         try:
@@ -46,10 +48,9 @@ def maker(framework: str) -> Make:
 
         return with_torch
     if framework == "numpy":
-        import numpy as np
 
         def with_numpy(dtype: DType, shape: tuple[int, ...]) -> tuple[Any, int]:
-            array = np.empty(shape, _numpy_dtype(dtype))
+            array = np.empty(shape, numpy_dtype(dtype))
             return array, array.ctypes.data
 
         return with_numpy
@@ -63,13 +64,17 @@ def torch_dtype(dtype: DType) -> Any:
     """
     import torch
 
-    found = getattr(torch, _TORCH.get(dtype.name, ""), None)
-    if found is None:
+    torch_dtype = getattr(torch, _TORCH.get(dtype.name, ""), None)
+    if torch_dtype is None:
         raise UsageError(f"torch has no dtype for {dtype}, so such tensors cannot be loaded. Merge them to files")
-    return found
+    return torch_dtype
 
 
-def _numpy_dtype(dtype: DType) -> Any:
+def numpy_dtype(dtype: DType) -> Any:
+    """What numpy takes as the dtype of arrays of a storage dtype.
+
+    Raises: UsageError, if neither numpy nor ml_dtypes has one.
+    """
     if dtype.name in _NUMPY:
         return _NUMPY[dtype.name]
     try:
@@ -78,7 +83,7 @@ def _numpy_dtype(dtype: DType) -> Any:
         raise UsageError(
             f"numpy has no {dtype}: pip install ml_dtypes, or ask for dtype='float32' (--dtype float32)"
         ) from None
-    found = getattr(ml_dtypes, _ML_DTYPES.get(dtype.name, ""), None)
-    if found is None:
+    numpy_dtype = getattr(ml_dtypes, _ML_DTYPES.get(dtype.name, ""), None)
+    if numpy_dtype is None:
         raise UsageError(f"numpy has no dtype for {dtype}, so such tensors cannot be loaded. Merge them to files")
-    return found
+    return numpy_dtype

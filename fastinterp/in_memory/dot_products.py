@@ -1,4 +1,4 @@
-"""Dot products of arrays in memory: what a gradient with respect to the weights of a sum consists of."""
+"""Dot products of tensors in memory: the gradient of a weighted sum with respect to its weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastinterp.backends.cpu import Pump, watch
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, one_place
 from fastinterp.errors import BackendError, ShapeError, StorageError
-from fastinterp.in_memory.weighted_sum import Torch
+from fastinterp.in_memory.arrays import TorchTensors
 
 _AT_A_TIME = 4  # of the arrays: more would cost more products among themselves than another read of `of`
 _BYTES = 1 << 20
@@ -23,9 +23,9 @@ def dots(of: Any, arrays: Sequence[Any], threads: int | None = None) -> list[flo
 
     Raises: UsageError, ShapeError, BackendError.
     """
-    named = [("the first", of), *((f"array {i}", x) for i, x in enumerate(arrays))]
-    where = one_place([(name, Torch.place(x)) for name, x in named])
-    view, *views = [Torch.view(x, name) for name, x in named]
+    labelled = [("the first", of), *((f"array {i}", x) for i, x in enumerate(arrays))]
+    where = one_place([(name, TorchTensors.device(x)) for name, x in labelled])
+    view, *views = [TorchTensors.view(x, name) for name, x in labelled]
     for i, other in enumerate(views):
         if other[1] != view[1]:
             raise ShapeError(f"arrays differ in shape: {list(view[1])} and, for array {i}, {list(other[1])}")
@@ -49,7 +49,7 @@ def _there(where: Any, groups: Sequence[Sequence[tuple[int, int]]], numel: int) 
     queue = current_queue(where)
     pending = queue.run([{"kind": "measure", "inputs": list(group), "numel": numel, "first": 0} for group in groups])
     queue.record().wait()
-    return [found.answer() for found in pending]
+    return [answer.answer() for answer in pending]
 
 
 def _here(groups: Sequence[Sequence[tuple[int, int]]], numel: int, threads: int | None) -> list[Any]:

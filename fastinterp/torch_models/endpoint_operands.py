@@ -14,7 +14,7 @@ from fastinterp.execute.device.streamed import StreamedMachine
 from fastinterp.execute.rounds import Machine
 from fastinterp.execute.sources import Operand, Sources
 from fastinterp.execute.tensor_io import Step
-from fastinterp.in_memory.merge import StoredTensor
+from fastinterp.in_memory.inputs import StoredTensor
 from fastinterp.ops.dtypes import DType
 from fastinterp.torch_models.endpoints import Endpoint, Endpoints
 from fastinterp.torch_models.memory_block import MemoryBlock

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from fastinterp.errors import UsageError
-from fastinterp.in_memory.merge import StoredTensor
+from fastinterp.in_memory.inputs import StoredTensor
 from fastinterp.torch_models.endpoints import Endpoint, Endpoints
 from fastinterp.torch_models.module_tensors import Mismatches, identity_of, tensors_of, weights_of
 
