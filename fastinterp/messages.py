@@ -1,4 +1,4 @@
-"""How sizes, counts and tables look to people. Nothing here is wider than 100 columns."""
+"""Formatting of values, lists, sizes and tables for messages and terminal output, at most 100 columns wide."""
 
 from __future__ import annotations
 
@@ -31,8 +31,44 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def listed(items: Iterable[str], limit: int) -> str:
+    """`a, b, c and 4 more`: the first `limit` items, and the number of those left out."""
+    every = list(items)
+    more = f" and {len(every) - limit:,} more" if len(every) > limit else ""
+    return ", ".join(every[:limit]) + more
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word most similar to `word`, or None if none is similar."""
+    import difflib  # imported only when a message is made: it is not needed on the path of a merge
+
+    close = difflib.get_close_matches(word[:100], list(known), n=1)
+    return close[0] if close else None
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown word: the known word most similar to it, else all known words."""
+    close = closest(word.lower(), known)
+    return f", did you mean `{close}`?" if close else f". Known: {', '.join(known) or 'none'}"
+
+
+def shown(value: object) -> str:
+    """The repr of a value, cut after 60 characters; None, True and False as `nothing`, `true` and `false`."""
+    if value is None or isinstance(value, bool):
+        return {None: "nothing", True: "true", False: "false"}[value]
+    try:
+        return clipped(repr(value))
+    except ValueError:  # integers of more than 4300 digits have no repr
+        return "a number of thousands of digits"
+
+
+def clipped(text: str) -> str:
+    """`text`, cut after 60 characters."""
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def plain(text: str) -> str:
-    """`text` on one line, control characters escaped: names from files are shown, never obeyed by the terminal."""
+    """`text` on one line with control characters escaped, so that names read from files cannot control a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

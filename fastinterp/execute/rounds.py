@@ -27,13 +27,13 @@ RANK_BYTES = 32_000_000  # of memory for one rank of a request about the whole m
 
 
 @dataclass(frozen=True)
-class Placed:
-    """Where a plan ran.
+class DeviceUsage:
+    """The devices that carried out a plan.
 
-    devices  accelerators, for people; none: the processor did everything
-    on_cpu   why the processor did a part beside them, and how many tensors each reason is for
-    tensors  how many of them it worked on, but for samples of magnitudes
-    lost     devices that were given up, and why
+    devices  names of the accelerators; empty if the CPU computed everything
+    on_cpu   with accelerators, what the CPU computed: reason -> number of tensors
+    tensors  number of tensors that the CPU computed, samples of magnitudes not counted
+    lost     devices that failed, with the reason
     """
 
     devices: tuple[str, ...] = ()
@@ -42,13 +42,13 @@ class Placed:
     lost: tuple[str, ...] = ()
 
     @staticmethod
-    def together(every: Sequence[Placed]) -> Placed:
-        """Of several runs."""
+    def together(every: Sequence[DeviceUsage]) -> DeviceUsage:
+        """The usage of several runs, added up."""
         on_cpu: dict[str, int] = {}
         for one in every:
             for why, count in one.on_cpu.items():
                 on_cpu[why] = on_cpu.get(why, 0) + count
-        return Placed(
+        return DeviceUsage(
             tuple(dict.fromkeys(device for one in every for device in one.devices)),
             on_cpu,
             sum(one.tensors for one in every),
@@ -154,9 +154,9 @@ class Machine:
 
         return shown
 
-    def placed(self) -> Placed:
-        """Where the steps ran."""
-        return Placed()
+    def usage(self) -> DeviceUsage:
+        """The devices that carried out the steps."""
+        return DeviceUsage()
 
     def finish(self) -> None:
         """Tell the end, where it is another one than foreseen."""

@@ -15,7 +15,7 @@ from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.header import Entry
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.jobs import Job
-from fastinterp.execute.rounds import Machine, Placed, drive
+from fastinterp.execute.rounds import DeviceUsage, Machine, drive
 from fastinterp.execute.sinks import Sinks
 from fastinterp.execute.sources import Operand, Sources, remedy
 from fastinterp.execute.tensor_io import Place, Step
@@ -103,7 +103,7 @@ class Done:
     threads: int
     isa: str
     scratch_bytes: int
-    placed: Placed
+    usage: DeviceUsage
 
 
 class Run:
@@ -139,7 +139,7 @@ class Run:
         machine.finish()
         written = machine.bytes_written - self._plan.bytes_made
         return Done(
-            self.jobs, machine.bytes_read, written, self._threads, self._isa, machine.scratch_bytes, machine.placed()
+            self.jobs, machine.bytes_read, written, self._threads, self._isa, machine.scratch_bytes, machine.usage()
         )
 
 

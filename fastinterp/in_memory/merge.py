@@ -12,7 +12,7 @@ from fastinterp.backends.torch_device import capturing, current_queue, device_of
 from fastinterp.errors import MethodError, StorageError, UsageError
 from fastinterp.execute.adaptive_job import Asking
 from fastinterp.execute.device.resident import ResidentMachine
-from fastinterp.execute.report import Effect
+from fastinterp.execute.report import RoundingEffect
 from fastinterp.execute.rounds import Machine, Runs, drive
 from fastinterp.execute.run import STATS_EVERY
 from fastinterp.execute.sources import Sources
@@ -106,7 +106,7 @@ def merge_state_dicts(
 def merge_measured(
     state_dicts: Sequence[Arrays], method: str | Method, *, base: Arrays | None = None, files: Sources | None = None,
     **settings: Any,
-) -> tuple[dict[str, Any], dict[str, Effect]]:  # fmt: skip
+) -> tuple[dict[str, Any], dict[str, RoundingEffect]]:  # fmt: skip
     """`merge_state_dicts`, and the effect of rounding on each merged tensor, as a report of `merge` has it.
 
     files  that StoredTensors are read from. Those may be mixed with torch tensors
@@ -173,7 +173,7 @@ class _Merge:
             raise UsageError(f"rounding must be nearest or stochastic, got {rounding!r}")
         self.seed, self.stochastic = _seed(seed), rounding == "stochastic"
         self.isa, self.threads = cpu_isa(), cpu_threads(threads)
-        self.effects: dict[str, Effect] = {}
+        self.effects: dict[str, RoundingEffect] = {}
         sidecars: list[Arrays] = []
         self.parameters = resolved(self.method, parameters, len(models), sidecars)
         self.inputs = Inputs(inputs, sidecars, labels)
@@ -200,7 +200,7 @@ class _Merge:
                 jobs.append(self._job(name, views, library.view(out[name], name), numel, sources, sinks))
         drive(jobs, self._machine(sources, sinks, stats_every))
         if stats_every:
-            self.effects = {j.place.name: Effect.of(j.place.numel, j.stats[0]) for j in jobs if not j.copies(0)}
+            self.effects = {j.place.name: RoundingEffect.of(j.place.numel, j.stats[0]) for j in jobs if not j.copies(0)}
         return out
 
     def _machine(self, sources: list[Any], sinks: list[Any], stats_every: int) -> Runs:

@@ -8,20 +8,20 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
+from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
 from fastinterp.messages import WIDTH, counted, plain
+from fastinterp.plan.single import Library
 from fastinterp.recipe.chain import not_there, references
 from fastinterp.recipe.check import against, inspect
 from fastinterp.recipe.document import Document, Source, read_all
 from fastinterp.recipe.faults import Faults
-from fastinterp.recipe.load import Recipe, same_model
-from fastinterp.recipe.references import not_beside
+from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.references import ModelRef
 
 if TYPE_CHECKING:
     from fastinterp.plan.plan import Plan
 
-_NO_DELTAS = ("slerp",)  # methods with a base whose deltas are not what they sum
 _LISTED = 3  # names in a message, before the rest is only counted
 _SHARD = 5 * 10**9  # as merge's default: nothing is written here
 
@@ -50,13 +50,14 @@ class Finding:
 class Checked:
     """What `check` found, in the order of the recipe's lines. print() shows it.
 
-    wrong      the merge would end with the first of these
+    wrong      the merge would end with one of these
     odd        what is allowed, but hardly meant
     name       of the recipe's file
     method     of the document that is written; None, if the recipe could not be read
     models     how many it merges
     tensors    that it makes; 0, if that is not known
     sampled    of how many tensors samples were read, those of documents above included
+    exit_code  as `merge` would end: that of the first error that it meets, or 0
     """
 
     wrong: tuple[Finding, ...]
@@ -66,16 +67,12 @@ class Checked:
     models: int = 0
     tensors: int = 0
     sampled: int = 0
+    exit_code: int = 0
 
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong."""
         return not self.wrong
-
-    @property
-    def exit_code(self) -> int:
-        """As `merge` would end: 0, or that of the first error: the recipe is looked at first, then the models."""
-        return min((f.exit_code for f in self.wrong), default=0)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as --json prints them."""
@@ -116,19 +113,34 @@ def check(recipe: Source | Sequence[Mapping[str, Any]]) -> Checked:
         documents = read_all(recipe)
     except RecipeError as error:
         found.add_wrong(error)
+        found.exit_code = error.exit_code
         return found.checked(error.file)
-    looked = inspect(recipe)
-    for fault in looked.wrong:
-        found.add_wrong(fault)
-    for finding in looked.odd:
+    inspected = inspect(recipe)
+    for wrong in inspected.wrong:
+        found.add_wrong(wrong)
+    for finding in inspected.odd:
         found.add_odd(finding)
-    opened = _open_all(documents, looked.recipes, found)
+    library = Library()
+    _open_all(documents, inspected.recipes, library, found)
     made: dict[int, _Made] = {}
-    for i, one in enumerate(() if found.wrong else looked.recipes):
+    for i, one in enumerate(() if found.wrong else inspected.recipes):
         if all(above in made for above in one.earlier.values()):
-            known = _looked_at(one, looked.recipes, opened, made, found)
+            known = _looked_at(one, inspected.recipes, library, made, found)
             made |= {} if known is None else {i: known}
-    return found.checked(documents[0].file, looked.recipes, made)
+    if found.wrong:
+        found.exit_code = found.wrong[0].exit_code if inspected.wrong else _exit_code(inspected.recipes, library, found)
+    return found.checked(documents[0].file, inspected.recipes, made)
+
+
+def _exit_code(recipes: Sequence[Recipe], library: Library, found: _Findings) -> int:
+    """That of the error that ends the planning of the merge; where it can be planned, of the first that was found."""
+    from fastinterp.plan.plan import make_plan
+
+    try:
+        make_plan(recipes[-1:], max_shard_size=_SHARD, above=recipes[:-1], library=library)
+    except FastinterpError as error:
+        return error.exit_code
+    return found.wrong[0].exit_code
 
 
 class _Made(NamedTuple):
@@ -142,6 +154,7 @@ class _Made(NamedTuple):
 class _Findings:
     wrong: list[Finding] = field(default_factory=list)
     odd: list[Finding] = field(default_factory=list)
+    exit_code: int = 0
 
     def add_wrong(self, error: FastinterpError, place: tuple[str, int | None] | None = None, hint: str = "") -> None:
         """place  path and line, for an error that does not say it itself"""
@@ -168,6 +181,7 @@ class _Findings:
             len(last.models) if last else 0,
             len(made[len(recipes) - 1].names) if made and len(made) == len(recipes) else 0,
             sum(one.sampled for one in made.values()),
+            self.exit_code,
         )
 
 
@@ -190,45 +204,41 @@ def _wrapped(title: str, finding: Finding) -> list[str]:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def _open_all(documents: Sequence[Document], recipes: Sequence[Recipe], found: _Findings) -> dict[str, Checkpoint]:
-    """All checkpoints that are named, whatever else is wrong; those that cannot be opened are findings."""
+def _open_all(
+    documents: Sequence[Document], recipes: Sequence[Recipe], library: Library, found: _Findings
+) -> None:  # fmt: skip
+    """Open all checkpoints that are named, whatever else is wrong; those that cannot be opened are findings."""
     named = [d.value.get("name") for d in documents if isinstance(d.value, dict)]
     made = {name for name in (*named, *(r.name for r in recipes)) if isinstance(name, str)}
-    opened: dict[str, Checkpoint] = {}
-    failed: set[str] = set()
-    told = {fault.path for fault in found.wrong}
-    for name, document, path in _named(documents, recipes):
-        if path in told or name in made or name in failed or any(same_model(name, known) for known in opened):
+    seen: set[ModelRef] = set()
+    told = {error.path for error in found.wrong}
+    for model, document, path in _named(documents, recipes):
+        name = str(model)
+        if path in told or name in made or model in seen:
             continue
+        seen.add(model)
         try:
-            opened[name] = open_checkpoint(name)
+            library.find(model)
         except (CheckpointError, StorageError) as error:
-            failed.add(name)
-            place = path, document.error("", path).line
-            try:
-                not_beside(document, name, path)
-                hint = "" if os.path.exists(os.path.expanduser(name)) else not_there(document, name, sorted(made))
-                found.add_wrong(error, place, hint)
-            except RecipeError as better:
-                found.add_wrong(better)
-    return opened
+            hint = "" if os.path.exists(os.path.expanduser(name)) else not_there(document, name, sorted(made))
+            found.add_wrong(error, (path, document.error("", path).line), hint)
 
 
-def _named(documents: Sequence[Document], recipes: Sequence[Recipe]) -> Iterator[tuple[str, Document, str]]:
+def _named(documents: Sequence[Document], recipes: Sequence[Recipe]) -> Iterator[tuple[ModelRef, Document, str]]:
     """Every model that is named, with its place: as the recipes have them, or as the text has where that has faults."""
     for number, document in enumerate(documents):
         if not recipes:
-            yield from ((name, document, path) for name, path in references(document.value, "$"))
+            yield from ((ModelRef.of(text), document, path) for text, path in references(document.value, "$"))
             continue
         recipe = recipes[number]
-        for name in (*recipe.models, recipe.origin, *recipe.sidecars):
-            yield name, document, recipe.place_of(name)
+        for model in (*recipe.models, recipe.origin, *recipe.sidecars):
+            yield model, document, recipe.place_of(model)
 
 
 def _looked_at(
     recipe: Recipe,
     recipes: Sequence[Recipe],
-    opened: Mapping[str, Checkpoint],
+    library: Library,
     made: Mapping[int, _Made],
     found: _Findings,
 ) -> _Made | None:
@@ -241,7 +251,7 @@ def _looked_at(
 
     faults, sampled = Faults(gather=True), 0
     try:
-        models, fit = _models(recipe, opened, made, found)
+        models, fit = _models(recipe, library, made, found)
         odd, own = against(recipe, models, faults)
         for error in faults.found:
             if fit or not isinstance(error, ShapeError):  # they were to be made to fit
@@ -251,9 +261,11 @@ def _looked_at(
         if own is None or not fit:
             return None
         if not recipe.earlier:
-            sampled = _sampled(make_plan([recipe], max_shard_size=_SHARD), {str(f) for f in odd}, found)
+            sampled = _sampled(
+                make_plan([recipe], max_shard_size=_SHARD, library=library), {str(f) for f in odd}, found
+            )
         elif recipe is recipes[-1] and len(made) == len(recipes) - 1:
-            plan = make_plan([recipe], max_shard_size=_SHARD, above=recipes[:-1])
+            plan = make_plan([recipe], max_shard_size=_SHARD, above=recipes[:-1], library=library)
             sampled = _sampled(plan, {str(f) for f in odd}, found)
     except (RecipeError, CheckpointError, StorageError) as error:
         found.add_wrong(error)
@@ -262,16 +274,16 @@ def _looked_at(
 
 
 def _models(
-    recipe: Recipe, opened: Mapping[str, Checkpoint], made: Mapping[int, _Made], found: _Findings
+    recipe: Recipe, library: Library, made: Mapping[int, _Made], found: _Findings
 ) -> tuple[list[Collection[str]], bool]:
     """The tensors of a recipe's models, and whether these could be made to fit each other."""
     from fastinterp.plan.vocabularies import fit_models
 
     if recipe.earlier:
-        return [_names(recipe, name, opened, made) for name in recipe.models], True
-    models = [_of(opened, name) for name in recipe.models]
+        return [_names(recipe, model, library, made) for model in recipe.models], True
+    models = [library.find(model) for model in recipe.models]
     try:
-        fitted = fit_models(recipe, models, _of(opened, recipe.origin)).models
+        fitted = fit_models(recipe, models, library.find(recipe.origin)).models
     except (CheckpointError, StorageError) as error:
         found.add_wrong(error, _tokenizer(recipe))
         return [m.tensors for m in models], False
@@ -287,12 +299,9 @@ def _tokenizer(recipe: Recipe) -> tuple[str, int | None] | None:
     return (f"$.{keys[0]}", recipe.document.error("", f"$.{keys[0]}").line) if keys else None
 
 
-def _names(recipe: Recipe, name: str, opened: Mapping[str, Checkpoint], made: Mapping[int, _Made]) -> Collection[str]:
-    return made[recipe.earlier[name]].names if name in recipe.earlier else _of(opened, name).tensors
-
-
-def _of(opened: Mapping[str, Checkpoint], name: str) -> Checkpoint:
-    return next(c for known, c in opened.items() if same_model(name, known))
+def _names(recipe: Recipe, model: ModelRef, library: Library, made: Mapping[int, _Made]) -> Collection[str]:
+    above = recipe.made_by(model)
+    return library.find(model).tensors if above is None else made[above].names
 
 
 def _differing(recipe: Recipe, models: Sequence[Checkpoint]) -> list[ShapeError]:
@@ -356,7 +365,7 @@ def _sampled(plan: Plan, told: Collection[str], found: _Findings) -> int:
             f"{names[i]} and {names[other]} hold the same numbers in all samples: is one of them the wrong model?"
         )
     recipe = plan.recipes[0]
-    if recipe.base is not None and recipe.method.name not in _NO_DELTAS:
+    if recipe.base is not None and recipe.method.sums_deltas:
         for i, base, beside, signal in taken.noisy():
             found.add_odd(
                 f"what {names[i]} adds to {names[base]} is mostly rounding noise: stored as "

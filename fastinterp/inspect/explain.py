@@ -15,8 +15,8 @@ from fastinterp.inspect.explain_parameters import as_lines, given, layer_lines, 
 from fastinterp.messages import WIDTH, counted, fit, plain, seconds, size, table
 from fastinterp.plan.plan import Plan
 from fastinterp.plan.tensors import MadeEntry, PlannedTensor
-from fastinterp.recipe.check import DRAWING
-from fastinterp.recipe.load import Recipe, same_model
+from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.references import ModelRef
 from fastinterp.tokenizer.embedding_rows import MappedEntry
 
 # Page cache to page cache, about what one machine of today does: the least time that a merge of these files can take.
@@ -46,7 +46,7 @@ def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
         "given": given(recipe, [m.tensors for m in plan.fitted.models], letters),
         "rounding": recipe.rounding,
         "seed": recipe.seed,
-        "draws": recipe.method.name.startswith(DRAWING),
+        "draws": recipe.method.draws,
         "models": [_model(plan, i) for i, c in enumerate(plan.checkpoints) if c.files],
         "made": _made(plan),
         "origin": plan.origin.name,
@@ -54,7 +54,7 @@ def as_dict(plan: Plan, window: Window) -> dict[str, Any]:
         "moved": [t.name for t in plan.tensors if any(isinstance(e, MappedEntry) for e in t.entries)],
         "steps": _steps(plan),
         "must_agree": [t.name for t in plan.tensors if not t.merged and len(t.inputs) > 1],
-        "integers_from": recipe.integers,
+        "integers_from": None if recipe.integers is None else str(recipe.integers),
         "dtypes": _dtypes(plan),
         "files": [{"name": f.name, "bytes": f.size, "tensors": len(f.places)} for f in layout.files],
         "index": layout.index_name if layout.index is not None else None,
@@ -213,8 +213,8 @@ def _letters(plan: Plan, recipe: Recipe) -> list[str]:
     """What the models of a document are called: x and the number of the checkpoint."""
     if not plan.above:
         return [f"x{i}" for i in range(len(recipe.models))]
-    names = _names(plan)
-    return [f"x{next(i for i, name in enumerate(names) if same_model(name, model))}" for model in recipe.models]
+    known = [ModelRef.of(name) for name in _names(plan)]
+    return [f"x{known.index(model)}" for model in recipe.models]
 
 
 def _lettered(text: str, letters: Sequence[str]) -> str:

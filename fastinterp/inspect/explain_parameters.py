@@ -71,7 +71,7 @@ def symbols(recipe: Recipe) -> list[str]:
 def presets_in_force(recipe: Recipe) -> list[str]:
     """`preset paper: ...`, what replaces parts of the formula, for every preset asked for that is not the default."""
     default = next((p.default for p in recipe.method.parameters if p.name == "preset"), None)
-    every = (value for value, _ in _values(recipe, recipe.models) if _name(value) == "preset")
+    every = (value for value, _ in _values(recipe, [str(model) for model in recipe.models]) if _name(value) == "preset")
     asked = dict.fromkeys(str(case) for value in every for _, case in value.cases if case != default)
     meaning = re.search(r"^preset +(.*(?:\n .*)*)", recipe.method.doc, re.MULTILINE)
     if not asked or meaning is None:

@@ -22,11 +22,14 @@ import importlib
 import inspect
 import os
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from fastinterp.errors import MethodError
+from fastinterp.messages import clipped as clipped
+from fastinterp.messages import shown as shown
+from fastinterp.messages import suggestion as suggestion
 from fastinterp.ops.combine import LARGEST, Tensor
 
 T = TypeVar("T")
@@ -135,9 +138,15 @@ class Parameter:
 class Method:
     """A merge method: `fn(n, **parameters)` or `fn(n, tensor, **parameters)`, and what it declares.
 
-    base       "required": input 0 is the base. "optional": it is, if the recipe has one. "none": all inputs are alike
-    models     fewest and most inputs, the base included; side-cars are not counted
-    generator  whether it asks for statistics first
+    base         "required": input 0 is the base. "optional": it is, if the recipe has one. "none": all inputs are alike
+    models       fewest and most inputs, the base included; side-cars are not counted
+    generator    whether it asks for statistics first
+    sums_deltas  the output is the base plus a sum of deltas x_i - x0, or of parts of them
+    drops        it leaves elements of the deltas out: all but a `density`, if it has that parameter
+    draws        which elements are left out is drawn at random: the output depends on the seed
+    elects       for each element it elects a sign, and leaves out deltas of the other sign
+    walks        its parameter `t` walks from the first input, 0, to the second, 1
+    for_more     what to use for more inputs than it takes, as a message has it
     """
 
     name: str
@@ -147,21 +156,34 @@ class Method:
     models: tuple[int, int]
     parameters: tuple[Parameter, ...]
     generator: bool = False
+    sums_deltas: bool = False
+    drops: bool = False
+    draws: bool = False
+    elects: bool = False
+    walks: bool = False
+    for_more: str = ""
 
     def __call__(self, n: int, tensor: Tensor | None = None, **parameters: Any) -> Any:
         """What the method wants for one tensor of n inputs: a sum, or the generator that asks first and returns it."""
         return self.fn(*(n, tensor)[: self.fn.__code__.co_argcount], **parameters)
 
 
-def method(*, base: Base, models: tuple[int, int]) -> Callable[[Callable[..., Any]], Method]:
+def method(
+    *, base: Base, models: tuple[int, int], sums_deltas: bool = False, drops: bool = False, draws: bool = False,
+    elects: bool = False, walks: bool = False, for_more: str = "",
+) -> Callable[[Callable[..., Any]], Method]:  # fmt: skip
     """Declare the function below to be a merge method. Arguments: those of `Method`.
 
+    Nothing else is known about a method: no other module looks at its name.
     Raises: TypeError, if a parameter is annotated with a type that recipes cannot give.
     """
 
     def declare(fn: Callable[..., Any]) -> Method:
         doc, generator = inspect.cleandoc(fn.__doc__ or ""), inspect.isgeneratorfunction(fn)
-        return Method(fn.__name__, fn, doc, base, models, _parameters(fn), generator)
+        return Method(
+            fn.__name__, fn, doc, base, models, _parameters(fn), generator, sums_deltas=sums_deltas, drops=drops,
+            draws=draws, elects=elects, walks=walks, for_more=for_more,
+        )  # fmt: skip
 
     return declare
 
@@ -183,29 +205,6 @@ def find(name: str) -> Method:
         raise MethodError(f"unknown merge method `{clipped(name)}`{suggestion(name, known)}")
     found: Method = getattr(importlib.import_module(f"{__name__}.{name}"), name)
     return found
-
-
-def suggestion(word: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown word: the known word that is close to it, else all that are known."""
-    import difflib  # not on the path of a recipe without mistakes
-
-    close = difflib.get_close_matches(word[:100].lower(), known, n=1)
-    return f", did you mean `{close[0]}`?" if close else f". Known: {', '.join(known) or 'none'}"
-
-
-def shown(value: object) -> str:
-    """A value for a message: its repr, cut short; true, false and nothing as recipes have them."""
-    if value is None or isinstance(value, bool):
-        return {None: "nothing", True: "true", False: "false"}[value]
-    try:
-        return clipped(repr(value))
-    except ValueError:  # integers of more than 4300 digits have no repr
-        return "a number of thousands of digits"
-
-
-def clipped(text: str) -> str:
-    """Text for a message, cut after 60 characters."""
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _parameters(fn: Callable[..., Any]) -> tuple[Parameter, ...]:

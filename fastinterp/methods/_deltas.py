@@ -132,12 +132,9 @@ def energies(tensor: Tensor, squares: Sequence[float]) -> tuple[float, ...]:
     return tuple(square / total for square in squares)
 
 
-def summed(
-    weight: tuple[float, ...], keeps: Keeps, scales: tuple[float, ...], *, normalize: bool, lambda_: float
-) -> Sum:
-    """x0 + lambda * sum_i w_i*s_i*d_i over what stays, the weights divided by their sum under `normalize`."""
-    used = shares(weight) if normalize else weight
-    weights = _times(used, keeps, scales, lambda_)
+def summed(weight: Sequence[float], keeps: Keeps, scales: tuple[float, ...], lambda_: float) -> Sum:
+    """x0 + lambda * sum_i w_i*s_i*d_i over what stays."""
+    weights = _times(weight, keeps, scales, lambda_)
     if all(keep is None or keep.keeps_all for keep in keeps) or not any(weights):
         return Combine(weights, base=0)
     return MaskedCombine(weights, keeps=_masks(keeps))
@@ -157,12 +154,10 @@ def elected(
 
     count  the votes are s_i*d_i instead of w_i*s_i*d_i, and the divisor is the number of models that agree
     """
-    if normalize and not count and any(weight):
-        shares(weight)  # for its error
     present = [i for i, keep in enumerate(keeps) if keep is not None]
     if len(present) == 1:  # without opposition the sign is its own, and its weight divides itself
         alone = (1.0,) * len(keeps) if normalize and not count else weight
-        return summed(alone, keeps, scales, normalize=False, lambda_=lambda_)
+        return summed(alone, keeps, scales, lambda_)
     voices = (1.0,) * len(keeps) if count else level(weight)
     weights = _times(voices if normalize and not count else weight, keeps, scales, lambda_)
     if not any(weights):
@@ -175,6 +170,15 @@ def elected(
         shares=_times(voices, keeps, ones, 1.0) if normalize else None,
         least_share=0.0 if count else _rounding_of_sums(voices),
     )
+
+
+def refuse_cancelling(weight: Sequence[float]) -> None:
+    """Called before the first request of a method that divides by sums of weights: an error shows before data is read.
+
+    Raises: MethodError, if the weights of all models cancel. All 0 is allowed: nothing is added then.
+    """
+    if any(weight):
+        shares(weight)
 
 
 def _times(weight: Sequence[float], keeps: Keeps, scales: Sequence[float], factor: float) -> tuple[float, ...]:

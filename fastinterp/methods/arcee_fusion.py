@@ -10,7 +10,7 @@ from fastinterp.ops.combine import Combine, Tensor
 from fastinterp.ops.requests import ALL_BITS, Divergence, MaskedCombine, Score, Select, Steps
 
 
-@method(base="required", models=(2, 2))
+@method(base="required", models=(2, 2), sums_deltas=True, drops=True)
 def arcee_fusion(n: int, tensor: Tensor) -> Steps:
     """Take those elements of the other model whose importance is an outlier, and the rest of the base.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from fastinterp.methods import Each, Unit, method
 from fastinterp.methods._deltas import l1_ratios, middle, summed
+from fastinterp.methods._weights import shares
 from fastinterp.ops.combine import Tensor
 from fastinterp.ops.requests import Steps
 
 
-@method(base="required", models=(2, 64))
+@method(base="required", models=(2, 64), sums_deltas=True, drops=True)
 def breadcrumbs(
     n: int, tensor: Tensor, *, weight: Each[float], density: Each[Unit] = (1.0,), gamma: Each[Unit] = (0.01,),
     normalize: bool = False, rescale: bool = False, lambda_: float = 1.0, int8_mask: bool = False,
@@ -31,6 +32,7 @@ def breadcrumbs(
     Differs from mergekit `breadcrumbs`: elements that equal a threshold stay (mergekit: an arbitrary choice among
     them); a density above 0 keeps at least one; under normalize, weights that cancel are an error.
     """
+    used = shares(weight) if normalize else weight
     keeps = yield from middle(tensor, weight, density, gamma)
     scales = yield from l1_ratios(tensor, keeps, rescale)
-    return summed(weight, keeps, scales, normalize=normalize, lambda_=lambda_)
+    return summed(used, keeps, scales, lambda_)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fastinterp.methods import Each, Unit, method
-from fastinterp.methods._deltas import elected, l1_ratios, middle
+from fastinterp.methods._deltas import elected, l1_ratios, middle, refuse_cancelling
 from fastinterp.ops.combine import Tensor
 from fastinterp.ops.requests import Steps
 
 
-@method(base="required", models=(2, 64))
+@method(base="required", models=(2, 64), sums_deltas=True, drops=True, elects=True)
 def breadcrumbs_ties(
     n: int, tensor: Tensor, *, weight: Each[float], density: Each[Unit] = (1.0,), gamma: Each[Unit] = (0.01,),
     normalize: bool = False, rescale: bool = False, lambda_: float = 1.0, int8_mask: bool = False,
@@ -31,6 +31,8 @@ def breadcrumbs_ties(
     Source: Davari & Belilovsky 2023 (arXiv 2312.06795); Yadav et al. 2023 (arXiv 2306.01708).
     Differs from mergekit `breadcrumbs_ties`: as `breadcrumbs` does.
     """
+    if normalize:
+        refuse_cancelling(weight)
     keeps = yield from middle(tensor, weight, density, gamma)
     scales = yield from l1_ratios(tensor, keeps, rescale)
     return elected(weight, keeps, scales, normalize=normalize, lambda_=lambda_)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from fastinterp.methods import Each, Unit, method
 from fastinterp.methods._deltas import Preset, at_random, dare_scales, summed
+from fastinterp.methods._weights import shares
 from fastinterp.ops.combine import Tensor
 from fastinterp.ops.requests import Steps
 
 
-@method(base="required", models=(2, 64))
+@method(base="required", models=(2, 64), sums_deltas=True, drops=True, draws=True)
 def dare_linear(
     n: int, tensor: Tensor, *, weight: Each[float], density: Each[Unit] = (1.0,), normalize: bool = False,
     rescale: bool = True, lambda_: float = 1.0, int8_mask: bool = False, preset: Preset = "mergekit",
@@ -30,6 +31,7 @@ def dare_linear(
     Differs from mergekit `dare_linear`: which elements stay depends on seed, tensor name, model and element only;
     the sums behind s_i are float64; under normalize, weights that cancel are an error.
     """
+    used = shares(weight) if normalize else weight
     keeps = at_random(weight, density)
     scales = yield from dare_scales(tensor, keeps, rescale, preset)
-    return summed(weight, keeps, scales, normalize=normalize, lambda_=lambda_)
+    return summed(used, keeps, scales, lambda_)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fastinterp.methods import Each, Unit, method
-from fastinterp.methods._deltas import Preset, at_random, dare_scales, elected
+from fastinterp.methods._deltas import Preset, at_random, dare_scales, elected, refuse_cancelling
 from fastinterp.ops.combine import Tensor
 from fastinterp.ops.requests import Steps
 
 
-@method(base="required", models=(2, 64))
+@method(base="required", models=(2, 64), sums_deltas=True, drops=True, draws=True, elects=True)
 def dare_ties(
     n: int, tensor: Tensor, *, weight: Each[float], density: Each[Unit] = (1.0,), normalize: bool | None = None,
     rescale: bool = True, lambda_: float = 1.0, int8_mask: bool = False, preset: Preset = "mergekit",
@@ -33,7 +33,9 @@ def dare_ties(
     the sums behind s_i are float64; under normalize, weights that cancel are an error.
     """
     count = preset != "mergekit"
+    divide = count if normalize is None else normalize
+    if divide and not count:
+        refuse_cancelling(weight)
     keeps = at_random((1.0,) * len(weight) if count else weight, density)
     scales = yield from dare_scales(tensor, keeps, rescale, preset)
-    divide = count if normalize is None else normalize
     return elected(weight, keeps, scales, normalize=divide, lambda_=lambda_, count=count)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fastinterp.methods import Each, Unit, method
-from fastinterp.methods._deltas import by_rank, elected, l1_ratios
+from fastinterp.methods._deltas import by_rank, elected, l1_ratios, refuse_cancelling
 from fastinterp.ops.combine import Tensor
 from fastinterp.ops.requests import Steps
 
 
-@method(base="required", models=(2, 64))
+@method(base="required", models=(2, 64), sums_deltas=True, drops=True, draws=True, elects=True)
 def della(
     n: int, tensor: Tensor, *, weight: Each[float], density: Each[Unit] = (1.0,), epsilon: Each[Unit] = (0.15,),
     normalize: bool = True, rescale: bool = True, lambda_: float = 1.0, int8_mask: bool = False,
@@ -32,6 +32,8 @@ def della(
     share their mean rank; rows of one element have rank 1/2 (mergekit fails); which elements stay depends on seed,
     tensor name, model and element only; under normalize, weights that cancel are an error.
     """
+    if normalize:
+        refuse_cancelling(weight)
     keeps = by_rank(weight, density, epsilon)
     scales = yield from l1_ratios(tensor, keeps, rescale)
     return elected(weight, keeps, scales, normalize=normalize, lambda_=lambda_)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from fastinterp.methods import Each, Unit, method
 from fastinterp.methods._deltas import by_rank, l1_ratios, summed
+from fastinterp.methods._weights import shares
 from fastinterp.ops.combine import Tensor
 from fastinterp.ops.requests import Steps
 
 
-@method(base="required", models=(2, 64))
+@method(base="required", models=(2, 64), sums_deltas=True, drops=True, draws=True)
 def della_linear(
     n: int, tensor: Tensor, *, weight: Each[float], density: Each[Unit] = (1.0,), epsilon: Each[Unit] = (0.15,),
     normalize: bool = False, rescale: bool = True, lambda_: float = 1.0, int8_mask: bool = False,
@@ -30,6 +31,7 @@ def della_linear(
     Source: Deep et al. 2024, "DELLA-Merging" (arXiv 2406.11617), without its election of signs.
     Differs from mergekit `della_linear`: as `della` does.
     """
+    used = shares(weight) if normalize else weight
     keeps = by_rank(weight, density, epsilon)
     scales = yield from l1_ratios(tensor, keeps, rescale)
-    return summed(weight, keeps, scales, normalize=normalize, lambda_=lambda_)
+    return summed(used, keeps, scales, lambda_)

@@ -6,7 +6,7 @@ from fastinterp.methods import method
 from fastinterp.ops.combine import Combine
 
 
-@method(base="required", models=(2, 2))
+@method(base="required", models=(2, 2), sums_deltas=True, for_more="`task_arithmetic`")
 def expo(n: int, *, alpha: float) -> Combine:
     """Go on beyond a fine-tune in the direction that it came.     out = x1 + alpha*(x1 - x0)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from fastinterp.methods import Each, Unit, method
 from fastinterp.methods._deltas import ranked, summed
+from fastinterp.methods._weights import shares
 from fastinterp.ops.combine import Tensor
 from fastinterp.ops.requests import Steps
 
 
-@method(base="required", models=(2, 64))
+@method(base="required", models=(2, 64), sums_deltas=True, drops=True)
 def ignore_k(
     n: int, tensor: Tensor, *, weight: Each[float], k: Each[Unit] = (0.01,), normalize: bool = False,
     lambda_: float = 1.0,
@@ -27,7 +28,8 @@ def ignore_k(
     Differs from mergekit: it has no such method. Its nearest, `breadcrumbs` with density 1 - k and gamma k, also keeps
     the density of at least one element.
     """
+    used = shares(weight) if normalize else weight
     size = tensor.numel
     dropped = [int(part * size) if w else size for w, part in zip(weight, k, strict=True)]
     keeps = yield from ranked([(top + 1, size) if top < size else None for top in dropped], size)
-    return summed(weight, keeps, (1.0,) * len(weight), normalize=normalize, lambda_=lambda_)
+    return summed(used, keeps, (1.0,) * len(weight), lambda_)

@@ -6,7 +6,7 @@ from fastinterp.methods import Each, method
 from fastinterp.ops.combine import Combine, Tensor
 
 
-@method(base="required", models=(2, 64))
+@method(base="required", models=(2, 64), sums_deltas=True)
 def lines(n: int, tensor: Tensor, *, alpha: float, beta: float, weight: Each[float] = (1.0,)) -> Combine:
     """Add task vectors, deep layers more than others.     out = x0 + (alpha + beta*l/(L-1)) * sum_i w_i*(x_i - x0)
 

@@ -11,7 +11,7 @@ from fastinterp.ops.combine import Combine, Tensor
 from fastinterp.ops.requests import GroupCombine, Measure, Measured, Steps
 
 
-@method(base="required", models=(3, 64))
+@method(base="required", models=(3, 64), sums_deltas=True)
 def model_stock(n: int, tensor: Tensor, *, filter_wise: bool = False) -> Steps:
     """Go from the base towards the mean of the fine-tunes, as far as they agree.     out = x0 + t * sum_i (x_i - x0)/N
 

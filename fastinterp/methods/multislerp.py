@@ -11,7 +11,7 @@ from fastinterp.ops.combine import Combine, Tensor
 from fastinterp.ops.requests import Steps
 
 
-@method(base="optional", models=(2, 64))
+@method(base="optional", models=(2, 64), sums_deltas=True)
 def multislerp(
     n: int, tensor: Tensor, *, weight: Each[float], normalize_weights: bool = True, eps: NotNegative = 1e-8
 ) -> Steps:

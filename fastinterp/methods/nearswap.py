@@ -7,7 +7,7 @@ from fastinterp.ops.combine import Combine
 from fastinterp.ops.requests import MaskedCombine, Sum
 
 
-@method(base="required", models=(2, 2))
+@method(base="required", models=(2, 2), sums_deltas=True)
 def nearswap(n: int, *, t: Length) -> Sum:
     """Move every element of the base towards the other model, but not further than t.
 

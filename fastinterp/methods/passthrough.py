@@ -6,7 +6,7 @@ from fastinterp.methods import Each, method
 from fastinterp.ops.combine import Combine
 
 
-@method(base="none", models=(1, 1))
+@method(base="none", models=(1, 1), for_more="`linear`, or `slices`")
 def passthrough(n: int, *, scale: Each[float | None] = (None,)) -> Combine:
     """Copy one model, or scale it.     out = scale*x0
 

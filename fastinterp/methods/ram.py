@@ -7,7 +7,7 @@ from fastinterp.methods._float32 import bits_above
 from fastinterp.ops.requests import Keep, MaskedCombine
 
 
-@method(base="required", models=(2, 64))
+@method(base="required", models=(2, 64), sums_deltas=True, drops=True)
 def ram(n: int, *, epsilon: Length = 1e-5) -> MaskedCombine:
     """Take what one model changed from that model, and the average of what several changed.
 

@@ -7,7 +7,7 @@ from fastinterp.methods._float32 import bits_above
 from fastinterp.ops.requests import Keep, MaskedCombine, MeasureKept, Steps
 
 
-@method(base="required", models=(2, 64))
+@method(base="required", models=(2, 64), sums_deltas=True, drops=True)
 def ramplus_tl(n: int, *, epsilon: Length = 1e-5, r: float = 0.1, alpha: NotNegative = 0.2) -> Steps:
     """Take what one model changed from that model, scaled up, and the average of what several changed.
 

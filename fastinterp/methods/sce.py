@@ -8,7 +8,7 @@ from fastinterp.ops.combine import Combine, Tensor
 from fastinterp.ops.requests import ALL_BITS, Keep, MaskedCombine, Measure, MeasureKept, Score, Select, Steps
 
 
-@method(base="required", models=(2, 64))
+@method(base="required", models=(2, 64), sums_deltas=True, drops=True, elects=True)
 def sce(n: int, tensor: Tensor, *, select_topk: Unit = 1.0, int8_mask: bool = False) -> Steps:
     """Merge where the models differ most from each other, each model by the energy of its changes, with elected signs.
 

@@ -12,7 +12,7 @@ from fastinterp.ops.requests import Steps
 STRAIGHT = 0.9995  # |cos| above which a straight line is used: 1.81 degrees, so for nearly all fine-tunes of one base
 
 
-@method(base="required", models=(2, 2))
+@method(base="required", models=(2, 2), walks=True, for_more="`multislerp`, `karcher`")
 def slerp(n: int, tensor: Tensor, *, t: Unit) -> Steps:
     """Walk the great circle from the base to the other model.     out = s0*x0 + s1*x1
 

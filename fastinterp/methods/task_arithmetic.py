@@ -7,7 +7,7 @@ from fastinterp.methods._weights import shares
 from fastinterp.ops.combine import Combine
 
 
-@method(base="required", models=(2, 64))
+@method(base="required", models=(2, 64), sums_deltas=True)
 def task_arithmetic(
     n: int, *, weight: Each[float], normalize: bool = False, lambda_: float = 1.0, int8_mask: bool = False
 ) -> Combine:

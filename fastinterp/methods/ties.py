@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fastinterp.methods import Each, Unit, method
-from fastinterp.methods._deltas import Preset, elected, l1_ratios, number_kept, ranked
+from fastinterp.methods._deltas import Preset, elected, l1_ratios, number_kept, ranked, refuse_cancelling
 from fastinterp.ops.combine import Tensor
 from fastinterp.ops.requests import Steps
 
 
-@method(base="required", models=(2, 64))
+@method(base="required", models=(2, 64), sums_deltas=True, drops=True, elects=True)
 def ties(
     n: int, tensor: Tensor, *, weight: Each[float], density: Each[Unit] = (1.0,), normalize: bool = True,
     rescale: bool = False, lambda_: float = 1.0, int8_mask: bool = False, preset: Preset = "mergekit",
@@ -34,6 +34,8 @@ def ties(
     the model has.
     """
     count, whole = preset != "mergekit", preset == "paper"
+    if normalize and not count:
+        refuse_cancelling(weight)
     size = tensor.model_numel if whole else tensor.numel
     kept = [number_kept(p, size) if w or count else 0 for w, p in zip(weight, density, strict=True)]
     keeps = yield from ranked([(1, k) if k else None for k in kept], size, whole)

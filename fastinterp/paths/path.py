@@ -12,7 +12,7 @@ from typing import Any
 
 from fastinterp.arguments import snapped
 from fastinterp.errors import CheckpointError, FastinterpError, StorageError, UsageError
-from fastinterp.execute.report import Effect
+from fastinterp.execute.report import RoundingEffect
 from fastinterp.in_memory.allocate import torch_dtype
 from fastinterp.in_memory.merge import merge_measured
 from fastinterp.ops.dtypes import parse_dtype
@@ -149,7 +149,7 @@ class Path:
 
     def _measured(
         self, at: Mapping[str, float], module: ModuleWeights | None = None
-    ) -> tuple[dict[str, Any], dict[str, Effect]]:
+    ) -> tuple[dict[str, Any], dict[str, RoundingEffect]]:
         """The tensors of one point, and what their rounding made of the change."""
         alphas = [at[name] for name in self.names]
         weights = [1.0 - alphas[0], alphas[0]] if self._line else alphas
@@ -167,7 +167,7 @@ class Path:
 
     def _merged(
         self, weights: Sequence[float], settings: Mapping[str, Any], module: ModuleWeights | None
-    ) -> tuple[dict[str, Any], dict[str, Effect]]:
+    ) -> tuple[dict[str, Any], dict[str, RoundingEffect]]:
         with ExitStack() as stack:
             endpoints = Endpoints(self._models, stack)
             tensors = [endpoints.tensors(model) for model in self._models]
@@ -309,6 +309,6 @@ def _metrics(result: Any, alpha: object) -> dict[str, float]:
     return {name: number for name, number in numbers.items() if number is not None}
 
 
-def _effect(effects: Mapping[str, Effect]) -> tuple[float | None, float | None, float | None]:
-    total = Effect.total(effects.values())
+def _effect(effects: Mapping[str, RoundingEffect]) -> tuple[float | None, float | None, float | None]:
+    total = RoundingEffect.total(effects.values())
     return total.strength, total.changed_fraction, total.relative_change

@@ -15,7 +15,8 @@ from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
 from fastinterp.methods import Method, clipped, find, suggestion
 from fastinterp.ops.combine import MAX_POINTS
-from fastinterp.recipe.load import Recipe, load_recipe, same_model
+from fastinterp.recipe.load import Recipe, load_recipe
+from fastinterp.recipe.references import ModelRef
 
 _LARGEST_ALPHA = 4e7  # without a base; the weights 1 - alpha and alpha are divided by their sum
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a direction: it is part of folders' names
@@ -68,9 +69,9 @@ def point_mapping(a: str, b: str, alpha: float, base: str | None, integers: str 
     limit = _LARGEST_ALPHA if base is None else 3.4e38
     if max(abs(alpha), abs(1.0 - alpha)) > limit:
         raise UsageError(f"alpha must be in -{limit:.1e}..{limit:.1e}, got {alpha:g}")
-    if same_model(a, b):
+    if ModelRef.of(a) == ModelRef.of(b):
         raise UsageError(f"A and B are the same checkpoint: {a!r}. Name two")
-    if integers is not None and not any(same_model(integers, m) for m in (a, b, base or a)):
+    if integers is not None and ModelRef.of(integers) not in map(ModelRef.of, (a, b, base or a)):
         raise UsageError(f"`integers` must be one of the checkpoints that are read, got {integers!r}")
     models = [
         {"model": a, "parameters": {"weight": 1.0 - alpha}},

@@ -27,6 +27,7 @@ from fastinterp.plan.single import Document, Library, plan_document
 from fastinterp.plan.single import found as found_model
 from fastinterp.plan.tensors import MadeEntry, PlannedTensor
 from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.references import ModelRef
 from fastinterp.tokenizer.embedding_rows import MappedEntry
 
 Operand = tuple[int, Entry]  # number of a checkpoint, and a tensor there
@@ -38,7 +39,6 @@ class Chain(NamedTuple):
     last         with the numbers of `checkpoints`
     checkpoints  the models of all documents, then side-cars and the documents above
     models       the names of those models
-    opened       every checkpoint that was
     warnings     about all documents
     folders      small files of documents above
     """
@@ -46,14 +46,12 @@ class Chain(NamedTuple):
     last: Document
     checkpoints: tuple[Checkpoint, ...]
     models: tuple[str, ...]
-    opened: tuple[Checkpoint, ...]
     warnings: tuple[str, ...]
     folders: tuple[Folder, ...]
 
 
-def plan_chain(above: Sequence[Recipe], last: Recipe) -> Chain:
+def plan_chain(above: Sequence[Recipe], last: Recipe, library: Library) -> Chain:
     """Raises: what make_plan raises."""
-    library = Library()
     numbers: dict[int, int] = {}  # id of a checkpoint -> its number
     checkpoints: list[Checkpoint] = []
     made: dict[str, Checkpoint] = {}
@@ -66,20 +64,20 @@ def plan_chain(above: Sequence[Recipe], last: Recipe) -> Chain:
             checkpoints.append(checkpoint)
         return numbers[id(checkpoint)]
 
-    def find(name: str) -> Checkpoint:
-        return made.get(name) or library.find(name)
+    def find(model: ModelRef) -> Checkpoint:
+        return made.get(str(model)) or library.find(model)
 
     names: list[str] = []
-    named = [(recipe, n) for recipe in (*above, last) for n in recipe.models if n not in recipe.earlier]
-    for recipe, name in named:
-        if number(found_model(recipe, library.find, name)) == len(names):  # else it is there under another name
-            names.append(name)
+    stored = [(recipe, m) for recipe in (*above, last) for m in recipe.models if recipe.made_by(m) is None]
+    for recipe, model in stored:
+        if number(found_model(recipe, library.find, model)) == len(names):  # else it is there under another name
+            names.append(str(model))
     for recipe in (*above, last):
         _check_store(recipe, last)
         lead = recipe.base_model or recipe.models[0]
-        document = plan_document([replace(recipe, origin=lead) if lead in made else recipe], find)
+        document = plan_document([replace(recipe, origin=lead) if str(lead) in made else recipe], find)
         # `fitted` has replacements of some models: the numbers are those of what they replace.
-        found = [number(find(n)) for n in (*recipe.models, *document.sidecars)]
+        found = [number(find(m)) for m in (*recipe.models, *document.sidecars)]
         tensors = tuple(_resolved(t, found, len(names)) for t in document.tensors)
         document = replace(document, tensors=tensors)
         warnings += document.warnings
@@ -88,9 +86,7 @@ def plan_chain(above: Sequence[Recipe], last: Recipe) -> Chain:
             folders += [] if folder is None else [folder]
             made[checkpoint.name] = checkpoint
             number(checkpoint)
-    return Chain(
-        document, tuple(checkpoints), tuple(names), library.opened, tuple(dict.fromkeys(warnings)), tuple(folders)
-    )
+    return Chain(document, tuple(checkpoints), tuple(names), tuple(dict.fromkeys(warnings)), tuple(folders))
 
 
 def _check_store(recipe: Recipe, last: Recipe) -> None:

@@ -84,11 +84,14 @@ class Plan:
         return sum(layout.disk_bytes for layout in self.layouts)
 
 
-def make_plan(recipes: Sequence[Recipe], *, max_shard_size: int, above: Sequence[Recipe] = ()) -> Plan:
+def make_plan(
+    recipes: Sequence[Recipe], *, max_shard_size: int, above: Sequence[Recipe] = (), library: Library | None = None
+) -> Plan:
     """Open the checkpoints' headers, see that they fit together, and lay out the output.
 
     recipes  1 to 16, with the same models, dtypes and rounding
     above    the documents above, if there are any; then `recipes` is the last document alone
+    library  opens the checkpoints, and may have opened some already; None: a new one
     Raises: CheckpointError and ShapeError, if a checkpoint is damaged or does not fit the others; MethodError, if a
     method cannot do what is asked of it; RecipeError, if documents do not fit each other; UsageError.
     """
@@ -97,21 +100,20 @@ def make_plan(recipes: Sequence[Recipe], *, max_shard_size: int, above: Sequence
         raise UsageError(f"one read can make at most {MAX_OUTPUTS} outputs, got {len(recipes)}")
     if any(r.models != first.models or r.dtype != first.dtype or r.out_dtype != first.out_dtype for r in recipes):
         raise UsageError("recipes that share one read must have the same models and dtypes")
+    library = library or Library()
     if above:
         from fastinterp.plan.chained import plan_chain
 
-        last, checkpoints, names, opened, warnings, folders = plan_chain(above, first)
+        last, checkpoints, names, warnings, folders = plan_chain(above, first, library)
     else:
-        library = Library()
         last = plan_document(recipes, library.find)
-        checkpoints, names = last.checkpoints, first.models
-        opened, warnings, folders = library.opened, last.warnings, ()
+        checkpoints, names, warnings, folders = last.checkpoints, tuple(map(str, first.models)), last.warnings, ()
     tensors = last.tensors
     layouts = tuple(
         make_layout([(t.name, t.dtype, t.shape) for t in tensors], _metadata(recipe, k, tensors, names), max_shard_size)
         for k, recipe in enumerate(recipes)
     )
-    inputs = tuple(dict.fromkeys(path for c in opened for path in c.inputs))
+    inputs = tuple(dict.fromkeys(path for c in library.opened for path in c.inputs))
     return Plan(
         tuple(recipes), checkpoints, last.origin, tensors, layouts, last.fitted, warnings, tuple(names), inputs,
         tuple(above), folders,

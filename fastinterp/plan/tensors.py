@@ -14,6 +14,7 @@ from fastinterp.methods import Method, Sidecar
 from fastinterp.ops.combine import Combine, Row, Tensor, check_coefficients, renumbered
 from fastinterp.ops.dtypes import DType
 from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.references import ModelRef
 from fastinterp.recipe.targets import Target
 from fastinterp.tokenizer.embedding_rows import named_as_embedding
 
@@ -139,32 +140,32 @@ def must_agree(tensor: PlannedTensor, first: str, other: str) -> ShapeError:
     )
 
 
-def sidecar_names(points: Sequence[Target], method: Method) -> list[str]:
+def sidecar_refs(points: Sequence[Target], method: Method) -> list[ModelRef]:
     """The further checkpoints that any target's parameters name, each once, in the order of their use."""
     keywords = [p.keyword for p in method.parameters if p.kind is Sidecar]
-    found = (name for t in points if not t.copies for keyword in keywords for _, name in _named(t, keyword))
+    found = (model for t in points if not t.copies for keyword in keywords for _, model in _named(t, keyword))
     return list(dict.fromkeys(found))
 
 
-def _named(target: Target, keyword: str) -> Iterator[tuple[int, str]]:
+def _named(target: Target, keyword: str) -> Iterator[tuple[int, ModelRef]]:
     """(place of the model among the inputs, side-car) of a parameter; one value for all belongs to the first."""
     given = target.parameters[keyword]
     values = given if isinstance(given, tuple) else (given,)
     first = len(target.inputs) - len(values) if isinstance(given, tuple) else 0
-    return ((first + i, name) for i, name in enumerate(values) if name is not None)
+    return ((first + i, ModelRef.of(name)) for i, name in enumerate(values) if name is not None)
 
 
 def plan_tensors(
     recipes: Sequence[Recipe],
     points: Sequence[Sequence[Target]],
     models: Sequence[Checkpoint],
-    sidecars: Mapping[str, Checkpoint],
+    sidecars: Mapping[ModelRef, Checkpoint],
     origin: Checkpoint,
 ) -> tuple[PlannedTensor, ...]:
     """The targets of all recipes, which differ in parameters only, as planned tensors.
 
     points    the targets of each recipe
-    sidecars  further checkpoints by name; in the plan they follow the models
+    sidecars  further checkpoints by model; in the plan they follow the models
     origin    whose dtypes are kept
     Raises: ShapeError, if tensors do not fit together; MethodError, with the tensor's name; UsageError.
     """
@@ -189,13 +190,13 @@ class _Planner:
         self,
         recipes: Sequence[Recipe],
         models: Sequence[Checkpoint],
-        sidecars: Mapping[str, Checkpoint],
+        sidecars: Mapping[ModelRef, Checkpoint],
         origin: Checkpoint,
         targets: Sequence[Target],
     ):
         self._recipes, self._models, self._origin = recipes, models, origin
         self._method = recipes[0].method
-        self._sidecars = {name: (len(models) + i, c) for i, (name, c) in enumerate(sidecars.items())}
+        self._sidecars = {model: (len(models) + i, c) for i, (model, c) in enumerate(sidecars.items())}
         self._keywords = [p.keyword for p in self._method.parameters if p.kind is Sidecar]
         leads = (models[t.inputs[0][0]].tensors[t.inputs[0][1]] for t in targets if not t.copies)
         self._numel = sum(e.numel for e in leads if e.dtype.merges)
@@ -289,7 +290,8 @@ class _Planner:
         """The side-cars' tensors, in the order of the models that they belong to."""
         found = []
         lead = self._models[target.inputs[0][0]].tensors[target.inputs[0][1]]
-        for place, sidecar in sorted(pair for keyword in self._keywords for pair in _named(target, keyword)):
+        pairs = [pair for keyword in self._keywords for pair in _named(target, keyword)]
+        for place, sidecar in sorted(pairs, key=lambda pair: pair[0]):
             number, checkpoint = self._sidecars[sidecar]
             entry = checkpoint.tensors.get(target.inputs[place][1])
             if entry is None or entry.shape != lead.shape or not entry.dtype.merges:

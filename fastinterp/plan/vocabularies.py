@@ -20,7 +20,8 @@ from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import fit
-from fastinterp.recipe.load import Recipe, same_model
+from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.references import ModelRef
 from fastinterp.tokenizer.embedding_rows import (
     MappedEntry,
     RowPlan,
@@ -130,10 +131,11 @@ def fit_models(recipe: Recipe, models: Sequence[Checkpoint], origin: Checkpoint)
     for other in known[len(models) :]:  # a base that is not merged may give rows, those of its output layer too
         own = ties([other.tensors, tensors[0]], [True, False]).aliases[0]
         tensors.append(_fitted(other, own, tie.dropped))
+    says_tied = _says_tied(configs[_index(known, ModelRef.of(origin.name))])
     fitted = Fitted(
         tuple(_with(m, t) for m, t in zip(models, tensors, strict=False)),
         template=_template(recipe, models),
-        tied=_tied(tensors[0], origin.tensors, _says_tied(configs[_index(known, origin.name)]), configs[: len(models)]),
+        tied=_tied(tensors[0], origin.tensors, says_tied, configs[: len(models)]),
     )
     return fitted if recipe.tokenizer is None else _with_vocabulary(recipe, fitted, known, tensors, configs)
 
@@ -236,8 +238,8 @@ def _base(recipe: Recipe, origin: int) -> int | None:
     return recipe.base if recipe.base is not None else origin if named else None
 
 
-def _index(known: Sequence[Checkpoint], name: str) -> int:
-    return next(i for i, m in enumerate(known) if same_model(m.name, name))
+def _index(known: Sequence[Checkpoint], model: ModelRef) -> int:
+    return [ModelRef.of(checkpoint.name) for checkpoint in known].index(model)
 
 
 def _rows(model: Checkpoint, tensors: Mapping[str, Entry], config: Mapping[str, Any]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,18 +11,17 @@ from fastinterp.recipe.document import Document
 from fastinterp.recipe.faults import Faults
 from fastinterp.recipe.parameters import TOP, Levels
 from fastinterp.recipe.parts import Level, Part, Section, Source
-from fastinterp.recipe.references import model_name, not_beside
+from fastinterp.recipe.references import ModelRef, model_ref, refuse_beside
 from fastinterp.recipe.schema import Entry, Layers, Module, Reference, Slice, Wish, converted
 
 T = TypeVar("T")
 Item = TypeVar("Item", Entry, Layers)
 
-# What to take where a method takes fewer models than there are.
-_FOR_MORE = {
-    "passthrough": "`linear`, or `slices`",
-    "slerp": "`multislerp`, `karcher`",
-    "nuslerp": "`multislerp`, `karcher`",
-    "expo": "`task_arithmetic`",
+# Keys that say what is merged, and what is said of each where it is empty.
+_EMPTY = {
+    "models": "`models` lists no model. Write `- model: NAME` for each",
+    "slices": "`slices` lists no slice. Write `- sources: [{model: NAME, layer_range: [0, 16]}]` for each",
+    "modules": "`modules` names no module. Write `NAME: {models: [{model: NAME}]}` for each",
 }
 
 
@@ -31,7 +29,7 @@ class Builder:
     """Reads what is to be merged out of one document.
 
     earlier     names of the documents above
-    models      name of every model, as often as it is used listed once: the base first, if the method has one
+    models      every model that is used, once: the base first, if the method has one
     base_model  the recipe's, or None
     base        the same, if the method takes a base
     """
@@ -42,9 +40,9 @@ class Builder:
     ):  # fmt: skip
         """guessed: the method only stands for one that is not known"""
         self.document, self.wish, self.method, self.earlier, self.faults = document, wish, method, earlier, faults
-        self.models: list[str] = []
+        self.models: list[ModelRef] = []
         self.levels = Levels(document, method, faults, guessed=guessed)
-        self.base_model: str | None = None
+        self.base_model: ModelRef | None = None
         if wish.base_model is not None:
             with faults:
                 self.base_model = self._reference(wish.base_model, "$.base_model")
@@ -67,22 +65,24 @@ class Builder:
 
     def _sections(self) -> tuple[Section, ...]:
         wish = self.wish
-        given = [key for key in ("models", "slices", "modules") if getattr(wish, key) is not None]
+        given = [key for key in _EMPTY if getattr(wish, key) is not None]
         if len(given) > 1:
             with self.faults:
                 message = f"`{given[0]}` and `{given[1]}` exclude each other: give one of `models`, `slices`, `modules`"
                 raise self.document.error(message, at=f"$.{given[1]}")
         if not given:
-            if any(key in self.document.value for key in ("models", "slices", "modules")):
-                return ()  # what is wrong with it was told
-            message = "the key `models` is missing (or `slices`, or `modules`)"
-            raise self.document.error(message)
+            written = [key for key in _EMPTY if key in self.document.value]
+            if any(self.document.value[key] is not None for key in written):
+                return ()  # of a wrong type, which is an error already
+            if written:
+                raise self.document.error(_EMPTY[written[0]], f"$.{written[0]}")
+            raise self.document.error("the key `models` is missing (or `slices`, or `modules`)")
         found: list[Section] = []
         if wish.models is not None or wish.slices is not None:
             with self.faults:
                 found += self._section(None, wish.models, wish.slices, (self.top,), "$")
         if wish.modules is not None and not wish.modules:
-            raise self.document.error("`modules` names no module", "$.modules")
+            raise self.document.error(_EMPTY["modules"], "$.modules")
         for name, value in (wish.modules or {}).items():
             with self.faults:
                 found += self._module(name, value)
@@ -110,7 +110,7 @@ class Builder:
         path: str,
     ) -> tuple[Section, ...]:
         if slices is not None and not slices:
-            raise self.document.error("`slices` lists no slice", f"{path}.slices")
+            raise self.document.error(_EMPTY["slices"], f"{path}.slices")
         parts: list[Part | None] = []
         if models is not None:
             with self.faults:
@@ -137,7 +137,7 @@ class Builder:
     def _whole(self, values: list[Any], levels: tuple[Level, ...], path: str) -> Part | None:
         """Whole models: the base is one of them, listed or not."""
         if not values:
-            raise self.document.error("`models` lists no model", path)
+            raise self.document.error(_EMPTY["models"], path)
         entries = self._listed(self._items(values, Entry, path), "List a model once, with the weights added up")
         sources = [Source(i, self.models[i], None, {}, at) for i, _, at in entries]
         if self.base is not None and self._index(self.base) not in [i for i, _, _ in entries]:
@@ -153,7 +153,8 @@ class Builder:
             self.levels.unsure = True
             return None
         if not wish.sources:
-            raise self.document.error("`sources` lists no model", f"{path}.sources")
+            message = "`sources` lists no model. Write `- {model: NAME, layer_range: [0, 16]}` for each"
+            raise self.document.error(message, f"{path}.sources")
         own = self.levels.level(wish.parameters, f"{path}.parameters")
         base = self.base
         if wish.base_model is not None:
@@ -168,7 +169,7 @@ class Builder:
         whole = len(entries) == len(wish.sources) and None not in ranges.values()
         if whole and base is not None and len(sources) > 1 and self._index(base) not in [i for i, _, _ in entries]:
             if len(set(ranges.values())) > 1:
-                message = f"it is not clear which layers of the base, {shown(base)}, belong here"
+                message = f"it is not clear which layers of the base, {shown(str(base))}, belong here"
                 message = f"{message}. List it among the sources, with its `layer_range`"
                 raise self.document.error(message, path)
             sources.append(Source(self._index(base), base, sources[0].layers, {}, path))
@@ -180,7 +181,7 @@ class Builder:
         self,
         sources: list[Source],
         given: Sequence[Mapping[str, Any] | None],
-        base: str | None,
+        base: ModelRef | None,
         levels: tuple[Level, ...],
         path: str,
         *,
@@ -198,10 +199,10 @@ class Builder:
         for i, source in enumerate(sources):
             own: Level = {}
             if i < len(given):
-                never = f"{shown(source.name)} is the base of the merge" if source.model == at_base else None
-                never = f"{shown(source.name)} alone is copied" if copies else never
+                never = f"{shown(str(source.ref))} is the base of the merge" if source.model == at_base else None
+                never = f"{shown(str(source.ref))} alone is copied" if copies else never
                 own = self.levels.level(given[i], f"{source.path}.parameters", own=True, never=never)
-            found.append(Source(source.model, source.name, source.layers, own, source.path))
+            found.append(Source(source.model, source.ref, source.layers, own, source.path))
         found.sort(key=lambda source: source.model != at_base)
         if not copies:
             if self.method.base == "required" and base is None and self.wish.base_model is None:
@@ -219,22 +220,22 @@ class Builder:
             what = "model" if high == 1 else "models"
             of = "" if self.method.base == "none" else ", the base included"
             message = f"`{self.method.name}` takes {count} {what}{of}, got {n}"
-            if n > high and self.method.name in _FOR_MORE:
-                message += f". For more: {_FOR_MORE[self.method.name]}"
+            if n > high and self.method.for_more:
+                message += f". For more: {self.method.for_more}"
             raise self.document.error(message, path, kind=MethodError)
 
     def _listed(self, items: Sequence[tuple[Item, str]], remedy: str) -> list[tuple[int, Item, str]]:
         """(index of the model, item, path) of each that names a model that no other does."""
-        first: dict[str, str] = {}
+        first: dict[ModelRef, str] = {}
         found = []
         for item, path in items:
             before = len(self.faults.found)
             with self.faults:
-                name = self._reference(item.model, f"{path}.model")
-                at = first.setdefault(os.path.normpath(name), path)
+                model = self._reference(item.model, f"{path}.model")
+                at = first.setdefault(model, path)
                 if at != path:
-                    raise self.document.error(f"{shown(name)} is already listed as {at}. {remedy}", path)
-                found.append((self._index(name), item, path))
+                    raise self.document.error(f"{shown(str(model))} is already listed as {at}. {remedy}", path)
+                found.append((self._index(model), item, path))
             if len(self.faults.found) > before:
                 self.levels.unsure = True
                 self.levels.level(item.parameters, f"{path}.parameters", own=True)
@@ -252,7 +253,7 @@ class Builder:
                 if end - first != length:
                     message = "the sources of a slice must have the same number of layers"
                     raise self.document.error(
-                        f"{message}: {end - first} here, {length} in {where}", f"{path}.layer_range"
+                        f"{message}: {shown(end - first)} here, {shown(length)} in {where}", f"{path}.layer_range"
                     )
                 span = first, end
             found.append(span)
@@ -269,17 +270,14 @@ class Builder:
             raise self.document.error(f"`layer_range` [first, end) has no layer in it, got {shown(given)}", at)
         return first, end
 
-    def _reference(self, given: str | Reference, path: str) -> str:
-        name = model_name(self.document, given, path)
-        if name not in self.earlier:
-            not_beside(self.document, name, path)
-        return name
+    def _reference(self, written: str | Reference, path: str) -> ModelRef:
+        model = model_ref(self.document, written, path)
+        if str(model) not in self.earlier:
+            refuse_beside(self.document, model, path)
+        return model
 
-    def _index(self, name: str) -> int:
+    def _index(self, model: ModelRef) -> int:
         """Of the model in `models`, which gets it if it is new."""
-        key = os.path.normpath(name)
-        for i, known in enumerate(self.models):
-            if os.path.normpath(known) == key:
-                return i
-        self.models.append(name)
-        return len(self.models) - 1
+        if model not in self.models:
+            self.models.append(model)
+        return self.models.index(model)

@@ -7,21 +7,19 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastinterp.errors import CheckpointError, FastinterpError, MethodError, RecipeError
+from fastinterp.errors import CheckpointError, FastinterpError, RecipeError
 from fastinterp.methods import shown, suggestion
-from fastinterp.methods._weights import shares
 from fastinterp.recipe.document import Source, read_all
 from fastinterp.recipe.faults import Faults
-from fastinterp.recipe.load import Recipe, build_all
+from fastinterp.recipe.load import Recipe, build_all, run_to_first_request
 from fastinterp.recipe.parts import Part
+from fastinterp.recipe.references import ModelRef
 from fastinterp.recipe.targets import Assembly
 from fastinterp.recipe.values import Value
 
-Names = Callable[[str], Collection[str]]  # the tensors of a model, by the model's name
+Names = Callable[[str], Collection[str]]  # the tensors of a model, by its text form
 
 _CANCEL = 0.1  # weights whose sum is below this share of their magnitudes are scaled up tenfold and more
-_DROPS = ("dare", "della", "breadcrumbs")  # methods that are about dropping
-DRAWING = ("dare", "della")  # those that draw what they drop
 
 
 @dataclass(frozen=True)
@@ -75,14 +73,14 @@ def against(
     """What is odd about a recipe for these tensors, and the names of those that it makes: None, if faults were found.
 
     names  of each of Recipe.models, those of its tensors
-    Raises: ShapeError and RecipeError, as targets.py; MethodError, if weights cancel that the method divides by.
+    Raises: ShapeError and RecipeError, as targets.py; MethodError, if the method refuses its parameters.
     """
     before = len(faults.found)
     assembly = Assembly(recipe, names, faults)
-    different = {id(target.parameters): target.parameters for target in assembly.targets if not target.copies}
-    for parameters in different.values():
-        with faults:
-            _refuse_cancelling(recipe, parameters)
+    for resolver in assembly.resolvers:
+        for parameters in resolver.resolved() if recipe.method.generator and not resolver.part.copies else ():
+            with faults:
+                run_to_first_request(recipe.document, recipe.method, resolver.part, parameters)
     if len(faults.found) > before:
         return [], None
     odd = [*unmatched(recipe, assembly), *_without_layers(recipe, assembly), *_by_tensor(recipe, assembly)]
@@ -116,7 +114,7 @@ def _lone(recipe: Recipe, parameters: Mapping[str, Any]) -> Iterator[RecipeError
 def _unused(recipe: Recipe) -> Iterator[RecipeError]:
     """Settings that nothing of this merge looks at."""
     given = recipe.document.value
-    if "seed" in given and recipe.rounding == "nearest" and not recipe.method.name.startswith(DRAWING):
+    if "seed" in given and recipe.rounding == "nearest" and not recipe.method.draws:
         message = f"`seed` changes nothing: {recipe.method.name} draws nothing, and rounding is to nearest"
         yield recipe.document.error(message, "$.seed")
     stored = recipe.out_dtype or recipe.dtype
@@ -190,17 +188,6 @@ def _by_tensor(recipe: Recipe, assembly: Assembly) -> list[RecipeError]:
     return []
 
 
-def _refuse_cancelling(recipe: Recipe, parameters: Mapping[str, Any]) -> None:
-    """Methods that ask before they sum would find out when half of the model is written."""
-    counts = parameters.get("preset", "mergekit") != "mergekit" and recipe.method.name == "ties"  # models, not weights
-    if parameters.get("normalize") is True and recipe.method.generator and not counts:
-        weights = parameters["weight"]
-        try:
-            shares(weights if any(weights) else (1.0,))
-        except MethodError as error:
-            raise recipe.document.error(error.message, recipe.parts[0].path, kind=MethodError) from None
-
-
 def _odd_weights(recipe: Recipe, parameters: Mapping[str, Any]) -> str:
     """What is odd about the weights of one tensor, or nothing."""
     weights = parameters.get("weight")
@@ -220,30 +207,30 @@ def _idle(recipe: Recipe, part: Part) -> Iterator[RecipeError]:
     for source in part.sources:
         for name, value in source.own.items():
             if _only(value, 0.0) and name == "weight":
-                yield recipe.document.error(f"{shown(source.name)} adds nothing: its weight is 0", value.path)
+                yield recipe.document.error(f"{shown(str(source.ref))} adds nothing: its weight is 0", value.path)
             if _only(value, 1.0) and name == "scale":
                 yield recipe.document.error("`scale` 1 changes nothing", value.path)
     for value in (value for level in part.levels for name, value in level.items() if name in ("t", "lambda")):
         name = value.path.rpartition(".")[2]
         if _only(value, 0.0):
-            yield recipe.document.error(f"`{name}` 0 leaves {shown(part.sources[0].name)} as it is", value.path)
-        if _only(value, 1.0) and name == "t" and len(part.sources) == 2 and recipe.method.name == "slerp":
-            yield recipe.document.error(f"`t` 1 gives {shown(part.sources[1].name)} as it is", value.path)
+            yield recipe.document.error(f"`{name}` 0 leaves {shown(str(part.sources[0].ref))} as it is", value.path)
+        if _only(value, 1.0) and name == "t" and len(part.sources) == 2 and recipe.method.walks:
+            yield recipe.document.error(f"`t` 1 gives {shown(str(part.sources[1].ref))} as it is", value.path)
     yield from _dropping(recipe, part)
 
 
 def _dropping(recipe: Recipe, part: Part) -> Iterator[RecipeError]:
-    levels = (*(source.own for source in part.sources), *part.levels)
+    method, levels = recipe.method, (*(source.own for source in part.sources), *part.levels)
     given = [level["density"] for level in levels if "density" in level]
     for value in given:
         if _only(value, 0.0):
             yield recipe.document.error("`density` 0 drops everything", value.path)
-        if _only(value, 1.0) and recipe.method.name.startswith(_DROPS):
-            message = f"`density` 1 drops nothing, and dropping is what {recipe.method.name} is for"
+        if _only(value, 1.0) and method.drops and (method.draws or not method.elects):
+            message = f"`density` 1 drops nothing, and dropping is what {method.name} is for"
             yield recipe.document.error(message, value.path)
-    declared = [p for p in recipe.method.parameters if p.name == "density" and p.default == 1.0]
-    if not given and declared and recipe.method.name.startswith((*_DROPS, "ties")):
-        message = f"without a `density`, {recipe.method.name} drops nothing: its default is 1"
+    by_default = any(p.name == "density" and p.default == 1.0 for p in method.parameters)
+    if not given and method.drops and by_default:
+        message = f"without a `density`, {method.name} drops nothing: its default is 1"
         yield recipe.document.error(message, at="$.merge_method")
 
 
@@ -261,8 +248,9 @@ def _values(recipe: Recipe) -> list[Value]:
     return list(found.values())
 
 
-def _names(recipe: Recipe, model: str, names: Names, made: Sequence[Collection[str]]) -> Collection[str]:
-    return made[recipe.earlier[model]] if model in recipe.earlier else names(model)
+def _names(recipe: Recipe, model: ModelRef, names: Names, made: Sequence[Collection[str]]) -> Collection[str]:
+    above = recipe.made_by(model)
+    return names(str(model)) if above is None else made[above]
 
 
 def ordered(found: Sequence[Any]) -> tuple[Any, ...]:

@@ -15,13 +15,13 @@ from fastinterp.recipe.document import Document, Source, read, read_all
 from fastinterp.recipe.faults import Faults
 from fastinterp.recipe.parameters import Resolver
 from fastinterp.recipe.parts import Part, Section, sidecar_places
-from fastinterp.recipe.references import model_name, same_model
+from fastinterp.recipe.references import ModelRef, model_ref
 from fastinterp.recipe.schema import Wish, check, guessed_method, method_of
 
 if TYPE_CHECKING:
     from fastinterp.recipe.tokenizer import ChatTemplate, TokenizerWish
 
-__all__ = ["Recipe", "load_recipe", "load_recipes", "same_model"]
+__all__ = ["Recipe", "load_recipe", "load_recipes"]
 
 _CHOICES = {"rounding": ("nearest", "stochastic"), "fp8_overflow": ("saturate", "nonfinite")}
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -29,7 +29,7 @@ _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to merge, and how. Models are named as the user did: a path, or a Hub id with or without `@revision`.
+    """What to merge, and how.
 
     models        every model that is merged, once, in the order in which the method sees them where they are merged
                   whole; its base, if it uses one, is the first
@@ -58,23 +58,23 @@ class Recipe:
     """
 
     method: Method
-    models: tuple[str, ...]
+    models: tuple[ModelRef, ...]
     base: int | None
-    origin: str
+    origin: ModelRef
     parameters: Mapping[str, Any] | None
     dtype: DType | None
     out_dtype: DType | None
     rounding: str
     seed: int
     fp8_overflow: str
-    integers: str | None
+    integers: ModelRef | None
     text: str
     file: str | None
     coefficients: Combine | None
     sections: tuple[Section, ...] = field(repr=False)
-    base_model: str | None
+    base_model: ModelRef | None
     earlier: Mapping[str, int]
-    sidecars: tuple[str, ...]
+    sidecars: tuple[ModelRef, ...]
     tokenizer: TokenizerWish | None
     chat_template: ChatTemplate | None
     name: str | None
@@ -83,6 +83,10 @@ class Recipe:
     @property
     def parts(self) -> tuple[Part, ...]:
         return tuple(part for section in self.sections for part in section.parts)
+
+    def made_by(self, model: ModelRef) -> int | None:
+        """Index of the document above that makes a model. By its very name: `./mix` is a folder beside `mix`."""
+        return self.earlier.get(str(model))
 
     @property
     def filters(self) -> bool:
@@ -99,12 +103,15 @@ class Recipe:
             raise ValueError("what the method asks for is not the same for every tensor")
         return self.coefficients
 
-    def place_of(self, name: str) -> str:
+    def place_of(self, model: ModelRef) -> str:
         """Where the recipe names a model, or a side-car: `$.models[0].model`."""
         from fastinterp.recipe.chain import references
 
-        written = [*references(self.document.value, "$"), *sidecar_places(self.method, self.sections).items()]
-        return next((path for known, path in written if same_model(known, name.partition("@")[0])), "$")
+        written = [(ModelRef.of(text), path) for text, path in references(self.document.value, "$")]
+        written += sidecar_places(self.method, self.sections).items()
+        # The long form has the path by itself.
+        spots = [path for known, path in written if known in (model, ModelRef(model.path))]
+        return spots[0] if spots else "$"
 
     def formula(self) -> str:
         """The merge in one line, then which model each symbol stands for; for people.
@@ -207,11 +214,12 @@ def build(document: Document, above: Sequence[Recipe], faults: Faults) -> Recipe
             parameters, coefficients = _constants(document, method, sections)
     origin = builder.base_model or builder.models[0]
     sidecars = tuple(sidecar_places(method, sections))
+    used = (*builder.models, *([] if builder.base_model is None else [builder.base_model]), *sidecars)
     return Recipe(
         method=method,
         models=tuple(builder.models),
         base=None if builder.base is None else 0,
-        origin=above[names[origin]].origin if origin in names else origin,
+        origin=above[names[str(origin)]].origin if str(origin) in names else origin,
         parameters=parameters,
         rounding=wish.rounding,
         seed=wish.seed,
@@ -221,7 +229,7 @@ def build(document: Document, above: Sequence[Recipe], faults: Faults) -> Recipe
         coefficients=coefficients,
         sections=sections,
         base_model=builder.base_model,
-        earlier={name: names[name] for name in (*builder.models, builder.base_model, *sidecars) if name in names},
+        earlier={str(model): names[str(model)] for model in used if str(model) in names},
         sidecars=sidecars,
         name=wish.name,
         document=document,
@@ -283,7 +291,7 @@ def _constants(
         if part.is_constant:
             parameters = Resolver(document, method, part).parameters("", ("",) * len(part.sources), None)
             if method.generator:
-                _begin(document, method, part, parameters)
+                run_to_first_request(document, method, part, parameters)
             elif method.fn.__code__.co_argcount == 1:
                 coefficients = _coefficients(document, method, part, parameters)
     if len(parts) != 1 or sections[0].stacked or sections[0].name is not None:
@@ -310,18 +318,17 @@ def _seed(document: Document, seed: int) -> int:
     return seed
 
 
-def _integers(document: Document, wish: Wish, models: Sequence[str]) -> str | None:
+def _integers(document: Document, wish: Wish, models: Sequence[ModelRef]) -> ModelRef | None:
     if wish.integers is None:
         return None
-    name = model_name(document, wish.integers, "$.integers")
-    for model in models:
-        if same_model(model, name):
-            return model
-    raise document.error(f"`integers` must name a model that is merged, got {shown(name)}", "$.integers")
+    model = model_ref(document, wish.integers, "$.integers")
+    if model not in models:
+        raise document.error(f"`integers` must name a model that is merged, got {shown(str(model))}", "$.integers")
+    return models[models.index(model)]
 
 
-def _begin(document: Document, method: Method, part: Part, parameters: Mapping[str, Any]) -> None:
-    """Run a method that asks up to its first request, for a tensor that is none: what is wrong by then are parameters.
+def run_to_first_request(document: Document, method: Method, part: Part, parameters: Mapping[str, Any]) -> None:
+    """Run a generator method up to its first request, for a made-up tensor: errors by then are those of parameters.
 
     Raises: MethodError with path and line.
     """

@@ -14,7 +14,7 @@ from fastinterp.methods import Method, Parameter, Sidecar, clipped, shown, sugge
 from fastinterp.recipe.document import Document
 from fastinterp.recipe.faults import Faults
 from fastinterp.recipe.parts import Level, Part
-from fastinterp.recipe.references import model_name
+from fastinterp.recipe.references import model_ref
 from fastinterp.recipe.schema import known_parameters
 from fastinterp.recipe.values import Place, Value, missing, parse
 
@@ -71,9 +71,9 @@ class Levels:
             raise self.document.error(f"`{name}` is never used here: {never}. Remove it", path, at=at)
         value = parse(self.document, parameter, given, at, self.faults)
         if parameter.kind is Sidecar and value is not None:
-            for (_, name_of_model), place in zip(value.cases, value.paths, strict=True):
+            for (_, sidecar), place in zip(value.cases, value.paths, strict=True):
                 with self.faults:
-                    model_name(self.document, name_of_model, place)
+                    model_ref(self.document, sidecar, place)
         return value
 
     def finish(self, parts: tuple[Part, ...]) -> None:
@@ -112,7 +112,7 @@ class Levels:
             if i is None:
                 raise self.document.error(f"{needs}. Write it in {TOP}", at="$.merge_method", kind=MethodError)
             source = part.sources[i]
-            raise self.document.error(f"{needs}, and {shown(source.name)} has none", source.path, kind=MethodError)
+            raise self.document.error(f"{needs}, and {shown(str(source.ref))} has none", source.path, kind=MethodError)
 
     def _unused(self, name: str, path: str, parts: tuple[Part, ...]) -> RecipeError:
         if all(part.copies for part in parts):
@@ -164,6 +164,10 @@ class Resolver:
             # repr: 1 and True are equal, and so are 0.0 and -0.0
             found = self._by_cases[picked, place] = self._by_values.setdefault(repr(values), values)
         return found
+
+    def resolved(self) -> list[dict[str, Any]]:
+        """Every different result of `parameters` so far, once."""
+        return list(self._by_values.values())
 
     def reached(self) -> dict[str, int]:
         """Path of each case that any tensor got its value from, and how many did; 1, if the part is constant."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from fastinterp.methods import Method, Sidecar
+from fastinterp.recipe.references import ModelRef
 from fastinterp.recipe.values import Value
 
 Level = dict[str, Value]  # the parameters that stand at one place of a recipe
@@ -17,14 +18,14 @@ class Source(msgspec.Struct, frozen=True):
     """One model in a part.
 
     model    index into Recipe.models
-    name     as there
+    ref      the same model, as it is named there
     layers   first and end of its layers in a slice; None: the whole model
     own      its own parameters
     path     where it stands
     """
 
     model: int
-    name: str
+    ref: ModelRef
     layers: tuple[int, int] | None = None
     own: Level = msgspec.field(default_factory=dict)
     path: str = "$"
@@ -74,14 +75,14 @@ class Section(msgspec.Struct, frozen=True):
     path: str
 
 
-def sidecar_places(method: Method, sections: tuple[Section, ...]) -> dict[str, str]:
+def sidecar_places(method: Method, sections: tuple[Section, ...]) -> dict[ModelRef, str]:
     """The further checkpoints that parameters name, and where each is first named."""
-    found: dict[str, str] = {}
+    found: dict[ModelRef, str] = {}
     names = [p.name for p in method.parameters if p.kind is Sidecar]
     for part in (part for section in sections for part in section.parts) if names else ():
         for level in (*(source.own for source in part.sources), *part.levels):
             for value in (level[name] for name in names if name in level):
                 for (_, case), path in zip(value.cases, value.paths, strict=True):
                     if case is not None:
-                        found.setdefault(case, path)
+                        found.setdefault(ModelRef.of(case), path)
     return found

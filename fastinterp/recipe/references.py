@@ -1,47 +1,78 @@
-"""References to models: `path`, `name@revision`, and the long forms. Nothing is opened."""
+"""Models as recipes name them: path or Hub id, revision, adapters. Parsed and compared here only; opened elsewhere."""
 
 from __future__ import annotations
 
 import os
 
+import msgspec
+
 from fastinterp.methods import shown
 from fastinterp.recipe.document import Document
-from fastinterp.recipe.schema import Place, Reference
+from fastinterp.recipe.schema import ModelPath, Reference
 
 
-def model_name(document: Document, given: str | Reference, path: str) -> str:
-    """A model reference as one string: a path or Hub id, with `@revision` if there is one."""
-    if isinstance(given, Reference):
-        return _placed(document, given.model, f"{path}.model")
-    if not given.strip():
+class ModelRef(msgspec.Struct, frozen=True, eq=False):
+    """A model as a recipe names it: a value. str() is its text form, which messages, receipts and model cards show.
+
+    path      a folder, a .safetensors file or a Hub id, as it was written
+    revision  of a Hub id; None: its default branch
+    adapters  of the model, in the order in which they are added; always empty, as `+` is refused
+
+    Two are equal, if their text forms are the same normalised path: `models/a` and `./models/a/` are.
+    """
+
+    path: str
+    revision: str | None = None
+    adapters: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, text: str) -> ModelRef:
+        """The model of a text form: `path` or `path@revision`."""
+        path, at, revision = text.rpartition("@")
+        return cls(path, revision) if at else cls(text)
+
+    def __str__(self) -> str:
+        revision = "" if self.revision is None else f"@{self.revision}"
+        return "+".join((f"{self.path}{revision}", *self.adapters))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelRef) and os.path.normpath(str(self)) == os.path.normpath(str(other))
+
+    def __hash__(self) -> int:
+        return hash(os.path.normpath(str(self)))
+
+
+def model_ref(document: Document, written: str | Reference, path: str) -> ModelRef:
+    """The model that a recipe names at `path`, by its text form or by the long form `{model: {path, revision}}`.
+
+    Raises: RecipeError, if the name is empty, has an adapter or more than one revision.
+    """
+    if isinstance(written, Reference):
+        if isinstance(written.model, str):
+            return model_ref(document, written.model, f"{path}.model")
+        return _of_long_form(document, written.model, f"{path}.model")
+    if not written.strip():
         raise document.error("the name of a model must not be empty", path)
     instead = "If it belongs to the path, write `{model: {path: ...}}` for the name"
-    if "+" in given:
+    if "+" in written:
         raise document.error(f"a LoRA behind `+` is not supported yet: merge it into its model first. {instead}", path)
-    if given.count("@") > 1:
-        raise document.error(f"{shown(given)} has more than one `@`. {instead}", path)
-    return given
+    if written.count("@") > 1:
+        raise document.error(f"{shown(written)} has more than one `@`. {instead}", path)
+    return ModelRef.of(written)
 
 
-def _placed(document: Document, given: str | Place, path: str) -> str:
-    if isinstance(given, str):
-        return model_name(document, given, path)
-    if not given.path.strip() or given.revision == "":
+def _of_long_form(document: Document, written: ModelPath, path: str) -> ModelRef:
+    if not written.path.strip() or written.revision == "":
         raise document.error("`path` and `revision` must not be empty", path)
-    return given.path if given.revision is None else f"{given.path}@{given.revision}"
+    return ModelRef(written.path, written.revision)
 
 
-def same_model(a: str, b: str) -> bool:
-    """Whether two names in a recipe are the same model: `models/a` and `./models/a/` are."""
-    return os.path.normpath(a) == os.path.normpath(b)
-
-
-def not_beside(document: Document, name: str, path: str) -> None:
+def refuse_beside(document: Document, model: ModelRef, path: str) -> None:
     """Relative paths start at the current folder, as mergekit's do: say so where the recipe's folder was meant.
 
     Raises: RecipeError, if there is such a folder beside the recipe, and none where the name says.
     """
-    folder = os.path.dirname(document.file or "")
+    name, folder = str(model), os.path.dirname(document.file or "")
     beside = os.path.join(folder, name)
     if folder and not os.path.isabs(name) and os.path.exists(beside) and not os.path.exists(name):
         raise document.error(

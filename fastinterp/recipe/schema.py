@@ -16,7 +16,7 @@ from fastinterp.recipe.faults import Faults
 T = TypeVar("T")
 
 
-class Place(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+class ModelPath(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """`{path, revision}` of a model reference; the form for paths that hold an `@` or `+`."""
 
     path: str
@@ -26,7 +26,7 @@ class Place(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class Reference(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """`{model: ...}`: the long form of a model's name."""
 
-    model: str | Place
+    model: str | ModelPath
 
 
 class Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -182,7 +182,7 @@ def _split(message: str) -> tuple[str, str]:
 
 def _struct_at(kind: Any, path: str) -> Any:
     """What a mapping at `path` inside a `kind` would be converted to."""
-    return kind if path == "$" else Place if path.endswith(".model") and path.count(".") > 1 else Reference
+    return kind if path == "$" else ModelPath if path.endswith(".model") and path.count(".") > 1 else Reference
 
 
 def _explained(document: Document, what: str, path: str, struct: Any) -> RecipeError:

@@ -17,13 +17,15 @@ from typing import Any
 import msgspec
 
 from fastinterp.errors import RecipeError, ShapeError
+from fastinterp.methods import shown
 from fastinterp.recipe.faults import Faults
 from fastinterp.recipe.layers import Layers, Stack
-from fastinterp.recipe.load import Recipe, same_model
+from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.modules import members
 from fastinterp.recipe.parameters import Resolver
 from fastinterp.recipe.parts import Part, Section, Source
 
+MAX_LAYERS = 100_000  # of a stack that slices make: far above any model, and all of it is held
 _SHOWN = 5  # names that a message lists before it only counts them
 
 
@@ -122,6 +124,7 @@ class Assembly:
         parts = section.parts
         stack = self._main(section)
         total = sum(part.sources[0].length for part in parts)
+        before = len(self._faults.found)
         resolvers = [self._resolver(part) for part in parts]
         with self._faults:
             self._outside(section, parts[0], resolvers[0], stack, after=False)
@@ -132,6 +135,8 @@ class Assembly:
             start += part.sources[0].length
         with self._faults:
             self._outside(section, parts[-1], resolvers[-1], stack, after=True)
+        if len(self._faults.found) > before:  # a range may go beyond all that exists
+            return
         picked = [part.sources[0].layers for part in parts]
         numbers = [n for span in picked if span for n in range(*span)]
         if numbers != list(range(stack.layers)):
@@ -146,6 +151,8 @@ class Assembly:
         if len(blocks) < len(part.sources):
             return
         lead, (start, total) = part.sources[0], place
+        if start + lead.length > MAX_LAYERS:
+            raise self._error(f"the slices have more than {MAX_LAYERS:,} layers up to here. Use fewer", part.path)
         for offset in range(lead.length):
             numbers = [source.layers[0] + offset for source in part.sources if source.layers]
             rests = [b[number] for b, number in zip(blocks, numbers, strict=True)]
@@ -165,7 +172,7 @@ class Assembly:
         if layers.main is None:
             found = [f"{s.prefix} ({s.layers})" for s in layers.candidates]
             what = f"several stacks of layers: {', '.join(found)}. Name them under `modules`" if found else "no layers"
-            raise self._error(f"slices need one stack of layers, but {lead.name} has {what}", f"{section.path}.slices")
+            raise self._error(f"slices need one stack of layers, but {lead.ref} has {what}", f"{section.path}.slices")
         return layers.main
 
     def _blocks(self, source: Source, section: Section, stack: Stack) -> dict[int, list[str]]:
@@ -176,11 +183,11 @@ class Assembly:
         layers = self._layers_of(source, section)
         own = next((s for s in layers.stacks if s.prefix == stack.prefix), None)
         if own is None:
-            raise self._error(f"{source.name} has no layers {stack.prefix}.0, {stack.prefix}.1, ...", source.path)
+            raise self._error(f"{source.ref} has no layers {stack.prefix}.0, {stack.prefix}.1, ...", source.path)
         assert source.layers is not None
         if source.layers[1] > own.layers:
             raise self._error(
-                f"`layer_range` {list(source.layers)} goes beyond the {own.layers} layers of {source.name}",
+                f"`layer_range` {shown(list(source.layers))} goes beyond the {own.layers} layers of {source.ref}",
                 f"{source.path}.layer_range",
             )
         found: dict[int, list[str]] = {}
@@ -221,7 +228,7 @@ class Assembly:
             taken.add(target.name)
         sources = {source.model for part in recipe.parts for source in part.sources}
         if recipe.base_model is not None:
-            at = next(i for i, model in enumerate(recipe.models) if same_model(model, recipe.base_model))
+            at = recipe.models.index(recipe.base_model)
             rest = self._outside_modules(at)
             self.targets += [Target(name, ((at, name),), {}, copies=True) for name in rest]
             return
@@ -293,7 +300,7 @@ class Assembly:
             return
         at = [f" in {w}" for w in where] if where else ["", ""]
         only = [n for n in ours if n not in found], [n for n in theirs if n not in known]
-        sides = (lead.name, at[0], only[0]), (other.name, at[1], only[1])
+        sides = (lead.ref, at[0], only[0]), (other.ref, at[1], only[1])
         told = [f"{model} alone has {_listed(names)}{place}" for model, place, names in sides if names]
         raise ShapeError(f"the models have different tensors: {'; '.join(told)}. Only models of one architecture merge")
 

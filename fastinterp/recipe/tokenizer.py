@@ -15,7 +15,7 @@ import msgspec
 from fastinterp.methods import clipped, shown, suggestion
 from fastinterp.recipe.document import Document
 from fastinterp.recipe.faults import Faults
-from fastinterp.recipe.references import model_name, same_model
+from fastinterp.recipe.references import ModelRef, model_ref
 from fastinterp.recipe.schema import Reference, Wish, converted
 
 TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # as mergekit names them
@@ -29,7 +29,7 @@ class TokenSource:
     token, token_id  which token of that model; both None: the one of the same text
     """
 
-    model: str | None = None
+    model: ModelRef | None = None
     token: str | None = None
     token_id: int | None = None
 
@@ -60,7 +60,7 @@ class TokenizerWish:
     """
 
     source: Literal["union", "base", "model"]
-    model: str | None = None
+    model: ModelRef | None = None
     tokens: tuple[TokenWish, ...] = ()
     pad_to_multiple_of: int | None = None
 
@@ -108,7 +108,7 @@ class _ModelToken(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 def tokenizer_wish(
-    document: Document, wish: Wish, models: Sequence[str], base_model: str | None, faults: Faults
+    document: Document, wish: Wish, models: Sequence[ModelRef], base_model: ModelRef | None, faults: Faults
 ) -> TokenizerWish | None:
     """What the keys `tokenizer` and `tokenizer_source` say; None, if it is wrong and the faults are gathered.
 
@@ -146,8 +146,8 @@ def tokenizer_wish(
 
 
 def _source(
-    document: Document, given: str | Reference, known: Sequence[str], base_model: str | None, path: str
-) -> tuple[Literal["union", "base", "model"], str | None]:
+    document: Document, given: str | Reference, known: Sequence[ModelRef], base_model: ModelRef | None, path: str
+) -> tuple[Literal["union", "base", "model"], ModelRef | None]:
     if given == "union":
         return "union", None
     if given != "base":
@@ -160,16 +160,18 @@ def _source(
     return "base", base_model
 
 
-def _model(document: Document, given: str | Reference, known: Sequence[str], path: str) -> str:
-    name = model_name(document, given, path)
-    for model in known:
-        if same_model(model, name):
-            return model
+def _model(document: Document, written: str | Reference, known: Sequence[ModelRef], path: str) -> ModelRef:
+    """The one of `known` that is written at `path`."""
+    model = model_ref(document, written, path)
+    if model in known:
+        return known[known.index(model)]
     words = "union, base, " if path in ("$.tokenizer_source", "$.tokenizer.source") else ""
-    raise document.error(f"expected {words}a model that is merged, or base_model, got {shown(name)}", path)
+    raise document.error(f"expected {words}a model that is merged, or base_model, got {shown(str(model))}", path)
 
 
-def _token(document: Document, known: Sequence[str], text: str, value: Any, path: str, faults: Faults) -> TokenWish:
+def _token(
+    document: Document, known: Sequence[ModelRef], text: str, value: Any, path: str, faults: Faults
+) -> TokenWish:
     if not text:
         raise document.error("a token must not be empty", path)
     given = converted(document, {} if value is None else value, _Token, path, faults) or _Token()
@@ -182,7 +184,7 @@ def _token(document: Document, known: Sequence[str], text: str, value: Any, path
     return TokenWish(text, _token_source(document, known, given.source, f"{path}.source", faults), given.force)
 
 
-def _token_source(document: Document, known: Sequence[str], given: Any, path: str, faults: Faults) -> TokenSource:
+def _token_source(document: Document, known: Sequence[ModelRef], given: Any, path: str, faults: Faults) -> TokenSource:
     if isinstance(given, str):
         return TokenSource(_model(document, given, known, path))
     if not isinstance(given, dict):

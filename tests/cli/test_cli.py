@@ -131,7 +131,7 @@ def test_unexpected_exception_is_not_hidden(models, monkeypatch):
 def test_merge_prints_a_summary_and_writes_the_checkpoint(models):
     text = run("merge", "recipe.yml", "out")
     assert text.startswith("out: 1 file, ")
-    assert "of the intended change arrived" in text
+    assert "of the intended change preserved" in text
     assert set(layers(1)) == set(load(models / "out" / "model.safetensors"))
 
 
@@ -163,13 +163,13 @@ def test_quiet_prints_warnings_only(models):
     assert run("merge", "recipe.yml", "out", "--quiet") == ""
     done = CliRunner().invoke(commands, ["interpolate", "base", "a", "--alpha", "0.001", "-o", "p", "--quiet"])
     assert (done.exit_code, done.stdout) == (0, "")
-    assert "p: warning: rounding to BF16 lets" in done.stderr
+    assert "p: warning: rounding to BF16 preserved" in done.stderr
 
 
 def test_force_replaces_a_checkpoint(models):
     run("merge", "recipe.yml", "out", "--max-shard-size", "100")
     assert (models / "out" / "model.safetensors.index.json").exists()
-    assert "removed from the old checkpoint: " in run("merge", "recipe.yml", "out", "--force")
+    assert "removed from the replaced checkpoint: " in run("merge", "recipe.yml", "out", "--force")
     assert [p.name for p in (models / "out").glob("model*")] == ["model.safetensors"]
 
 

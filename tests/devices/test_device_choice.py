@@ -18,7 +18,7 @@ from fastinterp.backends.registry import Wish, find_devices, wish_of
 from fastinterp.errors import BackendError, RecipeError
 from fastinterp.execute import device_choice as cost
 from fastinterp.execute.device.executor import SLOT_BYTES, SLOTS
-from fastinterp.execute.rounds import Placed
+from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.execute.run import make_window
 from fastinterp.inspect.explain import as_dict, as_text
 from fastinterp.ops.dtypes import BF16
@@ -84,8 +84,11 @@ def test_processes_of_one_machine_take_a_device_each(monkeypatch):
     have(monkeypatch, cuda=2)
     assert [find_devices(wish_of("cuda"), local)[0].name for local in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert [d.name for d in find_devices(wish_of("cuda:1"), 0)] == ["cuda:1"]
-    ones = Placed(("cuda:0 A (cuda)",), {"copies": 1, "empty": 2}, 3), Placed(("cuda:1 A (cuda)",), {"copies": 1}, 1)
-    assert Placed.together([*ones, ones[0]]) == Placed(
+    ones = (
+        DeviceUsage(("cuda:0 A (cuda)",), {"copies": 1, "empty": 2}, 3),
+        DeviceUsage(("cuda:1 A (cuda)",), {"copies": 1}, 1),
+    )
+    assert DeviceUsage.together([*ones, ones[0]]) == DeviceUsage(
         ("cuda:0 A (cuda)", "cuda:1 A (cuda)"), {"copies": 3, "empty": 4}, 7
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastinterp
-from fastinterp.execute.report import Effect
+from fastinterp.execute.report import RoundingEffect
 from fastinterp.ops.dtypes import BF16, F32
 from tests.support.checkpoints import Tensor, floats, moved, read, recipe, saved, tensor, weights, write
 
@@ -41,7 +41,7 @@ def test_overflow_of_the_output_is_counted(tmp_path):
     report = fastinterp.merge(recipe("linear", paths, weights=[2, -1]), tmp_path / "out", dtype="float16")
     want = int(np.isinf(floats(read(tmp_path / "out")["x"])).sum())
     assert want == 100 == report.effect.inf_out
-    assert report.warnings[-1] == "0 NaN and 100 Inf arose in the output (F16), first in x"
+    assert report.warnings[-1] == "0 NaN and 100 Inf were created in the output (F16), first in x"
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_bf16_makes_alpha_a_staircase(tmp_path, near):
     found = report.effect.strength
     assert found is not None and abs(found - real) < 6 * deviation
     assert report.warnings == (
-        f"rounding to BF16 lets {found:.2f} of the intended change arrive: the models differ by little more than the "
+        f"rounding to BF16 preserved {found:.2f} of the intended change: the models differ by little more than the "
         "spacing of that dtype. Use --rounding stochastic, or --dtype float32",
     )
 
@@ -118,8 +118,8 @@ def test_float32_output_walks_the_line_exactly(tmp_path, near):
 
 def test_strength_adds_up_over_tensors():
     """The total is that of one long vector."""
-    parts = [Effect(10, 10, 5, 4.0, 2.0, 1.0, 0, 0, 0, 0), Effect(30, 10, 5, 4.0, 6.0, 6.0, 1, 0, 1, 0)]
-    total = Effect.total(parts)
+    parts = [RoundingEffect(10, 10, 5, 4.0, 2.0, 1.0, 0, 0, 0, 0), RoundingEffect(30, 10, 5, 4.0, 6.0, 6.0, 1, 0, 1, 0)]
+    total = RoundingEffect.total(parts)
     assert (total.strength, total.changed_fraction, total.relative_change) == (7 / 8, 0.5, 1.0)
     assert (total.numel, total.nan_in, total.nan_out) == (40, 1, 1)
 
@@ -130,7 +130,7 @@ def test_overflow_of_a_copy_that_changes_dtype_is_counted(tmp_path):
     report = fastinterp.merge(recipe("linear", saved(tmp_path, [big]), weights=[1]), tmp_path / "out", dtype="float16")
     assert report.copied == ()
     assert report.effect.inf_out == 2
-    assert report.warnings == ("0 NaN and 2 Inf arose in the output (F16), first in x",)
+    assert report.warnings == ("0 NaN and 2 Inf were created in the output (F16), first in x",)
 
 
 def test_a_nan_in_one_tensor_does_not_hide_the_staircase_in_another(tmp_path):
@@ -140,7 +140,7 @@ def test_a_nan_in_one_tensor_does_not_hide_the_staircase_in_another(tmp_path):
     first, second = saved(tmp_path, [a, b])
     report = fastinterp.interpolate(first, second, 0.25, tmp_path / "out")[0]
     assert report.tensors["nan"].strength is None
-    assert any("of the intended change arrive" in w for w in report.warnings)
+    assert any("of the intended change" in w for w in report.warnings)
     assert any("1 NaN" in w for w in report.warnings)
 
 

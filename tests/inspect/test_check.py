@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 import fastinterp
 from fastinterp.cli import commands
+from fastinterp.execute import chunks
 from fastinterp.inspect import samples
 from fastinterp.inspect.check import Checked
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
@@ -287,14 +289,14 @@ def test_deltas_of_quantised_models(folder, dtype, size, both):
 
 
 def test_samples_are_few(folder, monkeypatch):
-    monkeypatch.setattr(samples, "TENSORS", 2)
+    monkeypatch.setattr(chunks, "TENSORS", 2)
     found = fastinterp.check(recipe("ties", ["a", "b"], **TIES))
     assert (found.tensors, found.sampled) == (3, 2)
 
 
 def test_a_sample_is_the_middle_of_a_tensor(folder, monkeypatch):
     """NaN there is found; at an end of the tensor, where nothing is read, it is not."""
-    monkeypatch.setattr(samples, "CHUNK", 4)
+    monkeypatch.setattr(chunks, "CHUNK", 4)
     for at, found in ((3, ()), (4, ("x",)), (7, ("x",)), (8, ())):
         values = np.ones(12)
         values[at] = np.nan
@@ -409,3 +411,67 @@ def test_command(folder):
     found = json.loads(run("bad.yml", "--json", code=3))
     assert (found["ok"], found["recipe"], len(found["wrong"]), len(found["odd"])) == (False, "bad.yml", 1, 1)
     assert found["wrong"][0]["kind"] == "CheckpointError" and found["wrong"][0]["line"] == 2
+
+
+@pytest.mark.parametrize("end", ["100000000", "0x" + "f" * 6000], ids=["large", "without decimal digits"])
+def test_a_range_far_beyond_the_layers(folder, end):
+    """It is found without counting the range out."""
+    text = (
+        "merge_method: linear\nparameters: {weight: 1}\nslices:\n  - sources: "
+        f"[{{model: a, layer_range: [0, {end}]}}, {{model: b, layer_range: [0, {end}]}}]\n"
+    )
+    tracemalloc.start()
+    found = fastinterp.check(text)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 64 << 20
+    assert {(f.line, f.kind) for f in found.wrong} == {(4, "RecipeError")}
+    assert "goes beyond the 2 layers of a" in found.wrong[0].message
+    with pytest.raises(fastinterp.RecipeError, match="goes beyond the 2 layers of a"):
+        fastinterp.merge(text, "out")
+
+
+BOTH = "  - sources: [{{model: a, layer_range: [0, {1}]}}, {{model: {0}, layer_range: [0, {1}]}}]\n"
+SLICES = "merge_method: linear\nparameters: {weight: 1}\nslices:\n"
+CANCELLING = (
+    "merge_method: ties\nbase_model: base\nmodels: [{{model: a, parameters: {{weight: 1}}}}, {{model: {0}}}]\n"
+    "parameters: {{weight: [{{filter: up_proj, value: -1}}, {{value: 1}}]}}\n"
+)
+PAIR = "merge_method: linear\nmodels: [{{model: a}}, {{model: {0}}}]\nparameters: {{weight: 1}}\n"
+# name: (exit code, recipe). narrow/ has a tensor of another shape, less/ lacks one, and in/f/ stands beside the recipe.
+CODES: dict[str, tuple[int, str]] = {
+    "nothing": (0, PAIR.format("b")),
+    "a shape": (3, PAIR.format("narrow")),
+    "a tensor that is not there": (3, PAIR.format("less")),
+    "a model that is not there": (3, PAIR.format("./none")),
+    "a dtype": (2, PAIR.format("narrow") + "dtype: f8\n"),
+    "a key, and a model that is not there": (2, PAIR.format("./none") + "dtyp: float16\n"),
+    "weights that cancel": (2, CANCELLING.format("b")),
+    "weights that cancel, and a shape": (3, CANCELLING.format("narrow")),
+    "a range, then a tensor that is not there": (2, SLICES + BOTH.format("b", 5) + BOTH.format("less", 1)),
+    "a tensor that is not there, then a range": (3, SLICES + BOTH.format("less", 1) + BOTH.format("b", 5)),
+    "a side-car that is beside the recipe": (
+        3,
+        "merge_method: fisher\nmodels: [{model: a, parameters: {fisher: f}}, {model: b, parameters: {fisher: f}}]\n",
+    ),
+    "a shape in a document above": (
+        3,
+        "name: m\n" + PAIR.format("narrow") + "---\n" + PAIR.format("m"),
+    ),
+    "models that are left empty": (2, "merge_method: linear\nmodels:\nbase_model: base\n"),
+}
+
+
+@pytest.mark.parametrize(("code", "text"), CODES.values(), ids=CODES)
+def test_the_exit_code_is_that_of_the_merge(folder, code, text):
+    """Whatever else is wrong, and in which order: it is the code of the error that the merge meets first."""
+    save("narrow", llama() | {"model.layers.0.mlp.up_proj.weight": weights(0, BF16, (24, 8))})
+    save("less", {name: t for name, t in llama().items() if name != "model.layers.0.mlp.up_proj.weight"})
+    (folder / "in").mkdir()
+    save("in/f", llama())
+    Path("in/r.yml").write_text(text)
+    codes = {
+        command[0]: CliRunner().invoke(commands, [*command, "in/r.yml", *more], prog_name="fastinterp").exit_code
+        for command, more in ((["check"], []), (["explain"], []), (["merge", "--force"], ["out"]))
+    }
+    assert codes == {"check": code, "explain": code, "merge": code}

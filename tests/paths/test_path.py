@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import fastinterp
 from fastinterp.errors import ShapeError, StorageError, UsageError
-from fastinterp.execute.report import Effect
+from fastinterp.execute.report import RoundingEffect
 from fastinterp.in_memory.merge import merge_measured
 from tests.support.models import layers, load, save
 
@@ -266,7 +266,7 @@ def test_each_tensor_is_rounded_once_to_what_the_module_has():
     stored = {"fine": "float32", "coarse": "bfloat16"}
     for alpha, point in zip(alphas, found.points, strict=True):
         weights, effects = merge_measured([a, b], "linear", parameters={"weight": [1 - alpha, alpha]}, dtype=stored)
-        assert point.changed_fraction == Effect.total(effects.values()).changed_fraction
+        assert point.changed_fraction == RoundingEffect.total(effects.values()).changed_fraction
         changed = sum((weights[n] != a[n].to(weights[n].dtype)).sum().item() for n in stored)
         assert point.changed_fraction == changed / 8192
     with pytest.raises(UsageError, match=r"`dtype` is float32, but `model` has coarse \(torch.bfloat16\)"):

@@ -16,6 +16,8 @@ from fastinterp.ops.combine import Combine
 from fastinterp.ops.dtypes import BF16, F16, F32
 from fastinterp.recipe.check import inspect
 from fastinterp.recipe.load import load_recipe, load_recipes
+from fastinterp.recipe.references import ModelRef
+from tests.support.references import texts
 
 LINEAR = """\
 merge_method: linear
@@ -51,7 +53,11 @@ def test_mergekits_linear_example():
         "merge_method: linear\ndtype: float16\n"
     )
     assert recipe.method is find("linear")
-    assert recipe.models == ("psmathur/orca_mini_v3_13b", "WizardLM/WizardLM-13B-V1.2", "garage-bAInd/Platypus2-13B")
+    assert texts(recipe.models) == (
+        "psmathur/orca_mini_v3_13b",
+        "WizardLM/WizardLM-13B-V1.2",
+        "garage-bAInd/Platypus2-13B",
+    )
     assert recipe.combine("model.norm.weight") == Combine((1 / 1.8, 0.3 / 1.8, 0.5 / 1.8), sums_to_one=True)
     assert (recipe.base, recipe.origin, recipe.dtype, recipe.out_dtype) == (None, recipe.models[0], F16, None)
     assert (recipe.rounding, recipe.seed, recipe.fp8_overflow, recipe.integers) == ("nearest", 0, "saturate", None)
@@ -59,8 +65,8 @@ def test_mergekits_linear_example():
 
 def test_task_arithmetic_puts_the_base_first_and_skips_it_among_the_models():
     recipe = load_recipe(TASK)
-    assert recipe.models == ("base", "ft1", "ft2")
-    assert (recipe.base, recipe.origin) == (0, "base")
+    assert texts(recipe.models) == ("base", "ft1", "ft2")
+    assert (recipe.base, str(recipe.origin)) == (0, "base")
     assert recipe.parameters == {"weight": (0.6, -0.3), "normalize": False, "lambda": 1.0, "int8_mask": False}
     assert recipe.combine("x") == Combine((0.0, 0.6, -0.3), base=0)
     assert recipe.combine("x") is recipe.combine("y")
@@ -80,13 +86,13 @@ def test_what_copied_recipes_hold_and_what_changes_nothing():
     """`tokenizer_source: base` is what happens where a base_model is named; int8_mask saves memory in mergekit."""
     copied = TASK + "tokenizer_source: base\nparameters: {int8_mask: true}\n"
     assert load_recipe(copied).combine("x") == load_recipe(TASK).combine("x")
-    assert load_recipe(copied).origin == "base"
+    assert str(load_recipe(copied).origin) == "base"
 
 
 def test_base_model_of_linear_only_gives_config_and_tokenizer():
     recipe = load_recipe(LINEAR + "base_model: models/c\n")
-    assert (recipe.models, recipe.base, recipe.origin) == (("models/a", "models/b"), None, "models/c")
-    assert load_recipe(LINEAR + "base_model: models/b\n").models == ("models/a", "models/b")
+    assert (texts(recipe.models), recipe.base, str(recipe.origin)) == (("models/a", "models/b"), None, "models/c")
+    assert texts(load_recipe(LINEAR + "base_model: models/b\n").models) == ("models/a", "models/b")
 
 
 def test_passthrough():
@@ -102,9 +108,9 @@ def test_every_key():
         "fp8_overflow: nonfinite\nintegers: ./models/b\n"
     )
     assert recipe.combine("x") == Combine((1.0, 0.3))
-    assert recipe.origin == "with+plus@at@v1"
+    assert str(recipe.origin) == "with+plus@at@v1"
     assert (recipe.dtype, recipe.out_dtype, recipe.rounding, recipe.seed) == (BF16, F32, "stochastic", 2**64 - 1)
-    assert (recipe.fp8_overflow, recipe.integers) == ("nonfinite", "models/b")
+    assert (recipe.fp8_overflow, str(recipe.integers)) == ("nonfinite", "models/b")
 
 
 def test_model_references():
@@ -118,7 +124,7 @@ def test_model_references():
         (Path("models") / "a", "models/a"),
     ]:
         recipe = load_recipe({"merge_method": "passthrough", "models": ({"model": given_name},)})
-        assert recipe.models == (expected,)
+        assert texts(recipe.models) == (expected,)
 
 
 def test_yaml_anchors_and_merge_keys():
@@ -130,7 +136,7 @@ def test_yaml_anchors_and_merge_keys():
         "  - {model: c, parameters: *p}\n"
         "  - {model: d, parameters: {<<: [{weight: 1.5}, *p]}}\n"
     )
-    assert recipe.models == ("a", "b", "c", "d")
+    assert texts(recipe.models) == ("a", "b", "c", "d")
     assert recipe.parameters is not None
     assert recipe.parameters["weight"] == (0.5, 0.5, 0.5, 1.5)
 
@@ -301,7 +307,7 @@ def test_any_positive_weights_load(name, weights, normalize):
     wish = {"merge_method": name, "models": models, "base_model": "base", "parameters": {"normalize": normalize}}
     recipe = load_recipe(wish)
     first = 1 if name == "task_arithmetic" else 0
-    assert recipe.models[first:] == tuple(f"m{i}" for i in range(len(weights)))
+    assert texts(recipe.models)[first:] == tuple(f"m{i}" for i in range(len(weights)))
     total = sum(weights) if normalize else 1.0
     assert recipe.combine("x").weights[first:] == pytest.approx([w / total for w in weights])
     loads_or_refuses(wish)
@@ -318,3 +324,30 @@ def test_any_yaml_loads_or_is_refused(value, flow):
 def test_any_text_loads_or_is_refused(text):
     loads_or_refuses(text + "\n")
     loads_or_refuses(LINEAR + text)
+
+
+def test_two_names_of_one_model_are_equal():
+    """By their text forms, whatever the form in which they were written; adapters and revisions count."""
+    assert ModelRef.of("models/a") == ModelRef.of("./models//a/") == ModelRef("models/b/../a")
+    assert len({ModelRef.of("a"), ModelRef.of("./a"), ModelRef("a/")}) == 1
+    assert ModelRef.of("org/m@v1") == ModelRef("org/m", "v1") != ModelRef("org/m")
+    assert ModelRef.of("a") != "a"
+    for text in ("a", "a@", "@b", "a@b@c", "./a/", "with+plus"):
+        assert str(ModelRef.of(text)) == text
+    assert str(ModelRef("a", "v1", ("x", "y"))) == "a@v1+x+y"
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("org/m@v1", ModelRef("org/m", "v1")),
+        ("{model: org/m@v1}", ModelRef("org/m", "v1")),
+        ("{model: {path: org/m, revision: v1}}", ModelRef("org/m", "v1")),
+        ("{model: {path: 'a+b@c'}}", ModelRef("a+b@c")),
+    ],
+)
+def test_a_model_is_parsed_once(written, expected):
+    recipe = load_recipe(f"merge_method: passthrough\nmodels: [{{model: {written}}}]\n")
+    (model,) = recipe.models
+    assert (model.path, model.revision, model.adapters) == (expected.path, expected.revision, ())
+    assert recipe.sections[0].parts[0].sources[0].ref is recipe.origin

@@ -72,7 +72,10 @@ def test_all_that_is_wrong():
         ("merge_method: [\n", ["2: not valid YAML: did not find expected node content"]),
         (
             "merge_method: liner\nmodels: []\n",
-            ["1: unknown merge method `liner`, did you mean `linear`?", "2: `models` lists no model"],
+            [
+                "1: unknown merge method `liner`, did you mean `linear`?",
+                "2: `models` lists no model. Write `- model: NAME` for each",
+            ],
         ),
         ("merge_method: linear\nmodels: 3\n", ["2: expected a list, got a whole number"]),
         ("models: 3\n", ["1: expected a list, got a whole number", "1: the key `merge_method` is missing"]),
@@ -87,7 +90,7 @@ def test_all_that_is_wrong():
             "  - sources: []\n  - {sources: [{model: a, layer_range: [0, 1], parameters: {x: 1}}]}\n",
             [
                 "3: `layer_range` [first, end) has no layer in it, got [3, 1]",
-                "4: `sources` lists no model",
+                "4: `sources` lists no model. Write `- {model: NAME, layer_range: [0, 16]}` for each",
                 "5: unknown parameter `x` of `linear`. Known: weight, normalize",
             ],
         ),
@@ -98,11 +101,13 @@ def test_all_that_is_wrong():
         (
             "merge_method: linear\nmodels: [{model: a}]\nslices: []\nparameters: {weight: 1, normalize: x}\n",
             ["3: `models` and `slices` exclude each other: give one of `models`, `slices`, `modules`",
-             "3: `slices` lists no slice", "4: `normalize` must be true or false, got 'x'"],
+             "3: `slices` lists no slice. Write `- sources: [{model: NAME, layer_range: [0, 16]}]` for each",
+         "4: `normalize` must be true or false, got 'x'"],
         ),
         (
             "name: a\nmerge_method: linear\nmodels: []\n---\nmerge_method: linear\nmodels: [{model: b}]\nx: 1\n",
-            ["3: `models` lists no model", "6: `linear` needs the parameter `weight`, and 'b' has none",
+            ["3: `models` lists no model. Write `- model: NAME` for each",
+         "6: `linear` needs the parameter `weight`, and 'b' has none",
              "7: unknown key `x`"],
         ),
     ],

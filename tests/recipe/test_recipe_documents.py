@@ -8,7 +8,9 @@ import pytest
 
 from fastinterp.errors import RecipeError
 from fastinterp.recipe.load import load_recipe, load_recipes
+from fastinterp.recipe.references import ModelRef
 from fastinterp.recipe.tokenizer import ChatTemplate, TokenizerWish, TokenSource, TokenWish
+from tests.support.references import texts
 
 PAIR = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
 
@@ -17,11 +19,14 @@ PAIR = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {mod
     ("text", "expected"),
     [
         ("tokenizer_source: union\n", TokenizerWish("union")),
-        ("tokenizer_source: base\nbase_model: c\n", TokenizerWish("base", "c")),
-        ("tokenizer_source: ./b/\n", TokenizerWish("model", "b")),
-        ("tokenizer_source: {model: b}\n", TokenizerWish("model", "b")),
+        ("tokenizer_source: base\nbase_model: c\n", TokenizerWish("base", ModelRef("c"))),
+        ("tokenizer_source: ./b/\n", TokenizerWish("model", ModelRef("b"))),
+        ("tokenizer_source: {model: b}\n", TokenizerWish("model", ModelRef("b"))),
         ("tokenizer: {}\n", TokenizerWish("union")),
-        ("tokenizer: {source: {model: {path: b}}, pad_to_multiple_of: 64}\n", TokenizerWish("model", "b", (), 64)),
+        (
+            "tokenizer: {source: {model: {path: b}}, pad_to_multiple_of: 64}\n",
+            TokenizerWish("model", ModelRef("b"), (), 64),
+        ),
         (
             "tokenizer:\n  source: union\n  tokens:\n    <|im_start|>: {source: b}\n"
             "    <|eot_id|>: {source: a, force: true}\n    <new>:\n    zero: {source: {kind: zero}}\n"
@@ -31,13 +36,13 @@ PAIR = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {mod
                 "union",
                 None,
                 (
-                    TokenWish("<|im_start|>", TokenSource("b")),
-                    TokenWish("<|eot_id|>", TokenSource("a"), force=True),
+                    TokenWish("<|im_start|>", TokenSource(ModelRef("b"))),
+                    TokenWish("<|eot_id|>", TokenSource(ModelRef("a")), force=True),
                     TokenWish("<new>"),
                     TokenWish("zero", TokenSource()),
-                    TokenWish("like", TokenSource("a", token="x.[1]")),
-                    TokenWish("id", TokenSource("b", token_id=7)),
-                    TokenWish("long", TokenSource("b")),
+                    TokenWish("like", TokenSource(ModelRef("a"), token="x.[1]")),
+                    TokenWish("id", TokenSource(ModelRef("b"), token_id=7)),
+                    TokenWish("long", TokenSource(ModelRef("b"))),
                 ),
             ),
         ),
@@ -84,13 +89,17 @@ parameters: {t: 0.5}
 def test_several_documents():
     first, second, last = load_recipes(CHAIN)
     assert [r.name for r in (first, second, last)] == ["first", "second", None]
-    assert (second.models, second.earlier, second.origin) == (("first", "c"), {"first": 0}, "origin")
-    assert (last.models, last.earlier, last.origin) == (("second", "first"), {"second": 1, "first": 0}, "origin")
+    assert (texts(second.models), second.earlier, str(second.origin)) == (("first", "c"), {"first": 0}, "origin")
+    assert (texts(last.models), last.earlier, str(last.origin)) == (
+        ("second", "first"),
+        {"second": 1, "first": 0},
+        "origin",
+    )
     assert {r.text for r in (first, second, last)} == {CHAIN}
     again = load_recipes([r.document.value for r in (first, second, last)])
     assert [r.models for r in again] == [r.models for r in (first, second, last)]
     assert [r.models for r in load_recipes(again[-1].text)] == [r.models for r in again]
-    assert load_recipes("---\n" + PAIR + "---\n")[0].models == ("a", "b")
+    assert texts(load_recipes("---\n" + PAIR + "---\n")[0].models) == ("a", "b")
     assert load_recipes(PAIR + "name: alone\n")[0].name == "alone"
 
 

@@ -10,10 +10,12 @@ from fastinterp.methods import method
 from fastinterp.ops.combine import Combine
 from fastinterp.recipe import document
 from fastinterp.recipe.build import Builder
+from fastinterp.recipe.check import inspect
 from fastinterp.recipe.faults import Faults
-from fastinterp.recipe.load import load_recipe
+from fastinterp.recipe.load import load_recipe, load_recipes
 from fastinterp.recipe.parameters import Resolver
 from fastinterp.recipe.schema import check
+from tests.support.references import texts
 
 LINEAR = """\
 merge_method: linear
@@ -165,7 +167,7 @@ BAD = {
     # models
     "no models": (
         "merge_method: linear\nmodels: []\n",
-        "`models` lists no model - at $.models (merge.yml:2)",
+        "`models` lists no model. Write `- model: NAME` for each - at $.models (merge.yml:2)",
     ),
     "listed twice": (
         LINEAR.replace("models/b", "./models/a/"),
@@ -355,7 +357,7 @@ def test_relative_paths_start_at_the_current_folder(tmp_path, monkeypatch):
         " Write 'there/models/a', or run in 'there' - at $.models[0].model (there/merge.yml:3)"
     )
     monkeypatch.chdir(tmp_path / "there")
-    assert load_recipe("merge.yml").models == ("models/a", "models/b")
+    assert texts(load_recipe("merge.yml").models) == ("models/a", "models/b")
 
 
 def test_a_required_parameter_for_the_whole_merge():
@@ -410,3 +412,31 @@ def test_what_a_method_that_asks_refuses_is_told_with_its_line(text, where):
 def test_weights_that_cancel_in_a_method_that_asks_are_told_with_their_line():
     with pytest.raises(MethodError, match=r"sum to 0, .* - at \$\.models \(merge\.yml:3\)$"):
         load_recipe(DELLA.replace("weight: 1", "weight: -1", 1).replace("0.9", "1"), file="merge.yml")
+
+
+EMPTY = {
+    "models": "`models` lists no model. Write `- model: NAME` for each",
+    "slices": "`slices` lists no slice. Write `- sources: [{model: NAME, layer_range: [0, 16]}]` for each",
+    "modules": "`modules` names no module. Write `NAME: {models: [{model: NAME}]}` for each",
+}
+
+
+@pytest.mark.parametrize("key", EMPTY)
+@pytest.mark.parametrize("value", ["", "null", "~", "[]"])
+@pytest.mark.parametrize("method_name", ["linear", "passthrough", "slerp", "ties"])
+@pytest.mark.parametrize("base", ["", "base_model: base\n"], ids=["alone", "base"])
+def test_a_key_that_is_left_empty(key, value, method_name, base):
+    """An error with its line, for every method, with a base and without, from load_recipes and from the check."""
+    text = f"merge_method: {method_name}\n{base}{key}: {'{}' if (key, value) == ('modules', '[]') else value}\n"
+    line = text.count("\n")
+    with pytest.raises(RecipeError) as error:
+        load_recipes(text, file="merge.yml")
+    assert str(error.value) == f"{EMPTY[key]} - at $.{key} (merge.yml:{line})"
+    (wrong,) = inspect(text, file="merge.yml").wrong
+    assert str(wrong) == str(error.value)
+
+
+def test_an_empty_key_beside_one_that_is_given():
+    """As if it were not there."""
+    (section,) = load_recipe("merge_method: passthrough\nslices:\nmodels: [{model: a}]\nmodules: ~\n").sections
+    assert [str(source.ref) for part in section.parts for source in part.sources] == ["a"]

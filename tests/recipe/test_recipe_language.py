@@ -11,6 +11,7 @@ from fastinterp.recipe.load import load_recipe
 from fastinterp.recipe.targets import targets
 from fastinterp.recipe.values import between
 from tests.support import architectures as arch
+from tests.support.references import texts
 from tests.support.stand_ins import stand_ins  # noqa: F401  a fixture
 
 TIES = """\
@@ -81,7 +82,7 @@ def at(layer: int, name: str) -> str:
 def test_ties():
     """Gradients over 5 layers, a filter with a fallback, and the first number where there is no layer."""
     recipe = load_recipe(TIES)
-    assert recipe.models == ("TheBloke/Llama-2-13B-fp16", ORCA, PLATYPUS, "WizardLM/WizardMath-13B-V1.0")
+    assert texts(recipe.models) == ("TheBloke/Llama-2-13B-fp16", ORCA, PLATYPUS, "WizardLM/WizardMath-13B-V1.0")
     assert (recipe.base, recipe.origin, recipe.parameters) == (0, recipe.models[0], None)
     found = parameters(TIES, arch.llama(5))
     given = found[at(0, "mlp.up_proj")]
@@ -103,7 +104,7 @@ def test_bio_merge():
         "merge_method: ties\nbase_model: base\nparameters: {normalize: false, int8_mask: true}\ndtype: float16\n"
     )
     recipe = load_recipe(text)
-    assert recipe.models == ("base", "a", "b")
+    assert texts(recipe.models) == ("base", "a", "b")
     given = {"weight": (0.5, 0.5), "density": (0.5, 0.5), "normalize": False, "int8_mask": True, "lambda": 1.0}
     assert recipe.parameters is not None
     assert dict(recipe.parameters) | given == recipe.parameters
@@ -120,12 +121,12 @@ def test_gradient_slerp():
     assert {found[at(i, "input_layernorm")]["t"] for i in range(40)} == {0.5}
     assert {found[name]["t"] for name in ("model.embed_tokens.weight", "lm_head.weight")} == {0.5}
     recipe = load_recipe(SLERP.replace("base_model: psmathur/orca_mini_v3_13b", f"base_model: {PLATYPUS}"))
-    assert recipe.models == (PLATYPUS, ORCA)
+    assert texts(recipe.models) == (PLATYPUS, ORCA)
 
 
 def test_44_layers():
     recipe = load_recipe(STACK)
-    assert (recipe.models, recipe.origin) == ((ORCA, PLATYPUS), ORCA)
+    assert (texts(recipe.models), str(recipe.origin)) == ((ORCA, PLATYPUS), ORCA)
     found = {t.name: t.inputs for t in targets(recipe, [arch.llama(40)] * 2)}
     assert list(found) == arch.llama(44)
     assert found[at(23, "mlp.up_proj")] == ((0, at(23, "mlp.up_proj")),)
@@ -136,7 +137,7 @@ def test_44_layers():
 def test_arcee_fusion():
     text = "models: [{model: a}, {model: b}]\nmerge_method: arcee_fusion\nbase_model: a\ndtype: bfloat16\n"
     recipe = load_recipe(text)
-    assert (recipe.models, recipe.base, recipe.parameters) == (("a", "b"), 0, {})
+    assert (texts(recipe.models), recipe.base, recipe.parameters) == (("a", "b"), 0, {})
 
 
 def test_scaling_by_filter():
@@ -191,7 +192,7 @@ def test_parameters_of_every_kind():
         "  steps: [{filter: q_proj, value: 7}]\n  radius: [0, 1]\n"
     )
     recipe = load_recipe(text)
-    assert recipe.sidecars == ("a/fisher", "b/mlp", "b/fisher")
+    assert texts(recipe.sidecars) == ("a/fisher", "b/mlp", "b/fisher")
     found = parameters(text, arch.llama(2))
     assert found[at(1, "mlp.up_proj")] == {
         "fisher": ("a/fisher", "b/mlp"), "preset": "paper", "weights": "1-sqrt", "steps": 3, "radius": 1.0,

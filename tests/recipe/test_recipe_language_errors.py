@@ -41,10 +41,15 @@ BAD = {
         "merge_method: linear\n",
         "the key `models` is missing (or `slices`, or `modules`) - at $ (merge.yml:1)",
     ),
-    "no slices": ("merge_method: linear\nslices: []\n", "`slices` lists no slice - at $.slices (merge.yml:2)"),
+    "no slices": (
+        "merge_method: linear\nslices: []\n",
+        "`slices` lists no slice. Write `- sources: [{model: NAME, layer_range: [0, 16]}]` for each"
+        " - at $.slices (merge.yml:2)",
+    ),
     "no sources": (
         "merge_method: linear\nslices: [{sources: []}]\n",
-        "`sources` lists no model - at $.slices[0].sources (merge.yml:2)",
+        "`sources` lists no model. Write `- {model: NAME, layer_range: [0, 16]}` for each"
+        " - at $.slices[0].sources (merge.yml:2)",
     ),
     "no layer_range": (
         SLICES.replace(", layer_range: [4, 8]", ""),
@@ -120,7 +125,10 @@ BAD = {
         "`weight` is never used here: a value nearer to the models always goes before it, or nothing below it takes it."
         " Remove it - at $.parameters (merge.yml:7)",
     ),
-    "no modules": ("merge_method: linear\nmodules: {}\n", "`modules` names no module - at $.modules (merge.yml:2)"),
+    "no modules": (
+        "merge_method: linear\nmodules: {}\n",
+        "`modules` names no module. Write `NAME: {models: [{model: NAME}]}` for each - at $.modules (merge.yml:2)",
+    ),
     "a module without models": (
         MODULES.replace("models: [{model: a}], ", ""),
         "a module needs one of `models` and `slices` - at $.modules.text (merge.yml:3)",

@@ -12,6 +12,7 @@ from fastinterp.recipe.layer_config import config_of_layers
 from fastinterp.recipe.load import load_recipe
 from fastinterp.recipe.targets import Assembly, LayerCount, Target, targets
 from tests.support import architectures as arch
+from tests.support.references import texts
 
 STACK = """\
 merge_method: passthrough
@@ -80,7 +81,7 @@ def test_one_model_many_times():
     text = "merge_method: passthrough\nslices:\n" + "".join(
         f"  - sources: [{{model: a, layer_range: [{a}, {a + 2}]}}]\n" for a in (0, 1, 2)
     )
-    assert load_recipe(text).models == ("a",)
+    assert texts(load_recipe(text).models) == ("a",)
     assert list(made(text, arch.gpt2())) == arch.gpt2(6)
 
 
@@ -98,7 +99,7 @@ def test_slices_of_several_sources_with_a_base():
         "  - sources: [{model: a, layer_range: [3, 4]}, {model: base, layer_range: [2, 3]}]\n"
     )
     recipe = load_recipe(text)
-    assert recipe.models == ("base", "a", "b")
+    assert texts(recipe.models) == ("base", "a", "b")
     found = made(text, arch.llama(), arch.llama(), arch.llama())
     name = "model.layers.{}.mlp.up_proj.weight"
     assert [tuple((i, n) for i, n in found[name.format(k)].inputs) for k in range(4)] == [
@@ -236,7 +237,7 @@ def test_what_no_module_names():
         " which they are copied then - at $.modules (merge.yml:2)"
     )
     text += "base_model: c\n"
-    assert load_recipe(text).models == ("a", "b", "c")
+    assert texts(load_recipe(text).models) == ("a", "b", "c")
     found = made(text, names, names, names)
     name = "multi_modal_projector.mm_soft_emb_norm.weight"
     assert found[name] == Target(name, ((2, name),), {}, copies=True)

@@ -16,7 +16,7 @@ from fastinterp.errors import UsageError
 from fastinterp.execute.device.batches import Part, Work, batches
 from fastinterp.execute.device.worker import LEAST_SLOT, Files, Worker
 from fastinterp.execute.jobs import Result
-from fastinterp.execute.rounds import Machine, Placed
+from fastinterp.execute.rounds import DeviceUsage, Machine
 from fastinterp.execute.sources import dtype_code, gathers
 from fastinterp.execute.tensor_io import Step
 from fastinterp.messages import size
@@ -70,10 +70,10 @@ class DeviceMachine(Machine):
         self._work = Work((), 0)  # of the round that runs
         self._pinned = 0  # bytes of slots at most
 
-    def placed(self) -> Placed:
+    def usage(self) -> DeviceUsage:
         devices = [worker.device for worker in self._workers]
         names = set().union(*(some for why, some in self._on_cpu.items() if why != _SAMPLES))
-        return Placed(
+        return DeviceUsage(
             devices=tuple(f"{device.name} {device.label} ({device.backend})" for device in devices),
             on_cpu={why: len(some) for why, some in self._on_cpu.items()},
             tensors=len(names),

@@ -33,8 +33,8 @@ from fastinterp.checkpoint.shared_output_folder import (
 from fastinterp.errors import RankError
 from fastinterp.execute.densities import Density
 from fastinterp.execute.distributed.peers import Peers, Rank
-from fastinterp.execute.report import Effect, Findings, Report, findings_of, report_on
-from fastinterp.execute.rounds import Placed
+from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, record_of, report_on
+from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
 from fastinterp.execute.to_files import devices_for, finish, write_small_files
@@ -254,10 +254,10 @@ def _note_of(unit: Unit, text: str | None) -> dict[str, Any] | None:
 
 def _note(plan: Plan, done: Done) -> dict[str, Any]:
     """What a unit found, as plain values."""
-    found = [findings_of(plan, done.jobs, k) for k in range(len(plan.recipes))]
+    found = [record_of(plan, done.jobs, k) for k in range(len(plan.recipes))]
     return {
         "bytes_read": done.bytes_read, "bytes_written": done.bytes_written, "threads": done.threads, "isa": done.isa,
-        "scratch_bytes": done.scratch_bytes, "placed": asdict(done.placed),
+        "scratch_bytes": done.scratch_bytes, "placed": asdict(done.usage),
         "outputs": [
             {
                 "effects": {name: astuple(effect) for name, effect in f.effects.items()},
@@ -270,30 +270,32 @@ def _note(plan: Plan, done: Done) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _together(plan: Plan, notes: Sequence[dict[str, Any]], k: int) -> Findings:
-    """What all units found, in the order of the plan's tensors."""
-    found = Findings()
+def _together(plan: Plan, notes: Sequence[dict[str, Any]], k: int) -> OutputRecord:
+    """What all units recorded, in the order of the plan's tensors."""
+    record = OutputRecord()
     order = {t.name: i for i, t in enumerate(plan.tensors)}
 
     def ordered(items: dict[str, Any], make: Callable[..., Any]) -> dict[str, Any]:
         return {name: make(*items[name]) for name in sorted(items, key=order.__getitem__)}
 
     own = [note["outputs"][k] for note in notes]
-    found.effects = ordered({n: e for o in own for n, e in o["effects"].items()}, Effect)
-    found.copied = sorted((n for o in own for n in o["copied"]), key=order.__getitem__)
-    found.models = {m for o in own for m in o["models"]}
+    record.effects = ordered({n: e for o in own for n, e in o["effects"].items()}, RoundingEffect)
+    record.copied = sorted((n for o in own for n in o["copied"]), key=order.__getitem__)
+    record.models = {m for o in own for m in o["models"]}
     for model in dict.fromkeys(m for o in own for m in o["densities"]):
-        found.densities[model] = ordered({t: d for o in own for t, d in o["densities"].get(model, {}).items()}, Density)
-    return found
+        record.densities[model] = ordered(
+            {t: d for o in own for t, d in o["densities"].get(model, {}).items()}, Density
+        )
+    return record
 
 
 def _reports(
     plan: Plan, notes: Sequence[dict[str, Any]], folders: Sequence[OutFolder], wall: float, world: int
 ) -> list[Report]:
-    placed = Placed.together([Placed(**n["placed"]) for n in notes])
+    usage = DeviceUsage.together([DeviceUsage(**n["placed"]) for n in notes])
     done = Done(
         {}, sum(n["bytes_read"] for n in notes), sum(n["bytes_written"] for n in notes), notes[0]["threads"],
-        notes[0]["isa"], max(n["scratch_bytes"] for n in notes), placed,
+        notes[0]["isa"], max(n["scratch_bytes"] for n in notes), usage,
     )  # fmt: skip
     reports = [report_on(plan, done, wall, k, _together(plan, notes, k), folder) for k, folder in enumerate(folders)]
     return [replace(report, device=f"{report.device}, {world} ranks") for report in reports]

@@ -57,10 +57,11 @@ def _of_recipe(source: str) -> Sliders:
         )
     origin = 0 if asked.base is None else asked.base
     others = [i for i in range(len(recipe.models)) if i != origin]
-    names = _names([recipe.models[i] for i in others])
+    models = [str(model) for model in recipe.models]
+    names = _names([models[i] for i in others])
     return Sliders(
-        recipe.models[origin],
-        {name: recipe.models[i] for name, i in zip(names, others, strict=True)},
+        models[origin],
+        {name: models[i] for name, i in zip(names, others, strict=True)},
         {name: asked.weights[i] for name, i in zip(names, others, strict=True)},
     )
 
