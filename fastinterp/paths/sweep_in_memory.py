@@ -16,7 +16,7 @@ from fastinterp.paths.points import Point
 from fastinterp.plan.plan import make_plan
 from fastinterp.recipe.load import load_recipe
 from fastinterp.system.available_memory import available_memory
-from fastinterp.torch_models.load import allocated
+from fastinterp.torch_models.load import allocate
 
 _SCRATCH = 512 << 20
 _SHARD = 5 * 10**9  # no file is written
@@ -46,7 +46,7 @@ def visit(
     visited = []
     for first in range(0, len(points), at_a_time):
         plan = make_plan(recipes[first : first + at_a_time], max_shard_size=_SHARD)
-        made = [allocated(plan.tensors, framework) for _ in plan.recipes]
+        made = [allocate(plan.tensors, framework) for _ in plan.recipes]
         places = [p for _, p in made]
         reports = fill(plan, places, threads=threads, max_memory=_SCRATCH, progress=progress, devices=devices)
         models = [tensors for tensors, _ in made]

@@ -19,7 +19,7 @@ from fastinterp.checkpoint.output_folder import OutFolder
 from fastinterp.cli import commands
 from fastinterp.errors import MethodError, OutputError, RecipeError, UsageError
 from fastinterp.execute import to_files
-from fastinterp.torch_models.load import allocated
+from fastinterp.torch_models.load import allocate
 from tests.support.checkpoints import Tensor, assert_same, family, read, saved, write
 from tests.support.written import tree
 
@@ -238,9 +238,9 @@ def test_in_memory_as_many_as_fit(ends, monkeypatch):
 
     def seen(*args):
         made.append(1)
-        return allocated(*args)
+        return allocate(*args)
 
-    monkeypatch.setattr("fastinterp.paths.sweep_in_memory.allocated", seen)
+    monkeypatch.setattr("fastinterp.paths.sweep_in_memory.allocate", seen)
     size = sum(t.raw.size for t in finite(1)[0].values())
     counts = []
     points = sweep(
