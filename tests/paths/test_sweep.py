@@ -140,7 +140,7 @@ def test_nuslerp_walks_by_weights(ends, tmp_path):
     ("how", "error", "message"),
     [
         ({"method": "slerp", "alphas": [1.5]}, RecipeError, "`t` must be in 0..1, got 1.5"),
-        ({"method": "model_stock"}, UsageError, "`model_stock` has no parameter that walks from A to B"),
+        ({"method": "model_stock"}, UsageError, "`model_stock` has no parameter that leads from A to B"),
         ({"method": "ties"}, UsageError, "`ties` needs a base"),
         ({"method": "slurp"}, MethodError, "unknown merge method `slurp`, did you mean `slerp`"),
         ({"alphas": []}, UsageError, "`alphas` is empty"),
@@ -202,7 +202,7 @@ def test_virtual(ends, tmp_path, monkeypatch):
         loaded = fastinterp.load(file, framework="numpy")
         assert {n: t.raw.tobytes() for n, t in read(Path("out")).items()} == {n: x.tobytes() for n, x in loaded.items()}
     before = tree(tmp_path / "virtual")
-    with pytest.raises(OutputError, match=r"alpha_0\.5\.yml is there already"):
+    with pytest.raises(OutputError, match=r"alpha_0\.5\.yml exists already"):
         sweep(a, b, [0.5], tmp_path / "virtual", virtual=True)
     assert tree(tmp_path / "virtual") == before
     sweep(a, b, [0.5], tmp_path / "virtual", virtual=True, force=True)
