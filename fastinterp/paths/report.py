@@ -21,22 +21,8 @@ from fastinterp.paths import curve
 FORMAT = "fastinterp path report"
 _VERSION = 1
 _STAIRCASE = 0.05  # a strength that is off by more than this is warned of
-_NOT_FINITE = {
-    "NaN": math.nan,
-    "Infinity": math.inf,
-    "-Infinity": -math.inf,
-}  # as strings in JSON, which has no such numbers
-_SHAPE_HEADER = [
-    "from 0 to 1",
-    "above chord",
-    "below chord",
-    "Spearman",
-    "step up",
-    "down",
-    "kink",
-    "logit slope",
-    "R^2",
-]
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # strings in JSON: it has no such numbers
+_HEADER = ["from 0 to 1", "above chord", "below chord", "Spearman", "step up", "down", "kink", "logit slope", "R^2"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +158,7 @@ class PathReport:
             return ()
         worst = max(off, key=lambda p: abs((p.strength or 0) - 1))
         effective = self.effective_alpha(worst)
-        left = (
-            f"acts as {effective:.2g}" if effective is not None else f"lets {worst.strength:.2f} of its change arrive"
-        )
+        left = f"lets {worst.strength:.2f} of its change arrive" if effective is None else f"acts as {effective:.2g}"
         return (
             f"rounding makes a staircase of the path: at {len(off)} of {len(self.points)} points the change that "
             f"arrives is off by more than 5%, most at {_place(worst)}, which {left}. Use dtype='float32', or "
@@ -187,12 +171,8 @@ class PathReport:
         rows = [names, *(self._row(p) for p in self.points)]
         lines = table(rows, ">" * len(names))
         if len(self.varied) == 1:
-            lines += [
-                "",
-                *table(
-                    [_SHAPE_HEADER, *(self._shape_row(m) for m in self.metrics)], "<" + ">" * (len(_SHAPE_HEADER) - 1)
-                ),
-            ]
+            shapes = [_HEADER, *(self._shape_row(m) for m in self.metrics)]
+            lines += ["", *table(shapes, "<" + ">" * (len(_HEADER) - 1))]
         return "\n".join([*lines, *(f"  warning: {w}" for w in self.warnings)])
 
     def _alpha_column(self) -> list[str]:
@@ -202,12 +182,8 @@ class PathReport:
         return self.effective_alpha(p) is not None and abs((p.strength or 1) - 1) > _STAIRCASE
 
     def _row(self, p: PathPoint) -> list[str]:
-        effective = [f"{self.effective_alpha(p) or 0:.3g}" if self._off(p) else ""] if self._alpha_column() else []
-        return [
-            *(f"{v:g}" for v in p.at.values()),
-            *effective,
-            *(_plus_minus(p.mean(m), p.se(m)) for m in self.metrics),
-        ]
+        alpha = [f"{self.effective_alpha(p) or 0:.3g}" if self._off(p) else ""] if self._alpha_column() else []
+        return [*(f"{v:g}" for v in p.at.values()), *alpha, *(_plus_minus(p.mean(m), p.se(m)) for m in self.metrics)]
 
     def _shape_row(self, metric: str) -> list[str]:
         shape = self.shape(metric)

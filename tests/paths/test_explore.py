@@ -27,7 +27,7 @@ from fastinterp.errors import CheckpointError, StorageError, UsageError
 from fastinterp.inspect.compare import deltas
 from fastinterp.paths.explore import server
 from fastinterp.paths.explore.facts import facts
-from fastinterp.paths.explore.session import Wish, check_model, open_session
+from fastinterp.paths.explore.session import GenerationRequest, check_model, open_session
 from fastinterp.paths.explore.sliders import Sliders, read_report
 from tests.support.language_models import save_model
 from tests.support.models import bf16, layers, save
@@ -102,12 +102,12 @@ def test_one_checkpoint_is_no_path(tmp_path):
             Sliders.of([str(name)], None, {})
 
 
-def test_report_must_walk_along_the_sliders(tmp_path):
+def test_report_must_have_the_directions_of_the_sliders(tmp_path):
     one = {"w": np.ones(1, np.float32)}
     found = fastinterp.path({"w": np.zeros(1, np.float32)}, one).evaluate(lambda w, a, s: {"m": a}, [0, 1])
     found.to_json(tmp_path / "r.json")
     assert read_report(str(tmp_path / "r.json"), Sliders.of(["a", "b"], None, {})) == found
-    with pytest.raises(UsageError, match="walks along alpha, but the sliders are x"):
+    with pytest.raises(UsageError, match="has the directions alpha, but the sliders are x"):
         read_report(str(tmp_path / "r.json"), Sliders.of([], "a", {"x": "b"}))
     with pytest.raises(StorageError):
         read_report(str(tmp_path / "none.json"), Sliders.of(["a", "b"], None, {}))
@@ -150,9 +150,9 @@ def test_facts_are_json_even_where_weights_are_not_finite(tmp_path):
 # --- text
 
 
-def wish(turn, x=0.0, q=0.0, **changes):
+def request(turn, x=0.0, q=0.0, **changes):
     given = {"prompt": "the ", "sampled": False, "seed": 0, "length": 8, "temperature": 1.0, **changes}
-    return Wish(turn=turn, alphas={"x": x, "q": q}, **given)
+    return GenerationRequest(turn=turn, alphas={"x": x, "q": q}, **given)
 
 
 @pytest.fixture
@@ -163,63 +163,63 @@ def session(models):
 
 
 def test_sliders_move_what_the_model_writes(session):
-    plain = session.text(wish(0))
-    assert session.text(wish(1, x=1)) == "x" * 8
-    assert session.text(wish(2, q=1)) == "q" * 8
-    assert session.text(wish(3)) == plain != "x" * 8
+    plain = session.text(request(0))
+    assert session.text(request(1, x=1)) == "x" * 8
+    assert session.text(request(2, q=1)) == "q" * 8
+    assert session.text(request(3)) == plain != "x" * 8
 
 
 def test_sampled_text_is_the_same_for_a_seed(session):
-    texts = [session.text(wish(i, sampled=True, seed=seed, length=30)) for i, seed in enumerate([1, 1, 2])]
+    texts = [session.text(request(i, sampled=True, seed=seed, length=30)) for i, seed in enumerate([1, 1, 2])]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_prompt_longer_than_the_context_keeps_its_end(session):
-    assert session.text(wish(0, prompt="abc " * 100)) == session.text(wish(1, prompt=("abc " * 100)[-56:]))
-    assert len(session.text(wish(2, prompt=""))) == 8
+    assert session.text(request(0, prompt="abc " * 100)) == session.text(request(1, prompt=("abc " * 100)[-56:]))
+    assert len(session.text(request(2, prompt=""))) == 8
 
 
 def test_no_more_tokens_than_the_model_has_positions(session):
     """64: one for the prompt, 63 for the text."""
     assert session.most_tokens == 63
     for turn, length in enumerate((63, 64, 4096)):
-        assert session.text(wish(turn, x=1, length=length)) == "x" * 63
-    assert session.text(wish(3, length=4096, prompt="abc " * 100, sampled=True))
+        assert session.text(request(turn, x=1, length=length)) == "x" * 63
+    assert session.text(request(3, length=4096, prompt="abc " * 100, sampled=True))
 
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_point_where_the_model_has_no_numbers_is_told(session, sampled):
-    with pytest.raises(UsageError, match=r"the model cannot write here .*move the sliders towards 0"):
-        session.text(wish(0, x=1e38, q=1e38, sampled=sampled))
-    assert session.text(wish(1, x=1)) == "x" * 8
+    with pytest.raises(UsageError, match=r"the model cannot generate text here .*move the sliders towards 0"):
+        session.text(request(0, x=1e38, q=1e38, sampled=sampled))
+    assert session.text(request(1, x=1)) == "x" * 8
 
 
-def test_later_wish_stops_an_earlier_one(session):
-    """A text of 50 tokens is given up when the next is asked for, and one that comes too late is not begun."""
-    begun, told = threading.Event(), {}
+def test_later_request_cancels_an_earlier_one(session):
+    """A text of 50 tokens is cancelled by the next request, and one that comes too late is not begun."""
+    begun, seen = threading.Event(), {}
     stops = session._stops
 
-    def watched(ids, asked):
+    def watched(ids, request):
         begun.set()
         deadline = time.monotonic() + 10
-        while asked.turn == 1 and session._newest < 2 and time.monotonic() < deadline:
+        while request.turn == 1 and session._newest < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
-        told[asked.turn] = ids.shape[1]
-        return stops(ids, asked)
+        seen[request.turn] = ids.shape[1]
+        return stops(ids, request)
 
     session._stops = watched
-    first = threading.Thread(target=lambda: told.update(text=session.text(wish(1, length=50))))
+    first = threading.Thread(target=lambda: seen.update(text=session.text(request(1, length=50))))
     first.start()
     assert begun.wait(10)
-    assert session.text(wish(2, x=1)) == "x" * 8
+    assert session.text(request(2, x=1)) == "x" * 8
     first.join(10)
-    assert told["text"] is None and told[1] == len("the ") + 1
-    assert session.text(wish(1)) is None
+    assert seen["text"] is None and seen[1] == len("the ") + 1
+    assert session.text(request(1)) is None
 
 
 def test_nothing_is_written_after_the_end(session):
     session.end()
-    assert session.text(wish(0)) is None
+    assert session.text(request(0)) is None
 
 
 def test_chat_needs_a_template(models):
@@ -268,7 +268,7 @@ GOOD = {"alphas": {"x": 1}, "prompt": "", "sampled": False, "turn": 1, "seed": 0
 
 
 def test_request_is_read():
-    assert server.read_wish(GOOD, ["x"]) == Wish(1, {"x": 1.0}, "", False, 0, 8, 1.0)
+    assert server.read_request(GOOD, ["x"]) == GenerationRequest(1, {"x": 1.0}, "", False, 0, 8, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -295,13 +295,13 @@ def test_request_is_read():
         ({"temperature": []}, "`temperature` must be a number, got []"),
         ({"alphas": {"x": -(10**400)}}, "`x` must be in"),
         ({"alphas": {"\ud800": 1}}, "`alphas` must be x"),
-        ({"prompt": "a\ud800b"}, "`prompt` is not valid Unicode text: character 2 is half of one"),
+        ({"prompt": "a\ud800b"}, "`prompt` is not valid Unicode text: character 2 is a surrogate"),
     ],
     ids=lambda x: ascii(x)[:60],
 )
 def test_wrong_request_is_refused(change, said):
     with pytest.raises(ValueError) as caught:
-        server.read_wish({**GOOD, **change}, ["x"])
+        server.read_request({**GOOD, **change}, ["x"])
     assert said in str(caught.value)
     str(caught.value).encode()
 
@@ -349,8 +349,8 @@ class Program:
         finally:
             connection.close()
 
-    def text(self, wish, **headers):
-        return self.ask("POST", "/text", json.dumps(wish), **{"content_type": "application/json", **headers})
+    def text(self, document, **headers):
+        return self.ask("POST", "/text", json.dumps(document), **{"content_type": "application/json", **headers})
 
     def end(self, number=signal.SIGINT):
         """The exit code."""
@@ -398,7 +398,7 @@ def test_server_answers_its_own_page(program):
     ("change", "status", "said"),
     [
         ({"length": 4096}, 200, None),
-        ({"prompt": "\ud800"}, 400, "half of one"),
+        ({"prompt": "\ud800"}, 400, "is a surrogate"),
         ({"seed": 10**400}, 400, "`seed` must be in"),
         ({"alphas": {"x": 10**400, "q": 0}}, 400, "`x` must be in"),
         ({"alphas": [1, 2]}, 400, "an object with `alphas`"),
