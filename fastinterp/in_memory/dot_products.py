@@ -5,26 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastinterp.backends.cpu import Pump, watch
+from fastinterp.backends.cpu import Handle, PumpOptions, survey
+from fastinterp.backends.device import Piece
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, one_place
 from fastinterp.errors import BackendError, ShapeError, StorageError
-from fastinterp.in_memory.arrays import TorchTensors
+from fastinterp.in_memory.arrays import ArrayView, TorchTensors
+from fastinterp.ops.steps import Answer, Measure, Stored
 
-_AT_A_TIME = 4  # of the arrays: more would cost more products among themselves than another read of `of`
+_GROUP = 4  # arrays measured together: with more, products among themselves would cost more than reading `of` again
 _BYTES = 1 << 20
 
 
 def dots(of: Any, arrays: Sequence[Any], threads: int | None = None) -> list[float]:
-    """<of, x> for each x of `arrays`, in float64 and in the order of rule 7 of docs/NUMERICS.md.
+    """The dot products <of, x> for each x of `arrays`, in float64 and in the order of rule 7 of docs/NUMERICS.md.
 
-    of, arrays  contiguous torch tensors that merge, of one shape, on one device. On a device the answer is waited for
+    of, arrays  contiguous torch tensors that merge, of one shape, on one device. The results of a device are waited for
     threads     of the CPU; None: one per CPU, at most 32
 
     Raises: UsageError, ShapeError, BackendError.
     """
     labelled = [("the first", of), *((f"array {i}", x) for i, x in enumerate(arrays))]
-    where = one_place([(name, TorchTensors.device(x)) for name, x in labelled])
+    device = one_place([(name, TorchTensors.device(x)) for name, x in labelled])
     view, *views = [TorchTensors.view(x, name) for name, x in labelled]
     for i, other in enumerate(views):
         if other[1] != view[1]:
@@ -32,9 +34,8 @@ def dots(of: Any, arrays: Sequence[Any], threads: int | None = None) -> list[flo
     numel = int(of.numel())
     if not numel:
         return [0.0] * len(views)
-    groups = [[view, *views[k : k + _AT_A_TIME]] for k in range(0, len(views), _AT_A_TIME)]
-    inputs = [[(v[0], v[2].code or 0) for v in group] for group in groups]
-    answers = _there(where, inputs, numel) if where is not None else _here(inputs, numel, threads)
+    groups = [[view, *views[k : k + _GROUP]] for k in range(0, len(views), _GROUP)]
+    answers = _on_device(device, groups, numel) if device is not None else _on_cpu(groups, numel, threads)
     # The upper triangle row by row: its first row has the products with `of`, beginning with its own.
     return [
         float(x)
@@ -43,28 +44,30 @@ def dots(of: Any, arrays: Sequence[Any], threads: int | None = None) -> list[flo
     ]
 
 
-def _there(where: Any, groups: Sequence[Sequence[tuple[int, int]]], numel: int) -> list[Any]:
-    if capturing(where):
-        raise BackendError(f"products on {where} are answers that a CUDA graph cannot wait for. Measure them outside")
-    queue = current_queue(where)
-    pending = queue.run([{"kind": "measure", "inputs": list(group), "numel": numel, "first": 0} for group in groups])
+def _measure(group: Sequence[ArrayView], numel: int, first: int = 0) -> Measure:
+    """The Gram matrix of arrays that are sources from number `first` on."""
+    inputs = tuple(Stored(first + i, 0, view.dtype.code or 0) for i, view in enumerate(group))
+    return Measure(inputs=inputs, numel=numel)
+
+
+def _on_device(device: Any, groups: Sequence[Sequence[ArrayView]], numel: int) -> list[Answer]:
+    if capturing(device):
+        raise BackendError(f"products on {device} are answers that a CUDA graph cannot wait for. Measure them outside")
+    queue = current_queue(device)
+    pieces = [
+        Piece(step=_measure(group, numel), inputs=tuple(view.address for view in group), numel=numel)
+        for group in groups
+    ]
+    pending = queue.run(pieces)
     queue.record().wait()
     return [answer.answer() for answer in pending]
 
 
-def _here(groups: Sequence[Sequence[tuple[int, int]]], numel: int, threads: int | None) -> list[Any]:
-    width = (8, 4, 2, 2, 1, 1)  # bytes by dtype code
-    sources: list[tuple[str, int, int]] = []
+def _on_cpu(groups: Sequence[Sequence[ArrayView]], numel: int, threads: int | None) -> list[Answer]:
+    sources: list[Handle] = []
     steps = []
     for group in groups:
-        steps.append({"kind": "measure", "numel": numel,
-                      "inputs": [(len(sources) + i, 0, code) for i, (_, code) in enumerate(group)]})  # fmt: skip
-        sources += [("memory", address, numel * width[code]) for address, code in group]
-    pump = Pump(
-        cpu_isa(), sources, [], steps, threads=cpu_threads(threads), write_bytes=_BYTES, read_bytes=_BYTES,
-        stochastic=False, fp8_saturate=True, prefetch=False, stats_every=0,
-    )  # fmt: skip
-    watch(pump, 0, None)
-    if pump.error() is not None:
-        raise StorageError(f"the run stopped: {pump.error()}")
-    return pump.answers()
+        steps.append(_measure(group, numel, len(sources)))
+        sources += [("memory", view.address, numel * view.dtype.bits // 8) for view in group]
+    options = PumpOptions(isa=cpu_isa(), threads=cpu_threads(threads), write_bytes=_BYTES, read_bytes=_BYTES)
+    return survey(sources, steps, options, lambda error: StorageError(f"the run stopped: {error}"))

@@ -9,9 +9,9 @@ from typing import Any
 
 from fastinterp.backends.torch_device import one_place
 from fastinterp.errors import ShapeError, UsageError
-from fastinterp.execute.sources import Operand
 from fastinterp.in_memory.arrays import ArrayView, DLPackArrays, Library, TorchTensors, library_of
 from fastinterp.ops.dtypes import DType
+from fastinterp.ops.steps import Stored
 
 Arrays = Mapping[str, Any]  # a state dict: arrays of one library, or StoredTensors, by name
 _SHOWN = 5  # names that a message lists
@@ -124,13 +124,13 @@ class Inputs:
         return f"{name} of {label}" if self._by_name else label
 
 
-def operand_of(view: View, kind: str, sources: list[Any]) -> Operand:
-    """A view as an operand of the pump. An array becomes one more of `sources`, memory of this kind."""
+def operand_of(view: View, kind: str, sources: list[Any]) -> Stored:
+    """A view as an operand of a step. An array becomes one more of `sources`, memory of this kind."""
     code = view.dtype.code or 0
     if isinstance(view, StoredTensor):
-        return view.source, view.start, code
+        return Stored(view.source, view.start, code)
     sources.append((kind, view.address, math.prod(view.shape) * view.dtype.bits // 8))
-    return len(sources) - 1, 0, code
+    return Stored(len(sources) - 1, 0, code)
 
 
 def text(value: object, what: str) -> str:

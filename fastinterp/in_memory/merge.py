@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from fastinterp.backends.cpu import PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, device_of
 from fastinterp.errors import MethodError, StorageError, UsageError
@@ -25,7 +26,6 @@ from fastinterp.ops.combine import Tensor, philox_key
 from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.recipe.layers import Layers
 
-_READ_BYTES, _WRITE_BYTES = 64 << 10, 128 << 10
 _STORE = 0  # Philox stream of the store's rounding
 _UNBOUNDED = 1 << 62  # bytes of scratch: whoever holds whole models in memory sets the bound
 
@@ -187,7 +187,7 @@ class _Merge:
 
     def _run(self, stats_every: int) -> dict[str, Any]:
         inputs, library, first = self.inputs, self.inputs.library, self.inputs.first
-        self.where = inputs.device()
+        self.device = inputs.device()
         self.layers = Layers(first) if len(first) > 1 else None
         merged = {name: inputs.views(name) for name in first if inputs.merges(name)}
         numel = sum(math.prod(views[0].shape) for views in merged.values())
@@ -204,17 +204,13 @@ class _Merge:
         return out
 
     def _machine(self, sources: list[Any], sinks: list[Any], stats_every: int) -> Runs:
-        if self.where is not None:
+        if self.device is not None:
             return ResidentMachine(
-                device_of(self.where), current_queue(self.where), sources, sinks,
-                stats_every=stats_every, capturing=capturing(self.where),
+                device_of(self.device), current_queue(self.device), sources, sinks,
+                stats_every=stats_every, capturing=capturing(self.device),
             )  # fmt: skip
-        settings = {
-            "isa": self.isa, "sources": sources, "sinks": sinks, "threads": self.threads, "write_bytes": _WRITE_BYTES,
-            "read_bytes": _READ_BYTES, "stochastic": self.stochastic, "fp8_saturate": True, "prefetch": False,
-            "stats_every": stats_every,
-        }  # fmt: skip
-        return Machine(settings, self._explained, 0, None, most=_UNBOUNDED)
+        options = PumpOptions(isa=self.isa, threads=self.threads, stochastic=self.stochastic, stats_every=stats_every)
+        return Machine(sources, sinks, options, self._explained, 0, None, most=_UNBOUNDED)
 
     def _job(
         self,
@@ -225,7 +221,7 @@ class _Merge:
         sources: list[Any],
         sinks: list[Any],
     ) -> Asking:
-        kind = "memory" if self.where is None else "device"
+        kind = "memory" if self.device is None else "device"
         shape = views[0].shape
         operands = [operand_of(view, kind, sources) for view in views]
         out_bytes = math.prod(shape) * out.dtype.bits // 8
@@ -245,7 +241,7 @@ class _Merge:
         position = self.layers.place(name) if self.layers else None
         layer, layers = (None, 0) if position is None else (position[1], position[0].layers)
         call = partial(self.method, n, Tensor(name, shape, layer, layers, numel), **self.parameters)
-        return Asking(place, n, [call], name, [self.seed], notes=self.where is None)
+        return Asking(place, n, [call], name, [self.seed], notes=self.device is None)
 
     # --- arguments
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastinterp.backends.cpu import combine
+from fastinterp.backends.device import Piece
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import current_queue, one_place
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.in_memory.arrays import MERGED_DTYPES, ArrayView, library_of
+from fastinterp.ops import steps
 from fastinterp.ops.combine import MAX_INPUTS, Combine, Row
 from fastinterp.ops.dtypes import DType, parse_dtype
 
@@ -65,8 +67,8 @@ def weighted_sum(
         raise ShapeError(f"out has shape {list(target.shape)}, the arrays have {list(shape)}")
     _refuse_overlap(views, target)
     labelled = [*((f"array {i}", x) for i, x in enumerate(inputs)), ("out", result)]
-    where = one_place([(label, library.device(x)) for label, x in labelled])
-    _add_up(views, row, target, where, threads)
+    device = one_place([(label, library.device(x)) for label, x in labelled])
+    _compute(views, row, target, device, threads)
     return library.export(result, terms[0]) if out is None else out
 
 
@@ -81,21 +83,21 @@ def _row(weights: Sequence[float], has_pivot: bool) -> Row:
     return (Combine((0.0, *values), base=0) if has_pivot else Combine(values)).row()
 
 
-def _add_up(views: Sequence[ArrayView], row: Row, out: ArrayView, where: Any, threads: int | None) -> None:
-    """Carry out a sum, or put it into the current stream of the device `where`."""
-    numel = math.prod(out[1])
-    native = [(row.pivot, row.total, list(row.terms))]
-    if where is None:
+def _compute(views: Sequence[ArrayView], row: Row, out: ArrayView, device: Any, threads: int | None) -> None:
+    """Compute a sum on the CPU, or put it into the current stream of a device."""
+    numel = math.prod(out.shape)
+    if device is None:
         combine(
-            [v[0] for v in views], [v[2].code or 0 for v in views], native, [out[0]], out[2].code or 0, numel,
-            stats_every=0, threads=cpu_threads(threads), isa=cpu_isa(),
+            [v.address for v in views], [v.dtype.code or 0 for v in views], [row], [out.address], out.dtype.code or 0,
+            numel, stats_every=0, threads=cpu_threads(threads), isa=cpu_isa(),
         )  # fmt: skip
     elif numel:
-        piece = {
-            "kind": "combine", "inputs": [(v[0], v[2].code or 0) for v in views], "rows": native, "outputs": [out[0]],
-            "out_dtype": out[2].code or 0, "numel": numel, "first": 0, "stats_every": 0, "fp8_saturate": True,
-        }  # fmt: skip
-        current_queue(where).run([piece])
+        inputs = tuple(steps.Stored(i, 0, v.dtype.code or 0) for i, v in enumerate(views))
+        step = steps.Combine(
+            inputs=inputs, numel=numel, sinks=(0,), offsets=(0,), out_dtype=out.dtype.code or 0, rows=(row,)
+        )
+        piece = Piece(step=step, inputs=tuple(v.address for v in views), outputs=(out.address,), numel=numel)
+        current_queue(device).run([piece])
 
 
 def _named(dtype: object) -> DType | None:

@@ -12,10 +12,10 @@ from typing import Any
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import current_queue
 from fastinterp.errors import BackendError, CheckpointError, UsageError
-from fastinterp.execute.sources import Operand
 from fastinterp.execute.tensor_io import Place
 from fastinterp.methods import suggestion
 from fastinterp.ops.combine import LARGEST, Combine, Row
+from fastinterp.ops.steps import Stored
 from fastinterp.torch_models.endpoint_operands import EndpointOperands
 from fastinterp.torch_models.endpoints import Endpoint, Model, warn_unlike
 from fastinterp.torch_models.exclusive import ExclusiveTensors
@@ -215,7 +215,7 @@ class Live:
         if self._order is not None:
             self._order.step()
 
-    def _copy_of_own_weights(self) -> list[Operand]:
+    def _copy_of_own_weights(self) -> list[Stored]:
         sizes = {w.name: w.nbytes for w in self._weights}
         block = MemoryBlock(sizes) if self._device is None else self._operands.device_block(sizes)
         if block is None:
@@ -276,7 +276,7 @@ class Live:
         return Combine((1.0 - alpha, alpha), sums_to_one=True).row()
 
 
-def _place(i: int, weight: Weight, operands: Sequence[Operand]) -> Place:
+def _place(i: int, weight: Weight, operands: Sequence[Stored]) -> Place:
     """What weight number `i` is computed from, and sink number `i`, where it goes."""
     code = (weight.dtype.code if weight.dtype else None) or 0
     return Place(weight.name, weight.shape, tuple(operands), (weight.nbytes,) * len(operands), code, weight.nbytes,

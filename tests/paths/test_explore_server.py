@@ -24,6 +24,7 @@ import fastinterp
 from fastinterp.cli import commands
 from fastinterp.paths.explore import server
 from fastinterp.paths.explore.session import GenerationRequest
+from tests.support.processes import interruptible
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,7 +101,10 @@ class Program:
         command = [sys.executable, "-m", "fastinterp", "explore", *map(str, args), "--port", "0", "--threads", "1"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # `end` closes it
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment)
+        with interruptible():
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment
+            )
         assert self.process.stdout is not None
         self.output = self.process.stdout
         self.url = self.output.readline().split()[0]
@@ -122,7 +126,10 @@ class Program:
     def end(self, number=signal.SIGINT):
         """The exit code."""
         self.process.send_signal(number)
-        code = self.process.wait(20)
+        try:
+            code = self.process.wait(20)
+        finally:
+            self.process.kill()
         self.output.close()
         self.stderr.seek(0)
         self.said = self.stderr.read().splitlines()

@@ -48,6 +48,7 @@ def test_prompt_longer_than_the_context_keeps_its_end(session):
     assert len(session.text(request(2, prompt=""))) == 8
 
 
+@pytest.mark.slow
 def test_no_more_tokens_than_the_model_has_positions(session):
     """64: one for the prompt, 63 for the text."""
     assert session.most_tokens == 63

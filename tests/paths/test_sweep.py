@@ -334,6 +334,7 @@ def test_failure_leaves_nothing(ends, tmp_path, monkeypatch):
     assert not (tmp_path / "path").exists()
 
 
+@pytest.mark.slow
 def test_more_points_than_one_read_makes(tmp_path):
     """Both commands make up to the same number."""
     one = {"x": family(1)[0][next(iter(finite(1)[0]))]}
