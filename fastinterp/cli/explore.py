@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,6 +10,7 @@ from fastinterp.cli import options, ranges
 
 if TYPE_CHECKING:
     from fastinterp.paths.explore.sliders import Sliders
+    from fastinterp.paths.report import PathReport
 
 
 @click.command()
@@ -86,11 +87,14 @@ def explore(
 
     sliders = Sliders.of(models, base, added)
     metrics = None if report is None else read_report(report, sliders)
-    facts = {"report": metrics, "prompt": prompt, "low": span[0], "high": span[1]}
-    _serve(sliders, facts, chat=chat, port=port, threads=threads)
+    _serve(sliders, metrics, prompt, span, chat=chat, port=port, threads=threads)
 
 
-def _serve(sliders: Sliders, settings: dict[str, Any], *, chat: bool, port: int, threads: int | None) -> None:
+def _serve(
+    sliders: Sliders, report: PathReport | None, prompt: str, span: tuple[float, float], *, chat: bool, port: int,
+    threads: int | None,
+) -> None:  # fmt: skip
+    """Load the model and serve the page until it is interrupted."""
     import gc
 
     from fastinterp.inspect.compare import deltas
@@ -105,6 +109,9 @@ def _serve(sliders: Sliders, settings: dict[str, Any], *, chat: bool, port: int,
         changes = deltas(sliders.base, list(sliders.models.values()), threads=threads)
         click.echo("loading the model", err=True)
         with open_session(sliders, threads=threads, chat=chat) as session:
-            app = server.make_app(session, facts(sliders, changes, most_tokens=session.most_tokens, **settings))
+            data = facts(
+                sliders, changes, report, prompt=prompt, low=span[0], high=span[1], most_tokens=session.most_tokens
+            )
+            app = server.make_app(session, data)
             server.serve(app, sock, session, lambda url: click.echo(f"{url}  (Ctrl-C ends it)"))
     click.echo("ended", err=True)

@@ -104,20 +104,28 @@ def merge_state_dicts(
 
 
 def merge_measured(
-    state_dicts: Sequence[Arrays], method: str | Method, *, base: Arrays | None = None, files: Sources | None = None,
-    **settings: Any,
-) -> tuple[dict[str, Any], dict[str, RoundingEffect]]:  # fmt: skip
+    state_dicts: Sequence[Arrays],
+    method: str | Method,
+    *,
+    base: Arrays | None = None,
+    files: Sources | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    dtype: str | Mapping[str, str] | None = None,
+    seed: int = 0,
+    rounding: str = "nearest",
+    threads: int | None = None,
+) -> tuple[dict[str, Any], dict[str, RoundingEffect]]:
     """`merge_state_dicts`, and the effect of rounding on each merged tensor, as a report of `merge` has it.
 
     files  that StoredTensors are read from. Those may be mixed with torch tensors
+    dtype  of the result; a mapping: of tensors by name, others keep theirs
 
-    Tensors that are copies have no effect. `dtype` may be a mapping of names to dtypes, too: tensors that it does not
-    name keep theirs. Other arguments and errors as there; CheckpointError and StorageError, if a file cannot be read.
+    Tensors that are copies have no effect. Other arguments and errors as there; CheckpointError and StorageError, if a
+    file cannot be read.
     """
-    settings = {"parameters": None, "dtype": None, "seed": 0, "rounding": "nearest", "threads": None, **settings}
     labels = [*([] if base is None else ["base"]), *(f"state dict {i}" for i in range(len(state_dicts)))]
-    values = _mapping(settings.pop("parameters"))
-    merge = _Merge(state_dicts, base, labels, method, values, **settings, files=files)
+    values = _mapping(parameters)
+    merge = _Merge(state_dicts, base, labels, method, values, dtype, seed, rounding, threads, files)
     return merge.run(STATS_EVERY), merge.effects
 
 

@@ -50,7 +50,7 @@ def sweep(
     durable: bool = False,
     progress: Progress | None = None,
 ) -> list[Point]:
-    """Make many points of a path from one read of its models.
+    """Compute many points of a path from one read of its models.
 
     sweep(a, b, alphas, out)                 on the line from checkpoint `a` (0) to `b` (1), and beyond
     sweep(base=..., add={"formal": f, "kind": k}, grid={"formal": [-1, 0, 1], "kind": [0, 0.5, 1]}, out=...)
@@ -81,10 +81,10 @@ def sweep(
     if in_memory is not None:
         if out is not None or virtual:
             raise UsageError("`in_memory` writes nothing: leave `out` and `virtual` out")
-        from fastinterp.paths.sweep_in_memory import visit  # it loads numpy, which a sweep to disk does without
+        from fastinterp.paths.sweep_in_memory import sweep_in_memory  # loads numpy: a sweep to disk does without
 
         most = None if max_memory is None else size_of(max_memory)
-        return visit(
+        return sweep_in_memory(
             points, in_memory, framework=framework, devices=find_devices(wish), threads=threads, max_memory=most,
             progress=progress,
         )  # fmt: skip
@@ -103,18 +103,23 @@ def sweep(
     reports = write_outputs(
         plans, outs, device=device, threads=threads, max_memory=most, force=force, durable=durable, progress=progress
     )
-    made = zip(points, paths, reports, strict=True)
-    return [replace(point, path=path, report=report) for point, path, report in made]
+    done = zip(points, paths, reports, strict=True)
+    return [replace(point, path=path, report=report) for point, path, report in done]
 
 
 def _settings(dtype: str | None, rounding: str | None, seed: int | None) -> dict[str, Any]:
+    """Keys of a recipe, of the arguments that are not None."""
     keys = {"out_dtype": None if dtype is None else dtype_named(dtype).name, "rounding": rounding, "seed": seed}
     return {key: value for key, value in keys.items() if value is not None}
 
 
-def _points(a: Any, b: Any, alphas: Any, add: Any, steps: Any, *, base: Any, **how: Any) -> list[Point]:
-    if not isinstance(how["parameters"], Mapping):
-        raise UsageError(f"`parameters` must be a mapping of names to values, got {how['parameters']!r}")
+def _points(
+    a: object, b: object, alphas: object, add: object, steps: object, *, base: object, integers: object,
+    method: str | None, parameters: object, settings: Mapping[str, Any],
+) -> list[Point]:  # fmt: skip
+    """The points of a sweep. settings: further keys of every recipe. Raises: UsageError, MethodError."""
+    if not isinstance(parameters, Mapping):
+        raise UsageError(f"`parameters` must be a mapping of names to values, got {parameters!r}")
     if add or steps:
         if a is not None or b is not None or alphas is not None:
             raise UsageError("give either A, B and alphas, or a base with directions (add) and their points (grid)")
@@ -124,10 +129,10 @@ def _points(a: Any, b: Any, alphas: Any, add: Any, steps: Any, *, base: Any, **h
             raise UsageError(
                 "`add` (direction to model) and `grid` (direction to numbers) must both be given, as mappings"
             )
-        return grid(base, add, steps, **how)
+        return grid(base, add, steps, integers=integers, method=method, parameters=parameters, settings=settings)
     if a is None or b is None or alphas is None:
         raise UsageError("a sweep needs A, B and alphas, or a base with directions (add) and their points (grid)")
-    return line(a, b, alphas, base=base, **how)
+    return line(a, b, alphas, base=base, integers=integers, method=method, parameters=parameters, settings=settings)
 
 
 def _plans(points: Sequence[Point], max_shard_size: int, threads: int | None, max_memory: int) -> list[Plan]:

@@ -22,7 +22,7 @@ _SCRATCH = 512 << 20
 _SHARD = 5 * 10**9  # no file is written
 
 
-def visit(
+def sweep_in_memory(
     points: Sequence[Point],
     callback: Callable[[Point, dict[str, Any]], Any],
     *,
