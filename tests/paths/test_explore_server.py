@@ -139,8 +139,8 @@ class Program:
 
 def report(folder):
     one = {"w": np.ones(1, np.float32)}
-    walked = fastinterp.path(base={"w": np.zeros(1, np.float32)}, directions={"x": one})
-    found = walked.evaluate(lambda w, a, s: {"share of x": min(1, max(0, a["x"]))}, {"x": [-0.5, 0, 0.5, 1, 1.5]})
+    path = fastinterp.path(base={"w": np.zeros(1, np.float32)}, directions={"x": one})
+    found = path.evaluate(lambda w, a, s: {"share of x": min(1, max(0, a["x"]))}, {"x": [-0.5, 0, 0.5, 1, 1.5]})
     found.to_json(folder / "report.json")
     return folder / "report.json"
 
