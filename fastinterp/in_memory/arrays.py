@@ -12,7 +12,6 @@ from fastinterp.in_memory.allocate import numpy_dtype, torch_dtype
 from fastinterp.ops.dtypes import DType, parse_dtype
 
 MERGED_DTYPES = "float64, float32, float16, bfloat16 and float8 can be summed"  # for messages
-_NUMPY_TYPESTR = {"<f8": "F64", "<f4": "F32", "<f2": "F16"}
 
 
 class ArrayView(NamedTuple):
@@ -44,7 +43,7 @@ class NumpyArrays:
     @staticmethod
     def dtype(x: Any) -> DType | None:
         """The dtype of an array, or None if it does not merge."""
-        return parse_dtype(_NUMPY_TYPESTR.get(x.dtype.str, x.dtype.name)) if x.dtype.isnative else None
+        return parse_dtype(x.dtype.name) if x.dtype.isnative else None
 
     @staticmethod
     def equal(x: Any, y: Any) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastinterp.backends.cpu import Handle
 from fastinterp.backends.torch_device import one_place
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.in_memory.arrays import ArrayView, DLPackArrays, Library, TorchTensors, library_of
@@ -124,7 +125,7 @@ class Inputs:
         return f"{name} of {label}" if self._by_name else label
 
 
-def operand_of(view: View, kind: str, sources: list[Any]) -> Stored:
+def operand_of(view: View, kind: str, sources: list[Handle]) -> Stored:
     """A view as an operand of a step. An array becomes one more of `sources`, memory of this kind."""
     code = view.dtype.code or 0
     if isinstance(view, StoredTensor):

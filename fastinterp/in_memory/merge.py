@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from fastinterp.backends.cpu import PumpOptions
+from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, device_of
 from fastinterp.errors import MethodError, StorageError, UsageError
@@ -200,8 +200,8 @@ class _Merge:
         merged = {name: inputs.views(name) for name in first if inputs.merges(name)}
         numel = sum(math.prod(views[0].shape) for views in merged.values())
         out = {n: self._empty(n, merged[n][0].dtype) if n in merged else library.copy(x) for n, x in first.items()}
-        sources: list[Any] = [*self.files.fds] if self.files else []
-        sinks: list[Any] = []
+        sources: list[Handle] = [*self.files.fds] if self.files else []
+        sinks: list[Handle] = []
         jobs = []
         for name, views in merged.items():
             if math.prod(views[0].shape):
@@ -211,7 +211,7 @@ class _Merge:
             self.effects = {j.place.name: RoundingEffect.of(j.place.numel, j.stats[0]) for j in jobs if not j.copies(0)}
         return out
 
-    def _machine(self, sources: list[Any], sinks: list[Any], stats_every: int) -> Runs:
+    def _machine(self, sources: list[Handle], sinks: list[Handle], stats_every: int) -> Runs:
         if self.device is not None:
             return ResidentMachine(
                 device_of(self.device), current_queue(self.device), sources, sinks,
@@ -226,8 +226,8 @@ class _Merge:
         views: Sequence[View],
         out: ArrayView,
         numel: int,
-        sources: list[Any],
-        sinks: list[Any],
+        sources: list[Handle],
+        sinks: list[Handle],
     ) -> Asking:
         kind = "memory" if self.device is None else "device"
         shape = views[0].shape

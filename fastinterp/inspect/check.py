@@ -8,10 +8,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
 from fastinterp.messages import WIDTH, counted, plain
-from fastinterp.plan.single import Library
+from fastinterp.plan.models import Library, Model
 from fastinterp.recipe.chain import not_there, references
 from fastinterp.recipe.check import against, inspect
 from fastinterp.recipe.document import Document, Source, read_all
@@ -277,20 +276,20 @@ def _models(
     recipe: Recipe, library: Library, made: Mapping[int, _Made], found: _Findings
 ) -> tuple[list[Collection[str]], bool]:
     """The tensors of a recipe's models, and whether these could be made to fit each other."""
-    from fastinterp.plan.vocabularies import fit_models
+    from fastinterp.plan.vocabularies import align_models
 
     if recipe.earlier:
         return [_names(recipe, model, library, made) for model in recipe.models], True
     models = [library.find(model) for model in recipe.models]
     try:
-        fitted = fit_models(recipe, models, library.find(recipe.origin)).models
+        aligned = align_models(recipe, models, library.find(recipe.origin)).models
     except (CheckpointError, StorageError) as error:
         found.add_wrong(error, _tokenizer(recipe))
         return [m.tensors for m in models], False
-    differing = _differing(recipe, fitted)
+    differing = _differing(recipe, aligned)
     for wrong in differing:
         found.add_wrong(wrong)
-    return [m.tensors for m in fitted], not differing
+    return [m.tensors for m in aligned], not differing
 
 
 def _tokenizer(recipe: Recipe) -> tuple[str, int | None] | None:
@@ -304,7 +303,7 @@ def _names(recipe: Recipe, model: ModelRef, library: Library, made: Mapping[int,
     return library.find(model).tensors if above is None else made[above].names
 
 
-def _differing(recipe: Recipe, models: Sequence[Checkpoint]) -> list[ShapeError]:
+def _differing(recipe: Recipe, models: Sequence[Model]) -> list[ShapeError]:
     """Tensors that one model has and another lacks, of every model where they are merged whole. Where that is so, the
     shapes of the others are told, too; where it is not, the plan tells them.
     """

@@ -20,7 +20,7 @@ from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import CODE_BYTES, DType
 from fastinterp.ops.steps import Combine, CopyEqual, Stored
 from fastinterp.torch_models.endpoints import Endpoint, Endpoints
-from fastinterp.torch_models.memory_block import MemoryBlock, MemoryHandle
+from fastinterp.torch_models.memory_block import MemoryBlock
 from fastinterp.torch_models.module_tensors import Weight, address_of
 
 _LEFT = 1 << 30  # bytes of a device that are left to what the module computes
@@ -111,18 +111,17 @@ class EndpointOperands:
         """Whether kernels of the module's device reach all operands where they are."""
         return self.device is not None and all(self._on_device(o) for model in self.operands for o in model)
 
-    def machine(self, sinks: Sequence[MemoryHandle]) -> Machine | StreamedMachine:
+    def machine(self, sinks: Sequence[Handle]) -> Machine | StreamedMachine:
         """What runs steps from the end points into `sinks`."""
         if self.device is None:
             return self._pumped(sinks)
         return StreamedMachine(current_queue(self.device), self.handles, sinks, self._pumped)
 
-    def resident(self, sinks: Sequence[MemoryHandle]) -> ResidentMachine:
+    def resident(self, sinks: Sequence[Handle]) -> ResidentMachine:
         """The same, from what kernels reach."""
-        sources = [("device", 0, 0) if isinstance(handle, int) else handle for handle in self.handles]
-        return ResidentMachine(device_of(self.device), current_queue(self.device), sources, sinks)
+        return ResidentMachine(device_of(self.device), current_queue(self.device), self.handles, sinks)
 
-    def _pumped(self, sinks: Sequence[MemoryHandle]) -> Machine:
+    def _pumped(self, sinks: Sequence[Handle]) -> Machine:
         """The same on the CPU, from what it reaches."""
         read, write = _FROM_FILES if self._files.fds else _FROM_MEMORY
         sources = [("memory", 0, 0) if _is_device(handle) else handle for handle in self.handles]
@@ -136,7 +135,7 @@ class EndpointOperands:
     def _explained(self, error: tuple[Any, ...], steps: Sequence[Step]) -> Exception:
         return self._files.explained(error)
 
-    def copy(self, operands: Sequence[Stored], sinks: Sequence[MemoryHandle], sizes: Sequence[int]) -> None:
+    def copy(self, operands: Sequence[Stored], sinks: Sequence[Handle], sizes: Sequence[int]) -> None:
         """Copy the bytes of operands into sinks, one into each. sizes: in bytes."""
         places = [(o, i, n) for i, (o, n) in enumerate(zip(operands, sizes, strict=True)) if n]
         step = _copy if self.device is None else _copy_by_kernel

@@ -13,8 +13,8 @@ from fastinterp.errors import BackendError, UsageError
 from fastinterp.execute.to_memory import fill, filling
 from fastinterp.in_memory.allocate import Framework, maker, torch_dtype
 from fastinterp.paths.points import Point
+from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.plan import Plan, plan_recipe
-from fastinterp.plan.tensors import PlannedTensor
 from fastinterp.torch_models.module_tensors import (
     Mismatches,
     Weight,
@@ -238,7 +238,7 @@ def _fill(plan: Plan, places: Places, threads: int | None, max_memory: int) -> N
 
 def _has_stages(plan: Plan) -> bool:
     """Whether tensors of earlier documents are computed before others: a method that measures them needs them all."""
-    return any(t.first for t in plan.tensors)
+    return any(t.before for t in plan.tensors)
 
 
 def _check_tied(plan: Plan, weights: Sequence[Weight], threads: int | None, max_memory: int) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from fastinterp.backends.cpu import Handle
 from fastinterp.backends.device import Piece
 from fastinterp.backends.torch_device import current_queue
 from fastinterp.execute.tensor_io import Place
 from fastinterp.ops.combine import Row, renumbered
 from fastinterp.torch_models.endpoint_operands import EndpointOperands
-from fastinterp.torch_models.memory_block import MemoryHandle
 
 
 class ModuleWriter:
@@ -21,7 +21,7 @@ class ModuleWriter:
     places    of the module's tensors, whose sinks are numbers of `sinks`
     """
 
-    def __init__(self, operands: EndpointOperands, places: Sequence[Place], sinks: Sequence[MemoryHandle]):
+    def __init__(self, operands: EndpointOperands, places: Sequence[Place], sinks: Sequence[Handle]):
         self._operands, self._sinks = operands, sinks
         self._places = [place for place in places if place.numel]
         self._all_on_device = operands.all_on_device
