@@ -1,10 +1,10 @@
 """Merges model checkpoints as fast as the files can be copied, exactly.
 
     merge(recipe, out, ...)           carry out a recipe
-    interpolate(a, b, ...)            walk the line between two checkpoints, and beyond
+    interpolate(a, b, ...)            points on the line between two checkpoints, and beyond
     sweep(a, b, alphas, ...)          many points of a path from one read: to disk, in memory, or as recipes
     load(recipe)                      a merged model as tensors, without a file; load_iter, load_into a module
-    Live(module, ...)                 walk a path with a module that is in use
+    Live(module, ...)                 set a module that is in use to points of a path
     check(recipe)                     all that is wrong with a recipe and its models, and what looks odd
     explain(recipe)                   say what a merge would read, compute and write
     compare(a, b)                     measure how two checkpoints differ

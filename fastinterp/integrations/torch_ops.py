@@ -113,26 +113,26 @@ def _dots(of: Tensor, xs: Sequence[Tensor]) -> Tensor:
     return torch.tensor(products.dots(_dense(of), [_dense(x) for x in xs]), dtype=torch.float64)
 
 
-# --- what torch.compile is told of them ------------------------------------------------------------------------------
+# --- shapes and dtypes of the results, for torch.compile (fake tensors) ----------------------------------------------
 
 
-def _shaped(xs: Sequence[Tensor], weights: Any, pivot: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def _fake_sum(xs: Sequence[Tensor], weights: Any, pivot: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     like = xs[0] if pivot is None else pivot
     return like.new_empty(like.shape, dtype=dtype or like.dtype)
 
 
-def _written(out: Tensor, xs: Sequence[Tensor], weights: Sequence[float], pivot: Tensor | None) -> None:
+def _fake_none(out: Tensor, xs: Sequence[Tensor], weights: Sequence[float], pivot: Tensor | None) -> None:
     return None
 
 
-def _counted(of: Tensor, xs: Sequence[Tensor]) -> Tensor:
+def _fake_dots(of: Tensor, xs: Sequence[Tensor]) -> Tensor:
     return torch.empty(len(xs), dtype=torch.float64, device="cpu")
 
 
-# --- and autograd ----------------------------------------------------------------------------------------------------
+# --- gradients, for autograd ------------------------------------------------------------------------------------------
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     xs, weights, pivot, _ = inputs
     ctx.dtypes = [x.dtype for x in xs], None if pivot is None else pivot.dtype
     ctx.numbers = None if isinstance(weights, Tensor) else list(weights)
@@ -149,23 +149,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     of_xs = [(grad * weights[k]).to(dtypes[k]) if wanted else None for k, wanted in enumerate(to_xs)]
     of_weights = of_pivot = None
     if to_weights:
-        found = torch.ops.fastinterp.dots(grad, saved)
+        of_sum = torch.ops.fastinterp.dots(grad, saved)
         if pivot_dtype is not None:  # in float64 the difference of the products loses nothing that float32 would hold
-            found = found[:-1] - found[-1]
-        of_weights = found.to(weights.device, weights.dtype)
+            of_sum = of_sum[:-1] - of_sum[-1]
+        of_weights = of_sum.to(weights.device, weights.dtype)
     if to_pivot:
         total = sum(weights) if ctx.numbers is not None else weights.sum()
         of_pivot = (grad * (1.0 - total)).to(pivot_dtype)
     return of_xs, of_weights, of_pivot, None
 
 
-for _name, _call, _fake, _learns in (
-    ("weighted_sum", _by_numbers, _shaped, True),
-    ("weighted_sum_tensor", _by_tensor, _shaped, True),
-    ("weighted_sum_out", _into, _written, False),
-    ("dots", _dots, _counted, False),
+for _name, _call, _fake, _has_gradient in (
+    ("weighted_sum", _by_numbers, _fake_sum, True),
+    ("weighted_sum_tensor", _by_tensor, _fake_sum, True),
+    ("weighted_sum_out", _into, _fake_none, False),
+    ("dots", _dots, _fake_dots, False),
 ):
     _op = torch.library.custom_op(f"fastinterp::{_name}", _call, mutates_args=("out",) if _call is _into else ())
     _op.register_fake(_fake)
-    if _learns:
-        _op.register_autograd(_backward, setup_context=_remember)
+    if _has_gradient:
+        _op.register_autograd(_backward, setup_context=_setup_context)
