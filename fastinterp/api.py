@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastinterp.arguments import numbers, overridden, path_of, size_of
 from fastinterp.backends.cpu import Progress
@@ -13,7 +14,10 @@ from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.points import point_name, point_recipe
-from fastinterp.plan.plan import Plan, Source, make_plan, plan_recipe
+from fastinterp.plan.plan import Source, make_plan, plan_recipe
+
+if TYPE_CHECKING:
+    from fastinterp.inspect.explain import Explanation
 
 
 def merge(
@@ -115,8 +119,11 @@ def explain(
     dtype: str | None = None,
     rounding: str | None = None,
     seed: int | None = None,
-) -> Plan:
-    """What `merge` would do, from headers alone; print() shows it. Arguments and errors as there."""
-    from fastinterp.inspect.explain import Explained
+) -> Explanation:
+    """What `merge` would read, compute and write, from headers alone. print() shows it, `as_dict` gives plain values.
 
-    return Explained(**vars(plan_recipe(recipe, max_shard_size, dtype, rounding, seed)))
+    Arguments and errors are those of `merge`.
+    """
+    from fastinterp.inspect.explain import Explanation
+
+    return Explanation(plan_recipe(recipe, max_shard_size, dtype, rounding, seed))

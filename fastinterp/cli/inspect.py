@@ -50,7 +50,14 @@ def check(recipe: str, strict: bool, as_json: bool) -> None:
 @click.option("--seed", type=int, metavar="N", help="As of merge.")
 @options.as_json
 def explain(
-    recipe: str, threads: int | None, max_shard_size: str, max_memory: str, as_json: bool, **wishes: Any
+    recipe: str,
+    threads: int | None,
+    max_shard_size: str,
+    max_memory: str,
+    dtype: str | None,
+    rounding: str | None,
+    seed: int | None,
+    as_json: bool,
 ) -> None:
     """Say what a merge would read, compute and write.
 
@@ -60,18 +67,16 @@ def explain(
     Example:
       fastinterp explain recipe.yml
     """
-    from fastinterp import api
-    from fastinterp.backends.registry import cpu_threads
-    from fastinterp.checkpoint.layout import parse_size
-    from fastinterp.execute.run import make_window
-    from fastinterp.inspect import explain as explained
+    from fastinterp.arguments import size_of
+    from fastinterp.inspect.explain import Explanation
+    from fastinterp.plan.plan import plan_recipe
 
-    plan = api.explain(recipe, max_shard_size=max_shard_size, **wishes)
-    window = make_window(plan, cpu_threads(threads), parse_size(max_memory))
+    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed)
+    explanation = Explanation(plan, threads, size_of(max_memory))
     if as_json:
-        options.say_json(explained.as_dict(plan, window))
+        options.say_json(explanation.as_dict())
     else:
-        options.say(explained.as_text(plan, window))
+        options.say(str(explanation))
 
 
 @click.command()

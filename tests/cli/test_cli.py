@@ -253,8 +253,8 @@ def test_explain_says_what_is_not_read_copied_and_checked(models):
     (models / "r.yml").write_text(recipe)
     text = run("explain", "r.yml", "--threads", "3")
     assert "out = 0.25*x0 + 0.75*x1" in text and "1 tensor: out = x0 + 0.75*(x1 - x0)" in text
-    assert "F64 -> F64, in float64" in text and "I64 -> I64, as they are" in text
-    assert "must be the same in all models: steps" in text and "3 threads x" in text
+    assert "F64 -> F64, in float64" in text and "I64 -> I64, copied" in text
+    assert "must be equal in all models: steps" in text and "3 threads x" in text
     assert "b  " in run("explain", "recipe.yml") and "not read" in run("explain", "recipe.yml")
 
 
