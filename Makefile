@@ -1,7 +1,7 @@
 # `make` or `make help` lists the targets. PYTHON=python3.12 picks the interpreter, CXX the compiler.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test oracle check lint format werror neon cuda-check gpu-test gpu-bench bench race paper paper-quick clean distclean
+.PHONY: help demo test oracle check compare lint format werror neon cuda-check gpu-test gpu-bench bench race paper paper-quick clean distclean
 
 PYTHON ?= python3
 SIZE ?= 1b
@@ -92,6 +92,10 @@ oracle: $(VENV)/.built $(ORACLE_VENV)/.installed ## every method of mergekit, co
 
 check: lint ## lint and the quick tests
 	@$(PY) -m pytest --quiet -m "not slow"
+
+compare: $(VENV)/.built ## the bytes of all outputs, against those of another build: BEFORE=its Python, or its folder
+	@test -n "$(BEFORE)" || { echo "fastinterp: BEFORE= names a Python or a source tree with the other build" >&2; exit 2; }
+	@$(PY) -m benchmarks.compare_builds "$(BEFORE)" "$(or $(AFTER),$(PY))"
 
 lint: $(VENV)/.built ## ruff, mypy, clang-format, codespell; changes nothing
 	$(PY) -m ruff check .

@@ -10,6 +10,13 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+from msgspec.structs import replace
+
+from fastinterp.backends.device import Piece
+from fastinterp.ops import steps
+from fastinterp.ops.combine import Row
+from fastinterp.ops.dtypes import BF16
+
 Run = Callable[[], object]
 AHEAD = 10_000_000  # cycles, of 5 ms, that the device waits while the host puts in what is timed
 WINDOW = 1 << 16  # elements that are compared at the start, in the middle and at the end
@@ -62,17 +69,16 @@ class Bench:
         first = self.random(numel, 0)
         return [first, *(self.random(numel, i, first) for i in range(1, n))]
 
-    def piece(self, inputs: Sequence[Any], outputs: Sequence[Any], rows: Sequence[Any]) -> dict[str, Any]:
-        from fastinterp.ops.dtypes import BF16
+    def piece(self, inputs: Sequence[Any], outputs: Sequence[Any], rows: Sequence[Row]) -> Piece:
+        numel, count = inputs[0].numel(), len(outputs)
+        step = steps.Combine(
+            inputs=_stored(inputs), numel=numel, sinks=tuple(range(count)), offsets=(0,) * count,
+            out_dtype=BF16.code or 0, rows=tuple(rows),
+        )  # fmt: skip
+        addresses, outs = (tuple(x.data_ptr() for x in some) for some in (inputs, outputs))
+        return Piece(step=step, inputs=addresses, outputs=outs, numel=numel)
 
-        code = BF16.code
-        return {
-            "kind": "combine", "inputs": [(x.data_ptr(), code) for x in inputs], "rows": list(rows),
-            "outputs": [x.data_ptr() for x in outputs], "out_dtype": code, "numel": inputs[0].numel(), "first": 0,
-            "stats_every": 0, "fp8_saturate": True,
-        }  # fmt: skip
-
-    def checked(self, inputs: Sequence[Any], outputs: Sequence[Any], rows: Sequence[Any]) -> Run:
+    def checked(self, inputs: Sequence[Any], outputs: Sequence[Any], rows: Sequence[Row]) -> Run:
         """Compares windows with what the CPU makes of them."""
 
         def check() -> None:
@@ -126,7 +132,7 @@ class Bench:
     def combine(self, n: int) -> Case:
         """A sum of n models."""
         inputs, out = self.models(n, self.numel), self.random(self.numel, 99)
-        rows = [(0, 1.0, [(i, 0.7 / n) for i in range(1, n)])]
+        rows = [Row(0, 1.0, tuple((i, 0.7 / n) for i in range(1, n)))]
         piece = self.piece(inputs, [out], rows)
         rivals: dict[str, Run] = {}
         if n == 2:
@@ -144,7 +150,7 @@ class Bench:
         """k points of a path from one read of two models."""
         numel = self.numel // 2
         inputs, outs = self.models(2, numel), [self.random(numel, 50 + i) for i in range(k)]
-        rows = [(0, 1.0, [(1, (i + 1) / (k + 1))]) for i in range(k)]
+        rows = [Row(0, 1.0, ((1, (i + 1) / (k + 1)),)) for i in range(k)]
         piece = self.piece(inputs, outs, rows)
         check = self.checked(inputs, outs, rows)
         return Case(f"combine N=2, K={k}", 2 * numel * (k + 2), lambda: self.queue.run([piece]), check)
@@ -160,7 +166,7 @@ class Bench:
         ends = [0]
         for numel in shapes:
             ends.append(ends[-1] + numel)
-        rows = [(0, 1.0, [(1, 0.35)])]
+        rows = [Row(0, 1.0, ((1, 0.35),))]
         parts = [([a[i:j], b[i:j]], out[i:j]) for i, j in pairwise(ends)]
         pieces = [self.piece(inputs, [to], rows) for inputs, to in parts]
 
@@ -193,7 +199,7 @@ class Bench:
         def check() -> None:
             live.set(there=0.35)
             for name in compared:
-                self.checked([base[name], ends[name]], [getattr(module, name)], [(0, 1.0, [(1, 0.35)])])()
+                self.checked([base[name], ends[name]], [getattr(module, name)], [Row(0, 1.0, ((1, 0.35),))])()
 
         # Another point each time: to be where one is already may cost nothing.
         run: Run = lambda: live.set(there=0.1 + 0.01 * (next(at) % 64))  # noqa: E731
@@ -202,10 +208,11 @@ class Bench:
     def measure(self) -> Case:
         """The Gram matrix of a base and two deltas."""
         inputs = self.models(3, self.numel)
-        piece = {k: v for k, v in self.piece(inputs, [], []).items() if k in ("inputs", "numel", "first")}
-        piece["kind"] = "measure_deltas"
+        numel = inputs[0].numel()
+        step = steps.Measure(inputs=_stored(inputs), numel=numel, deltas=True)
+        piece = Piece(step=step, inputs=tuple(x.data_ptr() for x in inputs), numel=numel)
         rows = min(self.numel, 1 << 20)  # of what is compared: whole chunks
-        small = {**piece, "numel": rows}
+        small = replace(piece, numel=rows)
 
         def check() -> None:
             (pending,) = self.queue.run([small])
@@ -280,26 +287,21 @@ def _llama_7b() -> list[int]:
 
 def _combine_on_cpu(inputs: Sequence[Any], out: Any, row: Any, first: int) -> None:
     from fastinterp import _C
-    from fastinterp.ops.dtypes import BF16
 
     code, given = BF16.code or 0, [x.data_ptr() for x in inputs]
     _C.combine(given, [code] * len(given), [row], [out.data_ptr()], code, out.numel(), first=first)
 
 
 def _measured_on_cpu(inputs: Sequence[Any]) -> list[list[float]]:
-    from fastinterp._C import Pump
+    from fastinterp.backends.cpu import PumpOptions, survey
     from fastinterp.backends.registry import cpu_isa
-    from fastinterp.ops.dtypes import BF16
 
     sources = [("memory", x.data_ptr(), 2 * x.numel()) for x in inputs]
-    operands = [(i, 0, BF16.code) for i in range(len(inputs))]
-    step = {"kind": "measure_deltas", "inputs": operands, "numel": inputs[0].numel()}
-    pump = Pump(
-        cpu_isa(), sources, [], [step], threads=1, write_bytes=4096, read_bytes=1 << 16, stochastic=False,
-        fp8_saturate=True, prefetch=False, stats_every=0,
-    )  # fmt: skip
-    pump.start()
-    while not pump.wait(1.0):
-        pass
-    pump.join()
-    return [list(part) for part in pump.answers()[0]]
+    step = steps.Measure(inputs=_stored(inputs), numel=inputs[0].numel(), deltas=True)
+    (answer,) = survey(sources, [step], PumpOptions(isa=cpu_isa()), lambda error: RuntimeError(str(error)))
+    return [list(part) for part in answer]
+
+
+def _stored(inputs: Sequence[Any]) -> tuple[steps.Stored, ...]:
+    """bf16 tensors as operands of a step: the first of source 0, and so on."""
+    return tuple(steps.Stored(i, 0, BF16.code or 0) for i in range(len(inputs)))

@@ -182,11 +182,10 @@ class Fastinterp(Rival):
             inputs, out, weights = case.arrays(case.inputs), case.arrays(case.outputs)[0], case.weights[0]
             return lambda: weighted_sum(inputs, weights, out=out, threads=threads)
         code = case.dtype.code or 0
-        rows = [(row.pivot, row.total, list(row.terms)) for row in case.rows]
         sources, sinks = [x.address for x in case.inputs], [x.address for x in case.outputs]
         codes, isa = [code] * case.n, cpu_isa()
         return lambda: _C.combine(
-            sources, codes, rows, sinks, code, case.numel, stats_every=0, threads=threads, isa=isa
+            sources, codes, case.rows, sinks, code, case.numel, stats_every=0, threads=threads, isa=isa
         )
 
 

@@ -124,7 +124,7 @@ def main() -> None:
 
 def measured(name: str, case: Case, models: Path, runs: int, mergekit: str | None) -> dict[str, Any]:
     """One method's race. Raises: WrongAnswerError, if the answer is wrong or the inputs are read too often."""
-    _side_cars(case, models)
+    write_sidecars(case, models)
     folders = [models / m for m in case.models] + [models / f"{m}-fisher" for m in case.models if name == "fisher"]
     with tempfile.TemporaryDirectory(dir=models, prefix=".race-") as scratch:
         work = Path(scratch)
@@ -191,8 +191,8 @@ def _layer(tensor: str, every: dict[str, Any]) -> tuple[int | None, int]:
     return numbers.get(tensor), max(numbers.values()) + 1
 
 
-def _side_cars(case: Case, models: Path) -> None:
-    """Positive side-cars for fisher: the model's own magnitudes, by clearing the sign bits of BF16."""
+def write_sidecars(case: Case, models: Path) -> None:
+    """Write importances for `fisher` beside the models: their own magnitudes, the sign bits of BF16 cleared."""
     for model in case.models if any(isinstance(v, Sidecar) for v in case.each.values()) else ():
         folder = models / f"{model}-fisher"
         if folder.exists():

@@ -111,9 +111,9 @@ FI_INLINE PhiloxWords<W> philox(W counter, const PhiloxKeys& keys, Product produ
   return {{c0, c1, c2, c3}};
 }
 
-// The random number of a keep has two halves of 16 bits. Element e takes them from word (e / 16) % 4 of the counter
-// 16 * (e / 128) + e % 16, in space 0 its high half and in space 1 its low half: of the word the low half if e % 128 <
-// 64, else the high one. The low half is looked at only where the high one equals that of the limit.
+// The random number of a mask test has two halves of 16 bits. Element e takes them from word (e / 16) % 4 of the
+// counter 16 * (e / 128) + e % 16, in space 0 its high half and in space 1 its low half: of the word the low half if e
+// % 128 < 64, else the high one. The low half is looked at only where the high one equals that of the limit.
 constexpr int kKeepGroup = 2 * kPhiloxGroup;
 
 FI_INLINE uint32_t low_half(int64_t e, uint64_t key) {

@@ -12,9 +12,9 @@ namespace {
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-bool draws_by_rank(const MaskedTerm& term) { return is_ranked(term.keep) && !term.known; }
+bool draws_by_rank(const MaskedTerm& term) { return is_ranked(term.test) && !term.precomputed; }
 
-Score pointed(const OwnScore& own) { return {own.score.kind, own.score.least, own.factors.data()}; }
+Score pointed(const OwnScore& own) { return {own.score.kind, own.score.min_bits, own.factors.data()}; }
 
 }  // namespace
 
@@ -48,11 +48,11 @@ MaskedSum::MaskedSum(const Backend& backend, const std::vector<DType>& dtypes, s
 
 // For the kernel; then, if there are ranks, bins, for sorting a row, and the masks.
 int64_t MaskedSum::scratch_bytes(int64_t most) const {
-  return masked_scratch(terms_) + (ranks_ ? kRankBinsBytes + 16 * columns_ + ranks_ * most : 0);
+  return masked_sum_scratch(terms_) + (ranks_ ? kRankBinsBytes + 16 * columns_ + ranks_ * most : 0);
 }
 
 void MaskedSum::run(const CombineArgs& args, char* scratch) const {
-  uint64_t* const bins = reinterpret_cast<uint64_t*>(scratch + masked_scratch(terms_));
+  uint64_t* const bins = reinterpret_cast<uint64_t*>(scratch + masked_sum_scratch(terms_));
   uint64_t* const sorting = bins + kRankBinsBytes / 8;
   if (ranks_) memset(bins, 0, kRankBinsBytes);
   uint8_t* masks = reinterpret_cast<uint8_t*>(sorting + 2 * columns_);
@@ -65,19 +65,20 @@ void MaskedSum::run(const CombineArgs& args, char* scratch) const {
       for (int64_t e = 0; e < args.numel; e += columns_)
         backend_.ranked({static_cast<const char*>(args.x[out.row.base]) + e * size_of(in0),
                          static_cast<const char*>(args.x[term.input]) + e * size_of(in), in0, in, out.wide,
-                         out.row.limit, term.keep, columns_, args.first + e, sorting, bins, masks + e});
+                         out.row.limit, term.test, columns_, args.first + e, sorting, bins, masks + e});
       masks += args.numel;
     }
   }
-  backend_.masked({args, rows_.data(), columns_, ranked.data(), scratch});
+  backend_.masked_sum({args, rows_.data(), columns_, ranked.data(), scratch});
 }
 
-// ---- what keeps leave ----------------------------------------------------------------------------------------------
+// ---- statistics of masked deltas ----------------------------------------------------------------------------------
 
-KeptSurvey::KeptSurvey(const Backend& backend, std::vector<DType> dtypes, KeptAsk ask, int64_t numel, int64_t columns)
-    : backend_(backend), dtypes_(std::move(dtypes)), ask_(std::move(ask)), columns_(columns) {
+MaskedStatsSurvey::MaskedStatsSurvey(const Backend& backend, std::vector<DType> dtypes, MaskedStatsRequest ask,
+                                     int64_t numel, int64_t columns)
+    : backend_(backend), dtypes_(std::move(dtypes)), request_(std::move(ask)), columns_(columns) {
   for (const DType d : dtypes_) wide_ = wide_ || d == DType::F64;
-  for (size_t i = 1; i < ask_.keeps.size(); ++i) ranks_ = ranks_ || is_ranked(ask_.keeps[i]);
+  for (size_t i = 1; i < request_.tests.size(); ++i) ranks_ = ranks_ || is_ranked(request_.tests[i]);
   // Sums are of chunks and ranks of rows, so a piece reads its first and last row whole. It has several rows, that this
   // is rarely much.
   if (ranks_) part_ = piece_ = round_up(std::max(4 * kChunk, 4 * columns_), kChunk);
@@ -88,18 +89,18 @@ KeptSurvey::KeptSurvey(const Backend& backend, std::vector<DType> dtypes, KeptAs
 }
 
 // Inputs, the kernel's own; then, if there are ranks, bins, for sorting a row, its mask, and the masks of a part.
-int64_t KeptSurvey::scratch_bytes() const {
+int64_t MaskedStatsSurvey::scratch_bytes() const {
   const int64_t n = int64_t(dtypes_.size());
-  return n * raw_bytes_ + kept_scratch(int(n)) + (ranks_ ? kRankBinsBytes + 17 * columns_ + 8 + n * part_ : 0);
+  return n * raw_bytes_ + masked_stats_scratch(int(n)) + (ranks_ ? kRankBinsBytes + 17 * columns_ + 8 + n * part_ : 0);
 }
 
-void KeptSurvey::run(const Inputs& inputs, int64_t first, int64_t count, char* scratch) {
+void MaskedStatsSurvey::run(const Inputs& inputs, int64_t first, int64_t count, char* scratch) {
   int64_t* const counts = &counts_[size_t(first / piece_) * 2 * dtypes_.size()];
   for (int64_t done = 0; done < count; done += part_)
     run_part(inputs, first + done, std::min(part_, count - done), counts, scratch);
 }
 
-void KeptSurvey::run_part(const Inputs& inputs, int64_t first, int64_t count, int64_t* counts, char* scratch) {
+void MaskedStatsSurvey::run_part(const Inputs& inputs, int64_t first, int64_t count, int64_t* counts, char* scratch) {
   const size_t n = dtypes_.size();
   const int64_t end = first + count;
   const int64_t from = ranks_ ? first / columns_ * columns_ : first, to = ranks_ ? round_up(end, columns_) : end;
@@ -107,18 +108,18 @@ void KeptSurvey::run_part(const Inputs& inputs, int64_t first, int64_t count, in
   for (size_t i = 0; i < n; ++i)
     raw[i] = static_cast<const char*>(inputs.get(i, from, to - from, scratch + raw_bytes_ * int64_t(i)));
   char* const own = scratch + raw_bytes_ * int64_t(n);
-  uint64_t* const bins = reinterpret_cast<uint64_t*>(own + round_up(kept_scratch(int(n)), 8));
+  uint64_t* const bins = reinterpret_cast<uint64_t*>(own + round_up(masked_stats_scratch(int(n)), 8));
   uint64_t* const sorting = bins + kRankBinsBytes / 8;
   if (ranks_) memset(bins, 0, kRankBinsBytes);
   uint8_t* const row_mask = reinterpret_cast<uint8_t*>(sorting + 2 * columns_);
   std::vector<uint8_t*> masks(n, nullptr);
   for (size_t i = 1; i < n; ++i) {
-    if (!is_ranked(ask_.keeps[i])) continue;
+    if (!is_ranked(request_.tests[i])) continue;
     masks[i] = row_mask + columns_ + int64_t(i) * part_;
     for (int64_t row = from; row < to; row += columns_) {
       backend_.ranked({raw[0] + (row - from) * size_of(dtypes_[0]), raw[i] + (row - from) * size_of(dtypes_[i]),
-                       dtypes_[0], dtypes_[i], wide_, std::numeric_limits<double>::infinity(), ask_.keeps[i], columns_,
-                       row, sorting, bins, row_mask});
+                       dtypes_[0], dtypes_[i], wide_, std::numeric_limits<double>::infinity(), request_.tests[i],
+                       columns_, row, sorting, bins, row_mask});
       const int64_t begin = std::max(row, first), stop = std::min(row + columns_, end);
       memcpy(masks[i] + (begin - first), row_mask + (begin - row), size_t(stop - begin));
     }
@@ -130,15 +131,16 @@ void KeptSurvey::run_part(const Inputs& inputs, int64_t first, int64_t count, in
     for (size_t i = 0; i < n; ++i) {
       x[i] = raw[i] + (first + done - from) * size_of(dtypes_[i]);
       ranked[i] = masks[i] ? masks[i] + done : nullptr;
-      found[i] = ask_.places[i] < 0 ? nullptr : ask_.masks->mask(ask_.places[i]) + (first + done) / 8;
+      found[i] = request_.places[i] < 0 ? nullptr : request_.masks->mask(request_.places[i]) + (first + done) / 8;
     }
-    backend_.kept({x.data(), dtypes_.data(), ask_.keeps.data(), ranked.data(), int(n), wide_, pointed(ask_.score),
-                   std::min(kChunk, count - done), first + done, columns_, ask_.l1, ask_.squares, own,
-                   &sums_[size_t((first + done) / kChunk) * 3 * n], counts, found.data()});
+    backend_.masked_stats({x.data(), dtypes_.data(), request_.tests.data(), ranked.data(), int(n), wide_,
+                           pointed(request_.score), std::min(kChunk, count - done), first + done, columns_, request_.l1,
+                           request_.squares, own, &sums_[size_t((first + done) / kChunk) * 3 * n], counts,
+                           found.data()});
   }
 }
 
-Answer KeptSurvey::answer() const {
+Answer MaskedStatsSurvey::answer() const {
   const size_t n = dtypes_.size();
   Answer found{sums_, std::vector<int64_t>(2 * n)};
   fold_chunks(3 * n, &found.reals);

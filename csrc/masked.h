@@ -1,4 +1,4 @@
-// Sums with masks, and what keeps leave of deltas.
+// Sums with masks, and statistics of masked deltas.
 #pragma once
 
 #include "step.h"
@@ -58,18 +58,19 @@ class MaskedSum : public Sum {
 };
 
 // What is asked of the survey beside counts.
-struct KeptAsk {
-  std::vector<KeepTest> keeps;
+struct MaskedStatsRequest {
+  std::vector<MaskTest> tests;
   OwnScore score;
   bool l1, squares;
   std::shared_ptr<const Masks> masks;  // to be filled; null if not wanted
   std::vector<int> places;             // of each input: the mask among these, or -1
 };
 
-// Answers with 3n reals and 2n counts: see KeptArgs.
-class KeptSurvey : public Survey {
+// Answers with 3n reals and 2n counts: see MaskedStatsArgs.
+class MaskedStatsSurvey : public Survey {
  public:
-  KeptSurvey(const Backend& backend, std::vector<DType> dtypes, KeptAsk ask, int64_t numel, int64_t columns);
+  MaskedStatsSurvey(const Backend& backend, std::vector<DType> dtypes, MaskedStatsRequest ask, int64_t numel,
+                    int64_t columns);
   int64_t piece() const override { return piece_; }
   int64_t scratch_bytes() const override;
   void run(const Inputs& inputs, int64_t first, int64_t count, char* scratch) override;
@@ -80,7 +81,7 @@ class KeptSurvey : public Survey {
 
   const Backend& backend_;
   const std::vector<DType> dtypes_;
-  const KeptAsk ask_;
+  const MaskedStatsRequest request_;
   const int64_t columns_;
   bool wide_ = false, ranks_ = false;
   int64_t piece_ = 16 * kChunk;

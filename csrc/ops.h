@@ -133,35 +133,36 @@ struct DivergenceArgs {
 
 constexpr uint32_t kMostMagnitude = 0x7fffffffu;  // as float32 bits: that of every NaN
 
-// Which elements of a delta are kept: those whose magnitude, as float32 bits, is in least..most and whose random word
-// is below a limit. That runs from `lo` for the smallest magnitude of a row to `hi`, 0..kWords; kWords draws no word.
+// Which elements of a delta are kept: those whose magnitude, as float32 bits, is in min_bits..max_bits and whose random
+// word is below a limit. That runs from `low_limit` for the smallest magnitude of a row to `high_limit`, 0..kWords;
+// kWords draws no word.
 constexpr uint64_t kWords = 1ull << 32;
-struct KeepTest {
-  uint32_t least, most;
-  uint64_t lo, hi;
+struct MaskTest {
+  uint32_t min_bits, max_bits;
+  uint64_t low_limit, high_limit;
   uint64_t key;  // of the words
 };
 
-FI_INLINE bool is_random(const KeepTest& keep) { return keep.lo < kWords; }
-FI_INLINE bool is_ranked(const KeepTest& keep) { return keep.lo != keep.hi; }
+FI_INLINE bool is_random(const MaskTest& test) { return test.low_limit < kWords; }
+FI_INLINE bool is_ranked(const MaskTest& test) { return test.low_limit != test.high_limit; }
 
 // One delta d = x[input] - x[base] of a masked row; 0 where the input is the base itself.
 struct MaskedTerm {
   int input, importance;  // importance: an input whose elements are a further factor of the weight, or -1
-  double weight, vote, share, alone;
-  KeepTest keep;
-  const uint8_t* known;  // which elements of the tensor that keeps, if a survey has found it: kMaskSlack bytes longer
+  double weight, sign_weight, share, sole_weight;
+  MaskTest test;
+  const uint8_t* precomputed;  // the mask of the tensor, if a survey has filled it: kMaskSlack bytes longer
 };
 
 // Masks of elements have a bit for each, the first the lowest. They are read by eight bytes.
 constexpr int kMaskSlack = 8;
 FI_INLINE int64_t mask_bytes(int64_t numel) { return (numel + 7) / 8 + kMaskSlack; }
 
-// A number for every element, of which those below `least` (float32 bits) are dropped from every delta.
+// A number for every element, of which those below `min_bits` (as float32) are dropped from every delta.
 struct Score {
-  enum Kind { kNone, kSpread, kDivergence };  // from all terms; from the first, times a factor per row
+  enum Kind { kNone, kVariance, kDivergence };  // from all terms; from the first, times a factor per row
   Kind kind;
-  uint32_t least;
+  uint32_t min_bits;
   const float* factors;
 };
 
@@ -169,60 +170,60 @@ struct Score {
 struct MaskedRow {
   int base, n_terms, n_reads;
   const MaskedTerm* terms;
-  const int* reads;            // every input that is read, once
-  bool votes, divides, alone;  // which of the terms' numbers count
-  bool important;              // the terms have importances, and none of these three, nor keeps, nor a score
+  const int* reads;                              // every input that is read, once
+  bool elects_signs, divides, has_sole_weights;  // which of the terms' numbers count
+  bool important;  // the terms have importances, and none of these three, nor tests of magnitude, nor a score
   double least_share, other_share, limit;
   Score score;
 };
 
-struct MaskedArgs {
+struct MaskedSumArgs {
   CombineArgs of;         // all but its rows
   const MaskedRow* rows;  // k rows
   int64_t columns;        // length of a row of the tensor
   // One per term, row after row: what `ranked` found, `numel` elements each; null where there are no ranks.
   const uint8_t* const* ranked;
-  void* scratch;  // masked_scratch(most terms of a row)
+  void* scratch;  // masked_sum_scratch(most terms of a row)
 };
 
 constexpr int kMaskedTile = 1024;  // elements
-FI_INLINE int64_t masked_scratch(int terms) { return int64_t(terms) * kMaskedTile * 16; }
+FI_INLINE int64_t masked_sum_scratch(int terms) { return int64_t(terms) * kMaskedTile * 16; }
 
 // Bins in which the magnitudes of a row are counted, and a bit for each: of 2^14 magnitudes, so of 64 powers of two.
 constexpr int kRankBins = 32768;
 constexpr int64_t kRankBinsBytes = kRankBins * 8 + kRankBins / 8;
 
-// One row of a tensor and one delta: which elements the random keep keeps.
+// One row of a tensor and one delta: which elements a test with a limit by rank keeps.
 struct RankArgs {
   const void *x0, *x;  // `numel` elements each
   DType in0, in;
   bool wide;  // compute in float64
   double limit;
-  KeepTest keep;
+  MaskTest test;
   int64_t numel, first;
   uint64_t* scratch;  // 2 * numel
   uint64_t* bins;     // kRankBinsBytes, all 0, and 0 again in the end
   uint8_t* kept;      // numel
 };
 
-struct KeptArgs {
+struct MaskedStatsArgs {
   const void* const* x;  // n inputs, `numel` elements each
   const DType* in;
-  const KeepTest* keeps;         // n; that of the base, x[0], is ignored
-  const uint8_t* const* ranked;  // n; as in MaskedArgs
+  const MaskTest* tests;         // n; that of the base, x[0], is ignored
+  const uint8_t* const* ranked;  // n; as in MaskedSumArgs
   int n;
   bool wide;
   Score score;
   int64_t numel, first;  // at most kChunk elements: one whole chunk of a tensor, or its last one
   int64_t columns;       // length of a row of the tensor
   bool l1, squares;      // which of the sums are wanted; the others stay as they are
-  void* scratch;         // kept_scratch(n)
+  void* scratch;         // masked_stats_scratch(n)
   double* sums;     // 3 * n: L1 norms of the deltas, then of what is kept of them, then its squares; 0 for the base
   int64_t* counts;  // 2 * n, added to: elements kept, then those of them that another delta keeps too
   uint8_t** masks;  // n: of this chunk; null where nobody wants them
 };
 
-FI_INLINE int64_t kept_scratch(int n) { return n * (8 * kChunk + kChunk / 8); }
+FI_INLINE int64_t masked_stats_scratch(int n) { return n * (8 * kChunk + kChunk / 8); }
 
 // Where magnitudes, as float32 bits, are counted: bin (magnitude - low) >> shift, if it is in low..high.
 struct Bracket {
@@ -254,9 +255,9 @@ struct Backend {
   void (*measure)(const MeasureArgs&);
   void (*measure_columns)(const ColumnArgs&);
   void (*divergence)(DivergenceArgs&);
-  void (*masked)(const MaskedArgs&);
+  void (*masked_sum)(const MaskedSumArgs&);
   void (*ranked)(const RankArgs&);
-  void (*kept)(const KeptArgs&);
+  void (*masked_stats)(const MaskedStatsArgs&);
   void (*histogram)(const HistogramArgs&);
 };
 

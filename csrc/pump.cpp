@@ -52,11 +52,16 @@ class Scratch {
 }  // namespace
 
 Pump::Pump(std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Step> steps, const PumpOptions& options)
-    : sources_(std::move(sources)), sinks_(std::move(sinks)), steps_(std::move(steps)), options_(options) {
+    : sources_(std::move(sources)),
+      sinks_(std::move(sinks)),
+      steps_(std::move(steps)),
+      options_(options),
+      left_(steps_.size()) {
   size_t inputs = 1, outputs = 1;
   int64_t stored = 0;                                     // bytes, in memory
   int64_t read = options_.read_bytes, late = 0, own = 0;  // late: how far beyond its edge a write may end
   for (const Step& step : steps_) {
+    decode_bytes_ = std::max(decode_bytes_, round_up(decoding_scratch(step), 4096));
     if (step.survey) {
       scratch_bytes_ = std::max(scratch_bytes_, round_up(step.survey->scratch_bytes(), 4096));
     } else {
@@ -76,7 +81,9 @@ Pump::Pump(std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Ste
   in_total_ = in_bytes_ * int64_t(inputs);
   out_stride_ = round_up(options_.write_bytes + late + kSlack, 4096);
   scratch_bytes_ = std::max(scratch_bytes_, in_total_ + round_up(own, 4096) + out_stride_ * int64_t(outputs));
+  scratch_bytes_ += decode_bytes_;
   cut();
+  for (const Piece& piece : pieces_) ++left_[size_t(piece.step)];
 }
 
 Pump::~Pump() {
@@ -183,8 +190,11 @@ Survey* Pump::survey_of(const Block& block) const { return steps_[size_t(pieces_
 void Pump::run_block(const Block& block, char* scratch) {
   const Piece& whole = pieces_[block.begin];
   const Step& head = steps_[size_t(whole.step)];
-  if (head.survey) return head.survey->run(Inputs(sources_, head, &bytes_read_), whole.first, whole.count, scratch);
-  char* const staged = scratch + scratch_bytes_ - out_stride_ * int64_t(head.sinks.size());
+  if (head.survey) {
+    head.survey->run(inputs_of(head, scratch), whole.first, whole.count, scratch);
+    return finish_piece(whole.step);
+  }
+  char* const staged = scratch + scratch_bytes_ - decode_bytes_ - out_stride_ * int64_t(head.sinks.size());
   std::vector<void*> out(head.sinks.size());
   int64_t start = block.offset, at = start;  // what is staged, in the first sink
   for (size_t i = block.begin; i < block.end; ++i) {
@@ -207,7 +217,18 @@ void Pump::run_block(const Block& block, char* scratch) {
         start = at;
       }
     }
+    finish_piece(piece.step);
   }
+}
+
+Inputs Pump::inputs_of(const Step& step, char* scratch) {
+  return Inputs(sources_, step, &bytes_read_, scratch + scratch_bytes_ - decode_bytes_);
+}
+
+void Pump::finish_piece(int step) {
+  if (--left_[size_t(step)] > 0) return;
+  for (const Operand& input : steps_[size_t(step)].inputs)
+    if (input.decoding) input.decoding->release();
 }
 
 bool Pump::in_memory(const Step& step) const {
@@ -225,7 +246,7 @@ void Pump::write(const Step& step, int64_t offset, int64_t size, const char* sta
 
 void Pump::combine(const Piece& piece, int64_t done, int64_t count, char* scratch, const std::vector<void*>& out) {
   const Step& step = steps_[size_t(piece.step)];
-  const Inputs inputs(sources_, step, &bytes_read_);
+  const Inputs inputs = inputs_of(step, scratch);
   const size_t n = step.inputs.size();
   const int64_t first = piece.first + done;
   if (n == 1 && step.sum->copies() && step.inputs[0].dtype == step.out_dtype)
@@ -254,13 +275,13 @@ void Pump::combine(const Piece& piece, int64_t done, int64_t count, char* scratc
   step.sum->run(args, scratch + in_total_);
 }
 
-void Pump::compare(const Piece& piece, int64_t done, int64_t count, char* in, const std::vector<void*>& out) {
+void Pump::compare(const Piece& piece, int64_t done, int64_t count, char* scratch, const std::vector<void*>& out) {
   const Step& step = steps_[size_t(piece.step)];
-  const Inputs inputs(sources_, step, &bytes_read_);
+  const Inputs inputs = inputs_of(step, scratch);
   const int64_t first = piece.first + done;
   inputs.read(0, first, count, out[0]);
   for (size_t i = 1; i < step.inputs.size(); ++i)
-    if (memcmp(inputs.get(i, first, count, in), out[0], size_t(count)) != 0) throw Differs(piece.step, int(i));
+    if (memcmp(inputs.get(i, first, count, scratch), out[0], size_t(count)) != 0) throw Differs(piece.step, int(i));
   for (size_t k = 1; k < out.size(); ++k) memcpy(out[k], out[0], size_t(count));
 }
 
@@ -272,7 +293,7 @@ void Pump::prefetch(size_t block) const {
       const Piece& piece = pieces_[i];
       const Step& step = steps_[size_t(piece.step)];
       if (step.survey && !step.survey->reads_all()) continue;
-      const Inputs inputs(sources_, step, nullptr);
+      const Inputs inputs(sources_, step, nullptr, nullptr);
       for (size_t input = 0; input < step.inputs.size(); ++input) inputs.prefetch(input, piece.first, piece.count);
     }
 }

@@ -74,10 +74,14 @@ class Pump {
   void run_block(const Block& block, char* scratch);
   // Elements [done, done + count) of a piece, into `out`.
   void combine(const Piece& piece, int64_t done, int64_t count, char* scratch, const std::vector<void*>& out);
-  void compare(const Piece& piece, int64_t done, int64_t count, char* in, const std::vector<void*>& out);
+  void compare(const Piece& piece, int64_t done, int64_t count, char* scratch, const std::vector<void*>& out);
   bool in_memory(const Step& step) const;  // all its sinks
   void write(const Step& step, int64_t offset, int64_t size, const char* staged);
   void prefetch(size_t block) const;
+  // The inputs of a step, for a thread with this scratch.
+  Inputs inputs_of(const Step& step, char* scratch);
+  // A piece of the step is done. With the last one, what its decoders hold is freed.
+  void finish_piece(int step);
 
   const std::vector<Source> sources_;
   const std::vector<Sink> sinks_;
@@ -87,7 +91,8 @@ class Pump {
   std::vector<Block> blocks_;
   std::vector<RowStats> stats_;
   bool streamed_ = false;  // outputs in memory are large
-  int64_t scratch_bytes_ = 0, in_bytes_ = 0, in_total_ = 0, out_stride_ = 0;
+  int64_t scratch_bytes_ = 0, in_bytes_ = 0, in_total_ = 0, out_stride_ = 0, decode_bytes_ = 0;
+  std::vector<std::atomic<int64_t>> left_;  // pieces of each step that are not done
 
   std::vector<std::thread> threads_;
   std::atomic<size_t> next_{0};

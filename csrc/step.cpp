@@ -44,7 +44,7 @@ int64_t read_span(const std::vector<DType>& dtypes) {
 
 const void* Inputs::get(size_t input, int64_t first, int64_t count, void* to) const {
   const Operand& from = step_.inputs[input];
-  if (from.gathered) {
+  if (from.gathered || from.decoding) {
     read(input, first, count, to);
     return to;
   }
@@ -53,8 +53,11 @@ const void* Inputs::get(size_t input, int64_t first, int64_t count, void* to) co
 }
 
 void Inputs::read(size_t input, int64_t first, int64_t count, void* to) const {
+  const Operand& from = step_.inputs[input];
+  if (from.decoding)
+    return from.decoding->read(sources_, from.source, from.offset, first, count, to, scratch_, bytes_read_);
   char* next = static_cast<char*>(to);
-  for_runs(step_.inputs[input], first, count, [&](int source, int64_t offset, int64_t bytes) {
+  for_runs(from, first, count, [&](int source, int64_t offset, int64_t bytes) {
     if (source < 0) {
       memset(next, 0, size_t(bytes));
     } else {
@@ -66,9 +69,21 @@ void Inputs::read(size_t input, int64_t first, int64_t count, void* to) const {
 }
 
 void Inputs::prefetch(size_t input, int64_t first, int64_t count) const {
-  for_runs(step_.inputs[input], first, count, [&](int source, int64_t offset, int64_t bytes) {
+  const Operand& from = step_.inputs[input];
+  if (from.decoding) {
+    const auto [offset, bytes] = from.decoding->stored(first, count);
+    return sources_[size_t(from.source)].prefetch(from.offset + offset, bytes);
+  }
+  for_runs(from, first, count, [&](int source, int64_t offset, int64_t bytes) {
     if (source >= 0) sources_[size_t(source)].prefetch(offset, bytes);
   });
+}
+
+int64_t decoding_scratch(const Step& step) {
+  int64_t bytes = 0;
+  for (const Operand& input : step.inputs)
+    if (input.decoding) bytes = std::max(bytes, input.decoding->scratch_bytes());
+  return bytes;
 }
 
 }  // namespace fi

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "decoding.h"
 #include "io.h"
 #include "ops.h"
 
@@ -22,10 +23,11 @@ struct RowMap {
 
 struct Operand {
   int source;
-  int64_t offset;  // bytes
-  DType dtype;
-  int width;                               // bytes of an element; 1 where a step only compares bytes
-  std::shared_ptr<const RowMap> gathered;  // instead of source and offset
+  int64_t offset;                                    // bytes
+  DType dtype;                                       // of the elements that kernels are given
+  int width;                                         // bytes of such an element; 1 where a step only compares bytes
+  std::shared_ptr<const RowMap> gathered = nullptr;  // instead of source and offset
+  std::shared_ptr<Decoding> decoding = nullptr;      // of bytes that are not elements of `dtype`, which is F32 then
 };
 
 class Counts;
@@ -47,8 +49,9 @@ struct Step {
 // The inputs of one step, to be read by elements.
 class Inputs {
  public:
-  Inputs(const std::vector<Source>& sources, const Step& step, std::atomic<int64_t>* bytes_read)
-      : sources_(sources), step_(step), bytes_read_(bytes_read) {}
+  // scratch: of one thread, decoding_scratch(step) bytes.
+  Inputs(const std::vector<Source>& sources, const Step& step, std::atomic<int64_t>* bytes_read, char* scratch)
+      : sources_(sources), step_(step), bytes_read_(bytes_read), scratch_(scratch) {}
 
   // Elements [first, first + count) of an input: where they lie, if that is memory, else `to`, into which they are
   // read.
@@ -62,7 +65,11 @@ class Inputs {
   const std::vector<Source>& sources_;
   const Step& step_;
   std::atomic<int64_t>* bytes_read_;
+  char* scratch_;
 };
+
+// Bytes that one thread needs to decode an input of the step; 0, if none is to be decoded.
+int64_t decoding_scratch(const Step& step);
 
 // How outputs are made of inputs.
 class Sum {

@@ -1,15 +1,20 @@
 """The native extension: kernels and the pump that feeds them. Private; arguments are checked, addresses are trusted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from fastinterp.backends.cpu import PumpOptions
+from fastinterp.ops.combine import Row
+from fastinterp.ops.steps import Answer, Step
 
 MAX_INPUTS: int
 MAX_OUTPUTS: int
 CHUNK: int
+LANES: int
 STRIP: int
+BLOCK_ROWS: int
+DTYPE_BYTES: tuple[int, ...]  # of an element, by code
 
-# pivot, total, [(input, weight)]
-_Row = tuple[int, float, list[tuple[int, float]]]
 # A file descriptor, or ("memory", address, bytes): the caller keeps it alive and lets nobody write to it.
 _Handle = int | tuple[str, int, int]
 
@@ -18,7 +23,7 @@ def built_isas() -> list[str]: ...
 def combine(
     inputs: list[int],
     in_dtypes: list[int],
-    rows: list[_Row],
+    rows: Sequence[Row],
     outputs: list[int],
     out_dtype: int,
     numel: int,
@@ -50,7 +55,7 @@ class Counts:
     def at_least(self, first: int) -> int: ...
 
 class Masks:
-    """Which elements of `count` deltas are kept: filled by a step of kind "kept", used by one of kind "masked"."""
+    """Which elements of `count` deltas are kept: filled by a MaskedStats step, used by a MaskedSum."""
 
     def __init__(self, count: int, numel: int) -> None: ...
     @property
@@ -59,56 +64,25 @@ class Masks:
     def filled(self) -> bool: ...  # a pump has been given them to fill
 
 def fold(pieces: Sequence[tuple[Any, Any]]) -> tuple[memoryview, memoryview]:
-    """The answer to a measure or a survey of keeps, as `Pump.answers` has it, from those of its pieces, in order.
+    """The answer to a Measure or MaskedStats, as `Pump.answers` has it, from those of its parts, in order.
 
     Raises: ValueError, if there are none, or if they differ in length.
     """
 
-class Pump:
-    """Steps are dicts:
+def register_decoder(name: str, decode: int, block_elements: int, block_bytes: int) -> None:
+    """Add a decoder for encoded operands, or replace one that was added.
 
-    kind       "combine", "masked", "same" (bytes that must agree), "kept", "measure", "measure_deltas", "divergence" or
-               "histogram"
-    inputs     [(source, byte offset, dtype code)]; or with rows gathered from parts that count as lying one behind the
-               other, -1 for a row of zeros: ([(source, byte offset, rows of the part)], dtype code, i64[rows])
-    numel      elements; bytes of "same"
-    columns    elements (bytes) of a row: needed by whatever looks at rows or columns, and by gathered inputs
-    sinks, offsets, out_dtype, keys
-               of the kinds that write, one per output but for the dtype; Philox keys for stochastic rounding only
-    per        of "combine" and the measures: "tensor" (as if nothing was said), "row" or "column"
-    rows       of "combine", one per output: [(pivot, total, [(input, weight)])]; by groups
-               [(pivot, f64[groups], [input], f64[groups * inputs])], all weights of a group together
-    masked     of "masked": one dict per output, as ops/masked.py makes them
-    keeps, score, l1, squares
-               of "kept", made there, too; the score also of "histogram", where it is ranked instead of deltas
-    masks      of "kept", may be left out: (Masks to be filled, which of them for each input, -1 for none)
-    ranked     of "histogram": [(input, low, high, shift)], magnitudes low..high are counted in bin
-               (magnitude - low) >> shift
-    every      of "histogram": strip s of the tensor, STRIP elements, is looked at iff s % every == 0
+    decode                       address of a function as csrc/decoder.h has it
+    block_elements, block_bytes  so many neighbouring elements are stored in so many bytes
 
-    i64 and f64 are contiguous buffers: array, memoryview, numpy, bytes.
-
-    `answers` has an entry per step: None if it writes, else (f64[...], i64[...]) as memoryviews. Of the measures: the
-    upper triangle of the Gram matrix row by row, then the L1 norms; and the counts of elements that are not 0; of one
-    group after the other. Of the divergence: one number per row, and nothing. Of "kept": the L1 norm of each delta, 0
-    for input 0, then of what is kept of it, then the sum of squares of that; and how many elements are kept, then how
-    many of them another delta keeps, too. Of "histogram": a list of Counts, one for each entry of `ranked`.
+    Raises: ValueError, if the name is empty, or the pump does not read such blocks.
     """
 
+class Pump:
+    """Carries out steps, each with its own kernels, on threads of its own. `answers` has an entry per step."""
+
     def __init__(
-        self,
-        isa: str,
-        sources: Sequence[_Handle],
-        sinks: Sequence[_Handle],
-        steps: Sequence[Mapping[str, Any]],
-        *,
-        threads: int,
-        write_bytes: int,
-        read_bytes: int,
-        stochastic: bool,
-        fp8_saturate: bool,
-        prefetch: bool,
-        stats_every: int,
+        self, sources: Sequence[_Handle], sinks: Sequence[_Handle], steps: Sequence[Step], options: PumpOptions
     ) -> None: ...
     def start(self) -> None: ...
     def wait(self, seconds: float) -> bool: ...
@@ -116,7 +90,7 @@ class Pump:
     def join(self) -> None: ...
     def error(self) -> tuple[Any, ...] | None: ...
     def stats(self) -> list[list[dict[str, float]]]: ...
-    def answers(self) -> list[Any]: ...
+    def answers(self) -> list[Answer]: ...
     @property
     def bytes_read(self) -> int: ...
     @property

@@ -40,7 +40,7 @@ template <class T>
 FI_DEVICE void magnitudes(const HistogramTask& h, int b, int64_t at, int n, uint32_t* mags) {
   T p[kUnit], x[kUnit];
   unit<T>(h.inputs.in[0], h.inputs.x[0], at, n, p);
-  if (h.score.kind == Score::kSpread) {
+  if (h.score.kind == Score::kVariance) {
     T mean[kUnit] = {}, sum[kUnit] = {};
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {

@@ -1,4 +1,4 @@
-// Magnitudes, scores and random keeps in kernels: rules 10 and 13 of docs/NUMERICS.md.
+// Magnitudes, scores and random masks in kernels: rules 10 and 13 of docs/NUMERICS.md.
 #pragma once
 
 #include "sums.h"
@@ -13,19 +13,19 @@ FI_DEVICE uint32_t magnitude(T d) {
   return mag > 0x7f800000u ? kMostMagnitude : mag;
 }
 
-FI_DEVICE bool in_range(const KeepRange& keep, uint32_t mag) { return mag - keep.least <= keep.span; }
+FI_DEVICE bool in_range(const MaskRange& test, uint32_t mag) { return mag - test.min_bits <= test.span; }
 
-// A thread has the elements of one counter of a keep's random numbers: 128 * group + 64 * h + 16 * w + lane of the
-// tensor, h = 0, 1 and w = 0..3. Bit 4 * h + w of the result: whether the keep draws that element.
+// A thread has the elements of one counter of a random test's numbers: 128 * group + 64 * h + 16 * w + lane of the
+// tensor, h = 0, 1 and w = 0..3. Bit 4 * h + w of the result: whether the test keeps that element.
 constexpr int kCounterElements = kKeepGroup / kPhiloxLanes;
 
-FI_DEVICE uint32_t drawn_by(const KeepRange& keep, int64_t group, uint32_t lane) {
-  if (keep.limit >= kWords) return 0xff;
+FI_DEVICE uint32_t drawn_by(const MaskRange& test, int64_t group, uint32_t lane) {
+  if (test.limit >= kWords) return 0xff;
   const auto product = [](uint64_t c, uint32_t k) { return (c & 0xffffffffu) * k; };
   const uint64_t counter = uint64_t(group) * kPhiloxLanes + lane;
-  const PhiloxKeys keys(keep.key);
+  const PhiloxKeys keys(test.key);
   const PhiloxWords<uint64_t> high = philox(counter, keys, product);
-  const uint32_t limit = uint32_t(keep.limit >> 16), rest = uint32_t(keep.limit) & 0xffffu;
+  const uint32_t limit = uint32_t(test.limit >> 16), rest = uint32_t(test.limit) & 0xffffu;
   uint32_t below = 0, equal = 0;
 #pragma unroll
   for (int w = 0; w < 4; ++w)

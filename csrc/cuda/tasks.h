@@ -14,16 +14,16 @@ struct InputTable {
 
 constexpr int kUnit = 8;  // elements that a thread loads together: 16 bytes of the 16-bit dtypes
 
-// A keep's bounds, so that one comparison does for both, and its random numbers.
-struct KeepRange {
-  uint32_t least, span;
+// The bounds of a MaskTest, so that one comparison does for both, and its random numbers.
+struct MaskRange {
+  uint32_t min_bits, span;
   uint64_t limit, key;  // kWords draws nothing
 };
 
 // A Score, whose factors are those of the rows from `first_row` on.
 struct ScoreTask {
   Score::Kind kind;
-  uint32_t least;
+  uint32_t min_bits;
   const float* factors;
   int64_t first_row, columns;
 };

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
 
 from fastinterp._C import Masks, Pump, cached_fraction, combine, reserve
+from fastinterp.ops.steps import Answer, Step
 
-__all__ = ["Masks", "Progress", "Pump", "cached_fraction", "combine", "reserve", "watch"]
+__all__ = [
+    "Handle", "Masks", "Progress", "Pump", "PumpOptions", "cached_fraction", "combine", "reserve", "survey", "watch",
+]  # fmt: skip
+
+# A source or sink: a file descriptor, or ("memory", address, bytes).
+Handle = int | tuple[str, int, int]
 
 # Called from the thread that runs the merge, about ten times a second, with bytes done and bytes to do (read and
 # written together).
 Progress = Callable[[int, int], None]
 
 _TICK_S = 0.1
+
+
+class PumpOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a pump works. The compiled code reads the attributes.
+
+    isa           instruction set of the kernels; empty: the best of this machine
+    write_bytes   of one output at a time
+    read_bytes    of one input at a time
+    stochastic    round at random at the store, by the keys of the steps
+    fp8_saturate  what becomes of numbers beyond those of 8-bit floats: the largest; else Inf or NaN
+    prefetch      files are not in the page cache: ask for them early
+    stats_every   of the steps that write: chunk c of a tensor is sampled iff c % stats_every == 0; 0 samples none
+    """
+
+    isa: str = ""
+    threads: int = 1
+    write_bytes: int = 128 << 10
+    read_bytes: int = 64 << 10
+    stochastic: bool = False
+    fp8_saturate: bool = True
+    prefetch: bool = False
+    stats_every: int = 0
 
 
 def watch(pump: Pump, total: int, progress: Progress | None) -> None:
@@ -39,3 +70,26 @@ def watch(pump: Pump, total: int, progress: Progress | None) -> None:
             raise late
     if progress and pump.error() is None:
         progress(total, total)
+
+
+def survey(
+    sources: Sequence[Handle],
+    steps: Sequence[Step],
+    options: PumpOptions,
+    explained: Callable[[tuple[Any, ...]], Exception],
+    total: int = 0,
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """The answers of steps that write nothing, in order.
+
+    explained  the pump's error as the exception to raise
+    total      bytes that are read, for `progress`
+    """
+    if not steps:
+        return []
+    pump = Pump(sources, [], steps, options)
+    watch(pump, total, progress)
+    error = pump.error()
+    if error is not None:
+        raise explained(error)
+    return pump.answers()

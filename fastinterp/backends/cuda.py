@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastinterp.backends.pieces import has_ranks
 from fastinterp.errors import BackendError
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from fastinterp.backends.device import Buffer, Queue
+    from fastinterp.ops.steps import Step
 
 REMEDY = "It is built where nvcc is found: install the CUDA toolkit, and build fastinterp again"
 
@@ -76,9 +75,9 @@ class CudaDevice:
         queue: Queue = self._native.queue(handle)
         return queue
 
-    def refuses(self, step: Mapping[str, Any]) -> str | None:
-        per = step.get("per", "tensor")
-        name = step["kind"] if per == "tensor" else f"{step['kind']} by {per}"
-        if name not in self._kinds:
-            return f"no CUDA kernel for {name}"
-        return "random keeps by rank" if has_ranks(step) else None
+    def refuses(self, step: Step) -> str | None:
+        if step.kind not in self._kinds:
+            return f"no CUDA kernel for {step.kind}"
+        if step.decodes:
+            return "encoded inputs"
+        return "random masks by rank" if step.by_rank else None

@@ -6,24 +6,46 @@ address, and know nothing of files, recipes or methods.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-# A part of a pump step (see _C.pyi) whose operands are in the device's memory. The keys are those of the step, but:
-#
-# inputs        [(address, dtype code)]
-# outputs       [address], one per output, of the kinds that write; instead of sinks and offsets
-# numel         elements of the piece
-# first         index, in the tensor, of its first element
-# stats_every   of the kinds that write: chunk c of the tensor is sampled iff c % stats_every == 0; 0 samples none, and
-#               then nothing is counted either
-# fp8_saturate  of the kinds that write. Rounding is stochastic if there are `keys`
-#
-# Pieces of kinds that answer begin at a multiple of a power of two, which all but the last one are long, so that their
-# answers fold to that of the tensor: of chunks (CHUNK elements); of blocks of 64 rows where `per` is "column". Pieces
-# by row, and those of a divergence, are whole rows; the answers follow each other. Pieces of a histogram are whole
-# strips.
-Piece = Mapping[str, Any]
+import msgspec
+
+from fastinterp.ops.steps import Step, SumStep
+
+
+class Piece(msgspec.Struct, frozen=True, kw_only=True):
+    """Elements [first, first + numel) of a step's tensor, whose operands are in the device's memory.
+
+    step          of the whole tensor; where its operands and outputs are is not looked at
+    inputs        addresses of the piece's elements, one per input
+    outputs       addresses, one per output
+    stats_every   chunk c of the tensor is sampled iff c % stats_every == 0; 0 samples none, and then nothing is counted
+                  either
+    fp8_saturate  what becomes of numbers beyond those of 8-bit floats: the largest; else Inf or NaN
+
+    Rounding is stochastic if the step has keys. Where a step may be cut: see its `grain`.
+    """
+
+    step: Step
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...] = ()
+    numel: int
+    first: int = 0
+    stats_every: int = 0
+    fp8_saturate: bool = True
+
+    @property
+    def codes(self) -> tuple[int, ...]:
+        """Of the dtypes of the inputs."""
+        return tuple(operand.dtype for operand in self.step.inputs)
+
+    @property
+    def sum_step(self) -> SumStep:
+        """The step of a piece that writes. Raises: TypeError, if it does not."""
+        if not isinstance(self.step, SumStep):
+            raise TypeError(f"pieces of kind {self.step.kind} write nothing")
+        return self.step
 
 
 class Buffer(Protocol):
@@ -96,6 +118,6 @@ class Device(Protocol):
         """A new stream, or the one with this handle (0: the default one)."""
         ...
 
-    def refuses(self, step: Mapping[str, Any]) -> str | None:
+    def refuses(self, step: Step) -> str | None:
         """Why no kernel here does this step, as "random keeps by rank"; None if one does."""
         ...

@@ -48,7 +48,9 @@ _PROBE = (
 )
 @click.option("--cold", is_flag=True, help="Drop the inputs from the page cache before every run.")
 @click.option(
-    "--against", metavar="LIST", help=f"Any of {','.join(RIVALS)}. Default: copy,touch, and naive if torch is there."
+    "--against",
+    metavar="LIST",
+    help=f"Any of {','.join(RIVALS)}. Default: copy,touch, and naive if torch and safetensors are there.",
 )
 @click.option(
     "--python", default=sys.executable, metavar="EXE", help="A Python with torch or mergekit, if this has none."
@@ -110,9 +112,10 @@ def _packages(python: str) -> dict[str, str]:
 def _rivals(against: str | None, packages: dict[str, str], python: str) -> list[str]:
     """The names of those that were asked for, and that can run."""
     if against is None:
-        if all(p in packages for p in _NEEDS["naive"]):
+        missing = [package for package in _NEEDS["naive"] if package not in packages]
+        if not missing:
             return ["copy", "touch", "naive"]
-        _say(f"naive is left out: it needs {_INSTALL['naive']}")
+        _say(f"naive is left out: {python} does not have {' and '.join(missing)}. {_INSTALL['naive']}")
         return ["copy", "touch"]
     names = [name.strip() for name in against.split(",") if name.strip()]
     for name in names:

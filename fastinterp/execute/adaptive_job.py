@@ -6,17 +6,26 @@ Imported only where a plan has such tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
 from operator import itemgetter
-from typing import Any, overload
+from typing import Any, Literal, overload
 
+from fastinterp.backends import cpu
 from fastinterp.execute.densities import Density, densities
 from fastinterp.execute.jobs import Job, Result, is_copy
-from fastinterp.execute.sources import dtype_code
 from fastinterp.execute.tensor_io import Place, Step
+from fastinterp.ops import steps
 from fastinterp.ops.combine import GroupRow, Row
 from fastinterp.ops.dtypes import F64
-from fastinterp.ops.masked import Known, filled_masks, kept_of, kept_step, masked_step, read_inputs, terms
+from fastinterp.ops.masked import (
+    Precomputed,
+    filled_masks,
+    kept_of,
+    kept_tests,
+    masked_output,
+    read_inputs,
+    score_of,
+    terms,
+)
 from fastinterp.ops.requests import (
     Divergence,
     GroupCombine,
@@ -29,11 +38,13 @@ from fastinterp.ops.requests import (
     Select,
     Sum,
 )
+from fastinterp.ops.steps import MaskFill, MaskPlace
 from fastinterp.plan.method_run import Conversation, inputs_of
 
 _AT_A_TIME = 1024  # groups whose numbers are Python's at a time
 Probes = Generator[Step, Any, Any]  # steps, sent their answers one by one; returns the answer to a request
 MASK_BYTES = 64 << 20  # of one tensor that wait for its sum; more are found again
+Masks = dict[tuple[int, Keep, int], MaskPlace]  # by input, keep and seed
 
 
 class Asking(Job):
@@ -57,8 +68,8 @@ class Asking(Job):
         self._written: list[tuple[int, ...]] = []
         # Per output: what it reads, whether it copies, and what thresholds keep of its inputs.
         self._effects: list[tuple[tuple[int, ...], bool, dict[int, Density]]] = []
-        # Masks that surveys of keeps have filled; None if they do not.
-        self._known: dict[tuple[int, Keep, int], tuple[Any, int]] | None = {} if notes else None
+        # Masks that statistics have filled; None if they do not.
+        self._masks: Masks | None = {} if notes else None
         self._begin()
 
     @property
@@ -96,7 +107,7 @@ class Asking(Job):
             )
             for row, asked, told in zip(rows, sums, self._talk.selected, strict=True)
         ]
-        writers = _writers(self.place, rows, sums, self._name, self._seeds, self._known or {})
+        writers = _writers(self.place, rows, sums, self._name, self._seeds, self._masks or {})
         self._written = [outputs for outputs, _ in writers]
         return [step for _, step in writers]
 
@@ -106,7 +117,7 @@ class Asking(Job):
             found = {k: stats for outputs, r in pairs for k, stats in zip(outputs, r.stats, strict=True)}
             self.stats, self.done = [found[k] for k in sorted(found)], True
             self._talk.forget()
-            self._known = None
+            self._masks = None
             return
         for (asked, (probes, _)), result in zip(list(self._probing.items()), results, strict=True):
             try:
@@ -128,7 +139,7 @@ class Asking(Job):
     def _begin(self) -> None:
         for request, seed in self._talk.requests:
             if not _is_whole(request):
-                probes = _probes(request, self.place, self.n, self._name, seed, self._known)
+                probes = _probes(request, self.place, self.n, self._name, seed, self._masks)
                 self._probing[request, seed] = probes, next(probes)
 
     def _go_on(self) -> None:
@@ -177,51 +188,55 @@ def _added(total: Sequence[Any], more: Sequence[Any]) -> Sequence[Any]:
     return total or more
 
 
-def _probes(
-    request: Request, place: Place, n: int, name: str, seed: int,
-    known: dict[tuple[int, Keep, int], tuple[Any, int]] | None,
-) -> Probes:  # fmt: skip
-    """The steps that answer one request. What they find of keeps, for the sums, is added to `known`."""
+def _probes(request: Request, place: Place, n: int, name: str, seed: int, masks: Masks | None) -> Probes:
+    """The steps that answer one request. Masks that they fill, for the sums, are added to `masks`."""
     inputs = inputs_of(request, n)
+    operands = place.inputs(inputs)
     if isinstance(request, Measure):
-        kind = "measure_deltas" if request.deltas else "measure"
+        measure = steps.Measure(
+            inputs=operands, numel=place.numel, columns=place.columns, deltas=request.deltas, per=request.per
+        )
         if request.per == "tensor":
-            return Groups(n, (yield place.asking(kind, inputs)))[0]
+            return Groups(n, (yield place.asking(measure, inputs)))[0]
         groups = place.columns if request.per == "column" else place.numel // max(1, place.columns)
         held = 2 * 8 * groups * (n * (n + 1) // 2 + 2 * n)  # sums and counts, there and here; weights need less
-        return Groups(n, (yield place.asking(kind, inputs, held, per=request.per, columns=place.columns)))
+        return Groups(n, (yield place.asking(measure, inputs, held)))
     if isinstance(request, MeasureKept):
-        step, masks = _kept(request, place, inputs, name, seed, known is not None)
+        step, filled = _kept(request, place, inputs, name, seed, masks is not None)
         sums, counts = yield step
-        if known is not None:
+        if masks is not None:
             kept = enumerate(request.keeps)
-            known |= {(i, keep, seed): masks[i] for i, keep in kept if i in masks and keep is not None}
+            masks |= {(i, keep, seed): filled[i] for i, keep in kept if i in filled and keep is not None}
         return kept_of(request, _flat(sums, "d").tolist(), _flat(counts, "q").tolist())
     if isinstance(request, Divergence):
         held = 3 * 8 * (place.numel // max(1, place.columns))  # there, here, and the factors of a score
-        return _flat((yield place.asking("divergence", inputs, held, columns=place.columns))[0], "d")
+        divergence = steps.Divergence(inputs=operands, numel=place.numel, columns=place.columns)
+        return _flat((yield place.asking(divergence, inputs, held))[0], "d")
     return (yield from _selected(request, place, n))
 
 
 def _kept(
     request: MeasureKept, place: Place, inputs: Sequence[int], name: str, seed: int, notes: bool
-) -> tuple[Step, dict[int, tuple[Any, int]]]:
+) -> tuple[Step, dict[int, MaskPlace]]:
     """The step that answers the request, and by input the mask that it fills, if they are no burden to hold.
 
     In float64 the sum may compute with other deltas than the survey, which reads every input that is asked about.
     """
-    from fastinterp.backends.cpu import Masks
-
-    keys = kept_step(request, name=name, seed=seed)
-    step = place.asking("kept", inputs, columns=place.columns, **keys)
     places = filled_masks(request)
     count = max(places.values()) + 1
-    wide = any(dtype_code(operand) == F64.code for operand in place.operands)
-    if not notes or not count or wide or count * place.numel > 8 * MASK_BYTES:
-        return step, {}
-    masks = Masks(count, place.numel)
-    native = {**step.native, "masks": (masks, list(places.values()))}
-    return replace(step, native=native, held=masks.nbytes), {i: (masks, k) for i, k in places.items() if k >= 0}
+    wide = any(operand.dtype == F64.code for operand in place.operands)
+    fills = None
+    if notes and count and not wide and count * place.numel <= 8 * MASK_BYTES:
+        fills = MaskFill(cpu.Masks(count, place.numel), tuple(places.values()))
+    native = steps.MaskedStats(
+        inputs=place.inputs(inputs), numel=place.numel, columns=place.columns,
+        tests=kept_tests(request, name=name, seed=seed), score=score_of(request.score), l1=request.l1,
+        squares=request.squares, fills=fills,
+    )  # fmt: skip
+    if fills is None:
+        return place.asking(native, inputs), {}
+    filled = {i: MaskPlace(fills.masks, k) for i, k in places.items() if k >= 0}
+    return place.asking(native, inputs, fills.masks.nbytes), filled
 
 
 def _selected(request: Select, place: Place, n: int) -> Probes:
@@ -240,11 +255,11 @@ def _histogram(request: Select, asked: Any, place: Place, n: int) -> Step:
     """The step of one pass; `asked` is a Coarse or Fine of ops/select.py."""
     from fastinterp.ops.select import elements_read, step
 
-    native = step(request, asked, place.numel, place.columns)
+    native = step(request, asked, place.operands[:n], place.numel, place.columns)
     share = elements_read(asked, place.numel) / max(1, place.numel)
     read = range(n) if request.score else {0, *asked.vectors}
     nbytes = round(share * sum(place.nbytes[i] for i in read))
-    return Step(place.name, {**native, **place.reading(range(n))}, nbytes, 16 * asked.bins)
+    return Step(place.name, native, nbytes, 16 * asked.bins)
 
 
 class Groups(Sequence[Measured]):
@@ -312,33 +327,57 @@ def _writers(
     sums: Sequence[Sum],
     name: str,
     seeds: Sequence[int],
-    known: Known,
+    masks: Precomputed,
 ) -> list[tuple[tuple[int, ...], Step]]:
     """The steps that write all outputs, one for each kind of sum, and which outputs each of them writes."""
-    kinds: dict[str, list[int]] = {}
+    plain: dict[int, Row] = {}
+    groups: dict[Literal["row", "column"], dict[int, GroupRow]] = {}
+    masked: dict[int, MaskedCombine] = {}
     for k, (row, asked) in enumerate(zip(rows, sums, strict=True)):
-        per = asked.per if isinstance(row, GroupRow) and isinstance(asked, GroupCombine) else ""
-        kinds.setdefault(per or type(row).__name__, []).append(k)
-    return [
-        (tuple(ks), _writer(place, kind, [rows[k] for k in ks], ks, name, seeds, known)) for kind, ks in kinds.items()
-    ]
+        if isinstance(row, MaskedCombine):
+            masked[k] = row
+        elif isinstance(row, GroupRow):
+            per = asked.per if isinstance(asked, GroupCombine) else "row"
+            groups.setdefault(per, {})[k] = row
+        else:
+            plain[k] = row
+    writers: list[tuple[tuple[int, ...], Step]] = []
+    if plain:
+        writers.append((tuple(plain), place.combine([*plain.values()], plain)))
+    writers += [(tuple(own), _group_writer(place, per, own)) for per, own in groups.items()]
+    if masked:
+        writers.append((tuple(masked), _masked_writer(place, masked, name, seeds, masks)))
+    return writers
 
 
-def _writer(
-    place: Place, kind: str, rows: Sequence[Any], outputs: Sequence[int], name: str, seeds: Sequence[int], known: Known
+def _group_writer(place: Place, per: Literal["row", "column"], rows: Mapping[int, GroupRow]) -> Step:
+    """rows: by number of the output."""
+    inputs = sorted({i for row in rows.values() for i in (row.pivot, *row.inputs)})
+    at = {i: k for k, i in enumerate(inputs)}
+    sinks, offsets, keys = place.places(rows)
+    native = steps.GroupCombine(
+        inputs=place.inputs(inputs), numel=place.numel, columns=place.columns, sinks=sinks, offsets=offsets,
+        out_dtype=place.out_dtype, keys=keys, per=per,
+        rows=tuple(
+            GroupRow(at[row.pivot], row.totals, tuple(at[i] for i in row.inputs), row.weights) for row in rows.values()
+        ),
+    )  # fmt: skip
+    return place.writing(native, inputs, sum(8 * (len(row.totals) + len(row.weights)) for row in rows.values()))
+
+
+def _masked_writer(
+    place: Place, sums: Mapping[int, MaskedCombine], name: str, seeds: Sequence[int], masks: Precomputed
 ) -> Step:
-    if isinstance(rows[0], Row):
-        return place.combine(rows, outputs)
-    if isinstance(rows[0], GroupRow):
-        inputs = sorted({i for row in rows for i in (row.pivot, *row.inputs)})
-        at = {i: k for k, i in enumerate(inputs)}
-        native = [(at[row.pivot], row.totals, [at[i] for i in row.inputs], row.weights) for row in rows]
-        held = sum(8 * (len(row.totals) + len(row.weights)) for row in rows)
-        return place.writing("combine", inputs, outputs, held, rows=native, per=kind, columns=place.columns)
-    inputs = sorted({i for row in rows for i in read_inputs(row)})
-    masked = [
-        masked_step(row, name=name, seed=seeds[k], inputs=inputs, known=known)
-        for row, k in zip(rows, outputs, strict=True)
-    ]
-    step = place.writing("masked", inputs, outputs, masked=masked, columns=place.columns)
-    return replace(step, held=sum(masks.nbytes for masks in {id(m): m for m, _ in known.values()}.values()))
+    """sums: by number of the output."""
+    inputs = sorted({i for one in sums.values() for i in read_inputs(one)})
+    sinks, offsets, keys = place.places(sums)
+    native = steps.MaskedSum(
+        inputs=place.inputs(inputs), numel=place.numel, columns=place.columns, sinks=sinks, offsets=offsets,
+        out_dtype=place.out_dtype, keys=keys,
+        outputs=tuple(
+            masked_output(one, name=name, seed=seeds[k], inputs=inputs, precomputed=masks) for k, one in sums.items()
+        ),
+    )  # fmt: skip
+    # What waits for the sum; the pump's own scratch is not in it.
+    held = sum({id(one.masks): one.masks.nbytes for one in masks.values()}.values())
+    return place.writing(native, inputs, held)

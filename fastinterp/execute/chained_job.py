@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from fastinterp.checkpoint.header import Entry
 from fastinterp.errors import OutputError
 from fastinterp.execute.jobs import Job, Result
-from fastinterp.execute.sources import Operand, storage
+from fastinterp.execute.sources import storage
 from fastinterp.execute.tensor_io import Step
+from fastinterp.ops.steps import Operand, Stored
 from fastinterp.plan.tensors import MadeEntry, PlannedTensor
 
 if TYPE_CHECKING:
@@ -127,5 +128,5 @@ class Staged(Job):
 
     def _operand(self, checkpoint: int, entry: Entry) -> Operand:
         if isinstance(entry, MadeEntry):
-            return self._scratch.source, self._rooms[id(entry.made)][1], entry.dtype.code or 0
+            return Stored(self._scratch.source, self._rooms[id(entry.made)][1], entry.dtype.code or 0)
         return self._find(checkpoint, entry)

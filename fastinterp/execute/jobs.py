@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.execute.sources import dtype_code
 from fastinterp.execute.tensor_io import Place, Step
 from fastinterp.ops.combine import Row
 
@@ -72,4 +71,4 @@ class Job:
 
 def is_copy(place: Place, row: Row) -> bool:
     """Whether a sum has the bytes of an input."""
-    return row.is_copy and dtype_code(place.operands[row.pivot]) == place.out_dtype
+    return row.is_copy and place.operands[row.pivot].dtype == place.out_dtype

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from dataclasses import replace as changed
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastinterp.backends.cpu import Progress, Pump, watch
+from msgspec.structs import replace
+
+from fastinterp.backends.cpu import Handle, Progress, Pump, PumpOptions, watch
 from fastinterp.errors import UsageError
 from fastinterp.execute.jobs import Job, Result
 from fastinterp.execute.tensor_io import Step
+from fastinterp.ops.steps import WritingStep
 
 if TYPE_CHECKING:
     from fastinterp.execute.adaptive_job import Asking
@@ -76,7 +80,7 @@ class Runs(Protocol):
 class Machine:
     """Runs steps, a round at a time, and counts what they cost.
 
-    settings   of every Pump: isa, sources, sinks, threads and so on
+    sources, sinks, options  of every Pump. Sources and sinks may be added to between runs
     explained  the pump's error and the steps that it ran, as the exception to raise
     total      bytes that all rounds are expected to read and write, for `progress`
     most       bytes of scratch and answers that it may hold: with less it takes fewer threads
@@ -84,14 +88,16 @@ class Machine:
 
     def __init__(
         self,
-        settings: dict[str, Any],
+        sources: Sequence[Handle],
+        sinks: Sequence[Handle],
+        options: PumpOptions,
         explained: Callable[[tuple[Any, ...], Sequence[Step]], Exception],
         total: int,
         progress: Progress | None,
         most: int = 512_000_000,
     ):
         self.most = most
-        self._settings, self._explained = settings, explained
+        self._sources, self._sinks, self._options, self._explained = sources, sinks, options, explained
         self._total, self._told, self._progress = total, 0, progress
         self.bytes_read = self.bytes_written = self.rounds = self.scratch_bytes = 0
 
@@ -121,14 +127,14 @@ class Machine:
 
     def _pump(self, steps: Sequence[Step]) -> Pump:
         """With as many threads as fit into memory: surveys and masked sums have scratch of their own."""
-        native, threads = [step.native for step in steps], self._settings["threads"]
+        native, threads = [step.native for step in steps], self._options.threads
         held = sum(step.held for step in steps)
         if held > self.most:  # before any of it is there
             raise UsageError(
                 f"{steps[0].name} needs {held} bytes for statistics or weights, some of them for each row, but "
                 f"--max-memory allows {self.most}. Allow more"
             )
-        pump = Pump(steps=native, **self._settings)
+        pump = Pump(self._sources, self._sinks, native, self._options)
         fitting = (self.most - held) // max(1, pump.scratch_bytes)
         if fitting < threads:
             if fitting < 1:
@@ -137,7 +143,7 @@ class Machine:
                     f"{self.most}. Allow more"
                 )
             threads = fitting
-            pump = Pump(steps=native, **{**self._settings, "threads": threads})
+            pump = Pump(self._sources, self._sinks, native, replace(self._options, threads=threads))
         self.scratch_bytes = max(self.scratch_bytes, held + threads * pump.scratch_bytes)
         return pump
 
@@ -224,7 +230,7 @@ def _round(running: deque[Job], machine: Runs) -> list[Job]:
             break
         steps += [(len(taken), step) for step in own]
         taken.append(running.popleft())
-    steps.sort(key=lambda pair: "sinks" not in pair[1].native)
+    steps.sort(key=lambda pair: not isinstance(pair[1].native, WritingStep))
     found: list[list[Result]] = [[] for _ in taken]
     if steps:
         for (at, _), result in zip(steps, machine.run([step for _, step in steps]), strict=True):
@@ -243,7 +249,7 @@ def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], machine: Runs) -> None
     requests = list(dict.fromkeys(r for job in waits for r in job.whole_requests))
     for some in gathered(requests, max(1, machine.most // RANK_BYTES)):
         ranks = tuple(dict.fromkeys(rank for request in some for rank in request.ranks))
-        found = asked_of_all(replace(some[0], ranks=ranks), merged, machine.run, machine.held_bytes)
+        found = asked_of_all(changed(some[0], ranks=ranks), merged, machine.run, machine.held_bytes)
         answers = dict(zip(ranks, found, strict=True))
         for request in some:
             for job in waits:
@@ -258,7 +264,7 @@ def gathered(requests: Sequence[Select], most: int) -> list[list[Select]]:
     for request in requests:
         for group in groups:
             count = len({rank for one in (*group, request) for rank in one.ranks})
-            if count <= most and replace(group[0], ranks=request.ranks) == request:
+            if count <= most and changed(group[0], ranks=request.ranks) == request:
                 group.append(request)
                 break
         else:

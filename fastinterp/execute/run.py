@@ -10,16 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.backends.cpu import Progress
+from fastinterp.backends.cpu import Handle, Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.header import Entry
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.jobs import Job
 from fastinterp.execute.rounds import DeviceUsage, Machine, drive
 from fastinterp.execute.sinks import Sinks
-from fastinterp.execute.sources import Operand, Sources, remedy
+from fastinterp.execute.sources import Sources, remedy
 from fastinterp.execute.tensor_io import Place, Step
 from fastinterp.ops.combine import philox_key
+from fastinterp.ops.steps import Operand
 from fastinterp.plan.plan import Plan
 from fastinterp.plan.tensors import MadeEntry, PlannedTensor, must_agree
 
@@ -169,24 +170,22 @@ def opened(
         sinks.open(stack)
         recipe = plan.recipes[0]
         scratch = _scratch(plan, sources, sinks, stack, sinks.scratch) if len(every) > len(plan.tensors) else None
-        settings = {
-            "isa": isa,
-            "sources": sources.fds,
-            "sinks": sinks.handles,
-            "threads": window.threads,
-            "write_bytes": window.write_bytes,
-            "read_bytes": window.read_bytes,
-            "stochastic": recipe.rounding == "stochastic",
-            "fp8_saturate": recipe.fp8_overflow == "saturate",
-            "prefetch": not sources.cached(),
-            "stats_every": STATS_EVERY,
-        }
+        options = PumpOptions(
+            isa=isa,
+            threads=window.threads,
+            write_bytes=window.write_bytes,
+            read_bytes=window.read_bytes,
+            stochastic=recipe.rounding == "stochastic",
+            fp8_saturate=recipe.fp8_overflow == "saturate",
+            prefetch=not sources.cached(),
+            stats_every=STATS_EVERY,
+        )
         # As they follow each other in the outputs, which the pump writes in runs.
         order = sorted(plan.tensors, key=lambda t: [at[0] for at in sinks.of.get(t.name, ())])
         jobs = {t.name: _job(plan, t, sources, sinks, scratch) for t in order}
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
-        machine = _machine(devices, stack, settings, explained, total, progress, max_memory)
+        machine = _machine(devices, stack, sources.fds, sinks.handles, options, explained, total, progress, max_memory)
         yield Run(plan, sources, isa, window.threads, machine, jobs, sinks.of)
 
 
@@ -223,17 +222,19 @@ def _slots(devices: Sequence[Device], max_memory: int) -> int:
 def _machine(
     devices: Sequence[Device],
     stack: ExitStack,
-    settings: dict[str, Any],
+    sources: Sequence[Handle],
+    sinks: Sequence[Handle],
+    options: PumpOptions,
     explained: Callable[[tuple[Any, ...], Sequence[Step]], Exception],
     total: int,
     progress: Progress | None,
     max_memory: int,
 ) -> Machine:
     if not devices:
-        return Machine(settings, explained, total, progress, max_memory)
+        return Machine(sources, sinks, options, explained, total, progress, max_memory)
     from fastinterp.execute.device.executor import DeviceMachine
 
-    machine = DeviceMachine(devices, settings, explained, total, progress, max_memory)
+    machine = DeviceMachine(devices, sources, sinks, options, explained, total, progress, max_memory)
     stack.callback(machine.close)
     return machine
 

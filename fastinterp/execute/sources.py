@@ -13,13 +13,10 @@ from fastinterp.backends.cpu import cached_fraction
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint, changed_since
 from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.ops.steps import Gathered, Operand, Stored
 from fastinterp.tokenizer.embedding_rows import MappedEntry
 
 _SPARE_FDS = 64  # for everything that is neither input nor output
-
-
-# (source, byte offset, dtype code); gathered: ([(source, byte offset, rows)], dtype code, i64[rows of the output]).
-Operand = tuple[Any, Any, Any]
 
 
 class Sources:
@@ -72,15 +69,22 @@ class Sources:
         made = None if found.made is None else self.add(found.made, path)
         code = entry.dtype.code or 0
         if found.rows is None:
-            return made or 0, 0, code
+            return Stored(made or 0, 0, code)
         parts = [(self._number[path], start, rows) for path, start, rows in found.parts]
-        return parts + ([] if made is None else [(made, 0, found.made_rows)]), code, found.rows
+        if made is not None:
+            parts.append((made, 0, found.made_rows))
+        return Gathered(tuple(parts), code, found.rows)
 
     def operand(self, checkpoint: int, entry: Entry) -> Operand:
         """A tensor as the pump takes it."""
         if isinstance(entry, MappedEntry):
             return self._moved[_moved_key(checkpoint, entry)]
-        return self._number[self._checkpoints[checkpoint].files[entry.file]], entry.start, entry.dtype.code or 0
+        return self.stored(checkpoint, entry)
+
+    def stored(self, checkpoint: int, entry: Entry) -> Stored:
+        """The same for one whose rows are not moved."""
+        number = self._number[self._checkpoints[checkpoint].files[entry.file]]
+        return Stored(number, entry.start, entry.dtype.code or 0)
 
     def cached(self) -> bool:
         """Whether all files are known to be in the page cache, so that nothing need be read ahead."""
@@ -105,16 +109,6 @@ class Sources:
             "read. Try again when it rests",
             file=str(self.paths[source]),
         )
-
-
-def gathers(operands: Iterable[Operand]) -> bool:
-    """Whether any of them names rows, so that a step must say how long they are (`columns`)."""
-    return any(isinstance(first, list) for first, _, _ in operands)
-
-
-def dtype_code(operand: Operand) -> int:
-    code: int = operand[1] if gathers([operand]) else operand[2]
-    return code
 
 
 def _moved_key(checkpoint: int, entry: MappedEntry) -> tuple[object, ...]:

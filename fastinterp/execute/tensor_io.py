@@ -1,27 +1,28 @@
-"""One tensor as the pump sees it: numbers of sources and sinks, places in them, and the steps that write it."""
+"""One tensor as backends see it: numbers of sources and sinks, places in them, and the steps that write it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from fastinterp.execute.sources import Operand, gathers
+from fastinterp.ops import steps
 from fastinterp.ops.combine import Row, renumbered
+from fastinterp.ops.steps import Operand
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the pump does for a tensor at a time.
+    """A step of a tensor, and what it costs.
 
-    native  as the pump takes it
-    nbytes  that it reads and writes for it
+    name    of the tensor
+    native  what backends are given
+    nbytes  that it reads and writes
     held    bytes of its answer, or of weights by row or column, as far as they grow with the tensor
     """
 
     name: str
-    native: dict[str, Any]
+    native: steps.Step
     nbytes: int
     held: int = 0
 
@@ -57,40 +58,40 @@ class Place:
         """Length of a row: the last dimension. A 0-d or 1-d tensor is one row."""
         return self.shape[-1] if len(self.shape) > 1 else self.numel
 
-    def asking(self, kind: str, inputs: Sequence[int], held: int = 0, **keys: Any) -> Step:
+    def inputs(self, numbers: Iterable[int]) -> tuple[Operand, ...]:
+        """The operands of these inputs."""
+        return tuple(self.operands[i] for i in numbers)
+
+    def asking(self, native: steps.Step, inputs: Iterable[int], held: int = 0) -> Step:
         """A step that reads these inputs and answers. held: bytes of that, and of what is made of it."""
-        native = {"kind": kind, **self.reading(inputs), "numel": self.numel, **keys}
         return Step(self.name, native, sum(self.nbytes[i] for i in inputs), held)
 
-    def writing(self, kind: str, inputs: Sequence[int], outputs: Sequence[int], held: int = 0, **keys: Any) -> Step:
-        """A step that reads these inputs and writes these of the outputs. held: bytes of its weights."""
-        native = {
-            "kind": kind,
-            **self.reading(inputs),
-            "numel": self.numel,
-            "sinks": [self.sinks[k] for k in outputs],
-            "offsets": [self.offsets[k] for k in outputs],
-            "out_dtype": self.out_dtype,
-            **keys,
-        }
-        if self.keys:
-            native["keys"] = [self.keys[k] for k in outputs]
-        return Step(self.name, native, sum(self.nbytes[i] for i in inputs) + self.out_bytes * len(outputs), held)
+    def writing(self, native: steps.WritingStep, inputs: Iterable[int], held: int = 0) -> Step:
+        """A step that reads these inputs and writes. held: bytes of its weights."""
+        nbytes = sum(self.nbytes[i] for i in inputs) + self.out_bytes * len(native.sinks)
+        return Step(self.name, native, nbytes, held)
 
-    def reading(self, inputs: Sequence[int]) -> dict[str, Any]:
-        """Which they are; and the length of a row, if rows of any of them are gathered."""
-        operands = [self.operands[i] for i in inputs]
-        return {"inputs": operands, "columns": self.columns} if gathers(operands) else {"inputs": operands}
+    def places(self, outputs: Iterable[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Sinks, offsets and keys of these outputs."""
+        numbers = tuple(outputs)
+        sinks, offsets = tuple(self.sinks[k] for k in numbers), tuple(self.offsets[k] for k in numbers)
+        return sinks, offsets, tuple(self.keys[k] for k in numbers) if self.keys else ()
 
-    def combine(self, rows: Sequence[Row], outputs: Sequence[int]) -> Step:
+    def combine(self, rows: Sequence[Row], outputs: Iterable[int]) -> Step:
         """The step that writes these outputs, each the sum that its row says."""
         inputs, rows = renumbered(rows)
-        native = [(row.pivot, row.total, list(row.terms)) for row in rows]
-        return self.writing("combine", inputs, outputs, rows=native)
+        sinks, offsets, keys = self.places(outputs)
+        native = steps.Combine(
+            inputs=self.inputs(inputs), numel=self.numel, columns=self.columns, sinks=sinks, offsets=offsets,
+            out_dtype=self.out_dtype, keys=keys, rows=rows,
+        )  # fmt: skip
+        return self.writing(native, inputs)
 
     def same(self) -> Step:
         """The step that copies the bytes of the first input to all outputs, if they are those of every input."""
-        outputs = range(len(self.sinks))
-        step = self.writing("same", range(len(self.operands)), outputs)
-        native = {k: v for k, v in step.native.items() if k not in ("out_dtype", "keys")}
-        return Step(self.name, {**native, "numel": self.nbytes[0]}, step.nbytes)
+        size = self.nbytes[0]
+        native = steps.CopyEqual(
+            inputs=self.operands, numel=size, columns=self.columns * (size // max(1, self.numel)), sinks=self.sinks,
+            offsets=self.offsets,
+        )  # fmt: skip
+        return self.writing(native, range(len(self.operands)))

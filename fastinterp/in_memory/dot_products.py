@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastinterp.backends.cpu import Pump, watch
+from fastinterp.backends.cpu import Handle, PumpOptions, survey
+from fastinterp.backends.device import Piece
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, one_place
 from fastinterp.errors import BackendError, ShapeError, StorageError
-from fastinterp.in_memory.weighted_sum import Torch
+from fastinterp.in_memory.weighted_sum import Torch, View
+from fastinterp.ops.steps import Answer, Measure, Stored
 
 _AT_A_TIME = 4  # of the arrays: more would cost more products among themselves than another read of `of`
 _BYTES = 1 << 20
@@ -33,8 +35,7 @@ def dots(of: Any, arrays: Sequence[Any], threads: int | None = None) -> list[flo
     if not numel:
         return [0.0] * len(views)
     groups = [[view, *views[k : k + _AT_A_TIME]] for k in range(0, len(views), _AT_A_TIME)]
-    inputs = [[(v[0], v[2].code or 0) for v in group] for group in groups]
-    answers = _there(where, inputs, numel) if where is not None else _here(inputs, numel, threads)
+    answers = _there(where, groups, numel) if where is not None else _here(groups, numel, threads)
     # The upper triangle row by row: its first row has the products with `of`, beginning with its own.
     return [
         float(x)
@@ -43,28 +44,29 @@ def dots(of: Any, arrays: Sequence[Any], threads: int | None = None) -> list[flo
     ]
 
 
-def _there(where: Any, groups: Sequence[Sequence[tuple[int, int]]], numel: int) -> list[Any]:
+def _measure(group: Sequence[View], numel: int, first: int = 0) -> Measure:
+    """Of arrays that are sources from number `first` on."""
+    inputs = tuple(Stored(first + i, 0, view[2].code or 0) for i, view in enumerate(group))
+    return Measure(inputs=inputs, numel=numel)
+
+
+def _there(where: Any, groups: Sequence[Sequence[View]], numel: int) -> list[Answer]:
     if capturing(where):
         raise BackendError(f"products on {where} are answers that a CUDA graph cannot wait for. Measure them outside")
     queue = current_queue(where)
-    pending = queue.run([{"kind": "measure", "inputs": list(group), "numel": numel, "first": 0} for group in groups])
+    pieces = [
+        Piece(step=_measure(group, numel), inputs=tuple(view[0] for view in group), numel=numel) for group in groups
+    ]
+    pending = queue.run(pieces)
     queue.record().wait()
     return [found.answer() for found in pending]
 
 
-def _here(groups: Sequence[Sequence[tuple[int, int]]], numel: int, threads: int | None) -> list[Any]:
-    width = (8, 4, 2, 2, 1, 1)  # bytes by dtype code
-    sources: list[tuple[str, int, int]] = []
+def _here(groups: Sequence[Sequence[View]], numel: int, threads: int | None) -> list[Answer]:
+    sources: list[Handle] = []
     steps = []
     for group in groups:
-        steps.append({"kind": "measure", "numel": numel,
-                      "inputs": [(len(sources) + i, 0, code) for i, (_, code) in enumerate(group)]})  # fmt: skip
-        sources += [("memory", address, numel * width[code]) for address, code in group]
-    pump = Pump(
-        cpu_isa(), sources, [], steps, threads=cpu_threads(threads), write_bytes=_BYTES, read_bytes=_BYTES,
-        stochastic=False, fp8_saturate=True, prefetch=False, stats_every=0,
-    )  # fmt: skip
-    watch(pump, 0, None)
-    if pump.error() is not None:
-        raise StorageError(f"the run stopped: {pump.error()}")
-    return pump.answers()
+        steps.append(_measure(group, numel, len(sources)))
+        sources += [("memory", view[0], numel * view[2].bits // 8) for view in group]
+    options = PumpOptions(isa=cpu_isa(), threads=cpu_threads(threads), write_bytes=_BYTES, read_bytes=_BYTES)
+    return survey(sources, steps, options, lambda error: StorageError(f"the run stopped: {error}"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from fastinterp.backends.cpu import PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, device_of, one_place
 from fastinterp.errors import MethodError, ShapeError, StorageError, UsageError
@@ -23,12 +24,12 @@ from fastinterp.in_memory.weighted_sum import Exchanged, Numpy, Torch, library_o
 from fastinterp.methods import Method, Sidecar, find
 from fastinterp.ops.combine import Tensor, philox_key
 from fastinterp.ops.dtypes import DType, parse_dtype
+from fastinterp.ops.steps import Stored
 from fastinterp.recipe.layers import Layers
 
 Arrays = Mapping[str, Any]
 _View = tuple["int | StoredTensor", tuple[int, ...], DType]  # address, shape, dtype
 
-_READ_BYTES, _WRITE_BYTES = 64 << 10, 128 << 10
 _STORE = 0  # Philox stream of the store's rounding
 _UNBOUNDED = 1 << 62  # bytes of scratch: whoever holds whole models in memory sets the bound
 _SHOWN = 5  # names that a message lists
@@ -240,12 +241,8 @@ class _Merge:
                 device_of(self.where), current_queue(self.where), sources, sinks,
                 stats_every=stats_every, capturing=capturing(self.where),
             )  # fmt: skip
-        settings = {
-            "isa": self.isa, "sources": sources, "sinks": sinks, "threads": self.threads, "write_bytes": _WRITE_BYTES,
-            "read_bytes": _READ_BYTES, "stochastic": self.stochastic, "fp8_saturate": True, "prefetch": False,
-            "stats_every": stats_every,
-        }  # fmt: skip
-        return Machine(settings, self._explained, 0, None, most=_UNBOUNDED)
+        options = PumpOptions(isa=self.isa, threads=self.threads, stochastic=self.stochastic, stats_every=stats_every)
+        return Machine(sources, sinks, options, self._explained, 0, None, most=_UNBOUNDED)
 
     def _job(
         self,
@@ -262,9 +259,9 @@ class _Merge:
         operands = []
         for (at, _, dtype), size in zip(views, nbytes, strict=True):
             if isinstance(at, StoredTensor):
-                operands.append((at.source, at.start, dtype.code or 0))
+                operands.append(Stored(at.source, at.start, dtype.code or 0))
             else:
-                operands.append((len(sources), 0, dtype.code or 0))
+                operands.append(Stored(len(sources), 0, dtype.code or 0))
                 sources.append((kind, at, size))
         out_bytes = math.prod(shape) * out[2].bits // 8
         sinks.append((kind, out[0], out_bytes))

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastinterp.backends.cpu import combine
+from fastinterp.backends.device import Piece
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import current_queue, one_place
 from fastinterp.errors import ShapeError, UsageError
+from fastinterp.ops import steps
 from fastinterp.ops.combine import MAX_INPUTS, Combine, Row
 from fastinterp.ops.dtypes import DType, parse_dtype
 
@@ -88,17 +90,17 @@ def _row(weights: Sequence[float], has_pivot: bool) -> Row:
 def _add_up(views: Sequence[View], row: Row, out: View, where: Any, threads: int | None) -> None:
     """Carry out a sum, or put it into the current stream of the device `where`."""
     numel = math.prod(out[1])
-    native = [(row.pivot, row.total, list(row.terms))]
     if where is None:
         combine(
-            [v[0] for v in views], [v[2].code or 0 for v in views], native, [out[0]], out[2].code or 0, numel,
+            [v[0] for v in views], [v[2].code or 0 for v in views], [row], [out[0]], out[2].code or 0, numel,
             stats_every=0, threads=cpu_threads(threads), isa=cpu_isa(),
         )  # fmt: skip
     elif numel:
-        piece = {
-            "kind": "combine", "inputs": [(v[0], v[2].code or 0) for v in views], "rows": native, "outputs": [out[0]],
-            "out_dtype": out[2].code or 0, "numel": numel, "first": 0, "stats_every": 0, "fp8_saturate": True,
-        }  # fmt: skip
+        inputs = tuple(steps.Stored(i, 0, v[2].code or 0) for i, v in enumerate(views))
+        step = steps.Combine(
+            inputs=inputs, numel=numel, sinks=(0,), offsets=(0,), out_dtype=out[2].code or 0, rows=(row,)
+        )
+        piece = Piece(step=step, inputs=tuple(v[0] for v in views), outputs=(out[0],), numel=numel)
         current_queue(where).run([piece])
 
 

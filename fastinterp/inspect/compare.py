@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
-from fastinterp.backends.cpu import Progress, Pump, watch
+from fastinterp.backends.cpu import Progress, PumpOptions, survey
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
 from fastinterp.errors import UsageError
 from fastinterp.execute.sources import Sources
+from fastinterp.ops.steps import Answer, Measure
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,28 +163,24 @@ def deltas(
 
 def _measured(
     checkpoints: Sequence[Checkpoint], names: Sequence[str], threads: int | None, progress: Progress | None
-) -> list[Any]:
+) -> list[Answer]:
     """The pump's answer for each of the tensors called `names`: deltas from the first checkpoint."""
     places = [[c.tensors[name] for c in checkpoints] for name in names]
     with ExitStack() as stack:
         sources = Sources(checkpoints, (read for entries in places for read in enumerate(entries)), stack)
-        steps: list[dict[str, Any]] = [
-            {
-                "kind": "measure_deltas", "inputs": [sources.operand(i, x) for i, x in enumerate(entries)],
-                "numel": entries[0].numel,
-            }
+        steps = [
+            Measure(
+                inputs=tuple(sources.operand(i, x) for i, x in enumerate(entries)), numel=entries[0].numel, deltas=True
+            )
             for entries in places
-        ]  # fmt: skip
-        pump = Pump(
-            cpu_isa(), sources.fds, [], steps, threads=cpu_threads(threads), write_bytes=1 << 19, read_bytes=1 << 17,
-            stochastic=False, fp8_saturate=True, prefetch=not sources.cached(), stats_every=0,
-        )  # fmt: skip
-        watch(pump, sum(x.nbytes for entries in places for x in entries), progress)
-        error = pump.error()
-        if error is not None:
-            raise sources.explained(error)
+        ]
+        options = PumpOptions(
+            isa=cpu_isa(), threads=cpu_threads(threads), read_bytes=128 << 10, prefetch=not sources.cached()
+        )
+        total = sum(x.nbytes for entries in places for x in entries)
+        answers = survey(sources.fds, steps, options, sources.explained, total, progress)
         sources.refuse_changed()
-    return pump.answers()
+    return answers
 
 
 def _kinds(first: Checkpoint, second: Checkpoint, common: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastinterp.backends.cpu import Pump, watch
+from fastinterp.backends.cpu import PumpOptions, survey
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.header import Entry
 from fastinterp.errors import ShapeError
 from fastinterp.execute.chunks import middle_chunk, read_bytes, spread_over
 from fastinterp.execute.sources import Sources
+from fastinterp.ops.steps import Measure
 from fastinterp.plan.plan import Plan
 from fastinterp.plan.tensors import PlannedTensor, must_agree
 
@@ -101,10 +102,11 @@ def take(plan: Plan) -> Samples:
     with ExitStack() as stack:
         sources = Sources(plan.checkpoints, ((i, e) for _, reads in pairs for i, e in reads), stack)
         steps = [
-            {"kind": "measure_deltas", "inputs": [sources.operand(i, e) for i, e in reads], "numel": reads[0][1].numel}
+            Measure(inputs=tuple(sources.operand(i, e) for i, e in reads), numel=reads[0][1].numel, deltas=True)
             for _, reads in pairs
         ]
-        answers = _measured(sources, steps)
+        options = PumpOptions(isa=cpu_isa(), threads=cpu_threads(None), read_bytes=128 << 10)
+        answers = survey(sources.fds, steps, options, sources.explained)
     for (tensor, reads), (sums, nonzero) in zip(pairs, answers, strict=True):
         _note(found, plan, tensor, reads, sums, nonzero)
     found.not_finite = list(dict.fromkeys(found.not_finite))
@@ -145,20 +147,6 @@ def _pairs(tensor: PlannedTensor) -> Iterator[Pair]:
     others = [one for k, one in enumerate(cut) if k != first]
     for other in others or [cut[first]]:
         yield tensor, [cut[first], other]
-
-
-def _measured(sources: Sources, steps: Sequence[dict[str, Any]]) -> list[Any]:
-    if not steps:
-        return []
-    pump = Pump(
-        cpu_isa(), sources.fds, [], list(steps), threads=cpu_threads(None), write_bytes=1 << 16, read_bytes=1 << 17,
-        stochastic=False, fp8_saturate=True, prefetch=False, stats_every=0,
-    )  # fmt: skip
-    watch(pump, 0, None)
-    error = pump.error()
-    if error is not None:
-        raise sources.explained(error)
-    return pump.answers()
 
 
 def _note(

@@ -41,6 +41,9 @@ DTYPES: dict[str, DType] = {
     )
 }  # fmt: skip
 
+# Bytes of an element, by the code of its dtype: of those that merge.
+CODE_BYTES = tuple(d.bits // 8 for d in sorted((d for d in DTYPES.values() if d.merges), key=lambda d: d.code or 0))
+
 # What recipes and command lines may call a dtype, beside its tag in either case.
 _ALIASES = {
     "float64": F64, "double": F64, "float32": F32, "float": F32, "float16": F16, "half": F16, "fp16": F16,

@@ -1,20 +1,21 @@
 """What a masked sum comes to on the host, before any element is touched: who is read, who may take part, which keys.
 
-The pump and the reference both start from here: rules 10, 13 and 14 of docs/NUMERICS.md.
+Backends and the reference both start from here: rules 10, 13 and 14 of docs/NUMERICS.md.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from fastinterp.ops import steps
 from fastinterp.ops.combine import philox_key
 from fastinterp.ops.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
+from fastinterp.ops.steps import WORDS, MaskedOutput, MaskedTerm, MaskPlace, MaskTest
 
-WORDS = 1 << 32  # random numbers of a keep; one below a limit of 0..WORDS keeps its element
-# By input, keep and seed: masks and which of them, as the pump has them.
-Known = Mapping[tuple[int, Keep, int], tuple[Any, int]]
+# Masks that masked statistics fill, by input, keep and seed.
+Precomputed = Mapping[tuple[int, Keep, int], MaskPlace]
 NOTHING = Keep(least=ALL_BITS + 1)  # no magnitude is as large
 
 
@@ -65,13 +66,13 @@ def _check(ask: MaskedCombine) -> None:
         raise ValueError("the spread of a keep must not be negative")
 
 
-# --- as the pump takes it --------------------------------------------------------------------------------------------
+# --- as steps have it ------------------------------------------------------------------------------------------------
 
 
-def keep_step(keep: Keep, key: int) -> dict[str, int]:
-    """A keep for a pump step; `key` is that of the input's random numbers."""
-    lo, hi = word_limits(keep)
-    return {"least": keep.least, "most": keep.most, "lo": lo, "hi": hi, "key": key}
+def mask_test(keep: Keep, key: int) -> MaskTest:
+    """A keep for a step; `key` is that of the input's random numbers."""
+    low, high = word_limits(keep)
+    return MaskTest(keep.least, keep.most, low, high, key)
 
 
 def keep_key(keep: Keep, i: int, *, name: str, seed: int) -> int:
@@ -79,46 +80,46 @@ def keep_key(keep: Keep, i: int, *, name: str, seed: int) -> int:
     return philox_key(seed, 1 + i, name) if keep.is_random else 0
 
 
-def masked_step(
-    ask: MaskedCombine, *, name: str, seed: int, inputs: Sequence[int], known: Known | None = None
-) -> dict[str, Any]:
-    """One entry of the key "masked" of a pump step.
+def masked_output(
+    ask: MaskedCombine, *, name: str, seed: int, inputs: Sequence[int], precomputed: Precomputed | None = None
+) -> MaskedOutput:
+    """One output of a MaskedSum.
 
-    name, seed  of the output tensor and of the recipe, for random keeps
-    inputs      the inputs that the step reads, in its order: `read_inputs`, of one output or of several together
-    known       what keeps leave of this tensor's deltas, where a step of kind "kept" has found it: not used if there is
-                a limit, which changes the deltas
+    name, seed   of the output tensor and of the recipe, for random keeps
+    inputs       the inputs that the step reads, in its order: `read_inputs`, of one output or of several together
+    precomputed  what keeps leave of this tensor's deltas, where masked statistics have found it: not used if there is a
+                 limit, which changes the deltas
 
     Raises: ValueError, if there is nothing to add to input 0: that is a copy.
     """
     at = {i: k for k, i in enumerate(inputs)}
-    known = known if known and ask.limit == math.inf else {}
-    found = [
-        {
-            "input": at[i],
-            "weight": ask.weights[i],
-            "vote": ask.votes[i] if ask.votes else 0.0,
-            "share": ask.shares[i] if ask.shares else 0.0,
-            "alone": ask.alone[i] if ask.alone else 0.0,
-            "importance": at[ask.importance[i]] if ask.importance else -1,
-            "keep": keep_step(keep, keep_key(keep, i, name=name, seed=seed)),
-            "known": known.get((i, keep, seed)),
-        }
+    precomputed = precomputed if precomputed and ask.limit == math.inf else {}
+    found = tuple(
+        MaskedTerm(
+            input=at[i],
+            weight=ask.weights[i],
+            sign_weight=ask.votes[i] if ask.votes else 0.0,
+            share=ask.shares[i] if ask.shares else 0.0,
+            sole_weight=ask.alone[i] if ask.alone else 0.0,
+            importance=at[ask.importance[i]] if ask.importance else -1,
+            test=mask_test(keep, keep_key(keep, i, name=name, seed=seed)),
+            precomputed_mask=precomputed.get((i, keep, seed)),
+        )
         for i, keep in terms(ask)
-    ]
+    )
     if not found:
         raise ValueError("a masked sum without a term is a copy of its base")
-    return {
-        "base": at[0],
-        "terms": found,
-        "votes": ask.votes is not None,
-        "divides": ask.shares is not None,
-        "alone": ask.alone is not None,
-        "least_share": ask.least_share,
-        "other_share": ask.other_share,
-        "limit": ask.limit,
-        "score": score_step(ask.score),
-    }
+    return MaskedOutput(
+        base=at[0],
+        terms=found,
+        elects_signs=ask.votes is not None,
+        divides=ask.shares is not None,
+        has_sole_weights=ask.alone is not None,
+        least_share=ask.least_share,
+        other_share=ask.other_share,
+        limit=ask.limit,
+        score=score_of(ask.score),
+    )
 
 
 def kept_inputs(ask: MeasureKept) -> list[int]:
@@ -128,11 +129,10 @@ def kept_inputs(ask: MeasureKept) -> list[int]:
     return [0, *(i for i, keep in enumerate(ask.keeps) if i and keep is not None)]
 
 
-def kept_step(ask: MeasureKept, *, name: str, seed: int) -> dict[str, Any]:
-    """The keys of a pump step of kind "kept", which reads `kept_inputs`, that say what is asked."""
+def kept_tests(ask: MeasureKept, *, name: str, seed: int) -> tuple[MaskTest, ...]:
+    """The tests of a MaskedStats step, which reads `kept_inputs`."""
     found = [(i, ask.keeps[i] or Keep()) for i in kept_inputs(ask)]
-    keeps = [keep_step(keep, keep_key(keep, i, name=name, seed=seed)) for i, keep in found]
-    return {"keeps": keeps, "score": score_step(ask.score), "l1": ask.l1, "squares": ask.squares}
+    return tuple(mask_test(keep, keep_key(keep, i, name=name, seed=seed)) for i, keep in found)
 
 
 def filled_masks(ask: MeasureKept) -> dict[int, int]:
@@ -159,6 +159,9 @@ def kept_of(ask: MeasureKept, reals: Sequence[float], counts: Sequence[int]) -> 
     return Kept(l1, kept_l1, spread(counts[:n], 0), spread(counts[n:], 0), squares)
 
 
-def score_step(score: Score | None) -> tuple[str, int, bytes] | None:
-    """Kind, least, and the factors."""
-    return None if score is None else (score.kind, score.least, score.factors)
+def score_of(score: Score | None) -> steps.Score | None:
+    """A score for a step."""
+    if score is None:
+        return None
+    kind: Literal["variance", "divergence"] = "variance" if score.kind == "spread" else "divergence"
+    return steps.Score(kind, score.least, score.factors)

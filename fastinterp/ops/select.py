@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from fastinterp.ops.masked import score_step
+from fastinterp.ops.contract import STRIP
+from fastinterp.ops.masked import score_of
 from fastinterp.ops.requests import ALL_BITS, Select, Selected
+from fastinterp.ops.steps import Bracket, Histogram, Operand
 
-STRIP = 512  # elements that are sampled or skipped together; the same number stands in csrc/histogram.h
 COARSE_BITS = 15  # of a magnitude that a coarse bin drops
 COARSE_BINS = (ALL_BITS >> COARSE_BITS) + 1
 MOST_BINS = 8  # coarse ones in a bracket: 2^18 counts, which stay in a second-level cache
@@ -80,22 +81,23 @@ class Counts(Protocol):
     def at_least(self, first: int) -> int: ...  # how many counted elements are in bin `first` or above it, in bins
 
 
-def step(ask: Select, request: Coarse | Fine, numel: int, columns: int) -> dict[str, Any]:
-    """The pump step of a request for one tensor, but for its "inputs": all of the model's, input 0 the base.
+def step(ask: Select, request: Coarse | Fine, inputs: Sequence[Operand], numel: int, columns: int) -> Histogram:
+    """The step of a request for one tensor.
 
+    inputs   all of the model's, input 0 the base
     columns  length of a row: the last dimension, or all elements of a 0-d or 1-d tensor
     It needs `request.bins` counters of 4 bytes in each thread, and up to 16 bytes for each that is not 0 while its
     answer is held.
     """
     if isinstance(request, Coarse):
-        every, ranked = request.every, [(i, 0, ALL_BITS, COARSE_BITS) for i in request.vectors]
+        every, brackets = request.every, [Bracket(i, 0, ALL_BITS, COARSE_BITS) for i in request.vectors]
     else:
         places = zip(request.vectors, request.low, request.high, strict=True)
-        every, ranked = 1, [(i, low, high, 0) for i, low, high in places]
-    return {
-        "kind": "histogram", "numel": numel, "columns": columns, "every": every, "ranked": ranked,
-        "score": score_step(ask.score),
-    }  # fmt: skip
+        every, brackets = 1, [Bracket(i, low, high, 0) for i, low, high in places]
+    return Histogram(
+        inputs=tuple(inputs), numel=numel, columns=columns, every=every, brackets=tuple(brackets),
+        score=score_of(ask.score),
+    )  # fmt: skip
 
 
 def elements_read(request: Coarse | Fine, numel: int) -> int:

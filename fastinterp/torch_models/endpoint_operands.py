@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from fastinterp.backends.cpu import PumpOptions
 from fastinterp.backends.torch_device import current_queue, device_of, memory, pinned
 from fastinterp.errors import BackendError, UsageError
 from fastinterp.execute.device.resident import ResidentMachine
 from fastinterp.execute.device.streamed import StreamedMachine
 from fastinterp.execute.rounds import Machine
-from fastinterp.execute.sources import Operand, Sources
+from fastinterp.execute.sources import Sources
 from fastinterp.execute.tensor_io import Step
 from fastinterp.in_memory.merge import StoredTensor
-from fastinterp.ops.dtypes import DType
+from fastinterp.ops.combine import Row
+from fastinterp.ops.dtypes import CODE_BYTES, DType
+from fastinterp.ops.steps import Combine, CopyEqual, Stored
 from fastinterp.torch_models.endpoints import Endpoint, Endpoints
 from fastinterp.torch_models.memory_block import MemoryBlock
 from fastinterp.torch_models.module_tensors import Weight, address_of
@@ -34,7 +37,7 @@ class EndpointOperands:
               open until `stack` closes
     device    the torch.device of the module, None for the CPU
 
-    operands  [end point][weight], each an operand: number of a handle, byte offset, dtype code
+    operands  [end point][weight]; sources are numbers of handles
     handles   files and memory that operands are in, as the pump's sources
     Raises: CheckpointError; StorageError; ShapeError, if tied tensors differ; UsageError; BackendError.
     """
@@ -49,7 +52,7 @@ class EndpointOperands:
         self.handles: list[Any] = list(self._files.fds)
         self._held: list[Any] = []  # memory that handles point to
         self._addresses: list[tuple[Any, int]] = []  # tensors of the caller's state dicts, and where they were
-        self.operands: list[list[Operand]] = []
+        self.operands: list[list[Stored]] = []
         for model in models:
             tensors = endpoints.tensors(model)
             if model.checkpoint is None:
@@ -69,9 +72,9 @@ class EndpointOperands:
         if tensor.numel() and not address_of(tensor):
             raise UsageError(f"{label} has no memory of its own ({tensor.layout}): make it dense")
 
-    def _operand(self, tensor: Any, dtype: DType, weights: Sequence[Weight]) -> Operand:
+    def _operand(self, tensor: Any, dtype: DType, weights: Sequence[Weight]) -> Stored:
         if isinstance(tensor, StoredTensor):
-            return tensor.source, tensor.start, dtype.code or 0
+            return Stored(tensor.source, tensor.start, dtype.code or 0)
         tensor = tensor.detach()
         start, size = address_of(tensor), tensor.numel() * tensor.element_size()
         overlaps = any(start < w.address + w.nbytes and w.address < start + size for w in weights)
@@ -80,20 +83,20 @@ class EndpointOperands:
             tensor = tensor.clone() if overlaps else tensor  # the module's own memory is what will be written
         return self.add(tensor, dtype)
 
-    def add(self, tensor: Any, dtype: DType) -> Operand:
+    def add(self, tensor: Any, dtype: DType) -> Stored:
         """A contiguous tensor in memory as an operand."""
         self._held.append(tensor)
         self._addresses.append((tensor, address_of(tensor)))
         kind = "memory" if tensor.device.type == "cpu" else "device"
         self.handles.append((kind, tensor.data_ptr(), tensor.numel() * tensor.element_size()))
-        return len(self.handles) - 1, 0, dtype.code or 0
+        return Stored(len(self.handles) - 1, 0, dtype.code or 0)
 
-    def add_block(self, block: MemoryBlock, weights: Sequence[Weight]) -> list[Operand]:
+    def add_block(self, block: MemoryBlock, weights: Sequence[Weight]) -> list[Stored]:
         """Copies of the module's own weights, by their names in `block`, as operands."""
         self._held.append(block)
         first = len(self.handles)
         self.handles += [block.handle(w.name) for w in weights]
-        return [(first + i, 0, (w.dtype.code if w.dtype else None) or 0) for i, w in enumerate(weights)]
+        return [Stored(first + i, 0, (w.dtype.code if w.dtype else None) or 0) for i, w in enumerate(weights)]
 
     def refuse_changed(self) -> None:
         """Raises: CheckpointError, if a file is not what it was when it was opened; UsageError, if a state dict's
@@ -122,29 +125,23 @@ class EndpointOperands:
         """The same on the CPU, from what it reaches."""
         read, write = _FROM_FILES if self._files.fds else _FROM_MEMORY
         sources = [("memory", 0, 0) if _is_device(handle) else handle for handle in self.handles]
-        settings = {
-            "isa": self._isa, "sources": sources, "sinks": sinks, "threads": self._threads, "write_bytes": write,
-            "read_bytes": read, "stochastic": False, "fp8_saturate": True, "prefetch": False, "stats_every": 0,
-        }  # fmt: skip
-        return Machine(settings, self._explained, 0, None, 1 << 60)  # scratch for memory is never touched
+        options = PumpOptions(isa=self._isa, threads=self._threads, write_bytes=write, read_bytes=read)
+        # Scratch for memory is never touched.
+        return Machine(sources, sinks, options, self._explained, 0, None, 1 << 60)
 
-    def _on_device(self, operand: Operand) -> bool:
-        return _is_device(self.handles[operand[0]])
+    def _on_device(self, operand: Stored) -> bool:
+        return _is_device(self.handles[operand.source])
 
     def _explained(self, error: tuple[Any, ...], steps: Sequence[Step]) -> Exception:
         return self._files.explained(error)
 
-    def copy(self, operands: Sequence[Operand], sinks: list[Any], sizes: Sequence[int]) -> None:
+    def copy(self, operands: Sequence[Stored], sinks: list[Any], sizes: Sequence[int]) -> None:
         """Copy the bytes of operands into sinks, one into each. sizes: in bytes."""
         places = [(o, i, n) for i, (o, n) in enumerate(zip(operands, sizes, strict=True)) if n]
         if self.device is None:
             self.machine(sinks).run([_same("", [o], i, n) for o, i, n in places])
         elif places:  # by kernels
-            self.machine(sinks).run([
-                Step("", {"kind": "combine", "inputs": [o], "rows": [(0, 1.0, [])], "numel": n // _width(o),
-                          "sinks": [i], "offsets": [0], "out_dtype": o[2]}, 2 * n)
-                for o, i, n in places
-            ])  # fmt: skip
+            self.machine(sinks).run([Step("", _unchanged(o, i, n // _width(o)), 2 * n) for o, i, n in places])
 
     def _read(self, weights: Sequence[Weight]) -> bool:
         """Read what is in files into memory, and what the module's device does not reach into its memory.
@@ -154,7 +151,7 @@ class EndpointOperands:
         files = len(self._files.fds)
         moved = [
             (k, i) for k, model in enumerate(self.operands) for i, o in enumerate(model)
-            if (o[0] < files if self.device is None else not self._on_device(o))
+            if (o.source < files if self.device is None else not self._on_device(o))
         ]  # fmt: skip
         sizes = {(k, i): weights[i].tensor.numel() * _width(self.operands[k][i]) for k, i in moved}
         block = MemoryBlock(sizes) if self.device is None else self.device_block(sizes)
@@ -165,7 +162,7 @@ class EndpointOperands:
         self.refuse_changed()
         self._held.append(block)
         for (k, i), handle in zip(moved, sinks, strict=True):
-            self.operands[k][i] = len(self.handles), 0, self.operands[k][i][2]
+            self.operands[k][i] = Stored(len(self.handles), 0, self.operands[k][i].dtype)
             self.handles.append(handle)
         return True
 
@@ -188,10 +185,15 @@ def _is_device(handle: Any) -> bool:
     return isinstance(handle, tuple) and handle[0] == "device"
 
 
-def _same(name: str, operands: Sequence[Operand], sink: int, nbytes: int) -> Step:
-    native = {"kind": "same", "inputs": list(operands), "numel": nbytes, "sinks": [sink], "offsets": [0]}
+def _same(name: str, operands: Sequence[Stored], sink: int, nbytes: int) -> Step:
+    native = CopyEqual(inputs=tuple(operands), numel=nbytes, sinks=(sink,), offsets=(0,))
     return Step(name, native, nbytes * 2)
 
 
-def _width(operand: Operand) -> int:
-    return (8, 4, 2, 2, 1, 1)[operand[2]]
+def _unchanged(operand: Stored, sink: int, numel: int) -> Combine:
+    """A copy of a tensor's elements, in its own dtype."""
+    return Combine(inputs=(operand,), numel=numel, sinks=(sink,), offsets=(0,), out_dtype=operand.dtype, rows=(Row(0),))
+
+
+def _width(operand: Stored) -> int:
+    return CODE_BYTES[operand.dtype]

@@ -100,8 +100,8 @@ class Endpoints:
         return {name: self._stored(number, e) for name, e in model.checkpoint.tensors.items() if self._wanted(name)}
 
     def _stored(self, checkpoint: int, entry: Entry) -> Any:
-        source, start, _ = self.files.operand(checkpoint, entry)
-        stored = StoredTensor(source, start, entry.shape, entry.dtype)
+        operand = self.files.stored(checkpoint, entry)
+        stored = StoredTensor(operand.source, operand.offset, entry.shape, entry.dtype)
         return stored if entry.dtype.merges else self._whole(stored)
 
     def check_tied(self, model: Endpoint, tensors: Mapping[str, Any], weights: Sequence[Weight]) -> None:

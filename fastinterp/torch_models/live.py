@@ -12,10 +12,10 @@ from typing import Any
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import current_queue
 from fastinterp.errors import BackendError, CheckpointError, UsageError
-from fastinterp.execute.sources import Operand
 from fastinterp.execute.tensor_io import Place
 from fastinterp.messages import suggestion
 from fastinterp.ops.combine import LARGEST, Combine, Row
+from fastinterp.ops.steps import Stored
 from fastinterp.torch_models.endpoint_operands import EndpointOperands
 from fastinterp.torch_models.endpoints import Endpoint, Model, warn_unlike
 from fastinterp.torch_models.exclusive import ExclusiveTensors
@@ -213,7 +213,7 @@ class Live:
         if self._order is not None:
             self._order.step()
 
-    def _copy_of_own_weights(self) -> list[Operand]:
+    def _copy_of_own_weights(self) -> list[Stored]:
         sizes = {w.name: w.nbytes for w in self._weights}
         block = MemoryBlock(sizes) if self._device is None else self._operands.device_block(sizes)
         if block is None:
@@ -239,7 +239,7 @@ class Live:
                 "cannot be given back. Load it anew, and make another Live"
             )
 
-    def _place(self, i: int, operands: list[Operand]) -> Place:
+    def _place(self, i: int, operands: list[Stored]) -> Place:
         """The module's own weights are the last operand."""
         weight: Weight = self._weights[i]
         self._last = len(operands)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from msgspec.structs import replace
+
+from fastinterp.backends.device import Piece
 from fastinterp.backends.torch_device import current_queue
 from fastinterp.execute.tensor_io import Place
 from fastinterp.ops.combine import Row, renumbered
@@ -23,7 +25,7 @@ class ModuleWriter:
         self._operands, self._sinks = operands, sinks
         self._places = [place for place in places if place.numel]
         self._all_on_device = operands.all_on_device
-        self._ready: dict[tuple[int, ...], list[dict[str, Any]]] = {}  # pieces by the inputs that they read
+        self._ready: dict[tuple[int, ...], list[Piece]] = {}  # pieces by the inputs that they read
 
     def write(self, row: Row) -> None:
         """Write the same sum of each tensor's operands. On a device that has them all it is one launch, which is not
@@ -36,6 +38,6 @@ class ModuleWriter:
         if inputs not in self._ready:
             steps = [place.combine([row], [0]) for place in self._places]
             self._ready[inputs] = self._operands.resident(self._sinks).pieces(steps)
-        rows = [(own.pivot, own.total, list(own.terms))]
         if self._places:
-            current_queue(self._operands.device).run([{**piece, "rows": rows} for piece in self._ready[inputs]])
+            pieces = [replace(piece, step=replace(piece.step, rows=(own,))) for piece in self._ready[inputs]]
+            current_queue(self._operands.device).run(pieces)

@@ -162,6 +162,7 @@ odd_entries = json_values | st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.text(max_size=4), odd_entries, max_size=3), st.binary(max_size=16))
 def test_odd_json_never_crashes(tmp_path_factory, header, data):

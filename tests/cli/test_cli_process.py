@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.models import layers, save, sparse
+from tests.support.processes import started
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, "-m", "fastinterp"]
@@ -39,14 +40,7 @@ def models(tmp_path_factory):
 
 
 def start(args, env, cwd):
-    # A shell may have started the tests with SIGINT ignored, which children inherit.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(
-            [*PROGRAM, *args], env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return started([*PROGRAM, *args], env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def partial_data(out: Path) -> bool:
@@ -66,30 +60,30 @@ def test_interrupted_merge_leaves_nothing(env, models, tmp_path, number, code, c
     if command == "interpolate":
         args = ["interpolate", "large_a", "large_b", "--alpha", "0.2", "--alpha", "0.6", "-o", out, "--threads", "1"]
         seen = out / "alpha_0.2"
-    process = start(args, env, models)
-    while not partial_data(seen):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.001)
-    # Stopped, so that the signal surely comes while the merge is at work.
-    process.send_signal(signal.SIGSTOP)
-    assert not list(seen.glob("*.safetensors"))
-    process.send_signal(number)
-    process.send_signal(signal.SIGCONT)
-    stdout, stderr = process.communicate(timeout=60)
+    with start(args, env, models) as process:
+        while not partial_data(seen):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.001)
+        # Stopped, so that the signal surely comes while the merge is at work.
+        process.send_signal(signal.SIGSTOP)
+        assert not list(seen.glob("*.safetensors"))
+        process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
+        stdout, stderr = process.communicate(timeout=60)
     assert (code, "", "interrupted; nothing was written\n") == (process.returncode, stdout, stderr)
     assert not (tmp_path / "new").exists()
 
 
 def test_second_signal_does_not_stop_the_cleaning_up(env, models, tmp_path):
     out = tmp_path / "out"
-    process = start(["merge", "large_recipe.yml", out, "--threads", "1"], env, models)
-    while not partial_data(out):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.001)
-    for _ in range(5):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.002)
-    process.communicate(timeout=60)
+    with start(["merge", "large_recipe.yml", out, "--threads", "1"], env, models) as process:
+        while not partial_data(out):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.001)
+        for _ in range(5):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.002)
+        process.communicate(timeout=60)
     assert process.returncode == 130
     assert not out.exists()
 

@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from fastinterp import _C
+from fastinterp.backends.device import Piece
 from fastinterp.errors import BackendError, OutOfMemory
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
+from fastinterp.ops.steps import Decoder, Divergence, Measure, Stored
 from tests.numerics.test_same_bits import Wall
 from tests.support import cuda_host
 from tests.support.backends import assert_same_bits
 from tests.support.cases import Guarded
 from tests.support.cuda_combine import piece_of
-from tests.support.pumps import code, raws
+from tests.support.pumps import code, raws, stored
 
 if why := cuda_host.missing():
     pytest.skip(why, allow_module_level=True)
@@ -34,7 +37,7 @@ class Rig:
         self.device = cuda_host.module().Device(0)
         self.queue = self.device.queue()
 
-    def run(self, pieces: Sequence[dict[str, Any]]) -> list[list[dict[str, float]]]:
+    def run(self, pieces: Sequence[Piece]) -> list[list[dict[str, float]]]:
         """The statistics of each piece."""
         pending = self.queue.run(pieces)
         self.queue.record().wait()
@@ -62,7 +65,7 @@ class Case:
         self.outputs = [Guarded(numel * dtype.bits // 8, offset) for _ in rows]
         self.more = more
 
-    def piece(self) -> dict[str, Any]:
+    def piece(self) -> Piece:
         return piece_of(
             [x.address for x in self.inputs], [self.dtype] * len(self.inputs), self.rows,
             [x.address for x in self.outputs], out_dtype=code(self.dtype), numel=self.numel, **self.more,
@@ -73,8 +76,8 @@ class Case:
         wanted = [Guarded(x.view.size, 0) for x in self.outputs]
         given = self.piece()
         stats = _C.combine(
-            [a for a, _ in given["inputs"]], [c for _, c in given["inputs"]], given["rows"],
-            [x.address for x in wanted], given["out_dtype"], self.numel, stats_every=self.more.get("stats_every", 0),
+            list(given.inputs), list(given.codes), self.rows, [x.address for x in wanted], code(self.dtype), self.numel,
+            stats_every=self.more.get("stats_every", 0),
         )  # fmt: skip
         for j, (want, got) in enumerate(zip(wanted, self.outputs, strict=True)):
             assert_same_bits(want.view, got.view, self.dtype, f"row {j}")
@@ -163,9 +166,8 @@ def test_samples_of_pieces_are_those_of_the_tensor():
     pieces, edges = [], [0, 8, 5000, 2 * _C.CHUNK, 6 * _C.CHUNK + 16, numel]
     for lo, hi in itertools.pairwise(edges):
         piece = whole.piece()
-        piece["inputs"] = [(a + 2 * lo, c) for a, c in piece["inputs"]]
-        piece["outputs"] = [a + 2 * lo for a in piece["outputs"]]
-        pieces.append({**piece, "numel": hi - lo, "first": lo})
+        inputs, outputs = (tuple(a + 2 * lo for a in some) for some in (piece.inputs, piece.outputs))
+        pieces.append(replace(piece, inputs=inputs, outputs=outputs, numel=hi - lo, first=lo))
     stats = rig.run(pieces)
     want = whole.check()
     for j in range(2):
@@ -184,7 +186,7 @@ def test_reads_and_writes_nothing_beyond_a_page(dtype, numel):
     addresses = [wall.address for wall in walls]
     rig.run([piece_of(addresses[:2], [dtype] * 2, [HALF], addresses[2:], out_dtype=code(dtype), numel=numel)])
     want = Guarded(given[0].size, 0)
-    _C.combine(addresses[:2], [code(dtype)] * 2, [(0, 1.0, [(1, 0.5)])], [want.address], code(dtype), numel)
+    _C.combine(addresses[:2], [code(dtype)] * 2, [HALF], [want.address], code(dtype), numel)
     assert_same_bits(want.view, walls[2].view, dtype, "row 0")
 
 
@@ -230,25 +232,34 @@ def test_failures_name_call_device_and_bytes_and_leave_no_memory():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"inputs": []}, "1 to 64 inputs, got 0"),
-        ({"inputs": [(0, 77)]}, "no dtype has code 77"),
-        ({"rows": []}, "as many outputs as rows"),
-        ({"rows": [(2, 1.0, [])]}, "names none of the inputs"),
-        ({"rows": [(0, 1.0, [(-1, 0.5)])]}, "names none of the inputs"),
-        ({"numel": -1}, "must not be negative"),
-        ({"keys": [1, 2]}, "a key per output"),
-        ({"kind": "guess"}, "no kernel here for pieces of kind guess"),
-        ({"outputs": [0] * 257}, "1 to 256 outputs, got 257"),
+        ({"inputs": ()}, "1 to 64 inputs, got 0"),
+        ({"inputs": (Stored(0, 0, 77),)}, "no dtype has code 77"),
+        ({"rows": ()}, "as many outputs as sinks"),
+        ({"rows": (Row(2),)}, "none of the inputs"),
+        ({"rows": (Row(0, 1.0, ((-1, 0.5),)),)}, "none of the inputs"),
+        ({"keys": (1, 2)}, "a key per output"),
+        ({"sinks": (0,) * 257}, "1 to 256 outputs, got 257"),
+        ({"offsets": ()}, "as many offsets"),
     ],
-)  # fmt: skip
-def test_pieces_that_make_no_sense_are_refused(change, message):
+)
+def test_steps_that_make_no_sense_are_refused(change, message):
+    piece = Case(BF16, 2, [HALF], 8).piece()
     with pytest.raises(ValueError, match=message):
-        Rig().queue.run([{**Case(BF16, 2, [HALF], 8).piece(), **change}])
+        Rig().queue.run([replace(piece, step=replace(piece.step, **change))])
     assert cuda_host.fake().calls("launch") == 0
 
 
-def test_a_piece_lacks_a_key():
-    piece = Case(BF16, 2, [HALF], 8).piece()
-    del piece["out_dtype"]
-    with pytest.raises(ValueError, match="a piece lacks `out_dtype`"):
-        Rig().queue.run([piece])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"numel": -1}, "must not be negative"),
+        ({"inputs": (0,)}, "an address per input"),
+        ({"outputs": (0, 0)}, "an address per output"),
+        ({"step": Divergence(inputs=stored([BF16] * 2), numel=8), "outputs": ()}, "no kernel here .* kind divergence"),
+        ({"step": Measure(inputs=(Stored(0, 0, 1, Decoder("x", 8)),) * 2, numel=8), "outputs": ()}, "encoded inputs"),
+    ],
+)
+def test_pieces_that_make_no_sense_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Rig().queue.run([replace(Case(BF16, 2, [HALF], 8).piece(), **change)])
+    assert cuda_host.fake().calls("launch") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from array import array
 from collections.abc import Sequence
@@ -9,21 +10,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from fastinterp.ops.combine import GroupRow, philox_key
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
 from fastinterp.ops.requests import GroupCombine
+from fastinterp.ops.steps import GroupCombine as CombineStep
 from tests.support import backends
 from tests.support.cases import MERGING
 from tests.support.cuda_pieces import Rig, addressed, pump_written, written
-from tests.support.pumps import code, raws
+from tests.support.pumps import code, raws, stored
 
 COUNTS = ("nan_in", "inf_in", "nan_out", "inf_out", "sampled", "changed")
 Shape = tuple[int, int]
 
 
-def row_of(per: str, shape: Shape, n: int, k: int, base: int | None) -> tuple[Any, ...]:
-    """Weights of n inputs by group, some of them 0, as a pump step has them."""
+def row_of(per: str, shape: Shape, n: int, k: int, base: int | None) -> GroupRow:
+    """Weights of n inputs by group, some of them 0."""
     rng, groups = np.random.default_rng([n, k, *shape]), shape[0] if per == "row" else shape[1]
     weights = rng.normal(size=(groups, n)) * (rng.random((groups, n)) < 0.8)
     weights[0, -1] = 1e-60  # 0 as float32
@@ -31,7 +34,16 @@ def row_of(per: str, shape: Shape, n: int, k: int, base: int | None) -> tuple[An
         weights[:, base] = 0
     row = GroupCombine(array("d", weights.ravel()), n, per, base).row()  # type: ignore[arg-type]
     assert isinstance(row, GroupRow)
-    return row.pivot, row.totals, list(row.inputs), row.weights
+    return row
+
+
+def step_of(per: Any, dtypes: Sequence[DType], out: DType, shape: Shape, rows: Sequence[GroupRow]) -> CombineStep:
+    """Into one output per row."""
+    return CombineStep(
+        inputs=stored(dtypes), numel=math.prod(shape), columns=shape[1], per=per, sinks=tuple(range(len(rows))),
+        offsets=(0,) * len(rows), out_dtype=code(out), rows=tuple(rows),
+        keys=tuple(philox_key(3, k, "groups") for k in range(len(rows))),
+    )  # fmt: skip
 
 
 def check(
@@ -39,12 +51,8 @@ def check(
     most: int = 1 << 30, base: int | None = None, **options: Any,
 ) -> None:  # fmt: skip
     n, numel = len(dtypes), math.prod(shape)
-    step = {
-        "kind": "combine", "per": per, "numel": numel, "columns": shape[1], "sinks": [0, 1], "offsets": [0, 0],
-        "inputs": [(i, 0, code(d)) for i, d in enumerate(dtypes)], "out_dtype": code(out_dtype),
-        "keys": [philox_key(3, k, "groups") for k in range(2)],
-        "rows": [row_of(per, shape, n, 0, base), row_of(per, shape, max(2, n - 1), 1, None)],
-    }  # fmt: skip
+    rows = [row_of(per, shape, n, 0, base), row_of(per, shape, max(2, n - 1), 1, None)]
+    step = step_of(per, dtypes, out_dtype, shape, rows)
     options = {"stats_every": 2, "fp8_saturate": True, **options}
     data = raws(fill, dtypes, numel)
     want, expected = pump_written(step, data, **options)
@@ -95,34 +103,28 @@ def test_pieces_begin_anywhere(per, first):
     """In the middle of a row, too."""
     shape, n, count = (13, 97), 3, 400
     dtypes = [BF16] * n
-    step = {
-        "kind": "combine", "per": per, "numel": math.prod(shape), "columns": shape[1], "sinks": [0], "offsets": [0],
-        "inputs": [(i, 0, code(d)) for i, d in enumerate(dtypes)], "out_dtype": code(F32),
-        "rows": [row_of(per, shape, n, 0, None)],
-    }  # fmt: skip
+    step = replace(step_of(per, dtypes, F32, shape, [row_of(per, shape, n, 0, None)]), keys=())
     data = raws("normal", dtypes, math.prod(shape))
     want, _ = pump_written(step, data)
     rig = Rig()
     output = rig.put(want[0][: 4 * count] * 0, 4)
-    rig.run([{**addressed(rig, step, data, first, count, 2), "outputs": [output]}])
+    rig.run([addressed(rig, step, data, first, count, 2, outputs=(output,))])
     assert rig.get(output, 4 * count).tobytes() == want[0][4 * first : 4 * (first + count)].tobytes()
 
 
 def test_what_is_refused():
-    step = {
-        "kind": "combine", "per": "row", "numel": 6, "columns": 3, "sinks": [0], "out_dtype": code(F32),
-        "inputs": [(i, 0, code(F32)) for i in range(2)], "rows": [row_of("row", (2, 3), 2, 0, 0)],
-    }  # fmt: skip
+    row = row_of("row", (2, 3), 2, 0, 0)
+    step = step_of("row", [F32, F32], F32, (2, 3), [row])
     rig = Rig()
-    piece = {
-        **addressed(rig, step, raws("normal", [F32, F32], 6), 0, 6, 0),
-        "outputs": [rig.put(np.zeros(24, "u1"), 0)],
-    }
-    pivot, totals, terms, weights = step["rows"][0]  # type: ignore[index]
+    output = rig.put(np.zeros(24, "u1"), 0)
+    piece = addressed(rig, step, raws("normal", [F32, F32], 6), 0, 6, 0, outputs=(output,))
     for rows, words in (
-        ([], "a row per output"), ([(5, totals, terms, weights)], "pivot"), ([(pivot, totals, [2], weights)], "term"),
-        ([(pivot, totals[:1], terms, weights)], "a total and a weight"),
-        ([(pivot, array("f", totals), terms, weights)], "contiguous buffer of float64"),
-    ):  # fmt: skip
+        ((), "as many outputs"),
+        ((dataclasses.replace(row, pivot=5),), "pivot"),
+        ((dataclasses.replace(row, inputs=(2,)),), "term"),
+        ((dataclasses.replace(row, totals=row.totals[:1], weights=row.weights[:1]),), "a total and a weight"),
+        ((dataclasses.replace(row, totals=row.totals[:1]),), "buffer of 1 float64"),
+        ((dataclasses.replace(row, totals=array("f", row.totals)),), "contiguous buffer of float64"),
+    ):
         with pytest.raises(ValueError, match=words):
-            rig.run([{**piece, "rows": rows}])
+            rig.run([replace(piece, step=replace(step, rows=rows))])

@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from fastinterp._C import STRIP
+from fastinterp.ops.contract import STRIP
 from fastinterp.ops.dtypes import BF16, F8_E5M2, F16, F32, F64, DType
 from fastinterp.ops.requests import ALL_BITS
 from fastinterp.ops.select import COARSE_BITS
+from fastinterp.ops.steps import Bracket, Histogram, Score
 from tests.support.cases import MERGING
 from tests.support.cuda_pieces import Rig, addressed, answers, pump_answers, same
-from tests.support.pumps import code, raws
+from tests.support.pumps import columns_of, raws, stored
 
 COARSE = (0, ALL_BITS, COARSE_BITS)
 FINE = (0x3B000000, 0x3B03FFFF, 0)
+SMALL = Histogram(inputs=stored([BF16, BF16]), numel=64, columns=8, brackets=(Bracket(1, *COARSE),))
 
 
 def check(
@@ -26,10 +29,10 @@ def check(
     every: int = 1, score: Any = None, **cut: int,
 ) -> None:  # fmt: skip
     data = raws(fill, dtypes, math.prod(shape))
-    step = {
-        "kind": "histogram", "numel": math.prod(shape), "columns": max(1, shape[-1]), "every": every,
-        "ranked": list(ranked), "score": score, "inputs": [(i, 0, code(d)) for i, d in enumerate(dtypes)],
-    }  # fmt: skip
+    step = Histogram(
+        inputs=stored(dtypes), numel=math.prod(shape), columns=columns_of(shape), every=every, score=score,
+        brackets=tuple(Bracket(*one) for one in ranked),
+    )  # fmt: skip
     assert same(answers(step, data, **cut), pump_answers(step, data))
 
 
@@ -58,8 +61,8 @@ def test_scores():
     factors = array("f", (0.5 + r % 3 for r in range(shape[0]))).tobytes()
     for dtypes in ([BF16, F32, F16], [BF16] * 7, [F64, BF16]):
         ranked = [(0, *COARSE), (0, 0x30000000, 0x3003FFFF, 0)]
-        check(dtypes, ranked, shape, score=("spread", 0, b""), most=1, offset=3)
-        check(dtypes, ranked, shape, score=("divergence", 0, factors), every=3)
+        check(dtypes, ranked, shape, score=Score("variance", 0), most=1, offset=3)
+        check(dtypes, ranked, shape, score=Score("divergence", 0, factors), every=3)
 
 
 def test_more_brackets_than_a_launch_has():
@@ -70,15 +73,20 @@ def test_more_brackets_than_a_launch_has():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"ranked": []}, "needs brackets"), ({"ranked": [(0, *COARSE)]}, "none of the inputs"), ({"every": 0}, "strip"),
-        ({"ranked": [(1, 2, 1, 0)]}, "no such bracket"), ({"columns": 0}, "columns"),
-        ({"first": 5}, "begins with a strip"), ({"score": ("divergence", 0, bytes(4))}, "a factor per row"),
+        ({"brackets": ()}, "needs brackets"), ({"brackets": (Bracket(0, *COARSE),)}, "none of the inputs"),
+        ({"every": 0}, "strip"), ({"brackets": (Bracket(1, 2, 1, 0),)}, "no such bracket"), ({"columns": 0}, "columns"),
+        ({"score": Score("divergence", 0, bytes(4))}, "a factor per row"),
     ],
 )  # fmt: skip
 def test_what_is_refused(change, words):
-    step = {"kind": "histogram", "numel": 64, "columns": 8, "every": 1, "ranked": [(1, *COARSE)], "score": None,
-            "inputs": [(i, 0, code(BF16)) for i in range(2)]}  # fmt: skip
     rig = Rig()
-    piece = addressed(rig, step, raws("normal", [BF16, BF16], 64), 0, 64, 0)
+    piece = addressed(rig, SMALL, raws("normal", [BF16, BF16], 64), 0, 64, 0)
     with pytest.raises(ValueError, match=words):
-        rig.run([{**piece, **change}])
+        rig.run([replace(piece, step=replace(SMALL, **change))])
+
+
+def test_pieces_begin_with_a_strip():
+    rig = Rig()
+    piece = addressed(rig, SMALL, raws("normal", [BF16, BF16], 64), 5, 59, 0)
+    with pytest.raises(ValueError, match="begins with a strip"):
+        rig.run([piece])

@@ -5,28 +5,23 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
-from fastinterp._C import CHUNK
+from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.ops.masked import kept_inputs, kept_step
 from fastinterp.ops.requests import Keep, MeasureKept, Score
+from fastinterp.ops.steps import MaskedStats
 from tests.numerics.test_masked import NAME, SEED, Shape
 from tests.support.cases import MERGING
 from tests.support.cuda_pieces import Rig, addressed, answers, pump_answers, same
-from tests.support.pumps import code, raws
+from tests.support.pumps import raws, stats_step
 
 KEEPS = (Keep(), Keep(least=0x3A000000), Keep(chance=0.4), Keep(0x39000000, 0x3C000000, 0.7), Keep(1, 0))
 
 
-def step_of(ask: MeasureKept, dtypes: Sequence[DType], shape: Shape) -> dict[str, Any]:
-    return {
-        "kind": "kept", "numel": math.prod(shape), "columns": max(1, shape[-1]),
-        "inputs": [(i, 0, code(dtypes[i])) for i in kept_inputs(ask)],
-        **kept_step(ask, name=NAME, seed=SEED),
-    }  # fmt: skip
+def step_of(ask: MeasureKept, dtypes: Sequence[DType], shape: Shape) -> MaskedStats:
+    return stats_step(ask, dtypes, shape, name=NAME, seed=SEED)
 
 
 def check(

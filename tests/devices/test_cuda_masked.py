@@ -10,30 +10,24 @@ from typing import Any
 
 import pytest
 
-from fastinterp._C import CHUNK
 from fastinterp.ops.combine import philox_key
+from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.ops.masked import masked_step, read_inputs
 from fastinterp.ops.requests import Keep, MaskedCombine, Score
+from fastinterp.ops.steps import MaskedSum
 from tests.numerics.test_masked import NAME, SEED, Shape, ask_of, least_of, options_of
 from tests.support import backends
 from tests.support.cases import MERGING
 from tests.support.cuda_pieces import Rig, addressed, pump_written, written
-from tests.support.pumps import Raw, code, raws
+from tests.support.pumps import Raw, masked_step, raws
 
 COUNTS = ("nan_in", "inf_in", "nan_out", "inf_out", "sampled", "changed")
 SUMS = ("sum_pp", "sum_dd", "sum_od")
 
 
-def step_of(dtypes: Sequence[DType], asks: Sequence[MaskedCombine], out_dtype: DType, shape: Shape) -> dict[str, Any]:
-    used = sorted(set().union(*(read_inputs(ask) for ask in asks)))
-    return {
-        "kind": "masked", "numel": math.prod(shape), "columns": max(1, shape[-1]),
-        "inputs": [(i, 0, code(dtypes[i])) for i in used],
-        "sinks": list(range(len(asks))), "offsets": [0] * len(asks), "out_dtype": code(out_dtype),
-        "keys": [philox_key(SEED, k, NAME) for k in range(len(asks))],
-        "masked": [masked_step(ask, name=NAME, seed=SEED, inputs=used) for ask in asks],
-    }  # fmt: skip
+def step_of(dtypes: Sequence[DType], asks: Sequence[MaskedCombine], out_dtype: DType, shape: Shape) -> MaskedSum:
+    keys = [philox_key(SEED, k, NAME) for k in range(len(asks))]
+    return masked_step(asks, dtypes, out_dtype, shape, name=NAME, seed=SEED, keys=keys)
 
 
 def check(
@@ -121,8 +115,7 @@ def test_pieces_begin_anywhere(first):
     want, _ = pump_written(step, data, stochastic=True)
     rig, count = Rig(), 1777
     output = rig.put(want[0][: 2 * count] * 0, 2)
-    piece = {**addressed(rig, step, data, first, count, 6), "outputs": [output]}
-    rig.run([piece])
+    rig.run([addressed(rig, step, data, first, count, 6, outputs=(output,))])
     assert rig.get(output, 2 * count).tobytes() == want[0][2 * first : 2 * (first + count)].tobytes()
 
 

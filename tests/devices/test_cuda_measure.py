@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64
+from fastinterp.ops.steps import Measure
 from tests.support.cases import MERGING
 from tests.support.cuda_pieces import answers, pump_answers, same
-from tests.support.pumps import code, raws
+from tests.support.pumps import raws, stored
 
 
-def step_of(kind: str, per: str, dtypes: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    return {
-        "kind": kind, "per": per, "numel": math.prod(shape), "columns": max(1, shape[-1]),
-        "inputs": [(i, 0, code(d)) for i, d in enumerate(dtypes)],
-    }  # fmt: skip
+def step_of(kind: str, per: Any, dtypes: Any, shape: tuple[int, ...]) -> Measure:
+    deltas = kind == "measure_deltas"
+    return Measure(inputs=stored(dtypes), numel=math.prod(shape), columns=max(1, shape[-1]), deltas=deltas, per=per)
 
 
 def check(kind: str, per: str, dtypes: Any, shape: tuple[int, ...], fill: str = "normal", **cut: int) -> None:

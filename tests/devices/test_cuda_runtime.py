@@ -12,10 +12,15 @@ import pytest
 
 import fastinterp
 from fastinterp.backends import cuda
-from fastinterp.backends.device import Device
+from fastinterp.backends.device import Device, Piece
 from fastinterp.errors import BackendError, OutOfMemory
+from fastinterp.ops.combine import Row
+from fastinterp.ops.dtypes import F32
+from fastinterp.ops.steps import Decoder, Divergence, Measure, Stored
 from tests.support import cuda_host
+from tests.support.cuda_combine import piece_of
 from tests.support.cuda_host import Fake
+from tests.support.pumps import code, stored
 
 if why := cuda_host.missing():
     pytest.skip(why, allow_module_level=True)
@@ -114,8 +119,7 @@ def test_who_asks_whether_something_is_done_has_made_no_error(fake):
     fake.reset(Fake.DEFERRED)
     device = cuda.device(0)
     queue, held = device.queue(), device.memory(64)
-    piece = {"kind": "combine", "inputs": [(held.address, 1)], "rows": [(0, 2.0, [])], "outputs": [held.address + 32],
-             "out_dtype": 1, "numel": 8, "first": 0, "stats_every": 0, "fp8_saturate": True}  # fmt: skip
+    piece = piece_of([held.address], [F32], [Row(0, 2.0)], [held.address + 32], code(F32), 8)
     queue.run([piece])
     assert not queue.record().done()
     queue.run([piece])
@@ -149,7 +153,7 @@ def test_other_devices_get_no_context(fake):
 def test_memory_of_launches_is_kept_between_waits(fake):
     device = cuda.device(0)
     queue, held = device.queue(), device.memory(64)
-    piece = {"kind": "measure", "inputs": [(held.address, 1)], "numel": 8, "first": 0}
+    piece = Piece(step=Measure(inputs=stored([F32]), numel=8), inputs=(held.address,), numel=8)
     for _ in range(3):
         queue.run([piece])
     assert fake.kept() == 64 << 20
@@ -233,9 +237,11 @@ def test_there_may_be_no_device_no_driver_or_no_extension(fake, monkeypatch):
 
 def test_what_has_no_kernel_is_refused(fake):
     device = cuda.device(0)
-    assert device.refuses({"kind": "combine"}) is None
-    assert device.refuses({"kind": "combine", "per": "tensor"}) is None
-    assert device.refuses({"kind": "divergence"}) == "no CUDA kernel for divergence"
+    inputs = stored([F32, F32])
+    assert device.refuses(Measure(inputs=inputs, numel=8)) is None
+    assert device.refuses(Divergence(inputs=inputs, numel=8)) == "no CUDA kernel for divergence"
+    encoded = Stored(0, 0, code(F32), Decoder("int8", 8))
+    assert device.refuses(Measure(inputs=(encoded,), numel=8)) == "encoded inputs"
 
 
 def test_memory_of_the_device_has_no_view(fake):

@@ -115,6 +115,7 @@ def test_too_little_memory_is_said(tmp_path, ends, use):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_devices_share_by_speed(tmp_path, use, monkeypatch):
     """The one that is four times as fast does most of the work; nobody waits for the other but at the end."""
     monkeypatch.setattr(machine, "SLOTS", 3)
@@ -160,7 +161,7 @@ def test_progress_only_grows(tmp_path, ends, use):
 
 
 def test_the_report_says_what_ran_where(tmp_path, ends, use):
-    use(FakeDevice(0, refuses=lambda s: "sums of nothing" if s["numel"] == 200_003 else None), FakeDevice(1))
+    use(FakeDevice(0, refuses=lambda s: "sums of nothing" if s.numel == 200_003 else None), FakeDevice(1))
     report = fastinterp.merge(METHODS["linear"](ends), tmp_path / "out", device="cuda:0,1")
     isa = backends.cpu_isa()
     assert report.device == f"cuda:0 Fake (fake), cuda:1 Fake (fake), cpu {isa} for 5 tensors"

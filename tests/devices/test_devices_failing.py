@@ -17,6 +17,7 @@ from tests.support import fake_device
 from tests.support.checkpoints import recipe, write
 from tests.support.device_merges import KB, METHODS, SLOT, models, small
 from tests.support.fake_device import FakeDevice, Fault
+from tests.support.processes import interruptible
 from tests.support.written import tree
 
 pytest_plugins = ("tests.support.device_fixtures",)
@@ -150,7 +151,7 @@ def test_a_signal_ends_all_threads(tmp_path, ends, use, monkeypatch):
         return compute(piece)
 
     monkeypatch.setattr(fake_device, "computed", interrupting)
-    with pytest.raises(KeyboardInterrupt):
+    with interruptible(), pytest.raises(KeyboardInterrupt):
         fastinterp.merge(METHODS["linear"](ends), tmp_path / "out", device="cuda:0,1")
     assert not (tmp_path / "out").exists()
     assert all(d.held == {"host": 0, "memory": 0} for d in found)

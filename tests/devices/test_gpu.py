@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from fastinterp import _C
+from fastinterp.ops import steps
 from fastinterp.ops.combine import Combine
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64
-from fastinterp.ops.requests import Keep, Score, Select
+from fastinterp.ops.requests import Keep, MaskedCombine, MeasureKept, Score, Select
 from fastinterp.reference import combine as reference
 from fastinterp.reference import groups as reference_groups
 from fastinterp.reference.select import select
@@ -33,8 +35,9 @@ from tests.numerics.test_same_bits import assert_same_stats
 from tests.support import backends, pumps
 from tests.support.backends import assert_same_bits
 from tests.support.cases import CASES, Case, Guarded, guarded
+from tests.support.cuda_combine import piece_of
 from tests.support.device_pump import DevicePump, Loan
-from tests.support.pumps import code, memory, raws, run
+from tests.support.pumps import code, memory, raws, run, stored
 
 DEVICES: list[Any] = [*backends.on_devices()] or [
     pytest.param("", marks=pytest.mark.skip(reason="neither a GPU nor a C++ compiler is here"))
@@ -59,19 +62,11 @@ class Lent:
         self.case, (self.inputs, self.outputs) = case, guarded(case)
         given, made = ([Loan.of(device, queue, x) for x in some] for some in (self.inputs, self.outputs))
         self.loans = [(loan, False) for loan in given] + [(loan, True) for loan in made]
-        self.piece: dict[str, Any] = {
-            "kind": "combine",
-            "inputs": [(loan.address, code(d)) for loan, d in zip(given, case.dtypes, strict=True)],
-            "outputs": [loan.address for loan in made],
-            "numel": case.numel,
-            "first": 0,
-            "out_dtype": code(case.out_dtype),
-            "rows": [(row.pivot, row.total, list(row.terms)) for row in case.rows()],
-            "stats_every": case.stats_every,
-            "fp8_saturate": case.fp8_overflow == "saturate",
-        }
-        if case.rounding == "stochastic":
-            self.piece["keys"] = case.keys
+        self.piece = piece_of(
+            [loan.address for loan in given], case.dtypes, case.rows(), [loan.address for loan in made],
+            code(case.out_dtype), case.numel, case.keys if case.rounding == "stochastic" else (),
+            stats_every=case.stats_every, fp8_saturate=case.fp8_overflow == "saturate",
+        )  # fmt: skip
 
     def check(self, stats: Sequence[dict[str, float]]) -> None:
         """What came back is the reference's. Loans look after guards and inputs."""
@@ -121,19 +116,18 @@ def test_whole_vectors_and_what_is_left_of_them(device, n, dtype):
         ways = ways[:2]
     data = raws("patterns", [dtype] * n, numel)
     rows = [Combine(tuple((1 + i + k) / 7 for i in range(n))).row() for k in range(5)]
-    given = [(row.pivot, row.total, list(row.terms)) for row in rows]
     for offset, k in ways:
         inputs = [Guarded(raw.size, offset) for raw in data]
         for held, raw in zip(inputs, data, strict=True):
             held.view[:] = raw
         found, wanted = ([Guarded(data[0].size, at) for _ in range(k)] for at in (offset, 0))
-        step = {
-            "kind": "combine", "inputs": [(i, 0, code(dtype)) for i in range(n)], "rows": given[:k], "numel": numel,
-            "sinks": list(range(k)), "offsets": [0] * k, "out_dtype": code(dtype),
-        }  # fmt: skip
+        step = steps.Combine(
+            inputs=stored([dtype] * n), rows=tuple(rows[:k]), numel=numel, sinks=tuple(range(k)), offsets=(0,) * k,
+            out_dtype=code(dtype),
+        )  # fmt: skip
         run("", [step], memory(inputs), memory(found))
         addresses, outs = ([x.address for x in some] for some in (inputs, wanted))
-        _C.combine(addresses, [code(dtype)] * n, given[:k], outs, code(dtype), numel)
+        _C.combine(addresses, [code(dtype)] * n, rows[:k], outs, code(dtype), numel)
         for j in range(k):
             assert_same_bits(wanted[j].view, found[j].view, dtype, f"row {j} of {k}")
 
@@ -145,9 +139,9 @@ def test_pieces_of_a_tensor(device):
     whole = Lent(device, queue, case)
     pieces = []
     for first, count in ((0, 16384), (16384, 49152), (65536, 34467)):
-        addresses = [(address + 2 * first, c) for address, c in whole.piece["inputs"]]
-        outs = [out + first for out in whole.piece["outputs"]]
-        pieces.append(whole.piece | {"inputs": addresses, "outputs": outs, "numel": count, "first": first})
+        addresses = tuple(address + 2 * first for address in whole.piece.inputs)
+        outs = tuple(out + first for out in whole.piece.outputs)
+        pieces.append(replace(whole.piece, inputs=addresses, outputs=outs, numel=count, first=first))
     done = queue.run(pieces)
     queue.record().wait()
     parts = [pending.stats() for pending in done]
@@ -174,11 +168,10 @@ def test_weights_by_group(per, dtypes, out, kind):
         weights[rng.random(groups * 2) < 0.3] = 0  # skipped, not multiplied
         asked.append(GroupRow(0, array("d", [total] * groups), (2, 1), array("d", weights)))
     sources, sinks = pumps.guarded(data), [Guarded(rows * columns * out.bits // 8, 5 + k) for k in range(2)]
-    step = {
-        "kind": "combine", "inputs": [(i, 0, code(d)) for i, d in enumerate(dtypes)], "numel": rows * columns,
-        "sinks": [0, 1], "offsets": [0, 0], "out_dtype": code(out), "columns": columns, "per": per, "keys": [3, 4],
-        "rows": [(row.pivot, row.totals, list(row.inputs), row.weights) for row in asked],
-    }  # fmt: skip
+    step = steps.GroupCombine(
+        inputs=stored(dtypes), numel=rows * columns, sinks=(0, 1), offsets=(0, 0), out_dtype=code(out),
+        columns=columns, per=per, keys=(3, 4), rows=tuple(asked),
+    )  # fmt: skip
     for rounding in ("nearest", "stochastic"):
         pump = run("", [step], memory(sources), memory(sinks), stochastic=rounding == "stochastic")
         outs, stats = reference_groups.combine_groups(
@@ -197,12 +190,9 @@ TENSORS = [((BF16, F32, F16), 3 * 16384 + 5), ((BF16, F8_E4M3, F64), 1003), ((BF
 
 def measured(dtypes, numel, deltas, kind="normal", **keys):
     data = raws(kind, dtypes, numel)
-    step = {
-        "kind": "measure_deltas" if deltas else "measure", "numel": numel,
-        "inputs": [(i, 0, code(d)) for i, d in enumerate(dtypes)],
-    }  # fmt: skip
+    step = steps.Measure(inputs=stored(dtypes), numel=numel, deltas=deltas, **keys)
     sources = pumps.guarded(data)
-    return data, run("", [step | keys], memory(sources), []).answers()[0]
+    return data, run("", [step], memory(sources), []).answers()[0]
 
 
 def assert_same_answer(want, got) -> None:
@@ -334,12 +324,15 @@ def test_memory_and_copies(device):
 
 
 def test_what_is_refused(device):
-    keep = {"least": 0, "most": 1, "lo": 1, "hi": 2, "key": 3}
-    refuses = device.refuses
-    assert "divergence" in refuses({"kind": "divergence", "inputs": []})
-    assert refuses({"kind": "kept", "inputs": [], "keeps": [keep, keep]}) == "random keeps by rank"
-    assert refuses({"kind": "kept", "inputs": [], "keeps": [keep, keep | {"hi": 1}]}) is None
-    assert refuses({"kind": "masked", "inputs": [], "masked": [{"terms": [{"keep": keep}]}]}) == "random keeps by rank"
+    refuses, by_rank = device.refuses, Keep(chance=0.5, spread=0.1)
+    assert "divergence" in refuses(steps.Divergence(inputs=stored([F32, F32]), numel=4, columns=4))
+    for keep, why in ((by_rank, "random masks by rank"), (Keep(chance=0.5), None)):
+        ask = MeasureKept((by_rank, keep))
+        assert refuses(pumps.stats_step(ask, [F32, F32], (4,), name="", seed=0)) == why
+        sums = [MaskedCombine((0.0, 1.0), keeps=(Keep(), keep))]
+        assert refuses(pumps.masked_step(sums, [F32, F32], F32, (4,), name="", seed=0)) == why
+    encoded = steps.Stored(0, 0, code(F32), steps.Decoder("int8", 4))
+    assert refuses(steps.Measure(inputs=(encoded,), numel=4)) == "encoded inputs"
 
 
 # --- for compute-sanitizer -------------------------------------------------------------------------------------------

@@ -17,9 +17,11 @@ import pytest
 import fastinterp
 from fastinterp import _C
 from fastinterp.backends.triton.device import interpreted
+from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import BF16
 from tests.support import backends
 from tests.support.checkpoints import MERGING, family, recipe, saved
+from tests.support.cuda_combine import piece_of
 from tests.support.pumps import code
 from tests.support.written import tree
 
@@ -117,11 +119,8 @@ def test_more_elements_than_32_bits_count(device):
         x[:window].normal_()
         x[-window:].normal_()
     torch.cuda.synchronize()
-    queue, row = device.queue(), (0, 1.0, [(1, 0.3)])
-    piece = {
-        "kind": "combine", "inputs": [(x.data_ptr(), code(BF16)) for x in (a, b)], "rows": [row], "numel": numel,
-        "outputs": [out.data_ptr()], "out_dtype": code(BF16), "first": 0, "stats_every": 0, "fp8_saturate": True,
-    }  # fmt: skip
+    queue, row = device.queue(), Row(0, 1.0, ((1, 0.3),))
+    piece = piece_of([x.data_ptr() for x in (a, b)], [BF16] * 2, [row], [out.data_ptr()], code(BF16), numel)
     queue.run([piece])
     queue.record().wait()
     for part in (slice(0, window), slice(numel // 2, numel // 2 + window), slice(numel - window, numel)):

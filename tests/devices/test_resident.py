@@ -110,7 +110,7 @@ def test_sums_go_on_while_the_host_thinks(device: HostDevice, monkeypatch: pytes
     monkeypatch.setattr(ResidentMachine, "round_bytes", 1)
     models = [{n: moved(x) for n, x in model.items()} for model in dicts(3)]
     got = fastinterp.merge_state_dicts(models[1:2], "slerp", base=models[0], parameters={"t": 0.3})
-    assert device.pieces == ["measure_deltas", *["measure_deltas", "combine"] * 3, "combine"]
+    assert device.pieces == ["measure", *["measure", "combine"] * 3, "combine"]
     assert device.waits == 4
     device.finish()
     want = fastinterp.merge_state_dicts(dicts(2)[1:], "slerp", base=dicts(1)[0], parameters={"t": 0.3})
@@ -198,7 +198,7 @@ def test_all_on_one_device(device: HostDevice):
 
 
 def test_steps_that_have_no_kernel(device: HostDevice):
-    device._refused = {"masked": "random keeps by rank"}
+    device._refused = {"masked_sum": "random keeps by rank"}
     message = "w cannot be merged on cuda:0, whose backend is cuda: random keeps by rank. Move the tensors to the CPU"
     with pytest.raises(BackendError, match=message):
         fastinterp.merge_tensors(

@@ -75,6 +75,7 @@ def test_live_by_cuda(cuda: Cuda):
     assert cuda.launches <= 4 * 4
 
 
+@pytest.mark.slow
 def test_triton():
     pytest.importorskip("triton")
     pytest.importorskip("fastinterp.backends.triton.device")

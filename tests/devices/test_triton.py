@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
@@ -29,9 +30,12 @@ from fastinterp._triton.histogram import histogram_kernel  # noqa: E402
 from fastinterp._triton.kept import kept_kernel  # noqa: E402
 from fastinterp._triton.masked import masked_effect_kernel, masked_kernel  # noqa: E402
 from fastinterp._triton.measure import measure_columns_kernel, measure_kernel  # noqa: E402
+from fastinterp.backends.device import Piece  # noqa: E402
 from fastinterp.backends.triton.launch import Room  # noqa: E402
 from fastinterp.backends.triton.measure import launches  # noqa: E402
 from fastinterp.backends.triton.pieces import run  # noqa: E402
+from fastinterp.ops import steps  # noqa: E402
+from fastinterp.ops.combine import Row  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted((ROOT / "fastinterp" / "_triton").glob("*.py"))
@@ -40,6 +44,7 @@ GFX942 = GPUTarget("hip", "gfx942", 64)
 BF16, F16, F32, F64, E4M3 = 3, 2, 1, 0, 4
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_give_the_bytes_of_the_reference():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["tests/devices/test_gpu.py", "tests/support/triton_interpreted.py"]
@@ -130,6 +135,7 @@ def case(name: str, target: Any) -> Any:
     return compiled(kernel, target, arguments, constants, warps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [SM80, SM90, SM100, GFX942], ids=lambda t: f"{t.backend}-{t.arch}")
 @pytest.mark.parametrize("name", CASES)
 def test_compiles(name, target):
@@ -154,6 +160,7 @@ def memory_of(ptx: str) -> tuple[list[str], list[str]]:
     return loads, [kind for kind in re.findall(r"st\.global\.(\S+)", ptx) if kind not in scalars]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("n", [2, 8])
 @pytest.mark.parametrize("target", [SM80, SM90, SM100], ids=lambda t: str(t.arch))
@@ -209,44 +216,61 @@ def room(monkeypatch):
     return Compiling()
 
 
-def pieces_of(n: int, numel: int = 98304, first: int = 1 << 20) -> dict[str, dict[str, Any]]:
+def pieces_of(n: int, numel: int = 98304, first: int = 1 << 20) -> dict[str, Piece]:
     """One of each kind, of bf16: what methods ask of most tensors."""
-    operands = {"inputs": [(first * (1 + i), BF16) for i in range(n)], "numel": numel, "first": 0, "columns": numel}
-    written = {"outputs": [first * (1 + n)], "out_dtype": BF16, "stats_every": 2, "fp8_saturate": True}
-    keep = {"least": 0, "most": 1 << 30, "lo": 5, "hi": 5, "key": 1 << 63}
-    numbers = {"weight": 1.0, "vote": 1.0, "share": 1.0, "alone": 0.0, "importance": -1, "known": None}
-    terms = [{"input": i, "keep": keep, **numbers} for i in range(1, n)]
-    masked = {"base": 0, "terms": terms, "votes": True, "divides": True, "alone": False, "score": None}
-    masked |= {"least_share": 0.0, "other_share": 1.0, "limit": math.inf}
-    ranked = [(i, 0, 0x7FFFFFFF, 16) for i in range(1, n)]
+    operands: Any = {"inputs": tuple(steps.Stored(i, 0, BF16) for i in range(n)), "numel": numel, "columns": numel}
+    written: Any = {"sinks": (0,), "offsets": (0,), "out_dtype": BF16}
+    test = steps.MaskTest(0, 1 << 30, 5, 5, 1 << 63)
+    terms = tuple(
+        steps.MaskedTerm(input=i, weight=1.0, sign_weight=1.0, share=1.0, sole_weight=0.0, importance=-1, test=test)
+        for i in range(1, n)
+    )
+    output = steps.MaskedOutput(
+        base=0, terms=terms, elects_signs=True, divides=True, has_sole_weights=False, least_share=0.0, other_share=1.0,
+        limit=math.inf, score=None,
+    )  # fmt: skip
+    brackets = tuple(steps.Bracket(i, 0, 0x7FFFFFFF, 16) for i in range(1, n))
+    made: list[steps.Step] = [
+        steps.Combine(**operands, **written, rows=(Row(0, 1.0, tuple((i, 0.5) for i in range(1, n))),)),
+        steps.Measure(**operands),
+        steps.Histogram(**operands, brackets=brackets),
+        steps.MaskedStats(**operands, tests=(test,) * n, score=None, l1=True, squares=True),
+        steps.MaskedSum(**operands, **written, outputs=(output,)),
+    ]
+    addresses = tuple(first * (1 + i) for i in range(n))
     return {
-        "combine": operands | written | {"rows": [(0, 1.0, [(i, 0.5) for i in range(1, n)])]},
-        "measure": operands,
-        "histogram": operands | {"ranked": ranked, "every": 1, "score": None},
-        "kept": operands | {"keeps": [keep] * n, "score": None, "l1": True, "squares": True},
-        "masked": operands | written | {"masked": [masked]},
-    }
+        step.kind: Piece(
+            step=step, inputs=addresses, outputs=(first * (1 + n),) if isinstance(step, steps.SumStep) else (),
+            numel=numel, stats_every=2,
+        )
+        for step in made
+    }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_launches_compile_as_they_are_made(room):
     """What a launch passes is what a kernel takes, constants and all."""
-    run(room, [{"kind": kind, **piece} for kind, piece in pieces_of(2).items()])
+    run(room, [*pieces_of(2).values()])
     wrote = {"combine_kernel", "effect_kernel", "masked_kernel", "masked_effect_kernel"}
     assert {name for name, *_ in room.launched} == wrote | {"measure_kernel", "histogram_kernel", "kept_kernel"}
 
 
 def test_tables_of_different_lengths_are_one_kernel(room):
     """Where numbers begin is no reason to compile again."""
-    combine, odd = ({"kind": "combine", **pieces_of(n)["combine"], "stats_every": 0} for n in (2, 2))
-    odd["rows"], odd["outputs"] = odd["rows"] * 2, [*odd["outputs"], 1 << 23]
+    combine = replace(pieces_of(2)["combine"], stats_every=0)
+    step = combine.step
+    assert isinstance(step, steps.Combine)
+    twice = replace(step, rows=step.rows * 2, sinks=(0, 1), offsets=(0, 0))
+    odd = replace(combine, step=twice, outputs=(*combine.outputs, 1 << 23))
     for pieces in ([combine], [combine] * 2, [odd], [odd, combine]):
         run(room, pieces)
     assert len({made.hash for _, made, _ in room.launched}) == 1
 
 
+@pytest.mark.slow
 def test_registers_hold_all_of_8_inputs(room, tmp_path):
     """Nothing is spilled, on Hopper."""
-    run(room, [{"kind": kind, **piece} for kind, piece in pieces_of(8).items()])
+    run(room, [*pieces_of(8).values()])
     file = tmp_path / "kernel.cubin"
     for name, made, constants in room.launched:
         file.write_bytes(made.asm["cubin"])

@@ -242,6 +242,7 @@ def large_recipe(tmp_path_factory) -> tuple[dict[str, object], list[dict[str, Te
     return how, models
 
 
+@pytest.mark.slow
 def test_tensors_across_blocks_equal_the_reference(tmp_path, large_recipe):
     how, models = large_recipe
     fastinterp.merge(how, tmp_path / "out", threads=2)
@@ -299,6 +300,7 @@ def test_order_of_tensors_in_the_inputs_does_not_matter(tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_huge_header(tmp_path):
     """10,000 tensors of 0 to 4 elements: a header of 2 MB, and thousands of tensors in one block."""
     numels = [i % 5 for i in range(10000)]

@@ -88,6 +88,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "recipe"), [(1, "ties"), (2, "paper"), (4, "ties"), (4, "linear")])
 def test_torchrun_makes_the_bytes_of_one_process(models, tmp_path, count, recipe):
     out = tmp_path / "out"
@@ -98,6 +99,7 @@ def test_torchrun_makes_the_bytes_of_one_process(models, tmp_path, count, recipe
     assert (f"{count} ranks" in done.stdout) == (count > 1)
 
 
+@pytest.mark.slow
 def test_the_report_is_that_of_one_process(models, tmp_path):
     import json
 
@@ -109,6 +111,7 @@ def test_the_report_is_that_of_one_process(models, tmp_path):
     assert found == alone
 
 
+@pytest.mark.slow
 def test_a_rank_that_crashes_under_torchrun_is_started_again_and_all_go_on(models, tmp_path):
     out, noted = tmp_path / "out", tmp_path / "died"
     args = ["merge", "ties.yml", str(out), *SHARDS]
@@ -118,6 +121,7 @@ def test_a_rank_that_crashes_under_torchrun_is_started_again_and_all_go_on(model
     assert contents(out) == contents(models / "one-ties")
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_started_again_alone_goes_on_with_its_work(models, tmp_path):
     out, noted, port = tmp_path / "out", tmp_path / "died", free_port()
     args = ["merge", "ties.yml", str(out), *SHARDS]
@@ -133,6 +137,7 @@ def test_a_rank_that_is_started_again_alone_goes_on_with_its_work(models, tmp_pa
     assert contents(out) == contents(models / "one-ties")
 
 
+@pytest.mark.slow
 def test_what_a_dead_rank_had_begun_is_taken_over(models, tmp_path):
     out, noted, port = tmp_path / "out", tmp_path / "died", free_port()
     args = ["merge", "linear.yml", str(out), *SHARDS]
@@ -142,6 +147,7 @@ def test_what_a_dead_rank_had_begun_is_taken_over(models, tmp_path):
     assert contents(out) == contents(models / "one-linear")
 
 
+@pytest.mark.slow
 def test_when_all_end_the_next_run_goes_on_from_what_was_complete(models, tmp_path):
     """Also after rank 0, which has the store, was killed."""
     out, noted, port = tmp_path / "out", tmp_path / "died", free_port()
@@ -165,6 +171,7 @@ def test_when_all_end_the_next_run_goes_on_from_what_was_complete(models, tmp_pa
         assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on_and_shares_otherwise(models, tmp_path):
     """Where each rank does a share of the files at a time, what is noted is of other shares."""
     out, noted, port = tmp_path / "out", tmp_path / "died", free_port()
@@ -192,6 +199,7 @@ def test_what_stands_in_a_folder_that_is_not_finished(tmp_path):
     assert reserved(tmp_path, "ba9876543210") == 0
 
 
+@pytest.mark.slow
 def test_another_merge_does_not_go_on_from_what_is_there(models, tmp_path):
     out, noted = tmp_path / "out", tmp_path / "died"
     torchrun(2, ["merge", "ties.yml", str(out), *SHARDS], models, DIES=f"0:1:{noted}")
@@ -206,6 +214,7 @@ def test_another_merge_does_not_go_on_from_what_is_there(models, tmp_path):
     assert contents(out) == contents(models / "one-linear")
 
 
+@pytest.mark.slow
 def test_ranks_that_plan_different_merges_stop(models, tmp_path):
     port = free_port()
     out = str(tmp_path / "out")
@@ -215,6 +224,7 @@ def test_ranks_that_plan_different_merges_stop(models, tmp_path):
     assert "plans another merge than rank 0" in said[1]
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_stops_all(models, tmp_path):
     out, noted, port = tmp_path / "out", tmp_path / "failed", free_port()
     args = ["merge", "ties.yml", str(out), *SHARDS]
@@ -226,6 +236,7 @@ def test_an_error_of_one_rank_stops_all(models, tmp_path):
     assert not list(out.glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_commands_that_ranks_do_not_share_are_refused(models, tmp_path):
     done = torchrun(2, ["interpolate", "a", "b", "--alpha", "0.5", "-o", str(tmp_path / "out")], models)
     assert done.returncode != 0

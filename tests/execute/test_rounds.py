@@ -15,7 +15,7 @@ import pytest
 
 import fastinterp
 from fastinterp import methods
-from fastinterp.backends.cpu import Pump
+from fastinterp.backends.cpu import Pump, PumpOptions
 from fastinterp.errors import MethodError, UsageError
 from fastinterp.execute import adaptive_job as asking
 from fastinterp.execute import rounds
@@ -93,7 +93,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str]]]:
     run = rounds.Machine.run
 
     def noted(machine: rounds.Machine, steps: Any) -> Any:
-        found.append([(step.native["kind"], step.name) for step in steps])
+        found.append([(step.native.kind, step.name) for step in steps])
         return run(machine, steps)
 
     monkeypatch.setattr(rounds.Machine, "run", noted)
@@ -178,9 +178,9 @@ def test_a_round_sums_what_the_last_one_asked_and_asks_for_what_follows(tmp_path
     asked = recipe("slerp", [str(tmp_path / "b")], base_model=str(tmp_path / "a"), parameters={"t": 0.5})
     fastinterp.merge(asked, tmp_path / "out")
     assert seen == [
-        [("measure_deltas", "t0")],
-        [("combine", "t0"), ("measure_deltas", "t1")],
-        [("combine", "t1"), ("measure_deltas", "t2")],
+        [("measure", "t0")],
+        [("combine", "t0"), ("measure", "t1")],
+        [("combine", "t1"), ("measure", "t2")],
         [("combine", "t2")],
     ]
 
@@ -381,9 +381,9 @@ def test_scratch_stays_within_the_bound(tmp_path, name, monkeypatch):
     pumps: list[tuple[int, int]] = []
     made = Pump
 
-    def pump(**settings: Any) -> Any:
-        one = made(**settings)
-        pumps.append((settings["threads"], one.scratch_bytes))
+    def pump(sources: Any, sinks: Any, steps: Any, options: PumpOptions) -> Any:
+        one = made(sources, sinks, steps, options)
+        pumps.append((options.threads, one.scratch_bytes))
         return one
 
     monkeypatch.setattr(rounds, "Pump", pump)

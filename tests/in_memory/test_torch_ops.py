@@ -76,6 +76,7 @@ def test_gradients_of_weights_are_those_of_exact_products():
     torch.testing.assert_close(weights.grad, torch.stack(want), rtol=0, atol=120300 * 20 * 17 * 2.0**-53)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch's own compiler
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_without_a_break(backend: str):

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastinterp._C import Pump
+from fastinterp.backends import cpu
+from fastinterp.backends.cpu import Pump, PumpOptions
 from fastinterp.errors import BackendError, CheckpointError
 from fastinterp.execute.sources import Sources
-from fastinterp.inspect import compare as compare_module
 from fastinterp.inspect.compare import Comparison, Difference, compare
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, F64
 from tests.support import backends
@@ -168,11 +168,11 @@ def test_input_that_changes_while_it_is_read(tmp_path, monkeypatch, how):
 def test_files_are_read_ahead_unless_they_are_cached(tmp_path, monkeypatch, cached):
     asked = []
 
-    def pump(*args: Any, **options: Any) -> Any:
-        asked.append(options["prefetch"])
-        return Pump(*args, **options)
+    def pump(sources: Any, sinks: Any, steps: Any, options: PumpOptions) -> Any:
+        asked.append(options.prefetch)
+        return Pump(sources, sinks, steps, options)
 
-    monkeypatch.setattr(compare_module, "Pump", pump)
+    monkeypatch.setattr(cpu, "Pump", pump)
     monkeypatch.setattr(Sources, "cached", lambda self: cached)
     assert compare(*saved(tmp_path, [{"x": weights(i, BF16, (10,))} for i in range(2)])).tensors
     assert asked == [not cached]

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fastinterp._C import Pump
+from fastinterp.backends.cpu import Pump, PumpOptions
+from fastinterp.ops import steps
+from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import BF16, F16, F32
 from fastinterp.ops.requests import GroupCombine
+from fastinterp.ops.steps import Gathered, Stored
+from tests.support import pumps
 from tests.support.cases import fill
+from tests.support.pumps import code
 
 COLUMNS = 37
 DTYPES = (BF16, F32, F16)
-SETTINGS: dict[str, Any] = {
-    "isa": "", "threads": 2, "write_bytes": 4096, "read_bytes": 4096, "stochastic": False, "fp8_saturate": True,
-    "prefetch": True, "stats_every": 1,
-}  # fmt: skip
+OPTIONS = PumpOptions(threads=2, write_bytes=4096, read_bytes=4096, prefetch=True, stats_every=1)
 ROWS = 2500
 RNG = np.random.default_rng(3)
 MAPS = {
@@ -42,8 +46,8 @@ MAPS = {
 }
 
 
-def run(handles: list[Any], sinks: list[Any], step: dict[str, Any], **options: Any) -> Pump:
-    pump = Pump(sources=handles, sinks=sinks, steps=[step], **(SETTINGS | options))
+def run(handles: list[Any], sinks: list[Any], step: steps.Step) -> Pump:
+    pump = Pump(handles, sinks, [step], OPTIONS)
     pump.start()
     assert pump.wait(60)
     pump.join()
@@ -73,14 +77,15 @@ def stored(folder: Path, memory: bool, stack: ExitStack) -> tuple[list[Any], lis
     return sources, parts, matrices, kept
 
 
-KINDS: dict[str, dict[str, Any]] = {
-    "combine": {"kind": "combine", "rows": [(0, 1.0, [(1, 0.3), (2, -0.7)])], "out_dtype": BF16.code},
-    "copy": {"kind": "combine", "rows": [(0, 1.0, [])], "out_dtype": BF16.code},
-    "by row": {"kind": "combine", "per": "row", "out_dtype": F32.code},
-    "measure": {"kind": "measure_deltas"},
-    "rows": {"kind": "measure", "per": "row"},
-    "columns": {"kind": "measure", "per": "column"},
-    "divergence": {"kind": "divergence"},
+WRITES: dict[str, Any] = {"sinks": (0,), "offsets": (0,)}
+KINDS: dict[str, Callable[..., steps.Step]] = {
+    "combine": partial(steps.Combine, rows=(Row(0, 1.0, ((1, 0.3), (2, -0.7))),), out_dtype=code(BF16), **WRITES),
+    "copy": partial(steps.Combine, rows=(Row(0),), out_dtype=code(BF16), **WRITES),
+    "by row": partial(steps.GroupCombine, per="row", out_dtype=code(F32), **WRITES),
+    "measure": partial(steps.Measure, deltas=True),
+    "rows": partial(steps.Measure, per="row"),
+    "columns": partial(steps.Measure, per="column"),
+    "divergence": steps.Divergence,
 }
 INPUTS = {"copy": 1, "divergence": 2}
 
@@ -89,25 +94,23 @@ INPUTS = {"copy": 1, "divergence": 2}
 @pytest.mark.parametrize("order", MAPS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gathered_operands_are_as_good_as_gathered_tensors(tmp_path, kind, order, memory):
-    step = dict(KINDS[kind])
+    step = KINDS[kind]
     n = INPUTS.get(kind, 3)
     if kind == "by row":
         weights = np.random.default_rng(1).normal(size=(ROWS, 3))
-        row: Any = GroupCombine(array("d", weights.ravel()), 3, "row").row()
-        step["rows"] = [(row.pivot, row.totals, list(row.inputs), row.weights)]
+        step = partial(step, rows=(GroupCombine(array("d", weights.ravel()), 3, "row").row(),))
     wanted = MAPS[order]
     with ExitStack() as stack:
         sources, parts, matrices, _kept = stored(tmp_path, memory, stack)
         rows = array("q", wanted.tolist())
-        gathered = [(parts[i], DTYPES[i].code, rows) for i in range(n)]
+        gathered = tuple(Gathered(tuple(parts[i]), code(DTYPES[i]), rows) for i in range(n))
         whole = [np.where((wanted >= 0)[:, None], m[wanted], 0).astype(np.uint8) for m in matrices]
         plain = [("memory", w.ctypes.data, w.size) for w in whole]
         found: list[Any] = []
-        for handles, inputs in ((plain, [(i, 0, DTYPES[i].code) for i in range(n)]), (sources, gathered)):
+        for handles, inputs in ((plain, pumps.stored(DTYPES[:n])), (sources, gathered)):
             out = np.zeros(ROWS * COLUMNS * 4, np.uint8)
-            sinks = [("memory", out.ctypes.data, out.size)] if step["kind"] == "combine" else []
-            places = {"sinks": [0], "offsets": [0]} if sinks else {}
-            full = step | places | {"inputs": inputs, "numel": ROWS * COLUMNS, "columns": COLUMNS}
+            full = step(inputs=inputs, numel=ROWS * COLUMNS, columns=COLUMNS)
+            sinks = [("memory", out.ctypes.data, out.size)] if isinstance(full, steps.WritingStep) else []
             pump = run(handles, sinks, full)
             assert pump.error() is None
             (answer,) = pump.answers()
@@ -124,10 +127,8 @@ def test_bytes_that_must_agree_may_be_gathered():
     back = np.ascontiguousarray(x.reshape(6, 10)[::-1])
     out = np.zeros(60, np.uint8)
     memory = [("memory", v.ctypes.data, v.size) for v in (x, back, out)]
-    step = {
-        "kind": "same", "inputs": [(0, 0, 0), ([(1, 0, 6)], 0, array("q", [5, 4, 3, 2, 1, 0]))], "numel": 60,
-        "columns": 10, "sinks": [0], "offsets": [0],
-    }  # fmt: skip
+    gathered = Gathered(((1, 0, 6),), 0, array("q", [5, 4, 3, 2, 1, 0]))
+    step = steps.CopyEqual(inputs=(Stored(0, 0, 0), gathered), numel=60, columns=10, sinks=(0,), offsets=(0,))
     assert run(memory[:2], memory[2:], step).error() is None
     assert np.array_equal(out, x)
     back[2, 3] ^= 1
@@ -137,8 +138,8 @@ def test_bytes_that_must_agree_may_be_gathered():
 def test_rows_that_follow_each_other_are_read_at_once():
     """What an error names is the run of rows that was asked for: here all of a source that is too short."""
     x = np.zeros(100, np.uint8)
-    inputs = [([(0, 0, 50)], BF16.code, array("q", [-1, *range(1, 40), 3]))]
-    step = {"kind": "measure", "inputs": inputs, "numel": 41 * 5, "columns": 5}
+    gathered = Gathered(((0, 0, 50),), code(BF16), array("q", [-1, *range(1, 40), 3]))
+    step = steps.Measure(inputs=(gathered,), numel=41 * 5, columns=5)
     pump = run([("memory", x.ctypes.data, 100)], [], step)
     assert pump.error() == ("read", 0, 0, 10, 390, 90)
 
@@ -146,16 +147,17 @@ def test_rows_that_follow_each_other_are_read_at_once():
 @pytest.mark.parametrize(
     ("operand", "said"),
     [
-        (([(0, 0, 4)], F32.code, array("q", [0, 1, 4])), "none of the parts' rows"),
-        (([(0, 0, 4)], F32.code, array("q", [0, 1, -2])), "none of the parts' rows"),
-        (([(1, 0, 4)], F32.code, array("q", [0, 1, 2])), "none of the sources"),
-        (([(0, 0, 4)], F32.code, array("q", [0, 1])), "buffer of 3 int64"),
-        (([(0, 0, 4)], F32.code, array("i", [0, 1, 2])), "buffer of 3 int64"),
-        (([(0, 0, 4)], F32.code), "three parts"),
+        (Gathered(((0, 0, 4),), code(F32), array("q", [0, 1, 4])), "none of the parts' rows"),
+        (Gathered(((0, 0, 4),), code(F32), array("q", [0, 1, -2])), "none of the parts' rows"),
+        (Gathered(((1, 0, 4),), code(F32), array("q", [0, 1, 2])), "none of the sources"),
+        (Gathered(((0, 0, 4),), code(F32), array("q", [0, 1])), "buffer of 3 int64"),
+        (Gathered(((0, 0, 4),), code(F32), array("i", [0, 1, 2])), "buffer of 3 int64"),
+        (Stored(1, 0, code(F32)), "none of the sources"),
+        (Stored(0, 0, 6), "no dtype has code 6"),
     ],
 )
 def test_wrong_maps_are_refused(operand, said):
     x = np.zeros(80, np.uint8)
-    step = {"kind": "measure", "inputs": [operand], "numel": 15, "columns": 5}
+    step = steps.Measure(inputs=(operand,), numel=15, columns=5)
     with pytest.raises(ValueError, match=said):
         run([("memory", x.ctypes.data, 80)], [], step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import fastinterp
-from fastinterp._C import Pump
+from fastinterp.backends.cpu import Pump, PumpOptions
 from fastinterp.errors import UsageError
 from fastinterp.methods import find
+from fastinterp.ops import steps
 from fastinterp.ops.combine import GroupRow, Row, Tensor
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
 from fastinterp.ops.requests import GroupCombine
@@ -24,6 +25,7 @@ from fastinterp.reference import groups as reference_groups
 from tests.support import backends
 from tests.support.cases import fill
 from tests.support.checkpoints import read, tensor, write
+from tests.support.pumps import code, stored
 
 Raw = np.ndarray[Any, np.dtype[np.uint8]]
 MIXED = (BF16, F32, F16)
@@ -43,19 +45,18 @@ def memory(raw: Raw) -> tuple[str, int, int]:
 
 
 def run(
-    data: Sequence[Raw], dtypes: Sequence[DType], outputs: Sequence[Raw], step: dict[str, Any], **options: Any
+    data: Sequence[Raw],
+    dtypes: Sequence[DType],
+    outputs: Sequence[Raw],
+    step: Callable[..., steps.Step],
+    **options: Any,
 ) -> Pump:
-    """One step over memory, to its end without an error."""
+    """One step over memory, to its end without an error. step: makes it, given `inputs` and `numel`."""
     settings: dict[str, Any] = {
-        "isa": backends.usable()[0], "threads": 2, "write_bytes": 4096, "read_bytes": 4096, "stochastic": False,
-        "fp8_saturate": True, "prefetch": False, "stats_every": 1,
+        "isa": backends.usable()[0], "threads": 2, "write_bytes": 4096, "read_bytes": 4096, "stats_every": 1,
     }  # fmt: skip
-    inputs = [(i, 0, d.code) for i, d in enumerate(dtypes)]
-    numel = data[0].size * 8 // dtypes[0].bits
-    pump = Pump(
-        sources=[memory(x) for x in data], sinks=[memory(x) for x in outputs],
-        steps=[{"inputs": inputs, "numel": numel} | step], **(settings | options),
-    )  # fmt: skip
+    made = step(inputs=stored(dtypes), numel=data[0].size * 8 // dtypes[0].bits)
+    pump = Pump([memory(x) for x in data], [memory(x) for x in outputs], [made], PumpOptions(**(settings | options)))
     pump.start()
     assert pump.wait(60)
     pump.join()
@@ -75,9 +76,10 @@ def assert_same_numbers(want: np.ndarray, got: np.ndarray, what: str) -> None:
 
 def check_measure(kind: str, dtypes: Sequence[DType], shape: tuple[int, int], deltas: bool, **options: Any) -> None:
     data = raws(kind, dtypes, shape[0] * shape[1])
-    for per, oracle in (("row", reference_groups.measure_rows), ("column", reference_groups.measure_columns)):
+    oracles: dict[Any, Any] = {"row": reference_groups.measure_rows, "column": reference_groups.measure_columns}
+    for per, oracle in oracles.items():
         want, want_nonzero = oracle(data, dtypes, deltas, shape[1])
-        step = {"kind": "measure_deltas" if deltas else "measure", "per": per, "columns": shape[1]}
+        step = partial(steps.Measure, deltas=deltas, per=per, columns=shape[1])
         for isa in backends.usable():
             ((sums, nonzero),) = run(data, dtypes, [], step, isa=isa, **options).answers()
             assert_same_numbers(want.ravel(), np.array(sums), f"{isa} {per}")
@@ -103,6 +105,7 @@ def test_measure_of_dtypes(dtypes, kind):
     check_measure(kind, dtypes, (70, 37), True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 7])
 def test_measure_on_any_number_of_threads(threads):
     """Many pieces: blocks of columns fold in the same pairs whichever is ready first."""
@@ -155,11 +158,10 @@ def check_combine(
         data, dtypes, rows, out, per, shape[1], rounding="stochastic" if stochastic else "nearest", keys=keys,
         fp8_overflow="saturate" if saturate else "nonfinite", stats_every=2,
     )  # fmt: skip
-    step = {
-        "kind": "combine", "per": per, "columns": shape[1], "out_dtype": out.code, "keys": keys,
-        "rows": [(r.pivot, r.totals, list(r.inputs), r.weights) for r in rows],
-        "sinks": list(range(outputs)), "offsets": [3] * outputs,
-    }  # fmt: skip
+    step = partial(
+        steps.GroupCombine, per=per, columns=shape[1], out_dtype=code(out), keys=tuple(keys), rows=tuple(rows),
+        sinks=tuple(range(outputs)), offsets=(3,) * outputs,
+    )  # fmt: skip
     for isa in backends.usable():
         made = [np.full(w.size + 7, 0xA5, np.uint8) for w in want]
         pump = run(data, dtypes, made, step, isa=isa, stats_every=2, **options)
@@ -196,15 +198,19 @@ def test_combine_with_options(options):
     check_combine("patterns", MIXED, F8_E4M3, (37, 600), "column", **options)
 
 
+def summing(row: GroupRow, per: Any) -> Callable[..., steps.Step]:
+    """What makes a step that writes one output, of float32 in rows of three."""
+    return partial(steps.GroupCombine, per=per, columns=3, out_dtype=code(F32), rows=(row,), sinks=(0,), offsets=(0,))
+
+
 @pytest.mark.parametrize("per", ["row", "column"])
 def test_a_weight_of_zero_lets_nothing_through(per):
     """An infinity in an input reaches only the groups that give it a weight, and is counted only there."""
     x = [np.ones(6, np.float32), np.full(6, np.inf, np.float32)]
     out = np.zeros(6, np.float32)
-    row = (0, array("d", [1, 1] if per == "row" else [1, 1, 1]), [1], array("d", [0, 2] if per == "row" else [0, 2, 0]))
-    step = {
-        "kind": "combine", "per": per, "columns": 3, "out_dtype": F32.code, "rows": [row], "sinks": [0], "offsets": [0]
-    }  # fmt: skip
+    by_row = per == "row"
+    row = GroupRow(0, array("d", [1, 1] if by_row else [1, 1, 1]), (1,), array("d", [0, 2] if by_row else [0, 2, 0]))
+    step = summing(row, per)
     pump = run([v.view(np.uint8) for v in x], (F32, F32), [out.view(np.uint8)], step)
     inf = np.inf
     assert out.tolist() == ([1, 1, 1, inf, inf, inf] if per == "row" else [1, inf, 1, 1, inf, 1])
@@ -249,7 +255,7 @@ def check_divergence(data: Sequence[Raw], dtypes: Sequence[DType], columns: int,
     want = reference_groups.divergence(data, dtypes, columns)
     for isa in backends.usable():
         ((found, counts),) = run(
-            data, dtypes, [], {"kind": "divergence", "columns": columns}, isa=isa, **options
+            data, dtypes, [], partial(steps.Divergence, columns=columns), isa=isa, **options
         ).answers()
         assert_same_numbers(want, np.array(found), isa)
         assert len(counts) == 0
@@ -297,15 +303,21 @@ def test_exp_and_log_are_near_the_exact_ones():
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
+LANE: Any = "lane"
+
+
+class Nonsense(steps.Step, frozen=True, kw_only=True):
+    kind = "nonsense"
+
+
 @pytest.mark.parametrize(
     ("step", "said"),
     [
-        ({"kind": "measure", "per": "row"}, "lacks `columns`"),
-        ({"kind": "measure", "per": "row", "columns": 4}, "whole rows"),
-        ({"kind": "measure", "per": "lane", "columns": 2}, "tensor, row or column"),
-        ({"kind": "divergence", "columns": 2}, "two inputs"),
-        ({"kind": "divergence", "colums": 2}, "has no `colums`"),
-        ({"kind": "nonsense"}, "no such kind of step: nonsense"),
+        (partial(steps.Measure, per="row"), "whole rows"),
+        (partial(steps.Measure, per="row", columns=4), "whole rows"),
+        (partial(steps.Measure, per=LANE, columns=2), "tensor, row or column"),
+        (partial(steps.Divergence, columns=2), "two inputs"),
+        (Nonsense, "no such kind of step: nonsense"),
     ],
 )
 def test_wrong_steps_are_refused(step, said):
@@ -315,21 +327,15 @@ def test_wrong_steps_are_refused(step, said):
 
 @pytest.mark.parametrize("totals", [array("d", [1.0]), array("f", [1.0] * 4), array("d", [1.0] * 3)], ids=str)
 def test_wrong_coefficients_are_refused(totals):
-    step = {
-        "kind": "combine", "per": "row", "columns": 3, "rows": [(0, totals, [], b"")], "sinks": [0], "offsets": [0],
-        "out_dtype": F32.code,
-    }  # fmt: skip
-    with pytest.raises(ValueError, match="contiguous buffer of 2 float64"):
+    step = summing(GroupRow(0, totals, (), b""), "row")
+    with pytest.raises(ValueError, match=r"contiguous buffer of float64|totals for 2 rows"):
         run([np.zeros(24, np.uint8)], (F32,), [np.zeros(24, np.uint8)], step)
 
 
 def test_bytes_are_coefficients_too():
     x, out = np.arange(6, dtype=np.float32), np.zeros(6, np.float32)
     totals = bytes(memoryview((ctypes.c_double * 2)(2.0, 3.0)))
-    step = {
-        "kind": "combine", "per": "row", "columns": 3, "rows": [(0, totals, [], b"")], "sinks": [0], "offsets": [0],
-        "out_dtype": F32.code,
-    }  # fmt: skip
+    step = summing(GroupRow(0, totals, (), b""), "row")
     run([x.view(np.uint8)], (F32,), [out.view(np.uint8)], step)
     assert out.tolist() == [0, 2, 4, 9, 12, 15]
 
@@ -338,11 +344,11 @@ def test_tensors_without_rows():
     """No rows to answer for; a column without rows sums to 0."""
     nothing = np.zeros(0, np.uint8)
     for step, reals, counts in (
-        ({"kind": "measure", "per": "row"}, 0, 0),
-        ({"kind": "measure", "per": "column"}, 4 * 5, 4 * 2),
-        ({"kind": "divergence"}, 0, 0),
+        (partial(steps.Measure, per="row"), 0, 0),
+        (partial(steps.Measure, per="column"), 4 * 5, 4 * 2),
+        (steps.Divergence, 0, 0),
     ):
-        (answer,) = run([nothing, nothing], (F32, BF16), [], step | {"columns": 4}).answers()
+        (answer,) = run([nothing, nothing], (F32, BF16), [], partial(step, columns=4)).answers()
         assert [list(part) for part in answer] == [[0] * reals, [0] * counts]
 
 

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from fastinterp._C import Masks
+from fastinterp.ops import steps
 from fastinterp.ops.combine import philox_key
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from fastinterp.ops.masked import (
@@ -18,8 +20,7 @@ from fastinterp.ops.masked import (
     filled_masks,
     kept_inputs,
     kept_of,
-    kept_step,
-    masked_step,
+    masked_output,
     read_inputs,
     terms,
     word_limits,
@@ -30,7 +31,7 @@ from fastinterp.reference import masked as reference_masked
 from tests.numerics.test_masked import NAME, SEED, SHAPES, Shape, of
 from tests.support import backends
 from tests.support.cases import Guarded
-from tests.support.pumps import Raw, code, guarded, memory, raws, run
+from tests.support.pumps import Raw, guarded, masked_step, memory, raws, run, stats_step, stored
 
 every_isa = pytest.mark.parametrize("isa", backends.usable())
 
@@ -52,6 +53,7 @@ def test_what_keeps_leave(isa, shape):
     check_kept(isa, raws("normal", dtypes, math.prod(shape)), dtypes, tuple(KEEPS.values()), shape, 2)
 
 
+@pytest.mark.slow
 @every_isa
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("dtypes", [(F64, BF16, F64), (F8_E4M3, F8_E5M2, F16)], ids=str)
@@ -78,14 +80,7 @@ def check_kept(
 ) -> None:
     ask = MeasureKept((Keep(), *keeps), score, **wanted)
     sources = guarded(data)
-    read = kept_inputs(ask)
-    step = {
-        "kind": "kept",
-        "inputs": [(i, 0, code(dtypes[i])) for i in read],
-        "numel": math.prod(shape),
-        "columns": max(1, reference_masked.columns_of(shape)),
-        **kept_step(ask, name=NAME, seed=SEED),
-    }
+    step = stats_step(ask, dtypes, shape, name=NAME, seed=SEED)
     got = kept_of(ask, *run(isa, [step], memory(sources), [], threads=threads).answers()[0])
     assert got == reference_masked.kept(data, dtypes, ask, shape, name=NAME, seed=SEED)
 
@@ -111,7 +106,9 @@ def test_what_is_not_asked_is_0(isa, wanted):
 
 
 @every_isa
-@pytest.mark.parametrize("columns", [255, 256, 1024, 5000, 262144, 262145])
+@pytest.mark.parametrize(
+    "columns", [255, 256, 1024, 5000, *(pytest.param(n, marks=pytest.mark.slow) for n in (262144, 262145))]
+)
 def test_ranks_of_few_and_of_many_magnitudes(isa, columns):
     """All in one bin, all equal, in steps of bf16, over all powers of two: counted, searched for and sorted."""
     shape, rng = (7, columns), np.random.default_rng(columns)
@@ -139,17 +136,13 @@ def test_masks_that_were_found_give_the_same_bytes(isa, shape, limit):
     places = list(filled_masks(survey).values())
     assert places == [-1, 0, 1, 2]
     masks, sources, sink = Masks(3, numel), guarded(data), Guarded(2 * numel, 3)
-    common = {
-        "inputs": [(i, 0, code(BF16)) for i in range(4)], "numel": numel,
-        "columns": max(1, reference_masked.columns_of(shape)),
-    }  # fmt: skip
-    found = {"kind": "kept", **common, **kept_step(survey, name=NAME, seed=SEED), "masks": (masks, places)}
+    fills = steps.MaskFill(masks, tuple(places))
+    found = replace(stats_step(survey, dtypes, shape, name=NAME, seed=SEED), fills=fills)
     run(isa, [found], memory(sources), [])
-    known = {(i, keeps[i], SEED): (masks, places[i]) for i in (1, 2, 3)}
-    step = masked_step(combine, name=NAME, seed=SEED, inputs=range(4), known=known)
-    assert [term["known"] is not None for term in step["terms"]] == [limit == math.inf] * 3
-    written = {"kind": "masked", **common, "sinks": [0], "offsets": [0], "out_dtype": code(BF16), "masked": [step]}
-    run(isa, [written], memory(sources), memory([sink]))
+    precomputed = {(i, keeps[i], SEED): steps.MaskPlace(masks, places[i]) for i in (1, 2, 3)}
+    step = masked_step([combine], dtypes, BF16, shape, name=NAME, seed=SEED, precomputed=precomputed)
+    assert [term.precomputed_mask is not None for term in step.outputs[0].terms] == [limit == math.inf] * 3
+    run(isa, [step], memory(sources), memory([sink]))
     want, _ = reference_masked.masked(data, dtypes, combine, BF16, shape, name=NAME, seed=SEED)
     backends.assert_same_bits(want, sink.view, BF16, "with masks")
 
@@ -221,7 +214,7 @@ def test_without_a_term_it_is_a_copy():
     got, stats = reference_masked.masked(data, [F32] * 2, MaskedCombine((0.0, 0.0)), F32, (2,))
     assert stats is None and np.array_equal(got, data[0])
     with pytest.raises(ValueError, match="copy of its base"):
-        masked_step(MaskedCombine((0.0, 0.0)), name=NAME, seed=SEED, inputs=[0, 1])
+        masked_output(MaskedCombine((0.0, 0.0)), name=NAME, seed=SEED, inputs=[0, 1])
 
 
 @pytest.mark.parametrize(
@@ -243,16 +236,12 @@ def test_contradictions_are_refused(ask, words):
     [
         ({"columns": 7}, "whole rows"),
         ({"columns": 0}, "whole rows"),
-        ({"masked": []}, "as many sinks"),
-        ({"keeps": []}, "has no `keeps`"),
+        ({"outputs": ()}, "as many outputs as sinks"),
+        ({"inputs": stored([F32])}, "none of the inputs"),
     ],
 )
 def test_the_pump_refuses_steps_that_make_no_sense(change, words):
-    ask = MaskedCombine((0.0, 1.0))
-    step = {
-        "kind": "masked", "inputs": [(0, 0, code(F32)), (0, 0, code(F32))], "numel": 12, "sinks": [0], "offsets": [0],
-        "out_dtype": code(F32), "columns": 3, "masked": [masked_step(ask, name=NAME, seed=SEED, inputs=[0, 1])],
-    }  # fmt: skip
+    step = masked_step([MaskedCombine((0.0, 1.0))], [F32, F32], F32, (4, 3), name=NAME, seed=SEED)
     buffer = Guarded(48, 0)
     with pytest.raises(ValueError, match=words):
-        run("scalar", [step | change], memory([buffer]), memory([buffer]))
+        run("scalar", [replace(step, **change)], memory([buffer, buffer]), memory([buffer]))

@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from fastinterp.ops.combine import philox_key
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.ops.masked import NOTHING, masked_step, read_inputs
+from fastinterp.ops.masked import NOTHING, read_inputs
 from fastinterp.ops.requests import ALL_BITS, Keep, MaskedCombine, Score
+from fastinterp.ops.steps import CopyEqual, Stored
 from fastinterp.reference import masked as reference_masked
 from tests.support import backends
 from tests.support.cases import MERGING, Guarded
-from tests.support.pumps import Raw, code, guarded, memory, raws, run
+from tests.support.pumps import Raw, code, guarded, masked_step, memory, raws, run
 
 every_isa = pytest.mark.parametrize("isa", backends.usable())
 COUNTS = ("nan_in", "inf_in", "nan_out", "inf_out", "sampled", "changed")
@@ -39,19 +41,10 @@ def native(
     """Several outputs from one read of the inputs that they need."""
     used = sorted(set().union(*(read_inputs(ask) for ask in asks)))
     numel = math.prod(shape)
-    sources = guarded([data[i] for i in used])
+    sources = guarded(data)
     sinks = [Guarded(numel * out_dtype.bits // 8, 5 + k) for k in range(len(asks))]
-    step = {
-        "kind": "masked",
-        "inputs": [(k, 0, code(dtypes[i])) for k, i in enumerate(used)],
-        "numel": numel,
-        "sinks": list(range(len(asks))),
-        "offsets": [0] * len(asks),
-        "out_dtype": code(out_dtype),
-        "keys": [philox_key(SEED, 0, NAME)] * len(asks),
-        "masked": [masked_step(ask, name=NAME, seed=SEED, inputs=used) for ask in asks],
-        "columns": max(1, reference_masked.columns_of(shape)),
-    }
+    keys = [philox_key(SEED, 0, NAME)] * len(asks)
+    step = masked_step(asks, dtypes, out_dtype, shape, name=NAME, seed=SEED, keys=keys)
     pump = run(isa, [step], memory(sources), memory(sinks), **options)
     assert all(b.intact() for b in (*sources, *sinks))
     assert pump.bytes_read == sum(data[i].size for i in used)
@@ -198,6 +191,7 @@ def test_many_inputs(isa):
 BIG: Shape = (1601, 1009)
 
 
+@pytest.mark.slow
 @every_isa
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("ranks", [False, True])
@@ -207,11 +201,7 @@ def test_threads_do_not_change_bits(isa, threads, ranks, big):
     ask, want = wants[ranks]
     sources = guarded(data)
     sink = Guarded(want.size + 3, 0)
-    step = {
-        "kind": "masked", "inputs": [(i, 0, code(BF16)) for i in range(3)], "numel": math.prod(BIG), "sinks": [0],
-        "offsets": [3], "out_dtype": code(BF16), "keys": [], "columns": BIG[1],
-        "masked": [masked_step(ask, name=NAME, seed=SEED, inputs=[0, 1, 2])],
-    }  # fmt: skip
+    step = replace(masked_step([ask], [BF16] * 3, BF16, BIG, name=NAME, seed=SEED), offsets=(3,))
     run(isa, [step], memory(sources), memory([sink]), threads=threads, read_bytes=1 << 16, write_bytes=1 << 17)
     backends.assert_same_bits(want, sink.view[3:], BF16, f"{threads} threads")
     assert sink.intact()
@@ -237,13 +227,12 @@ def test_files_and_rows_longer_than_reads_and_writes(isa, write, tmp_path):
     for i, raw in enumerate((*data, edge)):
         raw.tofile(tmp_path / str(i))
     size = math.prod(shape) * 2
-    masked = {
-        "kind": "masked", "inputs": [(0, 0, code(BF16)), (1, 0, code(F32))], "numel": math.prod(shape), "sinks": [0],
-        "offsets": [edge.size], "out_dtype": code(BF16), "keys": [], "columns": shape[1],
-        "masked": [masked_step(ask, name=NAME, seed=SEED, inputs=[0, 1])],
-    }  # fmt: skip
-    same = {"kind": "same", "inputs": [(2, 0, code(F8_E4M3))], "numel": edge.size, "sinks": [0]}
-    steps = [same | {"offsets": [0]}, masked, same | {"offsets": [edge.size + size]}]
+    masked = replace(masked_step([ask], dtypes, BF16, shape, name=NAME, seed=SEED), offsets=(edge.size,))
+    before, after = (
+        CopyEqual(inputs=(Stored(2, 0, code(F8_E4M3)),), numel=edge.size, sinks=(0,), offsets=(at,))
+        for at in (0, edge.size + size)
+    )
+    steps = [before, masked, after]
     with open(tmp_path / "out", "wb") as out:
         sources = [open(tmp_path / str(i), "rb") for i in range(3)]  # noqa: SIM115
         run(isa, steps, [s.fileno() for s in sources], [out.fileno()], write_bytes=write)

@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastinterp._C import Pump
-from fastinterp.ops.combine import Combine
+from fastinterp.backends.cpu import Pump, PumpOptions
+from fastinterp.ops import steps as kinds
+from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F32
 from fastinterp.reference import combine as reference
 from tests.numerics.test_pump import TENSORS, laid_out
 from tests.support import backends
 from tests.support.cases import fill
+from tests.support.pumps import code, stored
 
 SETTINGS: dict[str, Any] = {
-    "isa": "", "threads": 2, "write_bytes": 4096, "read_bytes": 4096, "stochastic": False, "fp8_saturate": True,
-    "prefetch": True, "stats_every": 1,
+    "threads": 2, "write_bytes": 4096, "read_bytes": 4096, "prefetch": True, "stats_every": 1,
 }  # fmt: skip
 
 
@@ -27,7 +28,7 @@ def memory(x: np.ndarray) -> tuple[str, int, int]:
 
 
 def run(sources: list[Any], sinks: list[Any], steps: list[Any], **options: Any) -> Pump:
-    pump = Pump(sources=sources, sinks=sinks, steps=steps, **(SETTINGS | options))
+    pump = Pump(sources, sinks, steps, PumpOptions(**(SETTINGS | options)))
     pump.start()
     assert pump.wait(60)
     pump.join()
@@ -60,14 +61,13 @@ def test_answers_stand_beside_writers():
     """One entry per step: None for what writes, memoryviews of float64 and int64 for what measures."""
     x = [np.full(5, v, np.float32) for v in (2, 3)]
     out = np.zeros(5, np.float32)
-    inputs = [(0, 0, F32.code), (1, 0, F32.code)]
+    inputs = stored([F32, F32])
     row = Combine((0.5, 0.5), sums_to_one=True).row()
     steps = [
-        {"kind": "measure", "inputs": inputs, "numel": 5},
-        {"kind": "combine", "inputs": inputs, "numel": 5, "rows": [(row.pivot, row.total, list(row.terms))],
-         "sinks": [0], "offsets": [0], "out_dtype": F32.code},
-        {"kind": "measure", "inputs": inputs[:1], "numel": 0},
-    ]  # fmt: skip
+        kinds.Measure(inputs=inputs, numel=5),
+        kinds.Combine(inputs=inputs, numel=5, rows=(row,), sinks=(0,), offsets=(0,), out_dtype=code(F32)),
+        kinds.Measure(inputs=inputs[:1], numel=0),
+    ]
     pump = run([memory(v) for v in x], [memory(out)], steps)
     assert pump.error() is None
     first, second, third = pump.answers()
@@ -82,10 +82,10 @@ def test_answers_stand_beside_writers():
 def test_bounds_of_sources_are_kept(offset):
     """An error as of a file that ended too early; nothing is touched."""
     x, out = np.zeros(40, np.uint8), np.zeros(20, np.uint8)
-    step = {
-        "kind": "combine", "inputs": [(0, offset, BF16.code), (0, 0, BF16.code)], "numel": 10, "sinks": [0],
-        "rows": [(0, 1.0, [(1, 0.5)])], "offsets": [0], "out_dtype": BF16.code,
-    }  # fmt: skip
+    step = kinds.Combine(
+        inputs=(kinds.Stored(0, offset, code(BF16)), kinds.Stored(0, 0, code(BF16))), numel=10, sinks=(0,),
+        rows=(Row(0, 1.0, ((1, 0.5),)),), offsets=(0,), out_dtype=code(BF16),
+    )  # fmt: skip
     error = run([memory(x)], [memory(out)], [step]).error()
     assert error == ("read", 0, 0, offset, 20, 16 if offset == 24 else 0)
 
@@ -93,10 +93,9 @@ def test_bounds_of_sources_are_kept(offset):
 @pytest.mark.parametrize("offset", [-2, 24, 41])
 def test_bounds_of_sinks_are_kept(offset):
     x, out = np.ones(20, np.uint8), np.full(60, 7, np.uint8)
-    step = {
-        "kind": "combine", "inputs": [(0, 0, BF16.code)], "numel": 10, "sinks": [0], "rows": [(0, 1.0, [])],
-        "offsets": [offset], "out_dtype": BF16.code,
-    }  # fmt: skip
+    step = kinds.Combine(
+        inputs=stored([BF16]), numel=10, sinks=(0,), rows=(Row(0),), offsets=(offset,), out_dtype=code(BF16)
+    )
     error = run([memory(x)], [("memory", out.ctypes.data + 10, 40)], [step]).error()
     assert error is not None and error[:4] == ("write", 0, 0, offset)
     assert (out == 7).all()
@@ -110,7 +109,7 @@ def test_other_handles_are_refused(handle):
 
 def test_measure_of_memory():
     raw = fill("normal", F32, 1 << 18, 0, np.random.default_rng(0)).view(np.uint8)
-    pump = run([memory(raw)], [], [{"kind": "measure", "inputs": [(0, 0, F32.code)], "numel": 1 << 18}])
+    pump = run([memory(raw)], [], [kinds.Measure(inputs=stored([F32]), numel=1 << 18)])
     ((sums, nonzero),) = pump.answers()
     want, counts = reference.measure([raw], [F32], False)
     assert np.array(sums).tobytes() == want.tobytes() and list(nonzero) == counts.tolist()

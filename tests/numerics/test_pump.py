@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastinterp._C import Pump
-from fastinterp.backends.cpu import watch
+from fastinterp.backends.cpu import Pump, PumpOptions, watch
 from fastinterp.execute.run import Window
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.steps import Combine as CombineStep
+from fastinterp.ops.steps import CopyEqual, Measure, Stored
 from fastinterp.reference import combine as reference
 from tests.support import backends
 from tests.support.cases import fill
@@ -31,16 +32,14 @@ def raws(kind: str, dtypes: Sequence[DType], numel: int, seed: int = 0) -> list[
 
 def run(sources: Sequence[Path], sinks: Sequence[Path], steps: list[Any], *, isa: str = "", **options: Any) -> Pump:
     """Run a pump over files to its end, without an error."""
-    settings: dict[str, Any] = {
-        "threads": 2, "write_bytes": 4096, "read_bytes": 4096, "stochastic": False, "fp8_saturate": True,
-        "prefetch": False, "stats_every": 1,
-    }  # fmt: skip
+    settings: dict[str, Any] = {"threads": 2, "write_bytes": 4096, "read_bytes": 4096, "stats_every": 1}
     with ExitStack() as stack:
         fds = [os.open(p, os.O_RDONLY) for p in sources] + [os.open(p, os.O_WRONLY) for p in sinks]
         for fd in fds:
             stack.callback(os.close, fd)
         read, written = fds[: len(sources)], fds[len(sources) :]
-        pump = Pump(isa or backends.usable()[0], read, written, steps, **(settings | options))
+        chosen = PumpOptions(isa=isa or backends.usable()[0], **(settings | options))
+        pump = Pump(read, written, steps, chosen)
         pump.start()
         assert pump.wait(60)
         pump.join()
@@ -84,10 +83,14 @@ def laid_out(
         inputs = raws("patterns", dtypes or (F8_E4M3,), numel, seed)
         inputs = inputs if dtypes else inputs * 2
         at = [sum(r.size for r in source) for source in data]
-        operands = [(i, at[i], code(dtypes[i]) if dtypes else 0) for i in range(2)]
-        rows = [(r.pivot, r.total, list(r.terms)) for r in ROWS[:row_count]] if dtypes else []
-        step = {"inputs": operands, "numel": numel, "sinks": list(range(row_count)), "offsets": places}
-        steps.append(step | ({"kind": "combine", "rows": rows, "out_dtype": code(out)} if dtypes else {"kind": "same"}))
+        common: Any = {
+            "inputs": tuple(Stored(i, at[i], code(dtypes[i]) if dtypes else 0) for i in range(2)), "numel": numel,
+            "sinks": tuple(range(row_count)), "offsets": tuple(places),
+        }  # fmt: skip
+        if dtypes:
+            steps.append(CombineStep(**common, rows=ROWS[:row_count], out_dtype=code(out)))
+        else:
+            steps.append(CopyEqual(**common))
         outputs = [inputs[0]] * row_count
         if dtypes:
             outputs, _ = reference.combine(inputs, dtypes, ROWS[:row_count], out)
@@ -122,9 +125,9 @@ def test_elements_across_the_edges_of_writes_and_blocks(tmp_path, starts, thread
 @pytest.mark.parametrize("step", [7, 2])
 def test_bytes_that_differ_name_step_and_input(tmp_path, step):
     sources, sinks, steps, _ = laid_out(tmp_path, (1,), 1)
-    operands, numel = steps[step]["inputs"], steps[step]["numel"]
+    operands, numel = steps[step].inputs, steps[step].numel
     with open(sources[1], "r+b") as stream:
-        stream.seek(operands[1][1] + numel - 1)
+        stream.seek(operands[1].offset + numel - 1)
         last = stream.read(1)[0]
         stream.seek(-1, os.SEEK_CUR)
         stream.write(bytes([last ^ 1]))
@@ -140,11 +143,8 @@ def test_errors_of_the_system_name_the_file(tmp_path):
             if sink is None:
                 os.truncate(sources[0], 6)
             with open(sinks[0], "r+b") as good:
-                pump = Pump(
-                    "scalar", [a.fileno(), b.fileno()], [(sink or good).fileno()], steps, threads=1,
-                    write_bytes=1 << 16, read_bytes=4096, stochastic=False, fp8_saturate=True, prefetch=True,
-                    stats_every=0,
-                )  # fmt: skip
+                options = PumpOptions(isa="scalar", write_bytes=1 << 16, read_bytes=4096, prefetch=True)
+                pump = Pump([a.fileno(), b.fileno()], [(sink or good).fileno()], steps, options)
                 pump.start()
                 assert pump.wait(60)
                 pump.join()
@@ -163,19 +163,15 @@ def test_more_threads_than_work(tmp_path, threads):
 @pytest.mark.parametrize("inputs", [1, 2, 5, 64])
 def test_window_counts_all_of_the_scratch(inputs, outputs):
     """What --max-memory bounds is what the pump takes."""
-    operands = [(0, 0, code(BF16))] * inputs
-    rows: list[Any] = [(0, 1.0, [(i, 0.5) for i in range(1, inputs)])] * outputs
-    step = {
-        "kind": "combine", "inputs": operands, "rows": rows, "sinks": [0] * outputs, "offsets": [4096] * outputs,
-        "out_dtype": code(BF16), "numel": 10,
-    }  # fmt: skip
+    step = CombineStep(
+        inputs=(Stored(0, 0, code(BF16)),) * inputs, numel=10, sinks=(0,) * outputs, offsets=(4096,) * outputs,
+        out_dtype=code(BF16), rows=(Row(0, 1.0, tuple((i, 0.5) for i in range(1, inputs))),) * outputs,
+    )  # fmt: skip
     window = Window(
         threads=1, write_bytes=1 << 16, read_bytes=1 << 14, inputs=inputs, outputs=outputs, most=0, asks=False
     )
-    pump = Pump(
-        "scalar", [0], [1], [step], threads=1, write_bytes=window.write_bytes, read_bytes=window.read_bytes,
-        stochastic=False, fp8_saturate=True, prefetch=False, stats_every=0,
-    )  # fmt: skip
+    options = PumpOptions(isa="scalar", write_bytes=window.write_bytes, read_bytes=window.read_bytes)
+    pump = Pump([0], [1], [step], options)
     assert pump.scratch_bytes == window.bytes
 
 
@@ -220,9 +216,9 @@ def measured(
     for i, (raw, dtype) in enumerate(zip(data, dtypes, strict=True)):
         paths.append(folder / f"x{i}")
         np.concatenate([np.zeros(2 * i + 1, np.uint8), raw]).tofile(paths[i])
-        operands.append((i, 2 * i + 1, code(dtype)))
+        operands.append(Stored(i, 2 * i + 1, code(dtype)))
     numel = data[0].size * 8 // dtypes[0].bits
-    step = {"kind": "measure_deltas" if deltas else "measure", "inputs": operands, "numel": numel}
+    step = Measure(inputs=tuple(operands), numel=numel, deltas=deltas)
     pump = run(paths, [], [step], **options)
     assert pump.bytes_read == sum(raw.size for raw in data)
     ((sums, nonzero),) = pump.answers()

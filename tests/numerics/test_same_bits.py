@@ -92,6 +92,7 @@ def big(rounding: str) -> tuple[Case, list[np.ndarray], list[np.ndarray], list[r
     return (case, case.inputs(), *case.reference())
 
 
+@pytest.mark.slow
 @every_backend
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("threads", [1, 2, 7])

@@ -10,18 +10,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from fastinterp import _C
-from fastinterp._C import Pump
+from fastinterp.backends.cpu import Pump, PumpOptions
 from fastinterp.ops import select as selecting_module
+from fastinterp.ops import steps
+from fastinterp.ops.contract import CHUNK, STRIP
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from fastinterp.ops.requests import ALL_BITS, Score, Select, Selected
-from fastinterp.ops.select import COARSE_BITS, STRIP, Coarse, Fine, elements_read, selecting, step
+from fastinterp.ops.select import COARSE_BITS, Coarse, Fine, elements_read, selecting, step
+from fastinterp.ops.steps import Bracket, Step, Stored
 from fastinterp.reference.select import pick, ranked, select
 from tests.support import backends
 from tests.support.cases import fill
+from tests.support.pumps import code
 
-CHUNK = 16384  # elements
 Raw = np.ndarray[Any, np.dtype[np.uint8]]
 Mags = np.ndarray[Any, np.dtype[np.uint32]]
 every_isa = pytest.mark.parametrize("isa", backends.usable())
@@ -63,24 +67,22 @@ def test_reference_refuses_ranks_that_do_not_exist(k):
 
 
 def pumped(
-    steps: Sequence[dict[str, Any]], data: Sequence[Sequence[Raw]], dtypes: Sequence[DType], isa: str, threads: int = 2
+    steps: Sequence[Step], data: Sequence[Sequence[Raw]], dtypes: Sequence[DType], isa: str, threads: int = 2
 ) -> tuple[list[Any], int]:
     """The answers of steps over tensors in memory at odd addresses, one step each, and the bytes read."""
     held: list[Raw] = []
     sources: list[tuple[str, int, int]] = []
-    whole: list[dict[str, Any]] = []
+    whole: list[Step] = []
     for made, tensor in zip(steps, data, strict=True):
         inputs = []
         for i, (raw, dtype) in enumerate(zip(tensor, dtypes, strict=True)):
             odd = np.concatenate([np.zeros(2 * i + 1, np.uint8), raw])
             held.append(odd)
-            inputs.append((len(sources), 2 * i + 1, dtype.code))
+            inputs.append(Stored(len(sources), 2 * i + 1, code(dtype)))
             sources.append(("memory", odd.ctypes.data, odd.size))
-        whole.append(made | {"inputs": inputs})
-    pump = Pump(
-        isa, sources, [], whole, threads=threads, write_bytes=4096, read_bytes=4096, stochastic=False,
-        fp8_saturate=True, prefetch=True, stats_every=0,
-    )  # fmt: skip
+        whole.append(replace(made, inputs=tuple(inputs)))
+    options = PumpOptions(isa=isa, threads=threads, write_bytes=4096, read_bytes=4096, prefetch=True)
+    pump = Pump(sources, [], whole, options)
     pump.start()
     assert pump.wait(60)
     pump.join()
@@ -107,7 +109,7 @@ def natively(
         request = next(asking)
         while True:
             asked.append(request)
-            made = step(ask, request, numel, columns_of(shape))
+            made = step(ask, request, (), numel, columns_of(shape))
             (counts,), read = pumped([made], [data], dtypes, isa, threads)
             inputs = dtypes if ask.score else [dtypes[i] for i in {0, *request.vectors}]
             assert read == elements_read(request, numel) * sum(d.bits // 8 for d in inputs)
@@ -140,7 +142,7 @@ def test_histograms_count_what_numpy_counts(isa, kind, dtypes, score):
     for low, width in ((0, 3), (bits(0.003), 1 << 17), (ALL_BITS - 9, 9)):
         requests.append(Fine((1,), (low,), (low + width,)))
     for request in requests:
-        (counts,), _ = pumped([step(ask, request, numel, shape[1])], [data], dtypes, isa)
+        (counts,), _ = pumped([step(ask, request, (), numel, shape[1])], [data], dtypes, isa)
         for c, mags in zip(counts, ranked(data, dtypes, ask, shape), strict=False):
             assert_counts(c, Counted(mags, request, 0))
 
@@ -153,7 +155,7 @@ def test_histograms_of_sizes_and_samples(isa, threads, numel):
     values = ranked(data, (BF16,) * 3, ask, (numel,))
     for every in (1, 2, 3):
         request = Coarse((1, 2), every)
-        (counts,), read = pumped([step(ask, request, numel, 1)], [data], (BF16,) * 3, isa, threads)
+        (counts,), read = pumped([step(ask, request, (), numel, 1)], [data], (BF16,) * 3, isa, threads)
         assert read == 6 * elements_read(request, numel)
         for c, mags in zip(counts, values, strict=True):
             assert_counts(c, Counted(mags, request, 0))
@@ -168,7 +170,7 @@ class Counted:
             low, high, shift = request.low[index], request.high[index], 0
         else:
             every = request.every
-        mags = mags[np.arange(mags.size) // selecting_module.STRIP % every == 0]
+        mags = mags[np.arange(mags.size) // selecting_module.STRIP % every == 0]  # type: ignore[attr-defined]
         self.elements, self.above, self.zero = mags.size, int((mags > high).sum()), int((mags == 0).sum())
         inside = mags[(mags >= low) & (mags <= high)]
         self.bins = np.bincount((inside - np.uint32(low)) >> shift, minlength=((high - low) >> shift) + 1)
@@ -195,11 +197,13 @@ def assert_counts(got: Any, want: Counted) -> None:
 def test_counts_of_tensors_add_up():
     data, ask, request = raws("close", (F32, F32), 70000), Select(((1, 1),), whole=True), Coarse((1,))
     halves = [[raw[:120000] for raw in data], [raw[120000:] for raw in data]]
-    steps = [step(ask, request, half[0].size // 4, 1) for half in halves]
+    steps = [step(ask, request, (), half[0].size // 4, 1) for half in halves]
     ((total,), (more,)), _ = pumped(steps, halves, (F32, F32), backends.usable()[0])
     total.add(more)
     assert_counts(total, Counted(ranked(data, (F32, F32), ask, (70000,))[0], request, 0))
-    (other,) = pumped([step(ask, Fine((1,), (0,), (5,)), 3, 1)], [[raw[:12] for raw in data]], (F32, F32), "scalar")[0]
+    (other,) = pumped(
+        [step(ask, Fine((1,), (0,), (5,)), (), 3, 1)], [[raw[:12] for raw in data]], (F32, F32), "scalar"
+    )[0]
     with pytest.raises(ValueError, match="different bins"):
         total.add(other[0])
 
@@ -207,21 +211,18 @@ def test_counts_of_tensors_add_up():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ranked": [(0, 0, 1, 0)]}, "none of the inputs"),
-        ({"ranked": [(2, 0, 1, 0)]}, "none of the inputs"),
-        ({"ranked": [(1, 2, 1, 0)]}, "no such bracket"),
-        ({"ranked": []}, "needs brackets"),
+        ({"brackets": (Bracket(0, 0, 1, 0),)}, "none of the inputs"),
+        ({"brackets": (Bracket(2, 0, 1, 0),)}, "none of the inputs"),
+        ({"brackets": (Bracket(1, 2, 1, 0),)}, "no such bracket"),
+        ({"brackets": ()}, "needs brackets"),
         ({"every": 0}, "needs brackets"),
-        ({"score": ("divergence", 0, b""), "columns": 1}, "a factor per row"),
+        ({"score": steps.Score("divergence", 0), "columns": 1}, "a factor per row"),
     ],
 )
 def test_histograms_refuse(change, message):
-    made = step(Select(((1, 1),)), Coarse((1,)), 3, 3) | {"inputs": [(0, 0, F32.code)] * 2} | change
+    made = replace(step(Select(((1, 1),)), Coarse((1,)), [Stored(0, 0, code(F32))] * 2, 3, 3), **change)
     with pytest.raises(ValueError, match=message):
-        Pump(
-            "scalar", [("memory", 0, 0)], [], [made], threads=1, write_bytes=4096, read_bytes=4096, stochastic=False,
-            fp8_saturate=True, prefetch=False, stats_every=0,
-        )  # fmt: skip
+        Pump([("memory", 0, 0)], [], [made], PumpOptions(isa="scalar"))
 
 
 # --- select ----------------------------------------------------------------------------------------------------------
@@ -362,6 +363,7 @@ def lumps(draw: Any) -> Mags:
     return np.minimum(np.concatenate(parts), ALL_BITS).astype(np.uint32)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(values=lumps(), places=st.lists(st.floats(0, 1), min_size=1, max_size=4), nonzero=st.booleans())
 def test_any_values_in_any_order(values, places, nonzero):

@@ -9,6 +9,7 @@ import pytest
 
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import BF16, F32, DType
+from fastinterp.ops.steps import Combine as CombineStep
 from tests.support import backends, pumps
 from tests.support.cases import ALPHAS, Guarded, fill
 
@@ -107,10 +108,10 @@ def test_outputs_of_the_pump_in_memory(isa, streams):
     inputs = pumps.guarded([*data])
     got, want = ([Guarded(2 * numel, 16) for _ in range(2)] for _ in range(2))
     backends.run(isa, inputs, [BF16] * 2, SWEEP[:2], want, BF16, streamed=False, stats_every=0)
-    step = {
-        "kind": "combine", "inputs": [(i, 0, pumps.code(BF16)) for i in range(2)], "sinks": [0, 1], "offsets": [0, 0],
-        "numel": numel, "out_dtype": pumps.code(BF16), "rows": [(r.pivot, r.total, list(r.terms)) for r in SWEEP[:2]],
-    }  # fmt: skip
+    step = CombineStep(
+        inputs=pumps.stored([BF16] * 2), numel=numel, sinks=(0, 1), offsets=(0, 0), out_dtype=pumps.code(BF16),
+        rows=tuple(SWEEP[:2]),
+    )  # fmt: skip
     pumps.run(isa, [step], pumps.memory(inputs), pumps.memory(got), read_bytes=65536, write_bytes=131072)
     for k in range(2):
         backends.assert_same_bits(want[k].view, got[k].view, BF16, f"output {k}")

@@ -31,6 +31,7 @@ from fastinterp.paths.explore.session import Wish, check_model, open_session
 from fastinterp.paths.explore.sliders import Sliders, read_report
 from tests.support.language_models import save_model
 from tests.support.models import bf16, layers, save
+from tests.support.processes import interruptible
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -179,6 +180,7 @@ def test_prompt_longer_than_the_context_keeps_its_end(session):
     assert len(session.text(wish(2, prompt=""))) == 8
 
 
+@pytest.mark.slow
 def test_no_more_tokens_than_the_model_has_positions(session):
     """64: one for the prompt, 63 for the text."""
     assert session.most_tokens == 63
@@ -333,7 +335,10 @@ class Program:
         command = [sys.executable, "-m", "fastinterp", "explore", *map(str, args), "--port", "0", "--threads", "1"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # `end` closes it
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment)
+        with interruptible():
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment
+            )
         assert self.process.stdout is not None
         self.output = self.process.stdout
         self.url = self.output.readline().split()[0]
@@ -355,7 +360,10 @@ class Program:
     def end(self, number=signal.SIGINT):
         """The exit code."""
         self.process.send_signal(number)
-        code = self.process.wait(20)
+        try:
+            code = self.process.wait(20)
+        finally:
+            self.process.kill()
         self.output.close()
         self.stderr.seek(0)
         self.said = self.stderr.read().splitlines()

@@ -186,6 +186,7 @@ except StorageError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["between", "inside", "thread"])
 def test_checkpoint_that_is_cut_while_it_is_read_kills_nothing(tmp_path, how):
     command = [sys.executable, "-c", CUT, str(tmp_path), how]

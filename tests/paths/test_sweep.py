@@ -357,6 +357,7 @@ def test_command_takes_lists_and_ranges(ends, tmp_path, command_name):
     assert names == {"alpha_0", "alpha_0.5", "alpha_0.6", "alpha_0.7", "alpha_1", "alpha_2"}
 
 
+@pytest.mark.slow
 def test_more_points_than_one_read_makes(tmp_path):
     """Both commands make up to the same number."""
     one = {"x": family(1)[0][next(iter(finite(1)[0]))]}

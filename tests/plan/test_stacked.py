@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+import transformers
 
 import fastinterp
 from fastinterp.errors import CheckpointError
@@ -25,12 +25,12 @@ def tall(tmp_path: Path) -> list[str]:
     folders = []
     for seed in range(2):
         torch.manual_seed(seed)
-        config = LlamaConfig(
+        config = transformers.LlamaConfig(
             vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
             num_key_value_heads=2, bos_token_id=0, eos_token_id=0, pad_token_id=0,
         )  # fmt: skip
         folders.append(str(tmp_path / f"tall{seed}"))
-        LlamaForCausalLM(config).save_pretrained(folders[-1])
+        transformers.LlamaForCausalLM(config).save_pretrained(folders[-1])
     return folders
 
 
@@ -39,7 +39,7 @@ def slices(*ranges: tuple[str, int, int]) -> list[dict[str, Any]]:
 
 
 def generates(folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.tensor([[1, 2, 3]])
     made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
     assert made.shape == (1, 6) or made[0, -1] == 0
@@ -50,12 +50,12 @@ def test_six_layers_of_four(tmp_path, tall):
     a, b = tall
     stack = {"merge_method": "passthrough", "slices": slices((a, 0, 3), (b, 1, 4))}
     fastinterp.merge(stack, tmp_path / "out")
-    config = AutoConfig.from_pretrained(tmp_path / "out")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert config.num_hidden_layers == 6
     assert {"num_hidden_layers": 4} | json.loads(Path(a, "config.json").read_text()) | {"num_hidden_layers": 6} == {
         **json.loads((tmp_path / "out" / "config.json").read_text())
     } | ({"layer_types": config.layer_types} if hasattr(config, "layer_types") else {})
-    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     generates(tmp_path / "out")
     made, theirs = read(tmp_path / "out"), read(Path(b))
@@ -73,7 +73,7 @@ def test_a_stack_of_a_merge(tmp_path, tall):
     ]
     fastinterp.merge(documents, tmp_path / "out")
     assert fastinterp.explain(documents).bytes_made == 0
-    assert AutoConfig.from_pretrained(tmp_path / "out").num_hidden_layers == 5
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").num_hidden_layers == 5
     generates(tmp_path / "out")
     made, theirs = read(tmp_path / "out"), read(Path(a))
     name = "model.layers.{}.mlp.up_proj.weight"

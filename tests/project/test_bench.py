@@ -20,6 +20,7 @@ from fastinterp.bench.check import Job, WrongAnswerError, allowed_error, check, 
 from fastinterp.bench.checkpoints import SIZES, write_checkpoints
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.errors import CheckpointError, OutputError, UsageError
+from tests.support.processes import started
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = SIZES["tiny"]
@@ -70,6 +71,7 @@ def test_race_of_all_that_need_no_network(tmp_path, recipe):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_models_of_ones_own(tiny, tmp_path):
     """They are raced on, not touched; the table names what was measured."""
     before = {p: p.stat().st_mtime_ns for p in tiny.rglob("*")}
@@ -83,6 +85,7 @@ def test_models_of_ones_own(tiny, tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in tiny.rglob("*")}
 
 
+@pytest.mark.slow
 def test_models_are_made_where_asked_and_kept(tmp_path):
     done = run_bench(
         "--models", tmp_path / "kept", "--size", "tiny", "--against", "copy", "--runs", 1, "--dir", tmp_path
@@ -91,17 +94,18 @@ def test_models_are_made_where_asked_and_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_dir()) == ["base", "ft1", "ft2", "kept"]
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_nothing(tmp_path):
     """Not the scratch folder, and not the command that was running."""
     args = ["--size", "tiny", "--against", "copy", "--runs", "1000", "--dir", str(tmp_path)]
     program = [sys.executable, "-m", "fastinterp", "bench", *args]
-    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True, cwd=ROOT) as child:
+    with started(program, stderr=subprocess.PIPE, cwd=ROOT) as child:
         assert child.stderr is not None
         for line in child.stderr:
             if line.startswith("round 1 of 1000: copy"):
                 break
         child.send_signal(signal.SIGINT)
-        assert "Traceback" not in child.stderr.read()
+        assert "Traceback" not in child.communicate(timeout=60)[1]
     assert child.returncode not in (0, None)
     assert list(tmp_path.iterdir()) == []
     assert str(tmp_path) not in commands_running()
@@ -117,6 +121,7 @@ def commands_running() -> str:
     return "\n".join(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cold", [False, True])
 def test_page_cache_that_the_system_does_not_tell_of(tiny, tmp_path, monkeypatch, cold):
     """As of files of another user: the race goes on, and says that it does not know."""
@@ -166,6 +171,15 @@ def test_a_rival_that_is_not_installed_says_how_to_install_it(monkeypatch, tmp_p
         invoke("--against", "mergekit", "--dir", str(tmp_path))
     with pytest.raises(UsageError, match=r"naive needs torch.*pip install torch safetensors"):
         invoke("--against", "naive", "--dir", str(tmp_path))
+
+
+def test_naive_is_left_out_where_a_package_is_missing(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_packages", lambda python: {"torch": "2.4"})
+    done = CliRunner().invoke(command.bench, ["--models", str(tiny), "--runs", "1", "--dir", str(tmp_path)])
+    assert done.exit_code == 0
+    assert (
+        f"naive is left out: {sys.executable} does not have safetensors. pip install torch safetensors" in done.stderr
+    )
 
 
 def test_full_disk_is_refused_with_what_is_missing(monkeypatch, tmp_path):

@@ -25,6 +25,7 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=env)
 
 
+@pytest.mark.slow
 def test_demo_runs_and_removes_its_folder(tmp_path):
     done = run(TMPDIR=str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")

@@ -22,7 +22,7 @@ SOURCES = sorted({*(ROOT / "fastinterp").rglob("*.py"), *(ROOT / "fastinterp" / 
 # Each part of the package, and the parts it may import beside itself. The most specific name counts: a module of
 # compute/ that is not named here belongs to `compute`. Parts that import nothing but themselves are leaves.
 LEAVES = {"errors", "messages", "_version"}
-CONTRACT = {"ops"}
+CONTRACT = {"ops", "ops.steps"}
 PLANNING = LEAVES | CONTRACT | {"arguments", "recipe", "methods", "checkpoint", "tokenizer"}
 RUNNING = PLANNING | {"plan", "backends", "execute"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_C": set(),
     "_cuda": set(),
     "_triton": CONTRACT,
-    "ops": {"errors"},
+    "ops": {"errors", "ops.steps"},
+    "ops.steps": {"ops", "_C"},  # how answers of parts fold
     "reference": CONTRACT,
     "backends": LEAVES | CONTRACT | {"_C", "_cuda", "_triton"},
     "methods": LEAVES | CONTRACT,
@@ -64,18 +65,32 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "ops.h": {"dtypes.h"},
     "element.h": {"ops.h", "dtypes.h"},
     "cpu/*": {"ops.h", "dtypes.h", "element.h", "cpu/*"},
-    "cuda/*": {"ops.h", "dtypes.h", "element.h", "cuda/*"},
+    "cuda/[!b]*": {"ops.h", "dtypes.h", "element.h", "cuda/*"},
+    "cuda/binding/*": {"ops.h", "cuda/*", "binding/parse.h"},
     "io.*": {"io.h"},
-    "step.*": {"step.h", "io.h", "ops.h"},
+    "decoder.*": {"decoder.h", "ops.h"},
+    "decoding.*": {"decoding.h", "decoder.h", "io.h", "ops.h"},
+    "step.*": {"step.h", "decoding.h", "io.h", "ops.h"},
     "masked.*": {"masked.h", "survey.h", "step.h"},
     "sums.*": {"sums.h", "step.h"},
     "survey.*": {"survey.h", "step.h"},
     "histogram.*": {"histogram.h", "masked.h", "step.h"},
     "pump.*": {"pump.h", "step.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
     "memory.*": {"memory.h", "ops.h", "dtypes.h", "cpu/backend.h"},
-    "bind_answers.cpp": {"bind_steps.h", "histogram.h", "masked.h", "survey.h"},
-    "bind_steps.*": {"bind_steps.h", "histogram.h", "masked.h", "sums.h", "survey.h", "step.h"},
-    "bindings.cpp": {"bind_steps.h", "histogram.h", "memory.h", "pump.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
+    # What both extensions share knows neither the pump nor CUDA.
+    "binding/numbers.h": {"ops.h"},
+    "binding/parse.*": {"binding/parse.h", "binding/numbers.h"},
+    "binding/answers.cpp": {"binding/steps.h", "binding/numbers.h", "histogram.h", "masked.h", "survey.h"},
+    "binding/steps.*": {
+        "binding/steps.h",
+        "binding/parse.h",
+        "histogram.h",
+        "masked.h",
+        "sums.h",
+        "survey.h",
+        "step.h",
+    },
+    "binding/module.cpp": {"binding/*", "decoder.h", "histogram.h", "memory.h", "pump.h", "cpu/backend.h"},
 }
 # What is compiled once per instruction set may share no inline function with the rest: the linker keeps one copy, and
 # that may be the one with AVX-512 in it. So: headers of C and of intrinsics, nothing of the C++ library.
@@ -86,9 +101,9 @@ PER_ISA = [
     "cpu/backend.h",
     "cpu/loops.inc",
     "cpu/histogram.inc",
-    "cpu/keeps.inc",
-    "cpu/kept.inc",
-    "cpu/masked.inc",
+    "cpu/masked_stats.inc",
+    "cpu/masked_sum.inc",
+    "cpu/masks.inc",
     "cpu/measure.inc",
     "cpu/pairs.inc",
     "cpu/per_group.inc",
@@ -170,6 +185,19 @@ def test_methods_and_leaves_hold_no_arrays(module):
     assert not [(line, name) for line, name in found if name.split(".")[0] in HEAVY]
 
 
+def test_every_dependency_is_imported():
+    """Nothing is installed with the package that it does not import; a rival of the races brings its own packages."""
+    table = re.search(
+        r"^dependencies = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert table is not None
+    required = {{"PyYAML": "yaml"}.get(name, name) for name in re.findall(r'^ +"([\w-]+)', table[1], re.MULTILINE)}
+    own = {m: ast.parse(path.read_text("utf-8")) for m, path in MODULES.items() if m != "fastinterp.bench.naive"}
+    used = {name.split(".")[0] for module, tree in own.items() for _, name in imports(module, tree)}
+    assert "numpy" in required and required <= used
+    assert "safetensors" not in used
+
+
 def test_rule_sees_what_it_forbids(tmp_path, monkeypatch):
     """The reader of imports finds relative, nested and conditional ones."""
     source = (
@@ -234,6 +262,6 @@ def test_source_includes_only_what_it_may(path):
     assert not [f for own, f in found if own and not any(fnmatch(f, pattern) for pattern in rules[0])]
     others = {f for own, f in found if not own}
     assert not {f for f in others if f.split("/")[0] in {"torch", "ATen", "c10"}}  # one wheel serves every torch
-    assert path.name.startswith("bind") or not {f for f in others if f.startswith("pybind11") or f == "Python.h"}
+    assert path.parent.name == "binding" or not {f for f in others if f.startswith("pybind11") or f == "Python.h"}
     if any(fnmatch(name, pattern) for pattern in PER_ISA):
         assert others <= PLAIN_HEADERS

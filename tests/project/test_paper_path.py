@@ -308,6 +308,7 @@ def test_page_without_markers_is_refused():
         report.put_into("# Page\n", "x")
 
 
+@pytest.mark.slow
 def test_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     from examples.paper_path import plots
@@ -324,6 +325,7 @@ def run(command: str, *arguments: object, seconds: int = 60) -> subprocess.Compl
     return subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["sweep", "report"])
 def test_commands_say_what_comes_first(command, tmp_path):
     done = run(command, tmp_path / "nothing")

@@ -168,7 +168,7 @@ def run(
     return _C.combine(
         [x.address for x in inputs],
         [_code(d) for d in dtypes],
-        [(row.pivot, row.total, list(row.terms)) for row in rows],
+        rows,
         [out.address for out in outputs],
         _code(out_dtype),
         numel,

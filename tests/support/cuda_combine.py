@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from fastinterp.backends.device import Piece
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import DType
+from fastinterp.ops.steps import Combine
 from tests.support.cases import Guarded
-from tests.support.pumps import code
+from tests.support.pumps import code, stored
 
 
 class Loan:
@@ -36,16 +38,21 @@ class Loan:
 
 
 def piece_of(
-    inputs: Sequence[int], dtypes: Sequence[DType], rows: Sequence[Row], outputs: Sequence[int], **more: Any
-) -> dict[str, Any]:
-    """A piece of kind "combine"; `more` has out_dtype as a code, numel, and what is optional."""
-    return {
-        "kind": "combine",
-        "inputs": [(address, code(d)) for address, d in zip(inputs, dtypes, strict=True)],
-        "rows": [(row.pivot, row.total, list(row.terms)) for row in rows],
-        "outputs": list(outputs),
-        **more,
-    }
+    inputs: Sequence[int],
+    dtypes: Sequence[DType],
+    rows: Sequence[Row],
+    outputs: Sequence[int],
+    out_dtype: int,
+    numel: int,
+    keys: Sequence[int] = (),
+    **more: Any,
+) -> Piece:
+    """A piece of a Combine; `more` has what is optional."""
+    step = Combine(
+        inputs=stored(dtypes), numel=numel, sinks=tuple(range(len(outputs))), offsets=(0,) * len(outputs),
+        out_dtype=out_dtype, keys=tuple(keys), rows=tuple(rows),
+    )  # fmt: skip
+    return Piece(step=step, inputs=tuple(inputs), outputs=tuple(outputs), numel=numel, **more)
 
 
 def run(

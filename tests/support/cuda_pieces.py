@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
-from fastinterp.backends import pieces
+from fastinterp.backends.device import Piece
+from fastinterp.ops.dtypes import CODE_BYTES
+from fastinterp.ops.steps import Step, Stored, SumStep, join_stats
 from tests.support import backends, cuda_host
 from tests.support.cases import Guarded
 from tests.support.pumps import Raw, guarded, memory, run
-
-_WRITES = ("sinks", "offsets")
 
 
 class Rig:
@@ -39,32 +40,32 @@ class Rig:
         self.queue.record().wait()
         return held
 
-    def run(self, some: Sequence[Mapping[str, Any]]) -> list[Any]:
-        pending = self.queue.run([dict(piece) for piece in some])
+    def run(self, some: Sequence[Piece]) -> list[Any]:
+        pending = self.queue.run(some)
         self.queue.record().wait()
         assert self._name == "cuda" or cuda_host.fake().wrong() == ""
         return list(pending)
 
 
-def addressed(rig: Rig, step: Mapping[str, Any], data: Sequence[Raw], first: int, count: int, offset: int) -> Any:
+def addressed(rig: Rig, step: Step, data: Sequence[Raw], first: int, count: int, offset: int, **more: Any) -> Piece:
     """The piece of elements [first, first + count); its inputs lie `offset` times odd numbers off a boundary."""
     inputs = []
-    for i, (source, _, code) in enumerate(step["inputs"]):
-        size = pieces._SIZES[code]
-        part = data[source][first * size : (first + count) * size]
-        inputs.append((rig.put(part, offset * (2 * i + 1) % 64), code))
-    kept = {key: value for key, value in step.items() if key not in _WRITES}
-    return {**kept, "inputs": inputs, "numel": count, "first": first}
+    for i, operand in enumerate(step.inputs):
+        assert isinstance(operand, Stored)
+        size = CODE_BYTES[operand.dtype]
+        part = data[operand.source][first * size : (first + count) * size]
+        inputs.append(rig.put(part, offset * (2 * i + 1) % 64))
+    return Piece(step=step, inputs=tuple(inputs), numel=count, first=first, **more)
 
 
-def answers(step: Mapping[str, Any], data: Sequence[Raw], offset: int = 0, most: int = 1 << 30) -> Any:
+def answers(step: Step, data: Sequence[Raw], offset: int = 0, most: int = 1 << 30) -> Any:
     """What the pieces of at most so many bytes answer together."""
     rig = Rig()
-    some = [addressed(rig, step, data, first, count, offset) for first, count in pieces.cut(step, most)]
-    return pieces.join(step, [pending.answer() for pending in rig.run(some)])
+    some = [addressed(rig, step, data, first, count, offset) for first, count in step.cut(most)]
+    return step.join([pending.answer() for pending in rig.run(some)])
 
 
-def pump_answers(step: dict[str, Any], data: Sequence[Raw]) -> Any:
+def pump_answers(step: Step, data: Sequence[Raw]) -> Any:
     sources = guarded(data)
     return run("", [step], memory(sources), []).answers()[0]
 
@@ -84,27 +85,27 @@ def _counts(c: Any) -> tuple[Any, ...]:
 
 
 def written(
-    step: dict[str, Any], data: Sequence[Raw], offset: int = 0, most: int = 1 << 30, **options: Any
+    step: SumStep, data: Sequence[Raw], offset: int = 0, most: int = 1 << 30, **options: Any
 ) -> tuple[list[Raw], list[dict[str, float]]]:
     """The outputs that pieces of at most so many bytes write, and their statistics together.
 
     options  fp8_saturate and stats_every of the pieces, and stochastic
     """
-    rig, size = Rig(), pieces._SIZES[step["out_dtype"]]
+    rig, size = Rig(), CODE_BYTES[step.out_dtype]
     if not options.pop("stochastic", False):
-        step = {key: value for key, value in step.items() if key != "keys"}
-    some, cuts = [], pieces.cut(step, most)
-    for first, count in cuts:
-        outputs = [rig.put(np.full(count * size, 0x5A, np.uint8), offset * (2 * k + 5) % 64) for k in step["sinks"]]
-        some.append({**addressed(rig, step, data, first, count, offset), "outputs": outputs, **options})
+        step = replace(step, keys=())
+    some = []
+    for first, count in step.cut(most):
+        outputs = [rig.put(np.full(count * size, 0x5A, np.uint8), offset * (2 * k + 5) % 64) for k in step.sinks]
+        some.append(addressed(rig, step, data, first, count, offset, outputs=tuple(outputs), **options))
     pending = rig.run(some)
-    parts = [[rig.get(o, piece["numel"] * size) for o in piece["outputs"]] for piece in some]
-    stats = pieces.join_stats([p.stats() for p in pending])
+    parts = [[rig.get(o, piece.numel * size) for o in piece.outputs] for piece in some]
+    stats = join_stats([p.stats() for p in pending])
     return [np.concatenate(own) for own in zip(*parts, strict=True)], stats
 
 
-def pump_written(step: dict[str, Any], data: Sequence[Raw], **options: Any) -> tuple[list[Raw], list[dict[str, float]]]:
+def pump_written(step: SumStep, data: Sequence[Raw], **options: Any) -> tuple[list[Raw], list[dict[str, float]]]:
     sources = guarded(data)
-    sinks = [Guarded(step["numel"] * pieces._SIZES[step["out_dtype"]], 5) for _ in step["sinks"]]
+    sinks = [Guarded(step.numel * CODE_BYTES[step.out_dtype], 5) for _ in step.sinks]
     pump = run("", [step], memory(sources), memory(sinks), **options)
     return [s.view.copy() for s in sinks], pump.stats()[0]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
-from fastinterp.backends.pieces import cut, join, join_stats
-from fastinterp.ops.dtypes import DTYPES
+from fastinterp.backends.cpu import PumpOptions
+from fastinterp.backends.device import Piece
+from fastinterp.ops.dtypes import CODE_BYTES
+from fastinterp.ops.steps import Step, Stored, SumStep, join_stats
 from tests.support.cases import GUARD, Guarded
-
-SIZES = {dtype.code: dtype.bits // 8 for dtype in DTYPES.values() if dtype.code is not None}
 
 
 class Loan:
@@ -56,22 +57,16 @@ class DevicePump:
     device: Any = None
     most = 1 << 40
 
-    def __init__(
-        self, isa: str, sources: Sequence[Any], sinks: Sequence[Any], steps: Sequence[Mapping[str, Any]],
-        *, stochastic: bool = False, fp8_saturate: bool = True, stats_every: int = 0, **_: Any,
-    ):  # fmt: skip
+    def __init__(self, sources: Sequence[Any], sinks: Sequence[Any], steps: Sequence[Step], options: PumpOptions):
         queue = self.device.queue()
         given, made = ([Loan(self.device, queue, at, size) for _, at, size in some] for some in (sources, sinks))
-        cuts = [cut(step, self.most) for step in steps]
-        settings = {"fp8_saturate": fp8_saturate, "stats_every": stats_every}
+        cuts = [step.cut(self.most) for step in steps]
         pieces = []
         for step, places in zip(steps, cuts, strict=True):
             assert self.device.refuses(step) is None, self.device.refuses(step)
-            for first, count in places:
-                piece = _piece(step, given, made, first, count) | settings
-                if not stochastic:
-                    piece.pop("keys", None)
-                pieces.append(piece)
+            if isinstance(step, SumStep) and not options.stochastic:
+                step = replace(step, keys=())
+            pieces += [_piece(step, given, made, first, count, options) for first, count in places]
         pending = queue.run(pieces)
         event = queue.record()
         event.wait()
@@ -83,9 +78,9 @@ class DevicePump:
         self._answers, self._stats = [], []
         for step, places in zip(steps, cuts, strict=True):
             own, pending = pending[: len(places)], pending[len(places) :]
-            self._answers.append(join(step, [p.answer() for p in own]))
+            self._answers.append(step.join([p.answer() for p in own]))
             self._stats.append(join_stats([p.stats() for p in own]))
-        read = [sum(SIZES[code] for _, _, code in step["inputs"]) * step["numel"] for step in steps]
+        read = [sum(CODE_BYTES[operand.dtype] for operand in step.inputs) * step.numel for step in steps]
         self.bytes_read = sum(read)
 
     def start(self) -> None:
@@ -107,13 +102,19 @@ class DevicePump:
         return self._stats
 
 
-def _piece(step: Mapping[str, Any], given: Sequence[Loan], made: Sequence[Loan], first: int, count: int) -> Any:
-    piece = {key: value for key, value in step.items() if key not in ("sinks", "offsets")}
-    piece["inputs"] = [
-        (given[source].address + offset + first * SIZES[code], code) for source, offset, code in step["inputs"]
-    ]
-    if "sinks" in step:
-        size = SIZES[step["out_dtype"]]
-        places = zip(step["sinks"], step["offsets"], strict=True)
-        piece["outputs"] = [made[sink].address + offset + first * size for sink, offset in places]
-    return piece | {"numel": count, "first": first}
+def _piece(
+    step: Step, given: Sequence[Loan], made: Sequence[Loan], first: int, count: int, options: PumpOptions
+) -> Piece:
+    inputs: list[int] = []
+    for operand in step.inputs:
+        assert isinstance(operand, Stored)
+        inputs.append(given[operand.source].address + operand.offset + first * CODE_BYTES[operand.dtype])
+    outputs: list[int] = []
+    if isinstance(step, SumStep):
+        size = CODE_BYTES[step.out_dtype]
+        places = zip(step.sinks, step.offsets, strict=True)
+        outputs = [made[sink].address + offset + first * size for sink, offset in places]
+    return Piece(
+        step=step, inputs=tuple(inputs), outputs=tuple(outputs), numel=count, first=first,
+        stats_every=options.stats_every, fp8_saturate=options.fp8_saturate,
+    )  # fmt: skip

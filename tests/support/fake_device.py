@@ -9,19 +9,32 @@ import ctypes
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from fastinterp import _C
 from fastinterp.backends import device
+from fastinterp.backends.cpu import PumpOptions
+from fastinterp.backends.device import Piece
 from fastinterp.errors import BackendError, OutOfMemory
-from fastinterp.ops.dtypes import DTYPES
+from fastinterp.ops.dtypes import CODE_BYTES
+from fastinterp.ops.steps import (
+    Combine,
+    Divergence,
+    GroupCombine,
+    Histogram,
+    MaskedStats,
+    MaskedSum,
+    Step,
+    Stored,
+    SumStep,
+)
 
-SIZES = {d.code: d.bits // 8 for d in DTYPES.values() if d.code is not None}
 POISON = 0xA5
 
 
@@ -136,12 +149,11 @@ class Queue:
         self._device.check("host", host, nbytes)
         self._put("download", nbytes, lambda: _copy(host, of, nbytes))
 
-    def run(self, pieces: Sequence[Mapping[str, Any]]) -> list[device.Pending]:
+    def run(self, pieces: Sequence[Piece]) -> list[device.Pending]:
         pendings = [Pending() for _ in pieces]
         assert pieces
         for piece in pieces:
-            assert not {"sinks", "offsets", "masks"} & piece.keys()
-            assert all(address % 256 == 0 for address in (*(a for a, _ in piece["inputs"]), *piece.get("outputs", ())))
+            assert all(address % 256 == 0 for address in (*piece.inputs, *piece.outputs))
 
         def work() -> None:
             for piece, pending in zip(pieces, pendings, strict=True):
@@ -182,7 +194,7 @@ class FakeDevice:
         jitter: float = 0.0,
         room: int = 1 << 40,
         faults: Sequence[Fault] = (),
-        refuses: Callable[[Mapping[str, Any]], str | None] = lambda step: None,
+        refuses: Callable[[Step], str | None] = lambda step: None,
     ):
         self.name = f"cuda:{ordinal}"
         self.bytes_per_s, self.jitter, self.room, self.faults = bytes_per_s, jitter, room, list(faults)
@@ -237,13 +249,12 @@ class FakeDevice:
     def queue(self, handle: int | None = None) -> Queue:
         return Queue(self)
 
-    def refuses(self, step: Mapping[str, Any]) -> str | None:
-        keeps = [*step.get("keeps", ()), *(t["keep"] for m in step.get("masked", ()) for t in m["terms"])]
-        if any(keep["lo"] != keep["hi"] for keep in keeps):
-            return "random keeps by rank"
-        if step["kind"] == "divergence":
+    def refuses(self, step: Step) -> str | None:
+        if step.by_rank:
+            return "random masks by rank"
+        if isinstance(step, Divergence):
             return "divergence"
-        if step["kind"] == "histogram" and step["score"] is not None:
+        if isinstance(step, Histogram) and step.score is not None:
             return "scores in a histogram"
         return self._refuses(step)
 
@@ -255,74 +266,77 @@ def _copy(to: int, of: int, nbytes: int) -> None:
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
-def computed(piece: Mapping[str, Any]) -> tuple[Any, list[dict[str, float]]]:
+def computed(piece: Piece) -> tuple[Any, list[dict[str, float]]]:
     """A piece, by the processor: (answer, stats)."""
-    codes = [code for _, code in piece["inputs"]]
-    if piece["kind"] == "combine" and piece.get("per", "tensor") == "tensor":
-        keys = piece.get("keys", [])
+    step = piece.step
+    codes = [operand.dtype for operand in step.inputs]
+    if isinstance(step, Combine):
         return None, _C.combine(
-            [address for address, _ in piece["inputs"]], codes, piece["rows"], piece["outputs"], piece["out_dtype"],
-            piece["numel"], first=piece["first"], stochastic=bool(keys), keys=keys,
-            fp8_saturate=piece["fp8_saturate"], stats_every=piece["stats_every"],
+            list(piece.inputs), codes, step.rows, list(piece.outputs), step.out_dtype, piece.numel, first=piece.first,
+            stochastic=bool(step.keys), keys=list(step.keys), fp8_saturate=piece.fp8_saturate,
+            stats_every=piece.stats_every,
         )  # fmt: skip
-    if "outputs" not in piece and piece["kind"] != "kept":
-        sources = [("memory", a, piece["numel"] * SIZES[code]) for a, code in piece["inputs"]]
-        whole = {**piece, "columns": piece["numel"]} if piece["kind"] == "histogram" else piece
-        return _pump(whole, sources, [], piece["numel"]).answers()[0], []
+    if not piece.outputs and not isinstance(step, MaskedStats):
+        sources = [("memory", a, piece.numel * CODE_BYTES[code]) for a, code in zip(piece.inputs, codes, strict=True)]
+        if isinstance(step, Histogram):
+            step = replace(step, columns=piece.numel)
+        return _pump(piece, step, sources, [], piece.numel).answers()[0], []
     return _embedded(piece, codes)
 
 
-def _embedded(piece: Mapping[str, Any], codes: Sequence[int]) -> tuple[Any, list[dict[str, float]]]:
+def _embedded(piece: Piece, codes: Sequence[int]) -> tuple[Any, list[dict[str, float]]]:
     """The piece at its place in a tensor of zeros, from which its random numbers and groups follow; less what the zeros
     before it count."""
-    first, count = piece["first"], piece["numel"]
-    numel = _whole(piece, first + count)
+    first, count, step = piece.first, piece.numel, piece.step
+    numel = _whole(step, first + count)
     sources, sinks, held = [], [], []
-    for address, code in piece["inputs"]:
-        x = np.zeros(numel * SIZES[code], np.uint8)
-        _copy(x.ctypes.data + first * SIZES[code], address, count * SIZES[code])
+    for address, code in zip(piece.inputs, codes, strict=True):
+        x = np.zeros(numel * CODE_BYTES[code], np.uint8)
+        _copy(x.ctypes.data + first * CODE_BYTES[code], address, count * CODE_BYTES[code])
         held.append(x)
         sources.append(("memory", x.ctypes.data, x.nbytes))
-    width = SIZES[piece["out_dtype"]] if "outputs" in piece else 0
-    for _ in piece.get("outputs", ()):
+    width = CODE_BYTES[step.out_dtype] if isinstance(step, SumStep) else 0
+    for _ in piece.outputs:
         held.append(np.zeros(numel * width, np.uint8))
         sinks.append(("memory", held[-1].ctypes.data, held[-1].nbytes))
-    pump = _pump(piece, sources, sinks, numel)
-    for address, (_, made, _) in zip(piece.get("outputs", ()), sinks, strict=True):
+    pump = _pump(piece, step, sources, sinks, numel)
+    for address, (_, made, _) in zip(piece.outputs, sinks, strict=True):
         _copy(address, made + first * width, count * width)
     stats = [dict.fromkeys(s, 0.0) for s in pump.stats()[0]]  # those of zeros would be among them
-    if "outputs" in piece:
+    if piece.outputs:
         return None, stats
     reals, counts = pump.answers()[0]
     for x, code in zip(held, codes, strict=True):
-        x[first * SIZES[code] : (first + count) * SIZES[code]] = 0
-    zeros = np.asarray(_pump(piece, sources, [], numel).answers()[0][1])
+        x[first * CODE_BYTES[code] : (first + count) * CODE_BYTES[code]] = 0
+    zeros = np.asarray(_pump(piece, step, sources, [], numel).answers()[0][1])
     return (reals, memoryview((np.asarray(counts) - zeros).tobytes()).cast("q")), []
 
 
-def _whole(piece: Mapping[str, Any], end: int) -> int:
+def _whole(step: Step, end: int) -> int:
     """Elements of a tensor that has this piece, in whole rows; of as many rows as numbers for each row are given."""
-    columns = piece.get("columns", 1)
+    columns = step.columns
     rows = -(-end // columns)
-    if piece.get("per") == "row":
-        rows = len(piece["rows"][0][1])
-    for score in (piece.get("score"), *(m["score"] for m in piece.get("masked", ()))):
-        if score is not None and score[2]:
-            rows = len(score[2]) // 4
+    if isinstance(step, GroupCombine) and step.per == "row":
+        rows = len(step.rows[0].totals)
+    scores = [output.score for output in step.outputs] if isinstance(step, MaskedSum) else []
+    for score in [step.score, *scores] if isinstance(step, MaskedStats) else scores:
+        if score is not None and score.factors:
+            rows = len(score.factors) // 4
     return rows * columns
 
 
-def _pump(piece: Mapping[str, Any], sources: list[Any], sinks: list[Any], numel: int) -> _C.Pump:
-    left_out = ("inputs", "outputs", "first", "numel", "stats_every", "fp8_saturate")
-    step: dict[str, Any] = {k: v for k, v in piece.items() if k not in left_out}
-    step |= {"inputs": [(i, 0, code) for i, (_, code) in enumerate(piece["inputs"])], "numel": numel}
-    if sinks:
-        step |= {"sinks": list(range(len(sinks))), "offsets": [0] * len(sinks)}
-    pump = _C.Pump(
-        "", sources, sinks, [step], threads=1, write_bytes=1 << 16, read_bytes=1 << 16,
-        stochastic="keys" in piece, fp8_saturate=piece.get("fp8_saturate", True), prefetch=False,
-        stats_every=piece.get("stats_every", 0),
+def _pump(piece: Piece, step: Step, sources: list[Any], sinks: list[Any], numel: int) -> _C.Pump:
+    inputs = tuple(Stored(i, 0, operand.dtype) for i, operand in enumerate(step.inputs))
+    step = replace(step, inputs=inputs, numel=numel)
+    if isinstance(step, MaskedStats):
+        step = replace(step, fills=None)
+    if isinstance(step, SumStep):
+        step = replace(step, sinks=tuple(range(len(sinks))), offsets=(0,) * len(sinks))
+    options = PumpOptions(
+        stochastic=isinstance(step, SumStep) and bool(step.keys), fp8_saturate=piece.fp8_saturate,
+        stats_every=piece.stats_every,
     )  # fmt: skip
+    pump = _C.Pump(sources, sinks, [step], options)
     pump.start()
     assert pump.wait(60)
     pump.join()

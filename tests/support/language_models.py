@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+import transformers  # its parts are loaded where they are named: that takes seconds
 
 _LETTERS = "\nabcdefghijklmnopqrstuvwxyz .?"
 
@@ -15,11 +15,11 @@ def save_model(folder: Path, favourite: str = "", width: int = 16, layers: int =
     """A GPT-2 that writes the letter `favourite` whatever it is told, or what its random weights say. Same weights but
     for that: its head's bias is what the letter's embedding has in common with all states."""
     torch.manual_seed(0)
-    config = GPT2Config(
+    config = transformers.GPT2Config(
         vocab_size=len(_LETTERS), n_positions=64, n_embd=width, n_layer=layers, n_head=2, bos_token_id=0,
         eos_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config)
+    model = transformers.GPT2LMHeadModel(config)
     if favourite:
         with torch.no_grad():
             model.transformer.ln_f.bias += 1.0  # every state leans this way ...

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from fastinterp.backends import torch_device as resident_devices
-from fastinterp.backends.cpu import Pump
+from fastinterp.backends.cpu import Pump, PumpOptions
 from fastinterp.backends.device import Piece
-from fastinterp.ops.dtypes import parse_dtype
-
-WIDTH = (8, 4, 2, 2, 1, 1)  # bytes by dtype code
+from fastinterp.ops.dtypes import CODE_BYTES, parse_dtype
+from fastinterp.ops.steps import Combine, Step, Stored, SumStep
 
 
 class OnHost(torch.Tensor):
@@ -100,7 +100,7 @@ class HostQueue:
 
     def run(self, pieces: Sequence[Piece]) -> list[_Pending]:
         self.device.runs += 1
-        self.device.pieces += [piece["kind"] for piece in pieces]
+        self.device.pieces += [piece.step.kind for piece in pieces]
         pending = [_Pending() for _ in pieces]
         self._todo += zip(pieces, pending, strict=True)
         return pending
@@ -144,8 +144,8 @@ class HostDevice:
         number = len(self._queues) + 1000 if handle is None else handle
         return self._queues.setdefault(number, HostQueue(self, number))
 
-    def refuses(self, step: Mapping[str, Any]) -> str | None:
-        return self._refused.get(step["kind"])
+    def refuses(self, step: Step) -> str | None:
+        return self._refused.get(step.kind)
 
     def finish(self) -> None:
         """As torch.cuda.synchronize()."""
@@ -154,20 +154,23 @@ class HostDevice:
 
 
 def carried_out(piece: Piece) -> tuple[Any, list[dict[str, float]]]:
-    numel = piece["numel"]
-    assert piece["first"] == 0 or (piece["kind"] == "combine" and "keys" not in piece)
-    step: dict[str, Any] = {k: v for k, v in piece.items() if k not in ("first", "outputs", "stats_every")}
-    step["inputs"] = [(i, 0, code) for i, (_, code) in enumerate(piece["inputs"])]
-    sources = [("memory", address, numel * WIDTH[code]) for address, code in piece["inputs"]]
-    sinks = [("memory", address, numel * WIDTH[piece["out_dtype"]]) for address in piece.get("outputs", ())]
-    if sinks:
-        step |= {"sinks": list(range(len(sinks))), "offsets": [0] * len(sinks)}
-        del step["fp8_saturate"]
-    pump = Pump(
-        "scalar", sources, sinks, [step], threads=1, write_bytes=1 << 16, read_bytes=1 << 16,
-        stochastic="keys" in piece, fp8_saturate=piece.get("fp8_saturate", True), prefetch=False,
-        stats_every=piece.get("stats_every", 0),
-    )  # fmt: skip
+    numel, step = piece.numel, piece.step
+    keys = step.keys if isinstance(step, SumStep) else ()
+    assert piece.first == 0 or (isinstance(step, Combine) and not keys)
+    inputs = tuple(Stored(i, 0, operand.dtype) for i, operand in enumerate(step.inputs))
+    step = replace(step, inputs=inputs, numel=numel)
+    sources = [
+        ("memory", address, numel * CODE_BYTES[operand.dtype])
+        for address, operand in zip(piece.inputs, step.inputs, strict=True)
+    ]
+    sinks = []
+    if isinstance(step, SumStep):
+        sinks = [("memory", address, numel * CODE_BYTES[step.out_dtype]) for address in piece.outputs]
+        step = replace(step, sinks=tuple(range(len(sinks))), offsets=(0,) * len(sinks))
+    options = PumpOptions(
+        isa="scalar", stochastic=bool(keys), fp8_saturate=piece.fp8_saturate, stats_every=piece.stats_every
+    )
+    pump = Pump(sources, sinks, [step], options)
     pump.start()
     pump.join()
     assert pump.error() is None, pump.error()

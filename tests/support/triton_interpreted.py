@@ -13,6 +13,11 @@ import pytest
 
 from fastinterp.backends.triton.device import TritonDevice, missing
 from fastinterp.errors import BackendError, OutOfMemory
+from fastinterp.ops.combine import Row
+from fastinterp.ops.dtypes import F32
+from fastinterp.ops.steps import Divergence, Gathered, Measure
+from tests.support.cuda_combine import piece_of
+from tests.support.pumps import stored
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton would compile")
 
@@ -32,7 +37,7 @@ def test_errors_name_call_and_device(monkeypatch):
         raise RuntimeError("a launch failed\nand more")
 
     monkeypatch.setattr("fastinterp.backends.triton.combine.combine", fails)
-    piece = {"kind": "combine", "numel": 10}
+    piece = piece_of([0], [F32], [Row(0)], [0], 1, 10)
     what = r"^kernels for 1 pieces, at most 80 bytes an operand, on triton:0: a launch failed$"
     with pytest.raises(BackendError, match=what):
         TritonDevice().queue().run([piece])
@@ -55,5 +60,6 @@ def test_devices_that_are_not_there():
 
 def test_what_is_refused():
     refuses = TritonDevice().refuses
-    assert refuses({"kind": "divergence", "inputs": []}) == "the divergence of rows"
-    assert refuses({"kind": "combine", "inputs": [([(0, 0, 1)], 3, b"")]}) == "rows gathered from several places"
+    assert refuses(Divergence(inputs=stored([F32, F32]), numel=4)) == "the divergence of rows"
+    gathered = Gathered(((0, 0, 1),), 3, b"")
+    assert refuses(Measure(inputs=(gathered,), numel=4)) == "rows gathered from several places"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+import transformers
 
 import fastinterp
 from fastinterp.errors import CheckpointError, ShapeError
@@ -25,11 +25,11 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def llama(folder: Path, seed: int, rows: int, tied: bool = False) -> Path:
     """A tiny Llama beside the tokenizer that is in `folder`."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=rows, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
@@ -61,7 +61,8 @@ def merged(tmp_path: Path, models: Sequence[str], **keys: Any) -> tuple[Path, An
 
 def assert_runs(folder: Path, texts: Sequence[str]) -> None:
     """transformers loads it, its tokenizer has an id below the number of rows for each text, and it generates."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for text in texts:
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
         assert ids.shape == (1, 1) and int(ids[0, 0]) < model.config.vocab_size
@@ -192,9 +193,9 @@ def test_chat_templates(tmp_path, three):
     for model, template in zip(three, ("a", "{{ b }}", "{{ b }}"), strict=True):
         Path(model, "chat_template.jinja").write_text(template)
     out, _ = merged(tmp_path, three, tokenizer_source="union", chat_template="auto")
-    assert AutoTokenizer.from_pretrained(out).chat_template == "{{ b }}"
+    assert transformers.AutoTokenizer.from_pretrained(out).chat_template == "{{ b }}"
     fastinterp.merge(recipe("linear", three[:1], weights=[1.0], chat_template="chatml"), tmp_path / "named")
-    made = AutoTokenizer.from_pretrained(tmp_path / "named")
+    made = transformers.AutoTokenizer.from_pretrained(tmp_path / "named")
     talk = made.apply_chat_template([{"role": "user", "content": "cat"}], tokenize=False, add_generation_prompt=True)
     assert talk == "<|im_start|>user\ncat<|im_end|>\n<|im_start|>assistant\n"
 
@@ -222,7 +223,7 @@ def test_tied_and_untied(tmp_path):
         np.testing.assert_allclose(embedding(out, HEAD), (embedding(tied) + embedding(untied, HEAD)) / 2, atol=1e-8)
         assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
         assert_runs(out, ["cat"])
-        model = AutoModelForCausalLM.from_pretrained(out)
+        model = transformers.AutoModelForCausalLM.from_pretrained(out)
         assert model.get_input_embeddings().weight.data_ptr() != model.get_output_embeddings().weight.data_ptr()
 
 

@@ -10,78 +10,93 @@ from fastinterp.backends.device import Piece
 from fastinterp.backends.triton.effects import Effects, Written
 from fastinterp.backends.triton.launch import Room
 from fastinterp.backends.triton.tables import Part, Table, aligned, tiles_of
+from fastinterp.ops.steps import Combine, GroupCombine
 
 PLAIN, BY_ROW, BY_COLUMN, CONVERT, COPY = range(5)  # as in _triton/combine.py
 
 
 def combine(room: Room, pieces: Sequence[Piece]) -> list[Written]:
-    """Weighted sums, by tensor, row or column."""
+    """Weighted sums of tensors. pieces: of Combine steps."""
+    return _launched(room, pieces, [part for i, piece in enumerate(pieces) for part in _plain(i, piece)])
+
+
+def group_combine(room: Room, pieces: Sequence[Piece]) -> list[Written]:
+    """Weighted sums by row or by column. pieces: of GroupCombine steps."""
+    return _launched(room, pieces, [part for i, piece in enumerate(pieces) for part in _groups(i, piece)])
+
+
+def _launched(room: Room, pieces: Sequence[Piece], parts: Sequence[Part]) -> list[Written]:
     same: dict[tuple[Any, ...], list[Part]] = {}
-    for i, piece in enumerate(pieces):
-        parts = _groups(i, piece) if piece.get("per", "tensor") != "tensor" else _plain(i, piece)
-        for part in parts:
-            copies = part.kind == COPY  # whatever is asked of the others
-            stochastic = bool(piece.get("keys")) and not copies
-            every = 0 if copies else piece["stats_every"]
-            alike = (part.kind, part.codes, piece["out_dtype"], stochastic, piece["fp8_saturate"] or copies, every)
-            same.setdefault(alike, []).append(part)
-    found = [Written(i, len(piece["outputs"])) for i, piece in enumerate(pieces)]
-    for (kind, codes, out, stochastic, saturate, every), parts in same.items():
+    for part in parts:
+        piece = pieces[part.piece]
+        step = piece.sum_step
+        copies = part.kind == COPY  # whatever is asked of the others
+        stochastic = bool(step.keys) and not copies
+        every = 0 if copies else piece.stats_every
+        alike = (part.kind, part.codes, step.out_dtype, stochastic, piece.fp8_saturate or copies, every)
+        same.setdefault(alike, []).append(part)
+    found = [Written(i, len(piece.outputs)) for i, piece in enumerate(pieces)]
+    for (kind, codes, out, stochastic, saturate, every), some in same.items():
         constants = {"N": len(codes), "DT": codes, "OUT": out, "WIDE": 0 in codes, "PER": kind, "SATURATE": saturate}
-        _run(room, parts, constants, stochastic, every, found)
+        _run(room, some, constants, stochastic, every, found)
     return found
 
 
 def _plain(i: int, piece: Piece) -> list[Part]:
     """The outputs of a piece, those with the same pivot and terms together."""
+    step = piece.step
+    assert isinstance(step, Combine)
     alike: dict[tuple[Any, ...], list[int]] = {}
-    for j, (pivot, total, terms) in enumerate(piece["rows"]):
+    for j, row in enumerate(step.rows):
         kind = PLAIN
-        if not terms and total == 1.0:
-            kind = COPY if piece["inputs"][pivot][1] == piece["out_dtype"] else CONVERT
-        alike.setdefault((kind, pivot, *[t for t, _ in terms]), []).append(j)
+        if row.is_copy:
+            kind = COPY if step.inputs[row.pivot].dtype == step.out_dtype else CONVERT
+        alike.setdefault((kind, row.pivot, *[t for t, _ in row.terms]), []).append(j)
     parts = []
     for (kind, *used), rows in alike.items():
         numbers = array("d")
         for j in rows:
-            _, total, terms = piece["rows"][j]
-            numbers.append(total)
-            numbers.extend([w for _, w in terms])
-        parts.append(_part(i, piece, kind, used, rows, bytearray(numbers)))
+            numbers.append(step.rows[j].total)
+            numbers.extend([w for _, w in step.rows[j].terms])
+        part = _part(i, piece, kind, used, rows, bytearray(numbers))
+        part.affine = [kind != PLAIN or step.rows[j].total == 1.0 for j in rows]
+        parts.append(part)
     return parts
 
 
 def _part(i: int, piece: Piece, kind: int, used: Sequence[int], rows: list[int], numbers: bytearray) -> Part:
     """`used`: pivot and terms."""
-    inputs, outputs, keys = piece["inputs"], piece["outputs"], piece.get("keys")
+    step = piece.sum_step
     return Part(
         piece=i,
-        addresses=[inputs[u][0] for u in used],
-        codes=tuple([inputs[u][1] for u in used]),
-        outs=[outputs[j] for j in rows],
-        keys=[keys[j] for j in rows] if keys else [0] * len(rows),
+        addresses=[piece.inputs[u] for u in used],
+        codes=tuple([step.inputs[u].dtype for u in used]),
+        outs=[piece.outputs[j] for j in rows],
+        keys=[step.keys[j] for j in rows] if step.keys else [0] * len(rows),
         rows=rows,
         numbers=numbers,
-        affine=[piece["rows"][j][1] == 1.0 for j in rows] if kind == PLAIN else [True] * len(rows),
+        affine=[True] * len(rows),
         kind=kind,
-        count=piece["numel"],
-        first=piece["first"],
+        count=piece.numel,
+        first=piece.first,
     )
 
 
 def _groups(i: int, piece: Piece) -> list[Part]:
     """The outputs of a piece whose weights differ by row or by column: of the rows that it lies in, or of all
     columns."""
-    columns, by_row = piece["columns"], piece["per"] == "row"
-    begin = piece["first"] // columns if by_row else 0
-    end = -(-(piece["first"] + piece["numel"]) // columns) if by_row else columns
+    step = piece.step
+    assert isinstance(step, GroupCombine)
+    columns, by_row = step.columns, step.per == "row"
+    begin = piece.first // columns if by_row else 0
+    end = -(-(piece.first + piece.numel) // columns) if by_row else columns
     parts = []
-    for j, (pivot, totals, inputs, weights) in enumerate(piece["rows"]):
-        n = len(inputs)
-        own = _doubles(totals)
-        numbers = bytearray(own[begin:end].tobytes()) + _doubles(weights)[begin * n : end * n].tobytes()
-        part = _part(i, piece, BY_ROW if by_row else BY_COLUMN, [pivot, *inputs], [j], numbers)
-        part.affine = [list(own).count(1.0) == len(own)]
+    for j, row in enumerate(step.rows):
+        n = len(row.inputs)
+        totals = _doubles(row.totals)
+        numbers = bytearray(totals[begin:end].tobytes()) + _doubles(row.weights)[begin * n : end * n].tobytes()
+        part = _part(i, piece, BY_ROW if by_row else BY_COLUMN, [row.pivot, *row.inputs], [j], numbers)
+        part.affine = [list(totals).count(1.0) == len(totals)]
         part.columns, part.group, part.groups = columns, begin, end - begin
         parts.append(part)
     return parts

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastinterp.backends.device import Pending, Piece
 from fastinterp.errors import BackendError, OutOfMemory
+from fastinterp.ops.steps import Step
 
 
 def interpreted() -> bool:
@@ -124,7 +125,7 @@ class TritonDevice:
                 return TritonQueue(self, torch.cuda.default_stream(self.index))
             return TritonQueue(self, torch.cuda.ExternalStream(handle, self.index))
 
-    def refuses(self, step: Mapping[str, Any]) -> str | None:
+    def refuses(self, step: Step) -> str | None:
         from fastinterp.backends.triton.pieces import refuses
 
         return refuses(step)
@@ -216,7 +217,7 @@ class TritonQueue:
         from fastinterp.backends.triton.launch import Room
         from fastinterp.backends.triton.pieces import run
 
-        nbytes = 8 * sum(piece["numel"] for piece in pieces)
+        nbytes = 8 * sum(piece.numel for piece in pieces)
         with self._current(f"kernels for {len(pieces)} pieces, at most {nbytes} bytes an operand,"):
             if self._stream is not None and torch.cuda.is_current_stream_capturing():
                 raise BackendError(

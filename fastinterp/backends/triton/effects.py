@@ -6,8 +6,9 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fastinterp.backends.triton.launch import ALIGNED, CHUNK, NATURAL, Room
+from fastinterp.backends.triton.launch import ALIGNED, NATURAL, Room
 from fastinterp.backends.triton.tables import Part, Table
+from fastinterp.ops.contract import CHUNK
 
 SPAN = 1 << 18  # elements that one program counts NaN and infinities of
 COUNTED = ("nan_in", "inf_in", "nan_out", "inf_out")

@@ -6,23 +6,27 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from fastinterp._C import STRIP, Counts
+from fastinterp._C import Counts
 from fastinterp.backends.device import Piece
 from fastinterp.backends.triton.launch import Answer, Room, alignment
 from fastinterp.backends.triton.tables import Part, Table
+from fastinterp.ops.contract import STRIP
+from fastinterp.ops.steps import Histogram, Score
 
-NO_SCORE, SPREAD, DIVERGENCE = range(3)  # as in _triton/scores.py
+NO_SCORE, VARIANCE, DIVERGENCE = range(3)  # as in _triton/scores.py
 STRIPS = 4  # of a program
 
 
-def score_of(score: tuple[str, int, bytes] | None) -> int:
-    return NO_SCORE if score is None else SPREAD if score[0] == "spread" else DIVERGENCE
+def score_code(score: Score | None) -> int:
+    return NO_SCORE if score is None else VARIANCE if score.kind == "variance" else DIVERGENCE
 
 
-def factors_of(score: tuple[str, int, bytes], part: Part) -> None:
-    """Gives a part the factors of the rows that it lies in."""
+def add_factors(score: Score | None, part: Part) -> None:
+    """Gives a part the factors of the rows that it lies in, if its score has such."""
+    if score is None or score.kind != "divergence":
+        return
     begin, end = part.first // part.columns, -(-(part.first + part.count) // part.columns)
-    factors = memoryview(score[2]).cast("B").cast("f")[begin:end]
+    factors = memoryview(score.factors).cast("B").cast("f")[begin:end]
     part.numbers, part.group = bytearray(array("d", factors).tobytes()), begin
 
 
@@ -35,7 +39,8 @@ def histogram(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
         shapes.append((elements, bins, brackets, sizes))
         bins, brackets = bins + sum(sizes), brackets + len(sizes)
         parts.append(part)
-        kinds.append((part.codes, score_of(piece["score"]), alignment(part.addresses, part.codes, part.count)))
+        score = score_code(_histogram(piece).score)
+        kinds.append((part.codes, score, alignment(part.addresses, part.codes, part.count)))
     counted, totals = room.zeros("int32", bins), room.zeros("int64", brackets, 2)
     strips = room.tile(STRIPS, 256)
     for kind in dict.fromkeys(kinds):
@@ -47,30 +52,33 @@ def histogram(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
     return [Answer(lambda shape=shape: _answer(counted, totals, *shape)) for shape in shapes]  # type: ignore[misc]
 
 
+def _histogram(piece: Piece) -> Histogram:
+    assert isinstance(piece.step, Histogram)
+    return piece.step
+
+
 def _part(piece: Piece, bins: int, brackets: int) -> tuple[Part, int, list[int]]:
     """With its elements that are looked at, and how many bins each bracket has."""
-    ranked, score = piece["ranked"], piece["score"]
-    read = range(len(piece["inputs"])) if score else sorted({0, *(input_ for input_, *_ in ranked)})
-    addresses, codes = zip(*(piece["inputs"][i] for i in read), strict=True)
-    part = Part(
-        0, list(addresses), codes, [], [], [], bytearray(), [], 0, piece["numel"], piece["first"], piece["columns"]
-    )
-    if score and score[0] == "divergence":
-        factors_of(score, part)
-    every, strip = piece["every"], piece["first"] // STRIP
+    step = _histogram(piece)
+    ranked, score = step.brackets, step.score
+    read = range(len(piece.inputs)) if score else sorted({0, *(bracket.input for bracket in ranked)})
+    addresses, codes = [piece.inputs[i] for i in read], tuple(step.inputs[i].dtype for i in read)
+    part = Part(0, addresses, codes, [], [], [], bytearray(), [], 0, piece.numel, piece.first, step.columns)
+    add_factors(score, part)
+    every, strip = step.every, piece.first // STRIP
     start = -(-strip // every) * every - strip
     looked = range(start, -(-part.count // STRIP), every)
     elements = len(looked) * STRIP
     if looked:
         elements -= max(0, (looked[-1] + 1) * STRIP - part.count)
-    sizes = [((high - low) >> shift) + 1 for _, low, high, shift in ranked]
+    sizes = [((bracket.high - bracket.low) >> bracket.shift) + 1 for bracket in ranked]
     # Those of one input next to each other; in front of them, for each input, where its own begin.
-    order = sorted(range(len(ranked)), key=lambda b: 0 if score else ranked[b][0])
-    starts = [sum(1 for b in ranked if not score and b[0] < i) for i in read] if not score else [0] * len(read)
+    order = sorted(range(len(ranked)), key=lambda b: 0 if score else ranked[b].input)
+    starts = [sum(1 for b in ranked if not score and b.input < i) for i in read] if not score else [0] * len(read)
     part.extra = [every, start, *starts, len(ranked)]
     for b in order:
-        _, low, high, shift = ranked[b]
-        part.extra += [low, high, shift, bins + sum(sizes[:b]), brackets + b]
+        bracket = ranked[b]
+        part.extra += [bracket.low, bracket.high, bracket.shift, bins + sum(sizes[:b]), brackets + b]
     return part, elements, sizes
 
 

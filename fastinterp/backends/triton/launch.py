@@ -8,8 +8,8 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-SIZES = (8, 4, 2, 2, 1, 1)  # bytes of an element, by dtype code
-CHUNK = 16384
+from fastinterp.ops.dtypes import CODE_BYTES
+
 _INTERPRETER = threading.Lock()
 ALIGNED, NATURAL, BYTES = 16, 0, 1  # VECTORS, ELEMENTS and BYTES of _triton/numbers.py
 
@@ -93,7 +93,7 @@ def alignment(addresses: Sequence[int], codes: Sequence[int], *counts: int) -> i
         low |= number
     if low % 16 == 0:
         return ALIGNED
-    natural = all(a % SIZES[code] == 0 for a, code in zip(addresses, codes, strict=True))
+    natural = all(a % CODE_BYTES[code] == 0 for a, code in zip(addresses, codes, strict=True))
     return NATURAL if natural else BYTES
 
 

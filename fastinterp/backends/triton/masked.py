@@ -4,83 +4,80 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastinterp.backends.device import Piece
 from fastinterp.backends.triton.effects import Effects, Written
-from fastinterp.backends.triton.histogram import factors_of, score_of
-from fastinterp.backends.triton.launch import CHUNK, Answer, Room, alignment, signed
+from fastinterp.backends.triton.histogram import add_factors, score_code
+from fastinterp.backends.triton.launch import Answer, Room, alignment, signed
 from fastinterp.backends.triton.measure import answer_of, fetched
 from fastinterp.backends.triton.tables import Part, Table, aligned, tiles_of
+from fastinterp.ops.contract import CHUNK
+from fastinterp.ops.steps import WORDS, MaskedOutput, MaskedStats, MaskedSum, MaskTest, Score
 
-WORDS = 1 << 32  # a random limit that draws nothing
 DRAWN = 3  # random keeps that a thread holds in registers for 4 or 8 elements; of more keeps, it does half as many
 OWN = 3  # deltas whose sums a program of `kept` holds in registers
 
 
-def is_random(keep: Mapping[str, int]) -> bool:
-    return min(keep["lo"], WORDS) < WORDS
-
-
-def _tests(score: tuple[str, int, bytes] | None, keeps: Sequence[Mapping[str, int]]) -> list[int]:
+def _tests(score: Score | None, tests: Sequence[MaskTest]) -> list[int]:
     """What stands at EXTRA: see _triton/masked.py."""
-    tests = [score[1] if score else 0]
-    for keep in keeps:
-        tests += [keep["least"], keep["most"], min(keep["lo"], WORDS), signed(keep["key"])]
-    return tests
+    numbers = [score.min_bits if score else 0]
+    for test in tests:
+        numbers += [test.min_bits, test.max_bits, min(test.low_limit, WORDS), signed(test.key)]
+    return numbers
 
 
-def masked(room: Room, pieces: Sequence[Piece]) -> list[Written]:
-    """Sums with masks, an output at a time."""
+def masked_sum(room: Room, pieces: Sequence[Piece]) -> list[Written]:
+    """Sums with masks, an output at a time. pieces: of MaskedSum steps."""
     same: dict[tuple[Any, ...], list[Part]] = {}
     for i, piece in enumerate(pieces):
-        for j, asked in enumerate(piece["masked"]):
-            part, constants = _part(i, j, piece, asked)
-            rounding = (piece["out_dtype"], bool(piece.get("keys")), piece["fp8_saturate"], piece["stats_every"])
+        step = piece.step
+        assert isinstance(step, MaskedSum)
+        for j, output in enumerate(step.outputs):
+            part, constants = _part(i, j, piece, step, output)
+            rounding = (step.out_dtype, bool(step.keys), piece.fp8_saturate, piece.stats_every)
             same.setdefault((*rounding, constants), []).append(part)
-    found = [Written(i, len(piece["outputs"])) for i, piece in enumerate(pieces)]
+    found = [Written(i, len(piece.outputs)) for i, piece in enumerate(pieces)]
     for (out, stochastic, saturate, every, constants), parts in same.items():
         _launch(room, parts, out, stochastic, saturate, every, constants, found)
     return found
 
 
-def _part(i: int, j: int, piece: Piece, asked: Mapping[str, Any]) -> tuple[Part, tuple[Any, ...]]:
+def _part(i: int, j: int, piece: Piece, step: MaskedSum, output: MaskedOutput) -> tuple[Part, tuple[Any, ...]]:
     """One output, and the constants of its kernel."""
-    terms, score = asked["terms"], asked["score"]
-    important = terms[0]["importance"] >= 0
-    used = [asked["base"], *(t["input"] for t in terms), *(t["importance"] for t in terms if important)]
+    terms, score = output.terms, output.score
+    important = terms[0].importance >= 0
+    used = [output.base, *(t.input for t in terms), *(t.importance for t in terms if important)]
     reads = list(dict.fromkeys(used))
-    numbers = array("d", (asked["least_share"], asked["other_share"], asked["limit"]))
+    numbers = array("d", (output.least_share, output.other_share, output.limit))
     for t in terms:
-        numbers.extend((t["weight"], t["vote"], t["share"], t["alone"], t["weight"] * 1e-6))
-    keys = piece.get("keys") or [0] * len(piece["outputs"])
+        numbers.extend((t.weight, t.sign_weight, t.share, t.sole_weight, t.weight * 1e-6))
     part = Part(
         piece=i,
-        addresses=[piece["inputs"][r][0] for r in reads],
-        codes=tuple(piece["inputs"][r][1] for r in reads),
-        outs=[piece["outputs"][j]],
-        keys=[keys[j]],
+        addresses=[piece.inputs[r] for r in reads],
+        codes=tuple(step.inputs[r].dtype for r in reads),
+        outs=[piece.outputs[j]],
+        keys=[step.keys[j] if step.keys else 0],
         rows=[j],
         numbers=bytearray(),
         affine=[True],
         kind=0,
-        count=piece["numel"],
-        first=piece["first"],
-        columns=piece["columns"],
-        extra=_tests(score, [t["keep"] for t in terms]),
+        count=piece.numel,
+        first=piece.first,
+        columns=step.columns,
+        extra=_tests(score, [t.test for t in terms]),
     )
-    if score and score[0] == "divergence":
-        factors_of(score, part)
+    add_factors(score, part)
     part.numbers = bytearray(numbers.tobytes()) + part.numbers
     constants = (
         part.codes,
-        tuple(reads.index(t["input"]) for t in terms),
-        tuple(reads.index(t["importance"]) for t in terms) if important else (),
-        tuple(is_random(t["keep"]) for t in terms),
-        *(bool(asked[name]) for name in ("votes", "divides", "alone")),
-        asked["limit"] != math.inf,
-        score_of(score),
+        tuple(reads.index(t.input) for t in terms),
+        tuple(reads.index(t.importance) for t in terms) if important else (),
+        tuple(t.test.is_random for t in terms),
+        *(output.elects_signs, output.divides, output.has_sole_weights),
+        output.limit != math.inf,
+        score_code(score),
     )
     return part, constants
 
@@ -119,23 +116,22 @@ def _launch(
 # --- what keeps leave ------------------------------------------------------------------------------------------------
 
 
-def kept(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
-    """L1 norms, squares and counts of what keeps leave of deltas."""
+def masked_stats(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
+    """L1 norms, squares and counts of what masks leave of deltas. pieces: of MaskedStats steps."""
     same: dict[tuple[Any, ...], list[int]] = {}
     for i, piece in enumerate(pieces):
-        kind = (
-            tuple(code for _, code in piece["inputs"]), tuple(map(is_random, piece["keeps"][1:])),
-            score_of(piece["score"]), piece["l1"], piece["squares"],
-        )  # fmt: skip
-        same.setdefault(kind, []).append(i)
+        step = piece.step
+        assert isinstance(step, MaskedStats)
+        random = tuple(test.is_random for test in step.tests[1:])
+        same.setdefault((piece.codes, random, score_code(step.score), step.l1, step.squares), []).append(i)
     answers: list[Answer | None] = [None] * len(pieces)
     for kind, places in same.items():
-        for i, answer in zip(places, _kept(room, [pieces[i] for i in places], *kind), strict=True):
+        for i, answer in zip(places, _stats(room, [pieces[i] for i in places], *kind), strict=True):
             answers[i] = answer
     return [answer for answer in answers if answer is not None]
 
 
-def _kept(
+def _stats(
     room: Room, pieces: Sequence[Piece], codes: tuple[int, ...], random: tuple[bool, ...], score: int, l1: bool,
     squares: bool,
 ) -> list[Answer]:  # fmt: skip
@@ -169,11 +165,11 @@ def _kept(
 
 
 def _left(piece: Piece, codes: tuple[int, ...]) -> Part:
-    addresses = [address for address, _ in piece["inputs"]]
+    step = piece.step
+    assert isinstance(step, MaskedStats)
     part = Part(
-        0, addresses, codes, [], [], [], bytearray(), [], 0, piece["numel"], piece["first"], piece["columns"],
-        extra=_tests(piece["score"], piece["keeps"][1:]),
+        0, list(piece.inputs), codes, [], [], [], bytearray(), [], 0, piece.numel, piece.first, step.columns,
+        extra=_tests(step.score, step.tests[1:]),
     )  # fmt: skip
-    if piece["score"] and piece["score"][0] == "divergence":
-        factors_of(piece["score"], part)
+    add_factors(step.score, part)
     return part

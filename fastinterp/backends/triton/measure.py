@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastinterp.backends.device import Piece
-from fastinterp.backends.triton.launch import CHUNK, Answer, Room, alignment
+from fastinterp.backends.triton.launch import Answer, Room, alignment
 from fastinterp.backends.triton.tables import Part, Table
+from fastinterp.ops.contract import BLOCK_ROWS, CHUNK, LANES
+from fastinterp.ops.steps import Measure
 
-BLOCK_ROWS = 64  # that a column sums before its blocks fold
-LANES = 256
 TOGETHER = 4  # inputs whose sums fit into registers
 FETCHED = 1 << 20  # numbers that are folded on the host: more are folded on the device first
 
@@ -51,8 +51,9 @@ def measure(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
     """Measures of tensors, rows or columns, of inputs or deltas."""
     same: dict[tuple[Any, ...], list[int]] = {}
     for i, piece in enumerate(pieces):
-        codes = tuple(code for _, code in piece["inputs"])
-        same.setdefault((codes, piece["kind"] == "measure_deltas", piece.get("per", "tensor")), []).append(i)
+        step = piece.step
+        assert isinstance(step, Measure)
+        same.setdefault((piece.codes, step.deltas, step.per), []).append(i)
     answers: list[Answer | None] = [None] * len(pieces)
     for (codes, deltas, per), places in same.items():
         some = [pieces[i] for i in places]
@@ -68,8 +69,7 @@ def _width(n: int) -> int:
 
 def _part(piece: Piece, begin: int, count: int, columns: int, place: int) -> Part:
     """Some elements of a piece, in rows of so many; `place`: of their first answer."""
-    addresses, codes = [a for a, _ in piece["inputs"]], tuple(code for _, code in piece["inputs"])
-    part = Part(0, addresses, codes, [], [], [], bytearray(), [], 0, piece["numel"], piece["first"], columns)
+    part = Part(0, list(piece.inputs), piece.codes, [], [], [], bytearray(), [], 0, piece.numel, piece.first, columns)
     part = part.at(begin, count, 0)
     part.columns, part.place = columns, place
     return part
@@ -109,8 +109,8 @@ def _rows(room: Room, pieces: Sequence[Piece], codes: tuple[int, ...], deltas: b
     parts, tiles, shapes = [], [], []
     place = 0
     for piece in pieces:
-        numel = piece["numel"]
-        columns = piece["columns"] if per == "row" else numel
+        numel = piece.numel
+        columns = piece.step.columns if per == "row" else numel
         rows, chunks = (numel // columns if columns else int(per == "tensor")), -(-columns // CHUNK)
         shapes.append((place, rows, chunks))
         # Whole chunks apart from the rest, whose end may be no multiple of 16.
@@ -139,11 +139,12 @@ def _columns(room: Room, pieces: Sequence[Piece], codes: tuple[int, ...], deltas
     parts, tiles, shapes = [], [], []
     place = 0  # in columns of answers
     for piece in pieces:
-        columns, rows = piece["columns"], piece["numel"] // piece["columns"]
+        columns = piece.step.columns
+        rows = piece.numel // columns
         blocks = -(-rows // BLOCK_ROWS)
         shapes.append((place, blocks, columns))
         if blocks:
-            parts.append(_part(piece, 0, piece["numel"], columns, place))
+            parts.append(_part(piece, 0, piece.numel, columns, place))
             tiles.append(blocks * -(-columns // LANES))
         place += blocks * columns
     width, n = _width(len(codes)), len(codes)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fastinterp.backends.triton.launch import ALIGNED, NATURAL, SIZES, Room, alignment, signed, steps
+from fastinterp.backends.triton.launch import ALIGNED, NATURAL, Room, alignment, signed, steps
+from fastinterp.ops.dtypes import CODE_BYTES
 
 
 @dataclass(slots=True)
@@ -42,8 +43,8 @@ class Part:
         """Some of its elements."""
         if not begin and count == self.count:
             return self
-        addresses = [a + begin * SIZES[c] for a, c in zip(self.addresses, self.codes, strict=True)]
-        outs = [out + begin * SIZES[out_code] for out in self.outs]
+        addresses = [a + begin * CODE_BYTES[c] for a, c in zip(self.addresses, self.codes, strict=True)]
+        outs = [out + begin * CODE_BYTES[out_code] for out in self.outs]
         return replace(self, addresses=addresses, outs=outs, count=count, first=self.first + begin)
 
     def of(self, inputs: Sequence[int]) -> Part:

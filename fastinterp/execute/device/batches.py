@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastinterp.backends.pieces import cut, join, join_stats
 from fastinterp.errors import BackendError
 from fastinterp.execute.jobs import Result
-from fastinterp.ops.dtypes import DTYPES
+from fastinterp.ops.dtypes import CODE_BYTES
+from fastinterp.ops.steps import Step, Stored, SumStep, join_stats
 
 ALIGN = 256  # bytes: where operands begin in a slot, as the widest loads of any device want it
 _PARTS = 4096  # of a batch at most: a tensor of a few elements costs a batch no bytes, but time
-_SIZES = {dtype.code: dtype.bits // 8 for dtype in DTYPES.values() if dtype.code is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class Operand:
 class Part:
     """Elements first .. first + count of a step. Its own parts, if it was cut once more, answer for it together."""
 
-    native: Mapping[str, Any]
+    native: Step
     first: int
     count: int
     whole: Part | None = None
@@ -46,13 +45,11 @@ class Part:
     @property
     def nbytes(self) -> int:
         """In a slot, all operands aligned."""
-        return sum(aligned(self.count * width) for width in widths(self.native))
+        return sum(aligned(self.count * width) for width in self.native.widths)
 
     def cut(self, most: int) -> list[Part]:
         """Parts of at most so many bytes each, or the smallest that there are. One: this part itself."""
-        every = widths(self.native)
-        native = {**self.native, "numel": self.count}
-        pieces = cut(native, max(1, most - ALIGN * len(every)))
+        pieces = self.native.cut(max(1, most - ALIGN * len(self.native.widths)), self.count)
         if len(pieces) == 1:
             return [self]
         self.parts = [Part(self.native, self.first + first, count, self) for first, count in pieces]
@@ -69,15 +66,9 @@ class Part:
                 whole.take(joined(whole.native, [one for one in found if one is not None]))
 
 
-def joined(native: Mapping[str, Any], results: Sequence[Result]) -> Result:
+def joined(native: Step, results: Sequence[Result]) -> Result:
     """What came of a step from what came of its parts, in order."""
-    return Result(join(native, [r.answer for r in results]), join_stats([r.stats for r in results]))
-
-
-def widths(native: Mapping[str, Any]) -> list[int]:
-    """Bytes of an element of each input, then of each output."""
-    every = [_SIZES[code] for _, _, code in native["inputs"]]
-    return every + [_SIZES[native["out_dtype"]]] * len(native["sinks"]) if "sinks" in native else every
+    return Result(native.join([r.answer for r in results]), join_stats([r.stats for r in results]))
 
 
 def aligned(nbytes: int) -> int:
@@ -96,13 +87,15 @@ class Batch:
         self.outputs: list[list[Operand]] = []
         at = 0
         for part in self.parts:
-            triples = [(h, offset, _SIZES[code]) for h, offset, code in part.native["inputs"]]
+            stored = [operand for operand in part.native.inputs if isinstance(operand, Stored)]
+            triples = [(operand.source, operand.offset, CODE_BYTES[operand.dtype]) for operand in stored]
             at = _lay_out(part, triples, at, self.inputs)
         self.input_bytes = at
         for part in self.parts:
-            native = part.native
-            pairs = zip(native.get("sinks", ()), native.get("offsets", ()), strict=True)
-            triples = [(h, offset, _SIZES[native["out_dtype"]]) for h, offset in pairs]
+            native, triples = part.native, []
+            if isinstance(native, SumStep):
+                places = zip(native.sinks, native.offsets, strict=True)
+                triples = [(sink, offset, CODE_BYTES[native.out_dtype]) for sink, offset in places]
             at = _lay_out(part, triples, at, self.outputs)
         self.nbytes = at
         self.bytes_read = sum(o.nbytes for some in self.inputs for o in some)
@@ -243,5 +236,5 @@ class Work:
 
 def _smallest(part: Part) -> int:
     """Bytes of the largest of the smallest parts that a part can be cut into; of the part, if it cannot be cut."""
-    first, count = cut({**part.native, "numel": part.count}, 1)[0]
+    first, count = part.native.cut(1, part.count)[0]
     return Part(part.native, part.first + first, count).nbytes

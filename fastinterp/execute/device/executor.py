@@ -6,20 +6,21 @@ Imported only where a device was asked for, or `--device auto` chose one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastinterp.backends.cpu import Progress
+from fastinterp.backends.cpu import Handle, Progress, PumpOptions
 from fastinterp.backends.device import Device
 from fastinterp.errors import UsageError
 from fastinterp.execute.device.batches import Part, Work, batches
 from fastinterp.execute.device.worker import LEAST_SLOT, Files, Worker
 from fastinterp.execute.jobs import Result
 from fastinterp.execute.rounds import DeviceUsage, Machine
-from fastinterp.execute.sources import dtype_code, gathers
 from fastinterp.execute.tensor_io import Step
 from fastinterp.messages import size
+from fastinterp.ops.steps import Combine, CopyEqual, Histogram, MaskedSum
+from fastinterp.ops.steps import Step as NativeStep
 
 # Of each device. Shorter slots cost more of Python than of the bus (tried: 4, 8, 16, 32 MiB), longer ones more to lock.
 SLOTS, SLOT_BYTES = 8, 16 << 20
@@ -52,21 +53,22 @@ class DeviceMachine(Machine):
     def __init__(
         self,
         devices: Sequence[Device],
-        settings: dict[str, Any],
+        sources: Sequence[Handle],
+        sinks: Sequence[Handle],
+        options: PumpOptions,
         explained: Callable[[tuple[Any, ...], Sequence[Step]], Exception],
         total: int,
         progress: Progress | None,
         max_memory: int,
     ):
         window = device_window(max_memory, len(devices))
-        super().__init__(settings, explained, total, progress, max_memory - window)
-        files = Files(settings["sources"], settings["sinks"], settings["prefetch"])
-        threads, each = settings["threads"] // len(devices), window // len(devices)
+        super().__init__(sources, sinks, options, explained, total, progress, max_memory - window)
+        files = Files(sources, sinks, options)
+        threads, each = options.threads // len(devices), window // len(devices)
         slot = max(LEAST_SLOT, min(SLOT_BYTES, each // SLOTS))
         self._workers = [Worker(device, each, slot, SLOTS, threads, files) for device in devices]
         self._window = each
         self._on_cpu: dict[str, set[str]] = {}  # why the processor works on tensors, and their names
-        self._unfilled: dict[int, Any] = {}  # masks that a survey on a device did not fill
         self._work = Work((), 0)  # of the round that runs
         self._pinned = 0  # bytes of slots at most
 
@@ -128,12 +130,12 @@ class DeviceMachine(Machine):
         parts: dict[int, list[Part]] = {}
         rest: dict[int, Step] = {}
         for i, step in enumerate(steps):
-            native = self._without_lost_masks(step.native)
+            native = step.native
+            if isinstance(native, MaskedSum):
+                native = native.with_filled_masks()
             why = _nothing_to_compute(native) or self._workers[0].device.refuses(native)
             if why is None:
-                if native["kind"] == "kept" and "masks" in native:
-                    native = self._unmasked(native)
-                own = Part({**native, **self._writing(native)}, 0, native["numel"]).cut(most)
+                own = Part(native, 0, native.numel).cut(most)
                 if 2 * own[0].nbytes <= self._window:
                     parts[i] = own
                     continue
@@ -141,29 +143,6 @@ class DeviceMachine(Machine):
             self._on_cpu.setdefault(why, set()).add(step.name)
             rest[i] = replace(step, native=native)
         return parts, rest
-
-    def _writing(self, native: Mapping[str, Any]) -> dict[str, Any]:
-        """What a piece says, and the pump is told for all of its steps."""
-        if "sinks" not in native:
-            return {}
-        return {name: self._settings[name] for name in ("stats_every", "fp8_saturate")}
-
-    def _unmasked(self, native: Mapping[str, Any]) -> dict[str, Any]:
-        """A survey of keeps that fills no masks: devices find again what is kept, for less than it costs to send."""
-        masks = native["masks"][0]
-        self._unfilled[id(masks)] = masks
-        return {k: v for k, v in native.items() if k != "masks"}
-
-    def _without_lost_masks(self, native: dict[str, Any]) -> dict[str, Any]:
-        """A sum that does not rely on masks which no survey has filled."""
-        if native["kind"] != "masked" or not self._unfilled:
-            return native
-
-        def term(given: dict[str, Any]) -> dict[str, Any]:
-            lost = given["known"] is not None and id(given["known"][0]) in self._unfilled
-            return {**given, "known": None} if lost else given
-
-        return {**native, "masked": [{**m, "terms": [term(t) for t in m["terms"]]} for m in native["masked"]]}
 
     def _shown(self, before: int) -> Progress:
         return lambda done, _: self._tell(before + done)
@@ -184,20 +163,18 @@ class DeviceMachine(Machine):
             self._progress(self._told, self._total)
 
 
-def _nothing_to_compute(native: Mapping[str, Any]) -> str | None:
+def _nothing_to_compute(step: NativeStep) -> str | None:
     """Why a step is the processor's, whatever devices can do: sending the bytes would cost more than the work."""
-    if gathers(native["inputs"]):
+    if step.gathers:
         return "rows that are moved"
-    if native["kind"] == "same":
+    if isinstance(step, CopyEqual):
         return "not averaged"
-    if not native["numel"]:
+    if not step.numel:
         return "empty"
-    if native["kind"] == "histogram" and native["every"] > 1:
+    if isinstance(step, Histogram) and step.every > 1:
         return _SAMPLES
-    if native["kind"] == "combine" and native.get("per", "tensor") == "tensor" and len(native["inputs"]) == 1:
-        copies = all(total == 1.0 and not terms for _, total, terms in native["rows"])
-        if copies and dtype_code(native["inputs"][0]) == native["out_dtype"]:
-            return "copies"
+    if isinstance(step, Combine) and len(step.inputs) == 1 and step.inputs[0].dtype == step.out_dtype:
+        return "copies" if all(row.is_copy for row in step.rows) else None
     return None
 
 

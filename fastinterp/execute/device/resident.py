@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fastinterp.backends.device import Piece
 from fastinterp.errors import BackendError
 from fastinterp.execute.jobs import Result
 from fastinterp.execute.tensor_io import Step
+from fastinterp.ops.steps import Step as NativeStep
+from fastinterp.ops.steps import Stored, SumStep, WritingStep
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device, Pending, Queue
@@ -50,7 +53,7 @@ class ResidentMachine:
         waits = [self._waits(step) for step in steps]
         asked = [k for k, wait in enumerate(waits) if wait]
         written = [k for k, wait in enumerate(waits) if not wait]
-        results = [Result(None, [{} for _ in step.native.get("sinks", ())]) for step in steps]
+        results = [Result(None, [{} for _ in _sinks(step.native)]) for step in steps]
         pending: list[Pending] = []
         event = None
         if asked:
@@ -64,7 +67,7 @@ class ResidentMachine:
             results[k] = Result(found.answer(), found.stats())
         return results
 
-    def pieces(self, steps: Sequence[Step]) -> list[dict[str, Any]]:
+    def pieces(self, steps: Sequence[Step]) -> list[Piece]:
         """The steps as the device takes them: whole tensors, with addresses. Raises: as `run`."""
         for step in steps:
             self._check(step)
@@ -85,14 +88,22 @@ class ResidentMachine:
 
     def _waits(self, step: Step) -> bool:
         """Whether the host needs something of what the step finds."""
-        return bool(self._stats_every) or "sinks" not in step.native
+        return bool(self._stats_every) or not isinstance(step.native, WritingStep)
 
-    def _piece(self, native: dict[str, Any]) -> dict[str, Any]:
-        inputs = [(self._sources[source][1] + offset, code) for source, offset, code in native["inputs"]]
-        left = {k: v for k, v in native.items() if k not in ("sinks", "offsets")}
-        piece = {**left, "inputs": inputs, "first": 0}
-        if "sinks" in native:
-            places = zip(native["sinks"], native["offsets"], strict=True)
-            piece["outputs"] = [self._sinks[sink][1] + offset for sink, offset in places]
-            piece |= {"stats_every": self._stats_every, "fp8_saturate": True}
-        return piece
+    def _piece(self, native: NativeStep) -> Piece:
+        stored = [operand for operand in native.inputs if isinstance(operand, Stored)]
+        outputs: tuple[int, ...] = ()
+        if isinstance(native, SumStep):
+            places = zip(native.sinks, native.offsets, strict=True)
+            outputs = tuple(self._sinks[sink][1] + offset for sink, offset in places)
+        return Piece(
+            step=native,
+            inputs=tuple(self._sources[operand.source][1] + operand.offset for operand in stored),
+            outputs=outputs,
+            numel=native.numel,
+            stats_every=self._stats_every,
+        )
+
+
+def _sinks(step: NativeStep) -> tuple[int, ...]:
+    return step.sinks if isinstance(step, WritingStep) else ()

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
+from fastinterp.backends.device import Piece
 from fastinterp.backends.torch_device import pinned
 from fastinterp.errors import BackendError
 from fastinterp.execute.rounds import Machine
 from fastinterp.execute.tensor_io import Step
-from fastinterp.ops.dtypes import DTYPES
+from fastinterp.ops.contract import CHUNK
+from fastinterp.ops.dtypes import CODE_BYTES
+from fastinterp.ops.steps import Combine, CopyEqual, Stored
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Event, Queue
 
 _SLOT_BYTES = 64 << 20  # of pinned memory; there are two, one being filled while the other is read
 _ALIGN = 256  # bytes
-_CHUNK = 16384  # elements: pieces begin at multiples of it
-_WIDTH = {dtype.code: dtype.bits // 8 for dtype in DTYPES.values() if dtype.code is not None}
 
 
 class _Slot:
@@ -51,17 +54,20 @@ class StreamedMachine:
         self._queue, self._sources, self._sinks, self._filled = queue, sources, sinks, filled
         self._slots = [_Slot(), _Slot()]
         self._reads: list[Step] = []
-        self._pieces: list[dict[str, Any]] = []
+        self._pieces: list[Piece] = []
         self._used = 0
 
     def run(self, steps: Sequence[Step]) -> None:
-        """steps  of kind "combine", with one sum for the whole tensor. Raises: what the pump does."""
+        """steps  Combine, of stored operands. Raises: TypeError, if they are others; what the pump does."""
         for step in steps:
             native = step.native
-            width = sum(_WIDTH[code] for source, _, code in native["inputs"] if self._is_host(source))
-            most = (_SLOT_BYTES - _ALIGN * len(native["inputs"])) // max(1, width) // _CHUNK * _CHUNK
-            for first in range(0, native["numel"], most):
-                self._add(native, first, min(most, native["numel"] - first))
+            if not isinstance(native, Combine):
+                raise TypeError(f"steps of kind {native.kind} are not streamed")
+            stored = [operand for operand in native.inputs if isinstance(operand, Stored)]
+            width = sum(CODE_BYTES[operand.dtype] for operand in stored if self._is_host(operand.source))
+            most = (_SLOT_BYTES - _ALIGN * len(stored)) // max(1, width) // CHUNK * CHUNK
+            for first in range(0, native.numel, most):
+                self._add(native, stored, first, min(most, native.numel - first))
         self._flush()
         for slot in self._slots:
             if slot.read is not None:
@@ -71,30 +77,26 @@ class StreamedMachine:
         handle = self._sources[source]
         return not (isinstance(handle, tuple) and handle[0] == "device")
 
-    def _add(self, native: dict[str, Any], first: int, count: int) -> None:
+    def _add(self, native: Combine, stored: Sequence[Stored], first: int, count: int) -> None:
         """Elements first..first+count of a step, into the slot that is being filled."""
-        sizes = [count * _WIDTH[code] for source, _, code in native["inputs"] if self._is_host(source)]
+        sizes = [count * CODE_BYTES[operand.dtype] for operand in stored if self._is_host(operand.source)]
         if self._used + sum(sizes) + _ALIGN * len(sizes) > _SLOT_BYTES:
             self._flush()
         inputs = []
-        for source, offset, code in native["inputs"]:
-            start = offset + first * _WIDTH[code]
-            if self._is_host(source):
-                inputs.append((self._slots[0].address + self._used, code))
-                self._read((source, start, code), count * _WIDTH[code])
+        for operand in stored:
+            start = operand.offset + first * CODE_BYTES[operand.dtype]
+            if self._is_host(operand.source):
+                inputs.append(self._slots[0].address + self._used)
+                self._read(replace(operand, offset=start), count * CODE_BYTES[operand.dtype])
             else:
-                inputs.append((self._sources[source][1] + start, code))
-        places = zip(native["sinks"], native["offsets"], strict=True)
-        at = first * _WIDTH[native["out_dtype"]]
-        outputs = [self._sinks[sink][1] + offset + at for sink, offset in places]
-        left = {k: v for k, v in native.items() if k not in ("sinks", "offsets")}
-        self._pieces.append(
-            {**left, "inputs": inputs, "outputs": outputs, "first": first, "numel": count, "stats_every": 0,
-             "fp8_saturate": True}
-        )  # fmt: skip
+                inputs.append(self._sources[operand.source][1] + start)
+        places = zip(native.sinks, native.offsets, strict=True)
+        at = first * CODE_BYTES[native.out_dtype]
+        outputs = tuple(self._sinks[sink][1] + offset + at for sink, offset in places)
+        self._pieces.append(Piece(step=native, inputs=tuple(inputs), outputs=outputs, first=first, numel=count))
 
-    def _read(self, operand: tuple[int, int, int], nbytes: int) -> None:
-        native = {"kind": "same", "inputs": [operand], "numel": nbytes, "sinks": [0], "offsets": [self._used]}
+    def _read(self, operand: Stored, nbytes: int) -> None:
+        native = CopyEqual(inputs=(operand,), numel=nbytes, sinks=(0,), offsets=(self._used,))
         self._reads.append(Step("", native, 2 * nbytes))
         self._used += -(-nbytes // _ALIGN) * _ALIGN
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
-from fastinterp.backends.device import Buffer, Device, Event, Pending, Queue
+from fastinterp.backends.cpu import Handle, PumpOptions
+from fastinterp.backends.device import Buffer, Device, Event, Pending, Piece, Queue
 from fastinterp.errors import BackendError, OutOfMemory
 from fastinterp.execute.device.batches import Batch, Operand, Work
 from fastinterp.execute.jobs import Result
@@ -28,14 +29,11 @@ _READERS, _WRITERS = 8, 4  # threads for one device at most: its bus is not fast
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What a round reads and writes, as the pump has it: file descriptors, or ("memory", address, bytes).
+    """What a round reads and writes, and how, as the pump has it."""
 
-    ahead  files are not in the page cache: ask for them early
-    """
-
-    sources: Sequence[Any]
-    sinks: Sequence[Any]
-    ahead: bool
+    sources: Sequence[Handle]
+    sinks: Sequence[Handle]
+    options: PumpOptions
 
 
 class FileError(Exception):
@@ -230,10 +228,11 @@ class _Session:
 
     def _fill(self, slot: Slot, batch: Batch) -> None:
         operands = [o for some in batch.inputs for o in some]
-        if self._files.ahead and hasattr(os, "posix_fadvise"):
+        if self._files.options.prefetch and hasattr(os, "posix_fadvise"):
             for o in operands:
-                if isinstance(self._files.sources[o.handle], int):
-                    os.posix_fadvise(self._files.sources[o.handle], o.offset, o.nbytes, os.POSIX_FADV_WILLNEED)
+                source = self._files.sources[o.handle]
+                if isinstance(source, int):
+                    os.posix_fadvise(source, o.offset, o.nbytes, os.POSIX_FADV_WILLNEED)
         for o in operands:
             if self._work.stopped:
                 return
@@ -254,15 +253,17 @@ class _Session:
                 event = self._download.record()
             self._launched.put((batch, slot, event, pendings))
 
-    def _piece(self, slot: Slot, batch: Batch, i: int) -> dict[str, Any]:
-        part = batch.parts[i]
-        codes = [code for _, _, code in part.native["inputs"]]
-        places = [slot.memory.address + o.place for o in batch.inputs[i]]
-        piece = {k: v for k, v in part.native.items() if k not in ("sinks", "offsets")}
-        piece |= {"inputs": list(zip(places, codes, strict=True)), "numel": part.count, "first": part.first}
-        if "sinks" in part.native:
-            piece["outputs"] = [slot.memory.address + o.place for o in batch.outputs[i]]
-        return piece
+    def _piece(self, slot: Slot, batch: Batch, i: int) -> Piece:
+        part, options = batch.parts[i], self._files.options
+        return Piece(
+            step=part.native,
+            inputs=tuple(slot.memory.address + o.place for o in batch.inputs[i]),
+            outputs=tuple(slot.memory.address + o.place for o in batch.outputs[i]),
+            numel=part.count,
+            first=part.first,
+            stats_every=options.stats_every,
+            fp8_saturate=options.fp8_saturate,
+        )
 
     # --- threads that write
 
@@ -295,7 +296,7 @@ class _Session:
 # --- reads and writes, with the pump's errors ------------------------------------------------------------------------
 
 
-def _read_into(slot: Slot, o: Operand, source: Any) -> None:
+def _read_into(slot: Slot, o: Operand, source: Handle) -> None:
     if not isinstance(source, int):
         _, address, size = source
         held = max(0, min(o.nbytes, size - o.offset))
@@ -314,7 +315,7 @@ def _read_into(slot: Slot, o: Operand, source: Any) -> None:
         done += got
 
 
-def _write_from(slot: Slot, o: Operand, sink: Any) -> None:
+def _write_from(slot: Slot, o: Operand, sink: Handle) -> None:
     if not isinstance(sink, int):
         _, address, size = sink
         held = max(0, min(o.nbytes, size - o.offset))

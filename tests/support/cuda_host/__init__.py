@@ -6,20 +6,21 @@ Kernels run as they are, thread by thread. `fake` controls the runtime: see runt
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import importlib.machinery
 import importlib.util
 import os
 import shutil
-import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parents[3]
-CSRC, HERE = ROOT / "csrc", Path(__file__).resolve().parent
+from tests.support import build_cache
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[2] / "csrc"
+FOLDER = build_cache.BUILD / "cuda_host"
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")  # those are of unrolled loops
 
@@ -33,45 +34,28 @@ def missing() -> str:
     return "" if shutil.which(_compiler()[0]) else f"no C++ compiler: {_compiler()[0]}"
 
 
-def _compile(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-
-
-def _object(source: Path, folder: Path) -> Path:
-    """Compile one source, unless that was done before with the same contents of everything it may include."""
+def _object(source: Path) -> Path:
+    """The object file of one source."""
     import pybind11
 
     includes = [f"-I{HERE / 'include'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    compiler, flags = _compiler(), [*FLAGS, *WARNINGS, *includes]
-    headers = sorted([*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.h"), *(HERE / "include").glob("*.h")])
-    key = hashlib.sha256(repr((compiler, flags)).encode())
-    for path in (source, *headers):
-        key.update(path.read_bytes())
-    target = folder / f"{source.stem}-{key.hexdigest()[:16]}.o"
-    if not target.exists():
-        made = target.with_suffix(f".{os.getpid()}.o")
-        _compile([*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(made)])
-        made.replace(target)
-    return target
+    flags = [*FLAGS, *WARNINGS, *includes]
+    headers = sorted([*CSRC.rglob("*.h"), *(HERE / "include").glob("*.h")])
+    key = build_cache.key(_compiler(), [*flags, pybind11.__version__], [source, *headers])
+    command = [*_compiler(), *flags, "-x", "c++", "-c", str(source), "-o"]
+    return build_cache.made(FOLDER / f"{source.stem}-{key}.o", lambda path: build_cache.run([*command, str(path)]))
 
 
 @cache
 def library() -> Path:
-    """The extension's file, built if its sources have changed: in build/cuda_host."""
-    folder = ROOT / "build" / "cuda_host"
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = sorted([*(CSRC / "cuda").glob("*.cpp"), *(CSRC / "cuda").glob("*.cu"), *HERE.glob("*.cpp")])
+    """The extension's file, in build/cuda_host."""
+    cuda = [path for path in (CSRC / "cuda").rglob("*.c*") if path.suffix in (".cpp", ".cu")]
+    sources = sorted([CSRC / "binding" / "parse.cpp", *cuda, *HERE.glob("*.cpp")])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: _object(source, folder), sources))
-    key = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
-    target = folder / f"_cuda-{key}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not target.exists():
-        made = target.with_suffix(f".{os.getpid()}")
-        _compile([*_compiler(), "-shared", "-pthread", "-o", str(made), *map(str, objects)])
-        made.replace(target)
-    return target
+        objects = [str(path) for path in pool.map(_object, sources)]
+    flags = ["-shared", "-pthread", *objects]
+    name = f"_cuda-{build_cache.key(_compiler(), flags, [])}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return build_cache.made(FOLDER / name, lambda path: build_cache.run([*_compiler(), *flags, "-o", str(path)]))
 
 
 @cache

@@ -1,0 +1,228 @@
+// The extension module fastinterp._C: argument checks, the GIL, and conversions. No arithmetic.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../cpu/backend.h"
+#include "../decoder.h"
+#include "../histogram.h"
+#include "../memory.h"
+#include "../pump.h"
+#include "parse.h"
+#include "steps.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using fi::Backend;
+using fi::DType;
+using fi::Row;
+using fi::RowStats;
+using fi::Term;
+
+const Backend& backend(const std::string& isa) {
+  if (isa.empty()) return fi::best_backend();
+  const Backend* found = fi::find_backend(isa.c_str());
+  if (!found) throw py::value_error("no such instruction set in this build: " + isa);
+  if (!found->usable()) throw py::value_error("this processor cannot run " + isa);
+  return *found;
+}
+
+std::vector<DType> dtypes(const std::vector<int>& codes) {
+  std::vector<DType> all;
+  for (const int code : codes) all.push_back(fi::dtype_of(code));
+  return all;
+}
+
+std::vector<py::dict> combine(const std::vector<uintptr_t>& inputs, const std::vector<int>& in_dtypes,
+                              const py::sequence& py_rows, const std::vector<uintptr_t>& outputs, int out_dtype,
+                              int64_t numel, int64_t first, bool stochastic, const std::vector<uint64_t>& keys,
+                              bool fp8_saturate, int stats_every, int threads, const std::string& isa,
+                              std::optional<bool> streamed) {
+  fi::check_count(inputs.size(), fi::kMaxInputs, "inputs");
+  fi::check_count(py_rows.size(), fi::kMaxOutputs, "rows");
+  if (in_dtypes.size() != inputs.size()) throw py::value_error("as many dtypes as inputs are needed");
+  if (outputs.size() != py_rows.size()) throw py::value_error("as many outputs as rows are needed");
+  if (stochastic && keys.size() != py_rows.size()) throw py::value_error("stochastic rounding needs a key per row");
+  if (numel < 0 || first < 0) throw py::value_error("numel and first must not be negative");
+  std::vector<std::vector<Term>> terms;
+  std::vector<Row> rows;
+  for (const py::handle given : py_rows) {
+    fi::ParsedRow row = fi::parse_row(given, inputs.size());
+    terms.push_back(std::move(row.terms));
+    rows.push_back({row.pivot, int(terms.back().size()), row.total, terms.back().data()});
+  }
+  const std::vector<DType> in = dtypes(in_dtypes);
+  fi::CombineArgs args{};
+  args.in = in.data();
+  args.rows = rows.data();
+  args.keys = keys.data();
+  args.n = int(in.size());
+  args.k = int(rows.size());
+  args.out_dtype = fi::dtype_of(out_dtype);
+  args.stochastic = stochastic;
+  args.fp8_saturate = fp8_saturate;
+  args.stats_every = stats_every;
+  args.first = first;
+  args.numel = numel;
+  args.streamed = streamed.value_or(fi::worth_streaming(int64_t(outputs.size()) * numel * fi::size_of(args.out_dtype)));
+  const Backend& chosen = backend(isa);
+  std::vector<RowStats> stats;
+  {
+    const py::gil_scoped_release release;
+    stats = fi::combine_in_memory(chosen, inputs, outputs, args, threads);
+  }
+  std::vector<py::dict> dicts;
+  for (const RowStats& s : stats) dicts.push_back(fi::as_dict(s));
+  return dicts;
+}
+
+// From a PumpOptions of Python.
+fi::PumpOptions options_of(const py::object& given) {
+  fi::PumpOptions options;
+  options.threads = given.attr("threads").cast<int>();
+  options.write_bytes = given.attr("write_bytes").cast<int64_t>();
+  options.read_bytes = given.attr("read_bytes").cast<int64_t>();
+  options.stochastic = given.attr("stochastic").cast<bool>();
+  options.fp8_saturate = given.attr("fp8_saturate").cast<bool>();
+  options.prefetch = given.attr("prefetch").cast<bool>();
+  options.stats_every = given.attr("stats_every").cast<int>();
+  if (options.threads < 1) throw py::value_error("at least one thread is needed");
+  if (options.write_bytes < 4096 || options.read_bytes < 4096)
+    throw py::value_error("reads and writes must have at least 4096 bytes");
+  return options;
+}
+
+std::unique_ptr<fi::Pump> make_pump(const py::sequence& py_sources, const py::sequence& py_sinks,
+                                    const py::sequence& py_steps, const py::object& py_options) {
+  const fi::PumpOptions options = options_of(py_options);
+  const Backend& chosen = backend(py_options.attr("isa").cast<std::string>());
+  std::vector<fi::Source> sources = fi::handles_of<fi::Source>(py_sources);
+  std::vector<fi::Sink> sinks = fi::handles_of<fi::Sink>(py_sinks);
+  std::vector<fi::Step> steps;
+  for (const py::handle step : py_steps)
+    steps.push_back(fi::step_of(step, chosen, sources.size(), sinks.size(), options.stochastic));
+  return std::make_unique<fi::Pump>(std::move(sources), std::move(sinks), std::move(steps), options);
+}
+
+void register_decoder(const std::string& name, uintptr_t decode, int64_t block_elements, int64_t block_bytes) {
+  if (name.empty() || decode == 0 ||
+      !fi::register_decoder(
+          {name.c_str(), block_elements, block_bytes, reinterpret_cast<void (*)(const fi::DecodeArgs&)>(decode)}))
+    throw py::value_error("a decoder has a name, a function, and blocks of 1 to " + std::to_string(fi::kChunk) +
+                          " elements, of 1 to 16 bytes each");
+}
+
+// What went wrong, for the caller to put into words: ("read" | "write", handle, errno, offset, expected, done),
+// ("differs", step, input), ("other", text), or None.
+py::object error_of(const fi::Pump& pump) {
+  if (!pump.error()) return py::none();
+  try {
+    std::rethrow_exception(pump.error());
+  } catch (const fi::IoError& e) {
+    return py::make_tuple(e.write ? "write" : "read", e.handle, e.error, e.offset, e.expected, e.done);
+  } catch (const fi::Differs& e) {
+    return py::make_tuple("differs", e.step, e.input);
+  } catch (const std::exception& e) {
+    return py::make_tuple("other", e.what());
+  }
+}
+
+py::list stats_of(const fi::Pump& pump) {
+  py::list steps;
+  for (const std::vector<RowStats>& rows : pump.stats()) {
+    py::list of_step;
+    for (const RowStats& s : rows) of_step.append(fi::as_dict(s));
+    steps.append(of_step);
+  }
+  return steps;
+}
+
+// Per step what its survey found, or None.
+py::list answers_of(const fi::Pump& pump) {
+  py::list answers;
+  for (const fi::Step& step : pump.steps())
+    answers.append(step.survey ? fi::answer_of(step.survey->answer()) : py::none());
+  return answers;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fastinterp's native kernels and the pump that feeds them.";
+  m.attr("MAX_INPUTS") = fi::kMaxInputs;
+  m.attr("MAX_OUTPUTS") = fi::kMaxOutputs;
+  m.attr("CHUNK") = fi::kChunk;
+  m.attr("STRIP") = fi::kStrip;
+  m.attr("LANES") = fi::kLanes;
+  m.attr("BLOCK_ROWS") = fi::kBlockRows;
+  py::list widths;
+  for (int code = 0; code < fi::kDTypes; ++code) widths.append(fi::size_of(DType(code)));
+  m.attr("DTYPE_BYTES") = py::tuple(widths);
+
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < fi::backend_count(); ++i)
+          if (fi::backend_at(i).usable()) names.emplace_back(fi::backend_at(i).name);
+        return names;
+      },
+      "Instruction sets that this machine can run, best first.");
+  m.def(
+      "built_isas",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < fi::backend_count(); ++i) names.emplace_back(fi::backend_at(i).name);
+        return names;
+      },
+      "Instruction sets in this build, best first.");
+
+  m.def(
+      "combine", &combine, py::arg("inputs"), py::arg("in_dtypes"), py::arg("rows"), py::arg("outputs"),
+      py::arg("out_dtype"), py::arg("numel"), py::kw_only(), py::arg("first") = 0, py::arg("stochastic") = false,
+      py::arg("keys") = std::vector<uint64_t>{}, py::arg("fp8_saturate") = true, py::arg("stats_every") = 32,
+      py::arg("threads") = 1, py::arg("isa") = "", py::arg("streamed") = py::none(),
+      "Weighted sums of arrays in memory, given by address. The caller answers for the addresses. streamed: store the "
+      "outputs around the caches; None decides by their size.");
+
+  m.def(
+      "reserve",
+      [](int fd, int64_t size) {
+        const int code = fi::reserve(fd, size);
+        if (code != 0) {
+          errno = code;
+          PyErr_SetFromErrno(PyExc_OSError);
+          throw py::error_already_set();
+        }
+      },
+      py::arg("fd"), py::arg("size"), "Reserve the bytes of an output file. Raises: OSError, if the disk is full.");
+  m.def("cached_fraction", &fi::cached_fraction, py::arg("fd"), py::arg("size"),
+        "Fraction of a file in the page cache, from 64 sampled pages; -1 if unknown.");
+
+  m.def("register_decoder", &register_decoder, py::arg("name"), py::arg("decode"), py::arg("block_elements"),
+        py::arg("block_bytes"),
+        "Add a decoder, or replace one that was added: the address of a function as csrc/decoder.h has it.");
+
+  fi::bind_answers(m);
+  py::class_<fi::Pump>(m, "Pump", "Reads, combines and writes steps on threads of its own.")
+      .def(py::init(&make_pump), py::arg("sources"), py::arg("sinks"), py::arg("steps"), py::arg("options"))
+      .def("start", &fi::Pump::start)
+      .def("wait", &fi::Pump::wait, py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
+           "True when all threads have ended.")
+      .def("cancel", &fi::Pump::cancel)
+      .def("join", &fi::Pump::join, py::call_guard<py::gil_scoped_release>())
+      .def("error", &error_of)
+      .def("stats", &stats_of)
+      .def("answers", &answers_of,
+           "Per step None if it writes, else what it found: float64 and int64 memoryviews. Of measure: the upper "
+           "triangle of the Gram matrix, then L1 norms; counts of nonzero elements.")
+      .def_property_readonly("bytes_read", &fi::Pump::bytes_read)
+      .def_property_readonly("bytes_written", &fi::Pump::bytes_written)
+      .def_property_readonly("scratch_bytes", &fi::Pump::scratch_bytes);
+}

@@ -1,0 +1,260 @@
+#include "parse.h"
+
+#include <algorithm>
+
+namespace py = pybind11;
+
+namespace fi {
+
+namespace {
+
+template <class T>
+T get(const py::handle& from, const char* name) {
+  return from.attr(name).cast<T>();
+}
+
+int input_of(const py::handle& from, const char* name, size_t inputs, const char* what) {
+  const int i = get<int>(from, name);
+  if (i < 0 || size_t(i) >= inputs) throw py::value_error(what);
+  return i;
+}
+
+ParsedDecoder decoder_of(const py::handle& given) {
+  ParsedDecoder decoder;
+  if (given.is_none()) return decoder;
+  decoder.name = get<std::string>(given, "name");
+  decoder.columns = get<int64_t>(given, "columns");
+  if (decoder.name.empty() || decoder.columns < 1) throw py::value_error("a decoder has a name, and columns");
+  for (const auto& [source, offset, bytes] : get<std::vector<std::tuple<int, int64_t, int64_t>>>(given, "companions")) {
+    if (bytes < 0) throw py::value_error("a companion has 0 bytes or more");
+    decoder.companions.push_back({source, offset, bytes});
+  }
+  decoder.parameters = get<std::vector<double>>(given, "parameters");
+  return decoder;
+}
+
+ParsedOperand operand_of(const py::handle& given) {
+  ParsedOperand operand{};
+  operand.dtype = dtype_of(get<int>(given, "dtype"));
+  operand.gathered = get<bool>(given, "gathered");
+  if (operand.gathered) {
+    operand.parts = get<std::vector<std::tuple<int, int64_t, int64_t>>>(given, "parts");
+    operand.rows = given.attr("rows");
+    return operand;
+  }
+  operand.source = get<int>(given, "source");
+  operand.offset = get<int64_t>(given, "offset");
+  operand.decoder = decoder_of(given.attr("decoder"));
+  if (!operand.decoder.name.empty() && operand.dtype != DType::F32)
+    throw py::value_error("a decoded operand is float32");
+  return operand;
+}
+
+Per per_of(const py::handle& step) {
+  const std::string per = get<std::string>(step, "per");
+  if (per == "tensor") return Per::kTensor;
+  if (per == "row") return Per::kRow;
+  if (per == "column") return Per::kColumn;
+  throw py::value_error("`per` is tensor, row or column");
+}
+
+ParsedScore score_of(const py::handle& given) {
+  ParsedScore score;
+  if (given.is_none()) return score;
+  const std::string kind = get<std::string>(given, "kind");
+  if (kind != "variance" && kind != "divergence") throw py::value_error("no such score: " + kind);
+  score.kind = kind == "variance" ? Score::kVariance : Score::kDivergence;
+  score.min_bits = get<uint32_t>(given, "min_bits");
+  score.factors = get<std::string>(given, "factors");
+  return score;
+}
+
+MaskTest test_of(const py::handle& given) {
+  const auto limit = [&](const char* name) { return std::min(get<uint64_t>(given, name), kWords); };
+  const MaskTest test{get<uint32_t>(given, "min_bits"), get<uint32_t>(given, "max_bits"), limit("low_limit"),
+                      limit("high_limit"), get<uint64_t>(given, "key")};
+  if (test.low_limit > test.high_limit) throw py::value_error("a mask's limits must not fall with the magnitude");
+  return test;
+}
+
+ParsedMaskedOutput masked_output_of(const py::handle& given, size_t inputs) {
+  constexpr const char* kNone = "a masked output names none of the inputs";
+  ParsedMaskedOutput out{};
+  out.base = input_of(given, "base", inputs, kNone);
+  for (const py::handle term : given.attr("terms")) {
+    const bool important = get<int>(term, "importance") >= 0;
+    out.important = out.terms.empty() ? important : out.important;
+    if (important != out.important) throw py::value_error("all terms have an importance, or none");
+    out.terms.push_back({input_of(term, "input", inputs, kNone),
+                         important ? input_of(term, "importance", inputs, kNone) : -1, get<double>(term, "weight"),
+                         get<double>(term, "sign_weight"), get<double>(term, "share"), get<double>(term, "sole_weight"),
+                         test_of(term.attr("test")), term.attr("precomputed_mask")});
+  }
+  check_count(out.terms.size(), kMaxInputs, "terms");
+  out.elects_signs = get<bool>(given, "elects_signs");
+  out.divides = get<bool>(given, "divides");
+  out.has_sole_weights = get<bool>(given, "has_sole_weights");
+  out.least_share = get<double>(given, "least_share");
+  out.other_share = get<double>(given, "other_share");
+  out.limit = get<double>(given, "limit");
+  out.score = score_of(given.attr("score"));
+  return out;
+}
+
+// ---- kinds: each reads what only its steps have --------------------------------------------------------------------
+
+void check_outputs(size_t described, const ParsedStep& step) {
+  if (described != step.sinks.size()) throw py::value_error("as many outputs as sinks must be described");
+}
+
+void combine(const py::handle& given, ParsedStep* step) {
+  for (const py::handle row : given.attr("rows")) step->rows.push_back(parse_row(row, step->inputs.size()));
+  check_outputs(step->rows.size(), *step);
+}
+
+void group_combine(const py::handle& given, ParsedStep* step) {
+  step->per = per_of(given);
+  if (step->per == Per::kTensor) throw py::value_error("groups are rows or columns");
+  for (const py::handle row : given.attr("rows")) {
+    ParsedGroupRow parsed;
+    parsed.pivot = input_of(row, "pivot", step->inputs.size(), "a row's pivot is none of the inputs");
+    parsed.inputs = get<std::vector<int>>(row, "inputs");
+    for (const int i : parsed.inputs)
+      if (i < 0 || size_t(i) >= step->inputs.size()) throw py::value_error("a row's term is none of the inputs");
+    if (parsed.inputs.size() > size_t(kMaxInputs)) throw py::value_error("a row has too many terms");
+    parsed.totals = Numbers<double>(get<py::buffer>(row, "totals"));
+    parsed.weights =
+        Numbers<double>(get<py::buffer>(row, "weights"), parsed.totals.size() * int64_t(parsed.inputs.size()));
+    step->group_rows.push_back(std::move(parsed));
+  }
+  check_outputs(step->group_rows.size(), *step);
+}
+
+void masked_sum(const py::handle& given, ParsedStep* step) {
+  for (const py::handle output : given.attr("outputs"))
+    step->outputs.push_back(masked_output_of(output, step->inputs.size()));
+  check_outputs(step->outputs.size(), *step);
+}
+
+void measure(const py::handle& given, ParsedStep* step) {
+  step->per = per_of(given);
+  step->deltas = get<bool>(given, "deltas");
+}
+
+void masked_stats(const py::handle& given, ParsedStep* step) {
+  for (const py::handle test : given.attr("tests")) step->tests.push_back(test_of(test));
+  if (step->tests.size() != step->inputs.size()) throw py::value_error("as many mask tests as inputs are needed");
+  step->score = score_of(given.attr("score"));
+  step->l1 = get<bool>(given, "l1");
+  step->squares = get<bool>(given, "squares");
+  step->fills = given.attr("fills");
+}
+
+void histogram(const py::handle& given, ParsedStep* step) {
+  step->score = score_of(given.attr("score"));
+  step->every = get<int64_t>(given, "every");
+  const bool scores = step->score.kind != Score::kNone;
+  if (scores && step->inputs.size() < 2) throw py::value_error("a score has two inputs or more");
+  for (const py::handle bracket : given.attr("brackets")) {
+    const ParsedBracket b{get<int>(bracket, "input"), get<uint32_t>(bracket, "low"), get<uint32_t>(bracket, "high"),
+                          get<int>(bracket, "shift")};
+    if (!scores && (b.input < 1 || size_t(b.input) >= step->inputs.size()))
+      throw py::value_error("what is ranked is the delta of none of the inputs");
+    if (b.low > b.high || b.high > kMostMagnitude || b.shift < 0 || b.shift > 30)
+      throw py::value_error("no such bracket");
+    step->brackets.push_back(b);
+  }
+  if (step->brackets.empty() || step->every < 1)
+    throw py::value_error("a histogram needs brackets, and every strip or fewer");
+}
+
+void divergence(const py::handle&, ParsedStep* step) {
+  if (step->inputs.size() != 2) throw py::value_error("a divergence has two inputs");
+}
+
+// Every kind of step, by the name that its class in Python has as `kind`.
+struct KindRow {
+  StepKind kind;
+  const char* name;
+  bool writes, sums;  // sums: outputs have a dtype, and keys where rounding is stochastic
+  void (*parse)(const py::handle&, ParsedStep*);
+};
+constexpr KindRow kKinds[] = {
+    {StepKind::kCopyEqual, "copy_equal", true, false, nullptr},
+    {StepKind::kCombine, "combine", true, true, combine},
+    {StepKind::kGroupCombine, "group_combine", true, true, group_combine},
+    {StepKind::kMaskedSum, "masked_sum", true, true, masked_sum},
+    {StepKind::kMeasure, "measure", false, false, measure},
+    {StepKind::kMaskedStats, "masked_stats", false, false, masked_stats},
+    {StepKind::kHistogram, "histogram", false, false, histogram},
+    {StepKind::kDivergence, "divergence", false, false, divergence},
+};
+
+const KindRow& kind_of(const std::string& name) {
+  for (const KindRow& row : kKinds)
+    if (name == row.name) return row;
+  throw py::value_error("no such kind of step: " + name);
+}
+
+}  // namespace
+
+ParsedStep parse_step(const py::handle& given) {
+  const KindRow& row = kind_of(get<std::string>(given, "kind"));
+  ParsedStep step;
+  step.kind = row.kind;
+  step.writes = row.writes;
+  step.numel = get<int64_t>(given, "numel");
+  step.columns = get<int64_t>(given, "columns");
+  if (step.numel < 0) throw py::value_error("numel must not be negative");
+  for (const py::handle input : given.attr("inputs")) step.inputs.push_back(operand_of(input));
+  check_count(step.inputs.size(), kMaxInputs, "inputs");
+  if (row.writes) {
+    step.sinks = get<std::vector<int>>(given, "sinks");
+    step.offsets = get<std::vector<int64_t>>(given, "offsets");
+    check_count(step.sinks.size(), kMaxOutputs, "outputs");
+    if (step.offsets.size() != step.sinks.size()) throw py::value_error("as many offsets as sinks are needed");
+  }
+  if (row.sums) {
+    step.out_dtype = dtype_of(get<int>(given, "out_dtype"));
+    step.keys = get<std::vector<uint64_t>>(given, "keys");
+    if (!step.keys.empty() && step.keys.size() != step.sinks.size())
+      throw py::value_error("stochastic rounding needs a key per output");
+  }
+  if (row.parse) row.parse(given, &step);
+  return step;
+}
+
+ParsedRow parse_row(const py::handle& given, size_t inputs) {
+  ParsedRow row{
+      input_of(given, "pivot", inputs, "a row's pivot is none of the inputs"), get<double>(given, "total"), {}};
+  for (const auto& [input, weight] : get<std::vector<std::pair<int, double>>>(given, "terms")) {
+    if (input < 0 || size_t(input) >= inputs) throw py::value_error("a row's term is none of the inputs");
+    row.terms.push_back({input, weight});
+  }
+  return row;
+}
+
+int64_t columns_of(const ParsedStep& step, int64_t numel) {
+  if (step.columns < 1 || numel % step.columns != 0)
+    throw py::value_error("a tensor needs whole rows of `columns` elements");
+  return step.columns;
+}
+
+DType dtype_of(int code) {
+  if (code < 0 || code >= kDTypes) throw py::value_error("no dtype has code " + std::to_string(code));
+  return DType(code);
+}
+
+void check_count(size_t count, int most, const char* what) {
+  if (count < 1 || count > size_t(most))
+    throw py::value_error(std::string("expected 1 to ") + std::to_string(most) + " " + what + ", got " +
+                          std::to_string(count));
+}
+
+const char* name_of(StepKind kind) {
+  for (const KindRow& row : kKinds)
+    if (row.kind == kind) return row.name;
+  return "";
+}
+
+}  // namespace fi

@@ -1,0 +1,126 @@
+// Steps as Python describes them (fastinterp/ops/steps.py), read once for both extensions into plain data. What an
+// operand's source, an address or a mask is worth, each extension knows.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "numbers.h"
+
+namespace fi {
+
+enum class StepKind {
+  kCopyEqual,
+  kCombine,
+  kGroupCombine,
+  kMaskedSum,
+  kMeasure,
+  kMaskedStats,
+  kHistogram,
+  kDivergence
+};
+enum class Per { kTensor, kRow, kColumn };
+
+// How a stored operand's bytes become float32: see ../decoder.h.
+struct ParsedDecoder {
+  struct Companion {
+    int source;
+    int64_t offset, bytes;
+  };
+  std::string name;  // empty: the bytes are elements of the operand's dtype
+  int64_t columns = 1;
+  std::vector<Companion> companions;
+  std::vector<double> parameters;
+};
+
+struct ParsedOperand {
+  DType dtype;
+  bool gathered = false;
+  int source = -1;  // of a stored one
+  int64_t offset = 0;
+  ParsedDecoder decoder;
+  std::vector<std::tuple<int, int64_t, int64_t>> parts;  // of a gathered one: source, byte offset, rows
+  pybind11::object rows;                                 // i64, a buffer
+};
+
+struct ParsedRow {
+  int pivot;
+  double total;
+  std::vector<Term> terms;
+};
+
+struct ParsedGroupRow {
+  int pivot;
+  std::vector<int> inputs;          // of the terms
+  Numbers<double> totals, weights;  // one per group; weights of the first group's terms, then of the second's
+};
+
+struct ParsedScore {
+  Score::Kind kind = Score::kNone;
+  uint32_t min_bits = 0;
+  std::string factors;  // float32
+};
+
+struct ParsedTerm {
+  int input, importance;  // -1: none
+  double weight, sign_weight, share, sole_weight;
+  MaskTest test;
+  pybind11::object precomputed;  // None, or which of which masks
+};
+
+struct ParsedMaskedOutput {
+  int base;
+  std::vector<ParsedTerm> terms;
+  bool elects_signs, divides, has_sole_weights, important;
+  double least_share, other_share, limit;
+  ParsedScore score;
+};
+
+struct ParsedBracket {
+  int input;
+  uint32_t low, high;
+  int shift;
+  int64_t bins() const { return int64_t((high - low) >> shift) + 1; }
+};
+
+struct ParsedStep {
+  StepKind kind;
+  int64_t numel = 0, columns = 0;  // columns 0: none of its rows or columns is looked at
+  std::vector<ParsedOperand> inputs;
+
+  // Of the kinds that write.
+  bool writes = false;
+  std::vector<int> sinks;
+  std::vector<int64_t> offsets;
+  DType out_dtype = DType::F32;
+  std::vector<uint64_t> keys;  // none: rounding to nearest
+
+  Per per = Per::kTensor;                   // of measure and group_combine
+  std::vector<ParsedRow> rows;              // of combine
+  std::vector<ParsedGroupRow> group_rows;   // of group_combine
+  std::vector<ParsedMaskedOutput> outputs;  // of masked_sum
+  std::vector<MaskTest> tests;              // of masked_stats
+  bool l1 = false, squares = false;         // of masked_stats
+  pybind11::object fills =
+      pybind11::none();                 // of masked_stats: None, or masks to be filled, and which of them by input
+  ParsedScore score;                    // of masked_stats and histogram
+  std::vector<ParsedBracket> brackets;  // of histogram
+  int64_t every = 1;                    // of histogram
+  bool deltas = false;                  // of measure
+};
+
+// All throw pybind11::value_error, or what a conversion throws.
+
+// Checks all that does not depend on where operands are.
+ParsedStep parse_step(const pybind11::handle& step);
+ParsedRow parse_row(const pybind11::handle& row, size_t inputs);
+// Whole rows of `numel` elements.
+int64_t columns_of(const ParsedStep& step, int64_t numel);
+DType dtype_of(int code);
+void check_count(size_t count, int most, const char* what);
+const char* name_of(StepKind kind);
+
+}  // namespace fi

@@ -1,0 +1,222 @@
+#include "steps.h"
+
+#include <pybind11/stl.h>
+
+#include <cstring>
+
+#include "../histogram.h"
+#include "../masked.h"
+#include "../sums.h"
+#include "../survey.h"
+#include "parse.h"
+
+namespace py = pybind11;
+
+namespace fi {
+
+namespace {
+
+int source_of(int source, size_t sources) {
+  if (source < 0 || size_t(source) >= sources) throw py::value_error("an operand's source is none of the sources");
+  return source;
+}
+
+// Parts lie one behind the other, each some whole rows of a source; `rows` are taken out of them.
+std::shared_ptr<RowMap> gathered_of(const ParsedOperand& operand, size_t sources, int64_t row_bytes, int64_t rows) {
+  auto map = std::make_shared<RowMap>();
+  map->row_bytes = row_bytes;
+  for (int64_t row : numbers_of<int64_t>(operand.rows.cast<py::buffer>(), rows)) {
+    RowMap::Place place{-1, 0};
+    const bool zeros = row == -1;
+    for (const auto& [source, offset, count] : operand.parts) {
+      if (row >= 0 && row < count) place = {source_of(source, sources), offset + row * row_bytes};
+      if (row >= 0) row -= count;
+      if (place.source >= 0) break;
+    }
+    if (!zeros && place.source < 0) throw py::value_error("a gathered row is none of the parts' rows");
+    map->rows.push_back(place);
+  }
+  return map;
+}
+
+std::shared_ptr<Decoding> decoding_of(const ParsedDecoder& given, size_t sources, int64_t numel) {
+  if (given.name.empty()) return nullptr;
+  const Decoder* decoder = find_decoder(given.name.c_str());
+  if (!decoder) throw py::value_error("no such decoder: " + given.name);
+  std::vector<Decoding::Companion> companions;
+  for (const ParsedDecoder::Companion& c : given.companions)
+    companions.push_back({source_of(c.source, sources), c.offset, c.bytes});
+  return std::make_shared<Decoding>(*decoder, numel, given.columns, std::move(companions), given.parameters);
+}
+
+Operand operand_of(const ParsedStep& step, const ParsedOperand& operand, size_t sources) {
+  const bool bytes = step.kind == StepKind::kCopyEqual;
+  const int width = bytes ? 1 : size_of(operand.dtype);
+  if (operand.gathered) {
+    const int64_t columns = columns_of(step, step.numel);
+    return {-1, 0, operand.dtype, width, gathered_of(operand, sources, columns * width, step.numel / columns)};
+  }
+  return {source_of(operand.source, sources),
+          operand.offset,
+          operand.dtype,
+          width,
+          nullptr,
+          bytes ? nullptr : decoding_of(operand.decoder, sources, step.numel)};
+}
+
+std::vector<DType> dtypes_of(const Step& step) {
+  std::vector<DType> dtypes;
+  for (const Operand& input : step.inputs) dtypes.push_back(input.dtype);
+  return dtypes;
+}
+
+// ---- kinds: each completes a step whose inputs, sinks, offsets, keys and numel are there already --------------------
+
+void combine(const ParsedStep& given, const Backend& backend, Step* step) {
+  std::vector<Row> rows;
+  std::vector<std::vector<Term>> terms;
+  for (const ParsedRow& row : given.rows) {
+    terms.push_back(row.terms);
+    rows.push_back({row.pivot, 0, row.total, nullptr});
+  }
+  step->sum = std::make_shared<PlainSum>(backend, std::move(rows), std::move(terms));
+}
+
+void group_combine(const ParsedStep& given, const Backend& backend, Step* step) {
+  const int64_t columns = columns_of(given, step->numel);
+  const bool per_row = given.per == Per::kRow;
+  const int64_t groups = per_row ? step->numel / columns : columns;
+  std::vector<GroupSum::Output> outputs;
+  for (const ParsedGroupRow& row : given.group_rows) {
+    if (row.totals.size() != groups)
+      throw py::value_error("a row has " + std::to_string(row.totals.size()) + " totals for " + std::to_string(groups) +
+                            " rows or columns");
+    outputs.push_back({row.pivot, row.inputs, row.totals.copy(), row.weights.copy()});
+  }
+  step->sum = std::make_shared<GroupSum>(backend, std::move(outputs), per_row, columns, groups);
+}
+
+void measure(const ParsedStep& given, const Backend& backend, Step* step) {
+  const bool deltas = given.deltas;
+  if (given.per == Per::kTensor)
+    step->survey = std::make_shared<MeasureSurvey>(backend, dtypes_of(*step), step->numel, deltas);
+  else if (given.per == Per::kRow)
+    step->survey =
+        std::make_shared<MeasureRows>(backend, dtypes_of(*step), step->numel, deltas, columns_of(given, step->numel));
+  else
+    step->survey = std::make_shared<MeasureColumns>(backend, dtypes_of(*step), step->numel, deltas,
+                                                    columns_of(given, step->numel));
+}
+
+void divergence(const ParsedStep& given, const Backend& backend, Step* step) {
+  step->survey = std::make_shared<Divergence>(backend, dtypes_of(*step), step->numel, columns_of(given, step->numel));
+}
+
+// Ranks hold places in a row as 32 bits.
+int64_t ranked_columns_of(const ParsedStep& given, const Step& step) {
+  const int64_t columns = columns_of(given, step.numel);
+  if (columns > int64_t(0xffffffff)) throw py::value_error("columns must be below 2**32");
+  return columns;
+}
+
+OwnScore score_of(const ParsedScore& given, int64_t rows) {
+  OwnScore own{};
+  own.score = {given.kind, given.min_bits, nullptr};
+  own.factors.resize(given.factors.size() / sizeof(float));
+  if (!own.factors.empty()) memcpy(own.factors.data(), given.factors.data(), own.factors.size() * sizeof(float));
+  if (own.score.kind == Score::kDivergence && int64_t(own.factors.size()) != rows)
+    throw py::value_error("a divergence needs a factor per row");
+  return own;
+}
+
+MaskedOutput masked_output_of(const ParsedMaskedOutput& given, int64_t numel, int64_t rows) {
+  MaskedOutput out{};
+  for (const ParsedTerm& term : given.terms) {
+    out.terms.push_back(
+        {term.input, term.importance, term.weight, term.sign_weight, term.share, term.sole_weight, term.test, nullptr});
+    if (term.precomputed.is_none()) continue;
+    const auto masks = term.precomputed.attr("masks").cast<std::shared_ptr<Masks>>();
+    const int index = term.precomputed.attr("index").cast<int>();
+    if (!masks->allocated() || masks->numel() != numel || index < 0 || index >= masks->count())
+      throw py::value_error("a term's mask is none of the masks of its tensor");
+    out.terms.back().precomputed = masks->mask(index);
+    out.masks.push_back(masks);
+  }
+  out.row.base = given.base;
+  out.row.elects_signs = given.elects_signs;
+  out.row.divides = given.divides;
+  out.row.has_sole_weights = given.has_sole_weights;
+  out.row.important = given.important;
+  out.row.least_share = given.least_share;
+  out.row.other_share = given.other_share;
+  out.row.limit = given.limit;
+  out.score = score_of(given.score, rows);
+  return out;
+}
+
+void masked_sum(const ParsedStep& given, const Backend& backend, Step* step) {
+  const int64_t columns = ranked_columns_of(given, *step);
+  std::vector<MaskedOutput> outputs;
+  for (const ParsedMaskedOutput& output : given.outputs)
+    outputs.push_back(masked_output_of(output, step->numel, step->numel / columns));
+  step->sum = std::make_shared<MaskedSum>(backend, dtypes_of(*step), std::move(outputs), columns);
+}
+
+void masked_stats(const ParsedStep& given, const Backend& backend, Step* step) {
+  const int64_t columns = ranked_columns_of(given, *step);
+  MaskedStatsRequest request{given.tests, score_of(given.score, step->numel / columns), given.l1, given.squares,
+                             nullptr,     std::vector<int>(given.tests.size(), -1)};
+  if (!given.fills.is_none()) {
+    const auto masks = given.fills.attr("masks").cast<std::shared_ptr<Masks>>();
+    request.places = given.fills.attr("places").cast<std::vector<int>>();
+    if (masks->numel() != step->numel || request.places.size() != request.tests.size())
+      throw py::value_error("masks are needed of this tensor, and a place among them or -1 per input");
+    for (const int place : request.places)
+      if (place < -1 || place >= masks->count()) throw py::value_error("an input's mask is none of the masks");
+    masks->allocate();
+    request.masks = masks;
+  }
+  step->survey =
+      std::make_shared<MaskedStatsSurvey>(backend, dtypes_of(*step), std::move(request), step->numel, columns);
+}
+
+void histogram(const ParsedStep& given, const Backend& backend, Step* step) {
+  const int64_t columns = columns_of(given, step->numel);
+  std::vector<Histogram::Ranked> ranked;
+  for (const ParsedBracket& b : given.brackets) ranked.push_back({b.input, b.low, b.high, b.shift});
+  step->survey = std::make_shared<Histogram>(backend, dtypes_of(*step), std::move(ranked), given.every,
+                                             score_of(given.score, step->numel / columns), columns);
+}
+
+// How each kind works. Bytes that must be equal in all inputs have neither a sum nor a survey.
+struct KindRow {
+  StepKind kind;
+  void (*complete)(const ParsedStep&, const Backend&, Step*);
+};
+constexpr KindRow kKinds[] = {
+    {StepKind::kCopyEqual, nullptr},    {StepKind::kCombine, combine},       {StepKind::kGroupCombine, group_combine},
+    {StepKind::kMaskedSum, masked_sum}, {StepKind::kMeasure, measure},       {StepKind::kMaskedStats, masked_stats},
+    {StepKind::kHistogram, histogram},  {StepKind::kDivergence, divergence},
+};
+
+}  // namespace
+
+Step step_of(const py::handle& given, const Backend& backend, size_t sources, size_t sinks, bool stochastic) {
+  const ParsedStep parsed = parse_step(given);
+  Step step;
+  step.numel = parsed.numel;
+  for (const ParsedOperand& operand : parsed.inputs) step.inputs.push_back(operand_of(parsed, operand, sources));
+  step.sinks = parsed.sinks;
+  step.offsets = parsed.offsets;
+  step.out_dtype = parsed.out_dtype;
+  step.keys = parsed.keys;
+  for (const int sink : step.sinks)
+    if (sink < 0 || size_t(sink) >= sinks) throw py::value_error("a step's sink is none of the sinks");
+  for (const KindRow& row : kKinds)
+    if (row.kind == parsed.kind && row.complete) row.complete(parsed, backend, &step);
+  if (step.sum && stochastic && step.keys.size() != step.sinks.size())
+    throw py::value_error("stochastic rounding needs a key per output");
+  return step;
+}
+
+}  // namespace fi

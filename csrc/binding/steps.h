@@ -1,0 +1,41 @@
+// Steps, sources and sinks of the pump, made of what Python gives; and what steps answer.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../step.h"
+
+namespace fi {
+
+// A file descriptor, or ("memory", address, bytes).
+template <class Handle>
+std::vector<Handle> handles_of(const pybind11::sequence& given) {
+  std::vector<Handle> handles;
+  for (const pybind11::handle h : given) {
+    const int index = int(handles.size());
+    if (pybind11::isinstance<pybind11::int_>(h)) {
+      handles.emplace_back(index, h.cast<int>());
+      continue;
+    }
+    const auto [kind, address, size] = h.cast<std::tuple<std::string, uintptr_t, int64_t>>();
+    if (kind != "memory" || size < 0) throw pybind11::value_error("a source or sink is a file descriptor or memory");
+    handles.emplace_back(index, reinterpret_cast<void*>(address), size);
+  }
+  return handles;
+}
+
+// A step from an object of fastinterp/ops/steps.py. Throws pybind11::value_error, or what a conversion throws.
+Step step_of(const pybind11::handle& given, const Backend& backend, size_t sources, size_t sinks, bool stochastic);
+
+// Adds the classes of the counts that a histogram answers with, and of the masks that statistics of masked deltas fill;
+// and what folds the answers of a tensor's pieces.
+void bind_answers(pybind11::module_& m);
+
+// (f64[...], i64[...]) as memoryviews; of a histogram a list of counts.
+pybind11::object answer_of(const Answer& answer);
+
+}  // namespace fi

@@ -1,0 +1,56 @@
+#include "decoder.h"
+
+#include <cstring>
+#include <list>
+#include <mutex>
+#include <string>
+
+#include "ops.h"
+
+namespace fi {
+
+namespace {
+
+// The decoders of this build, a row each; null ends them.
+const Decoder* const kDecoders[] = {nullptr};
+
+struct Registered {
+  std::string name;
+  Decoder decoder;
+};
+std::list<Registered>& registered() {
+  static std::list<Registered> all;
+  return all;
+}
+std::mutex& registering() {
+  static std::mutex mutex;
+  return mutex;
+}
+
+}  // namespace
+
+const Decoder* find_decoder(const char* name) {
+  for (const Decoder* const* decoder = kDecoders; *decoder; ++decoder)
+    if (strcmp((*decoder)->name, name) == 0) return *decoder;
+  const std::lock_guard<std::mutex> lock(registering());
+  for (const Registered& one : registered())
+    if (one.name == name) return &one.decoder;
+  return nullptr;
+}
+
+bool register_decoder(const Decoder& decoder) {
+  const int64_t elements = decoder.block_elements, bytes = decoder.block_bytes;
+  if (elements < 1 || elements > kChunk || bytes < 1 || bytes > 16 * elements) return false;
+  const std::lock_guard<std::mutex> lock(registering());
+  for (Registered& one : registered())
+    if (one.name == decoder.name) {
+      one.decoder = {one.name.c_str(), elements, bytes, decoder.decode};
+      return true;
+    }
+  registered().push_back({decoder.name, decoder});
+  Registered& last = registered().back();
+  last.decoder.name = last.name.c_str();
+  return true;
+}
+
+}  // namespace fi

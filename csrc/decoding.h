@@ -1,0 +1,55 @@
+// Reads an encoded tensor and decodes it: what stands between its bytes and the kernels.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "decoder.h"
+#include "io.h"
+
+namespace fi {
+
+// A decoder, with what it needs to know of one tensor. Companions are read when the first element is, and held until
+// `release`.
+class Decoding {
+ public:
+  struct Companion {
+    int source;
+    int64_t offset, bytes;
+  };
+  // numel, columns: of the tensor.
+  Decoding(const Decoder& decoder, int64_t numel, int64_t columns, std::vector<Companion> companions,
+           std::vector<double> parameters);
+
+  // (offset, bytes) of the whole blocks in which elements [first, first + count) lie, from the tensor's beginning.
+  std::pair<int64_t, int64_t> stored(int64_t first, int64_t count) const;
+
+  // Of one thread, for `read`.
+  int64_t scratch_bytes() const;
+
+  // Decodes elements [first, first + count) of the tensor that begins at `offset` of a source, into `to`, float32 of
+  // any alignment. From several threads at once, each with a scratch of its own.
+  void read(const std::vector<Source>& sources, int source, int64_t offset, int64_t first, int64_t count, void* to,
+            char* scratch, std::atomic<int64_t>* bytes_read) const;
+
+  // When nothing is read any more: frees the companions.
+  void release() const;
+
+ private:
+  struct Held;
+  std::shared_ptr<const Held> held(const std::vector<Source>& sources, std::atomic<int64_t>* bytes_read) const;
+
+  const Decoder decoder_;
+  const int64_t numel_, columns_;
+  const int64_t most_;  // elements that are decoded at a time, whole blocks
+  const std::vector<Companion> companions_;
+  const std::vector<double> parameters_;
+  mutable std::mutex mutex_;
+  mutable std::shared_ptr<const Held> held_;
+};
+
+}  // namespace fi
