@@ -99,17 +99,19 @@ def recipe(name: str, **parameters: Any) -> dict[str, Any]:
     }
 
 
-def warnings(**keys: Any) -> list[str]:
+def warned(**keys: Any) -> list[str]:
     return [finding.message for finding in fastinterp.check(keys).warnings]
 
 
 def test_the_check_goes_by_declarations(folder):
-    assert warnings(**recipe("coin_flip", density=0.5)) == warnings(**recipe("dare_linear", density=0.5)) == []
-    assert warnings(**recipe("coin_flip", density=1)) == ["`density` 1 drops nothing, and dropping is what coin_flip is for"]
-    assert warnings(**recipe("coin_flip")) == ["without a `density`, coin_flip drops nothing: its default is 1"]
+    assert warned(**recipe("coin_flip", density=0.5)) == warned(**recipe("dare_linear", density=0.5)) == []
+    assert warned(**recipe("coin_flip", density=1)) == [
+        "`density` 1 drops nothing, and dropping is what coin_flip is for"
+    ]
+    assert warned(**recipe("coin_flip")) == ["without a `density`, coin_flip drops nothing: its default is 1"]
     unused = ["`seed` changes nothing: dare_nothing draws nothing, and rounding is to nearest"]
-    assert warnings(**recipe("dare_nothing", density=1)) == warnings(**recipe("dare_nothing")) == unused
-    assert warnings(**recipe("task_arithmetic")) == [unused[0].replace("dare_nothing", "task_arithmetic")]
+    assert warned(**recipe("dare_nothing", density=1)) == warned(**recipe("dare_nothing")) == unused
+    assert warned(**recipe("task_arithmetic")) == [unused[0].replace("dare_nothing", "task_arithmetic")]
 
 
 def explained(explanation: Explanation, key: str) -> Any:
@@ -145,5 +147,5 @@ def test_deltas_that_are_rounding_noise_are_told_where_deltas_are_summed(folder)
         write(folder / name, {"w": tensor(exact + size * bell(2, 16384), F8_E4M3)})
     common = {"base_model": "base", "models": [{"model": "a"}]}
     summed_deltas = {"merge_method": "task_arithmetic", "parameters": {"weight": 0.5}, **common}
-    assert sum("mostly rounding noise" in message for message in warnings(**summed_deltas)) == 1
-    assert warnings(**{"merge_method": "slerp", "parameters": {"t": 0.5}, **common}) == []
+    assert sum("mostly rounding noise" in message for message in warned(**summed_deltas)) == 1
+    assert warned(**{"merge_method": "slerp", "parameters": {"t": 0.5}, **common}) == []
