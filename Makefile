@@ -1,19 +1,24 @@
-# `make` or `make help` lists the targets. PYTHON=python3.12 picks the interpreter, CXX the compiler.
+# `make` or `make help` lists the targets. PYTHON=python3.12 picks the interpreter, CXX the compiler, WORKERS=0 runs the
+# tests in one process.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test oracle check compare lint format werror neon cuda-check gpu-test gpu-bench bench race paper paper-quick clean distclean
 
 PYTHON ?= python3
 SIZE ?= 1b
+WORKERS ?= auto
 VENV := .venv
 DEMO_VENV := .venv-demo
 ORACLE_VENV := .venv-oracle
 PY := $(VENV)/bin/python
+SHARED := -n $(WORKERS) --dist worksteal
 
 # For every pip, those inside isolated builds included; newer ones read the second name there.
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Byte code is kept, whatever the shell says: without it, each start of the tests takes twice as long.
+unexport PYTHONDONTWRITEBYTECODE
 
 BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt
 NATIVE := $(shell find csrc -type f)
@@ -85,13 +90,13 @@ demo: $(DEMO_VENV)/.installed ## build, install without torch, and merge small m
 	@$(DEMO_VENV)/bin/python examples/demo.py
 
 test: $(VENV)/.built ## the whole test suite
-	@FASTINTERP_REQUIRE=scalar $(PY) -m pytest
+	@FASTINTERP_REQUIRE=scalar $(PY) -m pytest $(SHARED)
 
 oracle: $(VENV)/.built $(ORACLE_VENV)/.installed ## every method of mergekit, compared with it
 	@FASTINTERP_REQUIRE=mergekit PYTHONPATH=. $(ORACLE_VENV)/bin/python -m pytest tests/methods/test_oracle_deltas.py tests/methods/test_oracle_gram.py
 
 check: lint ## lint and the quick tests
-	@$(PY) -m pytest --quiet -m "not slow"
+	@$(PY) -m pytest --quiet -m "not slow" $(SHARED)
 
 compare: $(VENV)/.built ## the bytes of all outputs, against those of another build: BEFORE=its Python, or its folder
 	@test -n "$(BEFORE)" || { echo "fastinterp: BEFORE= names a Python or a source tree with the other build" >&2; exit 2; }

@@ -11,10 +11,10 @@ namespace fi {
 
 // What a decoder is given, for some whole blocks of one tensor.
 struct DecodeArgs {
-  const void* bytes;     // of these blocks, one behind the other
+  const void* bytes;     // of these blocks, one behind the other; of any alignment
   int64_t first, count;  // elements of the tensor, whole blocks: the last block may have more than the tensor
   int64_t numel, columns;
-  const void* const* companions;   // scales and the like, whole, as they are stored
+  const void* const* companions;   // scales and the like, whole, as they are stored; of any alignment
   const int64_t* companion_bytes;  // of each
   int companion_count;
   const double* parameters;

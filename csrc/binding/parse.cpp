@@ -1,6 +1,7 @@
 #include "parse.h"
 
 #include <algorithm>
+#include <unordered_map>
 
 namespace py = pybind11;
 
@@ -8,9 +9,17 @@ namespace fi {
 
 namespace {
 
+// The attribute, found by a name that Python has met before: `name` is a literal, so its address stands for it.
+py::object attribute(const py::handle& from, const char* name) {
+  static auto* const names = new std::unordered_map<const void*, py::object>;  // never freed: Python may have ended
+  py::object& known = (*names)[name];
+  if (!known) known = py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name));
+  return py::getattr(from, known);
+}
+
 template <class T>
 T get(const py::handle& from, const char* name) {
-  return from.attr(name).cast<T>();
+  return attribute(from, name).cast<T>();
 }
 
 int input_of(const py::handle& from, const char* name, size_t inputs, const char* what) {
@@ -39,12 +48,12 @@ ParsedOperand operand_of(const py::handle& given) {
   operand.gathered = get<bool>(given, "gathered");
   if (operand.gathered) {
     operand.parts = get<std::vector<std::tuple<int, int64_t, int64_t>>>(given, "parts");
-    operand.rows = given.attr("rows");
+    operand.rows = attribute(given, "rows");
     return operand;
   }
   operand.source = get<int>(given, "source");
   operand.offset = get<int64_t>(given, "offset");
-  operand.decoder = decoder_of(given.attr("decoder"));
+  operand.decoder = decoder_of(attribute(given, "decoder"));
   if (!operand.decoder.name.empty() && operand.dtype != DType::F32)
     throw py::value_error("a decoded operand is float32");
   return operand;
@@ -81,14 +90,14 @@ ParsedMaskedOutput masked_output_of(const py::handle& given, size_t inputs) {
   constexpr const char* kNone = "a masked output names none of the inputs";
   ParsedMaskedOutput out{};
   out.base = input_of(given, "base", inputs, kNone);
-  for (const py::handle term : given.attr("terms")) {
+  for (const py::handle term : attribute(given, "terms")) {
     const bool important = get<int>(term, "importance") >= 0;
     out.important = out.terms.empty() ? important : out.important;
     if (important != out.important) throw py::value_error("all terms have an importance, or none");
     out.terms.push_back({input_of(term, "input", inputs, kNone),
                          important ? input_of(term, "importance", inputs, kNone) : -1, get<double>(term, "weight"),
                          get<double>(term, "sign_weight"), get<double>(term, "share"), get<double>(term, "sole_weight"),
-                         test_of(term.attr("test")), term.attr("precomputed_mask")});
+                         test_of(attribute(term, "test")), attribute(term, "precomputed_mask")});
   }
   check_count(out.terms.size(), kMaxInputs, "terms");
   out.elects_signs = get<bool>(given, "elects_signs");
@@ -97,7 +106,7 @@ ParsedMaskedOutput masked_output_of(const py::handle& given, size_t inputs) {
   out.least_share = get<double>(given, "least_share");
   out.other_share = get<double>(given, "other_share");
   out.limit = get<double>(given, "limit");
-  out.score = score_of(given.attr("score"));
+  out.score = score_of(attribute(given, "score"));
   return out;
 }
 
@@ -108,14 +117,14 @@ void check_outputs(size_t described, const ParsedStep& step) {
 }
 
 void combine(const py::handle& given, ParsedStep* step) {
-  for (const py::handle row : given.attr("rows")) step->rows.push_back(parse_row(row, step->inputs.size()));
+  for (const py::handle row : attribute(given, "rows")) step->rows.push_back(parse_row(row, step->inputs.size()));
   check_outputs(step->rows.size(), *step);
 }
 
 void group_combine(const py::handle& given, ParsedStep* step) {
   step->per = per_of(given);
   if (step->per == Per::kTensor) throw py::value_error("groups are rows or columns");
-  for (const py::handle row : given.attr("rows")) {
+  for (const py::handle row : attribute(given, "rows")) {
     ParsedGroupRow parsed;
     parsed.pivot = input_of(row, "pivot", step->inputs.size(), "a row's pivot is none of the inputs");
     parsed.inputs = get<std::vector<int>>(row, "inputs");
@@ -131,7 +140,7 @@ void group_combine(const py::handle& given, ParsedStep* step) {
 }
 
 void masked_sum(const py::handle& given, ParsedStep* step) {
-  for (const py::handle output : given.attr("outputs"))
+  for (const py::handle output : attribute(given, "outputs"))
     step->outputs.push_back(masked_output_of(output, step->inputs.size()));
   check_outputs(step->outputs.size(), *step);
 }
@@ -142,20 +151,20 @@ void measure(const py::handle& given, ParsedStep* step) {
 }
 
 void masked_stats(const py::handle& given, ParsedStep* step) {
-  for (const py::handle test : given.attr("tests")) step->tests.push_back(test_of(test));
+  for (const py::handle test : attribute(given, "tests")) step->tests.push_back(test_of(test));
   if (step->tests.size() != step->inputs.size()) throw py::value_error("as many mask tests as inputs are needed");
-  step->score = score_of(given.attr("score"));
+  step->score = score_of(attribute(given, "score"));
   step->l1 = get<bool>(given, "l1");
   step->squares = get<bool>(given, "squares");
-  step->fills = given.attr("fills");
+  step->fills = attribute(given, "fills");
 }
 
 void histogram(const py::handle& given, ParsedStep* step) {
-  step->score = score_of(given.attr("score"));
+  step->score = score_of(attribute(given, "score"));
   step->every = get<int64_t>(given, "every");
   const bool scores = step->score.kind != Score::kNone;
   if (scores && step->inputs.size() < 2) throw py::value_error("a score has two inputs or more");
-  for (const py::handle bracket : given.attr("brackets")) {
+  for (const py::handle bracket : attribute(given, "brackets")) {
     const ParsedBracket b{get<int>(bracket, "input"), get<uint32_t>(bracket, "low"), get<uint32_t>(bracket, "high"),
                           get<int>(bracket, "shift")};
     if (!scores && (b.input < 1 || size_t(b.input) >= step->inputs.size()))
@@ -206,7 +215,7 @@ ParsedStep parse_step(const py::handle& given) {
   step.numel = get<int64_t>(given, "numel");
   step.columns = get<int64_t>(given, "columns");
   if (step.numel < 0) throw py::value_error("numel must not be negative");
-  for (const py::handle input : given.attr("inputs")) step.inputs.push_back(operand_of(input));
+  for (const py::handle input : attribute(given, "inputs")) step.inputs.push_back(operand_of(input));
   check_count(step.inputs.size(), kMaxInputs, "inputs");
   if (row.writes) {
     step.sinks = get<std::vector<int>>(given, "sinks");

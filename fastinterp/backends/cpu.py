@@ -11,11 +11,21 @@ from fastinterp._C import Masks, Pump, cached_fraction, combine, reserve
 from fastinterp.ops.steps import Answer, Step
 
 __all__ = [
-    "Handle", "Masks", "Progress", "Pump", "PumpOptions", "cached_fraction", "combine", "reserve", "survey", "watch",
+    "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions", "cached_fraction", "combine", "memory_address",
+    "reserve", "survey", "watch",
 ]  # fmt: skip
 
-# A source or sink: a file descriptor, or ("memory", address, bytes).
-Handle = int | tuple[str, int, int]
+# (kind, address, bytes): of kind "memory" the host's, of kind "device" an accelerator's, which the pump does not take.
+Memory = tuple[str, int, int]
+Handle = int | Memory  # a source or sink: a file descriptor, or memory
+
+
+def memory_address(handle: Handle) -> int:
+    """The address of a source or sink in memory. Raises: TypeError, if it is a file."""
+    if isinstance(handle, int):
+        raise TypeError(f"file descriptor {handle} has no address")
+    return handle[1]
+
 
 # Called from the thread that runs the merge, about ten times a second, with bytes done and bytes to do (read and
 # written together).

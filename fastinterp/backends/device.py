@@ -119,5 +119,5 @@ class Device(Protocol):
         ...
 
     def refuses(self, step: Step) -> str | None:
-        """Why no kernel here does this step, as "random keeps by rank"; None if one does."""
+        """Why no kernel here does this step, as "random masks by rank"; None if one does."""
         ...

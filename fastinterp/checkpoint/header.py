@@ -1,4 +1,4 @@
-"""The header of one safetensors file: read it, and believe nothing in it.
+"""Reads and validates the header of one safetensors file. Nothing in it is trusted.
 
 Format: 8 bytes little-endian length, that many bytes of JSON, then the data section. The tensors' byte ranges must
 cover the data section without holes or overlaps (https://github.com/huggingface/safetensors).
@@ -23,7 +23,7 @@ MAX_NUMEL = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one tensor lies."""
+    """One tensor of a file: dtype, shape and the place of its bytes."""
 
     name: str
     dtype: DType
@@ -104,13 +104,13 @@ def _read_exactly(fd: int, count: int, file: str) -> bytes:
     return b"".join(parts)
 
 
-def _metadata(found: Any, file: str) -> dict[str, str]:
-    if type(found) is not dict:
-        raise CheckpointError(f"`__metadata__` must be an object of strings, got {_kind(found)}", file=file)
-    for key, value in found.items():
+def _metadata(metadata: Any, file: str) -> dict[str, str]:
+    if type(metadata) is not dict:
+        raise CheckpointError(f"`__metadata__` must be an object of strings, got {_kind(metadata)}", file=file)
+    for key, value in metadata.items():
         if type(value) is not str:
             raise CheckpointError(f"`__metadata__` key {quote(key)} must be a string, got {_kind(value)}", file=file)
-    return found
+    return metadata
 
 
 def _entries(table: dict[str, Any], start: int, size: int, file_index: int, file: str) -> list[Entry]:

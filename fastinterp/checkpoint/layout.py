@@ -1,4 +1,4 @@
-"""Where every output byte will lie, known before any is written. Pure: no file is touched."""
+"""Layout of the output files: which shard and offset each tensor gets. Pure: no file is touched."""
 
 from __future__ import annotations
 
@@ -97,19 +97,19 @@ def make_layout(
 
 
 def _checked(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> list[_Tensor]:
-    found: dict[str, _Tensor] = {}
+    checked: dict[str, _Tensor] = {}
     for name, dtype, shape in tensors:
         nbytes = dtype.nbytes(math.prod(shape))
         if nbytes is None:
             raise OutputError(f"tensor {quote(name)}: {dtype} {list(shape)} does not fill whole bytes")
-        if name in found:
+        if name in checked:
             raise OutputError(f"tensor {quote(name)} would be written twice")
         if name == "__metadata__":
             raise OutputError("a tensor cannot be called `__metadata__`: safetensors reserves the name")
-        found[name] = _Tensor(name, dtype, tuple(shape), nbytes)
-    if not found:
+        checked[name] = _Tensor(name, dtype, tuple(shape), nbytes)
+    if not checked:
         raise OutputError("there are no tensors to write")
-    return list(found.values())
+    return list(checked.values())
 
 
 def _cut(tensors: list[_Tensor], max_shard_size: int) -> list[list[_Tensor]]:

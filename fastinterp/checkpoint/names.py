@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from fastinterp.messages import listed
+
 WEIGHTS = ".safetensors"
 INDEX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -30,19 +32,9 @@ def quote(name: object, limit: int = 160) -> str:
 
 def listing(names: Iterable[str], limit: int = 3) -> str:
     """The first few names, quoted, and how many more there are."""
-    everything = list(names)
-    more = f" and {len(everything) - limit} more" if len(everything) > limit else ""
-    return ", ".join(quote(n) for n in everything[:limit]) + more
+    return listed([quote(name) for name in names], limit)
 
 
 def is_plain(name: str) -> bool:
     """True if `name` names a file directly inside a folder: no separator, no `..`, not absolute."""
     return name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
-
-
-def closest(name: str, options: Iterable[str]) -> str | None:
-    """The one of `options` that is most like `name`, if one is like it."""
-    from difflib import get_close_matches  # only errors need it
-
-    close = get_close_matches(name, list(options), n=1)
-    return close[0] if close else None

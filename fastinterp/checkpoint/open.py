@@ -1,4 +1,4 @@
-"""A checkpoint as the engine sees it: files, and where every tensor lies in them. Headers only, no tensor data."""
+"""Opens checkpoints: their files, and the place of every tensor in them. Reads headers only, no tensor data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from fastinterp.checkpoint.names import (
     PUT_BACK,
     SHARD,
     WEIGHTS,
-    closest,
     is_plain,
     listing,
     quote,
@@ -23,13 +22,14 @@ from fastinterp.checkpoint.names import (
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
+from fastinterp.messages import closest
 
 Stamp = tuple[int, int, int]  # size in bytes, mtime in ns, inode
 
 
 @dataclass(slots=True)
 class Checkpoint:
-    """What `open_checkpoint` found."""
+    """The files of a model and the tensors in them, as their headers say."""
 
     name: str  # as the user wrote it
     root: Path  # the folder that holds the files
@@ -89,18 +89,18 @@ def _stamp(path: Path) -> Stamp | None:
 
 def _similar(path: Path) -> str:
     """` Did you mean ...?` with the closest path that is there; nothing, if a part of `path` is like none there."""
-    found = Path()
+    existing = Path()
     try:
         for part in path.parts:
-            if not os.path.exists(found / part):
-                close = closest(part, os.listdir(found))
+            if not os.path.exists(existing / part):
+                close = closest(part, os.listdir(existing))
                 if close is None:
                     return ""
                 part = close
-            found /= part
+            existing /= part
     except (OSError, ValueError):
         return ""
-    return f" Did you mean {quote(found)}?" if path.name else ""
+    return f" Did you mean {quote(existing)}?" if path.name else ""
 
 
 def _open_file(name: str, path: Path) -> Checkpoint:
@@ -144,22 +144,25 @@ _ADAPTER, _ADAPTER_CONFIG = "adapter_model.", "adapter_config.json"  # as peft s
 
 
 def _refuse_adapter(name: str, root: Path, present: list[str], whole: list[str]) -> None:
-    """whole: the weights in the folder that are no adapter's."""
-    own = [n for n in present if n.startswith(_ADAPTER) and n.endswith((WEIGHTS, *PICKLES))]
-    if whole and own and not any(n.endswith(INDEX) for n in whole):
+    """Raises: CheckpointError, if the folder holds an adapter alone, or beside weights that no index lists.
+
+    whole  the weights in the folder that are no adapter's
+    """
+    adapters = [n for n in present if n.startswith(_ADAPTER) and n.endswith((WEIGHTS, *PICKLES))]
+    if whole and adapters and not any(n.endswith(INDEX) for n in whole):
         raise CheckpointError(
-            f"the folder has an adapter, {listing(own)}, beside {listing(whole)}. Name the model's file, as "
+            f"the folder has an adapter, {listing(adapters)}, beside {listing(whole)}. Name the model's file, as "
             f"{root / whole[0]}",
             file=name,
         )
-    if whole or not (own or _ADAPTER_CONFIG in present):
+    if whole or not (adapters or _ADAPTER_CONFIG in present):
         return
     kind, base = "a PEFT adapter", ""
     if _ADAPTER_CONFIG in present:
         path = str(root / _ADAPTER_CONFIG)
         config = parse_object(read_regular(path, MAX_HEADER).lstrip(), "the adapter's configuration", path)
         kind = "a LoRA adapter" if config.get("peft_type") == "LORA" else kind
-        base = f" to {quote(found)}" if isinstance(found := config.get("base_model_name_or_path"), str) else ""
+        base = f" to {quote(model)}" if isinstance(model := config.get("base_model_name_or_path"), str) else ""
     raise CheckpointError(
         f"this is {kind}{base}, not a whole model, and adapters are not merged. Merge it into its base first, with "
         f"peft: `AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('NEW')`; then "
@@ -189,13 +192,13 @@ def _no_weights(root: Path, present: list[str]) -> str:
 
 def _check_shards(name: str, weights: list[str]) -> None:
     """Without an index, the names `STEM-00001-of-00003.safetensors` must at least be all there."""
-    found: dict[tuple[str, int, int], set[int]] = {}
+    shards: dict[tuple[str, int, int], set[int]] = {}
     for file in weights:
         match = SHARD.fullmatch(file)
         if match:
             key = (match["stem"], int(match["count"]), len(match["count"]))
-            found.setdefault(key, set()).add(int(match["number"]))
-    for (stem, count, width), numbers in found.items():
+            shards.setdefault(key, set()).add(int(match["number"]))
+    for (stem, count, width), numbers in shards.items():
         # Not compared with a range: a file name may claim a billion shards.
         if len(numbers) != count or min(numbers) != 1 or max(numbers) != count:
             first = next((n for n in range(1, len(numbers) + 1) if n not in numbers), len(numbers) + 1)
@@ -264,7 +267,7 @@ def _load(
         path = root / file
         # Taken before the header is read, so that a change in between is noticed too.
         stamp = _stamp(path)
-        entries, found = read_header(path, number)
+        entries, file_metadata = read_header(path, number)
         stamps.append(stamp or (0, 0, 0))
         for entry in entries:
             if weight_map is not None and weight_map.get(entry.name) != file:
@@ -278,7 +281,7 @@ def _load(
                     tensor=entry.name,
                 )
             tensors[entry.name] = entry
-        metadata = {**found, **metadata}
+        metadata = {**file_metadata, **metadata}
     for tensor in weight_map or ():
         if tensor not in tensors:
             target = str(root / weight_map[tensor])  # type: ignore[index]  # not None, since it has a tensor

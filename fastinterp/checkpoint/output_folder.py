@@ -239,21 +239,21 @@ class OutFolder:
 
     def _refuse_inputs(self) -> None:
         """Folders are compared by device and inode all the way up, so links and bind mounts do not hide anything."""
-        own, out = _identity(self.path), _identities(self.path)
-        for given in self._inputs:
-            path = Path(given)
+        identity, out = _identity(self.path), _identities(self.path)
+        for name in self._inputs:
+            path = Path(name)
             if path.is_dir():
                 if _identity(path) in out:
-                    inside = "is" if _identity(path) == own else "lies inside"
+                    inside = "is" if _identity(path) == identity else "lies inside"
                     raise self._error(f"the output {inside} the input folder {quote(path)}. {_ELSEWHERE}")
                 folders = [path]
             else:
                 folders = [path.parent, Path(os.path.realpath(path)).parent]
-            if own and any(own in _identities(f) for f in folders):
+            if identity and any(identity in _identities(f) for f in folders):
                 raise self._error(f"the output folder holds the input {quote(path)}. {_ELSEWHERE}")
 
     def _refuse_contents(self) -> None:
-        """Look at what is there. Removes the leftovers of dead runs, once nothing else speaks against writing."""
+        """Refuse a folder whose contents must not be replaced; else remove the temporary files of dead runs."""
         if not self.path.is_dir():
             if os.path.lexists(self.path) or os.path.islink(self.name):
                 raise self._error("this is not a folder, and it will not be replaced. Give the name of a new folder")

@@ -103,10 +103,10 @@ def reserved(out: str | os.PathLike[str], key: str) -> int:
     """Bytes of the disk that an earlier run of the same merge has taken, and this one takes over."""
     try:
         with os.scandir(out) as entries:
-            own = [e.stat(follow_symlinks=False) for e in entries if e.name.endswith(_ending(key))]
+            temporary = [e.stat(follow_symlinks=False) for e in entries if e.name.endswith(_ending(key))]
     except OSError:
         return 0
-    return sum(info.st_blocks * 512 for info in own)
+    return sum(info.st_blocks * 512 for info in temporary)
 
 
 def journals(out: str | os.PathLike[str]) -> int:

@@ -13,7 +13,6 @@ from typing import Any
 from fastinterp.checkpoint import hub
 from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, WEIGHTS
-from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
@@ -28,12 +27,6 @@ _PATTERNS = (
 )  # fmt: skip
 _NEVER = (WEIGHTS, *PICKLES, *OTHER_WEIGHTS, ".py", ".index.json")
 
-# What transformers calls the dtypes, in config.json.
-_TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-}  # fmt: skip
-
 
 def is_sidecar(name: str) -> bool:
     """True for a file that belongs to a model beside its weights. Never weights, code or optimizer state."""
@@ -45,29 +38,29 @@ def is_tokenizer_file(name: str) -> bool:
     return is_sidecar(name) and (name == "tokenizer_config.json" or "config." not in name)
 
 
-def copy_sidecars(source: Checkpoint, dtype: DType | None = None) -> dict[str, bytes | Path]:
-    """The sidecars of `source`, by name: the path to copy, or new content.
+def copy_sidecars(root: Path, dtype: DType | None = None) -> dict[str, bytes | Path]:
+    """The sidecars in a checkpoint's folder, by name: the path to copy, or new content.
 
     With `dtype`, the dtype of all output weights, config.json says so.
     Raises: CheckpointError, if config.json has to change and is damaged or cannot be read.
     """
     try:
-        names = [n for n in sorted(os.listdir(source.root)) if is_sidecar(n) and (source.root / n).is_file()]
-        found: dict[str, bytes | Path] = {n: source.root / n for n in names}
-        if dtype is not None and "config.json" in found:
-            path = str(source.root / "config.json")
-            found["config.json"] = with_dtype(read_regular(path, MAX_HEADER), dtype, path)
+        names = [n for n in sorted(os.listdir(root)) if is_sidecar(n) and (root / n).is_file()]
+        files: dict[str, bytes | Path] = {n: root / n for n in names}
+        if dtype is not None and "config.json" in files:
+            path = str(root / "config.json")
+            files["config.json"] = with_dtype(read_regular(path, MAX_HEADER), dtype, path)
     except OSError as error:
         raise CheckpointError(f"it cannot be read: {error.strerror}", file=str(error.filename)) from None
-    return found
+    return files
 
 
-def needs_code(source: Checkpoint) -> bool:
-    """Whether config.json names Python files of the model's own.
+def needs_code(root: Path) -> bool:
+    """Whether config.json in a checkpoint's folder names Python files of the model's own.
 
     Raises: CheckpointError, if it is damaged or cannot be read.
     """
-    path = source.root / "config.json"
+    path = root / "config.json"
     return path.is_file() and "auto_map" in parse_object(
         read_regular(str(path), MAX_HEADER).lstrip(), "the model configuration", str(path)
     )
@@ -79,9 +72,9 @@ def with_dtype(config: bytes, dtype: DType, file: str = "config.json") -> bytes:
     Only keys that are there are set. The bytes come back untouched if nothing changes.
     """
     table = parse_object(config.lstrip(), "the model configuration", file)
-    if dtype.name not in _TORCH_NAMES:
+    if not dtype.library_name:
         raise CheckpointError(f"the model configuration has no name for dtype {dtype}", file=file)
-    if not _set_dtype(table, _TORCH_NAMES[dtype.name]):
+    if not _set_dtype(table, dtype.library_name):
         return config
     return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
 

@@ -30,7 +30,7 @@ def parse_object(raw: bytes, what: str, file: str) -> dict[str, Any]:
     if raw[:1] != b"{":
         raise CheckpointError(f"{what} must start with '{{', got {bytes(raw[:8])!r}", file=file)
     try:
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        table = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise CheckpointError(
             f"{what} is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}", file=file
@@ -41,4 +41,4 @@ def parse_object(raw: bytes, what: str, file: str) -> dict[str, Any]:
         raise CheckpointError(f"{what} nests too deeply to be read", file=file) from None
     except ValueError as error:
         raise CheckpointError(f"{what} is not JSON: {error}", file=file) from None
-    return found  # type: ignore[no-any-return]  # it starts with '{', so it is a dict
+    return table  # type: ignore[no-any-return]  # it starts with '{', so it is a dict

@@ -39,7 +39,7 @@ from fastinterp.ops.requests import (
     Sum,
 )
 from fastinterp.ops.steps import MaskFill, MaskPlace
-from fastinterp.plan.method_run import Conversation, inputs_of
+from fastinterp.plan.method_run import MethodRun, inputs_of
 
 _AT_A_TIME = 1024  # groups whose numbers are Python's at a time
 Probes = Generator[Step, Any, Any]  # steps, sent their answers one by one; returns the answer to a request
@@ -51,7 +51,7 @@ class Asking(Job):
     """A tensor that asks, and is written when all of its answers are in.
 
     n            inputs of the method; side-cars are behind them
-    calls        as in Conversation
+    calls        as in MethodRun
     name, seeds  random keeps are drawn from them: the tensor's name, and a seed per output
     notes        let the pump note what surveys find to be kept, in masks for the sum
     """
@@ -62,7 +62,7 @@ class Asking(Job):
     ):  # fmt: skip
         super().__init__(place, ())
         self.n, self._name, self._seeds = n, name, seeds
-        self._talk = Conversation(name, calls, seeds)
+        self._run = MethodRun(name, calls, seeds)
         self._answers: dict[tuple[Request, int], Any] = {}
         self._probing: dict[tuple[Request, int], tuple[Probes, Step]] = {}
         self._written: list[tuple[int, ...]] = []
@@ -74,29 +74,29 @@ class Asking(Job):
 
     @property
     def cost(self) -> int:  # type: ignore[override]
-        return 0 if self._talk.ended else sum(self.place.nbytes)
+        return 0 if self._run.ended else sum(self.place.nbytes)
 
     @property
     def whole(self) -> bool:  # type: ignore[override]
-        return not self._talk.ended and not self._probing
+        return not self._run.ended and not self._probing
 
     @property
     def whole_requests(self) -> list[Select]:
         """The requests about the whole model that have no answer yet."""
-        asked = (r for r, seed in self._talk.requests if (r, seed) not in self._answers)
+        asked = (r for r, seed in self._run.requests if (r, seed) not in self._answers)
         return [r for r in asked if isinstance(r, Select) and r.whole]
 
     def answer(self, request: Select, answer: Any) -> None:
         """The answer to one of `whole_requests`."""
-        for asked in self._talk.requests:
+        for asked in self._run.requests:
             if asked[0] == request:
                 self._answers[asked] = answer
         self._go_on()
 
     def steps(self) -> list[Step]:
-        if not self._talk.ended:
+        if not self._run.ended:
             return [step for _, step in self._probing.values()]
-        sums = self._talk.sums
+        sums = self._run.sums
         rows = [_row(asked) for asked in sums]
         # Noted now, because sums by row are large: they are not held until the end.
         self._effects = [
@@ -105,18 +105,18 @@ class Asking(Job):
                 isinstance(row, Row) and is_copy(self.place, row),
                 densities(asked, told, self.place.numel),
             )
-            for row, asked, told in zip(rows, sums, self._talk.selected, strict=True)
+            for row, asked, told in zip(rows, sums, self._run.selected, strict=True)
         ]
         writers = _writers(self.place, rows, sums, self._name, self._seeds, self._masks or {})
         self._written = [outputs for outputs, _ in writers]
         return [step for _, step in writers]
 
     def take(self, results: Sequence[Result]) -> None:
-        if self._talk.ended:
+        if self._run.ended:
             pairs = zip(self._written, results, strict=True)
             found = {k: stats for outputs, r in pairs for k, stats in zip(outputs, r.stats, strict=True)}
             self.stats, self.done = [found[k] for k in sorted(found)], True
-            self._talk.forget()
+            self._run.clear()
             self._masks = None
             return
         for (asked, (probes, _)), result in zip(list(self._probing.items()), results, strict=True):
@@ -137,15 +137,15 @@ class Asking(Job):
         return self._effects[k][2]
 
     def _begin(self) -> None:
-        for request, seed in self._talk.requests:
+        for request, seed in self._run.requests:
             if not _is_whole(request):
                 probes = _probes(request, self.place, self.n, self._name, seed, self._masks)
                 self._probing[request, seed] = probes, next(probes)
 
     def _go_on(self) -> None:
         """Let the method have its answers when all of them are there."""
-        if not self._talk.ended and all(asked in self._answers for asked in self._talk.requests):
-            self._talk.answer(self._answers)
+        if not self._run.ended and all(asked in self._answers for asked in self._run.requests):
+            self._run.answer(self._answers)
             self._answers.clear()
             self._begin()
 

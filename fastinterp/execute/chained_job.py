@@ -1,4 +1,4 @@
-"""Tensors that need others of documents above, made one after the other in a temporary file.
+"""Jobs of tensors that read tensors of documents above, which are made first, in a temporary file.
 
 Imported only where a plan has such tensors.
 """
@@ -12,29 +12,27 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastinterp.checkpoint.header import Entry
 from fastinterp.errors import OutputError
 from fastinterp.execute.jobs import Job, Result
-from fastinterp.execute.sources import storage
+from fastinterp.execute.sources import Sources, storage
 from fastinterp.execute.tensor_io import Step
 from fastinterp.ops.steps import Operand, Stored
-from fastinterp.plan.tensors import MadeEntry, PlannedTensor
+from fastinterp.plan.inputs import GatheredInput, IntermediateInput, PlannedTensor, StoredInput, TensorInput
 
 if TYPE_CHECKING:
     from fastinterp.execute.densities import Density
 
 _ALIGN = 4096  # bytes
 
-# The operand of an input; and the job of a tensor: with its operands, at an offset in the file, or None: in the output.
-Find = Callable[[int, Entry], Operand]
-Make = Callable[[PlannedTensor, Find, int | None], Job]
+# The job of a tensor: with the operand of each input, at an offset in the file, or None: in the output.
+Make = Callable[[PlannedTensor, Callable[[TensorInput], Operand], int | None], Job]
 
 
-class Scratch:
-    """A file without a name, open until `stack` closes. Room that is free again is used again, so that it stays small.
+class ScratchFile:
+    """An unnamed temporary file, open until `stack` closes. Freed space is used again, so that it stays small.
 
-    keeps         nothing is free again
-    source, sink  its numbers for the pump
+    keeps         space is never freed
+    source, sink  its numbers as an input and as an output
     """
 
     def __init__(self, folder: Path, stack: ExitStack, keeps: bool):
@@ -47,33 +45,33 @@ class Scratch:
         self._free: list[tuple[int, int]] = []  # (size, offset)
 
     def take(self, nbytes: int) -> tuple[int, int]:
-        """(size, offset) of room for so many bytes: the smallest that is free, else at the end."""
+        """(size, offset) of space for so many bytes: the smallest that is free, else at the end."""
         size = -(-nbytes // _ALIGN) * _ALIGN
-        fitting = [room for room in self._free if room[0] >= size]
+        fitting = [extent for extent in self._free if extent[0] >= size]
         if not fitting:
             self.size += size
             return size, self.size - size
-        room = min(fitting)
-        self._free.remove(room)
-        return room
+        extent = min(fitting)
+        self._free.remove(extent)
+        return extent
 
-    def free(self, rooms: Sequence[tuple[int, int]]) -> None:
+    def free(self, extents: Sequence[tuple[int, int]]) -> None:
         if not self.keeps:
-            self._free += rooms
+            self._free += extents
 
 
-class Staged(Job):
-    """A tensor, after those that it is made of.
+class ChainedJob(Job):
+    """A tensor of the output and those of documents above that it reads: one stage after the other.
 
     stages  the tensors in the order in which they are made; the last one is written to the output
     """
 
-    def __init__(self, stages: Sequence[PlannedTensor], scratch: Scratch, find: Find, make: Make):
+    def __init__(self, stages: Sequence[PlannedTensor], scratch: ScratchFile, sources: Sources, make: Make):
         self.stats, self.done = [], False
-        self._cost = sum(entry.nbytes for stage in stages for entry in stage.entries)
+        self._cost = sum(entry.nbytes for stage in stages for entry in stage.inputs)
         self._waiting = list(stages)
-        self._scratch, self._find, self._make = scratch, find, make
-        self._rooms: dict[int, tuple[int, int]] = {}  # id of a tensor -> where it is
+        self._scratch, self._sources, self._make = scratch, sources, make
+        self._extents: dict[int, tuple[int, int]] = {}  # id of a tensor -> where it is
         self.now: Job | None = None
 
     @property
@@ -104,7 +102,7 @@ class Staged(Job):
             self._current(job)
             return
         self.stats, self.done = job.stats, True
-        self._scratch.free(list(self._rooms.values()))
+        self._scratch.free(list(self._extents.values()))
 
     def reads(self, k: int) -> tuple[int, ...]:
         return self._current().reads(k)
@@ -121,12 +119,21 @@ class Staged(Job):
             stage = self._waiting.pop(0)
             offset = None
             if self._waiting:
-                self._rooms[id(stage)] = self._scratch.take(stage.nbytes)
-                offset = self._rooms[id(stage)][1]
+                self._extents[id(stage)] = self._scratch.take(stage.nbytes)
+                offset = self._extents[id(stage)][1]
             self.now = self._make(stage, self._operand, offset)
         return self.now
 
-    def _operand(self, checkpoint: int, entry: Entry) -> Operand:
-        if isinstance(entry, MadeEntry):
-            return Stored(self._scratch.source, self._rooms[id(entry.made)][1], entry.dtype.code or 0)
-        return self._find(checkpoint, entry)
+    def _operand(self, tensor: TensorInput) -> Operand:
+        return tensor.open(self)
+
+    # What inputs are opened with.
+
+    def stored(self, tensor: StoredInput) -> Operand:
+        return self._sources.operand(tensor)
+
+    def gathered(self, tensor: GatheredInput) -> Operand:
+        return self._sources.operand(tensor)
+
+    def intermediate(self, tensor: IntermediateInput) -> Operand:
+        return Stored(self._scratch.source, self._extents[id(tensor.tensor)][1], tensor.dtype.code or 0)

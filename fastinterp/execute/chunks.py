@@ -1,16 +1,14 @@
-"""Parts of stored tensors, read one by one outside of a run: what `check` and reports look at."""
+"""Reads samples of stored tensors outside of a run, for `check` and reports."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
 
-from fastinterp.checkpoint.header import Entry
 from fastinterp.execute.sources import storage
-from fastinterp.plan.plan import Plan
-from fastinterp.plan.tensors import PlannedTensor
+from fastinterp.ops.contract import CHUNK
+from fastinterp.plan.inputs import PlannedTensor, StoredInput
 
-CHUNK = 16384  # elements of a tensor
 TENSORS = 128  # that are sampled, spread over the model
 
 
@@ -19,16 +17,15 @@ def spread_over(tensors: list[PlannedTensor]) -> list[PlannedTensor]:
     return [tensors[k * len(tensors) // TENSORS] for k in range(TENSORS)] if len(tensors) > TENSORS else tensors
 
 
-def middle_chunk(entry: Entry) -> Entry:
+def middle_chunk(tensor: StoredInput) -> StoredInput:
     """CHUNK elements of a tensor, from its middle; all of it, if it has no more."""
-    size = entry.nbytes // entry.numel
-    count = min(entry.numel, CHUNK)
-    skipped = (entry.numel - count) // 2
-    return replace(entry, shape=(count,), start=entry.start + skipped * size, nbytes=count * size)
+    size = tensor.nbytes // tensor.numel
+    count = min(tensor.numel, CHUNK)
+    skipped = (tensor.numel - count) // 2
+    return replace(tensor, shape=(count,), start=tensor.start + skipped * size, nbytes=count * size)
 
 
-def read_bytes(plan: Plan, i: int, entry: Entry, *, limit: int) -> bytes:
+def read_bytes(tensor: StoredInput, *, limit: int) -> bytes:
     """The first bytes of a tensor, or of a chunk of it."""
-    path = plan.checkpoints[i].files[entry.file]
-    with storage(path), open(path, "rb", buffering=0) as stream:
-        return os.pread(stream.fileno(), min(entry.nbytes, limit), entry.start)
+    with storage(tensor.path), open(tensor.path, "rb", buffering=0) as stream:
+        return os.pread(stream.fileno(), min(tensor.nbytes, limit), tensor.start)

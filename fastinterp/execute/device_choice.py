@@ -14,8 +14,8 @@ from typing import Any
 
 from fastinterp.backends.registry import built
 from fastinterp.messages import seconds
+from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.plan import Plan
-from fastinterp.plan.tensors import PlannedTensor
 
 # Of one thread, measured on an EPYC with AVX-512 (docs/performance.md): reads and writes of files in the page cache,
 # 10^9 bytes a second. Writes go on in as many files at a time as there are.
@@ -54,7 +54,7 @@ def choose(plans: Sequence[Plan], threads: int, max_memory: int) -> Choice:
     """Between the processor and the first accelerator."""
     from fastinterp.execute.device.executor import SLOT_BYTES, SLOTS
 
-    tensors = [s for plan in plans for t in plan.tensors for s in (*t.first, t)]
+    tensors = [s for plan in plans for t in plan.tensors for s in t.stages]
     read = sum(t.bytes_read for t in tensors)
     written = sum(plan.bytes_written + plan.bytes_made for plan in plans)
     files = sum(len(layout.files) for plan in plans for layout in plan.layouts)

@@ -1,4 +1,4 @@
-"""The rows of embeddings in the order of another vocabulary: which the pump can gather where they are, and the rest.
+"""Gathers the rows of an embedding in the order of another vocabulary.
 
 Rows of a model that stores them in the same dtype are read where they lie. Means, padding, and rows that are converted
 are made here first, a piece at a time, into a file without a name beside the output: so memory stays bounded.
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from fastinterp.checkpoint.regular_file import open_regular
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.ops.dtypes import DType
-from fastinterp.tokenizer.embedding_rows import PADDING, ZEROS, MappedEntry, split
+from fastinterp.plan.inputs import GatheredInput
+from fastinterp.tokenizer.embedding_rows import PADDING, ZEROS, split
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,8 +40,8 @@ class Gathered:
     rows: NDArray[Any] | None
 
 
-def gather(entry: MappedEntry, folder: Path | None, stack: ExitStack) -> Gathered:
-    """Make the rows that have to be made, and say where all of them are.
+def gather(tensor: GatheredInput, folder: Path | None, stack: ExitStack) -> Gathered:
+    """Compute the rows that no file holds, and locate all of them.
 
     folder  for the file of those that are made, which is open until `stack` closes; None: that for temporary files
 
@@ -51,32 +52,31 @@ def gather(entry: MappedEntry, folder: Path | None, stack: ExitStack) -> Gathere
     """
     import numpy as np
 
-    codes = np.frombuffer(entry.rows.codes, np.int64)
-    if len(entry.shape) == 1:
-        return Gathered((), _made(entry, codes, folder, stack), codes.size, None)
+    codes = np.frombuffer(tensor.rows.codes, np.int64)
+    if len(tensor.shape) == 1:
+        return Gathered((), _made(tensor, codes, folder, stack), codes.size, None)
     rows, parts, end = np.full(codes.size, -1, np.int64), [], 0
     left = codes != ZEROS
-    for model in entry.models:
-        place = entry.sources[model]
-        if place is not None and place[1].dtype == entry.dtype:
-            path, source = place
-            own = (codes >= 0) & (codes >> 40 == model)
-            rows[own] = (codes[own] & (1 << 40) - 1) + end
-            left &= ~own
-            parts.append((path, source.start, source.shape[0]))
+    for model in tensor.models:
+        source = tensor.sources[model]
+        if source is not None and source.dtype == tensor.dtype:
+            stored = (codes >= 0) & (codes >> 40 == model)
+            rows[stored] = (codes[stored] & (1 << 40) - 1) + end
+            left &= ~stored
+            parts.append((source.path, source.start, source.shape[0]))
             end += source.shape[0]
     rows[left] = np.arange(left.sum()) + end
-    made = _made(entry, codes[left], folder, stack) if left.any() else None
+    made = _made(tensor, codes[left], folder, stack) if left.any() else None
     return Gathered(tuple(parts), made, int(left.sum()), rows)
 
 
-def _made(entry: MappedEntry, codes: NDArray[Any], folder: Path | None, stack: ExitStack) -> int:
+def _made(tensor: GatheredInput, codes: NDArray[Any], folder: Path | None, stack: ExitStack) -> int:
     """A descriptor of a file without a name that holds the rows of these codes."""
     with tempfile.TemporaryFile(dir=folder) as file:
         fd = os.dup(file.fileno())
     stack.callback(os.close, fd)
     with ExitStack() as inputs:
-        maker = _Maker(entry, inputs)
+        maker = _Maker(tensor, inputs)
         mean = maker.mean_of_all() if PADDING in codes else b""
         for first in range(0, codes.size, maker.step):
             _write(fd, maker.rows(codes[first : first + maker.step], mean).tobytes(), first * maker.nbytes)
@@ -90,13 +90,13 @@ class _Maker:
     step    rows that are held at a time
     """
 
-    def __init__(self, entry: MappedEntry, stack: ExitStack):
+    def __init__(self, tensor: GatheredInput, stack: ExitStack):
         import numpy as np
 
-        self._np, self._entry, self._stack = np, entry, stack
+        self._np, self._tensor, self._stack = np, tensor, stack
         self._fds: dict[Path, int] = {}
-        self.columns = entry.numel // max(1, entry.shape[0])
-        self.nbytes = entry.dtype.nbytes(self.columns) or 0
+        self.columns = tensor.numel // max(1, tensor.shape[0])
+        self.nbytes = tensor.dtype.nbytes(self.columns) or 0
         self.step = max(1, _PIECE // max(1, self.nbytes))
 
     def rows(self, codes: NDArray[Any], padding: bytes) -> NDArray[Any]:
@@ -115,12 +115,12 @@ class _Maker:
     def mean_of_all(self) -> bytes:
         """The mean of all rows of the output that are no padding."""
         np = self._np
-        every = np.frombuffer(self._entry.rows.codes, np.int64)
+        every = np.frombuffer(self._tensor.rows.codes, np.int64)
         every = every[every != PADDING]
         total = np.zeros((1, self.columns), np.float64)
         for first in range(0, every.size, self.step):
             raw = self.rows(every[first : first + self.step], b"")
-            wide = self._wide(raw, self._entry.dtype).astype(np.float64).reshape(-1, self.columns)
+            wide = self._wide(raw, self._tensor.dtype).astype(np.float64).reshape(-1, self.columns)
             # Row after row, so that neither the size of a piece nor numpy's way of summing shows.
             total = np.concatenate((total, wide)).cumsum(axis=0)[-1:]
         mean: bytes = self._narrow(total[0] / max(1, every.size)).tobytes()
@@ -129,24 +129,24 @@ class _Maker:
     def _run(self, code: int, count: int) -> NDArray[Any]:
         """`count` rows that follow each other in one model, uint8[count, nbytes]; or as many means."""
         model, row = split(code)
-        if model == len(self._entry.sources):
+        if model == len(self._tensor.sources):
             return self._np.stack([self._mean(k) for k in range(row, row + count)])
         raw, dtype = self._raw(model, row, count)
-        if dtype != self._entry.dtype:
+        if dtype != self._tensor.dtype:
             raw = self._narrow(self._wide(raw, dtype))
         return raw.reshape(count, self.nbytes)
 
     def _mean(self, k: int) -> NDArray[Any]:
-        rows = [self._wide(*self._raw(model, row, 1)) for model, row in self._entry.means[k]]
+        rows = [self._wide(*self._raw(model, row, 1)) for model, row in self._tensor.means[k]]
         total = rows[0].astype(self._np.result_type(*rows))
         for row in rows[1:]:
             total = total + row
         return self._narrow(total / total.dtype.type(len(rows)))
 
     def _raw(self, model: int, row: int, count: int) -> tuple[NDArray[Any], DType]:
-        place = self._entry.sources[model]
-        assert place is not None
-        path, source = place
+        source = self._tensor.sources[model]
+        assert source is not None
+        path = source.path
         if path not in self._fds:
             self._fds[path] = open_regular(str(path))[0]
             self._stack.callback(os.close, self._fds[path])
@@ -162,7 +162,7 @@ class _Maker:
     def _narrow(self, values: NDArray[Any]) -> NDArray[Any]:
         from fastinterp.reference.combine import narrow
 
-        return narrow(values, self._entry.dtype).view(self._np.uint8)
+        return narrow(values, self._tensor.dtype).view(self._np.uint8)
 
 
 def _read(fd: int, path: Path, offset: int, count: int) -> bytes:
@@ -174,7 +174,8 @@ def _read(fd: int, path: Path, offset: int, count: int) -> bytes:
             raise StorageError(f"{path}: {error.strerror}, reading {count} bytes at {offset}") from None
         if not part:
             raise CheckpointError(
-                f"{count} bytes are missing at byte {offset}: it was cut or replaced. Try again when it rests",
+                f"{count} bytes are missing at byte {offset}: it was truncated or replaced. Retry once nothing is "
+                "writing to it",
                 file=str(path),
             )
         parts.append(part)

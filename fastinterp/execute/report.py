@@ -275,7 +275,7 @@ def record_of(plan: Plan, jobs: Mapping[str, Job], k: int) -> OutputRecord:
         if tensor.merged:
             record.models |= tensor.origins(job.reads(k))
         for i, density in job.densities(k).items():
-            record.densities.setdefault(plan.checkpoints[tensor.inputs[i]].name, {})[tensor.name] = density
+            record.densities.setdefault(plan.checkpoints[tensor.checkpoints[i]].name, {})[tensor.name] = density
         if job.copies(k):
             record.copied.append(tensor.name)
         else:
@@ -315,7 +315,7 @@ def report_on(
 
 
 def _importances(plan: Plan) -> list[str]:
-    if not any(recipe.sidecars for recipe in plan.recipes) and not any(t.first for t in plan.tensors):
+    if not any(recipe.sidecars for recipe in plan.recipes) and not any(t.before for t in plan.tensors):
         return []
     from fastinterp.execute.importances import negative_importances
 

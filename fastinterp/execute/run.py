@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Handle, Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.checkpoint.header import Entry
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.jobs import Job
 from fastinterp.execute.rounds import DeviceUsage, Machine, drive
@@ -21,12 +20,13 @@ from fastinterp.execute.sources import Sources, remedy
 from fastinterp.execute.tensor_io import Place, Step
 from fastinterp.ops.combine import philox_key
 from fastinterp.ops.steps import Operand
+from fastinterp.plan.inputs import PlannedTensor, TensorInput
 from fastinterp.plan.plan import Plan
-from fastinterp.plan.tensors import MadeEntry, PlannedTensor, must_agree
+from fastinterp.plan.tensors import must_agree
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device
-    from fastinterp.execute.chained_job import Scratch
+    from fastinterp.execute.chained_job import ScratchFile
 
 STATS_EVERY = 32  # chunks of 16384 elements: one of so many is measured, which costs a few percent of the kernel's time
 _STORE = 0  # Philox stream of the store's rounding
@@ -67,8 +67,8 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
 
     Raises: UsageError, if even the smallest does not fit.
     """
-    inputs, outputs = max(len(s.inputs) for t in plan.tensors for s in (*t.first, t)), len(plan.recipes)
-    asks = any(s.program is not None for t in plan.tensors for s in (*t.first, t))
+    inputs, outputs = max(len(s.inputs) for t in plan.tensors for s in t.stages), len(plan.recipes)
+    asks = any(s.program is not None for t in plan.tensors for s in t.stages)
     read, write = _pages(max(16 << 10, min(64 << 10, (512 << 10) // inputs))), 128 << 10
     while True:
         window = Window(threads, write, read, inputs, outputs, max_memory, asks)
@@ -84,7 +84,7 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
 
 def fitting_outputs(plan: Plan, threads: int, max_memory: int) -> int:
     """How many outputs of such a plan one read can make within `max_memory`; at least 1."""
-    inputs = max(len(s.inputs) for t in plan.tensors for s in (*t.first, t))
+    inputs = max(len(s.inputs) for t in plan.tensors for s in t.stages)
     fixed, each = (Window(threads, 4096, 4096, i, k, max_memory, False).plain_bytes for i, k in ((inputs, 0), (0, 1)))
     return max(1, (max_memory - fixed) // each)
 
@@ -163,10 +163,9 @@ def opened(
     isa = cpu_isa()
     window = make_window(plan, cpu_threads(threads), max_memory - _slots(devices, max_memory))
     with ExitStack() as stack:
-        every = [s for t in plan.tensors for s in (*t.first, t)]
-        pairs = (pair for s in every for pair in zip(s.inputs, s.entries, strict=True))
-        reads = [(i, e) for i, e in pairs if not isinstance(e, MadeEntry)]
-        sources = Sources(plan.checkpoints, reads, stack, sinks.files, sinks.scratch)
+        every = [s for t in plan.tensors for s in t.stages]
+        inputs = (tensor for s in every for tensor in s.inputs)
+        sources = Sources(plan.opened, inputs, stack, sinks.files, sinks.scratch)
         sinks.open(stack)
         recipe = plan.recipes[0]
         scratch = _scratch(plan, sources, sinks, stack, sinks.scratch) if len(every) > len(plan.tensors) else None
@@ -239,14 +238,14 @@ def _machine(
     return machine
 
 
-def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folder: Path | None) -> Scratch:
+def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folder: Path | None) -> ScratchFile:
     """The file of what documents above make."""
     import tempfile
 
-    from fastinterp.execute.chained_job import Scratch
+    from fastinterp.execute.chained_job import ScratchFile
 
     folder = folder or Path(tempfile.gettempdir())
-    file = Scratch(folder, stack, keeps=any(t.program is not None and t.program.whole for t in plan.tensors))
+    file = ScratchFile(folder, stack, keeps=any(t.program is not None and t.program.whole for t in plan.tensors))
     label = folder / "a temporary file"
     file.source, file.sink = sources.add(file.fd, label), len(sinks.handles)
     sinks.handles.append(file.fd)
@@ -254,17 +253,17 @@ def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folde
     return file
 
 
-def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: Sinks, scratch: Scratch | None) -> Job:
+def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: Sinks, scratch: ScratchFile | None) -> Job:
     stochastic = plan.recipes[0].rounding == "stochastic"
-    if scratch is None or not tensor.first:
+    if scratch is None or not tensor.before:
         return _job_at(tensor, stochastic, sources.operand, *_places(sinks, tensor.name))
-    from fastinterp.execute.chained_job import Staged
+    from fastinterp.execute.chained_job import ChainedJob
 
-    def make(stage: PlannedTensor, operand: Callable[[int, Entry], Operand], offset: int | None) -> Job:
+    def make(stage: PlannedTensor, operand: Callable[[TensorInput], Operand], offset: int | None) -> Job:
         where = _places(sinks, tensor.name) if offset is None else ([scratch.sink], [offset])
         return _job_at(stage, stochastic, operand, *where)
 
-    return Staged((*tensor.first, tensor), scratch, sources.operand, make)
+    return ChainedJob(tensor.stages, scratch, sources, make)
 
 
 def _places(sinks: Sinks, name: str) -> tuple[Sequence[int], Sequence[int]]:
@@ -275,7 +274,7 @@ def _places(sinks: Sinks, name: str) -> tuple[Sequence[int], Sequence[int]]:
 def _job_at(
     tensor: PlannedTensor,
     stochastic: bool,
-    operand: Callable[[int, Entry], Operand],
+    operand: Callable[[TensorInput], Operand],
     numbers: Sequence[int],
     offsets: Sequence[int],
 ) -> Job:
@@ -284,10 +283,10 @@ def _job_at(
     place = Place(
         name=tensor.name,
         shape=tensor.shape,
-        operands=tuple(operand(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True)),
-        nbytes=tuple(e.nbytes for e in tensor.entries),
+        operands=tuple(operand(entry) for entry in tensor.inputs),
+        nbytes=tuple(e.nbytes for e in tensor.inputs),
         out_dtype=tensor.dtype.code or 0,
-        out_bytes=(tensor.dtype.nbytes(tensor.numel) or 0) if tensor.merged else tensor.entries[0].nbytes,
+        out_bytes=(tensor.dtype.nbytes(tensor.numel) or 0) if tensor.merged else tensor.inputs[0].nbytes,
         sinks=tuple(numbers),
         offsets=tuple(offsets),
         keys=tuple(philox_key(seed, _STORE, tensor.name) for seed in tensor.seeds) if stochastic else (),
@@ -296,7 +295,7 @@ def _job_at(
         return Job(place, tensor.rows)
     from fastinterp.execute.adaptive_job import Asking
 
-    return Asking(place, tensor.models, tensor.program.calls, tensor.program.name, tensor.program.seeds)
+    return Asking(place, tensor.model_count, tensor.program.calls, tensor.program.name, tensor.program.seeds)
 
 
 def _explained(
@@ -310,7 +309,7 @@ def _explained(
     kind, *rest = error
     if kind == "differs":
         tensor = tensors[steps[rest[0]].name]
-        first, other = (plan.checkpoints[tensor.inputs[i]].name for i in (0, rest[1]))
+        first, other = (plan.checkpoints[tensor.checkpoints[i]].name for i in (0, rest[1]))
         return must_agree(tensor, first, other)
     if kind == "write":
         handle, code, offset, expected, _ = rest

@@ -6,23 +6,25 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from fastinterp.backends.cpu import reserve
+from fastinterp.backends.cpu import Handle, reserve
 from fastinterp.errors import OutputError
 from fastinterp.execute.sources import storage
 from fastinterp.plan.plan import Plan
 
 
 class Sinks(Protocol):
-    """handles  as the pump takes them
+    """Outputs by number.
+
+    handles  as the pump takes them
     of       tensor -> number of the sink and byte offset in it, one of each per output
     paths    of sinks that are files, for messages
     files    how many of them will be open at the same time
     scratch  a folder for temporary files; None: the system's
     """
 
-    handles: list[Any]
+    handles: list[Handle]
     of: dict[str, tuple[list[int], list[int]]]
     paths: list[Path]
     files: int
@@ -39,10 +41,10 @@ class FileSinks:
     """
 
     def __init__(self, plan: Plan, outputs: Sequence[Sequence[Path | None]]):
-        self.handles: list[Any] = []
+        self.handles: list[Handle] = []
         self.of: dict[str, tuple[list[int], list[int]]] = {}
         self.paths: list[Path] = []
-        paths = [path for own in outputs for path in own if path is not None]
+        paths = [path for files in outputs for path in files if path is not None]
         self.files = len(paths)
         self.scratch: Path | None = paths[0].parent
         self._plan, self._outputs = plan, outputs
@@ -73,7 +75,7 @@ class MemorySinks:
     """
 
     def __init__(self, outputs: Sequence[Mapping[str, tuple[int, int]]]):
-        self.handles: list[Any] = []
+        self.handles: list[Handle] = []
         self.of: dict[str, tuple[list[int], list[int]]] = {}
         self.paths: list[Path] = []
         self.files = 0

@@ -1,103 +1,108 @@
-"""The input files while they are read: opened once each, and what can go wrong with them put into words."""
+"""The input files while they are read: opens each once, and turns errors of reads into exceptions."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from fastinterp.backends.cpu import cached_fraction
-from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint, changed_since
 from fastinterp.errors import CheckpointError, StorageError
-from fastinterp.ops.steps import Gathered, Operand, Stored
-from fastinterp.tokenizer.embedding_rows import MappedEntry
+from fastinterp.ops.steps import Decoder, Gathered, Operand, Stored
+from fastinterp.plan.inputs import GatheredInput, IntermediateInput, StoredInput, TensorInput
 
 _SPARE_FDS = 64  # for everything that is neither input nor output
 
 
 class Sources:
-    """The files that hold some entries of some checkpoints, open for reading until `stack` closes.
+    """The files of inputs, open for reading until `stack` closes; rows that have to be gathered are found.
 
-    reads    (checkpoint, entry) of every tensor that will be read
-    outputs  files that will be open for writing at the same time
-    scratch  folder for the rows of embeddings that are moved; None: the system's for temporary files
+    checkpoints  those that must not change meanwhile
+    inputs       every tensor that will be read
+    outputs      files that will be open for writing at the same time
+    scratch      folder for the rows of embeddings that are moved; None: the system's for temporary files
     Raises: StorageError, if a file cannot be opened.
     """
 
     def __init__(
         self,
-        checkpoints: Sequence[Checkpoint],
-        reads: Iterable[tuple[int, Entry]],
+        checkpoints: Iterable[Checkpoint],
+        inputs: Iterable[TensorInput],
         stack: ExitStack,
         outputs: int = 0,
         scratch: Path | None = None,
     ):
-        every = list(reads)
-        moved = {_moved_key(i, e): (i, e) for i, e in every if isinstance(e, MappedEntry)}
-        needed = [checkpoints[i].files[f] for i, f in sorted({(i, e.file) for i, e in every})]
-        needed += [place[0] for _, e in moved.values() for m in e.models if (place := e.sources[m])]
-        needed = list(dict.fromkeys(needed))
-        _allow_files(len(needed) + len(moved) + outputs)
+        every = list({tensor.key: tensor for tensor in inputs if tensor.files}.values())
+        needed = list(dict.fromkeys(path for tensor in every for path in tensor.files))
+        moved = sum(tensor.moves_rows for tensor in every)
+        _allow_files(len(needed) + moved + outputs)
         self.paths: list[Path] = []
         self.fds: list[int] = []
-        self._checkpoints = checkpoints
+        self._checkpoints = tuple(checkpoints)
         self._number: dict[Path, int] = {}
+        self._scratch, self._stack = scratch, stack
         for path in needed:
             with storage(path):
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, fd)
             self._number[path] = self.add(fd, path)
-        self._moved = {
-            key: self._gathered(e, checkpoints[i].files[e.file], scratch, stack) for key, (i, e) in moved.items()
-        }
+        self._operands: dict[Hashable, Operand] = {}
+        for tensor in every:
+            self._operands[tensor.key] = tensor.open(self)
 
     def add(self, fd: int, path: Path) -> int:
-        """One more, which is open already."""
+        """The number of one more file, which is open already."""
         self.fds.append(fd)
         self.paths.append(path)
         return len(self.fds) - 1
 
-    def _gathered(self, entry: MappedEntry, path: Path, scratch: Path | None, stack: ExitStack) -> Operand:
+    def operand(self, tensor: TensorInput) -> Operand:
+        """One of the inputs as the pump takes it."""
+        return self._operands[tensor.key]
+
+    def stored(self, tensor: StoredInput) -> Stored:
+        number, code, encoding = self._number[tensor.path], tensor.dtype.code or 0, tensor.encoding
+        if encoding is None:
+            return Stored(number, tensor.start, code)
+        columns = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.numel
+        companions = tuple((self._number[c.path], c.start, c.nbytes) for c in encoding.companions)
+        return Stored(number, tensor.start, code, Decoder(encoding.decoder, columns, companions, encoding.parameters))
+
+    def gathered(self, tensor: GatheredInput) -> Operand:
         from fastinterp.execute.gather_rows import gather
 
-        with storage(scratch or Path("a temporary file")):
-            found = gather(entry, scratch, stack)
-        made = None if found.made is None else self.add(found.made, path)
-        code = entry.dtype.code or 0
-        if found.rows is None:
+        with storage(self._scratch or Path("a temporary file")):
+            rows = gather(tensor, self._scratch, self._stack)
+        made = None if rows.made is None else self.add(rows.made, tensor.files[0])
+        code = tensor.dtype.code or 0
+        if rows.rows is None:
             return Stored(made or 0, 0, code)
-        parts = [(self._number[path], start, rows) for path, start, rows in found.parts]
+        parts = [(self._number[path], start, count) for path, start, count in rows.parts]
         if made is not None:
-            parts.append((made, 0, found.made_rows))
-        return Gathered(tuple(parts), code, found.rows)
+            parts.append((made, 0, rows.made_rows))
+        return Gathered(tuple(parts), code, rows.rows)
 
-    def operand(self, checkpoint: int, entry: Entry) -> Operand:
-        """A tensor as the pump takes it."""
-        if isinstance(entry, MappedEntry):
-            return self._moved[_moved_key(checkpoint, entry)]
-        return self.stored(checkpoint, entry)
-
-    def stored(self, checkpoint: int, entry: Entry) -> Stored:
-        """The same for one whose rows are not moved."""
-        number = self._number[self._checkpoints[checkpoint].files[entry.file]]
-        return Stored(number, entry.start, entry.dtype.code or 0)
+    def intermediate(self, tensor: IntermediateInput) -> Operand:
+        raise LookupError(f"{tensor.name} is in no file before a chained job has made it")
 
     def cached(self) -> bool:
         """Whether all files are known to be in the page cache, so that nothing need be read ahead."""
         return all(cached_fraction(fd, os.fstat(fd).st_size) > 0.95 for fd in self.fds)
 
-    def refuse_changed(self, told: str = "it changed while it was being read. Try again when it rests") -> None:
+    def refuse_changed(
+        self, message: str = "it changed while it was being read. Retry once nothing is writing to it"
+    ) -> None:
         """Raises: CheckpointError, if a file of a checkpoint is not what it was when its header was read."""
         for checkpoint in self._checkpoints:
             for path in changed_since(checkpoint):
-                raise CheckpointError(told, file=str(path))
+                raise CheckpointError(message, file=str(path))
 
     def explained(self, error: tuple[Any, ...]) -> Exception:
-        """The pump's error in words: a read that failed, or what stopped the run altogether."""
+        """The exception of an error of the pump: a read that failed, or what stopped the run altogether."""
         kind, *rest = error
         if kind == "other":
             return StorageError(f"the run stopped: {rest[0]}")
@@ -105,23 +110,15 @@ class Sources:
         if code:
             return StorageError(f"{self.paths[source]}: {os.strerror(code)}, reading {expected} bytes at {offset}")
         return CheckpointError(
-            f"only {done} of {expected} bytes are left at byte {offset}: it was cut or replaced while it was being "
-            "read. Try again when it rests",
+            f"only {done} of {expected} bytes are left at byte {offset}: it was truncated or replaced while it was "
+            "being read. Retry once nothing is writing to it",
             file=str(self.paths[source]),
         )
 
 
-def _moved_key(checkpoint: int, entry: MappedEntry) -> tuple[object, ...]:
-    """Tensors that are one in the file, as tied ones are, are moved once into the same vocabulary; but beside models
-    that are not tied, the rows that they lack come from different tensors.
-    """
-    sources = tuple(None if place is None else (place[0], place[1].start) for place in entry.sources)
-    return checkpoint, entry.file, entry.start, id(entry.rows), sources
-
-
 @contextmanager
 def storage(path: Path, kind: type[StorageError] = StorageError) -> Iterator[None]:
-    """What the operating system refuses inside is raised as `kind`, with the path and what to do."""
+    """Errors of the operating system inside are raised as `kind`, with the path and a remedy."""
     try:
         yield
     except OSError as error:
@@ -129,7 +126,7 @@ def storage(path: Path, kind: type[StorageError] = StorageError) -> Iterator[Non
 
 
 def remedy(code: int | None) -> str:
-    """What to do about an error of the operating system, where that is known."""
+    """A remedy for an error of the operating system, as the end of a message; or nothing."""
     if code == errno.EFBIG:
         return ". This file system or ulimit allows only smaller files: --max-shard-size 1GB, say"
     if code == errno.EMFILE:

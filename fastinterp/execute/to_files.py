@@ -124,8 +124,8 @@ def _part(progress: Progress | None, before: int, total: int) -> Progress | None
 
 def write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: bytes | None, index_name: str) -> None:
     """Everything beside the weights."""
-    copied = copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype)
-    for name, content in plan.fitted.sidecars(copied).items():
+    copied = copy_sidecars(plan.origin.root, recipe.out_dtype or recipe.dtype)
+    for name, content in plan.aligned.sidecars(copied).items():
         folder.write(name, content)
     folder.write("README.md", model_card(recipe.text, plan.models, recipe.method.name, __version__).encode())
     if index is not None:

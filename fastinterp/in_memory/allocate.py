@@ -11,21 +11,6 @@ from fastinterp.ops.dtypes import DType
 Framework = Literal["torch", "numpy"]
 Make = Callable[[DType, tuple[int, ...]], tuple[Any, int]]  # -> the tensor, and the address of its first byte
 
-_TORCH = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz", "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
-    "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64", "C64": "complex64",
-}  # fmt: skip
-_NUMPY = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16",
-    "I16": "int16", "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64", "C64": "complex64",
-}  # fmt: skip
-_ML_DTYPES = {
-    "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
-
 
 def maker(framework: str) -> Make:
     """What makes tensors of a library: uninitialised, contiguous, in the CPU's memory.
@@ -49,7 +34,7 @@ def maker(framework: str) -> Make:
         import numpy as np
 
         def with_numpy(dtype: DType, shape: tuple[int, ...]) -> tuple[Any, int]:
-            array = np.empty(shape, _numpy_dtype(dtype))
+            array = np.empty(shape, numpy_dtype(dtype))
             return array, array.ctypes.data
 
         return with_numpy
@@ -63,22 +48,26 @@ def torch_dtype(dtype: DType) -> Any:
     """
     import torch
 
-    found = getattr(torch, _TORCH.get(dtype.name, ""), None)
+    found = getattr(torch, dtype.library_name, None) if dtype.library_name else None
     if found is None:
         raise UsageError(f"torch has no dtype for {dtype}, so such tensors cannot be loaded. Merge them to files")
     return found
 
 
-def _numpy_dtype(dtype: DType) -> Any:
-    if dtype.name in _NUMPY:
-        return _NUMPY[dtype.name]
+def numpy_dtype(dtype: DType) -> Any:
+    """The numpy.dtype of a storage dtype, or what numpy takes as one.
+
+    Raises: UsageError, if numpy has none, or only with ml_dtypes, which is not installed.
+    """
+    if dtype.in_numpy:
+        return dtype.library_name
     try:
         import ml_dtypes
     except ImportError:
         raise UsageError(
             f"numpy has no {dtype}: pip install ml_dtypes, or ask for dtype='float32' (--dtype float32)"
         ) from None
-    found = getattr(ml_dtypes, _ML_DTYPES.get(dtype.name, ""), None)
+    found = getattr(ml_dtypes, dtype.library_name, None) if dtype.library_name else None
     if found is None:
         raise UsageError(f"numpy has no dtype for {dtype}, so such tensors cannot be loaded. Merge them to files")
     return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fastinterp.backends.cpu import PumpOptions
+from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, device_of, one_place
 from fastinterp.errors import MethodError, ShapeError, StorageError, UsageError
@@ -20,7 +20,7 @@ from fastinterp.execute.run import STATS_EVERY
 from fastinterp.execute.sources import Sources
 from fastinterp.execute.tensor_io import Place, Step
 from fastinterp.in_memory.parameters import resolved
-from fastinterp.in_memory.weighted_sum import Exchanged, Numpy, Torch, library_of
+from fastinterp.in_memory.weighted_sum import Exchanged, Numpy, Torch, View, library_of
 from fastinterp.methods import Method, Sidecar, find
 from fastinterp.ops.combine import Tensor, philox_key
 from fastinterp.ops.dtypes import DType, parse_dtype
@@ -224,8 +224,8 @@ class _Merge:
         merged = {name: self._views(name) for name, x in lead.items() if self._merges(name)}
         numel = sum(math.prod(views[0][1]) for views in merged.values())
         out = {n: self._empty(n, merged[n][0][2]) if n in merged else self.library.copy(x) for n, x in lead.items()}
-        sources: list[Any] = [*self.files.fds] if self.files else []
-        sinks: list[Any] = []
+        sources: list[Handle] = [*self.files.fds] if self.files else []
+        sinks: list[Handle] = []
         jobs = []
         for name, views in merged.items():
             if math.prod(views[0][1]):
@@ -235,7 +235,7 @@ class _Merge:
             self.effects = {j.place.name: RoundingEffect.of(j.place.numel, j.stats[0]) for j in jobs if not j.copies(0)}
         return out
 
-    def _machine(self, sources: list[Any], sinks: list[Any], stats_every: int) -> Runs:
+    def _machine(self, sources: list[Handle], sinks: list[Handle], stats_every: int) -> Runs:
         if self.where is not None:
             return ResidentMachine(
                 device_of(self.where), current_queue(self.where), sources, sinks,
@@ -248,10 +248,10 @@ class _Merge:
         self,
         name: str,
         views: Sequence[_View],
-        out: _View,
+        out: View,
         numel: int,
-        sources: list[Any],
-        sinks: list[Any],
+        sources: list[Handle],
+        sinks: list[Handle],
     ) -> Asking:
         kind = "memory" if self.where is None else "device"
         shape = views[0][1]

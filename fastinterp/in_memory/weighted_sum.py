@@ -19,7 +19,6 @@ from fastinterp.ops.dtypes import DType, parse_dtype
 View = tuple[int, tuple[int, ...], DType]  # address, shape, dtype
 
 _SUMMED = "float64, float32, float16, bfloat16 and float8 can be summed"
-_NUMPY_TYPESTR = {"<f8": "F64", "<f4": "F32", "<f2": "F16"}
 
 
 def weighted_sum(
@@ -145,7 +144,7 @@ class Numpy:
     @staticmethod
     def dtype(x: Any) -> DType | None:
         """The dtype of an array, or None if it does not merge."""
-        return parse_dtype(_NUMPY_TYPESTR.get(x.dtype.str, x.dtype.name)) if x.dtype.isnative else None
+        return parse_dtype(x.dtype.name) if x.dtype.isnative else None
 
     @staticmethod
     def same(x: Any, y: Any) -> bool:
@@ -179,15 +178,9 @@ class Numpy:
     def empty(like: Any, dtype: DType) -> Any:
         import numpy as np
 
-        plain = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
-        if dtype.name in plain:
-            return np.empty(like.shape, plain[dtype.name])
-        try:
-            import ml_dtypes
-        except ImportError:
-            raise UsageError(f"numpy has no {dtype}: pip install ml_dtypes, or ask for float32") from None
-        extra = {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
-        return np.empty(like.shape, extra[dtype.name])
+        from fastinterp.in_memory.allocate import numpy_dtype
+
+        return np.empty(like.shape, numpy_dtype(dtype))
 
 
 class Torch:

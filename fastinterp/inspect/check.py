@@ -8,11 +8,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
 from fastinterp.inspect.check_result import CheckResult, Finding
 from fastinterp.messages import counted, listed, plain
-from fastinterp.plan.single import Library
+from fastinterp.plan.models import Library, Model
 from fastinterp.recipe.chain import not_there, references
 from fastinterp.recipe.check import check_recipe, check_tensors
 from fastinterp.recipe.document import Document, RecipeSource, read_all
@@ -178,7 +177,7 @@ def _check_document(
         models, fit = _models(recipe, library, checked, findings)
         warnings, outputs = check_tensors(recipe, models, collector)
         for error in collector.errors:
-            if fit or not isinstance(error, ShapeError):  # fit_models or _differing has reported it
+            if fit or not isinstance(error, ShapeError):  # align_models or _differing has reported it
                 findings.add_error(error)
         for warning in warnings:
             findings.add_warning(warning)
@@ -201,20 +200,20 @@ def _models(
     recipe: Recipe, library: Library, checked: Mapping[int, _Checked], findings: _Findings
 ) -> tuple[list[Collection[str]], bool]:
     """The tensor names of each of a recipe's models, and whether vocabularies, tensors and shapes fit each other."""
-    from fastinterp.plan.vocabularies import fit_models
+    from fastinterp.plan.vocabularies import align_models
 
     if recipe.earlier:
         return [_names(recipe, model, library, checked) for model in recipe.models], True
     models = [library.find(model) for model in recipe.models]
     try:
-        fitted = fit_models(recipe, models, library.find(recipe.origin)).models
+        aligned = align_models(recipe, models, library.find(recipe.origin)).models
     except (CheckpointError, StorageError) as error:
         findings.add_error(error, _tokenizer(recipe))
         return [m.tensors for m in models], False
-    differing = _differing(recipe, fitted)
+    differing = _differing(recipe, aligned)
     for mismatch in differing:
         findings.add_error(mismatch)
-    return [m.tensors for m in fitted], not differing
+    return [m.tensors for m in aligned], not differing
 
 
 def _tokenizer(recipe: Recipe) -> tuple[str, int | None] | None:
@@ -228,7 +227,7 @@ def _names(recipe: Recipe, model: ModelRef, library: Library, checked: Mapping[i
     return library.find(model).tensors if above is None else checked[above].outputs
 
 
-def _differing(recipe: Recipe, models: Sequence[Checkpoint]) -> list[ShapeError]:
+def _differing(recipe: Recipe, models: Sequence[Model]) -> list[ShapeError]:
     """Errors about tensors that one model has and another lacks, where whole models are merged; and if there are any,
     about tensors of different shapes. If there are none, planning reports the shapes.
     """

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from fastinterp.backends.cpu import Progress, PumpOptions, survey
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
 from fastinterp.errors import UsageError
 from fastinterp.execute.sources import Sources
 from fastinterp.ops.steps import Answer, Measure
+from fastinterp.plan.models import Model, open_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def compare(
     for given in (a, b):
         if not isinstance(given, (str, os.PathLike)):
             raise UsageError(f"a checkpoint must be named by its path, got {given!r}")
-    first, second = open_checkpoint(os.fspath(a)), open_checkpoint(os.fspath(b))
+    first, second = open_model(os.fspath(a)), open_model(os.fspath(b))
     common = [n for n in first.tensors if n in second.tensors]
     shapes = [n for n in common if first.tensors[n].shape != second.tensors[n].shape]
     same_shape = [n for n in common if first.tensors[n].shape == second.tensors[n].shape]
@@ -143,7 +143,7 @@ def deltas(
 
     Raises: CheckpointError, StorageError, BackendError, UsageError.
     """
-    every = [open_checkpoint(name) for name in (base, *models)]
+    every = [open_model(name) for name in (base, *models)]
     lead = every[0].tensors
     names = [
         n for n, entry in lead.items()
@@ -162,16 +162,15 @@ def deltas(
 
 
 def _measured(
-    checkpoints: Sequence[Checkpoint], names: Sequence[str], threads: int | None, progress: Progress | None
+    models: Sequence[Model], names: Sequence[str], threads: int | None, progress: Progress | None
 ) -> list[Answer]:
     """The pump's answer for each of the tensors called `names`: deltas from the first checkpoint."""
-    places = [[c.tensors[name] for c in checkpoints] for name in names]
+    places = [[c.tensors[name] for c in models] for name in names]
     with ExitStack() as stack:
-        sources = Sources(checkpoints, (read for entries in places for read in enumerate(entries)), stack)
+        checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
+        sources = Sources(checkpoints, (tensor for tensors in places for tensor in tensors), stack)
         steps = [
-            Measure(
-                inputs=tuple(sources.operand(i, x) for i, x in enumerate(entries)), numel=entries[0].numel, deltas=True
-            )
+            Measure(inputs=tuple(sources.operand(x) for x in entries), numel=entries[0].numel, deltas=True)
             for entries in places
         ]
         options = PumpOptions(
@@ -183,10 +182,10 @@ def _measured(
     return answers
 
 
-def _kinds(first: Checkpoint, second: Checkpoint, common: Iterable[str]) -> dict[str, tuple[str, str]]:
+def _kinds(first: Model, second: Model, common: Iterable[str]) -> dict[str, tuple[str, str]]:
     kinds = {}
     for name in common:
-        x, y = (f"{c.tensors[name].dtype} {list(c.tensors[name].shape)}" for c in (first, second))
+        x, y = (c.tensors[name].describe() for c in (first, second))
         if x != y:
             kinds[name] = (x, y)
     return kinds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,10 @@ from fastinterp.execute.device_choice import choose
 from fastinterp.execute.run import Window, make_window
 from fastinterp.inspect.explain_parameters import parameters_in_force, presets_in_force, symbols
 from fastinterp.inspect.explain_text import as_text
+from fastinterp.plan.inputs import PlannedTensor, TensorInput
 from fastinterp.plan.plan import Plan
-from fastinterp.plan.tensors import MadeEntry, PlannedTensor
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
-from fastinterp.tokenizer.embedding_rows import MappedEntry
 
 # Rates of one machine from page cache to page cache, for a lower bound of the time.
 _READ_GB_S, _WRITE_GB_S = 10.0, 3.0
@@ -60,22 +59,22 @@ def _as_dict(plan: Plan, window: Window) -> dict[str, Any]:
     choice = choose([plan], window.threads, window.most) if maybe_devices() else None
     (recipe,), (layout,) = plan.recipes, plan.layouts
     letters = _letters(plan, recipe)
-    copied = copy_sidecars(plan.origin, recipe.out_dtype or recipe.dtype)
-    sidecars = [*sorted(plan.fitted.sidecars(copied)), "README.md"]
+    copied = copy_sidecars(plan.origin.root, recipe.out_dtype or recipe.dtype)
+    sidecars = [*sorted(plan.aligned.sidecars(copied)), "README.md"]
     return {
         "method": recipe.method.name,
         "formula": _formula(plan),
         "symbols": [] if recipe.coefficients is not None else [_lettered(s, letters) for s in symbols(recipe)],
         "presets": [_lettered(s, letters) for s in presets_in_force(recipe)],
-        "given": parameters_in_force(recipe, [m.tensors for m in plan.fitted.models], letters),
+        "given": parameters_in_force(recipe, [m.tensors for m in plan.aligned.models], letters),
         "rounding": recipe.rounding,
         "seed": recipe.seed,
         "draws": recipe.method.draws,
         "models": [_model(plan, i) for i, c in enumerate(plan.checkpoints) if c.files],
         "made": _made(plan),
         "origin": plan.origin.name,
-        "vocabulary": plan.fitted.source,
-        "moved": [t.name for t in plan.tensors if any(isinstance(e, MappedEntry) for e in t.entries)],
+        "vocabulary": plan.aligned.source,
+        "moved": [t.name for t in plan.tensors if any(e.moves_rows for e in t.inputs)],
         "steps": _steps(plan),
         "must_agree": [t.name for t in plan.tensors if not t.merged and len(t.inputs) > 1],
         "integers_from": None if recipe.integers is None else str(recipe.integers),
@@ -101,11 +100,11 @@ def _as_dict(plan: Plan, window: Window) -> dict[str, Any]:
 def _model(plan: Plan, i: int) -> dict[str, Any]:
     checkpoint = plan.checkpoints[i]
     reads = [
-        (t.name, t.entries[at].nbytes)
+        (t.name, t.inputs[at].nbytes)
         for t in _all(plan)
         for _, inputs in t.reads
         for at in inputs
-        if t.inputs[at] == i
+        if t.checkpoints[at] == i
     ]
     return {
         "symbol": f"x{i}",
@@ -119,23 +118,23 @@ def _model(plan: Plan, i: int) -> dict[str, Any]:
 
 def _all(plan: Plan) -> list[PlannedTensor]:
     """The tensors of the output, each after the intermediate ones that it reads."""
-    return [stage for t in plan.tensors for stage in (*t.first, t)]
+    return [stage for t in plan.tensors for stage in t.stages]
 
 
 def _made(plan: Plan) -> list[dict[str, Any]]:
     """The earlier documents of which tensors are stored in a temporary file until they are read."""
-    found: dict[int, list[PlannedTensor]] = {}
+    found: dict[int, dict[Hashable, TensorInput]] = {}
     for tensor in _all(plan):
-        for i, entry in zip(tensor.inputs, tensor.entries, strict=True):
-            if isinstance(entry, MadeEntry):
-                found.setdefault(i, []).append(entry.made)
+        for i, entry in tensor.pairs:
+            if entry.stages:
+                found.setdefault(i, {})[entry.key] = entry
     return [
         {
             "symbol": f"x{i}",
             "name": plan.checkpoints[i].name,
-            "dtypes": sorted({t.dtype.name for t in tensors}),
-            "tensors": len({t.name for t in tensors}),
-            "bytes": sum({id(t): t.nbytes for t in tensors}.values()),
+            "dtypes": sorted({t.dtype.name for t in tensors.values()}),
+            "tensors": len(tensors),
+            "bytes": sum(t.nbytes for t in tensors.values()),
         }
         for i, tensors in sorted(found.items())
     ]
@@ -153,11 +152,11 @@ def _steps(plan: Plan) -> list[dict[str, Any]]:
         steps.append(
             {
                 "out": expression,
-                "pivot": None if row is None else plan.checkpoints[first.inputs[row.pivot]].name,
+                "pivot": None if row is None else plan.checkpoints[first.checkpoints[row.pivot]].name,
                 "total": None if row is None else row.total,
                 "terms": []
                 if row is None
-                else [{"model": plan.checkpoints[first.inputs[i]].name, "coefficient": c} for i, c in row.terms],
+                else [{"model": plan.checkpoints[first.checkpoints[i]].name, "coefficient": c} for i, c in row.terms],
                 "copies": all(_copies(t) for t in tensors),
                 "reads": list(reads),
                 "tensors": len(tensors),
@@ -171,14 +170,14 @@ def _steps(plan: Plan) -> list[dict[str, Any]]:
 def _expression(plan: Plan, tensor: PlannedTensor) -> str:
     """The formula of a tensor, pivot first: `x0 + 0.5*(x1 - x0)`; or `slerp(x0, x1)`, where the data decides."""
     if tensor.program is not None:
-        return f"{tensor.program.method}({', '.join(f'x{i}' for i in tensor.inputs)})"
+        return f"{tensor.program.method}({', '.join(f'x{i}' for i in tensor.checkpoints)})"
     if not tensor.rows:
-        return f"x{tensor.inputs[0]}"
+        return f"x{tensor.checkpoints[0]}"
     row = tensor.rows[0]
-    pivot = f"x{tensor.inputs[row.pivot]}"
+    pivot = f"x{tensor.checkpoints[row.pivot]}"
     text = pivot if row.total == 1.0 else f"{row.total:.9g}*{pivot}"
     for i, c in row.terms:
-        text += f" {'-' if c < 0 else '+'} {abs(c):.9g}*(x{tensor.inputs[i]} - {pivot})"
+        text += f" {'-' if c < 0 else '+'} {abs(c):.9g}*(x{tensor.checkpoints[i]} - {pivot})"
     return text
 
 
@@ -218,7 +217,7 @@ def _lettered(text: str, letters: Sequence[str]) -> str:
 def _copies(tensor: PlannedTensor) -> bool:
     """Whether the output tensor is a copy of its input's bytes."""
     return not tensor.merged or (
-        bool(tensor.rows) and tensor.rows[0].is_copy and tensor.dtype == tensor.entries[0].dtype
+        bool(tensor.rows) and tensor.rows[0].is_copy and tensor.dtype == tensor.inputs[0].dtype
     )
 
 
@@ -229,7 +228,7 @@ def _out_bytes(tensor: PlannedTensor) -> int:
 def _dtypes(plan: Plan) -> list[dict[str, Any]]:
     counts: dict[tuple[tuple[str, ...], str, str | None], list[int]] = {}
     for tensor in plan.tensors:
-        inputs = tuple(dict.fromkeys(e.dtype.name for e in tensor.entries))
+        inputs = tuple(dict.fromkeys(e.dtype.name for e in tensor.inputs))
         arithmetic = None if _copies(tensor) else "float64" if "F64" in inputs else "float32"
         entry = counts.setdefault((inputs, tensor.dtype.name, arithmetic), [0, 0])
         entry[0] += 1
@@ -250,7 +249,7 @@ def _tensor(plan: Plan, tensor: PlannedTensor, file: str) -> dict[str, Any]:
         "name": tensor.name,
         "dtype": tensor.dtype.name,
         "shape": list(tensor.shape),
-        "reads": [plan.checkpoints[i].name for i in tensor.inputs],
+        "reads": [plan.checkpoints[i].name for i in tensor.checkpoints],
         "out": _expression(plan, tensor),
         "file": file,
     }

@@ -14,19 +14,17 @@ from typing import Any
 
 from fastinterp.backends.cpu import PumpOptions, survey
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.checkpoint.header import Entry
 from fastinterp.errors import ShapeError
 from fastinterp.execute.chunks import middle_chunk, read_bytes, spread_over
 from fastinterp.execute.sources import Sources
 from fastinterp.ops.steps import Measure
+from fastinterp.plan.inputs import PlannedTensor, StoredInput
 from fastinterp.plan.plan import Plan
-from fastinterp.plan.tensors import PlannedTensor, must_agree
+from fastinterp.plan.tensors import must_agree
 
 _AGREE_BYTES = 1 << 20  # of a tensor that must be the same in all models
 _NOISY = 0.7  # a share of signal below this is worth a word
 
-# Exponent bias and bits of the mantissa.
-_FP8 = {"F8_E4M3": (7, 3), "F8_E5M2": (15, 2)}
 _WIDTH = 0.8  # mean |d| of normally distributed d, in standard deviations
 
 
@@ -100,15 +98,15 @@ def take(plan: Plan) -> Samples:
     pairs = [pair for t in spread_over(merged) for pair in _pairs(t)]
     found.tensors = len({t.name for t, _ in pairs})
     with ExitStack() as stack:
-        sources = Sources(plan.checkpoints, ((i, e) for _, reads in pairs for i, e in reads), stack)
+        sources = Sources(plan.opened, (e for _, reads in pairs for _, e in reads), stack)
         steps = [
-            Measure(inputs=tuple(sources.operand(i, e) for i, e in reads), numel=reads[0][1].numel, deltas=True)
+            Measure(inputs=tuple(sources.operand(e) for _, e in reads), numel=reads[0][1].numel, deltas=True)
             for _, reads in pairs
         ]
         options = PumpOptions(isa=cpu_isa(), threads=cpu_threads(None), read_bytes=128 << 10)
         answers = survey(sources.fds, steps, options, sources.explained)
     for (tensor, reads), (sums, nonzero) in zip(pairs, answers, strict=True):
-        _note(found, plan, tensor, reads, sums, nonzero)
+        _note(found, tensor, reads, sums, nonzero)
     found.not_finite = list(dict.fromkeys(found.not_finite))
     return found
 
@@ -119,28 +117,34 @@ def disagreeing(plan: Plan) -> tuple[list[ShapeError], list[str]]:
     """
     wrong, longer = [], []
     for tensor in (t for t in plan.tensors if not t.merged and len(t.inputs) > 1):
-        reads = [(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True) if type(e) is Entry]
+        reads = _plain(tensor)
         if len(reads) < 2:
             continue
-        first = read_bytes(plan, *reads[0], limit=_AGREE_BYTES)
-        differing = [i for i, e in reads[1:] if read_bytes(plan, i, e, limit=_AGREE_BYTES) != first]
+        first = read_bytes(reads[0][1], limit=_AGREE_BYTES)
+        differing = [i for i, e in reads[1:] if read_bytes(e, limit=_AGREE_BYTES) != first]
         if differing:
             names = (plan.checkpoints[i].name for i in (reads[0][0], differing[0]))
             wrong.append(must_agree(tensor, *names))
-        elif tensor.entries[0].nbytes > _AGREE_BYTES:
+        elif tensor.inputs[0].nbytes > _AGREE_BYTES:
             longer.append(tensor.name)
     return wrong, longer
 
 
-Pair = tuple[PlannedTensor, list[tuple[int, Entry]]]  # a sample of the first model, or of two
+def _plain(tensor: PlannedTensor) -> list[tuple[int, StoredInput]]:
+    """The inputs that lie in the files as they are, with their models: rows that are moved and tensors of a document
+    above are left out.
+    """
+    pairs = ((i, e.plain) for i, e in tensor.pairs)
+    return [(i, e) for i, e in pairs if e is not None]
+
+
+Pair = tuple[PlannedTensor, list[tuple[int, StoredInput]]]  # a sample of the first model, or of two
 
 
 def _pairs(tensor: PlannedTensor) -> Iterator[Pair]:
-    """The same chunk of the first model and of each other one. What is not in the files as it is (rows that are moved,
-    tensors of a document above) is left out.
-    """
-    reads = [(i, e) for i, e in zip(tensor.inputs, tensor.entries, strict=True) if type(e) is Entry]
-    cut = [(i, middle_chunk(e)) for i, e in reads[: tensor.models]]
+    """The same chunk of the first model and of each other one."""
+    reads = _plain(tensor)
+    cut = [(i, middle_chunk(e)) for i, e in reads[: tensor.model_count]]
     if not cut:
         return
     first = tensor.rows[0].pivot if tensor.rows and len(cut) == len(tensor.inputs) else 0
@@ -149,9 +153,7 @@ def _pairs(tensor: PlannedTensor) -> Iterator[Pair]:
         yield tensor, [cut[first], other]
 
 
-def _note(
-    found: Samples, plan: Plan, tensor: PlannedTensor, reads: list[tuple[int, Entry]], sums: Any, nonzero: Any
-) -> None:
+def _note(found: Samples, tensor: PlannedTensor, reads: list[tuple[int, StoredInput]], sums: Any, nonzero: Any) -> None:
     (a, x), (b, y) = reads
     aa, _, dd = sums[:3]
     for i, total in ((a, aa), (b, dd)):
@@ -162,10 +164,10 @@ def _note(
     beside = found.models.setdefault((b, a), Against())
     beside.changed += nonzero[1]
     beside.numel += x.numel
-    rounded = [(i, e) for i, e in reads if e.dtype.name in _FP8]
+    rounded = [(i, e) for i, e in reads if e.dtype.merges and e.dtype.bits == 8]
     if rounded and math.isfinite(dd):
         # The steps of one are those of the other, where both are rounded: their deltas are small.
-        steps, steps2 = _steps(plan, *rounded[0])
+        steps, steps2 = _steps(rounded[0][1])
         beside.sum_dd += dd
         beside.steps += steps
         beside.steps2 += steps2
@@ -174,11 +176,13 @@ def _note(
         beside.dtypes.update(e.dtype.name for _, e in rounded)
 
 
-def _steps(plan: Plan, i: int, entry: Entry) -> tuple[float, float]:
+def _steps(tensor: StoredInput) -> tuple[float, float]:
     """Sum of the distances from each element to its neighbours in its dtype of 8 bits, and of their squares."""
-    bias, bits = _FP8[entry.dtype.name]
+    layout = tensor.dtype.layout
+    assert layout is not None
+    bias, bits = layout.bias, layout.mantissa
     steps = steps2 = 0.0
-    for code, count in Counter(read_bytes(plan, i, entry, limit=entry.nbytes)).items():
+    for code, count in Counter(read_bytes(tensor, limit=tensor.nbytes)).items():
         step = 2.0 ** (max((code & 0x7F) >> bits, 1) - bias - bits)
         steps += count * step
         steps2 += count * step * step

@@ -1,18 +1,51 @@
-"""The storage dtypes, named as in safetensors. A leaf: imports nothing of fastinterp.
+"""The storage dtypes, named as in safetensors: one row has all that is to know of one. A leaf: imports nothing.
 
 A new dtype touches this table and csrc/dtypes.h.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a floating dtype lays out its bits: 1 sign bit, exponent bits, `mantissa` bits."""
+
+    bits: int
+    mantissa: int
+    bias: int
+    largest: int  # code of the largest finite value; the next code is Inf (E4M3: NaN)
+    nan: int  # code of the one NaN that is stored
+
+    @property
+    def sign(self) -> int:
+        return 1 << (self.bits - 1)
+
+    @property
+    def infinite(self) -> int:
+        """Code of Inf; of the largest finite value where there is none."""
+        return self.largest if self.nan == self.largest + 1 else self.largest + 1
 
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    name: str  # safetensors tag
-    bits: int  # per element; 4 and 6 occur
-    code: int | None = None  # its number in csrc/dtypes.h; None: stored and copied, never merged
+    """One storage dtype.
+
+    name          its safetensors tag
+    bits          per element; 4 and 6 occur
+    code          its number in csrc/dtypes.h; None: stored and copied, never merged
+    library_name  in torch and in config.json; empty: they have no such dtype
+    in_numpy      whether numpy has it under that name; else ml_dtypes does, if there is a name
+    layout        of those that merge
+    """
+
+    name: str
+    bits: int
+    code: int | None = None
+    library_name: str = field(default="", compare=False)
+    in_numpy: bool = field(default=False, compare=False)
+    layout: Layout | None = field(default=None, compare=False)
 
     @property
     def merges(self) -> bool:
@@ -28,26 +61,39 @@ class DType:
         return self.name
 
 
-F64, F32, F16, BF16 = DType("F64", 64, 0), DType("F32", 32, 1), DType("F16", 16, 2), DType("BF16", 16, 3)
-F8_E4M3, F8_E5M2 = DType("F8_E4M3", 8, 4), DType("F8_E5M2", 8, 5)
+F64 = DType("F64", 64, 0, "float64", True, Layout(64, 52, 1023, 0x7FEFFFFFFFFFFFFF, 0x7FF8000000000000))
+F32 = DType("F32", 32, 1, "float32", True, Layout(32, 23, 127, 0x7F7FFFFF, 0x7FC00000))
+F16 = DType("F16", 16, 2, "float16", True, Layout(16, 10, 15, 0x7BFF, 0x7E00))
+BF16 = DType("BF16", 16, 3, "bfloat16", False, Layout(16, 7, 127, 0x7F7F, 0x7FC0))
+F8_E4M3 = DType("F8_E4M3", 8, 4, "float8_e4m3fn", False, Layout(8, 3, 7, 0x7E, 0x7F))
+F8_E5M2 = DType("F8_E5M2", 8, 5, "float8_e5m2", False, Layout(8, 2, 15, 0x7B, 0x7E))
 
 DTYPES: dict[str, DType] = {
     d.name: d
     for d in (
-        F64, F32, F16, BF16, F8_E4M3, F8_E5M2,
-        DType("BOOL", 8), DType("U8", 8), DType("I8", 8), DType("U16", 16), DType("I16", 16), DType("U32", 32),
-        DType("I32", 32), DType("U64", 64), DType("I64", 64), DType("C64", 64), DType("F8_E8M0", 8), DType("F4", 4),
-        DType("F6_E2M3", 6), DType("F6_E3M2", 6), DType("F8_E4M3FNUZ", 8), DType("F8_E5M2FNUZ", 8),
+        *(F64, F32, F16, BF16, F8_E4M3, F8_E5M2),
+        DType("BOOL", 8, None, "bool", True),
+        DType("U8", 8, None, "uint8", True),
+        DType("I8", 8, None, "int8", True),
+        DType("U16", 16, None, "uint16", True),
+        DType("I16", 16, None, "int16", True),
+        DType("U32", 32, None, "uint32", True),
+        DType("I32", 32, None, "int32", True),
+        DType("U64", 64, None, "uint64", True),
+        DType("I64", 64, None, "int64", True),
+        DType("C64", 64, None, "complex64", True),
+        DType("F8_E8M0", 8, None, "float8_e8m0fnu"),
+        DType("F8_E4M3FNUZ", 8, None, "float8_e4m3fnuz"),
+        DType("F8_E5M2FNUZ", 8, None, "float8_e5m2fnuz"),
+        *(DType("F4", 4), DType("F6_E2M3", 6), DType("F6_E3M2", 6)),
     )
-}  # fmt: skip
-
-# Bytes of an element, by the code of its dtype: of those that merge.
-CODE_BYTES = tuple(d.bits // 8 for d in sorted((d for d in DTYPES.values() if d.merges), key=lambda d: d.code or 0))
+}
+MERGING = tuple(d for d in DTYPES.values() if d.merges)  # in the order of their codes
+CODE_BYTES = tuple(d.bits // 8 for d in MERGING)  # of an element, by code
 
 # What recipes and command lines may call a dtype, beside its tag in either case.
-_ALIASES = {
-    "float64": F64, "double": F64, "float32": F32, "float": F32, "float16": F16, "half": F16, "fp16": F16,
-    "bfloat16": BF16, "fp32": F32, "float8_e4m3fn": F8_E4M3, "float8_e5m2": F8_E5M2,
+_ALIASES = {d.library_name: d for d in MERGING} | {
+    "double": F64, "float": F32, "fp32": F32, "half": F16, "fp16": F16,
 }  # fmt: skip
 
 

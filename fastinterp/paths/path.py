@@ -230,7 +230,7 @@ def _endpoint(model: Model | None, role: str) -> Endpoint:
         except UsageError:
             raise CheckpointError(
                 f"{name} is of dtype {entry.dtype}, which torch does not have",
-                file=str(endpoint.checkpoint.files[entry.file]), tensor=name,
+                file=str(entry.files[0]), tensor=name,
             ) from None  # fmt: skip
     return endpoint
 

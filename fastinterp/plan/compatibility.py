@@ -1,4 +1,4 @@
-"""What to say of the files beside the weights: those of one model are copied, and should fit the others."""
+"""Warnings about configurations and tokenizers: those of one model are copied, and should suit the others."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.sidecar_files import is_tokenizer_file, needs_code
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import fit, listed
+from fastinterp.plan.models import Model
 
 CONFIG = "config.json"
 _MOST = 3  # lines of a kind, and names in a line, before the rest is only counted
@@ -27,8 +27,8 @@ _KEYS = (
 _OFF_IF_ABSENT = ("sliding_window", "rope_scaling")
 
 
-def warnings_about(checkpoints: Sequence[Checkpoint], origin: Checkpoint, vocabulary: bool = False) -> tuple[str, ...]:
-    """A line for each thing that the user should know of the files that come from `origin`: what to do is in it.
+def compatibility_warnings(checkpoints: Sequence[Model], origin: Model, vocabulary: bool = False) -> tuple[str, ...]:
+    """Warnings about the files that are copied from `origin`, each with what to do.
 
     vocabulary  the recipe says what becomes of it, so tokenizers may differ
     Raises: CheckpointError, if the config.json of `origin` is damaged. Those of the others are only compared.
@@ -36,40 +36,40 @@ def warnings_about(checkpoints: Sequence[Checkpoint], origin: Checkpoint, vocabu
     seen = {origin.root}
     others = [c for c in checkpoints if not (c.root in seen or seen.add(c.root))]  # type: ignore[func-returns-value]
     config = _config(origin)
-    found = [*_missing(origin, others), *([] if vocabulary else _tokenizers(origin, others))]
+    warnings = [*_missing(origin, others), *([] if vocabulary else _tokenizers(origin, others))]
     if config is not None:
-        found += _configs(origin, config, others, {"vocab_size"} if vocabulary else set())
-    found += _quantised(checkpoints)
-    if needs_code(origin):  # it is never copied, let alone run
-        found.append(f"{CONFIG} names code of the model's own (auto_map). Copy its .py files from {origin.name}")
-    return tuple(found)
+        warnings += _configs(origin, config, others, {"vocab_size"} if vocabulary else set())
+    warnings += _quantised(checkpoints)
+    if needs_code(origin.root):  # it is never copied, let alone run
+        warnings.append(f"{CONFIG} names code of the model's own (auto_map). Copy its .py files from {origin.name}")
+    return tuple(warnings)
 
 
-def unlike(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
-    """The same of models that are walked between, where no file is copied: tokenizers that differ from the first's, and
-    weights whose numbers mean nothing by themselves.
+def path_warnings(checkpoints: Sequence[Model]) -> tuple[str, ...]:
+    """Warnings about the models of a path, where no file is copied: tokenizers that differ from the first's, and
+    weights that are quantised.
     """
     first, *others = {c.root: c for c in checkpoints}.values()
     return tuple(_tokenizers(first, others, copied=False) + _quantised(checkpoints))
 
 
-def _missing(origin: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
-    """If no model has a file, the output is no worse than they are."""
-    found = []
+def _missing(origin: Model, others: Sequence[Model]) -> list[str]:
+    """Files that the origin lacks and another model has. What no model has, the output need not have."""
+    missing = []
     for what, names in ((CONFIG, lambda c: {CONFIG} & _names(c)), ("tokenizer", _tokenizer_files)):
         having = [] if names(origin) else [c for c in others if names(c)]
         if having:
-            found.append(
+            missing.append(
                 f"{origin.name} has no {what}, so the output has none. Copy that of {having[0].name}, if it fits"
             )
-    return found
+    return missing
 
 
-def _tokenizers(origin: Checkpoint, others: Sequence[Checkpoint], copied: bool = True) -> list[str]:
-    own = _tokenizer_files(origin)
+def _tokenizers(origin: Model, others: Sequence[Model], copied: bool = True) -> list[str]:
+    copied_files = _tokenizer_files(origin)
     groups: dict[str, list[str]] = {}
     for other in others:
-        shared = sorted(own & _tokenizer_files(other))
+        shared = sorted(copied_files & _tokenizer_files(other))
         differing = [n for n in shared if not _same_bytes(origin.root / n, other.root / n)]
         if differing:
             groups.setdefault(listed(differing, _MOST), []).append(other.name)
@@ -81,37 +81,37 @@ def _tokenizers(origin: Checkpoint, others: Sequence[Checkpoint], copied: bool =
     )
 
 
-def _configs(
-    origin: Checkpoint, config: dict[str, Any], others: Sequence[Checkpoint], may_differ: set[str]
-) -> list[str]:
+def _configs(origin: Model, config: dict[str, Any], others: Sequence[Model], may_differ: set[str]) -> list[str]:
     groups: dict[str, list[str]] = {}
-    found = []
+    unreadable = []
     for other in others:
         try:
-            theirs = _config(other)
-            differing = [] if theirs is None else _differences(config, theirs, may_differ)
+            other_config = _config(other)
+            differing = [] if other_config is None else _differences(config, other_config, may_differ)
         except (CheckpointError, RecursionError):
-            found.append(f"{CONFIG} of {other.name} cannot be read, so it is not known whether that model fits")
+            unreadable.append(f"{CONFIG} of {other.name} cannot be read, so it is not known whether that model fits")
             continue
         if differing:
             groups.setdefault(listed(differing, _MOST), []).append(other.name)
-    return _few(found) + _few(
+    return _few(unreadable) + _few(
         f"{CONFIG} of {origin.name} and of {listed(names, _MOST)} differ: {keys}; the output gets {origin.name}'s. "
         "See that the models belong together"
         for keys, names in groups.items()
     )
 
 
-def _quantised(checkpoints: Sequence[Checkpoint]) -> list[str]:
+def _quantised(checkpoints: Sequence[Model]) -> list[str]:
     """Models whose stored numbers mean nothing without their scales."""
     groups: dict[str, list[str]] = {}
     for checkpoint in checkpoints:
         try:
-            told = (_config(checkpoint) or {}).get("quantization_config")
+            quantisation = (_config(checkpoint) or {}).get("quantization_config")
         except (CheckpointError, RecursionError):
-            continue  # said elsewhere
-        if isinstance(told, dict):
-            groups.setdefault(fit(str(told.get("quant_method", "no method named")), 40), []).append(checkpoint.name)
+            continue  # warned of elsewhere
+        if isinstance(quantisation, dict):
+            groups.setdefault(fit(str(quantisation.get("quant_method", "no method named")), 40), []).append(
+                checkpoint.name
+            )
     return _few(
         f"{CONFIG} of {listed(dict.fromkeys(names), _MOST)} says that its weights are quantised ({how}). Numbers are "
         "merged as they are stored, without scales: convert the models to bfloat16 first"
@@ -121,7 +121,7 @@ def _quantised(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any], may_differ: set[str]) -> list[str]:
     """`vocab_size 32000 and 32016` for each key, at the top and in text_config."""
-    found = []
+    differences = []
     for prefix in ("", "text_config."):
         a, b = (t.get("text_config") if prefix else t for t in (ours, theirs))
         if not isinstance(a, dict) or not isinstance(b, dict):
@@ -129,11 +129,11 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any], may_differ: set[s
         for key in _KEYS:
             x, y = a.get(key), b.get(key)
             if x != y and key not in may_differ and ((x is not None and y is not None) or key in _OFF_IF_ABSENT):
-                found.append(f"{prefix}{key} {fit(str(x), 40)} and {fit(str(y), 40)}")
-    return found
+                differences.append(f"{prefix}{key} {fit(str(x), 40)} and {fit(str(y), 40)}")
+    return differences
 
 
-def _config(checkpoint: Checkpoint) -> dict[str, Any] | None:
+def _config(checkpoint: Model) -> dict[str, Any] | None:
     """None if there is none."""
     path = checkpoint.root / CONFIG
     try:
@@ -146,14 +146,14 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any] | None:
         raise CheckpointError(f"it cannot be read: {error.strerror}", file=str(path)) from None
 
 
-def _names(checkpoint: Checkpoint) -> set[str]:
+def _names(checkpoint: Model) -> set[str]:
     try:
         return set(os.listdir(checkpoint.root))
     except OSError:
         return set()
 
 
-def _tokenizer_files(checkpoint: Checkpoint) -> set[str]:
+def _tokenizer_files(checkpoint: Model) -> set[str]:
     return {n for n in _names(checkpoint) if is_tokenizer_file(n)}
 
 

@@ -1,6 +1,6 @@
-"""What the method says about one tensor: its requests, and in the end its sums. Pure: nothing is read here.
+"""Drives one tensor's method generator: requests in, answers back, final sum out. No I/O.
 
-Imported only for methods that ask, or that want more than plain weighted sums.
+Imported only for methods that make requests, or that return more than plain weighted sums.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from fastinterp.ops.requests import (
     Sum,
 )
 
-_FORESEEN = 64  # requests that a dry run follows: answers that are made up may lead in circles
+_MOST_REQUESTS = 64  # that a dry run follows: plausible answers may make a method repeat itself
 
 
-class Conversation:
+class MethodRun:
     """One tensor's method, called for each output. Equal requests are made once, and answered to all who made them.
 
-    calls  one per output: the method with all of its arguments, which answers with a sum, or the generator that asks
-    seeds  one per output: requests that draw random numbers are equal only under equal seeds
+    calls     one per output: the method with all of its arguments. Returns a sum, or a generator of requests
+    seeds     one per output: requests that draw random numbers are equal only under equal seeds
+    selected  per output, each answered Select with its answer
 
     Raises: MethodError with the tensor's name, here and from `answer`.
     """
@@ -42,117 +43,121 @@ class Conversation:
     def __init__(self, name: str, calls: Sequence[Callable[[], Any]], seeds: Sequence[int]):
         self.name, self.seeds = name, tuple(seeds)
         self._sums: dict[int, Sum] = {}
-        self.selected: list[list[tuple[Select, Any]]] = [[] for _ in calls]  # per output, what it was told
-        self._steps: list[Generator[Request, Any, Sum] | None] = [None] * len(calls)
-        self._now: list[Request | None] = [None] * len(calls)
+        self.selected: list[list[tuple[Select, Any]]] = [[] for _ in calls]
+        self._generators: list[Generator[Request, Any, Sum] | None] = [None] * len(calls)
+        self._pending: list[Request | None] = [None] * len(calls)
         for k, call in enumerate(calls):
-            said = self._said(call)
-            if isinstance(said, Generator):
-                self._steps[k] = said
-                self._go_on(k, partial(next, said))
+            result = self._call(call)
+            if isinstance(result, Generator):
+                self._generators[k] = result
+                self._advance(k, partial(next, result))
             else:
-                self._end(k, said)
+                self._finish(k, result)
 
     @property
     def requests(self) -> list[tuple[Request, int]]:
-        """What is asked now, each with its seed, in the order of the outputs."""
-        asked = zip(self._now, self.seeds, strict=True)
-        return list(dict.fromkeys((request, seed) for request, seed in asked if request is not None))
+        """The requests without an answer, each with its seed, in the order of the outputs."""
+        pending = zip(self._pending, self.seeds, strict=True)
+        return list(dict.fromkeys((request, seed) for request, seed in pending if request is not None))
 
     @property
     def sums(self) -> list[Sum]:
-        """One per output; all of them only when the conversation has ended."""
+        """The sums that the method has returned, in the order of the outputs: one for each when the run has ended."""
         return [self._sums[k] for k in sorted(self._sums)]
 
-    def forget(self) -> None:
-        """Let go of the sums, and what led to them."""
+    def clear(self) -> None:
+        """Free the sums, and the answers that led to them."""
         self._sums.clear()
         self.selected.clear()
 
     @property
     def ended(self) -> bool:
-        return not any(request is not None for request in self._now)
+        return not any(request is not None for request in self._pending)
 
     def answer(self, answers: Mapping[tuple[Request, int], Any]) -> None:
-        """answers  one for each of `requests`."""
-        for k, (request, seed) in enumerate(zip(list(self._now), self.seeds, strict=True)):
-            steps = self._steps[k]
-            if request is not None and steps is not None:
+        """answers  one for each of `requests`"""
+        for k, (request, seed) in enumerate(zip(list(self._pending), self.seeds, strict=True)):
+            generator = self._generators[k]
+            if request is not None and generator is not None:
                 answer = answers[request, seed]
                 if isinstance(request, Select):
                     self.selected[k].append((request, answer))
-                self._go_on(k, partial(steps.send, answer))
+                self._advance(k, partial(generator.send, answer))
 
-    def _go_on(self, k: int, go: Callable[[], Any]) -> None:
+    def _advance(self, k: int, resume: Callable[[], Any]) -> None:
+        """Run the method of output k to its next request, or to its sum."""
         try:
-            self._now[k] = self._said(go)
+            self._pending[k] = self._call(resume)
         except StopIteration as end:
-            self._now[k] = self._steps[k] = None
-            self._end(k, end.value)
+            self._pending[k] = self._generators[k] = None
+            self._finish(k, end.value)
 
-    def _said(self, call: Callable[[], Any]) -> Any:
+    def _call(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
         except MethodError as error:
             named = self.name in error.message
             raise MethodError(error.message if named else f"{self.name}: {error.message}") from None
 
-    def _end(self, k: int, asked: Sum) -> None:
-        _check(asked, self.name)
-        self._sums[k] = asked
+    def _finish(self, k: int, result: Sum) -> None:
+        _check(result, self.name)
+        self._sums[k] = result
 
 
-def _check(asked: Sum, name: str) -> None:
-    if isinstance(asked, Combine):
-        check_coefficients([asked.row().total, *asked.weights], name)
-    elif isinstance(asked, GroupCombine):
-        check_coefficients(asked.weights, name)
-        if asked.base is None and not asked.sums_to_one:
-            check_coefficients(asked.totals, name)
+def _check(result: Sum, name: str) -> None:
+    """Raises: MethodError, if float32 cannot hold a coefficient."""
+    if isinstance(result, Combine):
+        check_coefficients([result.row().total, *result.weights], name)
+    elif isinstance(result, GroupCombine):
+        check_coefficients(result.weights, name)
+        if result.base is None and not result.sums_to_one:
+            check_coefficients(result.totals, name)
     else:
-        used = (asked.weights, asked.votes, asked.shares, asked.alone)
+        used = (result.weights, result.votes, result.shares, result.alone)
         check_coefficients((w for some in used if some is not None for w in some), name)
 
 
-def inputs_of(asked: Request | Sum, n: int) -> tuple[int, ...]:
+def inputs_of(request: Request | Sum, n: int) -> tuple[int, ...]:
     """The inputs that are read for a request or a sum, ascending. n: those of the method, side-cars not counted."""
-    if isinstance(asked, Combine):
-        return asked.row().inputs
-    if isinstance(asked, MaskedCombine):
-        return tuple(read_inputs(asked))
-    if isinstance(asked, MeasureKept):
-        return tuple(kept_inputs(asked))
-    if isinstance(asked, GroupCombine):
-        return tuple(sorted({*asked.used, *(() if asked.base is None else (asked.base,))}))
-    if isinstance(asked, Divergence) or (
-        isinstance(asked, Select) and asked.score is not None and asked.score.kind == "divergence"
+    if isinstance(request, Combine):
+        return request.row().inputs
+    if isinstance(request, MaskedCombine):
+        return tuple(read_inputs(request))
+    if isinstance(request, MeasureKept):
+        return tuple(kept_inputs(request))
+    if isinstance(request, GroupCombine):
+        return tuple(sorted({*request.used, *(() if request.base is None else (request.base,))}))
+    if isinstance(request, Divergence) or (
+        isinstance(request, Select) and request.score is not None and request.score.kind == "divergence"
     ):
         return 0, 1
-    if isinstance(asked, Select) and asked.score is None:
-        return tuple(sorted({0, *(i for i, _ in asked.ranks)}))
+    if isinstance(request, Select) and request.score is None:
+        return tuple(sorted({0, *(i for i, _ in request.ranks)}))
     return tuple(range(n))
 
 
-def foresee(talk: Conversation, n: int, shape: tuple[int, ...]) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], bool]:
-    """The reads of a tensor: for what, and of which inputs. With answers that are made up, so no data is touched.
+def foreseen_reads(
+    run: MethodRun, n: int, shape: tuple[int, ...]
+) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], bool]:
+    """The reads of a tensor: for what, and of which inputs. Requests get plausible answers, so no data is read.
 
-    talk  at its start; it is used up
-    Returns the reads, and whether something is asked about the whole model.
+    run  at its start; it is used up
+    Returns the reads, and whether a request is about the whole model.
     """
     reads: list[tuple[str, tuple[int, ...]]] = []
     whole = False
     try:
-        while not talk.ended and len(reads) < _FORESEEN:
-            for request, _ in talk.requests:
-                found = (_NAMES[type(request)], inputs_of(request, n))
-                reads += [found] * (_passes(request, shape) if isinstance(request, Select) else 1)
+        while not run.ended and len(reads) < _MOST_REQUESTS:
+            for request, _ in run.requests:
+                read = (_NAMES[type(request)], inputs_of(request, n))
+                reads += [read] * (_passes(request, shape) if isinstance(request, Select) else 1)
                 whole |= isinstance(request, Select) and request.whole
-            talk.answer({(r, seed): _made_up(r, n, shape) for r, seed in talk.requests})
+            run.answer({(r, seed): _plausible(r, n, shape) for r, seed in run.requests})
     except MethodError:
-        return (*reads, ("combine", tuple(range(n)))), whole  # what is wrong are the answers
+        return (*reads, ("combine", tuple(range(n)))), whole  # the plausible answers do not suit the method
     kinds: dict[type, set[int]] = {}
-    for asked in talk.sums:
-        kinds.setdefault(type(asked), set()).update(inputs_of(asked, n))
+    for result in run.sums:
+        kinds.setdefault(type(result), set()).update(inputs_of(result, n))
     return (*reads, *(("combine", tuple(sorted(inputs))) for inputs in kinds.values())), whole
 
 
@@ -167,7 +172,7 @@ def _passes(request: Select, shape: tuple[int, ...]) -> int:
 _NAMES = {Measure: "measure", MeasureKept: "measure", Divergence: "divergence", Select: "select"}
 
 
-def _made_up(request: Request, n: int, shape: tuple[int, ...]) -> Any:
+def _plausible(request: Request, n: int, shape: tuple[int, ...]) -> Any:
     """An answer as models that are near each other would give it."""
     numel = math.prod(shape)
     if isinstance(request, Measure):
@@ -191,9 +196,11 @@ def _made_up(request: Request, n: int, shape: tuple[int, ...]) -> Any:
 
 
 def _near(n: int, numel: int, scale: float, deltas: bool) -> Measured:
+    """A measure of models whose deltas are small against the first. scale: mean square of an element or delta."""
+
     def product(i: int, j: int) -> float:
-        own = 1.0 if deltas and i == j == 0 else scale
-        return numel * own * (1.0 + 0.01 * i if i == j else 0.1 if deltas else 0.9)
+        size = 1.0 if deltas and i == j == 0 else scale
+        return numel * size * (1.0 + 0.01 * i if i == j else 0.1 if deltas else 0.9)
 
     gram = tuple(tuple(product(min(i, j), max(i, j)) for j in range(n)) for i in range(n))
     return Measured(gram, tuple(0.8 * math.sqrt(numel * gram[i][i]) for i in range(n)), (numel,) * n)

@@ -1,4 +1,4 @@
-"""What a merge will do, decided from headers alone: no tensor data is touched here.
+"""Plans a merge from headers alone: no tensor data is read here.
 
 A plan holds one or more outputs made from one read of the same inputs (a path of interpolations, say): for every
 output tensor which inputs are read, with which coefficients, and where the result goes.
@@ -20,9 +20,10 @@ from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import UsageError
 from fastinterp.messages import counted, size
 from fastinterp.ops.combine import MAX_OUTPUTS, NUMERICS, Combine
-from fastinterp.plan.single import Library, plan_document
-from fastinterp.plan.tensors import PlannedTensor
-from fastinterp.plan.vocabularies import Fitted
+from fastinterp.plan.inputs import PlannedTensor
+from fastinterp.plan.models import Library, Model
+from fastinterp.plan.single import plan_document
+from fastinterp.plan.vocabularies import AlignedModels
 from fastinterp.recipe.load import Recipe, load_recipes
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -37,7 +38,7 @@ class Plan:
     checkpoints  the models of the recipe, in its order, then side-cars; of several documents, then those that are made
     origin       the checkpoint that configuration and tokenizer come from
     layouts      one per output: equal but for the metadata in their headers
-    fitted       what becomes of the files beside the weights, where vocabularies or tied embeddings differ
+    aligned      what becomes of the files beside the weights, where vocabularies or tied embeddings differ
     warnings     about the files beside the weights: what is copied, and may not fit; and about the recipe
     models       the names of the first of the checkpoints: the models of all documents
     inputs       files and folders that an output must not touch
@@ -46,11 +47,11 @@ class Plan:
     """
 
     recipes: tuple[Recipe, ...]
-    checkpoints: tuple[Checkpoint, ...]
-    origin: Checkpoint
+    checkpoints: tuple[Model, ...]
+    origin: Model
     tensors: tuple[PlannedTensor, ...]
     layouts: tuple[Layout, ...]
-    fitted: Fitted
+    aligned: AlignedModels
     warnings: tuple[str, ...]
     models: tuple[str, ...]
     inputs: tuple[Path, ...]
@@ -65,14 +66,19 @@ class Plan:
         )
 
     @property
+    def opened(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints that it reads."""
+        return tuple(model.checkpoint for model in self.checkpoints if model.checkpoint is not None)
+
+    @property
     def bytes_read(self) -> int:
-        """Foreseen: what answers turn out to be may ask for more, or less."""
-        return sum(s.bytes_read for t in self.tensors for s in (*t.first, t))
+        """An estimate: the answers to a method's requests may lead to more or fewer reads."""
+        return sum(stage.bytes_read for t in self.tensors for stage in t.stages)
 
     @property
     def bytes_made(self) -> int:
         """Of tensors of documents above that are stored until they are read."""
-        return sum(s.nbytes for t in self.tensors for s in t.first)
+        return sum(stage.nbytes for t in self.tensors for stage in t.before)
 
     @property
     def bytes_written(self) -> int:
@@ -113,15 +119,15 @@ def make_plan(
         make_layout([(t.name, t.dtype, t.shape) for t in tensors], _metadata(recipe, k, tensors, names), max_shard_size)
         for k, recipe in enumerate(recipes)
     )
-    inputs = tuple(dict.fromkeys(path for c in library.opened for path in c.inputs))
+    inputs = tuple(dict.fromkeys(path for m in library.opened if m.checkpoint for path in m.checkpoint.inputs))
     return Plan(
-        tuple(recipes), checkpoints, last.origin, tensors, layouts, last.fitted, warnings, tuple(names), inputs,
+        tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings, tuple(names), inputs,
         tuple(above), folders,
     )  # fmt: skip
 
 
 def _metadata(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Sequence[str]) -> dict[str, str]:
-    """The receipt that is stored in every output file: what was asked, and the coefficients that were used.
+    """The receipt that is stored in every output file: the recipe, and the coefficients that were used.
 
     `recipe` as it was given, with the merge's own `dtype`, `rounding` and `seed`, makes the same bytes again. Models
     are stored as the user named them. Time, output folder and threads are not, so that the same merge of the same
@@ -148,16 +154,16 @@ def _coefficients(k: int, tensors: Sequence[PlannedTensor]) -> dict[str, Any] | 
 
     The header is laid out before any data is read, so only coefficients that need no statistics can be in it.
     """
-    if any(t.program is not None or t.first for t in tensors):
+    if any(t.program is not None or t.before for t in tensors):
         return "left out: they come from the data, or differ by element. The recipe gives them again"
     sets: dict[Combine, list[str]] = {}
     for t in tensors:
         if t.sums:
             sets.setdefault(t.sums[k], []).append(t.name)
-    found = [{"weights": c.weights, "base": c.base, "sums_to_one": c.sums_to_one} for c in sets]
-    if len(found) <= 1:
-        return found[0] if found else []
-    named = [{**one, "tensors": names} for one, names in zip(found, sets.values(), strict=True)]
+    weights = [{"weights": c.weights, "base": c.base, "sums_to_one": c.sums_to_one} for c in sets]
+    if len(weights) <= 1:
+        return weights[0] if weights else []
+    named = [{**one, "tensors": names} for one, names in zip(weights, sets.values(), strict=True)]
     if len(json.dumps(named)) > _MOST_BYTES:
         return f"left out: {len(sets)} sets of them are too many. The recipe gives them again"
     return named
@@ -166,10 +172,10 @@ def _coefficients(k: int, tensors: Sequence[PlannedTensor]) -> dict[str, Any] | 
 def plan_recipe(recipe: Source, max_shard_size: str | int, dtype: object, rounding: object, seed: object) -> Plan:
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge`."""
     *above, last = load_recipes(recipe)
-    asked = overridden(last, dtype, rounding, seed)
+    changed = overridden(last, dtype, rounding, seed)
     if above:
         # They were stored as the last one is, and are; a seed that all have in common is replaced in all.
         if rounding is not None:
-            above = [replace(r, rounding=asked.rounding) if r.rounding == last.rounding else r for r in above]
-        above = [replace(r, seed=asked.seed) if r.seed == last.seed else r for r in above]
-    return make_plan([asked], max_shard_size=size_of(max_shard_size), above=above)
+            above = [replace(r, rounding=changed.rounding) if r.rounding == last.rounding else r for r in above]
+        above = [replace(r, seed=changed.seed) if r.seed == last.seed else r for r in above]
+    return make_plan([changed], max_shard_size=size_of(max_shard_size), above=above)

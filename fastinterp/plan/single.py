@@ -1,4 +1,4 @@
-"""One document of a recipe, planned: its models made to fit each other, and its tensors."""
+"""Plans one document of a recipe: its models, aligned with each other, and its tensors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
-from fastinterp.errors import CheckpointError, StorageError
-from fastinterp.plan.compatibility import warnings_about
-from fastinterp.plan.tensors import PlannedTensor, foreign_dtypes, plan_tensors, sidecar_refs
-from fastinterp.plan.vocabularies import Fitted, fit_models
+from fastinterp.errors import CheckpointError
+from fastinterp.plan.compatibility import compatibility_warnings
+from fastinterp.plan.inputs import PlannedTensor
+from fastinterp.plan.models import Model
+from fastinterp.plan.tensors import dtype_warnings, plan_tensors, sidecar_refs
+from fastinterp.plan.vocabularies import AlignedModels, align_models
 from fastinterp.recipe.chain import not_there
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
@@ -19,49 +20,25 @@ from fastinterp.recipe.targets import Assembly
 
 @dataclass(frozen=True)
 class Document:
-    """A document by itself.
+    """The plan of one document.
 
     origin    the checkpoint that configuration and tokenizer come from
-    tensors   whose inputs are numbers in `checkpoints`
+    tensors   their inputs' checkpoints are indices into `checkpoints`
     sidecars  by the names that the recipe has
     """
 
-    fitted: Fitted
-    origin: Checkpoint
+    aligned: AlignedModels
+    origin: Model
     tensors: tuple[PlannedTensor, ...]
-    sidecars: dict[ModelRef, Checkpoint]
+    sidecars: dict[ModelRef, Model]
     warnings: tuple[str, ...]
 
     @property
-    def checkpoints(self) -> tuple[Checkpoint, ...]:
-        return (*self.fitted.models, *self.sidecars.values())
+    def checkpoints(self) -> tuple[Model, ...]:
+        return (*self.aligned.models, *self.sidecars.values())
 
 
-class Library:
-    """Checkpoints by the models of recipes. Each is opened once, and so is each that cannot be."""
-
-    def __init__(self) -> None:
-        self._opened: dict[ModelRef, Checkpoint] = {}
-        self._errors: dict[ModelRef, CheckpointError | StorageError] = {}
-
-    def find(self, model: ModelRef) -> Checkpoint:
-        """Raises: CheckpointError and StorageError, the same one each time."""
-        if model in self._errors:
-            raise self._errors[model]
-        if model not in self._opened:
-            try:
-                self._opened[model] = open_checkpoint(str(model))
-            except (CheckpointError, StorageError) as error:
-                self._errors[model] = error
-                raise
-        return self._opened[model]
-
-    @property
-    def opened(self) -> tuple[Checkpoint, ...]:
-        return tuple(self._opened.values())
-
-
-def found(recipe: Recipe, find: Callable[[ModelRef], Checkpoint], model: ModelRef) -> Checkpoint:
+def find_named(recipe: Recipe, find: Callable[[ModelRef], Model], model: ModelRef) -> Model:
     """What `find` returns for a model that a recipe names.
 
     Raises: CheckpointError, with the place in the recipe, and where the model may be.
@@ -78,27 +55,27 @@ def found(recipe: Recipe, find: Callable[[ModelRef], Checkpoint], model: ModelRe
         raise CheckpointError(f"{error.message}{hint} {where}", file=name, tensor=error.tensor) from error
 
 
-def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Checkpoint]) -> Document:
-    """What a document makes, of what.
+def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) -> Document:
+    """The plan of one document.
 
     recipes  as those of make_plan
-    find     the checkpoint of a name: the same object for the same model
+    find     opens a model: the same object for the same model
     Raises: what make_plan raises.
     """
     first = recipes[0]
-    models = [found(first, find, model) for model in first.models]
-    origin = found(first, find, first.origin)
-    fitted = fit_models(first, models, origin)
-    assemblies = [Assembly(recipe, [c.tensors for c in fitted.models]) for recipe in recipes]
-    fitted = replace(fitted, counts=tuple(assemblies[0].counts))
+    models = [find_named(first, find, model) for model in first.models]
+    origin = find_named(first, find, first.origin)
+    aligned = align_models(first, models, origin)
+    assemblies = [Assembly(recipe, [c.tensors for c in aligned.models]) for recipe in recipes]
+    aligned = replace(aligned, counts=tuple(assemblies[0].counts))
     points = [assembly.targets for assembly in assemblies]
-    sidecars = {model: found(first, find, model) for model in sidecar_refs(points[0], first.method)}
-    tensors = plan_tensors(recipes, points, fitted.models, sidecars, origin)
-    warnings = [*fitted.warnings, *warnings_about(fitted.models, origin, fitted.tokenizer is not None)]
-    warnings += fitted.uncounted(origin) if fitted.counts else []
-    warnings += foreign_dtypes(first, points[0], origin)
+    sidecars = {model: find_named(first, find, model) for model in sidecar_refs(points[0], first.method)}
+    tensors = plan_tensors(recipes, points, aligned.models, sidecars, origin)
+    warnings = [*aligned.warnings, *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None)]
+    warnings += aligned.uncounted(origin) if aligned.counts else []
+    warnings += dtype_warnings(first, points[0], origin)
     if first.filters:
         from fastinterp.recipe.check import filter_warnings
 
         warnings += [str(warning) for warning in filter_warnings(first, assemblies[0])]
-    return Document(fitted, origin, tensors, sidecars, tuple(warnings))
+    return Document(aligned, origin, tensors, sidecars, tuple(warnings))

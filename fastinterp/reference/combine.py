@@ -16,38 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastinterp.ops.combine import Row
-from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.contract import CHUNK, LANES
+from fastinterp.ops.dtypes import DTYPES, F8_E4M3, F32, F64, DType
 from fastinterp.reference.fma import fma, fma64
-
-CHUNK = 16384  # elements; statistics that are sampled take whole chunks of the tensor, `measure` folds them
-LANES = 256  # of a chunk, in `measure`
 
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
-    """How a storage dtype lays out its bits: 1 sign bit, exponent bits, `mantissa` bits."""
-
-    bits: int
-    mantissa: int
-    bias: int
-    largest: int  # code of the largest finite value; the next code is Inf (E4M3: NaN)
-    nan: int  # code of the one NaN that is stored
-
-    @property
-    def sign(self) -> int:
-        return 1 << (self.bits - 1)
-
-
-FORMATS = {
-    F64: Format(64, 52, 1023, 0x7FEFFFFFFFFFFFFF, 0x7FF8000000000000),
-    F32: Format(32, 23, 127, 0x7F7FFFFF, 0x7FC00000),
-    F16: Format(16, 10, 15, 0x7BFF, 0x7E00),
-    BF16: Format(16, 7, 127, 0x7F7F, 0x7FC0),
-    F8_E4M3: Format(8, 3, 7, 0x7E, 0x7F),
-    F8_E5M2: Format(8, 2, 15, 0x7B, 0x7E),
-}
+FORMATS = {dtype: dtype.layout for dtype in DTYPES.values() if dtype.layout is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from fastinterp.ops.combine import GroupRow
+from fastinterp.ops.contract import CHUNK, LANES
 from fastinterp.ops.dtypes import F64, DType
-from fastinterp.reference.combine import CHUNK, LANES, Array, Stats, narrow, sampled_stats, widen
+from fastinterp.reference.combine import Array, Stats, narrow, sampled_stats, widen
 from fastinterp.reference.fma import fma, fma64
 
 BLOCK = 64  # rows that a column sums before blocks fold

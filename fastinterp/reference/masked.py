@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from fastinterp.ops.combine import Row, philox_key
+from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.dtypes import F64, DType
 from fastinterp.ops.masked import keep_key, kept_inputs, kept_of, read_inputs, terms, word_limits
 from fastinterp.ops.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
 from fastinterp.reference import combine as reference
-from fastinterp.reference.combine import CHUNK, Array, Stats, narrow, sampled_stats, widen
+from fastinterp.reference.combine import Array, Stats, narrow, sampled_stats, widen
 from fastinterp.reference.fma import fma
 
 INF_BITS = 0x7F800000

@@ -74,12 +74,12 @@ def template_of(root: Path) -> str | None:
     for name in (CONFIG, PROCESSOR):
         if (root / name).is_file():
             path = str(root / name)
-            found = parse_object(read_regular(path, _LARGEST).lstrip(), f"`{name}`", path).get("chat_template")
-            if isinstance(found, list):
-                named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-                found = named.get("default")
-            if isinstance(found, str):
-                return found
+            template = parse_object(read_regular(path, _LARGEST).lstrip(), f"`{name}`", path).get("chat_template")
+            if isinstance(template, list):
+                named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+                template = named.get("default")
+            if isinstance(template, str):
+                return template
     return None
 
 
@@ -95,12 +95,12 @@ def with_template(files: Mapping[str, bytes | Path], template: str) -> dict[str,
     It is stored as chat_template.jinja, which newer software reads first, in tokenizer_config.json, which is all that
     older software reads, and in chat_template.json, if there is one. Other templates that went with the old one stay.
     """
-    found = {**files, JINJA: template.encode("utf-8", "replace")}
+    changed = {**files, JINJA: template.encode("utf-8", "replace")}
     for name in (CONFIG, PROCESSOR):
-        if name in found:
-            content = found[name]
+        if name in changed:
+            content = changed[name]
             raw = read_regular(str(content), _LARGEST) if isinstance(content, Path) else content
             table = parse_object(raw.lstrip(), f"`{name}`", str(content) if isinstance(content, Path) else name)
             table["chat_template"] = template
-            found[name] = (json.dumps(table, indent=2) + "\n").encode()
-    return found
+            changed[name] = (json.dumps(table, indent=2) + "\n").encode()
+    return changed

@@ -1,16 +1,14 @@
-"""Embeddings when vocabularies change: which tensors have a row per token, and where each row of the output is from."""
+"""Embedding rows in the output's vocabulary: which tensors have a row per token, and where each row comes from."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
-from fastinterp.errors import CheckpointError, ShapeError
+from fastinterp.errors import CheckpointError
 
 if TYPE_CHECKING:
     from fastinterp.tokenizer.vocabulary import Joined, Vocabulary
@@ -29,6 +27,14 @@ MODULES = frozenset(_INPUTS) | {
     "head",
     "decoder",
 }
+
+
+class HasShape(Protocol):
+    """A tensor whose shape is known."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
 
 ZEROS = -1
 PADDING = -2
@@ -50,6 +56,11 @@ class RowMap:
         start = model << _SHIFT
         return self.codes == array("q", range(start, start + rows))
 
+    @property
+    def models(self) -> set[int]:
+        """The models that rows are from; RowPlan.models stands for means."""
+        return {code >> _SHIFT for code in self.codes if code >= 0}
+
 
 @dataclass(frozen=True, eq=False)
 class RowPlan:
@@ -69,33 +80,9 @@ class RowPlan:
     zeros: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MappedEntry(Entry):
-    """A tensor whose rows are gathered: `shape` and `nbytes` are the output's, `start` and `file` those of its own.
-
-    own      index of its model in `sources`
-    rows     where each row is from
-    means    of the plan: what rows of model len(sources) are
-    sources  per model of the plan, file and place of the tensor there that corresponds, or None: the model has none
-    """
-
-    own: int
-    rows: RowMap
-    means: tuple[tuple[tuple[int, int], ...], ...]
-    sources: tuple[tuple[Path, Entry] | None, ...]
-
-    @property
-    def models(self) -> list[int]:
-        """The models that rows are read from, ascending; itself, even if no row is."""
-        found = {code >> _SHIFT for code in self.rows.codes if code >= 0} | {self.own}
-        if len(self.sources) in found:
-            found |= {model for rows in self.means for model, _ in rows}
-        return sorted(found - {len(self.sources)})
-
-
 @dataclass(frozen=True, slots=True)
-class RowWish:
-    """What the row of one token shall be.
+class RowSource:
+    """Where the row of one token is from, as a recipe chooses.
 
     model  index of the model whose row it is; None: zeros
     row    in that model's embedding
@@ -116,7 +103,7 @@ def split(code: int) -> tuple[int, int]:
     return code >> _SHIFT, code & (1 << _SHIFT) - 1
 
 
-def embeddings(tensors: Mapping[str, Entry], vocab_size: int | None) -> tuple[str, ...]:
+def embeddings(tensors: Mapping[str, HasShape], vocab_size: int | None) -> tuple[str, ...]:
     """The tensors with a row per token, in the order of the file.
 
     They are those of a module with a name in MODULES (`model.embed_tokens.weight`, `lm_head.bias`: the last part but
@@ -136,7 +123,7 @@ def named_as_embedding(name: str) -> bool:
     return _module(name) in MODULES
 
 
-def rows_found(tensors: Mapping[str, Entry]) -> int | None:
+def rows_found(tensors: Mapping[str, HasShape]) -> int | None:
     """Rows of the input embedding, by its name alone; None if no tensor has one."""
     for kind in _INPUTS:
         for name, e in tensors.items():
@@ -150,60 +137,20 @@ def _module(name: str) -> str:
     return parts[-2] if len(parts) > 1 else ""
 
 
-def wished_row(models: Sequence[Vocabulary], model: int, token: str | int, wisher: str) -> int:
+def row_of(models: Sequence[Vocabulary], model: int, token: str | int, user: str) -> int:
     """The row of a token, by text or by id, in the embedding of a model.
 
-    wisher  the token whose row is wished for, for the message
+    user  the token that gets this row, for the message
     Raises: CheckpointError, if the model has none.
     """
-    of = models[model]
-    row = of.ids.get(token) if isinstance(token, str) else token
-    if row is None or not 0 <= row < of.size:
-        what = f"token {quote(token)}" if isinstance(token, str) else f"row {token} (it has {of.size})"
+    vocabulary = models[model]
+    row = vocabulary.ids.get(token) if isinstance(token, str) else token
+    if row is None or not 0 <= row < vocabulary.size:
+        what = f"token {quote(token)}" if isinstance(token, str) else f"row {token} (it has {vocabulary.size})"
         raise CheckpointError(
-            f"{of.name} has no {what}, which `tokens` names as the source of {quote(wisher)}. Name another source"
+            f"{vocabulary.name} has no {what}, which `tokens` names as the source of {quote(user)}. Name another source"
         )
     return row
-
-
-def mapped(
-    name: str, own: int, plan: RowPlan, sources: Sequence[tuple[Path, Entry] | None], names: Sequence[str]
-) -> Entry:
-    """The embedding of one model in the output's vocabulary; its own entry, if nothing changes.
-
-    sources  per model of the plan, file and place of its tensor of this name, or None
-    names    of those models, for messages
-    Raises: ShapeError, if rows cannot be moved: they are of different lengths, or not of floats.
-    """
-    mine, rows = sources[own], plan.maps[own]
-    assert mine is not None
-    entry = mine[1]
-    if rows.is_own(own, entry.shape[0]):
-        return entry
-    if not entry.dtype.merges:
-        raise ShapeError(
-            f"{name} of {names[own]} is {entry.dtype}, whose rows cannot follow another vocabulary. Convert it to BF16 "
-            "first, or leave `tokenizer` out of the recipe",
-            tensor=name,
-        )
-    shape = (plan.size, *entry.shape[1:])
-    nbytes = entry.nbytes // entry.shape[0] * plan.size
-    if not nbytes:
-        return Entry(name, entry.dtype, shape, entry.start, 0, entry.file)
-    found = MappedEntry(
-        name, entry.dtype, shape, entry.start, nbytes, entry.file, own, rows, plan.means, tuple(sources)
-    )
-    for i in found.models:
-        place = sources[i]
-        other = None if place is None else place[1]
-        if other is None or other.shape[1:] != entry.shape[1:] or not other.dtype.merges:
-            what = "missing" if other is None else f"{other.dtype} {list(other.shape)}"
-            raise ShapeError(
-                f"{name} of {names[own]} needs rows of {names[i]}, where it is {what}; here it is {entry.dtype} "
-                f"{list(entry.shape)}. Only models of one architecture share embeddings",
-                tensor=name,
-            )
-    return found
 
 
 def plan_rows(
@@ -213,58 +160,59 @@ def plan_rows(
     size: int,
     *,
     base: int | None,
-    wishes: Mapping[str, RowWish] | None = None,
+    chosen: Mapping[str, RowSource] | None = None,
     keep_padding: bool = True,
 ) -> RowPlan:
     """Where every row of the embeddings of models[:merged] is from, in the vocabulary `joined` of `size` rows.
 
-    models  those that are merged, then others: joined.base must be one of all
-    base    index of the base model, or None
+    models        those that are merged, then others: joined.base must be one of all
+    base          index of the base model, or None
+    chosen        rows of tokens that the recipe names
     keep_padding  a row of no token is the model's own if it has one there, else that of joined.base; else PADDING
 
-    A token that a model has keeps its row, unless a wish is forced. Else, in this order: the wish; the row of the only
-    model that has it; zeros, if none does; the base's; the mean of those that have it. Only models that are merged, and
-    the base, count here.
+    A token that a model has keeps its row, unless another is forced. Else, in this order: the one chosen; the row of
+    the only model that has it; zeros, if none does; the base's; the mean of those that have it. Only models that are
+    merged, and the base, count here.
     """
-    wishes = wishes or {}
+    chosen = chosen or {}
     tokens: list[str | None] = [None] * max(size, joined.end)
     for text, i in reversed(list(joined.ids.items())):  # reversed: of two tokens with one id the first counts
         tokens[i] = text
     del tokens[size:]
-    found = [list(map(m.ids.get, tokens)) for m in models]  # type: ignore[arg-type]  # None is in no vocabulary
-    fallback = _Fallback(found, [i for i in range(len(models)) if i < merged or i == base], base)
+    rows = [list(map(m.ids.get, tokens)) for m in models]  # type: ignore[arg-type]  # None is in no vocabulary
+    fallback = _Fallback(rows, [i for i in range(len(models)) if i < merged or i == base], base)
     spare = next(i for i, m in enumerate(models) if m is joined.base)
     maps = []
     for i in range(merged):
-        start, own = i << _SHIFT, models[i]
-        codes = array("q", [ZEROS if row is None else start + row for row in found[i]])
-        taken = set(own.ids.values())
-        for r, token in [(r, tokens[r]) for r, row in enumerate(found[i]) if row is None]:
+        start, vocabulary = i << _SHIFT, models[i]
+        codes = array("q", [ZEROS if row is None else start + row for row in rows[i]])
+        taken = set(vocabulary.ids.values())
+        for r, token in [(r, tokens[r]) for r, row in enumerate(rows[i]) if row is None]:
             if token is not None:
-                codes[r] = ZEROS if token in wishes else fallback.code(r, token)
+                codes[r] = ZEROS if token in chosen else fallback.code(r, token)
             elif not keep_padding:
                 codes[r] = PADDING
-            elif r < own.size and r not in taken:
+            elif r < vocabulary.size and r not in taken:
                 codes[r] = start + r
             else:
                 codes[r] = pack(spare, r) if r < models[spare].size else PADDING
-        for token, wish in wishes.items():
+        for token, source in chosen.items():
             r = joined.ids[token]
-            if wish.force or found[i][r] is None:
-                codes[r] = ZEROS if wish.model is None else pack(wish.model, wish.row)
+            if source.force or rows[i][r] is None:
+                codes[r] = ZEROS if source.model is None else pack(source.model, source.row)
         maps.append(RowMap(codes))
     return RowPlan(size, len(models), tuple(maps), tuple(fallback.means), tuple(fallback.zeros))
 
 
 class _Fallback:
-    """The rows of tokens that a model does not have and no wish names: the same for every such model.
+    """The rows of tokens that a model does not have and that the recipe does not choose: the same for every such model.
 
-    found   per model, per output row: its row of this token, or None
+    rows    per model, per output row: its row of this token, or None
     voters  the models that count
     """
 
-    def __init__(self, found: Sequence[Sequence[int | None]], voters: Sequence[int], base: int | None):
-        self._found, self._voters, self._base = found, voters, base
+    def __init__(self, rows: Sequence[Sequence[int | None]], voters: Sequence[int], base: int | None):
+        self._rows, self._voters, self._base = rows, voters, base
         self._known: dict[int, int] = {}
         self.means: list[tuple[tuple[int, int], ...]] = []
         self.zeros: list[str] = []
@@ -272,11 +220,11 @@ class _Fallback:
     def code(self, r: int, token: str) -> int:
         known = self._known.get(r)
         if known is None:
-            known = self._known[r] = self._decided(r, token)
+            known = self._known[r] = self._source(r, token)
         return known
 
-    def _decided(self, r: int, token: str) -> int:
-        having = [(i, row) for i in self._voters if (row := self._found[i][r]) is not None]
+    def _source(self, r: int, token: str) -> int:
+        having = [(i, row) for i in self._voters if (row := self._rows[i][r]) is not None]
         if not having:
             self.zeros.append(token)
             return ZEROS
@@ -286,4 +234,4 @@ class _Fallback:
             if i == self._base:
                 return pack(i, row)
         self.means.append(tuple(having))
-        return pack(len(self._found), len(self.means) - 1)
+        return pack(len(self._rows), len(self.means) - 1)

@@ -60,24 +60,24 @@ def rowless(joined: Joined, others: Sequence[Vocabulary], union: bool) -> list[s
 
     others  the models beside joined.base; without `union`, what they have beyond its tokens is left out anyway
     """
-    base, found = joined.base, []
+    base, warnings = joined.base, []
     if base.stripped:
-        found.append(
+        warnings.append(
             f"{base.name} has {len(base.stripped)} tokens but no rows for them, {listing(base.stripped)}: they are "
             "left out of the output's tokenizer"
         )
     for other in others:
         tokens = tuple(t for t in other.stripped if union or t in joined.ids)
         if tokens:
-            found.append(
+            warnings.append(
                 f"{other.name} has {len(tokens)} tokens but no rows for them, {listing(tokens)}: they are left out, as "
                 "if it did not have them"
             )
-    return found
+    return warnings
 
 
 def _warnings(joined: Joined) -> list[str]:
-    found = []
+    warnings = []
     base = joined.base
     for other in dict.fromkeys(joined.ordinary.values()):
         count = sum(v is other for v in joined.ordinary.values())
@@ -87,11 +87,11 @@ def _warnings(joined: Joined) -> list[str]:
             how = f"its tokenizer prepares text in another way than that of {base.name}"
         else:
             continue
-        found.append(
+        warnings.append(
             f"{count} tokens of {other.name} get ids and rows, but {how}: text may never be encoded with them. "
             "`tokenizer_source: base` leaves them out"
         )
-    return found
+    return warnings
 
 
 def _model(joined: Joined) -> dict[str, Any]:
@@ -111,23 +111,23 @@ def _merges(joined: Joined) -> list[Any]:
     """The base's, less those of stripped tokens; then the others' that make a new token, in their order."""
     model = joined.base.table["model"]
     prefix = model.get("continuing_subword_prefix") or ""
-    own = [_pair(m, joined.base) for m in model.get("merges", [])]
+    pairs = [_pair(m, joined.base) for m in model.get("merges", [])]
     if joined.base.stripped:
         ids = joined.ids
-        own = [(a, b) for a, b in own if a in ids and b in ids and a + b.removeprefix(prefix) in ids]
-    known = set(own)
+        pairs = [(a, b) for a, b in pairs if a in ids and b in ids and a + b.removeprefix(prefix) in ids]
+    known = set(pairs)
     for other in dict.fromkeys(v for v in joined.ordinary.values() if v.kind == "BPE"):
         for merge in other.table["model"].get("merges", []):
             pair = a, b = _pair(merge, other)
             new = a + b.removeprefix(prefix) in joined.ordinary and pair not in known
             if new and a in joined.ids and b in joined.ids:
                 known.add(pair)
-                own.append(pair)
+                pairs.append(pair)
     # Older files write a merge as one string, which newer software still reads; a space in a token forbids it.
     first = next(iter(model.get("merges", [])), None)
-    if isinstance(first, str) and not any(" " in a or " " in b for a, b in own):
-        return [f"{a} {b}" for a, b in own]
-    return [[a, b] for a, b in own]
+    if isinstance(first, str) and not any(" " in a or " " in b for a, b in pairs):
+        return [f"{a} {b}" for a, b in pairs]
+    return [[a, b] for a, b in pairs]
 
 
 def _pair(merge: Any, vocabulary: Vocabulary) -> tuple[str, str]:

@@ -41,12 +41,12 @@ def ties(models: Sequence[Iterable[str]], says_tied: Sequence[bool]) -> Ties:
     heads = [n for n in dict.fromkeys(n for m in names for n in m) if _is_head(n)]
     everywhere = {h for h in heads if all(h in m for m in names)}
     untied = {h for h in heads if any(h in m and not tied for m, tied in zip(names, says_tied, strict=True))}
-    found: list[dict[str, str]] = []
-    for own in names:
-        inputs = [n for kind in _IN for n in own if _module(n) == kind and n.endswith(".weight")]
-        absent = [h for h in heads if h in untied and h not in own]
-        found.append({h: max(inputs, key=partial(_common, h)) for h in absent if inputs})
-    return Ties(tuple(found), tuple(h for h in heads if h not in everywhere | untied))
+    aliases: list[dict[str, str]] = []
+    for model in names:
+        inputs = [n for kind in _IN for n in model if _module(n) == kind and n.endswith(".weight")]
+        absent = [h for h in heads if h in untied and h not in model]
+        aliases.append({h: max(inputs, key=partial(_common, h)) for h in absent if inputs})
+    return Ties(tuple(aliases), tuple(h for h in heads if h not in everywhere | untied))
 
 
 def is_tied(names: Iterable[str]) -> bool:
@@ -78,9 +78,9 @@ def config_changes(
         new = {k: v for k, v in wanted.items() if k in part or (not anywhere and not name)}
         if tied is not None:
             new["tie_word_embeddings"] = tied
-        theirs = (special or {}).get(name, {}) if name else special or {}
-        if isinstance(theirs, Mapping):
-            new |= {k: theirs[k] for k in part if k.endswith(("_token_id", "_token_index")) and k in theirs}
+        other = (special or {}).get(name, {}) if name else special or {}
+        if isinstance(other, Mapping):
+            new |= {k: other[k] for k in part if k.endswith(("_token_id", "_token_index")) and k in other}
         new = {k: v for k, v in new.items() if k not in part or part[k] != v}
         if new and name:
             changes[name] = new

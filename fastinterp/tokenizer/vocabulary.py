@@ -200,13 +200,13 @@ def _added_tokens(
     table: dict[str, Any], config: dict[str, Any], root: Path, ids: dict[str, int], file: str
 ) -> dict[str, Mapping[str, bool]]:
     """The added tokens with their settings, from every file that may hold some; their ids go into `ids`."""
-    found: dict[str, Mapping[str, bool]] = {}
+    added: dict[str, Mapping[str, bool]] = {}
     listed = table.get("added_tokens") or []
     if type(listed) is not list or not all(type(t) is dict and type(t.get("content")) is str for t in listed):
         raise CheckpointError("`added_tokens` is not a list of tokens", file=file)
     for entry in listed:
         ids.setdefault(entry["content"], entry.get("id"))
-        found[entry["content"]] = _settings(entry)
+        added[entry["content"]] = _settings(entry)
     decoder = config.get("added_tokens_decoder") or {}
     where = str(root / TOKENIZER_CONFIG)
     if type(decoder) is not dict:
@@ -216,12 +216,12 @@ def _added_tokens(
         if type(token) is not str or not key.isdecimal():
             raise CheckpointError(f"`added_tokens_decoder` has the entry {quote(key)}, which is no token", file=where)
         ids.setdefault(token, int(key))
-        found.setdefault(token, _settings(entry))
+        added.setdefault(token, _settings(entry))
     legacy = _object(root / ADDED) if (root / ADDED).is_file() else {}
     for token, number in legacy.items():
         ids.setdefault(token, number)
-        found.setdefault(token, _settings({}, special=False))
-    return found
+        added.setdefault(token, _settings({}, special=False))
+    return added
 
 
 def _settings(entry: Mapping[str, Any], **instead: bool) -> dict[str, bool]:

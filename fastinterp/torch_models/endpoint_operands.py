@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from fastinterp.backends.cpu import PumpOptions
+from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.torch_device import current_queue, device_of, memory, pinned
 from fastinterp.errors import BackendError, UsageError
 from fastinterp.execute.device.resident import ResidentMachine
@@ -49,7 +49,7 @@ class EndpointOperands:
         self._isa, self._threads, self.device = isa, threads, device
         endpoints = Endpoints(models, stack, {name for w in weights for name in w.names})
         self._files = endpoints.files
-        self.handles: list[Any] = list(self._files.fds)
+        self.handles: list[Handle] = list(self._files.fds)
         self._held: list[Any] = []  # memory that handles point to
         self._addresses: list[tuple[Any, int]] = []  # tensors of the caller's state dicts, and where they were
         self.operands: list[list[Stored]] = []
@@ -111,17 +111,17 @@ class EndpointOperands:
         """Whether kernels of the module's device reach all operands where they are."""
         return self.device is not None and all(self._on_device(o) for model in self.operands for o in model)
 
-    def machine(self, sinks: list[Any]) -> Machine | StreamedMachine:
+    def machine(self, sinks: Sequence[Handle]) -> Machine | StreamedMachine:
         """What runs steps from the end points into `sinks`."""
         if self.device is None:
             return self._pumped(sinks)
         return StreamedMachine(current_queue(self.device), self.handles, sinks, self._pumped)
 
-    def resident(self, sinks: list[Any]) -> ResidentMachine:
+    def resident(self, sinks: Sequence[Handle]) -> ResidentMachine:
         """The same, from what kernels reach."""
         return ResidentMachine(device_of(self.device), current_queue(self.device), self.handles, sinks)
 
-    def _pumped(self, sinks: list[Any]) -> Machine:
+    def _pumped(self, sinks: Sequence[Handle]) -> Machine:
         """The same on the CPU, from what it reaches."""
         read, write = _FROM_FILES if self._files.fds else _FROM_MEMORY
         sources = [("memory", 0, 0) if _is_device(handle) else handle for handle in self.handles]
@@ -135,7 +135,7 @@ class EndpointOperands:
     def _explained(self, error: tuple[Any, ...], steps: Sequence[Step]) -> Exception:
         return self._files.explained(error)
 
-    def copy(self, operands: Sequence[Stored], sinks: list[Any], sizes: Sequence[int]) -> None:
+    def copy(self, operands: Sequence[Stored], sinks: Sequence[Handle], sizes: Sequence[int]) -> None:
         """Copy the bytes of operands into sinks, one into each. sizes: in bytes."""
         places = [(o, i, n) for i, (o, n) in enumerate(zip(operands, sizes, strict=True)) if n]
         if self.device is None:

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastinterp.checkpoint.header import Entry
-from fastinterp.checkpoint.open import Checkpoint, changed_since, open_checkpoint
-from fastinterp.errors import UsageError
+from fastinterp.checkpoint.open import changed_since
+from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.execute.sources import Sources, storage
 from fastinterp.in_memory.allocate import torch_dtype
 from fastinterp.in_memory.merge import StoredTensor
 from fastinterp.messages import plain
 from fastinterp.ops.dtypes import DType, parse_dtype
-from fastinterp.plan.compatibility import unlike
+from fastinterp.plan.compatibility import path_warnings
+from fastinterp.plan.inputs import TensorInput
+from fastinterp.plan.models import Model as StoredModel
+from fastinterp.plan.models import open_model
 from fastinterp.torch_models.module_tensors import TensorSpec, Weight, equal_bytes, is_extra_state, tied_error
 
 Model = str | os.PathLike[str] | Mapping[str, Any]  # a checkpoint's path or Hub id, or a state dict
@@ -36,7 +38,7 @@ class Endpoint:
     """
 
     label: str
-    checkpoint: Checkpoint | None
+    checkpoint: StoredModel | None
     state: Mapping[str, Any]
 
     @staticmethod
@@ -47,7 +49,7 @@ class Endpoint:
         if not isinstance(model, (str, os.PathLike)):
             raise UsageError(f"{role} must be a checkpoint's path or a state dict, got {type(model).__name__}")
         name = os.fspath(model)
-        return Endpoint(name, open_checkpoint(name), {})
+        return Endpoint(name, open_model(name), {})
 
     def specs(self) -> dict[str, TensorSpec]:
         """Dtype and shape of each tensor, extra state left out. Raises: UsageError, if one is no torch tensor."""
@@ -65,7 +67,8 @@ class Endpoint:
 
     def changed_files(self) -> list[Path]:
         """The files that were changed, replaced or removed since their headers were read."""
-        return [] if self.checkpoint is None else changed_since(self.checkpoint)
+        checkpoint = None if self.checkpoint is None else self.checkpoint.checkpoint
+        return [] if checkpoint is None else changed_since(checkpoint)
 
 
 class Endpoints:
@@ -80,9 +83,8 @@ class Endpoints:
     def __init__(self, models: Sequence[Endpoint], stack: ExitStack, names: Collection[str] | None = None):
         checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
         self._names = names
-        self._number = {id(checkpoint): i for i, checkpoint in enumerate(checkpoints)}
-        reads = [(i, entry) for i, c in enumerate(checkpoints) for n, entry in c.tensors.items() if self._wanted(n)]
-        self.files = Sources(checkpoints, reads, stack)
+        reads = [tensor for c in checkpoints for name, tensor in c.tensors.items() if self._wanted(name)]
+        self.files = Sources([c.checkpoint for c in checkpoints if c.checkpoint is not None], reads, stack)
 
     def _wanted(self, name: str) -> bool:
         return self._names is None or name in self._names
@@ -96,13 +98,19 @@ class Endpoints:
         """
         if model.checkpoint is None:
             return {name: x for name, x in model.state.items() if self._wanted(name)}
-        number = self._number[id(model.checkpoint)]
-        return {name: self._stored(number, e) for name, e in model.checkpoint.tensors.items() if self._wanted(name)}
+        return {name: self._stored(tensor) for name, tensor in model.checkpoint.tensors.items() if self._wanted(name)}
 
-    def _stored(self, checkpoint: int, entry: Entry) -> Any:
-        operand = self.files.stored(checkpoint, entry)
-        stored = StoredTensor(operand.source, operand.offset, entry.shape, entry.dtype)
-        return stored if entry.dtype.merges else self._whole(stored)
+    def _stored(self, tensor: TensorInput) -> Any:
+        plain = tensor.plain
+        if plain is None:
+            raise CheckpointError(
+                f"{tensor.name} is {tensor.describe()}: Live and paths read no encoded tensors. Convert the model to "
+                "BF16 first, by a merge of it alone",
+                file=str(tensor.files[0]), tensor=tensor.name,
+            )  # fmt: skip
+        operand = self.files.stored(plain)
+        stored = StoredTensor(operand.source, operand.offset, tensor.shape, tensor.dtype)
+        return stored if tensor.dtype.merges else self._whole(stored)
 
     def check_tied(self, model: Endpoint, tensors: Mapping[str, Any], weights: Sequence[Weight]) -> None:
         """Raises: ShapeError, if tensors that are one in the module differ in the end point `model`."""
@@ -153,5 +161,5 @@ def warn_unlike(models: Sequence[Endpoint], stacklevel: int) -> None:
     stacklevel  1: the caller's line is named
     """
     checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
-    for warning in unlike(checkpoints) if checkpoints else ():
+    for warning in path_warnings(checkpoints) if checkpoints else ():
         warnings.warn(plain(warning), stacklevel=stacklevel + 1)

@@ -13,8 +13,8 @@ from fastinterp.errors import BackendError, UsageError
 from fastinterp.execute.to_memory import fill, filling
 from fastinterp.in_memory.allocate import Framework, maker, torch_dtype
 from fastinterp.paths.points import Point
+from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.plan import Plan, plan_recipe
-from fastinterp.plan.tensors import PlannedTensor
 from fastinterp.torch_models.module_tensors import (
     Mismatches,
     Weight,
@@ -217,7 +217,7 @@ def _sent(
 ) -> None:
     """Make some of the tensors of a plan in their places, and copy others to where they go."""
     # As in _made; what is sent is let go of when nothing else may ask for it.
-    whole = any(t.first for t in plan.tensors)
+    whole = any(t.before for t in plan.tensors)
     tensors, places = allocated([t for t in plan.tensors if t.name in there or (whole and t.name not in here)], "torch")
     for names in filling(plan, {**here, **places}, threads=threads, max_memory=most):
         for name in names:
@@ -229,7 +229,7 @@ def _made(plan: Plan, places: dict[str, tuple[int, int]], threads: int | None, m
     """Make some of the tensors of a plan."""
     unwanted = [t for t in plan.tensors if t.name not in places]
     # What earlier documents make must be there when a method asks about the whole model.
-    kept, more = allocated(unwanted if any(t.first for t in plan.tensors) else [], "torch")
+    kept, more = allocated(unwanted if any(t.before for t in plan.tensors) else [], "torch")
     fill(plan, [places | more], threads=threads, max_memory=most)
     del kept
 

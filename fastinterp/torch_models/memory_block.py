@@ -7,7 +7,8 @@ from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from typing import Any
 
-Handle = tuple[str, int, int]  # "memory" or "device", address, bytes: a source or sink in memory
+from fastinterp.backends.cpu import Memory
+
 _ALIGN = 64  # bytes
 
 
@@ -32,7 +33,7 @@ class MemoryBlock:
         """Bytes of a block that holds all of them."""
         return max(1, sum(map(_padded, sizes.values())))
 
-    def handle(self, key: Hashable) -> Handle:
+    def handle(self, key: Hashable) -> Memory:
         """Where one tensor is."""
         start, nbytes = self._spans[key]
         return self._kind, int(self._block.data_ptr()) + start, nbytes

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from fastinterp.backends.cpu import Handle
 from fastinterp.backends.device import Piece
 from fastinterp.backends.torch_device import current_queue
 from fastinterp.execute.tensor_io import Place
 from fastinterp.ops.combine import Row, renumbered
 from fastinterp.torch_models.endpoint_operands import EndpointOperands
-from fastinterp.torch_models.memory_block import Handle
 
 
 class ModuleWriter:

@@ -7,8 +7,9 @@ import triton.language as tl
 from fastinterp._triton.numbers import load_codes, widen
 from fastinterp._triton.scores import NO_SCORE, magnitude, score_of
 from fastinterp._triton.table import COUNT, EXTRA, FIRST, HEADER, NUMBERS, row_of
+from fastinterp.ops import contract
 
-STRIP = tl.constexpr(512)
+STRIP = tl.constexpr(contract.STRIP)
 
 
 @triton.jit

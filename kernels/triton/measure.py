@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from fastinterp._triton.numbers import fold, load_codes, widen
 from fastinterp._triton.table import COLUMNS, COUNT, HEADER, NUMBERS, row_of
+from fastinterp.ops import contract
 
-LANES = tl.constexpr(256)
-CHUNK = tl.constexpr(16384)
-BLOCK_ROWS = tl.constexpr(64)
+LANES = tl.constexpr(contract.LANES)
+CHUNK = tl.constexpr(contract.CHUNK)
+BLOCK_ROWS = tl.constexpr(contract.BLOCK_ROWS)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton.language as tl
 from fastinterp._triton.table import COLUMNS, GROUP, place_of
 
 NO_SCORE = tl.constexpr(0)
-SPREAD = tl.constexpr(1)
+VARIANCE = tl.constexpr(1)
 DIVERGENCE = tl.constexpr(2)
 
 
@@ -31,7 +31,7 @@ def divide(a, b):
 @triton.jit
 def score_of(row, factors, deltas, e0, lanes, mask, SCORE: tl.constexpr):
     """The score of each element from its deltas. factors: f64 by row of the tensor, of a divergence."""
-    if SCORE == SPREAD:
+    if SCORE == VARIANCE:
         mean = tl.zeros_like(deltas[0])
         for i in tl.static_range(len(deltas)):
             mean += deltas[i]

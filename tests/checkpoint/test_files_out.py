@@ -186,20 +186,20 @@ CONFIG = """{
 def test_copy_sidecars(source):
     """Paths as they are; with a dtype config.json is new content; folders, code and state stay behind."""
     paths = {n: source.root / n for n in ("config.json", "tokenizer.json")}
-    assert copy_sidecars(source) == paths
-    changed = copy_sidecars(source, F16)
+    assert copy_sidecars(source.root) == paths
+    changed = copy_sidecars(source.root, F16)
     assert changed == {**paths, "config.json": with_dtype(CONFIG.encode(), F16)}
     (source.root / "config.json").write_text("{")
-    assert copy_sidecars(source) == paths
+    assert copy_sidecars(source.root) == paths
     with pytest.raises(CheckpointError, match=r"config\.json: the model configuration is not JSON"):
-        copy_sidecars(source, F16)
+        copy_sidecars(source.root, F16)
 
 
 def test_config_that_is_too_large(source):
     """Gigabytes are not read, by no one who looks into it."""
     with open(source.root / "config.json", "r+b") as stream:
         stream.truncate(5 * 10**9)
-    for look in (lambda: copy_sidecars(source, F16), lambda: needs_code(source)):
+    for look in (lambda: copy_sidecars(source.root, F16), lambda: needs_code(source.root)):
         with pytest.raises(
             CheckpointError, match=r"config\.json: the file has 5000000000 bytes, more than the allowed"
         ):

@@ -11,7 +11,7 @@ from tests.support import cuda_compile
 from tests.support.cuda_compile import ARCHITECTURES, SOURCES, compiled, machine_code, ptx
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.slow(20),
     pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH"),
 ]
 FAST = cuda_compile.CSRC / "cuda" / "combine_fast.cu"

@@ -35,7 +35,7 @@ def test_a_device_gives_the_processors_bytes(tmp_path, ends, use, name, count):
         d.held == {"host": 0, "memory": 0} for d in found
     )
     assert got.device.startswith("cuda:0 Fake (fake)") and "not averaged" in got.on_cpu
-    assert ("random keeps by rank" in got.on_cpu) == (name == "della")
+    assert ("random masks by rank" in got.on_cpu) == (name == "della")
 
 
 def test_a_sweep_writes_many_outputs_of_one_read(tmp_path, ends, use):

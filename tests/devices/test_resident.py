@@ -198,8 +198,8 @@ def test_all_on_one_device(device: HostDevice):
 
 
 def test_steps_that_have_no_kernel(device: HostDevice):
-    device._refused = {"masked_sum": "random keeps by rank"}
-    message = "w cannot be merged on cuda:0, whose backend is cuda: random keeps by rank. Move the tensors to the CPU"
+    device._refused = {"masked_sum": "random masks by rank"}
+    message = "w cannot be merged on cuda:0, whose backend is cuda: random masks by rank. Move the tensors to the CPU"
     with pytest.raises(BackendError, match=message):
         fastinterp.merge_tensors(
             [moved(TUNES[0])], "della", base=moved(BASE), name="w", parameters={"weight": 1.0, "density": 0.5}

@@ -27,8 +27,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from fastinterp._triton.combine import combine_kernel, effect_kernel  # noqa: E402
 from fastinterp._triton.histogram import histogram_kernel  # noqa: E402
-from fastinterp._triton.kept import kept_kernel  # noqa: E402
-from fastinterp._triton.masked import masked_effect_kernel, masked_kernel  # noqa: E402
+from fastinterp._triton.masked_stats import masked_stats_kernel  # noqa: E402
+from fastinterp._triton.masked_sum import masked_sum_effect_kernel, masked_sum_kernel  # noqa: E402
 from fastinterp._triton.measure import measure_columns_kernel, measure_kernel  # noqa: E402
 from fastinterp.backends.device import Piece  # noqa: E402
 from fastinterp.backends.triton.launch import Room  # noqa: E402
@@ -44,7 +44,7 @@ GFX942 = GPUTarget("hip", "gfx942", 64)
 BF16, F16, F32, F64, E4M3 = 3, 2, 1, 0, 4
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_interpreted_kernels_give_the_bytes_of_the_reference():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["tests/devices/test_gpu.py", "tests/support/triton_interpreted.py"]
@@ -123,9 +123,9 @@ CASES = {
     "measure_columns": (measure_columns_kernel, MEASURED, measuring(2), 1),
     "histogram": (histogram_kernel, COUNTED, HISTOGRAM, 4),
     "scores": (histogram_kernel, COUNTED, HISTOGRAM | {"SCORE": 1}, 4),
-    "masked": (masked_kernel, SUMS, MASKED, 4),
-    "masked_sampled": (masked_effect_kernel, TOLD + "*fp64", effect(MASKED, False), 4),
-    "kept": (kept_kernel, LEFT, KEPT, 2),
+    "masked": (masked_sum_kernel, SUMS, MASKED, 4),
+    "masked_sampled": (masked_sum_effect_kernel, TOLD + "*fp64", effect(MASKED, False), 4),
+    "kept": (masked_stats_kernel, LEFT, KEPT, 2),
 }
 
 
@@ -174,6 +174,7 @@ def test_elements_move_in_16_bytes(n, dtype, target):
     assert stores == ["cs.v4.b32"] * vectors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["masked", "measure", "histogram", "kept"])
 def test_other_kernels_load_16_or_8_bytes(kernel):
     loads, _ = memory_of(case(kernel, SM90).asm["ptx"])
@@ -251,8 +252,8 @@ def pieces_of(n: int, numel: int = 98304, first: int = 1 << 20) -> dict[str, Pie
 def test_launches_compile_as_they_are_made(room):
     """What a launch passes is what a kernel takes, constants and all."""
     run(room, [*pieces_of(2).values()])
-    wrote = {"combine_kernel", "effect_kernel", "masked_kernel", "masked_effect_kernel"}
-    assert {name for name, *_ in room.launched} == wrote | {"measure_kernel", "histogram_kernel", "kept_kernel"}
+    wrote = {"combine_kernel", "effect_kernel", "masked_sum_kernel", "masked_sum_effect_kernel"}
+    assert {name for name, *_ in room.launched} == wrote | {"measure_kernel", "histogram_kernel", "masked_stats_kernel"}
 
 
 def test_tables_of_different_lengths_are_one_kernel(room):
@@ -303,5 +304,7 @@ def test_kernels_import_triton_and_leaves_alone(path):
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             assert {alias.name for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom) and node.module == "fastinterp.ops":
+            assert [alias.name for alias in node.names] == ["contract"]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and (node.module in allowed or str(node.module).startswith("fastinterp._triton."))

@@ -139,7 +139,7 @@ def test_input_that_changes_while_it_is_read(tmp_path, pair, monkeypatch, how):
     when_opened(monkeypatch, change)
     with pytest.raises(fastinterp.CheckpointError) as caught:
         fastinterp.interpolate(pair[0], pair[1], 0.5, tmp_path / "out", threads=2)
-    assert str(caught.value) == f"{file}: it changed while it was being read. Try again when it rests"
+    assert str(caught.value) == f"{file}: it changed while it was being read. Retry once nothing is writing to it"
     assert not (tmp_path / "out").exists()
 
 

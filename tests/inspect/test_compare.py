@@ -158,7 +158,7 @@ def test_input_that_changes_while_it_is_read(tmp_path, monkeypatch, how):
             os.utime(file, ns=(0, 0))
 
     monkeypatch.setattr(Sources, "__init__", opened)
-    said = "only .* bytes are left .*: it was cut or replaced while" if how == "cut" else "it changed while"
+    said = "only .* bytes are left .*: it was truncated or replaced while" if how == "cut" else "it changed while"
     with pytest.raises(CheckpointError, match=said) as caught:
         compare(*paths)
     assert caught.value.file == str(file)

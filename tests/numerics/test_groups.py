@@ -19,7 +19,7 @@ from fastinterp.ops import steps
 from fastinterp.ops.combine import GroupRow, Row, Tensor
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
 from fastinterp.ops.requests import GroupCombine
-from fastinterp.plan.method_run import Conversation, foresee
+from fastinterp.plan.method_run import MethodRun, foreseen_reads
 from fastinterp.reference import combine as reference
 from fastinterp.reference import groups as reference_groups
 from tests.support import backends
@@ -376,6 +376,6 @@ def test_planning_takes_no_longer_for_more_rows(name):
     }  # fmt: skip
     n = 3 if name == "model_stock" else 2
     call = partial(find(name), n, Tensor("w", (10**12, 4)), **every[name])
-    reads, whole = foresee(Conversation("w", [call], [0]), n, (10**12, 4))
+    reads, whole = foreseen_reads(MethodRun("w", [call], [0]), n, (10**12, 4))
     assert [what for what, _ in reads][-1] == "combine" and not whole
     assert all(inputs == tuple(range(n)) for _, inputs in reads)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fastinterp.ops.combine import Combine, Row, philox_key
+from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F32, F64, DType
-from fastinterp.reference import combine as reference
 from fastinterp.reference.combine import combine, narrow, widen
 from tests.support.cases import MERGING, fill
 
@@ -108,15 +108,15 @@ def test_changed_compares_with_the_pivot_stored_under_the_same_policy():
 
 def test_statistics_sample_whole_chunks_of_the_tensor():
     """Chunk c of the tensor, not of the piece, is sampled iff c % stats_every == 0; counts cover every element."""
-    n = 3 * reference.CHUNK + 10
+    n = 3 * CHUNK + 10
     p, x = np.zeros(n, np.float32), np.full(n, np.nan, np.float32)
-    x[: 3 * reference.CHUNK] = 1.0
+    x[: 3 * CHUNK] = 1.0
     row, dtypes = Row(0, 1.0, ((1, 0.5),)), [F32, F32]
-    for first, every, sampled in ((0, 1, n), (0, 2, 2 * reference.CHUNK), (0, 4, reference.CHUNK), (0, 0, 0)):
+    for first, every, sampled in ((0, 1, n), (0, 2, 2 * CHUNK), (0, 4, CHUNK), (0, 0, 0)):
         _, stats = run(row, [p.view(np.uint8), x.view(np.uint8)], dtypes, BF16, first=first, stats_every=every)
         assert (stats.sampled, stats.nan_in, stats.nan_out) == (sampled, 10, 10)
-    _, stats = run(row, [p.view(np.uint8), x.view(np.uint8)], dtypes, BF16, first=reference.CHUNK - 5, stats_every=2)
-    assert stats.sampled == 5 + reference.CHUNK + 5  # the last 5 elements of chunk 0, chunk 2, the first 5 of chunk 4
+    _, stats = run(row, [p.view(np.uint8), x.view(np.uint8)], dtypes, BF16, first=CHUNK - 5, stats_every=2)
+    assert stats.sampled == 5 + CHUNK + 5  # the last 5 elements of chunk 0, chunk 2, the first 5 of chunk 4
 
 
 def test_copies_are_not_measured():

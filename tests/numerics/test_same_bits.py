@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from fastinterp.ops.combine import Combine, Row
+from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from fastinterp.reference import combine as reference
 from tests.support import backends
@@ -82,7 +83,7 @@ def test_same_bits(isa, case, streamed):
 
 
 # Large enough that each of 7 threads has something to do whatever the size of its share; not a multiple of anything.
-BIG = 7 * 16 * reference.CHUNK + 12345
+BIG = 7 * 16 * CHUNK + 12345
 
 
 @functools.cache

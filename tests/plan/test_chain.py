@@ -11,7 +11,7 @@ import pytest
 
 import fastinterp
 from fastinterp.errors import RecipeError
-from fastinterp.execute.chained_job import Scratch
+from fastinterp.execute.chained_job import ScratchFile
 from fastinterp.ops.dtypes import BF16, F32
 from tests.support.checkpoints import (
     assert_same,
@@ -54,8 +54,8 @@ def one_by_one(documents: list[dict[str, Any]], folder: Path, **keys: Any) -> tu
         for name, path in there.items():
             text = text.replace(f'"{name}"', json.dumps(path))
         last = i == len(documents) - 1
-        wish = json.loads(text) if last else {"dtype": "float32"} | json.loads(text)
-        report = fastinterp.merge(wish, folder / str(i), **(keys if last else {}))
+        values = json.loads(text) if last else {"dtype": "float32"} | json.loads(text)
+        report = fastinterp.merge(values, folder / str(i), **(keys if last else {}))
         there[document.get("name", "")] = str(folder / str(i))
     return folder / str(len(documents) - 1), report
 
@@ -140,9 +140,9 @@ def test_what_cannot_be_folded_is_made_first(tmp_path, dtype):
     assert plan.bytes_made > 0 and report.bytes_read == plan.bytes_read
     assert report.inputs == 3
     found = plan.tensors[[t.name for t in plan.tensors].index("model.embed_tokens.weight")]
-    assert [t.dtype for t in found.first] == [F32, F32]
+    assert [t.dtype for t in found.before] == [F32, F32]
     assert found.bytes_read == 4 * 4 * 97 * 64  # measured and combined, both in float32
-    assert [t.bytes_read for t in found.first] == [2 * 2 * 97 * 64, 4 * 2 * 97 * 64]
+    assert [t.bytes_read for t in found.before] == [2 * 2 * 97 * 64, 4 * 2 * 97 * 64]
     assert "x3 = sum: " in str(plan) and "x4 = arc: " in str(plan) and "in a temporary file" in str(plan)
     assert not [p for p in (tmp_path / "out").iterdir() if p.suffix not in (".safetensors", ".md")]
 
@@ -236,10 +236,10 @@ def test_integers(tmp_path, three):
     ]
     plan = fastinterp.explain(documents)
     found = {t.name: t for t in plan.tensors}
-    assert found["ids"].inputs == (0, 1, 2)
+    assert found["ids"].checkpoints == (0, 1, 2)
     documents[0]["integers"] = three[1]
     documents[1]["integers"] = "first"
-    assert {t.name: t for t in fastinterp.explain(documents).tensors}["ids"].inputs == (1,)
+    assert {t.name: t for t in fastinterp.explain(documents).tensors}["ids"].checkpoints == (1,)
 
 
 def test_one_way_of_storing(tmp_path, llamas):
@@ -273,13 +273,13 @@ def test_room_is_used_again(tmp_path, llamas, monkeypatch):
 
     monkeypatch.setattr(rounds, "ROUND_BYTES", 1)
     sizes: list[int] = []
-    free = Scratch.free
+    free = ScratchFile.free
 
-    def noted(self: Scratch, some: Any) -> None:
+    def noted(self: ScratchFile, some: Any) -> None:
         sizes.append(self.size)
         free(self, some)
 
-    monkeypatch.setattr(Scratch, "free", noted)
+    monkeypatch.setattr(ScratchFile, "free", noted)
     a, b, c = llamas
     documents: list[dict[str, Any]] = [
         {"name": "sum", "merge_method": "linear", "models": models(a, b, weight=1.0)},

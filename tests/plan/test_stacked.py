@@ -92,11 +92,11 @@ def test_a_configuration_that_counts_no_layers(tmp_path, tall):
 
 def test_filters_without_a_match(tmp_path, tall):
     weight = [{"filter": "mpl", "value": 0.3}, {"filter": "layers.1.", "value": 0.2}, {"value": 1.0}]
-    wish = {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": weight}} for m in tall]}
-    report = fastinterp.merge(wish, tmp_path / "out")
+    values = {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": weight}} for m in tall]}
+    report = fastinterp.merge(values, tmp_path / "out")
     assert len(report.warnings) == 2, "one for each model"
     assert "the filter 'mpl' matches nothing: no tensor's name has it" in report.warnings[0]
-    assert "matches nothing" in str(fastinterp.explain(wish))
+    assert "matches nothing" in str(fastinterp.explain(values))
 
 
 @pytest.fixture

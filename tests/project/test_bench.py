@@ -314,7 +314,7 @@ def test_provenance_names_the_file_system(tmp_path):
 # --- benchmarks/ -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 def test_kernel_benchmarks_in_their_quick_form():
     """Every kernel case and every rival that is installed gives a right answer."""
     pytest.importorskip("torch")

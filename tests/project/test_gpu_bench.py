@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 @pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())
 def test_rehearsal(tmp_path):
     out = tmp_path / "gpu.json"

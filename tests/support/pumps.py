@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,11 @@ def code(dtype: DType) -> int:
 
 
 def raws(kind: str, dtypes: Sequence[DType], numel: int) -> list[Raw]:
+    return [raw.copy() for raw in _raws(kind, tuple(dtypes), numel)]
+
+
+@lru_cache(maxsize=4)  # tests on every instruction set follow each other
+def _raws(kind: str, dtypes: tuple[DType, ...], numel: int) -> list[Raw]:
     return [fill(kind, d, numel, i, np.random.default_rng([numel, i])).view(np.uint8) for i, d in enumerate(dtypes)]
 
 

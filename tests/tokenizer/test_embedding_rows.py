@@ -15,13 +15,13 @@ from fastinterp.tokenizer.embedding_rows import (
     PADDING,
     ZEROS,
     RowPlan,
-    RowWish,
+    RowSource,
     embeddings,
     pack,
     plan_rows,
+    row_of,
     rows_found,
     split,
-    wished_row,
 )
 from fastinterp.tokenizer.vocabulary import Vocabulary, join
 
@@ -137,20 +137,20 @@ def test_vocabulary_of_one_model_drops_what_it_does_not_have():
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_wishes(force):
+def test_chosen_rows(force):
     """For models without the token, or with force for all; `t` is token 2 of the first and unknown to the second."""
     x, y = vocabulary("a b t"), vocabulary("a b")
-    for wish, want in ((RowWish(None, force=force), "zeros"), (RowWish(1, 0, force), (1, 0))):
-        plan = union(x, y, wishes={"t": wish})
+    for source, want in ((RowSource(None, force=force), "zeros"), (RowSource(1, 0, force), (1, 0))):
+        plan = union(x, y, chosen={"t": source})
         assert shown(plan, 0)[2] == (want if force else (0, 2))
         assert shown(plan, 1)[2] == want
         assert plan.zeros == ()
 
 
-def test_wished_token_that_no_model_has():
+def test_chosen_token_that_no_model_has():
     x, y = vocabulary("a b"), vocabulary("a b")
     joined = join(x, [y], [("t", None)])
-    plan = plan_rows(joined, [x, y], 2, 3, base=0, wishes={"t": RowWish(1, 1)})
+    plan = plan_rows(joined, [x, y], 2, 3, base=0, chosen={"t": RowSource(1, 1)})
     assert shown(plan, 0) == [(0, 0), (0, 1), (1, 1)] and plan.zeros == ()
     assert plan_rows(joined, [x, y], 2, 3, base=0).zeros == ("t",)
 
@@ -187,14 +187,14 @@ def test_two_tokens_of_one_id():
     assert shown(plan_rows(join(x), [x, y], 2, 1, base=0), 1) == [(1, 1)]
 
 
-def test_wished_rows():
+def test_row_ofs():
     models = [vocabulary("a b", 4, name="models/x")]
-    assert wished_row(models, 0, "b", "t") == 1
-    assert wished_row(models, 0, 3, "t") == 3
+    assert row_of(models, 0, "b", "t") == 1
+    assert row_of(models, 0, 3, "t") == 3
     with pytest.raises(CheckpointError, match="models/x has no token `c`, which `tokens` names as the source of `t`"):
-        wished_row(models, 0, "c", "t")
+        row_of(models, 0, "c", "t")
     with pytest.raises(CheckpointError, match=r"has no row 4 \(it has 4\)"):
-        wished_row(models, 0, 4, "t")
+        row_of(models, 0, 4, "t")
 
 
 def test_codes():

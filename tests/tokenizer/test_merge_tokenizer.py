@@ -184,7 +184,7 @@ def test_methods_that_ask_see_the_moved_rows(tmp_path, three, method, count, key
     assert_same(read(tmp_path / "want"), read(tmp_path / "got"))
 
 
-def test_different_vocabularies_without_a_wish_are_refused(tmp_path, three):
+def test_different_vocabularies_without_a_tokenizer_key_are_refused(tmp_path, three):
     with pytest.raises(ShapeError, match="tokenizer_source: base` or `tokenizer_source: union`"):
         merged(tmp_path, three)
 
@@ -302,17 +302,17 @@ def test_only_what_no_file_holds_is_made(tmp_path):
     import contextlib
 
     from fastinterp.execute.gather_rows import gather
+    from fastinterp.plan.inputs import GatheredInput
     from fastinterp.plan.plan import make_plan
     from fastinterp.recipe.load import load_recipe
-    from fastinterp.tokenizer.embedding_rows import MappedEntry
 
     a = plain(tmp_path / "a", ["<unk>", "a"], [1.0, 2.0], F32)
     b = plain(tmp_path / "b", ["<unk>", "p", "b"], [3.0, 4.0, 5.0], F32)
     c = plain(tmp_path / "c", ["p", "c"], [6.0, 7.0], F16)
     asked = load_recipe(recipe("linear", [a, b, c], weights=[1, 1, 1], tokenizer={"pad_to_multiple_of": 4}))
     [embedded] = make_plan([asked], max_shard_size=1 << 30).tensors
-    first = embedded.entries[0]
-    assert isinstance(first, MappedEntry) and first.shape == (8, 3)
+    first = embedded.inputs[0]
+    assert isinstance(first, GatheredInput) and first.shape == (8, 3)
     with contextlib.ExitStack() as stack:
         found = gather(first, tmp_path, stack)
         assert [(path.parent.name, rows) for path, _, rows in found.parts] == [("a", 2), ("b", 3)]

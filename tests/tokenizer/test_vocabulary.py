@@ -110,7 +110,7 @@ def test_token_that_is_ordinary_here_and_added_there(tmp_path):
     assert (dict(joined.ids), list(joined.added), list(joined.ordinary)) == ({"<unk>": 0, "<x>": 1}, ["<x>"], [])
 
 
-def test_wished_token_takes_the_settings_of_its_source(tmp_path):
+def test_chosen_token_takes_the_settings_of_its_source(tmp_path):
     a = tokens.words(tmp_path / "a", ["<unk>"])
     b = read(tokens.words(tmp_path / "b", ["<unk>"], [tokens.special("<x>")]))
     joined = join(read(a), (), [("<x>", b), ("<y>", b), ("<z>", None)])

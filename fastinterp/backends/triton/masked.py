@@ -21,7 +21,7 @@ OWN = 3  # deltas whose sums a program of `kept` holds in registers
 
 
 def _tests(score: Score | None, tests: Sequence[MaskTest]) -> list[int]:
-    """What stands at EXTRA: see _triton/masked.py."""
+    """What stands at EXTRA: see _triton/masked_sum.py."""
     numbers = [score.min_bits if score else 0]
     for test in tests:
         numbers += [test.min_bits, test.max_bits, min(test.low_limit, WORDS), signed(test.key)]
@@ -86,7 +86,7 @@ def _launch(
     room: Room, parts: list[Part], out: int, stochastic: bool, saturate: bool, every: int, constants: Sequence[Any],
     found: Sequence[Written],
 ) -> None:  # fmt: skip
-    from fastinterp._triton.masked import masked_effect_kernel, masked_kernel
+    from fastinterp._triton.masked_sum import masked_sum_effect_kernel, masked_sum_kernel
 
     codes, terms, importance, random, votes, divides, alone, limited, score = constants
     named = {
@@ -102,12 +102,12 @@ def _launch(
     for align, some in aligned(parts, out).items():
         table = Table(some, tiles_of(some, block))
         room.launch(
-            masked_kernel, table.tiles, *table.on(room), flags, len(some),
+            masked_sum_kernel, table.tiles, *table.on(room), flags, len(some),
             **named, STOCHASTIC=stochastic, TELL=every > 0, ALIGN=align, BLOCK=block, STEPS=table.steps, warps=warps,
         )  # fmt: skip
     if every > 0:
         effects = Effects(
-            room, masked_effect_kernel, parts, named, every=every, measured=True, flags=flags, warps=warps
+            room, masked_sum_effect_kernel, parts, named, every=every, measured=True, flags=flags, warps=warps
         )
         for i in dict.fromkeys(part.piece for part in parts):
             found[i].effects.append(effects)
@@ -136,7 +136,7 @@ def _stats(
     squares: bool,
 ) -> list[Answer]:  # fmt: skip
     """Of pieces that are alike."""
-    from fastinterp._triton.kept import kept_kernel
+    from fastinterp._triton.masked_stats import masked_stats_kernel
 
     n, together = len(codes), room.tile(1, 16)
     warps = 2 if n <= 4 and sum(random) < DRAWN else 4
@@ -156,7 +156,7 @@ def _stats(
         told = table.on(room)
         for first in range(0, n - 1, OWN):
             room.launch(
-                kept_kernel, table.tiles, *told, found, counted, len(some),
+                masked_stats_kernel, table.tiles, *told, found, counted, len(some),
                 N=n, DT=codes, WIDE=0 in codes, OWN=tuple(range(first, min(first + OWN, n - 1))), RANDOM=random,
                 SCORE=score, L1=l1, SQUARES=squares, ALIGN=align, TILES=together, STEPS=table.steps, warps=warps,
             )  # fmt: skip

@@ -164,9 +164,11 @@ class DeviceMachine(Machine):
 
 
 def _nothing_to_compute(step: NativeStep) -> str | None:
-    """Why a step is the processor's, whatever devices can do: sending the bytes would cost more than the work."""
+    """Why a step is the processor's, whatever devices can do: no device reads it, or sending it costs more."""
     if step.gathers:
         return "rows that are moved"
+    if step.decodes:
+        return "encoded inputs"
     if isinstance(step, CopyEqual):
         return "not averaged"
     if not step.numel:

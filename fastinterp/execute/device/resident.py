@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fastinterp.backends.cpu import Handle, memory_address
 from fastinterp.backends.device import Piece
 from fastinterp.errors import BackendError
 from fastinterp.execute.jobs import Result
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from fastinterp.backends.device import Device, Pending, Queue
 
 _UNBOUNDED = 1 << 62  # bytes of scratch: whoever holds whole models in memory sets the bound
-Handle = tuple[str, int, int]  # "device", address, bytes: memory that the device can read, or write
 
 
 class ResidentMachine:
@@ -95,10 +95,10 @@ class ResidentMachine:
         outputs: tuple[int, ...] = ()
         if isinstance(native, SumStep):
             places = zip(native.sinks, native.offsets, strict=True)
-            outputs = tuple(self._sinks[sink][1] + offset for sink, offset in places)
+            outputs = tuple(memory_address(self._sinks[sink]) + offset for sink, offset in places)
         return Piece(
             step=native,
-            inputs=tuple(self._sources[operand.source][1] + operand.offset for operand in stored),
+            inputs=tuple(memory_address(self._sources[operand.source]) + operand.offset for operand in stored),
             outputs=outputs,
             numel=native.numel,
             stats_every=self._stats_every,

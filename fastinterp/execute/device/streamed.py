@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from fastinterp.backends.cpu import Handle, memory_address
 from fastinterp.backends.device import Piece
 from fastinterp.backends.torch_device import pinned
 from fastinterp.errors import BackendError
@@ -42,14 +43,18 @@ class _Slot:
 class StreamedMachine:
     """Runs plain sums: the pump fills pinned memory, from which kernels read.
 
-    sources  ("device", address, bytes), or as the pump takes them
+    sources  those of a kind "device" are the device's, the others the host's, as the pump takes them
     filled   makes the Machine that reads the host's sources into the sinks that it is given
 
     Nothing is waited for but what was read from the slot that is filled next, and at the end.
     """
 
     def __init__(
-        self, queue: Queue, sources: Sequence[Any], sinks: Sequence[Any], filled: Callable[[list[Any]], Machine]
+        self,
+        queue: Queue,
+        sources: Sequence[Handle],
+        sinks: Sequence[Handle],
+        filled: Callable[[list[Handle]], Machine],
     ):
         self._queue, self._sources, self._sinks, self._filled = queue, sources, sinks, filled
         self._slots = [_Slot(), _Slot()]
@@ -64,7 +69,7 @@ class StreamedMachine:
             if not isinstance(native, Combine):
                 raise TypeError(f"steps of kind {native.kind} are not streamed")
             stored = [operand for operand in native.inputs if isinstance(operand, Stored)]
-            width = sum(CODE_BYTES[operand.dtype] for operand in stored if self._is_host(operand.source))
+            width = sum(CODE_BYTES[operand.dtype] for operand in stored if self._address(operand.source) is None)
             most = (_SLOT_BYTES - _ALIGN * len(stored)) // max(1, width) // CHUNK * CHUNK
             for first in range(0, native.numel, most):
                 self._add(native, stored, first, min(most, native.numel - first))
@@ -73,26 +78,28 @@ class StreamedMachine:
             if slot.read is not None:
                 slot.read.wait()
 
-    def _is_host(self, source: int) -> bool:
+    def _address(self, source: int) -> int | None:
+        """Of what the device reaches; None of what is the host's."""
         handle = self._sources[source]
-        return not (isinstance(handle, tuple) and handle[0] == "device")
+        return handle[1] if isinstance(handle, tuple) and handle[0] == "device" else None
 
     def _add(self, native: Combine, stored: Sequence[Stored], first: int, count: int) -> None:
         """Elements first..first+count of a step, into the slot that is being filled."""
-        sizes = [count * CODE_BYTES[operand.dtype] for operand in stored if self._is_host(operand.source)]
+        sizes = [count * CODE_BYTES[operand.dtype] for operand in stored if self._address(operand.source) is None]
         if self._used + sum(sizes) + _ALIGN * len(sizes) > _SLOT_BYTES:
             self._flush()
         inputs = []
         for operand in stored:
             start = operand.offset + first * CODE_BYTES[operand.dtype]
-            if self._is_host(operand.source):
-                inputs.append(self._slots[0].address + self._used)
-                self._read(replace(operand, offset=start), count * CODE_BYTES[operand.dtype])
-            else:
-                inputs.append(self._sources[operand.source][1] + start)
+            address = self._address(operand.source)
+            if address is not None:
+                inputs.append(address + start)
+                continue
+            inputs.append(self._slots[0].address + self._used)
+            self._read(replace(operand, offset=start), count * CODE_BYTES[operand.dtype])
         places = zip(native.sinks, native.offsets, strict=True)
         at = first * CODE_BYTES[native.out_dtype]
-        outputs = tuple(self._sinks[sink][1] + offset + at for sink, offset in places)
+        outputs = tuple(memory_address(self._sinks[sink]) + offset + at for sink, offset in places)
         self._pieces.append(Piece(step=native, inputs=tuple(inputs), outputs=outputs, first=first, numel=count))
 
     def _read(self, operand: Stored, nbytes: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastinterp._triton.masked import is_kept
+from fastinterp._triton.masked_sum import is_kept
 from fastinterp._triton.measure import CHUNK, LANES
 from fastinterp._triton.numbers import fold, load_codes, widen
 from fastinterp._triton.scores import NO_SCORE, magnitude, score_of
@@ -43,7 +43,7 @@ def _masks(row, extra, numbers, deltas, e0, offs, mask, RANDOM: tl.constexpr, SC
 
 
 @triton.jit(do_not_specialize=["pieces"])
-def kept_kernel(
+def masked_stats_kernel(
     table,  # i64: see table.py. EXTRA as in masked.py, GROUPS is the place of the first answer
     numbers,  # f64: factors of a divergence
     found,  # f64[answers, 3 * N]: L1 norms of deltas, then of what is kept of them, then its squares

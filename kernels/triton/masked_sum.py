@@ -151,7 +151,7 @@ def _sum(
 
 
 @triton.jit(do_not_specialize=["pieces"])
-def masked_kernel(
+def masked_sum_kernel(
     table,  # i64: see table.py
     numbers,  # f64
     flags,  # i32[outputs]: becomes 1 where something read or written is NaN or infinite
@@ -205,7 +205,7 @@ def masked_kernel(
 
 
 @triton.jit
-def masked_effect_kernel(
+def masked_sum_effect_kernel(
     table,
     numbers,
     flags,

@@ -1,0 +1,354 @@
+"""Inputs of output tensors: an interface, and one class for each kind.
+
+`TensorInput` is all that planning, running and reporting know of an input. Kinds: a tensor that a file holds, as it is
+or as codes that a decoder turns into float32 (`StoredInput`); rows that come from several places (`GatheredInput`); a
+tensor of a document above, which is in no file (`IntermediateInput`). `PlannedTensor` is what is made of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastinterp.ops.combine import Combine, Row
+from fastinterp.ops.dtypes import DType
+from fastinterp.tokenizer.embedding_rows import RowMap
+
+if TYPE_CHECKING:
+    from fastinterp.ops.steps import Operand
+
+ModelInput = tuple[int, "TensorInput"]  # number of its model in the plan, and a tensor of it
+
+
+class OpenFiles(Protocol):
+    """The files of inputs, open: each kind of input has its operand made in one of these ways."""
+
+    def stored(self, tensor: StoredInput) -> Operand: ...
+    def gathered(self, tensor: GatheredInput) -> Operand: ...
+    def intermediate(self, tensor: IntermediateInput) -> Operand: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInput(ABC):
+    """One tensor that is read.
+
+    dtype, shape  of its numbers, whatever stores them
+    nbytes        that are read for all of it
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    @abstractmethod
+    def key(self) -> Hashable:
+        """Identity: inputs of one key are the same tensor, under whatever names."""
+
+    @property
+    @abstractmethod
+    def files(self) -> tuple[Path, ...]:
+        """The files that it is read from; none if it has to be made first."""
+
+    @abstractmethod
+    def open(self, files: OpenFiles) -> Operand:
+        """The operand by which steps read it."""
+
+    def describe(self) -> str:
+        """Dtype and shape, for people: `BF16 [4, 2]`."""
+        return f"{self.dtype} {list(self.shape)}"
+
+    @property
+    def kept_dtype(self) -> DType:
+        """The dtype of an output tensor that keeps this one's."""
+        return self.dtype
+
+    @property
+    def plain(self) -> StoredInput | None:
+        """Itself, if its elements lie in a file one after the other, as `dtype` stores them; else None."""
+        return None
+
+    @property
+    def moves_rows(self) -> bool:
+        """Whether its rows are in the order of another vocabulary than that of its file."""
+        return False
+
+    # What only a tensor of a document above answers in another way.
+
+    @property
+    def stages(self) -> tuple[PlannedTensor, ...]:
+        """The tensors that have to be made before it can be read, in an order that works."""
+        return ()
+
+    def origins(self, model: int) -> set[int]:
+        """The models that it comes from in the end. model: the one that it is a tensor of."""
+        return {model}
+
+    def agreeing(self, model: int) -> list[ModelInput]:
+        """What must have the same bytes in all models, where it is not merged but copied."""
+        return [(model, self)]
+
+    @property
+    def weighted_sum(self) -> tuple[Row, list[ModelInput]] | None:
+        """The sum of other inputs that it is, if that may become part of a sum that reads it."""
+        return None
+
+    @property
+    def direct(self) -> PlannedTensor | None:
+        """How a copy of it is made without storing it first; None if the copy has to read it."""
+        return None
+
+    def as_read(self) -> TensorInput:
+        """The same with the dtype and the bytes that it has when it is read."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How the bytes of a stored tensor become float32 numbers.
+
+    stored      the dtype of its codes
+    kept        the dtype of an output tensor that keeps this one's
+    decoder     its name in csrc/decoder.cpp and reference/decode.py
+    companions  scales and the like, in the order in which the decoder takes them
+    parameters  numbers that it takes
+    """
+
+    stored: DType
+    kept: DType
+    decoder: str
+    companions: tuple[StoredInput, ...]
+    parameters: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredInput(TensorInput):
+    """A tensor in one file, from byte `start` on.
+
+    encoding  None: its bytes are elements of `dtype`. Else they are codes, and dtype is F32
+    """
+
+    path: Path
+    start: int
+    encoding: Encoding | None = None
+
+    @property
+    def key(self) -> Hashable:
+        if self.encoding is None:
+            return self.path, self.start, self.nbytes, self.dtype.name
+        companions = tuple(companion.key for companion in self.encoding.companions)
+        return self.path, self.start, self.nbytes, self.encoding.decoder, self.encoding.parameters, companions
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        if self.encoding is None:
+            return (self.path,)
+        return tuple(dict.fromkeys((self.path, *(companion.path for companion in self.encoding.companions))))
+
+    def open(self, files: OpenFiles) -> Operand:
+        return files.stored(self)
+
+    def describe(self) -> str:
+        text = f"{self.dtype} {list(self.shape)}"
+        return text if self.encoding is None else f"{text} ({self.encoding.stored} with {self.encoding.decoder})"
+
+    @property
+    def kept_dtype(self) -> DType:
+        return self.dtype if self.encoding is None else self.encoding.kept
+
+    @property
+    def plain(self) -> StoredInput | None:
+        return self if self.encoding is None else None
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredInput(TensorInput):
+    """A tensor of one model with rows from several: an embedding in the order of the output's vocabulary.
+
+    model    index of its model in `sources`
+    rows     where each row is from
+    means    what rows of model len(sources) are: the rows, each (model, row), of which each is the mean
+    sources  of each model, its tensor that corresponds; None: the model has none
+    """
+
+    model: int
+    rows: RowMap
+    means: tuple[tuple[tuple[int, int], ...], ...]
+    sources: tuple[StoredInput | None, ...]
+
+    @property
+    def models(self) -> list[int]:
+        """The models that rows are read from, ascending; its own, even if no row is."""
+        numbers = self.rows.models | {self.model}
+        if len(self.sources) in numbers:
+            numbers |= {model for rows in self.means for model, _ in rows}
+        return sorted(numbers - {len(self.sources)})
+
+    @property
+    def key(self) -> Hashable:
+        # Tied embeddings are one tensor in the file, and in this vocabulary; but beside models that are not tied, the
+        # rows that they lack come from different tensors.
+        return self.rows, self.model, tuple(None if source is None else source.key for source in self.sources)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(source.path for i in self.models if (source := self.sources[i]) is not None))
+
+    def open(self, files: OpenFiles) -> Operand:
+        return files.gathered(self)
+
+    @property
+    def moves_rows(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class IntermediateInput(TensorInput):
+    """A tensor of a document above: it is in no file, and is made when it is needed.
+
+    tensor  how it is made, with the dtype in which it is stored until it is read
+    free    that document says nothing of its dtype
+    folds   its coefficients may become part of those of others, so that it need not be stored
+    """
+
+    tensor: PlannedTensor
+    free: bool
+    folds: bool
+
+    @property
+    def key(self) -> Hashable:
+        return id(self.tensor)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return ()
+
+    def open(self, files: OpenFiles) -> Operand:
+        return files.intermediate(self)
+
+    @property
+    def stages(self) -> tuple[PlannedTensor, ...]:
+        return self.tensor.stages
+
+    def origins(self, model: int) -> set[int]:
+        return self.tensor.origins(range(self.tensor.model_count))
+
+    def agreeing(self, model: int) -> list[ModelInput]:
+        return self.tensor.pairs
+
+    @property
+    def weighted_sum(self) -> tuple[Row, list[ModelInput]] | None:
+        if not self.folds or not self.tensor.rows:
+            return None
+        return self.tensor.rows[0], self.tensor.pairs
+
+    @property
+    def direct(self) -> PlannedTensor | None:
+        # Its bytes are the same then: nothing is rounded on the way, or only once to nearest.
+        return self.tensor if self.free and self.tensor.program is not None else None
+
+    def as_read(self) -> TensorInput:
+        return replace(self, dtype=self.tensor.dtype, nbytes=self.tensor.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What must be asked before a tensor is merged, or a sum that is more than plain.
+
+    calls   one per output: the method with all of its arguments
+    reads   what is foreseen to be read: for what, and which of the tensor's inputs. Answers may change it
+    whole   something is asked about the whole model
+    method  its name
+    name    of the tensor, under which random masks are drawn
+    seeds   from which they are drawn, one per output
+    """
+
+    calls: tuple[Callable[[], Any], ...]
+    reads: tuple[tuple[str, tuple[int, ...]], ...]
+    whole: bool
+    method: str
+    name: str
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One output tensor.
+
+    inputs       what is read. Inputs of a program are all that its method sees, in its order, side-cars last
+    checkpoints  of each input the index of its model in Plan.checkpoints
+    rows         weighted sums of the inputs, one per output. None for a program, and none if the tensor is not merged
+                 but must be the same in every input (integers, and floats that only a quantiser can read)
+    program      what the method asks of the data, where `rows` do not say it all
+    model_count  how many of the inputs are models that the method merges; the others are side-cars
+    sums         what the method asked for, one per output, where `rows` come from it
+    seeds        of the store's rounding, one per output
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    checkpoints: tuple[int, ...]
+    inputs: tuple[TensorInput, ...]
+    rows: tuple[Row, ...]
+    program: Program | None = None
+    model_count: int = 0
+    sums: tuple[Combine, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return self.inputs[0].numel
+
+    @property
+    def pairs(self) -> list[ModelInput]:
+        """Each input with the index of its model."""
+        return list(zip(self.checkpoints, self.inputs, strict=True))
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.rows) or self.program is not None
+
+    @property
+    def reads(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """What is read, in order: for what, and which of `inputs`."""
+        return (("combine", tuple(range(len(self.inputs)))),) if self.program is None else self.program.reads
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(self.inputs[i].nbytes for _, inputs in self.reads for i in inputs)
+
+    @property
+    def nbytes(self) -> int:
+        """Of one output."""
+        return self.dtype.nbytes(self.numel) or 0
+
+    @property
+    def before(self) -> tuple[PlannedTensor, ...]:
+        """The tensors of documents above that have to be made before this one, each once, in an order that works."""
+        return tuple({id(t): t for tensor in self.inputs for t in tensor.stages}.values())
+
+    @property
+    def stages(self) -> tuple[PlannedTensor, ...]:
+        """The same, and this one."""
+        return (*self.before, self)
+
+    def origins(self, read: Iterable[int]) -> set[int]:
+        """The models that these of its inputs come from in the end; side-cars left out."""
+        models: set[int] = set()
+        for at in read:
+            if at < self.model_count:
+                models |= self.inputs[at].origins(self.checkpoints[at])
+        return models

@@ -1,0 +1,97 @@
+"""Models as plans read them: a checkpoint, perhaps with other embeddings, or what a document above makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastinterp.checkpoint.formats import EncodedTensor, encoded_tensors
+from fastinterp.checkpoint.header import Entry
+from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
+from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.ops.dtypes import F32
+from fastinterp.plan.inputs import Encoding, StoredInput, TensorInput
+from fastinterp.recipe.references import ModelRef
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A model and its tensors.
+
+    name        as the recipe has it
+    root        the folder of its configuration and tokenizer
+    tensors     by name, in the order of the checkpoint; encoded ones as what they are decoded
+    checkpoint  what it was opened from; None: a document above makes it
+    """
+
+    name: str
+    root: Path
+    tensors: Mapping[str, TensorInput]
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Those of the checkpoint; none, if a document above makes it."""
+        return () if self.checkpoint is None else self.checkpoint.files
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors of the checkpoint."""
+        return 0 if self.checkpoint is None else self.checkpoint.nbytes
+
+
+class Library:
+    """Opens the models of recipes, each once; and raises the same error for one that cannot be opened."""
+
+    def __init__(self) -> None:
+        self._opened: dict[ModelRef, Model] = {}
+        self._errors: dict[ModelRef, CheckpointError | StorageError] = {}
+
+    def find(self, model: ModelRef) -> Model:
+        """Raises: CheckpointError and StorageError, the same one each time."""
+        if model in self._errors:
+            raise self._errors[model]
+        if model not in self._opened:
+            try:
+                self._opened[model] = open_model(str(model))
+            except (CheckpointError, StorageError) as error:
+                self._errors[model] = error
+                raise
+        return self._opened[model]
+
+    @property
+    def opened(self) -> tuple[Model, ...]:
+        return tuple(self._opened.values())
+
+
+def open_model(name: str) -> Model:
+    """The model called `name`. Raises: CheckpointError, as open_checkpoint does."""
+    return model_of(open_checkpoint(name))
+
+
+def model_of(checkpoint: Checkpoint) -> Model:
+    """Its tensors decoded, where a reader knows their format. Raises: CheckpointError, of a reader."""
+    every = encoded_tensors(checkpoint)
+    companions = {entry.name for encoded in every for entry in encoded.companions}
+    encoded_by_codes = {encoded.codes.name: encoded for encoded in every}
+    tensors = {}
+    for name, entry in checkpoint.tensors.items():
+        if name not in companions:
+            encoded = encoded_by_codes.get(name)
+            tensor = _stored(entry, checkpoint) if encoded is None else _decoded(encoded, checkpoint)
+            tensors[tensor.name] = tensor
+    return Model(checkpoint.name, checkpoint.root, tensors, checkpoint)
+
+
+def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
+    codes = _stored(encoded.codes, checkpoint)
+    companions = tuple(_stored(entry, checkpoint) for entry in encoded.companions)
+    nbytes = codes.nbytes + sum(companion.nbytes for companion in companions)
+    encoding = Encoding(codes.dtype, encoded.kept, encoded.decoder, companions, encoded.parameters)
+    return StoredInput(encoded.name, F32, encoded.shape, nbytes, codes.path, codes.start, encoding)
+
+
+def _stored(entry: Entry, checkpoint: Checkpoint) -> StoredInput:
+    path = checkpoint.files[entry.file]
+    return StoredInput(entry.name, entry.dtype, entry.shape, entry.nbytes, path, entry.start)
