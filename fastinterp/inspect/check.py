@@ -263,7 +263,7 @@ def _check_samples(plan: Plan, known: Collection[str], findings: _Findings) -> i
     for warning in plan.warnings:
         if warning not in known:
             findings.add_warning(warning)
-    errors, longer = samples.disagreeing(plan)
+    errors, longer = samples.compare_unmerged(plan)
     for error in errors:
         findings.add_error(error)
     if longer:
@@ -273,19 +273,19 @@ def _check_samples(plan: Plan, known: Collection[str], findings: _Findings) -> i
         )
     for warning in importances.negative_importances(plan):
         findings.add_warning(warning)
-    taken = samples.take(plan)
+    sampled = samples.sample(plan)
     names = [plain(c.name) for c in plan.checkpoints]
-    for i in dict.fromkeys(i for i, _ in taken.not_finite):
-        where = [tensor for model, tensor in taken.not_finite if model == i]
+    for i in dict.fromkeys(i for i, _ in sampled.not_finite):
+        where = [tensor for model, tensor in sampled.not_finite if model == i]
         findings.add_warning(f"{names[i]} contains NaN or Inf, in {listed(where, _LISTED)}")
-    for i, other in taken.same():
+    for i, other in sampled.equal():
         findings.add_warning(f"{names[i]} and {names[other]} are equal in all samples: is one of them the wrong model?")
     recipe = plan.recipes[0]
     if recipe.base is not None and recipe.method.sums_deltas:
-        for i, base, beside, signal in taken.noisy():
+        for i, base, delta, signal in sampled.noisy():
             findings.add_warning(
                 f"the difference of {names[i]} from {names[base]} is mostly rounding noise: stored as "
-                f"{' and '.join(sorted(beside.dtypes))}, about {signal:.2f} of its norm is signal, estimated from "
-                f"{beside.quantised:,} sampled elements. Use models that were never quantised"
+                f"{' and '.join(sorted(delta.dtypes))}, about {signal:.2f} of its norm is signal, estimated from "
+                f"{delta.quantised:,} sampled elements. Use models that were never quantised"
             )
-    return taken.tensors
+    return sampled.tensors
