@@ -68,7 +68,7 @@ def test_diff_puts_nan_first_and_names_its_model(models):
     text = run("diff", "x", "y")
     assert text.startswith("B contains NaN, Inf or numbers whose squares exceed float64, first in t7\n")
     assert text.partition("differ most")[2].splitlines()[1].split()[:2] == ["t7", "nan"]
-    assert run("diff", "y", "x").startswith("A has NaN")
+    assert run("diff", "y", "x").startswith("A contains NaN")
 
 
 def test_diff_says_first_what_is_not_in_its_table(models):
