@@ -80,7 +80,7 @@ def test_models_of_ones_own(tiny, tmp_path):
     first, _machine, head, *rows, small = done.stdout.splitlines()
     assert first.startswith("average of 2 checkpoints of ") and "warm page cache; 1 run" in first
     assert head.split()[:2] == ["wall", "s"]
-    assert small.startswith("models this small measure the start-up")
+    assert small.startswith("with models this small, most of the time is the start")
     assert [row.split()[0] for row in rows] == ["fastinterp", "copy"]
     assert before == {p: p.stat().st_mtime_ns for p in tiny.rglob("*")}
 
@@ -129,7 +129,7 @@ def test_page_cache_that_the_system_does_not_tell_of(tiny, tmp_path, monkeypatch
     args = ["--models", str(tiny), "--against", "copy", "--runs", "1", "--dir", str(tmp_path)]
     said = invoke(*args, *(["--cold"] if cold else []))
     kind = "cold" if cold else "warm"
-    assert f"{kind} page cache as far as one can tell (only who may write the files is told); 1 run" in said
+    assert f"{kind} page cache (not verified: it needs write permission for the files); 1 run" in said
     assert json.loads(invoke(*args, "--json"))["cached"] is None
 
 
@@ -156,7 +156,7 @@ def test_wrong_answers_are_not_timed(tiny, tmp_path, monkeypatch):
         (["--against", "copy,gzip"], UsageError, "--against gzip: unknown. Known: copy, touch, naive, mergekit"),
         (["--dir", "/nowhere"], UsageError, "--dir /nowhere: there is no such folder"),
         (["--python", "/nowhere/python"], UsageError, "--python /nowhere/python: it cannot be run"),
-        (["--models", str(ROOT / "csrc")], CheckpointError, "there is no folder with .safetensors files in it"),
+        (["--models", str(ROOT / "csrc")], CheckpointError, "it contains no folder with .safetensors files"),
     ],
 )
 def test_refusals(args, error, message, tmp_path):
@@ -177,14 +177,12 @@ def test_naive_is_left_out_where_a_package_is_missing(tiny, tmp_path, monkeypatc
     monkeypatch.setattr(command, "_packages", lambda python: {"torch": "2.4"})
     done = CliRunner().invoke(command.bench, ["--models", str(tiny), "--runs", "1", "--dir", str(tmp_path)])
     assert done.exit_code == 0
-    assert (
-        f"naive is left out: {sys.executable} does not have safetensors. pip install torch safetensors" in done.stderr
-    )
+    assert f"without naive: {sys.executable} does not have safetensors. pip install torch safetensors" in done.stderr
 
 
 def test_full_disk_is_refused_with_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
-    with pytest.raises(OutputError, match=r"three checkpoints of size tiny take 1\.50 MB, but 1\.00 MB are free"):
+    with pytest.raises(OutputError, match=r"three checkpoints of size tiny need 1\.50 MB, but 1\.00 MB are free"):
         invoke("--size", "tiny", "--against", "copy", "--dir", str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
@@ -193,7 +191,7 @@ def test_naive_needs_the_same_files(tiny, tmp_path):
     write_checkpoints(tmp_path / "other", TINY)
     shutil.copytree(tiny / "ft1", tmp_path / "models" / "a")
     shutil.copytree(tmp_path / "other" / "ft2", tmp_path / "models" / "b")
-    with pytest.raises(UsageError, match=r"the loop goes from file to file.*Leave naive out"):
+    with pytest.raises(UsageError, match=r"it needs the same files in all models.*Leave naive out"):
         invoke("--models", str(tmp_path / "models"), "--against", "naive", "--dir", str(tmp_path))
 
 
