@@ -149,7 +149,7 @@ def test_on_a_device(device: HostDevice, streams: Streams, monkeypatch: pytest.M
         (lambda x: weighted_sum([x, x[:2]], [1, 1]), ShapeError, "got [[5, 7], [2, 7]]"),
         (lambda x: weighted_sum([x], [1, 2]), UsageError, "got 1 tensors and 2 weights"),
         (lambda x: weighted_sum([x], torch.ones(2)), UsageError, "a floating tensor of shape [1], one for each tensor"),
-        (lambda x: weighted_sum([x], torch.ones(1), out=x.clone()), UsageError, "`out` takes weights as numbers"),
+        (lambda x: weighted_sum([x], torch.ones(1), out=x.clone()), UsageError, "`out` needs weights as numbers"),
         (lambda x: weighted_sum([x], [1], out=x.clone(), dtype=x.dtype), UsageError, "either `out` or `dtype`"),
         (lambda x: weighted_sum([x.requires_grad_()], [1], out=x.detach().clone()), UsageError, "torch.no_grad()"),
         (lambda x: weighted_sum([x], [1], dtype=torch.int8), UsageError, "torch.int8 is not supported"),
