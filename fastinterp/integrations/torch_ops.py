@@ -115,26 +115,26 @@ def _dots(of: Tensor, xs: Sequence[Tensor]) -> Tensor:
     return torch.tensor(products.dots(_dense(of), [_dense(x) for x in xs]), dtype=torch.float64)
 
 
-# --- shapes and dtypes, for torch.compile ----------------------------------------------------------------------------
+# --- shapes and dtypes of the results, for torch.compile (fake tensors) ----------------------------------------------
 
 
-def _shaped(xs: Sequence[Tensor], weights: Any, pivot: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def _fake_sum(xs: Sequence[Tensor], weights: Any, pivot: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     like = xs[0] if pivot is None else pivot
     return like.new_empty(like.shape, dtype=dtype or like.dtype)
 
 
-def _written(out: Tensor, xs: Sequence[Tensor], weights: Sequence[float], pivot: Tensor | None) -> None:
+def _fake_none(out: Tensor, xs: Sequence[Tensor], weights: Sequence[float], pivot: Tensor | None) -> None:
     return None
 
 
-def _dots_shape(of: Tensor, xs: Sequence[Tensor]) -> Tensor:
+def _fake_dots(of: Tensor, xs: Sequence[Tensor]) -> Tensor:
     return torch.empty(len(xs), dtype=torch.float64, device="cpu")
 
 
-# --- gradients, for autograd -----------------------------------------------------------------------------------------
+# --- gradients, for autograd ------------------------------------------------------------------------------------------
 
 
-def _save_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     xs, weights, pivot, _ = inputs
     ctx.dtypes = [x.dtype for x in xs], None if pivot is None else pivot.dtype
     ctx.numbers = None if isinstance(weights, Tensor) else list(weights)
@@ -161,13 +161,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return of_xs, of_weights, of_pivot, None
 
 
-for _name, _call, _fake, _learns in (
-    ("weighted_sum", _by_numbers, _shaped, True),
-    ("weighted_sum_tensor", _by_tensor, _shaped, True),
-    ("weighted_sum_out", _into, _written, False),
-    ("dots", _dots, _dots_shape, False),
+for _name, _call, _fake, _has_gradient in (
+    ("weighted_sum", _by_numbers, _fake_sum, True),
+    ("weighted_sum_tensor", _by_tensor, _fake_sum, True),
+    ("weighted_sum_out", _into, _fake_none, False),
+    ("dots", _dots, _fake_dots, False),
 ):
     _op = torch.library.custom_op(f"fastinterp::{_name}", _call, mutates_args=("out",) if _call is _into else ())
     _op.register_fake(_fake)
-    if _learns:
-        _op.register_autograd(_backward, setup_context=_save_context)
+    if _has_gradient:
+        _op.register_autograd(_backward, setup_context=_setup_context)

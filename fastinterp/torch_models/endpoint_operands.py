@@ -15,7 +15,7 @@ from fastinterp.execute.device.streamed import StreamedMachine
 from fastinterp.execute.rounds import Machine
 from fastinterp.execute.sources import Sources
 from fastinterp.execute.tensor_io import Step
-from fastinterp.in_memory.merge import StoredTensor
+from fastinterp.in_memory.inputs import StoredTensor
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import CODE_BYTES, DType
 from fastinterp.ops.steps import Combine, CopyEqual, Stored
@@ -138,10 +138,9 @@ class EndpointOperands:
     def copy(self, operands: Sequence[Stored], sinks: Sequence[Handle], sizes: Sequence[int]) -> None:
         """Copy the bytes of operands into sinks, one into each. sizes: in bytes."""
         places = [(o, i, n) for i, (o, n) in enumerate(zip(operands, sizes, strict=True)) if n]
-        if self.device is None:
-            self.machine(sinks).run([_same("", [o], i, n) for o, i, n in places])
-        elif places:  # by kernels
-            self.machine(sinks).run([Step("", _unchanged(o, i, n // _width(o)), 2 * n) for o, i, n in places])
+        step = _copy if self.device is None else _copy_by_kernel
+        if places:
+            self.machine(sinks).run([step(o, i, n) for o, i, n in places])
 
     def _read(self, weights: Sequence[Weight]) -> bool:
         """Read what is in files into memory, and what the module's device does not reach into its memory.
@@ -181,18 +180,22 @@ class EndpointOperands:
         return None if block is None else MemoryBlock(sizes, block)
 
 
-def _is_device(handle: Any) -> bool:
+def _is_device(handle: Handle) -> bool:
     return isinstance(handle, tuple) and handle[0] == "device"
 
 
-def _same(name: str, operands: Sequence[Stored], sink: int, nbytes: int) -> Step:
-    native = CopyEqual(inputs=tuple(operands), numel=nbytes, sinks=(sink,), offsets=(0,))
-    return Step(name, native, nbytes * 2)
+def _copy(operand: Stored, sink: int, nbytes: int) -> Step:
+    """The pump's step that copies bytes."""
+    return Step("", CopyEqual(inputs=(operand,), numel=nbytes, sinks=(sink,), offsets=(0,)), nbytes * 2)
 
 
-def _unchanged(operand: Stored, sink: int, numel: int) -> Combine:
-    """A copy of a tensor's elements, in its own dtype."""
-    return Combine(inputs=(operand,), numel=numel, sinks=(sink,), offsets=(0,), out_dtype=operand.dtype, rows=(Row(0),))
+def _copy_by_kernel(operand: Stored, sink: int, nbytes: int) -> Step:
+    """The same for kernels of a device, which combine elements: a sum of one tensor, in its own dtype."""
+    step = Combine(
+        inputs=(operand,), numel=nbytes // _width(operand), sinks=(sink,), offsets=(0,), out_dtype=operand.dtype,
+        rows=(Row(0),),
+    )  # fmt: skip
+    return Step("", step, nbytes * 2)
 
 
 def _width(operand: Stored) -> int:

@@ -15,7 +15,7 @@ from fastinterp.checkpoint.open import changed_since
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.execute.sources import Sources, storage
 from fastinterp.in_memory.allocate import torch_dtype
-from fastinterp.in_memory.merge import StoredTensor
+from fastinterp.in_memory.inputs import StoredTensor
 from fastinterp.messages import plain
 from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.plan.compatibility import path_warnings

@@ -21,7 +21,7 @@ class ModuleWriter:
     places    of the module's tensors, whose sinks are numbers of `sinks`
     """
 
-    def __init__(self, operands: EndpointOperands, places: Sequence[Place], sinks: list[Handle]):
+    def __init__(self, operands: EndpointOperands, places: Sequence[Place], sinks: Sequence[Handle]):
         self._operands, self._sinks = operands, sinks
         self._places = [place for place in places if place.numel]
         self._all_on_device = operands.all_on_device

@@ -9,7 +9,7 @@ import torch
 
 import fastinterp
 from fastinterp.errors import BackendError, ShapeError, UsageError
-from fastinterp.in_memory.weighted_sum import Torch
+from fastinterp.in_memory.arrays import TorchTensors
 from fastinterp.integrations.torch_ops import weighted_sum
 from tests.support.on_host import HostDevice, Streams, bits, device, streams
 
@@ -121,7 +121,7 @@ def test_on_a_device(device: HostDevice, streams: Streams, monkeypatch: pytest.M
     numbers = [0.5, -1.0, 0.25, 3.0, 0.0, 1.0]
     want, products = weighted_sum(xs, numbers, pivot=pivot), OPS.dots(grad, xs)
     # Operators see no subclasses: here every tensor is on the device.
-    monkeypatch.setattr(Torch, "place", staticmethod(lambda x: torch.device("cuda:0")))
+    monkeypatch.setattr(TorchTensors, "device", staticmethod(lambda x: torch.device("cuda:0")))
     streams.captured = True
     got = weighted_sum(xs, numbers, pivot=pivot)
     with pytest.raises(BackendError, match=r"products on cuda:0 are answers that a CUDA graph cannot wait for"):
