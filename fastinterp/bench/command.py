@@ -68,7 +68,7 @@ def bench(
     size: str, models: str | None, scratch: str, recipe: str, runs: int, cold: bool, against: str | None, python: str,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Compare the time of a merge with that of other programs, on this machine.
+    """Compare the speed of a merge with other programs.
 
     All programs merge the same files, in turn, each in a process of its own; their outputs are checked first. `copy` is
     `cp` of one input: no merge writes fewer bytes. `touch` also reads every input. `naive` is a loop in PyTorch.
