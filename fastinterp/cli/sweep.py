@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     "--alphas", callback=ranges.alphas, multiple=True, metavar="ALPHAS",
     help="Points from A (0) to B (1), and beyond: -0.5:1.5:0.1, or 0,0.5,1. Repeatable.",
 )  # fmt: skip
-@click.option("-o", "--out", metavar="DIR", help="Folder of the outputs: DIR/alpha_0.3, DIR/pos_0.25_formal_-1 and so on.")
+@click.option("-o", "--out", metavar="DIR", help="Output folder: DIR/alpha_0.3, DIR/pos_0.25_formal_-1 and so on.")
 @click.option("--base", metavar="CKPT", help="Start of the directions; with A and B: base + (1-alpha)*(A-base) + ...")
 @click.option("--add", callback=ranges.named, multiple=True, metavar="NAME=CKPT", help="A direction from the base.")
 @click.option(
