@@ -344,20 +344,20 @@ def test_kernel_benchmarks_find_a_wrong_answer():
         case.check(exact=True)
 
 
-def test_the_readme_cannot_drift_from_the_results(tmp_path):
+def test_the_table_cannot_drift_from_the_results(tmp_path):
     """--write makes what --check wants; one digit changed, and --check fails."""
     (tmp_path / "race-1b.json").write_text(json.dumps(RACE))
     (tmp_path / "kernels.json").write_text(json.dumps({"benchmarks": [{"extra_info": e} for e in KERNELS]}))
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    page = tmp_path / "performance.md"
+    page.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
 
     def table(*args: str) -> subprocess.CompletedProcess[str]:
-        program = [sys.executable, "-m", "benchmarks.table", "--results", tmp_path, "--readme", readme, *args]
+        program = [sys.executable, "-m", "benchmarks.table", "--results", tmp_path, "--page", page, *args]
         return subprocess.run(program, capture_output=True, text=True, check=False, cwd=ROOT)
 
     assert "Run: python -m benchmarks.table --write" in table("--check").stderr
     assert table("--write").returncode == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n<!-- bench:begin -->\n| merge |") and text.endswith("<!-- bench:end -->\nafter\n")
     assert "| 0.50 s | 20 MB | 1.0 s (0.50) | 60 s (0.0083) |" in text
     assert "Slowest against its floor (`cp` of one input): average of 2 checkpoints of 2.20 GB, BF16, warm" in text
@@ -365,7 +365,7 @@ def test_the_readme_cannot_drift_from_the_results(tmp_path):
         "bf16-n2-k1-cache-t1, 10 %. Another is faster in 1 of 1 cases, most in bf16-n2-k1-cache-t1: lerp, 2.0" in text
     )
     assert table("--check").returncode == 0
-    readme.write_text(text.replace("0.50 s", "0.51 s"))
+    page.write_text(text.replace("0.50 s", "0.51 s"))
     assert table("--check").returncode == 1
 
 
