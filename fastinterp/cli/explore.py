@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("report")
 @click.option("-o", "--out", required=True, metavar="FILE", help="The figure: .png, .svg or .pdf.")
-@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Draw these only; may be given several times.")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Draw only this metric. Repeatable.")
 def plot(report: str, out: str, metrics: tuple[str, ...]) -> None:
     """Draw metrics along a path.
 
@@ -63,10 +63,10 @@ def _range(ctx: click.Context, param: click.Parameter, value: str) -> tuple[floa
     show_default=True,
     callback=_range,
     metavar="LOW:HIGH",
-    help="Of the sliders.",
+    help="Range of the sliders.",
 )
 @click.option("--chat", is_flag=True, help="Format the prompt with the base's chat template.")
-@click.option("--port", default=8765, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
+@click.option("--port", default=8765, show_default=True, type=click.IntRange(0, 65535), help="Port; 0: any free one.")
 @options.threads
 def explore(
     models: tuple[str, ...], base: str | None, added: dict[str, str], prompt: str, report: str | None,

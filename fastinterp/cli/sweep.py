@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 @click.argument("b", required=False)
 @click.option(
     "--alphas", callback=ranges.alphas, multiple=True, metavar="ALPHAS",
-    help="Points from A (0) to B (1), and beyond: -0.5:1.5:0.1, or 0,0.5,1. May be given several times.",
+    help="Points from A (0) to B (1), and beyond: -0.5:1.5:0.1, or 0,0.5,1. Repeatable.",
 )  # fmt: skip
-@click.option("-o", "--out", metavar="DIR", help="The outputs go to DIR/alpha_0.3, DIR/pos_0.25_formal_-1 and so on.")
+@click.option("-o", "--out", metavar="DIR", help="Output folder: DIR/alpha_0.3, DIR/pos_0.25_formal_-1 and so on.")
 @click.option("--base", metavar="CKPT", help="Start of the directions; with A and B: base + (1-alpha)*(A-base) + ...")
 @click.option("--add", callback=ranges.named, multiple=True, metavar="NAME=CKPT", help="A direction from the base.")
 @click.option(
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     metavar="NAME=VALUE",
     help="A parameter of the method.",
 )
-@click.option("--integers", metavar="CKPT", help="The model whose integer tensors are taken. Default: they must agree.")
+@click.option("--integers", metavar="CKPT", help="Take integer tensors from CKPT. Default: they must be equal.")
 @click.option("--virtual", is_flag=True, help="Write only a recipe per point, for fastinterp.load.")
 @click.option(
     "--in-memory", metavar="MODULE:FUNCTION",
@@ -62,7 +62,7 @@ def sweep(
     a: str | None, b: str | None, out: str | None, in_memory: str | None, parameters: dict[str, str], quiet: bool,
     as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
-    """Compute many points of a path from one read of the models.
+    """Merge at many points of a path, reading the models once.
 
     Points are on the line from A to B, and beyond; or on a grid of directions from a base.
 

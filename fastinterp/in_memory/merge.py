@@ -246,8 +246,8 @@ class _Merge:
             keys=(philox_key(self.seed, _STORE, name),) if self.stochastic else (),
         )
         n = len(self.inputs.models)
-        position = self.layers.place(name) if self.layers else None
-        layer, layers = (None, 0) if position is None else (position[1], position[0].layers)
+        position = self.layers.position(name) if self.layers else None
+        layer, layers = position or (None, 0)
         call = partial(self.method, n, Tensor(name, shape, layer, layers, numel), **self.parameters)
         return AdaptiveJob(place, n, [call], name, [self.seed], notes=self.device is None)
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastinterp.errors import MethodError
-from fastinterp.methods import Method, Parameter, Sidecar, suggestion
+from fastinterp.messages import suggestion
+from fastinterp.methods import Method, Parameter, Sidecar
 
 
 def resolved(

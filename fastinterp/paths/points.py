@@ -13,7 +13,8 @@ from typing import Any
 from fastinterp.arguments import numbers, path_of
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
-from fastinterp.methods import Method, clipped, find, suggestion
+from fastinterp.messages import clipped, suggestion
+from fastinterp.methods import Method, find
 from fastinterp.ops.combine import MAX_POINTS
 from fastinterp.recipe.load import Recipe, load_recipe
 from fastinterp.recipe.references import ModelRef
