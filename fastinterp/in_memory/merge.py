@@ -11,13 +11,13 @@ from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, device_of
 from fastinterp.errors import MethodError, StorageError, UsageError
-from fastinterp.execute.adaptive_job import Asking
-from fastinterp.execute.device.resident import ResidentMachine
+from fastinterp.execute.adaptive_job import AdaptiveJob
+from fastinterp.execute.device.resident import ResidentExecutor
 from fastinterp.execute.report import RoundingEffect
-from fastinterp.execute.rounds import Machine, Runs, drive
+from fastinterp.execute.rounds import Executor, PumpExecutor, run_jobs
 from fastinterp.execute.run import STATS_EVERY
 from fastinterp.execute.sources import Sources
-from fastinterp.execute.tensor_io import Place, Step
+from fastinterp.execute.tensor_io import TensorIO, TensorStep
 from fastinterp.in_memory.arrays import ArrayView
 from fastinterp.in_memory.inputs import Arrays, Inputs, View, operand_of, text
 from fastinterp.in_memory.parameters import resolved
@@ -206,19 +206,19 @@ class _Merge:
         for name, views in merged.items():
             if math.prod(views[0].shape):
                 jobs.append(self._job(name, views, library.view(out[name], name), numel, sources, sinks))
-        drive(jobs, self._machine(sources, sinks, stats_every))
+        run_jobs(jobs, self._executor(sources, sinks, stats_every))
         if stats_every:
             self.effects = {j.place.name: RoundingEffect.of(j.place.numel, j.stats[0]) for j in jobs if not j.copies(0)}
         return out
 
-    def _machine(self, sources: list[Handle], sinks: list[Handle], stats_every: int) -> Runs:
+    def _executor(self, sources: list[Handle], sinks: list[Handle], stats_every: int) -> Executor:
         if self.device is not None:
-            return ResidentMachine(
+            return ResidentExecutor(
                 device_of(self.device), current_queue(self.device), sources, sinks,
                 stats_every=stats_every, capturing=capturing(self.device),
             )  # fmt: skip
         options = PumpOptions(isa=self.isa, threads=self.threads, stochastic=self.stochastic, stats_every=stats_every)
-        return Machine(sources, sinks, options, self._explained, 0, None, most=_UNBOUNDED)
+        return PumpExecutor(sources, sinks, options, self._explained, 0, None, most=_UNBOUNDED)
 
     def _job(
         self,
@@ -228,13 +228,13 @@ class _Merge:
         numel: int,
         sources: list[Handle],
         sinks: list[Handle],
-    ) -> Asking:
+    ) -> AdaptiveJob:
         kind = "memory" if self.device is None else "device"
         shape = views[0].shape
         operands = [operand_of(view, kind, sources) for view in views]
         out_bytes = math.prod(shape) * out.dtype.bits // 8
         sinks.append((kind, out.address, out_bytes))
-        place = Place(
+        place = TensorIO(
             name=name,
             shape=shape,
             operands=tuple(operands),
@@ -249,7 +249,7 @@ class _Merge:
         position = self.layers.position(name) if self.layers else None
         layer, layers = position or (None, 0)
         call = partial(self.method, n, Tensor(name, shape, layer, layers, numel), **self.parameters)
-        return Asking(place, n, [call], name, [self.seed], notes=self.device is None)
+        return AdaptiveJob(place, n, [call], name, [self.seed], notes=self.device is None)
 
     # --- arguments
 
@@ -264,7 +264,7 @@ class _Merge:
         dtype = self.dtype.get(name) if isinstance(self.dtype, Mapping) else self.dtype
         return self.inputs.library.empty(self.inputs.first[name], dtype or default)
 
-    def _explained(self, error: tuple[Any, ...], steps: Sequence[Step]) -> Exception:
+    def _explained(self, error: tuple[Any, ...], steps: Sequence[TensorStep]) -> Exception:
         return self.files.explained(error) if self.files else StorageError(f"the run stopped: {error[1:]}")
 
 

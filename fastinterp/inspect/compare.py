@@ -172,8 +172,7 @@ def _measured(
     """The pump's answer for each of the tensors called `names`: deltas from the first checkpoint."""
     places = [[c.tensors[name] for c in models] for name in names]
     with ExitStack() as stack:
-        checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
-        sources = Sources(checkpoints, (tensor for tensors in places for tensor in tensors), stack)
+        sources = Sources(models, (tensor for tensors in places for tensor in tensors), stack)
         steps = [
             Measure(inputs=tuple(sources.operand(x) for x in entries), numel=entries[0].numel, deltas=True)
             for entries in places

@@ -104,7 +104,7 @@ def sample(plan: Plan) -> Samples:
     pairs = [pair for t in spread_over(merged) for pair in _pairs(t)]
     samples.tensors = len({t.name for t, _ in pairs})
     with ExitStack() as stack:
-        sources = Sources(plan.opened, (e for _, reads in pairs for _, e in reads), stack)
+        sources = Sources(plan.checkpoints, (e for _, reads in pairs for _, e in reads), stack)
         steps = [
             Measure(inputs=tuple(sources.operand(e) for _, e in reads), numel=reads[0][1].numel, deltas=True)
             for _, reads in pairs

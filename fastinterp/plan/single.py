@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from fastinterp.errors import CheckpointError
 from fastinterp.plan.compatibility import compatibility_warnings
@@ -18,8 +20,7 @@ from fastinterp.recipe.references import ModelRef
 from fastinterp.recipe.targets import Assembly
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(msgspec.Struct, frozen=True):
     """The plan of one document.
 
     origin    the checkpoint that configuration and tokenizer come from

@@ -12,7 +12,7 @@ from typing import Any
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import current_queue
 from fastinterp.errors import BackendError, CheckpointError, UsageError
-from fastinterp.execute.tensor_io import Place
+from fastinterp.execute.tensor_io import TensorIO
 from fastinterp.messages import suggestion
 from fastinterp.ops.combine import LARGEST, Combine, Row
 from fastinterp.ops.steps import Stored
@@ -276,10 +276,10 @@ class Live:
         return Combine((1.0 - alpha, alpha), sums_to_one=True).row()
 
 
-def _place(i: int, weight: Weight, operands: Sequence[Stored]) -> Place:
+def _place(i: int, weight: Weight, operands: Sequence[Stored]) -> TensorIO:
     """What weight number `i` is computed from, and sink number `i`, where it goes."""
     code = (weight.dtype.code if weight.dtype else None) or 0
-    return Place(weight.name, weight.shape, tuple(operands), (weight.nbytes,) * len(operands), code, weight.nbytes,
+    return TensorIO(weight.name, weight.shape, tuple(operands), (weight.nbytes,) * len(operands), code, weight.nbytes,
                  (i,), (0,), ())  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from msgspec import structs
+
 from fastinterp.arguments import path_of, size_of
 from fastinterp.checkpoint.names import INDEX, WEIGHTS
 from fastinterp.errors import BackendError, UsageError
@@ -209,7 +211,7 @@ def _fitted(plan: Plan, weights: Sequence[Weight], layers: str | Sequence[str] |
     mismatches.check_contiguous(weights)
     mismatches.refuse()
     dtypes = {name: weight.dtype for name, weight in weight_of.items()}
-    fitted = tuple(replace(t, dtype=dtypes.get(t.name) or t.dtype) if t.merged else t for t in plan.tensors)
+    fitted = tuple(structs.replace(t, dtype=dtypes.get(t.name) or t.dtype) if t.merged else t for t in plan.tensors)
     places = {t.name: (weight_of[t.name].address, weight_of[t.name].nbytes) for t in tensors}
     return replace(plan, tensors=fitted), places
 
