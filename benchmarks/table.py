@@ -1,7 +1,7 @@
 """Tables made from the files in benchmarks/results/, so that no number in them is typed.
 
-python -m benchmarks.table            print the README's
-python -m benchmarks.table --write    put it, and that of the methods in docs/performance.md, between their markers
+python -m benchmarks.table            print the table of the races
+python -m benchmarks.table --write    put it, and that of the methods, between their markers in docs/performance.md
 python -m benchmarks.table --check    fail if they are not what stands there
 """
 
@@ -176,7 +176,9 @@ def _between(file: Path, begin: str, end: str, lines: list[str], write: bool) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument(
+        "--page", type=Path, default=ROOT / "docs" / "performance.md", help="with the table of the races"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true")
     what.add_argument("--check", action="store_true")
@@ -185,7 +187,7 @@ def main() -> None:
     if not (asked.write or asked.check):
         print("\n".join(lines))
         return
-    _between(asked.readme, BEGIN, END, lines, asked.write)
+    _between(asked.page, BEGIN, END, lines, asked.write)
     methods = asked.results / METHODS
     if methods.exists():
         rows = methods_table(json.loads(methods.read_text("utf-8")))

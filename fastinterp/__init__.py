@@ -1,20 +1,20 @@
 """Merges model checkpoints as fast as the files can be copied, exactly.
 
     merge(recipe, out, ...)           carry out a recipe
-    interpolate(a, b, ...)            walk the line between two checkpoints, and beyond
-    sweep(a, b, alphas, ...)          many points of a path from one read: to disk, in memory, or as recipes
-    load(recipe)                      a merged model as tensors, without a file; load_iter, load_into a module
-    Live(module, ...)                 walk a path with a module that is in use
-    check(recipe)                     all that is wrong with a recipe and its models, and what looks odd
-    explain(recipe)                   say what a merge would read, compute and write
+    interpolate(a, b, ...)            interpolate between two checkpoints, or extrapolate
+    sweep(a, b, alphas, ...)          merge at many points of a path: to disk, in memory, or as recipes
+    load(recipe)                      a merged model as tensors, without writing files; load_iter, load_into
+    Live(module, ...)                 move a torch module along a path while it is in use
+    check(recipe)                     all errors of a recipe and its models, and warnings
+    explain(recipe)                   describe what a merge would read, compute and write
     compare(a, b)                     measure how two checkpoints differ
     merge_tensors(tensors, method)    any method on tensors in memory
     merge_state_dicts(dicts, method)  the same, on whole models in memory
     weighted_sum(arrays, weights)     the same arithmetic on arrays in memory
-    path(a, b).evaluate(fn, alphas)   what metrics do along a path between models
+    path(a, b).evaluate(fn, alphas)   metrics along a path between models
     integrations.torch_ops            weighted sums for autograd, torch.compile and CUDA graphs
 
-The public names are imported when first used: the command line, which needs few of them, starts faster for it.
+Public names are imported on first use, so that the command line, which needs few of them, starts fast.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ __all__ = [
     "weighted_sum",
 ]
 
-# Where each name lives, beside the errors.
-_HOMES = {
+# The module of each name; those that are missing here are in fastinterp.errors.
+_MODULES = {
     "Live": "fastinterp.torch_models.live",
     "Point": "fastinterp.paths.points",
     "check": "fastinterp.inspect.check",
@@ -107,13 +107,13 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value: object = getattr(import_module(_HOMES.get(name, "fastinterp.errors")), name)
-    globals()[name] = value  # the next use does not come here again
+    value: object = getattr(import_module(_MODULES.get(name, "fastinterp.errors")), name)
+    globals()[name] = value  # the next use finds it without this function
     return value
 
 
 def _native() -> object:
-    """The extension; what is wrong, if it is not there."""
+    """The extension module. Raises: ImportError with the remedy, if it is not built."""
     from importlib import import_module
 
     try:

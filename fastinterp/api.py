@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastinterp.arguments import numbers, overridden, path_of, size_of
 from fastinterp.backends.cpu import Progress
@@ -13,7 +14,10 @@ from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.points import point_name, point_recipe
-from fastinterp.plan.plan import Plan, Source, make_plan, plan_recipe
+from fastinterp.plan.plan import Source, make_plan, plan_recipe
+
+if TYPE_CHECKING:
+    from fastinterp.inspect.explain import Explanation
 
 
 def merge(
@@ -33,19 +37,19 @@ def merge(
 ) -> Report:
     """Merge checkpoints into the folder `out`.
 
-    recipe          path of a YAML file, YAML text, or a mapping: mergekit's schema. Of several documents (or of a list
-                    of mappings) the last is written; it may name those before it as models
+    recipe          path of a YAML file, YAML text, or a mapping, in mergekit's schema. Of several documents (or a list
+                    of mappings) the last is written; it may name the earlier ones as models
     device          "cpu"; "cuda", "cuda:1" or "cuda:0,1" (accelerators, several together); "triton" as "cuda"; "auto"
-                    estimates which is faster, and the report says so
+                    takes the one estimated to be faster, and the report says why
     threads         None: one per CPU, at most 32. The output does not depend on it
     max_shard_size  bytes of tensor data in one file, "5GB" or a number
-    max_memory      bound of the workers' scratch memory; of accelerators, of the host's memory
-    dtype, rounding, seed   take the place of what the recipe says (dtype: of its out_dtype)
-    force           replace a checkpoint in `out`; inputs are refused all the same
-    durable         fsync before the finish: the output survives a crash of the machine
-    progress        called about ten times a second with bytes done and bytes to do
+    max_memory      limit of the scratch memory in bytes; with accelerators, of the host's
+    dtype, rounding, seed   replace those of the recipe (dtype: its out_dtype)
+    force           replace a checkpoint in `out`, but never an input
+    durable         call fsync before finishing: the output survives a crash of the machine
+    progress        called about ten times a second with (bytes done, total bytes)
 
-    The output appears when all of it is written, or not at all.
+    The output appears when it is complete, or not at all.
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
     plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed)
@@ -74,12 +78,12 @@ def interpolate(
     durable: bool = False,
     progress: Progress | None = None,
 ) -> list[Report]:
-    """Walk the line from checkpoint `a` (alpha 0) to `b` (alpha 1), and beyond: out = a + alpha * (b - a).
+    """Interpolate between checkpoints `a` (alpha 0) and `b` (alpha 1), or extrapolate: out = a + alpha * (b - a).
 
-    alphas   any finite numbers, at most 4096. One: `out` is the output. Several: `out/alpha_0.3` and so on, of one read
-             for each 256. What a sum of steps makes of 0 and 1 is 0 and 1
+    alphas   finite numbers, at most 4096. One: `out` is the output. Several: `out/alpha_0.3` and so on, 256 from each
+             read of the inputs. Numbers within rounding of 0 and 1 become those
     base     the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
-    integers the one of them whose integer tensors are taken; None: they must agree
+    integers the checkpoint whose integer tensors are copied; None: they must be equal
 
     Alpha 0 and 1 give the bytes of `a` and `b`. The other arguments and errors are those of `merge`.
     """
@@ -87,11 +91,11 @@ def interpolate(
     if not points:
         raise UsageError("at least one alpha is needed")
     if len(points) > MAX_POINTS:
-        raise UsageError(f"at most {MAX_POINTS} alphas are made at once, got {len(points)}")
+        raise UsageError(f"at most {MAX_POINTS} alphas are possible, got {len(points)}")
     names = [point_name(p) for p in points]
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise UsageError(f"every alpha may be given once, but {twice} comes twice")
+        raise UsageError(f"alphas must be different, but {twice} is repeated")
     ends = path_of(a, "a"), path_of(b, "b")
     origin = None if base is None else path_of(base, "base")
     whose = None if integers is None else path_of(integers, "integers")
@@ -100,7 +104,7 @@ def interpolate(
     plans = [make_plan(recipes[group], max_shard_size=size_of(max_shard_size)) for group in groups]
     target = path_of(out, "out")
     if not target:
-        raise UsageError("the name of the output folder is empty. Give the name of a new folder")
+        raise UsageError("the name of the output folder is empty")
     outs = [Path(target)] if len(points) == 1 else [Path(target) / name for name in names]
     return write_outputs(
         plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
@@ -115,8 +119,11 @@ def explain(
     dtype: str | None = None,
     rounding: str | None = None,
     seed: int | None = None,
-) -> Plan:
-    """What `merge` would do, from headers alone; print() shows it. Arguments and errors as there."""
-    from fastinterp.inspect.explain import Explained
+) -> Explanation:
+    """What `merge` would read, compute and write, from headers alone. print() shows it, `as_dict` gives plain values.
 
-    return Explained(**vars(plan_recipe(recipe, max_shard_size, dtype, rounding, seed)))
+    Arguments and errors are those of `merge`.
+    """
+    from fastinterp.inspect.explain import Explanation
+
+    return Explanation(plan_recipe(recipe, max_shard_size, dtype, rounding, seed))

@@ -1,4 +1,4 @@
-"""Arguments of the public functions, checked."""
+"""Validation of the arguments of the public functions."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from fastinterp.errors import UsageError
 from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.recipe.load import Recipe
 
-# Alphas this close to 0 or 1 are meant to be there: at an end a model is copied, beside it it is not, and a path has no
-# chord. numpy.arange(-1, 2, 0.001)[1000] is 9e-14: its step, (first + step) - first, is off by half an ulp of `first`,
-# 2**-53 for up to 2, and a sweep has at most 4096 = 2**12 steps. What is meant to be near an end is far beyond that.
+# Alphas this close to 0 or 1 count as 0 or 1, where a model is copied exactly. numpy.arange(-1, 2, 0.001)[1000] is
+# 9e-14: its step, (first + step) - first, is off by half an ulp of `first`, 2**-53 for up to 2, and a sweep has at most
+# 4096 = 2**12 steps. Alphas that are intended to be near an end are much further away.
 DUST = 2.0**-40
 
 
 def snapped(alpha: float) -> float:
-    """0 or 1 for what a sum of steps makes of them, all else as it is."""
+    """`alpha`, or 0 or 1 if it is within DUST of that."""
     nearest = 1.0 if alpha > 0.5 else 0.0
     return nearest if math.fabs(alpha - nearest) <= DUST else alpha
 
 
 def overridden(recipe: Recipe, dtype: object, rounding: object, seed: object) -> Recipe:
+    """`recipe` with those of dtype, rounding and seed that are not None.
+
+    Raises: UsageError.
+    """
     changes: dict[str, Any] = {}
     if dtype is not None:
         changes["out_dtype"] = dtype_named(dtype)
@@ -43,34 +47,49 @@ def overridden(recipe: Recipe, dtype: object, rounding: object, seed: object) ->
 
 
 def dtype_named(text: object) -> DType:
-    found = parse_dtype(text) if isinstance(text, str) else None
-    if found is None:
+    """The dtype of that name.
+
+    Raises: UsageError.
+    """
+    dtype = parse_dtype(text) if isinstance(text, str) else None
+    if dtype is None:
         raise UsageError(
             f"unknown dtype {text!r}. Known: float64, float32, float16, bfloat16, float8_e4m3fn, float8_e5m2"
         )
-    return found
+    return dtype
 
 
-def size_of(given: str | int) -> int:
-    return parse_size(str(given))
+def size_of(size: str | int) -> int:
+    """Bytes of a size: `5GB`, `512MB` or a number.
+
+    Raises: UsageError.
+    """
+    return parse_size(str(size))
 
 
 def numbers(alphas: object) -> list[float]:
-    """One alpha or several, as numbers; those that are 0 or 1 but for rounding are."""
-    given: list[Any] = [alphas]
+    """One alpha or several as floats, those within DUST of 0 and 1 as these.
+
+    Raises: UsageError.
+    """
+    items: list[Any] = [alphas]
     if isinstance(alphas, Iterable) and not isinstance(alphas, (str, bytes)) and getattr(alphas, "shape", None) != ():
-        given = list(alphas)
-    for alpha in given:
+        items = list(alphas)
+    for alpha in items:
         if isinstance(alpha, (bool, str, bytes)) or not hasattr(alpha, "__float__"):
             raise UsageError(f"alpha must be a number, or several in a list, got {alpha!r}")
     try:
-        return [snapped(float(alpha)) for alpha in given]
+        return [snapped(float(alpha)) for alpha in items]
     except (OverflowError, TypeError, ValueError):
-        raise UsageError(f"alpha must be a number, or several in a list, got {given!r}"[:200]) from None
+        raise UsageError(f"alpha must be a number, or several in a list, got {items!r}"[:200]) from None
 
 
-def path_of(given: object, name: str) -> str:
-    if not isinstance(given, (str, os.PathLike)):
-        what = repr(given) if isinstance(given, (int, float, type(None))) else type(given).__name__
-        raise UsageError(f"`{name}` must be a path, got {what}")
-    return os.fspath(given)
+def path_of(path: object, name: str) -> str:
+    """The path as str. name: of the argument, for the message.
+
+    Raises: UsageError.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        got = repr(path) if isinstance(path, (int, float, type(None))) else type(path).__name__
+        raise UsageError(f"`{name}` must be a path, got {got}")
+    return os.fspath(path)

@@ -1,23 +1,23 @@
-"""What can go wrong, one type per family. Every message says what, where, expected and got, and what to do.
+"""The exceptions, one type per kind of failure. A message says what failed, where, expected and got, and the remedy.
 
-The command line turns a family into its exit code; a library user catches `FastinterpError` or one family.
+The command line exits with the exit code of the type; users of the library catch `FastinterpError` or one type.
 """
 
 
 class FastinterpError(Exception):
-    """The root of all errors that fastinterp raises on purpose."""
+    """The base class of the exceptions of fastinterp."""
 
     exit_code = 1
 
 
 class UsageError(FastinterpError):
-    """An argument that makes no sense, from the command line or from Python."""
+    """An invalid argument, from the command line or from Python."""
 
     exit_code = 2
 
 
 class RecipeError(UsageError):
-    """A recipe that cannot be carried out. Attributes: path (`$.models[0]`), file, line (1-based), each or None."""
+    """An invalid recipe. Attributes: path (`$.models[0]`), file, line (1-based), each or None."""
 
     def __init__(self, message: str, *, path: str | None = None, file: str | None = None, line: int | None = None):
         self.message, self.path, self.file, self.line = message, path, file, line
@@ -27,19 +27,19 @@ class RecipeError(UsageError):
 
 
 class MethodError(RecipeError):
-    """A merge method that was given the wrong models or parameters."""
+    """Models or parameters that the merge method does not accept."""
 
 
 class BackendError(UsageError):
-    """A backend or instruction set that was asked for by name and cannot be used here, or a device that failed."""
+    """A backend or instruction set that was requested by name and is not available, or a device that failed."""
 
 
 class OutOfMemory(BackendError):
-    """A device has too little memory for what was asked of it."""
+    """A device has too little memory."""
 
 
 class CheckpointError(FastinterpError):
-    """A checkpoint that is missing, damaged or hostile. Attributes: file, tensor, each or None."""
+    """A checkpoint that is missing, damaged or malicious. Attributes: file, tensor, each or None."""
 
     exit_code = 3
 
@@ -49,7 +49,7 @@ class CheckpointError(FastinterpError):
 
 
 class ShapeError(CheckpointError):
-    """Checkpoints that do not fit together: shapes, dtypes or sets of tensors differ."""
+    """Checkpoints whose shapes, dtypes or sets of tensors are not compatible."""
 
 
 class StorageError(FastinterpError):
@@ -59,10 +59,10 @@ class StorageError(FastinterpError):
 
 
 class OutputError(StorageError):
-    """The output cannot be written, or must not be: it exists, holds an input, or the disk is full."""
+    """The output cannot be written, or must not be: it exists, contains an input, or the disk is full."""
 
 
 class RankError(FastinterpError):
-    """Another process of a merge that several share failed, or cannot be reached."""
+    """Another process of a distributed merge failed, or cannot be reached."""
 
     exit_code = 4

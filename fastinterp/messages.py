@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 WIDTH = 100
-_NAME = 12  # a first column is never cut to less than this
+_NAME = 12  # the least width of a first column
 
 
 def size(nbytes: float) -> str:

@@ -1,1 +1,1 @@
-"""Whole commands raced against each other: `fastinterp bench`. Kernel benchmarks are in benchmarks/."""
+"""`fastinterp bench`: the time of whole merges beside that of other programs. Kernel benchmarks are in benchmarks/."""

@@ -1,6 +1,6 @@
-"""Compares an output with an independent computation: its own reader of safetensors, numpy, float64.
+"""Compares an output with an independent computation in float64, with numpy and a safetensors reader of its own.
 
-Nothing here comes from the parts of fastinterp that are being measured.
+It uses no part of fastinterp that is measured.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _RUN = 4096  # elements; three runs of every tensor are compared
 
 
 class WrongAnswerError(FastinterpError):
-    """A merge that is not what it should be: it is not timed."""
+    """The output of a program is wrong, so its time is not reported."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every racer must compute: sum_i weights[i] * x_i, or with a base b + sum_i weights[i] * (x_i - b)."""
+    """The merge to compute: sum_i weights[i] * x_i, or with a base b + sum_i weights[i] * (x_i - b)."""
 
     models: tuple[Path, ...]  # folders
     weights: tuple[float, ...]
@@ -37,7 +37,7 @@ class Job:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Every checkpoint that must be read."""
+        """The checkpoints that are read."""
         return self.models if self.base is None else (self.base, *self.models)
 
     @property
@@ -45,20 +45,20 @@ class Job:
         return "linear" if self.base is None else "task_arithmetic"
 
     def recipe(self) -> dict[str, Any]:
-        """As fastinterp and mergekit read it, in YAML or JSON."""
-        # A name with @ or + in it would be taken apart, a path is not.
+        """The recipe for fastinterp and mergekit."""
+        # A name with @ or + in it would be parsed, a path is not.
         name = [{"model": {"path": str(m)}} for m in self.inputs]
         models = [
             {"model": n, "parameters": {"weight": w}}
             for n, w in zip(name[-len(self.models) :], self.weights, strict=True)
         ]
-        found: dict[str, Any] = {"merge_method": self.method, "models": models}
-        return found if self.base is None else found | {"base_model": name[0]}
+        recipe: dict[str, Any] = {"merge_method": self.method, "models": models}
+        return recipe if self.base is None else recipe | {"base_model": name[0]}
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Where one tensor lies: start in bytes from the first byte of the file."""
+    """The place of a tensor: `start` in bytes from the beginning of the file."""
 
     file: Path
     dtype: str
@@ -66,7 +66,7 @@ class Tensor:
     start: int
 
     def read(self, first: int, count: int) -> NDArray[np.float64]:
-        """Elements first .. first + count - 1, exactly."""
+        """Elements first .. first + count - 1, without rounding."""
         kind = np.dtype(_READ_AS[self.dtype])
         with open(self.file, "rb") as stream:
             stream.seek(self.start + first * kind.itemsize)
@@ -83,56 +83,56 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, by name."""
-    found = {}
+    tensors = {}
     for file in weight_files(folder):
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             table = json.loads(stream.read(length))
         table.pop("__metadata__", None)
         for name, entry in table.items():
-            found[name] = Tensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-    return found
+            tensors[name] = Tensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+    return tensors
 
 
 def allowed_error(
     truth: NDArray[np.float64], largest: NDArray[np.float64], weights: Sequence[float], dtype: str, coarse: bool
 ) -> NDArray[np.float64]:
-    """How far a right answer may be from the `truth`, which is a weighted sum: f64, elementwise.
+    """The largest error of a correct result, given the exact weighted sum `truth`: f64, elementwise.
 
     With M the largest magnitude among an element's inputs (`largest`), no intermediate result is larger than
     M * (1 + 2 * sum |w|). So r roundings to a unit roundoff u cannot move the sum by more than
     e = r * u * M * (1 + 2 * sum |w|), and the store adds half of the last place of a number that is at most e from the
     truth. r = 2n + 2 covers a product and a sum for each of n models, the weights, and a division. u is that of
-    float32, or with `coarse` that of the dtype that is stored, for tools that compute in it.
+    float32, or with `coarse` that of the dtype that is stored, for programs that compute in it.
     """
     mantissa, smallest = _FORMATS[dtype]
     unit = 2.0 ** -(mantissa + 1) if coarse else 2.0**-24
     at_zero = 2.0 ** (smallest - mantissa) if coarse else 2.0**-149  # the spacing of subnormal intermediate results
     error = (2 * len(weights) + 2) * (unit * largest * (1 + 2 * math.fsum(map(abs, weights))) + at_zero)
     exponent = np.frexp(np.abs(truth) + error)[1] - 1
-    found: NDArray[np.float64] = error + np.ldexp(0.5, np.maximum(exponent, smallest) - mantissa)
-    return found
+    allowed: NDArray[np.float64] = error + np.ldexp(0.5, np.maximum(exponent, smallest) - mantissa)
+    return allowed
 
 
 def check(out: Path, job: Job, *, coarse: bool = False) -> int:
-    """Compare three runs of 4096 elements of every tensor of the checkpoint in `out`: the number of elements compared.
+    """Compare three runs of 4096 elements of every tensor of the checkpoint in `out`. Returns the number compared.
 
-    coarse: what was computed in the dtype that is stored is right within a wider bound, see allowed_error.
-    Raises: WrongAnswerError, naming the first element that is off; CheckpointError, for dtypes that are not known here.
+    coarse  allow the error of a program that computes in the stored dtype, see allowed_error
+    Raises: WrongAnswerError, with the first element that is wrong; CheckpointError, for dtypes that are not supported.
     """
     expected = read_tensors(job.models[0])
     got = read_tensors(out)
     inputs = [read_tensors(folder) for folder in job.inputs]
     if expected.keys() != got.keys():
-        odd = sorted(expected.keys() ^ got.keys())[0]
+        name = sorted(expected.keys() ^ got.keys())[0]
         raise WrongAnswerError(
-            f"the tensors of the output are not those of {job.models[0].name}: first difference {odd}"
+            f"the tensors of the output are not those of {job.models[0].name}: first difference {name}"
         )
     compared = 0
     for name, tensor in expected.items():
         if tensor.dtype not in _READ_AS:
             raise CheckpointError(
-                f"{tensor.dtype} cannot be checked; models to race hold F32, F16 and BF16 only",
+                f"{tensor.dtype} is not supported here: checkpoints must be F32, F16 or BF16",
                 file=str(tensor.file),
                 tensor=name,
             )

@@ -1,4 +1,4 @@
-"""Writes checkpoints of the shapes of Llama models, to measure with. Needs numpy alone; same arguments, same bytes."""
+"""Writes random checkpoints with the shapes of Llama models, with numpy. The same arguments give the same bytes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastinterp import messages as text
+from fastinterp.messages import size as size_text
 
-_POOL = (
-    1 << 22
-)  # random numbers that are drawn; tensors are cut out of them, which is many times faster than drawing all
+_POOL = 1 << 22  # random numbers generated; tensors are slices of them, which is much faster than generating all
 _NAMES = ("base", "ft1", "ft2")
 
 
@@ -42,10 +40,10 @@ class Size:
             "self_attn.o_proj": wide, "post_attention_layernorm": norm, "mlp.gate_proj": up, "mlp.up_proj": up,
             "mlp.down_proj": down,
         }  # fmt: skip
-        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
         for i in range(self.layers):
-            found |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-        return found | {"model.norm.weight": (self.hidden,), "lm_head.weight": (self.vocab, self.hidden)}
+            shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+        return shapes | {"model.norm.weight": (self.hidden,), "lm_head.weight": (self.vocab, self.hidden)}
 
     @property
     def nbytes(self) -> int:
@@ -73,18 +71,18 @@ SIZES = {
 def write_checkpoints(
     folder: Path, size: Size, *, shard_bytes: int = 1 << 30, seed: int = 0, say: Callable[[str], None] | None = None
 ) -> list[Path]:
-    """Write `base`, `ft1` and `ft2` into `folder`, bf16: the paths of the three.
+    """Write `base`, `ft1` and `ft2` into `folder`, in bf16. Returns their paths.
 
     Weights are normal with standard deviation 0.02, those of norms near 1; each fine-tune adds a normal delta of
     standard deviation 0.002. shard_bytes: tensor data in one file. say: called with a line before each checkpoint.
-    A checkpoint appears when all of it is written, or not at all.
+    A checkpoint appears when it is complete, or not at all.
     """
     rng = np.random.default_rng(seed)
     weights, delta = (rng.standard_normal(_POOL, np.float32) * np.float32(s) for s in (0.02, 0.002))
     made = []
     for name in _NAMES:
         if say:
-            say(f"writing {name}: {text.size(size.nbytes)}")
+            say(f"writing {name}: {size_text(size.nbytes)}")
         partial = folder / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -138,7 +136,7 @@ def _header(shard: dict[str, tuple[int, ...]]) -> bytes:
 def _blocks(
     name: str, numel: int, weights: NDArray[Any], delta: NDArray[Any] | None, model: str
 ) -> Iterator[NDArray[np.uint16]]:
-    """The bf16 codes of one tensor: the pools, rotated by the names of tensor, block and model."""
+    """The bf16 codes of one tensor: the pools of random numbers, rotated by a hash of the names."""
     for k, start in enumerate(range(0, numel, _POOL)):
         count = min(_POOL, numel - start)
         x = np.roll(weights, zlib.crc32(f"{name} {k}".encode()) % _POOL)[:count]

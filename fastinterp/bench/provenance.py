@@ -1,4 +1,4 @@
-"""Where a measurement came from: without it a number means nothing."""
+"""The provenance of a measurement: commit, machine and versions."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastinterp.backends.registry import cpu_isa, cpu_threads
 
 
 def provenance(folder: Path | None = None) -> dict[str, Any]:
-    """Commit, machine and versions as plain values. `folder`: the one that is measured in, for its file system.
+    """Commit, machine and versions as plain values; with `folder`, the one measured in, also its file system.
 
     memory_bytes is the machine's; commit is None outside a git checkout of fastinterp.
     """
-    found = {
+    values = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "fastinterp": __version__,
         "commit": commit(),
@@ -30,13 +30,13 @@ def provenance(folder: Path | None = None) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
-    return found if folder is None else found | {"file_system": file_system(folder)}
+    return values if folder is None else values | {"file_system": file_system(folder)}
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package lies in, with `+` if files were changed; None outside of one."""
+    """The commit of the git checkout with this package, and `+` if files are modified; None outside of a checkout."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # a package installed into some other project's checkout is not of its commit
+    if not (root / ".git").exists():  # or the commit may be that of another project
         return None
     try:
         commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
@@ -60,7 +60,7 @@ def file_system(folder: Path) -> str:
     for line in mounts:
         fields, _, rest = line.partition(" - ")
         point = fields.split()[4].encode().decode("unicode_escape")
-        if real.is_relative_to(point) and len(point) >= best:  # of several on one point, the last is seen
+        if real.is_relative_to(point) and len(point) >= best:  # of several on one mount point, the last is visible
             best, kind = len(point), rest.split()[0]
     return kind
 

@@ -1,4 +1,4 @@
-"""Runs whole commands in turn, each in processes of its own, and measures them from start to end."""
+"""Runs commands in turn, each in a process of its own, and measures wall time, CPU time and memory."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from typing import Any
 from fastinterp.backends.cpu import cached_fraction
 from fastinterp.errors import FastinterpError, UsageError
 
-_TICK_S = 0.005  # between two looks at the memory
-_SHOWN = 2000  # characters of what a failed command said last
+_TICK_S = 0.005  # between two measurements of the memory
+_SHOWN = 2000  # characters of the output of a failed command, the last ones
 
 
 @dataclass
 class Racer:
-    """One competitor. Its command makes the folder `out`, which does not exist when it starts."""
+    """One of the programs compared. Its command creates the folder `out`, which does not exist when it starts."""
 
     name: str
     command: Sequence[str]
-    check: Callable[[], int]  # raises if the output is wrong; the number of elements that were compared
+    check: Callable[[], int]  # returns the number of elements compared; raises if the output is wrong
     version: str | None = None
     checked: int = 0
-    peak_anon_bytes: int = 0  # of the process tree, in the first run, which is not timed: looking takes time
+    peak_anon_bytes: int = 0  # of the process tree, in the first run, which is not timed
     wall_s: list[float] = field(default_factory=list)
-    cpu_s: list[float] = field(default_factory=list)  # user and system, of the process and those that it waited for
+    cpu_s: list[float] = field(default_factory=list)  # user and system time of the process and its children
 
     def as_dict(self, pacer: Racer) -> dict[str, Any]:
-        """Plain values. `ratio`: how much of this one's time `pacer` took, in each round."""
+        """Plain values. `ratio`: the time of `pacer` divided by that of this one, in each round."""
         ratios = [mine / other for mine, other in zip(pacer.wall_s, self.wall_s, strict=True)]
         return {
             "version": self.version,
@@ -57,12 +57,12 @@ def race(
     cold: bool,
     say: Callable[[str], None],
 ) -> tuple[float, float] | None:
-    """Run every racer once to check its answer and its memory, then `runs` rounds of all in turn. Fills in the racers.
+    """Run every racer once to check its output and measure its memory, then `runs` rounds of all in turn. The results
+    are stored in the racers.
 
-    inputs   the files whose place in the page cache is set before every run: all of them in it, or with `cold` none
-    work     a folder that is empty but for recipes; `work/out` is where outputs appear, and are removed
-    Returns the smallest and the largest part of the inputs that was in the page cache before a run; None, if the system
-    does not tell.
+    inputs   files that are read into the page cache before every run, or with `cold` dropped from it
+    work     a folder with recipes only; outputs are written to `work/out`, and removed
+    Returns the smallest and the largest fraction of the inputs in the page cache before a run; None if it is unknown.
     Raises: FastinterpError, if a command fails; WrongAnswerError; UsageError, if the page cache cannot be emptied.
     """
     out, log = work / "out", work / "log"
@@ -73,59 +73,58 @@ def race(
             wall_s, cpu_s, peak = _run(racer, log, watch=turn == 0)
             if turn == 0:
                 racer.peak_anon_bytes, racer.checked = peak, racer.check()
-                checked = f", right in {racer.checked:,} elements" if racer.checked else ""
+                checked = f", {racer.checked:,} elements checked" if racer.checked else ""
                 say(f"first round, not timed: {racer.name} {wall_s:.2f} s{checked}")
             else:
                 racer.wall_s.append(wall_s)
                 racer.cpu_s.append(cpu_s)
                 say(f"round {turn} of {runs}: {racer.name} {wall_s:.2f} s")
             shutil.rmtree(out)
-            os.sync()  # what one racer wrote must not be written out during another's turn
+            os.sync()  # or it is written to the disk during the run of the next
     known = [part for part in cached if part is not None]
     return (min(known), max(known)) if known else None
 
 
 def _prepare(inputs: Sequence[Path], cold: bool) -> float | None:
-    """Read all inputs into the page cache, or drop them from it. Returns which part of the bytes is in it then.
-
-    None, if the system does not tell: it answers only those who may write the files.
+    """Read all inputs into the page cache, or drop them from it. Returns the fraction of the bytes that is then in it;
+    None if it is unknown, as for files that the user may not write.
     """
-    held = total = 0.0
+    cached = total = 0.0
     known = True
     for path in inputs:
         fd = os.open(path, os.O_RDONLY)
         try:
             size = os.fstat(fd).st_size
             if cold:
-                os.fsync(fd)  # pages that wait to be written cannot be dropped
+                os.fsync(fd)  # dirty pages cannot be dropped
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             else:
                 while os.read(fd, 1 << 22):
                     pass
             part = cached_fraction(fd, size)
             known &= part >= 0
-            held += part * size
+            cached += part * size
             total += size
         finally:
             os.close(fd)
     if not known:
         return None
-    if cold and held > 0.05 * total:
+    if cold and cached > 0.05 * total:
         raise UsageError(
-            f"{held / total:.0%} of the inputs stay in the page cache, so --cold cannot be measured here: their file "
+            f"{cached / total:.0%} of the inputs stay in the page cache, so --cold cannot be measured here: their file "
             "system keeps them in memory (tmpfs), or another process has them mapped"
         )
-    return held / total
+    return cached / total
 
 
 def _run(racer: Racer, log: Path, watch: bool) -> tuple[float, float, int]:
-    """Wall and CPU seconds, and with `watch` the peak anonymous memory in bytes. Leaves no process behind."""
+    """Run the command: wall and CPU seconds, and with `watch` the peak anonymous memory in bytes."""
     peak = 0
-    with open(log, "wb") as said:
+    with open(log, "wb") as output:
         start = time.perf_counter()
-        # A session of its own, so that all of it can be ended at once.
+        # In a session of its own, whose processes can be ended together.
         child = subprocess.Popen(
-            racer.command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+            racer.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
         try:
             pid = 0
@@ -148,7 +147,7 @@ def _run(racer: Racer, log: Path, watch: bool) -> tuple[float, float, int]:
 
 
 def _anonymous(pid: int) -> int:
-    """Bytes of anonymous memory that a process and its descendants hold now."""
+    """Bytes of anonymous memory of a process and its descendants now."""
     total = 0
     try:
         for line in Path(f"/proc/{pid}/status").read_text("utf-8").splitlines():

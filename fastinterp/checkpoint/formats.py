@@ -7,7 +7,8 @@ decoder's definition in reference/decode.py. Nothing else knows of it: plans see
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
@@ -16,8 +17,7 @@ from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import BF16, DType
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedTensor:
+class EncodedTensor(msgspec.Struct, frozen=True):
     """A tensor of float32 numbers that is stored as codes.
 
     name        of the tensor, by which other models and the output have it

@@ -7,9 +7,10 @@ cover the data section without holes or overlaps (https://github.com/huggingface
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NoReturn
+
+import msgspec
 
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.regular_file import open_regular
@@ -21,8 +22,7 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_NUMEL = 2**63 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """One tensor of a file: dtype, shape and the place of its bytes."""
 
     name: str

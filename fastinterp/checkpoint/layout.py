@@ -6,7 +6,8 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import INDEX, WEIGHTS, quote
@@ -39,8 +40,7 @@ def parse_size(text: str) -> int:
     return size
 
 
-@dataclass(frozen=True, slots=True)
-class OutFile:
+class OutFile(msgspec.Struct, frozen=True):
     """One output file: its first bytes, and where its tensors go."""
 
     name: str
@@ -49,8 +49,7 @@ class OutFile:
     places: dict[str, int]  # tensor name -> byte offset in the file, from its first byte
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(msgspec.Struct, frozen=True):
     files: tuple[OutFile, ...]
     index: bytes | None  # what STEM.safetensors.index.json holds; None for a single file
     index_name: str
@@ -62,8 +61,7 @@ class Layout:
         return sum(f.size for f in self.files) + len(self.index or b"")
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
+class _Tensor(msgspec.Struct, frozen=True):
     name: str
     dtype: DType
     shape: tuple[int, ...]

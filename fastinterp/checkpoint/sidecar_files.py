@@ -72,7 +72,7 @@ def with_dtype(config: bytes, dtype: DType, file: str = "config.json") -> bytes:
     Only keys that are there are set. The bytes come back untouched if nothing changes.
     """
     table = parse_object(config.lstrip(), "the model configuration", file)
-    if not dtype.library_name:
+    if not dtype.merges:
         raise CheckpointError(f"the model configuration has no name for dtype {dtype}", file=file)
     if not _set_dtype(table, dtype.library_name):
         return config

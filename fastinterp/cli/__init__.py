@@ -1,4 +1,4 @@
-"""The command line. What each command needs is imported when it runs: `fastinterp --version` loads none of it."""
+"""The command line. A command's module is imported when the command runs: `fastinterp --version` imports none."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import click
 from fastinterp._version import __version__
 from fastinterp.errors import FastinterpError
 
-# The commands in the order of --help, and the module that each is in.
-_HOMES = {
+# The commands in the order of --help, with their modules.
+_MODULES = {
     "merge": "fastinterp.cli.merge",
     "interpolate": "fastinterp.cli.merge",
     "sweep": "fastinterp.cli.sweep",
@@ -27,15 +27,17 @@ _HOMES = {
     "doctor": "fastinterp.cli.info",
     "bench": "fastinterp.bench.command",
 }
-OUTCOME = "fastinterp.outcome"  # key in click's Context.meta: a list, what to say of the output after a failure
+OUTCOME = (
+    "fastinterp.outcome"  # key in click's Context.meta: list[str], notes about the output for the message of a failure
+)
 
-# Options of mergekit's commands, and what there is instead.
+# Options of mergekit's commands, and what replaces them.
 _MERGEKIT = {
     "--cuda": "Use --device cuda.",
-    "--copy-tokenizer": "Leave it out: the tokenizer is always copied.",
-    "--lazy-unpickle": "Leave it out: tensors are always read piece by piece.",
-    "--low-cpu-memory": "Leave it out: --max-memory bounds the memory.",
-    "--trust-remote-code": "Leave it out: no code of a model is ever run.",
+    "--copy-tokenizer": "Omit it: the tokenizer is always copied.",
+    "--lazy-unpickle": "Omit it: tensors are always read in pieces.",
+    "--low-cpu-memory": "Omit it: --max-memory limits the memory.",
+    "--trust-remote-code": "Omit it: code of a model is never run.",
     "--allow-crimes": "Only models of one architecture merge.",
     "--out-shard-size": "Use --max-shard-size.",
     "--random-seed": "Use --seed.",
@@ -43,7 +45,7 @@ _MERGEKIT = {
 
 
 class _Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM. Raised where the program stands, so that everything on the way out cleans up."""
+    """SIGINT or SIGTERM, as an exception in the main thread, so that context managers clean up."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -51,25 +53,25 @@ class _Stopped(KeyboardInterrupt):
 
 
 class _Commands(click.Group):
-    """Loads the command that is asked for, and turns what it raises into one line and an exit code."""
+    """Imports the command that is called; prints an exception as one line on stderr and exits with its exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_HOMES)
+        return list(_MODULES)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _HOMES:
+        if cmd_name not in _MODULES:
             return None
-        found: click.Command = getattr(import_module(_HOMES[cmd_name]), cmd_name)
-        return found
+        command: click.Command = getattr(import_module(_MODULES[cmd_name]), cmd_name)
+        return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] not in _HOMES and not args[0].startswith("-"):
-            from difflib import get_close_matches
+        if args[0] not in _MODULES and not args[0].startswith("-"):
+            from fastinterp.messages import closest
 
-            close = get_close_matches(args[0], _HOMES, n=1)
-            ctx.fail(f"no such command '{args[0]}'. " + (f"Did you mean {close[0]}?" if close else _KNOWN))
+            close = closest(args[0], _MODULES)
+            ctx.fail(f"no such command '{args[0]}'. " + (f"Did you mean {close}?" if close else _KNOWN))
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -78,24 +80,24 @@ class _Commands(click.Group):
         except click.NoSuchOption as error:
             if error.option_name not in _MERGEKIT:
                 raise
-            said = f"No such option: {error.option_name}. {_MERGEKIT[error.option_name]}"
-            raise click.NoSuchOption(error.option_name, said, ctx=error.ctx) from None
+            message = f"No such option: {error.option_name}. {_MERGEKIT[error.option_name]}"
+            raise click.NoSuchOption(error.option_name, message, ctx=error.ctx) from None
         except FastinterpError as error:
-            said = "; ".join([str(error), *ctx.meta.get(OUTCOME, [])])
-            click.echo(f"{click.style(type(error).__name__, fg='red')}: {said}", err=True)
+            message = "; ".join([str(error), *ctx.meta.get(OUTCOME, [])])
+            click.echo(f"{click.style(type(error).__name__, fg='red')}: {message}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as stopped:
             click.echo("; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), err=True)
             ctx.exit(getattr(stopped, "exit_code", 130))
 
 
-_KNOWN = "Known: " + ", ".join(_HOMES)
+_KNOWN = "Known: " + ", ".join(_MODULES)
 
 
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done, 2 bad usage or recipe, 3 bad checkpoint, 4 input or output failed, 130 interrupted.",
+    epilog="Exit codes: 0 success, 2 bad usage or recipe, 3 bad checkpoint, 4 input or output failed, 130 interrupted.",
 )
 @click.version_option(__version__, prog_name="fastinterp", message="%(prog)s %(version)s")
 def commands() -> None:
@@ -117,7 +119,7 @@ def main() -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    # Once is enough: an impatient second Ctrl-C must not interrupt the removal of half-written files.
+    # A second Ctrl-C must not interrupt the removal of partial files.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise _Stopped(number)

@@ -1,8 +1,8 @@
-"""`plot` and `explore`: a path in pictures, and a page to walk it on."""
+"""`plot` and `explore`: figures of a path, and a local page to explore it on."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,14 +10,15 @@ from fastinterp.cli import options, ranges
 
 if TYPE_CHECKING:
     from fastinterp.paths.explore.sliders import Sliders
+    from fastinterp.paths.report import PathReport
 
 
 @click.command()
 @click.argument("report")
-@click.option("-o", "--out", required=True, metavar="FILE", help="Its end says what it is: .png, .svg or .pdf.")
-@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Draw these only; may be given several times.")
+@click.option("-o", "--out", required=True, metavar="FILE", help="The figure: .png, .svg or .pdf.")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Draw only this metric. Repeatable.")
 def plot(report: str, out: str, metrics: tuple[str, ...]) -> None:
-    """Draw what metrics do along a path.
+    """Draw metrics along a path.
 
     REPORT is a JSON file, as PathReport.to_json writes it. Along one direction each metric is a curve with error bars,
     the chord between the ends and the range between them shaded; over two directions it is a heat map.
@@ -34,22 +35,27 @@ def plot(report: str, out: str, metrics: tuple[str, ...]) -> None:
 def _range(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, float]:
     low, colon, high = value.partition(":")
     try:
-        found = float(low), float(high)
+        span = float(low), float(high)
     except ValueError:
-        found = 0.0, 0.0
-    if not (colon and -1e6 <= found[0] < found[1] <= 1e6):
+        span = 0.0, 0.0
+    if not (colon and -1e6 <= span[0] < span[1] <= 1e6):
         raise click.BadParameter(f"{value!r} is no range LOW:HIGH, as -0.5:1.5", ctx, param)
-    return found
+    return span
 
 
 @click.command()
 @click.argument("models", nargs=-1, metavar="RECIPE | A B")
-@click.option("--base", metavar="CKPT", help="Where the directions of --add start.")
+@click.option("--base", metavar="CKPT", help="Start of the directions of --add.")
 @click.option(
-    "--add", "added", multiple=True, callback=ranges.named, metavar="NAME=CKPT", help="A direction, and its slider."
+    "--add",
+    "added",
+    multiple=True,
+    callback=ranges.named,
+    metavar="NAME=CKPT",
+    help="A direction, with a slider.",
 )
-@click.option("--prompt", default="", metavar="TEXT", help="What the text starts with.")
-@click.option("--report", metavar="FILE", help="Show metrics along the path, from PathReport.to_json.")
+@click.option("--prompt", default="", metavar="TEXT", help="The prompt at first.")
+@click.option("--report", metavar="FILE", help="Metrics to show, as PathReport.to_json writes them.")
 @click.option(
     "--range",
     "span",
@@ -57,20 +63,20 @@ def _range(ctx: click.Context, param: click.Parameter, value: str) -> tuple[floa
     show_default=True,
     callback=_range,
     metavar="LOW:HIGH",
-    help="Of the sliders.",
+    help="Range of the sliders.",
 )
-@click.option("--chat", is_flag=True, help="Give the prompt to the base's chat template.")
-@click.option("--port", default=8765, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
+@click.option("--chat", is_flag=True, help="Format the prompt with the base's chat template.")
+@click.option("--port", default=8765, show_default=True, type=click.IntRange(0, 65535), help="Port; 0: any free one.")
 @options.threads
 def explore(
     models: tuple[str, ...], base: str | None, added: dict[str, str], prompt: str, report: str | None,
     span: tuple[float, float], chat: bool, port: int, threads: int | None,
 ) -> None:  # fmt: skip
-    """Steer a language model on a local page.
+    """Explore a path of language models on a local page.
 
-    A slider for each direction, the text that the model writes there, and how much each layer changes. RECIPE is a
-    linear or task_arithmetic recipe; A B the line from one checkpoint to another. Nothing is written; Ctrl-C ends it.
-    The page is for this machine alone, and asks nothing of any other.
+    The page has a slider for each direction, the text that the model generates there, and how much each layer changes.
+    RECIPE is a linear or task_arithmetic recipe; A B the line from one checkpoint to another. Nothing is written;
+    Ctrl-C ends it. The page is served to this machine alone, and connects to no other.
 
     \b
     Example:
@@ -80,12 +86,15 @@ def explore(
     from fastinterp.paths.explore.sliders import Sliders, read_report
 
     sliders = Sliders.of(models, base, added)
-    found = None if report is None else read_report(report, sliders)
-    facts = {"report": found, "prompt": prompt, "low": span[0], "high": span[1]}
-    _serve(sliders, facts, chat=chat, port=port, threads=threads)
+    metrics = None if report is None else read_report(report, sliders)
+    _serve(sliders, metrics, prompt, span, chat=chat, port=port, threads=threads)
 
 
-def _serve(sliders: Sliders, settings: dict[str, Any], *, chat: bool, port: int, threads: int | None) -> None:
+def _serve(
+    sliders: Sliders, report: PathReport | None, prompt: str, span: tuple[float, float], *, chat: bool, port: int,
+    threads: int | None,
+) -> None:  # fmt: skip
+    """Load the model and serve the page until it is interrupted."""
     import gc
 
     from fastinterp.inspect.compare import deltas
@@ -93,14 +102,16 @@ def _serve(sliders: Sliders, settings: dict[str, Any], *, chat: bool, port: int,
     from fastinterp.paths.explore.facts import facts
     from fastinterp.paths.explore.session import check_model, open_session
 
-    gc.enable()  # it runs for long; and triton, in torch, complains at the end of what is left
-    with server.bound(port) as sock:  # first: what takes long comes after what may be refused
+    gc.enable()  # it runs for long; and triton, in torch, warns at exit of objects that are left
+    with server.bound(port) as sock:  # first: errors come before what takes long
         check_model(sliders.base)
         click.echo("measuring what the directions change", err=True)
         changes = deltas(sliders.base, list(sliders.models.values()), threads=threads)
         click.echo("loading the model", err=True)
         with open_session(sliders, threads=threads, chat=chat) as session:
-            told = facts(sliders, changes, most_tokens=session.most_tokens, **settings)
-            app = server.make_app(session, told)
+            data = facts(
+                sliders, changes, report, prompt=prompt, low=span[0], high=span[1], most_tokens=session.most_tokens
+            )
+            app = server.make_app(session, data)
             server.serve(app, sock, session, lambda url: click.echo(f"{url}  (Ctrl-C ends it)"))
     click.echo("ended", err=True)

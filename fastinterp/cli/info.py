@@ -1,4 +1,4 @@
-"""`methods` and `doctor`: what this installation can do."""
+"""`methods` and `doctor`: the merge methods, and the properties of this machine and installation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--markdown", is_flag=True, help="List them as a table in Markdown.")
+@click.option("--markdown", is_flag=True, help="Print the list as a Markdown table.")
 def methods(name: str | None, markdown: bool) -> None:
-    """List the merge methods, or explain the one called NAME.
+    """List the merge methods, or describe the method NAME.
 
     \b
     Example:
@@ -26,8 +26,8 @@ def methods(name: str | None, markdown: bool) -> None:
     from fastinterp.methods import find, names
 
     if name is not None:
-        found = find(name)
-        options.say(f"{found.doc}\n\nExample recipe:\n\n{example(found)}")
+        method = find(name)
+        options.say(f"{method.doc}\n\nExample recipe:\n\n{example(method)}")
         return
     if markdown:
         options.say(table())
@@ -38,33 +38,33 @@ def methods(name: str | None, markdown: bool) -> None:
 
 
 def _headline(method: Method) -> tuple[str, str]:
-    """What it does, and its formula: on the docstring's first line, or on the first that starts with `out =`."""
+    """Summary and formula of a method, from the first line of its docstring, or from the line with `out =`."""
     lines = method.doc.splitlines()
-    does, _, formula = lines[0].partition("     ")
+    summary, _, formula = lines[0].partition("     ")
     if not formula:
         formula = next(line for line in map(str.strip, lines) if line.startswith("out = "))
-    return does, formula.strip().split("  ")[0]
+    return summary, formula.strip().split("  ")[0]
 
 
 def table() -> str:
-    """The methods as a Markdown table: what each does, its formula, models and parameters."""
+    """The methods as a Markdown table: summary, formula, number of models, parameters."""
     from fastinterp.methods import find, names
 
     lines = ["| method | does | formula | models | parameters |", "|---|---|---|---|---|"]
     for name in names():
-        found = find(name)
-        does, formula = (part.replace("|", "\\|") for part in _headline(found))  # a bar would end the cell
-        low, high = found.models
+        method = find(name)
+        summary, formula = (part.replace("|", "\\|") for part in _headline(method))  # a bar would end the cell
+        low, high = method.models
         models = f"{low}" if low == high else f"{low} to {high}"
-        base = {"required": ", with a base", "optional": ", with or without a base", "none": ""}[found.base]
-        parameters = ", ".join(f"`{p.name}`" for p in found.parameters)
-        lines.append(f"| `{name}` | {does} | `{formula}` | {models}{base} | {parameters} |")
+        base = {"required": ", with a base", "optional": ", with or without a base", "none": ""}[method.base]
+        parameters = ", ".join(f"`{p.name}`" for p in method.parameters)
+        lines.append(f"| `{name}` | {summary} | `{formula}` | {models}{base} | {parameters} |")
     return "\n".join(lines)
 
 
 def example(method: Method) -> str:
-    """A recipe that the method accepts: YAML, with the parameters that must be given, else the first that may be None:
-    of `ema`, one must be given, too. And with a density, without which nothing is dropped.
+    """A recipe in YAML that the method accepts. It has the required parameters, or if there are none the first that may
+    be None (`ema` needs one of those); and the density, whose default drops nothing.
     """
     needed = [p for p in method.parameters if p.required] or [p for p in method.parameters if p.optional][:1]
     needed += [p for p in method.parameters if p.name in ("density", "select_topk") and p not in needed]
@@ -79,15 +79,15 @@ def example(method: Method) -> str:
     for letter in "abcd"[:count]:
         lines.append(f"  - model: models/{letter}")
         if each:
-            own = ", ".join(f"{p.name}: {_sample(p, f'models/{letter}-{p.name}')}" for p in each)
-            lines.append(f"    parameters: {{{own}}}")
+            values = ", ".join(f"{p.name}: {_sample(p, f'models/{letter}-{p.name}')}" for p in each)
+            lines.append(f"    parameters: {{{values}}}")
     if once:
         lines.append("parameters: {" + ", ".join(once) + "}")
     return "\n".join(lines)
 
 
 def _sample(parameter: Parameter, checkpoint: str = "") -> str:
-    """A value that the parameter accepts."""
+    """A value that the parameter accepts, as YAML."""
     from fastinterp.methods import Sidecar
 
     if parameter.kind is Sidecar:
@@ -101,18 +101,18 @@ def _sample(parameter: Parameter, checkpoint: str = "") -> str:
 @click.command()
 @options.as_json
 def doctor(as_json: bool) -> None:
-    """Show what this machine has and how fast it is.
+    """Show versions, hardware and speed of this machine.
 
-    Versions, processor, GPUs, settings, and a two-second measurement of memory and file bandwidth.
+    Versions, CPU, GPUs, settings, and the bandwidth of memory and files, measured in two seconds.
 
     \b
     Example:
       fastinterp doctor
     """
-    from fastinterp.system import doctor as checkup
+    from fastinterp.system import doctor as diagnosis
 
-    found = checkup.examine()
+    values = diagnosis.examine()
     if as_json:
-        options.say_json(found)
+        options.say_json(values)
     else:
-        options.say(checkup.as_text(found))
+        options.say(diagnosis.as_text(values))

@@ -17,7 +17,7 @@ from fastinterp.errors import FastinterpError, OutputError
 if TYPE_CHECKING:
     from fastinterp.execute.report import Report
 
-_VISIBLE = 0.01  # an alpha that acts as one that is off by more than this share of it is worth a word
+_VISIBLE = 0.01  # relative difference of an effective alpha from the alpha, above which it is shown
 
 
 @click.command()
@@ -25,11 +25,11 @@ _VISIBLE = 0.01  # an alpha that acts as one that is off by more than this share
 @click.argument("out")
 @options.output
 def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) -> None:
-    """Merge checkpoints as a recipe says.
+    """Merge checkpoints according to a recipe.
 
-    RECIPE is a YAML file, or - for stdin; OUT a new folder. Each input byte is read once, or once more for each
-    statistic that the method asks for: see `fastinterp methods NAME`. Started by torchrun or srun, all processes share
-    the output files among them.
+    RECIPE is a YAML file, or - for stdin; OUT a new folder. Each input byte is read once, and once more for each
+    statistic that the method needs: see `fastinterp methods NAME`. Processes started by torchrun or srun share the
+    work: each writes a part of the output files.
 
     \b
     Example:
@@ -49,7 +49,7 @@ def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) ->
         with kept_of(Path(out)), progress.shown(quiet or as_json or me.rank > 0) as shown:
             shared = distributed.merge(recipe, out, me, progress=shown, **settings)
         if shared is None:
-            return  # rank 0 tells
+            return  # rank 0 prints the report
         report = shared
     if as_json:
         options.say_json(report.as_dict())
@@ -64,19 +64,21 @@ def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) ->
 @click.argument("b")
 @click.option(
     "--alpha", "points", callback=alphas, multiple=True, required=True, metavar="ALPHA",
-    help="0 is A, 1 is B; any number, several as 0,0.5,1, or a range as 0:1:0.25. May be given several times.",
+    help="Position on the line: 0 is A, 1 is B. A number, a list 0,0.5,1 or a range 0:1:0.25. Repeatable.",
 )  # fmt: skip
-@click.option("-o", "--out", required=True, metavar="DIR", help="Several outputs go to DIR/alpha_0.3 and so on.")
+@click.option(
+    "-o", "--out", required=True, metavar="DIR", help="Output folder; of several outputs, DIR/alpha_0.3 and so on."
+)
 @click.option("--base", metavar="CKPT", help="Task vectors: base + (1 - alpha)*(A - base) + alpha*(B - base).")
-@click.option("--integers", metavar="CKPT", help="Whose integer tensors to take. Default: they must agree.")
+@click.option("--integers", metavar="CKPT", help="Take integer tensors from CKPT. Default: they must be equal.")
 @options.output
 def interpolate(
     a: str, b: str, points: list[float], out: str, base: str | None, quiet: bool, as_json: bool,
     **settings: Any,
 ) -> None:  # fmt: skip
-    """Walk the line from checkpoint A to B, and beyond.
+    """Interpolate between checkpoints A and B, or extrapolate.
 
-    The output is A + alpha*(B - A). Several alphas are made from one read of A and B, up to 256 of them.
+    The output is A + alpha*(B - A). One read of A and B makes up to 256 outputs.
 
     \b
     Example:
@@ -94,35 +96,35 @@ def interpolate(
         reports = api.interpolate(a, b, points, out, base=base, progress=shown, **settings)
     acting = [_acts_as(p, r) if base is None else None for p, r in zip(points, reports, strict=True)]
     if as_json:
-        found = zip(points, acting, reports, strict=True)
-        options.say_json([{"alpha": p, "acts_as": x, **r.as_dict()} for p, x, r in found])
+        rows = zip(points, acting, reports, strict=True)
+        options.say_json([{"alpha": p, "acts_as": x, **r.as_dict()} for p, x, r in rows])
     elif quiet:
         warn(reports)
     else:
         lines = _path_lines(points, acting, reports)
         older = _older_points(Path(out), outs) if len(outs) > 1 else 0
         if older:
-            lines.append(f"  left as they are: {counted(older, 'older alpha_* folder')} in {plain(out)}")
+            lines.append(f"  not changed: {counted(older, 'older alpha_* folder')} in {plain(out)}")
         options.say("\n".join(lines))
 
 
 @contextmanager
 def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
-    """When the run inside is interrupted or cannot write, note what was finished before that: weights appear last."""
+    """Context manager: if the run is interrupted or cannot write, note which of `outs` are complete for the message."""
     start = time.time()
     try:
         yield
     except (KeyboardInterrupt, OutputError) as error:
         done = [str(o) for o in outs if any(p.stat().st_mtime >= start for p in o.glob("*.safetensors"))]
-        said = f"finished before that: {', '.join(done)}" if done else "nothing was written"
-        if said not in str(error):
-            click.get_current_context().meta[OUTCOME] = [said]
+        note = f"finished before that: {', '.join(done)}" if done else "nothing was written"
+        if note not in str(error):
+            click.get_current_context().meta[OUTCOME] = [note]
         raise
 
 
 @contextmanager
 def kept_of(out: Path) -> Iterator[None]:
-    """When a merge that several processes share ends early, note what the next one goes on from."""
+    """Context manager: if a merge of several processes fails, note the complete files, with which it can be resumed."""
     from fastinterp.checkpoint.shared_output_folder import journals
 
     try:
@@ -130,33 +132,35 @@ def kept_of(out: Path) -> Iterator[None]:
     except (KeyboardInterrupt, FastinterpError):
         done = journals(out)
         if done:
-            click.get_current_context().meta[OUTCOME] = [f"{done} complete files are kept: start the same merge again"]
+            click.get_current_context().meta[OUTCOME] = [
+                f"{done} complete files are kept: run the same merge again to resume"
+            ]
         raise
 
 
 def _acts_as(alpha: float, report: Report) -> float | None:
-    """The alpha that the output's rounding made of `alpha`; None for copies."""
+    """The effective alpha after the rounding of the output; None for copies."""
     strength = report.effect.strength
     return None if strength is None else alpha * strength
 
 
 def _path_lines(points: Sequence[float], acting: Sequence[float | None], reports: Sequence[Report]) -> list[str]:
-    """Alphas that act visibly as others are shown as such."""
+    """The text about one or several outputs, with effective alphas where they differ from the alphas."""
     from fastinterp.execute.report import COPIES
     from fastinterp.messages import plain, size, table
     from fastinterp.ops.combine import MAX_OUTPUTS
 
-    told = [
+    effective = [
         f"{acts:.3g}" if acts is not None and abs(acts - alpha) > _VISIBLE * abs(alpha) else ""
         for alpha, acts in zip(points, acting, strict=True)
     ]
     if len(reports) == 1:
-        return [reports[0].summary(), *(f"  alpha {points[0]:g} acts as {acts}" for acts in told if acts)]
+        return [reports[0].summary(), *(f"  alpha {points[0]:g} acts as {acts}" for acts in effective if acts)]
     run, reads = reports[0], -(-len(reports) // MAX_OUTPUTS)
     read = "one read" if reads == 1 else f"{reads} reads"
     lines = [f"{len(reports)} outputs from {read}: {size(run.bytes_read)} read, {run.pace()}"]
-    rows = [["alpha", "acts as" if any(told) else "", "changed", "relative change", "output"]]
-    for alpha, acts, report in zip(points, told, reports, strict=True):
+    rows = [["alpha", "acts as" if any(effective) else "", "changed", "relative change", "output"]]
+    for alpha, acts, report in zip(points, effective, reports, strict=True):
         effect = report.effect
         fraction, relative = effect.changed_fraction, effect.relative_change
         change = ["copy", ""] if fraction is None else [f"{fraction:.1%}", f"{relative or 0:.1e}"]
@@ -174,7 +178,7 @@ def _older_points(out: Path, outs: Sequence[Path]) -> int:
 
 
 def _shared(note: str, every: Sequence[Sequence[str]]) -> bool:
-    """What is said of all outputs is said once."""
+    """Whether all outputs have the note, so that it is printed once."""
     return all(note in notes for notes in every)
 
 

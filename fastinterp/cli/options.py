@@ -1,4 +1,4 @@
-"""What the commands share: options, and how results get to stdout."""
+"""Options that several commands have, and output to stdout."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _from_stdin(ctx: click.Context, param: click.Parameter, given: str) -> str:
-    """The text on stdin for `-`; a recipe's path otherwise."""
-    if given != "-":
-        return given
+def _from_stdin(ctx: click.Context, param: click.Parameter, path: str) -> str:
+    """The text on stdin for `-`, else the path."""
+    if path != "-":
+        return path
     try:
         return sys.stdin.buffer.read().decode("utf-8-sig") + "\n"  # with a newline it is a recipe, not a path
     except UnicodeDecodeError as error:
@@ -30,14 +30,20 @@ def _from_stdin(ctx: click.Context, param: click.Parameter, given: str) -> str:
 
 
 recipe = click.argument("recipe", callback=_from_stdin)
-threads = click.option("--threads", type=int, metavar="N", help="Default: one per CPU, at most 32.")
+threads = click.option(
+    "--threads", type=int, metavar="N", help="Number of CPU threads. Default: one per CPU, at most 32."
+)
 max_shard_size = click.option(
-    "--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Tensor data in one output file."
+    "--max-shard-size",
+    default="5GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Largest size of the tensor data in one output file.",
 )
 max_memory = click.option(
-    "--max-memory", default="512MB", show_default=True, metavar="SIZE", help="Bound of the scratch memory."
+    "--max-memory", default="512MB", show_default=True, metavar="SIZE", help="Largest size of the scratch memory."
 )
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else there.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 quiet = click.option("--quiet", is_flag=True, help="Print errors and warnings only.")
 
 _OUTPUT = (
@@ -46,36 +52,49 @@ _OUTPUT = (
         default="auto",
         show_default=True,
         metavar="NAME",
-        help="cpu, cuda, cuda:0,1, triton; auto: what should be faster.",
+        help="Where to compute: cpu, cuda, cuda:0,1 or triton; auto: the one estimated to be faster.",
     ),
     threads,
     max_shard_size,
     max_memory,
     click.option(
-        "--dtype", metavar="NAME", help="Store float32, bfloat16, ...; default: as the inputs, or as the recipe says."
+        "--dtype",
+        metavar="NAME",
+        help="Output dtype: float32, bfloat16, ... Default: that of the recipe, else that of the inputs.",
     ),
-    click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), help="Default: nearest, to even."),
     click.option(
-        "--seed", type=int, metavar="N", help="Of random keeps and stochastic rounding. Default: the recipe's, else 0."
+        "--rounding",
+        type=click.Choice(["nearest", "stochastic"]),
+        help="Rounding of the output. Default: that of the recipe, else to nearest even.",
     ),
-    click.option("--force", is_flag=True, help="Replace a checkpoint that is already there."),
-    click.option("--durable", is_flag=True, help="fsync all files: slower, but survives a crash of the machine."),
+    click.option(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="Seed of random masks and stochastic rounding. Default: that of the recipe, else 0.",
+    ),
+    click.option("--force", is_flag=True, help="Replace a checkpoint in the output folder."),
+    click.option(
+        "--durable",
+        is_flag=True,
+        help="Call fsync on all files: slower, but the output survives a crash of the machine.",
+    ),
     quiet,
     as_json,
 )
 
 
 def output(command: F) -> F:
-    """All options of a command that writes checkpoints. Their names are the keyword arguments of `fastinterp.merge`."""
+    """Decorator: the options of a command that writes checkpoints, named like the keyword arguments of `merge`."""
     for option in reversed(_OUTPUT):
         command = option(command)
     return command
 
 
 def rank() -> Rank | None:
-    """This process among those that torchrun or srun started to merge together; None if it is alone.
+    """The rank of this process, if torchrun or srun started it to share a merge with others; else None.
 
-    Raises: BackendError, if what they say is incomplete.
+    Raises: BackendError, if their environment variables are incomplete.
     """
     if not {"RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"} & os.environ.keys():
         return None
@@ -89,27 +108,29 @@ def refuse_ranks(command: str) -> None:
     me = rank()
     if me is not None:
         raise UsageError(
-            f"`{command}` runs in one process, but this is rank {me.rank} of {me.world}. Start it once, without "
-            "torchrun or srun; or write a recipe and `merge` it, which all ranks share"
+            f"`{command}` runs in one process, but this is rank {me.rank} of {me.world}. Start it without "
+            "torchrun or srun, or use `merge`, which several processes can share"
         )
 
 
 def say(text: str) -> None:
     """Print a result on stdout.
 
-    Raises: StorageError, if it cannot be written; a reader that has gone away (`| head`) ends the program quietly.
+    Raises: StorageError, if it cannot be written; a closed pipe (`| head`) ends the program without a message.
     """
     try:
         click.echo(text)
     except BrokenPipeError:
         raise  # click ends the program
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more when it ends
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python fails again when it flushes stdout at exit
         raise StorageError(f"stdout cannot be written: {error.strerror}") from None
 
 
 def say_json(value: Any) -> None:
-    """Print `value` on stdout as JSON. NaN and Inf, which JSON does not have, become null."""
+    """Print `value` on stdout as JSON, with null for NaN and Inf."""
     try:
         text = json.dumps(value, indent=2, allow_nan=False)
     except ValueError:

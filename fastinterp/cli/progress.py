@@ -1,4 +1,4 @@
-"""How far a run is, on stderr: a bar on a terminal, a plain line every ten seconds elsewhere."""
+"""Progress of a run on stderr: a bar on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 Progress = Callable[[int, int], None]  # bytes done and bytes to do, about ten times a second
 
 _LINE_S = 10.0  # between plain lines
-_PATIENCE_S = 0.3  # a run that is over sooner shows no bar
-_RECENT_S = 5.0  # what the rate is taken over
+_PATIENCE_S = 0.3  # a shorter run shows no bar
+_RECENT_S = 5.0  # the rate is an average over this time
 
 
 @contextmanager
 def shown(quiet: bool) -> Iterator[Progress | None]:
-    """The progress callback for a run inside the `with`; None if nothing is to be shown."""
+    """Context manager: the progress callback for the run inside; None if `quiet`."""
     if quiet or sys.stderr is None:  # None: it was closed before the program started
         yield None
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
@@ -33,7 +33,7 @@ def shown(quiet: bool) -> Iterator[Progress | None]:
 
 
 class _Rate:
-    """Bytes per second, over the last few seconds."""
+    """Bytes per second over the last few seconds."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()
@@ -64,7 +64,7 @@ class _Lines:
 
 
 class _Bar:
-    """Draws from the calling thread: the run calls often enough, and its threads have the processors."""
+    """A progress bar, drawn in the thread that calls it, about ten times a second."""
 
     def __init__(self) -> None:
         self._rate = _Rate()
@@ -79,7 +79,7 @@ class _Bar:
         self._bar.update(self._task, completed=done, text=self._rate.text(done, total), refresh=True)
 
     def _open(self, total: int) -> None:
-        # Here, because it takes as long to load as a small merge takes.
+        # Imported here: it takes as long as a small merge.
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
@@ -94,7 +94,7 @@ class _Bar:
 
 
 def _duration(seconds: float) -> str:
-    """`4 s`, `3 min`, `2 h`: as precise as an estimate can be."""
+    """A duration with one unit: `4 s`, `3 min`, `2 h`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.0f} h"

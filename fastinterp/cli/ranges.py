@@ -1,4 +1,4 @@
-"""Numbers on the command line: `0.3`, `0,0.5,1`, ranges as `0:1:0.25`, and what is named, as `formal=-1:1:0.5`."""
+"""Parsers of option values: numbers `0.3`, lists `0,0.5,1`, ranges `0:1:0.25`, and named ones `formal=-1:1:0.5`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def alphas(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 
 
 def numbers(ctx: click.Context, param: click.Parameter, value: str) -> list[float]:
-    """Those in one value: numbers and ranges, commas between them. 0 and 1 also where a sum of steps just misses them.
+    """The numbers in one value: numbers and ranges, separated by commas. Those within rounding of 0 and 1 become these.
 
     Raises: BadParameter.
     """
@@ -28,7 +28,7 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str) -> list[floa
 
 
 def _range(ctx: click.Context, param: click.Parameter, part: str, value: str) -> list[float]:
-    """value: of which it is a part, for messages"""
+    """The numbers of `part`, a number or a range. value: the whole text, for messages."""
     from decimal import Decimal
 
     try:
@@ -47,25 +47,25 @@ def _range(ctx: click.Context, param: click.Parameter, part: str, value: str) ->
 
 
 def named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """`NAME=VALUE`, several times."""
-    found: dict[str, str] = {}
+    """The values of `NAME=VALUE`, given several times, by name."""
+    items: dict[str, str] = {}
     for value in values:
         name, equals, rest = value.partition("=")
         if not equals or not name or not rest:
             raise click.BadParameter(f"{value!r} is not NAME=VALUE", ctx, param)
-        if name in found:
-            raise click.BadParameter(f"{name!r} is given twice", ctx, param)
-        found[name] = rest
-    return found
+        if name in items:
+            raise click.BadParameter(f"{name!r} is repeated", ctx, param)
+        items[name] = rest
+    return items
 
 
 def grids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, list[float]]:
-    """`NAME=NUMBERS`, several times."""
+    """The numbers of `NAME=NUMBERS`, given several times, by name."""
     return {name: numbers(ctx, param, text) for name, text in named(ctx, param, values).items()}
 
 
 def _range_problem(first: Decimal, last: Decimal, step: Decimal) -> str:
-    """What is wrong with a range, and one that would do; nothing, if it has at least one point and not too many."""
+    """The error message about a range, with one that is valid; empty if it has at least one point and not too many."""
     from decimal import Decimal
 
     text, span = f"{first}:{last}:{step}", last - first
@@ -80,4 +80,4 @@ def _range_problem(first: Decimal, last: Decimal, step: Decimal) -> str:
     power = Decimal(10) ** least.adjusted()
     fits = next(k * power for k in (1, 2, 5, 10) if k * power >= least).copy_sign(span)
     instead = f"{first}:{last}:{fits.normalize():f}"
-    return f"{text} has {count:.6g} points, at most {MAX_POINTS} are made at once. Write {instead}"
+    return f"{text} has {count:.6g} points, but at most {MAX_POINTS} are possible. Use {instead}"

@@ -1,4 +1,4 @@
-"""`sweep`: many points of a path from one read."""
+"""`sweep`: many points of a path from one read of the models."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import click
 from fastinterp.cli import options, ranges
 from fastinterp.cli.merge import outcome_of, warn
 from fastinterp.errors import UsageError
+from fastinterp.messages import counted, plain, size, table
 
 if TYPE_CHECKING:
     from fastinterp.paths.points import Point
@@ -26,37 +27,44 @@ if TYPE_CHECKING:
 @click.argument("b", required=False)
 @click.option(
     "--alphas", callback=ranges.alphas, multiple=True, metavar="ALPHAS",
-    help="Points from A (0) to B (1), and beyond: -0.5:1.5:0.1, or 0,0.5,1. May be given several times.",
+    help="Points from A (0) to B (1), and beyond: -0.5:1.5:0.1, or 0,0.5,1. Repeatable.",
 )  # fmt: skip
-@click.option("-o", "--out", metavar="DIR", help="The outputs go to DIR/alpha_0.3, DIR/pos_0.25_formal_-1 and so on.")
-@click.option("--base", metavar="CKPT", help="Where directions start; with A and B: base + (1-alpha)*(A-base) + ...")
+@click.option("-o", "--out", metavar="DIR", help="Output folder: DIR/alpha_0.3, DIR/pos_0.25_formal_-1 and so on.")
+@click.option("--base", metavar="CKPT", help="Start of the directions; with A and B: base + (1-alpha)*(A-base) + ...")
 @click.option("--add", callback=ranges.named, multiple=True, metavar="NAME=CKPT", help="A direction from the base.")
 @click.option(
     "--grid", callback=ranges.grids, multiple=True, metavar="NAME=POINTS",
-    help="How far to go in that direction: 0:1:0.25, or 0,0.5,1.",
+    help="Distances in that direction: 0:1:0.25, or 0,0.5,1.",
 )  # fmt: skip
-@click.option("--method", metavar="NAME", help="Another than the straight line: slerp, ties, ... (fastinterp methods).")
 @click.option(
-    "--parameter", "parameters", callback=ranges.named, multiple=True, metavar="NAME=VALUE", help="Of the method."
+    "--method", metavar="NAME", help="A method instead of the straight line: slerp, ties, ... (fastinterp methods)."
 )
-@click.option("--integers", metavar="CKPT", help="Whose integer tensors to take. Default: they must agree.")
-@click.option("--virtual", is_flag=True, help="Write only a recipe per point, for fastinterp.load to carry out.")
+@click.option(
+    "--parameter",
+    "parameters",
+    callback=ranges.named,
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A parameter of the method.",
+)
+@click.option("--integers", metavar="CKPT", help="Take integer tensors from CKPT. Default: they must be equal.")
+@click.option("--virtual", is_flag=True, help="Write only a recipe per point, for fastinterp.load.")
 @click.option(
     "--in-memory", metavar="MODULE:FUNCTION",
     help="Write nothing: call function(point, tensors) for each point, and print what it returns.",
 )  # fmt: skip
 @click.option(
     "--framework", type=click.Choice(["torch", "numpy"]), default="torch", show_default=True,
-    help="Whose tensors the function of --in-memory gets.",
+    help="Library of the tensors that --in-memory passes on.",
 )  # fmt: skip
 @options.output
 def sweep(
     a: str | None, b: str | None, out: str | None, in_memory: str | None, parameters: dict[str, str], quiet: bool,
     as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
-    """Make many points of a path from one read of the models.
+    """Merge at many points of a path, reading the models once.
 
-    Points are on the line from A to B, and beyond; or a grid of directions from a base.
+    Points are on the line from A to B, and beyond; or on a grid of directions from a base.
 
     \b
     Example:
@@ -64,20 +72,20 @@ def sweep(
       fastinterp sweep --base base/ --add pos=P/ --add formal=F/ --grid pos=0:1:0.25 --grid formal=-1:1:0.5 -o grid/
     """
     from fastinterp.cli import progress
-    from fastinterp.paths import sweep as steer
+    from fastinterp.paths.sweep import sweep as run_sweep
 
     options.refuse_ranks("sweep")
     if not settings["alphas"]:
         settings["alphas"] = None
     if in_memory is not None:
-        settings["max_memory"] = _given("max_memory", settings["max_memory"])
+        settings["max_memory"] = _unless_default("max_memory", settings["max_memory"])
     settings["parameters"] = {name: _value(text) for name, text in parameters.items()}
     callback = None
     if in_memory is not None:
         gc.enable()  # the function may leave garbage at every point
-        callback = _told(_function(in_memory), in_memory, as_json)
+        callback = _callback(_function(in_memory), in_memory, as_json)
     with outcome_of([] if out is None else _Folders(out)), progress.shown(quiet or as_json) as shown:
-        points = steer.sweep(a, b, out=out, in_memory=callback, progress=shown, **settings)
+        points = run_sweep(a, b, out=out, in_memory=callback, progress=shown, **settings)
     if as_json:
         options.say_json([_as_dict(point) for point in points])
     elif quiet:
@@ -87,7 +95,7 @@ def sweep(
 
 
 class _Folders(Iterable[Path]):
-    """The folders in a folder when they are looked at: those of a sweep are not known before."""
+    """The subfolders of a folder, listed at each iteration: those of a sweep are not known before it."""
 
     def __init__(self, folder: str):
         self._folder = Path(folder)
@@ -96,61 +104,62 @@ class _Folders(Iterable[Path]):
         return iter(sorted(p for p in self._folder.glob("*") if p.is_dir()))
 
 
-def _given(name: str, value: Any) -> Any:
-    """`value`, or None if it is only the option's default."""
+def _unless_default(name: str, value: Any) -> Any:
+    """The value of an option, or None if it is the default."""
     source = click.get_current_context().get_parameter_source(name)
     return None if source is click.core.ParameterSource.DEFAULT else value
 
 
 def _value(text: str) -> Any:
-    """A parameter as recipes have it: numbers, true and false; all else is text."""
+    """A parameter's value as in recipes: JSON, or else text."""
     try:
         return json.loads(text)
     except ValueError:
         return text
 
 
-def _function(named: str) -> Callable[..., Any]:
-    """The function of `MODULE:FUNCTION`; modules are looked for in the current folder first."""
+def _function(argument: str) -> Callable[..., Any]:
+    """The function of `MODULE:FUNCTION`; the module may be in the current folder. Raises: UsageError."""
     from importlib import import_module
 
-    module, colon, name = named.partition(":")
+    module, colon, name = argument.partition(":")
     if not colon or not module or not name:
-        raise UsageError(f"--in-memory takes MODULE:FUNCTION, got {named!r}")
+        raise UsageError(f"--in-memory takes MODULE:FUNCTION, got {argument!r}")
     sys.path.insert(0, "")
     try:
-        found = getattr(import_module(module), name, None)
+        function: object = getattr(import_module(module), name, None)
     except ImportError as error:
-        raise UsageError(f"--in-memory {named}: {error}") from None
-    if not callable(found):
-        raise UsageError(f"--in-memory {named}: {module} has no function {name}")
-    return found  # type: ignore[no-any-return]
+        raise UsageError(f"--in-memory {argument}: {error}") from None
+    if not callable(function):
+        raise UsageError(f"--in-memory {argument}: {module} has no function {name}")
+    return function
 
 
-def _told(function: Callable[..., Any], named: str, as_json: bool) -> Callable[..., Any]:
-    """The function, its results in Python's own types. For JSON what is none is refused, before more points are made.
+def _callback(function: Callable[..., Any], argument: str, as_json: bool) -> Callable[[Point, dict[str, Any]], Any]:
+    """Calls `function` and returns its result in Python's own types. For JSON other types are refused at once.
 
-    Raises: UsageError, also if the function raises anything, after its traceback.
+    argument  of --in-memory, for messages
+    The callback raises UsageError, also if the function raises anything, whose traceback is printed.
     """
 
-    def told(point: Point, tensors: dict[str, Any]) -> Any:
+    def call(point: Point, tensors: dict[str, Any]) -> Any:
         try:
             result = function(point, tensors)
         except Exception as error:  # any: it is the user's own
             click.echo("".join(traceback.format_exception(error.with_traceback(_below(error)))).rstrip(), err=True)
             what = f"{type(error).__name__}: {error}".rstrip(": ")
-            raise UsageError(f"--in-memory {named} raised {what} at {point.name}") from None
+            raise UsageError(f"--in-memory {argument} raised {what} at {point.name}") from None
         try:
             return _python(result)
         except TypeError as error:
             if as_json:
                 raise UsageError(
-                    f"--in-memory {named} returned {error} at {point.name}, which JSON does not have. Return numbers, "
-                    "text, lists or mappings of them by name"
+                    f"--in-memory {argument} returned {error} at {point.name}, which JSON does not have. Return "
+                    "numbers, text, lists or mappings of them by name"
                 ) from None
             return result
 
-    return told
+    return call
 
 
 def _below(error: Exception) -> TracebackType | None:
@@ -159,7 +168,7 @@ def _below(error: Exception) -> TracebackType | None:
 
 
 def _python(value: Any) -> Any:
-    """With numbers of numpy and torch as Python's. Raises: TypeError, that names what JSON does not have."""
+    """A result with numbers of numpy and torch as Python's. Raises: TypeError, which names a type that JSON lacks."""
     if isinstance(value, float):
         return float(value)  # numpy.float64 is one
     if value is None or isinstance(value, (bool, int, str)):
@@ -175,11 +184,12 @@ def _python(value: Any) -> Any:
     if hasattr(value, "item") and count == 1:
         return _python(value.item())
     shape = getattr(value, "shape", None)
-    of = "" if shape is None else f" of shape {list(shape)}"
-    raise TypeError(f"a {type(value).__module__}.{type(value).__qualname__}{of}")
+    suffix = "" if shape is None else f" of shape {list(shape)}"
+    raise TypeError(f"a {type(value).__module__}.{type(value).__qualname__}{suffix}")
 
 
 def _as_dict(point: Point) -> dict[str, Any]:
+    """A point as plain values, for JSON."""
     path = None if point.path is None else str(point.path)
     plain: dict[str, Any] = {"name": point.name, "at": dict(point.at), "acts_as": point.acts_as, "path": path}
     if point.report is not None:
@@ -188,8 +198,7 @@ def _as_dict(point: Point) -> dict[str, Any]:
 
 
 def _lines(points: Sequence[Point], virtual: bool) -> list[str]:
-    from fastinterp.messages import counted, plain, size, table
-
+    """What the command prints: a row per point, notes that all points share, and the warnings of each."""
     if virtual:
         folder = "" if points[0].path is None else str(points[0].path.parent)
         return [
@@ -206,9 +215,9 @@ def _lines(points: Sequence[Point], virtual: bool) -> list[str]:
         effect = report.effect
         fraction, relative = effect.changed_fraction, effect.relative_change
         change = ["copy", ""] if fraction is None else [f"{fraction:.1%}", f"{relative or 0:.1e}"]
-        acts = " ".join(f"{far:.3g}" for far in (point.acts_as or {}).values())
+        effective = " ".join(f"{distance:.3g}" for distance in (point.acts_as or {}).values())
         shown = str(point.path) if written else str(point.result)
-        rows.append([*(f"{far:g}" for far in point.at.values()), acts, *change, shown])
+        rows.append([*(f"{distance:g}" for distance in point.at.values()), effective, *change, shown])
     lines += table(rows, ">" * (len(names) + 3) + "<")
     shared = [note for note in reports[0].notes() if all(note in r.notes() for r in reports)]
     lines += [f"  {note}" for note in shared]

@@ -1,4 +1,4 @@
-"""Tensors whose methods ask before they sum, and sums by group and with masks: their requests as steps of the pump.
+"""Jobs of tensors whose methods request statistics before they sum, and steps of sums by group and with masks.
 
 Imported only where a plan has such tensors.
 """
@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 from fastinterp.backends import cpu
 from fastinterp.execute.densities import Density, densities
 from fastinterp.execute.jobs import Job, Result, is_copy
-from fastinterp.execute.tensor_io import Place, Step
+from fastinterp.execute.tensor_io import TensorIO, TensorStep
 from fastinterp.ops import steps
 from fastinterp.ops.combine import GroupRow, Row
 from fastinterp.ops.dtypes import F64
@@ -42,13 +42,13 @@ from fastinterp.ops.steps import MaskFill, MaskPlace
 from fastinterp.plan.method_run import MethodRun, inputs_of
 
 _AT_A_TIME = 1024  # groups whose numbers are Python's at a time
-Probes = Generator[Step, Any, Any]  # steps, sent their answers one by one; returns the answer to a request
+RequestSteps = Generator[TensorStep, Any, Any]  # steps, sent their answers one by one; returns the answer to a request
 MASK_BYTES = 64 << 20  # of one tensor that wait for its sum; more are found again
 Masks = dict[tuple[int, Keep, int], MaskPlace]  # by input, keep and seed
 
 
-class Asking(Job):
-    """A tensor that asks, and is written when all of its answers are in.
+class AdaptiveJob(Job):
+    """An output tensor whose method requests statistics of its inputs: it is written when all answers are there.
 
     n            inputs of the method; side-cars are behind them
     calls        as in MethodRun
@@ -57,14 +57,14 @@ class Asking(Job):
     """
 
     def __init__(
-        self, place: Place, n: int, calls: Sequence[Callable[[], Any]], name: str, seeds: Sequence[int],
+        self, place: TensorIO, n: int, calls: Sequence[Callable[[], Any]], name: str, seeds: Sequence[int],
         notes: bool = True,
     ):  # fmt: skip
         super().__init__(place, ())
         self.n, self._name, self._seeds = n, name, seeds
         self._run = MethodRun(name, calls, seeds)
         self._answers: dict[tuple[Request, int], Any] = {}
-        self._probing: dict[tuple[Request, int], tuple[Probes, Step]] = {}
+        self._probing: dict[tuple[Request, int], tuple[RequestSteps, TensorStep]] = {}
         self._written: list[tuple[int, ...]] = []
         # Per output: what it reads, whether it copies, and what thresholds keep of its inputs.
         self._effects: list[tuple[tuple[int, ...], bool, dict[int, Density]]] = []
@@ -93,7 +93,7 @@ class Asking(Job):
                 self._answers[asked] = answer
         self._go_on()
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[TensorStep]:
         if not self._run.ended:
             return [step for _, step in self._probing.values()]
         sums = self._run.sums
@@ -158,7 +158,7 @@ def _is_whole(request: Request) -> bool:
 
 
 def asked_of_all(
-    request: Select, jobs: Sequence[Asking], run: Callable[[Sequence[Step]], list[Result]], most: int
+    request: Select, jobs: Sequence[AdaptiveJob], run: Callable[[Sequence[TensorStep]], list[Result]], most: int
 ) -> Any:
     """Answer a request about the whole model: each pass goes over all tensors, whose counts are added.
 
@@ -188,7 +188,7 @@ def _added(total: Sequence[Any], more: Sequence[Any]) -> Sequence[Any]:
     return total or more
 
 
-def _probes(request: Request, place: Place, n: int, name: str, seed: int, masks: Masks | None) -> Probes:
+def _probes(request: Request, place: TensorIO, n: int, name: str, seed: int, masks: Masks | None) -> RequestSteps:
     """The steps that answer one request. Masks that they fill, for the sums, are added to `masks`."""
     inputs = inputs_of(request, n)
     operands = place.inputs(inputs)
@@ -216,8 +216,8 @@ def _probes(request: Request, place: Place, n: int, name: str, seed: int, masks:
 
 
 def _kept(
-    request: MeasureKept, place: Place, inputs: Sequence[int], name: str, seed: int, notes: bool
-) -> tuple[Step, dict[int, MaskPlace]]:
+    request: MeasureKept, place: TensorIO, inputs: Sequence[int], name: str, seed: int, notes: bool
+) -> tuple[TensorStep, dict[int, MaskPlace]]:
     """The step that answers the request, and by input the mask that it fills, if they are no burden to hold.
 
     In float64 the sum may compute with other deltas than the survey, which reads every input that is asked about.
@@ -239,7 +239,7 @@ def _kept(
     return place.asking(native, inputs, fills.masks.nbytes), filled
 
 
-def _selected(request: Select, place: Place, n: int) -> Probes:
+def _selected(request: Select, place: TensorIO, n: int) -> RequestSteps:
     from fastinterp.ops.select import selecting
 
     passes = selecting(request, place.numel)
@@ -251,7 +251,7 @@ def _selected(request: Select, place: Place, n: int) -> Probes:
         return end.value
 
 
-def _histogram(request: Select, asked: Any, place: Place, n: int) -> Step:
+def _histogram(request: Select, asked: Any, place: TensorIO, n: int) -> TensorStep:
     """The step of one pass; `asked` is a Coarse or Fine of ops/select.py."""
     from fastinterp.ops.select import elements_read, step
 
@@ -259,7 +259,7 @@ def _histogram(request: Select, asked: Any, place: Place, n: int) -> Step:
     share = elements_read(asked, place.numel) / max(1, place.numel)
     read = range(n) if request.score else {0, *asked.vectors}
     nbytes = round(share * sum(place.nbytes[i] for i in read))
-    return Step(place.name, native, nbytes, 16 * asked.bins)
+    return TensorStep(place.name, native, nbytes, 16 * asked.bins)
 
 
 class Groups(Sequence[Measured]):
@@ -322,13 +322,13 @@ def _row(asked: Sum) -> Row | GroupRow | MaskedCombine:
 
 
 def _writers(
-    place: Place,
+    place: TensorIO,
     rows: Sequence[Row | GroupRow | MaskedCombine],
     sums: Sequence[Sum],
     name: str,
     seeds: Sequence[int],
     masks: Precomputed,
-) -> list[tuple[tuple[int, ...], Step]]:
+) -> list[tuple[tuple[int, ...], TensorStep]]:
     """The steps that write all outputs, one for each kind of sum, and which outputs each of them writes."""
     plain: dict[int, Row] = {}
     groups: dict[Literal["row", "column"], dict[int, GroupRow]] = {}
@@ -341,7 +341,7 @@ def _writers(
             groups.setdefault(per, {})[k] = row
         else:
             plain[k] = row
-    writers: list[tuple[tuple[int, ...], Step]] = []
+    writers: list[tuple[tuple[int, ...], TensorStep]] = []
     if plain:
         writers.append((tuple(plain), place.combine([*plain.values()], plain)))
     writers += [(tuple(own), _group_writer(place, per, own)) for per, own in groups.items()]
@@ -350,7 +350,7 @@ def _writers(
     return writers
 
 
-def _group_writer(place: Place, per: Literal["row", "column"], rows: Mapping[int, GroupRow]) -> Step:
+def _group_writer(place: TensorIO, per: Literal["row", "column"], rows: Mapping[int, GroupRow]) -> TensorStep:
     """rows: by number of the output."""
     inputs = sorted({i for row in rows.values() for i in (row.pivot, *row.inputs)})
     at = {i: k for k, i in enumerate(inputs)}
@@ -366,8 +366,8 @@ def _group_writer(place: Place, per: Literal["row", "column"], rows: Mapping[int
 
 
 def _masked_writer(
-    place: Place, sums: Mapping[int, MaskedCombine], name: str, seeds: Sequence[int], masks: Precomputed
-) -> Step:
+    place: TensorIO, sums: Mapping[int, MaskedCombine], name: str, seeds: Sequence[int], masks: Precomputed
+) -> TensorStep:
     """sums: by number of the output."""
     inputs = sorted({i for one in sums.values() for i in read_inputs(one)})
     sinks, offsets, keys = place.places(sums)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from fastinterp.errors import OutputError
 from fastinterp.execute.jobs import Job, Result
 from fastinterp.execute.sources import Sources, storage
-from fastinterp.execute.tensor_io import Step
+from fastinterp.execute.tensor_io import TensorStep
 from fastinterp.ops.steps import Operand, Stored
 from fastinterp.plan.inputs import GatheredInput, IntermediateInput, PlannedTensor, StoredInput, TensorInput
 
@@ -90,7 +90,7 @@ class ChainedJob(Job):
     def last(self) -> Job | None:
         return self.now if not self._waiting else None
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[TensorStep]:
         return self._current().steps()
 
     def take(self, results: Sequence[Result]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from fastinterp.execute.sources import storage
 from fastinterp.ops.contract import CHUNK

@@ -1,4 +1,4 @@
-"""How many elements the thresholds of a method kept, beside how many it asked for: all that equal a threshold stay."""
+"""Densities: the number of elements that a method's thresholds keep, beside the number intended. Ties are all kept."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from fastinterp.ops.requests import MaskedCombine, Select, Selected, Sum
 
-_NOTICED = 0.01  # a density obtained that is off by more than this is worth a word
+_NOTICED = 0.01  # a density that differs by more than this from the intended one is noted
 
 
 @dataclass(frozen=True, slots=True)
 class Density:
-    """Of one model in one tensor, or in several together.
+    """The density of one model in one tensor, or in several together.
 
-    asked  elements that the method wanted to keep
-    kept   those that it keeps. Where the largest are dropped, those that equal their threshold are not counted
-    numel  of how many; 0: of all merged tensors together, as where a density is one of the whole model
+    asked  number of elements that the method intended to keep
+    kept   number of elements that it keeps. Where the largest are dropped, ties with their threshold are not counted
+    numel  number of all elements; 0: those of all merged tensors, where the density is that of the whole model
     """
 
     asked: int
@@ -25,7 +25,7 @@ class Density:
     numel: int
 
     def as_dict(self, whole: int) -> dict[str, float]:
-        """Shares. whole: elements of all merged tensors."""
+        """Fractions. whole: number of elements of all merged tensors."""
         of = self.numel or whole
         return {"asked": self.asked / of, "kept": self.kept / of}
 
@@ -59,7 +59,7 @@ def together(found: Iterable[Density]) -> Density:
 
 
 def as_dict(models: Mapping[str, Mapping[str, Density]], whole: int) -> dict[str, Any]:
-    """Plain values: of each model, and of its tensors."""
+    """Plain values for each model, and for each of its tensors."""
     return {
         name: {
             **together(tensors.values()).as_dict(whole),
@@ -79,4 +79,4 @@ def note(models: Mapping[str, Mapping[str, Density]], whole: int) -> str | None:
     name = max(noticed, key=off.__getitem__)
     others = "" if len(noticed) == 1 else f" and {len(noticed) - 1} more"
     asked, kept = shares[name]["asked"], shares[name]["kept"]
-    return f"density {asked:.2f} asked, {kept:.2f} kept of {name}{others}: magnitudes tie"
+    return f"density {kept:.2f} instead of {asked:.2f} for {name}{others}: equal magnitudes are all kept"

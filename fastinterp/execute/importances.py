@@ -1,4 +1,4 @@
-"""Importances of side-cars that are negative, found in samples: a merge divides by their sum."""
+"""Importances of side-cars that are negative, negative in samples: a merge divides by their sum."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _CODES: Any = {1: "B", 2: "H", 4: "I", 8: "Q"}  # unsigned integers of so many b
 def negative_importances(plan: Plan) -> list[str]:
     """What to say about side-cars whose samples hold numbers below 0: no importance is, and sums of them divide."""
     every = {id(t): t for tensor in plan.tensors for t in tensor.stages}.values()
-    found: dict[str, list[str]] = {}
+    negative: dict[str, list[str]] = {}
     for tensor in spread_over([t for t in every if t.program and t.numel and len(t.inputs) > t.model_count]):
         for i, entry in tensor.pairs[tensor.model_count :]:
             if entry.plain is not None and _below_0(middle_chunk(entry.plain)):
-                found.setdefault(plan.checkpoints[i].name, []).append(tensor.name)
+                negative.setdefault(plan.checkpoints[i].name, []).append(tensor.name)
     return [
         f"the side-car {plain(name)} holds numbers below 0, in {plain(tensors[0])} for example: importances must not "
         "be negative, since the merge divides by their sum"
-        for name, tensors in found.items()
+        for name, tensors in negative.items()
     ]
 
 

@@ -1,4 +1,4 @@
-"""Tensors on their way through the pump: what is to be done for them next, and what came of it."""
+"""Jobs: the state of one output tensor during execution. A job yields steps and takes their results. No I/O."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.execute.tensor_io import Place, Step
+from fastinterp.execute.tensor_io import TensorIO, TensorStep
 from fastinterp.ops.combine import Row
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Result:
 
 
 class Job:
-    """A tensor of which everything is known: one step writes it.
+    """An output tensor whose sums need no statistics: one step writes it.
 
     rows  one per output, or none: all inputs must have the same bytes
 
@@ -32,7 +32,7 @@ class Job:
     cost = 0  # bytes of the inputs, if they will be read again
     whole = False  # whether it waits for an answer about the whole model
 
-    def __init__(self, place: Place, rows: Sequence[Row]):
+    def __init__(self, place: TensorIO, rows: Sequence[Row]):
         self.place, self.rows = place, tuple(rows)
         self.stats: list[dict[str, float]] = []
         self.done = False
@@ -47,7 +47,7 @@ class Job:
         """The job that writes the output, if it has come to that."""
         return self
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[TensorStep]:
         """What the next round is to do for this tensor."""
         place = self.place
         return [place.combine(self.rows, range(len(self.rows))) if self.rows else place.same()]
@@ -69,6 +69,6 @@ class Job:
         return {}
 
 
-def is_copy(place: Place, row: Row) -> bool:
+def is_copy(place: TensorIO, row: Row) -> bool:
     """Whether a sum has the bytes of an input."""
     return row.is_copy and place.operands[row.pivot].dtype == place.out_dtype

@@ -1,4 +1,4 @@
-"""Drives the tensors of a plan through the pump, in rounds: what they ask, and then what they write.
+"""Runs the jobs of a plan in rounds: statistics that methods request, then the sums that follow from them.
 
 A round is one run of the pump. It holds the sums of the tensors whose answers are in and the next requests of the
 tensors after them, so that no thread waits for an answer, and so that what is read again was read just before: it comes
@@ -18,11 +18,11 @@ from msgspec.structs import replace
 from fastinterp.backends.cpu import Handle, Progress, Pump, PumpOptions, watch
 from fastinterp.errors import UsageError
 from fastinterp.execute.jobs import Job, Result
-from fastinterp.execute.tensor_io import Step
+from fastinterp.execute.tensor_io import TensorStep
 from fastinterp.ops.steps import WritingStep
 
 if TYPE_CHECKING:
-    from fastinterp.execute.adaptive_job import Asking
+    from fastinterp.execute.adaptive_job import AdaptiveJob
     from fastinterp.ops.requests import Select
 
 ROUND_BYTES = 256 << 20  # of inputs that a round reads for the first time; one tensor at least
@@ -60,8 +60,8 @@ class DeviceUsage:
         )
 
 
-class Runs(Protocol):
-    """What carries out the steps of a round.
+class Executor(Protocol):
+    """Carries out the steps of a round, and returns their results.
 
     most         bytes of scratch and answers that it may hold
     round_bytes  of inputs that a round reads for the first time; one tensor at least
@@ -74,11 +74,11 @@ class Runs(Protocol):
     def round_bytes(self) -> int: ...
     @property
     def held_bytes(self) -> int: ...
-    def run(self, steps: Sequence[Step]) -> list[Result]: ...
+    def run(self, steps: Sequence[TensorStep]) -> list[Result]: ...
 
 
-class Machine:
-    """Runs steps, a round at a time, and counts what they cost.
+class PumpExecutor:
+    """Runs steps on the CPU, one run of the pump a round, and counts bytes, rounds and scratch memory.
 
     sources, sinks, options  of every Pump. Sources and sinks may be added to between runs
     explained  the pump's error and the steps that it ran, as the exception to raise
@@ -91,7 +91,7 @@ class Machine:
         sources: Sequence[Handle],
         sinks: Sequence[Handle],
         options: PumpOptions,
-        explained: Callable[[tuple[Any, ...], Sequence[Step]], Exception],
+        explained: Callable[[tuple[Any, ...], Sequence[TensorStep]], Exception],
         total: int,
         progress: Progress | None,
         most: int = 512_000_000,
@@ -109,7 +109,7 @@ class Machine:
     def held_bytes(self) -> int:
         return min(HELD_BYTES, self.most // 4)
 
-    def run(self, steps: Sequence[Step]) -> list[Result]:
+    def run(self, steps: Sequence[TensorStep]) -> list[Result]:
         """Ends all threads before it returns or raises, KeyboardInterrupt included.
 
         Raises: UsageError, if even one thread needs more memory than is allowed.
@@ -125,7 +125,7 @@ class Machine:
         self.rounds += 1
         return [Result(answer, stats) for answer, stats in zip(pump.answers(), pump.stats(), strict=True)]
 
-    def _pump(self, steps: Sequence[Step]) -> Pump:
+    def _pump(self, steps: Sequence[TensorStep]) -> Pump:
         """With as many threads as fit into memory: surveys and masked sums have scratch of their own."""
         native, threads = [step.native for step in steps], self._options.threads
         held = sum(step.held for step in steps)
@@ -171,35 +171,35 @@ class Machine:
             self._progress(done, done)
 
 
-def drive(jobs: Sequence[Job], machine: Runs, others: Sequence[Job] = ()) -> None:
+def run_jobs(jobs: Sequence[Job], executor: Executor, others: Sequence[Job] = ()) -> None:
     """Carry out all jobs, in their order: that of the output files.
 
     others  jobs that are not carried out, but belong to the whole model
     """
-    for _ in finishing(jobs, machine, others):
+    for _ in finished_jobs(jobs, executor, others):
         pass
 
 
-def finishing(
-    jobs: Sequence[Job], machine: Runs, others: Sequence[Job] = (), small: bool = False
+def finished_jobs(
+    jobs: Sequence[Job], executor: Executor, others: Sequence[Job] = (), small: bool = False
 ) -> Iterator[list[Job]]:
     """The same; yields after every round the jobs that it finished.
 
-    small  a round is for the machine's round_bytes of inputs even if their tensors ask nothing
+    small  a round is for the executor's round_bytes of inputs even if their tensors ask nothing
     """
     waiting = deque(jobs)
     running: deque[Job] = deque()
     while True:
-        running += _admitted(waiting, machine.round_bytes, small)
+        running += _admitted(waiting, executor.round_bytes, small)
         if running:
-            taken = _round(running, machine)
+            taken = _round(running, executor)
             running.extend(job for job in taken if not (job.done or job.whole))
             yield [job for job in taken if job.done]
             continue
         resting = [job for job in jobs if not job.done]
         if not resting:
             return
-        _ask_all(resting, [*jobs, *others], machine)
+        _ask_all(resting, [*jobs, *others], executor)
         waiting.extend(resting)
 
 
@@ -215,41 +215,41 @@ def _admitted(waiting: deque[Job], most: int, small: bool) -> list[Job]:
     return taken
 
 
-def _round(running: deque[Job], machine: Runs) -> list[Job]:
+def _round(running: deque[Job], executor: Executor) -> list[Job]:
     """Take the next steps of each job, as long as their answers can be held; those jobs leave `running`.
 
     Steps that write come first, so that neighbours in a file are neighbours here.
     """
     taken: list[Job] = []
-    steps: list[tuple[int, Step]] = []
+    steps: list[tuple[int, TensorStep]] = []
     held = 0
     while running:
         own = running[0].steps()
         held += sum(step.held for step in own)
-        if taken and held > machine.held_bytes:
+        if taken and held > executor.held_bytes:
             break
         steps += [(len(taken), step) for step in own]
         taken.append(running.popleft())
     steps.sort(key=lambda pair: not isinstance(pair[1].native, WritingStep))
     found: list[list[Result]] = [[] for _ in taken]
     if steps:
-        for (at, _), result in zip(steps, machine.run([step for _, step in steps]), strict=True):
+        for (at, _), result in zip(steps, executor.run([step for _, step in steps]), strict=True):
             found[at].append(result)
     for job, results in zip(taken, found, strict=True):
         job.take(results)
     return taken
 
 
-def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], machine: Runs) -> None:
+def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], executor: Executor) -> None:
     """Answer what is asked about the whole model, when all tensors that do not ask are at their end."""
     from fastinterp.execute.adaptive_job import asked_of_all
 
     merged = [job for job in map(_asking, jobs) if job is not None]
     waits = [job for job in map(_asking, resting) if job is not None]
     requests = list(dict.fromkeys(r for job in waits for r in job.whole_requests))
-    for some in gathered(requests, max(1, machine.most // RANK_BYTES)):
+    for some in gathered(requests, max(1, executor.most // RANK_BYTES)):
         ranks = tuple(dict.fromkeys(rank for request in some for rank in request.ranks))
-        found = asked_of_all(changed(some[0], ranks=ranks), merged, machine.run, machine.held_bytes)
+        found = asked_of_all(changed(some[0], ranks=ranks), merged, executor.run, executor.held_bytes)
         answers = dict(zip(ranks, found, strict=True))
         for request in some:
             for job in waits:
@@ -272,8 +272,8 @@ def gathered(requests: Sequence[Select], most: int) -> list[list[Select]]:
     return groups
 
 
-def _asking(job: Job) -> Asking | None:
-    from fastinterp.execute.adaptive_job import Asking
+def _asking(job: Job) -> AdaptiveJob | None:
+    from fastinterp.execute.adaptive_job import AdaptiveJob
 
     last = job.last
-    return last if isinstance(last, Asking) else None
+    return last if isinstance(last, AdaptiveJob) else None

@@ -14,10 +14,10 @@ from fastinterp.backends.cpu import Handle, Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.jobs import Job
-from fastinterp.execute.rounds import DeviceUsage, Machine, drive
+from fastinterp.execute.rounds import DeviceUsage, PumpExecutor, run_jobs
 from fastinterp.execute.sinks import Sinks
 from fastinterp.execute.sources import Sources, remedy
-from fastinterp.execute.tensor_io import Place, Step
+from fastinterp.execute.tensor_io import TensorIO, TensorStep
 from fastinterp.ops.combine import philox_key
 from fastinterp.ops.steps import Operand
 from fastinterp.plan.inputs import PlannedTensor, TensorInput
@@ -120,13 +120,13 @@ class Run:
         sources: Sources,
         isa: str,
         threads: int,
-        machine: Machine,
+        executor: PumpExecutor,
         jobs: Mapping[str, Job],
         wanted: Container[str],
     ):
         self.jobs = {name: job for name, job in jobs.items() if name in wanted}
         self.others = [job for name, job in jobs.items() if name not in wanted]
-        self.machine = machine
+        self.executor = executor
         self._plan, self._sources, self._isa, self._threads = plan, sources, isa, threads
 
     def refuse_changed(self) -> None:
@@ -136,11 +136,11 @@ class Run:
     def done(self) -> Done:
         """When all jobs are done. Raises what `refuse_changed` does."""
         self.refuse_changed()
-        machine = self.machine
-        machine.finish()
-        written = machine.bytes_written - self._plan.bytes_made
+        executor = self.executor
+        executor.finish()
+        written = executor.bytes_written - self._plan.bytes_made
         return Done(
-            self.jobs, machine.bytes_read, written, self._threads, self._isa, machine.scratch_bytes, machine.usage()
+            self.jobs, executor.bytes_read, written, self._threads, self._isa, executor.scratch_bytes, executor.usage()
         )
 
 
@@ -165,7 +165,7 @@ def opened(
     with ExitStack() as stack:
         every = [s for t in plan.tensors for s in t.stages]
         inputs = (tensor for s in every for tensor in s.inputs)
-        sources = Sources(plan.opened, inputs, stack, sinks.files, sinks.scratch)
+        sources = Sources(plan.checkpoints, inputs, stack, sinks.files, sinks.scratch)
         sinks.open(stack)
         recipe = plan.recipes[0]
         scratch = _scratch(plan, sources, sinks, stack, sinks.scratch) if len(every) > len(plan.tensors) else None
@@ -184,8 +184,10 @@ def opened(
         jobs = {t.name: _job(plan, t, sources, sinks, scratch) for t in order}
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
-        machine = _machine(devices, stack, sources.fds, sinks.handles, options, explained, total, progress, max_memory)
-        yield Run(plan, sources, isa, window.threads, machine, jobs, sinks.of)
+        executor = _executor(
+            devices, stack, sources.fds, sinks.handles, options, explained, total, progress, max_memory
+        )
+        yield Run(plan, sources, isa, window.threads, executor, jobs, sinks.of)
 
 
 def run(
@@ -205,7 +207,7 @@ def run(
     left.
     """
     with opened(plan, sinks, threads=threads, max_memory=max_memory, progress=progress, devices=devices) as running:
-        drive([*running.jobs.values()], running.machine, running.others)
+        run_jobs([*running.jobs.values()], running.executor, running.others)
         return running.done()
 
 
@@ -218,24 +220,24 @@ def _slots(devices: Sequence[Device], max_memory: int) -> int:
     return device_window(max_memory, len(devices))
 
 
-def _machine(
+def _executor(
     devices: Sequence[Device],
     stack: ExitStack,
     sources: Sequence[Handle],
     sinks: Sequence[Handle],
     options: PumpOptions,
-    explained: Callable[[tuple[Any, ...], Sequence[Step]], Exception],
+    explained: Callable[[tuple[Any, ...], Sequence[TensorStep]], Exception],
     total: int,
     progress: Progress | None,
     max_memory: int,
-) -> Machine:
+) -> PumpExecutor:
     if not devices:
-        return Machine(sources, sinks, options, explained, total, progress, max_memory)
-    from fastinterp.execute.device.executor import DeviceMachine
+        return PumpExecutor(sources, sinks, options, explained, total, progress, max_memory)
+    from fastinterp.execute.device.executor import DeviceExecutor
 
-    machine = DeviceMachine(devices, sources, sinks, options, explained, total, progress, max_memory)
-    stack.callback(machine.close)
-    return machine
+    executor = DeviceExecutor(devices, sources, sinks, options, explained, total, progress, max_memory)
+    stack.callback(executor.close)
+    return executor
 
 
 def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folder: Path | None) -> ScratchFile:
@@ -280,7 +282,7 @@ def _job_at(
 ) -> Job:
     """The job of a tensor whose outputs are to be at these offsets of these sinks."""
     stochastic &= tensor.merged
-    place = Place(
+    place = TensorIO(
         name=tensor.name,
         shape=tensor.shape,
         operands=tuple(operand(entry) for entry in tensor.inputs),
@@ -293,9 +295,9 @@ def _job_at(
     )
     if tensor.program is None:
         return Job(place, tensor.rows)
-    from fastinterp.execute.adaptive_job import Asking
+    from fastinterp.execute.adaptive_job import AdaptiveJob
 
-    return Asking(place, tensor.model_count, tensor.program.calls, tensor.program.name, tensor.program.seeds)
+    return AdaptiveJob(place, tensor.model_count, tensor.program.calls, tensor.program.name, tensor.program.seeds)
 
 
 def _explained(
@@ -304,7 +306,7 @@ def _explained(
     sources: Sources,
     sinks: Sinks,
     error: tuple[Any, ...],
-    steps: Sequence[Step],
+    steps: Sequence[TensorStep],
 ) -> Exception:
     kind, *rest = error
     if kind == "differs":

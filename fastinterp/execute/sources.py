@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp.backends.cpu import cached_fraction
-from fastinterp.checkpoint.open import Checkpoint, changed_since
+from fastinterp.checkpoint.open import changed_since
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.ops.steps import Decoder, Gathered, Operand, Stored
 from fastinterp.plan.inputs import GatheredInput, IntermediateInput, StoredInput, TensorInput
+from fastinterp.plan.models import Model
 
 _SPARE_FDS = 64  # for everything that is neither input nor output
 
@@ -21,16 +22,16 @@ _SPARE_FDS = 64  # for everything that is neither input nor output
 class Sources:
     """The files of inputs, open for reading until `stack` closes; rows that have to be gathered are found.
 
-    checkpoints  those that must not change meanwhile
-    inputs       every tensor that will be read
-    outputs      files that will be open for writing at the same time
-    scratch      folder for the rows of embeddings that are moved; None: the system's for temporary files
+    models   those whose checkpoints must not change meanwhile
+    inputs   every tensor that will be read
+    outputs  files that will be open for writing at the same time
+    scratch  folder for the rows of embeddings that are moved; None: the system's for temporary files
     Raises: StorageError, if a file cannot be opened.
     """
 
     def __init__(
         self,
-        checkpoints: Iterable[Checkpoint],
+        models: Iterable[Model],
         inputs: Iterable[TensorInput],
         stack: ExitStack,
         outputs: int = 0,
@@ -42,7 +43,7 @@ class Sources:
         _allow_files(len(needed) + moved + outputs)
         self.paths: list[Path] = []
         self.fds: list[int] = []
-        self._checkpoints = tuple(checkpoints)
+        self._checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
         self._number: dict[Path, int] = {}
         self._scratch, self._stack = scratch, stack
         for path in needed:

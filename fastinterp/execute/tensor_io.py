@@ -12,7 +12,7 @@ from fastinterp.ops.steps import Operand
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TensorStep:
     """A step of a tensor, and what it costs.
 
     name    of the tensor
@@ -28,7 +28,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TensorIO:
     """Where a tensor's inputs are and its outputs go.
 
     operands        of each input, as the sums number them
@@ -62,14 +62,14 @@ class Place:
         """The operands of these inputs."""
         return tuple(self.operands[i] for i in numbers)
 
-    def asking(self, native: steps.Step, inputs: Iterable[int], held: int = 0) -> Step:
+    def asking(self, native: steps.Step, inputs: Iterable[int], held: int = 0) -> TensorStep:
         """A step that reads these inputs and answers. held: bytes of that, and of what is made of it."""
-        return Step(self.name, native, sum(self.nbytes[i] for i in inputs), held)
+        return TensorStep(self.name, native, sum(self.nbytes[i] for i in inputs), held)
 
-    def writing(self, native: steps.WritingStep, inputs: Iterable[int], held: int = 0) -> Step:
+    def writing(self, native: steps.WritingStep, inputs: Iterable[int], held: int = 0) -> TensorStep:
         """A step that reads these inputs and writes. held: bytes of its weights."""
         nbytes = sum(self.nbytes[i] for i in inputs) + self.out_bytes * len(native.sinks)
-        return Step(self.name, native, nbytes, held)
+        return TensorStep(self.name, native, nbytes, held)
 
     def places(self, outputs: Iterable[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Sinks, offsets and keys of these outputs."""
@@ -77,7 +77,7 @@ class Place:
         sinks, offsets = tuple(self.sinks[k] for k in numbers), tuple(self.offsets[k] for k in numbers)
         return sinks, offsets, tuple(self.keys[k] for k in numbers) if self.keys else ()
 
-    def combine(self, rows: Sequence[Row], outputs: Iterable[int]) -> Step:
+    def combine(self, rows: Sequence[Row], outputs: Iterable[int]) -> TensorStep:
         """The step that writes these outputs, each the sum that its row says."""
         inputs, rows = renumbered(rows)
         sinks, offsets, keys = self.places(outputs)
@@ -87,7 +87,7 @@ class Place:
         )  # fmt: skip
         return self.writing(native, inputs)
 
-    def same(self) -> Step:
+    def same(self) -> TensorStep:
         """The step that copies the bytes of the first input to all outputs, if they are those of every input."""
         size = self.nbytes[0]
         native = steps.CopyEqual(

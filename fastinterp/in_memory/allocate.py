@@ -1,9 +1,11 @@
-"""New tensors in memory, of torch or numpy, for every dtype that a checkpoint may hold."""
+"""New tensors in memory, torch's or numpy's, of every dtype that a checkpoint may have."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Literal
+
+import numpy as np
 
 from fastinterp.errors import UsageError
 from fastinterp.ops.dtypes import DType
@@ -13,9 +15,9 @@ Make = Callable[[DType, tuple[int, ...]], tuple[Any, int]]  # -> the tensor, and
 
 
 def maker(framework: str) -> Make:
-    """What makes tensors of a library: uninitialised, contiguous, in the CPU's memory.
+    """A function that makes tensors of a library: uninitialised, contiguous, in the CPU's memory.
 
-    Raises: UsageError, if the library is not there; what it returns, if the library has no such dtype.
+    Raises: UsageError, if the library is not installed. The function raises it where the library has no such dtype.
     """
     if framework == "torch":
         try:
@@ -31,7 +33,6 @@ def maker(framework: str) -> Make:
 
         return with_torch
     if framework == "numpy":
-        import numpy as np
 
         def with_numpy(dtype: DType, shape: tuple[int, ...]) -> tuple[Any, int]:
             array = np.empty(shape, numpy_dtype(dtype))
@@ -48,10 +49,10 @@ def torch_dtype(dtype: DType) -> Any:
     """
     import torch
 
-    found = getattr(torch, dtype.library_name, None) if dtype.library_name else None
-    if found is None:
+    torch_type = getattr(torch, dtype.library_name, None) if dtype.library_name else None
+    if torch_type is None:
         raise UsageError(f"torch has no dtype for {dtype}, so such tensors cannot be loaded. Merge them to files")
-    return found
+    return torch_type
 
 
 def numpy_dtype(dtype: DType) -> Any:
@@ -67,7 +68,7 @@ def numpy_dtype(dtype: DType) -> Any:
         raise UsageError(
             f"numpy has no {dtype}: pip install ml_dtypes, or ask for dtype='float32' (--dtype float32)"
         ) from None
-    found = getattr(ml_dtypes, dtype.library_name, None) if dtype.library_name else None
-    if found is None:
+    numpy_type = getattr(ml_dtypes, dtype.library_name, None) if dtype.library_name else None
+    if numpy_type is None:
         raise UsageError(f"numpy has no dtype for {dtype}, so such tensors cannot be loaded. Merge them to files")
-    return found
+    return numpy_type

@@ -1,4 +1,4 @@
-"""Parameters of a method, as Python's callers give them."""
+"""Parameters of a merge method from Python values: checked, and one for each model where models have their own."""
 
 from __future__ import annotations
 
@@ -6,32 +6,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastinterp.errors import MethodError
-from fastinterp.methods import Method, Parameter, Sidecar, suggestion
+from fastinterp.messages import suggestion
+from fastinterp.methods import Method, Parameter, Sidecar
 
 
 def resolved(
-    method: Method, given: Mapping[str, Any], models: int, sidecars: list[Mapping[str, Any]]
+    method: Method, values: Mapping[str, Any], models: int, sidecars: list[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What the method is called with.
+    """The keyword arguments that the method is called with.
 
-    given     by name; what each model has is one value, or a list or vector with one per model, the base left out
-    sidecars  to which those are added that are given: mappings of names to tensors
+    values    parameters by name; of those that each model has one value for all, or a list or vector with one per
+              model, the base left out
+    sidecars  side-cars among the values, mappings of names to tensors, are appended here
     Raises: MethodError.
     """
     declared = {p.name: p for p in method.parameters}
-    for name in given:
+    for name in values:
         if name not in declared:
             raise MethodError(f"unknown parameter `{name}` of `{method.name}`{suggestion(str(name), list(declared))}")
     for p in declared.values():
-        if p.required and p.name not in given:
+        if p.required and p.name not in values:
             raise MethodError(f"`{method.name}` needs the parameter `{p.name}`")
-    return {p.keyword: _value(p, given, models, sidecars) for p in declared.values()}
+    return {p.keyword: _value(p, values, models, sidecars) for p in declared.values()}
 
 
-def _value(p: Parameter, given: Mapping[str, Any], models: int, sidecars: list[Mapping[str, Any]]) -> Any:
-    if p.name not in given:
+def _value(p: Parameter, values: Mapping[str, Any], models: int, sidecars: list[Mapping[str, Any]]) -> Any:
+    if p.name not in values:
         return (p.default,) * models if p.each else p.default
-    value = given[p.name]
+    value = values[p.name]
     if not p.each:
         return _one(p, value, sidecars)
     if p.kind is not Sidecar and hasattr(value, "tolist") and len(getattr(value, "shape", ())) == 1:

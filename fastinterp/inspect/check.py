@@ -1,4 +1,4 @@
-"""`check`: all that is wrong with a merge at once, and all that looks odd, from headers and a few samples."""
+"""`check`: all errors of a recipe and its models at once, and warnings, from headers and samples of the data."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
-from fastinterp.messages import WIDTH, counted, plain
+from fastinterp.inspect.check_result import CheckResult, Finding
+from fastinterp.messages import counted, listed, plain
 from fastinterp.plan.models import Library, Model
 from fastinterp.recipe.chain import not_there, references
-from fastinterp.recipe.check import against, inspect
-from fastinterp.recipe.document import Document, Source, read_all
-from fastinterp.recipe.faults import Faults
+from fastinterp.recipe.check import check_recipe, check_tensors
+from fastinterp.recipe.document import Document, RecipeSource, read_all
+from fastinterp.recipe.error_collector import ErrorCollector
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
 
@@ -25,287 +26,210 @@ _LISTED = 3  # names in a message, before the rest is only counted
 _SHARD = 5 * 10**9  # as merge's default: nothing is written here
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was found.
-
-    kind   name of the error that the merge would end with; "" for what is odd
-    path   where it is in the recipe, `$.models[0]`; None: in the models
-    line   1-based, in the recipe's file
-    """
-
-    message: str
-    kind: str = ""
-    path: str | None = None
-    line: int | None = None
-    exit_code: int = 0
-
-    @property
-    def where(self) -> str:
-        return f"line {self.line}" if self.line else self.path or ""
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What `check` found, in the order of the recipe's lines. print() shows it.
-
-    wrong      the merge would end with one of these
-    odd        what is allowed, but hardly meant
-    name       of the recipe's file
-    method     of the document that is written; None, if the recipe could not be read
-    models     how many it merges
-    tensors    that it makes; 0, if that is not known
-    sampled    of how many tensors samples were read, those of documents above included
-    exit_code  as `merge` would end: that of the first error that it meets, or 0
-    """
-
-    wrong: tuple[Finding, ...]
-    odd: tuple[Finding, ...]
-    name: str = "recipe"
-    method: str | None = None
-    models: int = 0
-    tensors: int = 0
-    sampled: int = 0
-    exit_code: int = 0
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.wrong
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, as --json prints them."""
-        return {
-            "recipe": self.name,
-            "ok": self.ok,
-            "wrong": [vars(f) for f in self.wrong],
-            "odd": [{k: v for k, v in vars(f).items() if k not in ("kind", "exit_code")} for f in self.odd],
-            **{k: getattr(self, k) for k in ("method", "models", "tensors", "sampled")},
-        }
-
-    def __repr__(self) -> str:
-        return f"<Checked {plain(self.name)}: {len(self.wrong)} wrong, {len(self.odd)} odd>"
-
-    def __str__(self) -> str:
-        counts = [f"{len(some)} {what}" for some, what in ((self.wrong, "wrong"), (self.odd, "suspicious")) if some]
-        lines = [f"{plain(self.name)}: {', '.join(counts) or 'nothing is wrong, and nothing looks suspicious'}"]
-        for title, some in (("wrong", self.wrong), ("suspicious", self.odd)):
-            for finding in some:
-                lines += _wrapped(f"{title:11}", finding)
-        if self.tensors:
-            merged = f"{self.method} of {counted(self.models, 'model')}, {counted(self.tensors, 'tensor')}"
-            lines.append(f"  looked at: {merged}; samples of {self.sampled:,}")
-        elif self.method is None and any(f.path for f in self.wrong):
-            lines.append("  the models were looked for, but not looked at: mend the recipe first")
-        return "\n".join(lines)
-
-
-def check(recipe: Source | Sequence[Mapping[str, Any]]) -> Checked:
-    """Look at a recipe and its models as closely as headers and samples of the data allow. Raises nothing that is wrong
-    with them: it is in the result.
+def check(recipe: RecipeSource | Sequence[Mapping[str, Any]]) -> CheckResult:
+    """Find the errors of a recipe and its models, and what is probably not intended, from headers and samples of the
+    data. Errors are returned in the result, not raised.
 
     recipe   path of a YAML file, YAML text, a mapping, or a list of mappings
-    Raises: BackendError, if FASTINTERP_ISA names what is not there.
+    Raises: BackendError, if FASTINTERP_ISA names an instruction set that cannot be used.
     """
-    found = _Findings()
+    findings = _Findings()
     try:
         documents = read_all(recipe)
     except RecipeError as error:
-        found.add_wrong(error)
-        found.exit_code = error.exit_code
-        return found.checked(error.file)
-    inspected = inspect(recipe)
-    for wrong in inspected.wrong:
-        found.add_wrong(wrong)
-    for finding in inspected.odd:
-        found.add_odd(finding)
+        findings.add_error(error)
+        return findings.result(error.file, exit_code=error.exit_code)
+    about_recipe = check_recipe(recipe)
+    recipes = about_recipe.recipes
+    for fault in about_recipe.errors:
+        findings.add_error(fault)
+    for warning in about_recipe.warnings:
+        findings.add_warning(warning)
     library = Library()
-    _open_all(documents, inspected.recipes, library, found)
-    made: dict[int, _Made] = {}
-    for i, one in enumerate(() if found.wrong else inspected.recipes):
-        if all(above in made for above in one.earlier.values()):
-            known = _looked_at(one, inspected.recipes, library, made, found)
-            made |= {} if known is None else {i: known}
-    if found.wrong:
-        found.exit_code = found.wrong[0].exit_code if inspected.wrong else _exit_code(inspected.recipes, library, found)
-    return found.checked(documents[0].file, inspected.recipes, made)
+    _open_all(documents, recipes, library, findings)
+    checked: dict[int, _Checked] = {}
+    for i, one in enumerate(() if findings.errors else recipes):
+        if all(above in checked for above in one.earlier.values()):
+            document = _check_document(one, recipes, library, checked, findings)
+            checked |= {} if document is None else {i: document}
+    exit_code = 0
+    if findings.errors:
+        exit_code = findings.errors[0].exit_code
+        if not about_recipe.errors:
+            exit_code = _exit_code(recipes, library, exit_code)
+    return findings.result(documents[0].file, recipes, checked, exit_code)
 
 
-def _exit_code(recipes: Sequence[Recipe], library: Library, found: _Findings) -> int:
-    """That of the error that ends the planning of the merge; where it can be planned, of the first that was found."""
+def _exit_code(recipes: Sequence[Recipe], library: Library, first: int) -> int:
+    """That of the error that ends the planning of the merge; `first`, that of the first finding, if none does."""
     from fastinterp.plan.plan import make_plan
 
     try:
         make_plan(recipes[-1:], max_shard_size=_SHARD, above=recipes[:-1], library=library)
     except FastinterpError as error:
         return error.exit_code
-    return found.wrong[0].exit_code
+    return first
 
 
-class _Made(NamedTuple):
-    """A document that was looked at: the names of the tensors that it makes, and how many were sampled."""
+class _Checked(NamedTuple):
+    """A document without errors: the names of the tensors that it makes, and how many of its tensors were sampled."""
 
-    names: list[str]
+    outputs: list[str]
     sampled: int
 
 
 @dataclass
 class _Findings:
-    wrong: list[Finding] = field(default_factory=list)
-    odd: list[Finding] = field(default_factory=list)
-    exit_code: int = 0
+    """Collects errors and warnings."""
 
-    def add_wrong(self, error: FastinterpError, place: tuple[str, int | None] | None = None, hint: str = "") -> None:
-        """place  path and line, for an error that does not say it itself"""
+    errors: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+
+    def add_error(self, error: FastinterpError, place: tuple[str, int | None] | None = None, hint: str = "") -> None:
+        """place  path and line of an error that does not have them itself"""
         path, line = place or (getattr(error, "path", None), getattr(error, "line", None))
         message = (error.message if isinstance(error, RecipeError) else str(error)) + hint
-        self.wrong.append(Finding(message, type(error).__name__, path, line, error.exit_code))
+        self.errors.append(Finding(message, type(error).__name__, path, line, error.exit_code))
 
-    def add_odd(self, finding: RecipeError | str) -> None:
-        if isinstance(finding, str):
-            self.odd.append(Finding(finding))
+    def add_warning(self, warning: RecipeError | str) -> None:
+        if isinstance(warning, str):
+            self.warnings.append(Finding(warning))
         else:
-            self.odd.append(Finding(finding.message, "", finding.path, finding.line))
+            self.warnings.append(Finding(warning.message, "", warning.path, warning.line))
 
-    def checked(
-        self, name: str | None, recipes: Sequence[Recipe] = (), made: Mapping[int, _Made] | None = None
-    ) -> Checked:
+    def result(
+        self,
+        name: str | None,
+        recipes: Sequence[Recipe] = (),
+        checked: Mapping[int, _Checked] | None = None,
+        exit_code: int = 0,
+    ) -> CheckResult:
         last = recipes[-1] if recipes else None
-        made = made or {}
-        return Checked(
-            _ordered(self.wrong),
-            _ordered(self.odd),
+        checked = checked or {}
+        return CheckResult(
+            _ordered(self.errors),
+            _ordered(self.warnings),
             name or "recipe",
             last.method.name if last else None,
             len(last.models) if last else 0,
-            len(made[len(recipes) - 1].names) if made and len(made) == len(recipes) else 0,
-            sum(one.sampled for one in made.values()),
-            self.exit_code,
+            len(checked[len(recipes) - 1].outputs) if checked and len(checked) == len(recipes) else 0,
+            sum(document.sampled for document in checked.values()),
+            exit_code,
         )
 
 
-def _ordered(found: Sequence[Finding]) -> tuple[Finding, ...]:
+def _ordered(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     """Each once, by line; those without a line last."""
-    unique = dict.fromkeys(found)
+    unique = dict.fromkeys(findings)
     return tuple(sorted(unique, key=lambda f: f.line or math.inf))
-
-
-def _wrapped(title: str, finding: Finding) -> list[str]:
-    import textwrap
-
-    where = f"{finding.where}: " if finding.where else ""
-    return textwrap.wrap(
-        plain(where + finding.message), WIDTH, initial_indent=f"  {title}", subsequent_indent=" " * 13,
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
 def _open_all(
-    documents: Sequence[Document], recipes: Sequence[Recipe], library: Library, found: _Findings
+    documents: Sequence[Document], recipes: Sequence[Recipe], library: Library, findings: _Findings
 ) -> None:  # fmt: skip
-    """Open all checkpoints that are named, whatever else is wrong; those that cannot be opened are findings."""
+    """Open all checkpoints that the documents name; those that cannot be opened are errors."""
     named = [d.value.get("name") for d in documents if isinstance(d.value, dict)]
-    made = {name for name in (*named, *(r.name for r in recipes)) if isinstance(name, str)}
+    names = {name for name in (*named, *(r.name for r in recipes)) if isinstance(name, str)}
     seen: set[ModelRef] = set()
-    told = {error.path for error in found.wrong}
+    reported = {error.path for error in findings.errors}
     for model, document, path in _named(documents, recipes):
         name = str(model)
-        if path in told or name in made or model in seen:
+        if path in reported or name in names or model in seen:
             continue
         seen.add(model)
         try:
             library.find(model)
         except (CheckpointError, StorageError) as error:
-            hint = "" if os.path.exists(os.path.expanduser(name)) else not_there(document, name, sorted(made))
-            found.add_wrong(error, (path, document.error("", path).line), hint)
+            hint = "" if os.path.exists(os.path.expanduser(name)) else not_there(document, name, sorted(names))
+            findings.add_error(error, (path, document.error("", path).line), hint)
 
 
 def _named(documents: Sequence[Document], recipes: Sequence[Recipe]) -> Iterator[tuple[ModelRef, Document, str]]:
-    """Every model that is named, with its place: as the recipes have them, or as the text has where that has faults."""
+    """Every model that is named, with its path: as the recipes have them, or as the text has where that has errors."""
     for number, document in enumerate(documents):
         if not recipes:
             yield from ((ModelRef.of(text), document, path) for text, path in references(document.value, "$"))
             continue
         recipe = recipes[number]
         for model in (*recipe.models, recipe.origin, *recipe.sidecars):
-            yield model, document, recipe.place_of(model)
+            yield model, document, recipe.path_of(model)
 
 
-def _looked_at(
+def _check_document(
     recipe: Recipe,
     recipes: Sequence[Recipe],
     library: Library,
-    made: Mapping[int, _Made],
-    found: _Findings,
-) -> _Made | None:
-    """One document with its models; None, if something is wrong with them.
+    checked: Mapping[int, _Checked],
+    findings: _Findings,
+) -> _Checked | None:
+    """Check one document with its models. None, if it has errors.
 
     recipes  all documents
-    made     those above it
+    checked  the earlier ones that have no errors, by number
     """
     from fastinterp.plan.plan import make_plan
 
-    faults, sampled = Faults(gather=True), 0
+    collector, sampled = ErrorCollector(collect=True), 0
     try:
-        models, fit = _models(recipe, library, made, found)
-        odd, own = against(recipe, models, faults)
-        for error in faults.found:
-            if fit or not isinstance(error, ShapeError):  # they were to be made to fit
-                found.add_wrong(error)
-        for finding in odd:
-            found.add_odd(finding)
-        if own is None or not fit:
+        models, fit = _models(recipe, library, checked, findings)
+        warnings, outputs = check_tensors(recipe, models, collector)
+        for error in collector.errors:
+            if fit or not isinstance(error, ShapeError):  # align_models or _differing has reported it
+                findings.add_error(error)
+        for warning in warnings:
+            findings.add_warning(warning)
+        if outputs is None or not fit:
             return None
+        known = {str(warning) for warning in warnings}
         if not recipe.earlier:
-            sampled = _sampled(
-                make_plan([recipe], max_shard_size=_SHARD, library=library), {str(f) for f in odd}, found
-            )
-        elif recipe is recipes[-1] and len(made) == len(recipes) - 1:
+            plan = make_plan([recipe], max_shard_size=_SHARD, library=library)
+            sampled = _check_samples(plan, known, findings)
+        elif recipe is recipes[-1] and len(checked) == len(recipes) - 1:
             plan = make_plan([recipe], max_shard_size=_SHARD, above=recipes[:-1], library=library)
-            sampled = _sampled(plan, {str(f) for f in odd}, found)
+            sampled = _check_samples(plan, known, findings)
     except (RecipeError, CheckpointError, StorageError) as error:
-        found.add_wrong(error)
+        findings.add_error(error)
         return None
-    return _Made(own, sampled)
+    return _Checked(outputs, sampled)
 
 
 def _models(
-    recipe: Recipe, library: Library, made: Mapping[int, _Made], found: _Findings
+    recipe: Recipe, library: Library, checked: Mapping[int, _Checked], findings: _Findings
 ) -> tuple[list[Collection[str]], bool]:
-    """The tensors of a recipe's models, and whether these could be made to fit each other."""
+    """The tensor names of each of a recipe's models, and whether vocabularies, tensors and shapes fit each other."""
     from fastinterp.plan.vocabularies import align_models
 
     if recipe.earlier:
-        return [_names(recipe, model, library, made) for model in recipe.models], True
+        return [_names(recipe, model, library, checked) for model in recipe.models], True
     models = [library.find(model) for model in recipe.models]
     try:
         aligned = align_models(recipe, models, library.find(recipe.origin)).models
     except (CheckpointError, StorageError) as error:
-        found.add_wrong(error, _tokenizer(recipe))
+        findings.add_error(error, _tokenizer(recipe))
         return [m.tensors for m in models], False
     differing = _differing(recipe, aligned)
-    for wrong in differing:
-        found.add_wrong(wrong)
+    for mismatch in differing:
+        findings.add_error(mismatch)
     return [m.tensors for m in aligned], not differing
 
 
 def _tokenizer(recipe: Recipe) -> tuple[str, int | None] | None:
-    """Path and line of what the recipe says of tokenizers."""
+    """Path and line of the recipe's first key about tokenizers."""
     keys = [k for k in ("tokenizer", "tokenizer_source", "chat_template") if recipe.document.value.get(k) is not None]
     return (f"$.{keys[0]}", recipe.document.error("", f"$.{keys[0]}").line) if keys else None
 
 
-def _names(recipe: Recipe, model: ModelRef, library: Library, made: Mapping[int, _Made]) -> Collection[str]:
+def _names(recipe: Recipe, model: ModelRef, library: Library, checked: Mapping[int, _Checked]) -> Collection[str]:
     above = recipe.made_by(model)
-    return library.find(model).tensors if above is None else made[above].names
+    return library.find(model).tensors if above is None else checked[above].outputs
 
 
 def _differing(recipe: Recipe, models: Sequence[Model]) -> list[ShapeError]:
-    """Tensors that one model has and another lacks, of every model where they are merged whole. Where that is so, the
-    shapes of the others are told, too; where it is not, the plan tells them.
+    """Errors about tensors that one model has and another lacks, where whole models are merged; and if there are any,
+    about tensors of different shapes. If there are none, planning reports the shapes.
     """
     if recipe.sections[0].stacked or recipe.sections[0].name is not None:
         return []
@@ -313,62 +237,55 @@ def _differing(recipe: Recipe, models: Sequence[Model]) -> list[ShapeError]:
     alone, shapes = [], []
     for other in others:
         only = [(a.name, [n for n in a.tensors if n not in b.tensors]) for a, b in ((lead, other), (other, lead))]
-        told = [f"{name} alone has {_listed(names)}" for name, names in only if names]
-        alone += ["; ".join(told)] if told else []
+        sides = [f"{name} alone has {listed(names, _LISTED)}" for name, names in only if names]
+        alone += ["; ".join(sides)] if sides else []
         shapes += [
             f"{n} is {list(e.shape)} in {lead.name} but {list(other.tensors[n].shape)} in {other.name}"
             for n, e in lead.tensors.items()
             if n in other.tensors and e.shape != other.tensors[n].shape
         ]
     remedy = ". Only models of one architecture merge"
-    found = [ShapeError(f"the models have different tensors: {told}{remedy}") for told in alone]
-    return [*found, ShapeError(_listed(shapes))] if found and shapes else found
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    errors = [ShapeError(f"the models have different tensors: {sides}{remedy}") for sides in alone]
+    return [*errors, ShapeError(listed(shapes, _LISTED))] if errors and shapes else errors
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
-def _sampled(plan: Plan, told: Collection[str], found: _Findings) -> int:
-    """Tell what is odd about a plan and the data that it reads. Returns how many tensors were sampled.
+def _check_samples(plan: Plan, known: Collection[str], findings: _Findings) -> int:
+    """Add the warnings of a plan and of samples of the data that it reads. Returns the number of tensors sampled.
 
-    told  warnings of the plan that are findings already
+    known  warnings of the plan that are findings already
     """
     from fastinterp.execute import importances
     from fastinterp.inspect import samples
 
     for warning in plan.warnings:
-        if warning not in told:
-            found.add_odd(warning)
-    wrong, longer = samples.disagreeing(plan)
-    for error in wrong:
-        found.add_wrong(error)
+        if warning not in known:
+            findings.add_warning(warning)
+    errors, longer = samples.compare_unmerged(plan)
+    for error in errors:
+        findings.add_error(error)
     if longer:
-        found.add_odd(
+        findings.add_warning(
             f"{counted(len(longer), 'tensor')} that no method merges must be the same in all models, and only the "
-            f"first MB of each was compared: {_listed(longer)}. Say whose to take: `integers: MODEL`"
+            f"first MB of each was compared: {listed(longer, _LISTED)}. Say whose to take: `integers: MODEL`"
         )
-    for doubt in importances.negative_importances(plan):
-        found.add_odd(doubt)
-    taken = samples.take(plan)
+    for warning in importances.negative_importances(plan):
+        findings.add_warning(warning)
+    sampled = samples.sample(plan)
     names = [plain(c.name) for c in plan.checkpoints]
-    for i in dict.fromkeys(i for i, _ in taken.not_finite):
-        where = [tensor for model, tensor in taken.not_finite if model == i]
-        found.add_odd(f"{names[i]} holds NaN or Inf, in {_listed(where)}")
-    for i, other in taken.same():
-        found.add_odd(
-            f"{names[i]} and {names[other]} hold the same numbers in all samples: is one of them the wrong model?"
-        )
+    for i in dict.fromkeys(i for i, _ in sampled.not_finite):
+        where = [tensor for model, tensor in sampled.not_finite if model == i]
+        findings.add_warning(f"{names[i]} contains NaN or Inf, in {listed(where, _LISTED)}")
+    for i, other in sampled.equal():
+        findings.add_warning(f"{names[i]} and {names[other]} are equal in all samples: is one of them the wrong model?")
     recipe = plan.recipes[0]
     if recipe.base is not None and recipe.method.sums_deltas:
-        for i, base, beside, signal in taken.noisy():
-            found.add_odd(
-                f"what {names[i]} adds to {names[base]} is mostly rounding noise: stored as "
-                f"{' and '.join(sorted(beside.dtypes))}, about {signal:.2f} of its length is signal, by "
-                f"{beside.quantised:,} sampled elements. Take deltas from models that were never quantised"
+        for i, base, delta, signal in sampled.noisy():
+            findings.add_warning(
+                f"the difference of {names[i]} from {names[base]} is mostly rounding noise: stored as "
+                f"{' and '.join(sorted(delta.dtypes))}, about {signal:.2f} of its norm is signal, estimated from "
+                f"{delta.quantised:,} sampled elements. Use models that were never quantised"
             )
-    return taken.tensors
+    return sampled.tensors

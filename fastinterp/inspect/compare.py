@@ -1,4 +1,4 @@
-"""How two checkpoints differ, tensor by tensor, from one read of both."""
+"""`diff`: the difference of two checkpoints, measured for each tensor in one read of both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastinterp.plan.models import Model, open_model
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How b differs from a, over one tensor or several: delta = b - a, in float32 (float64 if either is F64).
+    """The difference of b from a in one tensor or several: delta = b - a, in float32 (float64 if either is F64).
 
     changed      elements where delta is not 0; exact
     norm_a       |a|, float64
@@ -39,7 +39,7 @@ class Difference:
 
     @property
     def cosine(self) -> float | None:
-        """<a, b> / (|a| |b|), or None if either is 0. From delta, so that near models keep their digits."""
+        """<a, b> / (|a| |b|), or None if either is 0. From delta: precise where models are close."""
         a2, d2 = self.norm_a * self.norm_a, self.norm_delta * self.norm_delta  # not **, which raises on overflow
         b2 = a2 + 2 * self.dot_a_delta + d2
         return (a2 + self.dot_a_delta) / (self.norm_a * math.sqrt(b2)) if a2 > 0 and b2 > 0 else None
@@ -55,7 +55,7 @@ class Difference:
 
     @staticmethod
     def total(differences: Iterable[Difference]) -> Difference:
-        """All of them as one long vector."""
+        """The difference of all tensors together, as one vector."""
         every = list(differences)
         return Difference(
             sum(d.numel for d in every),
@@ -68,16 +68,21 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """tensors: those that both have in the same shape and that merge. The rest are named, not left out silently.
+    """The differences of two checkpoints.
 
-    kinds  dtype and shape in a and in b, of each tensor for which they differ: `("BF16 [4, 2]", "F32 [4, 2]")`
+    tensors     of the tensors that both have, of the same shape and of dtypes that are merged
+    only_a      names of tensors that b lacks
+    only_b      names of tensors that a lacks
+    shapes      names of tensors whose shapes differ
+    unmeasured  names of tensors that both have, of dtypes that are not merged
+    kinds       dtype and shape in a and in b where these differ: name -> ("BF16 [4, 2]", "F32 [4, 2]")
     """
 
     tensors: dict[str, Difference]
     only_a: list[str]
     only_b: list[str]
-    shapes: list[str]  # in both, of different shapes
-    unmeasured: list[str]  # in both, integers or dtypes that are not merged
+    shapes: list[str]
+    unmeasured: list[str]
     kinds: dict[str, tuple[str, str]]
 
     def __repr__(self) -> str:
@@ -97,13 +102,13 @@ def compare(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Measure b - a for every tensor of two checkpoints. Every byte is read once.
+    """Measure b - a for every tensor of two checkpoints, reading every byte once.
 
     Raises: CheckpointError, StorageError, BackendError, UsageError.
     """
-    for given in (a, b):
-        if not isinstance(given, (str, os.PathLike)):
-            raise UsageError(f"a checkpoint must be named by its path, got {given!r}")
+    for path in (a, b):
+        if not isinstance(path, (str, os.PathLike)):
+            raise UsageError(f"a checkpoint must be a path, got {path!r}")
     first, second = open_model(os.fspath(a)), open_model(os.fspath(b))
     common = [n for n in first.tensors if n in second.tensors]
     shapes = [n for n in common if first.tensors[n].shape != second.tensors[n].shape]
@@ -126,7 +131,7 @@ def compare(
 
 @dataclass(frozen=True, slots=True)
 class Deltas:
-    """What several models change in one tensor of their base, so that the size of any sum of changes is known.
+    """The Gram matrix of several models' deltas from their base in one tensor: with it the norm of any sum is known.
 
     aa    <a, a> of the base
     gram  gram[i][j] = <d_i, d_j> of the models' deltas from the base, float64
@@ -139,7 +144,7 @@ class Deltas:
 def deltas(
     base: str, models: Sequence[str], *, threads: int | None = None, progress: Progress | None = None
 ) -> dict[str, Deltas]:
-    """Of every tensor that all have in one shape, and that merges. Every byte is read once.
+    """The deltas of every tensor that all checkpoints have, of one shape and of dtypes that are merged.
 
     Raises: CheckpointError, StorageError, BackendError, UsageError.
     """
@@ -149,7 +154,7 @@ def deltas(
         n for n, entry in lead.items()
         if all(n in c.tensors and c.tensors[n].shape == entry.shape and c.tensors[n].dtype.merges for c in every)
     ]  # fmt: skip
-    found = {}
+    grams = {}
     for name, (sums, _) in zip(names, _measured(every, names, threads, progress), strict=True):
         # The upper triangle row by row, the base's row first.
         rows, at = [], len(every)
@@ -157,8 +162,8 @@ def deltas(
             rows.append([0.0] * i + list(sums[at : at + len(models) - i]))
             at += len(models) - i
         gram = tuple(tuple(rows[min(i, j)][max(i, j)] for j in range(len(models))) for i in range(len(models)))
-        found[name] = Deltas(sums[0], gram)
-    return found
+        grams[name] = Deltas(sums[0], gram)
+    return grams
 
 
 def _measured(
@@ -167,8 +172,7 @@ def _measured(
     """The pump's answer for each of the tensors called `names`: deltas from the first checkpoint."""
     places = [[c.tensors[name] for c in models] for name in names]
     with ExitStack() as stack:
-        checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
-        sources = Sources(checkpoints, (tensor for tensors in places for tensor in tensors), stack)
+        sources = Sources(models, (tensor for tensors in places for tensor in tensors), stack)
         steps = [
             Measure(inputs=tuple(sources.operand(x) for x in entries), numel=entries[0].numel, deltas=True)
             for entries in places

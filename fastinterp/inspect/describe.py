@@ -1,4 +1,4 @@
-"""What one checkpoint holds, from headers alone, as plain values and in words."""
+"""`inspect`: the contents of a checkpoint, from its headers, as plain values and as text."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.messages import WIDTH, counted, fit, plain, size, table
 
-_NUMBER = re.compile(r"(?<=\.)\d{1,18}(?=\.|$)|^\d{1,18}(?=\.)")  # a whole part of a dotted name, that counts something
-_RECEIPT = "fastinterp"  # key of the metadata that a merge leaves
-_RANGES = 4  # of layer numbers in one pattern, before it only says how many
+_NUMBER = re.compile(r"(?<=\.)\d{1,18}(?=\.|$)|^\d{1,18}(?=\.)")  # a part of a dotted name that is a number
+_RECEIPT = "fastinterp"  # key of the receipt in the metadata of merged files
+_RANGES = 4  # ranges of numbers in a pattern, before the rest is only counted
 
 
 @dataclass(frozen=True)
@@ -61,24 +61,24 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def as_text(checkpoint: Checkpoint, *, every: bool = False) -> str:
-    """The same for people. every: list each tensor, instead of one line for those that differ in numbers only."""
-    found = as_dict(checkpoint)
+    """The same as text. every: a line for each tensor, instead of one for those whose names differ in numbers only."""
+    values = as_dict(checkpoint)
     lines = [
-        f"{plain(checkpoint.name)}: {found['parameters']:,} parameters in {counted(len(found['tensors']), 'tensor')}, "
-        f"{size(found['bytes'])}"
+        f"{plain(checkpoint.name)}: {values['parameters']:,} parameters in "
+        f"{counted(len(values['tensors']), 'tensor')}, {size(values['bytes'])}"
     ]
     lines += ["dtypes"]
     dtypes = [
         [d["dtype"], counted(d["tensors"], "tensor"), f"{d['elements']:,} elements", size(d["bytes"])]
-        for d in found["dtypes"]
+        for d in values["dtypes"]
     ]
     lines += table(dtypes, "<>>>")
-    lines += ["files, named by an index" if found["index"] else "files"]
-    lines += table([[f["path"], counted(f["tensors"], "tensor"), size(f["bytes"])] for f in found["files"]], "<>>")
-    lines += _metadata_lines(found)
+    lines += ["files, named by an index" if values["index"] else "files"]
+    lines += table([[f["path"], counted(f["tensors"], "tensor"), size(f["bytes"])] for f in values["files"]], "<>>")
+    lines += _metadata_lines(values)
     lines += ["tensors"]
     if every:
-        rows = [[t["name"], t["dtype"], str(t["shape"]), size(t["bytes"])] for t in found["tensors"]]
+        rows = [[t["name"], t["dtype"], str(t["shape"]), size(t["bytes"])] for t in values["tensors"]]
         return "\n".join([*lines, *table(rows, "<<<>")])
     rows = [
         [p.name, p.dtype, str(list(p.shape)), f"x{p.count}" if p.count > 1 else "", size(p.nbytes)]
@@ -88,12 +88,12 @@ def as_text(checkpoint: Checkpoint, *, every: bool = False) -> str:
 
 
 def receipt(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """What a merge wrote about itself into the files, or None. It is as trustworthy as the file."""
+    """The receipt that a merge wrote into the metadata, or None. It is as trustworthy as the file."""
     try:
-        found = json.loads(checkpoint.metadata.get(_RECEIPT, ""))
+        value = json.loads(checkpoint.metadata.get(_RECEIPT, ""))
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def patterns(entries: Iterable[Entry]) -> list[Pattern]:
@@ -101,16 +101,16 @@ def patterns(entries: Iterable[Entry]) -> list[Pattern]:
     groups: dict[tuple[str, str, tuple[int, ...]], list[Entry]] = {}
     for e in entries:
         groups.setdefault((_NUMBER.sub("{}", e.name), e.dtype.name, e.shape), []).append(e)
-    found = []
-    for (_, dtype, shape), group in groups.items():
-        found.append(Pattern(_pattern([e.name for e in group]), dtype, shape, len(group), sum(e.nbytes for e in group)))
-    return found
+    return [
+        Pattern(_pattern([e.name for e in group]), dtype, shape, len(group), sum(e.nbytes for e in group))
+        for (_, dtype, shape), group in groups.items()
+    ]
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
-    """A sort key in which layer 10 comes after layer 9.
+    """Sort key that puts layer 10 after layer 9.
 
-    Numbers go by their count of digits first: Python makes no int of thousands of digits, which a name may have.
+    Numbers are compared by their count of digits first: Python converts no thousands of digits to int.
     """
     key = []
     for part in name.split("."):
@@ -130,7 +130,7 @@ def _pattern(names: list[str]) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """`{0..21}`, `{0..3,7}`; a lone number as it is."""
+    """`{0..21}`, `{0..3,7}`, or a single number."""
     if len(numbers) == 1:
         return str(numbers[0])
     runs: list[list[int]] = []
@@ -145,24 +145,24 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _dtypes(entries: list[Entry]) -> list[dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+    totals: dict[str, dict[str, Any]] = {}
     for e in entries:
-        total = found.setdefault(e.dtype.name, {"dtype": e.dtype.name, "tensors": 0, "elements": 0, "bytes": 0})
+        total = totals.setdefault(e.dtype.name, {"dtype": e.dtype.name, "tensors": 0, "elements": 0, "bytes": 0})
         total["tensors"] += 1
         total["elements"] += e.numel
         total["bytes"] += e.nbytes
-    return sorted(found.values(), key=lambda d: -d["bytes"])
+    return sorted(totals.values(), key=lambda d: -d["bytes"])
 
 
-def _metadata_lines(found: dict[str, Any]) -> list[str]:
-    made, lines = found["receipt"], []
-    for key, value in found["metadata"].items():
-        if made is None or key != _RECEIPT:
+def _metadata_lines(values: dict[str, Any]) -> list[str]:
+    receipt, lines = values["receipt"], []
+    for key, value in values["metadata"].items():
+        if receipt is None or key != _RECEIPT:
             lines.append(fit(f"  {key}: {value}", WIDTH))
     lines = ["metadata", *lines] if lines else []
-    if made is not None:
+    if receipt is not None:
         lines.append("receipt of the merge")
-        for key, value in made.items():
+        for key, value in receipt.items():
             if key == "recipe" and isinstance(value, str):
                 lines += ["  recipe:", *(f"    {plain(line)}" for line in value.rstrip().split("\n"))]
             else:

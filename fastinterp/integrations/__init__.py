@@ -1,1 +1,1 @@
-"""fastinterp inside of other libraries. Nothing here is imported before it is asked for."""
+"""fastinterp inside other libraries. Import a module of this package to use it: nothing else imports it."""

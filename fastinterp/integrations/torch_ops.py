@@ -1,4 +1,4 @@
-"""Weighted sums as operators of torch: for autograd, torch.compile and CUDA graphs.
+"""Weighted sums as torch operators, with support for autograd, torch.compile and CUDA graphs.
 
     from fastinterp.integrations.torch_ops import weighted_sum
 
@@ -6,12 +6,12 @@
     loss = f(weighted_sum([x, y], alphas, pivot=base)); loss.backward()     # alphas.grad, x.grad, ...
 
 The operators are torch.ops.fastinterp.weighted_sum (weights as numbers), .weighted_sum_tensor (weights as a tensor),
-.weighted_sum_out (into a tensor that is there) and .dots (products in float64). torch.compile takes them into its graph
-as they are (fullgraph=True), and their bytes are those of eager calls.
+.weighted_sum_out (into an existing tensor) and .dots (dot products in float64). torch.compile includes them in
+its graph (fullgraph=True), and their results are the bytes of eager calls.
 
-Kernels take weights as arguments, that is from the host. So weights in a tensor on a device are waited for, and so is
-their gradient: neither goes into a CUDA graph, which keeps the numbers that it was captured with. torch.compile
-compiles anew for other numbers: give it weights that change as a tensor on the CPU, which nothing waits for.
+Kernels take weights as arguments from the host. So weights in a device tensor, and their gradient, synchronise with the
+device: neither can be captured in a CUDA graph, which replays the numbers it was captured with. torch.compile compiles
+again for other numbers: pass weights that change as a CPU tensor, which needs no synchronisation.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def weighted_sum(
     """sum_k weights[k] * xs[k], or with a pivot p: p + sum_k weights[k] * (xs[k] - p).
 
     xs       1 to 64 tensors of one shape and on one device, as `fastinterp.weighted_sum` takes them, of any strides
-    weights  numbers, one per tensor; or a 1-d floating tensor of them, anywhere: it can require a gradient
-    out      where the result goes, contiguous; then weights are numbers, and nothing requires a gradient
+    weights  numbers, one per tensor; or a 1-d floating tensor of them on any device, which may require a gradient
+    out      a contiguous tensor for the result; then weights must be numbers, and nothing may require a gradient
     dtype    of a new tensor; None: that of the pivot, else of the first tensor
 
-    Gradients: of weights[k] <xs[k] - p, g>, measured in float64; of xs[k] weights[k] * g; of the pivot (1 - sum of
-    weights) * g. The rounding of the result counts as none.
+    Gradients, given g of the result: of weights[k] <xs[k] - p, g>, computed in float64; of xs[k] weights[k] * g; of the
+    pivot (1 - sum of weights) * g. The rounding of the result is ignored.
     Raises: UsageError, ShapeError, BackendError.
     """
     xs = list(xs)
@@ -59,7 +59,9 @@ def weighted_sum(
                 f"{list(weights.shape)}"
             )
         if out is not None:
-            raise UsageError("`out` takes weights as numbers: weights.tolist(), which waits for them")
+            raise UsageError(
+                "`out` needs weights as numbers: pass weights.tolist(), which synchronises with their device"
+            )
         return cast(Tensor, ops.weighted_sum_tensor(xs, weights, pivot, dtype))
     if len(weights) != len(xs):
         raise UsageError(f"as many weights as tensors are needed, got {len(xs)} tensors and {len(weights)} weights")
@@ -67,9 +69,9 @@ def weighted_sum(
     if out is None:
         return cast(Tensor, ops.weighted_sum(xs, numbers, pivot, dtype))
     if dtype is not None:
-        raise UsageError("give either `out` or `dtype`: out has a dtype of its own")
+        raise UsageError("give either `out` or `dtype`, not both")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *xs, *(() if pivot is None else (pivot,)))):
-        raise UsageError("nothing gets a gradient through `out`. Use torch.no_grad(), or leave `out` out")
+        raise UsageError("`out` does not support gradients. Use torch.no_grad(), or call without `out`")
     ops.weighted_sum_out(out, xs, numbers, pivot)
     return out
 
@@ -86,7 +88,7 @@ def _sum(
 ) -> Tensor:
     named = None if dtype is None else parse_dtype(str(dtype))
     if dtype is not None and named is None:
-        raise UsageError(f"{dtype} cannot be stored: only float64 to float8 can")
+        raise UsageError(f"{dtype} is not supported: only float64 to float8 are")
     result = arrays.weighted_sum(
         [_dense(x) for x in xs], weights, pivot=None if pivot is None else _dense(pivot), out=out,
         dtype=None if named is None else str(named),
@@ -113,31 +115,31 @@ def _dots(of: Tensor, xs: Sequence[Tensor]) -> Tensor:
     return torch.tensor(products.dots(_dense(of), [_dense(x) for x in xs]), dtype=torch.float64)
 
 
-# --- what torch.compile is told of them ------------------------------------------------------------------------------
+# --- shapes and dtypes of the results, for torch.compile (fake tensors) ----------------------------------------------
 
 
-def _shaped(xs: Sequence[Tensor], weights: Any, pivot: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def _fake_sum(xs: Sequence[Tensor], weights: Any, pivot: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     like = xs[0] if pivot is None else pivot
     return like.new_empty(like.shape, dtype=dtype or like.dtype)
 
 
-def _written(out: Tensor, xs: Sequence[Tensor], weights: Sequence[float], pivot: Tensor | None) -> None:
+def _fake_none(out: Tensor, xs: Sequence[Tensor], weights: Sequence[float], pivot: Tensor | None) -> None:
     return None
 
 
-def _counted(of: Tensor, xs: Sequence[Tensor]) -> Tensor:
+def _fake_dots(of: Tensor, xs: Sequence[Tensor]) -> Tensor:
     return torch.empty(len(xs), dtype=torch.float64, device="cpu")
 
 
-# --- and autograd ----------------------------------------------------------------------------------------------------
+# --- gradients, for autograd ------------------------------------------------------------------------------------------
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     xs, weights, pivot, _ = inputs
     ctx.dtypes = [x.dtype for x in xs], None if pivot is None else pivot.dtype
     ctx.numbers = None if isinstance(weights, Tensor) else list(weights)
     if isinstance(weights, Tensor):
-        # The tensors themselves only where they are needed: they may be whole models.
+        # The tensors are saved only where they are needed: they may be whole models.
         wanted = weights.requires_grad
         ctx.save_for_backward(weights, *(xs if wanted else ()), *([pivot] if wanted and pivot is not None else ()))
 
@@ -149,23 +151,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     of_xs = [(grad * weights[k]).to(dtypes[k]) if wanted else None for k, wanted in enumerate(to_xs)]
     of_weights = of_pivot = None
     if to_weights:
-        found = torch.ops.fastinterp.dots(grad, saved)
-        if pivot_dtype is not None:  # in float64 the difference of the products loses nothing that float32 would hold
-            found = found[:-1] - found[-1]
-        of_weights = found.to(weights.device, weights.dtype)
+        dots = torch.ops.fastinterp.dots(grad, saved)
+        if pivot_dtype is not None:  # in float64 the difference of the products is precise enough for float32
+            dots = dots[:-1] - dots[-1]
+        of_weights = dots.to(weights.device, weights.dtype)
     if to_pivot:
         total = sum(weights) if ctx.numbers is not None else weights.sum()
         of_pivot = (grad * (1.0 - total)).to(pivot_dtype)
     return of_xs, of_weights, of_pivot, None
 
 
-for _name, _call, _fake, _learns in (
-    ("weighted_sum", _by_numbers, _shaped, True),
-    ("weighted_sum_tensor", _by_tensor, _shaped, True),
-    ("weighted_sum_out", _into, _written, False),
-    ("dots", _dots, _counted, False),
+for _name, _call, _fake, _has_gradient in (
+    ("weighted_sum", _by_numbers, _fake_sum, True),
+    ("weighted_sum_tensor", _by_tensor, _fake_sum, True),
+    ("weighted_sum_out", _into, _fake_none, False),
+    ("dots", _dots, _fake_dots, False),
 ):
     _op = torch.library.custom_op(f"fastinterp::{_name}", _call, mutates_args=("out",) if _call is _into else ())
     _op.register_fake(_fake)
-    if _learns:
-        _op.register_autograd(_backward, setup_context=_remember)
+    if _has_gradient:
+        _op.register_autograd(_backward, setup_context=_setup_context)

@@ -27,9 +27,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from fastinterp.errors import MethodError
-from fastinterp.messages import clipped as clipped
-from fastinterp.messages import shown as shown
-from fastinterp.messages import suggestion as suggestion
+from fastinterp.messages import clipped, shown, suggestion
 from fastinterp.ops.combine import LARGEST, Tensor
 
 T = TypeVar("T")

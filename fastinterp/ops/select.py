@@ -109,7 +109,7 @@ def elements_read(request: Coarse | Fine, numel: int) -> int:
     return sampled + (rest if whole % request.every == 0 else 0)
 
 
-Asking = Generator[Coarse | Fine, Sequence[Counts], tuple[Selected, ...]]
+Selecting = Generator[Coarse | Fine, Sequence[Counts], tuple[Selected, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ def sample_every(numel: int, ranks: Sequence[float]) -> int:
     return max(strips // wanted, 3) | 1
 
 
-def selecting(ask: Select, numel: int) -> Asking:
+def selecting(ask: Select, numel: int) -> Selecting:
     """Answer `ask` for a tensor, or with `whole` for a model, of `numel` elements.
 
     The one that drives it answers each request with one Counts per vector, in order. Returns one Selected per rank.

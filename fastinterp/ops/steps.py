@@ -12,6 +12,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from fastinterp._C import fold
 from fastinterp.ops.contract import BLOCK_ROWS, CHUNK, STRIP
@@ -303,17 +304,12 @@ class MaskedSum(SumStep, frozen=True, kw_only=True):
         """
         if all(_is_filled(term) for output in self.outputs for term in output.terms):
             return self
-        outputs = tuple(
-            msgspec.structs.replace(
-                output,
-                terms=tuple(
-                    term if _is_filled(term) else msgspec.structs.replace(term, precomputed_mask=None)
-                    for term in output.terms
-                ),
-            )
-            for output in self.outputs
-        )
-        return msgspec.structs.replace(self, outputs=outputs)
+
+        def filled(output: MaskedOutput) -> MaskedOutput:
+            terms = (term if _is_filled(term) else replace(term, precomputed_mask=None) for term in output.terms)
+            return replace(output, terms=tuple(terms))
+
+        return replace(self, outputs=tuple(map(filled, self.outputs)))
 
 
 def _is_filled(term: MaskedTerm) -> bool:

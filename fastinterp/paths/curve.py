@@ -1,4 +1,4 @@
-"""The shape of a metric along a path: plain formulas on lists of numbers."""
+"""The shape of a metric along a path, from its values: barriers, monotonicity, smoothness, log-odds."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from itertools import pairwise
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """How far a metric lies from the chord, at the point where it is farthest on one side.
+    """The largest distance of a metric from the chord on one side of it, and where.
 
-    value  metric - chord, in the metric's unit; 0 where it never is on that side
+    value  metric - chord, in the metric's unit; 0 if it is never on that side
     se     standard error over seeds, each seed with its own chord; None for one seed
     """
 
@@ -23,7 +23,7 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A straight line by least squares: y = slope * x + intercept. r2: share of the variance that it explains."""
+    """A straight line by least squares: y = slope * x + intercept. r2: coefficient of determination, R^2."""
 
     slope: float
     intercept: float
@@ -33,7 +33,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A metric between the ends of a path, ends included.
+    """The shape of a metric between the ends of a path, ends included.
 
     above, below  the largest gaps above and below the chord: for a loss `above` is the barrier, for a metric of which
                   more is better `below` is. None where an end was not evaluated
@@ -45,7 +45,7 @@ class Shape:
     log_odds      the line through log(p / (1 - p)), of probabilities; points where p is 0 or 1 are left out
 
     Where the metric is NaN at any of the points, above, below, step_up, step_down and kink are NaN, and spearman and
-    log_odds are None: no shape is told of a part of them.
+    log_odds are None: a part of the points has no shape of its own.
     """
 
     points: int
@@ -60,7 +60,7 @@ class Shape:
 
 def mean(values: Sequence[float]) -> float:
     if all(v == values[0] for v in values):
-        return values[0]  # not what rounding makes of their sum: seeds that agree have no error
+        return values[0]  # exactly: equal seeds have a standard error of 0
     try:
         return math.fsum(values) / len(values)
     except ValueError:  # Inf and -Inf in one sum
@@ -70,7 +70,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean: the sample's deviation / sqrt(n). None for one value."""
+    """The standard error of the mean: the sample's standard deviation / sqrt(n). None for one value."""
     n = len(values)
     if n < 2:
         return None
@@ -88,7 +88,7 @@ def _scaled(values: Sequence[float]) -> tuple[list[float], int]:
 
 
 def shape(xs: Sequence[float], samples: Sequence[Sequence[float]], *, probability: bool) -> Shape:
-    """Of the points with x in 0..1.
+    """The shape of a metric at the points with x in 0..1.
 
     xs       ascending, each once
     samples  for each x one value per seed, the seeds in the same order
@@ -97,7 +97,7 @@ def shape(xs: Sequence[float], samples: Sequence[Sequence[float]], *, probabilit
     xs, samples = [x for x, _ in inside], [s for _, s in inside]
     ys = [mean(s) for s in samples]
     steps = [0.0 if a == b else b - a for a, b in pairwise(ys)]  # equal: Inf - Inf is NaN
-    # Python's max drops a NaN, or not, by its place.
+    # Python's max of NaN and others depends on their order.
     unknown = [math.nan] if any(map(math.isnan, ys)) else []
     above, below = gaps(xs, samples)
     return Shape(
@@ -166,7 +166,7 @@ def log_odds(xs: Sequence[float], ps: Sequence[float]) -> Line | None:
 
 
 def fit(xs: Sequence[float], ys: Sequence[float]) -> Line:
-    """Least squares; xs not all equal."""
+    """The line of least squares; xs not all equal."""
     x0, y0 = mean(xs), mean(ys)
     sxx = math.fsum((x - x0) ** 2 for x in xs)
     sxy = math.fsum((x - x0) * (y - y0) for x, y in zip(xs, ys, strict=True))
@@ -190,18 +190,18 @@ def monotone(ys: Sequence[float]) -> list[float]:
 def respaced(xs: Sequence[float], ys: Sequence[float], count: int) -> list[float]:
     """`count` values of x, the first and the last of xs among them, between which y moves by equal steps.
 
-    y is made monotone first, and taken as straight between its points. Raises ValueError if it does not move.
+    y is made monotone first, and linear between its points. Raises: ValueError, if it is constant then.
     """
     ys, _ = _scaled(ys)
     rising = mean(ys[len(ys) // 2 :]) >= mean(ys[: (len(ys) + 1) // 2])
     smooth = monotone(ys if rising else [-y for y in ys])
     low, high = smooth[0], smooth[-1]
     if not high > low:
-        raise ValueError("it does not move")
-    found = [xs[0]]
+        raise ValueError("y is constant")
+    spaced = [xs[0]]
     for k in range(1, count - 1):
         wanted = low + (high - low) * k / (count - 1)
         i = next(i for i in range(1, len(xs)) if smooth[i] >= wanted)
         t = (wanted - smooth[i - 1]) / (smooth[i] - smooth[i - 1])
-        found.append(xs[i - 1] + t * (xs[i] - xs[i - 1]))
-    return [*found, xs[-1]]
+        spaced.append(xs[i - 1] + t * (xs[i] - xs[i - 1]))
+    return [*spaced, xs[-1]]

@@ -1,4 +1,4 @@
-"""The tensors of a model as a grid: its layers across, its kinds of tensors down."""
+"""The tensors of a model as a grid: layers by kinds of tensors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ NO_LAYER = ""
 
 @dataclass(frozen=True)
 class Grid:
-    """Where tensors go that have a layer and a kind.
+    """Tensors by layer and kind.
 
     layers  numbers as in the names, in ascending order; NO_LAYER first, if there are tensors outside of all layers
-    kinds   what is left of the names, in the order in which a layer has them; further numbers (experts) are `*`
+    kinds   the names without the layer, in the order in which a layer has them; further numbers (experts) are `*`
     cells   names of the tensors by (kind, layer)
     """
 
@@ -25,7 +25,7 @@ class Grid:
 
 
 def grid(names: Iterable[str]) -> Grid:
-    """Of tensor names. The first number in a name, between dots, is its layer."""
+    """The grid of tensor names. The first number in a name, between dots, is its layer."""
     ordered = sorted(names, key=natural)
     stacks = {name: _split(name) for name in ordered}
     several = len({stack for stack, layer, _ in stacks.values() if layer}) > 1  # encoder and decoder, say

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from operator import index
 from typing import Any
@@ -62,8 +63,18 @@ def path(
     if model is not None and dtype is not None:
         _check_dtype(dtype, model)
     warn_unlike([*([] if origin is None else [origin]), *ends.values()], stacklevel=2)
-    settings = {"dtype": dtype, "rounding": rounding, "seed": seed, "threads": threads}
+    settings = _Settings(dtype, rounding, seed, threads)
     return Path(ends, origin, tuple(directions) if directions is not None else (ALPHA,), model, settings)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How points are computed. dtype: of the points; by name of tensor, or None: as the end points have them."""
+
+    dtype: str | Mapping[str, str] | None
+    rounding: str
+    seed: int
+    threads: int | None
 
 
 class Path:
@@ -78,7 +89,7 @@ class Path:
         base: Endpoint | None,
         names: tuple[str, ...],
         model: Any,
-        settings: Mapping[str, Any],
+        settings: _Settings,
     ):
         self.names = names
         self._ends, self._base, self._model, self._settings = ends, base, model, settings
@@ -153,9 +164,10 @@ class Path:
         """The tensors of one point, and what their rounding made of the change."""
         alphas = [at[name] for name in self.names]
         weights = [1.0 - alphas[0], alphas[0]] if self._line else alphas
-        settings = dict(self._settings)
-        if self._model is not None and settings["dtype"] is None:
-            settings["dtype"] = dtypes_of(self._model)  # straight to them: what is measured is what the model holds
+        settings = self._settings
+        if self._model is not None and settings.dtype is None:
+            # Rounded once, to what the model has: what is measured is what the model holds.
+            settings = replace(settings, dtype=dtypes_of(self._model))
         self._refuse_changed()
         try:
             merged = self._merged(weights, settings, module)
@@ -166,7 +178,7 @@ class Path:
         return merged
 
     def _merged(
-        self, weights: Sequence[float], settings: Mapping[str, Any], module: ModuleWeights | None
+        self, weights: Sequence[float], settings: _Settings, module: ModuleWeights | None
     ) -> tuple[dict[str, Any], dict[str, RoundingEffect]]:
         with ExitStack() as stack:
             endpoints = Endpoints(self._models, stack)
@@ -176,7 +188,8 @@ class Path:
             base = None if self._base is None else tensors.pop(0)
             return merge_measured(
                 tensors, "linear" if base is None else "task_arithmetic", base=base, parameters={"weight": weights},
-                files=endpoints.files, **settings,
+                files=endpoints.files, dtype=settings.dtype, rounding=settings.rounding, seed=settings.seed,
+                threads=settings.threads,
             )  # fmt: skip
 
     @property

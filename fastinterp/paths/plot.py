@@ -1,4 +1,4 @@
-"""Figures: metrics along a path, and where two models differ. Needs matplotlib."""
+"""Figures of metrics along a path, and of where two models differ. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -7,36 +7,38 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from fastinterp.errors import StorageError, UsageError
-
-if TYPE_CHECKING:
-    from fastinterp.inspect.compare import Comparison
+from fastinterp.inspect.compare import Comparison, Difference
+from fastinterp.messages import fit
+from fastinterp.paths.layer_grid import grid
 
 Report = Any  # PathReport, which imports this module
-# Okabe and Ito's palette: told apart with any kind of colour vision.
-_CURVE, _END, _ACTS = "#0072B2", "#D55E00", "#009E73"
-_TEXT, _QUIET, _SHADE = "#1a1a1a", "#6b6b6b", "#eef2f6"
+# Okabe and Ito's palette, for any kind of colour vision.
+_CURVE, _END, _EFFECTIVE = "#0072B2", "#D55E00", "#009E73"
+_TEXT, _GREY, _SHADE = "#1a1a1a", "#6b6b6b", "#eef2f6"
 _COLOURS = "viridis"
 _STYLE = {
     "figure.dpi": 120,
     "font.size": 10,
     "text.color": _TEXT,
     "axes.labelcolor": _TEXT,
-    "axes.edgecolor": _QUIET,
+    "axes.edgecolor": _GREY,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "xtick.color": _TEXT,
     "ytick.color": _TEXT,
-    "svg.hashsalt": "fastinterp",  # the same figures give the same file
+    "svg.hashsalt": "fastinterp",  # the same figure gives the same file
     "svg.fonttype": "none",  # text stays text
 }
-_PANELS = 3  # beside each other
-_WRITTEN = 64  # cells of a heat map that have their value written in them; more would be clutter
-_TICKS = 24  # layers that are named on an axis
+_PANELS = 3  # in a row
+_MOST_LABELLED = 64  # cells of a heat map with their value in them; more cells stay without
+_TICKS = 24  # most labels of layers on an axis
 
 
 def plot_report(report: Report, file: str | os.PathLike[str], metrics: Sequence[str] | None = None) -> None:
@@ -52,50 +54,47 @@ def plot_report(report: Report, file: str | os.PathLike[str], metrics: Sequence[
     if len(report.varied) == 2:
         _save(file, len(chosen), (4.6, 3.9), lambda axes: _maps(report, chosen, axes))
         return
-    stairs = any("staircase" in w for w in report.warnings) and report.line and report.base is None
-    _save(file, len(chosen) + stairs, (4.4, 3.4), lambda axes: _curves(report, chosen, axes[: len(chosen) + stairs]))
+    staircase = any("staircase" in w for w in report.warnings) and report.line and report.base is None
+    panels = len(chosen) + staircase
+    _save(file, panels, (4.4, 3.4), lambda axes: _curves(report, chosen, axes[:panels]))
 
 
-def plot_difference(found: Comparison, file: str | os.PathLike[str], title: str) -> None:
+def plot_difference(comparison: Comparison, file: str | os.PathLike[str], title: str) -> None:
     """The relative change |d| / |a| of each kind of tensor in each layer, on a logarithmic scale.
 
     Raises: UsageError, if there is no matplotlib or nothing was measured; StorageError.
     """
-    from fastinterp.inspect.compare import Difference
-    from fastinterp.messages import fit
-    from fastinterp.paths.layer_grid import grid
-
-    if not found.tensors:
+    if not comparison.tensors:
         raise UsageError("no tensor is in both models with the same shape, so there is no change to draw")
-    places = grid(found.tensors)
-    changes = {cell: Difference.total(found.tensors[n] for n in names) for cell, names in places.cells.items()}
-    values = [[_change(changes.get((kind, layer))) for layer in places.layers] for kind in places.kinds]
-    width = 3.4 + 0.075 * max(map(len, places.kinds)) + min(0.3 * len(places.layers), 11)
-    height = 1.5 + 0.26 * len(places.kinds)
+    cells = grid(comparison.tensors)
+    changes = {cell: Difference.total(comparison.tensors[n] for n in names) for cell, names in cells.cells.items()}
+    values = [[_change(changes.get((kind, layer))) for layer in cells.layers] for kind in cells.kinds]
+    width = 3.4 + 0.075 * max(map(len, cells.kinds)) + min(0.3 * len(cells.layers), 11)
+    height = 1.5 + 0.26 * len(cells.kinds)
     title = fit(title, int(width * 9))
-    _save(file, 1, (width, height), lambda axes: _change_map(axes[0], values, places.layers, places.kinds, title))
+    _save(file, 1, (width, height), lambda axes: _change_map(axes[0], values, cells.layers, cells.kinds, title))
 
 
-def _change(d: Any) -> float | None:
-    """None: there is no such tensor. 0: nothing changed. NaN: no number can be given."""
-    if d is None:
+def _change(difference: Difference | None) -> float | None:
+    """The relative change |d| / |a|; 0: unchanged, NaN: undefined. None: there is no such tensor."""
+    if difference is None:
         return None
-    if d.finite and not d.changed:
+    if difference.finite and not difference.changed:
         return 0.0
-    return math.nan if d.relative is None or not d.finite else float(d.relative)
+    return math.nan if difference.relative is None or not difference.finite else float(difference.relative)
 
 
 def check_figure(file: str | os.PathLike[str]) -> tuple[Path, str]:
-    """The path of a figure, and what it is: png, svg or pdf.
+    """The path of a figure and its format: png, svg or pdf.
 
-    Raises: UsageError, if there is no matplotlib, or the name ends otherwise; StorageError, if there is no such folder.
+    Raises: UsageError, without matplotlib, or if the suffix is another one; StorageError, if there is no such folder.
     """
     if find_spec("matplotlib") is None:
         raise UsageError("figures need matplotlib: pip install 'fastinterp[plot]'")
     path = Path(file)
     kind = path.suffix.lower().removeprefix(".")
     if kind not in ("png", "svg", "pdf"):
-        raise UsageError(f"{path} must end in .png, .svg or .pdf, which says what to draw")
+        raise UsageError(f"{path} must end in .png, .svg or .pdf, which is the format")
     if not path.parent.is_dir():
         raise StorageError(f"{path} cannot be written: No such file or directory: {path.parent}")
     return path, kind
@@ -104,7 +103,7 @@ def check_figure(file: str | os.PathLike[str]) -> tuple[Path, str]:
 def _save(
     file: str | os.PathLike[str], panels: int, size: tuple[float, float], draw: Callable[[list[Any]], None]
 ) -> None:
-    path, kind = check_figure(file)
+    path, kind = check_figure(file)  # first: it says that matplotlib is missing
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -146,7 +145,7 @@ def _curves(report: Report, metrics: Sequence[str], axes: Sequence[Any]) -> None
     panel = axes[0]
     panel.legend(frameon=False, fontsize=9, loc="best")
     if len(axes) > len(metrics):
-        _stairs(report, axes[len(metrics)])
+        _staircase(report, axes[len(metrics)])
 
 
 def _between(panel: Any, xs: Sequence[float]) -> None:
@@ -160,7 +159,7 @@ def _chord(panel: Any, at: Mapping[float, float]) -> None:
     """The straight line between the ends, and the ends themselves."""
     if 0.0 in at and 1.0 in at:
         ends = [at[0.0], at[1.0]]
-        panel.plot([0, 1], ends, color=_QUIET, linestyle=(0, (4, 3)), linewidth=1.2, zorder=2, label="chord")
+        panel.plot([0, 1], ends, color=_GREY, linestyle=(0, (4, 3)), linewidth=1.2, zorder=2, label="chord")
     ends = [x for x in (0.0, 1.0) if x in at]
     if ends:
         panel.plot(
@@ -169,11 +168,11 @@ def _chord(panel: Any, at: Mapping[float, float]) -> None:
         )  # fmt: skip
 
 
-def _stairs(report: Report, panel: Any) -> None:
+def _staircase(report: Report, panel: Any) -> None:
     xs, points = report.along(report.metrics[0])
-    panel.plot([xs[0], xs[-1]], [xs[0], xs[-1]], color=_QUIET, linestyle=(0, (4, 3)), linewidth=1.2, label="exact")
-    acts = [report.effective_alpha(p) for p in points]
-    panel.plot(xs, acts, color=_ACTS, marker="s", markersize=3.5, linewidth=1.4, label="after rounding")
+    panel.plot([xs[0], xs[-1]], [xs[0], xs[-1]], color=_GREY, linestyle=(0, (4, 3)), linewidth=1.2, label="exact")
+    effective = [report.effective_alpha(p) for p in points]
+    panel.plot(xs, effective, color=_EFFECTIVE, marker="s", markersize=3.5, linewidth=1.4, label="after rounding")
     panel.set_title("effective alpha")
     panel.set_xlabel(report.varied[0])
     panel.legend(frameon=False, fontsize=9)
@@ -192,7 +191,7 @@ def _maps(report: Report, metrics: Sequence[str], axes: Sequence[Any]) -> None:
     for panel, metric in zip(axes, metrics, strict=False):
         values = [[at[x, y].mean(metric) if (x, y) in at else math.nan for x in xs] for y in ys]
         image = _cells(panel, values, None)
-        if len(xs) * len(ys) <= _WRITTEN:
+        if len(xs) * len(ys) <= _MOST_LABELLED:
             _write(panel, image, values)
         panel.set_xticks([i + 0.5 for i in range(len(xs))], [f"{x:g}" for x in xs])
         panel.set_yticks([i + 0.5 for i in range(len(ys))], [f"{y:g}" for y in ys])
@@ -202,8 +201,6 @@ def _maps(report: Report, metrics: Sequence[str], axes: Sequence[Any]) -> None:
 
 
 def _cells(panel: Any, values: Sequence[Sequence[float]], norm: Any) -> Any:
-    import numpy as np
-
     image = panel.pcolormesh(np.ma.masked_invalid(np.array(values, dtype=float)), cmap=_COLOURS, norm=norm,
                              edgecolors="white", linewidth=0.6)  # fmt: skip
     for spine in panel.spines.values():
@@ -228,8 +225,8 @@ def _change_map(
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Patch, Rectangle
 
-    seen = [v for row in values for v in row if v is not None and v > 0]
-    low, high = (min(seen), max(seen)) if seen else (1e-3, 1.0)
+    positive = [v for row in values for v in row if v is not None and v > 0]
+    low, high = (min(positive), max(positive)) if positive else (1e-3, 1.0)
     norm = LogNorm(low if low < high else low / 2, high if low < high else high * 2)
     image = _cells(panel, [[v or math.nan for v in row] for row in values], norm)
     marked = [("unchanged", 0.0, "#e0e0e0", ""), ("no number: a is 0, or NaN", math.nan, "white", "xxxx")]
@@ -241,12 +238,12 @@ def _change_map(
         ]  # fmt: skip
         style: dict[str, Any] = {
             "facecolor": face,
-            "edgecolor": _QUIET if hatch else "white",
+            "edgecolor": _GREY if hatch else "white",
             "hatch": hatch,
             "linewidth": 0.6,
         }
-        for place in cells:
-            panel.add_patch(Rectangle(place, 1, 1, **style))
+        for corner in cells:
+            panel.add_patch(Rectangle(corner, 1, 1, **style))
         if cells:
             keys.append(Patch(label=label, **style))
     every = -(-len(layers) // _TICKS)

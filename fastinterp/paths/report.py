@@ -1,4 +1,4 @@
-"""What was found along a path: tables, files, figures."""
+"""The report of a path: metrics and rounding at each point, as tables, files and figures."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any
 
 from fastinterp.arguments import snapped
 from fastinterp.errors import StorageError, UsageError
+from fastinterp.messages import table
 from fastinterp.paths import curve
 
 FORMAT = "fastinterp path report"
 _VERSION = 1
-_NOTICED = 0.05  # a strength that is off by more than this makes a staircase
-_WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # JSON has no numbers for these
-_HEAD = ["from 0 to 1", "above chord", "below chord", "Spearman", "step up", "down", "kink", "logit slope", "R^2"]
+_STAIRCASE = 0.05  # a strength that is off by more than this is warned of
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # strings in JSON: it has no such numbers
+_HEADER = ["from 0 to 1", "above chord", "below chord", "Spearman", "step up", "down", "kink", "logit slope", "R^2"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class PathPoint:
     at       alpha by direction
     samples  of each metric one value per seed
     strength, changed_fraction, relative_change
-             as in the report of a merge: the share of the intended change that the rounding let through, the share of
+             as in the report of a merge: the share of the intended change that is left after rounding, the share of
              elements that differ from the pivot (the base, else a), and |change| / |pivot|. None for copies
     """
 
@@ -54,7 +55,7 @@ class PathReport:
     """Made by `path(...).evaluate`.
 
     ends  the models by direction; `a` and `b` of a line
-    line  whether it is one from a to b: then alpha has an effective value
+    line  whether the path is a line from a to b: then alpha has an effective value
     """
 
     ends: Mapping[str, str]
@@ -71,7 +72,7 @@ class PathReport:
                     f"`probabilities` names {name!r}, which is no metric. Known: {', '.join(self.metrics)}"
                 )
             for p in self.points:
-                wrong = [v for v in p.samples[name] if v < 0 or v > 1]  # NaN: `warnings` tell it
+                wrong = [v for v in p.samples[name] if v < 0 or v > 1]  # NaN is among `warnings`
                 if wrong:
                     raise UsageError(
                         f"`probabilities` names {name!r}, but not all of its values are in 0..1: {wrong[0]:g} at "
@@ -79,7 +80,7 @@ class PathReport:
                     )
 
     def __repr__(self) -> str:
-        """Short; print() shows the summary."""
+        """One line; print() shows the summary."""
         return f"<PathReport: {len(self.points)} points, {len(self.seeds)} seeds, metrics {', '.join(self.metrics)}>"
 
     def __str__(self) -> str:
@@ -99,7 +100,7 @@ class PathReport:
         return tuple(n for n in self.directions if len({p.at[n] for p in self.points}) > 1)
 
     def along(self, metric: str) -> tuple[list[float], list[PathPoint]]:
-        """Alphas in ascending order and their points. Raises: UsageError, if more than one direction is walked."""
+        """Alphas in ascending order and their points. Raises: UsageError, if the points vary in several directions."""
         self.check_metric(metric)
         if len(self.varied) > 1:
             raise UsageError(f"the points vary in {' and '.join(self.varied)}: only along one direction is it a curve")
@@ -130,7 +131,7 @@ class PathReport:
             raise UsageError(f"{metric} is the same at both ends, so no alphas make equal steps of it") from None
 
     def effective_alpha(self, point: PathPoint) -> float | None:
-        """The alpha that rounding made of a point's, on a line from a to b without a base; None elsewhere."""
+        """A point's alpha after rounding, on a line from a to b without a base; None elsewhere."""
         if not self.line or self.base is not None:
             return None
         alpha = next(iter(point.at.values()))
@@ -138,67 +139,66 @@ class PathReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Metrics that are NaN or Inf somewhere, and the staircase, where there is one."""
+        """Which metrics are NaN or Inf somewhere; and where rounding changes the effective alpha: a staircase."""
         return (*self._not_finite(), *self._staircase())
 
     def _not_finite(self) -> list[str]:
-        found = []
+        warnings = []
         for metric in self.metrics:
-            where = [p for p in self.points if not all(map(math.isfinite, p.samples[metric]))]
-            if where:
-                value = next(v for v in where[0].samples[metric] if not math.isfinite(v))
-                first = f"{len(where)} of {len(self.points)} points, first at " if len(where) > 1 else ""
-                found.append(f"{metric} is {_word(value)} at {first}{_place(where[0])}")
-        return found
+            points = [p for p in self.points if not all(map(math.isfinite, p.samples[metric]))]
+            if points:
+                value = next(v for v in points[0].samples[metric] if not math.isfinite(v))
+                first = f"{len(points)} of {len(self.points)} points, first at " if len(points) > 1 else ""
+                warnings.append(f"{metric} is {_name_of(value)} at {first}{_place(points[0])}")
+        return warnings
 
     def _staircase(self) -> tuple[str, ...]:
-        steep = [p for p in self.points if p.strength is not None and abs(p.strength - 1) > _NOTICED]
-        if not steep:
+        off = [p for p in self.points if p.strength is not None and abs(p.strength - 1) > _STAIRCASE]
+        if not off:
             return ()
-        worst = max(steep, key=lambda p: abs((p.strength or 0) - 1))
-        acts = self.effective_alpha(worst)
-        arrived = f"acts as {acts:.2g}" if acts is not None else f"lets {worst.strength:.2f} of its change arrive"
+        worst = max(off, key=lambda p: abs((p.strength or 0) - 1))
+        effective = self.effective_alpha(worst)
+        left = f"lets {worst.strength:.2f} of its change arrive" if effective is None else f"acts as {effective:.2g}"
         return (
-            f"rounding makes a staircase of the path: at {len(steep)} of {len(self.points)} points the change that "
-            f"arrives is off by more than 5%, most at {_place(worst)}, which {arrived}. Use dtype='float32', or "
+            f"rounding makes a staircase of the path: at {len(off)} of {len(self.points)} points the change that "
+            f"arrives is off by more than 5%, most at {_place(worst)}, which {left}. Use dtype='float32', or "
             "rounding='stochastic'",
         )
 
     def summary(self) -> str:
-        """A few lines for people."""
-        from fastinterp.messages import table
-
-        names = [*self.directions, *(self._columns()), *self.metrics]
+        """Tables of the points and of the metrics' shapes, and the warnings, as text."""
+        names = [*self.directions, *(self._alpha_column()), *self.metrics]
         rows = [names, *(self._row(p) for p in self.points)]
         lines = table(rows, ">" * len(names))
         if len(self.varied) == 1:
-            lines += ["", *table([_HEAD, *(self._shape_row(m) for m in self.metrics)], "<" + ">" * (len(_HEAD) - 1))]
+            shapes = [_HEADER, *(self._shape_row(m) for m in self.metrics)]
+            lines += ["", *table(shapes, "<" + ">" * (len(_HEADER) - 1))]
         return "\n".join([*lines, *(f"  warning: {w}" for w in self.warnings)])
 
-    def _columns(self) -> list[str]:
+    def _alpha_column(self) -> list[str]:
         return ["acts as"] if any(self._off(p) for p in self.points) else []
 
     def _off(self, p: PathPoint) -> bool:
-        return self.effective_alpha(p) is not None and abs((p.strength or 1) - 1) > _NOTICED
+        return self.effective_alpha(p) is not None and abs((p.strength or 1) - 1) > _STAIRCASE
 
     def _row(self, p: PathPoint) -> list[str]:
-        acts = [f"{self.effective_alpha(p) or 0:.3g}" if self._off(p) else ""] if self._columns() else []
-        return [*(f"{v:g}" for v in p.at.values()), *acts, *(_plus_minus(p.mean(m), p.se(m)) for m in self.metrics)]
+        alpha = [f"{self.effective_alpha(p) or 0:.3g}" if self._off(p) else ""] if self._alpha_column() else []
+        return [*(f"{v:g}" for v in p.at.values()), *alpha, *(_plus_minus(p.mean(m), p.se(m)) for m in self.metrics)]
 
     def _shape_row(self, metric: str) -> list[str]:
-        found = self.shape(metric)
-        gaps = ["" if g is None else _plus_minus(g.value, g.se) for g in (found.above, found.below)]
-        odds = found.log_odds
+        shape = self.shape(metric)
+        gaps = ["" if g is None else _plus_minus(g.value, g.se) for g in (shape.above, shape.below)]
+        odds = shape.log_odds
         return [
-            metric, *gaps, _or_blank(found.spearman, ".3f"), f"{found.step_up:.3g}", f"{found.step_down:.3g}",
-            _or_blank(found.kink, ".1%"), *(["", ""] if odds is None else [f"{odds.slope:.3g}", f"{odds.r2:.4f}"]),
+            metric, *gaps, _or_blank(shape.spearman, ".3f"), f"{shape.step_up:.3g}", f"{shape.step_down:.3g}",
+            _or_blank(shape.kink, ".1%"), *(["", ""] if odds is None else [f"{odds.slope:.3g}", f"{odds.r2:.4f}"]),
         ]  # fmt: skip
 
     # --- files
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as in the JSON file."""
-        shapes = {m: _shape(self.shape(m)) for m in self.metrics} if len(self.varied) == 1 else {}
+        shapes = {m: asdict(self.shape(m)) for m in self.metrics} if len(self.varied) == 1 else {}
         points = [
             {
                 "at": dict(p.at), "samples": {m: list(v) for m, v in p.samples.items()},
@@ -215,8 +215,8 @@ class PathReport:
         }  # fmt: skip
 
     def to_json(self, file: str | os.PathLike[str] | None = None) -> str:
-        """The report as JSON text, written to `file` if one is named. NaN and Inf are the words that Python has."""
-        text = json.dumps(_worded(self.as_dict()), indent=1, allow_nan=False) + "\n"
+        """The report as JSON text, written to `file` if one is named. NaN and Inf are strings."""
+        text = json.dumps(_json(self.as_dict()), indent=1, allow_nan=False) + "\n"
         _write(file, text)
         return text
 
@@ -232,21 +232,21 @@ class PathReport:
             except (OSError, ValueError) as error:
                 raise StorageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
         try:
-            found = json.loads(text)
-            if found["format"] != FORMAT or found["version"] != _VERSION:
+            document = json.loads(text)
+            if document["format"] != FORMAT or document["version"] != _VERSION:
                 raise ValueError
-            return _report(found)
+            return _report(document)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise UsageError(
                 f"{name} is not a path report of version {_VERSION}, as PathReport.to_json writes"
             ) from None
 
     def to_csv(self, file: str | os.PathLike[str] | None = None) -> str:
-        """A line per point: alphas, means and standard errors of the metrics, and what rounding did. Empty: none."""
+        """A line per point: alphas, means and standard errors of metrics, and effects of rounding. Empty: no value."""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
-        about = ["seeds", "strength", "effective_alpha", "changed_fraction", "relative_change"]
-        writer.writerow([*self.directions, *(f"{m}{end}" for m in self.metrics for end in ("", "_se")), *about])
+        others = ["seeds", "strength", "effective_alpha", "changed_fraction", "relative_change"]
+        writer.writerow([*self.directions, *(f"{m}{end}" for m in self.metrics for end in ("", "_se")), *others])
         for p in self.points:
             values = [v for m in self.metrics for v in (p.mean(m), p.se(m))]
             rounding = [p.strength, self.effective_alpha(p), p.changed_fraction, p.relative_change]
@@ -255,11 +255,11 @@ class PathReport:
         return stream.getvalue()
 
     def plot(self, file: str | os.PathLike[str], metrics: Sequence[str] | None = None) -> None:
-        """Draw the metrics: curves along one direction, heat maps over two. The name's end says what: .png, .svg, .pdf.
+        """Draw the metrics: curves along one direction, heat maps over two. By the name's suffix .png, .svg or .pdf.
 
         Raises: UsageError, if there is no matplotlib or nothing to draw; StorageError.
         """
-        from fastinterp.paths.plot import plot_report
+        from fastinterp.paths.plot import plot_report  # loads numpy
 
         plot_report(self, file, metrics)
 
@@ -275,11 +275,11 @@ def _or_blank(value: float | None, spec: str) -> str:
 
 def _place(p: PathPoint) -> str:
     """`alpha 0.3`; of several directions those that are not 0, one at least."""
-    shown = {name: far for name, far in p.at.items() if far} or p.at
-    return ", ".join(f"{name} {far:g}" for name, far in shown.items())
+    shown = {name: distance for name, distance in p.at.items() if distance} or p.at
+    return ", ".join(f"{name} {distance:g}" for name, distance in shown.items())
 
 
-def _word(value: float) -> str:
+def _name_of(value: float) -> str:
     """NaN, Inf or -Inf."""
     return "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"
 
@@ -288,37 +288,33 @@ def _plus_minus(value: float, se: float | None) -> str:
     return f"{value:.4g}" if se is None else f"{value:.4g} +- {se:.1g}"
 
 
-def _shape(found: curve.Shape) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(found)
-
-
-def _report(found: dict[str, Any]) -> PathReport:
+def _report(document: dict[str, Any]) -> PathReport:
+    """A report from its JSON. Raises: ValueError, KeyError, TypeError, AttributeError, IndexError."""
     points = tuple(
         PathPoint(
             {n: snapped(float(v)) for n, v in p["at"].items()},
-            {m: tuple(_WORDS[v] if isinstance(v, str) else float(v) for v in s) for m, s in p["samples"].items()},
+            {m: tuple(_NOT_FINITE[v] if isinstance(v, str) else float(v) for v in s) for m, s in p["samples"].items()},
             *(p[n] if p[n] is None else float(p[n]) for n in ("strength", "changed_fraction", "relative_change")),
         )
-        for p in found["points"]
+        for p in document["points"]
     )
-    seeds, named = tuple(found["seeds"]), found["probabilities"]
+    seeds = tuple(document["seeds"])
     first = points[0]
     for p in points:
         if list(p.at) != list(first.at) or list(p.samples) != list(first.samples):
             raise ValueError
         if any(len(s) != len(seeds) for s in p.samples.values()):
             raise ValueError
-    return PathReport(dict(found["ends"]), found["base"], seeds, points, tuple(named), bool(found["line"]))
+    probabilities, line = tuple(document["probabilities"]), bool(document["line"])
+    return PathReport(dict(document["ends"]), document["base"], seeds, points, probabilities, line)
 
 
-def _worded(value: Any) -> Any:
+def _json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        return next(w for w, v in _WORDS.items() if v == value or (math.isnan(v) and math.isnan(value)))
+        return next(w for w, v in _NOT_FINITE.items() if v == value or (math.isnan(v) and math.isnan(value)))
     if isinstance(value, dict):
-        return {k: _worded(v) for k, v in value.items()}
-    return [_worded(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: _json(v) for k, v in value.items()}
+    return [_json(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _write(file: str | os.PathLike[str] | None, text: str) -> None:

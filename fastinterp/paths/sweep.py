@@ -1,4 +1,4 @@
-"""Many points of a path from one read of the models: as checkpoints, in memory, or as recipes to be loaded later."""
+"""Sweeps: many points of a path from one read of the models, as checkpoints, in memory or as recipes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def sweep(
     durable: bool = False,
     progress: Progress | None = None,
 ) -> list[Point]:
-    """Make many points of a path from one read of its models.
+    """Compute many points of a path from one read of its models.
 
     sweep(a, b, alphas, out)                 on the line from checkpoint `a` (0) to `b` (1), and beyond
     sweep(base=..., add={"formal": f, "kind": k}, grid={"formal": [-1, 0, 1], "kind": [0, 0.5, 1]}, out=...)
@@ -81,10 +81,10 @@ def sweep(
     if in_memory is not None:
         if out is not None or virtual:
             raise UsageError("`in_memory` writes nothing: leave `out` and `virtual` out")
-        from fastinterp.paths.sweep_in_memory import visit
+        from fastinterp.paths.sweep_in_memory import sweep_in_memory  # loads numpy: a sweep to disk does without
 
         most = None if max_memory is None else size_of(max_memory)
-        return visit(
+        return sweep_in_memory(
             points, in_memory, framework=framework, devices=find_devices(wish), threads=threads, max_memory=most,
             progress=progress,
         )  # fmt: skip
@@ -103,18 +103,23 @@ def sweep(
     reports = write_outputs(
         plans, outs, device=device, threads=threads, max_memory=most, force=force, durable=durable, progress=progress
     )
-    made = zip(points, paths, reports, strict=True)
-    return [replace(point, path=path, report=report) for point, path, report in made]
+    done = zip(points, paths, reports, strict=True)
+    return [replace(point, path=path, report=report) for point, path, report in done]
 
 
 def _settings(dtype: str | None, rounding: str | None, seed: int | None) -> dict[str, Any]:
-    given = {"out_dtype": None if dtype is None else dtype_named(dtype).name, "rounding": rounding, "seed": seed}
-    return {key: value for key, value in given.items() if value is not None}
+    """Keys of a recipe, of the arguments that are not None."""
+    keys = {"out_dtype": None if dtype is None else dtype_named(dtype).name, "rounding": rounding, "seed": seed}
+    return {key: value for key, value in keys.items() if value is not None}
 
 
-def _points(a: Any, b: Any, alphas: Any, add: Any, steps: Any, *, base: Any, **how: Any) -> list[Point]:
-    if not isinstance(how["parameters"], Mapping):
-        raise UsageError(f"`parameters` must be a mapping of names to values, got {how['parameters']!r}")
+def _points(
+    a: object, b: object, alphas: object, add: object, steps: object, *, base: object, integers: object,
+    method: str | None, parameters: object, settings: Mapping[str, Any],
+) -> list[Point]:  # fmt: skip
+    """The points of a sweep. settings: further keys of every recipe. Raises: UsageError, MethodError."""
+    if not isinstance(parameters, Mapping):
+        raise UsageError(f"`parameters` must be a mapping of names to values, got {parameters!r}")
     if add or steps:
         if a is not None or b is not None or alphas is not None:
             raise UsageError("give either A, B and alphas, or a base with directions (add) and their points (grid)")
@@ -124,16 +129,14 @@ def _points(a: Any, b: Any, alphas: Any, add: Any, steps: Any, *, base: Any, **h
             raise UsageError(
                 "`add` (direction to model) and `grid` (direction to numbers) must both be given, as mappings"
             )
-        found = grid(base, add, steps, **how)
-    else:
-        if a is None or b is None or alphas is None:
-            raise UsageError("a sweep needs A, B and alphas, or a base with directions (add) and their points (grid)")
-        found = line(a, b, alphas, base=base, **how)
-    return found
+        return grid(base, add, steps, integers=integers, method=method, parameters=parameters, settings=settings)
+    if a is None or b is None or alphas is None:
+        raise UsageError("a sweep needs A, B and alphas, or a base with directions (add) and their points (grid)")
+    return line(a, b, alphas, base=base, integers=integers, method=method, parameters=parameters, settings=settings)
 
 
 def _plans(points: Sequence[Point], max_shard_size: int, threads: int | None, max_memory: int) -> list[Plan]:
-    """One plan for as many points as one read can make; nearly always for all."""
+    """One plan for as many points as fit into one read of the models; nearly always all of them."""
     cpu_isa()
     recipes = [load_recipe(point.recipe) for point in points]
     first = make_plan(recipes[:MAX_OUTPUTS], max_shard_size=max_shard_size)
@@ -145,17 +148,17 @@ def _plans(points: Sequence[Point], max_shard_size: int, threads: int | None, ma
 
 
 def _recipes(points: Sequence[Point], folder: Path, force: bool) -> list[Point]:
-    """Write a recipe file for every point. Models on this disk are named from its root."""
+    """Write a recipe file for every point. Paths of models become absolute. Raises: OutputError."""
     import yaml
 
     paths = [folder / f"{point.name}.yml" for point in points]
-    there = [path for path in paths if os.path.lexists(path)]
-    if there and not force:
-        raise OutputError(f"{there[0]} is there already. Add --force (in Python force=True) to replace it")
+    existing = [path for path in paths if os.path.lexists(path)]
+    if existing and not force:
+        raise OutputError(f"{existing[0]} exists already. Add --force (in Python force=True) to replace it")
     done: list[Point] = []
     for point, path in zip(points, paths, strict=True):
-        asked = _rooted(point.recipe)
-        text = yaml.safe_dump(asked, sort_keys=False, allow_unicode=True)
+        recipe = _with_absolute_paths(point.recipe)
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
         partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -164,20 +167,18 @@ def _recipes(points: Sequence[Point], folder: Path, force: bool) -> list[Point]:
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise OutputError(f"{path}: {error.strerror}; {len(done)} of {len(paths)} recipes were written") from None
-        done.append(replace(point, recipe=asked, path=path))
+        done.append(replace(point, recipe=recipe, path=path))
     return done
 
 
-def _rooted(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """With absolute paths for models on this disk, so that the recipe means the same from every folder."""
-    found = dict(recipe)
-    for key in ("base_model", "integers"):
-        if key in found:
-            found[key] = _root(found[key])
-    found["models"] = [{**model, "model": _root(model["model"])} for model in found["models"]]
-    return found
+def _with_absolute_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with absolute paths for models on this disk, so that it means the same from every folder."""
+    changed = {key: _absolute(recipe[key]) for key in ("base_model", "integers") if key in recipe}
+    models = [{**model, "model": _absolute(model["model"])} for model in recipe["models"]]
+    return {**recipe, **changed, "models": models}
 
 
-def _root(model: str) -> str:
+def _absolute(model: str) -> str:
+    """The path of a model from the root of this disk; other names, Hub ids say, as they are."""
     path = os.path.expanduser(model)
     return os.path.abspath(path) if os.path.exists(path) else model

@@ -1,4 +1,4 @@
-"""A sweep in memory: as many models at a time as fit, each given to a callback."""
+"""Sweeps in memory: as many models at a time as fit, each passed to a callback."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastinterp.paths.points import Point
 from fastinterp.plan.plan import make_plan
 from fastinterp.recipe.load import load_recipe
 from fastinterp.system.available_memory import available_memory
-from fastinterp.torch_models.load import allocated
+from fastinterp.torch_models.load import allocate
 
 _SCRATCH = 512 << 20
 _SHARD = 5 * 10**9  # no file is written
 
 
-def visit(
+def sweep_in_memory(
     points: Sequence[Point],
     callback: Callable[[Point, dict[str, Any]], Any],
     *,
@@ -32,7 +32,7 @@ def visit(
     max_memory: int | None,
     progress: Progress | None,
 ) -> list[Point]:
-    """The points, each with its report and what the callback returned.
+    """Merge the points and call `callback` for each. Returns the points with their reports and results.
 
     Raises: what the callback raises, as it is; what merging raises.
     """
@@ -43,17 +43,17 @@ def visit(
     size = make_plan(recipes[:1], max_shard_size=_SHARD).bytes_written
     most = available_memory() // 2 if max_memory is None else max_memory
     at_a_time = max(1, min(MAX_OUTPUTS, most // max(1, size)))
-    visited = []
+    done = []
     for first in range(0, len(points), at_a_time):
         plan = make_plan(recipes[first : first + at_a_time], max_shard_size=_SHARD)
-        made = [allocated(plan.tensors, framework) for _ in plan.recipes]
-        places = [p for _, p in made]
+        allocated = [allocate(plan.tensors, framework) for _ in plan.recipes]
+        places = [p for _, p in allocated]
         reports = fill(plan, places, threads=threads, max_memory=_SCRATCH, progress=progress, devices=devices)
-        models = [tensors for tensors, _ in made]
-        del made
+        models = [tensors for tensors, _ in allocated]
+        del allocated
         for k, report in enumerate(reports):
             point = replace(points[first + k], report=report)
             tensors, models[k] = models[k], {}
-            visited.append(replace(point, result=callback(point, tensors)))
+            done.append(replace(point, result=callback(point, tensors)))
             del tensors
-    return visited
+    return done

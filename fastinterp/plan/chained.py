@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from msgspec import structs
+
 from fastinterp.checkpoint.sidecar_files import copy_sidecars
 from fastinterp.errors import RecipeError
 from fastinterp.ops.combine import MAX_INPUTS, Combine, Row, check_coefficients
@@ -75,7 +77,7 @@ def plan_chain(above: Sequence[Recipe], last: Recipe, library: Library) -> Chain
         # `aligned` has replacements of some models: the numbers are those of what they replace.
         read = [number(find(m)) for m in (*recipe.models, *document.sidecars)]
         tensors = tuple(_resolved(t, read, len(names)) for t in document.tensors)
-        document = replace(document, tensors=tensors)
+        document = structs.replace(document, tensors=tensors)
         warnings += document.warnings
         if recipe is not last:
             checkpoint, folder = _checkpoint(recipe, document)
@@ -112,7 +114,7 @@ def _checkpoint(recipe: Recipe, document: Document) -> tuple[Model, Folder | Non
                 path="$.name",
                 file=recipe.file,
             )
-        kept = replace(t, dtype=(named or _wide(t)) if t.merged else t.dtype)
+        kept = structs.replace(t, dtype=(named or _wide(t)) if t.merged else t.dtype)
         folds = recipe.out_dtype is None or _is_copy(t)
         tensors[t.name] = IntermediateInput(t.name, t.dtype, t.shape, t.nbytes, kept, named is None, folds)
     folder = _small_files(recipe, document)
@@ -171,13 +173,13 @@ def _resolved(t: PlannedTensor, numbers: Sequence[int], models: int) -> PlannedT
         row, used = t.rows[0], [_plainest(i) for i in inputs]
     direct = used[0][1].direct if row.is_copy else None
     if direct is not None:
-        return replace(direct, name=t.name, dtype=t.dtype, seeds=t.seeds)
+        return structs.replace(direct, name=t.name, dtype=t.dtype, seeds=t.seeds)
     check_coefficients([row.total, *(w for _, w in row.terms)], t.name)
-    return replace(_with(t, used), rows=(row,), sums=_sums(row, used, models), model_count=len(used))
+    return structs.replace(_with(t, used), rows=(row,), sums=_sums(row, used, models), model_count=len(used))
 
 
 def _with(t: PlannedTensor, inputs: Sequence[ModelInput]) -> PlannedTensor:
-    return replace(t, checkpoints=tuple(i for i, _ in inputs), inputs=tuple(tensor for _, tensor in inputs))
+    return structs.replace(t, checkpoints=tuple(i for i, _ in inputs), inputs=tuple(tensor for _, tensor in inputs))
 
 
 def _plainest(one: ModelInput) -> ModelInput:

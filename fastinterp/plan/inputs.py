@@ -7,11 +7,12 @@ tensor of a document above, which is in no file (`IntermediateInput`). `PlannedT
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+from msgspec.structs import replace
 
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import DType
@@ -31,8 +32,7 @@ class OpenFiles(Protocol):
     def intermediate(self, tensor: IntermediateInput) -> Operand: ...
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInput(ABC):
+class TensorInput(msgspec.Struct, frozen=True, eq=False):
     """One tensor that is read.
 
     dtype, shape  of its numbers, whatever stores them
@@ -53,18 +53,18 @@ class TensorInput(ABC):
         return count
 
     @property
-    @abstractmethod
     def key(self) -> Hashable:
         """Identity: inputs of one key are the same tensor, under whatever names."""
+        raise NotImplementedError
 
     @property
-    @abstractmethod
     def files(self) -> tuple[Path, ...]:
         """The files that it is read from; none if it has to be made first."""
+        raise NotImplementedError
 
-    @abstractmethod
     def open(self, files: OpenFiles) -> Operand:
         """The operand by which steps read it."""
+        raise NotImplementedError
 
     def describe(self) -> str:
         """Dtype and shape, for people: `BF16 [4, 2]`."""
@@ -115,8 +115,7 @@ class TensorInput(ABC):
         return self
 
 
-@dataclass(frozen=True, slots=True)
-class Encoding:
+class Encoding(msgspec.Struct, frozen=True):
     """How the bytes of a stored tensor become float32 numbers.
 
     stored      the dtype of its codes
@@ -133,8 +132,7 @@ class Encoding:
     parameters: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StoredInput(TensorInput):
+class StoredInput(TensorInput, frozen=True, eq=False):
     """A tensor in one file, from byte `start` on.
 
     encoding  None: its bytes are elements of `dtype`. Else they are codes, and dtype is F32
@@ -173,8 +171,7 @@ class StoredInput(TensorInput):
         return self if self.encoding is None else None
 
 
-@dataclass(frozen=True, slots=True)
-class GatheredInput(TensorInput):
+class GatheredInput(TensorInput, frozen=True, eq=False):
     """A tensor of one model with rows from several: an embedding in the order of the output's vocabulary.
 
     model    index of its model in `sources`
@@ -214,8 +211,7 @@ class GatheredInput(TensorInput):
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class IntermediateInput(TensorInput):
+class IntermediateInput(TensorInput, frozen=True, eq=False):
     """A tensor of a document above: it is in no file, and is made when it is needed.
 
     tensor  how it is made, with the dtype in which it is stored until it is read
@@ -263,8 +259,7 @@ class IntermediateInput(TensorInput):
         return replace(self, dtype=self.tensor.dtype, nbytes=self.tensor.nbytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
+class Program(msgspec.Struct, frozen=True, eq=False):
     """What must be asked before a tensor is merged, or a sum that is more than plain.
 
     calls   one per output: the method with all of its arguments
@@ -283,8 +278,7 @@ class Program:
     seeds: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
+class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
     """One output tensor.
 
     inputs       what is read. Inputs of a program are all that its method sees, in its order, side-cars last

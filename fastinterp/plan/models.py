@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from fastinterp.checkpoint.formats import EncodedTensor, encoded_tensors
 from fastinterp.checkpoint.header import Entry
@@ -15,8 +16,7 @@ from fastinterp.plan.inputs import Encoding, StoredInput, TensorInput
 from fastinterp.recipe.references import ModelRef
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Model:
+class Model(msgspec.Struct, frozen=True, eq=False):
     """A model and its tensors.
 
     name        as the recipe has it

@@ -16,7 +16,6 @@ from typing import Any
 from fastinterp._version import __version__
 from fastinterp.arguments import overridden, size_of
 from fastinterp.checkpoint.layout import Layout, make_layout
-from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import UsageError
 from fastinterp.messages import counted, size
 from fastinterp.ops.combine import MAX_OUTPUTS, NUMERICS, Combine
@@ -64,11 +63,6 @@ class Plan:
             f"<Plan: {self.recipes[0].method.name} of {counted(len(self.checkpoints), 'model')}, "
             f"{size(self.bytes_read)} read, {size(self.bytes_written)} written>"
         )
-
-    @property
-    def opened(self) -> tuple[Checkpoint, ...]:
-        """The checkpoints that it reads."""
-        return tuple(model.checkpoint for model in self.checkpoints if model.checkpoint is not None)
 
     @property
     def bytes_read(self) -> int:

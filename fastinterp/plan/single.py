@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from fastinterp.errors import CheckpointError
 from fastinterp.plan.compatibility import compatibility_warnings
@@ -18,8 +20,7 @@ from fastinterp.recipe.references import ModelRef
 from fastinterp.recipe.targets import Assembly
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(msgspec.Struct, frozen=True):
     """The plan of one document.
 
     origin    the checkpoint that configuration and tokenizer come from
@@ -49,7 +50,7 @@ def find_named(recipe: Recipe, find: Callable[[ModelRef], Model], model: ModelRe
         document, name = recipe.document, str(model)
         if document.file is None or error.file != name:  # a recipe that nobody wrote; a file of the model
             raise
-        path = recipe.place_of(model)
+        path = recipe.path_of(model)
         hint = "" if os.path.exists(os.path.expanduser(name)) else not_there(document, name, ())
         where = str(document.error("", path)).strip()
         raise CheckpointError(f"{error.message}{hint} {where}", file=name, tensor=error.tensor) from error
@@ -75,7 +76,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     warnings += aligned.uncounted(origin) if aligned.counts else []
     warnings += dtype_warnings(first, points[0], origin)
     if first.filters:
-        from fastinterp.recipe.check import unmatched
+        from fastinterp.recipe.check import filter_warnings
 
-        warnings += [str(finding) for finding in unmatched(first, assemblies[0])]
+        warnings += [str(warning) for warning in filter_warnings(first, assemblies[0])]
     return Document(aligned, origin, tensors, sidecars, tuple(warnings))

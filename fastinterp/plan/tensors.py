@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
+
+from msgspec.structs import replace
 
 from fastinterp.errors import MethodError, ShapeError, UsageError
 from fastinterp.messages import listed
@@ -19,11 +20,11 @@ from fastinterp.recipe.references import ModelRef
 from fastinterp.recipe.targets import Target
 from fastinterp.tokenizer.embedding_rows import named_as_embedding
 
+_LISTED = 5  # differences in a message before the rest is only counted
 _VOCABULARIES = (
     "The vocabularies differ in size: say which one the output has, `tokenizer_source: base` or "
     "`tokenizer_source: union`"
 )
-_SHOWN = 5  # differences that a message lists before it only counts them
 
 
 def must_agree(tensor: PlannedTensor, first: str, other: str) -> ShapeError:
@@ -223,7 +224,7 @@ def dtype_warnings(recipe: Recipe, targets: Sequence[Target], origin: Model) -> 
     if not names:
         return []
     return [
-        f"{origin.name}, whose dtypes the output keeps, has no tensor like {listed(names, _SHOWN)}: stored in the "
+        f"{origin.name}, whose dtypes the output keeps, has no tensor like {listed(names, _LISTED)}: stored in the "
         "dtype of their sources. Say which one: `out_dtype`, or --dtype"
     ]
 
@@ -265,6 +266,6 @@ def _check_fit(targets: Sequence[Target], models: Sequence[Model]) -> None:
                 kinds.append(f"{other_name} is {a.dtype} in {lead.name} but {b.dtype} in {models[i].name}")
     if shapes:
         remedy = _VOCABULARIES if only_rows else "Only tensors of the same shape merge"
-        raise ShapeError(f"{listed(shapes, _SHOWN)}. {remedy}")
+        raise ShapeError(f"{listed(shapes, _LISTED)}. {remedy}")
     if kinds:
-        raise ShapeError(f"{listed(kinds, _SHOWN)}. Only F64, F32, F16, BF16 and F8 tensors merge; others must agree")
+        raise ShapeError(f"{listed(kinds, _LISTED)}. Only F64, F32, F16, BF16 and F8 tensors merge; others must agree")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec.structs import replace
 
 from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import listing
@@ -40,8 +42,7 @@ if TYPE_CHECKING:
 _CONFIGS = ("config.json", "generation_config.json")
 
 
-@dataclass(frozen=True)
-class AlignedModels:
+class AlignedModels(msgspec.Struct, frozen=True):
     """Models with the names and shapes of the output, and what the files beside the weights have to say.
 
     models      those that are merged, with the tensors that are read as theirs

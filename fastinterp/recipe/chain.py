@@ -1,4 +1,4 @@
-"""The names of a recipe's documents, and what they may refer to."""
+"""The names of a recipe's documents: unique, and referred to by documents below only."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastinterp.methods import shown
+from fastinterp.messages import shown
 from fastinterp.recipe.document import Document
-from fastinterp.recipe.faults import Faults
+from fastinterp.recipe.error_collector import ErrorCollector
 
 _CLOSE = 0.8  # names as alike as this are one that was mistyped
 
 
-def check_names(documents: Sequence[Document], faults: Faults) -> None:
-    """See that all but the last have names of their own, and that nothing builds on itself or on what comes later.
+def check_names(documents: Sequence[Document], collector: ErrorCollector) -> None:
+    """Check that all but the last have names of their own, and that none refers to itself or to one below it.
 
-    Raises: RecipeError
+    Raises: RecipeError, with path and line.
     """
     named: dict[str, int] = {}
     for i, document in enumerate(documents):
         name = document.value.get("name") if isinstance(document.value, dict) else None
-        with faults:
+        with collector:
             if name is None and i < len(documents) - 1:
                 message = "the key `name` is missing: every document but the last needs one that those after it use"
                 raise document.error(message)
@@ -35,7 +35,7 @@ def check_names(documents: Sequence[Document], faults: Faults) -> None:
     for i, document in enumerate(documents):
         for name, path in references(document.value, "$"):
             if (at := named.get(name, -1)) >= i:
-                with faults:
+                with collector:
                     line = documents[at].lines.get("$.name")
                     where = f" (line {line})" if line else ""
                     what = "this document itself" if at == i else f"a document below{where}. Move that above this one"
@@ -43,7 +43,7 @@ def check_names(documents: Sequence[Document], faults: Faults) -> None:
 
 
 def close_reference(name: str, documents: Sequence[Document]) -> str:
-    """The end of a message about a name that nothing refers to: what was hardly meant otherwise."""
+    """The end of a message about a name that nothing refers to: a reference that is close to it, or nothing."""
     import difflib  # as below
 
     for document in documents:
@@ -56,7 +56,7 @@ def close_reference(name: str, documents: Sequence[Document]) -> str:
 
 
 def not_there(document: Document, name: str, documents: Sequence[str]) -> str:
-    """What to say of a model that cannot be opened beside that: what its name is close to, or where it is.
+    """The end of a message about a model that cannot be opened: the document that was meant, or the folder it is in.
 
     documents  the names of the recipe's documents
     """
@@ -66,10 +66,10 @@ def not_there(document: Document, name: str, documents: Sequence[str]) -> str:
         return f" Did you mean the document {shown(close[0])}?"
     if os.path.isabs(os.path.expanduser(name)):
         return ""
-    here, given, file = os.getcwd(), name.partition("@")[0], document.file or ""
+    here, path, file = os.getcwd(), name.partition("@")[0], document.file or ""
     beside = os.path.dirname(os.path.abspath(file)) if os.path.isfile(file) else here
     for folder in (beside, *map(str, Path(beside).parents)):
-        if folder != here and os.path.exists(os.path.join(folder, given)):
+        if folder != here and os.path.exists(os.path.join(folder, path)):
             return f" It is in '{folder}': relative paths start at the current folder. Run it there"
     return "" if beside == here else f" Relative paths start at the current folder, '{here}'"
 

@@ -1,4 +1,4 @@
-"""Recipe text into plain values, with the line of every key: YAML, JSON, or a Python mapping.
+"""Reads recipe text into plain values, with the line of every key: YAML, JSON, or a Python mapping.
 
 YAML is read event by event, not as a node tree: libyaml's own composer recurses in C, and a file of a hundred
 thousand brackets kills the process.
@@ -15,12 +15,12 @@ import yaml
 from yaml.constructor import SafeConstructor
 
 from fastinterp.errors import RecipeError
-from fastinterp.methods import clipped, shown
+from fastinterp.messages import clipped, shown
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
-Source = str | os.PathLike[str] | Mapping[str, Any]
+RecipeSource = str | os.PathLike[str] | Mapping[str, Any]
 
 MAX_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 100_000, 32  # far above any recipe, far below what hurts
 
@@ -56,7 +56,7 @@ class Document:
         return kind(message, path=path, file=self.file, line=self.lines.get(spot))
 
 
-def read(source: Source, file: str | None = None) -> Document:
+def read(source: RecipeSource, file: str | None = None) -> Document:
     """The document in a file (.json is JSON, all else YAML), in YAML text (a str with a newline), or in a mapping.
 
     file    what messages call the source; default: the path that was given
@@ -70,7 +70,7 @@ def read(source: Source, file: str | None = None) -> Document:
     return first
 
 
-def read_all(source: Source | Sequence[Mapping[str, Any]], file: str | None = None) -> tuple[Document, ...]:
+def read_all(source: RecipeSource | Sequence[Mapping[str, Any]], file: str | None = None) -> tuple[Document, ...]:
     """The documents in a source, `---` between them in YAML; or one for each mapping of a list."""
     if isinstance(source, Mapping):
         source = [source]
@@ -124,7 +124,7 @@ def _from_yaml(text: str, file: str) -> tuple[Document, ...]:
     try:
         loader = _LOADER(text)
         try:
-            found = _Yaml(loader, file).documents()
+            documents = _Yaml(loader, file).documents()
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -137,7 +137,7 @@ def _from_yaml(text: str, file: str) -> tuple[Document, ...]:
         raise RecipeError(message, file=file, line=mark.line + 1 if mark else None) from None
     except (yaml.YAMLError, UnicodeError) as error:  # a character that YAML forbids; the C reader gives no mark
         raise RecipeError(f"not valid YAML: {' '.join(str(error).split())}", file=file) from None
-    return tuple(Document(value, text, file, lines) for value, lines in found)
+    return tuple(Document(value, text, file, lines) for value, lines in documents)
 
 
 class _Yaml:
@@ -153,18 +153,18 @@ class _Yaml:
         """(value, lines) of each."""
         next_event = self.loader.get_event
         next_event()  # stream start
-        found: list[tuple[Any, dict[str, int]]] = []
+        documents: list[tuple[Any, dict[str, int]]] = []
         while not isinstance(event := next_event(), yaml.StreamEndEvent):
-            self.lines, self.anchors = {"$": event.start_mark.line + 1} if found else {}, {}
+            self.lines, self.anchors = {"$": event.start_mark.line + 1} if documents else {}, {}
             event = next_event()
             empty = isinstance(event, yaml.ScalarEvent) and event.value == "" and not event.style
             value = self.build(event, "$", 0)
             next_event()  # document end
-            if not (empty and found):  # a `---` with nothing behind it
-                found.append((value, self.lines))
-        if not found:
+            if not (empty and documents):  # a `---` with nothing behind it
+                documents.append((value, self.lines))
+        if not documents:
             raise RecipeError("the recipe is empty", file=self.file)
-        return found
+        return documents
 
     def fail(self, event: Any, message: str, path: str) -> NoReturn:
         raise RecipeError(message, path=path, file=self.file, line=event.start_mark.line + 1)
@@ -217,7 +217,7 @@ class _Yaml:
         return items
 
     def mapping(self, path: str, depth: int) -> dict[str, Any]:
-        own: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         first_line: dict[str, int] = {}
         while not isinstance(event := self.loader.get_event(), yaml.MappingEndEvent):
@@ -229,21 +229,21 @@ class _Yaml:
             if not isinstance(key, str):
                 if not isinstance(event, yaml.ScalarEvent):
                     self.fail(event, "a key must be plain text", path)
-                last = next(reversed(own), "")
-                if type(key) is type(own.get(last)) is int and first_line[last] == line:  # {weight: 0,5}
+                last = next(reversed(values), "")
+                if type(key) is type(values.get(last)) is int and first_line[last] == line:  # {weight: 0,5}
                     self.fail(event, f"a key must be text, got `{key}`. A decimal comma? Write a point: 0.5", path)
                 self.fail(event, f"a key must be text, got `{clipped(event.value)}`. Put it in quotes", path)
-            if key in own:
+            if key in values:
                 self.fail(event, f"the key `{clipped(key)}` is given twice, first in line {first_line[key]}", path)
             first_line[key] = self.lines[f"{path}.{key}"] = line
-            own[key] = self.build(self.loader.get_event(), f"{path}.{key}", depth + 1)
-        return merged | own
+            values[key] = self.build(self.loader.get_event(), f"{path}.{key}", depth + 1)
+        return merged | values
 
     def merge_key(self, event: Any, path: str, depth: int) -> dict[str, Any]:
         """The mappings under `<<`, the earlier ones winning."""
-        given = self.build(self.loader.get_event(), path, depth + 1)
+        value = self.build(self.loader.get_event(), path, depth + 1)
         merged: dict[str, Any] = {}
-        for mapping in given if isinstance(given, list) else [given]:
+        for mapping in value if isinstance(value, list) else [value]:
             if not isinstance(mapping, dict):
                 self.fail(event, f"`<<` takes mappings, got {shown(mapping)}", path)
             merged = mapping | merged
@@ -258,12 +258,12 @@ def _from_json(text: str, file: str) -> tuple[Document, ...]:
     import json
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        values = dict(pairs)
+        if len(values) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
             raise RecipeError(f"the key `{clipped(twice)}` is given twice", file=file)
-        return found
+        return values
 
     if len(text) > MAX_BYTES:
         raise RecipeError(f"larger than {MAX_BYTES} bytes, so hardly a recipe", file=file)

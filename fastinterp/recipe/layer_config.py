@@ -1,4 +1,4 @@
-"""What a model's config.json must say when its layers were cut and stacked anew."""
+"""Adapts a model's config.json to layers that were cut and stacked anew."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _section(config: Mapping[str, Any], prefix: str) -> str:
 def _keys(section: Mapping[str, Any], count: LayerCount) -> list[str]:
     parts = count.prefix.split(".")
     for word in ("decoder", "encoder"):
-        own = [key for key in _KEYS[word] if word in parts and section.get(key) == count.before]
-        if own:
-            return own
+        keys = [key for key in _KEYS[word] if word in parts and section.get(key) == count.before]
+        if keys:
+            return keys
     return [key for key in _KEYS[""] if section.get(key) == count.before]

@@ -1,4 +1,4 @@
-"""Layers, found in the names of tensors: any architecture, no list of architectures.
+"""Finds layers in the names of tensors: of any architecture, without a list of architectures.
 
 The components of a name are what stands between its dots. A **stack** is a prefix whose next component is a number, so
 that the numbers are 0 .. layers-1 without a gap and the blocks are alike: at least half of them have a tensor in common
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 import msgspec
 
@@ -38,14 +39,37 @@ class Stack(msgspec.Struct, frozen=True):
     layers: int
 
 
+class LayerPosition(NamedTuple):
+    """A layer of a stack, or of a slice: its index, and how many layers there are. Gradients are read there."""
+
+    layer: int
+    layers: int
+
+
+class StackMember(NamedTuple):
+    """A tensor in a stack.
+
+    layer  index of its layer
+    rest   of its name, behind that index
+    """
+
+    stack: Stack
+    layer: int
+    rest: str
+
+    @property
+    def position(self) -> LayerPosition:
+        return LayerPosition(self.layer, self.stack.layers)
+
+
 class Layers:
-    """The stacks among the names of a model's tensors, and which layer each tensor is in.
+    """The stacks among the names of a model's tensors, and the layer that each tensor is in.
 
     stacks  in the order in which the names have them
     """
 
     def __init__(self, names: Iterable[str]):
-        self._places: dict[str, tuple[Stack, int, str]] = {}
+        self._members: dict[str, StackMember] = {}
         self.stacks: tuple[Stack, ...] = ()
         waiting = [(name, 0) for name in names]
         order = {name: i for i, (name, _) in enumerate(waiting)}
@@ -61,17 +85,22 @@ class Layers:
                 if prefix and _is_stack(prefix, members):
                     stack = Stack(prefix, 1 + max(index for _, index, _ in members))
                     for name, index, rest in members:
-                        self._places[name] = stack, index, rest
+                        self._members[name] = StackMember(stack, index, rest)
                 else:
                     waiting += [(name, ends[name]) for name, _, _ in members]
         first: dict[Stack, int] = {}
-        for name, (stack, _, _) in self._places.items():
+        for name, (stack, _, _) in self._members.items():
             first[stack] = min(first.get(stack, order[name]), order[name])
         self.stacks = tuple(sorted(first, key=first.__getitem__))
 
-    def place(self, name: str) -> tuple[Stack, int, str] | None:
-        """The stack and layer that a tensor is in, and the rest of its name; None, if it is in none."""
-        return self._places.get(name)
+    def member(self, name: str) -> StackMember | None:
+        """The stack and layer that a tensor is in; None, if it is in none."""
+        return self._members.get(name)
+
+    def position(self, name: str) -> LayerPosition | None:
+        """The layer that a tensor is in; None, if it is in none."""
+        member = self._members.get(name)
+        return None if member is None else member.position
 
     @property
     def candidates(self) -> tuple[Stack, ...]:
@@ -89,7 +118,7 @@ class Layers:
     def is_after(self, name: str) -> bool:
         """Whether a tensor outside the main stack comes after it: final norm, head; not embeddings, towers."""
         main = self.main
-        if name in self._places or _any(_ASIDE, name) or _any(_EMBEDDING, name):
+        if name in self._members or _any(_ASIDE, name) or _any(_EMBEDDING, name):
             return False
         if _any(_ENCODER, name) and not (main and _any(_ENCODER, main.prefix)):
             return False

@@ -7,19 +7,20 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.errors import MethodError
-from fastinterp.methods import Method, clipped, shown, suggestion
+from fastinterp.messages import clipped, shown, suggestion
+from fastinterp.methods import Method
 from fastinterp.ops.combine import LARGEST, Combine, Tensor
 from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.recipe.build import Builder
-from fastinterp.recipe.document import Document, Source, read, read_all
-from fastinterp.recipe.faults import Faults
+from fastinterp.recipe.document import Document, RecipeSource, read, read_all
+from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.merge_groups import MergeGroup, Section, sidecar_paths
 from fastinterp.recipe.parameters import Resolver
-from fastinterp.recipe.parts import Part, Section, sidecar_places
 from fastinterp.recipe.references import ModelRef, model_ref
-from fastinterp.recipe.schema import Wish, check, guessed_method, method_of
+from fastinterp.recipe.schema import RawRecipe, guessed_method, method_of, raw_recipe
 
 if TYPE_CHECKING:
-    from fastinterp.recipe.tokenizer import ChatTemplate, TokenizerWish
+    from fastinterp.recipe.tokenizer import ChatTemplate, TokenizerSpec
 
 __all__ = ["Recipe", "load_recipe", "load_recipes"]
 
@@ -75,14 +76,14 @@ class Recipe:
     base_model: ModelRef | None
     earlier: Mapping[str, int]
     sidecars: tuple[ModelRef, ...]
-    tokenizer: TokenizerWish | None
+    tokenizer: TokenizerSpec | None
     chat_template: ChatTemplate | None
     name: str | None
     document: Document = field(repr=False, compare=False)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        return tuple(part for section in self.sections for part in section.parts)
+    def groups(self) -> tuple[MergeGroup, ...]:
+        return tuple(group for section in self.sections for group in section.groups)
 
     def made_by(self, model: ModelRef) -> int | None:
         """Index of the document above that makes a model. By its very name: `./mix` is a folder beside `mix`."""
@@ -91,8 +92,8 @@ class Recipe:
     @property
     def filters(self) -> bool:
         """Whether any value is for some tensors only."""
-        levels = (level for part in self.parts for level in (*(source.own for source in part.sources), *part.levels))
-        return any(given is not None for level in levels for value in level.values() for given, _ in value.cases)
+        levels = (level for group in self.groups for level in group.all_levels)
+        return any(pattern is not None for level in levels for value in level.values() for pattern, _ in value.cases)
 
     def combine(self, tensor: str) -> Combine:
         """What the method asks for the tensor of this name, where that is the same for every tensor.
@@ -103,15 +104,14 @@ class Recipe:
             raise ValueError("what the method asks for is not the same for every tensor")
         return self.coefficients
 
-    def place_of(self, model: ModelRef) -> str:
-        """Where the recipe names a model, or a side-car: `$.models[0].model`."""
+    def path_of(self, model: ModelRef) -> str:
+        """Where the recipe names a model, or a side-car: `$.models[0].model`; `$`, if it does not."""
         from fastinterp.recipe.chain import references
 
         written = [(ModelRef.of(text), path) for text, path in references(self.document.value, "$")]
-        written += sidecar_places(self.method, self.sections).items()
+        written += sidecar_paths(self.method, self.sections).items()
         # The long form has the path by itself.
-        spots = [path for known, path in written if known in (model, ModelRef(model.path))]
-        return spots[0] if spots else "$"
+        return next((path for known, path in written if known in (model, ModelRef(model.path))), "$")
 
     def formula(self) -> str:
         """The merge in one line, then which model each symbol stands for; for people.
@@ -143,7 +143,7 @@ class Recipe:
         return "\n".join([f"out = {out}", *legend])
 
 
-def load_recipe(source: Source, *, file: str | None = None) -> Recipe:
+def load_recipe(source: RecipeSource, *, file: str | None = None) -> Recipe:
     """Read and check a recipe. Touches no checkpoint.
 
     source  path of a .yml, .yaml or .json file, YAML text (a str with a newline in it), or a mapping
@@ -151,69 +151,69 @@ def load_recipe(source: Source, *, file: str | None = None) -> Recipe:
     Raises: RecipeError with path, file and line; MethodError (one of them), if models or parameters do not suit the
     method.
     """
-    recipe = build(read(source, file), (), Faults())
-    assert recipe is not None  # every fault was raised
+    recipe = build(read(source, file), (), ErrorCollector())
+    assert recipe is not None  # every error was raised
     return recipe
 
 
-def load_recipes(source: Source | Sequence[Mapping[str, Any]], *, file: str | None = None) -> tuple[Recipe, ...]:
+def load_recipes(source: RecipeSource | Sequence[Mapping[str, Any]], *, file: str | None = None) -> tuple[Recipe, ...]:
     """Read and check a recipe of one or more documents. The last is what is written; it may use those before it by
     their `name`, as a model or base_model.
 
     source  as that of `load_recipe`, or a list of mappings
     Raises: what load_recipe raises, and RecipeError, if a document has no name, one that is taken, or is never used.
     """
-    return build_all(read_all(source, file), Faults())
+    return build_all(read_all(source, file), ErrorCollector())
 
 
-def build_all(documents: Sequence[Document], faults: Faults) -> tuple[Recipe, ...]:
-    """The recipes of a source; fewer than it has documents, if faults were gathered."""
+def build_all(documents: Sequence[Document], collector: ErrorCollector) -> tuple[Recipe, ...]:
+    """The recipes of a source; fewer than it has documents, if errors were collected."""
     if len(documents) > 1:
         from fastinterp.recipe.chain import check_names
 
-        check_names(documents, faults)
-    found: list[Recipe] = []
+        check_names(documents, collector)
+    recipes: list[Recipe] = []
     for document in documents:
-        recipe = build(document, found, faults)
+        recipe = build(document, recipes, collector)
         if recipe is not None:
-            found.append(recipe)
-    if len(found) == len(documents) > 1:
-        _check_used(found, faults)
-    return tuple(found)
+            recipes.append(recipe)
+    if len(recipes) == len(documents) > 1:
+        _check_used(recipes, collector)
+    return tuple(recipes)
 
 
-def _check_used(recipes: Sequence[Recipe], faults: Faults) -> None:
+def _check_used(recipes: Sequence[Recipe], collector: ErrorCollector) -> None:
     from fastinterp.recipe.chain import close_reference
 
     used = {i for recipe in recipes for i in recipe.earlier.values()}
     for i, recipe in enumerate(recipes[:-1]):
         if i not in used and recipe.name is not None:
-            with faults:
+            with collector:
                 message = f"{shown(recipe.name)} is never used by a document below it"
                 meant = close_reference(recipe.name, [r.document for r in recipes[i + 1 :]])
                 raise recipe.document.error(f"{message}{meant or '. Only the last one is written'}", "$.name")
 
 
-def build(document: Document, above: Sequence[Recipe], faults: Faults) -> Recipe | None:
-    """The recipe of one document; None, if faults were gathered that leave nothing to build.
+def build(document: Document, above: Sequence[Recipe], collector: ErrorCollector) -> Recipe | None:
+    """The recipe of one document; None, if errors were collected that leave nothing to build.
 
     above   those of the documents above it
     """
-    wish, method, guessed = _wish(document, faults)
-    if wish is None:
+    raw, method, guessed = _raw_recipe(document, collector)
+    if raw is None:
         return None
     names = {recipe.name: i for i, recipe in enumerate(above) if recipe.name is not None}
-    builder = Builder(document, wish, method, tuple(names), faults, guessed=guessed)
+    builder = Builder(document, raw, method, tuple(names), collector, guessed=guessed)
     sections = builder.sections()
-    settings = _settings(document, wish, builder, faults)
+    settings = _settings(document, raw, builder, collector)
     if not builder.models or guessed:
         return None
     parameters, coefficients = None, None
-    if not faults.found:
-        with faults:
+    if not collector.errors:
+        with collector:
             parameters, coefficients = _constants(document, method, sections)
     origin = builder.base_model or builder.models[0]
-    sidecars = tuple(sidecar_places(method, sections))
+    sidecars = tuple(sidecar_paths(method, sections))
     used = (*builder.models, *([] if builder.base_model is None else [builder.base_model]), *sidecars)
     return Recipe(
         method=method,
@@ -221,9 +221,9 @@ def build(document: Document, above: Sequence[Recipe], faults: Faults) -> Recipe
         base=None if builder.base is None else 0,
         origin=above[names[str(origin)]].origin if str(origin) in names else origin,
         parameters=parameters,
-        rounding=wish.rounding,
-        seed=wish.seed,
-        fp8_overflow=wish.fp8_overflow,
+        rounding=raw.rounding,
+        seed=raw.seed,
+        fp8_overflow=raw.fp8_overflow,
         text=document.text,
         file=document.file,
         coefficients=coefficients,
@@ -231,140 +231,142 @@ def build(document: Document, above: Sequence[Recipe], faults: Faults) -> Recipe
         base_model=builder.base_model,
         earlier={str(model): names[str(model)] for model in used if str(model) in names},
         sidecars=sidecars,
-        name=wish.name,
+        name=raw.name,
         document=document,
         **settings,
     )
 
 
-def _wish(document: Document, faults: Faults) -> tuple[Wish | None, Method, bool]:
-    """(the document's keys, its method, whether that is one that only stands for it, as a fault was gathered)"""
+def _raw_recipe(document: Document, collector: ErrorCollector) -> tuple[RawRecipe | None, Method, bool]:
+    """(the document's keys, its method, whether that is a stand-in for an unknown one, whose error was collected)"""
     name = document.value.get("merge_method") if isinstance(document.value, dict) else None
     method: Method | None = None
     if isinstance(name, str):
-        with faults:  # before anything else: recipes of other programs have other keys
+        with collector:  # before anything else: recipes of other programs have other keys
             method = method_of(document, name)
-    wish = check(document, faults)
-    if wish is None and isinstance(document.value, dict):  # no method is named; the other keys are looked at
-        wish = check(replace(document, value={**document.value, "merge_method": ""}), faults)
-    return wish, method or guessed_method(name), method is None
+    raw = raw_recipe(document, collector)
+    if raw is None and isinstance(document.value, dict):  # no method is named; the other keys are looked at
+        raw = raw_recipe(replace(document, value={**document.value, "merge_method": ""}), collector)
+    return raw, method or guessed_method(name), method is None
 
 
-def _settings(document: Document, wish: Wish, builder: Builder, faults: Faults) -> dict[str, Any]:
-    """The keys that do not say what is merged."""
-    found: dict[str, Any] = dict.fromkeys(("dtype", "out_dtype", "integers", "tokenizer", "chat_template"))
-    with faults:
-        found["dtype"] = _dtype(document, wish.dtype, "$.dtype")
-    with faults:
-        found["out_dtype"] = _dtype(document, wish.out_dtype, "$.out_dtype")
-    with faults:
-        _choice(document, wish.rounding, "rounding")
-    with faults:
-        _choice(document, wish.fp8_overflow, "fp8_overflow")
-    with faults:
-        _seed(document, wish.seed)
-    with faults:
-        found["integers"] = _integers(document, wish, builder.models)
-    if wish.tokenizer is not None or wish.tokenizer_source is not None:
-        from fastinterp.recipe.tokenizer import tokenizer_wish
+def _settings(document: Document, raw: RawRecipe, builder: Builder, collector: ErrorCollector) -> dict[str, Any]:
+    """The keys that do not say what is merged, as arguments of Recipe."""
+    settings: dict[str, Any] = dict.fromkeys(("dtype", "out_dtype", "integers", "tokenizer", "chat_template"))
+    with collector:
+        settings["dtype"] = _dtype(document, raw.dtype, "$.dtype")
+    with collector:
+        settings["out_dtype"] = _dtype(document, raw.out_dtype, "$.out_dtype")
+    with collector:
+        _check_choice(document, raw.rounding, "rounding")
+    with collector:
+        _check_choice(document, raw.fp8_overflow, "fp8_overflow")
+    with collector:
+        _check_seed(document, raw.seed)
+    with collector:
+        settings["integers"] = _integers(document, raw, builder.models)
+    if raw.tokenizer is not None or raw.tokenizer_source is not None:
+        from fastinterp.recipe.tokenizer import tokenizer_spec
 
-        found["tokenizer"] = tokenizer_wish(document, wish, builder.models, builder.base_model, faults)
-    if wish.chat_template is not None:
+        settings["tokenizer"] = tokenizer_spec(document, raw, builder.models, builder.base_model, collector)
+    if raw.chat_template is not None:
         from fastinterp.recipe.tokenizer import chat_template
 
-        with faults:
-            found["chat_template"] = chat_template(document, wish.chat_template)
-    return found
+        with collector:
+            settings["chat_template"] = chat_template(document, raw.chat_template)
+    return settings
 
 
 def _constants(
     document: Document, method: Method, sections: tuple[Section, ...]
 ) -> tuple[Mapping[str, Any] | None, Combine | None]:
-    """(parameters, coefficients) of a recipe that is one part and the same for every tensor.
+    """(parameters, coefficients) of a recipe that is one group and the same for every tensor; else None each.
 
-    Of others it runs the method all the same, where it can be run without a tensor, and one that asks up to its first
-    request: what is wrong shows here.
+    The method of others is run all the same, where that needs no tensor, and a generator up to its first request, to
+    find errors of parameters.
     """
     parameters, coefficients = None, None
-    parts = [part for section in sections for part in section.parts if not part.copies]
-    for part in parts:
-        if part.is_constant:
-            parameters = Resolver(document, method, part).parameters("", ("",) * len(part.sources), None)
+    groups = [group for section in sections for group in section.groups if not group.copies]
+    for group in groups:
+        if group.is_constant:
+            parameters = Resolver(document, method, group).parameters("", ("",) * len(group.sources), None)
             if method.generator:
-                run_to_first_request(document, method, part, parameters)
+                run_to_first_request(document, method, group, parameters)
             elif method.fn.__code__.co_argcount == 1:
-                coefficients = _coefficients(document, method, part, parameters)
-    if len(parts) != 1 or sections[0].stacked or sections[0].name is not None:
+                coefficients = _coefficients(document, method, group, parameters)
+    if len(groups) != 1 or sections[0].stacked or sections[0].name is not None:
         return None, None
     return {p.name: parameters[p.keyword] for p in method.parameters} if parameters is not None else None, coefficients
 
 
-def _dtype(document: Document, given: str | None, path: str) -> DType | None:
-    found = None if given is None else parse_dtype(given)
-    if given is not None and found is None:
-        raise document.error(f"unknown dtype `{clipped(given)}`{suggestion(given, _DTYPES)}", path)
-    return found
+def _dtype(document: Document, name: str | None, path: str) -> DType | None:
+    dtype = None if name is None else parse_dtype(name)
+    if name is not None and dtype is None:
+        raise document.error(f"unknown dtype `{clipped(name)}`{suggestion(name, _DTYPES)}", path)
+    return dtype
 
 
-def _choice(document: Document, given: str, key: str) -> str:
-    if given not in _CHOICES[key]:
-        raise document.error(f"`{key}` must be {' or '.join(_CHOICES[key])}, got {shown(given)}", f"$.{key}")
-    return given
+def _check_choice(document: Document, word: str, key: str) -> None:
+    if word not in _CHOICES[key]:
+        raise document.error(f"`{key}` must be {' or '.join(_CHOICES[key])}, got {shown(word)}", f"$.{key}")
 
 
-def _seed(document: Document, seed: int) -> int:
+def _check_seed(document: Document, seed: int) -> None:
     if not 0 <= seed < 2**64:
         raise document.error(f"`seed` must be in 0..2**64-1, got {shown(seed)}", "$.seed")
-    return seed
 
 
-def _integers(document: Document, wish: Wish, models: Sequence[ModelRef]) -> ModelRef | None:
-    if wish.integers is None:
+def _integers(document: Document, raw: RawRecipe, models: Sequence[ModelRef]) -> ModelRef | None:
+    if raw.integers is None:
         return None
-    model = model_ref(document, wish.integers, "$.integers")
+    model = model_ref(document, raw.integers, "$.integers")
     if model not in models:
         raise document.error(f"`integers` must name a model that is merged, got {shown(str(model))}", "$.integers")
     return models[models.index(model)]
 
 
-def run_to_first_request(document: Document, method: Method, part: Part, parameters: Mapping[str, Any]) -> None:
+def run_to_first_request(document: Document, method: Method, group: MergeGroup, parameters: Mapping[str, Any]) -> None:
     """Run a generator method up to its first request, for a made-up tensor: errors by then are those of parameters.
 
     Raises: MethodError with path and line.
     """
     try:
-        next(method(len(part.sources), Tensor("", (2, 2), model_numel=4), **parameters), None)
+        next(method(len(group.sources), Tensor("", (2, 2), model_numel=4), **parameters), None)
     except MethodError as error:
-        spot = _spot(method, part, error.message)
-        raise document.error(error.message, spot, kind=MethodError) from None
+        path = _path_of_parameter(method, group, error.message)
+        raise document.error(error.message, path, kind=MethodError) from None
 
 
-def _spot(method: Method, part: Part, message: str) -> str:
-    """Where the parameter that a message names last has its one value; if it has several, where the part stands."""
+def _path_of_parameter(method: Method, group: MergeGroup, message: str) -> str:
+    """Where the parameter that a message names last has its one value; if it has several, where the group stands."""
     named = [p.name for p in method.parameters if f"`{p.name}`" in message]
-    levels = (*part.levels, *(source.own for source in part.sources))
     for name in sorted(named, key=lambda name: -message.rindex(f"`{name}`")):
-        paths = {level[name].path for level in levels if name in level}
+        paths = {level[name].path for level in group.all_levels if name in level}
         if paths:
-            return paths.pop() if len(paths) == 1 else part.path
-    return part.path
+            return paths.pop() if len(paths) == 1 else group.path
+    return group.path
 
 
-def _coefficients(document: Document, method: Method, part: Part, parameters: Mapping[str, Any]) -> Combine | None:
-    """Run the method, and see that float32 can hold what it asks for. None, if that depends on the tensor."""
+def _coefficients(
+    document: Document, method: Method, group: MergeGroup, parameters: Mapping[str, Any]
+) -> Combine | None:
+    """The sum that the method asks for, whatever the tensor; None, if that depends on the tensor.
+
+    Raises: MethodError with path and line, also for a coefficient that float32 cannot hold.
+    """
     if method.generator or method.fn.__code__.co_argcount > 1:
         return None
-    n = len(part.sources)
+    n = len(group.sources)
     try:
-        asked = method(n, **parameters)
+        total = method(n, **parameters)
     except MethodError as error:
-        raise document.error(error.message, part.path, kind=MethodError) from None
-    if not isinstance(asked, Combine):
+        raise document.error(error.message, group.path, kind=MethodError) from None
+    if not isinstance(total, Combine):
         return None
-    row = asked.row()
-    largest = max([abs(row.total), *(abs(w) for w in asked.weights)])
+    row = total.row()
+    largest = max([abs(row.total), *(abs(w) for w in total.weights)])
     if not largest <= LARGEST:
         raise document.error(
-            f"the parameters make a coefficient of {largest:g}, beyond float32's 3.4e38", part.path, kind=MethodError
+            f"the parameters make a coefficient of {largest:g}, beyond float32's 3.4e38", group.path, kind=MethodError
         )
-    return asked
+    return total

@@ -1,4 +1,4 @@
-"""Which tensors belong to a module of a recipe: by the start of their names."""
+"""Selects the tensors of a module of a recipe, by the start of their names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ALIASES = {
 }
 
 
-def members(module: str, names: Collection[str]) -> list[str]:
+def tensors_of(module: str, names: Collection[str]) -> list[str]:
     """The names that start with `module.` or `model.module.`; all of them for mergekit's `default`.
 
     Where there are none, the three names that mergekit has for parts of vision-language models stand for what these are
@@ -20,11 +20,11 @@ def members(module: str, names: Collection[str]) -> list[str]:
     """
     if module == "default":
         return list(names)
-    found = _starting((module,), names)
-    if found or module not in _ALIASES:
-        return found
+    tensors = _starting((module,), names)
+    if tensors or module not in _ALIASES:
+        return tensors
     if module != "text_decoder":
-        return next((found for start in _ALIASES[module] if (found := _starting((start,), names))), [])
+        return next((tensors for start in _ALIASES[module] if (tensors := _starting((start,), names))), [])
     return _starting(_ALIASES[module], names)
 
 

@@ -6,7 +6,7 @@ import os
 
 import msgspec
 
-from fastinterp.methods import shown
+from fastinterp.messages import shown
 from fastinterp.recipe.document import Document
 from fastinterp.recipe.schema import ModelPath, Reference
 

@@ -1,4 +1,4 @@
-"""The shape of a recipe: mergekit's YAML schema as far as it is supported, and what fastinterp adds to it."""
+"""The schema of a recipe's keys: mergekit's as far as it is supported, and what fastinterp adds to it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from fastinterp.errors import MethodError, RecipeError
-from fastinterp.methods import Method, clipped, find, names, suggestion
+from fastinterp.messages import clipped, suggestion
+from fastinterp.methods import Method, find, names
 from fastinterp.recipe.document import Document
-from fastinterp.recipe.faults import Faults
+from fastinterp.recipe.error_collector import ErrorCollector
 
 T = TypeVar("T")
 
@@ -29,14 +30,14 @@ class Reference(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     model: str | ModelPath
 
 
-class Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+class ModelItem(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """One item of `models`."""
 
     model: str | Reference
     parameters: dict[str, Any] | None = None
 
 
-class Layers(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+class SourceItem(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """One item of the `sources` of a slice."""
 
     model: str | Reference
@@ -44,27 +45,27 @@ class Layers(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     parameters: dict[str, Any] | None = None
 
 
-class Slice(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One item of `slices`; each of its sources is a Layers."""
+class SliceItem(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One item of `slices`; each of its sources is a SourceItem."""
 
     sources: list[Any]
     base_model: str | Reference | None = None
     parameters: dict[str, Any] | None = None
 
 
-class Module(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One entry of `modules`; its items as in Wish."""
+class ModuleItem(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One entry of `modules`; its items as in RawRecipe."""
 
     models: list[Any] | None = None
     slices: list[Any] | None = None
     parameters: dict[str, Any] | None = None
 
 
-class Wish(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A whole recipe, its own keys known and of the right type.
+class RawRecipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One document of a recipe: all keys are known, and of the right type. Nothing else is checked yet.
 
-    models, slices, modules  `converted` makes each of the items an Entry, a Slice, a Module
-    tokenizer                what tokenizer.py makes sense of
+    models, slices, modules  `converted` makes each of the items a ModelItem, a SliceItem, a ModuleItem
+    tokenizer                as tokenizer.py reads it
     """
 
     merge_method: str
@@ -85,7 +86,7 @@ class Wish(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     name: str | None = None
 
 
-# Keys of mergekit's that are refused, and what can be done instead.
+# Keys of mergekit that are refused, and the end of the message.
 _REFUSED = {
     "lora": "is not supported yet. Merge the LoRA into its model first",
     "override_architecture": "is not supported yet. Leave it out; no architecture is needed",
@@ -94,31 +95,30 @@ _REFUSED = {
 
 _UNKNOWN = "(?s)Object contains unknown field `(.*)`"
 _MISSING = "Object missing required field `(.*)`"
-_OF_PARAMETERS = (Wish, Entry, Layers, Slice, Module)  # with `parameters` beside the other keys
+_OF_PARAMETERS = (RawRecipe, ModelItem, SourceItem, SliceItem, ModuleItem)  # with `parameters` beside the other keys
 
 _PLAIN = {"object": "a mapping", "array": "a list", "str": "text", "int": "a whole number", "float": "a number",
           "bool": "true or false", "null": "nothing"}  # fmt: skip
 
 # What a mapping at these places looks like.
 _EXPECTED = {
-    Wish: ". A recipe starts with `merge_method: ...`",
-    Entry: ". Write `- model: NAME`",
-    Layers: ". Write `- {model: NAME, layer_range: [0, 16]}`",
-    Slice: ". Write `- sources: ...`",
+    RawRecipe: ". A recipe starts with `merge_method: ...`",
+    ModelItem: ". Write `- model: NAME`",
+    SourceItem: ". Write `- {model: NAME, layer_range: [0, 16]}`",
+    SliceItem: ". Write `- sources: ...`",
 }
 
 
-def check(document: Document, faults: Faults | None = None) -> Wish | None:
-    """The document as a Wish; None, if that cannot be and the faults are gathered.
+def raw_recipe(document: Document, collector: ErrorCollector | None = None) -> RawRecipe | None:
+    """The document as a RawRecipe; None, if the errors that were collected leave none.
 
     Raises: RecipeError with path and line, if a key is unknown, missing or of the wrong type.
     """
-    return converted(document, document.value, Wish, "$", faults or Faults())
+    return converted(document, document.value, RawRecipe, "$", collector or ErrorCollector())
 
 
-def converted(document: Document, value: Any, kind: type[T], prefix: str, faults: Faults) -> T | None:
-    """What stands at `prefix` as a `kind`. Gathering, it goes on without the keys that are wrong, and is None if one of
-    them was needed.
+def converted(document: Document, value: Any, kind: type[T], prefix: str, collector: ErrorCollector) -> T | None:
+    """The value at the path `prefix` as a `kind`. Keys with errors are collected and left out; None, if one was needed.
 
     Raises: RecipeError with path and line.
     """
@@ -127,12 +127,12 @@ def converted(document: Document, value: Any, kind: type[T], prefix: str, faults
         try:
             return msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
-            what, path = _split(str(error))
-            unknown, missing = re.fullmatch(_UNKNOWN, what), re.fullmatch(_MISSING, what)
-            if missing and path == "$" and _is_gone(missing[1], removed):
+            problem, path = _split(str(error))
+            unknown, missing = re.fullmatch(_UNKNOWN, problem), re.fullmatch(_MISSING, problem)
+            if missing and path == "$" and _was_removed(missing[1], removed):
                 return None
-            with faults:
-                raise _explained(document, what, prefix + path[1:], _struct_at(kind, path)) from None
+            with collector:
+                raise _translated(document, problem, prefix + path[1:], _struct_at(kind, path)) from None
             key = unknown[1] if unknown and path == "$" else path[2:].partition(".")[0].partition("[")[0]
             if not key:  # the value itself is wrong, or lacks something
                 return None
@@ -140,8 +140,8 @@ def converted(document: Document, value: Any, kind: type[T], prefix: str, faults
             value = {k: v for k, v in value.items() if k != key}
 
 
-def _is_gone(key: str, removed: set[str]) -> bool:
-    """Whether a key is missing because it, or what was meant to be it, was taken away."""
+def _was_removed(key: str, removed: set[str]) -> bool:
+    """Whether a key is missing because it, or a misspelling of it, was left out for its error."""
     import difflib  # as in `suggestion`: not on the path of a recipe without mistakes
 
     return bool(difflib.get_close_matches(key, removed, n=1))
@@ -159,14 +159,14 @@ def method_of(document: Document, name: str) -> Method:
 
 
 def guessed_method(name: object) -> Method:
-    """What stands for an unknown method while the rest of its recipe is checked: the one that was meant, if one is
-    close, else one without parameters.
+    """A stand-in for an unknown method while the rest of its recipe is checked: the closest one, if one is close, else
+    one without parameters.
     """
     import difflib  # as in `suggestion`
 
     close = difflib.get_close_matches(name[:100].lower(), names(), n=1) if isinstance(name, str) else []
-    found = find(close[0] if close else "linear")
-    return replace(found, base="optional", models=(1, 2**16), parameters=found.parameters if close else ())
+    method = find(close[0] if close else "linear")
+    return replace(method, base="optional", models=(1, 2**16), parameters=method.parameters if close else ())
 
 
 def known_parameters() -> tuple[str, ...]:
@@ -175,30 +175,30 @@ def known_parameters() -> tuple[str, ...]:
 
 
 def _split(message: str) -> tuple[str, str]:
-    """msgspec's message: it ends in the path, unless that is the root."""
-    what, _, path = message.partition(" - at `")
-    return what, path.removesuffix("`") or "$"
+    """(problem, path) of msgspec's message, which ends in the path, unless that is the root."""
+    problem, _, path = message.partition(" - at `")
+    return problem, path.removesuffix("`") or "$"
 
 
 def _struct_at(kind: Any, path: str) -> Any:
-    """What a mapping at `path` inside a `kind` would be converted to."""
+    """The type that a mapping at `path` inside a `kind` would be converted to."""
     return kind if path == "$" else ModelPath if path.endswith(".model") and path.count(".") > 1 else Reference
 
 
-def _explained(document: Document, what: str, path: str, struct: Any) -> RecipeError:
-    """msgspec's message in our words."""
-    if found := re.fullmatch(_UNKNOWN, what):
-        return _unknown(document, found[1], path, struct)
-    if found := re.fullmatch(_MISSING, what):
-        return document.error(f"the key `{found[1]}` is missing", path)
-    if found := re.fullmatch(r"Expected `(.*)`, got `(.*)`", what):
-        expected = " or ".join(_PLAIN.get(kind, kind) for kind in found[1].split(" | ") if kind != "null")
-        hint = _EXPECTED.get(struct, "") if found[1] == "object" else ""
-        return document.error(f"expected {expected}, got {_PLAIN.get(found[2], found[2])}{hint}", path)
-    return document.error(what, path)
+def _translated(document: Document, problem: str, path: str, struct: Any) -> RecipeError:
+    """The error for a problem as msgspec words it."""
+    if unknown := re.fullmatch(_UNKNOWN, problem):
+        return _unknown_key(document, unknown[1], path, struct)
+    if missing := re.fullmatch(_MISSING, problem):
+        return document.error(f"the key `{missing[1]}` is missing", path)
+    if mismatch := re.fullmatch(r"Expected `(.*)`, got `(.*)`", problem):
+        expected = " or ".join(_PLAIN.get(kind, kind) for kind in mismatch[1].split(" | ") if kind != "null")
+        hint = _EXPECTED.get(struct, "") if mismatch[1] == "object" else ""
+        return document.error(f"expected {expected}, got {_PLAIN.get(mismatch[2], mismatch[2])}{hint}", path)
+    return document.error(problem, path)
 
 
-def _unknown(document: Document, key: str, path: str, struct: Any) -> RecipeError:
+def _unknown_key(document: Document, key: str, path: str, struct: Any) -> RecipeError:
     at = f"{path}.{key}"
     if key in _REFUSED:
         return document.error(f"`{key}` {_REFUSED[key]}", path, at=at)
@@ -207,11 +207,11 @@ def _unknown(document: Document, key: str, path: str, struct: Any) -> RecipeErro
         parameters = _parameter_names(document)
         if key in parameters:
             return document.error(f"unknown key `{key}`: what a method takes goes under `parameters`", path, at=at)
-        known += parameters if struct is not Wish else ()
+        known += parameters if struct is not RawRecipe else ()
     return document.error(f"unknown key `{clipped(key)}`{suggestion(key, known)}", path, at=at)
 
 
 def _parameter_names(document: Document) -> tuple[str, ...]:
-    """What the recipe's method takes, as far as the unchecked document names one."""
+    """The parameters of the recipe's method, if the unchecked document names one; else those of all."""
     name = document.value.get("merge_method") if isinstance(document.value, dict) else None
     return tuple(p.name for p in find(name).parameters) if name in names() else known_parameters()

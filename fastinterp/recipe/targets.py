@@ -1,4 +1,4 @@
-"""Which tensors a recipe makes, of which inputs each, and with which parameters: from names alone.
+"""The targets of a recipe: each output tensor, its inputs and its parameters, from the names of tensors alone.
 
 Whole models: every tensor of the lead model, the base, else the first. A gradient runs over the layers of the stack
 that a tensor is in (layers.py): over those of the vision tower in the vision tower.
@@ -11,22 +11,22 @@ Modules: one after the other, each as if it were a model. What is in none comes 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from fastinterp.errors import RecipeError, ShapeError
-from fastinterp.methods import shown
-from fastinterp.recipe.faults import Faults
-from fastinterp.recipe.layers import Layers, Stack
+from fastinterp.messages import listed, shown
+from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.layers import LayerPosition, Layers, Stack
 from fastinterp.recipe.load import Recipe
-from fastinterp.recipe.modules import members
+from fastinterp.recipe.merge_groups import MergeGroup, MergeSource, Section
+from fastinterp.recipe.modules import tensors_of
 from fastinterp.recipe.parameters import Resolver
-from fastinterp.recipe.parts import Part, Section, Source
 
 MAX_LAYERS = 100_000  # of a stack that slices make: far above any model, and all of it is held
-_SHOWN = 5  # names that a message lists before it only counts them
+_LISTED = 5  # names in a message before the rest is only counted
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -73,239 +73,246 @@ def targets(recipe: Recipe, names: Sequence[Collection[str]]) -> list[Target]:
 
 
 class Assembly:
-    """What `targets` returns, and what became known on the way.
+    """The targets of a recipe, and what was learned on the way.
 
-    targets    the output's tensors; not all, if faults were gathered
+    targets    the output's tensors; not all, if errors were collected
     counts     stacks of which the output has other layers than its inputs
-    resolvers  with the values that were used, in the order of the parts
+    resolvers  with the values that were used, in the order of the groups
     """
 
-    def __init__(self, recipe: Recipe, names: Sequence[Collection[str]], faults: Faults | None = None):
-        self._recipe, self._names, self._faults = recipe, names, faults or Faults()
+    def __init__(self, recipe: Recipe, names: Sequence[Collection[str]], collector: ErrorCollector | None = None):
+        self._recipe, self._names, self._collector = recipe, names, collector or ErrorCollector()
         self._layers: dict[tuple[int, str | None], Layers] = {}
         self.targets: list[Target] = []
         self.counts: list[LayerCount] = []
         self.resolvers: list[Resolver] = []
         for section in recipe.sections:
-            with self._faults:
-                before = len(self.targets), len(self._faults.found)
+            with self._collector:
+                before = len(self.targets), len(self._collector.errors)
                 if section.stacked:
                     self._stack(section)
                 else:
-                    self._whole(section)
-                if (len(self.targets), len(self._faults.found)) == before:
-                    raise self._error(self._nothing(section), section.path)
+                    self._whole_models(section)
+                if (len(self.targets), len(self._collector.errors)) == before:
+                    raise self._error(self._no_tensor(section), section.path)
         if recipe.sections[0].name is not None:
-            with self._faults:
-                self._rest()
+            with self._collector:
+                self._outside_modules()
 
     # whole models
 
-    def _whole(self, section: Section) -> None:
-        part = section.parts[0]
-        lead = part.sources[0]
+    def _whole_models(self, section: Section) -> None:
+        group = section.groups[0]
+        lead = group.sources[0]
         layers = self._layers_of(lead, section)
-        ours = self._of(lead, section)
-        before = len(self._faults.found)
-        for source in part.sources[1:]:
-            with self._faults:
-                self._check_same(lead, ours, source, self._of(source, section))
-        if len(self._faults.found) > before:
+        names = self._tensors(lead, section)
+        before = len(self._collector.errors)
+        for source in group.sources[1:]:
+            with self._collector:
+                self._check_same(lead, names, source, self._tensors(source, section))
+        if len(self._collector.errors) > before:
             return
-        resolver = self._resolver(part)
-        for name in ours:
-            found = layers.place(name)
-            place = None if found is None else (found[1], found[0].layers)
-            self._add(part, resolver, name, (name,) * len(part.sources), place, place)
+        resolver = self._resolver(group)
+        for name in names:
+            position = layers.position(name)
+            self._add(group, resolver, name, (name,) * len(group.sources), position, position)
 
     # slices
 
     def _stack(self, section: Section) -> None:
-        parts = section.parts
-        stack = self._main(section)
-        total = sum(part.sources[0].length for part in parts)
-        before = len(self._faults.found)
-        resolvers = [self._resolver(part) for part in parts]
-        with self._faults:
-            self._outside(section, parts[0], resolvers[0], stack, after=False)
+        groups = section.groups
+        stack = self._main_stack(section)
+        total = sum(group.sources[0].length for group in groups)
+        before = len(self._collector.errors)
+        resolvers = [self._resolver(group) for group in groups]
+        with self._collector:
+            self._outside(section, groups[0], resolvers[0], stack, after=False)
         start = 0
-        for part, resolver in zip(parts, resolvers, strict=True):
-            with self._faults:
-                self._slice(section, part, resolver, stack, (start, total))
-            start += part.sources[0].length
-        with self._faults:
-            self._outside(section, parts[-1], resolvers[-1], stack, after=True)
-        if len(self._faults.found) > before:  # a range may go beyond all that exists
+        for group, resolver in zip(groups, resolvers, strict=True):
+            with self._collector:
+                self._slice(section, group, resolver, stack, LayerPosition(start, total))
+            start += group.sources[0].length
+        with self._collector:
+            self._outside(section, groups[-1], resolvers[-1], stack, after=True)
+        if len(self._collector.errors) > before:  # a range may go beyond all that exists
             return
-        picked = [part.sources[0].layers for part in parts]
-        numbers = [n for span in picked if span for n in range(*span)]
+        spans = [group.sources[0].layers for group in groups]
+        numbers = [n for span in spans if span for n in range(*span)]
         if numbers != list(range(stack.layers)):
             self.counts.append(LayerCount(stack.prefix, stack.layers, tuple(numbers)))
 
-    def _slice(self, section: Section, part: Part, resolver: Resolver, stack: Stack, place: tuple[int, int]) -> None:
-        """place: index of the slice's first layer in the output, and how many it has"""
+    def _slice(
+        self, section: Section, group: MergeGroup, resolver: Resolver, stack: Stack, position: LayerPosition
+    ) -> None:
+        """position: of the slice's first layer in the output"""
         blocks: list[dict[int, list[str]]] = []
-        for source in part.sources:
-            with self._faults:
+        for source in group.sources:
+            with self._collector:
                 blocks.append(self._blocks(source, section, stack))
-        if len(blocks) < len(part.sources):
+        if len(blocks) < len(group.sources):
             return
-        lead, (start, total) = part.sources[0], place
+        lead, (start, total) = group.sources[0], position
         if start + lead.length > MAX_LAYERS:
-            raise self._error(f"the slices have more than {MAX_LAYERS:,} layers up to here. Use fewer", part.path)
+            raise self._error(f"the slices have more than {MAX_LAYERS:,} layers up to here. Use fewer", group.path)
         for offset in range(lead.length):
-            numbers = [source.layers[0] + offset for source in part.sources if source.layers]
+            numbers = [source.layers[0] + offset for source in group.sources if source.layers]
             rests = [b[number] for b, number in zip(blocks, numbers, strict=True)]
-            for i, source in enumerate(part.sources[1:], 1):
-                where = f"layer {numbers[0]}", f"layer {numbers[i]}"
-                self._check_same(lead, rests[0], source, rests[i], where)
+            for i, source in enumerate(group.sources[1:], 1):
+                layers = f"layer {numbers[0]}", f"layer {numbers[i]}"
+                self._check_same(lead, rests[0], source, rests[i], layers)
             out = start + offset
             for rest in rests[0]:
                 inputs = tuple(f"{stack.prefix}.{number}.{rest}" for number in numbers)
                 name = f"{stack.prefix}.{out}.{rest}"
-                self._add(part, resolver, name, inputs, (offset, lead.length), (out, total))
+                self._add(group, resolver, name, inputs, LayerPosition(offset, lead.length), LayerPosition(out, total))
 
-    def _main(self, section: Section) -> Stack:
+    def _main_stack(self, section: Section) -> Stack:
         """The stack that a section's slices cut, in the lead model of the first."""
-        lead = section.parts[0].sources[0]
+        lead = section.groups[0].sources[0]
         layers = self._layers_of(lead, section)
         if layers.main is None:
-            found = [f"{s.prefix} ({s.layers})" for s in layers.candidates]
-            what = f"several stacks of layers: {', '.join(found)}. Name them under `modules`" if found else "no layers"
-            raise self._error(f"slices need one stack of layers, but {lead.ref} has {what}", f"{section.path}.slices")
+            stacks = [f"{s.prefix} ({s.layers})" for s in layers.candidates]
+            has = f"several stacks of layers: {', '.join(stacks)}. Name them under `modules`" if stacks else "no layers"
+            raise self._error(f"slices need one stack of layers, but {lead.ref} has {has}", f"{section.path}.slices")
         return layers.main
 
-    def _blocks(self, source: Source, section: Section, stack: Stack) -> dict[int, list[str]]:
-        """Layer -> what stands behind its number in the names of its tensors.
+    def _blocks(self, source: MergeSource, section: Section, stack: Stack) -> dict[int, list[str]]:
+        """Layer -> the names of its tensors, behind the number of the layer.
 
         Raises: RecipeError, if the source does not have the layers that it is asked for.
         """
         layers = self._layers_of(source, section)
-        own = next((s for s in layers.stacks if s.prefix == stack.prefix), None)
-        if own is None:
+        of_source = next((s for s in layers.stacks if s.prefix == stack.prefix), None)
+        if of_source is None:
             raise self._error(f"{source.ref} has no layers {stack.prefix}.0, {stack.prefix}.1, ...", source.path)
         assert source.layers is not None
-        if source.layers[1] > own.layers:
+        if source.layers[1] > of_source.layers:
             raise self._error(
-                f"`layer_range` {shown(list(source.layers))} goes beyond the {own.layers} layers of {source.ref}",
+                f"`layer_range` {shown(list(source.layers))} goes beyond the {of_source.layers} layers of {source.ref}",
                 f"{source.path}.layer_range",
             )
-        found: dict[int, list[str]] = {}
-        for name in self._of(source, section):
-            place = layers.place(name)
-            if place is not None and place[0] is own:
-                found.setdefault(place[1], []).append(place[2])
-        return found
+        blocks: dict[int, list[str]] = {}
+        for name in self._tensors(source, section):
+            member = layers.member(name)
+            if member is not None and member.stack is of_source:
+                blocks.setdefault(member.layer, []).append(member.rest)
+        return blocks
 
-    def _outside(self, section: Section, part: Part, resolver: Resolver, stack: Stack, *, after: bool) -> None:
+    def _outside(self, section: Section, group: MergeGroup, resolver: Resolver, stack: Stack, *, after: bool) -> None:
         """The tensors before or after the main stack."""
-        kept = [
-            [name for name in self._of(source, section) if self._is_outside(source, section, name, stack, after)]
-            for source in part.sources
+        outside = [
+            [name for name in self._tensors(source, section) if self._is_outside(source, section, name, stack, after)]
+            for source in group.sources
         ]
-        for source, theirs in zip(part.sources[1:], kept[1:], strict=True):
-            self._check_same(part.sources[0], kept[0], source, theirs)
-        layers = self._layers_of(part.sources[0], section)
-        for name in kept[0]:
-            found = layers.place(name)
-            place = None if found is None else (found[1], found[0].layers)
-            self._add(part, resolver, name, (name,) * len(part.sources), place, place)
+        for source, names in zip(group.sources[1:], outside[1:], strict=True):
+            self._check_same(group.sources[0], outside[0], source, names)
+        layers = self._layers_of(group.sources[0], section)
+        for name in outside[0]:
+            position = layers.position(name)
+            self._add(group, resolver, name, (name,) * len(group.sources), position, position)
 
-    def _is_outside(self, source: Source, section: Section, name: str, stack: Stack, after: bool) -> bool:
+    def _is_outside(self, source: MergeSource, section: Section, name: str, stack: Stack, after: bool) -> bool:
         layers = self._layers_of(source, section)
-        place = layers.place(name)
-        return (place is None or place[0].prefix != stack.prefix) and layers.is_after(name) == after
+        member = layers.member(name)
+        return (member is None or member.stack.prefix != stack.prefix) and layers.is_after(name) == after
 
     # modules
 
-    def _rest(self) -> None:
-        """What no module names, from base_model."""
+    def _outside_modules(self) -> None:
+        """Tensors that no module names, copied from base_model."""
         recipe = self._recipe
         taken: set[str] = set()
         for target in self.targets:
             if target.name in taken:
                 raise self._error(f"two modules take the tensor {target.name}", "$.modules")
             taken.add(target.name)
-        sources = {source.model for part in recipe.parts for source in part.sources}
+        sources = {source.model for group in recipe.groups for source in group.sources}
         if recipe.base_model is not None:
             at = recipe.models.index(recipe.base_model)
-            rest = self._outside_modules(at)
+            rest = self._in_no_module(at)
             self.targets += [Target(name, ((at, name),), {}, copies=True) for name in rest]
             return
         for at in sorted(sources):
-            if rest := self._outside_modules(at):
+            if rest := self._in_no_module(at):
                 raise self._error(
-                    f"no module takes {_listed(rest)} of {recipe.models[at]}. Name a module for them, or write "
+                    f"no module takes {listed(rest, _LISTED)} of {recipe.models[at]}. Name a module for them, or write "
                     "`base_model`, from which they are copied then",
                     "$.modules",
                 )
 
-    def _outside_modules(self, at: int) -> list[str]:
+    def _in_no_module(self, at: int) -> list[str]:
         inside: set[str] = set()
         for section in self._recipe.sections:
-            inside.update(members(section.name or "", self._names[at]))
+            inside.update(tensors_of(section.name or "", self._names[at]))
         return [name for name in self._names[at] if name not in inside]
 
     # all of them
 
     def _add(
         self,
-        part: Part,
+        group: MergeGroup,
         resolver: Resolver,
         name: str,
         inputs: tuple[str, ...],
-        place: tuple[int, int] | None,
-        layer: tuple[int, int] | None,
+        position: LayerPosition | None,
+        layer: LayerPosition | None,
     ) -> None:
-        """One tensor: `place` is where gradients are read, `layer` which layer of the output it is in."""
-        parameters = {} if part.copies else resolver.parameters(name, inputs, place)
-        models = tuple((source.model, given) for source, given in zip(part.sources, inputs, strict=True))
-        number, of = layer or (None, 0)
-        self.targets.append(Target(name, models, parameters, number, of, part.copies, part.has_base))
+        """Add one tensor.
 
-    def _resolver(self, part: Part) -> Resolver:
-        self.resolvers.append(Resolver(self._recipe.document, self._recipe.method, part))
+        position  where gradients are read
+        layer     of the output
+        """
+        parameters = {} if group.copies else resolver.parameters(name, inputs, position)
+        models = tuple((source.model, tensor) for source, tensor in zip(group.sources, inputs, strict=True))
+        index, layers = layer or (None, 0)
+        self.targets.append(Target(name, models, parameters, index, layers, group.copies, group.has_base))
+
+    def _resolver(self, group: MergeGroup) -> Resolver:
+        self.resolvers.append(Resolver(self._recipe.document, self._recipe.method, group))
         return self.resolvers[-1]
 
-    def _of(self, source: Source, section: Section) -> Collection[str]:
+    def _tensors(self, source: MergeSource, section: Section) -> Collection[str]:
         names = self._names[source.model]
-        return names if section.name is None else members(section.name, names)
+        return names if section.name is None else tensors_of(section.name, names)
 
-    def _layers_of(self, source: Source, section: Section) -> Layers:
+    def _layers_of(self, source: MergeSource, section: Section) -> Layers:
         key = source.model, section.name
         if key not in self._layers:
-            self._layers[key] = Layers(self._of(source, section))
+            self._layers[key] = Layers(self._tensors(source, section))
         return self._layers[key]
 
-    def _nothing(self, section: Section) -> str:
+    def _no_tensor(self, section: Section) -> str:
         if section.name is None:
             return "the models have no tensors"
-        starts = {name.split(".")[0]: None for name in self._names[section.parts[0].sources[0].model]}
-        return f"no tensor's name starts with the module's, `{section.name}`. They start with {_listed(starts)}"
+        starts = {name.split(".")[0]: None for name in self._names[section.groups[0].sources[0].model]}
+        return f"no tensor's name starts with the module's, `{section.name}`. They start with {listed(starts, _LISTED)}"
 
     def _error(self, message: str, path: str) -> RecipeError:
         return self._recipe.document.error(message, path)
 
     def _check_same(
         self,
-        lead: Source,
-        ours: Collection[str],
-        other: Source,
-        theirs: Collection[str],
-        where: tuple[str, str] | None = None,
+        lead: MergeSource,
+        tensors: Collection[str],
+        other: MergeSource,
+        others_tensors: Collection[str],
+        layers: tuple[str, str] = ("", ""),
     ) -> None:
-        """Raises: ShapeError, if two models, or layers of theirs, do not have the same tensors."""
-        known, found = set(ours), set(theirs)
-        if known == found:
+        """Raises: ShapeError, if two models, or layers of theirs, do not have the same tensors.
+
+        layers  those of the lead and of the other, for the message
+        """
+        ours, theirs = set(tensors), set(others_tensors)
+        if ours == theirs:
             return
-        at = [f" in {w}" for w in where] if where else ["", ""]
-        only = [n for n in ours if n not in found], [n for n in theirs if n not in known]
-        sides = (lead.ref, at[0], only[0]), (other.ref, at[1], only[1])
-        told = [f"{model} alone has {_listed(names)}{place}" for model, place, names in sides if names]
-        raise ShapeError(f"the models have different tensors: {'; '.join(told)}. Only models of one architecture merge")
-
-
-def _listed(names: Iterable[str]) -> str:
-    found = list(names)
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return ", ".join(found[:_SHOWN]) + more
+        sides = (
+            (lead.ref, layers[0], [name for name in tensors if name not in theirs]),
+            (other.ref, layers[1], [name for name in others_tensors if name not in ours]),
+        )
+        differences = [
+            f"{model} alone has {listed(names, _LISTED)}{f' in {layer}' if layer else ''}"
+            for model, layer, names in sides
+            if names
+        ]
+        message = f"the models have different tensors: {'; '.join(differences)}"
+        raise ShapeError(f"{message}. Only models of one architecture merge")

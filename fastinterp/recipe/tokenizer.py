@@ -1,4 +1,4 @@
-"""What a recipe wants of tokenizer and chat template, as plain values: its keys `tokenizer` and `chat_template`.
+"""The keys `tokenizer` and `chat_template` of a recipe, as plain values.
 
 `tokenizer_source: NAME` is `tokenizer: {source: NAME}`. Nothing here opens a model. Models are named as in
 Recipe.models, or as the recipe's base_model where that is not merged.
@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import msgspec
 
-from fastinterp.methods import clipped, shown, suggestion
+from fastinterp.messages import clipped, shown, suggestion
 from fastinterp.recipe.document import Document
-from fastinterp.recipe.faults import Faults
+from fastinterp.recipe.error_collector import ErrorCollector
 from fastinterp.recipe.references import ModelRef, model_ref
-from fastinterp.recipe.schema import Reference, Wish, converted
+from fastinterp.recipe.schema import RawRecipe, Reference, converted
 
 TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # as mergekit names them
 
@@ -35,7 +35,7 @@ class TokenSource:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenWish:
+class TokenSpec:
     """One entry of `tokens`: it is added to the vocabulary, if it is not in it.
 
     text    of the token
@@ -49,7 +49,7 @@ class TokenWish:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizerWish:
+class TokenizerSpec:
     """The vocabulary of the output, and where the rows of its embeddings come from.
 
     source              "union" of the vocabularies of all models, base first; "base": that of base_model;
@@ -61,7 +61,7 @@ class TokenizerWish:
 
     source: Literal["union", "base", "model"]
     model: ModelRef | None = None
-    tokens: tuple[TokenWish, ...] = ()
+    tokens: tuple[TokenSpec, ...] = ()
     pad_to_multiple_of: int | None = None
 
 
@@ -107,51 +107,55 @@ class _ModelToken(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     token_id: int | None = None
 
 
-def tokenizer_wish(
-    document: Document, wish: Wish, models: Sequence[ModelRef], base_model: ModelRef | None, faults: Faults
-) -> TokenizerWish | None:
-    """What the keys `tokenizer` and `tokenizer_source` say; None, if it is wrong and the faults are gathered.
+def tokenizer_spec(
+    document: Document,
+    raw: RawRecipe,
+    models: Sequence[ModelRef],
+    base_model: ModelRef | None,
+    collector: ErrorCollector,
+) -> TokenizerSpec | None:
+    """The keys `tokenizer` and `tokenizer_source`; None, if errors were collected that leave no specification.
 
     models      those that are merged
     base_model  the recipe's
     Raises: RecipeError with path and line.
     """
-    if wish.tokenizer is not None and wish.tokenizer_source is not None:
-        with faults:
+    if raw.tokenizer is not None and raw.tokenizer_source is not None:
+        with collector:
             message = "`tokenizer` and `tokenizer_source` exclude each other. Write `tokenizer: {source: ...}`"
             raise document.error(message, at="$.tokenizer_source")
-    if wish.tokenizer is None:
-        given: _Tokenizer | None = _Tokenizer(wish.tokenizer_source or "")
+    if raw.tokenizer is None:
+        keys: _Tokenizer | None = _Tokenizer(raw.tokenizer_source or "")
         path, at = "$.tokenizer_source", "$.tokenizer_source"
     else:
-        given = converted(document, wish.tokenizer, _Tokenizer, "$.tokenizer", faults)
+        keys = converted(document, raw.tokenizer, _Tokenizer, "$.tokenizer", collector)
         path, at = "$.tokenizer", "$.tokenizer.source"
-    if given is None:
+    if keys is None:
         return None
     known = (*models, *([base_model] if base_model else []))
     tokens = []
-    for text, value in (given.tokens or {}).items():
-        with faults:
-            tokens.append(_token(document, known, text, value, f"{path}.tokens.{text}", faults))
-    multiple = given.pad_to_multiple_of
-    with faults:
+    for text, value in (keys.tokens or {}).items():
+        with collector:
+            tokens.append(_token(document, known, text, value, f"{path}.tokens.{text}", collector))
+    multiple = keys.pad_to_multiple_of
+    with collector:
         if multiple is not None and not 1 <= multiple <= 1 << 20:
             raise document.error(
                 f"`pad_to_multiple_of` must be in 1..2**20, got {shown(multiple)}", f"{path}.pad_to_multiple_of"
             )
-    with faults:
-        kind, model = _source(document, given.source, known, base_model, at)
-        return TokenizerWish(kind, model, tuple(tokens), multiple)
+    with collector:
+        kind, model = _source(document, keys.source, known, base_model, at)
+        return TokenizerSpec(kind, model, tuple(tokens), multiple)
     return None
 
 
 def _source(
-    document: Document, given: str | Reference, known: Sequence[ModelRef], base_model: ModelRef | None, path: str
+    document: Document, written: str | Reference, known: Sequence[ModelRef], base_model: ModelRef | None, path: str
 ) -> tuple[Literal["union", "base", "model"], ModelRef | None]:
-    if given == "union":
+    if written == "union":
         return "union", None
-    if given != "base":
-        return "model", _model(document, given, known, path)
+    if written != "base":
+        return "model", _model(document, written, known, path)
     if base_model is None:
         key = path.removeprefix("$.")
         raise document.error(
@@ -170,37 +174,37 @@ def _model(document: Document, written: str | Reference, known: Sequence[ModelRe
 
 
 def _token(
-    document: Document, known: Sequence[ModelRef], text: str, value: Any, path: str, faults: Faults
-) -> TokenWish:
+    document: Document, known: Sequence[ModelRef], text: str, value: Any, path: str, collector: ErrorCollector
+) -> TokenSpec:
     if not text:
         raise document.error("a token must not be empty", path)
-    given = converted(document, {} if value is None else value, _Token, path, faults) or _Token()
-    if given.source is None:
-        if given.force:
+    entry = converted(document, {} if value is None else value, _Token, path, collector) or _Token()
+    if entry.source is None:
+        if entry.force:
             raise document.error(
                 "`force` does nothing without a `source`. Name one, or remove it", path, at=f"{path}.force"
             )
-        return TokenWish(text)
-    return TokenWish(text, _token_source(document, known, given.source, f"{path}.source", faults), given.force)
+        return TokenSpec(text)
+    return TokenSpec(text, _token_source(document, known, entry.source, f"{path}.source"), entry.force)
 
 
-def _token_source(document: Document, known: Sequence[ModelRef], given: Any, path: str, faults: Faults) -> TokenSource:
-    if isinstance(given, str):
-        return TokenSource(_model(document, given, known, path))
-    if not isinstance(given, dict):
-        raise document.error(f"expected a model or a mapping, got {shown(given)}", path)
-    if "kind" not in given:
-        reference = converted(document, given, Reference, path, Faults())
+def _token_source(document: Document, known: Sequence[ModelRef], value: Any, path: str) -> TokenSource:
+    if isinstance(value, str):
+        return TokenSource(_model(document, value, known, path))
+    if not isinstance(value, dict):
+        raise document.error(f"expected a model or a mapping, got {shown(value)}", path)
+    if "kind" not in value:
+        reference = converted(document, value, Reference, path, ErrorCollector())
         assert reference is not None
         return TokenSource(_model(document, reference, known, path))
-    if given["kind"] == "zero":
-        converted(document, given, _Zero, path, Faults())
+    if value["kind"] == "zero":
+        converted(document, value, _Zero, path, ErrorCollector())
         return TokenSource()
-    if given["kind"] != "model_token":
-        kind = given["kind"] if isinstance(given["kind"], str) else ""
+    if value["kind"] != "model_token":
+        kind = value["kind"] if isinstance(value["kind"], str) else ""
         known_kinds = suggestion(kind, ("zero", "model_token"))
-        raise document.error(f"unknown kind {shown(given['kind'])}{known_kinds}", f"{path}.kind")
-    token = converted(document, given, _ModelToken, path, Faults())
+        raise document.error(f"unknown kind {shown(value['kind'])}{known_kinds}", f"{path}.kind")
+    token = converted(document, value, _ModelToken, path, ErrorCollector())
     assert token is not None
     if (token.token is None) == (token.token_id is None):
         raise document.error("a model_token needs one of `token` and `token_id`", path)
@@ -209,20 +213,20 @@ def _token_source(document: Document, known: Sequence[ModelRef], given: Any, pat
     return TokenSource(_model(document, token.model, known, f"{path}.model"), token.token, token.token_id)
 
 
-def chat_template(document: Document, given: str) -> ChatTemplate:
-    """What the key `chat_template` says.
+def chat_template(document: Document, text: str) -> ChatTemplate:
+    """The key `chat_template`.
 
     Raises: RecipeError, if it is neither a known name nor Jinja: at least 20 characters with a `{` among them.
     """
-    if given == "auto":
+    if text == "auto":
         return ChatTemplate("auto")
-    if given in TEMPLATES:
-        return ChatTemplate("named", given)
-    if len(given) >= 20 and "{" in given:
-        return ChatTemplate("jinja", given)
-    close = suggestion(given, ("auto", *TEMPLATES))
+    if text in TEMPLATES:
+        return ChatTemplate("named", text)
+    if len(text) >= 20 and "{" in text:
+        return ChatTemplate("jinja", text)
+    close = suggestion(text, ("auto", *TEMPLATES))
     raise document.error(
         "`chat_template` must be a name, or a Jinja template (20 characters or more, with a `{`), got "
-        f"`{clipped(given)}`{close}",
+        f"`{clipped(text)}`{close}",
         "$.chat_template",
     )

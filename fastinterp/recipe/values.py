@@ -9,17 +9,17 @@ from typing import Any
 import msgspec
 
 from fastinterp.errors import RecipeError
-from fastinterp.methods import Parameter, clipped, shown, suggestion
+from fastinterp.messages import clipped, shown, suggestion
+from fastinterp.methods import Parameter
 from fastinterp.recipe.document import Document
-from fastinterp.recipe.faults import Faults
-
-Place = tuple[int, int]  # index of a layer and how many there are: where a gradient is read
+from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.layers import LayerPosition
 
 
 class Value(msgspec.Struct, frozen=True):
-    """What a recipe gives for a parameter, checked.
+    """The value of a parameter in a recipe, checked.
 
-    cases  (filter, value), the first whose filter is a part of the tensor's name counts; a filter of None matches all.
+    cases  (pattern, value): the first counts whose pattern is a part of the tensor's name; None matches all names.
            A value is what the method takes, or a tuple of numbers: a gradient
     path   where it stands in the recipe
     paths  where each of the cases does
@@ -40,22 +40,22 @@ class Value(msgspec.Struct, frozen=True):
 
     def case(self, name: str) -> int | None:
         """Which of the cases the tensor of this name gets; None, if none matches."""
-        return next((i for i, (part, _) in enumerate(self.cases) if part is None or part in name), None)
+        return next((i for i, (pattern, _) in enumerate(self.cases) if pattern is None or pattern in name), None)
 
-    def pick(self, case: int, place: Place | None) -> Any:
-        """What the case gives a tensor in that place; one in no layer (None) gets a gradient's first number."""
+    def pick(self, case: int, position: LayerPosition | None) -> Any:
+        """The value of the case for a tensor there; one in no layer (None) gets a gradient's first number."""
         value = self.cases[case][1]
-        return between(value, place) if isinstance(value, tuple) else value
+        return between(value, position) if isinstance(value, tuple) else value
 
 
-def between(numbers: Sequence[float], place: Place | None) -> float:
+def between(numbers: Sequence[float], position: LayerPosition | None) -> float:
     """Linear between the numbers, which are spread evenly from the first layer to the last. A lone layer gets the last.
 
     With t = index / (layers - 1) and L numbers it is number t * (L - 1), counted from 0.
     """
-    if place is None:
+    if position is None:
         return numbers[0]
-    index, layers = place
+    index, layers = position
     if layers == 1:
         return numbers[-1]
     low, rest = divmod(index * (len(numbers) - 1), layers - 1)
@@ -65,31 +65,32 @@ def between(numbers: Sequence[float], place: Place | None) -> float:
     return numbers[low] * (1.0 - share) + numbers[low + 1] * share
 
 
-def parse(document: Document, parameter: Parameter, given: Any, path: str, faults: Faults) -> Value | None:
-    """What stands at `path`, checked against what the parameter may be; None, if faults of its items were gathered.
+def parse(document: Document, parameter: Parameter, raw: Any, path: str, collector: ErrorCollector) -> Value | None:
+    """The value at `path`, checked against the parameter's declaration; None, if errors of its items were collected.
 
     Raises: RecipeError with path and line.
     """
-    if isinstance(given, dict) and parameter.key is None:
-        given, paths = [given], [path]
-    elif isinstance(given, list):
-        paths = [f"{path}[{i}]" for i in range(len(given))]
+    items: list[Any]
+    if isinstance(raw, dict) and parameter.key is None:
+        items, paths = [raw], [path]
+    elif isinstance(raw, list):
+        items, paths = raw, [f"{path}[{i}]" for i in range(len(raw))]
     else:
-        return Value(((None, _one(document, parameter, given, path)),), path, (path,))
-    if not given:
+        return Value(((None, _one(document, parameter, raw, path)),), path, (path,))
+    if not items:
         raise document.error(f"`{parameter.name}` has an empty list", path)
-    if not any(isinstance(item, dict) and not _is_word(parameter, item) for item in given):
-        numbers = _gradient(document, parameter, given, paths, path, faults)
+    if not any(isinstance(item, dict) and not _is_word(parameter, item) for item in items):
+        numbers = _gradient(document, parameter, items, paths, path, collector)
         return None if numbers is None else Value(((None, numbers),), path, (path,))
     cases = []
-    for item, at in zip(given, paths, strict=True):
-        with faults:
-            case = _case(document, parameter, item, at, faults)
+    for item, at in zip(items, paths, strict=True):
+        with collector:
+            case = _case(document, parameter, item, at, collector)
             cases += [] if case is None else [case]
-    if len(cases) < len(given):
+    if len(cases) < len(items):
         return None
-    for i, (part, _) in enumerate(cases[:-1]):
-        if part is None:
+    for i, (pattern, _) in enumerate(cases[:-1]):
+        if pattern is None:
             message = f"what follows is never used: {paths[i]} matches every tensor. Put it last"
             raise document.error(message, paths[i + 1])
     return Value(tuple(cases), path, tuple(paths))
@@ -100,39 +101,45 @@ def _is_word(parameter: Parameter, item: dict[str, Any]) -> bool:
 
 
 def _case(
-    document: Document, parameter: Parameter, item: Any, path: str, faults: Faults
+    document: Document, parameter: Parameter, item: Any, path: str, collector: ErrorCollector
 ) -> tuple[str | None, Any] | None:
-    """One `{filter, value}`; None, if faults of it were gathered."""
+    """One `{filter, value}`; None, if errors of it were collected."""
     if not isinstance(item, dict):
         message = (
             f"numbers and filters do not mix in one list: expected `{{filter: ..., value: ...}}`, got {shown(item)}"
         )
         raise document.error(message, path)
-    before = len(faults.found)
+    before = len(collector.errors)
     for key in item:
         if key not in ("filter", "value"):
-            with faults:
+            with collector:
                 known = suggestion(key, ("filter", "value"))
                 raise document.error(f"unknown key `{clipped(key)}`{known}", path, at=f"{path}.{key}")
-    part = item.get("filter")
-    if part is not None and (not isinstance(part, str) or not part):
-        with faults:
-            raise document.error(f"`filter` must be text, a part of tensor names, got {shown(part)}", f"{path}.filter")
+    pattern = item.get("filter")
+    if pattern is not None and (not isinstance(pattern, str) or not pattern):
+        with collector:
+            message = f"`filter` must be text, a part of tensor names, got {shown(pattern)}"
+            raise document.error(message, f"{path}.filter")
     if "value" not in item:
         raise document.error("the key `value` is missing", path)
-    value, at = item["value"], f"{path}.value"
-    if isinstance(value, list) and value:
-        paths = [f"{at}[{i}]" for i in range(len(value))]
-        found: Any = _gradient(document, parameter, value, paths, at, faults)
+    raw, at = item["value"], f"{path}.value"
+    if isinstance(raw, list) and raw:
+        paths = [f"{at}[{i}]" for i in range(len(raw))]
+        value: Any = _gradient(document, parameter, raw, paths, at, collector)
     else:
-        found = _one(document, parameter, value, at)
-    return None if len(faults.found) > before else (None if part == "*" else part, found)
+        value = _one(document, parameter, raw, at)
+    return None if len(collector.errors) > before else (None if pattern == "*" else pattern, value)
 
 
 def _gradient(
-    document: Document, parameter: Parameter, given: list[Any], paths: Sequence[str], path: str, faults: Faults
+    document: Document,
+    parameter: Parameter,
+    items: list[Any],
+    paths: Sequence[str],
+    path: str,
+    collector: ErrorCollector,
 ) -> tuple[float, ...] | None:
-    """None, if faults of its numbers were gathered."""
+    """The numbers of a gradient; None, if errors of them were collected."""
     if not parameter.varies:
         raise document.error(
             f"`{parameter.name}` cannot have a gradient (a list of numbers): there is nothing between its values. Give "
@@ -140,36 +147,36 @@ def _gradient(
             path,
         )
     numbers: list[float] = []
-    for item, at in zip(given, paths, strict=True):
-        with faults:
+    for item, at in zip(items, paths, strict=True):
+        with collector:
             if item is None:  # a parameter may be nothing, but there is no way from nothing to a number
                 raise document.error(f"a gradient consists of numbers, got {shown(item)}", at)
             numbers.append(_one(document, parameter, item, at))
-    return tuple(numbers) if len(numbers) == len(given) else None
+    return tuple(numbers) if len(numbers) == len(items) else None
 
 
-def _one(document: Document, parameter: Parameter, given: Any, path: str) -> Any:
+def _one(document: Document, parameter: Parameter, raw: Any, path: str) -> Any:
     try:
-        return parameter.value(given)
+        return parameter.value(raw)
     except ValueError as error:
-        raise document.error(f"{error}{_read_as_text(given)}", path) from None
+        raise document.error(f"{error}{_hint_for_text(raw)}", path) from None
 
 
-def _read_as_text(given: Any) -> str:
-    """YAML 1.1 takes 1e-3 for text: a number with an exponent needs a point, and a sign after the e."""
-    if not isinstance(given, str):
+def _hint_for_text(raw: Any) -> str:
+    """How to write a number that YAML 1.1 reads as text: it wants a point and a signed exponent, 1.0e-3, not 1e-3."""
+    if not isinstance(raw, str):
         return ""
-    if given.endswith("%") and given[:-1].replace(".", "", 1).isdecimal():
-        return f". A fraction? Write {float(given[:-1]) / 100:g}"
+    if raw.endswith("%") and raw[:-1].replace(".", "", 1).isdecimal():
+        return f". A fraction? Write {float(raw[:-1]) / 100:g}"
     try:
-        number = float(given.replace(",", ".", 1))
+        number = float(raw.replace(",", ".", 1))
     except ValueError:
         return ""
-    if "," in given:
+    if "," in raw:
         return f". A decimal comma? Write {number:g}"
     if not math.isfinite(number):
         return ". It must be finite"
-    if "e" not in given.lower():
+    if "e" not in raw.lower():
         return f". Quoted it is text: write {number:g}, without quotes"
     return f". YAML reads it as text: write a point and a sign ({number:.1e}), and no quotes"
 

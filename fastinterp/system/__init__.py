@@ -1,1 +1,1 @@
-"""What this machine offers, and how fast it is."""
+"""Properties of this machine: available memory, hardware, software and speed."""

@@ -1,4 +1,4 @@
-"""How much memory can be had: by the machine, and by the control groups that this process is in."""
+"""Available memory of the machine, within the limits of the control groups that this process is in."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _ROOT = Path("/")
 
 
 def available_memory(root: Path = _ROOT) -> int:
-    """Bytes that can be had without swapping, and before a limit of a control group (v1, v2) ends the process.
+    """Bytes that can be allocated without swapping and without exceeding a control group limit (v1, v2).
 
-    root  under which proc/ and sys/ are
+    root  folder with proc/ and sys/
     """
-    found = [_of_machine(root), *(limit - used for limit, used in _groups(root))]
-    return max(0, min(found))
+    limits = [_of_machine(root), *(limit - used for limit, used in _groups(root))]
+    return max(0, min(limits))
 
 
 def _of_machine(root: Path) -> int:
@@ -28,7 +28,7 @@ def _of_machine(root: Path) -> int:
 
 
 def _groups(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use of this process's group and of all groups around it, as far as they have a limit."""
+    """(limit, usage) in bytes of this process's control group and its parents, if they have a limit."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -42,18 +42,18 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
 
 
 def _up(top: Path, group: str, limit: str, used: str) -> Iterator[tuple[int, int]]:
-    """In a container, the group's own folder may be what is mounted as `top`: then the path leads nowhere."""
+    """(limit, usage) of the group's folder and its parents up to `top`, which in a container may be the group."""
     folder = top / group.lstrip("/")
     for at in (folder, *folder.parents):
-        with suppress(OSError, ValueError):  # there is no such file, or it says `max`
-            yield int((at / limit).read_text()), max(0, int((at / used).read_text()) - _droppable(at))
+        with suppress(OSError, ValueError):  # no such file, or its content is `max`
+            yield int((at / limit).read_text()), max(0, int((at / used).read_text()) - _reclaimable(at))
         if at == top:
             return
 
 
-def _droppable(folder: Path) -> int:
-    """Bytes of files that are counted as used, but make room when they must. v1 counts the groups below in total_*."""
+def _reclaimable(folder: Path) -> int:
+    """Bytes of page cache that count as used but can be reclaimed. v1 counts child groups in total_*."""
     pairs = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    found = {name: int(value) for name, value in pairs}
-    total = "total_" if "total_inactive_file" in found else ""
-    return found.get(f"{total}inactive_file", 0) + found.get(f"{total}active_file", 0)
+    stats = {name: int(value) for name, value in pairs}
+    total = "total_" if "total_inactive_file" in stats else ""
+    return stats.get(f"{total}inactive_file", 0) + stats.get(f"{total}active_file", 0)

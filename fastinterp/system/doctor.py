@@ -1,4 +1,4 @@
-"""What this machine and installation are, and how fast they move bytes: the first thing to look at, and to report."""
+"""`doctor`: versions, hardware, settings and bandwidth of this machine."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fastinterp.errors import FastinterpError
 
 _PACKAGES = ("numpy", "torch", "triton", "safetensors", "huggingface_hub")
 _PREFIX = "FASTINTERP_"
-_READ = (ISA_VARIABLE, GPU_VARIABLE, "FASTINTERP_REQUIRE")  # the second one by the tests
-_PROBE_S = 0.6  # each of the three
-_ARRAY = 64 << 20  # bytes: far beyond the caches
-_FILE = 512 << 20  # bytes: the most that is written
+_READ = (ISA_VARIABLE, GPU_VARIABLE, "FASTINTERP_REQUIRE")  # the last one by the tests
+_PROBE_S = 0.6  # seconds of each of the three measurements
+_ARRAY = 64 << 20  # bytes: much larger than the caches
+_FILE = 512 << 20  # bytes: the most that are written
 _WRITE = 128 << 10  # bytes of one write, as in a merge
 
 
 def examine() -> dict[str, Any]:
-    """Everything, as plain values; bandwidths in 10^9 bytes a second. Takes about two seconds."""
+    """Plain values, bandwidths in 10^9 bytes per second. Takes about two seconds."""
     return {
         "fastinterp": __version__,
         "python": platform.python_version(),
@@ -40,24 +40,24 @@ def examine() -> dict[str, Any]:
     }
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """The same for people."""
-    isa, memory, files = found["isa"], found["bandwidth"]["memory"], found["bandwidth"]["files"]
-    packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items())
-    backends = ", ".join(n if why is None else f"{n} (not usable: {why})" for n, why in found["backends"].items())
+def as_text(values: dict[str, Any]) -> str:
+    """The same as text."""
+    isa, memory, files = values["isa"], values["bandwidth"]["memory"], values["bandwidth"]["files"]
+    packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in values["packages"].items())
+    backends = ", ".join(n if why is None else f"{n} (not usable: {why})" for n, why in values["backends"].items())
     force = isa["in_force"] or isa["problem"]
-    unknown = " (unknown: nothing reads it)"
-    settings = ", ".join(f"{k}={v}{'' if k in _READ else unknown}" for k, v in found["environment"].items())
+    unknown = " (unknown: it has no effect)"
+    settings = ", ".join(f"{k}={v}{'' if k in _READ else unknown}" for k, v in values["environment"].items())
     rows = [
-        ("fastinterp", found["fastinterp"]),
-        ("python", found["python"]),
-        ("os", found["os"]),
-        ("cpu", found["cpu"]),
+        ("fastinterp", values["fastinterp"]),
+        ("python", values["python"]),
+        ("os", values["os"]),
+        ("cpu", values["cpu"]),
         ("isa", f"{force} (usable: {', '.join(isa['usable'])}; built: {', '.join(isa['built'])})"),
-        ("threads", str(found["threads"])),
-        ("gpus", "; ".join(found["gpus"]) or "none found"),
+        ("threads", str(values["threads"])),
+        ("gpus", "; ".join(values["gpus"]) or "none found"),
         ("backends", backends),
-        ("nvcc", found["nvcc"] or "none found"),
+        ("nvcc", values["nvcc"] or "none found"),
         ("packages", packages),
         ("settings", settings or f"no {_PREFIX} variables are set"),
     ]
@@ -68,7 +68,7 @@ def as_text(found: dict[str, Any]) -> str:
         rows.append(
             (
                 "memory",
-                f"{memory['combine_gb_per_s']:.1f} GB/s read and written, averaging two float32 arrays; a plain copy: "
+                f"{memory['combine_gb_per_s']:.1f} GB/s read and written for the mean of two float32 arrays; a copy: "
                 f"{memory['copy_gb_per_s']:.1f} GB/s ({share:.0%})",
             )
         )
@@ -101,10 +101,10 @@ def _isa() -> dict[str, Any]:
 
 
 def _gpus() -> list[str]:
-    """`NAME, MEMORY, driver VERSION` of each, as nvidia-smi tells."""
-    asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    found = [line.rsplit(", ", 1) for line in _output(asked).splitlines() if line.count(", ") >= 2]
-    return [f"{gpu}, driver {driver}" for gpu, driver in found]
+    """`NAME, MEMORY, driver VERSION` of each GPU, from nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    rows = [line.rsplit(", ", 1) for line in _output(command).splitlines() if line.count(", ") >= 2]
+    return [f"{gpu}, driver {driver}" for gpu, driver in rows]
 
 
 def _nvcc() -> str | None:
@@ -117,7 +117,7 @@ def _nvcc() -> str | None:
 
 
 def _output(command: list[str]) -> str:
-    """What a program prints; nothing, if it is missing, fails or hangs."""
+    """The standard output of a program; empty if it is missing, fails or takes too long."""
     import subprocess
 
     try:
@@ -137,7 +137,7 @@ def _version(package: str) -> str | None:
 
 
 def _memory() -> dict[str, Any]:
-    """The kernels on arrays in memory, and as their floor a copy that moves bytes with as many threads."""
+    """Bandwidth of a weighted sum of arrays in memory, and for comparison of a copy with as many threads."""
     import numpy as np
 
     from fastinterp.in_memory.weighted_sum import weighted_sum
@@ -157,7 +157,7 @@ def _memory() -> dict[str, Any]:
 
 
 def _gb_per_s(nbytes: int, work: Callable[[], object]) -> float:
-    """Of the best run in a short while: what disturbs a run only slows it down."""
+    """Bandwidth of the fastest of several runs."""
     best, end = float("inf"), time.perf_counter() + _PROBE_S
     work()  # the first one also touches the memory
     while best == float("inf") or time.perf_counter() < end:
@@ -168,7 +168,7 @@ def _gb_per_s(nbytes: int, work: Callable[[], object]) -> float:
 
 
 def _file_writes() -> dict[str, Any]:
-    """Fresh buffered writes by one thread to a temporary file, which is removed."""
+    """Bandwidth of buffered writes by one thread to a temporary file, which is removed."""
     import tempfile
 
     folder = tempfile.gettempdir()

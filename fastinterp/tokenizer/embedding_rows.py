@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from fastinterp.checkpoint.names import quote
 from fastinterp.errors import CheckpointError
@@ -41,8 +42,7 @@ PADDING = -2
 _SHIFT = 40  # a row is below 2**40
 
 
-@dataclass(frozen=True, eq=False)
-class RowMap:
+class RowMap(msgspec.Struct, frozen=True, eq=False):
     """Where the rows of one model's embedding in the output's vocabulary are from.
 
     codes  array('q'), one per output row: ZEROS; PADDING: the mean of all other rows; else see `split`: a row of a
@@ -62,8 +62,7 @@ class RowMap:
         return {code >> _SHIFT for code in self.codes if code >= 0}
 
 
-@dataclass(frozen=True, eq=False)
-class RowPlan:
+class RowPlan(msgspec.Struct, frozen=True, eq=False):
     """The rows of every model's embeddings.
 
     size    rows of the output
@@ -80,8 +79,7 @@ class RowPlan:
     zeros: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RowSource:
+class RowSource(msgspec.Struct, frozen=True):
     """Where the row of one token is from, as a recipe chooses.
 
     model  index of the model whose row it is; None: zeros

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+import msgspec
 
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
@@ -17,8 +18,7 @@ _IN = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "
 _TEXT = ("text_config", "llm_config", "language_config")  # where models of several parts describe their language model
 
 
-@dataclass(frozen=True, slots=True)
-class Ties:
+class Ties(msgspec.Struct, frozen=True):
     """aliases  per model: tensors that it does not have, and what to read instead
     dropped  output layers that some models store though they are tied, and others do not: the output has none
     """

@@ -99,9 +99,9 @@ def read_vocabulary(name: str, root: Path, size: int) -> Vocabulary:
         file = str(root / VOCAB)
     else:
         others = sorted(p.name for p in root.glob("*") if p.name.endswith(_OTHERS))
-        found = f", only {listing(others)}" if others else ""
+        present = f", only {listing(others)}" if others else ""
         raise CheckpointError(
-            f"the folder has no {TOKENIZER}{found}, so its vocabulary is not known. {_REMEDY}", file=str(root)
+            f"the folder has no {TOKENIZER}{present}, so its vocabulary is not known. {_REMEDY}", file=str(root)
         )
     ids = _model_ids(table, file)
     added = _added_tokens(table, config, root, ids, file)

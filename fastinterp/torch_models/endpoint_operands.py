@@ -10,12 +10,12 @@ from typing import Any
 from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.torch_device import current_queue, device_of, memory, pinned
 from fastinterp.errors import BackendError, UsageError
-from fastinterp.execute.device.resident import ResidentMachine
-from fastinterp.execute.device.streamed import StreamedMachine
-from fastinterp.execute.rounds import Machine
+from fastinterp.execute.device.resident import ResidentExecutor
+from fastinterp.execute.device.streamed import StreamedExecutor
+from fastinterp.execute.rounds import PumpExecutor
 from fastinterp.execute.sources import Sources
-from fastinterp.execute.tensor_io import Step
-from fastinterp.in_memory.merge import StoredTensor
+from fastinterp.execute.tensor_io import TensorStep
+from fastinterp.in_memory.inputs import StoredTensor
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import CODE_BYTES, DType
 from fastinterp.ops.steps import Combine, CopyEqual, Stored
@@ -111,37 +111,36 @@ class EndpointOperands:
         """Whether kernels of the module's device reach all operands where they are."""
         return self.device is not None and all(self._on_device(o) for model in self.operands for o in model)
 
-    def machine(self, sinks: Sequence[Handle]) -> Machine | StreamedMachine:
+    def executor(self, sinks: Sequence[Handle]) -> PumpExecutor | StreamedExecutor:
         """What runs steps from the end points into `sinks`."""
         if self.device is None:
             return self._pumped(sinks)
-        return StreamedMachine(current_queue(self.device), self.handles, sinks, self._pumped)
+        return StreamedExecutor(current_queue(self.device), self.handles, sinks, self._pumped)
 
-    def resident(self, sinks: Sequence[Handle]) -> ResidentMachine:
+    def resident(self, sinks: Sequence[Handle]) -> ResidentExecutor:
         """The same, from what kernels reach."""
-        return ResidentMachine(device_of(self.device), current_queue(self.device), self.handles, sinks)
+        return ResidentExecutor(device_of(self.device), current_queue(self.device), self.handles, sinks)
 
-    def _pumped(self, sinks: Sequence[Handle]) -> Machine:
+    def _pumped(self, sinks: Sequence[Handle]) -> PumpExecutor:
         """The same on the CPU, from what it reaches."""
         read, write = _FROM_FILES if self._files.fds else _FROM_MEMORY
         sources = [("memory", 0, 0) if _is_device(handle) else handle for handle in self.handles]
         options = PumpOptions(isa=self._isa, threads=self._threads, write_bytes=write, read_bytes=read)
         # Scratch for memory is never touched.
-        return Machine(sources, sinks, options, self._explained, 0, None, 1 << 60)
+        return PumpExecutor(sources, sinks, options, self._explained, 0, None, 1 << 60)
 
     def _on_device(self, operand: Stored) -> bool:
         return _is_device(self.handles[operand.source])
 
-    def _explained(self, error: tuple[Any, ...], steps: Sequence[Step]) -> Exception:
+    def _explained(self, error: tuple[Any, ...], steps: Sequence[TensorStep]) -> Exception:
         return self._files.explained(error)
 
     def copy(self, operands: Sequence[Stored], sinks: Sequence[Handle], sizes: Sequence[int]) -> None:
         """Copy the bytes of operands into sinks, one into each. sizes: in bytes."""
         places = [(o, i, n) for i, (o, n) in enumerate(zip(operands, sizes, strict=True)) if n]
-        if self.device is None:
-            self.machine(sinks).run([_same("", [o], i, n) for o, i, n in places])
-        elif places:  # by kernels
-            self.machine(sinks).run([Step("", _unchanged(o, i, n // _width(o)), 2 * n) for o, i, n in places])
+        step = _copy if self.device is None else _copy_by_kernel
+        if places:
+            self.executor(sinks).run([step(o, i, n) for o, i, n in places])
 
     def _read(self, weights: Sequence[Weight]) -> bool:
         """Read what is in files into memory, and what the module's device does not reach into its memory.
@@ -181,18 +180,22 @@ class EndpointOperands:
         return None if block is None else MemoryBlock(sizes, block)
 
 
-def _is_device(handle: Any) -> bool:
+def _is_device(handle: Handle) -> bool:
     return isinstance(handle, tuple) and handle[0] == "device"
 
 
-def _same(name: str, operands: Sequence[Stored], sink: int, nbytes: int) -> Step:
-    native = CopyEqual(inputs=tuple(operands), numel=nbytes, sinks=(sink,), offsets=(0,))
-    return Step(name, native, nbytes * 2)
+def _copy(operand: Stored, sink: int, nbytes: int) -> TensorStep:
+    """The pump's step that copies bytes."""
+    return TensorStep("", CopyEqual(inputs=(operand,), numel=nbytes, sinks=(sink,), offsets=(0,)), nbytes * 2)
 
 
-def _unchanged(operand: Stored, sink: int, numel: int) -> Combine:
-    """A copy of a tensor's elements, in its own dtype."""
-    return Combine(inputs=(operand,), numel=numel, sinks=(sink,), offsets=(0,), out_dtype=operand.dtype, rows=(Row(0),))
+def _copy_by_kernel(operand: Stored, sink: int, nbytes: int) -> TensorStep:
+    """The same for kernels of a device, which combine elements: a sum of one tensor, in its own dtype."""
+    step = Combine(
+        inputs=(operand,), numel=nbytes // _width(operand), sinks=(sink,), offsets=(0,), out_dtype=operand.dtype,
+        rows=(Row(0),),
+    )  # fmt: skip
+    return TensorStep("", step, nbytes * 2)
 
 
 def _width(operand: Stored) -> int:

@@ -15,7 +15,7 @@ from fastinterp.checkpoint.open import changed_since
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.execute.sources import Sources, storage
 from fastinterp.in_memory.allocate import torch_dtype
-from fastinterp.in_memory.merge import StoredTensor
+from fastinterp.in_memory.inputs import StoredTensor
 from fastinterp.messages import plain
 from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.plan.compatibility import path_warnings
@@ -84,7 +84,7 @@ class Endpoints:
         checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
         self._names = names
         reads = [tensor for c in checkpoints for name, tensor in c.tensors.items() if self._wanted(name)]
-        self.files = Sources([c.checkpoint for c in checkpoints if c.checkpoint is not None], reads, stack)
+        self.files = Sources(checkpoints, reads, stack)
 
     def _wanted(self, name: str) -> bool:
         return self._names is None or name in self._names

@@ -12,8 +12,8 @@ from typing import Any
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import current_queue
 from fastinterp.errors import BackendError, CheckpointError, UsageError
-from fastinterp.execute.tensor_io import Place
-from fastinterp.methods import suggestion
+from fastinterp.execute.tensor_io import TensorIO
+from fastinterp.messages import suggestion
 from fastinterp.ops.combine import LARGEST, Combine, Row
 from fastinterp.ops.steps import Stored
 from fastinterp.torch_models.endpoint_operands import EndpointOperands
@@ -103,10 +103,12 @@ class Live:
                 device=self._device,
             )  # fmt: skip
             self._original = self._copy_of_own_weights()
-            of_models = [*self._operands.operands]
+            inputs = [*self._operands.operands]  # of the sum, each with an operand for each weight
             if not self._line and base is None:
-                of_models.insert(0, self._original)
-            places = [self._place(i, [operands[i] for operands in of_models]) for i in range(len(self._weights))]
+                inputs.insert(0, self._original)
+            self._own_weights = Row(len(inputs))  # a copy of the last input
+            inputs.append(self._original)
+            places = [_place(i, w, [operands[i] for operands in inputs]) for i, w in enumerate(self._weights)]
             kind = "memory" if self._device is None else "device"
             self._writer = ModuleWriter(self._operands, places, [(kind, w.address, w.nbytes) for w in self._weights])
             if hooks:
@@ -224,7 +226,7 @@ class Live:
         return self._operands.add_block(block, self._weights)
 
     def _restore(self) -> None:
-        self._writer.write(Row(self._last))
+        self._writer.write(self._own_weights)
         self._alphas = None
 
     def _check_open(self) -> None:
@@ -238,15 +240,6 @@ class Live:
                 f"{gone[0]} is not where it was: the module was converted, moved or loaded anew, and its own weights "
                 "cannot be given back. Load it anew, and make another Live"
             )
-
-    def _place(self, i: int, operands: list[Stored]) -> Place:
-        """The module's own weights are the last operand."""
-        weight: Weight = self._weights[i]
-        self._last = len(operands)
-        code = (weight.dtype.code if weight.dtype else None) or 0
-        operands = [*operands, self._original[i]]
-        return Place(weight.name, weight.shape, tuple(operands), (weight.nbytes,) * len(operands), code, weight.nbytes,
-                     (i,), (0,), ())  # fmt: skip
 
     def _hooks(self, module: Any) -> list[Any]:
         def before(*_: Any) -> None:
@@ -281,6 +274,13 @@ class Live:
         if abs(alpha) > _LARGEST_ALPHA:
             raise UsageError(f"alpha must be in -{_LARGEST_ALPHA:.1e}..{_LARGEST_ALPHA:.1e}, got {alpha:g}")
         return Combine((1.0 - alpha, alpha), sums_to_one=True).row()
+
+
+def _place(i: int, weight: Weight, operands: Sequence[Stored]) -> TensorIO:
+    """What weight number `i` is computed from, and sink number `i`, where it goes."""
+    code = (weight.dtype.code if weight.dtype else None) or 0
+    return TensorIO(weight.name, weight.shape, tuple(operands), (weight.nbytes,) * len(operands), code, weight.nbytes,
+                 (i,), (0,), ())  # fmt: skip
 
 
 def _finite(name: str, number: Any) -> float:

@@ -1,4 +1,4 @@
-"""Merged models in memory: as tensors by name, one after the other, or written into a module."""
+"""Loads a merged model into memory: tensors by name, tensors one at a time, or the weights of a torch module."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from msgspec import structs
 
 from fastinterp.arguments import path_of, size_of
 from fastinterp.checkpoint.names import INDEX, WEIGHTS
@@ -26,6 +28,7 @@ from fastinterp.torch_models.module_tensors import (
 )
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Point
+Places = dict[str, tuple[int, int]]  # tensor name -> address, bytes
 _SHARD = 5 * 10**9  # no file is written
 
 
@@ -53,10 +56,10 @@ def load(
     Raises: what `merge` does, but OutputError; BackendError, if the device cannot be used.
     """
     plan = planned(recipe, dtype, rounding, seed)
-    place = _Place(framework, device)
-    tensors, places = allocated(plan.tensors, framework)
+    destination = _Destination(framework, device)
+    tensors, places = allocate(plan.tensors, framework)
     fill(plan, [places], threads=threads, max_memory=size_of(max_memory))
-    return {name: place.moved(tensors.pop(name)) for name in [*tensors]}  # one at a time in both places
+    return {name: destination.move(tensors.pop(name)) for name in [*tensors]}  # one at a time in both places
 
 
 def load_iter(
@@ -76,18 +79,18 @@ def load_iter(
     arguments and errors are those of `load`; those about data come from the iterator.
     """
     plan = planned(recipe, dtype, rounding, seed)
-    place = _Place(framework, device)
-    return _streamed(plan, framework, place, threads, size_of(max_memory))
+    destination = _Destination(framework, device)
+    return _streamed(plan, destination, threads, size_of(max_memory))
 
 
 def _streamed(
-    plan: Plan, framework: Framework, place: _Place, threads: int | None, most: int
+    plan: Plan, destination: _Destination, threads: int | None, max_memory: int
 ) -> Generator[tuple[str, Any], None, None]:
-    # The system gives memory to a large tensor when it is written, so that all of them can be made beforehand.
-    tensors, places = allocated(plan.tensors, framework)
-    for names in filling(plan, places, threads=threads, max_memory=most):
+    # The system gives memory to a large tensor when it is written, so that all of them can be allocated beforehand.
+    tensors, places = allocate(plan.tensors, destination.framework)
+    for names in filling(plan, places, threads=threads, max_memory=max_memory):
         for name in names:
-            yield name, place.moved(tensors.pop(name))
+            yield name, destination.move(tensors.pop(name))
 
 
 def load_into(
@@ -113,22 +116,23 @@ def load_into(
     _check_module(module, recipe)
     plan = planned(recipe, None, rounding, seed)
     weights = weights_of(module, layers)
-    plan, places = _into(plan, weights, layers)
-    most = size_of(max_memory)
-    _check_tied(plan, weights, threads, most)
-    first = {next(n for n in w.names if n in places): w for w in weights}
-    here = {name: places[name] for name, w in first.items() if w.tensor.device.type == "cpu"}
+    plan, places = _fitted(plan, weights, layers)
+    scratch_bytes = size_of(max_memory)
+    _check_tied(plan, weights, threads, scratch_bytes)
+    targets = {next(n for n in w.names if n in places): w.tensor for w in weights}
+    on_cpu = {name: places[name] for name, tensor in targets.items() if tensor.device.type == "cpu"}
+    on_devices = {name: tensor for name, tensor in targets.items() if name not in on_cpu}
     try:
-        if len(here) == len(first):
-            _made(plan, here, threads, most)
+        if on_devices:
+            _fill_devices(plan, on_cpu, on_devices, threads, scratch_bytes)
         else:
-            _sent(plan, here, {name: w.tensor for name, w in first.items() if name not in here}, threads, most)
+            _fill(plan, on_cpu, threads, scratch_bytes)
     finally:
         increment_versions(weights)
 
 
 def _check_module(module: Any, recipe: Any) -> None:
-    """Raises: UsageError, if it is none. Before the recipe is looked at, which may stand where the module should."""
+    """Raises: UsageError, if it is no torch module. Before the recipe is read: the two may be swapped."""
     import torch
 
     if not isinstance(module, torch.nn.Module):
@@ -140,7 +144,7 @@ def _check_module(module: Any, recipe: Any) -> None:
 
 
 def planned(recipe: Source, dtype: str | None, rounding: str | None, seed: int | None) -> Plan:
-    """The plan of one model."""
+    """The plan of one model in memory."""
     return plan_recipe(_recipe(recipe), _SHARD, dtype, rounding, seed)
 
 
@@ -156,22 +160,22 @@ def _recipe(source: Source) -> str | Mapping[str, Any] | Sequence[Mapping[str, A
     return path
 
 
-def allocated(wanted: Iterable[PlannedTensor], framework: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """New tensors for planned ones, and their places."""
+def allocate(planned: Iterable[PlannedTensor], framework: str) -> tuple[dict[str, Any], Places]:
+    """New tensors for planned ones, by name, and where they are."""
     make = maker(framework)
     tensors: dict[str, Any] = {}
-    places: dict[str, tuple[int, int]] = {}
-    for t in wanted:
+    places: Places = {}
+    for t in planned:
         tensors[t.name], address = make(t.dtype, t.shape)
         places[t.name] = address, t.dtype.nbytes(t.numel) or 0
     return tensors, places
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where tensors go when they are done."""
+class _Destination:
+    """Where loaded tensors go. device: of torch; None: they stay in the CPU's memory. Raises: BackendError."""
 
-    framework: str
+    framework: Framework
     device: Any
 
     def __post_init__(self) -> None:
@@ -187,66 +191,71 @@ class _Place:
             reason = str(error).partition("\n")[0]
             raise BackendError(f"device {str(self.device)!r} cannot be used: {reason}") from None
 
-    def moved(self, tensor: Any) -> Any:
+    def move(self, tensor: Any) -> Any:
         return tensor if self.device is None or self.framework != "torch" else tensor.to(self.device)
 
 
-def _into(
-    plan: Plan, weights: Sequence[Weight], layers: str | Sequence[str] | None
-) -> tuple[Plan, dict[str, tuple[int, int]]]:
-    """The plan with the module's dtypes, and the places of its tensors in the module.
+def _fitted(plan: Plan, weights: Sequence[Weight], layers: str | Sequence[str] | None) -> tuple[Plan, Places]:
+    """The plan with the module's dtypes, and where its tensors are in the module.
 
     Raises: ShapeError.
     """
-    of = {name: weight for weight in weights for name in weight.names}
-    tensors = [t for t in plan.tensors if t.name in of or (layers is None and not is_extra_state(t.name))]
-    wrong = Mismatches()
-    wrong.check(weights, "the recipe's model", {t.name: (t.dtype, t.shape) for t in tensors})
+    weight_of = {name: weight for weight in weights for name in weight.names}
+    tensors = [t for t in plan.tensors if t.name in weight_of or (layers is None and not is_extra_state(t.name))]
+    mismatches = Mismatches()
+    mismatches.check(weights, "the recipe's model", {t.name: (t.dtype, t.shape) for t in tensors})
     for t in tensors:
-        if t.name in of and not t.merged and torch_dtype(t.dtype) != of[t.name].tensor.dtype:
-            wrong.add(f"{t.name} is {of[t.name].tensor.dtype} in the module but {t.dtype} in the recipe's model")
-    wrong.check_contiguous(weights)
-    wrong.refuse()
-    stored = {name: weight.dtype for name, weight in of.items()}
-    fitted = tuple(replace(t, dtype=stored.get(t.name) or t.dtype) if t.merged else t for t in plan.tensors)
-    return replace(plan, tensors=fitted), {t.name: (of[t.name].address, of[t.name].nbytes) for t in tensors}
+        if t.name in weight_of and not t.merged and torch_dtype(t.dtype) != weight_of[t.name].tensor.dtype:
+            dtype = weight_of[t.name].tensor.dtype
+            mismatches.add(f"{t.name} is {dtype} in the module but {t.dtype} in the recipe's model")
+    mismatches.check_contiguous(weights)
+    mismatches.refuse()
+    dtypes = {name: weight.dtype for name, weight in weight_of.items()}
+    fitted = tuple(structs.replace(t, dtype=dtypes.get(t.name) or t.dtype) if t.merged else t for t in plan.tensors)
+    places = {t.name: (weight_of[t.name].address, weight_of[t.name].nbytes) for t in tensors}
+    return replace(plan, tensors=fitted), places
 
 
-def _sent(
-    plan: Plan, here: Mapping[str, tuple[int, int]], there: Mapping[str, Any], threads: int | None, most: int
+def _fill_devices(
+    plan: Plan, on_cpu: Places, on_devices: Mapping[str, Any], threads: int | None, max_memory: int
 ) -> None:
-    """Make some of the tensors of a plan in their places, and copy others to where they go."""
-    # As in _made; what is sent is let go of when nothing else may ask for it.
-    whole = any(t.before for t in plan.tensors)
-    tensors, places = allocated([t for t in plan.tensors if t.name in there or (whole and t.name not in here)], "torch")
-    for names in filling(plan, {**here, **places}, threads=threads, max_memory=most):
+    """Compute the tensors `on_cpu` in place, and those of `on_devices` on the CPU, to be copied as they are done."""
+    # As in _fill. A copied tensor is freed at once, unless a later document may read it.
+    whole = _has_stages(plan)
+    computed = [t for t in plan.tensors if t.name in on_devices or (whole and t.name not in on_cpu)]
+    tensors, places = allocate(computed, "torch")
+    for names in filling(plan, on_cpu | places, threads=threads, max_memory=max_memory):
         for name in names:
-            if name in there:
-                there[name].copy_(tensors[name] if whole else tensors.pop(name))
+            if name in on_devices:
+                on_devices[name].copy_(tensors[name] if whole else tensors.pop(name))
 
 
-def _made(plan: Plan, places: dict[str, tuple[int, int]], threads: int | None, most: int) -> None:
-    """Make some of the tensors of a plan."""
-    unwanted = [t for t in plan.tensors if t.name not in places]
-    # What earlier documents make must be there when a method asks about the whole model.
-    kept, more = allocated(unwanted if any(t.before for t in plan.tensors) else [], "torch")
-    fill(plan, [places | more], threads=threads, max_memory=most)
-    del kept
+def _fill(plan: Plan, places: Places, threads: int | None, max_memory: int) -> None:
+    """Compute the tensors of a plan that have a place."""
+    others = [t for t in plan.tensors if t.name not in places] if _has_stages(plan) else []
+    tensors, more = allocate(others, "torch")
+    fill(plan, [places | more], threads=threads, max_memory=max_memory)
+    del tensors
 
 
-def _check_tied(plan: Plan, weights: Sequence[Weight], threads: int | None, most: int) -> None:
-    """Raises: ShapeError, if the recipe makes several tensors that differ of what is one in the module.
+def _has_stages(plan: Plan) -> bool:
+    """Whether tensors of earlier documents are computed before others: a method that measures them needs them all."""
+    return any(t.before for t in plan.tensors)
 
-    Rounded to nearest: tensors of two names draw different random numbers, but one of them is all that is written.
+
+def _check_tied(plan: Plan, weights: Sequence[Weight], threads: int | None, max_memory: int) -> None:
+    """Raises: ShapeError, if the recipe makes tensors that differ of what is one tensor in the module.
+
+    Rounded to nearest: tensors of two names draw different random numbers, but only one of them is written.
     """
     plan = replace(plan, recipes=tuple(replace(recipe, rounding="nearest") for recipe in plan.recipes))
-    made = {t.name: t for t in plan.tensors}
-    tied = [[n for n in w.names if n in made] for w in weights]
+    by_name = {t.name: t for t in plan.tensors}
+    tied = [[n for n in w.names if n in by_name] for w in weights]
     tied = [names for names in tied if len(names) > 1]
     if not tied:
         return
-    tensors, places = allocated([made[n] for names in tied for n in names], "torch")
-    _made(plan, places, threads, most)
+    tensors, places = allocate([by_name[n] for names in tied for n in names], "torch")
+    _fill(plan, places, threads, max_memory)
     for first, *others in tied:
         for other in others:
             if not equal_bytes(tensors[first], tensors[other]):

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from fastinterp.errors import UsageError
-from fastinterp.in_memory.merge import StoredTensor
+from fastinterp.in_memory.inputs import StoredTensor
 from fastinterp.torch_models.endpoints import Endpoint, Endpoints
 from fastinterp.torch_models.module_tensors import Mismatches, identity_of, tensors_of, weights_of
 
@@ -38,17 +38,17 @@ class ModuleWeights:
 
     def __enter__(self) -> ModuleWeights:
         self._saved = {w.name: w.tensor.clone() for w in self._weights}
-        own = {w.tensor.untyped_storage().data_ptr() for w in self._weights}
+        storages = {w.tensor.untyped_storage().data_ptr() for w in self._weights}
         tensors = [x for model in self._models for x in model.state.values() if hasattr(x, "untyped_storage")]
-        self._copies = {identity_of(x): x.clone() for x in tensors if x.untyped_storage().data_ptr() in own}
+        self._copies = {identity_of(x): x.clone() for x in tensors if x.untyped_storage().data_ptr() in storages}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        own = dict(tensors_of(self._module))
-        converted = [n for n, x in self._saved.items() if n not in own or own[n].dtype != x.dtype]
-        self.write({name: x for name, x in self._saved.items() if name in own})
+        current = dict(tensors_of(self._module))
+        converted = [n for n, x in self._saved.items() if n not in current or current[n].dtype != x.dtype]
+        self.write({name: x for name, x in self._saved.items() if name in current})
         self._saved, self._copies = {}, {}
         if converted and kind is None:
             raise UsageError(
@@ -68,10 +68,10 @@ class ModuleWeights:
         """Copy tensors into the module, by the names of `select`. They have the module's dtypes."""
         import torch
 
-        own = dict(tensors_of(self._module))  # anew: it may have been moved
+        current = dict(tensors_of(self._module))  # anew: it may have been moved
         for name, x in tensors.items():
-            with torch.inference_mode(own[name].is_inference()), torch.no_grad():
-                own[name].copy_(x)
+            with torch.inference_mode(current[name].is_inference()), torch.no_grad():
+                current[name].copy_(x)
 
 
 def dtypes_of(module: Any) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Many steps of generation at a time, or one change of the weights: never both."""
+"""A lock for many steps of generation at a time, or one change of the weights: never both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOOK_S = 1.0  # between looks for threads that ended inside a step
 class StepLock:
     """A lock that threads share for steps, each any number of times, and that a change has alone.
 
-    A change that waits goes before steps that have not begun, so that generation without pause does not starve it.
+    A waiting change goes before steps that have not begun, so that generation without pause does not starve it.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class StepLock:
     def _forget_dead(self) -> None:
         """End the steps of frames that are gone: no hook runs after KeyboardInterrupt and SystemExit.
 
-        Only of this thread and of those that ended: the frames of others change while one looks.
+        Only those of this thread and of threads that have ended: the frames of others change meanwhile.
         """
         me, running = threading.get_ident(), sys._current_frames()
         for thread in [t for t in self._inside if t == me or t not in running]:
@@ -93,7 +93,7 @@ class StepLock:
 
 
 def call() -> Call:
-    """What `enter` and `leave` know a call of a torch module by, asked in one of its hooks."""
+    """The frame of the call of a torch module of which a hook runs now: what `enter` and `leave` take."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "_call_impl":
         frame = frame.f_back
@@ -101,7 +101,7 @@ def call() -> Call:
 
 
 def _frames() -> Iterator[FrameType]:
-    """Those of this thread that run."""
+    """The frames of this thread, the innermost first."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         yield frame

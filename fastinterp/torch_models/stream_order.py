@@ -1,4 +1,4 @@
-"""The order of what streams of a device do: changes of weights, and steps that read them."""
+"""Orders the streams of a device: changes of weights, and steps of generation that read them."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ if TYPE_CHECKING:
 
 
 class StreamOrder:
-    """Steps that have ended on the host may still run on the device, and so may a change. No host waits here.
+    """Makes streams wait for each other by events. The host does not wait.
 
-    where   the torch.device
+    Steps that have ended on the host may still run on the device, and so may a change.
+
+    device  the torch.device
     """
 
-    def __init__(self, where: Any):
-        self._where, self._lock = where, threading.Lock()
-        self._steps: dict[int, Queue] = {}  # in whose streams steps began since the last change
-        self._changed: tuple[int, Event] | None = None
+    def __init__(self, device: Any):
+        self._device, self._lock = device, threading.Lock()
+        self._steps: dict[int, Queue] = {}  # streams in which steps began since the last change, by their handle
+        self._changed: tuple[int, Event] | None = None  # stream of the last change, and its end
 
     def step(self) -> None:
         """What this thread puts into its current stream comes after the last change."""
-        queue = current_queue(self._where)
+        queue = current_queue(self._device)
         with self._lock:
             self._steps[queue.handle] = queue
             changed = self._changed
         # A graph cannot wait for what is outside of it; before its capture torch waits for all streams.
-        if changed is not None and changed[0] != queue.handle and not capturing(self._where):
+        if changed is not None and changed[0] != queue.handle and not capturing(self._device):
             queue.after(changed[1])
 
     @contextmanager
     def change(self) -> Iterator[None]:
         """Inside, the current stream comes after all steps, and after the last change."""
-        queue = current_queue(self._where)
+        queue = current_queue(self._device)
         with self._lock:
             steps, changed = self._steps, self._changed
             self._steps = {}

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from fastinterp.backends.cpu import Handle
 from fastinterp.backends.device import Piece
 from fastinterp.backends.torch_device import current_queue
-from fastinterp.execute.tensor_io import Place
+from fastinterp.execute.tensor_io import TensorIO
 from fastinterp.ops.combine import Row, renumbered
 from fastinterp.torch_models.endpoint_operands import EndpointOperands
 
@@ -21,7 +21,7 @@ class ModuleWriter:
     places    of the module's tensors, whose sinks are numbers of `sinks`
     """
 
-    def __init__(self, operands: EndpointOperands, places: Sequence[Place], sinks: list[Handle]):
+    def __init__(self, operands: EndpointOperands, places: Sequence[TensorIO], sinks: Sequence[Handle]):
         self._operands, self._sinks = operands, sinks
         self._places = [place for place in places if place.numel]
         self._all_on_device = operands.all_on_device
@@ -32,7 +32,7 @@ class ModuleWriter:
         waited for, and little work for the host: at 4 TB/s a model takes milliseconds.
         """
         if not self._all_on_device:
-            self._operands.machine(self._sinks).run([place.combine([row], [0]) for place in self._places])
+            self._operands.executor(self._sinks).run([place.combine([row], [0]) for place in self._places])
             return
         inputs, (own,) = renumbered([row])
         if inputs not in self._ready:

@@ -85,11 +85,11 @@ def test_list_of_commands_cuts_no_sentence():
         (
             ["interpolate", "a", "b", "-o", "out", "--alpha", "0:1:0.0001"],
             2,
-            "10001 points, at most 4096 are made at once. Write 0:1:0.0005",
+            "10001 points, but at most 4096 are possible. Use 0:1:0.0005",
         ),
         (["interpolate", "a", "b", "-o", "out", "--alpha", "0,half,1"], 2, "'half' in '0,half,1' is neither a number"),
         (["interpolate", "a", "b", "-o", "out", "--alpha", "2:-1:-1e-9"], 2, "has 3.00000e+9 points"),
-        (["interpolate", "a", "b", "-o", "out", "--alpha", "0:1:0.0004,2:3:0.0004"], 2, "made at once, got 5002"),
+        (["interpolate", "a", "b", "-o", "out", "--alpha", "0:1:0.0004,2:3:0.0004"], 2, "are possible, got 5002"),
         (["interpolate", "a", "./a/", "-o", "out", "--alpha", "0.5"], 2, "A and B are the same checkpoint: 'a'"),
         (["merge", "recipe.yml", "out", "--cuda"], 2, "No such option: --cuda. Use --device cuda."),
         (["merge", "recipe.yml", "out", "--out-shard-size", "5B"], 2, "Use --max-shard-size."),
@@ -253,8 +253,8 @@ def test_explain_says_what_is_not_read_copied_and_checked(models):
     (models / "r.yml").write_text(recipe)
     text = run("explain", "r.yml", "--threads", "3")
     assert "out = 0.25*x0 + 0.75*x1" in text and "1 tensor: out = x0 + 0.75*(x1 - x0)" in text
-    assert "F64 -> F64, in float64" in text and "I64 -> I64, as they are" in text
-    assert "must be the same in all models: steps" in text and "3 threads x" in text
+    assert "F64 -> F64, in float64" in text and "I64 -> I64, copied" in text
+    assert "must be equal in all models: steps" in text and "3 threads x" in text
     assert "b  " in run("explain", "recipe.yml") and "not read" in run("explain", "recipe.yml")
 
 
@@ -312,9 +312,9 @@ def test_what_holds_for_every_point_is_said_once(models):
     for name in "ab":
         (models / name / "tokenizer.json").write_text(name)
     first = run("interpolate", "a", "b", "--alpha", "0:1:0.5", "-o", "p")
-    assert first.count("  warning: tokenizer.json of a and of b differ") == 1 and "left as they are" not in first
+    assert first.count("  warning: tokenizer.json of a and of b differ") == 1 and "not changed" not in first
     text = run("interpolate", "a", "b", "--alpha", "0:0.4:0.2", "-o", "p", "--force")
-    assert text.endswith("  left as they are: 2 older alpha_* folders in p\n")
+    assert text.endswith("  not changed: 2 older alpha_* folders in p\n")
     assert "warning  tokenizer.json of base" not in run("explain", "recipe.yml")
     (models / "base" / "tokenizer.json").write_text("base")
     assert "\nwarning  tokenizer.json of base and of a, b differ" in run("explain", "recipe.yml")

@@ -19,8 +19,7 @@ from fastinterp.errors import BackendError, RecipeError
 from fastinterp.execute import device_choice as cost
 from fastinterp.execute.device.executor import SLOT_BYTES, SLOTS
 from fastinterp.execute.rounds import DeviceUsage
-from fastinterp.execute.run import make_window
-from fastinterp.inspect.explain import as_dict, as_text
+from fastinterp.inspect.explain import Explanation
 from fastinterp.ops.dtypes import BF16
 from fastinterp.plan.plan import Plan
 from fastinterp.system import doctor
@@ -146,7 +145,7 @@ def planned(folder: Path, method: str, numel: int = 10**9, **keys: Any) -> tuple
         if method == "linear"
         else recipe(method, paths[1:], base_model=paths[0], weights=[0.5, 0.5], **keys)
     )
-    return fastinterp.explain(asked), asked
+    return fastinterp.explain(asked).plan, asked
 
 
 def test_sums_stay_on_the_processor(tmp_path):
@@ -179,12 +178,12 @@ def test_the_estimate_follows_its_constants(tmp_path, driver):
 
 def test_explain_says_what_auto_would_choose(tmp_path, driver, monkeypatch):
     plan, _ = planned(tmp_path, "linear", 10**6)
-    window = make_window(plan, 2, 1 << 29)
-    assert as_dict(plan, window)["auto"]["device"] == "cpu"
-    (line,) = [line for line in as_text(plan, window).splitlines() if line.startswith("device ")]
+    explanation = Explanation(plan, 2, 1 << 29)
+    assert explanation.as_dict()["auto"]["device"] == "cpu"
+    (line,) = [line for line in str(explanation).splitlines() if line.startswith("device ")]
     assert "--device auto chose cpu: about" in line
     monkeypatch.setattr(backends, "_DRIVERS", ())
-    assert as_dict(plan, window)["auto"] is None and "device " not in as_text(plan, window)
+    assert explanation.as_dict()["auto"] is None and "device " not in str(explanation)
 
 
 @pytest.mark.parametrize("chosen", ["cpu", "cuda"])

@@ -105,9 +105,9 @@ def test_any_method_on_state_dicts(device: HostDevice, way: str):
 
 def test_sums_go_on_while_the_host_thinks(device: HostDevice, monkeypatch: pytest.MonkeyPatch):
     """What a round asks is put in before what it writes, so that only the questions are waited for."""
-    from fastinterp.execute.device.resident import ResidentMachine
+    from fastinterp.execute.device.resident import ResidentExecutor
 
-    monkeypatch.setattr(ResidentMachine, "round_bytes", 1)
+    monkeypatch.setattr(ResidentExecutor, "round_bytes", 1)
     models = [{n: moved(x) for n, x in model.items()} for model in dicts(3)]
     got = fastinterp.merge_state_dicts(models[1:2], "slerp", base=models[0], parameters={"t": 0.3})
     assert device.pieces == ["measure", *["measure", "combine"] * 3, "combine"]

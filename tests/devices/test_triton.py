@@ -31,7 +31,7 @@ from fastinterp._triton.masked_stats import masked_stats_kernel  # noqa: E402
 from fastinterp._triton.masked_sum import masked_sum_effect_kernel, masked_sum_kernel  # noqa: E402
 from fastinterp._triton.measure import measure_columns_kernel, measure_kernel  # noqa: E402
 from fastinterp.backends.device import Piece  # noqa: E402
-from fastinterp.backends.triton.launch import Room  # noqa: E402
+from fastinterp.backends.triton.launch import LaunchContext  # noqa: E402
 from fastinterp.backends.triton.measure import launches  # noqa: E402
 from fastinterp.backends.triton.pieces import run  # noqa: E402
 from fastinterp.ops import steps  # noqa: E402
@@ -195,7 +195,7 @@ class Driver:
         return 0
 
 
-class Compiling(Room):
+class Compiling(LaunchContext):
     """Launches nothing: compiles each kernel for the arguments that it is launched with."""
 
     def __init__(self) -> None:

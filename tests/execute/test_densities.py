@@ -35,7 +35,9 @@ def test_ties_at_the_threshold_are_told(tmp_path, three):
     one = {"asked": 0.5, "kept": 7 / 8}
     assert found[three[1]] == {**one, "tensors": {"v": one, "w": one}}
     assert found[three[2]]["kept"] == found[three[2]]["asked"] == 0.5
-    assert f"  density 0.50 asked, 0.88 kept of {three[1]}: magnitudes tie" in report.summary().splitlines()
+    assert (
+        f"  density 0.88 instead of 0.50 for {three[1]}: equal magnitudes are all kept" in report.summary().splitlines()
+    )
 
 
 def test_densities_of_the_whole_model(tmp_path, three):

@@ -331,12 +331,12 @@ def test_unknown_instruction_set(tmp_path, pair, monkeypatch):
         ({"integers": "c"}, "`integers` must be one of the checkpoints that are read, got 'c'"),
         ({"max_shard_size": "many"}, "`many` is not a size"),
         ({"alphas": []}, "at least one alpha is needed"),
-        ({"alphas": [0.5, 0.5]}, "every alpha may be given once, but alpha_0.5 comes twice"),
-        ({"alphas": [0.1, 0.1 + 1e-15]}, "every alpha may be given once"),  # the same name of a folder
+        ({"alphas": [0.5, 0.5]}, "alphas must be different, but alpha_0.5 is repeated"),
+        ({"alphas": [0.1, 0.1 + 1e-15]}, "alphas must be different"),  # the same name of a folder
         ({"alphas": [0.5, float("nan")]}, "alpha must be a finite number, got nan"),
         ({"alphas": 1e30}, "alpha must be in -4.0e+07..4.0e+07, got 1e+30"),
         ({"alphas": 1e300, "base": "base"}, "alpha must be in -3.4e+38..3.4e+38, got 1e+300"),
-        ({"alphas": [i / 16 for i in range(4097)]}, "at most 4096 alphas are made at once, got 4097"),
+        ({"alphas": [i / 16 for i in range(4097)]}, "at most 4096 alphas are possible, got 4097"),
     ],
 )
 def test_arguments_that_make_no_sense(tmp_path, pair, options, message):

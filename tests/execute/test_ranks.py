@@ -156,7 +156,7 @@ def test_when_all_end_the_next_run_goes_on_from_what_was_complete(models, tmp_pa
     said = ended(ranks)
     assert ranks[0].returncode == -9
     assert ranks[1].returncode == 4
-    assert "start all ranks again; 3 complete files are kept: start the same merge again" in said[1]
+    assert "start all ranks again; 3 complete files are kept: run the same merge again to resume" in said[1]
     journals = {p.name: p.stat().st_ino for p in out.iterdir() if ".done.partial-" in p.name}
     kept = {name: (out / name.replace(".done", "")).stat() for name in journals}
     assert len(journals) >= 2

@@ -90,13 +90,13 @@ def rest(models: list[dict[str, Any]]) -> int:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str]]]:
     """Per round, the kind and the tensor of every step."""
     found: list[list[tuple[str, str]]] = []
-    run = rounds.Machine.run
+    run = rounds.PumpExecutor.run
 
-    def noted(machine: rounds.Machine, steps: Any) -> Any:
+    def noted(executor: rounds.PumpExecutor, steps: Any) -> Any:
         found.append([(step.native.kind, step.name) for step in steps])
-        return run(machine, steps)
+        return run(executor, steps)
 
-    monkeypatch.setattr(rounds.Machine, "run", noted)
+    monkeypatch.setattr(rounds.PumpExecutor, "run", noted)
     return found
 
 
@@ -221,16 +221,16 @@ def test_progress_over_all_rounds(tmp_path, monkeypatch):
 def test_interruption_between_rounds_leaves_nothing(tmp_path, monkeypatch):
     paths = saved(tmp_path, finite(2))
     before = tree(tmp_path)
-    run, calls = rounds.Machine.run, []
+    run, calls = rounds.PumpExecutor.run, []
 
-    def stopped(machine: rounds.Machine, steps: Any) -> Any:
-        results = run(machine, steps)
-        calls.append(machine)
+    def stopped(executor: rounds.PumpExecutor, steps: Any) -> Any:
+        results = run(executor, steps)
+        calls.append(executor)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return results
 
-    monkeypatch.setattr(rounds.Machine, "run", stopped)
+    monkeypatch.setattr(rounds.PumpExecutor, "run", stopped)
     monkeypatch.setattr(rounds, "ROUND_BYTES", 1)
     with pytest.raises(KeyboardInterrupt):
         fastinterp.merge(recipe("halfway", paths[1:], base_model=paths[0]), tmp_path / "out")

@@ -231,7 +231,7 @@ T = torch.ones(2, 3)
         ([T], [1], {"out": T}, UsageError, "out overlaps array 0"),
         ([T], [1], {"out": torch.ones(2, 3, requires_grad=True)}, UsageError, "out requires grad"),
         ([X], [1], {"dtype": np.float32}, UsageError, "unknown dtype <class 'numpy.float32'>. Give a name"),
-        ([X, np.ma.masked_less(X, 2)], [1, 1], {}, UsageError, "array 1 is masked, and masks are not looked at"),
+        ([X, np.ma.masked_less(X, 2)], [1, 1], {}, UsageError, "array 1 is masked, and masks are ignored"),
         ([T, torch._neg_view(T)], [1, 1], {}, UsageError, "array 1 is a negated view. Use .resolve_neg()"),
         ([torch.complex(T, T).conj()], [1], {}, UsageError, "array 0 has dtype torch.complex64"),
         (np.ones((0, 3), np.float32), [], {}, UsageError, "got 0 arrays and 0 weights"),

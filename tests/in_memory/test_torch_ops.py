@@ -9,7 +9,7 @@ import torch
 
 import fastinterp
 from fastinterp.errors import BackendError, ShapeError, UsageError
-from fastinterp.in_memory.weighted_sum import Torch
+from fastinterp.in_memory.arrays import TorchTensors
 from fastinterp.integrations.torch_ops import weighted_sum
 from tests.support.on_host import HostDevice, Streams, bits, device, streams
 
@@ -121,7 +121,7 @@ def test_on_a_device(device: HostDevice, streams: Streams, monkeypatch: pytest.M
     numbers = [0.5, -1.0, 0.25, 3.0, 0.0, 1.0]
     want, products = weighted_sum(xs, numbers, pivot=pivot), OPS.dots(grad, xs)
     # Operators see no subclasses: here every tensor is on the device.
-    monkeypatch.setattr(Torch, "place", staticmethod(lambda x: torch.device("cuda:0")))
+    monkeypatch.setattr(TorchTensors, "device", staticmethod(lambda x: torch.device("cuda:0")))
     streams.captured = True
     got = weighted_sum(xs, numbers, pivot=pivot)
     with pytest.raises(BackendError, match=r"products on cuda:0 are answers that a CUDA graph cannot wait for"):
@@ -149,10 +149,10 @@ def test_on_a_device(device: HostDevice, streams: Streams, monkeypatch: pytest.M
         (lambda x: weighted_sum([x, x[:2]], [1, 1]), ShapeError, "got [[5, 7], [2, 7]]"),
         (lambda x: weighted_sum([x], [1, 2]), UsageError, "got 1 tensors and 2 weights"),
         (lambda x: weighted_sum([x], torch.ones(2)), UsageError, "a floating tensor of shape [1], one for each tensor"),
-        (lambda x: weighted_sum([x], torch.ones(1), out=x.clone()), UsageError, "`out` takes weights as numbers"),
+        (lambda x: weighted_sum([x], torch.ones(1), out=x.clone()), UsageError, "`out` needs weights as numbers"),
         (lambda x: weighted_sum([x], [1], out=x.clone(), dtype=x.dtype), UsageError, "either `out` or `dtype`"),
         (lambda x: weighted_sum([x.requires_grad_()], [1], out=x.detach().clone()), UsageError, "torch.no_grad()"),
-        (lambda x: weighted_sum([x], [1], dtype=torch.int8), UsageError, "torch.int8 cannot be stored"),
+        (lambda x: weighted_sum([x], [1], dtype=torch.int8), UsageError, "torch.int8 is not supported"),
         (lambda x: weighted_sum([x], [float("nan")]), UsageError, "weights must be finite"),
         (lambda x: weighted_sum([x], [2], out=x), UsageError, "out overlaps array 0"),
     ],

@@ -1,4 +1,4 @@
-"""`check`: all that is wrong with a recipe and its models at once, and what looks odd."""
+"""`check`: all errors of a recipe and its models at once, and warnings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import fastinterp
 from fastinterp.cli import commands
 from fastinterp.execute import chunks
 from fastinterp.inspect import samples
-from fastinterp.inspect.check import Checked
+from fastinterp.inspect.check_result import CheckResult
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from tests.support.checkpoints import Tensor, bell, floats, integers, moved, recipe, tensor, weights, write
 
@@ -44,19 +44,19 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def said(found: Checked) -> tuple[list[str], list[str]]:
-    """What is wrong, and what is odd, with their lines."""
-    every = [[f"{f.line}: {f.message}" if f.line else f.message for f in some] for some in (found.wrong, found.odd)]
+def messages(found: CheckResult) -> tuple[list[str], list[str]]:
+    """Errors and warnings, with their lines."""
+    every = [
+        [f"{f.line}: {f.message}" if f.line else f.message for f in some] for some in (found.errors, found.warnings)
+    ]
     return every[0], every[1]
 
 
-def test_nothing_is_wrong(folder):
+def test_no_errors_no_warnings(folder):
     found = fastinterp.check(recipe("ties", ["a", "b"], **TIES))
-    assert (found.wrong, found.odd, found.ok, found.exit_code) == ((), (), True, 0)
+    assert (found.errors, found.warnings, found.ok, found.exit_code) == ((), (), True, 0)
     assert (found.method, found.models, found.tensors, found.sampled) == ("ties", 3, 3, 3)
-    assert str(found) == (
-        "recipe: nothing is wrong, and nothing looks suspicious\n  looked at: ties of 3 models, 3 tensors; samples of 3"
-    )
+    assert str(found) == ("recipe: no errors, no warnings\n  checked: ties of 3 models, 3 tensors; samples of 3")
 
 
 def test_faults_of_the_recipe_and_missing_models_are_told_together(folder):
@@ -65,21 +65,21 @@ def test_faults_of_the_recipe_and_missing_models_are_told_together(folder):
         "  - {model: ./c, parameters: {weight: 1}}\n"
     )
     found = fastinterp.check(text)
-    wrong, _ = said(found)
+    wrong, _ = messages(found)
     assert wrong == [
         "2: unknown key `dtyp`, did you mean `dtype`?",
         "4: `weight` must be a finite number (at most 3.4e38), got 'x'",
         "4: ./aa: there is no such folder or file. Did you mean `a`?",
         "5: ./c: there is no such folder or file.",
     ]
-    assert [f.kind for f in found.wrong] == ["RecipeError", "RecipeError", "CheckpointError", "CheckpointError"]
+    assert [f.kind for f in found.errors] == ["RecipeError", "RecipeError", "CheckpointError", "CheckpointError"]
     assert found.exit_code == 2, "the merge would end with the fault of the recipe"
-    assert str(found).endswith("the models were looked for, but not looked at: mend the recipe first")
+    assert str(found).endswith("not checked: the tensors of the models. Correct the recipe first")
 
 
 def test_missing_models_alone_have_their_exit_code(folder):
     found = fastinterp.check(recipe("linear", ["./x", "a", "./y"], parameters={"weight": 1}))
-    assert [f.path for f in found.wrong] == ["$.models[0].model", "$.models[2].model"]
+    assert [f.path for f in found.errors] == ["$.models[0].model", "$.models[2].model"]
     assert found.exit_code == 3
 
 
@@ -87,7 +87,7 @@ def test_missing_side_cars_are_told(folder):
     found = fastinterp.check(
         {"merge_method": "fisher", "models": [{"model": m, "parameters": {"fisher": f"./{m}-f"}} for m in ("a", "b")]}
     )
-    assert [f.message.partition(":")[0] for f in found.wrong] == ["./a-f", "./b-f"]
+    assert [f.message.partition(":")[0] for f in found.errors] == ["./a-f", "./b-f"]
 
 
 def test_missing_side_cars_have_their_lines(folder):
@@ -95,7 +95,7 @@ def test_missing_side_cars_have_their_lines(folder):
         "merge_method: fisher\nmodels:\n  - model: a\n    parameters: {fisher: ./a-f}\n  - model: b\n"
         "    parameters:\n      fisher: ./b-f\n"
     )
-    assert [(f.line, f.path) for f in fastinterp.check("r.yml").wrong] == [
+    assert [(f.line, f.path) for f in fastinterp.check("r.yml").errors] == [
         (4, "$.models[0].parameters.fisher"),
         (7, "$.models[1].parameters.fisher"),
     ]
@@ -109,7 +109,7 @@ def test_names_close_to_a_documents(folder):
         "name: first-mix\nmerge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1}\n---\n"
         "merge_method: linear\nmodels: [{model: ./first_mix}]\nparameters: {weight: 1}\n"
     )
-    wrong, _ = said(fastinterp.check(text))
+    wrong, _ = messages(fastinterp.check(text))
     assert wrong[1].startswith("7: ./first_mix: there is no such folder or file.")
     assert wrong[1].endswith("Did you mean the document 'first-mix'?")
 
@@ -122,14 +122,14 @@ def test_models_of_a_folder_above_the_recipe(folder, monkeypatch):
     (folder / "elsewhere").mkdir()
     for place, file in (("recipes", "r.yml"), ("elsewhere", "../recipes/r.yml")):
         monkeypatch.chdir(folder / place)
-        wrong, _ = said(fastinterp.check(file))
+        wrong, _ = messages(fastinterp.check(file))
         hint = f" It is in '{folder}': relative paths start at the current folder. Run it there"
         assert len(wrong) == 2 and all(w.endswith(hint) for w in wrong)
         with pytest.raises(fastinterp.CheckpointError) as caught:
             fastinterp.merge(file, "out")
         assert str(caught.value).endswith(f"{hint} - at $.models[0].model ({file}:3)")
     (folder / "recipes" / "r.yml").write_text(text.replace("./a", "./no"))
-    wrong, _ = said(fastinterp.check("../recipes/r.yml"))
+    wrong, _ = messages(fastinterp.check("../recipes/r.yml"))
     assert wrong[0].endswith(f"Relative paths start at the current folder, '{folder / 'elsewhere'}'")
 
 
@@ -145,20 +145,20 @@ def test_negative_importances_are_told(folder, dtype):
     size = dtype.bits // 8
     for name in ("a", "b"):
         model = {n: tensor(np.abs(floats(t)).reshape(t.shape), dtype) for n, t in llama().items()}
-        odd = model["model.layers.1.mlp.up_proj.weight"].raw.view(f"u{size}")
-        odd[1:3] = (1 << 8 * size - 1), (1 << 8 * size) - 1
+        bits = model["model.layers.1.mlp.up_proj.weight"].raw.view(f"u{size}")
+        bits[1:3] = (1 << 8 * size - 1), (1 << 8 * size) - 1
         if name == "b":
-            odd[9] |= 1 << 8 * size - 1
+            bits[9] |= 1 << 8 * size - 1
         save(f"{name}-f", model)
     told = (
         "the side-car ./b-f holds numbers below 0, in model.layers.1.mlp.up_proj.weight for example: importances "
         "must not be negative, since the merge divides by their sum"
     )
-    assert said(fastinterp.check(FISHER)) == ([], [told])
+    assert messages(fastinterp.check(FISHER)) == ([], [told])
     assert told in fastinterp.merge(FISHER, "out").warnings
     model["model.layers.1.mlp.up_proj.weight"].raw.view(f"u{size}")[9] = 0
     save("b-f", model)
-    assert said(fastinterp.check(FISHER)) == ([], [])
+    assert messages(fastinterp.check(FISHER)) == ([], [])
     assert told not in fastinterp.merge(FISHER, "out", force=True).warnings
 
 
@@ -169,7 +169,7 @@ def test_tensors_of_one_model_only_and_shapes_that_differ(folder):
     fewer = llama(noise=0.1)
     del fewer["model.layers.1.mlp.up_proj.weight"]
     save("b", fewer)
-    wrong, _ = said(fastinterp.check(recipe("linear", ["base", "a", "b"], parameters={"weight": 1})))
+    wrong, _ = messages(fastinterp.check(recipe("linear", ["base", "a", "b"], parameters={"weight": 1})))
     assert wrong == [
         "the models have different tensors: a alone has model.layers.2.mlp.up_proj.weight. Only models of one "
         "architecture merge",
@@ -182,7 +182,7 @@ def test_tensors_of_one_model_only_and_shapes_that_differ(folder):
 def test_vocabularies_of_different_size(folder):
     for name, rows in (("base", 24), ("a", 25)):
         save(name, {**llama(noise=0.1), "model.embed_tokens.weight": weights(0, BF16, (rows, 16))}, vocab_size=rows)
-    (wrong,), _ = said(fastinterp.check(recipe("linear", ["base", "a"], parameters={"weight": 1})))
+    (wrong,), _ = messages(fastinterp.check(recipe("linear", ["base", "a"], parameters={"weight": 1})))
     assert wrong.endswith(
         "The vocabularies differ in size: say which one the output has, `tokenizer_source: base` or "
         "`tokenizer_source: union`"
@@ -192,17 +192,17 @@ def test_vocabularies_of_different_size(folder):
 def test_integers_that_differ(folder):
     for name, value in (("a", 1), ("b", 2)):
         save(name, {**llama(noise=value / 100), "step": integers([value], "I64"), "same": integers([7], "I64")})
-    (wrong,), _ = said(fastinterp.check(recipe("linear", ["a", "b"], parameters={"weight": 1})))
+    (wrong,), _ = messages(fastinterp.check(recipe("linear", ["a", "b"], parameters={"weight": 1})))
     assert wrong.startswith("step (I64) is not averaged, and differs between a and b. Say whose to take")
-    assert fastinterp.check(recipe("linear", ["a", "b"], parameters={"weight": 1}, integers="b")).wrong == ()
+    assert fastinterp.check(recipe("linear", ["a", "b"], parameters={"weight": 1}, integers="b")).errors == ()
 
 
 def test_long_integers_are_compared_in_part(folder, monkeypatch):
     monkeypatch.setattr(samples, "_AGREE_BYTES", 16)
     for name in ("a", "b"):
         save(name, {**llama(noise=0.01 * ord(name)), "step": integers(range(4), "I64")})
-    wrong, (odd,) = said(fastinterp.check(recipe("linear", ["a", "b"], parameters={"weight": 1})))
-    assert wrong == [] and odd.startswith("1 tensor that no method merges must be the same in all models")
+    wrong, (warnings,) = messages(fastinterp.check(recipe("linear", ["a", "b"], parameters={"weight": 1})))
+    assert wrong == [] and warnings.startswith("1 tensor that no method merges must be the same in all models")
 
 
 def test_what_the_recipe_alone_tells(folder):
@@ -210,7 +210,7 @@ def test_what_the_recipe_alone_tells(folder):
         "merge_method: ties\nbase_model: base\nmodels:\n  - {model: a}\n"
         "parameters: {weight: 0.5, density: 0.5, int8_mask: true}\nseed: 3\n"
     )
-    assert said(fastinterp.check(text)) == (
+    assert messages(fastinterp.check(text)) == (
         [],
         [
             "5: `weight` changes nothing: there is one model, and `normalize` divides by its weight. Write `normalize: "
@@ -224,12 +224,12 @@ def test_what_the_recipe_alone_tells(folder):
 def test_weights_that_cancel_are_wrong_before_anything_is_read(folder):
     """The merge would find out when it has answers."""
     given = recipe("ties", ["a", "b"], weights=[0.5, -0.5], base_model="base", parameters={"density": 0.5})
-    (wrong,), _ = said(fastinterp.check(given))
+    (wrong,), _ = messages(fastinterp.check(given))
     assert wrong.startswith("the weights 0.5, -0.5 sum to 0, which is too near 0 to divide by")
     with pytest.raises(fastinterp.MethodError, match="too near 0 to divide by"):
         fastinterp.merge(given, folder / "out")
     given["parameters"] = {"density": 0.5, "preset": "peft"}  # counts models
-    assert fastinterp.check(given).wrong == ()
+    assert fastinterp.check(given).errors == ()
     fastinterp.merge(given, folder / "out")
 
 
@@ -238,22 +238,24 @@ def test_nan_and_inf_in_the_samples(folder):
         model = llama(noise=1e-2 * ord(name))
         model["model.layers.1.mlp.up_proj.weight"].raw.view(np.uint16)[7] = bits
         save(name, model)
-    _, odd = said(fastinterp.check(recipe("linear", ["base", "a", "b"], parameters={"weight": 1})))
-    assert odd == [f"{name} holds NaN or Inf, in model.layers.1.mlp.up_proj.weight" for name in ("a", "b")]
-    _, odd = said(fastinterp.check(recipe("passthrough", ["a"])))
-    assert odd == ["a holds NaN or Inf, in model.layers.1.mlp.up_proj.weight"]
+    _, warnings = messages(fastinterp.check(recipe("linear", ["base", "a", "b"], parameters={"weight": 1})))
+    assert warnings == [f"{name} contains NaN or Inf, in model.layers.1.mlp.up_proj.weight" for name in ("a", "b")]
+    _, warnings = messages(fastinterp.check(recipe("passthrough", ["a"])))
+    assert warnings == ["a contains NaN or Inf, in model.layers.1.mlp.up_proj.weight"]
 
 
 def test_models_that_are_the_same(folder):
     save("a", llama())
-    _, odd = said(fastinterp.check(recipe("task_arithmetic", ["a", "b"], base_model="base", parameters={"weight": 1})))
-    assert odd == ["a and base hold the same numbers in all samples: is one of them the wrong model?"]
+    _, warnings = messages(
+        fastinterp.check(recipe("task_arithmetic", ["a", "b"], base_model="base", parameters={"weight": 1}))
+    )
+    assert warnings == ["a and base are equal in all samples: is one of them the wrong model?"]
 
 
 def test_models_that_say_that_they_are_quantised(folder):
     save("a", llama(noise=0.01), quantization_config={"quant_method": "fp8"})
-    _, odd = said(fastinterp.check(recipe("linear", ["base", "a"], parameters={"weight": 1})))
-    assert odd == [
+    _, warnings = messages(fastinterp.check(recipe("linear", ["base", "a"], parameters={"weight": 1})))
+    assert warnings == [
         "config.json of a says that its weights are quantised (fp8). Numbers are merged as they are stored, without "
         "scales: convert the models to bfloat16 first"
     ]
@@ -275,7 +277,7 @@ def test_deltas_of_quantised_models(folder, dtype, size, both):
     save("a", {"w": tuned})
     want = cosine(floats(tuned) - floats(base), change)
     found = fastinterp.check(recipe("task_arithmetic", ["a"], base_model="base", parameters={"weight": 0.5}))
-    noisy = [f.message for f in found.odd if "mostly rounding noise" in f.message]
+    noisy = [f.message for f in found.warnings if "mostly rounding noise" in f.message]
     if want > 0.8:
         assert noisy == []
     elif want < 0.6:
@@ -285,7 +287,7 @@ def test_deltas_of_quantised_models(folder, dtype, size, both):
         # Where one model is rounded, a signal far below the rounding is lost in the variance of the estimate.
         assert told == pytest.approx(want, abs=0.1 if both else 0.25)
     averaged = fastinterp.check(recipe("linear", ["base", "a"], parameters={"weight": 1}))
-    assert averaged.odd == (), "an average takes no deltas"
+    assert averaged.warnings == (), "an average takes no deltas"
 
 
 def test_samples_are_few(folder, monkeypatch):
@@ -301,8 +303,8 @@ def test_a_sample_is_the_middle_of_a_tensor(folder, monkeypatch):
         values = np.ones(12)
         values[at] = np.nan
         save("n", {"x": tensor(values, F32)})
-        odd = fastinterp.check(recipe("passthrough", ["n"])).odd
-        assert tuple(f.message.rpartition(" ")[2] for f in odd) == found
+        warnings = fastinterp.check(recipe("passthrough", ["n"])).warnings
+        assert tuple(f.message.rpartition(" ")[2] for f in warnings) == found
 
 
 def test_slices(folder):
@@ -311,8 +313,8 @@ def test_slices(folder):
         "  - sources: [{model: b, layer_range: [1, 2]}]\n"
     )
     found = fastinterp.check(text)
-    assert (found.wrong, found.odd, found.tensors) == ((), (), 4)
-    (wrong,), _ = said(fastinterp.check(text.replace("[1, 2]", "[1, 3]")))
+    assert (found.errors, found.warnings, found.tensors) == ((), (), 4)
+    (wrong,), _ = messages(fastinterp.check(text.replace("[1, 2]", "[1, 3]")))
     assert wrong == "4: `layer_range` [1, 3] goes beyond the 2 layers of b"
 
 
@@ -320,7 +322,7 @@ def test_no_document_hides_another(folder):
     """What is wrong in one is no reason not to look at those that do not use it."""
     text = "name: {0}\nmerge_method: passthrough\nslices: [{{sources: [{{model: {1}, layer_range: [1, {2}]}}]}}]\n---\n"
     text = text.format("one", "a", 7) + text.format("two", "b", 9) + "merge_method: linear\nmodels:\n  - {model: one}\n"
-    wrong, _ = said(fastinterp.check(text + "  - {model: two}\nparameters: {weight: 1}\n"))
+    wrong, _ = messages(fastinterp.check(text + "  - {model: two}\nparameters: {weight: 1}\n"))
     assert wrong == [
         "3: `layer_range` [1, 7] goes beyond the 2 layers of a",
         "7: `layer_range` [1, 9] goes beyond the 2 layers of b",
@@ -332,9 +334,9 @@ def test_a_fault_of_the_tokenizer_hides_no_filter(folder):
         "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: [{filter: mpl, value: 2}, {value: 1}]}}\n"
         "  - {model: b, parameters: {weight: 1}}\nseed: 0\ntokenizer: {source: union}\n"
     )
-    wrong, odd = said(fastinterp.check(text))
+    wrong, warnings = messages(fastinterp.check(text))
     assert len(wrong) == 1 and wrong[0].startswith("6: ") and "tokenizer" in wrong[0]
-    assert "3: the filter 'mpl' matches nothing: no tensor's name has it, did you mean `mlp`?" in odd
+    assert "3: the filter 'mpl' matches nothing: no tensor's name has it, did you mean `mlp`?" in warnings
 
 
 def test_documents_that_build_on_each_other(folder):
@@ -344,9 +346,9 @@ def test_documents_that_build_on_each_other(folder):
         "parameters: {scale: [{filter: layers.1., value: 2}, {value: 3}]}\n"
     )
     found = fastinterp.check(text)
-    assert said(found) == ([], ["7: the filter 'layers.1.' matches nothing: no tensor's name has it"])
+    assert messages(found) == ([], ["7: the filter 'layers.1.' matches nothing: no tensor's name has it"])
     assert found.tensors == 2
-    (wrong,), _ = said(fastinterp.check(text.replace("model: a,", "model: ./c,")))
+    (wrong,), _ = messages(fastinterp.check(text.replace("model: a,", "model: ./c,")))
     assert wrong.startswith("3: ./c: there is no such folder")
 
 
@@ -357,7 +359,7 @@ def test_models_beside_the_recipe(folder):
     (folder / "in" / "r.yml").write_text(text)
     for name in ("x", "y"):
         save(f"in/{name}", llama())
-    wrong, _ = said(fastinterp.check("in/r.yml"))
+    wrong, _ = messages(fastinterp.check("in/r.yml"))
     assert [w.partition(". Write")[0] for w in wrong] == [
         f"2: there is no '{name}' in the current folder, where relative paths start, but there is one beside the recipe"
         for name in ("x", "y")
@@ -365,21 +367,23 @@ def test_models_beside_the_recipe(folder):
 
 
 def test_a_name_that_is_wrong_in_itself_is_not_looked_for(folder):
-    (wrong,), _ = said(fastinterp.check(recipe("linear", ["a", "a+b"], parameters={"weight": 1})))
+    (wrong,), _ = messages(fastinterp.check(recipe("linear", ["a", "a+b"], parameters={"weight": 1})))
     assert wrong.startswith("a LoRA behind `+` is not supported yet")
 
 
 def test_names_that_are_close(folder):
     (folder / "recipe.yml").write_text("")
-    assert fastinterp.check("recipy.yml").wrong[0].message == "there is no such recipe file. Did you mean 'recipe.yml'?"
-    assert fastinterp.check("a:\n\t- b\n").wrong[0].message == "not valid YAML: a tab indents this line. Write spaces"
+    assert (
+        fastinterp.check("recipy.yml").errors[0].message == "there is no such recipe file. Did you mean 'recipe.yml'?"
+    )
+    assert fastinterp.check("a:\n\t- b\n").errors[0].message == "not valid YAML: a tab indents this line. Write spaces"
     given = recipe("ties", ["a"], base_model="base", parameters={"weight": 1, "density": "30%"})
-    assert fastinterp.check(given).wrong[0].message.endswith("got '30%'. A fraction? Write 0.3")
-    assert fastinterp.check("no/r.yml").wrong[0].message == "there is no such recipe file: there is no folder 'no'"
+    assert fastinterp.check(given).errors[0].message.endswith("got '30%'. A fraction? Write 0.3")
+    assert fastinterp.check("no/r.yml").errors[0].message == "there is no such recipe file: there is no folder 'no'"
     text = (
         "merge_method: passthrough\nmodels: [{model: a}]\nparameters: {scale: [{filter: mpl, value: 2}, {value: 3}]}\n"
     )
-    assert [f.message for f in fastinterp.check(text).odd] == [
+    assert [f.message for f in fastinterp.check(text).warnings] == [
         "the filter 'mpl' matches nothing: no tensor's name has it, did you mean `mlp`?"
     ]
 
@@ -387,7 +391,7 @@ def test_names_that_are_close(folder):
 @pytest.mark.parametrize("text", ["none.yml", "merge_method: [\n", "- a\n"])
 def test_what_is_no_recipe(folder, text):
     found = fastinterp.check(text)
-    assert len(found.wrong) == 1 and found.exit_code == 2
+    assert len(found.errors) == 1 and found.exit_code == 2
 
 
 def run(*args: str, code: int = 0) -> str:
@@ -399,15 +403,13 @@ def run(*args: str, code: int = 0) -> str:
 def test_command(folder):
     (folder / "r.yml").write_text("merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n")
     assert run("r.yml") == run("r.yml", "--strict")
-    assert run("r.yml").startswith("r.yml: nothing is wrong, and nothing looks suspicious\n")
+    assert run("r.yml").startswith("r.yml: no errors, no warnings\n")
     (folder / "odd.yml").write_text((folder / "r.yml").read_text() + "seed: 1\n")
     text = run("odd.yml")
-    assert "odd.yml: 1 suspicious\n  suspicious line 4: `seed` changes nothing" in text
+    assert "odd.yml: 1 warning\n  warning  line 4: `seed` changes nothing" in text
     assert run("odd.yml", "--strict", code=2) == text
     (folder / "bad.yml").write_text((folder / "odd.yml").read_text().replace("model: b", "model: ./none"))
-    assert "bad.yml: 1 wrong, 1 suspicious\n  wrong      line 2: ./none: there is no such folder" in run(
-        "bad.yml", code=3
-    )
+    assert "bad.yml: 1 error, 1 warning\n  error    line 2: ./none: there is no such folder" in run("bad.yml", code=3)
     found = json.loads(run("bad.yml", "--json", code=3))
     assert (found["ok"], found["recipe"], len(found["wrong"]), len(found["odd"])) == (False, "bad.yml", 1, 1)
     assert found["wrong"][0]["kind"] == "CheckpointError" and found["wrong"][0]["line"] == 2
@@ -425,8 +427,8 @@ def test_a_range_far_beyond_the_layers(folder, end):
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 64 << 20
-    assert {(f.line, f.kind) for f in found.wrong} == {(4, "RecipeError")}
-    assert "goes beyond the 2 layers of a" in found.wrong[0].message
+    assert {(f.line, f.kind) for f in found.errors} == {(4, "RecipeError")}
+    assert "goes beyond the 2 layers of a" in found.errors[0].message
     with pytest.raises(fastinterp.RecipeError, match="goes beyond the 2 layers of a"):
         fastinterp.merge(text, "out")
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import fastinterp
 from fastinterp.cli import commands
-from fastinterp.inspect.explain_parameters import given, symbols
+from fastinterp.inspect.explain_parameters import parameters_in_force, symbols
 from fastinterp.messages import WIDTH
 from fastinterp.methods import find, names
 from fastinterp.recipe.load import load_recipe
@@ -49,12 +49,12 @@ def explained(text: str, *args: str) -> str:
 
 def test_parameters_filters_and_slices(folder):
     text = explained(SLICES)
-    assert text.partition("given")[2].partition("read")[0] == (
-        "    weight   0.2 to 0.8 over the layers\n"
+    assert text.partition("params")[2].partition("read")[0] == (
+        "   weight   0.2 to 0.8 over the layers\n"
         "         density  mlp 0.3 (2 tensors), norm [0.4, 0.5, 0.6] over the layers (2 tensors), others 0.5\n"
         "           (1 tensor)\n"
         "         preset   paper\n"
-        "         not given: normalize true, rescale false, lambda 1, int8_mask false\n"
+        "         defaults: normalize true, rescale false, lambda 1, int8_mask false\n"
         "layers   0..1 = x0 0..1, x1 0..1, x2 0..1\n"
         "         2..3 = copied from x2 1..2\n"
     )
@@ -66,12 +66,12 @@ def test_formula_in_force(folder):
     assert text.splitlines()[2].startswith("  preset paper: like peft, and `density` is a fraction of the whole model")
     told, _, formula = text.partition("  in the formula of preset mergekit:\n")
     assert "(peft: the sign is that of sum t_i, without weights," in " ".join(told.split()) and "out = x0" in formula
-    assert "preset" not in explained(SLICES.replace("preset: paper", "preset: mergekit")).partition("given")[0]
+    assert "preset" not in explained(SLICES.replace("preset: paper", "preset: mergekit")).partition("params")[0]
 
 
 def test_counts_agree_with_what_the_merge_takes():
     recipe = load_recipe(SLICES)
-    found = given(recipe, [arch.llama(3)] * 3)
+    found = parameters_in_force(recipe, [arch.llama(3)] * 3)
     (density,) = (entry for entry in found["parameters"] if entry["parameter"] == "density")
     # 2 merged layers; the embedding comes before the slices, norm and head are copied with the last one
     merged = [n for n in arch.llama(2) if ".layers." in n or "embed" in n]
@@ -88,13 +88,13 @@ def test_values_of_models_slices_and_modules_say_whose_they_are():
         "  - sources: [{model: a, layer_range: [1, 2]}, {model: b, layer_range: [1, 2]}]\n    parameters: {weight: 3}\n"
         "parameters: {normalize: false}\n"
     )
-    found = given(load_recipe(text), None)
+    found = parameters_in_force(load_recipe(text), None)
     assert [(e["parameter"], e["of"], e["cases"][0]["value"]) for e in found["parameters"]] == [
         ("weight", "slice 1, x0", 1.0), ("weight", "slice 1, x1", 2.0), ("weight", "slice 2", 3.0),
         ("normalize", "", False),
     ]  # fmt: skip
     text = "merge_method: passthrough\nmodules: {vision: {models: [{model: a}]}, model: {models: [{model: b}]}}\n"
-    assert [(s["module"], s["sources"]) for s in given(load_recipe(text), None)["slices"]] == [
+    assert [(s["module"], s["sources"]) for s in parameters_in_force(load_recipe(text), None)["slices"]] == [
         ("vision", [{"model": "x0", "layers": None}]), ("model", [{"model": "x1", "layers": None}]),
     ]  # fmt: skip
 
@@ -115,7 +115,7 @@ def test_seed_of_what_is_drawn(folder):
         "merge_method: dare_ties\nbase_model: base\nmodels: [{model: a}, {model: b}]\n"
         "parameters: {weight: 1, density: 0.5}\nseed: 42\n"
     )
-    assert "what is dropped is drawn with seed 42" in explained(text)
+    assert "elements are dropped at random, seed 42" in explained(text)
     assert "drawn" not in explained(SLICES)
 
 
@@ -127,7 +127,7 @@ def test_rows_that_follow_their_tokens(folder):
         "merge_method: linear\nmodels: [{model: x}, {model: y}]\nparameters: {weight: 1}\ntokenizer_source: union\n"
     )
     assert "vocabulary: union, with the ids of x, 3 rows\n" in text
-    assert "1 tensor whose rows follow their tokens: embed_tokens.weight\n" in text
+    assert "1 tensor with rows reordered by token: embed_tokens.weight\n" in text
 
 
 def test_letters_of_documents_are_those_of_the_legend(folder):

@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 
 import fastinterp
-from fastinterp.execute.run import make_window
-from fastinterp.inspect.explain import as_dict
+from fastinterp.inspect.explain import Explanation
 from fastinterp.methods import Each, Method, Unit, find, method, names
 from fastinterp.methods._deltas import at_random, l1_ratios, summed
 from fastinterp.ops.combine import Combine, Tensor
 from fastinterp.ops.dtypes import F8_E4M3, F32
 from fastinterp.ops.requests import GroupCombine, MaskedCombine, Steps, Sum
-from fastinterp.plan.plan import Plan
 from fastinterp.recipe import schema
 from tests.methods.test_metamorphic import cases
 from tests.support.checkpoints import assert_same, bell, floats, read, tensor, weights, write
@@ -101,26 +99,28 @@ def recipe(name: str, **parameters: Any) -> dict[str, Any]:
     }
 
 
-def odd(**keys: Any) -> list[str]:
-    return [finding.message for finding in fastinterp.check(keys).odd]
+def warned(**keys: Any) -> list[str]:
+    return [finding.message for finding in fastinterp.check(keys).warnings]
 
 
 def test_the_check_goes_by_declarations(folder):
-    assert odd(**recipe("coin_flip", density=0.5)) == odd(**recipe("dare_linear", density=0.5)) == []
-    assert odd(**recipe("coin_flip", density=1)) == ["`density` 1 drops nothing, and dropping is what coin_flip is for"]
-    assert odd(**recipe("coin_flip")) == ["without a `density`, coin_flip drops nothing: its default is 1"]
+    assert warned(**recipe("coin_flip", density=0.5)) == warned(**recipe("dare_linear", density=0.5)) == []
+    assert warned(**recipe("coin_flip", density=1)) == [
+        "`density` 1 drops nothing, and dropping is what coin_flip is for"
+    ]
+    assert warned(**recipe("coin_flip")) == ["without a `density`, coin_flip drops nothing: its default is 1"]
     unused = ["`seed` changes nothing: dare_nothing draws nothing, and rounding is to nearest"]
-    assert odd(**recipe("dare_nothing", density=1)) == odd(**recipe("dare_nothing")) == unused
-    assert odd(**recipe("task_arithmetic")) == [unused[0].replace("dare_nothing", "task_arithmetic")]
+    assert warned(**recipe("dare_nothing", density=1)) == warned(**recipe("dare_nothing")) == unused
+    assert warned(**recipe("task_arithmetic")) == [unused[0].replace("dare_nothing", "task_arithmetic")]
 
 
-def explained(plan: Plan, key: str) -> Any:
-    return as_dict(plan, make_window(plan, 1, 1 << 20))[key]
+def explained(explanation: Explanation, key: str) -> Any:
+    return explanation.as_dict()[key]
 
 
 def test_explain_goes_by_declarations(folder):
     plan = fastinterp.explain(recipe("coin_flip", density=0.5))
-    assert "what is dropped is drawn with seed 7" in str(plan)
+    assert "elements are dropped at random, seed 7" in str(plan)
     assert explained(plan, "draws") is True
     assert {p["parameter"]: p["cases"][0]["value"] for p in explained(plan, "given")["parameters"]}["density"] == 0.5
     plan = fastinterp.explain(recipe("dare_nothing", density=0.5))
@@ -147,5 +147,5 @@ def test_deltas_that_are_rounding_noise_are_told_where_deltas_are_summed(folder)
         write(folder / name, {"w": tensor(exact + size * bell(2, 16384), F8_E4M3)})
     common = {"base_model": "base", "models": [{"model": "a"}]}
     summed_deltas = {"merge_method": "task_arithmetic", "parameters": {"weight": 0.5}, **common}
-    assert sum("mostly rounding noise" in message for message in odd(**summed_deltas)) == 1
-    assert odd(**{"merge_method": "slerp", "parameters": {"t": 0.5}, **common}) == []
+    assert sum("mostly rounding noise" in message for message in warned(**summed_deltas)) == 1
+    assert warned(**{"merge_method": "slerp", "parameters": {"t": 0.5}, **common}) == []

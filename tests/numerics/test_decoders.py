@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import subprocess
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -27,7 +26,7 @@ from fastinterp.ops.dtypes import BF16, F32
 from fastinterp.ops.requests import GroupCombine, Keep, MaskedCombine, MeasureKept
 from fastinterp.ops.steps import Bracket, Decoder, Stored
 from fastinterp.reference import combine as reference
-from tests.support import backends, cuda_host
+from tests.support import backends, cuda_host, decoders
 from tests.support.pumps import code, masked_step, stats_step, stored
 
 pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())
@@ -66,17 +65,7 @@ Shape = tuple[int, int]
 
 @pytest.fixture(scope="module", autouse=True)
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("decoders")
-    (folder / "toy.cpp").write_text(TOY)
-    flags = ["-shared", "-fPIC", "-O2", "-ffp-contract=off", f"-I{CSRC}"]
-    command = [*cuda_host._compiler(), *flags, str(folder / "toy.cpp"), "-o", str(folder / "toy.so")]
-    subprocess.run(command, check=True)
-    library = ctypes.CDLL(str(folder / "toy.so"))
-    for name, blocks in BLOCKS.items():
-        address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
-        assert address is not None
-        _C.register_decoder(name, address, *blocks)
-    return library
+    return decoders.register(TOY, BLOCKS, tmp_path_factory.mktemp("decoders"))
 
 
 class Encoded:

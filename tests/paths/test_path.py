@@ -46,9 +46,9 @@ def test_points_have_the_bytes_of_interpolate(tmp_path, base):
     origin = c if base else None
     points = [-0.5, 0.0, 0.3, 1.0, 1.5]
     fastinterp.interpolate(a, b, points, tmp_path / "out", base=origin)
-    walked = fastinterp.path(a, b, base=origin)
+    path = fastinterp.path(a, b, base=origin)
     for alpha in points:
-        found = {n: t.view(torch.uint16).numpy().tobytes() for n, t in walked.weights(alpha).items()}
+        found = {n: t.view(torch.uint16).numpy().tobytes() for n, t in path.weights(alpha).items()}
         wanted = load(tmp_path / "out" / f"alpha_{alpha:g}" / "model.safetensors")
         assert found == {name: raw for name, (_, _, raw) in wanted.items()}
 
@@ -66,10 +66,10 @@ def test_rounding_is_measured_as_by_interpolate(tmp_path):
 
 
 def test_directions_add_up_and_those_left_out_are_zero():
-    walked = fastinterp.path(base=model(1.0, 1.0), directions={"x": model(2.0, 1.0), "y": model(1.0, 3.0)})
-    assert walked.weights({"x": 2, "y": -1})["w"].tolist() == [3.0, -1.0]
-    assert walked.weights({"y": 0.5})["w"].tolist() == [1.0, 2.0]
-    assert walked.weights({})["w"].tolist() == [1.0, 1.0]
+    path = fastinterp.path(base=model(1.0, 1.0), directions={"x": model(2.0, 1.0), "y": model(1.0, 3.0)})
+    assert path.weights({"x": 2, "y": -1})["w"].tolist() == [3.0, -1.0]
+    assert path.weights({"y": 0.5})["w"].tolist() == [1.0, 2.0]
+    assert path.weights({})["w"].tolist() == [1.0, 1.0]
 
 
 def test_numpy_state_dicts_walk_without_torch_tensors():
@@ -97,8 +97,8 @@ def test_rounding_to_a_models_dtype_is_the_one_that_is_measured():
     module = torch.nn.Linear(64, 64, bias=False).bfloat16()
     a = {"weight": torch.full((64, 64), 1.0)}
     b = {"weight": torch.full((64, 64), 1 + 2**-7)}  # the next number in bf16
-    walked = fastinterp.path(a, b, model=module)
-    found = walked.evaluate(lambda given, alpha, seed: {"w": given.weight[0, 0].item()}, [0.25, 0.75])
+    path = fastinterp.path(a, b, model=module)
+    found = path.evaluate(lambda given, alpha, seed: {"w": given.weight[0, 0].item()}, [0.25, 0.75])
     assert [p.mean("w") for p in found.points] == [1.0, 1 + 2**-7]
     assert [found.effective_alpha(p) for p in found.points] == [0.0, 1.0]
     arrays = {"weight": np.zeros((64, 64), np.float32)}
@@ -214,9 +214,9 @@ def test_tokenizers_that_differ_are_told(tmp_path):
     fastinterp.path(a, b)
     module = torch.nn.Module()
     module.w = torch.nn.Parameter(torch.zeros(1))
-    for walk in (fastinterp.path, lambda **ends: fastinterp.Live(module, **ends).close()):
+    for make in (fastinterp.path, lambda **ends: fastinterp.Live(module, **ends).close()):
         with pytest.warns(UserWarning, match=r"tokenizer.json of .*a and of .*c differ\. See that every") as told:
-            walk(base=a, directions={"x": b, "y": c})
+            make(base=a, directions={"x": b, "y": c})
         assert [w.filename for w in told] == [__file__]
 
 
@@ -237,8 +237,8 @@ def test_tied_tensors_that_differ_in_an_end_are_refused(tmp_path, stored):
     ends = end("a", 0.0, 0.0), end("b", 1.0, 2.0)
     with pytest.raises(ShapeError, match=r"wte and head are one tensor in the module, but differ in .*b"):
         fastinterp.path(*ends, model=Tied()).evaluate(lambda *_: pytest.fail("called"), [0.0])
-    walked = fastinterp.path(ends[0], end("c", 1.0, 1.0), model=Tied(), rounding="stochastic")
-    assert walked.evaluate(lambda m, *_: {"w": m.head[0].item()}, [0.5]).points[0].mean("w") == 0.5
+    path = fastinterp.path(ends[0], end("c", 1.0, 1.0), model=Tied(), rounding="stochastic")
+    assert path.evaluate(lambda m, *_: {"w": m.head[0].item()}, [0.5]).points[0].mean("w") == 0.5
     one = {"head": torch.full((64,), 3.0)}  # either of the names will do
     found = fastinterp.path(ends[0], one, model=Tied()).evaluate(lambda m, *_: {"w": m.wte[0].item()}, [1.0])
     assert found.points[0].mean("w") == 3.0
@@ -292,7 +292,7 @@ def test_extra_state_of_a_model_is_left_alone():
 
 @pytest.mark.parametrize("view", [False, True])
 def test_the_model_s_own_weights_may_be_an_end(view):
-    """They are copied first: they stay pristine while the model walks."""
+    """They are copied first, and do not change while the module takes on other weights."""
     module = torch.nn.Linear(2, 1, bias=False)
     own = module.weight.detach().clone()
     a = {"weight": module.weight.detach().view(2).view(1, 2)} if view else module.state_dict()

@@ -40,8 +40,8 @@ def test_seeds_that_agree_have_no_error():
 
 
 def test_grid_is_the_product_of_its_lists():
-    walked = fastinterp.path(base=model(0.0), directions={"x": model(1.0), "y": model(10.0)})
-    found = walked.evaluate(first, {"x": [0, 1], "y": [0, 0.5, 1]})
+    path = fastinterp.path(base=model(0.0), directions={"x": model(1.0), "y": model(10.0)})
+    found = path.evaluate(first, {"x": [0, 1], "y": [0, 0.5, 1]})
     assert [p.mean("w") for p in found.points] == [0, 5, 10, 1, 6, 11]
     assert found.varied == ("x", "y")
     with pytest.raises(UsageError, match="vary in x and y"):
@@ -177,14 +177,14 @@ def test_staircase_of_bf16_is_measured_and_told():
 def test_sums_of_steps_reach_the_ends(first, last, step):
     """numpy.arange misses 0 and 1 by some 1e-16 to 1e-13, and the ends of the chord are where alpha is 0 and 1."""
     alphas: Any = np.arange(first, last, step)
-    walked = fastinterp.path(model(0.1), model(0.7))
-    found = walked.evaluate(lambda w, a, s: {"m": float(w["w"][0]), "given": a}, alphas)
+    path = fastinterp.path(model(0.1), model(0.7))
+    found = path.evaluate(lambda w, a, s: {"m": float(w["w"][0]), "given": a}, alphas)
     given = [p.at["alpha"] for p in found.points]
     assert {0.0, 1.0} <= set(given) and given == [p.samples["given"][0] for p in found.points]
     shape = found.shape("m")
     assert shape.above is not None and shape.points == sum(-1e-9 < a < 1 + 1e-9 for a in alphas)
     assert found.warnings == ()
-    assert torch.equal(walked.weights(alphas[np.abs(alphas - 1).argmin()])["w"], model(0.7)["w"])
+    assert torch.equal(path.weights(alphas[np.abs(alphas - 1).argmin()])["w"], model(0.7)["w"])
 
 
 def test_what_is_beside_an_end_stays_there():

@@ -36,8 +36,8 @@ def line(alphas=(-0.5, 0, 0.25, 0.5, 1, 1.5), seeds=2):
 
 
 def plane():
-    walked = fastinterp.path(base=ZERO, directions={"positive": ONE, "formal": ONE})
-    return walked.evaluate(lambda w, a, s: {"sum": w["w"][0]}, {"positive": [0, 1, 2], "formal": [0, 10]})
+    path = fastinterp.path(base=ZERO, directions={"positive": ONE, "formal": ONE})
+    return path.evaluate(lambda w, a, s: {"sum": w["w"][0]}, {"positive": [0, 1, 2], "formal": [0, 10]})
 
 
 def run(*args):

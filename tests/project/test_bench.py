@@ -80,7 +80,7 @@ def test_models_of_ones_own(tiny, tmp_path):
     first, _machine, head, *rows, small = done.stdout.splitlines()
     assert first.startswith("average of 2 checkpoints of ") and "warm page cache; 1 run" in first
     assert head.split()[:2] == ["wall", "s"]
-    assert small.startswith("models this small measure the start-up")
+    assert small.startswith("with models this small, most of the time is the start")
     assert [row.split()[0] for row in rows] == ["fastinterp", "copy"]
     assert before == {p: p.stat().st_mtime_ns for p in tiny.rglob("*")}
 
@@ -129,7 +129,7 @@ def test_page_cache_that_the_system_does_not_tell_of(tiny, tmp_path, monkeypatch
     args = ["--models", str(tiny), "--against", "copy", "--runs", "1", "--dir", str(tmp_path)]
     said = invoke(*args, *(["--cold"] if cold else []))
     kind = "cold" if cold else "warm"
-    assert f"{kind} page cache as far as one can tell (only who may write the files is told); 1 run" in said
+    assert f"{kind} page cache (not verified: it needs write permission for the files); 1 run" in said
     assert json.loads(invoke(*args, "--json"))["cached"] is None
 
 
@@ -156,7 +156,7 @@ def test_wrong_answers_are_not_timed(tiny, tmp_path, monkeypatch):
         (["--against", "copy,gzip"], UsageError, "--against gzip: unknown. Known: copy, touch, naive, mergekit"),
         (["--dir", "/nowhere"], UsageError, "--dir /nowhere: there is no such folder"),
         (["--python", "/nowhere/python"], UsageError, "--python /nowhere/python: it cannot be run"),
-        (["--models", str(ROOT / "csrc")], CheckpointError, "there is no folder with .safetensors files in it"),
+        (["--models", str(ROOT / "csrc")], CheckpointError, "it contains no folder with .safetensors files"),
     ],
 )
 def test_refusals(args, error, message, tmp_path):
@@ -177,14 +177,12 @@ def test_naive_is_left_out_where_a_package_is_missing(tiny, tmp_path, monkeypatc
     monkeypatch.setattr(command, "_packages", lambda python: {"torch": "2.4"})
     done = CliRunner().invoke(command.bench, ["--models", str(tiny), "--runs", "1", "--dir", str(tmp_path)])
     assert done.exit_code == 0
-    assert (
-        f"naive is left out: {sys.executable} does not have safetensors. pip install torch safetensors" in done.stderr
-    )
+    assert f"without naive: {sys.executable} does not have safetensors. pip install torch safetensors" in done.stderr
 
 
 def test_full_disk_is_refused_with_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
-    with pytest.raises(OutputError, match=r"three checkpoints of size tiny take 1\.50 MB, but 1\.00 MB are free"):
+    with pytest.raises(OutputError, match=r"three checkpoints of size tiny need 1\.50 MB, but 1\.00 MB are free"):
         invoke("--size", "tiny", "--against", "copy", "--dir", str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
@@ -193,7 +191,7 @@ def test_naive_needs_the_same_files(tiny, tmp_path):
     write_checkpoints(tmp_path / "other", TINY)
     shutil.copytree(tiny / "ft1", tmp_path / "models" / "a")
     shutil.copytree(tmp_path / "other" / "ft2", tmp_path / "models" / "b")
-    with pytest.raises(UsageError, match=r"the loop goes from file to file.*Leave naive out"):
+    with pytest.raises(UsageError, match=r"it needs the same files in all models.*Leave naive out"):
         invoke("--models", str(tmp_path / "models"), "--against", "naive", "--dir", str(tmp_path))
 
 
@@ -346,20 +344,20 @@ def test_kernel_benchmarks_find_a_wrong_answer():
         case.check(exact=True)
 
 
-def test_the_readme_cannot_drift_from_the_results(tmp_path):
+def test_the_table_cannot_drift_from_the_results(tmp_path):
     """--write makes what --check wants; one digit changed, and --check fails."""
     (tmp_path / "race-1b.json").write_text(json.dumps(RACE))
     (tmp_path / "kernels.json").write_text(json.dumps({"benchmarks": [{"extra_info": e} for e in KERNELS]}))
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    page = tmp_path / "performance.md"
+    page.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
 
     def table(*args: str) -> subprocess.CompletedProcess[str]:
-        program = [sys.executable, "-m", "benchmarks.table", "--results", tmp_path, "--readme", readme, *args]
+        program = [sys.executable, "-m", "benchmarks.table", "--results", tmp_path, "--page", page, *args]
         return subprocess.run(program, capture_output=True, text=True, check=False, cwd=ROOT)
 
     assert "Run: python -m benchmarks.table --write" in table("--check").stderr
     assert table("--write").returncode == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n<!-- bench:begin -->\n| merge |") and text.endswith("<!-- bench:end -->\nafter\n")
     assert "| 0.50 s | 20 MB | 1.0 s (0.50) | 60 s (0.0083) |" in text
     assert "Slowest against its floor (`cp` of one input): average of 2 checkpoints of 2.20 GB, BF16, warm" in text
@@ -367,7 +365,7 @@ def test_the_readme_cannot_drift_from_the_results(tmp_path):
         "bf16-n2-k1-cache-t1, 10 %. Another is faster in 1 of 1 cases, most in bf16-n2-k1-cache-t1: lerp, 2.0" in text
     )
     assert table("--check").returncode == 0
-    readme.write_text(text.replace("0.50 s", "0.51 s"))
+    page.write_text(text.replace("0.50 s", "0.51 s"))
     assert table("--check").returncode == 1
 
 

@@ -227,6 +227,31 @@ for name in {path!r}:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+KINDS = {"StoredInput", "GatheredInput", "IntermediateInput"}
+
+
+def asks_for_a_kind(node: ast.AST) -> bool:
+    """`isinstance(x, StoredInput)`, `type(x) is StoredInput`, `case StoredInput()`."""
+    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    asks = isinstance(node, ast.MatchClass) or (
+        isinstance(node, (ast.Call, ast.Compare)) and bool(names & {"isinstance", "issubclass", "type"})
+    )
+    return asks and bool(names & KINDS)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"fastinterp.plan.inputs"}))
+def test_nobody_asks_for_the_kind_of_an_input(module):
+    """Inputs are an interface: what differs between kinds is a method of TensorInput."""
+    tree = ast.parse(MODULES[module].read_text("utf-8"))
+    assert not [n.lineno for n in ast.walk(tree) if asks_for_a_kind(n) and hasattr(n, "lineno")]
+
+
+def test_rule_of_kinds_sees_what_it_forbids():
+    source = "isinstance(x, StoredInput)\nif type(x) is GatheredInput: pass\nStoredInput(x)\nisinstance(x, str)\n"
+    tree = ast.parse(source)
+    assert [n.lineno for n in ast.walk(tree) if asks_for_a_kind(n) and hasattr(n, "lineno")] == [1, 2]
+
+
 @pytest.mark.parametrize("name", fastinterp.__all__)
 def test_public_name_resolves(name):
     assert getattr(fastinterp, name) is not None

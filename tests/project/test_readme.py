@@ -1,4 +1,4 @@
-"""The README shows what the program says: its generated parts are compared, its commands exist."""
+"""README and docs/ show what the program prints: generated parts are compared, commands, links and paths exist."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def between(name: str) -> str:
-    found = re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", README, re.DOTALL)
-    assert found, f"README.md has no markers for {name}"
+def between(page: str, name: str) -> str:
+    found = re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    assert found, f"{page} has no markers for {name}"
     return found[1].strip()
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
 
 
 def test_methods_table_is_what_the_program_prints():
     """To renew it: `fastinterp methods --markdown`, between the markers."""
-    assert between("methods") == table()
+    assert between("docs/methods.md", "methods") == table()
 
 
 def test_every_command_that_the_readme_shows_exists():
@@ -55,4 +59,6 @@ def test_relative_links_lead_somewhere(page):
 
 def test_speed_table_is_that_of_the_committed_results():
     """To renew it: `python -m benchmarks.table --write`."""
-    assert between("bench") == "\n".join(speed.table(*speed.load(ROOT / "benchmarks" / "results")))
+    assert between("docs/performance.md", "bench") == "\n".join(
+        speed.table(*speed.load(ROOT / "benchmarks" / "results"))
+    )

@@ -64,14 +64,14 @@ def test_places():
     """The first number counts that makes a stack: experts are in layers, and layers in numbered text encoders."""
     found = Layers(arch.mixtral(2))
     stack = Stack("model.layers", 2)
-    assert found.place("model.layers.1.block_sparse_moe.experts.3.w1.weight") == (
+    assert found.member("model.layers.1.block_sparse_moe.experts.3.w1.weight") == (
         stack, 1, "block_sparse_moe.experts.3.w1.weight",
     )  # fmt: skip
-    assert found.place("model.norm.weight") is None
+    assert found.member("model.norm.weight") is None
     name = f"{TEXT}.1.model.transformer.resblocks.5.ln_1.weight"
-    place = Layers(arch.sdxl()).place(name)
-    assert place is not None
-    assert place[1:] == (5, "ln_1.weight")
+    member = Layers(arch.sdxl()).member(name)
+    assert member is not None
+    assert member[1:] == (5, "ln_1.weight")
 
 
 def test_a_stack_with_a_gap_is_none():
@@ -96,5 +96,5 @@ def test_a_stack_with_a_gap_is_none():
 def test_what_comes_after_the_layers(names, after):
     found = Layers(names)
     main = found.main
-    outside = [name for name in names if (place := found.place(name)) is None or place[0] != main]
+    outside = [name for name in names if (member := found.member(name)) is None or member.stack != main]
     assert [name for name in outside if found.is_after(name)] == after

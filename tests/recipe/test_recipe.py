@@ -14,7 +14,7 @@ from fastinterp.errors import RecipeError
 from fastinterp.methods import find
 from fastinterp.ops.combine import Combine
 from fastinterp.ops.dtypes import BF16, F16, F32
-from fastinterp.recipe.check import inspect
+from fastinterp.recipe.check import check_recipe
 from fastinterp.recipe.load import load_recipe, load_recipes
 from fastinterp.recipe.references import ModelRef
 from tests.support.references import texts
@@ -277,7 +277,7 @@ def loads_or_refuses(source: object) -> None:
         recipe = load_recipes(source)[-1]  # type: ignore[arg-type]
     except RecipeError as error:
         refusal = str(error)
-    wrong = [str(error) for error in inspect(source).wrong]  # type: ignore[arg-type]
+    wrong = [str(error) for error in check_recipe(source).errors]  # type: ignore[arg-type]
     assert refusal in wrong if wrong else refusal is None
     if refusal is not None:
         assert len(refusal) < 10_000
@@ -350,4 +350,4 @@ def test_a_model_is_parsed_once(written, expected):
     recipe = load_recipe(f"merge_method: passthrough\nmodels: [{{model: {written}}}]\n")
     (model,) = recipe.models
     assert (model.path, model.revision, model.adapters) == (expected.path, expected.revision, ())
-    assert recipe.sections[0].parts[0].sources[0].ref is recipe.origin
+    assert recipe.sections[0].groups[0].sources[0].ref is recipe.origin

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import pytest
 
 from fastinterp.errors import CheckpointError, ShapeError
-from fastinterp.recipe.check import inspect
+from fastinterp.recipe.check import check_recipe
 from tests.support import architectures as arch
 
 FAULTY = """\
@@ -30,15 +30,15 @@ rounding: up
 
 
 def wrong(text: str) -> list[str]:
-    return [f"{error.line}: {error.message}" for error in inspect(text).wrong]  # type: ignore[attr-defined]
+    return [f"{error.line}: {error.message}" for error in check_recipe(text).errors]  # type: ignore[attr-defined]
 
 
 def odd(text: str, *names: Collection[str]) -> list[str]:
     """What is odd, with line; models are called a, b, ..."""
     known = dict(zip("abcdef", names, strict=False))
-    found = inspect(text, names=known.__getitem__ if names else None)
-    assert found.wrong == ()
-    return [f"{finding.line}: {finding.message}" for finding in found.odd]
+    found = check_recipe(text, names=known.__getitem__ if names else None)
+    assert found.errors == ()
+    return [f"{finding.line}: {finding.message}" for finding in found.warnings]
 
 
 def test_all_that_is_wrong():
@@ -228,7 +228,7 @@ def test_faults_of_tensors_are_told_together():
         "  - sources: [{model: a, layer_range: [0, 1]}]\n  - sources: [{model: b, layer_range: [1, 7]}]\n"
     )
     known = {"a": arch.llama(2), "b": arch.llama(3)}
-    found = inspect(text, names=known.__getitem__).wrong
+    found = check_recipe(text, names=known.__getitem__).errors
     assert [f"{e.line}: {e.message}" for e in found] == [  # type: ignore[attr-defined]
         "3: `layer_range` [0, 9] goes beyond the 2 layers of a",
         "5: `layer_range` [1, 7] goes beyond the 3 layers of b",
@@ -244,11 +244,11 @@ def test_what_is_wrong_with_the_models():
             raise CheckpointError("there is no such folder", file="b")
         return arch.llama()
 
-    (error,) = inspect(text, names=names).wrong
+    (error,) = check_recipe(text, names=names).errors
     assert str(error) == "b: there is no such folder"
-    (error,) = inspect(text, names={"a": arch.llama(), "b": arch.llama(3)}.__getitem__).wrong
+    (error,) = check_recipe(text, names={"a": arch.llama(), "b": arch.llama(3)}.__getitem__).errors
     assert isinstance(error, ShapeError)
-    assert inspect(text, names={"a": arch.llama(), "b": arch.llama()}.__getitem__).wrong == ()
+    assert check_recipe(text, names={"a": arch.llama(), "b": arch.llama()}.__getitem__).errors == ()
 
 
 def test_nothing_is_odd():
@@ -257,7 +257,7 @@ def test_nothing_is_odd():
         "parameters: {normalize: [{filter: mlp, value: false}]}\n"
     )
     assert odd(text, arch.llama(), arch.llama()) == []
-    assert len(inspect(text).recipes) == 1
+    assert len(check_recipe(text).recipes) == 1
 
 
 LINEAR = "merge_method: linear\nmodels:\n  - {{model: a, parameters: {{weight: {}}}}}\n  - {{model: b, parameters: {{weight: {}}}}}\n"  # noqa: E501

@@ -9,7 +9,7 @@ import pytest
 from fastinterp.errors import RecipeError
 from fastinterp.recipe.load import load_recipe, load_recipes
 from fastinterp.recipe.references import ModelRef
-from fastinterp.recipe.tokenizer import ChatTemplate, TokenizerWish, TokenSource, TokenWish
+from fastinterp.recipe.tokenizer import ChatTemplate, TokenizerSpec, TokenSource, TokenSpec
 from tests.support.references import texts
 
 PAIR = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
@@ -18,31 +18,31 @@ PAIR = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {mod
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("tokenizer_source: union\n", TokenizerWish("union")),
-        ("tokenizer_source: base\nbase_model: c\n", TokenizerWish("base", ModelRef("c"))),
-        ("tokenizer_source: ./b/\n", TokenizerWish("model", ModelRef("b"))),
-        ("tokenizer_source: {model: b}\n", TokenizerWish("model", ModelRef("b"))),
-        ("tokenizer: {}\n", TokenizerWish("union")),
+        ("tokenizer_source: union\n", TokenizerSpec("union")),
+        ("tokenizer_source: base\nbase_model: c\n", TokenizerSpec("base", ModelRef("c"))),
+        ("tokenizer_source: ./b/\n", TokenizerSpec("model", ModelRef("b"))),
+        ("tokenizer_source: {model: b}\n", TokenizerSpec("model", ModelRef("b"))),
+        ("tokenizer: {}\n", TokenizerSpec("union")),
         (
             "tokenizer: {source: {model: {path: b}}, pad_to_multiple_of: 64}\n",
-            TokenizerWish("model", ModelRef("b"), (), 64),
+            TokenizerSpec("model", ModelRef("b"), (), 64),
         ),
         (
             "tokenizer:\n  source: union\n  tokens:\n    <|im_start|>: {source: b}\n"
             "    <|eot_id|>: {source: a, force: true}\n    <new>:\n    zero: {source: {kind: zero}}\n"
             "    like: {source: {kind: model_token, model: a, token: 'x.[1]'}}\n"
             "    id: {source: {kind: model_token, model: {model: b}, token_id: 7}}\n    long: {source: {model: b}}\n",
-            TokenizerWish(
+            TokenizerSpec(
                 "union",
                 None,
                 (
-                    TokenWish("<|im_start|>", TokenSource(ModelRef("b"))),
-                    TokenWish("<|eot_id|>", TokenSource(ModelRef("a")), force=True),
-                    TokenWish("<new>"),
-                    TokenWish("zero", TokenSource()),
-                    TokenWish("like", TokenSource(ModelRef("a"), token="x.[1]")),
-                    TokenWish("id", TokenSource(ModelRef("b"), token_id=7)),
-                    TokenWish("long", TokenSource(ModelRef("b"))),
+                    TokenSpec("<|im_start|>", TokenSource(ModelRef("b"))),
+                    TokenSpec("<|eot_id|>", TokenSource(ModelRef("a")), force=True),
+                    TokenSpec("<new>"),
+                    TokenSpec("zero", TokenSource()),
+                    TokenSpec("like", TokenSource(ModelRef("a"), token="x.[1]")),
+                    TokenSpec("id", TokenSource(ModelRef("b"), token_id=7)),
+                    TokenSpec("long", TokenSource(ModelRef("b"))),
                 ),
             ),
         ),

@@ -10,11 +10,11 @@ from fastinterp.methods import method
 from fastinterp.ops.combine import Combine
 from fastinterp.recipe import document
 from fastinterp.recipe.build import Builder
-from fastinterp.recipe.check import inspect
-from fastinterp.recipe.faults import Faults
+from fastinterp.recipe.check import check_recipe
+from fastinterp.recipe.error_collector import ErrorCollector
 from fastinterp.recipe.load import load_recipe, load_recipes
 from fastinterp.recipe.parameters import Resolver
-from fastinterp.recipe.schema import check
+from fastinterp.recipe.schema import raw_recipe
 from tests.support.references import texts
 
 LINEAR = """\
@@ -369,10 +369,10 @@ def test_a_required_parameter_for_the_whole_merge():
 
     def given_by(text: str) -> object:
         read = document.read("merge_method: linear\nmodels: [{model: a}, {model: b}]\n" + text, "merge.yml")
-        wish = check(read)
-        assert wish is not None
-        (section,) = Builder(read, wish, walk, (), Faults()).sections()
-        return Resolver(read, walk, section.parts[0]).parameters("", ("", ""), None)
+        raw = raw_recipe(read)
+        assert raw is not None
+        (section,) = Builder(read, raw, walk, (), ErrorCollector()).sections()
+        return Resolver(read, walk, section.groups[0]).parameters("", ("", ""), None)
 
     assert given_by("parameters: {t: 0.25}\n") == {"t": 0.25}
     with pytest.raises(MethodError) as error:
@@ -432,11 +432,11 @@ def test_a_key_that_is_left_empty(key, value, method_name, base):
     with pytest.raises(RecipeError) as error:
         load_recipes(text, file="merge.yml")
     assert str(error.value) == f"{EMPTY[key]} - at $.{key} (merge.yml:{line})"
-    (wrong,) = inspect(text, file="merge.yml").wrong
+    (wrong,) = check_recipe(text, file="merge.yml").errors
     assert str(wrong) == str(error.value)
 
 
 def test_an_empty_key_beside_one_that_is_given():
     """As if it were not there."""
     (section,) = load_recipe("merge_method: passthrough\nslices:\nmodels: [{model: a}]\nmodules: ~\n").sections
-    assert [str(source.ref) for part in section.parts for source in part.sources] == ["a"]
+    assert [str(source.ref) for group in section.groups for source in group.sources] == ["a"]

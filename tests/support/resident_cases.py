@@ -44,11 +44,11 @@ def live(finish: Callable[[], None]) -> None:
     here, there = Mixed(7), moved_module(Mixed(7))
     before = held(there)
     a, b = copied(Mixed(1)), copied(Mixed(2))
-    with fastinterp.Live(here, a=a, b=b) as walking:
-        walking.set(0.3)
+    with fastinterp.Live(here, a=a, b=b) as live:
+        live.set(0.3)
         want = held(here)
-    with fastinterp.Live(there, a=a, b={n: moved(x) for n, x in b.items()}) as walking:
-        walking.set(0.3)
+    with fastinterp.Live(there, a=a, b={n: moved(x) for n, x in b.items()}) as live:
+        live.set(0.3)
         finish()
         assert held(there) == want
     assert held(there) == before

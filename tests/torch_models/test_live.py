@@ -1,4 +1,4 @@
-"""A module that walks: always from the end points, in place, and back to its own weights at the end."""
+"""A module set to points of a path: always from the end points, in place, and back to its own weights at the end."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_line_is_what_interpolate_writes(family, tmp_path):
 
 
 def test_state_dicts_and_own_weights_are_end_points():
-    """A state dict that is the module's own memory is copied first: it stays pristine."""
+    """A state dict that is the module's own memory is copied first, and never written to."""
     module, other = llama(1), llama(2)
     before, there = state(module), state(other)
     for base in (None, module.state_dict()):

@@ -1,4 +1,4 @@
-"""A module on a device that walks: the CPU's bytes, one launch and no wait per point, and streams in order."""
+"""Live on a device: the CPU's bytes, one launch and no wait per point, and streams in order."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def copied(module: torch.nn.Module, convert: Any = torch.clone) -> dict[str, tor
     return {name: convert(x.detach()) for name, x in module.state_dict().items()}
 
 
-def walked(module: torch.nn.Module, points: list[dict[str, float]], **ends: Any) -> list[dict[str, bytes]]:
+def after_each(module: torch.nn.Module, points: list[dict[str, float]], **ends: Any) -> list[dict[str, bytes]]:
     """What a module on the CPU holds at each point."""
     with fastinterp.Live(module, **ends) as live:
         found = []
@@ -67,7 +67,7 @@ def test_set_and_restore(device: HostDevice, where: str, own: bool):
     assert before == held(here)
     ends = [copied(Mixed(seed)) for seed in range(3)]
     keys: dict[str, Any] = {"directions": {"p": ends[1], "f": ends[2]}, **({} if own else {"base": ends[0]})}
-    want = walked(here, POINTS, **keys)
+    want = after_each(here, POINTS, **keys)
     convert = {"host": lambda x, i: x, "device": lambda x, i: moved(x), "mixed": lambda x, i: moved(x) if i else x}[
         where
     ]
@@ -102,7 +102,7 @@ def test_checkpoints(
     a, b = (saved(llama(seed, tied=tied, dtype=torch.float32), tmp_path / str(seed)) for seed in range(2))
     here, there = llama(7, tied=tied), moved_module(llama(7, tied=tied))
     before = held(there)
-    want = walked(here, [{"alpha": 0.3}, {"alpha": -1.0}], a=a, b=b)
+    want = after_each(here, [{"alpha": 0.3}, {"alpha": -1.0}], a=a, b=b)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         live = fastinterp.Live(there, a=a, b=b, resident=resident)
@@ -122,7 +122,7 @@ def test_checkpoints(
 def test_layers(device: HostDevice):
     here, there = Mixed(7), moved_module(Mixed(7))
     ends: dict[str, Any] = {"a": copied(Mixed(1)), "b": copied(Mixed(2))}
-    want = walked(here, [{"alpha": 0.5}], layers=["norm.*", "scale"], **ends)
+    want = after_each(here, [{"alpha": 0.5}], layers=["norm.*", "scale"], **ends)
     pieces = len(device.pieces)
     with fastinterp.Live(there, layers=["norm.*", "scale"], **ends) as live:
         live.set(0.5)

@@ -1,4 +1,4 @@
-"""What a module that walks refuses, and that the module has its own weights again after every error."""
+"""What a module with Live refuses, and that the module has its own weights again after every error."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_extra_state_is_left_alone():
 
 @pytest.mark.filterwarnings("ignore:torch.quantize")
 @pytest.mark.parametrize("dtype", ["complex64", "float8_e4m3fnuz", "qint8"])
-def test_dtypes_that_cannot_walk_are_named(dtype):
+def test_dtypes_that_cannot_be_interpolated_are_named(dtype):
     module = Buffers(1)
     odd = torch.zeros(3)
     if dtype == "qint8":
@@ -117,7 +117,7 @@ def test_a_second_live_on_the_same_tensors_is_refused(tmp_path):
             fastinterp.Live(module, a=a, b=b, layers=["model.layers.1.*", "lm_head*"])
     assert_same_state(moved, state(module))
     first.close()
-    for _ in range(2):  # also one that failed claims nothing, while its error is held
+    for _ in range(2):  # also one that failed holds no tensors, while its error is held
         with fastinterp.Live(module, a=a, b=b) as live:
             live.set(1.0)
         assert_same_state(before, state(module))
@@ -126,7 +126,7 @@ def test_a_second_live_on_the_same_tensors_is_refused(tmp_path):
     assert caught.value is not None
 
 
-def test_a_live_that_nobody_holds_claims_nothing():
+def test_a_live_that_is_gone_holds_no_tensors():
     module, ends = llama(1), {"a": llama(2).state_dict(), "b": llama(3).state_dict()}
     live = fastinterp.Live(module, **ends, hooks=False)  # hooks hold it as long as the module is there
     with pytest.raises(UsageError, match="an open Live already sets"):
@@ -203,7 +203,7 @@ def test_bad_end_points(given, message):
         fastinterp.Live(Buffers(1), **given)
 
 
-def test_modules_that_cannot_walk():
+def test_modules_that_cannot_be_set():
     ends = {"a": Buffers(1).state_dict(), "b": Buffers(2).state_dict()}
     with pytest.raises(UsageError, match=r"must be a torch\.nn\.Module, got dict"):
         fastinterp.Live({}, **ends)

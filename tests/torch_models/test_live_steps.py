@@ -1,4 +1,4 @@
-"""A module that walks while others use it: steps of generation, threads, hooks."""
+"""A module whose weights change while others use it: steps of generation, threads, hooks."""
 
 from __future__ import annotations
 

@@ -8,24 +8,24 @@ from typing import Any
 
 from fastinterp.backends.device import Piece
 from fastinterp.backends.triton.effects import Effects, Written
-from fastinterp.backends.triton.launch import Room
+from fastinterp.backends.triton.launch import LaunchContext
 from fastinterp.backends.triton.tables import Part, Table, aligned, tiles_of
 from fastinterp.ops.steps import Combine, GroupCombine
 
 PLAIN, BY_ROW, BY_COLUMN, CONVERT, COPY = range(5)  # as in _triton/combine.py
 
 
-def combine(room: Room, pieces: Sequence[Piece]) -> list[Written]:
+def combine(context: LaunchContext, pieces: Sequence[Piece]) -> list[Written]:
     """Weighted sums of tensors. pieces: of Combine steps."""
-    return _launched(room, pieces, [part for i, piece in enumerate(pieces) for part in _plain(i, piece)])
+    return _launched(context, pieces, [part for i, piece in enumerate(pieces) for part in _plain(i, piece)])
 
 
-def group_combine(room: Room, pieces: Sequence[Piece]) -> list[Written]:
+def group_combine(context: LaunchContext, pieces: Sequence[Piece]) -> list[Written]:
     """Weighted sums by row or by column. pieces: of GroupCombine steps."""
-    return _launched(room, pieces, [part for i, piece in enumerate(pieces) for part in _groups(i, piece)])
+    return _launched(context, pieces, [part for i, piece in enumerate(pieces) for part in _groups(i, piece)])
 
 
-def _launched(room: Room, pieces: Sequence[Piece], parts: Sequence[Part]) -> list[Written]:
+def _launched(context: LaunchContext, pieces: Sequence[Piece], parts: Sequence[Part]) -> list[Written]:
     same: dict[tuple[Any, ...], list[Part]] = {}
     for part in parts:
         piece = pieces[part.piece]
@@ -38,7 +38,7 @@ def _launched(room: Room, pieces: Sequence[Piece], parts: Sequence[Part]) -> lis
     found = [Written(i, len(piece.outputs)) for i, piece in enumerate(pieces)]
     for (kind, codes, out, stochastic, saturate, every), some in same.items():
         constants = {"N": len(codes), "DT": codes, "OUT": out, "WIDE": 0 in codes, "PER": kind, "SATURATE": saturate}
-        _run(room, some, constants, stochastic, every, found)
+        _run(context, some, constants, stochastic, every, found)
     return found
 
 
@@ -107,7 +107,7 @@ def _doubles(buffer: Any) -> memoryview[float]:
 
 
 def _run(
-    room: Room,
+    context: LaunchContext,
     parts: list[Part],
     constants: dict[str, Any],
     stochastic: bool,
@@ -121,18 +121,18 @@ def _run(
     for part in parts:
         part.flags = flags
         flags += len(part.outs)
-    told = room.zeros("int32", max(1, flags))
+    told = context.zeros("int32", max(1, flags))
     # 16 elements a thread where they are few enough to be held in registers, else 8.
     few = constants["N"] <= 4 and constants["PER"] not in (BY_ROW, BY_COLUMN) and not stochastic
-    block = room.tile(2048 if few else 1024, 8192)
+    block = context.tile(2048 if few else 1024, 8192)
     for align, some in aligned(parts, constants["OUT"]).items():
         table = Table(some, tiles_of(some, block))
-        room.launch(
-            combine_kernel, table.tiles, *table.on(room), told, len(some),
+        context.launch(
+            combine_kernel, table.tiles, *table.on(context), told, len(some),
             **constants, STOCHASTIC=stochastic, TELL=every > 0, ALIGN=align, BLOCK=block, STEPS=table.steps,
         )  # fmt: skip
     if every > 0:
         measured = constants["PER"] != CONVERT
-        effects = Effects(room, effect_kernel, parts, constants, every=every, measured=measured, flags=told)
+        effects = Effects(context, effect_kernel, parts, constants, every=every, measured=measured, flags=told)
         for i in dict.fromkeys(part.piece for part in parts):
             found[i].effects.append(effects)

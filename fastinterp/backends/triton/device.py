@@ -214,7 +214,7 @@ class TritonQueue:
     def run(self, pieces: Sequence[Piece]) -> list[Pending]:
         import torch
 
-        from fastinterp.backends.triton.launch import Room
+        from fastinterp.backends.triton.launch import LaunchContext
         from fastinterp.backends.triton.pieces import run
 
         nbytes = 8 * sum(piece.numel for piece in pieces)
@@ -224,7 +224,7 @@ class TritonQueue:
                     f"{self.device.name}: Triton's kernels read their tables from memory, which a CUDA graph does not "
                     "keep. Use the CUDA backend inside of graphs"
                 )
-            return run(Room(self.device.torch_device), pieces)
+            return run(LaunchContext(self.device.torch_device), pieces)
 
     def record(self) -> TritonEvent:
         if self._stream is None:

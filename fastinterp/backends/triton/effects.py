@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fastinterp.backends.triton.launch import ALIGNED, NATURAL, Room
+from fastinterp.backends.triton.launch import ALIGNED, NATURAL, LaunchContext
 from fastinterp.backends.triton.tables import Part, Table
 from fastinterp.ops.contract import CHUNK
 
@@ -54,23 +54,23 @@ class Effects:
     """
 
     def __init__(
-        self, room: Room, kernel: Any, parts: Sequence[Part], constants: dict[str, Any],
+        self, context: LaunchContext, kernel: Any, parts: Sequence[Part], constants: dict[str, Any],
         *, every: int, measured: bool, flags: Any, warps: int = 4,
     ):  # fmt: skip
         self._found: list[tuple[tuple[str, ...], list[tuple[int, int, int]], Any]] = []
-        block = room.tile(512, 8192)
+        block = context.tile(512, 8192)
         table = Table(parts, [1] * len(parts))
-        rows, numbers = table.on(room)
+        rows, numbers = table.on(context)
         for counts in (True, False) if measured else (True,):
             every_span = _cut(parts, constants["OUT"], 0 if counts else every)
             for align, spans in every_span.items():
                 owners = [(parts[at].piece, j, count) for at, _, count in spans for j in parts[at].rows]
-                found = room.zeros("int64" if counts else "float64", len(owners), 4)
-                room.launch(
-                    kernel, len(spans), rows, numbers, flags, room.upload(_described(parts, spans), "int64"), found,
+                found = context.zeros("int64" if counts else "float64", len(owners), 4)
+                context.launch(
+                    kernel, len(spans), rows, numbers, flags, context.upload(_described(parts, spans), "int64"), found,
                     **constants, COUNTS=counts, ALIGN=align, BLOCK=block, warps=warps,
                 )  # fmt: skip
-                self._found.append((COUNTED if counts else SAMPLED, owners, room.fetch(found)))
+                self._found.append((COUNTED if counts else SAMPLED, owners, context.fetch(found)))
 
     def add_to(self, piece: int, stats: list[dict[str, float]]) -> None:
         for names, owners, found in self._found:

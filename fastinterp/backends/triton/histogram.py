@@ -8,7 +8,7 @@ from typing import Any
 
 from fastinterp._C import Counts
 from fastinterp.backends.device import Piece
-from fastinterp.backends.triton.launch import Answer, Room, alignment
+from fastinterp.backends.triton.launch import Answer, LaunchContext, alignment
 from fastinterp.backends.triton.tables import Part, Table
 from fastinterp.ops.contract import STRIP
 from fastinterp.ops.steps import Histogram, Score
@@ -30,7 +30,7 @@ def add_factors(score: Score | None, part: Part) -> None:
     part.numbers, part.group = bytearray(array("d", factors).tobytes()), begin
 
 
-def histogram(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
+def histogram(context: LaunchContext, pieces: Sequence[Piece]) -> list[Answer]:
     """Which of a piece's magnitudes, or of its scores, lie where."""
     parts, kinds, bins, brackets = [], [], 0, 0
     shapes: list[tuple[int, int, int, list[int]]] = []  # elements, first bin, first bracket, bins of each
@@ -41,14 +41,14 @@ def histogram(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
         parts.append(part)
         score = score_code(_histogram(piece).score)
         kinds.append((part.codes, score, alignment(part.addresses, part.codes, part.count)))
-    counted, totals = room.zeros("int32", bins), room.zeros("int64", brackets, 2)
-    strips = room.tile(STRIPS, 256)
+    counted, totals = context.zeros("int32", bins), context.zeros("int64", brackets, 2)
+    strips = context.tile(STRIPS, 256)
     for kind in dict.fromkeys(kinds):
         some = [p for p, own in enumerate(kinds) if own == kind]
         _launch(
-            room, [parts[p] for p in some], [-(-shapes[p][0] // STRIP) for p in some], kind, counted, totals, strips
+            context, [parts[p] for p in some], [-(-shapes[p][0] // STRIP) for p in some], kind, counted, totals, strips
         )
-    counted, totals = room.fetch(counted), room.fetch(totals)
+    counted, totals = context.fetch(counted), context.fetch(totals)
     return [Answer(lambda shape=shape: _answer(counted, totals, *shape)) for shape in shapes]  # type: ignore[misc]
 
 
@@ -83,14 +83,20 @@ def _part(piece: Piece, bins: int, brackets: int) -> tuple[Part, int, list[int]]
 
 
 def _launch(
-    room: Room, parts: Sequence[Part], strips: Sequence[int], kind: tuple[Any, ...], bins: Any, totals: Any, tile: int
+    context: LaunchContext,
+    parts: Sequence[Part],
+    strips: Sequence[int],
+    kind: tuple[Any, ...],
+    bins: Any,
+    totals: Any,
+    tile: int,
 ) -> None:
     from fastinterp._triton.histogram import histogram_kernel
 
     codes, score, align = kind
     table = Table(parts, [-(-count // tile) for count in strips])
-    room.launch(
-        histogram_kernel, table.tiles, *table.on(room), bins, totals, len(parts),
+    context.launch(
+        histogram_kernel, table.tiles, *table.on(context), bins, totals, len(parts),
         N=len(codes), DT=codes, WIDE=0 in codes, SCORE=score, ALIGN=align, STRIPS=tile, STEPS=table.steps,
     )  # fmt: skip
 

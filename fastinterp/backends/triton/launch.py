@@ -14,7 +14,7 @@ _INTERPRETER = threading.Lock()
 ALIGNED, NATURAL, BYTES = 16, 0, 1  # VECTORS, ELEMENTS and BYTES of _triton/numbers.py
 
 
-class Room:
+class LaunchContext:
     """Where launches take their memory from, on the stream that is torch's current one."""
 
     def __init__(self, device: Any):

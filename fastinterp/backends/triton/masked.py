@@ -10,7 +10,7 @@ from typing import Any
 from fastinterp.backends.device import Piece
 from fastinterp.backends.triton.effects import Effects, Written
 from fastinterp.backends.triton.histogram import add_factors, score_code
-from fastinterp.backends.triton.launch import Answer, Room, alignment, signed
+from fastinterp.backends.triton.launch import Answer, LaunchContext, alignment, signed
 from fastinterp.backends.triton.measure import answer_of, fetched
 from fastinterp.backends.triton.tables import Part, Table, aligned, tiles_of
 from fastinterp.ops.contract import CHUNK
@@ -28,7 +28,7 @@ def _tests(score: Score | None, tests: Sequence[MaskTest]) -> list[int]:
     return numbers
 
 
-def masked_sum(room: Room, pieces: Sequence[Piece]) -> list[Written]:
+def masked_sum(context: LaunchContext, pieces: Sequence[Piece]) -> list[Written]:
     """Sums with masks, an output at a time. pieces: of MaskedSum steps."""
     same: dict[tuple[Any, ...], list[Part]] = {}
     for i, piece in enumerate(pieces):
@@ -40,7 +40,7 @@ def masked_sum(room: Room, pieces: Sequence[Piece]) -> list[Written]:
             same.setdefault((*rounding, constants), []).append(part)
     found = [Written(i, len(piece.outputs)) for i, piece in enumerate(pieces)]
     for (out, stochastic, saturate, every, constants), parts in same.items():
-        _launch(room, parts, out, stochastic, saturate, every, constants, found)
+        _launch(context, parts, out, stochastic, saturate, every, constants, found)
     return found
 
 
@@ -83,8 +83,8 @@ def _part(i: int, j: int, piece: Piece, step: MaskedSum, output: MaskedOutput) -
 
 
 def _launch(
-    room: Room, parts: list[Part], out: int, stochastic: bool, saturate: bool, every: int, constants: Sequence[Any],
-    found: Sequence[Written],
+    context: LaunchContext, parts: list[Part], out: int, stochastic: bool, saturate: bool, every: int,
+    constants: Sequence[Any], found: Sequence[Written],
 ) -> None:  # fmt: skip
     from fastinterp._triton.masked_sum import masked_sum_effect_kernel, masked_sum_kernel
 
@@ -96,18 +96,18 @@ def _launch(
     }  # fmt: skip
     for place, part in enumerate(parts):
         part.flags = place
-    flags = room.zeros("int32", len(parts))
-    block = room.tile(1024, 8192)
+    flags = context.zeros("int32", len(parts))
+    block = context.tile(1024, 8192)
     warps = 4 if sum(random) <= DRAWN else 8
     for align, some in aligned(parts, out).items():
         table = Table(some, tiles_of(some, block))
-        room.launch(
-            masked_sum_kernel, table.tiles, *table.on(room), flags, len(some),
+        context.launch(
+            masked_sum_kernel, table.tiles, *table.on(context), flags, len(some),
             **named, STOCHASTIC=stochastic, TELL=every > 0, ALIGN=align, BLOCK=block, STEPS=table.steps, warps=warps,
         )  # fmt: skip
     if every > 0:
         effects = Effects(
-            room, masked_sum_effect_kernel, parts, named, every=every, measured=True, flags=flags, warps=warps
+            context, masked_sum_effect_kernel, parts, named, every=every, measured=True, flags=flags, warps=warps
         )
         for i in dict.fromkeys(part.piece for part in parts):
             found[i].effects.append(effects)
@@ -116,7 +116,7 @@ def _launch(
 # --- what keeps leave ------------------------------------------------------------------------------------------------
 
 
-def masked_stats(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
+def masked_stats(context: LaunchContext, pieces: Sequence[Piece]) -> list[Answer]:
     """L1 norms, squares and counts of what masks leave of deltas. pieces: of MaskedStats steps."""
     same: dict[tuple[Any, ...], list[int]] = {}
     for i, piece in enumerate(pieces):
@@ -126,19 +126,19 @@ def masked_stats(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
         same.setdefault((piece.codes, random, score_code(step.score), step.l1, step.squares), []).append(i)
     answers: list[Answer | None] = [None] * len(pieces)
     for kind, places in same.items():
-        for i, answer in zip(places, _stats(room, [pieces[i] for i in places], *kind), strict=True):
+        for i, answer in zip(places, _stats(context, [pieces[i] for i in places], *kind), strict=True):
             answers[i] = answer
     return [answer for answer in answers if answer is not None]
 
 
 def _stats(
-    room: Room, pieces: Sequence[Piece], codes: tuple[int, ...], random: tuple[bool, ...], score: int, l1: bool,
-    squares: bool,
+    context: LaunchContext, pieces: Sequence[Piece], codes: tuple[int, ...], random: tuple[bool, ...], score: int,
+    l1: bool, squares: bool,
 ) -> list[Answer]:  # fmt: skip
     """Of pieces that are alike."""
     from fastinterp._triton.masked_stats import masked_stats_kernel
 
-    n, together = len(codes), room.tile(1, 16)
+    n, together = len(codes), context.tile(1, 16)
     warps = 2 if n <= 4 and sum(random) < DRAWN else 4
     shapes: list[tuple[int, int]] = []
     places = 0
@@ -150,18 +150,18 @@ def _stats(
         alike.setdefault(alignment(part.addresses, codes, part.count), []).append((part, -(-chunks // together)))
         shapes.append((places, places + chunks))
         places += chunks
-    found, counted = room.zeros("float64", places, 3 * n), room.zeros("int32", places, 2 * n)
+    found, counted = context.zeros("float64", places, 3 * n), context.zeros("int32", places, 2 * n)
     for align, some in alike.items():
         table = Table([part for part, _ in some], [tiles for _, tiles in some])
-        told = table.on(room)
+        told = table.on(context)
         for first in range(0, n - 1, OWN):
-            room.launch(
+            context.launch(
                 masked_stats_kernel, table.tiles, *told, found, counted, len(some),
                 N=n, DT=codes, WIDE=0 in codes, OWN=tuple(range(first, min(first + OWN, n - 1))), RANDOM=random,
                 SCORE=score, L1=l1, SQUARES=squares, ALIGN=align, TILES=together, STEPS=table.steps, warps=warps,
             )  # fmt: skip
-    found, counted = fetched(room, found, counted)
-    return [answer_of(room, found[None, begin:end], counted[None, begin:end]) for begin, end in shapes]
+    found, counted = fetched(context, found, counted)
+    return [answer_of(context, found[None, begin:end], counted[None, begin:end]) for begin, end in shapes]
 
 
 def _left(piece: Piece, codes: tuple[int, ...]) -> Part:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastinterp.backends.device import Piece
-from fastinterp.backends.triton.launch import Answer, Room, alignment
+from fastinterp.backends.triton.launch import Answer, LaunchContext, alignment
 from fastinterp.backends.triton.tables import Part, Table
 from fastinterp.ops.contract import BLOCK_ROWS, CHUNK, LANES
 from fastinterp.ops.steps import Measure
@@ -47,7 +47,7 @@ def launches(n: int, deltas: bool) -> list[Sums]:
     return found
 
 
-def measure(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
+def measure(context: LaunchContext, pieces: Sequence[Piece]) -> list[Answer]:
     """Measures of tensors, rows or columns, of inputs or deltas."""
     same: dict[tuple[Any, ...], list[int]] = {}
     for i, piece in enumerate(pieces):
@@ -57,7 +57,7 @@ def measure(room: Room, pieces: Sequence[Piece]) -> list[Answer]:
     answers: list[Answer | None] = [None] * len(pieces)
     for (codes, deltas, per), places in same.items():
         some = [pieces[i] for i in places]
-        found = _columns(room, some, codes, deltas) if per == "column" else _rows(room, some, codes, deltas, per)
+        found = _columns(context, some, codes, deltas) if per == "column" else _rows(context, some, codes, deltas, per)
         for i, answer in zip(places, found, strict=True):
             answers[i] = answer
     return [answer for answer in answers if answer is not None]
@@ -76,8 +76,8 @@ def _part(piece: Piece, begin: int, count: int, columns: int, place: int) -> Par
 
 
 def _launch(
-    room: Room, kernel: Any, parts: Sequence[Part], tiles: Sequence[int], deltas: bool, found: Any, counted: Any,
-    ahead: int,
+    context: LaunchContext, kernel: Any, parts: Sequence[Part], tiles: Sequence[int], deltas: bool, found: Any,
+    counted: Any, ahead: int,
 ) -> None:  # fmt: skip
     """All sums of parts whose inputs have the same dtypes.
 
@@ -85,24 +85,26 @@ def _launch(
     ahead  steps of few inputs that are loaded while others are added: bytes in flight, as far as registers hold them
     """
     codes = parts[0].codes
-    wide, together = 0 in codes, room.tile(1, 64)
+    wide, together = 0 in codes, context.tile(1, 64)
     aligned: dict[int, list[int]] = {}
     for p, part in enumerate(parts):
         aligned.setdefault(alignment(part.addresses, codes, part.columns), []).append(p)
     for sums in launches(len(codes), deltas):
         for align, places in aligned.items():
             table = Table([parts[p].of(sums.inputs) for p in places], [-(-tiles[p] // together) for p in places])
-            rows, _ = table.on(room)
-            room.launch(
+            rows, _ = table.on(context)
+            context.launch(
                 kernel, table.tiles, rows, found, counted, len(places),
                 DT=tuple(codes[i] for i in sums.inputs), WIDE=wide, DELTAS=deltas, PAIRS=sums.pairs, ALONE=sums.alone,
                 PLACES=sums.places, WIDTH=_width(len(codes)), COUNTS=len(codes), ALIGN=align,
-                AHEAD=room.tile(ahead if len(sums.inputs) <= 2 else 1, 1), TILES=together, STEPS=table.steps,
+                AHEAD=context.tile(ahead if len(sums.inputs) <= 2 else 1, 1), TILES=together, STEPS=table.steps,
                 warps=1 if len(sums.pairs) <= 3 else 2,
             )  # fmt: skip
 
 
-def _rows(room: Room, pieces: Sequence[Piece], codes: tuple[int, ...], deltas: bool, per: str) -> list[Answer]:
+def _rows(
+    context: LaunchContext, pieces: Sequence[Piece], codes: tuple[int, ...], deltas: bool, per: str
+) -> list[Answer]:
     """A tensor as a whole is one row."""
     from fastinterp._triton.measure import measure_kernel
 
@@ -121,19 +123,19 @@ def _rows(room: Room, pieces: Sequence[Piece], codes: tuple[int, ...], deltas: b
                 parts.append(_part(piece, begin, count, width, place + begin // CHUNK))
                 tiles.append(rows * -(-width // CHUNK))
         place += rows * chunks
-    found, counted = room.zeros("float64", place, _width(len(codes))), room.zeros("int32", place, len(codes))
+    found, counted = context.zeros("float64", place, _width(len(codes))), context.zeros("int32", place, len(codes))
     if parts:
-        _launch(room, measure_kernel, parts, tiles, deltas, found, counted, 2)
-    found, counted = fetched(room, found, counted)
+        _launch(context, measure_kernel, parts, tiles, deltas, found, counted, 2)
+    found, counted = fetched(context, found, counted)
     answers = []
     for place, rows, chunks in shapes:
         sums = found[place : place + rows * chunks].reshape(rows, chunks, found.shape[1])
         counts = counted[place : place + rows * chunks].reshape(rows, chunks, len(codes))
-        answers.append(answer_of(room, sums, counts))
+        answers.append(answer_of(context, sums, counts))
     return answers
 
 
-def _columns(room: Room, pieces: Sequence[Piece], codes: tuple[int, ...], deltas: bool) -> list[Answer]:
+def _columns(context: LaunchContext, pieces: Sequence[Piece], codes: tuple[int, ...], deltas: bool) -> list[Answer]:
     from fastinterp._triton.measure import measure_columns_kernel
 
     parts, tiles, shapes = [], [], []
@@ -148,29 +150,29 @@ def _columns(room: Room, pieces: Sequence[Piece], codes: tuple[int, ...], deltas
             tiles.append(blocks * -(-columns // LANES))
         place += blocks * columns
     width, n = _width(len(codes)), len(codes)
-    found, counted = room.zeros("float64", place * width), room.zeros("int32", place * n)
+    found, counted = context.zeros("float64", place * width), context.zeros("int32", place * n)
     if parts:
-        _launch(room, measure_columns_kernel, parts, tiles, deltas, found, counted, 2)
-    found, counted = fetched(room, found, counted)
+        _launch(context, measure_columns_kernel, parts, tiles, deltas, found, counted, 2)
+    found, counted = fetched(context, found, counted)
     answers = []
     for place, blocks, columns in shapes:
         end = place + blocks * columns
         sums = found[place * width : end * width].reshape(1, blocks, width * columns)
         counts = counted[place * n : end * n].reshape(1, blocks, n * columns)
-        answers.append(answer_of(room, sums, counts, columns))
+        answers.append(answer_of(context, sums, counts, columns))
     return answers
 
 
-def fetched(room: Room, found: Any, counted: Any) -> tuple[Any, Any]:
+def fetched(context: LaunchContext, found: Any, counted: Any) -> tuple[Any, Any]:
     """What a launch found, in one copy; or as it is, where there is so much that it is folded first."""
-    return (found, counted) if found.numel() > FETCHED else (room.fetch(found), room.fetch(counted))
+    return (found, counted) if found.numel() > FETCHED else (context.fetch(found), context.fetch(counted))
 
 
-def answer_of(room: Room, sums: Any, counts: Any, columns: int = 1) -> Answer:
+def answer_of(context: LaunchContext, sums: Any, counts: Any, columns: int = 1) -> Answer:
     """sums  f64[rows, chunks, numbers]; counts  i32, likewise: fetched or not. With `columns`, numbers are
     [kinds, columns]."""
     if sums.device.type != "cpu":
-        sums, counts = room.fetch(fold(sums)), room.fetch(counts.sum(dim=1, keepdim=True))
+        sums, counts = context.fetch(fold(sums)), context.fetch(counts.sum(dim=1, keepdim=True))
 
     def answer() -> tuple[Any, Any]:
         reals, nonzero = fold(sums), counts.sum(dim=1)

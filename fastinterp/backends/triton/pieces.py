@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fastinterp.backends.device import Pending, Piece
-from fastinterp.backends.triton.launch import Room
+from fastinterp.backends.triton.launch import LaunchContext
 from fastinterp.ops.steps import CopyEqual, Divergence, Step
 
 
@@ -22,13 +22,13 @@ def refuses(step: Step) -> str | None:
     return "random masks by rank" if step.by_rank else None
 
 
-def run(room: Room, pieces: Sequence[Piece]) -> list[Pending]:
+def run(context: LaunchContext, pieces: Sequence[Piece]) -> list[Pending]:
     from fastinterp.backends.triton.combine import combine, group_combine
     from fastinterp.backends.triton.histogram import histogram
     from fastinterp.backends.triton.masked import masked_stats, masked_sum
     from fastinterp.backends.triton.measure import measure
 
-    kernels: dict[str, Callable[[Room, list[Piece]], Sequence[Pending]]] = {
+    kernels: dict[str, Callable[[LaunchContext, list[Piece]], Sequence[Pending]]] = {
         "combine": combine, "group_combine": group_combine, "measure": measure, "histogram": histogram,
         "masked_sum": masked_sum, "masked_stats": masked_stats,
     }  # fmt: skip
@@ -37,7 +37,7 @@ def run(room: Room, pieces: Sequence[Piece]) -> list[Pending]:
     for i, piece in enumerate(pieces):
         kinds.setdefault(piece.step.kind, []).append(i)
     for kind, places in kinds.items():
-        some = kernels[kind](room, [pieces[i] for i in places])
+        some = kernels[kind](context, [pieces[i] for i in places])
         for i, one in zip(places, some, strict=True):
             pending[i] = one
     return [one for one in pending if one is not None]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fastinterp.backends.triton.launch import ALIGNED, NATURAL, Room, alignment, signed, steps
+from fastinterp.backends.triton.launch import ALIGNED, NATURAL, LaunchContext, alignment, signed, steps
 from fastinterp.ops.dtypes import CODE_BYTES
 
 
@@ -83,11 +83,11 @@ class Table:
         self._numbers_at, self.tiles, self.steps = len(self._words), first, steps(len(parts))
         self._words.frombytes(numbers or bytes(8))
 
-    def on(self, room: Room) -> tuple[Any, Any]:
+    def on(self, context: LaunchContext) -> tuple[Any, Any]:
         """The rows, i64, and the numbers, f64: in one copy to the device."""
         import torch
 
-        words = room.upload(self._words, "int64")
+        words = context.upload(self._words, "int64")
         return words[: self._numbers_at], words[self._numbers_at :].view(torch.float64)
 
 

@@ -22,7 +22,7 @@ _PARTS = 4096  # of a batch at most: a tensor of a few elements costs a batch no
 
 
 @dataclass(frozen=True, slots=True)
-class Operand:
+class SlotRange:
     """Some elements of an input or an output: where they are in a slot, and where in their source or sink; in bytes."""
 
     handle: int
@@ -83,8 +83,8 @@ class Batch:
 
     def __init__(self, parts: Sequence[Part]):
         self.parts = list(parts)
-        self.inputs: list[list[Operand]] = []  # by part
-        self.outputs: list[list[Operand]] = []
+        self.inputs: list[list[SlotRange]] = []  # by part
+        self.outputs: list[list[SlotRange]] = []
         at = 0
         for part in self.parts:
             stored = [operand for operand in part.native.inputs if isinstance(operand, Stored)]
@@ -106,11 +106,11 @@ class Batch:
         return batches((piece for part in self.parts for piece in part.cut(most)), most)
 
 
-def _lay_out(part: Part, triples: Iterable[tuple[int, int, int]], at: int, found: list[list[Operand]]) -> int:
+def _lay_out(part: Part, triples: Iterable[tuple[int, int, int]], at: int, found: list[list[SlotRange]]) -> int:
     """Add the operands of a part, each (handle, offset of the tensor, bytes of an element); returns the end."""
     own = []
     for handle, offset, width in triples:
-        own.append(Operand(handle, offset + part.first * width, part.count * width, at))
+        own.append(SlotRange(handle, offset + part.first * width, part.count * width, at))
         at += aligned(part.count * width)
     found.append(own)
     return at

@@ -16,11 +16,10 @@ from fastinterp.errors import UsageError
 from fastinterp.execute.device.batches import Part, Work, batches
 from fastinterp.execute.device.worker import LEAST_SLOT, Files, Worker
 from fastinterp.execute.jobs import Result
-from fastinterp.execute.rounds import DeviceUsage, Machine
-from fastinterp.execute.tensor_io import Step
+from fastinterp.execute.rounds import DeviceUsage, PumpExecutor
+from fastinterp.execute.tensor_io import TensorStep
 from fastinterp.messages import size
-from fastinterp.ops.steps import Combine, CopyEqual, Histogram, MaskedSum
-from fastinterp.ops.steps import Step as NativeStep
+from fastinterp.ops.steps import Combine, CopyEqual, Histogram, MaskedSum, Step
 
 # Of each device. Shorter slots cost more of Python than of the bus (tried: 4, 8, 16, 32 MiB), longer ones more to lock.
 SLOTS, SLOT_BYTES = 8, 16 << 20
@@ -43,11 +42,11 @@ def device_window(max_memory: int, devices: int) -> int:
     return window
 
 
-class DeviceMachine(Machine):
-    """A Machine whose steps run on `devices`; on the processor, what none of them does.
+class DeviceExecutor(PumpExecutor):
+    """A PumpExecutor whose steps run on `devices`; on the processor, what none of them does.
 
     max_memory  bytes of host memory for slots, scratch and answers together
-    The other arguments are those of Machine. Devices are the caller's; `close` gives their memory back.
+    The other arguments are those of PumpExecutor. Devices are the caller's; `close` gives their memory back.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class DeviceMachine(Machine):
         sources: Sequence[Handle],
         sinks: Sequence[Handle],
         options: PumpOptions,
-        explained: Callable[[tuple[Any, ...], Sequence[Step]], Exception],
+        explained: Callable[[tuple[Any, ...], Sequence[TensorStep]], Exception],
         total: int,
         progress: Progress | None,
         max_memory: int,
@@ -82,10 +81,10 @@ class DeviceMachine(Machine):
             lost=tuple(worker.lost for worker in self._workers if worker.lost),
         )
 
-    def run(self, steps: Sequence[Step]) -> list[Result]:
+    def run(self, steps: Sequence[TensorStep]) -> list[Result]:
         """Ends all threads before it returns or raises, KeyboardInterrupt included.
 
-        Raises: BackendError, if no device is left; what Machine.run does.
+        Raises: BackendError, if no device is left; what PumpExecutor.run does.
         """
         workers = [worker for worker in self._workers if not worker.lost]
         most = self._batch_bytes(steps, workers)
@@ -116,19 +115,19 @@ class DeviceMachine(Machine):
         return [found[i] for i in range(len(steps))]
 
     def close(self) -> None:
-        """Give the memory of all devices back. The machine runs no more."""
+        """Give the memory of all devices back. The executor runs no more."""
         for worker in self._workers:
             worker.close()
 
-    def _batch_bytes(self, steps: Sequence[Step], workers: Sequence[Worker]) -> int:
+    def _batch_bytes(self, steps: Sequence[TensorStep], workers: Sequence[Worker]) -> int:
         """Of one batch: a slot at most, and less where there is so little to do that devices would wait."""
         share = sum(step.nbytes for step in steps) // (len(workers) * SLOTS)
         return min(max(_LEAST_BATCH, share), *(worker.limit for worker in workers))
 
-    def _sorted(self, steps: Sequence[Step], most: int) -> tuple[dict[int, list[Part]], dict[int, Step]]:
+    def _sorted(self, steps: Sequence[TensorStep], most: int) -> tuple[dict[int, list[Part]], dict[int, TensorStep]]:
         """By number of the step, its parts for the devices; and the steps that the processor does."""
         parts: dict[int, list[Part]] = {}
-        rest: dict[int, Step] = {}
+        rest: dict[int, TensorStep] = {}
         for i, step in enumerate(steps):
             native = step.native
             if isinstance(native, MaskedSum):
@@ -163,7 +162,7 @@ class DeviceMachine(Machine):
             self._progress(self._told, self._total)
 
 
-def _nothing_to_compute(step: NativeStep) -> str | None:
+def _nothing_to_compute(step: Step) -> str | None:
     """Why a step is the processor's, whatever devices can do: no device reads it, or sending it costs more."""
     if step.gathers:
         return "rows that are moved"

@@ -9,9 +9,8 @@ from fastinterp.backends.cpu import Handle, memory_address
 from fastinterp.backends.device import Piece
 from fastinterp.errors import BackendError
 from fastinterp.execute.jobs import Result
-from fastinterp.execute.tensor_io import Step
-from fastinterp.ops.steps import Step as NativeStep
-from fastinterp.ops.steps import Stored, SumStep, WritingStep
+from fastinterp.execute.tensor_io import TensorStep
+from fastinterp.ops.steps import Step, Stored, SumStep, WritingStep
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device, Pending, Queue
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 _UNBOUNDED = 1 << 62  # bytes of scratch: whoever holds whole models in memory sets the bound
 
 
-class ResidentMachine:
-    """As a Machine, for steps whose sources and sinks are ("device", address, bytes).
+class ResidentExecutor:
+    """As a PumpExecutor, for steps whose sources and sinks are ("device", address, bytes).
 
     Whole tensors are launched in one queue. What writes is not waited for, so that a run without questions returns at
     once; with `stats_every`, statistics are waited for, too.
@@ -47,7 +46,7 @@ class ResidentMachine:
         self._sources, self._sinks = sources, sinks
         self._stats_every, self._capturing = stats_every, capturing
 
-    def run(self, steps: Sequence[Step]) -> list[Result]:
+    def run(self, steps: Sequence[TensorStep]) -> list[Result]:
         """Raises: BackendError, if the device has no kernel for a step, or must be waited for in a graph."""
         pieces = self.pieces(steps)
         waits = [self._waits(step) for step in steps]
@@ -67,13 +66,13 @@ class ResidentMachine:
             results[k] = Result(found.answer(), found.stats())
         return results
 
-    def pieces(self, steps: Sequence[Step]) -> list[Piece]:
+    def pieces(self, steps: Sequence[TensorStep]) -> list[Piece]:
         """The steps as the device takes them: whole tensors, with addresses. Raises: as `run`."""
         for step in steps:
             self._check(step)
         return [self._piece(step.native) for step in steps]
 
-    def _check(self, step: Step) -> None:
+    def _check(self, step: TensorStep) -> None:
         why = self._device.refuses(step.native)
         if why is not None:
             raise BackendError(
@@ -86,11 +85,11 @@ class ResidentMachine:
                 "wait for. Merge it before the capture, or by a plain weighted sum"
             )
 
-    def _waits(self, step: Step) -> bool:
+    def _waits(self, step: TensorStep) -> bool:
         """Whether the host needs something of what the step finds."""
         return bool(self._stats_every) or not isinstance(step.native, WritingStep)
 
-    def _piece(self, native: NativeStep) -> Piece:
+    def _piece(self, native: Step) -> Piece:
         stored = [operand for operand in native.inputs if isinstance(operand, Stored)]
         outputs: tuple[int, ...] = ()
         if isinstance(native, SumStep):
@@ -105,5 +104,5 @@ class ResidentMachine:
         )
 
 
-def _sinks(step: NativeStep) -> tuple[int, ...]:
+def _sinks(step: Step) -> tuple[int, ...]:
     return step.sinks if isinstance(step, WritingStep) else ()

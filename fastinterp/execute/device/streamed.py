@@ -11,8 +11,8 @@ from fastinterp.backends.cpu import Handle, memory_address
 from fastinterp.backends.device import Piece
 from fastinterp.backends.torch_device import pinned
 from fastinterp.errors import BackendError
-from fastinterp.execute.rounds import Machine
-from fastinterp.execute.tensor_io import Step
+from fastinterp.execute.rounds import PumpExecutor
+from fastinterp.execute.tensor_io import TensorStep
 from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.dtypes import CODE_BYTES
 from fastinterp.ops.steps import Combine, CopyEqual, Stored
@@ -40,11 +40,11 @@ class _Slot:
         return int(self._memory.data_ptr())
 
 
-class StreamedMachine:
+class StreamedExecutor:
     """Runs plain sums: the pump fills pinned memory, from which kernels read.
 
     sources  those of a kind "device" are the device's, the others the host's, as the pump takes them
-    filled   makes the Machine that reads the host's sources into the sinks that it is given
+    filled   makes the PumpExecutor that reads the host's sources into the sinks that it is given
 
     Nothing is waited for but what was read from the slot that is filled next, and at the end.
     """
@@ -54,15 +54,15 @@ class StreamedMachine:
         queue: Queue,
         sources: Sequence[Handle],
         sinks: Sequence[Handle],
-        filled: Callable[[list[Handle]], Machine],
+        filled: Callable[[list[Handle]], PumpExecutor],
     ):
         self._queue, self._sources, self._sinks, self._filled = queue, sources, sinks, filled
         self._slots = [_Slot(), _Slot()]
-        self._reads: list[Step] = []
+        self._reads: list[TensorStep] = []
         self._pieces: list[Piece] = []
         self._used = 0
 
-    def run(self, steps: Sequence[Step]) -> None:
+    def run(self, steps: Sequence[TensorStep]) -> None:
         """steps  Combine, of stored operands. Raises: TypeError, if they are others; what the pump does."""
         for step in steps:
             native = step.native
@@ -104,7 +104,7 @@ class StreamedMachine:
 
     def _read(self, operand: Stored, nbytes: int) -> None:
         native = CopyEqual(inputs=(operand,), numel=nbytes, sinks=(0,), offsets=(self._used,))
-        self._reads.append(Step("", native, 2 * nbytes))
+        self._reads.append(TensorStep("", native, 2 * nbytes))
         self._used += -(-nbytes // _ALIGN) * _ALIGN
 
     def _flush(self) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.device import Buffer, Device, Event, Pending, Piece, Queue
 from fastinterp.errors import BackendError, OutOfMemory
-from fastinterp.execute.device.batches import Batch, Operand, Work
+from fastinterp.execute.device.batches import Batch, SlotRange, Work
 from fastinterp.execute.jobs import Result
 
 LEAST_SLOT = 64 << 10  # bytes: with less, a device is given up
@@ -296,7 +296,7 @@ class _Session:
 # --- reads and writes, with the pump's errors ------------------------------------------------------------------------
 
 
-def _read_into(slot: Slot, o: Operand, source: Handle) -> None:
+def _read_into(slot: Slot, o: SlotRange, source: Handle) -> None:
     if not isinstance(source, int):
         _, address, size = source
         held = max(0, min(o.nbytes, size - o.offset))
@@ -315,7 +315,7 @@ def _read_into(slot: Slot, o: Operand, source: Handle) -> None:
         done += got
 
 
-def _write_from(slot: Slot, o: Operand, sink: Handle) -> None:
+def _write_from(slot: Slot, o: SlotRange, sink: Handle) -> None:
     if not isinstance(sink, int):
         _, address, size = sink
         held = max(0, min(o.nbytes, size - o.offset))

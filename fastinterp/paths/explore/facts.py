@@ -1,4 +1,4 @@
-"""What the page shows besides text: sliders, metrics, and how much each layer changes."""
+"""The data that the page shows besides text, as JSON: sliders, metrics, and how much each layer changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ def facts(
     high: float,
     most_tokens: int,
 ) -> dict[str, Any]:
-    """As JSON: no NaN, no Inf."""
+    """What the page loads once, as plain values for JSON, without NaN and Inf.
+
+    changes  of each tensor the squared norm of the base, and the Gram matrix of the deltas
+    low, high  range of the sliders
+    """
     return {
         "most_tokens": most_tokens,
         "base": sliders.base,
@@ -37,27 +41,27 @@ def facts(
 
 
 def _change(changes: Mapping[str, Deltas], k: int) -> dict[str, Any]:
-    """For each cell of the grid |base|^2 and the Gram matrix of the deltas: the page sums them up for any setting."""
-    places = grid(changes)
+    """For each cell of the grid |base|^2 and the Gram matrix of the deltas, which the page combines for any setting."""
+    layout = grid(changes)
     cells = []
-    for (kind, layer), names in places.cells.items():
+    for (kind, layer), names in layout.cells.items():
         aa = math.fsum(changes[n].aa for n in names)
         gram = [[math.fsum(changes[n].gram[i][j] for n in names) for j in range(k)] for i in range(k)]
         finite = math.isfinite(aa) and all(math.isfinite(v) for row in gram for v in row)
-        at = {"kind": places.kinds.index(kind), "layer": places.layers.index(layer)}
-        cells.append({**at, "aa": aa if finite else None, "gram": gram if finite else None})
-    return {"layers": places.layers, "kinds": places.kinds, "cells": cells}
+        position = {"kind": layout.kinds.index(kind), "layer": layout.layers.index(layer)}
+        cells.append({**position, "aa": aa if finite else None, "gram": gram if finite else None})
+    return {"layers": layout.layers, "kinds": layout.kinds, "cells": cells}
 
 
 def _curves(report: PathReport) -> dict[str, Any]:
-    def told(value: float | None) -> float | None:
+    def finite(value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None
 
     points = [
         {
             "at": dict(p.at),
-            "mean": {m: told(p.mean(m)) for m in report.metrics},
-            "se": {m: told(p.se(m)) for m in report.metrics},
+            "mean": {m: finite(p.mean(m)) for m in report.metrics},
+            "se": {m: finite(p.se(m)) for m in report.metrics},
         }
         for p in report.points
     ]

@@ -1,4 +1,4 @@
-"""The page's server: on the loopback interface alone, for browsers that asked for this host by its name."""
+"""The HTTP server of the page: on the loopback interface alone, for requests whose Host is this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.errors import FastinterpError, StorageError, UsageError
-from fastinterp.paths.explore.session import LONGEST, Session, Wish
+from fastinterp.paths.explore.session import LONGEST, GenerationRequest, Session
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 HOST = "127.0.0.1"
-_NAMES = [HOST, "localhost"]  # what a Host header may say: a page elsewhere that made its name point here says another
-_LONGEST = 1 << 20  # bytes of a request
+# Accepted Host headers: a page elsewhere whose name resolves to this machine (DNS rebinding) sends another.
+_HOSTS = [HOST, "localhost"]
+_REQUEST_BYTES = 1 << 20  # most bytes of a request
 _LARGEST = 1e6  # of a slider's value
 _INTERRUPTED = 130  # exit code after SIGINT
 _HEADERS = {
-    # Nothing from elsewhere is loaded or asked, and no page elsewhere may show this one.
+    # The page loads nothing from elsewhere, and no page elsewhere may frame it.
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -35,14 +36,14 @@ _HEADERS = {
 
 
 def bound(port: int) -> socket.socket:
-    """A socket on 127.0.0.1; port 0: any that is free.
+    """A listening socket on 127.0.0.1; port 0: any that is free.
 
-    Raises: UsageError, if the port is in use, or what serves pages is not installed; StorageError.
+    Raises: UsageError, if the port is in use, or starlette or uvicorn is not installed; StorageError.
     """
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         raise UsageError("explore needs starlette and uvicorn: pip install 'fastinterp[explore]'")
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just left may be taken again
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # also a port that was closed a moment ago
     try:
         sock.bind((HOST, port))
         sock.listen(64)
@@ -58,7 +59,7 @@ def bound(port: int) -> socket.socket:
 
 
 def make_app(session: Session, facts: Mapping[str, Any]) -> Starlette:
-    """facts: what the page shows besides the text, as JSON: sliders, report, change by layer."""
+    """The web application: `/` the page, `/facts` its data, `/text` generates. facts: as `facts.facts` makes them."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
@@ -73,72 +74,72 @@ def make_app(session: Session, facts: Mapping[str, Any]) -> Starlette:
     async def page(request: Request) -> Response:
         return HTMLResponse(html, headers=_HEADERS)
 
-    async def tell(request: Request) -> Response:
+    async def data(request: Request) -> Response:
         return JSONResponse(facts, headers=_HEADERS)
 
-    async def write(request: Request) -> Response:
-        def refused(status: int, said: str) -> Response:
-            return JSONResponse({"error": said}, status, headers=_HEADERS)
+    async def generate(request: Request) -> Response:
+        def refused(status: int, message: str) -> Response:
+            return JSONResponse({"error": message}, status, headers=_HEADERS)
 
-        own = f"http://{request.headers.get('host', '')}"
-        if request.headers.get("origin", own) != own or not _is_json(request):
-            return refused(403, "only this page may ask")
-        if int(request.headers.get("content-length", _LONGEST + 1)) > _LONGEST:
+        origin = f"http://{request.headers.get('host', '')}"
+        if request.headers.get("origin", origin) != origin or not _is_json(request):
+            return refused(403, "only this page may send requests")
+        if int(request.headers.get("content-length", _REQUEST_BYTES + 1)) > _REQUEST_BYTES:
             return refused(413, "the request is too long")
         try:
-            asked = await request.json()
+            document = await request.json()
         except (ValueError, RecursionError) as error:
             return refused(400, f"the request is not JSON: {error}")
         try:
-            wish = read_wish(asked, names)
+            generation = read_request(document, names)
         except ValueError as error:
             return refused(400, str(error))
         try:
-            text = await run_in_threadpool(session.text, wish)
+            text = await run_in_threadpool(session.text, generation)
         except FastinterpError as error:
             return refused(422, str(error))
         return refused(409, "superseded") if text is None else JSONResponse({"text": text}, headers=_HEADERS)
 
     async def failed(request: Request, error: Exception) -> Response:
-        """Its traceback is on the terminal."""
-        said = f"{type(error).__name__}: {error}"[:300].encode(errors="backslashreplace").decode()
-        return JSONResponse({"error": f"the program failed: {said}"}, 500, headers=_HEADERS)
+        """A programming error, whose traceback is on the terminal."""
+        message = f"{type(error).__name__}: {error}"[:300].encode(errors="backslashreplace").decode()
+        return JSONResponse({"error": f"the program failed: {message}"}, 500, headers=_HEADERS)
 
     async def refuse(request: Request, error: Any) -> Response:
         return JSONResponse({"error": error.detail}, error.status_code, headers=_HEADERS)
 
-    routes = [Route("/", page), Route("/facts", tell), Route("/text", write, methods=["POST"])]
-    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=_NAMES, www_redirect=False)
+    routes = [Route("/", page), Route("/facts", data), Route("/text", generate, methods=["POST"])]
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=_HOSTS, www_redirect=False)
     return Starlette(routes=routes, middleware=[hosts], exception_handlers={Exception: failed, HTTPException: refuse})
 
 
 def _is_json(request: Request) -> bool:
-    """A page elsewhere cannot send this type without asking first, and is never answered then."""
+    """Whether the body is JSON: a page elsewhere cannot send that without a preflight request, which is refused."""
     return request.headers.get("content-type", "").split(";")[0].strip().lower() == "application/json"
 
 
-def read_wish(given: Any, names: list[str]) -> Wish:
-    """A request's JSON, checked. Raises: ValueError, with what is wrong."""
-    if not isinstance(given, dict) or not isinstance(given.get("alphas"), dict):
+def read_request(document: Any, names: list[str]) -> GenerationRequest:
+    """A request from its JSON. names: of the sliders. Raises: ValueError, with what is wrong."""
+    if not isinstance(document, dict) or not isinstance(document.get("alphas"), dict):
         raise ValueError("a request is an object with `alphas`")
-    alphas = given["alphas"]
+    alphas = document["alphas"]
     if sorted(alphas) != sorted(names):
         raise ValueError(f"`alphas` must be {', '.join(names)}, got {', '.join(map(repr, alphas)) or 'none'}"[:200])
     values = {name: _number(alphas[name], name, -_LARGEST, _LARGEST) for name in names}
-    prompt = given.get("prompt")
-    if not isinstance(prompt, str) or not isinstance(given.get("sampled"), bool):
+    prompt = document.get("prompt")
+    if not isinstance(prompt, str) or not isinstance(document.get("sampled"), bool):
         raise ValueError("`prompt` must be text, and `sampled` true or false")
-    half = next((i for i, c in enumerate(prompt) if "\ud800" <= c <= "\udfff"), None)
-    if half is not None:
-        raise ValueError(f"`prompt` is not valid Unicode text: character {half + 1} is half of one. Remove it")
-    return Wish(
-        turn=_whole(given.get("turn"), "turn", 0, 2**53),
+    surrogate = next((i for i, c in enumerate(prompt) if "\ud800" <= c <= "\udfff"), None)
+    if surrogate is not None:
+        raise ValueError(f"`prompt` is not valid Unicode text: character {surrogate + 1} is a surrogate. Remove it")
+    return GenerationRequest(
+        turn=_whole(document.get("turn"), "turn", 0, 2**53),
         alphas=values,
         prompt=prompt,
-        sampled=given["sampled"],
-        seed=_whole(given.get("seed"), "seed", 0, 2**32),
-        length=_whole(given.get("length"), "length", 1, LONGEST),
-        temperature=_number(given.get("temperature"), "temperature", 0.01, 100),
+        sampled=document["sampled"],
+        seed=_whole(document.get("seed"), "seed", 0, 2**32),
+        length=_whole(document.get("length"), "length", 1, LONGEST),
+        temperature=_number(document.get("temperature"), "temperature", 0.01, 100),
     )
 
 
@@ -160,10 +161,9 @@ def _whole(value: Any, name: str, low: int, high: int) -> int:
 
 
 def serve(app: Starlette, sock: socket.socket, session: Session, ready: Callable[[str], object]) -> None:
-    """Answer until SIGINT or SIGTERM; `ready` is called with the page's address.
+    """Serve until SIGINT or SIGTERM, which cancel a generation that runs. `ready` is called with the page's address.
 
-    A text that is being made then is given up. Returns after SIGINT, which is how one ends it; any other is raised
-    again for the program's own handler.
+    Returns after SIGINT, the usual end; SIGTERM is raised again for the program's own handler.
     """
     import uvicorn
 

@@ -1,4 +1,4 @@
-"""A causal language model in memory, its weights moved by sliders, and what it writes."""
+"""Text generation by a causal language model in memory, whose weights are set by sliders."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.paths.explore.sliders import Sliders
+from fastinterp.torch_models.live import Live
 
 LONGEST = 4096  # tokens of a text
 # Of the tokenizer's files, those that hold no vocabulary; and the tokenizers that need none: their tokens are bytes.
 _NO_VOCABULARY = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template")
-_OF_BYTES = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
+_BYTE_LEVEL = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """One text to make.
+class GenerationRequest:
+    """A request for one text.
 
-    turn    grows with every wish: a later one stops an earlier one
-    sampled draw tokens by `temperature` and `seed`; else the likeliest each time
-    length  of the text, in tokens at most
+    turn     grows with every request: a later one cancels an earlier one
+    alphas   values of the sliders, by name
+    sampled  draw tokens by `temperature` and `seed`; else the most likely one each time (greedy)
+    length   most tokens of the text
     """
 
     turn: int
@@ -40,7 +42,7 @@ class Wish:
 
 
 class Session:
-    """A module, its tokenizer, and `live`, which puts weights into the module: `live.set(alphas)`."""
+    """Generates text with a module and its tokenizer, one request at a time. live: sets the module's weights."""
 
     def __init__(self, module: Any, tokenizer: Any, live: Any, *, chat: bool = False):
         if chat and not getattr(tokenizer, "chat_template", None):
@@ -53,7 +55,7 @@ class Session:
 
     @property
     def most_tokens(self) -> int:
-        """That a text may have: the model's positions but one, for the prompt; or LONGEST."""
+        """The most tokens of a text: the model's positions less one, for the prompt; at most LONGEST."""
         return LONGEST if self._positions is None else min(LONGEST, self._positions - 1)
 
     def __enter__(self) -> Session:
@@ -65,96 +67,95 @@ class Session:
             self._live.close()
 
     def end(self) -> None:
-        """Stop the text that is being made, and make no more."""
+        """Stop the generation that runs, and refuse any other."""
         self._ended = True
 
-    def text(self, wish: Wish) -> str | None:
-        """What the model writes after the prompt, `most_tokens` at most, or None if a later wish came in between.
+    def text(self, request: GenerationRequest) -> str | None:
+        """The model's continuation of the prompt, or None if a later request came in between. From any thread.
 
-        From any thread.
-        Raises: UsageError, if it cannot write: its weights, or what they make of the prompt, are no numbers.
+        Raises: UsageError, if generation fails: weights or scores are NaN or Inf, say.
         """
-        self._newest = max(self._newest, wish.turn)
+        self._newest = max(self._newest, request.turn)
         with self._one_at_a_time:
-            if self._late(wish):
+            if self._cancelled(request):
                 return None
-            self._live.set(wish.alphas)
+            self._live.set(request.alphas)
             try:
-                return self._written(wish)
+                return self._generate(request)
             except (RuntimeError, ValueError, IndexError) as error:  # torch and transformers refuse what they get
                 reason = " ".join(str(error).split())[:200]
                 raise UsageError(
-                    f"the model cannot write here ({type(error).__name__}: {reason}). Far from its ends its numbers "
-                    "may be NaN or Inf: move the sliders towards 0"
+                    f"the model cannot generate text here ({type(error).__name__}: {reason}). Far from its end "
+                    "points its weights may be NaN or Inf: move the sliders towards 0"
                 ) from error
 
-    def _late(self, wish: Wish) -> bool:
-        return self._ended or wish.turn < self._newest
+    def _cancelled(self, request: GenerationRequest) -> bool:
+        return self._ended or request.turn < self._newest
 
-    def _written(self, wish: Wish) -> str | None:
+    def _generate(self, request: GenerationRequest) -> str | None:
         import torch
 
-        tokens = self._tokens(wish.prompt)
+        tokens = self._tokens(request.prompt)
         device = self._module.device
-        length = min(wish.length, self.most_tokens)
+        length = min(request.length, self.most_tokens)
         if self._positions is not None:  # the end of a long prompt is what counts
             tokens = tokens[-max(1, self._positions - length) :]
-        given = torch.tensor([tokens], device=device)
+        prompt = torch.tensor([tokens], device=device)
         settings: dict[str, Any] = {"do_sample": False}
-        if wish.sampled:
-            settings = {"do_sample": True, "temperature": wish.temperature, "top_k": 0, "top_p": 0.95}
+        if request.sampled:
+            settings = {"do_sample": True, "temperature": request.temperature, "top_k": 0, "top_p": 0.95}
         with torch.inference_mode(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(wish.seed)
-            found = self._module.generate(
-                given, attention_mask=torch.ones_like(given), max_new_tokens=length, pad_token_id=self._padding(),
-                stopping_criteria=[lambda ids, scores, **_: self._stops(ids, wish)],
+            torch.manual_seed(request.seed)
+            output = self._module.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, pad_token_id=self._padding(),
+                stopping_criteria=[lambda ids, scores, **_: self._stops(ids, request)],
                 logits_processor=[_checked], **settings,
             )  # fmt: skip
-        if self._late(wish):
+        if self._cancelled(request):
             return None
-        text: str = self._tokenizer.decode(found[0, len(tokens) :], skip_special_tokens=True)
+        text: str = self._tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)
         return text
 
-    def _stops(self, ids: Any, wish: Wish) -> Any:
+    def _stops(self, ids: Any, request: GenerationRequest) -> Any:
         import torch
 
-        return torch.full((ids.shape[0],), self._late(wish), device=ids.device, dtype=torch.bool)
+        return torch.full((ids.shape[0],), self._cancelled(request), device=ids.device, dtype=torch.bool)
 
     def _tokens(self, prompt: str) -> list[int]:
         if self._chat:
             messages = [{"role": "user", "content": prompt}]
             prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        found = list(self._tokenizer(prompt, add_special_tokens=not self._chat)["input_ids"])
+        tokens = list(self._tokenizer(prompt, add_special_tokens=not self._chat)["input_ids"])
         start = self._tokenizer.bos_token_id
-        if not found and start is None:
+        if not tokens and start is None:
             raise UsageError("the prompt is empty, and the tokenizer has no token to start with. Write a prompt")
-        return found or [start]
+        return tokens or [start]
 
     def _padding(self) -> int:
-        for found in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id):
-            if found is not None:
-                return int(found)
+        for token in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
         return 0
 
 
 def _checked(ids: Any, scores: Any) -> Any:
-    """Of NaN the likeliest token is any, and text would come all the same."""
+    """A logits processor that refuses NaN, of which generation would make arbitrary text. Raises: ValueError."""
     if scores.isnan().any():
         raise ValueError("the scores of its tokens are NaN")
     return scores
 
 
 def _positions(config: Any) -> int | None:
-    """How many tokens the model can look at; None, if its configuration does not bound them."""
+    """The model's context length in tokens; None, if its configuration does not bound it."""
     for part in (config, getattr(config, "text_config", None)):
-        found = getattr(part, "max_position_embeddings", None)
-        if isinstance(found, int) and found > 1:
-            return found
+        length = getattr(part, "max_position_embeddings", None)
+        if isinstance(length, int) and length > 1:
+            return length
     return None
 
 
 def check_model(checkpoint: str) -> Path:
-    """The folder of a model, in which there is what transformers needs to write text with it.
+    """The folder of a model, if it has the files that transformers needs to generate text.
 
     Raises: CheckpointError, with the files that are missing, and what to do.
     """
@@ -162,11 +163,12 @@ def check_model(checkpoint: str) -> Path:
     remedy = "Copy {} from the model that this one was made from, or name the folder that has it"
     if not (root / "config.json").is_file():
         raise CheckpointError(f"config.json is missing. {remedy.format('it')}", file=str(root))
-    there = [n for n in sorted(os.listdir(root)) if is_tokenizer_file(n)]
+    files = [n for n in sorted(os.listdir(root)) if is_tokenizer_file(n)]
     settings = root / "tokenizer_config.json"
-    of_bytes = settings.is_file() and any(f'"{name}"' in settings.read_text("utf-8", "replace") for name in _OF_BYTES)
-    if not of_bytes and all(n.startswith(_NO_VOCABULARY) for n in there):
-        only = f" (only {listing(there)})" if there else ""
+    text = settings.read_text("utf-8", "replace") if settings.is_file() else ""
+    byte_level = any(f'"{name}"' in text for name in _BYTE_LEVEL)
+    if not byte_level and all(n.startswith(_NO_VOCABULARY) for n in files):
+        only = f" (only {listing(files)})" if files else ""
         raise CheckpointError(
             f"there is no tokenizer in the folder{only}: tokenizer.json is missing, or tokenizer.model, or vocab.json "
             f"with merges.txt. {remedy.format('tokenizer.json and tokenizer_config.json')}",
@@ -176,7 +178,7 @@ def check_model(checkpoint: str) -> Path:
 
 
 def open_session(sliders: Sliders, *, threads: int | None = None, chat: bool = False) -> Session:
-    """The base's model and tokenizer, as transformers has them; no code of a model is run.
+    """A session with the base's model and tokenizer, loaded by transformers. No code of the checkpoint is run.
 
     Raises: UsageError, if transformers is missing; CheckpointError, if it cannot open the folder, or files are missing.
     """
@@ -185,7 +187,6 @@ def open_session(sliders: Sliders, *, threads: int | None = None, chat: bool = F
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         raise UsageError("explore needs torch and transformers: pip install 'fastinterp[explore]'") from None
-    from fastinterp.torch_models.live import Live
 
     root = check_model(sliders.base)
     transformers.utils.logging.disable_progress_bar()
@@ -193,9 +194,9 @@ def open_session(sliders: Sliders, *, threads: int | None = None, chat: bool = F
         tokenizer = AutoTokenizer.from_pretrained(root, local_files_only=True)
         module = AutoModelForCausalLM.from_pretrained(root, dtype="auto", local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
-            f"transformers cannot open this as a causal language model: {said}", file=str(root)
+            f"transformers cannot open this as a causal language model: {reason}", file=str(root)
         ) from None
     module.eval()
     # Without a base of its own, Live starts from the module's weights, which are the base's: one copy less in memory.
@@ -208,7 +209,7 @@ def _named_as(module: Any, checkpoint: str) -> Any:
     names = open_checkpoint(checkpoint).tensors
     prefix = str(getattr(module, "base_model_prefix", ""))
     inner = getattr(module, prefix, None) if prefix else None
-    own = module.state_dict()
-    if inner is not None and not any(n in own for n in names) and any(f"{prefix}.{n}" in own for n in names):
+    tensors = module.state_dict()
+    if inner is not None and not any(n in tensors for n in names) and any(f"{prefix}.{n}" in tensors for n in names):
         return inner
     return module

@@ -1,4 +1,4 @@
-"""What the sliders move: a base, and a model for each direction, from a recipe or from names."""
+"""The models that sliders interpolate: a base and a model for each direction, from a recipe or from names."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from dataclasses import dataclass
 
 from fastinterp.errors import UsageError
 from fastinterp.paths.report import PathReport
+from fastinterp.recipe.load import load_recipe
 
 ALPHA = "alpha"
 
 
 @dataclass(frozen=True)
 class Sliders:
-    """weights = base + sum over directions of value * (model - base).
+    """Models of a path: weights = base + sum over directions of value * (model - base).
 
     models  by name of direction
-    start   values at first, by name
+    start   initial values of the sliders, by name of direction
     """
 
     base: str
@@ -43,42 +44,40 @@ class Sliders:
 
 
 def _of_recipe(source: str) -> Sliders:
-    from fastinterp.recipe.load import load_recipe
-
     if os.path.isdir(os.path.expanduser(source)) or source.endswith(".safetensors"):
         raise UsageError(f"{source} is one checkpoint, and a path has two ends. Name the other, too, or give a recipe")
     recipe = load_recipe(source)
-    asked = recipe.coefficients
-    if asked is None or (asked.base is None and not asked.sums_to_one):
+    coefficients = recipe.coefficients
+    if coefficients is None or (coefficients.base is None and not coefficients.sums_to_one):
         raise UsageError(
             f"{recipe.file or 'the recipe'} is no sum of whole models with one weight each, as linear and "
             "task_arithmetic are, so there are no straight lines to move along. Merge it, and explore the line from "
             "its base to the result"
         )
-    origin = 0 if asked.base is None else asked.base
+    origin = 0 if coefficients.base is None else coefficients.base
     others = [i for i in range(len(recipe.models)) if i != origin]
     models = [str(model) for model in recipe.models]
     names = _names([models[i] for i in others])
     return Sliders(
         models[origin],
         {name: models[i] for name, i in zip(names, others, strict=True)},
-        {name: asked.weights[i] for name, i in zip(names, others, strict=True)},
+        {name: coefficients.weights[i] for name, i in zip(names, others, strict=True)},
     )
 
 
 def _names(models: Sequence[str]) -> list[str]:
-    """Short names for models, all different: the last part of a path, in words that Python takes as an argument."""
-    found: list[str] = []
+    """Short names for models, all different: the last part of a path, as an identifier of Python."""
+    names: list[str] = []
     for model in models:
         last = os.path.basename(os.path.normpath(model)).split("@")[0].removesuffix(".safetensors")
         name = re.sub(r"\W+", "_", last).strip("_") or "model"
         name = f"_{name}" if name[0].isdecimal() else name
         number = 2
         stem = name
-        while name in found:
+        while name in names:
             name, number = f"{stem}_{number}", number + 1
-        found.append(name)
-    return found
+        names.append(name)
+    return names
 
 
 def read_report(file: str, sliders: Sliders) -> PathReport:
@@ -86,6 +85,6 @@ def read_report(file: str, sliders: Sliders) -> PathReport:
     report = PathReport.from_json(file)
     if not set(report.directions) <= set(sliders.models):
         raise UsageError(
-            f"{file} walks along {', '.join(report.directions)}, but the sliders are {', '.join(sliders.models)}"
+            f"{file} has the directions {', '.join(report.directions)}, but the sliders are {', '.join(sliders.models)}"
         )
     return report

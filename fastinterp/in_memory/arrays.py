@@ -1,0 +1,186 @@
+"""Arrays of numpy, torch and libraries with DLPack in one interface: address, shape and dtype of each, and new ones."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastinterp.errors import UsageError
+from fastinterp.in_memory.allocate import numpy_dtype, torch_dtype
+from fastinterp.ops.dtypes import DType, parse_dtype
+
+MERGED_DTYPES = "float64, float32, float16, bfloat16 and float8 can be summed"  # for messages
+
+
+class ArrayView(NamedTuple):
+    """A contiguous array in memory. address: of its first element, on the host or on a device."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: DType
+
+
+class NumpyArrays:
+    """Numpy arrays, with ml_dtypes for those that numpy does not have."""
+
+    @staticmethod
+    def prepare(x: Any) -> Any:
+        """An array of the caller's as the other functions take it."""
+        return x
+
+    @staticmethod
+    def export(x: Any, like: Any) -> Any:
+        """A new array as one of the caller's library. like: an array of the caller's."""
+        return x
+
+    @staticmethod
+    def device(x: Any) -> Any:
+        """The torch.device that an array is on; None for the CPU."""
+        return None
+
+    @staticmethod
+    def dtype(x: Any) -> DType | None:
+        """The dtype of an array, or None if it does not merge."""
+        return parse_dtype(x.dtype.name) if x.dtype.isnative else None
+
+    @staticmethod
+    def equal(x: Any, y: Any) -> bool:
+        """Whether two arrays of any dtype hold the same bytes."""
+        return x.dtype == y.dtype and x.shape == y.shape and bool(x.tobytes() == y.tobytes())
+
+    @staticmethod
+    def copy(x: Any) -> Any:
+        return x.copy()
+
+    @staticmethod
+    def view(x: Any, name: str, writable: bool = False) -> ArrayView:
+        """Address, shape and dtype. Raises: UsageError, if the array cannot be summed. name: what messages call it."""
+        if not isinstance(x, np.ndarray):
+            raise UsageError(f"{name} must be a numpy array like the first, got {type(x).__name__}")
+        if isinstance(x, np.ma.MaskedArray):
+            raise UsageError(f"{name} is masked, and masks are ignored. Use .filled(0), say")
+        dtype = NumpyArrays.dtype(x)
+        if dtype is None:
+            raise UsageError(f"{name} has dtype {x.dtype}; {MERGED_DTYPES}")
+        if not x.flags.c_contiguous:
+            # To write into a copy would not help the caller.
+            remedy = "Give a contiguous array" if writable else "Use numpy.ascontiguousarray"
+            raise UsageError(f"{name} is not contiguous. {remedy}")
+        if writable and not x.flags.writeable:
+            raise UsageError(f"{name} is read-only")
+        return ArrayView(x.ctypes.data, x.shape, dtype)
+
+    @staticmethod
+    def empty(like: Any, dtype: DType) -> Any:
+        """A new array, uninitialised, of the shape of `like`."""
+        return np.empty(like.shape, numpy_dtype(dtype))
+
+
+class TorchTensors:
+    """Torch tensors, on the CPU or on a device with CUDA."""
+
+    @staticmethod
+    def prepare(x: Any) -> Any:
+        return x
+
+    @staticmethod
+    def export(x: Any, like: Any) -> Any:
+        return x
+
+    @staticmethod
+    def device(x: Any) -> Any:
+        return None if x.device.type == "cpu" else x.device
+
+    @staticmethod
+    def dtype(x: Any) -> DType | None:
+        """The dtype of a tensor, or None if it does not merge."""
+        return parse_dtype(str(x.dtype))
+
+    @staticmethod
+    def equal(x: Any, y: Any) -> bool:
+        """Whether two tensors of any dtype are equal."""
+        import torch
+
+        return bool(x.dtype == y.dtype and torch.equal(x, y))
+
+    @staticmethod
+    def copy(x: Any) -> Any:
+        return x.detach().clone()
+
+    @staticmethod
+    def view(x: Any, name: str, writable: bool = False) -> ArrayView:
+        import torch
+
+        if not isinstance(x, torch.Tensor):
+            raise UsageError(f"{name} must be a torch tensor like the first, got {type(x).__name__}")
+        dtype = TorchTensors.dtype(x)
+        if dtype is None:
+            raise UsageError(f"{name} has dtype {x.dtype}; {MERGED_DTYPES}")
+        if x.device.type not in ("cpu", "cuda"):
+            raise UsageError(f"{name} is on {x.device}; only tensors on the CPU or on CUDA devices can be summed")
+        if not x.is_contiguous():
+            remedy = "Give a contiguous tensor" if writable else "Use .contiguous()"
+            raise UsageError(f"{name} is not contiguous. {remedy}")
+        if x.is_neg():  # the sign is in the view, not in the memory
+            raise UsageError(f"{name} is a negated view. {'Give another tensor' if writable else 'Use .resolve_neg()'}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise UsageError(
+                f"{name} requires grad, and gets no gradient here. Use .detach() or torch.no_grad(); for gradients of "
+                "weighted sums, fastinterp.integrations.torch_ops.weighted_sum"
+            )
+        return ArrayView(x.data_ptr(), tuple(x.shape), dtype)
+
+    @staticmethod
+    def empty(like: Any, dtype: DType) -> Any:
+        if hasattr(like, "new_empty"):  # on the same device
+            return like.new_empty(like.shape, dtype=torch_dtype(dtype))
+        import torch
+
+        return torch.empty(like.shape, dtype=torch_dtype(dtype), device="cpu")
+
+
+class DLPackArrays(TorchTensors):
+    """Arrays of any library with `__dlpack__`, exchanged as torch tensors.
+
+    Their library orders what it has put into its streams before torch's current stream.
+    """
+
+    @staticmethod
+    def prepare(x: Any) -> Any:
+        """Raises: UsageError, if torch does not take it."""
+        try:
+            import torch
+        except ImportError:
+            raise UsageError(f"{type(x).__name__} arrays are merged as torch tensors: pip install torch") from None
+        if not hasattr(x, "__dlpack__"):
+            raise UsageError(f"all must be arrays of one library, got {type(x).__name__}, which has no __dlpack__")
+        try:
+            return x if isinstance(x, torch.Tensor) else torch.from_dlpack(x)
+        except (RuntimeError, BufferError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UsageError(f"torch does not take this {type(x).__name__} by DLPack: {reason}") from None
+
+    @staticmethod
+    def export(x: Any, like: Any) -> Any:
+        """Raises: UsageError, if the library of `like` does not take arrays by DLPack."""
+        if hasattr(like, "__array_namespace__"):
+            library = like.__array_namespace__()
+        else:
+            library = sys.modules[type(like).__module__.partition(".")[0]]
+        if not hasattr(library, "from_dlpack"):
+            raise UsageError(f"{library.__name__} has no from_dlpack. Give `out`, or torch tensors")
+        return library.from_dlpack(x)
+
+
+Library = type[NumpyArrays] | type[TorchTensors]
+
+
+def library_of(x: Any) -> Library:
+    """The library that `x` belongs to. Anything that is no array is refused later, by `view`."""
+    if hasattr(x, "data_ptr"):
+        return TorchTensors
+    if hasattr(x, "__dlpack__") and not hasattr(x, "__array_interface__"):
+        return DLPackArrays
+    return NumpyArrays

@@ -1,0 +1,107 @@
+"""`diff`: the differences of two checkpoints as text and as plain values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from fastinterp.inspect.compare import Comparison, Difference
+from fastinterp.inspect.describe import natural
+from fastinterp.messages import WIDTH, counted, fit, listed, table
+
+_MOST = 10  # tensors in the table that has those that differ most
+_LISTED = 3  # names in a note
+
+
+def as_dict(comparison: Comparison) -> dict[str, Any]:
+    """Plain values, as `diff --json` prints them."""
+    return {
+        "total": _values(comparison.total),
+        "layers": {name: _values(d) for name, d in _layers(comparison).items()},
+        "tensors": {name: _values(d) for name, d in comparison.tensors.items()},
+        "only_a": comparison.only_a,
+        "only_b": comparison.only_b,
+        "shapes": comparison.shapes,
+        "unmeasured": comparison.unmeasured,
+        "kinds": comparison.kinds,
+    }
+
+
+def _values(d: Difference) -> dict[str, Any]:
+    named = ("numel", "changed", "norm_a", "norm_delta", "dot_a_delta", "relative", "cosine", "changed_fraction")
+    return {name: getattr(d, name) for name in named}
+
+
+def _layers(comparison: Comparison) -> dict[str, Difference]:
+    """One entry per layer (the name up to its first number), and per tensor that is in no layer, in natural order."""
+    groups: dict[str, list[Difference]] = {}
+    for name in sorted(comparison.tensors, key=natural):
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
+        groups.setdefault(".".join(parts[: at + 1]), []).append(comparison.tensors[name])
+    return {name: Difference.total(some) for name, some in groups.items()}
+
+
+def as_text(comparison: Comparison, *, every: bool = False) -> str:
+    """Tables of layers and tensors. every: all tensors, not only those that differ most."""
+    head = ["|d|/|a|", "cosine", "changed", "elements"]
+    layers = [_row(n, d) for n, d in _layers(comparison).items()]
+    total = _row(f"all {counted(len(comparison.tensors), 'tensor')}", comparison.total)
+    notes = _notes(comparison)
+    lines = [*notes, *([""] if notes else []), *table([["layer", *head], *layers, total], "<>>>>", indent=0)]
+    names = sorted(comparison.tensors, key=natural)
+    if not every:
+        differing = [n for n in names if comparison.tensors[n].changed]
+        names = sorted(differing, key=lambda n: _rank(comparison.tensors[n]))[:_MOST]
+    title = "tensor" if len(names) == len(comparison.tensors) else f"tensor, the {len(names)} that differ most"
+    if names:
+        lines += ["", *table([[title, *head], *(_row(n, comparison.tensors[n]) for n in names)], "<>>>>", indent=0)]
+    return "\n".join(lines)
+
+
+def _rank(d: Difference) -> float:
+    """Sort key: NaN first, then the largest relative difference, that from zeros being infinite."""
+    return -math.inf if not d.finite else -(math.inf if d.relative is None else d.relative)
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """Lines about what the tables do not show."""
+    notes = []
+    for what, some in (("only in A", comparison.only_a), ("only in B", comparison.only_b)):
+        if some:
+            notes.append(f"{counted(len(some), 'tensor')} {what}: {_names(some)}")
+    kinds = {n: f"{n} ({a} in A, {b} in B)" for n, (a, b) in comparison.kinds.items()}
+    dtypes = [kinds[n] for n in kinds if n not in comparison.shapes]
+    if comparison.shapes:
+        shapes = [kinds[n] for n in comparison.shapes]
+        notes.append(f"{counted(len(shapes), 'tensor')} of different shapes: {_names(shapes)}")
+    if dtypes:
+        notes.append(f"{counted(len(dtypes), 'tensor')} of different dtypes: {_names(dtypes)}")
+    if comparison.unmeasured:
+        many = counted(len(comparison.unmeasured), "tensor")
+        notes.append(f"{many} of a dtype that is not merged, and not measured: {_names(comparison.unmeasured)}")
+    in_a = [n for n, d in comparison.tensors.items() if not math.isfinite(d.norm_a)]
+    in_b = [n for n, d in comparison.tensors.items() if math.isfinite(d.norm_a) and not d.finite]
+    for which, some in (("A", in_a), ("B", in_b)):
+        if some:
+            notes.append(
+                f"{which} contains NaN, Inf or numbers whose squares exceed float64, first in {_names(some[:1])}"
+            )
+    if comparison.tensors and not comparison.total.changed:
+        notes.append("all elements of A and B are equal" + (" in the tensors that were measured" if notes else ""))
+    return notes
+
+
+def _names(names: Iterable[str]) -> str:
+    return listed((fit(name, WIDTH - 10) for name in names), _LISTED)
+
+
+def _row(name: str, d: Difference) -> list[str]:
+    return [
+        name,
+        "-" if d.relative is None else f"{d.relative:.3e}",
+        "-" if d.cosine is None else f"{d.cosine:.6f}",
+        "-" if d.changed_fraction is None else f"{d.changed_fraction:.2%}",
+        f"{d.numel:,}",
+    ]

@@ -1,0 +1,131 @@
+"""Text generation for the page: what the model writes at a point, and which folders are refused."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fastinterp.cli import commands
+from fastinterp.errors import CheckpointError, UsageError
+from fastinterp.paths.explore.session import GenerationRequest, check_model, open_session
+from fastinterp.paths.explore.sliders import Sliders
+from tests.support.models import layers, save
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def request(turn, x=0.0, q=0.0, **changes):
+    given = {"prompt": "the ", "sampled": False, "seed": 0, "length": 8, "temperature": 1.0, **changes}
+    return GenerationRequest(turn=turn, alphas={"x": x, "q": q}, **given)
+
+
+@pytest.fixture
+def session(models):
+    folders = {name: str(models / name) for name in ("x", "q")}
+    with open_session(Sliders.of([], str(models / "base"), folders), threads=1) as found:
+        yield found
+
+
+def test_sliders_move_what_the_model_writes(session):
+    plain = session.text(request(0))
+    assert session.text(request(1, x=1)) == "x" * 8
+    assert session.text(request(2, q=1)) == "q" * 8
+    assert session.text(request(3)) == plain != "x" * 8
+
+
+def test_sampled_text_is_the_same_for_a_seed(session):
+    texts = [session.text(request(i, sampled=True, seed=seed, length=30)) for i, seed in enumerate([1, 1, 2])]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_prompt_longer_than_the_context_keeps_its_end(session):
+    assert session.text(request(0, prompt="abc " * 100)) == session.text(request(1, prompt=("abc " * 100)[-56:]))
+    assert len(session.text(request(2, prompt=""))) == 8
+
+
+@pytest.mark.slow
+def test_no_more_tokens_than_the_model_has_positions(session):
+    """64: one for the prompt, 63 for the text."""
+    assert session.most_tokens == 63
+    for turn, length in enumerate((63, 64, 4096)):
+        assert session.text(request(turn, x=1, length=length)) == "x" * 63
+    assert session.text(request(3, length=4096, prompt="abc " * 100, sampled=True))
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_point_where_the_model_has_no_numbers_is_told(session, sampled):
+    with pytest.raises(UsageError, match=r"the model cannot generate text here .*move the sliders towards 0"):
+        session.text(request(0, x=1e38, q=1e38, sampled=sampled))
+    assert session.text(request(1, x=1)) == "x" * 8
+
+
+def test_later_request_cancels_an_earlier_one(session):
+    """A text of 50 tokens is cancelled by the next request, and one that comes too late is not begun."""
+    begun, seen = threading.Event(), {}
+    stops = session._stops
+
+    def watched(ids, request):
+        begun.set()
+        deadline = time.monotonic() + 10
+        while request.turn == 1 and session._newest < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seen[request.turn] = ids.shape[1]
+        return stops(ids, request)
+
+    session._stops = watched
+    first = threading.Thread(target=lambda: seen.update(text=session.text(request(1, length=50))))
+    first.start()
+    assert begun.wait(10)
+    assert session.text(request(2, x=1)) == "x" * 8
+    first.join(10)
+    assert seen["text"] is None and seen[1] == len("the ") + 1
+    assert session.text(request(1)) is None
+
+
+def test_nothing_is_written_after_the_end(session):
+    session.end()
+    assert session.text(request(0)) is None
+
+
+def test_chat_needs_a_template(models):
+    with pytest.raises(UsageError, match="chat template"):
+        open_session(Sliders.of([str(models / "base"), str(models / "x")], None, {}), threads=1, chat=True)
+
+
+def test_folder_that_is_no_language_model_is_refused(tmp_path):
+    folders = [str(save(tmp_path / name, layers(1))) for name in "ab"]
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "a" / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="transformers cannot open this as a causal language model"):
+        open_session(Sliders.of(folders, None, {}), threads=1)
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        (["tokenizer.json", "tokenizer_config.json"], "there is no tokenizer in the folder: tokenizer.json is missing"),
+        (["tokenizer.json"], "there is no tokenizer in the folder (only `tokenizer_config.json`)"),
+        (["config.json"], "config.json is missing. Copy it from the model that this one was made from"),
+    ],
+    ids=" ".join,
+)
+def test_missing_files_are_named_before_anything_is_measured(models, tmp_path, gone, said):
+    shutil.copytree(models / "base", tmp_path / "base")
+    for name in gone:
+        (tmp_path / "base" / name).unlink()
+    given = ["explore", str(tmp_path / "base"), str(models / "x"), "--port", "0"]
+    done = CliRunner().invoke(commands, given, prog_name="fastinterp")
+    assert done.exit_code == 3 and said in done.stderr and "measuring" not in done.stderr
+    assert "Copy " in done.stderr and "or name the folder that has it" in done.stderr
+
+
+def test_tokenizers_of_bytes_need_no_vocabulary(models, tmp_path):
+    shutil.copytree(models / "base", tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    (tmp_path / "base" / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    assert check_model(str(tmp_path / "base")) == tmp_path / "base"
