@@ -1,7 +1,11 @@
-"""What an accelerator is to the engine: memory, queues of work, and kernels for pieces of the pump's steps.
+"""The interface of an accelerator: memory, queues of work, and kernels for pieces of the pump's steps.
 
-Two backends have this form, CUDA (`cuda.py`) and Triton (`triton.py`). Both work on memory that they are given by
-address, and know nothing of files, recipes or methods.
+Two backends implement it, CUDA (`cuda.py`) and Triton (`triton/device.py`). Both work on memory that they are given by
+address, and know nothing of files, recipes or methods. The module of a backend, in its row of `registry.py`, has
+
+    missing() -> str              why it has no device here; empty if it has one
+    device_count() -> int         how many it has
+    device(index: int) -> Device  the one of this number, from 0. Raises: BackendError, if there is none
 """
 
 from __future__ import annotations
@@ -108,7 +112,7 @@ class Device(Protocol):
     @property
     def name(self) -> str: ...  # "cuda:0"
     @property
-    def backend(self) -> str: ...  # "cuda" or "triton"
+    def backend(self) -> str: ...  # its name in registry.py, as "cuda"
     @property
     def label(self) -> str: ...  # for people: the product's name
     def free_bytes(self) -> int: ...
