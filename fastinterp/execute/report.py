@@ -317,6 +317,6 @@ def report_on(
 def _importances(plan: Plan) -> list[str]:
     if not any(recipe.sidecars for recipe in plan.recipes) and not any(t.before for t in plan.tensors):
         return []
-    from fastinterp.execute.importances import negative_importances
+    from fastinterp.execute.chunks import negative_importances
 
     return negative_importances(plan)
