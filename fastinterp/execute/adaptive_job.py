@@ -29,7 +29,7 @@ from fastinterp.ops.masked import (
 from fastinterp.ops.requests import (
     Divergence,
     GroupCombine,
-    Keep,
+    Mask,
     MaskedCombine,
     Measure,
     Measured,
@@ -44,7 +44,7 @@ from fastinterp.plan.method_run import MethodRun, inputs_of
 _AT_A_TIME = 1024  # groups whose numbers are Python's at a time
 RequestSteps = Generator[TensorStep, Any, Any]  # steps, sent their answers one by one; returns the answer to a request
 MASK_BYTES = 64 << 20  # of one tensor that wait for its sum; more are found again
-Masks = dict[tuple[int, Keep, int], MaskPlace]  # by input, keep and seed
+Masks = dict[tuple[int, Mask, int], MaskPlace]  # by input, keep and seed
 
 
 class AdaptiveJob(Job):
@@ -205,7 +205,7 @@ def _probes(request: Request, place: TensorIO, n: int, name: str, seed: int, mas
         step, filled = _kept(request, place, inputs, name, seed, masks is not None)
         sums, counts = yield step
         if masks is not None:
-            kept = enumerate(request.keeps)
+            kept = enumerate(request.masks)
             masks |= {(i, keep, seed): filled[i] for i, keep in kept if i in filled and keep is not None}
         return kept_of(request, _flat(sums, "d").tolist(), _flat(counts, "q").tolist())
     if isinstance(request, Divergence):

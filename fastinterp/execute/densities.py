@@ -33,27 +33,27 @@ class Density:
 Answers = Sequence[tuple[Select, Sequence[Selected]]]
 
 
-def densities(asked: Sum, answers: Answers, numel: int) -> dict[int, Density]:
-    """Of every input of a sum whose keep has a threshold that is not 0. answers: what the method was told before."""
-    found: dict[int, Density] = {}
-    if not isinstance(asked, MaskedCombine):
-        return found
+def densities(requested: Sum, answers: Answers, numel: int) -> dict[int, Density]:
+    """The density of every input whose mask has a threshold above 0. answers: those to the method's requests."""
+    by_input: dict[int, Density] = {}
+    if not isinstance(requested, MaskedCombine):
+        return by_input
     for request, selected in answers:
         if request.score is not None or request.nonzero:
             continue
-        for i, keep in enumerate(asked.keeps or ()):
-            own = [(int(k), s) for (at, k), s in zip(request.ranks, selected, strict=True) if at == i]
-            low = max(((k, s.kept) for k, s in own if s.least == keep.least > 0), default=None)
-            above = min((k - 1 for k, s in own if s.least == keep.most), default=0)
+        for i, mask in enumerate(requested.masks or ()):
+            ranks = [(int(k), s) for (at, k), s in zip(request.ranks, selected, strict=True) if at == i]
+            low = max(((k, s.kept) for k, s in ranks if s.min_bits == mask.min_bits > 0), default=None)
+            above = min((k - 1 for k, s in ranks if s.min_bits == mask.max_bits), default=0)
             if low is not None:
-                found[i] = Density(low[0] - above, low[1] - above, 0 if request.whole else numel)
-    return found
+                by_input[i] = Density(low[0] - above, low[1] - above, 0 if request.whole else numel)
+    return by_input
 
 
-def together(found: Iterable[Density]) -> Density:
-    """Those of one model in several tensors."""
-    every = list(found)
-    if not every[0].numel:  # each has the whole model's
+def together(densities: Iterable[Density]) -> Density:
+    """The density of one model in several tensors together."""
+    every = list(densities)
+    if not every[0].numel:  # each is that of the whole model
         return every[0]
     return Density(*(sum(getattr(d, name) for d in every) for name in Density.__slots__))
 
@@ -63,20 +63,20 @@ def as_dict(models: Mapping[str, Mapping[str, Density]], whole: int) -> dict[str
     return {
         name: {
             **together(tensors.values()).as_dict(whole),
-            "tensors": {tensor: found.as_dict(whole) for tensor, found in tensors.items()},
+            "tensors": {tensor: density.as_dict(whole) for tensor, density in tensors.items()},
         }
         for name, tensors in models.items()
     }
 
 
 def note(models: Mapping[str, Mapping[str, Density]], whole: int) -> str | None:
-    """One line on the model whose density is most off, if it is noticeably."""
+    """A line about the model whose density differs most from the intended one, if any differs by more than _NOTICED."""
     shares = {name: together(tensors.values()).as_dict(whole) for name, tensors in models.items()}
-    off = {name: abs(s["kept"] - s["asked"]) for name, s in shares.items()}
-    noticed = [name for name, by in off.items() if by > _NOTICED]
+    differences = {name: abs(s["kept"] - s["asked"]) for name, s in shares.items()}
+    noticed = [name for name, by in differences.items() if by > _NOTICED]
     if not noticed:
         return None
-    name = max(noticed, key=off.__getitem__)
+    name = max(noticed, key=differences.__getitem__)
     others = "" if len(noticed) == 1 else f" and {len(noticed) - 1} more"
     asked, kept = shares[name]["asked"], shares[name]["kept"]
     return f"density {kept:.2f} instead of {asked:.2f} for {name}{others}: equal magnitudes are all kept"
