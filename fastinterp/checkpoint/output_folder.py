@@ -28,7 +28,7 @@ from fastinterp.checkpoint.sidecar_files import is_sidecar
 from fastinterp.errors import CheckpointError, OutputError
 
 _PARTIAL = re.compile(r"\..+\.partial-(?P<pid>\d+)-(?P<host>[0-9a-f]{8})-[0-9a-f]{12}", re.DOTALL)
-SHARED = "ffffffff"  # in the place of a host: what several processes write together (shared_folder.py)
+SHARED = "ffffffff"  # in the place of a host: what several processes write together (shared_output_folder.py)
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW  # a planted link is never written through
 _active: set[str] = set()  # endings of the temporary names that this process has in use
 
