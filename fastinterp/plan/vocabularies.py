@@ -20,7 +20,7 @@ from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError, ShapeError
-from fastinterp.messages import fit
+from fastinterp.messages import counted, fit
 from fastinterp.plan.inputs import GatheredInput, TensorInput
 from fastinterp.plan.models import Model
 from fastinterp.recipe.load import Recipe
@@ -176,7 +176,7 @@ def _with_vocabulary(
     warnings = [*rowless(joined, beside, spec.source == "union"), *warnings]
     if plan.zeros:
         warnings.append(
-            f"no model has a row for {len(plan.zeros)} tokens, {listing(plan.zeros)}: their embeddings are zeros. Say "
+            f"no model has a row for {counted(len(plan.zeros), 'token')}, {listing(plan.zeros)}: zeros instead. Say "
             "where from: `tokenizer: {tokens: ...}`"
         )
     _moved(plan, tensors, known, sizes)

@@ -202,7 +202,7 @@ T = torch.ones(2, 3)
         ([X], [1], {"pivot": np.ones(6, np.float32)}, ShapeError, "arrays differ in shape"),
         ([X], [1], {"out": np.ones(6, np.float32)}, ShapeError, "out has shape [6], the arrays have [2, 3]"),
         ([], [], {}, UsageError, "got 0 arrays and 0 weights"),
-        ([X, X], [1], {}, UsageError, "got 2 arrays and 1 weights"),
+        ([X, X], [1], {}, UsageError, "got 2 arrays and 1 weight"),
         ([X] * 65, [1] * 65, {}, UsageError, "at most 64 arrays"),
         ([X] * 64, [1] * 64, {"pivot": X}, UsageError, "at a time, pivot included, got 65"),
         ([X, X], [0, 0.0], {}, UsageError, "every weight is 0"),
