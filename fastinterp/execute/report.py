@@ -11,8 +11,8 @@ from fastinterp.messages import counted, plain, seconds, size
 
 if TYPE_CHECKING:
     from fastinterp.checkpoint.output_folder import OutFolder
-    from fastinterp.execute.densities import Density
-    from fastinterp.execute.jobs import Job
+    from fastinterp.execute.jobs.densities import Density
+    from fastinterp.execute.jobs.job import Job
     from fastinterp.execute.rounds import DeviceUsage
     from fastinterp.execute.run import Done
     from fastinterp.plan.plan import Plan
@@ -156,7 +156,7 @@ class Report:
         fields = {k: v for k, v in self.__dict__.items() if k not in ("tensors", "densities", "merged")}
         densities = {}
         if self.densities:
-            from fastinterp.execute.densities import as_dict
+            from fastinterp.execute.jobs.densities import as_dict
 
             densities = as_dict(self.densities, self.merged)
         return {
@@ -185,7 +185,7 @@ class Report:
     def _density_note(self) -> list[str]:
         if not self.densities:
             return []
-        from fastinterp.execute.densities import note
+        from fastinterp.execute.jobs.densities import note
 
         line = note(self.densities, self.merged)
         return [plain(line)] if line else []

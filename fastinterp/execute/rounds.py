@@ -17,12 +17,12 @@ from msgspec.structs import replace
 
 from fastinterp.backends.cpu import Handle, Progress, Pump, PumpOptions, watch
 from fastinterp.errors import UsageError
-from fastinterp.execute.jobs import Job, Result
-from fastinterp.execute.tensor_io import TensorStep
+from fastinterp.execute.jobs.job import Job, Result
+from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.ops.steps import WritingStep
 
 if TYPE_CHECKING:
-    from fastinterp.execute.adaptive_job import AdaptiveJob
+    from fastinterp.execute.jobs.adaptive_job import AdaptiveJob
     from fastinterp.ops.requests import Select
 
 ROUND_BYTES = 256 << 20  # of inputs that a round reads for the first time; one tensor at least
@@ -242,7 +242,7 @@ def _round(running: deque[Job], executor: Executor) -> list[Job]:
 
 def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], executor: Executor) -> None:
     """Answer what is asked about the whole model, when all tensors that do not ask are at their end."""
-    from fastinterp.execute.adaptive_job import asked_of_all
+    from fastinterp.execute.jobs.adaptive_job import asked_of_all
 
     merged = [job for job in map(_asking, jobs) if job is not None]
     waits = [job for job in map(_asking, resting) if job is not None]
@@ -273,7 +273,7 @@ def gathered(requests: Sequence[Select], most: int) -> list[list[Select]]:
 
 
 def _asking(job: Job) -> AdaptiveJob | None:
-    from fastinterp.execute.adaptive_job import AdaptiveJob
+    from fastinterp.execute.jobs.adaptive_job import AdaptiveJob
 
     last = job.last
     return last if isinstance(last, AdaptiveJob) else None

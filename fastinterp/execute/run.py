@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from fastinterp.backends.cpu import Handle, Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import OutputError, UsageError
-from fastinterp.execute.jobs import Job
+from fastinterp.execute.jobs.job import Job
+from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor, run_jobs
 from fastinterp.execute.sinks import Sinks
 from fastinterp.execute.sources import Sources, remedy
-from fastinterp.execute.tensor_io import TensorIO, TensorStep
 from fastinterp.ops.combine import philox_key
 from fastinterp.ops.steps import Operand
 from fastinterp.plan.inputs import PlannedTensor, TensorInput
@@ -26,7 +26,7 @@ from fastinterp.plan.tensors import must_agree
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device
-    from fastinterp.execute.chained_job import ScratchFile
+    from fastinterp.execute.jobs.chained_job import ScratchFile
 
 STATS_EVERY = 32  # chunks of 16384 elements: one of so many is measured, which costs a few percent of the kernel's time
 _STORE = 0  # Philox stream of the store's rounding
@@ -244,7 +244,7 @@ def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folde
     """The file of what documents above make."""
     import tempfile
 
-    from fastinterp.execute.chained_job import ScratchFile
+    from fastinterp.execute.jobs.chained_job import ScratchFile
 
     folder = folder or Path(tempfile.gettempdir())
     file = ScratchFile(folder, stack, keeps=any(t.program is not None and t.program.whole for t in plan.tensors))
@@ -259,7 +259,7 @@ def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: Sinks, scra
     stochastic = plan.recipes[0].rounding == "stochastic"
     if scratch is None or not tensor.before:
         return _job_at(tensor, stochastic, sources.operand, *_places(sinks, tensor.name))
-    from fastinterp.execute.chained_job import ChainedJob
+    from fastinterp.execute.jobs.chained_job import ChainedJob
 
     def make(stage: PlannedTensor, operand: Callable[[TensorInput], Operand], offset: int | None) -> Job:
         where = _places(sinks, tensor.name) if offset is None else ([scratch.sink], [offset])
@@ -295,7 +295,7 @@ def _job_at(
     )
     if tensor.program is None:
         return Job(place, tensor.rows)
-    from fastinterp.execute.adaptive_job import AdaptiveJob
+    from fastinterp.execute.jobs.adaptive_job import AdaptiveJob
 
     return AdaptiveJob(place, tensor.model_count, tensor.program.calls, tensor.program.name, tensor.program.seeds)
 

@@ -11,13 +11,13 @@ from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, device_of
 from fastinterp.errors import MethodError, StorageError, UsageError
-from fastinterp.execute.adaptive_job import AdaptiveJob
 from fastinterp.execute.device.resident import ResidentExecutor
+from fastinterp.execute.jobs.adaptive_job import AdaptiveJob
+from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.execute.report import RoundingEffect
 from fastinterp.execute.rounds import Executor, PumpExecutor, run_jobs
 from fastinterp.execute.run import STATS_EVERY
 from fastinterp.execute.sources import Sources
-from fastinterp.execute.tensor_io import TensorIO, TensorStep
 from fastinterp.in_memory.arrays import ArrayView
 from fastinterp.in_memory.inputs import Arrays, Inputs, View, operand_of, text
 from fastinterp.in_memory.parameters import resolved

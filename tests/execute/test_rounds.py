@@ -17,7 +17,6 @@ import fastinterp
 from fastinterp import methods
 from fastinterp.backends.cpu import Pump, PumpOptions
 from fastinterp.errors import MethodError, UsageError
-from fastinterp.execute import adaptive_job as asking
 from fastinterp.execute import rounds
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.methods import Each, Method, Sidecar, method

@@ -15,9 +15,9 @@ from fastinterp.backends.device import Device
 from fastinterp.errors import UsageError
 from fastinterp.execute.device.batches import Part, Work, batches
 from fastinterp.execute.device.worker import LEAST_SLOT, Files, Worker
-from fastinterp.execute.jobs import Result
+from fastinterp.execute.jobs.job import Result
+from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor
-from fastinterp.execute.tensor_io import TensorStep
 from fastinterp.messages import size
 from fastinterp.ops.steps import Combine, CopyEqual, Histogram, MaskedSum, Step
 

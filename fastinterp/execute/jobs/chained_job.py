@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastinterp.errors import OutputError
-from fastinterp.execute.jobs import Job, Result
+from fastinterp.execute.jobs.job import Job, Result
+from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.sources import Sources, storage
-from fastinterp.execute.tensor_io import TensorStep
 from fastinterp.ops.steps import Operand, Stored
 from fastinterp.plan.inputs import GatheredInput, IntermediateInput, PlannedTensor, StoredInput, TensorInput
 
 if TYPE_CHECKING:
-    from fastinterp.execute.densities import Density
+    from fastinterp.execute.jobs.densities import Density
 
 _ALIGN = 4096  # bytes
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.execute.tensor_io import TensorIO, TensorStep
+from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.ops.combine import Row
 
 if TYPE_CHECKING:
-    from fastinterp.execute.densities import Density
+    from fastinterp.execute.jobs.densities import Density
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from operator import itemgetter
 from typing import Any, Literal, overload
 
 from fastinterp.backends import cpu
-from fastinterp.execute.densities import Density, densities
-from fastinterp.execute.jobs import Job, Result, is_copy
-from fastinterp.execute.tensor_io import TensorIO, TensorStep
+from fastinterp.execute.jobs.densities import Density, densities
+from fastinterp.execute.jobs.job import Job, Result, is_copy
+from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.ops import steps
 from fastinterp.ops.combine import GroupRow, Row
 from fastinterp.ops.dtypes import F64
