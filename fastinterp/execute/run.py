@@ -247,7 +247,7 @@ def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folde
     from fastinterp.execute.jobs.chained_job import ScratchFile
 
     folder = folder or Path(tempfile.gettempdir())
-    file = ScratchFile(folder, stack, keeps=any(t.program is not None and t.program.whole for t in plan.tensors))
+    file = ScratchFile(folder, stack, never_free=any(t.program is not None and t.program.whole for t in plan.tensors))
     label = folder / "a temporary file"
     file.source, file.sink = sources.add(file.fd, label), len(sinks.handles)
     sinks.handles.append(file.fd)
@@ -282,7 +282,7 @@ def _job_at(
 ) -> Job:
     """The job of a tensor whose outputs are to be at these offsets of these sinks."""
     stochastic &= tensor.merged
-    place = TensorIO(
+    io = TensorIO(
         name=tensor.name,
         shape=tensor.shape,
         operands=tuple(operand(entry) for entry in tensor.inputs),
@@ -294,10 +294,10 @@ def _job_at(
         keys=tuple(philox_key(seed, _STORE, tensor.name) for seed in tensor.seeds) if stochastic else (),
     )
     if tensor.program is None:
-        return Job(place, tensor.rows)
+        return Job(io, tensor.rows)
     from fastinterp.execute.jobs.adaptive_job import AdaptiveJob
 
-    return AdaptiveJob(place, tensor.model_count, tensor.program.calls, tensor.program.name, tensor.program.seeds)
+    return AdaptiveJob(io, tensor.model_count, tensor.program.calls, tensor.program.name, tensor.program.seeds)
 
 
 def _explained(

@@ -208,7 +208,7 @@ class _Merge:
                 jobs.append(self._job(name, views, library.view(out[name], name), numel, sources, sinks))
         run_jobs(jobs, self._executor(sources, sinks, stats_every))
         if stats_every:
-            self.effects = {j.place.name: RoundingEffect.of(j.place.numel, j.stats[0]) for j in jobs if not j.copies(0)}
+            self.effects = {j.io.name: RoundingEffect.of(j.io.numel, j.stats[0]) for j in jobs if not j.copies(0)}
         return out
 
     def _executor(self, sources: list[Handle], sinks: list[Handle], stats_every: int) -> Executor:

@@ -200,7 +200,7 @@ def test_files_are_the_same_for_any_threads_and_windows(tmp_path, name, monkeypa
     for threads, window, held, masks in ((1, 1 << 28, 1 << 26, 1 << 26), (2, 1, 1 << 26, 0), (7, 20000, 1, 1 << 26)):
         monkeypatch.setattr(rounds, "ROUND_BYTES", window)
         monkeypatch.setattr(rounds, "HELD_BYTES", held)
-        monkeypatch.setattr(asking, "MASK_BYTES", masks)
+        monkeypatch.setattr(adaptive_job, "MASK_BYTES", masks)
         fastinterp.merge(asked, tmp_path / f"out{threads}", threads=threads)
         outputs.add(json.dumps(tree(tmp_path / f"out{threads}"), default=lambda b: hashlib.sha256(b).hexdigest()))
     assert len(outputs) == 1

@@ -57,10 +57,10 @@ class AdaptiveJob(Job):
     """
 
     def __init__(
-        self, place: TensorIO, n: int, calls: Sequence[Callable[[], Any]], name: str, seeds: Sequence[int],
+        self, io: TensorIO, n: int, calls: Sequence[Callable[[], Any]], name: str, seeds: Sequence[int],
         notes: bool = True,
     ):  # fmt: skip
-        super().__init__(place, ())
+        super().__init__(io, ())
         self.n, self._name, self._seeds = n, name, seeds
         self._run = MethodRun(name, calls, seeds)
         self._answers: dict[tuple[Request, int], Any] = {}
@@ -74,7 +74,7 @@ class AdaptiveJob(Job):
 
     @property
     def cost(self) -> int:  # type: ignore[override]
-        return 0 if self._run.ended else sum(self.place.nbytes)
+        return 0 if self._run.ended else sum(self.io.nbytes)
 
     @property
     def whole(self) -> bool:  # type: ignore[override]
@@ -102,12 +102,12 @@ class AdaptiveJob(Job):
         self._effects = [
             (
                 inputs_of(asked, self.n),
-                isinstance(row, Row) and is_copy(self.place, row),
-                densities(asked, told, self.place.numel),
+                isinstance(row, Row) and is_copy(self.io, row),
+                densities(asked, told, self.io.numel),
             )
             for row, asked, told in zip(rows, sums, self._run.selected, strict=True)
         ]
-        writers = _writers(self.place, rows, sums, self._name, self._seeds, self._masks or {})
+        writers = _writers(self.io, rows, sums, self._name, self._seeds, self._masks or {})
         self._written = [outputs for outputs, _ in writers]
         return [step for _, step in writers]
 
@@ -139,7 +139,7 @@ class AdaptiveJob(Job):
     def _begin(self) -> None:
         for request, seed in self._run.requests:
             if not _is_whole(request):
-                probes = _probes(request, self.place, self.n, self._name, seed, self._masks)
+                probes = _probes(request, self.io, self.n, self._name, seed, self._masks)
                 self._probing[request, seed] = probes, next(probes)
 
     def _go_on(self) -> None:
@@ -167,7 +167,7 @@ def asked_of_all(
     """
     from fastinterp.ops.select import selecting
 
-    passes = selecting(request, sum(job.place.numel for job in jobs))
+    passes = selecting(request, sum(job.io.numel for job in jobs))
     try:
         asked = next(passes)
         while True:
@@ -175,7 +175,7 @@ def asked_of_all(
             at_a_time = max(1, most // (16 * asked.bins))
             for first in range(0, len(jobs), at_a_time):
                 some = jobs[first : first + at_a_time]
-                for result in run([_histogram(request, asked, job.place, job.n) for job in some]):
+                for result in run([_histogram(request, asked, job.io, job.n) for job in some]):
                     total = _added(total, result.answer)
             asked = passes.send(total)
     except StopIteration as end:
@@ -188,35 +188,35 @@ def _added(total: Sequence[Any], more: Sequence[Any]) -> Sequence[Any]:
     return total or more
 
 
-def _probes(request: Request, place: TensorIO, n: int, name: str, seed: int, masks: Masks | None) -> RequestSteps:
+def _probes(request: Request, io: TensorIO, n: int, name: str, seed: int, masks: Masks | None) -> RequestSteps:
     """The steps that answer one request. Masks that they fill, for the sums, are added to `masks`."""
     inputs = inputs_of(request, n)
-    operands = place.inputs(inputs)
+    operands = io.inputs(inputs)
     if isinstance(request, Measure):
         measure = steps.Measure(
-            inputs=operands, numel=place.numel, columns=place.columns, deltas=request.deltas, per=request.per
+            inputs=operands, numel=io.numel, columns=io.columns, deltas=request.deltas, per=request.per
         )
         if request.per == "tensor":
-            return Groups(n, (yield place.asking(measure, inputs)))[0]
-        groups = place.columns if request.per == "column" else place.numel // max(1, place.columns)
+            return Groups(n, (yield io.reading(measure, inputs)))[0]
+        groups = io.columns if request.per == "column" else io.numel // max(1, io.columns)
         held = 2 * 8 * groups * (n * (n + 1) // 2 + 2 * n)  # sums and counts, there and here; weights need less
-        return Groups(n, (yield place.asking(measure, inputs, held)))
+        return Groups(n, (yield io.reading(measure, inputs, held)))
     if isinstance(request, MeasureKept):
-        step, filled = _kept(request, place, inputs, name, seed, masks is not None)
+        step, filled = _kept(request, io, inputs, name, seed, masks is not None)
         sums, counts = yield step
         if masks is not None:
             kept = enumerate(request.keeps)
             masks |= {(i, keep, seed): filled[i] for i, keep in kept if i in filled and keep is not None}
         return kept_of(request, _flat(sums, "d").tolist(), _flat(counts, "q").tolist())
     if isinstance(request, Divergence):
-        held = 3 * 8 * (place.numel // max(1, place.columns))  # there, here, and the factors of a score
-        divergence = steps.Divergence(inputs=operands, numel=place.numel, columns=place.columns)
-        return _flat((yield place.asking(divergence, inputs, held))[0], "d")
-    return (yield from _selected(request, place, n))
+        held = 3 * 8 * (io.numel // max(1, io.columns))  # there, here, and the factors of a score
+        divergence = steps.Divergence(inputs=operands, numel=io.numel, columns=io.columns)
+        return _flat((yield io.reading(divergence, inputs, held))[0], "d")
+    return (yield from _selected(request, io, n))
 
 
 def _kept(
-    request: MeasureKept, place: TensorIO, inputs: Sequence[int], name: str, seed: int, notes: bool
+    request: MeasureKept, io: TensorIO, inputs: Sequence[int], name: str, seed: int, notes: bool
 ) -> tuple[TensorStep, dict[int, MaskPlace]]:
     """The step that answers the request, and by input the mask that it fills, if they are no burden to hold.
 
@@ -224,42 +224,42 @@ def _kept(
     """
     places = filled_masks(request)
     count = max(places.values()) + 1
-    wide = any(operand.dtype == F64.code for operand in place.operands)
+    wide = any(operand.dtype == F64.code for operand in io.operands)
     fills = None
-    if notes and count and not wide and count * place.numel <= 8 * MASK_BYTES:
-        fills = MaskFill(cpu.Masks(count, place.numel), tuple(places.values()))
+    if notes and count and not wide and count * io.numel <= 8 * MASK_BYTES:
+        fills = MaskFill(cpu.Masks(count, io.numel), tuple(places.values()))
     native = steps.MaskedStats(
-        inputs=place.inputs(inputs), numel=place.numel, columns=place.columns,
+        inputs=io.inputs(inputs), numel=io.numel, columns=io.columns,
         tests=kept_tests(request, name=name, seed=seed), score=score_of(request.score), l1=request.l1,
         squares=request.squares, fills=fills,
     )  # fmt: skip
     if fills is None:
-        return place.asking(native, inputs), {}
+        return io.reading(native, inputs), {}
     filled = {i: MaskPlace(fills.masks, k) for i, k in places.items() if k >= 0}
-    return place.asking(native, inputs, fills.masks.nbytes), filled
+    return io.reading(native, inputs, fills.masks.nbytes), filled
 
 
-def _selected(request: Select, place: TensorIO, n: int) -> RequestSteps:
+def _selected(request: Select, io: TensorIO, n: int) -> RequestSteps:
     from fastinterp.ops.select import selecting
 
-    passes = selecting(request, place.numel)
+    passes = selecting(request, io.numel)
     try:
         asked = next(passes)
         while True:
-            asked = passes.send((yield _histogram(request, asked, place, n)))
+            asked = passes.send((yield _histogram(request, asked, io, n)))
     except StopIteration as end:
         return end.value
 
 
-def _histogram(request: Select, asked: Any, place: TensorIO, n: int) -> TensorStep:
+def _histogram(request: Select, asked: Any, io: TensorIO, n: int) -> TensorStep:
     """The step of one pass; `asked` is a Coarse or Fine of ops/select.py."""
     from fastinterp.ops.select import elements_read, step
 
-    native = step(request, asked, place.operands[:n], place.numel, place.columns)
-    share = elements_read(asked, place.numel) / max(1, place.numel)
+    native = step(request, asked, io.operands[:n], io.numel, io.columns)
+    share = elements_read(asked, io.numel) / max(1, io.numel)
     read = range(n) if request.score else {0, *asked.vectors}
-    nbytes = round(share * sum(place.nbytes[i] for i in read))
-    return TensorStep(place.name, native, nbytes, 16 * asked.bins)
+    nbytes = round(share * sum(io.nbytes[i] for i in read))
+    return TensorStep(io.name, native, nbytes, 16 * asked.bins)
 
 
 class Groups(Sequence[Measured]):
@@ -322,7 +322,7 @@ def _row(asked: Sum) -> Row | GroupRow | MaskedCombine:
 
 
 def _writers(
-    place: TensorIO,
+    io: TensorIO,
     rows: Sequence[Row | GroupRow | MaskedCombine],
     sums: Sequence[Sum],
     name: str,
@@ -343,41 +343,41 @@ def _writers(
             plain[k] = row
     writers: list[tuple[tuple[int, ...], TensorStep]] = []
     if plain:
-        writers.append((tuple(plain), place.combine([*plain.values()], plain)))
-    writers += [(tuple(own), _group_writer(place, per, own)) for per, own in groups.items()]
+        writers.append((tuple(plain), io.combine([*plain.values()], plain)))
+    writers += [(tuple(own), _group_writer(io, per, own)) for per, own in groups.items()]
     if masked:
-        writers.append((tuple(masked), _masked_writer(place, masked, name, seeds, masks)))
+        writers.append((tuple(masked), _masked_writer(io, masked, name, seeds, masks)))
     return writers
 
 
-def _group_writer(place: TensorIO, per: Literal["row", "column"], rows: Mapping[int, GroupRow]) -> TensorStep:
+def _group_writer(io: TensorIO, per: Literal["row", "column"], rows: Mapping[int, GroupRow]) -> TensorStep:
     """rows: by number of the output."""
     inputs = sorted({i for row in rows.values() for i in (row.pivot, *row.inputs)})
     at = {i: k for k, i in enumerate(inputs)}
-    sinks, offsets, keys = place.places(rows)
+    sinks, offsets, keys = io.locations(rows)
     native = steps.GroupCombine(
-        inputs=place.inputs(inputs), numel=place.numel, columns=place.columns, sinks=sinks, offsets=offsets,
-        out_dtype=place.out_dtype, keys=keys, per=per,
+        inputs=io.inputs(inputs), numel=io.numel, columns=io.columns, sinks=sinks, offsets=offsets,
+        out_dtype=io.out_dtype, keys=keys, per=per,
         rows=tuple(
             GroupRow(at[row.pivot], row.totals, tuple(at[i] for i in row.inputs), row.weights) for row in rows.values()
         ),
     )  # fmt: skip
-    return place.writing(native, inputs, sum(8 * (len(row.totals) + len(row.weights)) for row in rows.values()))
+    return io.writing(native, inputs, sum(8 * (len(row.totals) + len(row.weights)) for row in rows.values()))
 
 
 def _masked_writer(
-    place: TensorIO, sums: Mapping[int, MaskedCombine], name: str, seeds: Sequence[int], masks: Precomputed
+    io: TensorIO, sums: Mapping[int, MaskedCombine], name: str, seeds: Sequence[int], masks: Precomputed
 ) -> TensorStep:
     """sums: by number of the output."""
     inputs = sorted({i for one in sums.values() for i in read_inputs(one)})
-    sinks, offsets, keys = place.places(sums)
+    sinks, offsets, keys = io.locations(sums)
     native = steps.MaskedSum(
-        inputs=place.inputs(inputs), numel=place.numel, columns=place.columns, sinks=sinks, offsets=offsets,
-        out_dtype=place.out_dtype, keys=keys,
+        inputs=io.inputs(inputs), numel=io.numel, columns=io.columns, sinks=sinks, offsets=offsets,
+        out_dtype=io.out_dtype, keys=keys,
         outputs=tuple(
             masked_output(one, name=name, seed=seeds[k], inputs=inputs, precomputed=masks) for k, one in sums.items()
         ),
     )  # fmt: skip
     # What waits for the sum; the pump's own scratch is not in it.
     held = sum({id(one.masks): one.masks.nbytes for one in masks.values()}.values())
-    return place.writing(native, inputs, held)
+    return io.writing(native, inputs, held)

@@ -33,7 +33,7 @@ class Density:
 Answers = Sequence[tuple[Select, Sequence[Selected]]]
 
 
-def densities(asked: Sum, answers: Answers, numel: int) -> dict[int, Density]:
+def densities(total: Sum, answers: Answers, numel: int) -> dict[int, Density]:
     """Of every input of a sum whose keep has a threshold that is not 0. answers: what the method was told before."""
     found: dict[int, Density] = {}
     if not isinstance(asked, MaskedCombine):

@@ -15,60 +15,59 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Of one step: its answer, or None if it writes; and the statistics of each output that it wrote."""
+    """The result of one step: its answer, None if it writes; and the statistics of each output that it wrote."""
 
     answer: Any
     stats: list[dict[str, float]]
 
 
 class Job:
-    """An output tensor whose sums need no statistics: one step writes it.
+    """The job of an output tensor whose weighted sums need no statistics: one step writes it.
 
-    rows  one per output, or none: all inputs must have the same bytes
+    rows  the weighted sum of each output; none: all inputs must have the same bytes, which are copied
 
-    `stats` has an entry per output when it is done.
+    `stats` has an entry per output when the job is done.
     """
 
-    cost = 0  # bytes of the inputs, if they will be read again
-    whole = False  # whether it waits for an answer about the whole model
+    cost = 0  # bytes of the inputs, if they will be read again later
+    whole = False  # whether it waits for the answer to a request about the whole model
 
-    def __init__(self, place: TensorIO, rows: Sequence[Row]):
-        self.place, self.rows = place, tuple(rows)
+    def __init__(self, io: TensorIO, rows: Sequence[Row]):
+        self.io, self.rows = io, tuple(rows)
         self.stats: list[dict[str, float]] = []
         self.done = False
 
     @property
     def nbytes(self) -> int:
-        """Of the inputs."""
-        return sum(self.place.nbytes)
+        """Size of all inputs in bytes."""
+        return sum(self.io.nbytes)
 
     @property
     def last(self) -> Job | None:
-        """The job that writes the output, if it has come to that."""
+        """The job that writes the output: this one, or the last stage of a chain once it has begun."""
         return self
 
     def steps(self) -> list[TensorStep]:
-        """What the next round is to do for this tensor."""
-        place = self.place
-        return [place.combine(self.rows, range(len(self.rows))) if self.rows else place.same()]
+        """The steps of this tensor for the next round."""
+        return [self.io.combine(self.rows, range(len(self.rows))) if self.rows else self.io.copy_equal()]
 
     def take(self, results: Sequence[Result]) -> None:
-        """What came of each of `steps`."""
+        """Take the result of each of `steps`."""
         self.stats, self.done = results[0].stats, True
 
     def reads(self, k: int) -> tuple[int, ...]:
-        """The inputs that output k was made of."""
-        return self.rows[k].inputs if self.rows else tuple(range(len(self.place.operands)))
+        """Indices of the inputs that output k was computed from."""
+        return self.rows[k].inputs if self.rows else tuple(range(len(self.io.operands)))
 
     def copies(self, k: int) -> bool:
-        """Whether output k has the bytes of an input."""
-        return not self.rows or is_copy(self.place, self.rows[k])
+        """Whether output k is a bitwise copy of an input."""
+        return not self.rows or is_copy(self.io, self.rows[k])
 
     def densities(self, k: int) -> Mapping[int, Density]:
-        """Of inputs of which thresholds keep a part in output k."""
+        """The density of each input of output k that thresholds mask."""
         return {}
 
 
-def is_copy(place: TensorIO, row: Row) -> bool:
-    """Whether a sum has the bytes of an input."""
-    return row.is_copy and place.operands[row.pivot].dtype == place.out_dtype
+def is_copy(io: TensorIO, row: Row) -> bool:
+    """Whether a weighted sum is a bitwise copy of an input."""
+    return row.is_copy and io.operands[row.pivot].dtype == place.out_dtype
