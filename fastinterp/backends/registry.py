@@ -1,4 +1,4 @@
-"""Finds what can compute here. Nothing is chosen silently: a name that cannot be used is an error."""
+"""The usable backends: instruction sets of the CPU, and accelerators. A name that cannot be used is an error."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 ISA_VARIABLE = "FASTINTERP_ISA"
 GPU_VARIABLE = "FASTINTERP_GPU"
 MAX_THREADS = 1024
-_WISH = r"(cpu|auto)|(cuda|triton)(?::(\d{1,4}(?:,\d{1,4})*))?"
+_DEVICE_SPEC = r"(cpu|auto)|(cuda|triton)(?::(\d{1,4}(?:,\d{1,4})*))?"
 _KNOWN = "auto, cpu, cuda, triton"
-# Backends for accelerators, the one to prefer first: what each needs, and the remedy where that is missing.
+# Backends for accelerators in order of preference: the modules that each needs, with the remedy where one is missing.
 _EXTRA = "pip install 'fastinterp[gpu]'"
 _NEEDS = {
     "cuda": {"fastinterp._cuda": "fastinterp was built without it, or without nvcc. Install nvcc, build again"},
     "triton": {"torch": _EXTRA, "triton": _EXTRA},
 }
-_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, under Windows, of AMD
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, of NVIDIA under Windows, of AMD
 
 
 def cpu_isa() -> str:
@@ -35,34 +35,34 @@ def cpu_isa() -> str:
 
     Raises: BackendError, if FASTINTERP_ISA names one that this build or this processor does not have.
     """
-    asked = os.environ.get(ISA_VARIABLE, "").lower()
+    isa = os.environ.get(ISA_VARIABLE, "").lower()
     usable = _C.isas()
-    if not asked:
+    if not isa:
         return usable[0]
-    if asked in usable:
-        return asked
-    why = "this processor cannot run it" if asked in _C.built_isas() else "this build has no such instruction set"
-    raise BackendError(f"{ISA_VARIABLE}={asked}, but {why}. Usable here: {', '.join(usable)}")
+    if isa in usable:
+        return isa
+    why = "this processor cannot run it" if isa in _C.built_isas() else "this build has no such instruction set"
+    raise BackendError(f"{ISA_VARIABLE}={isa}, but {why}. Usable here: {', '.join(usable)}")
 
 
-def cpu_threads(asked: int | None = None) -> int:
-    """How many threads to use: `asked`, else one per CPU that this process may run on, at most 32.
+def cpu_threads(threads: int | None = None) -> int:
+    """The number of threads to use: `threads`, else one per CPU that this process may run on, at most 32.
 
-    Raises: BackendError, if `asked` is not in 1..1024.
+    Raises: BackendError, if `threads` is not in 1..1024.
     """
-    if asked is None:
+    if threads is None:
         return min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    if type(asked) is not int or not 1 <= asked <= MAX_THREADS:
-        raise BackendError(f"the number of threads must be a whole number in 1..{MAX_THREADS}, got {asked!r}")
-    return asked
+    if type(threads) is not int or not 1 <= threads <= MAX_THREADS:
+        raise BackendError(f"the number of threads must be a whole number in 1..{MAX_THREADS}, got {threads!r}")
+    return threads
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What `--device` asks for.
+class DeviceSpec:
+    """A parsed value of `--device`.
 
     kind      cpu, auto, cuda or triton
-    ordinals  of the devices, in the order given; none: the first
+    ordinals  numbers of the devices, in the order of the value; none: the first
     """
 
     kind: str
@@ -72,68 +72,68 @@ class Wish:
         return f"{self.kind}:{','.join(map(str, self.ordinals))}" if self.ordinals else self.kind
 
 
-def wish_of(device: object) -> Wish:
-    """`device` as a wish: "cpu", "auto", "cuda", "cuda:1", "cuda:0,1", and "triton" as "cuda".
+def parse_device_spec(device: object) -> DeviceSpec:
+    """Parse "cpu", "auto", "cuda", "cuda:1", "cuda:0,1", and "triton" with the same ordinals as "cuda".
 
     Raises: BackendError, if it is none of these.
     """
-    found = re.fullmatch(_WISH, device) if isinstance(device, str) else None
-    if found is None:
+    match = re.fullmatch(_DEVICE_SPEC, device) if isinstance(device, str) else None
+    if match is None:
         raise BackendError(f"device {device!r} cannot be used. Known: {_KNOWN}, cuda:0 or cuda:0,1 for several")
-    ordinals = tuple(int(digits) for digits in (found[3] or "").split(",") if digits)
+    ordinals = tuple(int(digits) for digits in (match[3] or "").split(",") if digits)
     if len(set(ordinals)) < len(ordinals):
         raise BackendError(f"device {device!r} names a device twice")
-    return Wish(found[1] or found[2], ordinals)
+    return DeviceSpec(match[1] or match[2], ordinals)
 
 
-def find_devices(wish: Wish, local: int = 0) -> list[Device]:
-    """The accelerators that are asked for, ready for use; none for cpu and auto.
+def find_devices(spec: DeviceSpec, local: int = 0) -> list[Device]:
+    """The accelerators of a specification, ready for use; none for cpu and auto.
 
     `cuda` is the extension fastinterp._cuda if it was built and finds a device, else Triton; FASTINTERP_GPU names one
-    of them. If no ordinals are asked for, `local` counts round all that there are.
-    Raises: BackendError, which says what is missing, if they cannot be had.
+    of them. Without ordinals, the device is number `local` modulo the number of devices.
+    Raises: BackendError, which says what is missing, if they cannot be used.
     """
-    if wish.kind in ("cpu", "auto"):
+    if spec.kind in ("cpu", "auto"):
         return []
-    names = ["triton"] if wish.kind == "triton" else _gpu_backends()
+    names = ["triton"] if spec.kind == "triton" else _gpu_backends()
     why = []
     for name in names:
         backend = _backend(name)
         if backend.missing is None:
-            missing = [i for i in wish.ordinals if i >= backend.count]
+            missing = [i for i in spec.ordinals if i >= backend.count]
             if missing:
                 there = ", ".join(f"cuda:{i}" for i in range(backend.count))
-                raise BackendError(f"device {str(wish)!r}: there is no device {missing[0]}. There are {there}")
-            return [backend.open(i) for i in wish.ordinals or (local % backend.count,)]
+                raise BackendError(f"device {str(spec)!r}: there is no device {missing[0]}. There are {there}")
+            return [backend.open(i) for i in spec.ordinals or (local % backend.count,)]
         why.append(f"{name}: {backend.missing}")
-    raise BackendError(f"device {str(wish)!r} cannot be used: {'; '.join(why)}. Usable here: auto, cpu")
+    raise BackendError(f"device {str(spec)!r} cannot be used: {'; '.join(why)}. Usable here: auto, cpu")
 
 
 def maybe_devices() -> bool:
-    """Whether it is worth looking for accelerators: a driver is there, and something that could use it. Costs nothing:
-    torch is not loaded for it."""
+    """Whether an accelerator may be usable: there is a driver, and CUDA kernels or a loaded torch. Does not load
+    torch."""
     return maybe_driver() and ("torch" in sys.modules or built("fastinterp._cuda"))
 
 
 def maybe_driver() -> bool:
-    """Whether a driver of accelerators seems to be there."""
+    """Whether a device file of an accelerator's driver exists."""
     return any(os.path.exists(path) for path in _DRIVERS)
 
 
 def gpu_backends() -> dict[str, str | None]:
-    """Of every backend for accelerators why it cannot be used here, or None if it can."""
+    """For each backend for accelerators, the reason why it cannot be used here; None if it can."""
     return {name: _backend(name).missing for name in _NEEDS}
 
 
 def _gpu_backends() -> list[str]:
-    asked = os.environ.get(GPU_VARIABLE, "").lower()
-    if asked and asked not in _NEEDS:
-        raise BackendError(f"{GPU_VARIABLE}={asked} is no backend. Known: {', '.join(_NEEDS)}")
-    return [asked] if asked else list(_NEEDS)
+    name = os.environ.get(GPU_VARIABLE, "").lower()
+    if name and name not in _NEEDS:
+        raise BackendError(f"{GPU_VARIABLE}={name} is no backend. Known: {', '.join(_NEEDS)}")
+    return [name] if name else list(_NEEDS)
 
 
 def built(module: str) -> bool:
-    """Whether a module can be imported; it is not."""
+    """Whether a module is installed, without importing it."""
     from importlib.util import find_spec
 
     return find_spec(module) is not None
@@ -141,7 +141,12 @@ def built(module: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Backend:
-    """missing: why it cannot be used, or None; count, open: its devices."""
+    """A backend for accelerators.
+
+    missing  the reason why it cannot be used, or None
+    count    number of devices
+    open     makes the device of a number
+    """
 
     missing: str | None
     count: int
@@ -151,7 +156,7 @@ class _Backend:
 def _backend(name: str) -> _Backend:
     for module, remedy in _NEEDS[name].items():
         if not built(module):
-            return _Backend(f"{module} is not there: {remedy}", 0, _none)
+            return _Backend(f"{module} is not installed: {remedy}", 0, _none)
     if name == "triton":
         triton = import_module("fastinterp.backends.triton.device")
         return _Backend(triton.missing() or None, triton.count(), triton.TritonDevice)

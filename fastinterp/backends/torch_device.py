@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.backends.registry import Wish, find_devices
+from fastinterp.backends.registry import DeviceSpec, find_devices
 from fastinterp.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _number(where: Any) -> int:
 
 def _open(number: int) -> Device:
     # AMD's GPUs are "cuda" in torch, too: those are Triton's, since CUDA's kernels find none.
-    return find_devices(Wish("cuda", (number,)))[0]
+    return find_devices(DeviceSpec("cuda", (number,)))[0]
 
 
 def _bytes(nbytes: int, where: Any) -> Any:

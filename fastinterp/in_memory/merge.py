@@ -249,7 +249,7 @@ class _Merge:
         position = self.layers.position(name) if self.layers else None
         layer, layers = position or (None, 0)
         call = partial(self.method, n, Tensor(name, shape, layer, layers, numel), **self.parameters)
-        return AdaptiveJob(place, n, [call], name, [self.seed], notes=self.device is None)
+        return AdaptiveJob(place, n, [call], name, [self.seed], fills_masks=self.device is None)
 
     # --- arguments
 

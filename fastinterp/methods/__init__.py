@@ -1,7 +1,7 @@
 """The merge methods, one a file. This module finds them by scanning its folder and reads their declarations.
 
-A method is a function of the number of inputs n that answers with the sum it wants; it never sees an element. One that
-needs statistics is a generator: it yields requests (ops/requests.py) and returns the sum. Its parameters are its
+A method is a function of the number of inputs n that returns a sum of them; it never sees an element. One that needs
+statistics is a generator: it yields requests (ops/requests.py) and returns the sum. Its parameters are its
 keyword-only arguments, and their annotations are the declaration:
 
     @method(base="required", models=(2, 64))
@@ -93,43 +93,41 @@ class Parameter:
         """Whether gradients make sense: values that lie between two others."""
         return self.kind is float
 
-    def value(self, given: object) -> float | bool | str | None:
-        """What a recipe gives, as `kind`. Truth values take 0 and 1; numbers take neither true nor false.
+    def value(self, raw: object) -> float | bool | str | None:
+        """A value from a recipe, as `kind`. Booleans take 0 and 1; numbers take neither true nor false.
 
-        Raises: ValueError with the reason, if `given` is something else, out of range, or a number that float32 cannot
+        Raises: ValueError with the reason, if `raw` is something else, out of range, or a number that float32 cannot
         hold.
         """
-        if given is None and self.optional:
+        if raw is None and self.optional:
             return None
         if self.kind is bool:
-            if isinstance(given, (bool, int, float)) and given in (0, 1):
-                return bool(given)
-            raise ValueError(f"`{self.name}` must be true or false, got {shown(given)}")
+            if isinstance(raw, (bool, int, float)) and raw in (0, 1):
+                return bool(raw)
+            raise ValueError(f"`{self.name}` must be true or false, got {shown(raw)}")
         if issubclass(self.kind, str):
-            return self._word(given)
-        if isinstance(given, bool):
-            words = "yes and on as true" if given else "no and off as false"
-            raise ValueError(f"`{self.name}` must be a number, got {shown(given)} (YAML reads {words})")
-        if not isinstance(given, (int, float)) or not abs(given) <= LARGEST:
-            raise ValueError(f"`{self.name}` must be a finite number (at most 3.4e38), got {shown(given)}")
-        if self.kind is int and given != int(given):
-            raise ValueError(f"`{self.name}` must be a whole number, got {shown(given)}")
-        if self.range and not self.range.low <= given <= self.range.high:
-            raise ValueError(
-                f"`{self.name}` must be {'in ' * ('..' in str(self.range))}{self.range}, got {shown(given)}"
-            )
-        return self.kind(given)  # type: ignore[no-any-return]
+            return self._word(raw)
+        if isinstance(raw, bool):
+            words = "yes and on as true" if raw else "no and off as false"
+            raise ValueError(f"`{self.name}` must be a number, got {shown(raw)} (YAML reads {words})")
+        if not isinstance(raw, (int, float)) or not abs(raw) <= LARGEST:
+            raise ValueError(f"`{self.name}` must be a finite number (at most 3.4e38), got {shown(raw)}")
+        if self.kind is int and raw != int(raw):
+            raise ValueError(f"`{self.name}` must be a whole number, got {shown(raw)}")
+        if self.range and not self.range.low <= raw <= self.range.high:
+            raise ValueError(f"`{self.name}` must be {'in ' * ('..' in str(self.range))}{self.range}, got {shown(raw)}")
+        return self.kind(raw)  # type: ignore[no-any-return]
 
-    def _word(self, given: object) -> str:
+    def _word(self, raw: object) -> str:
         if self.key is not None:
-            if not isinstance(given, dict) or list(given) != [self.key]:
-                raise ValueError(f"`{self.name}` is written {{{self.key}: ...}}, got {shown(given)}")
-            given = given[self.key]
-        if not isinstance(given, str) or not given.strip():
-            raise ValueError(f"`{self.name}` must be text, got {shown(given)}")
-        if self.choices and given not in self.choices:
-            raise ValueError(f"`{self.name}` must be one of {', '.join(self.choices)}, got {shown(given)}")
-        return self.kind(given)  # type: ignore[no-any-return]
+            if not isinstance(raw, dict) or list(raw) != [self.key]:
+                raise ValueError(f"`{self.name}` is written {{{self.key}: ...}}, got {shown(raw)}")
+            raw = raw[self.key]
+        if not isinstance(raw, str) or not raw.strip():
+            raise ValueError(f"`{self.name}` must be text, got {shown(raw)}")
+        if self.choices and raw not in self.choices:
+            raise ValueError(f"`{self.name}` must be one of {', '.join(self.choices)}, got {shown(raw)}")
+        return self.kind(raw)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +136,7 @@ class Method:
 
     base         "required": input 0 is the base. "optional": it is, if the recipe has one. "none": all inputs are alike
     models       fewest and most inputs, the base included; side-cars are not counted
-    generator    whether it asks for statistics first
+    generator    whether it is a generator of requests
     sums_deltas  the output is the base plus a sum of deltas x_i - x0, or of parts of them
     drops        it leaves elements of the deltas out: all but a `density`, if it has that parameter
     draws        which elements are left out is drawn at random: the output depends on the seed
@@ -162,7 +160,7 @@ class Method:
     for_more: str = ""
 
     def __call__(self, n: int, tensor: Tensor | None = None, **parameters: Any) -> Any:
-        """What the method wants for one tensor of n inputs: a sum, or the generator that asks first and returns it."""
+        """For one tensor of n inputs: the sum, or the generator that yields requests first and returns the sum."""
         return self.fn(*(n, tensor)[: self.fn.__code__.co_argcount], **parameters)
 
 
@@ -201,8 +199,8 @@ def find(name: str) -> Method:
     known = names()
     if name not in known:
         raise MethodError(f"unknown merge method `{clipped(name)}`{suggestion(name, known)}")
-    found: Method = getattr(importlib.import_module(f"{__name__}.{name}"), name)
-    return found
+    method: Method = getattr(importlib.import_module(f"{__name__}.{name}"), name)
+    return method
 
 
 def _parameters(fn: Callable[..., Any]) -> tuple[Parameter, ...]:

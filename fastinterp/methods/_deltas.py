@@ -1,6 +1,6 @@
-"""What the methods that thin out deltas share: which elements stay, what makes up for the rest, and who outvotes whom.
+"""Shared by the methods that drop elements of deltas: the masks, the rescaling, and the election of signs.
 
-All tuples have one entry per model, the base left out. A keep of None: the model adds nothing, and is not ranked.
+All tuples have one entry per model, the base left out. A mask of None: the model adds nothing, and is not ranked.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any, Literal
 from fastinterp.errors import MethodError
 from fastinterp.methods._weights import level, shares
 from fastinterp.ops.combine import Combine, Tensor
-from fastinterp.ops.requests import ALL_BITS, Keep, MaskedCombine, MeasureKept, Request, Select, Selected, Sum
+from fastinterp.ops.requests import ALL_BITS, Mask, MaskedCombine, MeasureKept, Request, Select, Selected, Sum
 
 Preset = Literal["mergekit", "paper", "peft"]
-Keeps = tuple[Keep | None, ...]
+Masks = tuple[Mask | None, ...]
 Band = tuple[int, int] | None  # the first and the last rank that stay, 1 for the largest magnitude; None: none stays
 LEAST_L1 = 1e-7  # of mergekit: below it, nothing is rescaled
 LEAST_ENERGY = 1e-6  # of mergekit: below it, models count alike
@@ -26,20 +26,20 @@ def number_kept(density: float, size: int) -> int:
     return min(size, max(1, math.floor(density * size))) if density > 0.0 else 0
 
 
-def ranked(bands: Sequence[Band], size: int, whole: bool = False) -> Generator[Request, tuple[Selected, ...], Keeps]:
-    """The keeps that leave these ranks, and all elements that equal the ends.
+def ranked(bands: Sequence[Band], size: int, whole: bool = False) -> Generator[Request, tuple[Selected, ...], Masks]:
+    """The masks that leave these ranks, and all elements that equal the ends.
 
     size   the number of elements that are ranked: of the tensor, or with `whole` of the model
     """
-    wanted = ((i, k) for i, band in enumerate(bands, 1) if band for k, end in zip(band, (1, size), strict=True)
+    needed = ((i, k) for i, band in enumerate(bands, 1) if band for k, end in zip(band, (1, size), strict=True)
               if k != end)  # fmt: skip
-    ranks = tuple(dict.fromkeys(wanted))
+    ranks = tuple(dict.fromkeys(needed))
     answer = (yield Select(ranks, whole=whole)) if ranks else ()
-    bits = {rank: found.least for rank, found in zip(ranks, answer, strict=True)}
+    bits = {rank: selected.min_bits for rank, selected in zip(ranks, answer, strict=True)}
     return tuple(
-        Keep(
-            least=bits[i, band[1]] if band[1] < size else 0,
-            most=bits[i, band[0]] if band[0] > 1 else ALL_BITS,
+        Mask(
+            min_bits=bits[i, band[1]] if band[1] < size else 0,
+            max_bits=bits[i, band[0]] if band[0] > 1 else ALL_BITS,
         )
         if band
         else None
@@ -49,8 +49,8 @@ def ranked(bands: Sequence[Band], size: int, whole: bool = False) -> Generator[R
 
 def middle(
     tensor: Tensor, weight: Sequence[float], density: Sequence[float], gamma: Sequence[float]
-) -> Generator[Request, tuple[Selected, ...], Keeps]:
-    """Keeps of these densities that leave out the fraction gamma of the largest, and for the rest the smallest.
+) -> Generator[Request, tuple[Selected, ...], Masks]:
+    """Masks of these densities that leave out the fraction gamma of the largest, and for the rest the smallest.
 
     A model whose weight is 0 adds nothing.
     """
@@ -62,8 +62,8 @@ def middle(
     return (yield from ranked(bands, size))
 
 
-def by_rank(weight: Sequence[float], density: Sequence[float], epsilon: Sequence[float]) -> Keeps:
-    """Random keeps whose chance grows with the rank in the row, from density - epsilon to density + epsilon.
+def by_rank(weight: Sequence[float], density: Sequence[float], epsilon: Sequence[float]) -> Masks:
+    """Random masks whose probability grows with the rank in the row, from density - epsilon to density + epsilon.
 
     Raises: MethodError, if one of these is not between 0 and 1, for a density other than 0 and 1.
     """
@@ -76,37 +76,37 @@ def by_rank(weight: Sequence[float], density: Sequence[float], epsilon: Sequence
     return at_random(weight, density, epsilon)
 
 
-def at_random(weight: Sequence[float], density: Sequence[float], spread: Sequence[float] | None = None) -> Keeps:
-    """Random keeps of these densities. Density 1 keeps all, whatever its spread; 0, or a weight of 0, adds nothing."""
-    spreads = spread or (0.0,) * len(density)
+def at_random(weight: Sequence[float], density: Sequence[float], rank_slope: Sequence[float] | None = None) -> Masks:
+    """Random masks of these densities. Density 1 keeps all, whatever its slope; 0, or a weight of 0, adds nothing."""
+    slopes = rank_slope or (0.0,) * len(density)
     return tuple(
-        None if p == 0.0 or w == 0.0 else Keep() if p == 1.0 else Keep(chance=p, spread=e)
-        for w, p, e in zip(weight, density, spreads, strict=True)
+        None if p == 0.0 or w == 0.0 else Mask() if p == 1.0 else Mask(probability=p, rank_slope=e)
+        for w, p, e in zip(weight, density, slopes, strict=True)
     )
 
 
 def dare_scales(
-    tensor: Tensor, keeps: Keeps, rescale: bool, preset: Preset
+    tensor: Tensor, masks: Masks, rescale: bool, preset: Preset
 ) -> Generator[Request, Any, tuple[float, ...]]:
-    """What makes up for dropped elements: the ratio of the L1 norms, or outside mergekit 1/density."""
+    """The factors that rescale what stays: the ratio of the L1 norms, or outside preset mergekit 1/density."""
     if rescale and preset != "mergekit":
-        return tuple(1.0 / keep.chance if keep else 1.0 for keep in keeps)
-    return (yield from l1_ratios(tensor, keeps, rescale))
+        return tuple(1.0 / mask.probability if mask else 1.0 for mask in masks)
+    return (yield from l1_ratios(tensor, masks, rescale))
 
 
-def l1_ratios(tensor: Tensor, keeps: Keeps, rescale: bool) -> Generator[Request, Any, tuple[float, ...]]:
+def l1_ratios(tensor: Tensor, masks: Masks, rescale: bool) -> Generator[Request, Any, tuple[float, ...]]:
     """sum |d| / sum |d that stay|; 1 where all stay, without `rescale`, or if either sum is below 1e-7.
 
     Raises: MethodError, if a sum is not finite: the quotient would spoil the whole tensor.
     """
-    if not rescale or all(keep is None or keep.keeps_all for keep in keeps):
-        return (1.0,) * len(keeps)
-    asked = (Keep(), *(None if keep is None or keep.keeps_all else keep for keep in keeps))
-    found = yield MeasureKept(asked, squares=False)
+    if not rescale or all(mask is None or mask.keeps_all for mask in masks):
+        return (1.0,) * len(masks)
+    partial = (Mask(), *(None if mask is None or mask.keeps_all else mask for mask in masks))
+    stats = yield MeasureKept(partial, squares=False)
     ratios = []
-    for i, keep in enumerate(asked[1:], 1):
-        before, after = found.l1[i], found.kept_l1[i]
-        if keep is not None and not math.isfinite(before):
+    for i, mask in enumerate(partial[1:], 1):
+        before, after = stats.l1[i], stats.kept_l1[i]
+        if mask is not None and not math.isfinite(before):
             raise MethodError(
                 f"{tensor.name} of model {i} (the base is 0) differs from the base by NaN or Inf, so what is dropped "
                 "cannot be made up for. Repair or leave out that model, or write `rescale: false`"
@@ -132,17 +132,17 @@ def energies(tensor: Tensor, squares: Sequence[float]) -> tuple[float, ...]:
     return tuple(square / total for square in squares)
 
 
-def summed(weight: Sequence[float], keeps: Keeps, scales: tuple[float, ...], lambda_: float) -> Sum:
+def summed(weight: Sequence[float], masks: Masks, scales: tuple[float, ...], lambda_: float) -> Sum:
     """x0 + lambda * sum_i w_i*s_i*d_i over what stays."""
-    weights = _times(weight, keeps, scales, lambda_)
-    if all(keep is None or keep.keeps_all for keep in keeps) or not any(weights):
+    weights = _times(weight, masks, scales, lambda_)
+    if all(mask is None or mask.keeps_all for mask in masks) or not any(weights):
         return Combine(weights, base=0)
-    return MaskedCombine(weights, keeps=_masks(keeps))
+    return MaskedCombine(weights, masks=_with_base(masks))
 
 
 def elected(
     weight: tuple[float, ...],
-    keeps: Keeps,
+    masks: Masks,
     scales: tuple[float, ...],
     *,
     normalize: bool,
@@ -152,23 +152,23 @@ def elected(
     """x0 + lambda * sum_i w_i*s_i*d_i over what stays and has the elected sign; under `normalize`, divided by sum_i w_i
     over the same, a sum of 0 counting as 1.
 
-    count  the votes are s_i*d_i instead of w_i*s_i*d_i, and the divisor is the number of models that agree
+    count  signs are elected by s_i*d_i instead of w_i*s_i*d_i, and the divisor is the number of models that agree
     """
-    present = [i for i, keep in enumerate(keeps) if keep is not None]
-    if len(present) == 1:  # without opposition the sign is its own, and its weight divides itself
-        alone = (1.0,) * len(keeps) if normalize and not count else weight
-        return summed(alone, keeps, scales, lambda_)
-    voices = (1.0,) * len(keeps) if count else level(weight)
-    weights = _times(voices if normalize and not count else weight, keeps, scales, lambda_)
+    present = [i for i, mask in enumerate(masks) if mask is not None]
+    if len(present) == 1:  # one model elects its own sign, and its weight divides itself
+        weights_of_one = (1.0,) * len(masks) if normalize and not count else weight
+        return summed(weights_of_one, masks, scales, lambda_)
+    sign_weights = (1.0,) * len(masks) if count else level(weight)
+    weights = _times(sign_weights if normalize and not count else weight, masks, scales, lambda_)
     if not any(weights):
         return Combine(weights, base=0)
-    ones = (1.0,) * len(keeps)
+    ones = (1.0,) * len(masks)
     return MaskedCombine(
         weights,
-        keeps=_masks(keeps),
-        votes=_times(voices, keeps, scales, 1.0),
-        shares=_times(voices, keeps, ones, 1.0) if normalize else None,
-        least_share=0.0 if count else _rounding_of_sums(voices),
+        masks=_with_base(masks),
+        sign_weights=_times(sign_weights, masks, scales, 1.0),
+        shares=_times(sign_weights, masks, ones, 1.0) if normalize else None,
+        least_share=0.0 if count else _rounding_of_sums(sign_weights),
     )
 
 
@@ -181,19 +181,20 @@ def refuse_cancelling(weight: Sequence[float]) -> None:
         shares(weight)
 
 
-def _times(weight: Sequence[float], keeps: Keeps, scales: Sequence[float], factor: float) -> tuple[float, ...]:
+def _times(weight: Sequence[float], masks: Masks, scales: Sequence[float], factor: float) -> tuple[float, ...]:
     """The products, after the 0 of the base; 0 for models that add nothing."""
-    terms = zip(weight, keeps, scales, strict=True)
-    return (0.0, *(0.0 if keep is None else factor * w * scale for w, keep, scale in terms))
+    terms = zip(weight, masks, scales, strict=True)
+    return (0.0, *(0.0 if mask is None else factor * w * scale for w, mask, scale in terms))
 
 
-def _masks(keeps: Keeps) -> tuple[Keep, ...] | None:
-    masks = (Keep(), *(keep or Keep() for keep in keeps))
-    return None if all(keep.keeps_all for keep in masks) else masks
+def _with_base(masks: Masks) -> tuple[Mask, ...] | None:
+    """The masks of all inputs, the base first; None, if they mask everything."""
+    all_masks = (Mask(), *(mask or Mask() for mask in masks))
+    return None if all(mask.keeps_all for mask in all_masks) else all_masks
 
 
 def _rounding_of_sums(weight: Sequence[float]) -> float:
-    """The largest sum in float32 that may be nothing but the rounding of weights that cancel: it counts as 0.
+    """The largest float32 sum that may be only the rounding error of weights that cancel: such a sum counts as 0.
 
     0 if all weights have one sign; never so large that a single weight would count as 0.
     """

@@ -1,4 +1,4 @@
-"""Thresholds as float32 bits: what the tests of keeps and scores compare with."""
+"""Thresholds as float32 bits: the bounds of masks and scores."""
 
 from __future__ import annotations
 

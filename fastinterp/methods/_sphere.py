@@ -20,17 +20,17 @@ Vector = list[float]
 Gram = tuple[tuple[float, ...], ...]
 
 
-def finite(found: Measured, name: str) -> Measured:
-    """`found`, if lengths and angles can be had from it.
+def finite(measured: Measured, name: str) -> Measured:
+    """`measured`, if its Gram matrix is finite, so that lengths and angles are defined.
 
     Raises: MethodError, if a model has NaN or Inf in the tensor called `name`, or numbers beyond 1e150.
     """
-    if not all(map(math.isfinite, chain.from_iterable(found.gram))):
+    if not all(map(math.isfinite, chain.from_iterable(measured.gram))):
         raise MethodError(
             f"{name} holds NaN or Inf, or numbers beyond 1e150, so its lengths and angles are not defined. "
             "Repair the model, or merge with `linear`, which needs neither"
         )
-    return found
+    return measured
 
 
 def angle(a2: float, b2: float, ab: float) -> float:
@@ -69,17 +69,17 @@ def is_short(g: Gram, i: int) -> bool:
 
 
 class Span:
-    """The space spanned by n vectors, of which `found` is the Gram matrix. A vector in it is the list of its
-    coordinates in that basis.
+    """The space spanned by n vectors, from their Gram matrix. A vector in it is the list of its coordinates.
 
+    models  those that are averaged, as vectors of the space
     based   the basis is x_0 and the deltas x_i - x_0, and the models are the deltas (coordinates e_1, e_2, ...)
     deltas  without a base: the basis is the same, and the models are the inputs (e_0, e_0 + e_1, ...), so that what is
             small is measured as small, and cosines near 1 keep their digits. False: the basis is the inputs themselves
             (e_0, e_1, ...), where one `is_short`
     """
 
-    def __init__(self, found: Measured, *, based: bool, deltas: bool = True) -> None:
-        self.gram, self.n, self.based = found.gram, len(found.gram), based
+    def __init__(self, measured: Measured, *, based: bool, deltas: bool = True) -> None:
+        self.gram, self.n, self.based = measured.gram, len(measured.gram), based
         self._deltas = deltas
         self.models = [self._model(i) for i in range(int(based), self.n)]
 
@@ -111,9 +111,9 @@ def spanned(name: str, *, based: bool) -> Generator[Request, Measured, Span]:
 
     Raises: MethodError, as `finite`.
     """
-    found = finite((yield Measure(deltas=True)), name)
-    if based or not any(is_short(found.gram, i) for i in range(1, len(found.gram))):
-        return Span(found, based=based)
+    measured = finite((yield Measure(deltas=True)), name)
+    if based or not any(is_short(measured.gram, i) for i in range(1, len(measured.gram))):
+        return Span(measured, based=based)
     return Span(finite((yield Measure()), name), based=False, deltas=False)
 
 
@@ -123,15 +123,15 @@ def angles(name: str, per: Per = "tensor") -> Generator[Request, Any, tuple[Sequ
 
     Raises: MethodError, as `finite`.
     """
-    found = yield Measure(deltas=True, per=per)
+    measured = yield Measure(deltas=True, per=per)
     thetas, short = array("d"), bytearray()
-    for group in [found] if per == "tensor" else found:
+    for group in [measured] if per == "tensor" else measured:
         g = finite(group, name).gram
         thetas.append(angle_to_sum(g[0][0], g[1][1], g[0][1]))
         short.append(is_short(g, 1))
     if any(short):
-        found = yield Measure(per=per)
-        for k, group in enumerate([found] if per == "tensor" else found):
+        measured = yield Measure(per=per)
+        for k, group in enumerate([measured] if per == "tensor" else measured):
             if short[k]:
                 g = finite(group, name).gram
                 thetas[k] = angle(g[0][0], g[1][1], g[0][1])

@@ -1,4 +1,4 @@
-"""What the weighted averages share."""
+"""Shared by the methods with weights: shares, and scaling into the range of float32."""
 
 from __future__ import annotations
 

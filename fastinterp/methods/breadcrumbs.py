@@ -33,6 +33,6 @@ def breadcrumbs(
     them); a density above 0 keeps at least one; under normalize, weights that cancel are an error.
     """
     used = shares(weight) if normalize else weight
-    keeps = yield from middle(tensor, weight, density, gamma)
-    scales = yield from l1_ratios(tensor, keeps, rescale)
-    return summed(used, keeps, scales, lambda_)
+    masks = yield from middle(tensor, weight, density, gamma)
+    scales = yield from l1_ratios(tensor, masks, rescale)
+    return summed(used, masks, scales, lambda_)

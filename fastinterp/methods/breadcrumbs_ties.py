@@ -33,6 +33,6 @@ def breadcrumbs_ties(
     """
     if normalize:
         refuse_cancelling(weight)
-    keeps = yield from middle(tensor, weight, density, gamma)
-    scales = yield from l1_ratios(tensor, keeps, rescale)
-    return elected(weight, keeps, scales, normalize=normalize, lambda_=lambda_)
+    masks = yield from middle(tensor, weight, density, gamma)
+    scales = yield from l1_ratios(tensor, masks, rescale)
+    return elected(weight, masks, scales, normalize=normalize, lambda_=lambda_)

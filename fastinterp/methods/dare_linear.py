@@ -32,6 +32,6 @@ def dare_linear(
     the sums behind s_i are float64; under normalize, weights that cancel are an error.
     """
     used = shares(weight) if normalize else weight
-    keeps = at_random(weight, density)
-    scales = yield from dare_scales(tensor, keeps, rescale, preset)
-    return summed(used, keeps, scales, lambda_)
+    masks = at_random(weight, density)
+    scales = yield from dare_scales(tensor, masks, rescale, preset)
+    return summed(used, masks, scales, lambda_)

@@ -36,6 +36,6 @@ def dare_ties(
     divide = count if normalize is None else normalize
     if divide and not count:
         refuse_cancelling(weight)
-    keeps = at_random((1.0,) * len(weight) if count else weight, density)
-    scales = yield from dare_scales(tensor, keeps, rescale, preset)
-    return elected(weight, keeps, scales, normalize=divide, lambda_=lambda_, count=count)
+    masks = at_random((1.0,) * len(weight) if count else weight, density)
+    scales = yield from dare_scales(tensor, masks, rescale, preset)
+    return elected(weight, masks, scales, normalize=divide, lambda_=lambda_, count=count)

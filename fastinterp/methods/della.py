@@ -34,6 +34,6 @@ def della(
     """
     if normalize:
         refuse_cancelling(weight)
-    keeps = by_rank(weight, density, epsilon)
-    scales = yield from l1_ratios(tensor, keeps, rescale)
-    return elected(weight, keeps, scales, normalize=normalize, lambda_=lambda_)
+    masks = by_rank(weight, density, epsilon)
+    scales = yield from l1_ratios(tensor, masks, rescale)
+    return elected(weight, masks, scales, normalize=normalize, lambda_=lambda_)

@@ -32,6 +32,6 @@ def della_linear(
     Differs from mergekit `della_linear`: as `della` does.
     """
     used = shares(weight) if normalize else weight
-    keeps = by_rank(weight, density, epsilon)
-    scales = yield from l1_ratios(tensor, keeps, rescale)
-    return summed(used, keeps, scales, lambda_)
+    masks = by_rank(weight, density, epsilon)
+    scales = yield from l1_ratios(tensor, masks, rescale)
+    return summed(used, masks, scales, lambda_)

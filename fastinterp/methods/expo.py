@@ -8,7 +8,7 @@ from fastinterp.ops.combine import Combine
 
 @method(base="required", models=(2, 2), sums_deltas=True, for_more="`task_arithmetic`")
 def expo(n: int, *, alpha: float) -> Combine:
-    """Go on beyond a fine-tune in the direction that it came.     out = x1 + alpha*(x1 - x0)
+    """Extrapolate beyond a fine-tune along its delta from the base.     out = x1 + alpha*(x1 - x0)
 
     x0      the base: what x1 was trained from, a supervised fine-tune, say, whose alignment is x1
     alpha   how far, in units of x1 - x0: 0 copies x1, model cards have 0.1 to 0.5, -1 copies the base

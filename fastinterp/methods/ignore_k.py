@@ -31,5 +31,5 @@ def ignore_k(
     used = shares(weight) if normalize else weight
     size = tensor.numel
     dropped = [int(part * size) if w else size for w, part in zip(weight, k, strict=True)]
-    keeps = yield from ranked([(top + 1, size) if top < size else None for top in dropped], size)
-    return summed(used, keeps, (1.0,) * len(weight), lambda_)
+    masks = yield from ranked([(top + 1, size) if top < size else None for top in dropped], size)
+    return summed(used, masks, (1.0,) * len(weight), lambda_)

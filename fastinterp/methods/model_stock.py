@@ -33,10 +33,10 @@ def model_stock(n: int, tensor: Tensor, *, filter_wise: bool = False) -> Steps:
     return GroupCombine(weights, n, "row", 0)
 
 
-def _weights(found: Measured) -> tuple[float, ...]:
-    g, count = found.gram, len(found.gram) - 1
+def _weights(measured: Measured) -> tuple[float, ...]:
+    g, count = measured.gram, len(measured.gram) - 1
     cosines = [math.cos(angle(g[i][i], g[j][j], g[i][j])) for j in range(2, count + 1) for i in range(1, j)]
     c = math.fsum(cosines) / len(cosines)
-    spread = 1.0 + (count - 1) * c
-    t = count * c / spread if spread >= 1e-6 else 0.0
+    denominator = 1.0 + (count - 1) * c
+    t = count * c / denominator if denominator >= 1e-6 else 0.0
     return (0.0, *(t / count,) * count)

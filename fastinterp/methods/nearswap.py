@@ -1,4 +1,4 @@
-"""The base, drawn towards another model where both are near."""
+"""The base, moved towards another model by a bounded step per element."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from fastinterp.ops.requests import GroupCombine, Measure, Per, Steps
 def nuslerp(
     n: int, tensor: Tensor, *, weight: Each[float], nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
 ) -> Steps:
-    """Walk the great circle between two models, or two task vectors.     out = s1*x1 + s2*x2, or x0 + s1*d1 + s2*d2
+    """Interpolate two models, or two task vectors, on a great circle.     out = s1*x1 + s2*x2, or x0 + s1*d1 + s2*d2
 
     x1, x2            the two models; x0 the base, if there is one; d1 = x1 - x0, d2 = x2 - x0
     s1, s2            sin((1-t)*a)/sin(a), sin(t*a)/sin(a), with a the angle between the two vectors; 1-t and t where
@@ -49,8 +49,8 @@ def nuslerp(
         if per == "tensor":
             return Combine(tuple(weights), pivot=1 if short[0] else None)
         return GroupCombine(weights, n, per)
-    found = yield Measure(deltas=True, per=per)
-    for group in [found] if per == "tensor" else found:
+    measured = yield Measure(deltas=True, per=per)
+    for group in [measured] if per == "tensor" else measured:
         g = finite(group, tensor.name).gram
         weights.extend((0.0, *arc(t, angle(g[1][1], g[2][2], g[1][2]))))
     return Combine(tuple(weights), 0) if per == "tensor" else GroupCombine(weights, n, per, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastinterp.methods import Length, method
 from fastinterp.methods._float32 import bits_above
-from fastinterp.ops.requests import Keep, MaskedCombine
+from fastinterp.ops.requests import Mask, MaskedCombine
 
 
 @method(base="required", models=(2, 64), sums_deltas=True, drops=True)
@@ -19,4 +19,4 @@ def ram(n: int, *, epsilon: Length = 1e-5) -> MaskedCombine:
     Differs from mergekit `ram`: sums and quotients are float32 whatever the storage dtype.
     """
     ones = (0.0,) + (1.0,) * (n - 1)
-    return MaskedCombine(ones, keeps=(Keep(), *(Keep(least=bits_above(epsilon)),) * (n - 1)), shares=ones)
+    return MaskedCombine(ones, masks=(Mask(), *(Mask(min_bits=bits_above(epsilon)),) * (n - 1)), shares=ones)

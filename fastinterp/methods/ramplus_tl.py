@@ -1,10 +1,10 @@
-"""Reinforced agent merging, with what one model alone changed made stronger."""
+"""Reinforced agent merging, with larger weights for what only one model changed."""
 
 from __future__ import annotations
 
 from fastinterp.methods import Length, NotNegative, method
 from fastinterp.methods._float32 import bits_above
-from fastinterp.ops.requests import Keep, MaskedCombine, MeasureKept, Steps
+from fastinterp.ops.requests import Mask, MaskedCombine, MeasureKept, Steps
 
 
 @method(base="required", models=(2, 64), sums_deltas=True, drops=True)
@@ -25,12 +25,12 @@ def ramplus_tl(n: int, *, epsilon: Length = 1e-5, r: float = 0.1, alpha: NotNega
     Differs from mergekit `ramplus_tl`: sums are float32 and the output has the dtype that the recipe asks for
     (mergekit: always float32).
     """
-    keeps = (Keep(), *(Keep(least=bits_above(epsilon)),) * (n - 1))
-    found = yield MeasureKept(keeps, l1=False, squares=False)
-    alone = [0.0]
+    masks = (Mask(), *(Mask(min_bits=bits_above(epsilon)),) * (n - 1))
+    stats = yield MeasureKept(masks, l1=False, squares=False)
+    sole_weights = [0.0]
     for i in range(1, n):
-        unique = max(found.kept[i] - found.shared[i], epsilon)
-        quotient = found.shared[i] / unique if unique else alpha  # no change is unique: as large as it gets
-        alone.append(1.0 + r * min(quotient if found.shared[i] else 0.0, alpha))
+        unique = max(stats.kept[i] - stats.shared[i], epsilon)
+        quotient = stats.shared[i] / unique if unique else alpha  # no change is unique: as large as it gets
+        sole_weights.append(1.0 + r * min(quotient if stats.shared[i] else 0.0, alpha))
     ones = (0.0,) + (1.0,) * (n - 1)
-    return MaskedCombine(ones, keeps=keeps, shares=ones, alone=tuple(alone))
+    return MaskedCombine(ones, masks=masks, shares=ones, sole_weights=tuple(sole_weights))

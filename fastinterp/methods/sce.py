@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastinterp.methods import Unit, method
 from fastinterp.methods._deltas import energies
 from fastinterp.ops.combine import Combine, Tensor
-from fastinterp.ops.requests import ALL_BITS, Keep, MaskedCombine, Measure, MeasureKept, Score, Select, Steps
+from fastinterp.ops.requests import ALL_BITS, Mask, MaskedCombine, Measure, MeasureKept, Score, Select, Steps
 
 
 @method(base="required", models=(2, 64), sums_deltas=True, drops=True, elects=True)
@@ -28,15 +28,15 @@ def sce(n: int, tensor: Tensor, *, select_topk: Unit = 1.0, int8_mask: bool = Fa
     """
     score, size = None, tensor.numel
     if select_topk < 1.0 and size:
-        (found,) = yield Select(((0, select_topk),), score=Score("spread"), nonzero=True)
-        score = Score("spread", least=found.least)
-    if not size or (score and score.least > ALL_BITS):
+        (threshold,) = yield Select(((0, select_topk),), score=Score("variance"), nonzero=True)
+        score = Score("variance", min_bits=threshold.min_bits)
+    if not size or (score and score.min_bits > ALL_BITS):
         return Combine((0.0,) * n, base=0)
     if score:
-        squares = (yield MeasureKept((Keep(),) * n, score, l1=False)).squares
+        squares = (yield MeasureKept((Mask(),) * n, score, l1=False)).squares
     else:
         gram = (yield Measure(deltas=True)).gram
         squares = tuple(gram[i][i] for i in range(n))
     weights = (0.0, *energies(tensor, squares[1:]))
-    votes = (0.0,) + (1.0,) * (n - 1)
-    return MaskedCombine(weights, votes=votes, shares=weights, least_share=1e-6, other_share=1e-6, score=score)
+    ones = (0.0,) + (1.0,) * (n - 1)
+    return MaskedCombine(weights, sign_weights=ones, shares=weights, least_share=1e-6, other_share=1e-6, score=score)

@@ -14,7 +14,7 @@ STRAIGHT = 0.9995  # |cos| above which a straight line is used: 1.81 degrees, so
 
 @method(base="required", models=(2, 2), walks=True, for_more="`multislerp`, `karcher`")
 def slerp(n: int, tensor: Tensor, *, t: Unit) -> Steps:
-    """Walk the great circle from the base to the other model.     out = s0*x0 + s1*x1
+    """Interpolate on the great circle from the base to the other model.     out = s0*x0 + s1*x1
 
     x0      the base, where t = 0; x1 the other model, where t = 1: both are copied bit for bit
     s0, s1  sin((1-t)*a)/sin(a), sin(t*a)/sin(a), with a the angle between x0 and x1, each tensor taken as one vector;

@@ -38,6 +38,6 @@ def ties(
         refuse_cancelling(weight)
     size = tensor.model_numel if whole else tensor.numel
     kept = [number_kept(p, size) if w or count else 0 for w, p in zip(weight, density, strict=True)]
-    keeps = yield from ranked([(1, k) if k else None for k in kept], size, whole)
-    scales = yield from l1_ratios(tensor, keeps, rescale)
-    return elected(weight, keeps, scales, normalize=normalize, lambda_=lambda_, count=count)
+    masks = yield from ranked([(1, k) if k else None for k in kept], size, whole)
+    scales = yield from l1_ratios(tensor, masks, rescale)
+    return elected(weight, masks, scales, normalize=normalize, lambda_=lambda_, count=count)

@@ -1,8 +1,8 @@
-"""What a method may ask for beside a plain weighted sum: statistics of its inputs, and sums with masks.
+"""Requests of merge methods beside a plain weighted sum: statistics of the inputs, and sums with masks.
 
 Plain values, a leaf. A method is a generator: it yields Measure, MeasureKept, Divergence or Select, each a read of the
-inputs, is sent the answer, and returns the sum that is to be streamed. Apart from ops.py, because the linear methods,
-which ask for a Combine only, need none of this and start sooner without it.
+inputs, is sent the answer, and returns the sum that is to be streamed. Apart from combine.py, because the linear
+methods, which return a Combine only, need none of this and start sooner without it.
 """
 
 from __future__ import annotations
@@ -23,41 +23,42 @@ ALL_BITS = 0x7FFFFFFF  # the largest magnitude as float32 bits, NaN included
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
-    """Which elements of a delta take part in a merge: those that pass every test. Rule 10 of docs/NUMERICS.md.
+class Mask:
+    """The elements of a delta that take part in a merge: those that pass every test. Rule 10 of docs/NUMERICS.md.
 
-    least, most  bounds of the magnitude's bits as float32 (an F64 delta is rounded to it), both included
-    chance       probability of the random keep, 0..1; 1 draws nothing
-    spread       the chance runs from chance - spread for the smallest magnitude of a row (the last dimension) to
-                 chance + spread for the largest, linear in the rank; equal magnitudes share their mean rank
+    min_bits, max_bits  bounds of the magnitude's bits as float32 (an F64 delta is rounded to it), both included
+    probability         that a random mask keeps an element, 0..1; 1 draws nothing
+    rank_slope          the probability runs from probability - rank_slope for the smallest magnitude of a row (the last
+                        dimension) to probability + rank_slope for the largest, linear in the rank; equal magnitudes
+                        share their mean rank
     """
 
-    least: int = 0
-    most: int = ALL_BITS
-    chance: float = 1.0
-    spread: float = 0.0
+    min_bits: int = 0
+    max_bits: int = ALL_BITS
+    probability: float = 1.0
+    rank_slope: float = 0.0
 
     @property
     def keeps_all(self) -> bool:
-        return self == Keep()
+        return self == Mask()
 
     @property
     def is_random(self) -> bool:
-        return self.chance < 1.0 or self.spread != 0.0
+        return self.probability < 1.0 or self.rank_slope != 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A number >= 0 for every element, shared by all models; elements whose float32 bits are below `least` are dropped.
+    """A number >= 0 for every element, shared by all models; elements with float32 bits below `min_bits` are dropped.
 
-    kind     "spread": sum_i (d_i - mean)^2 over the models, d_i = x_i - x_0
-             "divergence": |d_1| * factors[row]
-    factors  f32[rows] of "divergence", as bytes: rows may be many
+    kind      "variance": sum_i (d_i - mean)^2 over the models, d_i = x_i - x_0
+              "divergence": |d_1| * factors[row]
+    factors   f32[rows] of "divergence", as bytes: rows may be many
     """
 
-    kind: Literal["spread", "divergence"]
+    kind: Literal["variance", "divergence"]
     factors: bytes = b""
-    least: int = 0
+    min_bits: int = 0
 
 
 # --- what a method may ask for before it combines: each is one read of the inputs that it names ----------------------
@@ -93,14 +94,14 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class MeasureKept:
-    """Ask what some keeps would leave of the deltas x_i - x_0. keeps[0] is that of the base, and is ignored.
+    """Ask what some masks would leave of the deltas x_i - x_0. masks[0] is that of the base, and is ignored.
 
-    keeps        None: nothing is asked about that input, which is not read. Not with a score
+    masks        None: nothing is asked about that input, which is not read. Not with a score
     score        drops elements of all models, as in MaskedCombine
     l1, squares  whether Kept needs the L1 norms, and the squares: each costs time. Else they are 0
     """
 
-    keeps: tuple[Keep | None, ...]
+    masks: tuple[Mask | None, ...]
     score: Score | None = None
     l1: bool = True
     squares: bool = True
@@ -138,8 +139,8 @@ class Select:
 
     ranks     (input, k): of |x_input - x_0| as float32, 1 <= k <= the number of elements. With a score, input is 0, and
               it is the k-th largest score. The answer is a tuple of Selected, one per rank
-    score     whose values are ranked instead of the deltas; its `least` is ignored
-    nonzero   k is a fraction of the values that are not 0: rank floor(k * count), and least = ALL_BITS + 1 if that is 0
+    score     whose values are ranked instead of the deltas; its `min_bits` is ignored
+    nonzero   k is a fraction of the values that are not 0: rank floor(k * count); min_bits = ALL_BITS + 1, if that is 0
     whole     of the whole model: all merged tensors as one vector, k at most Tensor.model_numel
     """
 
@@ -151,16 +152,18 @@ class Select:
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """least  float32 bits of the k-th largest; keeping what is not below it keeps all that equal it
-    kept   how many are at least as large
+    """The answer for one rank.
+
+    min_bits  float32 bits of the k-th largest; keeping what is not below it keeps all that equal it
+    kept      how many are at least as large
     """
 
-    least: int
+    min_bits: int
     kept: int
 
     @property
     def value(self) -> float:
-        return float(struct.unpack("<f", struct.pack("<I", self.least))[0])
+        return float(struct.unpack("<f", struct.pack("<I", self.min_bits))[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,30 +225,30 @@ class GroupCombine:
 class MaskedCombine:
     """out = x_0 + step, element by element, from the deltas d_i = x_i - x_0 of those models that take part in it.
 
-    Input i takes part where keeps[i] keeps d_i, the score keeps the element, and, with `votes`, its sign was elected:
-    the sign of sum_i votes[i]*d_i over the kept ones, 0 counting as plus, must be that of votes[i]*d_i, and d_i not 0.
-    Then
+    Input i takes part where masks[i] keeps d_i, the score keeps the element, and, with `sign_weights`, its sign was
+    elected: the sign of sum_i sign_weights[i]*d_i over the kept ones, 0 counting as plus, must be that of
+    sign_weights[i]*d_i, and d_i not 0. Then
 
         step = sum_i weights[i]*d_i          over those that take part, by fma in float32, in order, from +0
         step = step / sum_i shares[i]        if `shares` is given; a sum that is 0, or whose magnitude is below
                                              `least_share`, counts as `other_share`
-        step = alone[i]*d_i                  instead, if `alone` is given and only one takes part
+        step = sole_weights[i]*d_i           instead, if `sole_weights` is given and only one takes part
 
     weights     f64[n]; weights[0], of the base, is 0. Each tuple has one entry per input; that of the base is ignored
-    keeps       None: all
+    masks       None: all
     limit       d_i is first limited to -limit..limit
     importance  inputs whose elements are further factors: weights[i] becomes weights[i] * (x_importance[i] + 1e-6), and
-                the sum of these divides. Then input 0 has a weight and an importance of its own. With neither keeps,
-                votes, shares nor alone
+                the sum of these divides. Then input 0 has a weight and an importance of its own. With neither masks,
+                sign_weights, shares nor sole_weights
     """
 
     weights: tuple[float, ...]
-    keeps: tuple[Keep, ...] | None = None
-    votes: tuple[float, ...] | None = None
+    masks: tuple[Mask, ...] | None = None
+    sign_weights: tuple[float, ...] | None = None
     shares: tuple[float, ...] | None = None
     least_share: float = 0.0
     other_share: float = 1.0
-    alone: tuple[float, ...] | None = None
+    sole_weights: tuple[float, ...] | None = None
     limit: float = math.inf
     score: Score | None = None
     importance: tuple[int, ...] | None = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastinterp.arguments import dtype_named, path_of, size_of
 from fastinterp.backends.cpu import Progress
-from fastinterp.backends.registry import cpu_isa, cpu_threads, find_devices, wish_of
+from fastinterp.backends.registry import cpu_isa, cpu_threads, find_devices, parse_device_spec
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.run import fitting_outputs
 from fastinterp.execute.to_files import write_outputs
@@ -77,7 +77,7 @@ def sweep(
         a, b, alphas, add, grid, base=base, integers=integers, method=method, parameters=parameters or {},
         settings=settings,
     )  # fmt: skip
-    wish = wish_of(device)
+    wish = parse_device_spec(device)
     if in_memory is not None:
         if out is not None or virtual:
             raise UsageError("`in_memory` writes nothing: leave `out` and `virtual` out")

@@ -113,7 +113,7 @@ def _check(result: Sum, name: str) -> None:
         if result.base is None and not result.sums_to_one:
             check_coefficients(result.totals, name)
     else:
-        used = (result.weights, result.votes, result.shares, result.alone)
+        used = (result.weights, result.sign_weights, result.shares, result.sole_weights)
         check_coefficients((w for some in used if some is not None for w in some), name)
 
 
@@ -181,9 +181,9 @@ def _plausible(request: Request, n: int, shape: tuple[int, ...]) -> Any:
         one = _near(n, numel // max(1, groups), 1e-4 if request.deltas else 1.0, request.deltas)
         return one if request.per == "tensor" else [one]  # one group for all of them: many would take long
     if isinstance(request, MeasureKept):
-        keeps = request.keeps[1:]
-        share = [0.0, *(0.0 if k is None else k.chance if k.least == 0 else 0.5 * k.chance for k in keeps)]
-        sizes = (0.0, *(0.0 if k is None else 0.01 * numel for k in keeps))
+        masks = request.masks[1:]
+        share = [0.0, *(0.0 if m is None else m.probability if m.min_bits == 0 else 0.5 * m.probability for m in masks)]
+        sizes = (0.0, *(0.0 if m is None else 0.01 * numel for m in masks))
         kept = tuple(round(s * numel) for s in share)
         part = tuple(s * x for s, x in zip(share, sizes, strict=True))
         return Kept(sizes, part, kept, tuple(k // 2 for k in kept), tuple(0.01 * x for x in part))

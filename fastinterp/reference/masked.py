@@ -1,4 +1,4 @@
-"""The numeric contract in numpy, continued: keeps, ranks, votes and scores. Rules 10, 13 and 14 of docs/NUMERICS.md."""
+"""The numeric contract in numpy, continued: masks, ranks, signs and scores. Rules 10, 13 and 14 of docs/NUMERICS.md."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from fastinterp.ops.combine import Row, philox_key
 from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.dtypes import F64, DType
-from fastinterp.ops.masked import keep_key, kept_inputs, kept_of, read_inputs, terms, word_limits
-from fastinterp.ops.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
+from fastinterp.ops.masked import kept_inputs, kept_of, mask_key, read_inputs, terms, word_limits
+from fastinterp.ops.requests import ALL_BITS, Kept, Mask, MaskedCombine, MeasureKept, Score
 from fastinterp.reference import combine as reference
 from fastinterp.reference.combine import Array, Stats, narrow, sampled_stats, widen
 from fastinterp.reference.fma import fma
@@ -33,7 +33,7 @@ def deltas(inputs: Sequence[Array], dtypes: Sequence[DType]) -> list[Array]:
         return [v - x[0] for v in x[1:]]
 
 
-# --- rule 10: keeps --------------------------------------------------------------------------------------------------
+# --- rule 10: masks --------------------------------------------------------------------------------------------------
 
 
 def magnitudes(d: Array) -> Array:
@@ -74,14 +74,14 @@ def keep_numbers(key: int, numel: int) -> Array:
     return numbers
 
 
-def keep_mask(mag: Array, keep: Keep, columns: int, key: int) -> Array:
+def keep_mask(mag: Array, keep: Mask, columns: int, key: int) -> Array:
     """Which elements of a tensor `keep` keeps: bool[numel].
 
     mag      u32[numel], its magnitudes
     columns  length of a row
     key      of the random numbers, unused where none are drawn
     """
-    kept: Array = (mag >= keep.least) & (mag <= keep.most)
+    kept: Array = (mag >= keep.min_bits) & (mag <= keep.max_bits)
     if not keep.is_random:
         return kept
     lo, hi = word_limits(keep)
@@ -132,10 +132,10 @@ def kept(
     read, columns = kept_inputs(ask), columns_of(shape)
     found, masks = deltas([inputs[i] for i in read], [dtypes[i] for i in read]), []
     for i, d in zip(read[1:], found, strict=True):
-        keep = ask.keeps[i] or Keep()
-        masks.append(keep_mask(magnitudes(d), keep, columns, keep_key(keep, i, name=name, seed=seed)))
+        keep = ask.masks[i] or Mask()
+        masks.append(keep_mask(magnitudes(d), keep, columns, mask_key(keep, i, name=name, seed=seed)))
         if ask.score is not None:
-            masks[-1] &= scores(found, ask.score, columns) >= ask.score.least
+            masks[-1] &= scores(found, ask.score, columns) >= ask.score.min_bits
     count = np.sum(masks, axis=0)
     left = [np.where(m, d, 0) for m, d in zip(masks, found, strict=True)]
 
@@ -207,21 +207,21 @@ def _limited(d: Array, limit: Any) -> Array:
 def _taking_part(ask: MaskedCombine, d: dict[int, Array], columns: int, name: str, seed: int) -> dict[int, Array]:
     """Which elements of each delta take part: kept by its keep and by the score, and of the elected sign."""
     part = {
-        i: keep_mask(magnitudes(d[i]), keep, columns, keep_key(keep, i, name=name, seed=seed)) for i, keep in terms(ask)
+        i: keep_mask(magnitudes(d[i]), keep, columns, mask_key(keep, i, name=name, seed=seed)) for i, keep in terms(ask)
     }
     if ask.score is not None:
-        high = scores(list(d.values()), ask.score, columns) >= ask.score.least
+        high = scores(list(d.values()), ask.score, columns) >= ask.score.min_bits
         part = {i: mask & high for i, mask in part.items()}
-    if ask.votes is None:
+    if ask.sign_weights is None:
         return part
     total = np.zeros_like(next(iter(d.values())))
     for i, mask in part.items():
-        if ask.votes[i] != 0.0:
-            total = np.where(mask, fma(total.dtype.type(ask.votes[i]), d[i], total), total)
+        if ask.sign_weights[i] != 0.0:
+            total = np.where(mask, fma(total.dtype.type(ask.sign_weights[i]), d[i], total), total)
     minus = total < 0
     for i, mask in part.items():
-        agrees = np.isnan(d[i]) | ((d[i] != 0) & ((np.signbit(d[i]) ^ (ask.votes[i] < 0)) == minus))
-        part[i] = mask & agrees & (ask.votes[i] != 0.0)
+        agrees = np.isnan(d[i]) | ((d[i] != 0) & ((np.signbit(d[i]) ^ (ask.sign_weights[i] < 0)) == minus))
+        part[i] = mask & agrees & (ask.sign_weights[i] != 0.0)
     return part
 
 
@@ -233,12 +233,12 @@ def _step(ask: MaskedCombine, d: dict[int, Array], part: dict[int, Array]) -> Ar
         step = np.where(mask, fma(compute(ask.weights[i]), d[i], step), step)
         if ask.shares is not None:
             share = np.where(mask, share + compute(ask.shares[i]), share)
-        if ask.alone is not None:
-            alone = np.where(mask, fma(compute(ask.alone[i]), d[i], zero), alone)
+        if ask.sole_weights is not None:
+            alone = np.where(mask, fma(compute(ask.sole_weights[i]), d[i], zero), alone)
     if ask.shares is not None:
         other = (share == 0) | (abs(share) < compute(ask.least_share))
         step = step / np.where(other, compute(ask.other_share), share)
-    if ask.alone is not None:
+    if ask.sole_weights is not None:
         step = np.where(np.sum(list(part.values()), axis=0) == 1, alone, step)
     return step
 

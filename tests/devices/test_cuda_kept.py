@@ -10,14 +10,14 @@ import pytest
 
 from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.ops.requests import Keep, MeasureKept, Score
+from fastinterp.ops.requests import Mask, MeasureKept, Score
 from fastinterp.ops.steps import MaskedStats
 from tests.numerics.test_masked import NAME, SEED, Shape
 from tests.support.cases import MERGING
 from tests.support.cuda_pieces import Rig, addressed, answers, pump_answers, same
 from tests.support.pumps import raws, stats_step
 
-KEEPS = (Keep(), Keep(least=0x3A000000), Keep(chance=0.4), Keep(0x39000000, 0x3C000000, 0.7), Keep(1, 0))
+KEEPS = (Mask(), Mask(min_bits=0x3A000000), Mask(probability=0.4), Mask(0x39000000, 0x3C000000, 0.7), Mask(1, 0))
 
 
 def step_of(ask: MeasureKept, dtypes: Sequence[DType], shape: Shape) -> MaskedStats:
@@ -25,11 +25,11 @@ def step_of(ask: MeasureKept, dtypes: Sequence[DType], shape: Shape) -> MaskedSt
 
 
 def check(
-    dtypes: Sequence[DType], keeps: Sequence[Keep | None], shape: Shape, fill: str = "normal",
+    dtypes: Sequence[DType], keeps: Sequence[Mask | None], shape: Shape, fill: str = "normal",
     score: Score | None = None, wanted: dict[str, bool] | None = None, **cut: int,
 ) -> None:  # fmt: skip
     data = raws(fill, dtypes, math.prod(shape))
-    step = step_of(MeasureKept((Keep(), *keeps), score, **(wanted or {})), dtypes, shape)
+    step = step_of(MeasureKept((Mask(), *keeps), score, **(wanted or {})), dtypes, shape)
     assert same(answers(step, data, **cut), pump_answers(step, data))
 
 
@@ -54,7 +54,7 @@ def test_any_number_of_inputs(n):
     keeps = [KEEPS[i % len(KEEPS)] for i in range(n - 1)]
     check(dtypes, keeps, (5, 811))
     if n > 1:
-        check(dtypes, keeps, (5, 811), score=Score("spread", b"", 0x38000000))
+        check(dtypes, keeps, (5, 811), score=Score("variance", b"", 0x38000000))
         check(dtypes, [None, *keeps[1:]], (5, 811))
 
 
@@ -72,10 +72,10 @@ def test_pieces_fold_to_the_tensor(most):
 
 
 def test_what_is_refused():
-    step = step_of(MeasureKept((Keep(), Keep(chance=0.5, spread=0.1))), [BF16, BF16], (2, 8))
+    step = step_of(MeasureKept((Mask(), Mask(probability=0.5, rank_slope=0.1))), [BF16, BF16], (2, 8))
     rig, data = Rig(), raws("normal", [BF16, BF16], 16)
     with pytest.raises(ValueError, match="by rank"):
         rig.run([addressed(rig, step, data, 0, 16, 0)])
-    step = step_of(MeasureKept((Keep(), Keep())), [BF16, BF16], (2, 8))
+    step = step_of(MeasureKept((Mask(), Mask())), [BF16, BF16], (2, 8))
     with pytest.raises(ValueError, match="begins with a chunk"):
         rig.run([addressed(rig, step, data, 8, 8, 0)])

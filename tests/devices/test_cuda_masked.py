@@ -13,7 +13,7 @@ import pytest
 from fastinterp.ops.combine import philox_key
 from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from fastinterp.ops.requests import Keep, MaskedCombine, Score
+from fastinterp.ops.requests import Mask, MaskedCombine, Score
 from fastinterp.ops.steps import MaskedSum
 from tests.numerics.test_masked import NAME, SEED, Shape, ask_of, least_of, options_of
 from tests.support import backends
@@ -58,11 +58,11 @@ def check(
 
 
 COMBINED: dict[str, tuple[str, ...]] = {
-    "ties": ("least", "votes", "shares"),
-    "dare": ("random", "votes", "shares"),
-    "band": ("band", "alone", "limit", "divergence"),
-    "all": ("random", "some_vote", "shares", "alone", "spread", "limit"),
-    "spread": ("spread", "votes", "shares"),
+    "ties": ("least", "sign_weights", "shares"),
+    "dare": ("random", "sign_weights", "shares"),
+    "band": ("band", "sole_weights", "limit", "divergence"),
+    "all": ("random", "some_vote", "shares", "sole_weights", "variance", "limit"),
+    "variance": ("variance", "sign_weights", "shares"),
     "limit": ("limit", "random"),
     "plain": (),
 }
@@ -134,7 +134,7 @@ def test_importances():
 def test_shares_that_cancel():
     """A sum of shares that is 0 counts as the other one, whatever the least is."""
     dtypes, shape = [BF16] * 3, (3, 257)
-    ask = ask_of(3, {"shares": (0.0, 1.0, -1.0), "other_share": 4.0, "keeps": (Keep(), Keep(chance=0.5), Keep())})
+    ask = ask_of(3, {"shares": (0.0, 1.0, -1.0), "other_share": 4.0, "masks": (Mask(), Mask(probability=0.5), Mask())})
     check(raws("normal", dtypes, math.prod(shape)), dtypes, [ask], F32, shape)
 
 
@@ -142,8 +142,8 @@ def test_many_terms():
     n = 40
     dtypes, shape = [(BF16, F8_E5M2)[i % 2] for i in range(n)], (3, 257)
     data = raws("close", dtypes, math.prod(shape))
-    keeps = (Keep(), *(Keep(least=low, chance=0.5) for low in least_of(data, dtypes, 0.2)[1:]))
-    ask = dataclasses.replace(ask_of(n), keeps=keeps, votes=(0.0, *(1.0,) * (n - 1)), score=Score("spread"))
+    keeps = (Mask(), *(Mask(min_bits=low, probability=0.5) for low in least_of(data, dtypes, 0.2)[1:]))
+    ask = dataclasses.replace(ask_of(n), masks=keeps, sign_weights=(0.0, *(1.0,) * (n - 1)), score=Score("variance"))
     check(data, dtypes, [ask], F32, shape)
     factors = array("f", (1.0, 2.0, 0.5)).tobytes()
     check(data, dtypes, [dataclasses.replace(ask, score=Score("divergence", factors, 0x39000000))], BF16, shape)
@@ -152,5 +152,5 @@ def test_many_terms():
 def test_low_halves_of_random_numbers():
     """Limits whose high half is met by some elements, so that the other half decides."""
     dtypes, numel = [BF16, BF16], 500_000
-    keep = Keep(chance=3 * 2.0**-17)
-    check(raws("normal", dtypes, numel), dtypes, [dataclasses.replace(ask_of(2), keeps=(Keep(), keep))], F32, (numel,))
+    keep = Mask(probability=3 * 2.0**-17)
+    check(raws("normal", dtypes, numel), dtypes, [dataclasses.replace(ask_of(2), masks=(Mask(), keep))], F32, (numel,))

@@ -26,7 +26,7 @@ from fastinterp import _C
 from fastinterp.ops import steps
 from fastinterp.ops.combine import Combine
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64
-from fastinterp.ops.requests import Keep, MaskedCombine, MeasureKept, Score, Select
+from fastinterp.ops.requests import Mask, MaskedCombine, MeasureKept, Score, Select
 from fastinterp.reference import combine as reference
 from fastinterp.reference import groups as reference_groups
 from fastinterp.reference.select import select
@@ -237,7 +237,7 @@ def test_measures_of_rows_of_several_chunks():
 # --- histograms ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["deltas", "spread", "divergence"])
+@pytest.mark.parametrize("kind", ["deltas", "variance", "divergence"])
 @pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (F64, F8_E4M3, F16)], ids=str)
 def test_order_statistics(kind, dtypes):
     """By the histograms that they are asked for, sampled and whole."""
@@ -270,7 +270,7 @@ def test_sums_with_masks_of_every_dtype(dtype, out):
     dtypes, shape = [dtype, BF16, dtype], (3, 331)
     data = raws("patterns", dtypes, math.prod(shape))
     choices = test_masked.options_of(data, dtypes, shape)
-    ask = test_masked.ask_of(3, choices["random"], choices["votes"], choices["shares"])
+    ask = test_masked.ask_of(3, choices["random"], choices["sign_weights"], choices["shares"])
     test_masked.check("", data, dtypes, [ask], out, shape, rounding="stochastic", fp8_overflow="nonfinite")
 
 
@@ -279,7 +279,7 @@ def test_importance(dtype):
     test_masked.test_importance("", dtype, "patterns")
 
 
-KEEPS = {**test_keeps.KEEPS, "band": Keep(0x39000000, 0x3C000000, 0.7)}
+KEEPS = {**test_keeps.KEEPS, "band": Mask(0x39000000, 0x3C000000, 0.7)}
 FACTORS = array("f", (0.5 + r % 3 for r in range(30))).tobytes()
 
 
@@ -288,10 +288,10 @@ FACTORS = array("f", (0.5 + r % 3 for r in range(30))).tobytes()
     [
         ((BF16, F32, BF16, F16), ("least", "random", "band"), None),
         ((F64, BF16, F64), ("least", None), None),
-        ((F8_E4M3, F8_E5M2, F16), ("least", "random"), Score("spread", b"", 0x38000000)),
+        ((F8_E4M3, F8_E5M2, F16), ("least", "random"), Score("variance", b"", 0x38000000)),
         ((BF16, BF16, BF16), ("least", "all"), Score("divergence", FACTORS, 0x3A000000)),
     ],
-    ids=["keeps", "f64", "spread", "divergence"],
+    ids=["keeps", "f64", "variance", "divergence"],
 )
 def test_what_keeps_leave(dtypes, keeps, score, monkeypatch):
     if score is None:
@@ -324,12 +324,12 @@ def test_memory_and_copies(device):
 
 
 def test_what_is_refused(device):
-    refuses, by_rank = device.refuses, Keep(chance=0.5, spread=0.1)
+    refuses, by_rank = device.refuses, Mask(probability=0.5, rank_slope=0.1)
     assert "divergence" in refuses(steps.Divergence(inputs=stored([F32, F32]), numel=4, columns=4))
-    for keep, why in ((by_rank, "random masks by rank"), (Keep(chance=0.5), None)):
+    for keep, why in ((by_rank, "random masks by rank"), (Mask(probability=0.5), None)):
         ask = MeasureKept((by_rank, keep))
         assert refuses(pumps.stats_step(ask, [F32, F32], (4,), name="", seed=0)) == why
-        sums = [MaskedCombine((0.0, 1.0), keeps=(Keep(), keep))]
+        sums = [MaskedCombine((0.0, 1.0), masks=(Mask(), keep))]
         assert refuses(pumps.masked_step(sums, [F32, F32], F32, (4,), name="", seed=0)) == why
     encoded = steps.Stored(0, 0, code(F32), steps.Decoder("int8", 4))
     assert refuses(steps.Measure(inputs=(encoded,), numel=4)) == "encoded inputs"

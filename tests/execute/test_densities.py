@@ -9,7 +9,7 @@ import pytest
 
 import fastinterp
 from fastinterp.execute.jobs.densities import Density, densities
-from fastinterp.ops.requests import Keep, MaskedCombine, Select, Selected
+from fastinterp.ops.requests import Mask, MaskedCombine, Select, Selected
 from tests.support import models as small
 
 
@@ -56,8 +56,8 @@ def test_nothing_is_said_where_nothing_ties(tmp_path, three):
 def test_both_ends_of_a_band():
     """Ranks 3 to 6 of 10 are asked for; the sixth is one of three that tie."""
     request = Select(((1, 6), (1, 3)))
-    sum_ = MaskedCombine((0.0, 1.0), keeps=(Keep(), Keep(least=50, most=80)))
+    sum_ = MaskedCombine((0.0, 1.0), masks=(Mask(), Mask(min_bits=50, max_bits=80)))
     answers = [(request, (Selected(50, 8), Selected(80, 3)))]
     assert densities(sum_, answers, 10) == {1: Density(4, 6, 10)}
-    scored = MaskedCombine((0.0, 1.0), keeps=(Keep(), Keep(most=80)))
+    scored = MaskedCombine((0.0, 1.0), masks=(Mask(), Mask(max_bits=80)))
     assert densities(scored, answers, 10) == {}

@@ -18,6 +18,7 @@ from fastinterp import methods
 from fastinterp.backends.cpu import Pump, PumpOptions
 from fastinterp.errors import MethodError, UsageError
 from fastinterp.execute import rounds
+from fastinterp.execute.jobs import adaptive_job
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.methods import Each, Method, Sidecar, method
 from fastinterp.ops.combine import Combine, Tensor
@@ -463,5 +464,5 @@ def test_what_one_pass_can_answer():
     """Requests that differ in more than ranks are apart, and so are ranks beyond the limit."""
     a, b, c = (Select(((1, k), (2, k)), whole=True) for k in (10, 20, 30))
     other = Select(((1, 0.5),), nonzero=True, whole=True)
-    assert rounds.gathered([a, other, b, c], 4) == [[a, b], [other], [c]]
-    assert rounds.gathered([a, b], 1) == [[a], [b]]
+    assert rounds.grouped([a, other, b, c], 4) == [[a, b], [other], [c]]
+    assert rounds.grouped([a, b], 1) == [[a], [b]]

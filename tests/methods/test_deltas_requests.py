@@ -15,8 +15,8 @@ from fastinterp.ops.combine import Combine, Tensor
 from fastinterp.ops.requests import (
     ALL_BITS,
     Divergence,
-    Keep,
     Kept,
+    Mask,
     MaskedCombine,
     Measure,
     Measured,
@@ -58,8 +58,8 @@ def test_ties_selects_one_rank_per_model_and_votes():
     assert select == Select(((1, 25), (2, 1)))  # floor(25.6), and at least one
     assert total == MaskedCombine(
         (0.0, 2.0, 6.0),
-        keeps=(Keep(), Keep(least=70), Keep(least=80)),
-        votes=(0.0, 1.0, 3.0),
+        masks=(Mask(), Mask(min_bits=70), Mask(min_bits=80)),
+        sign_weights=(0.0, 1.0, 3.0),
         shares=(0.0, 1.0, 3.0),
     )
 
@@ -67,20 +67,20 @@ def test_ties_selects_one_rank_per_model_and_votes():
 def test_ties_of_the_paper_trims_the_whole_model_and_counts():
     select, total = asks("ties", 3, found(70), weight=(1.0, -3.0), density=(0.5, 1.0), preset="paper")
     assert select == Select(((1, 500),), whole=True)
-    assert (total.votes, total.shares, total.weights) == ((0.0, 1.0, 1.0), (0.0, 1.0, 1.0), (0.0, 1.0, -3.0))
+    assert (total.sign_weights, total.shares, total.weights) == ((0.0, 1.0, 1.0), (0.0, 1.0, 1.0), (0.0, 1.0, -3.0))
 
 
 def test_ties_of_peft_trims_the_tensor_and_counts():
     select, total = asks("ties", 3, found(70, 80), weight=(1.0, 0.0), density=(0.5, 0.5), preset="peft")
     assert select == Select(((1, 50), (2, 50)))
-    assert total.votes == total.shares == (0.0, 1.0, 1.0)  # a weight of 0 votes
+    assert total.sign_weights == total.shares == (0.0, 1.0, 1.0)  # a weight of 0 votes
 
 
 def test_models_that_add_nothing_are_neither_ranked_nor_read():
     """Density 0 and weight 0; a model without opposition needs no vote, and is not divided by its own weight."""
     select, total = asks("ties", 4, found(70), weight=(2.0, 1.0, 0.0), density=(0.5, 0.0, 0.5))
     assert select == Select(((1, 50),))
-    assert total == MaskedCombine((0.0, 1.0, 0.0, 0.0), keeps=(Keep(), Keep(least=70), Keep(), Keep()))
+    assert total == MaskedCombine((0.0, 1.0, 0.0, 0.0), masks=(Mask(), Mask(min_bits=70), Mask(), Mask()))
 
 
 @pytest.mark.parametrize("name", ["dare_linear", "della_linear", "breadcrumbs", "ignore_k"])
@@ -92,7 +92,7 @@ def test_without_masks_and_votes_it_is_task_arithmetic(name):
 @pytest.mark.parametrize("name", ["ties", "dare_ties", "della", "breadcrumbs_ties"])
 def test_density_1_votes_without_asking(name):
     (total,) = asks(name, 3, weight=(1.0, 2.0), density=(1.0, 1.0), normalize=True)
-    assert total == MaskedCombine((0.0, 1.0, 2.0), votes=(0.0, 1.0, 2.0), shares=(0.0, 1.0, 2.0))
+    assert total == MaskedCombine((0.0, 1.0, 2.0), sign_weights=(0.0, 1.0, 2.0), shares=(0.0, 1.0, 2.0))
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,9 @@ def test_dare_folds_the_l1_ratio_into_the_weights():
         weight=(1.0, 2.0, 3.0),
         density=(0.5, 0.25, 1.0),
     )
-    asked = (Keep(), Keep(chance=0.5), Keep(chance=0.25), None)
+    asked = (Mask(), Mask(probability=0.5), Mask(probability=0.25), None)
     assert measure == MeasureKept(asked, squares=False), "density 1 needs no measure"
-    assert total == MaskedCombine((0.0, 2.0, 8.0, 3.0), keeps=(*measure.keeps[:3], Keep()))
+    assert total == MaskedCombine((0.0, 2.0, 8.0, 3.0), masks=(*measure.masks[:3], Mask()))
 
 
 @pytest.mark.parametrize("l1", [(5e-8, 5e-8), (1.0, 5e-8), (0.0, 0.0)], ids=str)
@@ -132,7 +132,7 @@ def test_dare_of_the_paper_divides_by_the_density(name, preset):
     (total,) = asks(name, 3, weight=(1.0, 3.0), density=(0.5, 0.25), preset=preset)
     assert total.weights == (0.0, 2.0, 12.0)
     if name == "dare_ties":
-        assert (total.votes, total.shares) == ((0.0, 2.0, 4.0), (0.0, 1.0, 1.0))
+        assert (total.sign_weights, total.shares) == ((0.0, 2.0, 4.0), (0.0, 1.0, 1.0))
 
 
 def test_a_sum_that_is_not_finite_cannot_be_rescaled_to():
@@ -150,16 +150,16 @@ def test_della_refuses_probabilities_outside_0_to_1(name, density, epsilon):
 
 def test_della_spreads_the_chance():
     (total,) = asks("della", 2, weight=(1.0,), density=(0.5,), epsilon=(0.2,), rescale=False)
-    assert total.keeps == (Keep(), Keep(chance=0.5, spread=0.2))
+    assert total.masks == (Mask(), Mask(probability=0.5, rank_slope=0.2))
 
 
 @pytest.mark.parametrize(
     ("density", "gamma", "ranks", "keep"),
     [
-        (0.5, 0.1, ((1, 11), (1, 60)), Keep(least=60, most=11)),
-        (0.5, 0.0, ((1, 50),), Keep(least=50)),  # no outliers, and nothing is lost for it
-        (0.5, 0.001, ((1, 50),), Keep(least=50)),
-        (0.5, 0.75, ((1, 51),), Keep(most=51)),  # more outliers than there is room for
+        (0.5, 0.1, ((1, 11), (1, 60)), Mask(min_bits=60, max_bits=11)),
+        (0.5, 0.0, ((1, 50),), Mask(min_bits=50)),  # no outliers, and nothing is lost for it
+        (0.5, 0.001, ((1, 50),), Mask(min_bits=50)),
+        (0.5, 0.75, ((1, 51),), Mask(max_bits=51)),  # more outliers than there is room for
         (0.001, 1.0, ((1, 100),), None),
         (1.0, 0.3, None, None),
     ],
@@ -173,13 +173,13 @@ def test_breadcrumbs_keeps_a_band_of_ranks(density, gamma, ranks, keep):
     select, total = asks("breadcrumbs", 2, found(*(k for _, k in ranks)), **given)
     assert select == Select(ranks)
     if keep:
-        assert total == MaskedCombine((0.0, 1.0), keeps=(Keep(), keep))
+        assert total == MaskedCombine((0.0, 1.0), masks=(Mask(), keep))
 
 
 def test_ignore_k_drops_the_largest():
     select, total = asks("ignore_k", 4, found(500), weight=(1.0, 2.0, 3.0), k=(0.1, 0.0, 1.0))
     assert select == Select(((1, 11),))
-    assert total == MaskedCombine((0.0, 1.0, 2.0, 0.0), keeps=(Keep(), Keep(most=500), Keep(), Keep()))
+    assert total == MaskedCombine((0.0, 1.0, 2.0, 0.0), masks=(Mask(), Mask(max_bits=500), Mask(), Mask()))
 
 
 def test_sce_weighs_by_energy():
@@ -187,16 +187,16 @@ def test_sce_weighs_by_energy():
     measure, total = asks("sce", 3, Measured(gram, (0.0,) * 3, (0,) * 3))
     assert measure == Measure(deltas=True)
     w = (0.0, 0.75, 0.25)
-    assert total == MaskedCombine(w, votes=(0.0, 1.0, 1.0), shares=w, least_share=1e-6, other_share=1e-6)
+    assert total == MaskedCombine(w, sign_weights=(0.0, 1.0, 1.0), shares=w, least_share=1e-6, other_share=1e-6)
 
 
 def test_sce_selects_and_then_weighs_what_it_selected():
     kept = Kept((0.0,) * 3, (0.0,) * 3, (0,) * 3, (0,) * 3, (0.0, 1e-6, 3e-6))
     select, measure, total = asks("sce", 3, found(77), kept, select_topk=0.5)
-    assert select == Select(((0, 0.5),), score=Score("spread"), nonzero=True)
-    assert measure == MeasureKept((Keep(),) * 3, Score("spread", least=77), l1=False)
+    assert select == Select(((0, 0.5),), score=Score("variance"), nonzero=True)
+    assert measure == MeasureKept((Mask(),) * 3, Score("variance", min_bits=77), l1=False)
     assert total.weights == (0.0, 0.5, 0.5)  # the sum of the means is below 1e-6
-    assert total.score == Score("spread", least=77)
+    assert total.score == Score("variance", min_bits=77)
 
 
 def test_sce_adds_nothing_where_nothing_is_selected():
@@ -204,16 +204,16 @@ def test_sce_adds_nothing_where_nothing_is_selected():
 
 
 def test_ram_averages_what_several_changed():
-    keeps = (Keep(), Keep(least=bits_above(1e-5)), Keep(least=bits_above(1e-5)))
-    assert find("ram")(3, T) == MaskedCombine((0.0, 1.0, 1.0), keeps=keeps, shares=(0.0, 1.0, 1.0))
+    keeps = (Mask(), Mask(min_bits=bits_above(1e-5)), Mask(min_bits=bits_above(1e-5)))
+    assert find("ram")(3, T) == MaskedCombine((0.0, 1.0, 1.0), masks=keeps, shares=(0.0, 1.0, 1.0))
 
 
 def test_ramplus_scales_what_one_alone_changed():
     kept = Kept((0.0,) * 4, (0.0,) * 4, (0, 10, 5, 0), (0, 1, 5, 0))
     measure, total = asks("ramplus_tl", 4, kept, r=0.5, alpha=0.2)
-    assert measure.keeps == total.keeps
-    assert total.alone == pytest.approx((0.0, 1.0 + 0.5 / 9, 1.1, 1.0))
-    assert asks("ramplus_tl", 4, kept, epsilon=0.0)[1].alone == pytest.approx((0.0, 1.0 + 0.1 / 9, 1.02, 1.0))
+    assert measure.masks == total.masks
+    assert total.sole_weights == pytest.approx((0.0, 1.0 + 0.5 / 9, 1.1, 1.0))
+    assert asks("ramplus_tl", 4, kept, epsilon=0.0)[1].sole_weights == pytest.approx((0.0, 1.0 + 0.1 / 9, 1.02, 1.0))
 
 
 def test_nearswap_limits_the_step():
@@ -226,7 +226,7 @@ def test_arcee_fusion_takes_exact_quantiles():
     assert divergence == Divergence()
     factors = array("f", (1.0, 2.0, 0.0, 0.5)).tobytes()
     assert select == Select(((0, 76), (0, 51), (0, 26)), score=Score("divergence", factors))
-    assert total == MaskedCombine((0.0, 1.0), score=Score("divergence", factors, least=bits_from(6.5)))
+    assert total == MaskedCombine((0.0, 1.0), score=Score("divergence", factors, min_bits=bits_from(6.5)))
 
 
 def test_weights_that_cancel_cannot_be_normalised():

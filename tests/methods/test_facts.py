@@ -27,7 +27,7 @@ def sums(name: str, based: bool | None = None) -> list[Sum]:
 
 def drops(total: Sum) -> bool:
     return isinstance(total, MaskedCombine) and (
-        total.score is not None or any(not keep.keeps_all for keep in total.keeps or ())
+        total.score is not None or any(not keep.keeps_all for keep in total.masks or ())
     )
 
 
@@ -37,8 +37,8 @@ def test_declarations_are_true(name):
     m, asked = find(name), sums(name)
     masked = [total for total in asked if isinstance(total, MaskedCombine)]
     assert m.drops == any(map(drops, asked))
-    assert m.draws == any(keep.is_random for total in masked for keep in total.keeps or ())
-    assert m.elects == any(total.votes is not None for total in masked)
+    assert m.draws == any(keep.is_random for total in masked for keep in total.masks or ())
+    assert m.elects == any(total.sign_weights is not None for total in masked)
     if m.base != "none":
         kinds = [total for total in sums(name, True) if isinstance(total, (Combine, GroupCombine))]
         assert m.sums_deltas == all(total.base == 0 for total in kinds)

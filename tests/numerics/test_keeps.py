@@ -26,7 +26,7 @@ from fastinterp.ops.masked import (
     terms,
     word_limits,
 )
-from fastinterp.ops.requests import ALL_BITS, Keep, Kept, MaskedCombine, MeasureKept, Score
+from fastinterp.ops.requests import ALL_BITS, Kept, Mask, MaskedCombine, MeasureKept, Score
 from fastinterp.reference import combine as reference
 from fastinterp.reference import masked as reference_masked
 from tests.numerics.test_masked import NAME, SEED, SHAPES, Shape, of
@@ -39,11 +39,11 @@ every_isa = pytest.mark.parametrize("isa", backends.usable())
 # --- the survey ------------------------------------------------------------------------------------------------------
 
 KEEPS = {
-    "all": Keep(),
-    "least": Keep(least=0x3A000000),
-    "random": Keep(chance=0.4),
-    "ranks": Keep(chance=0.5, spread=0.2),
-    "band": Keep(0x39000000, 0x3C000000, 0.7),
+    "all": Mask(),
+    "least": Mask(min_bits=0x3A000000),
+    "random": Mask(probability=0.4),
+    "ranks": Mask(probability=0.5, rank_slope=0.2),
+    "band": Mask(0x39000000, 0x3C000000, 0.7),
 }
 
 
@@ -64,22 +64,22 @@ def test_what_keeps_leave_on_threads(isa, dtypes, threads):
     check_kept(isa, data, dtypes, (KEEPS["ranks"], KEEPS["band"]), shape, threads)
     check_kept(isa, data, dtypes, (KEEPS["least"], KEEPS["random"]), shape, threads)
     check_kept(isa, data, dtypes, (None, KEEPS["random"]), shape, threads)
-    check_kept(isa, data, dtypes, (KEEPS["ranks"], Keep()), shape, threads, Score("spread", b"", 0x38000000))
+    check_kept(isa, data, dtypes, (KEEPS["ranks"], Mask()), shape, threads, Score("variance", b"", 0x38000000))
     factors = array("f", (0.5 + r % 3 for r in range(shape[0]))).tobytes()
-    check_kept(isa, data, dtypes, (KEEPS["least"], Keep()), shape, threads, Score("divergence", factors, 0x3A000000))
+    check_kept(isa, data, dtypes, (KEEPS["least"], Mask()), shape, threads, Score("divergence", factors, 0x3A000000))
 
 
 def check_kept(
     isa: str,
     data: Sequence[Raw],
     dtypes: Sequence[DType],
-    keeps: tuple[Keep | None, ...],
+    keeps: tuple[Mask | None, ...],
     shape: Shape,
     threads: int,
     score: Score | None = None,
     **wanted: bool,
 ) -> None:
-    ask = MeasureKept((Keep(), *keeps), score, **wanted)
+    ask = MeasureKept((Mask(), *keeps), score, **wanted)
     sources = guarded(data)
     step = stats_step(ask, dtypes, shape, name=NAME, seed=SEED)
     got = kept_of(ask, *run(isa, [step], memory(sources), [], threads=threads).answers()[0])
@@ -94,14 +94,14 @@ def expected(data: tuple[bytes, ...], dtypes: tuple[DType, ...], ask: MeasureKep
 
 def test_kept_counts_by_hand():
     data = of([0] * 4, [1, 2, 0, 4], [1, 0, 0, -8])
-    ask = MeasureKept((Keep(), Keep(least=0x40000000), Keep(most=0x3F800000)))
+    ask = MeasureKept((Mask(), Mask(min_bits=0x40000000), Mask(max_bits=0x3F800000)))
     found = reference_masked.kept(data, [F32] * 3, ask, (4,))
     assert found == Kept((0.0, 7.0, 9.0), (0.0, 6.0, 1.0), (0, 2, 3), (0, 1, 1), (0.0, 20.0, 1.0))
-    lone = dataclasses.replace(ask, keeps=(Keep(), None, ask.keeps[2]))
+    lone = dataclasses.replace(ask, masks=(Mask(), None, ask.masks[2]))
     found = reference_masked.kept(data, [F32] * 3, lone, (4,))
     assert found == Kept((0.0, 0.0, 9.0), (0.0, 0.0, 1.0), (0, 0, 3), (0, 0, 0), (0.0, 0.0, 1.0))
-    with pytest.raises(ValueError, match="every model needs a keep"):
-        kept_inputs(dataclasses.replace(lone, score=Score("spread")))
+    with pytest.raises(ValueError, match="every model needs a mask"):
+        kept_inputs(dataclasses.replace(lone, score=Score("variance")))
 
 
 @every_isa
@@ -125,7 +125,7 @@ def test_ranks_of_few_and_of_many_magnitudes(isa, columns):
     near = 2.0**-9 * rng.normal(size=columns)
     rows = np.array([close, np.ones(columns), steps, wide, near, np.zeros(columns), -close])
     data = of(np.zeros(shape).ravel(), rows.ravel())
-    keep = Keep(chance=0.5, spread=0.45)
+    keep = Mask(probability=0.5, rank_slope=0.45)
     check_kept(isa, data, [F32] * 2, (keep,), shape, 2)
     rows[rng.random(shape) < 0.1] = np.nan
     check_kept(isa, of(np.zeros(shape).ravel(), rows.ravel()), [F32] * 2, (keep,), shape, 2, l1=False, squares=False)
@@ -138,8 +138,8 @@ def test_masks_that_were_found_give_the_same_bytes(isa, shape, limit):
     """The sum draws and sorts nothing again; where it limits the deltas, it must."""
     dtypes, numel = [BF16] * 4, math.prod(shape)
     data = raws("close", dtypes, numel)
-    keeps = (Keep(), KEEPS["ranks"], KEEPS["band"], Keep(chance=0.3, least=0x3A000000))
-    survey, combine = MeasureKept(keeps, squares=False), MaskedCombine((0.0, 0.5, -0.5, 1.0), keeps=keeps, limit=limit)
+    keeps = (Mask(), KEEPS["ranks"], KEEPS["band"], Mask(probability=0.3, min_bits=0x3A000000))
+    survey, combine = MeasureKept(keeps, squares=False), MaskedCombine((0.0, 0.5, -0.5, 1.0), masks=keeps, limit=limit)
     places = list(filled_masks(survey).values())
     assert places == [-1, 0, 1, 2]
     masks, sources, sink = Masks(3, numel), guarded(data), Guarded(2 * numel, 3)
@@ -155,9 +155,9 @@ def test_masks_that_were_found_give_the_same_bytes(isa, shape, limit):
 
 
 def test_which_masks_are_filled():
-    keeps = (Keep(), Keep(least=5), Keep(chance=0.5), Keep(), Keep(chance=0.5, spread=0.1))
+    keeps = (Mask(), Mask(min_bits=5), Mask(probability=0.5), Mask(), Mask(probability=0.5, rank_slope=0.1))
     assert list(filled_masks(MeasureKept(keeps)).values()) == [-1, -1, 0, -1, 1]
-    assert list(filled_masks(MeasureKept(keeps, Score("spread"))).values()) == [-1] * 5
+    assert list(filled_masks(MeasureKept(keeps, Score("variance"))).values()) == [-1] * 5
     assert filled_masks(MeasureKept((*keeps[:3], None, keeps[4]))) == {0: -1, 1: -1, 2: 0, 4: 1}
 
 
@@ -178,8 +178,8 @@ def test_the_low_half_decides_where_the_high_one_is_the_limits(isa):
     data = of(np.zeros(4000), np.ones(4000))
     for e in (0, 63, 64, 127, 3999):
         for limit in (int(numbers[e]), int(numbers[e]) + 1):
-            ask = MeasureKept((Keep(), Keep(chance=limit / 2**32)), squares=False)
-            check_kept(isa, data, [F32] * 2, ask.keeps[1:], (4000,), 1)
+            ask = MeasureKept((Mask(), Mask(probability=limit / 2**32)), squares=False)
+            check_kept(isa, data, [F32] * 2, ask.masks[1:], (4000,), 1)
             found = reference_masked.kept(data, [F32] * 2, ask, (4000,), name=NAME, seed=SEED)
             assert found.kept[1] == int(np.sum(numbers < limit))
 
@@ -200,19 +200,19 @@ def test_ranks_of_ties_are_shared():
 
 
 def test_word_limits():
-    assert word_limits(Keep()) == (2**32, 2**32)
-    assert word_limits(Keep(chance=0.25)) == (2**30, 2**30)
-    assert word_limits(Keep(chance=0.9, spread=0.3)) == (round(0.6 * 2**32), 2**32)
+    assert word_limits(Mask()) == (2**32, 2**32)
+    assert word_limits(Mask(probability=0.25)) == (2**30, 2**30)
+    assert word_limits(Mask(probability=0.9, rank_slope=0.3)) == (round(0.6 * 2**32), 2**32)
 
 
 def test_who_is_read():
-    keeps = tuple(Keep(least=i) for i in range(4))
-    ask = MaskedCombine((0.0, 1.0, 0.0, 2.0), keeps=keeps)
+    keeps = tuple(Mask(min_bits=i) for i in range(4))
+    ask = MaskedCombine((0.0, 1.0, 0.0, 2.0), masks=keeps)
     assert terms(ask) == [(1, keeps[1]), (3, keeps[3])] and read_inputs(ask) == [0, 1, 3]
-    scored = dataclasses.replace(ask, score=Score("spread"))
+    scored = dataclasses.replace(ask, score=Score("variance"))
     assert terms(scored) == [(1, keeps[1]), (2, NOTHING), (3, keeps[3])]
-    assert terms(dataclasses.replace(ask, votes=(0.0, 0.0, 1.0, 0.0)))[1] == (2, keeps[2])
-    assert terms(MaskedCombine((0.0, 0.0), score=Score("spread"))) == []
+    assert terms(dataclasses.replace(ask, sign_weights=(0.0, 0.0, 1.0, 0.0)))[1] == (2, keeps[2])
+    assert terms(MaskedCombine((0.0, 0.0), score=Score("variance"))) == []
     assert read_inputs(MaskedCombine((0.0, 1.0, 1.0), importance=(3, 4, 5))) == [0, 1, 2, 4, 5]
 
 
@@ -228,9 +228,9 @@ def test_without_a_term_it_is_a_copy():
     ("ask", "words"),
     [
         (MaskedCombine((1.0, 1.0)), "base carries no weight"),
-        (MaskedCombine((0.0, 1.0), votes=(1.0,)), "votes has 1 entries for 2 weights"),
-        (MaskedCombine((0.0, 1.0), importance=(2, 3), votes=(0.0, 1.0)), "importance goes with neither"),
-        (MaskedCombine((0.0, 1.0), keeps=(Keep(), Keep(spread=-0.1))), "spread of a keep"),
+        (MaskedCombine((0.0, 1.0), sign_weights=(1.0,)), "sign_weights has 1 entries for 2 weights"),
+        (MaskedCombine((0.0, 1.0), importance=(2, 3), sign_weights=(0.0, 1.0)), "importance goes with neither"),
+        (MaskedCombine((0.0, 1.0), masks=(Mask(), Mask(rank_slope=-0.1))), "rank_slope of a mask"),
     ],
 )
 def test_contradictions_are_refused(ask, words):

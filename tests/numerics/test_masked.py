@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from fastinterp.ops.combine import philox_key
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from fastinterp.ops.masked import NOTHING, read_inputs
-from fastinterp.ops.requests import ALL_BITS, Keep, MaskedCombine, Score
+from fastinterp.ops.requests import ALL_BITS, Mask, MaskedCombine, Score
 from fastinterp.ops.steps import CopyEqual, Stored
 from fastinterp.reference import masked as reference_masked
 from tests.support import backends
@@ -95,17 +95,17 @@ def options_of(data: Sequence[Raw], dtypes: Sequence[DType], shape: Shape) -> di
     signs = [(-1.0) ** (i // 3) for i in range(n)]
     factors = array("f", (0.25 + 0.5 * (r % 4) for r in range(rows))).tobytes()
     return {
-        "least": {"keeps": tuple(Keep(least=v) for v in low)},
-        "band": {"keeps": tuple(Keep(least=v, most=w) for v, w in zip(low, high, strict=True))},
-        "random": {"keeps": (Keep(), *(Keep(chance=0.3 + 0.6 * i / n) for i in range(1, n)))},
-        "ranks": {"keeps": (Keep(), *(Keep(chance=0.5, spread=0.1 * i / n) for i in range(1, n)))},
-        "clipped": {"keeps": (Keep(), *(Keep(low[i], high[i], 0.9, 0.3) for i in range(1, n)))},
-        "votes": {"votes": tuple(s * (1 + 0.25 * i) for i, s in enumerate(signs))},
-        "some_vote": {"votes": (0.0, 1.0, *(0.0 if i % 2 else 1.0 for i in range(2, n)))},
+        "least": {"masks": tuple(Mask(min_bits=v) for v in low)},
+        "band": {"masks": tuple(Mask(min_bits=v, max_bits=w) for v, w in zip(low, high, strict=True))},
+        "random": {"masks": (Mask(), *(Mask(probability=0.3 + 0.6 * i / n) for i in range(1, n)))},
+        "ranks": {"masks": (Mask(), *(Mask(probability=0.5, rank_slope=0.1 * i / n) for i in range(1, n)))},
+        "clipped": {"masks": (Mask(), *(Mask(low[i], high[i], 0.9, 0.3) for i in range(1, n)))},
+        "sign_weights": {"sign_weights": tuple(s * (1 + 0.25 * i) for i, s in enumerate(signs))},
+        "some_vote": {"sign_weights": (0.0, 1.0, *(0.0 if i % 2 else 1.0 for i in range(2, n)))},
         "shares": {"shares": tuple(0.5 * s for s in signs), "least_share": 0.75, "other_share": 0.5},
-        "alone": {"alone": tuple(2.0 + 0.1 * i for i in range(n))},
+        "sole_weights": {"sole_weights": tuple(2.0 + 0.1 * i for i in range(n))},
         "limit": {"limit": float(np.array(high[1], np.uint32).view(np.float32)) if high[1] < 0x7F800000 else 1.0},
-        "spread": {"score": Score("spread", b"", 0x3B000000)},
+        "variance": {"score": Score("variance", b"", 0x3B000000)},
         "divergence": {"score": Score("divergence", factors, high[1])},
     }
 
@@ -119,13 +119,13 @@ def ask_of(n: int, *options: dict[str, Any]) -> MaskedCombine:
 
 OPTIONS = tuple(options_of(raws("normal", [F32] * 3, 6), [F32] * 3, (2, 3)))
 COMBINED = (
-    ("least", "votes", "shares"),
-    ("random", "votes", "shares"),
-    ("ranks", "votes", "shares"),
-    ("clipped", "some_vote", "alone"),
-    ("spread", "votes", "shares"),
-    ("band", "alone", "limit", "divergence"),
-    ("random", "some_vote", "shares", "alone", "spread", "limit"),
+    ("least", "sign_weights", "shares"),
+    ("random", "sign_weights", "shares"),
+    ("ranks", "sign_weights", "shares"),
+    ("clipped", "some_vote", "sole_weights"),
+    ("variance", "sign_weights", "shares"),
+    ("band", "sole_weights", "limit", "divergence"),
+    ("random", "some_vote", "shares", "sole_weights", "variance", "limit"),
 )
 CHOICES = [pytest.param(names, id="+".join(names)) for names in [(), *((o,) for o in OPTIONS), *COMBINED]]
 
@@ -152,7 +152,7 @@ def test_every_dtype(isa, dtype, out):
     dtypes, shape = [dtype, BF16, dtype], (3, 331)
     data = raws("patterns", dtypes, math.prod(shape))
     choices = options_of(data, dtypes, shape)
-    names = (("least", "votes", "shares"), ("clipped", "alone", "limit"), ("spread", "votes"))
+    names = (("least", "sign_weights", "shares"), ("clipped", "sole_weights", "limit"), ("variance", "sign_weights"))
     asks = [ask_of(3, *(choices[name] for name in some)) for some in names]
     policy = "saturate" if dtype.bits > 8 else "nonfinite"
     check(isa, data, dtypes, asks, out, shape, fp8_overflow=policy)
@@ -172,7 +172,11 @@ def test_every_size(isa, shape):
     dtypes = [BF16] * 3
     data = raws("close", dtypes, math.prod(shape))
     choices = options_of(data, dtypes, shape)
-    asks = [ask_of(3, choices["ranks"], choices["votes"]), ask_of(3, choices["random"]), ask_of(3, choices["clipped"])]
+    asks = [
+        ask_of(3, choices["ranks"], choices["sign_weights"]),
+        ask_of(3, choices["random"]),
+        ask_of(3, choices["clipped"]),
+    ]
     if math.prod(shape):
         asks[1] = dataclasses.replace(asks[1], score=choices["divergence"]["score"])
     check(isa, data, dtypes, asks, BF16, shape)
@@ -184,8 +188,8 @@ def test_many_inputs(isa):
     dtypes, shape = [BF16, F32, F16, BF16, F64, BF16, F8_E4M3, F8_E5M2, BF16], (13, 97)
     data = raws("normal", dtypes, math.prod(shape))
     choices = options_of(data, dtypes, shape)
-    check(isa, data, dtypes, [ask_of(9, choices["ranks"], choices["votes"], choices["shares"])], F32, shape)
-    check(isa, data, dtypes, [ask_of(9, choices["spread"], choices["alone"])], BF16, shape)
+    check(isa, data, dtypes, [ask_of(9, choices["ranks"], choices["sign_weights"], choices["shares"])], F32, shape)
+    check(isa, data, dtypes, [ask_of(9, choices["variance"], choices["sole_weights"])], BF16, shape)
 
 
 BIG: Shape = (1601, 1009)
@@ -212,7 +216,7 @@ def big() -> tuple[list[Raw], list[tuple[MaskedCombine, Raw]]]:
     dtypes = [BF16] * 3
     data = raws("close", dtypes, math.prod(BIG))
     choices = options_of(data, dtypes, BIG)
-    asks = [ask_of(3, choices[keeps], choices["votes"], choices["shares"]) for keeps in ("least", "ranks")]
+    asks = [ask_of(3, choices[keeps], choices["sign_weights"], choices["shares"]) for keeps in ("least", "ranks")]
     return data, [(ask, reference_masked.masked(data, dtypes, ask, BF16, BIG, name=NAME, seed=SEED)[0]) for ask in asks]
 
 
@@ -260,22 +264,22 @@ def values(isa: str, data: list[Raw], ask: MaskedCombine) -> list[Any]:
 @every_isa
 def test_votes_that_cancel_elect_plus(isa):
     data = of([0, 0, 0], [1, -1, 0], [-1, 1, 0])
-    assert values(isa, data, ask_of(3, {"weights": (0, 1, 1), "votes": (0, 1, 1)})) == [1, 1, 0]
+    assert values(isa, data, ask_of(3, {"weights": (0, 1, 1), "sign_weights": (0, 1, 1)})) == [1, 1, 0]
 
 
 @every_isa
 def test_a_nan_passes_the_vote_only_where_it_is_kept(isa):
     data = of([0, 0], [math.nan, math.nan], [-1, -1])
-    ask = ask_of(3, {"weights": (0, 1, 1), "votes": (0, 1, 1)})
+    ask = ask_of(3, {"weights": (0, 1, 1), "sign_weights": (0, 1, 1)})
     assert np.isnan(values(isa, data, ask)).all()
-    dropped = dataclasses.replace(ask, keeps=(Keep(), Keep(most=ALL_BITS - 1), Keep()))
+    dropped = dataclasses.replace(ask, masks=(Mask(), Mask(max_bits=ALL_BITS - 1), Mask()))
     assert values(isa, data, dropped) == [-1, -1]
 
 
 @every_isa
 def test_shares_that_are_small_count_as_another(isa):
     data = of([0, 0, 0], [1, 0, 2], [0, 1, 2])
-    keeps = {"keeps": (Keep(), Keep(least=1), Keep(least=1))}
+    keeps = {"masks": (Mask(), Mask(min_bits=1), Mask(min_bits=1))}
     ask = ask_of(3, keeps, {"weights": (0, 1, 1), "shares": (0, 0.5, 2), "least_share": 1.0, "other_share": 4.0})
     assert values(isa, data, ask) == [0.25, 0.5, 1.6000000238418579]
     cancelled = dataclasses.replace(ask, shares=(0, 1, -1), least_share=0.0)
@@ -285,8 +289,8 @@ def test_shares_that_are_small_count_as_another(isa):
 @every_isa
 def test_only_one_that_takes_part(isa):
     data = of([0, 0, 0], [1, 0, 2], [0, 1, 2])
-    keeps = {"keeps": (Keep(), Keep(least=1), Keep(least=1))}
-    ask = ask_of(3, keeps, {"weights": (0, 0.5, 0.5), "alone": (0, 8, 16)})
+    keeps = {"masks": (Mask(), Mask(min_bits=1), Mask(min_bits=1))}
+    ask = ask_of(3, keeps, {"weights": (0, 0.5, 0.5), "sole_weights": (0, 8, 16)})
     assert values(isa, data, ask) == [8, 16, 2]
 
 
@@ -294,18 +298,20 @@ def test_only_one_that_takes_part(isa):
 def test_all_equal_zeros_and_nothing_kept(isa):
     """Every magnitude in one run: all have the mean rank, and so the same chance."""
     same = of([1.0] * 1000, [1.5] * 1000, [1.0] * 1000)
-    ranked = ask_of(3, {"weights": (0, 1, 1), "keeps": (Keep(),) + 2 * (Keep(chance=0.5, spread=0.5),)})
+    ranked = ask_of(3, {"weights": (0, 1, 1), "masks": (Mask(),) + 2 * (Mask(probability=0.5, rank_slope=0.5),)})
     kept = np.mean(np.array(values(isa, same, ranked)) == 1.5)
     assert 0.4 < kept < 0.6
-    assert values(isa, same, dataclasses.replace(ranked, keeps=(Keep(), NOTHING, NOTHING))) == [1.0] * 1000
-    assert values(isa, same, dataclasses.replace(ranked, keeps=(Keep(), Keep(least=5, most=4), NOTHING)))[0] == 1.0
+    assert values(isa, same, dataclasses.replace(ranked, masks=(Mask(), NOTHING, NOTHING))) == [1.0] * 1000
+    assert (
+        values(isa, same, dataclasses.replace(ranked, masks=(Mask(), Mask(min_bits=5, max_bits=4), NOTHING)))[0] == 1.0
+    )
 
 
 @every_isa
 def test_chance_rises_with_the_rank(isa):
     """From never for the smallest of a row to always for the largest."""
     base, x = np.zeros(100001), np.random.default_rng(1).permutation(100001) / 100000
-    ask = ask_of(2, {"weights": (0.0, 1.0), "keeps": (Keep(), Keep(chance=0.5, spread=0.5))})
+    ask = ask_of(2, {"weights": (0.0, 1.0), "masks": (Mask(), Mask(probability=0.5, rank_slope=0.5))})
     out = np.array(values(isa, of(base, x), ask))
     for tenth in range(10):
         inside = (x >= tenth / 10) & (x < (tenth + 1) / 10)

@@ -120,7 +120,7 @@ def natively(
 
 SCORES: dict[str, Callable[[int], Score | None]] = {
     "deltas": lambda rows: None,
-    "spread": lambda rows: Score("spread"),
+    "variance": lambda rows: Score("variance"),
     "divergence": lambda rows: Score("divergence", array("f", (1.1**r / 3 for r in range(rows))).tobytes()),
 }
 
@@ -242,9 +242,9 @@ def test_select_is_the_references(isa, kind, dtypes, shape):
     for ask in (
         Select(tuple((i, k) for i in (1, last) for k in (1, (numel + 4) // 5, (numel + 1) // 2, numel))),
         Select(tuple((i, k) for i in (1, last) for k in (0.0, 0.2, 0.9, 1.0)), nonzero=True),
-        Select(((0, 1), (0, (numel + 7) // 8)), Score("spread")),
+        Select(((0, 1), (0, (numel + 7) // 8)), Score("variance")),
         Select(((0, (numel + 1) // 2),), SCORES["divergence"](numel // columns_of(shape))),
-        Select(((0, 0.25),), Score("spread"), nonzero=True),
+        Select(((0, 0.25),), Score("variance"), nonzero=True),
     ):
         got, _ = natively(data, dtypes, ask, shape, isa)
         assert got == select(data, dtypes, ask, shape)

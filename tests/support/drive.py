@@ -20,8 +20,8 @@ from fastinterp.ops.requests import (
     ALL_BITS,
     Divergence,
     GroupCombine,
-    Keep,
     Kept,
+    Mask,
     MaskedCombine,
     Measure,
     Measured,
@@ -140,10 +140,10 @@ def _measure(request: Measure, inputs: Sequence[Array]) -> Any:
 
 def _measure_kept(request: MeasureKept, inputs: Sequence[Array], tensor: Tensor, seed: int) -> Kept:
     d = deltas(inputs)
-    d = [x if k else np.zeros_like(x) for x, k in zip(d, request.keeps, strict=True)]
-    masks = [kept(k, d[i], i, tensor, seed) if k else np.zeros(d[i].shape, bool) for i, k in enumerate(request.keeps)]
+    d = [x if k else np.zeros_like(x) for x, k in zip(d, request.masks, strict=True)]
+    masks = [kept(k, d[i], i, tensor, seed) if k else np.zeros(d[i].shape, bool) for i, k in enumerate(request.masks)]
     if request.score is not None:
-        chosen = score(request.score, d) >= request.score.least
+        chosen = score(request.score, d) >= request.score.min_bits
         masks = [m & chosen for m in masks]
     masks[0] = np.zeros_like(masks[0])
     count = np.sum(masks, axis=0)
@@ -188,20 +188,20 @@ def magnitude(d: Array) -> NDArray[np.int64]:
         return np.abs(d).astype(np.float32).view(np.uint32).astype(np.int64).reshape(d.shape)
 
 
-def kept(keep: Keep, d: Array, i: int, tensor: Tensor, seed: int) -> NDArray[np.bool_]:
+def kept(keep: Mask, d: Array, i: int, tensor: Tensor, seed: int) -> NDArray[np.bool_]:
     """Where input i's delta takes part: bool in the shape of d."""
     mag = magnitude(d)
-    mask = (keep.least <= mag) & (mag <= keep.most)
+    mask = (keep.min_bits <= mag) & (mag <= keep.max_bits)
     if not keep.is_random:
         return mask
     numbers = reference_masked.keep_numbers(philox_key(seed, 1 + i, tensor.name), d.size).astype(np.int64)
     return mask & (numbers.reshape(d.shape) < _limits(keep, mag))
 
 
-def _limits(keep: Keep, mag: NDArray[np.int64]) -> Any:
+def _limits(keep: Mask, mag: NDArray[np.int64]) -> Any:
     """Keep where the 32-bit random number is below this."""
-    lo, hi = (round(min(max(keep.chance + s, 0.0), 1.0) * 2**32) for s in (-keep.spread, keep.spread))
-    if keep.spread == 0.0:
+    lo, hi = (round(min(max(keep.probability + s, 0.0), 1.0) * 2**32) for s in (-keep.rank_slope, keep.rank_slope))
+    if keep.rank_slope == 0.0:
         return lo
     limits = []
     for row in mag.reshape(-1, mag.shape[-1] if mag.ndim else 1):
@@ -272,9 +272,9 @@ def _masked(total: MaskedCombine, inputs: Sequence[Array], tensor: Tensor, seed:
         share = _sum(total.shares, [np.ones_like(v) for v in d], parts)
         share = np.where((share == 0) | (np.abs(share) < total.least_share), total.other_share, share)
         step = step / share
-    if total.alone is not None:
+    if total.sole_weights is not None:
         one = np.sum(parts, axis=0) == 1
-        step = np.where(one, _sum(total.alone, d, parts), step)
+        step = np.where(one, _sum(total.sole_weights, d, parts), step)
     return x0 + step
 
 
@@ -286,18 +286,18 @@ def _sum(weights: Sequence[float], d: Sequence[Array], parts: Sequence[Array]) -
 def _parts(total: MaskedCombine, d: Sequence[Array], tensor: Tensor, seed: int) -> list[NDArray[np.bool_]]:
     """Where each input takes part: bool in the shape of d. The base, and an input that has only zeros, never does."""
     n = len(total.weights)
-    lists = [v for v in (total.weights, total.votes, total.shares, total.alone) if v is not None]
-    keeps = total.keeps or (Keep(),) * n
+    lists = [v for v in (total.weights, total.sign_weights, total.shares, total.sole_weights) if v is not None]
+    keeps = total.masks or (Mask(),) * n
     parts = [np.zeros(d[0].shape, bool)]
     for i in range(1, n):
         read = any(v[i] != 0.0 for v in lists)
         parts.append(kept(keeps[i], d[i], i, tensor, seed) if read else np.zeros(d[0].shape, bool))
     if total.score is not None:
-        chosen = score(total.score, d) >= total.score.least
+        chosen = score(total.score, d) >= total.score.min_bits
         parts = [m & chosen for m in parts]
-    if total.votes is not None:
-        minus = _sum(total.votes, d, parts) < 0
-        for i, v in enumerate(total.votes):
+    if total.sign_weights is not None:
+        minus = _sum(total.sign_weights, d, parts) < 0
+        for i, v in enumerate(total.sign_weights):
             agrees = np.isnan(d[i]) | ((d[i] != 0) & ((np.signbit(v) ^ np.signbit(d[i])) == minus))
             parts[i] = parts[i] & agrees & (v != 0)
     return parts

@@ -70,4 +70,4 @@ class Job:
 
 def is_copy(io: TensorIO, row: Row) -> bool:
     """Whether a weighted sum is a bitwise copy of an input."""
-    return row.is_copy and io.operands[row.pivot].dtype == place.out_dtype
+    return row.is_copy and io.operands[row.pivot].dtype == io.out_dtype

@@ -63,7 +63,7 @@ class TensorIO:
         return tuple(self.operands[i] for i in numbers)
 
     def reading(self, native: steps.Step, inputs: Iterable[int], held: int = 0) -> TensorStep:
-        """A step that reads these inputs and returns an answer. held: bytes of the answer and of what follows from it."""
+        """A step that reads these inputs and answers. held: bytes of the answer, and of what is computed from it."""
         return TensorStep(self.name, native, sum(self.nbytes[i] for i in inputs), held)
 
     def writing(self, native: steps.WritingStep, inputs: Iterable[int], held: int = 0) -> TensorStep:
@@ -88,7 +88,7 @@ class TensorIO:
         return self.writing(native, inputs)
 
     def copy_equal(self) -> TensorStep:
-        """The step that copies the bytes of the first input to all outputs, provided that all inputs have the same bytes."""
+        """The step that copies the bytes that all inputs have in common to all outputs, and fails if they differ."""
         size = self.nbytes[0]
         native = steps.CopyEqual(
             inputs=self.operands, numel=size, columns=self.columns * (size // max(1, self.numel)), sinks=self.sinks,
