@@ -1,4 +1,4 @@
-"""The usable backends: instruction sets of the CPU, and accelerators. A name that cannot be used is an error."""
+"""The backends and instruction sets that can be used here. One that is named but cannot be used is an error."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 ISA_VARIABLE = "FASTINTERP_ISA"
 GPU_VARIABLE = "FASTINTERP_GPU"
 MAX_THREADS = 1024
-_DEVICE_SPEC = r"(cpu|auto)|(cuda|triton)(?::(\d{1,4}(?:,\d{1,4})*))?"
+_SPEC = r"(cpu|auto)|(cuda|triton)(?::(\d{1,4}(?:,\d{1,4})*))?"
 _KNOWN = "auto, cpu, cuda, triton"
-# Backends for accelerators in order of preference: the modules that each needs, with the remedy where one is missing.
+# Backends for accelerators, the preferred one first: the modules that each needs, and the remedy if one is missing.
 _EXTRA = "pip install 'fastinterp[gpu]'"
 _NEEDS = {
     "cuda": {"fastinterp._cuda": "fastinterp was built without it, or without nvcc. Install nvcc, build again"},
     "triton": {"torch": _EXTRA, "triton": _EXTRA},
 }
-_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, of NVIDIA under Windows, of AMD
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, under Windows, of AMD
 
 
 def cpu_isa() -> str:
@@ -35,18 +35,18 @@ def cpu_isa() -> str:
 
     Raises: BackendError, if FASTINTERP_ISA names one that this build or this processor does not have.
     """
-    isa = os.environ.get(ISA_VARIABLE, "").lower()
+    name = os.environ.get(ISA_VARIABLE, "").lower()
     usable = _C.isas()
-    if not isa:
+    if not name:
         return usable[0]
-    if isa in usable:
-        return isa
-    why = "this processor cannot run it" if isa in _C.built_isas() else "this build has no such instruction set"
-    raise BackendError(f"{ISA_VARIABLE}={isa}, but {why}. Usable here: {', '.join(usable)}")
+    if name in usable:
+        return name
+    why = "this processor cannot run it" if name in _C.built_isas() else "this build has no such instruction set"
+    raise BackendError(f"{ISA_VARIABLE}={name}, but {why}. Usable here: {', '.join(usable)}")
 
 
 def cpu_threads(threads: int | None = None) -> int:
-    """The number of threads to use: `threads`, else one per CPU that this process may run on, at most 32.
+    """The number of threads: `threads`, else one per CPU that this process may run on, at most 32.
 
     Raises: BackendError, if `threads` is not in 1..1024.
     """
@@ -59,10 +59,10 @@ def cpu_threads(threads: int | None = None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
-    """A parsed value of `--device`.
+    """The value of `--device`, parsed.
 
     kind      cpu, auto, cuda or triton
-    ordinals  numbers of the devices, in the order of the value; none: the first
+    ordinals  numbers of the devices, in the order given; empty: the first
     """
 
     kind: str
@@ -72,17 +72,17 @@ class DeviceSpec:
         return f"{self.kind}:{','.join(map(str, self.ordinals))}" if self.ordinals else self.kind
 
 
-def parse_device_spec(device: object) -> DeviceSpec:
-    """Parse "cpu", "auto", "cuda", "cuda:1", "cuda:0,1", and "triton" with the same ordinals as "cuda".
+def device_spec(device: object) -> DeviceSpec:
+    """Parse `device`: "cpu", "auto", "cuda", "cuda:1", "cuda:0,1", and "triton" as "cuda".
 
     Raises: BackendError, if it is none of these.
     """
-    match = re.fullmatch(_DEVICE_SPEC, device) if isinstance(device, str) else None
+    match = re.fullmatch(_SPEC, device) if isinstance(device, str) else None
     if match is None:
         raise BackendError(f"device {device!r} cannot be used. Known: {_KNOWN}, cuda:0 or cuda:0,1 for several")
     ordinals = tuple(int(digits) for digits in (match[3] or "").split(",") if digits)
     if len(set(ordinals)) < len(ordinals):
-        raise BackendError(f"device {device!r} names a device twice")
+        raise BackendError(f"device {device!r} repeats a device")
     return DeviceSpec(match[1] or match[2], ordinals)
 
 
@@ -90,8 +90,8 @@ def find_devices(spec: DeviceSpec, local: int = 0) -> list[Device]:
     """The accelerators of a specification, ready for use; none for cpu and auto.
 
     `cuda` is the extension fastinterp._cuda if it was built and finds a device, else Triton; FASTINTERP_GPU names one
-    of them. Without ordinals, the device is number `local` modulo the number of devices.
-    Raises: BackendError, which says what is missing, if they cannot be used.
+    of them. Without ordinals it is device number `local`, modulo the number of devices.
+    Raises: BackendError with what is missing, if they cannot be used.
     """
     if spec.kind in ("cpu", "auto"):
         return []
@@ -110,18 +110,17 @@ def find_devices(spec: DeviceSpec, local: int = 0) -> list[Device]:
 
 
 def maybe_devices() -> bool:
-    """Whether an accelerator may be usable: there is a driver, and CUDA kernels or a loaded torch. Does not load
-    torch."""
+    """Whether there may be usable accelerators: a driver, and torch or fastinterp._cuda. Does not import torch."""
     return maybe_driver() and ("torch" in sys.modules or built("fastinterp._cuda"))
 
 
 def maybe_driver() -> bool:
-    """Whether a device file of an accelerator's driver exists."""
+    """Whether there is a device file of an accelerator's driver."""
     return any(os.path.exists(path) for path in _DRIVERS)
 
 
 def gpu_backends() -> dict[str, str | None]:
-    """For each backend for accelerators, the reason why it cannot be used here; None if it can."""
+    """For every backend for accelerators the reason why it cannot be used here, or None if it can."""
     return {name: _backend(name).missing for name in _NEEDS}
 
 
@@ -133,7 +132,7 @@ def _gpu_backends() -> list[str]:
 
 
 def built(module: str) -> bool:
-    """Whether a module is installed, without importing it."""
+    """Whether a module can be imported, without importing it."""
     from importlib.util import find_spec
 
     return find_spec(module) is not None
@@ -141,12 +140,7 @@ def built(module: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Backend:
-    """A backend for accelerators.
-
-    missing  the reason why it cannot be used, or None
-    count    number of devices
-    open     makes the device of a number
-    """
+    """missing: why it cannot be used, or None; count, open: its devices."""
 
     missing: str | None
     count: int
@@ -156,7 +150,7 @@ class _Backend:
 def _backend(name: str) -> _Backend:
     for module, remedy in _NEEDS[name].items():
         if not built(module):
-            return _Backend(f"{module} is not installed: {remedy}", 0, _none)
+            return _Backend(f"{module} is missing: {remedy}", 0, _none)
     if name == "triton":
         triton = import_module("fastinterp.backends.triton.device")
         return _Backend(triton.missing() or None, triton.count(), triton.TritonDevice)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fastinterp._version import __version__
 from fastinterp.backends.cpu import Progress
-from fastinterp.backends.registry import cpu_isa, cpu_threads, find_devices, maybe_devices, parse_device_spec
+from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
 from fastinterp.checkpoint.output_folder import OutFolder
 from fastinterp.checkpoint.sidecar_files import copy_sidecars, model_card
 from fastinterp.errors import BackendError, OutputError
@@ -72,7 +72,7 @@ def devices_for(
 
     local  index of this process among those of this machine, which share its accelerators
     """
-    spec = parse_device_spec(device)
+    spec = device_spec(device)
     if spec.kind != "auto":
         return find_devices(spec, local), ""
     if not maybe_devices():
@@ -83,7 +83,7 @@ def devices_for(
     if choice.device == "cpu":
         return (), choice.why
     try:
-        return find_devices(parse_device_spec(choice.device), local), choice.why
+        return find_devices(device_spec(choice.device), local), choice.why
     except BackendError as error:
         return (), f"{choice.why}; but {error}"
 

@@ -123,11 +123,11 @@ def _all(plan: Plan) -> list[PlannedTensor]:
 
 def _made(plan: Plan) -> list[dict[str, Any]]:
     """The earlier documents of which tensors are stored in a temporary file until they are read."""
-    found: dict[int, dict[Hashable, TensorInput]] = {}
+    by_model: dict[int, dict[Hashable, TensorInput]] = {}
     for tensor in _all(plan):
         for i, entry in tensor.pairs:
             if entry.stages:
-                found.setdefault(i, {})[entry.key] = entry
+                by_model.setdefault(i, {})[entry.key] = entry
     return [
         {
             "symbol": f"x{i}",
@@ -136,7 +136,7 @@ def _made(plan: Plan) -> list[dict[str, Any]]:
             "tensors": len(tensors),
             "bytes": sum(t.nbytes for t in tensors.values()),
         }
-        for i, tensors in sorted(found.items())
+        for i, tensors in sorted(by_model.items())
     ]
 
 

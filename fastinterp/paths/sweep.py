@@ -10,7 +10,7 @@ from typing import Any
 
 from fastinterp.arguments import dtype_named, path_of, size_of
 from fastinterp.backends.cpu import Progress
-from fastinterp.backends.registry import cpu_isa, cpu_threads, find_devices, parse_device_spec
+from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.run import fitting_outputs
 from fastinterp.execute.to_files import write_outputs
@@ -77,7 +77,7 @@ def sweep(
         a, b, alphas, add, grid, base=base, integers=integers, method=method, parameters=parameters or {},
         settings=settings,
     )  # fmt: skip
-    wish = parse_device_spec(device)
+    spec = device_spec(device)
     if in_memory is not None:
         if out is not None or virtual:
             raise UsageError("`in_memory` writes nothing: leave `out` and `virtual` out")
@@ -85,7 +85,7 @@ def sweep(
 
         most = None if max_memory is None else size_of(max_memory)
         return sweep_in_memory(
-            points, in_memory, framework=framework, devices=find_devices(wish), threads=threads, max_memory=most,
+            points, in_memory, framework=framework, devices=find_devices(spec), threads=threads, max_memory=most,
             progress=progress,
         )  # fmt: skip
     target = path_of("" if out is None else out, "out")

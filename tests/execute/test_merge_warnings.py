@@ -10,7 +10,7 @@ import pytest
 import fastinterp
 from fastinterp.execute.report import RoundingEffect
 from fastinterp.ops.dtypes import BF16, F32
-from tests.support.checkpoints import Tensor, floats, moved, read, recipe, saved, tensor, weights, write
+from tests.support.checkpoints import Tensor, floats, moved, read, recipe, saved, tensor, weights, writable, write
 
 
 def test_nan_and_inf_in_the_inputs_are_counted(tmp_path):
@@ -29,7 +29,7 @@ def test_nan_and_inf_in_the_inputs_are_counted(tmp_path):
 
 
 def test_a_lone_inf_is_warned_of(tmp_path):
-    a, b = weights(1, BF16, (100,)), weights(2, BF16, (100,))
+    a, b = weights(1, BF16, (100,)), writable(weights(2, BF16, (100,)))
     b.raw.view(np.uint16)[7] = 0x7F80
     report = fastinterp.merge(recipe("linear", saved(tmp_path, [{"x": a}, {"x": b}]), weights=[1, 1]), tmp_path / "out")
     assert report.warnings == ("the inputs hold 0 NaN and 1 Inf, first in x; the output (BF16) holds 0 and 1",)
@@ -135,7 +135,7 @@ def test_overflow_of_a_copy_that_changes_dtype_is_counted(tmp_path):
 
 def test_a_nan_in_one_tensor_does_not_hide_the_staircase_in_another(tmp_path):
     a = {"near": weights(1, BF16, (1 << 18,)), "nan": weights(2, BF16, (100,))}
-    b = {"near": moved(a["near"], 3, 1e-5), "nan": weights(4, BF16, (100,))}
+    b = {"near": moved(a["near"], 3, 1e-5), "nan": writable(weights(4, BF16, (100,)))}
     b["nan"].raw.view(np.uint16)[7] = 0x7FC0
     first, second = saved(tmp_path, [a, b])
     report = fastinterp.interpolate(first, second, 0.25, tmp_path / "out")[0]

@@ -437,7 +437,7 @@ BOTH = "  - sources: [{{model: a, layer_range: [0, {1}]}}, {{model: {0}, layer_r
 SLICES = "merge_method: linear\nparameters: {weight: 1}\nslices:\n"
 CANCELLING = (
     "merge_method: ties\nbase_model: base\nmodels: [{{model: a, parameters: {{weight: 1}}}}, {{model: {0}}}]\n"
-    "parameters: {{weight: [{{filter: up_proj, value: -1}}, {{value: 1}}]}}\n"
+    "parameters:\n  weight: [{{filter: up_proj, value: -1}}, {{value: 1}}]\n"
 )
 PAIR = "merge_method: linear\nmodels: [{{model: a}}, {{model: {0}}}]\nparameters: {{weight: 1}}\n"
 # name: (exit code, recipe). narrow/ has a tensor of another shape, less/ lacks one, and in/f/ stands beside the recipe.
@@ -449,6 +449,10 @@ CODES: dict[str, tuple[int, str]] = {
     "a dtype": (2, PAIR.format("narrow") + "dtype: f8\n"),
     "a key, and a model that is not there": (2, PAIR.format("./none") + "dtyp: float16\n"),
     "weights that cancel": (2, CANCELLING.format("b")),
+    "weights that cancel, where models are counted": (
+        0,
+        CANCELLING.format("b").replace("ties", "dare_ties") + "  preset: paper\n  normalize: true\n  density: 0.5\n",
+    ),
     "weights that cancel, and a shape": (3, CANCELLING.format("narrow")),
     "a range, then a tensor that is not there": (2, SLICES + BOTH.format("b", 5) + BOTH.format("less", 1)),
     "a tensor that is not there, then a range": (3, SLICES + BOTH.format("less", 1) + BOTH.format("b", 5)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -161,3 +162,20 @@ def test_nothing_is_wider_than_a_terminal(folder):
         text = str(fastinterp.explain({**recipe, **({"parameters": parameters} if parameters else {})}))
         assert max(map(len, text.splitlines())) <= WIDTH
     assert Path("base").is_dir()
+
+
+def test_an_explanation_has_the_plan_its_attributes_and_a_text(folder):
+    (folder / "recipe.yml").write_text(SLICES)
+    explanation = fastinterp.explain("recipe.yml")
+    assert str(explanation) == explained(SLICES).rstrip("\n")
+    assert json.loads(explained(SLICES, "--json")) == explanation.as_dict()
+    assert explanation.bytes_read == explanation.plan.bytes_read and repr(explanation) == repr(explanation.plan)
+    assert str(copy.copy(explanation)) == str(explanation)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = explanation.nothing
+
+
+def test_the_result_of_check_has_the_names_of_its_json(folder):
+    result = fastinterp.check(SLICES)
+    assert (result.wrong, result.odd) == (result.errors, result.warnings)
+    assert result.as_dict().keys() >= {"ok", "wrong", "odd"}

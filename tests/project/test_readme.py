@@ -62,3 +62,36 @@ def test_speed_table_is_that_of_the_committed_results():
     assert between("docs/performance.md", "bench") == "\n".join(
         speed.table(*speed.load(ROOT / "benchmarks" / "results"))
     )
+
+
+def files_of_the_architecture() -> set[str]:
+    """The files in the tables under the headings of folders in docs/ARCHITECTURE.md, from the root of the project."""
+    sections = re.split(r"^### ", (ROOT / "docs" / "ARCHITECTURE.md").read_text("utf-8"), flags=re.MULTILINE)[1:]
+    files = set()
+    for section in sections:
+        heading, _, rows = section.partition("\n## ")[0].partition("\n")
+        names = re.findall(r"^([a-z_]+/)(?::|$)", heading)  # one folder; of several, the rows have the folder
+        base = "" if names in (["fastinterp/"], ["csrc/"]) else names[0] if names else ""
+        top = "csrc" if heading.startswith("csrc/") else "fastinterp"
+        for row in re.findall(r"^\| (`[^|]*) \|", rows, re.MULTILINE):
+            files |= {f"{top}/{base}{name}" for name in re.findall(r"`([^`]+)`", row)}
+    return files
+
+
+def test_the_architecture_names_every_file():
+    """One line a file, but for methods, kernels of CUDA, and the files that cpu/loops.inc includes."""
+    named = {name for name in files_of_the_architecture() if "NAME" not in name}
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    python = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fastinterp").rglob("*.py")}
+    native = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.cpp")}
+    kinds = re.compile(r"fastinterp/methods/[a-z]|fastinterp/(.*/)__init__\.py|fastinterp/_triton/|csrc/cuda/binding/")
+    assert [name for name in sorted(python | native) if name not in named and not kinds.match(name)] == []
+
+
+@pytest.mark.parametrize("page", ["docs/ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_paths_in_backquotes_exist(page):
+    """Of files and folders of the project, as `csrc/cpu/` or `ops/steps.py`, but for names in capitals."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    paths = re.findall(r"`([a-z_]+(?:/[\w.]+)*/(?:[\w.]+\.(?:py|h|cpp|cu|inc|md|svg))?)`", text)
+    roots = [ROOT, ROOT / "fastinterp", ROOT / "csrc", *(p for p in (ROOT / "fastinterp").iterdir() if p.is_dir())]
+    assert [p for p in paths if not any((root / p).exists() for root in roots) and "NAME" not in p] == []

@@ -344,3 +344,11 @@ COUNT = [LayerCount("model.layers", 4, (0, 1, 2, 1, 2, 3))]
 )
 def test_configuration_of_a_stack(config: Any, counts: Sequence[LayerCount], new: Any, changed: Any):
     assert config_of_layers(config, counts) == (new, changed)
+
+
+def test_slices_that_make_too_many_layers(monkeypatch):
+    """Before their tensors are listed."""
+    monkeypatch.setattr("fastinterp.recipe.targets.MAX_LAYERS", 5)
+    assert refused(STACK, arch.llama(), arch.llama()) == (
+        "the slices have more than 5 layers up to here. Use fewer - at $.slices[1] (merge.yml:4)"
+    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,20 @@ def tensor(values: Any, dtype: DType, shape: Sequence[int] | None = None) -> Ten
 
 
 def weights(seed: int, dtype: DType, shape: Sequence[int]) -> Tensor:
-    """Weights as models have them: deviation 0.02, or 1 for fp8."""
-    return tensor(bell(seed, int(np.prod(shape))) * (1.0 if dtype.bits == 8 else 0.02), dtype, shape)
+    """Weights as models have them: deviation 0.02, or 1 for fp8. Read only."""
+    return _weights(seed, dtype, tuple(shape))
+
+
+@lru_cache(maxsize=32)  # tests of a module begin with the same checkpoints
+def _weights(seed: int, dtype: DType, shape: tuple[int, ...]) -> Tensor:
+    made = tensor(bell(seed, int(np.prod(shape))) * (1.0 if dtype.bits == 8 else 0.02), dtype, shape)
+    made.raw.flags.writeable = False
+    return made
+
+
+def writable(given: Tensor) -> Tensor:
+    """A copy, to be changed."""
+    return replace(given, raw=given.raw.copy())
 
 
 def moved(by: Tensor, seed: int, size: float = 1e-3, dtype: DType | None = None) -> Tensor:
