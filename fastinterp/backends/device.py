@@ -1,6 +1,6 @@
-"""What an accelerator is to the engine: memory, queues of work, and kernels for pieces of the pump's steps.
+"""The interface of an accelerator: memory, queues of work, and kernels for pieces of the pump's steps.
 
-Two backends have this form, CUDA (`cuda.py`) and Triton (`triton.py`). Both work on memory that they are given by
+Two backends have it, CUDA (`cuda.py`) and Triton (`triton/device.py`). Both work on memory that they are given by
 address, and know nothing of files, recipes or methods.
 """
 

@@ -1,4 +1,4 @@
-"""Reads samples of stored tensors outside of a run, for `check` and reports: negative importances among them."""
+"""Reads samples of stored tensors outside of a run, for `check` and reports; finds negative importances in them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fastinterp.ops.contract import CHUNK
 from fastinterp.plan.inputs import PlannedTensor, StoredInput
 from fastinterp.plan.plan import Plan
 
-TENSORS = 128  # that are sampled, spread over the model
+TENSORS = 128  # that are sampled at most, spread over the model
 
 _CODES: Any = {1: "B", 2: "H", 4: "I", 8: "Q"}  # unsigned integers of so many bytes
 
 
 def spread_over(tensors: list[PlannedTensor]) -> list[PlannedTensor]:
-    """TENSORS of them at most, over all of the model."""
+    """At most TENSORS of these, evenly spread over the model."""
     return [tensors[k * len(tensors) // TENSORS] for k in range(TENSORS)] if len(tensors) > TENSORS else tensors
 
 
 def middle_chunk(tensor: StoredInput) -> StoredInput:
-    """CHUNK elements of a tensor, from its middle; all of it, if it has no more."""
+    """The CHUNK elements in the middle of a tensor, as an input; the whole tensor, if it has no more."""
     size = tensor.nbytes // tensor.numel
     count = min(tensor.numel, CHUNK)
     skipped = (tensor.numel - count) // 2
@@ -38,7 +38,7 @@ def read_bytes(tensor: StoredInput, *, limit: int) -> bytes:
 
 
 def negative_importances(plan: Plan) -> list[str]:
-    """What to say about side-cars whose samples hold numbers below 0: no importance is, and sums of them divide."""
+    """Warnings about side-cars with negative importances in sampled chunks: a merge divides by the sum of importances."""
     every = {id(t): t for tensor in plan.tensors for t in tensor.stages}.values()
     negative: dict[str, list[str]] = {}
     for tensor in spread_over([t for t in every if t.program and t.numel and len(t.inputs) > t.model_count]):
@@ -53,7 +53,7 @@ def negative_importances(plan: Plan) -> list[str]:
 
 
 def _below_0(tensor: StoredInput) -> bool:
-    """-0 and NaN are not."""
+    """Whether any element is negative; -0 and NaN are not."""
     data, size = read_bytes(tensor, limit=tensor.nbytes), tensor.nbytes // tensor.numel
     if max(data[size - 1 :: size]) < 0x80:  # the bytes with the signs: nearly always
         return False

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastinterp.errors import BackendError
-from fastinterp.execute.jobs import Result
+from fastinterp.execute.jobs.job import Result
 from fastinterp.ops.dtypes import CODE_BYTES
 from fastinterp.ops.steps import Step, Stored, SumStep, join_stats
 
@@ -160,7 +160,7 @@ class Work:
         """A batch of at most so many bytes; waits for one while any other device could still hand one back.
 
         most   as many as `least` says, or more
-        ended  whether the caller wants no more; `wake` must be called after it is set
+        ended  whether the caller wants no more; `back` wakes those that wait after it is set
         None: there is nothing left to do, or all must stop.
         """
         with self._changed:
@@ -222,10 +222,6 @@ class Work:
     def stop(self) -> None:
         with self._changed:
             self._stopped = True
-            self._changed.notify_all()
-
-    def wake(self) -> None:
-        with self._changed:
             self._changed.notify_all()
 
     def wait(self, seconds: float) -> bool:
