@@ -38,7 +38,7 @@ def read_bytes(tensor: StoredInput, *, limit: int) -> bytes:
 
 
 def negative_importances(plan: Plan) -> list[str]:
-    """Warnings about side-cars with negative importances in sampled chunks: a merge divides by the sum of importances."""
+    """Warnings about side-cars with negative importances in sampled chunks: a merge divides by their sum."""
     every = {id(t): t for tensor in plan.tensors for t in tensor.stages}.values()
     negative: dict[str, list[str]] = {}
     for tensor in spread_over([t for t in every if t.program and t.numel and len(t.inputs) > t.model_count]):
