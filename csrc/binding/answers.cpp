@@ -2,9 +2,9 @@
 
 #include <pybind11/stl.h>
 
-#include "../histogram.h"
-#include "../masked.h"
-#include "../survey.h"
+#include "../steps/histogram.h"
+#include "../steps/masked.h"
+#include "../steps/survey.h"
 #include "numbers.h"
 #include "steps.h"
 

@@ -9,9 +9,9 @@
 
 #include "../cpu/backend.h"
 #include "../decoder.h"
-#include "../histogram.h"
 #include "../memory.h"
 #include "../pump.h"
+#include "../steps/histogram.h"
 #include "parse.h"
 #include "steps.h"
 

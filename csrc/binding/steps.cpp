@@ -4,10 +4,10 @@
 
 #include <cstring>
 
-#include "../histogram.h"
-#include "../masked.h"
-#include "../sums.h"
-#include "../survey.h"
+#include "../steps/histogram.h"
+#include "../steps/masked.h"
+#include "../steps/sums.h"
+#include "../steps/survey.h"
 #include "parse.h"
 
 namespace py = pybind11;

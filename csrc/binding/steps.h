@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../step.h"
+#include "../steps/step.h"
 
 namespace fi {
 

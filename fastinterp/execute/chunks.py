@@ -10,16 +10,16 @@ from fastinterp.execute.sources import storage
 from fastinterp.ops.contract import CHUNK
 from fastinterp.plan.inputs import PlannedTensor, StoredInput
 
-TENSORS = 128  # that are sampled, spread over the model
+TENSORS = 128  # that are sampled at most, spread over the model
 
 
 def spread_over(tensors: list[PlannedTensor]) -> list[PlannedTensor]:
-    """TENSORS of them at most, over all of the model."""
+    """At most TENSORS of these, evenly spread over the model."""
     return [tensors[k * len(tensors) // TENSORS] for k in range(TENSORS)] if len(tensors) > TENSORS else tensors
 
 
 def middle_chunk(tensor: StoredInput) -> StoredInput:
-    """CHUNK elements of a tensor, from its middle; all of it, if it has no more."""
+    """The CHUNK elements in the middle of a tensor, as an input; the whole tensor, if it has no more."""
     size = tensor.nbytes // tensor.numel
     count = min(tensor.numel, CHUNK)
     skipped = (tensor.numel - count) // 2

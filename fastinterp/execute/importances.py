@@ -1,4 +1,4 @@
-"""Importances of side-cars that are negative, negative in samples: a merge divides by their sum."""
+"""Finds negative importances in samples of side-cars: a merge divides by their sum."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CODES: Any = {1: "B", 2: "H", 4: "I", 8: "Q"}  # unsigned integers of so many b
 
 
 def negative_importances(plan: Plan) -> list[str]:
-    """What to say about side-cars whose samples hold numbers below 0: no importance is, and sums of them divide."""
+    """Warnings about side-cars with negative importances in sampled chunks."""
     every = {id(t): t for tensor in plan.tensors for t in tensor.stages}.values()
     negative: dict[str, list[str]] = {}
     for tensor in spread_over([t for t in every if t.program and t.numel and len(t.inputs) > t.model_count]):
@@ -28,7 +28,7 @@ def negative_importances(plan: Plan) -> list[str]:
 
 
 def _below_0(tensor: StoredInput) -> bool:
-    """-0 and NaN are not."""
+    """Whether any element is negative; -0 and NaN are not."""
     data, size = read_bytes(tensor, limit=tensor.nbytes), tensor.nbytes // tensor.numel
     if max(data[size - 1 :: size]) < 0x80:  # the bytes with the signs: nearly always
         return False

@@ -12,7 +12,7 @@ from typing import Any
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import current_queue
 from fastinterp.errors import BackendError, CheckpointError, UsageError
-from fastinterp.execute.tensor_io import TensorIO
+from fastinterp.execute.jobs.tensor_io import TensorIO
 from fastinterp.messages import suggestion
 from fastinterp.ops.combine import LARGEST, Combine, Row
 from fastinterp.ops.steps import Stored

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastinterp.errors import BackendError
-from fastinterp.execute.jobs import Result
+from fastinterp.execute.jobs.job import Result
 from fastinterp.ops.dtypes import CODE_BYTES
 from fastinterp.ops.steps import Step, Stored, SumStep, join_stats
 

@@ -15,9 +15,9 @@ from fastinterp.backends.device import Device
 from fastinterp.errors import UsageError
 from fastinterp.execute.device.batches import Part, Work, batches
 from fastinterp.execute.device.worker import LEAST_SLOT, Files, Worker
-from fastinterp.execute.jobs import Result
+from fastinterp.execute.jobs.job import Result
+from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor
-from fastinterp.execute.tensor_io import TensorStep
 from fastinterp.messages import size
 from fastinterp.ops.steps import Combine, CopyEqual, Histogram, MaskedSum, Step
 
@@ -143,7 +143,7 @@ class DeviceExecutor(PumpExecutor):
             rest[i] = replace(step, native=native)
         return parts, rest
 
-    def _shown(self, before: int) -> Progress:
+    def _progress_from(self, before: int) -> Progress:
         return lambda done, _: self._tell(before + done)
 
     def _tell(self, done: int) -> None:
@@ -157,9 +157,9 @@ class DeviceExecutor(PumpExecutor):
         if work.error is not None:
             raise work.error
         if self._progress is not None:
-            self._told = max(self._told, done + work.bytes_read + work.bytes_written)
-            self._total = max(self._total, self._told)
-            self._progress(self._told, self._total)
+            self._reported = max(self._reported, done + work.bytes_read + work.bytes_written)
+            self._total = max(self._total, self._reported)
+            self._progress(self._reported, self._total)
 
 
 def _nothing_to_compute(step: Step) -> str | None:

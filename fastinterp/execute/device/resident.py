@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from fastinterp.backends.cpu import Handle, memory_address
 from fastinterp.backends.device import Piece
 from fastinterp.errors import BackendError
-from fastinterp.execute.jobs import Result
-from fastinterp.execute.tensor_io import TensorStep
+from fastinterp.execute.jobs.job import Result
+from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.ops.steps import Step, Stored, SumStep, WritingStep
 
 if TYPE_CHECKING:

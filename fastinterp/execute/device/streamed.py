@@ -11,8 +11,8 @@ from fastinterp.backends.cpu import Handle, memory_address
 from fastinterp.backends.device import Piece
 from fastinterp.backends.torch_device import pinned
 from fastinterp.errors import BackendError
+from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.rounds import PumpExecutor
-from fastinterp.execute.tensor_io import TensorStep
 from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.dtypes import CODE_BYTES
 from fastinterp.ops.steps import Combine, CopyEqual, Stored

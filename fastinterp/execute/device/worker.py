@@ -20,7 +20,7 @@ from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.device import Buffer, Device, Event, Pending, Piece, Queue
 from fastinterp.errors import BackendError, OutOfMemory
 from fastinterp.execute.device.batches import Batch, SlotRange, Work
-from fastinterp.execute.jobs import Result
+from fastinterp.execute.jobs.job import Result
 
 LEAST_SLOT = 64 << 10  # bytes: with less, a device is given up
 _LEAST_SLOTS = 2  # so that one is filled while the device works on the other

@@ -31,8 +31,8 @@ from fastinterp.checkpoint.shared_output_folder import (
     write_journal,
 )
 from fastinterp.errors import RankError
-from fastinterp.execute.densities import Density
 from fastinterp.execute.distributed.peers import Peers, Rank
+from fastinterp.execute.jobs.densities import Density
 from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, record_of, report_on
 from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.execute.run import Done, run
