@@ -14,8 +14,9 @@ from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from fastinterp.reference import combine as reference
 from tests.support import backends
-from tests.support.cases import NUMPY, fill
+from tests.support.cases import fill
 from tests.support.checkpoints import MERGING
+from tests.support.numpy_dtypes import NUMPY
 
 TORCH = {
     F64: torch.float64,

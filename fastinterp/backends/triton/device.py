@@ -30,15 +30,16 @@ def missing() -> str:
     """Why there is no device here; empty if there is one."""
     try:
         import torch
-        import triton
+
+        if not interpreted() and not torch.cuda.is_available():
+            return "torch sees no GPU"
+        import triton  # only where it is of use: some versions print a list of leaks at exit
     except ImportError as error:
         return f"{error.name} is not installed: pip install 'fastinterp[gpu]'"
     oldest = OLDEST_INTERPRETER if interpreted() else OLDEST
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < oldest:
         return f"triton {triton.__version__} rounds differently: {oldest[0]}.{oldest[1]} or newer is needed"
-    if interpreted() or torch.cuda.is_available():
-        return ""
-    return "torch sees no GPU"
+    return ""
 
 
 def count() -> int:
