@@ -1,7 +1,7 @@
 """The interface of an accelerator: memory, queues, and kernels for pieces of steps.
 
-Two backends implement it, CUDA (`cuda.py`) and Triton (`triton/`). Both work on memory by address, and know nothing of
-files, recipes or methods.
+Two backends implement it, CUDA (`cuda.py`) and Triton (`triton/device.py`). Both work on memory by address, and know
+nothing of files, recipes or methods.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor, run_jobs
 from fastinterp.execute.sinks import Sinks
 from fastinterp.execute.sources import Sources, remedy
+from fastinterp.messages import counted
 from fastinterp.ops.combine import philox_key
 from fastinterp.ops.steps import Operand
 from fastinterp.plan.inputs import PlannedTensor, TensorInput
@@ -75,9 +76,10 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
         if window.plain_bytes <= max_memory:
             return window
         if write <= 4096 and read <= 4096:
+            sizes = f"{counted(threads, 'thread')} with {counted(inputs, 'input')} and {counted(outputs, 'output')}"
             raise UsageError(
-                f"{threads} threads with {inputs} inputs and {outputs} outputs need at least {window.plain_bytes} "
-                f"bytes, but --max-memory allows {max_memory}. Allow more, or use fewer threads"
+                f"{sizes} need at least {window.plain_bytes} bytes, but --max-memory allows {max_memory}. Allow more, "
+                "or use fewer threads"
             )
         write, read = _pages(write // 2), _pages(read // 2)
 

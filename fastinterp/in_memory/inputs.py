@@ -14,7 +14,7 @@ from fastinterp.in_memory.arrays import ArrayView, DLPackArrays, Library, TorchT
 from fastinterp.ops.dtypes import DType
 from fastinterp.ops.steps import Stored
 
-Arrays = Mapping[str, Any]  # a state dict: arrays of one library, or StoredTensors, by name
+Arrays = Mapping[str, Any]  # a state dict: arrays of one library, or `StoredTensor`s, by name
 _SHOWN = 5  # names that a message lists
 
 

@@ -117,7 +117,7 @@ def merge_measured(
 ) -> tuple[dict[str, Any], dict[str, RoundingEffect]]:
     """`merge_state_dicts`, and the effect of rounding on each merged tensor, as a report of `merge` has it.
 
-    files  that StoredTensors are read from. Those may be mixed with torch tensors
+    files  that each `StoredTensor` is read from. Those may be mixed with torch tensors
     dtype  of the result; a mapping: of tensors by name, others keep theirs
 
     Tensors that are copies have no effect. Other arguments and errors as there; CheckpointError and StorageError, if a

@@ -12,6 +12,7 @@ from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import common_device, current_queue
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.in_memory.arrays import MERGED_DTYPES, ArrayView, library_of
+from fastinterp.messages import counted
 from fastinterp.ops import steps
 from fastinterp.ops.combine import MAX_INPUTS, Combine, Row
 from fastinterp.ops.dtypes import DType, parse_dtype
@@ -44,7 +45,9 @@ def weighted_sum(
     Raises: UsageError, ShapeError, BackendError.
     """
     if len(arrays) == 0 or len(arrays) != len(weights):
-        raise UsageError(f"as many weights as arrays are needed, got {len(arrays)} arrays and {len(weights)} weights")
+        raise UsageError(
+            f"each array needs a weight, got {counted(len(arrays), 'array')} and {counted(len(weights), 'weight')}"
+        )
     terms = [*arrays] if pivot is None else [pivot, *arrays]
     if len(terms) > MAX_INPUTS:
         raise UsageError(f"at most {MAX_INPUTS} arrays can be summed at a time, pivot included, got {len(terms)}")

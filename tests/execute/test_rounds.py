@@ -347,6 +347,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is in Linux's /proc")
 def test_memory_does_not_grow_with_a_tensor_that_is_read_twice(tmp_path):
     """One tensor of 200 MB takes at most 40 MiB, as one of 4 MB does."""

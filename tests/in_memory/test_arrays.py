@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -15,17 +14,9 @@ from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from fastinterp.reference import combine as reference
 from tests.support import backends
-from tests.support.cases import fill
+from tests.support.cases import NUMPY, fill
 from tests.support.checkpoints import MERGING
 
-NUMPY = {
-    F64: np.dtype(np.float64),
-    F32: np.dtype(np.float32),
-    F16: np.dtype(np.float16),
-    BF16: np.dtype(ml_dtypes.bfloat16),
-    F8_E4M3: np.dtype(ml_dtypes.float8_e4m3fn),
-    F8_E5M2: np.dtype(ml_dtypes.float8_e5m2),
-}
 TORCH = {
     F64: torch.float64,
     F32: torch.float32,
@@ -202,7 +193,7 @@ T = torch.ones(2, 3)
         ([X], [1], {"pivot": np.ones(6, np.float32)}, ShapeError, "arrays differ in shape"),
         ([X], [1], {"out": np.ones(6, np.float32)}, ShapeError, "out has shape [6], the arrays have [2, 3]"),
         ([], [], {}, UsageError, "got 0 arrays and 0 weights"),
-        ([X, X], [1], {}, UsageError, "got 2 arrays and 1 weights"),
+        ([X, X], [1], {}, UsageError, "got 2 arrays and 1 weight"),
         ([X] * 65, [1] * 65, {}, UsageError, "at most 64 arrays"),
         ([X] * 64, [1] * 64, {"pivot": X}, UsageError, "at a time, pivot included, got 65"),
         ([X, X], [0, 0.0], {}, UsageError, "every weight is 0"),

@@ -6,7 +6,6 @@ import itertools
 import math
 from fractions import Fraction
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,17 +14,9 @@ from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from fastinterp.reference import combine as reference
 from fastinterp.reference import fma as exact_fma
 from fastinterp.reference.combine import FORMATS, narrow, widen
-from tests.support.cases import MERGING
+from tests.support.cases import MERGING, NUMPY
 
 SMALL = (F16, BF16, F8_E4M3, F8_E5M2)
-NUMPY = {
-    F64: np.dtype(np.float64),
-    F32: np.dtype(np.float32),
-    F16: np.dtype(np.float16),
-    BF16: np.dtype(ml_dtypes.bfloat16),
-    F8_E4M3: np.dtype(ml_dtypes.float8_e4m3fn),
-    F8_E5M2: np.dtype(ml_dtypes.float8_e5m2),
-}
 small = pytest.mark.parametrize("dtype", SMALL, ids=str)
 
 

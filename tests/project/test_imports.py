@@ -20,7 +20,7 @@ CSRC = ROOT / "csrc"
 SOURCES = sorted({*(ROOT / "fastinterp").rglob("*.py"), *(ROOT / "fastinterp" / "_triton").glob("*.py")})
 
 # Each part of the package, and the parts it may import beside itself. The most specific name counts: a module of
-# compute/ that is not named here belongs to `compute`. Parts that import nothing but themselves are leaves.
+# ops/ that is not named here belongs to `ops`. Parts that import nothing but themselves are leaves.
 LEAVES = {"errors", "messages", "_version"}
 CONTRACT = {"ops", "ops.steps"}
 PLANNING = LEAVES | CONTRACT | {"arguments", "recipe", "methods", "checkpoint", "tokenizer"}

@@ -15,30 +15,8 @@ from fastinterp.recipe.error_collector import ErrorCollector
 from fastinterp.recipe.load import load_recipe, load_recipes
 from fastinterp.recipe.parameters import Resolver
 from fastinterp.recipe.schema import raw_recipe
+from tests.support.recipes import LINEAR, PASS, TASK
 from tests.support.references import texts
-
-LINEAR = """\
-merge_method: linear
-models:
-  - model: models/a
-    parameters:
-      weight: 1.0
-  - model: models/b
-    parameters:
-      weight: 0.3
-"""
-TASK = """\
-merge_method: task_arithmetic
-base_model: base
-models:
-  - model: base
-  - {model: ft1, parameters: {weight: 0.6}}
-  - {model: ft2, parameters: {weight: -0.3}}
-"""
-PASS = """\
-merge_method: passthrough
-models: [{model: a}]
-"""
 
 AT_W0 = "$.models[0].parameters.weight (merge.yml:5)"
 NUMBER = "`weight` must be a finite number (at most 3.4e38), got"

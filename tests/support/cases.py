@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +20,14 @@ from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from fastinterp.reference import combine as reference
 
 MERGING = (F64, F32, F16, BF16, F8_E4M3, F8_E5M2)
+NUMPY = {
+    F64: np.dtype(np.float64),
+    F32: np.dtype(np.float32),
+    F16: np.dtype(np.float16),
+    BF16: np.dtype(ml_dtypes.bfloat16),
+    F8_E4M3: np.dtype(ml_dtypes.float8_e4m3fn),
+    F8_E5M2: np.dtype(ml_dtypes.float8_e5m2),
+}
 GUARD = 128  # bytes on either side of a buffer: two of the widest vectors
 ALPHAS = (0.3, 0.0, 1.0, 0.5, -0.25, 1.5, 0.9, 0.1, 2.0, 0.7, 0.25, 0.75, 0.6, -1.0, 0.4, 0.05)  # of a sweep, up to 16
 

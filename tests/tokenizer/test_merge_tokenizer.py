@@ -138,7 +138,7 @@ def test_tokens(tmp_path, three):
     np.testing.assert_array_equal(row(out, "pair"), row(three[0], "own0"))
     np.testing.assert_array_equal(row(out, "<new>"), row(three[1], "cat"))
     assert not row(out, "<none>").any()
-    assert any("no model has a row for 1 tokens, `<none>`" in w for w in report.warnings)
+    assert any("no model has a row for 1 token, `<none>`: zeros instead" in w for w in report.warnings)
     whole = embedding(out)
     assert whole.shape == (16, 16)
     for padding in whole[10:]:

@@ -159,9 +159,9 @@ class Work:
     def take(self, most: int, ended: threading.Event) -> Batch | None:
         """A batch of at most `most` bytes; waits while another device might still give one back.
 
-        most   at least `least()`
-        ended  set when the caller takes no more batches; `wake` must be called after it is set
-        Returns None when nothing is left to do, or the round has stopped.
+        most   as many as `least` says, or more
+        ended  set when the caller takes no more batches; `give_back` wakes those that wait
+        None: there is nothing left to do, or all must stop.
         """
         with self._changed:
             while self._left and not self._stopped and not ended.is_set():
@@ -223,11 +223,6 @@ class Work:
         """Stop the round: `take` returns None from now on."""
         with self._changed:
             self._stopped = True
-            self._changed.notify_all()
-
-    def wake(self) -> None:
-        """Wake all threads that wait in `take`."""
-        with self._changed:
             self._changed.notify_all()
 
     def wait(self, seconds: float) -> bool:
