@@ -12,7 +12,7 @@
 
 #include "io.h"
 #include "ops.h"
-#include "step.h"
+#include "steps/step.h"
 
 namespace fi {
 

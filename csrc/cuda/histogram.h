@@ -9,7 +9,7 @@ namespace fi {
 namespace cuda {
 
 constexpr int kMostBrackets = 64;    // of a launch
-constexpr int64_t kStripUnits = 64;  // of kUnit elements: a strip of csrc/histogram.h
+constexpr int64_t kStripUnits = 64;  // of kUnit elements: a strip of csrc/steps/histogram.h
 
 // Magnitudes low..low + width are counted in bin first_bin + (magnitude - low) >> shift.
 struct BracketTask {

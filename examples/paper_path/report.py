@@ -131,7 +131,7 @@ SHOWN = {
 }  # fmt: skip
 
 
-def points_table(results: Sequence[Results], rows: Mapping[str, Sequence[Results]]) -> str:
+def points_table(rows: Mapping[str, Sequence[Results]]) -> str:
     """`rows`: by name, the same point of every seed."""
     lines = [[name, *(number(mean([p[key] for p in seeds])) for key in SHOWN.values())] for name, seeds in rows.items()]
     return table(["", *SHOWN], lines)
@@ -207,7 +207,7 @@ def page(results: Sequence[Results], verdicts: Sequence[Verdict]) -> str:
 
 Seeds are thin lines, their mean is a thick one, its standard error a band; grey: between the ends.
 
-{points_table(results, line_rows(results, alphas))}
+{points_table(line_rows(results, alphas))}
 
 One sample of seed {results[0]["seed"]}, written with the same random numbers at each alpha. A stroke ends a review;
 the text is cut at 95 bytes.
@@ -218,7 +218,7 @@ the text is cut at 95 bytes.
 
 ![Controls](paper/controls.svg)
 
-{points_table(results, other_rows(results))}
+{points_table(other_rows(results))}
 
 ![The staircase of bf16](paper/staircase.svg)
 

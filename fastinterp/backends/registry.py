@@ -123,7 +123,7 @@ def find_devices(spec: DeviceSpec, local: int = 0) -> list[Device]:
         if backend.missing is None:
             missing = [i for i in spec.ordinals if i >= backend.count]
             if missing:
-                there = ", ".join(f"cuda:{i}" for i in range(backend.count))
+                there = ", ".join(f"{spec.kind}:{i}" for i in range(backend.count))
                 raise BackendError(f"device {str(spec)!r}: there is no device {missing[0]}. There are {there}")
             return [backend.open(i) for i in spec.ordinals or (local % backend.count,)]
         why.append(f"{name}: {backend.missing}")

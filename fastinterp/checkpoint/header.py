@@ -6,6 +6,7 @@ cover the data section without holes or overlaps (https://github.com/huggingface
 
 from __future__ import annotations
 
+import math
 import os
 from operator import attrgetter
 from typing import Any, NoReturn
@@ -35,10 +36,7 @@ class Entry(msgspec.Struct, frozen=True):
     @property
     def numel(self) -> int:
         """Number of elements; 1 for a scalar."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 def read_header(path: str | os.PathLike[str], file_index: int = 0) -> tuple[list[Entry], dict[str, str]]:

@@ -50,6 +50,8 @@ class OutFile(msgspec.Struct, frozen=True):
 
 
 class Layout(msgspec.Struct, frozen=True):
+    """The files of an output, and their index if there are several."""
+
     files: tuple[OutFile, ...]
     index: bytes | None  # what STEM.safetensors.index.json holds; None for a single file
     index_name: str

@@ -23,12 +23,12 @@ from types import TracebackType
 
 from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import ASIDE, INDEX, PICKLES, PUT_BACK, SHARD, WEIGHTS, is_plain, listing, quote
-from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.regular_file import fsync, read_regular
 from fastinterp.checkpoint.sidecar_files import is_sidecar
 from fastinterp.errors import CheckpointError, OutputError
 
 _PARTIAL = re.compile(r"\..+\.partial-(?P<pid>\d+)-(?P<host>[0-9a-f]{8})-[0-9a-f]{12}", re.DOTALL)
-SHARED = "ffffffff"  # in the place of a host: what several processes write together (shared_folder.py)
+SHARED = "ffffffff"  # in the place of a host: what several processes write together (shared_output_folder.py)
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW  # a planted link is never written through
 _active: set[str] = set()  # endings of the temporary names that this process has in use
 
@@ -140,15 +140,15 @@ class OutFolder:
     def _place(self) -> None:
         if self._durable:
             for path in self._temps.values():
-                _fsync(path)
+                fsync(path)
         if self._force:
             self._move_aside()
             if self._durable and self._aside:
-                _fsync(self.path)  # a new name must not reach the disk beside an old index
+                fsync(self.path)  # a new name must not reach the disk beside an old index
         order = sorted(self._temps, key=_rank)
         for name in order:
             if self._durable and name == order[-1]:
-                _fsync(self.path)  # the last name must not reach the disk before the others
+                fsync(self.path)  # the last name must not reach the disk before the others
             self._tried.append(name)
             os.replace(self._temps[name], self.path / name)
 
@@ -173,13 +173,13 @@ class OutFolder:
     def _clean_up(self) -> None:
         """The output is complete: make it last, then remove what it replaced."""
         if self._durable and self._aside:
-            _fsync(self.path)
+            fsync(self.path)
         for path in (*self._aside.values(), self._marker):
             with suppress(FileNotFoundError):
                 os.unlink(path)
         if self._durable:
             for folder in (self.path, *(f.parent for f in reversed(self._created))):
-                _fsync(folder)
+                fsync(folder)
         self._leave()
 
     def _leave(self) -> None:
@@ -390,11 +390,3 @@ def _alive(pid: int, name: str) -> bool:
     except (OSError, OverflowError):
         return True
     return True
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

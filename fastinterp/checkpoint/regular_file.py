@@ -1,4 +1,4 @@
-"""Opening a file whose name may stand for anything: a pipe, a device, gigabytes."""
+"""Opening a file whose name may stand for anything: a pipe, a device, gigabytes. And fsync by name."""
 
 from __future__ import annotations
 
@@ -43,3 +43,12 @@ def read_regular(file: str, limit: int = 2**63) -> bytes:
             return stream.read(size)
         except OSError as error:
             raise CheckpointError(f"the file cannot be read: {error.strerror}", file=file) from None
+
+
+def fsync(path: str | os.PathLike[str]) -> None:
+    """Wait until a file, or the names in a folder, are on the disk. Raises: OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

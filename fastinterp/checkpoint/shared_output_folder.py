@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.output_folder import SHARED, OutFolder
-from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.regular_file import fsync, read_regular
 from fastinterp.errors import OutputError
 
 
@@ -72,13 +72,13 @@ def write_journal(out: str | os.PathLike[str], name: str, key: str, content: byt
     path = shared_file(out, f"{name}.done", key)
     draft = shared_file(out, f"{name}.{os.getpid()}-{os.urandom(4).hex()}.draft", key)
     try:
-        _fsync(shared_file(out, name, key))
+        fsync(shared_file(out, name, key))
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(draft, path)
-        _fsync(path.parent)
+        fsync(path.parent)
     except OSError as error:
         raise OutputError(
             f"{os.fspath(out)}: the journal of {quote(name)} cannot be written: {error.strerror}"
@@ -119,11 +119,3 @@ def journals(out: str | os.PathLike[str]) -> int:
 
 def _ending(key: str) -> str:
     return f".partial-0-{SHARED}-{key}"
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

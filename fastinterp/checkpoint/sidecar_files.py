@@ -18,8 +18,9 @@ from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import DType
 
+CONFIG = "config.json"
 _PATTERNS = (
-    "config.json", "generation_config.json", "chat_template.*",
+    CONFIG, "generation_config.json", "chat_template.*",
     "tokenizer*.json", "tokenizer*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "spiece.model", "sentencepiece*.model", "*.spm", "*.tiktoken", "bpe.codes", "normalizer.json", "tekken.json",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
@@ -47,9 +48,9 @@ def copy_sidecars(root: Path, dtype: DType | None = None) -> dict[str, bytes | P
     try:
         names = [n for n in sorted(os.listdir(root)) if is_sidecar(n) and (root / n).is_file()]
         files: dict[str, bytes | Path] = {n: root / n for n in names}
-        if dtype is not None and "config.json" in files:
-            path = str(root / "config.json")
-            files["config.json"] = with_dtype(read_regular(path, MAX_HEADER), dtype, path)
+        if dtype is not None and CONFIG in files:
+            path = str(root / CONFIG)
+            files[CONFIG] = with_dtype(read_regular(path, MAX_HEADER), dtype, path)
     except OSError as error:
         raise CheckpointError(f"it cannot be read: {error.strerror}", file=str(error.filename)) from None
     return files
@@ -60,13 +61,24 @@ def needs_code(root: Path) -> bool:
 
     Raises: CheckpointError, if it is damaged or cannot be read.
     """
-    path = root / "config.json"
-    return path.is_file() and "auto_map" in parse_object(
-        read_regular(str(path), MAX_HEADER).lstrip(), "the model configuration", str(path)
-    )
+    return "auto_map" in (read_config(root) or {})
 
 
-def with_dtype(config: bytes, dtype: DType, file: str = "config.json") -> bytes:
+def read_config(root: Path) -> dict[str, Any] | None:
+    """config.json in a checkpoint's folder; None if there is none.
+
+    Raises: CheckpointError, if it is damaged or cannot be read.
+    """
+    path = root / CONFIG
+    try:
+        if not path.is_file():
+            return None
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read: {error.strerror}", file=str(path)) from None
+    return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), "the model configuration", str(path))
+
+
+def with_dtype(config: bytes, dtype: DType, file: str = CONFIG) -> bytes:
     """`config` with its `torch_dtype` and `dtype` set to `dtype`, at the top and in nested `*_config` objects.
 
     Only keys that are there are set. The bytes come back untouched if nothing changes.

@@ -42,7 +42,7 @@ def _range(ctx: click.Context, param: click.Parameter, part: str, value: str) ->
             return [float(first + k * step) for k in range(int((last - first) / step) + 1)]
     except (ArithmeticError, ValueError):
         of = "" if part == value else f" in {value!r}"
-        problem = f"{part!r}{of} is neither a number nor a range FIRST:LAST:STEP, as 0:1:0.25"
+        problem = f"{part!r}{of} is neither a finite number nor a range FIRST:LAST:STEP, as 0:1:0.25"
     raise click.BadParameter(problem, ctx, param)
 
 

@@ -18,7 +18,7 @@ from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.plan import Plan
 
 # Of one thread, measured on an EPYC with AVX-512 (docs/performance.md): reads and writes of files in the page cache,
-# 10^9 bytes a second. Writes go on in as many files at a time as there are.
+# 10^9 bytes a second. One thread at a time writes to a file.
 READ_GB_S, WRITE_GB_S = 18.0, 10.0
 # Of all threads together: an assumption about one socket of a server, not measured.
 HOST_GB_S = 100.0

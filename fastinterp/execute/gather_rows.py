@@ -1,7 +1,7 @@
 """Gathers the rows of an embedding in the order of another vocabulary.
 
-Rows of a model that stores them in the same dtype are read where they lie. Means, padding, and rows that are converted
-are made here first, a piece at a time, into a file without a name beside the output: so memory stays bounded.
+Rows of a model with the same dtype are read in place. Means, padding, and rows in another dtype are computed first, a
+piece at a time, into an unnamed temporary file beside the output, so that memory stays bounded.
 """
 
 from __future__ import annotations
@@ -22,39 +22,41 @@ from fastinterp.tokenizer.embedding_rows import PADDING, ZEROS, split
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_PIECE = 2 << 20  # bytes that are held at a time
+_PIECE = 2 << 20  # bytes of rows that are held at a time
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Where the rows of one embedding are.
+    """The location of each row of one embedding.
 
-    parts  (file, byte offset, rows), which count as lying one behind the other
-    made   a descriptor of a file of `made_rows` further rows, from byte 0, which count behind those; or None
-    rows   i64[rows of the output]: the row there, -1 for zeros; None: the file `made` is the whole tensor
+    parts          (file, byte offset, rows): rows in files of checkpoints, numbered one part after the other
+    computed       descriptor of a temporary file of further rows, from byte 0, numbered after `parts`; or None
+    computed_rows  number of rows in it
+    rows           i64[rows of the output]: the number of the row, -1 for zeros; None: `computed` is the whole tensor
     """
 
     parts: tuple[tuple[Path, int, int], ...]
-    made: int | None
-    made_rows: int
+    computed: int | None
+    computed_rows: int
     rows: NDArray[Any] | None
 
 
 def gather(tensor: GatheredInput, folder: Path | None, stack: ExitStack) -> Gathered:
-    """Compute the rows that no file holds, and locate all of them.
+    """Compute the rows that no file holds, and locate all rows.
 
-    folder  for the file of those that are made, which is open until `stack` closes; None: that for temporary files
+    folder  folder of the temporary file, which is open until `stack` closes; None: the system's
 
     Rows of another model are rounded to this tensor's dtype, to nearest, if theirs is another; so are means, which are
     summed in float32 (float64 if a row is F64) in the order of the plan, and padding, summed in float64. A tensor of
-    one dimension, as a bias has, is made as a whole: it has no rows in the pump's sense.
-    Raises: CheckpointError, if a model's file cannot be read or was cut; OSError, if the new one cannot be written.
+    one dimension, as of a bias, is computed as a whole: its rows are single elements.
+    Raises: CheckpointError, if a file of a model cannot be read or was truncated; OSError, if the temporary file cannot
+    be written.
     """
     import numpy as np
 
     codes = np.frombuffer(tensor.rows.codes, np.int64)
     if len(tensor.shape) == 1:
-        return Gathered((), _made(tensor, codes, folder, stack), codes.size, None)
+        return Gathered((), _computed(tensor, codes, folder, stack), codes.size, None)
     rows, parts, end = np.full(codes.size, -1, np.int64), [], 0
     left = codes != ZEROS
     for model in tensor.models:
@@ -66,28 +68,28 @@ def gather(tensor: GatheredInput, folder: Path | None, stack: ExitStack) -> Gath
             parts.append((source.path, source.start, source.shape[0]))
             end += source.shape[0]
     rows[left] = np.arange(left.sum()) + end
-    made = _made(tensor, codes[left], folder, stack) if left.any() else None
-    return Gathered(tuple(parts), made, int(left.sum()), rows)
+    computed = _computed(tensor, codes[left], folder, stack) if left.any() else None
+    return Gathered(tuple(parts), computed, int(left.sum()), rows)
 
 
-def _made(tensor: GatheredInput, codes: NDArray[Any], folder: Path | None, stack: ExitStack) -> int:
-    """A descriptor of a file without a name that holds the rows of these codes."""
+def _computed(tensor: GatheredInput, codes: NDArray[Any], folder: Path | None, stack: ExitStack) -> int:
+    """A descriptor of an unnamed temporary file that holds the rows of these codes."""
     with tempfile.TemporaryFile(dir=folder) as file:
         fd = os.dup(file.fileno())
     stack.callback(os.close, fd)
     with ExitStack() as inputs:
-        maker = _Maker(tensor, inputs)
-        mean = maker.mean_of_all() if PADDING in codes else b""
-        for first in range(0, codes.size, maker.step):
-            _write(fd, maker.rows(codes[first : first + maker.step], mean).tobytes(), first * maker.nbytes)
+        reader = _RowReader(tensor, inputs)
+        mean = reader.mean_of_all() if PADDING in codes else b""
+        for first in range(0, codes.size, reader.step):
+            _write(fd, reader.rows(codes[first : first + reader.step], mean).tobytes(), first * reader.nbytes)
     return fd
 
 
-class _Maker:
-    """Reads, converts and averages rows of one new embedding. Its inputs are open until `stack` closes.
+class _RowReader:
+    """Reads, converts and averages the rows of one embedding. Its input files are open until `stack` closes.
 
-    nbytes  of one row
-    step    rows that are held at a time
+    nbytes  size of one row in bytes
+    step    number of rows that are held at a time
     """
 
     def __init__(self, tensor: GatheredInput, stack: ExitStack):
@@ -100,20 +102,20 @@ class _Maker:
         self.step = max(1, _PIECE // max(1, self.nbytes))
 
     def rows(self, codes: NDArray[Any], padding: bytes) -> NDArray[Any]:
-        """The rows of these codes, uint8[len(codes), nbytes]; those of padding hold `padding`."""
+        """The rows of these codes, u8[len(codes), nbytes]; `padding` for rows of padding."""
         np = self._np
         out: NDArray[Any] = np.zeros((codes.size, self.nbytes), np.uint8)
         if padding:
             out[codes == PADDING] = np.frombuffer(padding, np.uint8)
         named = np.flatnonzero(codes >= 0)
-        # Rows that follow each other, here and there, are read at once.
+        # Runs of rows that are contiguous both in the model and in the output are read at once.
         breaks = (np.diff(codes[named]) != 1) | (np.diff(named) != 1)
         for run in np.split(named, np.flatnonzero(breaks) + 1) if named.size else ():
             out[run[0] : run[0] + run.size] = self._run(int(codes[run[0]]), run.size)
         return out
 
     def mean_of_all(self) -> bytes:
-        """The mean of all rows of the output that are no padding."""
+        """The mean of all rows of the output except padding, as bytes."""
         np = self._np
         every = np.frombuffer(self._tensor.rows.codes, np.int64)
         every = every[every != PADDING]
@@ -121,13 +123,13 @@ class _Maker:
         for first in range(0, every.size, self.step):
             raw = self.rows(every[first : first + self.step], b"")
             wide = self._wide(raw, self._tensor.dtype).astype(np.float64).reshape(-1, self.columns)
-            # Row after row, so that neither the size of a piece nor numpy's way of summing shows.
+            # Row after row, so that the sum depends neither on the size of a piece nor on numpy's order of summation.
             total = np.concatenate((total, wide)).cumsum(axis=0)[-1:]
         mean: bytes = self._narrow(total[0] / max(1, every.size)).tobytes()
         return mean
 
     def _run(self, code: int, count: int) -> NDArray[Any]:
-        """`count` rows that follow each other in one model, uint8[count, nbytes]; or as many means."""
+        """`count` contiguous rows of one model, u8[count, nbytes]; or as many means."""
         model, row = split(code)
         if model == len(self._tensor.sources):
             return self._np.stack([self._mean(k) for k in range(row, row + count)])

@@ -1,4 +1,4 @@
-"""The report of a merge: bytes, time, devices, and how much of the intended change survived the output's rounding."""
+"""The report of a merge: bytes, time, devices, and the part of the intended change that the output's rounding kept."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fastinterp.messages import counted, plain, seconds, size
 
 if TYPE_CHECKING:
     from fastinterp.checkpoint.output_folder import OutFolder
-    from fastinterp.execute.densities import Density
-    from fastinterp.execute.jobs import Job
+    from fastinterp.execute.jobs.densities import Density
+    from fastinterp.execute.jobs.job import Job
     from fastinterp.execute.rounds import DeviceUsage
     from fastinterp.execute.run import Done
     from fastinterp.plan.plan import Plan
@@ -133,7 +133,7 @@ class Report:
     warnings: tuple[str, ...] = field(default=())
 
     def __repr__(self) -> str:
-        """Short; print() shows the summary."""
+        """A short form; print() shows the summary."""
         return (
             f"<Report of {plain(self.output)}: {counted(len(self.files), 'file')}, {size(self.bytes_written)} written, "
             f"{counted(len(self.warnings), 'warning')}>"
@@ -156,7 +156,7 @@ class Report:
         fields = {k: v for k, v in self.__dict__.items() if k not in ("tensors", "densities", "merged")}
         densities = {}
         if self.densities:
-            from fastinterp.execute.densities import as_dict
+            from fastinterp.execute.jobs.densities import as_dict
 
             densities = as_dict(self.densities, self.merged)
         return {
@@ -175,7 +175,7 @@ class Report:
         )
 
     def notes(self) -> list[str]:
-        """Lines about the output that are not in every report, warnings among them."""
+        """Lines about the output that not every report has, warnings included."""
         removed = (
             [f"removed from the replaced checkpoint: {', '.join(map(plain, self.removed))}"] if self.removed else []
         )
@@ -185,13 +185,13 @@ class Report:
     def _density_note(self) -> list[str]:
         if not self.densities:
             return []
-        from fastinterp.execute.densities import note
+        from fastinterp.execute.jobs.densities import note
 
         line = note(self.densities, self.merged)
         return [plain(line)] if line else []
 
     def _device_notes(self) -> list[str]:
-        """Why devices were chosen, and why the CPU computed a part."""
+        """The reason for the choice of the device, and why the CPU computed a part."""
         lines = [plain(self.chosen)] if self.chosen else []
         if self.on_cpu:
             parts = (f"{counted(n, 'tensor')}, {why}" for why, n in self.on_cpu.items())
@@ -199,7 +199,7 @@ class Report:
         return lines
 
     def _unchanged(self) -> list[str]:
-        """Why there is no change to report, if there is none."""
+        """The reason why there is no change to report, if there is none."""
         total = self.effect
         if not self.tensors:
             return [COPIES]
@@ -287,8 +287,8 @@ def report_on(
     plan: Plan, done: Done, wall_s: float, k: int, record: OutputRecord, folder: OutFolder | None = None
 ) -> Report:
     """The report of output k, from its record."""
-    made = {*record.copied, *record.effects}
-    dtypes = sorted({str(t.dtype) for t in plan.tensors if t.merged and t.name in made})
+    names = {*record.copied, *record.effects}
+    dtypes = sorted({str(t.dtype) for t in plan.tensors if t.merged and t.name in names})
     return Report(
         output="memory" if folder is None else folder.name,
         files=() if folder is None else tuple(f.name for f in plan.layouts[k].files),
@@ -315,8 +315,9 @@ def report_on(
 
 
 def _importances(plan: Plan) -> list[str]:
+    """Warnings about negative importances, if any recipe has side-cars."""
     if not any(recipe.sidecars for recipe in plan.recipes) and not any(t.before for t in plan.tensors):
         return []
-    from fastinterp.execute.importances import negative_importances
+    from fastinterp.execute.chunks import negative_importances
 
     return negative_importances(plan)

@@ -1,8 +1,8 @@
 """Runs the jobs of a plan in rounds: statistics that methods request, then the sums that follow from them.
 
-A round is one run of the pump. It holds the sums of the tensors whose answers are in and the next requests of the
-tensors after them, so that no thread waits for an answer, and so that what is read again was read just before: it comes
-from the page cache. Where no tensor asks anything, all of them are one round.
+A round is one run of the pump. It holds the sums of the tensors whose requests are answered and the next requests of
+the tensors after them, so that no thread waits for an answer, and so that what is read again was read just before: it
+comes from the page cache. Where no method makes requests, all tensors are one round.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from msgspec.structs import replace
 
 from fastinterp.backends.cpu import Handle, Progress, Pump, PumpOptions, watch
 from fastinterp.errors import UsageError
-from fastinterp.execute.jobs import Job, Result
-from fastinterp.execute.tensor_io import TensorStep
+from fastinterp.execute.jobs.job import Job, Result
+from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.ops.steps import WritingStep
 
 if TYPE_CHECKING:
-    from fastinterp.execute.adaptive_job import AdaptiveJob
+    from fastinterp.execute.jobs.adaptive_job import AdaptiveJob
     from fastinterp.ops.requests import Select
 
-ROUND_BYTES = 256 << 20  # of inputs that a round reads for the first time; one tensor at least
-HELD_BYTES = 64 << 20  # of answers at a time
+ROUND_BYTES = 256 << 20  # of inputs that a round reads for the first time; at least one tensor
+HELD_BYTES = 64 << 20  # of answers that are held at a time
 RANK_BYTES = 32_000_000  # of memory for one rank of a request about the whole model: 1 MB of counts in each thread
 
 
 @dataclass(frozen=True)
 class DeviceUsage:
-    """The devices that carried out a plan.
+    """The devices that a plan ran on.
 
     devices  names of the accelerators; empty if the CPU computed everything
-    on_cpu   with accelerators, what the CPU computed: reason -> number of tensors
+    on_cpu   with accelerators, what the CPU computed nevertheless: reason -> number of tensors
     tensors  number of tensors that the CPU computed, samples of magnitudes not counted
     lost     devices that failed, with the reason
     """
@@ -61,11 +61,11 @@ class DeviceUsage:
 
 
 class Executor(Protocol):
-    """Carries out the steps of a round, and returns their results.
+    """Runs the steps of a round, and returns their results.
 
-    most         bytes of scratch and answers that it may hold
-    round_bytes  of inputs that a round reads for the first time; one tensor at least
-    held_bytes   of answers at a time; those to one tensor at least
+    most         bytes of scratch memory and answers that it may hold
+    round_bytes  bytes of inputs that a round reads for the first time; at least one tensor
+    held_bytes   bytes of answers that are held at a time; at least those for one tensor
     """
 
     most: int
@@ -80,10 +80,10 @@ class Executor(Protocol):
 class PumpExecutor:
     """Runs steps on the CPU, one run of the pump a round, and counts bytes, rounds and scratch memory.
 
-    sources, sinks, options  of every Pump. Sources and sinks may be added to between runs
-    explained  the pump's error and the steps that it ran, as the exception to raise
+    sources, sinks, options  arguments of every Pump. Sources and sinks may be added between runs
+    explained  translates the pump's error, with the steps that it ran, into the exception to raise
     total      bytes that all rounds are expected to read and write, for `progress`
-    most       bytes of scratch and answers that it may hold: with less it takes fewer threads
+    most       bytes of scratch memory and answers that it may hold: it uses fewer threads to stay below
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class PumpExecutor:
     ):
         self.most = most
         self._sources, self._sinks, self._options, self._explained = sources, sinks, options, explained
-        self._total, self._told, self._progress = total, 0, progress
+        self._total, self._reported, self._progress = total, 0, progress
         self.bytes_read = self.bytes_written = self.rounds = self.scratch_bytes = 0
 
     @property
@@ -110,13 +110,13 @@ class PumpExecutor:
         return min(HELD_BYTES, self.most // 4)
 
     def run(self, steps: Sequence[TensorStep]) -> list[Result]:
-        """Ends all threads before it returns or raises, KeyboardInterrupt included.
+        """Run steps in one pump. Ends all threads before it returns or raises, KeyboardInterrupt included.
 
         Raises: UsageError, if even one thread needs more memory than is allowed.
         """
         pump = self._pump(steps)
         before = self.bytes_read + self.bytes_written
-        watch(pump, sum(step.nbytes for step in steps), self._shown(before))
+        watch(pump, sum(step.nbytes for step in steps), self._progress_from(before))
         error = pump.error()
         if error is not None:
             raise self._explained(error, steps)
@@ -126,10 +126,10 @@ class PumpExecutor:
         return [Result(answer, stats) for answer, stats in zip(pump.answers(), pump.stats(), strict=True)]
 
     def _pump(self, steps: Sequence[TensorStep]) -> Pump:
-        """With as many threads as fit into memory: surveys and masked sums have scratch of their own."""
+        """A pump with as many threads as fit into memory: those of surveys and masked sums have scratch memory."""
         native, threads = [step.native for step in steps], self._options.threads
         held = sum(step.held for step in steps)
-        if held > self.most:  # before any of it is there
+        if held > self.most:  # checked before any of it is allocated
             raise UsageError(
                 f"{steps[0].name} needs {held} bytes for statistics or weights, some of them for each row, but "
                 f"--max-memory allows {self.most}. Allow more"
@@ -147,34 +147,35 @@ class PumpExecutor:
         self.scratch_bytes = max(self.scratch_bytes, held + threads * pump.scratch_bytes)
         return pump
 
-    def _shown(self, before: int) -> Progress | None:
+    def _progress_from(self, before: int) -> Progress | None:
+        """The progress callback of one run. before: bytes of the runs before it."""
         progress = self._progress
         if progress is None:
             return None
 
-        def shown(done: int, _: int) -> None:
-            # Answers may lead to more or less than was foreseen: the total may grow, what is done never shrinks.
-            self._told = max(self._told, before + done)
-            self._total = max(self._total, self._told)
-            progress(self._told, self._total)
+        def report(done: int, _: int) -> None:
+            # Answers may lead to more or fewer bytes than planned: the total may grow, the bytes done never shrink.
+            self._reported = max(self._reported, before + done)
+            self._total = max(self._total, self._reported)
+            progress(self._reported, self._total)
 
-        return shown
+        return report
 
     def usage(self) -> DeviceUsage:
-        """The devices that carried out the steps."""
+        """The devices that ran the steps."""
         return DeviceUsage()
 
     def finish(self) -> None:
-        """Tell the end, where it is another one than foreseen."""
+        """Report the end of the progress, if it differs from the planned one."""
         done = self.bytes_read + self.bytes_written
-        if self._progress and not self._told == self._total == done:
+        if self._progress and not self._reported == self._total == done:
             self._progress(done, done)
 
 
 def run_jobs(jobs: Sequence[Job], executor: Executor, others: Sequence[Job] = ()) -> None:
-    """Carry out all jobs, in their order: that of the output files.
+    """Run all jobs, in their order: that of the output files.
 
-    others  jobs that are not carried out, but belong to the whole model
+    others  jobs that are not run, but belong to the whole model, which requests may be about
     """
     for _ in finished_jobs(jobs, executor, others):
         pass
@@ -183,9 +184,9 @@ def run_jobs(jobs: Sequence[Job], executor: Executor, others: Sequence[Job] = ()
 def finished_jobs(
     jobs: Sequence[Job], executor: Executor, others: Sequence[Job] = (), small: bool = False
 ) -> Iterator[list[Job]]:
-    """The same; yields after every round the jobs that it finished.
+    """Run all jobs as run_jobs does, and yield after every round the jobs that it finished.
 
-    small  a round is for the executor's round_bytes of inputs even if their tensors ask nothing
+    small  rounds have at most the executor's round_bytes of inputs even where methods make no requests
     """
     waiting = deque(jobs)
     running: deque[Job] = deque()
@@ -196,11 +197,11 @@ def finished_jobs(
             running.extend(job for job in taken if not (job.done or job.whole))
             yield [job for job in taken if job.done]
             continue
-        resting = [job for job in jobs if not job.done]
-        if not resting:
+        waiting_for_all = [job for job in jobs if not job.done]
+        if not waiting_for_all:
             return
-        _ask_all(resting, [*jobs, *others], executor)
-        waiting.extend(resting)
+        _answer_whole(waiting_for_all, [*jobs, *others], executor)
+        waiting.extend(waiting_for_all)
 
 
 def _admitted(waiting: deque[Job], most: int, small: bool) -> list[Job]:
@@ -216,49 +217,49 @@ def _admitted(waiting: deque[Job], most: int, small: bool) -> list[Job]:
 
 
 def _round(running: deque[Job], executor: Executor) -> list[Job]:
-    """Take the next steps of each job, as long as their answers can be held; those jobs leave `running`.
+    """Run the next steps of as many jobs as have answers that can be held. Removes these jobs from `running`.
 
-    Steps that write come first, so that neighbours in a file are neighbours here.
+    Steps that write come first, so that tensors which follow each other in a file do so in the pump.
     """
     taken: list[Job] = []
     steps: list[tuple[int, TensorStep]] = []
     held = 0
     while running:
-        own = running[0].steps()
-        held += sum(step.held for step in own)
+        steps_of_job = running[0].steps()
+        held += sum(step.held for step in steps_of_job)
         if taken and held > executor.held_bytes:
             break
-        steps += [(len(taken), step) for step in own]
+        steps += [(len(taken), step) for step in steps_of_job]
         taken.append(running.popleft())
     steps.sort(key=lambda pair: not isinstance(pair[1].native, WritingStep))
-    found: list[list[Result]] = [[] for _ in taken]
+    results: list[list[Result]] = [[] for _ in taken]
     if steps:
         for (at, _), result in zip(steps, executor.run([step for _, step in steps]), strict=True):
-            found[at].append(result)
-    for job, results in zip(taken, found, strict=True):
-        job.take(results)
+            results[at].append(result)
+    for job, of_job in zip(taken, results, strict=True):
+        job.take(of_job)
     return taken
 
 
-def _ask_all(resting: Sequence[Job], jobs: Sequence[Job], executor: Executor) -> None:
-    """Answer what is asked about the whole model, when all tensors that do not ask are at their end."""
-    from fastinterp.execute.adaptive_job import asked_of_all
+def _answer_whole(waiting: Sequence[Job], jobs: Sequence[Job], executor: Executor) -> None:
+    """Answer the requests about the whole model, on which all unfinished jobs wait."""
+    from fastinterp.execute.jobs.adaptive_job import select_whole
 
-    merged = [job for job in map(_asking, jobs) if job is not None]
-    waits = [job for job in map(_asking, resting) if job is not None]
-    requests = list(dict.fromkeys(r for job in waits for r in job.whole_requests))
-    for some in gathered(requests, max(1, executor.most // RANK_BYTES)):
+    merged = [job for job in map(_adaptive, jobs) if job is not None]
+    unanswered = [job for job in map(_adaptive, waiting) if job is not None]
+    requests = list(dict.fromkeys(r for job in unanswered for r in job.whole_requests))
+    for some in grouped(requests, max(1, executor.most // RANK_BYTES)):
         ranks = tuple(dict.fromkeys(rank for request in some for rank in request.ranks))
-        found = asked_of_all(changed(some[0], ranks=ranks), merged, executor.run, executor.held_bytes)
-        answers = dict(zip(ranks, found, strict=True))
+        selected = select_whole(changed(some[0], ranks=ranks), merged, executor.run, executor.held_bytes)
+        answers = dict(zip(ranks, selected, strict=True))
         for request in some:
-            for job in waits:
+            for job in unanswered:
                 job.answer(request, tuple(answers[rank] for rank in request.ranks))
 
 
-def gathered(requests: Sequence[Select], most: int) -> list[list[Select]]:
-    """Requests that one pass can answer together: the same but for their ranks, of which it has at most `most`, or
-    those of one request.
+def grouped(requests: Sequence[Select], most: int) -> list[list[Select]]:
+    """Groups of requests that one pass can answer together: equal but for their ranks, at most `most` of them in a
+    group of several requests.
     """
     groups: list[list[Select]] = []
     for request in requests:
@@ -272,8 +273,8 @@ def gathered(requests: Sequence[Select], most: int) -> list[list[Select]]:
     return groups
 
 
-def _asking(job: Job) -> AdaptiveJob | None:
-    from fastinterp.execute.adaptive_job import AdaptiveJob
+def _adaptive(job: Job) -> AdaptiveJob | None:
+    from fastinterp.execute.jobs.adaptive_job import AdaptiveJob
 
     last = job.last
     return last if isinstance(last, AdaptiveJob) else None

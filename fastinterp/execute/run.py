@@ -1,4 +1,4 @@
-"""Runs a plan: opens the files, has its tensors carried out in rounds, and puts the pump's errors into words."""
+"""Runs a plan: opens its files, runs the jobs of its tensors, and translates the errors of the pump."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from fastinterp.backends.cpu import Handle, Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import OutputError, UsageError
-from fastinterp.execute.jobs import Job
+from fastinterp.execute.jobs.job import Job
+from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor, run_jobs
 from fastinterp.execute.sinks import Sinks
 from fastinterp.execute.sources import Sources, remedy
-from fastinterp.execute.tensor_io import TensorIO, TensorStep
+from fastinterp.messages import counted
 from fastinterp.ops.combine import philox_key
 from fastinterp.ops.steps import Operand
 from fastinterp.plan.inputs import PlannedTensor, TensorInput
@@ -26,22 +27,22 @@ from fastinterp.plan.tensors import must_agree
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device
-    from fastinterp.execute.chained_job import ScratchFile
+    from fastinterp.execute.jobs.chained_job import ScratchFile
 
-STATS_EVERY = 32  # chunks of 16384 elements: one of so many is measured, which costs a few percent of the kernel's time
-_STORE = 0  # Philox stream of the store's rounding
+STATS_EVERY = 32  # one chunk of 16384 elements in so many is measured, which costs a few percent of the kernel's time
+_STORE = 0  # Philox stream of stochastic rounding at the store
 
 
 @dataclass(frozen=True)
 class Window:
-    """How much memory the workers use at a time, in bytes.
+    """The sizes of reads and writes, and the scratch memory that follows from them, in bytes.
 
-    Reads are small enough that the inputs are still in the second-level cache when they are combined, and writes take
-    no larger pages than `cp` does: docs/performance.md has the measurements.
+    Reads are small enough that the inputs are still in the second-level cache when they are combined, and writes are no
+    larger than those of `cp`: docs/performance.md has the measurements.
 
-    most  what may be used. What methods ask, and sums with masks, have scratch of their own: with less, fewer threads
-          work on them
-    asks  whether there are such
+    most  memory that may be used
+    asks  whether any method makes requests or masks its sums: these steps have scratch memory of their own, and run on
+          fewer threads where it does not fit
     """
 
     threads: int
@@ -54,7 +55,7 @@ class Window:
 
     @property
     def bytes(self) -> int:
-        """All workers' scratch; page roundings and slack included. Of plain sums; else the bound."""
+        """Scratch memory of all threads: that of plain sums, page alignment included; else the limit."""
         return self.most if self.asks else self.plain_bytes
 
     @property
@@ -75,28 +76,29 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
         if window.plain_bytes <= max_memory:
             return window
         if write <= 4096 and read <= 4096:
+            sizes = f"{counted(threads, 'thread')} with {counted(inputs, 'input')} and {counted(outputs, 'output')}"
             raise UsageError(
-                f"{threads} threads with {inputs} inputs and {outputs} outputs need at least {window.plain_bytes} "
-                f"bytes, but --max-memory allows {max_memory}. Allow more, or use fewer threads"
+                f"{sizes} need at least {window.plain_bytes} bytes, but --max-memory allows {max_memory}. Allow more, "
+                "or use fewer threads"
             )
         write, read = _pages(write // 2), _pages(read // 2)
 
 
 def fitting_outputs(plan: Plan, threads: int, max_memory: int) -> int:
-    """How many outputs of such a plan one read can make within `max_memory`; at least 1."""
+    """The number of outputs of a plan that can be computed from one read within `max_memory`; at least 1."""
     inputs = max(len(s.inputs) for t in plan.tensors for s in t.stages)
     fixed, each = (Window(threads, 4096, 4096, i, k, max_memory, False).plain_bytes for i, k in ((inputs, 0), (0, 1)))
     return max(1, (max_memory - fixed) // each)
 
 
 def _pages(size: int) -> int:
-    """`size` in whole pages, at least one: so writes end at pages of the output, and scratch holds no half pages."""
+    """`size` rounded down to whole pages, at least one: writes end at page boundaries of the output."""
     return max(4096, size // 4096 * 4096)
 
 
 @dataclass(frozen=True)
 class Done:
-    """What was done: for each tensor that was made its job, which has the statistics of every output."""
+    """The result of a run: the job of each output tensor, which has the statistics of every output, and counters."""
 
     jobs: dict[str, Job]
     bytes_read: int
@@ -108,10 +110,10 @@ class Done:
 
 
 class Run:
-    """A plan whose files are open.
+    """A plan with its files open.
 
-    jobs    those of the tensors that have sinks, by name, in the order of the outputs
-    others  those of tensors that are not wanted: they count where a method asks about the whole model
+    jobs    the jobs of the tensors that have sinks, by name, in the order of the outputs
+    others  the jobs of tensors without: they count in requests about the whole model
     """
 
     def __init__(
@@ -130,11 +132,11 @@ class Run:
         self._plan, self._sources, self._isa, self._threads = plan, sources, isa, threads
 
     def refuse_changed(self) -> None:
-        """Raises: CheckpointError, if an input is not what it was when its header was read."""
+        """Raises: CheckpointError, if an input file has changed since its header was read."""
         self._sources.refuse_changed()
 
     def done(self) -> Done:
-        """When all jobs are done. Raises what `refuse_changed` does."""
+        """The result, after all jobs are done. Raises what `refuse_changed` does."""
         self.refuse_changed()
         executor = self.executor
         executor.finish()
@@ -154,14 +156,14 @@ def opened(
     progress: Progress | None,
     devices: Sequence[Device] = (),
 ) -> Iterator[Run]:
-    """The plan, ready to be carried out into `sinks`, on `devices` where they can. Files are closed at the end of the
-    `with`.
+    """Open a plan to run into `sinks`, on `devices` as far as these support its steps. A context manager: closes the
+    files at the end.
 
     Raises: UsageError, if the scratch does not fit `max_memory`; StorageError and OutputError, if a file cannot be
     opened.
     """
     isa = cpu_isa()
-    window = make_window(plan, cpu_threads(threads), max_memory - _slots(devices, max_memory))
+    window = make_window(plan, cpu_threads(threads), max_memory - _device_bytes(devices, max_memory))
     with ExitStack() as stack:
         every = [s for t in plan.tensors for s in t.stages]
         inputs = (tensor for s in every for tensor in s.inputs)
@@ -179,7 +181,7 @@ def opened(
             prefetch=not sources.cached(),
             stats_every=STATS_EVERY,
         )
-        # As they follow each other in the outputs, which the pump writes in runs.
+        # In the order of the outputs, which the pump writes in contiguous runs.
         order = sorted(plan.tensors, key=lambda t: [at[0] for at in sinks.of.get(t.name, ())])
         jobs = {t.name: _job(plan, t, sources, sinks, scratch) for t in order}
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
@@ -199,20 +201,20 @@ def run(
     progress: Progress | None,
     devices: Sequence[Device] = (),
 ) -> Done:
-    """Carry out the plan.
+    """Run a plan.
 
     Ends all threads before it returns or raises, KeyboardInterrupt included.
-    Raises: what `opened` does; CheckpointError, if an input was cut or changed; ShapeError, if tensors that must agree
-    differ; StorageError and OutputError, if the operating system cannot read or write; BackendError, if no device is
-    left.
+    Raises: what `opened` does; CheckpointError, if an input was truncated or changed; ShapeError, if tensors that must
+    agree differ; StorageError and OutputError, if the operating system cannot read or write; BackendError, if no device
+    is left.
     """
     with opened(plan, sinks, threads=threads, max_memory=max_memory, progress=progress, devices=devices) as running:
         run_jobs([*running.jobs.values()], running.executor, running.others)
         return running.done()
 
 
-def _slots(devices: Sequence[Device], max_memory: int) -> int:
-    """Bytes of `max_memory` that are for the devices."""
+def _device_bytes(devices: Sequence[Device], max_memory: int) -> int:
+    """Bytes of `max_memory` for the buffers of the devices."""
     if not devices:
         return 0
     from fastinterp.execute.device.executor import device_window
@@ -241,13 +243,13 @@ def _executor(
 
 
 def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folder: Path | None) -> ScratchFile:
-    """The file of what documents above make."""
+    """The temporary file for the tensors of earlier documents."""
     import tempfile
 
-    from fastinterp.execute.chained_job import ScratchFile
+    from fastinterp.execute.jobs.chained_job import ScratchFile
 
     folder = folder or Path(tempfile.gettempdir())
-    file = ScratchFile(folder, stack, keeps=any(t.program is not None and t.program.whole for t in plan.tensors))
+    file = ScratchFile(folder, stack, never_free=any(t.program is not None and t.program.whole for t in plan.tensors))
     label = folder / "a temporary file"
     file.source, file.sink = sources.add(file.fd, label), len(sinks.handles)
     sinks.handles.append(file.fd)
@@ -258,18 +260,18 @@ def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folde
 def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: Sinks, scratch: ScratchFile | None) -> Job:
     stochastic = plan.recipes[0].rounding == "stochastic"
     if scratch is None or not tensor.before:
-        return _job_at(tensor, stochastic, sources.operand, *_places(sinks, tensor.name))
-    from fastinterp.execute.chained_job import ChainedJob
+        return _job_at(tensor, stochastic, sources.operand, *_sinks_of(sinks, tensor.name))
+    from fastinterp.execute.jobs.chained_job import ChainedJob
 
     def make(stage: PlannedTensor, operand: Callable[[TensorInput], Operand], offset: int | None) -> Job:
-        where = _places(sinks, tensor.name) if offset is None else ([scratch.sink], [offset])
+        where = _sinks_of(sinks, tensor.name) if offset is None else ([scratch.sink], [offset])
         return _job_at(stage, stochastic, operand, *where)
 
     return ChainedJob(tensor.stages, scratch, sources, make)
 
 
-def _places(sinks: Sinks, name: str) -> tuple[Sequence[int], Sequence[int]]:
-    """None for tensors that are not wanted."""
+def _sinks_of(sinks: Sinks, name: str) -> tuple[Sequence[int], Sequence[int]]:
+    """The sinks and offsets of a tensor; empty, if it is not wanted."""
     return sinks.of.get(name, ((), ()))
 
 
@@ -280,9 +282,9 @@ def _job_at(
     numbers: Sequence[int],
     offsets: Sequence[int],
 ) -> Job:
-    """The job of a tensor whose outputs are to be at these offsets of these sinks."""
+    """The job of a tensor whose outputs go to these offsets of these sinks."""
     stochastic &= tensor.merged
-    place = TensorIO(
+    io = TensorIO(
         name=tensor.name,
         shape=tensor.shape,
         operands=tuple(operand(entry) for entry in tensor.inputs),
@@ -294,10 +296,10 @@ def _job_at(
         keys=tuple(philox_key(seed, _STORE, tensor.name) for seed in tensor.seeds) if stochastic else (),
     )
     if tensor.program is None:
-        return Job(place, tensor.rows)
-    from fastinterp.execute.adaptive_job import AdaptiveJob
+        return Job(io, tensor.rows)
+    from fastinterp.execute.jobs.adaptive_job import AdaptiveJob
 
-    return AdaptiveJob(place, tensor.model_count, tensor.program.calls, tensor.program.name, tensor.program.seeds)
+    return AdaptiveJob(io, tensor.model_count, tensor.program.calls, tensor.program.name, tensor.program.seeds)
 
 
 def _explained(
@@ -308,6 +310,7 @@ def _explained(
     error: tuple[Any, ...],
     steps: Sequence[TensorStep],
 ) -> Exception:
+    """The exception for an error tuple of the pump (_C.pyi)."""
     kind, *rest = error
     if kind == "differs":
         tensor = tensors[steps[rest[0]].name]
@@ -315,6 +318,6 @@ def _explained(
         return must_agree(tensor, first, other)
     if kind == "write":
         handle, code, offset, expected, _ = rest
-        place = f"writing {expected} bytes at {offset}{remedy(code)}"
-        return OutputError(f"{sinks.paths[handle]}: {os.strerror(code)}, {place}")
+        what = f"writing {expected} bytes at {offset}{remedy(code)}"
+        return OutputError(f"{sinks.paths[handle]}: {os.strerror(code)}, {what}")
     return sources.explained(error)

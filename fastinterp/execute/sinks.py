@@ -1,4 +1,4 @@
-"""Where outputs go: files with their headers in place and their space reserved, or memory."""
+"""The sinks of a run: output files, with headers written and space reserved, or memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fastinterp.plan.plan import Plan
 
 
 class Sinks(Protocol):
-    """Outputs by number.
+    """The sinks of a run.
 
-    handles  as the pump takes them
-    of       tensor -> number of the sink and byte offset in it, one of each per output
-    paths    of sinks that are files, for messages
-    files    how many of them will be open at the same time
+    handles  the sinks in the form that the pump takes
+    of       tensor -> (sinks, byte offsets in them), one of each per output
+    paths    paths of the sinks that are files, for messages
+    files    number of files that are open at the same time
     scratch  a folder for temporary files; None: the system's
     """
 
@@ -36,8 +36,8 @@ class Sinks(Protocol):
 class FileSinks:
     """The output files, open for writing until `stack` closes.
 
-    outputs  for each output, the path of each file of its layout; None for files that others write. They exist. What
-             an earlier run has left in them is written again
+    outputs  for each output, the path of each file of its layout, which exists; None for files that other processes
+             write. Contents that an earlier run has left are overwritten
     """
 
     def __init__(self, plan: Plan, outputs: Sequence[Sequence[Path | None]]):
@@ -69,9 +69,9 @@ class FileSinks:
 
 
 class MemorySinks:
-    """Memory that its owner keeps.
+    """Outputs in memory, which its owner keeps alive during the run.
 
-    outputs  for each output: tensor -> address and bytes
+    outputs  for each output: tensor -> (address, bytes)
     """
 
     def __init__(self, outputs: Sequence[Mapping[str, tuple[int, int]]]):
@@ -80,19 +80,19 @@ class MemorySinks:
         self.paths: list[Path] = []
         self.files = 0
         self.scratch: Path | None = None
-        for places in outputs:
-            for name, (address, nbytes) in places.items():
+        for tensors in outputs:
+            for name, (address, nbytes) in tensors.items():
                 sinks, offsets = self.of.setdefault(name, ([], []))
                 sinks.append(len(self.handles))
                 offsets.append(0)
                 self.handles.append(("memory", address, nbytes))
 
     def open(self, stack: ExitStack) -> None:
-        """Nothing is to be opened."""
+        """Does nothing: memory needs no opening."""
 
 
 def _write_first(fd: int, data: bytes) -> None:
-    """Write all of `data` at the start of a file; the system may take less at a time."""
+    """Write all of `data` at the start of a file, in as many writes as the system needs."""
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done:], done)

@@ -1,4 +1,4 @@
-"""The input files while they are read: opens each once, and turns errors of reads into exceptions."""
+"""The open input files of a run, and the translation of read errors into exceptions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SPARE_FDS = 64  # for everything that is neither input nor output
 
 
 class Sources:
-    """The files of inputs, open for reading until `stack` closes; rows that have to be gathered are found.
+    """The files of all inputs, open for reading until `stack` closes. Rows of gathered embeddings are located.
 
-    models   those whose checkpoints must not change meanwhile
+    models   models whose checkpoints must not change during the run
     inputs   every tensor that will be read
-    outputs  files that will be open for writing at the same time
-    scratch  folder for the rows of embeddings that are moved; None: the system's for temporary files
+    outputs  number of files that will be open for writing at the same time
+    scratch  folder for the computed rows of gathered embeddings; None: the system's for temporary files
     Raises: StorageError, if a file cannot be opened.
     """
 
@@ -56,13 +56,13 @@ class Sources:
             self._operands[tensor.key] = tensor.open(self)
 
     def add(self, fd: int, path: Path) -> int:
-        """The number of one more file, which is open already."""
+        """Add a file that is already open; returns its index."""
         self.fds.append(fd)
         self.paths.append(path)
         return len(self.fds) - 1
 
     def operand(self, tensor: TensorInput) -> Operand:
-        """One of the inputs as the pump takes it."""
+        """The operand of one of the inputs, in the form that the pump takes."""
         return self._operands[tensor.key]
 
     def stored(self, tensor: StoredInput) -> Stored:
@@ -78,32 +78,32 @@ class Sources:
 
         with storage(self._scratch or Path("a temporary file")):
             rows = gather(tensor, self._scratch, self._stack)
-        made = None if rows.made is None else self.add(rows.made, tensor.files[0])
+        computed = None if rows.computed is None else self.add(rows.computed, tensor.files[0])
         code = tensor.dtype.code or 0
         if rows.rows is None:
-            return Stored(made or 0, 0, code)
+            return Stored(computed or 0, 0, code)
         parts = [(self._number[path], start, count) for path, start, count in rows.parts]
-        if made is not None:
-            parts.append((made, 0, rows.made_rows))
+        if computed is not None:
+            parts.append((computed, 0, rows.computed_rows))
         return Gathered(tuple(parts), code, rows.rows)
 
     def intermediate(self, tensor: IntermediateInput) -> Operand:
-        raise LookupError(f"{tensor.name} is in no file before a chained job has made it")
+        raise LookupError(f"{tensor.name} is in no file before a chained job has computed it")
 
     def cached(self) -> bool:
-        """Whether all files are known to be in the page cache, so that nothing need be read ahead."""
+        """Whether all files are known to be in the page cache, so that nothing needs to be read ahead."""
         return all(cached_fraction(fd, os.fstat(fd).st_size) > 0.95 for fd in self.fds)
 
     def refuse_changed(
         self, message: str = "it changed while it was being read. Retry once nothing is writing to it"
     ) -> None:
-        """Raises: CheckpointError, if a file of a checkpoint is not what it was when its header was read."""
+        """Raises: CheckpointError, if a file of a checkpoint has changed since its header was read."""
         for checkpoint in self._checkpoints:
             for path in changed_since(checkpoint):
                 raise CheckpointError(message, file=str(path))
 
     def explained(self, error: tuple[Any, ...]) -> Exception:
-        """The exception of an error of the pump: a read that failed, or what stopped the run altogether."""
+        """The exception for an error tuple of the pump (_C.pyi): a failed read, or another error that ended the run."""
         kind, *rest = error
         if kind == "other":
             return StorageError(f"the run stopped: {rest[0]}")
@@ -119,7 +119,7 @@ class Sources:
 
 @contextmanager
 def storage(path: Path, kind: type[StorageError] = StorageError) -> Iterator[None]:
-    """Errors of the operating system inside are raised as `kind`, with the path and a remedy."""
+    """A context manager that raises errors of the operating system as `kind`, with the path and a remedy."""
     try:
         yield
     except OSError as error:
@@ -127,7 +127,7 @@ def storage(path: Path, kind: type[StorageError] = StorageError) -> Iterator[Non
 
 
 def remedy(code: int | None) -> str:
-    """A remedy for an error of the operating system, as the end of a message; or nothing."""
+    """A remedy for an error number of the operating system, as the end of a message; or an empty string."""
     if code == errno.EFBIG:
         return ". This file system or ulimit allows only smaller files: --max-shard-size 1GB, say"
     if code == errno.EMFILE:
@@ -136,7 +136,7 @@ def remedy(code: int | None) -> str:
 
 
 def _allow_files(count: int) -> None:
-    """Raise this process's soft limit on open files, up to the hard one, if `count` more do not fit."""
+    """Raise the soft limit on open files of this process, up to the hard one, if `count` more do not fit."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

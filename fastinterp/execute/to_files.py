@@ -1,4 +1,4 @@
-"""Outputs of plans as folders on disk: files reserved, written, and named together at the end."""
+"""Runs plans into output folders: files are reserved, written under temporary names, and renamed at the end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_outputs(
     durable: bool,
     progress: Progress | None,
 ) -> list[Report]:
-    """Write the outputs of several plans. All of them appear at the end, one after the other.
+    """Write the outputs of several plans. All of them are renamed into place at the end, one after the other.
 
     outs  a folder for each output of each plan
     Raises: what `merge` does; OutputError names the outputs that were finished before it.
@@ -48,31 +48,31 @@ def write_outputs(
     with ExitStack() as stack:
         folders = _opened_folders(plans, outs, stack, force=force, durable=durable)
         total = sum(plan.bytes_read + plan.bytes_written for plan in plans)
-        for plan, own in zip(plans, folders, strict=True):
-            pairs = zip(own, plan.layouts, strict=True)
+        for plan, of_plan in zip(plans, folders, strict=True):
+            pairs = zip(of_plan, plan.layouts, strict=True)
             sinks = FileSinks(plan, [[folder.temp(file.name) for file in layout.files] for folder, layout in pairs])
             before = sum(d.bytes_read + d.bytes_written for d in every)
             shown = progress if len(plans) == 1 else _part(progress, before, total)
             every.append(run(plan, sinks, threads=threads, max_memory=max_memory, progress=shown, devices=devices))
-        finish([folder for own in folders for folder in own])
+        finish([folder for of_plan in folders for folder in of_plan])
     wall = time.perf_counter() - start
     read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
     reports = []
-    for plan, done, own in zip(plans, every, folders, strict=True):
+    for plan, done, of_plan in zip(plans, every, folders, strict=True):
         whole = replace(done, bytes_read=read, bytes_written=written)
-        found = [report_of(plan, whole, wall, k, folder) for k, folder in enumerate(own)]
-        reports += [replace(report, outputs=sum(map(len, outs)), chosen=chosen) for report in found]
+        of_outputs = [report_of(plan, whole, wall, k, folder) for k, folder in enumerate(of_plan)]
+        reports += [replace(report, outputs=sum(map(len, outs)), chosen=chosen) for report in of_outputs]
     return reports
 
 
 def devices_for(
-    asked: str, plans: Sequence[Plan], threads: int | None, max_memory: int, local: int = 0
+    device: str, plans: Sequence[Plan], threads: int | None, max_memory: int, local: int = 0
 ) -> tuple[Sequence[Device], str]:
-    """The accelerators to use, none for the processor alone; and why, if that was to be found out.
+    """The accelerators that `--device` stands for, none for the CPU; and the reason for the choice of `auto`.
 
-    local  number of this process among those of this machine that share its accelerators
+    local  index of this process among those of this machine, which share its accelerators
     """
-    spec = device_spec(asked)
+    spec = device_spec(device)
     if spec.kind != "auto":
         return find_devices(spec, local), ""
     if not maybe_devices():
@@ -91,12 +91,12 @@ def devices_for(
 def _opened_folders(
     plans: Sequence[Plan], outs: Sequence[Sequence[str | os.PathLike[str]]], stack: ExitStack, **how: bool
 ) -> list[list[OutFolder]]:
-    """The folders of every plan's outputs, with their small files; all or none."""
+    """The output folders of all plans, with their small files written; all or none."""
     needed = sum(plan.disk_bytes for plan in plans)  # outputs on one disk must fit together: the first checks for all
     folders: list[list[OutFolder]] = []
-    for plan, own in zip(plans, outs, strict=True):
+    for plan, of_plan in zip(plans, outs, strict=True):
         folders.append([])
-        for out, layout in zip(own, plan.layouts, strict=True):
+        for out, layout in zip(of_plan, plan.layouts, strict=True):
             folder = OutFolder(out, plan.inputs, needed=needed or layout.disk_bytes, **how)
             folders[-1].append(stack.enter_context(folder))
             needed = 0
@@ -106,7 +106,7 @@ def _opened_folders(
 
 
 def finish(folders: Sequence[OutFolder]) -> None:
-    """Let all outputs appear, one after the other."""
+    """Rename all outputs to their final names, one folder after the other."""
     for i, folder in enumerate(folders):
         try:
             folder.commit()
@@ -116,17 +116,17 @@ def finish(folders: Sequence[OutFolder]) -> None:
 
 
 def _part(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Progress of one run of several. `before`: bytes of those before it."""
+    """The progress callback of one of several runs. before: bytes of the runs before it."""
     if progress is None:
         return None
-    return lambda done, own: progress(before + done, max(total, before + own))
+    return lambda done, of_run: progress(before + done, max(total, before + of_run))
 
 
 def write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: bytes | None, index_name: str) -> None:
-    """Everything beside the weights."""
-    copied = copy_sidecars(plan.origin.root, recipe.out_dtype or recipe.dtype)
-    for name, content in plan.aligned.sidecars(copied).items():
-        folder.write(name, content)
-    folder.write("README.md", model_card(recipe.text, plan.models, recipe.method.name, __version__).encode())
+    """Write everything beside the weights: copied side-cars, the model card, the index."""
+    files = plan.aligned.sidecars(copy_sidecars(plan.origin.root, recipe.out_dtype or recipe.dtype))
+    files["README.md"] = model_card(recipe.text, plan.models, recipe.method.name, __version__).encode()
     if index is not None:
-        folder.write(index_name, index)
+        files[index_name] = index
+    for name, content in files.items():
+        folder.write(name, content)

@@ -1,4 +1,4 @@
-"""Plans whose outputs go to memory: the same bytes as in files."""
+"""Runs plans into memory: the bytes of the outputs are the same as in files."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from fastinterp.execute.run import opened, run
 from fastinterp.execute.sinks import MemorySinks
 from fastinterp.plan.plan import Plan
 
-# Tensor -> address and bytes: those of its planned dtype and shape. Tensors that are not named are not made.
-Places = Mapping[str, tuple[int, int]]
+# Tensor -> (address, bytes), of its planned dtype and shape. Tensors that are not named are not computed.
+Addresses = Mapping[str, tuple[int, int]]
 
 
 def fill(
     plan: Plan,
-    outputs: Sequence[Places],
+    outputs: Sequence[Addresses],
     *,
     threads: int | None,
     max_memory: int,
     progress: Progress | None = None,
     devices: Sequence[Device] = (),
 ) -> list[Report]:
-    """Carry out the plan into memory, which its owner keeps meanwhile. Of each output, its report.
+    """Run the plan into memory, which its owner keeps alive meanwhile. Returns a report for each output.
 
-    Raises: what schedule.run does.
+    Raises: what run.run does.
     """
     start = time.perf_counter()
     done = run(plan, MemorySinks(outputs), threads=threads, max_memory=max_memory, progress=progress, devices=devices)
@@ -36,10 +36,10 @@ def fill(
     return [report_of(plan, done, wall, k) for k in range(len(outputs))]
 
 
-def filling(plan: Plan, output: Places, *, threads: int | None, max_memory: int) -> Iterator[list[str]]:
-    """The same for one output, some hundred megabytes at a time: yields the names of the tensors that are there.
+def filling(plan: Plan, output: Addresses, *, threads: int | None, max_memory: int) -> Iterator[list[str]]:
+    """Run the plan for one output, some hundred megabytes at a time: yields the names of the tensors that are complete.
 
-    Nothing is done between two steps of the iterator. Files are closed when it ends, or is closed.
+    Nothing runs between two steps of the iterator. Files are closed when it ends, or is closed.
     """
     with opened(plan, MemorySinks([output]), threads=threads, max_memory=max_memory, progress=None) as running:
         names = {id(job): name for name, job in running.jobs.items()}

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastinterp.backends.cpu import Handle
-from fastinterp.backends.torch_device import one_place
+from fastinterp.backends.torch_device import common_device
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.in_memory.arrays import ArrayView, DLPackArrays, Library, TorchTensors, library_of
 from fastinterp.ops.dtypes import DType
 from fastinterp.ops.steps import Stored
 
-Arrays = Mapping[str, Any]  # a state dict: arrays of one library, or StoredTensors, by name
+Arrays = Mapping[str, Any]  # a state dict: arrays of one library, or `StoredTensor`s, by name
 _SHOWN = 5  # names that a message lists
 
 
@@ -81,7 +81,7 @@ class Inputs:
     def device(self) -> Any:
         """The torch.device of all tensors, None for the CPU. Raises: UsageError, if they are on several."""
         tensors = [(self._label(name, label), x) for label, arrays in self._all for name, x in arrays.items()]
-        return one_place([
+        return common_device([
             (label, None if isinstance(x, StoredTensor) else self.library.device(x))
             for label, x in tensors if self._is_like_first(x)
         ])  # fmt: skip

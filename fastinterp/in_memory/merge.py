@@ -11,13 +11,13 @@ from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, device_of
 from fastinterp.errors import MethodError, StorageError, UsageError
-from fastinterp.execute.adaptive_job import AdaptiveJob
 from fastinterp.execute.device.resident import ResidentExecutor
+from fastinterp.execute.jobs.adaptive_job import AdaptiveJob
+from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.execute.report import RoundingEffect
 from fastinterp.execute.rounds import Executor, PumpExecutor, run_jobs
 from fastinterp.execute.run import STATS_EVERY
 from fastinterp.execute.sources import Sources
-from fastinterp.execute.tensor_io import TensorIO, TensorStep
 from fastinterp.in_memory.arrays import ArrayView
 from fastinterp.in_memory.inputs import Arrays, Inputs, View, operand_of, text
 from fastinterp.in_memory.parameters import resolved
@@ -117,7 +117,7 @@ def merge_measured(
 ) -> tuple[dict[str, Any], dict[str, RoundingEffect]]:
     """`merge_state_dicts`, and the effect of rounding on each merged tensor, as a report of `merge` has it.
 
-    files  that StoredTensors are read from. Those may be mixed with torch tensors
+    files  that each `StoredTensor` is read from. Those may be mixed with torch tensors
     dtype  of the result; a mapping: of tensors by name, others keep theirs
 
     Tensors that are copies have no effect. Other arguments and errors as there; CheckpointError and StorageError, if a
@@ -208,7 +208,7 @@ class _Merge:
                 jobs.append(self._job(name, views, library.view(out[name], name), numel, sources, sinks))
         run_jobs(jobs, self._executor(sources, sinks, stats_every))
         if stats_every:
-            self.effects = {j.place.name: RoundingEffect.of(j.place.numel, j.stats[0]) for j in jobs if not j.copies(0)}
+            self.effects = {j.io.name: RoundingEffect.of(j.io.numel, j.stats[0]) for j in jobs if not j.copies(0)}
         return out
 
     def _executor(self, sources: list[Handle], sinks: list[Handle], stats_every: int) -> Executor:
@@ -249,7 +249,7 @@ class _Merge:
         position = self.layers.position(name) if self.layers else None
         layer, layers = position or (None, 0)
         call = partial(self.method, n, Tensor(name, shape, layer, layers, numel), **self.parameters)
-        return AdaptiveJob(place, n, [call], name, [self.seed], notes=self.device is None)
+        return AdaptiveJob(place, n, [call], name, [self.seed], fills_masks=self.device is None)
 
     # --- arguments
 

@@ -6,21 +6,20 @@ import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
+from fastinterp.execute import chunks
+from fastinterp.inspect import samples
 from fastinterp.inspect.check_result import CheckResult, Finding
 from fastinterp.messages import counted, listed, plain
 from fastinterp.plan.models import Library, Model
-from fastinterp.recipe.chain import not_there, references
+from fastinterp.plan.plan import Plan, make_plan
+from fastinterp.plan.vocabularies import align_models
 from fastinterp.recipe.check import check_recipe, check_tensors
-from fastinterp.recipe.document import Document, RecipeSource, read_all
-from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read_all
 from fastinterp.recipe.load import Recipe
-from fastinterp.recipe.references import ModelRef
-
-if TYPE_CHECKING:
-    from fastinterp.plan.plan import Plan
+from fastinterp.recipe.references import ModelRef, not_there, references
 
 _LISTED = 3  # names in a message, before the rest is only counted
 _SHARD = 5 * 10**9  # as merge's default: nothing is written here
@@ -62,8 +61,6 @@ def check(recipe: RecipeSource | Sequence[Mapping[str, Any]]) -> CheckResult:
 
 def _exit_code(recipes: Sequence[Recipe], library: Library, first: int) -> int:
     """That of the error that ends the planning of the merge; `first`, that of the first finding, if none does."""
-    from fastinterp.plan.plan import make_plan
-
     try:
         make_plan(recipes[-1:], max_shard_size=_SHARD, above=recipes[:-1], library=library)
     except FastinterpError as error:
@@ -170,8 +167,6 @@ def _check_document(
     recipes  all documents
     checked  the earlier ones that have no errors, by number
     """
-    from fastinterp.plan.plan import make_plan
-
     collector, sampled = ErrorCollector(collect=True), 0
     try:
         models, fit = _models(recipe, library, checked, findings)
@@ -200,8 +195,6 @@ def _models(
     recipe: Recipe, library: Library, checked: Mapping[int, _Checked], findings: _Findings
 ) -> tuple[list[Collection[str]], bool]:
     """The tensor names of each of a recipe's models, and whether vocabularies, tensors and shapes fit each other."""
-    from fastinterp.plan.vocabularies import align_models
-
     if recipe.earlier:
         return [_names(recipe, model, library, checked) for model in recipe.models], True
     models = [library.find(model) for model in recipe.models]
@@ -257,9 +250,6 @@ def _check_samples(plan: Plan, known: Collection[str], findings: _Findings) -> i
 
     known  warnings of the plan that are findings already
     """
-    from fastinterp.execute import importances
-    from fastinterp.inspect import samples
-
     for warning in plan.warnings:
         if warning not in known:
             findings.add_warning(warning)
@@ -271,7 +261,7 @@ def _check_samples(plan: Plan, known: Collection[str], findings: _Findings) -> i
             f"{counted(len(longer), 'tensor')} that no method merges must be the same in all models, and only the "
             f"first MB of each was compared: {listed(longer, _LISTED)}. Say whose to take: `integers: MODEL`"
         )
-    for warning in importances.negative_importances(plan):
+    for warning in chunks.negative_importances(plan):
         findings.add_warning(warning)
     sampled = samples.sample(plan)
     names = [plain(c.name) for c in plan.checkpoints]

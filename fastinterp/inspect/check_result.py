@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,8 +102,6 @@ class CheckResult:
 
 
 def _lines(title: str, findings: Sequence[Finding]) -> list[str]:
-    import textwrap
-
     lines = []
     for finding in findings:
         where = f"{finding.where}: " if finding.where else ""

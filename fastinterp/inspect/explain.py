@@ -144,7 +144,7 @@ def _steps(plan: Plan) -> list[dict[str, Any]]:
     """Tensors grouped by what is computed for them, with the coefficients that the kernels use."""
     groups: dict[tuple[str, tuple[str, ...]], list[PlannedTensor]] = {}
     for tensor in _all(plan):
-        groups.setdefault((_expression(plan, tensor), tuple(what for what, _ in tensor.reads)), []).append(tensor)
+        groups.setdefault((_expression(tensor), tuple(what for what, _ in tensor.reads)), []).append(tensor)
     steps = []
     for (expression, reads), tensors in groups.items():
         first = tensors[0]
@@ -167,7 +167,7 @@ def _steps(plan: Plan) -> list[dict[str, Any]]:
     return steps
 
 
-def _expression(plan: Plan, tensor: PlannedTensor) -> str:
+def _expression(tensor: PlannedTensor) -> str:
     """The formula of a tensor, pivot first: `x0 + 0.5*(x1 - x0)`; or `slerp(x0, x1)`, where the data decides."""
     if tensor.program is not None:
         return f"{tensor.program.method}({', '.join(f'x{i}' for i in tensor.checkpoints)})"
@@ -250,6 +250,6 @@ def _tensor(plan: Plan, tensor: PlannedTensor, file: str) -> dict[str, Any]:
         "dtype": tensor.dtype.name,
         "shape": list(tensor.shape),
         "reads": [plan.checkpoints[i].name for i in tensor.checkpoints],
-        "out": _expression(plan, tensor),
+        "out": _expression(tensor),
         "file": file,
     }

@@ -25,6 +25,7 @@ from torch import Tensor
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.in_memory import dot_products as products
 from fastinterp.in_memory import weighted_sum as arrays
+from fastinterp.messages import counted
 from fastinterp.ops.dtypes import parse_dtype
 
 
@@ -64,7 +65,9 @@ def weighted_sum(
             )
         return cast(Tensor, ops.weighted_sum_tensor(xs, weights, pivot, dtype))
     if len(weights) != len(xs):
-        raise UsageError(f"as many weights as tensors are needed, got {len(xs)} tensors and {len(weights)} weights")
+        raise UsageError(
+            f"each tensor needs a weight, got {counted(len(xs), 'tensor')} and {counted(len(weights), 'weight')}"
+        )
     numbers = [float(w) for w in weights]
     if out is None:
         return cast(Tensor, ops.weighted_sum(xs, numbers, pivot, dtype))

@@ -1,6 +1,6 @@
 """Lengths that are part of the numeric contract (docs/NUMERICS.md). A leaf: imports nothing.
 
-The same numbers stand in csrc/ops.h and csrc/histogram.h; a test compares them.
+The same numbers stand in csrc/ops.h and csrc/steps/histogram.h; a test compares them.
 """
 
 CHUNK = 16384  # elements whose sums fold on their own; statistics are sampled by it

@@ -79,7 +79,9 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """gram   f64[n][n], symmetric: gram[i][j] = <v_i, v_j>
+    """The answer to Measure, of the tensor or of one group.
+
+    gram   f64[n][n], symmetric: gram[i][j] = <v_i, v_j>
     l1     f64[n], sum of |v_i|
     nonzero  elements that are not 0, NaN included
     """
@@ -109,7 +111,7 @@ class MeasureKept:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Of each input; those of the base, input 0, and of inputs that were not asked about are 0.
+    """The answer to MeasureKept, per input; those of the base, input 0, and of inputs that were not asked about are 0.
 
     l1       sum of |d_i|
     kept_l1  the same over the elements that are kept

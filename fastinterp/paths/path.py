@@ -78,7 +78,7 @@ class _Settings:
 
 
 class Path:
-    """Made by `path`.
+    """A linear path between models, whose points are computed when they are asked for. Made by `path`.
 
     names  of the directions: `alpha` alone for a line from a to b
     """

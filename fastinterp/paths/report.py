@@ -52,7 +52,7 @@ class PathPoint:
 
 @dataclass(frozen=True)
 class PathReport:
-    """Made by `path(...).evaluate`.
+    """The metrics of a path at all points and seeds, and what rounding did there. Made by `path(...).evaluate`.
 
     ends  the models by direction; `a` and `b` of a line
     line  whether the path is a line from a to b: then alpha has an effective value

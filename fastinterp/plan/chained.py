@@ -3,7 +3,7 @@
 Nothing of a document above is written as a checkpoint. Its weighted sums become part of the sums that read them: their
 coefficients are multiplied in float64. What cannot be expressed so is made tensor by tensor, in float32 (float64, if an
 input is F64) or the dtype that the document names, and stored until the tensor that reads it is done: see
-execute/chained_job.py.
+execute/jobs/chained_job.py.
 """
 
 from __future__ import annotations

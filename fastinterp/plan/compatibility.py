@@ -7,15 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastinterp.checkpoint.sidecar_files import is_tokenizer_file, needs_code
-from fastinterp.checkpoint.strict_json import parse_object
+from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, needs_code, read_config
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import fit, listed
 from fastinterp.plan.models import Model
 
-CONFIG = "config.json"
 _MOST = 3  # lines of a kind, and names in a line, before the rest is only counted
-_LARGE = 4 << 20  # bytes; no config.json is
 
 # What the weights were trained for. Where a model does not say it, transformers has a default, so only two values that
 # differ count. The last two are off unless they are named.
@@ -35,7 +32,7 @@ def compatibility_warnings(checkpoints: Sequence[Model], origin: Model, vocabula
     """
     seen = {origin.root}
     others = [c for c in checkpoints if not (c.root in seen or seen.add(c.root))]  # type: ignore[func-returns-value]
-    config = _config(origin)
+    config = read_config(origin.root)
     warnings = [*_missing(origin, others), *([] if vocabulary else _tokenizers(origin, others))]
     if config is not None:
         warnings += _configs(origin, config, others, {"vocab_size"} if vocabulary else set())
@@ -86,7 +83,7 @@ def _configs(origin: Model, config: dict[str, Any], others: Sequence[Model], may
     unreadable = []
     for other in others:
         try:
-            other_config = _config(other)
+            other_config = read_config(other.root)
             differing = [] if other_config is None else _differences(config, other_config, may_differ)
         except (CheckpointError, RecursionError):
             unreadable.append(f"{CONFIG} of {other.name} cannot be read, so it is not known whether that model fits")
@@ -105,7 +102,7 @@ def _quantised(checkpoints: Sequence[Model]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for checkpoint in checkpoints:
         try:
-            quantisation = (_config(checkpoint) or {}).get("quantization_config")
+            quantisation = (read_config(checkpoint.root) or {}).get("quantization_config")
         except (CheckpointError, RecursionError):
             continue  # warned of elsewhere
         if isinstance(quantisation, dict):
@@ -131,19 +128,6 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any], may_differ: set[s
             if x != y and key not in may_differ and ((x is not None and y is not None) or key in _OFF_IF_ABSENT):
                 differences.append(f"{prefix}{key} {fit(str(x), 40)} and {fit(str(y), 40)}")
     return differences
-
-
-def _config(checkpoint: Model) -> dict[str, Any] | None:
-    """None if there is none."""
-    path = checkpoint.root / CONFIG
-    try:
-        if not path.is_file():
-            return None
-        if path.stat().st_size > _LARGE:
-            raise CheckpointError(f"the model configuration has more than {_LARGE} bytes", file=str(path))
-        return parse_object(path.read_bytes().lstrip(), "the model configuration", str(path))
-    except OSError as error:
-        raise CheckpointError(f"it cannot be read: {error.strerror}", file=str(path)) from None
 
 
 def _names(checkpoint: Model) -> set[str]:

@@ -7,6 +7,7 @@ tensor of a document above, which is in no file (`IntermediateInput`). `PlannedT
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -47,10 +48,7 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
     @property
     def numel(self) -> int:
         """Number of elements; 1 for a scalar."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def key(self) -> Hashable:

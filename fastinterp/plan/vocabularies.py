@@ -17,10 +17,10 @@ from msgspec.structs import replace
 from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import listing
 from fastinterp.checkpoint.regular_file import read_regular
-from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
+from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, read_config
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError, ShapeError
-from fastinterp.messages import fit
+from fastinterp.messages import counted, fit
 from fastinterp.plan.inputs import GatheredInput, TensorInput
 from fastinterp.plan.models import Model
 from fastinterp.recipe.load import Recipe
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from fastinterp.recipe.targets import LayerCount
     from fastinterp.tokenizer.vocabulary import Vocabulary
 
-_CONFIGS = ("config.json", "generation_config.json")
+_CONFIGS = (CONFIG, "generation_config.json")
 
 
 class AlignedModels(msgspec.Struct, frozen=True):
@@ -81,15 +81,15 @@ class AlignedModels(msgspec.Struct, frozen=True):
             for name in _CONFIGS:
                 if name in changed:
                     changed[name] = self._config(name, changed[name])
-        if self.counts and "config.json" in changed:
-            changed["config.json"] = self._layered(changed["config.json"])
+        if self.counts and CONFIG in changed:
+            changed[CONFIG] = self._layered(changed[CONFIG])
         return changed
 
     def _layered(self, content: bytes | Path) -> bytes | Path:
         """config.json with the number of layers that the output has."""
         from fastinterp.recipe.layer_config import config_of_layers
 
-        file = "config.json" if isinstance(content, bytes) else str(content)
+        file = CONFIG if isinstance(content, bytes) else str(content)
         raw = content if isinstance(content, bytes) else read_regular(file, MAX_HEADER)
         new, changes = config_of_layers(parse_object(raw.lstrip(), "the model configuration", file), self.counts)
         return (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode() if changes else content
@@ -98,7 +98,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
         """Warnings of stacks whose layers the configuration does not count, so that it stays as it is."""
         from fastinterp.recipe.layer_config import config_of_layers
 
-        config = _table(origin.root / "config.json")
+        config = read_config(origin.root)
         return [
             f"config.json does not say how many layers {count.prefix} has: there were {count.before}, the output has "
             f"{len(count.layers)}. Write it there, as the software that loads the model wants it"
@@ -111,7 +111,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
         raw = content if isinstance(content, bytes) else read_regular(file, MAX_HEADER)
         table = parse_object(raw.lstrip(), "the model configuration", file)
         special = {} if self.vocabulary is None else _table(self.vocabulary / name)
-        if name == "config.json":
+        if name == CONFIG:
             changes = config_changes(table, vocab_size=self.rows, tied=self.tied, special=special)
         else:
             changes = config_changes(table, special=special)
@@ -176,7 +176,7 @@ def _with_vocabulary(
     warnings = [*rowless(joined, beside, spec.source == "union"), *warnings]
     if plan.zeros:
         warnings.append(
-            f"no model has a row for {len(plan.zeros)} tokens, {listing(plan.zeros)}: their embeddings are zeros. Say "
+            f"no model has a row for {counted(len(plan.zeros), 'token')}, {listing(plan.zeros)}: zeros instead. Say "
             "where from: `tokenizer: {tokens: ...}`"
         )
     _moved(plan, tensors, known, sizes)
@@ -286,7 +286,7 @@ def _index(known: Sequence[Model], model: ModelRef) -> int:
 
 def _rows(model: Model, tensors: Mapping[str, TensorInput], config: Mapping[str, Any]) -> int:
     """Rows of a model's embeddings: as its configuration says, if there are such, else as the input embedding has."""
-    size = vocab_size_of(config, str(model.root / "config.json"))
+    size = vocab_size_of(config, str(model.root / CONFIG))
     if size is None or not embeddings(tensors, size):
         size = rows_found(tensors)
     if size is None:
@@ -332,7 +332,7 @@ def _says_tied(config: Mapping[str, Any]) -> bool:
 def _config(model: Model, needed: bool) -> dict[str, Any]:
     """config.json, or {} if there is none; also if it is damaged and not needed, of which others warn."""
     try:
-        return _table(model.root / "config.json")
+        return read_config(model.root) or {}
     except CheckpointError:
         if needed:
             raise

@@ -8,12 +8,11 @@ from typing import Any, TypeVar
 from fastinterp.errors import MethodError
 from fastinterp.messages import shown
 from fastinterp.methods import Method
-from fastinterp.recipe.document import Document
-from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.document import Document, ErrorCollector
 from fastinterp.recipe.merge_groups import Level, MergeGroup, MergeSource, Section
 from fastinterp.recipe.parameters import TOP, Levels
 from fastinterp.recipe.references import ModelRef, model_ref, refuse_beside
-from fastinterp.recipe.schema import ModelItem, ModuleItem, RawRecipe, Reference, SliceItem, SourceItem, converted
+from fastinterp.recipe.schema import ModelItem, ModuleItem, RawRecipe, Reference, SliceItem, SourceItem, Unchecked
 
 T = TypeVar("T")
 Item = TypeVar("Item", ModelItem, SourceItem)
@@ -85,18 +84,17 @@ class Builder:
                 sections += self._section(None, raw.models, raw.slices, (self.top,), "$")
         if raw.modules is not None and not raw.modules:
             raise self.document.error(_EMPTY["modules"], "$.modules")
-        for name, value in (raw.modules or {}).items():
+        for name, part in (raw.modules or {}).items():
             with self.collector:
-                sections += self._module(name, value)
+                sections += self._module(name, part)
         return tuple(sections) if len(keys) == 1 else ()
 
-    def _module(self, name: str, value: Any) -> tuple[Section, ...]:
-        path = f"$.modules.{name}"
+    def _module(self, name: str, part: Unchecked[ModuleItem]) -> tuple[Section, ...]:
+        path = part.path
         if not name.strip("."):
             raise self.document.error("the name of a module must not be empty", "$.modules", at=path)
-        module = converted(self.document, value, ModuleItem, path, self.collector)
+        module = self._checked(part)
         if module is None:
-            self.levels.unsure = True
             return ()
         if (module.models is None) == (module.slices is None):
             raise self.document.error("a module needs one of `models` and `slices`", path)
@@ -106,8 +104,8 @@ class Builder:
     def _section(
         self,
         name: str | None,
-        models: list[Any] | None,
-        slices: list[Any] | None,
+        models: Sequence[Unchecked[ModelItem]] | None,
+        slices: Sequence[Unchecked[SliceItem]] | None,
         levels: tuple[Level, ...],
         path: str,
     ) -> tuple[Section, ...]:
@@ -117,44 +115,44 @@ class Builder:
         if models is not None:
             with self.collector:
                 groups.append(self._whole_models(models, levels, f"{path}.models"))
-        for i, value in enumerate(slices or ()):
+        for part in slices or ():
             with self.collector:
-                groups.append(self._slice(value, levels, f"{path}.slices[{i}]"))
+                groups.append(self._slice(part, levels))
         built = tuple(group for group in groups if group is not None)
         if len(built) < (1 if slices is None else len(slices)):
             self.levels.unsure = True
         return (Section(name, built, slices is not None, path),) if built else ()
 
-    def _items(self, values: Sequence[Any], kind: type[T], path: str) -> list[tuple[T, str]]:
-        """(item, path) of each item of a list that has no error."""
-        items = []
-        for i, value in enumerate(values):
-            item = converted(self.document, value, kind, f"{path}[{i}]", self.collector)
-            if item is None:
-                self.levels.unsure = True
-            else:
-                items.append((item, f"{path}[{i}]"))
-        return items
+    def _items(self, parts: Sequence[Unchecked[T]]) -> list[tuple[T, str]]:
+        """(item, path) of each part of a list that has a value."""
+        checked = [(self._checked(part), part.path) for part in parts]
+        return [(item, path) for item, path in checked if item is not None]
 
-    def _whole_models(self, values: list[Any], levels: tuple[Level, ...], path: str) -> MergeGroup | None:
+    def _checked(self, part: Unchecked[T]) -> T | None:
+        """The value of a part, its errors reported. Without one, the parameters of the recipe are not all known."""
+        value = part.checked(self.collector)
+        if value is None:
+            self.levels.unsure = True
+        return value
+
+    def _whole_models(
+        self, parts: Sequence[Unchecked[ModelItem]], levels: tuple[Level, ...], path: str
+    ) -> MergeGroup | None:
         """Whole models: the base is one of them, listed or not."""
-        if not values:
+        if not parts:
             raise self.document.error(_EMPTY["models"], path)
-        listed = self._each_model_once(
-            self._items(values, ModelItem, path), "List a model once, with the weights added up"
-        )
+        listed = self._each_model_once(self._items(parts), "List a model once, with the weights added up")
         sources = [MergeSource(i, self.models[i], None, {}, at) for i, _, at in listed]
         if self.base is not None and self._index(self.base) not in [i for i, _, _ in listed]:
             sources.append(MergeSource(self._index(self.base), self.base, None, {}, "$.base_model"))
-        whole = len(listed) == len(values)
+        whole = len(listed) == len(parts)
         group = self._group(sources, [item.parameters for _, item, _ in listed], self.base, levels, path, whole=whole)
         return group if whole else None
 
-    def _slice(self, value: Any, levels: tuple[Level, ...], path: str) -> MergeGroup | None:
+    def _slice(self, part: Unchecked[SliceItem], levels: tuple[Level, ...]) -> MergeGroup | None:
         """As many layers of each source. A base that is not among several sources has the same layers as they."""
-        raw = converted(self.document, value, SliceItem, path, self.collector)
+        raw, path = self._checked(part), part.path
         if raw is None:
-            self.levels.unsure = True
             return None
         if not raw.sources:
             message = "`sources` lists no model. Write `- {model: NAME, layer_range: [0, 16]}` for each"
@@ -166,7 +164,7 @@ class Builder:
             if self.method.base == "none":
                 message = f"`base_model` of a slice is never used here: `{self.method.name}` has no base. Remove it"
                 raise self.document.error(message, path, at=f"{path}.base_model")
-        items = self._items(raw.sources, SourceItem, f"{path}.sources")
+        items = self._items(raw.sources)
         ranges = {at: span for (_, at), span in zip(items, self._ranges(items), strict=True)}
         listed = self._each_model_once(items, "mergekit would drop one of them. Give it to another slice")
         sources = [MergeSource(i, self.models[i], ranges[at], {}, at) for i, _, at in listed]

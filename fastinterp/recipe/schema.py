@@ -1,20 +1,74 @@
-"""The schema of a recipe's keys: mergekit's as far as it is supported, and what fastinterp adds to it."""
+"""The schema of a recipe's keys: mergekit's as far as it is supported, and what fastinterp adds to it.
+
+`raw_recipe` converts a document. Each part of it (an item of `models`, a slice, a token, ...) becomes an `Unchecked`,
+which knows its type and its path; what reads the part calls `checked`, so that errors come in the order of reading.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from fastinterp.errors import MethodError, RecipeError
 from fastinterp.messages import clipped, suggestion
 from fastinterp.methods import Method, find, names
-from fastinterp.recipe.document import Document
-from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.document import Document, ErrorCollector
 
 T = TypeVar("T")
+
+
+class Unchecked(msgspec.Struct, Generic[T], frozen=True):
+    """A part of a recipe as it is written, which is to be a T.
+
+    path  where it stands in the document
+    """
+
+    document: Document
+    value: Any
+    kind: type[T]
+    path: str
+
+    def checked(self, collector: ErrorCollector) -> T | None:
+        """The part as a T. Keys with errors are collected and left out; None, if one was needed.
+
+        Raises: RecipeError with path and line.
+        """
+        value, kind = self.value, self.kind
+        if isinstance(value, dict):
+            value = {key: self._with_parts(key, inner) for key, inner in value.items()}
+        removed: set[str] = set()
+        while True:
+            try:
+                return msgspec.convert(value, kind)
+            except msgspec.ValidationError as error:
+                problem, path = _split(str(error))
+                unknown, missing = re.fullmatch(_UNKNOWN, problem), re.fullmatch(_MISSING, problem)
+                if missing and path == "$" and _was_removed(missing[1], removed):
+                    return None
+                with collector:
+                    raise _translated(self.document, problem, self.path + path[1:], _struct_at(kind, path)) from None
+                key = unknown[1] if unknown and path == "$" else path[2:].partition(".")[0].partition("[")[0]
+                if not key:  # the value itself is wrong, or lacks something
+                    return None
+                removed.add(key)
+                value = {k: v for k, v in value.items() if k != key}
+
+    def _with_parts(self, key: str, value: Any) -> Any:
+        """The value of one of the keys, with an Unchecked for each of its parts; if it is of a wrong type, as it is."""
+        path, kind = f"{self.path}.{key}", _PARTS.get((self.kind, key))
+        if kind is not None and isinstance(value, list):
+            return [Unchecked(self.document, item, kind, f"{path}[{i}]") for i, item in enumerate(value)]
+        if kind is not None and isinstance(value, dict):
+            return {name: Unchecked(self.document, item, kind, f"{path}.{name}") for name, item in value.items()}
+        if (self.kind, key) == (RawRecipe, "tokenizer") and isinstance(value, dict):
+            return Unchecked(self.document, value, TokenizerItem, path)
+        if (self.kind, key) == (TokenItem, "source") and isinstance(value, dict):
+            row = _row_type(value)
+            return value if row is None else Unchecked(self.document, value, row, path)
+        return value
 
 
 class ModelPath(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -46,32 +100,61 @@ class SourceItem(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class SliceItem(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One item of `slices`; each of its sources is a SourceItem."""
+    """One item of `slices`."""
 
-    sources: list[Any]
+    sources: list[Unchecked[SourceItem]]
     base_model: str | Reference | None = None
     parameters: dict[str, Any] | None = None
 
 
 class ModuleItem(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One entry of `modules`; its items as in RawRecipe."""
+    """One entry of `modules`."""
 
-    models: list[Any] | None = None
-    slices: list[Any] | None = None
+    models: list[Unchecked[ModelItem]] | None = None
+    slices: list[Unchecked[SliceItem]] | None = None
     parameters: dict[str, Any] | None = None
 
 
-class RawRecipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One document of a recipe: all keys are known, and of the right type. Nothing else is checked yet.
+class ZeroRow(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`{kind: zero}` as the `source` of a token."""
 
-    models, slices, modules  `converted` makes each of the items a ModelItem, a SliceItem, a ModuleItem
-    tokenizer                as tokenizer.py reads it
+    kind: str
+
+
+class ModelTokenRow(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`{kind: model_token, model: ..., token: ... or token_id: ...}` as the `source` of a token."""
+
+    kind: str
+    model: str | Reference
+    token: str | None = None
+    token_id: int | None = None
+
+
+class TokenItem(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One entry of `tokens` of a tokenizer.
+
+    source  an Unchecked of Reference, ZeroRow or ModelTokenRow; all else, and a mapping of another kind, as written
     """
 
+    source: Any = None
+    force: bool = False
+
+
+class TokenizerItem(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`tokenizer: ...`"""
+
+    source: str | Reference = "union"
+    tokens: dict[str, Unchecked[TokenItem]] | None = None
+    pad_to_multiple_of: int | None = None
+
+
+class RawRecipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One document of a recipe: all keys are known, and of the right type. Nothing else is checked yet."""
+
     merge_method: str
-    models: list[Any] | None = None
-    slices: list[Any] | None = None
-    modules: dict[str, Any] | None = None
+    models: list[Unchecked[ModelItem]] | None = None
+    slices: list[Unchecked[SliceItem]] | None = None
+    modules: dict[str, Unchecked[ModuleItem]] | None = None
     base_model: str | Reference | None = None
     parameters: dict[str, Any] | None = None
     dtype: str | None = None
@@ -80,11 +163,22 @@ class RawRecipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     seed: int = 0
     fp8_overflow: str = "saturate"
     integers: str | Reference | None = None
-    tokenizer: dict[str, Any] | None = None
+    tokenizer: Unchecked[TokenizerItem] | None = None
     tokenizer_source: str | Reference | None = None
     chat_template: str | None = None
     name: str | None = None
 
+
+# Keys with parts: each item of a list, or each value of a mapping.
+_PARTS: dict[tuple[type, str], type] = {
+    (RawRecipe, "models"): ModelItem,
+    (RawRecipe, "slices"): SliceItem,
+    (RawRecipe, "modules"): ModuleItem,
+    (ModuleItem, "models"): ModelItem,
+    (ModuleItem, "slices"): SliceItem,
+    (SliceItem, "sources"): SourceItem,
+    (TokenizerItem, "tokens"): TokenItem,
+}
 
 # Keys of mergekit that are refused, and the end of the message.
 _REFUSED = {
@@ -112,32 +206,16 @@ _EXPECTED = {
 def raw_recipe(document: Document, collector: ErrorCollector | None = None) -> RawRecipe | None:
     """The document as a RawRecipe; None, if the errors that were collected leave none.
 
-    Raises: RecipeError with path and line, if a key is unknown, missing or of the wrong type.
+    Raises: RecipeError with path and line, if a key of the document itself is unknown, missing or of the wrong type.
     """
-    return converted(document, document.value, RawRecipe, "$", collector or ErrorCollector())
+    return Unchecked(document, document.value, RawRecipe, "$").checked(collector or ErrorCollector())
 
 
-def converted(document: Document, value: Any, kind: type[T], prefix: str, collector: ErrorCollector) -> T | None:
-    """The value at the path `prefix` as a `kind`. Keys with errors are collected and left out; None, if one was needed.
-
-    Raises: RecipeError with path and line.
-    """
-    removed: set[str] = set()
-    while True:
-        try:
-            return msgspec.convert(value, kind)
-        except msgspec.ValidationError as error:
-            problem, path = _split(str(error))
-            unknown, missing = re.fullmatch(_UNKNOWN, problem), re.fullmatch(_MISSING, problem)
-            if missing and path == "$" and _was_removed(missing[1], removed):
-                return None
-            with collector:
-                raise _translated(document, problem, prefix + path[1:], _struct_at(kind, path)) from None
-            key = unknown[1] if unknown and path == "$" else path[2:].partition(".")[0].partition("[")[0]
-            if not key:  # the value itself is wrong, or lacks something
-                return None
-            removed.add(key)
-            value = {k: v for k, v in value.items() if k != key}
+def _row_type(source: dict[str, Any]) -> type | None:
+    """The type of a mapping that is the `source` of a token; None, if it is of an unknown kind."""
+    if "kind" not in source:
+        return Reference
+    return ZeroRow if source["kind"] == "zero" else ModelTokenRow if source["kind"] == "model_token" else None
 
 
 def _was_removed(key: str, removed: set[str]) -> bool:

@@ -10,13 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import msgspec
-
 from fastinterp.messages import clipped, shown, suggestion
-from fastinterp.recipe.document import Document
-from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.document import Document, ErrorCollector
 from fastinterp.recipe.references import ModelRef, model_ref
-from fastinterp.recipe.schema import RawRecipe, Reference, converted
+from fastinterp.recipe.schema import ModelTokenRow, RawRecipe, Reference, TokenItem, TokenizerItem, Unchecked, ZeroRow
 
 TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # as mergekit names them
 
@@ -77,36 +74,6 @@ class ChatTemplate:
     text: str = ""
 
 
-class _Tokenizer(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """`tokenizer: ...`"""
-
-    source: str | Reference = "union"
-    tokens: dict[str, Any] | None = None
-    pad_to_multiple_of: int | None = None
-
-
-class _Token(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One entry of its `tokens`."""
-
-    source: Any = None
-    force: bool = False
-
-
-class _Zero(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """`{kind: zero}`"""
-
-    kind: str
-
-
-class _ModelToken(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """`{kind: model_token, model: ..., token: ... or token_id: ...}`"""
-
-    kind: str
-    model: str | Reference
-    token: str | None = None
-    token_id: int | None = None
-
-
 def tokenizer_spec(
     document: Document,
     raw: RawRecipe,
@@ -125,18 +92,18 @@ def tokenizer_spec(
             message = "`tokenizer` and `tokenizer_source` exclude each other. Write `tokenizer: {source: ...}`"
             raise document.error(message, at="$.tokenizer_source")
     if raw.tokenizer is None:
-        keys: _Tokenizer | None = _Tokenizer(raw.tokenizer_source or "")
+        keys: TokenizerItem | None = TokenizerItem(raw.tokenizer_source or "")
         path, at = "$.tokenizer_source", "$.tokenizer_source"
     else:
-        keys = converted(document, raw.tokenizer, _Tokenizer, "$.tokenizer", collector)
+        keys = raw.tokenizer.checked(collector)
         path, at = "$.tokenizer", "$.tokenizer.source"
     if keys is None:
         return None
     known = (*models, *([base_model] if base_model else []))
     tokens = []
-    for text, value in (keys.tokens or {}).items():
+    for text, part in (keys.tokens or {}).items():
         with collector:
-            tokens.append(_token(document, known, text, value, f"{path}.tokens.{text}", collector))
+            tokens.append(_token(document, known, text, part, collector))
     multiple = keys.pad_to_multiple_of
     with collector:
         if multiple is not None and not 1 <= multiple <= 1 << 20:
@@ -174,11 +141,14 @@ def _model(document: Document, written: str | Reference, known: Sequence[ModelRe
 
 
 def _token(
-    document: Document, known: Sequence[ModelRef], text: str, value: Any, path: str, collector: ErrorCollector
+    document: Document, known: Sequence[ModelRef], text: str, part: Unchecked[TokenItem], collector: ErrorCollector
 ) -> TokenSpec:
+    path = part.path
     if not text:
         raise document.error("a token must not be empty", path)
-    entry = converted(document, {} if value is None else value, _Token, path, collector) or _Token()
+    if part.value is None:  # a token with nothing behind it
+        return TokenSpec(text)
+    entry = part.checked(collector) or TokenItem()
     if entry.source is None:
         if entry.force:
             raise document.error(
@@ -188,29 +158,27 @@ def _token(
     return TokenSpec(text, _token_source(document, known, entry.source, f"{path}.source"), entry.force)
 
 
-def _token_source(document: Document, known: Sequence[ModelRef], value: Any, path: str) -> TokenSource:
-    if isinstance(value, str):
-        return TokenSource(_model(document, value, known, path))
-    if not isinstance(value, dict):
-        raise document.error(f"expected a model or a mapping, got {shown(value)}", path)
-    if "kind" not in value:
-        reference = converted(document, value, Reference, path, ErrorCollector())
-        assert reference is not None
-        return TokenSource(_model(document, reference, known, path))
-    if value["kind"] == "zero":
-        converted(document, value, _Zero, path, ErrorCollector())
-        return TokenSource()
-    if value["kind"] != "model_token":
-        kind = value["kind"] if isinstance(value["kind"], str) else ""
+def _token_source(document: Document, known: Sequence[ModelRef], source: Any, path: str) -> TokenSource:
+    """The row that the `source` of a TokenItem names."""
+    if isinstance(source, str):
+        return TokenSource(_model(document, source, known, path))
+    if isinstance(source, dict):  # of a kind that the schema does not have
+        kind = source["kind"] if isinstance(source["kind"], str) else ""
         known_kinds = suggestion(kind, ("zero", "model_token"))
-        raise document.error(f"unknown kind {shown(value['kind'])}{known_kinds}", f"{path}.kind")
-    token = converted(document, value, _ModelToken, path, ErrorCollector())
-    assert token is not None
-    if (token.token is None) == (token.token_id is None):
+        raise document.error(f"unknown kind {shown(source['kind'])}{known_kinds}", f"{path}.kind")
+    if not isinstance(source, Unchecked):
+        raise document.error(f"expected a model or a mapping, got {shown(source)}", path)
+    row = source.checked(ErrorCollector())  # its first error is enough
+    if isinstance(row, ZeroRow):
+        return TokenSource()
+    if isinstance(row, Reference):
+        return TokenSource(_model(document, row, known, path))
+    assert isinstance(row, ModelTokenRow)
+    if (row.token is None) == (row.token_id is None):
         raise document.error("a model_token needs one of `token` and `token_id`", path)
-    if token.token_id is not None and token.token_id < 0:
-        raise document.error(f"`token_id` must be at least 0, got {shown(token.token_id)}", f"{path}.token_id")
-    return TokenSource(_model(document, token.model, known, f"{path}.model"), token.token, token.token_id)
+    if row.token_id is not None and row.token_id < 0:
+        raise document.error(f"`token_id` must be at least 0, got {shown(row.token_id)}", f"{path}.token_id")
+    return TokenSource(_model(document, row.model, known, f"{path}.model"), row.token, row.token_id)
 
 
 def chat_template(document: Document, text: str) -> ChatTemplate:

@@ -1,6 +1,6 @@
 """The numeric contract for groups in numpy: sums and weights by row or by column, and the divergence of rows.
 
-Part of the specification, beside reference.py: rules 7, 11 and 12 of docs/NUMERICS.md. A tensor is [rows, columns]:
+Part of the specification, beside combine.py: rules 7, 11 and 12 of docs/NUMERICS.md. A tensor is [rows, columns]:
 `columns` is its last dimension. Element e is in row e // columns and in column e % columns.
 Sources of exp and log: Taylor's series; fdlibm's reduction of arguments (Sun Microsystems 1993).
 """

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shutil
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from typing import Any
+
+import numpy as np
 
 from fastinterp import _C
 from fastinterp._version import __version__
 from fastinterp.backends.registry import GPU_VARIABLE, ISA_VARIABLE, cpu_isa, cpu_threads, gpu_backends
 from fastinterp.errors import FastinterpError
+from fastinterp.in_memory.weighted_sum import weighted_sum
 
 _PACKAGES = ("numpy", "torch", "triton", "safetensors", "huggingface_hub")
 _PREFIX = "FASTINTERP_"
@@ -108,9 +117,6 @@ def _gpus() -> list[str]:
 
 
 def _nvcc() -> str | None:
-    import re
-    import shutil
-
     path = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     release = re.search(r"release \S+ V?(\S+)|release ([\d.]+)", _output([path, "--version"]))
     return f"{release[1] or release[2]} ({path})" if release else None
@@ -118,8 +124,6 @@ def _nvcc() -> str | None:
 
 def _output(command: list[str]) -> str:
     """The standard output of a program; empty if it is missing, fails or takes too long."""
-    import subprocess
-
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.SubprocessError):
@@ -128,8 +132,6 @@ def _output(command: list[str]) -> str:
 
 
 def _version(package: str) -> str | None:
-    from importlib import metadata
-
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -138,16 +140,11 @@ def _version(package: str) -> str | None:
 
 def _memory() -> dict[str, Any]:
     """Bandwidth of a weighted sum of arrays in memory, and for comparison of a copy with as many threads."""
-    import numpy as np
-
-    from fastinterp.in_memory.weighted_sum import weighted_sum
-
     a, b, out = (np.full(_ARRAY // 4, v, np.float32) for v in (1.0, 2.0, 0.0))
     try:
         combine = _gb_per_s(3 * _ARRAY, lambda: weighted_sum([a, b], [0.5, 0.5], out=out))
     except FastinterpError as error:
         return {"combine_gb_per_s": None, "copy_gb_per_s": None, "threads": cpu_threads(), "problem": str(error)}
-    from concurrent.futures import ThreadPoolExecutor
 
     threads = cpu_threads()
     parts = list(zip(np.array_split(out, threads), np.array_split(a, threads), strict=True))
@@ -169,8 +166,6 @@ def _gb_per_s(nbytes: int, work: Callable[[], object]) -> float:
 
 def _file_writes() -> dict[str, Any]:
     """Bandwidth of buffered writes by one thread to a temporary file, which is removed."""
-    import tempfile
-
     folder = tempfile.gettempdir()
     block, done = bytes(range(256)) * (_WRITE // 256), 0
     try:

@@ -17,6 +17,7 @@ from typing import Any
 from fastinterp.checkpoint.names import listing, quote
 from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.errors import CheckpointError
+from fastinterp.messages import counted
 from fastinterp.tokenizer.vocabulary import ADDED, MERGES, TOKENIZER, TOKENIZER_CONFIG, VOCAB, Joined, Vocabulary
 
 # Files that other software reads instead of tokenizer.json, in formats that are not extended here.
@@ -63,15 +64,15 @@ def rowless(joined: Joined, others: Sequence[Vocabulary], union: bool) -> list[s
     base, warnings = joined.base, []
     if base.stripped:
         warnings.append(
-            f"{base.name} has {len(base.stripped)} tokens but no rows for them, {listing(base.stripped)}: they are "
-            "left out of the output's tokenizer"
+            f"{base.name} has {counted(len(base.stripped), 'token')} without embedding rows, "
+            f"{listing(base.stripped)}: left out of the output's tokenizer"
         )
     for other in others:
         tokens = tuple(t for t in other.stripped if union or t in joined.ids)
         if tokens:
             warnings.append(
-                f"{other.name} has {len(tokens)} tokens but no rows for them, {listing(tokens)}: they are left out, as "
-                "if it did not have them"
+                f"{other.name} has {counted(len(tokens), 'token')} without embedding rows, {listing(tokens)}: left "
+                "out, as if it did not have them"
             )
     return warnings
 
@@ -88,8 +89,8 @@ def _warnings(joined: Joined) -> list[str]:
         else:
             continue
         warnings.append(
-            f"{count} tokens of {other.name} get ids and rows, but {how}: text may never be encoded with them. "
-            "`tokenizer_source: base` leaves them out"
+            f"{counted(count, 'token')} of {other.name} get ids and rows, but {how}: text may never be encoded "
+            "with them. `tokenizer_source: base` leaves them out"
         )
     return warnings
 

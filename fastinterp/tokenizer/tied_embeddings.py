@@ -19,7 +19,9 @@ _TEXT = ("text_config", "llm_config", "language_config")  # where models of seve
 
 
 class Ties(msgspec.Struct, frozen=True):
-    """aliases  per model: tensors that it does not have, and what to read instead
+    """Output layers of models that are tied, where others are not.
+
+    aliases  per model: tensors that it does not have, and what to read instead
     dropped  output layers that some models store though they are tied, and others do not: the output has none
     """
 

@@ -31,7 +31,7 @@ _REMEDY = (
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Of one model.
+    """The vocabulary of one model: its tokens and their ids.
 
     name      of the model, for messages
     root      its folder

@@ -12,9 +12,9 @@ from fastinterp.backends.torch_device import current_queue, device_of, memory, p
 from fastinterp.errors import BackendError, UsageError
 from fastinterp.execute.device.resident import ResidentExecutor
 from fastinterp.execute.device.streamed import StreamedExecutor
+from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.rounds import PumpExecutor
 from fastinterp.execute.sources import Sources
-from fastinterp.execute.tensor_io import TensorStep
 from fastinterp.in_memory.inputs import StoredTensor
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import CODE_BYTES, DType

@@ -92,7 +92,7 @@ class Endpoints:
     def tensors(self, model: Endpoint) -> dict[str, Any]:
         """The tensors of one end point by name.
 
-        Those of a state dict are its own. Of a checkpoint floating tensors are StoredTensors, read where they are used;
+        Those of a state dict are its own. Of a checkpoint a floating tensor is a `StoredTensor`, read where it is used;
         others are few, and are read now.
         Raises: StorageError, CheckpointError.
         """

@@ -12,7 +12,7 @@ from typing import Any
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import current_queue
 from fastinterp.errors import BackendError, CheckpointError, UsageError
-from fastinterp.execute.tensor_io import TensorIO
+from fastinterp.execute.jobs.tensor_io import TensorIO
 from fastinterp.messages import suggestion
 from fastinterp.ops.combine import LARGEST, Combine, Row
 from fastinterp.ops.steps import Stored
@@ -316,7 +316,9 @@ def _roles(base: Any, directions: Any, a: Any, b: Any) -> dict[str, Model]:
         return {"a": a, "b": b}
     if a is not None or b is not None:
         raise UsageError("give either directions or the ends of a line, a and b, not both")
-    if not isinstance(directions, Mapping) or not directions:
+    if isinstance(directions, Mapping) and not directions:
+        raise UsageError("`directions` is empty: name at least one checkpoint or state dict")
+    if not isinstance(directions, Mapping):
         raise UsageError(
             f"`directions` must be a mapping of names to checkpoints or state dicts, got {directions!r}"[:200]
         )

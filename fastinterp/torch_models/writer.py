@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from fastinterp.backends.cpu import Handle
 from fastinterp.backends.device import Piece
 from fastinterp.backends.torch_device import current_queue
-from fastinterp.execute.tensor_io import TensorIO
+from fastinterp.execute.jobs.tensor_io import TensorIO
 from fastinterp.ops.combine import Row, renumbered
 from fastinterp.torch_models.endpoint_operands import EndpointOperands
 

@@ -53,6 +53,7 @@ for path in sys.argv[4:]:
 OLD = {"": [], "abc": ["a", "b", "c"], "abcde": ["a", "b", "c", "d", "e"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "old", "new"),
     [
@@ -221,6 +222,7 @@ def test_failing_disk_loses_no_old_file(tmp_path, monkeypatch, names, old, new):
     assert raised is None and kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("error", "renamed"), [(KeyboardInterrupt, True), (OSError, False)])
 def test_interrupt_while_taking_back(tmp_path, monkeypatch, error, renamed):
     """Interrupted while a failed finish is taken back: no old file is lost, and no part of them opens.

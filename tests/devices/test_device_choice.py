@@ -16,7 +16,7 @@ from fastinterp.backends import registry as backends
 from fastinterp.backends import torch_device as resident_devices
 from fastinterp.backends.registry import DeviceSpec, device_spec, find_devices
 from fastinterp.errors import BackendError, RecipeError
-from fastinterp.execute import device_choice as cost
+from fastinterp.execute import device_choice
 from fastinterp.execute.device.executor import SLOT_BYTES, SLOTS
 from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.inspect.explain import Explanation
@@ -135,7 +135,7 @@ def driver(monkeypatch, tmp_path):
     path.touch()
     monkeypatch.setattr(backends, "_DRIVERS", (str(path),))
     monkeypatch.setattr(backends, "built", lambda module: True)
-    monkeypatch.setattr(cost, "built", lambda module: True)
+    monkeypatch.setattr(device_choice, "built", lambda module: True)
 
 
 def planned(folder: Path, method: str, numel: int = 10**9, **keys: Any) -> tuple[Plan, dict[str, Any]]:
@@ -157,27 +157,27 @@ def test_sums_stay_on_the_processor(tmp_path):
     """They are bound by the files, which both must read and write."""
     plan, _ = planned(tmp_path, "linear")
     for threads in (2, 8, 64):
-        choice = cost.choose([plan], threads, 1 << 29)
+        choice = device_choice.choose([plan], threads, 1 << 29)
         assert choice.device == "cpu" and choice.cpu_s < choice.device_s
 
 
 def test_long_arithmetic_on_few_cores_goes_to_the_device(tmp_path, driver):
     plan, _ = planned(tmp_path, "ties", 10**10, parameters={"density": 0.5})
-    few, many = (cost.choose([plan], threads, 1 << 29) for threads in (2, 64))
+    few, many = (device_choice.choose([plan], threads, 1 << 29) for threads in (2, 64))
     assert (few.device, many.device) == ("cuda", "cpu")
     assert few.device_s < few.cpu_s and many.cpu_s < many.device_s
     assert few.why.startswith("--device auto chose cuda: about ") and " with cuda, " in few.why
     small, _ = planned(tmp_path / "small", "ties", 10**6, parameters={"density": 0.5})
-    assert cost.choose([small], 2, 1 << 29).device == "cpu"  # the start takes longer
+    assert device_choice.choose([small], 2, 1 << 29).device == "cpu"  # the start takes longer
 
 
 def test_the_estimate_follows_its_constants(tmp_path, driver):
     """One thread, one file: read and written at their rates, a twentieth of a nanosecond for each input's element."""
     plan, _ = planned(tmp_path, "linear", 10**9)
-    choice = cost.choose([plan], 1, 1 << 29)
-    copies = 6 / cost.READ_GB_S + plan.bytes_written / 1e9 / cost.WRITE_GB_S
-    assert choice.cpu_s == pytest.approx(copies + 3 * cost.PLAIN_NS)
-    start = cost.CONTEXT_S + SLOTS * SLOT_BYTES / cost.PIN_GB_S / 1e9
+    choice = device_choice.choose([plan], 1, 1 << 29)
+    copies = 6 / device_choice.READ_GB_S + plan.bytes_written / 1e9 / device_choice.WRITE_GB_S
+    assert choice.cpu_s == pytest.approx(copies + 3 * device_choice.PLAIN_NS)
+    start = device_choice.CONTEXT_S + SLOTS * SLOT_BYTES / device_choice.PIN_GB_S / 1e9
     assert choice.device_s == pytest.approx(start + copies)
 
 
@@ -199,9 +199,9 @@ def test_auto_merges_where_it_chose(tmp_path, driver, monkeypatch, chosen):
     monkeypatch.setattr(backends, "_backend", lambda name: backends._Backend(None, 1, lambda i: device))
     if chosen == "cuda":
         for name in ("CONTEXT_S", "READ_GB_S"):
-            monkeypatch.setattr(cost, name, 0.0 if name == "CONTEXT_S" else cost.READ_GB_S)
-        monkeypatch.setattr(cost, "PIN_GB_S", 1e9)
-        monkeypatch.setattr(cost, "PLAIN_NS", 1e6)
+            monkeypatch.setattr(device_choice, name, 0.0 if name == "CONTEXT_S" else device_choice.READ_GB_S)
+        monkeypatch.setattr(device_choice, "PIN_GB_S", 1e9)
+        monkeypatch.setattr(device_choice, "PLAIN_NS", 1e6)
     report = fastinterp.merge(asked, tmp_path / "out")
     assert report.chosen.startswith(f"--device auto chose {chosen}: about")
     assert report.chosen in str(report) and report.as_dict()["chosen"] == report.chosen
@@ -212,7 +212,7 @@ def test_auto_merges_where_it_chose(tmp_path, driver, monkeypatch, chosen):
 
 def test_auto_says_why_a_device_that_it_chose_cannot_be_used(tmp_path, driver, monkeypatch):
     have(monkeypatch, cuda="no driver", triton="no driver either")
-    monkeypatch.setattr(cost, "PLAIN_NS", 1e6)
+    monkeypatch.setattr(device_choice, "PLAIN_NS", 1e6)
     report = fastinterp.merge(recipe("linear", saved(tmp_path, family(2)), weights=[0.5, 0.5]), tmp_path / "out")
     assert "chose cuda" in report.chosen and "; but device 'cuda' cannot be used: cuda: no driver" in report.chosen
     assert report.device.startswith("cpu ")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastinterp
-from fastinterp.execute.densities import Density, densities
+from fastinterp.execute.jobs.densities import Density, densities
 from fastinterp.ops.requests import Mask, MaskedCombine, Select, Selected
 from tests.support import models as small
 

@@ -57,6 +57,7 @@ def peak_over_idle(folder: Path, nbytes: int, tensors: int) -> int:
     return (peak - idle) * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is in Linux's /proc")
 def test_memory_does_not_grow_with_the_models(tmp_path):
     """At most 40 MiB over an idle interpreter, and as much for 8 tensors in 50 MB as for 300 in 300 MB.

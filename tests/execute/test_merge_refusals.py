@@ -313,7 +313,7 @@ def test_unknown_instruction_set(tmp_path, pair, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_memory": "20KB", "threads": 2}, "2 threads with 2 inputs and 1 outputs need at least 49152 bytes"),
+        ({"max_memory": "20KB", "threads": 2}, "2 threads with 2 inputs and 1 output need at least 49152 bytes"),
         ({"threads": 0}, "the number of threads must be a whole number in 1..1024, got 0"),
         ({"threads": 5000}, "the number of threads must be a whole number in 1..1024, got 5000"),
         ({"threads": "2"}, "the number of threads must be a whole number in 1..1024, got '2'"),

@@ -17,8 +17,8 @@ import fastinterp
 from fastinterp import methods
 from fastinterp.backends.cpu import Pump, PumpOptions
 from fastinterp.errors import MethodError, UsageError
-from fastinterp.execute import adaptive_job as asking
 from fastinterp.execute import rounds
+from fastinterp.execute.jobs import adaptive_job
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.methods import Each, Method, Sidecar, method
 from fastinterp.ops.combine import Combine, Tensor
@@ -201,7 +201,7 @@ def test_files_are_the_same_for_any_threads_and_windows(tmp_path, name, monkeypa
     for threads, window, held, masks in ((1, 1 << 28, 1 << 26, 1 << 26), (2, 1, 1 << 26, 0), (7, 20000, 1, 1 << 26)):
         monkeypatch.setattr(rounds, "ROUND_BYTES", window)
         monkeypatch.setattr(rounds, "HELD_BYTES", held)
-        monkeypatch.setattr(asking, "MASK_BYTES", masks)
+        monkeypatch.setattr(adaptive_job, "MASK_BYTES", masks)
         fastinterp.merge(asked, tmp_path / f"out{threads}", threads=threads)
         outputs.add(json.dumps(tree(tmp_path / f"out{threads}"), default=lambda b: hashlib.sha256(b).hexdigest()))
     assert len(outputs) == 1
@@ -347,6 +347,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is in Linux's /proc")
 def test_memory_does_not_grow_with_a_tensor_that_is_read_twice(tmp_path):
     """One tensor of 200 MB takes at most 40 MiB, as one of 4 MB does."""
@@ -464,5 +465,5 @@ def test_what_one_pass_can_answer():
     """Requests that differ in more than ranks are apart, and so are ranks beyond the limit."""
     a, b, c = (Select(((1, k), (2, k)), whole=True) for k in (10, 20, 30))
     other = Select(((1, 0.5),), nonzero=True, whole=True)
-    assert rounds.gathered([a, other, b, c], 4) == [[a, b], [other], [c]]
-    assert rounds.gathered([a, b], 1) == [[a], [b]]
+    assert rounds.grouped([a, other, b, c], 4) == [[a, b], [other], [c]]
+    assert rounds.grouped([a, b], 1) == [[a], [b]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -16,8 +15,8 @@ from fastinterp.ops.dtypes import BF16, F8_E5M2, F16, F32, F64, MERGING, DType
 from fastinterp.reference import combine as reference
 from tests.support import backends
 from tests.support.cases import fill
+from tests.support.numpy_dtypes import NUMPY
 
-NUMPY = {d: np.dtype(d.library_name if d.in_numpy else getattr(ml_dtypes, d.library_name)) for d in MERGING}
 TORCH = {d: getattr(torch, d.library_name) for d in MERGING}
 LIBRARIES = ("numpy", "torch")
 SHAPE = (7, 331)
@@ -187,7 +186,7 @@ T = torch.ones(2, 3)
         ([X], [1], {"pivot": np.ones(6, np.float32)}, ShapeError, "arrays differ in shape"),
         ([X], [1], {"out": np.ones(6, np.float32)}, ShapeError, "out has shape [6], the arrays have [2, 3]"),
         ([], [], {}, UsageError, "got 0 arrays and 0 weights"),
-        ([X, X], [1], {}, UsageError, "got 2 arrays and 1 weights"),
+        ([X, X], [1], {}, UsageError, "got 2 arrays and 1 weight"),
         ([X] * 65, [1] * 65, {}, UsageError, "at most 64 arrays"),
         ([X] * 64, [1] * 64, {"pivot": X}, UsageError, "at a time, pivot included, got 65"),
         ([X, X], [0, 0.0], {}, UsageError, "every weight is 0"),

@@ -147,7 +147,7 @@ def test_on_a_device(device: HostDevice, streams: Streams, monkeypatch: pytest.M
     [
         (lambda x: weighted_sum([], []), ShapeError, "one or more tensors of one shape are needed, got []"),
         (lambda x: weighted_sum([x, x[:2]], [1, 1]), ShapeError, "got [[5, 7], [2, 7]]"),
-        (lambda x: weighted_sum([x], [1, 2]), UsageError, "got 1 tensors and 2 weights"),
+        (lambda x: weighted_sum([x], [1, 2]), UsageError, "got 1 tensor and 2 weights"),
         (lambda x: weighted_sum([x], torch.ones(2)), UsageError, "a floating tensor of shape [1], one for each tensor"),
         (lambda x: weighted_sum([x], torch.ones(1), out=x.clone()), UsageError, "`out` needs weights as numbers"),
         (lambda x: weighted_sum([x], [1], out=x.clone(), dtype=x.dtype), UsageError, "either `out` or `dtype`"),

@@ -131,6 +131,7 @@ def test_ranks_of_few_and_of_many_magnitudes(isa, columns):
     check_kept(isa, of(np.zeros(shape).ravel(), rows.ravel()), [F32] * 2, (keep,), shape, 2, l1=False, squares=False)
 
 
+@pytest.mark.slow
 @every_isa
 @pytest.mark.parametrize("shape", [(300007,), (301, 1013), (0, 4), (1, 1)], ids=str)
 @pytest.mark.parametrize("limit", [math.inf, 0.5])

@@ -251,7 +251,9 @@ def test_measure_of_sizes(tmp_path, numel, deltas):
     ids=lambda ds: "+".join(map(str, ds)),
 )
 @pytest.mark.parametrize("deltas", [False, True], ids=["inputs", "deltas"])
-@pytest.mark.parametrize("kind", ["normal", "subnormal", "huge", "patterns"])
+@pytest.mark.parametrize(
+    "kind", ["patterns", *(pytest.param(k, marks=pytest.mark.slow) for k in ("normal", "subnormal", "huge"))]
+)
 def test_measure_of_dtypes(tmp_path, dtypes, deltas, kind):
     """Sums of NaN, Inf, overflow and underflow too."""
     assert_measures_alike(tmp_path, kind, dtypes, 16384 + 300, deltas)

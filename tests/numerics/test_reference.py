@@ -6,7 +6,6 @@ import itertools
 import math
 from fractions import Fraction
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,9 +14,9 @@ from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, MERGING
 from fastinterp.reference import combine as reference
 from fastinterp.reference import fma as exact_fma
 from fastinterp.reference.combine import FORMATS, narrow, widen
+from tests.support.numpy_dtypes import NUMPY
 
 SMALL = tuple(d for d in MERGING if d.bits <= 16)
-NUMPY = {d: np.dtype(d.library_name if d.in_numpy else getattr(ml_dtypes, d.library_name)) for d in MERGING}
 small = pytest.mark.parametrize("dtype", SMALL, ids=str)
 
 

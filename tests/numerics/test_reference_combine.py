@@ -170,6 +170,7 @@ def effective_alpha(models: list[np.ndarray], alpha: float, out: DType = BF16, r
     return alpha * stats.sum_od / stats.sum_dd
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("alpha", "effective"), [(0.25, 0.06), (0.4, 0.10), (0.6, 0.90), (1.25, 1.06), (1.5, 1.5)])
 def test_the_staircase_of_bf16_shows_in_the_statistics(fine_tune, alpha, effective):
     """Rounded to nearest, a small fine-tune hardly moves below 1/2 and jumps above; float32 and stochastic do not."""

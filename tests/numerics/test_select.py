@@ -284,6 +284,7 @@ def mags(values: Any) -> Mags:
     return np.abs(np.asarray(values, np.float32)).view(np.uint32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nonzero", [False, True])
 @pytest.mark.parametrize("share", [0.002, 0.2, 0.5, 0.9])
 def test_one_read_and_a_sample_for_well_mixed_values(nonzero, share):
@@ -321,6 +322,7 @@ def test_a_near_miss_looks_beside_the_first_bracket(factor):
     assert second.low[0] == first.high[0] + 1 if factor < 1 else second.high[0] == first.low[0] - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["up", "down", "one large chunk"])
 def test_sorted_values(order):
     x = np.sort(np.abs(np.random.default_rng(6).standard_t(2, size=60 * CHUNK)))

@@ -11,7 +11,7 @@ import pytest
 
 import fastinterp
 from fastinterp.errors import RecipeError
-from fastinterp.execute.chained_job import ScratchFile
+from fastinterp.execute.jobs.chained_job import ScratchFile
 from fastinterp.ops.dtypes import BF16, F32
 from tests.support.checkpoints import (
     assert_same,

@@ -133,6 +133,7 @@ def test_page_cache_that_the_system_does_not_tell_of(tiny, tmp_path, monkeypatch
     assert json.loads(invoke(*args, "--json"))["cached"] is None
 
 
+@pytest.mark.slow
 def test_a_failing_command_shows_what_it_said(tiny, tmp_path):
     broken = tmp_path / "models"
     shutil.copytree(tiny, broken)
@@ -187,6 +188,7 @@ def test_full_disk_is_refused_with_what_is_missing(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_naive_needs_the_same_files(tiny, tmp_path):
     write_checkpoints(tmp_path / "other", TINY)
     shutil.copytree(tiny / "ft1", tmp_path / "models" / "a")
@@ -222,6 +224,7 @@ def test_checkpoints_are_those_of_a_llama(tiny):
     assert delta.std() == pytest.approx(0.002, rel=0.1)
 
 
+@pytest.mark.slow
 def test_checkpoints_have_the_same_bytes_again(tiny, tmp_path):
     write_checkpoints(tmp_path, TINY, shard_bytes=300_000)
     for path in tiny.rglob("*.*"):

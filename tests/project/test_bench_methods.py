@@ -23,6 +23,7 @@ def test_every_method_has_a_case():
     assert names() == sorted(bench.CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fisher", "model_stock", "nearswap", "task_arithmetic"])
 def test_a_race_checks_before_it_times(name, models):
     found = bench.measured(name, bench.CASES[name], models, runs=1, mergekit=None)

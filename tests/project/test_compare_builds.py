@@ -39,6 +39,7 @@ def interpreter(folder: Path, source: str) -> Path:
     return program
 
 
+@pytest.mark.slow
 def test_a_build_equals_itself(work, tmp_path, capsys):
     """Once by its interpreter, once as a source tree; the models that are named are read, and not written to."""
     models = tmp_path / "models"

@@ -21,7 +21,7 @@ CSRC = ROOT / "csrc"
 SOURCES = sorted({*(ROOT / "fastinterp").rglob("*.py"), *(ROOT / "fastinterp" / "_triton").glob("*.py")})
 
 # Each part of the package, and the parts it may import beside itself. The most specific name counts: a module of
-# compute/ that is not named here belongs to `compute`. Parts that import nothing but themselves are leaves.
+# ops/ that is not named here belongs to `ops`. Parts that import nothing but themselves are leaves.
 LEAVES = {"errors", "messages", "_version"}
 CONTRACT = {"ops", "ops.steps"}
 PLANNING = LEAVES | CONTRACT | {"arguments", "recipe", "methods", "checkpoint", "tokenizer"}
@@ -72,27 +72,19 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "decoder.*": {"decoder.h", "ops.h"},
     "decoders/*": {"decoder.h"},
     "decoding.*": {"decoding.h", "decoder.h", "io.h", "ops.h"},
-    "step.*": {"step.h", "decoding.h", "io.h", "ops.h"},
-    "masked.*": {"masked.h", "survey.h", "step.h"},
-    "sums.*": {"sums.h", "step.h"},
-    "survey.*": {"survey.h", "step.h"},
-    "histogram.*": {"histogram.h", "masked.h", "step.h"},
-    "pump.*": {"pump.h", "step.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
+    "steps/step.*": {"steps/step.h", "decoding.h", "io.h", "ops.h"},
+    "steps/masked.*": {"steps/masked.h", "steps/survey.h", "steps/step.h"},
+    "steps/sums.*": {"steps/sums.h", "steps/step.h"},
+    "steps/survey.*": {"steps/survey.h", "steps/step.h"},
+    "steps/histogram.*": {"steps/histogram.h", "steps/masked.h", "steps/step.h"},
+    "pump.*": {"pump.h", "steps/step.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
     "memory.*": {"memory.h", "ops.h", "dtypes.h", "cpu/backend.h"},
     # What both extensions share knows neither the pump nor CUDA.
     "binding/numbers.h": {"ops.h"},
     "binding/parse.*": {"binding/parse.h", "binding/numbers.h"},
-    "binding/answers.cpp": {"binding/steps.h", "binding/numbers.h", "histogram.h", "masked.h", "survey.h"},
-    "binding/steps.*": {
-        "binding/steps.h",
-        "binding/parse.h",
-        "histogram.h",
-        "masked.h",
-        "sums.h",
-        "survey.h",
-        "step.h",
-    },
-    "binding/module.cpp": {"binding/*", "decoder.h", "histogram.h", "memory.h", "pump.h", "cpu/backend.h"},
+    "binding/answers.cpp": {"binding/steps.h", "binding/numbers.h", "steps/*"},
+    "binding/steps.*": {"binding/steps.h", "binding/parse.h", "steps/*"},
+    "binding/module.cpp": {"binding/*", "decoder.h", "steps/histogram.h", "memory.h", "pump.h", "cpu/backend.h"},
 }
 # What is compiled once per instruction set may share no inline function with the rest: the linker keeps one copy, and
 # that may be the one with AVX-512 in it. So: headers of C and of intrinsics, nothing of the C++ library.

@@ -17,30 +17,8 @@ from fastinterp.ops.dtypes import BF16, F16, F32
 from fastinterp.recipe.check import check_recipe
 from fastinterp.recipe.load import load_recipe, load_recipes
 from fastinterp.recipe.references import ModelRef
+from tests.support.recipes import LINEAR, PASS, TASK
 from tests.support.references import texts
-
-LINEAR = """\
-merge_method: linear
-models:
-  - model: models/a
-    parameters:
-      weight: 1.0
-  - model: models/b
-    parameters:
-      weight: 0.3
-"""
-TASK = """\
-merge_method: task_arithmetic
-base_model: base
-models:
-  - model: base
-  - {model: ft1, parameters: {weight: 0.6}}
-  - {model: ft2, parameters: {weight: -0.3}}
-"""
-PASS = """\
-merge_method: passthrough
-models: [{model: a}]
-"""
 
 
 def test_mergekits_linear_example():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
@@ -12,34 +14,12 @@ from fastinterp.ops.dtypes import DTYPE_NAMES
 from fastinterp.recipe import document
 from fastinterp.recipe.build import Builder
 from fastinterp.recipe.check import check_recipe
-from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.document import ErrorCollector
 from fastinterp.recipe.load import load_recipe, load_recipes
 from fastinterp.recipe.parameters import Resolver
 from fastinterp.recipe.schema import raw_recipe
+from tests.support.recipes import LINEAR, PASS, TASK
 from tests.support.references import texts
-
-LINEAR = """\
-merge_method: linear
-models:
-  - model: models/a
-    parameters:
-      weight: 1.0
-  - model: models/b
-    parameters:
-      weight: 0.3
-"""
-TASK = """\
-merge_method: task_arithmetic
-base_model: base
-models:
-  - model: base
-  - {model: ft1, parameters: {weight: 0.6}}
-  - {model: ft2, parameters: {weight: -0.3}}
-"""
-PASS = """\
-merge_method: passthrough
-models: [{model: a}]
-"""
 
 AT_W0 = "$.models[0].parameters.weight (merge.yml:5)"
 NUMBER = "`weight` must be a finite number (at most 3.4e38), got"
@@ -358,6 +338,29 @@ def test_relative_paths_start_at_the_current_folder(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path / "there")
     assert texts(load_recipe("merge.yml").models) == ("models/a", "models/b")
+
+
+def test_the_first_error_is_that_of_what_is_read_first():
+    """Keys inside `models` and `tokenizer` are looked at when these are read: after base_model and parameters."""
+    text = """\
+merge_method: ties
+tokenizer: {tokens: {<a>: {sorce: a}}}
+models: [{model: a, wieght: 1}, {modle: b}]
+parameters: {weight: 1, densty: 0.5}
+base_model: base@1@2
+"""
+    repairs = {
+        "'base@1@2' has more than one `@`": ("@1@2", ""),
+        "unknown parameter `densty`": ("densty", "density"),
+        "unknown key `wieght`": (", wieght: 1", ""),
+        "unknown key `modle`": ("modle", "model"),
+        "unknown key `sorce`": ("sorce", "source"),
+    }
+    for message, (wrong, right) in repairs.items():
+        with pytest.raises(RecipeError, match=f"^{re.escape(message)}"):
+            load_recipe(text)
+        text = text.replace(wrong, right)
+    load_recipe(text)
 
 
 def test_a_required_parameter_for_the_whole_merge():

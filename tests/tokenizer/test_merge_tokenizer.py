@@ -138,7 +138,7 @@ def test_tokens(tmp_path, three):
     np.testing.assert_array_equal(row(out, "pair"), row(three[0], "own0"))
     np.testing.assert_array_equal(row(out, "<new>"), row(three[1], "cat"))
     assert not row(out, "<none>").any()
-    assert any("no model has a row for 1 tokens, `<none>`" in w for w in report.warnings)
+    assert any("no model has a row for 1 token, `<none>`: zeros instead" in w for w in report.warnings)
     whole = embedding(out)
     assert whole.shape == (16, 16)
     for padding in whole[10:]:
@@ -316,10 +316,10 @@ def test_only_what_no_file_holds_is_made(tmp_path):
     with contextlib.ExitStack() as stack:
         found = gather(first, tmp_path, stack)
         assert [(path.parent.name, rows) for path, _, rows in found.parts] == [("a", 2), ("b", 3)]
-        assert found.rows is not None and found.made is not None
+        assert found.rows is not None and found.computed is not None
         # <unk> a | p: the mean of b's and c's | b | c, converted | three rows of padding
         assert found.rows.tolist() == [0, 1, 5, 4, 6, 7, 8, 9]
-        made = np.frombuffer(os.pread(found.made, 1000, 0), np.float32).reshape(-1, 3)[:, 0]
+        made = np.frombuffer(os.pread(found.computed, 1000, 0), np.float32).reshape(-1, 3)[:, 0]
         assert made.tolist() == [5.0, 7.0, 20 / 5, 4.0, 4.0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
 
@@ -340,13 +340,13 @@ def test_model_that_is_cut_while_its_rows_are_made(tmp_path, monkeypatch):
 
     a = plain(tmp_path / "a", ["<unk>"], [1.0], F32)
     b = plain(tmp_path / "b", ["<unk>", "b"], [1.0, 2.0], F16)
-    whole = gather._Maker.__init__
+    whole = gather._RowReader.__init__
 
     def cut(self: Any, *args: Any) -> None:
         whole(self, *args)
         os.truncate(Path(b, "model.safetensors"), 100)
 
-    monkeypatch.setattr(gather._Maker, "__init__", cut)
+    monkeypatch.setattr(gather._RowReader, "__init__", cut)
     with pytest.raises(CheckpointError, match="bytes are missing at byte"):
         merged(tmp_path, [a, b], tokenizer_source="union")
     assert not (tmp_path / "out").exists()

@@ -54,7 +54,7 @@ def test_tokens_without_a_row_are_stripped(tmp_path):
     assert_ids(joined, made)
     assert made.get_vocab_size() == last - 1
     assert made.decode(made.encode("lower newest").ids) == "lower newest"
-    assert "no rows for them" in rowless(joined, [], True)[0]
+    assert "without embedding rows" in rowless(joined, [], True)[0]
 
 
 def test_tokens_without_a_row_in_any_model_are_told(tmp_path):
@@ -62,9 +62,9 @@ def test_tokens_without_a_row_in_any_model_are_told(tmp_path):
     base = read(tokens.words(tmp_path / "a", ["<unk>", "cat", "dog"]), 3)
     other = read(tokens.words(tmp_path / "b", ["<unk>", "cat", "dog", "owl"]), 2)
     (told,) = rowless(join(base, [other]), [other], union=True)
-    assert told.startswith("b has 2 tokens but no rows for them, `dog`, `owl`: they are left out")
+    assert told.startswith("b has 2 tokens without embedding rows, `dog`, `owl`: left out")
     (told,) = rowless(join(base), [other], union=False)
-    assert told.startswith("b has 1 tokens but no rows for them, `dog`:")
+    assert told.startswith("b has 1 token without embedding rows, `dog`:")
     assert rowless(join(base), [base], union=True) == []
 
 

@@ -1,4 +1,4 @@
-"""One tensor as backends see it: numbers of sources and sinks, places in them, and the steps that write it."""
+"""The operands and outputs of one tensor as backends address them, and the steps that read or write it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastinterp.ops.steps import Operand
 
 @dataclass(frozen=True, slots=True)
 class TensorStep:
-    """A step of a tensor, and what it costs.
+    """A step of one tensor, with its cost.
 
-    name    of the tensor
-    native  what backends are given
-    nbytes  that it reads and writes
+    name    name of the tensor
+    native  the step in the form that backends take
+    nbytes  bytes that it reads and writes
     held    bytes of its answer, or of weights by row or column, as far as they grow with the tensor
     """
 
@@ -29,13 +29,13 @@ class TensorStep:
 
 @dataclass(frozen=True, slots=True)
 class TensorIO:
-    """Where a tensor's inputs are and its outputs go.
+    """The input operands and the output locations of one tensor.
 
-    operands        of each input, as the sums number them
-    nbytes          of each input
+    operands        one per input, in the order in which sums number them
+    nbytes          size of each input in bytes
     out_dtype       dtype code of all outputs
-    out_bytes       of one output
-    sinks, offsets  one per output
+    out_bytes       size of one output in bytes
+    sinks, offsets  index of the sink and byte offset in it, one per output
     keys            Philox keys of the store, one per output; none where rounding is to nearest
     """
 
@@ -62,33 +62,33 @@ class TensorIO:
         """The operands of these inputs."""
         return tuple(self.operands[i] for i in numbers)
 
-    def asking(self, native: steps.Step, inputs: Iterable[int], held: int = 0) -> TensorStep:
-        """A step that reads these inputs and answers. held: bytes of that, and of what is made of it."""
+    def reading(self, native: steps.Step, inputs: Iterable[int], held: int = 0) -> TensorStep:
+        """A step that reads these inputs and answers. held: bytes of the answer, and of what is computed from it."""
         return TensorStep(self.name, native, sum(self.nbytes[i] for i in inputs), held)
 
     def writing(self, native: steps.WritingStep, inputs: Iterable[int], held: int = 0) -> TensorStep:
-        """A step that reads these inputs and writes. held: bytes of its weights."""
+        """A step that reads these inputs and writes outputs. held: bytes of its weights."""
         nbytes = sum(self.nbytes[i] for i in inputs) + self.out_bytes * len(native.sinks)
         return TensorStep(self.name, native, nbytes, held)
 
-    def places(self, outputs: Iterable[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    def locations(self, outputs: Iterable[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Sinks, offsets and keys of these outputs."""
         numbers = tuple(outputs)
         sinks, offsets = tuple(self.sinks[k] for k in numbers), tuple(self.offsets[k] for k in numbers)
         return sinks, offsets, tuple(self.keys[k] for k in numbers) if self.keys else ()
 
     def combine(self, rows: Sequence[Row], outputs: Iterable[int]) -> TensorStep:
-        """The step that writes these outputs, each the sum that its row says."""
+        """The step that writes these outputs, each the weighted sum of its row."""
         inputs, rows = renumbered(rows)
-        sinks, offsets, keys = self.places(outputs)
+        sinks, offsets, keys = self.locations(outputs)
         native = steps.Combine(
             inputs=self.inputs(inputs), numel=self.numel, columns=self.columns, sinks=sinks, offsets=offsets,
             out_dtype=self.out_dtype, keys=keys, rows=rows,
         )  # fmt: skip
         return self.writing(native, inputs)
 
-    def same(self) -> TensorStep:
-        """The step that copies the bytes of the first input to all outputs, if they are those of every input."""
+    def copy_equal(self) -> TensorStep:
+        """The step that copies the bytes that all inputs have in common to all outputs, and fails if they differ."""
         size = self.nbytes[0]
         native = steps.CopyEqual(
             inputs=self.operands, numel=size, columns=self.columns * (size // max(1, self.numel)), sinks=self.sinks,

@@ -5,9 +5,9 @@
 #include <memory>
 #include <vector>
 
-#include "decoding.h"
-#include "io.h"
-#include "ops.h"
+#include "../decoding.h"
+#include "../io.h"
+#include "../ops.h"
 
 namespace fi {
 

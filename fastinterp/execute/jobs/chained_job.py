@@ -1,4 +1,4 @@
-"""Jobs of tensors that read tensors of documents above, which are made first, in a temporary file.
+"""Jobs of tensors that depend on tensors of earlier recipe documents, which are computed first, into a temporary file.
 
 Imported only where a plan has such tensors.
 """
@@ -13,39 +13,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastinterp.errors import OutputError
-from fastinterp.execute.jobs import Job, Result
+from fastinterp.execute.jobs.job import Job, Result
+from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.sources import Sources, storage
-from fastinterp.execute.tensor_io import TensorStep
 from fastinterp.ops.steps import Operand, Stored
 from fastinterp.plan.inputs import GatheredInput, IntermediateInput, PlannedTensor, StoredInput, TensorInput
 
 if TYPE_CHECKING:
-    from fastinterp.execute.densities import Density
+    from fastinterp.execute.jobs.densities import Density
 
 _ALIGN = 4096  # bytes
 
-# The job of a tensor: with the operand of each input, at an offset in the file, or None: in the output.
+# Makes the job of a tensor: from the operand of each input, and its offset in the temporary file; None: in the output.
 Make = Callable[[PlannedTensor, Callable[[TensorInput], Operand], int | None], Job]
 
 
 class ScratchFile:
     """An unnamed temporary file, open until `stack` closes. Freed space is used again, so that it stays small.
 
-    keeps         space is never freed
-    source, sink  its numbers as an input and as an output
+    never_free    space is never reused
+    source, sink  its indices among the sources and among the sinks
     """
 
-    def __init__(self, folder: Path, stack: ExitStack, keeps: bool):
+    def __init__(self, folder: Path, stack: ExitStack, never_free: bool):
         with storage(folder, OutputError), tempfile.TemporaryFile(dir=folder) as file:
             self.fd = os.dup(file.fileno())
         stack.callback(os.close, self.fd)
-        self.keeps = keeps
+        self.never_free = never_free
         self.source = self.sink = -1
         self.size = 0
         self._free: list[tuple[int, int]] = []  # (size, offset)
 
     def take(self, nbytes: int) -> tuple[int, int]:
-        """(size, offset) of space for so many bytes: the smallest that is free, else at the end."""
+        """Allocate space, as (size, offset): the smallest free extent that fits, else at the end of the file."""
         size = -(-nbytes // _ALIGN) * _ALIGN
         fitting = [extent for extent in self._free if extent[0] >= size]
         if not fitting:
@@ -56,14 +56,14 @@ class ScratchFile:
         return extent
 
     def free(self, extents: Sequence[tuple[int, int]]) -> None:
-        if not self.keeps:
+        if not self.never_free:
             self._free += extents
 
 
 class ChainedJob(Job):
-    """A tensor of the output and those of documents above that it reads: one stage after the other.
+    """An output tensor and the intermediate tensors that it depends on: one stage after the other.
 
-    stages  the tensors in the order in which they are made; the last one is written to the output
+    stages  the tensors in the order in which they are computed; the last one is written to the output
     """
 
     def __init__(self, stages: Sequence[PlannedTensor], scratch: ScratchFile, sources: Sources, make: Make):
@@ -71,7 +71,7 @@ class ChainedJob(Job):
         self._cost = sum(entry.nbytes for stage in stages for entry in stage.inputs)
         self._waiting = list(stages)
         self._scratch, self._sources, self._make = scratch, sources, make
-        self._extents: dict[int, tuple[int, int]] = {}  # id of a tensor -> where it is
+        self._extents: dict[int, tuple[int, int]] = {}  # id of an intermediate tensor -> (size, offset) in the file
         self.now: Job | None = None
 
     @property
@@ -114,7 +114,7 @@ class ChainedJob(Job):
         return self._current().densities(k)
 
     def _current(self, ended: Job | None = None) -> Job:
-        """The job of the stage that is made now: the next one, if that has ended."""
+        """The job of the current stage; of the next one, if `ended` is the current job."""
         if self.now is None or self.now is ended:
             stage = self._waiting.pop(0)
             offset = None
@@ -127,7 +127,7 @@ class ChainedJob(Job):
     def _operand(self, tensor: TensorInput) -> Operand:
         return tensor.open(self)
 
-    # What inputs are opened with.
+    # OpenFiles: how inputs are opened.
 
     def stored(self, tensor: StoredInput) -> Operand:
         return self._sources.operand(tensor)

@@ -1,0 +1,73 @@
+"""Jobs: the state of one output tensor during execution. A job yields steps and takes their results. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
+from fastinterp.ops.combine import Row
+
+if TYPE_CHECKING:
+    from fastinterp.execute.jobs.densities import Density
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The result of one step: its answer, None if it writes; and the statistics of each output that it wrote."""
+
+    answer: Any
+    stats: list[dict[str, float]]
+
+
+class Job:
+    """The job of an output tensor whose weighted sums need no statistics: one step writes it.
+
+    rows  the weighted sum of each output; none: all inputs must have the same bytes, which are copied
+
+    `stats` has an entry per output when the job is done.
+    """
+
+    cost = 0  # bytes of the inputs, if they will be read again later
+    whole = False  # whether it waits for the answer to a request about the whole model
+
+    def __init__(self, io: TensorIO, rows: Sequence[Row]):
+        self.io, self.rows = io, tuple(rows)
+        self.stats: list[dict[str, float]] = []
+        self.done = False
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all inputs in bytes."""
+        return sum(self.io.nbytes)
+
+    @property
+    def last(self) -> Job | None:
+        """The job that writes the output: this one, or the last stage of a chain once it has begun."""
+        return self
+
+    def steps(self) -> list[TensorStep]:
+        """The steps of this tensor for the next round."""
+        return [self.io.combine(self.rows, range(len(self.rows))) if self.rows else self.io.copy_equal()]
+
+    def take(self, results: Sequence[Result]) -> None:
+        """Take the result of each of `steps`."""
+        self.stats, self.done = results[0].stats, True
+
+    def reads(self, k: int) -> tuple[int, ...]:
+        """Indices of the inputs that output k was computed from."""
+        return self.rows[k].inputs if self.rows else tuple(range(len(self.io.operands)))
+
+    def copies(self, k: int) -> bool:
+        """Whether output k is a bitwise copy of an input."""
+        return not self.rows or is_copy(self.io, self.rows[k])
+
+    def densities(self, k: int) -> Mapping[int, Density]:
+        """The density of each input of output k that thresholds mask."""
+        return {}
+
+
+def is_copy(io: TensorIO, row: Row) -> bool:
+    """Whether a weighted sum is a bitwise copy of an input."""
+    return row.is_copy and io.operands[row.pivot].dtype == io.out_dtype
