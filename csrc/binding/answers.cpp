@@ -62,7 +62,7 @@ void bind_answers(py::module_& m) {
            py::arg("count"), py::arg("numel"))
       .def_property_readonly("nbytes", &Masks::bytes)
       .def_property_readonly("filled", &Masks::allocated,
-                             "Whether a step that takes masked statistics has been given them to fill.");
+                             "Whether a step of masked statistics has been created that fills them.");
   py::class_<Counts, std::shared_ptr<Counts>>(m, "Counts", "How many magnitudes of one vector lie where.")
       .def(py::init(&counts_of), py::arg("elements"), py::arg("above"), py::arg("zero"), py::arg("bins"))
       .def_readonly("elements", &Counts::elements, "That were looked at.")

@@ -52,8 +52,8 @@ std::vector<py::dict> combine(const std::vector<uintptr_t>& inputs, const std::v
   if (numel < 0 || first < 0) throw py::value_error("numel and first must not be negative");
   std::vector<std::vector<Term>> terms;
   std::vector<Row> rows;
-  for (const py::handle given : py_rows) {
-    fi::ParsedRow row = fi::parse_row(given, inputs.size());
+  for (const py::handle row_object : py_rows) {
+    fi::ParsedRow row = fi::parse_row(row_object, inputs.size());
     terms.push_back(std::move(row.terms));
     rows.push_back({row.pivot, int(terms.back().size()), row.total, terms.back().data()});
   }
@@ -83,15 +83,15 @@ std::vector<py::dict> combine(const std::vector<uintptr_t>& inputs, const std::v
 }
 
 // From a PumpOptions of Python.
-fi::PumpOptions options_of(const py::object& given) {
+fi::PumpOptions options_of(const py::object& object) {
   fi::PumpOptions options;
-  options.threads = given.attr("threads").cast<int>();
-  options.write_bytes = given.attr("write_bytes").cast<int64_t>();
-  options.read_bytes = given.attr("read_bytes").cast<int64_t>();
-  options.stochastic = given.attr("stochastic").cast<bool>();
-  options.fp8_saturate = given.attr("fp8_saturate").cast<bool>();
-  options.prefetch = given.attr("prefetch").cast<bool>();
-  options.stats_every = given.attr("stats_every").cast<int>();
+  options.threads = object.attr("threads").cast<int>();
+  options.write_bytes = object.attr("write_bytes").cast<int64_t>();
+  options.read_bytes = object.attr("read_bytes").cast<int64_t>();
+  options.stochastic = object.attr("stochastic").cast<bool>();
+  options.fp8_saturate = object.attr("fp8_saturate").cast<bool>();
+  options.prefetch = object.attr("prefetch").cast<bool>();
+  options.stats_every = object.attr("stats_every").cast<int>();
   if (options.threads < 1) throw py::value_error("at least one thread is needed");
   if (options.write_bytes < 4096 || options.read_bytes < 4096)
     throw py::value_error("reads and writes must have at least 4096 bytes");
@@ -183,13 +183,12 @@ PYBIND11_MODULE(_C, m) {
       },
       "Instruction sets in this build, best first.");
 
-  m.def(
-      "combine", &combine, py::arg("inputs"), py::arg("in_dtypes"), py::arg("rows"), py::arg("outputs"),
-      py::arg("out_dtype"), py::arg("numel"), py::kw_only(), py::arg("first") = 0, py::arg("stochastic") = false,
-      py::arg("keys") = std::vector<uint64_t>{}, py::arg("fp8_saturate") = true, py::arg("stats_every") = 32,
-      py::arg("threads") = 1, py::arg("isa") = "", py::arg("streamed") = py::none(),
-      "Weighted sums of arrays in memory, given by address. The caller answers for the addresses. streamed: store the "
-      "outputs around the caches; None decides by their size.");
+  m.def("combine", &combine, py::arg("inputs"), py::arg("in_dtypes"), py::arg("rows"), py::arg("outputs"),
+        py::arg("out_dtype"), py::arg("numel"), py::kw_only(), py::arg("first") = 0, py::arg("stochastic") = false,
+        py::arg("keys") = std::vector<uint64_t>{}, py::arg("fp8_saturate") = true, py::arg("stats_every") = 32,
+        py::arg("threads") = 1, py::arg("isa") = "", py::arg("streamed") = py::none(),
+        "Weighted sums of arrays in memory, by address. The caller answers for the addresses. streamed: store the "
+        "outputs around the caches; None decides by their size.");
 
   m.def(
       "reserve",

@@ -19,7 +19,7 @@ template <class T>
 class Numbers {
  public:
   Numbers() = default;
-  explicit Numbers(const pybind11::buffer& given, int64_t count = -1) : info_(given.request()) {
+  explicit Numbers(const pybind11::buffer& buffer, int64_t count = -1) : info_(buffer.request()) {
     const bool fits = info_.itemsize == 1 || info_.item_type_is_equivalent_to<T>();
     const size_t bytes = size_t(info_.size * info_.itemsize);
     if (!fits || info_.ndim != 1 || info_.strides[0] != info_.itemsize || bytes % sizeof(T) != 0 ||
@@ -51,8 +51,8 @@ class Numbers {
 };
 
 template <class T>
-std::vector<T> numbers_of(const pybind11::buffer& given, int64_t count = -1) {
-  return Numbers<T>(given, count).copy();
+std::vector<T> numbers_of(const pybind11::buffer& buffer, int64_t count = -1) {
+  return Numbers<T>(buffer, count).copy();
 }
 
 // A copy, as a memoryview of float64 ("d"), int64 ("q") or uint64 ("Q").

@@ -28,32 +28,33 @@ int input_of(const py::handle& from, const char* name, size_t inputs, const char
   return i;
 }
 
-ParsedDecoder decoder_of(const py::handle& given) {
+ParsedDecoder decoder_of(const py::handle& object) {
   ParsedDecoder decoder;
-  if (given.is_none()) return decoder;
-  decoder.name = get<std::string>(given, "name");
-  decoder.columns = get<int64_t>(given, "columns");
+  if (object.is_none()) return decoder;
+  decoder.name = get<std::string>(object, "name");
+  decoder.columns = get<int64_t>(object, "columns");
   if (decoder.name.empty() || decoder.columns < 1) throw py::value_error("a decoder has a name, and columns");
-  for (const auto& [source, offset, bytes] : get<std::vector<std::tuple<int, int64_t, int64_t>>>(given, "companions")) {
+  for (const auto& [source, offset, bytes] :
+       get<std::vector<std::tuple<int, int64_t, int64_t>>>(object, "companions")) {
     if (bytes < 0) throw py::value_error("a companion has 0 bytes or more");
     decoder.companions.push_back({source, offset, bytes});
   }
-  decoder.parameters = get<std::vector<double>>(given, "parameters");
+  decoder.parameters = get<std::vector<double>>(object, "parameters");
   return decoder;
 }
 
-ParsedOperand operand_of(const py::handle& given) {
+ParsedOperand operand_of(const py::handle& object) {
   ParsedOperand operand{};
-  operand.dtype = dtype_of(get<int>(given, "dtype"));
-  operand.gathered = get<bool>(given, "gathered");
+  operand.dtype = dtype_of(get<int>(object, "dtype"));
+  operand.gathered = get<bool>(object, "gathered");
   if (operand.gathered) {
-    operand.parts = get<std::vector<std::tuple<int, int64_t, int64_t>>>(given, "parts");
-    operand.rows = attribute(given, "rows");
+    operand.parts = get<std::vector<std::tuple<int, int64_t, int64_t>>>(object, "parts");
+    operand.rows = attribute(object, "rows");
     return operand;
   }
-  operand.source = get<int>(given, "source");
-  operand.offset = get<int64_t>(given, "offset");
-  operand.decoder = decoder_of(attribute(given, "decoder"));
+  operand.source = get<int>(object, "source");
+  operand.offset = get<int64_t>(object, "offset");
+  operand.decoder = decoder_of(attribute(object, "decoder"));
   if (!operand.decoder.name.empty() && operand.dtype != DType::F32)
     throw py::value_error("a decoded operand is float32");
   return operand;
@@ -67,30 +68,30 @@ Per per_of(const py::handle& step) {
   throw py::value_error("`per` is tensor, row or column");
 }
 
-ParsedScore score_of(const py::handle& given) {
+ParsedScore score_of(const py::handle& object) {
   ParsedScore score;
-  if (given.is_none()) return score;
-  const std::string kind = get<std::string>(given, "kind");
+  if (object.is_none()) return score;
+  const std::string kind = get<std::string>(object, "kind");
   if (kind != "variance" && kind != "divergence") throw py::value_error("no such score: " + kind);
   score.kind = kind == "variance" ? Score::kVariance : Score::kDivergence;
-  score.min_bits = get<uint32_t>(given, "min_bits");
-  score.factors = get<std::string>(given, "factors");
+  score.min_bits = get<uint32_t>(object, "min_bits");
+  score.factors = get<std::string>(object, "factors");
   return score;
 }
 
-MaskTest test_of(const py::handle& given) {
-  const auto limit = [&](const char* name) { return std::min(get<uint64_t>(given, name), kWords); };
-  const MaskTest test{get<uint32_t>(given, "min_bits"), get<uint32_t>(given, "max_bits"), limit("low_limit"),
-                      limit("high_limit"), get<uint64_t>(given, "key")};
+MaskTest test_of(const py::handle& object) {
+  const auto limit = [&](const char* name) { return std::min(get<uint64_t>(object, name), kWords); };
+  const MaskTest test{get<uint32_t>(object, "min_bits"), get<uint32_t>(object, "max_bits"), limit("low_limit"),
+                      limit("high_limit"), get<uint64_t>(object, "key")};
   if (test.low_limit > test.high_limit) throw py::value_error("a mask's limits must not fall with the magnitude");
   return test;
 }
 
-ParsedMaskedOutput masked_output_of(const py::handle& given, size_t inputs) {
+ParsedMaskedOutput masked_output_of(const py::handle& object, size_t inputs) {
   constexpr const char* kNone = "a masked output names none of the inputs";
   ParsedMaskedOutput out{};
-  out.base = input_of(given, "base", inputs, kNone);
-  for (const py::handle term : attribute(given, "terms")) {
+  out.base = input_of(object, "base", inputs, kNone);
+  for (const py::handle term : attribute(object, "terms")) {
     const bool important = get<int>(term, "importance") >= 0;
     out.important = out.terms.empty() ? important : out.important;
     if (important != out.important) throw py::value_error("all terms have an importance, or none");
@@ -100,13 +101,13 @@ ParsedMaskedOutput masked_output_of(const py::handle& given, size_t inputs) {
                          test_of(attribute(term, "test")), attribute(term, "precomputed_mask")});
   }
   check_count(out.terms.size(), kMaxInputs, "terms");
-  out.elects_signs = get<bool>(given, "elects_signs");
-  out.divides = get<bool>(given, "divides");
-  out.has_sole_weights = get<bool>(given, "has_sole_weights");
-  out.least_share = get<double>(given, "least_share");
-  out.other_share = get<double>(given, "other_share");
-  out.limit = get<double>(given, "limit");
-  out.score = score_of(attribute(given, "score"));
+  out.elects_signs = get<bool>(object, "elects_signs");
+  out.divides = get<bool>(object, "divides");
+  out.has_sole_weights = get<bool>(object, "has_sole_weights");
+  out.least_share = get<double>(object, "least_share");
+  out.other_share = get<double>(object, "other_share");
+  out.limit = get<double>(object, "limit");
+  out.score = score_of(attribute(object, "score"));
   return out;
 }
 
@@ -116,15 +117,15 @@ void check_outputs(size_t described, const ParsedStep& step) {
   if (described != step.sinks.size()) throw py::value_error("as many outputs as sinks must be described");
 }
 
-void combine(const py::handle& given, ParsedStep* step) {
-  for (const py::handle row : attribute(given, "rows")) step->rows.push_back(parse_row(row, step->inputs.size()));
+void combine(const py::handle& object, ParsedStep* step) {
+  for (const py::handle row : attribute(object, "rows")) step->rows.push_back(parse_row(row, step->inputs.size()));
   check_outputs(step->rows.size(), *step);
 }
 
-void group_combine(const py::handle& given, ParsedStep* step) {
-  step->per = per_of(given);
+void group_combine(const py::handle& object, ParsedStep* step) {
+  step->per = per_of(object);
   if (step->per == Per::kTensor) throw py::value_error("groups are rows or columns");
-  for (const py::handle row : attribute(given, "rows")) {
+  for (const py::handle row : attribute(object, "rows")) {
     ParsedGroupRow parsed;
     parsed.pivot = input_of(row, "pivot", step->inputs.size(), "a row's pivot is none of the inputs");
     parsed.inputs = get<std::vector<int>>(row, "inputs");
@@ -139,32 +140,32 @@ void group_combine(const py::handle& given, ParsedStep* step) {
   check_outputs(step->group_rows.size(), *step);
 }
 
-void masked_sum(const py::handle& given, ParsedStep* step) {
-  for (const py::handle output : attribute(given, "outputs"))
+void masked_sum(const py::handle& object, ParsedStep* step) {
+  for (const py::handle output : attribute(object, "outputs"))
     step->outputs.push_back(masked_output_of(output, step->inputs.size()));
   check_outputs(step->outputs.size(), *step);
 }
 
-void measure(const py::handle& given, ParsedStep* step) {
-  step->per = per_of(given);
-  step->deltas = get<bool>(given, "deltas");
+void measure(const py::handle& object, ParsedStep* step) {
+  step->per = per_of(object);
+  step->deltas = get<bool>(object, "deltas");
 }
 
-void masked_stats(const py::handle& given, ParsedStep* step) {
-  for (const py::handle test : attribute(given, "tests")) step->tests.push_back(test_of(test));
+void masked_stats(const py::handle& object, ParsedStep* step) {
+  for (const py::handle test : attribute(object, "tests")) step->tests.push_back(test_of(test));
   if (step->tests.size() != step->inputs.size()) throw py::value_error("as many mask tests as inputs are needed");
-  step->score = score_of(attribute(given, "score"));
-  step->l1 = get<bool>(given, "l1");
-  step->squares = get<bool>(given, "squares");
-  step->fills = attribute(given, "fills");
+  step->score = score_of(attribute(object, "score"));
+  step->l1 = get<bool>(object, "l1");
+  step->squares = get<bool>(object, "squares");
+  step->fills = attribute(object, "fills");
 }
 
-void histogram(const py::handle& given, ParsedStep* step) {
-  step->score = score_of(attribute(given, "score"));
-  step->every = get<int64_t>(given, "every");
+void histogram(const py::handle& object, ParsedStep* step) {
+  step->score = score_of(attribute(object, "score"));
+  step->every = get<int64_t>(object, "every");
   const bool scores = step->score.kind != Score::kNone;
   if (scores && step->inputs.size() < 2) throw py::value_error("a score has two inputs or more");
-  for (const py::handle bracket : attribute(given, "brackets")) {
+  for (const py::handle bracket : attribute(object, "brackets")) {
     const ParsedBracket b{get<int>(bracket, "input"), get<uint32_t>(bracket, "low"), get<uint32_t>(bracket, "high"),
                           get<int>(bracket, "shift")};
     if (!scores && (b.input < 1 || size_t(b.input) >= step->inputs.size()))
@@ -207,36 +208,36 @@ const KindRow& kind_of(const std::string& name) {
 
 }  // namespace
 
-ParsedStep parse_step(const py::handle& given) {
-  const KindRow& row = kind_of(get<std::string>(given, "kind"));
+ParsedStep parse_step(const py::handle& object) {
+  const KindRow& row = kind_of(get<std::string>(object, "kind"));
   ParsedStep step;
   step.kind = row.kind;
   step.writes = row.writes;
-  step.numel = get<int64_t>(given, "numel");
-  step.columns = get<int64_t>(given, "columns");
+  step.numel = get<int64_t>(object, "numel");
+  step.columns = get<int64_t>(object, "columns");
   if (step.numel < 0) throw py::value_error("numel must not be negative");
-  for (const py::handle input : attribute(given, "inputs")) step.inputs.push_back(operand_of(input));
+  for (const py::handle input : attribute(object, "inputs")) step.inputs.push_back(operand_of(input));
   check_count(step.inputs.size(), kMaxInputs, "inputs");
   if (row.writes) {
-    step.sinks = get<std::vector<int>>(given, "sinks");
-    step.offsets = get<std::vector<int64_t>>(given, "offsets");
+    step.sinks = get<std::vector<int>>(object, "sinks");
+    step.offsets = get<std::vector<int64_t>>(object, "offsets");
     check_count(step.sinks.size(), kMaxOutputs, "outputs");
     if (step.offsets.size() != step.sinks.size()) throw py::value_error("as many offsets as sinks are needed");
   }
   if (row.sums) {
-    step.out_dtype = dtype_of(get<int>(given, "out_dtype"));
-    step.keys = get<std::vector<uint64_t>>(given, "keys");
+    step.out_dtype = dtype_of(get<int>(object, "out_dtype"));
+    step.keys = get<std::vector<uint64_t>>(object, "keys");
     if (!step.keys.empty() && step.keys.size() != step.sinks.size())
       throw py::value_error("stochastic rounding needs a key per output");
   }
-  if (row.parse) row.parse(given, &step);
+  if (row.parse) row.parse(object, &step);
   return step;
 }
 
-ParsedRow parse_row(const py::handle& given, size_t inputs) {
+ParsedRow parse_row(const py::handle& object, size_t inputs) {
   ParsedRow row{
-      input_of(given, "pivot", inputs, "a row's pivot is none of the inputs"), get<double>(given, "total"), {}};
-  for (const auto& [input, weight] : get<std::vector<std::pair<int, double>>>(given, "terms")) {
+      input_of(object, "pivot", inputs, "a row's pivot is none of the inputs"), get<double>(object, "total"), {}};
+  for (const auto& [input, weight] : get<std::vector<std::pair<int, double>>>(object, "terms")) {
     if (input < 0 || size_t(input) >= inputs) throw py::value_error("a row's term is none of the inputs");
     row.terms.push_back({input, weight});
   }

@@ -39,14 +39,14 @@ std::shared_ptr<RowMap> gathered_of(const ParsedOperand& operand, size_t sources
   return map;
 }
 
-std::shared_ptr<Decoding> decoding_of(const ParsedDecoder& given, size_t sources, int64_t numel) {
-  if (given.name.empty()) return nullptr;
-  const Decoder* decoder = find_decoder(given.name.c_str());
-  if (!decoder) throw py::value_error("no such decoder: " + given.name);
+std::shared_ptr<Decoding> decoding_of(const ParsedDecoder& parsed, size_t sources, int64_t numel) {
+  if (parsed.name.empty()) return nullptr;
+  const Decoder* decoder = find_decoder(parsed.name.c_str());
+  if (!decoder) throw py::value_error("no such decoder: " + parsed.name);
   std::vector<Decoding::Companion> companions;
-  for (const ParsedDecoder::Companion& c : given.companions)
+  for (const ParsedDecoder::Companion& c : parsed.companions)
     companions.push_back({source_of(c.source, sources), c.offset, c.bytes});
-  return std::make_shared<Decoding>(*decoder, numel, given.columns, std::move(companions), given.parameters);
+  return std::make_shared<Decoding>(*decoder, numel, parsed.columns, std::move(companions), parsed.parameters);
 }
 
 Operand operand_of(const ParsedStep& step, const ParsedOperand& operand, size_t sources) {
@@ -72,22 +72,22 @@ std::vector<DType> dtypes_of(const Step& step) {
 
 // ---- kinds: each completes a step whose inputs, sinks, offsets, keys and numel are there already --------------------
 
-void combine(const ParsedStep& given, const Backend& backend, Step* step) {
+void combine(const ParsedStep& parsed, const Backend& backend, Step* step) {
   std::vector<Row> rows;
   std::vector<std::vector<Term>> terms;
-  for (const ParsedRow& row : given.rows) {
+  for (const ParsedRow& row : parsed.rows) {
     terms.push_back(row.terms);
     rows.push_back({row.pivot, 0, row.total, nullptr});
   }
   step->sum = std::make_shared<PlainSum>(backend, std::move(rows), std::move(terms));
 }
 
-void group_combine(const ParsedStep& given, const Backend& backend, Step* step) {
-  const int64_t columns = columns_of(given, step->numel);
-  const bool per_row = given.per == Per::kRow;
+void group_combine(const ParsedStep& parsed, const Backend& backend, Step* step) {
+  const int64_t columns = columns_of(parsed, step->numel);
+  const bool per_row = parsed.per == Per::kRow;
   const int64_t groups = per_row ? step->numel / columns : columns;
   std::vector<GroupSum::Output> outputs;
-  for (const ParsedGroupRow& row : given.group_rows) {
+  for (const ParsedGroupRow& row : parsed.group_rows) {
     if (row.totals.size() != groups)
       throw py::value_error("a row has " + std::to_string(row.totals.size()) + " totals for " + std::to_string(groups) +
                             " rows or columns");
@@ -96,42 +96,42 @@ void group_combine(const ParsedStep& given, const Backend& backend, Step* step) 
   step->sum = std::make_shared<GroupSum>(backend, std::move(outputs), per_row, columns, groups);
 }
 
-void measure(const ParsedStep& given, const Backend& backend, Step* step) {
-  const bool deltas = given.deltas;
-  if (given.per == Per::kTensor)
+void measure(const ParsedStep& parsed, const Backend& backend, Step* step) {
+  const bool deltas = parsed.deltas;
+  if (parsed.per == Per::kTensor)
     step->survey = std::make_shared<MeasureSurvey>(backend, dtypes_of(*step), step->numel, deltas);
-  else if (given.per == Per::kRow)
+  else if (parsed.per == Per::kRow)
     step->survey =
-        std::make_shared<MeasureRows>(backend, dtypes_of(*step), step->numel, deltas, columns_of(given, step->numel));
+        std::make_shared<MeasureRows>(backend, dtypes_of(*step), step->numel, deltas, columns_of(parsed, step->numel));
   else
     step->survey = std::make_shared<MeasureColumns>(backend, dtypes_of(*step), step->numel, deltas,
-                                                    columns_of(given, step->numel));
+                                                    columns_of(parsed, step->numel));
 }
 
-void divergence(const ParsedStep& given, const Backend& backend, Step* step) {
-  step->survey = std::make_shared<Divergence>(backend, dtypes_of(*step), step->numel, columns_of(given, step->numel));
+void divergence(const ParsedStep& parsed, const Backend& backend, Step* step) {
+  step->survey = std::make_shared<Divergence>(backend, dtypes_of(*step), step->numel, columns_of(parsed, step->numel));
 }
 
 // Ranks hold places in a row as 32 bits.
-int64_t ranked_columns_of(const ParsedStep& given, const Step& step) {
-  const int64_t columns = columns_of(given, step.numel);
+int64_t ranked_columns_of(const ParsedStep& parsed, const Step& step) {
+  const int64_t columns = columns_of(parsed, step.numel);
   if (columns > int64_t(0xffffffff)) throw py::value_error("columns must be below 2**32");
   return columns;
 }
 
-OwnScore score_of(const ParsedScore& given, int64_t rows) {
+OwnScore score_of(const ParsedScore& parsed, int64_t rows) {
   OwnScore own{};
-  own.score = {given.kind, given.min_bits, nullptr};
-  own.factors.resize(given.factors.size() / sizeof(float));
-  if (!own.factors.empty()) memcpy(own.factors.data(), given.factors.data(), own.factors.size() * sizeof(float));
+  own.score = {parsed.kind, parsed.min_bits, nullptr};
+  own.factors.resize(parsed.factors.size() / sizeof(float));
+  if (!own.factors.empty()) memcpy(own.factors.data(), parsed.factors.data(), own.factors.size() * sizeof(float));
   if (own.score.kind == Score::kDivergence && int64_t(own.factors.size()) != rows)
     throw py::value_error("a divergence needs a factor per row");
   return own;
 }
 
-MaskedOutput masked_output_of(const ParsedMaskedOutput& given, int64_t numel, int64_t rows) {
+MaskedOutput masked_output_of(const ParsedMaskedOutput& parsed, int64_t numel, int64_t rows) {
   MaskedOutput out{};
-  for (const ParsedTerm& term : given.terms) {
+  for (const ParsedTerm& term : parsed.terms) {
     out.terms.push_back(
         {term.input, term.importance, term.weight, term.sign_weight, term.share, term.sole_weight, term.test, nullptr});
     if (term.precomputed.is_none()) continue;
@@ -142,33 +142,33 @@ MaskedOutput masked_output_of(const ParsedMaskedOutput& given, int64_t numel, in
     out.terms.back().precomputed = masks->mask(index);
     out.masks.push_back(masks);
   }
-  out.row.base = given.base;
-  out.row.elects_signs = given.elects_signs;
-  out.row.divides = given.divides;
-  out.row.has_sole_weights = given.has_sole_weights;
-  out.row.important = given.important;
-  out.row.least_share = given.least_share;
-  out.row.other_share = given.other_share;
-  out.row.limit = given.limit;
-  out.score = score_of(given.score, rows);
+  out.row.base = parsed.base;
+  out.row.elects_signs = parsed.elects_signs;
+  out.row.divides = parsed.divides;
+  out.row.has_sole_weights = parsed.has_sole_weights;
+  out.row.important = parsed.important;
+  out.row.least_share = parsed.least_share;
+  out.row.other_share = parsed.other_share;
+  out.row.limit = parsed.limit;
+  out.score = score_of(parsed.score, rows);
   return out;
 }
 
-void masked_sum(const ParsedStep& given, const Backend& backend, Step* step) {
-  const int64_t columns = ranked_columns_of(given, *step);
+void masked_sum(const ParsedStep& parsed, const Backend& backend, Step* step) {
+  const int64_t columns = ranked_columns_of(parsed, *step);
   std::vector<MaskedOutput> outputs;
-  for (const ParsedMaskedOutput& output : given.outputs)
+  for (const ParsedMaskedOutput& output : parsed.outputs)
     outputs.push_back(masked_output_of(output, step->numel, step->numel / columns));
   step->sum = std::make_shared<MaskedSum>(backend, dtypes_of(*step), std::move(outputs), columns);
 }
 
-void masked_stats(const ParsedStep& given, const Backend& backend, Step* step) {
-  const int64_t columns = ranked_columns_of(given, *step);
-  MaskedStatsRequest request{given.tests, score_of(given.score, step->numel / columns), given.l1, given.squares,
-                             nullptr,     std::vector<int>(given.tests.size(), -1)};
-  if (!given.fills.is_none()) {
-    const auto masks = given.fills.attr("masks").cast<std::shared_ptr<Masks>>();
-    request.places = given.fills.attr("places").cast<std::vector<int>>();
+void masked_stats(const ParsedStep& parsed, const Backend& backend, Step* step) {
+  const int64_t columns = ranked_columns_of(parsed, *step);
+  MaskedStatsRequest request{parsed.tests, score_of(parsed.score, step->numel / columns), parsed.l1, parsed.squares,
+                             nullptr,      std::vector<int>(parsed.tests.size(), -1)};
+  if (!parsed.fills.is_none()) {
+    const auto masks = parsed.fills.attr("masks").cast<std::shared_ptr<Masks>>();
+    request.places = parsed.fills.attr("places").cast<std::vector<int>>();
     if (masks->numel() != step->numel || request.places.size() != request.tests.size())
       throw py::value_error("masks are needed of this tensor, and a place among them or -1 per input");
     for (const int place : request.places)
@@ -180,12 +180,12 @@ void masked_stats(const ParsedStep& given, const Backend& backend, Step* step) {
       std::make_shared<MaskedStatsSurvey>(backend, dtypes_of(*step), std::move(request), step->numel, columns);
 }
 
-void histogram(const ParsedStep& given, const Backend& backend, Step* step) {
-  const int64_t columns = columns_of(given, step->numel);
+void histogram(const ParsedStep& parsed, const Backend& backend, Step* step) {
+  const int64_t columns = columns_of(parsed, step->numel);
   std::vector<Histogram::Ranked> ranked;
-  for (const ParsedBracket& b : given.brackets) ranked.push_back({b.input, b.low, b.high, b.shift});
-  step->survey = std::make_shared<Histogram>(backend, dtypes_of(*step), std::move(ranked), given.every,
-                                             score_of(given.score, step->numel / columns), columns);
+  for (const ParsedBracket& b : parsed.brackets) ranked.push_back({b.input, b.low, b.high, b.shift});
+  step->survey = std::make_shared<Histogram>(backend, dtypes_of(*step), std::move(ranked), parsed.every,
+                                             score_of(parsed.score, step->numel / columns), columns);
 }
 
 // How each kind works. Bytes that must be equal in all inputs have neither a sum nor a survey.
@@ -201,8 +201,8 @@ constexpr KindRow kKinds[] = {
 
 }  // namespace
 
-Step step_of(const py::handle& given, const Backend& backend, size_t sources, size_t sinks, bool stochastic) {
-  const ParsedStep parsed = parse_step(given);
+Step step_of(const py::handle& object, const Backend& backend, size_t sources, size_t sinks, bool stochastic) {
+  const ParsedStep parsed = parse_step(object);
   Step step;
   step.numel = parsed.numel;
   for (const ParsedOperand& operand : parsed.inputs) step.inputs.push_back(operand_of(parsed, operand, sources));

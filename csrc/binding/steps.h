@@ -13,9 +13,9 @@ namespace fi {
 
 // A file descriptor, or ("memory", address, bytes).
 template <class Handle>
-std::vector<Handle> handles_of(const pybind11::sequence& given) {
+std::vector<Handle> handles_of(const pybind11::sequence& sequence) {
   std::vector<Handle> handles;
-  for (const pybind11::handle h : given) {
+  for (const pybind11::handle h : sequence) {
     const int index = int(handles.size());
     if (pybind11::isinstance<pybind11::int_>(h)) {
       handles.emplace_back(index, h.cast<int>());
@@ -29,7 +29,7 @@ std::vector<Handle> handles_of(const pybind11::sequence& given) {
 }
 
 // A step from an object of fastinterp/ops/steps.py. Throws pybind11::value_error, or what a conversion throws.
-Step step_of(const pybind11::handle& given, const Backend& backend, size_t sources, size_t sinks, bool stochastic);
+Step step_of(const pybind11::handle& object, const Backend& backend, size_t sources, size_t sinks, bool stochastic);
 
 // Adds the classes of the counts that a histogram answers with, and of the masks that statistics of masked deltas fill;
 // and what folds the answers of a tensor's pieces.

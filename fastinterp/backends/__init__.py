@@ -1,1 +1,1 @@
-"""What computes: the native pump on the CPU, accelerators through CUDA and Triton. No files, recipes, methods."""
+"""Backends: the native pump on the CPU, and accelerators through CUDA and Triton. No files, recipes, methods."""

@@ -1,4 +1,4 @@
-"""The native pump: reads, combines, measures and writes on threads of its own, while Python only watches."""
+"""The native pump: reads, combines, measures and writes on native threads, while Python waits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = [
     "reserve", "survey", "watch",
 ]  # fmt: skip
 
-# (kind, address, bytes): of kind "memory" the host's, of kind "device" an accelerator's, which the pump does not take.
+# (kind, address, bytes): kind "memory" is memory of the host; "device" that of an accelerator, which the pump rejects.
 Memory = tuple[str, int, int]
 Handle = int | Memory  # a source or sink: a file descriptor, or memory
 
@@ -27,7 +27,7 @@ def memory_address(handle: Handle) -> int:
     return handle[1]
 
 
-# Called from the thread that runs the merge, about ten times a second, with bytes done and bytes to do (read and
+# Called from the thread that runs the merge, about ten times a second, with bytes done and bytes in total (read and
 # written together).
 Progress = Callable[[int, int], None]
 
@@ -35,15 +35,15 @@ _TICK_S = 0.1
 
 
 class PumpOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a pump works. The compiled code reads the attributes.
+    """The options of a pump. The compiled code reads the attributes.
 
     isa           instruction set of the kernels; empty: the best of this machine
-    write_bytes   of one output at a time
-    read_bytes    of one input at a time
-    stochastic    round at random at the store, by the keys of the steps
-    fp8_saturate  what becomes of numbers beyond those of 8-bit floats: the largest; else Inf or NaN
-    prefetch      files are not in the page cache: ask for them early
-    stats_every   of the steps that write: chunk c of a tensor is sampled iff c % stats_every == 0; 0 samples none
+    write_bytes   bytes of one output that are written at a time
+    read_bytes    bytes of one input that are read at a time
+    stochastic    round stochastically at the store, by the keys of the steps
+    fp8_saturate  numbers beyond the range of an 8-bit float become the largest; else Inf or NaN
+    prefetch      files are not in the page cache: request read-ahead
+    stats_every   in steps that write: chunk c of a tensor is sampled iff c % stats_every == 0; 0 samples none
     """
 
     isa: str = ""
@@ -57,9 +57,11 @@ class PumpOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def watch(pump: Pump, total: int, progress: Progress | None) -> None:
-    """Run the pump to its end, or to the first exception here (Ctrl-C): its threads have ended when this returns.
+    """Run the pump to its end, or to the first exception in this thread (Ctrl-C).
 
-    They have ended even if another exception comes while they are waited for: they use files that are closed next.
+    All its threads have ended on return, even if another exception is raised while they are joined: they use files that
+    are closed next.
+
     total  bytes that it will read and write, for `progress`
     """
     try:
@@ -92,7 +94,7 @@ def survey(
 ) -> list[Answer]:
     """The answers of steps that write nothing, in order.
 
-    explained  the pump's error as the exception to raise
+    explained  translates the error tuple of the pump into the exception to raise
     total      bytes that are read, for `progress`
     """
     if not steps:

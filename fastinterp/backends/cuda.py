@@ -1,4 +1,4 @@
-"""Accelerators of NVIDIA by the extension fastinterp._cuda. See device.py for what a device is."""
+"""Devices of NVIDIA through the extension fastinterp._cuda: Device of device.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _native() -> ModuleType:
 
 
 def device_count() -> int:
-    """How many devices there are.
+    """The number of devices.
 
     Raises: BackendError, if this build has no CUDA kernels, or there is no driver for them.
     """
@@ -45,7 +45,7 @@ def device(index: int) -> CudaDevice:
 
 
 class CudaDevice:
-    """One GPU. Its buffers, queues and events are those of fastinterp._cuda as they are."""
+    """One GPU. Its buffers, queues and events are the native ones of fastinterp._cuda."""
 
     backend = "cuda"
 

@@ -1,7 +1,7 @@
-"""The interface of an accelerator: memory, queues of work, and kernels for pieces of the pump's steps.
+"""The interface of an accelerator: memory, queues, and kernels for pieces of steps.
 
-Two backends have it, CUDA (`cuda.py`) and Triton (`triton/device.py`). Both work on memory that they are given by
-address, and know nothing of files, recipes or methods.
+Two backends implement it, CUDA (`cuda.py`) and Triton (`triton/device.py`). Both work on memory by address, and know
+nothing of files, recipes or methods.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from fastinterp.ops.steps import Step, SumStep
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
-    """Elements [first, first + numel) of a step's tensor, whose operands are in the device's memory.
+    """Elements [first, first + numel) of a step, with operands in the device's memory.
 
-    step          of the whole tensor; where its operands and outputs are is not looked at
+    step          the step of the whole tensor; the locations of its operands and outputs are ignored
     inputs        addresses of the piece's elements, one per input
     outputs       addresses, one per output
-    stats_every   chunk c of the tensor is sampled iff c % stats_every == 0; 0 samples none, and then nothing is counted
-                  either
-    fp8_saturate  what becomes of numbers beyond those of 8-bit floats: the largest; else Inf or NaN
+    stats_every   chunk c of the tensor is sampled iff c % stats_every == 0; 0: no statistics, no counts either
+    fp8_saturate  numbers beyond the range of an 8-bit float become the largest; else Inf or NaN
 
-    Rounding is stochastic if the step has keys. Where a step may be cut: see its `grain`.
+    Rounding is stochastic if the step has keys. Pieces begin and end where `grain` of the step allows.
     """
 
     step: Step
@@ -37,19 +36,19 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def codes(self) -> tuple[int, ...]:
-        """Of the dtypes of the inputs."""
+        """The dtype codes of the inputs."""
         return tuple(operand.dtype for operand in self.step.inputs)
 
     @property
     def sum_step(self) -> SumStep:
-        """The step of a piece that writes. Raises: TypeError, if it does not."""
+        """The step, if it writes sums. Raises: TypeError, if it does not."""
         if not isinstance(self.step, SumStep):
             raise TypeError(f"pieces of kind {self.step.kind} write nothing")
         return self.step
 
 
 class Buffer(Protocol):
-    """Memory of the device, or of the host and ready for copies to and from it. Freed by `free`, or when collected."""
+    """Device memory, or pinned host memory for copies to and from the device. Freed by `free`, or when collected."""
 
     @property
     def address(self) -> int: ...
@@ -57,60 +56,60 @@ class Buffer(Protocol):
     def nbytes(self) -> int: ...
     @property
     def view(self) -> memoryview:
-        """Of host memory: its bytes, writable."""
+        """The bytes of host memory, writable."""
         ...
 
     def free(self) -> None: ...
 
 
 class Event(Protocol):
-    """A moment in a queue: passed when all that was put in before it has been done."""
+    """An event of a queue: complete when all work that was enqueued before it is done."""
 
     def done(self) -> bool: ...
     def wait(self) -> None:
-        """Wait here, on the host, without the GIL. Raises: BackendError, if something before it failed."""
+        """Block the host until it is complete, without the GIL. Raises: BackendError, if work before it failed."""
         ...
 
 
 class Pending(Protocol):
-    """What a piece answers, once an event that was recorded after it has passed."""
+    """The results of a piece, available once an event that was recorded after it is complete."""
 
     def answer(self) -> Any:
-        """As `_C.Pump.answers` has it, of this piece alone; None if it writes."""
+        """The answer of this piece, in the form of `_C.Pump.answers`; None if it writes."""
         ...
 
     def stats(self) -> list[dict[str, float]]:
-        """As `_C.Pump.stats` has it: one per output; empty if the piece answers."""
+        """The statistics of each output, in the form of `_C.Pump.stats`; empty if the piece does not write."""
         ...
 
 
 class Queue(Protocol):
-    """Work in order, beside the work of other queues: a stream. Nothing here waits for the device."""
+    """A stream: work in order, concurrent with that of other queues. No method waits for the device."""
 
     @property
     def handle(self) -> int: ...
     def upload(self, to: int, host: int, nbytes: int) -> None: ...
     def download(self, host: int, of: int, nbytes: int) -> None: ...
     def run(self, pieces: Sequence[Piece]) -> list[Pending]:
-        """Pieces of the same kind become one launch, as far as their description fits."""
+        """Enqueue kernels for pieces. Pieces of the same kind share a launch, as far as their arguments fit."""
         ...
 
     def record(self) -> Event: ...
     def after(self, event: Event) -> None:
-        """What is put in from now on begins after the event, which may be another queue's."""
+        """Work that is enqueued from now on begins after the event, which may be of another queue."""
         ...
 
 
 class Device(Protocol):
-    """One accelerator. Everything may raise BackendError, which names call, device and bytes; OutOfMemory, if there is
-    too little memory for a buffer."""
+    """One accelerator. All methods may raise BackendError, which names call, device and bytes; OutOfMemory, if a buffer
+    cannot be allocated."""
 
     @property
     def name(self) -> str: ...  # "cuda:0"
     @property
     def backend(self) -> str: ...  # "cuda" or "triton"
     @property
-    def label(self) -> str: ...  # for people: the product's name
+    def label(self) -> str: ...  # the product name, for messages
     def free_bytes(self) -> int: ...
     def memory(self, nbytes: int) -> Buffer: ...
     def host(self, nbytes: int) -> Buffer: ...
@@ -119,5 +118,5 @@ class Device(Protocol):
         ...
 
     def refuses(self, step: Step) -> str | None:
-        """Why no kernel here does this step, as "random masks by rank"; None if one does."""
+        """The reason why no kernel supports this step, such as "random masks by rank"; None if one does."""
         ...

@@ -1,4 +1,4 @@
-"""The accelerator on which a torch tensor lies, and the queue that torch's current stream is."""
+"""The device of a torch tensor, torch's current stream as a queue, and memory that torch allocates."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _opened: dict[int, Device] = {}
 
 
 def device_of(where: Any) -> Device:
-    """The device that a torch.device on CUDA names, with the kernels that `--device cuda` uses.
+    """The Device of a torch.device, with the backend that `--device cuda` chooses.
 
-    Raises: BackendError, if neither can be used.
+    Raises: BackendError, if none can be used.
     """
     number = _number(where)
     if number not in _opened:
@@ -25,53 +25,53 @@ def device_of(where: Any) -> Device:
 
 
 def current_queue(where: Any) -> Queue:
-    """What torch's current stream on that device is: work that is put in comes after all that torch has put in."""
+    """Torch's current stream on that device as a queue: its work comes after all that torch has enqueued."""
     return device_of(where).queue(_stream(_number(where)))
 
 
 def capturing(where: Any) -> bool:
-    """Whether work on that device goes into a CUDA graph now, so that nothing can be waited for."""
+    """Whether torch is capturing a CUDA graph on that device, so that nothing can be waited for."""
     return where is not None and _captures()
 
 
 def free_bytes(where: Any) -> int:
-    """Memory of that device that can still be had, what torch keeps for later included."""
+    """Free bytes of that device, those that torch has reserved but not allocated included."""
     return device_of(where).free_bytes() + _spare(_number(where))
 
 
 def memory(where: Any, nbytes: int, left: int = 0) -> Any:
-    """u8[nbytes] on that device, or None if it has no room for it, or less than `left` bytes besides."""
+    """u8[nbytes] on that device; None, if it does not fit with `left` bytes to spare."""
     if free_bytes(where) < nbytes + left:
         return None
     import torch
 
     try:
         return _bytes(nbytes, where)
-    except torch.OutOfMemoryError:  # there is room, but in parts
+    except torch.OutOfMemoryError:  # there is enough memory, but fragmented
         return None
 
 
 def pinned(nbytes: int) -> Any:
-    """u8[nbytes] of the host, which kernels reach by its address, and which copies do not go round. None: no room."""
+    """u8[nbytes] of pinned host memory, which kernels access by address. None, if it cannot be allocated."""
     try:
         return _bytes(nbytes, None)
     except RuntimeError:
         return None
 
 
-def one_place(tensors: list[tuple[str, Any]]) -> Any:
-    """The torch.device of all tensors, None for the CPU; tensors are given with what messages call them.
+def common_device(tensors: list[tuple[str, Any]]) -> Any:
+    """The torch.device that all tensors are on, None for the CPU. tensors: (name in messages, torch.device or None).
 
-    Raises: UsageError, which names two of them, if they are not on one device.
+    Raises: UsageError, which names two of them, if they are on different devices.
     """
-    first, place = tensors[0] if tensors else ("", None)
+    first, device = tensors[0] if tensors else ("", None)
     for name, where in tensors[1:]:
-        if where != place:
+        if where != device:
             raise UsageError(
-                f"{first} is on {place or 'cpu'}, but {name} on {where or 'cpu'}. All must be on one device. "
-                f"Use .to({str(place or 'cpu')!r})"
+                f"{first} is on {device or 'cpu'}, but {name} on {where or 'cpu'}. All must be on one device. "
+                f"Use .to({str(device or 'cpu')!r})"
             )
-    return place
+    return device
 
 
 def _number(where: Any) -> int:
@@ -79,7 +79,7 @@ def _number(where: Any) -> int:
 
 
 def _open(number: int) -> Device:
-    # AMD's GPUs are "cuda" in torch, too: those are Triton's, since CUDA's kernels find none.
+    # AMD's GPUs are "cuda" in torch, too: those get the Triton backend, since fastinterp._cuda finds no device.
     return find_devices(DeviceSpec("cuda", (number,)))[0]
 
 

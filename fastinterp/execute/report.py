@@ -318,6 +318,6 @@ def _importances(plan: Plan) -> list[str]:
     """Warnings about negative importances, if any recipe has side-cars."""
     if not any(recipe.sidecars for recipe in plan.recipes) and not any(t.before for t in plan.tensors):
         return []
-    from fastinterp.execute.importances import negative_importances
+    from fastinterp.execute.chunks import negative_importances
 
     return negative_importances(plan)

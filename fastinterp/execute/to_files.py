@@ -124,9 +124,9 @@ def _part(progress: Progress | None, before: int, total: int) -> Progress | None
 
 def write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: bytes | None, index_name: str) -> None:
     """Write everything beside the weights: copied side-cars, the model card, the index."""
-    copied = copy_sidecars(plan.origin.root, recipe.out_dtype or recipe.dtype)
-    for name, content in plan.aligned.sidecars(copied).items():
-        folder.write(name, content)
-    folder.write("README.md", model_card(recipe.text, plan.models, recipe.method.name, __version__).encode())
+    files = plan.aligned.sidecars(copy_sidecars(plan.origin.root, recipe.out_dtype or recipe.dtype))
+    files["README.md"] = model_card(recipe.text, plan.models, recipe.method.name, __version__).encode()
     if index is not None:
-        folder.write(index_name, index)
+        files[index_name] = index
+    for name, content in files.items():
+        folder.write(name, content)

@@ -8,7 +8,7 @@ from typing import Any
 from fastinterp.backends.cpu import Handle, PumpOptions, survey
 from fastinterp.backends.device import Piece
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.backends.torch_device import capturing, current_queue, one_place
+from fastinterp.backends.torch_device import capturing, common_device, current_queue
 from fastinterp.errors import BackendError, ShapeError, StorageError
 from fastinterp.in_memory.arrays import ArrayView, TorchTensors
 from fastinterp.ops.steps import Answer, Measure, Stored
@@ -26,7 +26,7 @@ def dots(of: Any, arrays: Sequence[Any], threads: int | None = None) -> list[flo
     Raises: UsageError, ShapeError, BackendError.
     """
     labelled = [("the first", of), *((f"array {i}", x) for i, x in enumerate(arrays))]
-    device = one_place([(name, TorchTensors.device(x)) for name, x in labelled])
+    device = common_device([(name, TorchTensors.device(x)) for name, x in labelled])
     view, *views = [TorchTensors.view(x, name) for name, x in labelled]
     for i, other in enumerate(views):
         if other[1] != view[1]:

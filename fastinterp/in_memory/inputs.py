@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastinterp.backends.cpu import Handle
-from fastinterp.backends.torch_device import one_place
+from fastinterp.backends.torch_device import common_device
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.in_memory.arrays import ArrayView, DLPackArrays, Library, TorchTensors, library_of
 from fastinterp.ops.dtypes import DType
@@ -81,7 +81,7 @@ class Inputs:
     def device(self) -> Any:
         """The torch.device of all tensors, None for the CPU. Raises: UsageError, if they are on several."""
         tensors = [(self._label(name, label), x) for label, arrays in self._all for name, x in arrays.items()]
-        return one_place([
+        return common_device([
             (label, None if isinstance(x, StoredTensor) else self.library.device(x))
             for label, x in tensors if self._is_like_first(x)
         ])  # fmt: skip

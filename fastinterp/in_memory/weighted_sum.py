@@ -9,7 +9,7 @@ from typing import Any
 from fastinterp.backends.cpu import combine
 from fastinterp.backends.device import Piece
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.backends.torch_device import current_queue, one_place
+from fastinterp.backends.torch_device import common_device, current_queue
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.in_memory.arrays import MERGED_DTYPES, ArrayView, library_of
 from fastinterp.messages import counted
@@ -70,7 +70,7 @@ def weighted_sum(
         raise ShapeError(f"out has shape {list(target.shape)}, the arrays have {list(shape)}")
     _refuse_overlap(views, target)
     labelled = [*((f"array {i}", x) for i, x in enumerate(inputs)), ("out", result)]
-    device = one_place([(label, library.device(x)) for label, x in labelled])
+    device = common_device([(label, library.device(x)) for label, x in labelled])
     _compute(views, row, target, device, threads)
     return library.export(result, terms[0]) if out is None else out
 

@@ -9,19 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
-from fastinterp.execute import importances
+from fastinterp.execute import chunks
 from fastinterp.inspect import samples
 from fastinterp.inspect.check_result import CheckResult, Finding
 from fastinterp.messages import counted, listed, plain
 from fastinterp.plan.models import Library, Model
 from fastinterp.plan.plan import Plan, make_plan
 from fastinterp.plan.vocabularies import align_models
-from fastinterp.recipe.chain import not_there, references
 from fastinterp.recipe.check import check_recipe, check_tensors
-from fastinterp.recipe.document import Document, RecipeSource, read_all
-from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read_all
 from fastinterp.recipe.load import Recipe
-from fastinterp.recipe.references import ModelRef
+from fastinterp.recipe.references import ModelRef, not_there, references
 
 _LISTED = 3  # names in a message, before the rest is only counted
 _SHARD = 5 * 10**9  # as merge's default: nothing is written here
@@ -263,7 +261,7 @@ def _check_samples(plan: Plan, known: Collection[str], findings: _Findings) -> i
             f"{counted(len(longer), 'tensor')} that no method merges must be the same in all models, and only the "
             f"first MB of each was compared: {listed(longer, _LISTED)}. Say whose to take: `integers: MODEL`"
         )
-    for warning in importances.negative_importances(plan):
+    for warning in chunks.negative_importances(plan):
         findings.add_warning(warning)
     sampled = samples.sample(plan)
     names = [plain(c.name) for c in plan.checkpoints]

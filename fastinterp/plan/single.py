@@ -14,9 +14,8 @@ from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
 from fastinterp.plan.tensors import dtype_warnings, plan_tensors, sidecar_refs
 from fastinterp.plan.vocabularies import AlignedModels, align_models
-from fastinterp.recipe.chain import not_there
 from fastinterp.recipe.load import Recipe
-from fastinterp.recipe.references import ModelRef
+from fastinterp.recipe.references import ModelRef, not_there
 from fastinterp.recipe.targets import Assembly
 
 

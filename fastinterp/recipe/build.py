@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 from fastinterp.errors import MethodError
 from fastinterp.messages import shown
 from fastinterp.methods import Method
-from fastinterp.recipe.document import Document
-from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.document import Document, ErrorCollector
 from fastinterp.recipe.merge_groups import Level, MergeGroup, MergeSource, Section
 from fastinterp.recipe.parameters import TOP, Levels
 from fastinterp.recipe.references import ModelRef, model_ref, refuse_beside

@@ -9,8 +9,7 @@ from typing import Any
 
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError
 from fastinterp.messages import shown, suggestion
-from fastinterp.recipe.document import RecipeSource, read_all
-from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.document import ErrorCollector, RecipeSource, read_all
 from fastinterp.recipe.load import Recipe, build_all, run_to_first_request
 from fastinterp.recipe.merge_groups import MergeGroup
 from fastinterp.recipe.references import ModelRef

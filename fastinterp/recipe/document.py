@@ -1,4 +1,4 @@
-"""Reads recipe text into plain values, with the line of every key: YAML, JSON, or a Python mapping.
+"""Reads recipe text into plain values, with the line of every key: YAML, JSON, or a Python mapping. Collects errors.
 
 YAML is read event by event, not as a node tree: libyaml's own composer recurses in C, and a file of a hundred
 thousand brackets kills the process.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, NoReturn
 
 import yaml
 from yaml.constructor import SafeConstructor
 
-from fastinterp.errors import RecipeError
+from fastinterp.errors import RecipeError, ShapeError
 from fastinterp.messages import clipped, shown
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -54,6 +55,29 @@ class Document:
         while spot not in self.lines and ("." in spot or "[" in spot):
             spot = spot[: max(spot.rfind("."), spot.rfind("["))]
         return kind(message, path=path, file=self.file, line=self.lines.get(spot))
+
+
+class ErrorCollector:
+    """A context manager that raises the first error of a recipe, or collects all of them.
+
+    It stands round each thing that can be wrong by itself: `with collector:`.
+
+    Without `collect` every exception passes through. With it, a RecipeError or ShapeError ends the block, is added to
+    `errors`, and the code after the block runs: what the block would have set must have a value before.
+    """
+
+    def __init__(self, *, collect: bool = False):
+        self.collect = collect
+        self.errors: list[RecipeError | ShapeError] = []
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if not self.collect or not isinstance(error, (RecipeError, ShapeError)):
+            return False
+        self.errors.append(error)
+        return True
 
 
 def read(source: RecipeSource, file: str | None = None) -> Document:

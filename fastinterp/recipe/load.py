@@ -12,11 +12,10 @@ from fastinterp.methods import Method
 from fastinterp.ops.combine import LARGEST, Combine, Tensor
 from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.recipe.build import Builder
-from fastinterp.recipe.document import Document, RecipeSource, read, read_all
-from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read, read_all
 from fastinterp.recipe.merge_groups import MergeGroup, Section, sidecar_paths
 from fastinterp.recipe.parameters import Resolver
-from fastinterp.recipe.references import ModelRef, model_ref
+from fastinterp.recipe.references import ModelRef, check_names, close_reference, model_ref, references
 from fastinterp.recipe.schema import RawRecipe, guessed_method, method_of, raw_recipe
 
 if TYPE_CHECKING:
@@ -106,8 +105,6 @@ class Recipe:
 
     def path_of(self, model: ModelRef) -> str:
         """Where the recipe names a model, or a side-car: `$.models[0].model`; `$`, if it does not."""
-        from fastinterp.recipe.chain import references
-
         written = [(ModelRef.of(text), path) for text, path in references(self.document.value, "$")]
         written += sidecar_paths(self.method, self.sections).items()
         # The long form has the path by itself.
@@ -169,8 +166,6 @@ def load_recipes(source: RecipeSource | Sequence[Mapping[str, Any]], *, file: st
 def build_all(documents: Sequence[Document], collector: ErrorCollector) -> tuple[Recipe, ...]:
     """The recipes of a source; fewer than it has documents, if errors were collected."""
     if len(documents) > 1:
-        from fastinterp.recipe.chain import check_names
-
         check_names(documents, collector)
     recipes: list[Recipe] = []
     for document in documents:
@@ -183,8 +178,6 @@ def build_all(documents: Sequence[Document], collector: ErrorCollector) -> tuple
 
 
 def _check_used(recipes: Sequence[Recipe], collector: ErrorCollector) -> None:
-    from fastinterp.recipe.chain import close_reference
-
     used = {i for recipe in recipes for i in recipe.earlier.values()}
     for i, recipe in enumerate(recipes[:-1]):
         if i not in used and recipe.name is not None:

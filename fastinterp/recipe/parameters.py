@@ -12,8 +12,7 @@ from typing import Any
 from fastinterp.errors import MethodError, RecipeError
 from fastinterp.messages import clipped, shown, suggestion
 from fastinterp.methods import Method, Parameter, Sidecar
-from fastinterp.recipe.document import Document
-from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.document import Document, ErrorCollector
 from fastinterp.recipe.layers import LayerPosition
 from fastinterp.recipe.merge_groups import Level, MergeGroup
 from fastinterp.recipe.references import model_ref

@@ -15,8 +15,7 @@ import msgspec
 from fastinterp.errors import MethodError, RecipeError
 from fastinterp.messages import clipped, suggestion
 from fastinterp.methods import Method, find, names
-from fastinterp.recipe.document import Document
-from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.document import Document, ErrorCollector
 
 T = TypeVar("T")
 

@@ -18,15 +18,21 @@ import msgspec
 
 from fastinterp.errors import RecipeError, ShapeError
 from fastinterp.messages import listed, shown
-from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.document import ErrorCollector
 from fastinterp.recipe.layers import LayerPosition, Layers, Stack
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.merge_groups import MergeGroup, MergeSource, Section
-from fastinterp.recipe.modules import tensors_of
 from fastinterp.recipe.parameters import Resolver
 
 MAX_LAYERS = 100_000  # of a stack that slices make: far above any model, and all of it is held
 _LISTED = 5  # names in a message before the rest is only counted
+
+# mergekit's names for parts of vision-language models, and how their tensors start in checkpoints.
+_ALIASES = {
+    "text_decoder": ("language_model", "text_model", "model.layers", "model.embed_tokens", "model.norm", "lm_head"),
+    "multi_modal_projector": ("multi_modal_projector", "mm_projector", "visual.merger"),
+    "vision_tower": ("vision_tower", "visual", "vision_model"),
+}
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -243,7 +249,7 @@ class Assembly:
     def _in_no_module(self, at: int) -> list[str]:
         inside: set[str] = set()
         for section in self._recipe.sections:
-            inside.update(tensors_of(section.name or "", self._names[at]))
+            inside.update(_module_tensors(section.name or "", self._names[at]))
         return [name for name in self._names[at] if name not in inside]
 
     # all of them
@@ -273,7 +279,7 @@ class Assembly:
 
     def _tensors(self, source: MergeSource, section: Section) -> Collection[str]:
         names = self._names[source.model]
-        return names if section.name is None else tensors_of(section.name, names)
+        return names if section.name is None else _module_tensors(section.name, names)
 
     def _layers_of(self, source: MergeSource, section: Section) -> Layers:
         key = source.model, section.name
@@ -316,3 +322,24 @@ class Assembly:
         ]
         message = f"the models have different tensors: {'; '.join(differences)}"
         raise ShapeError(f"{message}. Only models of one architecture merge")
+
+
+def _module_tensors(module: str, names: Collection[str]) -> list[str]:
+    """The names that start with `module.` or `model.module.`; all of them for mergekit's `default`.
+
+    Where there are none, the three names that mergekit has for parts of vision-language models stand for what these are
+    called in checkpoints, the first that is there; a text_decoder has the head, too.
+    """
+    if module == "default":
+        return list(names)
+    tensors = _starting((module,), names)
+    if tensors or module not in _ALIASES:
+        return tensors
+    if module != "text_decoder":
+        return next((tensors for start in _ALIASES[module] if (tensors := _starting((start,), names))), [])
+    return _starting(_ALIASES[module], names)
+
+
+def _starting(starts: tuple[str, ...], names: Collection[str]) -> list[str]:
+    prefixes = tuple(f"{lead}{start.rstrip('.')}." for start in starts for lead in ("", "model."))
+    return [name for name in names if name.startswith(prefixes)]

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastinterp.messages import clipped, shown, suggestion
-from fastinterp.recipe.document import Document
-from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.document import Document, ErrorCollector
 from fastinterp.recipe.references import ModelRef, model_ref
 from fastinterp.recipe.schema import ModelTokenRow, RawRecipe, Reference, TokenItem, TokenizerItem, Unchecked, ZeroRow
 

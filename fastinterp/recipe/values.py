@@ -11,8 +11,7 @@ import msgspec
 from fastinterp.errors import RecipeError
 from fastinterp.messages import clipped, shown, suggestion
 from fastinterp.methods import Parameter
-from fastinterp.recipe.document import Document
-from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.document import Document, ErrorCollector
 from fastinterp.recipe.layers import LayerPosition
 
 

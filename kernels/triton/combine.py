@@ -1,4 +1,4 @@
-"""Weighted sums: rules 2, 3 and 11 of docs/NUMERICS.md, and what the report tells of them.
+"""Weighted sums: rules 2, 3 and 11 of docs/NUMERICS.md, and statistics of their outputs.
 
 The inputs of a piece are in the order of its sum: the pivot, then the terms. Its numbers are the total and the weights
 of the terms, for each output; by row or by column the totals of all groups and then, group by group, the weights.
@@ -41,17 +41,17 @@ COPY = tl.constexpr(4)  # the pivot, bit for bit
 
 @triton.jit
 def _numbers_at(row, numbers, j, e0, lanes, N: tl.constexpr, PER: tl.constexpr):
-    """Where the total of each element's group stands, and the first weight; pointers, of one element if PLAIN."""
-    own = numbers + tl.load(row + NUMBERS)
+    """The addresses of the total and of the first weight of each element's group; of one element if PLAIN."""
+    first = numbers + tl.load(row + NUMBERS)
     if PER == PLAIN:
-        total = own + j * N
+        total = first + j * N
         weights = total + 1
     else:
         groups = tl.load(row + GROUPS)
-        place, column = place_of(e0, tl.load(row + COLUMNS), lanes)
-        group = place - tl.load(row + GROUP) if PER == BY_ROW else column
-        total = own + j * groups * N + group
-        weights = own + j * groups * N + groups + group * (N - 1)
+        tensor_row, column = place_of(e0, tl.load(row + COLUMNS), lanes)
+        group = tensor_row - tl.load(row + GROUP) if PER == BY_ROW else column
+        total = first + j * groups * N + group
+        weights = first + j * groups * N + groups + group * (N - 1)
     return total, weights
 
 
@@ -72,7 +72,7 @@ def _sum(
 ):
     """Pivot, sum of the terms and result of output j at elements `offs` of the piece, e0 + lanes of the tensor.
 
-    xs  all inputs, widened; or the pivot alone, if the others are to be read here
+    xs  all inputs, widened; or the pivot alone, if the others are read here
     """
     p = xs[0]
     acc = tl.zeros_like(p)
@@ -116,7 +116,7 @@ def combine_kernel(
     PER: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     SATURATE: tl.constexpr,
-    TELL: tl.constexpr,  # whether flags are wanted
+    MARK_NONFINITE: tl.constexpr,  # whether to set flags
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,  # elements of a tile
     STEPS: tl.constexpr,
@@ -146,7 +146,7 @@ def combine_kernel(
             word = random_words(e0 + lanes, tl.load(outs + outputs + j)) if STOCHASTIC else 0
             codes = narrow(y, word, OUT, STOCHASTIC, SATURATE)
         store_codes(tl.load(outs + j), offs, codes, mask, OUT, ALIGN)
-        if TELL:
+        if MARK_NONFINITE:
             bad = tl.max((is_nonfinite(codes, OUT) & mask).to(tl.int32), axis=0)
             tl.store(flags + tl.load(row + FLAGS) + j, 1, mask=bad > 0)
 
@@ -156,8 +156,8 @@ def effect_kernel(
     table,
     numbers,
     flags,
-    spans,  # i64[programs, 4]: row of the table, first element in the piece, elements, place of the answers
-    found,  # f64[answers, 4] or i64[answers, 4]: see effects.py; zeros, so far
+    spans,  # i64[programs, 4]: row of the table, first element in the piece, elements, index of the first answer
+    results,  # f64[answers, 4] or i64[answers, 4]: see effects.py; zeros before
     COUNTS: tl.constexpr,  # whether NaN and infinities are counted, where there are any; else how outputs moved
     N: tl.constexpr,
     DT: tl.constexpr,
@@ -168,7 +168,7 @@ def effect_kernel(
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What a pass tells of the outputs of some chunks: sums in any order, which is always this one."""
+    """Statistics of the outputs of some chunks. The order of their sums is fixed, but no part of the contract."""
     span = spans + tl.program_id(0) * 4
     row = table + tl.load(span) * (HEADER + N)
     begin = tl.load(span + 1)
@@ -181,7 +181,7 @@ def effect_kernel(
     outs = table + tl.load(row + OUTS)
     outputs = tl.load(row + ROWS)
     for j in range(outputs):
-        to = found + (tl.load(span + 3) + j) * 4
+        to = results + (tl.load(span + 3) + j) * 4
         out = tl.load(outs + j)
         if COUNTS:
             if tl.load(flags + tl.load(row + FLAGS) + j) != 0:

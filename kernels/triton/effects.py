@@ -1,4 +1,4 @@
-"""What a pass tells of an output: how far it moved from its pivot, and how often NaN and infinities occur."""
+"""Statistics of an output: the sums of its change from the pivot, and counts of NaN and Inf."""
 
 from __future__ import annotations
 

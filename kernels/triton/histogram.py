@@ -14,18 +14,18 @@ STRIP = tl.constexpr(contract.STRIP)
 
 @triton.jit
 def _count(mags, mask, bracket, bins, totals):
-    """Counts magnitudes in one bracket: its low, high, shift, first bin, and place among the totals."""
+    """Counts magnitudes in one bracket: its low, high, shift, first bin, and index among the totals."""
     low = tl.load(bracket).to(tl.uint32)
     high = tl.load(bracket + 1).to(tl.uint32)
     shift = tl.load(bracket + 2).to(tl.uint32)
-    own = bins + tl.load(bracket + 3)
+    first = bins + tl.load(bracket + 3)
     total = totals + tl.load(bracket + 4) * 2
     zero = mask & (mags == 0)
     inside = mask & (mags != 0) & (mags >= low) & (mags <= high)
-    tl.atomic_add(own + ((mags - low) >> shift).to(tl.int64), 1, mask=inside, sem="relaxed")
+    tl.atomic_add(first + ((mags - low) >> shift).to(tl.int64), 1, mask=inside, sem="relaxed")
     zeros = tl.sum(tl.sum(zero.to(tl.int32), axis=1), axis=0)
-    # Zeros are many, and adding to one place in memory again and again waits for the last addition each time.
-    tl.atomic_add(own, zeros, mask=(low == 0) & (zeros > 0), sem="relaxed")
+    # Zeros are many, and adding to one address again and again waits for the last addition each time.
+    tl.atomic_add(first, zeros, mask=(low == 0) & (zeros > 0), sem="relaxed")
     above = tl.sum(tl.sum((mask & (mags > high)).to(tl.int32), axis=1), axis=0)
     tl.atomic_add(total, above.to(tl.int64), mask=above > 0, sem="relaxed")
     tl.atomic_add(total + 1, zeros.to(tl.int64), mask=zeros > 0, sem="relaxed")
@@ -49,21 +49,21 @@ def histogram_kernel(
 ):
     program = tl.program_id(0)
     row = row_of(table, pieces, program, HEADER + N, STEPS)
-    own = table + tl.load(row + EXTRA)
-    every = tl.load(own)
+    words = table + tl.load(row + EXTRA)
+    every = tl.load(words)
     count = tl.load(row + COUNT)
     if ALIGN == 16:
         count = tl.multiple_of(count, 16)
     strip = ((program - tl.load(row)) * STRIPS + tl.arange(0, STRIPS)) * every
-    offs = tl.load(own + 1) * STRIP + strip[:, None] * STRIP + tl.arange(0, STRIP)[None, :]
+    offs = tl.load(words + 1) * STRIP + strip[:, None] * STRIP + tl.arange(0, STRIP)[None, :]
     mask = offs < count
     x0 = widen(load_codes(tl.load(row + HEADER), offs, mask, DT[0], ALIGN), DT[0], WIDE)
-    brackets = own + 3 + N
+    brackets = words + 3 + N
     if SCORE == NO_SCORE:
         for i in tl.static_range(1, N):
             x = widen(load_codes(tl.load(row + HEADER + i), offs, mask, DT[i], ALIGN), DT[i], WIDE)
             mags = magnitude(x - x0)
-            for b in range(tl.load(own + 2 + i), tl.load(own + 3 + i)):
+            for b in range(tl.load(words + 2 + i), tl.load(words + 3 + i)):
                 _count(mags, mask, brackets + b * 5, bins, totals)
     else:
         deltas = ()
@@ -72,5 +72,5 @@ def histogram_kernel(
             deltas = deltas + (x - x0,)
         factors = numbers + tl.load(row + NUMBERS)
         mags = magnitude(score_of(row, factors, deltas, tl.load(row + FIRST), offs, mask, SCORE))
-        for b in range(tl.load(own + 2), tl.load(own + 2 + N)):
+        for b in range(tl.load(words + 2), tl.load(words + 2 + N)):
             _count(mags, mask, brackets + b * 5, bins, totals)

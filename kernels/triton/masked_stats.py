@@ -1,4 +1,4 @@
-"""What keeps leave of deltas: rules 7 and 10 of docs/NUMERICS.md. Chunks as in measure.py; a piece is one row."""
+"""Statistics of masked deltas: rules 7 and 10 of docs/NUMERICS.md. Chunks as in measure.py; a piece is one row."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _deltas(inputs, offs, mask, DT: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.
 
 @triton.jit
 def _masks(row, extra, numbers, deltas, e0, offs, mask, RANDOM: tl.constexpr, SCORE: tl.constexpr):
-    """Of every delta which elements are kept."""
+    """The mask of every delta: which elements are kept."""
     high = mask
     if SCORE != NO_SCORE:
         factors = numbers + tl.load(row + NUMBERS)
@@ -44,15 +44,15 @@ def _masks(row, extra, numbers, deltas, e0, offs, mask, RANDOM: tl.constexpr, SC
 
 @triton.jit(do_not_specialize=["pieces"])
 def masked_stats_kernel(
-    table,  # i64: see table.py. EXTRA as in masked.py, GROUPS is the place of the first answer
+    table,  # i64: see table.py. EXTRA as in masked_sum.py, GROUPS is the index of the first answer
     numbers,  # f64: factors of a divergence
-    found,  # f64[answers, 3 * N]: L1 norms of deltas, then of what is kept of them, then its squares
-    counted,  # i32[answers, 2 * N]: elements that are kept, then those of them that another delta keeps
+    sums_out,  # f64[answers, 3 * N]: L1 norms of deltas, then of masked deltas, then squares of masked deltas
+    counts_out,  # i32[answers, 2 * N]: elements that are kept, then those that another delta keeps, too
     pieces,
     N: tl.constexpr,
     DT: tl.constexpr,
     WIDE: tl.constexpr,
-    OWN: tl.constexpr,  # (delta, ...), from 0: whose sums these are
+    DELTAS: tl.constexpr,  # (delta, ...), from 0: those that this launch sums
     RANDOM: tl.constexpr,
     SCORE: tl.constexpr,
     L1: tl.constexpr,
@@ -73,36 +73,36 @@ def masked_stats_kernel(
     extra = table + tl.load(row + EXTRA)
     chunk = (program - tl.load(row)) * TILES + tl.arange(0, TILES)
     begin = tl.multiple_of(chunk.to(tl.int64) * CHUNK, 16)
-    places = begin[:, None] + tl.arange(0, LANES)[None, :]
-    sums = _zeros(3 * len(OWN), TILES, tl.float64)
-    counts = _zeros(2 * len(OWN), TILES, tl.int32)
+    elements = begin[:, None] + tl.arange(0, LANES)[None, :]
+    sums = _zeros(3 * len(DELTAS), TILES, tl.float64)
+    counts = _zeros(2 * len(DELTAS), TILES, tl.int32)
     for start in range(0, tl.minimum(count, CHUNK), LANES):
-        offs = places + start
+        offs = elements + start
         mask = offs < count
         deltas = _deltas(inputs, offs, mask, DT, WIDE, ALIGN)
         masks = _masks(row, extra, numbers, deltas, first, offs, mask, RANDOM, SCORE)
-        keepers = tl.zeros([TILES, LANES], tl.int32)
+        masks_set = tl.zeros([TILES, LANES], tl.int32)
         for i in tl.static_range(N - 1):
-            keepers += masks[i].to(tl.int32)
+            masks_set += masks[i].to(tl.int32)
         all_sums = ()
         all_counts = ()
-        for k in tl.static_range(len(OWN)):
-            d = deltas[OWN[k]].to(tl.float64)
-            left = tl.where(masks[OWN[k]], d, 0.0)
+        for k in tl.static_range(len(DELTAS)):
+            d = deltas[DELTAS[k]].to(tl.float64)
+            left = tl.where(masks[DELTAS[k]], d, 0.0)
             l1 = sums[3 * k] + tl.abs(d) if L1 else sums[3 * k]
             kept_l1 = sums[3 * k + 1] + tl.abs(left) if L1 else sums[3 * k + 1]
             squares = tl.fma(left, left, sums[3 * k + 2]) if SQUARES else sums[3 * k + 2]
             all_sums = all_sums + (l1, kept_l1, squares)
-            one = masks[OWN[k]].to(tl.int32)
-            all_counts = all_counts + (counts[2 * k] + one, counts[2 * k + 1] + tl.where(keepers > 1, one, 0))
+            one = masks[DELTAS[k]].to(tl.int32)
+            all_counts = all_counts + (counts[2 * k] + one, counts[2 * k + 1] + tl.where(masks_set > 1, one, 0))
         sums = all_sums
         counts = all_counts
     answer = tl.load(row + GROUPS) + chunk
     here = begin < count
-    for k in tl.static_range(len(OWN)):
+    for k in tl.static_range(len(DELTAS)):
         for part in tl.static_range(3):
-            at = found + answer * 3 * N + part * N + OWN[k] + 1
+            at = sums_out + answer * 3 * N + part * N + DELTAS[k] + 1
             tl.store(at, fold(sums[3 * k + part], TILES, LANES, 8), mask=here)
         for part in tl.static_range(2):
-            at = counted + answer * 2 * N + part * N + OWN[k] + 1
+            at = counts_out + answer * 2 * N + part * N + DELTAS[k] + 1
             tl.store(at, fold(counts[2 * k + part], TILES, LANES, 8), mask=here)

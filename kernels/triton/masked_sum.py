@@ -1,8 +1,8 @@
 """Sums with masks: rule 14 of docs/NUMERICS.md.
 
-The inputs of a piece are what is read for one output, the base first. Its numbers are least and other share and the
-limit, then for each term its weight, vote, share, lone weight, and weight * 1e-6; then the factors of a divergence. At
-EXTRA stand the score's least magnitude and, for each term, least and most magnitude, random limit and Philox key.
+The inputs of a piece are those that one output reads, the base first. Its numbers: least share, other share, limit; for
+each term weight, sign weight, share, sole weight, and weight * 1e-6; then the factors of a divergence. The words at
+EXTRA: min_bits of the score; for each term min_bits, max_bits, limit of the random number, and Philox key.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ TERM_NUMBERS = tl.constexpr(5)
 
 
 @triton.jit
-def is_kept(d, keep, e, RANDOM: tl.constexpr):
-    """Rule 10. keep: where least, most, limit and key stand."""
+def is_kept(d, test, e, RANDOM: tl.constexpr):
+    """Whether elements pass a test, by rule 10. test: address of min_bits, max_bits, limit and key."""
     mag = magnitude(d).to(tl.int64)
-    kept = (mag >= tl.load(keep)) & (mag <= tl.load(keep + 1))
+    mask = (mag >= tl.load(test)) & (mag <= tl.load(test + 1))
     if RANDOM:
-        # Volatile, or compilers make the keys of all rounds before a loop, and have no registers left in it.
-        kept = kept & is_drawn(e, tl.load(keep + 2), tl.load(keep + 3, volatile=True))
-    return kept
+        # Volatile: else compilers compute the keys of all rounds before a loop, and spill registers in it.
+        mask = mask & is_drawn(e, tl.load(test + 2), tl.load(test + 3, volatile=True))
+    return mask
 
 
 @triton.jit
@@ -50,53 +50,53 @@ def _deltas(xs, most, TERMS: tl.constexpr, LIMITED: tl.constexpr):
 
 
 @triton.jit
-def _minus(deltas, kept, terms):
-    """Where the sum of the votes is negative."""
-    vote = tl.zeros_like(deltas[0])
+def _minus(deltas, masks, terms):
+    """Where the sum of the signed deltas is negative: the elected sign is minus."""
+    total = tl.zeros_like(deltas[0])
     for t in tl.static_range(len(deltas)):
-        own = tl.broadcast_to(tl.load(terms + t * TERM_NUMBERS + 1), vote.shape)
-        more = tl.fma(own.to(vote.dtype), deltas[t], vote)
-        vote = tl.where(kept[t] & (own != 0), more, vote)
-    return vote < 0
+        sign_weight = tl.broadcast_to(tl.load(terms + t * TERM_NUMBERS + 1), total.shape)
+        more = tl.fma(sign_weight.to(total.dtype), deltas[t], total)
+        total = tl.where(masks[t] & (sign_weight != 0), more, total)
+    return total < 0
 
 
 @triton.jit
-def _elected(d, vote, minus):
-    """Where a delta has the elected sign, under its vote (f64)."""
+def _elected(d, sign_weight, minus):
+    """Where a delta times its sign weight (f64) has the elected sign."""
     if d.dtype == tl.float64:
         negative = d.to(tl.int64, bitcast=True) < 0
     else:
         negative = d.to(tl.int32, bitcast=True) < 0
-    return (vote != 0) & ((d != d) | ((d != 0) & ((negative != (vote < 0)) == minus)))
+    return (sign_weight != 0) & ((d != d) | ((d != 0) & ((negative != (sign_weight < 0)) == minus)))
 
 
 @triton.jit
-def _step(deltas, kept, shares, terms, VOTES: tl.constexpr, DIVIDES: tl.constexpr, ALONE: tl.constexpr):
+def _step(deltas, masks, shares, terms, ELECTS: tl.constexpr, DIVIDES: tl.constexpr, SOLE: tl.constexpr):
     step = tl.zeros_like(deltas[0])
     share = tl.zeros_like(step)
-    alone = tl.zeros_like(step)
+    sole = tl.zeros_like(step)
     count = tl.zeros(step.shape, tl.int32)
-    minus = _minus(deltas, kept, terms) if VOTES else 0
+    minus = _minus(deltas, masks, terms) if ELECTS else 0
     for t in tl.static_range(len(deltas)):
-        own = terms + t * TERM_NUMBERS
+        numbers = terms + t * TERM_NUMBERS
         d = deltas[t]
-        takes = kept[t]
-        if VOTES:
-            takes = takes & _elected(d, tl.broadcast_to(tl.load(own + 1), d.shape), minus)
-        more = tl.fma(tl.broadcast_to(tl.load(own).to(step.dtype), step.shape), d, step)
+        takes = masks[t]
+        if ELECTS:
+            takes = takes & _elected(d, tl.broadcast_to(tl.load(numbers + 1), d.shape), minus)
+        more = tl.fma(tl.broadcast_to(tl.load(numbers).to(step.dtype), step.shape), d, step)
         step = tl.where(takes, more, step)
         if DIVIDES:
-            share = tl.where(takes, share + tl.load(own + 2).to(step.dtype), share)
-        if ALONE:
-            only = tl.fma(tl.broadcast_to(tl.load(own + 3).to(step.dtype), step.shape), d, tl.zeros_like(step))
-            alone = tl.where(takes, only, alone)
+            share = tl.where(takes, share + tl.load(numbers + 2).to(step.dtype), share)
+        if SOLE:
+            only = tl.fma(tl.broadcast_to(tl.load(numbers + 3).to(step.dtype), step.shape), d, tl.zeros_like(step))
+            sole = tl.where(takes, only, sole)
             count += takes.to(tl.int32)
     if DIVIDES:
         least = tl.load(shares).to(step.dtype)
         other = tl.load(shares + 1).to(step.dtype)
         step = divide(step, tl.where((share == 0) | (tl.abs(share) < least), other, share))
-    if ALONE:
-        step = tl.where(count == 1, alone, step)
+    if SOLE:
+        step = tl.where(count == 1, sole, step)
     return step
 
 
@@ -125,13 +125,13 @@ def _sum(
     TERMS: tl.constexpr,
     IMPORTANCE: tl.constexpr,
     RANDOM: tl.constexpr,
-    VOTES: tl.constexpr,
+    ELECTS: tl.constexpr,
     DIVIDES: tl.constexpr,
-    ALONE: tl.constexpr,
+    SOLE: tl.constexpr,
     LIMITED: tl.constexpr,
     SCORE: tl.constexpr,
 ):
-    """What is added to the base, at elements e0 + lanes of the tensor."""
+    """The change that is added to the base, at elements e0 + lanes of the tensor."""
     shares = numbers + tl.load(row + NUMBERS)
     terms = shares + SHARED_NUMBERS
     extra = table + tl.load(row + EXTRA)
@@ -143,10 +143,10 @@ def _sum(
         if SCORE != NO_SCORE:
             score = score_of(row, terms + len(TERMS) * TERM_NUMBERS, deltas, e0, lanes, mask, SCORE)
             high = magnitude(score).to(tl.int64) >= tl.load(extra)
-        kept = ()
+        masks = ()
         for t in tl.static_range(len(TERMS)):
-            kept = kept + (high & is_kept(deltas[t], extra + 1 + 4 * t, e0 + lanes, RANDOM[t]),)
-        step = _step(deltas, kept, shares, terms, VOTES, DIVIDES, ALONE)
+            masks = masks + (high & is_kept(deltas[t], extra + 1 + 4 * t, e0 + lanes, RANDOM[t]),)
+        step = _step(deltas, masks, shares, terms, ELECTS, DIVIDES, SOLE)
     return step
 
 
@@ -161,16 +161,16 @@ def masked_sum_kernel(
     OUT: tl.constexpr,
     WIDE: tl.constexpr,
     TERMS: tl.constexpr,  # (input, ...)
-    IMPORTANCE: tl.constexpr,  # the same, or ()
-    RANDOM: tl.constexpr,  # of each term: whether its keep is random
-    VOTES: tl.constexpr,
+    IMPORTANCE: tl.constexpr,  # importance input of each term, or ()
+    RANDOM: tl.constexpr,  # of each term: whether its mask is random
+    ELECTS: tl.constexpr,
     DIVIDES: tl.constexpr,
-    ALONE: tl.constexpr,
+    SOLE: tl.constexpr,
     LIMITED: tl.constexpr,
     SCORE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     SATURATE: tl.constexpr,
-    TELL: tl.constexpr,
+    MARK_NONFINITE: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
@@ -190,16 +190,16 @@ def masked_sum_kernel(
     for i in tl.static_range(N):
         codes = load_codes(tl.load(row + HEADER + i), offs, mask, DT[i], ALIGN)
         xs = xs + (widen(codes, DT[i], WIDE),)
-        if TELL:
+        if MARK_NONFINITE:
             bad = bad | is_nonfinite(codes, DT[i])
     step = _sum(
-        table, row, numbers, xs, e0, lanes, mask, TERMS, IMPORTANCE, RANDOM, VOTES, DIVIDES, ALONE, LIMITED, SCORE
+        table, row, numbers, xs, e0, lanes, mask, TERMS, IMPORTANCE, RANDOM, ELECTS, DIVIDES, SOLE, LIMITED, SCORE
     )
     outs = table + tl.load(row + OUTS)
     word = random_words(e0 + lanes, tl.load(outs + 1)) if STOCHASTIC else 0
     codes = narrow(xs[0] + step, word, OUT, STOCHASTIC, SATURATE)
     store_codes(tl.load(outs), offs, codes, mask, OUT, ALIGN)
-    if TELL:
+    if MARK_NONFINITE:
         bad = (bad | is_nonfinite(codes, OUT)) & mask
         tl.store(flags + tl.load(row + FLAGS), 1, mask=tl.max(bad.to(tl.int32), axis=0) > 0)
 
@@ -210,7 +210,7 @@ def masked_sum_effect_kernel(
     numbers,
     flags,
     spans,  # as in combine.py
-    found,
+    results,
     COUNTS: tl.constexpr,
     N: tl.constexpr,
     DT: tl.constexpr,
@@ -219,16 +219,16 @@ def masked_sum_effect_kernel(
     TERMS: tl.constexpr,
     IMPORTANCE: tl.constexpr,
     RANDOM: tl.constexpr,
-    VOTES: tl.constexpr,
+    ELECTS: tl.constexpr,
     DIVIDES: tl.constexpr,
-    ALONE: tl.constexpr,
+    SOLE: tl.constexpr,
     LIMITED: tl.constexpr,
     SCORE: tl.constexpr,
     SATURATE: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What a pass tells of the outputs of some chunks: of inputs, all NaN and infinities, since what is dropped does
+    """Statistics of the outputs of some chunks. All NaN and Inf of inputs are counted, of masked elements too: these do
     not reach the output."""
     span = spans + tl.program_id(0) * 4
     row = table + tl.load(span) * (HEADER + N)
@@ -240,7 +240,7 @@ def masked_sum_effect_kernel(
     first = tl.load(row + FIRST)
     lanes = tl.arange(0, BLOCK)
     out = tl.load(table + tl.load(row + OUTS))
-    to = found + tl.load(span + 3) * 4
+    to = results + tl.load(span + 3) * 4
     if COUNTS:
         if tl.load(flags + tl.load(row + FLAGS)) != 0:
             counts = no_counts(BLOCK)
@@ -262,7 +262,7 @@ def masked_sum_effect_kernel(
                 xs = xs + (widen(load_codes(tl.load(row + HEADER + i), offs, mask, DT[i], ALIGN), DT[i], WIDE),)
             step = _sum(
                 table, row, numbers, xs, first + start, lanes, mask,
-                TERMS, IMPORTANCE, RANDOM, VOTES, DIVIDES, ALONE, LIMITED, SCORE,
+                TERMS, IMPORTANCE, RANDOM, ELECTS, DIVIDES, SOLE, LIMITED, SCORE,
             )  # fmt: skip
             codes = load_codes(out, offs, mask, OUT, ALIGN)
             sums = add_effect(sums, xs[0], step, codes, mask, OUT, SATURATE)

@@ -1,8 +1,8 @@
 """Gram matrices, L1 norms and counts: rule 7 of docs/NUMERICS.md.
 
 Sums are of rows of COLUMNS elements; a tensor that is measured as a whole is one row. A program sums a chunk of one row
-in 256 lanes, which fold in pairs; or a column each in its lanes, over 64 rows. What chunks and blocks of rows come to
-is folded later.
+in 256 lanes, which fold in pairs; or a column each in its lanes, over 64 rows. The sums of chunks and of blocks of rows
+are folded later.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def _no_sums(COUNT: tl.constexpr, TILES: tl.constexpr, kind: tl.constexpr):
 
 @triton.jit
 def _addresses(row, N: tl.constexpr):
-    found = ()
+    addresses = ()
     for i in tl.static_range(N):
-        found = found + (tl.load(row + HEADER + i),)
-    return found
+        addresses = addresses + (tl.load(row + HEADER + i),)
+    return addresses
 
 
 @triton.jit
 def _codes(inputs, offs, apart, end, mask, DT: tl.constexpr, AHEAD: tl.constexpr, ALIGN: tl.constexpr):
-    """Of AHEAD steps, which are so far apart and end there: the codes of all inputs, step by step."""
+    """The codes of all inputs at AHEAD steps of `apart` elements up to `end`, step by step."""
     codes = ()
     for step in tl.static_range(AHEAD):
         at = offs + step * apart
@@ -57,33 +57,33 @@ def _vectors(codes, step: tl.constexpr, DT: tl.constexpr, WIDE: tl.constexpr, DE
 
 
 @triton.jit
-def _add(sums, counts, vectors, PAIRS: tl.constexpr, ALONE: tl.constexpr):
+def _add(sums, counts, vectors, PAIRS: tl.constexpr, NORMS: tl.constexpr):
     wide = ()
     for k in tl.static_range(len(vectors)):
         wide = wide + (vectors[k].to(tl.float64),)
     more = ()
     for k in tl.static_range(len(PAIRS)):
         more = more + (tl.fma(wide[PAIRS[k][0]], wide[PAIRS[k][1]], sums[k]),)
-    for k in tl.static_range(len(ALONE)):
-        more = more + (sums[len(PAIRS) + k] + tl.abs(wide[ALONE[k]]),)
+    for k in tl.static_range(len(NORMS)):
+        more = more + (sums[len(PAIRS) + k] + tl.abs(wide[NORMS[k]]),)
     counted = ()
-    for k in tl.static_range(len(ALONE)):
-        counted = counted + (counts[k] + tl.where(vectors[ALONE[k]] != 0, 1, 0),)
+    for k in tl.static_range(len(NORMS)):
+        counted = counted + (counts[k] + tl.where(vectors[NORMS[k]] != 0, 1, 0),)
     return more, counted
 
 
 @triton.jit(do_not_specialize=["pieces"])
 def measure_kernel(
-    table,  # i64: see table.py; NUMBERS is the place of the first answer
-    found,  # f64[answers, WIDTH]
-    counted,  # i32[answers, COUNTS]: elements that are not 0
+    table,  # i64: see table.py; NUMBERS is the index of the first answer
+    sums_out,  # f64[answers, WIDTH]
+    counts_out,  # i32[answers, COUNTS]: elements that are not 0
     pieces,
     DT: tl.constexpr,  # dtype codes of the inputs
     WIDE: tl.constexpr,
     DELTAS: tl.constexpr,
     PAIRS: tl.constexpr,  # ((i, j), ...): vectors whose products are summed
-    ALONE: tl.constexpr,  # (i, ...): vectors whose magnitudes are summed, and which are counted
-    PLACES: tl.constexpr,  # of these sums, and then of these counts, in an answer
+    NORMS: tl.constexpr,  # (i, ...): vectors whose magnitudes are summed, and which are counted
+    SUMS: tl.constexpr,  # columns of an answer for the products, the norms and the counts
     WIDTH: tl.constexpr,
     COUNTS: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -109,36 +109,36 @@ def measure_kernel(
         begin = tl.multiple_of(begin, 16)
         end = tl.multiple_of(end, 16)
     lanes = begin[:, None] + tl.arange(0, LANES)[None, :]
-    sums = _no_sums(len(PAIRS) + len(ALONE), TILES, tl.float64)
-    counts = _no_sums(len(ALONE), TILES, tl.int32)
+    sums = _no_sums(len(PAIRS) + len(NORMS), TILES, tl.float64)
+    counts = _no_sums(len(NORMS), TILES, tl.int32)
     codes = _codes(inputs, lanes, LANES, end[:, None], here[:, None], DT, AHEAD, ALIGN)
     for start in range(0, tl.minimum(columns, CHUNK), LANES * AHEAD):
-        # On their way while these are added: else bytes in flight would be few.
+        # Loaded while the current ones are added, to keep many bytes in flight.
         offs = lanes + start + LANES * AHEAD
         more = _codes(inputs, offs, LANES, end[:, None], here[:, None], DT, AHEAD, ALIGN)
         for step in tl.static_range(AHEAD):
-            sums, counts = _add(sums, counts, _vectors(codes, step, DT, WIDE, DELTAS), PAIRS, ALONE)
+            sums, counts = _add(sums, counts, _vectors(codes, step, DT, WIDE, DELTAS), PAIRS, NORMS)
         codes = more
     answer = tl.load(row + NUMBERS) + chunk
-    for k in tl.static_range(len(PAIRS) + len(ALONE)):
-        tl.store(found + answer * WIDTH + PLACES[k], fold(sums[k], TILES, LANES, 8), mask=here)
-    for k in tl.static_range(len(ALONE)):
-        at = PLACES[len(PAIRS) + len(ALONE) + k]
-        tl.store(counted + answer * COUNTS + at, fold(counts[k], TILES, LANES, 8), mask=here)
+    for k in tl.static_range(len(PAIRS) + len(NORMS)):
+        tl.store(sums_out + answer * WIDTH + SUMS[k], fold(sums[k], TILES, LANES, 8), mask=here)
+    for k in tl.static_range(len(NORMS)):
+        at = SUMS[len(PAIRS) + len(NORMS) + k]
+        tl.store(counts_out + answer * COUNTS + at, fold(counts[k], TILES, LANES, 8), mask=here)
 
 
 @triton.jit(do_not_specialize=["pieces"])
 def measure_columns_kernel(
     table,
-    found,  # f64[answers, WIDTH, columns], at NUMBERS * WIDTH * columns for a piece
-    counted,  # i32[answers, COUNTS, columns]
+    sums_out,  # f64[answers, WIDTH, columns], at NUMBERS * WIDTH * columns for a piece
+    counts_out,  # i32[answers, COUNTS, columns]
     pieces,
     DT: tl.constexpr,
     WIDE: tl.constexpr,
     DELTAS: tl.constexpr,
     PAIRS: tl.constexpr,
-    ALONE: tl.constexpr,
-    PLACES: tl.constexpr,
+    NORMS: tl.constexpr,
+    SUMS: tl.constexpr,
     WIDTH: tl.constexpr,
     COUNTS: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -146,7 +146,7 @@ def measure_columns_kernel(
     TILES: tl.constexpr,  # of a program: blocks of rows and LANES columns
     STEPS: tl.constexpr,
 ):
-    """Blocks of rows: answers are [blocks]. As measure_kernel, but each column has sums of its own."""
+    """Blocks of rows: answers are [blocks]. As measure_kernel, but with sums for each column."""
     program = tl.program_id(0)
     row = row_of(table, pieces, program, HEADER + len(DT), STEPS)
     columns = tl.load(row + COLUMNS)
@@ -159,8 +159,8 @@ def measure_columns_kernel(
     block = (tile // groups)[:, None]
     column = ((tile % groups) * LANES)[:, None] + tl.arange(0, LANES)[None, :]
     mask = (column < columns) & (block * BLOCK_ROWS < rows)
-    sums = _no_sums(len(PAIRS) + len(ALONE), TILES, tl.float64)
-    counts = _no_sums(len(ALONE), TILES, tl.int32)
+    sums = _no_sums(len(PAIRS) + len(NORMS), TILES, tl.float64)
+    counts = _no_sums(len(NORMS), TILES, tl.int32)
     offs = block * BLOCK_ROWS * columns + column
     end = tl.minimum(block * BLOCK_ROWS + BLOCK_ROWS, rows) * columns
     codes = _codes(inputs, offs, columns, end, mask, DT, AHEAD, ALIGN)
@@ -168,11 +168,11 @@ def measure_columns_kernel(
         offs += columns * AHEAD
         more = _codes(inputs, offs, columns, end, mask, DT, AHEAD, ALIGN)
         for step in tl.static_range(AHEAD):
-            sums, counts = _add(sums, counts, _vectors(codes, step, DT, WIDE, DELTAS), PAIRS, ALONE)
+            sums, counts = _add(sums, counts, _vectors(codes, step, DT, WIDE, DELTAS), PAIRS, NORMS)
         codes = more
     first = tl.load(row + NUMBERS)
-    for k in tl.static_range(len(PAIRS) + len(ALONE)):
-        tl.store(found + first * WIDTH + (block * WIDTH + PLACES[k]) * columns + column, sums[k], mask=mask)
-    for k in tl.static_range(len(ALONE)):
-        at = block * COUNTS + PLACES[len(PAIRS) + len(ALONE) + k]
-        tl.store(counted + first * COUNTS + at * columns + column, counts[k], mask=mask)
+    for k in tl.static_range(len(PAIRS) + len(NORMS)):
+        tl.store(sums_out + first * WIDTH + (block * WIDTH + SUMS[k]) * columns + column, sums[k], mask=mask)
+    for k in tl.static_range(len(NORMS)):
+        at = block * COUNTS + SUMS[len(PAIRS) + len(NORMS) + k]
+        tl.store(counts_out + first * COUNTS + at * columns + column, counts[k], mask=mask)

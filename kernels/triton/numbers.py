@@ -100,8 +100,8 @@ def widen(codes, D: tl.constexpr, WIDE: tl.constexpr):
 def _widen_small(
     codes, MANT: tl.constexpr, BIAS: tl.constexpr, INF: tl.constexpr, SIGN: tl.constexpr, SHIFT: tl.constexpr
 ):
-    """Moves the magnitude to its place in f32. A subnormal gets the exponent of the smallest normal number, and the
-    leading 1 that this implies is taken off again, exactly."""
+    """Moves the magnitude's bits to their position in f32. A subnormal gets the exponent of the smallest normal number,
+    and the leading 1 that this implies is subtracted again, exactly."""
     b = codes.to(tl.uint32)
     mag = b & (SIGN - 1)
     REBIAS: tl.constexpr = (127 - BIAS) << 23
@@ -183,9 +183,9 @@ def _round(
     finite = tl.where(mag < BOUND, mag, BOUND).to(U)
     exponent = finite & TOP_BITS
     field = tl.where(exponent > LEAST, exponent, LEAST).to(U)
-    own = (finite >> LONG).to(tl.int32)
-    sig = (finite & ((1 << LONG) - 1)) | tl.where(own > 0, 1 << LONG, 0).to(U)
-    drop = DROP + (field >> LONG).to(tl.int32) - tl.where(own > 0, own, 1)
+    biased = (finite >> LONG).to(tl.int32)
+    sig = (finite & ((1 << LONG) - 1)) | tl.where(biased > 0, 1 << LONG, 0).to(U)
+    drop = DROP + (field >> LONG).to(tl.int32) - tl.where(biased > 0, biased, 1)
     if STOCHASTIC:
         # word / 2^32 is added to what lies below the last place, and only the carry matters.
         sig = tl.where(drop > 60, 0, sig).to(U)
@@ -280,13 +280,13 @@ def random_words(e, key):
 
 @triton.jit
 def is_drawn(e, limit, key):
-    """Whether the random number of a keep is below its limit (i64, below 2**32)."""
+    """Whether the random number of an element is below the limit of its mask (i64, below 2**32)."""
     late = e % 128 >= 64
     word = _word_of(e, 128, key, 0)
     high = tl.where(late, word >> 16, word & 0xFFFF).to(tl.int64)
     drawn = high < (limit >> 16)
     ties = high == (limit >> 16)
-    # The number's low half is looked at only where the high one equals that of the limit.
+    # The number's low half is computed only where the high one equals that of the limit.
     if tl.max(tl.ravel(ties.to(tl.int32)), axis=0) > 0:
         word = _word_of(e, 128, key, 1)
         low = tl.where(late, word >> 16, word & 0xFFFF).to(tl.int64)
@@ -301,7 +301,7 @@ def is_drawn(e, limit, key):
 def fold(x, ROWS: tl.constexpr, COUNT: tl.constexpr, LEVELS: tl.constexpr):
     """The sums of rows of COUNT = 2**LEVELS numbers, in adjacent pairs: [ROWS, COUNT] to [ROWS].
 
-    `tl.sum` adds in an order of its own; of two numbers there is but one.
+    The order of `tl.sum` is not specified; of two numbers there is only one.
     """
     for level in tl.static_range(LEVELS):
         x = tl.sum(tl.reshape(x, [ROWS, COUNT >> (level + 1), 2]), axis=2)

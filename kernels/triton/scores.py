@@ -41,7 +41,7 @@ def score_of(row, factors, deltas, e0, lanes, mask, SCORE: tl.constexpr):
             away = deltas[i] - mean
             score = tl.fma(away, away, score)
     else:
-        place, _ = place_of(e0, tl.load(row + COLUMNS), lanes)
-        factor = tl.load(factors + place - tl.load(row + GROUP), mask=mask, other=0).to(deltas[0].dtype)
+        tensor_row, _ = place_of(e0, tl.load(row + COLUMNS), lanes)
+        factor = tl.load(factors + tensor_row - tl.load(row + GROUP), mask=mask, other=0).to(deltas[0].dtype)
         score = tl.abs(deltas[0]) * factor
     return score

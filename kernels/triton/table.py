@@ -1,18 +1,18 @@
-"""How a launch describes its pieces: rows of i64 in the device's memory, and numbers in f64 behind them.
+"""The table of a launch: a row of i64 per piece in the device's memory, followed by numbers in f64.
 
-A row is HEADER numbers and then the addresses of the piece's inputs:
+A row is HEADER words and then the addresses of the piece's inputs:
 
-TILE     number of the first tile: program p works on the last row whose TILE is at most p
-COUNT    elements
-FIRST    index, in the tensor, of the first of them
-OUTS     where, in the table, the addresses of its outputs stand, followed by their Philox keys
-ROWS     outputs
-NUMBERS  where, among the numbers, its own begin
-FLAGS    where, among the flags, those of its outputs begin
+TILE     index of the first tile: program p works on the last row whose TILE is at most p
+COUNT    number of elements
+FIRST    index of the first element in the tensor
+OUTS     index in the table of the addresses of its outputs, which their Philox keys follow
+ROWS     number of outputs
+NUMBERS  index of its first number among the numbers; or of its first answer
+FLAGS    index of the flag of its first output
 COLUMNS  length of a row of the tensor
-GROUP    row of the tensor that the first of the numbers belong to
-GROUPS   groups that have numbers
-EXTRA    where, in the table, more of the kernel's own stands
+GROUP    row of the tensor that its first number belongs to
+GROUPS   number of groups that have numbers
+EXTRA    index in the table of further words, which depend on the kernel
 """
 
 from __future__ import annotations

@@ -74,13 +74,13 @@ def compiled(kernel: Any, target: Any, arguments: str, constants: dict[str, Any]
 def weighted(codes: tuple[int, ...], out: int, **others: Any) -> dict[str, Any]:
     plain = {
         "N": len(codes), "DT": codes, "OUT": out, "WIDE": F64 in codes, "PER": 0, "STOCHASTIC": False, "SATURATE": True,
-        "TELL": True, "ALIGN": 16, "BLOCK": 2048, "STEPS": 4,
+        "MARK_NONFINITE": True, "ALIGN": 16, "BLOCK": 2048, "STEPS": 4,
     }  # fmt: skip
     return plain | others
 
 
 def effect(constants: dict[str, Any], counts: bool) -> dict[str, Any]:
-    kept = {name: value for name, value in constants.items() if name not in ("STOCHASTIC", "TELL", "STEPS")}
+    kept = {name: value for name, value in constants.items() if name not in ("STOCHASTIC", "MARK_NONFINITE", "STEPS")}
     return kept | {"COUNTS": counts, "BLOCK": 512}
 
 
@@ -88,14 +88,14 @@ def measuring(n: int) -> dict[str, Any]:
     """The launch of most sums."""
     sums = max(launches(n, True), key=lambda one: len(one.pairs))
     return {
-        "DT": (BF16,) * len(sums.inputs), "WIDE": False, "DELTAS": True, "PAIRS": sums.pairs, "ALONE": sums.alone,
-        "PLACES": sums.places, "WIDTH": n * (n + 1) // 2 + n, "COUNTS": n, "ALIGN": 16, "TILES": 1, "STEPS": 4,
+        "DT": (BF16,) * len(sums.inputs), "WIDE": False, "DELTAS": True, "PAIRS": sums.pairs, "NORMS": sums.norms,
+        "SUMS": sums.columns, "WIDTH": n * (n + 1) // 2 + n, "COUNTS": n, "ALIGN": 16, "TILES": 1, "STEPS": 4,
         "AHEAD": 2,
     }  # fmt: skip
 
 
 MASKED = weighted(
-    (BF16,) * 3, BF16, TERMS=(1, 2), IMPORTANCE=(), RANDOM=(True, False), VOTES=True, DIVIDES=True, ALONE=True,
+    (BF16,) * 3, BF16, TERMS=(1, 2), IMPORTANCE=(), RANDOM=(True, False), ELECTS=True, DIVIDES=True, SOLE=True,
     LIMITED=True, SCORE=2, BLOCK=1024,
 )  # fmt: skip
 MASKED.pop("PER")
@@ -103,29 +103,29 @@ HISTOGRAM = {
     "N": 2, "DT": (BF16, BF16), "WIDE": False, "SCORE": 0, "ALIGN": 16, "STRIPS": 4, "STEPS": 4,
 }  # fmt: skip
 KEPT = {
-    "N": 2, "DT": (BF16, BF16), "WIDE": False, "OWN": (0,), "RANDOM": (True,), "SCORE": 0, "L1": True, "SQUARES": True,
-    "ALIGN": 16, "TILES": 1, "STEPS": 4,
+    "N": 2, "DT": (BF16, BF16), "WIDE": False, "DELTAS": (0,), "RANDOM": (True,), "SCORE": 0, "L1": True,
+    "SQUARES": True, "ALIGN": 16, "TILES": 1, "STEPS": 4,
 }  # fmt: skip
 SUMS = "table:*i64 numbers:*fp64 flags:*i32 pieces:i32"
-TOLD = "table:*i64 numbers:*fp64 flags:*i32 spans:*i64 found:"
-MEASURED = "table:*i64 found:*fp64 counted:*i32 pieces:i32"
+STATISTICS = "table:*i64 numbers:*fp64 flags:*i32 spans:*i64 results:"
+MEASURED = "table:*i64 sums_out:*fp64 counts_out:*i32 pieces:i32"
 COUNTED = "table:*i64 numbers:*fp64 bins:*i32 totals:*i64 pieces:i32"
-LEFT = "table:*i64 numbers:*fp64 found:*fp64 counted:*i32 pieces:i32"
+MASKED_STATISTICS = "table:*i64 numbers:*fp64 sums_out:*fp64 counts_out:*i32 pieces:i32"
 GROUPED = weighted((BF16, F32), E4M3, PER=1, STOCHASTIC=True, ALIGN=1)
 CASES = {
     "combine": (combine_kernel, SUMS, weighted((BF16, BF16), BF16), 4),
     "wide": (combine_kernel, SUMS, weighted((F64, F16, E4M3), F16, PER=2, STOCHASTIC=True, ALIGN=0), 4),
     "grouped": (combine_kernel, SUMS, GROUPED, 4),
     "copied": (combine_kernel, SUMS, weighted((F32,), F32, PER=4), 4),
-    "sampled": (effect_kernel, TOLD + "*fp64", effect(weighted((BF16, BF16), BF16), False), 4),
-    "nonfinite": (effect_kernel, TOLD + "*i64", effect(GROUPED, True), 4),
+    "sampled": (effect_kernel, STATISTICS + "*fp64", effect(weighted((BF16, BF16), BF16), False), 4),
+    "nonfinite": (effect_kernel, STATISTICS + "*i64", effect(GROUPED, True), 4),
     "measure": (measure_kernel, MEASURED, measuring(2), 1),
     "measure_columns": (measure_columns_kernel, MEASURED, measuring(2), 1),
     "histogram": (histogram_kernel, COUNTED, HISTOGRAM, 4),
     "scores": (histogram_kernel, COUNTED, HISTOGRAM | {"SCORE": 1}, 4),
     "masked": (masked_sum_kernel, SUMS, MASKED, 4),
-    "masked_sampled": (masked_sum_effect_kernel, TOLD + "*fp64", effect(MASKED, False), 4),
-    "kept": (masked_stats_kernel, LEFT, KEPT, 2),
+    "masked_sampled": (masked_sum_effect_kernel, STATISTICS + "*fp64", effect(MASKED, False), 4),
+    "kept": (masked_stats_kernel, MASKED_STATISTICS, KEPT, 2),
 }
 
 
@@ -167,7 +167,7 @@ def memory_of(ptx: str) -> tuple[list[str], list[str]]:
 def test_elements_move_in_16_bytes(n, dtype, target):
     """In the body, which has whole 16s of them: addresses come from a table, so Triton must be told."""
     block = 2048 if n <= 4 else 1024
-    made = compiled(combine_kernel, target, SUMS, weighted((dtype,) * n, dtype, TELL=False, BLOCK=block))
+    made = compiled(combine_kernel, target, SUMS, weighted((dtype,) * n, dtype, MARK_NONFINITE=False, BLOCK=block))
     loads, stores = memory_of(made.asm["ptx"])
     vectors = block * (4 if dtype == F32 else 2) // (128 * 16)  # of a thread and an operand
     assert loads == ["v4.b32"] * (n * vectors)
@@ -282,7 +282,7 @@ def test_registers_hold_all_of_8_inputs(room, tmp_path):
 
 def test_each_fma_is_written():
     """An input costs one difference and one fma; a total costs one fma."""
-    made = compiled(combine_kernel, SM90, SUMS, weighted((F32,) * 3, F32, TELL=False, BLOCK=512))
+    made = compiled(combine_kernel, SM90, SUMS, weighted((F32,) * 3, F32, MARK_NONFINITE=False, BLOCK=512))
     ops = re.findall(r"\b(fma|add|sub|mul|mad)\.rn\.f32", made.asm["ptx"])
     assert {op: ops.count(op) for op in ops} == {"sub": 2 * 4, "fma": 3 * 4}  # 4 elements a thread
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
@@ -11,7 +13,7 @@ from fastinterp.ops.combine import Combine
 from fastinterp.recipe import document
 from fastinterp.recipe.build import Builder
 from fastinterp.recipe.check import check_recipe
-from fastinterp.recipe.error_collector import ErrorCollector
+from fastinterp.recipe.document import ErrorCollector
 from fastinterp.recipe.load import load_recipe, load_recipes
 from fastinterp.recipe.parameters import Resolver
 from fastinterp.recipe.schema import raw_recipe
@@ -336,6 +338,29 @@ def test_relative_paths_start_at_the_current_folder(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path / "there")
     assert texts(load_recipe("merge.yml").models) == ("models/a", "models/b")
+
+
+def test_the_first_error_is_that_of_what_is_read_first():
+    """Keys inside `models` and `tokenizer` are looked at when these are read: after base_model and parameters."""
+    text = """\
+merge_method: ties
+tokenizer: {tokens: {<a>: {sorce: a}}}
+models: [{model: a, wieght: 1}, {modle: b}]
+parameters: {weight: 1, densty: 0.5}
+base_model: base@1@2
+"""
+    repairs = {
+        "'base@1@2' has more than one `@`": ("@1@2", ""),
+        "unknown parameter `densty`": ("densty", "density"),
+        "unknown key `wieght`": (", wieght: 1", ""),
+        "unknown key `modle`": ("modle", "model"),
+        "unknown key `sorce`": ("sorce", "source"),
+    }
+    for message, (wrong, right) in repairs.items():
+        with pytest.raises(RecipeError, match=f"^{re.escape(message)}"):
+            load_recipe(text)
+        text = text.replace(wrong, right)
+    load_recipe(text)
 
 
 def test_a_required_parameter_for_the_whole_merge():

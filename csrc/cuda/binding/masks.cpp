@@ -25,12 +25,12 @@ const void* upload(Queue* queue, const void* from, int64_t bytes, const char* wh
   return uploads->back()->at();
 }
 
-ScoreTask score_of(Queue* queue, const ParsedScore& given, const Rows& rows, Uploads* uploads) {
-  if (given.kind != Score::kDivergence) return {given.kind, given.min_bits, nullptr, 0, rows.columns};
+ScoreTask score_of(Queue* queue, const ParsedScore& parsed, const Rows& rows, Uploads* uploads) {
+  if (parsed.kind != Score::kDivergence) return {parsed.kind, parsed.min_bits, nullptr, 0, rows.columns};
   const int64_t from = rows.first * int64_t(sizeof(float)), size = rows.count * int64_t(sizeof(float));
-  if (int64_t(given.factors.size()) < from + size) throw py::value_error("a divergence needs a factor per row");
-  const void* const at = upload(queue, given.factors.data() + from, size, "the factors of a score", uploads);
-  return {Score::kDivergence, given.min_bits, static_cast<const float*>(at), rows.first, rows.columns};
+  if (int64_t(parsed.factors.size()) < from + size) throw py::value_error("a divergence needs a factor per row");
+  const void* const at = upload(queue, parsed.factors.data() + from, size, "the factors of a score", uploads);
+  return {Score::kDivergence, parsed.min_bits, static_cast<const float*>(at), rows.first, rows.columns};
 }
 
 }  // namespace cuda

@@ -23,7 +23,7 @@ using Uploads = std::vector<std::unique_ptr<Scratch>>;
 const void* upload(Queue* queue, const void* from, int64_t bytes, const char* what, Uploads* uploads);
 
 // The factors of the piece's rows go to the device.
-ScoreTask score_of(Queue* queue, const ParsedScore& given, const Rows& rows, Uploads* uploads);
+ScoreTask score_of(Queue* queue, const ParsedScore& parsed, const Rows& rows, Uploads* uploads);
 
 }  // namespace cuda
 }  // namespace fi

@@ -25,7 +25,7 @@ const Kind& kind_of(fi::StepKind wanted) {
 }
 
 // Pieces of one kind that stand next to each other are one call.
-fi::cuda::Pendings run(Queue* queue, const py::iterable& given) {
+fi::cuda::Pendings run(Queue* queue, const py::iterable& pieces) {
   fi::cuda::Pendings all;
   fi::cuda::Pieces some;
   const auto flush = [&] {
@@ -35,7 +35,7 @@ fi::cuda::Pendings run(Queue* queue, const py::iterable& given) {
     all.insert(all.end(), pending.begin(), pending.end());
     some.clear();
   };
-  for (const py::handle piece : given) {
+  for (const py::handle piece : pieces) {
     fi::cuda::ParsedPiece parsed = fi::cuda::parse_piece(piece);
     if (!some.empty() && some[0].step.kind != parsed.step.kind) flush();
     some.push_back(std::move(parsed));
@@ -74,9 +74,9 @@ PYBIND11_MODULE(_cuda, m) {
   const py::module_local local;  // tests load an emulation of this module, which has the same classes, beside it
   m.doc() = "fastinterp's CUDA kernels, and what they need of CUDA's runtime.";
 
-  py::register_local_exception_translator([](std::exception_ptr given) {
+  py::register_local_exception_translator([](std::exception_ptr error) {
     try {
-      if (given) std::rethrow_exception(given);
+      if (error) std::rethrow_exception(error);
     } catch (const fi::cuda::Error& error) {
       const py::module_ errors = py::module_::import("fastinterp.errors");
       PyErr_SetString(errors.attr(error.memory ? "OutOfMemory" : "BackendError").ptr(), error.what());

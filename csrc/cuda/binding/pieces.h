@@ -42,8 +42,8 @@ class Pending {
 using Pieces = std::vector<ParsedPiece>;
 using Pendings = std::vector<std::shared_ptr<Pending>>;
 
-// A kind of piece. `run` is given one or more pieces of it, puts their work into the queue, and returns what each will
-// answer. It holds the GIL, and lets go of it while it talks to CUDA.
+// A kind of piece. `run` enqueues the work of one or more pieces of it, and returns what each will
+// answer. It holds the GIL, and releases it during calls of CUDA.
 struct Kind {
   StepKind kind;
   Pendings (*run)(Queue*, const Pieces&);

@@ -1,4 +1,4 @@
-"""Weighted sums as launches of Triton kernels: tables of many tensors, and what is told of their outputs."""
+"""Launches of the Triton kernels for weighted sums, many tensors at a time."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def _launched(context: LaunchContext, pieces: Sequence[Piece], parts: Sequence[P
     for part in parts:
         piece = pieces[part.piece]
         step = piece.sum_step
-        copies = part.kind == COPY  # whatever is asked of the others
+        copies = part.kind == COPY  # neither rounded nor measured
         stochastic = bool(step.keys) and not copies
         every = 0 if copies else piece.stats_every
         alike = (part.kind, part.codes, step.out_dtype, stochastic, piece.fp8_saturate or copies, every)
         same.setdefault(alike, []).append(part)
-    found = [Written(i, len(piece.outputs)) for i, piece in enumerate(pieces)]
+    written = [Written(i, len(piece.outputs)) for i, piece in enumerate(pieces)]
     for (kind, codes, out, stochastic, saturate, every), some in same.items():
         constants = {"N": len(codes), "DT": codes, "OUT": out, "WIDE": 0 in codes, "PER": kind, "SATURATE": saturate}
-        _run(context, some, constants, stochastic, every, found)
-    return found
+        _run(context, some, constants, stochastic, every, written)
+    return written
 
 
 def _plain(i: int, piece: Piece) -> list[Part]:
-    """The outputs of a piece, those with the same pivot and terms together."""
+    """The parts of a piece: its outputs, grouped by pivot and terms."""
     step = piece.step
     assert isinstance(step, Combine)
     alike: dict[tuple[Any, ...], list[int]] = {}
@@ -65,7 +65,7 @@ def _plain(i: int, piece: Piece) -> list[Part]:
 
 
 def _part(i: int, piece: Piece, kind: int, used: Sequence[int], rows: list[int], numbers: bytearray) -> Part:
-    """`used`: pivot and terms."""
+    """Some outputs of a piece. used: the inputs of their sum, pivot first."""
     step = piece.sum_step
     return Part(
         piece=i,
@@ -83,8 +83,8 @@ def _part(i: int, piece: Piece, kind: int, used: Sequence[int], rows: list[int],
 
 
 def _groups(i: int, piece: Piece) -> list[Part]:
-    """The outputs of a piece whose weights differ by row or by column: of the rows that it lies in, or of all
-    columns."""
+    """The parts of a piece whose weights differ by row or by column, one per output, with the weights of its rows or of
+    all columns."""
     step = piece.step
     assert isinstance(step, GroupCombine)
     columns, by_row = step.columns, step.per == "row"
@@ -112,27 +112,27 @@ def _run(
     constants: dict[str, Any],
     stochastic: bool,
     every: int,
-    found: Sequence[Written],
+    written: Sequence[Written],
 ) -> None:
-    """Launches the kernels for parts that are alike."""
+    """Launch the kernels for parts with the same constants."""
     from fastinterp._triton.combine import combine_kernel, effect_kernel
 
     flags = 0
     for part in parts:
         part.flags = flags
         flags += len(part.outs)
-    told = context.zeros("int32", max(1, flags))
-    # 16 elements a thread where they are few enough to be held in registers, else 8.
+    nonfinite = context.zeros("int32", max(1, flags))
+    # 16 elements a thread where registers hold as many, else 8.
     few = constants["N"] <= 4 and constants["PER"] not in (BY_ROW, BY_COLUMN) and not stochastic
     block = context.tile(2048 if few else 1024, 8192)
     for align, some in aligned(parts, constants["OUT"]).items():
         table = Table(some, tiles_of(some, block))
         context.launch(
-            combine_kernel, table.tiles, *table.on(context), told, len(some),
-            **constants, STOCHASTIC=stochastic, TELL=every > 0, ALIGN=align, BLOCK=block, STEPS=table.steps,
+            combine_kernel, table.tiles, *table.on(context), nonfinite, len(some),
+            **constants, STOCHASTIC=stochastic, MARK_NONFINITE=every > 0, ALIGN=align, BLOCK=block, STEPS=table.steps,
         )  # fmt: skip
     if every > 0:
         measured = constants["PER"] != CONVERT
-        effects = Effects(context, effect_kernel, parts, constants, every=every, measured=measured, flags=told)
+        effects = Effects(context, effect_kernel, parts, constants, every=every, measured=measured, flags=nonfinite)
         for i in dict.fromkeys(part.piece for part in parts):
-            found[i].effects.append(effects)
+            written[i].effects.append(effects)

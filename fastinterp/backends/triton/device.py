@@ -1,7 +1,7 @@
-"""Accelerators through Triton: memory, streams and events are torch's, the kernels those of fastinterp._triton.
+"""Devices through Triton: memory, streams and events are torch's, the kernels those of fastinterp._triton.
 
-For NVIDIA and AMD: torch.cuda is ROCm's, too. Under TRITON_INTERPRET=1 Triton runs kernels on the host, slowly; then
-the one device's memory is the host's, and everything is done as soon as it is asked for.
+For NVIDIA and AMD: torch.cuda is ROCm's, too. Under TRITON_INTERPRET=1 Triton interprets kernels on the host, slowly;
+then the only device uses host memory, and every call is synchronous.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from fastinterp.ops.steps import Step
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels on the host."""
+    """Whether Triton interprets kernels on the host."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "on", "true", "yes", "y")
 
 
-# Older ones flush what is subnormal where they divide; older interpreters round an fma twice.
+# Older versions flush subnormals in divisions; older interpreters round an fma twice.
 OLDEST, OLDEST_INTERPRETER = (3, 6), (3, 9)
 
 
 def missing() -> str:
-    """Why there is no device here; empty if there is one."""
+    """The reason why there is no device; empty if there is one."""
     try:
         import torch
 
@@ -43,7 +43,7 @@ def missing() -> str:
 
 
 def count() -> int:
-    """How many devices there are."""
+    """The number of devices."""
     if missing():
         return 0
     import torch
@@ -53,7 +53,7 @@ def count() -> int:
 
 @contextlib.contextmanager
 def _explained(what: str, kind: type[BackendError] = BackendError) -> Iterator[None]:
-    """Errors of torch and Triton as `kind`, or OutOfMemory. what: call, device and bytes."""
+    """Raise errors of torch and Triton as `kind`, or OutOfMemory. what: call, device and bytes."""
     import torch
     from triton.errors import TritonError
 
@@ -65,7 +65,7 @@ def _explained(what: str, kind: type[BackendError] = BackendError) -> Iterator[N
 
 
 class TritonDevice:
-    """See Device in device.py.
+    """A Device (device.py).
 
     Raises: BackendError, if there is no such device.
     """
@@ -102,11 +102,11 @@ class TritonDevice:
         import torch
 
         with _explained(f"memory of {nbytes} bytes on {self.name}", OutOfMemory):
-            found = torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+            buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
             if not self.host_only:
-                # Torch may give memory that the current stream still uses; it is for other streams.
+                # Torch may return memory that work on its current stream still uses; it will be used on other streams.
                 torch.cuda.current_stream(self.index).synchronize()
-            return TritonBuffer(found, nbytes)
+            return TritonBuffer(buffer, nbytes)
 
     def host(self, nbytes: int) -> TritonBuffer:
         import torch
@@ -133,7 +133,7 @@ class TritonDevice:
 
 
 class TritonBuffer:
-    """See Buffer in device.py."""
+    """A Buffer (device.py)."""
 
     def __init__(self, tensor: Any, nbytes: int):
         self._tensor, self.nbytes = tensor, nbytes
@@ -145,7 +145,7 @@ class TritonBuffer:
     @property
     def view(self) -> memoryview:
         if self._tensor.device.type != "cpu":
-            raise BackendError("memory of a device has no bytes that the host could see")
+            raise BackendError("device memory has no view on the host")
         return memoryview(self._tensor.numpy())
 
     def free(self) -> None:
@@ -153,7 +153,7 @@ class TritonBuffer:
 
 
 class TritonEvent:
-    """See Event in device.py. event: torch's; None where everything is done at once."""
+    """An Event (device.py). event: torch's; None where calls are synchronous."""
 
     def __init__(self, event: Any, name: str):
         self.event, self._name = event, name
@@ -171,7 +171,7 @@ class TritonEvent:
 
 
 class TritonQueue:
-    """See Queue in device.py. stream: torch's; None where everything is done at once."""
+    """A Queue (device.py). stream: torch's; None where calls are synchronous."""
 
     def __init__(self, device: TritonDevice, stream: Any):
         self.device, self._stream = device, stream
@@ -182,7 +182,7 @@ class TritonQueue:
 
     @contextlib.contextmanager
     def _current(self, what: str) -> Iterator[None]:
-        """Torch's and Triton's work goes to this queue."""
+        """A context in which torch and Triton enqueue work in this queue."""
         import torch
 
         with _explained(f"{what} on {self.device.name}"):
@@ -207,7 +207,7 @@ class TritonQueue:
                 _host_at(host, nbytes).copy_(self._at(of, nbytes), non_blocking=True)
 
     def _at(self, address: int, nbytes: int) -> Any:
-        """The device's memory at an address: u8[nbytes]."""
+        """Device memory at an address, as u8[nbytes]."""
         import torch
 
         return torch.as_tensor(_Memory(address, nbytes), device=self.device.torch_device)
@@ -233,7 +233,7 @@ class TritonQueue:
         import torch
 
         with _explained(f"event of {self.device.name}"):
-            # Whoever waits for it sleeps: the processor has other threads to run.
+            # Waiting for it blocks instead of spinning: the CPU has other threads to run.
             return TritonEvent(self._stream.record_event(torch.cuda.Event(blocking=True)), self.device.name)
 
     def after(self, event: TritonEvent) -> None:
@@ -242,7 +242,7 @@ class TritonQueue:
 
 
 class _Memory:
-    """Bytes of a device as torch takes them."""
+    """Device memory at an address, for torch.as_tensor."""
 
     def __init__(self, address: int, nbytes: int):
         self.__cuda_array_interface__ = {

@@ -1,4 +1,4 @@
-"""What Triton kernels tell of the outputs that they write: counts of NaN and infinities, and sums over samples."""
+"""Statistics of the outputs that Triton kernels write: counts of NaN and Inf, and sums over sampled chunks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fastinterp.backends.triton.launch import ALIGNED, NATURAL, LaunchContext
 from fastinterp.backends.triton.tables import Part, Table
 from fastinterp.ops.contract import CHUNK
 
-SPAN = 1 << 18  # elements that one program counts NaN and infinities of
+SPAN = 1 << 18  # elements in which one program counts NaN and Inf
 COUNTED = ("nan_in", "inf_in", "nan_out", "inf_out")
 SAMPLED = ("sum_pp", "sum_dd", "sum_od", "changed")
 
 
-def _nothing() -> dict[str, float]:
-    """As `_C.Pump.stats` has it, before anything is counted."""
+def _zeros() -> dict[str, float]:
+    """The statistics of one output in the form of `_C.Pump.stats`, all 0."""
     return {
         "nan_in": 0, "inf_in": 0, "nan_out": 0, "inf_out": 0, "sampled": 0, "changed": 0,
         "sum_pp": 0.0, "sum_dd": 0.0, "sum_od": 0.0,
@@ -24,10 +24,10 @@ def _nothing() -> dict[str, float]:
 
 
 class Written:
-    """Pending, see device.py, of a piece that writes.
+    """The results of a piece that writes: a Pending (device.py).
 
-    piece, outputs  its number, and how many outputs it has
-    effects         what is told of them, added by and by
+    piece, outputs  index of the piece, and its number of outputs
+    effects         statistics of some of its outputs, appended by launches
     """
 
     def __init__(self, piece: int, outputs: int):
@@ -38,26 +38,26 @@ class Written:
         return None
 
     def stats(self) -> list[dict[str, float]]:
-        found = [_nothing() for _ in range(self._outputs)]
+        stats = [_zeros() for _ in range(self._outputs)]
         for effects in self.effects:
-            effects.add_to(self._piece, found)
-        return found
+            effects.add_to(self._piece, stats)
+        return stats
 
 
 class Effects:
-    """Of the outputs of parts that are alike: launches what finds them, and adds it up when it has been fetched.
+    """Statistics of the outputs of parts with the same constants: launches the kernels, and adds up their results.
 
-    kernel     of the sums, as effect_kernel in _triton/combine.py, and its constants
+    kernel     the statistics kernel, as effect_kernel in _triton/combine.py, and its constants
     every      chunk c of a tensor is sampled iff c % every == 0
-    measured   whether there is a change that was intended
-    flags      i32[outputs]: where there is something to count
+    measured   whether outputs differ from their pivot, so that sums over samples are needed
+    flags      i32[outputs]: 1 where an output has NaN or Inf, which are counted then
     """
 
     def __init__(
         self, context: LaunchContext, kernel: Any, parts: Sequence[Part], constants: dict[str, Any],
         *, every: int, measured: bool, flags: Any, warps: int = 4,
     ):  # fmt: skip
-        self._found: list[tuple[tuple[str, ...], list[tuple[int, int, int]], Any]] = []
+        self._results: list[tuple[tuple[str, ...], list[tuple[int, int, int]], Any]] = []
         block = context.tile(512, 8192)
         table = Table(parts, [1] * len(parts))
         rows, numbers = table.on(context)
@@ -65,35 +65,36 @@ class Effects:
             every_span = _cut(parts, constants["OUT"], 0 if counts else every)
             for align, spans in every_span.items():
                 owners = [(parts[at].piece, j, count) for at, _, count in spans for j in parts[at].rows]
-                found = context.zeros("int64" if counts else "float64", len(owners), 4)
+                values = context.zeros("int64" if counts else "float64", len(owners), 4)
                 context.launch(
-                    kernel, len(spans), rows, numbers, flags, context.upload(_described(parts, spans), "int64"), found,
+                    kernel, len(spans), rows, numbers, flags, context.upload(_described(parts, spans), "int64"), values,
                     **constants, COUNTS=counts, ALIGN=align, BLOCK=block, warps=warps,
                 )  # fmt: skip
-                self._found.append((COUNTED if counts else SAMPLED, owners, context.fetch(found)))
+                self._results.append((COUNTED if counts else SAMPLED, owners, context.fetch(values)))
 
     def add_to(self, piece: int, stats: list[dict[str, float]]) -> None:
-        for names, owners, found in self._found:
-            for (owner, j, count), values in zip(owners, found.tolist(), strict=True):
+        """Add the statistics of a piece to those of its outputs."""
+        for names, owners, values in self._results:
+            for (owner, j, count), row in zip(owners, values.tolist(), strict=True):
                 if owner != piece:
                     continue
-                for name, value in zip(names, values, strict=True):
+                for name, value in zip(names, row, strict=True):
                     stats[j][name] += int(value) if name == "changed" else value
                 if names is SAMPLED:
                     stats[j]["sampled"] += count
 
 
 def _cut(parts: Sequence[Part], out: int, every: int) -> dict[int, list[tuple[int, int, int]]]:
-    """Part, first element in it, and elements of what a program looks at, by what it may count on.
+    """The (part, first element, elements) of each program, by alignment.
 
-    every  of the chunks that are sampled; 0: all elements
+    every  one chunk in so many is sampled; 0: all elements
     """
     cuts: dict[int, list[tuple[int, int, int]]] = {}
     for at, part in enumerate(parts):
         align = part.alignment(out)
         for begin, count in _samples(part, every) if every else _spans(part):
-            own = NATURAL if align == ALIGNED and (begin | count) % 16 else align
-            cuts.setdefault(own, []).append((at, begin, count))
+            of_span = NATURAL if align == ALIGNED and (begin | count) % 16 else align
+            cuts.setdefault(of_span, []).append((at, begin, count))
     return cuts
 
 
@@ -112,8 +113,9 @@ def _samples(part: Part, every: int) -> Iterator[tuple[int, int]]:
 
 
 def _described(parts: Sequence[Part], spans: Sequence[tuple[int, int, int]]) -> array[int]:
-    told, answers = array("q"), 0
+    """The argument `spans` of the kernel: i64[programs, 4]."""
+    words, answers = array("q"), 0
     for at, begin, count in spans:
-        told.extend((at, begin, count, answers))
+        words.extend((at, begin, count, answers))
         answers += len(parts[at].rows)
-    return told
+    return words

@@ -1,4 +1,4 @@
-"""Histograms of magnitudes and scores as launches of Triton kernels."""
+"""Launches of the Triton kernel for histograms of magnitudes or scores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def score_code(score: Score | None) -> int:
 
 
 def add_factors(score: Score | None, part: Part) -> None:
-    """Gives a part the factors of the rows that it lies in, if its score has such."""
+    """Add the factors of a part's rows to its numbers, if its score has factors."""
     if score is None or score.kind != "divergence":
         return
     begin, end = part.first // part.columns, -(-(part.first + part.count) // part.columns)
@@ -32,7 +32,7 @@ def add_factors(score: Score | None, part: Part) -> None:
 
 
 def histogram(context: LaunchContext, pieces: Sequence[Piece]) -> list[Answer]:
-    """Which of a piece's magnitudes, or of its scores, lie where."""
+    """Counts of magnitudes, or of scores, by bracket and bin. pieces: of Histogram steps."""
     parts, kinds, bins, brackets = [], [], 0, 0
     shapes: list[tuple[int, int, int, list[int]]] = []  # elements, first bin, first bracket, bins of each
     for piece in pieces:
@@ -45,7 +45,7 @@ def histogram(context: LaunchContext, pieces: Sequence[Piece]) -> list[Answer]:
     counted, totals = context.zeros("int32", bins), context.zeros("int64", brackets, 2)
     strips = context.tile(STRIPS, 256)
     for kind in dict.fromkeys(kinds):
-        some = [p for p, own in enumerate(kinds) if own == kind]
+        some = [p for p, of_part in enumerate(kinds) if of_part == kind]
         _launch(
             context, [parts[p] for p in some], [-(-shapes[p][0] // STRIP) for p in some], kind, counted, totals, strips
         )
@@ -59,7 +59,7 @@ def _histogram(piece: Piece) -> Histogram:
 
 
 def _part(piece: Piece, bins: int, brackets: int) -> tuple[Part, int, list[int]]:
-    """With its elements that are looked at, and how many bins each bracket has."""
+    """The part of a piece, its number of counted elements, and the number of bins of each bracket."""
     step = _histogram(piece)
     ranked, score = step.brackets, step.score
     read = range(len(piece.inputs)) if score else sorted({0, *(bracket.input for bracket in ranked)})
@@ -68,12 +68,12 @@ def _part(piece: Piece, bins: int, brackets: int) -> tuple[Part, int, list[int]]
     add_factors(score, part)
     every, strip = step.every, piece.first // STRIP
     start = -(-strip // every) * every - strip
-    looked = range(start, -(-part.count // STRIP), every)
-    elements = len(looked) * STRIP
-    if looked:
-        elements -= max(0, (looked[-1] + 1) * STRIP - part.count)
+    strips = range(start, -(-part.count // STRIP), every)
+    elements = len(strips) * STRIP
+    if strips:
+        elements -= max(0, (strips[-1] + 1) * STRIP - part.count)
     sizes = [((bracket.high - bracket.low) >> bracket.shift) + 1 for bracket in ranked]
-    # Those of one input next to each other; in front of them, for each input, where its own begin.
+    # Brackets in the order of their inputs; before them, for each input, the index of its first bracket.
     order = sorted(range(len(ranked)), key=lambda b: 0 if score else ranked[b].input)
     starts = [sum(1 for b in ranked if not score and b.input < i) for i in read] if not score else [0] * len(read)
     part.extra = [every, start, *starts, len(ranked)]
@@ -103,10 +103,10 @@ def _launch(
 
 
 def _answer(counted: Any, totals: Any, elements: int, bins: int, bracket: int, sizes: Sequence[int]) -> list[Counts]:
-    found = []
+    counts = []
     for size in sizes:
         above, zero = totals[bracket].tolist()
-        own = memoryview(counted[bins : bins + size].contiguous().numpy()).cast("B").cast("I")
-        found.append(Counts(elements, above, zero, own))
+        of_bins = memoryview(counted[bins : bins + size].contiguous().numpy()).cast("B").cast("I")
+        counts.append(Counts(elements, above, zero, of_bins))
         bins, bracket = bins + size, bracket + 1
-    return found
+    return counts

@@ -1,4 +1,4 @@
-"""What launches of Triton kernels have in common: memory on the device, tables, and what they may count on."""
+"""Launches of Triton kernels: memory for their arguments and results, alignment, and the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ ALIGNED, NATURAL, BYTES = 16, 0, 1  # VECTORS, ELEMENTS and BYTES of _triton/num
 
 
 class LaunchContext:
-    """Where launches take their memory from, on the stream that is torch's current one."""
+    """Allocates, copies and launches on torch's current stream of one device."""
 
     def __init__(self, device: Any):
         self.device = device
         self.on_host = device.type == "cpu"
 
     def upload(self, numbers: array[Any] | bytearray, dtype: str) -> Any:
-        """A copy on the device, of at least one number. dtype: as torch names it."""
+        """A copy on the device, of at least one number. dtype: torch's name of it."""
         import torch
 
         kind = getattr(torch, dtype)
@@ -41,13 +41,13 @@ class LaunchContext:
 
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
 
-    def fetch(self, found: Any) -> Any:
-        """A copy on the host, there once an event that is recorded later has passed."""
+    def fetch(self, tensor: Any) -> Any:
+        """A copy on the host, complete once an event that is recorded later is."""
         import torch
 
         if self.on_host:
-            return found
-        return torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
+            return tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
     def launch(self, kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
         if programs == 0:
@@ -57,7 +57,7 @@ class LaunchContext:
 
     @contextlib.contextmanager
     def _interpreting(self) -> Iterator[None]:
-        """The interpreter runs one kernel at a time, in numpy, which warns where numbers become infinite."""
+        """A context for the interpreter: one kernel at a time, and no warnings of numpy about Inf and NaN."""
         if not self.on_host:
             yield
             return
@@ -67,12 +67,12 @@ class LaunchContext:
             yield
 
     def tile(self, compiled: int, interpreted: int) -> int:
-        """How much a program does: the interpreter takes as long for much as for little, and compilers do not."""
+        """The size of a program's tile: the interpreter takes as long for large tiles as for small ones."""
         return interpreted if self.on_host else compiled
 
 
 class Answer:
-    """Pending, see device.py, of a piece that answers: a function looks at what was fetched."""
+    """The results of a piece that does not write: a Pending (device.py). answer: converts what was fetched."""
 
     def __init__(self, answer: Callable[[], Any]):
         self.answer = answer
@@ -82,12 +82,12 @@ class Answer:
 
 
 def signed(word: int) -> int:
-    """64 bits as the i64 that has them."""
+    """A u64 as the i64 with the same bits."""
     return word - (1 << 64) if word >> 63 else word
 
 
 def alignment(addresses: Sequence[int], codes: Sequence[int], *counts: int) -> int:
-    """What a kernel may count on; counts: of elements, that must be multiples of 16 where it is ALIGNED."""
+    """The alignment that a kernel may assume. ALIGNED: addresses and `counts` are multiples of 16."""
     low = 0
     for number in (*addresses, *counts):
         low |= number
@@ -98,6 +98,6 @@ def alignment(addresses: Sequence[int], codes: Sequence[int], *counts: int) -> i
 
 
 def steps(rows: int) -> int:
-    """Halvings that find one of so many rows: few different ones, since each is a kernel of its own."""
+    """Steps of the binary search over so many rows: of few different values, since each compiles another kernel."""
     needed = max(0, (rows - 1).bit_length())
     return next(s for s in (4, 6, 8, 10, 12, 20, 31) if s >= needed)

@@ -1,4 +1,4 @@
-"""Sums with masks, and what keeps leave, as launches of Triton kernels."""
+"""Launches of the Triton kernels for sums with masks, and for statistics of masked deltas."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastinterp.backends.triton.tables import Part, Table, aligned, tiles_of
 from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.steps import WORDS, MaskedOutput, MaskedStats, MaskedSum, MaskTest, Score
 
-DRAWN = 3  # random keeps that a thread holds in registers for 4 or 8 elements; of more keeps, it does half as many
-OWN = 3  # deltas whose sums a program of `kept` holds in registers
+DRAWN = 3  # random masks that a thread holds in registers for 8 elements; with more masks, for 4
+DELTAS = 3  # deltas whose sums a program of masked_stats_kernel holds in registers
 
 
 def _tests(score: Score | None, tests: Sequence[MaskTest]) -> list[int]:
-    """What stands at EXTRA: see _triton/masked_sum.py."""
+    """The words at EXTRA: see _triton/masked_sum.py."""
     numbers = [score.min_bits if score else 0]
     for test in tests:
         numbers += [test.min_bits, test.max_bits, min(test.low_limit, WORDS), signed(test.key)]
@@ -38,14 +38,14 @@ def masked_sum(context: LaunchContext, pieces: Sequence[Piece]) -> list[Written]
             part, constants = _part(i, j, piece, step, output)
             rounding = (step.out_dtype, bool(step.keys), piece.fp8_saturate, piece.stats_every)
             same.setdefault((*rounding, constants), []).append(part)
-    found = [Written(i, len(piece.outputs)) for i, piece in enumerate(pieces)]
+    written = [Written(i, len(piece.outputs)) for i, piece in enumerate(pieces)]
     for (out, stochastic, saturate, every, constants), parts in same.items():
-        _launch(context, parts, out, stochastic, saturate, every, constants, found)
-    return found
+        _launch(context, parts, out, stochastic, saturate, every, constants, written)
+    return written
 
 
 def _part(i: int, j: int, piece: Piece, step: MaskedSum, output: MaskedOutput) -> tuple[Part, tuple[Any, ...]]:
-    """One output, and the constants of its kernel."""
+    """The part of one output, and the constants of its kernel."""
     terms, score = output.terms, output.score
     important = terms[0].importance >= 0
     used = [output.base, *(t.input for t in terms), *(t.importance for t in terms if important)]
@@ -84,18 +84,18 @@ def _part(i: int, j: int, piece: Piece, step: MaskedSum, output: MaskedOutput) -
 
 def _launch(
     context: LaunchContext, parts: list[Part], out: int, stochastic: bool, saturate: bool, every: int,
-    constants: Sequence[Any], found: Sequence[Written],
+    constants: Sequence[Any], written: Sequence[Written],
 ) -> None:  # fmt: skip
     from fastinterp._triton.masked_sum import masked_sum_effect_kernel, masked_sum_kernel
 
-    codes, terms, importance, random, votes, divides, alone, limited, score = constants
+    codes, terms, importance, random, elects, divides, sole, limited, score = constants
     named = {
         "N": len(codes), "DT": codes, "OUT": out, "WIDE": 0 in codes, "TERMS": terms, "IMPORTANCE": importance,
-        "RANDOM": random, "VOTES": votes, "DIVIDES": divides, "ALONE": alone, "LIMITED": limited, "SCORE": score,
+        "RANDOM": random, "ELECTS": elects, "DIVIDES": divides, "SOLE": sole, "LIMITED": limited, "SCORE": score,
         "SATURATE": saturate,
     }  # fmt: skip
-    for place, part in enumerate(parts):
-        part.flags = place
+    for index, part in enumerate(parts):
+        part.flags = index
     flags = context.zeros("int32", len(parts))
     block = context.tile(1024, 8192)
     warps = 4 if sum(random) <= DRAWN else 8
@@ -103,21 +103,22 @@ def _launch(
         table = Table(some, tiles_of(some, block))
         context.launch(
             masked_sum_kernel, table.tiles, *table.on(context), flags, len(some),
-            **named, STOCHASTIC=stochastic, TELL=every > 0, ALIGN=align, BLOCK=block, STEPS=table.steps, warps=warps,
+            **named, STOCHASTIC=stochastic, MARK_NONFINITE=every > 0, ALIGN=align, BLOCK=block, STEPS=table.steps,
+            warps=warps,
         )  # fmt: skip
     if every > 0:
         effects = Effects(
             context, masked_sum_effect_kernel, parts, named, every=every, measured=True, flags=flags, warps=warps
         )
         for i in dict.fromkeys(part.piece for part in parts):
-            found[i].effects.append(effects)
+            written[i].effects.append(effects)
 
 
-# --- what keeps leave ------------------------------------------------------------------------------------------------
+# --- statistics of masked deltas -------------------------------------------------------------------------------------
 
 
 def masked_stats(context: LaunchContext, pieces: Sequence[Piece]) -> list[Answer]:
-    """L1 norms, squares and counts of what masks leave of deltas. pieces: of MaskedStats steps."""
+    """L1 norms, squares and counts of masked deltas. pieces: of MaskedStats steps."""
     same: dict[tuple[Any, ...], list[int]] = {}
     for i, piece in enumerate(pieces):
         step = piece.step
@@ -125,8 +126,8 @@ def masked_stats(context: LaunchContext, pieces: Sequence[Piece]) -> list[Answer
         random = tuple(test.is_random for test in step.tests[1:])
         same.setdefault((piece.codes, random, score_code(step.score), step.l1, step.squares), []).append(i)
     answers: list[Answer | None] = [None] * len(pieces)
-    for kind, places in same.items():
-        for i, answer in zip(places, _stats(context, [pieces[i] for i in places], *kind), strict=True):
+    for kind, indices in same.items():
+        for i, answer in zip(indices, _stats(context, [pieces[i] for i in indices], *kind), strict=True):
             answers[i] = answer
     return [answer for answer in answers if answer is not None]
 
@@ -135,36 +136,37 @@ def _stats(
     context: LaunchContext, pieces: Sequence[Piece], codes: tuple[int, ...], random: tuple[bool, ...], score: int,
     l1: bool, squares: bool,
 ) -> list[Answer]:  # fmt: skip
-    """Of pieces that are alike."""
+    """The statistics of pieces with the same constants."""
     from fastinterp._triton.masked_stats import masked_stats_kernel
 
     n, together = len(codes), context.tile(1, 16)
     warps = 2 if n <= 4 and sum(random) < DRAWN else 4
     shapes: list[tuple[int, int]] = []
-    places = 0
+    answers = 0
     alike: dict[int, list[tuple[Part, int]]] = {}
     for piece in pieces:
-        part = _left(piece, codes)
-        part.groups = places  # of its first answer
+        part = _stats_part(piece, codes)
+        part.groups = answers  # index of its first answer
         chunks = -(-part.count // CHUNK)
         alike.setdefault(alignment(part.addresses, codes, part.count), []).append((part, -(-chunks // together)))
-        shapes.append((places, places + chunks))
-        places += chunks
-    found, counted = context.zeros("float64", places, 3 * n), context.zeros("int32", places, 2 * n)
+        shapes.append((answers, answers + chunks))
+        answers += chunks
+    sums, counts = context.zeros("float64", answers, 3 * n), context.zeros("int32", answers, 2 * n)
     for align, some in alike.items():
         table = Table([part for part, _ in some], [tiles for _, tiles in some])
-        told = table.on(context)
-        for first in range(0, n - 1, OWN):
+        words = table.on(context)
+        for first in range(0, n - 1, DELTAS):
             context.launch(
-                masked_stats_kernel, table.tiles, *told, found, counted, len(some),
-                N=n, DT=codes, WIDE=0 in codes, OWN=tuple(range(first, min(first + OWN, n - 1))), RANDOM=random,
+                masked_stats_kernel, table.tiles, *words, sums, counts, len(some),
+                N=n, DT=codes, WIDE=0 in codes, DELTAS=tuple(range(first, min(first + DELTAS, n - 1))), RANDOM=random,
                 SCORE=score, L1=l1, SQUARES=squares, ALIGN=align, TILES=together, STEPS=table.steps, warps=warps,
             )  # fmt: skip
-    found, counted = fetched(context, found, counted)
-    return [answer_of(context, found[None, begin:end], counted[None, begin:end]) for begin, end in shapes]
+    sums, counts = fetched(context, sums, counts)
+    return [answer_of(context, sums[None, begin:end], counts[None, begin:end]) for begin, end in shapes]
 
 
-def _left(piece: Piece, codes: tuple[int, ...]) -> Part:
+def _stats_part(piece: Piece, codes: tuple[int, ...]) -> Part:
+    """The part of a piece of a MaskedStats step."""
     step = piece.step
     assert isinstance(step, MaskedStats)
     part = Part(

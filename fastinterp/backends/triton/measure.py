@@ -18,120 +18,128 @@ FETCHED = 1 << 20  # numbers that are folded on the host: more are folded on the
 
 @dataclass(slots=True)
 class Sums:
-    """What one launch computes: of some inputs, the base first where deltas are asked for.
+    """The sums that one launch computes, of some inputs; the base is the first of them where deltas are measured.
 
-    pairs, alone  of these inputs, by their place among them
-    places        of the sums and of the counts, in the answer
+    pairs    products, by index among `inputs`
+    norms    vectors whose L1 norms and counts are computed, by index among `inputs`
+    columns  columns of the answer for the products, the norms and the counts
     """
 
     inputs: list[int]
     pairs: tuple[tuple[int, int], ...]
-    alone: tuple[int, ...]
-    places: tuple[int, ...]
+    norms: tuple[int, ...]
+    columns: tuple[int, ...]
 
 
 def launches(n: int, deltas: bool) -> list[Sums]:
-    """All sums of n vectors, in launches of a few."""
+    """All sums of n vectors, divided into launches of few vectors."""
     groups = [list(range(i, min(i + TOGETHER, n))) for i in range(0, n, TOGETHER)]
-    found = []
+    sums = []
     for g, left in enumerate(groups):
         for right in groups[g:]:
             inputs = sorted({*left, *right, *([0] if deltas else [])})
             at = {i: k for k, i in enumerate(inputs)}
             pairs = [(i, j) for i in left for j in right if i <= j]
-            alone = left if left is right else []
-            places = [i * n - i * (i - 1) // 2 + j - i for i, j in pairs]
-            places += [n * (n + 1) // 2 + i for i in alone] + list(alone)
-            own = tuple((at[i], at[j]) for i, j in pairs)
-            found.append(Sums(inputs, own, tuple(at[i] for i in alone), tuple(places)))
-    return found
+            norms = left if left is right else []
+            columns = [i * n - i * (i - 1) // 2 + j - i for i, j in pairs]
+            columns += [n * (n + 1) // 2 + i for i in norms] + list(norms)
+            indices = tuple((at[i], at[j]) for i, j in pairs)
+            sums.append(Sums(inputs, indices, tuple(at[i] for i in norms), tuple(columns)))
+    return sums
 
 
 def measure(context: LaunchContext, pieces: Sequence[Piece]) -> list[Answer]:
-    """Measures of tensors, rows or columns, of inputs or deltas."""
+    """Gram matrices, L1 norms and counts of tensors, rows or columns. pieces: of Measure steps."""
     same: dict[tuple[Any, ...], list[int]] = {}
     for i, piece in enumerate(pieces):
         step = piece.step
         assert isinstance(step, Measure)
         same.setdefault((piece.codes, step.deltas, step.per), []).append(i)
     answers: list[Answer | None] = [None] * len(pieces)
-    for (codes, deltas, per), places in same.items():
-        some = [pieces[i] for i in places]
-        found = _columns(context, some, codes, deltas) if per == "column" else _rows(context, some, codes, deltas, per)
-        for i, answer in zip(places, found, strict=True):
+    for (codes, deltas, per), indices in same.items():
+        some = [pieces[i] for i in indices]
+        of_pieces = (
+            _columns(context, some, codes, deltas) if per == "column" else _rows(context, some, codes, deltas, per)
+        )
+        for i, answer in zip(indices, of_pieces, strict=True):
             answers[i] = answer
     return [answer for answer in answers if answer is not None]
 
 
 def _width(n: int) -> int:
+    """The number of sums of n vectors: products and L1 norms."""
     return n * (n + 1) // 2 + n
 
 
-def _part(piece: Piece, begin: int, count: int, columns: int, place: int) -> Part:
-    """Some elements of a piece, in rows of so many; `place`: of their first answer."""
+def _part(piece: Piece, begin: int, count: int, columns: int, answer: int) -> Part:
+    """Elements [begin, begin + count) of a piece, in rows of `columns`. answer: index of their first answer."""
     part = Part(0, list(piece.inputs), piece.codes, [], [], [], bytearray(), [], 0, piece.numel, piece.first, columns)
     part = part.at(begin, count, 0)
-    part.columns, part.place = columns, place
+    part.columns, part.answer = columns, answer
     return part
 
 
 def _launch(
-    context: LaunchContext, kernel: Any, parts: Sequence[Part], tiles: Sequence[int], deltas: bool, found: Any,
-    counted: Any, ahead: int,
+    context: LaunchContext, kernel: Any, parts: Sequence[Part], tiles: Sequence[int], deltas: bool, sums: Any,
+    counts: Any, ahead: int,
 ) -> None:  # fmt: skip
-    """All sums of parts whose inputs have the same dtypes.
+    """Launch all sums of parts whose inputs have the same dtypes.
 
-    tiles  of each, of which a program may do several
-    ahead  steps of few inputs that are loaded while others are added: bytes in flight, as far as registers hold them
+    sums, counts  the results of all parts
+    tiles         number of tiles of each part, of which a program may do several
+    ahead         tiles that are loaded ahead where there are few inputs, as far as registers hold them
     """
     codes = parts[0].codes
     wide, together = 0 in codes, context.tile(1, 64)
     aligned: dict[int, list[int]] = {}
     for p, part in enumerate(parts):
         aligned.setdefault(alignment(part.addresses, codes, part.columns), []).append(p)
-    for sums in launches(len(codes), deltas):
-        for align, places in aligned.items():
-            table = Table([parts[p].of(sums.inputs) for p in places], [-(-tiles[p] // together) for p in places])
+    for launch in launches(len(codes), deltas):
+        for align, indices in aligned.items():
+            table = Table([parts[p].of(launch.inputs) for p in indices], [-(-tiles[p] // together) for p in indices])
             rows, _ = table.on(context)
             context.launch(
-                kernel, table.tiles, rows, found, counted, len(places),
-                DT=tuple(codes[i] for i in sums.inputs), WIDE=wide, DELTAS=deltas, PAIRS=sums.pairs, ALONE=sums.alone,
-                PLACES=sums.places, WIDTH=_width(len(codes)), COUNTS=len(codes), ALIGN=align,
-                AHEAD=context.tile(ahead if len(sums.inputs) <= 2 else 1, 1), TILES=together, STEPS=table.steps,
-                warps=1 if len(sums.pairs) <= 3 else 2,
+                kernel, table.tiles, rows, sums, counts, len(indices),
+                DT=tuple(codes[i] for i in launch.inputs), WIDE=wide, DELTAS=deltas, PAIRS=launch.pairs,
+                NORMS=launch.norms, SUMS=launch.columns, WIDTH=_width(len(codes)), COUNTS=len(codes), ALIGN=align,
+                AHEAD=context.tile(ahead if len(launch.inputs) <= 2 else 1, 1), TILES=together, STEPS=table.steps,
+                warps=1 if len(launch.pairs) <= 3 else 2,
             )  # fmt: skip
 
 
 def _rows(
     context: LaunchContext, pieces: Sequence[Piece], codes: tuple[int, ...], deltas: bool, per: str
 ) -> list[Answer]:
-    """A tensor as a whole is one row."""
+    """Sums of tensors or of their rows: a tensor as a whole is one row."""
     from fastinterp._triton.measure import measure_kernel
 
     parts, tiles, shapes = [], [], []
-    place = 0
+    answer_at = 0
     for piece in pieces:
         numel = piece.numel
         columns = piece.step.columns if per == "row" else numel
         rows, chunks = (numel // columns if columns else int(per == "tensor")), -(-columns // CHUNK)
-        shapes.append((place, rows, chunks))
+        shapes.append((answer_at, rows, chunks))
         # Whole chunks apart from the rest, whose end may be no multiple of 16.
         body = numel // CHUNK * CHUNK if per == "tensor" and numel % 16 else 0
         for begin, count in ((0, body), (body, numel - body)):
             if count:
                 width = columns if per == "row" else count
-                parts.append(_part(piece, begin, count, width, place + begin // CHUNK))
+                parts.append(_part(piece, begin, count, width, answer_at + begin // CHUNK))
                 tiles.append(rows * -(-width // CHUNK))
-        place += rows * chunks
-    found, counted = context.zeros("float64", place, _width(len(codes))), context.zeros("int32", place, len(codes))
+        answer_at += rows * chunks
+    sums, counts = (
+        context.zeros("float64", answer_at, _width(len(codes))),
+        context.zeros("int32", answer_at, len(codes)),
+    )
     if parts:
-        _launch(context, measure_kernel, parts, tiles, deltas, found, counted, 2)
-    found, counted = fetched(context, found, counted)
+        _launch(context, measure_kernel, parts, tiles, deltas, sums, counts, 2)
+    sums, counts = fetched(context, sums, counts)
     answers = []
-    for place, rows, chunks in shapes:
-        sums = found[place : place + rows * chunks].reshape(rows, chunks, found.shape[1])
-        counts = counted[place : place + rows * chunks].reshape(rows, chunks, len(codes))
-        answers.append(answer_of(context, sums, counts))
+    for answer_at, rows, chunks in shapes:
+        of_piece = sums[answer_at : answer_at + rows * chunks].reshape(rows, chunks, sums.shape[1])
+        counts_of_piece = counts[answer_at : answer_at + rows * chunks].reshape(rows, chunks, len(codes))
+        answers.append(answer_of(context, of_piece, counts_of_piece))
     return answers
 
 
@@ -139,38 +147,41 @@ def _columns(context: LaunchContext, pieces: Sequence[Piece], codes: tuple[int, 
     from fastinterp._triton.measure import measure_columns_kernel
 
     parts, tiles, shapes = [], [], []
-    place = 0  # in columns of answers
+    answer_at = 0  # in columns of answers
     for piece in pieces:
         columns = piece.step.columns
         rows = piece.numel // columns
         blocks = -(-rows // BLOCK_ROWS)
-        shapes.append((place, blocks, columns))
+        shapes.append((answer_at, blocks, columns))
         if blocks:
-            parts.append(_part(piece, 0, piece.numel, columns, place))
+            parts.append(_part(piece, 0, piece.numel, columns, answer_at))
             tiles.append(blocks * -(-columns // LANES))
-        place += blocks * columns
+        answer_at += blocks * columns
     width, n = _width(len(codes)), len(codes)
-    found, counted = context.zeros("float64", place * width), context.zeros("int32", place * n)
+    sums, counts = context.zeros("float64", answer_at * width), context.zeros("int32", answer_at * n)
     if parts:
-        _launch(context, measure_columns_kernel, parts, tiles, deltas, found, counted, 2)
-    found, counted = fetched(context, found, counted)
+        _launch(context, measure_columns_kernel, parts, tiles, deltas, sums, counts, 2)
+    sums, counts = fetched(context, sums, counts)
     answers = []
-    for place, blocks, columns in shapes:
-        end = place + blocks * columns
-        sums = found[place * width : end * width].reshape(1, blocks, width * columns)
-        counts = counted[place * n : end * n].reshape(1, blocks, n * columns)
-        answers.append(answer_of(context, sums, counts, columns))
+    for answer_at, blocks, columns in shapes:
+        end = answer_at + blocks * columns
+        of_piece = sums[answer_at * width : end * width].reshape(1, blocks, width * columns)
+        counts_of_piece = counts[answer_at * n : end * n].reshape(1, blocks, n * columns)
+        answers.append(answer_of(context, of_piece, counts_of_piece, columns))
     return answers
 
 
-def fetched(context: LaunchContext, found: Any, counted: Any) -> tuple[Any, Any]:
-    """What a launch found, in one copy; or as it is, where there is so much that it is folded first."""
-    return (found, counted) if found.numel() > FETCHED else (context.fetch(found), context.fetch(counted))
+def fetched(context: LaunchContext, sums: Any, counts: Any) -> tuple[Any, Any]:
+    """The results of a launch on the host; on the device, where there are so many that they are folded there first."""
+    return (sums, counts) if sums.numel() > FETCHED else (context.fetch(sums), context.fetch(counts))
 
 
 def answer_of(context: LaunchContext, sums: Any, counts: Any, columns: int = 1) -> Answer:
-    """sums  f64[rows, chunks, numbers]; counts  i32, likewise: fetched or not. With `columns`, numbers are
-    [kinds, columns]."""
+    """The answer of a piece from its sums of chunks.
+
+    sums    f64[rows, chunks, numbers], on the host or on the device
+    counts  i32, likewise. With `columns`, numbers are [kinds, columns]
+    """
     if sums.device.type != "cpu":
         sums, counts = context.fetch(fold(sums)), context.fetch(counts.sum(dim=1, keepdim=True))
 
@@ -184,7 +195,7 @@ def answer_of(context: LaunchContext, sums: Any, counts: Any, columns: int = 1) 
 
 
 def fold(sums: Any) -> Any:
-    """Chunks in adjacent pairs, an odd one carried: f64[rows, chunks, numbers] to f64[rows, 1, numbers]."""
+    """Add chunks in adjacent pairs, an odd one carried: f64[rows, chunks, numbers] to f64[rows, 1, numbers]."""
     import torch
 
     if sums.shape[1] == 0:

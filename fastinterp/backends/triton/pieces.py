@@ -1,4 +1,4 @@
-"""Pieces of steps, by their kinds, as launches of Triton kernels."""
+"""Dispatches pieces to the launches of their kinds, and names the steps without a kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastinterp.ops.steps import CopyEqual, Divergence, Step
 
 
 def refuses(step: Step) -> str | None:
-    """Why no kernel here does this step, as "random masks by rank"; None if one does."""
+    """The reason why no kernel supports this step, such as "random masks by rank"; None if one does."""
     if isinstance(step, Divergence):
         return "the divergence of rows"
     if isinstance(step, CopyEqual):
@@ -23,6 +23,7 @@ def refuses(step: Step) -> str | None:
 
 
 def run(context: LaunchContext, pieces: Sequence[Piece]) -> list[Pending]:
+    """Launch kernels for pieces of any kinds; their results, in order."""
     from fastinterp.backends.triton.combine import combine, group_combine
     from fastinterp.backends.triton.histogram import histogram
     from fastinterp.backends.triton.masked import masked_stats, masked_sum
@@ -36,8 +37,8 @@ def run(context: LaunchContext, pieces: Sequence[Piece]) -> list[Pending]:
     kinds: dict[str, list[int]] = {}
     for i, piece in enumerate(pieces):
         kinds.setdefault(piece.step.kind, []).append(i)
-    for kind, places in kinds.items():
-        some = kernels[kind](context, [pieces[i] for i in places])
-        for i, one in zip(places, some, strict=True):
+    for kind, indices in kinds.items():
+        some = kernels[kind](context, [pieces[i] for i in indices])
+        for i, one in zip(indices, some, strict=True):
             pending[i] = one
     return [one for one in pending if one is not None]

@@ -1,4 +1,4 @@
-"""The tables that Triton kernels which write read: see kernels/triton/table.py."""
+"""The tables of work that Triton kernels read: see kernels/triton/table.py."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastinterp.ops.dtypes import CODE_BYTES
 
 @dataclass(slots=True)
 class Part:
-    """Outputs of one piece that have pivot and terms in common.
+    """Outputs of one piece with the same pivot and terms: a row of a table.
 
-    addresses, codes  of pivot and terms, in the order of the sum
-    rows              which outputs of the piece these are
+    addresses, codes  addresses and dtype codes of pivot and terms, in the order of the sum
+    rows              indices of these outputs in the piece
     numbers           f64: see _triton/combine.py
-    affine            of each output: whether its total is 1, so that the sum of its terms is the change it makes
+    affine            for each output, whether its total is 1, so that the sum of its terms is the change it makes
     """
 
     piece: int
@@ -36,11 +36,11 @@ class Part:
     group: int = 0
     groups: int = 1
     flags: int = 0
-    place: int = 0  # of its first answer, where it has no numbers
+    answer: int = 0  # index of its first answer, where it has no numbers
     extra: list[int] = field(default_factory=list)
 
     def at(self, begin: int, count: int, out_code: int) -> Part:
-        """Some of its elements."""
+        """The part of its elements [begin, begin + count)."""
         if not begin and count == self.count:
             return self
         addresses = [a + begin * CODE_BYTES[c] for a, c in zip(self.addresses, self.codes, strict=True)]
@@ -48,7 +48,7 @@ class Part:
         return replace(self, addresses=addresses, outs=outs, count=count, first=self.first + begin)
 
     def of(self, inputs: Sequence[int]) -> Part:
-        """With some of its inputs."""
+        """The part with some of its inputs."""
         return replace(self, addresses=[self.addresses[i] for i in inputs], codes=tuple(self.codes[i] for i in inputs))
 
     def alignment(self, out_code: int) -> int:
@@ -56,10 +56,10 @@ class Part:
 
 
 class Table:
-    """Rows for kernels: see _triton/table.py."""
+    """A table with a row per part: see _triton/table.py."""
 
     def __init__(self, parts: Sequence[Part], tiles: Sequence[int]):
-        """tiles: programs for each part."""
+        """tiles: number of programs for each part."""
         width = 11 + len(parts[0].addresses)
         rows: list[int] = []
         pool: list[int] = []
@@ -71,14 +71,14 @@ class Table:
             pool += [signed(key) for key in part.keys]
             pool += part.affine
             rows += (
-                first, part.count, part.first, outs, len(part.outs), part.place + len(numbers) // 8,
+                first, part.count, part.first, outs, len(part.outs), part.answer + len(numbers) // 8,
                 part.flags, part.columns, part.group, part.groups, end + len(pool), *part.addresses,
             )  # fmt: skip
             pool += part.extra
             numbers += part.numbers
             first += count
-        # An even number of them, so that the numbers behind them begin at a multiple of 16, too: for addresses that are
-        # none, kernels are compiled once more.
+        # An even number of words, so that the numbers after them begin at a multiple of 16 bytes, too: for other
+        # addresses kernels would be compiled once more.
         self._words = array("q", rows + pool + [0] * (len(rows) + len(pool) & 1))
         self._numbers_at, self.tiles, self.steps = len(self._words), first, steps(len(parts))
         self._words.frombytes(numbers or bytes(8))
@@ -96,13 +96,13 @@ def tiles_of(parts: Sequence[Part], block: int) -> list[int]:
 
 
 def aligned(parts: Sequence[Part], out: int) -> dict[int, list[Part]]:
-    """Parts by what a kernel may count on. Where addresses are multiples of 16, whole 16s and the rest apart."""
-    found: dict[int, list[Part]] = {}
+    """Parts by alignment (launch.py). Aligned parts are cut into whole 16s of elements and the rest."""
+    parts_of: dict[int, list[Part]] = {}
     for part in parts:
         align = part.alignment(out)
         body = part.count // 16 * 16 if align == ALIGNED else part.count
         if body:
-            found.setdefault(align, []).append(part.at(0, body, out))
+            parts_of.setdefault(align, []).append(part.at(0, body, out))
         if body < part.count:
-            found.setdefault(NATURAL, []).append(part.at(body, part.count - body, out))
-    return found
+            parts_of.setdefault(NATURAL, []).append(part.at(body, part.count - body, out))
+    return parts_of

@@ -1,1 +1,1 @@
-"""Carries out steps on accelerators, beside the CPU."""
+"""Runs steps on accelerators, and on the CPU beside them."""

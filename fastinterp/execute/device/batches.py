@@ -1,7 +1,7 @@
-"""The work of a round for accelerators: steps cut into parts, parts put together into batches, and one queue of these.
+"""The work of a round on accelerators: steps cut into parts, parts grouped into batches, and one queue of batches.
 
-All devices take from the queue, each when it has room, so that they share by their speed. A batch that a device could
-not finish goes back, and is done by another one from its beginning.
+All devices take batches from the queue, each when it has a free slot, so that faster devices do more. A batch that a
+device could not finish goes back into the queue, and another device runs it from its beginning.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from fastinterp.execute.jobs.job import Result
 from fastinterp.ops.dtypes import CODE_BYTES
 from fastinterp.ops.steps import Step, Stored, SumStep, join_stats
 
-ALIGN = 256  # bytes: where operands begin in a slot, as the widest loads of any device want it
-_PARTS = 4096  # of a batch at most: a tensor of a few elements costs a batch no bytes, but time
+ALIGN = 256  # bytes: alignment of operands in a slot, for the widest loads of any device
+_PARTS = 4096  # in a batch at most: a tensor of a few elements has few bytes, but takes time
 
 
 @dataclass(frozen=True, slots=True)
 class SlotRange:
-    """Some elements of an input or an output: where they are in a slot, and where in their source or sink; in bytes."""
+    """A range of bytes of an input or output: at `offset` of source or sink `handle`, at `slot_offset` in a slot."""
 
     handle: int
     offset: int
     nbytes: int
-    place: int
+    slot_offset: int
 
 
 @dataclass(eq=False, slots=True)
 class Part:
-    """Elements first .. first + count of a step. Its own parts, if it was cut once more, answer for it together."""
+    """Elements [first, first + count) of a step. A part that is cut again gets its result from its own parts."""
 
     native: Step
     first: int
@@ -44,11 +44,11 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """In a slot, all operands aligned."""
+        """Size in a slot, with all operands aligned."""
         return sum(aligned(self.count * width) for width in self.native.widths)
 
     def cut(self, most: int) -> list[Part]:
-        """Parts of at most so many bytes each, or the smallest that there are. One: this part itself."""
+        """Cut into parts of at most `most` bytes each, or the smallest possible. A single part is this one."""
         pieces = self.native.cut(max(1, most - ALIGN * len(self.native.widths)), self.count)
         if len(pieces) == 1:
             return [self]
@@ -56,18 +56,18 @@ class Part:
         return self.parts
 
     def take(self, result: Result) -> None:
-        """What came of it; the last part of a whole completes that."""
+        """Take the result; the last part of a whole completes the whole."""
         self.result = result
         whole = self.whole
         if whole is not None:
-            found = [part.result for part in whole.parts]
-            if all(one is not None for one in found):
+            results = [part.result for part in whole.parts]
+            if all(one is not None for one in results):
                 whole.parts = []
-                whole.take(joined(whole.native, [one for one in found if one is not None]))
+                whole.take(joined(whole.native, [one for one in results if one is not None]))
 
 
 def joined(native: Step, results: Sequence[Result]) -> Result:
-    """What came of a step from what came of its parts, in order."""
+    """The result of a step from the results of its parts, in order."""
     return Result(native.join([r.answer for r in results]), join_stats([r.stats for r in results]))
 
 
@@ -76,9 +76,9 @@ def aligned(nbytes: int) -> int:
 
 
 class Batch:
-    """Parts that go through a device together, and where in a slot their operands are: inputs first, then outputs.
+    """Parts that run on a device together, and the layout of their operands in a slot: inputs first, then outputs.
 
-    input_bytes, nbytes  of a slot that the inputs take, and all operands
+    input_bytes, nbytes  size of the inputs, and of all operands, in a slot
     """
 
     def __init__(self, parts: Sequence[Part]):
@@ -94,30 +94,30 @@ class Batch:
         for part in self.parts:
             native, triples = part.native, []
             if isinstance(native, SumStep):
-                places = zip(native.sinks, native.offsets, strict=True)
-                triples = [(sink, offset, CODE_BYTES[native.out_dtype]) for sink, offset in places]
+                locations = zip(native.sinks, native.offsets, strict=True)
+                triples = [(sink, offset, CODE_BYTES[native.out_dtype]) for sink, offset in locations]
             at = _lay_out(part, triples, at, self.outputs)
         self.nbytes = at
         self.bytes_read = sum(o.nbytes for some in self.inputs for o in some)
         self.bytes_written = sum(o.nbytes for some in self.outputs for o in some)
 
     def split(self, most: int) -> list[Batch]:
-        """Batches of at most so many bytes each; of more, if a part cannot be cut any further."""
+        """Batches of at most `most` bytes each; of more, if a part cannot be cut any further."""
         return batches((piece for part in self.parts for piece in part.cut(most)), most)
 
 
-def _lay_out(part: Part, triples: Iterable[tuple[int, int, int]], at: int, found: list[list[SlotRange]]) -> int:
+def _lay_out(part: Part, triples: Iterable[tuple[int, int, int]], at: int, ranges: list[list[SlotRange]]) -> int:
     """Add the operands of a part, each (handle, offset of the tensor, bytes of an element); returns the end."""
-    own = []
+    of_part = []
     for handle, offset, width in triples:
-        own.append(SlotRange(handle, offset + part.first * width, part.count * width, at))
+        of_part.append(SlotRange(handle, offset + part.first * width, part.count * width, at))
         at += aligned(part.count * width)
-    found.append(own)
+    ranges.append(of_part)
     return at
 
 
 def batches(parts: Iterable[Part], most: int) -> list[Batch]:
-    """As few batches of at most so many bytes as their order allows, and at least a part in each."""
+    """Batches of consecutive parts, each of at most `most` bytes, or of one part."""
     return [Batch(group) for group in _groups(parts, most)]
 
 
@@ -136,18 +136,18 @@ def _groups(parts: Iterable[Part], most: int) -> Iterator[list[Part]]:
 
 
 class Work:
-    """The batches of one round, for the threads of all devices. Everything here may be called by any thread.
+    """The batches of one round, shared by the threads of all devices. All methods are thread-safe.
 
-    workers  devices that take part
+    workers  number of devices that take part
 
-    `error` is what stops the round: an exception, or a tuple as the pump's (_C.pyi).
+    `error` is the error that stopped the round: an exception, or an error tuple of the pump (_C.pyi).
     """
 
     def __init__(self, waiting: Sequence[Batch], workers: int):
         self.batches, self._every = len(waiting), tuple(waiting)
         self.bytes_read = self.bytes_written = 0  # of batches that are done
         self.error: BaseException | tuple[Any, ...] | None = None
-        self.lost: list[str] = []  # of each device that was given up, why
+        self.lost: list[str] = []  # the reason for each device that failed
         self._waiting = deque(waiting)
         self._left, self._workers, self._stopped = len(waiting), workers, False
         self._changed = threading.Condition()
@@ -157,10 +157,10 @@ class Work:
         return self._stopped
 
     def take(self, most: int, ended: threading.Event) -> Batch | None:
-        """A batch of at most so many bytes; waits for one while any other device could still hand one back.
+        """A batch of at most `most` bytes; waits while another device might still give one back.
 
         most   as many as `least` says, or more
-        ended  whether the caller wants no more; `back` wakes those that wait after it is set
+        ended  set when the caller takes no more batches; `give_back` wakes those that wait
         None: there is nothing left to do, or all must stop.
         """
         with self._changed:
@@ -179,11 +179,11 @@ class Work:
         return None
 
     def least(self) -> int:
-        """Bytes of the largest part of the round, when all are cut as small as can be: a device needs as many."""
+        """The smallest slot size, in bytes, that fits every part of the round after cutting: a device needs as much."""
         return max((_smallest(part) for batch in self._every for part in batch.parts), default=0)
 
     def done(self, batch: Batch, results: Sequence[Result]) -> None:
-        """All that it writes is written."""
+        """Record a batch whose outputs are all written."""
         with self._changed:
             for part, result in zip(batch.parts, results, strict=True):
                 part.take(result)
@@ -193,14 +193,14 @@ class Work:
             if not self._left:
                 self._changed.notify_all()
 
-    def back(self, batch: Batch) -> None:
-        """It could not be done: whoever takes it next does all of it."""
+    def give_back(self, batch: Batch) -> None:
+        """Put an unfinished batch back: the next device runs all of it."""
         with self._changed:
             self._waiting.appendleft(batch)
             self._changed.notify_all()
 
     def leave(self, why: str) -> None:
-        """A device is given up. With the last one the round ends."""
+        """Remove a device that failed. The round ends with the last one."""
         with self._changed:
             self.lost.append(why)
             self._workers -= 1
@@ -213,24 +213,25 @@ class Work:
             self._changed.notify_all()
 
     def fail(self, error: BaseException | tuple[Any, ...]) -> None:
-        """Stop everything: no device could do better."""
+        """Stop the round with an error that no other device could avoid."""
         with self._changed:
             self.error = self.error or error
             self._stopped = True
             self._changed.notify_all()
 
     def stop(self) -> None:
+        """Stop the round: `take` returns None from now on."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
 
     def wait(self, seconds: float) -> bool:
-        """True when everything is done, or must stop."""
+        """Wait at most so long. True when everything is done, or the round has stopped."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._left or self._stopped, seconds)
 
 
 def _smallest(part: Part) -> int:
-    """Bytes of the largest of the smallest parts that a part can be cut into; of the part, if it cannot be cut."""
+    """Bytes of the first of the smallest parts that a part can be cut into; it is the largest of them."""
     first, count = part.native.cut(1, part.count)[0]
     return Part(part.native, part.first + first, count).nbytes

@@ -1,6 +1,6 @@
-"""Runs steps on accelerators, and what they cannot or need not do on the processor beside them.
+"""Runs steps on accelerators, and on the CPU those that accelerators cannot run or that need no computation.
 
-Imported only where a device was asked for, or `--device auto` chose one.
+Imported only where a device is named, or `--device auto` chose one.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from fastinterp.execute.rounds import DeviceUsage, PumpExecutor
 from fastinterp.messages import size
 from fastinterp.ops.steps import Combine, CopyEqual, Histogram, MaskedSum, Step
 
-# Of each device. Shorter slots cost more of Python than of the bus (tried: 4, 8, 16, 32 MiB), longer ones more to lock.
+# Of each device. Shorter slots take more time in Python than on the bus (tried: 4, 8, 16, 32 MiB); longer ones take
+# longer to lock in memory.
 SLOTS, SLOT_BYTES = 8, 16 << 20
-_LEAST_BATCH = 4 << 20  # bytes: where there is less to do, it is not shared any further
+_LEAST_BATCH = 4 << 20  # bytes: smaller amounts of work are not divided any further
 _TICK_S = 0.1
 _SAMPLES = "samples of magnitudes"
 
 
 def device_window(max_memory: int, devices: int) -> int:
-    """Bytes of host memory for the slots of all devices: half of what may be used, or as much as they need.
+    """Bytes of host memory for the slots of all devices: half of the limit, or as much as they need.
 
     Raises: UsageError, if that is too little for the smallest slots.
     """
@@ -43,10 +44,10 @@ def device_window(max_memory: int, devices: int) -> int:
 
 
 class DeviceExecutor(PumpExecutor):
-    """A PumpExecutor whose steps run on `devices`; on the processor, what none of them does.
+    """A PumpExecutor whose steps run on `devices`, and on the CPU where no device has a kernel.
 
     max_memory  bytes of host memory for slots, scratch and answers together
-    The other arguments are those of PumpExecutor. Devices are the caller's; `close` gives their memory back.
+    The other arguments are those of PumpExecutor. Devices belong to the caller; `close` frees the memory on them.
     """
 
     def __init__(
@@ -67,8 +68,8 @@ class DeviceExecutor(PumpExecutor):
         slot = max(LEAST_SLOT, min(SLOT_BYTES, each // SLOTS))
         self._workers = [Worker(device, each, slot, SLOTS, threads, files) for device in devices]
         self._window = each
-        self._on_cpu: dict[str, set[str]] = {}  # why the processor works on tensors, and their names
-        self._work = Work((), 0)  # of the round that runs
+        self._on_cpu: dict[str, set[str]] = {}  # reason -> names of the tensors that the CPU computes
+        self._work = Work((), 0)  # of the current round
         self._pinned = 0  # bytes of slots at most
 
     def usage(self) -> DeviceUsage:
@@ -82,50 +83,50 @@ class DeviceExecutor(PumpExecutor):
         )
 
     def run(self, steps: Sequence[TensorStep]) -> list[Result]:
-        """Ends all threads before it returns or raises, KeyboardInterrupt included.
+        """Run steps. Ends all threads before it returns or raises, KeyboardInterrupt included.
 
         Raises: BackendError, if no device is left; what PumpExecutor.run does.
         """
         workers = [worker for worker in self._workers if not worker.lost]
         most = self._batch_bytes(steps, workers)
-        parts, rest = self._sorted(steps, most)
-        needed = max((p.nbytes for own in parts.values() for p in own), default=0)
+        parts, rest = self._assigned(steps, most)
+        needed = max((p.nbytes for of_step in parts.values() for p in of_step), default=0)
         for worker in workers:
             worker.limit = max(worker.limit, needed)
-        every = batches((p for own in parts.values() for p in own), most)
+        every = batches((p for of_step in parts.values() for p in of_step), most)
         work = self._work = Work(every, len(workers))
         rounds = self.rounds
         self.scratch_bytes -= self._pinned
-        crew = [threading.Thread(target=w.work, args=(work,), name=w.device.name) for w in workers if every]
+        threads = [threading.Thread(target=w.work, args=(work,), name=w.device.name) for w in workers if every]
         try:
-            for thread in crew:
+            for thread in threads:
                 thread.start()
-            found = dict(zip(rest, super().run([*rest.values()]), strict=True)) if rest else {}
+            results = dict(zip(rest, super().run([*rest.values()]), strict=True)) if rest else {}
             while not work.wait(_TICK_S):
-                self._tell(self.bytes_read + self.bytes_written)
+                self._report(self.bytes_read + self.bytes_written)
         finally:
-            _end(work, crew)
-        self._tell(self.bytes_read + self.bytes_written)
+            _end(work, threads)
+        self._report(self.bytes_read + self.bytes_written)
         self.bytes_read += work.bytes_read
         self.bytes_written += work.bytes_written
         self.rounds = rounds + 1
         self._pinned = max(self._pinned, sum(worker.held_bytes for worker in workers))
         self.scratch_bytes += self._pinned
-        found |= {i: _result(own) for i, own in parts.items()}
-        return [found[i] for i in range(len(steps))]
+        results |= {i: _result(of_step) for i, of_step in parts.items()}
+        return [results[i] for i in range(len(steps))]
 
     def close(self) -> None:
-        """Give the memory of all devices back. The executor runs no more."""
+        """Free the memory on all devices. The executor must not run afterwards."""
         for worker in self._workers:
             worker.close()
 
     def _batch_bytes(self, steps: Sequence[TensorStep], workers: Sequence[Worker]) -> int:
-        """Of one batch: a slot at most, and less where there is so little to do that devices would wait."""
+        """Size of one batch: at most a slot, and less where there is so little to do that devices would be idle."""
         share = sum(step.nbytes for step in steps) // (len(workers) * SLOTS)
         return min(max(_LEAST_BATCH, share), *(worker.limit for worker in workers))
 
-    def _sorted(self, steps: Sequence[TensorStep], most: int) -> tuple[dict[int, list[Part]], dict[int, TensorStep]]:
-        """By number of the step, its parts for the devices; and the steps that the processor does."""
+    def _assigned(self, steps: Sequence[TensorStep], most: int) -> tuple[dict[int, list[Part]], dict[int, TensorStep]]:
+        """For each step, by its index, the parts for the devices; and the steps for the CPU."""
         parts: dict[int, list[Part]] = {}
         rest: dict[int, TensorStep] = {}
         for i, step in enumerate(steps):
@@ -134,22 +135,22 @@ class DeviceExecutor(PumpExecutor):
                 native = native.with_filled_masks()
             why = _nothing_to_compute(native) or self._workers[0].device.refuses(native)
             if why is None:
-                own = Part(native, 0, native.numel).cut(most)
-                if 2 * own[0].nbytes <= self._window:
-                    parts[i] = own
+                pieces = Part(native, 0, native.numel).cut(most)
+                if 2 * pieces[0].nbytes <= self._window:
+                    parts[i] = pieces
                     continue
-                why = f"rows so long that they do not fit into {size(self._window // 2)}"
+                why = f"rows that do not fit into {size(self._window // 2)}"
             self._on_cpu.setdefault(why, set()).add(step.name)
             rest[i] = replace(step, native=native)
         return parts, rest
 
     def _progress_from(self, before: int) -> Progress:
-        return lambda done, _: self._tell(before + done)
+        return lambda done, _: self._report(before + done)
 
-    def _tell(self, done: int) -> None:
-        """Show the progress of devices and processor: `done` are the bytes of this one, and of rounds before.
+    def _report(self, done: int) -> None:
+        """Report the progress of devices and CPU. done: bytes of the CPU in this round, and of all earlier rounds.
 
-        Raises: what stopped the devices.
+        Raises: the error that stopped the devices.
         """
         work = self._work
         if isinstance(work.error, tuple):
@@ -163,7 +164,7 @@ class DeviceExecutor(PumpExecutor):
 
 
 def _nothing_to_compute(step: Step) -> str | None:
-    """Why a step is the processor's, whatever devices can do: no device reads it, or sending it costs more."""
+    """The reason why a step runs on the CPU, whatever kernels a device has: its operands, or the cost of copies."""
     if step.gathers:
         return "rows that are moved"
     if step.decodes:
@@ -180,20 +181,20 @@ def _nothing_to_compute(step: Step) -> str | None:
 
 
 def _result(parts: Sequence[Part]) -> Result:
-    """Of a step, when all of its parts are done."""
+    """The result of a step, after all of its parts are done."""
     whole = parts[0].whole or parts[0]
     if whole.result is None:
         raise ValueError("a step has no result, though all batches are done")
     return whole.result
 
 
-def _end(work: Work, crew: Sequence[threading.Thread]) -> None:
-    """Wait for all threads, even if another exception comes meanwhile: they use memory that is freed next."""
+def _end(work: Work, threads: Sequence[threading.Thread]) -> None:
+    """Stop and join all threads, even if another exception is raised meanwhile: they use memory that is freed next."""
     late = None
     while True:
         try:
             work.stop()
-            for thread in crew:
+            for thread in threads:
                 if thread.ident is not None:
                     thread.join()
             break

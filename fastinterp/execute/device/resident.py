@@ -1,4 +1,4 @@
-"""Runs steps on tensors that lie in the memory of one device: nothing is read or written but by its kernels."""
+"""Runs steps on tensors in the memory of one device: only its kernels read and write them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fastinterp.ops.steps import Step, Stored, SumStep, WritingStep
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device, Pending, Queue
 
-_UNBOUNDED = 1 << 62  # bytes of scratch: whoever holds whole models in memory sets the bound
+_UNBOUNDED = 1 << 62  # bytes of scratch: the memory of the models themselves is the limit
 
 
 class ResidentExecutor:
-    """As a PumpExecutor, for steps whose sources and sinks are ("device", address, bytes).
+    """An Executor for steps whose sources and sinks are ("device", address, bytes).
 
-    Whole tensors are launched in one queue. What writes is not waited for, so that a run without questions returns at
-    once; with `stats_every`, statistics are waited for, too.
+    Whole tensors are launched in one queue. Steps that write are not waited for, so that a run without requests returns
+    at once; with `stats_every`, their statistics are waited for, too.
 
-    sources, sinks   they may be added to between runs
-    capturing        work goes into a graph, so nothing can be waited for
+    sources, sinks   may be added to between runs
+    capturing        the queue is captured into a CUDA graph, so that nothing can be waited for
     """
 
-    round_bytes = 4 << 30  # a millisecond of work: the host prepares the next round meanwhile
+    round_bytes = 4 << 30  # a millisecond of work, in which the host prepares the next round
     held_bytes = 256 << 20
 
     def __init__(
@@ -47,27 +47,27 @@ class ResidentExecutor:
         self._stats_every, self._capturing = stats_every, capturing
 
     def run(self, steps: Sequence[TensorStep]) -> list[Result]:
-        """Raises: BackendError, if the device has no kernel for a step, or must be waited for in a graph."""
+        """Run steps. Raises: BackendError, if the device has no kernel for one, or if a capture would have to wait."""
         pieces = self.pieces(steps)
         waits = [self._waits(step) for step in steps]
-        asked = [k for k, wait in enumerate(waits) if wait]
+        awaited = [k for k, wait in enumerate(waits) if wait]
         written = [k for k, wait in enumerate(waits) if not wait]
         results = [Result(None, [{} for _ in _sinks(step.native)]) for step in steps]
         pending: list[Pending] = []
         event = None
-        if asked:
-            pending = self._queue.run([pieces[k] for k in asked])
+        if awaited:
+            pending = self._queue.run([pieces[k] for k in awaited])
             event = self._queue.record()
-        if written:  # they go on while the answers are looked at
+        if written:  # these run while the answers are processed
             self._queue.run([pieces[k] for k in written])
         if event is not None:
             event.wait()
-        for k, found in zip(asked, pending, strict=True):
-            results[k] = Result(found.answer(), found.stats())
+        for k, one in zip(awaited, pending, strict=True):
+            results[k] = Result(one.answer(), one.stats())
         return results
 
     def pieces(self, steps: Sequence[TensorStep]) -> list[Piece]:
-        """The steps as the device takes them: whole tensors, with addresses. Raises: as `run`."""
+        """The steps as pieces: whole tensors, with addresses. Raises: as `run`."""
         for step in steps:
             self._check(step)
         return [self._piece(step.native) for step in steps]
@@ -86,15 +86,15 @@ class ResidentExecutor:
             )
 
     def _waits(self, step: TensorStep) -> bool:
-        """Whether the host needs something of what the step finds."""
+        """Whether the host needs the answer or the statistics of the step."""
         return bool(self._stats_every) or not isinstance(step.native, WritingStep)
 
     def _piece(self, native: Step) -> Piece:
         stored = [operand for operand in native.inputs if isinstance(operand, Stored)]
         outputs: tuple[int, ...] = ()
         if isinstance(native, SumStep):
-            places = zip(native.sinks, native.offsets, strict=True)
-            outputs = tuple(memory_address(self._sinks[sink]) + offset for sink, offset in places)
+            locations = zip(native.sinks, native.offsets, strict=True)
+            outputs = tuple(memory_address(self._sinks[sink]) + offset for sink, offset in locations)
         return Piece(
             step=native,
             inputs=tuple(memory_address(self._sources[operand.source]) + operand.offset for operand in stored),

@@ -1,4 +1,4 @@
-"""Sums on a device whose sources are partly the host's: files, or memory that the device does not reach."""
+"""Runs weighted sums on a device with sources that are partly on the host: files, or memory that it cannot access."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fastinterp.ops.steps import Combine, CopyEqual, Stored
 if TYPE_CHECKING:
     from fastinterp.backends.device import Event, Queue
 
-_SLOT_BYTES = 64 << 20  # of pinned memory; there are two, one being filled while the other is read
+_SLOT_BYTES = 64 << 20  # of pinned memory; there are two: one is filled while the device reads the other
 _ALIGN = 256  # bytes
 
 
 class _Slot:
-    """Pinned memory, had when it is needed, and the moment from which it may be written again."""
+    """Pinned memory, allocated on first use. read: the event after which it may be written again."""
 
     def __init__(self) -> None:
         self._memory: Any = None
@@ -36,17 +36,17 @@ class _Slot:
         if self._memory is None:
             self._memory = pinned(_SLOT_BYTES)
         if self._memory is None:
-            raise BackendError(f"{_SLOT_BYTES} bytes of pinned memory cannot be had: raise the limit of `ulimit -l`")
+            raise BackendError(f"{_SLOT_BYTES} bytes of pinned memory cannot be allocated: raise `ulimit -l`")
         return int(self._memory.data_ptr())
 
 
 class StreamedExecutor:
-    """Runs plain sums: the pump fills pinned memory, from which kernels read.
+    """Runs plain weighted sums: the pump fills pinned memory, from which kernels read.
 
-    sources  those of a kind "device" are the device's, the others the host's, as the pump takes them
-    filled   makes the PumpExecutor that reads the host's sources into the sinks that it is given
+    sources  ("device", address, bytes) is memory of the device; the others are on the host, as the pump takes them
+    filler   makes the PumpExecutor that reads sources of the host into these sinks
 
-    Nothing is waited for but what was read from the slot that is filled next, and at the end.
+    Waits only for kernels that read from the slot that is filled next, and at the end for all.
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class StreamedExecutor:
         queue: Queue,
         sources: Sequence[Handle],
         sinks: Sequence[Handle],
-        filled: Callable[[list[Handle]], PumpExecutor],
+        filler: Callable[[list[Handle]], PumpExecutor],
     ):
-        self._queue, self._sources, self._sinks, self._filled = queue, sources, sinks, filled
+        self._queue, self._sources, self._sinks, self._filler = queue, sources, sinks, filler
         self._slots = [_Slot(), _Slot()]
         self._reads: list[TensorStep] = []
         self._pieces: list[Piece] = []
         self._used = 0
 
     def run(self, steps: Sequence[TensorStep]) -> None:
-        """steps  Combine, of stored operands. Raises: TypeError, if they are others; what the pump does."""
+        """Run Combine steps of stored operands. Raises: TypeError for other steps; the errors of the pump."""
         for step in steps:
             native = step.native
             if not isinstance(native, Combine):
@@ -79,12 +79,12 @@ class StreamedExecutor:
                 slot.read.wait()
 
     def _address(self, source: int) -> int | None:
-        """Of what the device reaches; None of what is the host's."""
+        """The address of a source in device memory; None for a source on the host."""
         handle = self._sources[source]
         return handle[1] if isinstance(handle, tuple) and handle[0] == "device" else None
 
     def _add(self, native: Combine, stored: Sequence[Stored], first: int, count: int) -> None:
-        """Elements first..first+count of a step, into the slot that is being filled."""
+        """Add elements [first, first + count) of a step to the current slot."""
         sizes = [count * CODE_BYTES[operand.dtype] for operand in stored if self._address(operand.source) is None]
         if self._used + sum(sizes) + _ALIGN * len(sizes) > _SLOT_BYTES:
             self._flush()
@@ -97,9 +97,9 @@ class StreamedExecutor:
                 continue
             inputs.append(self._slots[0].address + self._used)
             self._read(replace(operand, offset=start), count * CODE_BYTES[operand.dtype])
-        places = zip(native.sinks, native.offsets, strict=True)
+        locations = zip(native.sinks, native.offsets, strict=True)
         at = first * CODE_BYTES[native.out_dtype]
-        outputs = tuple(memory_address(self._sinks[sink]) + offset + at for sink, offset in places)
+        outputs = tuple(memory_address(self._sinks[sink]) + offset + at for sink, offset in locations)
         self._pieces.append(Piece(step=native, inputs=tuple(inputs), outputs=outputs, first=first, numel=count))
 
     def _read(self, operand: Stored, nbytes: int) -> None:
@@ -108,12 +108,12 @@ class StreamedExecutor:
         self._used += -(-nbytes // _ALIGN) * _ALIGN
 
     def _flush(self) -> None:
-        """Fill the slot, put in what reads it, and go on with the other one."""
+        """Fill the slot, launch the kernels that read it, and switch to the other slot."""
         slot = self._slots[0]
         if self._reads:
             if slot.read is not None:
                 slot.read.wait()
-            self._filled([("memory", slot.address, _SLOT_BYTES)]).run(self._reads)
+            self._filler([("memory", slot.address, _SLOT_BYTES)]).run(self._reads)
         if self._pieces:
             self._queue.run(self._pieces)
             slot.read = self._queue.record()

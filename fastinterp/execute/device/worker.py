@@ -1,7 +1,7 @@
-"""One accelerator at work: threads read batches into host memory, the device works on them, other threads write.
+"""Runs batches on one accelerator: threads read into host memory, the device computes, other threads write.
 
-A slot is host memory and device memory of the same size, in which a batch lies in the same places. Three queues of the
-device work beside each other: while one batch is summed, the next one goes up and the last one comes down.
+A slot is host memory and device memory of the same size, in which a batch has the same layout. Three queues of the
+device run concurrently: one batch is computed while the next one is uploaded and the previous one downloaded.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from fastinterp.errors import BackendError, OutOfMemory
 from fastinterp.execute.device.batches import Batch, SlotRange, Work
 from fastinterp.execute.jobs.job import Result
 
-LEAST_SLOT = 64 << 10  # bytes: with less, a device is given up
-_LEAST_SLOTS = 2  # so that one is filled while the device works on the other
-_READERS, _WRITERS = 8, 4  # threads for one device at most: its bus is not faster than so many copies
+LEAST_SLOT = 64 << 10  # bytes: a device that cannot allocate as much has failed
+_LEAST_SLOTS = 2  # so that one is filled while the device computes on the other
+_READERS, _WRITERS = 8, 4  # threads for one device at most: so many copies saturate its bus
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What a round reads and writes, and how, as the pump has it."""
+    """The sources and sinks of a round, and its options, in the form that the pump takes."""
 
     sources: Sequence[Handle]
     sinks: Sequence[Handle]
@@ -37,18 +37,18 @@ class Files:
 
 
 class FileError(Exception):
-    """A read or write that failed; `told` is the pump's tuple of it."""
+    """A read or write that failed. details: the error tuple, in the form of the pump's (_C.pyi)."""
 
-    def __init__(self, *told: Any):
-        super().__init__(*told)
-        self.told = told
+    def __init__(self, *details: Any):
+        super().__init__(*details)
+        self.details = details
 
 
 class Slot:
-    """Host and device memory of one batch at a time."""
+    """Host memory and device memory for one batch at a time."""
 
     def __init__(self, device: Device, nbytes: int):
-        """Raises: OutOfMemory, BackendError; nothing is left allocated then."""
+        """Raises: OutOfMemory, BackendError; then nothing stays allocated."""
         self.nbytes = nbytes
         self.host: Buffer = device.host(nbytes)
         try:
@@ -63,19 +63,19 @@ class Slot:
 
 
 def _freed(buffer: Buffer) -> None:
-    with suppress(BackendError):  # of a device that failed: its memory goes with the process
+    with suppress(BackendError):  # of a device that failed: its memory is freed with the process
         buffer.free()
 
 
 class Worker:
-    """Takes batches for one device until none is left, or until the device is given up.
+    """Runs batches on one device until none is left, or until the device fails.
 
-    window   bytes of host memory for it
+    window   bytes of host memory for the device
     slot     bytes of one slot: `limit`, which may be raised between two rounds up to half of the window
-    slots    how many it has at most
-    threads  of the processor that it may use
+    slots    number of slots at most
+    threads  number of CPU threads that it may use
 
-    `lost` is why the device was given up; empty if it was not.
+    `lost` is the reason why the device failed; empty if it has not.
     """
 
     def __init__(self, device: Device, window: int, slot: int, slots: int, threads: int, files: Files):
@@ -89,24 +89,24 @@ class Worker:
 
     @property
     def held_bytes(self) -> int:
-        """Of host memory."""
+        """Bytes of host memory that are allocated."""
         return sum(slot.nbytes for slot in self._ring)
 
     def work(self, work: Work) -> None:
-        """In a thread of its own. Raises nothing: what goes wrong is told to `work`."""
+        """The body of the device's thread. Raises nothing: errors are reported to `work`."""
         try:
             while not self._attempt(work):
                 pass
-        except BaseException as error:  # a mistake of this program: it must not look like an end
+        except BaseException as error:  # a bug: it must not pass for the end of the work
             work.fail(error)
 
     def close(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
         while self._ring:
             self._ring.pop().free()
 
     def _attempt(self, work: Work) -> bool:
-        """Work until the end, or the first failure of the device. Whether that was the end for it."""
+        """Run batches until the end, or the first failure of the device. Whether the device takes no more."""
         try:
             session = _Session(self, work, self._allocated(work))
             session.run()
@@ -129,9 +129,9 @@ class Worker:
         return True
 
     def _allocated(self, work: Work) -> list[Slot]:
-        """The ring, as large as this round can use, or as memory allows.
+        """The slots, as many as this round can use, or as memory allows.
 
-        Raises: OutOfMemory, if there is none for two slots.
+        Raises: OutOfMemory, if two slots do not fit.
         """
         if not self.queues:
             self.queues = tuple(self.device.queue() for _ in range(3))
@@ -150,7 +150,7 @@ class Worker:
 
 
 class _Session:
-    """The threads of one worker, from their start to their end: everything done, a stop, or the device's failure."""
+    """The threads of one worker in one round, until all is done, the round stops or the device fails."""
 
     def __init__(self, worker: Worker, work: Work, ring: Sequence[Slot]):
         self.failed: BackendError | None = None
@@ -179,7 +179,7 @@ class _Session:
             thread.join()
         if self.failed is not None:
             for queue in self._worker.queues:
-                with suppress(BackendError):  # nothing may be under way in memory that is freed next
+                with suppress(BackendError):  # no copy may be in progress in memory that is freed next
                     queue.record().wait()
 
     def _start(self, target: Callable[[], None], count: int, threads: list[threading.Thread]) -> None:
@@ -189,10 +189,10 @@ class _Session:
             threads.append(thread)
 
     def _fail(self, error: BackendError, batch: Batch) -> None:
-        """The device did not do this batch, and gets no more."""
+        """Record a failure of the device: the batch goes back, and the device gets no more."""
         self.failed = self.failed or error
         self._ended.set()
-        self._work.back(batch)
+        self._work.give_back(batch)
 
     # --- threads that read
 
@@ -201,8 +201,8 @@ class _Session:
             while self._next():
                 pass
         except FileError as error:
-            self._work.fail(error.told)
-        except BaseException as error:  # a mistake of this program: it must not look like an end
+            self._work.fail(error.details)
+        except BaseException as error:  # a bug: it must not pass for the end of the work
             self._work.fail(error)
 
     def _next(self) -> bool:
@@ -223,7 +223,7 @@ class _Session:
                 self._fail(error, batch)
         finally:
             if not launched:
-                self._free.put(slot)  # at the end, the next thread sees so
+                self._free.put(slot)  # at the end, for the next thread to see it
         return launched
 
     def _fill(self, slot: Slot, batch: Batch) -> None:
@@ -239,7 +239,7 @@ class _Session:
             _read_into(slot, o, self._files.sources[o.handle])
 
     def _launch(self, slot: Slot, batch: Batch) -> None:
-        """Put everything that the device is to do for a batch into its three queues."""
+        """Enqueue uploads, kernels and downloads of a batch in the three queues of the device."""
         pieces = [self._piece(slot, batch, i) for i in range(len(batch.parts))]
         host, memory, output_bytes = slot.host.address, slot.memory.address, batch.nbytes - batch.input_bytes
         with self._launching:
@@ -257,8 +257,8 @@ class _Session:
         part, options = batch.parts[i], self._files.options
         return Piece(
             step=part.native,
-            inputs=tuple(slot.memory.address + o.place for o in batch.inputs[i]),
-            outputs=tuple(slot.memory.address + o.place for o in batch.outputs[i]),
+            inputs=tuple(slot.memory.address + o.slot_offset for o in batch.inputs[i]),
+            outputs=tuple(slot.memory.address + o.slot_offset for o in batch.outputs[i]),
             numel=part.count,
             first=part.first,
             stats_every=options.stats_every,
@@ -278,14 +278,14 @@ class _Session:
             except BackendError as error:
                 self._fail(error, batch)
             except FileError as error:
-                self._work.fail(error.told)
+                self._work.fail(error.details)
             except BaseException as error:
                 self._work.fail(error)
             finally:
                 self._free.put(slot)
 
     def _store(self, slot: Slot, batch: Batch) -> bool:
-        """Whether all of it is written: not, if everything stops."""
+        """Write the outputs of a batch. False, if the round stopped before all were written."""
         for o in (o for some in batch.outputs for o in some):
             if self._work.stopped:
                 return False
@@ -302,9 +302,9 @@ def _read_into(slot: Slot, o: SlotRange, source: Handle) -> None:
         held = max(0, min(o.nbytes, size - o.offset))
         if held < o.nbytes:
             raise FileError("read", o.handle, 0, o.offset, o.nbytes, held)
-        ctypes.memmove(slot.host.address + o.place, address + o.offset, o.nbytes)
+        ctypes.memmove(slot.host.address + o.slot_offset, address + o.offset, o.nbytes)
         return
-    view, done = slot.host.view[o.place : o.place + o.nbytes], 0
+    view, done = slot.host.view[o.slot_offset : o.slot_offset + o.nbytes], 0
     while done < o.nbytes:
         try:
             got = os.preadv(source, [view[done:]], o.offset + done)
@@ -321,9 +321,9 @@ def _write_from(slot: Slot, o: SlotRange, sink: Handle) -> None:
         held = max(0, min(o.nbytes, size - o.offset))
         if held < o.nbytes:
             raise FileError("write", o.handle, 0, o.offset, o.nbytes, held)
-        ctypes.memmove(address + o.offset, slot.host.address + o.place, o.nbytes)
+        ctypes.memmove(address + o.offset, slot.host.address + o.slot_offset, o.nbytes)
         return
-    view, done = slot.host.view[o.place : o.place + o.nbytes], 0
+    view, done = slot.host.view[o.slot_offset : o.slot_offset + o.nbytes], 0
     while done < o.nbytes:
         try:
             put = os.pwrite(sink, view[done:], o.offset + done)

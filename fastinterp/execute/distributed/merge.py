@@ -1,8 +1,8 @@
 """One merge by several processes, perhaps on several machines that share a file system.
 
-Each takes output files, the largest first, until none is left; rank 0 makes the folder, the files beside the weights
-and the end. Every process plans the whole merge, from headers alone, so all that they tell each other is who does what.
-The bytes are those that one process writes.
+Each takes output files, the largest first, until none is left; rank 0 creates the folder, writes the files beside the
+weights and renames the output into place. Every process plans the whole merge, from headers alone, so that they
+exchange only which rank does what. The bytes are the same as those of one process.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from fastinterp.execute.sinks import FileSinks
 from fastinterp.execute.to_files import devices_for, finish, write_small_files
 from fastinterp.plan.plan import Plan, Source, plan_recipe
 
-_LOOK_S = 0.05  # between looks at what the others have done
+_POLL_S = 0.05  # between polls of what the other ranks have finished
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one rank does at a time: the files with these numbers, in every output."""
+    """A unit of work, done by one rank: the files with these indices, in every output."""
 
     number: int
     files: tuple[int, ...]
@@ -84,12 +84,12 @@ def carry_out(
     """This process's part of writing the outputs of a plan: all ranks call it with the same arguments.
 
     outs      a folder for each output, on a file system that all ranks see
-    device    "cuda" is another one for each process of a machine, as far as there are so many
-    threads   of this process. None: its share of the machine's CPUs
-    progress  told on rank 0, of all ranks together
+    device    "cuda" is a different device for each process of a machine, as far as there are enough
+    threads   number of threads of this process. None: its share of the machine's CPUs
+    progress  called on rank 0, for all ranks together
 
-    Returns the reports on rank 0 and None on the others, when the outputs have appeared. If it ends before that, files
-    that are complete are kept under temporary names, and the same merge goes on from them.
+    Returns the reports on rank 0 and None on the others, when the outputs are in place. If it ends before that,
+    complete files are kept under temporary names, and the same merge resumes from them.
     Raises: what `write_outputs` does; RankError, if another rank failed, or cannot be reached.
     """
     start = time.perf_counter()
@@ -107,8 +107,10 @@ def carry_out(
                 f"rank {me.rank} plans another merge than rank 0: recipe, options, version, or the sizes or times of "
                 f"the models' files differ between the two ({key} and {theirs}). All ranks must see the same files"
             )
-        part = _Part(plan, outs, key, peers, threads=threads, max_memory=max_memory, progress=progress, devices=devices)
-        notes = part.work(_units(plan, me.world))
+        work = _RankWork(
+            plan, outs, key, peers, threads=threads, max_memory=max_memory, progress=progress, devices=devices
+        )
+        records = work.run(_units(plan, me.world))
         if me.rank != 0:
             peers.await_("finished", "finish the output")
             return None
@@ -118,11 +120,11 @@ def carry_out(
     if progress is not None:
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
         progress(total, total)
-    return [replace(report, chosen=chosen) for report in _reports(plan, notes, folders, wall, me.world)]
+    return [replace(report, chosen=chosen) for report in _reports(plan, records, folders, wall, me.world)]
 
 
 def fingerprint(plan: Plan) -> str:
-    """12 hexadecimal digits: of what is written, how it is made, and the files that it is made of."""
+    """A hash of 12 hexadecimal digits over the headers of the output, the version, and the input files."""
     digest = hashlib.blake2b(__version__.encode(), digest_size=6)
     for layout in plan.layouts:
         for file in layout.files:  # their headers hold the recipe, the dtypes, the seed
@@ -150,7 +152,8 @@ def _open(
 
 
 def _units(plan: Plan, world: int) -> list[Unit]:
-    """Files, the largest first; a share for each rank where a method asks about the whole model, in every unit anew."""
+    """A unit per file, the largest first; one unit per rank where a method makes requests about the whole model, since
+    every unit answers them anew."""
     files = plan.layouts[0].files
     order = sorted(range(len(files)), key=lambda f: -files[f].size)
     if not any(t.program is not None and t.program.whole for t in plan.tensors):
@@ -161,8 +164,8 @@ def _units(plan: Plan, world: int) -> list[Unit]:
     return [Unit(i, tuple(share)) for i, share in enumerate(shares)]
 
 
-class _Part:
-    """The work of one rank."""
+class _RankWork:
+    """Claims and runs the units of one rank, and collects the records of all."""
 
     def __init__(
         self, plan: Plan, outs: Sequence[str | os.PathLike[str]], key: str, peers: Peers, *, threads: int,
@@ -173,39 +176,38 @@ class _Part:
         self._devices = devices
         self._total = plan.bytes_read + plan.bytes_made + plan.bytes_written
 
-    def work(self, units: Sequence[Unit]) -> list[dict[str, Any]]:
-        """Take units until all are done, by whomever. Returns the notes of all of them."""
-        notes: dict[int, dict[str, Any]] = {}
-        while len(notes) < len(units):
-            before = len(notes)
+    def run(self, units: Sequence[Unit]) -> list[dict[str, Any]]:
+        """Run units until all ranks together have done all of them. Returns the records of all units, in order."""
+        records: dict[int, dict[str, Any]] = {}
+        while len(records) < len(units):
+            before = len(records)
             for unit in units:
-                if unit.number in notes:
+                if unit.number in records:
                     continue
                 self._peers.refuse_failed()
-                note = self._noted(unit)
-                if note is None and self._peers.takes(unit.number):
-                    # Once more: rank 0 says that all is done before it finishes the folder, and the journals go.
-                    note = self._noted(unit) or self._merge(unit)
-                if note is not None:
-                    notes[unit.number] = note
-            self._tell(0)
-            if len(notes) == before:
-                time.sleep(_LOOK_S)
-        return [notes[i] for i in sorted(notes)]
+                record = self._finished(unit)
+                if record is None and self._peers.takes(unit.number):
+                    # Checked again: rank 0 announces the end before it finishes the folder and deletes the journals.
+                    record = self._finished(unit) or self._merge(unit)
+                if record is not None:
+                    records[unit.number] = record
+            self._report(0)
+            if len(records) == before:
+                time.sleep(_POLL_S)
+        return [records[i] for i in sorted(records)]
 
-    def _noted(self, unit: Unit) -> dict[str, Any] | None:
-        """What was noted when the unit was done. The store knows at once, where a network file system may be late."""
-        told = self._peers.get(f"done/{unit.number}")
-        note = _note_of(unit, told)
-        if note is None and self._stands(unit):
+    def _finished(self, unit: Unit) -> dict[str, Any] | None:
+        """The record of a finished unit, or None. From the store first: a network file system may show files late."""
+        record = _parsed(unit, self._peers.get(f"done/{unit.number}"))
+        if record is None and self._complete(unit):
             journal = read_journal(self._outs[0], self._name(unit), self._key)
-            note = _note_of(unit, None if journal is None else journal.decode())
-            if note is not None:
-                self._peers.put(f"done/{unit.number}", json.dumps(note))
-        return note
+            record = _parsed(unit, None if journal is None else journal.decode())
+            if record is not None:
+                self._peers.put(f"done/{unit.number}", json.dumps(record))
+        return record
 
-    def _stands(self, unit: Unit) -> bool:
-        """Whether the unit's files are there, as long as they will be: a journal may outlive its file."""
+    def _complete(self, unit: Unit) -> bool:
+        """Whether the unit's files exist with their final size: a journal may outlive its file."""
         return all(
             stands(out, layout.files[f].name, self._key, layout.files[f].size)
             for out, layout in zip(self._outs, self._plan.layouts, strict=True)
@@ -213,7 +215,7 @@ class _Part:
         )
 
     def _name(self, unit: Unit) -> str:
-        """Under which the journal of all of the unit's files stands: that of the last of them."""
+        """The name of the file whose journal holds the record of the unit: its last file."""
         return self._plan.layouts[0].files[unit.files[-1]].name
 
     def _merge(self, unit: Unit) -> dict[str, Any]:
@@ -225,77 +227,80 @@ class _Part:
         before = self._peers.bytes_done
         done = run(
             plan, FileSinks(plan, paths), threads=self._threads, max_memory=self._max_memory,
-            progress=lambda own, _: self._tell(before + own - self._peers.bytes_done), devices=self._devices,
+            progress=lambda of_unit, _: self._report(before + of_unit - self._peers.bytes_done), devices=self._devices,
         )  # fmt: skip
         self._peers.bytes_done = before + done.bytes_read + done.bytes_written
-        note = {"files": list(unit.files), **_note(plan, done)}
-        text = json.dumps(note)
+        record = {"files": list(unit.files), **_record(plan, done)}
+        text = json.dumps(record)
         for out, layout in zip(self._outs[::-1], plan.layouts[::-1], strict=True):  # the first output's journals last
             for f in unit.files:
                 write_journal(out, layout.files[f].name, self._key, text.encode())
         self._peers.put(f"done/{unit.number}", text)
-        return note
+        return record
 
-    def _tell(self, more: int) -> None:
+    def _report(self, more: int) -> None:
         self._peers.bytes_done += more
         if self._progress is not None and self._peers.me.rank == 0:
             done = self._peers.bytes_of_all()
             self._progress(min(done, self._total), self._total)
 
 
-# ---- notes ----------------------------------------------------------------------------------------------------------
+# ---- records --------------------------------------------------------------------------------------------------------
 
 
-def _note_of(unit: Unit, text: str | None) -> dict[str, Any] | None:
-    """What `text` says of this unit. None, if it is of another one: more or fewer ranks share the files otherwise."""
-    note: dict[str, Any] | None = None if text is None else json.loads(text)
-    return note if note is not None and note["files"] == list(unit.files) else None
+def _parsed(unit: Unit, text: str | None) -> dict[str, Any] | None:
+    """The record of this unit from its JSON. None, if it is of other files: units depend on the number of ranks."""
+    record: dict[str, Any] | None = None if text is None else json.loads(text)
+    return record if record is not None and record["files"] == list(unit.files) else None
 
 
-def _note(plan: Plan, done: Done) -> dict[str, Any]:
-    """What a unit found, as plain values."""
-    found = [record_of(plan, done.jobs, k) for k in range(len(plan.recipes))]
+def _record(plan: Plan, done: Done) -> dict[str, Any]:
+    """The record of a unit, as plain values: counters, devices, and the records of its outputs."""
+    records = [record_of(plan, done.jobs, k) for k in range(len(plan.recipes))]
     return {
         "bytes_read": done.bytes_read, "bytes_written": done.bytes_written, "threads": done.threads, "isa": done.isa,
-        "scratch_bytes": done.scratch_bytes, "placed": asdict(done.usage),
+        "scratch_bytes": done.scratch_bytes, "usage": asdict(done.usage),
         "outputs": [
             {
-                "effects": {name: astuple(effect) for name, effect in f.effects.items()},
-                "copied": f.copied,
-                "models": sorted(f.models),
-                "densities": {m: {t: astuple(d) for t, d in own.items()} for m, own in f.densities.items()},
+                "effects": {name: astuple(effect) for name, effect in record.effects.items()},
+                "copied": record.copied,
+                "models": sorted(record.models),
+                "densities": {
+                    model: {tensor: astuple(density) for tensor, density in by_tensor.items()}
+                    for model, by_tensor in record.densities.items()
+                },
             }
-            for f in found
+            for record in records
         ],
     }  # fmt: skip
 
 
-def _together(plan: Plan, notes: Sequence[dict[str, Any]], k: int) -> OutputRecord:
-    """What all units recorded, in the order of the plan's tensors."""
+def _together(plan: Plan, records: Sequence[dict[str, Any]], k: int) -> OutputRecord:
+    """The record of output k over all units, in the order of the plan's tensors."""
     record = OutputRecord()
     order = {t.name: i for i, t in enumerate(plan.tensors)}
 
     def ordered(items: dict[str, Any], make: Callable[..., Any]) -> dict[str, Any]:
         return {name: make(*items[name]) for name in sorted(items, key=order.__getitem__)}
 
-    own = [note["outputs"][k] for note in notes]
-    record.effects = ordered({n: e for o in own for n, e in o["effects"].items()}, RoundingEffect)
-    record.copied = sorted((n for o in own for n in o["copied"]), key=order.__getitem__)
-    record.models = {m for o in own for m in o["models"]}
-    for model in dict.fromkeys(m for o in own for m in o["densities"]):
+    outputs = [record["outputs"][k] for record in records]
+    record.effects = ordered({n: e for o in outputs for n, e in o["effects"].items()}, RoundingEffect)
+    record.copied = sorted((n for o in outputs for n in o["copied"]), key=order.__getitem__)
+    record.models = {m for o in outputs for m in o["models"]}
+    for model in dict.fromkeys(m for o in outputs for m in o["densities"]):
         record.densities[model] = ordered(
-            {t: d for o in own for t, d in o["densities"].get(model, {}).items()}, Density
+            {t: d for o in outputs for t, d in o["densities"].get(model, {}).items()}, Density
         )
     return record
 
 
 def _reports(
-    plan: Plan, notes: Sequence[dict[str, Any]], folders: Sequence[OutFolder], wall: float, world: int
+    plan: Plan, records: Sequence[dict[str, Any]], folders: Sequence[OutFolder], wall: float, world: int
 ) -> list[Report]:
-    usage = DeviceUsage.together([DeviceUsage(**n["placed"]) for n in notes])
+    usage = DeviceUsage.together([DeviceUsage(**n["usage"]) for n in records])
     done = Done(
-        {}, sum(n["bytes_read"] for n in notes), sum(n["bytes_written"] for n in notes), notes[0]["threads"],
-        notes[0]["isa"], max(n["scratch_bytes"] for n in notes), usage,
+        {}, sum(n["bytes_read"] for n in records), sum(n["bytes_written"] for n in records), records[0]["threads"],
+        records[0]["isa"], max(n["scratch_bytes"] for n in records), usage,
     )  # fmt: skip
-    reports = [report_on(plan, done, wall, k, _together(plan, notes, k), folder) for k, folder in enumerate(folders)]
+    reports = [report_on(plan, done, wall, k, _together(plan, records, k), folder) for k, folder in enumerate(folders)]
     return [replace(report, device=f"{report.device}, {world} ranks") for report in reports]

@@ -1,6 +1,6 @@
-"""The processes that torchrun or srun started together: which one this is, and what they tell each other.
+"""The ranks that torchrun or srun started together: the identity of this process, and messages between them.
 
-They talk through a store of keys and texts alone (torch's TCPStore), since all they share is who does what.
+Messages are keys with texts in a shared store (torch's TCPStore): which rank does what, heartbeats, failures.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 
 from fastinterp.errors import BackendError, RankError
 
-_JOIN_S = 300.0  # how long the ranks wait for each other at the start
-_BEAT_S = 0.5  # between signs of life
-PATIENCE_S = 60.0  # a rank that gives none for so long is given up, and its work taken over
-_BYE_S = 10.0  # how long the rank that has the store waits for the others to leave
+_JOIN_S = 300.0  # time that the ranks wait for each other at the start
+_BEAT_S = 0.5  # between heartbeats
+PATIENCE_S = 60.0  # a rank without a heartbeat for so long is taken for dead, and others take over its work
+_BYE_S = 10.0  # time that the rank with the store waits for the others to leave
 
 
 @dataclass(frozen=True)
 class Rank:
     """This process among `world`.
 
-    local, local_world  the same among those of this machine
-    host, port          where the store is
-    serves              whether this process has the store; else the one that started it has
-    run                 tells this start from others that use the same store
+    local, local_world  the same among the processes of this machine
+    host, port          address of the store
+    serves              whether this process serves the store; else its launcher does
+    run                 identifies this start among others that use the same store
     """
 
     rank: int
@@ -43,9 +43,9 @@ class Rank:
 
 
 def started(env: Mapping[str, str] = os.environ) -> Rank | None:
-    """Who this process is, from what torchrun or srun say in the environment. None if it is alone.
+    """The rank of this process, from the environment variables of torchrun or srun. None if it is alone.
 
-    Raises: BackendError, if what they say is incomplete.
+    Raises: BackendError, if these are incomplete.
     """
     if "TORCHELASTIC_RUN_ID" in env or all(k in env for k in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         if _number(env, "WORLD_SIZE") < 2:
@@ -77,7 +77,7 @@ def started(env: Mapping[str, str] = os.environ) -> Rank | None:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's list of machines: `gpu[003-010,12],cpu1` is gpu003 and others."""
+    """The first host of a list of Slurm: `gpu[003-010,12],cpu1` is gpu003 and others."""
     match = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
     return nodes if match is None else match[1] + (match[2] or "")
 
@@ -96,15 +96,15 @@ def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int
 
 
 class Peers:
-    """The other ranks, as this one knows them. A context manager: leaving it says so, and how.
+    """The connection to the other ranks. A context manager: leaving it reports a failure or the end to the others.
 
-    key  of the merge: what is said about another one is not heard
+    key  identifies the merge: messages of other merges are ignored
     """
 
     def __init__(self, me: Rank, key: str):
         self.me = me
-        self.bytes_done = 0  # told with every sign of life
-        self._seen: dict[int, tuple[str, float]] = {}  # rank -> its last sign of life, and when it was new
+        self.bytes_done = 0  # sent with every heartbeat
+        self._seen: dict[int, tuple[str, float]] = {}  # rank -> its last heartbeat, and when it was first seen
         self._store = self._prefixed(_store(me), key)
         self._beats = self._prefixed(_store(me, joins=True), key)
         self._ended = threading.Event()
@@ -137,40 +137,41 @@ class Peers:
                 raise
 
     def put(self, key: str, text: str) -> None:
-        self._told(self._store.set, key, text)
+        """Store a text under a key."""
+        self._call(self._store.set, key, text)
 
     def get(self, key: str) -> str | None:
-        """None if nobody has put it."""
-        if not self._told(self._store.check, [key]):
+        """The text under a key; None if no rank has stored one."""
+        if not self._call(self._store.check, [key]):
             return None
-        found: bytes = self._told(self._store.get, key)
-        return found.decode()
+        text: bytes = self._call(self._store.get, key)
+        return text.decode()
 
     def await_(self, key: str, what: str) -> str:
-        """Wait until rank 0 has put it. what: for the message, if it does not.
+        """Wait until rank 0 has stored a text under a key. what: what rank 0 was to do, for the message.
 
-        Raises: RankError, also if any rank failed.
+        Raises: RankError, if it does not, or if any rank failed.
         """
         end = time.monotonic() + _JOIN_S
-        while (found := self.get(key)) is None:
+        while (text := self.get(key)) is None:
             self.refuse_failed()
             if time.monotonic() > end and not self.lives(0):
                 raise RankError(
                     f"rank {self.me.rank} waited {_JOIN_S:.0f} s for rank 0 to {what}. Start all ranks again"
                 )
             time.sleep(0.02)
-        return found
+        return text
 
     def takes(self, unit: int) -> bool:
-        """Whether this rank is the one to do a unit of work: nobody else does it, or who did gives no sign of life."""
+        """Claim a unit of work. Whether this rank is to do it: no other rank does, or the one that did is dead."""
         mine, key = str(self.me.rank), f"unit/{unit}"
-        owner = self._told(self._store.compare_set, key, "", mine).decode()
+        owner = self._call(self._store.compare_set, key, "", mine).decode()
         if owner != mine and not self.lives(int(owner)):
-            owner = self._told(self._store.compare_set, key, owner, mine).decode()
+            owner = self._call(self._store.compare_set, key, owner, mine).decode()
         return bool(owner == mine)
 
     def lives(self, rank: int) -> bool:
-        """Whether a rank gave a sign of life within PATIENCE_S, as this rank's clock has it."""
+        """Whether a rank sent a heartbeat within PATIENCE_S, by the clock of this process."""
         beat, now = self.get(f"beat/{rank}") or "", time.monotonic()
         last, since = self._seen.get(rank, ("", now))
         if rank not in self._seen or beat != last:
@@ -179,14 +180,15 @@ class Peers:
         return now - since < PATIENCE_S
 
     def bytes_of_all(self) -> int:
+        """The bytes read and written by all ranks so far."""
         beats = (self.get(f"beat/{r}") for r in range(self.me.world) if r != self.me.rank)
         return self.bytes_done + sum(int(beat.split()[1]) for beat in beats if beat)
 
     def refuse_failed(self) -> None:
-        """Raises: RankError, if a rank said that it failed."""
-        said = self.get("failed")
-        if said is not None:
-            raise RankError(f"{said}. All ranks stop")
+        """Raises: RankError, if a rank has reported a failure."""
+        failure = self.get("failed")
+        if failure is not None:
+            raise RankError(f"{failure}. All ranks stop")
 
     def _beat(self) -> None:
         count = 0
@@ -194,18 +196,18 @@ class Peers:
             try:
                 self._beats.set(f"beat/{self.me.rank}", f"{os.getpid()}.{count} {self.bytes_done}")
             except RuntimeError:
-                return  # the store is gone: whoever asks it next says so
+                return  # the store is gone: the next access to it raises
             count += 1
             if self._ended.wait(_BEAT_S):
                 return
 
-    def _told(self, call: Any, *args: Any) -> Any:
+    def _call(self, call: Any, *args: Any) -> Any:
         try:
             return call(*args)
         except RuntimeError as error:  # DistNetworkError and its like
             raise RankError(
                 f"rank {self.me.rank} lost the store at {self.me.host}:{self.me.port}: {_line(error)}. The process "
-                "that has it (rank 0, or torchrun) ended. Finished files are kept: start all ranks again"
+                "that serves it (rank 0, or torchrun) ended. Finished files are kept: start all ranks again"
             ) from None
 
 
