@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --rehearse
 
 Each answer is checked first: windows of the output must be the bytes that the CPU makes of the same inputs. Then the
-case, its floor and its rivals run in turn, and the medians of the ratios in each turn are printed. The floor is a copy on
-the device that moves as many bytes, those read and those written together. 55 GB of a GPU's memory are enough.
+case, its floor and its rivals run in turn, and the medians of the ratios in each turn are printed. The floor is a copy
+on the device that moves as many bytes, those read and those written together. 55 GB of a GPU's memory are enough.
 
 Merges from file to file are whole commands on checkpoints of 2.2 GB each, `--device cuda` and `--device cpu` in turn.
 
@@ -55,7 +55,7 @@ def measured(bench: Bench, case: Case, runs: int) -> dict[str, Any]:
 
 
 def tried(measure: Callable[[], dict[str, Any]], name: str, rehearse: bool) -> dict[str, Any]:
-    """What it returns. A case that fails is reported, and those after it are measured all the same; not in a rehearsal."""
+    """What it returns. A case that fails is reported, and the next ones are measured all the same; not in a rehearsal."""
     try:
         return measure()
     except Exception as error:
