@@ -6,7 +6,7 @@ BEFORE and AFTER are Python interpreters in which fastinterp is installed, or so
 built. BEFORE runs every command of `benchmarks/build_cases.py` once, AFTER runs it on every instruction set that BEFORE
 can use, and with 1 and 2 threads: the bytes must depend on neither. All that a command writes (weights, index,
 configuration, tokenizer, model card) must be the same files, by SHA-256. Exit code 1, if any is not: the first
-difference is told by file, tensor and offset.
+difference is reported by file, tensor and offset.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --rehearse
 
 Each answer is checked first: windows of the output must be the bytes that the CPU makes of the same inputs. Then the
-case, its floor and its rivals run in turn, and the medians of the ratios in each turn are told. The floor is a copy on
-the device that moves as many bytes, those read and those written together. 55 GB of a GPU's memory are enough.
+case, its floor and its rivals run in turn, and the medians of the ratios in each turn are printed. The floor is a copy
+on the device that moves as many bytes, those read and those written together. 55 GB of a GPU's memory are enough.
 
 Merges from file to file are whole commands on checkpoints of 2.2 GB each, `--device cuda` and `--device cpu` in turn.
 
@@ -55,7 +55,7 @@ def measured(bench: Bench, case: Case, runs: int) -> dict[str, Any]:
 
 
 def tried(measure: Callable[[], dict[str, Any]], name: str, rehearse: bool) -> dict[str, Any]:
-    """What it returns. A case that fails is told, and those after it are measured all the same; not in a rehearsal."""
+    """What it returns. A case that fails is reported, and the next ones are measured all the same; not in a rehearsal."""
     try:
         return measure()
     except Exception as error:
@@ -64,7 +64,8 @@ def tried(measure: Callable[[], dict[str, Any]], name: str, rehearse: bool) -> d
         return {"case": name, "holds": False, "error": f"{type(error).__name__}: {error}"[:1000]}
 
 
-def told(found: dict[str, Any]) -> str:
+def as_line(found: dict[str, Any]) -> str:
+    """The result of a case as a line of text."""
     if "error" in found:
         return f"{found['case']:26}FAILED: {found['error']}"
     ours, floor = (found["gb_per_s"][name] for name in ("fastinterp", "copy"))
@@ -136,7 +137,7 @@ def main(given: Sequence[str] | None = None) -> int:
         for name, make in bench.cases():
             if not words or any(word in name for word in words):
                 found = tried(lambda: measured(bench, make(), asked.runs), name, asked.rehearse)  # noqa: B023
-                add({"backend": backend, **found}, told(found))
+                add({"backend": backend, **found}, as_line(found))
                 gc.collect()
                 bench.empty_cache()
     if not words or any(word in "file to file" for word in words):
@@ -145,7 +146,7 @@ def main(given: Sequence[str] | None = None) -> int:
         if asked.rehearse:
             how = {"size": "tiny", "device": "triton", "recipes": ["linear"]}
         for found in gpu_files.files(runs=asked.file_runs, scratch=asked.scratch, **how):
-            add(found, gpu_files.told(found))
+            add(found, gpu_files.as_line(found))
     return 0 if asked.rehearse or all(r["holds"] is not False for r in results["results"]) else 1
 
 

@@ -10,7 +10,7 @@
 # ONLY       "tests" or "speed": leave the other out
 # REHEARSE   1: go through all of it without a GPU, on emulations, with small arrays
 #
-# A step that fails does not keep those after it from running; what failed is told in the end, and is the exit status.
+# A step that fails does not keep those after it from running; what failed is listed at the end, and is the exit status.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

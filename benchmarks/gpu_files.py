@@ -95,8 +95,8 @@ def _digest(folder: Path) -> str:
     return found.hexdigest()
 
 
-def told(found: Mapping[str, Any]) -> str:
-    """A line for people."""
+def as_line(found: Mapping[str, Any]) -> str:
+    """The result as a line of text."""
     times = ", ".join(f"{name} {s:.2f} s" for name, s in found["seconds"].items())
     verdict = "holds" if found["holds"] else "MISSED"
     chosen = found["auto_why"] or f"--device auto took {found['auto']}"

@@ -98,7 +98,7 @@ Buffer::~Buffer() {
   try {
     free();
   } catch (const std::exception&) {
-    // What the device failed at is told by the event that is waited for.
+    // What the device failed at shows at the event that is waited for.
   }
 }
 

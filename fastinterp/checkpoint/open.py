@@ -282,11 +282,12 @@ def _load(
                 )
             tensors[entry.name] = entry
         metadata = {**file_metadata, **metadata}
-    for tensor in weight_map or ():
+    for tensor, file in (weight_map or {}).items():
         if tensor not in tensors:
-            target = str(root / weight_map[tensor])  # type: ignore[index]  # not None, since it has a tensor
             raise CheckpointError(
-                f"tensor {quote(tensor)} is in {quote(index)} but not in this file", file=target, tensor=tensor
+                f"tensor {quote(tensor)} is in {quote(index)} but not in this file",
+                file=str(root / file),
+                tensor=tensor,
             )
     if not tensors:
         raise CheckpointError("the checkpoint has no tensors", file=name)

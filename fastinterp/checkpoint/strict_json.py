@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from fastinterp.checkpoint.names import quote
@@ -16,8 +17,8 @@ class _Duplicate(Exception):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        seen: set[str] = set()
-        raise _Duplicate(next(k for k, _ in pairs if k in seen or seen.add(k)))  # type: ignore[func-returns-value]
+        counts = Counter(name for name, _ in pairs)
+        raise _Duplicate(next(name for name, count in counts.items() if count > 1))
     return table
 
 

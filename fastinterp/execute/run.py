@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.backends.cpu import Handle, Progress, PumpOptions
+from fastinterp.backends.cpu import Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.jobs.job import Job
@@ -186,9 +186,13 @@ def opened(
         jobs = {t.name: _job(plan, t, sources, sinks, scratch) for t in order}
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
-        executor = _executor(
-            devices, stack, sources.fds, sinks.handles, options, explained, total, progress, max_memory
-        )
+        where = sources.fds, sinks.handles, options, explained, total, progress, max_memory
+        if devices:
+            from fastinterp.execute.device.executor import DeviceExecutor
+
+            executor: PumpExecutor = stack.enter_context(closing(DeviceExecutor(devices, *where)))
+        else:
+            executor = PumpExecutor(*where)
         yield Run(plan, sources, isa, window.threads, executor, jobs, sinks.of)
 
 
@@ -220,26 +224,6 @@ def _device_bytes(devices: Sequence[Device], max_memory: int) -> int:
     from fastinterp.execute.device.executor import device_window
 
     return device_window(max_memory, len(devices))
-
-
-def _executor(
-    devices: Sequence[Device],
-    stack: ExitStack,
-    sources: Sequence[Handle],
-    sinks: Sequence[Handle],
-    options: PumpOptions,
-    explained: Callable[[tuple[Any, ...], Sequence[TensorStep]], Exception],
-    total: int,
-    progress: Progress | None,
-    max_memory: int,
-) -> PumpExecutor:
-    if not devices:
-        return PumpExecutor(sources, sinks, options, explained, total, progress, max_memory)
-    from fastinterp.execute.device.executor import DeviceExecutor
-
-    executor = DeviceExecutor(devices, sources, sinks, options, explained, total, progress, max_memory)
-    stack.callback(executor.close)
-    return executor
 
 
 def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folder: Path | None) -> ScratchFile:

@@ -122,7 +122,8 @@ def gaps(xs: Sequence[float], samples: Sequence[Sequence[float]]) -> tuple[Gap |
     ]
     high = max(every, key=lambda pair: _or(mean(pair[1]), math.inf))
     low = min(every, key=lambda pair: _or(mean(pair[1]), -math.inf))
-    return tuple(Gap(x, mean(d), standard_error(d)) for x, d in (high, low))  # type: ignore[return-value]
+    above, below = (Gap(x, mean(d), standard_error(d)) for x, d in (high, low))
+    return above, below
 
 
 def _or(value: float, instead: float) -> float:

@@ -30,8 +30,10 @@ def compatibility_warnings(checkpoints: Sequence[Model], origin: Model, vocabula
     vocabulary  the recipe says what becomes of it, so tokenizers may differ
     Raises: CheckpointError, if the config.json of `origin` is damaged. Those of the others are only compared.
     """
-    seen = {origin.root}
-    others = [c for c in checkpoints if not (c.root in seen or seen.add(c.root))]  # type: ignore[func-returns-value]
+    by_root = {origin.root: origin}
+    for checkpoint in checkpoints:
+        by_root.setdefault(checkpoint.root, checkpoint)
+    _, *others = by_root.values()
     config = read_config(origin.root)
     warnings = [*_missing(origin, others), *([] if vocabulary else _tokenizers(origin, others))]
     if config is not None:

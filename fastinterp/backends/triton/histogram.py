@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastinterp._C import Counts
@@ -49,7 +50,7 @@ def histogram(context: LaunchContext, pieces: Sequence[Piece]) -> list[Answer]:
             context, [parts[p] for p in some], [-(-shapes[p][0] // STRIP) for p in some], kind, counted, totals, strips
         )
     counted, totals = context.fetch(counted), context.fetch(totals)
-    return [Answer(lambda shape=shape: _answer(counted, totals, *shape)) for shape in shapes]  # type: ignore[misc]
+    return [Answer(partial(_answer, counted, totals, *shape)) for shape in shapes]
 
 
 def _histogram(piece: Piece) -> Histogram:

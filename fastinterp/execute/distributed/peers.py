@@ -68,7 +68,7 @@ def started(env: Mapping[str, str] = os.environ) -> Rank | None:
         rank=rank,
         world=_number(env, "SLURM_STEP_NUM_TASKS"),
         local=_number(env, "SLURM_LOCALID", 0),
-        local_world=int(re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1")).group()),  # type: ignore[union-attr]
+        local_world=int(re.split(r"\D", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0] or 1),  # `4(x2)`: 4
         host=env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "localhost")),
         port=_number(env, "MASTER_PORT", 20000 + job % 20000),
         serves=rank == 0,

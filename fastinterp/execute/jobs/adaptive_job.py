@@ -75,11 +75,11 @@ class AdaptiveJob(Job):
         self._begin()
 
     @property
-    def cost(self) -> int:  # type: ignore[override]
+    def cost(self) -> int:
         return 0 if self._run.ended else sum(self.io.nbytes)
 
     @property
-    def whole(self) -> bool:  # type: ignore[override]
+    def whole(self) -> bool:
         return not self._run.ended and not self._surveys
 
     @property

@@ -75,7 +75,7 @@ class ChainedJob(Job):
         self.now: Job | None = None
 
     @property
-    def cost(self) -> int:  # type: ignore[override]
+    def cost(self) -> int:
         return self._cost if self.now is None else self.now.cost
 
     @property
@@ -83,7 +83,7 @@ class ChainedJob(Job):
         return self._cost
 
     @property
-    def whole(self) -> bool:  # type: ignore[override]
+    def whole(self) -> bool:
         return self.now is not None and self.now.whole
 
     @property

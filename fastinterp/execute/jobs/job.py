@@ -29,13 +29,20 @@ class Job:
     `stats` has an entry per output when the job is done.
     """
 
-    cost = 0  # bytes of the inputs, if they will be read again later
-    whole = False  # whether it waits for the answer to a request about the whole model
-
     def __init__(self, io: TensorIO, rows: Sequence[Row]):
         self.io, self.rows = io, tuple(rows)
         self.stats: list[dict[str, float]] = []
         self.done = False
+
+    @property
+    def cost(self) -> int:
+        """Bytes of the inputs, if they will be read again later; else 0."""
+        return 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether it waits for the answer to a request about the whole model."""
+        return False
 
     @property
     def nbytes(self) -> int:
