@@ -55,7 +55,7 @@ def measured(bench: Bench, case: Case, runs: int) -> dict[str, Any]:
 
 
 def tried(measure: Callable[[], dict[str, Any]], name: str, rehearse: bool) -> dict[str, Any]:
-    """What it returns. A case that fails is reported, and the next ones are measured all the same; not in a rehearsal."""
+    """What it returns. A case that fails is reported, and the next ones are measured anyway; not in a rehearsal."""
     try:
         return measure()
     except Exception as error:
