@@ -10,7 +10,7 @@ from typing import Any
 
 from fastinterp.checkpoint.layout import parse_size
 from fastinterp.errors import UsageError
-from fastinterp.ops.dtypes import DType, parse_dtype
+from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
 from fastinterp.recipe.load import Recipe
 
 # Alphas this close to 0 or 1 count as 0 or 1, where a model is copied exactly. numpy.arange(-1, 2, 0.001)[1000] is
@@ -53,9 +53,7 @@ def dtype_named(text: object) -> DType:
     """
     dtype = parse_dtype(text) if isinstance(text, str) else None
     if dtype is None:
-        raise UsageError(
-            f"unknown dtype {text!r}. Known: float64, float32, float16, bfloat16, float8_e4m3fn, float8_e5m2"
-        )
+        raise UsageError(f"unknown dtype {text!r}. Known: {', '.join(DTYPE_NAMES)}")
     return dtype
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastinterp.backends.registry import maybe_driver
 from fastinterp.errors import BackendError
 
 if TYPE_CHECKING:
@@ -21,6 +22,14 @@ def _native() -> ModuleType:
     except ImportError as error:
         raise BackendError(f"this installation has no CUDA kernels (fastinterp._cuda). {REMEDY}") from error
     return _cuda
+
+
+def missing() -> str:
+    """Why there is no device here; empty if there is one."""
+    try:
+        return "" if device_count() else "no device is visible"
+    except BackendError as error:
+        return str(error) if maybe_driver() else "there is no GPU driver on this machine"
 
 
 def device_count() -> int:

@@ -1,7 +1,11 @@
 """The interface of an accelerator: memory, queues, and kernels for pieces of steps.
 
 Two backends implement it, CUDA (`cuda.py`) and Triton (`triton/device.py`). Both work on memory by address, and know
-nothing of files, recipes or methods.
+nothing of files, recipes or methods. The module of a backend, named in its row of `registry.py`, has
+
+    missing() -> str              the reason why it has no device; empty if it has one
+    device_count() -> int         the number of its devices
+    device(index: int) -> Device  the one of this number, from 0. Raises: BackendError, if there is none
 """
 
 from __future__ import annotations
@@ -107,7 +111,7 @@ class Device(Protocol):
     @property
     def name(self) -> str: ...  # "cuda:0"
     @property
-    def backend(self) -> str: ...  # "cuda" or "triton"
+    def backend(self) -> str: ...  # its name in registry.py, as "cuda"
     @property
     def label(self) -> str: ...  # the product name, for messages
     def free_bytes(self) -> int: ...

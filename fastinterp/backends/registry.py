@@ -19,13 +19,28 @@ if TYPE_CHECKING:
 ISA_VARIABLE = "FASTINTERP_ISA"
 GPU_VARIABLE = "FASTINTERP_GPU"
 MAX_THREADS = 1024
-_SPEC = r"(cpu|auto)|(cuda|triton)(?::(\d{1,4}(?:,\d{1,4})*))?"
-_KNOWN = "auto, cpu, cuda, triton"
-# Backends for accelerators, the preferred one first: the modules that each needs, and the remedy if one is missing.
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One backend for accelerators.
+
+    module  in backends/; it has `missing`, `device_count` and `device`, as device.py describes them
+    needs   modules that it imports, and the remedy if one is not installed
+    kinds   the values of `--device` that it serves
+    """
+
+    module: str
+    needs: dict[str, str]
+    kinds: tuple[str, ...]
+
+
+# The backends for accelerators, the preferred one first.
 _EXTRA = "pip install 'fastinterp[gpu]'"
-_NEEDS = {
-    "cuda": {"fastinterp._cuda": "fastinterp was built without it, or without nvcc. Install nvcc, build again"},
-    "triton": {"torch": _EXTRA, "triton": _EXTRA},
+_BUILD = "fastinterp was built without it, or without nvcc. Install nvcc, build again"
+_BACKENDS = {
+    "cuda": _Row("cuda", {"fastinterp._cuda": _BUILD}, ("cuda",)),
+    "triton": _Row("triton.device", {"torch": _EXTRA, "triton": _EXTRA}, ("cuda", "triton")),
 }
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, under Windows, of AMD
 
@@ -61,7 +76,7 @@ def cpu_threads(threads: int | None = None) -> int:
 class DeviceSpec:
     """The value of `--device`, parsed.
 
-    kind      cpu, auto, cuda or triton
+    kind      cpu, auto, or one that a backend for accelerators serves
     ordinals  numbers of the devices, in the order given; empty: the first
     """
 
@@ -72,14 +87,21 @@ class DeviceSpec:
         return f"{self.kind}:{','.join(map(str, self.ordinals))}" if self.ordinals else self.kind
 
 
+def _kinds() -> list[str]:
+    """The values of `--device` that stand for accelerators."""
+    return list(dict.fromkeys(kind for row in _BACKENDS.values() for kind in row.kinds))
+
+
 def device_spec(device: object) -> DeviceSpec:
     """Parse `device`: "cpu", "auto", "cuda", "cuda:1", "cuda:0,1", and "triton" as "cuda".
 
     Raises: BackendError, if it is none of these.
     """
-    match = re.fullmatch(_SPEC, device) if isinstance(device, str) else None
+    spec = rf"(cpu|auto)|({'|'.join(_kinds())})(?::(\d{{1,4}}(?:,\d{{1,4}})*))?"
+    match = re.fullmatch(spec, device) if isinstance(device, str) else None
     if match is None:
-        raise BackendError(f"device {device!r} cannot be used. Known: {_KNOWN}, cuda:0 or cuda:0,1 for several")
+        known = ", ".join(["auto", "cpu", *_kinds()])
+        raise BackendError(f"device {device!r} cannot be used. Known: {known}, cuda:0 or cuda:0,1 for several")
     ordinals = tuple(int(digits) for digits in (match[3] or "").split(",") if digits)
     if len(set(ordinals)) < len(ordinals):
         raise BackendError(f"device {device!r} repeats a device")
@@ -95,14 +117,13 @@ def find_devices(spec: DeviceSpec, local: int = 0) -> list[Device]:
     """
     if spec.kind in ("cpu", "auto"):
         return []
-    names = ["triton"] if spec.kind == "triton" else _gpu_backends()
     why = []
-    for name in names:
+    for name in _serving(spec.kind):
         backend = _backend(name)
         if backend.missing is None:
             missing = [i for i in spec.ordinals if i >= backend.count]
             if missing:
-                there = ", ".join(f"cuda:{i}" for i in range(backend.count))
+                there = ", ".join(f"{spec.kind}:{i}" for i in range(backend.count))
                 raise BackendError(f"device {str(spec)!r}: there is no device {missing[0]}. There are {there}")
             return [backend.open(i) for i in spec.ordinals or (local % backend.count,)]
         why.append(f"{name}: {backend.missing}")
@@ -121,14 +142,18 @@ def maybe_driver() -> bool:
 
 def gpu_backends() -> dict[str, str | None]:
     """For every backend for accelerators the reason why it cannot be used here, or None if it can."""
-    return {name: _backend(name).missing for name in _NEEDS}
+    return {name: _backend(name).missing for name in _BACKENDS}
 
 
-def _gpu_backends() -> list[str]:
-    name = os.environ.get(GPU_VARIABLE, "").lower()
-    if name and name not in _NEEDS:
-        raise BackendError(f"{GPU_VARIABLE}={name} is no backend. Known: {', '.join(_NEEDS)}")
-    return [name] if name else list(_NEEDS)
+def _serving(kind: str) -> list[str]:
+    """The backends of a kind, the preferred one first; of `cuda` the one that FASTINTERP_GPU names, if it does."""
+    names = [name for name, row in _BACKENDS.items() if kind in row.kinds]
+    chosen = os.environ.get(GPU_VARIABLE, "").lower()
+    if kind != "cuda" or not chosen:
+        return names
+    if chosen not in names:
+        raise BackendError(f"{GPU_VARIABLE}={chosen} is no backend. Known: {', '.join(names)}")
+    return [chosen]
 
 
 def built(module: str) -> bool:
@@ -148,19 +173,13 @@ class _Backend:
 
 
 def _backend(name: str) -> _Backend:
-    for module, remedy in _NEEDS[name].items():
+    row = _BACKENDS[name]
+    for module, remedy in row.needs.items():
         if not built(module):
             return _Backend(f"{module} is missing: {remedy}", 0, _none)
-    if name == "triton":
-        triton = import_module("fastinterp.backends.triton.device")
-        return _Backend(triton.missing() or None, triton.count(), triton.TritonDevice)
-    from fastinterp.backends import cuda
-
-    try:
-        count = cuda.device_count()
-    except BackendError as error:
-        return _Backend(str(error) if maybe_driver() else "there is no GPU driver on this machine", 0, _none)
-    return _Backend(None if count else "no device is visible", count, cuda.device)
+    backend = import_module(f"fastinterp.backends.{row.module}")
+    missing = backend.missing()
+    return _Backend(missing, 0, _none) if missing else _Backend(None, backend.device_count(), backend.device)
 
 
 def _none(ordinal: int) -> Device:

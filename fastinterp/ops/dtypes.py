@@ -1,6 +1,6 @@
 """The storage dtypes, named as in safetensors: one row has all that is to know of one. A leaf: imports nothing.
 
-A new dtype touches this table and csrc/dtypes.h.
+A new dtype touches this table, csrc/dtypes.h and the tables of kernels that CONTRIBUTING.md names.
 """
 
 from __future__ import annotations
@@ -90,6 +90,8 @@ DTYPES: dict[str, DType] = {
 }
 MERGING = tuple(d for d in DTYPES.values() if d.merges)  # in the order of their codes
 CODE_BYTES = tuple(d.bits // 8 for d in MERGING)  # of an element, by code
+
+DTYPE_NAMES = tuple(d.library_name for d in MERGING)  # for messages
 
 # What recipes and command lines may call a dtype, beside its tag in either case.
 _ALIASES = {d.library_name: d for d in MERGING} | {

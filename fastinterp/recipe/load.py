@@ -10,7 +10,7 @@ from fastinterp.errors import MethodError
 from fastinterp.messages import clipped, shown, suggestion
 from fastinterp.methods import Method
 from fastinterp.ops.combine import LARGEST, Combine, Tensor
-from fastinterp.ops.dtypes import DType, parse_dtype
+from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
 from fastinterp.recipe.build import Builder
 from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read, read_all
 from fastinterp.recipe.merge_groups import MergeGroup, Section, sidecar_paths
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["Recipe", "load_recipe", "load_recipes"]
 
 _CHOICES = {"rounding": ("nearest", "stochastic"), "fp8_overflow": ("saturate", "nonfinite")}
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 @dataclass(frozen=True)
@@ -295,7 +294,7 @@ def _constants(
 def _dtype(document: Document, name: str | None, path: str) -> DType | None:
     dtype = None if name is None else parse_dtype(name)
     if name is not None and dtype is None:
-        raise document.error(f"unknown dtype `{clipped(name)}`{suggestion(name, _DTYPES)}", path)
+        raise document.error(f"unknown dtype `{clipped(name)}`{suggestion(name, DTYPE_NAMES)}", path)
     return dtype
 
 

@@ -13,11 +13,10 @@ import pytest
 from msgspec.structs import replace
 
 from fastinterp.ops.combine import GroupRow, philox_key
-from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, F64, MERGING, DType
 from fastinterp.ops.requests import GroupCombine
 from fastinterp.ops.steps import GroupCombine as CombineStep
 from tests.support import backends
-from tests.support.cases import MERGING
 from tests.support.cuda_pieces import Rig, addressed, pump_written, written
 from tests.support.pumps import code, raws, stored
 

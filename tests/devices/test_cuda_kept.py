@@ -9,11 +9,10 @@ from collections.abc import Sequence
 import pytest
 
 from fastinterp.ops.contract import CHUNK
-from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, MERGING, DType
 from fastinterp.ops.requests import Mask, MeasureKept, Score
 from fastinterp.ops.steps import MaskedStats
 from tests.numerics.test_masked import NAME, SEED, Shape
-from tests.support.cases import MERGING
 from tests.support.cuda_pieces import Rig, addressed, answers, pump_answers, same
 from tests.support.pumps import raws, stats_step
 

@@ -12,12 +12,11 @@ import pytest
 
 from fastinterp.ops.combine import philox_key
 from fastinterp.ops.contract import CHUNK
-from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, MERGING, DType
 from fastinterp.ops.requests import Mask, MaskedCombine, Score
 from fastinterp.ops.steps import MaskedSum
 from tests.numerics.test_masked import NAME, SEED, Shape, ask_of, least_of, options_of
 from tests.support import backends
-from tests.support.cases import MERGING
 from tests.support.cuda_pieces import Rig, addressed, pump_written, written
 from tests.support.pumps import Raw, masked_step, raws
 

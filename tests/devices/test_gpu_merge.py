@@ -18,9 +18,9 @@ import fastinterp
 from fastinterp import _C
 from fastinterp.backends.triton.device import interpreted
 from fastinterp.ops.combine import Row
-from fastinterp.ops.dtypes import BF16
+from fastinterp.ops.dtypes import BF16, MERGING
 from tests.support import backends
-from tests.support.checkpoints import MERGING, family, recipe, saved
+from tests.support.checkpoints import family, recipe, saved
 from tests.support.cuda_combine import piece_of
 from tests.support.pumps import code
 from tests.support.written import tree

@@ -307,8 +307,7 @@ def test_live_refuses_encoded_end_points(tmp_path):
 
 
 def test_without_the_reader_codes_are_integers(tmp_path, monkeypatch):
-    monkeypatch.delitem(formats.READERS, "toy")
-    assert not formats.READERS, "formats of the package have their own tests"
+    monkeypatch.setattr(formats, "READERS", {})
     [stored] = family(1)
     model = open_model(saved(tmp_path, [stored])[0])
     assert sorted(model.tensors) == sorted(stored)

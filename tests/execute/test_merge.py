@@ -13,10 +13,9 @@ import pytest
 
 import fastinterp
 from fastinterp.ops.combine import Combine
-from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, MERGING, DType
 from tests.support import backends
 from tests.support.checkpoints import (
-    MERGING,
     Tensor,
     assert_same,
     bell,

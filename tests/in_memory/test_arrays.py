@@ -11,21 +11,13 @@ import torch
 import fastinterp
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.ops.combine import Combine, Row
-from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.dtypes import BF16, F8_E5M2, F16, F32, F64, MERGING, DType
 from fastinterp.reference import combine as reference
 from tests.support import backends
 from tests.support.cases import fill
-from tests.support.checkpoints import MERGING
 from tests.support.numpy_dtypes import NUMPY
 
-TORCH = {
-    F64: torch.float64,
-    F32: torch.float32,
-    F16: torch.float16,
-    BF16: torch.bfloat16,
-    F8_E4M3: torch.float8_e4m3fn,
-    F8_E5M2: torch.float8_e5m2,
-}
+TORCH = {d: getattr(torch, d.library_name) for d in MERGING}
 LIBRARIES = ("numpy", "torch")
 SHAPE = (7, 331)
 

@@ -16,7 +16,7 @@ import pytest
 from fastinterp.backends.cpu import Pump, PumpOptions
 from fastinterp.ops import steps
 from fastinterp.ops.combine import Row
-from fastinterp.ops.dtypes import BF16, F16, F32
+from fastinterp.ops.dtypes import BF16, F16, F32, MERGING
 from fastinterp.ops.requests import GroupCombine
 from fastinterp.ops.steps import Gathered, Stored
 from tests.support import pumps
@@ -153,7 +153,7 @@ def test_rows_that_follow_each_other_are_read_at_once():
         (Gathered(((0, 0, 4),), code(F32), array("q", [0, 1])), "buffer of 3 int64"),
         (Gathered(((0, 0, 4),), code(F32), array("i", [0, 1, 2])), "buffer of 3 int64"),
         (Stored(1, 0, code(F32)), "none of the sources"),
-        (Stored(0, 0, 6), "no dtype has code 6"),
+        (Stored(0, 0, len(MERGING)), f"no dtype has code {len(MERGING)}"),
     ],
 )
 def test_wrong_maps_are_refused(operand, said):

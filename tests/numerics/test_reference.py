@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 from fastinterp.ops.combine import philox_key
-from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, MERGING, DType
 from fastinterp.reference import combine as reference
 from fastinterp.reference import fma as exact_fma
 from fastinterp.reference.combine import FORMATS, narrow, widen
-from tests.support.cases import MERGING
 from tests.support.numpy_dtypes import NUMPY
 
-SMALL = (F16, BF16, F8_E4M3, F8_E5M2)
+SMALL = tuple(d for d in MERGING if d.bits <= 16)
 small = pytest.mark.parametrize("dtype", SMALL, ids=str)
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from fastinterp.ops.combine import Combine, Row, philox_key
 from fastinterp.ops.contract import CHUNK
-from fastinterp.ops.dtypes import BF16, F8_E4M3, F32, F64, DType
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F32, F64, MERGING, DType
 from fastinterp.reference.combine import combine, narrow, widen
-from tests.support.cases import MERGING, fill
+from tests.support.cases import fill
 
 
 def raw(values: list[float] | np.ndarray, dtype: DType) -> np.ndarray:

@@ -17,11 +17,11 @@ import pytest
 
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.contract import CHUNK
-from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, MERGING, DType
 from fastinterp.reference import combine as reference
 from tests.support import backends
 from tests.support.backends import assert_same_bits
-from tests.support.cases import CASES, MERGING, Case, Guarded, fill, guarded
+from tests.support.cases import CASES, Case, Guarded, fill, guarded
 
 NONE = pytest.param("", marks=pytest.mark.skip(reason="the native module is not built"))
 every_isa = pytest.mark.parametrize("isa", backends.usable() or [NONE])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastinterp
+from tests.support.backends import ISAS
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -69,6 +70,7 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "cuda/binding/*": {"ops.h", "cuda/*", "binding/parse.h"},
     "io.*": {"io.h"},
     "decoder.*": {"decoder.h", "ops.h"},
+    "decoders/*": {"decoder.h"},
     "decoding.*": {"decoding.h", "decoder.h", "io.h", "ops.h"},
     "steps/step.*": {"steps/step.h", "decoding.h", "io.h", "ops.h"},
     "steps/masked.*": {"steps/masked.h", "steps/survey.h", "steps/step.h"},
@@ -102,9 +104,7 @@ PER_ISA = [
     "cpu/ranks.inc",
     "cpu/stats.inc",
     "cpu/stream.inc",
-    "cpu/scalar.cpp",
-    "cpu/avx*.cpp",
-    "cpu/neon.cpp",
+    *(f"cpu/{isa}.cpp" for isa in ISAS),
 ]
 PLAIN_HEADERS = {"cstdint", "cstddef", "cstring", "immintrin.h", "arm_neon.h"}
 

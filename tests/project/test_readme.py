@@ -79,12 +79,14 @@ def files_of_the_architecture() -> set[str]:
 
 
 def test_the_architecture_names_every_file():
-    """One line a file, but for methods, kernels of CUDA, and the files that cpu/loops.inc includes."""
+    """One line a file, but for methods, decoders, kernels of CUDA, and the files that cpu/loops.inc includes."""
     named = {name for name in files_of_the_architecture() if "NAME" not in name}
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
     python = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fastinterp").rglob("*.py")}
     native = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.cpp")}
-    kinds = re.compile(r"fastinterp/methods/[a-z]|fastinterp/(.*/)__init__\.py|fastinterp/_triton/|csrc/cuda/binding/")
+    kinds = re.compile(
+        r"fastinterp/methods/[a-z]|fastinterp/(.*/)__init__\.py|fastinterp/_triton/|csrc/(cuda/binding|decoders)/"
+    )
     assert [name for name in sorted(python | native) if name not in named and not kinds.match(name)] == []
 
 

@@ -10,6 +10,7 @@ import yaml
 from fastinterp.errors import MethodError, RecipeError
 from fastinterp.methods import method
 from fastinterp.ops.combine import Combine
+from fastinterp.ops.dtypes import DTYPE_NAMES
 from fastinterp.recipe import document
 from fastinterp.recipe.build import Builder
 from fastinterp.recipe.check import check_recipe
@@ -127,8 +128,7 @@ BAD = {
     ),
     "dtype that never merges": (
         LINEAR + "out_dtype: int64\n",
-        "unknown dtype `int64`. Known: float64, float32, float16, bfloat16, float8_e4m3fn, float8_e5m2"
-        " - at $.out_dtype (merge.yml:9)",
+        f"unknown dtype `int64`. Known: {', '.join(DTYPE_NAMES)} - at $.out_dtype (merge.yml:9)",
     ),
     "rounding": (
         LINEAR + "rounding: up\n",

@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastinterp.ops.combine import Combine, Row, philox_key
-from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, MERGING, DType
 from fastinterp.reference import combine as reference
 
-MERGING = (F64, F32, F16, BF16, F8_E4M3, F8_E5M2)
 GUARD = 128  # bytes on either side of a buffer: two of the widest vectors
 ALPHAS = (0.3, 0.0, 1.0, 0.5, -0.25, 1.5, 0.9, 0.1, 2.0, 0.7, 0.25, 0.75, 0.6, -1.0, 0.4, 0.05)  # of a sweep, up to 16
 

@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastinterp.ops.combine import Combine, Row, philox_key
-from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, MERGING, DType
 from fastinterp.reference import combine as reference
 from tests.support.cases import fill
 
 Raw = NDArray[np.uint8]
-MERGING = (F64, F32, F16, BF16, F8_E4M3, F8_E5M2)
 
 
 @dataclass(frozen=True)

@@ -42,13 +42,21 @@ def missing() -> str:
     return ""
 
 
-def count() -> int:
+def device_count() -> int:
     """The number of devices."""
     if missing():
         return 0
     import torch
 
     return 1 if interpreted() else torch.cuda.device_count()
+
+
+def device(index: int) -> TritonDevice:
+    """The device of this number, from 0.
+
+    Raises: BackendError, if there is none.
+    """
+    return TritonDevice(index)
 
 
 @contextlib.contextmanager
@@ -74,8 +82,8 @@ class TritonDevice:
 
     def __init__(self, index: int = 0):
         reason = missing()
-        if not reason and not 0 <= index < count():
-            reason = f"there are {count()}, numbered from 0"
+        if not reason and not 0 <= index < device_count():
+            reason = f"there are {device_count()}, numbered from 0"
         if reason:
             raise BackendError(f"device triton:{index} cannot be used: {reason}")
         import torch

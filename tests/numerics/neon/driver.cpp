@@ -17,9 +17,10 @@ namespace {
 
 using namespace fi;
 
-const DType kAll[kDTypes] = {DType::F64, DType::F32, DType::F16, DType::BF16, DType::F8_E4M3, DType::F8_E5M2};
-const char* const kNames[kDTypes] = {"f64", "f32", "f16", "bf16", "f8_e4m3", "f8_e5m2"};
+const DType kAll[] = {DType::F64, DType::F32, DType::F16, DType::BF16, DType::F8_E4M3, DType::F8_E5M2};
+const char* const kNames[] = {"f64", "f32", "f16", "bf16", "f8_e4m3", "f8_e5m2"};
 const int kExponentBias[kDTypes] = {1023, 127, 15, 127, 7, 15}, kMantissa[kDTypes] = {52, 23, 10, 7, 3, 2};
+static_assert(sizeof kAll / sizeof *kAll == kDTypes, "these tables have an entry per dtype");
 const int kSizes[] = {0, 1, 15, 16, 17, 255, 256, 257, 1023, 1024, 1025}, kLarge[] = {16383, 16384, 16385};
 const int kOffsets[] = {0, 1, 2, 3, 5, 32};
 const int kGuard = 128;  // bytes on either side of a buffer: two of the widest vectors
