@@ -10,7 +10,7 @@ on the device that moves as many bytes, those read and those written together. 5
 Merges from file to file are whole commands on checkpoints of 2.2 GB each, `--device cuda` and `--device cpu` in turn.
 
 `--rehearse` goes through all of it with small arrays on a machine without a GPU: CUDA's kernels run on the host as
-tests/support/cuda_host has it, and Triton's in its interpreter. Its times mean nothing.
+tests/support/devices/cuda_host has it, and Triton's in its interpreter. Its times mean nothing.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Case:
 class Bench:
     """The first device and a backend for it, "cuda" or "triton". Cases move about 2 GB each, but those of whole models.
 
-    rehearse  on the host: CUDA's kernels emulated (tests/support/cuda_host), Triton's interpreted, and all arrays small
+    rehearse  on the host: CUDA's kernels emulated (tests/support/devices/cuda_host), Triton's interpreted, small arrays
     """
 
     def __init__(self, backend: str, rehearse: bool):
@@ -266,7 +266,7 @@ def opened(backend: str, rehearse: bool) -> Any:
 
         if rehearse:
             import fastinterp
-            from tests.support import cuda_host
+            from tests.support.devices import cuda_host
 
             sys.modules["fastinterp._cuda"] = fastinterp._cuda = cuda_host.module()
             cuda_host.fake().reset(cuda_host.Fake.EAGER)

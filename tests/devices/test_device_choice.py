@@ -25,7 +25,7 @@ from fastinterp.plan.plan import Plan
 from fastinterp.system import doctor
 from tests.cli.test_cli import run as command
 from tests.support.checkpoints import family, recipe, saved, write_sparse
-from tests.support.fake_device import FakeDevice
+from tests.support.devices.fake_device import FakeDevice
 from tests.support.written import tree
 
 

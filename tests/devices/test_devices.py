@@ -14,11 +14,11 @@ from fastinterp.execute.device import executor as machine
 from fastinterp.ops.dtypes import BF16
 from tests.support import tokens
 from tests.support.checkpoints import moved, read, recipe, saved, weights, write
-from tests.support.device_merges import KB, METHODS, models, names, small
-from tests.support.fake_device import FakeDevice
+from tests.support.devices.device_merges import KB, METHODS, models, names, small
+from tests.support.devices.fake_device import FakeDevice
 from tests.support.written import tree
 
-pytest_plugins = ("tests.support.device_fixtures",)
+pytest_plugins = ("tests.support.devices.device_fixtures",)
 
 
 @pytest.mark.parametrize("count", [1, 2])

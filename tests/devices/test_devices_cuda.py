@@ -12,8 +12,8 @@ import fastinterp
 from fastinterp.errors import BackendError
 from fastinterp.execute.device import executor as machine
 from fastinterp.ops.dtypes import MERGING
-from tests.support import cuda_host
 from tests.support.checkpoints import family, recipe, saved
+from tests.support.devices import cuda_host
 from tests.support.written import tree
 
 pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())

@@ -13,14 +13,14 @@ import fastinterp
 from fastinterp.errors import BackendError, CheckpointError, OutOfMemory, OutputError
 from fastinterp.execute.device import executor as machine
 from fastinterp.execute.device import worker
-from tests.support import fake_device
 from tests.support.checkpoints import recipe, write
-from tests.support.device_merges import KB, METHODS, SLOT, models, small
-from tests.support.fake_device import FakeDevice, Fault
+from tests.support.devices import fake_device
+from tests.support.devices.device_merges import KB, METHODS, SLOT, models, small
+from tests.support.devices.fake_device import FakeDevice, Fault
 from tests.support.processes import interruptible
 from tests.support.written import tree
 
-pytest_plugins = ("tests.support.device_fixtures",)
+pytest_plugins = ("tests.support.devices.device_fixtures",)
 
 CALLS = ["upload", "run", "download"]
 

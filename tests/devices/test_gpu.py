@@ -1,7 +1,7 @@
 """Kernels of accelerators give the reference's bytes: every kind of step, on a GPU if there is one.
 
-Without one, the kernels of CUDA are emulated (tests/support/cuda_host), and those of Triton do not run. test_triton.py
-runs this file in a process of its own where they are interpreted, since Triton decides that at its import:
+Without one, the kernels of CUDA are emulated (tests/support/devices/cuda_host), and those of Triton do not run.
+test_triton.py runs this file in a process of its own where they are interpreted: Triton decides that at its import.
 
     TRITON_INTERPRET=1 python -m pytest tests/devices/test_gpu.py -k "triton and not sanitized and not 291"
 
@@ -35,8 +35,8 @@ from tests.numerics.test_same_bits import assert_same_stats
 from tests.support import backends, pumps
 from tests.support.backends import assert_same_bits
 from tests.support.cases import CASES, Case, Guarded, guarded
-from tests.support.cuda_combine import piece_of
-from tests.support.device_pump import DevicePump, Loan
+from tests.support.devices.cuda_combine import piece_of
+from tests.support.devices.device_pump import DevicePump, Loan
 from tests.support.pumps import code, memory, raws, run, stored
 
 DEVICES: list[Any] = [*backends.on_devices()] or [

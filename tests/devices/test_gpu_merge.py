@@ -21,7 +21,7 @@ from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import BF16, MERGING
 from tests.support import backends
 from tests.support.checkpoints import family, recipe, saved
-from tests.support.cuda_combine import piece_of
+from tests.support.devices.cuda_combine import piece_of
 from tests.support.pumps import code
 from tests.support.written import tree
 

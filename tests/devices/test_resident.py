@@ -14,7 +14,7 @@ import fastinterp
 from fastinterp.errors import BackendError, ShapeError, UsageError
 from fastinterp.in_memory.merge import merge_measured
 from tests.in_memory.test_merge_tensors import WAYS
-from tests.support.on_host import HostDevice, OnHost, OnHost1, Streams, bits, device, moved, streams
+from tests.support.devices.on_host import HostDevice, OnHost, OnHost1, Streams, bits, device, moved, streams
 
 __all__ = ["device", "streams"]  # fixtures
 

@@ -14,8 +14,8 @@ import pytest
 from fastinterp.backends import torch_device as resident_devices
 from fastinterp.errors import BackendError
 from tests.in_memory.test_merge_tensors import WAYS
-from tests.support import resident_cases
-from tests.support.on_host import HostDevice, Streams, device, streams
+from tests.support.devices import resident_cases
+from tests.support.devices.on_host import HostDevice, Streams, device, streams
 
 __all__ = ["device", "streams"]  # fixtures
 
@@ -39,7 +39,7 @@ class Cuda:
 @pytest.fixture
 def cuda(device: HostDevice, streams: Streams, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
     """What is put into its streams is not done before it is waited for."""
-    host: Any = pytest.importorskip("tests.support.cuda_host")
+    host: Any = pytest.importorskip("tests.support.devices.cuda_host")
     if host.missing():
         pytest.skip(host.missing())
     runtime = host.fake()
@@ -79,7 +79,15 @@ def test_live_by_cuda(cuda: Cuda):
 def test_triton():
     pytest.importorskip("triton")
     pytest.importorskip("fastinterp.backends.triton.device")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/support/resident_triton.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/support/devices/resident_triton.py",
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

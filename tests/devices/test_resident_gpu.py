@@ -15,8 +15,8 @@ from fastinterp.integrations.torch_ops import weighted_sum
 from tests.devices.test_resident import BASE, DTYPES, TUNES, dicts
 from tests.in_memory.test_merge_tensors import WAYS
 from tests.support import backends
+from tests.support.devices.resident_cases import REFUSED
 from tests.support.modules import same_bits
-from tests.support.resident_cases import REFUSED
 from tests.torch_models.test_live_device import POINTS, Mixed, copied
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")

@@ -47,7 +47,7 @@ BF16, F16, F32, F64, E4M3 = 3, 2, 1, 0, 4
 @pytest.mark.slow(60)
 def test_interpreted_kernels_give_the_bytes_of_the_reference():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["tests/devices/test_gpu.py", "tests/support/triton_interpreted.py"]
+    command += ["tests/devices/test_gpu.py", "tests/support/devices/triton_interpreted.py"]
     command += ["-k", "triton and not sanitized and not 291"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -26,11 +26,12 @@ from fastinterp.ops.combine import Combine
 from fastinterp.ops.dtypes import BF16, F32, DType
 from fastinterp.plan.models import open_model
 from fastinterp.reference import decode
-from tests.support import backends, cuda_host, decoders
+from tests.support import backends, decoders
 from tests.support.checkpoints import Tensor, assert_same, bell, expected, floats, integers, read, recipe, tensor, write
-from tests.support.fake_device import FakeDevice
+from tests.support.devices import cuda_host
+from tests.support.devices.fake_device import FakeDevice
 
-pytest_plugins = ("tests.support.device_fixtures",)
+pytest_plugins = ("tests.support.devices.device_fixtures",)
 pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())
 
 # --- the format ------------------------------------------------------------------------------------------------------

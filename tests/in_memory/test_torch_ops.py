@@ -11,7 +11,7 @@ import fastinterp
 from fastinterp.errors import BackendError, ShapeError, UsageError
 from fastinterp.in_memory.arrays import TorchTensors
 from fastinterp.integrations.torch_ops import weighted_sum
-from tests.support.on_host import HostDevice, Streams, bits, device, streams
+from tests.support.devices.on_host import HostDevice, Streams, bits, device, streams
 
 __all__ = ["device", "streams"]  # fixtures
 

@@ -26,7 +26,8 @@ from fastinterp.ops.dtypes import BF16, F32
 from fastinterp.ops.requests import GroupCombine, Mask, MaskedCombine, MeasureKept
 from fastinterp.ops.steps import Bracket, Decoder, Stored
 from fastinterp.reference import combine as reference
-from tests.support import backends, cuda_host, decoders
+from tests.support import backends, decoders
+from tests.support.devices import cuda_host
 from tests.support.pumps import code, masked_step, stats_step, stored
 
 pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())

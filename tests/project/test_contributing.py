@@ -19,7 +19,7 @@ from fastinterp.ops.dtypes import F64, MERGING
 from fastinterp.reference.decode import DECODERS
 from tests.support.backends import ISAS
 from tests.support.checkpoints import assert_same, family, read, recipe, saved
-from tests.support.fake_device import FakeDevice
+from tests.support.devices.fake_device import FakeDevice
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"

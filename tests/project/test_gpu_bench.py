@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import cuda_host
+from tests.support.devices import cuda_host
 
 pytest.importorskip("torch")
 pytest.importorskip("triton")

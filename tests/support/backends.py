@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from fastinterp.errors import BackendError
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import DType
-from tests.support import cuda_combine, cuda_host
 from tests.support.cases import Case, Guarded
+from tests.support.devices import cuda_combine, cuda_host
 
 ISAS = ("scalar", "avx2", "avx512", "neon")  # of csrc/cpu
-EMULATED = "cuda-emulated"  # the CUDA kernels on the host, see tests/support/cuda_host
+EMULATED = "cuda-emulated"  # the CUDA kernels on the host, see tests/support/devices/cuda_host
 
 
 def usable() -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastinterp import _C
-from tests.support import cuda_host
+from tests.support.devices import cuda_host
 
 
 def register(source: str, blocks: Mapping[str, tuple[int, int]], folder: Path) -> ctypes.CDLL:

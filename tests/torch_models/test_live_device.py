@@ -15,8 +15,18 @@ import fastinterp
 from fastinterp.backends import torch_device as resident_devices
 from fastinterp.errors import BackendError, ShapeError, UsageError
 from fastinterp.execute.device import streamed
+from tests.support.devices.on_host import (
+    HostDevice,
+    OnHost,
+    OnHost1,
+    Streams,
+    bits,
+    device,
+    moved,
+    moved_module,
+    streams,
+)
 from tests.support.modules import llama, saved
-from tests.support.on_host import HostDevice, OnHost, OnHost1, Streams, bits, device, moved, moved_module, streams
 
 __all__ = ["device", "streams"]  # fixtures
 

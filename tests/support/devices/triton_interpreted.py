@@ -2,7 +2,7 @@
 
 Run by test_triton.py in a process of its own, since Triton decides at its import whether it compiles or interprets:
 
-    TRITON_INTERPRET=1 python -m pytest tests/support/triton_interpreted.py
+    TRITON_INTERPRET=1 python -m pytest tests/support/devices/triton_interpreted.py
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastinterp.errors import BackendError, OutOfMemory
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import F32
 from fastinterp.ops.steps import Divergence, Gathered, Measure
-from tests.support.cuda_combine import piece_of
+from tests.support.devices.cuda_combine import piece_of
 from tests.support.pumps import stored
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton would compile")

@@ -12,8 +12,8 @@ import pytest
 from fastinterp.backends import registry as backends
 from fastinterp.execute.device import executor as machine
 from tests.support.checkpoints import saved
-from tests.support.device_merges import SLOT, Use, models
-from tests.support.fake_device import FakeDevice
+from tests.support.devices.device_merges import SLOT, Use, models
+from tests.support.devices.fake_device import FakeDevice
 
 
 @pytest.fixture

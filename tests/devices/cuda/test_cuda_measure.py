@@ -10,7 +10,7 @@ import pytest
 
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, MERGING
 from fastinterp.ops.steps import Measure
-from tests.support.cuda_pieces import answers, pump_answers, same
+from tests.support.devices.cuda_pieces import answers, pump_answers, same
 from tests.support.pumps import raws, stored
 
 

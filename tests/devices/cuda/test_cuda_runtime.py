@@ -17,9 +17,9 @@ from fastinterp.errors import BackendError, OutOfMemory
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import F32
 from fastinterp.ops.steps import Decoder, Divergence, Measure, Stored
-from tests.support import cuda_host
-from tests.support.cuda_combine import piece_of
-from tests.support.cuda_host import Fake
+from tests.support.devices import cuda_host
+from tests.support.devices.cuda_combine import piece_of
+from tests.support.devices.cuda_host import Fake
 from tests.support.pumps import code, stored
 
 if why := cuda_host.missing():

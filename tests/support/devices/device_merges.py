@@ -8,7 +8,7 @@ from typing import Any
 
 from fastinterp.ops.dtypes import BF16, F32
 from tests.support.checkpoints import Tensor, family, moved, recipe, saved, weights
-from tests.support.fake_device import FakeDevice
+from tests.support.devices.fake_device import FakeDevice
 
 KB = 1 << 10
 

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from tests.support import cuda_compile
-from tests.support.cuda_compile import ARCHITECTURES, SOURCES, compiled, machine_code, ptx
+from tests.support.devices import cuda_compile
+from tests.support.devices.cuda_compile import ARCHITECTURES, SOURCES, compiled, machine_code, ptx
 
 pytestmark = [
     pytest.mark.slow(20),

@@ -17,7 +17,7 @@ from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, F64, MERGING, DType
 from fastinterp.ops.requests import GroupCombine
 from fastinterp.ops.steps import GroupCombine as CombineStep
 from tests.support import backends
-from tests.support.cuda_pieces import Rig, addressed, pump_written, written
+from tests.support.devices.cuda_pieces import Rig, addressed, pump_written, written
 from tests.support.pumps import code, raws, stored
 
 COUNTS = ("nan_in", "inf_in", "nan_out", "inf_out", "sampled", "changed")

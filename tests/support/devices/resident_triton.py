@@ -8,8 +8,8 @@ import pytest
 
 from fastinterp.backends import torch_device as resident_devices
 from tests.in_memory.test_merge_tensors import WAYS
-from tests.support import resident_cases
-from tests.support.on_host import HostDevice, device, streams
+from tests.support.devices import resident_cases
+from tests.support.devices.on_host import HostDevice, device, streams
 
 __all__ = ["device", "streams"]  # fixtures
 

@@ -10,7 +10,7 @@ import torch
 import fastinterp
 from tests.devices.test_resident import BASE, TUNES, dicts
 from tests.in_memory.test_merge_tensors import WAYS
-from tests.support.on_host import OnHost, bits, moved, moved_module
+from tests.support.devices.on_host import OnHost, bits, moved, moved_module
 from tests.torch_models.test_live_device import Mixed, copied, held
 
 REFUSED = {"della", "arcee_fusion"}  # keeps by rank, and divergences, have no kernels

@@ -17,7 +17,7 @@ from fastinterp.ops.requests import Mask, MaskedCombine, Score
 from fastinterp.ops.steps import MaskedSum
 from tests.numerics.test_masked import NAME, SEED, Shape, ask_of, least_of, options_of
 from tests.support import backends
-from tests.support.cuda_pieces import Rig, addressed, pump_written, written
+from tests.support.devices.cuda_pieces import Rig, addressed, pump_written, written
 from tests.support.pumps import Raw, masked_step, raws
 
 COUNTS = ("nan_in", "inf_in", "nan_out", "inf_out", "sampled", "changed")

@@ -19,7 +19,7 @@ from types import ModuleType
 from tests.support import build_cache
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[2] / "csrc"
+CSRC = HERE.parents[3] / "csrc"
 FOLDER = build_cache.BUILD / "cuda_host"
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")  # those are of unrolled loops

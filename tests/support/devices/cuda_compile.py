@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.support import build_cache
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CSRC = ROOT / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 HEADERS = sorted(CSRC.rglob("*.h"))

@@ -16,10 +16,10 @@ from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
 from fastinterp.ops.steps import Decoder, Divergence, Measure, Stored
 from tests.numerics.test_same_bits import Wall
-from tests.support import cuda_host
 from tests.support.backends import assert_same_bits
 from tests.support.cases import Guarded
-from tests.support.cuda_combine import piece_of
+from tests.support.devices import cuda_host
+from tests.support.devices.cuda_combine import piece_of
 from tests.support.pumps import code, raws, stored
 
 if why := cuda_host.missing():

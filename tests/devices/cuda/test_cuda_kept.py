@@ -13,7 +13,7 @@ from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, MERGING
 from fastinterp.ops.requests import Mask, MeasureKept, Score
 from fastinterp.ops.steps import MaskedStats
 from tests.numerics.test_masked import NAME, SEED, Shape
-from tests.support.cuda_pieces import Rig, addressed, answers, pump_answers, same
+from tests.support.devices.cuda_pieces import Rig, addressed, answers, pump_answers, same
 from tests.support.pumps import raws, stats_step
 
 KEEPS = (Mask(), Mask(min_bits=0x3A000000), Mask(probability=0.4), Mask(0x39000000, 0x3C000000, 0.7), Mask(1, 0))

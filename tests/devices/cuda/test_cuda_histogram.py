@@ -15,7 +15,7 @@ from fastinterp.ops.dtypes import BF16, F8_E5M2, F16, F32, F64, MERGING, DType
 from fastinterp.ops.requests import ALL_BITS
 from fastinterp.ops.select import COARSE_BITS
 from fastinterp.ops.steps import Bracket, Histogram, Score
-from tests.support.cuda_pieces import Rig, addressed, answers, pump_answers, same
+from tests.support.devices.cuda_pieces import Rig, addressed, answers, pump_answers, same
 from tests.support.pumps import columns_of, raws, stored
 
 COARSE = (0, ALL_BITS, COARSE_BITS)
