@@ -9,7 +9,7 @@
 
 namespace fi {
 
-// What a decoder is given, for some whole blocks of one tensor.
+// The arguments of a decoder: some whole blocks of one tensor.
 struct DecodeArgs {
   const void* bytes;     // of these blocks, one behind the other; of any alignment
   int64_t first, count;  // elements of the tensor, whole blocks: the last block may have more than the tensor

@@ -36,15 +36,15 @@ std::shared_ptr<const Decoding::Held> Decoding::held(const std::vector<Source>& 
                                                      std::atomic<int64_t>* bytes_read) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (held_) return held_;
-  auto found = std::make_shared<Held>();
+  auto loaded = std::make_shared<Held>();
   for (const Companion& c : companions_) {
-    found->copies.emplace_back(new char[size_t(c.bytes)]);
-    found->companions.push_back(sources[size_t(c.source)].get(c.offset, c.bytes, found->copies.back().get()));
-    found->bytes.push_back(c.bytes);
+    loaded->copies.emplace_back(new char[size_t(c.bytes)]);
+    loaded->companions.push_back(sources[size_t(c.source)].get(c.offset, c.bytes, loaded->copies.back().get()));
+    loaded->bytes.push_back(c.bytes);
     *bytes_read += c.bytes;
   }
-  held_ = found;
-  return found;
+  held_ = loaded;
+  return loaded;
 }
 
 void Decoding::release() const {

@@ -32,7 +32,7 @@ class Decoding {
   int64_t scratch_bytes() const;
 
   // Decodes elements [first, first + count) of the tensor that begins at `offset` of a source, into `to`, float32 of
-  // any alignment. From several threads at once, each with a scratch of its own.
+  // any alignment. From several threads at once, each with its own scratch.
   void read(const std::vector<Source>& sources, int source, int64_t offset, int64_t first, int64_t count, void* to,
             char* scratch, std::atomic<int64_t>* bytes_read) const;
 

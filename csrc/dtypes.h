@@ -25,7 +25,7 @@ FI_INLINE int size_of(DType d) {
 
 template <class To, class From>
 FI_INLINE To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  static_assert(sizeof(To) == sizeof(From), "a bit cast is between types of one size");
   To to;
   memcpy(&to, &from, sizeof to);
   return to;
@@ -34,7 +34,7 @@ FI_INLINE To bit_cast(From from) {
 FI_INLINE float canonical_nan(float x) { return x == x ? x : bit_cast<float>(0x7fc00000u); }
 FI_INLINE double canonical_nan(double x) { return x == x ? x : bit_cast<double>(0x7ff8000000000000ull); }
 
-// What to do with a finite value beyond an fp8 format's largest finite one.
+// The policy for a finite value beyond an fp8 format's largest finite one.
 struct Fp8Saturate {
   static constexpr bool kSaturate = true;
 };
@@ -91,9 +91,9 @@ FI_INLINE uint32_t choose(bool which, uint32_t yes, uint32_t no) { return no ^ (
 
 // ---- widen: exact ----------------------------------------------------------------------------------------------
 
-// The magnitude's bits are moved to their place in float and the exponent is shifted to float's bias. A subnormal gets
-// the exponent of the smallest normal number, and the leading 1 that this implies is taken off again, exactly. There is
-// no branch, and no float subnormal, which some processors are slow at; specials keep their mantissa.
+// The magnitude's bits are moved to their position in float and the exponent is shifted to float's bias. A subnormal
+// gets the exponent of the smallest normal number, and the leading 1 that this implies is taken off again, exactly.
+// There is no branch, and no float subnormal, which some processors are slow at; specials retain their mantissa.
 template <DType D>
 FI_INLINE float widen_small(uint32_t b) {
   using F = Format<D>;
@@ -101,8 +101,8 @@ FI_INLINE float widen_small(uint32_t b) {
   constexpr int kSignShift = 31 - (F::kSign == 0x8000 ? 15 : 7);
   constexpr uint32_t kRebias = uint32_t(127 - F::kBias) << 23, kOne = 1u << 23;
   const bool subnormal = mag < (1u << F::kMant);
-  const uint32_t placed = (mag << (23 - F::kMant)) + choose(subnormal, kRebias + kOne, kRebias);
-  const float value = bit_cast<float>(placed) - bit_cast<float>(choose(subnormal, kRebias + kOne, 0));
+  const uint32_t shifted = (mag << (23 - F::kMant)) + choose(subnormal, kRebias + kOne, kRebias);
+  const float value = bit_cast<float>(shifted) - bit_cast<float>(choose(subnormal, kRebias + kOne, 0));
   const uint32_t special = choose(mag >= F::kInf, 0x7f800000u, 0);
   return bit_cast<float>(bit_cast<uint32_t>(value) | special | (sign << kSignShift));
 }
@@ -141,9 +141,9 @@ struct Compute<double> {
   static constexpr U kInf = 0x7ff0000000000000ull, kSign = 0x8000000000000000ull;
 };
 
-// Rounds a magnitude to format D. One place of D is worth 2^(field - bias - kMant), where `field` is the exponent's
-// field or, where D is subnormal, that of D's smallest normal number. The result is the number of such places, added to
-// the exponent's bits, where a carry does the right thing by itself. `word` is the element's random word.
+// Rounds a magnitude to format D. A unit in the last place (ulp) of D is 2^(field - bias - kMant), where `field` is the
+// exponent's field or, where D is subnormal, that of D's smallest normal number. The result is the number of ulps,
+// added to the exponent's bits, where a carry does the right thing by itself. `word` is the element's random word.
 template <DType D, class Policy, bool kStochastic, class T>
 FI_INLINE typename Format<D>::Bits round_to(T x, uint32_t word) {
   using F = Format<D>;
@@ -161,30 +161,30 @@ FI_INLINE typename Format<D>::Bits round_to(T x, uint32_t word) {
   const uint32_t sign = uint32_t(bits >> kSignShift) & F::kSign;
   const U finite = mag < kBound ? mag : kBound;
   const U field = (finite & C::kInf) > kLeast ? finite & C::kInf : kLeast;
-  U places;
+  U ulps;
   if constexpr (kStochastic) {
     // word / 2^32 is added to what lies below the last place, and only the carry matters.
-    const int own = int(finite >> C::kMant);
-    const U implicit = own ? U(1) << C::kMant : 0;
+    const int exponent = int(finite >> C::kMant);
+    const U implicit = exponent ? U(1) << C::kMant : 0;
     const U sig = (finite & ((U(1) << C::kMant) - 1)) | implicit;
-    const int drop = kDrop + int(field >> C::kMant) - (own ? own : 1);
+    const int drop = kDrop + int(field >> C::kMant) - (exponent ? exponent : 1);
     const int d = drop > 60 ? 60 : drop;
-    const U kept = drop > 60 ? U(0) : sig;
-    const uint32_t below = d < 32 ? uint32_t(kept << (32 - d)) : uint32_t(kept >> (d - 32));
+    const U sig_or_zero = drop > 60 ? U(0) : sig;
+    const uint32_t below = d < 32 ? uint32_t(sig_or_zero << (32 - d)) : uint32_t(sig_or_zero >> (d - 32));
     const uint32_t carry = uint32_t(below + word) < word ? 1 : 0;
-    places = (d < int(8 * sizeof(U)) ? kept >> d : U(0)) + carry;
+    ulps = (d < int(8 * sizeof(U)) ? sig_or_zero >> d : U(0)) + carry;
   } else {
     // Next to a number whose last place is D's, the sum's own rounding, to nearest even, is the one wanted.
     const U large = field + (U(kDrop) << C::kMant);
-    places = bit_cast<U>(T(bit_cast<T>(finite) + bit_cast<T>(large))) - large;
+    ulps = bit_cast<U>(T(bit_cast<T>(finite) + bit_cast<T>(large))) - large;
   }
-  uint32_t out = uint32_t((field - kLeast) >> kDrop) + uint32_t(places);
+  uint32_t out = uint32_t((field - kLeast) >> kDrop) + uint32_t(ulps);
   if (kTop != F::kInf) out = choose(mag >= C::kInf, F::kInf, out);
   const bool nan = D == DType::F8_E4M3 ? out == F::kNan : mag > C::kInf;
   return typename F::Bits(choose(nan, F::kNan, out | sign));
 }
 
-// bf16 keeps float's exponent, so rounding is one integer addition. vcvtneps2bf16 is not used: it flushes subnormals.
+// bf16 has float's exponent, so rounding is one integer addition. vcvtneps2bf16 is not used: it flushes subnormals.
 FI_INLINE uint16_t bf16_nearest(float x) {
   const uint32_t u = bit_cast<uint32_t>(x);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;

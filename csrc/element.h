@@ -114,16 +114,16 @@ FI_INLINE PhiloxWords<W> philox(W counter, const PhiloxKeys& keys, Product produ
 // The random number of a mask test has two halves of 16 bits. Element e takes them from word (e / 16) % 4 of the
 // counter 16 * (e / 128) + e % 16, in space 0 its high half and in space 1 its low half: of the word the low half if e
 // % 128 < 64, else the high one. The low half is looked at only where the high one equals that of the limit.
-constexpr int kKeepGroup = 2 * kPhiloxGroup;
+constexpr int kMaskGroup = 2 * kPhiloxGroup;
 
 FI_INLINE uint32_t low_half(int64_t e, uint64_t key) {
-  const uint64_t counter = uint64_t(e / kKeepGroup) * kPhiloxLanes + uint64_t(e % kPhiloxLanes);
+  const uint64_t counter = uint64_t(e / kMaskGroup) * kPhiloxLanes + uint64_t(e % kPhiloxLanes);
   const auto product = [](uint64_t c, uint32_t k) { return (c & 0xffffffffu) * k; };
   const uint32_t word = uint32_t(philox(counter, PhiloxKeys(key), product, 1).w[e / kPhiloxLanes % 4]);
-  return e % kKeepGroup < kPhiloxGroup ? word & 0xffffu : word >> 16;
+  return e % kMaskGroup < kPhiloxGroup ? word & 0xffffu : word >> 16;
 }
 
-// Whether the number of element e, whose high half is given, is below a limit of 0..2^32.
+// Whether the random number of element e, whose high half is `high`, is below a limit of 0..2^32.
 FI_INLINE bool is_below(uint32_t high, uint64_t limit, int64_t e, uint64_t key) {
   if (high != limit >> 16) return high < limit >> 16;
   return (limit & 0xffffu) != 0 && low_half(e, key) < (limit & 0xffffu);

@@ -22,7 +22,7 @@ IoError::IoError(bool on_write, int which, int code, int64_t at, int64_t wanted,
 
 namespace {
 
-// How many of the bytes [offset, offset + wanted) lie within `size`; all of them, or what an error tells.
+// The number of the bytes [offset, offset + wanted) that lie within `size`; fewer than wanted are an error.
 int64_t within(int64_t offset, int64_t wanted, int64_t size) {
   return offset < 0 || offset > size ? 0 : std::min(wanted, size - offset);
 }
@@ -63,7 +63,7 @@ void Source::prefetch(int64_t offset, int64_t size) const {
 #endif
 }
 
-char* Sink::place(int64_t offset, int64_t size) const {
+char* Sink::address(int64_t offset, int64_t size) const {
   if (!memory_) return nullptr;
   const int64_t held = within(offset, size, size_);
   if (held < size) throw IoError(true, index_, 0, offset, size, held);

@@ -1,5 +1,4 @@
-// Where bytes come from and go to: files, by positioned reads and writes only, so that threads share one handle, and
-// memory.
+// Sources and sinks of bytes: files, by positioned reads and writes only, so that threads share one handle, and memory.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +16,7 @@ struct IoError : std::runtime_error {
   int64_t offset, expected, done;
 };
 
-// A file, or a range of memory that its owner keeps alive and does not change meanwhile.
+// Bytes to read: a file, or a range of memory that its owner neither frees nor changes meanwhile.
 class Source {
  public:
   Source(int index, int fd) : index_(index), fd_(fd) {}
@@ -39,7 +38,7 @@ class Source {
   int64_t size_ = 0;
 };
 
-// The same to be written. Memory overlaps no source.
+// Bytes to write: a file, or a range of memory, which overlaps no source.
 class Sink {
  public:
   Sink(int index, int fd) : index_(index), fd_(fd) {}
@@ -47,9 +46,9 @@ class Sink {
 
   bool in_memory() const { return memory_ != nullptr; }
 
-  // Where the bytes [offset, offset + size) are to be stored, if that is memory: then there is nothing to write. Else
-  // null.
-  char* place(int64_t offset, int64_t size) const;
+  // The address at which the bytes [offset, offset + size) are to be stored, if the sink is memory: then there is
+  // nothing to write. Null for a file.
+  char* address(int64_t offset, int64_t size) const;
 
   // Writes `size` bytes at `offset` of a file.
   void write(int64_t offset, int64_t size, const void* from) const;

@@ -1,4 +1,4 @@
-// One combine of arrays in memory, on several threads.
+// Weighted sums of arrays in memory, on several threads.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 
 namespace fi {
 
-// `args` describes the whole call; its x, out and stats are ignored in favour of the addresses given. Threads take
-// ranges of whole chunks, and the statistics, one per row, fold in the order of the ranges. Runs on fewer threads where
-// the system allows no more. Throws std::bad_alloc.
+// `args` describes the whole call; its x, out and stats are ignored: `inputs` and `outputs` are the addresses. Threads
+// take ranges of whole chunks, and the statistics, one per row, fold in the order of the ranges. Runs on fewer threads
+// where the system allows no more. Throws std::bad_alloc.
 std::vector<RowStats> combine_in_memory(const Backend& backend, const std::vector<uintptr_t>& inputs,
                                         const std::vector<uintptr_t>& outputs, const CombineArgs& args, int threads);
 

@@ -28,7 +28,7 @@ struct Row {
 
 FI_INLINE bool is_copy(const Row& row) { return row.n_terms == 0 && row.total == 1.0; }
 
-// What one pass tells of one row. The counts cover every element, the sums and `changed` the sampled chunks.
+// Statistics of one row in one pass. The counts cover every element, the sums and `changed` the sampled chunks.
 struct RowStats {
   int64_t nan_in, inf_in, nan_out, inf_out;
   int64_t sampled, changed;
@@ -67,7 +67,7 @@ struct CombineArgs {
 // Not the size that the system tells of a cache: in virtual machines it is that of the whole processor.
 FI_INLINE bool worth_streaming(int64_t bytes) { return bytes >= 32 << 20; }
 
-// How many sums a measure of n vectors has: the upper triangle of the Gram matrix row by row, then the L1 norms.
+// The number of sums of a measure of n vectors: the upper triangle of the Gram matrix row by row, then the L1 norms.
 FI_INLINE int measure_sums(int n) { return n * (n + 1) / 2 + n; }
 
 struct MeasureArgs {
@@ -125,17 +125,17 @@ struct DivergenceArgs {
   const void* x[2];  // of q and p, `numel` elements each, any alignment
   DType in[2];
   Pass pass;
-  bool kept;        // of kTerms: scratch still holds the powers of this chunk
-  int64_t numel;    // at most kChunk
-  double* scratch;  // 2 * kChunk
+  bool reuse_powers;  // of kTerms: scratch still holds the powers of this chunk
+  int64_t numel;      // at most kChunk
+  double* scratch;    // 2 * kChunk
   double top[2], totals[2], sums[2];
 };
 
 constexpr uint32_t kMostMagnitude = 0x7fffffffu;  // as float32 bits: that of every NaN
 
-// Which elements of a delta are kept: those whose magnitude, as float32 bits, is in min_bits..max_bits and whose random
-// word is below a limit. That runs from `low_limit` for the smallest magnitude of a row to `high_limit`, 0..kWords;
-// kWords draws no word.
+// A mask test: an element of a delta passes if its magnitude, as float32 bits, is in min_bits..max_bits and its random
+// word is below a limit. The limit runs from `low_limit` for the smallest magnitude of a row to `high_limit`,
+// 0..kWords; kWords draws no word.
 constexpr uint64_t kWords = 1ull << 32;
 struct MaskTest {
   uint32_t min_bits, max_bits;
@@ -154,11 +154,12 @@ struct MaskedTerm {
   const uint8_t* precomputed;  // the mask of the tensor, if a survey has filled it: kMaskSlack bytes longer
 };
 
-// Masks of elements have a bit for each, the first the lowest. They are read by eight bytes.
+// A mask of elements is a bit for each, the first the lowest: 1 where the element passes. It is read by eight bytes.
 constexpr int kMaskSlack = 8;
 FI_INLINE int64_t mask_bytes(int64_t numel) { return (numel + 7) / 8 + kMaskSlack; }
 
-// A number for every element, of which those below `min_bits` (as float32) are dropped from every delta.
+// A score: a number for every element. Elements whose score is below `min_bits` (as float32) are masked out of every
+// delta.
 struct Score {
   enum Kind { kNone, kVariance, kDivergence };  // from all terms; from the first, times a factor per row
   Kind kind;
@@ -181,7 +182,7 @@ struct MaskedSumArgs {
   CombineArgs of;         // all but its rows
   const MaskedRow* rows;  // k rows
   int64_t columns;        // length of a row of the tensor
-  // One per term, row after row: what `ranked` found, `numel` elements each; null where there are no ranks.
+  // One per term, row after row: the mask that `ranked` computed, `numel` elements; null where there are no ranks.
   const uint8_t* const* ranked;
   void* scratch;  // masked_sum_scratch(most terms of a row)
 };
@@ -193,7 +194,7 @@ FI_INLINE int64_t masked_sum_scratch(int terms) { return int64_t(terms) * kMaske
 constexpr int kRankBins = 32768;
 constexpr int64_t kRankBinsBytes = kRankBins * 8 + kRankBins / 8;
 
-// One row of a tensor and one delta: which elements a test with a limit by rank keeps.
+// The mask of one row of one delta, by a test whose limit depends on the rank in the row.
 struct RankArgs {
   const void *x0, *x;  // `numel` elements each
   DType in0, in;
@@ -203,7 +204,7 @@ struct RankArgs {
   int64_t numel, first;
   uint64_t* scratch;  // 2 * numel
   uint64_t* bins;     // kRankBinsBytes, all 0, and 0 again in the end
-  uint8_t* kept;      // numel
+  uint8_t* mask;      // numel: 1 where the element passes, else 0
 };
 
 struct MaskedStatsArgs {
@@ -218,14 +219,14 @@ struct MaskedStatsArgs {
   int64_t columns;       // length of a row of the tensor
   bool l1, squares;      // which of the sums are wanted; the others stay as they are
   void* scratch;         // masked_stats_scratch(n)
-  double* sums;     // 3 * n: L1 norms of the deltas, then of what is kept of them, then its squares; 0 for the base
-  int64_t* counts;  // 2 * n, added to: elements kept, then those of them that another delta keeps too
-  uint8_t** masks;  // n: of this chunk; null where nobody wants them
+  double* sums;          // 3 * n: L1 norms of the deltas, of the masked deltas, then their squares; 0 for the base
+  int64_t* counts;       // 2 * n, added to: elements that pass, then those of them that pass in another delta too
+  uint8_t** masks;       // n: of this chunk; null where not wanted
 };
 
 FI_INLINE int64_t masked_stats_scratch(int n) { return n * (8 * kChunk + kChunk / 8); }
 
-// Where magnitudes, as float32 bits, are counted: bin (magnitude - low) >> shift, if it is in low..high.
+// One histogram of magnitudes, as float32 bits: in bin (magnitude - low) >> shift, if it is in low..high.
 struct Bracket {
   int input;  // whose delta from x[0] is ranked; ignored where a score is
   uint32_t low, high;

@@ -58,8 +58,8 @@ Pump::Pump(std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Ste
       options_(options),
       left_(steps_.size()) {
   size_t inputs = 1, outputs = 1;
-  int64_t stored = 0;                                     // bytes, in memory
-  int64_t read = options_.read_bytes, late = 0, own = 0;  // late: how far beyond its edge a write may end
+  int64_t stored = 0;                                             // bytes, in memory
+  int64_t read = options_.read_bytes, late = 0, sum_scratch = 0;  // late: how far beyond its edge a write may end
   for (const Step& step : steps_) {
     decode_bytes_ = std::max(decode_bytes_, round_up(decoding_scratch(step), 4096));
     if (step.survey) {
@@ -71,7 +71,7 @@ Pump::Pump(std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Ste
     if (step.sum) {
       if (in_memory(step)) stored += step.numel * element_bytes(step) * int64_t(step.sinks.size());
       const int64_t whole = grain(step), most = std::max(options_.read_bytes / widest(step), whole);
-      own = std::max(own, step.sum->scratch_bytes(most));
+      sum_scratch = std::max(sum_scratch, step.sum->scratch_bytes(most));
       if (whole > 1) read = std::max(read, whole * widest(step));
       if (whole > 1) late = std::max(late, grain_bytes(step));
     }
@@ -80,7 +80,7 @@ Pump::Pump(std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Ste
   in_bytes_ = round_up(read + kSlack, 4096);
   in_total_ = in_bytes_ * int64_t(inputs);
   out_stride_ = round_up(options_.write_bytes + late + kSlack, 4096);
-  scratch_bytes_ = std::max(scratch_bytes_, in_total_ + round_up(own, 4096) + out_stride_ * int64_t(outputs));
+  scratch_bytes_ = std::max(scratch_bytes_, in_total_ + round_up(sum_scratch, 4096) + out_stride_ * int64_t(outputs));
   scratch_bytes_ += decode_bytes_;
   cut();
   for (const Piece& piece : pieces_) ++left_[size_t(piece.step)];
@@ -206,7 +206,7 @@ void Pump::run_block(const Block& block, char* scratch) {
       const int64_t edge = (start / options_.write_bytes + 1) * options_.write_bytes;
       const int64_t count = std::min({piece.count - done, most, round_up((edge - at + size - 1) / size, whole)});
       for (size_t k = 0; k < out.size(); ++k) {
-        out[k] = sinks_[size_t(head.sinks[k])].place(at + head.offsets[k] - head.offsets[0], count * size);
+        out[k] = sinks_[size_t(head.sinks[k])].address(at + head.offsets[k] - head.offsets[0], count * size);
         if (!out[k]) out[k] = staged + out_stride_ * int64_t(k) + (at - start);
       }
       step.sum ? combine(piece, done, count, scratch, out) : compare(piece, done, count, scratch, out);
@@ -239,7 +239,7 @@ void Pump::write(const Step& step, int64_t offset, int64_t size, const char* sta
   for (size_t k = 0; k < step.sinks.size(); ++k) {
     const Sink& sink = sinks_[size_t(step.sinks[k])];
     const int64_t at = offset + step.offsets[k] - step.offsets[0];
-    if (!sink.place(at, size)) sink.write(at, size, staged + out_stride_ * int64_t(k));
+    if (!sink.address(at, size)) sink.write(at, size, staged + out_stride_ * int64_t(k));
   }
   bytes_written_ += size * int64_t(step.sinks.size());
 }

@@ -1,5 +1,5 @@
-// The pump: cuts steps into blocks, and on several threads reads, combines and writes them. It knows bytes and places,
-// not files' meaning: names, recipes and errors in words belong to its caller.
+// The pump: cuts steps into blocks, and on several threads reads, combines and writes them. It knows bytes and offsets,
+// not what files mean: names, recipes and the text of errors belong to its caller.
 #pragma once
 
 #include <atomic>

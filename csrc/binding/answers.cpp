@@ -1,4 +1,4 @@
-// What steps answer, as Python has it.
+// Results of surveys as Python objects.
 
 #include <pybind11/stl.h>
 
@@ -19,21 +19,21 @@ py::object view_of(const std::vector<T>& values, const char* format) {
   return fi::view_of(values.data(), values.size(), format);
 }
 
-// Of pieces that follow each other: see survey.h.
+// The answer of a tensor from those of its pieces, in order: see fold_chunks in survey.h.
 py::object fold(const std::vector<std::pair<py::buffer, py::buffer>>& pieces) {
   Answer whole;
   size_t width = 0;
   for (const auto& [reals, counts] : pieces) {
-    const std::vector<double> more = numbers_of<double>(reals);
-    const std::vector<int64_t> found = numbers_of<int64_t>(counts);
+    const std::vector<double> piece_reals = numbers_of<double>(reals);
+    const std::vector<int64_t> piece_counts = numbers_of<int64_t>(counts);
     if (whole.reals.empty()) {
-      width = more.size();
-      whole.counts.resize(found.size());
+      width = piece_reals.size();
+      whole.counts.resize(piece_counts.size());
     }
-    if (width == 0 || more.size() != width || found.size() != whole.counts.size())
+    if (width == 0 || piece_reals.size() != width || piece_counts.size() != whole.counts.size())
       throw py::value_error("the pieces' answers differ in length, or are none");
-    whole.reals.insert(whole.reals.end(), more.begin(), more.end());
-    for (size_t i = 0; i < found.size(); ++i) whole.counts[i] += found[i];
+    whole.reals.insert(whole.reals.end(), piece_reals.begin(), piece_reals.end());
+    for (size_t i = 0; i < piece_counts.size(); ++i) whole.counts[i] += piece_counts[i];
   }
   if (width == 0) throw py::value_error("there are no answers to fold");
   fold_chunks(width, &whole.reals);
@@ -54,7 +54,7 @@ py::object answer_of(const Answer& answer) {
 }
 
 void bind_answers(py::module_& m) {
-  py::class_<Masks, std::shared_ptr<Masks>>(m, "Masks", "Which elements of some deltas are kept, a bit for each.")
+  py::class_<Masks, std::shared_ptr<Masks>>(m, "Masks", "Masks of the deltas of one tensor, a bit per element.")
       .def(py::init([](int count, int64_t numel) {
              if (count < 1 || numel < 0) throw py::value_error("masks are one or more, of 0 elements or more");
              return std::make_shared<Masks>(count, numel);
@@ -77,9 +77,8 @@ void bind_answers(py::module_& m) {
            "The bin of the k-th largest in bins, and how many are in it or above; (-1, all) if those are fewer.")
       .def("at_least", &Counts::at_least, py::arg("first"), "How many are in bin `first` or above.");
   m.def("fold", &fold, py::arg("pieces"),
-        "The answer to a measure or to masked statistics from those of its pieces, in order: sums fold in pairs, an "
-        "odd one "
-        "carried, and counts add.");
+        "The answer to a measure or to masked statistics from those of its pieces, in order: sums add in pairs, an "
+        "unpaired one goes on to the next level, and counts add.");
 }
 
 }  // namespace fi

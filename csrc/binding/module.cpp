@@ -27,10 +27,10 @@ using fi::Term;
 
 const Backend& backend(const std::string& isa) {
   if (isa.empty()) return fi::best_backend();
-  const Backend* found = fi::find_backend(isa.c_str());
-  if (!found) throw py::value_error("no such instruction set in this build: " + isa);
-  if (!found->usable()) throw py::value_error("this processor cannot run " + isa);
-  return *found;
+  const Backend* backend = fi::find_backend(isa.c_str());
+  if (!backend) throw py::value_error("no such instruction set in this build: " + isa);
+  if (!backend->usable()) throw py::value_error("this processor cannot run " + isa);
+  return *backend;
 }
 
 std::vector<DType> dtypes(const std::vector<int>& codes) {
@@ -118,7 +118,7 @@ void register_decoder(const std::string& name, uintptr_t decode, int64_t block_e
                           " elements, of 1 to 16 bytes each");
 }
 
-// What went wrong, for the caller to put into words: ("read" | "write", handle, errno, offset, expected, done),
+// The pump's error, for the caller to translate: ("read" | "write", handle, errno, offset, expected, done),
 // ("differs", step, input), ("other", text), or None.
 py::object error_of(const fi::Pump& pump) {
   if (!pump.error()) return py::none();
@@ -143,7 +143,7 @@ py::list stats_of(const fi::Pump& pump) {
   return steps;
 }
 
-// Per step what its survey found, or None.
+// Per step the result of its survey, or None.
 py::list answers_of(const fi::Pump& pump) {
   py::list answers;
   for (const fi::Step& step : pump.steps())
@@ -209,7 +209,7 @@ PYBIND11_MODULE(_C, m) {
         "Add a decoder, or replace one that was added: the address of a function as csrc/decoder.h has it.");
 
   fi::bind_answers(m);
-  py::class_<fi::Pump>(m, "Pump", "Reads, combines and writes steps on threads of its own.")
+  py::class_<fi::Pump>(m, "Pump", "Reads, combines and writes steps on its own threads.")
       .def(py::init(&make_pump), py::arg("sources"), py::arg("sinks"), py::arg("steps"), py::arg("options"))
       .def("start", &fi::Pump::start)
       .def("wait", &fi::Pump::wait, py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
@@ -219,7 +219,8 @@ PYBIND11_MODULE(_C, m) {
       .def("error", &error_of)
       .def("stats", &stats_of)
       .def("answers", &answers_of,
-           "Per step None if it writes, else what it found: float64 and int64 memoryviews. Of measure: the upper "
+           "Per step None if it writes, else the result of its survey: float64 and int64 memoryviews. Of measure: the "
+           "upper "
            "triangle of the Gram matrix, then L1 norms; counts of nonzero elements.")
       .def_property_readonly("bytes_read", &fi::Pump::bytes_read)
       .def_property_readonly("bytes_written", &fi::Pump::bytes_written)

@@ -9,7 +9,7 @@ namespace fi {
 
 namespace {
 
-// The attribute, found by a name that Python has met before: `name` is a literal, so its address stands for it.
+// An attribute, looked up by an interned string: `name` is a literal, so its address is the key of the string.
 py::object attribute(const py::handle& from, const char* name) {
   static auto* const names = new std::unordered_map<const void*, py::object>;  // never freed: Python may have ended
   py::object& known = (*names)[name];

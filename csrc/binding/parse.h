@@ -1,5 +1,5 @@
-// Steps as Python describes them (fastinterp/ops/steps.py), read once for both extensions into plain data. What an
-// operand's source, an address or a mask is worth, each extension knows.
+// Steps parsed from Python objects (fastinterp/ops/steps.py) into plain data, for both extensions. Sources, addresses
+// and masks are resolved by each extension.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ enum class StepKind {
 };
 enum class Per { kTensor, kRow, kColumn };
 
-// How a stored operand's bytes become float32: see ../decoder.h.
+// The decoder of a stored operand, which turns its bytes into float32: see ../decoder.h.
 struct ParsedDecoder {
   struct Companion {
     int source;
@@ -68,7 +68,7 @@ struct ParsedTerm {
   int input, importance;  // -1: none
   double weight, sign_weight, share, sole_weight;
   MaskTest test;
-  pybind11::object precomputed;  // None, or which of which masks
+  pybind11::object precomputed;  // None, or masks and the index of one of them
 };
 
 struct ParsedMaskedOutput {
@@ -91,7 +91,7 @@ struct ParsedStep {
   int64_t numel = 0, columns = 0;  // columns 0: none of its rows or columns is looked at
   std::vector<ParsedOperand> inputs;
 
-  // Of the kinds that write.
+  // Only kinds that write have these.
   bool writes = false;
   std::vector<int> sinks;
   std::vector<int64_t> offsets;
@@ -105,14 +105,14 @@ struct ParsedStep {
   std::vector<MaskTest> tests;              // of masked_stats
   bool l1 = false, squares = false;         // of masked_stats
   pybind11::object fills =
-      pybind11::none();                 // of masked_stats: None, or masks to be filled, and which of them by input
-  ParsedScore score;                    // of masked_stats and histogram
+      pybind11::none();  // of masked_stats: None, or masks to be filled, and the index of one of them by input
+  ParsedScore score;     // of masked_stats and histogram
   std::vector<ParsedBracket> brackets;  // of histogram
   int64_t every = 1;                    // of histogram
   bool deltas = false;                  // of measure
 };
 
-// All throw pybind11::value_error, or what a conversion throws.
+// All throw pybind11::value_error, or the exception of a failed conversion.
 
 // Checks all that does not depend on where operands are.
 ParsedStep parse_step(const pybind11::handle& step);

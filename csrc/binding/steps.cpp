@@ -26,15 +26,15 @@ std::shared_ptr<RowMap> gathered_of(const ParsedOperand& operand, size_t sources
   auto map = std::make_shared<RowMap>();
   map->row_bytes = row_bytes;
   for (int64_t row : numbers_of<int64_t>(operand.rows.cast<py::buffer>(), rows)) {
-    RowMap::Place place{-1, 0};
+    RowMap::Location location{-1, 0};
     const bool zeros = row == -1;
     for (const auto& [source, offset, count] : operand.parts) {
-      if (row >= 0 && row < count) place = {source_of(source, sources), offset + row * row_bytes};
+      if (row >= 0 && row < count) location = {source_of(source, sources), offset + row * row_bytes};
       if (row >= 0) row -= count;
-      if (place.source >= 0) break;
+      if (location.source >= 0) break;
     }
-    if (!zeros && place.source < 0) throw py::value_error("a gathered row is none of the parts' rows");
-    map->rows.push_back(place);
+    if (!zeros && location.source < 0) throw py::value_error("a gathered row is none of the parts' rows");
+    map->rows.push_back(location);
   }
   return map;
 }
@@ -112,21 +112,22 @@ void divergence(const ParsedStep& parsed, const Backend& backend, Step* step) {
   step->survey = std::make_shared<Divergence>(backend, dtypes_of(*step), step->numel, columns_of(parsed, step->numel));
 }
 
-// Ranks hold places in a row as 32 bits.
+// The length of a row of a step that may rank elements: ranks are 32-bit numbers.
 int64_t ranked_columns_of(const ParsedStep& parsed, const Step& step) {
   const int64_t columns = columns_of(parsed, step.numel);
   if (columns > int64_t(0xffffffff)) throw py::value_error("columns must be below 2**32");
   return columns;
 }
 
-OwnScore score_of(const ParsedScore& parsed, int64_t rows) {
-  OwnScore own{};
-  own.score = {parsed.kind, parsed.min_bits, nullptr};
-  own.factors.resize(parsed.factors.size() / sizeof(float));
-  if (!own.factors.empty()) memcpy(own.factors.data(), parsed.factors.data(), own.factors.size() * sizeof(float));
-  if (own.score.kind == Score::kDivergence && int64_t(own.factors.size()) != rows)
+ScoreWithFactors score_of(const ParsedScore& parsed, int64_t rows) {
+  ScoreWithFactors result{};
+  result.score = {parsed.kind, parsed.min_bits, nullptr};
+  result.factors.resize(parsed.factors.size() / sizeof(float));
+  if (!result.factors.empty())
+    memcpy(result.factors.data(), parsed.factors.data(), result.factors.size() * sizeof(float));
+  if (result.score.kind == Score::kDivergence && int64_t(result.factors.size()) != rows)
     throw py::value_error("a divergence needs a factor per row");
-  return own;
+  return result;
 }
 
 MaskedOutput masked_output_of(const ParsedMaskedOutput& parsed, int64_t numel, int64_t rows) {
@@ -168,11 +169,11 @@ void masked_stats(const ParsedStep& parsed, const Backend& backend, Step* step) 
                              nullptr,      std::vector<int>(parsed.tests.size(), -1)};
   if (!parsed.fills.is_none()) {
     const auto masks = parsed.fills.attr("masks").cast<std::shared_ptr<Masks>>();
-    request.places = parsed.fills.attr("places").cast<std::vector<int>>();
-    if (masks->numel() != step->numel || request.places.size() != request.tests.size())
-      throw py::value_error("masks are needed of this tensor, and a place among them or -1 per input");
-    for (const int place : request.places)
-      if (place < -1 || place >= masks->count()) throw py::value_error("an input's mask is none of the masks");
+    request.mask_indices = parsed.fills.attr("places").cast<std::vector<int>>();
+    if (masks->numel() != step->numel || request.mask_indices.size() != request.tests.size())
+      throw py::value_error("masks are needed of this tensor, and an index among them or -1 per input");
+    for (const int index : request.mask_indices)
+      if (index < -1 || index >= masks->count()) throw py::value_error("an input's mask is none of the masks");
     masks->allocate();
     request.masks = masks;
   }
@@ -188,7 +189,7 @@ void histogram(const ParsedStep& parsed, const Backend& backend, Step* step) {
                                              score_of(parsed.score, step->numel / columns), columns);
 }
 
-// How each kind works. Bytes that must be equal in all inputs have neither a sum nor a survey.
+// The kinds of steps, by the function that completes one. Copies of equal bytes have neither a sum nor a survey.
 struct KindRow {
   StepKind kind;
   void (*complete)(const ParsedStep&, const Backend&, Step*);

@@ -1,4 +1,4 @@
-// Steps, sources and sinks of the pump, made of what Python gives; and what steps answer.
+// Conversions between Python and the pump: steps, sources and sinks in, results of surveys out.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -28,11 +28,12 @@ std::vector<Handle> handles_of(const pybind11::sequence& sequence) {
   return handles;
 }
 
-// A step from an object of fastinterp/ops/steps.py. Throws pybind11::value_error, or what a conversion throws.
+// A step from an object of fastinterp/ops/steps.py. Throws pybind11::value_error, or the exception of a failed
+// conversion.
 Step step_of(const pybind11::handle& object, const Backend& backend, size_t sources, size_t sinks, bool stochastic);
 
-// Adds the classes of the counts that a histogram answers with, and of the masks that statistics of masked deltas fill;
-// and what folds the answers of a tensor's pieces.
+// Binds the classes Counts, the result of a histogram, and Masks, which statistics of masked deltas fill; and the
+// function that folds the results of a tensor's pieces.
 void bind_answers(pybind11::module_& m);
 
 // (f64[...], i64[...]) as memoryviews; of a histogram a list of counts.

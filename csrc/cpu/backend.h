@@ -28,10 +28,10 @@ const Backend& backend_at(int i);
 // The backend called `name`, or null if this build has none of that name.
 const Backend* find_backend(const char* name);
 
-// The best one that this machine can run.
+// The best backend that this machine can run.
 const Backend& best_backend();
 
-// Sets the floating-point environment that the contract needs (nearest even, subnormals kept) for the thread that
+// Sets the floating-point environment that the contract needs (nearest even, subnormals preserved) for the thread that
 // holds it: another library may have switched subnormals off for the whole process.
 class FloatEnvironment {
  public:

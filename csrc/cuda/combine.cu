@@ -1,4 +1,4 @@
-// Which kernel does which rows of which sums, and the memory of their statistics.
+// Distributes the rows of sums over kernels, and manages the memory of their statistics.
 
 #include <algorithm>
 #include <map>
@@ -23,19 +23,19 @@ bool is_wide(const Sum& sum, const SumRow& row) {
 
 bool is_aligned(const void* x) { return uintptr_t(x) % 16 == 0; }
 
-// Where an input stands in an order; -1 if nowhere.
-int place_in(const std::vector<int>& order, int input) {
-  const auto found = std::find(order.begin(), order.end(), input);
-  return found == order.end() ? -1 : int(found - order.begin());
+// The index of an input in an order; -1 if it is not in it.
+int index_in(const std::vector<int>& order, int input) {
+  const auto at = std::find(order.begin(), order.end(), input);
+  return at == order.end() ? -1 : int(at - order.begin());
 }
 
 // Whether a row's terms follow the order, its pivot first, and so can be added by one run through the inputs.
 bool follows(const SumRow& row, const std::vector<int>& order) {
   int before = 0;
   for (const Term& term : row.terms) {
-    const int place = place_in(order, term.input);
-    if (place <= before) return false;
-    before = place;
+    const int index = index_in(order, term.input);
+    if (index <= before) return false;
+    before = index;
   }
   return true;
 }
@@ -55,7 +55,7 @@ Job fast_of(Job job, std::vector<size_t>* rows) {
     bool good = order[0] == row.pivot && fits(row.pivot) && is_aligned(row.out);
     for (const Term& term : row.terms) {
       good = good && fits(term.input);
-      if (place_in(order, term.input) < 0) order.push_back(term.input);
+      if (index_in(order, term.input) < 0) order.push_back(term.input);
     }
     good = good && order.size() <= kFastInputs && follows(row, order);
     if (good) job.inputs = order;
@@ -117,8 +117,8 @@ std::vector<RowStats> SumStats::rows() const {
   const auto* const counts = reinterpret_cast<const int64_t*>(host_.get() + offset_);
   const auto* const samples = reinterpret_cast<const Sample*>(counts + rows_ * kCounts);
   for (size_t r = 0; r < rows_; ++r) {
-    const int64_t* const own = counts + r * kCounts;
-    add({own[kNanIn], own[kInfIn], own[kNanOut], own[kInfOut], 0, 0, 0, 0, 0}, &all[r]);
+    const int64_t* const of_row = counts + r * kCounts;
+    add({of_row[kNanIn], of_row[kInfIn], of_row[kNanOut], of_row[kInfOut], 0, 0, 0, 0, 0}, &all[r]);
     for (int64_t c = 0; c < chunks_; ++c) {
       const Sample& s = samples[size_t(c) * rows_ + r];
       add({0, 0, 0, 0, s.sampled, s.changed, s.sum_pp, s.sum_dd, s.sum_od}, &all[r]);
@@ -144,8 +144,8 @@ std::vector<SumStats> combine(Queue* queue, const std::vector<Sum>& sums) {
   for (size_t i = 0; i < sums.size(); ++i) {
     if (sums[i].numel == 0) continue;
     const Samples samples = samples_of(sums[i]);
-    char* const own = stats[i].wanted() ? static_cast<char*>(memory->at()) + stats[i].offset() : nullptr;
-    add_sum(queue, {&sums[i], {}, {}, samples.first_chunk, samples.chunks, own}, &jobs);
+    char* const of_sum = stats[i].wanted() ? static_cast<char*>(memory->at()) + stats[i].offset() : nullptr;
+    add_sum(queue, {&sums[i], {}, {}, samples.first_chunk, samples.chunks, of_sum}, &jobs);
   }
   for (auto& [kind, some] : jobs.fast) launch_fast(queue, kind.first, kind.second, std::move(some));
   for (const int wide : {0, 1}) {

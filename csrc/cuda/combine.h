@@ -29,7 +29,7 @@ struct Sum {
   int64_t numel, first;
 };
 
-// What a sum tells of its rows, once the queue has done it.
+// The statistics of a sum's rows, valid once the queue has done it.
 class SumStats {
  public:
   // offset: -1 if no statistics are wanted

@@ -25,8 +25,8 @@ struct AnyPiece {
   int64_t numel, first;
   Store store;
   uint32_t n, n_rows, dtypes_at, rows_at, terms_at;  // offsets in bytes
-  // Of `sample`: the tensor's first chunk that is sampled, how many chunks on the next one is, and how many samples on
-  // the row's sample of that.
+  // For `sample`: the first sampled chunk of the tensor, the distance to the next in chunks, and that between a row's
+  // samples of them.
   int64_t first_chunk, every, stride;
 
   template <class What>
@@ -44,7 +44,7 @@ FI_HD constexpr size_t aligned(size_t bytes) { return (bytes + 7) / 8 * 8; }
 // Groups of 64 elements of a tensor in a tile: a thread has four elements of one, those of one Philox counter.
 constexpr int kTileGroups = 64, kGroupThreads = kPhiloxLanes, kPassGroups = kThreads / kGroupThreads;
 
-// Of one element: the pivot, the sum of the terms, and the sum of both.
+// The parts of one element's sum: the pivot, the sum of the terms, and the sum of both.
 template <class T>
 struct Parts {
   T p, acc, y;

@@ -58,7 +58,7 @@ FI_DEVICE typename Format<D>::Bits element_of(const Vector16& v, int e) {
     return uint16_t(v.w[e / 2] >> (16 * (e % 2)));
 }
 
-// f16 by the device's own conversions, which round to nearest even and keep subnormals.
+// f16 by the device's conversions, which round to nearest even and preserve subnormals.
 template <DType D>
 FI_DEVICE float widen_fast(typename Format<D>::Bits b) {
 #ifdef __CUDA_ARCH__
@@ -194,7 +194,7 @@ bool add_fast(const Job& job, TableWriter* table) {
     to.counts = job.counts(job.rows[k]);
     to.total = float(from.total);
     for (const Term& term : from.terms) {
-      const int i = job.place_of(term.input);
+      const int i = job.index_of(term.input);
       to.terms |= 1u << i;
       to.w[i] = float(term.weight);
     }

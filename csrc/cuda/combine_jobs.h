@@ -1,4 +1,4 @@
-// What combine.cu asks of the kernels of combine_fast.cu and combine_any.cu.
+// Interface between combine.cu and the kernels of combine_fast.cu and combine_any.cu.
 #pragma once
 
 #include <algorithm>
@@ -29,11 +29,11 @@ struct Job {
   char* stats;                  // null if none are wanted
 
   int64_t* counts(size_t row) const { return stats ? reinterpret_cast<int64_t*>(stats) + row * kCounts : nullptr; }
-  // Of the first sampled chunk; those of the next are one sample per row of the sum further on.
+  // The sample of the first sampled chunk; that of the next is one sample per row of the sum further on.
   Sample* samples(size_t row) const {
     return stats ? reinterpret_cast<Sample*>(stats + sum->rows.size() * sizeof(int64_t) * kCounts) + row : nullptr;
   }
-  int place_of(int input) const { return int(std::find(inputs.begin(), inputs.end(), input) - inputs.begin()); }
+  int index_of(int input) const { return int(std::find(inputs.begin(), inputs.end(), input) - inputs.begin()); }
 };
 
 constexpr int kFastInputs = 8;

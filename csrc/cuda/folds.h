@@ -1,4 +1,4 @@
-// Sums of rule 7 of docs/NUMERICS.md: what blocks found folds in memory.
+// Sums of rule 7 of docs/NUMERICS.md: the sums of blocks are folded in memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,15 +9,16 @@ namespace fi {
 namespace cuda {
 
 // Numbers, `width` of each of `count` parts, one part after the other, of each of `rows` rows: parts fold in adjacent
-// pairs, an odd one carried, to one of each row.
+// pairs, an unpaired one going on to the next level, to one of each row.
 struct FoldTask {
   int64_t rows, count, width;
 };
 
-// How many numbers fold_parts needs room for beside them.
+// The size of fold_parts' scratch, in numbers.
 int64_t fold_scratch(const FoldTask& task);
 
-// Returns where the folded numbers will be, rows * width: at `parts`, which is overwritten, or at `scratch`.
+// Folds the parts. Returns the address of the results, rows * width numbers: `parts`, which is overwritten, or
+// `scratch`.
 double* fold_parts(const FoldTask& task, double* parts, double* scratch, cudaStream_t stream);
 
 }  // namespace cuda

@@ -1,6 +1,6 @@
-// What kernels see of the grid that they run in, and how they are launched. nvcc compiles it for a device. Any C++
-// compiler can compile it for an emulation on the host, whose <cuda_runtime.h> then stands in the include path: it
-// supplies fi_host::launch, fi_host::here and fi_host::sync_threads. There are no warps: what needs one is not written.
+// Kernels, their launch, and their position in the grid. nvcc compiles it for a device. Any C++ compiler can compile it
+// for an emulation on the host, whose <cuda_runtime.h> then stands in the include path: it supplies fi_host::launch,
+// fi_host::here and fi_host::sync_threads. There are no warps: what needs one is not written.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@
 #define FI_ARGUMENT const __grid_constant__  // of a struct: read where it lies, not copied by every thread
 #define FI_SHARED __shared__
 #define FI_DEVICE __device__ static __forceinline__
-#define FI_RARE __device__ static __noinline__  // what hardly ever happens, kept out of the way of what does
+#define FI_RARE __device__ static __noinline__  // what hardly ever happens: not inlined
 // kernel in parentheses if it has template arguments; the caller checks cudaGetLastError() afterwards.
 #define FI_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<(blocks), (threads), 0, (stream)>>>(__VA_ARGS__)
 #else
@@ -76,7 +76,7 @@ FI_DEVICE void store_once(void* at, const Vector16& v) {
 #endif
 }
 
-// What is computed of `v` after this is computed again each time: in a loop, that takes fewer registers than to keep
+// What is computed from `v` after this is computed again each time: in a loop, that takes fewer registers than holding
 // it.
 FI_DEVICE void compute_again(Vector16* v) {
 #ifdef __CUDA_ARCH__

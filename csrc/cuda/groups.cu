@@ -46,7 +46,7 @@ FI_DEVICE void each_sum(const GroupTask& g, int64_t philox_group, Take take) {
   }
 }
 
-// An input that takes part reaches the output, so that only odd outputs are looked into.
+// An input that takes part reaches the output, so that only outputs that are NaN or infinite are looked into.
 template <class T>
 FI_RARE void count(const GroupTask& g, int64_t at, int64_t group) {
   int64_t* const counts = g.stats.counts;
@@ -79,16 +79,16 @@ FI_KERNEL(kThreads, 3)
 group_sample_kernel(FI_ARGUMENT GroupTask g) {
   const int64_t chunk = g.stats.first_chunk + block_index() * g.stats.every;
   const Store nearest = store_of(g.to, false);
-  Sampling own;
+  Sampling sampling;
 #pragma unroll 1
   for (int pass = 0; pass < kChunk / kPhiloxGroup / kGroupsAtOnce; ++pass) {
     const int64_t group = chunk * (kChunk / kPhiloxGroup) + pass * kGroupsAtOnce + thread_index() / kPhiloxLanes;
     each_sum<T>(g, group, [&](int64_t at, int64_t, T p, T acc, T y, int) {
       const bool differs = load_any(g.to.dtype, g.to.out, at) != code_of(nearest, p, 0u);
-      own.take(p, g.totals ? T(y - p) : acc, T(widen_any<double>(g.to.dtype, g.to.out, at)), differs);
+      sampling.take(p, g.totals ? T(y - p) : acc, T(widen_any<double>(g.to.dtype, g.to.out, at)), differs);
     });
   }
-  give_sample(g.stats, own);
+  store_sample(g.stats, sampling);
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 256;
 // Bins that a block counts in shared memory, those that it meets first: real deltas of 16-bit models are heavily tied,
-// and additions to one place in memory wait for each other.
+// and additions to one address wait for each other.
 constexpr int kSlotBits = 12, kSlots = 1 << kSlotBits;
 constexpr uint32_t kNoBin = 0xffffffffu;
 

@@ -7,7 +7,7 @@ namespace cuda {
 
 namespace {
 
-constexpr int kThreads = kSampleThreads, kGroupsAtOnce = kThreads / kPhiloxLanes;  // groups of kKeepGroup elements
+constexpr int kThreads = kSampleThreads, kGroupsAtOnce = kThreads / kPhiloxLanes;  // groups of kMaskGroup elements
 constexpr int kPasses = 2;                                                         // of a block
 constexpr int kFew = 4;                                                            // deltas that stay in registers
 constexpr int kAnyDType = -1;
@@ -21,12 +21,12 @@ FI_DEVICE T value_of(const MaskedSumTask& m, int i, int64_t at) {
     return widen_any<T>(m.inputs.in[i], m.inputs.x[i], at);
 }
 
-// The delta of a term from p; *odd if it is NaN or infinite.
+// The delta of a term from p; sets *nonfinite if it is NaN or infinite.
 template <class T, int kSame>
-FI_DEVICE T delta_of(const MaskedSumTask& m, int t, int64_t at, T p, bool* odd) {
+FI_DEVICE T delta_of(const MaskedSumTask& m, int t, int64_t at, T p, bool* nonfinite) {
   if (m.terms[t].input == m.base) return 0;
   const T v = value_of<T, kSame>(m, m.terms[t].input, at) - p, most = T(m.limit), least = -most;
-  *odd = *odd || !is_finite(v);
+  *nonfinite = *nonfinite || !is_finite(v);
   if (!is_finite(most)) return v;
   const T w = v < least ? least : v;
   return w > most ? most : w;
@@ -34,14 +34,14 @@ FI_DEVICE T delta_of(const MaskedSumTask& m, int t, int64_t at, T p, bool* odd) 
 
 // kMost here and below: terms, of which some may not exist; 0: any number.
 template <class T, int kSame, int kMost, class Delta>
-FI_DEVICE T important_step(const MaskedSumTask& m, int64_t at, Delta delta, bool* odd) {
+FI_DEVICE T important_step(const MaskedSumTask& m, int64_t at, Delta delta, bool* nonfinite) {
   T step = 0, share = 0;
 #pragma unroll(kMost ? kMost : 1)
   for (int t = 0; t < (kMost ? kMost : m.n_terms); ++t) {
     if (t >= m.n_terms) continue;
     const MaskedSumTaskTerm& term = m.terms[t];
     const T factor = value_of<T, kSame>(m, term.importance, at);
-    *odd = *odd || !is_finite(factor);
+    *nonfinite = *nonfinite || !is_finite(factor);
     const T g = fma_once(T(term.weight), factor, T(term.weight * 1e-6));
     step = fma_once(g, delta(t), step);
     share += g;
@@ -49,45 +49,45 @@ FI_DEVICE T important_step(const MaskedSumTask& m, int64_t at, Delta delta, bool
   return share == 0 ? T(0) : step / share;
 }
 
-// kept(t, delta(t)): by test and score.
-template <class T, int kMost, class Delta, class Kept>
-FI_DEVICE T masked_step(const MaskedSumTask& m, Delta delta, Kept kept) {
+// The step of one element. passes(t, delta(t)): whether the element passes the mask test of term t, and the score's.
+template <class T, int kMost, class Delta, class Passes>
+FI_DEVICE T masked_step(const MaskedSumTask& m, Delta delta, Passes passes) {
   const int terms = kMost ? kMost : m.n_terms;
-  T votes = 0;
+  T sign_sum = 0;
   if (m.elects_signs) {
 #pragma unroll(kMost ? kMost : 1)
     for (int t = 0; t < terms; ++t) {
       if (t >= m.n_terms || m.terms[t].sign_weight == 0) continue;
       const T d = delta(t);
-      if (kept(t, d)) votes = fma_once(T(m.terms[t].sign_weight), d, votes);
+      if (passes(t, d)) sign_sum = fma_once(T(m.terms[t].sign_weight), d, sign_sum);
     }
   }
-  T step = 0, share = 0, alone = 0;
+  T step = 0, share = 0, sole_step = 0;
   int count = 0;
 #pragma unroll(kMost ? kMost : 1)
   for (int t = 0; t < terms; ++t) {
     if (t >= m.n_terms) continue;
     const MaskedSumTaskTerm& term = m.terms[t];
     const T d = delta(t);
-    if (!kept(t, d)) continue;
+    if (!passes(t, d)) continue;
     if (m.elects_signs) {
       const bool minus = ((bit_cast<typename Compute<T>::U>(d) & Compute<T>::kSign) != 0) != (term.sign_weight < 0);
-      if (term.sign_weight == 0 || (d == d && (d == 0 || minus != (votes < 0)))) continue;
+      if (term.sign_weight == 0 || (d == d && (d == 0 || minus != (sign_sum < 0)))) continue;
     }
     step = fma_once(T(term.weight), d, step);
     if (m.divides) share += T(term.share);
-    if (m.has_sole_weights) alone = fma_once(T(term.sole_weight), d, T(0));
+    if (m.has_sole_weights) sole_step = fma_once(T(term.sole_weight), d, T(0));
     ++count;
   }
   if (m.divides) {
     const T size = share < 0 ? -share : share;
     step /= share == 0 || size < T(m.least_share) ? T(m.other_share) : share;
   }
-  return m.has_sole_weights && count == 1 ? alone : step;
+  return m.has_sole_weights && count == 1 ? sole_step : step;
 }
 
-// What one thread knows of the random numbers of its elements: of a few terms, 8 bits each, in `bits`; of many, in its
-// column of `shared`.
+// The random masks of one thread's elements: of a few terms, 8 bits each, in `bits`; of many, in the thread's column of
+// `shared`.
 template <int kMost>
 struct Drawn {
   uint32_t bits;
@@ -109,33 +109,33 @@ FI_DEVICE Drawn<kMost> draw(const MaskedSumTask& m, int64_t group, uint32_t lane
   return drawn;
 }
 
-// The step of element `at` of the piece from its deltas; `place` is that among the thread's elements.
+// The step of element `at` of the piece from its deltas; `bit` is its bit in `drawn`.
 template <class T, int kSame, int kMost, class Delta>
-FI_DEVICE T step_from(const MaskedSumTask& m, int64_t at, int place, const Drawn<kMost>& drawn, Delta delta,
-                      bool* odd) {
-  if (m.important) return important_step<T, kSame, kMost>(m, at, delta, odd);
+FI_DEVICE T step_from(const MaskedSumTask& m, int64_t at, int bit, const Drawn<kMost>& drawn, Delta delta,
+                      bool* nonfinite) {
+  if (m.important) return important_step<T, kSame, kMost>(m, at, delta, nonfinite);
   bool high = true;
   if (m.score.kind != Score::kNone)
     high = magnitude(score_of<T, kMost>(m.score, m.n_terms, m.first + at, delta)) >= m.score.min_bits;
-  const auto kept = [&](int t, T d) {
+  const auto passes = [&](int t, T d) {
     const uint32_t bits = kMost ? drawn.bits >> (8 * t) : uint32_t(drawn.shared[t * kThreads]);
-    return high && (bits >> place & 1) != 0 && in_range(m.terms[t].test, magnitude(d));
+    return high && (bits >> bit & 1) != 0 && in_range(m.terms[t].test, magnitude(d));
   };
-  return masked_step<T, kMost>(m, delta, kept);
+  return masked_step<T, kMost>(m, delta, passes);
 }
 
-// Runs take(at, p, step, h, w, odd) for those of the thread's elements that the piece has.
+// Runs take(at, p, step, h, w, nonfinite) for those of the thread's elements that the piece has.
 template <class T, int kSame, int kMost, class Take>
 FI_DEVICE void each_step(const MaskedSumTask& m, int64_t group, uint8_t* shared, Take take) {
   const uint32_t lane = thread_index() % kPhiloxLanes;
   const Drawn<kMost> drawn = draw<kMost>(m, group, lane, shared);
 #pragma unroll 1
   for (int h = 0; h < 2; ++h) {
-    const int64_t from = group * kKeepGroup + h * kPhiloxGroup + lane - m.first;
+    const int64_t from = group * kMaskGroup + h * kPhiloxGroup + lane - m.first;
     if constexpr (kMost) {
       // All loads first: they are in flight together.
       T p[4], d[4][kMost];
-      bool odd[4] = {};
+      bool nonfinite[4] = {};
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         const int64_t at = from + w * kPhiloxLanes;
@@ -143,32 +143,32 @@ FI_DEVICE void each_step(const MaskedSumTask& m, int64_t group, uint8_t* shared,
         p[w] = here ? value_of<T, kSame>(m, m.base, at) : T(0);
 #pragma unroll
         for (int t = 0; t < kMost; ++t)
-          d[w][t] = here && t < m.n_terms ? delta_of<T, kSame>(m, t, at, p[w], &odd[w]) : T(0);
+          d[w][t] = here && t < m.n_terms ? delta_of<T, kSame>(m, t, at, p[w], &nonfinite[w]) : T(0);
       }
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         const int64_t at = from + w * kPhiloxLanes;
         if (at < 0 || at >= m.numel) continue;
         const auto delta = [&](int t) { return d[w][t]; };
-        const T step = step_from<T, kSame>(m, at, 4 * h + w, drawn, delta, &odd[w]);
-        take(at, p[w], step, h, w, odd[w]);
+        const T step = step_from<T, kSame>(m, at, 4 * h + w, drawn, delta, &nonfinite[w]);
+        take(at, p[w], step, h, w, nonfinite[w]);
       }
     } else {
 #pragma unroll 1
       for (int w = 0; w < 4; ++w) {
         const int64_t at = from + w * kPhiloxLanes;
         if (at < 0 || at >= m.numel) continue;
-        bool odd = false;
+        bool nonfinite = false;
         const T p = value_of<T, kSame>(m, m.base, at);
-        const auto delta = [&](int t) { return delta_of<T, kSame>(m, t, at, p, &odd); };
-        const T step = step_from<T, kSame>(m, at, 4 * h + w, drawn, delta, &odd);
-        take(at, p, step, h, w, odd);
+        const auto delta = [&](int t) { return delta_of<T, kSame>(m, t, at, p, &nonfinite); };
+        const T step = step_from<T, kSame>(m, at, 4 * h + w, drawn, delta, &nonfinite);
+        take(at, p, step, h, w, nonfinite);
       }
     }
   }
 }
 
-// Counts are of the inputs themselves, because a NaN that is dropped does not reach the output.
+// Counts NaN and infinities of the inputs themselves, because one that is masked out does not reach the output.
 FI_RARE void count(const MaskedSumTask& m, int64_t at) {
   for (int i = 0; i < kMaxInputs; ++i)
     if (m.reads >> i & 1)
@@ -183,24 +183,24 @@ masked_sum_kernel(FI_ARGUMENT MaskedSumTask m) {
   const uint32_t lane = thread_index() % kPhiloxLanes;
 #pragma unroll 1
   for (int pass = 0; pass < kPasses; ++pass) {
-    const int64_t group = m.first / kKeepGroup + (int64_t(block_index()) * kPasses + pass) * kGroupsAtOnce +
+    const int64_t group = m.first / kMaskGroup + (int64_t(block_index()) * kPasses + pass) * kGroupsAtOnce +
                           thread_index() / kPhiloxLanes;
     PhiloxWords<uint64_t> words{};
     int drawn_for = -1;
-    each_step<T, kSame, kMost>(m, group, shared, [&](int64_t at, T p, T step, int h, int w, bool odd) {
+    each_step<T, kSame, kMost>(m, group, shared, [&](int64_t at, T p, T step, int h, int w, bool nonfinite) {
       const T y = p + step;
       if constexpr (kSame != kAnyDType) {
         constexpr DType kDType = DType(kSame);
         using Bits = typename Format<kDType>::Bits;
         store_bits(static_cast<Bits*>(m.to.out) + at, narrow<kDType, Fp8Saturate, false>(y, 0u));
-        odd = odd || !is_finite(widen_at<T, kDType>(m.to.out, at));
+        nonfinite = nonfinite || !is_finite(widen_at<T, kDType>(m.to.out, at));
       } else {
         if (m.to.stochastic && drawn_for != h) words = words_of(2 * group + h, lane, m.to.key);
         drawn_for = h;
         store_any(m.to.dtype, m.to.out, at, code_of(store_of(m.to, m.to.stochastic), y, uint32_t(words.w[w])));
-        odd = odd || !is_finite(widen_any<double>(m.to.dtype, m.to.out, at));
+        nonfinite = nonfinite || !is_finite(widen_any<double>(m.to.dtype, m.to.out, at));
       }
-      if (m.stats.counts && (odd || !is_finite(p))) count(m, at);
+      if (m.stats.counts && (nonfinite || !is_finite(p))) count(m, at);
     });
   }
 }
@@ -212,16 +212,16 @@ sample_kernel(FI_ARGUMENT MaskedSumTask m) {
   FI_SHARED uint8_t shared[kMaxInputs * kThreads];
   const int64_t chunk = m.stats.first_chunk + block_index() * m.stats.every;
   const Store nearest = store_of(m.to, false);
-  Sampling own;
+  Sampling sampling;
 #pragma unroll 1
-  for (int pass = 0; pass < kChunk / kKeepGroup / kGroupsAtOnce; ++pass) {
-    const int64_t group = chunk * (kChunk / kKeepGroup) + pass * kGroupsAtOnce + thread_index() / kPhiloxLanes;
+  for (int pass = 0; pass < kChunk / kMaskGroup / kGroupsAtOnce; ++pass) {
+    const int64_t group = chunk * (kChunk / kMaskGroup) + pass * kGroupsAtOnce + thread_index() / kPhiloxLanes;
     each_step<T, kAnyDType, 0>(m, group, shared, [&](int64_t at, T p, T step, int, int, bool) {
       const bool differs = load_any(m.to.dtype, m.to.out, at) != code_of(nearest, p, 0u);
-      own.take(p, step, T(widen_any<double>(m.to.dtype, m.to.out, at)), differs);
+      sampling.take(p, step, T(widen_any<double>(m.to.dtype, m.to.out, at)), differs);
     });
   }
-  give_sample(m.stats, own);
+  store_sample(m.stats, sampling);
 }
 
 template <class T, int kSame>
@@ -243,8 +243,8 @@ bool has_one_dtype(const MaskedSumTask& task) {
 }  // namespace
 
 void masked_sum(const MaskedSumTask& task, cudaStream_t stream) {
-  constexpr int64_t kTile = int64_t(kPasses) * kGroupsAtOnce * kKeepGroup;
-  const uint32_t blocks = uint32_t((task.first % kKeepGroup + task.numel + kTile - 1) / kTile);
+  constexpr int64_t kTile = int64_t(kPasses) * kGroupsAtOnce * kMaskGroup;
+  const uint32_t blocks = uint32_t((task.first % kMaskGroup + task.numel + kTile - 1) / kTile);
   const DType same = has_one_dtype(task) ? task.to.dtype : DType::F64;
   if (task.wide)
     launch<double, kAnyDType>(task, blocks, stream);

@@ -7,19 +7,19 @@ namespace cuda {
 
 namespace {
 
-constexpr int kGroup = 4;  // vectors that a block takes from one place: ten products in registers
+constexpr int kGroup = 4;  // vectors that a block takes from one index on: ten products in registers
 constexpr int kStageBytes = 32 << 10;
 constexpr int kAnyDType = -1;
 
 FI_DEVICE int least(int64_t a, int b) { return a < b ? int(a) : b; }
 
-// What a block sums: lines of up to kLanes elements, element i of each line in lane i. The chunk of a row, line after
-// line; or a block of rows, of kLanes columns.
+// The elements that a block sums: lines of up to kLanes elements, element i of each line in lane i. The chunk of a row,
+// line after line; or a block of rows, of kLanes columns.
 struct Slab {
   int64_t at, stride;  // elements: the first one; from one line to the next
   int lines, lanes;    // of lines; of elements in each
   int total;           // elements, if the lines lie behind each other: the last one may be shorter
-  double* found;       // of lane 0 by column
+  double* sums;        // of lane 0 by column
 };
 
 FI_DEVICE Slab slab_of(const MeasureTask& m, int64_t part) {
@@ -103,20 +103,20 @@ FI_DEVICE void each_line(const MeasureTask& m, const Slab& slab, int a, int b, T
 }
 
 // Index of <v_i, v_j>, i <= j, among the sums of n vectors.
-FI_DEVICE int gram_place(int n, int i, int j) { return i * n - i * (i - 1) / 2 + j - i; }
+FI_DEVICE int gram_index(int n, int i, int j) { return i * n - i * (i - 1) / 2 + j - i; }
 
-// The sums go where they belong, sum s to place(s), none if that is negative.
-template <int kSums, class Place>
-FI_DEVICE void give(const MeasureTask& m, const Slab& slab, const double* sum, double* lanes, Place place) {
+// Folds and stores the sums of a slab: sum s at index(s), and not at all if that is negative.
+template <int kSums, class Index>
+FI_DEVICE void store_sums(const MeasureTask& m, const Slab& slab, const double* sum, double* lanes, Index index) {
   const int t = int(thread_index());
   if (!m.by_column) {
     fold_lanes<kSums>(sum, lanes);
-    if (t < kSums && place(t) >= 0) slab.found[place(t)] = lanes[t * kLanes];
+    if (t < kSums && index(t) >= 0) slab.sums[index(t)] = lanes[t * kLanes];
     return;
   }
   const int64_t width = m.n * (m.n + 1) / 2 + 2 * m.n;
   for (int s = 0; s < kSums; ++s)
-    if (t < slab.lanes && place(s) >= 0) slab.found[t * width + place(s)] = sum[s];
+    if (t < slab.lanes && index(s) >= 0) slab.sums[t * width + index(s)] = sum[s];
 }
 
 // All sums of vectors a, a + 1, and so on among themselves. Some of them may not exist.
@@ -137,14 +137,14 @@ FI_DEVICE void measure_group(const MeasureTask& m, const Slab& slab, int a, doub
   });
   for (int i = 0; i < kVectors; ++i) sum[kPairs + kVectors + i] = nonzero[i];
   const int n = m.n;
-  give<kSums>(m, slab, sum, shared, [=](int s) {
+  store_sums<kSums>(m, slab, sum, shared, [=](int s) {
     if (s >= kPairs) {
       const int i = (s - kPairs) % kVectors;
       return a + i >= n ? -1 : n * (n + 1) / 2 + (s - kPairs) / kVectors * n + a + i;
     }
     int i = 0, j = s;
     for (; j >= kVectors - i; ++i) j -= kVectors - i;
-    return a + i + j >= n ? -1 : gram_place(n, a + i, a + i + j);
+    return a + i + j >= n ? -1 : gram_index(n, a + i, a + i + j);
   });
 }
 
@@ -158,9 +158,9 @@ FI_DEVICE void measure_products(const MeasureTask& m, const Slab& slab, int a, i
         sum[i * kGroup + j] = fma_once(double(x[i]), double(x[kGroup + j]), sum[i * kGroup + j]);
   });
   const int n = m.n;
-  give<kGroup * kGroup>(m, slab, sum, shared, [=](int s) {
+  store_sums<kGroup * kGroup>(m, slab, sum, shared, [=](int s) {
     const int i = a + s / kGroup, j = b + s % kGroup;
-    return j >= n ? -1 : gram_place(n, i, j);
+    return j >= n ? -1 : gram_index(n, i, j);
   });
 }
 
@@ -174,7 +174,7 @@ FI_HD constexpr int shared_size() {
   return kStage > kFold ? kStage : kFold;
 }
 
-// As many inputs as kVectors says, all of one dtype, which float32 holds.
+// kVectors inputs, all of one dtype, which float32 holds.
 template <int kSame, int kVectors>
 FI_KERNEL(kLanes, kVectors > 2 ? 3 : 4)
 measure_kernel(FI_ARGUMENT MeasureTask m) {

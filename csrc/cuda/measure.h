@@ -23,7 +23,7 @@ struct MeasureTask {
 // Numbers of a vector of sums: measure_sums(n), then the counts of elements that are not 0.
 inline int measure_width(int n) { return measure_sums(n) + n; }
 
-// How the parts fold: the task's parts are rows * count * width numbers.
+// The fold of the task's parts, which are rows * count * width numbers.
 FoldTask measure_parts(const MeasureTask& task);
 
 // Fills task.sums. There is at least one element.

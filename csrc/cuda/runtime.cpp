@@ -17,16 +17,16 @@ namespace {
   throw Error(text, error == cudaErrorMemoryAllocation);
 }
 
-constexpr uint64_t kKeptScratch = 64 << 20;  // bytes of each device
+constexpr uint64_t kRetainedScratch = 64 << 20;  // bytes of each device
 
-// What the runtime has no functions for, in the library that it opens itself.
+// Functions of the driver that the runtime lacks, from the library that it opens itself.
 struct Driver {
   int (*get)(void**);  // cuCtxGetCurrent
   int (*set)(void*);   // cuCtxSetCurrent
 };
 
 const Driver& driver() {
-  static const Driver found = [] {
+  static const Driver functions = [] {
     void* const library = dlopen("libcuda.so.1", RTLD_NOW);
     const auto function = [&](const char* name) {
       void* const at = library ? dlsym(library, name) : nullptr;
@@ -36,14 +36,14 @@ const Driver& driver() {
     return Driver{reinterpret_cast<int (*)(void**)>(function("cuCtxGetCurrent")),
                   reinterpret_cast<int (*)(void*)>(function("cuCtxSetCurrent"))};
   }();
-  return found;
+  return functions;
 }
 
 }  // namespace
 
 void check(cudaError_t error, const char* call, int device, int64_t bytes) {
   if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // what is reported here is not to be found again by the check of a launch
+  (void)cudaGetLastError();  // what is reported here is not to be reported again by the check of a launch
   fail(error, call, device, bytes);
 }
 
@@ -98,7 +98,7 @@ Buffer::~Buffer() {
   try {
     free();
   } catch (const std::exception&) {
-    // What the device failed at shows at the event that is waited for.
+    // The device's error is reported at the event that is waited for.
   }
 }
 
@@ -160,33 +160,34 @@ std::shared_ptr<HostPool::Block> HostPool::take(int64_t bytes) {
   }
   if (!block->buffer) block->buffer = std::make_unique<Buffer>(device_, size, true);
   return std::shared_ptr<Block>(block.release(), [self = shared_from_this()](Block* used) {
-    const std::unique_ptr<Block> own(used);
+    const std::unique_ptr<Block> returned(used);
     const std::lock_guard<std::mutex> lock(self->mutex_);
-    self->unused_.push_back(std::move(*own));
+    self->unused_.push_back(std::move(*returned));
   });
 }
 
-void HostPool::keep_scratch() {
-  std::call_once(kept_, [this] {
+void HostPool::retain_scratch() {
+  std::call_once(retained_, [this] {
     cudaMemPool_t pool = nullptr;
-    uint64_t kept = 0, wanted = kKeptScratch;
+    uint64_t threshold = 0, wanted = kRetainedScratch;
     check(cudaDeviceGetDefaultMemPool(&pool, device_), "cudaDeviceGetDefaultMemPool", device_);
-    check(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept), "cudaMemPoolGetAttribute", device_);
-    if (kept >= wanted) return;  // others use the same pool
+    check(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &threshold), "cudaMemPoolGetAttribute",
+          device_);
+    if (threshold >= wanted) return;  // others use the same pool
     check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &wanted), "cudaMemPoolSetAttribute", device_);
   });
 }
 
-Queue::Queue(int device, std::shared_ptr<HostPool> pool) : device_(device), own_(true), pool_(std::move(pool)) {
+Queue::Queue(int device, std::shared_ptr<HostPool> pool) : device_(device), owns_stream_(true), pool_(std::move(pool)) {
   const OnDevice on(device);
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate", device);
 }
 
 Queue::Queue(int device, std::shared_ptr<HostPool> pool, uintptr_t stream)
-    : device_(device), own_(false), pool_(std::move(pool)), stream_(reinterpret_cast<cudaStream_t>(stream)) {}
+    : device_(device), owns_stream_(false), pool_(std::move(pool)), stream_(reinterpret_cast<cudaStream_t>(stream)) {}
 
 Queue::~Queue() {
-  if (!own_) return;
+  if (!owns_stream_) return;
   try {
     const OnDevice on(device_);
     (void)cudaStreamDestroy(stream_);
@@ -258,7 +259,7 @@ Scratch::Scratch(Queue* queue, int64_t bytes, const char* what) : queue_(queue) 
     throw Error(std::string(what) + " need memory of cuda:" + std::to_string(queue->device()) +
                 ", which cannot be part of a CUDA graph");
   const OnDevice on(queue->device());
-  queue->pool().keep_scratch();
+  queue->pool().retain_scratch();
   check(cudaMallocAsync(&at_, bytes > 0 ? size_t(bytes) : 1, queue->stream()), "cudaMallocAsync", queue->device(),
         bytes);
 }

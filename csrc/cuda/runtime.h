@@ -14,26 +14,27 @@
 namespace fi {
 namespace cuda {
 
-// What went wrong, in words for people. Python gets it as fastinterp.errors.BackendError, or OutOfMemory.
+// An error of CUDA, with a message for users. Python gets it as fastinterp.errors.BackendError, or OutOfMemory.
 struct Error : std::runtime_error {
   explicit Error(const std::string& message, bool memory = false) : std::runtime_error(message), memory(memory) {}
   const bool memory;  // there was too little
 };
 
-// Throws Error unless the call succeeded, which names the call, the device, the bytes asked for, and CUDA's own words.
+// Throws Error unless the call succeeded. The message names the call, the device, the requested bytes, and CUDA's text.
 // bytes: -1 if the call has none.
 void check(cudaError_t error, const char* call, int device, int64_t bytes = -1);
-// After a launch of the kernel.
+// Throws Error if the launch of the kernel failed.
 void check_launch(const char* kernel, int device);
 
-// How many devices there are. Throws Error, if there is no driver, or none that this build can use.
+// The number of devices. Throws Error, if there is no driver, or none that this build can use.
 int device_count();
 std::string device_label(int device);
 // Free memory now, in bytes.
 int64_t free_bytes(int device);
 
-// Makes a device the calling thread's own, for a scope. Afterwards the thread has the context that it had, or none: to
-// set the device that it had instead would make a context there, of hundreds of megabytes, even if nobody uses it.
+// Makes a device the calling thread's current one, for a scope. Afterwards the thread has the context that it had, or
+// none: to set the device that it had instead would make a context there, of hundreds of megabytes, even if nobody uses
+// it.
 class OnDevice {
  public:
   explicit OnDevice(int device);
@@ -88,8 +89,8 @@ class HostPool : public std::enable_shared_from_this<HostPool> {
  public:
   explicit HostPool(int device) : device_(device) {}
 
-  // Memory of at least the size asked for. It goes back to the pool when nobody holds it any more, and is given out
-  // again only when the event, of its last use by the device, has passed.
+  // Memory of at least the requested size. It goes back to the pool when nobody holds it any more, and is reused only
+  // when the event, of its last use by the device, has passed.
   struct Block {
     std::unique_ptr<Buffer> buffer;
     std::shared_ptr<Event> last;
@@ -98,13 +99,13 @@ class HostPool : public std::enable_shared_from_this<HostPool> {
   };
   std::shared_ptr<Block> take(int64_t bytes);
 
-  // Lets CUDA keep a little of the memory of Scratch: else it gives it back to the system at every wait, and takes as
-  // long as a pass over the data to have it again.
-  void keep_scratch();
+  // Raises the release threshold of CUDA's memory pool, so that it retains a little of the memory of Scratch: else it
+  // gives that back to the system at every wait, and takes as long as a pass over the data to have it again.
+  void retain_scratch();
 
  private:
   const int device_;
-  std::once_flag kept_;
+  std::once_flag retained_;
   std::mutex mutex_;
   std::vector<Block> unused_;
 };
@@ -139,12 +140,12 @@ class Queue {
 
  private:
   const int device_;
-  const bool own_;
+  const bool owns_stream_;
   const std::shared_ptr<HostPool> pool_;
   cudaStream_t stream_ = nullptr;
 };
 
-// Device memory for some launches: allocated, and given back at the end of the scope, in the order of the queue.
+// Device memory for some launches: allocated, and freed at the end of the scope, in the order of the queue.
 // Throws Error, if the queue is capturing: `what` is what the memory is for.
 class Scratch {
  public:

@@ -1,4 +1,4 @@
-// How masked sums and sums by group store their outputs, and what they tell of sampled chunks.
+// Storing of outputs, and statistics of sampled chunks, for masked sums and sums by group.
 #pragma once
 
 #include "sums.h"
@@ -27,12 +27,13 @@ struct Sampling {
   }
 };
 
-// Called by all threads of the block that has chunk `block_index()` of those that are sampled.
-FI_DEVICE void give_sample(const OutputStats& stats, const Sampling& own) {
+// Adds the sums of a block's threads and stores the block's sample. Called by all threads of the block, which has chunk
+// `block_index()` of those that are sampled.
+FI_DEVICE void store_sample(const OutputStats& stats, const Sampling& sampling) {
   FI_SHARED double sums[5][kSampleThreads];
   const uint32_t me = thread_index();
-  sums[0][me] = own.sampled, sums[1][me] = own.changed, sums[2][me] = own.pp, sums[3][me] = own.dd,
-  sums[4][me] = own.od;
+  sums[0][me] = sampling.sampled, sums[1][me] = sampling.changed, sums[2][me] = sampling.pp, sums[3][me] = sampling.dd,
+  sums[4][me] = sampling.od;
   for (uint32_t half = kSampleThreads / 2; half > 0; half /= 2) {
     sync_threads();
     if (me < half)

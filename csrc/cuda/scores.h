@@ -16,8 +16,8 @@ FI_DEVICE uint32_t magnitude(T d) {
 FI_DEVICE bool in_range(const MaskRange& test, uint32_t mag) { return mag - test.min_bits <= test.span; }
 
 // A thread has the elements of one counter of a random test's numbers: 128 * group + 64 * h + 16 * w + lane of the
-// tensor, h = 0, 1 and w = 0..3. Bit 4 * h + w of the result: whether the test keeps that element.
-constexpr int kCounterElements = kKeepGroup / kPhiloxLanes;
+// tensor, h = 0, 1 and w = 0..3. Bit 4 * h + w of the result: whether that element passes the test's limit.
+constexpr int kCounterElements = kMaskGroup / kPhiloxLanes;
 
 FI_DEVICE uint32_t drawn_by(const MaskRange& test, int64_t group, uint32_t lane) {
   if (test.limit >= kWords) return 0xff;

@@ -1,4 +1,4 @@
-// Elements of any dtype at any address, and how sums of them are stored.
+// Elements of any dtype at any address: loads as float32 or float64, and stores of sums.
 #pragma once
 
 #include "../element.h"
@@ -33,7 +33,7 @@ FI_DEVICE T widen_any(DType dtype, const void* x, int64_t i) {
   }
 }
 
-// How a row is stored.
+// The dtype and rounding of a row's output.
 struct Store {
   DType dtype;
   bool stochastic, fp8_saturate;

@@ -1,4 +1,4 @@
-// What the tasks of several kernels have in common. Plain data, for the host too.
+// Parts of kernel arguments that several kernels share. Plain data, for the host too.
 #pragma once
 
 #include "../ops.h"
@@ -28,7 +28,7 @@ struct ScoreTask {
   int64_t first_row, columns;
 };
 
-// Where an output goes, and how it is rounded.
+// The address, dtype and rounding of an output.
 struct OutputTask {
   void* out;
   DType dtype;
@@ -36,7 +36,7 @@ struct OutputTask {
   uint64_t key;
 };
 
-// What an output tells: exact counts, and sums over sampled chunks.
+// Statistics of an output: exact counts, and sums over sampled chunks.
 struct ChunkSample {
   int64_t sampled, changed;
   double sum_pp, sum_dd, sum_od;

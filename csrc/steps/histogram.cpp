@@ -21,16 +21,16 @@ std::vector<uint64_t> Counts::bins() const {
 
 Counts::Bins Counts::filled(const uint32_t* bins, int64_t size) {
   constexpr int64_t kRun = 16;  // bins that are passed over together: almost all are empty
-  Bins found;
+  Bins nonempty;
   for (int64_t at = 0; at < size; at += kRun) {
     const int64_t end = std::min(at + kRun, size);
     uint32_t any = 0;
     for (int64_t i = at; i < end; ++i) any |= bins[i];
     if (any == 0) continue;
     for (int64_t i = at; i < end; ++i)
-      if (bins[i] != 0) found.push_back({uint32_t(i), bins[i]});
+      if (bins[i] != 0) nonempty.push_back({uint32_t(i), bins[i]});
   }
-  return found;
+  return nonempty;
 }
 
 void Counts::add(Bins more) {
@@ -78,7 +78,7 @@ int64_t Counts::at_least(int64_t first) const {
 // ---- the survey ----------------------------------------------------------------------------------------------------
 
 Histogram::Histogram(const Backend& backend, std::vector<DType> dtypes, std::vector<Ranked> ranked, int64_t every,
-                     OwnScore score, int64_t columns)
+                     ScoreWithFactors score, int64_t columns)
     : backend_(backend),
       dtypes_(std::move(dtypes)),
       ranked_(std::move(ranked)),
@@ -96,7 +96,7 @@ Histogram::Histogram(const Backend& backend, std::vector<DType> dtypes, std::vec
   for (const Ranked& r : ranked_) counts_.push_back(std::make_shared<Counts>(r.bins()));
 }
 
-// What is read, then a tally: itself, its brackets, their bins.
+// The layout of a thread's scratch: inputs, then a tally: itself, its brackets, their bins.
 int64_t Histogram::scratch_bytes() const {
   int64_t bytes = int64_t(dtypes_.size()) * kRawBytes + int64_t(sizeof(Tally));
   for (const Ranked& r : ranked_) bytes += int64_t(sizeof(Bracket)) + r.bins() * int64_t(sizeof(uint32_t));

@@ -43,6 +43,7 @@ class Counts {
 // Elements that are sampled or skipped together: fewer than most rows have, because the elements of a row are alike.
 constexpr int64_t kStrip = 512;
 
+// Counts the magnitudes of deltas, or scores, in bins.
 class Histogram : public Survey {
  public:
   struct Ranked {
@@ -54,7 +55,7 @@ class Histogram : public Survey {
   // Strip s of the tensor, kStrip elements, is looked at iff s % every == 0. `score`: what is ranked, unless its kind
   // is kNone.
   Histogram(const Backend& backend, std::vector<DType> dtypes, std::vector<Ranked> ranked, int64_t every,
-            OwnScore score, int64_t columns);
+            ScoreWithFactors score, int64_t columns);
   int64_t piece() const override { return every_ > 1 ? 128 * every_ * kStrip : 16 * kChunk; }
   int64_t scratch_bytes() const override;
   bool reads_all() const override { return every_ == 1; }
@@ -64,8 +65,8 @@ class Histogram : public Survey {
   Answer answer() const override { return {{}, {}, counts_}; }
 
  private:
-  // What one thread counts, in its scratch, until it is added to the rest: when the thread has no more pieces, or bins
-  // may run over.
+  // The counts of one thread, in its scratch, until they are added to the rest: when the thread has no more pieces, or
+  // bins may overflow.
   struct Tally {
     int64_t elements;
     Bracket* brackets;
@@ -76,7 +77,7 @@ class Histogram : public Survey {
   const std::vector<DType> dtypes_;
   const std::vector<Ranked> ranked_;
   const int64_t every_, columns_;
-  OwnScore score_;
+  ScoreWithFactors score_;
   std::vector<size_t> read_;  // the inputs that are ranked, and the first
   bool wide_ = false;
   std::mutex mutex_;

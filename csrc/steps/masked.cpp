@@ -14,7 +14,7 @@ int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 bool draws_by_rank(const MaskedTerm& term) { return is_ranked(term.test) && !term.precomputed; }
 
-Score pointed(const OwnScore& own) { return {own.score.kind, own.score.min_bits, own.factors.data()}; }
+Score score_view(const ScoreWithFactors& s) { return {s.score.kind, s.score.min_bits, s.factors.data()}; }
 
 }  // namespace
 
@@ -40,13 +40,13 @@ MaskedSum::MaskedSum(const Backend& backend, const std::vector<DType>& dtypes, s
     out.row.n_terms = int(out.terms.size());
     out.row.reads = out.reads.data();
     out.row.n_reads = int(out.reads.size());
-    out.row.score = pointed(out.score);
+    out.row.score = score_view(out.score);
     rows_.push_back(out.row);
     terms_ = std::max(terms_, out.row.n_terms);
   }
 }
 
-// For the kernel; then, if there are ranks, bins, for sorting a row, and the masks.
+// The layout of a thread's scratch: the kernel's; then, if there are ranks, bins, for sorting a row, and the masks.
 int64_t MaskedSum::scratch_bytes(int64_t most) const {
   return masked_sum_scratch(terms_) + (ranks_ ? kRankBinsBytes + 16 * columns_ + ranks_ * most : 0);
 }
@@ -74,9 +74,9 @@ void MaskedSum::run(const CombineArgs& args, char* scratch) const {
 
 // ---- statistics of masked deltas ----------------------------------------------------------------------------------
 
-MaskedStatsSurvey::MaskedStatsSurvey(const Backend& backend, std::vector<DType> dtypes, MaskedStatsRequest ask,
+MaskedStatsSurvey::MaskedStatsSurvey(const Backend& backend, std::vector<DType> dtypes, MaskedStatsRequest request,
                                      int64_t numel, int64_t columns)
-    : backend_(backend), dtypes_(std::move(dtypes)), request_(std::move(ask)), columns_(columns) {
+    : backend_(backend), dtypes_(std::move(dtypes)), request_(std::move(request)), columns_(columns) {
   for (const DType d : dtypes_) wide_ = wide_ || d == DType::F64;
   for (size_t i = 1; i < request_.tests.size(); ++i) ranks_ = ranks_ || is_ranked(request_.tests[i]);
   // Sums are of chunks and ranks of rows, so a piece reads its first and last row whole. It has several rows, that this
@@ -88,7 +88,8 @@ MaskedStatsSurvey::MaskedStatsSurvey(const Backend& backend, std::vector<DType> 
   counts_.resize(size_t((numel + piece_ - 1) / piece_) * 2 * n);
 }
 
-// Inputs, the kernel's own; then, if there are ranks, bins, for sorting a row, its mask, and the masks of a part.
+// The layout of a thread's scratch: inputs, the kernel's; then, if there are ranks, bins, for sorting a row, its mask,
+// and the masks of a part.
 int64_t MaskedStatsSurvey::scratch_bytes() const {
   const int64_t n = int64_t(dtypes_.size());
   return n * raw_bytes_ + masked_stats_scratch(int(n)) + (ranks_ ? kRankBinsBytes + 17 * columns_ + 8 + n * part_ : 0);
@@ -107,45 +108,46 @@ void MaskedStatsSurvey::run_part(const Inputs& inputs, int64_t first, int64_t co
   std::vector<const char*> raw(n);
   for (size_t i = 0; i < n; ++i)
     raw[i] = static_cast<const char*>(inputs.get(i, from, to - from, scratch + raw_bytes_ * int64_t(i)));
-  char* const own = scratch + raw_bytes_ * int64_t(n);
-  uint64_t* const bins = reinterpret_cast<uint64_t*>(own + round_up(masked_stats_scratch(int(n)), 8));
+  char* const kernel_scratch = scratch + raw_bytes_ * int64_t(n);
+  uint64_t* const bins = reinterpret_cast<uint64_t*>(kernel_scratch + round_up(masked_stats_scratch(int(n)), 8));
   uint64_t* const sorting = bins + kRankBinsBytes / 8;
   if (ranks_) memset(bins, 0, kRankBinsBytes);
   uint8_t* const row_mask = reinterpret_cast<uint8_t*>(sorting + 2 * columns_);
-  std::vector<uint8_t*> masks(n, nullptr);
+  std::vector<uint8_t*> rank_masks(n, nullptr);
   for (size_t i = 1; i < n; ++i) {
     if (!is_ranked(request_.tests[i])) continue;
-    masks[i] = row_mask + columns_ + int64_t(i) * part_;
+    rank_masks[i] = row_mask + columns_ + int64_t(i) * part_;
     for (int64_t row = from; row < to; row += columns_) {
       backend_.ranked({raw[0] + (row - from) * size_of(dtypes_[0]), raw[i] + (row - from) * size_of(dtypes_[i]),
                        dtypes_[0], dtypes_[i], wide_, std::numeric_limits<double>::infinity(), request_.tests[i],
                        columns_, row, sorting, bins, row_mask});
       const int64_t begin = std::max(row, first), stop = std::min(row + columns_, end);
-      memcpy(masks[i] + (begin - first), row_mask + (begin - row), size_t(stop - begin));
+      memcpy(rank_masks[i] + (begin - first), row_mask + (begin - row), size_t(stop - begin));
     }
   }
   std::vector<const void*> x(n);
   std::vector<const uint8_t*> ranked(n);
-  std::vector<uint8_t*> found(n);
+  std::vector<uint8_t*> masks(n);
   for (int64_t done = 0; done < count; done += kChunk) {
     for (size_t i = 0; i < n; ++i) {
       x[i] = raw[i] + (first + done - from) * size_of(dtypes_[i]);
-      ranked[i] = masks[i] ? masks[i] + done : nullptr;
-      found[i] = request_.places[i] < 0 ? nullptr : request_.masks->mask(request_.places[i]) + (first + done) / 8;
+      ranked[i] = rank_masks[i] ? rank_masks[i] + done : nullptr;
+      masks[i] =
+          request_.mask_indices[i] < 0 ? nullptr : request_.masks->mask(request_.mask_indices[i]) + (first + done) / 8;
     }
     backend_.masked_stats({x.data(), dtypes_.data(), request_.tests.data(), ranked.data(), int(n), wide_,
-                           pointed(request_.score), std::min(kChunk, count - done), first + done, columns_, request_.l1,
-                           request_.squares, own, &sums_[size_t((first + done) / kChunk) * 3 * n], counts,
-                           found.data()});
+                           score_view(request_.score), std::min(kChunk, count - done), first + done, columns_,
+                           request_.l1, request_.squares, kernel_scratch,
+                           &sums_[size_t((first + done) / kChunk) * 3 * n], counts, masks.data()});
   }
 }
 
 Answer MaskedStatsSurvey::answer() const {
   const size_t n = dtypes_.size();
-  Answer found{sums_, std::vector<int64_t>(2 * n)};
-  fold_chunks(3 * n, &found.reals);
-  for (size_t i = 0; i < counts_.size(); ++i) found.counts[i % (2 * n)] += counts_[i];
-  return found;
+  Answer result{sums_, std::vector<int64_t>(2 * n)};
+  fold_chunks(3 * n, &result.reals);
+  for (size_t i = 0; i < counts_.size(); ++i) result.counts[i % (2 * n)] += counts_[i];
+  return result;
 }
 
 }  // namespace fi

@@ -5,13 +5,13 @@
 
 namespace fi {
 
-// A Score, whose pointer is to its factors: set where it is used.
-struct OwnScore {
+// A score and the storage of its factors. score.factors is not set: see score_view and Histogram.
+struct ScoreWithFactors {
   Score score;
   std::vector<float> factors;
 };
 
-// Which elements of some deltas are kept, as a survey found it: a mask for each of them.
+// Precomputed masks of the deltas of one tensor, a bit per element: a survey fills them, masked sums read them.
 class Masks {
  public:
   Masks(int count, int64_t numel) : count_(count), numel_(numel) {}
@@ -31,11 +31,12 @@ class Masks {
   std::unique_ptr<uint8_t[]> bits_;
 };
 
+// One output of a masked sum, with the storage that its row points to.
 struct MaskedOutput {
   MaskedRow row;  // but for its pointers and its score, which are of what follows
   std::vector<MaskedTerm> terms;
   std::vector<std::shared_ptr<const Masks>> masks;  // that terms point to
-  OwnScore score;
+  ScoreWithFactors score;
   std::vector<int> reads;
   bool wide;
 };
@@ -57,19 +58,19 @@ class MaskedSum : public Sum {
   int terms_ = 0, ranks_ = 0;  // the most terms of an output; terms with ranks, of all outputs
 };
 
-// What is asked of the survey beside counts.
+// What a survey of masked deltas computes beside counts.
 struct MaskedStatsRequest {
   std::vector<MaskTest> tests;
-  OwnScore score;
+  ScoreWithFactors score;
   bool l1, squares;
   std::shared_ptr<const Masks> masks;  // to be filled; null if not wanted
-  std::vector<int> places;             // of each input: the mask among these, or -1
+  std::vector<int> mask_indices;       // of each input: its mask among these, or -1
 };
 
 // Answers with 3n reals and 2n counts: see MaskedStatsArgs.
 class MaskedStatsSurvey : public Survey {
  public:
-  MaskedStatsSurvey(const Backend& backend, std::vector<DType> dtypes, MaskedStatsRequest ask, int64_t numel,
+  MaskedStatsSurvey(const Backend& backend, std::vector<DType> dtypes, MaskedStatsRequest request, int64_t numel,
                     int64_t columns);
   int64_t piece() const override { return piece_; }
   int64_t scratch_bytes() const override;

@@ -13,19 +13,19 @@ template <class Take>
 void for_runs(const Operand& from, int64_t first, int64_t count, Take take) {
   const int64_t start = first * from.width, end = start + count * from.width;
   if (!from.gathered) return take(from.source, from.offset + start, end - start);
-  const std::vector<RowMap::Place>& rows = from.gathered->rows;
+  const std::vector<RowMap::Location>& rows = from.gathered->rows;
   const int64_t size = from.gathered->row_bytes;
   for (int64_t at = start; at < end;) {
     int64_t row = at / size;
-    const RowMap::Place place = rows[size_t(row)];
-    const int64_t offset = place.offset + at % size;
+    const RowMap::Location location = rows[size_t(row)];
+    const int64_t offset = location.offset + at % size;
     int64_t run = size - at % size;
-    const auto goes_on = [&](const RowMap::Place& next) {
-      return next.source == place.source && (place.source < 0 || next.offset == offset + run);
+    const auto goes_on = [&](const RowMap::Location& next) {
+      return next.source == location.source && (location.source < 0 || next.offset == offset + run);
     };
     for (; at + run < end && goes_on(rows[size_t(row + 1)]); ++row) run += size;
     run = std::min(run, end - at);
-    take(place.source, offset, run);
+    take(location.source, offset, run);
     at += run;
   }
 }

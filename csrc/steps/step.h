@@ -1,4 +1,5 @@
-// What the pump is given: steps, each one tensor, and the ways in which a step may work on its elements.
+// Steps, the pump's units of work, each one tensor; and the interfaces of what a step does with the elements: a sum
+// writes them, a survey only reads them.
 #pragma once
 
 #include <atomic>
@@ -11,20 +12,21 @@
 
 namespace fi {
 
-// Where the rows of a gathered operand are, in the order of the output.
+// Locations of the rows of a gathered operand, in the order of the output.
 struct RowMap {
-  struct Place {
+  struct Location {
     int source;      // -1: a row of zeros
     int64_t offset;  // bytes
   };
-  std::vector<Place> rows;
+  std::vector<Location> rows;
   int64_t row_bytes;
 };
 
+// One input tensor of a step: where its bytes are, and how they become elements.
 struct Operand {
   int source;
   int64_t offset;                                    // bytes
-  DType dtype;                                       // of the elements that kernels are given
+  DType dtype;                                       // of the elements that kernels read
   int width;                                         // bytes of such an element; 1 where a step only compares bytes
   std::shared_ptr<const RowMap> gathered = nullptr;  // instead of source and offset
   std::shared_ptr<Decoding> decoding = nullptr;      // of bytes that are not elements of `dtype`, which is F32 then
@@ -56,7 +58,7 @@ class Inputs {
   // Elements [first, first + count) of an input: where they lie, if that is memory, else `to`, into which they are
   // read.
   const void* get(size_t input, int64_t first, int64_t count, void* to) const;
-  // The same, always into `to`.
+  // Reads the elements into `to` in any case.
   void read(size_t input, int64_t first, int64_t count, void* to) const;
   // Asks the kernel to have them ready soon.
   void prefetch(size_t input, int64_t first, int64_t count) const;
@@ -71,7 +73,7 @@ class Inputs {
 // Bytes that one thread needs to decode an input of the step; 0, if none is to be decoded.
 int64_t decoding_scratch(const Step& step);
 
-// How outputs are made of inputs.
+// Computes outputs from inputs, a span of elements at a time.
 class Sum {
  public:
   virtual ~Sum() = default;
@@ -89,7 +91,7 @@ class Sum {
   virtual bool copies() const { return false; }
 };
 
-// What a survey found: numbers whose order is the survey's own.
+// The result of a survey: numbers, in an order that each survey defines.
 struct Answer {
   std::vector<double> reals;
   std::vector<int64_t> counts;

@@ -67,10 +67,10 @@ void MeasureSurvey::run(const Inputs& inputs, int64_t first, int64_t count, char
 
 Answer MeasureSurvey::answer() const {
   const size_t n = dtypes_.size(), width = size_t(measure_sums(int(n)));
-  Answer found{sums_, std::vector<int64_t>(n)};
-  fold_chunks(width, &found.reals);
-  for (size_t i = 0; i < nonzero_.size(); ++i) found.counts[i % n] += nonzero_[i];
-  return found;
+  Answer result{sums_, std::vector<int64_t>(n)};
+  fold_chunks(width, &result.reals);
+  for (size_t i = 0; i < nonzero_.size(); ++i) result.counts[i % n] += nonzero_[i];
+  return result;
 }
 
 // ---- rows ----------------------------------------------------------------------------------------------------------
@@ -204,13 +204,13 @@ void MeasureColumns::fold(int64_t index, Sums sums) {
     Sums other;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = waiting_.find({level, index ^ 1});
-      if (found == waiting_.end()) {
+      const auto sibling = waiting_.find({level, index ^ 1});
+      if (sibling == waiting_.end()) {
         waiting_[{level, index}] = std::move(sums);
         return;
       }
-      other = std::move(found->second);
-      waiting_.erase(found);
+      other = std::move(sibling->second);
+      waiting_.erase(sibling);
     }
     for (size_t i = 0; i < sums.size(); ++i) sums[i] += other[i];
   }
@@ -219,19 +219,19 @@ void MeasureColumns::fold(int64_t index, Sums sums) {
 
 Answer MeasureColumns::answer() const {
   const size_t n = dtypes_.size(), all = size_t(width()), reals = all - n;
-  Answer found{std::vector<double>(size_t(columns_) * reals), std::vector<int64_t>(size_t(columns_) * n)};
+  Answer result{std::vector<double>(size_t(columns_) * reals), std::vector<int64_t>(size_t(columns_) * n)};
   for (size_t c = 0; c < whole_.size() / all; ++c) {
     const auto from = whole_.begin() + int64_t(c * all);
-    std::copy(from, from + int64_t(reals), found.reals.begin() + int64_t(c * reals));
-    std::copy(from + int64_t(reals), from + int64_t(all), found.counts.begin() + int64_t(c * n));
+    std::copy(from, from + int64_t(reals), result.reals.begin() + int64_t(c * reals));
+    std::copy(from + int64_t(reals), from + int64_t(all), result.counts.begin() + int64_t(c * n));
   }
-  return found;
+  return result;
 }
 
 // ---- divergence ----------------------------------------------------------------------------------------------------
 
 Divergence::Divergence(const Backend& backend, std::vector<DType> dtypes, int64_t numel, int64_t columns)
-    : backend_(backend), dtypes_(std::move(dtypes)), columns_(columns), found_(size_t(numel / columns)) {}
+    : backend_(backend), dtypes_(std::move(dtypes)), columns_(columns), divergences_(size_t(numel / columns)) {}
 
 int64_t Divergence::piece() const { return row_piece(columns_); }
 
@@ -240,9 +240,9 @@ int64_t Divergence::scratch_bytes() const { return 2 * (kRawBytes + kChunk * 8);
 void Divergence::run(const Inputs& inputs, int64_t first, int64_t count, char* scratch) {
   const int64_t together = kChunk / columns_ * columns_;  // short rows are read together
   for (int64_t done = 0; done < count;) {
-    double* const found = &found_[size_t((first + done) / columns_)];
+    double* const divergences = &divergences_[size_t((first + done) / columns_)];
     if (together == 0) {
-      *found = long_row(inputs, first + done, scratch);
+      *divergences = long_row(inputs, first + done, scratch);
       done += columns_;
       continue;
     }
@@ -251,7 +251,7 @@ void Divergence::run(const Inputs& inputs, int64_t first, int64_t count, char* s
     for (size_t i = 0; i < 2; ++i) x[i] = inputs.get(i, first + done, here, scratch + kRawBytes * int64_t(i));
     DivergenceArgs args = arguments(scratch);
     args.numel = columns_;
-    args.kept = true;
+    args.reuse_powers = true;
     for (int64_t row = 0; row < here / columns_; ++row) {
       for (size_t i = 0; i < 2; ++i) {
         args.x[i] = static_cast<const char*>(x[i]) + row * columns_ * size_of(dtypes_[i]);
@@ -262,7 +262,7 @@ void Divergence::run(const Inputs& inputs, int64_t first, int64_t count, char* s
         backend_.divergence(args);
         std::copy(args.sums, args.sums + 2, args.totals);
       }
-      found[row] = args.sums[0];
+      divergences[row] = args.sums[0];
     }
     done += here;
   }

@@ -8,7 +8,8 @@
 
 namespace fi {
 
-// Folds sums, `width` of each chunk, one chunk after the other, in pairs, an odd one carried: to one of each.
+// Adds the sums of chunks, `width` of each chunk, one chunk after the other, in pairs, as a tree: an unpaired chunk
+// goes on to the next level. Leaves `width` sums.
 void fold_chunks(size_t width, std::vector<double>* sums);
 
 // Sums over the inputs, or over the first and the others' deltas from it: see MeasureArgs. Answers with measure_sums(n)
@@ -30,7 +31,8 @@ class MeasureSurvey : public Survey {
   std::vector<int64_t> nonzero_;  // of each piece
 };
 
-// The same of every row by itself: measure_sums(n) reals for each, one row after the other, and n counts for each.
+// The sums of MeasureSurvey, of every row: measure_sums(n) reals for each, one row after the other, and n counts for
+// each.
 class MeasureRows : public Survey {
  public:
   MeasureRows(const Backend& backend, std::vector<DType> dtypes, int64_t numel, bool deltas, int64_t columns);
@@ -51,7 +53,7 @@ class MeasureRows : public Survey {
   std::vector<int64_t> nonzero_;
 };
 
-// The same of every column.
+// The sums of MeasureSurvey, of every column.
 class MeasureColumns : public Survey {
  public:
   MeasureColumns(const Backend& backend, std::vector<DType> dtypes, int64_t numel, bool deltas, int64_t columns);
@@ -86,7 +88,7 @@ class Divergence : public Survey {
   int64_t piece() const override;
   int64_t scratch_bytes() const override;
   void run(const Inputs& inputs, int64_t first, int64_t count, char* scratch) override;
-  Answer answer() const override { return {found_, {}}; }
+  Answer answer() const override { return {divergences_, {}}; }
 
  private:
   DivergenceArgs arguments(char* scratch) const;
@@ -95,7 +97,7 @@ class Divergence : public Survey {
   const Backend& backend_;
   const std::vector<DType> dtypes_;
   const int64_t columns_;
-  std::vector<double> found_;
+  std::vector<double> divergences_;
 };
 
 }  // namespace fi

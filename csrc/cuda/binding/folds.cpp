@@ -45,16 +45,16 @@ std::shared_ptr<Pending> no_sums(int64_t groups, int64_t reals, int64_t counts) 
 
 std::shared_ptr<Pending> folded(Queue* queue, const FoldTask& parts, int64_t groups, int64_t reals, int64_t counts,
                                 const char* kernel, const std::function<void(double*)>& fill) {
-  const int64_t own = parts.rows * parts.count * parts.width;
+  const int64_t parts_size = parts.rows * parts.count * parts.width;
   const py::gil_scoped_release release;
-  const Scratch scratch(queue, (own + fold_scratch(parts)) * int64_t(sizeof(double)), "sums");
+  const Scratch scratch(queue, (parts_size + fold_scratch(parts)) * int64_t(sizeof(double)), "sums");
   double* const sums = static_cast<double*>(scratch.at());
   fill(sums);
   check_launch(kernel, queue->device());
-  const double* const found = fold_parts(parts, sums, sums + own, queue->stream());
+  const double* const totals = fold_parts(parts, sums, sums + parts_size, queue->stream());
   check_launch("fold", queue->device());
   const int64_t bytes = groups * (reals + counts) * int64_t(sizeof(double));
-  return std::make_shared<Sums>(queue->fetch(found, bytes), groups, reals, counts);
+  return std::make_shared<Sums>(queue->fetch(totals, bytes), groups, reals, counts);
 }
 
 }  // namespace cuda

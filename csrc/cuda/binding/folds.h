@@ -1,4 +1,4 @@
-// For the kinds whose pieces answer with sums.
+// Pieces that answer with sums: the parts that kernels write are folded on the device.
 #pragma once
 
 #include <functional>
@@ -15,8 +15,8 @@ InputTable table_of(const ParsedPiece& piece);
 // (f64[groups * reals], i64[groups * counts]), all 0: of a piece without elements.
 std::shared_ptr<Pending> no_sums(int64_t groups, int64_t reals, int64_t counts);
 
-// The same, found on the device: `fill` puts in what fills the parts, which are folded. Of each group there are its
-// reals, then its counts, as float64.
+// Sums of a piece, computed on the device: `fill` launches what fills the parts, which are then folded. Of each group
+// there are its reals, then its counts, as float64.
 std::shared_ptr<Pending> folded(Queue* queue, const FoldTask& parts, int64_t groups, int64_t reals, int64_t counts,
                                 const char* kernel, const std::function<void(double*)>& fill);
 

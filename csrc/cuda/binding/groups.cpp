@@ -11,8 +11,8 @@ namespace cuda {
 
 namespace {
 
-// Of one output, as the kernel needs them: totals, unless all are 1, then the weights of each term, of the groups of
-// the piece.
+// The numbers of one output for the groups of the piece, in the kernel's layout: totals, unless all are 1, then the
+// weights of each term.
 template <class T>
 std::vector<T> table_of(const ParsedGroupRow& row, int64_t first, int64_t groups, int64_t terms, bool ones) {
   std::vector<T> table;
@@ -31,7 +31,7 @@ void send(Queue* queue, const std::vector<T>& table, bool ones, GroupTask* task,
   task->weights = static_cast<const T*>(at) + (ones ? 0 : task->groups);
 }
 
-// What an output's row adds to a task.
+// The terms of an output's row, and whether it computes in float64.
 void add_row(Queue* queue, const ParsedGroupRow& row, const ParsedPiece& piece, GroupTask* task, Uploads* uploads) {
   task->pivot = row.pivot;
   task->n_terms = int(row.inputs.size());

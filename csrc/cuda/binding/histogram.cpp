@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kStripElements = kStripUnits * kUnit;
 constexpr int kResident = 4;  // blocks in each multiprocessor
 
-// Two counts of each bracket, then all bins.
+// The result of a histogram, fetched from the device: two counts of each bracket, then all bins.
 class Histograms : public Pending {
  public:
   Histograms(std::vector<ParsedBracket> ranked, int64_t elements) : ranked_(std::move(ranked)), elements_(elements) {}
@@ -23,12 +23,12 @@ class Histograms : public Pending {
     for (const ParsedBracket& r : ranked_) all += r.bins() * int64_t(sizeof(uint32_t));
     return all;
   }
-  void hold(std::shared_ptr<const char> found) { found_ = std::move(found); }
+  void hold(std::shared_ptr<const char> counts) { counts_ = std::move(counts); }
 
   py::object answer() const override {
     const py::object made = py::module_::import("fastinterp._C").attr("Counts");
-    const auto* const counts = reinterpret_cast<const int64_t*>(found_.get());
-    const char* at = found_.get() + count_bytes();
+    const auto* const counts = reinterpret_cast<const int64_t*>(counts_.get());
+    const char* at = counts_.get() + count_bytes();
     py::list all;
     for (size_t b = 0; b < ranked_.size(); ++b) {
       std::vector<uint32_t> bins(size_t(ranked_[b].bins()));
@@ -45,7 +45,7 @@ class Histograms : public Pending {
  private:
   const std::vector<ParsedBracket> ranked_;
   const int64_t elements_;
-  std::shared_ptr<const char> found_;
+  std::shared_ptr<const char> counts_;
 };
 
 // The strips of the piece that are looked at, and how many elements those have.
@@ -64,7 +64,7 @@ int64_t find_strips(const ParsedPiece& piece, HistogramTask* task) {
   return elements;
 }
 
-// As many launches as the brackets need.
+// Launches the kernel, up to kMostBrackets brackets at a time.
 void launch(Queue* queue, const std::vector<ParsedBracket>& ranked, HistogramTask task) {
   int processors = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, queue->device()), "cudaDeviceGetAttribute",

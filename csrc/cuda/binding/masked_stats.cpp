@@ -9,7 +9,7 @@ namespace cuda {
 
 namespace {
 
-// Masks are not filled: what needs them draws again.
+// Masks are not filled: masked sums on a device draw them again.
 std::shared_ptr<Pending> run_one(Queue* queue, const ParsedPiece& piece) {
   if (piece.first % kChunk != 0) throw py::value_error("a piece of this kind begins with a chunk");
   MaskedStatsTask task{};

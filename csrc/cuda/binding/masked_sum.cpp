@@ -10,7 +10,7 @@ namespace cuda {
 
 namespace {
 
-// What an output adds to a task.
+// The terms of an output, and which inputs it reads.
 void add_terms(const ParsedMaskedOutput& output, MaskedSumTask* task) {
   const auto reads = [&](int input) {
     task->reads |= uint64_t(1) << input;

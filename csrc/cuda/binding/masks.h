@@ -1,4 +1,4 @@
-// For the kinds whose pieces have masks and scores.
+// Mask tests and scores of a piece, as kernels take them.
 #pragma once
 
 #include "../tasks.h"
@@ -10,7 +10,7 @@ namespace cuda {
 // Throws pybind11::value_error for a test whose limits depend on ranks, which has no kernel.
 MaskRange range_of(const MaskTest& test);
 
-// Where a piece lies among the rows of its tensor.
+// The range of a tensor's rows that a piece touches.
 struct Rows {
   int64_t first, count, columns;
 };

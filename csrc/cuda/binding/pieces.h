@@ -1,4 +1,4 @@
-// Pieces as Python describes them (fastinterp/backends/device.py), what they answer, and the kinds that have a kernel.
+// Pieces parsed from Python objects (fastinterp/backends/device.py), their results, and the kinds that have a kernel.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -25,13 +25,13 @@ struct ParsedPiece {
   int stats_every = 0;
 };
 
-// Throws pybind11::value_error, or what a conversion throws.
+// Throws pybind11::value_error, or the exception of a failed conversion.
 ParsedPiece parse_piece(const pybind11::handle& piece);
 
 // The length of a row, of which the piece has whole ones.
 inline int64_t columns_of(const ParsedPiece& piece) { return fi::columns_of(piece.step, piece.numel); }
 
-// What a piece answers, once an event that was recorded after it has passed. See fastinterp/backends/device.py.
+// The result of a piece, valid once an event that was recorded after it has passed. See fastinterp/backends/device.py.
 class Pending {
  public:
   virtual ~Pending() = default;
@@ -42,8 +42,8 @@ class Pending {
 using Pieces = std::vector<ParsedPiece>;
 using Pendings = std::vector<std::shared_ptr<Pending>>;
 
-// A kind of piece. `run` enqueues the work of one or more pieces of it, and returns what each will
-// answer. It holds the GIL, and releases it during calls of CUDA.
+// A kind of piece. `run` enqueues the work of one or more pieces of it, and returns the result of each. It holds the
+// GIL, and releases it during calls of CUDA.
 struct Kind {
   StepKind kind;
   Pendings (*run)(Queue*, const Pieces&);

@@ -45,7 +45,7 @@ OutputStats SampledOutputs::of(size_t k) const {
 
 void SampledOutputs::fetch(Queue* queue) {
   if (!device_) return;
-  found_ = queue->fetch(device_->at(), int64_t(outputs_) * bytes_of_output());
+  fetched_ = queue->fetch(device_->at(), int64_t(outputs_) * bytes_of_output());
   device_.reset();
 }
 
@@ -53,8 +53,8 @@ py::list SampledOutputs::stats() const {
   py::list all;
   for (size_t k = 0; k < outputs_; ++k) {
     RowStats sum{};
-    if (found_) {
-      const char* const at = found_.get() + int64_t(k) * bytes_of_output();
+    if (fetched_) {
+      const char* const at = fetched_.get() + int64_t(k) * bytes_of_output();
       const auto* const counts = reinterpret_cast<const int64_t*>(at);
       const auto* const samples = reinterpret_cast<const ChunkSample*>(at + kCountBytes);
       sum = {counts[0], counts[1], counts[2], counts[3], 0, 0, 0, 0, 0};

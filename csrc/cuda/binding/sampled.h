@@ -27,7 +27,7 @@ class SampledOutputs : public Pending {
   const size_t outputs_;
   OutputStats chunks_{};
   std::unique_ptr<Scratch> device_;
-  std::shared_ptr<const char> found_;  // null: nothing was counted
+  std::shared_ptr<const char> fetched_;  // null: nothing was counted
 };
 
 }  // namespace cuda
