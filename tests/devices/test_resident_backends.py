@@ -79,15 +79,8 @@ def test_live_by_cuda(cuda: Cuda):
 def test_triton():
     pytest.importorskip("triton")
     pytest.importorskip("fastinterp.backends.triton.device")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/support/devices/resident_triton.py",
-    ]
+    script = "tests/support/devices/resident_triton.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", script]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
