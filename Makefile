@@ -95,8 +95,8 @@ test: $(VENV)/.built ## the whole test suite
 oracle: $(VENV)/.built $(ORACLE_VENV)/.installed ## every method of mergekit, compared with it
 	@FASTINTERP_REQUIRE=mergekit PYTHONPATH=. $(ORACLE_VENV)/bin/python -m pytest tests/methods/test_oracle_deltas.py tests/methods/test_oracle_gram.py
 
-check: lint ## lint and the quick tests
-	@$(PY) -m pytest --quiet -m "not slow" $(SHARED)
+check: lint ## lint and the quick tests, those of accelerators left out: under a minute
+	@$(PY) -m pytest --quiet -m "not slow" --ignore=tests/devices $(SHARED)
 
 compare: $(VENV)/.built ## the bytes of all outputs, against those of another build: BEFORE=its Python, or its folder
 	@test -n "$(BEFORE)" || { echo "fastinterp: BEFORE= names a Python or a source tree with the other build" >&2; exit 2; }
