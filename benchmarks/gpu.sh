@@ -65,7 +65,7 @@ tests() {
     at_once=$(($(nproc) < 16 ? $(nproc) : 16))
     {
       collected tests/devices/test_gpu.py tests/devices/test_gpu_merge.py tests/devices/test_resident_gpu.py | grep -vE 'sanitized|32_bits'
-      collected tests/devices/cuda/test_cuda_{groups,histogram,kept,masked,measure}.py
+      collected tests/devices/cuda/test_cuda_{groups,histogram,masked,masked_stats,measure}.py
       collected tests/numerics/test_same_bits.py | grep -F '[cuda-' | grep -v emulated
     } | sort -R --random-source=Makefile >"$made/tests"
     command -v compute-sanitizer >/dev/null || failed+=("compute-sanitizer is not there")

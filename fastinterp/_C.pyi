@@ -55,13 +55,13 @@ class Counts:
     def at_least(self, first: int) -> int: ...
 
 class Masks:
-    """Which elements of `count` deltas are kept: filled by a MaskedStats step, used by a MaskedSum."""
+    """The elements of `count` deltas that pass their masks: filled by a MaskedStats step, used by a MaskedSum."""
 
     def __init__(self, count: int, numel: int) -> None: ...
     @property
     def nbytes(self) -> int: ...
     @property
-    def filled(self) -> bool: ...  # a pump has been given them to fill
+    def filled(self) -> bool: ...  # whether a pump fills or has filled them
 
 def fold(pieces: Sequence[tuple[Any, Any]]) -> tuple[memoryview, memoryview]:
     """The answer to a Measure or MaskedStats, as `Pump.answers` has it, from those of its parts, in order.

@@ -21,8 +21,8 @@ class RecipeError(UsageError):
 
     def __init__(self, message: str, *, path: str | None = None, file: str | None = None, line: int | None = None):
         self.message, self.path, self.file, self.line = message, path, file, line
-        place = f"{file}:{line}" if file and line else file
-        where = f"{path} ({place})" if path and place else path or place
+        source = f"{file}:{line}" if file and line else file
+        where = f"{path} ({source})" if path and source else path or source
         super().__init__(f"{message} - at {where}" if where else message)
 
 

@@ -27,7 +27,7 @@ class EncodedTensor(msgspec.Struct, frozen=True):
                 model any more
     decoder     its name in csrc/decoder.cpp and reference/decode.py
     parameters  numbers that it takes: block sizes, say
-    kept        the dtype of an output tensor that keeps this one's
+    kept_dtype  the dtype of an output tensor that keeps this one's
     """
 
     name: str
@@ -36,7 +36,7 @@ class EncodedTensor(msgspec.Struct, frozen=True):
     companions: tuple[Entry, ...]
     decoder: str
     parameters: tuple[float, ...] = ()
-    kept: DType = BF16
+    kept_dtype: DType = BF16
 
 
 # Yields the tensors of one format; nothing, if the checkpoint has none.

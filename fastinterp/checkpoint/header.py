@@ -91,7 +91,7 @@ def _read_json(file: str) -> tuple[bytes, int]:
 
 
 def _read_exactly(fd: int, count: int, file: str) -> bytes:
-    """The next `count` bytes; a read may return fewer than asked, and none when the file shrinks meanwhile."""
+    """The next `count` bytes; a read may return fewer, and none when the file shrinks meanwhile."""
     parts: list[bytes] = []
     while count:
         part = os.read(fd, count)

@@ -124,20 +124,20 @@ class OutFolder:
         What fails before the last name is taken back, so that the old checkpoint is there again.
         """
         try:
-            self._place()
+            self._rename_files()
             self._clean_up()
         except OSError as error:
             if self._complete():
-                self._leave()
+                self._deactivate()
                 what = "the output is complete, but its finish failed"
             else:
                 self._undo()
                 what = "the output cannot be finished"
-            kept = [p.name for p in self._aside.values() if os.path.lexists(p)]
-            more = f". What it replaces is kept: {listing(kept)}. {PUT_BACK}" if kept else ""
+            backups = [p.name for p in self._aside.values() if os.path.lexists(p)]
+            more = f". What it replaces is kept: {listing(backups)}. {PUT_BACK}" if backups else ""
             raise self._error(f"{what}: {error.strerror}{more}") from error
 
-    def _place(self) -> None:
+    def _rename_files(self) -> None:
         if self._durable:
             for path in self._temps.values():
                 fsync(path)
@@ -180,9 +180,9 @@ class OutFolder:
         if self._durable:
             for folder in (self.path, *(f.parent for f in reversed(self._created))):
                 fsync(folder)
-        self._leave()
+        self._deactivate()
 
-    def _leave(self) -> None:
+    def _deactivate(self) -> None:
         self._done = True
         _active.discard(self._ending)
 
@@ -219,7 +219,7 @@ class OutFolder:
                 self._clean_up()
         else:
             self._take_back()
-        self._leave()
+        self._deactivate()
 
     def _take_back(self) -> None:
         for name in reversed(self._tried):

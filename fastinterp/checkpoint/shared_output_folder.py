@@ -47,7 +47,7 @@ class SharedFolder(OutFolder):
         if self._complete() or not any(name.endswith(f".done{self._ending}") for name in self._entries_or_none()):
             super()._undo()
         else:
-            self._leave()
+            self._deactivate()
 
     def _clean_up(self) -> None:
         for name in self._entries_or_none():  # journals, and those that somebody died over

@@ -46,7 +46,7 @@ def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) ->
     else:
         from fastinterp.execute.distributed import merge as distributed
 
-        with kept_of(Path(out)), progress.shown(quiet or as_json or me.rank > 0) as shown:
+        with resumable(Path(out)), progress.shown(quiet or as_json or me.rank > 0) as shown:
             shared = distributed.merge(recipe, out, me, progress=shown, **settings)
         if shared is None:
             return  # rank 0 prints the report
@@ -123,7 +123,7 @@ def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
 
 
 @contextmanager
-def kept_of(out: Path) -> Iterator[None]:
+def resumable(out: Path) -> Iterator[None]:
     """Context manager: if a merge of several processes fails, note the complete files, with which it can be resumed."""
     from fastinterp.checkpoint.shared_output_folder import journals
 

@@ -18,7 +18,7 @@ TENSORS = 128  # that are sampled at most, spread over the model
 _CODES: Any = {1: "B", 2: "H", 4: "I", 8: "Q"}  # unsigned integers of so many bytes
 
 
-def spread_over(tensors: list[PlannedTensor]) -> list[PlannedTensor]:
+def evenly_sampled(tensors: list[PlannedTensor]) -> list[PlannedTensor]:
     """At most TENSORS of these, evenly spread over the model."""
     return [tensors[k * len(tensors) // TENSORS] for k in range(TENSORS)] if len(tensors) > TENSORS else tensors
 
@@ -41,7 +41,7 @@ def negative_importances(plan: Plan) -> list[str]:
     """Warnings about side-cars with negative importances in sampled chunks: a merge divides by their sum."""
     every = {id(t): t for tensor in plan.tensors for t in tensor.stages}.values()
     negative: dict[str, list[str]] = {}
-    for tensor in spread_over([t for t in every if t.program and t.numel and len(t.inputs) > t.model_count]):
+    for tensor in evenly_sampled([t for t in every if t.program and t.numel and len(t.inputs) > t.model_count]):
         for i, entry in tensor.pairs[tensor.model_count :]:
             if entry.plain is not None and _below_0(middle_chunk(entry.plain)):
                 negative.setdefault(plan.checkpoints[i].name, []).append(tensor.name)

@@ -57,7 +57,7 @@ class Inputs:
         return list(zip(self._labels, [*self.models, *self.sidecars], strict=True))
 
     def prepared(self) -> Inputs:
-        """The same as torch tensors, if they are arrays of another library with DLPack."""
+        """The inputs as torch tensors, if they are arrays of another library with DLPack."""
         if self.library is not DLPackArrays:
             return self
         models, sidecars = (
@@ -121,7 +121,7 @@ class Inputs:
         return (TorchTensors if isinstance(x, StoredTensor) else library_of(x)) is self.library
 
     def _label(self, name: str, label: str) -> str:
-        """What messages call a tensor: of single tensors the label says all."""
+        """The name of a tensor in messages: of single tensors the label says all."""
         return f"{name} of {label}" if self._by_name else label
 
 

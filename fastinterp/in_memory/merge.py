@@ -234,7 +234,7 @@ class _Merge:
         operands = [operand_of(view, kind, sources) for view in views]
         out_bytes = math.prod(shape) * out.dtype.bits // 8
         sinks.append((kind, out.address, out_bytes))
-        place = TensorIO(
+        io = TensorIO(
             name=name,
             shape=shape,
             operands=tuple(operands),
@@ -249,7 +249,7 @@ class _Merge:
         position = self.layers.position(name) if self.layers else None
         layer, layers = position or (None, 0)
         call = partial(self.method, n, Tensor(name, shape, layer, layers, numel), **self.parameters)
-        return AdaptiveJob(place, n, [call], name, [self.seed], fills_masks=self.device is None)
+        return AdaptiveJob(io, n, [call], name, [self.seed], fills_masks=self.device is None)
 
     # --- arguments
 

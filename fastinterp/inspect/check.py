@@ -82,9 +82,9 @@ class _Findings:
     errors: list[Finding] = field(default_factory=list)
     warnings: list[Finding] = field(default_factory=list)
 
-    def add_error(self, error: FastinterpError, place: tuple[str, int | None] | None = None, hint: str = "") -> None:
-        """place  path and line of an error that does not have them itself"""
-        path, line = place or (getattr(error, "path", None), getattr(error, "line", None))
+    def add_error(self, error: FastinterpError, location: tuple[str, int | None] | None = None, hint: str = "") -> None:
+        """location  path and line of an error that does not have them itself"""
+        path, line = location or (getattr(error, "path", None), getattr(error, "line", None))
         message = (error.message if isinstance(error, RecipeError) else str(error)) + hint
         self.errors.append(Finding(message, type(error).__name__, path, line, error.exit_code))
 
@@ -227,18 +227,18 @@ def _differing(recipe: Recipe, models: Sequence[Model]) -> list[ShapeError]:
     if recipe.sections[0].stacked or recipe.sections[0].name is not None:
         return []
     lead, *others = models
-    alone, shapes = [], []
+    differences, shapes = [], []
     for other in others:
         only = [(a.name, [n for n in a.tensors if n not in b.tensors]) for a, b in ((lead, other), (other, lead))]
         sides = [f"{name} alone has {listed(names, _LISTED)}" for name, names in only if names]
-        alone += ["; ".join(sides)] if sides else []
+        differences += ["; ".join(sides)] if sides else []
         shapes += [
             f"{n} is {list(e.shape)} in {lead.name} but {list(other.tensors[n].shape)} in {other.name}"
             for n, e in lead.tensors.items()
             if n in other.tensors and e.shape != other.tensors[n].shape
         ]
     remedy = ". Only models of one architecture merge"
-    errors = [ShapeError(f"the models have different tensors: {sides}{remedy}") for sides in alone]
+    errors = [ShapeError(f"the models have different tensors: {sides}{remedy}") for sides in differences]
     return [*errors, ShapeError(listed(shapes, _LISTED))] if errors and shapes else errors
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from fastinterp.backends.cpu import PumpOptions, survey
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import ShapeError
-from fastinterp.execute.chunks import middle_chunk, read_bytes, spread_over
+from fastinterp.execute.chunks import evenly_sampled, middle_chunk, read_bytes
 from fastinterp.execute.sources import Sources
 from fastinterp.ops.steps import Measure
 from fastinterp.plan.inputs import PlannedTensor, StoredInput
@@ -101,7 +101,7 @@ def sample(plan: Plan) -> Samples:
     """
     samples = Samples()
     merged = [t for t in plan.tensors if t.merged and t.numel]
-    pairs = [pair for t in spread_over(merged) for pair in _pairs(t)]
+    pairs = [pair for t in evenly_sampled(merged) for pair in _pairs(t)]
     samples.tensors = len({t.name for t, _ in pairs})
     with ExitStack() as stack:
         sources = Sources(plan.checkpoints, (e for _, reads in pairs for _, e in reads), stack)

@@ -160,7 +160,7 @@ class Method:
     for_more: str = ""
 
     def __call__(self, n: int, tensor: Tensor | None = None, **parameters: Any) -> Any:
-        """For one tensor of n inputs: the sum, or the generator that yields requests first and returns the sum."""
+        """A call for a tensor of n inputs: the sum, or the generator that yields requests first and returns the sum."""
         return self.fn(*(n, tensor)[: self.fn.__code__.co_argcount], **parameters)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from fastinterp.errors import MethodError
 from fastinterp.methods._weights import level, shares
 from fastinterp.ops.combine import Combine, Tensor
-from fastinterp.ops.requests import ALL_BITS, Mask, MaskedCombine, MeasureKept, Request, Select, Selected, Sum
+from fastinterp.ops.requests import ALL_BITS, Mask, MaskedCombine, MeasureMasked, Request, Select, Selected, Sum
 
 Preset = Literal["mergekit", "paper", "peft"]
 Masks = tuple[Mask | None, ...]
@@ -21,7 +21,7 @@ LEAST_L1 = 1e-7  # of mergekit: below it, nothing is rescaled
 LEAST_ENERGY = 1e-6  # of mergekit: below it, models count alike
 
 
-def number_kept(density: float, size: int) -> int:
+def element_count(density: float, size: int) -> int:
     """How many of `size` elements a density keeps: its floor, but at least one, and none for 0."""
     return min(size, max(1, math.floor(density * size))) if density > 0.0 else 0
 
@@ -56,7 +56,7 @@ def middle(
     """
     size, bands = tensor.numel, []
     for w, p, top in zip(weight, density, gamma, strict=True):
-        count = number_kept(p, size) if w else 0
+        count = element_count(p, size) if w else 0
         first = min(math.floor(top * size), size - count) + 1
         bands.append((first, first + count - 1) if count else None)
     return (yield from ranked(bands, size))
@@ -102,10 +102,10 @@ def l1_ratios(tensor: Tensor, masks: Masks, rescale: bool) -> Generator[Request,
     if not rescale or all(mask is None or mask.keeps_all for mask in masks):
         return (1.0,) * len(masks)
     partial = (Mask(), *(None if mask is None or mask.keeps_all else mask for mask in masks))
-    stats = yield MeasureKept(partial, squares=False)
+    stats = yield MeasureMasked(partial, squares=False)
     ratios = []
     for i, mask in enumerate(partial[1:], 1):
-        before, after = stats.l1[i], stats.kept_l1[i]
+        before, after = stats.l1[i], stats.masked_l1[i]
         if mask is not None and not math.isfinite(before):
             raise MethodError(
                 f"{tensor.name} of model {i} (the base is 0) differs from the base by NaN or Inf, so what is dropped "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastinterp.methods import Length, NotNegative, method
 from fastinterp.methods._float32 import bits_above
-from fastinterp.ops.requests import Mask, MaskedCombine, MeasureKept, Steps
+from fastinterp.ops.requests import Mask, MaskedCombine, MeasureMasked, Steps
 
 
 @method(base="required", models=(2, 64), sums_deltas=True, drops=True)
@@ -26,10 +26,10 @@ def ramplus_tl(n: int, *, epsilon: Length = 1e-5, r: float = 0.1, alpha: NotNega
     (mergekit: always float32).
     """
     masks = (Mask(), *(Mask(min_bits=bits_above(epsilon)),) * (n - 1))
-    stats = yield MeasureKept(masks, l1=False, squares=False)
+    stats = yield MeasureMasked(masks, l1=False, squares=False)
     sole_weights = [0.0]
     for i in range(1, n):
-        unique = max(stats.kept[i] - stats.shared[i], epsilon)
+        unique = max(stats.count[i] - stats.shared[i], epsilon)
         quotient = stats.shared[i] / unique if unique else alpha  # no change is unique: as large as it gets
         sole_weights.append(1.0 + r * min(quotient if stats.shared[i] else 0.0, alpha))
     ones = (0.0,) + (1.0,) * (n - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastinterp.methods import Unit, method
 from fastinterp.methods._deltas import energies
 from fastinterp.ops.combine import Combine, Tensor
-from fastinterp.ops.requests import ALL_BITS, Mask, MaskedCombine, Measure, MeasureKept, Score, Select, Steps
+from fastinterp.ops.requests import ALL_BITS, Mask, MaskedCombine, Measure, MeasureMasked, Score, Select, Steps
 
 
 @method(base="required", models=(2, 64), sums_deltas=True, drops=True, elects=True)
@@ -33,7 +33,7 @@ def sce(n: int, tensor: Tensor, *, select_topk: Unit = 1.0, int8_mask: bool = Fa
     if not size or (score and score.min_bits > ALL_BITS):
         return Combine((0.0,) * n, base=0)
     if score:
-        squares = (yield MeasureKept((Mask(),) * n, score, l1=False)).squares
+        squares = (yield MeasureMasked((Mask(),) * n, score, l1=False)).squares
     else:
         gram = (yield Measure(deltas=True)).gram
         squares = tuple(gram[i][i] for i in range(n))

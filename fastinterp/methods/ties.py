@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastinterp.methods import Each, Unit, method
-from fastinterp.methods._deltas import Preset, elected, l1_ratios, number_kept, ranked, refuse_cancelling
+from fastinterp.methods._deltas import Preset, elected, element_count, l1_ratios, ranked, refuse_cancelling
 from fastinterp.ops.combine import Tensor
 from fastinterp.ops.requests import Steps
 
@@ -37,7 +37,7 @@ def ties(
     if normalize and not count:
         refuse_cancelling(weight)
     size = tensor.model_numel if whole else tensor.numel
-    kept = [number_kept(p, size) if w or count else 0 for w, p in zip(weight, density, strict=True)]
-    masks = yield from ranked([(1, k) if k else None for k in kept], size, whole)
+    counts = [element_count(p, size) if w or count else 0 for w, p in zip(weight, density, strict=True)]
+    masks = yield from ranked([(1, k) if k else None for k in counts], size, whole)
     scales = yield from l1_ratios(tensor, masks, rescale)
     return elected(weight, masks, scales, normalize=normalize, lambda_=lambda_, count=count)

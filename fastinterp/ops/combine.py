@@ -1,4 +1,4 @@
-"""The operations that methods ask for, as plain values. A leaf: imports nothing of fastinterp but its errors.
+"""The operations that methods request, as plain values. A leaf: imports nothing of fastinterp but its errors.
 
 Every method comes down to `combine`: read each input once, write weighted sums of them. This module also
 holds the rules of the numeric contract that are decided before any element is touched: which input is the
@@ -17,12 +17,12 @@ from fastinterp.errors import MethodError
 NUMERICS = 1  # version of the numeric contract; changing any output bit bumps it
 MAX_INPUTS, MAX_OUTPUTS = 64, 256  # of one combine; the same numbers stand in csrc/ops.h
 LARGEST = (2.0 - 2.0**-23) * 2.0**127  # of float32: coefficients are rounded to it before they reach a kernel
-MAX_POINTS = 4096  # of a path that is walked at once: each MAX_OUTPUTS of them take a read of their own
+MAX_POINTS = 4096  # of a path that is walked at once: each MAX_OUTPUTS of them take one read
 
 
 @dataclass(frozen=True, slots=True)
 class Combine:
-    """A weighted sum of the inputs, as a method asks for it.
+    """A weighted sum of the inputs, as a method returns it.
 
     weights     f64[n], one per input, in recipe order
     base        index of the base, or None. With a base the sum is out = x_b + sum_i weights[i] * (x_i - x_b), and
@@ -47,7 +47,7 @@ class Combine:
         used = [(i, w) for i, w in enumerate(self.weights) if w != 0.0]
         if self.base is not None:
             if self.weights[self.base] != 0.0:
-                raise ValueError("the base carries no weight of its own")
+                raise ValueError("the base carries no weight")
             if not used:
                 return Row(self.base)
             if len(used) == 1 and used[0][1] == 1.0:
@@ -129,20 +129,20 @@ def philox_key(seed: int, stream: int, name: str) -> int:
     """The 64-bit Philox key of one tensor: the same for any order of tensors, blocks, threads and devices.
 
     seed    0 .. 2**64 - 1, as in the recipe
-    stream  0 for rounding at the store; 1 + i for the random keeps of model i
+    stream  0 for rounding at the store; 1 + i for the random mask of model i
     name    of the output tensor
     """
-    import hashlib  # here, because only stochastic rounding and random keeps pay for it
+    import hashlib  # here, because only stochastic rounding and random masks pay for it
 
     text = seed.to_bytes(8, "little") + stream.to_bytes(4, "little") + name.encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def renumbered(rows: Iterable[Row]) -> tuple[tuple[int, ...], tuple[Row, ...]]:
-    """The inputs that any of the rows reads, ascending, and the rows with the places among these as their numbers."""
+    """The inputs that any of the rows reads, ascending, and the rows with indices among these as inputs."""
     rows = tuple(rows)
     inputs = tuple(sorted({i for row in rows for i in row.inputs}))
-    at = {i: place for place, i in enumerate(inputs)}
+    at = {i: k for k, i in enumerate(inputs)}
     moved = (replace(row, pivot=at[row.pivot], terms=tuple((at[i], w) for i, w in row.terms)) for row in rows)
     return inputs, tuple(moved)
 

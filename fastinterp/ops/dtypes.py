@@ -102,5 +102,5 @@ _ALIASES = {d.library_name: d for d in MERGING} | {
 def parse_dtype(text: str) -> DType | None:
     """The merging dtype called `text` (`bf16`, `BF16`, `bfloat16`, `torch.bfloat16`), or None."""
     name = text.strip().removeprefix("torch.")
-    found = _ALIASES.get(name.lower()) or DTYPES.get(name.upper())
-    return found if found and found.merges else None
+    dtype = _ALIASES.get(name.lower()) or DTYPES.get(name.upper())
+    return dtype if dtype and dtype.merges else None

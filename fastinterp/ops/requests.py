@@ -1,7 +1,7 @@
 """Requests of merge methods beside a plain weighted sum: statistics of the inputs, and sums with masks.
 
-Plain values, a leaf. A method is a generator: it yields Measure, MeasureKept, Divergence or Select, each a read of the
-inputs, is sent the answer, and returns the sum that is to be streamed. Apart from combine.py, because the linear
+Plain values, a leaf. A method is a generator: it yields Measure, MeasureMasked, Divergence or Select, each a read of
+the inputs, is sent the answer, and returns the sum that is to be streamed. Apart from combine.py, because the linear
 methods, which return a Combine only, need none of this and start sooner without it.
 """
 
@@ -61,12 +61,12 @@ class Score:
     min_bits: int = 0
 
 
-# --- what a method may ask for before it combines: each is one read of the inputs that it names ----------------------
+# --- requests before the sum: each is one read of the inputs that it names -------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Ask for a Gram matrix, L1 norms and counts: of the n inputs, or with `deltas` of x_0 and of x_i - x_0.
+    """Request for a Gram matrix, L1 norms and counts: of the n inputs, or with `deltas` of x_0 and of x_i - x_0.
 
     per   "tensor": the answer is one Measured. "row": a list with one per row, that is per index of all dimensions but
           the last. "column": one per index of the last dimension. A 1-d or 0-d tensor is one row; each of its elements
@@ -95,12 +95,12 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class MeasureKept:
-    """Ask what some masks would leave of the deltas x_i - x_0. masks[0] is that of the base, and is ignored.
+class MeasureMasked:
+    """Request for statistics of masked deltas x_i - x_0. masks[0] is that of the base, and is ignored.
 
-    masks        None: nothing is asked about that input, which is not read. Not with a score
+    masks        None: that input is not measured, and not read; with a score every input needs a mask
     score        drops elements of all models, as in MaskedCombine
-    l1, squares  whether Kept needs the L1 norms, and the squares: each costs time. Else they are 0
+    l1, squares  whether the answer has the L1 norms, and the squares: each costs time. Else they are 0
     """
 
     masks: tuple[Mask | None, ...]
@@ -110,26 +110,26 @@ class MeasureKept:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """The answer to MeasureKept, per input; those of the base, input 0, and of inputs that were not asked about are 0.
+class MeasuredMasked:
+    """The answer to MeasureMasked, per input; 0 for the base, input 0, and for inputs that were not measured.
 
-    l1       sum of |d_i|
-    kept_l1  the same over the elements that are kept
-    kept     how many those are
-    shared   how many of them at least one other model keeps, too
-    squares  sum of d_i^2 over the elements that are kept
+    l1         sum of |d_i|
+    masked_l1  sum of |d_i| over the elements that pass the mask
+    count      number of elements that pass the mask
+    shared     number of those that pass the mask of at least one other model, too
+    squares    sum of d_i^2 over the elements that pass the mask
     """
 
     l1: tuple[float, ...]
-    kept_l1: tuple[float, ...]
-    kept: tuple[int, ...]
+    masked_l1: tuple[float, ...]
+    count: tuple[int, ...]
     shared: tuple[int, ...]
     squares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Ask for f64[rows]: sum over the last dimension of p*log(p/q).
+    """Request for f64[rows]: sum over the last dimension of p*log(p/q).
 
     p = softmax(x_1) + 1e-8, q = softmax(x_0) + 1e-8, in float64
     """
@@ -137,7 +137,7 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class Select:
-    """Ask for order statistics: the k-th largest magnitude, exactly.
+    """Request for order statistics: the k-th largest magnitude, exactly.
 
     ranks     (input, k): of |x_input - x_0| as float32, 1 <= k <= the number of elements. With a score, input is 0, and
               it is the k-th largest score. The answer is a tuple of Selected, one per rank
@@ -156,12 +156,12 @@ class Select:
 class Selected:
     """The answer for one rank.
 
-    min_bits  float32 bits of the k-th largest; keeping what is not below it keeps all that equal it
-    kept      how many are at least as large
+    min_bits  float32 bits of the k-th largest; a mask with this bound keeps all elements that equal it
+    count     number of values that are at least as large
     """
 
     min_bits: int
-    kept: int
+    count: int
 
     @property
     def value(self) -> float:
@@ -199,7 +199,7 @@ class GroupCombine:
         """What the kernels execute: rule 11 of docs/NUMERICS.md.
 
         An input whose weight is 0 in every group is not read. The pivot is the base, else the first input that is read.
-        If all groups ask for the same copy, or have no weight at all, the row is that of Combine.
+        If all groups are the same copy, or have no weight at all, the row is that of Combine.
         Raises: ValueError, if the base has a weight, or a group lacks one.
         """
         groups, rest = divmod(len(self.weights), self.n)
@@ -207,7 +207,7 @@ class GroupCombine:
             raise ValueError("every group needs a weight for each input")
         used = self.used
         if self.base is not None and self.base in used:
-            raise ValueError("the base carries no weight of its own")
+            raise ValueError("the base carries no weight")
         if not used:
             return Row(0, 0.0) if self.base is None else Row(self.base)
         lone = used[0]
@@ -227,20 +227,20 @@ class GroupCombine:
 class MaskedCombine:
     """out = x_0 + step, element by element, from the deltas d_i = x_i - x_0 of those models that take part in it.
 
-    Input i takes part where masks[i] keeps d_i, the score keeps the element, and, with `sign_weights`, its sign was
-    elected: the sign of sum_i sign_weights[i]*d_i over the kept ones, 0 counting as plus, must be that of
+    Input i takes part where d_i passes masks[i], the element passes the score, and, with `sign_weights`, its sign was
+    elected: the sign of sum_i sign_weights[i]*d_i over the inputs that pass, 0 counting as plus, must be that of
     sign_weights[i]*d_i, and d_i not 0. Then
 
         step = sum_i weights[i]*d_i          over those that take part, by fma in float32, in order, from +0
-        step = step / sum_i shares[i]        if `shares` is given; a sum that is 0, or whose magnitude is below
+        step = step / sum_i shares[i]        if there are `shares`; a sum that is 0, or whose magnitude is below
                                              `least_share`, counts as `other_share`
-        step = sole_weights[i]*d_i           instead, if `sole_weights` is given and only one takes part
+        step = sole_weights[i]*d_i           instead, if there are `sole_weights` and only one takes part
 
     weights     f64[n]; weights[0], of the base, is 0. Each tuple has one entry per input; that of the base is ignored
     masks       None: all
     limit       d_i is first limited to -limit..limit
     importance  inputs whose elements are further factors: weights[i] becomes weights[i] * (x_importance[i] + 1e-6), and
-                the sum of these divides. Then input 0 has a weight and an importance of its own. With neither masks,
+                the sum of these divides. Then input 0 has a weight and an importance, too. With neither masks,
                 sign_weights, shares nor sole_weights
     """
 
@@ -256,6 +256,6 @@ class MaskedCombine:
     importance: tuple[int, ...] | None = None
 
 
-Request = Measure | MeasureKept | Divergence | Select
+Request = Measure | MeasureMasked | Divergence | Select
 Sum = Combine | GroupCombine | MaskedCombine
 Steps = Generator[Request, Any, Sum]

@@ -1,6 +1,6 @@
-"""Exact order statistics from histograms: which histograms to ask for, and what they say. No I/O, no arrays.
+"""Exact order statistics from histograms: which histograms to request, and what follows from them. No I/O, no arrays.
 
-The magnitudes of float32 numbers are ordered as their bits are, so the k-th largest of N is found by counting:
+The magnitudes of float32 numbers are ordered as their bits are, so the k-th largest of N follows from counts:
 
     sample   coarse bins (the upper 16 of 31 bits) of every s-th strip                        a few percent of a read
     fine     over all elements: how many lie above a bracket, and every value inside it       one read
@@ -36,7 +36,7 @@ MARGIN, CLUSTER = 4.0, 4.0
 
 @dataclass(frozen=True, slots=True)
 class Coarse:
-    """Ask for counts in COARSE_BINS bins, magnitude >> COARSE_BITS, of every strip s with s % every == 0.
+    """Request for counts in COARSE_BINS bins, magnitude >> COARSE_BITS, of every strip s with s % every == 0.
 
     vectors  the inputs whose deltas are ranked; (0,) is the score
     """
@@ -51,7 +51,7 @@ class Coarse:
 
 @dataclass(frozen=True, slots=True)
 class Fine:
-    """Ask for counts of every single magnitude low[j]..high[j] of vectors[j], of all elements; `vectors` ascend."""
+    """Request for counts of every single magnitude low[j]..high[j] of vectors[j], of all elements; `vectors` ascend."""
 
     vectors: tuple[int, ...]
     low: tuple[int, ...]
@@ -81,7 +81,7 @@ class Counts(Protocol):
     def at_least(self, first: int) -> int: ...  # how many counted elements are in bin `first` or above it, in bins
 
 
-def step(ask: Select, request: Coarse | Fine, inputs: Sequence[Operand], numel: int, columns: int) -> Histogram:
+def step(select: Select, request: Coarse | Fine, inputs: Sequence[Operand], numel: int, columns: int) -> Histogram:
     """The step of a request for one tensor.
 
     inputs   all of the model's, input 0 the base
@@ -96,7 +96,7 @@ def step(ask: Select, request: Coarse | Fine, inputs: Sequence[Operand], numel: 
         every, brackets = 1, [Bracket(i, low, high, 0) for i, low, high in places]
     return Histogram(
         inputs=tuple(inputs), numel=numel, columns=columns, every=every, brackets=tuple(brackets),
-        score=score_of(ask.score),
+        score=score_of(select.score),
     )  # fmt: skip
 
 
@@ -152,23 +152,23 @@ def sample_every(numel: int, ranks: Sequence[float]) -> int:
     return max(strips // wanted, 3) | 1
 
 
-def selecting(ask: Select, numel: int) -> Selecting:
-    """Answer `ask` for a tensor, or with `whole` for a model, of `numel` elements.
+def selecting(select: Select, numel: int) -> Selecting:
+    """Answer a Select for a tensor, or with `whole` for a model, of `numel` elements.
 
     The one that drives it answers each request with one Counts per vector, in order. Returns one Selected per rank.
     Raises: ValueError, if a rank is none of the elements'.
     """
-    wanted = [_Wanted(vector, k, ask.nonzero) for vector, k in ask.ranks]
+    wanted = [_Wanted(vector, k, select.nonzero) for vector, k in select.ranks]
     for w in wanted:
         if not (0 <= w.k <= 1 if w.nonzero else 1 <= w.k <= numel):
             raise ValueError(f"no rank {w.k} among {numel} elements")
-    found: dict[_Wanted, Selected] = {}
+    selected: dict[_Wanted, Selected] = {}
     if numel == 0:
         return tuple(Selected(ALL_BITS + 1, 0) for _ in wanted)
     every = sample_every(numel, [w.k if w.nonzero else w.k / numel for w in wanted])
     rest = sorted(set(wanted), key=lambda w: w.vector)
     if every > 1:
-        rest = yield from _from_sample(rest, numel, every, found)
+        rest = yield from _from_sample(rest, numel, every, selected)
     if rest:
         counts = yield from _coarse(rest, 1)
         brackets = {}
@@ -179,11 +179,11 @@ def selecting(ask: Select, numel: int) -> Selecting:
                 bin_, _ = c.rank(k)
                 brackets[w] = _Bracket(bin_, bin_)
             else:
-                found[w] = Selected(ALL_BITS + 1, 0)
-        missed = yield from _fine(brackets, numel, found)
+                selected[w] = Selected(ALL_BITS + 1, 0)
+        missed = yield from _fine(brackets, numel, selected)
         if missed:
             raise RuntimeError("coarse and fine counts disagree: an input has changed while it was read")
-    return tuple(found[w] for w in wanted)
+    return tuple(selected[w] for w in wanted)
 
 
 def _coarse(wanted: Sequence[_Wanted], every: int) -> Generator[Coarse, Sequence[Counts], dict[int, Counts]]:
@@ -193,29 +193,29 @@ def _coarse(wanted: Sequence[_Wanted], every: int) -> Generator[Coarse, Sequence
 
 
 def _from_sample(
-    wanted: Sequence[_Wanted], numel: int, every: int, found: dict[_Wanted, Selected]
+    wanted: Sequence[_Wanted], numel: int, every: int, selected: dict[_Wanted, Selected]
 ) -> Generator[Coarse | Fine, Sequence[Counts], list[_Wanted]]:
-    """Answer what a sample brackets, into `found`. Returns what needs the coarse counts of all elements."""
+    """Answer what a sample brackets, into `selected`. Returns what needs the coarse counts of all elements."""
     samples = yield from _coarse(wanted, every)
     brackets = {}
     for w in wanted:
         bracket = estimate(samples[w.vector], w, numel)
         if bracket:
             brackets[w] = bracket
-    missed = yield from _fine(brackets, numel, found)
+    missed = yield from _fine(brackets, numel, selected)
     nearby = {}
     for w, short in missed.items():
         bracket = next_to(brackets[w], short, samples[w.vector], numel)
         if bracket:
             nearby[w] = bracket
-    yield from _fine(nearby, numel, found)
-    return [w for w in wanted if w not in found]
+    yield from _fine(nearby, numel, selected)
+    return [w for w in wanted if w not in selected]
 
 
 def _fine(
-    brackets: dict[_Wanted, _Bracket], numel: int, found: dict[_Wanted, Selected]
+    brackets: dict[_Wanted, _Bracket], numel: int, selected: dict[_Wanted, Selected]
 ) -> Generator[Fine, Sequence[Counts], dict[_Wanted, int]]:
-    """Count inside the brackets; what lies in its bracket goes to `found`.
+    """Count inside the brackets; what lies in its bracket goes to `selected`.
 
     Returns how far the others' brackets miss: elements above the bracket that the rank needs to be above it, positive,
     or elements below it, negative.
@@ -231,7 +231,7 @@ def _fine(
         c = counts[w.vector, b.low, b.high]
         k = w.rank(numel, c.zero)
         if k == 0:
-            found[w] = Selected(ALL_BITS + 1, 0)
+            selected[w] = Selected(ALL_BITS + 1, 0)
         elif c.above >= k:
             missed[w] = c.above - k + 1
         else:
@@ -239,7 +239,7 @@ def _fine(
             if bin_ < 0:
                 missed[w] = -(k - c.above - count)
             else:
-                found[w] = Selected(b.low + bin_, c.above + count)
+                selected[w] = Selected(b.low + bin_, c.above + count)
     return missed
 
 

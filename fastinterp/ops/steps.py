@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastinterp._C import Counts, Masks
     from fastinterp.ops.combine import GroupRow, Row
 
-WORDS = 1 << 32  # random numbers of an element; one below a limit of 0..WORDS keeps it
+WORDS = 1 << 32  # values of a random number: an element passes where it is below a limit of 0..WORDS
 Per = Literal["tensor", "row", "column"]
 # What a step answers: sums f64[...] and counts i64[...]; of a histogram counts for each bracket; None if it writes.
 Answer = Any
@@ -83,9 +83,10 @@ Operand = Stored | Gathered
 
 
 class MaskTest(msgspec.Struct, frozen=True):
-    """Which elements of a delta are kept: those whose magnitude, as float32 bits, is in min_bits..max_bits and whose
-    random number is below a limit of 0..WORDS, which runs from `low_limit` for the smallest magnitude of a row to
-    `high_limit` for the largest. A limit of WORDS draws nothing.
+    """The test of a mask, for every element of a delta: its magnitude, as float32 bits, must be in min_bits..max_bits.
+
+    And its random number must be below a limit of 0..WORDS, which runs from `low_limit` for the smallest magnitude of a
+    row to `high_limit` for the largest. A limit of WORDS draws nothing.
 
     key  of the random numbers: Philox
     """
@@ -119,7 +120,7 @@ class Score(msgspec.Struct, frozen=True):
 
 
 class MaskPlace(msgspec.Struct, frozen=True):
-    """One mask of a tensor's masks, found by masked statistics."""
+    """One mask of a tensor's masks, computed by masked statistics."""
 
     masks: Masks
     index: int
@@ -129,7 +130,7 @@ class MaskedTerm(msgspec.Struct, frozen=True, kw_only=True):
     """One delta of a masked sum, from the base. Numbers that the output does not use are 0.
 
     importance        input whose elements are a further factor of the weight; -1: none
-    precomputed_mask  what `test` keeps, if that is known
+    precomputed_mask  the elements that pass `test`, if they are computed already
     """
 
     input: int
@@ -337,14 +338,14 @@ class Measure(Step, frozen=True, kw_only=True):
 
 
 class MaskedStats(Step, frozen=True, kw_only=True):
-    """What masks leave of deltas from the first input.
+    """Statistics of masked deltas from the first input.
 
     tests        one per input; that of the first is not looked at
     l1, squares  which sums are wanted; the others are 0
-    fills        masks that the pump fills with what is kept; accelerators do not
+    fills        masks that the pump fills with the elements that pass; accelerators do not
 
-    Answers with the L1 norm of each delta, 0 for the first input, then of what is kept of it, then the sum of squares
-    of that; and with how many elements are kept, then how many of them another delta keeps, too.
+    Answers with the L1 norm of each delta, 0 for the first input, then of its masked elements, then the sum of squares
+    of these; and with how many elements pass each mask, then how many of them pass the mask of another delta, too.
     """
 
     kind = "masked_stats"

@@ -69,7 +69,7 @@ def path(
 
 @dataclass(frozen=True)
 class _Settings:
-    """How points are computed. dtype: of the points; by name of tensor, or None: as the end points have them."""
+    """The settings of points. dtype: of the points; by name of tensor, or None: as the end points have them."""
 
     dtype: str | Mapping[str, str] | None
     rounding: str
@@ -78,7 +78,7 @@ class _Settings:
 
 
 class Path:
-    """A linear path between models, whose points are computed when they are asked for. Made by `path`.
+    """A linear path between models, whose points are computed when they are accessed. Made by `path`.
 
     names  of the directions: `alpha` alone for a line from a to b
     """
@@ -303,7 +303,7 @@ def _seeds(value: Any) -> list[int]:
 
 
 def _called(fn: Callable[[Any, Any, int], Any], weights: Any, alpha: object, seed: int) -> Any:
-    """What `fn` returns. Raises: what it raises, with a note of where."""
+    """The return value of `fn`. Raises: its errors, with a note of the point."""
     try:
         return fn(weights, alpha, seed)
     except Exception as error:

@@ -63,7 +63,7 @@ def point_recipe(a: str, b: str, alpha: float, base: str | None, integers: str |
 
 
 def point_mapping(a: str, b: str, alpha: float, base: str | None, integers: str | None = None) -> dict[str, Any]:
-    """The same recipe as a mapping. Raises: UsageError."""
+    """The recipe of a point as a mapping. Raises: UsageError."""
     if not math.isfinite(alpha):
         raise UsageError(f"alpha must be a finite number, got {alpha}")
     # Beyond, 1 - alpha and alpha cancel, or float32 cannot hold them.

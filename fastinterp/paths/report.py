@@ -76,7 +76,7 @@ class PathReport:
                 if wrong:
                     raise UsageError(
                         f"`probabilities` names {name!r}, but not all of its values are in 0..1: {wrong[0]:g} at "
-                        f"{_place(p)}"
+                        f"{_position(p)}"
                     )
 
     def __repr__(self) -> str:
@@ -139,7 +139,7 @@ class PathReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Which metrics are NaN or Inf somewhere; and where rounding changes the effective alpha: a staircase."""
+        """Warnings where metrics are NaN or Inf, and where rounding changes the effective alpha: a staircase."""
         return (*self._not_finite(), *self._staircase())
 
     def _not_finite(self) -> list[str]:
@@ -149,7 +149,7 @@ class PathReport:
             if points:
                 value = next(v for v in points[0].samples[metric] if not math.isfinite(v))
                 first = f"{len(points)} of {len(self.points)} points, first at " if len(points) > 1 else ""
-                warnings.append(f"{metric} is {_name_of(value)} at {first}{_place(points[0])}")
+                warnings.append(f"{metric} is {_name_of(value)} at {first}{_position(points[0])}")
         return warnings
 
     def _staircase(self) -> tuple[str, ...]:
@@ -161,7 +161,7 @@ class PathReport:
         left = f"lets {worst.strength:.2f} of its change arrive" if effective is None else f"acts as {effective:.2g}"
         return (
             f"rounding makes a staircase of the path: at {len(off)} of {len(self.points)} points the change that "
-            f"arrives is off by more than 5%, most at {_place(worst)}, which {left}. Use dtype='float32', or "
+            f"arrives is off by more than 5%, most at {_position(worst)}, which {left}. Use dtype='float32', or "
             "rounding='stochastic'",
         )
 
@@ -273,7 +273,7 @@ def _or_blank(value: float | None, spec: str) -> str:
     return "" if value is None else format(value, spec)
 
 
-def _place(p: PathPoint) -> str:
+def _position(p: PathPoint) -> str:
     """`alpha 0.3`; of several directions those that are not 0, one at least."""
     shown = {name: distance for name, distance in p.at.items() if distance} or p.at
     return ", ".join(f"{name} {distance:g}" for name, distance in shown.items())

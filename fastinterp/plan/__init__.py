@@ -1,1 +1,1 @@
-"""What a merge will read, compute and write, decided from headers alone."""
+"""Plans: the reads, sums and writes of a merge, decided from headers only."""

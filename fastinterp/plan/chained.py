@@ -114,9 +114,9 @@ def _checkpoint(recipe: Recipe, document: Document) -> tuple[Model, Folder | Non
                 path="$.name",
                 file=recipe.file,
             )
-        kept = structs.replace(t, dtype=(named or _wide(t)) if t.merged else t.dtype)
+        planned = structs.replace(t, dtype=(named or _wide(t)) if t.merged else t.dtype)
         folds = recipe.out_dtype is None or _is_copy(t)
-        tensors[t.name] = IntermediateInput(t.name, t.dtype, t.shape, t.nbytes, kept, named is None, folds)
+        tensors[t.name] = IntermediateInput(t.name, t.dtype, t.shape, t.nbytes, planned, named is None, folds)
     folder = _small_files(recipe, document)
     root = document.origin.root if folder is None else folder.path
     return Model(name, root, tensors), folder

@@ -95,7 +95,7 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         return {model}
 
     def agreeing(self, model: int) -> list[ModelInput]:
-        """What must have the same bytes in all models, where it is not merged but copied."""
+        """The stored tensors that must have the same bytes in all models, where it is not merged but copied."""
         return [(model, self)]
 
     @property
@@ -105,26 +105,26 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def direct(self) -> PlannedTensor | None:
-        """How a copy of it is made without storing it first; None if the copy has to read it."""
+        """The plan of a copy that is made without storing it first; None if the copy has to read it."""
         return None
 
     def as_read(self) -> TensorInput:
-        """The same with the dtype and the bytes that it has when it is read."""
+        """This input with the dtype and the bytes that it has when it is read."""
         return self
 
 
 class Encoding(msgspec.Struct, frozen=True):
-    """How the bytes of a stored tensor become float32 numbers.
+    """The encoding of a stored tensor: how its bytes become float32 numbers.
 
     stored      the dtype of its codes
-    kept        the dtype of an output tensor that keeps this one's
+    kept_dtype  the dtype of an output tensor that keeps this one's
     decoder     its name in csrc/decoder.cpp and reference/decode.py
     companions  scales and the like, in the order in which the decoder takes them
     parameters  numbers that it takes
     """
 
     stored: DType
-    kept: DType
+    kept_dtype: DType
     decoder: str
     companions: tuple[StoredInput, ...]
     parameters: tuple[float, ...]
@@ -162,7 +162,7 @@ class StoredInput(TensorInput, frozen=True, eq=False):
 
     @property
     def kept_dtype(self) -> DType:
-        return self.dtype if self.encoding is None else self.encoding.kept
+        return self.dtype if self.encoding is None else self.encoding.kept_dtype
 
     @property
     def plain(self) -> StoredInput | None:
@@ -258,11 +258,11 @@ class IntermediateInput(TensorInput, frozen=True, eq=False):
 
 
 class Program(msgspec.Struct, frozen=True, eq=False):
-    """What must be asked before a tensor is merged, or a sum that is more than plain.
+    """The calls of a method that requests something of a tensor, or whose sum is more than plain.
 
     calls   one per output: the method with all of its arguments
-    reads   what is foreseen to be read: for what, and which of the tensor's inputs. Answers may change it
-    whole   something is asked about the whole model
+    reads   the expected reads: what each is for, and which of the tensor's inputs it reads. Answers may change them
+    whole   whether a request is about the whole model
     method  its name
     name    of the tensor, under which random masks are drawn
     seeds   from which they are drawn, one per output
@@ -283,9 +283,9 @@ class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
     checkpoints  of each input the index of its model in Plan.checkpoints
     rows         weighted sums of the inputs, one per output. None for a program, and none if the tensor is not merged
                  but must be the same in every input (integers, and floats that only a quantiser can read)
-    program      what the method asks of the data, where `rows` do not say it all
+    program      the requests of the method, where `rows` are not all
     model_count  how many of the inputs are models that the method merges; the others are side-cars
-    sums         what the method asked for, one per output, where `rows` come from it
+    sums         what the method returned, one per output, where `rows` come from it
     seeds        of the store's rounding, one per output
     """
 
@@ -315,7 +315,7 @@ class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def reads(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """What is read, in order: for what, and which of `inputs`."""
+        """The reads, in order: what each is for, and which of `inputs` it reads."""
         return (("combine", tuple(range(len(self.inputs)))),) if self.program is None else self.program.reads
 
     @property
@@ -324,7 +324,7 @@ class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def nbytes(self) -> int:
-        """Of one output."""
+        """Bytes of one output."""
         return self.dtype.nbytes(self.numel) or 0
 
     @property
@@ -334,7 +334,7 @@ class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def stages(self) -> tuple[PlannedTensor, ...]:
-        """The same, and this one."""
+        """The tensors that are computed before it, and this one."""
         return (*self.before, self)
 
     def origins(self, read: Iterable[int]) -> set[int]:

@@ -12,15 +12,15 @@ from typing import Any
 
 from fastinterp.errors import MethodError
 from fastinterp.ops.combine import Combine, check_coefficients
-from fastinterp.ops.masked import kept_inputs, read_inputs
+from fastinterp.ops.masked import measured_inputs, read_inputs
 from fastinterp.ops.requests import (
     Divergence,
     GroupCombine,
-    Kept,
     MaskedCombine,
     Measure,
     Measured,
-    MeasureKept,
+    MeasuredMasked,
+    MeasureMasked,
     Request,
     Select,
     Selected,
@@ -123,8 +123,8 @@ def inputs_of(request: Request | Sum, n: int) -> tuple[int, ...]:
         return request.row().inputs
     if isinstance(request, MaskedCombine):
         return tuple(read_inputs(request))
-    if isinstance(request, MeasureKept):
-        return tuple(kept_inputs(request))
+    if isinstance(request, MeasureMasked):
+        return tuple(measured_inputs(request))
     if isinstance(request, GroupCombine):
         return tuple(sorted({*request.used, *(() if request.base is None else (request.base,))}))
     if isinstance(request, Divergence) or (
@@ -169,7 +169,7 @@ def _passes(request: Select, shape: tuple[int, ...]) -> int:
     return 1 if sample_every(numel, [k if request.nonzero else k / numel for _, k in request.ranks]) > 1 else 2
 
 
-_NAMES = {Measure: "measure", MeasureKept: "measure", Divergence: "divergence", Select: "select"}
+_NAMES = {Measure: "measure", MeasureMasked: "measure", Divergence: "divergence", Select: "select"}
 
 
 def _plausible(request: Request, n: int, shape: tuple[int, ...]) -> Any:
@@ -180,13 +180,13 @@ def _plausible(request: Request, n: int, shape: tuple[int, ...]) -> Any:
         groups = {"tensor": 1, "row": math.prod(shape[:-1]), "column": columns}[request.per]
         one = _near(n, numel // max(1, groups), 1e-4 if request.deltas else 1.0, request.deltas)
         return one if request.per == "tensor" else [one]  # one group for all of them: many would take long
-    if isinstance(request, MeasureKept):
+    if isinstance(request, MeasureMasked):
         masks = request.masks[1:]
         share = [0.0, *(0.0 if m is None else m.probability if m.min_bits == 0 else 0.5 * m.probability for m in masks)]
         sizes = (0.0, *(0.0 if m is None else 0.01 * numel for m in masks))
-        kept = tuple(round(s * numel) for s in share)
+        counts = tuple(round(s * numel) for s in share)
         part = tuple(s * x for s, x in zip(share, sizes, strict=True))
-        return Kept(sizes, part, kept, tuple(k // 2 for k in kept), tuple(0.01 * x for x in part))
+        return MeasuredMasked(sizes, part, counts, tuple(k // 2 for k in counts), tuple(0.01 * x for x in part))
     if isinstance(request, Divergence):
         return (1e-3,)
     total = 1.0 if request.nonzero else float(max(numel, *(k for _, k in request.ranks)))

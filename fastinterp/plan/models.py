@@ -37,7 +37,7 @@ class Model(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors of the checkpoint."""
+        """Bytes of all tensors of the checkpoint."""
         return 0 if self.checkpoint is None else self.checkpoint.nbytes
 
 
@@ -88,7 +88,7 @@ def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
     codes = _stored(encoded.codes, checkpoint)
     companions = tuple(_stored(entry, checkpoint) for entry in encoded.companions)
     nbytes = codes.nbytes + sum(companion.nbytes for companion in companions)
-    encoding = Encoding(codes.dtype, encoded.kept, encoded.decoder, companions, encoded.parameters)
+    encoding = Encoding(codes.dtype, encoded.kept_dtype, encoded.decoder, companions, encoded.parameters)
     return StoredInput(encoded.name, F32, encoded.shape, nbytes, codes.path, codes.start, encoding)
 
 

@@ -71,12 +71,12 @@ class Plan:
 
     @property
     def bytes_made(self) -> int:
-        """Of tensors of documents above that are stored until they are read."""
+        """Bytes of tensors of the documents above that are stored until they are read."""
         return sum(stage.nbytes for t in self.tensors for stage in t.before)
 
     @property
     def bytes_written(self) -> int:
-        """Of tensors. Headers and indexes are not counted: disk_bytes has them too."""
+        """Bytes of tensors. Headers and indexes are not counted: disk_bytes has them too."""
         return sum(layout.total_size for layout in self.layouts)
 
     @property
@@ -93,7 +93,7 @@ def make_plan(
     above    the documents above, if there are any; then `recipes` is the last document alone
     library  opens the checkpoints, and may have opened some already; None: a new one
     Raises: CheckpointError and ShapeError, if a checkpoint is damaged or does not fit the others; MethodError, if a
-    method cannot do what is asked of it; RecipeError, if documents do not fit each other; UsageError.
+    method does not accept its models or parameters; RecipeError, if documents do not fit each other; UsageError.
     """
     first = recipes[0]
     if len(recipes) > MAX_OUTPUTS:

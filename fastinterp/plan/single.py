@@ -39,7 +39,7 @@ class Document(msgspec.Struct, frozen=True):
 
 
 def find_named(recipe: Recipe, find: Callable[[ModelRef], Model], model: ModelRef) -> Model:
-    """What `find` returns for a model that a recipe names.
+    """The model that `find` returns for a name in a recipe.
 
     Raises: CheckpointError, with the place in the recipe, and where the model may be.
     """
@@ -68,12 +68,12 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     aligned = align_models(first, models, origin)
     assemblies = [Assembly(recipe, [c.tensors for c in aligned.models]) for recipe in recipes]
     aligned = replace(aligned, counts=tuple(assemblies[0].counts))
-    points = [assembly.targets for assembly in assemblies]
-    sidecars = {model: find_named(first, find, model) for model in sidecar_refs(points[0], first.method)}
-    tensors = plan_tensors(recipes, points, aligned.models, sidecars, origin)
+    targets = [assembly.targets for assembly in assemblies]
+    sidecars = {model: find_named(first, find, model) for model in sidecar_refs(targets[0], first.method)}
+    tensors = plan_tensors(recipes, targets, aligned.models, sidecars, origin)
     warnings = [*aligned.warnings, *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None)]
     warnings += aligned.uncounted(origin) if aligned.counts else []
-    warnings += dtype_warnings(first, points[0], origin)
+    warnings += dtype_warnings(first, targets[0], origin)
     if first.filters:
         from fastinterp.recipe.check import filter_warnings
 

@@ -36,10 +36,10 @@ def must_agree(tensor: PlannedTensor, first: str, other: str) -> ShapeError:
     )
 
 
-def sidecar_refs(points: Sequence[Target], method: Method) -> list[ModelRef]:
+def sidecar_refs(targets: Sequence[Target], method: Method) -> list[ModelRef]:
     """The further checkpoints that any target's parameters name, each once, in the order of their use."""
     keywords = [p.keyword for p in method.parameters if p.kind is Sidecar]
-    models = (model for t in points if not t.copies for keyword in keywords for _, model in _sidecars_of(t, keyword))
+    models = (model for t in targets if not t.copies for keyword in keywords for _, model in _sidecars_of(t, keyword))
     return list(dict.fromkeys(models))
 
 
@@ -53,30 +53,30 @@ def _sidecars_of(target: Target, keyword: str) -> Iterator[tuple[int, ModelRef]]
 
 def plan_tensors(
     recipes: Sequence[Recipe],
-    points: Sequence[Sequence[Target]],
+    targets: Sequence[Sequence[Target]],
     models: Sequence[Model],
     sidecars: Mapping[ModelRef, Model],
     origin: Model,
 ) -> tuple[PlannedTensor, ...]:
     """The targets of all recipes, which differ in parameters only, as planned tensors.
 
-    points    the targets of each recipe
+    targets   those of each recipe
     sidecars  further checkpoints by model; in the plan they follow the models
-    origin    whose dtypes are kept
+    origin    the model whose dtypes the output has
     Raises: ShapeError, if tensors do not fit together; MethodError, with the tensor's name; UsageError.
     """
-    for other in points[1:]:
-        if [(t.name, t.inputs) for t in other] != [(t.name, t.inputs) for t in points[0]]:
+    for other in targets[1:]:
+        if [(t.name, t.inputs) for t in other] != [(t.name, t.inputs) for t in targets[0]]:
             raise UsageError("recipes that share one read must make the same tensors of the same models")
-    _check_fit(points[0], models)
-    planner = _Planner(recipes, models, sidecars, origin, points[0])
-    tensors = tuple(planner.planned(targets) for targets in zip(*points, strict=True))
+    _check_fit(targets[0], models)
+    planner = _Planner(recipes, models, sidecars, origin, targets[0])
+    tensors = tuple(planner.planned(outputs) for outputs in zip(*targets, strict=True))
     whole = next((t.program for t in tensors if t.program is not None and t.program.whole), None)
     if whole is None:
         return tensors
-    # A request about the whole model reads the tensors, too, whose own method requests nothing.
+    # A request about the whole model reads the tensors, too, whose method requests nothing.
     planner.whole_reads = tuple(read for read in whole.reads if read[0] == "select")
-    return tuple(planner.planned(targets) for targets in zip(*points, strict=True))
+    return tuple(planner.planned(outputs) for outputs in zip(*targets, strict=True))
 
 
 class _Planner:
@@ -117,8 +117,8 @@ class _Planner:
                 inputs = [(i, tensor) for i, tensor in inputs if i == chosen] or inputs
             return _unsummed(target.name, lead.dtype, lead, inputs)
         # An output keeps the dtype of the model whose config.json is copied, which need not be merged itself.
-        kept = (_dtype_source(target, self._origin) or lead).kept_dtype
-        dtype = recipe.out_dtype or recipe.dtype or (kept if kept.merges else lead.kept_dtype)
+        stored = (_dtype_source(target, self._origin) or lead).kept_dtype
+        dtype = recipe.out_dtype or recipe.dtype or (stored if stored.merges else lead.kept_dtype)
         if target.copies:
             return _summed(target.name, dtype, lead, inputs, [Combine((1.0,))] * len(targets))
         self._check_count(target)
@@ -172,7 +172,7 @@ class _Planner:
         return lambda: request
 
     def _checked(self, call: Callable[[], Any], name: str, recipe: Recipe) -> Any:
-        """What the method returns. Raises: MethodError, with its place in the recipe."""
+        """The return value of the method's call. Raises: MethodError, with its path and file in the recipe."""
         try:
             request = call()
         except MethodError as error:

@@ -28,10 +28,10 @@ from fastinterp.recipe.references import ModelRef
 from fastinterp.tokenizer.embedding_rows import (
     RowPlan,
     RowSource,
+    embedding_row_count,
     embeddings,
     plan_rows,
     row_of,
-    rows_found,
 )
 from fastinterp.tokenizer.tied_embeddings import config_changes, is_tied, ties, vocab_size_of, with_changes
 
@@ -119,7 +119,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
 
 
 def align_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> AlignedModels:
-    """Give every model the output layer and the vocabulary that the recipe asks for, or that the others have.
+    """Give every model the output layer and the vocabulary that the recipe names, or that the others have.
 
     Raises: CheckpointError, if a tokenizer or configuration that has to be read is missing or damaged; ShapeError, if
     rows of embeddings cannot be moved.
@@ -142,15 +142,15 @@ def align_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> Alig
 
 def _renamed(model: Model, aliases: Mapping[str, str], dropped: Sequence[str]) -> dict[str, TensorInput]:
     """A model's tensors, with its input embedding as the output layer that it lacks, and without those dropped."""
-    kept = {n: e for n, e in model.tensors.items() if n not in dropped}
-    return kept | {n: replace(model.tensors[source], name=n) for n, source in aliases.items()}
+    tensors = {n: e for n, e in model.tensors.items() if n not in dropped}
+    return tensors | {n: replace(model.tensors[source], name=n) for n, source in aliases.items()}
 
 
 def _with_vocabulary(
     recipe: Recipe, aligned: AlignedModels, known: Sequence[Model], tensors: list[dict[str, TensorInput]],
     configs: Sequence[Mapping[str, Any]],
 ) -> AlignedModels:  # fmt: skip
-    """`aligned` with the vocabulary that the recipe asks for."""
+    """The aligned models, with the vocabulary that the recipe names."""
     from fastinterp.tokenizer.files import rowless, tokenizer_files
     from fastinterp.tokenizer.vocabulary import join, read_vocabulary, rows_of
 
@@ -288,7 +288,7 @@ def _rows(model: Model, tensors: Mapping[str, TensorInput], config: Mapping[str,
     """Rows of a model's embeddings: as its configuration says, if there are such, else as the input embedding has."""
     size = vocab_size_of(config, str(model.root / CONFIG))
     if size is None or not embeddings(tensors, size):
-        size = rows_found(tensors)
+        size = embedding_row_count(tensors)
     if size is None:
         raise CheckpointError(
             f"{model.name} has no embedding that is known by its name, so no rows can follow a vocabulary. Leave "
@@ -298,7 +298,7 @@ def _rows(model: Model, tensors: Mapping[str, TensorInput], config: Mapping[str,
 
 
 def _template(recipe: Recipe, models: Sequence[Model]) -> str | None:
-    """The chat template that the recipe asks for; None: that of the tokenizer files."""
+    """The chat template that the recipe names; None: that of the tokenizer files."""
     spec = recipe.chat_template
     if spec is None:
         return None
@@ -315,7 +315,7 @@ def _tied(
     says_tied: bool,
     configs: Sequence[Mapping[str, Any]],
 ) -> bool | None:
-    """What the output's configuration has to say instead of what the origin's says, or None."""
+    """The value of the output's `tie_word_embeddings`, if it must differ from the origin's; else None."""
     if is_tied(out) != is_tied(origin):
         return is_tied(out)
     # A configuration that says tied makes software ignore the output layer that is stored.

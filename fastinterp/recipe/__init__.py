@@ -1,1 +1,1 @@
-"""What the user wants: recipes, read strictly and without touching a checkpoint."""
+"""Recipes: the description of a merge, read strictly and without touching a checkpoint."""

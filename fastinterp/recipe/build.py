@@ -196,8 +196,8 @@ class Builder:
         whole       no source was left out for an error
         """
         at_base = None if base is None else self._index(base)
-        alone = len(sources) == 1 and (sliced or path.startswith("$.modules."))
-        copies = alone and (self.method.models[0] > 1 or at_base is not None)
+        is_single = len(sources) == 1 and (sliced or path.startswith("$.modules."))
+        copies = is_single and (self.method.models[0] > 1 or at_base is not None)
         complete = []
         for i, source in enumerate(sources):
             level: Level = {}
@@ -280,7 +280,7 @@ class Builder:
         return model
 
     def _index(self, model: ModelRef) -> int:
-        """Of the model in `models`, which gets it if it is new."""
+        """The index of the model in `models`, to which it is added if it is new."""
         if model not in self.models:
             self.models.append(model)
         return self.models.index(model)

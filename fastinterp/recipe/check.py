@@ -23,7 +23,7 @@ _CANCEL = 0.1  # weights whose sum is below this share of their magnitudes are s
 
 @dataclass(frozen=True)
 class Findings:
-    """What `check_recipe` found, in the order of the recipe's lines.
+    """The findings of `check_recipe`, in the order of the recipe's lines.
 
     errors    the merge would end with one of them
     warnings  about what is allowed, but hardly meant; never raised
@@ -157,7 +157,7 @@ def _close_part(pattern: str, names: Sequence[str]) -> str:
 
 
 def _longer_numbers(pattern: str, names: Sequence[str]) -> str:
-    """What `layers.1` matches beside itself: layers.10, if there is one."""
+    """The pattern and the digits that follow it in some name: `layers.10` for `layers.1`; empty, if there are none."""
     for name in names:
         _, match, rest = name.partition(pattern)
         if match and rest[:1].isdecimal():

@@ -28,14 +28,14 @@ _CHOICES = {"rounding": ("nearest", "stochastic"), "fp8_overflow": ("saturate", 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to merge, and how.
+    """A recipe: the models of a merge, its method and parameters, and how the output is stored.
 
     models        every model that is merged, once, in the order in which the method sees them where they are merged
                   whole; its base, if it uses one, is the first
     base          index of the recipe's base in `models`, or None
     origin        the model that config and tokenizer come from: base_model, else the first model listed; never an
                   earlier document, but what its config comes from
-    parameters    what the method is given, if that is the same for every tensor: name -> one value, or a tuple with one
+    parameters    arguments of the method, if they are the same for every tensor: name -> one value, or a tuple with one
                   per model other than the base; else None: see targets.py
     dtype         as mergekit's: dtype of the output, unless `out_dtype` says otherwise; None keeps each tensor's own
     rounding      "nearest" or "stochastic"
@@ -44,7 +44,7 @@ class Recipe:
     integers      the one of `models` whose integer tensors are taken where the models differ, or None: they must agree
     text          the recipe for receipts: the user's own text, or YAML of the mapping that was given
     file          what messages call the source, or None
-    coefficients  what the method asked for, if that is the same for every tensor and known without reading any;
+    coefficients  the sum that the method returned, if that is the same for every tensor and known without reading any;
                   else None; read it through `combine`
     sections      what is put together of what
     base_model    as the recipe has it, whether the method uses it or not
@@ -94,16 +94,16 @@ class Recipe:
         return any(pattern is not None for level in levels for value in level.values() for pattern, _ in value.cases)
 
     def combine(self, tensor: str) -> Combine:
-        """What the method asks for the tensor of this name, where that is the same for every tensor.
+        """The sum that the method returns for the tensor of this name, where that is the same for every tensor.
 
         Raises: ValueError, if it is not.
         """
         if self.coefficients is None:
-            raise ValueError("what the method asks for is not the same for every tensor")
+            raise ValueError("the sum of the method is not the same for every tensor")
         return self.coefficients
 
     def path_of(self, model: ModelRef) -> str:
-        """Where the recipe names a model, or a side-car: `$.models[0].model`; `$`, if it does not."""
+        """The path at which the recipe names a model, or a side-car: `$.models[0].model`; `$`, if it does not."""
         written = [(ModelRef.of(text), path) for text, path in references(self.document.value, "$")]
         written += sidecar_paths(self.method, self.sections).items()
         # The long form has the path by itself.
@@ -342,7 +342,7 @@ def _path_of_parameter(method: Method, group: MergeGroup, message: str) -> str:
 def _coefficients(
     document: Document, method: Method, group: MergeGroup, parameters: Mapping[str, Any]
 ) -> Combine | None:
-    """The sum that the method asks for, whatever the tensor; None, if that depends on the tensor.
+    """The sum that the method returns, whatever the tensor; None, if that depends on the tensor.
 
     Raises: MethodError with path and line, also for a coefficient that float32 cannot hold.
     """

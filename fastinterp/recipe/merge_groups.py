@@ -1,4 +1,4 @@
-"""What a recipe puts together, as plain values: sections (modules) of merge groups (slices) of sources (models).
+"""The parts of a recipe, as plain values: sections (modules) of merge groups (slices) of sources (models).
 
 Structs, not dataclasses: those take longer to make than a small recipe takes to read.
 """
@@ -52,7 +52,7 @@ class MergeGroup(msgspec.Struct, frozen=True):
     path: str
 
     def levels_of(self, i: int | None) -> tuple[Level, ...]:
-        """Where a parameter of source i is looked for, the nearest first; None: one for the whole merge."""
+        """The levels that may set a parameter of source i, the nearest first; None: one for the whole merge."""
         return self.levels if i is None else (self.sources[i].parameters, *self.levels)
 
     @property

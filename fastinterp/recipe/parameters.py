@@ -79,7 +79,7 @@ class Levels:
         return parsed
 
     def finish(self, groups: tuple[MergeGroup, ...]) -> None:
-        """See that every value is used by some group, and that none that is needed is missing.
+        """Check that every value is used by some group, and that none that is needed is missing.
 
         Raises: RecipeError; MethodError, if a value is missing.
         """
@@ -130,7 +130,7 @@ class Levels:
 
 
 def _takers(group: MergeGroup, parameter: Parameter) -> tuple[int | None, ...]:
-    """What takes a value of the parameter: all sources but the base, or (None) the group as a whole."""
+    """The sources that take a value of the parameter: all sources but the base, or (None) the group as a whole."""
     if group.copies:
         return ()
     return tuple(range(group.has_base, len(group.sources))) if parameter.each else (None,)

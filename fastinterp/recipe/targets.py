@@ -39,10 +39,10 @@ class Target(msgspec.Struct, frozen=True):
     """One output tensor.
 
     inputs         (index in Recipe.models, name of the tensor there), in the order in which the method sees them
-    parameters     keyword -> what the method is given: one value, or a tuple with one per input other than the base.
+    parameters     keyword -> argument of the method: one value, or a tuple with one per input other than the base.
                    Tensors with equal parameters have the same object here
     layer, layers  index of its layer and their number, in the output; None and 0 if it is in no layer
-    copies         the method is not asked: the one input is copied
+    copies         the method is not called: the one input is copied
     has_base       the first input is the method's base
     """
 
@@ -72,7 +72,7 @@ def targets(recipe: Recipe, names: Sequence[Collection[str]]) -> list[Target]:
     """The output's tensors, in the order of the lead model.
 
     names  of each of Recipe.models, those of its tensors
-    Raises: ShapeError, if models that are merged have different tensors; RecipeError, if a slice or module asks for
+    Raises: ShapeError, if models that are merged have different tensors; RecipeError, if a slice or module names
     what is not there, two modules take one tensor, or a required parameter has no value for a tensor.
     """
     return Assembly(recipe, names).targets
@@ -185,7 +185,7 @@ class Assembly:
     def _blocks(self, source: MergeSource, section: Section, stack: Stack) -> dict[int, list[str]]:
         """Layer -> the names of its tensors, behind the number of the layer.
 
-        Raises: RecipeError, if the source does not have the layers that it is asked for.
+        Raises: RecipeError, if the source does not have the layers that the recipe names.
         """
         layers = self._layers_of(source, section)
         of_source = next((s for s in layers.stacks if s.prefix == stack.prefix), None)

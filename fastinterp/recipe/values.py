@@ -38,7 +38,7 @@ class Value(msgspec.Struct, frozen=True):
         return self.cases[0][0] is None and not isinstance(self.cases[0][1], tuple)
 
     def case(self, name: str) -> int | None:
-        """Which of the cases the tensor of this name gets; None, if none matches."""
+        """The index of the case that the tensor of this name gets; None, if none matches."""
         return next((i for i, (pattern, _) in enumerate(self.cases) if pattern is None or pattern in name), None)
 
     def pick(self, case: int, position: LayerPosition | None) -> Any:

@@ -1,7 +1,7 @@
 """The numeric contract in numpy: slow, obvious, the specification that every backend is compared with, byte for byte.
 
 Raw tensors are uint8 arrays of any alignment; `codes` are their elements as unsigned integers of the storage width.
-Compute dtype: float32, or float64 if an input that the row reads is F64. Each row has its own, so an output does not
+Compute dtype: float32, or float64 if an input that the row reads is F64. It is set per row, so an output does not
 depend on which other outputs share its read. Coefficients are float64 on the host, rounded once to the compute dtype.
 Sources: IEEE 754-2019; OCP FP8 (E4M3 is "e4m3fn": no Inf, S.1111.111 is NaN); Salmon et al. 2011 (Philox).
 """
@@ -60,15 +60,15 @@ def is_nan(codes: Array, dtype: DType) -> Array:
     """Which of `codes` are NaN: bool[numel]."""
     fmt = FORMATS[dtype]
     inf = fmt.largest if dtype is F8_E4M3 else fmt.largest + 1
-    found: Array = (codes & (fmt.sign - 1)) > inf
-    return found
+    nan: Array = (codes & (fmt.sign - 1)) > inf
+    return nan
 
 
 def is_inf(codes: Array, dtype: DType) -> Array:
     """Which of `codes` are +Inf or -Inf: bool[numel]; never true for F8_E4M3, which has none."""
     fmt = FORMATS[dtype]
-    found: Array = (codes & (fmt.sign - 1)) == fmt.largest + 1
-    return found & (dtype is not F8_E4M3)
+    infinite: Array = (codes & (fmt.sign - 1)) == fmt.largest + 1
+    return infinite & (dtype is not F8_E4M3)
 
 
 def widen(raw: Array, dtype: DType) -> Array:
@@ -148,8 +148,8 @@ def narrow(
 def _nearest_increment(significand: Array, drop: Array) -> Array:
     one = np.uint64(1)
     half = (one << drop) >> one  # 0 if nothing is dropped
-    odd = (significand >> drop) & one
-    return np.where(half > 0, half - one + odd, 0).astype(np.uint64)
+    last_bit = (significand >> drop) & one
+    return np.where(half > 0, half - one + last_bit, 0).astype(np.uint64)
 
 
 def _stochastic_increment(words: Array, drop: Array) -> Array:
@@ -244,8 +244,8 @@ def combine(
         outputs.append(codes.view(np.uint8))
         unmoved = narrow(p, out_dtype, fp8_overflow=fp8_overflow)
         stored = widen(outputs[j], out_dtype)
-        found = None if row.is_copy else sampled_stats(list(x.values()), p, change, stored, codes != unmoved, sampled)
-        stats.append(found)
+        changed = codes != unmoved
+        stats.append(None if row.is_copy else sampled_stats([*x.values()], p, change, stored, changed, sampled))
     return outputs, stats
 
 

@@ -45,7 +45,7 @@ def fma64(a: Any, b: Any, c: Any) -> Array:
         y = v_high + _sum_to_odd(t_low, v_low)
         factors_finite = np.isfinite(a) & np.isfinite(b)
         plain = (a == 0) | (b == 0) | ~factors_finite | ~np.isfinite(c)
-        # An infinite c wins over a finite product, even over one that would overflow on its own.
+        # An infinite c wins over a finite product, even over one that would overflow.
         y = np.where(plain, np.where(factors_finite & ~np.isfinite(c), c, a * b + c), y)
         ea, eb, ec = (np.frexp(v)[1] for v in (a, b, c))
         safe = (abs(ea) < 960) & (abs(eb) < 960) & (abs(ea + eb) < 900) & ((abs(ec) < 900) | (c == 0))

@@ -109,7 +109,7 @@ def embeddings(tensors: Mapping[str, HasShape], vocab_size: int | None) -> tuple
     first weight of an input embedding.
     """
     if vocab_size is None:
-        vocab_size = rows_found(tensors)
+        vocab_size = embedding_row_count(tensors)
     return tuple(
         name for name, e in tensors.items()
         if named_as_embedding(name) and len(e.shape) in (1, 2) and e.shape[0] == vocab_size
@@ -121,8 +121,8 @@ def named_as_embedding(name: str) -> bool:
     return _module(name) in MODULES
 
 
-def rows_found(tensors: Mapping[str, HasShape]) -> int | None:
-    """Rows of the input embedding, by its name alone; None if no tensor has one."""
+def embedding_row_count(tensors: Mapping[str, HasShape]) -> int | None:
+    """Number of rows of the input embedding, which is recognised by its name; None if no tensor is one."""
     for kind in _INPUTS:
         for name, e in tensors.items():
             if _module(name) == kind and name.endswith(".weight") and len(e.shape) == 2:

@@ -112,17 +112,17 @@ class EndpointOperands:
         return self.device is not None and all(self._on_device(o) for model in self.operands for o in model)
 
     def executor(self, sinks: Sequence[Handle]) -> PumpExecutor | StreamedExecutor:
-        """What runs steps from the end points into `sinks`."""
+        """The executor that runs steps from the end points into `sinks`."""
         if self.device is None:
             return self._pumped(sinks)
         return StreamedExecutor(current_queue(self.device), self.handles, sinks, self._pumped)
 
     def resident(self, sinks: Sequence[Handle]) -> ResidentExecutor:
-        """The same, from what kernels reach."""
+        """The executor of a device, from the end points that its kernels reach."""
         return ResidentExecutor(device_of(self.device), current_queue(self.device), self.handles, sinks)
 
     def _pumped(self, sinks: Sequence[Handle]) -> PumpExecutor:
-        """The same on the CPU, from what it reaches."""
+        """The executor of the CPU, from the end points that it reaches."""
         read, write = _FROM_FILES if self._files.fds else _FROM_MEMORY
         sources = [("memory", 0, 0) if _is_device(handle) else handle for handle in self.handles]
         options = PumpOptions(isa=self._isa, threads=self._threads, write_bytes=write, read_bytes=read)
@@ -190,7 +190,7 @@ def _copy(operand: Stored, sink: int, nbytes: int) -> TensorStep:
 
 
 def _copy_by_kernel(operand: Stored, sink: int, nbytes: int) -> TensorStep:
-    """The same for kernels of a device, which combine elements: a sum of one tensor, in its own dtype."""
+    """The step of a copy for kernels of a device, which combine elements: a sum of one tensor, in its dtype."""
     step = Combine(
         inputs=(operand,), numel=nbytes // _width(operand), sinks=(sink,), offsets=(0,), out_dtype=operand.dtype,
         rows=(Row(0),),

@@ -108,7 +108,7 @@ class Live:
                 inputs.insert(0, self._original)
             self._own_weights = Row(len(inputs))  # a copy of the last input
             inputs.append(self._original)
-            places = [_place(i, w, [operands[i] for operands in inputs]) for i, w in enumerate(self._weights)]
+            places = [_tensor_io(i, w, [operands[i] for operands in inputs]) for i, w in enumerate(self._weights)]
             kind = "memory" if self._device is None else "device"
             self._writer = ModuleWriter(self._operands, places, [(kind, w.address, w.nbytes) for w in self._weights])
             if hooks:
@@ -119,12 +119,12 @@ class Live:
 
     @property
     def alphas(self) -> dict[str, float] | None:
-        """Where the module is: what `set` was given last, 0 for what it was not given. None: at its own weights."""
+        """The point at which the module is: the last of `set`, 0 for directions not named. None: at its own weights."""
         return None if self._alphas is None else dict(self._alphas)
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """What `set` takes: the names of the directions, or `alpha` on a line."""
+        """The keywords of `set`: the names of the directions, or `alpha` on a line."""
         return self._names
 
     def set(self, alpha: float | Mapping[str, float] | None = None, /, **alphas: float) -> None:
@@ -221,8 +221,8 @@ class Live:
         if block is None:
             raise BackendError(f"{sum(sizes.values())} bytes for a copy of the module's own weights cannot be had")
         sinks = [block.handle(w.name) for w in self._weights]
-        own = [self._operands.add(w.tensor, w.dtype) for w in self._weights if w.dtype]
-        self._operands.copy(own, sinks, [*sizes.values()])
+        weights = [self._operands.add(w.tensor, w.dtype) for w in self._weights if w.dtype]
+        self._operands.copy(weights, sinks, [*sizes.values()])
         return self._operands.add_block(block, self._weights)
 
     def _restore(self) -> None:
@@ -276,8 +276,8 @@ class Live:
         return Combine((1.0 - alpha, alpha), sums_to_one=True).row()
 
 
-def _place(i: int, weight: Weight, operands: Sequence[Stored]) -> TensorIO:
-    """What weight number `i` is computed from, and sink number `i`, where it goes."""
+def _tensor_io(i: int, weight: Weight, operands: Sequence[Stored]) -> TensorIO:
+    """The operands of weight number `i`, and sink number `i`, to which it is written."""
     code = (weight.dtype.code if weight.dtype else None) or 0
     return TensorIO(weight.name, weight.shape, tuple(operands), (weight.nbytes,) * len(operands), code, weight.nbytes,
                  (i,), (0,), ())  # fmt: skip

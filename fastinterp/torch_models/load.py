@@ -173,7 +173,7 @@ def allocate(planned: Iterable[PlannedTensor], framework: str) -> tuple[dict[str
 
 @dataclass(frozen=True)
 class _Destination:
-    """Where loaded tensors go. device: of torch; None: they stay in the CPU's memory. Raises: BackendError."""
+    """The destination of tensors. device: of torch; None: they stay in the CPU's memory. Raises: BackendError."""
 
     framework: Framework
     device: Any

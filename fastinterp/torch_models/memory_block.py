@@ -34,7 +34,7 @@ class MemoryBlock:
         return max(1, sum(map(_padded, sizes.values())))
 
     def handle(self, key: Hashable) -> Memory:
-        """Where one tensor is."""
+        """The memory of one tensor."""
         start, nbytes = self._spans[key]
         return self._kind, int(self._block.data_ptr()) + start, nbytes
 

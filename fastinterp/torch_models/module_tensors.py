@@ -195,7 +195,7 @@ class Mismatches:
                 self.add(f"{name} of {model} is not in the module")
 
     def check_contiguous(self, weights: Iterable[Weight]) -> None:
-        """See that what will be written is contiguous."""
+        """Check that tensors to be written are contiguous."""
         for weight in weights:
             if not weight.tensor.is_contiguous():
                 self.add(f"{weight.name} is not contiguous in the module: use .contiguous()")
@@ -226,7 +226,7 @@ def equal_bytes(x: Any, y: Any) -> bool:
 
 
 def tied_error(first: str, other: str, difference: str) -> ShapeError:
-    """Of tensors that are tied in the module, but not equal in a model. difference: `differ in base/`, say."""
+    """The error of tensors tied in the module, but not equal in a model. difference: `differ in base/`, say."""
     return ShapeError(
         f"{first} and {other} are one tensor in the module, but {difference}. "
         "Untie them: tie_word_embeddings=False in the module's configuration",
@@ -235,7 +235,7 @@ def tied_error(first: str, other: str, difference: str) -> ShapeError:
 
 
 def increment_versions(weights: Iterable[Weight]) -> None:
-    """Tell autograd that the weights changed in place, so that a backward pass over old values is an error."""
+    """Increment the versions of weights that changed in place, so that a backward pass over old values is an error."""
     import torch
 
     for weight in weights:

@@ -27,7 +27,7 @@ class StreamOrder:
         self._changed: tuple[int, Event] | None = None  # stream of the last change, and its end
 
     def step(self) -> None:
-        """What this thread puts into its current stream comes after the last change."""
+        """Order what this thread puts into its current stream after the last change."""
         queue = current_queue(self._device)
         with self._lock:
             self._steps[queue.handle] = queue

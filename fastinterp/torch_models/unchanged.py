@@ -25,8 +25,8 @@ class TensorWatch:
                 slots.update({f"{prefix}.{name}".lstrip("."): (held, name, x) for name, x in held.items()})
         names = [name for w in weights if w.nbytes for name in w.names]
         # A name that a module's own state_dict has made up is in no slot.
-        found = [slots.get(name) for name in names]
-        self._tensors = [(*slot, slot[2].data_ptr()) for slot in found if slot is not None and slot[2] is not None]
+        named = [slots.get(name) for name in names]
+        self._tensors = [(*slot, slot[2].data_ptr()) for slot in named if slot is not None and slot[2] is not None]
         self._quick = len(self._tensors) == len(names)
 
     def gone(self) -> list[str]:

@@ -18,12 +18,12 @@ class ModuleWriter:
     """Writes one sum for all tensors of a module.
 
     operands  what the sums read
-    places    of the module's tensors, whose sinks are numbers of `sinks`
+    places    TensorIO of the module's tensors, whose sinks are numbers of `sinks`
     """
 
     def __init__(self, operands: EndpointOperands, places: Sequence[TensorIO], sinks: Sequence[Handle]):
         self._operands, self._sinks = operands, sinks
-        self._places = [place for place in places if place.numel]
+        self._places = [io for io in places if io.numel]
         self._all_on_device = operands.all_on_device
         self._ready: dict[tuple[int, ...], list[Piece]] = {}  # pieces by the inputs that they read
 
@@ -32,12 +32,12 @@ class ModuleWriter:
         waited for, and little work for the host: at 4 TB/s a model takes milliseconds.
         """
         if not self._all_on_device:
-            self._operands.executor(self._sinks).run([place.combine([row], [0]) for place in self._places])
+            self._operands.executor(self._sinks).run([io.combine([row], [0]) for io in self._places])
             return
-        inputs, (own,) = renumbered([row])
+        inputs, (renumbered_row,) = renumbered([row])
         if inputs not in self._ready:
-            steps = [place.combine([row], [0]) for place in self._places]
+            steps = [io.combine([row], [0]) for io in self._places]
             self._ready[inputs] = self._operands.resident(self._sinks).pieces(steps)
         if self._places:
-            pieces = [replace(piece, step=replace(piece.step, rows=(own,))) for piece in self._ready[inputs]]
+            pieces = [replace(piece, step=replace(piece.step, rows=(renumbered_row,))) for piece in self._ready[inputs]]
             current_queue(self._operands.device).run(pieces)

@@ -6,7 +6,7 @@ test_triton.py runs this file in a process of its own where they are interpreted
     TRITON_INTERPRET=1 python -m pytest tests/devices/test_gpu.py -k "triton and not sanitized and not 291"
 
 Cases are those of the shared tables that are small enough for an interpreter: every other one of up to 8 inputs and 3
-outputs, and a few of the rest; CUDA's sums have them all in test_same_bits.py. By rank no keep is tested, since no
+outputs, and a few of the rest; CUDA's sums have them all in test_same_bits.py. No mask by rank is tested, since no
 kernel draws those. Those that are named sanitized are for compute-sanitizer: of each kind of kernel a few.
 """
 
@@ -26,11 +26,11 @@ from fastinterp import _C
 from fastinterp.ops import steps
 from fastinterp.ops.combine import Combine
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64
-from fastinterp.ops.requests import Mask, MaskedCombine, MeasureKept, Score, Select
+from fastinterp.ops.requests import Mask, MaskedCombine, MeasureMasked, Score, Select
 from fastinterp.reference import combine as reference
 from fastinterp.reference import groups as reference_groups
 from fastinterp.reference.select import select
-from tests.numerics import test_groups, test_keeps, test_masked, test_select
+from tests.numerics import test_groups, test_masked, test_masks, test_select
 from tests.numerics.test_same_bits import assert_same_stats
 from tests.support import backends, pumps
 from tests.support.backends import assert_same_bits
@@ -279,26 +279,26 @@ def test_importance(dtype):
     test_masked.test_importance("", dtype, "patterns")
 
 
-KEEPS = {**test_keeps.KEEPS, "band": Mask(0x39000000, 0x3C000000, 0.7)}
+MASKS = {**test_masks.MASKS, "band": Mask(0x39000000, 0x3C000000, 0.7)}
 FACTORS = array("f", (0.5 + r % 3 for r in range(30))).tobytes()
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "keeps", "score"),
+    ("dtypes", "masks", "score"),
     [
         ((BF16, F32, BF16, F16), ("least", "random", "band"), None),
         ((F64, BF16, F64), ("least", None), None),
         ((F8_E4M3, F8_E5M2, F16), ("least", "random"), Score("variance", b"", 0x38000000)),
         ((BF16, BF16, BF16), ("least", "all"), Score("divergence", FACTORS, 0x3A000000)),
     ],
-    ids=["keeps", "f64", "variance", "divergence"],
+    ids=["masks", "f64", "variance", "divergence"],
 )
-def test_what_keeps_leave(dtypes, keeps, score, monkeypatch):
+def test_masked_stats(dtypes, masks, score, monkeypatch):
     if score is None:
         monkeypatch.setattr(DevicePump, "most", 16384)  # a chunk
-    shape, asked = (30, 613), tuple(None if name is None else KEEPS[name] for name in keeps)
+    shape, chosen = (30, 613), tuple(None if name is None else MASKS[name] for name in masks)
     data = raws("normal", list(dtypes), math.prod(shape))
-    test_keeps.check_kept("", data, list(dtypes), asked, shape, 1, score)
+    test_masks.check_masked_stats("", data, list(dtypes), chosen, shape, 1, score)
 
 
 # --- the device ------------------------------------------------------------------------------------------------------
@@ -326,10 +326,10 @@ def test_memory_and_copies(device):
 def test_what_is_refused(device):
     refuses, by_rank = device.refuses, Mask(probability=0.5, rank_slope=0.1)
     assert "divergence" in refuses(steps.Divergence(inputs=stored([F32, F32]), numel=4, columns=4))
-    for keep, why in ((by_rank, "random masks by rank"), (Mask(probability=0.5), None)):
-        ask = MeasureKept((by_rank, keep))
+    for mask, why in ((by_rank, "random masks by rank"), (Mask(probability=0.5), None)):
+        ask = MeasureMasked((by_rank, mask))
         assert refuses(pumps.stats_step(ask, [F32, F32], (4,), name="", seed=0)) == why
-        sums = [MaskedCombine((0.0, 1.0), masks=(Mask(), keep))]
+        sums = [MaskedCombine((0.0, 1.0), masks=(Mask(), mask))]
         assert refuses(pumps.masked_step(sums, [F32, F32], F32, (4,), name="", seed=0)) == why
     encoded = steps.Stored(0, 0, code(F32), steps.Decoder("int8", 4))
     assert refuses(steps.Measure(inputs=(encoded,), numel=4)) == "encoded inputs"
@@ -352,7 +352,7 @@ SANITIZED = {
     "rows": lambda _, patch: test_measures_of_rows_of_several_chunks(),
     "histogram": lambda _, patch: test_order_statistics(kind="divergence", dtypes=(BF16,) * 3),
     "masked": lambda _, patch: test_sums_with_masks(names=("random", "divergence"), kind="close"),
-    "kept": lambda _, patch: test_what_keeps_leave((BF16, BF16), ("least",), None, patch),
+    "masked_stats": lambda _, patch: test_masked_stats((BF16, BF16), ("least",), None, patch),
 }
 
 

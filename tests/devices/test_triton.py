@@ -102,7 +102,7 @@ MASKED.pop("PER")
 HISTOGRAM = {
     "N": 2, "DT": (BF16, BF16), "WIDE": False, "SCORE": 0, "ALIGN": 16, "STRIPS": 4, "STEPS": 4,
 }  # fmt: skip
-KEPT = {
+MASKED_STATS = {
     "N": 2, "DT": (BF16, BF16), "WIDE": False, "DELTAS": (0,), "RANDOM": (True,), "SCORE": 0, "L1": True,
     "SQUARES": True, "ALIGN": 16, "TILES": 1, "STEPS": 4,
 }  # fmt: skip
@@ -125,7 +125,7 @@ CASES = {
     "scores": (histogram_kernel, COUNTED, HISTOGRAM | {"SCORE": 1}, 4),
     "masked": (masked_sum_kernel, SUMS, MASKED, 4),
     "masked_sampled": (masked_sum_effect_kernel, STATISTICS + "*fp64", effect(MASKED, False), 4),
-    "kept": (masked_stats_kernel, MASKED_STATISTICS, KEPT, 2),
+    "masked_stats": (masked_stats_kernel, MASKED_STATISTICS, MASKED_STATS, 2),
 }
 
 
@@ -175,7 +175,7 @@ def test_elements_move_in_16_bytes(n, dtype, target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["masked", "measure", "histogram", "kept"])
+@pytest.mark.parametrize("kernel", ["masked", "measure", "histogram", "masked_stats"])
 def test_other_kernels_load_16_or_8_bytes(kernel):
     loads, _ = memory_of(case(kernel, SM90).asm["ptx"])
     assert loads

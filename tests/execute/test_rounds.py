@@ -260,7 +260,7 @@ def test_a_request_about_the_whole_model_sees_all_tensors(tmp_path, monkeypatch)
     small.save(tmp_path / "b", {f"t{k}": v for k, v in enumerate(values)})
     monkeypatch.setattr(rounds, "HELD_BYTES", 1)
     fastinterp.merge(recipe("trimmed", [str(tmp_path / "b")], base_model=str(tmp_path / "a")), tmp_path / "out")
-    assert {n: (s.value, s.kept) for n, s in answers.items()} == {f"t{k}": (50.0, 10) for k in range(3)}
+    assert {n: (s.value, s.count) for n, s in answers.items()} == {f"t{k}": (50.0, 10) for k in range(3)}
 
 
 # --- side-cars, errors, receipts -------------------------------------------------------------------------------------

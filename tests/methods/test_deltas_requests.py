@@ -15,12 +15,12 @@ from fastinterp.ops.combine import Combine, Tensor
 from fastinterp.ops.requests import (
     ALL_BITS,
     Divergence,
-    Kept,
     Mask,
     MaskedCombine,
     Measure,
     Measured,
-    MeasureKept,
+    MeasuredMasked,
+    MeasureMasked,
     Score,
     Select,
     Selected,
@@ -111,19 +111,19 @@ def test_dare_folds_the_l1_ratio_into_the_weights():
     measure, total = asks(
         "dare_linear",
         4,
-        Kept((0.0, 6.0, 8.0, 1.0), (0.0, 3.0, 2.0, 1.0), (0, 5, 5, 9), (0, 0, 0, 0)),
+        MeasuredMasked((0.0, 6.0, 8.0, 1.0), (0.0, 3.0, 2.0, 1.0), (0, 5, 5, 9), (0, 0, 0, 0)),
         weight=(1.0, 2.0, 3.0),
         density=(0.5, 0.25, 1.0),
     )
-    asked = (Mask(), Mask(probability=0.5), Mask(probability=0.25), None)
-    assert measure == MeasureKept(asked, squares=False), "density 1 needs no measure"
+    masks = (Mask(), Mask(probability=0.5), Mask(probability=0.25), None)
+    assert measure == MeasureMasked(masks, squares=False), "density 1 needs no measure"
     assert total == MaskedCombine((0.0, 2.0, 8.0, 3.0), masks=(*measure.masks[:3], Mask()))
 
 
 @pytest.mark.parametrize("l1", [(5e-8, 5e-8), (1.0, 5e-8), (0.0, 0.0)], ids=str)
 def test_the_l1_ratio_is_1_where_a_sum_is_next_to_nothing(l1):
-    kept = Kept((0.0, l1[0]), (0.0, l1[1]), (0, 1), (0, 0))
-    assert asks("dare_linear", 2, kept, weight=(2.0,), density=(0.5,))[1].weights == (0.0, 2.0)
+    measured = MeasuredMasked((0.0, l1[0]), (0.0, l1[1]), (0, 1), (0, 0))
+    assert asks("dare_linear", 2, measured, weight=(2.0,), density=(0.5,))[1].weights == (0.0, 2.0)
 
 
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])
@@ -136,9 +136,9 @@ def test_dare_of_the_paper_divides_by_the_density(name, preset):
 
 
 def test_a_sum_that_is_not_finite_cannot_be_rescaled_to():
-    kept = Kept((0.0, float("inf")), (0.0, 1.0), (0, 1), (0, 0))
+    measured = MeasuredMasked((0.0, float("inf")), (0.0, 1.0), (0, 1), (0, 0))
     with pytest.raises(MethodError, match=r"^t of model 1 .* NaN or Inf.*`rescale: false`"):
-        asks("dare_linear", 2, kept, weight=1.0, density=0.5)
+        asks("dare_linear", 2, measured, weight=1.0, density=0.5)
 
 
 @pytest.mark.parametrize("name", ["della", "della_linear"])
@@ -154,7 +154,7 @@ def test_della_spreads_the_chance():
 
 
 @pytest.mark.parametrize(
-    ("density", "gamma", "ranks", "keep"),
+    ("density", "gamma", "ranks", "mask"),
     [
         (0.5, 0.1, ((1, 11), (1, 60)), Mask(min_bits=60, max_bits=11)),
         (0.5, 0.0, ((1, 50),), Mask(min_bits=50)),  # no outliers, and nothing is lost for it
@@ -165,15 +165,15 @@ def test_della_spreads_the_chance():
     ],
     ids=str,
 )
-def test_breadcrumbs_keeps_a_band_of_ranks(density, gamma, ranks, keep):
+def test_breadcrumbs_keeps_a_band_of_ranks(density, gamma, ranks, mask):
     given = {"weight": 1.0, "density": density, "gamma": gamma}
     if ranks is None:
         assert asks("breadcrumbs", 2, **given) == [Combine((0.0, 1.0), base=0)]
         return
     select, total = asks("breadcrumbs", 2, found(*(k for _, k in ranks)), **given)
     assert select == Select(ranks)
-    if keep:
-        assert total == MaskedCombine((0.0, 1.0), masks=(Mask(), keep))
+    if mask:
+        assert total == MaskedCombine((0.0, 1.0), masks=(Mask(), mask))
 
 
 def test_ignore_k_drops_the_largest():
@@ -191,10 +191,10 @@ def test_sce_weighs_by_energy():
 
 
 def test_sce_selects_and_then_weighs_what_it_selected():
-    kept = Kept((0.0,) * 3, (0.0,) * 3, (0,) * 3, (0,) * 3, (0.0, 1e-6, 3e-6))
-    select, measure, total = asks("sce", 3, found(77), kept, select_topk=0.5)
+    measured = MeasuredMasked((0.0,) * 3, (0.0,) * 3, (0,) * 3, (0,) * 3, (0.0, 1e-6, 3e-6))
+    select, measure, total = asks("sce", 3, found(77), measured, select_topk=0.5)
     assert select == Select(((0, 0.5),), score=Score("variance"), nonzero=True)
-    assert measure == MeasureKept((Mask(),) * 3, Score("variance", min_bits=77), l1=False)
+    assert measure == MeasureMasked((Mask(),) * 3, Score("variance", min_bits=77), l1=False)
     assert total.weights == (0.0, 0.5, 0.5)  # the sum of the means is below 1e-6
     assert total.score == Score("variance", min_bits=77)
 
@@ -204,16 +204,18 @@ def test_sce_adds_nothing_where_nothing_is_selected():
 
 
 def test_ram_averages_what_several_changed():
-    keeps = (Mask(), Mask(min_bits=bits_above(1e-5)), Mask(min_bits=bits_above(1e-5)))
-    assert find("ram")(3, T) == MaskedCombine((0.0, 1.0, 1.0), masks=keeps, shares=(0.0, 1.0, 1.0))
+    masks = (Mask(), Mask(min_bits=bits_above(1e-5)), Mask(min_bits=bits_above(1e-5)))
+    assert find("ram")(3, T) == MaskedCombine((0.0, 1.0, 1.0), masks=masks, shares=(0.0, 1.0, 1.0))
 
 
 def test_ramplus_scales_what_one_alone_changed():
-    kept = Kept((0.0,) * 4, (0.0,) * 4, (0, 10, 5, 0), (0, 1, 5, 0))
-    measure, total = asks("ramplus_tl", 4, kept, r=0.5, alpha=0.2)
+    measured = MeasuredMasked((0.0,) * 4, (0.0,) * 4, (0, 10, 5, 0), (0, 1, 5, 0))
+    measure, total = asks("ramplus_tl", 4, measured, r=0.5, alpha=0.2)
     assert measure.masks == total.masks
     assert total.sole_weights == pytest.approx((0.0, 1.0 + 0.5 / 9, 1.1, 1.0))
-    assert asks("ramplus_tl", 4, kept, epsilon=0.0)[1].sole_weights == pytest.approx((0.0, 1.0 + 0.1 / 9, 1.02, 1.0))
+    assert asks("ramplus_tl", 4, measured, epsilon=0.0)[1].sole_weights == pytest.approx(
+        (0.0, 1.0 + 0.1 / 9, 1.02, 1.0)
+    )
 
 
 def test_nearswap_limits_the_step():

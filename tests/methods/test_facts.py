@@ -27,7 +27,7 @@ def sums(name: str, based: bool | None = None) -> list[Sum]:
 
 def drops(total: Sum) -> bool:
     return isinstance(total, MaskedCombine) and (
-        total.score is not None or any(not keep.keeps_all for keep in total.masks or ())
+        total.score is not None or any(not mask.keeps_all for mask in total.masks or ())
     )
 
 
@@ -37,7 +37,7 @@ def test_declarations_are_true(name):
     m, asked = find(name), sums(name)
     masked = [total for total in asked if isinstance(total, MaskedCombine)]
     assert m.drops == any(map(drops, asked))
-    assert m.draws == any(keep.is_random for total in masked for keep in total.masks or ())
+    assert m.draws == any(mask.is_random for total in masked for mask in total.masks or ())
     assert m.elects == any(total.sign_weights is not None for total in masked)
     if m.base != "none":
         kinds = [total for total in sums(name, True) if isinstance(total, (Combine, GroupCombine))]
@@ -62,9 +62,9 @@ def coin_flip(
     n: int, tensor: Tensor, *, weight: Each[float], density: Each[Unit] = (1.0,), rescale: bool = True
 ) -> Steps:
     """A random-drop method whose name says nothing.     out = x0 + sum_i w_i*s_i*m_i*(x_i - x0)"""
-    keeps = at_random(weight, density)
-    scales = yield from l1_ratios(tensor, keeps, rescale)
-    return summed(weight, keeps, scales, 1.0)
+    masks = at_random(weight, density)
+    scales = yield from l1_ratios(tensor, masks, rescale)
+    return summed(weight, masks, scales, 1.0)
 
 
 @method(base="required", models=(2, 64), sums_deltas=True)

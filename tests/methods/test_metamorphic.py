@@ -136,9 +136,9 @@ def _free_of_scale(case: Case) -> bool:
 
 
 def _free_of_order(case: Case) -> bool:
-    """Random keeps are drawn by the model's place; a run of checkpoints has an order, and the docstring says so."""
-    keeps = getattr(case.asks()[-1], "masks", None) or ()
-    return "oldest first" not in case.m.doc and not any(keep.is_random for keep in keeps)
+    """Random masks are drawn by the model's place; a run of checkpoints has an order, and the docstring says so."""
+    masks = getattr(case.asks()[-1], "masks", None) or ()
+    return "oldest first" not in case.m.doc and not any(mask.is_random for mask in masks)
 
 
 def _free_of_factors(case: Case) -> bool:

@@ -1,6 +1,6 @@
 """The methods that thin out deltas on tensors, against formulas of its own.
 
-The formulas are numpy in float64, written from the papers and not from the requests: no keeps, no bits, no votes.
+The formulas are numpy in float64, written from the papers and not from the requests: no masks, no bits, no elections.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def test_arcee_fusion():
     close(drive.run("arcee_fusion", [other], base=base), expected)
 
 
-# --- random keeps ----------------------------------------------------------------------------------------------------
+# --- random masks ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della", "della_linear"])

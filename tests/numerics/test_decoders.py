@@ -23,7 +23,7 @@ from fastinterp.backends.cpu import Handle, Pump, PumpOptions
 from fastinterp.ops import steps
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F32
-from fastinterp.ops.requests import GroupCombine, Mask, MaskedCombine, MeasureKept
+from fastinterp.ops.requests import GroupCombine, Mask, MaskedCombine, MeasureMasked
 from fastinterp.ops.steps import Bracket, Decoder, Stored
 from fastinterp.reference import combine as reference
 from tests.support import backends, decoders
@@ -143,7 +143,7 @@ def told(answer: Any) -> Any:
     return answer if answer is None else [part.tobytes() for part in answer]
 
 
-KEEPS = (Mask(), Mask(min_bits=0x3C000000), Mask(probability=0.5, rank_slope=0.2))
+MASKS = (Mask(), Mask(min_bits=0x3C000000), Mask(probability=0.5, rank_slope=0.2))
 
 
 def kinds(shape: Shape) -> dict[str, Callable[..., steps.Step]]:
@@ -151,8 +151,8 @@ def kinds(shape: Shape) -> dict[str, Callable[..., steps.Step]]:
     out: Any = {"sinks": (0,), "offsets": (3,)}
     common: Any = {"numel": math.prod(shape), "columns": shape[1]}
     weights = np.random.default_rng(1).normal(size=(shape[0], 3))
-    masked = masked_step([MaskedCombine((0.0, 0.5, 1.5), masks=KEEPS)], [F32] * 3, BF16, shape, name="w", seed=1)
-    stats = stats_step(MeasureKept(KEEPS), [F32] * 3, shape, name="w", seed=1)
+    masked = masked_step([MaskedCombine((0.0, 0.5, 1.5), masks=MASKS)], [F32] * 3, BF16, shape, name="w", seed=1)
+    stats = stats_step(MeasureMasked(MASKS), [F32] * 3, shape, name="w", seed=1)
     group: Any = GroupCombine(array("d", weights.ravel()), 3, "row").row()
     return {
         "combine": partial(

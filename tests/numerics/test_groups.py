@@ -231,7 +231,7 @@ def test_rows_of_group_combines():
     )
     assert GroupCombine(array("d", [0, 0, 0, 0]), 2, "row", base=0).row() == Row(0)
     assert GroupCombine(array("d", [0, 1, 0, 1]), 2, "row").row() == Row(1)
-    with pytest.raises(ValueError, match="no weight of its own"):
+    with pytest.raises(ValueError, match="base carries no weight"):
         GroupCombine(array("d", [1, 1]), 2, "row", base=0).row()
     assert GroupCombine(array("d", [0, 0, 0, 0]), 2, "row").row() == Row(0, 0.0)
     with pytest.raises(ValueError, match="a weight for each input"):

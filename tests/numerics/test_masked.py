@@ -1,4 +1,4 @@
-"""Masked sums and what keeps leave: every instruction set gives the bytes of the reference, through the pump."""
+"""Masked sums: every instruction set gives the bytes of the reference, through the pump."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def big() -> tuple[list[Raw], list[tuple[MaskedCombine, Raw]]]:
     dtypes = [BF16] * 3
     data = raws("close", dtypes, math.prod(BIG))
     choices = options_of(data, dtypes, BIG)
-    asks = [ask_of(3, choices[keeps], choices["sign_weights"], choices["shares"]) for keeps in ("least", "ranks")]
+    asks = [ask_of(3, choices[mask], choices["sign_weights"], choices["shares"]) for mask in ("least", "ranks")]
     return data, [(ask, reference_masked.masked(data, dtypes, ask, BF16, BIG, name=NAME, seed=SEED)[0]) for ask in asks]
 
 
@@ -279,8 +279,8 @@ def test_a_nan_passes_the_vote_only_where_it_is_kept(isa):
 @every_isa
 def test_shares_that_are_small_count_as_another(isa):
     data = of([0, 0, 0], [1, 0, 2], [0, 1, 2])
-    keeps = {"masks": (Mask(), Mask(min_bits=1), Mask(min_bits=1))}
-    ask = ask_of(3, keeps, {"weights": (0, 1, 1), "shares": (0, 0.5, 2), "least_share": 1.0, "other_share": 4.0})
+    masks = {"masks": (Mask(), Mask(min_bits=1), Mask(min_bits=1))}
+    ask = ask_of(3, masks, {"weights": (0, 1, 1), "shares": (0, 0.5, 2), "least_share": 1.0, "other_share": 4.0})
     assert values(isa, data, ask) == [0.25, 0.5, 1.6000000238418579]
     cancelled = dataclasses.replace(ask, shares=(0, 1, -1), least_share=0.0)
     assert values(isa, data, cancelled) == [1, -1, 1]
@@ -289,8 +289,8 @@ def test_shares_that_are_small_count_as_another(isa):
 @every_isa
 def test_only_one_that_takes_part(isa):
     data = of([0, 0, 0], [1, 0, 2], [0, 1, 2])
-    keeps = {"masks": (Mask(), Mask(min_bits=1), Mask(min_bits=1))}
-    ask = ask_of(3, keeps, {"weights": (0, 0.5, 0.5), "sole_weights": (0, 8, 16)})
+    masks = {"masks": (Mask(), Mask(min_bits=1), Mask(min_bits=1))}
+    ask = ask_of(3, masks, {"weights": (0, 0.5, 0.5), "sole_weights": (0, 8, 16)})
     assert values(isa, data, ask) == [8, 16, 2]
 
 
@@ -299,8 +299,8 @@ def test_all_equal_zeros_and_nothing_kept(isa):
     """Every magnitude in one run: all have the mean rank, and so the same chance."""
     same = of([1.0] * 1000, [1.5] * 1000, [1.0] * 1000)
     ranked = ask_of(3, {"weights": (0, 1, 1), "masks": (Mask(),) + 2 * (Mask(probability=0.5, rank_slope=0.5),)})
-    kept = np.mean(np.array(values(isa, same, ranked)) == 1.5)
-    assert 0.4 < kept < 0.6
+    share = np.mean(np.array(values(isa, same, ranked)) == 1.5)
+    assert 0.4 < share < 0.6
     assert values(isa, same, dataclasses.replace(ranked, masks=(Mask(), NOTHING, NOTHING))) == [1.0] * 1000
     assert (
         values(isa, same, dataclasses.replace(ranked, masks=(Mask(), Mask(min_bits=5, max_bits=4), NOTHING)))[0] == 1.0

@@ -20,12 +20,12 @@ from fastinterp.ops.requests import (
     ALL_BITS,
     Divergence,
     GroupCombine,
-    Kept,
     Mask,
     MaskedCombine,
     Measure,
     Measured,
-    MeasureKept,
+    MeasuredMasked,
+    MeasureMasked,
     Request,
     Score,
     Select,
@@ -103,8 +103,8 @@ def asked(
 def answer(request: Request, inputs: Sequence[Array], tensor: Tensor, seed: int) -> Any:
     if isinstance(request, Measure):
         return _measure(request, inputs)
-    if isinstance(request, MeasureKept):
-        return _measure_kept(request, inputs, tensor, seed)
+    if isinstance(request, MeasureMasked):
+        return _measure_masked(request, inputs, tensor, seed)
     if isinstance(request, Divergence):
         return _divergence(inputs)
     assert isinstance(request, Select)
@@ -138,16 +138,16 @@ def _measure(request: Measure, inputs: Sequence[Array]) -> Any:
     return found[0] if request.per == "tensor" else found
 
 
-def _measure_kept(request: MeasureKept, inputs: Sequence[Array], tensor: Tensor, seed: int) -> Kept:
+def _measure_masked(request: MeasureMasked, inputs: Sequence[Array], tensor: Tensor, seed: int) -> MeasuredMasked:
     d = deltas(inputs)
     d = [x if k else np.zeros_like(x) for x, k in zip(d, request.masks, strict=True)]
-    masks = [kept(k, d[i], i, tensor, seed) if k else np.zeros(d[i].shape, bool) for i, k in enumerate(request.masks)]
+    masks = [passes(k, d[i], i, tensor, seed) if k else np.zeros(d[i].shape, bool) for i, k in enumerate(request.masks)]
     if request.score is not None:
         chosen = score(request.score, d) >= request.score.min_bits
         masks = [m & chosen for m in masks]
     masks[0] = np.zeros_like(masks[0])
     count = np.sum(masks, axis=0)
-    return Kept(
+    return MeasuredMasked(
         tuple(float(np.abs(x).sum()) for x in d),
         tuple(float(np.abs(x[m]).sum()) for x, m in zip(d, masks, strict=True)),
         tuple(int(m.sum()) for m in masks),
@@ -188,20 +188,20 @@ def magnitude(d: Array) -> NDArray[np.int64]:
         return np.abs(d).astype(np.float32).view(np.uint32).astype(np.int64).reshape(d.shape)
 
 
-def kept(keep: Mask, d: Array, i: int, tensor: Tensor, seed: int) -> NDArray[np.bool_]:
+def passes(mask: Mask, d: Array, i: int, tensor: Tensor, seed: int) -> NDArray[np.bool_]:
     """Where input i's delta takes part: bool in the shape of d."""
     mag = magnitude(d)
-    mask = (keep.min_bits <= mag) & (mag <= keep.max_bits)
-    if not keep.is_random:
-        return mask
-    numbers = reference_masked.keep_numbers(philox_key(seed, 1 + i, tensor.name), d.size).astype(np.int64)
-    return mask & (numbers.reshape(d.shape) < _limits(keep, mag))
+    in_bounds = (mask.min_bits <= mag) & (mag <= mask.max_bits)
+    if not mask.is_random:
+        return in_bounds
+    numbers = reference_masked.mask_numbers(philox_key(seed, 1 + i, tensor.name), d.size).astype(np.int64)
+    return in_bounds & (numbers.reshape(d.shape) < _limits(mask, mag))
 
 
-def _limits(keep: Mask, mag: NDArray[np.int64]) -> Any:
-    """Keep where the 32-bit random number is below this."""
-    lo, hi = (round(min(max(keep.probability + s, 0.0), 1.0) * 2**32) for s in (-keep.rank_slope, keep.rank_slope))
-    if keep.rank_slope == 0.0:
+def _limits(mask: Mask, mag: NDArray[np.int64]) -> Any:
+    """The limit below which the 32-bit random number of an element must lie."""
+    lo, hi = (round(min(max(mask.probability + s, 0.0), 1.0) * 2**32) for s in (-mask.rank_slope, mask.rank_slope))
+    if mask.rank_slope == 0.0:
         return lo
     limits = []
     for row in mag.reshape(-1, mag.shape[-1] if mag.ndim else 1):
@@ -287,11 +287,11 @@ def _parts(total: MaskedCombine, d: Sequence[Array], tensor: Tensor, seed: int) 
     """Where each input takes part: bool in the shape of d. The base, and an input that has only zeros, never does."""
     n = len(total.weights)
     lists = [v for v in (total.weights, total.sign_weights, total.shares, total.sole_weights) if v is not None]
-    keeps = total.masks or (Mask(),) * n
+    masks = total.masks or (Mask(),) * n
     parts = [np.zeros(d[0].shape, bool)]
     for i in range(1, n):
         read = any(v[i] != 0.0 for v in lists)
-        parts.append(kept(keeps[i], d[i], i, tensor, seed) if read else np.zeros(d[0].shape, bool))
+        parts.append(passes(masks[i], d[i], i, tensor, seed) if read else np.zeros(d[0].shape, bool))
     if total.score is not None:
         chosen = score(total.score, d) >= total.score.min_bits
         parts = [m & chosen for m in parts]

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from fastinterp.backends.cpu import Pump, PumpOptions
 from fastinterp.ops.dtypes import DType
-from fastinterp.ops.masked import Precomputed, kept_inputs, kept_tests, masked_output, read_inputs, score_of
-from fastinterp.ops.requests import MaskedCombine, MeasureKept
+from fastinterp.ops.masked import Precomputed, mask_tests, masked_output, measured_inputs, read_inputs, score_of
+from fastinterp.ops.requests import MaskedCombine, MeasureMasked
 from fastinterp.ops.steps import MaskedStats, MaskedSum, Step, Stored
 from tests.support.cases import Guarded, fill
 
@@ -62,11 +62,13 @@ def memory(buffers: Sequence[Guarded]) -> list[tuple[str, int, int]]:
     return [("memory", b.address, b.view.size) for b in buffers]
 
 
-def stats_step(ask: MeasureKept, dtypes: Sequence[DType], shape: Sequence[int], *, name: str, seed: int) -> MaskedStats:
+def stats_step(
+    ask: MeasureMasked, dtypes: Sequence[DType], shape: Sequence[int], *, name: str, seed: int
+) -> MaskedStats:
     """The step that answers `ask`; the inputs that it reads are sources of their own numbers."""
     return MaskedStats(
-        inputs=tuple(Stored(i, 0, code(dtypes[i])) for i in kept_inputs(ask)), numel=math.prod(shape),
-        columns=columns_of(shape), tests=kept_tests(ask, name=name, seed=seed), score=score_of(ask.score), l1=ask.l1,
+        inputs=tuple(Stored(i, 0, code(dtypes[i])) for i in measured_inputs(ask)), numel=math.prod(shape),
+        columns=columns_of(shape), tests=mask_tests(ask, name=name, seed=seed), score=score_of(ask.score), l1=ask.l1,
         squares=ask.squares,
     )  # fmt: skip
 

@@ -16,11 +16,11 @@ from fastinterp.tokenizer.embedding_rows import (
     ZEROS,
     RowPlan,
     RowSource,
+    embedding_row_count,
     embeddings,
     pack,
     plan_rows,
     row_of,
-    rows_found,
     split,
 )
 from fastinterp.tokenizer.vocabulary import Vocabulary, join
@@ -80,9 +80,9 @@ def test_embeddings_of_many_families():
 def test_rows_without_a_configuration():
     """Those of the input embedding, as its name tells."""
     tensors = {e.name: e for e in (entry("lm_head.weight", 51, 8), entry("a.embed_tokens.weight", 50, 8))}
-    assert rows_found(tensors) == 50
+    assert embedding_row_count(tensors) == 50
     assert embeddings(tensors, None) == ("a.embed_tokens.weight",)
-    assert rows_found({"x.weight": entry("x.weight", 50, 8)}) is None
+    assert embedding_row_count({"x.weight": entry("x.weight", 50, 8)}) is None
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from fastinterp.ops.dtypes import F64
 from fastinterp.ops.masked import (
     Precomputed,
     filled_masks,
-    kept_of,
-    kept_tests,
+    mask_tests,
     masked_output,
+    measured_masked,
     read_inputs,
     score_of,
     terms,
@@ -33,7 +33,7 @@ from fastinterp.ops.requests import (
     MaskedCombine,
     Measure,
     Measured,
-    MeasureKept,
+    MeasureMasked,
     Request,
     Select,
     Sum,
@@ -202,13 +202,13 @@ def _survey(request: Request, io: TensorIO, n: int, name: str, seed: int, masks:
         groups = io.columns if request.per == "column" else io.numel // max(1, io.columns)
         held = 2 * 8 * groups * (n * (n + 1) // 2 + 2 * n)  # sums and counts, native and in Python; weights need less
         return Groups(n, (yield io.reading(measure, inputs, held)))
-    if isinstance(request, MeasureKept):
+    if isinstance(request, MeasureMasked):
         step, filled = _masked_stats(request, io, inputs, name, seed, masks is not None)
         sums, counts = yield step
         if masks is not None:
             tests = enumerate(request.masks)
             masks |= {(i, mask, seed): filled[i] for i, mask in tests if i in filled and mask is not None}
-        return kept_of(request, _flat(sums, "d").tolist(), _flat(counts, "q").tolist())
+        return measured_masked(request, _flat(sums, "d").tolist(), _flat(counts, "q").tolist())
     if isinstance(request, Divergence):
         held = 3 * 8 * (io.numel // max(1, io.columns))  # in the pump, in Python, and the factors of a score
         divergence = steps.Divergence(inputs=operands, numel=io.numel, columns=io.columns)
@@ -217,7 +217,7 @@ def _survey(request: Request, io: TensorIO, n: int, name: str, seed: int, masks:
 
 
 def _masked_stats(
-    request: MeasureKept, io: TensorIO, inputs: Sequence[int], name: str, seed: int, fills_masks: bool
+    request: MeasureMasked, io: TensorIO, inputs: Sequence[int], name: str, seed: int, fills_masks: bool
 ) -> tuple[TensorStep, dict[int, MaskPlace]]:
     """The step that answers the request, and by input the mask that it fills; none, if the masks are too large to hold.
 
@@ -231,7 +231,7 @@ def _masked_stats(
         fills = MaskFill(cpu.Masks(count, io.numel), tuple(indices.values()))
     native = steps.MaskedStats(
         inputs=io.inputs(inputs), numel=io.numel, columns=io.columns,
-        tests=kept_tests(request, name=name, seed=seed), score=score_of(request.score), l1=request.l1,
+        tests=mask_tests(request, name=name, seed=seed), score=score_of(request.score), l1=request.l1,
         squares=request.squares, fills=fills,
     )  # fmt: skip
     if fills is None:

@@ -46,7 +46,7 @@ def densities(total: Sum, answers: Answers, numel: int) -> dict[int, Density]:
             continue
         for i, mask in enumerate(total.masks or ()):
             ranked = [(int(k), s) for (at, k), s in zip(request.ranks, selected, strict=True) if at == i]
-            low = max(((k, s.kept) for k, s in ranked if s.min_bits == mask.min_bits > 0), default=None)
+            low = max(((k, s.count) for k, s in ranked if s.min_bits == mask.min_bits > 0), default=None)
             above = min((k - 1 for k, s in ranked if s.min_bits == mask.max_bits), default=0)
             if low is not None:
                 by_input[i] = Density(low[0] - above, low[1] - above, 0 if request.whole else numel)

@@ -1,4 +1,4 @@
-"""CUDA's kernels of masked sums and of what keeps leave, on the host: the bytes of the pump."""
+"""CUDA's kernels of masked sums, on the host: the bytes of the pump."""
 
 from __future__ import annotations
 
@@ -141,8 +141,8 @@ def test_many_terms():
     n = 40
     dtypes, shape = [(BF16, F8_E5M2)[i % 2] for i in range(n)], (3, 257)
     data = raws("close", dtypes, math.prod(shape))
-    keeps = (Mask(), *(Mask(min_bits=low, probability=0.5) for low in least_of(data, dtypes, 0.2)[1:]))
-    ask = dataclasses.replace(ask_of(n), masks=keeps, sign_weights=(0.0, *(1.0,) * (n - 1)), score=Score("variance"))
+    masks = (Mask(), *(Mask(min_bits=low, probability=0.5) for low in least_of(data, dtypes, 0.2)[1:]))
+    ask = dataclasses.replace(ask_of(n), masks=masks, sign_weights=(0.0, *(1.0,) * (n - 1)), score=Score("variance"))
     check(data, dtypes, [ask], F32, shape)
     factors = array("f", (1.0, 2.0, 0.5)).tobytes()
     check(data, dtypes, [dataclasses.replace(ask, score=Score("divergence", factors, 0x39000000))], BF16, shape)
@@ -151,5 +151,5 @@ def test_many_terms():
 def test_low_halves_of_random_numbers():
     """Limits whose high half is met by some elements, so that the other half decides."""
     dtypes, numel = [BF16, BF16], 500_000
-    keep = Mask(probability=3 * 2.0**-17)
-    check(raws("normal", dtypes, numel), dtypes, [dataclasses.replace(ask_of(2), masks=(Mask(), keep))], F32, (numel,))
+    mask = Mask(probability=3 * 2.0**-17)
+    check(raws("normal", dtypes, numel), dtypes, [dataclasses.replace(ask_of(2), masks=(Mask(), mask))], F32, (numel,))

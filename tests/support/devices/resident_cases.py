@@ -13,7 +13,7 @@ from tests.in_memory.test_merge_tensors import WAYS
 from tests.support.devices.on_host import OnHost, bits, moved, moved_module
 from tests.torch_models.test_live_device import Mixed, copied, held
 
-REFUSED = {"della", "arcee_fusion"}  # keeps by rank, and divergences, have no kernels
+REFUSED = {"della", "arcee_fusion"}  # masks by rank, and divergences, have no kernels
 
 
 def sums(finish: Callable[[], None]) -> None:
