@@ -13,6 +13,8 @@ from fastinterp.in_memory.arrays import TorchTensors
 from fastinterp.integrations.torch_ops import weighted_sum
 from tests.support.devices.on_host import HostDevice, Streams, bits, device, streams
 
+pytestmark = pytest.mark.slow  # torch compiles, and checks gradients numerically
+
 __all__ = ["device", "streams"]  # fixtures
 
 OPS = torch.ops.fastinterp

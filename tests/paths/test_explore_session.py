@@ -31,6 +31,7 @@ def session(models):
         yield found
 
 
+@pytest.mark.slow
 def test_sliders_move_what_the_model_writes(session):
     plain = session.text(request(0))
     assert session.text(request(1, x=1)) == "x" * 8

@@ -45,6 +45,7 @@ def generates(folder: Path) -> None:
     assert made.shape == (1, 6) or made[0, -1] == 0
 
 
+@pytest.mark.slow
 def test_six_layers_of_four(tmp_path, tall):
     """config.json says so, and transformers loads all of them."""
     a, b = tall

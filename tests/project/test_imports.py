@@ -177,6 +177,7 @@ def test_methods_and_leaves_hold_no_arrays(module):
     assert not [(line, name) for line, name in found if name.split(".")[0] in HEAVY]
 
 
+@pytest.mark.slow
 def test_every_dependency_is_imported():
     """Nothing is installed with the package that it does not import; a rival of the races brings its own packages."""
     table = re.search(
