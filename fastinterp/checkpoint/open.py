@@ -42,6 +42,7 @@ class Checkpoint:
     metadata: dict[str, str]  # of all files; where they disagree, the first one's
     stamps: tuple[Stamp, ...]  # of each file, taken before its header was read
     whole_folder: bool  # the user named the folder, or a Hub id, not one file in it
+    remarks: tuple[str, ...] = ()  # what was decided about its files: which were left out, say; for people
 
     @property
     def inputs(self) -> tuple[Path, ...]:

@@ -131,6 +131,7 @@ class Report:
     chosen: str = ""  # the reason for the choice of `--device auto`, if there was a choice
     removed: tuple[str, ...] = ()  # files of the checkpoint that the output replaced
     warnings: tuple[str, ...] = field(default=())
+    remarks: tuple[str, ...] = ()  # what was decided without being asked: see Plan
 
     def __repr__(self) -> str:
         """A short form; print() shows the summary."""
@@ -180,7 +181,8 @@ class Report:
             [f"removed from the replaced checkpoint: {', '.join(map(plain, self.removed))}"] if self.removed else []
         )
         warnings = [f"warning: {plain(w)}" for w in self.warnings]
-        return [*self._unchanged(), *self._density_note(), *self._device_notes(), *warnings, *removed]
+        remarks = [f"note: {plain(remark)}" for remark in self.remarks]
+        return [*self._unchanged(), *remarks, *self._density_note(), *self._device_notes(), *warnings, *removed]
 
     def _density_note(self) -> list[str]:
         if not self.densities:
@@ -311,6 +313,7 @@ def report_on(
             *(f"a device failed, and its work was done by others: {lost}" for lost in done.usage.lost),
             *plan.warnings,
         ),
+        remarks=plan.remarks,
     )
 
 

@@ -81,6 +81,7 @@ class _Findings:
 
     errors: list[Finding] = field(default_factory=list)
     warnings: list[Finding] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def add_error(self, error: FastinterpError, location: tuple[str, int | None] | None = None, hint: str = "") -> None:
         """location  path and line of an error that does not have them itself"""
@@ -112,6 +113,7 @@ class _Findings:
             len(checked[len(recipes) - 1].outputs) if checked and len(checked) == len(recipes) else 0,
             sum(document.sampled for document in checked.values()),
             exit_code,
+            tuple(dict.fromkeys(self.remarks)),
         )
 
 
@@ -253,6 +255,7 @@ def _check_samples(plan: Plan, known: Collection[str], findings: _Findings) -> i
     for warning in plan.warnings:
         if warning not in known:
             findings.add_warning(warning)
+    findings.remarks += plan.remarks
     errors, longer = samples.compare_unmerged(plan)
     for error in errors:
         findings.add_error(error)

@@ -45,6 +45,7 @@ class CheckResult:
     tensors    number of tensors of the output; 0 if it is not known
     sampled    number of tensors of which samples were read, those of earlier documents included
     exit_code  as `merge` would end: that of the first error that it meets, or 0
+    remarks    what the merge decides without being asked: files and tensors that it leaves out, names that it aligns
     """
 
     errors: tuple[Finding, ...]
@@ -55,6 +56,7 @@ class CheckResult:
     tensors: int = 0
     sampled: int = 0
     exit_code: int = 0
+    remarks: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -78,6 +80,7 @@ class CheckResult:
             "ok": self.ok,
             "wrong": [vars(f) for f in self.errors],
             "odd": [{k: v for k, v in vars(f).items() if k not in ("kind", "exit_code")} for f in self.warnings],
+            "remarks": list(self.remarks),
             **{k: getattr(self, k) for k in ("method", "models", "tensors", "sampled")},
         }
 
@@ -93,6 +96,7 @@ class CheckResult:
     def __str__(self) -> str:
         lines = [f"{plain(self.name)}: {self._counts()}"]
         lines += _lines("error", self.errors) + _lines("warning", self.warnings)
+        lines += _lines("note", [Finding(remark) for remark in self.remarks])
         if self.tensors:
             merge = f"{self.method} of {counted(self.models, 'model')}, {counted(self.tensors, 'tensor')}"
             lines.append(f"  checked: {merge}; samples of {self.sampled:,}")

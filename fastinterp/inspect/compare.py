@@ -113,7 +113,7 @@ def compare(
     common = [n for n in first.tensors if n in second.tensors]
     shapes = [n for n in common if first.tensors[n].shape != second.tensors[n].shape]
     same_shape = [n for n in common if first.tensors[n].shape == second.tensors[n].shape]
-    names = [n for n in same_shape if first.tensors[n].dtype.merges and second.tensors[n].dtype.merges]
+    names = [n for n in same_shape if first.tensors[n].merges and second.tensors[n].merges]
     answers = _measured((first, second), names, threads, progress)
     tensors = {}
     for name, (sums, nonzero) in zip(names, answers, strict=True):
@@ -152,7 +152,7 @@ def deltas(
     lead = every[0].tensors
     names = [
         n for n, entry in lead.items()
-        if all(n in c.tensors and c.tensors[n].shape == entry.shape and c.tensors[n].dtype.merges for c in every)
+        if all(n in c.tensors and c.tensors[n].shape == entry.shape and c.tensors[n].merges for c in every)
     ]  # fmt: skip
     grams = {}
     for name, (sums, _) in zip(names, _measured(every, names, threads, progress), strict=True):

@@ -93,6 +93,7 @@ def _as_dict(plan: Plan, window: Window) -> dict[str, Any]:
         },
         "auto": None if choice is None else choice.as_dict(),
         "warnings": list(plan.warnings),
+        "remarks": list(plan.remarks),
         "tensors": [_tensor(plan, t, place) for t, place in _with_files(plan, layout.files)],
     }
 

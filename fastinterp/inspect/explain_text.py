@@ -25,6 +25,7 @@ def as_text(values: dict[str, Any]) -> str:
         f"time     at least {seconds(floor['seconds'])}, if files are read at {floor['read_gb_per_s']:g} GB/s and "
         f"written at {floor['write_gb_per_s']:g} GB/s (warm page cache)",
         *(_wrapped(values["auto"]["why"], "device   ", " " * 9) if values["auto"] else []),
+        *(line for r in values["remarks"] for line in _wrapped(plain(r), "note     ", " " * 9)),
         *(line for w in values["warnings"] for line in _wrapped(plain(w), "warning  ", " " * 9)),
     ]
     return "\n".join(lines)

@@ -38,6 +38,7 @@ class Chain(NamedTuple):
     checkpoints  the models of all documents, then side-cars and the documents above
     models       the names of those models
     warnings     about all documents
+    remarks      on all documents
     folders      small files of documents above
     """
 
@@ -45,6 +46,7 @@ class Chain(NamedTuple):
     checkpoints: tuple[Model, ...]
     models: tuple[str, ...]
     warnings: tuple[str, ...]
+    remarks: tuple[str, ...]
     folders: tuple[Folder, ...]
 
 
@@ -54,6 +56,7 @@ def plan_chain(above: Sequence[Recipe], last: Recipe, library: Library) -> Chain
     checkpoints: list[Model] = []
     made: dict[str, Model] = {}
     warnings: list[str] = []
+    remarks: list[str] = []
     folders: list[Folder] = []
 
     def number(checkpoint: Model) -> int:
@@ -79,12 +82,16 @@ def plan_chain(above: Sequence[Recipe], last: Recipe, library: Library) -> Chain
         tensors = tuple(_resolved(t, read, len(names)) for t in document.tensors)
         document = structs.replace(document, tensors=tensors)
         warnings += document.warnings
+        remarks += document.remarks
         if recipe is not last:
             checkpoint, folder = _checkpoint(recipe, document)
             folders += [] if folder is None else [folder]
             made[checkpoint.name] = checkpoint
             number(checkpoint)
-    return Chain(document, tuple(checkpoints), tuple(names), tuple(dict.fromkeys(warnings)), tuple(folders))
+    return Chain(
+        document, tuple(checkpoints), tuple(names), tuple(dict.fromkeys(warnings)), tuple(dict.fromkeys(remarks)),
+        tuple(folders),
+    )  # fmt: skip
 
 
 def _check_store(recipe: Recipe, last: Recipe) -> None:

@@ -64,6 +64,11 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         """The operand by which steps read it."""
         raise NotImplementedError
 
+    @property
+    def merges(self) -> bool:
+        """Whether its elements are numbers that can be averaged. If not, it is copied, and equal in all models."""
+        return self.dtype.merges
+
     def describe(self) -> str:
         """Dtype and shape, for people: `BF16 [4, 2]`."""
         return f"{self.dtype} {list(self.shape)}"
@@ -133,12 +138,14 @@ class Encoding(msgspec.Struct, frozen=True):
 class StoredInput(TensorInput, frozen=True, eq=False):
     """A tensor in one file, from byte `start` on.
 
-    encoding  None: its bytes are elements of `dtype`. Else they are codes, and dtype is F32
+    encoding   None: its bytes are elements of `dtype`. Else they are codes, and dtype is F32
+    quantised  the format of quantised weights whose codes or scales it holds, which no decoder reads; empty: none
     """
 
     path: Path
     start: int
     encoding: Encoding | None = None
+    quantised: str = ""
 
     @property
     def key(self) -> Hashable:
@@ -163,6 +170,10 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     @property
     def kept_dtype(self) -> DType:
         return self.dtype if self.encoding is None else self.encoding.kept_dtype
+
+    @property
+    def merges(self) -> bool:
+        return self.dtype.merges and not self.quantised
 
     @property
     def plain(self) -> StoredInput | None:

@@ -39,6 +39,7 @@ class Plan:
     layouts      one per output: equal but for the metadata in their headers
     aligned      what becomes of the files beside the weights, where vocabularies or tied embeddings differ
     warnings     about the files beside the weights: what is copied, and may not fit; and about the recipe
+    remarks      what was decided without being asked: files and tensors that were left out, names that were aligned
     models       the names of the first of the checkpoints: the models of all documents
     inputs       files and folders that an output must not touch
     above        the documents above
@@ -52,6 +53,7 @@ class Plan:
     layouts: tuple[Layout, ...]
     aligned: AlignedModels
     warnings: tuple[str, ...]
+    remarks: tuple[str, ...]
     models: tuple[str, ...]
     inputs: tuple[Path, ...]
     above: tuple[Recipe, ...] = ()
@@ -104,10 +106,11 @@ def make_plan(
     if above:
         from fastinterp.plan.chained import plan_chain
 
-        last, checkpoints, names, warnings, folders = plan_chain(above, first, library)
+        last, checkpoints, names, warnings, remarks, folders = plan_chain(above, first, library)
     else:
         last = plan_document(recipes, library.find)
-        checkpoints, names, warnings, folders = last.checkpoints, tuple(map(str, first.models)), last.warnings, ()
+        checkpoints, names, folders = last.checkpoints, tuple(map(str, first.models)), ()
+        warnings, remarks = last.warnings, last.remarks
     tensors = last.tensors
     layouts = tuple(
         make_layout([(t.name, t.dtype, t.shape) for t in tensors], _metadata(recipe, k, tensors, names), max_shard_size)
@@ -115,8 +118,8 @@ def make_plan(
     )
     inputs = tuple(dict.fromkeys(path for m in library.opened if m.checkpoint for path in m.checkpoint.inputs))
     return Plan(
-        tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings, tuple(names), inputs,
-        tuple(above), folders,
+        tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings, remarks, tuple(names),
+        inputs, tuple(above), folders,
     )  # fmt: skip
 
 

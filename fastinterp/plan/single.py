@@ -25,6 +25,7 @@ class Document(msgspec.Struct, frozen=True):
     origin    the checkpoint that configuration and tokenizer come from
     tensors   their inputs' checkpoints are indices into `checkpoints`
     sidecars  by the names that the recipe has
+    remarks   what was left out, or made to fit, for people: see Plan
     """
 
     aligned: AlignedModels
@@ -32,6 +33,7 @@ class Document(msgspec.Struct, frozen=True):
     tensors: tuple[PlannedTensor, ...]
     sidecars: dict[ModelRef, Model]
     warnings: tuple[str, ...]
+    remarks: tuple[str, ...]
 
     @property
     def checkpoints(self) -> tuple[Model, ...]:
@@ -78,4 +80,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         from fastinterp.recipe.check import filter_warnings
 
         warnings += [str(warning) for warning in filter_warnings(first, assemblies[0])]
-    return Document(aligned, origin, tensors, sidecars, tuple(warnings))
+    opened = (*models, origin, *sidecars.values())
+    remarks = [remark for model in opened if model.checkpoint is not None for remark in model.checkpoint.remarks]
+    remarks += aligned.remarks
+    return Document(aligned, origin, tensors, sidecars, tuple(warnings), tuple(dict.fromkeys(remarks)))

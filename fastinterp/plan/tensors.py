@@ -98,7 +98,7 @@ class _Planner:
         self._sidecars = {ref: (len(models) + i, model) for i, (ref, model) in enumerate(sidecars.items())}
         self._keywords = [p.keyword for p in self._method.parameters if p.kind is Sidecar]
         leads = (models[t.inputs[0][0]].tensors[t.inputs[0][1]] for t in targets if not t.copies)
-        self._numel = sum(lead.numel for lead in leads if lead.dtype.merges)
+        self._numel = sum(lead.numel for lead in leads if lead.merges)
         self._requests: dict[tuple[Any, ...], Any] = {}  # of methods that look at the number of models alone
         self._reads: dict[tuple[Any, ...], Any] = {}
         self.whole_reads: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -111,7 +111,7 @@ class _Planner:
         target, recipe = targets[0], self._recipes[0]
         inputs = [(i, self._models[i].tensors[name]) for i, name in target.inputs]
         lead = inputs[0][1]
-        if not lead.dtype.merges:
+        if not lead.merges:
             if recipe.integers is not None:
                 chosen = recipe.models.index(recipe.integers)
                 inputs = [(i, tensor) for i, tensor in inputs if i == chosen] or inputs
@@ -195,7 +195,7 @@ class _Planner:
         for at, ref in sorted(pair for keyword in self._keywords for pair in _sidecars_of(target, keyword)):
             number, sidecar = self._sidecars[ref]
             tensor = sidecar.tensors.get(target.inputs[at][1])
-            if tensor is None or tensor.shape != lead.shape or not tensor.dtype.merges:
+            if tensor is None or tensor.shape != lead.shape or not tensor.merges:
                 difference = "lacks it" if tensor is None else f"has {tensor.describe()}"
                 raise ShapeError(
                     f"{target.inputs[at][1]} is {lead.describe()}, but the side-car {sidecar.name} {difference}. "
@@ -262,7 +262,7 @@ def _check_fit(targets: Sequence[Target], models: Sequence[Model]) -> None:
             if a.shape != b.shape:
                 shapes.append(f"{other_name} is {list(a.shape)} in {lead.name} but {list(b.shape)} in {models[i].name}")
                 only_rows &= named_as_embedding(name) and a.shape[1:] == b.shape[1:]
-            elif a.dtype != b.dtype and not (a.dtype.merges and b.dtype.merges):
+            elif a.dtype != b.dtype and not (a.merges and b.merges):
                 kinds.append(f"{other_name} is {a.dtype} in {lead.name} but {b.dtype} in {models[i].name}")
     if shapes:
         remedy = _VOCABULARIES if only_rows else "Only tensors of the same shape merge"

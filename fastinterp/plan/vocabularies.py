@@ -52,6 +52,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
     tied        whether the output has no output layer of its own; None: as the origin's configuration says
     source      whose vocabulary the output has, for people; None: the origin's as it is
     vocabulary  the folder of the model whose vocabulary the output has, if that is not the origin
+    remarks     what was done to make the models fit each other, for people: nothing to worry about
     counts      stacks of which the output has other layers than its inputs
     """
 
@@ -63,6 +64,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
     vocabulary: Path | None = None
     source: str | None = None
     warnings: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     counts: tuple[LayerCount, ...] = ()
 
     def sidecars(self, files: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
@@ -214,7 +216,7 @@ def _gathered(
     assert tensor is not None
     if rows.is_own(model, tensor.shape[0]):
         return tensor
-    if not tensor.dtype.merges:
+    if not tensor.merges:
         raise ShapeError(
             f"{name} of {models[model].name} is {tensor.dtype}, whose rows cannot follow another vocabulary. Convert "
             "it to BF16 first, or leave `tokenizer` out of the recipe",
@@ -227,7 +229,7 @@ def _gathered(
     gathered = GatheredInput(name, tensor.dtype, shape, nbytes, model, rows, plan.means, stored)
     for i in gathered.models:
         source = sources[i]
-        if source is None or source.shape[1:] != tensor.shape[1:] or not source.dtype.merges:
+        if source is None or source.shape[1:] != tensor.shape[1:] or not source.merges:
             raise ShapeError(
                 f"{name} of {models[model].name} needs rows of {models[i].name}, where it is "
                 f"{'missing' if source is None else source.describe()}; here it is {tensor.describe()}. Only models of "

@@ -110,7 +110,7 @@ class Endpoints:
             )  # fmt: skip
         operand = self.files.stored(plain)
         stored = StoredTensor(operand.source, operand.offset, tensor.shape, tensor.dtype)
-        return stored if tensor.dtype.merges else self._whole(stored)
+        return stored if tensor.merges else self._whole(stored)
 
     def check_tied(self, model: Endpoint, tensors: Mapping[str, Any], weights: Sequence[Weight]) -> None:
         """Raises: ShapeError, if tensors that are one in the module differ in the end point `model`."""
