@@ -73,7 +73,11 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     targets = [assembly.targets for assembly in assemblies]
     sidecars = {model: find_named(first, find, model) for model in sidecar_refs(targets[0], first.method)}
     tensors = plan_tensors(recipes, targets, aligned.models, sidecars, origin)
-    warnings = [*aligned.warnings, *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None)]
+    warnings = [
+        *map(str, first.warnings),
+        *aligned.warnings,
+        *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
+    ]
     warnings += aligned.uncounted(origin) if aligned.counts else []
     warnings += dtype_warnings(first, targets[0], origin)
     if first.filters:

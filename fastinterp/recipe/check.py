@@ -89,7 +89,7 @@ def check_tensors(
 
 def value_warnings(recipe: Recipe) -> list[RecipeError]:
     """Warnings about a recipe's values, whatever the tensors."""
-    warnings: list[RecipeError] = []
+    warnings = list(recipe.warnings)
     for group in recipe.groups:
         if not group.copies:
             warnings += _without_effect(recipe, group)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.errors import MethodError
+from fastinterp.errors import MethodError, RecipeError
 from fastinterp.messages import clipped, shown, suggestion
 from fastinterp.methods import Method
 from fastinterp.ops.combine import LARGEST, Combine, Tensor
@@ -53,6 +53,7 @@ class Recipe:
     tokenizer     what is wanted of the vocabulary; None: the tokenizer of `origin` as it is
     chat_template what is wanted of the chat template; None: that of `origin` as it is
     name          of a document that others build on, or None
+    warnings      values that nothing uses
     document      where messages about it point to
     """
 
@@ -77,6 +78,7 @@ class Recipe:
     tokenizer: TokenizerSpec | None
     chat_template: ChatTemplate | None
     name: str | None
+    warnings: tuple[RecipeError, ...] = field(repr=False, compare=False)
     document: Document = field(repr=False, compare=False)
 
     @property
@@ -224,6 +226,7 @@ def build(document: Document, above: Sequence[Recipe], collector: ErrorCollector
         earlier={str(model): names[str(model)] for model in used if str(model) in names},
         sidecars=sidecars,
         name=raw.name,
+        warnings=tuple(builder.levels.warnings),
         document=document,
         **settings,
     )
