@@ -12,6 +12,8 @@ INDEX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_WEIGHTS = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".tflite", ".nemo")
 
+PIPELINES = ("model_index.json", "modules.json")  # files that name the components of a folder: see components.py
+
 SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors", re.DOTALL)
 
 # A file of an old checkpoint, while a new one takes its place, and what to say about one that is found.
@@ -38,3 +40,13 @@ def listing(names: Iterable[str], limit: int = 3) -> str:
 def is_plain(name: str) -> bool:
     """True if `name` names a file directly inside a folder: no separator, no `..`, not absolute."""
     return name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+
+
+def is_relative(name: str) -> bool:
+    """True if `name` names a file inside a folder, or in folders in it: only plain names between slashes."""
+    return all(is_plain(part) for part in name.split("/"))
+
+
+def names_file(out: str) -> bool:
+    """True if an output of this name is one file, and no folder."""
+    return out.endswith(WEIGHTS)

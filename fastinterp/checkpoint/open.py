@@ -19,12 +19,10 @@ from fastinterp.checkpoint.names import (
     listing,
     quote,
 )
-from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.regular_file import Stamp, read_regular, stamp_of
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import closest
-
-Stamp = tuple[int, int, int]  # size in bytes, mtime in ns, inode
 
 
 @dataclass(slots=True)
@@ -43,11 +41,34 @@ class Checkpoint:
     stamps: tuple[Stamp, ...]  # of each file, taken before its header was read
     whole_folder: bool  # the user named the folder, or a Hub id, not one file in it
     remarks: tuple[str, ...] = ()  # what was decided about its files: which were left out, say; for people
+    index_name: str = ""  # of the index file; empty, if there is none
+    components: tuple[Component, ...] = ()  # of a pipeline: see components.py
+
+    @property
+    def parts(self) -> tuple[Component, ...]:
+        """The components; of a checkpoint without any, itself."""
+        return self.components or (Component("", self),)
 
     @property
     def inputs(self) -> tuple[Path, ...]:
         """What an output must not touch: the folder, if it was named, and every file."""
         return (self.root, *self.files) if self.whole_folder else self.files
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A part of a checkpoint that is a checkpoint itself, in a folder of its own: the unet of a pipeline, say.
+
+    folder      in that of the whole; empty: the same
+    checkpoint  as if it had been opened alone: its tensors lack the prefix `FOLDER/`, which they have in the whole
+    """
+
+    folder: str
+    checkpoint: Checkpoint
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.folder}/" if self.folder else ""
 
 
 def open_checkpoint(name: str) -> Checkpoint:
@@ -77,15 +98,7 @@ def open_checkpoint(name: str) -> Checkpoint:
 
 def changed_since(checkpoint: Checkpoint) -> list[Path]:
     """The files that were changed, replaced or removed since the checkpoint was opened."""
-    return [p for p, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True) if _stamp(p) != stamp]
-
-
-def _stamp(path: Path) -> Stamp | None:
-    try:
-        info = os.stat(path)
-    except OSError:
-        return None
-    return info.st_size, info.st_mtime_ns, info.st_ino
+    return [p for p, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True) if stamp_of(p) != stamp]
 
 
 def _similar(path: Path) -> str:
@@ -267,9 +280,9 @@ def _load(
     for number, file in enumerate(files):
         path = root / file
         # Taken before the header is read, so that a change in between is noticed too.
-        stamp = _stamp(path)
+        stamp = stamp_of(path)
         entries, file_metadata = read_header(path, number)
-        stamps.append(stamp or (0, 0, 0))
+        stamps.append(stamp or (0, 0, 0, 0))
         for entry in entries:
             if weight_map is not None and weight_map.get(entry.name) != file:
                 _contradiction(entry.name, str(path), weight_map, str(index))
@@ -294,7 +307,10 @@ def _load(
         raise CheckpointError("the checkpoint has no tensors", file=name)
     nbytes = sum(e.nbytes for e in tensors.values())
     paths = tuple(root / f for f in files)
-    return Checkpoint(name, root, paths, tensors, nbytes, index is not None, metadata, tuple(stamps), whole_folder)
+    return Checkpoint(
+        name, root, paths, tensors, nbytes, index is not None, metadata, tuple(stamps), whole_folder,
+        index_name=index or "",
+    )  # fmt: skip
 
 
 def _contradiction(tensor: str, file: str, weight_map: dict[str, str], index: str) -> None:

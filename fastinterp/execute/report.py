@@ -293,7 +293,7 @@ def report_on(
     dtypes = sorted({str(t.dtype) for t in plan.tensors if t.merged and t.name in names})
     return Report(
         output="memory" if folder is None else folder.name,
-        files=() if folder is None else tuple(f.name for f in plan.layouts[k].files),
+        files=() if folder is None else (folder.file,) if folder.file else tuple(f.name for f in plan.layouts[k].files),
         tensors=record.effects,
         copied=tuple(record.copied),
         bytes_read=done.bytes_read,

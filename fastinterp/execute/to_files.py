@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fastinterp._version import __version__
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
+from fastinterp.checkpoint.layout import Layout
 from fastinterp.checkpoint.output_folder import OutFolder
 from fastinterp.checkpoint.sidecar_files import copy_sidecars, model_card
 from fastinterp.errors import BackendError, OutputError
@@ -38,7 +39,7 @@ def write_outputs(
 ) -> list[Report]:
     """Write the outputs of several plans. All of them are renamed into place at the end, one after the other.
 
-    outs  a folder for each output of each plan
+    outs  a folder, or a file (`x.safetensors`), for each output of each plan
     Raises: what `merge` does; OutputError names the outputs that were finished before it.
     """
     start = time.perf_counter()
@@ -97,11 +98,12 @@ def _opened_folders(
     for plan, of_plan in zip(plans, outs, strict=True):
         folders.append([])
         for out, layout in zip(of_plan, plan.layouts, strict=True):
-            folder = OutFolder(out, plan.inputs, needed=needed or layout.disk_bytes, **how)
+            names = [file.name for file in layout.files]
+            folder = OutFolder(out, plan.inputs, needed=needed or layout.disk_bytes, names=names, **how)
             folders[-1].append(stack.enter_context(folder))
             needed = 0
         for folder, recipe, layout in zip(folders[-1], plan.recipes, plan.layouts, strict=True):
-            write_small_files(folder, plan, recipe, layout.index, layout.index_name)
+            write_small_files(folder, plan, recipe, layout)
     return folders
 
 
@@ -122,11 +124,14 @@ def _part(progress: Progress | None, before: int, total: int) -> Progress | None
     return lambda done, of_run: progress(before + done, max(total, before + of_run))
 
 
-def write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: bytes | None, index_name: str) -> None:
-    """Write everything beside the weights: copied side-cars, the model card, the index."""
+def write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, layout: Layout) -> None:
+    """Write everything beside the weights: copied side-cars, the model card, indexes. Nothing, if the output is one
+    file.
+    """
+    if folder.file:
+        return
     files = plan.aligned.sidecars(copy_sidecars(plan.origin.root, recipe.out_dtype or recipe.dtype))
     files["README.md"] = model_card(recipe.text, plan.models, recipe.method.name, __version__).encode()
-    if index is not None:
-        files[index_name] = index
+    files |= layout.indexes
     for name, content in files.items():
         folder.write(name, content)

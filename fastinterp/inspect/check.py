@@ -22,7 +22,6 @@ from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef, not_there, references
 
 _LISTED = 3  # names in a message, before the rest is only counted
-_SHARD = 5 * 10**9  # as merge's default: nothing is written here
 
 
 def check(recipe: RecipeSource | Sequence[Mapping[str, Any]]) -> CheckResult:
@@ -62,7 +61,7 @@ def check(recipe: RecipeSource | Sequence[Mapping[str, Any]]) -> CheckResult:
 def _exit_code(recipes: Sequence[Recipe], library: Library, first: int) -> int:
     """That of the error that ends the planning of the merge; `first`, that of the first finding, if none does."""
     try:
-        make_plan(recipes[-1:], max_shard_size=_SHARD, above=recipes[:-1], library=library)
+        make_plan(recipes[-1:], above=recipes[:-1], library=library)
     except FastinterpError as error:
         return error.exit_code
     return first
@@ -182,10 +181,10 @@ def _check_document(
             return None
         known = {str(warning) for warning in warnings}
         if not recipe.earlier:
-            plan = make_plan([recipe], max_shard_size=_SHARD, library=library)
+            plan = make_plan([recipe], library=library)
             sampled = _check_samples(plan, known, findings)
         elif recipe is recipes[-1] and len(checked) == len(recipes) - 1:
-            plan = make_plan([recipe], max_shard_size=_SHARD, above=recipes[:-1], library=library)
+            plan = make_plan([recipe], above=recipes[:-1], library=library)
             sampled = _check_samples(plan, known, findings)
     except (RecipeError, CheckpointError, StorageError) as error:
         findings.add_error(error)

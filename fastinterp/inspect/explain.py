@@ -80,7 +80,7 @@ def _as_dict(plan: Plan, window: Window) -> dict[str, Any]:
         "integers_from": None if recipe.integers is None else str(recipe.integers),
         "dtypes": _dtypes(plan),
         "files": [{"name": f.name, "bytes": f.size, "tensors": len(f.places)} for f in layout.files],
-        "index": layout.index_name if layout.index is not None else None,
+        "indexes": list(layout.indexes),
         "sidecars": sidecars,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,

@@ -126,7 +126,7 @@ def _checkpoint(recipe: Recipe, document: Document) -> tuple[Model, Folder | Non
         tensors[t.name] = IntermediateInput(t.name, t.dtype, t.shape, t.nbytes, planned, named is None, folds)
     folder = _small_files(recipe, document)
     root = document.origin.root if folder is None else folder.path
-    return Model(name, root, tensors), folder
+    return Model(name, root, tensors, origin=document.origin.source), folder
 
 
 def _wide(t: PlannedTensor) -> DType:

@@ -23,12 +23,19 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     root        the folder of its configuration and tokenizer
     tensors     by name, in the order of the checkpoint; encoded ones as what they are decoded
     checkpoint  what it was opened from; None: a document above makes it
+    origin      if a document above makes it, the checkpoint from which it has its configuration and the names of files
     """
 
     name: str
     root: Path
     tensors: Mapping[str, TensorInput]
     checkpoint: Checkpoint | None = None
+    origin: Checkpoint | None = None
+
+    @property
+    def source(self) -> Checkpoint | None:
+        """The checkpoint whose file names and header metadata it has."""
+        return self.checkpoint or self.origin
 
     @property
     def files(self) -> tuple[Path, ...]:

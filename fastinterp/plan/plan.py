@@ -6,27 +6,25 @@ output tensor which inputs are read, with which coefficients, and where the resu
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastinterp._version import __version__
-from fastinterp.arguments import overridden, size_of
-from fastinterp.checkpoint.layout import Layout, make_layout
+from fastinterp.arguments import optional_size, overridden
+from fastinterp.checkpoint.layout import Layout
 from fastinterp.errors import UsageError
 from fastinterp.messages import counted, size
-from fastinterp.ops.combine import MAX_OUTPUTS, NUMERICS, Combine
+from fastinterp.ops.combine import MAX_OUTPUTS
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Library, Model
+from fastinterp.plan.outputs import Outputs, receipt
 from fastinterp.plan.single import plan_document
 from fastinterp.plan.vocabularies import AlignedModels
 from fastinterp.recipe.load import Recipe, load_recipes
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
-_MOST_BYTES = 64 << 10  # of coefficients in a receipt, which is in every file
 
 
 @dataclass(frozen=True)
@@ -87,13 +85,20 @@ class Plan:
 
 
 def make_plan(
-    recipes: Sequence[Recipe], *, max_shard_size: int, above: Sequence[Recipe] = (), library: Library | None = None
+    recipes: Sequence[Recipe],
+    *,
+    max_shard_size: int | None = None,
+    above: Sequence[Recipe] = (),
+    library: Library | None = None,
+    one_file: bool = False,
 ) -> Plan:
     """Open the checkpoints' headers, see that they fit together, and lay out the output.
 
-    recipes  1 to 16, with the same models, dtypes and rounding
-    above    the documents above, if there are any; then `recipes` is the last document alone
-    library  opens the checkpoints, and may have opened some already; None: a new one
+    recipes         1 to 16, with the same models, dtypes and rounding
+    max_shard_size  bytes of tensor data in one file; None: one file where the origin has one, else 5 GB
+    above           the documents above, if there are any; then `recipes` is the last document alone
+    library         opens the checkpoints, and may have opened some already; None: a new one
+    one_file        every output is one file, and no folder
     Raises: CheckpointError and ShapeError, if a checkpoint is damaged or does not fit the others; MethodError, if a
     method does not accept its models or parameters; RecipeError, if documents do not fit each other; UsageError.
     """
@@ -112,62 +117,26 @@ def make_plan(
         checkpoints, names, folders = last.checkpoints, tuple(map(str, first.models)), ()
         warnings, remarks = last.warnings, last.remarks
     tensors = last.tensors
+    outputs = Outputs(last.origin, checkpoints[: len(names)], tensors)
     layouts = tuple(
-        make_layout([(t.name, t.dtype, t.shape) for t in tensors], _metadata(recipe, k, tensors, names), max_shard_size)
-        for k, recipe in enumerate(recipes)
+        outputs.layout(receipt(recipe, k, tensors, names), max_shard_size, one_file) for k, recipe in enumerate(recipes)
     )
     inputs = tuple(dict.fromkeys(path for m in library.opened if m.checkpoint for path in m.checkpoint.inputs))
     return Plan(
-        tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings, remarks, tuple(names),
-        inputs, tuple(above), folders,
+        tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings,
+        (*remarks, *outputs.remarks), tuple(names), inputs, tuple(above), folders,
     )  # fmt: skip
 
 
-def _metadata(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Sequence[str]) -> dict[str, str]:
-    """The receipt that is stored in every output file: the recipe, and the coefficients that were used.
-
-    `recipe` as it was given, with the merge's own `dtype`, `rounding` and `seed`, makes the same bytes again. Models
-    are stored as the user named them. Time, output folder and threads are not, so that the same merge of the same
-    names gives the same bytes everywhere.
-    """
-    stored = recipe.out_dtype or recipe.dtype
-    receipt = {
-        "fastinterp": __version__,
-        "numerics": NUMERICS,
-        "method": recipe.method.name,
-        "models": models,
-        "coefficients": _coefficients(k, tensors),
-        "dtype": None if stored is None else stored.name,
-        "rounding": recipe.rounding,
-        "seed": recipe.seed,
-        "fp8_overflow": recipe.fp8_overflow,
-        "recipe": recipe.text,
-    }
-    return {"format": "pt", "fastinterp": json.dumps(receipt, separators=(",", ":"))}
-
-
-def _coefficients(k: int, tensors: Sequence[PlannedTensor]) -> dict[str, Any] | list[dict[str, Any]] | str:
-    """Those of output k: one set for all tensors, or several, each with its tensors; or why they are not there.
-
-    The header is laid out before any data is read, so only coefficients that need no statistics can be in it.
-    """
-    if any(t.program is not None or t.before for t in tensors):
-        return "left out: they come from the data, or differ by element. The recipe gives them again"
-    sets: dict[Combine, list[str]] = {}
-    for t in tensors:
-        if t.sums:
-            sets.setdefault(t.sums[k], []).append(t.name)
-    weights = [{"weights": c.weights, "base": c.base, "sums_to_one": c.sums_to_one} for c in sets]
-    if len(weights) <= 1:
-        return weights[0] if weights else []
-    named = [{**one, "tensors": names} for one, names in zip(weights, sets.values(), strict=True)]
-    if len(json.dumps(named)) > _MOST_BYTES:
-        return f"left out: {len(sets)} sets of them are too many. The recipe gives them again"
-    return named
-
-
-def plan_recipe(recipe: Source, max_shard_size: str | int, dtype: object, rounding: object, seed: object) -> Plan:
-    """The plan of one recipe, of one or more documents. Arguments and errors as of `merge`."""
+def plan_recipe(
+    recipe: Source,
+    max_shard_size: str | int | None,
+    dtype: object,
+    rounding: object,
+    seed: object,
+    one_file: bool = False,
+) -> Plan:
+    """The plan of one recipe, of one or more documents. Arguments and errors as of `merge` and make_plan."""
     *above, last = load_recipes(recipe)
     changed = overridden(last, dtype, rounding, seed)
     if above:
@@ -175,4 +144,4 @@ def plan_recipe(recipe: Source, max_shard_size: str | int, dtype: object, roundi
         if rounding is not None:
             above = [replace(r, rounding=changed.rounding) if r.rounding == last.rounding else r for r in above]
         above = [replace(r, seed=changed.seed) if r.seed == last.seed else r for r in above]
-    return make_plan([changed], max_shard_size=size_of(max_shard_size), above=above)
+    return make_plan([changed], max_shard_size=optional_size(max_shard_size), above=above, one_file=one_file)

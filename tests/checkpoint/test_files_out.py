@@ -66,8 +66,8 @@ def write_layout(folder: Path, layout, fill) -> None:
         for name, place in file.places.items():
             content[place : place + sizes[name]] = fill(name, sizes[name])
         (folder / file.name).write_bytes(content)
-    if layout.index is not None:
-        (folder / layout.index_name).write_bytes(layout.index)
+    for name, content in layout.indexes.items():
+        (folder / name).write_bytes(content)
 
 
 def pattern(name: str, nbytes: int) -> bytes:
@@ -78,7 +78,7 @@ def test_layout_of_one_file(tmp_path):
     """Page-aligned data, each tensor aligned to its width, and read back with its bytes by safetensors and by us."""
     layout = make_layout(ODD, {"format": "pt", "k": "ü"}, 5 * GB)
     (file,) = layout.files
-    assert file.name == "model.safetensors" and layout.index is None
+    assert file.name == "model.safetensors" and not layout.indexes
     assert len(file.header) % ALIGN == 0 and layout.disk_bytes == file.size == len(file.header) + layout.total_size
     assert all(file.places[n] % max(1, d.bits // 8) == 0 for n, d, _ in ODD)
     write_layout(tmp_path / "m", layout, pattern)
@@ -105,8 +105,8 @@ def test_layout_in_shards(tmp_path):
     names = [list(f.places) for f in layout.files]
     assert names == [["w.bf16"], ["u.odd", "f8"], ["i", "w.f32", "empty"], ["f64", "four"], ["ünï\n", "f16"]]
     assert layout.files[0].name == "model-00001-of-00005.safetensors"
-    assert layout.index_name == "model.safetensors.index.json"
-    assert json.loads(layout.index or b"")["metadata"] == {"total_size": layout.total_size}
+    assert list(layout.indexes) == ["model.safetensors.index.json"]
+    assert json.loads(layout.indexes["model.safetensors.index.json"])["metadata"] == {"total_size": layout.total_size}
     write_layout(tmp_path / "m", layout, pattern)
     found = open_checkpoint(str(tmp_path / "m"))
     assert found.index and found.nbytes == layout.total_size and len(found.files) == 5
@@ -131,9 +131,10 @@ def test_shards_are_those_of_transformers(limit):
     assert ours == split.tensor_to_filename
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        assert layout.index == (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        assert layout.indexes == {"model.safetensors.index.json": text.encode()}
     else:
-        assert layout.index is None
+        assert not layout.indexes
 
 
 def test_layout_refuses():

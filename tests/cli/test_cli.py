@@ -239,7 +239,7 @@ def test_explain_agrees_with_the_merge(models):
     report = json.loads(run("merge", "recipe.yml", "out", "--json", "--max-shard-size", "100"))
     sizes = {p.name: p.stat().st_size for p in (models / "out").glob("*.safetensors")}
     assert sizes == {f["name"]: f["bytes"] for f in found["files"]}
-    written = {*sizes, found["index"], *found["sidecars"]}
+    written = {*sizes, *found["indexes"], *found["sidecars"]}
     assert written == {p.name for p in (models / "out").iterdir()}
     assert report["bytes_read"] == found["bytes_read"]
     assert [i for i, m in enumerate(found["models"]) if m["bytes_read"]] == [0, 1]
