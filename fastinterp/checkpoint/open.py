@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fastinterp.checkpoint.names import (
     INDEX,
     OTHER_WEIGHTS,
     PICKLES,
+    PIPELINES,
     PUT_BACK,
     SHARD,
     WEIGHTS,
@@ -138,6 +140,17 @@ def _open_folder(name: str, root: Path) -> Checkpoint:
         present = sorted(n for n in os.listdir(root) if not n.startswith("."))
     except OSError as error:
         raise CheckpointError(f"the folder cannot be read: {error.strerror}", file=str(root)) from None
+    if any(n in present for n in PIPELINES):
+        from fastinterp.checkpoint.components import open_components
+
+        whole = open_components(name, root, present)
+        if whole is not None:
+            return whole
+    return open_plain_folder(name, root, present)
+
+
+def open_plain_folder(name: str, root: Path, present: Sequence[str]) -> Checkpoint:
+    """The checkpoint in the folder itself, whatever folders in it hold. present: names in the folder, sorted."""
     indexes = [n for n in present if n.endswith(INDEX)]
     weights = [n for n in present if n.endswith(WEIGHTS)]
     _refuse_adapter(name, root, present, [n for n in (*indexes, *weights) if not n.startswith(_ADAPTER)])
@@ -157,7 +170,7 @@ def _open_folder(name: str, root: Path) -> Checkpoint:
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model.", "adapter_config.json"  # as peft saves them
 
 
-def _refuse_adapter(name: str, root: Path, present: list[str], whole: list[str]) -> None:
+def _refuse_adapter(name: str, root: Path, present: Sequence[str], whole: list[str]) -> None:
     """Raises: CheckpointError, if the folder holds an adapter alone, or beside weights that no index lists.
 
     whole  the weights in the folder that are no adapter's
@@ -185,7 +198,7 @@ def _refuse_adapter(name: str, root: Path, present: list[str], whole: list[str])
     )
 
 
-def _no_weights(root: Path, present: list[str]) -> str:
+def _no_weights(root: Path, present: Sequence[str]) -> str:
     pickles = [n for n in present if n.endswith(PICKLES)]
     if pickles:
         return f"the folder has no {WEIGHTS} file, only {listing(pickles)}: {_PICKLED}"

@@ -254,7 +254,7 @@ def _check_samples(plan: Plan, known: Collection[str], findings: _Findings) -> i
     for warning in plan.warnings:
         if warning not in known:
             findings.add_warning(warning)
-    findings.remarks += plan.remarks
+    findings.remarks += [*plan.remarks, *plan.file_remarks]
     errors, longer = samples.compare_unmerged(plan)
     for error in errors:
         findings.add_error(error)

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, needs_code, read_config
+from fastinterp.checkpoint.origin_files import missing_code
+from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, read_config
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import fit, listed
 from fastinterp.plan.models import Model
+from fastinterp.tokenizer.chat_template import template_file
 
 _MOST = 3  # lines of a kind, and names in a line, before the rest is only counted
 
@@ -39,9 +41,35 @@ def compatibility_warnings(checkpoints: Sequence[Model], origin: Model, vocabula
     if config is not None:
         warnings += _configs(origin, config, others, {"vocab_size"} if vocabulary else set())
     warnings += _quantised(checkpoints)
-    if needs_code(origin.root):  # it is never copied, let alone run
-        warnings.append(f"{CONFIG} names code of the model's own (auto_map). Copy its .py files from {origin.name}")
+    for file, code in missing_code(origin.root).items():
+        warnings.append(
+            f"{file} of {origin.name} names code (auto_map) that is not in its folder: {listed(code, _MOST)}. Copy it "
+            "into the output, or the output cannot be loaded"
+        )
     return tuple(warnings)
+
+
+def template_warnings(models: Sequence[Model], origin: Model) -> list[str]:
+    """A warning, if `origin`, whose tokenizer the output has, has no chat template, and a model that is merged has."""
+    if _template(origin.root):
+        return []
+    having = [(model, file) for model in models if (file := _template(model.root))]
+    if not having:
+        return []
+    model, file = having[0]
+    return [
+        f"{model.name} has a chat template ({file}), but the output has the tokenizer of {origin.name}, which has none"
+        ". Write `chat_template: auto` into the recipe to have it; without a recipe, copy "
+        + ("the file into the output" if file != "tokenizer_config.json" else "the key `chat_template` of that file")
+    ]
+
+
+def _template(root: Path) -> str | None:
+    """The file in a model's folder that has a chat template, or None."""
+    try:
+        return template_file(root)
+    except CheckpointError:
+        return None
 
 
 def path_warnings(checkpoints: Sequence[Model]) -> tuple[str, ...]:

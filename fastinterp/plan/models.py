@@ -24,6 +24,7 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     tensors     by name, in the order of the checkpoint; encoded ones as what they are decoded
     checkpoint  what it was opened from; None: a document above makes it
     origin      if a document above makes it, the checkpoint from which it has its configuration and the names of files
+    left_out    and those of that checkpoint's files which are not in `root`: reason -> names
     """
 
     name: str
@@ -31,6 +32,7 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     tensors: Mapping[str, TensorInput]
     checkpoint: Checkpoint | None = None
     origin: Checkpoint | None = None
+    left_out: Mapping[str, tuple[str, ...]] = {}
 
     @property
     def source(self) -> Checkpoint | None:

@@ -12,15 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastinterp._version import __version__
 from fastinterp.arguments import optional_size, overridden
 from fastinterp.checkpoint.layout import Layout
-from fastinterp.errors import UsageError
-from fastinterp.messages import counted, size
+from fastinterp.checkpoint.origin_files import OriginFiles
+from fastinterp.checkpoint.regular_file import CHANGED, Stamp, stamp_of
+from fastinterp.checkpoint.sidecar_files import model_card
+from fastinterp.errors import CheckpointError, UsageError
+from fastinterp.messages import counted, listed, size
 from fastinterp.ops.combine import MAX_OUTPUTS
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Library, Model
 from fastinterp.plan.outputs import Outputs, receipt
-from fastinterp.plan.single import plan_document
+from fastinterp.plan.single import Document, plan_document
 from fastinterp.plan.vocabularies import AlignedModels
 from fastinterp.recipe.load import Recipe, load_recipes
 
@@ -40,6 +44,8 @@ class Plan:
     remarks      what was decided without being asked: files and tensors that were left out, names that were aligned
     models       the names of the first of the checkpoints: the models of all documents
     inputs       files and folders that an output must not touch
+    files        what becomes of the files in the origin's folder
+    stamps       of the small files that are copied, as they were when the plan was made
     above        the documents above
     folders      held as long as the plan is: they have the small files of documents above
     """
@@ -54,6 +60,8 @@ class Plan:
     remarks: tuple[str, ...]
     models: tuple[str, ...]
     inputs: tuple[Path, ...]
+    files: OriginFiles
+    stamps: Mapping[Path, Stamp | None]
     above: tuple[Recipe, ...] = ()
     folders: tuple[object, ...] = ()
 
@@ -82,6 +90,38 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         return sum(layout.disk_bytes for layout in self.layouts)
+
+    def small_files(self, k: int) -> dict[str, bytes | Path]:
+        """What is written beside the weights of output k, by name: the path of a file to copy, or content.
+
+        Raises: CheckpointError, if a file that has to change is damaged or cannot be read.
+        """
+        recipe = self.recipes[k]
+        files = self.aligned.sidecars(self.files.contents(recipe.out_dtype or recipe.dtype))
+        card = model_card(recipe.text, self.models, recipe.method.name, __version__)
+        return {**files, "README.md": card.encode(), **self.layouts[k].indexes}
+
+    @property
+    def file_remarks(self) -> tuple[str, ...]:
+        """Remarks on the files in the origin's folder, if the output is a folder: which are left out, and why."""
+        return tuple(self.files.remarks(self._origin_name, self.remarks))
+
+    @property
+    def lone_file_remarks(self) -> tuple[str, ...]:
+        """The same, if the output is one file."""
+        names = listed(sorted(self.files.copied), 5)
+        what = f"the output is one file, so nothing of {self._origin_name} is written beside it: {names}"
+        return (f"{what}. Name a folder to have these files",) if names else ()
+
+    @property
+    def _origin_name(self) -> str:
+        return self.origin.name if self.origin.source is None else self.origin.source.name
+
+    def refuse_changed_files(self) -> None:
+        """Raises: CheckpointError, if a small file that is copied has changed since the plan was made."""
+        for path, stamp in self.stamps.items():
+            if stamp_of(path) != stamp:
+                raise CheckpointError(CHANGED, file=str(path))
 
 
 def make_plan(
@@ -124,8 +164,13 @@ def make_plan(
     inputs = tuple(dict.fromkeys(path for m in library.opened if m.checkpoint for path in m.checkpoint.inputs))
     return Plan(
         tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings,
-        (*remarks, *outputs.remarks), tuple(names), inputs, tuple(above), folders,
+        (*remarks, *outputs.remarks), tuple(names), inputs, last.files, _stamps(last), tuple(above), folders,
     )  # fmt: skip
+
+
+def _stamps(document: Document) -> dict[Path, Stamp | None]:
+    copied = [c for c in (document.aligned.tokenizer or {}).values() if isinstance(c, Path)]
+    return {**{path: stamp_of(path) for path in copied}, **document.files.stamps}
 
 
 def plan_recipe(

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import msgspec
 from msgspec.structs import replace
 
+from fastinterp.checkpoint.origin_files import OriginFiles, origin_files
 from fastinterp.errors import CheckpointError
-from fastinterp.plan.compatibility import compatibility_warnings
+from fastinterp.plan.compatibility import compatibility_warnings, template_warnings
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
 from fastinterp.plan.tensors import dtype_warnings, plan_tensors, sidecar_refs
@@ -26,6 +27,7 @@ class Document(msgspec.Struct, frozen=True):
     tensors   their inputs' checkpoints are indices into `checkpoints`
     sidecars  by the names that the recipe has
     remarks   what was left out, or made to fit, for people: see Plan
+    files     what becomes of the files in the origin's folder
     """
 
     aligned: AlignedModels
@@ -34,6 +36,7 @@ class Document(msgspec.Struct, frozen=True):
     sidecars: dict[ModelRef, Model]
     warnings: tuple[str, ...]
     remarks: tuple[str, ...]
+    files: OriginFiles
 
     @property
     def checkpoints(self) -> tuple[Model, ...]:
@@ -67,6 +70,9 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     first = recipes[0]
     models = [find_named(first, find, model) for model in first.models]
     origin = find_named(first, find, first.origin)
+    files = origin_files(
+        origin.root, origin.source, origin.left_out
+    )  # before any of them is read: changes are noticed from here on
     aligned = align_models(first, models, origin)
     assemblies = [Assembly(recipe, [c.tensors for c in aligned.models]) for recipe in recipes]
     aligned = replace(aligned, counts=tuple(assemblies[0].counts))
@@ -78,6 +84,8 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         *aligned.warnings,
         *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
     ]
+    if aligned.template is None and aligned.vocabulary is None:
+        warnings += template_warnings(aligned.models, origin)
     warnings += aligned.uncounted(origin) if aligned.counts else []
     warnings += dtype_warnings(first, targets[0], origin)
     if first.filters:
@@ -87,4 +95,4 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     opened = (*models, origin, *sidecars.values())
     remarks = [remark for model in opened if model.checkpoint is not None for remark in model.checkpoint.remarks]
     remarks += aligned.remarks
-    return Document(aligned, origin, tensors, sidecars, tuple(warnings), tuple(dict.fromkeys(remarks)))
+    return Document(aligned, origin, tensors, sidecars, tuple(warnings), tuple(dict.fromkeys(remarks)), files)

@@ -11,6 +11,7 @@ Modules: one after the other, each as if it were a model. What is in none comes 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -290,7 +291,9 @@ class Assembly:
     def _no_tensor(self, section: Section) -> str:
         if section.name is None:
             return "the models have no tensors"
-        starts = {name.split(".")[0]: None for name in self._names[section.groups[0].sources[0].model]}
+        starts = {
+            re.split("[./]", name, maxsplit=1)[0]: None for name in self._names[section.groups[0].sources[0].model]
+        }
         return f"no tensor's name starts with the module's, `{section.name}`. They start with {listed(starts, _LISTED)}"
 
     def _error(self, message: str, path: str) -> RecipeError:
@@ -325,7 +328,8 @@ class Assembly:
 
 
 def _module_tensors(module: str, names: Collection[str]) -> list[str]:
-    """The names that start with `module.` or `model.module.`; all of them for mergekit's `default`.
+    """The names that start with `module.` or `model.module.`; all of them for mergekit's `default`. The name of a
+    pipeline's component is that of a module, too: `unet` has the names that start with `unet/`.
 
     Where there are none, the three names that mergekit has for parts of vision-language models stand for what these are
     called in checkpoints, the first that is there; a text_decoder has the head, too.
@@ -341,5 +345,6 @@ def _module_tensors(module: str, names: Collection[str]) -> list[str]:
 
 
 def _starting(starts: tuple[str, ...], names: Collection[str]) -> list[str]:
-    prefixes = tuple(f"{lead}{start.rstrip('.')}." for start in starts for lead in ("", "model."))
+    bare = [start.rstrip("./") for start in starts]
+    prefixes = (*(f"{lead}{start}." for start in bare for lead in ("", "model.")), *(f"{start}/" for start in bare))
     return [name for name in names if name.startswith(prefixes)]

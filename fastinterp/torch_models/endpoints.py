@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastinterp.checkpoint.components import refuse_components
 from fastinterp.checkpoint.open import changed_since
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.execute.sources import Sources, storage
@@ -49,7 +50,10 @@ class Endpoint:
         if not isinstance(model, (str, os.PathLike)):
             raise UsageError(f"{role} must be a checkpoint's path or a state dict, got {type(model).__name__}")
         name = os.fspath(model)
-        return Endpoint(name, open_model(name), {})
+        opened = open_model(name)
+        if opened.checkpoint is not None:
+            refuse_components(opened.checkpoint)
+        return Endpoint(name, opened, {})
 
     def specs(self) -> dict[str, TensorSpec]:
         """Dtype and shape of each tensor, extra state left out. Raises: UsageError, if one is no torch tensor."""

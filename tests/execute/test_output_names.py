@@ -38,7 +38,7 @@ def model(
     folder.mkdir(parents=True)
     every = arrays(seed)
     names = list(every)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         file = f"{stem}.safetensors" if shards == 1 else f"{stem}-{i + 1:05d}-of-{shards:05d}.safetensors"
         part = {n: every[n] for n in names[i::shards]}
@@ -158,8 +158,8 @@ def test_several_output_files(tmp_path):
     reports = fastinterp.interpolate(a, b, [0, 0.5], tmp_path / "x.safetensors")
     assert [Path(r.output).name for r in reports] == ["x_alpha_0.safetensors", "x_alpha_0.5.safetensors"]
     assert equal(load_file(tmp_path / "x_alpha_0.safetensors"), arrays(0))
-    points = fastinterp.sweep(a, b, [0.5, 1], tmp_path / "y.safetensors")
-    assert equal(load_file(points[1].path), arrays(1)) and points[1].path.name == "y_alpha_1.safetensors"
+    point = fastinterp.sweep(a, b, [0.5, 1], tmp_path / "y.safetensors")[1]
+    assert point.path and equal(load_file(point.path), arrays(1)) and point.path.name == "y_alpha_1.safetensors"
     with pytest.raises(UsageError, match="recipes are written into a folder"):
         fastinterp.sweep(a, b, [0.5], tmp_path / "z.safetensors", virtual=True)
 

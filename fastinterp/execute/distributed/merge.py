@@ -117,6 +117,7 @@ def carry_out(
         if me.rank != 0:
             peers.await_("finished", "finish the output")
             return None
+        plan.refuse_changed_files()
         finish(folders)
         peers.put("finished", "")
     wall = time.perf_counter() - start
@@ -144,12 +145,12 @@ def _open(
 ) -> list[OutFolder]:
     needed = max(0, plan.disk_bytes - sum(reserved(out, key) for out in outs))
     folders: list[OutFolder] = []
-    for out, layout, recipe in zip(outs, plan.layouts, plan.recipes, strict=True):
+    for k, (out, layout) in enumerate(zip(outs, plan.layouts, strict=True)):
         names = [file.name for file in layout.files]
         folder = SharedFolder(out, plan.inputs, key, force=force, durable=durable, needed=needed, names=names)
         folders.append(stack.enter_context(folder))
         needed = 0
-        write_small_files(folder, plan, recipe, layout)
+        write_small_files(folder, plan, k)
         for file in layout.files:
             folder.temp(file.name)
     return folders
