@@ -19,7 +19,7 @@ from fastinterp.ops.combine import Combine, Row
 _PIECE = 1 << 19  # elements that a thread takes at a time: any cuts give the same bytes
 _SERIAL = 1 << 19  # elements of all pairs below which threads take longer to start than to work
 
-Pair = tuple[ArrayView, ArrayView, Row]  # the array that is replaced, the other, and their sum
+_Pair = tuple[ArrayView, ArrayView, Row]  # the array that is replaced, the other, and their sum
 
 
 def lerp_in_place(
@@ -41,13 +41,13 @@ def lerp_in_place(
     pairs = [
         (target, other, Combine((0.0, float(weight)), base=0).row())
         for target, other, weight in zip(targets, others, weights, strict=True)
-        if weight != 0 and math.prod(target.shape)
+        if weight != 0 and _numel(target)
     ]
     if device is not None:
         current_queue(device).run([_launched(*pair) for pair in pairs])
         return
     count, isa = cpu_threads(threads), cpu_isa()
-    sizes = [math.prod(target.shape) for target, _, _ in pairs]
+    sizes = [_numel(target) for target, _, _ in pairs]
     pieces = _pieces(pairs, isa)
     if count == 1 or sum(sizes) < _SERIAL:
         _run(pieces)
@@ -60,16 +60,20 @@ def lerp_in_place(
             helper.result()
 
 
+def _numel(view: ArrayView) -> int:
+    return math.prod(view.shape)
+
+
 def _run(pieces: Iterator[tuple[Any, ...]]) -> None:
     for inputs, codes, row, out, numel, isa in pieces:
         # Not stored around the caches: such loops store before they have looked at all of their inputs.
         combine(inputs, codes, [row], [out], codes[0], numel, stats_every=0, threads=1, isa=isa, streamed=False)
 
 
-def _pieces(pairs: Sequence[Pair], isa: str) -> Iterator[tuple[Any, ...]]:
+def _pieces(pairs: Sequence[_Pair], isa: str) -> Iterator[tuple[Any, ...]]:
     for target, other, row in pairs:
         codes = [target.dtype.code or 0, other.dtype.code or 0]
-        numel = math.prod(target.shape)
+        numel = _numel(target)
         for first in range(0, numel, _PIECE):
             addresses = [x.address + first * x.dtype.bits // 8 for x in (target, other)]
             yield addresses, codes, row, addresses[0], min(_PIECE, numel - first), isa
@@ -77,7 +81,7 @@ def _pieces(pairs: Sequence[Pair], isa: str) -> Iterator[tuple[Any, ...]]:
 
 def _launched(target: ArrayView, other: ArrayView, row: Row) -> Piece:
     inputs = tuple(steps.Stored(i, 0, x.dtype.code or 0) for i, x in enumerate((target, other)))
-    numel = math.prod(target.shape)
+    numel = _numel(target)
     step = steps.Combine(
         inputs=inputs, numel=numel, sinks=(0,), offsets=(0,), out_dtype=target.dtype.code or 0, rows=(row,)
     )
@@ -89,7 +93,7 @@ def _refuse_overlap(targets: Sequence[ArrayView], others: Sequence[ArrayView]) -
     spans: list[tuple[int, int, int, int]] = []  # first byte, end, 0 for targets and 1 for others, index
     for kind, views in enumerate((targets, others)):
         for i, x in enumerate(views):
-            size = math.prod(x.shape) * x.dtype.bits // 8
+            size = _numel(x) * x.dtype.bits // 8
             spans += [(x.address, x.address + size, kind, i)] if size else []
     spans.sort()
     # The furthest end so far of targets, and of all arrays, with whose it is.
