@@ -10,61 +10,51 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from msgspec.structs import replace
-
-from fastinterp.checkpoint.header import MAX_HEADER, Entry
-from fastinterp.checkpoint.names import INDEX, PICKLES, WEIGHTS, is_relative, listing, quote
-from fastinterp.checkpoint.open import Checkpoint, Component, open_checkpoint, open_plain_folder
+from fastinterp.checkpoint.header import MAX_HEADER
+from fastinterp.checkpoint.names import ANY_INDEX, PICKLES, WEIGHTS, is_relative, listing, quote
 from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.remedies import literal, python
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 
 PIPELINE, MODULES = "model_index.json", "modules.json"
 
 
-def open_components(name: str, root: Path, present: Sequence[str]) -> Checkpoint | None:
-    """The checkpoint in the folder `root`, of all components that have weights; None, if the root alone has any.
+class Found(NamedTuple):
+    """The components with weights in a folder.
 
-    name     as the user wrote it
+    folders  of each, relative to that folder; empty for the folder itself
+    remarks  which others are named, and are not there
+    """
+
+    folders: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+
+def find_components(name: str, root: Path, present: Sequence[str]) -> Found:
+    """The components that model_index.json or modules.json in the folder `root` names.
+
+    name     of the checkpoint, as the user wrote it
     present  names in the folder
-    Raises: CheckpointError, if a component has no weights that are read, or the file that names them is damaged.
+    Raises: CheckpointError, if a component has no weights but pickled ones, or the file that names them is damaged.
     """
     remarks: list[str] = []
+    source = literal(root)
     if PIPELINE in present:
-        folders = [f for f in _of_pipeline(root, remarks) if _has_weights(root / f)]
-        convert = f"diffusers: `DiffusionPipeline.from_pretrained({str(root)!r}).save_pretrained('NEW')`"
+        folders = _of_pipeline(root, remarks)
+        convert = f'import diffusers; diffusers.DiffusionPipeline.from_pretrained({source}).save_pretrained("NEW")'
     else:
-        folders = [f for f in _of_modules(root) if _has_weights(root / f)]
-        convert = f"sentence-transformers: `SentenceTransformer({str(root)!r}).save_pretrained('NEW')`"
-    if not any(folders):
-        return None
-    components = []
-    for folder in folders:
-        _refuse_pickles(name, root, folder, convert)
-        opened = open_checkpoint(str(root / folder)) if folder else open_plain_folder(name, root, present)
-        components += [Component(f"{folder}/{c.folder}".strip("/"), c.checkpoint) for c in opened.parts]
-        remarks += [f"{folder}: {remark}" if folder else remark for remark in opened.remarks]
-    return _joined(name, root, components, remarks)
-
-
-def _joined(name: str, root: Path, components: Sequence[Component], remarks: Sequence[str]) -> Checkpoint:
-    tensors: dict[str, Entry] = {}
-    files: list[Path] = []
-    metadata: dict[str, str] = {}
-    for component in components:
-        part = component.checkpoint
-        for entry in part.tensors.values():
-            whole = replace(entry, name=component.prefix + entry.name, file=entry.file + len(files))
-            tensors[whole.name] = whole
-        files += part.files
-        metadata = {**part.metadata, **metadata}
-    return Checkpoint(
-        name, root, tuple(files), tensors, sum(c.checkpoint.nbytes for c in components), False, metadata,
-        tuple(stamp for c in components for stamp in c.checkpoint.stamps), True, tuple(remarks),
-        components=tuple(components),
-    )  # fmt: skip
+        folders = _of_modules(root)
+        convert = (
+            f'import sentence_transformers as st; st.SentenceTransformer({source}, device="cpu").save_pretrained("NEW")'
+        )
+    having = [folder for folder in folders if _has_weights(root / folder)]
+    if any(having):
+        for folder in having:
+            _refuse_pickles(name, root, folder, python(convert))
+    return Found(tuple(having), tuple(remarks))
 
 
 def named_folders(root: Path) -> tuple[str, ...]:
@@ -107,27 +97,18 @@ def _of_modules(root: Path) -> list[str]:
     return [f for f in dict.fromkeys(folders) if os.path.isdir(root / f)]
 
 
-def refuse_components(checkpoint: Checkpoint) -> None:
-    """Raises: CheckpointError, if it has components, where one model is wanted; it names them."""
-    if checkpoint.components:
-        places = [str(c.checkpoint.root) if c.folder else str(c.checkpoint.files[0]) for c in checkpoint.components]
-        raise CheckpointError(
-            f"it consists of {len(places)} models, {listing(places, 8)}. Name one of them", file=checkpoint.name
-        )
-
-
 def _has_weights(folder: Path) -> bool:
-    return any(n.endswith((WEIGHTS, INDEX, *PICKLES)) for n in _listed(folder))
+    return any(n.endswith((WEIGHTS, *PICKLES)) or ANY_INDEX.fullmatch(n) for n in _listed(folder))
 
 
 def _refuse_pickles(name: str, root: Path, folder: str, convert: str) -> None:
     names = _listed(root / folder)
-    if any(n.endswith((WEIGHTS, INDEX)) for n in names):
+    if any(n.endswith(WEIGHTS) or ANY_INDEX.fullmatch(n) for n in names):
         return
     pickles = [n for n in names if n.endswith(PICKLES)]
     raise CheckpointError(
         f"its component {quote(folder or name)} has no {WEIGHTS} file, only {listing(pickles)}: pickled weights are "
-        f"never loaded, because a pickle can run any code. Convert it first, with {convert}; then name NEW",
+        f"never loaded, because a pickle can run any code. Convert it first: {convert}; then name NEW",
         file=name,
     )
 

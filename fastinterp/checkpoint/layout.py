@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import INDEX, WEIGHTS, quote
+from fastinterp.checkpoint.names import WEIGHTS, index_of, quote
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.ops.dtypes import DType
 
@@ -96,7 +96,7 @@ def make_layout(
         skip = len(prefix)
         weight_map = {tensor[skip:]: file.name[skip:] for file in files for tensor in file.places}
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        indexes[prefix + stem + INDEX] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+        indexes[prefix + index_of(stem)] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
     return Layout(tuple(files), indexes, total)
 
 

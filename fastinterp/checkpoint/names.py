@@ -12,9 +12,23 @@ INDEX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_WEIGHTS = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".tflite", ".nemo")
 
+# Of weights that a library looks for by their name.
+STEMS = (
+    "model",
+    "diffusion_pytorch_model",
+    "open_clip_model",
+    "open_clip_pytorch_model",
+    "pytorch_model",
+    "consolidated",
+)
 PIPELINES = ("model_index.json", "modules.json")  # files that name the components of a folder: see components.py
 
 SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors", re.DOTALL)
+# An index, or that of a variant: `model.safetensors.index.fp16.json`, and as diffusers wrote it before 0.30,
+# `model.safetensors.fp16.index.json`.
+ANY_INDEX = re.compile(
+    r"(?P<stem>.+)\.safetensors\.(?:(?P<old>[^.]+)\.)?index\.(?:(?P<variant>[^.]+)\.)?json", re.DOTALL
+)
 
 # A file of an old checkpoint, while a new one takes its place, and what to say about one that is found.
 ASIDE = re.compile(r"\..+\.old-\d+-[0-9a-f]{8}-[0-9a-f]{12}", re.DOTALL)
@@ -45,6 +59,14 @@ def is_plain(name: str) -> bool:
 def is_relative(name: str) -> bool:
     """True if `name` names a file inside a folder, or in folders in it: only plain names between slashes."""
     return all(is_plain(part) for part in name.split("/"))
+
+
+def index_of(stem: str) -> str:
+    """The name of the index of shards of this stem: `model.safetensors.index.json`; of a variant, `model.fp16`, it is
+    `model.safetensors.index.fp16.json`.
+    """
+    base, _, variant = stem.partition(".")
+    return f"{base}{WEIGHTS}.index.{variant}.json" if variant and base in STEMS else stem + INDEX
 
 
 def names_file(out: str) -> bool:

@@ -23,8 +23,8 @@ from types import TracebackType
 
 from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import (
+    ANY_INDEX,
     ASIDE,
-    INDEX,
     PICKLES,
     PIPELINES,
     PUT_BACK,
@@ -442,7 +442,7 @@ def _old_checkpoint(root: Path, present: Sequence[str], new: Iterable[str]) -> t
     An index that is damaged or no regular file names nothing, but is one of them.
     """
     files = [n for n in present if not os.path.basename(n).startswith(".") and not os.path.isdir(root / n)]
-    indexes = [n for n in files if n.endswith((INDEX, ".bin.index.json"))]
+    indexes = [n for n in files if ANY_INDEX.fullmatch(n) or n.endswith(".bin.index.json")]
     listed: set[str] = set()
     for index in indexes:
         beside = index[: -len(os.path.basename(index))]

@@ -6,13 +6,12 @@ import json
 from collections import Counter
 
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import INDEX, SHARD, WEIGHTS
+from fastinterp.checkpoint.names import ANY_INDEX, SHARD, STEMS, WEIGHTS
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.errors import CheckpointError
 
-MODEL, DIFFUSERS, OPEN_CLIP = "model", "diffusion_pytorch_model", "open_clip_model"
-KNOWN = (MODEL, DIFFUSERS, OPEN_CLIP, "open_clip_pytorch_model", "pytorch_model", "consolidated")
+MODEL, DIFFUSERS, OPEN_CLIP = STEMS[:3]
 
 
 def stem_of(checkpoint: Checkpoint) -> str:
@@ -22,8 +21,9 @@ def stem_of(checkpoint: Checkpoint) -> str:
     alone may be called anything: if no library looks for its name, it is the stem that its folder's configuration
     leads to.
     """
-    if checkpoint.index_name:
-        return checkpoint.index_name.removesuffix(INDEX)
+    if match := ANY_INDEX.fullmatch(checkpoint.index_name):
+        variant = match["old"] or match["variant"]
+        return f"{match['stem']}.{variant}" if variant else match["stem"]
     stems = Counter(
         m["stem"] if (m := SHARD.fullmatch(p.name)) else p.name.removesuffix(WEIGHTS) for p in checkpoint.files
     )
@@ -35,7 +35,7 @@ def stem_of(checkpoint: Checkpoint) -> str:
 
 def is_known(stem: str) -> bool:
     """Whether a library looks for weights of this stem; with a variant, as `model.fp16`, too."""
-    return stem.partition(".")[0] in KNOWN
+    return stem.partition(".")[0] in STEMS
 
 
 def _expected(checkpoint: Checkpoint) -> str:

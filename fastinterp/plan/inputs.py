@@ -65,6 +65,11 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         raise NotImplementedError
 
     @property
+    def quantised(self) -> str:
+        """The format of quantised weights whose codes or scales it holds, which no decoder reads; empty: none."""
+        return ""
+
+    @property
     def merges(self) -> bool:
         """Whether its elements are numbers that can be averaged. If not, it is copied, and equal in all models."""
         return self.dtype.merges
@@ -140,12 +145,14 @@ class StoredInput(TensorInput, frozen=True, eq=False):
 
     encoding   None: its bytes are elements of `dtype`. Else they are codes, and dtype is F32
     quantised  the format of quantised weights whose codes or scales it holds, which no decoder reads; empty: none
+    factor     whether it belongs to an adapter that is built into its model: a factor of a product
     """
 
     path: Path
     start: int
     encoding: Encoding | None = None
     quantised: str = ""
+    factor: bool = False
 
     @property
     def key(self) -> Hashable:
@@ -173,7 +180,7 @@ class StoredInput(TensorInput, frozen=True, eq=False):
 
     @property
     def merges(self) -> bool:
-        return self.dtype.merges and not self.quantised
+        return self.dtype.merges and not self.quantised and not self.factor
 
     @property
     def plain(self) -> StoredInput | None:

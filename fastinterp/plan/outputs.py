@@ -14,7 +14,7 @@ from fastinterp.checkpoint.stems import MODEL, stem_of
 from fastinterp.errors import UsageError
 from fastinterp.messages import listed
 from fastinterp.ops.combine import NUMERICS, Combine
-from fastinterp.plan.inputs import PlannedTensor, StoredInput
+from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
 from fastinterp.recipe.load import Recipe
 
@@ -42,7 +42,7 @@ class Outputs:
         for model in (origin, *models):
             for part in model.source.parts if model.source is not None else ():
                 self._parts.setdefault(part.folder, part)
-        quantised = any(isinstance(i, StoredInput) and i.quantised for t in tensors for i in t.inputs)
+        quantised = any(i.quantised for t in tensors for i in t.inputs)
         self._untrue = {_RECEIPT, *_HASHES, *(() if quantised else _QUANTISED)}
         self.remarks = (*self._differing(origin, models), *self._left_out())
 

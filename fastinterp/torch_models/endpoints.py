@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastinterp.checkpoint.components import refuse_components
-from fastinterp.checkpoint.open import changed_since
+from fastinterp.checkpoint.open import changed_since, refuse_components
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.execute.sources import Sources, storage
 from fastinterp.in_memory.allocate import torch_dtype

@@ -10,8 +10,8 @@ from typing import Any
 from msgspec import structs
 
 from fastinterp.arguments import path_of, size_of
-from fastinterp.checkpoint.components import refuse_components
 from fastinterp.checkpoint.names import INDEX, WEIGHTS
+from fastinterp.checkpoint.open import refuse_components
 from fastinterp.errors import BackendError, UsageError
 from fastinterp.execute.to_memory import fill, filling
 from fastinterp.in_memory.allocate import Framework, maker, torch_dtype

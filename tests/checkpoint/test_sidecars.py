@@ -14,7 +14,8 @@ import fastinterp
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.checkpoint.origin_files import OriginFiles, origin_files
 from fastinterp.checkpoint.regular_file import read_regular
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.execute.run import run
 from tests.support.written import tree
 
 
@@ -35,13 +36,14 @@ def sorted_out(folder: Path) -> OriginFiles:
 
 COPIED = """generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja chat_template.json vocab.txt
     additional_chat_templates/tool_use.jinja preprocessor_config.json video_preprocessor_config.json
-    audio_config.json vision_config.json text_config.json hf_quant_config.json params.json emoji.json selected_tags.csv
-    modules.json config_sentence_transformers.json sentence_bert_config.json 1_Pooling/config.json
-    2_Normalize/config.json LICENSE LICENSE.md Notice USE_POLICY.md assets/tables/table.json spiece.model configs/decoding.yaml""".split()
+    audio_config.json vision_config.json text_config.json hf_quant_config.json params.json emoji.json
+    selected_tags.csv modules.json config_sentence_transformers.json sentence_bert_config.json
+    1_Pooling/config.json 2_Normalize/config.json LICENSE LICENSE.md Notice USE_POLICY.md
+    assets/tables/table.json spiece.model configs/decoding.yaml""".split()
 
 LEFT_OUT = {
-    "state of a training run": """optimizer.pt optimizer_0/ scheduler.pt rng_state.pth rng_state_3.pth trainer_state.json
-        training_args.bin zero_to_fp32.py events.out.tfevents.1 checkpoint-500/ global_step12/ runs/
+    "state of a training run": """optimizer.pt optimizer_0/ scheduler.pt rng_state.pth rng_state_3.pth
+        trainer_state.json training_args.bin zero_to_fp32.py events.out.tfevents.1 checkpoint-500/ global_step12/ runs/
         wandb/""",
     "other weights": """pytorch_model.bin pytorch_model.bin.index.json tf_model.h5 flax_model.msgpack q4.gguf onnx/
         openvino/ original/ lora/ adapter_config.json consolidated.00.pth""",
@@ -201,11 +203,9 @@ def test_a_chat_template_that_the_base_lacks(tmp_path, file, content):
 @pytest.mark.parametrize("name", ["tokenizer.json", "1_Pooling/config.json", "model.safetensors"])
 def test_a_file_that_changes_during_the_merge(tmp_path, monkeypatch, change, name):
     """After it was copied, in the middle of the weights: the merge fails, and nothing is left."""
-    from fastinterp.execute import to_files
-
     a = model(tmp_path / "a", {"tokenizer.json": "x" * 5000, "1_Pooling/config.json": "{}"})
     b = model(tmp_path / "b")
-    path, real = a / name, to_files.run
+    path, real = a / name, run
 
     def changing(*args, **kwargs):
         done = real(*args, **kwargs) if name != "model.safetensors" else None
@@ -222,8 +222,8 @@ def test_a_file_that_changes_during_the_merge(tmp_path, monkeypatch, change, nam
             path.unlink()
         return done or real(*args, **kwargs)
 
-    monkeypatch.setattr(to_files, "run", changing)
-    with pytest.raises((CheckpointError, fastinterp.errors.StorageError)) as caught:
+    monkeypatch.setattr("fastinterp.execute.to_files.run", changing)
+    with pytest.raises((CheckpointError, StorageError)) as caught:
         fastinterp.interpolate(a, b, 0.5, tmp_path / "out")
     if name != "model.safetensors":
         assert str(caught.value) == f"{path}: it changed while it was being read. Retry once nothing is writing to it"
