@@ -20,7 +20,7 @@ from fastinterp.checkpoint.adapters import (
     read_adapter_config,
     refusal,
 )
-from fastinterp.checkpoint.components import Found, find_components
+from fastinterp.checkpoint.components import Found, find_components, named_folders
 from fastinterp.checkpoint.folder import ADAPTER, choose, complete_shards, weight_files
 from fastinterp.checkpoint.header import MAX_HEADER, Entry, read_header
 from fastinterp.checkpoint.index import index_remarks, read_index
@@ -109,6 +109,8 @@ def open_checkpoint(name: str) -> Checkpoint:
         raise CheckpointError(f"there is no such folder or file.{_similar(path)}", file=name or "''")
     try:
         root = hub.fetch(*parsed)
+        if folders := named_folders(root):
+            hub.fetch(*parsed, folders)
     except CheckpointError as error:
         raise CheckpointError(
             f"there is no such folder here.{_similar(path)} As a Hub id: {error.message}", file=name

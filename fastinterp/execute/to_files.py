@@ -96,7 +96,7 @@ def _opened_folders(
     for plan, of_plan in zip(plans, outs, strict=True):
         folders.append([])
         for out, layout in zip(of_plan, plan.layouts, strict=True):
-            names = [file.name for file in layout.files]
+            names = [*(file.name for file in layout.files), *plan.files.copied]
             folder = OutFolder(out, plan.inputs, needed=needed or layout.disk_bytes, names=names, **how)
             folders[-1].append(stack.enter_context(folder))
             needed = 0

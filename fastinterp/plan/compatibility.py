@@ -7,8 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.origin_files import missing_code
+from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, read_config
+from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import fit, listed
 from fastinterp.plan.models import Model
@@ -24,6 +27,11 @@ _KEYS = (
     "sliding_window", "rope_scaling",
 )  # fmt: skip
 _OFF_IF_ABSENT = ("sliding_window", "rope_scaling")
+_SCHEDULER = "scheduler/scheduler_config.json"  # what a denoiser was trained to predict
+_COMPONENT_KEYS = (
+    *_KEYS, "_class_name", "prediction_type", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr",
+    "scaling_factor", "shift_factor", "sample_size", "in_channels", "cross_attention_dim",
+)  # fmt: skip
 
 
 def compatibility_warnings(checkpoints: Sequence[Model], origin: Model, vocabulary: bool = False) -> tuple[str, ...]:
@@ -70,6 +78,34 @@ def _template(root: Path) -> str | None:
         return template_file(root)
     except CheckpointError:
         return None
+
+
+def component_warnings(models: Sequence[Model], origin: Model) -> list[str]:
+    """Warnings about the configurations of components, which are copied from `origin`, and should suit the others."""
+    parts = () if origin.source is None else origin.source.components
+    files = [f"{part.folder}/{CONFIG}" for part in parts if part.folder] + ([_SCHEDULER] if parts else [])
+    groups: dict[str, list[str]] = {}
+    for file in files:
+        ours = _table(origin.root / file)
+        for model in models:
+            if ours and model.root != origin.root and (theirs := _table(model.root / file)):
+                keys = [f"{k} {fit(str(ours[k]), 40)} and {fit(str(theirs[k]), 40)}" for k in _COMPONENT_KEYS
+                        if k in ours and k in theirs and ours[k] != theirs[k]]  # fmt: skip
+                if keys:
+                    groups.setdefault(f"{file}: {listed(keys, _MOST)}", []).append(model.name)
+    return _few(
+        f"{what}: these differ in {origin.name} and {listed(names, _MOST)}; the output gets {origin.name}'s. See that "
+        "the models belong together"
+        for what, names in groups.items()
+    )
+
+
+def _table(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that is only compared; empty, if there is none."""
+    try:
+        return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), path.name, str(path))
+    except CheckpointError:
+        return {}
 
 
 def path_warnings(checkpoints: Sequence[Model]) -> tuple[str, ...]:

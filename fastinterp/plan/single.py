@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from fastinterp.checkpoint.origin_files import OriginFiles, origin_files
 from fastinterp.errors import CheckpointError
-from fastinterp.plan.compatibility import compatibility_warnings, template_warnings
+from fastinterp.plan.compatibility import compatibility_warnings, component_warnings, template_warnings
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
 from fastinterp.plan.tensors import dtype_warnings, plan_tensors, sidecar_refs
@@ -89,6 +89,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     ]
     if aligned.template is None and aligned.vocabulary is None:
         warnings += template_warnings(aligned.models, origin)
+    warnings += component_warnings(aligned.models, origin)
     warnings += aligned.uncounted(origin) if aligned.counts else []
     warnings += dtype_warnings(first, targets[0], origin)
     if first.filters:

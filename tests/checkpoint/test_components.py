@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import fastinterp
 from fastinterp.checkpoint.open import open_checkpoint
+from fastinterp.checkpoint.output_folder import OutFolder
 from fastinterp.errors import CheckpointError, OutputError, ShapeError, UsageError
 from tests.support.written import tree
 
@@ -142,6 +145,20 @@ def test_a_pipeline_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert not any((tmp_path / "elsewhere").iterdir())
 
 
+def test_what_a_killed_merge_left_behind(tmp_path):
+    """In the folders of components, too: it is removed, and does not make the output folder look full."""
+    a, b = pipeline(tmp_path / "a", 1), pipeline(tmp_path / "b", 2)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    with OutFolder(tmp_path / "probe", []) as out:
+        host = out.temp("x").name.split("-")[2]
+    for folder in ("unet", "scheduler"):
+        (tmp_path / "out" / folder).mkdir(parents=True)
+        (tmp_path / "out" / folder / f".config.json.partial-{dead.pid}-{host}-0123456789ab").touch()
+    fastinterp.interpolate(a, b, 0.5, tmp_path / "out")
+    assert files(tmp_path / "out") == WRITTEN
+
+
 def test_recipes_name_components(tmp_path):
     """As modules, and by filters."""
     a, b = pipeline(tmp_path / "a", 1), pipeline(tmp_path / "b", 2)
@@ -210,6 +227,44 @@ def test_damaged_modules(tmp_path, table):
     (tmp_path / "modules.json").write_text(table)
     with pytest.raises(CheckpointError, match=r"modules\.json"):
         open_checkpoint(str(tmp_path))
+
+
+def test_components_that_were_trained_for_something_else(tmp_path):
+    """Shapes do not tell a v-prediction model from an epsilon one; its scheduler does."""
+    a, b = pipeline(tmp_path / "a", 1), pipeline(tmp_path / "b", 2)
+    for root, kind in ((a, "epsilon"), (b, "v_prediction")):
+        (root / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": kind}))
+    report = fastinterp.interpolate(a, b, 0.5, tmp_path / "out")[0]
+    assert report.warnings == (
+        f"scheduler/scheduler_config.json: prediction_type epsilon and v_prediction: these differ in {a} and {b}; the "
+        f"output gets {a}'s. See that the models belong together",
+    )
+
+
+def test_a_pipeline_on_the_hub(tmp_path, monkeypatch):
+    """Its components' folders are fetched, too; those that model_index.json does not name are not."""
+    import huggingface_hub
+
+    a, asked = pipeline(tmp_path / "a", 1), []
+
+    def snapshot(repo, *, allow_patterns, ignore_patterns, **_):
+        names = [p.relative_to(a).as_posix() for p in a.rglob("*") if p.is_file()]
+        kept = huggingface_hub.utils.filter_repo_objects(
+            names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        asked.append(sorted(kept))
+        return str(a)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    assert len(open_checkpoint("org/pipeline").tensors) == 5
+    assert asked[0] == ["model_index.json", "v1-5-pruned.safetensors"]
+    assert set(asked[1]) == {
+        "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "text_encoder/config.json",
+        "vae/diffusion_pytorch_model.safetensors.index.json", "text_encoder/model.safetensors",
+        "scheduler/scheduler_config.json",
+        *(f"vae/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)),
+    }  # fmt: skip
 
 
 # --- with the libraries -----------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def _open(
     needed = max(0, plan.disk_bytes - sum(reserved(out, key) for out in outs))
     folders: list[OutFolder] = []
     for k, (out, layout) in enumerate(zip(outs, plan.layouts, strict=True)):
-        names = [file.name for file in layout.files]
+        names = [*(file.name for file in layout.files), *plan.files.copied]
         folder = SharedFolder(out, plan.inputs, key, force=force, durable=durable, needed=needed, names=names)
         folders.append(stack.enter_context(folder))
         needed = 0
