@@ -43,11 +43,7 @@ def pickles(name: str, root: Path, files: Sequence[str], present: Sequence[str],
     if command := _by_its_library(name if os.path.isdir(name) else str(root), weights, present, config):
         return f"{_NEVER}. Convert them first: {command}; then name NEW"
     if sum(_CONSOLIDATED.fullmatch(file) is not None for file in weights) > 1:
-        return (
-            f"{_NEVER}, and each of these files has a piece of every tensor. Convert them first with transformers, "
-            "`python -m transformers.models.llama.convert_llama_weights_to_hf --help`; then name the folder that it "
-            "writes"
-        )
+        return f"{_NEVER}, and each of these files has a piece of every tensor. Use the model's weights in safetensors"
     shards = [file for file in weights if SHARD.fullmatch(Path(file).stem + WEIGHTS)]
     if len(shards) > 1 and shards == weights:
         return f"{_NEVER}. Convert them first: {_convert_shards(root, shards)}; then name {root} again"
