@@ -118,6 +118,8 @@ class _Planner:
         target, recipe = targets[0], self._recipes[0]
         inputs = [(i, self._models[i].tensors[name]) for i, name in target.inputs]
         lead = inputs[0][1]
+        if target.verbatim:
+            return _unsummed(target.name, lead.dtype, lead, inputs)
         if not lead.merges:
             if recipe.integers is not None:
                 chosen = recipe.models.index(recipe.integers)

@@ -1,4 +1,5 @@
-"""A recipe's parameters, matched with what its method declares: nothing unknown, nothing unused, nothing missing.
+"""A recipe's parameters, matched with what its method declares: nothing is unknown, and nothing missing. What is unused
+is warned of, because recipes are written for one method and tried with others.
 
 They stand on levels: at a model (or source of a slice), at a slice, at a module, at the top. The nearest one counts
 whose value covers the tensor, then the method's default.
@@ -26,8 +27,9 @@ class Levels:
     """Reads the levels of one recipe, and finds the values that nothing uses.
 
     guessed  the method is a stand-in for an unknown one: parameters of any method may be meant
-    read     path of each level that was read -> its values
-    unsure   something was left out for an error: it may use a value, or be one
+    read      path of each level that was read -> its values
+    unsure    something was left out for an error: it may use a value, or be one
+    warnings  values that nothing uses
     """
 
     def __init__(self, document: Document, method: Method, collector: ErrorCollector, *, guessed: bool = False):
@@ -35,6 +37,7 @@ class Levels:
         self.declared = {p.name: p for p in method.parameters}
         self.read: dict[str, Level] = {}
         self.unsure = guessed
+        self.warnings: list[RecipeError] = []
 
     def level(
         self, parameters: Mapping[str, Any] | None, path: str, *, per_model: bool = False, never: str | None = None
@@ -46,9 +49,9 @@ class Levels:
         """
         level: Level = {}
         for name, value in (parameters or {}).items():
-            if name in self.declared:
+            if name in self.declared and never is None:
                 level[name] = Value(((None, None),), f"{path}.{name}", (path,))
-            else:
+            elif name not in known_parameters():
                 self.unsure = True
             with self.collector:
                 parsed = self._value(name, value, path, per_model, never)
@@ -60,17 +63,20 @@ class Levels:
     def _value(self, name: str, value: Any, path: str, per_model: bool, never: str | None) -> Value | None:
         at = f"{path}.{name}"
         if name not in self.declared:
-            known = known_parameters() if self.guessed else list(self.declared)
-            if name in known:
+            if name in known_parameters():
+                if not self.guessed:
+                    self._warn(f"`{self.method.name}` has no parameter `{name}`: it is ignored", path, at)
                 return None
             of = "" if self.guessed else f" of `{self.method.name}`"
+            known = known_parameters() if self.guessed else list(self.declared)
             message = f"unknown parameter `{clipped(name)}`{of}{suggestion(name, known)}"
             raise self.document.error(message, path, at=at)
         parameter = self.declared[name]
         if per_model and not parameter.each:
             raise self.document.error(f"`{name}` is one value for the whole merge. Write it in {TOP}", path, at=at)
         if never is not None:
-            raise self.document.error(f"`{name}` is never used here: {never}. Remove it", path, at=at)
+            self._warn(f"`{name}` is never used here: {never}", path, at)
+            return None
         parsed = parse(self.document, parameter, value, at, self.collector)
         if parameter.kind is Sidecar and parsed is not None:
             for (_, sidecar), path_of_case in zip(parsed.cases, parsed.paths, strict=True):
@@ -92,8 +98,10 @@ class Levels:
         for path, level in self.read.items():
             for name, value in level.items():
                 if value.path not in used and not self.unsure and not self._has_error(value.path):
-                    with self.collector:
-                        raise self._unused(name, path, groups)
+                    self._warn_unused(name, path, groups)
+
+    def _warn(self, message: str, path: str, at: str) -> None:
+        self.warnings.append(self.document.error(message, path, at=at))
 
     def _has_error(self, path: str) -> bool:
         """Whether an error of the value at `path` was collected."""
@@ -119,14 +127,14 @@ class Levels:
             source = group.sources[i]
             raise self.document.error(f"{needs}, and {shown(str(source.ref))} has none", source.path, kind=MethodError)
 
-    def _unused(self, name: str, path: str, groups: tuple[MergeGroup, ...]) -> RecipeError:
+    def _warn_unused(self, name: str, path: str, groups: tuple[MergeGroup, ...]) -> None:
         if all(group.copies for group in groups):
             why = "one model alone is copied"
         elif path == TOP and all(group.path == "$.models" for group in groups):
             why = "every model has its own"
         else:
             why = "a value nearer to the models always goes before it, or nothing below it takes it"
-        return self.document.error(f"`{name}` is never used here: {why}. Remove it", path, at=f"{path}.{name}")
+        self._warn(f"`{name}` is never used here: {why}", path, f"{path}.{name}")
 
 
 def _takers(group: MergeGroup, parameter: Parameter) -> tuple[int | None, ...]:

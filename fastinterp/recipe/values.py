@@ -156,13 +156,28 @@ def _gradient(
 
 def _one(document: Document, parameter: Parameter, raw: Any, path: str) -> Any:
     try:
-        return parameter.value(raw)
+        return parameter.value(_from_text(parameter, raw))
     except ValueError as error:
         raise document.error(f"{error}{_hint_for_text(raw)}", path) from None
 
 
+def _from_text(parameter: Parameter, raw: Any) -> Any:
+    """The number or truth value that a text stands for, where the parameter is one; else `raw` itself.
+
+    YAML 1.1 reads `1e-5` as text, and everything in quotes.
+    """
+    if not isinstance(raw, str) or not (parameter.kind is bool or parameter.kind in (int, float)):
+        return raw
+    if parameter.kind is bool:
+        return {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}.get(raw.lower(), raw)
+    try:
+        return float(raw)
+    except ValueError:
+        return raw
+
+
 def _hint_for_text(raw: Any) -> str:
-    """How to write a number that YAML 1.1 reads as text: it wants a point and a signed exponent, 1.0e-3, not 1e-3."""
+    """What may be meant by a text that is no number."""
     if not isinstance(raw, str):
         return ""
     if raw.endswith("%") and raw[:-1].replace(".", "", 1).isdecimal():
@@ -173,11 +188,7 @@ def _hint_for_text(raw: Any) -> str:
         return ""
     if "," in raw:
         return f". A decimal comma? Write {number:g}"
-    if not math.isfinite(number):
-        return ". It must be finite"
-    if "e" not in raw.lower():
-        return f". Quoted it is text: write {number:g}, without quotes"
-    return f". YAML reads it as text: write a point and a sign ({number:.1e}), and no quotes"
+    return "" if math.isfinite(number) else ". It must be finite"
 
 
 def missing(document: Document, name: str, tensor: str, value: Value | None) -> RecipeError:

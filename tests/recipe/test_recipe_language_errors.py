@@ -110,21 +110,6 @@ BAD = {
         "`ties` needs the key `base_model`: the model that the others were made from, or one of them"
         " - at $ (merge.yml:1)",
     ),
-    "a parameter of a source that is copied": (
-        "merge_method: slerp\nbase_model: b\nslices:\n"
-        "  - sources: [{model: a, layer_range: [0, 4], parameters: {weight: 1}}]\nparameters: {t: 1}\n",
-        "unknown parameter `weight` of `slerp`. Known: t - at $.slices[0].sources[0].parameters (merge.yml:4)",
-    ),
-    "a parameter where all is copied": (
-        "merge_method: slerp\nbase_model: b\nslices: [{sources: [{model: a, layer_range: [0, 4]}]}]\n"
-        "parameters: {t: 0.5}\n",
-        "`t` is never used here: one model alone is copied. Remove it - at $.parameters (merge.yml:4)",
-    ),
-    "a parameter that slices hide": (
-        SLICES + "parameters: {weight: 2}\n",
-        "`weight` is never used here: a value nearer to the models always goes before it, or nothing below it takes it."
-        " Remove it - at $.parameters (merge.yml:7)",
-    ),
     "no modules": (
         "merge_method: linear\nmodules: {}\n",
         "`modules` names no module. Write `NAME: {models: [{model: NAME}]}` for each - at $.modules (merge.yml:2)",
@@ -236,6 +221,30 @@ BAD = {
         " did you mean `chatml`? - at $.chat_template (merge.yml:4)",
     ),
 }  # fmt: skip
+
+
+NEVER_USED = {
+    "of a source that is copied": (
+        "merge_method: slerp\nbase_model: b\nslices:\n"
+        "  - sources: [{model: a, layer_range: [0, 4], parameters: {weight: 1}}]\n",
+        "`slerp` has no parameter `weight`: it is ignored - at $.slices[0].sources[0].parameters (merge.yml:4)",
+    ),
+    "where all is copied": (
+        "merge_method: slerp\nbase_model: b\nslices: [{sources: [{model: a, layer_range: [0, 4]}]}]\n"
+        "parameters: {t: 0.5}\n",
+        "`t` is never used here: one model alone is copied - at $.parameters (merge.yml:4)",
+    ),
+    "that slices hide": (
+        SLICES + "parameters: {weight: 2}\n",
+        "`weight` is never used here: a value nearer to the models always goes before it, or nothing below it takes it"
+        " - at $.parameters (merge.yml:7)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), NEVER_USED.values(), ids=NEVER_USED)
+def test_parameters_that_are_never_used_are_warned_of(text, message):
+    assert [str(warning) for warning in load_recipe(text, file="merge.yml").warnings] == [message]
 
 
 @pytest.mark.parametrize(("text", "message"), BAD.values(), ids=BAD)
