@@ -125,11 +125,12 @@ def other_format(root: Path, files: Sequence[str]) -> str:
     if suffix == ".gguf":
         command = python(
             "import transformers as t; t.AutoModelForCausalLM.from_pretrained("
-            f'{literal(root)}, gguf_file={literal(first)}).save_pretrained("NEW")'
+            f"{literal(root)}, gguf_file={literal(first)}, quantization_config=t.GgufConfig(dequantize=True))"
+            '.save_pretrained("NEW")'
         )
         return (
-            "this format is not read. For a language model, transformers (with the package gguf) converts it, and its "
-            f"quantised weights to numbers that lack what quantisation dropped: {command}; then name NEW"
+            "this format is not read. If it is a language model, convert it with transformers 5, which needs the package "
+            f"gguf: {command}; then name NEW. What its quantisation dropped is lost"
         )
     if suffix == ".npz":
         command = python(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,7 +213,7 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def trained(model: object, config: object) -> object:
+def trained(model: Any, config: Any) -> Any:
     """A model of peft whose adapter does something."""
     peft = pytest.importorskip("peft")
     import torch
@@ -312,7 +313,9 @@ def test_the_remedy_of_diffusers(tmp_path, monkeypatch, style):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = small_pipeline(Path("pipeline"), diffusers)
-    rng, tensors, want = np.random.default_rng(0), {}, {}
+    rng = np.random.default_rng(0)
+    tensors: dict[str, Any] = {}
+    want: dict[str, Any] = {}
     for name in [name for name in before if name.endswith("attn1.to_q.weight")]:
         module, (rows, columns) = name.removesuffix(".weight"), before[name].shape
         down, up = rng.normal(size=(2, columns)).astype("f4"), rng.normal(size=(rows, 2)).astype("f4")
@@ -333,11 +336,11 @@ def test_the_remedy_of_diffusers(tmp_path, monkeypatch, style):
     assert len(open_model("NEW/unet").tensors) == len(before)
 
 
-def small_pipeline(folder: Path, diffusers: object) -> dict[str, np.ndarray]:
+def small_pipeline(folder: Path, diffusers: Any) -> dict[str, np.ndarray]:
     """A text-to-image pipeline, saved; the weights of its UNet."""
     import transformers
 
-    unet = diffusers.UNet2DConditionModel(  # type: ignore[attr-defined]
+    unet = diffusers.UNet2DConditionModel(
         sample_size=8, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=2, cross_attention_dim=8,
         attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -348,11 +351,11 @@ def small_pipeline(folder: Path, diffusers: object) -> dict[str, np.ndarray]:
     (words := folder.parent / "words").mkdir()
     (words / "vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "a</w>": 3}')
     (words / "merges.txt").write_text("#version: 0.2\n")
-    diffusers.StableDiffusionPipeline(  # type: ignore[attr-defined]
-        unet=unet, vae=diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=2),  # type: ignore[attr-defined]
+    diffusers.StableDiffusionPipeline(
+        unet=unet, vae=diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=2),
         text_encoder=transformers.CLIPTextModel(text),
         tokenizer=transformers.CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt")),
-        scheduler=diffusers.DDIMScheduler(), safety_checker=None, feature_extractor=None,  # type: ignore[attr-defined]
+        scheduler=diffusers.DDIMScheduler(), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
     return {name: x.numpy().copy() for name, x in unet.state_dict().items()}

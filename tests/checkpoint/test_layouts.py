@@ -282,7 +282,7 @@ def test_tensors_that_the_index_does_not_name(tmp_path, tiny):
         index["weight_map"][name] = next(f for f in index["weight_map"].values() if f != index["weight_map"][name])
         (folder / INDEX).write_text(json.dumps(index))
         save_file({**load_file(folder / file), "mtp.weight": np.ones((2, 2), "f4")}, folder / file, {"format": "pt"})
-    (report,) = interpolate(*folders, 0.5, tmp_path / "out")
+    (report,) = interpolate(folders[0], folders[1], 0.5, tmp_path / "out")
     a, b, out = (loaded(tmp_path / name) for name in ("a", "b", "out"))
     for name, x in out.items():
         np.testing.assert_array_equal(x, (a[name] + b[name]) / 2, err_msg=name)

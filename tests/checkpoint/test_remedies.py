@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def refusal(name: object) -> str:
     return str(caught.value)
 
 
-def small(name: str) -> object:
+def small(name: str) -> Any:
     """A config of transformers."""
     import transformers
 
@@ -98,7 +99,7 @@ def test_pickles_of_sentence_transformers(tmp_path, monkeypatch):
     open_checkpoint("NEW")
 
 
-def states() -> dict[str, object]:
+def states() -> dict[str, Any]:
     """State dicts, as they are nested in files; the tensor `b` shares its memory with `a`, `c` is not contiguous."""
     import torch
 
@@ -160,6 +161,40 @@ def test_pieces_of_meta(tmp_path):
     (tmp_path / "consolidated.01.pth").touch()
     message = refusal(tmp_path)
     assert "each of these files has a piece of every tensor" in message and not commands(message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_gguf(tmp_path, monkeypatch, tied):
+    """Where the package is installed that transformers reads GGUF with. A tied head stays tied."""
+    gguf = pytest.importorskip("gguf", reason="the package gguf, which transformers reads such files with")
+    monkeypatch.chdir(tmp_path)
+    Path("OLD").mkdir()
+    writer = gguf.GGUFWriter("OLD/x.gguf", "llama")
+    for key, value in (("context_length", 64), ("embedding_length", 32), ("block_count", 1), ("feed_forward_length", 64),
+                       ("head_count", 2), ("head_count_kv", 2), ("layer_norm_rms_eps", 1e-5), ("vocab_size", 40),
+                       ("rope_dimension_count", 16), ("tokenizer_model", "llama"), ("token_scores", [0.0] * 40),
+                       ("token_list", [f"t{i}" for i in range(40)]), ("token_types", [1] * 40)):  # fmt: skip
+        getattr(writer, f"add_{key}")(value)
+    shapes = {"token_embd": (40, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
+    shapes |= {f"blk.0.attn_{n}": (32, 32) for n in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
+    shapes |= {} if tied else {"output": (40, 32)}
+    rng = np.random.default_rng(0)
+    arrays = {f"{name}.weight": rng.normal(size=shape).astype("f4") for name, shape in shapes.items()}
+    for name, array in arrays.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for name in ("OLD", "OLD/x.gguf"):
+        follow(refusal(name), monkeypatch)
+    got = load_file("NEW/model.safetensors")
+    np.testing.assert_array_equal(got["model.embed_tokens.weight"], arrays["token_embd.weight"])
+    np.testing.assert_array_equal(got["model.layers.0.mlp.down_proj.weight"], arrays["blk.0.ffn_down.weight"])
+    assert json.loads(Path("NEW/config.json").read_text())["tie_word_embeddings"] == tied
+    assert ("lm_head.weight" in got) != tied and len(open_checkpoint("NEW").tensors) == len(got)
 
 
 def test_arrays_of_numpy(tmp_path, monkeypatch):
