@@ -59,7 +59,7 @@ def hub_pickles(repo: str, config: Mapping[str, Any]) -> str:
         return ""
     at = f", revision={literal(revision)}" if revision else ""
     command = python(f'import {library}; {library}.{found}.from_pretrained({literal(id_)}{at}).save_pretrained("NEW")')
-    return f" If its weights are pickled, convert them first: {command}; then name NEW"
+    return f"If its weights are pickled, convert them first: {command}; then name NEW"
 
 
 def _by_its_library(
@@ -129,8 +129,8 @@ def other_format(root: Path, files: Sequence[str]) -> str:
             '.save_pretrained("NEW")'
         )
         return (
-            "this format is not read. If it is a language model, convert it with transformers 5, which needs the package "
-            f"gguf: {command}; then name NEW. What its quantisation dropped is lost"
+            "this format is not read. If it is a language model, convert it with transformers 5, which needs the "
+            f"package gguf: {command}; then name NEW. What its quantisation dropped is lost"
         )
     if suffix == ".npz":
         command = python(

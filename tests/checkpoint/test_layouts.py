@@ -82,6 +82,16 @@ def test_vendor_files_alone(tmp_path):
     assert opened(tmp_path / "two") == (["consolidated.00.safetensors", "consolidated.01.safetensors"], "")
 
 
+def test_vendor_files_beside_pickles(tmp_path):
+    """transformers would load the pickle: said, and the pickle is not read."""
+    put(tmp_path, "consolidated.safetensors", "a")
+    (tmp_path / "pytorch_model.bin").touch()
+    (tmp_path / "optimizer.pt").touch()
+    files, remarks = opened(tmp_path)
+    assert files == ["consolidated.safetensors"]
+    assert remarks == f"left out of {tmp_path}: `pytorch_model.bin`, because the model is `consolidated.safetensors`"
+
+
 def test_two_stems_that_no_library_loads(tmp_path):
     put(tmp_path, "sd_xl.safetensors", "a")
     put(tmp_path, "vae.safetensors", "b")

@@ -171,10 +171,10 @@ def test_gguf(tmp_path, monkeypatch, tied):
     monkeypatch.chdir(tmp_path)
     Path("OLD").mkdir()
     writer = gguf.GGUFWriter("OLD/x.gguf", "llama")
-    for key, value in (("context_length", 64), ("embedding_length", 32), ("block_count", 1), ("feed_forward_length", 64),
-                       ("head_count", 2), ("head_count_kv", 2), ("layer_norm_rms_eps", 1e-5), ("vocab_size", 40),
-                       ("rope_dimension_count", 16), ("tokenizer_model", "llama"), ("token_scores", [0.0] * 40),
-                       ("token_list", [f"t{i}" for i in range(40)]), ("token_types", [1] * 40)):  # fmt: skip
+    sizes = {"context_length": 64, "embedding_length": 32, "block_count": 1, "feed_forward_length": 64}
+    sizes |= {"head_count": 2, "head_count_kv": 2, "rope_dimension_count": 16, "vocab_size": 40}
+    tokens = {"token_list": [f"t{i}" for i in range(40)], "token_scores": [0.0] * 40, "token_types": [1] * 40}
+    for key, value in {**sizes, "layer_norm_rms_eps": 1e-5, "tokenizer_model": "llama", **tokens}.items():
         getattr(writer, f"add_{key}")(value)
     shapes = {"token_embd": (40, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
     shapes |= {f"blk.0.attn_{n}": (32, 32) for n in ("q", "k", "v", "output")}
