@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
 import msgspec
 
 from fastinterp.messages import counted
+from fastinterp.recipe.tensor_groups import HasShape
 
 # Parts of names that modules have which wrap another; they stand anywhere in a name.
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
@@ -31,13 +31,6 @@ _SPELLINGS = {
 }
 _MOST = 64  # candidates for one name, above which it has no say
 _RULES = 32  # replaced prefixes of one model that are looked at: those that most names ask for
-
-
-class HasShape(Protocol):
-    """A tensor whose shape is known."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 class Match(msgspec.Struct, frozen=True):
