@@ -20,17 +20,16 @@ from typing import Any
 import msgspec
 
 from fastinterp.errors import RecipeError, ShapeError
-from fastinterp.messages import listed, shown
+from fastinterp.messages import shown
 from fastinterp.recipe.document import ErrorCollector
 from fastinterp.recipe.layers import LayerPosition, Layers, Stack
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.merge_groups import MergeGroup, MergeSource, Section
 from fastinterp.recipe.module_tensors import module_tensors, no_tensor
 from fastinterp.recipe.parameters import Resolver
-from fastinterp.recipe.tensor_groups import HasShape, different_tensors, missing_tensors
+from fastinterp.recipe.tensor_groups import HasShape, different_tensors, grouped, missing_tensors
 
 MAX_LAYERS = 100_000  # of a stack that slices make: far above any model, and all of it is held
-_LISTED = 5  # names in a message before the rest is only counted
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -97,7 +96,7 @@ class Assembly:
         copied: Collection[str] = (),
         notes: Mapping[int, str] | None = None,
     ):
-        """tensors  of each of Recipe.models, by name; empty: shapes are not known, and taken as equal
+        """tensors  of each of Recipe.models, by name; empty: their shapes are not known, and taken as equal
         copied   names of tensors of which those of Recipe.base_index are copied, as they are
         notes    by model: why it lacks what it lacks, for messages
         """
@@ -146,7 +145,7 @@ class Assembly:
                 return
         shared = self._shared(group.sources, names)
         resolver = self._resolver(group)
-        of_base = self._in(section, self._names[base])
+        of_base = _in(section, self._names[base])
         for name in dict.fromkeys((*self._tensors(lead, section), *of_base)):
             if name in shared:
                 position = layers.position(name)
@@ -325,7 +324,7 @@ class Assembly:
         for at in sorted(sources):
             if rest := self._in_no_module(at):
                 raise self._error(
-                    f"no module takes {listed(rest, _LISTED)} of {recipe.models[at]}. Name a module for them, or write "
+                    f"no module takes {grouped(rest)} of {recipe.models[at]}. Name a module for them, or write "
                     "`base_model`, from which they are copied then",
                     "$.modules",
                 )
@@ -362,10 +361,7 @@ class Assembly:
         return self.resolvers[-1]
 
     def _tensors(self, source: MergeSource, section: Section) -> Collection[str]:
-        return self._in(section, self._names[source.model])
-
-    def _in(self, section: Section, names: Collection[str]) -> Collection[str]:
-        return names if section.name is None else module_tensors(section.name, names)
+        return _in(section, self._names[source.model])
 
     def _layers_of(self, source: MergeSource, section: Section) -> Layers:
         key = source.model, section.name
@@ -399,3 +395,7 @@ class Assembly:
                 [self._notes[source.model] for source in (lead, other) if source.model in self._notes],
             )
         )
+
+
+def _in(section: Section, names: Collection[str]) -> Collection[str]:
+    return names if section.name is None else module_tensors(section.name, names)

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from fastinterp.messages import listed
 
+_Side = tuple[str, str, Collection[str]]
+
 _LISTED = 6  # groups in a message before the rest is only counted
 
 
@@ -32,10 +34,7 @@ def grouped(names: Iterable[str], others: Collection[str] = ()) -> str:
     return listed([text for _, text in sorted(texts, key=lambda pair: -pair[0])], _LISTED)
 
 
-def different_tensors(
-    ours: tuple[str, str, Collection[str]], theirs: tuple[str, str, Collection[str]], base: str,
-    notes: Sequence[str] = (),
-) -> str:  # fmt: skip
+def different_tensors(ours: _Side, theirs: _Side, base: str, notes: Sequence[str] = ()) -> str:
     """The message about two models, or layers, with different tensors.
 
     ours, theirs  name of the model, which layer of it (empty: all of it), names of the tensors
@@ -43,11 +42,7 @@ def different_tensors(
     notes         why a model lacks what it lacks
     """
     if not set(ours[2]) & set(theirs[2]):
-        sides = [f"{model} has {grouped(names) or 'none'}{_in(layer)}" for model, layer, names in (ours, theirs)]
-        return (
-            f"the models have no tensor name in common: {'; '.join(sides)}. They are different models, or other parts "
-            "of one: nothing of them merges"
-        )
+        return nothing_in_common(ours, theirs)
     sides = [
         f"{model} alone has {grouped(only, others)}{_in(layer)}"
         for (model, layer, names), others in ((ours, theirs[2]), (theirs, ours[2]))
@@ -58,6 +53,15 @@ def different_tensors(
         f"the models have different tensors: {'; '.join(sides)}{why}. `missing: base` in the recipe (--missing base) "
         f"takes what not all have from {base} and leaves out what that lacks, `missing: skip` leaves out all of it, "
         "and `modules` merges parts of models"
+    )
+
+
+def nothing_in_common(ours: _Side, theirs: _Side) -> str:
+    """The message about two models, or layers, without a common name. Arguments as of `different_tensors`."""
+    sides = [f"{model} has {grouped(names) or 'none'}{_in(layer)}" for model, layer, names in (ours, theirs)]
+    return (
+        f"the models have no tensor name in common: {'; '.join(sides)}. They are different models, or other parts of "
+        "one. Name two that belong together"
     )
 
 
