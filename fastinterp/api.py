@@ -136,6 +136,8 @@ def average(
     dtype: str | None = None,
     rounding: str | None = None,
     seed: int | None = None,
+    missing: str | None = None,
+    channels: str | None = None,
     force: bool = False,
     durable: bool = False,
     progress: Progress | None = None,
@@ -156,7 +158,8 @@ def average(
     recipe = average_of(checkpoints, weights, decay, last, in_order).recipe
     return merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
-        dtype=dtype, rounding=rounding, seed=seed, force=force, durable=durable, progress=progress,
+        dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, force=force, durable=durable,
+        progress=progress,
     )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ class AlignedSets(msgspec.Struct, frozen=True):
     tensors   of each model, by the names of the output
     copied    names of tensors of which the base's are taken as they are; the other models have none of them
     tied      the value that `tie_word_embeddings` of the output must have, if it is not the origin's; else None
+    channels  (input channels of the origin's `conv_in`, those of the output's), where they differ; else None
     notes     by model: why a tensor that it lacks was not made from others, for the error about what it lacks
     remarks   what was aligned, left out or kept, for people
     warnings  what may be wrong
@@ -47,6 +48,7 @@ class AlignedSets(msgspec.Struct, frozen=True):
     tensors: tuple[Tensors, ...]
     copied: tuple[str, ...] = ()
     tied: bool | None = None
+    channels: tuple[int, int] | None = None
     notes: Mapping[int, str] = {}
     remarks: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -88,6 +90,7 @@ def align_sets(
         tuple(tensors),
         copied,
         _tied(tensors[0], models[origin].tensors, said[origin], said[:merged], found),
+        _channels(models[origin].tensors, tensors[0]),
         _notes(found, tensors[:merged], base, names),
         tuple(remarks),
         tuple(_about_heads(found, names)),
@@ -265,6 +268,15 @@ def _widened(tensors: Sequence[Tensors], merged: int, names: Sequence[str], rema
                         f"{count}, and the others are those of {names[widest]}"
                     )
     return [{**own, **new} if new else own for own, new in zip(tensors, made, strict=True)]
+
+
+def _channels(origin: Tensors, out: Tensors) -> tuple[int, int] | None:
+    """(input channels of the origin's first convolution, those of the output's), if they differ."""
+    for name, tensor in origin.items():
+        other = out.get(name) if name.endswith("conv_in.weight") and len(tensor.shape) == 4 else None
+        if other is not None and other.shape[:1] == tensor.shape[:1] and other.shape[1:2] != tensor.shape[1:2]:
+            return tensor.shape[1], other.shape[1]
+    return None
 
 
 # --- recomputed buffers ----------------------------------------------------------------------------------------------
