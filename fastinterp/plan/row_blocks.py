@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from msgspec.structs import replace
 
 from fastinterp.messages import counted
+from fastinterp.ops.dtypes import F32, F64
 from fastinterp.plan.inputs import GatheredInput, StoredInput, TensorInput
 from fastinterp.tokenizer.embedding_rows import RowMap, pack
 
@@ -189,7 +190,10 @@ def widened(tensor: TensorInput, widest: TensorInput) -> GatheredInput | None:
         codes.extend(range(start, start + own * below))
         start = pack(1, (out * every + own) * below)
         codes.extend(range(start, start + (every - own) * below))
-    nbytes = narrow.dtype.nbytes(widest.numel) or 0
+    # Of two dtypes neither holds the other's numbers: float32 does, unless one is F64.
+    both = {narrow.dtype, wide.dtype}
+    dtype = narrow.dtype if len(both) == 1 else F64 if F64 in both else F32
+    nbytes = dtype.nbytes(widest.numel) or 0
     return GatheredInput(
-        tensor.name, narrow.dtype, widest.shape, nbytes, 0, RowMap(codes, frozenset((0, 1))), (), (narrow, wide)
+        tensor.name, dtype, widest.shape, nbytes, 0, RowMap(codes, frozenset((0, 1))), (), (narrow, wide)
     )

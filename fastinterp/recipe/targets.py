@@ -107,7 +107,7 @@ class Assembly:
         self.counts: list[LayerCount] = []
         self.resolvers: list[Resolver] = []
         self._left: dict[str, None] = {}  # tensors that not all models have
-        self._merging = False  # whether some tensor is in all models
+        self._merging = False  # some are in all
         for section in recipe.sections:
             with self._collector:
                 before = len(self.targets), len(self._collector.errors)
@@ -115,7 +115,7 @@ class Assembly:
                     self._stack(section)
                 else:
                     self._whole_models(section)
-                if (len(self.targets), len(self._collector.errors)) == before:
+                if (len(self.targets), len(self._collector.errors)) == before and not self._left:
                     lead = section.groups[0].sources[0].model
                     raise self._error(no_tensor(section.name, self._names[lead]), section.path)
         if recipe.sections[0].name is not None:
@@ -373,13 +373,9 @@ class Assembly:
         return self._recipe.document.error(message, path)
 
     def _check_same(
-        self,
-        lead: MergeSource,
-        tensors: Collection[str],
-        other: MergeSource,
-        others_tensors: Collection[str],
+        self, lead: MergeSource, tensors: Collection[str], other: MergeSource, others_tensors: Collection[str],
         layers: tuple[str, str] = ("", ""),
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Raises: ShapeError, if two models, or layers of theirs, do not have the same tensors.
 
         layers  those of the lead and of the other, for the message
