@@ -39,7 +39,7 @@ _MERGEKIT = {
     "--lazy-unpickle": "Omit it: tensors are always read in pieces.",
     "--low-cpu-memory": "Omit it: --max-memory limits the memory.",
     "--trust-remote-code": "Omit it: code of a model is never run.",
-    "--allow-crimes": "Only models of one architecture merge.",
+    "--allow-crimes": "Omit it: --missing says what becomes of tensors that not all models have.",
     "--out-shard-size": "Use --max-shard-size.",
     "--random-seed": "Use --seed.",
 }

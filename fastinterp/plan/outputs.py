@@ -134,9 +134,9 @@ def _is_text(text: str) -> bool:
 def receipt(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Sequence[str]) -> dict[str, str]:
     """The receipt that is stored in every output file: the recipe, and the coefficients that were used.
 
-    `recipe` as it was given, with the merge's own `dtype`, `rounding` and `seed`, makes the same bytes again. Models
-    are stored as the user named them. Time, output folder and threads are not, so that the same merge of the same
-    names gives the same bytes everywhere.
+    `recipe` as it was given, with the merge's own `dtype`, `rounding`, `seed`, `missing` and `channels`, makes the same
+    bytes again. Models are stored as the user named them. Time, output folder and threads are not, so that the same
+    merge of the same names gives the same bytes everywhere.
     """
     stored = recipe.out_dtype or recipe.dtype
     content = {
@@ -151,6 +151,8 @@ def receipt(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Se
         "fp8_overflow": recipe.fp8_overflow,
         "recipe": recipe.text,
     }
+    content |= {} if recipe.missing == "error" else {"missing": recipe.missing}
+    content |= {} if recipe.channels == "same" else {"channels": recipe.channels}
     return {_RECEIPT: json.dumps(content, separators=(",", ":"))}
 
 

@@ -174,17 +174,14 @@ def _stamps(document: Document) -> dict[Path, Stamp | None]:
 
 
 def plan_recipe(
-    recipe: Source,
-    max_shard_size: str | int | None,
-    dtype: object,
-    rounding: object,
-    seed: object,
-    one_file: bool = False,
-) -> Plan:
+    recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
+    missing: object = None, channels: object = None, *, one_file: bool = False,
+) -> Plan:  # fmt: skip
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge` and make_plan."""
     *above, last = load_recipes(recipe)
-    changed = overridden(last, dtype, rounding, seed)
+    changed = overridden(last, dtype, rounding, seed, missing, channels)
     if above:
+        above = [overridden(r, None, None, None, missing, channels) for r in above]
         # They were stored as the last one is, and are; a seed that all have in common is replaced in all.
         if rounding is not None:
             above = [replace(r, rounding=changed.rounding) if r.rounding == last.rounding else r for r in above]

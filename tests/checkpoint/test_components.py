@@ -162,7 +162,7 @@ def test_what_a_killed_merge_left_behind(tmp_path):
 def test_recipes_name_components(tmp_path):
     """As modules, and by filters."""
     a, b = pipeline(tmp_path / "a", 1), pipeline(tmp_path / "b", 2)
-    models = [{"model": str(a)}, {"model": str(b)}]
+    models: list[dict[str, Any]] = [{"model": str(a)}, {"model": str(b)}]
     weighted = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
     modules = {"merge_method": "linear", "base_model": str(a), "parameters": {"weight": 1},
                "modules": {"unet": {"models": models}}}  # fmt: skip
@@ -244,14 +244,13 @@ def test_components_that_were_trained_for_something_else(tmp_path):
 def test_a_pipeline_on_the_hub(tmp_path, monkeypatch):
     """Its components' folders are fetched, too; those that model_index.json does not name are not."""
     import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     a, asked = pipeline(tmp_path / "a", 1), []
 
     def snapshot(repo, *, allow_patterns, ignore_patterns, **_):
         names = [p.relative_to(a).as_posix() for p in a.rglob("*") if p.is_file()]
-        kept = huggingface_hub.utils.filter_repo_objects(
-            names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
-        )
+        kept = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         asked.append(sorted(kept))
         return str(a)
 
@@ -302,7 +301,7 @@ def test_diffusers_loads_the_merged_pipeline(tmp_path):
             vocab_size=6, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
             max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
         )  # fmt: skip
-        whole = StableDiffusionPipeline(
+        whole: Any = StableDiffusionPipeline(
             with_exact_means(AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)),
             with_exact_means(CLIPTextModel(text)),
             CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=16),
@@ -334,7 +333,13 @@ def test_diffusers_loads_the_merged_pipeline(tmp_path):
 def test_sentence_transformers_loads_the_output(tmp_path, nested):
     """The dense module is merged, too: embeddings are those of a model with the means of all weights."""
     import torch
-    from sentence_transformers import SentenceTransformer, models
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import (  # type: ignore[import-not-found]
+        Dense,
+        Normalize,
+        Pooling,
+        Transformer,
+    )
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world"]
@@ -347,8 +352,8 @@ def test_sentence_transformers_loads_the_output(tmp_path, nested):
         )  # fmt: skip
         BertModel(config).save_pretrained(tmp_path / f"bert-{name}")
         BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / f"bert-{name}")
-        bert = models.Transformer(str(tmp_path / f"bert-{name}"), max_seq_length=8)
-        parts = [bert, models.Pooling(16), models.Dense(16, 4), models.Normalize()]
+        bert = Transformer(str(tmp_path / f"bert-{name}"), max_seq_length=8)
+        parts = [bert, Pooling(16), Dense(16, 4), Normalize()]
         with_exact_means(SentenceTransformer(modules=parts, device="cpu")).save(str(tmp_path / name))
         if nested:
             root = tmp_path / name

@@ -63,11 +63,15 @@ def merge(
     dtype: str | None = None,
     rounding: str | None = None,
     seed: int | None = None,
+    missing: str | None = None,
+    channels: str | None = None,
     **settings: Any,
 ) -> Report | None:
     """This process's part of `fastinterp.merge`, whose arguments these are. The report on rank 0, else None."""
     target = path_of(out, "out")
-    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed, names_file(target))
+    plan = plan_recipe(
+        recipe, max_shard_size, dtype, rounding, seed, missing, channels, one_file=names_file(target)
+    )  # fmt: skip
     reports = carry_out(plan, [target], me, max_memory=size_of(max_memory), **settings)
     return reports[0] if reports else None
 
