@@ -69,7 +69,13 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     origin = find_named(first, find, first.origin)
     aligned = align_models(first, models, origin)
     assemblies = [Assembly(recipe, [c.tensors for c in aligned.models]) for recipe in recipes]
-    aligned = replace(aligned, counts=tuple(assemblies[0].counts))
+    layer_warnings: list[str] = []
+    if assemblies[0].counts:
+        from fastinterp.plan.stacks import about_layers, counts_of
+
+        aligned = replace(aligned, counts=counts_of(assemblies[0].counts, origin, aligned.models))
+        layer_warnings, changed = about_layers(aligned.counts, origin, aligned.models)
+        aligned = replace(aligned, remarks=(*aligned.remarks, *changed))
     targets = [assembly.targets for assembly in assemblies]
     sidecars = {model: find_named(first, find, model) for model in sidecar_refs(targets[0], first.method)}
     tensors = plan_tensors(recipes, targets, aligned.models, sidecars, origin)
@@ -78,7 +84,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         *aligned.warnings,
         *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
     ]
-    warnings += aligned.uncounted(origin) if aligned.counts else []
+    warnings += layer_warnings
     warnings += dtype_warnings(first, targets[0], origin)
     if first.filters:
         from fastinterp.recipe.check import filter_warnings

@@ -68,9 +68,9 @@ BAD = {
         "`layer_range` counts from the first layer, 0; got [-4, -1]. Negative numbers have no meaning"
         " - at $.slices[0].sources[1].layer_range (merge.yml:5)",
     ),
-    "an empty layer_range": (
-        SLICES.replace("[4, 8]", "[4, 4]"),
-        "`layer_range` [first, end) has no layer in it, got [4, 4]"
+    "a layer_range that ends before it begins": (
+        SLICES.replace("[4, 8]", "[8, 4]"),
+        "`layer_range` [first, end) ends before it begins, got [8, 4]"
         " - at $.slices[0].sources[1].layer_range (merge.yml:5)",
     ),
     "unequal lengths": (
