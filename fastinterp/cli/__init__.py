@@ -16,6 +16,7 @@ from fastinterp.errors import FastinterpError
 _MODULES = {
     "merge": "fastinterp.cli.merge",
     "interpolate": "fastinterp.cli.merge",
+    "average": "fastinterp.cli.average",
     "sweep": "fastinterp.cli.sweep",
     "check": "fastinterp.cli.inspect",
     "explain": "fastinterp.cli.inspect",

@@ -140,12 +140,14 @@ class StoredInput(TensorInput, frozen=True, eq=False):
 
     encoding   None: its bytes are elements of `dtype`. Else they are codes, and dtype is F32
     quantised  the format of quantised weights whose codes or scales it holds, which no decoder reads; empty: none
+    factor     whether it belongs to an adapter that is built into its model: a factor of a product
     """
 
     path: Path
     start: int
     encoding: Encoding | None = None
     quantised: str = ""
+    factor: bool = False
 
     @property
     def key(self) -> Hashable:
@@ -173,7 +175,7 @@ class StoredInput(TensorInput, frozen=True, eq=False):
 
     @property
     def merges(self) -> bool:
-        return self.dtype.merges and not self.quantised
+        return self.dtype.merges and not self.quantised and not self.factor
 
     @property
     def plain(self) -> StoredInput | None:

@@ -68,7 +68,10 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     models = [find_named(first, find, model) for model in first.models]
     origin = find_named(first, find, first.origin)
     aligned = align_models(first, models, origin)
-    assemblies = [Assembly(recipe, [c.tensors for c in aligned.models]) for recipe in recipes]
+    known = [c.tensors for c in aligned.models]
+    assemblies = [
+        Assembly(recipe, known, tensors=known, copied=aligned.copied, notes=aligned.notes) for recipe in recipes
+    ]
     layer_warnings: list[str] = []
     if assemblies[0].counts:
         from fastinterp.plan.stacks import about_layers, counts_of
@@ -92,5 +95,5 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         warnings += [str(warning) for warning in filter_warnings(first, assemblies[0])]
     opened = (*models, origin, *sidecars.values())
     remarks = [remark for model in opened if model.checkpoint is not None for remark in model.checkpoint.remarks]
-    remarks += aligned.remarks
+    remarks += [*aligned.remarks, *assemblies[0].remarks]
     return Document(aligned, origin, tensors, sidecars, tuple(warnings), tuple(dict.fromkeys(remarks)))

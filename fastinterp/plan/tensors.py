@@ -13,7 +13,7 @@ from fastinterp.messages import listed
 from fastinterp.methods import Method, Sidecar
 from fastinterp.ops.combine import Combine, Tensor, check_coefficients, renumbered
 from fastinterp.ops.dtypes import DType
-from fastinterp.plan.inputs import ModelInput, PlannedTensor, Program, TensorInput
+from fastinterp.plan.inputs import ModelInput, PlannedTensor, Program, StoredInput, TensorInput
 from fastinterp.plan.models import Model
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
@@ -29,6 +29,13 @@ _VOCABULARIES = (
 
 def must_agree(tensor: PlannedTensor, first: str, other: str) -> ShapeError:
     """The error of a tensor that is copied, not merged, but differs between the two models of these names."""
+    if any(isinstance(stored, StoredInput) and stored.factor for stored in tensor.inputs):
+        return ShapeError(
+            f"{tensor.name} belongs to an adapter that is built into the models, and differs between {first} and "
+            f"{other}: the mean of two products is not the product of the means of their factors. To take the factors "
+            "of one model as they are: `integers: MODEL` in the recipe, --integers MODEL of interpolate",
+            tensor=tensor.name,
+        )
     return ShapeError(
         f"{tensor.name} ({tensor.dtype}) is not averaged, and differs between {first} and {other}. "
         "Say whose to take: `integers: MODEL` in the recipe, --integers MODEL of interpolate",
@@ -111,6 +118,8 @@ class _Planner:
         target, recipe = targets[0], self._recipes[0]
         inputs = [(i, self._models[i].tensors[name]) for i, name in target.inputs]
         lead = inputs[0][1]
+        if target.verbatim:
+            return _unsummed(target.name, lead.dtype, lead, inputs)
         if not lead.merges:
             if recipe.integers is not None:
                 chosen = recipe.models.index(recipe.integers)
