@@ -24,6 +24,10 @@ MAX_TOKENS = 1 << 24
 _KINDS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _OTHERS = (".model", ".tiktoken", ".spm", "vocab.txt", "tekken.json")
+_OUT_OF_RECIPE = (
+    "`tokenizer` and `tokenizer_source` out of the recipe: tokenizer files are copied as they are, and `missing: base` "
+    "also copies tensors that have other numbers of rows"
+)
 _CTC = ("CTC", "word_delimiter_token")  # in the class, or among the keys, of tokenizer_config.json
 
 
@@ -167,10 +171,7 @@ def _remedy(root: Path, files: bool = True) -> str:
         f"Write one with the transformers library, if it has a fast tokenizer for this model (.model files need the "
         f"packages sentencepiece and protobuf): python -c {shlex.quote(code)}. Or leave"
     )
-    return (
-        f"{write if files else 'Leave'} `tokenizer` and `tokenizer_source` out of the recipe: tokenizer files are copied "
-        "as they are, and `missing: base` also copies tensors that have other numbers of rows"
-    )
+    return f"{write if files else 'Leave'} {_OUT_OF_RECIPE}"
 
 
 def _plain_files(root: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def _plain_files(root: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         if _CTC[0] in str(config.get("tokenizer_class")) or _CTC[1] in config:
             if any(type(value) is dict for value in vocab.values()):
                 raise CheckpointError(
-                    f"{VOCAB} holds several vocabularies, {listing(list(vocab))}, of one language each. "
+                    f"{VOCAB} holds several vocabularies, {listing(list(vocab))}, one for each language. "
                     f"{_remedy(root, files=False)}",
                     file=str(root / VOCAB),
                 )
@@ -207,7 +208,8 @@ def _model_ids(table: dict[str, Any], file: str) -> dict[str, int]:
         model["type"] = guess if guess != "WordPiece" or "max_input_chars_per_word" in model else "WordLevel"
     if model["type"] not in _KINDS:
         raise CheckpointError(
-            f"`model.type` is {quote(model['type'])}, expected one of {listing(_KINDS, 4)}", file=file
+            f"`model.type` is {quote(model['type'])}, expected one of {listing(_KINDS, 4)}. Leave {_OUT_OF_RECIPE}",
+            file=file,
         )
     if model["type"] != "Unigram":
         if type(vocab) is not dict:

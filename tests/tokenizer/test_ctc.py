@@ -69,7 +69,7 @@ def test_several_languages(tmp_path: Path):
         file.write_text(json.dumps({"eng": json.loads(file.read_text()), "fra": {"<pad>": 0}}))
     with pytest.raises(CheckpointError) as error:
         fastinterp.merge(linear(a, b, tokenizer_source="union"), tmp_path / "out")
-    assert "vocab.json holds several vocabularies, `eng` and `fra`, of one language each. Leave `tokenizer` and" in (
+    assert "vocab.json holds several vocabularies, `eng`, `fra`, one for each language. Leave `tokenizer` and" in (
         str(error.value)
     )
     fastinterp.merge(linear(a, b, missing="base"), tmp_path / "out")
