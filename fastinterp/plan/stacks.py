@@ -132,9 +132,8 @@ def _loose(layers: Sequence[Tensors], facts: Sequence[object]) -> set[str]:
     return {
         name
         for alike in kinds.values()
-        for one in alike
-        for name in one
-        if any(other.get(name) != one[name] for other in alike)
+        for name in {name for one in alike for name in one}
+        if len({one.get(name) for one in alike}) > 1
     }
 
 

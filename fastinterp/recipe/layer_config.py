@@ -14,7 +14,9 @@ from typing import Any
 import msgspec
 
 from fastinterp.messages import listed
-from fastinterp.recipe.layer_kinds import FACTS, KEYS, Config, Form, Kinds, changes_for, kinds_of, number
+from fastinterp.recipe.layer_defaults import Config, number
+from fastinterp.recipe.layer_kinds import FACTS, KEYS, Form, Kinds, changes_for, kinds_of
+from fastinterp.recipe.layer_places import Stack, part_of, place_warnings, set_features
 from fastinterp.recipe.targets import LayerCount
 
 # Where configurations keep the number of layers, those of encoders and decoders first.
@@ -32,21 +34,16 @@ _SECTIONS = {
 # In the names of lists with one item per layer: layer_types, num_query_heads, ffn_multipliers, ...
 _BY_LAYER = re.compile(
     "layer|block|heads$|intermediate_size|multipliers|sparsity_pattern|indexer_types|attn_type_list|attention_window$"
-    "|sliding_windows|hidden_sizes|rope_theta$|compress_ratios|moe_topk|num_experts|swiglu_limits"
+    "|sliding_windows?$|hidden_sizes|rope_theta$|compress_ratios|moe_topk|num_experts|swiglu_limits"
 )
 # Names of lists of layer numbers.
 _NUMBERED = re.compile(
     "(layer|block|attn|visual|hybrid).*(ids|indices|indexe?s|idxs)$|^(cross_attention|dense|moe|sparse|global|skip"
-    "|full_attention|full_attn|kda|sliding)_layers$"
+    "|full_attention|full_attn|kda|sliding)_layers$|_layers_enum$"
 )
+_NUMBERS_AS_TEXT = re.compile("[0-9]+(,[0-9]+)*")
 _FROM_ONE = "linear_attn_config"  # a part whose lists count layers from 1: Kimi Linear's
-# Model types whose layers compute with their number, and with what.
-_BY_NUMBER = {
-    "minimax": "the decay of linear attention depends on it",
-    "diffllama": "`lambda_init` of differential attention depends on it",
-}
 _EXTRA = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers")  # predict further tokens, behind the others
-_FEATURES = ("vision_feature_layer", "vision_feature_layers", "vision_select_layer", "mm_vision_select_layer")
 _SHOWN = 5  # layers in a message before the rest is only counted
 
 
@@ -61,26 +58,6 @@ class LayeredConfig(msgspec.Struct, frozen=True):
     config: dict[str, Any]
     changes: list[str]
     warnings: list[str]
-
-
-class _Stack(msgspec.Struct, frozen=True):
-    """A stack in the configurations of all models.
-
-    section   the part of the output's configuration that belongs to it, as the origin has it
-    before    how many layers that says there are, those that predict further tokens aside
-    layers    of the output: (configuration of the model that it is from, number there); those aside are not here
-    sections  of each of these models, with its number of layers
-    """
-
-    count: LayerCount
-    section: Config
-    before: int
-    layers: list[tuple[int, int]]
-    sections: dict[int, tuple[Config, int]]
-
-    @property
-    def part(self) -> str:
-        return _part(self.count.prefix)
 
 
 def config_of_layers(
@@ -115,10 +92,10 @@ def config_of_layers(
                 f"config.json does not say how many layers {count.prefix} has: there were {count.before}, the output "
                 f"has {len(count.layers)}. Write it there, as the software that loads the model wants it"
             )
-        warnings += _by_position(section, stack)
+        warnings += place_warnings(section, stack)
         new = section if not path else new | {path: section}
         if path == "vision_config":
-            warnings += _features(new, stack)
+            warnings += set_features(new, stack)
     return LayeredConfig(new, changed, warnings)
 
 
@@ -133,7 +110,7 @@ def facts_of(config: Config, prefix: str, layers: int) -> list[tuple[Any, ...]]:
     path = section_of(config, prefix)
     section: Config = config[path] if path else config
     main = _count(section, prefix, {layers})[1] or layers
-    part = _part(prefix)
+    part = part_of(prefix)
     columns = [said[1] for fact in FACTS if (said := kinds_of(section, main, fact, part)) is not None]
     for key, value in section.items():
         if key not in KEYS and isinstance(value, list):
@@ -146,12 +123,7 @@ def facts_of(config: Config, prefix: str, layers: int) -> list[tuple[Any, ...]]:
     return [tuple(column[i] for column in columns) if i < main else ("predicts further tokens",) for i in range(layers)]
 
 
-def _part(prefix: str) -> str:
-    parts = prefix.split(".")
-    return next((word for word in ("decoder", "encoder") if word in parts), "")
-
-
-def _stack(config: Config, count: LayerCount, configs: Sequence[Config | None]) -> tuple[_Stack, list[str]]:
+def _stack(config: Config, count: LayerCount, configs: Sequence[Config | None]) -> tuple[Stack, list[str]]:
     """The stack, and the keys that have its number of layers."""
     path = section_of(config, count.prefix)
     section: Config = config[path] if path else config
@@ -168,7 +140,7 @@ def _stack(config: Config, count: LayerCount, configs: Sequence[Config | None]) 
         sections[model] = their_section, said or size
     every = zip(models, count.layers, strict=True)
     layers = [(model, layer) for model, layer in every if layer < sections[model][1]]
-    return _Stack(count, section, before or count.before, layers, sections), keys
+    return Stack(count, section, before or count.before, layers, sections), keys
 
 
 def _count(section: Config, prefix: str, sizes: set[int]) -> tuple[list[str], int]:
@@ -182,7 +154,9 @@ def _count(section: Config, prefix: str, sizes: set[int]) -> tuple[list[str], in
         for word in words:
             for names in (_KEYS[word],) if not word or word in parts else ():
                 for more in dict.fromkeys((0, extra)):
+                    aliases = ("num_hidden_layers",) if word == "encoder" else ()
                     keys = [k for k in names if (n := number(section, k)) is not None and n + more in sizes]
+                    keys += [k for k in aliases if keys and section.get(k) == section[keys[0]]]
                     if keys:
                         return keys, section[keys[0]]
     return [], 0
@@ -203,13 +177,18 @@ def _set(section: dict[str, Any], values: Mapping[str, Any], start: str) -> list
 # --- lists -----------------------------------------------------------------------------------------------------------
 
 
-def _follow(section: dict[str, Any], stack: _Stack, count: LayerCount, start: str) -> list[str]:
+def _follow(section: dict[str, Any], stack: Stack, count: LayerCount, start: str) -> list[str]:
     """Lists with an item per layer, and lists of layer numbers."""
     changed = []
     for key, value in list(section.items()):
         if key == _FROM_ONE and isinstance(value, Mapping):
             inner = {k: _renumbered(v, k, stack, 1, key) for k, v in value.items() if _is_numbered(k, v, 0)}
             changed += _set(section, {key: {**value, **inner}}, start)
+        elif _is_keyed(key, value):
+            changed += _set(section, {key: _rekeyed(value, key, stack)}, start)
+        elif isinstance(value, str) and _NUMBERS_AS_TEXT.fullmatch(value) and _NUMBERED.search(key):
+            numbers = _renumbered([int(i) for i in value.split(",")], "", stack, 0)
+            changed += _set(section, {key: ",".join(map(str, numbers))}, start)
         elif key in KEYS or not isinstance(value, list):
             continue
         elif _is_numbered(key, value, stack.before):
@@ -226,7 +205,24 @@ def _is_numbered(key: str, value: Any, layers: int) -> bool:
     return not layers or (len(set(value)) == len(value) and all(0 <= i < layers for i in value))
 
 
-def _renumbered(value: list[int], key: str, stack: _Stack, first: int, part: str = "") -> list[int]:
+def _is_keyed(key: str, value: Any) -> bool:
+    """Whether a value is a mapping from layer numbers: {"0": {...}, "3": {...}}."""
+    if not isinstance(value, Mapping) or not value or "layer" not in key:
+        return False
+    return all(isinstance(k, str) and k.isdecimal() for k in value)
+
+
+def _rekeyed(value: Mapping[str, Any], key: str, stack: Stack) -> dict[str, Any]:
+    new = {}
+    for i, (model, layer) in enumerate(stack.layers):
+        theirs = stack.sections[model][0].get(key)
+        items = theirs if isinstance(theirs, Mapping) and _is_keyed(key, theirs) else value
+        if str(layer) in items:
+            new[str(i)] = items[str(layer)]
+    return new
+
+
+def _renumbered(value: list[int], key: str, stack: Stack, first: int, part: str = "") -> list[int]:
     """Numbers of the output's layers whose sources are listed; `first` is the number of the first layer."""
     new = []
     for i, (model, layer) in enumerate(stack.layers):
@@ -237,7 +233,7 @@ def _renumbered(value: list[int], key: str, stack: _Stack, first: int, part: str
     return new
 
 
-def _items(key: str, value: list[Any], stack: _Stack) -> list[Any]:
+def _items(key: str, value: list[Any], stack: Stack) -> list[Any]:
     """The item of each layer, of the model that it is from; one value there may be that of all layers."""
     new = []
     whole = len(value) > stack.before  # it has items for the layers that predict further tokens, too
@@ -254,7 +250,7 @@ def _items(key: str, value: list[Any], stack: _Stack) -> list[Any]:
 # --- kinds -----------------------------------------------------------------------------------------------------------
 
 
-def _kinds(section: Config, stack: _Stack, fact: str) -> tuple[dict[str, Any], str]:
+def _kinds(section: Config, stack: Stack, fact: str) -> tuple[dict[str, Any], str]:
     """Changes of the section that say of which kind its layers are, or a warning that there are none."""
     said = kinds_of(stack.section, stack.before, fact, stack.part)
     if said is None:
@@ -273,7 +269,7 @@ def _kinds(section: Config, stack: _Stack, fact: str) -> tuple[dict[str, Any], s
     return {}, _cannot_say(form, wrong, wanted, None if now is None else now[1], stack)
 
 
-def _cannot_say(form: Form, wrong: list[int], wanted: Kinds, now: Kinds | None, stack: _Stack) -> str:
+def _cannot_say(form: Form, wrong: list[int], wanted: Kinds, now: Kinds | None, stack: Stack) -> str:
     keys = listed([f"`{key}`" for key in form.keys], 3)
     examples = [
         f"{i} (layer {stack.layers[i][1]} of its model) is {wanted[i]}{'' if now is None else f', not {now[i]}'}"
@@ -284,72 +280,3 @@ def _cannot_say(form: Form, wrong: list[int], wanted: Kinds, now: Kinds | None, 
         f"{listed(examples, _SHOWN)}. Software that loads the output builds these layers as the wrong kind, with "
         f"random numbers where stored tensors do not fit. Choose other layer ranges: {form.remedy}"
     )
-
-
-def _by_position(section: Config, stack: _Stack) -> list[str]:
-    """Warnings of what a layer does because of its place, whatever the configuration says."""
-    warnings = []
-    numbers = [layer for _, layer in stack.layers]
-    moved = numbers != list(range(stack.before))
-    by_number = _BY_NUMBER.get(str(section.get("model_type")))
-    if section.get("scale_attn_by_inverse_layer_idx") is True:
-        by_number = "attention is divided by it (`scale_attn_by_inverse_layer_idx`)"
-    if moved and by_number:
-        warnings.append(
-            f"layers of this model compute with their number: {by_number}. Those at other places than before, or in "
-            "another number of layers, compute something else than they were trained to"
-        )
-    hybrid = [kinds[1].count("hybrid") for n, config in ((stack.before, stack.section), (len(numbers), section))
-              if (kinds := kinds_of(config, n, "attention"))]  # fmt: skip
-    key = "deepstack_visual_indexes"
-    if isinstance(section.get(key), list) and len(section[key]) != len(stack.section[key]):
-        warnings.append(
-            f"`{key}` has {len(section[key])} layers now, {len(stack.section[key])} before, and each has a merger of "
-            "its own among the tensors. Choose layer ranges that keep each of these layers once"
-        )
-    if section.get("model_type") == "zamba2" and hybrid and hybrid[-1] > hybrid[0]:
-        warnings.append(
-            f"there are {hybrid[-1]} layers with shared attention, {hybrid[0]} before: each has adapters of its own "
-            "in the shared blocks, and the further ones are random numbers when the output is loaded"
-        )
-    per_layer = section.get("hidden_size_per_layer_input")
-    if isinstance(per_layer, int) and per_layer > 0 and moved:
-        warnings.append(
-            "the embeddings for each layer (`embed_tokens_per_layer`, `per_layer_model_projection`) have "
-            f"{per_layer} columns for each of the {stack.before} layers, and are copied as they are: the output's "
-            f"{len(numbers)} layers find those of others, or none, and transformers refuses to load it if the "
-            "number of layers differs. Cut no layers of this model"
-        )
-    shared = kinds_of(section, len(numbers), "keys and values")
-    if moved and shared is not None and "shared" in shared[1]:
-        warnings.append(
-            f"the last {shared[1].count('shared')} layers use the keys and values of layers before them "
-            "(`num_kv_shared_layers`): in another order, of other layers than they were trained with"
-        )
-    return warnings
-
-
-def _features(config: dict[str, Any], stack: _Stack) -> list[str]:
-    """Set the number of the vision layer whose output the rest of the model reads; warnings, if it is gone.
-
-    Such a number counts outputs: 0 is that of the embedding, 1 that of the first layer, -1 that of the last.
-    """
-    warnings = []
-    after, numbers = len(stack.layers), [layer for _, layer in stack.layers]
-    for key in _FEATURES:
-        value = config.get(key)
-        new = []
-        for one in value if isinstance(value, list) else [value] if type(value) is int else []:
-            layer = one - 1 if one >= 0 else stack.before + one
-            if one != 0 and layer not in numbers:
-                warnings.append(
-                    f"`{key}` of config.json names the output of vision layer {layer}, which the output does not have. "
-                    "Keep that layer, or write another number there"
-                )
-                break
-            at = 0 if one == 0 else after - numbers[::-1].index(layer)
-            new.append(at if one >= 0 else at - after - 1)
-        else:
-            if new:
-                config[key] = new if isinstance(value, list) else new[0]
-    return warnings

@@ -5,6 +5,11 @@ tests/recipe/test_layer_kinds.py compares these tables with the configuration cl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+Config = Mapping[str, Any]
+
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
 # Model type -> (key, value, kind of the layer that ends each group of `value` layers, kind of the others, list).
@@ -80,3 +85,16 @@ WITH_MLP_LAYER_TYPES = {
     "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v32", "exaone_moe", "glm4_moe_lite",
     "glm_moe_dsa",
 }  # fmt: skip
+
+
+def number(config: Config, key: str) -> int | None:
+    """A whole number of a configuration, or that of its model type; None, if there is none."""
+    value = config.get(key)
+    if value is None:
+        value = NUMBERS.get(type_of(config), {}).get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def type_of(config: Config) -> str:
+    name = config.get("model_type")
+    return name if isinstance(name, str) else ""

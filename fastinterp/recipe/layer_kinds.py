@@ -16,16 +16,18 @@ from fastinterp.recipe.layer_defaults import (
     FULL,
     LAST_OF_GROUP,
     LINEAR,
-    NUMBERS,
     SLIDING,
     WITH_LAYER_TYPES,
     WITH_MLP_LAYER_TYPES,
+    Config,
+    number,
+    type_of,
 )
 
-Config = Mapping[str, Any]
 Kinds = list[Any]
 
 DENSE, SPARSE = "dense", "sparse"
+_MOST = 256  # periods that are tried
 
 
 class Form(NamedTuple):
@@ -82,7 +84,7 @@ def _period(fact: str, stem: str, inside: str, outside: str, needs: str = "") ->
 
     def read(config: Config, n: int) -> Kinds | None:
         period, offset = (number(config, key) for key in keys)
-        if not period or offset is None or _type(config) == "zamba":  # which counts them from its fourth layer
+        if not period or offset is None or type_of(config) == "zamba":  # which counts them from its fourth layer
             return None
         if needs and (number(config, needs) or 0) <= 1:
             return [outside] * n
@@ -90,7 +92,7 @@ def _period(fact: str, stem: str, inside: str, outside: str, needs: str = "") ->
 
     def tries(_: Config, kinds: Kinds) -> Iterator[dict[str, Any]]:
         first = next((i for i, kind in enumerate(kinds) if kind == inside), len(kinds))
-        for period in range(first + 1, len(kinds) + 2):
+        for period in _sizes(kinds, first + 1):
             yield dict(zip(keys, (period, first), strict=True))
 
     return Form(fact, keys, read, tries, f"move layers by multiples of `{keys[0]}`")
@@ -101,7 +103,7 @@ def _groups(table: Mapping[str, tuple[str, int, str, str]], last: bool) -> Form:
     keys = {key: row for row in table.values() if (key := row[0])}
 
     def row_of(config: Config) -> tuple[str, int, str, str] | None:
-        if (name := _type(config)) in table:
+        if (name := type_of(config)) in table:
             return table[name]
         unknown = name not in LAST_OF_GROUP and name not in FIRST_OF_GROUP
         return next((row for key, row in keys.items() if last and unknown and key in config), None)
@@ -119,7 +121,7 @@ def _groups(table: Mapping[str, tuple[str, int, str, str]], last: bool) -> Form:
     def tries(config: Config, kinds: Kinds) -> Iterator[dict[str, Any]]:
         row = row_of(config)
         if row is not None and row[0]:
-            for size in range(1, len(kinds) + 2):
+            for size in _sizes(kinds):
                 yield {row[0]: size}
 
     return Form("attention", tuple(keys), read, tries, "move layers by multiples of it")
@@ -128,14 +130,14 @@ def _groups(table: Mapping[str, tuple[str, int, str, str]], last: bool) -> Form:
 def _window(config: Config, n: int) -> Kinds | None:
     """Sliding attention from layer `max_window_layers` on."""
     first = number(config, "max_window_layers")
-    if first is None or _type(config) == "qwen2_moe" or "use_sliding_window" not in config:
+    if first is None or type_of(config) == "qwen2_moe" or "use_sliding_window" not in config:
         return None
     slides = config["use_sliding_window"] and config.get("sliding_window") is not None
     return [SLIDING if slides and i >= first else FULL for i in range(n)]
 
 
 def _window_of_qwen2_moe(config: Config, n: int) -> Kinds | None:
-    if _type(config) != "qwen2_moe" or (end := number(config, "max_window_layers")) is None:
+    if type_of(config) != "qwen2_moe" or (end := number(config, "max_window_layers")) is None:
         return None
     return [SLIDING if config.get("use_sliding_window") and i % 2 == 0 and i < end else FULL for i in range(n)]
 
@@ -183,7 +185,7 @@ def _as_attention_types(_: Config, kinds: Kinds) -> Iterator[dict[str, Any]]:
 def _cycle(config: Config, n: int) -> Kinds | None:
     """Of RecurrentGemma: `block_types` is repeated."""
     types = config.get("block_types")
-    if types is None and _type(config) == "recurrent_gemma":
+    if types is None and type_of(config) == "recurrent_gemma":
         types = ["recurrent", "recurrent", "attention"]
     return (types * n)[:n] if isinstance(types, list) and types else None
 
@@ -199,7 +201,7 @@ def _rope(config: Config, n: int) -> Kinds | None:
 
 
 def _as_rope(_: Config, kinds: Kinds) -> Iterator[dict[str, Any]]:
-    for interval in range(1, len(kinds) + 2):
+    for interval in _sizes(kinds):
         yield {"no_rope_layer_interval": interval}
 
 
@@ -226,9 +228,9 @@ def _interleaved(config: Config, n: int) -> Kinds | None:
 
 
 def _as_interleaved(config: Config, kinds: Kinds) -> Iterator[dict[str, Any]]:
-    for step in range(1, len(kinds) + 2):
+    for step in _sizes(kinds):
         yield {"interleave_moe_layer_step": step}
-    if _type(config) == "llama4_text":
+    if type_of(config) == "llama4_text":
         yield {"moe_layers": _where(kinds, SPARSE)}
 
 
@@ -246,7 +248,7 @@ def _span(config: Config, n: int) -> Kinds | None:
 
 def _as_span(_: Config, kinds: Kinds) -> Iterator[dict[str, Any]]:
     at = _where(kinds, SPARSE) or [len(kinds)]
-    for interval in range(1, len(kinds) + 1):
+    for interval in _sizes(kinds):
         yield dict(zip(_SPAN, (at[0], at[-1], interval), strict=True))
 
 
@@ -286,7 +288,7 @@ def _steps(part: str) -> Form:
         return [SPARSE if step and (i + 1) % step == 0 else DENSE for i in range(n)]
 
     def tries(config: Config, kinds: Kinds) -> Iterator[dict[str, Any]]:
-        for step in range(len(kinds) + 2):
+        for step in (0, *_sizes(kinds)):
             counted = {count_key: len(kinds) // step if step else 0} if number(config, count_key) is not None else {}
             yield {step_key: step, **counted}
 
@@ -353,7 +355,7 @@ def changes_for(config: Config, form: Form, kinds: Kinds, part: str = "") -> dic
     if form.read(config, len(kinds)) == kinds:
         return _others(config, form, kinds, part)
     every = [*form.tries(config, kinds)]
-    if key := _list_of(_type(config), form.fact):
+    if key := _list_of(type_of(config), form.fact):
         every.append({key: kinds})
     for changes in every:
         said = kinds_of({**config, **changes}, len(kinds), form.fact, part)
@@ -383,18 +385,10 @@ def _list_of(model_type: str, fact: str) -> str:
     return "no_rope_layers" if fact == "rotary embeddings" and model_type in ("llama4_text", "smollm3") else ""
 
 
+def _sizes(kinds: Kinds, first: int = 1) -> range:
+    """Periods to try: up to one more than there are layers, and to no more than any model has."""
+    return range(first, min(len(kinds), _MOST) + 2)
+
+
 def _where(kinds: Kinds, kind: str) -> list[int]:
     return [i for i, one in enumerate(kinds) if one == kind]
-
-
-def number(config: Config, key: str) -> int | None:
-    """A whole number of a configuration, or that of its model type; None, if there is none."""
-    value = config.get(key)
-    if value is None:
-        value = NUMBERS.get(_type(config), {}).get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _type(config: Config) -> str:
-    name = config.get("model_type")
-    return name if isinstance(name, str) else ""

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fastinterp.recipe.layer_config import config_of_layers, facts_of
-from fastinterp.recipe.layer_defaults import FULL, LINEAR, SLIDING
-from fastinterp.recipe.layer_kinds import DENSE, FACTS, SPARSE, changes_for, kinds_of, number
+from fastinterp.recipe.layer_defaults import FULL, LINEAR, SLIDING, number
+from fastinterp.recipe.layer_kinds import DENSE, FACTS, SPARSE, changes_for, kinds_of
 from fastinterp.recipe.targets import LayerCount
 
 SIZES = (5, 12, 13)
@@ -209,3 +209,33 @@ def test_vision_layers():
     made = config_of_layers(config, [LayerCount("vision_tower.layers", 4, (0, 1))])
     assert len(made.warnings) == 3
     assert "`vision_feature_layer` of config.json names the output of vision layer 2" in made.warnings[1]
+
+
+def test_other_ways_to_number_layers():
+    """Mappings from layer numbers, numbers as text, and numbers of another meaning, which are only warned of."""
+    config = {
+        "num_hidden_layers": 4, "per_layer_config": {"1": {"head_dim": 8}, "3": {"head_dim": 4}},
+        "moe_layers_enum": "1,3", "id2label": {"0": "a", "1": "b"}, "dense_attention_every_n_layers": 2,
+    }  # fmt: skip
+    made = config_of_layers(config, [LayerCount("model.layers", 4, (0, 1, 0, 1, 2, 3))])
+    assert made.warnings == []
+    assert made.config["per_layer_config"] == {"1": {"head_dim": 8}, "3": {"head_dim": 8}, "5": {"head_dim": 4}}
+    assert made.config["moe_layers_enum"] == "1,3,5" and made.config["id2label"] == config["id2label"]
+    (warning,) = config_of_layers(config, [LayerCount("model.layers", 4, (0, 2, 3))]).warnings
+    assert warning.startswith("`dense_attention_every_n_layers` 2 of config.json may say which layers are of which")
+
+
+def test_layers_at_the_end():
+    config = {"num_hidden_layers": 4, "model_type": "gemma4_text", "layer_types": [SLIDING, FULL] * 2}
+    assert config_of_layers(config, [LayerCount("model.layers", 4, (0, 1))]).warnings == []
+    (warning,) = config_of_layers(config, [LayerCount("model.layers", 4, (1, 2))]).warnings
+    assert "the last layer of this model must have full attention" in warning
+
+
+def test_a_number_of_layers_with_two_names():
+    """Whisper's num_hidden_layers is that of its encoder."""
+    config = {"encoder_layers": 4, "decoder_layers": 4, "num_hidden_layers": 4}
+    made = config_of_layers(config, [LayerCount("model.encoder.layers", 4, (0, 1))]).config
+    assert made == {"encoder_layers": 2, "decoder_layers": 4, "num_hidden_layers": 2}
+    made = config_of_layers(config, [LayerCount("model.decoder.layers", 4, (0, 1))]).config
+    assert made == {"encoder_layers": 4, "decoder_layers": 2, "num_hidden_layers": 4}
