@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import binascii
 import errno
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -21,24 +20,11 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import (
-    ANY_INDEX,
-    ASIDE,
-    PICKLES,
-    PIPELINES,
-    PUT_BACK,
-    SHARD,
-    WEIGHTS,
-    is_relative,
-    listing,
-    names_file,
-    quote,
-)
+from fastinterp.checkpoint.names import ASIDE, PUT_BACK, is_relative, listing, quote
+from fastinterp.checkpoint.old_checkpoint import alive, identities, identity, old_checkpoint
+from fastinterp.checkpoint.output_names import hidden, place_of, rank, subfolders
 from fastinterp.checkpoint.regular_file import fsync, read_regular
-from fastinterp.checkpoint.sidecar_files import is_sidecar
-from fastinterp.checkpoint.stems import is_known
-from fastinterp.errors import CheckpointError, OutputError
+from fastinterp.errors import OutputError
 
 _PARTIAL = re.compile(r"\..+\.partial-(?P<pid>\d+)-(?P<host>[0-9a-f]{8})-[0-9a-f]{12}", re.DOTALL)
 SHARED = "ffffffff"  # in the place of a host: what several processes write together (shared_output_folder.py)
@@ -185,7 +171,7 @@ class OutFolder:
             self._move_aside()
             if self._durable and self._aside:
                 self._fsync_folders()  # a new name must not reach the disk beside an old index
-        order = sorted(self._temps, key=_rank)
+        order = sorted(self._temps, key=rank)
         for name in order:
             if self._durable and name == order[-1]:
                 self._fsync_folders()  # the last name must not reach the disk before the others
@@ -195,7 +181,7 @@ class OutFolder:
     def _move_aside(self) -> None:
         """Weights go first and their index after them: while one of its files is missing, readers refuse it."""
         entries = self._entries()
-        old, _ = ([], []) if self.file else _old_checkpoint(self.path, entries, self._names)
+        old, _ = ([], []) if self.file else old_checkpoint(self.path, entries, self._names)
         self.removed = tuple(n for n in old if n not in self._temps)
         for name in (*old, *(n for n in entries if n in self._temps and n not in old)):
             aside = self._hidden(name, self._old_ending)
@@ -224,7 +210,7 @@ class OutFolder:
         self._deactivate()
 
     def _fsync_folders(self) -> None:
-        for folder in (*_subfolders(self._temps), ""):
+        for folder in (*subfolders(self._temps), ""):
             fsync(self.path / folder)
 
     def _deactivate(self) -> None:
@@ -284,22 +270,22 @@ class OutFolder:
 
     def _refuse_inputs(self) -> None:
         """Folders are compared by device and inode all the way up, so links and bind mounts do not hide anything."""
-        identity, out = _identity(self.path), _identities(self.path)
-        place = _identity(self.path / self.file) if self.file else None
+        own, out = identity(self.path), identities(self.path)
+        place = identity(self.path / self.file) if self.file else None
         for name in self._inputs:
             path = Path(name)
             if path.is_dir():
-                if _identity(path) in out:
-                    inside = "is" if _identity(path) == identity and not self.file else "lies inside"
+                if identity(path) in out:
+                    inside = "is" if identity(path) == own and not self.file else "lies inside"
                     raise self._error(f"the output {inside} the input folder {quote(path)}. {_ELSEWHERE}")
                 folders = [path]
             elif self.file:  # other files in its folder are left alone
-                if place is not None and _identity(path) == place:
+                if place is not None and identity(path) == place:
                     raise self._error(f"the output is the input {quote(path)}. {_ELSEWHERE}")
                 continue
             else:
                 folders = [path.parent, Path(os.path.realpath(path)).parent]
-            if identity and not self.file and any(identity in _identities(f) for f in folders):
+            if own and not self.file and any(own in identities(f) for f in folders):
                 raise self._error(f"the output folder holds the input {quote(path)}. {_ELSEWHERE}")
 
     def _refuse_contents(self) -> None:
@@ -309,11 +295,11 @@ class OutFolder:
                 what = "it is in no folder: its parent is something else" if self.file else "this is not a folder"
                 raise self._error(f"{what}, and it will not be replaced. Give the name of a new folder")
             return
-        inputs = {_identity(Path(p)): p for p in self._inputs}
+        inputs = {identity(Path(p)): p for p in self._inputs}
         inputs.pop(None, None)
         entries = self._entries()
         for name in entries:
-            same = inputs.get(_identity(self.path / name))
+            same = inputs.get(identity(self.path / name))
             if same is not None:
                 raise self._error(f"{quote(name)} there is the same file as the input {quote(same)}. {_ELSEWHERE}")
         aside = [n for n in entries if ASIDE.fullmatch(os.path.basename(n))]
@@ -325,7 +311,7 @@ class OutFolder:
             self._refuse_existing_file()
         elif present and not self._force:
             raise self._error(f"the folder is not empty: {listing(present)}. {_FORCE}")
-        _, strangers = ([], []) if self.file else _old_checkpoint(self.path, present, self._names)
+        _, strangers = ([], []) if self.file else old_checkpoint(self.path, present, self._names)
         if strangers:
             raise self._error(
                 f"the folder holds weights that no index there names: {listing(strangers)}. They would be mixed with "
@@ -364,7 +350,7 @@ class OutFolder:
                 raise self._error(
                     f"another machine is writing here, or died doing so: {quote(name)}. If it died: --force"
                 )
-            if match["host"] == self._host and _alive(pid, name):
+            if match["host"] == self._host and alive(pid, name, _active):
                 raise self._error(
                     f"process {pid} is writing here: {quote(name)}. Wait for it; if that process is something else, "
                     "remove the file"
@@ -391,7 +377,7 @@ class OutFolder:
     def _entries(self) -> list[str]:
         """Names in the folder, and in those folders in it that are written to; of one file, what belongs to it."""
         entries: list[str] = []
-        folders = _subfolders(self._names)
+        folders = subfolders(self._names)
         try:
             for folder in ("", *folders):
                 path = self.path / folder
@@ -405,93 +391,5 @@ class OutFolder:
         return sorted(entries)
 
 
-def place_of(path: str | os.PathLike[str]) -> tuple[str, str | None]:
-    """The folder of an output, and the name of the file in it, if the output is one file."""
-    text = os.fspath(path)
-    return (os.path.dirname(text) or ".", os.path.basename(text)) if names_file(text) else (text, None)
-
-
-def hidden(folder: Path, name: str, ending: str) -> Path:
-    """A temporary name beside `name` in `folder`."""
-    below, _, last = name.rpartition("/")
-    return folder / below / f".{last}{ending}"
-
-
-def _subfolders(names: Iterable[str]) -> list[str]:
-    """The folders that these names are in, and those above, below that of the output: outermost first."""
-    parts = {tuple(name.split("/")[:-1]) for name in names}
-    return sorted({"/".join(p[:i]) for p in parts for i in range(1, len(p) + 1)})
-
-
 _FORCE = "Add --force (in Python force=True) to write into it all the same"
 _ELSEWHERE = "Choose another folder: inputs are never overwritten, not even with --force"
-
-
-def _rank(name: str) -> tuple[int, str]:
-    """Order of the renames: what readers look for first comes last."""
-    if name in PIPELINES:
-        return 3, name
-    return (2 if name.endswith(".index.json") else 1 if name.endswith(WEIGHTS) else 0), name
-
-
-def _old_checkpoint(root: Path, present: Sequence[str], new: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The files in `root` that make up a checkpoint there (weights, indexes, sidecars), and weights of none.
-
-    present  names relative to `root`
-    new      names of files that are written: weights of these stems are those of an older output
-    An index that is damaged or no regular file names nothing, but is one of them.
-    """
-    files = [n for n in present if not os.path.basename(n).startswith(".") and not os.path.isdir(root / n)]
-    indexes = [n for n in files if ANY_INDEX.fullmatch(n) or n.endswith(".bin.index.json")]
-    listed: set[str] = set()
-    for index in indexes:
-        beside = index[: -len(os.path.basename(index))]
-        try:
-            weight_map = json.loads(read_regular(str(root / index), MAX_HEADER))["weight_map"]
-            listed.update(beside + v for v in weight_map.values() if isinstance(v, str))
-        except (CheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
-    written = {_stem(n) for n in new if n.endswith(WEIGHTS)}
-    weights, strangers = [], []
-    for name in files:
-        last = os.path.basename(name)
-        known = last.endswith(WEIGHTS) and (SHARD.fullmatch(last) or is_known(last) or _stem(name) in written)
-        if known or (name in listed and name.endswith((WEIGHTS, *PICKLES))):
-            weights.append(name)
-        elif name.endswith(WEIGHTS):
-            strangers.append(name)
-    # A chat template or vocabulary of the old model would be taken for the new one's.
-    sidecars = [n for n in files if is_sidecar(os.path.basename(n))] if indexes or weights else []
-    return weights + indexes + sidecars, strangers
-
-
-def _stem(name: str) -> str:
-    match = SHARD.fullmatch(name)
-    return match["stem"] if match else name.removesuffix(WEIGHTS)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        info = os.stat(path)
-    except OSError:
-        return None
-    return info.st_dev, info.st_ino
-
-
-def _identities(path: Path) -> set[tuple[int, int] | None]:
-    """Of `path` and every folder above it; those that do not exist are left out."""
-    real = Path(os.path.realpath(path))
-    return {_identity(p) for p in (real, *real.parents)} - {None}
-
-
-def _alive(pid: int, name: str) -> bool:
-    if pid == os.getpid():
-        # The same number may be a run of before: in a restarted container the first process is always the same.
-        return any(name.endswith(ending) for ending in _active)
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
