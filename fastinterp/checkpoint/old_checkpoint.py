@@ -66,7 +66,7 @@ def identities(path: Path) -> set[tuple[int, int] | None]:
 
 
 def alive(pid: int, name: str, active: Iterable[str]) -> bool:
-    """Whether the run may be alive that wrote the temporary file `name`. active: endings of such names in this process"""
+    """Whether the run may be alive that wrote a temporary file. active: endings of those names in this process"""
     if pid == os.getpid():
         # The same number may be a run of before: in a restarted container the first process is always the same.
         return any(name.endswith(ending) for ending in active)
