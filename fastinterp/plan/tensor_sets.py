@@ -16,7 +16,7 @@ from fastinterp.checkpoint.same_bytes import same_bytes
 from fastinterp.messages import listed
 from fastinterp.plan.inputs import StoredInput, TensorInput
 from fastinterp.plan.models import Model
-from fastinterp.recipe.tensor_groups import grouped
+from fastinterp.recipe.tensor_groups import HasShape, grouped
 from fastinterp.tokenizer.tied_embeddings import Ties, is_tied, says_tied, ties
 
 Tensors = Mapping[str, TensorInput]
@@ -108,6 +108,20 @@ def with_names_of(reference: Model, model: Model, remarks: list[str] | None = No
     own, its = (NamedTensors(m.name, m.tensors, {}) for m in (model, reference))
     named = named_as(own, its, remarks)
     return model if named is model.tensors else replace(model, tensors=named)
+
+
+def following(model: Model, reference: Mapping[str, HasShape]) -> Model:
+    """A model with the names of the reference, and without the recomputed buffers that are not there."""
+    if model.tensors.keys() == reference.keys():
+        return model
+    from fastinterp.plan.tensor_names import match_names
+
+    match = match_names(model.tensors, reference)
+    names = {name: name for name in model.tensors} if match is None else match.names
+    return replace(model, tensors={
+        names[name]: replace(tensor, name=names[name]) for name, tensor in model.tensors.items()
+        if names[name] in reference or not is_recomputed(name, tensor)
+    })  # fmt: skip
 
 
 def named_as(model: NamedTensors, reference: NamedTensors, remarks: list[str] | None = None) -> Tensors:
