@@ -65,6 +65,11 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         raise NotImplementedError
 
     @property
+    def factor(self) -> bool:
+        """Whether it belongs to an adapter that is built into its model: a factor of a product, which is not merged."""
+        return False
+
+    @property
     def merges(self) -> bool:
         """Whether its elements are numbers that can be averaged. If not, it is copied, and equal in all models."""
         return self.dtype.merges

@@ -13,7 +13,7 @@ from fastinterp.messages import listed
 from fastinterp.methods import Method, Sidecar
 from fastinterp.ops.combine import Combine, Tensor, check_coefficients, renumbered
 from fastinterp.ops.dtypes import DType
-from fastinterp.plan.inputs import ModelInput, PlannedTensor, Program, StoredInput, TensorInput
+from fastinterp.plan.inputs import ModelInput, PlannedTensor, Program, TensorInput
 from fastinterp.plan.models import Model
 from fastinterp.plan.row_blocks import other_channels
 from fastinterp.recipe.load import Recipe
@@ -31,7 +31,7 @@ _VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # what a vocabulary is rea
 
 def must_agree(tensor: PlannedTensor, first: str, other: str) -> ShapeError:
     """The error of a tensor that is copied, not merged, but differs between the two models of these names."""
-    if any(isinstance(stored, StoredInput) and stored.factor for stored in tensor.inputs):
+    if any(stored.factor for stored in tensor.inputs):
         return ShapeError(
             f"{tensor.name} belongs to an adapter that is built into the models, and differs between {first} and "
             f"{other}: the mean of two products is not the product of the means of their factors. To take the factors "
