@@ -73,7 +73,13 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     assemblies = [
         Assembly(recipe, known, tensors=known, copied=aligned.copied, notes=aligned.notes) for recipe in recipes
     ]
-    aligned = replace(aligned, counts=tuple(assemblies[0].counts))
+    layer_warnings: list[str] = []
+    if assemblies[0].counts:
+        from fastinterp.plan.stacks import about_layers, counts_of
+
+        aligned = replace(aligned, counts=counts_of(assemblies[0].counts, origin, aligned.models))
+        layer_warnings, changed = about_layers(aligned.counts, origin, aligned.models)
+        aligned = replace(aligned, remarks=(*aligned.remarks, *changed))
     targets = [assembly.targets for assembly in assemblies]
     base = aligned.models[first.base_index]
     sidecars = {
@@ -85,7 +91,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         *aligned.warnings,
         *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
     ]
-    warnings += aligned.uncounted(origin) if aligned.counts else []
+    warnings += layer_warnings
     warnings += dtype_warnings(first, targets[0], origin)
     if first.filters:
         from fastinterp.recipe.check import filter_warnings

@@ -6,7 +6,6 @@ the small files beside them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +92,9 @@ class AlignedModels(msgspec.Struct, frozen=True):
         if self.channels is not None and CONFIG in changed:
             changed[CONFIG] = self._widened(changed[CONFIG], *self.channels)
         if self.counts and CONFIG in changed:
-            changed[CONFIG] = self._layered(changed[CONFIG])
+            from fastinterp.plan.stacks import layered_config
+
+            changed[CONFIG] = layered_config(changed[CONFIG], self.counts, self.models)
         return changed
 
     def _widened(self, content: bytes | Path, before: int, after: int) -> bytes | Path:
@@ -102,27 +103,6 @@ class AlignedModels(msgspec.Struct, frozen=True):
         raw = content if isinstance(content, bytes) else read_regular(file, MAX_HEADER)
         table = parse_object(raw.lstrip(), "the model configuration", file)
         return with_changes(raw, {"in_channels": after}, file) if table.get("in_channels") == before else content
-
-    def _layered(self, content: bytes | Path) -> bytes | Path:
-        """config.json with the number of layers that the output has."""
-        from fastinterp.recipe.layer_config import config_of_layers
-
-        file = CONFIG if isinstance(content, bytes) else str(content)
-        raw = content if isinstance(content, bytes) else read_regular(file, MAX_HEADER)
-        new, changes = config_of_layers(parse_object(raw.lstrip(), "the model configuration", file), self.counts)
-        return (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode() if changes else content
-
-    def uncounted(self, origin: Model) -> list[str]:
-        """Warnings of stacks whose layers the configuration does not count, so that it stays as it is."""
-        from fastinterp.recipe.layer_config import config_of_layers
-
-        config = read_config(origin.root)
-        return [
-            f"config.json does not say how many layers {count.prefix} has: there were {count.before}, the output has "
-            f"{len(count.layers)}. Write it there, as the software that loads the model wants it"
-            for count in self.counts
-            if config and not config_of_layers(config, [count])[1]
-        ]
 
     def _config(self, name: str, content: bytes | Path) -> bytes | Path:
         file = name if isinstance(content, bytes) else str(content)

@@ -4,7 +4,8 @@ Whole models: every tensor of the lead model, the base, else the first. A gradie
 that a tensor is in (layers.py): over those of the vision tower in the vision tower.
 
 Slices: the main stack is cut and stacked anew. Tensors before it (embeddings, and everything in other stacks) come from
-the sources of the first slice, with its parameters; those after it (final norm, head) from those of the last.
+the sources of the first slice, with its parameters; those after it (final norm, head) from those of the last. A slice
+may have no layer: as the first or the last it still gives these.
 
 Modules: one after the other, each as if it were a model. What is in none comes from base_model.
 
@@ -60,11 +61,15 @@ class LayerCount(msgspec.Struct, frozen=True):
     prefix  of the names of its tensors
     before  how many layers it has in the model whose layers come first
     layers  for every layer of the output, which one of that slice's first source it is
+    models  for every layer of the output, the index of that source in Recipe.models
+    sizes   how many layers it has in each of these models
     """
 
     prefix: str
     before: int
     layers: tuple[int, ...]
+    models: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
 
 
 def targets(recipe: Recipe, names: Sequence[Collection[str]]) -> list[Target]:
@@ -178,6 +183,8 @@ class Assembly:
         groups = section.groups
         stack = self._main_stack(section)
         total = sum(group.sources[0].length for group in groups)
+        if not total:
+            raise self._error("the slices have no layer: `layer_range` is [first, end)", f"{section.path}.slices")
         before = len(self._collector.errors)
         resolvers = [self._resolver(group) for group in groups]
         with self._collector:
@@ -191,10 +198,20 @@ class Assembly:
             self._outside(section, groups[-1], resolvers[-1], stack, after=True)
         if len(self._collector.errors) > before:  # a range may go beyond all that exists
             return
-        spans = [group.sources[0].layers for group in groups]
-        numbers = [n for span in spans if span for n in range(*span)]
-        if numbers != list(range(stack.layers)):
-            self.counts.append(LayerCount(stack.prefix, stack.layers, tuple(numbers)))
+        leads = [group.sources[0] for group in groups]
+        numbers = tuple(n for lead in leads if lead.layers for n in range(*lead.layers))
+        models = tuple(lead.model for lead in leads for _ in range(lead.length))
+        if numbers != tuple(range(stack.layers)) or len(set(models)) > 1:
+            sizes = self._sizes(stack, {lead.model: lead for lead in leads if lead.length}, section)
+            self.counts.append(LayerCount(stack.prefix, stack.layers, numbers, models, sizes))
+
+    def _sizes(self, stack: Stack, sources: Mapping[int, MergeSource], section: Section) -> tuple[int, ...]:
+        """How many layers a stack has in each model of the recipe; 0 for those that are none of the sources."""
+        sizes = [0] * len(self._recipe.models)
+        for at, source in sources.items():
+            stacks = self._layers_of(source, section).stacks
+            sizes[at] = next((one.layers for one in stacks if one.prefix == stack.prefix), 0)
+        return tuple(sizes)
 
     def _slice(
         self, section: Section, group: MergeGroup, resolver: Resolver, stack: Stack, position: LayerPosition
@@ -269,7 +286,7 @@ class Assembly:
         if of_source is None:
             raise self._error(f"{source.ref} has no layers {stack.prefix}.0, {stack.prefix}.1, ...", source.path)
         assert source.layers is not None
-        if source.layers[1] > of_source.layers:
+        if source.length and source.layers[1] > of_source.layers:
             raise self._error(
                 f"`layer_range` {shown(list(source.layers))} goes beyond the {of_source.layers} layers of {source.ref}",
                 f"{source.path}.layer_range",

@@ -27,6 +27,10 @@ MODULES = frozenset(_INPUTS) | {
     "output_projection",
     "head",
     "decoder",
+    "predictions",  # BERT's cls.predictions.bias
+    "vocab_projector",
+    "lm_loss",
+    "generator_lm_head",
 }
 
 

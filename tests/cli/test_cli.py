@@ -96,7 +96,7 @@ def test_list_of_commands_cuts_no_sentence():
         (["interpolate", "a", "b", "-o", "out", "--alpha", "0:1:0.0004,2:3:0.0004"], 2, "are possible, got 5002"),
         (["interpolate", "a", "./a/", "-o", "out", "--alpha", "0.5"], 2, "A and B are the same checkpoint: 'a'"),
         (["merge", "recipe.yml", "out", "--cuda"], 2, "No such option: --cuda. Use --device cuda."),
-        (["merge", "recipe.yml", "out", "--out-shard-size", "5B"], 2, "Use --max-shard-size."),
+        (["merge", "recipe.yml", "out", "--out-shard-size", "5B"], 2, "Use --max-shard-size, in bytes: 5GB."),
         (["merge", "-", "out"], 2, "RecipeError: the recipe is empty"),
         (["interpolate", "a", "b", "-o", "out", "--alpha", "inf"], 2, "alpha"),
         (["inspect", "./none"], 3, "CheckpointError: ./none: there is no such folder or file"),
