@@ -95,7 +95,8 @@ class Live:
         self._watch = TensorWatch(module, self._weights)  # the tensors may be given other memory
         with ExitStack() as stack:
             stack.callback(ExclusiveTensors(self._weights).release)
-            models = [Endpoint.of(model, role) for role, model in roles.items()]
+            own = {name: weight for weight in weights_of(module, None) for name in weight.names}
+            models = [Endpoint.of(model, role).following(own) for role, model in roles.items()]
             _check_fit(models, self._weights, layers)
             warn_unlike(models, stacklevel=2)
             self._operands = EndpointOperands(
