@@ -32,18 +32,6 @@ OUTCOME = (
     "fastinterp.outcome"  # key in click's Context.meta: list[str], notes about the output for the message of a failure
 )
 
-# Options of mergekit's commands, and what replaces them.
-_MERGEKIT = {
-    "--cuda": "Use --device cuda.",
-    "--copy-tokenizer": "Omit it: the tokenizer is always copied.",
-    "--lazy-unpickle": "Omit it: tensors are always read in pieces.",
-    "--low-cpu-memory": "Omit it: --max-memory limits the memory.",
-    "--trust-remote-code": "Omit it: code of a model is never run.",
-    "--allow-crimes": "Only models of one architecture merge.",
-    "--out-shard-size": "Use --max-shard-size.",
-    "--random-seed": "Use --seed.",
-}
-
 
 class _Stopped(KeyboardInterrupt):
     """SIGINT or SIGTERM, as an exception in the main thread, so that context managers clean up."""
@@ -79,9 +67,12 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except click.NoSuchOption as error:
-            if error.option_name not in _MERGEKIT:
+            from fastinterp.recipe.mergekit_options import instead_of_option
+
+            instead = instead_of_option(error.option_name)
+            if not instead:
                 raise
-            message = f"No such option: {error.option_name}. {_MERGEKIT[error.option_name]}"
+            message = f"No such option: {error.option_name}. {instead}"
             raise click.NoSuchOption(error.option_name, message, ctx=error.ctx) from None
         except FastinterpError as error:
             message = "; ".join([str(error), *ctx.meta.get(OUTCOME, [])])
