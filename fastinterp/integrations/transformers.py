@@ -154,8 +154,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def _resume(self, model: Any, saved: Path) -> None:
         """Go on with the averages of a checkpoint. Raises: CheckpointError, if it does not have all of them."""
-        adapter = saved / _ADAPTER
-        found = load(adapter if adapter.exists() else saved)
+        found = _adapter(saved) if (saved / _ADAPTER).exists() else load(saved)
         active = getattr(_unwrapped(model), "active_adapter", None)  # PEFT's files leave its name out
         for name, average_of_it in self.averages.items():
             stored = name if name in found else name.replace(f".{active}.", ".")
@@ -230,6 +229,13 @@ class AverageCheckpoints(TrainerCallback):  # type: ignore[misc]
 
 def _checkpoint(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter, which is no checkpoint of a model."""
+    from peft import load_peft_weights
+
+    return dict(load_peft_weights(str(folder), device="cpu"))
 
 
 def _unwrapped(model: Any) -> Any:
