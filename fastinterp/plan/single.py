@@ -12,6 +12,7 @@ from fastinterp.errors import CheckpointError
 from fastinterp.plan.compatibility import compatibility_warnings
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
+from fastinterp.plan.tensor_sets import with_names_of
 from fastinterp.plan.tensors import dtype_warnings, plan_tensors, sidecar_refs
 from fastinterp.plan.vocabularies import AlignedModels, align_models
 from fastinterp.recipe.load import Recipe
@@ -80,7 +81,10 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         layer_warnings, changed = about_layers(aligned.counts, origin, aligned.models)
         aligned = replace(aligned, remarks=(*aligned.remarks, *changed))
     targets = [assembly.targets for assembly in assemblies]
-    sidecars = {model: find_named(first, find, model) for model in sidecar_refs(targets[0], first.method)}
+    base = aligned.models[first.base_index]
+    sidecars = {
+        model: with_names_of(base, find_named(first, find, model)) for model in sidecar_refs(targets[0], first.method)
+    }
     tensors = plan_tensors(recipes, targets, aligned.models, sidecars, origin)
     warnings = [
         *map(str, first.warnings),

@@ -53,6 +53,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
     source      whose vocabulary the output has, for people; None: the origin's as it is
     vocabulary  the folder of the model whose vocabulary the output has, if that is not the origin
     remarks     what was done to make the models fit each other, for people: nothing to worry about
+    channels    of the origin's first convolution and of the output's, where they differ
     copied      names of tensors of which the base's are taken as they are
     notes       by model: why a tensor that it lacks was not made from others
     counts      stacks of which the output has other layers than its inputs
@@ -68,6 +69,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     copied: tuple[str, ...] = ()
+    channels: tuple[int, int] | None = None
     notes: Mapping[int, str] = {}
     counts: tuple[LayerCount, ...] = ()
 
@@ -87,11 +89,20 @@ class AlignedModels(msgspec.Struct, frozen=True):
             for name in _CONFIGS:
                 if name in changed:
                     changed[name] = self._config(name, changed[name])
+        if self.channels is not None and CONFIG in changed:
+            changed[CONFIG] = self._widened(changed[CONFIG], *self.channels)
         if self.counts and CONFIG in changed:
             from fastinterp.plan.stacks import layered_config
 
             changed[CONFIG] = layered_config(changed[CONFIG], self.counts, self.models)
         return changed
+
+    def _widened(self, content: bytes | Path, before: int, after: int) -> bytes | Path:
+        """config.json with the number of input channels that the output has."""
+        file = CONFIG if isinstance(content, bytes) else str(content)
+        raw = content if isinstance(content, bytes) else read_regular(file, MAX_HEADER)
+        table = parse_object(raw.lstrip(), "the model configuration", file)
+        return with_changes(raw, {"in_channels": after}, file) if table.get("in_channels") == before else content
 
     def _config(self, name: str, content: bytes | Path) -> bytes | Path:
         file = name if isinstance(content, bytes) else str(content)
@@ -116,7 +127,7 @@ def align_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> Alig
     sets = align_sets(
         [NamedTensors(m.name, m.tensors, config) for m, config in zip(known, configs, strict=True)],
         len(models), recipe.base_index, _index(known, ModelRef.of(origin.name)),
-        stacked=any(section.stacked for section in recipe.sections),
+        stacked=any(section.stacked for section in recipe.sections), first_channels=recipe.channels == "first",
     )  # fmt: skip
     aligned = AlignedModels(
         tuple(_with(m, t) for m, t in zip(models, sets.tensors, strict=False)),
@@ -125,6 +136,7 @@ def align_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> Alig
         warnings=sets.warnings,
         remarks=sets.remarks,
         copied=sets.copied,
+        channels=sets.channels,
         notes=sets.notes,
     )
     if recipe.tokenizer is None:

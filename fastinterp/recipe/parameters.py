@@ -200,6 +200,8 @@ class Resolver:
             value = level.get(parameter.name)
             nearest = nearest or value
             if value is not None and (index := value.case(name)) is not None:
+                if why := value.refusal(index):
+                    raise self.document.error(f"{why} ({shown(name)})", value.paths[index])
                 return value, index
         if parameter.required:
             raise missing(self.document, parameter.name, name, nearest)

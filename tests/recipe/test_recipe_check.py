@@ -23,7 +23,7 @@ parameters:
   weight: [{filter: mlp}]
   normalize: [{filter: mlp, value: 3}]
 seed: -1
-tokenizer: {source: base, tokens: {x: {source: z}, y: {kind: 3}}}
+tokenizer: {source: basis, tokens: {x: {source: z}, y: {kind: 3}}}
 chat_template: short
 rounding: up
 """
@@ -58,8 +58,7 @@ def test_all_that_is_wrong():
         "12: `seed` must be in 0..2**64-1, got -1",
         "13: expected a model that is merged, or base_model, got 'z'",
         "13: unknown key `kind`. Known: source, force",
-        "13: `tokenizer.source` 'base' needs the key `base_model`. Remove the line to copy the tokenizer of the first"
-        " model",
+        "13: expected union, base, a model that is merged, or base_model, got 'basis'",
         "14: `chat_template` must be a name, or a Jinja template (20 characters or more, with a `{`), got `short`."
         " Known: auto, alpaca, chatml, exaone, llama3, mistral",
         "15: `rounding` must be nearest or stochastic, got 'up'",

@@ -182,9 +182,9 @@ BAD = {
         PAIR + "tokenizer: {}\ntokenizer_source: union\n",
         "`tokenizer` and `tokenizer_source` exclude each other. Write `tokenizer: {source: ...}` - at $ (merge.yml:5)",
     ),
-    "base of nothing": (
-        PAIR + "tokenizer: {source: base}\n",
-        "`tokenizer.source` 'base' needs the key `base_model`. Remove the line to copy the tokenizer of the first model"
+    "a tokenizer of nothing": (
+        PAIR + "tokenizer: {source: basis}\n",
+        "expected union, base, a model that is merged, or base_model, got 'basis'"
         " - at $.tokenizer.source (merge.yml:4)",
     ),
     "a stranger's tokenizer": (

@@ -234,8 +234,7 @@ def test_what_no_module_names():
     text = MODULES.replace("  multi_modal_projector: {models: [{model: b}]}\n", "")
     names = arch.gemma3_vision()
     assert refused(text, names, names) == (
-        "no module takes multi_modal_projector.mm_input_projection_weight,"
-        " multi_modal_projector.mm_soft_emb_norm.weight of a. Name a module for them, or write `base_model`, from"
+        "no module takes multi_modal_projector.* (2 tensors) of a. Name a module for them, or write `base_model`, from"
         " which they are copied then - at $.modules (merge.yml:2)"
     )
     text += "base_model: c\n"
