@@ -299,8 +299,9 @@ def test_inspect_shows_the_receipt_with_the_recipe(models):
 
 def test_names_from_files_do_not_reach_the_terminal_raw(models):
     save(models / "evil", {"w\x1b[2J.0.x": bf16([1.0])}, {"k\x1b]0;": "v\n\x1b[31m", "fastinterp": "[" * 2000})
-    for args in (["inspect", "evil"], ["inspect", "--all", "evil"], ["diff", "evil", "evil"], ["diff", "evil", "a"]):
+    for args in (["inspect", "evil"], ["inspect", "--all", "evil"], ["diff", "evil", "evil"]):
         assert "\x1b" not in run(*args)
+    assert "\x1b" not in run("diff", "evil", "a", code=3)
 
 
 def test_explain_takes_what_merge_takes(models):
