@@ -77,7 +77,8 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     aligned = align_models(first, models, origin)
     known = [c.tensors for c in aligned.models]
     assemblies = [
-        Assembly(recipe, known, tensors=known, copied=aligned.copied, notes=aligned.notes) for recipe in recipes
+        Assembly(recipe, known, tensors=known, copied=aligned.copied, notes=aligned.notes, layouts=aligned.layouts)
+        for recipe in recipes
     ]
     layer_warnings: list[str] = []
     if assemblies[0].counts:
@@ -91,10 +92,11 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     sidecars = {
         model: with_names_of(base, find_named(first, find, model)) for model in sidecar_refs(targets[0], first.method)
     }
-    tensors = plan_tensors(recipes, targets, aligned.models, sidecars, origin)
+    tensors = plan_tensors(recipes, targets, aligned.models, sidecars, origin, aligned.layouts)
     warnings = [
         *map(str, first.warnings),
         *aligned.warnings,
+        *(aligned.layouts.values() if first.missing != "error" else ()),
         *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
     ]
     if aligned.template is None and aligned.vocabulary is None:

@@ -118,13 +118,13 @@ def ties(
 
 
 def says_tied(config: Mapping[str, Any]) -> bool | None:
-    """`tie_word_embeddings` of a config.json, at the top or of the language model; where it is in neither, what that
-    means for models of its type. None, if that is not known.
+    """`tie_word_embeddings` of a config.json: at the top, by which transformers goes, else of the language model; where
+    it is in neither, what that means for models of its type. None, if that is not known.
     """
-    parts = (config, *(config.get(k) for k in _TEXT))
-    said = [p["tie_word_embeddings"] for p in parts if isinstance(p, Mapping) and "tie_word_embeddings" in p]
-    if any(isinstance(value, bool) for value in said):
-        return True in said
+    for part in (config, *(config.get(k) for k in _TEXT)):
+        value = part.get("tie_word_embeddings") if isinstance(part, Mapping) else None
+        if isinstance(value, bool):
+            return value
     kind = config.get("model_type")
     return True if kind in _TIED_BY_DEFAULT else False if kind in _UNTIED_BY_DEFAULT else None
 
