@@ -10,7 +10,12 @@ from msgspec.structs import replace
 
 from fastinterp.checkpoint.origin_files import OriginFiles, origin_files
 from fastinterp.errors import CheckpointError
-from fastinterp.plan.compatibility import compatibility_warnings, component_warnings, template_warnings
+from fastinterp.plan.compatibility import (
+    compatibility_warnings,
+    component_warnings,
+    head_warnings,
+    template_warnings,
+)
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
 from fastinterp.plan.tensor_sets import with_names_of
@@ -101,6 +106,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     ]
     if aligned.template is None and aligned.vocabulary is None:
         warnings += template_warnings(aligned.models, origin)
+    warnings += head_warnings(origin, {t.name: t for t in tensors}, aligned.tied)
     warnings += component_warnings(aligned.models, origin)
     warnings += layer_warnings
     warnings += dtype_warnings(first, targets[0], origin)

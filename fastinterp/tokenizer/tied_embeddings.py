@@ -14,6 +14,7 @@ import msgspec
 
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
+from fastinterp.tokenizer.embedding_rows import HasShape
 
 # The last part but one of a name, in the order in which they are looked for. `output` counts as `output.weight` only.
 _OUT = ("lm_head", "embed_out", "output", "proj_out", "vocab_projector", "lm_loss", "generator_lm_head", "decoder")
@@ -133,6 +134,18 @@ def is_tied(names: Iterable[str]) -> bool:
     """Whether a model has an input embedding, and no output layer of its own."""
     every = list(names)
     return any(_module(n) in _IN and n.endswith(".weight") for n in every) and not any(map(_is_head, every))
+
+
+def lacks_head(tensors: Mapping[str, HasShape]) -> bool:
+    """Whether a model has an input embedding, and outside of its layers no other matrix with a row or a column for each
+    token, so no output layer of any name.
+    """
+    embeddings = {n for n in tensors if _module(n) in _IN and n.endswith(".weight")}
+    rows = {tensors[n].shape[0] for n in embeddings if tensors[n].shape}
+    outside = [n for n in tensors if n not in embeddings and not any(p.isdecimal() for p in n.split(".")[:-2])]
+    return is_tied(tensors) and not any(
+        len(tensors[n].shape) > 1 and not rows.isdisjoint(tensors[n].shape) for n in outside
+    )
 
 
 def config_changes(
