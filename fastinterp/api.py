@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastinterp.arguments import numbers, overridden, path_of, size_of
+from fastinterp.arguments import numbers, overridden, path_of, size_of, without_recipe
 from fastinterp.backends.cpu import Progress
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
@@ -59,6 +59,7 @@ def merge(
     )[0]  # fmt: skip
 
 
+@without_recipe
 def interpolate(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],

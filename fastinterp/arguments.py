@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from fastinterp.checkpoint.layout import parse_size
-from fastinterp.errors import UsageError
+from fastinterp.errors import FastinterpError, UsageError
 from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
 from fastinterp.recipe.load import Recipe
 
@@ -17,6 +19,29 @@ from fastinterp.recipe.load import Recipe
 # 9e-14: its step, (first + step) - first, is off by half an ulp of `first`, 2**-53 for up to 2, and a sweep has at most
 # 4096 = 2**12 steps. Alphas that are intended to be near an end are much further away.
 DUST = 2.0**-40
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_KEY = re.compile(r"`(\w+): ([^`]+)`")  # a key of recipes with a value, in a message
+
+
+def without_recipe(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator of a public function that takes no recipe: where an error names a key of recipes that the function has
+    as an argument, it names the argument: `integers=MODEL` for `integers: MODEL`.
+    """
+    code = function.__code__
+    names = frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except FastinterpError as error:
+            error.args = (_KEY.sub(lambda m: f"`{m[1]}={m[2]}`" if m[1] in names else m[0], str(error)),)
+            raise
+
+    return call
 
 
 def snapped(alpha: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from importlib import import_module
 from types import FrameType
@@ -83,14 +84,24 @@ class _Commands(click.Group):
             message = f"No such option: {error.option_name}. {_MERGEKIT[error.option_name]}"
             raise click.NoSuchOption(error.option_name, message, ctx=error.ctx) from None
         except FastinterpError as error:
-            message = "; ".join([str(error), *ctx.meta.get(OUTCOME, [])])
+            message = "; ".join([self._with_options(ctx, str(error)), *ctx.meta.get(OUTCOME, [])])
             click.echo(f"{click.style(type(error).__name__, fg='red')}: {message}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as stopped:
             click.echo("; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), err=True)
             ctx.exit(getattr(stopped, "exit_code", 130))
 
+    def _with_options(self, ctx: click.Context, message: str) -> str:
+        """The message of a command without a recipe: what it has as an option is not called a key or an argument."""
+        command = self.get_command(ctx, ctx.invoked_subcommand or "")
+        names = {p.name: p.opts[0] for p in command.params if p.opts} if command is not None else {}
+        if "recipe" in names:
+            return message
+        known = {name: option for name, option in names.items() if option.startswith("--")}
+        return _KEY.sub(lambda m: f"`{known[m[1]]} {m[2]}`" if m[1] in known else m[0], message)
 
+
+_KEY = re.compile(r"`(\w+)(?:: |=)([^`]+)`")  # a key of recipes or an argument, with a value, in a message
 _KNOWN = "Known: " + ", ".join(_MODULES)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 from fastinterp.messages import WIDTH, counted, plain
 
 _TITLE = 9  # columns of `error` or `warning`
+_UNBROKEN = "\0"  # stands for a space where a line must not end: what is to be copied stays on one
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,9 @@ def _lines(title: str, findings: Sequence[Finding]) -> list[str]:
     lines = []
     for finding in findings:
         where = f"{finding.where}: " if finding.where else ""
+        text = re.sub("`[^`]*`", lambda command: command[0].replace(" ", _UNBROKEN), plain(where + finding.message))
         lines += textwrap.wrap(
-            plain(where + finding.message), WIDTH, initial_indent=f"  {title:{_TITLE}}",
+            text, WIDTH, initial_indent=f"  {title:{_TITLE}}",
             subsequent_indent=" " * (2 + _TITLE), break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
-    return lines
+    return [line.replace(_UNBROKEN, " ") for line in lines]

@@ -12,7 +12,8 @@ from fastinterp.errors import CheckpointError
 from fastinterp.plan.compatibility import compatibility_warnings
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
-from fastinterp.plan.tensors import dtype_warnings, plan_tensors, sidecar_refs
+from fastinterp.plan.quantised import about_configuration, refuse_differing, refuse_quantised
+from fastinterp.plan.tensors import complex_remarks, dtype_warnings, plan_tensors, sidecar_refs
 from fastinterp.plan.vocabularies import AlignedModels, align_models
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef, not_there
@@ -67,10 +68,12 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     first = recipes[0]
     models = [find_named(first, find, model) for model in first.models]
     origin = find_named(first, find, first.origin)
+    refuse_quantised(first, models)
     aligned = align_models(first, models, origin)
     assemblies = [Assembly(recipe, [c.tensors for c in aligned.models]) for recipe in recipes]
     aligned = replace(aligned, counts=tuple(assemblies[0].counts))
     targets = [assembly.targets for assembly in assemblies]
+    refuse_differing(targets[0], aligned.models)
     sidecars = {model: find_named(first, find, model) for model in sidecar_refs(targets[0], first.method)}
     tensors = plan_tensors(recipes, targets, aligned.models, sidecars, origin)
     warnings = [
@@ -78,6 +81,9 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         *aligned.warnings,
         *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
     ]
+    remark, warning = about_configuration(origin, tensors)
+    aligned = replace(aligned, numbers=bool(remark))
+    warnings += [warning] if warning else []
     warnings += aligned.uncounted(origin) if aligned.counts else []
     warnings += dtype_warnings(first, targets[0], origin)
     if first.filters:
@@ -86,5 +92,5 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         warnings += [str(warning) for warning in filter_warnings(first, assemblies[0])]
     opened = (*models, origin, *sidecars.values())
     remarks = [remark for model in opened if model.checkpoint is not None for remark in model.checkpoint.remarks]
-    remarks += aligned.remarks
+    remarks += [*aligned.remarks, *([remark] if remark else []), *complex_remarks(first, tensors)]
     return Document(aligned, origin, tensors, sidecars, tuple(warnings), tuple(dict.fromkeys(remarks)))

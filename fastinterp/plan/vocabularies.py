@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import listing
+from fastinterp.checkpoint.quantised import HF_QUANT_CONFIG, without_quantisation
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, read_config
 from fastinterp.checkpoint.strict_json import parse_object
@@ -54,6 +55,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
     vocabulary  the folder of the model whose vocabulary the output has, if that is not the origin
     remarks     what was done to make the models fit each other, for people: nothing to worry about
     counts      stacks of which the output has other layers than its inputs
+    numbers     the origin's configuration says that its weights are quantised, but the output has none that are
     """
 
     models: tuple[Model, ...]
@@ -66,6 +68,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     counts: tuple[LayerCount, ...] = ()
+    numbers: bool = False
 
     def sidecars(self, files: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
         """The output's small files, from those of the origin.
@@ -85,7 +88,19 @@ class AlignedModels(msgspec.Struct, frozen=True):
                     changed[name] = self._config(name, changed[name])
         if self.counts and CONFIG in changed:
             changed[CONFIG] = self._layered(changed[CONFIG])
+        if self.numbers:
+            changed.pop(HF_QUANT_CONFIG, None)
+            if CONFIG in changed:
+                changed[CONFIG] = self._unquantised(changed[CONFIG])
         return changed
+
+    def _unquantised(self, content: bytes | Path) -> bytes | Path:
+        """config.json without what it says of quantised weights."""
+        file = CONFIG if isinstance(content, bytes) else str(content)
+        raw = content if isinstance(content, bytes) else read_regular(file, MAX_HEADER)
+        config = parse_object(raw.lstrip(), "the model configuration", file)
+        new = without_quantisation(config)
+        return content if new == config else (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode()
 
     def _layered(self, content: bytes | Path) -> bytes | Path:
         """config.json with the number of layers that the output has."""

@@ -249,7 +249,7 @@ class Assembly:
     def _in_no_module(self, at: int) -> list[str]:
         inside: set[str] = set()
         for section in self._recipe.sections:
-            inside.update(_module_tensors(section.name or "", self._names[at]))
+            inside.update(module_tensors(section.name or "", self._names[at]))
         return [name for name in self._names[at] if name not in inside]
 
     # all of them
@@ -279,7 +279,7 @@ class Assembly:
 
     def _tensors(self, source: MergeSource, section: Section) -> Collection[str]:
         names = self._names[source.model]
-        return names if section.name is None else _module_tensors(section.name, names)
+        return names if section.name is None else module_tensors(section.name, names)
 
     def _layers_of(self, source: MergeSource, section: Section) -> Layers:
         key = source.model, section.name
@@ -324,7 +324,7 @@ class Assembly:
         raise ShapeError(f"{message}. Only models of one architecture merge")
 
 
-def _module_tensors(module: str, names: Collection[str]) -> list[str]:
+def module_tensors(module: str, names: Collection[str]) -> list[str]:
     """The names that start with `module.` or `model.module.`; all of them for mergekit's `default`.
 
     Where there are none, the three names that mergekit has for parts of vision-language models stand for what these are
