@@ -35,10 +35,9 @@ def quantised_error(models: Iterable[Model], reason: str = _REASON) -> Checkpoin
         if found:
             groups.setdefault((found[0].format, len(found)), []).append((model, found))
     facts, remedies = [], []
-    for (format, count), some in groups.items():
+    for some in groups.values():
         model, found = some[0]
-        names = listed([m.name for m, _ in some], _LISTED)
-        facts.append(f"{names} {'is' if len(some) == 1 else 'are'} quantised ({format}): {_example(found, count)}")
+        facts.append(_fact([m.name for m, _ in some], found))
         remedies.append(_command(model, found))
     known = [text for text in dict.fromkeys(remedies) if text]
     convert = f", or make numbers of them first, {'; '.join(known)}" if known else ""
@@ -48,6 +47,17 @@ def quantised_error(models: Iterable[Model], reason: str = _REASON) -> Checkpoin
     )
 
 
+def quantised_arrays(models: Sequence[tuple[str, Sequence[QuantisedTensor]]]) -> CheckpointError:
+    """The same of state dicts in memory, each with what messages call it and its quantised tensors."""
+    facts = "; ".join(_fact([label], found) for label, found in models)
+    return CheckpointError(f"{facts}. {_REASON}. Merge state dicts of the models from before they were quantised")
+
+
+def _fact(names: Sequence[str], found: Sequence[QuantisedTensor]) -> str:
+    are = "is" if len(names) == 1 else "are"
+    return f"{listed(names, _LISTED)} {are} quantised ({found[0].format}): {_example(found)}"
+
+
 def _found(model: Model) -> list[QuantisedTensor]:
     if model.checkpoint is not None:
         every = quantised_in(model.checkpoint)
@@ -55,10 +65,10 @@ def _found(model: Model) -> list[QuantisedTensor]:
     return [QuantisedTensor(t.quantised, name, ()) for name, t in model.tensors.items() if t.quantised]
 
 
-def _example(found: Sequence[QuantisedTensor], count: int) -> str:
+def _example(found: Sequence[QuantisedTensor]) -> str:
     first = next((q for q in found if q.companions), found[0])
     beside = f" with {first.companions[0].rpartition('.')[2]}" if first.companions else ""
-    return f"{first.codes}{beside}" + (f" and {counted(count - 1, 'more')}".removesuffix("s") if count > 1 else "")
+    return f"{counted(len(found), 'tensor')}, as {first.codes}{beside}"
 
 
 def _command(model: Model, found: Sequence[QuantisedTensor]) -> str:
