@@ -15,7 +15,6 @@ from fastinterp.messages import counted, listed
 from fastinterp.plan.inputs import PlannedTensor, StoredInput, TensorInput
 from fastinterp.plan.models import Model
 from fastinterp.recipe.load import Recipe
-from fastinterp.recipe.merge_groups import Section
 from fastinterp.recipe.targets import Target, module_tensors
 
 _SAMPLE = 64 << 10  # bytes that are compared of each tensor, before data is read
@@ -91,17 +90,17 @@ def refuse_quantised(recipe: Recipe, models: Sequence[Model]) -> None:
             merged = [models[source.model] for source in group.sources]
             if len(merged) < 2 or group.copies:
                 continue
-            kinds = [_kinds(model, section) for model in merged]
+            kinds = [_kinds(model, section.name) for model in merged]
             different = any(k != kinds[0] for k in kinds[1:])
             if any(kinds) and (not all(kinds) if section.stacked else different):
                 raise quantised_error(merged)
 
 
-def _kinds(model: Model, section: Section) -> dict[str, tuple[str, str, tuple[int, ...]]]:
-    """The format, dtype and shape of the quantised tensors of a model that a section of the recipe merges."""
+def _kinds(model: Model, module: str | None) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+    """The format, dtype and shape of the quantised tensors of a model, or of a module of it."""
     every = [t for t in model.tensors.values() if t.quantised]
-    if section.name is not None and every:
-        inside = set(module_tensors(section.name, list(model.tensors)))
+    if module is not None and every:
+        inside = set(module_tensors(module, list(model.tensors)))
         every = [t for t in every if t.name in inside]
     return {t.name: (t.quantised, t.dtype.name, t.shape) for t in every}
 
@@ -117,6 +116,16 @@ def refuse_differing(targets: Sequence[Target], models: Sequence[Model]) -> None
             kinds = {(t.quantised, t.dtype.name, t.shape) for t in inputs}
             if len(kinds) > 1 or not agree(inputs, _SAMPLE):
                 raise quantised_error(models[i] for i, _ in target.inputs)
+
+
+def refuse_models(models: Sequence[Model]) -> None:
+    """The same of whole models, all of whose tensors are merged with each other."""
+    kinds = [_kinds(model, None) for model in models]
+    for name in kinds[0] if all(k == kinds[0] for k in kinds) else ():
+        if not agree([m.tensors[name] for m in models], _SAMPLE):
+            raise quantised_error(models)
+    if any(k != kinds[0] for k in kinds):
+        raise quantised_error(models)
 
 
 def agree(inputs: Sequence[TensorInput], limit: int | None = None) -> bool:
