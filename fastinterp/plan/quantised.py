@@ -133,7 +133,9 @@ def agree(inputs: Sequence[TensorInput], limit: int | None = None) -> bool:
 
     limit  bytes that are compared from the start; None: all
     """
-    first, *others = {t.key: t for one in inputs if (t := one.plain) is not None}.values() or (None,)
+    first, *others = {
+        t.key: t for one in inputs for _, stored in one.agreeing(0) if (t := stored.plain) is not None
+    }.values() or (None,)
     if first is None or not others:
         return True
     nbytes = first.nbytes if limit is None else min(first.nbytes, limit)
@@ -148,14 +150,15 @@ def agree(inputs: Sequence[TensorInput], limit: int | None = None) -> bool:
 
 def about_configuration(origin: Model, tensors: Sequence[PlannedTensor]) -> tuple[str, str]:
     """A remark, if the origin's configuration says that weights are quantised, and the output has none that are; and a
-    warning, if the output has some, and it does not say so. Each may be empty.
+    warning, if the output has some of another model, and it does not say so. Each may be empty.
     """
     said = declared_method(origin.root)
     formats = {t.inputs[0].quantised for t in tensors if not t.merged} - {""}
     if said and not formats:
         what = f"{CONFIG} of {origin.name} says that weights are quantised ({said})"
         return f"{what}, and those here are not: left out", ""
-    if formats and not said and (origin.root / CONFIG).is_file():
+    own = any(t.quantised for t in origin.tensors.values())
+    if formats and not said and not own and (origin.root / CONFIG).is_file():
         return "", (
             f"the output has quantised weights ({', '.join(sorted(formats))}), and {CONFIG} of {origin.name}, which "
             "it gets, does not say so: software may take codes for weights. Copy `quantization_config` from the model's"
