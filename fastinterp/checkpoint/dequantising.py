@@ -58,7 +58,9 @@ def command(
 
 
 def _transformers(load: str, needs: str) -> str:
-    return f"with transformers{f' and {needs}' if needs else ''}: `python -c \"{load}.save_pretrained('{_NEW}')\"`"
+    # Its original format would have codes again.
+    save = f"save_pretrained('{_NEW}', save_original_format=False)"
+    return f'with transformers{f" and {needs}" if needs else ""}: `python -c "{load}.{save}"`'
 
 
 def _quoted(path: Path) -> str:

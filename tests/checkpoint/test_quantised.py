@@ -28,7 +28,7 @@ def headers(layout: Layout) -> dict[str, Header]:
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 def test_formats(form: Format, tmp_path: Path):
     """Codes and all that belongs to them, whatever the order; the rest of the model merges."""
-    for layout in (form.layout, dict(reversed(form.layout.items()))):
+    for layout in (form.layout, dict(reversed(list(form.layout.items())))):
         found = quantised_tensors(headers(layout), form.metadata)
         assert {q.format for q in found} == {form.name}
         taken = [name for q in found for name in (q.codes, *q.companions)]

@@ -16,23 +16,16 @@ from fastinterp.cli import commands
 from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import BF16, F32
 from fastinterp.plan import quantised
-from tests.support.checkpoints import Tensor, assert_same, floats, read, recipe, tensor, write_file
-from tests.support.quantised_formats import FORMATS, Format, model
+from tests.support.checkpoints import Tensor, assert_same, floats, read, recipe, tensor
+from tests.support.quantised_formats import FORMATS, Format, model, save_format
 
 GPTQ, SCALED = FORMATS["GPTQ"], FORMATS["fp8 per tensor, ComfyUI"]
 every_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 
 
-def save(folder: Path, form: Format, seed: int, tensors: dict[str, Tensor] | None = None) -> str:
-    folder.mkdir(parents=True)
-    write_file(folder / "model.safetensors", tensors or model(form.layout, seed), metadata=form.metadata)
-    (folder / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16", **form.config}))
-    return str(folder)
-
-
 def pair(folder: Path, form: Format) -> list[str]:
     """Two models of a format, with other codes and scales."""
-    return [save(folder / name, form, seed) for seed, name in enumerate("ab")]
+    return [save_format(folder / name, form, seed) for seed, name in enumerate("ab")]
 
 
 def refusal(how: Any, out: Path) -> str:
@@ -66,7 +59,7 @@ def test_equal_codes_are_copied(tmp_path, form):
     """Of models that were tuned beside their codes, what is not quantised is merged."""
     shared = model(form.layout, 0)
     mine = shared | {name: model(form.layout, 1)[name] for name in form.plain}
-    paths = [save(tmp_path / "a", form, 0, shared), save(tmp_path / "b", form, 0, mine)]
+    paths = [save_format(tmp_path / "a", form, 0, shared), save_format(tmp_path / "b", form, 0, mine)]
     report = fastinterp.merge(linear(paths, dtype="float32"), tmp_path / "out")
     assert report.warnings == ()
     merged = read(tmp_path / "out")
@@ -84,7 +77,7 @@ def test_equal_codes_are_copied(tmp_path, form):
 @every_format
 def test_one_model_alone_is_copied(tmp_path, form):
     """Codes and scales as they are, whatever dtype is asked for; what config.json says of them stays true."""
-    path = save(tmp_path / "a", form, 0)
+    path = save_format(tmp_path / "a", form, 0)
     before = read(tmp_path / "a")
     fastinterp.merge({"merge_method": "passthrough", "models": [{"model": path}], "dtype": "float32"}, tmp_path / "out")
     after = read(tmp_path / "out")
@@ -102,7 +95,7 @@ def test_codes_that_differ_late_are_refused_while_they_are_copied(tmp_path, monk
     other = {name: Tensor(t.dtype, t.shape, t.raw.copy()) for name, t in one.items()}
     name = next(n for n in one if n.endswith("qweight"))
     other[name].raw[-1] ^= 1
-    paths = [save(tmp_path / "a", GPTQ, 0, one), save(tmp_path / "b", GPTQ, 0, other)]
+    paths = [save_format(tmp_path / "a", GPTQ, 0, one), save_format(tmp_path / "b", GPTQ, 0, other)]
     message = refusal(linear(paths), tmp_path / "out")
     assert "are quantised (GPTQ)" in message and "integers" not in message
     found = fastinterp.check(linear(paths))
@@ -111,12 +104,12 @@ def test_codes_that_differ_late_are_refused_while_they_are_copied(tmp_path, monk
 
 def test_one_of_two_is_quantised(tmp_path):
     """That one is named; different names and shapes are not what is told."""
-    a = save(tmp_path / "a", GPTQ, 0)
+    a = save_format(tmp_path / "a", GPTQ, 0)
     plain = {
         "model.layers.0.mlp.up_proj.weight": tensor(np.ones((64, 64)), BF16),
         "model.norm.weight": tensor([1.0], BF16),
     }
-    b = save(tmp_path / "b", Format("", {}), 0, plain)
+    b = save_format(tmp_path / "b", Format("", {}), 0, plain)
     for paths in ([a, b], [b, a]):
         message = refusal(linear(paths), tmp_path / "out")
         assert message.startswith(
@@ -127,7 +120,7 @@ def test_one_of_two_is_quantised(tmp_path):
 
 
 def test_two_formats(tmp_path):
-    a, b = save(tmp_path / "a", GPTQ, 0), save(tmp_path / "b", FORMATS["AWQ"], 0)
+    a, b = save_format(tmp_path / "a", GPTQ, 0), save_format(tmp_path / "b", FORMATS["AWQ"], 0)
     message = refusal(linear([a, b]), tmp_path / "out")
     assert f"{a} is quantised (GPTQ)" in message and f"{b} is quantised (AWQ)" in message
 
@@ -135,15 +128,15 @@ def test_two_formats(tmp_path):
 def test_floats_with_scales_of_the_same_names_and_shapes(tmp_path):
     """A model that was de-quantised in place, scales left beside: not the same as the one with codes."""
     form = FORMATS["fp8 per tensor"]
-    a = save(tmp_path / "a", form, 0)
+    a = save_format(tmp_path / "a", form, 0)
     tensors = model(form.layout, 0)
     name = "model.layers.0.mlp.up_proj.weight"
-    b = save(tmp_path / "b", form, 0, tensors | {name: tensor(np.ones((64, 64)), BF16)})
+    b = save_format(tmp_path / "b", form, 0, tensors | {name: tensor(np.ones((64, 64)), BF16)})
     assert refusal(linear([a, b]), tmp_path / "out").startswith(f"{a} is quantised (fp8 with scales)")
 
 
 def test_a_method_that_would_scale_codes(tmp_path):
-    path = save(tmp_path / "a", SCALED, 0)
+    path = save_format(tmp_path / "a", SCALED, 0)
     how = {"merge_method": "passthrough", "models": [{"model": path, "parameters": {"scale": 0.5}}]}
     message = refusal(how, tmp_path / "out")
     assert "passthrough would change model.layers.0.mlp.up_proj.weight, which holds codes" in message or (
@@ -199,8 +192,8 @@ def test_configuration_of_models_that_were_made_numbers(tmp_path):
 
 def test_configuration_of_another_model(tmp_path):
     """Codes come from one model, config.json from another, which does not say that there are some."""
-    a = save(tmp_path / "a", GPTQ, 0)
-    b = save(tmp_path / "b", Format("", {"lm_head.weight": ("BF16", (4, 4))}), 0)
+    a = save_format(tmp_path / "a", GPTQ, 0)
+    b = save_format(tmp_path / "b", Format("", {"lm_head.weight": ("BF16", (4, 4))}), 0)
     modules = {"layers": {"models": [{"model": a}]}, "lm_head": {"models": [{"model": b}]}}
     how = {"merge_method": "passthrough", "base_model": b, "modules": modules, "dtype": "bfloat16"}
     report = fastinterp.merge(how, tmp_path / "out")
@@ -240,7 +233,7 @@ def test_check_says_nothing_of_noise(tmp_path):
     form = FORMATS["fp8 per tensor"]
     shared = model(form.layout, 0)
     paths = [
-        save(tmp_path / name, form, 0, shared | {n: model(form.layout, seed)[n] for n in form.plain})
+        save_format(tmp_path / name, form, 0, shared | {n: model(form.layout, seed)[n] for n in form.plain})
         for seed, name in enumerate("abc")
     ]
     how = {**recipe("task_arithmetic", paths[1:], weights=[1.0, 1.0]), "base_model": paths[0]}

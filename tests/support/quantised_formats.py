@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastinterp.ops.dtypes import DTYPES
-from tests.support.checkpoints import Tensor
+from tests.support.checkpoints import Tensor, write_file
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
 
@@ -267,3 +268,11 @@ def model(layout: Layout, seed: int) -> dict[str, Tensor]:
             raw &= 0x3B  # exponents and signs from 0 up to below those of Inf
         tensors[name] = Tensor(DTYPES[dtype], shape, raw)
     return tensors
+
+
+def save_format(folder: Path, form: Format, seed: int, tensors: Mapping[str, Tensor] | None = None) -> str:
+    """Write a model of this format, with a config.json, into a new folder. tensors: in place of random ones."""
+    folder.mkdir(parents=True)
+    write_file(folder / "model.safetensors", tensors or model(form.layout, seed), metadata=form.metadata)
+    (folder / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16", **form.config}))
+    return str(folder)
