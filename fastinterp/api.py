@@ -1,9 +1,9 @@
-"""merge, interpolate and explain: the public functions that take recipes and checkpoints on disk."""
+"""merge, interpolate, average and explain: the public functions that take recipes and checkpoints on disk."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
+from fastinterp.paths.average import average_of
 from fastinterp.paths.points import point_name, point_recipe
 from fastinterp.plan.plan import Source, make_plan, plan_recipe
 
@@ -110,6 +111,45 @@ def interpolate(
     return write_outputs(
         plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
         force=force, durable=durable, progress=progress,
+    )  # fmt: skip
+
+
+def average(
+    checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    weights: str = "uniform",
+    decay: float | None = None,
+    last: int | None = None,
+    in_order: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    max_shard_size: str | int = "5GB",
+    max_memory: str | int = "512MB",
+    dtype: str | None = None,
+    rounding: str | None = None,
+    seed: int | None = None,
+    force: bool = False,
+    durable: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Average checkpoints of one training run into the folder `out`.
+
+    checkpoints  2 to 64, in a list or as a pattern: "run/checkpoint-*". They are ordered by the numbers in their names
+    weights      "uniform": the mean. "ema": an exponential moving average that starts at the oldest. "linear", "cosine"
+                 and "1-sqrt": the weights by which checkpoints of a run at constant learning rate stand for one whose
+                 rate decays so (`fastinterp methods ema` has the formulas; of linear decay they are uniform)
+    decay        of the moving average: what is kept of it at each checkpoint. None: 0.9
+    last         only so many of the newest
+    in_order     take them in the order given, oldest first, whatever their names are
+
+    It is a `linear` merge, whose recipe is in the output's README.md. Configuration, tokenizer and integer tensors are
+    the newest checkpoint's. The other arguments and errors are those of `merge`.
+    """
+    recipe = average_of(checkpoints, weights, decay, last, in_order).recipe
+    return merge(
+        recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
+        dtype=dtype, rounding=rounding, seed=seed, force=force, durable=durable, progress=progress,
     )  # fmt: skip
 
 

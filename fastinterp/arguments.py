@@ -23,7 +23,8 @@ DUST = 2.0**-40
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_KEY = re.compile(r"`(\w+): ([^`]+)`")  # a key of recipes with a value, in a message
+# A key of recipes with a value, in a message that does not say that it is one.
+_KEY = re.compile(r"`(\w+): ([^`]+)`(?! in the recipe)")
 
 
 def without_recipe(function: Callable[P, R]) -> Callable[P, R]:

@@ -17,6 +17,7 @@ from fastinterp.errors import FastinterpError
 _MODULES = {
     "merge": "fastinterp.cli.merge",
     "interpolate": "fastinterp.cli.merge",
+    "average": "fastinterp.cli.average",
     "sweep": "fastinterp.cli.sweep",
     "check": "fastinterp.cli.inspect",
     "explain": "fastinterp.cli.inspect",
@@ -101,7 +102,8 @@ class _Commands(click.Group):
         return _KEY.sub(lambda m: f"`{known[m[1]]} {m[2]}`" if m[1] in known else m[0], message)
 
 
-_KEY = re.compile(r"`(\w+)(?:: |=)([^`]+)`")  # a key of recipes or an argument, with a value, in a message
+# A key of recipes or an argument, with a value, in a message that does not say where it belongs.
+_KEY = re.compile(r"`(\w+)(?:: |=)([^`]+)`(?! in the recipe)")
 _KNOWN = "Known: " + ", ".join(_MODULES)
 
 

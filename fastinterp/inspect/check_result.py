@@ -11,7 +11,6 @@ from typing import Any
 from fastinterp.messages import WIDTH, counted, plain
 
 _TITLE = 9  # columns of `error` or `warning`
-_UNBROKEN = "\0"  # stands for a space where a line must not end: what is to be copied stays on one
 
 
 @dataclass(frozen=True)
@@ -107,13 +106,16 @@ class CheckResult:
         return "\n".join(lines)
 
 
+_COMMAND = re.compile(r"`(?:python|mlx_lm.convert|rm|head) [^`]*`")  # in a message: stays on one line, so that it can be copied
+
+
 def _lines(title: str, findings: Sequence[Finding]) -> list[str]:
     lines = []
     for finding in findings:
         where = f"{finding.where}: " if finding.where else ""
-        text = re.sub("`[^`]*`", lambda command: command[0].replace(" ", _UNBROKEN), plain(where + finding.message))
+        message = _COMMAND.sub(lambda command: command[0].replace(" ", "\0"), plain(where + finding.message))
         lines += textwrap.wrap(
-            text, WIDTH, initial_indent=f"  {title:{_TITLE}}",
+            message, WIDTH, initial_indent=f"  {title:{_TITLE}}",
             subsequent_indent=" " * (2 + _TITLE), break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
-    return [line.replace(_UNBROKEN, " ") for line in lines]
+    return [line.replace("\0", " ") for line in lines]

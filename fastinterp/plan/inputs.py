@@ -144,12 +144,14 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     """A tensor in one file, from byte `start` on.
 
     encoding   None: its bytes are elements of `dtype`. Else they are codes, and dtype is F32
+    factor     whether it belongs to an adapter that is built into its model: a factor of a product
     """
 
     path: Path
     start: int
     encoding: Encoding | None = None
     quantised: str = ""
+    factor: bool = False
 
     @property
     def key(self) -> Hashable:
@@ -174,6 +176,10 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     @property
     def kept_dtype(self) -> DType:
         return self.dtype if self.encoding is None else self.encoding.kept_dtype
+
+    @property
+    def merges(self) -> bool:
+        return self.dtype.merges and not self.quantised and not self.factor
 
     @property
     def plain(self) -> StoredInput | None:

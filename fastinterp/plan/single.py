@@ -70,7 +70,10 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     origin = find_named(first, find, first.origin)
     refuse_quantised(first, models)
     aligned = align_models(first, models, origin)
-    assemblies = [Assembly(recipe, [c.tensors for c in aligned.models]) for recipe in recipes]
+    known = [c.tensors for c in aligned.models]
+    assemblies = [
+        Assembly(recipe, known, tensors=known, copied=aligned.copied, notes=aligned.notes) for recipe in recipes
+    ]
     aligned = replace(aligned, counts=tuple(assemblies[0].counts))
     targets = [assembly.targets for assembly in assemblies]
     refuse_differing(targets[0], aligned.models)
@@ -92,5 +95,6 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         warnings += [str(warning) for warning in filter_warnings(first, assemblies[0])]
     opened = (*models, origin, *sidecars.values())
     remarks = [remark for model in opened if model.checkpoint is not None for remark in model.checkpoint.remarks]
-    remarks += [*aligned.remarks, *([remark] if remark else []), *complex_remarks(first, tensors)]
+    remarks += [*aligned.remarks, *assemblies[0].remarks]
+    remarks += [*([remark] if remark else []), *complex_remarks(first, tensors)]
     return Document(aligned, origin, tensors, sidecars, tuple(warnings), tuple(dict.fromkeys(remarks)))

@@ -42,8 +42,16 @@ def must_agree(differing: Sequence[tuple[PlannedTensor, int, int]], models: Sequ
         return quantised_error(models[i] for i in codes[0][0].checkpoints)
     tensor, first, other = differing[0]
     names = [f"{t.name} ({t.dtype})" for t, _, _ in differing]
-    are = "is not averaged, and differs" if len(names) == 1 else "are not averaged, and differ"
     between = f"between {models[first].name} and {models[other].name}"
+    if any(plain.factor for one in tensor.inputs if (plain := one.plain) is not None):
+        are = "belongs to an adapter that is built into the models, and differs"
+        are = are if len(names) == 1 else "belong to adapters that are built into the models, and differ"
+        return ShapeError(
+            f"{listed(names, _LISTED)} {are} {between}: the mean of two products is not the product of the means of "
+            "their factors. To take the factors of one model as they are: `integers: MODEL`",
+            tensor=tensor.name,
+        )
+    are = "is not averaged, and differs" if len(names) == 1 else "are not averaged, and differ"
     return ShapeError(f"{listed(names, _LISTED)} {are} {between}. {_INTEGERS}", tensor=tensor.name)
 
 
@@ -122,6 +130,8 @@ class _Planner:
         target, recipe = targets[0], self._recipes[0]
         inputs = [(i, self._models[i].tensors[name]) for i, name in target.inputs]
         lead = inputs[0][1]
+        if target.verbatim:
+            return _unsummed(target.name, lead.dtype, lead, inputs)
         if not all(tensor.merges for _, tensor in inputs):
             return self._unmerged(targets, inputs)
         # An output keeps the dtype of the model whose config.json is copied, which need not be merged itself.

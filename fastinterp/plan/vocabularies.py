@@ -7,7 +7,7 @@ the small files beside them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.messages import counted, fit
 from fastinterp.plan.inputs import GatheredInput, TensorInput
 from fastinterp.plan.models import Model
+from fastinterp.plan.tensor_sets import NamedTensors, align_sets
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
 from fastinterp.tokenizer.embedding_rows import (
@@ -34,7 +35,7 @@ from fastinterp.tokenizer.embedding_rows import (
     plan_rows,
     row_of,
 )
-from fastinterp.tokenizer.tied_embeddings import config_changes, is_tied, ties, vocab_size_of, with_changes
+from fastinterp.tokenizer.tied_embeddings import config_changes, vocab_size_of, with_changes
 
 if TYPE_CHECKING:
     from fastinterp.recipe.targets import LayerCount
@@ -54,6 +55,8 @@ class AlignedModels(msgspec.Struct, frozen=True):
     source      whose vocabulary the output has, for people; None: the origin's as it is
     vocabulary  the folder of the model whose vocabulary the output has, if that is not the origin
     remarks     what was done to make the models fit each other, for people: nothing to worry about
+    copied      names of tensors of which the base's are taken as they are
+    notes       by model: why a tensor that it lacks was not made from others
     counts      stacks of which the output has other layers than its inputs
     numbers     the origin's configuration says that its weights are quantised, but the output has none that are
     """
@@ -67,6 +70,8 @@ class AlignedModels(msgspec.Struct, frozen=True):
     source: str | None = None
     warnings: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
+    notes: Mapping[int, str] = {}
     counts: tuple[LayerCount, ...] = ()
     numbers: bool = False
 
@@ -136,31 +141,30 @@ class AlignedModels(msgspec.Struct, frozen=True):
 
 
 def align_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> AlignedModels:
-    """Give every model the output layer and the vocabulary that the recipe names, or that the others have.
+    """Give every model the names, the output layer and the vocabulary that the recipe names, or that the others have.
 
     Raises: CheckpointError, if a tokenizer or configuration that has to be read is missing or damaged; ShapeError, if
     rows of embeddings cannot be moved.
     """
     known = [*models, *([] if any(m is origin for m in models) else [origin])]
     configs = [_config(m, recipe.tokenizer is not None) for m in known]
-    tie = ties([m.tensors for m in models], [_says_tied(c) for c in configs[: len(models)]])
-    tensors = [_renamed(m, aliases, tie.dropped) for m, aliases in zip(models, tie.aliases, strict=True)]
-    for other in known[len(models) :]:  # a base that is not merged may give rows, those of its output layer too
-        aliases = ties([other.tensors, tensors[0]], [True, False]).aliases[0]
-        tensors.append(_renamed(other, aliases, tie.dropped))
-    says_tied = _says_tied(configs[_index(known, ModelRef.of(origin.name))])
+    sets = align_sets(
+        [NamedTensors(m.name, m.tensors, config) for m, config in zip(known, configs, strict=True)],
+        len(models), recipe.base_index, _index(known, ModelRef.of(origin.name)),
+        stacked=any(section.stacked for section in recipe.sections),
+    )  # fmt: skip
     aligned = AlignedModels(
-        tuple(_with(m, t) for m, t in zip(models, tensors, strict=False)),
+        tuple(_with(m, t) for m, t in zip(models, sets.tensors, strict=False)),
         template=_template(recipe, models),
-        tied=_tied(tensors[0], origin.tensors, says_tied, configs[: len(models)]),
+        tied=sets.tied,
+        warnings=sets.warnings,
+        remarks=sets.remarks,
+        copied=sets.copied,
+        notes=sets.notes,
     )
-    return aligned if recipe.tokenizer is None else _with_vocabulary(recipe, aligned, known, tensors, configs)
-
-
-def _renamed(model: Model, aliases: Mapping[str, str], dropped: Sequence[str]) -> dict[str, TensorInput]:
-    """A model's tensors, with its input embedding as the output layer that it lacks, and without those dropped."""
-    tensors = {n: e for n, e in model.tensors.items() if n not in dropped}
-    return tensors | {n: replace(model.tensors[source], name=n) for n, source in aliases.items()}
+    if recipe.tokenizer is None:
+        return aligned
+    return _with_vocabulary(recipe, aligned, known, [dict(t) for t in sets.tensors], configs)
 
 
 def _with_vocabulary(
@@ -204,7 +208,7 @@ def _with_vocabulary(
         rows=None if size == sizes[origin] else size,
         source=f"{'union, with the ids of ' if spec.source == 'union' else 'that of '}{known[lead].name}, {size} rows",
         vocabulary=None if lead == origin else known[lead].root,
-        warnings=tuple(warnings),
+        warnings=(*aligned.warnings, *warnings),
     )
 
 
@@ -324,26 +328,6 @@ def _template(recipe: Recipe, models: Sequence[Model]) -> str | None:
     if spec.kind == "auto":
         return most_common([template_of(m.root) for m in models])
     return BUILTIN[spec.text] if spec.kind == "named" else spec.text
-
-
-def _tied(
-    out: Iterable[str],
-    origin: Iterable[str],
-    says_tied: bool,
-    configs: Sequence[Mapping[str, Any]],
-) -> bool | None:
-    """The value of the output's `tie_word_embeddings`, if it must differ from the origin's; else None."""
-    if is_tied(out) != is_tied(origin):
-        return is_tied(out)
-    # A configuration that says tied makes software ignore the output layer that is stored.
-    return False if says_tied and not is_tied(out) and not all(map(_says_tied, configs)) else None
-
-
-def _says_tied(config: Mapping[str, Any]) -> bool:
-    text = config.get("text_config")
-    return config.get("tie_word_embeddings") is True or (
-        isinstance(text, Mapping) and text.get("tie_word_embeddings") is True
-    )
 
 
 def _config(model: Model, needed: bool) -> dict[str, Any]:

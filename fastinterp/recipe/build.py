@@ -59,8 +59,8 @@ class Builder:
             sections = self._sections()
         if not sections:
             self.levels.unsure = True
-        if self.raw.modules is not None and self.base_model is not None:
-            self._index(self.base_model)  # it has what no module names
+        if (self.raw.modules is not None or self.raw.missing == "base") and self.base_model is not None:
+            self._index(self.base_model)  # it has what no module names, or not all models have
         self.levels.finish(tuple(group for section in sections for group in section.groups))
         return sections
 

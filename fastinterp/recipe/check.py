@@ -68,15 +68,16 @@ def check_recipe(
 
 
 def check_tensors(
-    recipe: Recipe, tensors: Sequence[Collection[str]], collector: ErrorCollector
+    recipe: Recipe, names: Sequence[Collection[str]], collector: ErrorCollector, **known: Any
 ) -> tuple[list[RecipeError], list[str] | None]:
     """Warnings about a recipe for these tensors, and the names of those that it makes; None, if errors were collected.
 
-    tensors  of each of Recipe.models, their names
+    names  of each of Recipe.models, those of its tensors
+    known  what else Assembly takes: shapes, copied tensors, notes
     Raises: ShapeError and RecipeError, as targets.py; MethodError, if the method refuses its parameters.
     """
     before = len(collector.errors)
-    assembly = Assembly(recipe, tensors, collector)
+    assembly = Assembly(recipe, names, collector, **known)
     for resolver in assembly.resolvers:
         for parameters in resolver.resolved() if recipe.method.generator and not resolver.group.copies else ():
             with collector:

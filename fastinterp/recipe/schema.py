@@ -162,6 +162,8 @@ class RawRecipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     rounding: str = "nearest"
     seed: int = 0
     fp8_overflow: str = "saturate"
+    missing: str = "error"
+    channels: str = "same"
     integers: str | Reference | None = None
     tokenizer: Unchecked[TokenizerItem] | None = None
     tokenizer_source: str | Reference | None = None

@@ -7,12 +7,15 @@ Slices: the main stack is cut and stacked anew. Tensors before it (embeddings, a
 the sources of the first slice, with its parameters; those after it (final norm, head) from those of the last.
 
 Modules: one after the other, each as if it were a model. What is in none comes from base_model.
+
+Tensors that not all models have, or not in one shape, are an error, copied from the base, or left out: the key
+`missing` says which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -23,6 +26,7 @@ from fastinterp.recipe.layers import LayerPosition, Layers, Stack
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.merge_groups import MergeGroup, MergeSource, Section
 from fastinterp.recipe.parameters import Resolver
+from fastinterp.recipe.tensor_groups import grouped
 
 MAX_LAYERS = 100_000  # of a stack that slices make: far above any model, and all of it is held
 _LISTED = 5  # names in a message before the rest is only counted
@@ -35,6 +39,13 @@ _ALIASES = {
 }
 
 
+class Kind(Protocol):
+    """What decides whether tensors can be merged with each other."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
 class Target(msgspec.Struct, frozen=True):
     """One output tensor.
 
@@ -43,6 +54,7 @@ class Target(msgspec.Struct, frozen=True):
                    Tensors with equal parameters have the same object here
     layer, layers  index of its layer and their number, in the output; None and 0 if it is in no layer
     copies         the method is not called: the one input is copied
+    verbatim       it is copied as it is stored, whatever dtype the output has
     has_base       the first input is the method's base
     """
 
@@ -53,6 +65,7 @@ class Target(msgspec.Struct, frozen=True):
     layers: int = 0
     copies: bool = False
     has_base: bool = False
+    verbatim: bool = False
 
 
 class LayerCount(msgspec.Struct, frozen=True):
@@ -84,14 +97,31 @@ class Assembly:
     targets    the output's tensors; not all, if errors were collected
     counts     stacks of which the output has other layers than its inputs
     resolvers  with the values that were used, in the order of the groups
+    remarks    what became of tensors that not all models have, for people
     """
 
-    def __init__(self, recipe: Recipe, names: Sequence[Collection[str]], collector: ErrorCollector | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        names: Sequence[Collection[str]],
+        collector: ErrorCollector | None = None,
+        *,
+        tensors: Sequence[Mapping[str, Kind]] = (),
+        copied: Collection[str] = (),
+        notes: Mapping[int, str] | None = None,
+    ):
+        """tensors  of each of Recipe.models, by name; empty: shapes are not known, and taken as equal
+        copied   names of tensors of which those of Recipe.base_index are copied, as they are
+        notes    by model: why it lacks what it lacks, for messages
+        """
         self._recipe, self._names, self._collector = recipe, names, collector or ErrorCollector()
+        self._tensors_of, self._copied, self._notes = tensors, dict.fromkeys(copied), notes or {}
         self._layers: dict[tuple[int, str | None], Layers] = {}
         self.targets: list[Target] = []
         self.counts: list[LayerCount] = []
         self.resolvers: list[Resolver] = []
+        self._left: dict[str, None] = {}  # tensors that not all models have
+        self._merging = False  # whether some tensor is in all models
         for section in recipe.sections:
             with self._collector:
                 before = len(self.targets), len(self._collector.errors)
@@ -104,24 +134,67 @@ class Assembly:
         if recipe.sections[0].name is not None:
             with self._collector:
                 self._outside_modules()
+        if self._left and not self._merging and recipe.missing != "error":
+            with self._collector:
+                raise ShapeError("no tensor is in all models in one shape, so nothing would be merged")
+        self.remarks = self._about_missing()
 
     # whole models
 
     def _whole_models(self, section: Section) -> None:
         group = section.groups[0]
-        lead = group.sources[0]
+        lead, base = group.sources[0], self._recipe.base_index
         layers = self._layers_of(lead, section)
-        names = self._tensors(lead, section)
+        names = [[n for n in self._tensors(s, section) if n not in self._copied] for s in group.sources]
         before = len(self._collector.errors)
-        for source in group.sources[1:]:
-            with self._collector:
-                self._check_same(lead, names, source, self._tensors(source, section))
-        if len(self._collector.errors) > before:
-            return
+        if self._recipe.missing == "error":
+            for source, others in zip(group.sources[1:], names[1:], strict=True):
+                with self._collector:
+                    self._check_same(lead, names[0], source, others)
+            if len(self._collector.errors) > before:
+                return
+        shared = self._shared(group.sources, names)
         resolver = self._resolver(group)
-        for name in names:
-            position = layers.position(name)
-            self._add(group, resolver, name, (name,) * len(group.sources), position, position)
+        of_base = self._in(section, self._names[base])
+        for name in dict.fromkeys((*self._tensors(lead, section), *of_base)):
+            if name in shared:
+                position = layers.position(name)
+                self._add(group, resolver, name, (name,) * len(group.sources), position, position)
+            elif name in self._names[base] and (name in self._copied or self._recipe.missing == "base"):
+                self._copy(base, name, name)
+
+    def _shared(self, sources: Sequence[MergeSource], names: Sequence[Sequence[str]]) -> set[str]:
+        """The names that all sources have, in one shape unless `missing` is `error`; the others are noted."""
+        shared = set(names[0]).intersection(*names[1:])
+        shared = {name for name in shared if self._fit([(source.model, name) for source in sources])}
+        self._left |= dict.fromkeys(name for each in names for name in each if name not in shared)
+        self._merging |= bool(shared)
+        return shared
+
+    def _fit(self, inputs: Sequence[tuple[int, str]]) -> bool:
+        """Whether tensors have one shape, as far as that is known; where `missing` is `error`, planning finds out."""
+        return (
+            self._recipe.missing == "error"
+            or not self._tensors_of
+            or len({self._tensors_of[model][name].shape for model, name in inputs}) == 1
+        )
+
+    def _copy(self, model: int, tensor: str, name: str) -> None:
+        self.targets.append(Target(name, ((model, tensor),), {}, copies=True, verbatim=name in self._copied))
+
+    def _about_missing(self) -> tuple[str, ...]:
+        """Remarks on tensors that `missing` decides about."""
+        if not self._left or self._recipe.missing == "error":
+            return ()
+        made = {target.name for target in self.targets}
+        rest = [name for name in made if name not in self._left]
+        copied, skipped = ([n for n in self._left if (n in made) is there] for there in (True, False))
+        base = self._recipe.models[self._recipe.base_index]
+        remarks = [f"copied from {base}, because not all models have it in one shape: {grouped(copied, rest)}"]
+        remarks = remarks if copied else []
+        if skipped:
+            remarks.append(f"left out, because not all models have it in one shape: {grouped(skipped, rest)}")
+        return tuple(remarks)
 
     # slices
 
@@ -163,14 +236,42 @@ class Assembly:
         for offset in range(lead.length):
             numbers = [source.layers[0] + offset for source in group.sources if source.layers]
             rests = [b[number] for b, number in zip(blocks, numbers, strict=True)]
+            self._layer(group, resolver, stack, numbers, rests, LayerPosition(offset, lead.length),
+                        LayerPosition(start + offset, total))  # fmt: skip
+
+    def _layer(
+        self, group: MergeGroup, resolver: Resolver, stack: Stack, numbers: Sequence[int],
+        rests: Sequence[Sequence[str]], position: LayerPosition, out: LayerPosition,
+    ) -> None:  # fmt: skip
+        """One layer of a slice. What not all sources have is copied from the layer of the first, or left out.
+
+        numbers  of the layer in each source
+        rests    of each source, the names of the layer's tensors behind its number
+        """
+        lead, sources = group.sources[0], [source.model for source in group.sources]
+        if self._recipe.missing == "error":
             for i, source in enumerate(group.sources[1:], 1):
                 layers = f"layer {numbers[0]}", f"layer {numbers[i]}"
                 self._check_same(lead, rests[0], source, rests[i], layers)
-            out = start + offset
-            for rest in rests[0]:
-                inputs = tuple(f"{stack.prefix}.{number}.{rest}" for number in numbers)
-                name = f"{stack.prefix}.{out}.{rest}"
-                self._add(group, resolver, name, inputs, LayerPosition(offset, lead.length), LayerPosition(out, total))
+        home = self._home(group)
+        for rest in dict.fromkeys((*rests[0], *rests[home])):
+            inputs = tuple(f"{stack.prefix}.{number}.{rest}" for number in numbers)
+            name = f"{stack.prefix}.{out.layer}.{rest}"
+            if all(rest in names for names in rests) and self._fit(list(zip(sources, inputs, strict=True))):
+                self._merging = True
+                self._add(group, resolver, name, inputs, position, out)
+                continue
+            self._left[name] = None
+            if self._recipe.missing == "base" and rest in rests[home]:
+                self._copy(sources[home], inputs[home], name)
+        self._left |= dict.fromkeys(
+            f"{stack.prefix}.{out.layer}.{rest}" for names in rests for rest in names if rest not in rests[0]
+        )
+
+    def _home(self, group: MergeGroup) -> int:
+        """Which source of a group has the tensors that `missing: base` copies: the base, else the first."""
+        base = self._recipe.base_index
+        return next((k for k, source in enumerate(group.sources) if source.model == base), 0)
 
     def _main_stack(self, section: Section) -> Stack:
         """The stack that a section's slices cut, in the lead model of the first."""
@@ -210,12 +311,17 @@ class Assembly:
             [name for name in self._tensors(source, section) if self._is_outside(source, section, name, stack, after)]
             for source in group.sources
         ]
-        for source, names in zip(group.sources[1:], outside[1:], strict=True):
-            self._check_same(group.sources[0], outside[0], source, names)
-        layers = self._layers_of(group.sources[0], section)
-        for name in outside[0]:
-            position = layers.position(name)
-            self._add(group, resolver, name, (name,) * len(group.sources), position, position)
+        if self._recipe.missing == "error":
+            for source, names in zip(group.sources[1:], outside[1:], strict=True):
+                self._check_same(group.sources[0], outside[0], source, names)
+        layers, shared = self._layers_of(group.sources[0], section), self._shared(group.sources, outside)
+        home = self._home(group)
+        for name in dict.fromkeys((*outside[0], *outside[home])):
+            if name in shared:
+                position = layers.position(name)
+                self._add(group, resolver, name, (name,) * len(group.sources), position, position)
+            elif self._recipe.missing == "base" and name in outside[home]:
+                self._copy(group.sources[home].model, name, name)
 
     def _is_outside(self, source: MergeSource, section: Section, name: str, stack: Stack, after: bool) -> bool:
         layers = self._layers_of(source, section)
@@ -236,7 +342,8 @@ class Assembly:
         if recipe.base_model is not None:
             at = recipe.models.index(recipe.base_model)
             rest = self._in_no_module(at)
-            self.targets += [Target(name, ((at, name),), {}, copies=True) for name in rest]
+            for name in rest:
+                self._copy(at, name, name)
             return
         for at in sorted(sources):
             if rest := self._in_no_module(at):
@@ -278,7 +385,9 @@ class Assembly:
         return self.resolvers[-1]
 
     def _tensors(self, source: MergeSource, section: Section) -> Collection[str]:
-        names = self._names[source.model]
+        return self._in(section, self._names[source.model])
+
+    def _in(self, section: Section, names: Collection[str]) -> Collection[str]:
         return names if section.name is None else module_tensors(section.name, names)
 
     def _layers_of(self, source: MergeSource, section: Section) -> Layers:
@@ -308,20 +417,49 @@ class Assembly:
 
         layers  those of the lead and of the other, for the message
         """
-        ours, theirs = set(tensors), set(others_tensors)
-        if ours == theirs:
+        ours, theirs = dict.fromkeys(tensors), dict.fromkeys(others_tensors)
+        if ours.keys() == theirs.keys():
             return
-        sides = (
-            (lead.ref, layers[0], [name for name in tensors if name not in theirs]),
-            (other.ref, layers[1], [name for name in others_tensors if name not in ours]),
+        raise ShapeError(
+            different_tensors(
+                (str(lead.ref), layers[0], ours),
+                (str(other.ref), layers[1], theirs),
+                str(self._recipe.models[self._recipe.base_index]),
+                [self._notes[source.model] for source in (lead, other) if source.model in self._notes],
+            )
         )
-        differences = [
-            f"{model} alone has {listed(names, _LISTED)}{f' in {layer}' if layer else ''}"
-            for model, layer, names in sides
-            if names
+
+
+def different_tensors(
+    ours: tuple[str, str, Collection[str]], theirs: tuple[str, str, Collection[str]], base: str,
+    notes: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """The message about two models, or layers, with different tensors.
+
+    ours, theirs  name of the model, which layer of it (empty: all of it), names of the tensors
+    base          the model from which `missing: base` copies
+    notes         why a model lacks what it lacks
+    """
+    if not set(ours[2]) & set(theirs[2]):
+        has = [
+            f"{model} has {grouped(names) or 'none'}{f' in {layer}' if layer else ''}"
+            for model, layer, names in (ours, theirs)
         ]
-        message = f"the models have different tensors: {'; '.join(differences)}"
-        raise ShapeError(f"{message}. Only models of one architecture merge")
+        return (
+            f"the models have no tensor name in common: {'; '.join(has)}. They are different models, or other parts of "
+            "one: nothing of them merges"
+        )
+    sides = [
+        f"{model} alone has {grouped(only, others)}{f' in {layer}' if layer else ''}"
+        for (model, layer, names), others in ((ours, theirs[2]), (theirs, ours[2]))
+        if (only := [name for name in names if name not in others])
+    ]
+    why = "".join(f". {note}" for note in notes)
+    return (
+        f"the models have different tensors: {'; '.join(sides)}{why}. `missing: base` in the recipe (--missing base) "
+        f"takes what not all have from {base} and leaves out what that lacks, `missing: skip` leaves out all of it, and "
+        "`modules` merges parts of models"
+    )
 
 
 def module_tensors(module: str, names: Collection[str]) -> list[str]:

@@ -81,7 +81,8 @@ def test_tensor_sets_that_differ(tmp_path):
         fastinterp.merge(recipe("linear", paths, weights=[1, 1, 1]), tmp_path / "out")
     assert str(caught.value) == (
         f"the models have different tensors: {paths[0]} alone has model.one; {paths[2]} alone has model.two. "
-        "Only models of one architecture merge"
+        f"`missing: base` in the recipe (--missing base) takes what not all have from {paths[0]} and leaves out what that "
+        "lacks, `missing: skip` leaves out all of it, and `modules` merges parts of models"
     )
 
 

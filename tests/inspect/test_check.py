@@ -169,11 +169,13 @@ def test_tensors_of_one_model_only_and_shapes_that_differ(folder):
     del fewer["model.layers.1.mlp.up_proj.weight"]
     save("b", fewer)
     wrong, _ = messages(fastinterp.check(recipe("linear", ["base", "a", "b"], parameters={"weight": 1})))
+    remedy = (
+        "`missing: base` in the recipe (--missing base) takes what not all have from base and leaves out what that "
+        "lacks, `missing: skip` leaves out all of it, and `modules` merges parts of models"
+    )
     assert wrong == [
-        "the models have different tensors: a alone has model.layers.2.mlp.up_proj.weight. Only models of one "
-        "architecture merge",
-        "the models have different tensors: base alone has model.layers.1.mlp.up_proj.weight. Only models of one "
-        "architecture merge",
+        f"the models have different tensors: a alone has model.layers.2.mlp.up_proj.weight. {remedy}",
+        f"the models have different tensors: base alone has model.layers.1.mlp.up_proj.weight. {remedy}",
         "model.embed_tokens.weight is [24, 16] in base but [25, 16] in a",
     ]
 

@@ -56,7 +56,9 @@ def test_models_that_differ():
     with pytest.raises(ShapeError) as error:
         targets(recipe, [arch.llama(), arch.llama(tied=True)])
     assert str(error.value) == (
-        "the models have different tensors: a alone has lm_head.weight. Only models of one architecture merge"
+        "the models have different tensors: a alone has lm_head.weight. `missing: base` in the recipe (--missing base) "
+        "takes what not all have from a and leaves out what that lacks, `missing: skip` leaves out all of it, and "
+        "`modules` merges parts of models"
     )
 
 
@@ -297,7 +299,7 @@ def test_models_with_other_layers():
         targets(load_recipe(text), [arch.deepseek(), arch.deepseek()])
     assert str(error.value).startswith(
         "the models have different tensors: a alone has mlp.gate_proj.weight, mlp.up_proj.weight in layer 0; a2 alone"
-        " has mlp.experts.0.gate_proj.weight,"
+        " has mlp.experts.* ("
     )
 
 
