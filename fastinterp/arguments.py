@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from fastinterp.checkpoint.layout import parse_size
 from fastinterp.errors import FastinterpError, UsageError
@@ -21,13 +21,12 @@ from fastinterp.recipe.load import Recipe
 DUST = 2.0**-40
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 # A key of recipes with a value, in a message that does not say that it is one.
 _KEY = re.compile(r"`(\w+): ([^`]+)`(?! in the recipe)")
 
 
-def without_recipe(function: Callable[P, R]) -> Callable[P, R]:
+def without_recipe(function: F) -> F:
     """Decorator of a public function that takes no recipe: where an error names a key of recipes that the function has
     as an argument, it names the argument: `integers=MODEL` for `integers: MODEL`.
     """
@@ -35,14 +34,14 @@ def without_recipe(function: Callable[P, R]) -> Callable[P, R]:
     names = frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
 
     @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except FastinterpError as error:
             error.args = (_KEY.sub(lambda m: f"`{m[1]}={m[2]}`" if m[1] in names else m[0], str(error)),)
             raise
 
-    return call
+    return cast("F", call)
 
 
 def snapped(alpha: float) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from shlex import quote
 
 from fastinterp.checkpoint.quantised import Header, declared_method
+from fastinterp.checkpoint.remedies import literal, python
 from fastinterp.checkpoint.sidecar_files import read_config
 from fastinterp.errors import CheckpointError
 
@@ -39,7 +40,7 @@ def command(
     codes, scale  name and header of a tensor of codes and of its scale
     """
     method = declared_method(root)
-    folder = _quoted(root)
+    folder = literal(root)
     if method in _TRANSFORMERS:
         config, needs = _TRANSFORMERS[method]
         load = f"M.from_pretrained({folder}, quantization_config=Q(dequantize=True))"
@@ -48,8 +49,8 @@ def command(
         load = f"M.from_pretrained({folder}).dequantize()"
         return _transformers(f"from transformers import {_class(root)} as M; {load}", _LOADED[method])
     if method in _GPTQMODEL:
-        code = f"from gptqmodel.utils.model_dequant import dequantize_model as d; d({folder}, '{_NEW}')"
-        return f'with GPTQModel: `python -c "{code}"`'
+        code = f'from gptqmodel.utils.model_dequant import dequantize_model as d; d({folder}, "{_NEW}")'
+        return f"with GPTQModel: {python(code)}"
     if method == "mlx":
         return f"with mlx-lm: `mlx_lm.convert --hf-path {quote(str(root))} --mlx-path {_NEW} --dequantize`"
     if format in _PRODUCTS and scale is not None and len(files) == 1:
@@ -58,14 +59,9 @@ def command(
 
 
 def _transformers(load: str, needs: str) -> str:
-    # Its original format would have codes again.
-    save = f"save_pretrained('{_NEW}', save_original_format=False)"
-    return f'with transformers{f" and {needs}" if needs else ""}: `python -c "{load}.{save}"`'
-
-
-def _quoted(path: Path) -> str:
-    """A path in Python within double quotes of a shell."""
-    return repr(str(path)) if not set(str(path)) & set("'\"`$\\!") else "'OLD'"
+    # The original format would have codes again.
+    code = f'{load}.save_pretrained("{_NEW}", save_original_format=False)'
+    return f"with transformers{f' and {needs}' if needs else ''}: {python(code)}"
 
 
 def _class(root: Path) -> str:
@@ -82,10 +78,11 @@ def _product(file: Path, codes: tuple[str, Header], scale: tuple[str, Header]) -
     """Python that multiplies the codes in one file by their scales: of a tensor, of rows, or of blocks."""
     (name, weight), (scale_name, by) = codes, scale
     if scale_name.startswith(name):
-        of, end = f"n + {scale_name.removeprefix(name)!r}", scale_name.removeprefix(name)
+        end = scale_name.removeprefix(name)
+        of = f"n + {literal(end)}"
     else:
         old, end = name.rpartition(".")[2], scale_name.rpartition(".")[2]
-        of = f"n[:-{len(old)}] + {end!r}"
+        of = f"n[:-{len(old)}] + {literal(end)}"
     factor = "s[n]"
     if len(by.shape) == 1 and by.shape[0] > 1:
         factor = "s[n].reshape(-1, *[1] * (x.ndim - 1))"
@@ -96,13 +93,14 @@ def _product(file: Path, codes: tuple[str, Header], scale: tuple[str, Header]) -
             _BLOCK if -(-m // _BLOCK) == k else -(-m // k) for m, k in zip(weight.shape, by.shape, strict=True)
         )
         factor = f"s[n].repeat_interleave({rows}, 0)[:len(x)].repeat_interleave({columns}, 1)[:, :x.shape[1]]"
+    dropped = ", ".join(map(literal, (end, *_DROPPED)))
     code = (
         "from safetensors import safe_open; from safetensors.torch import save_file; "
-        f"f = safe_open({_quoted(file)}, 'pt'); t = {{n: f.get_tensor(n) for n in f.keys()}}; "
+        f'f = safe_open({literal(file)}, "pt"); t = {{n: f.get_tensor(n) for n in f.keys()}}; '
         f"s = {{n: t[{of}].float() for n in t if {of} in t}}; "
         f"w = {{n: (x.float() * {factor}).bfloat16() if n in s else x for n, x in t.items() "
-        f"if not n.endswith({(end, *_DROPPED)!r})}}; "
-        "m = f.metadata() or {}; m.pop('_quantization_metadata', None); "
-        f"save_file(w, '{_NEW}.safetensors', m)"
+        f"if not n.endswith(({dropped}))}}; "
+        'm = f.metadata() or {}; m.pop("_quantization_metadata", None); '
+        f'save_file(w, "{_NEW}.safetensors", m)'
     )
-    return f'with torch and safetensors: `python -c "{code}"`'
+    return f"with torch and safetensors: {python(code)}"

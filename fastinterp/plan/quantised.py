@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 from fastinterp.checkpoint.dequantising import command
 from fastinterp.checkpoint.quantised import QuantisedTensor, declared_method, quantised_in
+from fastinterp.checkpoint.same_bytes import same_bytes
 from fastinterp.checkpoint.sidecar_files import CONFIG
-from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.errors import CheckpointError
 from fastinterp.messages import counted, listed
-from fastinterp.plan.inputs import PlannedTensor, StoredInput, TensorInput
+from fastinterp.plan.inputs import PlannedTensor, TensorInput
 from fastinterp.plan.models import Model
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.targets import Target, module_tensors
 
 _SAMPLE = 64 << 10  # bytes that are compared of each tensor, before data is read
-_CHUNK = 1 << 20  # bytes that are read at a time
 _LISTED = 3  # names in a message before the rest is only counted
 _REASON = "Codes mean nothing without their scales, and are not merged"
 
@@ -129,23 +126,14 @@ def refuse_models(models: Sequence[Model]) -> None:
 
 
 def agree(inputs: Sequence[TensorInput], limit: int | None = None) -> bool:
-    """Whether tensors of one dtype and shape are equal, as far as they are stored in files. Raises: StorageError.
+    """Whether tensors of one dtype and shape are equal, as far as they are stored in files.
 
     limit  bytes that are compared from the start; None: all
+    Raises: CheckpointError, StorageError.
     """
-    first, *others = {
-        t.key: t for one in inputs for _, stored in one.agreeing(0) if (t := stored.plain) is not None
-    }.values() or (None,)
-    if first is None or not others:
-        return True
-    nbytes = first.nbytes if limit is None else min(first.nbytes, limit)
-    with ExitStack() as stack:
-        files = [(stack.enter_context(_opened(t.path)), t) for t in (first, *others)]
-        for at in range(0, nbytes, _CHUNK):
-            count = min(_CHUNK, nbytes - at)
-            if len({_read(fd, t, at, count) for fd, t in files}) > 1:
-                return False
-    return True
+    stored = {t.key: t for one in inputs for _, part in one.agreeing(0) if (t := part.plain) is not None}
+    places = [(t.path, t.start, t.nbytes if limit is None else min(t.nbytes, limit)) for t in stored.values()]
+    return all(same_bytes(places[0], place) for place in places[1:])
 
 
 def about_configuration(origin: Model, tensors: Sequence[PlannedTensor]) -> tuple[str, str]:
@@ -164,23 +152,3 @@ def about_configuration(origin: Model, tensors: Sequence[PlannedTensor]) -> tupl
             "it gets, does not say so: software may take codes for weights. Copy `quantization_config` from the model's"
         )
     return "", ""
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """The descriptor of a file, until the context ends."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _read(fd: int, tensor: StoredInput, at: int, count: int) -> bytes:
-    try:
-        return os.pread(fd, count, tensor.start + at)
-    except OSError as error:
-        raise StorageError(f"{tensor.path}: {error.strerror}") from None
