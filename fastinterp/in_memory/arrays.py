@@ -117,10 +117,13 @@ class TorchTensors:
 
     @staticmethod
     def equal(x: Any, y: Any) -> bool:
-        """Whether two tensors of any dtype are equal."""
+        """Whether two tensors of any dtype hold the same bytes."""
         import torch
 
-        return bool(x.dtype == y.dtype and torch.equal(x, y))
+        if x.dtype != y.dtype or x.shape != y.shape:
+            return False
+        x, y = (t.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8) for t in (x, y))
+        return bool(torch.equal(x, y))
 
     @staticmethod
     def copy(x: Any) -> Any:

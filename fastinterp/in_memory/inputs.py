@@ -148,12 +148,14 @@ class Inputs:
             if chosen is not None or name in quantised:
                 continue
             if any(floats):
-                kinds.append(f"{name} is of dtypes {', '.join(str(x.dtype) for x in tensors[:_SHOWN])}")
+                dtypes = (str(x.dtype).removeprefix("torch.") for x in tensors[:_SHOWN])
+                kinds.append(f"{name} is of dtypes {', '.join(dtypes)}")
             elif other := next((i for i, x in enumerate(tensors) if not self.library.equal(tensors[0], x)), 0):
                 if all(self._is_complex(x) for x in tensors):
                     del copied[name]
                 else:
-                    differing.append((f"{name} ({tensors[0].dtype})", self._labels[other]))
+                    dtype = str(tensors[0].dtype).removeprefix("torch.")
+                    differing.append((f"{name} ({dtype})", self._labels[other]))
         if kinds:
             raise ShapeError(f"{listed(kinds, _SHOWN)}. Only floating ones merge. {_INTEGERS}")
         if differing:

@@ -10,7 +10,7 @@ from typing import Any
 from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, device_of
-from fastinterp.errors import MethodError, ShapeError, StorageError, UsageError
+from fastinterp.errors import CheckpointError, MethodError, ShapeError, StorageError, UsageError
 from fastinterp.execute.device.resident import ResidentExecutor
 from fastinterp.execute.jobs.adaptive_job import AdaptiveJob
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
@@ -220,6 +220,8 @@ class _Merge:
         self.device = inputs.device()
         self.layers = Layers(first) if len(first) > 1 else None
         copied = inputs.unmerged(self.quantised, self.chosen)
+        if self.quantised and len(inputs.models) == 1:
+            self._check_copies()
         merged = {name: inputs.views(name) for name in first if name not in copied}
         numel = sum(math.prod(views[0].shape) for views in merged.values())
         out = {n: library.copy(copied[n]) if n in copied else self._empty(n, merged[n][0].dtype) for n in first}
@@ -280,6 +282,16 @@ class _Merge:
         layer, layers = position or (None, 0)
         tensor = Tensor(name, shape, layer, layers, numel)
         return partial(self.method, len(self.inputs.models), tensor, **self.parameters)
+
+    def _check_copies(self) -> None:
+        """Raises: CheckpointError, if the method would change the one model, whose codes are only copied."""
+        for name in sorted(self.quantised):
+            request = None if self.method.generator else self._call(name, tuple(self.inputs.first[name].shape), 0)()
+            if not isinstance(request, Combine) or not request.row().is_copy:
+                raise CheckpointError(
+                    f"{self.method.name} would change {name}, which holds codes or scales of quantised weights",
+                    tensor=name,
+                )
 
     def _check_complex(self, name: str, views: Sequence[View], numel: int) -> None:
         """Raises: ShapeError, if the method does more than sum: that is not defined for complex numbers."""
