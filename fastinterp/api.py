@@ -14,7 +14,7 @@ from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.average import average_of
-from fastinterp.paths.points import point_name, point_recipe
+from fastinterp.paths.points import further_keys, point_name, point_recipe
 from fastinterp.plan.plan import Source, make_plan, plan_recipe
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def merge(
     dtype: str | None = None,
     rounding: str | None = None,
     seed: int | None = None,
+    missing: str | None = None,
+    channels: str | None = None,
     force: bool = False,
     durable: bool = False,
     progress: Progress | None = None,
@@ -45,7 +47,7 @@ def merge(
     threads         None: one per CPU, at most 32. The output does not depend on it
     max_shard_size  bytes of tensor data in one file, "5GB" or a number
     max_memory      limit of the scratch memory in bytes; with accelerators, of the host's
-    dtype, rounding, seed   replace those of the recipe (dtype: its out_dtype)
+    dtype, rounding, seed, missing, channels   replace those of the recipe (dtype: its out_dtype)
     force           replace a checkpoint in `out`, but never an input
     durable         call fsync before finishing: the output survives a crash of the machine
     progress        called about ten times a second with (bytes done, total bytes)
@@ -53,7 +55,7 @@ def merge(
     The output appears when it is complete, or not at all.
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
-    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed)
+    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels)
     return write_outputs(
         [plan], [[path_of(out, "out")]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
         durable=durable, progress=progress,
@@ -69,6 +71,7 @@ def interpolate(
     *,
     base: str | os.PathLike[str] | None = None,
     integers: str | os.PathLike[str] | None = None,
+    tokenizer_source: str | os.PathLike[str] | None = None,
     device: str = "auto",
     threads: int | None = None,
     max_shard_size: str | int = "5GB",
@@ -76,6 +79,8 @@ def interpolate(
     dtype: str | None = None,
     rounding: str | None = None,
     seed: int | None = None,
+    missing: str | None = None,
+    channels: str | None = None,
     force: bool = False,
     durable: bool = False,
     progress: Progress | None = None,
@@ -86,6 +91,8 @@ def interpolate(
              read of the inputs. Numbers within rounding of 0 and 1 become those
     base     the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
     integers the checkpoint whose integer tensors are copied; None: they must be equal
+    tokenizer_source  "union", "base" (`base`, else `a`) or a checkpoint: the vocabulary of the outputs
+    missing, channels as the keys of recipes
 
     Alpha 0 and 1 give the bytes of `a` and `b`. The other arguments and errors are those of `merge`.
     """
@@ -101,7 +108,8 @@ def interpolate(
     ends = path_of(a, "a"), path_of(b, "b")
     origin = None if base is None else path_of(base, "base")
     whose = None if integers is None else path_of(integers, "integers")
-    recipes = [overridden(point_recipe(*ends, p, origin, whose), dtype, rounding, seed) for p in points]
+    keys = further_keys(missing, channels, tokenizer_source)
+    recipes = [overridden(point_recipe(*ends, p, origin, whose, keys), dtype, rounding, seed) for p in points]
     groups = [slice(i, i + MAX_OUTPUTS) for i in range(0, len(points), MAX_OUTPUTS)]
     plans = [make_plan(recipes[group], max_shard_size=size_of(max_shard_size)) for group in groups]
     target = path_of(out, "out")
@@ -129,6 +137,8 @@ def average(
     dtype: str | None = None,
     rounding: str | None = None,
     seed: int | None = None,
+    missing: str | None = None,
+    channels: str | None = None,
     force: bool = False,
     durable: bool = False,
     progress: Progress | None = None,
@@ -149,7 +159,8 @@ def average(
     recipe = average_of(checkpoints, weights, decay, last, in_order).recipe
     return merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
-        dtype=dtype, rounding=rounding, seed=seed, force=force, durable=durable, progress=progress,
+        dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, force=force, durable=durable,
+        progress=progress,
     )  # fmt: skip
 
 
@@ -160,6 +171,8 @@ def explain(
     dtype: str | None = None,
     rounding: str | None = None,
     seed: int | None = None,
+    missing: str | None = None,
+    channels: str | None = None,
 ) -> Explanation:
     """What `merge` would read, compute and write, from headers alone. print() shows it, `as_dict` gives plain values.
 
@@ -167,4 +180,4 @@ def explain(
     """
     from fastinterp.inspect.explain import Explanation
 
-    return Explanation(plan_recipe(recipe, max_shard_size, dtype, rounding, seed))
+    return Explanation(plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels))

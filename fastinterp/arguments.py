@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import wraps
@@ -12,8 +11,9 @@ from typing import Any, TypeVar, cast
 
 from fastinterp.checkpoint.layout import parse_size
 from fastinterp.errors import FastinterpError, UsageError
+from fastinterp.messages import with_keys_as
 from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
-from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.load import CHOICES, Recipe
 
 # Alphas this close to 0 or 1 count as 0 or 1, where a model is copied exactly. numpy.arange(-1, 2, 0.001)[1000] is
 # 9e-14: its step, (first + step) - first, is off by half an ulp of `first`, 2**-53 for up to 2, and a sweep has at most
@@ -22,8 +22,6 @@ DUST = 2.0**-40
 
 
 F = TypeVar("F", bound=Callable[..., Any])
-# A key of recipes with a value, in a message that does not say that it is one.
-_KEY = re.compile(r"`(\w+): ([^`]+)`(?! in the recipe)")
 
 
 def without_recipe(function: F) -> F:
@@ -33,12 +31,15 @@ def without_recipe(function: F) -> F:
     code = function.__code__
     names = frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
 
+    def spell(key: str, value: str) -> str | None:
+        return f"{key}={value if value.isupper() else repr(value)}" if key in names else None
+
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except FastinterpError as error:
-            error.args = (_KEY.sub(lambda m: f"`{m[1]}={m[2]}`" if m[1] in names else m[0], str(error)),)
+            error.args = (with_keys_as(str(error), spell),)
             raise
 
     return cast("F", call)
@@ -50,18 +51,23 @@ def snapped(alpha: float) -> float:
     return nearest if math.fabs(alpha - nearest) <= DUST else alpha
 
 
-def overridden(recipe: Recipe, dtype: object, rounding: object, seed: object) -> Recipe:
-    """`recipe` with those of dtype, rounding and seed that are not None.
+def overridden(
+    recipe: Recipe, dtype: object, rounding: object, seed: object, missing: object = None, channels: object = None
+) -> Recipe:
+    """`recipe` with those of dtype, rounding, seed, missing and channels that are not None.
 
     Raises: UsageError.
     """
     changes: dict[str, Any] = {}
     if dtype is not None:
         changes["out_dtype"] = dtype_named(dtype)
-    if rounding is not None:
-        if rounding not in ("nearest", "stochastic"):
-            raise UsageError(f"rounding must be nearest or stochastic, got {rounding!r}")
-        changes["rounding"] = rounding
+    for key, word in (("rounding", rounding), ("missing", missing), ("channels", channels)):
+        if word is not None:
+            if word not in CHOICES[key]:
+                raise UsageError(f"{key} must be {' or '.join(CHOICES[key])}, got {word!r}")
+            changes[key] = word
+    if missing == "base" and recipe.base_model is not None and recipe.base_model not in recipe.models:
+        changes["models"] = (*recipe.models, recipe.base_model)  # it is read, though it is not merged
     if seed is not None:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise UsageError(f"the seed must be a whole number, got {seed!r}")

@@ -153,9 +153,11 @@ def _has_weights(tensors: Mapping[str, Entry], adapter: frozenset[str], modules:
     modules  those that the adapter changes
     peft     all names are those of peft's adapters
     """
-    bases = sum(_base_weights(module, tensors) for module in modules)
-    if peft or 2 * bases >= len(modules):
-        return 2 * bases >= len(modules)
+    # peft saves embeddings beside their adapters.
+    layers = {module for module in modules if f"{module}.lora_embedding_A" not in tensors}
+    bases = sum(_base_weights(module, tensors) for module in layers)
+    if peft or 0 < len(layers) <= 2 * bases:
+        return 0 < len(layers) <= 2 * bases
     matrices = sum(len(entry.shape) > 1 for name, entry in tensors.items() if name not in adapter)
     return matrices >= len(modules)
 

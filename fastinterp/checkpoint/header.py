@@ -207,9 +207,9 @@ def _check_cover(entries: list[Entry], start: int, size: int, file: str) -> None
     if before != size:
         raise CheckpointError(
             f"the tensors end at byte {before} of the file, but the file has {size}: "
-            f"{size - before} bytes belong to no tensor. The safetensors library refuses it, too. If it was downloaded, do "
-            f"that again; if it was written so, cut them off: `head -c {before} {shlex.quote(file)} > NEW.safetensors`; "
-            "then put that in its place",
+            f"{size - before} bytes belong to no tensor. The safetensors library refuses it, too. If it was "
+            "downloaded, do that again; if it was written so, cut them off: "
+            f"`head -c {before} {shlex.quote(file)} > NEW.safetensors`; then put that in its place",
             file=file,
         )
 

@@ -18,7 +18,7 @@ from fastinterp.checkpoint.adapters import (
     read_adapter_config,
     refusal,
 )
-from fastinterp.checkpoint.folder import ADAPTER, choose, complete_shards, weight_files
+from fastinterp.checkpoint.folder import ADAPTER, DIFFUSERS, choose, complete_shards, weight_files
 from fastinterp.checkpoint.header import MAX_HEADER, Entry, read_header
 from fastinterp.checkpoint.index import index_remarks, read_index
 from fastinterp.checkpoint.names import (
@@ -181,21 +181,15 @@ def _open_folder(name: str, root: Path) -> Checkpoint:
 
 def _left_out(name: str, taken: Sequence[str], reason: str, present: Sequence[str]) -> list[str]:
     left = [file for file in weight_files(present) if file not in taken]
+    if not reason.startswith(("transformers loads", "diffusers loads")):  # they would load these then
+        left += [n for n in present if n.endswith(PICKLES) and n.startswith(("pytorch_model", f"{DIFFUSERS}."))]
     return [f"left out of {name}: {listing(left)}, because {reason}"] if left else []
 
 
 def _no_weights(name: str, root: Path, present: Sequence[str]) -> str:
-    only = f"the folder has no {WEIGHTS} file, only "
-    if ADAPTER_CONFIG in present or any(n.startswith(f"{ADAPTER}.") for n in present):
-        config = read_adapter_config(root / ADAPTER_CONFIG)
-        kind = {"LORA": "LoRA"}.get(str(config.get("peft_type")), "PEFT")
-        return refusal(name, root, Adapter(kind, "peft", (), None, False, frozenset(), config), {}, root)
-    if any(n.endswith(".distcp") for n in present):
-        return remedies.dcp_folder(root)
-    if pickles := [n for n in present if n.endswith(PICKLES)]:
-        return f"{only}{listing(pickles)}: {remedies.pickles(name, root, pickles, present, _config(root))}"
-    if others := [n for n in present if n.endswith(OTHER_WEIGHTS)]:
-        return f"{only}{listing(others)}: {remedies.other_format(root, others)}"
+    """What is there instead, and what to do about it."""
+    if other := _other_weights(name, root, present):
+        return other
     below = [n for n in present if any(f.name.endswith(WEIGHTS) for f in (root / n).glob("*" + WEIGHTS))]
     if below:
         return f"the folder itself has no {WEIGHTS} file, but {listing(below)} in it do: name one of them"
@@ -205,10 +199,29 @@ def _no_weights(name: str, root: Path, present: Sequence[str]) -> str:
         return f"the folder has no {WEIGHTS} file, but a merge died while it replaced {listing(aside)}. {PUT_BACK}"
     if any(".partial-" in n for n in hidden):
         return f"the folder has no {WEIGHTS} file, only those of a merge that did not finish: run it again"
+    if not present:
+        return f"the folder has no {WEIGHTS} file; it is empty"
     hint = "" if os.path.isdir(os.path.expanduser(name)) else remedies.hub_pickles(name, _config(root))
-    return (f"{only}{listing(present)}" if present else f"the folder has no {WEIGHTS} file; it is empty") + (
-        f".{hint}" if hint else ""
-    )
+    return f"the folder has no {WEIGHTS} file, only {listing(present)}" + (f". {hint}" if hint else "")
+
+
+def _other_weights(name: str, root: Path, present: Sequence[str]) -> str:
+    """About weights of other formats in a folder; empty, if there are none."""
+    only = f"the folder has no {WEIGHTS} file, only"
+    if ADAPTER_CONFIG in present or any(n.startswith(f"{ADAPTER}.") for n in present):
+        config = read_adapter_config(root / ADAPTER_CONFIG)
+        kind = {"LORA": "LoRA"}.get(str(config.get("peft_type")), "PEFT")
+        return refusal(name, root, Adapter(kind, "peft", (), None, False, frozenset(), config), {}, root)
+    if any(n.endswith(".distcp") for n in present):
+        return remedies.dcp_folder(root)
+    # As FSDP's trainers save: a folder for the model, others for its optimizer.
+    for part in (n for n in present if not n.startswith("optimizer") and any((root / n).glob("*.distcp"))):
+        return f"in {quote(part)}, {remedies.dcp_folder(root / part)}"
+    if pickles := [n for n in present if n.endswith(PICKLES)]:
+        return f"{only} {listing(pickles)}: {remedies.pickles(name, root, pickles, present, _config(root))}"
+    if others := [n for n in present if n.endswith(OTHER_WEIGHTS)]:
+        return f"{only} {listing(others)}: {remedies.other_format(root, others)}"
+    return ""
 
 
 def _open_indexed(

@@ -43,11 +43,7 @@ def pickles(name: str, root: Path, files: Sequence[str], present: Sequence[str],
     if command := _by_its_library(name if os.path.isdir(name) else str(root), weights, present, config):
         return f"{_NEVER}. Convert them first: {command}; then name NEW"
     if sum(_CONSOLIDATED.fullmatch(file) is not None for file in weights) > 1:
-        return (
-            f"{_NEVER}, and each of these files has a piece of every tensor. Convert them first with transformers, "
-            "`python -m transformers.models.llama.convert_llama_weights_to_hf --help`; then name the folder that it "
-            "writes"
-        )
+        return f"{_NEVER}, and each of these files has a piece of every tensor. Use the model's weights in safetensors"
     shards = [file for file in weights if SHARD.fullmatch(Path(file).stem + WEIGHTS)]
     if len(shards) > 1 and shards == weights:
         return f"{_NEVER}. Convert them first: {_convert_shards(root, shards)}; then name {root} again"
@@ -63,7 +59,7 @@ def hub_pickles(repo: str, config: Mapping[str, Any]) -> str:
         return ""
     at = f", revision={literal(revision)}" if revision else ""
     command = python(f'import {library}; {library}.{found}.from_pretrained({literal(id_)}{at}).save_pretrained("NEW")')
-    return f" If its weights are pickled, convert them first: {command}; then name NEW"
+    return f"If its weights are pickled, convert them first: {command}; then name NEW"
 
 
 def _by_its_library(
@@ -129,11 +125,12 @@ def other_format(root: Path, files: Sequence[str]) -> str:
     if suffix == ".gguf":
         command = python(
             "import transformers as t; t.AutoModelForCausalLM.from_pretrained("
-            f'{literal(root)}, gguf_file={literal(first)}).save_pretrained("NEW")'
+            f"{literal(root)}, gguf_file={literal(first)}, quantization_config=t.GgufConfig(dequantize=True))"
+            '.save_pretrained("NEW")'
         )
         return (
-            "this format is not read. For a language model, transformers (with the package gguf) converts it, and its "
-            f"quantised weights to numbers that lack what quantisation dropped: {command}; then name NEW"
+            "this format is not read. If it is a language model, convert it with transformers 5, which needs the "
+            f"package gguf: {command}; then name NEW. What its quantisation dropped is lost"
         )
     if suffix == ".npz":
         command = python(

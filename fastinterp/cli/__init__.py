@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 from importlib import import_module
 from types import FrameType
@@ -32,18 +31,6 @@ _MODULES = {
 OUTCOME = (
     "fastinterp.outcome"  # key in click's Context.meta: list[str], notes about the output for the message of a failure
 )
-
-# Options of mergekit's commands, and what replaces them.
-_MERGEKIT = {
-    "--cuda": "Use --device cuda.",
-    "--copy-tokenizer": "Omit it: the tokenizer is always copied.",
-    "--lazy-unpickle": "Omit it: tensors are always read in pieces.",
-    "--low-cpu-memory": "Omit it: --max-memory limits the memory.",
-    "--trust-remote-code": "Omit it: code of a model is never run.",
-    "--allow-crimes": "Only models of one architecture merge.",
-    "--out-shard-size": "Use --max-shard-size.",
-    "--random-seed": "Use --seed.",
-}
 
 
 class _Stopped(KeyboardInterrupt):
@@ -80,9 +67,12 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except click.NoSuchOption as error:
-            if error.option_name not in _MERGEKIT:
+            from fastinterp.recipe.mergekit_options import instead_of_option
+
+            instead = instead_of_option(error.option_name)
+            if not instead:
                 raise
-            message = f"No such option: {error.option_name}. {_MERGEKIT[error.option_name]}"
+            message = f"No such option: {error.option_name}. {instead}"
             raise click.NoSuchOption(error.option_name, message, ctx=error.ctx) from None
         except FastinterpError as error:
             message = "; ".join([self._with_options(ctx, str(error)), *ctx.meta.get(OUTCOME, [])])
@@ -98,12 +88,12 @@ class _Commands(click.Group):
         names = {p.name: p.opts[0] for p in command.params if p.opts} if command is not None else {}
         if "recipe" in names:
             return message
+        from fastinterp.messages import with_keys_as
+
         known = {name: option for name, option in names.items() if option.startswith("--")}
-        return _KEY.sub(lambda m: f"`{known[m[1]]} {m[2]}`" if m[1] in known else m[0], message)
+        return with_keys_as(message, lambda key, value: f"{known[key]} {value}" if key in known else None)
 
 
-# A key of recipes or an argument, with a value, in a message that does not say where it belongs.
-_KEY = re.compile(r"`(\w+)(?:: |=)([^`]+)`(?! in the recipe)")
 _KNOWN = "Known: " + ", ".join(_MODULES)
 
 

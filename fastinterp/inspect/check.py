@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
@@ -13,9 +13,10 @@ from fastinterp.execute import chunks
 from fastinterp.inspect import samples
 from fastinterp.inspect.check_result import CheckResult, Finding
 from fastinterp.messages import counted, listed, plain
-from fastinterp.plan.models import Library
+from fastinterp.plan.models import Library, Model
 from fastinterp.plan.plan import Plan, make_plan
 from fastinterp.plan.quantised import refuse_quantised
+from fastinterp.plan.single import plan_document
 from fastinterp.plan.vocabularies import align_models
 from fastinterp.recipe.check import check_recipe, check_tensors
 from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read_all
@@ -70,10 +71,13 @@ def _exit_code(recipes: Sequence[Recipe], library: Library, first: int) -> int:
 
 
 class _Checked(NamedTuple):
-    """A document without errors: the names of the tensors that it makes, and how many of its tensors were sampled."""
+    """A document without errors: the names of the tensors that it makes, how many of its tensors were sampled, and for
+    those below it what it makes as a model, with the folder of its small files.
+    """
 
     outputs: list[str]
     sampled: int
+    made: tuple[Model, object] | None = None
 
 
 @dataclass
@@ -190,10 +194,33 @@ def _check_document(
         elif recipe is recipes[-1] and len(checked) == len(recipes) - 1:
             plan = make_plan([recipe], max_shard_size=_SHARD, above=recipes[:-1], library=library)
             sampled = _check_samples(plan, said, findings)
+        made = None if recipe is recipes[-1] else _made(recipe, library, checked)
     except (RecipeError, CheckpointError, StorageError) as error:
         findings.add_error(error)
         return None
-    return _Checked(outputs, sampled)
+    return _Checked(outputs, sampled, made)
+
+
+def _made(recipe: Recipe, library: Library, checked: Mapping[int, _Checked]) -> tuple[Model, object]:
+    """What a document makes, as a model of those below it, and the folder of its small files."""
+    from fastinterp.plan.chained import made_by
+
+    origin = _origin(recipe)
+    document = plan_document([replace(recipe, origin=origin)], lambda model: _found(recipe, model, library, checked))
+    return made_by(recipe, document)
+
+
+def _found(recipe: Recipe, model: ModelRef, library: Library, checked: Mapping[int, _Checked]) -> Model:
+    """One of a recipe's models: what a document above makes, or a checkpoint."""
+    above = recipe.made_by(model)
+    made = None if above is None else checked[above].made
+    return library.find(model) if made is None else made[0]
+
+
+def _origin(recipe: Recipe) -> ModelRef:
+    """The model that configuration and tokenizer come from: also a document above."""
+    lead = recipe.base_model or recipe.models[0]
+    return recipe.origin if recipe.made_by(lead) is None else lead
 
 
 def _models(
@@ -204,12 +231,11 @@ def _models(
 
     Raises: CheckpointError, if models that are merged have different quantised tensors.
     """
-    if recipe.earlier:
-        return [_names(recipe, model, library, checked) for model in recipe.models], {}, True
-    models = [library.find(model) for model in recipe.models]
+    models = [_found(recipe, model, library, checked) for model in recipe.models]
     refuse_quantised(recipe, models)
+    origin = _origin(recipe)
     try:
-        aligned = align_models(recipe, models, library.find(recipe.origin))
+        aligned = align_models(replace(recipe, origin=origin), models, _found(recipe, origin, library, checked))
     except (CheckpointError, StorageError) as error:
         findings.add_error(error, _tokenizer(recipe))
         return [m.tensors for m in models], {}, False
@@ -239,11 +265,6 @@ def _tokenizer(recipe: Recipe) -> tuple[str, int | None] | None:
     """Path and line of the recipe's first key about tokenizers."""
     keys = [k for k in ("tokenizer", "tokenizer_source", "chat_template") if recipe.document.value.get(k) is not None]
     return (f"$.{keys[0]}", recipe.document.error("", f"$.{keys[0]}").line) if keys else None
-
-
-def _names(recipe: Recipe, model: ModelRef, library: Library, checked: Mapping[int, _Checked]) -> Collection[str]:
-    above = recipe.made_by(model)
-    return library.find(model).tensors if above is None else checked[above].outputs
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

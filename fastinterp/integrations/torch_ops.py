@@ -30,7 +30,7 @@ from fastinterp.errors import ShapeError, UsageError
 from fastinterp.in_memory import dot_products as products
 from fastinterp.in_memory import weighted_sum as arrays
 from fastinterp.in_memory.arrays import TorchTensors
-from fastinterp.in_memory.in_place import lerp_in_place
+from fastinterp.in_memory.many_sums import lerp_in_place
 from fastinterp.messages import counted
 from fastinterp.ops.dtypes import parse_dtype
 from fastinterp.torch_models.module_tensors import address_of

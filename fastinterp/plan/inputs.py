@@ -70,6 +70,11 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         return ""
 
     @property
+    def factor(self) -> bool:
+        """Whether it belongs to an adapter that is built into its model: a factor of a product, which is not merged."""
+        return False
+
+    @property
     def merges(self) -> bool:
         """Whether its elements are numbers that can be averaged. If not, it is copied, and equal in all models."""
         return self.dtype.merges and not self.quantised
@@ -187,12 +192,13 @@ class StoredInput(TensorInput, frozen=True, eq=False):
 
 
 class GatheredInput(TensorInput, frozen=True, eq=False):
-    """A tensor of one model with rows from several: an embedding in the order of the output's vocabulary.
+    """A tensor with rows, along its last dimension, from several: an embedding in the order of the output's vocabulary,
+    where the sources are models; or one that is put together of others.
 
     model    index of its model in `sources`
     rows     where each row is from
     means    what rows of model len(sources) are: the rows, each (model, row), of which each is the mean
-    sources  of each model, its tensor that corresponds; None: the model has none
+    sources  of each model, its tensor that corresponds; None: the model has none. Or the tensors it is put together of
     """
 
     model: int

@@ -13,7 +13,8 @@ from fastinterp.messages import counted, listed
 from fastinterp.plan.inputs import PlannedTensor, TensorInput
 from fastinterp.plan.models import Model
 from fastinterp.recipe.load import Recipe
-from fastinterp.recipe.targets import Target, module_tensors
+from fastinterp.recipe.module_tensors import module_tensors
+from fastinterp.recipe.targets import Target
 
 _SAMPLE = 64 << 10  # bytes that are compared of each tensor, before data is read
 _LISTED = 3  # names in a message before the rest is only counted

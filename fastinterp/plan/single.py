@@ -13,6 +13,7 @@ from fastinterp.plan.compatibility import compatibility_warnings
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
 from fastinterp.plan.quantised import about_configuration, refuse_differing, refuse_quantised
+from fastinterp.plan.tensor_sets import with_names_of
 from fastinterp.plan.tensors import complex_remarks, dtype_warnings, plan_tensors, sidecar_refs
 from fastinterp.plan.vocabularies import AlignedModels, align_models
 from fastinterp.recipe.load import Recipe
@@ -74,10 +75,19 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     assemblies = [
         Assembly(recipe, known, tensors=known, copied=aligned.copied, notes=aligned.notes) for recipe in recipes
     ]
-    aligned = replace(aligned, counts=tuple(assemblies[0].counts))
+    layer_warnings: list[str] = []
+    if assemblies[0].counts:
+        from fastinterp.plan.stacks import about_layers, counts_of
+
+        aligned = replace(aligned, counts=counts_of(assemblies[0].counts, origin, aligned.models))
+        layer_warnings, changed = about_layers(aligned.counts, origin, aligned.models)
+        aligned = replace(aligned, remarks=(*aligned.remarks, *changed))
     targets = [assembly.targets for assembly in assemblies]
     refuse_differing(targets[0], aligned.models)
-    sidecars = {model: find_named(first, find, model) for model in sidecar_refs(targets[0], first.method)}
+    base = aligned.models[first.base_index]
+    sidecars = {
+        model: with_names_of(base, find_named(first, find, model)) for model in sidecar_refs(targets[0], first.method)
+    }
     tensors = plan_tensors(recipes, targets, aligned.models, sidecars, origin)
     warnings = [
         *map(str, first.warnings),
@@ -87,7 +97,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     remark, warning = about_configuration(origin, tensors)
     aligned = replace(aligned, numbers=bool(remark))
     warnings += [warning] if warning else []
-    warnings += aligned.uncounted(origin) if aligned.counts else []
+    warnings += layer_warnings
     warnings += dtype_warnings(first, targets[0], origin)
     if first.filters:
         from fastinterp.recipe.check import filter_warnings

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
 import msgspec
 
 from fastinterp.messages import counted
+from fastinterp.recipe.tensor_groups import HasShape
 
 # Parts of names that modules have which wrap another; they stand anywhere in a name.
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
@@ -31,13 +31,6 @@ _SPELLINGS = {
 }
 _MOST = 64  # candidates for one name, above which it has no say
 _RULES = 32  # replaced prefixes of one model that are looked at: those that most names ask for
-
-
-class HasShape(Protocol):
-    """A tensor whose shape is known."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 class Match(msgspec.Struct, frozen=True):
@@ -92,6 +85,7 @@ def match_names(own: Mapping[str, HasShape], other: Mapping[str, HasShape]) -> M
     images, rules = _prefixes(left, free, whole=len(left) == len(ours))
     how += [f"{rule} ({counted(count, 'tensor')})" for rule, count in rules]
     taken = {key for key in ours if key not in images}
+    modules = {start for key in images for start in _starts(key)}
     for name in own:
         key = canonical[name]
         if key in theirs:
@@ -99,7 +93,8 @@ def match_names(own: Mapping[str, HasShape], other: Mapping[str, HasShape]) -> M
         elif key in images:
             names[name] = theirs[images[key]]
         else:
-            names[name] = _follow(name, key, [rule for rule, _ in rules], {*taken, *theirs})
+            image = _follow(key, [rule for rule, _ in rules], modules)
+            names[name] = name if image is None or image in taken or image in theirs else image
     return Match(names, tuple(how)) if how and len(set(names.values())) == len(names) else None
 
 
@@ -213,10 +208,17 @@ def _contest(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
     return bool(a.keys() & b.keys() or set(a.values()) & set(b.values()))
 
 
-def _follow(name: str, key: str, rules: Sequence[_Rule], taken: set[str]) -> str:
-    """The name of a tensor that the other model does not have: its longest prefix replaced, as the rules say."""
+def _follow(name: str, rules: Sequence[_Rule], modules: set[str]) -> str | None:
+    """The name of a tensor that the other model does not have, with the longest prefix replaced that a rule replaces;
+    None, if none does. One that puts something in front of all names is for modules of which others have tensors.
+    """
     for rule in sorted(rules, key=lambda rule: -len(rule.own)):
-        if rule.own and key.startswith(rule.own):
-            image = rule.image(key)
-            return name if not image or image in taken else image
-    return name
+        if name.startswith(rule.own) and (rule.own or name.rpartition(".")[0] in modules):
+            return rule.image(name) or None
+    return None
+
+
+def _starts(name: str) -> list[str]:
+    """`a`, `a.b` of `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]

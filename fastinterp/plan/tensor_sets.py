@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from fastinterp.checkpoint.same_bytes import same_bytes
 from fastinterp.messages import listed
 from fastinterp.plan.inputs import StoredInput, TensorInput
+from fastinterp.plan.models import Model
 from fastinterp.recipe.tensor_groups import grouped
 from fastinterp.tokenizer.tied_embeddings import Ties, is_tied, says_tied, ties
 
@@ -38,6 +39,7 @@ class AlignedSets(msgspec.Struct, frozen=True):
     tensors   of each model, by the names of the output
     copied    names of tensors of which the base's are taken as they are; the other models have none of them
     tied      the value that `tie_word_embeddings` of the output must have, if it is not the origin's; else None
+    channels  (input channels of the origin's `conv_in`, those of the output's), where they differ; else None
     notes     by model: why a tensor that it lacks was not made from others, for the error about what it lacks
     remarks   what was aligned, left out or kept, for people
     warnings  what may be wrong
@@ -46,13 +48,20 @@ class AlignedSets(msgspec.Struct, frozen=True):
     tensors: tuple[Tensors, ...]
     copied: tuple[str, ...] = ()
     tied: bool | None = None
+    channels: tuple[int, int] | None = None
     notes: Mapping[int, str] = {}
     remarks: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
 def align_sets(
-    models: Sequence[NamedTensors], merged: int, base: int, origin: int, *, stacked: bool = False
+    models: Sequence[NamedTensors],
+    merged: int,
+    base: int,
+    origin: int,
+    *,
+    stacked: bool = False,
+    first_channels: bool = False,
 ) -> AlignedSets:
     """Give models the same names for the same tensors, and leave out what each of them can do without.
 
@@ -61,6 +70,7 @@ def align_sets(
     base    index of the one whose names, and whose recomputed buffers, the output has
     origin  index of the one whose config.json is copied
     stacked the output has layers of several models one upon the other, so that no model's buffers fit all of them
+    first_channels  convolutions of fewer input channels count as the widest model's in those that they lack
     Raises: CheckpointError and StorageError, if bytes that have to be compared cannot be read.
     """
     remarks: list[str] = []
@@ -73,18 +83,31 @@ def align_sets(
     ]
     names = [model.name for model in models]
     remarks += _about_copies(found, before, names)
+    if first_channels:
+        tensors = _widened(tensors, merged, names, remarks)
     tensors, copied = _buffers(tensors, merged, None if stacked else base, names, remarks)
     return AlignedSets(
         tuple(tensors),
         copied,
         _tied(tensors[0], models[origin].tensors, said[origin], said[:merged], found),
-        {i: _no_head(names[i], head) for i, head in found.absent},
+        _channels(models[origin].tensors, tensors[0]),
+        _notes(found, tensors[:merged], base, names),
         tuple(remarks),
         tuple(_about_heads(found, names)),
     )
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
+
+
+def with_names_of(reference: Model, model: Model, remarks: list[str] | None = None) -> Model:
+    """A model whose tensors have the names that the reference has for them; itself, if nothing has to change.
+
+    remarks  to which what was done is added, for people
+    """
+    own, its = (NamedTensors(m.name, m.tensors, {}) for m in (model, reference))
+    named = named_as(own, its, remarks)
+    return model if named is model.tensors else replace(model, tensors=named)
 
 
 def named_as(model: NamedTensors, reference: NamedTensors, remarks: list[str] | None = None) -> Tensors:
@@ -107,40 +130,36 @@ def named_as(model: NamedTensors, reference: NamedTensors, remarks: list[str] | 
 def _same_names(models: Sequence[NamedTensors], merged: int, base: int, remarks: list[str]) -> list[Tensors]:
     """The tensors of all models under the names of the base; as they are, if the merged models have the same."""
     reference = models[base]
-    aligned = any(model.tensors.keys() != reference.tensors.keys() for model in models[:merged])
-    return [
-        named_as(model, reference, remarks) if (aligned or i >= merged) and i != base else model.tensors
-        for i, model in enumerate(models)
-    ]
+    if all(model.tensors.keys() == reference.tensors.keys() for model in models[:merged]):
+        return [model.tensors if i < merged else named_as(model, reference, remarks) for i, model in enumerate(models)]
+    from fastinterp.plan.row_blocks import fused_as
+
+    tensors = []
+    for i, model in enumerate(models):
+        named = model.tensors if i == base else named_as(model, reference, remarks)
+        own, how = fused_as(named, reference.tensors)
+        remarks += [f"{model.name}: {', '.join(how)}, as {reference.name} stores them"] if how else []
+        tensors.append(own)
+    return tensors
 
 
 # --- tied copies -----------------------------------------------------------------------------------------------------
 
 
 def _equal(tensors: Tensors, a: str, b: str, says: bool | None) -> bool:
-    """Whether two tensors of a model are the same numbers in the same dtype. What no file holds is as its
-    configuration says.
+    """Whether two tensors of a model have the same bytes. What is encoded, or in no file, is as its configuration says.
+
+    Raises: CheckpointError and StorageError.
     """
-    x, y = tensors[a], tensors[b]
-    if x.key == y.key:
+    if tensors[a].key == tensors[b].key:
         return True
-    if not isinstance(x, StoredInput) or not isinstance(y, StoredInput):
-        return says is not False
-    return equal_stored(x, y)
+    x, y = tensors[a].plain, tensors[b].plain
+    return _same(x, y) if x is not None and y is not None else says is not False
 
 
-def equal_stored(a: StoredInput, b: StoredInput) -> bool:
+def _same(a: StoredInput, b: StoredInput) -> bool:
     """Whether two stored tensors have the same dtype, shape and bytes. Raises: CheckpointError and StorageError."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    if a.encoding is not None and b.encoding is not None:
-        pairs = list(zip(a.encoding.companions, b.encoding.companions, strict=False))
-        alike = a.encoding.decoder == b.encoding.decoder and a.encoding.parameters == b.encoding.parameters
-        if not alike or not all(equal_stored(x, y) for x, y in pairs):
-            return False
-        codes = a.encoding.stored.nbytes(a.numel) or 0
-        return a.encoding.stored == b.encoding.stored and same_bytes((a.path, a.start, codes), (b.path, b.start, codes))
-    if a.encoding is not None or b.encoding is not None:
         return False
     return same_bytes((a.path, a.start, a.nbytes), (b.path, b.start, b.nbytes))
 
@@ -182,11 +201,24 @@ def _about_heads(found: Ties, names: Sequence[str]) -> Iterable[str]:
         )
 
 
-def _no_head(name: str, head: str) -> str:
-    return (
-        f"{name} says `tie_word_embeddings: false` in its config.json, so that its input embedding does not stand for "
-        f"the {head} that it lacks"
-    )
+def _notes(found: Ties, tensors: Sequence[Tensors], base: int, names: Sequence[str]) -> dict[int, str]:
+    """By model, why something that it lacks was not made of what it has."""
+    notes = {
+        i: f"{names[i]} says `tie_word_embeddings: false` in its config.json, so that its input embedding does not "
+        f"stand for the {head} that it lacks"
+        for i, head in found.absent
+    }
+    if any(own.keys() != tensors[base].keys() for own in tensors):
+        from fastinterp.plan.row_blocks import has_other_experts
+
+        for i, own in enumerate(tensors):
+            if i != base and has_other_experts(own, tensors[base]):
+                notes[i] = (
+                    f"One of {names[base]} and {names[i]} has the matrices of all experts in one tensor, in another "
+                    "order than whole rows. Load both with the same version of transformers (from_pretrained) and "
+                    "save them (save_pretrained), and name what that writes"
+                )
+    return notes
 
 
 def _tied(
@@ -207,6 +239,44 @@ def _tied(
         return False
     # A configuration that says tied makes software ignore the output layer that is stored.
     return False if origin_says and not all(says) else None
+
+
+# --- channels --------------------------------------------------------------------------------------------------------
+
+
+def _widened(tensors: Sequence[Tensors], merged: int, names: Sequence[str], remarks: list[str]) -> list[Tensors]:
+    """The models' tensors, where convolutions have as many input channels as the first of those that have most: what a
+    model lacks is that one's, so that it does not move there.
+    """
+    from fastinterp.plan.row_blocks import other_channels, widened
+
+    made: list[dict[str, TensorInput]] = [{} for _ in tensors]
+    for name, first in tensors[0].items():
+        having = [i for i in range(merged) if name in tensors[i]]
+        if not any(other_channels(first.shape, tensors[i][name].shape) for i in having):
+            continue
+        widest = max(having, key=lambda i: tensors[i][name].shape[1:2])
+        for i in having:
+            wide = tensors[widest][name]
+            if other_channels(tensors[i][name].shape, wide.shape):
+                padded = widened(tensors[i][name], wide)
+                if padded is not None:
+                    made[i][name] = padded
+                    count = tensors[i][name].shape[1]
+                    remarks.append(
+                        f"{name} of {names[i]} has {count} of {wide.shape[1]} input channels: it merges into the first "
+                        f"{count}, and the others are those of {names[widest]}"
+                    )
+    return [{**own, **new} if new else own for own, new in zip(tensors, made, strict=True)]
+
+
+def _channels(origin: Tensors, out: Tensors) -> tuple[int, int] | None:
+    """(input channels of the origin's first convolution, those of the output's), if they differ."""
+    for name, tensor in origin.items():
+        other = out.get(name) if name.endswith("conv_in.weight") and len(tensor.shape) == 4 else None
+        if other is not None and other.shape[:1] == tensor.shape[:1] and other.shape[1:2] != tensor.shape[1:2]:
+            return tensor.shape[1], other.shape[1]
+    return None
 
 
 # --- recomputed buffers ----------------------------------------------------------------------------------------------
@@ -271,8 +341,7 @@ def _alike(name: str, tensors: Sequence[Tensors]) -> bool:
         other = own.get(name)
         if other is None or (other.dtype, other.shape) != (first.dtype, first.shape):
             return False
-        if not isinstance(first, StoredInput) or not isinstance(other, StoredInput):
-            continue
-        if first.nbytes <= _COMPARED and not equal_stored(first, other):
+        x, y = first.plain, other.plain
+        if x is not None and y is not None and x.nbytes <= _COMPARED and not _same(x, y):
             return False
     return True

@@ -16,6 +16,7 @@ from fastinterp.ops.dtypes import DType
 from fastinterp.plan.inputs import ModelInput, PlannedTensor, Program, TensorInput
 from fastinterp.plan.models import Model
 from fastinterp.plan.quantised import agree, quantised_error
+from fastinterp.plan.row_blocks import other_channels
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
 from fastinterp.recipe.targets import Target
@@ -23,9 +24,10 @@ from fastinterp.tokenizer.embedding_rows import named_as_embedding
 
 _LISTED = 5  # differences in a message before the rest is only counted
 _VOCABULARIES = (
-    "The vocabularies differ in size: say which one the output has, `tokenizer_source: base` or "
-    "`tokenizer_source: union`"
+    "The vocabularies differ in size: say which one the output has, `tokenizer_source: union` or `tokenizer_source: "
+    "base` in the recipe, --tokenizer-source union or base of interpolate and sweep"
 )
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # what a vocabulary is read from: one of them
 
 
 _INTEGERS = "Say whose to take: `integers: MODEL`"  # the command line and Python replace keys by what they have
@@ -43,7 +45,7 @@ def must_agree(differing: Sequence[tuple[PlannedTensor, int, int]], models: Sequ
     tensor, first, other = differing[0]
     names = [f"{t.name} ({t.dtype})" for t, _, _ in differing]
     between = f"between {models[first].name} and {models[other].name}"
-    if any(plain.factor for one in tensor.inputs if (plain := one.plain) is not None):
+    if any(stored.factor for stored in tensor.inputs):
         are = "belongs to an adapter that is built into the models, and differs"
         are = are if len(names) == 1 else "belong to adapters that are built into the models, and differ"
         return ShapeError(
@@ -87,7 +89,7 @@ def plan_tensors(
     for other in targets[1:]:
         if [(t.name, t.inputs) for t in other] != [(t.name, t.inputs) for t in targets[0]]:
             raise UsageError("recipes that share one read must make the same tensors of the same models")
-    _check_fit(targets[0], models, _chosen(recipes[0]))
+    _check_fit(recipes[0], targets[0], models)
     planner = _Planner(recipes, models, sidecars, origin, targets[0])
     tensors = tuple(planner.planned(outputs) for outputs in zip(*targets, strict=True))
     whole = next((t.program for t in tensors if t.program is not None and t.program.whole), None)
@@ -320,12 +322,22 @@ def _is_copy(call: Callable[[], Any]) -> bool:
     return isinstance(request, Combine) and request.row().is_copy
 
 
-def _check_fit(targets: Sequence[Target], models: Sequence[Model], chosen: int | None) -> None:
-    """Raises: ShapeError, if inputs of a tensor have several shapes, or only some of them can be merged.
+def _of_other_shapes(base: str, narrow: bool) -> str:
+    """What to do about tensors of different shapes. narrow: they are convolutions with other numbers of channels."""
+    remedy = (
+        "Only tensors of the same shape merge: `missing: base` in the recipe (--missing base) takes those of "
+        f"{base}, `missing: skip` leaves them out"
+    )
+    first = "`channels: first` (--channels first) merges the input channels that all have, "
+    return f"{remedy}. {first}and keeps the others" if narrow else remedy
 
-    chosen  the model whose tensors are copied where they do not merge
+
+def _check_fit(recipe: Recipe, targets: Sequence[Target], models: Sequence[Model]) -> None:
+    """Raises: ShapeError, if inputs of a tensor have several shapes, or only some of them can be merged, and the recipe
+    does not say whose to take.
     """
-    shapes, kinds, only_rows = [], [], True
+    shapes, kinds, only_rows, narrow = [], [], True, False
+    chosen = _chosen(recipe)
     for target in targets:
         (first, name), *others = target.inputs
         lead, a = models[first], models[first].tensors[name]
@@ -334,10 +346,12 @@ def _check_fit(targets: Sequence[Target], models: Sequence[Model], chosen: int |
             if a.shape != b.shape:
                 shapes.append(f"{other_name} is {list(a.shape)} in {lead.name} but {list(b.shape)} in {models[i].name}")
                 only_rows &= named_as_embedding(name) and a.shape[1:] == b.shape[1:]
+                narrow |= other_channels(a.shape, b.shape)
             elif a.dtype != b.dtype and not (a.merges and b.merges) and chosen not in dict(target.inputs):
                 kinds.append(f"{other_name} is {a.dtype} in {lead.name} but {b.dtype} in {models[i].name}")
     if shapes:
-        remedy = _VOCABULARIES if only_rows else "Only tensors of the same shape merge"
+        readable = all(any((m.root / file).is_file() for file in _VOCABULARY_FILES) for m in models)
+        remedy = _VOCABULARIES if only_rows and readable else _of_other_shapes(models[recipe.base_index].name, narrow)
         raise ShapeError(f"{listed(shapes, _LISTED)}. {remedy}")
     if kinds:
         raise ShapeError(f"{listed(kinds, _LISTED)}. Only F64, F32, F16, BF16 and F8 tensors merge. {_INTEGERS}")

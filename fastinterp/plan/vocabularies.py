@@ -55,6 +55,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
     source      whose vocabulary the output has, for people; None: the origin's as it is
     vocabulary  the folder of the model whose vocabulary the output has, if that is not the origin
     remarks     what was done to make the models fit each other, for people: nothing to worry about
+    channels    of the origin's first convolution and of the output's, where they differ
     copied      names of tensors of which the base's are taken as they are
     notes       by model: why a tensor that it lacks was not made from others
     counts      stacks of which the output has other layers than its inputs
@@ -71,6 +72,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     copied: tuple[str, ...] = ()
+    channels: tuple[int, int] | None = None
     notes: Mapping[int, str] = {}
     counts: tuple[LayerCount, ...] = ()
     numbers: bool = False
@@ -91,8 +93,12 @@ class AlignedModels(msgspec.Struct, frozen=True):
             for name in _CONFIGS:
                 if name in changed:
                     changed[name] = self._config(name, changed[name])
+        if self.channels is not None and CONFIG in changed:
+            changed[CONFIG] = self._widened(changed[CONFIG], *self.channels)
         if self.counts and CONFIG in changed:
-            changed[CONFIG] = self._layered(changed[CONFIG])
+            from fastinterp.plan.stacks import layered_config
+
+            changed[CONFIG] = layered_config(changed[CONFIG], self.counts, self.models)
         if self.numbers:
             changed.pop(HF_QUANT_CONFIG, None)
             if CONFIG in changed:
@@ -107,26 +113,12 @@ class AlignedModels(msgspec.Struct, frozen=True):
         new = without_quantisation(config)
         return content if new == config else (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode()
 
-    def _layered(self, content: bytes | Path) -> bytes | Path:
-        """config.json with the number of layers that the output has."""
-        from fastinterp.recipe.layer_config import config_of_layers
-
+    def _widened(self, content: bytes | Path, before: int, after: int) -> bytes | Path:
+        """config.json with the number of input channels that the output has."""
         file = CONFIG if isinstance(content, bytes) else str(content)
         raw = content if isinstance(content, bytes) else read_regular(file, MAX_HEADER)
-        new, changes = config_of_layers(parse_object(raw.lstrip(), "the model configuration", file), self.counts)
-        return (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode() if changes else content
-
-    def uncounted(self, origin: Model) -> list[str]:
-        """Warnings of stacks whose layers the configuration does not count, so that it stays as it is."""
-        from fastinterp.recipe.layer_config import config_of_layers
-
-        config = read_config(origin.root)
-        return [
-            f"config.json does not say how many layers {count.prefix} has: there were {count.before}, the output has "
-            f"{len(count.layers)}. Write it there, as the software that loads the model wants it"
-            for count in self.counts
-            if config and not config_of_layers(config, [count])[1]
-        ]
+        table = parse_object(raw.lstrip(), "the model configuration", file)
+        return with_changes(raw, {"in_channels": after}, file) if table.get("in_channels") == before else content
 
     def _config(self, name: str, content: bytes | Path) -> bytes | Path:
         file = name if isinstance(content, bytes) else str(content)
@@ -151,7 +143,7 @@ def align_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> Alig
     sets = align_sets(
         [NamedTensors(m.name, m.tensors, config) for m, config in zip(known, configs, strict=True)],
         len(models), recipe.base_index, _index(known, ModelRef.of(origin.name)),
-        stacked=any(section.stacked for section in recipe.sections),
+        stacked=any(section.stacked for section in recipe.sections), first_channels=recipe.channels == "first",
     )  # fmt: skip
     aligned = AlignedModels(
         tuple(_with(m, t) for m, t in zip(models, sets.tensors, strict=False)),
@@ -160,6 +152,7 @@ def align_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> Alig
         warnings=sets.warnings,
         remarks=sets.remarks,
         copied=sets.copied,
+        channels=sets.channels,
         notes=sets.notes,
     )
     if recipe.tokenizer is None:

@@ -269,8 +269,8 @@ class Builder:
         if first < 0 or end < 0:
             message = f"`layer_range` counts from the first layer, 0; got {shown(numbers)}"
             raise self.document.error(f"{message}. Negative numbers have no meaning", path)
-        if first >= end:
-            raise self.document.error(f"`layer_range` [first, end) has no layer in it, got {shown(numbers)}", path)
+        if first > end:
+            raise self.document.error(f"`layer_range` [first, end) ends before it begins, got {shown(numbers)}", path)
         return first, end
 
     def _reference(self, written: str | Reference, path: str) -> ModelRef:

@@ -4,7 +4,8 @@ Whole models: every tensor of the lead model, the base, else the first. A gradie
 that a tensor is in (layers.py): over those of the vision tower in the vision tower.
 
 Slices: the main stack is cut and stacked anew. Tensors before it (embeddings, and everything in other stacks) come from
-the sources of the first slice, with its parameters; those after it (final norm, head) from those of the last.
+the sources of the first slice, with its parameters; those after it (final norm, head) from those of the last. A slice
+may have no layer: as the first or the last it still gives these.
 
 Modules: one after the other, each as if it were a model. What is in none comes from base_model.
 
@@ -15,35 +16,21 @@ Tensors that not all models have, or not in one shape, are an error, copied from
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from fastinterp.errors import RecipeError, ShapeError
-from fastinterp.messages import listed, shown
+from fastinterp.messages import shown
 from fastinterp.recipe.document import ErrorCollector
 from fastinterp.recipe.layers import LayerPosition, Layers, Stack
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.merge_groups import MergeGroup, MergeSource, Section
+from fastinterp.recipe.module_tensors import module_tensors, no_tensor
 from fastinterp.recipe.parameters import Resolver
-from fastinterp.recipe.tensor_groups import grouped
+from fastinterp.recipe.tensor_groups import HasShape, different_tensors, grouped, missing_tensors
 
 MAX_LAYERS = 100_000  # of a stack that slices make: far above any model, and all of it is held
-_LISTED = 5  # names in a message before the rest is only counted
-
-# mergekit's names for parts of vision-language models, and how their tensors start in checkpoints.
-_ALIASES = {
-    "text_decoder": ("language_model", "text_model", "model.layers", "model.embed_tokens", "model.norm", "lm_head"),
-    "multi_modal_projector": ("multi_modal_projector", "mm_projector", "visual.merger"),
-    "vision_tower": ("vision_tower", "visual", "vision_model"),
-}
-
-
-class Kind(Protocol):
-    """What decides whether tensors can be merged with each other."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -74,11 +61,15 @@ class LayerCount(msgspec.Struct, frozen=True):
     prefix  of the names of its tensors
     before  how many layers it has in the model whose layers come first
     layers  for every layer of the output, which one of that slice's first source it is
+    models  for every layer of the output, the index of that source in Recipe.models
+    sizes   how many layers it has in each of these models
     """
 
     prefix: str
     before: int
     layers: tuple[int, ...]
+    models: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
 
 
 def targets(recipe: Recipe, names: Sequence[Collection[str]]) -> list[Target]:
@@ -106,11 +97,11 @@ class Assembly:
         names: Sequence[Collection[str]],
         collector: ErrorCollector | None = None,
         *,
-        tensors: Sequence[Mapping[str, Kind]] = (),
+        tensors: Sequence[Mapping[str, HasShape]] = (),
         copied: Collection[str] = (),
         notes: Mapping[int, str] | None = None,
     ):
-        """tensors  of each of Recipe.models, by name; empty: shapes are not known, and taken as equal
+        """tensors  of each of Recipe.models, by name; empty: their shapes are not known, and taken as equal
         copied   names of tensors of which those of Recipe.base_index are copied, as they are
         notes    by model: why it lacks what it lacks, for messages
         """
@@ -121,7 +112,7 @@ class Assembly:
         self.counts: list[LayerCount] = []
         self.resolvers: list[Resolver] = []
         self._left: dict[str, None] = {}  # tensors that not all models have
-        self._merging = False  # whether some tensor is in all models
+        self._merging = False  # some are in all
         for section in recipe.sections:
             with self._collector:
                 before = len(self.targets), len(self._collector.errors)
@@ -129,15 +120,19 @@ class Assembly:
                     self._stack(section)
                 else:
                     self._whole_models(section)
-                if (len(self.targets), len(self._collector.errors)) == before:
-                    raise self._error(self._no_tensor(section), section.path)
+                if (len(self.targets), len(self._collector.errors)) == before and not self._left:
+                    lead = section.groups[0].sources[0].model
+                    raise self._error(no_tensor(section.name, self._names[lead]), section.path)
         if recipe.sections[0].name is not None:
             with self._collector:
                 self._outside_modules()
-        if self._left and not self._merging and recipe.missing != "error":
+        self.remarks: tuple[str, ...] = ()
+        if self._left and recipe.missing != "error":
             with self._collector:
-                raise ShapeError("no tensor is in all models in one shape, so nothing would be merged")
-        self.remarks = self._about_missing()
+                if not self._merging:
+                    raise ShapeError("no tensor is in all models in one shape, so nothing would be merged")
+            made = {target.name for target in self.targets}
+            self.remarks = missing_tensors(self._left, made, str(recipe.models[recipe.base_index]))
 
     # whole models
 
@@ -155,7 +150,7 @@ class Assembly:
                 return
         shared = self._shared(group.sources, names)
         resolver = self._resolver(group)
-        of_base = self._in(section, self._names[base])
+        of_base = _in(section, self._names[base])
         for name in dict.fromkeys((*self._tensors(lead, section), *of_base)):
             if name in shared:
                 position = layers.position(name)
@@ -182,26 +177,14 @@ class Assembly:
     def _copy(self, model: int, tensor: str, name: str) -> None:
         self.targets.append(Target(name, ((model, tensor),), {}, copies=True, verbatim=name in self._copied))
 
-    def _about_missing(self) -> tuple[str, ...]:
-        """Remarks on tensors that `missing` decides about."""
-        if not self._left or self._recipe.missing == "error":
-            return ()
-        made = {target.name for target in self.targets}
-        rest = [name for name in made if name not in self._left]
-        copied, skipped = ([n for n in self._left if (n in made) is there] for there in (True, False))
-        base = self._recipe.models[self._recipe.base_index]
-        remarks = [f"copied from {base}, because not all models have it in one shape: {grouped(copied, rest)}"]
-        remarks = remarks if copied else []
-        if skipped:
-            remarks.append(f"left out, because not all models have it in one shape: {grouped(skipped, rest)}")
-        return tuple(remarks)
-
     # slices
 
     def _stack(self, section: Section) -> None:
         groups = section.groups
         stack = self._main_stack(section)
         total = sum(group.sources[0].length for group in groups)
+        if not total:
+            raise self._error("the slices have no layer: `layer_range` is [first, end)", f"{section.path}.slices")
         before = len(self._collector.errors)
         resolvers = [self._resolver(group) for group in groups]
         with self._collector:
@@ -215,10 +198,20 @@ class Assembly:
             self._outside(section, groups[-1], resolvers[-1], stack, after=True)
         if len(self._collector.errors) > before:  # a range may go beyond all that exists
             return
-        spans = [group.sources[0].layers for group in groups]
-        numbers = [n for span in spans if span for n in range(*span)]
-        if numbers != list(range(stack.layers)):
-            self.counts.append(LayerCount(stack.prefix, stack.layers, tuple(numbers)))
+        leads = [group.sources[0] for group in groups]
+        numbers = tuple(n for lead in leads if lead.layers for n in range(*lead.layers))
+        models = tuple(lead.model for lead in leads for _ in range(lead.length))
+        if numbers != tuple(range(stack.layers)) or len(set(models)) > 1:
+            sizes = self._sizes(stack, {lead.model: lead for lead in leads if lead.length}, section)
+            self.counts.append(LayerCount(stack.prefix, stack.layers, numbers, models, sizes))
+
+    def _sizes(self, stack: Stack, sources: Mapping[int, MergeSource], section: Section) -> tuple[int, ...]:
+        """How many layers a stack has in each model of the recipe; 0 for those that are none of the sources."""
+        sizes = [0] * len(self._recipe.models)
+        for at, source in sources.items():
+            stacks = self._layers_of(source, section).stacks
+            sizes[at] = next((one.layers for one in stacks if one.prefix == stack.prefix), 0)
+        return tuple(sizes)
 
     def _slice(
         self, section: Section, group: MergeGroup, resolver: Resolver, stack: Stack, position: LayerPosition
@@ -293,7 +286,7 @@ class Assembly:
         if of_source is None:
             raise self._error(f"{source.ref} has no layers {stack.prefix}.0, {stack.prefix}.1, ...", source.path)
         assert source.layers is not None
-        if source.layers[1] > of_source.layers:
+        if source.length and source.layers[1] > of_source.layers:
             raise self._error(
                 f"`layer_range` {shown(list(source.layers))} goes beyond the {of_source.layers} layers of {source.ref}",
                 f"{source.path}.layer_range",
@@ -348,7 +341,7 @@ class Assembly:
         for at in sorted(sources):
             if rest := self._in_no_module(at):
                 raise self._error(
-                    f"no module takes {listed(rest, _LISTED)} of {recipe.models[at]}. Name a module for them, or write "
+                    f"no module takes {grouped(rest)} of {recipe.models[at]}. Name a module for them, or write "
                     "`base_model`, from which they are copied then",
                     "$.modules",
                 )
@@ -385,10 +378,7 @@ class Assembly:
         return self.resolvers[-1]
 
     def _tensors(self, source: MergeSource, section: Section) -> Collection[str]:
-        return self._in(section, self._names[source.model])
-
-    def _in(self, section: Section, names: Collection[str]) -> Collection[str]:
-        return names if section.name is None else module_tensors(section.name, names)
+        return _in(section, self._names[source.model])
 
     def _layers_of(self, source: MergeSource, section: Section) -> Layers:
         key = source.model, section.name
@@ -396,23 +386,13 @@ class Assembly:
             self._layers[key] = Layers(self._tensors(source, section))
         return self._layers[key]
 
-    def _no_tensor(self, section: Section) -> str:
-        if section.name is None:
-            return "the models have no tensors"
-        starts = {name.split(".")[0]: None for name in self._names[section.groups[0].sources[0].model]}
-        return f"no tensor's name starts with the module's, `{section.name}`. They start with {listed(starts, _LISTED)}"
-
     def _error(self, message: str, path: str) -> RecipeError:
         return self._recipe.document.error(message, path)
 
     def _check_same(
-        self,
-        lead: MergeSource,
-        tensors: Collection[str],
-        other: MergeSource,
-        others_tensors: Collection[str],
+        self, lead: MergeSource, tensors: Collection[str], other: MergeSource, others_tensors: Collection[str],
         layers: tuple[str, str] = ("", ""),
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Raises: ShapeError, if two models, or layers of theirs, do not have the same tensors.
 
         layers  those of the lead and of the other, for the message
@@ -430,54 +410,5 @@ class Assembly:
         )
 
 
-def different_tensors(
-    ours: tuple[str, str, Collection[str]], theirs: tuple[str, str, Collection[str]], base: str,
-    notes: Sequence[str] = (),
-) -> str:  # fmt: skip
-    """The message about two models, or layers, with different tensors.
-
-    ours, theirs  name of the model, which layer of it (empty: all of it), names of the tensors
-    base          the model from which `missing: base` copies
-    notes         why a model lacks what it lacks
-    """
-    if not set(ours[2]) & set(theirs[2]):
-        has = [
-            f"{model} has {grouped(names) or 'none'}{f' in {layer}' if layer else ''}"
-            for model, layer, names in (ours, theirs)
-        ]
-        return (
-            f"the models have no tensor name in common: {'; '.join(has)}. They are different models, or other parts of "
-            "one: nothing of them merges"
-        )
-    sides = [
-        f"{model} alone has {grouped(only, others)}{f' in {layer}' if layer else ''}"
-        for (model, layer, names), others in ((ours, theirs[2]), (theirs, ours[2]))
-        if (only := [name for name in names if name not in others])
-    ]
-    why = "".join(f". {note}" for note in notes)
-    return (
-        f"the models have different tensors: {'; '.join(sides)}{why}. `missing: base` in the recipe (--missing base) "
-        f"takes what not all have from {base} and leaves out what that lacks, `missing: skip` leaves out all of it, and "
-        "`modules` merges parts of models"
-    )
-
-
-def module_tensors(module: str, names: Collection[str]) -> list[str]:
-    """The names that start with `module.` or `model.module.`; all of them for mergekit's `default`.
-
-    Where there are none, the three names that mergekit has for parts of vision-language models stand for what these are
-    called in checkpoints, the first that is there; a text_decoder has the head, too.
-    """
-    if module == "default":
-        return list(names)
-    tensors = _starting((module,), names)
-    if tensors or module not in _ALIASES:
-        return tensors
-    if module != "text_decoder":
-        return next((tensors for start in _ALIASES[module] if (tensors := _starting((start,), names))), [])
-    return _starting(_ALIASES[module], names)
-
-
-def _starting(starts: tuple[str, ...], names: Collection[str]) -> list[str]:
-    prefixes = tuple(f"{lead}{start.rstrip('.')}." for start in starts for lead in ("", "model."))
-    return [name for name in names if name.startswith(prefixes)]
+def _in(section: Section, names: Collection[str]) -> Collection[str]:
+    return names if section.name is None else module_tensors(section.name, names)

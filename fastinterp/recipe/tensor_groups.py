@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from typing import Protocol
 
 from fastinterp.messages import listed
 
+_Side = tuple[str, str, Collection[str]]
+
 _LISTED = 6  # groups in a message before the rest is only counted
+
+
+class HasShape(Protocol):
+    """A tensor whose shape is known."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 def grouped(names: Iterable[str], others: Collection[str] = ()) -> str:
@@ -22,6 +32,57 @@ def grouped(names: Iterable[str], others: Collection[str] = ()) -> str:
         groups.setdefault(group, []).append(name)
     texts = [_text(keys, members) for keys, members in _by_number(groups)]
     return listed([text for _, text in sorted(texts, key=lambda pair: -pair[0])], _LISTED)
+
+
+def different_tensors(ours: _Side, theirs: _Side, base: str, notes: Sequence[str] = ()) -> str:
+    """The message about two models, or layers, with different tensors.
+
+    ours, theirs  name of the model, which layer of it (empty: all of it), names of the tensors
+    base          the model from which `missing: base` copies
+    notes         why a model lacks what it lacks
+    """
+    if not set(ours[2]) & set(theirs[2]):
+        return nothing_in_common(ours, theirs)
+    sides = [
+        f"{model} alone has {grouped(only, others)}{_in(layer)}"
+        for (model, layer, names), others in ((ours, theirs[2]), (theirs, ours[2]))
+        if (only := [name for name in names if name not in others])
+    ]
+    why = "".join(f". {note}" for note in notes)
+    return (
+        f"the models have different tensors: {'; '.join(sides)}{why}. `missing: base` in the recipe (--missing base) "
+        f"takes what not all have from {base} and leaves out what that lacks, `missing: skip` leaves out all of it, "
+        "and `modules` merges parts of models"
+    )
+
+
+def nothing_in_common(ours: _Side, theirs: _Side) -> str:
+    """The message about two models, or layers, without a common name. Arguments as of `different_tensors`."""
+    sides = [f"{model} has {grouped(names) or 'none'}{_in(layer)}" for model, layer, names in (ours, theirs)]
+    return (
+        f"the models have no tensor name in common: {'; '.join(sides)}. They are different models, or other parts of "
+        "one. Name two that belong together"
+    )
+
+
+def missing_tensors(left: Collection[str], made: Collection[str], base: str) -> tuple[str, ...]:
+    """Remarks on tensors that not all models have in one shape.
+
+    left  their names
+    made  names of all tensors of the output
+    base  the model from which those of them that are made are copied
+    """
+    rest = [name for name in made if name not in left]
+    copied, skipped = ([name for name in left if (name in made) is there] for there in (True, False))
+    remarks = [f"copied from {base}, because not all models have it in one shape: {grouped(copied, rest)}"]
+    remarks = remarks if copied else []
+    if skipped:
+        remarks.append(f"left out, because not all models have it in one shape: {grouped(skipped, rest)}")
+    return tuple(remarks)
+
+
+def _in(layer: str) -> str:
+    return f" in {layer}" if layer else ""
 
 
 def _starts(name: str) -> list[str]:

@@ -271,6 +271,15 @@ def test_changed_since(sharded):
     os.utime(replacement, ns=(old.st_atime_ns, old.st_mtime_ns))
     replacement.rename(found.files[1])
     assert changed_since(found) == [found.files[1]]
+    found = open_checkpoint(str(sharded))
+    old = found.files[1].stat()
+    with open(
+        found.files[1], "r+b"
+    ) as stream:  # in place, with the old time: the time of the change of its inode tells
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"x")
+    os.utime(found.files[1], ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert changed_since(found) == [found.files[1]]
     found.files[0].unlink()
     assert changed_since(found) == list(found.files)
 

@@ -82,6 +82,16 @@ def test_vendor_files_alone(tmp_path):
     assert opened(tmp_path / "two") == (["consolidated.00.safetensors", "consolidated.01.safetensors"], "")
 
 
+def test_vendor_files_beside_pickles(tmp_path):
+    """transformers would load the pickle: said, and the pickle is not read."""
+    put(tmp_path, "consolidated.safetensors", "a")
+    (tmp_path / "pytorch_model.bin").touch()
+    (tmp_path / "optimizer.pt").touch()
+    files, remarks = opened(tmp_path)
+    assert files == ["consolidated.safetensors"]
+    assert remarks == f"left out of {tmp_path}: `pytorch_model.bin`, because the model is `consolidated.safetensors`"
+
+
 def test_two_stems_that_no_library_loads(tmp_path):
     put(tmp_path, "sd_xl.safetensors", "a")
     put(tmp_path, "vae.safetensors", "b")
@@ -282,7 +292,7 @@ def test_tensors_that_the_index_does_not_name(tmp_path, tiny):
         index["weight_map"][name] = next(f for f in index["weight_map"].values() if f != index["weight_map"][name])
         (folder / INDEX).write_text(json.dumps(index))
         save_file({**load_file(folder / file), "mtp.weight": np.ones((2, 2), "f4")}, folder / file, {"format": "pt"})
-    (report,) = interpolate(*folders, 0.5, tmp_path / "out")
+    (report,) = interpolate(folders[0], folders[1], 0.5, tmp_path / "out")
     a, b, out = (loaded(tmp_path / name) for name in ("a", "b", "out"))
     for name, x in out.items():
         np.testing.assert_array_equal(x, (a[name] + b[name]) / 2, err_msg=name)
