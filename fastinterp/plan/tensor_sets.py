@@ -6,7 +6,7 @@ far as they are the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -62,6 +62,7 @@ def align_sets(
     *,
     stacked: bool = False,
     first_channels: bool = False,
+    integers: int | None = None,
 ) -> AlignedSets:
     """Give models the same names for the same tensors, and leave out what each of them can do without.
 
@@ -70,6 +71,7 @@ def align_sets(
     base    index of the one whose names, and whose recomputed buffers, the output has
     origin  index of the one whose config.json is copied
     stacked the output has layers of several models one upon the other, so that no model's buffers fit all of them
+    integers  index of the one whose tensors are taken where not all are floating, buffers among them; None: nobody's
     first_channels  convolutions of fewer input channels count as the widest model's in those that they lack
     Raises: CheckpointError and StorageError, if bytes that have to be compared cannot be read.
     """
@@ -85,7 +87,8 @@ def align_sets(
     remarks += _about_copies(found, before, names)
     if first_channels:
         tensors = _widened(tensors, merged, names, remarks)
-    tensors, copied = _buffers(tensors, merged, None if stacked else base, names, remarks)
+    taken = frozenset() if integers is None else _of_several_kinds(tensors[:merged])
+    tensors, copied = _buffers(tensors, merged, None if stacked else base, names, remarks, taken)
     return AlignedSets(
         tuple(tensors),
         copied,
@@ -306,16 +309,18 @@ _ATTENTION = frozenset(("attn", "attention", "self_attn", "self_attention"))
 
 
 def _buffers(
-    tensors: Sequence[Tensors], merged: int, base: int | None, names: Sequence[str], remarks: list[str]
-) -> tuple[list[Tensors], tuple[str, ...]]:
+    tensors: Sequence[Tensors], merged: int, base: int | None, names: Sequence[str], remarks: list[str],
+    taken: Container[str],
+) -> tuple[list[Tensors], tuple[str, ...]]:  # fmt: skip
     """(the models' tensors, names of which the base's are copied): recomputed buffers that not all have alike.
 
-    base  index of the model whose buffers are taken; None: they are left out
+    base   index of the model whose buffers are taken; None: they are left out
+    taken  names of tensors of which the recipe says whose to take
     """
     every: dict[str, None] = {}
     for own in tensors[:merged]:
         every |= dict.fromkeys(name for name, tensor in own.items() if is_recomputed(name, tensor))
-    differing = [name for name in every if not _alike(name, tensors[:merged])]
+    differing = [name for name in every if name not in taken and not _alike(name, tensors[:merged])]
     if not differing:
         return list(tensors), ()
     copied = [] if base is None else [name for name in differing if name in tensors[base]]
@@ -330,6 +335,16 @@ def _buffers(
         {n: t for n, t in own.items() if n not in gone or (i == base and n in copied)} if gone & own.keys() else own
         for i, own in enumerate(tensors)
     ], tuple(copied)
+
+
+def _of_several_kinds(tensors: Sequence[Tensors]) -> frozenset[str]:
+    """Names of tensors that all models have, in one shape, and that are not floating in all."""
+    return frozenset(
+        name
+        for name, first in tensors[0].items()
+        if all((t := own.get(name)) is not None and t.shape == first.shape for own in tensors)
+        and not all(own[name].merges for own in tensors)
+    )
 
 
 def _alike(name: str, tensors: Sequence[Tensors]) -> bool:

@@ -144,6 +144,7 @@ def align_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> Alig
         [NamedTensors(m.name, m.tensors, config) for m, config in zip(known, configs, strict=True)],
         len(models), recipe.base_index, _index(known, ModelRef.of(origin.name)),
         stacked=any(section.stacked for section in recipe.sections), first_channels=recipe.channels == "first",
+        integers=None if recipe.integers is None else recipe.models.index(recipe.integers),
     )  # fmt: skip
     aligned = AlignedModels(
         tuple(_with(m, t) for m, t in zip(models, sets.tensors, strict=False)),

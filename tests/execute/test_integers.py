@@ -69,6 +69,19 @@ def test_integers_of_one_side(tmp_path, whose, order):
     assert not fastinterp.check({**how, key: paths[whose]}).errors
 
 
+@pytest.mark.parametrize("whose", "ab")
+def test_positions_of_the_model_that_is_named(tmp_path, whose):
+    """Buffers that software makes anew come from the base, unless the recipe says whose to take."""
+    ids, name = np.arange(7)[None], "text_model.embeddings.position_ids"
+    a = save(tmp_path / "a", {name: integers(ids, "I64"), "w": weights(0, F16, (4,))})
+    b = save(tmp_path / "b", {name: tensor(ids, F16), "w": weights(1, F16, (4,))})
+    for out, pair in (("ab", (a, b)), ("ba", (b, a))):
+        fastinterp.interpolate(*pair, 0.5, tmp_path / out)
+        assert_same({name: read(tmp_path / out)[name]}, {name: read(tmp_path / out[0])[name]})
+        fastinterp.interpolate(*pair, 0.5, tmp_path / f"{out}i", integers=tmp_path / whose)
+        assert_same({name: read(tmp_path / f"{out}i")[name]}, {name: read(tmp_path / whose)[name]})
+
+
 def test_integers_of_different_widths(tmp_path):
     a = save(tmp_path / "a", {IDS: integers([1, 2], "I64")})
     b = save(tmp_path / "b", {IDS: integers([1, 2], "I32")})
