@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastinterp.arguments import numbers, overridden, path_of, size_of, without_recipe
+from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
 from fastinterp.backends.cpu import Progress
+from fastinterp.checkpoint.names import names_file
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.average import average_of
-from fastinterp.paths.points import further_keys, point_name, point_recipe
+from fastinterp.paths.points import further_keys, point_name, point_path, point_recipe
 from fastinterp.plan.plan import Source, make_plan, plan_recipe
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def merge(
     *,
     device: str = "auto",
     threads: int | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
     max_memory: str | int = "512MB",
     dtype: str | None = None,
     rounding: str | None = None,
@@ -38,26 +38,30 @@ def merge(
     durable: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Merge checkpoints into the folder `out`.
+    """Merge checkpoints into the folder `out`; or into the one file `out`, if that ends in `.safetensors`.
 
     recipe          path of a YAML file, YAML text, or a mapping, in mergekit's schema. Of several documents (or a list
                     of mappings) the last is written; it may name the earlier ones as models
     device          "cpu"; "cuda", "cuda:1" or "cuda:0,1" (accelerators, several together); "triton" as "cuda"; "auto"
                     takes the one estimated to be faster, and the report says why
     threads         None: one per CPU, at most 32. The output does not depend on it
-    max_shard_size  bytes of tensor data in one file, "5GB" or a number
+    max_shard_size  bytes of tensor data in one file, "5GB" or a number. None: one file, if the model from which the
+                    configuration comes is one; else 5GB
     max_memory      limit of the scratch memory in bytes; with accelerators, of the host's
     dtype, rounding, seed, missing, channels   replace those of the recipe (dtype: its out_dtype)
-    force           replace a checkpoint in `out`, but never an input
+    force           replace a checkpoint in `out`, or the file `out`, but never an input
     durable         call fsync before finishing: the output survives a crash of the machine
     progress        called about ten times a second with (bytes done, total bytes)
 
     The output appears when it is complete, or not at all.
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
-    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels)
+    target = path_of(out, "out")
+    plan = plan_recipe(
+        recipe, max_shard_size, dtype, rounding, seed, missing, channels, one_file=names_file(target)
+    )  # fmt: skip
     return write_outputs(
-        [plan], [[path_of(out, "out")]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
+        [plan], [[target]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
         durable=durable, progress=progress,
     )[0]  # fmt: skip
 
@@ -74,7 +78,7 @@ def interpolate(
     tokenizer_source: str | os.PathLike[str] | None = None,
     device: str = "auto",
     threads: int | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
     max_memory: str | int = "512MB",
     dtype: str | None = None,
     rounding: str | None = None,
@@ -87,8 +91,9 @@ def interpolate(
 ) -> list[Report]:
     """Interpolate between checkpoints `a` (alpha 0) and `b` (alpha 1), or extrapolate: out = a + alpha * (b - a).
 
-    alphas   finite numbers, at most 4096. One: `out` is the output. Several: `out/alpha_0.3` and so on, 256 from each
-             read of the inputs. Numbers within rounding of 0 and 1 become those
+    alphas   finite numbers, at most 4096. One: `out` is the output. Several: `out/alpha_0.3` and so on (of the file
+             `x.safetensors`: `x_alpha_0.3.safetensors`), 256 from each read of the inputs. Numbers within rounding of 0
+             and 1 become those
     base     the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
     integers the checkpoint whose integer tensors are copied; None: they must be equal
     tokenizer_source  "union", "base" (`base`, else `a`) or a checkpoint: the vocabulary of the outputs
@@ -111,11 +116,12 @@ def interpolate(
     keys = further_keys(missing, channels, tokenizer_source)
     recipes = [overridden(point_recipe(*ends, p, origin, whose, keys), dtype, rounding, seed) for p in points]
     groups = [slice(i, i + MAX_OUTPUTS) for i in range(0, len(points), MAX_OUTPUTS)]
-    plans = [make_plan(recipes[group], max_shard_size=size_of(max_shard_size)) for group in groups]
     target = path_of(out, "out")
     if not target:
         raise UsageError("the name of the output folder is empty")
-    outs = [Path(target)] if len(points) == 1 else [Path(target) / name for name in names]
+    shard, one_file = optional_size(max_shard_size), names_file(target)
+    plans = [make_plan(recipes[group], max_shard_size=shard, one_file=one_file) for group in groups]
+    outs = [target] if len(points) == 1 else [point_path(target, name) for name in names]
     return write_outputs(
         plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
         force=force, durable=durable, progress=progress,
@@ -132,7 +138,7 @@ def average(
     in_order: bool = False,
     device: str = "auto",
     threads: int | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
     max_memory: str | int = "512MB",
     dtype: str | None = None,
     rounding: str | None = None,
@@ -167,7 +173,7 @@ def average(
 def explain(
     recipe: Source,
     *,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
     dtype: str | None = None,
     rounding: str | None = None,
     seed: int | None = None,

@@ -96,6 +96,11 @@ def size_of(size: str | int) -> int:
     return parse_size(str(size))
 
 
+def optional_size(size: str | int | None) -> int | None:
+    """`size_of`; None for None."""
+    return None if size is None else size_of(size)
+
+
 def numbers(alphas: object) -> list[float]:
     """One alpha or several as floats, those within DUST of 0 and 1 as these.
 

@@ -9,17 +9,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fastinterp._version import __version__
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
 from fastinterp.checkpoint.output_folder import OutFolder
-from fastinterp.checkpoint.sidecar_files import copy_sidecars, model_card
 from fastinterp.errors import BackendError, OutputError
 from fastinterp.execute.report import Report, report_of
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
 from fastinterp.plan.plan import Plan
-from fastinterp.recipe.load import Recipe
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device
@@ -38,7 +35,7 @@ def write_outputs(
 ) -> list[Report]:
     """Write the outputs of several plans. All of them are renamed into place at the end, one after the other.
 
-    outs  a folder for each output of each plan
+    outs  a folder, or a file (`x.safetensors`), for each output of each plan
     Raises: what `merge` does; OutputError names the outputs that were finished before it.
     """
     start = time.perf_counter()
@@ -54,6 +51,8 @@ def write_outputs(
             before = sum(d.bytes_read + d.bytes_written for d in every)
             shown = progress if len(plans) == 1 else _part(progress, before, total)
             every.append(run(plan, sinks, threads=threads, max_memory=max_memory, progress=shown, devices=devices))
+        for plan in plans:
+            plan.refuse_changed_files()
         finish([folder for of_plan in folders for folder in of_plan])
     wall = time.perf_counter() - start
     read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
@@ -97,11 +96,12 @@ def _opened_folders(
     for plan, of_plan in zip(plans, outs, strict=True):
         folders.append([])
         for out, layout in zip(of_plan, plan.layouts, strict=True):
-            folder = OutFolder(out, plan.inputs, needed=needed or layout.disk_bytes, **how)
+            names = [*(file.name for file in layout.files), *plan.files.copied]
+            folder = OutFolder(out, plan.inputs, needed=needed or layout.disk_bytes, names=names, **how)
             folders[-1].append(stack.enter_context(folder))
             needed = 0
-        for folder, recipe, layout in zip(folders[-1], plan.recipes, plan.layouts, strict=True):
-            write_small_files(folder, plan, recipe, layout.index, layout.index_name)
+        for k, folder in enumerate(folders[-1]):
+            write_small_files(folder, plan, k)
     return folders
 
 
@@ -122,11 +122,9 @@ def _part(progress: Progress | None, before: int, total: int) -> Progress | None
     return lambda done, of_run: progress(before + done, max(total, before + of_run))
 
 
-def write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: bytes | None, index_name: str) -> None:
-    """Write everything beside the weights: copied side-cars, the model card, the index."""
-    files = plan.aligned.sidecars(copy_sidecars(plan.origin.root, recipe.out_dtype or recipe.dtype))
-    files["README.md"] = model_card(recipe.text, plan.models, recipe.method.name, __version__).encode()
-    if index is not None:
-        files[index_name] = index
-    for name, content in files.items():
+def write_small_files(folder: OutFolder, plan: Plan, k: int) -> None:
+    """Write everything beside the weights of output k: copied files, the model card, indexes. Nothing, if the output is
+    one file.
+    """
+    for name, content in ({} if folder.file else plan.small_files(k)).items():
         folder.write(name, content)

@@ -24,7 +24,6 @@ from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef, not_there, references
 
 _LISTED = 3  # names in a message, before the rest is only counted
-_SHARD = 5 * 10**9  # as merge's default: nothing is written here
 
 
 def check(recipe: RecipeSource | Sequence[Mapping[str, Any]]) -> CheckResult:
@@ -64,7 +63,7 @@ def check(recipe: RecipeSource | Sequence[Mapping[str, Any]]) -> CheckResult:
 def _exit_code(recipes: Sequence[Recipe], library: Library, first: int) -> int:
     """That of the error that ends the planning of the merge; `first`, that of the first finding, if none does."""
     try:
-        make_plan(recipes[-1:], max_shard_size=_SHARD, above=recipes[:-1], library=library)
+        make_plan(recipes[-1:], above=recipes[:-1], library=library)
     except FastinterpError as error:
         return error.exit_code
     return first
@@ -189,10 +188,10 @@ def _check_document(
             return None
         said = {str(warning) for warning in warnings}
         if not recipe.earlier:
-            plan = make_plan([recipe], max_shard_size=_SHARD, library=library)
+            plan = make_plan([recipe], library=library)
             sampled = _check_samples(plan, said, findings)
         elif recipe is recipes[-1] and len(checked) == len(recipes) - 1:
-            plan = make_plan([recipe], max_shard_size=_SHARD, above=recipes[:-1], library=library)
+            plan = make_plan([recipe], above=recipes[:-1], library=library)
             sampled = _check_samples(plan, said, findings)
         made = None if recipe is recipes[-1] else _made(recipe, library, checked)
     except (RecipeError, CheckpointError, StorageError) as error:
@@ -278,7 +277,7 @@ def _check_samples(plan: Plan, known: Collection[str], findings: _Findings) -> i
     for warning in plan.warnings:
         if warning not in known:
             findings.add_warning(warning)
-    findings.remarks += plan.remarks
+    findings.remarks += [*plan.remarks, *plan.file_remarks]
     error, longer = samples.compare_unmerged(plan)
     if error is not None:
         findings.add_error(error)

@@ -64,6 +64,9 @@ def path(
     origin = None if base is None else _endpoint(base, "base")
     models = directions if directions is not None else {"a": a, "b": b}
     ends = {name: _endpoint(x, name) for name, x in models.items()}
+    lead = next(iter(ends.values())) if origin is None else origin
+    if lead.checkpoint is not None:
+        ends = {name: end.following(lead.checkpoint.tensors) for name, end in ends.items()}
     if model is not None and dtype is not None:
         _check_dtype(dtype, model)
     warn_unlike([*([] if origin is None else [origin]), *ends.values()], stacklevel=2)

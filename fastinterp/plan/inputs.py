@@ -65,14 +65,14 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         raise NotImplementedError
 
     @property
-    def quantised(self) -> str:
-        """The format of quantised weights whose codes or scales it holds, which no decoder reads; empty: none."""
-        return ""
-
-    @property
     def factor(self) -> bool:
         """Whether it belongs to an adapter that is built into its model: a factor of a product, which is not merged."""
         return False
+
+    @property
+    def quantised(self) -> str:
+        """The format of quantised weights whose codes or scales it holds, which no decoder reads; empty: none."""
+        return ""
 
     @property
     def merges(self) -> bool:

@@ -24,12 +24,21 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     root        the folder of its configuration and tokenizer
     tensors     by name, in the order of the checkpoint; encoded ones as what they are decoded
     checkpoint  what it was opened from; None: a document above makes it
+    origin      if a document above makes it, the checkpoint from which it has its configuration and the names of files
+    left_out    and those of that checkpoint's files which are not in `root`: reason -> names
     """
 
     name: str
     root: Path
     tensors: Mapping[str, TensorInput]
     checkpoint: Checkpoint | None = None
+    origin: Checkpoint | None = None
+    left_out: Mapping[str, tuple[str, ...]] = {}
+
+    @property
+    def source(self) -> Checkpoint | None:
+        """The checkpoint whose file names and header metadata it has."""
+        return self.checkpoint or self.origin
 
     @property
     def files(self) -> tuple[Path, ...]:

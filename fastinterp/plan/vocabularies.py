@@ -56,7 +56,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
     vocabulary  the folder of the model whose vocabulary the output has, if that is not the origin
     remarks     what was done to make the models fit each other, for people: nothing to worry about
     channels    of the origin's first convolution and of the output's, where they differ
-    copied      names of tensors of which the base's are taken as they are
+    copied      names of tensors of which one model's are taken as they are, and which
     notes       by model: why a tensor that it lacks was not made from others
     counts      stacks of which the output has other layers than its inputs
     numbers     the origin's configuration says that its weights are quantised, but the output has none that are
@@ -71,7 +71,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
     source: str | None = None
     warnings: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
-    copied: tuple[str, ...] = ()
+    copied: Mapping[str, int] = {}
     channels: tuple[int, int] | None = None
     notes: Mapping[int, str] = {}
     counts: tuple[LayerCount, ...] = ()
@@ -144,7 +144,7 @@ def align_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> Alig
         [NamedTensors(m.name, m.tensors, config) for m, config in zip(known, configs, strict=True)],
         len(models), recipe.base_index, _index(known, ModelRef.of(origin.name)),
         stacked=any(section.stacked for section in recipe.sections), first_channels=recipe.channels == "first",
-        integers=None if recipe.integers is None else recipe.models.index(recipe.integers),
+        integers=None if recipe.integers is None or recipe.sections[0].name else recipe.models.index(recipe.integers),
     )  # fmt: skip
     aligned = AlignedModels(
         tuple(_with(m, t) for m, t in zip(models, sets.tensors, strict=False)),

@@ -7,11 +7,11 @@ import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastinterp.checkpoint.open import changed_since
+from fastinterp.checkpoint.open import changed_since, refuse_components
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.execute.sources import Sources, storage
 from fastinterp.in_memory.allocate import torch_dtype
@@ -23,6 +23,8 @@ from fastinterp.plan.compatibility import path_warnings
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.models import Model as StoredModel
 from fastinterp.plan.models import open_model
+from fastinterp.plan.tensor_sets import following
+from fastinterp.recipe.tensor_groups import HasShape
 from fastinterp.torch_models.module_tensors import TensorSpec, Weight, equal_bytes, is_extra_state, tied_error
 
 Model = str | os.PathLike[str] | Mapping[str, Any]  # a checkpoint's path or Hub id, or a state dict
@@ -50,7 +52,16 @@ class Endpoint:
         if not isinstance(model, (str, os.PathLike)):
             raise UsageError(f"{role} must be a checkpoint's path or a state dict, got {type(model).__name__}")
         name = os.fspath(model)
-        return Endpoint(name, open_model(name), {})
+        opened = open_model(name)
+        if opened.checkpoint is not None:
+            refuse_components(opened.checkpoint)
+        return Endpoint(name, opened, {})
+
+    def following(self, reference: Mapping[str, HasShape]) -> Endpoint:
+        """This end point. Tensors of a checkpoint have the names of the reference, where a prefix or the like differs,
+        and buffers that software computes are left out where the reference lacks them.
+        """
+        return self if self.checkpoint is None else replace(self, checkpoint=following(self.checkpoint, reference))
 
     def specs(self) -> dict[str, TensorSpec]:
         """Dtype and shape of each tensor, extra state left out. Raises: UsageError, if one is no torch tensor."""

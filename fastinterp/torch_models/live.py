@@ -103,7 +103,8 @@ class Live:
         self._watch = TensorWatch(module, self._weights)  # the tensors may be given other memory
         with ExitStack() as stack:
             stack.callback(ExclusiveTensors(self._weights).release)
-            ends = {role: Endpoint.of(model, role) for role, model in roles.items()}
+            own = {name: weight for weight in weights_of(module, None) for name in weight.names}
+            ends = {role: Endpoint.of(model, role).following(own) for role, model in roles.items()}
             models = list(ends.values())
             _refuse_quantised(models, every)
             if integers is not None:

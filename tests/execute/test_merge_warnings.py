@@ -144,15 +144,6 @@ def test_a_nan_in_one_tensor_does_not_hide_the_staircase_in_another(tmp_path):
     assert any("1 NaN" in w for w in report.warnings)
 
 
-def test_code_of_the_model_is_left_behind_with_a_word(tmp_path):
-    paths = saved(tmp_path, [{"x": weights(1, BF16, (10,))}, {"x": weights(2, BF16, (10,))}])
-    (Path(paths[0]) / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_own.Own"}}')
-    (Path(paths[0]) / "modeling_own.py").write_text("raise SystemExit")
-    report = fastinterp.merge(recipe("linear", paths, weights=[1, 1]), tmp_path / "out")
-    assert not (tmp_path / "out" / "modeling_own.py").exists()
-    assert ["auto_map" in w for w in report.warnings] == [True]
-
-
 # --- the files beside the weights ------------------------------------------------------------------------------------
 
 
