@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -52,7 +54,7 @@ class Quantised(torch.nn.Module):
 
 @pytest.mark.parametrize("stored", [True, False], ids=["checkpoints", "state dicts"])
 def test_live_refuses_quantised_end_points(tmp_path, stored):
-    ends = [quantised(k) for k in range(2)]
+    ends: list[Any] = [quantised(k) for k in range(2)]
     if stored:
         for k, end in enumerate(ends):
             save_file(end, tmp_path / f"{k}.safetensors")
@@ -140,7 +142,7 @@ def test_without_integers_buffers_of_the_module_stay():
 @pytest.mark.parametrize("whose", ["a", "b"])
 def test_path_takes_integers_of_one_end_point(tmp_path, whose):
     a, b = Counting(1.0, torch.arange(4)), Counting(5.0, torch.arange(1, 5).half())
-    ends = [saved(a, tmp_path / "a.safetensors"), state(b)]
+    ends: list[Any] = [saved(a, tmp_path / "a.safetensors"), state(b)]
     with pytest.raises(ShapeError, match="Say whose to take: `integers=`"):
         fastinterp.path(*ends).weights(0.5)
     point = fastinterp.path(*ends, integers=whose).weights(0.5)
