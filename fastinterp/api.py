@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of
+from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
 from fastinterp.backends.cpu import Progress
 from fastinterp.checkpoint.names import names_file
 from fastinterp.errors import UsageError
@@ -66,6 +66,7 @@ def merge(
     )[0]  # fmt: skip
 
 
+@without_recipe
 def interpolate(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],

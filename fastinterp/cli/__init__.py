@@ -75,12 +75,23 @@ class _Commands(click.Group):
             message = f"No such option: {error.option_name}. {instead}"
             raise click.NoSuchOption(error.option_name, message, ctx=error.ctx) from None
         except FastinterpError as error:
-            message = "; ".join([str(error), *ctx.meta.get(OUTCOME, [])])
+            message = "; ".join([self._with_options(ctx, str(error)), *ctx.meta.get(OUTCOME, [])])
             click.echo(f"{click.style(type(error).__name__, fg='red')}: {message}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as stopped:
             click.echo("; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), err=True)
             ctx.exit(getattr(stopped, "exit_code", 130))
+
+    def _with_options(self, ctx: click.Context, message: str) -> str:
+        """The message of a command without a recipe: what it has as an option is not called a key or an argument."""
+        command = self.get_command(ctx, ctx.invoked_subcommand or "")
+        names = {p.name: p.opts[0] for p in command.params if p.opts} if command is not None else {}
+        if "recipe" in names:
+            return message
+        from fastinterp.messages import with_keys_as
+
+        known = {name: option for name, option in names.items() if option.startswith("--")}
+        return with_keys_as(message, lambda key, value: f"{known[key]} {value}" if key in known else None)
 
 
 _KNOWN = "Known: " + ", ".join(_MODULES)

@@ -15,6 +15,7 @@ from fastinterp.inspect.check_result import CheckResult, Finding
 from fastinterp.messages import counted, listed, plain
 from fastinterp.plan.models import Library, Model
 from fastinterp.plan.plan import Plan, make_plan
+from fastinterp.plan.quantised import refuse_quantised
 from fastinterp.plan.single import plan_document
 from fastinterp.plan.vocabularies import align_models
 from fastinterp.recipe.check import check_recipe, check_tensors
@@ -226,8 +227,11 @@ def _models(
 ) -> tuple[list[Collection[str]], dict[str, Any], bool]:
     """The tensor names of each of a recipe's models, what else is known of them for Assembly, and whether their
     vocabularies could be aligned.
+
+    Raises: CheckpointError, if models that are merged have different quantised tensors.
     """
     models = [_found(recipe, model, library, checked) for model in recipe.models]
+    refuse_quantised(recipe, models)
     origin = _origin(recipe)
     try:
         aligned = align_models(replace(recipe, origin=origin), models, _found(recipe, origin, library, checked))
@@ -274,13 +278,18 @@ def _check_samples(plan: Plan, known: Collection[str], findings: _Findings) -> i
         if warning not in known:
             findings.add_warning(warning)
     findings.remarks += [*plan.remarks, *plan.file_remarks]
-    errors, longer = samples.compare_unmerged(plan)
-    for error in errors:
+    error, longer = samples.compare_unmerged(plan)
+    if error is not None:
         findings.add_error(error)
-    if longer:
+    if names := [t.name for t in longer if not t.inputs[0].quantised]:
         findings.add_warning(
-            f"{counted(len(longer), 'tensor')} that no method merges must be the same in all models, and only the "
-            f"first MB of each was compared: {listed(longer, _LISTED)}. Say whose to take: `integers: MODEL`"
+            f"{counted(len(names), 'tensor')} that no method merges must be the same in all models, and only the "
+            f"first MB of each was compared: {listed(names, _LISTED)}. Say whose to take: `integers: MODEL`"
+        )
+    if names := [t.name for t in longer if t.inputs[0].quantised]:
+        findings.add_warning(
+            f"{counted(len(names), 'tensor')} with codes or scales of quantised weights must be the same in all "
+            f"models, and only the first MB of each was compared: {listed(names, _LISTED)}"
         )
     for warning in chunks.negative_importances(plan):
         findings.add_warning(warning)

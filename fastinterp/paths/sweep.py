@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastinterp.arguments import dtype_named, optional_size, path_of, size_of
+from fastinterp.arguments import dtype_named, optional_size, path_of, size_of, without_recipe
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices
 from fastinterp.checkpoint.names import names_file
@@ -25,6 +25,7 @@ Callback = Callable[[Point, dict[str, Any]], Any]
 _MEMORY = "512MB"
 
 
+@without_recipe
 def sweep(
     a: Model | None = None,
     b: Model | None = None,

@@ -120,7 +120,7 @@ def made_by(recipe: Recipe, document: Document) -> tuple[Model, Folder | None]:
                 path="$.name",
                 file=recipe.file,
             )
-        planned = structs.replace(t, dtype=(named or _wide(t)) if t.merged else t.dtype)
+        planned = structs.replace(t, dtype=(named or _wide(t)) if t.merged and not t.dtype.is_complex else t.dtype)
         folds = recipe.out_dtype is None or _is_copy(t)
         tensors[t.name] = IntermediateInput(t.name, t.dtype, t.shape, t.nbytes, planned, named is None, folds)
     folder = _small_files(recipe, document)

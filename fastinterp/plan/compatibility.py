@@ -53,7 +53,6 @@ def compatibility_warnings(checkpoints: Sequence[Model], origin: Model, vocabula
     warnings = [*_missing(origin, others), *([] if vocabulary else _tokenizers(origin, others))]
     if config is not None:
         warnings += _configs(origin, config, others, {"vocab_size"} if vocabulary else set())
-    warnings += _quantised(checkpoints)
     for file, code in missing_code(origin.root).items():
         warnings.append(
             f"{file} of {origin.name} names code (auto_map) that is not in its folder: {listed(code, _MOST)}. Copy it "
@@ -134,11 +133,9 @@ def _table(path: Path) -> dict[str, Any]:
 
 
 def path_warnings(checkpoints: Sequence[Model]) -> tuple[str, ...]:
-    """Warnings about the models of a path, where no file is copied: tokenizers that differ from the first's, and
-    weights that are quantised.
-    """
+    """Warnings about the models of a path, where no file is copied: tokenizers that differ from the first's."""
     first, *others = {c.root: c for c in checkpoints}.values()
-    return tuple(_tokenizers(first, others, copied=False) + _quantised(checkpoints))
+    return tuple(_tokenizers(first, others, copied=False))
 
 
 def _missing(origin: Model, others: Sequence[Model]) -> list[str]:
@@ -185,25 +182,6 @@ def _configs(origin: Model, config: dict[str, Any], others: Sequence[Model], may
         f"{CONFIG} of {origin.name} and of {listed(names, _MOST)} differ: {keys}; the output gets {origin.name}'s. "
         "See that the models belong together"
         for keys, names in groups.items()
-    )
-
-
-def _quantised(checkpoints: Sequence[Model]) -> list[str]:
-    """Models whose stored numbers mean nothing without their scales."""
-    groups: dict[str, list[str]] = {}
-    for checkpoint in checkpoints:
-        try:
-            quantisation = (read_config(checkpoint.root) or {}).get("quantization_config")
-        except (CheckpointError, RecursionError):
-            continue  # warned of elsewhere
-        if isinstance(quantisation, dict):
-            groups.setdefault(fit(str(quantisation.get("quant_method", "no method named")), 40), []).append(
-                checkpoint.name
-            )
-    return _few(
-        f"{CONFIG} of {listed(dict.fromkeys(names), _MOST)} says that its weights are quantised ({how}). Numbers are "
-        "merged as they are stored, without scales: convert the models to bfloat16 first"
-        for how, names in groups.items()
     )
 
 

@@ -18,8 +18,9 @@ from fastinterp.plan.compatibility import (
 )
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
+from fastinterp.plan.quantised import about_configuration, refuse_differing, refuse_quantised
 from fastinterp.plan.tensor_sets import with_names_of
-from fastinterp.plan.tensors import dtype_warnings, plan_tensors, sidecar_refs
+from fastinterp.plan.tensors import complex_remarks, dtype_warnings, plan_tensors, sidecar_refs
 from fastinterp.plan.vocabularies import AlignedModels, align_models
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef, not_there
@@ -76,6 +77,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     first = recipes[0]
     models = [find_named(first, find, model) for model in first.models]
     origin = find_named(first, find, first.origin)
+    refuse_quantised(first, models)
     files = origin_files(
         origin.root, origin.source, origin.left_out
     )  # before any of them is read: changes are noticed from here on
@@ -93,6 +95,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         layer_warnings, changed = about_layers(aligned.counts, origin, aligned.models)
         aligned = replace(aligned, remarks=(*aligned.remarks, *changed))
     targets = [assembly.targets for assembly in assemblies]
+    refuse_differing(targets[0], aligned.models)
     base = aligned.models[first.base_index]
     sidecars = {
         model: with_names_of(base, find_named(first, find, model)) for model in sidecar_refs(targets[0], first.method)
@@ -104,6 +107,9 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         *(aligned.layouts.values() if first.missing != "error" else ()),
         *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
     ]
+    remark, warning = about_configuration(origin, tensors)
+    aligned = replace(aligned, numbers=bool(remark))
+    warnings += [warning] if warning else []
     if aligned.template is None and aligned.vocabulary is None:
         warnings += template_warnings(aligned.models, origin)
     warnings += head_warnings(origin, {t.name: t for t in tensors}, aligned.tied)
@@ -117,4 +123,5 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     opened = (*models, origin, *sidecars.values())
     remarks = [remark for model in opened if model.checkpoint is not None for remark in model.checkpoint.remarks]
     remarks += [*aligned.remarks, *assemblies[0].remarks]
+    remarks += [*([remark] if remark else []), *complex_remarks(first, tensors)]
     return Document(aligned, origin, tensors, sidecars, tuple(warnings), tuple(dict.fromkeys(remarks)), files)

@@ -15,7 +15,8 @@ from fastinterp.checkpoint.open import changed_since, refuse_components
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.execute.sources import Sources, storage
 from fastinterp.in_memory.allocate import torch_dtype
-from fastinterp.in_memory.inputs import StoredTensor
+from fastinterp.in_memory.arrays import stored_dtype
+from fastinterp.in_memory.inputs import ArrayHeader, StoredTensor
 from fastinterp.messages import plain
 from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.plan.compatibility import path_warnings
@@ -76,6 +77,12 @@ class Endpoint:
             specs[name] = dtype, tuple(x.shape)
         return specs
 
+    def headers(self) -> dict[str, ArrayHeader]:
+        """Dtype and shape of those tensors of a state dict whose dtype files have."""
+        tensors = {n: x for n, x in self.state.items() if hasattr(x, "dtype") and hasattr(x, "shape")}
+        known = ((name, x, stored_dtype(x)) for name, x in tensors.items())
+        return {name: ArrayHeader(dtype, tuple(x.shape)) for name, x, dtype in known if dtype is not None}
+
     def changed_files(self) -> list[Path]:
         """The files that were changed, replaced or removed since their headers were read."""
         checkpoint = None if self.checkpoint is None else self.checkpoint.checkpoint
@@ -110,6 +117,11 @@ class Endpoints:
         if model.checkpoint is None:
             return {name: x for name, x in model.state.items() if self._wanted(name)}
         return {name: self._stored(tensor) for name, tensor in model.checkpoint.tensors.items() if self._wanted(name)}
+
+    def read(self, model: Endpoint) -> dict[str, Any]:
+        """The tensors of one end point by name, as torch tensors in memory. Raises: StorageError, CheckpointError."""
+        tensors = self.tensors(model).items()
+        return {name: self._whole(x) if isinstance(x, StoredTensor) else x for name, x in tensors}
 
     def _stored(self, tensor: TensorInput) -> Any:
         plain = tensor.plain
@@ -167,7 +179,7 @@ class Endpoints:
 
 
 def warn_unlike(models: Sequence[Endpoint], stacklevel: int) -> None:
-    """Warn where tokenizers of the checkpoints differ from the first's, or weights are quantised, as a merge would.
+    """Warn where tokenizers of the checkpoints differ from the first's, as a merge would.
 
     stacklevel  1: the caller's line is named
     """

@@ -227,7 +227,7 @@ def test_interpolate_takes_the_integers_of_the_model_that_is_named(models):
         save(models / name, {"w": np.full(4, value, np.float32), "steps": np.array([value])})
     args = ["interpolate", "x", "y", "--alpha", "0.5", "--alpha", "1", "-o", "p"]
     said = run(*args, code=3)
-    assert "steps (I64)" in said and "differs between x and y" in said and "--integers MODEL of interpolate" in said
+    assert "steps (I64)" in said and "differs between x and y" in said and "`--integers MODEL`" in said
     run(*args, "--integers", "./y/")
     for folder in ("alpha_0.5", "alpha_1"):
         assert np.frombuffer(load(models / "p" / folder / "model.safetensors")["steps"][2], np.int64).tolist() == [2]
