@@ -17,7 +17,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -60,12 +60,6 @@ class Case:
                 run()
                 self.times[name]["wall_s"].append(time.perf_counter() - wall)
                 self.times[name]["cpu_s"].append(time.process_time() - cpu)
-
-    def ratio(self, of: str, to: str, clock: str = "wall_s") -> float:
-        """The median over the rounds of one racer's time over another's."""
-        return statistics.median(
-            a / b for a, b in zip(self.times[of][clock], self.times[to][clock], strict=True)
-        )  # fmt: skip
 
 
 # --- torch ------------------------------------------------------------------------------------------------------------
@@ -235,13 +229,29 @@ def cases(names: list[str], scale: float, folder: Path) -> Iterator[Case]:
             yield make()
 
 
-def row(case: Case, same: str) -> str:
-    best = {name: min(times["wall_s"]) for name, times in case.times.items()}
-    copy = f"{case.ratio('ours', 'copy'):.2f}" if "copy" in case.times else ""
+HEAD = (
+    "| case | theirs | ours | theirs / ours | of processor time | ours / copy | same result |",
+    "|---|---:|---:|---:|---:|---:|---|",
+)
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rows of cases as they are in a file of results, as Markdown."""
+    return [*HEAD, *(_row(one["case"], one["times"], one["same"]) for one in found)]
+
+
+def _row(name: str, times: Mapping[str, Mapping[str, Sequence[float]]], same: str) -> str:
+    best = {racer: min(of["wall_s"]) for racer, of in times.items()}
+    copy = f"{_ratio(times, 'ours', 'copy', 'wall_s'):.2f}" if "copy" in times else ""
     return (
-        f"| {case.name} | {_seconds(best['theirs'])} | {_seconds(best['ours'])} | {case.ratio('theirs', 'ours'):.1f} | "
-        f"{case.ratio('theirs', 'ours', 'cpu_s'):.1f} | {copy} | {same} |"
+        f"| {name} | {_seconds(best['theirs'])} | {_seconds(best['ours'])} | "
+        f"{_ratio(times, 'theirs', 'ours', 'wall_s'):.1f} | {_ratio(times, 'theirs', 'ours', 'cpu_s'):.1f} | {copy} | {same} |"
     )
+
+
+def _ratio(times: Mapping[str, Mapping[str, Sequence[float]]], of: str, to: str, clock: str) -> float:
+    """The median over the rounds of one racer's time over another's."""
+    return statistics.median(a / b for a, b in zip(times[of][clock], times[to][clock], strict=True))
 
 
 def _seconds(wall_s: float) -> str:
@@ -261,13 +271,12 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     work = Path(tempfile.mkdtemp(prefix="fastinterp-tools-", dir=asked.folder))
     found = []
-    print("| case | theirs | ours | theirs / ours | of processor time | ours / copy | same result |", flush=True)
-    print("|---|---:|---:|---:|---:|---:|---|", flush=True)
+    print("\n".join(HEAD), flush=True)
     try:
         for case in cases(asked.names, asked.scale, work):
             same = case.same()
             case.measure(asked.rounds)
-            print(row(case, same), flush=True)
+            print(_row(case.name, case.times, same), flush=True)
             found.append({"case": case.name, "bytes": case.nbytes, "same": same, "times": case.times})
     finally:
         shutil.rmtree(work)
