@@ -59,6 +59,27 @@ def read_config(root: Path) -> dict[str, Any] | None:
     return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), "the model configuration", str(path))
 
 
+_NAMED_FILE = "transformers_weights"  # of config.json: which file transformers reads in place of model.safetensors
+
+
+def named_file(root: Path) -> str | None:
+    """The file or index of weights that config.json in the folder names, by which transformers goes; None, if it does
+    not name one, or cannot be read.
+    """
+    try:
+        name = (read_config(root) or {}).get(_NAMED_FILE)
+    except CheckpointError:
+        return None
+    return name if isinstance(name, str) else None
+
+
+def without_named_file(config: bytes, file: str = CONFIG) -> bytes:
+    """`config` that names no file of weights: those of an output have the usual name."""
+    table = parse_object(config.lstrip(), "the model configuration", file)
+    table.pop(_NAMED_FILE, None)
+    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def with_dtype(config: bytes, dtype: DType, file: str = CONFIG) -> bytes:
     """`config` with its `torch_dtype` and `dtype` set to `dtype`, at the top and in nested `*_config` objects.
 

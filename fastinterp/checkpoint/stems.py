@@ -9,6 +9,7 @@ from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import ANY_INDEX, SHARD, STEMS, WEIGHTS
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.sidecar_files import named_file
 from fastinterp.errors import CheckpointError
 
 MODEL, DIFFUSERS, OPEN_CLIP = STEMS[:3]
@@ -21,6 +22,8 @@ def stem_of(checkpoint: Checkpoint) -> str:
     alone may be called anything: if no library looks for its name, it is the stem that its folder's configuration
     leads to.
     """
+    if named_file(checkpoint.root):  # any name: an output names none, and has the usual one
+        return MODEL
     if match := ANY_INDEX.fullmatch(checkpoint.index_name):
         variant = match["old"] or match["variant"]
         return f"{match['stem']}.{variant}" if variant else match["stem"]
