@@ -22,6 +22,13 @@ _CONTAINERS = _WRAPPERS | frozenset((
     "distilbert", "electra", "albert", "deberta", "gpt_neox", "rwkv", "generator", "discriminator", "network", "net",
     "student", "policy", "llm", "state_dict", "encoder_model", "pretrained_model",
 ))  # fmt: skip
+# Parts of names that say which of several parts of a model it is: none of them stands for another, nor does a number.
+_SIBLINGS = frozenset((
+    "encoder", "decoder", "text_model", "text_encoder", "text_encoder_2", "text_encoder_3", "vision_model",
+    "vision_tower", "vision_encoder", "image_encoder", "visual", "audio_model", "audio_tower", "audio_encoder", "unet",
+    "vae", "generator", "discriminator", "student", "teacher", "policy", "critic", "actor", "reward_model", "model_ema",
+    "ema_model",
+))  # fmt: skip
 # Last parts of names, and how torch or transformers write them now.
 _SPELLINGS = {
     "gamma": "weight",
@@ -63,6 +70,12 @@ class _Rule(msgspec.Struct, frozen=True):
         while a and b and a[-1] == b[-1]:
             a, b = a[:-1], b[:-1]
         return _CONTAINERS.issuperset((*a, *b))
+
+    @property
+    def swaps_siblings(self) -> bool:
+        """Whether it takes one part of a model for another, `encoder.` for `decoder.`, or one layer for another."""
+        a, b = ({p for p in s.split(".") if p in _SIBLINGS or p.isdecimal()} for s in (self.own, self.other))
+        return bool(a - b and b - a)
 
     def __str__(self) -> str:
         if not self.own:
@@ -135,7 +148,8 @@ def _prefixes(
     """(own name -> the other's, the rules by which, each with how many names it explains).
 
     left, free  names that only this model has, and that only the other has, with their shapes
-    whole       the models have no name in common: then any one prefix may stand for any other
+    whole       the models have no name in common: then any one prefix may stand for any other, but for those of parts
+                of one model
     """
     candidates = _candidates(left, free)
     images: dict[str, str] = {}
@@ -151,6 +165,7 @@ def _prefixes(
         for rule in first:
             rivals = [*refused, *(covers[r] for r in first if r != rule)]
             allowed = rule.moves_containers or (whole and not rules and 2 * best >= len(left))
+            allowed &= not rule.swaps_siblings
             candidates.remove(rule)
             if allowed and not any(_contest(rival, covers[rule]) for rival in rivals):
                 images |= covers[rule]
