@@ -390,7 +390,7 @@ def test_projections_of_several_dtypes(tmp_path):
 
 
 def test_projections_in_another_order_are_not_fused(tmp_path):
-    """Of CodeGen: its `qkv_proj` has the rows of queries, values and keys, four times. GPT-J has the same other names."""
+    """Of CodeGen: its `qkv_proj` has the rows of queries, values, keys, four times. GPT-J has the same other names."""
     stem = "transformer.h.0.attn"
     a = write(tmp_path / "a", {f"{stem}.qkv_proj.weight": filled(1, (24, 8)), f"{stem}.out_proj.weight": filled(2)})
     single = {f"{stem}.{n}_proj.weight": filled(i, (8, 8)) for i, n in enumerate("qkv")}
