@@ -85,8 +85,8 @@ _LAYOUTS = (
              "backward_hadamard_matrix", "act_global_scale", "weight_global_scale")),
     _Layout("HQQ", "W_q", _ANY, ("zero", "meta"),  # `scale` alone: attention has one, and `W_q` may be its queries
             ("scale", "axis", "channel_wise", "compute_dtype", "encoded_state_dict", "group_size", "nbits",
-             "offload_meta", "optimize", "packing", "quant_scale", "quant_zero", "round_zero", "shape", "stores_quant_config",
-             "unpack_view_dtype", "view_as_float")),
+             "offload_meta", "optimize", "packing", "quant_scale", "quant_zero", "round_zero", "shape",
+             "stores_quant_config", "unpack_view_dtype", "view_as_float")),
     _Layout("EXL2", "q_weight", _WORDS, ("q_scale", "q_groups"),
             ("q_scale_max", "q_group_map", "q_invperm", "q_perm")),
     _Layout("EXL3", "trellis", _WORDS, ("suh", "su", "svh", "sv"), ("mcg", "mul1")),
