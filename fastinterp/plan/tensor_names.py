@@ -181,7 +181,6 @@ def _prefixes(
         for rule in first:
             rivals = [*refused, *(covers[r] for r in first if r != rule)]
             allowed = rule.moves_containers or (whole and not rules and 2 * best >= len(left))
-            allowed &= not rule.swaps_siblings
             candidates.remove(rule)
             if allowed and not any(_contest(rival, covers[rule]) for rival in rivals):
                 images |= covers[rule]
@@ -206,7 +205,7 @@ def _candidates(left: Mapping[str, tuple[int, ...]], free: Mapping[str, tuple[in
                 fitting = [other for other in others if fits(name, shape, free[other])]
                 found.update(_Rule(name[: -len(end)], other[: -len(end)]) for other in fitting)
                 break
-    return [rule for rule, _ in found.most_common(_RULES) if rule.own != rule.other]
+    return [rule for rule, _ in found.most_common(_RULES) if rule.own != rule.other and not rule.swaps_siblings]
 
 
 def _ends(name: str) -> list[str]:

@@ -112,3 +112,12 @@ def test_one_part_of_a_model_is_not_another(own, other, common):
     rests = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "mlp.up_proj.weight", "norm.weight"]
     names, theirs = (shaped([*in_front(prefix, rests), *common]) for prefix in (own, other))
     assert match_names(names, theirs) is None
+
+
+def test_another_part_with_the_same_shapes_is_no_rival():
+    """The encoder of a model under a prefix, beside a model that has a decoder, too."""
+    rests = ["q_proj.weight", "k_proj.weight"]
+    own = shaped([*in_front("encoder.", rests), *in_front("decoder.", rests)])
+    found = match_names(own, shaped(in_front("model.encoder.", rests)))
+    assert found is not None and found.how == ("prefix `model.` added (2 tensors)",)
+    assert found.names == {n: f"model.{n}" if n.startswith("encoder.") else n for n in own}
