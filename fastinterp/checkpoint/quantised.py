@@ -7,18 +7,13 @@ decode it; one that has a reader (formats.py) is not: its tensors are left out b
 from __future__ import annotations
 
 import json
-import os
 import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.regular_file import read_regular
-from fastinterp.checkpoint.sidecar_files import CONFIG
-from fastinterp.checkpoint.strict_json import parse_object
-from fastinterp.errors import CheckpointError
+from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.ops.dtypes import DType
 
 if TYPE_CHECKING:
@@ -297,11 +292,11 @@ def declared_method(root: Path, metadata: Mapping[str, str] | None = None) -> st
 
     A damaged configuration says nothing here.
     """
-    table = _table(root, CONFIG)
+    table = json_or_empty(root / CONFIG)
     for one in (table, table.get("text_config")):
         if isinstance(one, dict) and (method := _method(one)):
             return method
-    if (quantisation := _table(root, HF_QUANT_CONFIG).get("quantization")) and isinstance(quantisation, dict):
+    if (quantisation := json_or_empty(root / HF_QUANT_CONFIG).get("quantization")) and isinstance(quantisation, dict):
         return "modelopt"
     return (metadata or {}).get("quantization_format", "")
 
@@ -329,13 +324,3 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
         key: without_quantisation(value) if key.endswith("_config") and isinstance(value, dict) else value
         for key, value in changed.items()
     }
-
-
-def _table(root: Path, name: str) -> dict[str, Any]:
-    path = os.fspath(root / name)
-    try:
-        if not os.path.isfile(path):
-            return {}
-        return parse_object(read_regular(path, MAX_HEADER).lstrip(), "the configuration", path)
-    except (CheckpointError, OSError, RecursionError):
-        return {}

@@ -59,6 +59,14 @@ def read_config(root: Path) -> dict[str, Any] | None:
     return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), "the model configuration", str(path))
 
 
+def json_or_empty(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that is only looked at: empty, if there is none, or if it is damaged."""
+    try:
+        return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), path.name, str(path))
+    except CheckpointError:
+        return {}
+
+
 def with_dtype(config: bytes, dtype: DType, file: str = CONFIG) -> bytes:
     """`config` with its `torch_dtype` and `dtype` set to `dtype`, at the top and in nested `*_config` objects.
 
