@@ -24,7 +24,7 @@ _TRANSFORMERS = {
 _LOADED = {"bitsandbytes": "bitsandbytes", "bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes"}
 # Those that gptqmodel.utils.model_dequant reads.
 _GPTQMODEL = ("gptq", "awq", "auto-round", "modelopt", "exl3")
-# Formats in which a number is a code times its scale.
+# Formats in which a number is a code times its scale; unless what is stored is the largest number, as `_amax`.
 _PRODUCTS = ("fp8 with scales", "fp8 with scales of blocks", "int8 with scales")
 _BLOCK = 128  # rows and columns of a block, where its scales are one for each begun block
 _DROPPED = ("scale_input", "input_scale", "scaled_fp8", "comfy_quant")  # of no use without codes
@@ -53,7 +53,7 @@ def command(
         return f"with GPTQModel: {python(code)}"
     if method == "mlx":
         return f"with mlx-lm: `mlx_lm.convert --hf-path {quote(str(root))} --mlx-path {_NEW} --dequantize`"
-    if format in _PRODUCTS and scale is not None and len(files) == 1:
+    if format in _PRODUCTS and scale is not None and "amax" not in scale[0] and len(files) == 1:
         return _product(files[0], codes, scale)
     return ""
 
