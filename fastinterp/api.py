@@ -180,7 +180,7 @@ def explain(
     missing: str | None = None,
     channels: str | None = None,
 ) -> Explanation:
-    """What `merge` would read, compute and write, from headers alone. print() shows it, `as_dict` gives plain values.
+    """What `merge` would read, compute and write, from headers. print() shows it, `as_dict` gives plain values.
 
     Arguments and errors are those of `merge`.
     """

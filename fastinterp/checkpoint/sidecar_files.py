@@ -66,10 +66,7 @@ def named_file(root: Path) -> str | None:
     """The file or index of weights that config.json in the folder names, by which transformers goes; None, if it does
     not name one, or cannot be read.
     """
-    try:
-        name = (read_config(root) or {}).get(_NAMED_FILE)
-    except CheckpointError:
-        return None
+    name = json_or_empty(root / CONFIG).get(_NAMED_FILE)
     return name if isinstance(name, str) else None
 
 
@@ -78,6 +75,14 @@ def without_named_file(config: bytes, file: str = CONFIG) -> bytes:
     table = parse_object(config.lstrip(), "the model configuration", file)
     table.pop(_NAMED_FILE, None)
     return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def json_or_empty(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that is only looked at: empty, if there is none, or if it is damaged."""
+    try:
+        return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), path.name, str(path))
+    except CheckpointError:
+        return {}
 
 
 def with_dtype(config: bytes, dtype: DType, file: str = CONFIG) -> bytes:

@@ -220,7 +220,7 @@ class _Merge:
         inputs, library, first = self.inputs, self.inputs.library, self.inputs.first
         self.device = inputs.device()
         self.layers = Layers(first) if len(first) > 1 else None
-        copied = inputs.unmerged(self.quantised, self.chosen)
+        copied = inputs.unmerged(self.quantised, self.chosen, self._only_sums)
         if self.quantised and len(inputs.models) == 1:
             self._check_copies()
         merged = {name: inputs.views(name) for name in first if name not in copied}
@@ -232,7 +232,7 @@ class _Merge:
         for name, views in merged.items():
             if math.prod(views[0].shape):
                 if inputs.is_complex(name):
-                    self._check_complex(name, views, numel)
+                    self._check_complex(name)
                 jobs.append(self._job(name, views, inputs.view(out[name], name), numel, sources, sinks))
         run_jobs(jobs, self._executor(sources, sinks, stats_every))
         if stats_every:
@@ -294,9 +294,15 @@ class _Merge:
                     tensor=name,
                 )
 
-    def _check_complex(self, name: str, views: Sequence[View], numel: int) -> None:
+    def _only_sums(self, name: str) -> bool:
+        """Whether the method makes a weighted sum of a tensor, and nothing else."""
+        if self.method.generator:
+            return False
+        return isinstance(self._call(name, tuple(self.inputs.first[name].shape), 0)(), Combine)
+
+    def _check_complex(self, name: str) -> None:
         """Raises: ShapeError, if the method does more than sum: that is not defined for complex numbers."""
-        if self.method.generator or not isinstance(self._call(name, views[0].shape, numel)(), Combine):
+        if not self._only_sums(name):
             raise ShapeError(
                 f"{name} is complex and differs, and {self.method.name} does more than weigh: it is not defined for "
                 "complex numbers. Say whose to take, `integers=`, or use `linear` or `task_arithmetic`",

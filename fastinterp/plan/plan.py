@@ -1,4 +1,5 @@
-"""Plans a merge from headers alone: no tensor data is read here.
+"""Plans a merge from headers. Of the data only tensors are read that may be copies of each other, as far as they agree:
+output layers and input embeddings, codes and scales of quantised weights, small buffers.
 
 A plan holds one or more outputs made from one read of the same inputs (a path of interpolations, say): for every
 output tensor which inputs are read, with which coefficients, and where the result goes.

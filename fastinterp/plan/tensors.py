@@ -152,24 +152,31 @@ class _Planner:
     def _unmerged(self, targets: Sequence[Target], inputs: list[ModelInput]) -> PlannedTensor:
         """A tensor of which not all inputs are numbers that methods average: it is copied, or a sum of pairs."""
         target, chosen = targets[0], _chosen(self._recipes[0])
+        tensors = [tensor for _, tensor in inputs]
+        if len(inputs) > 1 and all(tensor.dtype.is_complex for tensor in tensors) and not agree(tensors):
+            return self._complex(targets, inputs, chosen)
         quantised = inputs[0][1].quantised
         if not quantised:
             inputs = [(i, tensor) for i, tensor in inputs if i == chosen] or inputs
         lead = inputs[0][1]
-        if len(inputs) == 1:
-            if quantised and not target.copies and any(not _is_copy(call) for call in self._calls(targets, lead)):
-                model = self._models[inputs[0][0]]
-                raise quantised_error([model], f"{self._method.name} would change {target.name}, which holds codes")
-        elif all(tensor.dtype.is_complex for _, tensor in inputs) and not agree([t for _, t in inputs]):
-            return self._complex(targets, inputs)
+        alone = len(inputs) == 1 and quantised and not target.copies
+        if alone and any(not _is_copy(call) for call in self._calls(targets, lead)):
+            model = self._models[inputs[0][0]]
+            raise quantised_error([model], f"{self._method.name} would change {target.name}, which holds codes")
         return _unsummed(target.name, lead.dtype, lead, inputs)
 
-    def _complex(self, targets: Sequence[Target], inputs: list[ModelInput]) -> PlannedTensor:
-        """A sum of complex numbers. Raises: ShapeError, if the method does more than sum."""
+    def _complex(self, targets: Sequence[Target], inputs: list[ModelInput], chosen: int | None) -> PlannedTensor:
+        """A sum of complex numbers that differ; where the method does more than sum, a copy of those of `chosen`.
+
+        Raises: ShapeError, if that is none of the inputs'.
+        """
         target, lead = targets[0], inputs[0][1]
         sums = [call() for call in self._calls(targets, lead)] if not self._method.generator else []
         if sums and all(isinstance(s, Combine) for s in sums):
             return _summed(target.name, lead.dtype, lead, inputs, sums)
+        for i, tensor in inputs:
+            if i == chosen:
+                return _unsummed(target.name, tensor.dtype, tensor, [(i, tensor)])
         first, other = (self._models[inputs[k][0]].name for k in (0, 1))
         raise ShapeError(
             f"{target.name} ({lead.dtype}) differs between {first} and {other}, and {self._method.name} does more than "
