@@ -9,8 +9,8 @@ from pathlib import Path
 from fastinterp.checkpoint.names import WEIGHTS
 from fastinterp.errors import CheckpointError
 
-# Weights, configuration and tokenizer from the top folder; no pickles, no code.
-ALLOW = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "*.model", "*.tiktoken")
+# Weights, configuration, tokenizer and model card (for its licence) from the top folder; no pickles, no code.
+ALLOW = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "*.model", "*.tiktoken", "README.md")
 IGNORE = ("*/*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.py", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"

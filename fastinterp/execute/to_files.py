@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastinterp._version import __version__
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
+from fastinterp.checkpoint.model_card import CARD, model_card
 from fastinterp.checkpoint.output_folder import OutFolder
-from fastinterp.checkpoint.sidecar_files import copy_sidecars, model_card
+from fastinterp.checkpoint.sidecar_files import copy_sidecars
 from fastinterp.errors import BackendError, OutputError
 from fastinterp.execute.report import Report, report_of
 from fastinterp.execute.run import Done, run
@@ -23,6 +25,8 @@ from fastinterp.recipe.load import Recipe
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device
+
+EditFiles = Callable[[Recipe, dict[str, bytes | Path]], None]  # changes the small files of an output, by name
 
 
 def write_outputs(
@@ -35,10 +39,12 @@ def write_outputs(
     force: bool,
     durable: bool,
     progress: Progress | None,
+    edit_files: EditFiles | None = None,
 ) -> list[Report]:
     """Write the outputs of several plans. All of them are renamed into place at the end, one after the other.
 
-    outs  a folder for each output of each plan
+    outs        a folder for each output of each plan
+    edit_files  what is called with the small files of each output, contents or files to copy, before they are written
     Raises: what `merge` does; OutputError names the outputs that were finished before it.
     """
     start = time.perf_counter()
@@ -46,7 +52,7 @@ def write_outputs(
     devices, chosen = devices_for(device, plans, threads, max_memory)
     every: list[Done] = []
     with ExitStack() as stack:
-        folders = _opened_folders(plans, outs, stack, force=force, durable=durable)
+        folders = _opened_folders(plans, outs, stack, edit_files, force=force, durable=durable)
         total = sum(plan.bytes_read + plan.bytes_written for plan in plans)
         for plan, of_plan in zip(plans, folders, strict=True):
             pairs = zip(of_plan, plan.layouts, strict=True)
@@ -89,7 +95,11 @@ def devices_for(
 
 
 def _opened_folders(
-    plans: Sequence[Plan], outs: Sequence[Sequence[str | os.PathLike[str]]], stack: ExitStack, **how: bool
+    plans: Sequence[Plan],
+    outs: Sequence[Sequence[str | os.PathLike[str]]],
+    stack: ExitStack,
+    edit_files: EditFiles | None,
+    **how: bool,
 ) -> list[list[OutFolder]]:
     """The output folders of all plans, with their small files written; all or none."""
     needed = sum(plan.disk_bytes for plan in plans)  # outputs on one disk must fit together: the first checks for all
@@ -101,7 +111,7 @@ def _opened_folders(
             folders[-1].append(stack.enter_context(folder))
             needed = 0
         for folder, recipe, layout in zip(folders[-1], plan.recipes, plan.layouts, strict=True):
-            write_small_files(folder, plan, recipe, layout.index, layout.index_name)
+            write_small_files(folder, plan, recipe, layout.index, layout.index_name, edit_files)
     return folders
 
 
@@ -122,10 +132,20 @@ def _part(progress: Progress | None, before: int, total: int) -> Progress | None
     return lambda done, of_run: progress(before + done, max(total, before + of_run))
 
 
-def write_small_files(folder: OutFolder, plan: Plan, recipe: Recipe, index: bytes | None, index_name: str) -> None:
+def write_small_files(
+    folder: OutFolder,
+    plan: Plan,
+    recipe: Recipe,
+    index: bytes | None,
+    index_name: str,
+    edit_files: EditFiles | None = None,
+) -> None:
     """Write everything beside the weights: copied side-cars, the model card, the index."""
     files = plan.aligned.sidecars(copy_sidecars(plan.origin.root, recipe.out_dtype or recipe.dtype))
-    files["README.md"] = model_card(recipe.text, plan.models, recipe.method.name, __version__).encode()
+    roots = [plan.origin.root, *(m.root for m in plan.checkpoints[: len(plan.models)])]
+    files[CARD] = model_card(recipe.text, plan.models, recipe.method.name, __version__, roots).encode()
+    if edit_files is not None:
+        edit_files(recipe, files)
     if index is not None:
         files[index_name] = index
     for name, content in files.items():

@@ -53,6 +53,8 @@ def model_ref(document: Document, written: str | Reference, path: str) -> ModelR
     Raises: RecipeError, if the name is empty, has an adapter or more than one revision.
     """
     if isinstance(written, Reference):
+        if written.lora is not None:
+            raise document.error("`lora` is not supported yet. Merge the LoRA into its model first", f"{path}.lora")
         if isinstance(written.model, str):
             return model_ref(document, written.model, f"{path}.model")
         return _of_long_form(document, written.model, f"{path}.model")
