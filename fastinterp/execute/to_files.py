@@ -20,6 +20,7 @@ from fastinterp.errors import BackendError, OutputError
 from fastinterp.execute.report import Report, report_of
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
+from fastinterp.ops.dtypes import DType
 from fastinterp.plan.plan import Plan
 from fastinterp.recipe.load import Recipe
 
@@ -141,7 +142,7 @@ def write_small_files(
     edit_files: EditFiles | None = None,
 ) -> None:
     """Write everything beside the weights: copied side-cars, the model card, the index."""
-    files = plan.aligned.sidecars(copy_sidecars(plan.origin.root, recipe.out_dtype or recipe.dtype))
+    files = plan.aligned.sidecars(copy_sidecars(plan.origin.root, _stated_dtype(plan, recipe)))
     roots = [plan.origin.root, *(m.root for m in plan.checkpoints[: len(plan.models)])]
     files[CARD] = model_card(recipe.text, plan.models, recipe.method.name, __version__, roots).encode()
     if edit_files is not None:
@@ -150,3 +151,18 @@ def write_small_files(
         files[index_name] = index
     for name, content in files.items():
         folder.write(name, content)
+
+
+def _stated_dtype(plan: Plan, recipe: Recipe) -> DType | None:
+    """The dtype that config.json must name: that of the recipe; where models differ in theirs, and tensors are stored
+    in one that holds all, that of most elements; None: what it names is right.
+    """
+    if recipe.out_dtype is not None or recipe.dtype is not None:
+        return recipe.out_dtype or recipe.dtype
+    merged = [t for t in plan.tensors if t.merged]
+    if all(t.dtype == t.inputs[0].kept_dtype for t in merged):
+        return None
+    elements: dict[DType, int] = {}
+    for tensor in merged:
+        elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel
+    return max(elements, key=lambda dtype: elements[dtype])

@@ -23,7 +23,7 @@ from fastinterp.in_memory.inputs import Arrays, Inputs, View, operand_of, text
 from fastinterp.in_memory.parameters import resolved
 from fastinterp.methods import Method, Sidecar, find
 from fastinterp.ops.combine import Tensor, philox_key
-from fastinterp.ops.dtypes import DType, parse_dtype
+from fastinterp.ops.dtypes import DType, parse_dtype, promoted
 from fastinterp.recipe.layers import Layers
 
 _STORE = 0  # Philox stream of the store's rounding
@@ -52,7 +52,7 @@ def merge_tensors(
     parameters  as in a recipe. Those that each model has: one value for all, or a list or vector with one
                 per tensor. Side-cars: a list with one tensor for each
     name        of the tensor, from which random numbers are drawn
-    dtype       of the result; None: that of the base, else of the first tensor
+    dtype       of the result; None: that of the tensors and the base; if they differ, the one that holds all
     seed, rounding   as in a recipe: 0..2**64-1; "nearest" or "stochastic"
     threads     of the CPU; None: one per CPU, at most 32. The result does not depend on it
 
@@ -199,7 +199,9 @@ class _Merge:
         self.layers = Layers(first) if len(first) > 1 else None
         merged = {name: inputs.views(name) for name in first if inputs.merges(name)}
         numel = sum(math.prod(views[0].shape) for views in merged.values())
-        out = {n: self._empty(n, merged[n][0].dtype) if n in merged else library.copy(x) for n, x in first.items()}
+        count = len(inputs.models)
+        kept = {n: promoted(view.dtype for view in views[:count]) for n, views in merged.items()}
+        out = {n: self._empty(n, kept[n]) if n in merged else library.copy(x) for n, x in first.items()}
         sources: list[Handle] = [*self.files.fds] if self.files else []
         sinks: list[Handle] = []
         jobs = []

@@ -12,7 +12,7 @@ from fastinterp.errors import CheckpointError
 from fastinterp.plan.compatibility import compatibility_warnings
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
-from fastinterp.plan.tensors import dtype_warnings, plan_tensors, sidecar_refs
+from fastinterp.plan.tensors import dtype_remarks, dtype_warnings, plan_tensors, sidecar_refs
 from fastinterp.plan.vocabularies import AlignedModels, align_models
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef, not_there
@@ -86,5 +86,5 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         warnings += [str(warning) for warning in filter_warnings(first, assemblies[0])]
     opened = (*models, origin, *sidecars.values())
     remarks = [remark for model in opened if model.checkpoint is not None for remark in model.checkpoint.remarks]
-    remarks += aligned.remarks
+    remarks += [*aligned.remarks, *dtype_remarks(first, targets[0], aligned.models)]
     return Document(aligned, origin, tensors, sidecars, tuple(warnings), tuple(dict.fromkeys(remarks)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import pytest
 
@@ -36,16 +36,8 @@ class _Reasons(logging.Handler):
             self.found.append(message)
 
 
-class _Counts:
-    """Of one file: tests that passed with the engine, are listed, are skipped, failed."""
-
-    def __init__(self) -> None:
-        self.of: Counter[str] = Counter()
-
-
 _reasons = _Reasons()
 _files: dict[str, Counter[str]] = {}
-_merges: Counter[str] = Counter()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,7 +53,7 @@ def _listed(nodeid: str, table: dict[str, str]) -> str | None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Run a test with the engine installed; those of internals without it."""
     internal = _listed(item.nodeid, INTERNALS)
     stays = _listed(item.nodeid, STAYS)
@@ -90,10 +82,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    rows = [("file", "tests", "passed", "listed", "skipped", "failed")]
+    rows: list[tuple[str, ...]] = [("file", "tests", "passed", "listed", "skipped", "failed")]
     for file, counts in sorted(_files.items()):
         numbers = [counts["passed"], counts["listed"], counts["skipped"], counts["failed"]]
         rows.append((file.rpartition("/")[2], *map(str, [sum(numbers), *numbers])))
     terminalreporter.write_sep("=", "mergekit's tests with this engine installed")
-    for name, *numbers in rows:
-        terminalreporter.write_line(f"{name:<36}" + "".join(f"{number:>9}" for number in numbers))
+    for row in rows:
+        terminalreporter.write_line(f"{row[0]:<36}" + "".join(f"{cell:>9}" for cell in row[1:]))

@@ -79,7 +79,7 @@ def test_sums_of_sums_are_one_sum(tmp_path, three):
             "models": [*models(a, weight=0.25), *models(b, weight=0.75)],
             "dtype": "bfloat16",
         },
-        recipe("linear", ["first", c], parameters={"weight": 0.5}),
+        recipe("linear", ["first", c], parameters={"weight": 0.5}, dtype="bfloat16"),
     ]
     one = recipe("linear", three, weights=[0.125, 0.375, 0.5], dtype="bfloat16")
     report = chain(documents, tmp_path / "out")
@@ -199,7 +199,7 @@ def test_the_whole_model(tmp_path, llamas):
     paper = {"density": 0.3, "weight": 1.0, "preset": "paper"}
     documents: list[dict[str, Any]] = [
         {"name": "arc", "merge_method": "slerp", "base_model": b, "models": models(c), "parameters": {"t": 0.5}},
-        {"merge_method": "ties", "base_model": a, "models": models("arc", b), "parameters": paper},
+        {"merge_method": "ties", "base_model": a, "models": models("arc", b), "parameters": paper, "dtype": "bfloat16"},
     ]
     chain_out = tmp_path / "out"
     fastinterp.merge(documents, chain_out)
