@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.backends.torch_device import capturing, current_queue, device_of
+from fastinterp.backends.torch_device import capturing, current_queue, device_of, is_followed
 from fastinterp.errors import MethodError, StorageError, UsageError
 from fastinterp.execute.device.resident import ResidentExecutor
 from fastinterp.execute.jobs.adaptive_job import AdaptiveJob
@@ -58,6 +58,9 @@ def merge_tensors(
 
     On a device everything is put into torch's current stream. What is written is not waited for: where the method asks
     nothing about the tensors (linear, task_arithmetic, and the like), nothing is.
+    Autograd follows torch tensors that require gradients where the result is a weighted sum of them whose weights are
+    numbers, or come from lengths and angles of whole tensors (slerp, karcher, multislerp, model_stock, ...). Masks have
+    no gradients: methods with them are an error, unless under torch.no_grad().
     Returns a new tensor of the same library.
     Raises: UsageError, MethodError (one of them), ShapeError, BackendError.
     """
@@ -182,13 +185,16 @@ class _Merge:
         self.seed, self.stochastic = _seed(seed), rounding == "stochastic"
         self.isa, self.threads = cpu_isa(), cpu_threads(threads)
         self.effects: dict[str, RoundingEffect] = {}
+        self.recorded: Callable[[str, Callable[[], Any]], Callable[[], Any]] | None = None
         sidecars: list[Arrays] = []
         self.parameters = resolved(self.method, parameters, len(models), sidecars)
-        self.inputs = Inputs(inputs, sidecars, labels)
+        self.inputs, self.labels = Inputs(inputs, sidecars, labels), labels
 
     def run(self, stats_every: int = 0) -> dict[str, Any]:
         """`effects` is filled if chunks are sampled for it, one in `stats_every`."""
         self.inputs.check_names()
+        if not stats_every and is_followed(x for arrays in self.inputs.models for x in arrays.values()):
+            return self._followed()
         library, like = self.inputs.library, next(iter(self.inputs.first.values()), None)
         self.inputs = self.inputs.prepared()
         return {name: library.export(x, like) for name, x in self._run(stats_every).items()}
@@ -212,6 +218,18 @@ class _Merge:
         if stats_every:
             self.effects = {j.io.name: RoundingEffect.of(j.io.numel, j.stats[0]) for j in jobs if not j.copies(0)}
         return out
+
+    def _followed(self) -> dict[str, Any]:
+        """The tensors, which autograd follows."""
+        from fastinterp.in_memory.gradients import Record, merged
+
+        def run(models: list[dict[str, Any]], records: dict[str, Record]) -> dict[str, Any]:
+            self.inputs = Inputs(models, self.inputs.sidecars, self.labels)
+            self.recorded = lambda name, call: records.setdefault(name, Record(call))
+            return self._run(0)
+
+        names = [name for name in self.inputs.first if self.inputs.merges(name)]
+        return merged(self.method.name, self.inputs.models, names, run)
 
     def _executor(self, sources: list[Handle], sinks: list[Handle], stats_every: int) -> Executor:
         if self.device is not None:
@@ -250,7 +268,8 @@ class _Merge:
         n = len(self.inputs.models)
         position = self.layers.position(name) if self.layers else None
         layer, layers = position or (None, 0)
-        call = partial(self.method, n, Tensor(name, shape, layer, layers, numel), **self.parameters)
+        call: Callable[[], Any] = partial(self.method, n, Tensor(name, shape, layer, layers, numel), **self.parameters)
+        call = call if self.recorded is None else self.recorded(name, call)
         return AdaptiveJob(io, n, [call], name, [self.seed], fills_masks=self.device is None)
 
     # --- arguments

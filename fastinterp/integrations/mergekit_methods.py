@@ -5,8 +5,9 @@
 checked and parameters are bound. mergekit's contracts stay: the base by index or key, inputs of any strides, results in
 the dtype asked for, else in that which torch promotes the inputs' to.
 
-Arithmetic is float32 as everywhere here, so float64 stays with mergekit. So do tensors that autograd follows, those
-that are no plain tensors on the CPU or a CUDA device (meta, fake, subclasses), and what a method here does not accept.
+Arithmetic is float32 as everywhere here, so float64 stays with mergekit. So do gradients through masks and through
+angles by row, tensors that are no plain ones on the CPU or a CUDA device (meta, fake, subclasses), and what a method
+here does not accept.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from mergekit import merge_methods
 from mergekit.merge_methods.base import MergeMethod, PerInputValues, TensorGroup
-from mergekit.merge_methods.dtype import promoted_dtype
+from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
 
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.in_memory.merge import merge_tensors
@@ -66,13 +67,16 @@ def _execute_resolved(
 ) -> tuple[torch.Tensor, ...]:
     """One tensor for each group, as mergekit's; by mergekit where `_refusal` has a reason."""
     method = _ours.get(id(self))
+    if any(t is not None and not getattr(t, "is_floating_point", False) for t in (dtype, out_dtype)):
+        method = None  # mergekit refuses it
     results: list[torch.Tensor] = []
     for group, values in zip(groups, parameters, strict=True):
         why = "" if method is None else _refusal(method, group, dtype, out_dtype)
         result = None
         if method is not None and not why:
             try:
-                result = _merged(method, group, values, out_dtype or dtype or promoted_dtype(group))
+                aligned = group if dtype is None else align_dtype(group, dtype)
+                result = _merged(method, aligned, values, dtype or promoted_dtype(group), out_dtype)
             except (UsageError, CheckpointError) as error:
                 why = str(error)
         if result is None:
@@ -95,17 +99,18 @@ def _refusal(method: Method, group: TensorGroup, dtype: Any, out_dtype: Any) -> 
         return "only plain tensors are merged by fastinterp"
     if tensors[0].device.type not in _DEVICES:
         return f"fastinterp does not merge on {tensors[0].device.type}"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "autograd follows the tensors; under torch.no_grad() they are merged by fastinterp"
     kept = dtype or promoted_dtype(group)
-    wrong = [t for t in (kept, out_dtype, *(t.dtype for t in tensors)) if t is not None and t not in _FLOATS]
-    if wrong:
-        return f"fastinterp computes in float32, not in {wrong[0]}"
-    return ""
+    return "" if kept in _FLOATS else f"fastinterp computes in float32, not in {kept}"
 
 
-def _merged(method: Method, group: TensorGroup, values: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
-    """The merge of one group by a method here. Raises: UsageError, CheckpointError."""
+def _merged(
+    method: Method, group: TensorGroup, values: dict[str, Any], dtype: torch.dtype, out_dtype: torch.dtype | None
+) -> torch.Tensor:
+    """The merge of one group by a method here, in `out_dtype`, else in `dtype`.
+
+    Raises: UsageError, CheckpointError.
+    """
+    stored = out_dtype if out_dtype in _FLOATS else dtype  # of the sum; rounded once
     base = group.base if method.base != "none" else None
     entries = group.entries if base is None else group.non_base
     known = {p.name for p in method.parameters}
@@ -116,18 +121,16 @@ def _merged(method: Method, group: TensorGroup, values: dict[str, Any], dtype: t
     }
     # As in mergekit, torch's generator decides: the same seed gives the same masks, and no two calls the same ones.
     seed = int(torch.randint(2**62, ()).item()) if method.draws else 0
-    with torch.no_grad():
-        tensors = [entry.tensor.detach().contiguous() for entry in entries]
-        result: torch.Tensor = merge_tensors(
-            tensors,
-            method,
-            base=None if base is None else base.tensor.detach().contiguous(),
-            parameters=given,
-            name=group.metadata.name or "tensor",
-            dtype=str(dtype).removeprefix("torch."),
-            seed=seed,
-        )
-    return result
+    result: torch.Tensor = merge_tensors(
+        [entry.tensor.contiguous() for entry in entries],
+        method,
+        base=None if base is None else base.tensor.contiguous(),
+        parameters=given,
+        name=group.metadata.name or "tensor",
+        dtype=str(stored).removeprefix("torch."),
+        seed=seed,
+    )
+    return result if out_dtype is None else result.to(out_dtype)
 
 
 def _say(name: str, why: str) -> None:
