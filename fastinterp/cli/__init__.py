@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
 from typing import Any
@@ -38,7 +40,7 @@ _MERGEKIT = {
     "--lazy-unpickle": "Omit it: tensors are always read in pieces.",
     "--low-cpu-memory": "Omit it: --max-memory limits the memory.",
     "--trust-remote-code": "Omit it: code of a model is never run.",
-    "--allow-crimes": "Only models of one architecture merge.",
+    "--allow-crimes": "Omit it: tensors are matched by name and shape, whatever the architecture.",
     "--out-shard-size": "Use --max-shard-size.",
     "--random-seed": "Use --seed.",
 }
@@ -50,6 +52,20 @@ class _Stopped(KeyboardInterrupt):
     def __init__(self, number: int):
         super().__init__(number)
         self.exit_code = 128 + number
+
+
+@contextmanager
+def errors_reported(ctx: click.Context) -> Iterator[None]:
+    """Context manager: an exception of the package ends the program with a line on stderr and its exit code."""
+    try:
+        yield
+    except FastinterpError as error:
+        message = "; ".join([str(error), *ctx.meta.get(OUTCOME, [])])
+        click.echo(f"{click.style(type(error).__name__, fg='red')}: {message}", err=True)
+        ctx.exit(error.exit_code)
+    except KeyboardInterrupt as stopped:
+        click.echo("; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), err=True)
+        ctx.exit(getattr(stopped, "exit_code", 130))
 
 
 class _Commands(click.Group):
@@ -76,19 +92,13 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with errors_reported(ctx):
+                return super().invoke(ctx)
         except click.NoSuchOption as error:
             if error.option_name not in _MERGEKIT:
                 raise
             message = f"No such option: {error.option_name}. {_MERGEKIT[error.option_name]}"
             raise click.NoSuchOption(error.option_name, message, ctx=error.ctx) from None
-        except FastinterpError as error:
-            message = "; ".join([str(error), *ctx.meta.get(OUTCOME, [])])
-            click.echo(f"{click.style(type(error).__name__, fg='red')}: {message}", err=True)
-            ctx.exit(error.exit_code)
-        except KeyboardInterrupt as stopped:
-            click.echo("; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), err=True)
-            ctx.exit(getattr(stopped, "exit_code", 130))
 
 
 _KNOWN = "Known: " + ", ".join(_MODULES)
@@ -112,10 +122,15 @@ def commands() -> None:
 
 def main() -> None:
     """The program `fastinterp`. Ends the process."""
+    stop_on_signals()
+    commands(prog_name="fastinterp")
+
+
+def stop_on_signals() -> None:
+    """Let SIGINT and SIGTERM end the program as exceptions, so that partial files are removed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop)
-    commands(prog_name="fastinterp")
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

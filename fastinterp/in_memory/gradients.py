@@ -92,22 +92,14 @@ def merged(
     run    merges models, and has the record of every tensor by its name
     Raises: UsageError, if the sum of a tensor has no gradient here.
     """
-    rest: dict[str, Tensor] = {}
-
-    def forward(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Record | None]]:
-        plain = [dict(model) for model in models]
-        for i, (k, name) in enumerate((k, name) for k in range(len(models)) for name in names):
-            plain[k][name] = tensors[i].detach()
-        records: dict[str, Record] = {}
-        out = run(plain, records)
-        rest.update(out)
-        for name, record in records.items():
-            _check(method, name, record)
-        return [out[name] for name in names], [records.get(name) for name in names]
-
-    every = [model[name] for model in models for name in names]
-    outputs = _Merge.apply(forward, len(names), *every)
-    return rest | dict(zip(names, outputs, strict=True))
+    records: dict[str, Record] = {}
+    with torch.no_grad():
+        out = run([{name: x.detach() for name, x in model.items()} for model in models], records)
+    for name, record in records.items():
+        _check(method, name, record)
+    for name in names:
+        out[name] = _Followed.apply(records.get(name), out[name], *(model[name] for model in models))
+    return out
 
 
 def _check(method: str, name: str, record: Record) -> None:
@@ -128,28 +120,21 @@ def _check(method: str, name: str, record: Record) -> None:
     )
 
 
-class _Merge(torch.autograd.Function):  # type: ignore[misc]
+class _Followed(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
-    def forward(ctx: Any, forward: Callable[..., Any], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """count: tensors of each model"""
-        outputs, ctx.records = forward(tensors)
-        ctx.count = count
+    def forward(ctx: Any, record: Record | None, result: Tensor, *tensors: Tensor) -> Tensor:
+        """record, result: of the merge of these tensors; no record, if they have no elements"""
+        ctx.record = record
         ctx.save_for_backward(*tensors)
-        return tuple(outputs)
+        return result.view_as(result)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        tensors, count = ctx.saved_tensors, ctx.count
-        found: list[Tensor | None] = [None] * len(tensors)
-        for k, (grad, record) in enumerate(zip(grads, ctx.records, strict=True)):
-            places = range(k, len(tensors), count)
-            wanted = [ctx.needs_input_grad[2 + i] for i in places]
-            if grad is not None and record is not None:
-                every = _gradients(record, grad.contiguous(), [tensors[i].contiguous() for i in places], wanted)
-                for i, gradient in zip(places, every, strict=True):
-                    found[i] = gradient
-        return (None, None, *found)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        inputs = [tensor.contiguous() for tensor in ctx.saved_tensors]
+        if ctx.record is None:
+            return (None, None, *(torch.zeros_like(x) for x in inputs))
+        return (None, None, *_gradients(ctx.record, grad.contiguous(), inputs, ctx.needs_input_grad[2:]))
 
 
 def _gradients(record: Record, grad: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -164,11 +149,14 @@ def _gradients(record: Record, grad: Tensor, inputs: Sequence[Tensor], wanted: S
             slopes = _slopes(record, answers, at, products)
             _add_sums(mixed, slopes, deltas=cast(Measure, request).deltas)
     return [
-        weighted_sum([grad, *inputs], [weights[i], *mixed[i]], dtype=str(x.dtype).removeprefix("torch."))
-        if wanted[i]
-        else None
-        for i, x in enumerate(inputs)
+        _weighted([grad, *inputs], [weights[i], *mixed[i]], like=x) if wanted[i] else None for i, x in enumerate(inputs)
     ]
+
+
+def _weighted(tensors: Sequence[Tensor], weights: Sequence[float], like: Tensor) -> Tensor:
+    if not any(weights):
+        return torch.zeros_like(like)
+    return cast(Tensor, weighted_sum(tensors, weights, dtype=str(like.dtype).removeprefix("torch.")))
 
 
 def _slopes(record: Record, answers: Sequence[Any], at: int, products: Sequence[float]) -> list[list[float]]:

@@ -47,7 +47,7 @@ class Option(NamedTuple):
 OPTIONS = (
     Option("allow_crimes", "flag", False, "Mix architectures.", "tensors are matched by name and shape alone"),
     Option(
-        "unsafe_truncate_embeddings", "flag", False, "Cut vocabularies to the smallest.",
+        "unsafe_truncate_embeddings", "flag", False, "Not supported: cut vocabularies to the smallest.",
         refused="rows would be cut whatever their tokens are. Write `tokenizer_source: base` (or `union`) in the "
         "recipe: rows are matched by token then",
     ),
@@ -65,7 +65,7 @@ OPTIONS = (
     Option("lazy_unpickle", "flag", False, "Read pickles in pieces.", "tensors are always read in pieces"),
     Option("write_model_card", "flag", True, f"Write README.md and {CONFIG_COPY}."),
     Option(
-        "safe_serialization", "flag", True, "Write safetensors.",
+        "safe_serialization", "flag", True, "Write safetensors: nothing else can be written.",
         refused="only safetensors are written. Leave the option out, and convert the output if a program needs pickles",
     ),
     Option("verbosity", "count", 0, "Log more; twice: even more."),

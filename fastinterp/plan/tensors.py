@@ -243,7 +243,8 @@ def dtype_remarks(recipe: Recipe, targets: Sequence[Target], models: Sequence[Mo
             counts[kinds] = counts.get(kinds, 0) + 1
     return [
         f"{counted(count, 'tensor')} of dtypes {', '.join(sorted(map(str, kinds)))}, which differ between the models: "
-        f"stored as {promoted(kinds)}, which holds all. Another one: `dtype` in the recipe, or --dtype"
+        f"stored as {promoted(kinds)}, which holds all. "
+        "Another one: `dtype` in the recipe, --dtype of `fastinterp merge`"
         for kinds, count in counts.items()
     ]
 

@@ -233,8 +233,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         "tensor 0 is not contiguous",
     ),
     "gradient": (
-        lambda: fastinterp.merge_tensors([torch.ones(2, requires_grad=True)], "linear", parameters={"weight": 1}),
-        UsageError, "tensor 0 requires grad",
+        lambda: fastinterp.weighted_sum([torch.ones(2, requires_grad=True)], [1.0]), UsageError, "requires grad",
     ),
     "dtype": (
         lambda: fastinterp.merge_tensors([X], "linear", parameters={"weight": 1}, dtype="int8"), UsageError,
