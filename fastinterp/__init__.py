@@ -2,6 +2,7 @@
 
     merge(recipe, out, ...)           carry out a recipe
     interpolate(a, b, ...)            interpolate between two checkpoints, or extrapolate
+    average(checkpoints, out, ...)    average the checkpoints of a training run
     sweep(a, b, alphas, ...)          merge at many points of a path: to disk, in memory, or as recipes
     load(recipe)                      a merged model as tensors, without writing files; load_iter, load_into
     Live(module, ...)                 move a torch module along a path while it is in use
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 from fastinterp._version import __version__
 
 if TYPE_CHECKING:
-    from fastinterp.api import explain, interpolate, merge
+    from fastinterp.api import average, explain, interpolate, merge
     from fastinterp.errors import (
         BackendError,
         CheckpointError,
@@ -63,6 +64,7 @@ __all__ = [
     "StorageError",
     "UsageError",
     "__version__",
+    "average",
     "check",
     "compare",
     "explain",
@@ -82,6 +84,7 @@ __all__ = [
 _MODULES = {
     "Live": "fastinterp.torch_models.live",
     "Point": "fastinterp.paths.points",
+    "average": "fastinterp.api",
     "check": "fastinterp.inspect.check",
     "compare": "fastinterp.inspect.compare",
     "Report": "fastinterp.execute.report",

@@ -1,9 +1,9 @@
-"""merge, interpolate and explain: the public functions that take recipes and checkpoints on disk."""
+"""merge, interpolate, average and explain: the public functions that take recipes and checkpoints on disk."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
-from fastinterp.paths.points import point_name, point_recipe
+from fastinterp.paths.average import average_of
+from fastinterp.paths.points import further_keys, point_name, point_recipe
 from fastinterp.plan.plan import Source, make_plan, plan_recipe
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def merge(
     dtype: str | None = None,
     rounding: str | None = None,
     seed: int | None = None,
+    missing: str | None = None,
+    channels: str | None = None,
     force: bool = False,
     durable: bool = False,
     progress: Progress | None = None,
@@ -44,7 +47,7 @@ def merge(
     threads         None: one per CPU, at most 32. The output does not depend on it
     max_shard_size  bytes of tensor data in one file, "5GB" or a number
     max_memory      limit of the scratch memory in bytes; with accelerators, of the host's
-    dtype, rounding, seed   replace those of the recipe (dtype: its out_dtype)
+    dtype, rounding, seed, missing, channels   replace those of the recipe (dtype: its out_dtype)
     force           replace a checkpoint in `out`, but never an input
     durable         call fsync before finishing: the output survives a crash of the machine
     progress        called about ten times a second with (bytes done, total bytes)
@@ -52,7 +55,7 @@ def merge(
     The output appears when it is complete, or not at all.
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
-    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed)
+    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels)
     return write_outputs(
         [plan], [[path_of(out, "out")]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
         durable=durable, progress=progress,
@@ -67,6 +70,7 @@ def interpolate(
     *,
     base: str | os.PathLike[str] | None = None,
     integers: str | os.PathLike[str] | None = None,
+    tokenizer_source: str | os.PathLike[str] | None = None,
     device: str = "auto",
     threads: int | None = None,
     max_shard_size: str | int = "5GB",
@@ -74,6 +78,8 @@ def interpolate(
     dtype: str | None = None,
     rounding: str | None = None,
     seed: int | None = None,
+    missing: str | None = None,
+    channels: str | None = None,
     force: bool = False,
     durable: bool = False,
     progress: Progress | None = None,
@@ -84,6 +90,8 @@ def interpolate(
              read of the inputs. Numbers within rounding of 0 and 1 become those
     base     the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
     integers the checkpoint whose integer tensors are copied; None: they must be equal
+    tokenizer_source  "union", "base" (`base`, else `a`) or a checkpoint: the vocabulary of the outputs
+    missing, channels as the keys of recipes
 
     Alpha 0 and 1 give the bytes of `a` and `b`. The other arguments and errors are those of `merge`.
     """
@@ -99,7 +107,8 @@ def interpolate(
     ends = path_of(a, "a"), path_of(b, "b")
     origin = None if base is None else path_of(base, "base")
     whose = None if integers is None else path_of(integers, "integers")
-    recipes = [overridden(point_recipe(*ends, p, origin, whose), dtype, rounding, seed) for p in points]
+    keys = further_keys(missing, channels, tokenizer_source)
+    recipes = [overridden(point_recipe(*ends, p, origin, whose, keys), dtype, rounding, seed) for p in points]
     groups = [slice(i, i + MAX_OUTPUTS) for i in range(0, len(points), MAX_OUTPUTS)]
     plans = [make_plan(recipes[group], max_shard_size=size_of(max_shard_size)) for group in groups]
     target = path_of(out, "out")
@@ -112,6 +121,48 @@ def interpolate(
     )  # fmt: skip
 
 
+def average(
+    checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    weights: str = "uniform",
+    decay: float | None = None,
+    last: int | None = None,
+    in_order: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    max_shard_size: str | int = "5GB",
+    max_memory: str | int = "512MB",
+    dtype: str | None = None,
+    rounding: str | None = None,
+    seed: int | None = None,
+    missing: str | None = None,
+    channels: str | None = None,
+    force: bool = False,
+    durable: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Average checkpoints of one training run into the folder `out`.
+
+    checkpoints  2 to 64, in a list or as a pattern: "run/checkpoint-*". They are ordered by the numbers in their names
+    weights      "uniform": the mean. "ema": an exponential moving average that starts at the oldest. "linear", "cosine"
+                 and "1-sqrt": the weights by which checkpoints of a run at constant learning rate stand for one whose
+                 rate decays so (`fastinterp methods ema` has the formulas; of linear decay they are uniform)
+    decay        of the moving average: what is kept of it at each checkpoint. None: 0.9
+    last         only so many of the newest
+    in_order     take them in the order given, oldest first, whatever their names are
+
+    It is a `linear` merge, whose recipe is in the output's README.md. Configuration, tokenizer and integer tensors are
+    the newest checkpoint's. The other arguments and errors are those of `merge`.
+    """
+    recipe = average_of(checkpoints, weights, decay, last, in_order).recipe
+    return merge(
+        recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
+        dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, force=force, durable=durable,
+        progress=progress,
+    )  # fmt: skip
+
+
 def explain(
     recipe: Source,
     *,
@@ -119,6 +170,8 @@ def explain(
     dtype: str | None = None,
     rounding: str | None = None,
     seed: int | None = None,
+    missing: str | None = None,
+    channels: str | None = None,
 ) -> Explanation:
     """What `merge` would read, compute and write, from headers alone. print() shows it, `as_dict` gives plain values.
 
@@ -126,4 +179,4 @@ def explain(
     """
     from fastinterp.inspect.explain import Explanation
 
-    return Explanation(plan_recipe(recipe, max_shard_size, dtype, rounding, seed))
+    return Explanation(plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels))

@@ -11,7 +11,7 @@ from typing import Any
 from fastinterp.checkpoint.layout import parse_size
 from fastinterp.errors import UsageError
 from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
-from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.load import CHOICES, Recipe
 
 # Alphas this close to 0 or 1 count as 0 or 1, where a model is copied exactly. numpy.arange(-1, 2, 0.001)[1000] is
 # 9e-14: its step, (first + step) - first, is off by half an ulp of `first`, 2**-53 for up to 2, and a sweep has at most
@@ -25,18 +25,23 @@ def snapped(alpha: float) -> float:
     return nearest if math.fabs(alpha - nearest) <= DUST else alpha
 
 
-def overridden(recipe: Recipe, dtype: object, rounding: object, seed: object) -> Recipe:
-    """`recipe` with those of dtype, rounding and seed that are not None.
+def overridden(
+    recipe: Recipe, dtype: object, rounding: object, seed: object, missing: object = None, channels: object = None
+) -> Recipe:
+    """`recipe` with those of dtype, rounding, seed, missing and channels that are not None.
 
     Raises: UsageError.
     """
     changes: dict[str, Any] = {}
     if dtype is not None:
         changes["out_dtype"] = dtype_named(dtype)
-    if rounding is not None:
-        if rounding not in ("nearest", "stochastic"):
-            raise UsageError(f"rounding must be nearest or stochastic, got {rounding!r}")
-        changes["rounding"] = rounding
+    for key, word in (("rounding", rounding), ("missing", missing), ("channels", channels)):
+        if word is not None:
+            if word not in CHOICES[key]:
+                raise UsageError(f"{key} must be {' or '.join(CHOICES[key])}, got {word!r}")
+            changes[key] = word
+    if missing == "base" and recipe.base_model is not None and recipe.base_model not in recipe.models:
+        changes["models"] = (*recipe.models, recipe.base_model)  # it is read, though it is not merged
     if seed is not None:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise UsageError(f"the seed must be a whole number, got {seed!r}")

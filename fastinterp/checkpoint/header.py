@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from operator import attrgetter
 from typing import Any, NoReturn
 
@@ -48,7 +49,7 @@ def read_header(path: str | os.PathLike[str], file_index: int = 0) -> tuple[list
     file = os.fspath(path)
     raw, size = _read_json(file)
     table = parse_object(raw, "the header", file)
-    metadata = _metadata(table.pop("__metadata__", {}), file)
+    metadata = _metadata(table.pop("__metadata__", None), file)
     start = 8 + len(raw)
     try:
         "".join(table).encode()
@@ -80,7 +81,8 @@ def _read_json(file: str) -> tuple[bytes, int]:
             )
         if length > size - 8:
             raise CheckpointError(
-                f"the header claims {length} bytes, but only {size - 8} follow: truncated, or not a safetensors file",
+                f"the header claims {length} bytes, but only {size - 8} follow: truncated, or not a safetensors file. "
+                "Download or copy it again",
                 file=file,
             )
         return _read_exactly(fd, length, file), size
@@ -103,12 +105,23 @@ def _read_exactly(fd: int, count: int, file: str) -> bytes:
 
 
 def _metadata(metadata: Any, file: str) -> dict[str, str]:
+    if metadata is None:  # null is as good as nothing for the safetensors library, too
+        return {}
     if type(metadata) is not dict:
         raise CheckpointError(f"`__metadata__` must be an object of strings, got {_kind(metadata)}", file=file)
     for key, value in metadata.items():
         if type(value) is not str:
-            raise CheckpointError(f"`__metadata__` key {quote(key)} must be a string, got {_kind(value)}", file=file)
+            raise CheckpointError(
+                f"`__metadata__` key {quote(key)} must be a string, got {_kind(value)}. {_rewritten(file)}", file=file
+            )
     return metadata
+
+
+def _rewritten(file: str) -> str:
+    """How a file becomes one that the safetensors library reads, too."""
+    from fastinterp.checkpoint.remedies import rewrite
+
+    return f"The safetensors library refuses it, too. Write the file anew: {rewrite(file)}; then put that in its place"
 
 
 def _entries(table: dict[str, Any], start: int, size: int, file_index: int, file: str) -> list[Entry]:
@@ -167,7 +180,10 @@ def _explain(name: str, info: Any, size: int, file: str) -> NoReturn:
     if begin < 0 or end < begin:
         fail(f"`data_offsets` must go upwards from 0, got [{begin}, {end}]")
     if end > size:
-        fail(f"it ends at byte {end} of the data section, which has only {size}: truncated, or a damaged header")
+        fail(
+            f"it ends at byte {end} of the data section, which has only {size}: truncated, or a damaged header. "
+            "Download or copy the file again"
+        )
     expected = DTYPES[tag].nbytes(count)
     if expected is None:
         fail(f"{count} elements of {tag} do not fill whole bytes")
@@ -183,14 +199,17 @@ def _check_cover(entries: list[Entry], start: int, size: int, file: str) -> None
             name, where = entry.name, f"byte {entry.start - start} of the data section"
             after = f"{quote(entries[index - 1].name)}, which ends at {before - start}" if index else "nothing"
             what = "overlaps" if entry.start < before else "leaves a hole after"
+            remedy = "" if entry.start < before else f". {_rewritten(file)}"
             raise CheckpointError(
-                f"tensor {quote(name)}: it starts at {where} and {what} {after}", file=file, tensor=name
+                f"tensor {quote(name)}: it starts at {where} and {what} {after}{remedy}", file=file, tensor=name
             )
         before += entry.nbytes
     if before != size:
         raise CheckpointError(
             f"the tensors end at byte {before} of the file, but the file has {size}: "
-            f"{size - before} bytes belong to no tensor",
+            f"{size - before} bytes belong to no tensor. The safetensors library refuses it, too. If it was "
+            "downloaded, do that again; if it was written so, cut them off: "
+            f"`head -c {before} {shlex.quote(file)} > NEW.safetensors`; then put that in its place",
             file=file,
         )
 

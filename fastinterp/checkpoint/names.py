@@ -13,6 +13,11 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_WEIGHTS = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".tflite", ".nemo")
 
 SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors", re.DOTALL)
+# An index, or that of a variant: `model.safetensors.index.fp16.json`, and as diffusers wrote it before 0.30,
+# `model.safetensors.fp16.index.json`.
+ANY_INDEX = re.compile(
+    r"(?P<stem>.+)\.safetensors\.(?:(?P<old>[^.]+)\.)?index\.(?:(?P<variant>[^.]+)\.)?json", re.DOTALL
+)
 
 # A file of an old checkpoint, while a new one takes its place, and what to say about one that is found.
 ASIDE = re.compile(r"\..+\.old-\d+-[0-9a-f]{8}-[0-9a-f]{12}", re.DOTALL)

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fastinterp.checkpoint import remedies
+from fastinterp.checkpoint.adapters import (
+    ADAPTER_CONFIG,
+    Adapter,
+    built_in_refusal,
+    find_adapter,
+    read_adapter_config,
+    refusal,
+)
+from fastinterp.checkpoint.folder import ADAPTER, DIFFUSERS, choose, complete_shards, weight_files
 from fastinterp.checkpoint.header import MAX_HEADER, Entry, read_header
+from fastinterp.checkpoint.index import index_remarks, read_index
 from fastinterp.checkpoint.names import (
+    ANY_INDEX,
     ASIDE,
-    INDEX,
     OTHER_WEIGHTS,
     PICKLES,
     PUT_BACK,
     SHARD,
     WEIGHTS,
-    is_plain,
     listing,
     quote,
 )
@@ -24,7 +37,8 @@ from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import closest
 
-Stamp = tuple[int, int, int]  # size in bytes, mtime in ns, inode
+Stamp = tuple[int, int, int, int]  # size in bytes, mtime in ns, ctime in ns, inode
+_PIECES = "DCP_SHARDING_INFO"  # key of the metadata of files of torch.distributed.checkpoint
 
 
 @dataclass(slots=True)
@@ -43,6 +57,7 @@ class Checkpoint:
     stamps: tuple[Stamp, ...]  # of each file, taken before its header was read
     whole_folder: bool  # the user named the folder, or a Hub id, not one file in it
     remarks: tuple[str, ...] = ()  # what was decided about its files: which were left out, say; for people
+    adapter: Adapter | None = None  # the adapter that it is, or has built in
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -75,6 +90,19 @@ def open_checkpoint(name: str) -> Checkpoint:
     return _open_folder(name, root)
 
 
+def refuse_adapter(checkpoint: Checkpoint) -> None:
+    """Raises: CheckpointError, saying how it becomes a model, if a checkpoint is an adapter. One that is built into a
+    whole model is let pass, unless peft can merge it into the model's weights.
+    """
+    if (adapter := checkpoint.adapter) is None:
+        return
+    message = built_in_refusal(adapter)
+    if not adapter.whole:
+        message = refusal(checkpoint.name, checkpoint.root, adapter, checkpoint.tensors, checkpoint.files[0])
+    if message:
+        raise CheckpointError(message, file=checkpoint.name)
+
+
 def changed_since(checkpoint: Checkpoint) -> list[Path]:
     """The files that were changed, replaced or removed since the checkpoint was opened."""
     return [p for p, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True) if _stamp(p) != stamp]
@@ -85,7 +113,7 @@ def _stamp(path: Path) -> Stamp | None:
         info = os.stat(path)
     except OSError:
         return None
-    return info.st_size, info.st_mtime_ns, info.st_ino
+    return info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
 
 
 def _similar(path: Path) -> str:
@@ -105,80 +133,63 @@ def _similar(path: Path) -> str:
 
 
 def _open_file(name: str, path: Path) -> Checkpoint:
-    if path.name.endswith(INDEX):
-        return _open_indexed(name, path.parent, path.name, named=True)
-    if path.name.endswith(WEIGHTS):
-        return _load(name, path.parent, [path.name])
-    if path.name.endswith(PICKLES):
-        raise CheckpointError(_PICKLED, file=name)
+    root, file = path.parent, path.name
+    if ANY_INDEX.fullmatch(file):
+        return _open_indexed(name, root, file)
+    if file.endswith(WEIGHTS):
+        shard = SHARD.fullmatch(file)
+        remarks = []
+        if shard and int(shard["count"]) > 1:
+            remarks.append(f"{name} is one of {int(shard['count'])} shards: the tensors of the others are not read")
+        return _load(name, root, [file], remarks=remarks)
+    if file.endswith(PICKLES):
+        raise CheckpointError(remedies.pickles(name, root, [file], _names(root), _config(root)), file=name)
+    if file.endswith(OTHER_WEIGHTS):
+        raise CheckpointError(remedies.other_format(root, [file]), file=name)
+    if file.endswith(".distcp"):
+        raise CheckpointError(remedies.dcp_folder(root), file=name)
     raise CheckpointError(f"this file is not a checkpoint: expected a folder or a {WEIGHTS} file", file=name)
 
 
-_PICKLED = (
-    "pickled weights are never loaded, because a pickle can run any code. Convert them first, for example with "
-    "`transformers`: `AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)`"
-)
+def _names(root: Path) -> list[str]:
+    """The names in a folder, sorted, hidden ones left out."""
+    try:
+        return sorted(n for n in os.listdir(root) if not n.startswith("."))
+    except OSError as error:
+        raise CheckpointError(f"the folder cannot be read: {error.strerror}", file=str(root)) from None
+
+
+def _config(root: Path) -> dict[str, Any]:
+    """config.json; empty, if there is none, or if it is damaged: who needs it to be right says so."""
+    try:
+        return parse_object(read_regular(str(root / "config.json"), MAX_HEADER).lstrip(), "config.json", str(root))
+    except CheckpointError:
+        return {}
 
 
 def _open_folder(name: str, root: Path) -> Checkpoint:
-    try:
-        present = sorted(n for n in os.listdir(root) if not n.startswith("."))
-    except OSError as error:
-        raise CheckpointError(f"the folder cannot be read: {error.strerror}", file=str(root)) from None
-    indexes = [n for n in present if n.endswith(INDEX)]
-    weights = [n for n in present if n.endswith(WEIGHTS)]
-    _refuse_adapter(name, root, present, [n for n in (*indexes, *weights) if not n.startswith(_ADAPTER)])
-    if len(indexes) > 1:
-        raise CheckpointError(
-            f"the folder has several indexes: {listing(indexes, 8)}. Name the one you mean, as {root / indexes[0]}",
-            file=name,
-        )
-    if indexes:
-        return _open_indexed(name, root, indexes[0])
-    if not weights:
-        raise CheckpointError(_no_weights(root, present), file=name)
-    _check_shards(name, weights)
-    return _load(name, root, weights, whole_folder=True)
-
-
-_ADAPTER, _ADAPTER_CONFIG = "adapter_model.", "adapter_config.json"  # as peft saves them
-
-
-def _refuse_adapter(name: str, root: Path, present: list[str], whole: list[str]) -> None:
-    """Raises: CheckpointError, if the folder holds an adapter alone, or beside weights that no index lists.
-
-    whole  the weights in the folder that are no adapter's
-    """
-    adapters = [n for n in present if n.startswith(_ADAPTER) and n.endswith((WEIGHTS, *PICKLES))]
-    if whole and adapters and not any(n.endswith(INDEX) for n in whole):
-        raise CheckpointError(
-            f"the folder has an adapter, {listing(adapters)}, beside {listing(whole)}. Name the model's file, as "
-            f"{root / whole[0]}",
-            file=name,
-        )
-    if whole or not (adapters or _ADAPTER_CONFIG in present):
-        return
-    kind, base = "a PEFT adapter", ""
-    if _ADAPTER_CONFIG in present:
-        path = str(root / _ADAPTER_CONFIG)
-        config = parse_object(read_regular(path, MAX_HEADER).lstrip(), "the adapter's configuration", path)
-        kind = "a LoRA adapter" if config.get("peft_type") == "LORA" else kind
-        base = f" to {quote(model)}" if isinstance(model := config.get("base_model_name_or_path"), str) else ""
-    raise CheckpointError(
-        f"this is {kind}{base}, not a whole model, and adapters are not merged. Merge it into its base first, with "
-        f"peft: `AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('NEW')`; then "
-        "name NEW",
-        file=name,
+    present = _names(root)
+    choice = choose(name, root, present, _config(root))
+    if choice is None:
+        raise CheckpointError(_no_weights(name, root, present), file=name)
+    if choice.index is not None:
+        return _open_indexed(name, root, choice.index, choice.reason, present)
+    return _load(
+        name, root, choice.files, whole_folder=True, remarks=_left_out(name, choice.files, choice.reason, present)
     )
 
 
-def _no_weights(root: Path, present: list[str]) -> str:
-    pickles = [n for n in present if n.endswith(PICKLES)]
-    if pickles:
-        return f"the folder has no {WEIGHTS} file, only {listing(pickles)}: {_PICKLED}"
-    others = [n for n in present if n.endswith(OTHER_WEIGHTS)]
-    if others:
-        return f"the folder has no {WEIGHTS} file, only {listing(others)}: this format is not read"
+def _left_out(name: str, taken: Sequence[str], reason: str, present: Sequence[str]) -> list[str]:
+    left = [file for file in weight_files(present) if file not in taken]
+    if not reason.startswith(("transformers loads", "diffusers loads")):  # they would load these then
+        left += [n for n in present if n.endswith(PICKLES) and n.startswith(("pytorch_model", f"{DIFFUSERS}."))]
+    return [f"left out of {name}: {listing(left)}, because {reason}"] if left else []
+
+
+def _no_weights(name: str, root: Path, present: Sequence[str]) -> str:
+    """What is there instead, and what to do about it."""
+    if other := _other_weights(name, root, present):
+        return other
     below = [n for n in present if any(f.name.endswith(WEIGHTS) for f in (root / n).glob("*" + WEIGHTS))]
     if below:
         return f"the folder itself has no {WEIGHTS} file, but {listing(below)} in it do: name one of them"
@@ -188,80 +199,71 @@ def _no_weights(root: Path, present: list[str]) -> str:
         return f"the folder has no {WEIGHTS} file, but a merge died while it replaced {listing(aside)}. {PUT_BACK}"
     if any(".partial-" in n for n in hidden):
         return f"the folder has no {WEIGHTS} file, only those of a merge that did not finish: run it again"
-    return f"the folder has no {WEIGHTS} file" + (f", only {listing(present)}" if present else "; it is empty")
+    if not present:
+        return f"the folder has no {WEIGHTS} file; it is empty"
+    hint = "" if os.path.isdir(os.path.expanduser(name)) else remedies.hub_pickles(name, _config(root))
+    return f"the folder has no {WEIGHTS} file, only {listing(present)}" + (f". {hint}" if hint else "")
 
 
-def _check_shards(name: str, weights: list[str]) -> None:
-    """Without an index, the names `STEM-00001-of-00003.safetensors` must at least be all there."""
-    shards: dict[tuple[str, int, int], set[int]] = {}
-    for file in weights:
-        match = SHARD.fullmatch(file)
-        if match:
-            key = (match["stem"], int(match["count"]), len(match["count"]))
-            shards.setdefault(key, set()).add(int(match["number"]))
-    for (stem, count, width), numbers in shards.items():
-        # Not compared with a range: a file name may claim a billion shards.
-        if len(numbers) != count or min(numbers) != 1 or max(numbers) != count:
-            first = next((n for n in range(1, len(numbers) + 1) if n not in numbers), len(numbers) + 1)
-            raise CheckpointError(
-                f"{len(numbers)} of {count} shards are there, and no index; "
-                f"missing: {quote(f'{stem}-{first:05d}-of-{count:0{width}d}{WEIGHTS}')}",
-                file=name,
-            )
+def _other_weights(name: str, root: Path, present: Sequence[str]) -> str:
+    """About weights of other formats in a folder; empty, if there are none."""
+    only = f"the folder has no {WEIGHTS} file, only"
+    if ADAPTER_CONFIG in present or any(n.startswith(f"{ADAPTER}.") for n in present):
+        config = read_adapter_config(root / ADAPTER_CONFIG)
+        kind = {"LORA": "LoRA"}.get(str(config.get("peft_type")), "PEFT")
+        return refusal(name, root, Adapter(kind, "peft", (), None, False, frozenset(), config), {}, root)
+    if any(n.endswith(".distcp") for n in present):
+        return remedies.dcp_folder(root)
+    # As FSDP's trainers save: a folder for the model, others for its optimizer.
+    for part in (n for n in present if not n.startswith("optimizer") and any((root / n).glob("*.distcp"))):
+        return f"in {quote(part)}, {remedies.dcp_folder(root / part)}"
+    if pickles := [n for n in present if n.endswith(PICKLES)]:
+        return f"{only} {listing(pickles)}: {remedies.pickles(name, root, pickles, present, _config(root))}"
+    if others := [n for n in present if n.endswith(OTHER_WEIGHTS)]:
+        return f"{only} {listing(others)}: {remedies.other_format(root, others)}"
+    return ""
 
 
-def _open_indexed(name: str, root: Path, index: str, named: bool = False) -> Checkpoint:
-    """named: the user named the index itself, so other weights in the folder do not make it ambiguous."""
-    weight_map = _read_index(root / index)
+def _open_indexed(
+    name: str, root: Path, index: str, reason: str | None = None, present: Sequence[str] = ()
+) -> Checkpoint:  # fmt: skip
+    """reason: why this index, if the user named the folder; `present`: names of its files."""
+    weight_map = read_index(root / index)
     files = sorted(set(weight_map.values()))
-    single = index.removesuffix(".index.json")
-    if not named and single not in files and os.path.lexists(root / single):
-        raise CheckpointError(
-            f"the folder has both {quote(single)} and {quote(index)}, which does not name it. "
-            f"Name the one you mean, as {root / index}",
-            file=name,
-        )
     missing = [f for f in files if not os.path.exists(root / f)]
     if missing:
-        raise CheckpointError(
-            f"{len(missing)} of {len(files)} files that {quote(index)} names are missing: {listing(missing)}", file=name
+        raise CheckpointError(_missing(root, index, files, missing), file=name)
+    remarks = [] if reason is None else _left_out(name, [index, *files], reason, present)
+    return _load(name, root, files, weight_map, index, whole_folder=True, remarks=remarks)
+
+
+def _missing(root: Path, index: str, files: Sequence[str], missing: Sequence[str]) -> str:
+    """The message about missing files that an index names, and what else is there."""
+    message = f"{len(missing)} of {len(files)} files that {quote(index)} names are missing: {listing(missing)}"
+    present = _names(root)
+    for shards in complete_shards(present):
+        return (
+            f"{message}. The shards {listing(shards)} are all there, so the index is of another set. Remove the index, "
+            f"and they are read without one: `rm {shlex.quote(str(root / index))}`"
         )
-    return _load(name, root, files, weight_map, index, whole_folder=True)
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """The weight_map of an index: tensor name -> plain name of a .safetensors file beside it."""
-    file = str(path)
-    weight_map = parse_object(read_regular(file, MAX_HEADER).lstrip(), "the index", file).get("weight_map")
-    if type(weight_map) is not dict:
-        raise CheckpointError("the index has no `weight_map` object", file=file)
-    for tensor, target in weight_map.items():
-        where = f"`weight_map` puts tensor {quote(tensor)} into"
-        if type(target) is not str:
-            raise CheckpointError(f"{where} {quote(target)}, which is not a file name", file=file, tensor=tensor)
-        # The name alone is judged: files in the Hub's cache are links that leave the folder, and are fine.
-        if not is_plain(target):
-            raise CheckpointError(
-                f"{where} {quote(target)}: only a plain file name in the same folder is allowed",
-                file=file,
-                tensor=tensor,
-            )
-        if not target.endswith(WEIGHTS):
-            what = _PICKLED if target.endswith(PICKLES) else f"expected a {WEIGHTS} file"
-            raise CheckpointError(f"{where} {quote(target)}: {what}", file=file, tensor=tensor)
-    return weight_map
+    single = index[: index.index(WEIGHTS)] + WEIGHTS
+    if single in present:
+        return f"{message}. {quote(single)} is there: to read that instead, name {root / single}"
+    return f"{message}. Download or copy them again"
 
 
 def _load(
     name: str,
     root: Path,
-    files: list[str],
-    weight_map: dict[str, str] | None = None,
+    files: Sequence[str],
+    weight_map: Mapping[str, str] | None = None,
     index: str | None = None,
     whole_folder: bool = False,
+    remarks: Sequence[str] = (),
 ) -> Checkpoint:
-    """Read the headers of `files` in `root` and check them against the index's weight_map, if there is one."""
+    """Read the headers of `files` in `root`; tensors that an index's weight_map names must be there."""
     tensors: dict[str, Entry] = {}
+    superseded: set[str] = set()  # tensors that are in several files of an index
     metadata: dict[str, str] = {}
     stamps: list[Stamp] = []
     for number, file in enumerate(files):
@@ -269,18 +271,14 @@ def _load(
         # Taken before the header is read, so that a change in between is noticed too.
         stamp = _stamp(path)
         entries, file_metadata = read_header(path, number)
-        stamps.append(stamp or (0, 0, 0))
+        if _PIECES in file_metadata:
+            raise CheckpointError(remedies.dcp_pieces(root), file=str(path))
+        stamps.append(stamp or (0, 0, 0, 0))
         for entry in entries:
-            if weight_map is not None and weight_map.get(entry.name) != file:
-                _contradiction(entry.name, str(path), weight_map, str(index))
-            if entry.name in tensors:
-                other = files[tensors[entry.name].file]
-                raise CheckpointError(
-                    f"tensor {quote(entry.name)} is in {quote(other)} and in {quote(file)}, and no index says which "
-                    f"counts. Name one file, as {path}",
-                    file=name,
-                    tensor=entry.name,
-                )
+            if (earlier := tensors.pop(entry.name, None)) is not None:
+                if weight_map is None:
+                    raise _in_two_files(name, root, entry.name, files[earlier.file], file)
+                superseded.add(entry.name)
             tensors[entry.name] = entry
         metadata = {**file_metadata, **metadata}
     for tensor, file in (weight_map or {}).items():
@@ -292,14 +290,21 @@ def _load(
             )
     if not tensors:
         raise CheckpointError("the checkpoint has no tensors", file=name)
+    if weight_map is not None:
+        found = {tensor: files[entry.file] for tensor, entry in tensors.items()}
+        remarks = [*remarks, *(f"{name}: {r}" for r in index_remarks(str(index), weight_map, found, superseded))]
     nbytes = sum(e.nbytes for e in tensors.values())
-    paths = tuple(root / f for f in files)
-    return Checkpoint(name, root, paths, tensors, nbytes, index is not None, metadata, tuple(stamps), whole_folder)
+    return Checkpoint(
+        name, root, tuple(root / f for f in files), tensors, nbytes, index is not None, metadata, tuple(stamps),
+        whole_folder, tuple(remarks), find_adapter(tensors, metadata, root / ADAPTER_CONFIG),
+    )  # fmt: skip
 
 
-def _contradiction(tensor: str, file: str, weight_map: dict[str, str], index: str) -> None:
-    if tensor in weight_map:
-        message = f"tensor {quote(tensor)} is in this file, but {quote(index)} puts it into {quote(weight_map[tensor])}"
-    else:
-        message = f"tensor {quote(tensor)} is in this file but not in {quote(index)}"
-    raise CheckpointError(message, file=file, tensor=tensor)
+def _in_two_files(name: str, root: Path, tensor: str, first: str, second: str) -> CheckpointError:
+    return CheckpointError(
+        f"tensor {quote(tensor)} is in {quote(first)} and in {quote(second)}, and no index says which counts. If these "
+        f"are two models, name one file, as {root / second}. If each has a piece of every tensor, join them first, "
+        "with the program that wrote them",
+        file=name,
+        tensor=tensor,
+    )

@@ -18,6 +18,7 @@ from fastinterp.errors import FastinterpError
 _MODULES = {
     "merge": "fastinterp.cli.merge",
     "interpolate": "fastinterp.cli.merge",
+    "average": "fastinterp.cli.average",
     "sweep": "fastinterp.cli.sweep",
     "check": "fastinterp.cli.inspect",
     "explain": "fastinterp.cli.inspect",
@@ -32,18 +33,6 @@ _MODULES = {
 OUTCOME = (
     "fastinterp.outcome"  # key in click's Context.meta: list[str], notes about the output for the message of a failure
 )
-
-# Options of mergekit's commands, and what replaces them.
-_MERGEKIT = {
-    "--cuda": "Use --device cuda.",
-    "--copy-tokenizer": "Omit it: the tokenizer is always copied.",
-    "--lazy-unpickle": "Omit it: tensors are always read in pieces.",
-    "--low-cpu-memory": "Omit it: --max-memory limits the memory.",
-    "--trust-remote-code": "Omit it: code of a model is never run.",
-    "--allow-crimes": "Omit it: tensors are matched by name and shape, whatever the architecture.",
-    "--out-shard-size": "Use --max-shard-size.",
-    "--random-seed": "Use --seed.",
-}
 
 
 class _Stopped(KeyboardInterrupt):
@@ -95,9 +84,12 @@ class _Commands(click.Group):
             with errors_reported(ctx):
                 return super().invoke(ctx)
         except click.NoSuchOption as error:
-            if error.option_name not in _MERGEKIT:
+            from fastinterp.recipe.mergekit_options import instead_of_option
+
+            instead = instead_of_option(error.option_name)
+            if not instead:
                 raise
-            message = f"No such option: {error.option_name}. {_MERGEKIT[error.option_name]}"
+            message = f"No such option: {error.option_name}. {instead}"
             raise click.NoSuchOption(error.option_name, message, ctx=error.ctx) from None
 
 

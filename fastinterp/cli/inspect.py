@@ -38,6 +38,8 @@ def check(recipe: str, strict: bool, as_json: bool) -> None:
 @click.option("--dtype", metavar="NAME", help="As for merge.")
 @click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), help="As for merge.")
 @click.option("--seed", type=int, metavar="N", help="As for merge.")
+@options.missing
+@options.channels
 @options.as_json
 def explain(
     recipe: str,
@@ -47,6 +49,8 @@ def explain(
     dtype: str | None,
     rounding: str | None,
     seed: int | None,
+    missing: str | None,
+    channels: str | None,
     as_json: bool,
 ) -> None:
     """Describe what a merge would read, compute and write.
@@ -61,7 +65,7 @@ def explain(
     from fastinterp.inspect.explain import Explanation
     from fastinterp.plan.plan import plan_recipe
 
-    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed)
+    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels)
     explanation = Explanation(plan, threads, size_of(max_memory))
     if as_json:
         options.say_json(explanation.as_dict())

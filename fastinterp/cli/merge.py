@@ -71,6 +71,7 @@ def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) ->
 )
 @click.option("--base", metavar="CKPT", help="Task vectors: base + (1 - alpha)*(A - base) + alpha*(B - base).")
 @click.option("--integers", metavar="CKPT", help="Take integer tensors from CKPT. Default: they must be equal.")
+@options.tokenizer_source
 @options.output
 def interpolate(
     a: str, b: str, points: list[float], out: str, base: str | None, quiet: bool, as_json: bool,

@@ -43,6 +43,21 @@ max_shard_size = click.option(
 max_memory = click.option(
     "--max-memory", default="512MB", show_default=True, metavar="SIZE", help="Largest size of the scratch memory."
 )
+missing = click.option(
+    "--missing",
+    type=click.Choice(["error", "base", "skip"]),
+    help="Tensors that not all models have in one shape: refuse, take the base's, or leave out. Default: error.",
+)
+channels = click.option(
+    "--channels",
+    type=click.Choice(["same", "first"]),
+    help="first: convolutions with fewer input channels merge into the first ones of the others. Default: same.",
+)
+tokenizer_source = click.option(
+    "--tokenizer-source",
+    metavar="NAME",
+    help="Vocabulary of the output: union, base or CKPT. Default: the models must have the same.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 quiet = click.option("--quiet", is_flag=True, help="Print errors and warnings only.")
 
@@ -73,6 +88,8 @@ _OUTPUT = (
         metavar="N",
         help="Seed of random masks and stochastic rounding. Default: that of the recipe, else 0.",
     ),
+    missing,
+    channels,
     click.option("--force", is_flag=True, help="Replace a checkpoint in the output folder."),
     click.option(
         "--durable",

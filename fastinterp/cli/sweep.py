@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     help="A parameter of the method.",
 )
 @click.option("--integers", metavar="CKPT", help="Take integer tensors from CKPT. Default: they must be equal.")
+@options.tokenizer_source
 @click.option("--virtual", is_flag=True, help="Write only a recipe per point, for fastinterp.load.")
 @click.option(
     "--in-memory", metavar="MODULE:FUNCTION",

@@ -57,16 +57,19 @@ def gather(tensor: GatheredInput, folder: Path | None, stack: ExitStack) -> Gath
     codes = np.frombuffer(tensor.rows.codes, np.int64)
     if len(tensor.shape) == 1:
         return Gathered((), _computed(tensor, codes, folder, stack), codes.size, None)
-    rows, parts, end = np.full(codes.size, -1, np.int64), [], 0
-    left = codes != ZEROS
+    parts, end = [], 0
+    columns = tensor.numel // max(1, codes.size)
+    starts = np.full(len(tensor.sources) + 1, -1, np.int64)  # of each source, its first row; the last stands for means
     for model in tensor.models:
         source = tensor.sources[model]
         if source is not None and source.dtype == tensor.dtype:
-            stored = (codes >= 0) & (codes >> 40 == model)
-            rows[stored] = (codes[stored] & (1 << 40) - 1) + end
-            left &= ~stored
-            parts.append((source.path, source.start, source.shape[0]))
-            end += source.shape[0]
+            starts[model] = end
+            count = source.numel // max(1, columns)
+            parts.append((source.path, source.start, count))
+            end += count
+    stored = (codes >= 0) & (starts[codes >> 40] >= 0)  # codes below 0 look at the last
+    rows = np.where(stored, (codes & (1 << 40) - 1) + starts[codes >> 40], -1)
+    left = (codes != ZEROS) & ~stored
     rows[left] = np.arange(left.sum()) + end
     computed = _computed(tensor, codes[left], folder, stack) if left.any() else None
     return Gathered(tuple(parts), computed, int(left.sum()), rows)
@@ -97,7 +100,7 @@ class _RowReader:
 
         self._np, self._tensor, self._stack = np, tensor, stack
         self._fds: dict[Path, int] = {}
-        self.columns = tensor.numel // max(1, tensor.shape[0])
+        self.columns = tensor.numel // max(1, len(tensor.rows.codes))
         self.nbytes = tensor.dtype.nbytes(self.columns) or 0
         self.step = max(1, _PIECE // max(1, self.nbytes))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
@@ -15,6 +15,7 @@ from fastinterp.inspect.check_result import CheckResult, Finding
 from fastinterp.messages import counted, listed, plain
 from fastinterp.plan.models import Library, Model
 from fastinterp.plan.plan import Plan, make_plan
+from fastinterp.plan.single import plan_document
 from fastinterp.plan.vocabularies import align_models
 from fastinterp.recipe.check import check_recipe, check_tensors
 from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read_all
@@ -69,10 +70,13 @@ def _exit_code(recipes: Sequence[Recipe], library: Library, first: int) -> int:
 
 
 class _Checked(NamedTuple):
-    """A document without errors: the names of the tensors that it makes, and how many of its tensors were sampled."""
+    """A document without errors: the names of the tensors that it makes, how many of its tensors were sampled, and for
+    those below it what it makes as a model, with the folder of its small files.
+    """
 
     outputs: list[str]
     sampled: int
+    made: tuple[Model, object] | None = None
 
 
 @dataclass
@@ -171,77 +175,92 @@ def _check_document(
     """
     collector, sampled = ErrorCollector(collect=True), 0
     try:
-        models, fit = _models(recipe, library, checked, findings)
-        warnings, outputs = check_tensors(recipe, models, collector)
+        names, known, fit = _models(recipe, library, checked, findings)
+        warnings, outputs = check_tensors(recipe, names, collector, **known)
         for error in collector.errors:
-            if fit or not isinstance(error, ShapeError):  # align_models or _differing has reported it
+            if fit or not isinstance(error, ShapeError):  # align_models has reported it
                 findings.add_error(error)
+        if shapes := _shapes(recipe, known) if collector.errors else []:
+            findings.add_error(ShapeError(listed(shapes, _LISTED)))
         for warning in warnings:
             findings.add_warning(warning)
         if outputs is None or not fit:
             return None
-        known = {str(warning) for warning in warnings}
+        said = {str(warning) for warning in warnings}
         if not recipe.earlier:
             plan = make_plan([recipe], max_shard_size=_SHARD, library=library)
-            sampled = _check_samples(plan, known, findings)
+            sampled = _check_samples(plan, said, findings)
         elif recipe is recipes[-1] and len(checked) == len(recipes) - 1:
             plan = make_plan([recipe], max_shard_size=_SHARD, above=recipes[:-1], library=library)
-            sampled = _check_samples(plan, known, findings)
+            sampled = _check_samples(plan, said, findings)
+        made = None if recipe is recipes[-1] else _made(recipe, library, checked)
     except (RecipeError, CheckpointError, StorageError) as error:
         findings.add_error(error)
         return None
-    return _Checked(outputs, sampled)
+    return _Checked(outputs, sampled, made)
+
+
+def _made(recipe: Recipe, library: Library, checked: Mapping[int, _Checked]) -> tuple[Model, object]:
+    """What a document makes, as a model of those below it, and the folder of its small files."""
+    from fastinterp.plan.chained import made_by
+
+    origin = _origin(recipe)
+    document = plan_document([replace(recipe, origin=origin)], lambda model: _found(recipe, model, library, checked))
+    return made_by(recipe, document)
+
+
+def _found(recipe: Recipe, model: ModelRef, library: Library, checked: Mapping[int, _Checked]) -> Model:
+    """One of a recipe's models: what a document above makes, or a checkpoint."""
+    above = recipe.made_by(model)
+    made = None if above is None else checked[above].made
+    return library.find(model) if made is None else made[0]
+
+
+def _origin(recipe: Recipe) -> ModelRef:
+    """The model that configuration and tokenizer come from: also a document above."""
+    lead = recipe.base_model or recipe.models[0]
+    return recipe.origin if recipe.made_by(lead) is None else lead
 
 
 def _models(
     recipe: Recipe, library: Library, checked: Mapping[int, _Checked], findings: _Findings
-) -> tuple[list[Collection[str]], bool]:
-    """The tensor names of each of a recipe's models, and whether vocabularies, tensors and shapes fit each other."""
-    if recipe.earlier:
-        return [_names(recipe, model, library, checked) for model in recipe.models], True
-    models = [library.find(model) for model in recipe.models]
+) -> tuple[list[Collection[str]], dict[str, Any], bool]:
+    """The tensor names of each of a recipe's models, what else is known of them for Assembly, and whether their
+    vocabularies could be aligned.
+    """
+    models = [_found(recipe, model, library, checked) for model in recipe.models]
+    origin = _origin(recipe)
     try:
-        aligned = align_models(recipe, models, library.find(recipe.origin)).models
+        aligned = align_models(replace(recipe, origin=origin), models, _found(recipe, origin, library, checked))
     except (CheckpointError, StorageError) as error:
         findings.add_error(error, _tokenizer(recipe))
-        return [m.tensors for m in models], False
-    differing = _differing(recipe, aligned)
-    for mismatch in differing:
-        findings.add_error(mismatch)
-    return [m.tensors for m in aligned], not differing
+        return [m.tensors for m in models], {}, False
+    tensors = [m.tensors for m in aligned.models]
+    return [*tensors], {"tensors": tensors, "copied": aligned.copied, "notes": aligned.notes}, True
+
+
+def _shapes(recipe: Recipe, known: Mapping[str, Any]) -> list[str]:
+    """Tensors of different shapes, where whole models are merged. Planning reports them, unless something else ends it
+    before.
+
+    known  as _models returns it
+    """
+    if not known or recipe.missing != "error" or recipe.sections[0].stacked or recipe.sections[0].name is not None:
+        return []
+    lead, *others = known["tensors"]
+    names = [str(model) for model in recipe.models]
+    return [
+        f"{n} is {list(e.shape)} in {names[0]} but {list(other[n].shape)} in {name}"
+        for name, other in zip(names[1:], others, strict=True)
+        for n, e in lead.items()
+        if n in other and e.shape != other[n].shape
+    ]
 
 
 def _tokenizer(recipe: Recipe) -> tuple[str, int | None] | None:
     """Path and line of the recipe's first key about tokenizers."""
     keys = [k for k in ("tokenizer", "tokenizer_source", "chat_template") if recipe.document.value.get(k) is not None]
     return (f"$.{keys[0]}", recipe.document.error("", f"$.{keys[0]}").line) if keys else None
-
-
-def _names(recipe: Recipe, model: ModelRef, library: Library, checked: Mapping[int, _Checked]) -> Collection[str]:
-    above = recipe.made_by(model)
-    return library.find(model).tensors if above is None else checked[above].outputs
-
-
-def _differing(recipe: Recipe, models: Sequence[Model]) -> list[ShapeError]:
-    """Errors about tensors that one model has and another lacks, where whole models are merged; and if there are any,
-    about tensors of different shapes. If there are none, planning reports the shapes.
-    """
-    if recipe.sections[0].stacked or recipe.sections[0].name is not None:
-        return []
-    lead, *others = models
-    differences, shapes = [], []
-    for other in others:
-        only = [(a.name, [n for n in a.tensors if n not in b.tensors]) for a, b in ((lead, other), (other, lead))]
-        sides = [f"{name} alone has {listed(names, _LISTED)}" for name, names in only if names]
-        differences += ["; ".join(sides)] if sides else []
-        shapes += [
-            f"{n} is {list(e.shape)} in {lead.name} but {list(other.tensors[n].shape)} in {other.name}"
-            for n, e in lead.tensors.items()
-            if n in other.tensors and e.shape != other.tensors[n].shape
-        ]
-    remedy = ". Only models of one architecture merge"
-    errors = [ShapeError(f"the models have different tensors: {sides}{remedy}") for sides in differences]
-    return [*errors, ShapeError(listed(shapes, _LISTED))] if errors and shapes else errors
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

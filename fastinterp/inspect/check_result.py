@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,12 +106,16 @@ class CheckResult:
         return "\n".join(lines)
 
 
+_COMMAND = re.compile(r"`(?:python|rm|head) [^`]*`")  # in a message: stays on one line, so that it can be copied
+
+
 def _lines(title: str, findings: Sequence[Finding]) -> list[str]:
     lines = []
     for finding in findings:
         where = f"{finding.where}: " if finding.where else ""
+        message = _COMMAND.sub(lambda command: command[0].replace(" ", "\0"), plain(where + finding.message))
         lines += textwrap.wrap(
-            plain(where + finding.message), WIDTH, initial_indent=f"  {title:{_TITLE}}",
+            message, WIDTH, initial_indent=f"  {title:{_TITLE}}",
             subsequent_indent=" " * (2 + _TITLE), break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
-    return lines
+    return [line.replace("\0", " ") for line in lines]

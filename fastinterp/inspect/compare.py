@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 from fastinterp.backends.cpu import Progress, PumpOptions, survey
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.errors import UsageError
+from fastinterp.errors import ShapeError, UsageError
 from fastinterp.execute.sources import Sources
 from fastinterp.ops.steps import Answer, Measure
 from fastinterp.plan.models import Model, open_model
+from fastinterp.plan.tensor_sets import with_names_of
+from fastinterp.recipe.tensor_groups import nothing_in_common
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class Comparison:
     shapes      names of tensors whose shapes differ
     unmeasured  names of tensors that both have, of dtypes that are not merged
     kinds       dtype and shape in a and in b where these differ: name -> ("BF16 [4, 2]", "F32 [4, 2]")
+    remarks     how names of b were made to follow those of a, for people
     """
 
     tensors: dict[str, Difference]
@@ -84,6 +87,7 @@ class Comparison:
     shapes: list[str]
     unmeasured: list[str]
     kinds: dict[str, tuple[str, str]]
+    remarks: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """Short: there is an entry for every tensor."""
@@ -104,12 +108,17 @@ def compare(
 ) -> Comparison:
     """Measure b - a for every tensor of two checkpoints, reading every byte once.
 
-    Raises: CheckpointError, StorageError, BackendError, UsageError.
+    Names of b follow those of a, where a prefix, a wrapper or an older spelling explains all the difference.
+    Raises: CheckpointError (ShapeError, if no name is in both), StorageError, BackendError, UsageError.
     """
     for path in (a, b):
         if not isinstance(path, (str, os.PathLike)):
             raise UsageError(f"a checkpoint must be a path, got {path!r}")
     first, second = open_model(os.fspath(a)), open_model(os.fspath(b))
+    remarks: list[str] = []
+    second = with_names_of(first, second, remarks)
+    if not first.tensors.keys() & second.tensors.keys():
+        raise ShapeError(nothing_in_common((first.name, "", first.tensors), (second.name, "", second.tensors)))
     common = [n for n in first.tensors if n in second.tensors]
     shapes = [n for n in common if first.tensors[n].shape != second.tensors[n].shape]
     same_shape = [n for n in common if first.tensors[n].shape == second.tensors[n].shape]
@@ -126,6 +135,7 @@ def compare(
         shapes,
         [n for n in same_shape if n not in tensors],
         _kinds(first, second, common),
+        tuple(remarks),
     )
 
 
@@ -148,7 +158,8 @@ def deltas(
 
     Raises: CheckpointError, StorageError, BackendError, UsageError.
     """
-    every = [open_model(name) for name in (base, *models)]
+    first = open_model(base)
+    every = [first, *(with_names_of(first, open_model(name)) for name in models)]
     lead = every[0].tensors
     names = [
         n for n, entry in lead.items()

@@ -25,6 +25,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
         "shapes": comparison.shapes,
         "unmeasured": comparison.unmeasured,
         "kinds": comparison.kinds,
+        "remarks": list(comparison.remarks),
     }
 
 
@@ -67,7 +68,7 @@ def _rank(d: Difference) -> float:
 
 def _notes(comparison: Comparison) -> list[str]:
     """Lines about what the tables do not show."""
-    notes = []
+    notes = list(comparison.remarks)
     for what, some in (("only in A", comparison.only_a), ("only in B", comparison.only_b)):
         if some:
             notes.append(f"{counted(len(some), 'tensor')} {what}: {_names(some)}")
@@ -89,7 +90,8 @@ def _notes(comparison: Comparison) -> list[str]:
                 f"{which} contains NaN, Inf or numbers whose squares exceed float64, first in {_names(some[:1])}"
             )
     if comparison.tensors and not comparison.total.changed:
-        notes.append("all elements of A and B are equal" + (" in the tensors that were measured" if notes else ""))
+        partly = len(notes) > len(comparison.remarks)
+        notes.append("all elements of A and B are equal" + (" in the tensors that were measured" if partly else ""))
     return notes
 
 

@@ -30,7 +30,7 @@ class Pattern:
 
 def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
     """Plain values, as --json prints them."""
-    entries = _sorted(checkpoint)
+    entries, adapter = _sorted(checkpoint), checkpoint.adapter
     counts = [0] * len(checkpoint.files)
     for e in entries:
         counts[e.file] += 1
@@ -44,6 +44,7 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "parameters": sum(e.numel for e in entries if e.dtype.merges),
         "dtypes": _dtypes(entries),
+        "adapter": None if adapter is None else adapter.as_dict(),
         "metadata": checkpoint.metadata,
         "receipt": receipt(checkpoint),
         "tensors": [
@@ -67,6 +68,8 @@ def as_text(checkpoint: Checkpoint, *, every: bool = False) -> str:
         f"{plain(checkpoint.name)}: {values['parameters']:,} parameters in "
         f"{counted(len(values['tensors']), 'tensor')}, {size(values['bytes'])}"
     ]
+    if checkpoint.adapter is not None:
+        lines += [f"{'has built in: ' if checkpoint.adapter.whole else ''}{checkpoint.adapter.describe()}"]
     lines += ["dtypes"]
     dtypes = [
         [d["dtype"], counted(d["tensors"], "tensor"), f"{d['elements']:,} elements", size(d["bytes"])]

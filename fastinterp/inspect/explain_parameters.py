@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from fastinterp.recipe.blocks import ForeignBlock
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.targets import Assembly
 from fastinterp.recipe.values import Value
@@ -110,11 +111,12 @@ def _entry(value: Value, of: str, reached: Counter[str] | None) -> dict[str, Any
         "path": value.path,
         "cases": [
             {
-                "filter": part,
+                "filter": None if part is None else str(part),
                 "value": list(case) if isinstance(case, tuple) else case,
                 "tensors": None if whole or reached is None else reached[path],
             }
             for (part, case), path in zip(value.cases, value.paths, strict=True)
+            if not isinstance(part, ForeignBlock)
         ],
     }
 

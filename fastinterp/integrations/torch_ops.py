@@ -5,6 +5,9 @@
     merged = weighted_sum([a, b], [0.7, 0.3])                        # the bytes of fastinterp.weighted_sum
     loss = f(weighted_sum([x, y], alphas, pivot=base)); loss.backward()     # alphas.grad, x.grad, ...
 
+    ema_(averages, params, 0.999)                                    # running averages of many tensors, in place
+    AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))   # the same inside torch.optim.swa_utils
+
 The operators are torch.ops.fastinterp.weighted_sum (weights as numbers), .weighted_sum_tensor (weights as a tensor),
 .weighted_sum_out (into an existing tensor) and .dots (dot products in float64). torch.compile includes them in
 its graph (fullgraph=True), and their results are the bytes of eager calls.
@@ -16,17 +19,21 @@ again for other numbers: pass weights that change as a CPU tensor, which needs n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from fastinterp.backends.torch_device import common_device
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.in_memory import dot_products as products
 from fastinterp.in_memory import weighted_sum as arrays
+from fastinterp.in_memory.arrays import TorchTensors
+from fastinterp.in_memory.many_sums import lerp_in_place
 from fastinterp.messages import counted
 from fastinterp.ops.dtypes import parse_dtype
+from fastinterp.torch_models.module_tensors import address_of
 
 
 def weighted_sum(
@@ -77,6 +84,159 @@ def weighted_sum(
         raise UsageError("`out` does not support gradients. Use torch.no_grad(), or call without `out`")
     ops.weighted_sum_out(out, xs, numbers, pivot)
     return out
+
+
+# --- running averages, in place ---------------------------------------------------------------------------------------
+
+
+def foreach_lerp_(
+    averages: Iterable[Tensor], others: Iterable[Tensor], weight: float | Sequence[float], *, threads: int | None = None
+) -> None:
+    """averages[i] += weight * (others[i] - averages[i]), in place: `torch._foreach_lerp_` with this package's rounding.
+
+    averages  tensors of floating or complex dtype, of any strides, that share no memory
+    others    as many, of the same shapes and on the same device, of any of these dtypes: bfloat16 into float32, say
+    weight    a number, or one for each pair. 0 leaves an average as it is, 1 copies the other
+    threads   of the CPU; None: one per CPU, at most 32
+
+    The bytes are those of `weighted_sum([other], [weight], pivot=average)`: float32 arithmetic (float64 if one of the
+    two is float64), one rounding at the store. Torch rounds in float32 as often, but in another order: results differ
+    by a few units in the last place of the larger of average and change.
+    No gradient is recorded; a backward pass that needs the old values is an error, as after torch's own.
+    Raises: UsageError, ShapeError, BackendError. Nothing is written then.
+    """
+    averages, others = list(averages), list(others)
+    if len(averages) != len(others):
+        raise UsageError(
+            f"each average needs another tensor, got {counted(len(averages), 'average')} and "
+            f"{counted(len(others), 'tensor')}"
+        )
+    pairs = [_Pair(*pair, i) for i, pair in enumerate(zip(averages, others, strict=True))]
+    with torch.no_grad():
+        targets = [TorchTensors.view(pair.target, f"average {i}", writable=True) for i, pair in enumerate(pairs)]
+        sources = [TorchTensors.view(pair.other, f"tensor {i}") for i, pair in enumerate(pairs)]
+        where = [
+            (f"{name} {i}", TorchTensors.device(x))
+            for i, pair in enumerate(pairs)
+            for name, x in (("average", pair.target), ("tensor", pair.other))
+        ]
+        lerp_in_place(targets, sources, _weights(weight, len(pairs)), common_device(where), threads)
+        for pair in pairs:
+            pair.finish()
+    for average in averages:
+        if not average.is_inference():
+            torch.autograd.graph.increment_version(average)
+
+
+def ema_(averages: Iterable[Tensor], params: Iterable[Tensor], decay: float, *, threads: int | None = None) -> None:
+    """Move exponential moving averages one step, in place: averages[i] = decay * averages[i] + (1 - decay) * params[i].
+
+    averages, params  as `foreach_lerp_` takes them. Integers and booleans, as counters of batches, are copied
+    decay             in 0..1. With 0.999 and averages in bfloat16 a step is mostly less than half a spacing, and lost:
+                      keep averages in float32, whatever dtype the parameters have
+
+    Computed as averages[i] + (1 - decay) * (params[i] - averages[i]), so that what is equal stays equal.
+    Raises: as `foreach_lerp_`.
+    """
+    if not 0 <= decay <= 1:
+        raise UsageError(f"decay must be in 0..1, got {decay!r}")
+    averages, params = list(averages), list(params)
+    floating = [a.is_floating_point() or a.is_complex() for a in averages]
+    if all(floating) or len(averages) != len(params):
+        return foreach_lerp_(averages, params, 1.0 - decay, threads=threads)
+    foreach_lerp_(
+        [a for a, merges in zip(averages, floating, strict=True) if merges],
+        [p for p, merges in zip(params, floating, strict=True) if merges],
+        1.0 - decay, threads=threads,
+    )  # fmt: skip
+    with torch.no_grad():
+        for average, param, merges in zip(averages, params, floating, strict=True):
+            if not merges:
+                average.copy_(param)
+    return None
+
+
+def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[list[Tensor], list[Tensor], Any], None]:
+    """`multi_avg_fn` of torch.optim.swa_utils.AveragedModel that keeps an exponential moving average, by `ema_`."""
+
+    def update(averages: list[Tensor], params: list[Tensor], _: Any) -> None:
+        ema_(averages, params, decay)
+
+    return update
+
+
+def get_swa_multi_avg_fn() -> Callable[[list[Tensor], list[Tensor], Any], None]:
+    """`multi_avg_fn` of torch.optim.swa_utils.AveragedModel for the mean of all models so far."""
+
+    def update(averages: list[Tensor], params: list[Tensor], averaged: Any) -> None:
+        ema_(averages, params, 1.0 - 1.0 / (int(averaged) + 1))
+
+    return update
+
+
+def get_ema_avg_fn(decay: float = 0.999) -> Callable[[Tensor, Tensor, Any], Tensor]:
+    """`avg_fn` of torch.optim.swa_utils.AveragedModel that keeps an exponential moving average, one tensor at a time.
+
+    It makes a new tensor each time, which AveragedModel copies: `get_ema_multi_avg_fn` does neither.
+    """
+
+    def averaged(average: Tensor, param: Tensor, _: Any) -> Tensor:
+        result = average.detach().clone()
+        ema_([result], [param], decay)
+        return result
+
+    return averaged
+
+
+def get_swa_avg_fn() -> Callable[[Tensor, Tensor, Any], Tensor]:
+    """`avg_fn` of torch.optim.swa_utils.AveragedModel for the mean of all models so far, one tensor at a time."""
+
+    def averaged(average: Tensor, param: Tensor, count: Any) -> Tensor:
+        return get_ema_avg_fn(1.0 - 1.0 / (int(count) + 1))(average, param, count)
+
+    return averaged
+
+
+def _weights(weight: float | Sequence[float], count: int) -> list[float]:
+    """Raises: UsageError."""
+    numbers = [weight] * count if isinstance(weight, (int, float)) else list(weight)
+    if len(numbers) != count or any(isinstance(w, Tensor) and w.dim() for w in numbers):
+        raise UsageError(f"weight must be a number, or {count} in a list, one for each average, got {weight!r}"[:200])
+    found = [float(w) for w in numbers]
+    if not all(abs(w) <= 3.4e38 for w in found):
+        raise UsageError(f"weights must be finite float32 numbers, got {weight!r}"[:200])
+    return found
+
+
+class _Pair:
+    """An average and the tensor that it moves to, as contiguous tensors of real numbers of one shape.
+
+    target  a view of the average's memory, wherever its strides allow that; else a copy, which `finish` copies back
+    """
+
+    def __init__(self, average: Tensor, other: Tensor, i: int):
+        if average.shape != other.shape:
+            raise ShapeError(f"average {i} has shape {list(average.shape)}, tensor {i} {list(other.shape)}")
+        average, other = average.detach(), other.detach().resolve_conj().resolve_neg()
+        for name, x in (("average", average), ("tensor", other)):
+            if x.numel() and not address_of(x):
+                kind = type(x).__name__
+                raise UsageError(f"{name} {i} ({kind}) has no memory. Of a distributed tensor give .to_local()")
+        if average.is_complex() or other.is_complex():
+            if not (average.is_complex() and other.is_complex()) or average.is_conj():
+                raise UsageError(
+                    f"average {i} is {average.dtype}, tensor {i} {other.dtype}: both must be complex or none, and the "
+                    "average no conjugated view"
+                )
+            average, other = torch.view_as_real(average), torch.view_as_real(other)
+        if not average.is_contiguous():  # channels last, say: the same order of both
+            order = sorted(range(average.dim()), key=average.stride, reverse=True)
+            average, other = average.permute(order), other.permute(order)
+        self._average, self.target, self.other = average, average.contiguous(), other.contiguous()
+
+    def finish(self) -> None:
+        if self.target.data_ptr() != self._average.data_ptr():
+            self._average.copy_(self.target)
 
 
 # --- the operators ---------------------------------------------------------------------------------------------------

@@ -57,9 +57,21 @@ def point_name(alpha: float) -> str:
     return f"alpha_{float(alpha):.10g}"
 
 
-def point_recipe(a: str, b: str, alpha: float, base: str | None, integers: str | None = None) -> Recipe:
-    """The recipe of one point on the line from `a` to `b`. The other arguments are those of `interpolate`."""
-    return load_recipe(point_mapping(a, b, alpha, base, integers))
+def point_recipe(
+    a: str, b: str, alpha: float, base: str | None, integers: str | None = None, keys: Mapping[str, str] | None = None
+) -> Recipe:
+    """The recipe of one point on the line from `a` to `b`. The other arguments are those of `interpolate`.
+
+    keys  further keys of the recipe
+    """
+    return load_recipe({**point_mapping(a, b, alpha, base, integers), **(keys or {})})
+
+
+def further_keys(missing: str | None, channels: str | None, tokenizer_source: object) -> dict[str, str]:
+    """The keys of a point's recipe for those arguments that are not None. Raises: UsageError."""
+    source = None if tokenizer_source is None else path_of(tokenizer_source, "tokenizer_source")
+    keys = {"missing": missing, "channels": channels, "tokenizer_source": source}
+    return {key: value for key, value in keys.items() if value is not None}
 
 
 def point_mapping(a: str, b: str, alpha: float, base: str | None, integers: str | None = None) -> dict[str, Any]:

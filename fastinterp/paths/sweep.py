@@ -15,7 +15,7 @@ from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.run import fitting_outputs
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS
-from fastinterp.paths.points import Point, grid, line
+from fastinterp.paths.points import Point, further_keys, grid, line
 from fastinterp.plan.plan import Plan, make_plan
 from fastinterp.recipe.load import load_recipe
 
@@ -36,6 +36,9 @@ def sweep(
     method: str | None = None,
     parameters: Mapping[str, Any] | None = None,
     integers: Model | None = None,
+    tokenizer_source: Model | None = None,
+    missing: str | None = None,
+    channels: str | None = None,
     virtual: bool = False,
     in_memory: Callback | None = None,
     framework: str = "torch",
@@ -61,6 +64,7 @@ def sweep(
                 `t`, or its `weight` of each model, is what changes
     parameters  further parameters of the method, the same for all points
     integers    the model whose integer tensors are taken where models differ
+    tokenizer_source, missing, channels   as of `interpolate`
     out         the folder of the outputs: `out/alpha_0.3`, `out/formal_-1_kind_0.5`
     virtual     write a recipe for every point, `out/alpha_0.3.yml`, instead of a checkpoint: for `fastinterp.load`
     in_memory   called for every point as in_memory(point, tensors), `out` left out. Tensors by name, of `framework`
@@ -72,7 +76,7 @@ def sweep(
     Returns the points, in their order.
     Raises: what `merge` does, and what the callback raises; OutputError names what was finished before it.
     """
-    settings = _settings(dtype, rounding, seed)
+    settings = _settings(dtype, rounding, seed) | further_keys(missing, channels, tokenizer_source)
     points = _points(
         a, b, alphas, add, grid, base=base, integers=integers, method=method, parameters=parameters or {},
         settings=settings,
@@ -173,7 +177,8 @@ def _recipes(points: Sequence[Point], folder: Path, force: bool) -> list[Point]:
 
 def _with_absolute_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe with absolute paths for models on this disk, so that it means the same from every folder."""
-    changed = {key: _absolute(recipe[key]) for key in ("base_model", "integers") if key in recipe}
+    keys = ("base_model", "integers", "tokenizer_source")
+    changed = {key: _absolute(recipe[key]) for key in keys if key in recipe}
     models = [{**model, "model": _absolute(model["model"])} for model in recipe["models"]]
     return {**recipe, **changed, "models": models}
 

@@ -84,7 +84,7 @@ def plan_chain(above: Sequence[Recipe], last: Recipe, library: Library) -> Chain
         warnings += document.warnings
         remarks += document.remarks
         if recipe is not last:
-            checkpoint, folder = _checkpoint(recipe, document)
+            checkpoint, folder = made_by(recipe, document)
             folders += [] if folder is None else [folder]
             made[checkpoint.name] = checkpoint
             number(checkpoint)
@@ -108,7 +108,7 @@ def _check_store(recipe: Recipe, last: Recipe) -> None:
 # --- what a document makes, as the models of those below -------------------------------------------------------------
 
 
-def _checkpoint(recipe: Recipe, document: Document) -> tuple[Model, Folder | None]:
+def made_by(recipe: Recipe, document: Document) -> tuple[Model, Folder | None]:
     """The output of the document as a model, and the folder of its small files, if it needs one."""
     name = recipe.name or ""
     named = recipe.out_dtype or recipe.dtype

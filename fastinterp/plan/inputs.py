@@ -65,6 +65,11 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         raise NotImplementedError
 
     @property
+    def factor(self) -> bool:
+        """Whether it belongs to an adapter that is built into its model: a factor of a product, which is not merged."""
+        return False
+
+    @property
     def merges(self) -> bool:
         """Whether its elements are numbers that can be averaged. If not, it is copied, and equal in all models."""
         return self.dtype.merges
@@ -140,12 +145,14 @@ class StoredInput(TensorInput, frozen=True, eq=False):
 
     encoding   None: its bytes are elements of `dtype`. Else they are codes, and dtype is F32
     quantised  the format of quantised weights whose codes or scales it holds, which no decoder reads; empty: none
+    factor     whether it belongs to an adapter that is built into its model: a factor of a product
     """
 
     path: Path
     start: int
     encoding: Encoding | None = None
     quantised: str = ""
+    factor: bool = False
 
     @property
     def key(self) -> Hashable:
@@ -173,7 +180,7 @@ class StoredInput(TensorInput, frozen=True, eq=False):
 
     @property
     def merges(self) -> bool:
-        return self.dtype.merges and not self.quantised
+        return self.dtype.merges and not self.quantised and not self.factor
 
     @property
     def plain(self) -> StoredInput | None:
@@ -181,12 +188,13 @@ class StoredInput(TensorInput, frozen=True, eq=False):
 
 
 class GatheredInput(TensorInput, frozen=True, eq=False):
-    """A tensor of one model with rows from several: an embedding in the order of the output's vocabulary.
+    """A tensor with rows, along its last dimension, from several: an embedding in the order of the output's vocabulary,
+    where the sources are models; or one that is put together of others.
 
     model    index of its model in `sources`
     rows     where each row is from
     means    what rows of model len(sources) are: the rows, each (model, row), of which each is the mean
-    sources  of each model, its tensor that corresponds; None: the model has none
+    sources  of each model, its tensor that corresponds; None: the model has none. Or the tensors it is put together of
     """
 
     model: int

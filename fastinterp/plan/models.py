@@ -9,7 +9,7 @@ import msgspec
 
 from fastinterp.checkpoint.formats import EncodedTensor, encoded_tensors
 from fastinterp.checkpoint.header import Entry
-from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
+from fastinterp.checkpoint.open import Checkpoint, open_checkpoint, refuse_adapter
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.ops.dtypes import F32
 from fastinterp.plan.inputs import Encoding, StoredInput, TensorInput
@@ -66,8 +66,11 @@ class Library:
 
 
 def open_model(name: str) -> Model:
-    """The model called `name`. Raises: CheckpointError, as open_checkpoint does."""
-    return model_of(open_checkpoint(name))
+    """The model called `name`. Raises: CheckpointError, as open_checkpoint does, and for an adapter."""
+    checkpoint = open_checkpoint(name)
+    if checkpoint.adapter is not None:
+        refuse_adapter(checkpoint)
+    return model_of(checkpoint)
 
 
 def model_of(checkpoint: Checkpoint) -> Model:
@@ -94,4 +97,5 @@ def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
 
 def _stored(entry: Entry, checkpoint: Checkpoint) -> StoredInput:
     path = checkpoint.files[entry.file]
-    return StoredInput(entry.name, entry.dtype, entry.shape, entry.nbytes, path, entry.start)
+    factor = checkpoint.adapter is not None and entry.name in checkpoint.adapter.tensors
+    return StoredInput(entry.name, entry.dtype, entry.shape, entry.nbytes, path, entry.start, factor=factor)

@@ -126,9 +126,9 @@ def make_plan(
 def _metadata(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Sequence[str]) -> dict[str, str]:
     """The receipt that is stored in every output file: the recipe, and the coefficients that were used.
 
-    `recipe` as it was given, with the merge's own `dtype`, `rounding` and `seed`, makes the same bytes again. Models
-    are stored as the user named them. Time, output folder and threads are not, so that the same merge of the same
-    names gives the same bytes everywhere.
+    `recipe` as it was given, with the merge's own `dtype`, `rounding`, `seed`, `missing` and `channels`, makes the same
+    bytes again. Models are stored as the user named them. Time, output folder and threads are not, so that the same
+    merge of the same names gives the same bytes everywhere.
     """
     stored = recipe.out_dtype or recipe.dtype
     receipt = {
@@ -143,6 +143,8 @@ def _metadata(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: 
         "fp8_overflow": recipe.fp8_overflow,
         "recipe": recipe.text,
     }
+    receipt |= {} if recipe.missing == "error" else {"missing": recipe.missing}
+    receipt |= {} if recipe.channels == "same" else {"channels": recipe.channels}
     return {"format": "pt", "fastinterp": json.dumps(receipt, separators=(",", ":"))}
 
 
@@ -166,11 +168,15 @@ def _coefficients(k: int, tensors: Sequence[PlannedTensor]) -> dict[str, Any] | 
     return named
 
 
-def plan_recipe(recipe: Source, max_shard_size: str | int, dtype: object, rounding: object, seed: object) -> Plan:
+def plan_recipe(
+    recipe: Source, max_shard_size: str | int, dtype: object, rounding: object, seed: object, missing: object = None,
+    channels: object = None,
+) -> Plan:  # fmt: skip
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge`."""
     *above, last = load_recipes(recipe)
-    changed = overridden(last, dtype, rounding, seed)
+    changed = overridden(last, dtype, rounding, seed, missing, channels)
     if above:
+        above = [overridden(r, None, None, None, missing, channels) for r in above]
         # They were stored as the last one is, and are; a seed that all have in common is replaced in all.
         if rounding is not None:
             above = [replace(r, rounding=changed.rounding) if r.rounding == last.rounding else r for r in above]

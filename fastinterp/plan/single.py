@@ -12,6 +12,7 @@ from fastinterp.errors import CheckpointError
 from fastinterp.plan.compatibility import compatibility_warnings
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
+from fastinterp.plan.tensor_sets import with_names_of
 from fastinterp.plan.tensors import dtype_remarks, dtype_warnings, plan_tensors, sidecar_refs
 from fastinterp.plan.vocabularies import AlignedModels, align_models
 from fastinterp.recipe.load import Recipe
@@ -68,17 +69,29 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     models = [find_named(first, find, model) for model in first.models]
     origin = find_named(first, find, first.origin)
     aligned = align_models(first, models, origin)
-    assemblies = [Assembly(recipe, [c.tensors for c in aligned.models]) for recipe in recipes]
-    aligned = replace(aligned, counts=tuple(assemblies[0].counts))
+    known = [c.tensors for c in aligned.models]
+    assemblies = [
+        Assembly(recipe, known, tensors=known, copied=aligned.copied, notes=aligned.notes) for recipe in recipes
+    ]
+    layer_warnings: list[str] = []
+    if assemblies[0].counts:
+        from fastinterp.plan.stacks import about_layers, counts_of
+
+        aligned = replace(aligned, counts=counts_of(assemblies[0].counts, origin, aligned.models))
+        layer_warnings, changed = about_layers(aligned.counts, origin, aligned.models)
+        aligned = replace(aligned, remarks=(*aligned.remarks, *changed))
     targets = [assembly.targets for assembly in assemblies]
-    sidecars = {model: find_named(first, find, model) for model in sidecar_refs(targets[0], first.method)}
+    base = aligned.models[first.base_index]
+    sidecars = {
+        model: with_names_of(base, find_named(first, find, model)) for model in sidecar_refs(targets[0], first.method)
+    }
     tensors = plan_tensors(recipes, targets, aligned.models, sidecars, origin)
     warnings = [
         *map(str, first.warnings),
         *aligned.warnings,
         *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
     ]
-    warnings += aligned.uncounted(origin) if aligned.counts else []
+    warnings += layer_warnings
     warnings += dtype_warnings(first, targets[0], origin)
     if first.filters:
         from fastinterp.recipe.check import filter_warnings
@@ -86,5 +99,6 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         warnings += [str(warning) for warning in filter_warnings(first, assemblies[0])]
     opened = (*models, origin, *sidecars.values())
     remarks = [remark for model in opened if model.checkpoint is not None for remark in model.checkpoint.remarks]
-    remarks += [*aligned.remarks, *dtype_remarks(first, targets[0], aligned.models)]
+    remarks += [*aligned.remarks, *assemblies[0].remarks]
+    remarks += dtype_remarks(first, targets[0], aligned.models)
     return Document(aligned, origin, tensors, sidecars, tuple(warnings), tuple(dict.fromkeys(remarks)))

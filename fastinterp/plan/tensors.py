@@ -15,6 +15,7 @@ from fastinterp.ops.combine import Combine, Tensor, check_coefficients, renumber
 from fastinterp.ops.dtypes import DType, promoted
 from fastinterp.plan.inputs import ModelInput, PlannedTensor, Program, TensorInput
 from fastinterp.plan.models import Model
+from fastinterp.plan.row_blocks import other_channels
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
 from fastinterp.recipe.targets import Target
@@ -22,13 +23,21 @@ from fastinterp.tokenizer.embedding_rows import named_as_embedding
 
 _LISTED = 5  # differences in a message before the rest is only counted
 _VOCABULARIES = (
-    "The vocabularies differ in size: say which one the output has, `tokenizer_source: base` or "
-    "`tokenizer_source: union`"
+    "The vocabularies differ in size: say which one the output has, `tokenizer_source: union` or `tokenizer_source: "
+    "base` in the recipe, --tokenizer-source union or base of interpolate and sweep"
 )
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # what a vocabulary is read from: one of them
 
 
 def must_agree(tensor: PlannedTensor, first: str, other: str) -> ShapeError:
     """The error of a tensor that is copied, not merged, but differs between the two models of these names."""
+    if any(stored.factor for stored in tensor.inputs):
+        return ShapeError(
+            f"{tensor.name} belongs to an adapter that is built into the models, and differs between {first} and "
+            f"{other}: the mean of two products is not the product of the means of their factors. To take the factors "
+            "of one model as they are: `integers: MODEL` in the recipe, --integers MODEL of interpolate",
+            tensor=tensor.name,
+        )
     return ShapeError(
         f"{tensor.name} ({tensor.dtype}) is not averaged, and differs between {first} and {other}. "
         "Say whose to take: `integers: MODEL` in the recipe, --integers MODEL of interpolate",
@@ -68,7 +77,7 @@ def plan_tensors(
     for other in targets[1:]:
         if [(t.name, t.inputs) for t in other] != [(t.name, t.inputs) for t in targets[0]]:
             raise UsageError("recipes that share one read must make the same tensors of the same models")
-    _check_fit(targets[0], models)
+    _check_fit(recipes[0], targets[0], models)
     planner = _Planner(recipes, models, sidecars, origin, targets[0])
     tensors = tuple(planner.planned(outputs) for outputs in zip(*targets, strict=True))
     whole = next((t.program for t in tensors if t.program is not None and t.program.whole), None)
@@ -111,6 +120,8 @@ class _Planner:
         target, recipe = targets[0], self._recipes[0]
         inputs = [(i, self._models[i].tensors[name]) for i, name in target.inputs]
         lead = inputs[0][1]
+        if target.verbatim:
+            return _unsummed(target.name, lead.dtype, lead, inputs)
         if not lead.merges:
             if recipe.integers is not None:
                 chosen = recipe.models.index(recipe.integers)
@@ -271,9 +282,19 @@ def _summed(
     return PlannedTensor(name, dtype, lead.shape, numbers, tensors, rows, None, len(read), tuple(sums))
 
 
-def _check_fit(targets: Sequence[Target], models: Sequence[Model]) -> None:
+def _of_other_shapes(base: str, narrow: bool) -> str:
+    """What to do about tensors of different shapes. narrow: they are convolutions with other numbers of channels."""
+    remedy = (
+        "Only tensors of the same shape merge: `missing: base` in the recipe (--missing base) takes those of "
+        f"{base}, `missing: skip` leaves them out"
+    )
+    first = "`channels: first` (--channels first) merges the input channels that all have, "
+    return f"{remedy}. {first}and keeps the others" if narrow else remedy
+
+
+def _check_fit(recipe: Recipe, targets: Sequence[Target], models: Sequence[Model]) -> None:
     """Raises: ShapeError, if inputs of a tensor have several shapes, or only some of them can be merged."""
-    shapes, kinds, only_rows = [], [], True
+    shapes, kinds, only_rows, narrow = [], [], True, False
     for target in targets:
         (first, name), *others = target.inputs
         lead, a = models[first], models[first].tensors[name]
@@ -282,10 +303,12 @@ def _check_fit(targets: Sequence[Target], models: Sequence[Model]) -> None:
             if a.shape != b.shape:
                 shapes.append(f"{other_name} is {list(a.shape)} in {lead.name} but {list(b.shape)} in {models[i].name}")
                 only_rows &= named_as_embedding(name) and a.shape[1:] == b.shape[1:]
+                narrow |= other_channels(a.shape, b.shape)
             elif a.dtype != b.dtype and not (a.merges and b.merges):
                 kinds.append(f"{other_name} is {a.dtype} in {lead.name} but {b.dtype} in {models[i].name}")
     if shapes:
-        remedy = _VOCABULARIES if only_rows else "Only tensors of the same shape merge"
+        readable = all(any((m.root / file).is_file() for file in _VOCABULARY_FILES) for m in models)
+        remedy = _VOCABULARIES if only_rows and readable else _of_other_shapes(models[recipe.base_index].name, narrow)
         raise ShapeError(f"{listed(shapes, _LISTED)}. {remedy}")
     if kinds:
         raise ShapeError(f"{listed(kinds, _LISTED)}. Only F64, F32, F16, BF16 and F8 tensors merge; others must agree")

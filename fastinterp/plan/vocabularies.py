@@ -6,8 +6,7 @@ the small files beside them.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.messages import counted, fit
 from fastinterp.plan.inputs import GatheredInput, TensorInput
 from fastinterp.plan.models import Model
+from fastinterp.plan.tensor_sets import NamedTensors, align_sets
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
 from fastinterp.tokenizer.embedding_rows import (
@@ -33,7 +33,7 @@ from fastinterp.tokenizer.embedding_rows import (
     plan_rows,
     row_of,
 )
-from fastinterp.tokenizer.tied_embeddings import config_changes, is_tied, ties, vocab_size_of, with_changes
+from fastinterp.tokenizer.tied_embeddings import config_changes, vocab_size_of, with_changes
 
 if TYPE_CHECKING:
     from fastinterp.recipe.targets import LayerCount
@@ -53,6 +53,9 @@ class AlignedModels(msgspec.Struct, frozen=True):
     source      whose vocabulary the output has, for people; None: the origin's as it is
     vocabulary  the folder of the model whose vocabulary the output has, if that is not the origin
     remarks     what was done to make the models fit each other, for people: nothing to worry about
+    channels    of the origin's first convolution and of the output's, where they differ
+    copied      names of tensors of which the base's are taken as they are
+    notes       by model: why a tensor that it lacks was not made from others
     counts      stacks of which the output has other layers than its inputs
     """
 
@@ -65,6 +68,9 @@ class AlignedModels(msgspec.Struct, frozen=True):
     source: str | None = None
     warnings: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
+    channels: tuple[int, int] | None = None
+    notes: Mapping[int, str] = {}
     counts: tuple[LayerCount, ...] = ()
 
     def sidecars(self, files: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
@@ -83,30 +89,20 @@ class AlignedModels(msgspec.Struct, frozen=True):
             for name in _CONFIGS:
                 if name in changed:
                     changed[name] = self._config(name, changed[name])
+        if self.channels is not None and CONFIG in changed:
+            changed[CONFIG] = self._widened(changed[CONFIG], *self.channels)
         if self.counts and CONFIG in changed:
-            changed[CONFIG] = self._layered(changed[CONFIG])
+            from fastinterp.plan.stacks import layered_config
+
+            changed[CONFIG] = layered_config(changed[CONFIG], self.counts, self.models)
         return changed
 
-    def _layered(self, content: bytes | Path) -> bytes | Path:
-        """config.json with the number of layers that the output has."""
-        from fastinterp.recipe.layer_config import config_of_layers
-
+    def _widened(self, content: bytes | Path, before: int, after: int) -> bytes | Path:
+        """config.json with the number of input channels that the output has."""
         file = CONFIG if isinstance(content, bytes) else str(content)
         raw = content if isinstance(content, bytes) else read_regular(file, MAX_HEADER)
-        new, changes = config_of_layers(parse_object(raw.lstrip(), "the model configuration", file), self.counts)
-        return (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode() if changes else content
-
-    def uncounted(self, origin: Model) -> list[str]:
-        """Warnings of stacks whose layers the configuration does not count, so that it stays as it is."""
-        from fastinterp.recipe.layer_config import config_of_layers
-
-        config = read_config(origin.root)
-        return [
-            f"config.json does not say how many layers {count.prefix} has: there were {count.before}, the output has "
-            f"{len(count.layers)}. Write it there, as the software that loads the model wants it"
-            for count in self.counts
-            if config and not config_of_layers(config, [count])[1]
-        ]
+        table = parse_object(raw.lstrip(), "the model configuration", file)
+        return with_changes(raw, {"in_channels": after}, file) if table.get("in_channels") == before else content
 
     def _config(self, name: str, content: bytes | Path) -> bytes | Path:
         file = name if isinstance(content, bytes) else str(content)
@@ -121,31 +117,31 @@ class AlignedModels(msgspec.Struct, frozen=True):
 
 
 def align_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> AlignedModels:
-    """Give every model the output layer and the vocabulary that the recipe names, or that the others have.
+    """Give every model the names, the output layer and the vocabulary that the recipe names, or that the others have.
 
     Raises: CheckpointError, if a tokenizer or configuration that has to be read is missing or damaged; ShapeError, if
     rows of embeddings cannot be moved.
     """
     known = [*models, *([] if any(m is origin for m in models) else [origin])]
     configs = [_config(m, recipe.tokenizer is not None) for m in known]
-    tie = ties([m.tensors for m in models], [_says_tied(c) for c in configs[: len(models)]])
-    tensors = [_renamed(m, aliases, tie.dropped) for m, aliases in zip(models, tie.aliases, strict=True)]
-    for other in known[len(models) :]:  # a base that is not merged may give rows, those of its output layer too
-        aliases = ties([other.tensors, tensors[0]], [True, False]).aliases[0]
-        tensors.append(_renamed(other, aliases, tie.dropped))
-    says_tied = _says_tied(configs[_index(known, ModelRef.of(origin.name))])
+    sets = align_sets(
+        [NamedTensors(m.name, m.tensors, config) for m, config in zip(known, configs, strict=True)],
+        len(models), recipe.base_index, _index(known, ModelRef.of(origin.name)),
+        stacked=any(section.stacked for section in recipe.sections), first_channels=recipe.channels == "first",
+    )  # fmt: skip
     aligned = AlignedModels(
-        tuple(_with(m, t) for m, t in zip(models, tensors, strict=False)),
+        tuple(_with(m, t) for m, t in zip(models, sets.tensors, strict=False)),
         template=_template(recipe, models),
-        tied=_tied(tensors[0], origin.tensors, says_tied, configs[: len(models)]),
+        tied=sets.tied,
+        warnings=sets.warnings,
+        remarks=sets.remarks,
+        copied=sets.copied,
+        channels=sets.channels,
+        notes=sets.notes,
     )
-    return aligned if recipe.tokenizer is None else _with_vocabulary(recipe, aligned, known, tensors, configs)
-
-
-def _renamed(model: Model, aliases: Mapping[str, str], dropped: Sequence[str]) -> dict[str, TensorInput]:
-    """A model's tensors, with its input embedding as the output layer that it lacks, and without those dropped."""
-    tensors = {n: e for n, e in model.tensors.items() if n not in dropped}
-    return tensors | {n: replace(model.tensors[source], name=n) for n, source in aliases.items()}
+    if recipe.tokenizer is None:
+        return aligned
+    return _with_vocabulary(recipe, aligned, known, [dict(t) for t in sets.tensors], configs)
 
 
 def _with_vocabulary(
@@ -189,7 +185,7 @@ def _with_vocabulary(
         rows=None if size == sizes[origin] else size,
         source=f"{'union, with the ids of ' if spec.source == 'union' else 'that of '}{known[lead].name}, {size} rows",
         vocabulary=None if lead == origin else known[lead].root,
-        warnings=tuple(warnings),
+        warnings=(*aligned.warnings, *warnings),
     )
 
 
@@ -309,26 +305,6 @@ def _template(recipe: Recipe, models: Sequence[Model]) -> str | None:
     if spec.kind == "auto":
         return most_common([template_of(m.root) for m in models])
     return BUILTIN[spec.text] if spec.kind == "named" else spec.text
-
-
-def _tied(
-    out: Iterable[str],
-    origin: Iterable[str],
-    says_tied: bool,
-    configs: Sequence[Mapping[str, Any]],
-) -> bool | None:
-    """The value of the output's `tie_word_embeddings`, if it must differ from the origin's; else None."""
-    if is_tied(out) != is_tied(origin):
-        return is_tied(out)
-    # A configuration that says tied makes software ignore the output layer that is stored.
-    return False if says_tied and not is_tied(out) and not all(map(_says_tied, configs)) else None
-
-
-def _says_tied(config: Mapping[str, Any]) -> bool:
-    text = config.get("text_config")
-    return config.get("tie_word_embeddings") is True or (
-        isinstance(text, Mapping) and text.get("tie_word_embeddings") is True
-    )
 
 
 def _config(model: Model, needed: bool) -> dict[str, Any]:

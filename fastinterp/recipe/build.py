@@ -59,8 +59,8 @@ class Builder:
             sections = self._sections()
         if not sections:
             self.levels.unsure = True
-        if self.raw.modules is not None and self.base_model is not None:
-            self._index(self.base_model)  # it has what no module names
+        if (self.raw.modules is not None or self.raw.missing == "base") and self.base_model is not None:
+            self._index(self.base_model)  # it has what no module names, or not all models have
         self.levels.finish(tuple(group for section in sections for group in section.groups))
         return sections
 
@@ -271,8 +271,8 @@ class Builder:
         if first < 0 or end < 0:
             message = f"`layer_range` counts from the first layer, 0; got {shown(numbers)}"
             raise self.document.error(f"{message}. Negative numbers have no meaning", path)
-        if first >= end:
-            raise self.document.error(f"`layer_range` [first, end) has no layer in it, got {shown(numbers)}", path)
+        if first > end:
+            raise self.document.error(f"`layer_range` [first, end) ends before it begins, got {shown(numbers)}", path)
         return first, end
 
     def _reference(self, written: str | Reference, path: str) -> ModelRef:

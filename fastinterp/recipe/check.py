@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError
-from fastinterp.messages import shown, suggestion
+from fastinterp.messages import listed, shown, suggestion
+from fastinterp.recipe.blocks import BlockFilter, ForeignBlock
 from fastinterp.recipe.document import ErrorCollector, RecipeSource, read_all
 from fastinterp.recipe.load import Recipe, build_all, run_to_first_request
 from fastinterp.recipe.merge_groups import MergeGroup
@@ -68,15 +69,16 @@ def check_recipe(
 
 
 def check_tensors(
-    recipe: Recipe, tensors: Sequence[Collection[str]], collector: ErrorCollector
+    recipe: Recipe, names: Sequence[Collection[str]], collector: ErrorCollector, **known: Any
 ) -> tuple[list[RecipeError], list[str] | None]:
     """Warnings about a recipe for these tensors, and the names of those that it makes; None, if errors were collected.
 
-    tensors  of each of Recipe.models, their names
+    names  of each of Recipe.models, those of its tensors
+    known  what else Assembly takes: shapes, copied tensors, notes
     Raises: ShapeError and RecipeError, as targets.py; MethodError, if the method refuses its parameters.
     """
     before = len(collector.errors)
-    assembly = Assembly(recipe, tensors, collector)
+    assembly = Assembly(recipe, names, collector, **known)
     for resolver in assembly.resolvers:
         for parameters in resolver.resolved() if recipe.method.generator and not resolver.group.copies else ():
             with collector:
@@ -132,8 +134,13 @@ def filter_warnings(recipe: Recipe, assembly: Assembly) -> list[RecipeError]:
     names = [name for target in assembly.targets for name in (target.name, *(n for _, n in target.inputs))]
     warnings = []
     for value in _values(recipe):
+        unused = []
         for (pattern, _), path in zip(value.cases, value.paths, strict=True):
             if pattern is None:
+                continue
+            if isinstance(pattern, BlockFilter):
+                if path not in used and not isinstance(pattern, ForeignBlock):
+                    unused.append(pattern.block)
                 continue
             if path not in used:
                 matching = sum(pattern in name for name in names)
@@ -145,6 +152,9 @@ def filter_warnings(recipe: Recipe, assembly: Assembly) -> list[RecipeError]:
                     f"the filter {shown(pattern)} also matches {longer}. Write {shown(pattern + '.')} for that one"
                 )
                 warnings.append(recipe.document.error(message, path))
+        if unused:
+            message = f"`blocks`: no tensor gets the number of {listed(unused, 3)}: none is in such a block of a U-Net"
+            warnings.append(recipe.document.error(message, value.path))
     return warnings
 
 

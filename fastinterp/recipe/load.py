@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe", "load_recipe", "load_recipes"]
 
-_CHOICES = {"rounding": ("nearest", "stochastic"), "fp8_overflow": ("saturate", "nonfinite")}
+CHOICES = {"rounding": ("nearest", "stochastic"), "fp8_overflow": ("saturate", "nonfinite"),
+            "missing": ("error", "base", "skip"), "channels": ("same", "first")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Recipe:
     rounding      "nearest" or "stochastic"
     seed          0 .. 2**64 - 1
     fp8_overflow  "saturate" or "nonfinite": what becomes of values beyond the range of an fp8 output
+    missing       what becomes of tensors that not all models have in one shape: "error"; "base": they are copied from
+                  the base, see `base_index`; "skip": the output has none of them
+    channels      "same"; or "first": convolutions may have different numbers of input channels: see docs/RECIPES.md
     integers      the one of `models` whose integer tensors are taken where the models differ, or None: they must agree
     text          the recipe for receipts: the user's own text, or YAML of the mapping that was given
     file          what messages call the source, or None
@@ -67,6 +71,8 @@ class Recipe:
     rounding: str
     seed: int
     fp8_overflow: str
+    missing: str
+    channels: str
     integers: ModelRef | None
     text: str
     file: str | None
@@ -84,6 +90,11 @@ class Recipe:
     @property
     def groups(self) -> tuple[MergeGroup, ...]:
         return tuple(group for section in self.sections for group in section.groups)
+
+    @property
+    def base_index(self) -> int:
+        """Index in `models` of the one whose tensors count where they cannot be merged: base_model, else the first."""
+        return self.models.index(self.base_model) if self.base_model in self.models else 0
 
     def made_by(self, model: ModelRef) -> int | None:
         """Index of the document above that makes a model. By its very name: `./mix` is a folder beside `mix`."""
@@ -218,6 +229,8 @@ def build(document: Document, above: Sequence[Recipe], collector: ErrorCollector
         rounding=raw.rounding,
         seed=raw.seed,
         fp8_overflow=raw.fp8_overflow,
+        missing=raw.missing,
+        channels=raw.channels,
         text=document.text,
         file=document.file,
         coefficients=coefficients,
@@ -252,10 +265,9 @@ def _settings(document: Document, raw: RawRecipe, builder: Builder, collector: E
         settings["dtype"] = _dtype(document, raw.dtype, "$.dtype")
     with collector:
         settings["out_dtype"] = _dtype(document, raw.out_dtype, "$.out_dtype")
-    with collector:
-        _check_choice(document, raw.rounding, "rounding")
-    with collector:
-        _check_choice(document, raw.fp8_overflow, "fp8_overflow")
+    for key in CHOICES:
+        with collector:
+            _check_choice(document, getattr(raw, key), key)
     with collector:
         _check_seed(document, raw.seed)
     with collector:
@@ -302,8 +314,8 @@ def _dtype(document: Document, name: str | None, path: str) -> DType | None:
 
 
 def _check_choice(document: Document, word: str, key: str) -> None:
-    if word not in _CHOICES[key]:
-        raise document.error(f"`{key}` must be {' or '.join(_CHOICES[key])}, got {shown(word)}", f"$.{key}")
+    if word not in CHOICES[key]:
+        raise document.error(f"`{key}` must be {' or '.join(CHOICES[key])}, got {shown(word)}", f"$.{key}")
 
 
 def _check_seed(document: Document, seed: int) -> None:

@@ -16,6 +16,7 @@ from fastinterp.methods import Method, Parameter, Sidecar
 from fastinterp.recipe.document import Document, ErrorCollector
 from fastinterp.recipe.layers import LayerPosition
 from fastinterp.recipe.merge_groups import Level, MergeGroup
+from fastinterp.recipe.mergekit_options import instead_of_key
 from fastinterp.recipe.references import model_ref
 from fastinterp.recipe.schema import known_parameters
 from fastinterp.recipe.values import Value, missing, parse
@@ -69,7 +70,8 @@ class Levels:
                 return None
             of = "" if self.guessed else f" of `{self.method.name}`"
             known = known_parameters() if self.guessed else list(self.declared)
-            message = f"unknown parameter `{clipped(name)}`{of}{suggestion(name, known)}"
+            instead = instead_of_key(name)
+            message = f"unknown parameter `{clipped(name)}`{of}{f': {instead}' if instead else suggestion(name, known)}"
             raise self.document.error(message, path, at=at)
         parameter = self.declared[name]
         if per_model and not parameter.each:
@@ -199,6 +201,8 @@ class Resolver:
             value = level.get(parameter.name)
             nearest = nearest or value
             if value is not None and (index := value.case(name)) is not None:
+                if why := value.refusal(index):
+                    raise self.document.error(f"{why} ({shown(name)})", value.paths[index])
                 return value, index
         if parameter.required:
             raise missing(self.document, parameter.name, name, nearest)

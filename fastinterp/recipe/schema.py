@@ -16,6 +16,7 @@ from fastinterp.errors import MethodError, RecipeError
 from fastinterp.messages import clipped, suggestion
 from fastinterp.methods import Method, find, names
 from fastinterp.recipe.document import Document, ErrorCollector
+from fastinterp.recipe.mergekit_options import instead_of_key
 
 T = TypeVar("T")
 
@@ -168,6 +169,8 @@ class RawRecipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     rounding: str = "nearest"
     seed: int = 0
     fp8_overflow: str = "saturate"
+    missing: str = "error"
+    channels: str = "same"
     integers: str | Reference | None = None
     tokenizer: Unchecked[TokenizerItem] | None = None
     tokenizer_source: str | Reference | None = None
@@ -286,6 +289,8 @@ def _unknown_key(document: Document, key: str, path: str, struct: Any) -> Recipe
     at = f"{path}.{key}"
     if key in _REFUSED:
         return document.error(f"`{key}` {_REFUSED[key]}", path, at=at)
+    if instead := instead_of_key(key):
+        return document.error(f"unknown key `{key}`: {instead}", path, at=at)
     known: tuple[str, ...] = struct.__struct_fields__
     if struct in _OF_PARAMETERS:
         parameters = _parameter_names(document)

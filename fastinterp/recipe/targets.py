@@ -4,9 +4,13 @@ Whole models: every tensor of the lead model, the base, else the first. A gradie
 that a tensor is in (layers.py): over those of the vision tower in the vision tower.
 
 Slices: the main stack is cut and stacked anew. Tensors before it (embeddings, and everything in other stacks) come from
-the sources of the first slice, with its parameters; those after it (final norm, head) from those of the last.
+the sources of the first slice, with its parameters; those after it (final norm, head) from those of the last. A slice
+may have no layer: as the first or the last it still gives these.
 
 Modules: one after the other, each as if it were a model. What is in none comes from base_model.
+
+Tensors that not all models have, or not in one shape, are an error, copied from the base, or left out: the key
+`missing` says which.
 """
 
 from __future__ import annotations
@@ -17,22 +21,16 @@ from typing import Any
 import msgspec
 
 from fastinterp.errors import RecipeError, ShapeError
-from fastinterp.messages import listed, shown
+from fastinterp.messages import shown
 from fastinterp.recipe.document import ErrorCollector
 from fastinterp.recipe.layers import LayerPosition, Layers, Stack
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.merge_groups import MergeGroup, MergeSource, Section
+from fastinterp.recipe.module_tensors import module_tensors, no_tensor
 from fastinterp.recipe.parameters import Resolver
+from fastinterp.recipe.tensor_groups import HasShape, different_tensors, grouped, missing_tensors
 
 MAX_LAYERS = 100_000  # of a stack that slices make: far above any model, and all of it is held
-_LISTED = 5  # names in a message before the rest is only counted
-
-# mergekit's names for parts of vision-language models, and how their tensors start in checkpoints.
-_ALIASES = {
-    "text_decoder": ("language_model", "text_model", "model.layers", "model.embed_tokens", "model.norm", "lm_head"),
-    "multi_modal_projector": ("multi_modal_projector", "mm_projector", "visual.merger"),
-    "vision_tower": ("vision_tower", "visual", "vision_model"),
-}
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -43,6 +41,7 @@ class Target(msgspec.Struct, frozen=True):
                    Tensors with equal parameters have the same object here
     layer, layers  index of its layer and their number, in the output; None and 0 if it is in no layer
     copies         the method is not called: the one input is copied
+    verbatim       it is copied as it is stored, whatever dtype the output has
     has_base       the first input is the method's base
     """
 
@@ -53,6 +52,7 @@ class Target(msgspec.Struct, frozen=True):
     layers: int = 0
     copies: bool = False
     has_base: bool = False
+    verbatim: bool = False
 
 
 class LayerCount(msgspec.Struct, frozen=True):
@@ -61,11 +61,15 @@ class LayerCount(msgspec.Struct, frozen=True):
     prefix  of the names of its tensors
     before  how many layers it has in the model whose layers come first
     layers  for every layer of the output, which one of that slice's first source it is
+    models  for every layer of the output, the index of that source in Recipe.models
+    sizes   how many layers it has in each of these models
     """
 
     prefix: str
     before: int
     layers: tuple[int, ...]
+    models: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
 
 
 def targets(recipe: Recipe, names: Sequence[Collection[str]]) -> list[Target]:
@@ -84,14 +88,31 @@ class Assembly:
     targets    the output's tensors; not all, if errors were collected
     counts     stacks of which the output has other layers than its inputs
     resolvers  with the values that were used, in the order of the groups
+    remarks    what became of tensors that not all models have, for people
     """
 
-    def __init__(self, recipe: Recipe, names: Sequence[Collection[str]], collector: ErrorCollector | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        names: Sequence[Collection[str]],
+        collector: ErrorCollector | None = None,
+        *,
+        tensors: Sequence[Mapping[str, HasShape]] = (),
+        copied: Collection[str] = (),
+        notes: Mapping[int, str] | None = None,
+    ):
+        """tensors  of each of Recipe.models, by name; empty: their shapes are not known, and taken as equal
+        copied   names of tensors of which those of Recipe.base_index are copied, as they are
+        notes    by model: why it lacks what it lacks, for messages
+        """
         self._recipe, self._names, self._collector = recipe, names, collector or ErrorCollector()
+        self._tensors_of, self._copied, self._notes = tensors, dict.fromkeys(copied), notes or {}
         self._layers: dict[tuple[int, str | None], Layers] = {}
         self.targets: list[Target] = []
         self.counts: list[LayerCount] = []
         self.resolvers: list[Resolver] = []
+        self._left: dict[str, None] = {}  # tensors that not all models have
+        self._merging = False  # some are in all
         for section in recipe.sections:
             with self._collector:
                 before = len(self.targets), len(self._collector.errors)
@@ -99,29 +120,62 @@ class Assembly:
                     self._stack(section)
                 else:
                     self._whole_models(section)
-                if (len(self.targets), len(self._collector.errors)) == before:
-                    raise self._error(self._no_tensor(section), section.path)
+                if (len(self.targets), len(self._collector.errors)) == before and not self._left:
+                    lead = section.groups[0].sources[0].model
+                    raise self._error(no_tensor(section.name, self._names[lead]), section.path)
         if recipe.sections[0].name is not None:
             with self._collector:
                 self._outside_modules()
+        self.remarks: tuple[str, ...] = ()
+        if self._left and recipe.missing != "error":
+            with self._collector:
+                if not self._merging:
+                    raise ShapeError("no tensor is in all models in one shape, so nothing would be merged")
+            made = {target.name for target in self.targets}
+            self.remarks = missing_tensors(self._left, made, str(recipe.models[recipe.base_index]))
 
     # whole models
 
     def _whole_models(self, section: Section) -> None:
         group = section.groups[0]
-        lead = group.sources[0]
+        lead, base = group.sources[0], self._recipe.base_index
         layers = self._layers_of(lead, section)
-        names = self._tensors(lead, section)
+        names = [[n for n in self._tensors(s, section) if n not in self._copied] for s in group.sources]
         before = len(self._collector.errors)
-        for source in group.sources[1:]:
-            with self._collector:
-                self._check_same(lead, names, source, self._tensors(source, section))
-        if len(self._collector.errors) > before:
-            return
+        if self._recipe.missing == "error":
+            for source, others in zip(group.sources[1:], names[1:], strict=True):
+                with self._collector:
+                    self._check_same(lead, names[0], source, others)
+            if len(self._collector.errors) > before:
+                return
+        shared = self._shared(group.sources, names)
         resolver = self._resolver(group)
-        for name in names:
-            position = layers.position(name)
-            self._add(group, resolver, name, (name,) * len(group.sources), position, position)
+        of_base = _in(section, self._names[base])
+        for name in dict.fromkeys((*self._tensors(lead, section), *of_base)):
+            if name in shared:
+                position = layers.position(name)
+                self._add(group, resolver, name, (name,) * len(group.sources), position, position)
+            elif name in self._names[base] and (name in self._copied or self._recipe.missing == "base"):
+                self._copy(base, name, name)
+
+    def _shared(self, sources: Sequence[MergeSource], names: Sequence[Sequence[str]]) -> set[str]:
+        """The names that all sources have, in one shape unless `missing` is `error`; the others are noted."""
+        shared = set(names[0]).intersection(*names[1:])
+        shared = {name for name in shared if self._fit([(source.model, name) for source in sources])}
+        self._left |= dict.fromkeys(name for each in names for name in each if name not in shared)
+        self._merging |= bool(shared)
+        return shared
+
+    def _fit(self, inputs: Sequence[tuple[int, str]]) -> bool:
+        """Whether tensors have one shape, as far as that is known; where `missing` is `error`, planning finds out."""
+        return (
+            self._recipe.missing == "error"
+            or not self._tensors_of
+            or len({self._tensors_of[model][name].shape for model, name in inputs}) == 1
+        )
+
+    def _copy(self, model: int, tensor: str, name: str) -> None:
+        self.targets.append(Target(name, ((model, tensor),), {}, copies=True, verbatim=name in self._copied))
 
     # slices
 
@@ -129,6 +183,8 @@ class Assembly:
         groups = section.groups
         stack = self._main_stack(section)
         total = sum(group.sources[0].length for group in groups)
+        if not total:
+            raise self._error("the slices have no layer: `layer_range` is [first, end)", f"{section.path}.slices")
         before = len(self._collector.errors)
         resolvers = [self._resolver(group) for group in groups]
         with self._collector:
@@ -142,10 +198,20 @@ class Assembly:
             self._outside(section, groups[-1], resolvers[-1], stack, after=True)
         if len(self._collector.errors) > before:  # a range may go beyond all that exists
             return
-        spans = [group.sources[0].layers for group in groups]
-        numbers = [n for span in spans if span for n in range(*span)]
-        if numbers != list(range(stack.layers)):
-            self.counts.append(LayerCount(stack.prefix, stack.layers, tuple(numbers)))
+        leads = [group.sources[0] for group in groups]
+        numbers = tuple(n for lead in leads if lead.layers for n in range(*lead.layers))
+        models = tuple(lead.model for lead in leads for _ in range(lead.length))
+        if numbers != tuple(range(stack.layers)) or len(set(models)) > 1:
+            sizes = self._sizes(stack, {lead.model: lead for lead in leads if lead.length}, section)
+            self.counts.append(LayerCount(stack.prefix, stack.layers, numbers, models, sizes))
+
+    def _sizes(self, stack: Stack, sources: Mapping[int, MergeSource], section: Section) -> tuple[int, ...]:
+        """How many layers a stack has in each model of the recipe; 0 for those that are none of the sources."""
+        sizes = [0] * len(self._recipe.models)
+        for at, source in sources.items():
+            stacks = self._layers_of(source, section).stacks
+            sizes[at] = next((one.layers for one in stacks if one.prefix == stack.prefix), 0)
+        return tuple(sizes)
 
     def _slice(
         self, section: Section, group: MergeGroup, resolver: Resolver, stack: Stack, position: LayerPosition
@@ -163,14 +229,42 @@ class Assembly:
         for offset in range(lead.length):
             numbers = [source.layers[0] + offset for source in group.sources if source.layers]
             rests = [b[number] for b, number in zip(blocks, numbers, strict=True)]
+            self._layer(group, resolver, stack, numbers, rests, LayerPosition(offset, lead.length),
+                        LayerPosition(start + offset, total))  # fmt: skip
+
+    def _layer(
+        self, group: MergeGroup, resolver: Resolver, stack: Stack, numbers: Sequence[int],
+        rests: Sequence[Sequence[str]], position: LayerPosition, out: LayerPosition,
+    ) -> None:  # fmt: skip
+        """One layer of a slice. What not all sources have is copied from the layer of the first, or left out.
+
+        numbers  of the layer in each source
+        rests    of each source, the names of the layer's tensors behind its number
+        """
+        lead, sources = group.sources[0], [source.model for source in group.sources]
+        if self._recipe.missing == "error":
             for i, source in enumerate(group.sources[1:], 1):
                 layers = f"layer {numbers[0]}", f"layer {numbers[i]}"
                 self._check_same(lead, rests[0], source, rests[i], layers)
-            out = start + offset
-            for rest in rests[0]:
-                inputs = tuple(f"{stack.prefix}.{number}.{rest}" for number in numbers)
-                name = f"{stack.prefix}.{out}.{rest}"
-                self._add(group, resolver, name, inputs, LayerPosition(offset, lead.length), LayerPosition(out, total))
+        home = self._home(group)
+        for rest in dict.fromkeys((*rests[0], *rests[home])):
+            inputs = tuple(f"{stack.prefix}.{number}.{rest}" for number in numbers)
+            name = f"{stack.prefix}.{out.layer}.{rest}"
+            if all(rest in names for names in rests) and self._fit(list(zip(sources, inputs, strict=True))):
+                self._merging = True
+                self._add(group, resolver, name, inputs, position, out)
+                continue
+            self._left[name] = None
+            if self._recipe.missing == "base" and rest in rests[home]:
+                self._copy(sources[home], inputs[home], name)
+        self._left |= dict.fromkeys(
+            f"{stack.prefix}.{out.layer}.{rest}" for names in rests for rest in names if rest not in rests[0]
+        )
+
+    def _home(self, group: MergeGroup) -> int:
+        """Which source of a group has the tensors that `missing: base` copies: the base, else the first."""
+        base = self._recipe.base_index
+        return next((k for k, source in enumerate(group.sources) if source.model == base), 0)
 
     def _main_stack(self, section: Section) -> Stack:
         """The stack that a section's slices cut, in the lead model of the first."""
@@ -192,7 +286,7 @@ class Assembly:
         if of_source is None:
             raise self._error(f"{source.ref} has no layers {stack.prefix}.0, {stack.prefix}.1, ...", source.path)
         assert source.layers is not None
-        if source.layers[1] > of_source.layers:
+        if source.length and source.layers[1] > of_source.layers:
             raise self._error(
                 f"`layer_range` {shown(list(source.layers))} goes beyond the {of_source.layers} layers of {source.ref}",
                 f"{source.path}.layer_range",
@@ -210,12 +304,17 @@ class Assembly:
             [name for name in self._tensors(source, section) if self._is_outside(source, section, name, stack, after)]
             for source in group.sources
         ]
-        for source, names in zip(group.sources[1:], outside[1:], strict=True):
-            self._check_same(group.sources[0], outside[0], source, names)
-        layers = self._layers_of(group.sources[0], section)
-        for name in outside[0]:
-            position = layers.position(name)
-            self._add(group, resolver, name, (name,) * len(group.sources), position, position)
+        if self._recipe.missing == "error":
+            for source, names in zip(group.sources[1:], outside[1:], strict=True):
+                self._check_same(group.sources[0], outside[0], source, names)
+        layers, shared = self._layers_of(group.sources[0], section), self._shared(group.sources, outside)
+        home = self._home(group)
+        for name in dict.fromkeys((*outside[0], *outside[home])):
+            if name in shared:
+                position = layers.position(name)
+                self._add(group, resolver, name, (name,) * len(group.sources), position, position)
+            elif self._recipe.missing == "base" and name in outside[home]:
+                self._copy(group.sources[home].model, name, name)
 
     def _is_outside(self, source: MergeSource, section: Section, name: str, stack: Stack, after: bool) -> bool:
         layers = self._layers_of(source, section)
@@ -236,12 +335,13 @@ class Assembly:
         if recipe.base_model is not None:
             at = recipe.models.index(recipe.base_model)
             rest = self._in_no_module(at)
-            self.targets += [Target(name, ((at, name),), {}, copies=True) for name in rest]
+            for name in rest:
+                self._copy(at, name, name)
             return
         for at in sorted(sources):
             if rest := self._in_no_module(at):
                 raise self._error(
-                    f"no module takes {listed(rest, _LISTED)} of {recipe.models[at]}. Name a module for them, or write "
+                    f"no module takes {grouped(rest)} of {recipe.models[at]}. Name a module for them, or write "
                     "`base_model`, from which they are copied then",
                     "$.modules",
                 )
@@ -249,7 +349,7 @@ class Assembly:
     def _in_no_module(self, at: int) -> list[str]:
         inside: set[str] = set()
         for section in self._recipe.sections:
-            inside.update(_module_tensors(section.name or "", self._names[at]))
+            inside.update(module_tensors(section.name or "", self._names[at]))
         return [name for name in self._names[at] if name not in inside]
 
     # all of them
@@ -278,8 +378,7 @@ class Assembly:
         return self.resolvers[-1]
 
     def _tensors(self, source: MergeSource, section: Section) -> Collection[str]:
-        names = self._names[source.model]
-        return names if section.name is None else _module_tensors(section.name, names)
+        return _in(section, self._names[source.model])
 
     def _layers_of(self, source: MergeSource, section: Section) -> Layers:
         key = source.model, section.name
@@ -287,59 +386,29 @@ class Assembly:
             self._layers[key] = Layers(self._tensors(source, section))
         return self._layers[key]
 
-    def _no_tensor(self, section: Section) -> str:
-        if section.name is None:
-            return "the models have no tensors"
-        starts = {name.split(".")[0]: None for name in self._names[section.groups[0].sources[0].model]}
-        return f"no tensor's name starts with the module's, `{section.name}`. They start with {listed(starts, _LISTED)}"
-
     def _error(self, message: str, path: str) -> RecipeError:
         return self._recipe.document.error(message, path)
 
     def _check_same(
-        self,
-        lead: MergeSource,
-        tensors: Collection[str],
-        other: MergeSource,
-        others_tensors: Collection[str],
+        self, lead: MergeSource, tensors: Collection[str], other: MergeSource, others_tensors: Collection[str],
         layers: tuple[str, str] = ("", ""),
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Raises: ShapeError, if two models, or layers of theirs, do not have the same tensors.
 
         layers  those of the lead and of the other, for the message
         """
-        ours, theirs = set(tensors), set(others_tensors)
-        if ours == theirs:
+        ours, theirs = dict.fromkeys(tensors), dict.fromkeys(others_tensors)
+        if ours.keys() == theirs.keys():
             return
-        sides = (
-            (lead.ref, layers[0], [name for name in tensors if name not in theirs]),
-            (other.ref, layers[1], [name for name in others_tensors if name not in ours]),
+        raise ShapeError(
+            different_tensors(
+                (str(lead.ref), layers[0], ours),
+                (str(other.ref), layers[1], theirs),
+                str(self._recipe.models[self._recipe.base_index]),
+                [self._notes[source.model] for source in (lead, other) if source.model in self._notes],
+            )
         )
-        differences = [
-            f"{model} alone has {listed(names, _LISTED)}{f' in {layer}' if layer else ''}"
-            for model, layer, names in sides
-            if names
-        ]
-        message = f"the models have different tensors: {'; '.join(differences)}"
-        raise ShapeError(f"{message}. Only models of one architecture merge")
 
 
-def _module_tensors(module: str, names: Collection[str]) -> list[str]:
-    """The names that start with `module.` or `model.module.`; all of them for mergekit's `default`.
-
-    Where there are none, the three names that mergekit has for parts of vision-language models stand for what these are
-    called in checkpoints, the first that is there; a text_decoder has the head, too.
-    """
-    if module == "default":
-        return list(names)
-    tensors = _starting((module,), names)
-    if tensors or module not in _ALIASES:
-        return tensors
-    if module != "text_decoder":
-        return next((tensors for start in _ALIASES[module] if (tensors := _starting((start,), names))), [])
-    return _starting(_ALIASES[module], names)
-
-
-def _starting(starts: tuple[str, ...], names: Collection[str]) -> list[str]:
-    prefixes = tuple(f"{lead}{start.rstrip('.')}." for start in starts for lead in ("", "model."))
-    return [name for name in names if name.startswith(prefixes)]
+def _in(section: Section, names: Collection[str]) -> Collection[str]:
+    return names if section.name is None else module_tensors(section.name, names)

@@ -49,8 +49,8 @@ class TokenSpec:
 class TokenizerSpec:
     """The vocabulary of the output, and where the rows of its embeddings come from.
 
-    source              "union" of the vocabularies of all models, base first; "base": that of base_model;
-                        "model": that of `model`
+    source              "union" of the vocabularies of all models, base first; "base": that of base_model, else
+                        of the first model; "model": that of `model`
     model               whose vocabulary it is for "base" and "model"; None for "union"
     tokens              in the order of the recipe
     pad_to_multiple_of  the number of rows is rounded up to a multiple of it; None: not at all
@@ -123,12 +123,7 @@ def _source(
         return "union", None
     if written != "base":
         return "model", _model(document, written, known, path)
-    if base_model is None:
-        key = path.removeprefix("$.")
-        raise document.error(
-            f"`{key}` 'base' needs the key `base_model`. Remove the line to copy the tokenizer of the first model", path
-        )
-    return "base", base_model
+    return "base", base_model or (known[0] if known else None)  # as mergekit: without a base the first model counts
 
 
 def _model(document: Document, written: str | Reference, known: Sequence[ModelRef], path: str) -> ModelRef:

@@ -11,20 +11,31 @@ import msgspec
 from fastinterp.errors import RecipeError
 from fastinterp.messages import clipped, shown, suggestion
 from fastinterp.methods import Parameter
+from fastinterp.recipe import blocks
+from fastinterp.recipe.blocks import BlockFilter, ForeignBlock
 from fastinterp.recipe.document import Document, ErrorCollector
 from fastinterp.recipe.layers import LayerPosition
+
+Filter = str | BlockFilter  # a part of tensor names, or the block of a U-Net that a tensor is in
+
+
+def matches(pattern: Filter | None, tensor: str) -> bool:
+    """Whether the filter covers a tensor; None covers all."""
+    if isinstance(pattern, BlockFilter):
+        return pattern.matches(tensor)
+    return pattern is None or pattern in tensor
 
 
 class Value(msgspec.Struct, frozen=True):
     """The value of a parameter in a recipe, checked.
 
-    cases  (pattern, value): the first counts whose pattern is a part of the tensor's name; None matches all names.
-           A value is what the method takes, or a tuple of numbers: a gradient
+    cases  (filter, value): the first counts whose filter matches the tensor's name; None matches all names. A value
+           is what the method takes, or a tuple of numbers: a gradient
     path   where it stands in the recipe
     paths  where each of the cases does
     """
 
-    cases: tuple[tuple[str | None, Any], ...]
+    cases: tuple[tuple[Filter | None, Any], ...]
     path: str
     paths: tuple[str, ...]
 
@@ -39,7 +50,12 @@ class Value(msgspec.Struct, frozen=True):
 
     def case(self, name: str) -> int | None:
         """The index of the case that the tensor of this name gets; None, if none matches."""
-        return next((i for i, (pattern, _) in enumerate(self.cases) if pattern is None or pattern in name), None)
+        return next((i for i, (pattern, _) in enumerate(self.cases) if matches(pattern, name)), None)
+
+    def refusal(self, case: int) -> str:
+        """Why a tensor must not get the value of this case; empty, if it may."""
+        pattern = self.cases[case][0]
+        return pattern.message if isinstance(pattern, ForeignBlock) else ""
 
     def pick(self, case: int, position: LayerPosition | None) -> Any:
         """The value of the case for a tensor there; one in no layer (None) gets a gradient's first number."""
@@ -81,18 +97,31 @@ def parse(document: Document, parameter: Parameter, raw: Any, path: str, collect
     if not any(isinstance(item, dict) and not _is_word(parameter, item) for item in items):
         numbers = _gradient(document, parameter, items, paths, path, collector)
         return None if numbers is None else Value(((None, numbers),), path, (path,))
-    cases = []
+    cases: list[tuple[Filter | None, Any, str]] = []
+    before = len(collector.errors)
     for item, at in zip(items, paths, strict=True):
         with collector:
-            case = _case(document, parameter, item, at, collector)
-            cases += [] if case is None else [case]
-    if len(cases) < len(items):
+            if isinstance(item, dict) and list(item) == [blocks.KEY]:
+                cases += _of_blocks(document, parameter, item[blocks.KEY], at)
+            elif (case := _case(document, parameter, item, at, collector)) is not None:
+                cases.append((*case, at))
+    if len(collector.errors) > before:
         return None
-    for i, (pattern, _) in enumerate(cases[:-1]):
+    for i, (pattern, _, at) in enumerate(cases[:-1]):
         if pattern is None:
-            message = f"what follows is never used: {paths[i]} matches every tensor. Put it last"
-            raise document.error(message, paths[i + 1])
-    return Value(tuple(cases), path, tuple(paths))
+            message = f"what follows is never used: {at} matches every tensor. Put it last"
+            raise document.error(message, cases[i + 1][2])
+    return Value(tuple(case[:2] for case in cases), path, tuple(case[2] for case in cases))
+
+
+def _of_blocks(
+    document: Document, parameter: Parameter, raw: Any, path: str
+) -> list[tuple[BlockFilter | None, Any, str]]:
+    """The cases of `{blocks: [...]}`. Raises: RecipeError."""
+    found = blocks.expanded(document, raw, path)
+    if not parameter.varies:
+        raise document.error(f"`{parameter.name}` is no number, so it has no `blocks`. Use filters", path)
+    return [(pattern, _one(document, parameter, number, at), at) for pattern, number, at in found]
 
 
 def _is_word(parameter: Parameter, item: dict[str, Any]) -> bool:

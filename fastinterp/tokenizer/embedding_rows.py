@@ -27,6 +27,10 @@ MODULES = frozenset(_INPUTS) | {
     "output_projection",
     "head",
     "decoder",
+    "predictions",  # BERT's cls.predictions.bias
+    "vocab_projector",
+    "lm_loss",
+    "generator_lm_head",
 }
 
 
@@ -47,9 +51,11 @@ class RowMap(msgspec.Struct, frozen=True, eq=False):
 
     codes  array('q'), one per output row: ZEROS; PADDING: the mean of all other rows; else see `split`: a row of a
            model, or, of model `models`, a row of `means`
+    read   the models that rows are from, if that is known; None: the codes tell
     """
 
     codes: array[int]
+    read: frozenset[int] | None = None
 
     def is_own(self, model: int, rows: int) -> bool:
         """Whether the new embedding is that of `model` itself, which has `rows` rows."""
@@ -59,6 +65,8 @@ class RowMap(msgspec.Struct, frozen=True, eq=False):
     @property
     def models(self) -> set[int]:
         """The models that rows are from; RowPlan.models stands for means."""
+        if self.read is not None:
+            return set(self.read)
         return {code >> _SHIFT for code in self.codes if code >= 0}
 
 

@@ -45,7 +45,7 @@ def tokenizer_files(joined: Joined) -> tuple[dict[str, bytes | Path], list[str]]
         files[MERGES] = ("#version: 0.2\n" + "".join(f"{_line(m)}\n" for m in model["merges"])).encode()
     if TOKENIZER_CONFIG in files:
         files[TOKENIZER_CONFIG] = _json(_config(joined, TOKENIZER not in files), indent=2)
-    if ADDED in files or TOKENIZER not in files:
+    if ADDED in files or (TOKENIZER not in files and MERGES in files):
         files[ADDED] = _json({t: i for t, i in joined.ids.items() if t in base.added or t in joined.added})
     stale = [n for n in files if n.endswith(_STALE)]
     for name in stale:

@@ -1,9 +1,12 @@
-"""Tied embeddings: an output layer without weights of its own is the input embedding. Found from names alone."""
+"""Tied copies: tensors without values of their own, because they are another one: an output layer that is the input
+embedding, the embeddings of an encoder and a decoder that are `shared.weight`. Found from names, and bytes where both
+are stored.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,42 +16,117 @@ from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 
 # The last part but one of a name, in the order in which they are looked for. `output` counts as `output.weight` only.
-_OUT = ("lm_head", "embed_out", "output")
-_IN = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared")
+_OUT = ("lm_head", "embed_out", "output", "proj_out", "vocab_projector", "lm_loss", "generator_lm_head", "decoder")
+_IN = (
+    "shared", "embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "word_embedding",
+)  # fmt: skip
+_HEADS_OF_TOP = ("output.weight", "proj_out.weight")  # parts of layers have these names, too
+_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of `shared.weight`
+_BIASES = ("predictions.decoder.bias", "lm_head.decoder.bias")  # of the same without `decoder.`
 _TEXT = ("text_config", "llm_config", "language_config")  # where models of several parts describe their language model
+
+# Values of `model_type`, and what an absent `tie_word_embeddings` means there in transformers. Others: not known.
+_TIED_BY_DEFAULT = frozenset((
+    "albert", "bart", "bert", "blenderbot", "bloom", "camembert", "cohere", "cohere2", "deberta", "deberta-v2",
+    "distilbert", "electra", "falcon", "falcon_mamba", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n",
+    "gemma3n_text", "gpt2", "gpt_bigcode", "gpt_neo", "led", "longformer", "longt5", "m2m_100", "mamba", "marian",
+    "mbart", "mobilebert", "modernbert", "mpnet", "mpt", "mt5", "opt", "pegasus", "recurrent_gemma", "roberta",
+    "smollm3", "speech_to_text", "starcoder2", "switch_transformers", "t5", "umt5", "whisper", "xglm", "xlm-roberta",
+    "xlnet",
+))  # fmt: skip
+_UNTIED_BY_DEFAULT = frozenset((
+    "codegen", "deepseek_v2", "deepseek_v3", "glm", "glm4", "gpt_neox", "gptj", "llama", "mistral", "mixtral",
+    "nemotron", "olmo", "olmo2", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm",
+))  # fmt: skip
 
 
 class Ties(msgspec.Struct, frozen=True):
-    """Output layers of models that are tied, where others are not.
+    """Copies that some models store and others do not, and output layers that are no copies though they should be.
 
     aliases  per model: tensors that it does not have, and what to read instead
-    dropped  output layers that some models store though they are tied, and others do not: the output has none
+    dropped  copies that some models store, and others do not: the output has none of them
+    trained  (model, output layer): its configuration says tied, but what it stores is not its embedding
+    guessed  (model, output layer): the model has none, its configuration does not say whether it is tied; it counts as
+             tied, although another model has an output layer of its own
+    absent   (model, output layer): the model has none although its configuration says untied, and others have one
     """
 
     aliases: tuple[Mapping[str, str], ...]
-    dropped: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
+    trained: tuple[tuple[int, str], ...] = ()
+    guessed: tuple[tuple[int, str], ...] = ()
+    absent: tuple[tuple[int, str], ...] = ()
 
 
-def ties(models: Sequence[Iterable[str]], says_tied: Sequence[bool]) -> Ties:
-    """Which tensors stand for absent output layers.
+def ties(
+    models: Sequence[Iterable[str]],
+    says_tied: Sequence[bool | None],
+    equal: Callable[[int, str, str], bool] = lambda model, a, b: True,
+) -> Ties:
+    """Which tensors stand for absent copies, and which copies the output does without.
 
     models     the names of each model's tensors
-    says_tied  whether its config.json sets `tie_word_embeddings`
+    says_tied  whether its config.json sets `tie_word_embeddings`; None: it does not say
+    equal      whether two tensors of a model have the same bytes
 
-    The output is untied if any input is: a model without the output layer that an untied one has gives its input
-    embedding for it. An output layer that all store is merged as it is. One that only tied models store, and not all of
-    them, is dropped. With several input embeddings the one is taken whose name starts most like the output layer's.
+    The output has an output layer of its own if any model does: one whose configuration says untied, or which is not
+    its input embedding. A model without one gives its input embedding for it, if its configuration does not say untied.
+    A copy that all store is merged as it is; one that some store is dropped. With several input embeddings the one is
+    taken whose name starts most like the output layer's.
     """
-    names = [list(m) for m in models]
-    heads = [n for n in dict.fromkeys(n for m in names for n in m) if _is_head(n)]
-    everywhere = {h for h in heads if all(h in m for m in names)}
-    untied = {h for h in heads if any(h in m and not tied for m, tied in zip(names, says_tied, strict=True))}
-    aliases: list[dict[str, str]] = []
-    for model in names:
-        inputs = [n for kind in _IN for n in model if _module(n) == kind and n.endswith(".weight")]
-        absent = [h for h in heads if h in untied and h not in model]
-        aliases.append({h: max(inputs, key=partial(_common, h)) for h in absent if inputs})
-    return Ties(tuple(aliases), tuple(h for h in heads if h not in everywhere | untied))
+    names: list[dict[str, None]] = [dict.fromkeys(m) for m in models]
+    union = dict.fromkeys(n for m in names for n in m)
+    copies = [n for n in union if _is_copy(n)]
+    aliases: list[dict[str, str]] = [{} for _ in names]
+    for i, mine in enumerate(names):  # where the copy is stored, and what it is a copy of is not
+        for copy in (c for c in copies if c in mine and says_tied[i] is not False):
+            source = _source(copy, mine)
+            original = _source(copy, union) if source is None else None
+            if original is not None and original not in aliases[i]:
+                aliases[i][original] = copy
+    dropped: list[str] = []
+    trained: list[tuple[int, str]] = []
+    guessed: list[tuple[int, str]] = []
+    absent: list[tuple[int, str]] = []
+
+    def is_own(i: int, copy: str) -> bool:
+        """Whether a copy that is stored has values of its own."""
+        source = _source(copy, [*names[i], *aliases[i]])
+        if source is None or (_is_head(copy) and says_tied[i] is False):
+            return True
+        return aliases[i].get(source) != copy and not equal(i, copy, source)
+
+    for copy in copies:
+        stored = [i for i, mine in enumerate(names) if copy in mine]
+        lacking = [i for i in range(len(names)) if i not in stored]
+        head = _is_head(copy)
+        own = [i for i in stored if (lacking or head) and is_own(i, copy)]
+        trained += [(i, copy) for i in own if head and says_tied[i] is not False and _source(copy, names[i])]
+        if not lacking:
+            continue
+        untied = [i for i in lacking if head and says_tied[i] is False and _source(copy, names[i])]
+        if not own and not untied:
+            dropped.append(copy)
+            continue
+        absent += [(i, copy) for i in untied]
+        for i in (i for i in lacking if i not in untied):
+            source = _source(copy, [*names[i], *aliases[i]])
+            if source is not None:
+                aliases[i][copy] = source
+                guessed += [(i, copy)] if head and says_tied[i] is None else []
+    return Ties(tuple(aliases), tuple(dropped), tuple(trained), tuple(guessed), tuple(absent))
+
+
+def says_tied(config: Mapping[str, Any]) -> bool | None:
+    """`tie_word_embeddings` of a config.json, at the top or of the language model; where it is in neither, what that
+    means for models of its type. None, if that is not known.
+    """
+    parts = (config, *(config.get(k) for k in _TEXT))
+    said = [p["tie_word_embeddings"] for p in parts if isinstance(p, Mapping) and "tie_word_embeddings" in p]
+    if any(isinstance(value, bool) for value in said):
+        return True in said
+    kind = config.get("model_type")
+    return True if kind in _TIED_BY_DEFAULT else False if kind in _UNTIED_BY_DEFAULT else None
 
 
 def is_tied(names: Iterable[str]) -> bool:
@@ -119,8 +197,31 @@ def vocab_size_of(config: Mapping[str, Any], file: str) -> int | None:
 
 
 def _is_head(name: str) -> bool:
+    """Whether the name is that of an output layer's weight, which may be the input embedding."""
     kind = _module(name)
-    return name.endswith(".weight") and kind in _OUT and (kind != "output" or name == "output.weight")
+    if kind not in _OUT or not name.endswith(".weight"):
+        return False
+    if kind == "decoder":  # of BERT and RoBERTa: others have whole stacks of this name
+        return name.endswith(("predictions.decoder.weight", "lm_head.decoder.weight"))
+    return kind not in ("output", "proj_out") or name in _HEADS_OF_TOP
+
+
+def _is_copy(name: str) -> bool:
+    """Whether the name is that of a tensor that may be a copy of another."""
+    return _is_head(name) or name.endswith(_COPIES) or name.endswith(_BIASES)
+
+
+def _source(copy: str, names: Iterable[str]) -> str | None:
+    """The tensor of those called `names` that a copy is of; None, if it is not among them."""
+    if copy.endswith(_BIASES):
+        source = copy.removesuffix(".decoder.bias") + ".bias"
+        return source if source in names else None
+    if copy.endswith(_COPIES):
+        stem = next(copy.removesuffix(end) for end in _COPIES if copy.endswith(end))
+        source = f"{stem}shared.weight"
+        return source if source in names else None
+    inputs = [n for kind in _IN for n in names if _module(n) == kind and n.endswith(".weight")]
+    return max(inputs, key=partial(_common, copy)) if inputs else None
 
 
 def _module(name: str) -> str:

@@ -5,6 +5,7 @@ A tokenizer's own code is never run, and no tokenizer library is needed.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,11 @@ MAX_TOKENS = 1 << 24
 _KINDS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _OTHERS = (".model", ".tiktoken", ".spm", "vocab.txt", "tekken.json")
-_REMEDY = (
-    "Write one with the transformers library: `AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)`, or leave "
-    "`tokenizer` and `tokenizer_source` out of the recipe to copy the files as they are"
+_OUT_OF_RECIPE = (
+    "`tokenizer` and `tokenizer_source` out of the recipe: tokenizer files are copied as they are, and `missing: base` "
+    "also copies tensors that have other numbers of rows"
 )
+_CTC = ("CTC", "word_delimiter_token")  # in the class, or among the keys, of tokenizer_config.json
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +88,8 @@ class Joined:
 def read_vocabulary(name: str, root: Path, size: int) -> Vocabulary:
     """The vocabulary of the model `name`, whose files are in `root` and whose embeddings have `size` rows.
 
-    Reads tokenizer.json, else vocab.json and merges.txt; tokens may also be added by tokenizer_config.json and
-    added_tokens.json.
+    Reads tokenizer.json, else vocab.json and merges.txt, or the vocab.json alone of a CTC tokenizer (wav2vec2: its
+    tokens are letters); tokens may also be added by tokenizer_config.json and added_tokens.json.
     Raises: CheckpointError, if there is no such file, or one is damaged.
     """
     config = _object(root / TOKENIZER_CONFIG) if (root / TOKENIZER_CONFIG).is_file() else {}
@@ -95,13 +97,14 @@ def read_vocabulary(name: str, root: Path, size: int) -> Vocabulary:
         table = _object(root / TOKENIZER)
         file = str(root / TOKENIZER)
     elif (root / VOCAB).is_file():
-        table = _plain_files(root)
+        table = _plain_files(root, config)
         file = str(root / VOCAB)
     else:
         others = sorted(p.name for p in root.glob("*") if p.name.endswith(_OTHERS))
         present = f", only {listing(others)}" if others else ""
         raise CheckpointError(
-            f"the folder has no {TOKENIZER}{present}, so its vocabulary is not known. {_REMEDY}", file=str(root)
+            f"the folder has no {TOKENIZER}{present}, so its vocabulary is not known. {_remedy(root, bool(others))}",
+            file=str(root),
         )
     ids = _model_ids(table, file)
     added = _added_tokens(table, config, root, ids, file)
@@ -159,12 +162,32 @@ def _object(path: Path) -> dict[str, Any]:
     return parse_object(read_regular(str(path), MAX_TOKENIZER).lstrip(), f"{quote(path.name)}", str(path))
 
 
-def _plain_files(root: Path) -> dict[str, Any]:
-    """vocab.json and merges.txt as the tokenizer.json that they stand for."""
+def _remedy(root: Path, files: bool = True) -> str:
+    """What to do about a vocabulary that cannot be read; `files`: those of another kind of tokenizer are there."""
+    code = (
+        f"from transformers import AutoTokenizer as T; T.from_pretrained({str(root)!r}).save_pretrained({str(root)!r})"
+    )
+    write = (
+        f"Write one with the transformers library, if it has a fast tokenizer for this model (.model files need the "
+        f"packages sentencepiece and protobuf): python -c {shlex.quote(code)}. Or leave"
+    )
+    return f"{write if files else 'Leave'} {_OUT_OF_RECIPE}"
+
+
+def _plain_files(root: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """vocab.json, with merges.txt or alone, as the tokenizer.json that it stands for."""
     vocab = _object(root / VOCAB)
     if not (root / MERGES).is_file():
+        if _CTC[0] in str(config.get("tokenizer_class")) or _CTC[1] in config:
+            if any(type(value) is dict for value in vocab.values()):
+                raise CheckpointError(
+                    f"{VOCAB} holds several vocabularies, {listing(list(vocab))}, one for each language. "
+                    f"{_remedy(root, files=False)}",
+                    file=str(root / VOCAB),
+                )
+            return {"added_tokens": [], "model": {"type": "WordLevel", "vocab": vocab}}
         raise CheckpointError(
-            f"the folder has {VOCAB}, but neither {MERGES} nor {TOKENIZER}. {_REMEDY}", file=str(root)
+            f"the folder has {VOCAB}, but neither {MERGES} nor {TOKENIZER}. {_remedy(root)}", file=str(root)
         )
     try:
         text = read_regular(str(root / MERGES), MAX_TOKENIZER).decode()
@@ -185,7 +208,8 @@ def _model_ids(table: dict[str, Any], file: str) -> dict[str, int]:
         model["type"] = guess if guess != "WordPiece" or "max_input_chars_per_word" in model else "WordLevel"
     if model["type"] not in _KINDS:
         raise CheckpointError(
-            f"`model.type` is {quote(model['type'])}, expected one of {listing(_KINDS, 4)}", file=file
+            f"`model.type` is {quote(model['type'])}, expected one of {listing(_KINDS, 4)}. Leave {_OUT_OF_RECIPE}",
+            file=file,
         )
     if model["type"] != "Unigram":
         if type(vocab) is not dict:

@@ -75,20 +75,21 @@ def test_open_other_index_name_and_home(tmp_path, monkeypatch):
 
 
 def test_open_several_files_without_index(tmp_path):
-    """Files with disjoint names are one checkpoint; metadata is the first one's where they disagree."""
+    """Files whose names differ in a number are one checkpoint; metadata is the first one's where they disagree."""
     folder = tmp_path / "m"
     folder.mkdir()
-    save_file({"a": np.ones(1, "f4")}, folder / "x.safetensors", metadata={"k": "1"})
-    save_file({"b": np.ones(1, "f4")}, folder / "y.safetensors", metadata={"k": "2", "l": "3"})
+    save_file({"a": np.ones(1, "f4")}, folder / "weights.00.safetensors", metadata={"k": "1"})
+    save_file({"b": np.ones(1, "f4")}, folder / "weights.01.safetensors", metadata={"k": "2", "l": "3"})
     found = open_checkpoint(str(folder))
     assert sorted(found.tensors) == ["a", "b"] and not found.index and found.metadata == {"k": "1", "l": "3"}
 
 
 def test_same_tensor_in_two_files(tmp_path):
-    put(tmp_path / "m", "x.safetensors", "a", "b")
-    put(tmp_path / "m", "y.safetensors", "b")
+    put(tmp_path / "m", "rank0.safetensors", "a", "b")
+    put(tmp_path / "m", "rank1.safetensors", "b")
     message = refusal(tmp_path / "m")
-    assert "tensor `b` is in `x.safetensors` and in `y.safetensors`, and no index says which counts" in message
+    assert "tensor `b` is in `rank0.safetensors` and in `rank1.safetensors`, and no index says which counts" in message
+    assert "If each has a piece of every tensor, join them first" in message
 
 
 def test_shards_without_index_must_be_complete(sharded):
@@ -125,22 +126,11 @@ def test_dangling_link_is_a_missing_shard(sharded):
     assert "are missing: `model-00002" in refusal(sharded)
 
 
-def test_index_and_files_must_agree(sharded):
-    """A tensor in the index but not in its file, in a file but not in the index, or in another file than it says."""
-    full = {"a": SHARDS[0], "b": SHARDS[0], "c": SHARDS[1]}
-    put_index(sharded, {**full, "d": SHARDS[1]})
+def test_all_tensors_of_an_index_must_be_there(sharded):
+    put_index(sharded, {"a": SHARDS[0], "b": SHARDS[0], "c": SHARDS[1], "d": SHARDS[1]})
     message = refusal(sharded)
-    assert (
-        message.startswith(str(sharded / SHARDS[1]))
-        and "tensor `d` is in `model.safetensors.index.json` but" in message
-    )
-    put_index(sharded, {k: v for k, v in full.items() if k != "b"})
-    message = refusal(sharded)
-    assert message.startswith(str(sharded / SHARDS[0])) and "tensor `b` is in this file but not in `model" in message
-    put_index(sharded, {**full, "b": SHARDS[1]})
-    assert "tensor `b` is in this file, but `model.safetensors.index.json` puts it into `model-00002" in refusal(
-        sharded
-    )
+    assert message.startswith(str(sharded / SHARDS[1]))
+    assert "tensor `d` is in `model.safetensors.index.json` but not in this file" in message
 
 
 @pytest.mark.parametrize(
@@ -190,14 +180,21 @@ def test_index_that_is_no_file_or_too_large(sharded):
     assert f"{index}: this is not a regular file" in refusal(sharded)
 
 
-def test_two_indexes_and_index_beside_single_file(sharded):
-    """What could mean two checkpoints is refused; naming the index decides."""
-    put(sharded, "model.safetensors", "a")
-    assert "has both `model.safetensors` and `model.safetensors.index.json`" in refusal(sharded)
-    assert len(open_checkpoint(str(sharded / "model.safetensors.index.json")).tensors) == 3
-    (sharded / "model.safetensors").unlink()
-    put_index(sharded, {}, "other.safetensors.index.json")
-    assert "several indexes: `model.safetensors.index.json`, `other.safetensors.index.json`" in refusal(sharded)
+def test_two_indexes(sharded):
+    """What could mean two checkpoints is refused; naming an index decides."""
+    (sharded / "model.safetensors.index.json").rename(sharded / "x.safetensors.index.json")
+    put_index(sharded, {"c": SHARDS[1]}, "y.safetensors.index.json")
+    for file in SHARDS:
+        (sharded / file).rename(sharded / file.replace("model", "x"))
+    put_index(
+        sharded,
+        {t: f"x-0000{i}-of-00002.safetensors" for t, i in (("a", 1), ("b", 1), ("c", 2))},
+        "x.safetensors.index.json",
+    )
+    message = refusal(sharded)
+    assert "not clear which files make the model: `x.safetensors.index.json`, `y.safetensors.index.json`" in message
+    assert message.endswith(f"Name one: {sharded / 'x.safetensors.index.json'}")
+    assert len(open_checkpoint(str(sharded / "x.safetensors.index.json")).tensors) == 3
 
 
 def test_links_to_files_outside_are_fine(sharded, tmp_path):
@@ -228,38 +225,8 @@ def test_folder_without_weights(tmp_path):
     message = refusal(folder)
     assert "only `pytorch_model.bin`: pickled weights are never loaded" in message and "Convert them first" in message
     assert "pickled weights are never loaded" in refusal(folder / "pytorch_model.bin")
-    assert "this file is not a checkpoint" in refusal(folder / "model.gguf")
-
-
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin", None])
-def test_adapters_are_named(tmp_path, file):
-    """As peft saves them: what it is, of which base, and how it becomes a model."""
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    config = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 8}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    if file:
-        save_file({"base_model.model.h.0.attn.lora_A.weight": np.ones((2, 2), np.float32)}, folder / file)
-    message = refusal(folder)
-    assert "this is a LoRA adapter to `org/base`, not a whole model, and adapters are not merged" in message
-    assert f"AutoPeftModelForCausalLM.from_pretrained('{folder}').merge_and_unload()" in message
-    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
-    assert "this is a PEFT adapter, not a whole model" in refusal(folder)
-    (folder / "adapter_config.json").unlink()
-    assert ("this is a PEFT adapter" if file else "it is empty") in refusal(folder)
-
-
-def test_adapter_beside_a_model(tmp_path):
-    """Its tensors are none of the model's; an index says which files are."""
-    one = {"w": np.ones((2, 2), np.float32)}
-    for name in ("model.safetensors", "adapter_model.safetensors"):
-        save_file({f"{name}.w": one["w"]}, tmp_path / name)
-    assert "has an adapter, `adapter_model.safetensors`, beside `model.safetensors`. Name the" in refusal(tmp_path)
-    assert list(open_checkpoint(str(tmp_path / "model.safetensors")).tensors) == ["model.safetensors.w"]
-    assert list(open_checkpoint(str(tmp_path / "adapter_model.safetensors")).tensors) == ["adapter_model.safetensors.w"]
-    (tmp_path / "adapter_model.safetensors").unlink()
-    (tmp_path / "adapter_config.json").write_text("{}")
-    assert list(open_checkpoint(str(tmp_path)).tensors) == ["model.safetensors.w"]
+    assert "this format is not read" in refusal(folder / "model.gguf")
+    assert "this file is not a checkpoint" in refusal(folder / "notes.txt")
 
 
 def test_empty_checkpoint(tmp_path):
@@ -303,6 +270,15 @@ def test_changed_since(sharded):
     replacement.write_bytes(found.files[1].read_bytes())
     os.utime(replacement, ns=(old.st_atime_ns, old.st_mtime_ns))
     replacement.rename(found.files[1])
+    assert changed_since(found) == [found.files[1]]
+    found = open_checkpoint(str(sharded))
+    old = found.files[1].stat()
+    with open(
+        found.files[1], "r+b"
+    ) as stream:  # in place, with the old time: the time of the change of its inode tells
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"x")
+    os.utime(found.files[1], ns=(old.st_atime_ns, old.st_mtime_ns))
     assert changed_since(found) == [found.files[1]]
     found.files[0].unlink()
     assert changed_since(found) == list(found.files)

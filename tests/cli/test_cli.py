@@ -64,7 +64,7 @@ def test_list_of_commands_cuts_no_sentence():
     [
         (["merge", "recipe.yml", "out", "--forse"], 2, "--force"),
         (["marge"], 2, "no such command 'marge'. Did you mean merge?"),
-        (["zzz"], 2, "Known: merge, interpolate, sweep, check, explain"),
+        (["zzz"], 2, "Known: merge, interpolate, average, sweep, check, explain"),
         (["merge", "recipe.yml"], 2, "Missing argument 'OUT'"),
         (["merge", "none.yml", "out"], 2, "RecipeError: there is no such recipe file - at none.yml"),
         (["merge", "typo.yml", "out"], 2, "did you mean `weight`? - at $.models[0].parameters (typo.yml:4)"),
@@ -96,7 +96,7 @@ def test_list_of_commands_cuts_no_sentence():
         (["interpolate", "a", "b", "-o", "out", "--alpha", "0:1:0.0004,2:3:0.0004"], 2, "are possible, got 5002"),
         (["interpolate", "a", "./a/", "-o", "out", "--alpha", "0.5"], 2, "A and B are the same checkpoint: 'a'"),
         (["merge", "recipe.yml", "out", "--cuda"], 2, "No such option: --cuda. Use --device cuda."),
-        (["merge", "recipe.yml", "out", "--out-shard-size", "5B"], 2, "Use --max-shard-size."),
+        (["merge", "recipe.yml", "out", "--out-shard-size", "5B"], 2, "Use --max-shard-size, in bytes: 5GB."),
         (["merge", "-", "out"], 2, "RecipeError: the recipe is empty"),
         (["interpolate", "a", "b", "-o", "out", "--alpha", "inf"], 2, "alpha"),
         (["inspect", "./none"], 3, "CheckpointError: ./none: there is no such folder or file"),
@@ -299,8 +299,9 @@ def test_inspect_shows_the_receipt_with_the_recipe(models):
 
 def test_names_from_files_do_not_reach_the_terminal_raw(models):
     save(models / "evil", {"w\x1b[2J.0.x": bf16([1.0])}, {"k\x1b]0;": "v\n\x1b[31m", "fastinterp": "[" * 2000})
-    for args in (["inspect", "evil"], ["inspect", "--all", "evil"], ["diff", "evil", "evil"], ["diff", "evil", "a"]):
+    for args in (["inspect", "evil"], ["inspect", "--all", "evil"], ["diff", "evil", "evil"]):
         assert "\x1b" not in run(*args)
+    assert "\x1b" not in run("diff", "evil", "a", code=3)
 
 
 def test_explain_takes_what_merge_takes(models):

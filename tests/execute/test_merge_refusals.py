@@ -68,7 +68,8 @@ def test_shapes_that_differ(tmp_path):
         fastinterp.merge(recipe("linear", [a, b], weights=[1, 1]), tmp_path / "out")
     assert str(caught.value) == (
         f"model.scale is [] in {a} but [1] in {b}, model.one is [1] in {a} but [2] in {b}. "
-        "Only tensors of the same shape merge"
+        f"Only tensors of the same shape merge: `missing: base` in the recipe (--missing base) takes those of {a}, "
+        "`missing: skip` leaves them out"
     )
 
 
@@ -81,7 +82,8 @@ def test_tensor_sets_that_differ(tmp_path):
         fastinterp.merge(recipe("linear", paths, weights=[1, 1, 1]), tmp_path / "out")
     assert str(caught.value) == (
         f"the models have different tensors: {paths[0]} alone has model.one; {paths[2]} alone has model.two. "
-        "Only models of one architecture merge"
+        f"`missing: base` in the recipe (--missing base) takes what not all have from {paths[0]} and leaves out what "
+        "that lacks, `missing: skip` leaves out all of it, and `modules` merges parts of models"
     )
 
 

@@ -238,7 +238,8 @@ def test_identical_models_are_called_so(tmp_path):
     assert "nothing changed: the models are identical where they were measured (5% of the elements)" in str(report)
     c, d = saved(tmp_path / "s", [{"y": model["y"]}] * 2)
     (small,) = fastinterp.interpolate(c, d, 0.5, tmp_path / "small")
-    assert str(small).endswith("nothing changed: the models are identical")
+    lines = [line for line in str(small).splitlines() if "note: left out" not in line]  # of empty shards, by `saved`
+    assert lines[-1].endswith("nothing changed: the models are identical")
     (stored,) = fastinterp.interpolate(a, b, 0, tmp_path / "f32", dtype="float32")
     assert str(stored).endswith("all tensors are copies, stored in another dtype")
     (copied,) = fastinterp.interpolate(a, b, 0, tmp_path / "copy")

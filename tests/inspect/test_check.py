@@ -18,6 +18,7 @@ from fastinterp.execute import chunks
 from fastinterp.inspect import samples
 from fastinterp.inspect.check_result import CheckResult
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from tests.support import tokens
 from tests.support.checkpoints import Tensor, bell, floats, integers, moved, recipe, tensor, weights, write
 
 TIES: dict[str, Any] = {"base_model": "base", "parameters": {"weight": 1, "density": 0.5}}
@@ -170,11 +171,13 @@ def test_tensors_of_one_model_only_and_shapes_that_differ(folder):
     del fewer["model.layers.1.mlp.up_proj.weight"]
     save("b", fewer)
     wrong, _ = messages(fastinterp.check(recipe("linear", ["base", "a", "b"], parameters={"weight": 1})))
+    remedy = (
+        "`missing: base` in the recipe (--missing base) takes what not all have from base and leaves out what that "
+        "lacks, `missing: skip` leaves out all of it, and `modules` merges parts of models"
+    )
     assert wrong == [
-        "the models have different tensors: a alone has model.layers.2.mlp.up_proj.weight. Only models of one "
-        "architecture merge",
-        "the models have different tensors: base alone has model.layers.1.mlp.up_proj.weight. Only models of one "
-        "architecture merge",
+        f"the models have different tensors: a alone has model.layers.2.mlp.up_proj.weight. {remedy}",
+        f"the models have different tensors: base alone has model.layers.1.mlp.up_proj.weight. {remedy}",
         "model.embed_tokens.weight is [24, 16] in base but [25, 16] in a",
     ]
 
@@ -182,11 +185,22 @@ def test_tensors_of_one_model_only_and_shapes_that_differ(folder):
 def test_vocabularies_of_different_size(folder):
     for name, rows in (("base", 24), ("a", 25)):
         save(name, {**llama(noise=0.1), "model.embed_tokens.weight": weights(0, BF16, (rows, 16))}, vocab_size=rows)
-    (wrong,), _ = messages(fastinterp.check(recipe("linear", ["base", "a"], parameters={"weight": 1})))
+    asked = recipe("linear", ["base", "a"], parameters={"weight": 1})
+    (wrong,), _ = messages(fastinterp.check(asked))
     assert wrong.endswith(
-        "The vocabularies differ in size: say which one the output has, `tokenizer_source: base` or "
-        "`tokenizer_source: union`"
+        "[25, 16] in a. Only tensors of the same shape merge: `missing: base` in the recipe (--missing base) takes "
+        "those of base, `missing: skip` leaves them out"
     )
+    assert fastinterp.check({**asked, "missing": "base"}).errors == ()
+    for name in ("base", "a"):
+        tokens.words(Path(name), ["<unk>", "cat"])
+    (wrong,), _ = messages(fastinterp.check(asked))
+    assert wrong.endswith(
+        "The vocabularies differ in size: say which one the output has, `tokenizer_source: union` or "
+        "`tokenizer_source: base` in the recipe, --tokenizer-source union or base of interpolate and sweep"
+    )
+    for source in ("union", "base"):
+        assert fastinterp.check({**asked, "tokenizer_source": source}).errors == ()
 
 
 def test_integers_that_differ(folder):

@@ -188,8 +188,8 @@ def test_mergekits_commands(models, tmp_path):
     last = {"merge_method": "linear", "models": [{"model": "mix"}, {"model": models[2]}], "parameters": {"weight": 1.0}}
     first = yaml.safe_load(config("linear", models[:2]).to_yaml()) | {"name": "mix"}
     (tmp_path / "multi.yml").write_text(yaml.safe_dump_all([last, first]))
-    raw = {"merge_method": "linear", "parameters": {"weight": 1.0}}
-    raw["models"] = [{"model": f"{m}/model.safetensors"} for m in models]
+    files = [{"model": f"{m}/model.safetensors"} for m in models]
+    raw = {"merge_method": "linear", "parameters": {"weight": 1.0}, "models": files}
     (tmp_path / "raw.yml").write_text(yaml.safe_dump(raw))
     for arguments in (
         ["mergekit-multi", "multi.yml", "--out-path", "out", "-I", "parts"],

@@ -68,9 +68,9 @@ BAD = {
         "`layer_range` counts from the first layer, 0; got [-4, -1]. Negative numbers have no meaning"
         " - at $.slices[0].sources[1].layer_range (merge.yml:5)",
     ),
-    "an empty layer_range": (
-        SLICES.replace("[4, 8]", "[4, 4]"),
-        "`layer_range` [first, end) has no layer in it, got [4, 4]"
+    "a layer_range that ends before it begins": (
+        SLICES.replace("[4, 8]", "[8, 4]"),
+        "`layer_range` [first, end) ends before it begins, got [8, 4]"
         " - at $.slices[0].sources[1].layer_range (merge.yml:5)",
     ),
     "unequal lengths": (
@@ -183,9 +183,9 @@ BAD = {
         PAIR + "tokenizer: {}\ntokenizer_source: union\n",
         "`tokenizer` and `tokenizer_source` exclude each other. Write `tokenizer: {source: ...}` - at $ (merge.yml:5)",
     ),
-    "base of nothing": (
-        PAIR + "tokenizer: {source: base}\n",
-        "`tokenizer.source` 'base' needs the key `base_model`. Remove the line to copy the tokenizer of the first model"
+    "a tokenizer of nothing": (
+        PAIR + "tokenizer: {source: basis}\n",
+        "expected union, base, a model that is merged, or base_model, got 'basis'"
         " - at $.tokenizer.source (merge.yml:4)",
     ),
     "a stranger's tokenizer": (
@@ -257,3 +257,36 @@ def test_bad_recipe(text, message):
     with pytest.raises(RecipeError) as error:
         load_recipe(text, file="merge.yml")
     assert str(error.value) == message
+
+
+def test_options_of_mergekit():
+    """Keys that are options there: the error names the key or option here, or says that none is needed."""
+    from click.testing import CliRunner
+
+    from fastinterp.cli import commands
+    from fastinterp.cli.merge import merge
+    from fastinterp.recipe.mergekit_options import _OPTIONS, instead_of_key, instead_of_option
+
+    def said(key: str) -> str:
+        with pytest.raises(RecipeError) as error:
+            load_recipe(f"merge_method: linear\nmodels: [{{model: a}}]\nparameters: {{weight: 1}}\n{key}: 1\n")
+        return str(error.value)
+
+    assert "unknown key `random_seed`: the key is `seed` here - at $" in said("random_seed")
+    assert "unknown key `embed_slerp`: embeddings are merged by the method of the recipe" in said("embed_slerp")
+    assert "unknown key `lazy_unpickle`: it is not needed: tensors are always read in pieces" in said("lazy_unpickle")
+    assert "`out_shard_size`: it is an option of the command here: `--max-shard-size`" in said("out_shard_size")
+    with pytest.raises(RecipeError, match="unknown parameter `embed_slerp` of `linear`: embeddings are merged by"):
+        load_recipe("merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1, embed_slerp: true}\n")
+    known = {name for parameter in merge.params for name in parameter.opts}
+    for key, (option, why) in _OPTIONS.items():
+        assert (option.split(" ")[0] in known) if option else why, key
+        assert instead_of_key(key) and instead_of_option(f"--{key.replace('_', '-')}")
+    for option, instead in {
+        "--cuda": "Use --device cuda.", "--out-shard-size": "Use --max-shard-size, in bytes: 5GB.",
+        "--copy-tokenizer": "Omit it: the tokenizer is always copied.",
+        "--no-copy-tokenizer": "Omit it: the tokenizer is always copied.", "--random-seed": "Use --seed.",
+    }.items():  # fmt: skip
+        result = CliRunner().invoke(commands, ["merge", "a", "b", option])
+        assert result.exit_code == 2 and f"No such option: {option}. {instead}" in result.output
+    assert instead_of_key("wieght") == instead_of_option("--thraeds") == instead_of_option("-v") == ""

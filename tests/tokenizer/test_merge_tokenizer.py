@@ -185,8 +185,22 @@ def test_methods_that_ask_see_the_moved_rows(tmp_path, three, method, count, key
 
 
 def test_different_vocabularies_without_a_tokenizer_key_are_refused(tmp_path, three):
-    with pytest.raises(ShapeError, match="tokenizer_source: base` or `tokenizer_source: union`"):
+    """Each remedy is followed, also from the commands without recipes; `base` is the first model, if none is named."""
+    with pytest.raises(ShapeError, match="`tokenizer_source: union` or `tokenizer_source: base` in the recipe, --tok"):
         merged(tmp_path, three)
+    for source, rows in (("union", 8), ("base", 4), (three[1], 6)):
+        a, _ = merged(tmp_path / f"merge {rows}", three, tokenizer_source=source)
+        assert embedding(a).shape[0] == rows
+        assert_runs(a, ["cat"])
+    first, second = three[:2]
+    with pytest.raises(ShapeError, match="--tokenizer-source union or base of interpolate and sweep"):
+        fastinterp.interpolate(first, second, 0.5, tmp_path / "refused")
+    fastinterp.interpolate(first, second, 0.5, tmp_path / "line", tokenizer_source="union")
+    fastinterp.sweep(first, second, [0.5], tmp_path / "sweep", tokenizer_source="union")
+    want = {t: (row(first, t) + row(second, t)) / 2 for t in ("cat", "dog")} | {"own0": row(first, "own0")}
+    for out in (tmp_path / "line", tmp_path / "sweep" / "alpha_0.5"):
+        for token, values in want.items():
+            np.testing.assert_allclose(row(out, token), values, atol=1e-7)
 
 
 def test_chat_templates(tmp_path, three):

@@ -7,7 +7,15 @@ import json
 import pytest
 
 from fastinterp.errors import CheckpointError
-from fastinterp.tokenizer.tied_embeddings import Ties, config_changes, is_tied, ties, vocab_size_of, with_changes
+from fastinterp.tokenizer.tied_embeddings import (
+    Ties,
+    config_changes,
+    is_tied,
+    says_tied,
+    ties,
+    vocab_size_of,
+    with_changes,
+)
 
 EMBED, HEAD, OTHER = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 UNTIED, TIED = [EMBED, OTHER, HEAD], [EMBED, OTHER]
@@ -19,9 +27,34 @@ def test_all_tied_or_all_untied_stay_so():
 
 
 def test_one_untied_model_unties_the_output():
-    """Whatever the configuration of the others says: there is no other tensor to read."""
-    for says in (True, False):
-        assert ties([TIED, UNTIED, TIED], [says, False, says]).aliases == ({HEAD: EMBED}, {}, {HEAD: EMBED})
+    """A model without an output layer gives its embedding, unless its configuration says that this is not its head."""
+    found = ties([TIED, UNTIED, TIED], [True, False, None])
+    assert found.aliases == ({HEAD: EMBED}, {}, {HEAD: EMBED}) and found.guessed == ((2, HEAD),)
+    found = ties([TIED, UNTIED], [False, False])
+    assert found.aliases == ({}, {}) and found.absent == ((0, HEAD),)
+
+
+def test_a_head_of_its_own_that_configurations_call_tied():
+    """It is compared with the embedding: a copy is dropped where others lack it, and else it stays."""
+    own = Ties(({}, {HEAD: EMBED}), trained=((0, HEAD),))
+    assert ties([UNTIED, TIED], [True, True], lambda *_: False) == own
+    assert ties([UNTIED, UNTIED], [True, True], lambda i, *_: i == 1) == Ties(({}, {}), trained=((0, HEAD),))
+    assert ties([UNTIED, UNTIED], [False, False], lambda *_: pytest.fail("nothing to compare")) == Ties(({}, {}))
+
+
+def test_the_copy_is_stored_and_the_embedding_is_not():
+    """As programs write files that keep one name of two, the first by the alphabet."""
+    assert ties([[HEAD, OTHER], TIED], [True, True]) == Ties(({EMBED: HEAD}, {}), (HEAD,))
+    assert ties([[HEAD, OTHER], UNTIED], [True, False]).aliases == ({EMBED: HEAD}, {})
+    encoder = "encoder.embed_tokens.weight"
+    assert ties([[encoder], ["shared.weight"]], [None, None]) == Ties(({"shared.weight": encoder}, {}), (encoder,))
+
+
+def test_what_an_absent_statement_means():
+    assert [says_tied({"model_type": kind}) for kind in ("gpt2", "llama", "other")] == [True, False, None]
+    assert says_tied({"model_type": "gpt2", "tie_word_embeddings": False}) is False
+    assert says_tied({"model_type": "llama", "text_config": {"tie_word_embeddings": True}}) is True
+    assert says_tied({}) is None
 
 
 def test_head_that_a_tied_model_stores_all_the_same():

@@ -61,10 +61,12 @@ def merge(
     dtype: str | None = None,
     rounding: str | None = None,
     seed: int | None = None,
+    missing: str | None = None,
+    channels: str | None = None,
     **settings: Any,
 ) -> Report | None:
     """This process's part of `fastinterp.merge`, whose arguments these are. The report on rank 0, else None."""
-    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed)
+    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels)
     reports = carry_out(plan, [path_of(out, "out")], me, max_memory=size_of(max_memory), **settings)
     return reports[0] if reports else None
 

@@ -1,0 +1,238 @@
+"""Adapters: what is trained beside a model and added to its weights. Recognised by the names of their tensors.
+
+Most are factors of a product, and the mean of two products is not the product of the means of their factors: such
+tensors are not merged one by one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fastinterp.checkpoint.header import MAX_HEADER, Entry
+from fastinterp.checkpoint.names import quote
+from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.remedies import literal, python
+from fastinterp.checkpoint.strict_json import parse_object
+
+ADAPTER_CONFIG = "adapter_config.json"  # as peft saves it, beside adapter_model.safetensors
+
+# The kind of an adapter, by how the name of a tensor ends; then may follow the adapter's name, `weight` or `bias`.
+_KINDS = {
+    "LoRA": r"lora_(?:[ABabE]|embedding_[AB]|magnitude_vector|up|down|mid)|lora(?:_linear_layer)?\.(?:up|down)|"
+    r"dora_scale|ranknum|hira_(?:embedding_)?[AB]|(?:lily|adamss|gralora|peanut|delora)_[AB](?:_general)?",
+    "LoHa": r"hada_(?:w[12]_[ab]|t[12])",
+    "LoKr": r"lokr_(?:w[12](?:_[ab])?|t[12])",
+    "VeRA": r"p?vera_(?:lambda_[bd]|[AB])",
+    "IA3": r"ia3_l",
+    "BOFT": r"boft_[Rs]",
+    "OFT": r"oft_(?:R|embedding_R|blocks|diag)",
+    "GLoRA": r"glora_\w+",
+    "PEFT": r"hra_u|c3a_kernel|fourierft_spectrum|waveft_spectrum|ln_tuning_layers|miss_block|bone_block|shira_weight|"
+    r"randlora_(?:lambda|gamma|[AB])|road_(?:theta|alpha)|trainable_tokens_delta|vblora_\w+|unilora_theta_d|tinylora_v|"
+    r"psoft_R|beft_bias|deft_[PR]|frod_lambda_\w+|osf_svd_params|supertuning_values|prompt_embeddings",
+}
+# What all of those have: looked for first, because checkpoints have up to some 100,000 names.
+_HINTS = re.compile(r"lora|lycoris|hada_|lokr_|vera_|ia3_|oft_|ranknum|base_model\.|prompt_embeddings")
+_NAME = re.compile(
+    r"(?:(?P<module>.+)[._])?(?:"
+    + "|".join(f"(?P<{kind}>{pattern})" for kind, pattern in _KINDS.items())
+    + r")(?:\.[^.]+)?(?:\.(?:weight|bias))?",
+    re.DOTALL,
+)
+_KOHYA = re.compile(r"(?:lora_(?:unet|te\d?|prior|transformer)|lycoris)_")  # module paths with underscores for dots
+_DIFFUSERS = re.compile(r"(?:unet|text_encoder(?:_\d)?|transformer|prior|diffusion_model)\.")
+_PEFT = "base_model."
+
+_RANKS = {
+    "lora_A": 0,
+    "lora_down": 0,
+    "lora.down": 0,
+    "lora_embedding_A": 0,
+    "hada_w1_b": 0,
+    "lokr_w1_b": 0,
+    "lokr_w2_b": 0,
+}
+
+# Of peft, by task_type; each loads the base with the class of transformers of the same name.
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE")
+_HEAD = re.compile(r"(?:.*\.)?(?:classifier|score|classifier\.(?:dense|out_proj))\.weight", re.DOTALL)
+
+
+class Adapter(msgspec.Struct, frozen=True):
+    """The adapter that a checkpoint is or, if it is a whole model, that it has built in.
+
+    kind     `LoRA`, ...
+    style    whose names it has: `peft`, `kohya`, `diffusers`, or empty
+    ranks    of its factors, ascending
+    alpha    by which peft or kohya scale it; None, if not known
+    whole    the checkpoint has the weights of a model, too
+    tensors  names of the adapter's tensors
+    config   adapter_config.json, or empty
+    """
+
+    kind: str
+    style: str
+    ranks: tuple[int, ...]
+    alpha: str | None
+    whole: bool
+    tensors: frozenset[str]
+    config: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as `inspect --json` prints them."""
+        return {
+            "kind": self.kind,
+            "style": self.style or None,
+            "ranks": list(self.ranks),
+            "alpha": self.alpha,
+            "whole": self.whole,
+            "tensors": len(self.tensors),
+        }
+
+    def describe(self) -> str:
+        """`LoRA adapter (kohya), rank 8, alpha 4`."""
+        text = f"{self.kind} adapter"
+        text += f" ({self.style})" if self.style else ""
+        text += f", rank {', '.join(map(str, self.ranks))}" if self.ranks else ""
+        return text + (f", alpha {self.alpha}" if self.alpha is not None else "")
+
+
+def find_adapter(tensors: Mapping[str, Entry], metadata: Mapping[str, str], config_file: Path) -> Adapter | None:
+    """The adapter among these tensors, or None.
+
+    metadata     of the files
+    config_file  where adapter_config.json is, if there is one
+    Raises: CheckpointError, if that is damaged.
+    """
+    if not _HINTS.search("\n".join(tensors)):
+        return None
+    found = {name: match for name in tensors if (match := _NAME.fullmatch(name))}
+    kohya = [name for name in tensors if _KOHYA.match(name)]
+    peft = [name for name in tensors if name.startswith(_PEFT)]
+    if len(kohya) == len(tensors):
+        adapter = frozenset(tensors)
+    elif found:
+        adapter = frozenset(found) | frozenset(name for name in tensors if name.endswith(".alpha") and kohya)
+    else:
+        return None
+    modules = {str(match["module"]) for match in found.values()}
+    whole = not kohya and _has_weights(tensors, adapter, modules, peft=len(peft) == len(tensors))
+    config = read_adapter_config(config_file) if not whole and not kohya else {}
+    style = "kohya" if kohya else "peft" if len(peft) == len(tensors) or config else ""
+    if not style and any(_DIFFUSERS.match(name) for name in found):
+        style = "diffusers"
+    kinds = [kind for kind in _KINDS if any(match[kind] for match in found.values())]
+    ranks = {
+        tensors[name].shape[0]
+        for name, match in found.items()
+        if tensors[name].shape and any(match[kind] in _RANKS for kind in kinds if match[kind])
+    }
+    alpha = config.get("lora_alpha", metadata.get("ss_network_alpha"))
+    return Adapter(
+        kinds[0] if kinds else "LyCORIS", style, tuple(sorted(ranks)), None if alpha is None else str(alpha), whole,
+        adapter, config,
+    )  # fmt: skip
+
+
+def _has_weights(tensors: Mapping[str, Entry], adapter: frozenset[str], modules: set[str], peft: bool) -> bool:
+    """Whether these tensors are a model with an adapter built in, not an adapter with a few layers of the model.
+
+    modules  those that the adapter changes
+    peft     all names are those of peft's adapters
+    """
+    # peft saves embeddings beside their adapters.
+    layers = {module for module in modules if f"{module}.lora_embedding_A" not in tensors}
+    bases = sum(_base_weights(module, tensors) for module in layers)
+    if peft or 0 < len(layers) <= 2 * bases:
+        return 0 < len(layers) <= 2 * bases
+    matrices = sum(len(entry.shape) > 1 for name, entry in tensors.items() if name not in adapter)
+    return matrices >= len(modules)
+
+
+def _base_weights(module: str, tensors: Mapping[str, Entry]) -> bool:
+    """Whether the weight that an adapter changes is there too; `.original`: as torch's parametrizations call it."""
+    parent = module.rpartition(".")[0]
+    names = (f"{module}.weight", f"{module}.base_layer.weight", f"{parent}.original", f"{module}.linear.weight")
+    return any(name in tensors for name in names)
+
+
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """adapter_config.json; empty, if it is not there. Raises: CheckpointError, if it is damaged."""
+    if not path.is_file():
+        return {}
+    return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), "the adapter's configuration", str(path))
+
+
+def built_in_refusal(adapter: Adapter) -> str:
+    """About a whole model of peft whose adapter is not merged into its weights; empty for other whole models."""
+    if not any(tensor.startswith(_PEFT) for tensor in adapter.tensors):
+        return ""
+    return (
+        f"this is a model of peft with {_article(adapter.kind)} adapter that is not merged into its weights "
+        f"({quote(min(adapter.tensors))}), and adapters are not merged. Where it was saved, call "
+        '`model.merge_and_unload().save_pretrained("NEW")` instead; then name NEW'
+    )
+
+
+def refusal(name: str, root: Path, adapter: Adapter, tensors: Mapping[str, Entry], file: Path) -> str:
+    """What it is, that it is not merged, and how it becomes a model."""
+    base = adapter.config.get("base_model_name_or_path")
+    to = f" to {quote(base)}" if isinstance(base, str) and base else ""
+    what = f"this is {_article(adapter.kind)} adapter{to}, not a whole model, and adapters are not merged. "
+    if adapter.style == "peft":
+        return what + _with_peft(
+            name if Path(name).is_dir() or not Path(name).exists() else str(root), adapter, tensors
+        )
+    if adapter.kind == "LoRA" and adapter.style in ("kohya", "diffusers"):
+        command = python(
+            'import diffusers; p = diffusers.DiffusionPipeline.from_pretrained("BASE"); '
+            f'p.load_lora_weights({literal(file)}); p.fuse_lora(); p.unload_lora_weights(); p.save_pretrained("NEW")'
+        )
+        return f"{what}Merge it into its base first, the pipeline BASE: {command}; then name NEW"
+    if adapter.style == "kohya":
+        return (
+            f"{what}Merge it into its base first, with `tools/merge.py` of LyCORIS; then name the file that it writes"
+        )
+    return f"{what}Merge it into its base first, with the program that made it; then name the model that it writes"
+
+
+def _article(kind: str) -> str:
+    return f"{'an' if kind[0] in 'IO' else 'a'} {kind}"
+
+
+def _with_peft(folder: str, adapter: Adapter, tensors: Mapping[str, Entry]) -> str:
+    """How peft merges the adapter in `folder` into its base."""
+    config, source = adapter.config, literal(folder)
+    if not config:
+        return (
+            f"Merge it into its base first, with peft, which needs its {ADAPTER_CONFIG}: put that beside it, and see "
+            "this message again"
+        )
+    if config.get("peft_type") in _PROMPTS or adapter.tensors == {"prompt_embeddings"}:
+        return "It is a prompt for its base, which has no place in weights"
+    auto = _AUTO_CLASSES.get(str(config.get("task_type")))
+    if auto is None and config.get("task_type") is None and isinstance(config.get("auto_mapping"), dict):
+        auto = "AutoPeftModel"
+    save = '.merge_and_unload().save_pretrained("NEW")'
+    if auto is None:
+        code = f"peft.PeftModel.from_pretrained(model, {source}){save}"
+        return f"Merge it into its base first, with peft: `{code}`, where `model` is the base, loaded; then name NEW"
+    labels = ""
+    if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
+        heads = [entry.shape[0] for name, entry in tensors.items() if _HEAD.fullmatch(name) and len(entry.shape) == 2]
+        labels = f", num_labels={heads[-1]}" if heads else ""
+    command = python(f"import peft; peft.{auto}.from_pretrained({source}{labels}){save}")
+    return f"Merge it into its base first, with peft: {command}; then name NEW"

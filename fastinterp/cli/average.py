@@ -1,0 +1,57 @@
+"""`average`: the command that averages the checkpoints of a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastinterp.cli import options
+from fastinterp.cli.merge import outcome_of, warn
+from fastinterp.paths.average import WEIGHT_NAMES
+
+
+@click.command()
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
+@click.option("-o", "--out", required=True, metavar="DIR", help="Output folder.")
+@click.option(
+    "--weights", type=click.Choice(WEIGHT_NAMES), default="uniform", show_default=True,
+    help="uniform: the mean. ema: a moving average. Others: those that stand for a learning rate that decays so.",
+)  # fmt: skip
+@click.option("--decay", type=float, metavar="B", help="Of --weights ema: what each checkpoint keeps. Default: 0.9.")
+@click.option("--last", type=int, metavar="K", help="Only the K newest.")
+@click.option(
+    "--in-order", is_flag=True, help="Take them as given, oldest first. Default: by the numbers in the names."
+)
+@options.output
+def average(checkpoints: tuple[str, ...], out: str, quiet: bool, as_json: bool, **settings: Any) -> None:
+    """Average the checkpoints of a training run.
+
+    Each CHECKPOINT is a folder or .safetensors file, 2 to 64 of them, whose names differ in their step numbers. The
+    output has configuration and tokenizer of the newest.
+
+    \b
+    Example:
+      fastinterp average run/checkpoint-* -o averaged/
+      fastinterp average run/checkpoint-* -o averaged/ --weights 1-sqrt --last 8
+    """
+    from fastinterp import api
+    from fastinterp.cli import progress
+    from fastinterp.messages import plain
+    from fastinterp.paths.average import average_of
+
+    options.refuse_ranks("average")
+    chosen = {name: settings.pop(name) for name in ("weights", "decay", "last", "in_order")}
+    found = average_of(checkpoints, **chosen)
+    with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
+        report = api.merge(found.recipe, out, progress=shown, **settings)
+    rows = list(zip(found.checkpoints, found.weights, strict=True))
+    if as_json:
+        weights = [{"checkpoint": checkpoint, "weight": weight} for checkpoint, weight in rows]
+        options.say_json({"weights": weights, **report.as_dict()})
+    elif quiet:
+        warn([report])
+    else:
+        lines = [f"  {weight:.4f}  {plain(checkpoint)}" for checkpoint, weight in rows]
+        options.say("\n".join([report.summary(), "weights, oldest first:", *lines]))

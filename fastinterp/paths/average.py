@@ -1,0 +1,147 @@
+"""The average of checkpoints of one training run as a recipe: in the order of their steps, by weights with a name."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastinterp.arguments import path_of
+from fastinterp.checkpoint.names import WEIGHTS
+from fastinterp.errors import UsageError
+from fastinterp.messages import counted, suggestion
+from fastinterp.methods import find
+from fastinterp.ops.combine import MAX_INPUTS
+
+DECAYS = ("linear", "cosine", "1-sqrt")  # of a learning rate, which weights of checkpoints stand for
+WEIGHT_NAMES = ("uniform", "ema", *DECAYS)
+_DEFAULT_DECAY = 0.9
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Average:
+    """Checkpoints that are averaged, oldest first, and their weights, whose sum is 1."""
+
+    checkpoints: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The `linear` merge of those whose weight is not 0; the newest gives configuration, tokenizer and integers."""
+        read = [(c, w) for c, w in zip(self.checkpoints, self.weights, strict=True) if w]
+        newest = read[-1][0]
+        return {
+            "merge_method": "linear",
+            "base_model": newest,
+            "models": [{"model": checkpoint, "parameters": {"weight": weight}} for checkpoint, weight in read],
+            "integers": newest,
+        }
+
+
+def average_of(
+    checkpoints: object, weights: str, decay: float | None, last: int | None, in_order: bool = False
+) -> Average:
+    """The arguments of `fastinterp.average`, checked. Raises: UsageError."""
+    if weights not in WEIGHT_NAMES:
+        raise UsageError(f"unknown weights {weights!r}{suggestion(str(weights), WEIGHT_NAMES)}")
+    if decay is not None and weights != "ema":
+        raise UsageError(f"`decay` belongs to weights 'ema', got {decay} with {weights!r}")
+    if last is not None and (type(last) is not int or last < 2):
+        raise UsageError(f"`last` must be a whole number, 2 or more, got {last!r}")
+    paths = _listed(checkpoints)
+    if not in_order:
+        paths = by_step(paths)
+    if last is not None:
+        if last > len(paths):
+            raise UsageError(f"there are {counted(len(paths), 'checkpoint')}, but the last {last} are asked for")
+        paths = paths[-last:]
+    if len(paths) < 2:
+        raise UsageError(f"an average needs two checkpoints or more, got {paths[0]!r} alone{_inside(paths[0])}")
+    if len(paths) > MAX_INPUTS:
+        raise UsageError(
+            f"at most {MAX_INPUTS} checkpoints can be averaged at a time, got {len(paths)}. Give fewer, or `last` "
+            f"(--last {MAX_INPUTS})"
+        )
+    return Average(tuple(paths), weights_of(len(paths), weights, decay))
+
+
+def weights_of(n: int, name: str, decay: float | None = None) -> tuple[float, ...]:
+    """The weights of n checkpoints, oldest first, as method `ema` defines them; uniform: 1/n each.
+
+    Raises: UsageError.
+    """
+    if name == "uniform":
+        return (1.0 / n,) * n
+    if name != "ema":
+        combine: Any = find("ema")(n, weights=name)
+        return tuple(combine.weights)
+    decay = _DEFAULT_DECAY if decay is None else decay
+    if not 0 <= decay < 1:
+        raise UsageError(f"`decay` must be a number from 0, the newest alone, to below 1, got {decay!r}")
+    combine = find("ema")(n, decay=float(decay))
+    return tuple(combine.weights)
+
+
+def by_step(paths: Sequence[str]) -> list[str]:
+    """Checkpoints ordered by the numbers in their paths, which are alike but for these: `run/checkpoint-500`.
+
+    Raises: UsageError, if a path differs in more than its numbers, or two have the same.
+    """
+    if len(paths) < 2:
+        return [*paths]
+    kinds: dict[str, list[str]] = {}
+    for path in paths:
+        kinds.setdefault(_NUMBER.sub("#", _plain(path)), []).append(path)
+    usual = max(kinds, key=lambda kind: len(kinds[kind]))
+    odd = [path for kind, group in kinds.items() if kind != usual for path in group]
+    if odd:
+        raise UsageError(
+            f"the order of {odd[0]!r} is not known: its name is not that of {kinds[usual][0]!r} with another number. "
+            "Leave it out, or give all from the oldest to the newest with --in-order (in Python in_order=True)"
+        )
+    numbered: dict[tuple[int, ...], str] = {}
+    for path in paths:
+        numbers = tuple(int(n) for n in _NUMBER.findall(_plain(path)))
+        if numbers in numbered:
+            first, same = numbered[numbers], "named twice"
+            raise UsageError(
+                f"{path!r} is {same}" if first == path else f"{first!r} and {path!r} have the same step number"
+            )
+        numbered[numbers] = path
+    return [numbered[numbers] for numbers in sorted(numbered)]
+
+
+def _plain(path: str) -> str:
+    """A path as it is compared: absolute, without a trailing slash."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _listed(checkpoints: object) -> list[str]:
+    """Paths, or those that a pattern with * stands for. Raises: UsageError."""
+    if isinstance(checkpoints, (str, os.PathLike)):
+        pattern = path_of(checkpoints, "checkpoints")
+        if not glob.has_magic(pattern):
+            return [pattern]
+        found = glob.glob(os.path.expanduser(pattern))
+        if not found:
+            raise UsageError(f"nothing matches {pattern!r}")
+        return sorted(found)
+    if isinstance(checkpoints, Mapping) or not isinstance(checkpoints, Iterable):
+        raise UsageError(f"`checkpoints` must be paths in a list, or a pattern, got {type(checkpoints).__name__}")
+    paths = [path_of(c, "checkpoints") for c in checkpoints]
+    if not paths:
+        raise UsageError("`checkpoints` is empty, so there is nothing to average")
+    return paths
+
+
+def _inside(path: str) -> str:
+    """What to write for the folder of a run, which holds its checkpoints."""
+    if path.endswith(WEIGHTS):
+        return ""
+    inside = [p for p in Path(os.path.expanduser(path)).glob("checkpoint-*") if p.is_dir()]
+    return f". For the {len(inside)} in it: {os.path.join(path, 'checkpoint-*')}" if len(inside) > 1 else ""

@@ -1,0 +1,199 @@
+"""Tensors as blocks of rows of others: fused experts and single ones, fused projections, convolutions of more channels.
+
+A row is what lies along the last dimension. Nothing is copied: a block is read where it is stored.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+
+from msgspec.structs import replace
+
+from fastinterp.messages import counted
+from fastinterp.ops.dtypes import F32, F64
+from fastinterp.plan.inputs import GatheredInput, StoredInput, TensorInput
+from fastinterp.tokenizer.embedding_rows import RowMap, pack
+
+Tensors = Mapping[str, TensorInput]
+Shape = tuple[int, ...]
+
+# The end of a fused tensor's name, and the ends of those whose rows it has one after the other; {} is the number of an
+# expert: the fused tensor has a first dimension more, of as many.
+_FUSED: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
+    ("experts.gate_up_proj", (
+        ("experts.{}.gate_proj.weight", "experts.{}.up_proj.weight"), ("experts.{}.w1.weight", "experts.{}.w3.weight"),
+    )),
+    ("experts.down_proj", (("experts.{}.down_proj.weight",), ("experts.{}.w2.weight",))),
+    ("qkv_proj.weight", (("q_proj.weight", "k_proj.weight", "v_proj.weight"),)),
+    ("qkv_proj.bias", (("q_proj.bias", "k_proj.bias", "v_proj.bias"),)),
+    ("gate_up_proj.weight", (("gate_proj.weight", "up_proj.weight"),)),
+)  # fmt: skip
+_SINGLE = re.compile(r"\.experts\.0\.[a-z_0-9]+\.weight$")
+
+
+def fused_as(own: Tensors, reference: Tensors) -> tuple[Tensors, tuple[str, ...]]:
+    """(tensors of a model, fused or split as the reference's are; what was done, for people).
+
+    Only whole rows move: a fused tensor that is transposed, or whose parts alternate, stays as it is.
+    """
+    if own.keys() == reference.keys():
+        return own, ()
+    made: dict[str, TensorInput] = {}
+    used: set[str] = set()
+    counts = {"fused": 0, "split": 0}
+    for name in reference:
+        for end, ways in _FUSED if name not in own else ():
+            parts = _parts(name, end, ways, own) if name.endswith(end) else []
+            fused = _fuse(name, parts, reference, own)
+            if fused is not None:
+                made[name] = fused
+                used.update(parts)
+                counts["fused"] += 1
+                break
+    for name in own:
+        for end, ways in _FUSED if name not in reference else ():
+            parts = _parts(name, end, ways, reference) if name.endswith(end) else []
+            split = _split(name, parts, own, reference)
+            if split:
+                made |= split
+                used.add(name)
+                counts["split"] += 1
+                break
+    if not made:
+        return own, ()
+    kept = {name: tensor for name, tensor in own.items() if name not in used}
+    return kept | made, tuple(f"{counted(n, 'tensor')} {how}" for how, n in counts.items() if n)
+
+
+def has_other_experts(own: Iterable[str], reference: Iterable[str]) -> bool:
+    """Whether one of two models has fused experts, and the other single ones."""
+    kinds = [
+        (any(n.endswith(("experts.gate_up_proj", "experts.down_proj")) for n in names),
+         any(_SINGLE.search(n) for n in names))
+        for names in (tuple(own), tuple(reference))
+    ]  # fmt: skip
+    return kinds in ([(True, False), (False, True)], [(False, True), (True, False)])
+
+
+def _parts(name: str, end: str, ways: Sequence[Sequence[str]], tensors: Tensors) -> list[str]:
+    """The names of the tensors that a fused one is made of, in the order of its rows; [], if they are not all there."""
+    stems = [name.removesuffix(end)]
+    stems += [stem.replace(".mlp.", ".block_sparse_moe.") for stem in stems if ".mlp." in stem]
+    for stem in stems:
+        for way in ways:
+            parts: list[str] = []
+            while (further := [stem + p.format(len(parts) // len(way)) for p in way])[0] in tensors:
+                if not all(part in tensors for part in further):
+                    return []
+                parts += further
+                if "{}" not in way[0]:
+                    break
+            if parts:
+                return parts
+    return []
+
+
+def _fits(fused: Shape, parts: Sequence[Shape], by_rows: bool) -> bool:
+    """Whether the rows of the parts, one part after the other, are as many as those of the fused tensor.
+
+    by_rows  matrices of experts that could as well be transposed are known not to be
+    """
+    if not parts or any(part[1:] != parts[0][1:] for part in parts):
+        return False
+    rows, one = sum(part[0] for part in parts), parts[0]
+    if len(fused) == len(one):
+        return fused == (rows, *one[1:])
+    return (
+        len(fused) == 3 and len(one) == 2 and fused[2] == one[1] and fused[0] * fused[1] == rows
+        and len(parts) % fused[0] == 0 and (by_rows or fused[1] != fused[2])
+    )  # fmt: skip
+
+
+def _by_rows(name: str, fused: Tensors, single: Tensors) -> bool:
+    """Whether the other tensor of the same experts shows that matrices are not transposed."""
+    for end, ways in _FUSED[:2]:
+        other = name.rpartition("experts.")[0] + end
+        if name.endswith(".experts." + end.rpartition(".")[2]) or other not in fused:
+            continue
+        return _fits(fused[other].shape, [single[part].shape for part in _parts(other, end, ways, single)], False)
+    return False
+
+
+def _fuse(name: str, parts: Sequence[str], reference: Tensors, tensors: Tensors) -> GatheredInput | None:
+    """A tensor of the reference's shape whose rows are those of the parts; None, if they do not fit, or are not stored
+    as rows.
+    """
+    shape = reference[name].shape
+    if len(shape) == 1 or not _fits(shape, [tensors[p].shape for p in parts], _by_rows(name, reference, tensors)):
+        return None
+    sources = tuple(tensors[part].plain for part in parts)
+    first = sources[0]
+    if first is None or any(source is None for source in sources):
+        return None
+    codes = array("q")
+    for number, part in enumerate(parts):
+        start = pack(number, 0)
+        codes.extend(range(start, start + tensors[part].shape[0]))
+    nbytes = (first.dtype.nbytes(1) or 0) * len(codes) * shape[-1]
+    rows = RowMap(codes, frozenset(range(len(parts))))
+    return GatheredInput(name, first.dtype, shape, nbytes, 0, rows, (), sources)
+
+
+def _split(name: str, parts: Sequence[str], tensors: Tensors, reference: Tensors) -> dict[str, TensorInput]:
+    """The parts of a fused tensor, in the shapes that the reference has; {}, if they do not fit."""
+    stored = tensors[name].plain
+    shapes = [reference[part].shape for part in parts]
+    if stored is None or not _fits(stored.shape, shapes, _by_rows(name, tensors, reference)):
+        return {}
+    made: dict[str, TensorInput] = {}
+    start = stored.start
+    for part in parts:
+        made[part] = _block(stored, part, start, reference[part].shape)
+        start += made[part].nbytes
+    return made
+
+
+def _block(stored: StoredInput, name: str, start: int, shape: Shape) -> StoredInput:
+    """A part of a stored tensor, from byte `start` of its file on."""
+    numel = 1
+    for length in shape:
+        numel *= length
+    return replace(stored, name=name, shape=shape, nbytes=stored.dtype.nbytes(numel) or 0, start=start)
+
+
+# --- channels --------------------------------------------------------------------------------------------------------
+
+
+def other_channels(a: Shape, b: Shape) -> bool:
+    """Whether shapes are those of convolutions that differ in the number of input channels alone."""
+    return len(a) == len(b) > 2 and a[0] == b[0] and a[2:] == b[2:] and a[1] != b[1]
+
+
+def widened(tensor: TensorInput, widest: TensorInput) -> GatheredInput | None:
+    """A convolution with the input channels of the widest: behind its own those of that one. None, if one of the two is
+    not stored as rows.
+
+    tensor  [out, c, ...]
+    widest  [out, more than c, ...]
+    """
+    narrow, wide = tensor.plain, widest.plain
+    if narrow is None or wide is None:
+        return None
+    own, every, below = tensor.shape[1], widest.shape[1], 1
+    for length in tensor.shape[2:-1]:
+        below *= length  # rows of one channel of one output
+    codes = array("q")
+    for out in range(tensor.shape[0]):
+        start = pack(0, out * own * below)
+        codes.extend(range(start, start + own * below))
+        start = pack(1, (out * every + own) * below)
+        codes.extend(range(start, start + (every - own) * below))
+    # Of two dtypes neither holds the other's numbers: float32 does, unless one is F64.
+    both = {narrow.dtype, wide.dtype}
+    dtype = narrow.dtype if len(both) == 1 else F64 if F64 in both else F32
+    nbytes = dtype.nbytes(widest.numel) or 0
+    return GatheredInput(
+        tensor.name, dtype, widest.shape, nbytes, 0, RowMap(codes, frozenset((0, 1))), (), (narrow, wide)
+    )

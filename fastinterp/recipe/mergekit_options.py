@@ -1,0 +1,58 @@
+"""Options of mergekit's commands, and what to do instead here: in a recipe, or on the command line."""
+
+from __future__ import annotations
+
+# Without the dashes -> (key or option here, empty if none is needed; why, or how it differs).
+_OPTIONS = {
+    "allow_crimes": ("", "models whose tensors have other names or shapes take `missing` and `modules`"),
+    "async_write": ("", "reading, computing and writing always overlap"),
+    "clone_tensors": ("", "a layer may be stacked several times"),
+    "copy_tokenizer": ("", "the tokenizer is always copied"),
+    "cuda": ("--device cuda", ""),
+    "device": ("--device", ""),
+    "gpu_rich": ("--device cuda", ""),
+    "lazy_unpickle": ("", "tensors are always read in pieces"),
+    "lora_merge_cache": ("", "LoRA adapters are merged into their models first"),
+    "lora_merge_dtype": ("", "LoRA adapters are merged into their models first"),
+    "low_cpu_memory": ("--max-memory", "models are never held in memory as a whole"),
+    "multi_gpu": ("--device cuda", "which takes all GPUs"),
+    "num_threads": ("--threads", ""),
+    "out_shard_size": ("--max-shard-size", "in bytes: 5GB"),
+    "quiet": ("--quiet", ""),
+    "random_seed": ("--seed", ""),
+    "read_to_gpu": ("--device cuda", ""),
+    "safe_serialization": ("", "the output is always safetensors"),
+    "transformers_cache": ("", "models are found in the cache that HF_HOME names"),
+    "trust_remote_code": ("", "code of a model is never run"),
+    "unsafe_truncate_embeddings": ("", "`tokenizer_source` in the recipe aligns vocabularies"),
+    "verbose": ("", "`fastinterp explain` says more"),
+    "verbosity": ("", "`fastinterp explain` says more"),
+    "write_model_card": ("", "the model card is always written"),
+    "write_threads": ("--threads", ""),
+}
+# Keys that mergekit has, or had, in recipes.
+_KEYS = {
+    "random_seed": "the key is `seed` here",
+    "embed_slerp": "embeddings are merged by the method of the recipe, as all other tensors. Remove it; for spherical "
+    "interpolation of all tensors write `merge_method: slerp`",
+}
+
+
+def instead_of_key(key: str) -> str:
+    """What to do instead of a key of a recipe that is mergekit's; empty, if it is not."""
+    key = key.replace("-", "_")
+    if key in _KEYS or key not in _OPTIONS:
+        return _KEYS.get(key, "")
+    option, why = _OPTIONS[key]
+    if not option:
+        return f"it is not needed: {why}. Remove it"
+    return f"it is an option of the command here: `{option}`{f' ({why})' if why else ''}"
+
+
+def instead_of_option(name: str) -> str:
+    """What to do instead of an option of mergekit's, such as `--cuda`; empty, if it is none."""
+    key = name.lstrip("-").removeprefix("no-").replace("-", "_")
+    if key not in _OPTIONS or not name.startswith("--"):
+        return ""
+    option, why = _OPTIONS[key]
+    return f"Omit it: {why}." if not option else f"Use {option}{f', {why}' if why else ''}."

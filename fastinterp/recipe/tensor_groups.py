@@ -1,0 +1,123 @@
+"""Names of tensors, grouped for messages: `first_stage_model.* (248 tensors)` instead of 248 names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Protocol
+
+from fastinterp.messages import listed
+
+_Side = tuple[str, str, Collection[str]]
+
+_LISTED = 6  # groups in a message before the rest is only counted
+
+
+class HasShape(Protocol):
+    """A tensor whose shape is known."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def grouped(names: Iterable[str], others: Collection[str] = ()) -> str:
+    """The names by what they have in common, the largest groups first.
+
+    others  names that do not belong to them. A group is the shortest part of a name up to a dot with which none of
+            these starts; groups that differ in one number are one: `model.layers.{0-31}.attn.inv_freq (32 tensors)`
+    """
+    starts = {start for name in others for start in _starts(name)}
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        group = next((start for start in _starts(name) if start not in starts), name)
+        groups.setdefault(group, []).append(name)
+    texts = [_text(keys, members) for keys, members in _by_number(groups)]
+    return listed([text for _, text in sorted(texts, key=lambda pair: -pair[0])], _LISTED)
+
+
+def different_tensors(ours: _Side, theirs: _Side, base: str, notes: Sequence[str] = ()) -> str:
+    """The message about two models, or layers, with different tensors.
+
+    ours, theirs  name of the model, which layer of it (empty: all of it), names of the tensors
+    base          the model from which `missing: base` copies
+    notes         why a model lacks what it lacks
+    """
+    if not set(ours[2]) & set(theirs[2]):
+        return nothing_in_common(ours, theirs)
+    sides = [
+        f"{model} alone has {grouped(only, others)}{_in(layer)}"
+        for (model, layer, names), others in ((ours, theirs[2]), (theirs, ours[2]))
+        if (only := [name for name in names if name not in others])
+    ]
+    why = "".join(f". {note}" for note in notes)
+    return (
+        f"the models have different tensors: {'; '.join(sides)}{why}. `missing: base` in the recipe (--missing base) "
+        f"takes what not all have from {base} and leaves out what that lacks, `missing: skip` leaves out all of it, "
+        "and `modules` merges parts of models"
+    )
+
+
+def nothing_in_common(ours: _Side, theirs: _Side) -> str:
+    """The message about two models, or layers, without a common name. Arguments as of `different_tensors`."""
+    sides = [f"{model} has {grouped(names) or 'none'}{_in(layer)}" for model, layer, names in (ours, theirs)]
+    return (
+        f"the models have no tensor name in common: {'; '.join(sides)}. They are different models, or other parts of "
+        "one. Name two that belong together"
+    )
+
+
+def missing_tensors(left: Collection[str], made: Collection[str], base: str) -> tuple[str, ...]:
+    """Remarks on tensors that not all models have in one shape.
+
+    left  their names
+    made  names of all tensors of the output
+    base  the model from which those of them that are made are copied
+    """
+    rest = [name for name in made if name not in left]
+    copied, skipped = ([name for name in left if (name in made) is there] for there in (True, False))
+    remarks = [f"copied from {base}, because not all models have it in one shape: {grouped(copied, rest)}"]
+    remarks = remarks if copied else []
+    if skipped:
+        remarks.append(f"left out, because not all models have it in one shape: {grouped(skipped, rest)}")
+    return tuple(remarks)
+
+
+def _in(layer: str) -> str:
+    return f" in {layer}" if layer else ""
+
+
+def _starts(name: str) -> list[str]:
+    """`a.`, `a.b.`, `a.b.c` of `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) + "." for i in range(1, len(parts))] + [name]
+
+
+def _by_number(groups: dict[str, list[str]]) -> list[tuple[list[str], list[str]]]:
+    """(starts, names) of groups, those together whose starts differ in one number."""
+    every: dict[tuple[str, ...], list[str]] = {}
+    for start in groups:
+        parts = start.split(".")
+        numbered = [i for i, part in enumerate(parts) if part.isdecimal()]
+        if numbered:
+            parts[numbered[0]] = "\0"
+        every.setdefault(tuple(parts), []).append(start)
+    return [(starts, [name for start in starts for name in groups[start]]) for starts in every.values()]
+
+
+def _text(starts: list[str], names: list[str]) -> tuple[int, str]:
+    """(number of names, text) of one group."""
+    if len(names) == 1:
+        return 1, names[0]
+    shown = names if len(starts) == len(names) else starts
+    text = shown[0] if len(shown) == 1 else _numbered(shown)
+    rest = "*" if text.endswith(".") else ""
+    return len(names), f"{text}{rest} ({len(names):,} tensors)"
+
+
+def _numbered(names: list[str]) -> str:
+    """Names that differ in their first number as one: `h.{0-11}.bias`; `h.{0,2,5}.bias`, where some are not there."""
+    parts = [name.split(".") for name in names]
+    at = next(i for i, part in enumerate(parts[0]) if part.isdecimal())
+    numbers = sorted({int(each[at]) for each in parts})
+    whole = len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1))
+    text = f"{numbers[0]}-{numbers[-1]}" if whole else listed(map(str, numbers), _LISTED).replace(", ", ",")
+    return ".".join([*parts[0][:at], f"{{{text}}}", *parts[0][at + 1 :]])

@@ -1,0 +1,172 @@
+"""`average`: checkpoints of a run in the order of their steps, weights with a name, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import fastinterp
+from fastinterp.cli import commands
+from fastinterp.errors import UsageError
+from fastinterp.methods._weights import shares
+from fastinterp.ops.combine import Combine
+from fastinterp.paths.average import average_of, by_step, weights_of
+from tests.support.checkpoints import assert_same, expected, family, integers, read, write
+
+STEPS = (500, 1000, 1500, 10500)  # as text, 10500 comes first
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The models of run/checkpoint-500 and so on, oldest first, with what a trainer leaves beside the weights."""
+    models = family(len(STEPS))
+    for step, model in zip(STEPS, models, strict=True):
+        model["bn.num_batches_tracked"] = integers(step, "I64")  # differs at each step
+        folder = write(tmp_path / "run" / f"checkpoint-{step}", model)
+        (folder / "config.json").write_text(json.dumps({"step": step}))
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+            (folder / name).write_bytes(b"\x80\x02.")
+        (folder / "trainer_state.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    return models
+
+
+def command(*args: str, code: int = 0) -> str:
+    done = CliRunner().invoke(commands, ["average", *args], prog_name="fastinterp")
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == code, done.output
+    return done.stderr if code else done.stdout
+
+
+def given() -> list[str]:
+    """As a shell lists them."""
+    return sorted(str(p) for p in Path("run").iterdir())
+
+
+def left(name: str, s: float) -> float:
+    return {"linear": 1 - s, "cosine": (1 + math.cos(math.pi * s)) / 2, "1-sqrt": 1 - math.sqrt(s)}[name]
+
+
+# Oldest first, from the definitions: what a checkpoint adds to the steps before it is what the rate drops there.
+WEIGHTS = {
+    "uniform": [0.25] * 4,
+    "ema": [0.9**3, *((1 - 0.9) * 0.9**i for i in (2, 1, 0))],
+    **{
+        name: [left(name, i / 4) - left(name, (i + 1) / 4) for i in range(4)] for name in ("linear", "cosine", "1-sqrt")
+    },
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weighted_sum_of_all(run, name):
+    fastinterp.average("run/checkpoint-*", "out", weights=name)
+    floating = [{n: t for n, t in model.items() if n != "bn.num_batches_tracked"} for model in run]
+    want = expected(floating, Combine(shares(WEIGHTS[name]), sums_to_one=True))  # as `linear` rounds them
+    got = read(Path("out"))
+    counter = got.pop("bn.num_batches_tracked")
+    assert counter.raw.tobytes() == (10500).to_bytes(8, "little")  # the newest checkpoint's
+    assert json.loads(Path("out/config.json").read_text()) == {"step": 10500}
+    assert_same(want, got)
+
+
+def test_command_in_order_of_steps_with_weights_and_recipe(run):
+    text = command(*given(), "-o", "out", "--weights", "ema", "--decay", "0.5", "--last", "3")
+    assert text.endswith(
+        "weights, oldest first:\n  0.2500  run/checkpoint-1000\n  0.2500  run/checkpoint-1500\n"
+        "  0.5000  run/checkpoint-10500\n"
+    )
+    floating = [{n: t for n, t in model.items() if n != "bn.num_batches_tracked"} for model in run[1:]]
+    got = read(Path("out"))
+    del got["bn.num_batches_tracked"]
+    assert_same(expected(floating, Combine((0.25, 0.25, 0.5), sums_to_one=True)), got)
+    recipe = Path("out/README.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    fastinterp.merge(recipe, "again")  # which the model card has
+    assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
+
+
+def test_json(run):
+    found = json.loads(command(*given(), "-o", "out", "--json"))
+    assert [row["checkpoint"] for row in found["weights"]] == [f"run/checkpoint-{step}" for step in STEPS]
+    assert [row["weight"] for row in found["weights"]] == [0.25] * 4
+
+
+def test_decay_0_reads_only_the_newest(run):
+    fastinterp.average("run/checkpoint-*", "out", weights="ema", decay=0)
+    assert_same(run[-1], read(Path("out")))
+
+
+@pytest.mark.parametrize(
+    ("paths", "ordered"),
+    [
+        (["r/checkpoint-1000", "r/checkpoint-900/"], ["r/checkpoint-900/", "r/checkpoint-1000"]),
+        (["e2-s5/w.safetensors", "e1-s9/w.safetensors"], ["e1-s9/w.safetensors", "e2-s5/w.safetensors"]),
+        (["run-2/step_0100", "run-2/step_20"], ["run-2/step_20", "run-2/step_0100"]),
+        (["a"], ["a"]),
+    ],
+)
+def test_order(paths, ordered):
+    assert by_step(paths) == ordered
+
+
+def test_in_order_takes_any_names(run):
+    Path("run/checkpoint-500").rename("run/first")
+    text = command("run/first", "run/checkpoint-1500", "run/checkpoint-1000", "-o", "out", "--in-order")
+    shown = [line.split()[1] for line in text.splitlines()[-3:]]
+    assert shown == ["run/first", "run/checkpoint-1500", "run/checkpoint-1000"]
+
+
+def test_weights_sum_to_1():
+    for name in WEIGHTS:
+        for n in (2, 7, 64):
+            assert math.isclose(math.fsum(weights_of(n, name)), 1.0, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "arguments", "message"),
+    [
+        ([], {}, "`checkpoints` is empty"),
+        ({}, {}, "`checkpoints` must be paths in a list, or a pattern, got dict"),
+        ("nothing-*", {}, "nothing matches 'nothing-*'"),
+        (["c-1"], {}, "needs two checkpoints or more, got 'c-1' alone"),
+        (["c-1", "c-2", "final"], {}, "the order of 'final' is not known"),
+        (["c-1", "c-01"], {}, "'c-1' and 'c-01' have the same step number"),
+        (["c-1", "c-1"], {}, "'c-1' is named twice"),
+        (["c-1", "c-2"], {"last": 3}, "there are 2 checkpoints, but the last 3 are asked for"),
+        (["c-1", "c-2"], {"last": 1}, "`last` must be a whole number, 2 or more, got 1"),
+        (["c-1", "c-2"], {"weights": "cosin"}, "unknown weights 'cosin', did you mean `cosine`?"),
+        (["c-1", "c-2"], {"decay": 0.5}, "`decay` belongs to weights 'ema', got 0.5 with 'uniform'"),
+        (["c-1", "c-2"], {"weights": "ema", "decay": 1.0}, "`decay` must be a number from 0"),
+        ([f"c-{i}" for i in range(65)], {}, "at most 64 checkpoints can be averaged at a time, got 65"),
+    ],
+)
+def test_refused(checkpoints, arguments, message):
+    settings = {"weights": "uniform", "decay": None, "last": None} | arguments
+    with pytest.raises(UsageError) as caught:
+        average_of(checkpoints, **settings)
+    assert message in str(caught.value)
+
+
+def test_remedies_work_as_printed(run):
+    """The folder of the run, one name that has no step, and too many checkpoints."""
+    message = command("run", "-o", "out", code=2)
+    assert message.strip().endswith("got 'run' alone. For the 4 in it: run/checkpoint-*")
+    fastinterp.average("run/checkpoint-*", "out")
+    Path("run/checkpoint-500").rename("run/first")
+    names = ["run/first", "run/checkpoint-1000", "run/checkpoint-1500"]
+    assert "with --in-order" in command(*names, "-o", "o2", code=2)
+    command(*names, "-o", "o2", "--in-order")
+    many = [str(write(Path("many") / f"step-{i}", run[0])) for i in range(65)]
+    message = command(*many, "-o", "o3", code=2)
+    assert message.strip().endswith("or `last` (--last 64)")
+    command(*many, "-o", "o3", "--last", "64")
+
+
+def test_what_is_wrong_with_a_checkpoint_is_said_by_its_name(run):
+    Path("run/checkpoint-1000/model.safetensors").write_bytes(b"cut short")
+    assert "run/checkpoint-1000" in command(*given(), "-o", "out", code=3)
+    assert not Path("out").exists()
