@@ -12,6 +12,7 @@ from fastinterp.backends.cpu import Progress
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
+from fastinterp.methods import Method, given
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.average import average_of
 from fastinterp.paths.points import further_keys, point_name, point_recipe
@@ -37,6 +38,7 @@ def merge(
     force: bool = False,
     durable: bool = False,
     progress: Progress | None = None,
+    methods: Sequence[Method] = (),
 ) -> Report:
     """Merge checkpoints into the folder `out`.
 
@@ -51,11 +53,13 @@ def merge(
     force           replace a checkpoint in `out`, but never an input
     durable         call fsync before finishing: the output survives a crash of the machine
     progress        called about ten times a second with (bytes done, total bytes)
+    methods         merge methods of your own, which the recipe may name: functions below `fastinterp.methods.method`
 
     The output appears when it is complete, or not at all.
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
-    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels)
+    with given(methods):
+        plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels)
     return write_outputs(
         [plan], [[path_of(out, "out")]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
         durable=durable, progress=progress,
@@ -172,6 +176,7 @@ def explain(
     seed: int | None = None,
     missing: str | None = None,
     channels: str | None = None,
+    methods: Sequence[Method] = (),
 ) -> Explanation:
     """What `merge` would read, compute and write, from headers alone. print() shows it, `as_dict` gives plain values.
 
@@ -179,4 +184,5 @@ def explain(
     """
     from fastinterp.inspect.explain import Explanation
 
-    return Explanation(plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels))
+    with given(methods):
+        return Explanation(plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels))

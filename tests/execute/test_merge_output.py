@@ -113,10 +113,10 @@ def test_the_config_names_the_dtype_that_holds_all(tmp_path):
         "`dtype` in the recipe, --dtype of `fastinterp merge`"
     )
     how = recipe("linear", paths, weights=[1, 1])
-    assert report.remarks == (note,)
+    assert note in report.remarks
     for text in (str(fastinterp.explain(how)), str(fastinterp.check(how))):
         assert note in " ".join(text.split())
-    assert not fastinterp.merge(how, tmp_path / "asked", dtype="bfloat16").remarks
+    assert note not in fastinterp.merge(how, tmp_path / "asked", dtype="bfloat16").remarks
 
 
 def tiny_llama(folder: Path, seed: int, tokenizer: bool) -> Path:
