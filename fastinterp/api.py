@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 
 from fastinterp.arguments import numbers, overridden, path_of, size_of
 from fastinterp.backends.cpu import Progress
+from fastinterp.checkpoint.names import is_plain
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
+from fastinterp.messages import shown
 from fastinterp.methods import Method, given
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.average import average_of
 from fastinterp.paths.points import further_keys, point_name, point_recipe
-from fastinterp.plan.plan import Source, make_plan, plan_recipe
+from fastinterp.plan.plan import Source, make_plan, plan_documents, plan_recipe
 
 if TYPE_CHECKING:
     from fastinterp.inspect.explain import Explanation
@@ -39,11 +41,12 @@ def merge(
     durable: bool = False,
     progress: Progress | None = None,
     methods: Sequence[Method] = (),
+    keep_intermediates: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Merge checkpoints into the folder `out`.
 
     recipe          path of a YAML file, YAML text, or a mapping, in mergekit's schema. Of several documents (or a list
-                    of mappings) the last is written; it may name the earlier ones as models
+                    of mappings), which may name each other as models, one is written: that without a name, or the last
     device          "cpu"; "cuda", "cuda:1" or "cuda:0,1" (accelerators, several together); "triton" as "cuda"; "auto"
                     takes the one estimated to be faster, and the report says why
     threads         None: one per CPU, at most 32. The output does not depend on it
@@ -54,16 +57,30 @@ def merge(
     durable         call fsync before finishing: the output survives a crash of the machine
     progress        called about ten times a second with (bytes done, total bytes)
     methods         merge methods of your own, which the recipe may name: functions below `fastinterp.methods.method`
+    keep_intermediates  a folder: the other documents are written, too, each into a folder of its name there
 
     The output appears when it is complete, or not at all.
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
+    outs: list[list[str | os.PathLike[str]]] = [[path_of(out, "out")]]
     with given(methods):
-        plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels)
+        if keep_intermediates is None:
+            plans = [plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels)]
+        else:
+            plans = plan_documents(recipe, max_shard_size, dtype, rounding, seed, missing, channels)
+            folder = Path(path_of(keep_intermediates, "keep_intermediates"))
+            outs = [[folder / _folder_name(plan.recipes[0].name)] for plan in plans[:-1]] + outs
     return write_outputs(
-        [plan], [[path_of(out, "out")]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
+        plans, outs, device=device, threads=threads, max_memory=size_of(max_memory), force=force,
         durable=durable, progress=progress,
-    )[0]  # fmt: skip
+    )[-1]  # fmt: skip
+
+
+def _folder_name(document: str | None) -> str:
+    """The folder of a document that is kept. Raises: UsageError, if its name is none."""
+    if not is_plain(document or ""):
+        raise UsageError(f"the document {shown(document)} has no name for a folder. Name it otherwise to keep it")
+    return document or ""
 
 
 def interpolate(

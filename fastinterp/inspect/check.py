@@ -21,7 +21,7 @@ from fastinterp.plan.vocabularies import align_models
 from fastinterp.recipe.check import check_recipe, check_tensors
 from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read_all
 from fastinterp.recipe.load import Recipe
-from fastinterp.recipe.references import ModelRef, not_there, references
+from fastinterp.recipe.references import ModelRef, in_order, not_there, references
 
 _LISTED = 3  # names in a message, before the rest is only counted
 _SHARD = 5 * 10**9  # as merge's default: nothing is written here
@@ -43,7 +43,7 @@ def check(recipe: RecipeSource | Sequence[Mapping[str, Any]], *, methods: Sequen
 def _check(recipe: RecipeSource | Sequence[Mapping[str, Any]]) -> CheckResult:
     findings = _Findings()
     try:
-        documents = read_all(recipe)
+        documents = in_order(read_all(recipe))
     except RecipeError as error:
         findings.add_error(error)
         return findings.result(error.file, exit_code=error.exit_code)

@@ -173,6 +173,22 @@ def plan_recipe(
     channels: object = None,
 ) -> Plan:  # fmt: skip
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge`."""
+    *above, last = _documents(recipe, dtype, rounding, seed, missing, channels)
+    return make_plan([last], max_shard_size=size_of(max_shard_size), above=above)
+
+
+def plan_documents(
+    recipe: Source, max_shard_size: str | int, dtype: object, rounding: object, seed: object, missing: object = None,
+    channels: object = None,
+) -> list[Plan]:  # fmt: skip
+    """A plan for each document of a recipe, the last for that which is written. Arguments and errors as of `merge`."""
+    every = _documents(recipe, dtype, rounding, seed, missing, channels)
+    return [make_plan([one], max_shard_size=size_of(max_shard_size), above=every[:i]) for i, one in enumerate(every)]
+
+
+def _documents(
+    recipe: Source, dtype: object, rounding: object, seed: object, missing: object, channels: object
+) -> list[Recipe]:
     *above, last = load_recipes(recipe)
     changed = overridden(last, dtype, rounding, seed, missing, channels)
     if above:
@@ -181,4 +197,4 @@ def plan_recipe(
         if rounding is not None:
             above = [replace(r, rounding=changed.rounding) if r.rounding == last.rounding else r for r in above]
         above = [replace(r, seed=changed.seed) if r.seed == last.seed else r for r in above]
-    return make_plan([changed], max_shard_size=size_of(max_shard_size), above=above)
+    return [*above, changed]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastinterp
-from fastinterp.errors import RecipeError
+from fastinterp.errors import RecipeError, UsageError
 from fastinterp.execute.jobs.chained_job import ScratchFile
 from fastinterp.ops.dtypes import BF16, F32
 from tests.support.checkpoints import (
@@ -191,6 +191,23 @@ def test_a_named_dtype(tmp_path, llamas):
         assert (fastinterp.explain(documents).bytes_made == 0) is folds
         if not folds:
             assert_same(read(one_by_one(documents, tmp_path / f"{key}{method}1", dtype="float32")[0]), read(out))
+
+
+def test_intermediates_are_kept(tmp_path, llamas):
+    """Each in a folder of its name, with what a merge of its own writes; in whatever order they stand."""
+    a, b, c = llamas
+    first = {"name": "first", "merge_method": "linear", "models": models(a, b, weight=1.0)}
+    last = {"merge_method": "slerp", "base_model": "first", "models": models(c), "parameters": {"t": 0.5}}
+    kept = tmp_path / "kept"
+    fastinterp.merge([last, first], tmp_path / "out", keep_intermediates=kept)
+    fastinterp.merge([first, last], tmp_path / "want")
+    fastinterp.merge({k: v for k, v in first.items() if k != "name"}, tmp_path / "alone")
+    assert_same(read(tmp_path / "want"), read(tmp_path / "out"))
+    assert_same(read(tmp_path / "alone"), read(kept / "first"))
+    with pytest.raises(UsageError, match="the document 'a/b' has no name for a folder"):
+        fastinterp.merge(
+            [first | {"name": "a/b"}, last | {"base_model": "a/b"}], tmp_path / "x", keep_intermediates=kept
+        )
 
 
 def test_the_whole_model(tmp_path, llamas):
