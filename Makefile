@@ -73,11 +73,11 @@ $(VENV)/.built: $(VENV)/.installed setup.py CMakeLists.txt $(NATIVE)
 	$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
-# mergekit asks for many packages of its own, so it does not share the environment of the tests.
+# mergekit and sd-mecha ask for many packages of their own, so they do not share the environment of the tests.
 $(ORACLE_VENV)/.installed: pyproject.toml constraints.txt
 	$(call make_venv,$(ORACLE_VENV))
-	@echo "installing mergekit in $(ORACLE_VENV): a minute the first time"
-	$(ORACLE_VENV)/bin/python -m pip install --quiet mergekit==0.1.5 click msgspec pytest
+	@echo "installing mergekit and sd-mecha in $(ORACLE_VENV): a minute the first time"
+	$(ORACLE_VENV)/bin/python -m pip install --quiet mergekit==0.1.5 sd-mecha==1.1.8 click msgspec pytest
 	@touch $@
 
 # mergekit's source distribution has its tests, but for tests/common.py: tests/peer/common.py stands in for that.
@@ -99,8 +99,9 @@ demo: $(DEMO_VENV)/.installed ## build, install without torch, and merge small m
 test: $(VENV)/.built ## the whole test suite
 	@FASTINTERP_REQUIRE=scalar $(PY) -m pytest $(SHARED)
 
-oracle: $(VENV)/.built $(ORACLE_VENV)/.installed ## every method of mergekit, compared with it
-	@FASTINTERP_REQUIRE=mergekit PYTHONPATH=. $(ORACLE_VENV)/bin/python -m pytest tests/methods/test_oracle_deltas.py tests/methods/test_oracle_gram.py tests/integrations/test_mergekit.py
+oracle: $(VENV)/.built $(ORACLE_VENV)/.installed ## every method of mergekit, and recipes of sd-mecha, compared with them
+	@FASTINTERP_REQUIRE=mergekit,sd_mecha PYTHONPATH=. $(ORACLE_VENV)/bin/python -m pytest tests/methods/test_oracle_deltas.py \
+	  tests/methods/test_oracle_gram.py tests/integrations/test_mergekit.py tests/integrations/test_sd_mecha.py
 
 peer-suite: $(VENV)/.built $(ORACLE_VENV)/.installed build/peer/pytest.ini ## mergekit's own tests, with this engine installed in it
 	@cd build/peer && PYTHONPATH="$(CURDIR)" "$(CURDIR)/$(ORACLE_VENV)/bin/python" -m pytest --quiet -p tests.peer.plugin tests

@@ -75,6 +75,7 @@ CASES = {
     "ramplus_tl": Case(2),
     "sce": Case(3, once={"select_topk": 0.5}),
     "slerp": Case(2, ("ft1", "ft2"), once={"t": 0.3}),
+    "slerp_lengths": Case(2, ("ft1", "ft2"), once={"t": 0.3}, rival=False),
     "task_arithmetic": Case(1, each=HALF),
     "ties": Case(2, each=THIN),
 }

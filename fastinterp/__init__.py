@@ -13,7 +13,8 @@
     merge_state_dicts(dicts, method)  the same, on whole models in memory
     weighted_sum(arrays, weights)     the same arithmetic on arrays in memory
     path(a, b).evaluate(fn, alphas)   metrics along a path between models
-    integrations.torch_ops            weighted sums for autograd, torch.compile and CUDA graphs
+    integrations.torch_ops            weighted sums for autograd, torch.compile and CUDA graphs; running averages
+    integrations.transformers, .peft, .sd_mecha    for users of these: docs/INTEGRATIONS.md
 
 Public names are imported on first use, so that the command line, which needs few of them, starts fast.
 """

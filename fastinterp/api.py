@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastinterp.arguments import numbers, overridden, path_of, size_of
+from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
 from fastinterp.backends.cpu import Progress
-from fastinterp.checkpoint.names import is_plain
+from fastinterp.checkpoint.names import is_plain, names_file
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
@@ -17,7 +16,7 @@ from fastinterp.messages import shown
 from fastinterp.methods import Method, given
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.average import average_of
-from fastinterp.paths.points import further_keys, point_name, point_recipe
+from fastinterp.paths.points import further_keys, point_name, point_path, point_recipe
 from fastinterp.plan.plan import Source, make_plan, plan_documents, plan_recipe
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def merge(
     *,
     device: str = "auto",
     threads: int | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
     max_memory: str | int = "512MB",
     dtype: str | None = None,
     rounding: str | None = None,
@@ -43,17 +42,18 @@ def merge(
     methods: Sequence[Method] = (),
     keep_intermediates: str | os.PathLike[str] | None = None,
 ) -> Report:
-    """Merge checkpoints into the folder `out`.
+    """Merge checkpoints into the folder `out`; or into the one file `out`, if that ends in `.safetensors`.
 
     recipe          path of a YAML file, YAML text, or a mapping, in mergekit's schema. Of several documents (or a list
                     of mappings), which may name each other as models, one is written: that without a name, or the last
     device          "cpu"; "cuda", "cuda:1" or "cuda:0,1" (accelerators, several together); "triton" as "cuda"; "auto"
                     takes the one estimated to be faster, and the report says why
     threads         None: one per CPU, at most 32. The output does not depend on it
-    max_shard_size  bytes of tensor data in one file, "5GB" or a number
+    max_shard_size  bytes of tensor data in one file, "5GB" or a number. None: one file, if the model from which the
+                    configuration comes is one; else 5GB
     max_memory      limit of the scratch memory in bytes; with accelerators, of the host's
     dtype, rounding, seed, missing, channels   replace those of the recipe (dtype: its out_dtype)
-    force           replace a checkpoint in `out`, but never an input
+    force           replace a checkpoint in `out`, or the file `out`, but never an input
     durable         call fsync before finishing: the output survives a crash of the machine
     progress        called about ten times a second with (bytes done, total bytes)
     methods         merge methods of your own, which the recipe may name: functions below `fastinterp.methods.method`
@@ -62,14 +62,16 @@ def merge(
     The output appears when it is complete, or not at all.
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
-    outs: list[list[str | os.PathLike[str]]] = [[path_of(out, "out")]]
+    target = path_of(out, "out")
+    outs: list[list[str | os.PathLike[str]]] = [[target]]
+    one_file = names_file(target)
     with given(methods):
         if keep_intermediates is None:
-            plans = [plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels)]
+            plans = [plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels, one_file=one_file)]
         else:
-            plans = plan_documents(recipe, max_shard_size, dtype, rounding, seed, missing, channels)
-            folder = Path(path_of(keep_intermediates, "keep_intermediates"))
-            outs = [[folder / _folder_name(plan.recipes[0].name)] for plan in plans[:-1]] + outs
+            plans = plan_documents(recipe, max_shard_size, dtype, rounding, seed, missing, channels, one_file=one_file)
+            folder = path_of(keep_intermediates, "keep_intermediates")
+            outs[:0] = [[os.path.join(folder, _folder_name(plan.recipes[0].name))] for plan in plans[:-1]]
     return write_outputs(
         plans, outs, device=device, threads=threads, max_memory=size_of(max_memory), force=force,
         durable=durable, progress=progress,
@@ -83,6 +85,7 @@ def _folder_name(document: str | None) -> str:
     return document or ""
 
 
+@without_recipe
 def interpolate(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
@@ -94,7 +97,7 @@ def interpolate(
     tokenizer_source: str | os.PathLike[str] | None = None,
     device: str = "auto",
     threads: int | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
     max_memory: str | int = "512MB",
     dtype: str | None = None,
     rounding: str | None = None,
@@ -107,8 +110,9 @@ def interpolate(
 ) -> list[Report]:
     """Interpolate between checkpoints `a` (alpha 0) and `b` (alpha 1), or extrapolate: out = a + alpha * (b - a).
 
-    alphas   finite numbers, at most 4096. One: `out` is the output. Several: `out/alpha_0.3` and so on, 256 from each
-             read of the inputs. Numbers within rounding of 0 and 1 become those
+    alphas   finite numbers, at most 4096. One: `out` is the output. Several: `out/alpha_0.3` and so on (of the file
+             `x.safetensors`: `x_alpha_0.3.safetensors`), 256 from each read of the inputs. Numbers within rounding of 0
+             and 1 become those
     base     the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
     integers the checkpoint whose integer tensors are copied; None: they must be equal
     tokenizer_source  "union", "base" (`base`, else `a`) or a checkpoint: the vocabulary of the outputs
@@ -131,11 +135,12 @@ def interpolate(
     keys = further_keys(missing, channels, tokenizer_source)
     recipes = [overridden(point_recipe(*ends, p, origin, whose, keys), dtype, rounding, seed) for p in points]
     groups = [slice(i, i + MAX_OUTPUTS) for i in range(0, len(points), MAX_OUTPUTS)]
-    plans = [make_plan(recipes[group], max_shard_size=size_of(max_shard_size)) for group in groups]
     target = path_of(out, "out")
     if not target:
         raise UsageError("the name of the output folder is empty")
-    outs = [Path(target)] if len(points) == 1 else [Path(target) / name for name in names]
+    shard, one_file = optional_size(max_shard_size), names_file(target)
+    plans = [make_plan(recipes[group], max_shard_size=shard, one_file=one_file) for group in groups]
+    outs = [target] if len(points) == 1 else [point_path(target, name) for name in names]
     return write_outputs(
         plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
         force=force, durable=durable, progress=progress,
@@ -152,7 +157,7 @@ def average(
     in_order: bool = False,
     device: str = "auto",
     threads: int | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
     max_memory: str | int = "512MB",
     dtype: str | None = None,
     rounding: str | None = None,
@@ -187,7 +192,7 @@ def average(
 def explain(
     recipe: Source,
     *,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
     dtype: str | None = None,
     rounding: str | None = None,
     seed: int | None = None,

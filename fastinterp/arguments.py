@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from fastinterp.checkpoint.layout import parse_size
-from fastinterp.errors import UsageError
+from fastinterp.errors import FastinterpError, UsageError
+from fastinterp.messages import with_keys_as
 from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
 from fastinterp.recipe.load import CHOICES, Recipe
 
@@ -17,6 +19,30 @@ from fastinterp.recipe.load import CHOICES, Recipe
 # 9e-14: its step, (first + step) - first, is off by half an ulp of `first`, 2**-53 for up to 2, and a sweep has at most
 # 4096 = 2**12 steps. Alphas that are intended to be near an end are much further away.
 DUST = 2.0**-40
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def without_recipe(function: F) -> F:
+    """Decorator of a public function that takes no recipe: where an error names a key of recipes that the function has
+    as an argument, it names the argument: `integers=MODEL` for `integers: MODEL`.
+    """
+    code = function.__code__
+    names = frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+
+    def spell(key: str, value: str) -> str | None:
+        return f"{key}={value if value.isupper() else repr(value)}" if key in names else None
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except FastinterpError as error:
+            error.args = (with_keys_as(str(error), spell),)
+            raise
+
+    return cast("F", call)
 
 
 def snapped(alpha: float) -> float:
@@ -68,6 +94,11 @@ def size_of(size: str | int) -> int:
     Raises: UsageError.
     """
     return parse_size(str(size))
+
+
+def optional_size(size: str | int | None) -> int | None:
+    """`size_of`; None for None."""
+    return None if size is None else size_of(size)
 
 
 def numbers(alphas: object) -> list[float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 
 WIDTH = 100
 _NAME = 12  # the least width of a first column
@@ -79,6 +80,25 @@ def fit(text: str, width: int) -> str:
         return text
     tail = (width - 3) * 2 // 3
     return f"{text[: width - 3 - tail]}...{text[-tail:]}"
+
+
+# A key of recipes, or an argument, with a value, and what may follow: where it stands.
+_KEY = re.compile(
+    r"`(\w+)(?:: |=)([^`]+)`(?: in the recipe(?: \(--[^)]*\)|, --[^.;]*? of interpolate(?: and sweep)?)?)?"
+)
+
+
+def with_keys_as(text: str, spell: Callable[[str, str], str | None]) -> str:
+    """A message about a recipe, where there is none: with keys as arguments, or as options of a command.
+
+    spell  key, value -> `integers=MODEL`, say; None: it stays a key
+    """
+
+    def spelled(found: re.Match[str]) -> str:
+        new = spell(found[1], found[2].strip("'"))
+        return found[0] if new is None else f"`{new}`"
+
+    return _KEY.sub(spelled, text)
 
 
 def table(rows: Iterable[Sequence[str]], align: str, indent: int = 2) -> list[str]:

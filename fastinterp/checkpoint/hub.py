@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastinterp.checkpoint.names import WEIGHTS
 from fastinterp.errors import CheckpointError
 
-# Weights, configuration, tokenizer and model card (for its licence) from the top folder; no pickles, no code.
-ALLOW = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "*.model", "*.tiktoken", "README.md")
+# Weights, configuration, tokenizer, licence and model card from the top folder; no pickles, no code.
+ALLOW = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*",
+         "USE_POLICY*", "README.md")  # fmt: skip
 IGNORE = ("*/*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.py", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
@@ -28,8 +30,10 @@ def parse(name: str) -> tuple[str, str | None] | None:
     return match[1], match[2]
 
 
-def fetch(repo: str, revision: str | None = None) -> Path:
+def fetch(repo: str, revision: str | None = None, folders: Sequence[str] = ()) -> Path:
     """The local folder with the model `repo`; downloads what the cache lacks unless HF_HUB_OFFLINE is set.
+
+    folders  what is wanted of the repository; empty: its top folder
 
     Raises: CheckpointError, if huggingface_hub is missing, or the Hub and the cache cannot give the model.
     """
@@ -46,8 +50,8 @@ def fetch(repo: str, revision: str | None = None) -> Path:
             snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=list(ALLOW),
-                ignore_patterns=list(IGNORE),
+                allow_patterns=[f"{folder}/{pattern}" for folder in folders for pattern in ALLOW] or list(ALLOW),
+                ignore_patterns=list(IGNORE[1:] if folders else IGNORE),
                 local_files_only=offline,
             )
         )

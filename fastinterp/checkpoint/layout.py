@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import INDEX, WEIGHTS, quote
+from fastinterp.checkpoint.names import WEIGHTS, index_of, quote
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.ops.dtypes import DType
 
@@ -43,24 +43,23 @@ def parse_size(text: str) -> int:
 class OutFile(msgspec.Struct, frozen=True):
     """One output file: its first bytes, and where its tensors go."""
 
-    name: str
+    name: str  # relative to the output folder: `unet/diffusion_pytorch_model.safetensors`
     header: bytes  # length and JSON, padded with spaces to a multiple of ALIGN
     size: int  # of the whole file, bytes
     places: dict[str, int]  # tensor name -> byte offset in the file, from its first byte
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """The files of an output, and their index if there are several."""
+    """The files of an output."""
 
     files: tuple[OutFile, ...]
-    index: bytes | None  # what STEM.safetensors.index.json holds; None for a single file
-    index_name: str
+    indexes: dict[str, bytes]  # STEM.safetensors.index.json -> its content; none for a single file
     total_size: int  # bytes of all tensors, without headers
 
     @property
     def disk_bytes(self) -> int:
-        """What the output takes on the disk: data, headers and index."""
-        return sum(f.size for f in self.files) + len(self.index or b"")
+        """What the output takes on the disk: data, headers and indexes."""
+        return sum(f.size for f in self.files) + sum(map(len, self.indexes.values()))
 
 
 class _Tensor(msgspec.Struct, frozen=True):
@@ -75,28 +74,40 @@ def make_layout(
     metadata: dict[str, str],
     max_shard_size: int,
     stem: str = "model",
+    folder: str = "",
 ) -> Layout:
     """Lay `tensors` out in one file, or in shards of at most `max_shard_size` bytes of data, in the order given.
 
     A tensor larger than that gets a shard of its own. Within a file wider dtypes come first, as safetensors itself
     writes them, so that every tensor is aligned to its own width. `metadata` goes into every file.
+
+    folder  of the files in the output's. All names of tensors start with `FOLDER/`, which is left out in the files
     Raises: OutputError, if there are no tensors, a name occurs twice or is reserved, or a header grows too large.
     """
-    shards = _cut(_checked(tensors), max_shard_size)
+    prefix = f"{folder}/" if folder else ""
+    shards = _cut(_checked(tensors, prefix), max_shard_size)
     files = []
     for number, shard in enumerate(shards, 1):
         name = f"{stem}{WEIGHTS}" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}{WEIGHTS}"
-        files.append(_out_file(name, shard, metadata))
+        files.append(_out_file(prefix + name, shard, metadata, len(prefix)))
     total = sum(t.nbytes for shard in shards for t in shard)
-    index = None
+    indexes = {}
     if len(shards) > 1:
-        weight_map = {tensor: file.name for file in files for tensor in file.places}
+        skip = len(prefix)
+        weight_map = {tensor[skip:]: file.name[skip:] for file in files for tensor in file.places}
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        index = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-    return Layout(tuple(files), index, stem + INDEX, total)
+        indexes[prefix + index_of(stem)] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+    return Layout(tuple(files), indexes, total)
 
 
-def _checked(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> list[_Tensor]:
+def joined(layouts: Sequence[Layout]) -> Layout:
+    """The layout of an output that has the files of all of these, which lie in different folders."""
+    files = tuple(file for layout in layouts for file in layout.files)
+    indexes = {name: content for layout in layouts for name, content in layout.indexes.items()}
+    return Layout(files, indexes, sum(layout.total_size for layout in layouts))
+
+
+def _checked(tensors: Iterable[tuple[str, DType, tuple[int, ...]]], prefix: str) -> list[_Tensor]:
     checked: dict[str, _Tensor] = {}
     for name, dtype, shape in tensors:
         nbytes = dtype.nbytes(math.prod(shape))
@@ -104,7 +115,7 @@ def _checked(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> list[_Ten
             raise OutputError(f"tensor {quote(name)}: {dtype} {list(shape)} does not fill whole bytes")
         if name in checked:
             raise OutputError(f"tensor {quote(name)} would be written twice")
-        if name == "__metadata__":
+        if name.removeprefix(prefix) == "__metadata__":
             raise OutputError("a tensor cannot be called `__metadata__`: safetensors reserves the name")
         checked[name] = _Tensor(name, dtype, tuple(shape), nbytes)
     if not checked:
@@ -129,13 +140,14 @@ def _cut(tensors: list[_Tensor], max_shard_size: int) -> list[list[_Tensor]]:
     return [*shards, current] if current else shards
 
 
-def _out_file(name: str, tensors: list[_Tensor], metadata: dict[str, str]) -> OutFile:
+def _out_file(name: str, tensors: list[_Tensor], metadata: dict[str, str], skip: int) -> OutFile:
+    """skip: how many characters at the start of tensors' names are left out in the file"""
     table: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offsets: dict[str, int] = {}
     end = 0
     for tensor in sorted(tensors, key=lambda t: -t.dtype.bits):
         offsets[tensor.name] = end
-        table[tensor.name] = {
+        table[tensor.name[skip:]] = {
             "dtype": tensor.dtype.name,
             "shape": tensor.shape,
             "data_offsets": (end, end + tensor.nbytes),
@@ -144,8 +156,10 @@ def _out_file(name: str, tensors: list[_Tensor], metadata: dict[str, str]) -> Ou
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGN)
     if len(text) > MAX_HEADER:
+        more = len(json.dumps(metadata, ensure_ascii=False).encode())
         raise OutputError(
-            f"{name}: its header takes {len(text)} bytes, safetensors allows {MAX_HEADER}; use more shards"
+            f"{name}: its header takes {len(text)} bytes, {more} of them metadata; safetensors allows {MAX_HEADER}. "
+            "Where there are too many tensors, use more shards: --max-shard-size"
         )
     start = 8 + len(text)
     places = {tensor: start + offset for tensor, offset in offsets.items()}

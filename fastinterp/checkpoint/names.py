@@ -12,6 +12,17 @@ INDEX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_WEIGHTS = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".tflite", ".nemo")
 
+# Of weights that a library looks for by their name.
+STEMS = (
+    "model",
+    "diffusion_pytorch_model",
+    "open_clip_model",
+    "open_clip_pytorch_model",
+    "pytorch_model",
+    "consolidated",
+)
+PIPELINES = ("model_index.json", "modules.json")  # files that name the components of a folder: see components.py
+
 SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors", re.DOTALL)
 # An index, or that of a variant: `model.safetensors.index.fp16.json`, and as diffusers wrote it before 0.30,
 # `model.safetensors.fp16.index.json`.
@@ -43,3 +54,21 @@ def listing(names: Iterable[str], limit: int = 3) -> str:
 def is_plain(name: str) -> bool:
     """True if `name` names a file directly inside a folder: no separator, no `..`, not absolute."""
     return name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+
+
+def is_relative(name: str) -> bool:
+    """True if `name` names a file inside a folder, or in folders in it: only plain names between slashes."""
+    return all(is_plain(part) for part in name.split("/"))
+
+
+def index_of(stem: str) -> str:
+    """The name of the index of shards of this stem: `model.safetensors.index.json`; of a variant, `model.fp16`, it is
+    `model.safetensors.index.fp16.json`.
+    """
+    base, _, variant = stem.partition(".")
+    return f"{base}{WEIGHTS}.index.{variant}.json" if variant and base in STEMS else stem + INDEX
+
+
+def names_file(out: str) -> bool:
+    """True if an output of this name is one file, and no folder."""
+    return out.endswith(WEIGHTS)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from fastinterp.checkpoint import remedies
 from fastinterp.checkpoint.adapters import (
     ADAPTER_CONFIG,
@@ -18,6 +20,7 @@ from fastinterp.checkpoint.adapters import (
     read_adapter_config,
     refusal,
 )
+from fastinterp.checkpoint.components import Found, find_components, named_folders
 from fastinterp.checkpoint.folder import ADAPTER, DIFFUSERS, choose, complete_shards, weight_files
 from fastinterp.checkpoint.header import MAX_HEADER, Entry, read_header
 from fastinterp.checkpoint.index import index_remarks, read_index
@@ -26,18 +29,18 @@ from fastinterp.checkpoint.names import (
     ASIDE,
     OTHER_WEIGHTS,
     PICKLES,
+    PIPELINES,
     PUT_BACK,
     SHARD,
     WEIGHTS,
     listing,
     quote,
 )
-from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.regular_file import Stamp, read_regular, stamp_of
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import closest
 
-Stamp = tuple[int, int, int, int]  # size in bytes, mtime in ns, ctime in ns, inode
 _PIECES = "DCP_SHARDING_INFO"  # key of the metadata of files of torch.distributed.checkpoint
 
 
@@ -58,11 +61,34 @@ class Checkpoint:
     whole_folder: bool  # the user named the folder, or a Hub id, not one file in it
     remarks: tuple[str, ...] = ()  # what was decided about its files: which were left out, say; for people
     adapter: Adapter | None = None  # the adapter that it is, or has built in
+    index_name: str = ""  # of the index file; empty, if there is none
+    components: tuple[Component, ...] = ()  # if it consists of several: see components.py
+
+    @property
+    def parts(self) -> tuple[Component, ...]:
+        """The components; of a checkpoint without any, itself."""
+        return self.components or (Component("", self),)
 
     @property
     def inputs(self) -> tuple[Path, ...]:
         """What an output must not touch: the folder, if it was named, and every file."""
         return (self.root, *self.files) if self.whole_folder else self.files
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A part of a checkpoint that is a checkpoint itself, in a folder of its own: the unet of a pipeline, say.
+
+    folder      in that of the whole; empty: the same
+    checkpoint  as if it had been opened alone: its tensors lack the prefix `FOLDER/`, which they have in the whole
+    """
+
+    folder: str
+    checkpoint: Checkpoint
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.folder}/" if self.folder else ""
 
 
 def open_checkpoint(name: str) -> Checkpoint:
@@ -83,6 +109,8 @@ def open_checkpoint(name: str) -> Checkpoint:
         raise CheckpointError(f"there is no such folder or file.{_similar(path)}", file=name or "''")
     try:
         root = hub.fetch(*parsed)
+        if folders := named_folders(root):
+            hub.fetch(*parsed, folders)
     except CheckpointError as error:
         raise CheckpointError(
             f"there is no such folder here.{_similar(path)} As a Hub id: {error.message}", file=name
@@ -105,15 +133,7 @@ def refuse_adapter(checkpoint: Checkpoint) -> None:
 
 def changed_since(checkpoint: Checkpoint) -> list[Path]:
     """The files that were changed, replaced or removed since the checkpoint was opened."""
-    return [p for p, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True) if _stamp(p) != stamp]
-
-
-def _stamp(path: Path) -> Stamp | None:
-    try:
-        info = os.stat(path)
-    except OSError:
-        return None
-    return info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
+    return [p for p, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True) if stamp_of(p) != stamp]
 
 
 def _similar(path: Path) -> str:
@@ -169,6 +189,50 @@ def _config(root: Path) -> dict[str, Any]:
 
 def _open_folder(name: str, root: Path) -> Checkpoint:
     present = _names(root)
+    if any(n in present for n in PIPELINES):
+        found = find_components(name, root, present)
+        if any(found.folders):
+            return _open_components(name, root, present, found)
+    return _open_plain_folder(name, root, present)
+
+
+def _open_components(name: str, root: Path, present: Sequence[str], found: Found) -> Checkpoint:
+    """The checkpoint of all components that were found, each opened as if it had been named alone."""
+    components: list[Component] = []
+    remarks = [*found.remarks]
+    for folder in found.folders:
+        opened = _open_folder(str(root / folder), root / folder) if folder else _open_plain_folder(name, root, present)
+        components += [Component(f"{folder}/{c.folder}".strip("/"), c.checkpoint) for c in opened.parts]
+        remarks += opened.remarks
+    tensors: dict[str, Entry] = {}
+    files: list[Path] = []
+    metadata: dict[str, str] = {}
+    for component in components:
+        part = component.checkpoint
+        for entry in part.tensors.values():
+            tensors[component.prefix + entry.name] = structs.replace(
+                entry, name=component.prefix + entry.name, file=entry.file + len(files)
+            )
+        files += part.files
+        metadata = {**part.metadata, **metadata}
+    return Checkpoint(
+        name, root, tuple(files), tensors, sum(c.checkpoint.nbytes for c in components), False, metadata,
+        tuple(stamp for c in components for stamp in c.checkpoint.stamps), True, tuple(remarks),
+        next((c.checkpoint.adapter for c in components if c.checkpoint.adapter), None), components=tuple(components),
+    )  # fmt: skip
+
+
+def refuse_components(checkpoint: Checkpoint) -> None:
+    """Raises: CheckpointError, if it has components, where one model is wanted; it names them."""
+    if checkpoint.components:
+        places = [str(c.checkpoint.root) if c.folder else str(c.checkpoint.files[0]) for c in checkpoint.components]
+        raise CheckpointError(
+            f"it consists of {len(places)} models, {listing(places, 8)}. Name one of them", file=checkpoint.name
+        )
+
+
+def _open_plain_folder(name: str, root: Path, present: Sequence[str]) -> Checkpoint:
+    """The checkpoint in the folder itself, whatever folders in it hold. present: names in the folder, sorted."""
     choice = choose(name, root, present, _config(root))
     if choice is None:
         raise CheckpointError(_no_weights(name, root, present), file=name)
@@ -269,7 +333,7 @@ def _load(
     for number, file in enumerate(files):
         path = root / file
         # Taken before the header is read, so that a change in between is noticed too.
-        stamp = _stamp(path)
+        stamp = stamp_of(path)
         entries, file_metadata = read_header(path, number)
         if _PIECES in file_metadata:
             raise CheckpointError(remedies.dcp_pieces(root), file=str(path))
@@ -296,7 +360,7 @@ def _load(
     nbytes = sum(e.nbytes for e in tensors.values())
     return Checkpoint(
         name, root, tuple(root / f for f in files), tensors, nbytes, index is not None, metadata, tuple(stamps),
-        whole_folder, tuple(remarks), find_adapter(tensors, metadata, root / ADAPTER_CONFIG),
+        whole_folder, tuple(remarks), find_adapter(tensors, metadata, root / ADAPTER_CONFIG), index or "",
     )  # fmt: skip
 
 

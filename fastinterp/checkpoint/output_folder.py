@@ -1,4 +1,4 @@
-"""The output folder: its files appear together at the end, or not at all.
+"""The output folder, or the output file: what is written appears together at the end, or not at all.
 
 Everything is written under temporary names, `.NAME.partial-...`, and renamed at the end, what makes a checkpoint
 readable last. A process that is killed leaves only temporary files, which readers do not look at and the next run
@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import binascii
 import errno
-import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import ASIDE, INDEX, PICKLES, PUT_BACK, SHARD, WEIGHTS, is_plain, listing, quote
+from fastinterp.checkpoint.names import ASIDE, PUT_BACK, is_relative, listing, quote
+from fastinterp.checkpoint.old_checkpoint import alive, identities, identity, old_checkpoint
+from fastinterp.checkpoint.output_names import hidden, place_of, rank, subfolders
 from fastinterp.checkpoint.regular_file import fsync, read_regular
-from fastinterp.checkpoint.sidecar_files import is_sidecar
-from fastinterp.errors import CheckpointError, OutputError
+from fastinterp.errors import OutputError
 
 _PARTIAL = re.compile(r"\..+\.partial-(?P<pid>\d+)-(?P<host>[0-9a-f]{8})-[0-9a-f]{12}", re.DOTALL)
 SHARED = "ffffffff"  # in the place of a host: what several processes write together (shared_output_folder.py)
@@ -36,11 +35,14 @@ _active: set[str] = set()  # endings of the temporary names that this process ha
 class OutFolder:
     """A context manager around writing one checkpoint into the folder `path`.
 
+    path     ending in `.safetensors`: the output is this one file. All that else is in its folder is left alone
     inputs   files and folders that must not be touched (Checkpoint.inputs of every input)
-    force    replace the checkpoint that is there
+    force    replace the checkpoint, or the regular file, that is there
     durable  fsync files and folder before the finish, so that the output outlives a crash of the machine
     needed   bytes that will be written; less free space than that is refused
+    names    of the files that will be written, as far as they are known
 
+    Names are relative to the folder: `config.json`, `unet/config.json`.
     After `commit`, `removed` names the files of an old checkpoint that were removed and not replaced.
     Raises: OutputError, from every method; CheckpointError, from `write`, if the file to copy cannot be read.
     """
@@ -53,18 +55,21 @@ class OutFolder:
         force: bool = False,
         durable: bool = False,
         needed: int = 0,
+        names: Iterable[str] = (),
     ):
         self.name = os.fspath(path)
         if not self.name:
             raise OutputError("the name of the output folder is empty. Give the name of a new folder")
+        folder, self.file = place_of(path)
         try:
-            self.path = Path(os.path.realpath(path))
+            self.path = Path(os.path.realpath(folder))
             with suppress(FileNotFoundError, NotADirectoryError):  # it is made later, or refused with more detail
                 os.lstat(self.path)
         except (OSError, ValueError) as error:  # ValueError: a NUL, or no valid Unicode
             why = getattr(error, "strerror", None) or error
             raise OutputError(f"{quote(self.name)}: this path cannot be used: {why}") from None
         self.removed: tuple[str, ...] = ()
+        self._names = {self.file} if self.file else set(names)
         self._inputs, self._force, self._durable, self._needed = inputs, force, durable, needed
         self._host = f"{binascii.crc32(os.uname().nodename.encode()):08x}"
         run = f"{os.getpid()}-{self._host}-{os.urandom(6).hex()}"
@@ -97,16 +102,37 @@ class OutFolder:
             self._undo()
 
     def temp(self, name: str) -> Path:
-        """The temporary file that becomes `name` at `commit`. It exists, empty: open it without O_CREAT or O_EXCL."""
-        if not is_plain(name):
-            raise self._error(f"{quote(name)} is not a plain file name")
+        """The temporary file that becomes `name` at `commit`. It exists, empty: open it without O_CREAT or O_EXCL.
+
+        If the output is one file, it becomes that.
+        """
+        name = self.file or name
+        if not is_relative(name):
+            raise self._error(f"{quote(name)} is not the name of a file in the folder")
         if name not in self._temps:
             if os.path.isdir(self.path / name) and not os.path.islink(self.path / name):
                 raise self._error(f"{quote(name)} is a folder there, but a file of that name must be written")
-            path = self.path / f".{name}{self._ending}"
+            self._names.add(name)
+            self._make_subfolder(os.path.dirname(name))
+            path = self._hidden(name, self._ending)
             self._create(path)
             self._temps[name] = path
         return self._temps[name]
+
+    def _hidden(self, name: str, ending: str) -> Path:
+        return hidden(self.path, name, ending)
+
+    def _make_subfolder(self, name: str) -> None:
+        """Links are not followed: they may lead out of the folder."""
+        folder = self.path
+        for part in name.split("/") if name else ():
+            folder = folder / part
+            try:
+                if os.path.islink(folder) or not os.path.isdir(folder):
+                    os.mkdir(folder)
+                    self._created.append(folder)
+            except OSError as error:
+                raise self._error(f"the folder {quote(name)} in it cannot be created: {error.strerror}") from error
 
     def write(self, name: str, content: bytes | Path) -> None:
         """Put a small file into the output: bytes, or a copy of the file at a path."""
@@ -144,21 +170,21 @@ class OutFolder:
         if self._force:
             self._move_aside()
             if self._durable and self._aside:
-                fsync(self.path)  # a new name must not reach the disk beside an old index
-        order = sorted(self._temps, key=_rank)
+                self._fsync_folders()  # a new name must not reach the disk beside an old index
+        order = sorted(self._temps, key=rank)
         for name in order:
             if self._durable and name == order[-1]:
-                fsync(self.path)  # the last name must not reach the disk before the others
+                self._fsync_folders()  # the last name must not reach the disk before the others
             self._tried.append(name)
             os.replace(self._temps[name], self.path / name)
 
     def _move_aside(self) -> None:
         """Weights go first and their index after them: while one of its files is missing, readers refuse it."""
         entries = self._entries()
-        old, _ = _old_checkpoint(self.path, entries)
+        old, _ = ([], []) if self.file else old_checkpoint(self.path, entries, self._names)
         self.removed = tuple(n for n in old if n not in self._temps)
         for name in (*old, *(n for n in entries if n in self._temps and n not in old)):
-            aside = self.path / f".{name}{self._old_ending}"
+            aside = self._hidden(name, self._old_ending)
             self._aside[name] = aside
             os.replace(self.path / name, aside)
 
@@ -173,14 +199,19 @@ class OutFolder:
     def _clean_up(self) -> None:
         """The output is complete: make it last, then remove what it replaced."""
         if self._durable and self._aside:
-            fsync(self.path)
+            self._fsync_folders()
         for path in (*self._aside.values(), self._marker):
             with suppress(FileNotFoundError):
                 os.unlink(path)
         if self._durable:
-            for folder in (self.path, *(f.parent for f in reversed(self._created))):
-                fsync(folder)
+            self._fsync_folders()
+            for folder in reversed(self._created):
+                fsync(folder.parent)
         self._deactivate()
+
+    def _fsync_folders(self) -> None:
+        for folder in (*subfolders(self._temps), ""):
+            fsync(self.path / folder)
 
     def _deactivate(self) -> None:
         self._done = True
@@ -188,7 +219,7 @@ class OutFolder:
 
     @property
     def _marker(self) -> Path:
-        return self.path / f".fastinterp{self._ending}"
+        return self._hidden(f"{self.file}.fastinterp" if self.file else "fastinterp", self._ending)
 
     def _error(self, message: str) -> OutputError:
         return OutputError(f"{self.name}: {message}")
@@ -239,40 +270,48 @@ class OutFolder:
 
     def _refuse_inputs(self) -> None:
         """Folders are compared by device and inode all the way up, so links and bind mounts do not hide anything."""
-        identity, out = _identity(self.path), _identities(self.path)
+        own, out = identity(self.path), identities(self.path)
+        place = identity(self.path / self.file) if self.file else None
         for name in self._inputs:
             path = Path(name)
             if path.is_dir():
-                if _identity(path) in out:
-                    inside = "is" if _identity(path) == identity else "lies inside"
+                if identity(path) in out:
+                    inside = "is" if identity(path) == own and not self.file else "lies inside"
                     raise self._error(f"the output {inside} the input folder {quote(path)}. {_ELSEWHERE}")
                 folders = [path]
+            elif self.file:  # other files in its folder are left alone
+                if place is not None and identity(path) == place:
+                    raise self._error(f"the output is the input {quote(path)}. {_ELSEWHERE}")
+                continue
             else:
                 folders = [path.parent, Path(os.path.realpath(path)).parent]
-            if identity and any(identity in _identities(f) for f in folders):
+            if own and not self.file and any(own in identities(f) for f in folders):
                 raise self._error(f"the output folder holds the input {quote(path)}. {_ELSEWHERE}")
 
     def _refuse_contents(self) -> None:
         """Refuse a folder whose contents must not be replaced; else remove the temporary files of dead runs."""
         if not self.path.is_dir():
-            if os.path.lexists(self.path) or os.path.islink(self.name):
-                raise self._error("this is not a folder, and it will not be replaced. Give the name of a new folder")
+            if os.path.lexists(self.path) or (os.path.islink(self.name) and not self.file):
+                what = "it is in no folder: its parent is something else" if self.file else "this is not a folder"
+                raise self._error(f"{what}, and it will not be replaced. Give the name of a new folder")
             return
-        inputs = {_identity(Path(p)): p for p in self._inputs}
+        inputs = {identity(Path(p)): p for p in self._inputs}
         inputs.pop(None, None)
         entries = self._entries()
         for name in entries:
-            same = inputs.get(_identity(self.path / name))
+            same = inputs.get(identity(self.path / name))
             if same is not None:
                 raise self._error(f"{quote(name)} there is the same file as the input {quote(same)}. {_ELSEWHERE}")
-        aside = [n for n in entries if ASIDE.fullmatch(n)]
+        aside = [n for n in entries if ASIDE.fullmatch(os.path.basename(n))]
         if aside:
             self._remove_leftovers(refuse_only=True)  # the run that moved them may be alive
             raise self._error(f"a merge died here while it replaced a checkpoint: {listing(aside)}. {PUT_BACK}")
-        present = [n for n in entries if not _PARTIAL.fullmatch(n)]
-        if present and not self._force:
+        present = [n for n in entries if not _PARTIAL.fullmatch(os.path.basename(n))]
+        if self.file:
+            self._refuse_existing_file()
+        elif present and not self._force:
             raise self._error(f"the folder is not empty: {listing(present)}. {_FORCE}")
-        _, strangers = _old_checkpoint(self.path, present)
+        _, strangers = ([], []) if self.file else old_checkpoint(self.path, present, self._names)
         if strangers:
             raise self._error(
                 f"the folder holds weights that no index there names: {listing(strangers)}. They would be mixed with "
@@ -284,10 +323,21 @@ class OutFolder:
             raise self._error(f"the folder cannot be written to: {why}")
         self._remove_leftovers()
 
+    def _refuse_existing_file(self) -> None:
+        path = self.path / (self.file or "")
+        if not os.path.lexists(path):
+            return
+        if os.path.isdir(path):
+            raise self._error("this is a folder, but the name ends as that of a file. Give another name")
+        if os.path.islink(path) or not os.path.isfile(path):
+            raise self._error("this is no regular file, and it will not be replaced. Give another name")
+        if not self._force:
+            raise self._error("this file exists already. Add --force (in Python force=True) to replace it")
+
     def _remove_leftovers(self, refuse_only: bool = False) -> None:
         """Remove temporary files of runs that are dead; refuse if one may be alive."""
         for name in self._entries():
-            match = _PARTIAL.fullmatch(name)
+            match = _PARTIAL.fullmatch(os.path.basename(name))
             if not match or name.endswith(self._ending):
                 continue
             pid = int(match["pid"])
@@ -300,7 +350,7 @@ class OutFolder:
                 raise self._error(
                     f"another machine is writing here, or died doing so: {quote(name)}. If it died: --force"
                 )
-            if match["host"] == self._host and _alive(pid, name):
+            if match["host"] == self._host and alive(pid, name, _active):
                 raise self._error(
                     f"process {pid} is writing here: {quote(name)}. Wait for it; if that process is something else, "
                     "remove the file"
@@ -325,68 +375,21 @@ class OutFolder:
             )
 
     def _entries(self) -> list[str]:
+        """Names in the folder, and in those folders in it that are written to; of one file, what belongs to it."""
+        entries: list[str] = []
+        folders = subfolders(self._names)
         try:
-            return sorted(os.listdir(self.path))
+            for folder in ("", *folders):
+                path = self.path / folder
+                if not folder or (path.is_dir() and not path.is_symlink()):
+                    names = (f"{folder}/{n}" if folder else n for n in os.listdir(path))
+                    entries += (n for n in names if n not in folders or os.path.islink(self.path / n))
         except OSError as error:
             raise self._error(f"the folder cannot be read: {error.strerror}") from error
+        if self.file:
+            entries = [n for n in entries if n == self.file or n.startswith(f".{self.file}.")]
+        return sorted(entries)
 
 
 _FORCE = "Add --force (in Python force=True) to write into it all the same"
 _ELSEWHERE = "Choose another folder: inputs are never overwritten, not even with --force"
-
-
-def _rank(name: str) -> tuple[int, str]:
-    """Order of the renames: what readers look for first comes last."""
-    return (2 if name.endswith(".index.json") else 1 if name.endswith(WEIGHTS) else 0), name
-
-
-def _old_checkpoint(folder: Path, present: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files in `folder` that make up a checkpoint there (weights, indexes, sidecars), and weights of none.
-
-    An index that is damaged or no regular file names nothing, but is one of them.
-    """
-    files = [n for n in present if not n.startswith(".") and not os.path.isdir(folder / n)]
-    indexes = [n for n in files if n.endswith((INDEX, ".bin.index.json"))]
-    listed: set[str] = set()
-    for index in indexes:
-        try:
-            listed.update(v for v in json.loads(read_regular(str(folder / index), MAX_HEADER))["weight_map"].values())
-        except (CheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
-    weights, strangers = [], []
-    for name in files:
-        known = name == "model.safetensors" or SHARD.fullmatch(name)
-        if known or (name in listed and name.endswith((WEIGHTS, *PICKLES))):
-            weights.append(name)
-        elif name.endswith(WEIGHTS):
-            strangers.append(name)
-    # A chat template or vocabulary of the old model would be taken for the new one's.
-    sidecars = [n for n in files if is_sidecar(n)] if indexes or weights else []
-    return weights + indexes + sidecars, strangers
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        info = os.stat(path)
-    except OSError:
-        return None
-    return info.st_dev, info.st_ino
-
-
-def _identities(path: Path) -> set[tuple[int, int] | None]:
-    """Of `path` and every folder above it; those that do not exist are left out."""
-    real = Path(os.path.realpath(path))
-    return {_identity(p) for p in (real, *real.parents)} - {None}
-
-
-def _alive(pid: int, name: str) -> bool:
-    if pid == os.getpid():
-        # The same number may be a run of before: in a restarted container the first process is always the same.
-        return any(name.endswith(ending) for ending in _active)
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True

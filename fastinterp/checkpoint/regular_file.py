@@ -1,4 +1,4 @@
-"""Opening a file whose name may stand for anything: a pipe, a device, gigabytes. And fsync by name."""
+"""Opening a file whose name may stand for anything: a pipe, a device, gigabytes. Changes of files; fsync by name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import os
 import stat
 
 from fastinterp.errors import CheckpointError
+
+Stamp = tuple[int, int, int, int]  # size in bytes, mtime in ns, ctime in ns, inode
+CHANGED = "it changed while it was being read. Retry once nothing is writing to it"
+
+
+def stamp_of(path: str | os.PathLike[str]) -> Stamp | None:
+    """What tells a file from a changed or replaced one; None, if there is none."""
+    try:
+        return _stamp(os.stat(path))
+    except OSError:
+        return None
+
+
+def _stamp(info: os.stat_result) -> Stamp:
+    return info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
 
 
 def open_regular(file: str) -> tuple[int, int]:
@@ -33,16 +48,21 @@ def open_regular(file: str) -> tuple[int, int]:
 def read_regular(file: str, limit: int = 2**63) -> bytes:
     """The content of `file`, which may have at most `limit` bytes.
 
-    Raises: CheckpointError, naming `file`, if it is larger, not a regular file, or cannot be read.
+    Raises: CheckpointError, naming `file`, if it is larger, not a regular file, cannot be read, or changes meanwhile.
     """
     fd, size = open_regular(file)
     with open(fd, "rb") as stream:
         if size > limit:
             raise CheckpointError(f"the file has {size} bytes, more than the allowed {limit}", file=file)
         try:
-            return stream.read(size)
+            before = _stamp(os.fstat(fd))
+            content = stream.read(size)
+            after = _stamp(os.fstat(fd))
         except OSError as error:
             raise CheckpointError(f"the file cannot be read: {error.strerror}", file=file) from None
+    if len(content) != size or before != after:
+        raise CheckpointError(CHANGED, file=file)
+    return content
 
 
 def fsync(path: str | os.PathLike[str]) -> None:

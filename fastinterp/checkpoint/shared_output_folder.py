@@ -8,11 +8,13 @@ time, what has a journal is kept, and the next run of the same merge goes on fro
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.output_folder import SHARED, OutFolder
+from fastinterp.checkpoint.output_names import hidden, place_of
 from fastinterp.checkpoint.regular_file import fsync, read_regular
 from fastinterp.errors import OutputError
 
@@ -34,8 +36,9 @@ class SharedFolder(OutFolder):
         force: bool = False,
         durable: bool = False,
         needed: int = 0,
+        names: Iterable[str] = (),
     ):
-        super().__init__(path, inputs, force=force, durable=durable, needed=needed)
+        super().__init__(path, inputs, force=force, durable=durable, needed=needed, names=names)
         self._ending = _ending(key)
         self._key = key
 
@@ -61,7 +64,8 @@ class SharedFolder(OutFolder):
 
 def shared_file(out: str | os.PathLike[str], name: str, key: str) -> Path:
     """Where `name` is written until the folder is finished."""
-    return Path(os.path.realpath(out)) / f".{name}{_ending(key)}"
+    folder, file = place_of(out)
+    return hidden(Path(os.path.realpath(folder)), file or name, _ending(key))
 
 
 def write_journal(out: str | os.PathLike[str], name: str, key: str, content: bytes) -> None:
@@ -69,8 +73,8 @@ def write_journal(out: str | os.PathLike[str], name: str, key: str, content: byt
 
     Raises: OutputError.
     """
-    path = shared_file(out, f"{name}.done", key)
-    draft = shared_file(out, f"{name}.{os.getpid()}-{os.urandom(4).hex()}.draft", key)
+    path = _journal(out, name, key)
+    draft = path.with_name(f"{path.name.removesuffix(_ending(key))}.{os.getpid()}-{os.urandom(4).hex()}{_ending(key)}")
     try:
         fsync(shared_file(out, name, key))
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as stream:
@@ -87,8 +91,13 @@ def write_journal(out: str | os.PathLike[str], name: str, key: str, content: byt
 
 def read_journal(out: str | os.PathLike[str], name: str, key: str) -> bytes | None:
     """What was noted of `name`; None if it is not complete."""
-    path = shared_file(out, f"{name}.done", key)
+    path = _journal(out, name, key)
     return read_regular(str(path)) if os.path.lexists(path) else None
+
+
+def _journal(out: str | os.PathLike[str], name: str, key: str) -> Path:
+    path = shared_file(out, name, key)
+    return path.with_name(f"{path.name.removesuffix(_ending(key))}.done{_ending(key)}")
 
 
 def stands(out: str | os.PathLike[str], name: str, key: str, size: int) -> bool:
@@ -101,20 +110,28 @@ def stands(out: str | os.PathLike[str], name: str, key: str, size: int) -> bool:
 
 def reserved(out: str | os.PathLike[str], key: str) -> int:
     """Bytes of the disk that an earlier run of the same merge has taken, and this one takes over."""
-    try:
-        with os.scandir(out) as entries:
-            temporary = [e.stat(follow_symlinks=False) for e in entries if e.name.endswith(_ending(key))]
-    except OSError:
-        return 0
-    return sum(info.st_blocks * 512 for info in temporary)
+    total = 0
+    for path in _below(out):
+        if path.name.endswith(_ending(key)):
+            with suppress(OSError):
+                total += path.lstat().st_blocks * 512
+    return total
 
 
 def journals(out: str | os.PathLike[str]) -> int:
     """How many files are complete in a folder that is not finished."""
-    try:
-        return sum(f".done.partial-0-{SHARED}-" in name for name in os.listdir(out))
-    except OSError:
-        return 0
+    _, file = place_of(out)
+    names = (path.name for path in _below(out))
+    return sum(f".done.partial-0-{SHARED}-" in n and (file is None or n.startswith(f".{file}.")) for n in names)
+
+
+def _below(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """The files in the folder of an output, and in the folders in it."""
+    folder, file = place_of(out)
+    for path, folders, names in os.walk(folder):
+        yield from (Path(path, name) for name in names)
+        if file is not None:
+            folders.clear()
 
 
 def _ending(key: str) -> str:

@@ -1,64 +1,45 @@
-"""The small files that go with the weights: configuration, tokenizer and processors."""
+"""The small files that go with the weights: which they are, and config.json."""
 
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, WEIGHTS
+from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, PIPELINES, WEIGHTS
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import DType
 
 CONFIG = "config.json"
-_PATTERNS = (
-    CONFIG, "generation_config.json", "chat_template.*",
-    "tokenizer*.json", "tokenizer*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "spiece.model", "sentencepiece*.model", "*.spm", "*.tiktoken", "bpe.codes", "normalizer.json", "tekken.json",
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "image_processor_config.json",
+_TOKENIZER = (
+    "chat_template.*", "tokenizer*.json", "tokenizer*.model", "vocab.*", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "spiece.model", "sentencepiece*.model", "*.spm", "*.tiktoken", "bpe.codes", "normalizer.json",
+    "tekken.json",
+)  # fmt: skip
+_CONFIGS = (
+    CONFIG, "generation_config.json", "*processor_config.json", "hf_quant_config.json", "open_clip_config.json",
+    "sentence_*_config.json", "config_sentence_transformers.json", *PIPELINES,
 )  # fmt: skip
 _NEVER = (WEIGHTS, *PICKLES, *OTHER_WEIGHTS, ".py", ".index.json")
 
 
 def is_sidecar(name: str) -> bool:
     """True for a file that belongs to a model beside its weights. Never weights, code or optimizer state."""
-    return not name.endswith(_NEVER) and any(fnmatchcase(name, p) for p in _PATTERNS)
+    return is_tokenizer_file(name) or _matches(name, _CONFIGS)
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """True for a sidecar that is no configuration of model, generation or processor."""
-    return is_sidecar(name) and (name == "tokenizer_config.json" or "config." not in name)
+    """True for a file of a tokenizer in the model's own folder."""
+    return _matches(name, _TOKENIZER)
 
 
-def copy_sidecars(root: Path, dtype: DType | None = None) -> dict[str, bytes | Path]:
-    """The sidecars in a checkpoint's folder, by name: the path to copy, or new content.
-
-    With `dtype`, the dtype of all output weights, config.json says so.
-    Raises: CheckpointError, if config.json has to change and is damaged or cannot be read.
-    """
-    try:
-        names = [n for n in sorted(os.listdir(root)) if is_sidecar(n) and (root / n).is_file()]
-        files: dict[str, bytes | Path] = {n: root / n for n in names}
-        if dtype is not None and CONFIG in files:
-            path = str(root / CONFIG)
-            files[CONFIG] = with_dtype(read_regular(path, MAX_HEADER), dtype, path)
-    except OSError as error:
-        raise CheckpointError(f"it cannot be read: {error.strerror}", file=str(error.filename)) from None
-    return files
-
-
-def needs_code(root: Path) -> bool:
-    """Whether config.json in a checkpoint's folder names Python files of the model's own.
-
-    Raises: CheckpointError, if it is damaged or cannot be read.
-    """
-    return "auto_map" in (read_config(root) or {})
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return not name.endswith(_NEVER) and "/" not in name and any(fnmatchcase(name, p) for p in patterns)
 
 
 def read_config(root: Path) -> dict[str, Any] | None:

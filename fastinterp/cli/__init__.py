@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from types import FrameType
 from typing import Any
@@ -44,12 +45,15 @@ class _Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def errors_reported(ctx: click.Context) -> Iterator[None]:
-    """Context manager: an exception of the package ends the program with a line on stderr and its exit code."""
+def errors_reported(ctx: click.Context, worded: Callable[[str], str] = str) -> Iterator[None]:
+    """Context manager: an exception of the package ends the program with a line on stderr and its exit code.
+
+    worded  its message, as the command words it
+    """
     try:
         yield
     except FastinterpError as error:
-        message = "; ".join([str(error), *ctx.meta.get(OUTCOME, [])])
+        message = "; ".join([worded(str(error)), *ctx.meta.get(OUTCOME, [])])
         click.echo(f"{click.style(type(error).__name__, fg='red')}: {message}", err=True)
         ctx.exit(error.exit_code)
     except KeyboardInterrupt as stopped:
@@ -81,7 +85,7 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with errors_reported(ctx):
+            with errors_reported(ctx, partial(self._with_options, ctx)):
                 return super().invoke(ctx)
         except click.NoSuchOption as error:
             from fastinterp.recipe.mergekit_options import instead_of_option
@@ -91,6 +95,17 @@ class _Commands(click.Group):
                 raise
             message = f"No such option: {error.option_name}. {instead}"
             raise click.NoSuchOption(error.option_name, message, ctx=error.ctx) from None
+
+    def _with_options(self, ctx: click.Context, message: str) -> str:
+        """The message of a command without a recipe: what it has as an option is not called a key or an argument."""
+        command = self.get_command(ctx, ctx.invoked_subcommand or "")
+        names = {p.name: p.opts[0] for p in command.params if p.opts} if command is not None else {}
+        if "recipe" in names:
+            return message
+        from fastinterp.messages import with_keys_as
+
+        known = {name: option for name, option in names.items() if option.startswith("--")}
+        return with_keys_as(message, lambda key, value: f"{known[key]} {value}" if key in known else None)
 
 
 _KNOWN = "Known: " + ", ".join(_MODULES)

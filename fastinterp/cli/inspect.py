@@ -44,7 +44,7 @@ def check(recipe: str, strict: bool, as_json: bool) -> None:
 def explain(
     recipe: str,
     threads: int | None,
-    max_shard_size: str,
+    max_shard_size: str | None,
     max_memory: str,
     dtype: str | None,
     rounding: str | None,

@@ -33,9 +33,9 @@ def merge(
 ) -> None:  # fmt: skip
     """Merge checkpoints according to a recipe.
 
-    RECIPE is a YAML file, or - for stdin; OUT a new folder. Each input byte is read once, and once more for each
-    statistic that the method needs: see `fastinterp methods NAME`. Processes started by torchrun or srun share the
-    work: each writes a part of the output files.
+    RECIPE is a YAML file, or - for stdin; OUT a new folder, or a new file, NAME.safetensors. Each input byte is read
+    once, and once more for each statistic that the method needs: see `fastinterp methods NAME`. Processes started by
+    torchrun or srun share the work: each writes a part of the output files.
 
     \b
     Example:
@@ -75,8 +75,9 @@ def merge(
     help="Position on the line: 0 is A, 1 is B. A number, a list 0,0.5,1 or a range 0:1:0.25. Repeatable.",
 )  # fmt: skip
 @click.option(
-    "-o", "--out", required=True, metavar="DIR", help="Output folder; of several outputs, DIR/alpha_0.3 and so on."
-)
+    "-o", "--out", required=True, metavar="DIR",
+    help="Output folder, or file NAME.safetensors; of several outputs, DIR/alpha_0.3 or NAME_alpha_0.3.safetensors.",
+)  # fmt: skip
 @click.option("--base", metavar="CKPT", help="Task vectors: base + (1 - alpha)*(A - base) + alpha*(B - base).")
 @click.option("--integers", metavar="CKPT", help="Take integer tensors from CKPT. Default: they must be equal.")
 @options.tokenizer_source
@@ -97,10 +98,10 @@ def interpolate(
     from fastinterp import api
     from fastinterp.cli import progress
     from fastinterp.messages import counted, plain
-    from fastinterp.paths.points import point_name
+    from fastinterp.paths.points import point_name, point_path
 
     options.refuse_ranks("interpolate")
-    outs = [Path(out)] if len(points) == 1 else [Path(out) / point_name(p) for p in points]
+    outs = [Path(out)] if len(points) == 1 else [point_path(out, point_name(p)) for p in points]
     with outcome_of(outs), progress.shown(quiet or as_json) as shown:
         reports = api.interpolate(a, b, points, out, base=base, progress=shown, **settings)
     acting = [_acts_as(p, r) if base is None else None for p, r in zip(points, reports, strict=True)]
@@ -124,11 +125,16 @@ def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, OutputError) as error:
-        done = [str(o) for o in outs if any(p.stat().st_mtime >= start for p in o.glob("*.safetensors"))]
+        done = [str(o) for o in outs if any(p.stat().st_mtime >= start for p in _weights(o))]
         note = f"finished before that: {', '.join(done)}" if done else "nothing was written"
         if note not in str(error):
             click.get_current_context().meta[OUTCOME] = [note]
         raise
+
+
+def _weights(out: Path) -> list[Path]:
+    """The weights of an output that is in place."""
+    return [out] if out.is_file() else [*out.glob("*.safetensors"), *out.glob("*/*.safetensors")]
 
 
 @contextmanager

@@ -35,10 +35,8 @@ threads = click.option(
 )
 max_shard_size = click.option(
     "--max-shard-size",
-    default="5GB",
-    show_default=True,
     metavar="SIZE",
-    help="Largest size of the tensor data in one output file.",
+    help="Largest size of the tensor data in one output file. Default: one file for a model of one file, else 5GB.",
 )
 max_memory = click.option(
     "--max-memory", default="512MB", show_default=True, metavar="SIZE", help="Largest size of the scratch memory."
@@ -90,7 +88,7 @@ _OUTPUT = (
     ),
     missing,
     channels,
-    click.option("--force", is_flag=True, help="Replace a checkpoint in the output folder."),
+    click.option("--force", is_flag=True, help="Replace a checkpoint in the output folder, or the output file."),
     click.option(
         "--durable",
         is_flag=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import glob
 import json
 import sys
 import traceback
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastinterp.checkpoint.names import names_file
 from fastinterp.cli import options, ranges
 from fastinterp.cli.merge import outcome_of, warn
 from fastinterp.errors import UsageError
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
     "--alphas", callback=ranges.alphas, multiple=True, metavar="ALPHAS",
     help="Points from A (0) to B (1), and beyond: -0.5:1.5:0.1, or 0,0.5,1. Repeatable.",
 )  # fmt: skip
-@click.option("-o", "--out", metavar="DIR", help="Output folder: DIR/alpha_0.3, DIR/pos_0.25_formal_-1 and so on.")
+@click.option(
+    "-o", "--out", metavar="DIR",
+    help="Output folder: DIR/alpha_0.3, DIR/pos_0.25_formal_-1; or NAME.safetensors: NAME_alpha_0.3.safetensors.",
+)  # fmt: skip
 @click.option("--base", metavar="CKPT", help="Start of the directions; with A and B: base + (1-alpha)*(A-base) + ...")
 @click.option("--add", callback=ranges.named, multiple=True, metavar="NAME=CKPT", help="A direction from the base.")
 @click.option(
@@ -96,12 +101,14 @@ def sweep(
 
 
 class _Folders(Iterable[Path]):
-    """The subfolders of a folder, listed at each iteration: those of a sweep are not known before it."""
+    """The outputs of a sweep, listed at each iteration: subfolders, or files, which are not known before it."""
 
     def __init__(self, folder: str):
         self._folder = Path(folder)
 
     def __iter__(self) -> Iterator[Path]:
+        if names_file(str(self._folder)):
+            return iter(sorted(self._folder.parent.glob(f"{glob.escape(self._folder.stem)}_*{self._folder.suffix}")))
         return iter(sorted(p for p in self._folder.glob("*") if p.is_dir()))
 
 

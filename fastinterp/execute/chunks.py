@@ -13,6 +13,7 @@ from fastinterp.ops.contract import CHUNK
 from fastinterp.plan.inputs import PlannedTensor, StoredInput
 from fastinterp.plan.plan import Plan
 
+_AGREE_BYTES = 1 << 20  # compared of a tensor that must be equal in all models
 TENSORS = 128  # that are sampled at most, spread over the model
 
 _CODES: Any = {1: "B", 2: "H", 4: "I", 8: "Q"}  # unsigned integers of so many bytes
@@ -35,6 +36,33 @@ def read_bytes(tensor: StoredInput, *, limit: int) -> bytes:
     """The first bytes of a tensor, or of a chunk of it."""
     with storage(tensor.path), open(tensor.path, "rb", buffering=0) as stream:
         return os.pread(stream.fileno(), min(tensor.nbytes, limit), tensor.start)
+
+
+def stored_inputs(tensor: PlannedTensor) -> list[tuple[int, StoredInput]]:
+    """The inputs that are stored in the files element by element, with the index of their checkpoint: without those
+    whose rows are reordered, and the tensors of earlier documents.
+    """
+    pairs = ((i, e.plain) for i, e in tensor.pairs)
+    return [(i, e) for i, e in pairs if e is not None]
+
+
+def differing_unmerged(plan: Plan) -> tuple[list[tuple[PlannedTensor, int, int]], list[PlannedTensor]]:
+    """Compare the first MB of each tensor that is not merged, and must be equal in all models.
+
+    Returns those that differ, each with two of its checkpoints that do, and the others that are longer than that.
+    """
+    differing, longer = [], []
+    for tensor in (t for t in plan.tensors if not t.merged and len(t.inputs) > 1):
+        reads = stored_inputs(tensor)
+        if len(reads) < 2:
+            continue
+        first = read_bytes(reads[0][1], limit=_AGREE_BYTES)
+        others = [i for i, e in reads[1:] if read_bytes(e, limit=_AGREE_BYTES) != first]
+        if others:
+            differing.append((tensor, reads[0][0], others[0]))
+        elif tensor.inputs[0].nbytes > _AGREE_BYTES:
+            longer.append(tensor)
+    return differing, longer
 
 
 def negative_importances(plan: Plan) -> list[str]:

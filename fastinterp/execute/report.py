@@ -132,6 +132,7 @@ class Report:
     removed: tuple[str, ...] = ()  # files of the checkpoint that the output replaced
     warnings: tuple[str, ...] = field(default=())
     remarks: tuple[str, ...] = ()  # what was decided without being asked: see Plan
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # reason -> files that were not copied
 
     def __repr__(self) -> str:
         """A short form; print() shows the summary."""
@@ -293,7 +294,7 @@ def report_on(
     dtypes = sorted({str(t.dtype) for t in plan.tensors if t.merged and t.name in names})
     return Report(
         output="memory" if folder is None else folder.name,
-        files=() if folder is None else tuple(f.name for f in plan.layouts[k].files),
+        files=() if folder is None else (folder.file,) if folder.file else tuple(f.name for f in plan.layouts[k].files),
         tensors=record.effects,
         copied=tuple(record.copied),
         bytes_read=done.bytes_read,
@@ -313,8 +314,15 @@ def report_on(
             *(f"a device failed, and its work was done by others: {lost}" for lost in done.usage.lost),
             *plan.warnings,
         ),
-        remarks=plan.remarks,
+        remarks=(*plan.remarks, *_file_remarks(plan, folder)),
+        left_out={} if folder is None or folder.file else plan.files.left_out,
     )
+
+
+def _file_remarks(plan: Plan, folder: OutFolder | None) -> tuple[str, ...]:
+    if folder is None:
+        return ()
+    return plan.lone_file_remarks if folder.file else plan.file_remarks
 
 
 def _importances(plan: Plan) -> list[str]:

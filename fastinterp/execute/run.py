@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.errors import OutputError, UsageError
+from fastinterp.errors import OutputError, StorageError, UsageError
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor, run_jobs
@@ -270,10 +270,10 @@ def _job_at(
     stochastic &= tensor.merged
     io = TensorIO(
         name=tensor.name,
-        shape=tensor.shape,
+        shape=(*tensor.shape, 2) if tensor.merged and tensor.dtype.is_complex else tensor.shape,
         operands=tuple(operand(entry) for entry in tensor.inputs),
         nbytes=tuple(e.nbytes for e in tensor.inputs),
-        out_dtype=tensor.dtype.code or 0,
+        out_dtype=tensor.dtype.kernel_code,
         out_bytes=(tensor.dtype.nbytes(tensor.numel) or 0) if tensor.merged else tensor.inputs[0].nbytes,
         sinks=tuple(numbers),
         offsets=tuple(offsets),
@@ -297,9 +297,14 @@ def _explained(
     """The exception for an error tuple of the pump (_C.pyi)."""
     kind, *rest = error
     if kind == "differs":
+        from fastinterp.execute.chunks import differing_unmerged
+
         tensor = tensors[steps[rest[0]].name]
-        first, other = (plan.checkpoints[tensor.checkpoints[i]].name for i in (0, rest[1]))
-        return must_agree(tensor, first, other)
+        found = tensor, tensor.checkpoints[0], tensor.checkpoints[rest[1]]
+        with suppress(StorageError):  # the others, for one message about all
+            differing, _ = differing_unmerged(plan)
+            return must_agree([found, *(one for one in differing if one[0] is not tensor)], plan.checkpoints)
+        return must_agree([found], plan.checkpoints)
     if kind == "write":
         handle, code, offset, expected, _ = rest
         what = f"writing {expected} bytes at {offset}{remedy(code)}"

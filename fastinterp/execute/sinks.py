@@ -55,7 +55,8 @@ class FileSinks:
             for file, path in zip(layout.files, paths, strict=True):
                 if path is None:
                     continue
-                with storage(path.parent / file.name, OutputError):
+                shown = path.parent / os.path.basename(file.name)
+                with storage(shown, OutputError):
                     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                     stack.callback(os.close, fd)
                     reserve(fd, file.size)
@@ -65,7 +66,7 @@ class FileSinks:
                     sinks.append(len(self.handles))
                     offsets.append(offset)
                 self.handles.append(fd)
-                self.paths.append(path.parent / file.name)
+                self.paths.append(shown)
 
 
 class MemorySinks:

@@ -66,7 +66,7 @@ class Sources:
         return self._operands[tensor.key]
 
     def stored(self, tensor: StoredInput) -> Stored:
-        number, code, encoding = self._number[tensor.path], tensor.dtype.code or 0, tensor.encoding
+        number, code, encoding = self._number[tensor.path], tensor.dtype.kernel_code, tensor.encoding
         if encoding is None:
             return Stored(number, tensor.start, code)
         columns = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.numel

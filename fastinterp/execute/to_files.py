@@ -10,17 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastinterp._version import __version__
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
-from fastinterp.checkpoint.model_card import CARD, model_card
 from fastinterp.checkpoint.output_folder import OutFolder
-from fastinterp.checkpoint.sidecar_files import copy_sidecars
 from fastinterp.errors import BackendError, OutputError
 from fastinterp.execute.report import Report, report_of
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
-from fastinterp.ops.dtypes import DType
 from fastinterp.plan.plan import Plan
 from fastinterp.recipe.load import Recipe
 
@@ -44,7 +40,7 @@ def write_outputs(
 ) -> list[Report]:
     """Write the outputs of several plans. All of them are renamed into place at the end, one after the other.
 
-    outs        a folder for each output of each plan
+    outs        a folder, or a file (`x.safetensors`), for each output of each plan
     edit_files  what is called with the small files of each output, contents or files to copy, before they are written
     Raises: what `merge` does; OutputError names the outputs that were finished before it.
     """
@@ -61,6 +57,8 @@ def write_outputs(
             before = sum(d.bytes_read + d.bytes_written for d in every)
             shown = progress if len(plans) == 1 else _part(progress, before, total)
             every.append(run(plan, sinks, threads=threads, max_memory=max_memory, progress=shown, devices=devices))
+        for plan in plans:
+            plan.refuse_changed_files()
         finish([folder for of_plan in folders for folder in of_plan])
     wall = time.perf_counter() - start
     read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
@@ -108,11 +106,12 @@ def _opened_folders(
     for plan, of_plan in zip(plans, outs, strict=True):
         folders.append([])
         for out, layout in zip(of_plan, plan.layouts, strict=True):
-            folder = OutFolder(out, plan.inputs, needed=needed or layout.disk_bytes, **how)
+            names = [*(file.name for file in layout.files), *plan.files.copied]
+            folder = OutFolder(out, plan.inputs, needed=needed or layout.disk_bytes, names=names, **how)
             folders[-1].append(stack.enter_context(folder))
             needed = 0
-        for folder, recipe, layout in zip(folders[-1], plan.recipes, plan.layouts, strict=True):
-            write_small_files(folder, plan, recipe, layout.index, layout.index_name, edit_files)
+        for k, folder in enumerate(folders[-1]):
+            write_small_files(folder, plan, k, edit_files)
     return folders
 
 
@@ -133,36 +132,12 @@ def _part(progress: Progress | None, before: int, total: int) -> Progress | None
     return lambda done, of_run: progress(before + done, max(total, before + of_run))
 
 
-def write_small_files(
-    folder: OutFolder,
-    plan: Plan,
-    recipe: Recipe,
-    index: bytes | None,
-    index_name: str,
-    edit_files: EditFiles | None = None,
-) -> None:
-    """Write everything beside the weights: copied side-cars, the model card, the index."""
-    files = plan.aligned.sidecars(copy_sidecars(plan.origin.root, _stated_dtype(plan, recipe)))
-    roots = [plan.origin.root, *(m.root for m in plan.checkpoints[: len(plan.models)])]
-    files[CARD] = model_card(recipe.text, plan.models, recipe.method.name, __version__, roots).encode()
-    if edit_files is not None:
-        edit_files(recipe, files)
-    if index is not None:
-        files[index_name] = index
+def write_small_files(folder: OutFolder, plan: Plan, k: int, edit_files: EditFiles | None = None) -> None:
+    """Write everything beside the weights of output k: copied files, the model card, indexes. Nothing, if the output is
+    one file.
+    """
+    files = {} if folder.file else plan.small_files(k)
+    if edit_files is not None and files:
+        edit_files(plan.recipes[k], files)
     for name, content in files.items():
         folder.write(name, content)
-
-
-def _stated_dtype(plan: Plan, recipe: Recipe) -> DType | None:
-    """The dtype that config.json must name: that of the recipe; where models differ in theirs, and tensors are stored
-    in one that holds all, that of most elements; None: what it names is right.
-    """
-    if recipe.out_dtype is not None or recipe.dtype is not None:
-        return recipe.out_dtype or recipe.dtype
-    merged = [t for t in plan.tensors if t.merged]
-    if all(t.dtype == t.inputs[0].kept_dtype for t in merged):
-        return None
-    elements: dict[DType, int] = {}
-    for tensor in merged:
-        elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel
-    return max(elements, key=lambda dtype: elements[dtype])

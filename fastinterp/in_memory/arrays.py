@@ -9,9 +9,15 @@ import numpy as np
 
 from fastinterp.errors import UsageError
 from fastinterp.in_memory.allocate import numpy_dtype, torch_dtype
-from fastinterp.ops.dtypes import DType, parse_dtype
+from fastinterp.ops.dtypes import DTYPES, DType, parse_dtype
 
 MERGED_DTYPES = "float64, float32, float16, bfloat16 and float8 can be summed"  # for messages
+_STORED = {d.library_name: d for d in DTYPES.values() if d.library_name}
+
+
+def stored_dtype(x: Any) -> DType | None:
+    """The dtype of an array of numpy or torch, merged or not; None: files have none of its name."""
+    return _STORED.get(str(x.dtype).removeprefix("torch."))
 
 
 class ArrayView(NamedTuple):
@@ -44,6 +50,11 @@ class NumpyArrays:
     def dtype(x: Any) -> DType | None:
         """The dtype of an array, or None if it does not merge."""
         return parse_dtype(x.dtype.name) if x.dtype.isnative else None
+
+    @staticmethod
+    def pairs(x: Any) -> Any:
+        """An array of complex64 as float32 of one more dimension, of length 2, in the same memory."""
+        return np.ascontiguousarray(x).view(np.float32).reshape(*x.shape, 2)
 
     @staticmethod
     def equal(x: Any, y: Any) -> bool:
@@ -99,11 +110,20 @@ class TorchTensors:
         return parse_dtype(str(x.dtype))
 
     @staticmethod
-    def equal(x: Any, y: Any) -> bool:
-        """Whether two tensors of any dtype are equal."""
+    def pairs(x: Any) -> Any:
         import torch
 
-        return bool(x.dtype == y.dtype and torch.equal(x, y))
+        return torch.view_as_real(x.resolve_conj().contiguous())
+
+    @staticmethod
+    def equal(x: Any, y: Any) -> bool:
+        """Whether two tensors of any dtype hold the same bytes."""
+        import torch
+
+        if x.dtype != y.dtype or x.shape != y.shape:
+            return False
+        x, y = (t.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8) for t in (x, y))
+        return bool(torch.equal(x, y))
 
     @staticmethod
     def copy(x: Any) -> Any:

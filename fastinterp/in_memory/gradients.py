@@ -96,6 +96,8 @@ def merged(
     with torch.no_grad():
         out = run([{name: x.detach() for name, x in model.items()} for model in models], records)
     for name, record in records.items():
+        if out[name].is_complex():
+            raise UsageError(f"{name}: autograd cannot follow sums of complex numbers here. Use torch.no_grad()")
         _check(method, name, record)
     for name in names:
         out[name] = _Followed.apply(records.get(name), out[name], *(model[name] for model in models))

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastinterp.backends.cpu import Handle
 from fastinterp.backends.torch_device import common_device
+from fastinterp.checkpoint.quantised import quantised_tensors
 from fastinterp.errors import ShapeError, UsageError
-from fastinterp.in_memory.arrays import ArrayView, DLPackArrays, Library, TorchTensors, library_of
+from fastinterp.in_memory.arrays import ArrayView, DLPackArrays, Library, TorchTensors, library_of, stored_dtype
+from fastinterp.messages import listed
 from fastinterp.ops.dtypes import DType
 from fastinterp.ops.steps import Stored
+from fastinterp.plan.quantised import quantised_arrays
 
 Arrays = Mapping[str, Any]  # a state dict: arrays of one library, or `StoredTensor`s, by name
 _SHOWN = 5  # names that a message lists
+_INTEGERS = "Say whose to take: `integers=`, the number of a state dict or 'base'"
+
+
+class ArrayHeader(NamedTuple):
+    """Dtype and shape of an array."""
+
+    dtype: DType
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +54,7 @@ class Inputs:
 
     def __init__(self, models: Sequence[Arrays], sidecars: Sequence[Arrays], labels: Sequence[str]):
         self.models, self.sidecars = [*models], [*sidecars]
+        self._held: list[Any] = []  # what views point into
         self._by_name = labels[-1].startswith("state dict")
         self._labels = [*labels, *(f"side-car {i}" for i in range(len(sidecars)))]
         first = next(iter(self.first.values()), None)
@@ -86,32 +98,93 @@ class Inputs:
             for label, x in tensors if self._is_like_first(x)
         ])  # fmt: skip
 
-    def merges(self, name: str) -> bool:
-        """Whether a tensor is merged. Raises: UsageError; ShapeError, if one that is not differs between models."""
-        models = self._all[: len(self.models)]
-        for label, arrays in models:
-            if not hasattr(arrays[name], "dtype") or not self._is_like_first(arrays[name]):
-                kind = type(arrays[name]).__name__
-                raise UsageError(f"{self._label(name, label)} must be a tensor like the first, got {kind}")
-        tensors = [arrays[name] for arrays in self.models]
-        floats = [isinstance(x, StoredTensor) or self.library.dtype(x) is not None for x in tensors]
-        if all(floats):
-            return True
-        if any(floats):
-            kinds = ", ".join(str(x.dtype) for x in tensors[:_SHOWN])
-            raise ShapeError(f"{name} is of dtypes {kinds}. Only floating ones merge; others must agree", tensor=name)
-        first = tensors[0]
-        for label, arrays in models[1:]:
-            if not self.library.equal(first, arrays[name]):
-                raise ShapeError(f"{name} ({first.dtype}) is not averaged, and differs in {label}", tensor=name)
-        return False
+    def refuse_quantised(self) -> frozenset[str]:
+        """The names of tensors with codes or scales of quantised weights, which are equal in all models, and copied.
+
+        Raises: CheckpointError, if they are not equal.
+        """
+        found = [quantised_tensors(self._headers(arrays)) for arrays in self.models]
+        names = [{name for q in every for name in (q.codes, *q.companions)} for every in found]
+        same = all(n == names[0] for n in names[1:]) and all(
+            self._equal(arrays[name], self.first[name]) for name in names[0] for arrays in self.models[1:]
+        )
+        if not same:
+            known = [(label, every) for label, every in zip(self._labels, found, strict=False) if every]
+            raise quantised_arrays(known)
+        return frozenset(names[0])
+
+    @staticmethod
+    def _headers(arrays: Arrays) -> dict[str, ArrayHeader]:
+        headers = {}
+        for name, x in arrays.items():
+            dtype = x.dtype if isinstance(x, StoredTensor) else stored_dtype(x) if hasattr(x, "dtype") else None
+            if dtype is not None and isinstance(name, str):
+                headers[name] = ArrayHeader(dtype, tuple(x.shape))
+        return headers
+
+    def _equal(self, x: Any, y: Any) -> bool:
+        return not isinstance(x, StoredTensor) and not isinstance(y, StoredTensor) and self.library.equal(x, y)
+
+    def unmerged(self, quantised: Collection[str], chosen: int | None) -> dict[str, Any]:
+        """The tensors that are copied, by name: those that are not floating in all models.
+
+        quantised  names of tensors that are copied, whatever their dtype
+        chosen     the model whose tensors are taken; None: they must be equal, but for complex numbers
+        Raises: UsageError; ShapeError, about all that differ.
+        """
+        copied: dict[str, Any] = {}
+        kinds: list[str] = []
+        differing: list[tuple[str, str]] = []
+        for name in self.first:
+            for label, arrays in self._all[: len(self.models)]:
+                if not hasattr(arrays[name], "dtype") or not self._is_like_first(arrays[name]):
+                    kind = type(arrays[name]).__name__
+                    raise UsageError(f"{self._label(name, label)} must be a tensor like the first, got {kind}")
+            tensors = [arrays[name] for arrays in self.models]
+            floats = [isinstance(x, StoredTensor) or self.library.dtype(x) is not None for x in tensors]
+            if all(floats) and name not in quantised:
+                continue
+            copied[name] = tensors[chosen or 0]
+            if chosen is not None or name in quantised:
+                continue
+            if any(floats):
+                dtypes = (str(x.dtype).removeprefix("torch.") for x in tensors[:_SHOWN])
+                kinds.append(f"{name} is of dtypes {', '.join(dtypes)}")
+            elif other := next((i for i, x in enumerate(tensors) if not self.library.equal(tensors[0], x)), 0):
+                if all(self._is_complex(x) for x in tensors):
+                    del copied[name]
+                else:
+                    dtype = str(tensors[0].dtype).removeprefix("torch.")
+                    differing.append((f"{name} ({dtype})", self._labels[other]))
+        if kinds:
+            raise ShapeError(f"{listed(kinds, _SHOWN)}. Only floating ones merge. {_INTEGERS}")
+        if differing:
+            are = "is not averaged, and differs" if len(differing) == 1 else "are not averaged, and differ"
+            names = listed((name for name, _ in differing), _SHOWN)
+            raise ShapeError(f"{names} {are} in {differing[0][1]}. {_INTEGERS}")
+        return copied
+
+    def is_complex(self, name: str) -> bool:
+        """Whether a tensor of the first model is of pairs of float32 numbers."""
+        return self._is_complex(self.first[name])
+
+    def view(self, x: Any, label: str) -> ArrayView:
+        """An array as kernels see it: of complex numbers, their parts. Raises: UsageError."""
+        if self._is_complex(x):
+            x = self.library.pairs(x)
+            self._held.append(x)
+        return self.library.view(x, label)
+
+    def _is_complex(self, x: Any) -> bool:
+        dtype = None if isinstance(x, StoredTensor) else stored_dtype(x)
+        return dtype is not None and dtype.is_complex
 
     def views(self, name: str) -> list[View]:
         """A tensor of each model, then of each side-car. Raises: UsageError; ShapeError, if shapes differ."""
         views: list[View] = []
         for label, arrays in self._all:
             x = arrays[name]
-            views.append(x if isinstance(x, StoredTensor) else self.library.view(x, self._label(name, label)))
+            views.append(x if isinstance(x, StoredTensor) else self.view(x, self._label(name, label)))
             if views[-1].shape != views[0].shape:
                 shapes = f"{list(views[0].shape)} in {self._labels[0]} but {list(views[-1].shape)} in {label}"
                 raise ShapeError(f"{name} is {shapes}. Only tensors of the same shape merge", tensor=name)

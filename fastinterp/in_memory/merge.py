@@ -10,7 +10,7 @@ from typing import Any
 from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, device_of, is_followed
-from fastinterp.errors import MethodError, StorageError, UsageError
+from fastinterp.errors import CheckpointError, MethodError, ShapeError, StorageError, UsageError
 from fastinterp.execute.device.resident import ResidentExecutor
 from fastinterp.execute.jobs.adaptive_job import AdaptiveJob
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
@@ -18,11 +18,11 @@ from fastinterp.execute.report import RoundingEffect
 from fastinterp.execute.rounds import Executor, PumpExecutor, run_jobs
 from fastinterp.execute.run import STATS_EVERY
 from fastinterp.execute.sources import Sources
-from fastinterp.in_memory.arrays import ArrayView
+from fastinterp.in_memory.arrays import ArrayView, stored_dtype
 from fastinterp.in_memory.inputs import Arrays, Inputs, View, operand_of, text
 from fastinterp.in_memory.parameters import resolved
 from fastinterp.methods import Method, Sidecar, find
-from fastinterp.ops.combine import Tensor, philox_key
+from fastinterp.ops.combine import Combine, Tensor, philox_key
 from fastinterp.ops.dtypes import DType, parse_dtype, promoted
 from fastinterp.recipe.layers import Layers
 
@@ -83,6 +83,7 @@ def merge_state_dicts(
     *,
     base: Arrays | None = None,
     parameters: Mapping[str, Any] | None = None,
+    integers: int | str | None = None,
     dtype: str | None = None,
     seed: int = 0,
     rounding: str = "nearest",
@@ -91,19 +92,24 @@ def merge_state_dicts(
     """Merge state dicts, mappings of names to tensors, as `fastinterp merge` merges checkpoints: the same bytes.
 
     state_dicts  with the same names, and tensors of the same shapes; tensors as in `merge_tensors`. Integer and boolean
-                 ones must be equal in all of them, and are copied
+                 ones must be equal in all of them, and are copied. Sums of complex64 are those of its parts
     base         a state dict like them, for methods that have one
+    integers     whose tensors are copied where some are not floating: the index of a state dict, or "base". None: they
+                 must be equal
 
     The other arguments are those of `merge_tensors`; side-cars are state dicts. Returns a new dict of new tensors. On a
     device, that integer tensors are equal is waited for.
-    Raises: UsageError, MethodError (one of them), ShapeError, BackendError.
+    Raises: UsageError, MethodError (one of them), ShapeError, BackendError; CheckpointError, if weights are quantised:
+    codes and scales are only copied, and must be equal in all state dicts.
     """
     models = _listed(state_dicts, "state_dicts")
     labels = [*([] if base is None else ["base"]), *(f"state dict {i}" for i in range(len(models)))]
     for label, arrays in zip(labels, [*([] if base is None else [base]), *models], strict=True):
         if not isinstance(arrays, Mapping):
             raise UsageError(f"{label} must be a mapping of names to tensors, got {type(arrays).__name__}")
-    return _Merge(models, base, labels, method, _mapping(parameters), dtype, seed, rounding, threads).run()
+    merge = _Merge(models, base, labels, method, _mapping(parameters), dtype, seed, rounding, threads)
+    merge.chosen = _chosen(integers, len(models), base is not None)
+    return merge.run()
 
 
 def merge_measured(
@@ -113,6 +119,7 @@ def merge_measured(
     base: Arrays | None = None,
     files: Sources | None = None,
     parameters: Mapping[str, Any] | None = None,
+    integers: int | str | None = None,
     dtype: str | Mapping[str, str] | None = None,
     seed: int = 0,
     rounding: str = "nearest",
@@ -129,7 +136,20 @@ def merge_measured(
     labels = [*([] if base is None else ["base"]), *(f"state dict {i}" for i in range(len(state_dicts)))]
     values = _mapping(parameters)
     merge = _Merge(state_dicts, base, labels, method, values, dtype, seed, rounding, threads, files)
+    merge.chosen = _chosen(integers, len(state_dicts), base is not None)
     return merge.run(STATS_EVERY), merge.effects
+
+
+def _chosen(integers: object, count: int, has_base: bool) -> int | None:
+    """The index of a model, the base being the first, from the argument `integers`. Raises: UsageError."""
+    if integers is None:
+        return None
+    if integers == "base" and has_base:
+        return 0
+    if isinstance(integers, bool) or not isinstance(integers, int) or not 0 <= integers < count:
+        base = ', or "base"' if has_base else ""
+        raise UsageError(f"`integers` must be the index of a state dict, 0..{count - 1}{base}, got {integers!r}")
+    return integers + has_base
 
 
 def _listed(values: Any, what: str) -> list[Any]:
@@ -186,12 +206,14 @@ class _Merge:
         self.isa, self.threads = cpu_isa(), cpu_threads(threads)
         self.effects: dict[str, RoundingEffect] = {}
         self.recorded: Callable[[str, Callable[[], Any]], Callable[[], Any]] | None = None
+        self.chosen: int | None = None  # the model whose tensors are copied where some are not floating
         sidecars: list[Arrays] = []
         self.parameters = resolved(self.method, parameters, len(models), sidecars)
         self.inputs, self.labels = Inputs(inputs, sidecars, labels), labels
 
     def run(self, stats_every: int = 0) -> dict[str, Any]:
         """`effects` is filled if chunks are sampled for it, one in `stats_every`."""
+        self.quantised = self.inputs.refuse_quantised()
         self.inputs.check_names()
         if not stats_every and is_followed(x for arrays in self.inputs.models for x in arrays.values()):
             return self._followed()
@@ -203,17 +225,22 @@ class _Merge:
         inputs, library, first = self.inputs, self.inputs.library, self.inputs.first
         self.device = inputs.device()
         self.layers = Layers(first) if len(first) > 1 else None
-        merged = {name: inputs.views(name) for name in first if inputs.merges(name)}
+        copied = inputs.unmerged(self.quantised, self.chosen)
+        if self.quantised and len(inputs.models) == 1:
+            self._check_copies()
+        merged = {name: inputs.views(name) for name in first if name not in copied}
         numel = sum(math.prod(views[0].shape) for views in merged.values())
         count = len(inputs.models)
         kept = {n: promoted(view.dtype for view in views[:count]) for n, views in merged.items()}
-        out = {n: self._empty(n, kept[n]) if n in merged else library.copy(x) for n, x in first.items()}
+        out = {n: library.copy(copied[n]) if n in copied else self._empty(n, kept[n]) for n in first}
         sources: list[Handle] = [*self.files.fds] if self.files else []
         sinks: list[Handle] = []
         jobs = []
         for name, views in merged.items():
             if math.prod(views[0].shape):
-                jobs.append(self._job(name, views, library.view(out[name], name), numel, sources, sinks))
+                if inputs.is_complex(name):
+                    self._check_complex(name, views, numel)
+                jobs.append(self._job(name, views, inputs.view(out[name], name), numel, sources, sinks))
         run_jobs(jobs, self._executor(sources, sinks, stats_every))
         if stats_every:
             self.effects = {j.io.name: RoundingEffect.of(j.io.numel, j.stats[0]) for j in jobs if not j.copies(0)}
@@ -228,7 +255,8 @@ class _Merge:
             self.recorded = lambda name, call: records.setdefault(name, Record(call))
             return self._run(0)
 
-        names = [name for name in self.inputs.first if self.inputs.merges(name)]
+        copied = self.inputs.unmerged(self.quantised, self.chosen)
+        names = [name for name in self.inputs.first if name not in copied]
         return merged(self.method.name, self.inputs.models, names, run)
 
     def _executor(self, sources: list[Handle], sinks: list[Handle], stats_every: int) -> Executor:
@@ -265,12 +293,36 @@ class _Merge:
             offsets=(0,),
             keys=(philox_key(self.seed, _STORE, name),) if self.stochastic else (),
         )
+        call = self._call(name, shape, numel)
+        call = call if self.recorded is None else self.recorded(name, call)
         n = len(self.inputs.models)
+        return AdaptiveJob(io, n, [call], name, [self.seed], fills_masks=self.device is None)
+
+    def _call(self, name: str, shape: tuple[int, ...], numel: int) -> Callable[[], Any]:
+        """The method with all of its arguments."""
         position = self.layers.position(name) if self.layers else None
         layer, layers = position or (None, 0)
-        call: Callable[[], Any] = partial(self.method, n, Tensor(name, shape, layer, layers, numel), **self.parameters)
-        call = call if self.recorded is None else self.recorded(name, call)
-        return AdaptiveJob(io, n, [call], name, [self.seed], fills_masks=self.device is None)
+        tensor = Tensor(name, shape, layer, layers, numel)
+        return partial(self.method, len(self.inputs.models), tensor, **self.parameters)
+
+    def _check_copies(self) -> None:
+        """Raises: CheckpointError, if the method would change the one model, whose codes are only copied."""
+        for name in sorted(self.quantised):
+            request = None if self.method.generator else self._call(name, tuple(self.inputs.first[name].shape), 0)()
+            if not isinstance(request, Combine) or not request.row().is_copy:
+                raise CheckpointError(
+                    f"{self.method.name} would change {name}, which holds codes or scales of quantised weights",
+                    tensor=name,
+                )
+
+    def _check_complex(self, name: str, views: Sequence[View], numel: int) -> None:
+        """Raises: ShapeError, if the method does more than sum: that is not defined for complex numbers."""
+        if self.method.generator or not isinstance(self._call(name, views[0].shape, numel)(), Combine):
+            raise ShapeError(
+                f"{name} is complex and differs, and {self.method.name} does more than weigh: it is not defined for "
+                "complex numbers. Say whose to take, `integers=`, or use `linear` or `task_arithmetic`",
+                tensor=name,
+            )
 
     # --- arguments
 
@@ -283,6 +335,8 @@ class _Merge:
 
     def _empty(self, name: str, default: DType) -> Any:
         dtype = self.dtype.get(name) if isinstance(self.dtype, Mapping) else self.dtype
+        if self.inputs.is_complex(name):
+            dtype = stored_dtype(self.inputs.first[name])
         return self.inputs.library.empty(self.inputs.first[name], dtype or default)
 
     def _explained(self, error: tuple[Any, ...], steps: Sequence[TensorStep]) -> Exception:

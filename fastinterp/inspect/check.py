@@ -16,6 +16,7 @@ from fastinterp.messages import counted, listed, plain
 from fastinterp.methods import Method, given
 from fastinterp.plan.models import Library, Model
 from fastinterp.plan.plan import Plan, make_plan
+from fastinterp.plan.quantised import refuse_quantised
 from fastinterp.plan.single import plan_document
 from fastinterp.plan.vocabularies import align_models
 from fastinterp.recipe.check import check_recipe, check_tensors
@@ -24,7 +25,6 @@ from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef, in_order, not_there, references
 
 _LISTED = 3  # names in a message, before the rest is only counted
-_SHARD = 5 * 10**9  # as merge's default: nothing is written here
 
 
 def check(recipe: RecipeSource | Sequence[Mapping[str, Any]], *, methods: Sequence[Method] = ()) -> CheckResult:
@@ -71,7 +71,7 @@ def _check(recipe: RecipeSource | Sequence[Mapping[str, Any]]) -> CheckResult:
 def _exit_code(recipes: Sequence[Recipe], library: Library, first: int) -> int:
     """That of the error that ends the planning of the merge; `first`, that of the first finding, if none does."""
     try:
-        make_plan(recipes[-1:], max_shard_size=_SHARD, above=recipes[:-1], library=library)
+        make_plan(recipes[-1:], above=recipes[:-1], library=library)
     except FastinterpError as error:
         return error.exit_code
     return first
@@ -196,10 +196,10 @@ def _check_document(
             return None
         said = {str(warning) for warning in warnings}
         if not recipe.earlier:
-            plan = make_plan([recipe], max_shard_size=_SHARD, library=library)
+            plan = make_plan([recipe], library=library)
             sampled = _check_samples(plan, said, findings)
         elif recipe is recipes[-1] and len(checked) == len(recipes) - 1:
-            plan = make_plan([recipe], max_shard_size=_SHARD, above=recipes[:-1], library=library)
+            plan = make_plan([recipe], above=recipes[:-1], library=library)
             sampled = _check_samples(plan, said, findings)
         made = None if recipe is recipes[-1] else _made(recipe, library, checked)
     except (RecipeError, CheckpointError, StorageError) as error:
@@ -235,8 +235,11 @@ def _models(
 ) -> tuple[list[Collection[str]], dict[str, Any], bool]:
     """The tensor names of each of a recipe's models, what else is known of them for Assembly, and whether their
     vocabularies could be aligned.
+
+    Raises: CheckpointError, if models that are merged have different quantised tensors.
     """
     models = [_found(recipe, model, library, checked) for model in recipe.models]
+    refuse_quantised(recipe, models)
     origin = _origin(recipe)
     try:
         aligned = align_models(replace(recipe, origin=origin), models, _found(recipe, origin, library, checked))
@@ -282,14 +285,19 @@ def _check_samples(plan: Plan, known: Collection[str], findings: _Findings) -> i
     for warning in plan.warnings:
         if warning not in known:
             findings.add_warning(warning)
-    findings.remarks += plan.remarks
-    errors, longer = samples.compare_unmerged(plan)
-    for error in errors:
+    findings.remarks += [*plan.remarks, *plan.file_remarks]
+    error, longer = samples.compare_unmerged(plan)
+    if error is not None:
         findings.add_error(error)
-    if longer:
+    if names := [t.name for t in longer if not t.inputs[0].quantised]:
         findings.add_warning(
-            f"{counted(len(longer), 'tensor')} that no method merges must be the same in all models, and only the "
-            f"first MB of each was compared: {listed(longer, _LISTED)}. Say whose to take: `integers: MODEL`"
+            f"{counted(len(names), 'tensor')} that no method merges must be the same in all models, and only the "
+            f"first MB of each was compared: {listed(names, _LISTED)}. Say whose to take: `integers: MODEL`"
+        )
+    if names := [t.name for t in longer if t.inputs[0].quantised]:
+        findings.add_warning(
+            f"{counted(len(names), 'tensor')} with codes or scales of quantised weights must be the same in all "
+            f"models, and only the first MB of each was compared: {listed(names, _LISTED)}"
         )
     for warning in chunks.negative_importances(plan):
         findings.add_warning(warning)

@@ -106,7 +106,8 @@ class CheckResult:
         return "\n".join(lines)
 
 
-_COMMAND = re.compile(r"`(?:python|rm|head) [^`]*`")  # in a message: stays on one line, so that it can be copied
+# In a message: stays on one line, so that it can be copied
+_COMMAND = re.compile(r"`(?:python|mlx_lm.convert|rm|head) [^`]*`")
 
 
 def _lines(title: str, findings: Sequence[Finding]) -> list[str]:

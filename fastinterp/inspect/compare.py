@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastinterp.backends.cpu import Progress, PumpOptions, survey
 from fastinterp.backends.registry import cpu_isa, cpu_threads
@@ -76,8 +76,9 @@ class Comparison:
     only_a      names of tensors that b lacks
     only_b      names of tensors that a lacks
     shapes      names of tensors whose shapes differ
-    unmeasured  names of tensors that both have, of dtypes that are not merged
+    unmeasured  names of tensors that both have, of dtypes that are not merged, or quantised
     kinds       dtype and shape in a and in b where these differ: name -> ("BF16 [4, 2]", "F32 [4, 2]")
+    quantised   names of tensors that hold codes or scales of quantised weights in a or in b, and the format
     remarks     how names of b were made to follow those of a, for people
     """
 
@@ -87,6 +88,7 @@ class Comparison:
     shapes: list[str]
     unmeasured: list[str]
     kinds: dict[str, tuple[str, str]]
+    quantised: dict[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -135,6 +137,7 @@ def compare(
         shapes,
         [n for n in same_shape if n not in tensors],
         _kinds(first, second, common),
+        {n: t.quantised for c in (second, first) for n, t in c.tensors.items() if t.quantised},
         tuple(remarks),
     )
 

@@ -25,6 +25,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
         "shapes": comparison.shapes,
         "unmeasured": comparison.unmeasured,
         "kinds": comparison.kinds,
+        "quantised": comparison.quantised,
         "remarks": list(comparison.remarks),
     }
 
@@ -79,9 +80,16 @@ def _notes(comparison: Comparison) -> list[str]:
         notes.append(f"{counted(len(shapes), 'tensor')} of different shapes: {_names(shapes)}")
     if dtypes:
         notes.append(f"{counted(len(dtypes), 'tensor')} of different dtypes: {_names(dtypes)}")
-    if comparison.unmeasured:
-        many = counted(len(comparison.unmeasured), "tensor")
-        notes.append(f"{many} of a dtype that is not merged, and not measured: {_names(comparison.unmeasured)}")
+    if comparison.quantised:
+        many, formats = (
+            counted(len(comparison.quantised), "tensor"),
+            ", ".join(sorted({*comparison.quantised.values()})),
+        )
+        notes.append(f"{many} with codes or scales of quantised weights ({formats}), which are no numbers to measure")
+    if others := [n for n in comparison.unmeasured if n not in comparison.quantised]:
+        notes.append(
+            f"{counted(len(others), 'tensor')} of a dtype that is not merged, and not measured: {_names(others)}"
+        )
     in_a = [n for n, d in comparison.tensors.items() if not math.isfinite(d.norm_a)]
     in_b = [n for n, d in comparison.tensors.items() if math.isfinite(d.norm_a) and not d.finite]
     for which, some in (("A", in_a), ("B", in_b)):

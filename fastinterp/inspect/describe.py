@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
                 "dtype": e.dtype.name,
                 "shape": list(e.shape),
                 "bytes": e.nbytes,
-                "file": checkpoint.files[e.file].name,
+                "file": os.path.relpath(checkpoint.files[e.file], checkpoint.root),
                 "offset": e.start,
             }
             for e in entries

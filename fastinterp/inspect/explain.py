@@ -9,7 +9,6 @@ from typing import Any
 
 from fastinterp.backends.registry import cpu_threads, maybe_devices
 from fastinterp.checkpoint.layout import OutFile
-from fastinterp.checkpoint.sidecar_files import copy_sidecars
 from fastinterp.execute.device_choice import choose
 from fastinterp.execute.run import Window, make_window
 from fastinterp.inspect.explain_parameters import parameters_in_force, presets_in_force, symbols
@@ -59,8 +58,7 @@ def _as_dict(plan: Plan, window: Window) -> dict[str, Any]:
     choice = choose([plan], window.threads, window.most) if maybe_devices() else None
     (recipe,), (layout,) = plan.recipes, plan.layouts
     letters = _letters(plan, recipe)
-    copied = copy_sidecars(plan.origin.root, recipe.out_dtype or recipe.dtype)
-    sidecars = [*sorted(plan.aligned.sidecars(copied)), "README.md"]
+    sidecars = sorted(plan.small_files(0).keys() - layout.indexes.keys())
     return {
         "method": recipe.method.name,
         "formula": _formula(plan),
@@ -80,7 +78,7 @@ def _as_dict(plan: Plan, window: Window) -> dict[str, Any]:
         "integers_from": None if recipe.integers is None else str(recipe.integers),
         "dtypes": _dtypes(plan),
         "files": [{"name": f.name, "bytes": f.size, "tensors": len(f.places)} for f in layout.files],
-        "index": layout.index_name if layout.index is not None else None,
+        "indexes": list(layout.indexes),
         "sidecars": sidecars,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
@@ -93,7 +91,8 @@ def _as_dict(plan: Plan, window: Window) -> dict[str, Any]:
         },
         "auto": None if choice is None else choice.as_dict(),
         "warnings": list(plan.warnings),
-        "remarks": list(plan.remarks),
+        "remarks": [*plan.remarks, *plan.file_remarks],
+        "left_out": plan.files.left_out,
         "tensors": [_tensor(plan, t, place) for t, place in _with_files(plan, layout.files)],
     }
 

@@ -129,7 +129,7 @@ def _writes(values: dict[str, Any]) -> list[str]:
     if len(files) > _SHOWN:
         rows[-1] = [f"... {files[-1]['name']}", size(files[-1]["bytes"]), counted(files[-1]["tensors"], "tensor")]
     lines += table(rows, "<>>", indent=9)
-    small = [*values["sidecars"], *([values["index"]] if values["index"] else [])]
+    small = [*values["sidecars"], *values["indexes"]]
     lines.append(f"         {fit(', '.join(small), WIDTH - 9)}")
     origin, vocabulary = plain(values["origin"]), values["vocabulary"]
     if vocabulary is None:

@@ -14,15 +14,14 @@ from typing import Any
 
 from fastinterp.backends.cpu import PumpOptions, survey
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.errors import ShapeError
-from fastinterp.execute.chunks import evenly_sampled, middle_chunk, read_bytes
+from fastinterp.errors import CheckpointError
+from fastinterp.execute.chunks import differing_unmerged, evenly_sampled, middle_chunk, read_bytes, stored_inputs
 from fastinterp.execute.sources import Sources
 from fastinterp.ops.steps import Measure
 from fastinterp.plan.inputs import PlannedTensor, StoredInput
 from fastinterp.plan.plan import Plan
 from fastinterp.plan.tensors import must_agree
 
-_AGREE_BYTES = 1 << 20  # compared of a tensor that must be equal in all models
 _NOISY = 0.7  # a share of signal below this is a warning
 
 _MEAN_ABS = 0.8  # mean |d| of normally distributed d, in standard deviations
@@ -117,32 +116,13 @@ def sample(plan: Plan) -> Samples:
     return samples
 
 
-def compare_unmerged(plan: Plan) -> tuple[list[ShapeError], list[str]]:
+def compare_unmerged(plan: Plan) -> tuple[CheckpointError | None, list[PlannedTensor]]:
     """Compare the first MB of each tensor that is not merged, and must be equal in all models.
 
-    Returns an error for each that differs, and the names of the others that are longer than that.
+    Returns an error about all that differ, if any do, and the others that are longer than that.
     """
-    errors, longer = [], []
-    for tensor in (t for t in plan.tensors if not t.merged and len(t.inputs) > 1):
-        reads = _plain(tensor)
-        if len(reads) < 2:
-            continue
-        first = read_bytes(reads[0][1], limit=_AGREE_BYTES)
-        differing = [i for i, e in reads[1:] if read_bytes(e, limit=_AGREE_BYTES) != first]
-        if differing:
-            names = (plan.checkpoints[i].name for i in (reads[0][0], differing[0]))
-            errors.append(must_agree(tensor, *names))
-        elif tensor.inputs[0].nbytes > _AGREE_BYTES:
-            longer.append(tensor.name)
-    return errors, longer
-
-
-def _plain(tensor: PlannedTensor) -> list[tuple[int, StoredInput]]:
-    """The inputs that are stored in the files element by element, with the index of their checkpoint: without those
-    whose rows are reordered, and the tensors of earlier documents.
-    """
-    pairs = ((i, e.plain) for i, e in tensor.pairs)
-    return [(i, e) for i, e in pairs if e is not None]
+    differing, longer = differing_unmerged(plan)
+    return must_agree(differing, plan.checkpoints) if differing else None, longer
 
 
 Pair = tuple[
@@ -152,7 +132,7 @@ Pair = tuple[
 
 def _pairs(tensor: PlannedTensor) -> Iterator[Pair]:
     """The same chunk of the first model (the pivot) and of each other one."""
-    reads = _plain(tensor)
+    reads = stored_inputs(tensor)
     chunks = [(i, middle_chunk(e)) for i, e in reads[: tensor.model_count]]
     if not chunks:
         return

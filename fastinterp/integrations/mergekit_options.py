@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from fastinterp.arguments import overridden, size_of
 from fastinterp.backends.cpu import Progress
 from fastinterp.checkpoint.model_card import CARD
+from fastinterp.checkpoint.names import names_file
 from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
@@ -185,7 +186,7 @@ def run(
                 del files[name]
 
     with _hub_cache(settings.hub_cache):
-        plan = make_plan([last], max_shard_size=settings.max_shard_size, above=above)
+        plan = make_plan([last], max_shard_size=settings.max_shard_size, above=above, one_file=names_file(out))
         return write_outputs(
             [plan], [[out]], device=settings.device, threads=settings.threads, max_memory=size_of("512MB"),
             force=True, durable=False, progress=progress, edit_files=edit,

@@ -20,7 +20,6 @@ from fastinterp.api import average
 from fastinterp.arguments import size_of
 from fastinterp.checkpoint.sidecar_files import CONFIG
 from fastinterp.errors import CheckpointError, ShapeError, UsageError
-from fastinterp.execute.to_files import write_small_files
 from fastinterp.execute.to_memory import fill
 from fastinterp.integrations.torch_ops import ema_
 from fastinterp.messages import counted, listed
@@ -81,21 +80,12 @@ def from_recipe(
     return model
 
 
-class _ConfigFolder:
-    """Receives the small files of an output, and keeps those that a model is made from."""
-
-    def __init__(self, root: Path):
-        self._root = root
-
-    def write(self, name: str, content: bytes | Path) -> None:
-        if name in (CONFIG, _GENERATION):
-            (self._root / name).write_bytes(content.read_bytes() if isinstance(content, Path) else content)
-
-
 def _write_configs(plan: Plan, root: Path) -> None:
     """Raises: CheckpointError, if there is no config.json."""
-    folder: Any = _ConfigFolder(root)
-    write_small_files(folder, plan, plan.recipes[0], None, "")
+    files = plan.small_files(0)
+    for name in {CONFIG, _GENERATION} & files.keys():
+        content = files[name]
+        (root / name).write_bytes(content.read_bytes() if isinstance(content, Path) else content)
     if not (root / CONFIG).exists():
         raise CheckpointError(
             f"it has no {CONFIG}, from which transformers makes the model. Put one there, or use fastinterp.load_into "
@@ -164,8 +154,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def _resume(self, model: Any, saved: Path) -> None:
         """Go on with the averages of a checkpoint. Raises: CheckpointError, if it does not have all of them."""
-        adapter = saved / _ADAPTER
-        found = load(adapter if adapter.exists() else saved)
+        found = _adapter(saved) if (saved / _ADAPTER).exists() else load(saved)
         active = getattr(_unwrapped(model), "active_adapter", None)  # PEFT's files leave its name out
         for name, average_of_it in self.averages.items():
             stored = name if name in found else name.replace(f".{active}.", ".")
@@ -240,6 +229,13 @@ class AverageCheckpoints(TrainerCallback):  # type: ignore[misc]
 
 def _checkpoint(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter, which is no checkpoint of a model."""
+    from peft import load_peft_weights
+
+    return dict(load_peft_weights(str(folder), device="cpu"))
 
 
 def _unwrapped(model: Any) -> Any:

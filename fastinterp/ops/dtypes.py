@@ -53,6 +53,16 @@ class DType:
         """True for the floating dtypes that the kernels widen and narrow."""
         return self.code is not None
 
+    @property
+    def is_complex(self) -> bool:
+        """True for pairs of float32 numbers: weighted sums with real weights are those of the numbers."""
+        return self.name == "C64"
+
+    @property
+    def kernel_code(self) -> int:
+        """The code of the dtype that kernels see: that of F32 for its pairs; 0, if they only copy bytes."""
+        return 1 if self.is_complex else self.code or 0
+
     def nbytes(self, numel: int) -> int | None:
         """Bytes of `numel` packed elements, or None if they do not fill whole bytes."""
         bits = self.bits * numel

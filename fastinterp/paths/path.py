@@ -18,6 +18,7 @@ from fastinterp.in_memory.allocate import torch_dtype
 from fastinterp.in_memory.merge import merge_measured
 from fastinterp.ops.dtypes import parse_dtype
 from fastinterp.paths.report import PathPoint, PathReport
+from fastinterp.plan.quantised import refuse_models
 from fastinterp.torch_models.endpoints import Endpoint, Endpoints, Model, warn_unlike
 from fastinterp.torch_models.module_weights import ModuleWeights, dtypes_of
 
@@ -33,6 +34,7 @@ def path(
     base: Model | None = None,
     directions: Mapping[str, Model] | None = None,
     model: Any = None,
+    integers: str | None = None,
     dtype: str | None = None,
     rounding: str = "nearest",
     seed: int = 0,
@@ -44,13 +46,15 @@ def path(
     directions  in place of a and b: a name for each model. out = base + sum of alpha[name] * (model - base)
     model       a torch module that takes on the weights of each point; its own are back at the end. None: the points
                 are state dicts
+    integers    whose tensors the points have where some are not floating: "a", "b", "base" or the name of a direction.
+                None: they must be equal in all models
     dtype       of the points; None: as the base's tensors, else those of `a`. In bf16 small steps of alpha may not
                 arrive: the report tells, float32 mends it. With a model: the dtypes that it has, and no others
     rounding, seed, threads   as of `fastinterp.merge`
 
     Each model is a checkpoint's path or a state dict in memory (torch tensors, on one device, or numpy arrays).
-    Python's warnings say where tokenizers of checkpoints differ, or weights are quantised.
-    Raises: UsageError, CheckpointError.
+    Python's warnings say where tokenizers of checkpoints differ.
+    Raises: UsageError; CheckpointError, also if weights are quantised, unless codes and scales are equal in all models.
     """
     if (a is None) != (b is None) or (a is None) == (directions is None):
         raise UsageError("a path needs `a` and `b`, or `base` and `directions`")
@@ -60,17 +64,31 @@ def path(
     origin = None if base is None else _endpoint(base, "base")
     models = directions if directions is not None else {"a": a, "b": b}
     ends = {name: _endpoint(x, name) for name, x in models.items()}
+    lead = next(iter(ends.values())) if origin is None else origin
+    if lead.checkpoint is not None:
+        ends = {name: end.following(lead.checkpoint.tensors) for name, end in ends.items()}
     if model is not None and dtype is not None:
         _check_dtype(dtype, model)
     warn_unlike([*([] if origin is None else [origin]), *ends.values()], stacklevel=2)
-    settings = _Settings(dtype, rounding, seed, threads)
+    stored = [end.checkpoint for end in (origin, *ends.values()) if end is not None and end.checkpoint is not None]
+    if stored:
+        refuse_models(stored)
+    roles = [*ends, *([] if origin is None else ["base"])]
+    if integers is not None and integers not in roles:
+        raise UsageError(f"`integers` must be one of {', '.join(roles)}, got {integers!r}"[:200])
+    settings = _Settings(integers, dtype, rounding, seed, threads)
     return Path(ends, origin, tuple(directions) if directions is not None else (ALPHA,), model, settings)
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """The settings of points. dtype: of the points; by name of tensor, or None: as the end points have them."""
+    """The settings of points.
 
+    integers  the role of the model whose tensors are taken where some are not floating; None: they must be equal
+    dtype     of the points; by name of tensor, or None: as the end points have them
+    """
+
+    integers: str | None
     dtype: str | Mapping[str, str] | None
     rounding: str
     seed: int
@@ -134,7 +152,8 @@ class Path:
         points = self._points(alphas)
         numbers = _seeds(seeds)
         done: list[PathPoint] = []
-        with nullcontext() if self._model is None else ModuleWeights(self._model, self._models) as module:
+        mixed = self._settings.integers is not None
+        with nullcontext() if self._model is None else ModuleWeights(self._model, self._models, mixed=mixed) as module:
             for at in points:
                 weights, effects = self._measured(at, module)
                 if module is not None:
@@ -188,9 +207,14 @@ class Path:
             base = None if self._base is None else tensors.pop(0)
             return merge_measured(
                 tensors, "linear" if base is None else "task_arithmetic", base=base, parameters={"weight": weights},
-                files=endpoints.files, dtype=settings.dtype, rounding=settings.rounding, seed=settings.seed,
-                threads=settings.threads,
+                integers=self._chosen, files=endpoints.files, dtype=settings.dtype, rounding=settings.rounding,
+                seed=settings.seed, threads=settings.threads,
             )  # fmt: skip
+
+    @property
+    def _chosen(self) -> int | str | None:
+        integers = self._settings.integers
+        return list(self._ends).index(integers) if integers is not None and integers in self._ends else integers
 
     @property
     def _models(self) -> list[Endpoint]:

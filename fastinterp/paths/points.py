@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp.arguments import numbers, path_of
+from fastinterp.checkpoint.names import WEIGHTS, names_file
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
 from fastinterp.messages import clipped, suggestion
@@ -27,7 +28,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a direction, as par
 class Point:
     """One point of a sweep.
 
-    name    of its folder: `alpha_0.3`, `pos_0.25_formal_-0.5`
+    name    of its folder or file: `alpha_0.3`, `pos_0.25_formal_-0.5`
     at      direction -> distance: 0 at the base, 1 at the model
     recipe  of the point; `fastinterp.load` and `fastinterp.merge` take it
     path    of the checkpoint or recipe file that was written, else None
@@ -55,6 +56,11 @@ class Point:
 def point_name(alpha: float) -> str:
     """The name of the folder of one point on a line: `alpha_0.3`, `alpha_-0.5`."""
     return f"alpha_{float(alpha):.10g}"
+
+
+def point_path(out: str, name: str) -> Path:
+    """Where a point is written: `OUT/alpha_0.3`; if `out` is `x.safetensors`, `x_alpha_0.3.safetensors`."""
+    return Path(f"{out.removesuffix(WEIGHTS)}_{name}{WEIGHTS}") if names_file(out) else Path(out) / name
 
 
 def point_recipe(

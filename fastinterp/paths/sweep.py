@@ -8,14 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastinterp.arguments import dtype_named, path_of, size_of
+from fastinterp.arguments import dtype_named, optional_size, path_of, size_of, without_recipe
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices
+from fastinterp.checkpoint.names import names_file
 from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.run import fitting_outputs
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS
-from fastinterp.paths.points import Point, further_keys, grid, line
+from fastinterp.paths.points import Point, further_keys, grid, line, point_path
 from fastinterp.plan.plan import Plan, make_plan
 from fastinterp.recipe.load import load_recipe
 
@@ -24,6 +25,7 @@ Callback = Callable[[Point, dict[str, Any]], Any]
 _MEMORY = "512MB"
 
 
+@without_recipe
 def sweep(
     a: Model | None = None,
     b: Model | None = None,
@@ -44,7 +46,7 @@ def sweep(
     framework: str = "torch",
     device: str = "auto",
     threads: int | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
     max_memory: str | int | None = None,
     dtype: str | None = None,
     rounding: str | None = None,
@@ -65,7 +67,8 @@ def sweep(
     parameters  further parameters of the method, the same for all points
     integers    the model whose integer tensors are taken where models differ
     tokenizer_source, missing, channels   as of `interpolate`
-    out         the folder of the outputs: `out/alpha_0.3`, `out/formal_-1_kind_0.5`
+    out         the folder of the outputs: `out/alpha_0.3`, `out/formal_-1_kind_0.5`; or a file `x.safetensors`, which
+                stands for `x_alpha_0.3.safetensors` and so on
     virtual     write a recipe for every point, `out/alpha_0.3.yml`, instead of a checkpoint: for `fastinterp.load`
     in_memory   called for every point as in_memory(point, tensors), `out` left out. Tensors by name, of `framework`
     max_memory  in_memory: bound of the models that are held at a time, one at least; half of what is free, if it is
@@ -95,13 +98,15 @@ def sweep(
     target = path_of("" if out is None else out, "out")
     if not target:
         raise UsageError("the name of the output folder is missing. Give -o DIR (in Python out=...), a new folder")
-    shard, most = size_of(max_shard_size), size_of(_MEMORY if max_memory is None else max_memory)
+    shard, most = optional_size(max_shard_size), size_of(_MEMORY if max_memory is None else max_memory)
     if virtual:
+        if names_file(target):
+            raise UsageError(f"recipes are written into a folder, but {target} is the name of a weights file")
         recipes = [load_recipe(point.recipe) for point in points]
         make_plan(recipes[:1], max_shard_size=shard)  # whether the models are there, and fit
         return _recipes(points, Path(target), force)
-    plans = _plans(points, shard, threads, most)
-    paths = [Path(target) / point.name for point in points]
+    plans = _plans(points, shard, threads, most, names_file(target))
+    paths = [point_path(target, point.name) for point in points]
     starts = [sum(len(p.recipes) for p in plans[:i]) for i in range(len(plans))]
     outs = [paths[at : at + len(p.recipes)] for at, p in zip(starts, plans, strict=True)]
     reports = write_outputs(
@@ -139,16 +144,18 @@ def _points(
     return line(a, b, alphas, base=base, integers=integers, method=method, parameters=parameters, settings=settings)
 
 
-def _plans(points: Sequence[Point], max_shard_size: int, threads: int | None, max_memory: int) -> list[Plan]:
+def _plans(
+    points: Sequence[Point], max_shard_size: int | None, threads: int | None, max_memory: int, one_file: bool
+) -> list[Plan]:
     """One plan for as many points as fit into one read of the models; nearly always all of them."""
     cpu_isa()
     recipes = [load_recipe(point.recipe) for point in points]
-    first = make_plan(recipes[:MAX_OUTPUTS], max_shard_size=max_shard_size)
+    first = make_plan(recipes[:MAX_OUTPUTS], max_shard_size=max_shard_size, one_file=one_file)
     most = min(MAX_OUTPUTS, fitting_outputs(first, cpu_threads(threads), max_memory))
     if len(recipes) <= most:
         return [first]
     parts = [recipes[i : i + most] for i in range(0, len(recipes), most)]
-    return [make_plan(part, max_shard_size=max_shard_size) for part in parts]
+    return [make_plan(part, max_shard_size=max_shard_size, one_file=one_file) for part in parts]
 
 
 def _recipes(points: Sequence[Point], folder: Path, force: bool) -> list[Point]:

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 from msgspec import structs
 
-from fastinterp.checkpoint.sidecar_files import copy_sidecars
 from fastinterp.errors import RecipeError
 from fastinterp.ops.combine import MAX_INPUTS, Combine, Row, check_coefficients
 from fastinterp.ops.dtypes import DTYPES, DType
@@ -121,12 +120,13 @@ def made_by(recipe: Recipe, document: Document) -> tuple[Model, Folder | None]:
                 path="$.name",
                 file=recipe.file,
             )
-        planned = structs.replace(t, dtype=(named or _wide(t)) if t.merged else t.dtype)
+        planned = structs.replace(t, dtype=(named or _wide(t)) if t.merged and not t.dtype.is_complex else t.dtype)
         folds = recipe.out_dtype is None or _is_copy(t)
         tensors[t.name] = IntermediateInput(t.name, t.dtype, t.shape, t.nbytes, planned, named is None, folds)
     folder = _small_files(recipe, document)
     root = document.origin.root if folder is None else folder.path
-    return Model(name, root, tensors), folder
+    left_out = {} if folder is None else document.files.left_out
+    return Model(name, root, tensors, origin=document.origin.source, left_out=left_out), folder
 
 
 def _wide(t: PlannedTensor) -> DType:
@@ -147,17 +147,17 @@ class Folder:
 
 def _small_files(recipe: Recipe, document: Document) -> Folder | None:
     """A folder with a document's configuration and tokenizer; None: they are those of its origin."""
-    root = document.origin.root
-    copied = copy_sidecars(document.origin.root, recipe.out_dtype or recipe.dtype)
-    files = document.aligned.sidecars(copied)
-    if set(files) == set(copied) and all(isinstance(c, Path) and c.parent == root for c in files.values()):
+    files = document.aligned.sidecars(document.files.contents(recipe.out_dtype or recipe.dtype))
+    if files == document.files.copied:
         return None
     folder = Folder()
     for name, content in files.items():
+        path = folder.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, Path):
-            os.symlink(os.path.abspath(content), folder.path / name)
+            os.symlink(os.path.abspath(content), path)
         else:
-            (folder.path / name).write_bytes(content)
+            path.write_bytes(content)
     return folder
 
 

@@ -7,10 +7,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, needs_code, read_config
+from fastinterp.checkpoint.header import MAX_HEADER
+from fastinterp.checkpoint.origin_files import missing_code
+from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, read_config
+from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import fit, listed
 from fastinterp.plan.models import Model
+from fastinterp.tokenizer.chat_template import template_file
 
 _MOST = 3  # lines of a kind, and names in a line, before the rest is only counted
 
@@ -22,6 +27,11 @@ _KEYS = (
     "sliding_window", "rope_scaling",
 )  # fmt: skip
 _OFF_IF_ABSENT = ("sliding_window", "rope_scaling")
+_SCHEDULER = "scheduler/scheduler_config.json"  # what a denoiser was trained to predict
+_COMPONENT_KEYS = (
+    *_KEYS, "_class_name", "prediction_type", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr",
+    "scaling_factor", "shift_factor", "sample_size", "in_channels", "cross_attention_dim",
+)  # fmt: skip
 
 
 def compatibility_warnings(checkpoints: Sequence[Model], origin: Model, vocabulary: bool = False) -> tuple[str, ...]:
@@ -38,18 +48,69 @@ def compatibility_warnings(checkpoints: Sequence[Model], origin: Model, vocabula
     warnings = [*_missing(origin, others), *([] if vocabulary else _tokenizers(origin, others))]
     if config is not None:
         warnings += _configs(origin, config, others, {"vocab_size"} if vocabulary else set())
-    warnings += _quantised(checkpoints)
-    if needs_code(origin.root):  # it is never copied, let alone run
-        warnings.append(f"{CONFIG} names code of the model's own (auto_map). Copy its .py files from {origin.name}")
+    for file, code in missing_code(origin.root).items():
+        warnings.append(
+            f"{file} of {origin.name} names code (auto_map) that is not in its folder: {listed(code, _MOST)}. Copy it "
+            "into the output, or the output cannot be loaded"
+        )
     return tuple(warnings)
 
 
+def template_warnings(models: Sequence[Model], origin: Model) -> list[str]:
+    """A warning, if `origin`, whose tokenizer the output has, has no chat template, and a model that is merged has."""
+    if _template(origin.root):
+        return []
+    having = [(model, file) for model in models if (file := _template(model.root))]
+    if not having:
+        return []
+    model, file = having[0]
+    return [
+        f"{model.name} has a chat template ({file}), but the output has the tokenizer of {origin.name}, which has none"
+        ". Write `chat_template: auto` into the recipe to have it; without a recipe, copy "
+        + ("the file into the output" if file != "tokenizer_config.json" else "the key `chat_template` of that file")
+    ]
+
+
+def _template(root: Path) -> str | None:
+    """The file in a model's folder that has a chat template, or None."""
+    try:
+        return template_file(root)
+    except CheckpointError:
+        return None
+
+
+def component_warnings(models: Sequence[Model], origin: Model) -> list[str]:
+    """Warnings about the configurations of components, which are copied from `origin`, and should suit the others."""
+    parts = () if origin.source is None else origin.source.components
+    files = [f"{part.folder}/{CONFIG}" for part in parts if part.folder] + ([_SCHEDULER] if parts else [])
+    groups: dict[str, list[str]] = {}
+    for file in files:
+        ours = _table(origin.root / file)
+        for model in models:
+            if ours and model.root != origin.root and (theirs := _table(model.root / file)):
+                keys = [f"{k} {fit(str(ours[k]), 40)} and {fit(str(theirs[k]), 40)}" for k in _COMPONENT_KEYS
+                        if k in ours and k in theirs and ours[k] != theirs[k]]  # fmt: skip
+                if keys:
+                    groups.setdefault(f"{file}: {listed(keys, _MOST)}", []).append(model.name)
+    return _few(
+        f"{what}: these differ in {origin.name} and {listed(names, _MOST)}; the output gets {origin.name}'s. See that "
+        "the models belong together"
+        for what, names in groups.items()
+    )
+
+
+def _table(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that is only compared; empty, if there is none."""
+    try:
+        return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), path.name, str(path))
+    except CheckpointError:
+        return {}
+
+
 def path_warnings(checkpoints: Sequence[Model]) -> tuple[str, ...]:
-    """Warnings about the models of a path, where no file is copied: tokenizers that differ from the first's, and
-    weights that are quantised.
-    """
+    """Warnings about the models of a path, where no file is copied: tokenizers that differ from the first's."""
     first, *others = {c.root: c for c in checkpoints}.values()
-    return tuple(_tokenizers(first, others, copied=False) + _quantised(checkpoints))
+    return tuple(_tokenizers(first, others, copied=False))
 
 
 def _missing(origin: Model, others: Sequence[Model]) -> list[str]:
@@ -96,25 +157,6 @@ def _configs(origin: Model, config: dict[str, Any], others: Sequence[Model], may
         f"{CONFIG} of {origin.name} and of {listed(names, _MOST)} differ: {keys}; the output gets {origin.name}'s. "
         "See that the models belong together"
         for keys, names in groups.items()
-    )
-
-
-def _quantised(checkpoints: Sequence[Model]) -> list[str]:
-    """Models whose stored numbers mean nothing without their scales."""
-    groups: dict[str, list[str]] = {}
-    for checkpoint in checkpoints:
-        try:
-            quantisation = (read_config(checkpoint.root) or {}).get("quantization_config")
-        except (CheckpointError, RecursionError):
-            continue  # warned of elsewhere
-        if isinstance(quantisation, dict):
-            groups.setdefault(fit(str(quantisation.get("quant_method", "no method named")), 40), []).append(
-                checkpoint.name
-            )
-    return _few(
-        f"{CONFIG} of {listed(dict.fromkeys(names), _MOST)} says that its weights are quantised ({how}). Numbers are "
-        "merged as they are stored, without scales: convert the models to bfloat16 first"
-        for how, names in groups.items()
     )
 
 

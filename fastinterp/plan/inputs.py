@@ -70,9 +70,14 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         return False
 
     @property
+    def quantised(self) -> str:
+        """The format of quantised weights whose codes or scales it holds, which no decoder reads; empty: none."""
+        return ""
+
+    @property
     def merges(self) -> bool:
         """Whether its elements are numbers that can be averaged. If not, it is copied, and equal in all models."""
-        return self.dtype.merges
+        return self.dtype.merges and not self.quantised
 
     def describe(self) -> str:
         """Dtype and shape, for people: `BF16 [4, 2]`."""
@@ -144,7 +149,6 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     """A tensor in one file, from byte `start` on.
 
     encoding   None: its bytes are elements of `dtype`. Else they are codes, and dtype is F32
-    quantised  the format of quantised weights whose codes or scales it holds, which no decoder reads; empty: none
     factor     whether it belongs to an adapter that is built into its model: a factor of a product
     """
 
@@ -250,6 +254,10 @@ class IntermediateInput(TensorInput, frozen=True, eq=False):
 
     def open(self, files: OpenFiles) -> Operand:
         return files.intermediate(self)
+
+    @property
+    def quantised(self) -> str:
+        return "" if self.tensor.merged else self.tensor.inputs[0].quantised
 
     @property
     def stages(self) -> tuple[PlannedTensor, ...]:

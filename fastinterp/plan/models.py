@@ -10,6 +10,7 @@ import msgspec
 from fastinterp.checkpoint.formats import EncodedTensor, encoded_tensors
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint, open_checkpoint, refuse_adapter
+from fastinterp.checkpoint.quantised import quantised_in
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.ops.dtypes import F32
 from fastinterp.plan.inputs import Encoding, StoredInput, TensorInput
@@ -23,12 +24,21 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     root        the folder of its configuration and tokenizer
     tensors     by name, in the order of the checkpoint; encoded ones as what they are decoded
     checkpoint  what it was opened from; None: a document above makes it
+    origin      if a document above makes it, the checkpoint from which it has its configuration and the names of files
+    left_out    and those of that checkpoint's files which are not in `root`: reason -> names
     """
 
     name: str
     root: Path
     tensors: Mapping[str, TensorInput]
     checkpoint: Checkpoint | None = None
+    origin: Checkpoint | None = None
+    left_out: Mapping[str, tuple[str, ...]] = {}
+
+    @property
+    def source(self) -> Checkpoint | None:
+        """The checkpoint whose file names and header metadata it has."""
+        return self.checkpoint or self.origin
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -74,15 +84,23 @@ def open_model(name: str) -> Model:
 
 
 def model_of(checkpoint: Checkpoint) -> Model:
-    """Its tensors decoded, where a reader knows their format. Raises: CheckpointError, of a reader."""
+    """Its tensors decoded, where a reader knows their format; those of other quantised formats are marked.
+
+    Raises: CheckpointError, of a reader.
+    """
     every = encoded_tensors(checkpoint)
     companions = {entry.name for encoded in every for entry in encoded.companions}
     encoded_by_codes = {encoded.codes.name: encoded for encoded in every}
+    found = quantised_in(checkpoint, encoded_by_codes.keys() | companions)
+    formats = {name: q.format for q in found for name in (q.codes, *q.companions)}
     tensors = {}
     for name, entry in checkpoint.tensors.items():
         if name not in companions:
             encoded = encoded_by_codes.get(name)
-            tensor = _stored(entry, checkpoint) if encoded is None else _decoded(encoded, checkpoint)
+            if encoded is None:
+                tensor = _stored(entry, checkpoint, formats.get(name, ""))
+            else:
+                tensor = _decoded(encoded, checkpoint)
             tensors[tensor.name] = tensor
     return Model(checkpoint.name, checkpoint.root, tensors, checkpoint)
 
@@ -95,7 +113,9 @@ def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
     return StoredInput(encoded.name, F32, encoded.shape, nbytes, codes.path, codes.start, encoding)
 
 
-def _stored(entry: Entry, checkpoint: Checkpoint) -> StoredInput:
+def _stored(entry: Entry, checkpoint: Checkpoint, quantised: str = "") -> StoredInput:
     path = checkpoint.files[entry.file]
     factor = checkpoint.adapter is not None and entry.name in checkpoint.adapter.tensors
-    return StoredInput(entry.name, entry.dtype, entry.shape, entry.nbytes, path, entry.start, factor=factor)
+    return StoredInput(
+        entry.name, entry.dtype, entry.shape, entry.nbytes, path, entry.start, quantised=quantised, factor=factor
+    )

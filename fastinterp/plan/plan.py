@@ -6,7 +6,6 @@ output tensor which inputs are read, with which coefficients, and where the resu
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,19 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp._version import __version__
-from fastinterp.arguments import overridden, size_of
-from fastinterp.checkpoint.layout import Layout, make_layout
-from fastinterp.errors import UsageError
-from fastinterp.messages import counted, size
-from fastinterp.ops.combine import MAX_OUTPUTS, NUMERICS, Combine
+from fastinterp.arguments import optional_size, overridden
+from fastinterp.checkpoint.layout import Layout
+from fastinterp.checkpoint.model_card import CARD, model_card
+from fastinterp.checkpoint.origin_files import OriginFiles
+from fastinterp.checkpoint.regular_file import CHANGED, Stamp, stamp_of
+from fastinterp.errors import CheckpointError, UsageError
+from fastinterp.messages import counted, listed, size
+from fastinterp.ops.combine import MAX_OUTPUTS
+from fastinterp.ops.dtypes import DType
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Library, Model
-from fastinterp.plan.single import plan_document
+from fastinterp.plan.outputs import Outputs, receipt
+from fastinterp.plan.single import Document, plan_document
 from fastinterp.plan.vocabularies import AlignedModels
 from fastinterp.recipe.load import Recipe, load_recipes
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
-_MOST_BYTES = 64 << 10  # of coefficients in a receipt, which is in every file
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Plan:
     remarks      what was decided without being asked: files and tensors that were left out, names that were aligned
     models       the names of the first of the checkpoints: the models of all documents
     inputs       files and folders that an output must not touch
+    files        what becomes of the files in the origin's folder
+    stamps       of the small files that are copied, as they were when the plan was made
     above        the documents above
     folders      held as long as the plan is: they have the small files of documents above
     """
@@ -56,6 +61,8 @@ class Plan:
     remarks: tuple[str, ...]
     models: tuple[str, ...]
     inputs: tuple[Path, ...]
+    files: OriginFiles
+    stamps: Mapping[Path, Stamp | None]
     above: tuple[Recipe, ...] = ()
     folders: tuple[object, ...] = ()
 
@@ -85,15 +92,65 @@ class Plan:
     def disk_bytes(self) -> int:
         return sum(layout.disk_bytes for layout in self.layouts)
 
+    def small_files(self, k: int) -> dict[str, bytes | Path]:
+        """What is written beside the weights of output k, by name: the path of a file to copy, or content.
+
+        Raises: CheckpointError, if a file that has to change is damaged or cannot be read.
+        """
+        recipe = self.recipes[k]
+        files = self.aligned.sidecars(self.files.contents(recipe.out_dtype or recipe.dtype or self._promoted()))
+        roots = [self.origin.root, *(model.root for model in self.checkpoints[: len(self.models)])]
+        card = model_card(recipe.text, self.models, recipe.method.name, __version__, roots)
+        return {**files, CARD: card.encode(), **self.layouts[k].indexes}
+
+    def _promoted(self) -> DType | None:
+        """Where models differ in their dtypes, and tensors are stored in one that holds all: that of most elements."""
+        merged = [t for t in self.tensors if t.merged and t.dtype.merges]
+        if all(t.dtype == t.inputs[0].kept_dtype for t in merged):
+            return None
+        elements: dict[DType, int] = {}
+        for tensor in merged:
+            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel
+        return max(elements, key=lambda dtype: elements[dtype])
+
+    @property
+    def file_remarks(self) -> tuple[str, ...]:
+        """Remarks on the files in the origin's folder, if the output is a folder: which are left out, and why."""
+        return tuple(self.files.remarks(self._origin_name, self.remarks))
+
+    @property
+    def lone_file_remarks(self) -> tuple[str, ...]:
+        """The same, if the output is one file."""
+        names = listed(sorted(self.files.copied), 5)
+        what = f"the output is one file, so nothing of {self._origin_name} is written beside it: {names}"
+        return (f"{what}. Name a folder to have these files",) if names else ()
+
+    @property
+    def _origin_name(self) -> str:
+        return self.origin.name if self.origin.source is None else self.origin.source.name
+
+    def refuse_changed_files(self) -> None:
+        """Raises: CheckpointError, if a small file that is copied has changed since the plan was made."""
+        for path, stamp in self.stamps.items():
+            if stamp_of(path) != stamp:
+                raise CheckpointError(CHANGED, file=str(path))
+
 
 def make_plan(
-    recipes: Sequence[Recipe], *, max_shard_size: int, above: Sequence[Recipe] = (), library: Library | None = None
+    recipes: Sequence[Recipe],
+    *,
+    max_shard_size: int | None = None,
+    above: Sequence[Recipe] = (),
+    library: Library | None = None,
+    one_file: bool = False,
 ) -> Plan:
     """Open the checkpoints' headers, see that they fit together, and lay out the output.
 
-    recipes  1 to 16, with the same models, dtypes and rounding
-    above    the documents above, if there are any; then `recipes` is the last document alone
-    library  opens the checkpoints, and may have opened some already; None: a new one
+    recipes         1 to 16, with the same models, dtypes and rounding
+    max_shard_size  bytes of tensor data in one file; None: one file where the origin has one, else 5 GB
+    above           the documents above, if there are any; then `recipes` is the last document alone
+    library         opens the checkpoints, and may have opened some already; None: a new one
+    one_file        every output is one file, and no folder
     Raises: CheckpointError and ShapeError, if a checkpoint is damaged or does not fit the others; MethodError, if a
     method does not accept its models or parameters; RecipeError, if documents do not fit each other; UsageError.
     """
@@ -112,78 +169,42 @@ def make_plan(
         checkpoints, names, folders = last.checkpoints, tuple(map(str, first.models)), ()
         warnings, remarks = last.warnings, last.remarks
     tensors = last.tensors
+    outputs = Outputs(last.origin, checkpoints[: len(names)], tensors)
     layouts = tuple(
-        make_layout([(t.name, t.dtype, t.shape) for t in tensors], _metadata(recipe, k, tensors, names), max_shard_size)
-        for k, recipe in enumerate(recipes)
+        outputs.layout(receipt(recipe, k, tensors, names), max_shard_size, one_file) for k, recipe in enumerate(recipes)
     )
     inputs = tuple(dict.fromkeys(path for m in library.opened if m.checkpoint for path in m.checkpoint.inputs))
     return Plan(
-        tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings, remarks, tuple(names),
-        inputs, tuple(above), folders,
+        tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings,
+        (*remarks, *outputs.remarks), tuple(names), inputs, last.files, _stamps(last), tuple(above), folders,
     )  # fmt: skip
 
 
-def _metadata(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Sequence[str]) -> dict[str, str]:
-    """The receipt that is stored in every output file: the recipe, and the coefficients that were used.
-
-    `recipe` as it was given, with the merge's own `dtype`, `rounding`, `seed`, `missing` and `channels`, makes the same
-    bytes again. Models are stored as the user named them. Time, output folder and threads are not, so that the same
-    merge of the same names gives the same bytes everywhere.
-    """
-    stored = recipe.out_dtype or recipe.dtype
-    receipt = {
-        "fastinterp": __version__,
-        "numerics": NUMERICS,
-        "method": recipe.method.name,
-        "models": models,
-        "coefficients": _coefficients(k, tensors),
-        "dtype": None if stored is None else stored.name,
-        "rounding": recipe.rounding,
-        "seed": recipe.seed,
-        "fp8_overflow": recipe.fp8_overflow,
-        "recipe": recipe.text,
-    }
-    receipt |= {} if recipe.missing == "error" else {"missing": recipe.missing}
-    receipt |= {} if recipe.channels == "same" else {"channels": recipe.channels}
-    return {"format": "pt", "fastinterp": json.dumps(receipt, separators=(",", ":"))}
-
-
-def _coefficients(k: int, tensors: Sequence[PlannedTensor]) -> dict[str, Any] | list[dict[str, Any]] | str:
-    """Those of output k: one set for all tensors, or several, each with its tensors; or why they are not there.
-
-    The header is laid out before any data is read, so only coefficients that need no statistics can be in it.
-    """
-    if any(t.program is not None or t.before for t in tensors):
-        return "left out: they come from the data, or differ by element. The recipe gives them again"
-    sets: dict[Combine, list[str]] = {}
-    for t in tensors:
-        if t.sums:
-            sets.setdefault(t.sums[k], []).append(t.name)
-    weights = [{"weights": c.weights, "base": c.base, "sums_to_one": c.sums_to_one} for c in sets]
-    if len(weights) <= 1:
-        return weights[0] if weights else []
-    named = [{**one, "tensors": names} for one, names in zip(weights, sets.values(), strict=True)]
-    if len(json.dumps(named)) > _MOST_BYTES:
-        return f"left out: {len(sets)} sets of them are too many. The recipe gives them again"
-    return named
+def _stamps(document: Document) -> dict[Path, Stamp | None]:
+    copied = [c for c in (document.aligned.tokenizer or {}).values() if isinstance(c, Path)]
+    return {**{path: stamp_of(path) for path in copied}, **document.files.stamps}
 
 
 def plan_recipe(
-    recipe: Source, max_shard_size: str | int, dtype: object, rounding: object, seed: object, missing: object = None,
-    channels: object = None,
+    recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
+    missing: object = None, channels: object = None, *, one_file: bool = False,
 ) -> Plan:  # fmt: skip
-    """The plan of one recipe, of one or more documents. Arguments and errors as of `merge`."""
+    """The plan of one recipe, of one or more documents. Arguments and errors as of `merge` and make_plan."""
     *above, last = _documents(recipe, dtype, rounding, seed, missing, channels)
-    return make_plan([last], max_shard_size=size_of(max_shard_size), above=above)
+    return make_plan([last], max_shard_size=optional_size(max_shard_size), above=above, one_file=one_file)
 
 
 def plan_documents(
-    recipe: Source, max_shard_size: str | int, dtype: object, rounding: object, seed: object, missing: object = None,
-    channels: object = None,
+    recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
+    missing: object = None, channels: object = None, *, one_file: bool = False,
 ) -> list[Plan]:  # fmt: skip
     """A plan for each document of a recipe, the last for that which is written. Arguments and errors as of `merge`."""
     every = _documents(recipe, dtype, rounding, seed, missing, channels)
-    return [make_plan([one], max_shard_size=size_of(max_shard_size), above=every[:i]) for i, one in enumerate(every)]
+    size = optional_size(max_shard_size)
+    return [
+        make_plan([one], max_shard_size=size, above=every[:i], one_file=one_file and one is every[-1])
+        for i, one in enumerate(every)
+    ]
 
 
 def _documents(

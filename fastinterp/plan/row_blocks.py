@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 
 from msgspec.structs import replace
 
@@ -132,13 +133,18 @@ def _fuse(name: str, parts: Sequence[str], reference: Tensors, tensors: Tensors)
     first = sources[0]
     if first is None or any(source is None for source in sources):
         return None
-    codes = array("q")
-    for number, part in enumerate(parts):
-        start = pack(number, 0)
-        codes.extend(range(start, start + tensors[part].shape[0]))
-    nbytes = (first.dtype.nbytes(1) or 0) * len(codes) * shape[-1]
-    rows = RowMap(codes, frozenset(range(len(parts))))
+    rows = _stacked(tuple(tensors[part].shape[0] for part in parts))
+    nbytes = (first.dtype.nbytes(1) or 0) * len(rows.codes) * shape[-1]
     return GatheredInput(name, first.dtype, shape, nbytes, 0, rows, (), sources)
+
+
+@cache  # layers have the same
+def _stacked(counts: tuple[int, ...]) -> RowMap:
+    """Rows of parts, so many of each, one part after the other."""
+    codes = array("q")
+    for number, count in enumerate(counts):
+        codes.extend(range(pack(number, 0), pack(number, 0) + count))
+    return RowMap(codes, frozenset(range(len(counts))))
 
 
 def _split(name: str, parts: Sequence[str], tensors: Tensors, reference: Tensors) -> dict[str, TensorInput]:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 import msgspec
 from msgspec.structs import replace
 
+from fastinterp.checkpoint.origin_files import OriginFiles, origin_files
 from fastinterp.errors import CheckpointError
-from fastinterp.plan.compatibility import compatibility_warnings
+from fastinterp.plan.compatibility import compatibility_warnings, component_warnings, template_warnings
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
+from fastinterp.plan.quantised import about_configuration, refuse_differing, refuse_quantised
 from fastinterp.plan.tensor_sets import with_names_of
-from fastinterp.plan.tensors import dtype_remarks, dtype_warnings, plan_tensors, sidecar_refs
+from fastinterp.plan.tensors import complex_remarks, dtype_remarks, dtype_warnings, plan_tensors, sidecar_refs
 from fastinterp.plan.vocabularies import AlignedModels, align_models
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef, not_there
@@ -27,6 +29,7 @@ class Document(msgspec.Struct, frozen=True):
     tensors   their inputs' checkpoints are indices into `checkpoints`
     sidecars  by the names that the recipe has
     remarks   what was left out, or made to fit, for people: see Plan
+    files     what becomes of the files in the origin's folder
     """
 
     aligned: AlignedModels
@@ -35,6 +38,7 @@ class Document(msgspec.Struct, frozen=True):
     sidecars: dict[ModelRef, Model]
     warnings: tuple[str, ...]
     remarks: tuple[str, ...]
+    files: OriginFiles
 
     @property
     def checkpoints(self) -> tuple[Model, ...]:
@@ -68,6 +72,10 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     first = recipes[0]
     models = [find_named(first, find, model) for model in first.models]
     origin = find_named(first, find, first.origin)
+    refuse_quantised(first, models)
+    files = origin_files(
+        origin.root, origin.source, origin.left_out
+    )  # before any of them is read: changes are noticed from here on
     aligned = align_models(first, models, origin)
     known = [c.tensors for c in aligned.models]
     assemblies = [
@@ -81,6 +89,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         layer_warnings, changed = about_layers(aligned.counts, origin, aligned.models)
         aligned = replace(aligned, remarks=(*aligned.remarks, *changed))
     targets = [assembly.targets for assembly in assemblies]
+    refuse_differing(targets[0], aligned.models)
     base = aligned.models[first.base_index]
     sidecars = {
         model: with_names_of(base, find_named(first, find, model)) for model in sidecar_refs(targets[0], first.method)
@@ -91,6 +100,12 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         *aligned.warnings,
         *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
     ]
+    remark, warning = about_configuration(origin, tensors)
+    aligned = replace(aligned, numbers=bool(remark))
+    warnings += [warning] if warning else []
+    if aligned.template is None and aligned.vocabulary is None:
+        warnings += template_warnings(aligned.models, origin)
+    warnings += component_warnings(aligned.models, origin)
     warnings += layer_warnings
     warnings += dtype_warnings(first, targets[0], origin)
     if first.filters:
@@ -101,4 +116,5 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     remarks = [remark for model in opened if model.checkpoint is not None for remark in model.checkpoint.remarks]
     remarks += [*aligned.remarks, *assemblies[0].remarks]
     remarks += dtype_remarks(first, targets[0], aligned.models)
-    return Document(aligned, origin, tensors, sidecars, tuple(warnings), tuple(dict.fromkeys(remarks)))
+    remarks += [*([remark] if remark else []), *complex_remarks(first, tensors)]
+    return Document(aligned, origin, tensors, sidecars, tuple(warnings), tuple(dict.fromkeys(remarks)), files)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from fastinterp.messages import counted
+from fastinterp.messages import counted, plain
 from fastinterp.recipe.tensor_groups import HasShape
 
 # Parts of names that modules have which wrap another; they stand anywhere in a name.
@@ -95,7 +95,7 @@ def match_names(own: Mapping[str, HasShape], other: Mapping[str, HasShape]) -> M
         else:
             image = _follow(key, [rule for rule, _ in rules], modules)
             names[name] = name if image is None or image in taken or image in theirs else image
-    return Match(names, tuple(how)) if how and len(set(names.values())) == len(names) else None
+    return Match(names, tuple(map(plain, how))) if how and len(set(names.values())) == len(names) else None
 
 
 def _canonical(names: Iterable[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from fastinterp.checkpoint.same_bytes import same_bytes
 from fastinterp.messages import listed
 from fastinterp.plan.inputs import StoredInput, TensorInput
 from fastinterp.plan.models import Model
-from fastinterp.recipe.tensor_groups import grouped
+from fastinterp.recipe.tensor_groups import HasShape, grouped
 from fastinterp.tokenizer.tied_embeddings import Ties, is_tied, says_tied, ties
 
 Tensors = Mapping[str, TensorInput]
@@ -37,7 +37,7 @@ class AlignedSets(msgspec.Struct, frozen=True):
     """The tensors of models after alignment.
 
     tensors   of each model, by the names of the output
-    copied    names of tensors of which the base's are taken as they are; the other models have none of them
+    copied    names of tensors of which one model's are taken as they are, and which; the others have none of them
     tied      the value that `tie_word_embeddings` of the output must have, if it is not the origin's; else None
     channels  (input channels of the origin's `conv_in`, those of the output's), where they differ; else None
     notes     by model: why a tensor that it lacks was not made from others, for the error about what it lacks
@@ -46,7 +46,7 @@ class AlignedSets(msgspec.Struct, frozen=True):
     """
 
     tensors: tuple[Tensors, ...]
-    copied: tuple[str, ...] = ()
+    copied: Mapping[str, int] = {}
     tied: bool | None = None
     channels: tuple[int, int] | None = None
     notes: Mapping[int, str] = {}
@@ -62,6 +62,7 @@ def align_sets(
     *,
     stacked: bool = False,
     first_channels: bool = False,
+    integers: int | None = None,
 ) -> AlignedSets:
     """Give models the same names for the same tensors, and leave out what each of them can do without.
 
@@ -70,6 +71,7 @@ def align_sets(
     base    index of the one whose names, and whose recomputed buffers, the output has
     origin  index of the one whose config.json is copied
     stacked the output has layers of several models one upon the other, so that no model's buffers fit all of them
+    integers        index of the model whose integer tensors are taken; None: not said
     first_channels  convolutions of fewer input channels count as the widest model's in those that they lack
     Raises: CheckpointError and StorageError, if bytes that have to be compared cannot be read.
     """
@@ -85,7 +87,7 @@ def align_sets(
     remarks += _about_copies(found, before, names)
     if first_channels:
         tensors = _widened(tensors, merged, names, remarks)
-    tensors, copied = _buffers(tensors, merged, None if stacked else base, names, remarks)
+    tensors, copied = _buffers(tensors, merged, None if stacked else base, names, remarks, integers)
     return AlignedSets(
         tuple(tensors),
         copied,
@@ -108,6 +110,20 @@ def with_names_of(reference: Model, model: Model, remarks: list[str] | None = No
     own, its = (NamedTensors(m.name, m.tensors, {}) for m in (model, reference))
     named = named_as(own, its, remarks)
     return model if named is model.tensors else replace(model, tensors=named)
+
+
+def following(model: Model, reference: Mapping[str, HasShape]) -> Model:
+    """A model with the names of the reference, and without the recomputed buffers that are not there."""
+    if model.tensors.keys() == reference.keys():
+        return model
+    from fastinterp.plan.tensor_names import match_names
+
+    match = match_names(model.tensors, reference)
+    names = {name: name for name in model.tensors} if match is None else match.names
+    return replace(model, tensors={
+        names[name]: replace(tensor, name=names[name]) for name, tensor in model.tensors.items()
+        if names[name] in reference or not is_recomputed(name, tensor)
+    })  # fmt: skip
 
 
 def named_as(model: NamedTensors, reference: NamedTensors, remarks: list[str] | None = None) -> Tensors:
@@ -306,30 +322,38 @@ _ATTENTION = frozenset(("attn", "attention", "self_attn", "self_attention"))
 
 
 def _buffers(
-    tensors: Sequence[Tensors], merged: int, base: int | None, names: Sequence[str], remarks: list[str]
-) -> tuple[list[Tensors], tuple[str, ...]]:
-    """(the models' tensors, names of which the base's are copied): recomputed buffers that not all have alike.
+    tensors: Sequence[Tensors], merged: int, base: int | None, names: Sequence[str], remarks: list[str],
+    integers: int | None,
+) -> tuple[list[Tensors], dict[str, int]]:  # fmt: skip
+    """(the models' tensors, recomputed buffers that not all have alike with the model whose are copied).
 
-    base  index of the model whose buffers are taken; None: they are left out
+    base      index of the model whose buffers are taken; None: they are left out
+    integers  index of the one whose integers are; None: the base's
     """
     every: dict[str, None] = {}
     for own in tensors[:merged]:
         every |= dict.fromkeys(name for name, tensor in own.items() if is_recomputed(name, tensor))
     differing = [name for name in every if not _alike(name, tensors[:merged])]
     if not differing:
-        return list(tensors), ()
-    copied = [] if base is None else [name for name in differing if name in tensors[base]]
+        return list(tensors), {}
+    copied: dict[str, int] = {}
+    for name in differing if base is not None else ():
+        whole = any(name in own and not own[name].merges for own in tensors[:merged])
+        homes = [i for i in (integers if whole else None, base) if i is not None and name in tensors[i]]
+        if homes:
+            copied[name] = homes[0]
     left_out = [name for name in differing if name not in copied]
     rest = [name for own in tensors for name in own if name not in every]
-    if copied and base is not None:
-        remarks.append(f"taken from {names[base]}, because software computes them: {grouped(copied, rest)}")
+    for home in sorted(set(copied.values())):
+        some = [name for name, i in copied.items() if i == home]
+        remarks.append(f"taken from {names[home]}, because software computes them: {grouped(some, rest)}")
     if left_out:
         remarks.append(f"left out, because software computes them: {grouped(left_out, rest)}")
     gone = set(differing)
     return [
-        {n: t for n, t in own.items() if n not in gone or (i == base and n in copied)} if gone & own.keys() else own
+        {n: t for n, t in own.items() if n not in gone or copied.get(n) == i} if gone & own.keys() else own
         for i, own in enumerate(tensors)
-    ], tuple(copied)
+    ], copied
 
 
 def _alike(name: str, tensors: Sequence[Tensors]) -> bool:

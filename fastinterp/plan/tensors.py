@@ -8,13 +8,14 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from fastinterp.errors import MethodError, ShapeError, UsageError
+from fastinterp.errors import CheckpointError, MethodError, ShapeError, UsageError
 from fastinterp.messages import counted, listed
 from fastinterp.methods import Method, Sidecar
 from fastinterp.ops.combine import Combine, Tensor, check_coefficients, renumbered
 from fastinterp.ops.dtypes import DType, promoted
 from fastinterp.plan.inputs import ModelInput, PlannedTensor, Program, TensorInput
 from fastinterp.plan.models import Model
+from fastinterp.plan.quantised import agree, quantised_error
 from fastinterp.plan.row_blocks import other_channels
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
@@ -29,20 +30,31 @@ _VOCABULARIES = (
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # what a vocabulary is read from: one of them
 
 
-def must_agree(tensor: PlannedTensor, first: str, other: str) -> ShapeError:
-    """The error of a tensor that is copied, not merged, but differs between the two models of these names."""
+_INTEGERS = "Say whose to take: `integers: MODEL`"  # the command line and Python replace keys by what they have
+
+
+def must_agree(differing: Sequence[tuple[PlannedTensor, int, int]], models: Sequence[Model]) -> CheckpointError:
+    """The error of tensors that are copied, not merged, but differ between models.
+
+    differing  a tensor and two of its checkpoints, of which the second has other bytes than the first
+    models     the checkpoints of the plan
+    """
+    codes = [one for one in differing if one[0].inputs[0].quantised]
+    if codes:
+        return quantised_error(models[i] for i in codes[0][0].checkpoints)
+    tensor, first, other = differing[0]
+    names = [f"{t.name} ({t.dtype})" for t, _, _ in differing]
+    between = f"between {models[first].name} and {models[other].name}"
     if any(stored.factor for stored in tensor.inputs):
+        are = "belongs to an adapter that is built into the models, and differs"
+        are = are if len(names) == 1 else "belong to adapters that are built into the models, and differ"
         return ShapeError(
-            f"{tensor.name} belongs to an adapter that is built into the models, and differs between {first} and "
-            f"{other}: the mean of two products is not the product of the means of their factors. To take the factors "
-            "of one model as they are: `integers: MODEL` in the recipe, --integers MODEL of interpolate",
+            f"{listed(names, _LISTED)} {are} {between}: the mean of two products is not the product of the means of "
+            "their factors. To take the factors of one model as they are: `integers: MODEL`",
             tensor=tensor.name,
         )
-    return ShapeError(
-        f"{tensor.name} ({tensor.dtype}) is not averaged, and differs between {first} and {other}. "
-        "Say whose to take: `integers: MODEL` in the recipe, --integers MODEL of interpolate",
-        tensor=tensor.name,
-    )
+    are = "is not averaged, and differs" if len(names) == 1 else "are not averaged, and differ"
+    return ShapeError(f"{listed(names, _LISTED)} {are} {between}. {_INTEGERS}", tensor=tensor.name)
 
 
 def sidecar_refs(targets: Sequence[Target], method: Method) -> list[ModelRef]:
@@ -122,11 +134,8 @@ class _Planner:
         lead = inputs[0][1]
         if target.verbatim:
             return _unsummed(target.name, lead.dtype, lead, inputs)
-        if not lead.merges:
-            if recipe.integers is not None:
-                chosen = recipe.models.index(recipe.integers)
-                inputs = [(i, tensor) for i, tensor in inputs if i == chosen] or inputs
-            return _unsummed(target.name, lead.dtype, lead, inputs)
+        if not all(tensor.merges for _, tensor in inputs):
+            return self._unmerged(targets, inputs)
         # An output keeps the dtype of the model whose config.json is copied, which need not be merged itself.
         stored = (_dtype_source(target, self._origin) or lead).kept_dtype
         kept = {tensor.kept_dtype for _, tensor in inputs}
@@ -134,12 +143,43 @@ class _Planner:
         dtype = recipe.out_dtype or recipe.dtype or stored
         if target.copies:
             return _summed(target.name, dtype, lead, inputs, [Combine((1.0,))] * len(targets))
-        self._check_count(target)
-        calls = tuple(self._call(k, target, lead) for k, target in enumerate(targets))
+        calls = self._calls(targets, lead)
         sums = [call() for call in calls] if not self._method.generator else []
         if sums and all(isinstance(s, Combine) for s in sums):
             return _summed(target.name, dtype, lead, inputs, sums)
         return self._adaptive(targets, dtype, lead, inputs, calls)
+
+    def _unmerged(self, targets: Sequence[Target], inputs: list[ModelInput]) -> PlannedTensor:
+        """A tensor of which not all inputs are numbers that methods average: it is copied, or a sum of pairs."""
+        target, chosen = targets[0], _chosen(self._recipes[0])
+        quantised = inputs[0][1].quantised
+        if not quantised:
+            inputs = [(i, tensor) for i, tensor in inputs if i == chosen] or inputs
+        lead = inputs[0][1]
+        if len(inputs) == 1:
+            if quantised and not target.copies and any(not _is_copy(call) for call in self._calls(targets, lead)):
+                model = self._models[inputs[0][0]]
+                raise quantised_error([model], f"{self._method.name} would change {target.name}, which holds codes")
+        elif all(tensor.dtype.is_complex for _, tensor in inputs) and not agree([t for _, t in inputs]):
+            return self._complex(targets, inputs)
+        return _unsummed(target.name, lead.dtype, lead, inputs)
+
+    def _complex(self, targets: Sequence[Target], inputs: list[ModelInput]) -> PlannedTensor:
+        """A sum of complex numbers. Raises: ShapeError, if the method does more than sum."""
+        target, lead = targets[0], inputs[0][1]
+        sums = [call() for call in self._calls(targets, lead)] if not self._method.generator else []
+        if sums and all(isinstance(s, Combine) for s in sums):
+            return _summed(target.name, lead.dtype, lead, inputs, sums)
+        first, other = (self._models[inputs[k][0]].name for k in (0, 1))
+        raise ShapeError(
+            f"{target.name} ({lead.dtype}) differs between {first} and {other}, and {self._method.name} does more than "
+            f"weigh: it is not defined for complex numbers. {_INTEGERS}, or use `linear` or `task_arithmetic`",
+            tensor=target.name,
+        )
+
+    def _calls(self, targets: Sequence[Target], lead: TensorInput) -> tuple[Callable[[], Any], ...]:
+        self._check_count(targets[0])
+        return tuple(self._call(k, target, lead) for k, target in enumerate(targets))
 
     def _adaptive(
         self,
@@ -250,7 +290,7 @@ def dtype_remarks(recipe: Recipe, targets: Sequence[Target], models: Sequence[Mo
     for target in targets:
         tensors = [models[i].tensors[name] for i, name in target.inputs]
         kinds = frozenset(tensor.kept_dtype for tensor in tensors)
-        if len(kinds) > 1 and tensors[0].merges:
+        if len(kinds) > 1 and not target.verbatim and all(tensor.merges for tensor in tensors):
             counts[kinds] = counts.get(kinds, 0) + 1
     return [
         f"{counted(count, 'tensor')} of dtypes {', '.join(sorted(map(str, kinds)))}, which differ between the models: "
@@ -258,6 +298,15 @@ def dtype_remarks(recipe: Recipe, targets: Sequence[Target], models: Sequence[Mo
         "Another one: `dtype` in the recipe, --dtype of `fastinterp merge`"
         for kinds, count in counts.items()
     ]
+
+
+def complex_remarks(recipe: Recipe, tensors: Sequence[PlannedTensor]) -> list[str]:
+    """A remark on sums of complex numbers, which keep their dtype."""
+    names = [t.name for t in tensors if t.merged and t.dtype.is_complex]
+    dtype = recipe.out_dtype or recipe.dtype
+    if not names or dtype is None:
+        return []
+    return [f"{counted(len(names), 'tensor')} of complex numbers, {listed(names, _LISTED)}: C64, not {dtype}"]
 
 
 def _unsummed(
@@ -282,6 +331,17 @@ def _summed(
     return PlannedTensor(name, dtype, lead.shape, numbers, tensors, rows, None, len(read), tuple(sums))
 
 
+def _chosen(recipe: Recipe) -> int | None:
+    """The model whose tensors are copied where they do not merge: its index."""
+    return None if recipe.integers is None else recipe.models.index(recipe.integers)
+
+
+def _is_copy(call: Callable[[], Any]) -> bool:
+    """Whether a method leaves its one input as it is."""
+    request = call()
+    return isinstance(request, Combine) and request.row().is_copy
+
+
 def _of_other_shapes(base: str, narrow: bool) -> str:
     """What to do about tensors of different shapes. narrow: they are convolutions with other numbers of channels."""
     remedy = (
@@ -293,8 +353,11 @@ def _of_other_shapes(base: str, narrow: bool) -> str:
 
 
 def _check_fit(recipe: Recipe, targets: Sequence[Target], models: Sequence[Model]) -> None:
-    """Raises: ShapeError, if inputs of a tensor have several shapes, or only some of them can be merged."""
+    """Raises: ShapeError, if inputs of a tensor have several shapes, or only some of them can be merged, and the recipe
+    does not say whose to take.
+    """
     shapes, kinds, only_rows, narrow = [], [], True, False
+    chosen = _chosen(recipe)
     for target in targets:
         (first, name), *others = target.inputs
         lead, a = models[first], models[first].tensors[name]
@@ -304,11 +367,11 @@ def _check_fit(recipe: Recipe, targets: Sequence[Target], models: Sequence[Model
                 shapes.append(f"{other_name} is {list(a.shape)} in {lead.name} but {list(b.shape)} in {models[i].name}")
                 only_rows &= named_as_embedding(name) and a.shape[1:] == b.shape[1:]
                 narrow |= other_channels(a.shape, b.shape)
-            elif a.dtype != b.dtype and not (a.merges and b.merges):
+            elif a.dtype != b.dtype and not (a.merges and b.merges) and chosen not in dict(target.inputs):
                 kinds.append(f"{other_name} is {a.dtype} in {lead.name} but {b.dtype} in {models[i].name}")
     if shapes:
         readable = all(any((m.root / file).is_file() for file in _VOCABULARY_FILES) for m in models)
         remedy = _VOCABULARIES if only_rows and readable else _of_other_shapes(models[recipe.base_index].name, narrow)
         raise ShapeError(f"{listed(shapes, _LISTED)}. {remedy}")
     if kinds:
-        raise ShapeError(f"{listed(kinds, _LISTED)}. Only F64, F32, F16, BF16 and F8 tensors merge; others must agree")
+        raise ShapeError(f"{listed(kinds, _LISTED)}. Only F64, F32, F16, BF16 and F8 tensors merge. {_INTEGERS}")

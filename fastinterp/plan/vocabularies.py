@@ -6,6 +6,7 @@ the small files beside them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from msgspec.structs import replace
 
 from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import listing
+from fastinterp.checkpoint.quantised import HF_QUANT_CONFIG, without_quantisation
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, read_config
 from fastinterp.checkpoint.strict_json import parse_object
@@ -54,9 +56,10 @@ class AlignedModels(msgspec.Struct, frozen=True):
     vocabulary  the folder of the model whose vocabulary the output has, if that is not the origin
     remarks     what was done to make the models fit each other, for people: nothing to worry about
     channels    of the origin's first convolution and of the output's, where they differ
-    copied      names of tensors of which the base's are taken as they are
+    copied      names of tensors of which one model's are taken as they are, and which
     notes       by model: why a tensor that it lacks was not made from others
     counts      stacks of which the output has other layers than its inputs
+    numbers     the origin's configuration says that its weights are quantised, but the output has none that are
     """
 
     models: tuple[Model, ...]
@@ -68,10 +71,11 @@ class AlignedModels(msgspec.Struct, frozen=True):
     source: str | None = None
     warnings: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
-    copied: tuple[str, ...] = ()
+    copied: Mapping[str, int] = {}
     channels: tuple[int, int] | None = None
     notes: Mapping[int, str] = {}
     counts: tuple[LayerCount, ...] = ()
+    numbers: bool = False
 
     def sidecars(self, files: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
         """The output's small files, from those of the origin.
@@ -95,7 +99,19 @@ class AlignedModels(msgspec.Struct, frozen=True):
             from fastinterp.plan.stacks import layered_config
 
             changed[CONFIG] = layered_config(changed[CONFIG], self.counts, self.models)
+        if self.numbers:
+            changed.pop(HF_QUANT_CONFIG, None)
+            if CONFIG in changed:
+                changed[CONFIG] = self._unquantised(changed[CONFIG])
         return changed
+
+    def _unquantised(self, content: bytes | Path) -> bytes | Path:
+        """config.json without what it says of quantised weights."""
+        file = CONFIG if isinstance(content, bytes) else str(content)
+        raw = content if isinstance(content, bytes) else read_regular(file, MAX_HEADER)
+        config = parse_object(raw.lstrip(), "the model configuration", file)
+        new = without_quantisation(config)
+        return content if new == config else (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode()
 
     def _widened(self, content: bytes | Path, before: int, after: int) -> bytes | Path:
         """config.json with the number of input channels that the output has."""
@@ -128,6 +144,7 @@ def align_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> Alig
         [NamedTensors(m.name, m.tensors, config) for m, config in zip(known, configs, strict=True)],
         len(models), recipe.base_index, _index(known, ModelRef.of(origin.name)),
         stacked=any(section.stacked for section in recipe.sections), first_channels=recipe.channels == "first",
+        integers=None if recipe.integers is None or recipe.sections[0].name else recipe.models.index(recipe.integers),
     )  # fmt: skip
     aligned = AlignedModels(
         tuple(_with(m, t) for m, t in zip(models, sets.tensors, strict=False)),

@@ -91,7 +91,7 @@ class Builder:
 
     def _module(self, name: str, part: Unchecked[ModuleItem]) -> tuple[Section, ...]:
         path = part.path
-        if not name.strip("."):
+        if not name.strip("./"):
             raise self.document.error("the name of a module must not be empty", "$.modules", at=path)
         module = self._checked(part)
         if module is None:

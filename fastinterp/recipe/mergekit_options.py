@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Without the dashes -> (key or option here, empty if none is needed; why, or how it differs).
 _OPTIONS = {
-    "allow_crimes": ("", "models whose tensors have other names or shapes take `missing` and `modules`"),
+    "allow_crimes": ("", "`missing` says what becomes of tensors that not all models have"),
     "async_write": ("", "reading, computing and writing always overlap"),
     "clone_tensors": ("", "a layer may be stacked several times"),
     "copy_tokenizer": ("", "the tokenizer is always copied"),

@@ -16,7 +16,8 @@ _ALIASES = {
 
 
 def module_tensors(module: str, names: Collection[str]) -> list[str]:
-    """The names that start with `module.` or `model.module.`; all of them for mergekit's `default`.
+    """The names that start with `module.` or `model.module.`; all of them for mergekit's `default`. The name of a
+    pipeline's component is that of a module, too: `unet` has the names that start with `unet/`.
 
     Where there are none, the three names that mergekit has for parts of vision-language models stand for what these are
     called in checkpoints, the first that is there; a text_decoder has the head, too.
@@ -35,10 +36,11 @@ def no_tensor(module: str | None, names: Collection[str]) -> str:
     """The message about a module that has none of the tensors called `names`; None: the whole model."""
     if module is None:
         return "the models have no tensors"
-    starts = {name.split(".")[0]: None for name in names}
+    starts = {name.split(".")[0].split("/")[0]: None for name in names}
     return f"no tensor's name starts with the module's, `{module}`. They start with {listed(starts, _LISTED)}"
 
 
 def _starting(starts: tuple[str, ...], names: Collection[str]) -> list[str]:
-    prefixes = tuple(f"{lead}{start.rstrip('.')}." for start in starts for lead in ("", "model."))
+    bare = [start.rstrip("./") for start in starts]
+    prefixes = (*(f"{lead}{start}." for start in bare for lead in ("", "model.")), *(f"{start}/" for start in bare))
     return [name for name in names if name.startswith(prefixes)]

@@ -98,15 +98,15 @@ class Assembly:
         collector: ErrorCollector | None = None,
         *,
         tensors: Sequence[Mapping[str, HasShape]] = (),
-        copied: Collection[str] = (),
+        copied: Mapping[str, int] | None = None,
         notes: Mapping[int, str] | None = None,
     ):
         """tensors  of each of Recipe.models, by name; empty: their shapes are not known, and taken as equal
-        copied   names of tensors of which those of Recipe.base_index are copied, as they are
+        copied   names of tensors of which those of one model are copied, as they are, and its index
         notes    by model: why it lacks what it lacks, for messages
         """
         self._recipe, self._names, self._collector = recipe, names, collector or ErrorCollector()
-        self._tensors_of, self._copied, self._notes = tensors, dict.fromkeys(copied), notes or {}
+        self._tensors_of, self._copied, self._notes = tensors, copied or {}, notes or {}
         self._layers: dict[tuple[int, str | None], Layers] = {}
         self.targets: list[Target] = []
         self.counts: list[LayerCount] = []
@@ -151,12 +151,12 @@ class Assembly:
         shared = self._shared(group.sources, names)
         resolver = self._resolver(group)
         of_base = _in(section, self._names[base])
-        for name in dict.fromkeys((*self._tensors(lead, section), *of_base)):
+        for name in dict.fromkeys((*self._tensors(lead, section), *of_base, *_in(section, self._copied))):
             if name in shared:
                 position = layers.position(name)
                 self._add(group, resolver, name, (name,) * len(group.sources), position, position)
-            elif name in self._names[base] and (name in self._copied or self._recipe.missing == "base"):
-                self._copy(base, name, name)
+            elif name in self._copied or (name in self._names[base] and self._recipe.missing == "base"):
+                self._copy(self._copied.get(name, base), name, name)
 
     def _shared(self, sources: Sequence[MergeSource], names: Sequence[Sequence[str]]) -> set[str]:
         """The names that all sources have, in one shape unless `missing` is `error`; the others are noted."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
-from fastinterp.messages import listed
+from fastinterp.messages import listed, plain
 
 _Side = tuple[str, str, Collection[str]]
 
@@ -31,7 +31,7 @@ def grouped(names: Iterable[str], others: Collection[str] = ()) -> str:
         group = next((start for start in _starts(name) if start not in starts), name)
         groups.setdefault(group, []).append(name)
     texts = [_text(keys, members) for keys, members in _by_number(groups)]
-    return listed([text for _, text in sorted(texts, key=lambda pair: -pair[0])], _LISTED)
+    return listed([plain(text) for _, text in sorted(texts, key=lambda pair: -pair[0])], _LISTED)
 
 
 def different_tensors(ours: _Side, theirs: _Side, base: str, notes: Sequence[str] = ()) -> str:

@@ -83,6 +83,21 @@ def template_of(root: Path) -> str | None:
     return None
 
 
+def template_file(root: Path) -> str | None:
+    """The name of the file that has a chat template of the model in the folder `root`, or None.
+
+    Raises: CheckpointError, if a file that may hold one is damaged.
+    """
+    others = root / "additional_chat_templates"
+    for name in (JINJA, CONFIG, PROCESSOR):
+        path = str(root / name)
+        if (root / name).is_file() and (
+            name == JINJA or parse_object(read_regular(path, _LARGEST).lstrip(), f"`{name}`", path).get("chat_template")
+        ):
+            return name
+    return others.name if others.is_dir() else None
+
+
 def most_common(templates: Sequence[str | None]) -> str | None:
     """The template that most models have; of equally common ones the first. None, if no model has one."""
     counts = Counter(t for t in templates if t is not None)

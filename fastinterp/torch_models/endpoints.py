@@ -7,21 +7,24 @@ import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastinterp.checkpoint.open import changed_since
+from fastinterp.checkpoint.open import changed_since, refuse_components
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.execute.sources import Sources, storage
 from fastinterp.in_memory.allocate import torch_dtype
-from fastinterp.in_memory.inputs import StoredTensor
+from fastinterp.in_memory.arrays import stored_dtype
+from fastinterp.in_memory.inputs import ArrayHeader, StoredTensor
 from fastinterp.messages import plain
 from fastinterp.ops.dtypes import DType, parse_dtype
 from fastinterp.plan.compatibility import path_warnings
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.models import Model as StoredModel
 from fastinterp.plan.models import open_model
+from fastinterp.plan.tensor_sets import following
+from fastinterp.recipe.tensor_groups import HasShape
 from fastinterp.torch_models.module_tensors import TensorSpec, Weight, equal_bytes, is_extra_state, tied_error
 
 Model = str | os.PathLike[str] | Mapping[str, Any]  # a checkpoint's path or Hub id, or a state dict
@@ -49,7 +52,16 @@ class Endpoint:
         if not isinstance(model, (str, os.PathLike)):
             raise UsageError(f"{role} must be a checkpoint's path or a state dict, got {type(model).__name__}")
         name = os.fspath(model)
-        return Endpoint(name, open_model(name), {})
+        opened = open_model(name)
+        if opened.checkpoint is not None:
+            refuse_components(opened.checkpoint)
+        return Endpoint(name, opened, {})
+
+    def following(self, reference: Mapping[str, HasShape]) -> Endpoint:
+        """This end point. Tensors of a checkpoint have the names of the reference, where a prefix or the like differs,
+        and buffers that software computes are left out where the reference lacks them.
+        """
+        return self if self.checkpoint is None else replace(self, checkpoint=following(self.checkpoint, reference))
 
     def specs(self) -> dict[str, TensorSpec]:
         """Dtype and shape of each tensor, extra state left out. Raises: UsageError, if one is no torch tensor."""
@@ -64,6 +76,12 @@ class Endpoint:
             dtype = parse_dtype(str(x.dtype)) or DType(str(x.dtype).removeprefix("torch."), 8)
             specs[name] = dtype, tuple(x.shape)
         return specs
+
+    def headers(self) -> dict[str, ArrayHeader]:
+        """Dtype and shape of those tensors of a state dict whose dtype files have."""
+        tensors = {n: x for n, x in self.state.items() if hasattr(x, "dtype") and hasattr(x, "shape")}
+        known = ((name, x, stored_dtype(x)) for name, x in tensors.items())
+        return {name: ArrayHeader(dtype, tuple(x.shape)) for name, x, dtype in known if dtype is not None}
 
     def changed_files(self) -> list[Path]:
         """The files that were changed, replaced or removed since their headers were read."""
@@ -99,6 +117,11 @@ class Endpoints:
         if model.checkpoint is None:
             return {name: x for name, x in model.state.items() if self._wanted(name)}
         return {name: self._stored(tensor) for name, tensor in model.checkpoint.tensors.items() if self._wanted(name)}
+
+    def read(self, model: Endpoint) -> dict[str, Any]:
+        """The tensors of one end point by name, as torch tensors in memory. Raises: StorageError, CheckpointError."""
+        tensors = self.tensors(model).items()
+        return {name: self._whole(x) if isinstance(x, StoredTensor) else x for name, x in tensors}
 
     def _stored(self, tensor: TensorInput) -> Any:
         plain = tensor.plain
@@ -156,7 +179,7 @@ class Endpoints:
 
 
 def warn_unlike(models: Sequence[Endpoint], stacklevel: int) -> None:
-    """Warn where tokenizers of the checkpoints differ from the first's, or weights are quantised, as a merge would.
+    """Warn where tokenizers of the checkpoints differ from the first's, as a merge would.
 
     stacklevel  1: the caller's line is named
     """

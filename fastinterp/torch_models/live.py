@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import current_queue
+from fastinterp.checkpoint.quantised import quantised_tensors
 from fastinterp.errors import BackendError, CheckpointError, UsageError
 from fastinterp.execute.jobs.tensor_io import TensorIO
 from fastinterp.messages import suggestion
 from fastinterp.ops.combine import LARGEST, Combine, Row
 from fastinterp.ops.steps import Stored
+from fastinterp.plan.quantised import quantised_arrays, quantised_error
+from fastinterp.torch_models.copied_tensors import CopiedTensors
 from fastinterp.torch_models.endpoint_operands import EndpointOperands
 from fastinterp.torch_models.endpoints import Endpoint, Model, warn_unlike
 from fastinterp.torch_models.exclusive import ExclusiveTensors
 from fastinterp.torch_models.memory_block import MemoryBlock
 from fastinterp.torch_models.module_tensors import (
+    WHOSE,
     Mismatches,
     Weight,
     device_of_all,
@@ -52,14 +56,16 @@ class Live:
     directions  name -> checkpoint or state dict: out = base + sum of alpha * (model - base)
     a, b        instead of directions, the ends of a line: out = a + alpha * (b - a)
     layers      only tensors whose names match this pattern, or one of several, as `model.layers.1?.*`; None: all
+    integers    whose tensors the module gets where some are not floating: "a", "b", "base" or a direction's name. None:
+                integer and boolean buffers stay as they are
     resident    hold the end points in memory: that of the module's device, or of the host where there is no room, with
                 a warning. False: read them from their files at every `set`, through the page cache
     hooks       let every forward pass of the module be a step, as `with live.step():` does
     threads     None: one per CPU, at most 32. The result does not depend on it
 
     Every `set` starts from the end points, never from what the module holds: its result is what `interpolate` or
-    `task_arithmetic` would write in the module's dtypes. Tied weights are written once; integer and boolean buffers
-    stay as they are. `set` waits for steps that run, in any thread, and steps wait for it.
+    `task_arithmetic` would write in the module's dtypes. Tied weights are written once. `set` waits
+    for steps that run, in any thread, and steps wait for it.
     At the end of the `with`, or after `close`, the module has its own weights again, bit for bit: a copy is kept.
     A tensor is set by one open Live at a time; a second is refused.
     Extra state (get_extra_state) is left alone. Python's warnings say where tokenizers of checkpoints differ.
@@ -81,6 +87,7 @@ class Live:
         a: Model | None = None,
         b: Model | None = None,
         layers: str | Sequence[str] | None = None,
+        integers: str | None = None,
         resident: bool = True,
         hooks: bool = True,
         threads: int | None = None,
@@ -88,15 +95,23 @@ class Live:
         roles = _roles(base, directions, a, b)
         self._line = directions is None
         self._names = (_LINE,) if self._line else tuple(directions or ())
-        self._weights = floating(weights_of(module, layers))
+        every = weights_of(module, layers)
+        self._weights = floating(every)
         self._device = device_of_all(self._weights)
         self._lock, self._order = StepLock(), None if self._device is None else StreamOrder(self._device)
         self._alphas: dict[str, float] | None = None
         self._watch = TensorWatch(module, self._weights)  # the tensors may be given other memory
         with ExitStack() as stack:
             stack.callback(ExclusiveTensors(self._weights).release)
-            models = [Endpoint.of(model, role) for role, model in roles.items()]
-            _check_fit(models, self._weights, layers)
+            own = {name: weight for weight in weights_of(module, None) for name in weight.names}
+            ends = {role: Endpoint.of(model, role).following(own) for role, model in roles.items()}
+            models = list(ends.values())
+            _refuse_quantised(models, every)
+            if integers is not None:
+                copied = CopiedTensors(every, models, _chosen(ends, integers))
+                self._weights = [w for w in self._weights if not copied.names & set(w.names)]
+                stack.callback(copied.restore)
+            _check_fit(models, self._weights, layers, frozenset() if integers is None else copied.names)
             warn_unlike(models, stacklevel=2)
             self._operands = EndpointOperands(
                 models, self._weights, resident=resident, threads=cpu_threads(threads), isa=cpu_isa(), stack=stack,
@@ -293,12 +308,37 @@ def _finite(name: str, number: Any) -> float:
     return value
 
 
-def _check_fit(models: Sequence[Endpoint], weights: Sequence[Weight], layers: str | Sequence[str] | None) -> None:
-    """Raises: ShapeError, with everything that does not fit the module. Tensors that `layers` leaves out may differ."""
+def _chosen(ends: Mapping[str, Endpoint], integers: str) -> Endpoint:
+    """The end point called `integers`. Raises: UsageError."""
+    by_name = {role.removeprefix("direction "): end for role, end in ends.items()}
+    if integers not in by_name:
+        raise UsageError(f"`integers` must be one of {', '.join(by_name)}, got {integers!r}"[:200])
+    return by_name[integers]
+
+
+def _refuse_quantised(models: Sequence[Endpoint], weights: Sequence[Weight]) -> None:
+    """Raises: CheckpointError, if a tensor of the module holds codes or scales of quantised weights in an end point."""
     names = {name for w in weights for name in w.names}
-    mismatches = Mismatches()
+    for model in models:
+        if model.checkpoint is not None:
+            if any(t.quantised for name, t in model.checkpoint.tensors.items() if name in names):
+                raise quantised_error([model.checkpoint])
+        elif found := [q for q in quantised_tensors(model.headers()) if q.codes in names]:
+            raise quantised_arrays([(model.label, found)])
+
+
+def _check_fit(
+    models: Sequence[Endpoint], weights: Sequence[Weight], layers: str | Sequence[str] | None, copied: Collection[str]
+) -> None:
+    """Raises: ShapeError, with everything that does not fit the module. Tensors that `layers` leaves out may differ.
+
+    copied  names of tensors that are not looked at
+    """
+    names = {name for w in weights for name in w.names}
+    mismatches = Mismatches(remedy=WHOSE)
     for model in models:
         specs = {n: spec for n, spec in model.specs().items() if spec[0].merges or n in names}
+        specs = {n: spec for n, spec in specs.items() if n not in copied}
         if layers is not None:
             specs = {n: spec for n, spec in specs.items() if n in names or matches([n], layers)}
         mismatches.check(weights, model.label, specs)

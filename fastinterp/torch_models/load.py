@@ -11,6 +11,7 @@ from msgspec import structs
 
 from fastinterp.arguments import path_of, size_of
 from fastinterp.checkpoint.names import INDEX, WEIGHTS
+from fastinterp.checkpoint.open import refuse_components
 from fastinterp.errors import BackendError, UsageError
 from fastinterp.execute.to_memory import fill, filling
 from fastinterp.in_memory.allocate import Framework, maker, torch_dtype
@@ -29,7 +30,6 @@ from fastinterp.torch_models.module_tensors import (
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Point
 Places = dict[str, tuple[int, int]]  # tensor name -> address, bytes
-_SHARD = 5 * 10**9  # no file is written
 
 
 def load(
@@ -144,8 +144,11 @@ def _check_module(module: Any, recipe: Any) -> None:
 
 
 def planned(recipe: Source, dtype: str | None, rounding: str | None, seed: int | None) -> Plan:
-    """The plan of one model in memory."""
-    return plan_recipe(_recipe(recipe), _SHARD, dtype, rounding, seed)
+    """The plan of one model in memory. Raises: CheckpointError, if it has several components; what plan_recipe does."""
+    plan = plan_recipe(_recipe(recipe), None, dtype, rounding, seed)
+    if plan.origin.source is not None:
+        refuse_components(plan.origin.source)
+    return plan
 
 
 def _recipe(source: Source) -> str | Mapping[str, Any] | Sequence[Mapping[str, Any]]:

@@ -14,6 +14,7 @@ from fastinterp.ops.dtypes import DType, parse_dtype
 
 TensorSpec = tuple[DType, tuple[int, ...]]  # dtype, shape
 _SHOWN = 50  # mismatches that a message lists before it only counts the others
+WHOSE = ". Say whose to take: `integers=`"  # the remedy of paths
 _NAMED = 3  # the same of tensors named in a line
 # Tensors of these dtypes keep their values while floating ones are set.
 _UNCHANGED = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
@@ -172,10 +173,15 @@ def _example(weights: Sequence[Weight]) -> str:
 
 
 class Mismatches:
-    """Collects the differences between a module and models that do not fit it, to be raised as one error."""
+    """Collects the differences between a module and models that do not fit it, to be raised as one error.
 
-    def __init__(self) -> None:
+    mixed   a tensor may be floating in one and not in another
+    remedy  what to do where that is so, for the message
+    """
+
+    def __init__(self, *, mixed: bool = False, remedy: str = "") -> None:
         self._messages: list[str] = []
+        self._mixed, self._remedy = mixed, remedy
 
     def add(self, message: str) -> None:
         self._messages.append(message)
@@ -203,8 +209,8 @@ class Mismatches:
     def _compare(self, weight: Weight, name: str, model: str, dtype: DType, shape: tuple[int, ...]) -> None:
         if weight.shape != shape:
             self.add(f"{name} is {list(weight.shape)} in the module but {list(shape)} in {model}")
-        if bool(weight.dtype) != dtype.merges:
-            self.add(f"{name} is {_dtype_name(weight)} in the module but {dtype} in {model}")
+        if bool(weight.dtype) != dtype.merges and not self._mixed:
+            self.add(f"{name} is {_dtype_name(weight)} in the module but {dtype} in {model}{self._remedy}")
 
     def refuse(self) -> None:
         """Raises: ShapeError, if there are any, with a line for each."""

@@ -10,24 +10,25 @@ from typing import Any
 from fastinterp.errors import UsageError
 from fastinterp.in_memory.inputs import StoredTensor
 from fastinterp.torch_models.endpoints import Endpoint, Endpoints
-from fastinterp.torch_models.module_tensors import Mismatches, identity_of, tensors_of, weights_of
+from fastinterp.torch_models.module_tensors import WHOSE, Mismatches, identity_of, tensors_of, weights_of
 
 
 class ModuleWeights:
     """A context manager: inside it `write` puts weights into the module, and its end restores what was there.
 
     models  the end points that the weights are computed from
+    mixed   a tensor may be floating in one and not in another
 
     Tied tensors are one, under the first of their names. The module may be on any device.
     Raises: UsageError, if it is no torch module; ShapeError, with everything that does not fit.
     """
 
-    def __init__(self, module: Any, models: Sequence[Endpoint]):
+    def __init__(self, module: Any, models: Sequence[Endpoint], *, mixed: bool = False):
         self._module, self._models = module, models
         self._weights = weights_of(module, None)
         self._saved: dict[str, Any] = {}
         self._copies: dict[object, Any] = {}  # of end points' tensors in the module's own memory, by identity
-        mismatches = Mismatches()
+        mismatches = Mismatches(mixed=mixed, remedy=WHOSE)
         for model in models:
             mismatches.check(self._weights, model.label, model.specs())
         mismatches.refuse()

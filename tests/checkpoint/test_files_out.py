@@ -13,7 +13,8 @@ from safetensors import safe_open
 from fastinterp.checkpoint.layout import ALIGN, make_layout, parse_size
 from fastinterp.checkpoint.model_card import model_card
 from fastinterp.checkpoint.open import open_checkpoint
-from fastinterp.checkpoint.sidecar_files import copy_sidecars, is_sidecar, needs_code, with_dtype
+from fastinterp.checkpoint.origin_files import origin_files
+from fastinterp.checkpoint.sidecar_files import is_sidecar, read_config, with_dtype
 from fastinterp.errors import CheckpointError, OutputError, UsageError
 from fastinterp.ops.dtypes import BF16, DTYPES, F8_E4M3, F16, F32, F64
 
@@ -67,8 +68,8 @@ def write_layout(folder: Path, layout, fill) -> None:
         for name, place in file.places.items():
             content[place : place + sizes[name]] = fill(name, sizes[name])
         (folder / file.name).write_bytes(content)
-    if layout.index is not None:
-        (folder / layout.index_name).write_bytes(layout.index)
+    for name, content in layout.indexes.items():
+        (folder / name).write_bytes(content)
 
 
 def pattern(name: str, nbytes: int) -> bytes:
@@ -79,7 +80,7 @@ def test_layout_of_one_file(tmp_path):
     """Page-aligned data, each tensor aligned to its width, and read back with its bytes by safetensors and by us."""
     layout = make_layout(ODD, {"format": "pt", "k": "ü"}, 5 * GB)
     (file,) = layout.files
-    assert file.name == "model.safetensors" and layout.index is None
+    assert file.name == "model.safetensors" and not layout.indexes
     assert len(file.header) % ALIGN == 0 and layout.disk_bytes == file.size == len(file.header) + layout.total_size
     assert all(file.places[n] % max(1, d.bits // 8) == 0 for n, d, _ in ODD)
     write_layout(tmp_path / "m", layout, pattern)
@@ -106,8 +107,8 @@ def test_layout_in_shards(tmp_path):
     names = [list(f.places) for f in layout.files]
     assert names == [["w.bf16"], ["u.odd", "f8"], ["i", "w.f32", "empty"], ["f64", "four"], ["ünï\n", "f16"]]
     assert layout.files[0].name == "model-00001-of-00005.safetensors"
-    assert layout.index_name == "model.safetensors.index.json"
-    assert json.loads(layout.index or b"")["metadata"] == {"total_size": layout.total_size}
+    assert list(layout.indexes) == ["model.safetensors.index.json"]
+    assert json.loads(layout.indexes["model.safetensors.index.json"])["metadata"] == {"total_size": layout.total_size}
     write_layout(tmp_path / "m", layout, pattern)
     found = open_checkpoint(str(tmp_path / "m"))
     assert found.index and found.nbytes == layout.total_size and len(found.files) == 5
@@ -132,9 +133,10 @@ def test_shards_are_those_of_transformers(limit):
     assert ours == split.tensor_to_filename
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        assert layout.index == (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        assert layout.indexes == {"model.safetensors.index.json": text.encode()}
     else:
-        assert layout.index is None
+        assert not layout.indexes
 
 
 def test_layout_refuses():
@@ -156,10 +158,11 @@ def test_which_files_are_sidecars():
     yes = """config.json generation_config.json tokenizer.json tokenizer_config.json tokenizer.model vocab.json
         vocab.txt merges.txt special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json
         preprocessor_config.json processor_config.json video_preprocessor_config.json qwen.tiktoken spiece.model
-        sentencepiece.bpe.model tekken.json source.spm""".split()
+        sentencepiece.bpe.model tekken.json source.spm modules.json model_index.json hf_quant_config.json
+        sentence_bert_config.json config_sentence_transformers.json image_processor_config.json""".split()
     no = """model.safetensors model.safetensors.index.json pytorch_model.bin vocab.bin vocab.py chat_template.py
         modeling_x.py optimizer.pt trainer_state.json training_args.bin scheduler.pt README.md adapter_config.json
-        rng_state.pth x.gguf tokenizer.pkl config.json.bak .config.json""".split()
+        rng_state.pth x.gguf tokenizer.pkl config.json.bak .config.json tokenizer/vocab.json""".split()
     assert [n for n in yes + no if is_sidecar(n)] == yes
 
 
@@ -184,23 +187,24 @@ CONFIG = """{
 """
 
 
-def test_copy_sidecars(source):
+def test_contents_of_the_origins_files(source):
     """Paths as they are; with a dtype config.json is new content; folders, code and state stay behind."""
     paths = {n: source.root / n for n in ("config.json", "tokenizer.json")}
-    assert copy_sidecars(source.root) == paths
-    changed = copy_sidecars(source.root, F16)
-    assert changed == {**paths, "config.json": with_dtype(CONFIG.encode(), F16)}
+    files = origin_files(source.root, source)
+    assert files.contents() == files.copied == paths
+    assert files.contents(F16) == {**paths, "config.json": with_dtype(CONFIG.encode(), F16)}
     (source.root / "config.json").write_text("{")
-    assert copy_sidecars(source.root) == paths
+    assert files.contents() == paths
     with pytest.raises(CheckpointError, match=r"config\.json: the model configuration is not JSON"):
-        copy_sidecars(source.root, F16)
+        files.contents(F16)
 
 
 def test_config_that_is_too_large(source):
     """Gigabytes are not read, by no one who looks into it."""
     with open(source.root / "config.json", "r+b") as stream:
         stream.truncate(5 * 10**9)
-    for look in (lambda: copy_sidecars(source.root, F16), lambda: needs_code(source.root)):
+    files = origin_files(source.root, source)
+    for look in (lambda: files.contents(F16), lambda: read_config(source.root)):
         with pytest.raises(
             CheckpointError, match=r"config\.json: the file has 5000000000 bytes, more than the allowed"
         ):

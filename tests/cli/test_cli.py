@@ -227,7 +227,7 @@ def test_interpolate_takes_the_integers_of_the_model_that_is_named(models):
         save(models / name, {"w": np.full(4, value, np.float32), "steps": np.array([value])})
     args = ["interpolate", "x", "y", "--alpha", "0.5", "--alpha", "1", "-o", "p"]
     said = run(*args, code=3)
-    assert "steps (I64)" in said and "differs between x and y" in said and "--integers MODEL of interpolate" in said
+    assert "steps (I64)" in said and "differs between x and y" in said and "`--integers MODEL`" in said
     run(*args, "--integers", "./y/")
     for folder in ("alpha_0.5", "alpha_1"):
         assert np.frombuffer(load(models / "p" / folder / "model.safetensors")["steps"][2], np.int64).tolist() == [2]
@@ -239,7 +239,7 @@ def test_explain_agrees_with_the_merge(models):
     report = json.loads(run("merge", "recipe.yml", "out", "--json", "--max-shard-size", "100"))
     sizes = {p.name: p.stat().st_size for p in (models / "out").glob("*.safetensors")}
     assert sizes == {f["name"]: f["bytes"] for f in found["files"]}
-    written = {*sizes, found["index"], *found["sidecars"]}
+    written = {*sizes, *found["indexes"], *found["sidecars"]}
     assert written == {p.name for p in (models / "out").iterdir()}
     assert report["bytes_read"] == found["bytes_read"]
     assert [i for i, m in enumerate(found["models"]) if m["bytes_read"]] == [0, 1]
@@ -299,9 +299,17 @@ def test_inspect_shows_the_receipt_with_the_recipe(models):
 
 def test_names_from_files_do_not_reach_the_terminal_raw(models):
     save(models / "evil", {"w\x1b[2J.0.x": bf16([1.0])}, {"k\x1b]0;": "v\n\x1b[31m", "fastinterp": "[" * 2000})
-    for args in (["inspect", "evil"], ["inspect", "--all", "evil"], ["diff", "evil", "evil"]):
+    save(models / "same", {"w\x1b[2J.1.x": bf16([1.0]), "y": bf16([1.0])})
+    save(models / "other", {"y": bf16([1.0])})
+    for args in (
+        ["inspect", "evil"],
+        ["inspect", "--all", "evil"],
+        ["diff", "evil", "evil"],
+        ["diff", "same", "other"],
+    ):
         assert "\x1b" not in run(*args)
-    assert "\x1b" not in run("diff", "evil", "a", code=3)
+    for args in (["diff", "evil", "a"], ["interpolate", "same", "other", "--alpha", "0.5", "-o", "o"]):
+        assert "\x1b" not in run(*args, code=3)
 
 
 def test_explain_takes_what_merge_takes(models):

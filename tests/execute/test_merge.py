@@ -369,7 +369,7 @@ def test_integers_that_differ(tmp_path, name):
     dtype = models[0][name].dtype
     assert str(caught.value) == (
         f"{name} ({dtype}) is not averaged, and differs between {paths[0]} and {paths[2]}. "
-        "Say whose to take: `integers: MODEL` in the recipe, --integers MODEL of interpolate"
+        "Say whose to take: `integers: MODEL`"
     )
     assert caught.value.tensor == name
     assert not (tmp_path / "out").exists()

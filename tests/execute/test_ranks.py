@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from fastinterp.checkpoint.shared_output_folder import reserved, shared_file, st
 from fastinterp.errors import BackendError
 from fastinterp.execute.distributed.peers import Rank, first_host, started
 from tests.support.models import layers, save
+from tests.support.written import tree
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = str(ROOT / "tests" / "support" / "rank_program.py")
@@ -100,9 +102,35 @@ def test_torchrun_makes_the_bytes_of_one_process(models, tmp_path, count, recipe
 
 
 @pytest.mark.slow
-def test_the_report_is_that_of_one_process(models, tmp_path):
-    import json
+def test_two_ranks_write_a_pipeline_and_one_file(models, tmp_path):
+    """Files in folders of components; and one file, which only one rank can write: it says so."""
+    for name in "ab":
+        for part in ("unet", "vae"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / part).symlink_to(models / name)
+        index = {"unet": ["diffusers", "U"], "vae": ["diffusers", "V"]}
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "linear.yml").write_text((models / "linear.yml").read_text())
+    for out in ("pipeline", "one.safetensors"):
+        where, shards = (tmp_path, SHARDS) if out == "pipeline" else (models, ())
+        alone = subprocess.run(
+            [sys.executable, "-m", "fastinterp", "merge", "linear.yml", str(tmp_path / f"alone-{out}"), *shards],
+            cwd=where, env={**CLEAN, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        done = torchrun(2, ["merge", "linear.yml", str(tmp_path / out), *shards], where)
+        assert done.returncode == 0 and not alone.stderr, done.stderr
+        whole, shared = (tmp_path / f"{first}{out}" for first in ("alone-", ""))
+        if out == "pipeline":
+            assert len(tree(shared)) > 10 and tree(shared) == tree(whole)
+            assert "had no work" not in done.stdout
+        else:
+            assert shared.read_bytes() == whole.read_bytes()
+            assert "only 1 output file for 2 ranks: each file is written by one rank" in done.stdout
+    assert not list(tmp_path.rglob(".*"))
 
+
+@pytest.mark.slow
+def test_the_report_is_that_of_one_process(models, tmp_path):
     done = torchrun(2, ["merge", "ties.yml", str(tmp_path / "out"), "--json", *SHARDS], models)
     found, alone = json.loads(done.stdout), json.loads((models / "ties.json").read_text())
     for own in ("output", "wall_s", "gb_per_s", "device", "threads"):

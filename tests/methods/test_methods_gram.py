@@ -67,6 +67,19 @@ def test_slerp(shape, t):
     close(run("slerp", [b], base=a, parameters={"t": t}), great_circle(t, a, b))
 
 
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.93])
+@pytest.mark.parametrize("factor", [0.01, 1.0, 30.0])
+def test_slerp_lengths(factor, t):
+    """The direction of the circle between unit vectors, and the length between the lengths; a zero vector has none."""
+    a, b = models(2, (4, 5))
+    b = b * factor
+    length = (1 - t) * np.linalg.norm(a) + t * np.linalg.norm(b)
+    want = length * great_circle(t, a / np.linalg.norm(a), b / np.linalg.norm(b))
+    close(run("slerp_lengths", [b], base=a, parameters={"t": t}), want)
+    close(run("slerp_lengths", [0 * a], base=a, parameters={"t": t}), (1 - t) * a)
+    close(run("slerp_lengths", [a * 2], base=a, parameters={"t": t}), (1 + t) * a)
+
+
 def test_slerp_of_close_models_is_a_straight_line():
     """Above cos 0.9995: exactly the weights 1 - t and t. Just below it, the circle."""
     a, b = models(2, spread=0.01)
@@ -198,6 +211,8 @@ def test_end_points_are_copies_and_read_nothing_else():
     for name, n, parameters, row in (
         ("slerp", 2, {"t": 0.0}, Row(0)),
         ("slerp", 2, {"t": 1.0}, Row(1)),
+        ("slerp_lengths", 2, {"t": 0.0}, Row(0)),
+        ("slerp_lengths", 2, {"t": 1.0}, Row(1)),
         ("nuslerp", 2, {"weight": (0.3, 0.0)}, Row(0)),
         ("nuslerp", 2, {"weight": (0.0, 0.3)}, Row(1)),
         ("nuslerp", 3, {"weight": (0.3, 0.0)}, Row(1)),

@@ -175,6 +175,6 @@ def test_diff_of_equal_models_draws_that_nothing_changed(tmp_path):
 
 
 def test_nothing_in_common_is_refused(tmp_path):
-    a, b = save(tmp_path / "a", {"x": bf16([1.0])}), save(tmp_path / "b", {"y": bf16([1.0])})
+    a, b = save(tmp_path / "a", {"x": bf16([1.0])}), save(tmp_path / "b", {"x": bf16([1.0, 2.0])})
     with pytest.raises(UsageError, match="there is no change to draw"):
         plot.plot_difference(compare(a, b), tmp_path / "x.svg", "none")

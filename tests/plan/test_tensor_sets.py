@@ -236,6 +236,12 @@ def test_position_ids_of_other_dtypes(tmp_path):
     for first, second in ((a, b), (b, a)):
         made, _ = merged(tmp_path, average(first, second))
         assert made[name].raw.tobytes() == read(first)[name].raw.tobytes()
+        made, report = merged(tmp_path, average(first, second, integers=str(second)))
+        assert (
+            made[name].raw.tobytes() == read(second)[name].raw.tobytes()
+            and made[name].dtype == read(second)[name].dtype
+        )
+        assert report.remarks == (f"taken from {second}, because software computes them: {name}",)
 
 
 # --- channels --------------------------------------------------------------------------------------------------------

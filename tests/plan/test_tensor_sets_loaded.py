@@ -342,5 +342,27 @@ def test_experts_in_one_tensor_and_one_by_one(tmp_path):
     for first, second in ((a, b), (b, a)):
         out, report = averaged(tmp_path, first, second)
         assert any("as " + str(first) + " stores them" in remark for remark in report.remarks)
+        asked = {"merge_method": "linear", "models": [{"model": str(m)} for m in (first, second)]}
+        assert fastinterp.check(asked | {"parameters": {"weight": 1}}).errors == ()
         assert load_file(out / "model.safetensors").keys() == load_file(first / "model.safetensors").keys()
         assert_average(kind, a, plain, out)
+
+
+def test_live_and_paths_follow_names(tmp_path):
+    """Checkpoints with a prefix, and with buffers that the module does not store."""
+
+    def wrapped(tensors: Tensors) -> Tensors:
+        buffer = {"module.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+        return prefixed("module.")(tensors) | buffer
+
+    a, b = saved(tmp_path / "a", llama(), 1), saved(tmp_path / "b", llama(), 2, wrapped)
+    x, y = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    module = llama()
+    with fastinterp.Live(module, a=a, b=b) as live:
+        live.set(0.25)
+        for name, tensor in module.state_dict().items():
+            torch.testing.assert_close(tensor, 0.75 * x[name] + 0.25 * y[f"module.{name}"], atol=1e-6, rtol=0)
+    point = fastinterp.path(a, b).weights(0.25)
+    assert point.keys() == x.keys()
+    for name, tensor in point.items():
+        torch.testing.assert_close(tensor, 0.75 * x[name] + 0.25 * y[f"module.{name}"], atol=1e-6, rtol=0)

@@ -133,7 +133,7 @@ def test_documents_in_any_order(order, named):
         ),
         (
             CHAIN.replace("{model: b}", "{model: second}"),
-            "'second' is the name of a document (line 7) that builds on this one - at $.models[1].model (merge.yml:4)",
+            "'first' is the name of a document (line 1) that builds on this one - at $.base_model (merge.yml:9)",
         ),
         (
             CHAIN.replace("base_model: second", "base_model: x"),

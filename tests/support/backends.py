@@ -109,9 +109,21 @@ def mergekit_missing() -> str:
     return ""
 
 
+def sd_mecha_missing() -> str:
+    """Why results cannot be compared with sd-mecha here; empty if they can."""
+    try:
+        import sd_mecha  # noqa: F401
+    except ImportError as error:
+        return f"sd_mecha cannot be imported: {error}"
+    return ""
+
+
 def skipped() -> dict[str, str]:
     """What cannot be tested here, and why: name -> reason."""
-    others = {"triton": _triton_skipped(), "gpu": _gpu_missing(), "mergekit": mergekit_missing()}
+    others = {
+        "triton": _triton_skipped(), "gpu": _gpu_missing(), "mergekit": mergekit_missing(),
+        "sd_mecha": sd_mecha_missing(),
+    }  # fmt: skip
     return _isas_skipped() | _cuda_skipped() | {name: reason for name, reason in others.items() if reason}
 
 
@@ -140,7 +152,7 @@ def _isas_skipped() -> dict[str, str]:
 def missing_required() -> list[str]:
     """What FASTINTERP_REQUIRE (a list with commas) demands and is not usable, with reasons."""
     reasons = skipped()
-    known = (*ISAS, "cuda", EMULATED, "triton", "gpu", "nvcc", "mergekit")
+    known = (*ISAS, "cuda", EMULATED, "triton", "gpu", "nvcc", "mergekit", "sd_mecha")
     return [f"{name} ({reasons.get(name, 'unknown')})" for name in _required() if name in reasons or name not in known]
 
 

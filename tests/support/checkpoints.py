@@ -127,8 +127,8 @@ def write(folder: Path, model: Model, *, order: Sequence[str] | None = None, sha
     return folder
 
 
-def write_file(path: Path, model: Model, skew: int = 0) -> Path:
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_file(path: Path, model: Model, skew: int = 0, metadata: Mapping[str, str] | None = None) -> Path:
+    table: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, t in model.items():
         table[name] = {"dtype": t.dtype.name, "shape": t.shape, "data_offsets": [end, end + t.raw.size]}

@@ -26,8 +26,8 @@ def checkpoint(folder: Path, tensors=("a", "b", "c"), limit: int = GB) -> Path:
     layout = make_layout([(t, F32, (4,)) for t in tensors], {"format": "pt"}, limit)
     for file in layout.files:
         (folder / file.name).write_bytes(file.header + bytes(file.size - len(file.header)))
-    if layout.index:
-        (folder / layout.index_name).write_bytes(layout.index)
+    for name, content in layout.indexes.items():
+        (folder / name).write_bytes(content)
     (folder / "config.json").write_text("{}")
     return folder
 
@@ -38,7 +38,7 @@ def write(out: OutFolder, tensors=("a", "b", "c"), limit: int = GB, value: bytes
     for file in layout.files:
         with open(out.temp(file.name), "r+b") as stream:
             stream.write(file.header + value * (file.size - len(file.header)))
-    if layout.index:
-        out.write(layout.index_name, layout.index)
+    for name, content in layout.indexes.items():
+        out.write(name, content)
     out.write("config.json", b"{}")
     out.commit()

@@ -193,7 +193,7 @@ def test_different_vocabularies_without_a_tokenizer_key_are_refused(tmp_path, th
         assert embedding(a).shape[0] == rows
         assert_runs(a, ["cat"])
     first, second = three[:2]
-    with pytest.raises(ShapeError, match="--tokenizer-source union or base of interpolate and sweep"):
+    with pytest.raises(ShapeError, match="`tokenizer_source='union'` or `tokenizer_source='base'`"):
         fastinterp.interpolate(first, second, 0.5, tmp_path / "refused")
     fastinterp.interpolate(first, second, 0.5, tmp_path / "line", tokenizer_source="union")
     fastinterp.sweep(first, second, [0.5], tmp_path / "sweep", tokenizer_source="union")

@@ -21,6 +21,7 @@ from fastinterp.arguments import path_of, size_of
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
 from fastinterp.backends.registry import cpu_isa, cpu_threads
+from fastinterp.checkpoint.names import names_file
 from fastinterp.checkpoint.output_folder import OutFolder
 from fastinterp.checkpoint.shared_output_folder import (
     SharedFolder,
@@ -38,6 +39,7 @@ from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
 from fastinterp.execute.to_files import devices_for, finish, write_small_files
+from fastinterp.messages import counted
 from fastinterp.plan.plan import Plan, Source, plan_recipe
 
 _POLL_S = 0.05  # between polls of what the other ranks have finished
@@ -56,7 +58,7 @@ def merge(
     out: str | os.PathLike[str],
     me: Rank,
     *,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
     max_memory: str | int = "512MB",
     dtype: str | None = None,
     rounding: str | None = None,
@@ -66,8 +68,11 @@ def merge(
     **settings: Any,
 ) -> Report | None:
     """This process's part of `fastinterp.merge`, whose arguments these are. The report on rank 0, else None."""
-    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels)
-    reports = carry_out(plan, [path_of(out, "out")], me, max_memory=size_of(max_memory), **settings)
+    target = path_of(out, "out")
+    plan = plan_recipe(
+        recipe, max_shard_size, dtype, rounding, seed, missing, channels, one_file=names_file(target)
+    )  # fmt: skip
+    reports = carry_out(plan, [target], me, max_memory=size_of(max_memory), **settings)
     return reports[0] if reports else None
 
 
@@ -116,6 +121,7 @@ def carry_out(
         if me.rank != 0:
             peers.await_("finished", "finish the output")
             return None
+        plan.refuse_changed_files()
         finish(folders)
         peers.put("finished", "")
     wall = time.perf_counter() - start
@@ -143,11 +149,12 @@ def _open(
 ) -> list[OutFolder]:
     needed = max(0, plan.disk_bytes - sum(reserved(out, key) for out in outs))
     folders: list[OutFolder] = []
-    for out, layout, recipe in zip(outs, plan.layouts, plan.recipes, strict=True):
-        folder = SharedFolder(out, plan.inputs, key, force=force, durable=durable, needed=needed)
+    for k, (out, layout) in enumerate(zip(outs, plan.layouts, strict=True)):
+        names = [*(file.name for file in layout.files), *plan.files.copied]
+        folder = SharedFolder(out, plan.inputs, key, force=force, durable=durable, needed=needed, names=names)
         folders.append(stack.enter_context(folder))
         needed = 0
-        write_small_files(folder, plan, recipe, layout.index, layout.index_name)
+        write_small_files(folder, plan, k)
         for file in layout.files:
             folder.temp(file.name)
     return folders
@@ -305,4 +312,13 @@ def _reports(
         records[0]["isa"], max(n["scratch_bytes"] for n in records), usage,
     )  # fmt: skip
     reports = [report_on(plan, done, wall, k, _together(plan, records, k), folder) for k, folder in enumerate(folders)]
-    return [replace(report, device=f"{report.device}, {world} ranks") for report in reports]
+    files = len(plan.layouts[0].files)
+    idle = (
+        f"only {counted(files, 'output file')} for {world} ranks: each file is written by one rank, so that "
+        f"{world - files} had no work. --max-shard-size makes smaller ones"
+    )
+    more = [idle] if files < world else []
+    return [
+        replace(report, device=f"{report.device}, {world} ranks", remarks=(*report.remarks, *more))
+        for report in reports
+    ]

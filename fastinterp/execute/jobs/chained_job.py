@@ -136,4 +136,4 @@ class ChainedJob(Job):
         return self._sources.operand(tensor)
 
     def intermediate(self, tensor: IntermediateInput) -> Operand:
-        return Stored(self._scratch.source, self._extents[id(tensor.tensor)][1], tensor.dtype.code or 0)
+        return Stored(self._scratch.source, self._extents[id(tensor.tensor)][1], tensor.dtype.kernel_code)

@@ -1,0 +1,120 @@
+"""Checkpoints of several components, each in a folder of its own: those of diffusers and of sentence-transformers.
+
+Such a folder is opened as one checkpoint, in which the names of tensors begin with the folder of their component:
+`unet/conv_in.weight`. The root of a sentence-transformer is a component without a folder, and so without a prefix.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastinterp.checkpoint.header import MAX_HEADER
+from fastinterp.checkpoint.names import ANY_INDEX, PICKLES, WEIGHTS, is_relative, listing, quote
+from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.remedies import literal, python
+from fastinterp.checkpoint.strict_json import parse_object
+from fastinterp.errors import CheckpointError
+
+PIPELINE, MODULES = "model_index.json", "modules.json"
+
+
+class Found(NamedTuple):
+    """The components with weights in a folder.
+
+    folders  of each, relative to that folder; empty for the folder itself
+    remarks  which others are named, and are not there
+    """
+
+    folders: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+
+def find_components(name: str, root: Path, present: Sequence[str]) -> Found:
+    """The components that model_index.json or modules.json in the folder `root` names.
+
+    name     of the checkpoint, as the user wrote it
+    present  names in the folder
+    Raises: CheckpointError, if a component has no weights but pickled ones, or the file that names them is damaged.
+    """
+    remarks: list[str] = []
+    source = literal(root)
+    if PIPELINE in present:
+        folders = _of_pipeline(root, remarks)
+        convert = f'import diffusers; diffusers.DiffusionPipeline.from_pretrained({source}).save_pretrained("NEW")'
+    else:
+        folders = _of_modules(root)
+        convert = (
+            f'import sentence_transformers as st; st.SentenceTransformer({source}, device="cpu").save_pretrained("NEW")'
+        )
+    having = [folder for folder in folders if _has_weights(root / folder)]
+    if any(having):
+        for folder in having:
+            _refuse_pickles(name, root, folder, python(convert))
+    return Found(tuple(having), tuple(remarks))
+
+
+def named_folders(root: Path) -> tuple[str, ...]:
+    """The folders that the files of a pipeline or sentence-transformer in `root` name, with weights or without."""
+    try:
+        if (root / PIPELINE).is_file():
+            return tuple(_of_pipeline(root, []))
+        return tuple(f for f in _of_modules(root) if f) if (root / MODULES).is_file() else ()
+    except CheckpointError:
+        return ()
+
+
+def _of_pipeline(root: Path, remarks: list[str]) -> list[str]:
+    """The folders of the components that model_index.json names. Those that are not there become remarks."""
+    path = str(root / PIPELINE)
+    table = parse_object(read_regular(path, MAX_HEADER).lstrip(), "the index of the pipeline", path)
+    named = [key for key, value in table.items() if is_relative(key) and _is_component(key, value)]
+    missing = [key for key in named if not os.path.isdir(root / key)]
+    if missing:
+        remarks.append(f"{PIPELINE} names {listing(missing)}, but there is no such folder")
+    return [key for key in named if key not in missing]
+
+
+def _is_component(key: str, value: Any) -> bool:
+    """Whether it is an entry such as "unet": ["diffusers", "UNet2DConditionModel"]; null stands for one left out."""
+    return not key.startswith("_") and isinstance(value, list) and len(value) == 2 and None not in value
+
+
+def _of_modules(root: Path) -> list[str]:
+    """The folders of the modules that modules.json names, each once; empty for the root."""
+    path = str(root / MODULES)
+    try:
+        table = json.loads(read_regular(path, MAX_HEADER))
+        folders = [module["path"].strip("/") for module in table]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError("this is no list of modules, each with a `path`", file=path) from None
+    wrong = [f for f in folders if f and not is_relative(f)]
+    if wrong:
+        raise CheckpointError(f"{quote(wrong[0])} is no folder in that of the model", file=path)
+    return [f for f in dict.fromkeys(folders) if os.path.isdir(root / f)]
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(n.endswith((WEIGHTS, *PICKLES)) or ANY_INDEX.fullmatch(n) for n in _listed(folder))
+
+
+def _refuse_pickles(name: str, root: Path, folder: str, convert: str) -> None:
+    names = _listed(root / folder)
+    if any(n.endswith(WEIGHTS) or ANY_INDEX.fullmatch(n) for n in names):
+        return
+    pickles = [n for n in names if n.endswith(PICKLES)]
+    raise CheckpointError(
+        f"its component {quote(folder or name)} has no {WEIGHTS} file, only {listing(pickles)}: pickled weights are "
+        f"never loaded, because a pickle can run any code. Convert it first: {convert}; then name NEW",
+        file=name,
+    )
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return sorted(n for n in os.listdir(folder) if not n.startswith("."))
+    except OSError as error:
+        raise CheckpointError(f"the folder cannot be read: {error.strerror}", file=str(folder)) from None

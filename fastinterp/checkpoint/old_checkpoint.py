@@ -1,0 +1,79 @@
+"""What is in an output folder before anything is written: an old checkpoint, and files that are the inputs' own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fastinterp.checkpoint.header import MAX_HEADER
+from fastinterp.checkpoint.names import ANY_INDEX, PICKLES, SHARD, WEIGHTS
+from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.sidecar_files import is_sidecar
+from fastinterp.checkpoint.stems import is_known
+from fastinterp.errors import CheckpointError
+
+
+def old_checkpoint(root: Path, present: Sequence[str], new: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The files in `root` that make up a checkpoint there (weights, indexes, sidecars), and weights of none.
+
+    present  names relative to `root`
+    new      names of files that are written: weights of these stems are those of an older output
+    An index that is damaged or no regular file names nothing, but is one of them.
+    """
+    files = [n for n in present if not os.path.basename(n).startswith(".") and not os.path.isdir(root / n)]
+    indexes = [n for n in files if ANY_INDEX.fullmatch(n) or n.endswith(".bin.index.json")]
+    listed: set[str] = set()
+    for index in indexes:
+        beside = index[: -len(os.path.basename(index))]
+        try:
+            weight_map = json.loads(read_regular(str(root / index), MAX_HEADER))["weight_map"]
+            listed.update(beside + v for v in weight_map.values() if isinstance(v, str))
+        except (CheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+    written = {_stem(n) for n in new if n.endswith(WEIGHTS)}
+    weights, strangers = [], []
+    for name in files:
+        last = os.path.basename(name)
+        known = last.endswith(WEIGHTS) and (SHARD.fullmatch(last) or is_known(last) or _stem(name) in written)
+        if known or (name in listed and name.endswith((WEIGHTS, *PICKLES))):
+            weights.append(name)
+        elif name.endswith(WEIGHTS):
+            strangers.append(name)
+    # A chat template or vocabulary of the old model would be taken for the new one's.
+    sidecars = [n for n in files if is_sidecar(os.path.basename(n))] if indexes or weights else []
+    return weights + indexes + sidecars, strangers
+
+
+def _stem(name: str) -> str:
+    match = SHARD.fullmatch(name)
+    return match["stem"] if match else name.removesuffix(WEIGHTS)
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
+
+
+def identities(path: Path) -> set[tuple[int, int] | None]:
+    """Of `path` and every folder above it; those that do not exist are left out."""
+    real = Path(os.path.realpath(path))
+    return {identity(p) for p in (real, *real.parents)} - {None}
+
+
+def alive(pid: int, name: str, active: Iterable[str]) -> bool:
+    """Whether the run may be alive that wrote a temporary file. active: endings of those names in this process"""
+    if pid == os.getpid():
+        # The same number may be a run of before: in a restarted container the first process is always the same.
+        return any(name.endswith(ending) for ending in active)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True

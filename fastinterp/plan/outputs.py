@@ -1,0 +1,176 @@
+"""The weights files of a plan's outputs: names, shards, and the metadata in their headers, the receipt among it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from fastinterp._version import __version__
+from fastinterp.checkpoint.layout import Layout, joined, make_layout
+from fastinterp.checkpoint.names import listing
+from fastinterp.checkpoint.open import Component
+from fastinterp.checkpoint.stems import MODEL, stem_of
+from fastinterp.errors import UsageError
+from fastinterp.messages import listed
+from fastinterp.ops.combine import NUMERICS, Combine
+from fastinterp.plan.inputs import PlannedTensor
+from fastinterp.plan.models import Model
+from fastinterp.recipe.load import Recipe
+
+SHARD_BYTES = 5 * 10**9  # of tensor data in one file, where the origin has several
+_MOST_BYTES = 64 << 10  # of coefficients in a receipt, which is in every file
+_RECEIPT = "fastinterp"
+# Entries of the header that are not true of other weights: hashes of the data, the format of quantised weights.
+_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+_QUANTISED = ("_quantization_metadata", "quantization_format")
+_SHOWN = 5  # names in a remark, before the rest is only counted
+
+
+class Outputs:
+    """Lays out the weights of one or several outputs of a plan.
+
+    origin    the model whose file names, number of files and header metadata the outputs have
+    models    all models that are merged
+    tensors   of every output, in its order
+    remarks   which entries of the header metadata differ or are left out
+    """
+
+    def __init__(self, origin: Model, models: Sequence[Model], tensors: Sequence[PlannedTensor]):
+        self._tensors = tensors
+        self._parts: dict[str, Component] = {}
+        for model in (origin, *models):
+            for part in model.source.parts if model.source is not None else ():
+                self._parts.setdefault(part.folder, part)
+        quantised = any(i.quantised for t in tensors for i in t.inputs)
+        self._untrue = {_RECEIPT, *_HASHES, *(() if quantised else _QUANTISED)}
+        self.remarks = (*self._differing(origin, models), *self._left_out())
+
+    def layout(self, metadata: dict[str, str], max_shard_size: int | None, one_file: bool) -> Layout:
+        """metadata: of this output alone; the origin's goes before it.
+
+        max_shard_size  None: one file where the origin has one, else shards of 5 GB
+        one_file        the output is one file, and no folder
+        Raises: OutputError, as make_layout does; UsageError, if it cannot be one file.
+        """
+        groups: dict[str, list[PlannedTensor]] = {}
+        for t in self._tensors:
+            groups.setdefault(self._folder(t.name), []).append(t)
+        if one_file and len(groups) > 1:
+            raise UsageError(
+                f"the output has {len(groups)} components, {listing(groups)}, each with files of its own, but one file "
+                "was named. Name a folder"
+            )
+        layouts = []
+        for folder, tensors in groups.items():
+            part = self._parts.get(folder)
+            limit = max_shard_size
+            if limit is None:
+                limit = SHARD_BYTES if part is not None and len(part.checkpoint.files) > 1 and not one_file else 1 << 62
+            carried = {} if part is None else self._carried(part)
+            whole = {"format": "pt", **carried, **metadata}
+            stem = MODEL if part is None else stem_of(part.checkpoint)
+            shapes = [(t.name, t.dtype, t.shape) for t in tensors]
+            layouts.append(make_layout(shapes, whole, limit, stem, folder))
+        layout = joined(layouts)
+        if one_file and len(layout.files) > 1:
+            raise UsageError(
+                f"the output is one file, but --max-shard-size {max_shard_size} makes {len(layout.files)} of it. "
+                "Leave that out, or name a folder"
+            )
+        return layout
+
+    def _folder(self, tensor: str) -> str:
+        """The folder of the component that a tensor belongs to."""
+        if len(self._parts) == 1 and "" in self._parts:
+            return ""
+        return max((p.folder for p in self._parts.values() if tensor.startswith(p.prefix)), key=len, default="")
+
+    def _carried(self, part: Component) -> dict[str, str]:
+        return {k: v for k, v in part.checkpoint.metadata.items() if k not in self._untrue and _is_text(k + v)}
+
+    def _left_out(self) -> list[str]:
+        names = dict.fromkeys(
+            key
+            for part in self._parts.values()
+            for key, value in part.checkpoint.metadata.items()
+            if key != _RECEIPT and (key in self._untrue or not _is_text(key + value))
+        )
+        what = "header metadata that is left out, since it would not be true of the output"
+        return [f"{what}: {listed(names, len(_HASHES + _QUANTISED))}"] if names else []
+
+    def _differing(self, origin: Model, models: Sequence[Model]) -> list[str]:
+        """Entries of the header that another model has otherwise, or alone."""
+        remarks = []
+        for model in models:
+            if model.source is None or model.source is origin.source:
+                continue
+            differing: set[str] = set()
+            alone: set[str] = set()
+            for part in model.source.parts:
+                ours = self._parts[part.folder].checkpoint.metadata
+                for key, value in part.checkpoint.metadata.items():
+                    if key not in self._untrue and ours.get(key) != value:
+                        (differing if key in ours else alone).add(part.prefix + key)
+            told = [f"differ from those of {origin.name}: {listed(sorted(differing), _SHOWN)}"] if differing else []
+            told += [f"are in no header of {origin.name}: {listed(sorted(alone), _SHOWN)}"] if alone else []
+            if told:
+                remarks.append(
+                    f"the output has the header metadata of {origin.name}; entries of {model.name} "
+                    f"{'; others '.join(told)}"
+                )
+        return remarks
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be stored: JSON has escapes for what is no Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def receipt(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Sequence[str]) -> dict[str, str]:
+    """The receipt that is stored in every output file: the recipe, and the coefficients that were used.
+
+    `recipe` as it was given, with the merge's own `dtype`, `rounding`, `seed`, `missing` and `channels`, makes the same
+    bytes again. Models are stored as the user named them. Time, output folder and threads are not, so that the same
+    merge of the same names gives the same bytes everywhere.
+    """
+    stored = recipe.out_dtype or recipe.dtype
+    content = {
+        "fastinterp": __version__,
+        "numerics": NUMERICS,
+        "method": recipe.method.name,
+        "models": models,
+        "coefficients": _coefficients(k, tensors),
+        "dtype": None if stored is None else stored.name,
+        "rounding": recipe.rounding,
+        "seed": recipe.seed,
+        "fp8_overflow": recipe.fp8_overflow,
+        "recipe": recipe.text,
+    }
+    content |= {} if recipe.missing == "error" else {"missing": recipe.missing}
+    content |= {} if recipe.channels == "same" else {"channels": recipe.channels}
+    return {_RECEIPT: json.dumps(content, separators=(",", ":"))}
+
+
+def _coefficients(k: int, tensors: Sequence[PlannedTensor]) -> dict[str, Any] | list[dict[str, Any]] | str:
+    """Those of output k: one set for all tensors, or several, each with its tensors; or why they are not there.
+
+    The header is laid out before any data is read, so only coefficients that need no statistics can be in it.
+    """
+    if any(t.program is not None or t.before for t in tensors):
+        return "left out: they come from the data, or differ by element. The recipe gives them again"
+    sets: dict[Combine, list[str]] = {}
+    for t in tensors:
+        if t.sums:
+            sets.setdefault(t.sums[k], []).append(t.name)
+    weights = [{"weights": c.weights, "base": c.base, "sums_to_one": c.sums_to_one} for c in sets]
+    if len(weights) <= 1:
+        return weights[0] if weights else []
+    named = [{**one, "tensors": names} for one, names in zip(weights, sets.values(), strict=True)]
+    if len(json.dumps(named)) > _MOST_BYTES:
+        return f"left out: {len(sets)} sets of them are too many. The recipe gives them again"
+    return named
