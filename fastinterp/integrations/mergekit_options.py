@@ -186,7 +186,9 @@ def run(
                 del files[name]
 
     with _hub_cache(settings.hub_cache):
-        plan = make_plan([last], max_shard_size=settings.max_shard_size, above=above, one_file=names_file(out))
+        plan = make_plan(
+            [last], max_shard_size=settings.max_shard_size, above=above, one_file=names_file(os.fspath(out))
+        )
         return write_outputs(
             [plan], [[out]], device=settings.device, threads=settings.threads, max_memory=size_of("512MB"),
             force=True, durable=False, progress=progress, edit_files=edit,
