@@ -13,6 +13,7 @@ from typing import Any
 
 from fastinterp.checkpoint import hub
 from fastinterp.checkpoint.names import SHARD, WEIGHTS
+from fastinterp.messages import listed
 
 # What trainers save beside the weights.
 _TRAINER_STATE = re.compile(r"(?:optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args)\b.*|.*\.pkl")
@@ -77,6 +78,27 @@ def _by_its_library(
     return (
         python(f'import {library}; {library}.{found}.from_pretrained({source}).save_pretrained("NEW")') if found else ""
     )
+
+
+def save_again(models: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """How models whose tensors have different layouts get the same one: their library loads and saves all of them.
+
+    models  (folder or Hub id, config.json, or empty)
+    """
+    commands = []
+    for number, (name, config) in enumerate(models, 1):
+        library, found = _library_class(config)
+        if not found:
+            return (
+                "Load both with the same version of the library that they are made for, as transformers "
+                "(from_pretrained), save them with it (save_pretrained), and name what that writes"
+            )
+        id_, revision = (name, None) if os.path.isdir(name) else hub.parse(name) or (name, None)
+        at = f", revision={literal(revision)}" if revision else ""
+        code = f'import {library}; {library}.{found}.from_pretrained({literal(id_)}{at}).save_pretrained("NEW{number}")'
+        commands.append(python(code))
+    news = listed([f"NEW{number}" for number in range(1, len(models) + 1)], len(models))
+    return f"Save all with the same version of their library: {', '.join(commands)}; then name {news}"
 
 
 def _library_class(config: Mapping[str, Any]) -> tuple[str, str]:

@@ -16,13 +16,12 @@ from __future__ import annotations
 import math
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastinterp.api import merge as merge_files
-from fastinterp.errors import OutputError, UsageError
+from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
 from fastinterp.messages import listed
 from fastinterp.torch_models.load import load
@@ -64,27 +63,7 @@ def merge(
     target = Path(output)
     if target.suffix != ".safetensors":
         raise UsageError(f"`output` must be a .safetensors file, got {os.fspath(output)!r}")
-    return _to_file(documents, target, dtype=dtype, threads=threads, device=device, force=force)
-
-
-def _to_file(documents: Sequence[Mapping[str, Any]], target: Path, *, force: bool, **settings: Any) -> Report:
-    """Merge into a folder beside the file, and move the weights out of it. Raises: OutputError."""
-    if target.exists() and not force:
-        raise OutputError(f"{os.fspath(target)!r} exists already. Give another name, or force=True")
-    if any(target.resolve() == Path(model).resolve() for model in _files(documents)):
-        raise OutputError(f"{os.fspath(target)!r} is one of the inputs, which is never written over. Give another name")
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        made = Path(folder) / "merged"
-        report = merge_files(documents, made, max_shard_size="1000TB", **settings)
-        (weights,) = made.glob("*.safetensors")
-        os.replace(weights, target)
-    return report
-
-
-def _files(documents: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Names of models and documents that are read."""
-    named = {model["model"] for document in documents for model in document["models"]}
-    return named | {document["base_model"] for document in documents if "base_model" in document}
+    return merge_files(documents, target, dtype=dtype, threads=threads, device=device, force=force)
 
 
 def recipe_of(recipe: Any) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import fit, listed
 from fastinterp.plan.models import Model
+from fastinterp.recipe.tensor_groups import HasShape
 from fastinterp.tokenizer.chat_template import template_file
+from fastinterp.tokenizer.tied_embeddings import lacks_head, says_tied
 
+# Classes of transformers with a head that gives a number for each token of the vocabulary.
+_WITH_HEAD = re.compile(r"(For(CausalLM|ConditionalGeneration|MaskedLM|PreTraining)|LMHead(Model)?)$")
 _MOST = 3  # lines of a kind, and names in a line, before the rest is only counted
 
 # What the weights were trained for. Where a model does not say it, transformers has a default, so only two values that
@@ -54,6 +59,26 @@ def compatibility_warnings(checkpoints: Sequence[Model], origin: Model, vocabula
             "into the output, or the output cannot be loaded"
         )
     return tuple(warnings)
+
+
+def head_warnings(origin: Model, tensors: Mapping[str, HasShape], tied: bool | None) -> list[str]:
+    """A warning, if software will make the output's language-model head up, because no model stores one.
+
+    tensors  of the output, by name
+    tied     what the output's config.json says of it, if that is not what the origin's says
+    """
+    config = _table(origin.root / CONFIG)
+    classes = config.get("architectures")
+    kind = classes[0] if isinstance(classes, list) and classes else None
+    if tied or says_tied(config) is not False or not isinstance(kind, str) or not _WITH_HEAD.search(kind):
+        return []
+    if not lacks_head(tensors):
+        return []
+    return [
+        f"the output has no language-model head (lm_head): config.json of {origin.name} says {fit(kind, 60)}, which "
+        "has one that is not tied to the input embedding, but no model stores it, so software makes it up of random "
+        "numbers. If it was tied, set `tie_word_embeddings: true` in that config.json; else take models that have it"
+    ]
 
 
 def template_warnings(models: Sequence[Model], origin: Model) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 from msgspec.structs import replace
@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from fastinterp.messages import counted
 from fastinterp.ops.dtypes import F32, F64
 from fastinterp.plan.inputs import GatheredInput, StoredInput, TensorInput
+from fastinterp.recipe.tensor_groups import HasShape
 from fastinterp.tokenizer.embedding_rows import RowMap, pack
 
 Tensors = Mapping[str, TensorInput]
@@ -31,7 +32,8 @@ _FUSED: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
     ("qkv_proj.bias", (("q_proj.bias", "k_proj.bias", "v_proj.bias"),)),
     ("gate_up_proj.weight", (("gate_proj.weight", "up_proj.weight"),)),
 )  # fmt: skip
-_SINGLE = re.compile(r"\.experts\.0\.[a-z_0-9]+\.weight$")
+_FUSED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+_SINGLE = re.compile(r"\.experts\.(?:0\.[a-z_0-9]+|[a-z_]+\.0)\.weight$")
 
 
 def fused_as(own: Tensors, reference: Tensors) -> tuple[Tensors, tuple[str, ...]]:
@@ -68,14 +70,21 @@ def fused_as(own: Tensors, reference: Tensors) -> tuple[Tensors, tuple[str, ...]
     return kept | made, tuple(f"{counted(n, 'tensor')} {how}" for how, n in counts.items() if n)
 
 
-def has_other_experts(own: Iterable[str], reference: Iterable[str]) -> bool:
-    """Whether one of two models has fused experts, and the other single ones."""
-    kinds = [
-        (any(n.endswith(("experts.gate_up_proj", "experts.down_proj")) for n in names),
-         any(_SINGLE.search(n) for n in names))
-        for names in (tuple(own), tuple(reference))
-    ]  # fmt: skip
-    return kinds in ([(True, False), (False, True)], [(False, True), (True, False)])
+def has_other_experts(own: Mapping[str, HasShape], reference: Mapping[str, HasShape]) -> bool:
+    """Whether two models have the matrices of experts in different layouts: one of them has all in one tensor, the
+    other one by one; or both have them in one tensor, transposed in one of them.
+    """
+    fused = [n for n in own if n.endswith(_FUSED_EXPERTS)]
+    if own.keys() != reference.keys():
+        others = any(n.endswith(_FUSED_EXPERTS) for n in reference)
+        singles = [any(map(_SINGLE.search, names)) for names in (own, reference)]
+        if [bool(fused), others, *singles] in ([True, False, False, True], [False, True, True, False]):
+            return True
+    return any(n in reference and _is_transposed(own[n].shape, reference[n].shape) for n in fused)
+
+
+def _is_transposed(a: Shape, b: Shape) -> bool:
+    return a != b and len(a) == len(b) == 3 and a == (b[0], b[2], b[1])
 
 
 def _parts(name: str, end: str, ways: Sequence[Sequence[str]], tensors: Tensors) -> list[str]:

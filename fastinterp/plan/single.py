@@ -10,7 +10,12 @@ from msgspec.structs import replace
 
 from fastinterp.checkpoint.origin_files import OriginFiles, origin_files
 from fastinterp.errors import CheckpointError
-from fastinterp.plan.compatibility import compatibility_warnings, component_warnings, template_warnings
+from fastinterp.plan.compatibility import (
+    compatibility_warnings,
+    component_warnings,
+    head_warnings,
+    template_warnings,
+)
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
 from fastinterp.plan.quantised import about_configuration, refuse_differing, refuse_quantised
@@ -79,7 +84,8 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     aligned = align_models(first, models, origin)
     known = [c.tensors for c in aligned.models]
     assemblies = [
-        Assembly(recipe, known, tensors=known, copied=aligned.copied, notes=aligned.notes) for recipe in recipes
+        Assembly(recipe, known, tensors=known, copied=aligned.copied, notes=aligned.notes, layouts=aligned.layouts)
+        for recipe in recipes
     ]
     layer_warnings: list[str] = []
     if assemblies[0].counts:
@@ -94,10 +100,11 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     sidecars = {
         model: with_names_of(base, find_named(first, find, model)) for model in sidecar_refs(targets[0], first.method)
     }
-    tensors = plan_tensors(recipes, targets, aligned.models, sidecars, origin)
+    tensors = plan_tensors(recipes, targets, aligned.models, sidecars, origin, aligned.layouts)
     warnings = [
         *map(str, first.warnings),
         *aligned.warnings,
+        *(aligned.layouts.values() if first.missing != "error" else ()),
         *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
     ]
     remark, warning = about_configuration(origin, tensors)
@@ -105,6 +112,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     warnings += [warning] if warning else []
     if aligned.template is None and aligned.vocabulary is None:
         warnings += template_warnings(aligned.models, origin)
+    warnings += head_warnings(origin, {t.name: t for t in tensors}, aligned.tied)
     warnings += component_warnings(aligned.models, origin)
     warnings += layer_warnings
     warnings += dtype_warnings(first, targets[0], origin)

@@ -29,6 +29,8 @@ _SPELLINGS = {
     "weight_g": "parametrizations.weight.original0",
     "weight_v": "parametrizations.weight.original1",
 }
+# Modules that older and newer versions of transformers call differently: the name in today's.
+_MODULES = {"block_sparse_moe": "mlp"}
 _MOST = 64  # candidates for one name, above which it has no say
 _RULES = 32  # replaced prefixes of one model that are looked at: those that most names ask for
 
@@ -83,7 +85,7 @@ def match_names(own: Mapping[str, HasShape], other: Mapping[str, HasShape]) -> M
     if respelled:
         how.append(f"{_spelling(respelled, theirs, canonical)} ({counted(len(respelled), 'tensor')})")
     images, rules = _prefixes(left, free, whole=len(left) == len(ours))
-    how += [f"{rule} ({counted(count, 'tensor')})" for rule, count in rules]
+    how += [f"{_as_stored(rule, cover, ours, theirs)} ({counted(len(cover), 'tensor')})" for rule, cover in rules]
     taken = {key for key in ours if key not in images}
     modules = {start for key in images for start in _starts(key)}
     for name in own:
@@ -113,7 +115,7 @@ def _canonical(names: Iterable[str]) -> dict[str, str]:
 
 
 def _respelled(name: str) -> str:
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    parts = [_MODULES.get(part, part) for part in name.split(".") if part not in _WRAPPERS]
     if len(parts) > 1 and parts[-1] in _SPELLINGS:
         parts[-1] = _SPELLINGS[parts[-1]]
     return ".".join(parts) or name
@@ -125,21 +127,35 @@ def _spelling(names: Sequence[str], theirs: Mapping[str, str], canonical: Mappin
     other = theirs[canonical[example]]
     mine, its = (_WRAPPERS & set(n.split(".")) for n in (example, other))
     if mine and not its:
-        return f"`{min(mine)}.` left out"
+        left_out = [part for part in example.split(".") if part in mine]
+        return " and ".join(f"`{part}.`" for part in dict.fromkeys(left_out)) + " left out"
     return f"`{other}` for `{example}` and the like"
+
+
+def _as_stored(rule: _Rule, cover: Mapping[str, str], ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """What a rule did to the names as they are stored, where wrappers stand in the prefix: `module._orig_mod.`."""
+    key, image = next(iter(cover.items()))
+    own, other = ours[key].split("."), theirs[image].split(".")
+    while own and other and own[-1] == other[-1]:
+        own, other = own[:-1], other[:-1]
+    stored = _Rule("".join(f"{part}." for part in own), "".join(f"{part}." for part in other))
+    if all(ours[k] == stored.own + theirs[i][len(stored.other) :] for k, i in cover.items()):
+        return str(stored)
+    wrappers = [part for part in dict.fromkeys(ours[key].split(".")) if part in _WRAPPERS - {*theirs[image].split(".")}]
+    return ", ".join([str(rule), *(f"`{part}.` left out" for part in wrappers)])
 
 
 def _prefixes(
     left: Mapping[str, tuple[int, ...]], free: Mapping[str, tuple[int, ...]], *, whole: bool
-) -> tuple[dict[str, str], list[tuple[_Rule, int]]]:
-    """(own name -> the other's, the rules by which, each with how many names it explains).
+) -> tuple[dict[str, str], list[tuple[_Rule, dict[str, str]]]]:
+    """(own name -> the other's, the rules by which, each with the names that it explains).
 
     left, free  names that only this model has, and that only the other has, with their shapes
     whole       the models have no name in common: then any one prefix may stand for any other
     """
     candidates = _candidates(left, free)
     images: dict[str, str] = {}
-    rules: list[tuple[_Rule, int]] = []
+    rules: list[tuple[_Rule, dict[str, str]]] = []
     used: set[str] = set()
     refused: list[dict[str, str]] = []  # what rules explain that were not taken: a smaller one must not take it either
     while candidates:
@@ -155,7 +171,7 @@ def _prefixes(
             if allowed and not any(_contest(rival, covers[rule]) for rival in rivals):
                 images |= covers[rule]
                 used |= set(covers[rule].values())
-                rules.append((rule, best))
+                rules.append((rule, covers[rule]))
                 break
             refused.append(covers[rule])
     return images, rules

@@ -41,6 +41,7 @@ class AlignedSets(msgspec.Struct, frozen=True):
     tied      the value that `tie_word_embeddings` of the output must have, if it is not the origin's; else None
     channels  (input channels of the origin's `conv_in`, those of the output's), where they differ; else None
     notes     by model: why a tensor that it lacks was not made from others, for the error about what it lacks
+    layouts   by model: which of its tensors have another layout than the base's, which is not aligned, and what to do
     remarks   what was aligned, left out or kept, for people
     warnings  what may be wrong
     """
@@ -50,6 +51,7 @@ class AlignedSets(msgspec.Struct, frozen=True):
     tied: bool | None = None
     channels: tuple[int, int] | None = None
     notes: Mapping[int, str] = {}
+    layouts: Mapping[int, str] = {}
     remarks: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -93,7 +95,8 @@ def align_sets(
         copied,
         _tied(tensors[0], models[origin].tensors, said[origin], said[:merged], found),
         _channels(models[origin].tensors, tensors[0]),
-        _notes(found, tensors[:merged], base, names),
+        _notes(found, names),
+        _layouts(models[:merged], tensors[:merged], base),
         tuple(remarks),
         tuple(_about_heads(found, names)),
     )
@@ -217,24 +220,30 @@ def _about_heads(found: Ties, names: Sequence[str]) -> Iterable[str]:
         )
 
 
-def _notes(found: Ties, tensors: Sequence[Tensors], base: int, names: Sequence[str]) -> dict[int, str]:
+def _notes(found: Ties, names: Sequence[str]) -> dict[int, str]:
     """By model, why something that it lacks was not made of what it has."""
-    notes = {
+    return {
         i: f"{names[i]} says `tie_word_embeddings: false` in its config.json, so that its input embedding does not "
         f"stand for the {head} that it lacks"
         for i, head in found.absent
     }
-    if any(own.keys() != tensors[base].keys() for own in tensors):
-        from fastinterp.plan.row_blocks import has_other_experts
 
-        for i, own in enumerate(tensors):
-            if i != base and has_other_experts(own, tensors[base]):
-                notes[i] = (
-                    f"One of {names[base]} and {names[i]} has the matrices of all experts in one tensor, in another "
-                    "order than whole rows. Load both with the same version of transformers (from_pretrained) and "
-                    "save them (save_pretrained), and name what that writes"
-                )
-    return notes
+
+def _layouts(models: Sequence[NamedTensors], tensors: Sequence[Tensors], base: int) -> dict[int, str]:
+    """By model, that its experts have another layout than the base's, and what to do."""
+    from fastinterp.checkpoint.remedies import save_again
+    from fastinterp.plan.row_blocks import has_other_experts
+
+    layouts = {}
+    for i, own in enumerate(tensors):
+        if i != base and has_other_experts(own, tensors[base]):
+            both = [models[base], models[i]]
+            layouts[i] = (
+                f"The matrices of experts are stored in another layout in {models[i].name} than in "
+                f"{models[base].name}: fused in one of them, or transposed, so that rows do not follow rows. "
+                + save_again([(model.name, model.config) for model in both])
+            )
+    return layouts
 
 
 def _tied(

@@ -78,18 +78,20 @@ def plan_tensors(
     models: Sequence[Model],
     sidecars: Mapping[ModelRef, Model],
     origin: Model,
+    layouts: Mapping[int, str] | None = None,
 ) -> tuple[PlannedTensor, ...]:
     """The targets of all recipes, which differ in parameters only, as planned tensors.
 
     targets   those of each recipe
     sidecars  further checkpoints by model; in the plan they follow the models
     origin    the model whose dtypes the output has
+    layouts   by model: which of its tensors have another layout than the base's, and what to do, for messages
     Raises: ShapeError, if tensors do not fit together; MethodError, with the tensor's name; UsageError.
     """
     for other in targets[1:]:
         if [(t.name, t.inputs) for t in other] != [(t.name, t.inputs) for t in targets[0]]:
             raise UsageError("recipes that share one read must make the same tensors of the same models")
-    _check_fit(recipes[0], targets[0], models)
+    _check_fit(recipes[0], targets[0], models, layouts or {})
     planner = _Planner(recipes, models, sidecars, origin, targets[0])
     tensors = tuple(planner.planned(outputs) for outputs in zip(*targets, strict=True))
     whole = next((t.program for t in tensors if t.program is not None and t.program.whole), None)
@@ -352,7 +354,9 @@ def _of_other_shapes(base: str, narrow: bool) -> str:
     return f"{remedy}. {first}and keeps the others" if narrow else remedy
 
 
-def _check_fit(recipe: Recipe, targets: Sequence[Target], models: Sequence[Model]) -> None:
+def _check_fit(
+    recipe: Recipe, targets: Sequence[Target], models: Sequence[Model], layouts: Mapping[int, str]
+) -> None:  # fmt: skip
     """Raises: ShapeError, if inputs of a tensor have several shapes, or only some of them can be merged, and the recipe
     does not say whose to take.
     """
@@ -372,6 +376,7 @@ def _check_fit(recipe: Recipe, targets: Sequence[Target], models: Sequence[Model
     if shapes:
         readable = all(any((m.root / file).is_file() for file in _VOCABULARY_FILES) for m in models)
         remedy = _VOCABULARIES if only_rows and readable else _of_other_shapes(models[recipe.base_index].name, narrow)
+        remedy = ". ".join(layouts.values()) or remedy
         raise ShapeError(f"{listed(shapes, _LISTED)}. {remedy}")
     if kinds:
         raise ShapeError(f"{listed(kinds, _LISTED)}. Only F64, F32, F16, BF16 and F8 tensors merge. {_INTEGERS}")

@@ -58,6 +58,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
     channels    of the origin's first convolution and of the output's, where they differ
     copied      names of tensors of which one model's are taken as they are, and which
     notes       by model: why a tensor that it lacks was not made from others
+    layouts     by model: which tensors have another layout than the base's, and what to do
     counts      stacks of which the output has other layers than its inputs
     numbers     the origin's configuration says that its weights are quantised, but the output has none that are
     """
@@ -74,6 +75,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
     copied: Mapping[str, int] = {}
     channels: tuple[int, int] | None = None
     notes: Mapping[int, str] = {}
+    layouts: Mapping[int, str] = {}
     counts: tuple[LayerCount, ...] = ()
     numbers: bool = False
 
@@ -155,6 +157,7 @@ def align_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> Alig
         copied=sets.copied,
         channels=sets.channels,
         notes=sets.notes,
+        layouts=sets.layouts,
     )
     if recipe.tokenizer is None:
         return aligned

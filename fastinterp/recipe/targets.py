@@ -100,13 +100,16 @@ class Assembly:
         tensors: Sequence[Mapping[str, HasShape]] = (),
         copied: Mapping[str, int] | None = None,
         notes: Mapping[int, str] | None = None,
+        layouts: Mapping[int, str] | None = None,
     ):
         """tensors  of each of Recipe.models, by name; empty: their shapes are not known, and taken as equal
         copied   names of tensors of which those of one model are copied, as they are, and its index
         notes    by model: why it lacks what it lacks, for messages
+        layouts  by model: which tensors have another layout than the base's, and what to do
         """
         self._recipe, self._names, self._collector = recipe, names, collector or ErrorCollector()
         self._tensors_of, self._copied, self._notes = tensors, copied or {}, notes or {}
+        self._layouts = layouts or {}
         self._layers: dict[tuple[int, str | None], Layers] = {}
         self.targets: list[Target] = []
         self.counts: list[LayerCount] = []
@@ -405,7 +408,10 @@ class Assembly:
                 (str(lead.ref), layers[0], ours),
                 (str(other.ref), layers[1], theirs),
                 str(self._recipe.models[self._recipe.base_index]),
-                [self._notes[source.model] for source in (lead, other) if source.model in self._notes],
+                *(
+                    [of[source.model] for source in (lead, other) if source.model in of]
+                    for of in (self._notes, self._layouts)
+                ),
             )
         )
 

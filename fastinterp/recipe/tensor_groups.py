@@ -34,12 +34,16 @@ def grouped(names: Iterable[str], others: Collection[str] = ()) -> str:
     return listed([plain(text) for _, text in sorted(texts, key=lambda pair: -pair[0])], _LISTED)
 
 
-def different_tensors(ours: _Side, theirs: _Side, base: str, notes: Sequence[str] = ()) -> str:
+def different_tensors(
+    ours: _Side, theirs: _Side, base: str, notes: Sequence[str] = (), layouts: Sequence[str] = ()
+) -> str:  # fmt: skip
     """The message about two models, or layers, with different tensors.
 
     ours, theirs  name of the model, which layer of it (empty: all of it), names of the tensors
     base          the model from which `missing: base` copies
     notes         why a model lacks what it lacks
+    layouts       about tensors that have other names in one of the models because their layout differs, and what to do:
+                  what all models have is no reason to copy it from one
     """
     if not set(ours[2]) & set(theirs[2]):
         return nothing_in_common(ours, theirs)
@@ -48,7 +52,9 @@ def different_tensors(ours: _Side, theirs: _Side, base: str, notes: Sequence[str
         for (model, layer, names), others in ((ours, theirs[2]), (theirs, ours[2]))
         if (only := [name for name in names if name not in others])
     ]
-    why = "".join(f". {note}" for note in notes)
+    why = "".join(f". {note}" for note in (*notes, *layouts))
+    if layouts:
+        return f"the models have different tensors: {'; '.join(sides)}{why}"
     return (
         f"the models have different tensors: {'; '.join(sides)}{why}. `missing: base` in the recipe (--missing base) "
         f"takes what not all have from {base} and leaves out what that lacks, `missing: skip` leaves out all of it, "

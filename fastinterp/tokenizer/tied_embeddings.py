@@ -14,6 +14,7 @@ import msgspec
 
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
+from fastinterp.tokenizer.embedding_rows import HasShape
 
 # The last part but one of a name, in the order in which they are looked for. `output` counts as `output.weight` only.
 _OUT = ("lm_head", "embed_out", "output", "proj_out", "vocab_projector", "lm_loss", "generator_lm_head", "decoder")
@@ -118,13 +119,13 @@ def ties(
 
 
 def says_tied(config: Mapping[str, Any]) -> bool | None:
-    """`tie_word_embeddings` of a config.json, at the top or of the language model; where it is in neither, what that
-    means for models of its type. None, if that is not known.
+    """`tie_word_embeddings` of a config.json: at the top, by which transformers goes, else of the language model; where
+    it is in neither, what that means for models of its type. None, if that is not known.
     """
-    parts = (config, *(config.get(k) for k in _TEXT))
-    said = [p["tie_word_embeddings"] for p in parts if isinstance(p, Mapping) and "tie_word_embeddings" in p]
-    if any(isinstance(value, bool) for value in said):
-        return True in said
+    for part in (config, *(config.get(k) for k in _TEXT)):
+        value = part.get("tie_word_embeddings") if isinstance(part, Mapping) else None
+        if isinstance(value, bool):
+            return value
     kind = config.get("model_type")
     return True if kind in _TIED_BY_DEFAULT else False if kind in _UNTIED_BY_DEFAULT else None
 
@@ -133,6 +134,18 @@ def is_tied(names: Iterable[str]) -> bool:
     """Whether a model has an input embedding, and no output layer of its own."""
     every = list(names)
     return any(_module(n) in _IN and n.endswith(".weight") for n in every) and not any(map(_is_head, every))
+
+
+def lacks_head(tensors: Mapping[str, HasShape]) -> bool:
+    """Whether a model has an input embedding, and outside of its layers no other matrix with a row or a column for each
+    token, so no output layer of any name.
+    """
+    embeddings = {n for n in tensors if _module(n) in _IN and n.endswith(".weight")}
+    rows = {tensors[n].shape[0] for n in embeddings if tensors[n].shape}
+    outside = [n for n in tensors if n not in embeddings and not any(p.isdecimal() for p in n.split(".")[:-2])]
+    return is_tied(tensors) and not any(
+        len(tensors[n].shape) > 1 and not rows.isdisjoint(tensors[n].shape) for n in outside
+    )
 
 
 def config_changes(

@@ -178,7 +178,7 @@ def test_refused(files: dict[str, Path], tmp_path: Path):
     refused({"a": 1}, "models must be files: sd_mecha.model('a.safetensors')")
     refused(a, "`output` must be a .safetensors file, got 'out'", output="out")
     refused(a, "exists already", OutputError, output=files["b"])
-    refused(node("weighted_sum", a=a, b=b), "is one of the inputs", OutputError, output=files["b"], force=True)
+    refused(node("weighted_sum", a=a, b=b), "the output is the input", OutputError, output=files["b"], force=True)
     (tmp_path / "old.safetensors").write_bytes(b"")
     merge(a, output=tmp_path / "old.safetensors", force=True)
     assert arrays(tmp_path / "old.safetensors").keys() == TENSORS.keys()

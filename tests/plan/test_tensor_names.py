@@ -26,6 +26,8 @@ def in_front(prefix: str, names: Iterable[str]) -> list[str]:
 def test_a_prefix_of_all_names(names, prefix):
     found = match_names(shaped(in_front(prefix, names)), shaped(names))
     assert found is not None and found.names == {prefix + name: name for name in names}
+    every = " and ".join(f"`{part}.`" for part in prefix.split(".")[:-1])  # all that was removed is named
+    assert len(found.how) == 1 and found.how[0].startswith((f"prefix `{prefix}` removed (", f"{every} left out ("))
     back = match_names(shaped(names), shaped(in_front(prefix, names)))
     assert back is not None and back.names == {name: prefix + name for name in names}
 
@@ -35,7 +37,7 @@ def test_wrappers_in_the_middle():
     own = [n.replace("mlp", "_checkpoint_wrapped_module.mlp._orig_mod") for n in in_front("model.", LAYERS)]
     found = match_names(shaped(own), shaped(in_front("model.", LAYERS)))
     assert found is not None and list(found.names.values()) == in_front("model.", LAYERS)
-    assert found.how == ("`_checkpoint_wrapped_module.` left out (2 tensors)",)
+    assert found.how == ("`_checkpoint_wrapped_module.` and `_orig_mod.` left out (2 tensors)",)
 
 
 def test_a_model_without_its_head():

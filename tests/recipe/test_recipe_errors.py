@@ -252,12 +252,14 @@ def test_parameters_that_are_never_used_are_warned_of(text, message):
 
 @pytest.mark.parametrize(("text", "weight"), [("1e-3", 1e-3), ("'0.25'", 0.25), ("'-1E+2'", -100.0), ("'1'", 1.0)])
 def test_numbers_that_yaml_reads_as_text(text, weight):
-    assert load_recipe(w0(text)).parameters["weight"][0] == weight
+    parameters = load_recipe(w0(text)).parameters
+    assert parameters is not None and parameters["weight"][0] == weight
 
 
 @pytest.mark.parametrize(("text", "value"), [("'true'", True), ("'False'", False), ('"no"', False), ("1", True)])
 def test_truth_values_in_quotes(text, value):
-    assert load_recipe(LINEAR + f"parameters: {{normalize: {text}}}\n").parameters["normalize"] is value
+    parameters = load_recipe(LINEAR + f"parameters: {{normalize: {text}}}\n").parameters
+    assert parameters is not None and parameters["normalize"] is value
 
 
 def test_gradients_of_numbers_in_quotes():

@@ -94,10 +94,10 @@ def test_a_tokenizer_without_its_json_file(tmp_path: Path):
         (folder / "vocab.txt").write_text("\n".join(words + more))
         folders.append(str(folder))
     recipe = linear(*folders, tokenizer_source="union")
-    for folder in folders:
+    for path in folders:
         with pytest.raises(CheckpointError) as error:
             fastinterp.merge(recipe, tmp_path / "out")
-        assert error.value.file == folder and "only `vocab.txt`" in str(error.value)
+        assert error.value.file == path and "only `vocab.txt`" in str(error.value)
         command = re.search(r"python -c (.*)\. Or leave", str(error.value))
         assert command is not None
         subprocess.run([sys.executable, "-c", *shlex.split(command[1])], check=True, capture_output=True)

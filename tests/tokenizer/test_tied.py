@@ -54,6 +54,7 @@ def test_what_an_absent_statement_means():
     assert [says_tied({"model_type": kind}) for kind in ("gpt2", "llama", "other")] == [True, False, None]
     assert says_tied({"model_type": "gpt2", "tie_word_embeddings": False}) is False
     assert says_tied({"model_type": "llama", "text_config": {"tie_word_embeddings": True}}) is True
+    assert says_tied({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}) is False
     assert says_tied({}) is None
 
 
