@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -18,6 +18,10 @@ from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.remedies import literal, python
 from fastinterp.checkpoint.strict_json import parse_object
+from fastinterp.messages import listed
+
+if TYPE_CHECKING:
+    from fastinterp.checkpoint.quantised import Header
 
 ADAPTER_CONFIG = "adapter_config.json"  # as peft saves it, beside adapter_model.safetensors
 
@@ -110,11 +114,13 @@ class Adapter(msgspec.Struct, frozen=True):
         return text + (f", alpha {self.alpha}" if self.alpha is not None else "")
 
 
-def find_adapter(tensors: Mapping[str, Entry], metadata: Mapping[str, str], config_file: Path) -> Adapter | None:
+def find_adapter(
+    tensors: Mapping[str, Header], metadata: Mapping[str, str], config_file: Path | None
+) -> Adapter | None:  # fmt: skip
     """The adapter among these tensors, or None.
 
     metadata     of the files
-    config_file  where adapter_config.json is, if there is one
+    config_file  where adapter_config.json is, if there is one; None: the tensors are in no file
     Raises: CheckpointError, if that is damaged.
     """
     if not _HINTS.search("\n".join(tensors)):
@@ -130,7 +136,7 @@ def find_adapter(tensors: Mapping[str, Entry], metadata: Mapping[str, str], conf
         return None
     modules = {str(match["module"]) for match in found.values()}
     whole = not kohya and _has_weights(tensors, adapter, modules, peft=len(peft) == len(tensors))
-    config = read_adapter_config(config_file) if not whole and not kohya else {}
+    config = read_adapter_config(config_file) if config_file is not None and not whole and not kohya else {}
     style = "kohya" if kohya else "peft" if len(peft) == len(tensors) or config else ""
     if not style and any(_DIFFUSERS.match(name) for name in found):
         style = "diffusers"
@@ -147,7 +153,7 @@ def find_adapter(tensors: Mapping[str, Entry], metadata: Mapping[str, str], conf
     )  # fmt: skip
 
 
-def _has_weights(tensors: Mapping[str, Entry], adapter: frozenset[str], modules: set[str], peft: bool) -> bool:
+def _has_weights(tensors: Mapping[str, Header], adapter: frozenset[str], modules: set[str], peft: bool) -> bool:
     """Whether these tensors are a model with an adapter built in, not an adapter with a few layers of the model.
 
     modules  those that the adapter changes
@@ -162,7 +168,7 @@ def _has_weights(tensors: Mapping[str, Entry], adapter: frozenset[str], modules:
     return matrices >= len(modules)
 
 
-def _base_weights(module: str, tensors: Mapping[str, Entry]) -> bool:
+def _base_weights(module: str, tensors: Mapping[str, Header]) -> bool:
     """Whether the weight that an adapter changes is there too; `.original`: as torch's parametrizations call it."""
     parent = module.rpartition(".")[0]
     names = (f"{module}.weight", f"{module}.base_layer.weight", f"{parent}.original", f"{module}.linear.weight")
@@ -184,6 +190,21 @@ def built_in_refusal(adapter: Adapter) -> str:
         f"this is a model of peft with {_article(adapter.kind)} adapter that is not merged into its weights "
         f"({quote(min(adapter.tensors))}), and adapters are not merged. Where it was saved, call "
         '`model.merge_and_unload().save_pretrained("NEW")` instead; then name NEW'
+    )
+
+
+def refusal_in_memory(label: str, adapter: Adapter) -> str:
+    """The same as both about a state dict, which messages call `label`; empty, if it is none to be refused."""
+    names = listed([quote(name) for name in sorted(adapter.tensors)], 2)
+    if not adapter.whole:
+        what = f"{label} is {_article(adapter.kind)} adapter, not a whole model ({names})"
+    elif built_in_refusal(adapter):
+        what = f"{label} is a model of peft whose {adapter.kind} adapter is not merged into it ({names})"
+    else:
+        return ""
+    return (
+        f"{what}, and adapters are not merged. Merge it into its base first, with peft by `model.merge_and_unload()`, "
+        "and give the state dict of what that returns"
     )
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from fastinterp.checkpoint.names import WEIGHTS
 from fastinterp.errors import CheckpointError
 
-# Weights, configuration, tokenizer and licence from the top folder; no pickles, no code.
-ALLOW = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*",
-         "USE_POLICY*")  # fmt: skip
-IGNORE = ("*/*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.py", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
+# From the top folder: weights, and the small files that may belong to a model, its code among them, which is never run.
+ALLOW = (
+    "*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.vocab", "*.bpe", "*.codes",
+    "*.yaml", "*.yml", "*.py", "tokenizer*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+IGNORE = ("*/*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
 _ID = re.compile(rf"({_PART}(?:/{_PART})?)(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?")

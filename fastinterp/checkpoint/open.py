@@ -109,7 +109,7 @@ def open_checkpoint(name: str) -> Checkpoint:
         raise CheckpointError(f"there is no such folder or file.{_similar(path)}", file=name or "''")
     try:
         root = hub.fetch(*parsed)
-        if folders := named_folders(root):
+        if folders := (*named_folders(root), *_template_folders(root)):
             hub.fetch(*parsed, folders)
     except CheckpointError as error:
         raise CheckpointError(
@@ -182,6 +182,11 @@ def _names(root: Path) -> list[str]:
 def _config(root: Path) -> dict[str, Any]:
     """config.json; empty, if there is none, or if it is damaged: who needs it to be right says so."""
     return json_or_empty(root / CONFIG)
+
+
+def _template_folders(root: Path) -> tuple[str, ...]:
+    """The folder in which transformers keeps chat templates beside the one of chat_template.jinja."""
+    return ("additional_chat_templates",) if (root / "chat_template.jinja").is_file() else ()
 
 
 def _open_folder(name: str, root: Path) -> Checkpoint:

@@ -14,10 +14,10 @@ from msgspec.structs import replace
 
 from fastinterp.checkpoint.components import named_folders
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, WEIGHTS
+from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, WEIGHTS, quote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import Stamp, read_regular, stamp_of
-from fastinterp.checkpoint.sidecar_files import CONFIG, is_sidecar, with_dtype
+from fastinterp.checkpoint.sidecar_files import CONFIG, is_sidecar, named_file, with_dtype, without_named_file
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import listed
 from fastinterp.ops.dtypes import DType
@@ -78,11 +78,17 @@ class OriginFiles(msgspec.Struct, frozen=True):
         Raises: CheckpointError, if a config.json has to change and is damaged or cannot be read.
         """
         files: dict[str, bytes | Path] = {**self.copied}
-        for folder in self.folders if dtype is not None else ():
+        for folder in self.folders:
             name = f"{folder}/{CONFIG}" if folder else CONFIG
-            if dtype is not None and name in files:
-                path = str(self.root / name)
+            if name not in files:
+                continue
+            path = str(self.root / name)
+            if dtype is not None:
                 files[name] = with_dtype(read_regular(path, MAX_HEADER), dtype, path)
+            if named_file(self.root / folder):
+                content = files[name]
+                raw = content if isinstance(content, bytes) else read_regular(path, MAX_HEADER)
+                files[name] = without_named_file(raw, path)
         return files
 
     def remarks(self, name: str, told: tuple[str, ...] = ()) -> list[str]:
@@ -91,7 +97,11 @@ class OriginFiles(msgspec.Struct, frozen=True):
         name  of the origin
         told  remarks on its weights: those that they name are not named again
         """
-        lines = []
+        named = [file for folder in self.folders if (file := named_file(self.root / folder))]
+        lines = [
+            f"`transformers_weights` ({quote(file)}) is left out of config.json: the output has the usual names"
+            for file in named
+        ]
         for reason, names in self.left_out.items():
             new = [n for n in names if not any(n in remark for remark in told)] if reason == _WEIGHTS else names
             if new:

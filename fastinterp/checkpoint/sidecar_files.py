@@ -67,6 +67,24 @@ def json_or_empty(path: Path) -> dict[str, Any]:
         return {}
 
 
+_NAMED_FILE = "transformers_weights"  # of config.json: which file transformers reads in place of model.safetensors
+
+
+def named_file(root: Path) -> str | None:
+    """The file or index of weights that config.json in the folder names, by which transformers goes; None, if it does
+    not name one, or cannot be read.
+    """
+    name = json_or_empty(root / CONFIG).get(_NAMED_FILE)
+    return name if isinstance(name, str) else None
+
+
+def without_named_file(config: bytes, file: str = CONFIG) -> bytes:
+    """`config` that names no file of weights: those of an output have the usual name."""
+    table = parse_object(config.lstrip(), "the model configuration", file)
+    table.pop(_NAMED_FILE, None)
+    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def with_dtype(config: bytes, dtype: DType, file: str = CONFIG) -> bytes:
     """`config` with its `torch_dtype` and `dtype` set to `dtype`, at the top and in nested `*_config` objects.
 

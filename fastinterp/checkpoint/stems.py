@@ -6,7 +6,7 @@ from collections import Counter
 
 from fastinterp.checkpoint.names import ANY_INDEX, SHARD, STEMS, WEIGHTS
 from fastinterp.checkpoint.open import Checkpoint
-from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
+from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty, named_file
 
 MODEL, DIFFUSERS, OPEN_CLIP = STEMS[:3]
 
@@ -18,6 +18,8 @@ def stem_of(checkpoint: Checkpoint) -> str:
     alone may be called anything: if no library looks for its name, it is the stem that its folder's configuration
     leads to.
     """
+    if named_file(checkpoint.root):  # any name: an output names none, and has the usual one
+        return MODEL
     if match := ANY_INDEX.fullmatch(checkpoint.index_name):
         variant = match["old"] or match["variant"]
         return f"{match['stem']}.{variant}" if variant else match["stem"]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from fastinterp.backends.cpu import Handle
 from fastinterp.backends.torch_device import common_device
 from fastinterp.checkpoint.quantised import quantised_tensors
-from fastinterp.errors import ShapeError, UsageError
+from fastinterp.errors import CheckpointError, ShapeError, UsageError
 from fastinterp.in_memory.arrays import ArrayView, DLPackArrays, Library, TorchTensors, library_of, stored_dtype
 from fastinterp.messages import listed
 from fastinterp.ops.dtypes import DType
@@ -87,8 +87,31 @@ class Inputs:
             missing = [n for n in names if n not in other]
             more = [n for n in other if n not in names]
             if missing or more:
+                self._refuse_other_names(label, other)
                 shown = ", ".join((missing or more)[:_SHOWN])
                 raise ShapeError(f"{label} {'lacks' if missing else 'alone has'} {shown}. All must have the same names")
+
+    def _refuse_other_names(self, label: str, other: Arrays) -> None:
+        """Raises: ShapeError, if the names differ from the first's in a prefix, a wrapper or the like."""
+        from fastinterp.plan.tensor_names import match_names
+
+        match = match_names(self._headers(other), self._headers(self.first))
+        if match is None or not set(match.names.values()) <= self.first.keys():
+            return
+        changed = next((name, new) for name, new in match.names.items() if name != new)
+        raise ShapeError(
+            f"{label} has other names than {self._labels[0]}; they are the same with {listed(match.how, _SHOWN)}. "
+            f"Rename them, {changed[0]} to {changed[1]} and so on"
+        )
+
+    def refuse_adapters(self) -> None:
+        """Raises: CheckpointError, if a state dict is an adapter, or of a model of peft with one."""
+        from fastinterp.checkpoint.adapters import find_adapter, refusal_in_memory
+
+        for label, arrays in self._all[: len(self.models)] if self._by_name else ():
+            adapter = find_adapter(self._headers(arrays), {}, None)
+            if adapter is not None and (message := refusal_in_memory(label, adapter)):
+                raise CheckpointError(message)
 
     def device(self) -> Any:
         """The torch.device of all tensors, None for the CPU. Raises: UsageError, if they are on several."""

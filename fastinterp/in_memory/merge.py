@@ -96,8 +96,8 @@ def merge_state_dicts(
 
     The other arguments are those of `merge_tensors`; side-cars are state dicts. Returns a new dict of new tensors. On a
     device, that integer tensors are equal is waited for.
-    Raises: UsageError, MethodError (one of them), ShapeError, BackendError; CheckpointError, if weights are quantised:
-    codes and scales are only copied, and must be equal in all state dicts.
+    Raises: UsageError, MethodError (one of them), ShapeError, BackendError; CheckpointError, if one is an adapter, or
+    if weights are quantised: codes and scales are only copied, and must be equal in all state dicts.
     """
     models = _listed(state_dicts, "state_dicts")
     labels = [*([] if base is None else ["base"]), *(f"state dict {i}" for i in range(len(models)))]
@@ -209,6 +209,7 @@ class _Merge:
 
     def run(self, stats_every: int = 0) -> dict[str, Any]:
         """`effects` is filled if chunks are sampled for it, one in `stats_every`."""
+        self.inputs.refuse_adapters()
         self.quantised = self.inputs.refuse_quantised()
         self.inputs.check_names()
         library, like = self.inputs.library, next(iter(self.inputs.first.values()), None)

@@ -19,7 +19,8 @@ from fastinterp.in_memory.merge import merge_measured
 from fastinterp.ops.dtypes import parse_dtype
 from fastinterp.paths.report import PathPoint, PathReport
 from fastinterp.plan.quantised import refuse_models
-from fastinterp.torch_models.endpoints import Endpoint, Endpoints, Model, warn_unlike
+from fastinterp.torch_models.endpoints import Endpoint, Endpoints, Model, not_in_all, warn_unlike
+from fastinterp.torch_models.module_tensors import weights_of
 from fastinterp.torch_models.module_weights import ModuleWeights, dtypes_of
 
 Alpha = float | Mapping[str, float]
@@ -65,8 +66,15 @@ def path(
     models = directions if directions is not None else {"a": a, "b": b}
     ends = {name: _endpoint(x, name) for name, x in models.items()}
     lead = next(iter(ends.values())) if origin is None else origin
-    if lead.checkpoint is not None:
-        ends = {name: end.following(lead.checkpoint.tensors) for name, end in ends.items()}
+    if model is not None:
+        reference = {name: weight for weight in weights_of(model, None) for name in weight.names}
+        ends = {name: end.following(reference) for name, end in ends.items()}
+        origin = None if origin is None else origin.following(reference)
+    else:
+        ends = {name: end.following(lead.shapes()) for name, end in ends.items()}
+        computed = not_in_all(lead.shapes(), list(ends.values()))
+        ends = {name: end.without(computed) for name, end in ends.items()}
+        origin = None if origin is None else origin.without(computed)
     if model is not None and dtype is not None:
         _check_dtype(dtype, model)
     warn_unlike([*([] if origin is None else [origin]), *ends.values()], stacklevel=2)

@@ -6,6 +6,7 @@ far as they are the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -116,18 +117,17 @@ def with_names_of(reference: Model, model: Model, remarks: list[str] | None = No
     return model if named is model.tensors else replace(model, tensors=named)
 
 
-def following(model: Model, reference: Mapping[str, HasShape]) -> Model:
-    """A model with the names of the reference, and without the recomputed buffers that are not there."""
-    if model.tensors.keys() == reference.keys():
-        return model
+def following(own: Mapping[str, HasShape], reference: Mapping[str, HasShape]) -> dict[str, str]:
+    """The names of a model's tensors -> those that the reference has for them, without the recomputed buffers that are
+    not there.
+    """
+    if own.keys() == reference.keys():
+        return {name: name for name in own}
     from fastinterp.plan.tensor_names import match_names
 
-    match = match_names(model.tensors, reference)
-    names = {name: name for name in model.tensors} if match is None else match.names
-    return replace(model, tensors={
-        names[name]: replace(tensor, name=names[name]) for name, tensor in model.tensors.items()
-        if names[name] in reference or not is_recomputed(name, tensor)
-    })  # fmt: skip
+    match = match_names(own, reference)
+    names = {name: name for name in own} if match is None else match.names
+    return {name: names[name] for name in own if names[name] in reference or not is_recomputed(name, own[name])}
 
 
 def named_as(model: NamedTensors, reference: NamedTensors, remarks: list[str] | None = None) -> Tensors:
@@ -319,8 +319,8 @@ def _channels(origin: Tensors, out: Tensors) -> tuple[int, int] | None:
 # --- recomputed buffers ----------------------------------------------------------------------------------------------
 
 
-def is_recomputed(name: str, tensor: TensorInput) -> bool:
-    """Whether a tensor is a buffer that software makes anew when it loads a model: by its name, shape and dtype."""
+def is_recomputed(name: str, tensor: HasShape) -> bool:
+    """Whether a tensor is a buffer that software makes anew when it loads a model: by its name and shape."""
     parts = name.rsplit(".", 2)
     last, parent, shape = parts[-1], parts[-2] if len(parts) > 1 else "", tensor.shape
     if last in _ALWAYS:
@@ -330,7 +330,7 @@ def is_recomputed(name: str, tensor: TensorInput) -> bool:
     if last == "bias":  # a causal mask, not a vector that was trained
         return parent in _ATTENTION and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
     if last == "masked_bias":
-        return parent in _ATTENTION and tensor.numel == 1
+        return parent in _ATTENTION and math.prod(shape) == 1
     return last == "attn_mask" and len(shape) in (2, 3) and shape[-1] == shape[-2]
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace as struct_replace
+
 from fastinterp.checkpoint.open import changed_since, refuse_components
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.execute.sources import Sources, storage
@@ -23,7 +25,7 @@ from fastinterp.plan.compatibility import path_warnings
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.models import Model as StoredModel
 from fastinterp.plan.models import open_model
-from fastinterp.plan.tensor_sets import following
+from fastinterp.plan.tensor_sets import following, is_recomputed
 from fastinterp.recipe.tensor_groups import HasShape
 from fastinterp.torch_models.module_tensors import TensorSpec, Weight, equal_bytes, is_extra_state, tied_error
 
@@ -58,10 +60,33 @@ class Endpoint:
         return Endpoint(name, opened, {})
 
     def following(self, reference: Mapping[str, HasShape]) -> Endpoint:
-        """This end point. Tensors of a checkpoint have the names of the reference, where a prefix or the like differs,
-        and buffers that software computes are left out where the reference lacks them.
+        """This end point. Its tensors have the names of the reference, where a prefix or the like differs, and buffers
+        that software computes are left out where the reference lacks them.
         """
-        return self if self.checkpoint is None else replace(self, checkpoint=following(self.checkpoint, reference))
+        return self._renamed(following(self.shapes(), reference))
+
+    def without(self, names: Collection[str]) -> Endpoint:
+        """This end point, without some of its tensors."""
+        return self._renamed({name: name for name in self.shapes() if name not in names})
+
+    def shapes(self) -> Mapping[str, HasShape]:
+        """Its tensors, as far as they have a shape: what a state dict may have beside them is left out."""
+        if self.checkpoint is not None:
+            return self.checkpoint.tensors
+        state: Mapping[Any, Any] = self.state
+        return {n: x for n, x in state.items() if isinstance(n, str) and hasattr(x, "shape")}
+
+    def _renamed(self, names: Mapping[str, str]) -> Endpoint:
+        """names: of the tensors that stay -> their new ones"""
+        own = self.shapes()
+        if names.keys() == own.keys() and all(name == new for name, new in names.items()):
+            return self
+        if self.checkpoint is None:
+            state = {names.get(n, n): x for n, x in self.state.items() if n in names or n not in own}
+            return replace(self, state=state)
+        tensors = self.checkpoint.tensors
+        named = {new: tensors[n] if n == new else struct_replace(tensors[n], name=new) for n, new in names.items()}
+        return replace(self, checkpoint=struct_replace(self.checkpoint, tensors=named))
 
     def specs(self) -> dict[str, TensorSpec]:
         """Dtype and shape of each tensor, extra state left out. Raises: UsageError, if one is no torch tensor."""
@@ -87,6 +112,15 @@ class Endpoint:
         """The files that were changed, replaced or removed since their headers were read."""
         checkpoint = None if self.checkpoint is None else self.checkpoint.checkpoint
         return [] if checkpoint is None else changed_since(checkpoint)
+
+
+def not_in_all(own: Mapping[str, HasShape], models: Sequence[Endpoint]) -> frozenset[str]:
+    """The names of buffers that software computes, among those of a module or an end point, that some of the models
+    lack: nothing can be interpolated there, and nothing needs to be.
+    """
+    return frozenset(
+        name for name, x in own.items() if is_recomputed(name, x) and any(name not in m.shapes() for m in models)
+    )
 
 
 class Endpoints:

@@ -20,7 +20,7 @@ from fastinterp.ops.steps import Stored
 from fastinterp.plan.quantised import quantised_arrays, quantised_error
 from fastinterp.torch_models.copied_tensors import CopiedTensors
 from fastinterp.torch_models.endpoint_operands import EndpointOperands
-from fastinterp.torch_models.endpoints import Endpoint, Model, warn_unlike
+from fastinterp.torch_models.endpoints import Endpoint, Model, not_in_all, warn_unlike
 from fastinterp.torch_models.exclusive import ExclusiveTensors
 from fastinterp.torch_models.memory_block import MemoryBlock
 from fastinterp.torch_models.module_tensors import (
@@ -111,7 +111,9 @@ class Live:
                 copied = CopiedTensors(every, models, _chosen(ends, integers))
                 self._weights = [w for w in self._weights if not copied.names & set(w.names)]
                 stack.callback(copied.restore)
-            _check_fit(models, self._weights, layers, frozenset() if integers is None else copied.names)
+            computed = not_in_all(own, models)  # they stay as they are
+            self._weights = [w for w in self._weights if computed.isdisjoint(w.names)]
+            _check_fit(models, self._weights, layers, computed if integers is None else computed | copied.names)
             warn_unlike(models, stacklevel=2)
             self._operands = EndpointOperands(
                 models, self._weights, resident=resident, threads=cpu_threads(threads), isa=cpu_isa(), stack=stack,

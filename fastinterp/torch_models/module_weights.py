@@ -9,7 +9,7 @@ from typing import Any
 
 from fastinterp.errors import UsageError
 from fastinterp.in_memory.inputs import StoredTensor
-from fastinterp.torch_models.endpoints import Endpoint, Endpoints
+from fastinterp.torch_models.endpoints import Endpoint, Endpoints, not_in_all
 from fastinterp.torch_models.module_tensors import WHOSE, Mismatches, identity_of, tensors_of, weights_of
 
 
@@ -25,12 +25,15 @@ class ModuleWeights:
 
     def __init__(self, module: Any, models: Sequence[Endpoint], *, mixed: bool = False):
         self._module, self._models = module, models
-        self._weights = weights_of(module, None)
+        every = weights_of(module, None)
+        computed = not_in_all({name: weight for weight in every for name in weight.names}, models)
+        self._weights = [w for w in every if computed.isdisjoint(w.names)]
         self._saved: dict[str, Any] = {}
         self._copies: dict[object, Any] = {}  # of end points' tensors in the module's own memory, by identity
         mismatches = Mismatches(mixed=mixed, remedy=WHOSE)
         for model in models:
-            mismatches.check(self._weights, model.label, model.specs())
+            specs = {name: spec for name, spec in model.specs().items() if name not in computed}
+            mismatches.check(self._weights, model.label, specs)
         mismatches.refuse()
         with ExitStack() as stack:
             endpoints = Endpoints(models, stack)

@@ -257,3 +257,38 @@ def test_metadata_of_an_origin_without_any(tmp_path):
     ]
     again = fastinterp.interpolate(tmp_path / "out", a, 0.5, tmp_path / "again")[0]
     assert not [r for r in again.remarks if "header metadata" in r]  # the receipt is replaced
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "shards"), [("ema.safetensors", None), ("ema.safetensors.index.json", 4000),
+                                              ("ema.safetensors", 4000)])  # fmt: skip
+def test_a_file_of_weights_that_config_json_names(tmp_path, file, shards):
+    """transformers reads that file and no other: the output has the usual names, and its config.json names none."""
+    import torch
+    import transformers as tf
+    from safetensors.torch import save_file as save
+
+    config = tf.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+    )
+    loaded = []
+    for name in "ab":
+        model = tf.LlamaForCausalLM(config)
+        model.save_pretrained(tmp_path / name)
+        tensors = {n: x.detach() + 1 for n, x in model.state_dict().items()}
+        save(tensors, tmp_path / name / "ema.safetensors", {"format": "pt"})
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "ema.safetensors")}
+        (tmp_path / name / "ema.safetensors.index.json").write_text(json.dumps(index))
+        path = tmp_path / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_weights": file}))
+        loaded.append(tf.LlamaForCausalLM.from_pretrained(tmp_path / name).state_dict())
+        assert torch.equal(loaded[-1]["lm_head.weight"], tensors["lm_head.weight"])
+    models = [{"model": str(tmp_path / n), "parameters": {"weight": 1}} for n in "ab"]
+    recipe = {"merge_method": "linear", "models": models, "dtype": "float32"}
+    report = fastinterp.merge(recipe, tmp_path / "out", max_shard_size=shards)
+    assert any(f"`transformers_weights` (`{file}`) is left out of config.json" in r for r in report.remarks)
+    model, info = tf.LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    for name, x in model.state_dict().items():
+        torch.testing.assert_close(x, (loaded[0][name] + loaded[1][name]) / 2, atol=1e-6, rtol=0)
+    assert list((tmp_path / "out").glob("model*.safetensors"))

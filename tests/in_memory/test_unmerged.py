@@ -163,3 +163,45 @@ def test_dtypes_of_files_that_torch_has():
     """Those of the layouts: otherwise a format would be left out of these tests without a word."""
     missing = {DTYPES[dtype].name for form in FORMATS_HERE.values() for dtype, _ in form.layout.values()}
     assert all(torch_dtype(DTYPES[name]) is not None for name in missing)
+
+
+ADAPTERS = {
+    "LoRA, peft": ("base_model.model.l.0.q.lora_A.weight", "base_model.model.l.0.q.lora_B.weight"),
+    "LoRA, kohya": ("lora_unet_a.lora_down.weight", "lora_unet_a.lora_up.weight"),
+    "LoHa, kohya": ("lora_unet_a.hada_w1_a", "lora_unet_a.hada_w1_b"),
+}
+
+
+@pytest.mark.parametrize("names", ADAPTERS.values(), ids=ADAPTERS)
+def test_adapters(names):
+    """Factors are not merged one by one, as those of files are not."""
+    model, adapter = {"l.0.q.weight": torch.ones(4, 4)}, {name: torch.ones(4, 4) for name in names}
+    for dicts, base, which in (([adapter, adapter], None, 0), ([model, adapter], None, 1), ([model], adapter, "base")):
+        with pytest.raises(CheckpointError, match="adapters are not merged") as error:
+            fastinterp.merge_state_dicts(dicts, "task_arithmetic" if base else "linear", base=base, parameters=HALF)
+        label = which if base else f"state dict {which}"
+        assert str(error.value).startswith(f"{label} is a Lo") and f"(`{names[0]}`, `{names[1]}`)" in str(error.value)
+
+
+def test_a_model_of_peft_with_its_adapter():
+    layer = "base_model.model.l.0.q"
+    weights = {
+        f"{layer}.{part}.weight": torch.ones(4, 4) for part in ("base_layer", "lora_A.default", "lora_B.default")
+    }
+    with pytest.raises(
+        CheckpointError, match="state dict 0 is a model of peft whose LoRA adapter is not merged into it"
+    ):
+        fastinterp.merge_state_dicts([weights, weights], "linear", parameters=HALF)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_wrapped_modules(prefix):
+    """The error says what is in front of the names, and what it is in the other."""
+    plain = {f"l.{i}.q.weight": torch.ones(2, 2) for i in range(3)}
+    wrapped = {prefix + name: x for name, x in plain.items()}
+    for a, b, first, second in ((plain, wrapped, f"{prefix}l.0", "l.0"), (wrapped, plain, "l.0", f"{prefix}l.0")):
+        with pytest.raises(ShapeError) as error:
+            fastinterp.merge_state_dicts([a, b], "linear", parameters=HALF)
+        message = str(error.value)
+        assert message.startswith("state dict 1 has other names than state dict 0; they are the same with ")
+        assert message.endswith(f"Rename them, {first}.q.weight to {second}.q.weight and so on")

@@ -382,3 +382,37 @@ def test_live_and_paths_follow_names(tmp_path):
     assert point.keys() == x.keys()
     for name, tensor in point.items():
         torch.testing.assert_close(tensor, 0.75 * x[name] + 0.25 * y[f"module.{name}"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("having", ["a", "b", "module"])
+def test_live_and_paths_leave_recomputed_buffers(tmp_path, having):
+    """A buffer that one side alone has is nobody's to interpolate; and state dicts of wrapped modules follow names."""
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = torch.nn.Linear(2, 2)
+            self.rotary_emb = torch.nn.Module()
+            self.rotary_emb.register_buffer("inv_freq", torch.ones(3), persistent=having == "module")
+
+    buffer = {"rotary_emb.inv_freq": torch.full((3,), 7.0)}
+    states = [{"proj.weight": torch.full((2, 2), v), "proj.bias": torch.full((2,), v)} for v in (1.0, 3.0)]
+    states = [state | (buffer if having == end else {}) for state, end in zip(states, "ab", strict=True)]
+    files = []
+    for state, end in zip(states, "ab", strict=True):
+        save_file(state, tmp_path / f"{end}.safetensors")
+        files.append(str(tmp_path / f"{end}.safetensors"))
+    compiled = [{f"_orig_mod.module.{name}": x for name, x in state.items()} for state in states]
+    for a, b in (files, states, compiled, (files[0], compiled[1]), (states[0], files[1])):
+        module = Module()
+        with fastinterp.Live(module, a=a, b=b) as live:
+            live.set(0.25)
+            assert torch.equal(module.proj.weight, torch.full((2, 2), 1.5))
+            assert torch.equal(module.rotary_emb.inv_freq, torch.ones(3))
+        point = fastinterp.path(a, b).weights(0.25)
+        assert sorted(name.rpartition("proj.")[2] for name in point) == ["bias", "weight"]
+        assert all(torch.equal(x, torch.full_like(x, 1.5)) for x in point.values())
+        report = fastinterp.path(a, b, model=module).evaluate(
+            lambda model, alpha, seed: {"bias": float(model.proj.bias.detach()[0])}, [0.0, 0.5]
+        )
+        assert [p.samples["bias"] for p in report.points] == [(1.0,), (2.0,)]
