@@ -9,19 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
-from fastinterp.checkpoint.header import MAX_HEADER, Entry
+from fastinterp.checkpoint.header import MAX_HEADER, Entry, Header
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.remedies import literal, python
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.messages import listed
-
-if TYPE_CHECKING:
-    from fastinterp.checkpoint.quantised import Header
 
 ADAPTER_CONFIG = "adapter_config.json"  # as peft saves it, beside adapter_model.safetensors
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
-from fastinterp.checkpoint.quantised import Header, declared_method
+from fastinterp.checkpoint.header import Header
+from fastinterp.checkpoint.quantised import declared_method
 from fastinterp.checkpoint.remedies import literal, python
 from fastinterp.checkpoint.sidecar_files import read_config
 from fastinterp.errors import CheckpointError

@@ -10,7 +10,7 @@ import math
 import os
 import shlex
 from operator import attrgetter
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import msgspec
 
@@ -22,6 +22,15 @@ from fastinterp.ops.dtypes import DTYPES, DType
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_NUMEL = 2**63 - 1
+
+
+class Header(Protocol):
+    """What is known of a tensor without its data."""
+
+    @property
+    def dtype(self) -> DType: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class Entry(msgspec.Struct, frozen=True):

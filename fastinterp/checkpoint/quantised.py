@@ -11,24 +11,15 @@ import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastinterp.checkpoint.header import Header
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
-from fastinterp.ops.dtypes import DType
 
 if TYPE_CHECKING:
     from fastinterp.checkpoint.open import Checkpoint
 
 HF_QUANT_CONFIG = "hf_quant_config.json"  # as ModelOpt writes it, beside config.json
-
-
-class Header(Protocol):
-    """What is known of a tensor without its data."""
-
-    @property
-    def dtype(self) -> DType: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 Headers = Mapping[str, Header]
