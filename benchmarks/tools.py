@@ -175,7 +175,7 @@ def weighted_sum(scale: float, folder: Path) -> Case:
     """Two models with SDXL's names and shapes (with `scale`, as many of its tensors), in float16, from file to file."""
     import sd_mecha
     from sd_mecha.extensions import model_configs
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     from benchmarks.tools_files import compare, write_model
     from fastinterp.integrations.sd_mecha import merge

@@ -256,7 +256,7 @@ class _Merge:
             self.recorded = lambda name, call: records.setdefault(name, Record(call))
             return self._run(0)
 
-        copied = self.inputs.unmerged(self.quantised, self.chosen)
+        copied = self.inputs.unmerged(self.quantised, self.chosen, self._only_sums)
         names = [name for name in self.inputs.first if name not in copied]
         return merged(self.method.name, self.inputs.models, names, run)
 

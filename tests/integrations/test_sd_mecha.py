@@ -192,7 +192,7 @@ def test_refused(files: dict[str, Path], tmp_path: Path):
 def test_the_result_of_sd_mecha(files: dict[str, Path], name: str):
     import sd_mecha
     import torch
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     a, b, c = (sd_mecha.model(file) for file in files.values())
     blocks = sd_mecha.convert(sd_mecha.literal(BY_BLOCK, config="sdxl-supermerger_blocks"), "sdxl-sgm")
