@@ -22,6 +22,7 @@ STEMS = (
     "consolidated",
 )
 PIPELINES = ("model_index.json", "modules.json")  # files that name the components of a folder: see components.py
+TEMPLATES = "additional_chat_templates"  # the folder in which transformers keeps those beside chat_template.jinja
 
 SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors", re.DOTALL)
 # An index, or that of a variant: `model.safetensors.index.fp16.json`, and as diffusers wrote it before 0.30,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import ANY_INDEX, PICKLES, SHARD, WEIGHTS
+from fastinterp.checkpoint.names import ANY_INDEX, PICKLES, SHARD, TEMPLATES, WEIGHTS
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import is_sidecar
 from fastinterp.checkpoint.stems import is_known
@@ -42,8 +42,8 @@ def old_checkpoint(root: Path, present: Sequence[str], new: Iterable[str]) -> tu
         elif name.endswith(WEIGHTS):
             strangers.append(name)
     # A chat template or vocabulary of the old model would be taken for the new one's.
-    sidecars = [n for n in files if is_sidecar(os.path.basename(n))] if indexes or weights else []
-    return weights + indexes + sidecars, strangers
+    sidecars = [n for n in files if is_sidecar(os.path.basename(n)) or n.startswith(f"{TEMPLATES}/")]
+    return weights + indexes + (sidecars if indexes or weights else []), strangers
 
 
 def _stem(name: str) -> str:

@@ -32,6 +32,7 @@ from fastinterp.checkpoint.names import (
     PIPELINES,
     PUT_BACK,
     SHARD,
+    TEMPLATES,
     WEIGHTS,
     listing,
     quote,
@@ -186,7 +187,7 @@ def _config(root: Path) -> dict[str, Any]:
 
 def _template_folders(root: Path) -> tuple[str, ...]:
     """The folder in which transformers keeps chat templates beside the one of chat_template.jinja."""
-    return ("additional_chat_templates",) if (root / "chat_template.jinja").is_file() else ()
+    return (TEMPLATES,) if (root / "chat_template.jinja").is_file() else ()
 
 
 def _open_folder(name: str, root: Path) -> Checkpoint:

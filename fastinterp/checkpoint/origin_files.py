@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from fastinterp.checkpoint.components import named_folders
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, WEIGHTS, quote
+from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, TEMPLATES, WEIGHTS, quote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import Stamp, read_regular, stamp_of
 from fastinterp.checkpoint.sidecar_files import CONFIG, is_sidecar, named_file, with_dtype, without_named_file
@@ -205,7 +205,7 @@ def _why_no_folder(path: Path, whole: bool) -> str | None:
         return _TRAINER
     if _FORMAT_FOLDERS.fullmatch(path.name):
         return _WEIGHTS
-    return None if whole or path.name == "additional_chat_templates" else _BESIDE
+    return None if whole or path.name == TEMPLATES else _BESIDE
 
 
 def _files(folder: Path, name: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from fastinterp.checkpoint.names import ASIDE, PUT_BACK, is_relative, listing, quote
+from fastinterp.checkpoint.names import ASIDE, PUT_BACK, TEMPLATES, is_relative, listing, quote
 from fastinterp.checkpoint.old_checkpoint import alive, identities, identity, old_checkpoint
 from fastinterp.checkpoint.output_names import hidden, place_of, rank, subfolders
 from fastinterp.checkpoint.regular_file import fsync, read_regular
@@ -377,7 +377,7 @@ class OutFolder:
     def _entries(self) -> list[str]:
         """Names in the folder, and in those folders in it that are written to; of one file, what belongs to it."""
         entries: list[str] = []
-        folders = subfolders(self._names)
+        folders = subfolders((*self._names, f"{TEMPLATES}/"))
         try:
             for folder in ("", *folders):
                 path = self.path / folder

@@ -146,15 +146,16 @@ def quantised_tensors(headers: Headers, metadata: Mapping[str, str] | None = Non
 def quantised_in(checkpoint: Checkpoint, taken: Collection[str] = ()) -> list[QuantisedTensor]:
     """The quantised tensors of a checkpoint. taken: names of those that a reader decodes.
 
-    Where its configuration says that it is quantised, and no format is recognised, these are matrices of bytes, words
-    or 8-bit floats that are called weights.
+    Where its configuration, or that of a component, says that it is quantised, and no format is recognised, these are
+    matrices of bytes, words or 8-bit floats that are called weights.
     """
     headers = {n: e for n, e in checkpoint.tensors.items() if n not in taken} if taken else checkpoint.tensors
     found = quantised_tensors(headers, checkpoint.metadata)
     codes = [n for n, h in headers.items() if len(h.shape) > 1 and h.dtype.name in _UNNAMED and _WEIGHT.search(n)]
-    if found or not codes or not (method := declared_method(checkpoint.root, checkpoint.metadata)):
-        return found
-    return [QuantisedTensor(method, name, ()) for name in codes]
+    for part in checkpoint.parts if codes and not found else ():
+        method = declared_method(part.checkpoint.root, part.checkpoint.metadata)
+        found += [QuantisedTensor(method, name, ()) for name in codes if method and name.startswith(part.prefix)]
+    return found
 
 
 def _of(

@@ -216,6 +216,7 @@ class _Merge:
         self.inputs.refuse_adapters()
         self.quantised = self.inputs.refuse_quantised()
         self.inputs.check_names()
+        self.layers = Layers(self.inputs.first) if len(self.inputs.first) > 1 else None
         if not stats_every and is_followed(x for arrays in self.inputs.models for x in arrays.values()):
             return self._followed()
         library, like = self.inputs.library, next(iter(self.inputs.first.values()), None)
@@ -225,7 +226,6 @@ class _Merge:
     def _run(self, stats_every: int) -> dict[str, Any]:
         inputs, library, first = self.inputs, self.inputs.library, self.inputs.first
         self.device = inputs.device()
-        self.layers = Layers(first) if len(first) > 1 else None
         copied = inputs.unmerged(self.quantised, self.chosen, self._only_sums)
         if self.quantised and len(inputs.models) == 1:
             self._check_copies()

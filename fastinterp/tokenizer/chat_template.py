@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fastinterp.checkpoint.names import TEMPLATES
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
@@ -88,7 +89,7 @@ def template_file(root: Path) -> str | None:
 
     Raises: CheckpointError, if a file that may hold one is damaged.
     """
-    others = root / "additional_chat_templates"
+    others = root / TEMPLATES
     for name in (JINJA, CONFIG, PROCESSOR):
         path = str(root / name)
         if (root / name).is_file() and (

@@ -117,3 +117,17 @@ def test_layouts_of_the_support_are_whole():
     for form in FORMATS.values():
         for name, t in model(form.layout, 1).items():
             assert t.raw.size == t.dtype.nbytes(int(np.prod(t.shape))), name
+
+
+def test_what_the_configuration_of_a_component_says(tmp_path: Path):
+    """It is about the weights of that component alone."""
+    codes = {"blocks.0.weight": ("F8_E4M3", (8, 4)), "norm.weight": ("BF16", (4,))}
+    for name in ("transformer", "vae"):
+        (tmp_path / name).mkdir()
+        write_file(tmp_path / name / "diffusion_pytorch_model.safetensors", model(codes, 0))
+    said = {"quantization_config": {"quant_method": "torchao"}}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(said))
+    index = {"_class_name": "P", "transformer": ["diffusers", "T"], "vae": ["diffusers", "V"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    opened = open_model(str(tmp_path)).tensors
+    assert {n: t.quantised for n, t in opened.items() if t.quantised} == {"transformer/blocks.0.weight": "torchao"}

@@ -246,3 +246,14 @@ def test_a_short_read_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr("fastinterp.checkpoint.regular_file.os.fstat", shrinking)
     with pytest.raises(CheckpointError, match="it changed while it was being read"):
         read_regular(str(path))
+
+
+def test_chat_templates_of_a_replaced_checkpoint_are_removed(tmp_path):
+    """transformers would take those in additional_chat_templates/ for the new one's."""
+    a, b = model(tmp_path / "a"), model(tmp_path / "b", value=2.0)
+    fastinterp.interpolate(a, b, 0.5, tmp_path / "out")
+    (tmp_path / "out" / "additional_chat_templates").mkdir()
+    (tmp_path / "out" / "additional_chat_templates" / "old.jinja").write_text("OLD")
+    report = fastinterp.interpolate(a, b, 0.5, tmp_path / "out", force=True)[0]
+    assert report.removed == ("additional_chat_templates/old.jinja",)
+    assert not [*tmp_path.glob("out/additional_chat_templates/*")]

@@ -128,3 +128,14 @@ def test_there_is_no_second_derivative():
     (first,) = torch.autograd.grad(merge("slerp", [a, b]).sum(), [a], create_graph=True)
     with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("integers", [None, 0])
+def test_sums_of_complex_numbers_are_not_followed(integers):
+    """That they are summed, whatever `integers` says, is known before: they are refused, not copied."""
+    first = {"f": torch.ones(3, dtype=torch.complex64), "layers.0.w": torch.ones(3, requires_grad=True)}
+    second = {"f": 2 * first["f"], "layers.0.w": torch.ones(3)}
+    with pytest.raises(UsageError, match="f: autograd cannot follow sums of complex numbers"):
+        fastinterp.merge_state_dicts(
+            [first, second], "linear", parameters={"weight": [0.5, 0.5]}, integers=integers
+        )  # fmt: skip
