@@ -263,15 +263,15 @@ def _concatenated(layers: Sequence[_Layer], rank: int, threads: int | None) -> l
         a = new(rank, *layer.a[0].shape[1:], dtype=layer.a[0].dtype, device=layer.a[0].device)
         b = new(layer.b[0].shape[0], rank, *layer.b[0].shape[2:], dtype=layer.b[0].dtype, device=layer.b[0].device)
         first = 0
-        for own, weight, count in zip(layer.a, layer.scaled, ranks, strict=True):
+        for own_a, own_b, weight, count in zip(layer.a, layer.b, layer.scaled, ranks, strict=True):
             into = a[first : first + count]
-            view, out = TorchTensors.view(own.contiguous(), layer.name), TorchTensors.view(into, layer.name)
+            view, out = TorchTensors.view(own_a.contiguous(), layer.name), TorchTensors.view(into, layer.name)
             if weight:
                 sums.setdefault(TorchTensors.device(a), []).append(WeightedSum((view,), Combine((weight,)).row(), out))
             else:
                 into.zero_()
+            b[:, first : first + count].copy_(own_b)
             first += count
-        b[:, :first].copy_(torch.cat(layer.b, dim=1))
         made.append((a, b))
     for device, of_device in sums.items():
         run_sums(of_device, device, threads)
