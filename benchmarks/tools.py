@@ -245,7 +245,8 @@ def _row(name: str, times: Mapping[str, Mapping[str, Sequence[float]]], same: st
     copy = f"{_ratio(times, 'ours', 'copy', 'wall_s'):.2f}" if "copy" in times else ""
     return (
         f"| {name} | {_seconds(best['theirs'])} | {_seconds(best['ours'])} | "
-        f"{_ratio(times, 'theirs', 'ours', 'wall_s'):.1f} | {_ratio(times, 'theirs', 'ours', 'cpu_s'):.1f} | {copy} | {same} |"
+        f"{_ratio(times, 'theirs', 'ours', 'wall_s'):.1f} | {_ratio(times, 'theirs', 'ours', 'cpu_s'):.1f} | "
+        f"{copy} | {same} |"
     )
 
 
