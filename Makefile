@@ -2,7 +2,7 @@
 # tests in one process.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test oracle check compare lint format werror neon cuda-check gpu-test gpu-bench bench race paper paper-quick clean distclean
+.PHONY: help demo test oracle peer-suite check compare lint format werror neon cuda-check gpu-test gpu-bench bench race paper paper-quick clean distclean
 
 PYTHON ?= python3
 SIZE ?= 1b
@@ -80,6 +80,13 @@ $(ORACLE_VENV)/.installed: pyproject.toml constraints.txt
 	$(ORACLE_VENV)/bin/python -m pip install --quiet mergekit==0.1.5 sd-mecha==1.1.8 click msgspec pytest
 	@touch $@
 
+# mergekit's source distribution has its tests, but for tests/common.py: tests/peer/common.py stands in for that.
+build/peer/pytest.ini: constraints.txt $(ORACLE_VENV)/.installed
+	rm -rf build/peer && mkdir -p build/peer
+	$(ORACLE_VENV)/bin/python -m pip download --quiet --no-deps --no-binary :all: --dest build/peer mergekit==0.1.5
+	cd build/peer && tar --extract --gzip --strip-components=1 --file mergekit-0.1.5.tar.gz --wildcards '*/tests/*'
+	printf '[pytest]\n' > $@
+
 $(VENV)/.bench: $(VENV)/.built
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev,bench]'
 	@touch $@
@@ -94,7 +101,10 @@ test: $(VENV)/.built ## the whole test suite
 
 oracle: $(VENV)/.built $(ORACLE_VENV)/.installed ## every method of mergekit, and recipes of sd-mecha, compared with them
 	@FASTINTERP_REQUIRE=mergekit,sd_mecha PYTHONPATH=. $(ORACLE_VENV)/bin/python -m pytest tests/methods/test_oracle_deltas.py \
-	  tests/methods/test_oracle_gram.py tests/integrations/test_sd_mecha.py
+	  tests/methods/test_oracle_gram.py tests/integrations/test_mergekit.py tests/integrations/test_sd_mecha.py
+
+peer-suite: $(VENV)/.built $(ORACLE_VENV)/.installed build/peer/pytest.ini ## mergekit's own tests, with this engine installed in it
+	@cd build/peer && PYTHONPATH="$(CURDIR)" "$(CURDIR)/$(ORACLE_VENV)/bin/python" -m pytest --quiet -p tests.peer.plugin tests
 
 check: lint ## lint and the quick tests, those of accelerators left out: under a minute
 	@$(PY) -m pytest --quiet -m "not slow" --ignore=tests/devices $(SHARED)

@@ -243,11 +243,8 @@ def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
 def _row(name: str, times: Mapping[str, Mapping[str, Sequence[float]]], same: str) -> str:
     best = {racer: min(of["wall_s"]) for racer, of in times.items()}
     copy = f"{_ratio(times, 'ours', 'copy', 'wall_s'):.2f}" if "copy" in times else ""
-    return (
-        f"| {name} | {_seconds(best['theirs'])} | {_seconds(best['ours'])} | "
-        f"{_ratio(times, 'theirs', 'ours', 'wall_s'):.1f} | {_ratio(times, 'theirs', 'ours', 'cpu_s'):.1f} | "
-        f"{copy} | {same} |"
-    )
+    wall, cpu = (f"{_ratio(times, 'theirs', 'ours', clock):.1f}" for clock in ("wall_s", "cpu_s"))
+    return f"| {name} | {_seconds(best['theirs'])} | {_seconds(best['ours'])} | {wall} | {cpu} | {copy} | {same} |"
 
 
 def _ratio(times: Mapping[str, Mapping[str, Sequence[float]]], of: str, to: str, clock: str) -> float:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 
 from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
 from fastinterp.backends.cpu import Progress
-from fastinterp.checkpoint.names import names_file
+from fastinterp.checkpoint.names import is_plain, names_file
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
+from fastinterp.messages import shown
+from fastinterp.methods import Method, given
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.average import average_of
 from fastinterp.paths.points import further_keys, point_name, point_path, point_recipe
-from fastinterp.plan.plan import Source, make_plan, plan_recipe
+from fastinterp.plan.plan import Source, make_plan, plan_documents, plan_recipe
 
 if TYPE_CHECKING:
     from fastinterp.inspect.explain import Explanation
@@ -37,11 +39,13 @@ def merge(
     force: bool = False,
     durable: bool = False,
     progress: Progress | None = None,
+    methods: Sequence[Method] = (),
+    keep_intermediates: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Merge checkpoints into the folder `out`; or into the one file `out`, if that ends in `.safetensors`.
 
     recipe          path of a YAML file, YAML text, or a mapping, in mergekit's schema. Of several documents (or a list
-                    of mappings) the last is written; it may name the earlier ones as models
+                    of mappings), which may name each other as models, one is written: that without a name, or the last
     device          "cpu"; "cuda", "cuda:1" or "cuda:0,1" (accelerators, several together); "triton" as "cuda"; "auto"
                     takes the one estimated to be faster, and the report says why
     threads         None: one per CPU, at most 32. The output does not depend on it
@@ -52,18 +56,33 @@ def merge(
     force           replace a checkpoint in `out`, or the file `out`, but never an input
     durable         call fsync before finishing: the output survives a crash of the machine
     progress        called about ten times a second with (bytes done, total bytes)
+    methods         merge methods of your own, which the recipe may name: functions below `fastinterp.methods.method`
+    keep_intermediates  a folder: the other documents are written, too, each into a folder of its name there
 
     The output appears when it is complete, or not at all.
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
     target = path_of(out, "out")
-    plan = plan_recipe(
-        recipe, max_shard_size, dtype, rounding, seed, missing, channels, one_file=names_file(target)
-    )  # fmt: skip
+    outs: list[list[str | os.PathLike[str]]] = [[target]]
+    one_file = names_file(target)
+    with given(methods):
+        if keep_intermediates is None:
+            plans = [plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels, one_file=one_file)]
+        else:
+            plans = plan_documents(recipe, max_shard_size, dtype, rounding, seed, missing, channels, one_file=one_file)
+            folder = path_of(keep_intermediates, "keep_intermediates")
+            outs[:0] = [[os.path.join(folder, _folder_name(plan.recipes[0].name))] for plan in plans[:-1]]
     return write_outputs(
-        [plan], [[target]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
+        plans, outs, device=device, threads=threads, max_memory=size_of(max_memory), force=force,
         durable=durable, progress=progress,
-    )[0]  # fmt: skip
+    )[-1]  # fmt: skip
+
+
+def _folder_name(document: str | None) -> str:
+    """The folder of a document that is kept. Raises: UsageError, if its name is none."""
+    if not is_plain(document or ""):
+        raise UsageError(f"the document {shown(document)} has no name for a folder. Name it otherwise to keep it")
+    return document or ""
 
 
 @without_recipe
@@ -179,11 +198,13 @@ def explain(
     seed: int | None = None,
     missing: str | None = None,
     channels: str | None = None,
+    methods: Sequence[Method] = (),
 ) -> Explanation:
-    """What `merge` would read, compute and write, from headers alone. print() shows it, `as_dict` gives plain values.
+    """What `merge` would read, compute and write, from headers. print() shows it, `as_dict` gives plain values.
 
     Arguments and errors are those of `merge`.
     """
     from fastinterp.inspect.explain import Explanation
 
-    return Explanation(plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels))
+    with given(methods):
+        return Explanation(plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels))

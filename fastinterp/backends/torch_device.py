@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.registry import DeviceSpec, find_devices
@@ -11,6 +13,12 @@ if TYPE_CHECKING:
     from fastinterp.backends.device import Device, Queue
 
 _opened: dict[int, Device] = {}
+
+
+def is_followed(tensors: Iterable[Any]) -> bool:
+    """Whether autograd follows any of these arrays, of any library."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors)
 
 
 def device_of(where: Any) -> Device:

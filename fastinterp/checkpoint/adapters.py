@@ -27,7 +27,7 @@ ADAPTER_CONFIG = "adapter_config.json"  # as peft saves it, beside adapter_model
 
 # The kind of an adapter, by how the name of a tensor ends; then may follow the adapter's name, `weight` or `bias`.
 _KINDS = {
-    "LoRA": r"lora_(?:[ABabE]|embedding_[AB]|magnitude_vector|up|down|mid)|lora(?:_linear_layer)?\.(?:up|down)|"
+    "LoRA": r"lora_(?:[ABabE]|embedding_[AB]|magnitude_vector|up|down|mid)|lora\d?(?:_linear_layer)?\.(?:up|down)|"
     r"dora_scale|ranknum|hira_(?:embedding_)?[AB]|(?:lily|adamss|gralora|peanut|delora)_[AB](?:_general)?",
     "LoHa": r"hada_(?:w[12]_[ab]|t[12])",
     "LoKr": r"lokr_(?:w[12](?:_[ab])?|t[12])",

@@ -24,7 +24,18 @@ _TRANSFORMERS = {
 _LOADED = {"bitsandbytes": "bitsandbytes", "bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes"}
 # Those that gptqmodel.utils.model_dequant reads.
 _GPTQMODEL = ("gptq", "awq", "auto-round", "modelopt", "exl3")
-# Formats in which a number is a code times its scale.
+# By the beginning of a format's name: what de-quantises it if there is a config.json.
+_PROGRAMS = {
+    "AWQ": "GPTQModel",
+    "GPTQ": "GPTQModel",
+    "EXL3": "GPTQModel",
+    "bitsandbytes": "transformers and bitsandbytes",
+    "MLX": "mlx-lm",
+    "MXFP4": "transformers",
+    "fp8": "transformers",
+    "compressed-tensors": "transformers and compressed-tensors",
+}
+# Formats in which a number is a code times its scale; unless what is stored is the largest number, as `_amax`.
 _PRODUCTS = ("fp8 with scales", "fp8 with scales of blocks", "int8 with scales")
 _BLOCK = 128  # rows and columns of a block, where its scales are one for each begun block
 _DROPPED = ("scale_input", "input_scale", "scaled_fp8", "comfy_quant")  # of no use without codes
@@ -33,7 +44,8 @@ _DROPPED = ("scale_input", "input_scale", "scaled_fp8", "comfy_quant")  # of no 
 def command(
     format: str, root: Path, files: Sequence[Path], codes: tuple[str, Header], scale: tuple[str, Header] | None
 ) -> str:
-    """`with PROGRAM: COMMAND`, which writes the checkpoint without codes as NEW; empty, if none is known.
+    """`with PROGRAM: COMMAND`, which writes the checkpoint without codes as NEW; the program alone, where its command
+    needs the model's config.json and there is none; empty, if none is known.
 
     format        as quantised.py calls it
     root, files   folder and files of the checkpoint
@@ -53,9 +65,10 @@ def command(
         return f"with GPTQModel: {python(code)}"
     if method == "mlx":
         return f"with mlx-lm: `mlx_lm.convert --hf-path {quote(str(root))} --mlx-path {_NEW} --dequantize`"
-    if format in _PRODUCTS and scale is not None and len(files) == 1:
+    if format in _PRODUCTS and scale is not None and "amax" not in scale[0] and len(files) == 1:
         return _product(files[0], codes, scale)
-    return ""
+    program = next((program for start, program in _PROGRAMS.items() if format.startswith(start)), "")
+    return f"with {program}, which needs the model's config.json beside the weights" if program and not method else ""
 
 
 def _transformers(load: str, needs: str) -> str:

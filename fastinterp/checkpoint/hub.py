@@ -13,7 +13,7 @@ from fastinterp.errors import CheckpointError
 # From the top folder: weights, and the small files that may belong to a model, its code among them, which is never run.
 ALLOW = (
     "*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.vocab", "*.bpe", "*.codes",
-    "*.yaml", "*.yml", "*.py", "tokenizer*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+    "*.yaml", "*.yml", "*.py", "tokenizer*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md",
 )  # fmt: skip
 IGNORE = ("*/*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
 

@@ -22,7 +22,7 @@ from fastinterp.checkpoint.adapters import (
 )
 from fastinterp.checkpoint.components import Found, find_components, named_folders
 from fastinterp.checkpoint.folder import ADAPTER, DIFFUSERS, choose, complete_shards, weight_files
-from fastinterp.checkpoint.header import MAX_HEADER, Entry, read_header
+from fastinterp.checkpoint.header import Entry, read_header
 from fastinterp.checkpoint.index import index_remarks, read_index
 from fastinterp.checkpoint.names import (
     ANY_INDEX,
@@ -36,8 +36,8 @@ from fastinterp.checkpoint.names import (
     listing,
     quote,
 )
-from fastinterp.checkpoint.regular_file import Stamp, read_regular, stamp_of
-from fastinterp.checkpoint.strict_json import parse_object
+from fastinterp.checkpoint.regular_file import Stamp, stamp_of
+from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import closest
 
@@ -181,10 +181,7 @@ def _names(root: Path) -> list[str]:
 
 def _config(root: Path) -> dict[str, Any]:
     """config.json; empty, if there is none, or if it is damaged: who needs it to be right says so."""
-    try:
-        return parse_object(read_regular(str(root / "config.json"), MAX_HEADER).lstrip(), "config.json", str(root))
-    except CheckpointError:
-        return {}
+    return json_or_empty(root / CONFIG)
 
 
 def _template_folders(root: Path) -> tuple[str, ...]:

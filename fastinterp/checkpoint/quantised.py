@@ -7,18 +7,13 @@ decode it; one that has a reader (formats.py) is not: its tensors are left out b
 from __future__ import annotations
 
 import json
-import os
 import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.regular_file import read_regular
-from fastinterp.checkpoint.sidecar_files import CONFIG
-from fastinterp.checkpoint.strict_json import parse_object
-from fastinterp.errors import CheckpointError
+from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.ops.dtypes import DType
 
 if TYPE_CHECKING:
@@ -83,10 +78,10 @@ _LAYOUTS = (
     _Layout("AWQ or GPTQ", "qweight", _WORDS, ("scales", "qzeros", "wscales"),
             ("g_idx", "smooth_factor", "smooth_factor_orig", "wzeros", "dqweight", "forward_hadamard_matrix",
              "backward_hadamard_matrix", "act_global_scale", "weight_global_scale")),
-    _Layout("HQQ", "W_q", _ANY, ("scale", "zero", "meta"),
-            ("axis", "channel_wise", "compute_dtype", "encoded_state_dict", "group_size", "nbits", "offload_meta",
-             "optimize", "packing", "quant_scale", "quant_zero", "round_zero", "shape", "stores_quant_config",
-             "unpack_view_dtype", "view_as_float")),
+    _Layout("HQQ", "W_q", _ANY, ("zero", "meta"),  # `scale` alone: attention has one, and `W_q` may be its queries
+            ("scale", "axis", "channel_wise", "compute_dtype", "encoded_state_dict", "group_size", "nbits",
+             "offload_meta", "optimize", "packing", "quant_scale", "quant_zero", "round_zero", "shape",
+             "stores_quant_config", "unpack_view_dtype", "view_as_float")),
     _Layout("EXL2", "q_weight", _WORDS, ("q_scale", "q_groups"),
             ("q_scale_max", "q_group_map", "q_invperm", "q_perm")),
     _Layout("EXL3", "trellis", _WORDS, ("suh", "su", "svh", "sv"), ("mcg", "mul1")),
@@ -125,6 +120,10 @@ _MORE = (
     "input_scale", "scale_input", "qscale_act", "activation_scale", "act_scale", "input_scale_ub", "output_scale",
     "pre_quant_scale", "zero_point", "input_zero_point", "input_global_scale", "comfy_quant",
 )  # fmt: skip
+# Other names behind `P.` of the scales of `P.weight`: weights_scaling_factor, weight_quantizer._amax, w_scale, ...
+_OTHER_SCALES = re.compile(
+    r"(?!input|output|act|kv|k_|v_|logit|pre_?quant|scaled)(?:\w*|weights?(?:_quantizer)?\.\w*)(?:scal|amax)\w*"
+)
 _UNNAMED = frozenset((*_SCALED, *_WORDS))  # codes, if a configuration says that there are some
 _WEIGHT = re.compile(r"weight\w*$|_proj$")
 _MARKER = "scaled_fp8"
@@ -194,12 +193,13 @@ def _of(
         if parts:
             yield QuantisedTensor("torchao", name, parts)
     elif header.dtype.name in _SCALED and (len(header.shape) > 1 or name in described):
-        yield from _scaled(name, start, leaf, header, headers, described)
+        yield from _scaled(name, header, headers, names, described)
 
 
 def _scaled(
-    name: str, start: str, leaf: str, header: Header, headers: Headers, described: frozenset[str]
+    name: str, header: Header, headers: Headers, names: Sequence[str], described: frozenset[str]
 ) -> Iterator[QuantisedTensor]:
+    start, leaf = name[: name.rfind(".") + 1], name.rpartition(".")[2]
     scales = _there(headers, (name + end for end in _SCALE_ENDS))
     more = _there(headers, (name + end for end in _MORE_ENDS))
     # A scale is stored with more precision than fp8 codes: a model cast to fp8 has no other numbers than those.
@@ -211,6 +211,11 @@ def _scaled(
             n for n in _there(headers, (start + end for end in _MAYBE_SCALES)) if _may_scale(headers[n], header)
         )
         more += _there(headers, (start + end for end in _MORE))
+        if not scales:
+            scales = tuple(
+                n for n in (_starting(names, start) if start else ())
+                if _OTHER_SCALES.fullmatch(n, len(start)) and n not in more and _may_scale(headers[n], header)
+            )  # fmt: skip
     if scales or name in described or start + "comfy_quant" in more:
         scale = headers[scales[0]] if scales else None
         yield QuantisedTensor(_scaled_format(header, scale, scales), name, (*scales, *more))
@@ -287,11 +292,11 @@ def declared_method(root: Path, metadata: Mapping[str, str] | None = None) -> st
 
     A damaged configuration says nothing here.
     """
-    table = _table(root, CONFIG)
+    table = json_or_empty(root / CONFIG)
     for one in (table, table.get("text_config")):
         if isinstance(one, dict) and (method := _method(one)):
             return method
-    if (quantisation := _table(root, HF_QUANT_CONFIG).get("quantization")) and isinstance(quantisation, dict):
+    if (quantisation := json_or_empty(root / HF_QUANT_CONFIG).get("quantization")) and isinstance(quantisation, dict):
         return "modelopt"
     return (metadata or {}).get("quantization_format", "")
 
@@ -319,13 +324,3 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
         key: without_quantisation(value) if key.endswith("_config") and isinstance(value, dict) else value
         for key, value in changed.items()
     }
-
-
-def _table(root: Path, name: str) -> dict[str, Any]:
-    path = os.fspath(root / name)
-    try:
-        if not os.path.isfile(path):
-            return {}
-        return parse_object(read_regular(path, MAX_HEADER).lstrip(), "the configuration", path)
-    except (CheckpointError, OSError, RecursionError):
-        return {}

@@ -1,16 +1,13 @@
-"""The small files that go with the weights: which they are, config.json, and the model card."""
+"""The small files that go with the weights: which they are, and config.json."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from fastinterp.checkpoint import hub
 from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, PIPELINES, WEIGHTS
 from fastinterp.checkpoint.regular_file import read_regular
@@ -66,10 +63,7 @@ def named_file(root: Path) -> str | None:
     """The file or index of weights that config.json in the folder names, by which transformers goes; None, if it does
     not name one, or cannot be read.
     """
-    try:
-        name = (read_config(root) or {}).get(_NAMED_FILE)
-    except CheckpointError:
-        return None
+    name = json_or_empty(root / CONFIG).get(_NAMED_FILE)
     return name if isinstance(name, str) else None
 
 
@@ -78,6 +72,14 @@ def without_named_file(config: bytes, file: str = CONFIG) -> bytes:
     table = parse_object(config.lstrip(), "the model configuration", file)
     table.pop(_NAMED_FILE, None)
     return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def json_or_empty(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that is only looked at: empty, if there is none, or if it is damaged."""
+    try:
+        return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), path.name, str(path))
+    except CheckpointError:
+        return {}
 
 
 def with_dtype(config: bytes, dtype: DType, file: str = CONFIG) -> bytes:
@@ -102,34 +104,3 @@ def _set_dtype(table: dict[str, Any], name: str) -> bool:
         elif key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
             changed |= _set_dtype(value, name)
     return changed
-
-
-def model_card(recipe_text: str, models: Sequence[str], method: str, version: str) -> str:
-    """README.md for the output: YAML front matter for the Hub, then how the model was made.
-
-    `base_model` lists those of `models` that can be Hub ids; the Hub refuses other names there.
-    """
-    ids = list(dict.fromkeys(parsed[0] for m in models if not os.path.exists(m) and (parsed := hub.parse(m))))
-    front = ["---"]
-    if ids:
-        front += ["base_model:", *(f'- "{i}"' for i in ids)]
-    front += ["tags:", "- merge", "- fastinterp", "---"]
-    names = "\n".join(f"- {_code(m)}" for m in models)
-    fence = "`" * max(3, 1 + _longest_run(recipe_text))
-    return (
-        "\n".join(front)
-        + f"\n\n# Merged model\n\nMade with fastinterp {version}, method {_code(method)}, from:\n\n{names}\n\n"
-        + f"The recipe:\n\n{fence}yaml\n{recipe_text.rstrip()}\n{fence}\n"
-    )
-
-
-def _code(text: str) -> str:
-    """`text` as inline code on one line, whatever backquotes it holds."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    ticks = "`" * (1 + _longest_run(line))
-    pad = " " if line.startswith("`") or line.endswith("`") else ""
-    return f"{ticks}{pad}{line}{pad}{ticks}"
-
-
-def _longest_run(text: str) -> int:
-    return max((len(run) for run in re.findall("`+", text)), default=0)

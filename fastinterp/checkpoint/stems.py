@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 
-from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import ANY_INDEX, SHARD, STEMS, WEIGHTS
 from fastinterp.checkpoint.open import Checkpoint
-from fastinterp.checkpoint.regular_file import read_regular
-from fastinterp.checkpoint.sidecar_files import named_file
-from fastinterp.errors import CheckpointError
+from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty, named_file
 
 MODEL, DIFFUSERS, OPEN_CLIP = STEMS[:3]
 
@@ -46,8 +42,4 @@ def _expected(checkpoint: Checkpoint) -> str:
     root = checkpoint.root
     if (root / "open_clip_config.json").is_file():
         return OPEN_CLIP
-    try:
-        config = json.loads(read_regular(str(root / "config.json"), MAX_HEADER))
-    except (CheckpointError, ValueError, RecursionError):
-        return MODEL
-    return DIFFUSERS if isinstance(config, dict) and "_diffusers_version" in config else MODEL
+    return DIFFUSERS if "_diffusers_version" in json_or_empty(root / CONFIG) else MODEL

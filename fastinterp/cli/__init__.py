@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from types import FrameType
 from typing import Any
@@ -41,6 +44,23 @@ class _Stopped(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+@contextmanager
+def errors_reported(ctx: click.Context, worded: Callable[[str], str] = str) -> Iterator[None]:
+    """Context manager: an exception of the package ends the program with a line on stderr and its exit code.
+
+    worded  its message, as the command words it
+    """
+    try:
+        yield
+    except FastinterpError as error:
+        message = "; ".join([worded(str(error)), *ctx.meta.get(OUTCOME, [])])
+        click.echo(f"{click.style(type(error).__name__, fg='red')}: {message}", err=True)
+        ctx.exit(error.exit_code)
+    except KeyboardInterrupt as stopped:
+        click.echo("; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), err=True)
+        ctx.exit(getattr(stopped, "exit_code", 130))
+
+
 class _Commands(click.Group):
     """Imports the command that is called; prints an exception as one line on stderr and exits with its exit code."""
 
@@ -65,7 +85,8 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with errors_reported(ctx, partial(self._with_options, ctx)):
+                return super().invoke(ctx)
         except click.NoSuchOption as error:
             from fastinterp.recipe.mergekit_options import instead_of_option
 
@@ -74,13 +95,6 @@ class _Commands(click.Group):
                 raise
             message = f"No such option: {error.option_name}. {instead}"
             raise click.NoSuchOption(error.option_name, message, ctx=error.ctx) from None
-        except FastinterpError as error:
-            message = "; ".join([self._with_options(ctx, str(error)), *ctx.meta.get(OUTCOME, [])])
-            click.echo(f"{click.style(type(error).__name__, fg='red')}: {message}", err=True)
-            ctx.exit(error.exit_code)
-        except KeyboardInterrupt as stopped:
-            click.echo("; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), err=True)
-            ctx.exit(getattr(stopped, "exit_code", 130))
 
     def _with_options(self, ctx: click.Context, message: str) -> str:
         """The message of a command without a recipe: what it has as an option is not called a key or an argument."""
@@ -115,10 +129,15 @@ def commands() -> None:
 
 def main() -> None:
     """The program `fastinterp`. Ends the process."""
+    stop_on_signals()
+    commands(prog_name="fastinterp")
+
+
+def stop_on_signals() -> None:
+    """Let SIGINT and SIGTERM end the program as exceptions, so that partial files are removed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop)
-    commands(prog_name="fastinterp")
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -23,7 +23,7 @@ def methods(name: str | None, markdown: bool) -> None:
       fastinterp methods
       fastinterp methods task_arithmetic
     """
-    from fastinterp.methods import find, names
+    from fastinterp.methods import find, names, names_of_others
 
     if name is not None:
         method = find(name)
@@ -32,7 +32,7 @@ def methods(name: str | None, markdown: bool) -> None:
     if markdown:
         options.say(table())
         return
-    rows = [(n, *_headline(find(n))) for n in names()]
+    rows = [(n, *_headline(find(n))) for n in sorted({*names(), *names_of_others()})]
     wide, wider = (max(len(row[i]) for row in rows) for i in (0, 1))
     options.say("\n".join(f"{n:{wide}}  {does:{wider}}  {formula}" for n, does, formula in rows))
 
@@ -42,7 +42,7 @@ def _headline(method: Method) -> tuple[str, str]:
     lines = method.doc.splitlines()
     summary, _, formula = lines[0].partition("     ")
     if not formula:
-        formula = next(line for line in map(str.strip, lines) if line.startswith("out = "))
+        formula = next((line for line in map(str.strip, lines) if line.startswith("out = ")), "")
     return summary, formula.strip().split("  ")[0]
 
 

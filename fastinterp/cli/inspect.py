@@ -55,7 +55,7 @@ def explain(
 ) -> None:
     """Describe what a merge would read, compute and write.
 
-    Reads headers only, and writes nothing.
+    Reads headers, and of the weights only what may be a copy of another tensor; writes nothing.
 
     \b
     Example:

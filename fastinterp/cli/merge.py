@@ -23,8 +23,14 @@ _VISIBLE = 0.01  # relative difference of an effective alpha from the alpha, abo
 @click.command()
 @options.recipe
 @click.argument("out")
+@click.option(
+    "--keep-intermediates", metavar="DIR",
+    help="Of several documents: write the others, too, each into a folder of its name in DIR.",
+)  # fmt: skip
 @options.output
-def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) -> None:
+def merge(
+    recipe: str, out: str, keep_intermediates: str | None, quiet: bool, as_json: bool, **settings: Any
+) -> None:  # fmt: skip
     """Merge checkpoints according to a recipe.
 
     RECIPE is a YAML file, or - for stdin; OUT a new folder, or a new file, NAME.safetensors. Each input byte is read
@@ -42,8 +48,10 @@ def merge(recipe: str, out: str, quiet: bool, as_json: bool, **settings: Any) ->
     me = options.rank()
     if me is None:
         with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
-            report = api.merge(recipe, out, progress=shown, **settings)
+            report = api.merge(recipe, out, progress=shown, keep_intermediates=keep_intermediates, **settings)
     else:
+        if keep_intermediates is not None:
+            options.refuse_ranks("merge --keep-intermediates")
         from fastinterp.execute.distributed import merge as distributed
 
         with resumable(Path(out)), progress.shown(quiet or as_json or me.rank > 0) as shown:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _from_stdin(ctx: click.Context, param: click.Parameter, path: str) -> str:
+def from_stdin(ctx: click.Context, param: click.Parameter, path: str) -> str:
     """The text on stdin for `-`, else the path."""
     if path != "-":
         return path
@@ -29,7 +29,7 @@ def _from_stdin(ctx: click.Context, param: click.Parameter, path: str) -> str:
         raise click.BadParameter(f"stdin is not UTF-8 text (byte {error.start})", ctx, param) from None
 
 
-recipe = click.argument("recipe", callback=_from_stdin)
+recipe = click.argument("recipe", callback=from_stdin)
 threads = click.option(
     "--threads", type=int, metavar="N", help="Number of CPU threads. Default: one per CPU, at most 32."
 )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastinterp.backends.cpu import Progress
@@ -17,9 +18,12 @@ from fastinterp.execute.report import Report, report_of
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
 from fastinterp.plan.plan import Plan
+from fastinterp.recipe.load import Recipe
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device
+
+EditFiles = Callable[[Recipe, dict[str, bytes | Path]], None]  # changes the small files of an output, by name
 
 
 def write_outputs(
@@ -32,10 +36,12 @@ def write_outputs(
     force: bool,
     durable: bool,
     progress: Progress | None,
+    edit_files: EditFiles | None = None,
 ) -> list[Report]:
     """Write the outputs of several plans. All of them are renamed into place at the end, one after the other.
 
-    outs  a folder, or a file (`x.safetensors`), for each output of each plan
+    outs        a folder, or a file (`x.safetensors`), for each output of each plan
+    edit_files  what is called with the small files of each output, contents or files to copy, before they are written
     Raises: what `merge` does; OutputError names the outputs that were finished before it.
     """
     start = time.perf_counter()
@@ -43,7 +49,7 @@ def write_outputs(
     devices, chosen = devices_for(device, plans, threads, max_memory)
     every: list[Done] = []
     with ExitStack() as stack:
-        folders = _opened_folders(plans, outs, stack, force=force, durable=durable)
+        folders = _opened_folders(plans, outs, stack, edit_files, force=force, durable=durable)
         total = sum(plan.bytes_read + plan.bytes_written for plan in plans)
         for plan, of_plan in zip(plans, folders, strict=True):
             pairs = zip(of_plan, plan.layouts, strict=True)
@@ -88,7 +94,11 @@ def devices_for(
 
 
 def _opened_folders(
-    plans: Sequence[Plan], outs: Sequence[Sequence[str | os.PathLike[str]]], stack: ExitStack, **how: bool
+    plans: Sequence[Plan],
+    outs: Sequence[Sequence[str | os.PathLike[str]]],
+    stack: ExitStack,
+    edit_files: EditFiles | None,
+    **how: bool,
 ) -> list[list[OutFolder]]:
     """The output folders of all plans, with their small files written; all or none."""
     needed = sum(plan.disk_bytes for plan in plans)  # outputs on one disk must fit together: the first checks for all
@@ -101,7 +111,7 @@ def _opened_folders(
             folders[-1].append(stack.enter_context(folder))
             needed = 0
         for k, folder in enumerate(folders[-1]):
-            write_small_files(folder, plan, k)
+            write_small_files(folder, plan, k, edit_files)
     return folders
 
 
@@ -122,9 +132,12 @@ def _part(progress: Progress | None, before: int, total: int) -> Progress | None
     return lambda done, of_run: progress(before + done, max(total, before + of_run))
 
 
-def write_small_files(folder: OutFolder, plan: Plan, k: int) -> None:
+def write_small_files(folder: OutFolder, plan: Plan, k: int, edit_files: EditFiles | None = None) -> None:
     """Write everything beside the weights of output k: copied files, the model card, indexes. Nothing, if the output is
     one file.
     """
-    for name, content in ({} if folder.file else plan.small_files(k)).items():
+    files = {} if folder.file else plan.small_files(k)
+    if edit_files is not None and files:
+        edit_files(plan.recipes[k], files)
+    for name, content in files.items():
         folder.write(name, content)

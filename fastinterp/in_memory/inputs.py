@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -148,11 +148,12 @@ class Inputs:
     def _equal(self, x: Any, y: Any) -> bool:
         return not isinstance(x, StoredTensor) and not isinstance(y, StoredTensor) and self.library.equal(x, y)
 
-    def unmerged(self, quantised: Collection[str], chosen: int | None) -> dict[str, Any]:
+    def unmerged(self, quantised: Collection[str], chosen: int | None, sums: Callable[[str], bool]) -> dict[str, Any]:
         """The tensors that are copied, by name: those that are not floating in all models.
 
         quantised  names of tensors that are copied, whatever their dtype
         chosen     the model whose tensors are taken; None: they must be equal, but for complex numbers
+        sums       whether the method only sums a tensor, so that complex numbers that differ are not copied
         Raises: UsageError; ShapeError, about all that differ.
         """
         copied: dict[str, Any] = {}
@@ -168,13 +169,14 @@ class Inputs:
             if all(floats) and name not in quantised:
                 continue
             copied[name] = tensors[chosen or 0]
-            if chosen is not None or name in quantised:
+            is_complex = not any(floats) and all(self._is_complex(x) for x in tensors)
+            if (chosen is not None and not (is_complex and sums(name))) or name in quantised:
                 continue
             if any(floats):
                 dtypes = (str(x.dtype).removeprefix("torch.") for x in tensors[:_SHOWN])
                 kinds.append(f"{name} is of dtypes {', '.join(dtypes)}")
             elif other := next((i for i, x in enumerate(tensors) if not self.library.equal(tensors[0], x)), 0):
-                if all(self._is_complex(x) for x in tensors):
+                if is_complex:
                     del copied[name]
                 else:
                     dtype = str(tensors[0].dtype).removeprefix("torch.")

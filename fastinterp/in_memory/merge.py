@@ -9,7 +9,7 @@ from typing import Any
 
 from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.backends.torch_device import capturing, current_queue, device_of
+from fastinterp.backends.torch_device import capturing, current_queue, device_of, is_followed
 from fastinterp.errors import CheckpointError, MethodError, ShapeError, StorageError, UsageError
 from fastinterp.execute.device.resident import ResidentExecutor
 from fastinterp.execute.jobs.adaptive_job import AdaptiveJob
@@ -23,7 +23,7 @@ from fastinterp.in_memory.inputs import Arrays, Inputs, View, operand_of, text
 from fastinterp.in_memory.parameters import resolved
 from fastinterp.methods import Method, Sidecar, find
 from fastinterp.ops.combine import Combine, Tensor, philox_key
-from fastinterp.ops.dtypes import DType, parse_dtype
+from fastinterp.ops.dtypes import DType, parse_dtype, promoted
 from fastinterp.recipe.layers import Layers
 
 _STORE = 0  # Philox stream of the store's rounding
@@ -52,12 +52,15 @@ def merge_tensors(
     parameters  as in a recipe. Those that each model has: one value for all, or a list or vector with one
                 per tensor. Side-cars: a list with one tensor for each
     name        of the tensor, from which random numbers are drawn
-    dtype       of the result; None: that of the base, else of the first tensor
+    dtype       of the result; None: that of the tensors and the base; if they differ, the one that holds all
     seed, rounding   as in a recipe: 0..2**64-1; "nearest" or "stochastic"
     threads     of the CPU; None: one per CPU, at most 32. The result does not depend on it
 
     On a device everything is put into torch's current stream. What is written is not waited for: where the method asks
     nothing about the tensors (linear, task_arithmetic, and the like), nothing is.
+    Autograd follows torch tensors that require gradients where the result is a weighted sum of them whose weights are
+    numbers, or come from lengths and angles of whole tensors (slerp, karcher, multislerp, model_stock, ...). Masks have
+    no gradients: methods with them are an error, unless under torch.no_grad().
     Returns a new tensor of the same library.
     Raises: UsageError, MethodError (one of them), ShapeError, BackendError.
     """
@@ -202,16 +205,19 @@ class _Merge:
         self.seed, self.stochastic = _seed(seed), rounding == "stochastic"
         self.isa, self.threads = cpu_isa(), cpu_threads(threads)
         self.effects: dict[str, RoundingEffect] = {}
+        self.recorded: Callable[[str, Callable[[], Any]], Callable[[], Any]] | None = None
         self.chosen: int | None = None  # the model whose tensors are copied where some are not floating
         sidecars: list[Arrays] = []
         self.parameters = resolved(self.method, parameters, len(models), sidecars)
-        self.inputs = Inputs(inputs, sidecars, labels)
+        self.inputs, self.labels = Inputs(inputs, sidecars, labels), labels
 
     def run(self, stats_every: int = 0) -> dict[str, Any]:
         """`effects` is filled if chunks are sampled for it, one in `stats_every`."""
         self.inputs.refuse_adapters()
         self.quantised = self.inputs.refuse_quantised()
         self.inputs.check_names()
+        if not stats_every and is_followed(x for arrays in self.inputs.models for x in arrays.values()):
+            return self._followed()
         library, like = self.inputs.library, next(iter(self.inputs.first.values()), None)
         self.inputs = self.inputs.prepared()
         return {name: library.export(x, like) for name, x in self._run(stats_every).items()}
@@ -220,24 +226,39 @@ class _Merge:
         inputs, library, first = self.inputs, self.inputs.library, self.inputs.first
         self.device = inputs.device()
         self.layers = Layers(first) if len(first) > 1 else None
-        copied = inputs.unmerged(self.quantised, self.chosen)
+        copied = inputs.unmerged(self.quantised, self.chosen, self._only_sums)
         if self.quantised and len(inputs.models) == 1:
             self._check_copies()
         merged = {name: inputs.views(name) for name in first if name not in copied}
         numel = sum(math.prod(views[0].shape) for views in merged.values())
-        out = {n: library.copy(copied[n]) if n in copied else self._empty(n, merged[n][0].dtype) for n in first}
+        count = len(inputs.models)
+        kept = {n: promoted(view.dtype for view in views[:count]) for n, views in merged.items()}
+        out = {n: library.copy(copied[n]) if n in copied else self._empty(n, kept[n]) for n in first}
         sources: list[Handle] = [*self.files.fds] if self.files else []
         sinks: list[Handle] = []
         jobs = []
         for name, views in merged.items():
             if math.prod(views[0].shape):
                 if inputs.is_complex(name):
-                    self._check_complex(name, views, numel)
+                    self._check_complex(name)
                 jobs.append(self._job(name, views, inputs.view(out[name], name), numel, sources, sinks))
         run_jobs(jobs, self._executor(sources, sinks, stats_every))
         if stats_every:
             self.effects = {j.io.name: RoundingEffect.of(j.io.numel, j.stats[0]) for j in jobs if not j.copies(0)}
         return out
+
+    def _followed(self) -> dict[str, Any]:
+        """The tensors, which autograd follows."""
+        from fastinterp.in_memory.gradients import Record, merged
+
+        def run(models: list[dict[str, Any]], records: dict[str, Record]) -> dict[str, Any]:
+            self.inputs = Inputs(models, self.inputs.sidecars, self.labels)
+            self.recorded = lambda name, call: records.setdefault(name, Record(call))
+            return self._run(0)
+
+        copied = self.inputs.unmerged(self.quantised, self.chosen)
+        names = [name for name in self.inputs.first if name not in copied]
+        return merged(self.method.name, self.inputs.models, names, run)
 
     def _executor(self, sources: list[Handle], sinks: list[Handle], stats_every: int) -> Executor:
         if self.device is not None:
@@ -274,6 +295,7 @@ class _Merge:
             keys=(philox_key(self.seed, _STORE, name),) if self.stochastic else (),
         )
         call = self._call(name, shape, numel)
+        call = call if self.recorded is None else self.recorded(name, call)
         n = len(self.inputs.models)
         return AdaptiveJob(io, n, [call], name, [self.seed], fills_masks=self.device is None)
 
@@ -294,9 +316,15 @@ class _Merge:
                     tensor=name,
                 )
 
-    def _check_complex(self, name: str, views: Sequence[View], numel: int) -> None:
+    def _only_sums(self, name: str) -> bool:
+        """Whether the method makes a weighted sum of a tensor, and nothing else."""
+        if self.method.generator:
+            return False
+        return isinstance(self._call(name, tuple(self.inputs.first[name].shape), 0)(), Combine)
+
+    def _check_complex(self, name: str) -> None:
         """Raises: ShapeError, if the method does more than sum: that is not defined for complex numbers."""
-        if self.method.generator or not isinstance(self._call(name, views[0].shape, numel)(), Combine):
+        if not self._only_sums(name):
             raise ShapeError(
                 f"{name} is complex and differs, and {self.method.name} does more than weigh: it is not defined for "
                 "complex numbers. Say whose to take, `integers=`, or use `linear` or `task_arithmetic`",

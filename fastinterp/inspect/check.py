@@ -13,6 +13,7 @@ from fastinterp.execute import chunks
 from fastinterp.inspect import samples
 from fastinterp.inspect.check_result import CheckResult, Finding
 from fastinterp.messages import counted, listed, plain
+from fastinterp.methods import Method, given
 from fastinterp.plan.models import Library, Model
 from fastinterp.plan.plan import Plan, make_plan
 from fastinterp.plan.quantised import refuse_quantised
@@ -21,21 +22,28 @@ from fastinterp.plan.vocabularies import align_models
 from fastinterp.recipe.check import check_recipe, check_tensors
 from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read_all
 from fastinterp.recipe.load import Recipe
-from fastinterp.recipe.references import ModelRef, not_there, references
+from fastinterp.recipe.references import ModelRef, in_order, not_there, references
 
 _LISTED = 3  # names in a message, before the rest is only counted
 
 
-def check(recipe: RecipeSource | Sequence[Mapping[str, Any]]) -> CheckResult:
+def check(recipe: RecipeSource | Sequence[Mapping[str, Any]], *, methods: Sequence[Method] = ()) -> CheckResult:
     """Find the errors of a recipe and its models, and what is probably not intended, from headers and samples of the
     data. Errors are returned in the result, not raised.
 
     recipe   path of a YAML file, YAML text, a mapping, or a list of mappings
-    Raises: BackendError, if FASTINTERP_ISA names an instruction set that cannot be used.
+    methods  as of `merge`
+    Raises: MethodError, if one of `methods` is none; BackendError, if FASTINTERP_ISA names an instruction set that
+    cannot be used.
     """
+    with given(methods):
+        return _check(recipe)
+
+
+def _check(recipe: RecipeSource | Sequence[Mapping[str, Any]]) -> CheckResult:
     findings = _Findings()
     try:
-        documents = read_all(recipe)
+        documents = in_order(read_all(recipe))
     except RecipeError as error:
         findings.add_error(error)
         return findings.result(error.file, exit_code=error.exit_code)

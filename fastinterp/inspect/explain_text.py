@@ -137,7 +137,8 @@ def _writes(values: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"         configuration of {origin}, vocabulary: {plain(vocabulary)}")
     if values["moved"]:
-        moved = f"{counted(len(values['moved']), 'tensor')} with rows reordered by token: {', '.join(values['moved'])}"
+        how = "put together of rows of others" if vocabulary is None else "with rows reordered by token"
+        moved = f"{counted(len(values['moved']), 'tensor')} {how}: {', '.join(values['moved'])}"
         lines.append(fit(f"         {moved}", WIDTH))
     return lines
 

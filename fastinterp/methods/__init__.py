@@ -14,6 +14,9 @@ keyword-only arguments, and their annotations are the declaration:
 model. A plain type is one value for the merge. Types: float, bool, int, those of them with a range (`Unit`), a Literal
 of words, `Sidecar`, and any of these or None. A trailing underscore (`lambda_`) is not part of the name in recipes.
 The function has the name of its file; a file whose name starts with an underscore holds no method.
+
+Methods of others are declared the same way. They come from the entry points of installed packages in the group
+`fastinterp.methods`, or as arguments: `merge(..., methods=[mine])`. None may have the name of a method here.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ import importlib
 import inspect
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -184,22 +189,80 @@ def method(
     return declare
 
 
+ENTRY_POINTS = "fastinterp.methods"  # the group in which other packages name their methods
+_given: ContextVar[dict[str, Method]] = ContextVar("_given", default={})  # noqa: B039 - it is never changed
+_loaded: dict[str, Method] = {}  # by other packages
+
+
 def names() -> list[str]:
-    """The names of all methods, sorted. Imports none of them."""
-    with os.scandir(os.path.dirname(__file__)) as entries:
-        files = [e.name for e in entries]
-    return sorted(f[:-3] for f in files if f.endswith(".py") and not f.startswith("_"))
+    """The names of all methods here and of those that are `given`, sorted. Imports none of them."""
+    return sorted({*_own_names(), *_given.get(), *_loaded})
+
+
+def names_of_others() -> list[str]:
+    """The names of the methods of other packages, sorted. Imports none of them."""
+    return sorted({entry.name for entry in _entry_points()} - set(_own_names()))
 
 
 def find(name: str) -> Method:
     """The method called `name`; imports its file only.
 
-    Raises: MethodError, if there is none.
+    Raises: MethodError, if there is none, or another package names what is no method.
     """
-    known = names()
-    if name not in known:
+    if name in _own_names():
+        method: Method = getattr(importlib.import_module(f"{__name__}.{name}"), name)
+        return method
+    if name in _given.get():
+        return _given.get()[name]
+    for entry in () if name in _loaded else _entry_points():
+        if entry.name == name:
+            _loaded[name] = _checked(entry.load(), name, f"the entry point {entry.value}")
+    if name not in _loaded:
+        known = sorted({*names(), *names_of_others()})
         raise MethodError(f"unknown merge method `{clipped(name)}`{suggestion(name, known)}")
-    method: Method = getattr(importlib.import_module(f"{__name__}.{name}"), name)
+    return _loaded[name]
+
+
+@contextmanager
+def given(methods: Iterable[Method]) -> Iterator[None]:
+    """Context manager: these methods are found by their names, too.
+
+    Raises: MethodError, if one is no method, or has the name of another.
+    """
+    added: dict[str, Method] = {}
+    for method in methods:
+        name = getattr(method, "name", "") or getattr(method, "__name__", "")
+        if name in added or name in _own_names():
+            raise MethodError(f"there is a merge method `{clipped(name)}` already. Give the function another name")
+        added[name] = _checked(method, name, "`methods`")
+    token = _given.set(_given.get() | added)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def _own_names() -> list[str]:
+    with os.scandir(os.path.dirname(__file__)) as entries:
+        files = [e.name for e in entries]
+    return [f[:-3] for f in files if f.endswith(".py") and not f.startswith("_")]
+
+
+def _entry_points() -> Iterable[Any]:
+    from importlib.metadata import entry_points  # not on the path of a method that is here
+
+    return entry_points(group=ENTRY_POINTS)
+
+
+def _checked(method: object, name: str, where: str) -> Method:
+    """Raises: MethodError, if it is no method of that name. where: it comes from"""
+    if not isinstance(method, Method):
+        what = f"{clipped(repr(method))} is no merge method"
+        raise MethodError(f"{where}: {what}. Put `@fastinterp.methods.method(base=..., models=...)` above the function")
+    if method.name != name:
+        raise MethodError(
+            f"{where}: the method is called `{method.name}`, so its name there must be that, not `{name}`"
+        )
     return method
 
 

@@ -21,6 +21,11 @@ def level(weights: Sequence[float]) -> tuple[float, ...]:
     return tuple(math.ldexp(w, -exponent) for w in weights)
 
 
+def cancel(weights: Sequence[float]) -> bool:
+    """Whether the sum of the weights is below 1e-8 of the sum of their magnitudes."""
+    return abs(math.fsum(weights)) <= 1e-8 * math.fsum(map(abs, weights))
+
+
 def shares(
     weights: Sequence[float], *, instead: str = "Change them, or write `normalize: false` to use them as they are"
 ) -> tuple[float, ...]:
@@ -32,7 +37,7 @@ def shares(
     quotients would be mostly rounding error, or infinite.
     """
     total = math.fsum(weights)
-    if abs(total) <= 1e-8 * math.fsum(map(abs, weights)):
+    if cancel(weights):
         listed = ", ".join(f"{w:g}" for w in weights[:8]) + (", ..." if len(weights) > 8 else "")
         raise MethodError(f"the weights {listed} sum to {total:g}, which is too near 0 to divide by. {instead}")
     return tuple(w / total for w in weights)

@@ -16,8 +16,8 @@ def linear(n: int, *, weight: Each[float], normalize: bool = True) -> Combine:
     normalize   divide by the sum of the weights; false: out = sum_i w_i*x_i
     Reads:  1 (combine).  Models: 1 to 64; base_model only gives config and tokenizer.
     Source: Wortsman et al. 2022, "Model soups" (arXiv 2203.05482).
-    Differs from mergekit `linear`: weights keep float64 until one rounding to float32, where mergekit rounds them, each
-    product and their sum to the models' dtype; weights that cancel are an error instead of Inf and NaN.
+    Differs from mergekit `linear`: weights are divided by their sum in float64 and rounded to float32 once, where
+    mergekit rounds them first, and divides each sum of products; weights that cancel are an error, not Inf and NaN.
     """
     if normalize:
         return Combine(shares(weight), sums_to_one=True)

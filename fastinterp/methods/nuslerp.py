@@ -7,7 +7,7 @@ from array import array
 from fastinterp.errors import MethodError
 from fastinterp.methods import Each, method
 from fastinterp.methods._sphere import angle, angles, arc, finite
-from fastinterp.methods._weights import shares
+from fastinterp.methods._weights import cancel, shares
 from fastinterp.ops.combine import Combine, Tensor
 from fastinterp.ops.requests import GroupCombine, Measure, Per, Steps
 
@@ -21,7 +21,7 @@ def nuslerp(
     x1, x2            the two models; x0 the base, if there is one; d1 = x1 - x0, d2 = x2 - x0
     s1, s2            sin((1-t)*a)/sin(a), sin(t*a)/sin(a), with a the angle between the two vectors; 1-t and t where
                       they are parallel or opposite to 1e-6. A vector of zeros is at a right angle
-    weight            w1 and w2: t = w2 / (w1 + w2)
+    weight            w1 and w2: t = w2 / (w1 + w2); 0.5 where they cancel, as in mergekit
     nuslerp_flatten   true: each tensor is one vector. false: each index of all dimensions but the last has its angle
     nuslerp_row_wise  with nuslerp_flatten false: each index of the last dimension has its angle instead, which is what
                       mergekit does, whatever the name says. Tensors of one dimension are always one vector
@@ -29,12 +29,12 @@ def nuslerp(
     Models: exactly 2, with or without a base beside them.
     Source: mergekit `nuslerp`; Shoemake 1985.
     Differs from mergekit `nuslerp`: angles are float64, where mergekit has those of the storage dtype, which in bf16
-    are 0 above cos 0.998; weights that cancel are an error, not t = 0.5; under nuslerp_row_wise a tensor of 3
-    dimensions has an angle per last index, in mergekit one per pair of the last two. NaN or Inf in a model is an error.
+    are 0 above cos 0.998; under nuslerp_row_wise a tensor of 3 dimensions has an angle per last index, in mergekit one
+    per pair of the last two. NaN or Inf in a model is an error.
     """
     if len(weight) != 2:
         raise MethodError(f"`nuslerp` takes exactly 2 models beside the base, got {len(weight)}")
-    t = shares(weight, instead="Change them: `nuslerp` needs their ratio")[1]
+    t = 0.5 if cancel(weight) else shares(weight)[1]
     based = n == 3
     if t in (0.0, 1.0):
         return Combine((0.0, 1.0 - t, t), 0) if based else Combine((1.0 - t, t), sums_to_one=True)

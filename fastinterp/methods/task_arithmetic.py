@@ -21,8 +21,8 @@ def task_arithmetic(
     Reads:  1 (combine).  Models: the base and 1 to 63 more; a base that is also listed adds nothing.
     Source: Ilharco et al. 2023, "Editing models with task arithmetic" (arXiv 2212.04089).
     Differs from mergekit `task_arithmetic`: differences and sums are float32 (mergekit: the base's dtype); under
-    normalize, weights that cancel are an error (mergekit then silently divides by 1); shapes that differ are an error
-    (mergekit skips the model for that tensor).
+    normalize, weights that cancel are an error (mergekit then silently divides by 1). Its `density` and `rescale` have
+    no effect there, nor here.
     """
     shared = shares(weight) if normalize else weight
     return Combine((0.0, *(lambda_ * w for w in shared)), base=0)

@@ -5,6 +5,7 @@ A new dtype touches this table, csrc/dtypes.h and the tables of kernels that CON
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -107,6 +108,19 @@ DTYPE_NAMES = tuple(d.library_name for d in MERGING)  # for messages
 _ALIASES = {d.library_name: d for d in MERGING} | {
     "double": F64, "float": F32, "fp32": F32, "half": F16, "fp16": F16,
 }  # fmt: skip
+
+
+def promoted(dtypes: Iterable[DType]) -> DType:
+    """The smallest dtype that holds the values of all of these merging dtypes: what torch promotes them to.
+
+    torch promotes no float8; two kinds of them are held by bfloat16, and one of them by every wider dtype.
+    """
+    kinds = set(dtypes)
+    if len(kinds) == 1:
+        return kinds.pop()
+    if F64 in kinds:
+        return F64
+    return F32 if F32 in kinds or {F16, BF16} <= kinds else F16 if F16 in kinds else BF16
 
 
 def parse_dtype(text: str) -> DType | None:

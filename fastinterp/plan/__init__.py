@@ -1,1 +1,1 @@
-"""Plans: the reads, sums and writes of a merge, decided from headers only."""
+"""Plans: the reads, sums and writes of a merge, decided from headers."""

@@ -8,11 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.origin_files import missing_code
-from fastinterp.checkpoint.regular_file import read_regular
-from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, read_config
-from fastinterp.checkpoint.strict_json import parse_object
+from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, json_or_empty, read_config
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import fit, listed
 from fastinterp.plan.models import Model
@@ -67,7 +64,7 @@ def head_warnings(origin: Model, tensors: Mapping[str, HasShape], tied: bool | N
     tensors  of the output, by name
     tied     what the output's config.json says of it, if that is not what the origin's says
     """
-    config = _table(origin.root / CONFIG)
+    config = json_or_empty(origin.root / CONFIG)
     classes = config.get("architectures")
     kind = classes[0] if isinstance(classes, list) and classes else None
     if tied or says_tied(config) is not False or not isinstance(kind, str) or not _WITH_HEAD.search(kind):
@@ -110,9 +107,9 @@ def component_warnings(models: Sequence[Model], origin: Model) -> list[str]:
     files = [f"{part.folder}/{CONFIG}" for part in parts if part.folder] + ([_SCHEDULER] if parts else [])
     groups: dict[str, list[str]] = {}
     for file in files:
-        ours = _table(origin.root / file)
+        ours = json_or_empty(origin.root / file)
         for model in models:
-            if ours and model.root != origin.root and (theirs := _table(model.root / file)):
+            if ours and model.root != origin.root and (theirs := json_or_empty(model.root / file)):
                 keys = [f"{k} {fit(str(ours[k]), 40)} and {fit(str(theirs[k]), 40)}" for k in _COMPONENT_KEYS
                         if k in ours and k in theirs and ours[k] != theirs[k]]  # fmt: skip
                 if keys:
@@ -122,14 +119,6 @@ def component_warnings(models: Sequence[Model], origin: Model) -> list[str]:
         "the models belong together"
         for what, names in groups.items()
     )
-
-
-def _table(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that is only compared; empty, if there is none."""
-    try:
-        return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), path.name, str(path))
-    except CheckpointError:
-        return {}
 
 
 def path_warnings(checkpoints: Sequence[Model]) -> tuple[str, ...]:

@@ -95,7 +95,7 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def moves_rows(self) -> bool:
-        """Whether its rows are in the order of another vocabulary than that of its file."""
+        """Whether its rows come from several places: of another vocabulary than its file's, or of other tensors."""
         return False
 
     # What only a tensor of a document above answers in another way.

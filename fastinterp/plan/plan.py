@@ -1,4 +1,5 @@
-"""Plans a merge from headers alone: no tensor data is read here.
+"""Plans a merge from headers. Of the data only tensors are read that may be copies of each other, as far as they agree:
+output layers and input embeddings, codes and scales of quantised weights, small buffers.
 
 A plan holds one or more outputs made from one read of the same inputs (a path of interpolations, say): for every
 output tensor which inputs are read, with which coefficients, and where the result goes.
@@ -15,12 +16,13 @@ from typing import Any
 from fastinterp._version import __version__
 from fastinterp.arguments import optional_size, overridden
 from fastinterp.checkpoint.layout import Layout
+from fastinterp.checkpoint.model_card import CARD, model_card
 from fastinterp.checkpoint.origin_files import OriginFiles
 from fastinterp.checkpoint.regular_file import CHANGED, Stamp, stamp_of
-from fastinterp.checkpoint.sidecar_files import model_card
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.messages import counted, listed, size
 from fastinterp.ops.combine import MAX_OUTPUTS
+from fastinterp.ops.dtypes import DType
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Library, Model
 from fastinterp.plan.outputs import Outputs, receipt
@@ -97,9 +99,20 @@ class Plan:
         Raises: CheckpointError, if a file that has to change is damaged or cannot be read.
         """
         recipe = self.recipes[k]
-        files = self.aligned.sidecars(self.files.contents(recipe.out_dtype or recipe.dtype))
-        card = model_card(recipe.text, self.models, recipe.method.name, __version__)
-        return {**files, "README.md": card.encode(), **self.layouts[k].indexes}
+        files = self.aligned.sidecars(self.files.contents(recipe.out_dtype or recipe.dtype or self._promoted()))
+        roots = [self.origin.root, *(model.root for model in self.checkpoints[: len(self.models)])]
+        card = model_card(recipe.text, self.models, recipe.method.name, __version__, roots)
+        return {**files, CARD: card.encode(), **self.layouts[k].indexes}
+
+    def _promoted(self) -> DType | None:
+        """Where models differ in their dtypes, and tensors are stored in one that holds all: that of most elements."""
+        merged = [t for t in self.tensors if t.merged and t.dtype.merges]
+        if all(t.dtype == t.inputs[0].kept_dtype for t in merged):
+            return None
+        elements: dict[DType, int] = {}
+        for tensor in merged:
+            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel
+        return max(elements, key=lambda dtype: elements[dtype])
 
     @property
     def file_remarks(self) -> tuple[str, ...]:
@@ -178,6 +191,26 @@ def plan_recipe(
     missing: object = None, channels: object = None, *, one_file: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge` and make_plan."""
+    *above, last = _documents(recipe, dtype, rounding, seed, missing, channels)
+    return make_plan([last], max_shard_size=optional_size(max_shard_size), above=above, one_file=one_file)
+
+
+def plan_documents(
+    recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
+    missing: object = None, channels: object = None, *, one_file: bool = False,
+) -> list[Plan]:  # fmt: skip
+    """A plan for each document of a recipe, the last for that which is written. Arguments and errors as of `merge`."""
+    every = _documents(recipe, dtype, rounding, seed, missing, channels)
+    size = optional_size(max_shard_size)
+    return [
+        make_plan([one], max_shard_size=size, above=every[:i], one_file=one_file and one is every[-1])
+        for i, one in enumerate(every)
+    ]
+
+
+def _documents(
+    recipe: Source, dtype: object, rounding: object, seed: object, missing: object, channels: object
+) -> list[Recipe]:
     *above, last = load_recipes(recipe)
     changed = overridden(last, dtype, rounding, seed, missing, channels)
     if above:
@@ -186,4 +219,4 @@ def plan_recipe(
         if rounding is not None:
             above = [replace(r, rounding=changed.rounding) if r.rounding == last.rounding else r for r in above]
         above = [replace(r, seed=changed.seed) if r.seed == last.seed else r for r in above]
-    return make_plan([changed], max_shard_size=optional_size(max_shard_size), above=above, one_file=one_file)
+    return [*above, changed]

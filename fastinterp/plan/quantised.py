@@ -37,7 +37,7 @@ def quantised_error(models: Iterable[Model], reason: str = _REASON) -> Checkpoin
         facts.append(_fact([m.name for m, _ in some], found))
         remedies.append(_command(model, found))
     known = [text for text in dict.fromkeys(remedies) if text]
-    convert = f", or make numbers of them first, {'; '.join(known)}" if known else ""
+    convert = f", or de-quantise them first, {'; '.join(known)}" if known else ""
     return CheckpointError(
         f"{'; '.join(facts)}. {reason}. Merge the models from before they were quantised{convert}",
         tensor=next((found[0].codes for some in groups.values() for _, found in some), None),

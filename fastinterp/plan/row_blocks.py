@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 from msgspec.structs import replace
 
 from fastinterp.messages import counted
-from fastinterp.ops.dtypes import F32, F64
+from fastinterp.ops.dtypes import F32, F64, DType
 from fastinterp.plan.inputs import GatheredInput, StoredInput, TensorInput
 from fastinterp.recipe.tensor_groups import HasShape
 from fastinterp.tokenizer.embedding_rows import RowMap, pack
@@ -28,8 +28,11 @@ _FUSED: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
         ("experts.{}.gate_proj.weight", "experts.{}.up_proj.weight"), ("experts.{}.w1.weight", "experts.{}.w3.weight"),
     )),
     ("experts.down_proj", (("experts.{}.down_proj.weight",), ("experts.{}.w2.weight",))),
-    ("qkv_proj.weight", (("q_proj.weight", "k_proj.weight", "v_proj.weight"),)),
-    ("qkv_proj.bias", (("q_proj.bias", "k_proj.bias", "v_proj.bias"),)),
+    # Not `attn.qkv_proj`, which is that of CodeGen: its rows are in another order.
+    ("self_attn.qkv_proj.weight", (
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    )),
+    ("self_attn.qkv_proj.bias", (("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),)),
     ("gate_up_proj.weight", (("gate_proj.weight", "up_proj.weight"),)),
 )  # fmt: skip
 _FUSED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
@@ -117,7 +120,7 @@ def _fits(fused: Shape, parts: Sequence[Shape], by_rows: bool) -> bool:
         return fused == (rows, *one[1:])
     return (
         len(fused) == 3 and len(one) == 2 and fused[2] == one[1] and fused[0] * fused[1] == rows
-        and len(parts) % fused[0] == 0 and (by_rows or fused[1] != fused[2])
+        and len(parts) in (fused[0], 2 * fused[0]) and (by_rows or fused[1] != fused[2])
     )  # fmt: skip
 
 
@@ -138,13 +141,19 @@ def _fuse(name: str, parts: Sequence[str], reference: Tensors, tensors: Tensors)
     shape = reference[name].shape
     if len(shape) == 1 or not _fits(shape, [tensors[p].shape for p in parts], _by_rows(name, reference, tensors)):
         return None
-    sources = tuple(tensors[part].plain for part in parts)
-    first = sources[0]
-    if first is None or any(source is None for source in sources):
+    sources = [source for part in parts if (source := tensors[part].plain) is not None and source.merges]
+    if len(sources) < len(parts):
         return None
-    rows = _stacked(tuple(tensors[part].shape[0] for part in parts))
-    nbytes = (first.dtype.nbytes(1) or 0) * len(rows.codes) * shape[-1]
-    return GatheredInput(name, first.dtype, shape, nbytes, 0, rows, (), sources)
+    rows = _stacked(tuple(source.shape[0] for source in sources))
+    dtype = _dtype_of_all(sources)
+    nbytes = (dtype.nbytes(1) or 0) * len(rows.codes) * shape[-1]
+    return GatheredInput(name, dtype, shape, nbytes, 0, rows, (), tuple(sources))
+
+
+def _dtype_of_all(sources: Iterable[StoredInput]) -> DType:
+    """The dtype of tensors, if they have one; else float32, which holds the numbers of all but F64, or F64."""
+    every = {source.dtype for source in sources}
+    return every.pop() if len(every) == 1 else F64 if F64 in every else F32
 
 
 @cache  # layers have the same
@@ -205,9 +214,7 @@ def widened(tensor: TensorInput, widest: TensorInput) -> GatheredInput | None:
         codes.extend(range(start, start + own * below))
         start = pack(1, (out * every + own) * below)
         codes.extend(range(start, start + (every - own) * below))
-    # Of two dtypes neither holds the other's numbers: float32 does, unless one is F64.
-    both = {narrow.dtype, wide.dtype}
-    dtype = narrow.dtype if len(both) == 1 else F64 if F64 in both else F32
+    dtype = _dtype_of_all((narrow, wide))
     nbytes = dtype.nbytes(widest.numel) or 0
     return GatheredInput(
         tensor.name, dtype, widest.shape, nbytes, 0, RowMap(codes, frozenset((0, 1))), (), (narrow, wide)

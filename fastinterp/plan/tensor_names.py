@@ -22,6 +22,13 @@ _CONTAINERS = _WRAPPERS | frozenset((
     "distilbert", "electra", "albert", "deberta", "gpt_neox", "rwkv", "generator", "discriminator", "network", "net",
     "student", "policy", "llm", "state_dict", "encoder_model", "pretrained_model",
 ))  # fmt: skip
+# Parts of names that say which of several parts of a model it is: none of them stands for another, nor does a number.
+_SIBLINGS = frozenset((
+    "encoder", "decoder", "text_model", "text_encoder", "text_encoder_2", "text_encoder_3", "vision_model",
+    "vision_tower", "vision_encoder", "image_encoder", "visual", "audio_model", "audio_tower", "audio_encoder", "unet",
+    "vae", "generator", "discriminator", "student", "teacher", "policy", "critic", "actor", "reward_model", "model_ema",
+    "ema_model",
+))  # fmt: skip
 # Last parts of names, and how torch or transformers write them now.
 _SPELLINGS = {
     "gamma": "weight",
@@ -65,6 +72,12 @@ class _Rule(msgspec.Struct, frozen=True):
         while a and b and a[-1] == b[-1]:
             a, b = a[:-1], b[:-1]
         return _CONTAINERS.issuperset((*a, *b))
+
+    @property
+    def swaps_siblings(self) -> bool:
+        """Whether it takes one part of a model for another, `encoder.` for `decoder.`, or one layer for another."""
+        a, b = ({p for p in s.split(".") if p in _SIBLINGS or p.isdecimal()} for s in (self.own, self.other))
+        return bool(a - b and b - a)
 
     def __str__(self) -> str:
         if not self.own:
@@ -151,7 +164,8 @@ def _prefixes(
     """(own name -> the other's, the rules by which, each with the names that it explains).
 
     left, free  names that only this model has, and that only the other has, with their shapes
-    whole       the models have no name in common: then any one prefix may stand for any other
+    whole       the models have no name in common: then any one prefix may stand for any other, but for those of parts
+                of one model
     """
     candidates = _candidates(left, free)
     images: dict[str, str] = {}
@@ -191,7 +205,7 @@ def _candidates(left: Mapping[str, tuple[int, ...]], free: Mapping[str, tuple[in
                 fitting = [other for other in others if fits(name, shape, free[other])]
                 found.update(_Rule(name[: -len(end)], other[: -len(end)]) for other in fitting)
                 break
-    return [rule for rule, _ in found.most_common(_RULES) if rule.own != rule.other]
+    return [rule for rule, _ in found.most_common(_RULES) if rule.own != rule.other and not rule.swaps_siblings]
 
 
 def _ends(name: str) -> list[str]:

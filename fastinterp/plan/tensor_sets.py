@@ -88,6 +88,7 @@ def align_sets(
     ]
     names = [model.name for model in models]
     remarks += _about_copies(found, before, names)
+    remarks += _about_unsaid(found, models, said)
     if first_channels:
         tensors = _widened(tensors, merged, names, remarks)
     tensors, copied = _buffers(tensors, merged, None if stacked else base, names, remarks, integers)
@@ -99,7 +100,7 @@ def align_sets(
         _notes(found, names),
         _layouts(models[:merged], tensors[:merged], base),
         tuple(remarks),
-        tuple(_about_heads(found, names)),
+        tuple(_about_heads(found, names, said)),
     )
 
 
@@ -204,10 +205,21 @@ def _about_copies(found: Ties, before: Sequence[set[str]], names: Sequence[str])
         yield f"left out {copy} of {listed(having, _LISTED)}: it is a copy of another tensor that not all models store"
 
 
-def _about_heads(found: Ties, names: Sequence[str]) -> Iterable[str]:
-    """Warnings about output layers."""
-    for head in dict.fromkeys(head for _, head in found.trained):
-        models = [names[i] for i, name in found.trained if name == head]
+def _about_unsaid(found: Ties, models: Sequence[NamedTensors], said: Sequence[bool | None]) -> Iterable[str]:
+    """Remarks on output layers that are no copies, where a config.json does not say whether they are."""
+    unsaid = [(models[i].name, head) for i, head in found.trained if said[i] is None and models[i].config]
+    for head in dict.fromkeys(head for _, head in unsaid):
+        yield (
+            f"config.json of {listed((name for name, own in unsaid if own == head), _LISTED)} does not say whether "
+            f"{head} is the input embedding; it is not, so the output's says `tie_word_embeddings: false`"
+        )
+
+
+def _about_heads(found: Ties, names: Sequence[str], said: Sequence[bool | None]) -> Iterable[str]:
+    """Warnings about output layers. said: what the models' configurations say of them"""
+    trained = [(names[i], head) for i, head in found.trained if said[i]]
+    for head in dict.fromkeys(head for _, head in trained):
+        models = [name for name, own in trained if own == head]
         yield (
             f"{head} of {listed(models, _LISTED)} is not the input embedding, although config.json says that it is: it "
             "is kept, and the output's config.json says `tie_word_embeddings: false`"

@@ -12,7 +12,7 @@ from fastinterp.errors import CheckpointError, MethodError, ShapeError, UsageErr
 from fastinterp.messages import counted, listed
 from fastinterp.methods import Method, Sidecar
 from fastinterp.ops.combine import Combine, Tensor, check_coefficients, renumbered
-from fastinterp.ops.dtypes import DType
+from fastinterp.ops.dtypes import DType, promoted
 from fastinterp.plan.inputs import ModelInput, PlannedTensor, Program, TensorInput
 from fastinterp.plan.models import Model
 from fastinterp.plan.quantised import agree, quantised_error
@@ -140,7 +140,9 @@ class _Planner:
             return self._unmerged(targets, inputs)
         # An output keeps the dtype of the model whose config.json is copied, which need not be merged itself.
         stored = (_dtype_source(target, self._origin) or lead).kept_dtype
-        dtype = recipe.out_dtype or recipe.dtype or (stored if stored.merges else lead.kept_dtype)
+        kept = {tensor.kept_dtype for _, tensor in inputs}
+        stored = promoted(kept) if len(kept) > 1 else stored if stored.merges else lead.kept_dtype
+        dtype = recipe.out_dtype or recipe.dtype or stored
         if target.copies:
             return _summed(target.name, dtype, lead, inputs, [Combine((1.0,))] * len(targets))
         calls = self._calls(targets, lead)
@@ -152,24 +154,31 @@ class _Planner:
     def _unmerged(self, targets: Sequence[Target], inputs: list[ModelInput]) -> PlannedTensor:
         """A tensor of which not all inputs are numbers that methods average: it is copied, or a sum of pairs."""
         target, chosen = targets[0], _chosen(self._recipes[0])
+        tensors = [tensor for _, tensor in inputs]
+        if len(inputs) > 1 and all(tensor.dtype.is_complex for tensor in tensors) and not agree(tensors):
+            return self._complex(targets, inputs, chosen)
         quantised = inputs[0][1].quantised
         if not quantised:
             inputs = [(i, tensor) for i, tensor in inputs if i == chosen] or inputs
         lead = inputs[0][1]
-        if len(inputs) == 1:
-            if quantised and not target.copies and any(not _is_copy(call) for call in self._calls(targets, lead)):
-                model = self._models[inputs[0][0]]
-                raise quantised_error([model], f"{self._method.name} would change {target.name}, which holds codes")
-        elif all(tensor.dtype.is_complex for _, tensor in inputs) and not agree([t for _, t in inputs]):
-            return self._complex(targets, inputs)
+        alone = len(inputs) == 1 and quantised and not target.copies
+        if alone and any(not _is_copy(call) for call in self._calls(targets, lead)):
+            model = self._models[inputs[0][0]]
+            raise quantised_error([model], f"{self._method.name} would change {target.name}, which holds codes")
         return _unsummed(target.name, lead.dtype, lead, inputs)
 
-    def _complex(self, targets: Sequence[Target], inputs: list[ModelInput]) -> PlannedTensor:
-        """A sum of complex numbers. Raises: ShapeError, if the method does more than sum."""
+    def _complex(self, targets: Sequence[Target], inputs: list[ModelInput], chosen: int | None) -> PlannedTensor:
+        """A sum of complex numbers that differ; where the method does more than sum, a copy of those of `chosen`.
+
+        Raises: ShapeError, if that is none of the inputs'.
+        """
         target, lead = targets[0], inputs[0][1]
         sums = [call() for call in self._calls(targets, lead)] if not self._method.generator else []
         if sums and all(isinstance(s, Combine) for s in sums):
             return _summed(target.name, lead.dtype, lead, inputs, sums)
+        for i, tensor in inputs:
+            if i == chosen:
+                return _unsummed(target.name, tensor.dtype, tensor, [(i, tensor)])
         first, other = (self._models[inputs[k][0]].name for k in (0, 1))
         raise ShapeError(
             f"{target.name} ({lead.dtype}) differs between {first} and {other}, and {self._method.name} does more than "
@@ -279,6 +288,24 @@ def dtype_warnings(recipe: Recipe, targets: Sequence[Target], origin: Model) -> 
     return [
         f"{origin.name}, whose dtypes the output keeps, has no tensor like {listed(names, _LISTED)}: stored in the "
         "dtype of their sources. Say which one: `out_dtype`, or --dtype"
+    ]
+
+
+def dtype_remarks(recipe: Recipe, targets: Sequence[Target], models: Sequence[Model]) -> list[str]:
+    """What is stored where models have a tensor in different dtypes, and the recipe names none."""
+    if recipe.dtype is not None or recipe.out_dtype is not None:
+        return []
+    counts: dict[frozenset[DType], int] = {}
+    for target in targets:
+        tensors = [models[i].tensors[name] for i, name in target.inputs]
+        kinds = frozenset(tensor.kept_dtype for tensor in tensors)
+        if len(kinds) > 1 and not target.verbatim and all(tensor.merges for tensor in tensors):
+            counts[kinds] = counts.get(kinds, 0) + 1
+    return [
+        f"{counted(count, 'tensor')} of dtypes {', '.join(sorted(map(str, kinds)))}, which differ between the models: "
+        f"stored as {promoted(kinds)}, which holds all. "
+        "Another one: `dtype` in the recipe, --dtype of `fastinterp merge`"
+        for kinds, count in counts.items()
     ]
 
 

@@ -1,7 +1,7 @@
 """Alignment of models whose vocabularies differ, or of which some tie their embeddings, before a plan is made.
 
-The results are models whose tensors have the names and shapes of the output's. Nothing is read but headers and
-the small files beside them.
+The results are models whose tensors have the names and shapes of the output's. Read are headers, the small files beside
+them, and tensors that may be copies of each other (tensor_sets.py).
 """
 
 from __future__ import annotations

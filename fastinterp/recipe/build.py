@@ -158,6 +158,8 @@ class Builder:
             message = "`sources` lists no model. Write `- {model: NAME, layer_range: [0, 16]}` for each"
             raise self.document.error(message, f"{path}.sources")
         level = self.levels.level(raw.parameters, f"{path}.parameters")
+        if raw.residual_weight is not None:
+            self.levels.warn("`residual_weight` has no effect, in mergekit neither", path, f"{path}.residual_weight")
         base = self.base
         if raw.base_model is not None:
             base = self._reference(raw.base_model, f"{path}.base_model")

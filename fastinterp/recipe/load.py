@@ -15,7 +15,7 @@ from fastinterp.recipe.build import Builder
 from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read, read_all
 from fastinterp.recipe.merge_groups import MergeGroup, Section, sidecar_paths
 from fastinterp.recipe.parameters import Resolver
-from fastinterp.recipe.references import ModelRef, check_names, close_reference, model_ref, references
+from fastinterp.recipe.references import ModelRef, check_names, close_reference, in_order, model_ref, references
 from fastinterp.recipe.schema import RawRecipe, guessed_method, method_of, raw_recipe
 
 if TYPE_CHECKING:
@@ -166,8 +166,10 @@ def load_recipe(source: RecipeSource, *, file: str | None = None) -> Recipe:
 
 
 def load_recipes(source: RecipeSource | Sequence[Mapping[str, Any]], *, file: str | None = None) -> tuple[Recipe, ...]:
-    """Read and check a recipe of one or more documents. The last is what is written; it may use those before it by
-    their `name`, as a model or base_model.
+    """Read and check a recipe of one or more documents, which may use others by their `name`, as a model or base_model.
+
+    In an order in which each uses those before it; the last is what is written: the one without a name, or the last one
+    that no other uses.
 
     source  as that of `load_recipe`, or a list of mappings
     Raises: what load_recipe raises, and RecipeError, if a document has no name, one that is taken, or is never used.
@@ -178,6 +180,7 @@ def load_recipes(source: RecipeSource | Sequence[Mapping[str, Any]], *, file: st
 def build_all(documents: Sequence[Document], collector: ErrorCollector) -> tuple[Recipe, ...]:
     """The recipes of a source; fewer than it has documents, if errors were collected."""
     if len(documents) > 1:
+        documents = in_order(documents)
         check_names(documents, collector)
     recipes: list[Recipe] = []
     for document in documents:
@@ -194,9 +197,11 @@ def _check_used(recipes: Sequence[Recipe], collector: ErrorCollector) -> None:
     for i, recipe in enumerate(recipes[:-1]):
         if i not in used and recipe.name is not None:
             with collector:
-                message = f"{shown(recipe.name)} is never used by a document below it"
+                message = f"{shown(recipe.name)} is never used by another document"
                 meant = close_reference(recipe.name, [r.document for r in recipes[i + 1 :]])
-                raise recipe.document.error(f"{message}{meant or '. Only the last one is written'}", "$.name")
+                raise recipe.document.error(
+                    f"{message}{meant or '. Only one is written: that without a name, or the last'}", "$.name"
+                )
 
 
 def build(document: Document, above: Sequence[Recipe], collector: ErrorCollector) -> Recipe | None:

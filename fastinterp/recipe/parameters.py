@@ -66,7 +66,7 @@ class Levels:
         if name not in self.declared:
             if name in known_parameters():
                 if not self.guessed:
-                    self._warn(f"`{self.method.name}` has no parameter `{name}`: it is ignored", path, at)
+                    self.warn(f"`{self.method.name}` has no parameter `{name}`: it is ignored", path, at)
                 return None
             of = "" if self.guessed else f" of `{self.method.name}`"
             known = known_parameters() if self.guessed else list(self.declared)
@@ -77,7 +77,7 @@ class Levels:
         if per_model and not parameter.each:
             raise self.document.error(f"`{name}` is one value for the whole merge. Write it in {TOP}", path, at=at)
         if never is not None:
-            self._warn(f"`{name}` is never used here: {never}", path, at)
+            self.warn(f"`{name}` is never used here: {never}", path, at)
             return None
         parsed = parse(self.document, parameter, value, at, self.collector)
         if parameter.kind is Sidecar and parsed is not None:
@@ -102,7 +102,8 @@ class Levels:
                 if value.path not in used and not self.unsure and not self._has_error(value.path):
                     self._warn_unused(name, path, groups)
 
-    def _warn(self, message: str, path: str, at: str) -> None:
+    def warn(self, message: str, path: str, at: str) -> None:
+        """Note a value without effect."""
         self.warnings.append(self.document.error(message, path, at=at))
 
     def _has_error(self, path: str) -> bool:
@@ -136,7 +137,7 @@ class Levels:
             why = "every model has its own"
         else:
             why = "a value nearer to the models always goes before it, or nothing below it takes it"
-        self._warn(f"`{name}` is never used here: {why}", path, f"{path}.{name}")
+        self.warn(f"`{name}` is never used here: {why}", path, f"{path}.{name}")
 
 
 def _takers(group: MergeGroup, parameter: Parameter) -> tuple[int | None, ...]:

@@ -53,6 +53,8 @@ def model_ref(document: Document, written: str | Reference, path: str) -> ModelR
     Raises: RecipeError, if the name is empty, has an adapter or more than one revision.
     """
     if isinstance(written, Reference):
+        if written.lora is not None:
+            raise document.error("`lora` is not supported yet. Merge the LoRA into its model first", f"{path}.lora")
         if isinstance(written.model, str):
             return model_ref(document, written.model, f"{path}.model")
         return _of_long_form(document, written.model, f"{path}.model")
@@ -87,8 +89,38 @@ def refuse_beside(document: Document, model: ModelRef, path: str) -> None:
         )
 
 
+def in_order(documents: Sequence[Document]) -> tuple[Document, ...]:
+    """The documents in an order in which each refers to those above it only, and the one that is written is the last:
+    the one without a name, else the last one that no other refers to. Those that refer to each other in a circle stay
+    as they are.
+    """
+    names = [d.value.get("name") if isinstance(d.value, dict) else None for d in documents]
+    uses = [
+        [names.index(name) for name, _ in references(d.value, "$") if name in names and names.index(name) != i]
+        for i, d in enumerate(documents)
+    ]
+    used = {j for of_one in uses for j in of_one}
+    unnamed = [i for i, name in enumerate(names) if name is None]
+    ends = unnamed or [i for i in range(len(documents)) if i not in used]
+    order: list[int] = []
+    open_ones: set[int] = set()
+
+    def add(i: int) -> None:
+        if i not in open_ones:
+            open_ones.add(i)
+            for j in uses[i]:
+                add(j)
+            order.append(i)
+
+    for i in (*(i for i in range(len(documents)) if i not in ends[-1:]), *ends[-1:]):
+        add(i)
+    return tuple(documents[i] for i in order)
+
+
 def check_names(documents: Sequence[Document], collector: ErrorCollector) -> None:
-    """Check that all but the last have names of their own, and that none refers to itself or to one below it.
+    """Check that all but the last have names of their own, and that none refers to itself, or in a circle.
+
+    documents  `in_order`
 
     Raises: RecipeError, with path and line.
     """
@@ -111,7 +143,7 @@ def check_names(documents: Sequence[Document], collector: ErrorCollector) -> Non
                 with collector:
                     line = documents[at].lines.get("$.name")
                     where = f" (line {line})" if line else ""
-                    what = "this document itself" if at == i else f"a document below{where}. Move that above this one"
+                    what = "this document itself" if at == i else f"a document{where} that builds on this one"
                     raise document.error(f"{shown(name)} is the name of {what}", path)
 
 

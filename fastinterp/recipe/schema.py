@@ -80,9 +80,14 @@ class ModelPath(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Reference(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """`{model: ...}`: the long form of a model's name."""
+    """`{model: ...}`: the long form of a model's name.
+
+    override_architecture  for mergekit, which needs one; has no effect
+    """
 
     model: str | ModelPath
+    lora: Any = None
+    override_architecture: str | None = None
 
 
 class ModelItem(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -105,6 +110,7 @@ class SliceItem(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     sources: list[Unchecked[SourceItem]]
     base_model: str | Reference | None = None
+    residual_weight: float | None = None
     parameters: dict[str, Any] | None = None
 
 
@@ -186,8 +192,8 @@ _PARTS: dict[tuple[type, str], type] = {
 # Keys of mergekit that are refused, and the end of the message.
 _REFUSED = {
     "lora": "is not supported yet. Merge the LoRA into its model first",
-    "override_architecture": "is not supported yet. Leave it out; no architecture is needed",
-    "residual_weight": "does nothing, in mergekit neither. Remove it",
+    "override_architecture": "is a key of a model's long form, `model: {model: ...}`, without effect. Leave it out",
+    "residual_weight": "is a key of a slice, where it has no effect, in mergekit neither. Leave it out",
 }
 
 _UNKNOWN = "(?s)Object contains unknown field `(.*)`"

@@ -46,7 +46,7 @@ class Ties(msgspec.Struct, frozen=True):
 
     aliases  per model: tensors that it does not have, and what to read instead
     dropped  copies that some models store, and others do not: the output has none of them
-    trained  (model, output layer): its configuration says tied, but what it stores is not its embedding
+    trained  (model, output layer): its configuration does not say untied, but what it stores is not its embedding
     guessed  (model, output layer): the model has none, its configuration does not say whether it is tied; it counts as
              tied, although another model has an output layer of its own
     absent   (model, output layer): the model has none although its configuration says untied, and others have one

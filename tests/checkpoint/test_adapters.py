@@ -71,7 +71,10 @@ ADAPTERS: dict[tuple[str, str, tuple[int, ...]], list[Shapes]] = {
         {"unet.mid.to_q_lora.down.weight": (2, 8), "unet.mid.to_q_lora.up.weight": (8, 2)},
         {"diffusion_model.blocks.0.q.lora_down.weight": (2, 8), "diffusion_model.blocks.0.q.lora_up.weight": (8, 2)},
     ],
-    ("LoRA", "", ()): [{f"{Q}.lora_a": (8, 2), f"{Q}.lora_b": (2, 8)}],
+    ("LoRA", "", ()): [
+        {f"{Q}.lora_a": (8, 2), f"{Q}.lora_b": (2, 8)},
+        {f"double_blocks.0.processor.qkv_lora1.{n}.weight": s for n, s in (("down", (2, 8)), ("up", (8, 2)))},
+    ],
     ("LoHa", "kohya", (2,)): [
         {f"{UNET}.hada_w{i}_{s}": (8, 2) if s == "a" else (2, 8) for i in (1, 2) for s in "ab"} | {f"{UNET}.alpha": ()}
     ],

@@ -51,6 +51,7 @@ def run(command: str, folder: Path) -> None:
 SCALES = {
     "of tensors, ComfyUI": ("scale_weight", ()),
     "of tensors": ("weight_scale", (1,)),
+    "of tensors, TensorRT-LLM": ("weights_scaling_factor", (1,)),
     "of rows": ("weight_scale", (200, 1)),
     "of rows, a vector": ("weight_scale", (200,)),
     "of blocks": ("weight_scale_inv", (2, 3)),
@@ -237,7 +238,10 @@ def test_commands_of_programs_that_are_not_installed_here(tmp_path, name, said):
         compile(shlex.split(command)[2], "command", "exec")
 
 
-@pytest.mark.parametrize("name", ["EXL2", "AQLM", "HQQ", "torchao", "bitsandbytes fp4, stored as bfloat16", "Marlin"])
+@pytest.mark.parametrize(
+    "name",
+    ["EXL2", "AQLM", "HQQ", "torchao", "bitsandbytes fp4, stored as bfloat16", "Marlin", "fp8, ModelOpt's quantizer"],
+)
 def test_formats_without_a_command(tmp_path, name):
     """None is invented: the models from before are named."""
     paths = [save_format(tmp_path / n, FORMATS[name], seed) for seed, n in enumerate("ab")]

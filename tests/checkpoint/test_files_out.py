@@ -11,9 +11,10 @@ import yaml
 from safetensors import safe_open
 
 from fastinterp.checkpoint.layout import ALIGN, make_layout, parse_size
+from fastinterp.checkpoint.model_card import model_card
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.checkpoint.origin_files import origin_files
-from fastinterp.checkpoint.sidecar_files import is_sidecar, model_card, read_config, with_dtype
+from fastinterp.checkpoint.sidecar_files import is_sidecar, read_config, with_dtype
 from fastinterp.errors import CheckpointError, OutputError, UsageError
 from fastinterp.ops.dtypes import BF16, DTYPES, F8_E4M3, F16, F32, F64
 
@@ -233,6 +234,9 @@ def test_with_dtype_that_has_no_name():
         with_dtype(b"{}", U8)
 
 
+TAGS = ["mergekit", "merge", "fastinterp"]
+
+
 def front_matter(card: str) -> dict:
     _, front, body = card.split("---\n", 2)
     assert body.startswith("\n# Merged model\n")
@@ -245,11 +249,59 @@ def test_model_card(tmp_path, monkeypatch):
     (tmp_path / "local").mkdir()
     names = ["org/a@main", "org/a", "gpt2", "./x", "/elsewhere/y", "local", "null", "1e3"]
     card = model_card("merge_method: linear\n", names, "linear", "0.1.0")
-    assert front_matter(card) == {"base_model": ["org/a", "gpt2", "null", "1e3"], "tags": ["merge", "fastinterp"]}
+    assert front_matter(card) == {"base_model": ["org/a", "gpt2", "null", "1e3"], "tags": TAGS}
     assert "Made with fastinterp 0.1.0, method `linear`, from:" in card
     assert all(f"- `{n}`\n" in card for n in names)
     assert "```yaml\nmerge_method: linear\n```\n" in card
     assert "base_model" not in model_card("x", ["./x"], "linear", "0.1.0")
+
+
+CARDS = {
+    "apache": "---\nlicense: apache-2.0\ntags: [x]\n---\n# A\n",
+    "other": "---\r\nlicense: other\r\nlicense_name: llama3\r\nlicense_link: LICENSE\r\n---\r\n",
+    "none": "---\ntags: [x]\n---\n",
+    "empty": "# no front matter\nlicense: mit\n",
+    "broken": "---\nlicense: [\n---\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("cards", "licence"),
+    [
+        (["apache", "apache"], {"license": "apache-2.0"}),
+        (["other", "other"], {"license": "other", "license_name": "llama3", "license_link": "LICENSE"}),
+        (["apache", "other"], {}),
+        (["apache", "none"], {}),
+        (["apache", None], {}),
+        (["empty", "empty"], {}),
+        (["broken", "broken"], {}),
+    ],
+    ids=str,
+)
+def test_model_card_states_the_licence_that_all_models_state(tmp_path, cards, licence):
+    roots = [tmp_path / str(i) for i in range(len(cards))]
+    for root, card in zip(roots, cards, strict=True):
+        root.mkdir()
+        if card is not None:
+            (root / "README.md").write_text(CARDS[card], newline="")
+    found = front_matter(model_card("x", ["./x"], "linear", "0.1.0", roots))
+    assert found == {**licence, "tags": TAGS}
+
+
+@pytest.mark.parametrize(
+    ("files", "library"),
+    [
+        (["config.json"], "transformers"),
+        (["config.json", "modules.json"], "sentence-transformers"),
+        (["model_index.json"], "diffusers"),
+        ([], None),
+    ],
+    ids=str,
+)
+def test_model_card_names_the_library(tmp_path, files, library):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    assert front_matter(model_card("x", ["./x"], "linear", "0.1.0", [tmp_path])).get("library_name") == library
 
 
 def test_model_card_with_odd_names():
@@ -257,7 +309,7 @@ def test_model_card_with_odd_names():
     names = ["a\n---\nlicense: mit", '"]', "`x`", "a: b", "\u2028", "- x", "{}", "\ud800"]
     recipe = "models:\n# ```\n# ````\n---\n"
     card = model_card(recipe, names, "linear", "0.1.0")
-    assert front_matter(card) == {"tags": ["merge", "fastinterp"]}
+    assert front_matter(card) == {"tags": TAGS}
     assert "- `a\\n---\\nlicense: mit`\n" in card and "- `` `x` ``\n" in card
     assert card.endswith(f"`````yaml\n{recipe}`````\n")
     assert card.encode()

@@ -215,6 +215,9 @@ def test_complex_numbers_are_summed(tmp_path, method):
     got, wanted = read(tmp_path / "out")["fourier.filter"], read(tmp_path / "outp")["fourier.filter"]
     assert (got.dtype, got.shape) == (C64, (5, 3)) and np.array_equal(got.raw, wanted.raw)
     assert not np.array_equal(got.raw, read(tmp_path / "a")["fourier.filter"].raw)
+    # They are no integers: those of one model are not taken where a sum is defined.
+    fastinterp.merge({**how(paths), "integers": paths[0]}, tmp_path / "named")
+    assert np.array_equal(read(tmp_path / "named")["fourier.filter"].raw, wanted.raw)
     assert "1 tensor of complex numbers, fourier.filter: C64, not BF16" in report.remarks
     assert not fastinterp.check(how(paths)).errors
     assert "C64 -> C64, in float32" in str(fastinterp.explain(how(paths)))

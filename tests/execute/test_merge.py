@@ -47,6 +47,16 @@ WAYS: dict[str, tuple[int, dict[str, Any], Combine]] = {
 }
 
 
+def holds_all(kinds: list[DType]) -> DType:
+    """The narrowest dtype with as many bits of exponent and mantissa as any of these."""
+    if len(set(kinds)) == 1:
+        return kinds[0]
+    size = {d: (d.bits - 1 - d.layout.mantissa, d.layout.mantissa) for d in MERGING if d.layout}
+    needed = tuple(max(size[d][i] for d in kinds) for i in (0, 1))
+    fitting = [d for d in MERGING if size[d][0] >= needed[0] and size[d][1] >= needed[1]]
+    return min(fitting, key=lambda d: (d.bits, -size[d][0]))
+
+
 @pytest.mark.parametrize("mixed", [False, True], ids=["same-dtypes", "mixed-dtypes"])
 @pytest.mark.parametrize("way", WAYS)
 def test_linear(tmp_path, way, mixed):
@@ -54,7 +64,19 @@ def test_linear(tmp_path, way, mixed):
     models = family(count, mixed)
     paths = saved(tmp_path, models)
     report = fastinterp.merge(recipe("linear", paths, **keys), tmp_path / "out", threads=2)
-    assert_same(expected(models, combine), read(tmp_path / "out"))
+    if mixed:  # stored in what holds all, also the dtype of a model that is not read
+        got = read(tmp_path / "out")
+        for name, first in models[0].items():
+            kinds = [m[name].dtype for m in models]
+            if first.dtype.merges:
+                assert got[name].dtype == holds_all(kinds), name
+                want = expected([{name: m[name]} for m in models], combine, out=got[name].dtype)
+                assert_same(want, {name: got[name]})
+        kinds_of = {name: {m[name].dtype for m in models} for name, first in models[0].items() if first.dtype.merges}
+        assert len(report.remarks) == len({frozenset(kinds) for kinds in kinds_of.values() if len(kinds) > 1})
+    else:
+        assert_same(expected(models, combine), read(tmp_path / "out"))
+        assert not report.remarks
     assert report.files == ("model.safetensors",)
     read_from = [m for m, w in zip(models, combine.weights, strict=True) if w]
     floats = sum(t.raw.size for m in read_from for t in m.values() if t.dtype.merges)
@@ -106,7 +128,7 @@ def test_output_dtype(tmp_path, dtype, rounding):
         ({"dtype": "float16"}, None, F16),
         ({"dtype": "float16", "out_dtype": "float32"}, None, F32),
         ({"dtype": "float16", "out_dtype": "float32"}, "bfloat16", BF16),
-        ({}, None, F64),  # that of the first model
+        ({}, None, F64),  # that which holds all
     ],
 )
 def test_which_dtype_counts(tmp_path, keys, argument, want):

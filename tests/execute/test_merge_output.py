@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from safetensors import safe_open
 
 import fastinterp
 from fastinterp.ops.combine import NUMERICS, Combine
-from fastinterp.ops.dtypes import DTYPES
-from tests.support.checkpoints import assert_same, expected, family, read, receipt, recipe, saved
+from fastinterp.ops.dtypes import BF16, DTYPES, F16
+from tests.support.checkpoints import assert_same, expected, family, read, receipt, recipe, saved, weights
 from tests.support.written import tree
 
 
@@ -78,9 +79,13 @@ def test_replaying_the_receipt_gives_the_same_bytes(tmp_path, options, keys):
     fastinterp.merge(found["recipe"], tmp_path / "again", **again)
     assert tree(tmp_path / "out") == tree(tmp_path / "again")
     asked = Combine(tuple(found["coefficients"].pop("weights")), **found["coefficients"])
-    dtype = None if found["dtype"] is None else DTYPES[found["dtype"]]
     how = {name: found[name] for name in ("rounding", "seed", "fp8_overflow")}
-    assert_same(expected(models, asked, out=dtype, **how), read(tmp_path / "out"))
+    got = read(tmp_path / "out")
+    want: dict[str, Any] = {}
+    for name, tensor in got.items():  # without a dtype, in the one that holds those of both models
+        dtype = tensor.dtype if found["dtype"] is None else DTYPES[found["dtype"]]
+        want |= expected([{name: m[name]} for m in models], asked, out=dtype if tensor.dtype.merges else None, **how)
+    assert_same(want, got)
 
 
 def test_sidecars_come_along_and_the_config_names_the_dtype(tmp_path):
@@ -95,6 +100,23 @@ def test_sidecars_come_along_and_the_config_names_the_dtype(tmp_path):
     assert sorted(tree(tmp_path / "kept")) == sorted([*small, "README.md", "model.safetensors"])
     assert json.loads((tmp_path / "kept" / "config.json").read_text()) == {"torch_dtype": "bfloat16"}
     assert json.loads((tmp_path / "f32" / "config.json").read_text()) == {"torch_dtype": "float32"}
+
+
+def test_the_config_names_the_dtype_that_holds_all(tmp_path):
+    models = [{"x": weights(i, dtype, (99,))} for i, dtype in enumerate((BF16, F16))]
+    paths = saved(tmp_path, models)
+    (Path(paths[0]) / "config.json").write_text('{"torch_dtype": "bfloat16"}')
+    report = fastinterp.merge(recipe("linear", paths, weights=[1, 1]), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"torch_dtype": "float32"}
+    note = (
+        "1 tensor of dtypes BF16, F16, which differ between the models: stored as F32, which holds all. Another one: "
+        "`dtype` in the recipe, --dtype of `fastinterp merge`"
+    )
+    how = recipe("linear", paths, weights=[1, 1])
+    assert note in report.remarks
+    for text in (str(fastinterp.explain(how)), str(fastinterp.check(how))):
+        assert note in " ".join(text.split())
+    assert note not in fastinterp.merge(how, tmp_path / "asked", dtype="bfloat16").remarks
 
 
 def tiny_llama(folder: Path, seed: int, tokenizer: bool) -> Path:

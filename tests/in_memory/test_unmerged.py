@@ -125,14 +125,15 @@ def test_integers_of_nobody(integers):
 
 @pytest.mark.parametrize("library", [torch, np], ids=["torch", "numpy"])
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_complex_numbers(library, dtype):
-    """Sums are those of the parts, as between files; the dtype stays."""
+@pytest.mark.parametrize("integers", [None, 1])
+def test_complex_numbers(library, dtype, integers):
+    """Sums are those of the parts, as between files; the dtype stays. They are no integers."""
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(5, 3, 2)).astype(np.float32) for _ in range(2)]
     numbers = [x[..., 0] + 1j * x[..., 1] for x in arrays]
     given = [{"f": torch.from_numpy(x) if library is torch else x} for x in numbers]
     weight = {"weight": [0.25, 0.75]}
-    merged = fastinterp.merge_state_dicts(given, "linear", parameters=weight, dtype=dtype)["f"]
+    merged = fastinterp.merge_state_dicts(given, "linear", parameters=weight, dtype=dtype, integers=integers)["f"]
     wanted = fastinterp.merge_state_dicts([{"f": x} for x in arrays], "linear", parameters=weight)["f"]
     assert str(merged.dtype).endswith("complex64") and tuple(merged.shape) == (5, 3)
     assert np.array_equal(np.asarray(merged).view(np.float32).ravel(), wanted.ravel())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastinterp
-from fastinterp.errors import RecipeError
+from fastinterp.errors import RecipeError, UsageError
 from fastinterp.execute.jobs.chained_job import ScratchFile
 from fastinterp.ops.dtypes import BF16, F32
 from tests.support.checkpoints import (
@@ -79,7 +79,7 @@ def test_sums_of_sums_are_one_sum(tmp_path, three):
             "models": [*models(a, weight=0.25), *models(b, weight=0.75)],
             "dtype": "bfloat16",
         },
-        recipe("linear", ["first", c], parameters={"weight": 0.5}),
+        recipe("linear", ["first", c], parameters={"weight": 0.5}, dtype="bfloat16"),
     ]
     one = recipe("linear", three, weights=[0.125, 0.375, 0.5], dtype="bfloat16")
     report = chain(documents, tmp_path / "out")
@@ -193,13 +193,30 @@ def test_a_named_dtype(tmp_path, llamas):
             assert_same(read(one_by_one(documents, tmp_path / f"{key}{method}1", dtype="float32")[0]), read(out))
 
 
+def test_intermediates_are_kept(tmp_path, llamas):
+    """Each in a folder of its name, with what a merge of its own writes; in whatever order they stand."""
+    a, b, c = llamas
+    first = {"name": "first", "merge_method": "linear", "models": models(a, b, weight=1.0)}
+    last = {"merge_method": "slerp", "base_model": "first", "models": models(c), "parameters": {"t": 0.5}}
+    kept = tmp_path / "kept"
+    fastinterp.merge([last, first], tmp_path / "out", keep_intermediates=kept)
+    fastinterp.merge([first, last], tmp_path / "want")
+    fastinterp.merge({k: v for k, v in first.items() if k != "name"}, tmp_path / "alone")
+    assert_same(read(tmp_path / "want"), read(tmp_path / "out"))
+    assert_same(read(tmp_path / "alone"), read(kept / "first"))
+    with pytest.raises(UsageError, match="the document 'a/b' has no name for a folder"):
+        fastinterp.merge(
+            [first | {"name": "a/b"}, last | {"base_model": "a/b"}], tmp_path / "x", keep_intermediates=kept
+        )
+
+
 def test_the_whole_model(tmp_path, llamas):
     """Requests about the whole model see what documents above made; above, they are refused."""
     a, b, c = llamas
     paper = {"density": 0.3, "weight": 1.0, "preset": "paper"}
     documents: list[dict[str, Any]] = [
         {"name": "arc", "merge_method": "slerp", "base_model": b, "models": models(c), "parameters": {"t": 0.5}},
-        {"merge_method": "ties", "base_model": a, "models": models("arc", b), "parameters": paper},
+        {"merge_method": "ties", "base_model": a, "models": models("arc", b), "parameters": paper, "dtype": "bfloat16"},
     ]
     chain_out = tmp_path / "out"
     fastinterp.merge(documents, chain_out)

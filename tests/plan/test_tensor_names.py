@@ -120,3 +120,25 @@ def test_models_of_which_the_same_is_to_be_said_share_a_note(tmp_path):
         f"left out of {five}: `model.fp16.safetensors`, because transformers loads `model.safetensors`",
         f"names of {five} follow {tmp_path / 'base'}: prefix `module.` removed (4 tensors)",
     )
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [("encoder.", "decoder."), ("text_model.encoder.", "vision_model.encoder."), ("layers.0.", "layers.1."),
+     ("generator.", "discriminator."), ("model.layers.3.", "model.layers.7.")],
+)  # fmt: skip
+@pytest.mark.parametrize("common", [[], ["shared.weight"]], ids=["nothing in common", "one name in common"])
+def test_one_part_of_a_model_is_not_another(own, other, common):
+    """Though all their tensors have the same shapes."""
+    rests = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "mlp.up_proj.weight", "norm.weight"]
+    names, theirs = (shaped([*in_front(prefix, rests), *common]) for prefix in (own, other))
+    assert match_names(names, theirs) is None
+
+
+def test_another_part_with_the_same_shapes_is_no_rival():
+    """The encoder of a model under a prefix, beside a model that has a decoder, too."""
+    rests = ["q_proj.weight", "k_proj.weight"]
+    own = shaped([*in_front("encoder.", rests), *in_front("decoder.", rests)])
+    found = match_names(own, shaped(in_front("model.encoder.", rests)))
+    assert found is not None and found.how == ("prefix `model.` added (2 tensors)",)
+    assert found.names == {n: f"model.{n}" if n.startswith("encoder.") else n for n in own}

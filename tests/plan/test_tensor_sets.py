@@ -376,6 +376,40 @@ def test_projections_in_one_tensor_and_one_by_one(tmp_path):
         np.testing.assert_allclose(values(made[name]), x + 0.5, atol=1e-6)
 
 
+def test_projections_of_several_dtypes(tmp_path):
+    """Fused ones hold the numbers of all: no float32 numbers are rounded to the BF16 of those in front of them."""
+    q, k, v = (np.random.default_rng(i).normal(size=(4, 6)) for i in range(3))
+    stem = "model.layers.0.self_attn"
+    single = {f"{stem}.q_proj.weight": tensor(q, BF16), f"{stem}.k_proj.weight": tensor(k, F32),
+              f"{stem}.v_proj.weight": tensor(v, F32)}  # fmt: skip
+    a = write(tmp_path / "a", {f"{stem}.qkv_proj.weight": tensor(np.zeros((12, 6)), F32)})
+    b = write(tmp_path / "b", single)
+    made, _ = merged(tmp_path, average(a, b))
+    wanted = np.concatenate([values(t) for t in single.values()]) / 2
+    np.testing.assert_array_equal(values(made[f"{stem}.qkv_proj.weight"]), wanted.astype(np.float32))
+
+
+def test_projections_in_another_order_are_not_fused(tmp_path):
+    """Of CodeGen: its `qkv_proj` has the rows of queries, values, keys, four times. GPT-J has the same other names."""
+    stem = "transformer.h.0.attn"
+    a = write(tmp_path / "a", {f"{stem}.qkv_proj.weight": filled(1, (24, 8)), f"{stem}.out_proj.weight": filled(2)})
+    single = {f"{stem}.{n}_proj.weight": filled(i, (8, 8)) for i, n in enumerate("qkv")}
+    b = write(tmp_path / "b", {**single, f"{stem}.out_proj.weight": filled(3)})
+    with pytest.raises(ShapeError, match=r"different tensors: .* alone has transformer\.h\.0\.attn\.qkv_proj\.weight"):
+        merged(tmp_path, average(a, b))
+
+
+def test_other_numbers_of_experts_are_not_fused(tmp_path):
+    """Four experts are not two of twice the width, although the rows are as many."""
+    stem = "model.layers.0.mlp.experts"
+    fused = {f"{stem}.gate_up_proj": filled(1, (2, 8, 6)), f"{stem}.down_proj": filled(2, (2, 6, 4))}
+    single = {f"{stem}.{e}.{p}_proj.weight": filled(e, s) for e in range(4)
+              for p, s in (("gate", (2, 6)), ("up", (2, 6)), ("down", (3, 4)))}  # fmt: skip
+    a, b = write(tmp_path / "a", fused | unet(1)), write(tmp_path / "b", single | unet(2))
+    with pytest.raises(ShapeError, match="different tensors"):
+        merged(tmp_path, average(a, b))
+
+
 def test_experts_in_another_order_name_a_remedy(tmp_path):
     """Transposed matrices of experts are no rows one after the other."""
     stem = "model.layers.0.mlp.experts"

@@ -94,6 +94,22 @@ def test_a_trained_head_that_all_store_stays(tmp_path):
     assert model.config.tie_word_embeddings is False
 
 
+@pytest.mark.parametrize("config", [{"model_type": "of its own"}, None], ids=["config of its own", "no config"])
+def test_a_head_of_which_no_configuration_says_anything_stays(tmp_path, config):
+    """What config.json does not say is not said to be there; and without one there is nothing to say."""
+    for name, seed in (("a", 1), ("b", 2)):
+        folder = saved(tmp_path / name, llama(), seed)
+        (folder / "config.json").write_text(json.dumps(config)) if config else (folder / "config.json").unlink()
+    out, report = averaged(tmp_path, tmp_path / "a", tmp_path / "b")
+    heads = [load_file(tmp_path / name / "model.safetensors")[HEAD] for name in "ab"]
+    torch.testing.assert_close(load_file(out / "model.safetensors")[HEAD], (heads[0] + heads[1]) / 2)
+    assert report.warnings == ()
+    said = [r for r in report.remarks if "does not say whether lm_head.weight is the input embedding" in r]
+    assert len(said) == (1 if config else 0)
+    if config:
+        assert json.loads((out / "config.json").read_text()) == config | {"tie_word_embeddings": False}
+
+
 def test_a_copy_of_the_embedding_is_dropped(tmp_path):
     a = saved(tmp_path / "a", llama(tied=True), 1)
     b = saved(tmp_path / "b", llama(tied=True), 2, lambda t: {**t, HEAD: t[EMBED]})

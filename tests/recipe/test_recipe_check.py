@@ -210,7 +210,7 @@ def test_wrong(text, expected):
         pytest.param(
             "name: first-mix\nmerge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1}\n---\n"
             "merge_method: linear\nmodels: [{model: first_mix}]\nparameters: {weight: 1}\n",
-            ["1: 'first-mix' is never used by a document below it, but line 7 names 'first_mix': did you mean"
+            ["1: 'first-mix' is never used by another document, but line 7 names 'first_mix': did you mean"
              " 'first-mix'?"],
             id="close",
         ),

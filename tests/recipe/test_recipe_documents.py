@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,17 @@ def test_several_documents():
     assert load_recipes(PAIR + "name: alone\n")[0].name == "alone"
 
 
+@pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
+@pytest.mark.parametrize("named", [False, True])
+def test_documents_in_any_order(order, named):
+    """The one without a name is what is written; or that which no other uses."""
+    parts = CHAIN.split("---\n")
+    parts[2] = ("name: last\n" if named else "") + parts[2]
+    loaded = load_recipes("---\n".join(parts[i] for i in order))
+    assert [r.name for r in loaded] == ["first", "second", "last" if named else None]
+    assert [r.earlier for r in loaded] == [{}, {"first": 0}, {"second": 1, "first": 0}]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -121,12 +133,12 @@ def test_several_documents():
         ),
         (
             CHAIN.replace("{model: b}", "{model: second}"),
-            "'second' is the name of a document below (line 7). Move that above this one"
-            " - at $.models[1].model (merge.yml:4)",
+            "'first' is the name of a document (line 1) that builds on this one - at $.base_model (merge.yml:9)",
         ),
         (
             CHAIN.replace("base_model: second", "base_model: x"),
-            "'second' is never used by a document below it. Only the last one is written - at $.name (merge.yml:7)",
+            "'second' is never used by another document. Only one is written: that without a name, or the last"
+            " - at $.name (merge.yml:7)",
         ),
         (
             CHAIN.replace("weight: 1}\n---\nmerge", "wieght: 1}\n---\nmerge"),

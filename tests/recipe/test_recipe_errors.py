@@ -52,7 +52,7 @@ BAD = {
     ),
     "unknown key far from all": (
         LINEAR + "base_model: {zzz: 1}\n",
-        "unknown key `zzz`. Known: model - at $.base_model (merge.yml:9)",
+        "unknown key `zzz`. Known: model, lora, override_architecture - at $.base_model (merge.yml:9)",
     ),
     "unknown parameter": (
         LINEAR.replace("weight: 0.3", "wieght: 0.3"),
@@ -81,7 +81,7 @@ BAD = {
     ),
     "lora key": (
         LINEAR.replace("models/b", "{model: b, lora: c}"),
-        "`lora` is not supported yet. Merge the LoRA into its model first - at $.models[1].model (merge.yml:6)",
+        "`lora` is not supported yet. Merge the LoRA into its model first - at $.models[1].model.lora (merge.yml:6)",
     ),
     # types and values
     "not a mapping": (

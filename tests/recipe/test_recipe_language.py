@@ -79,6 +79,14 @@ def at(layer: int, name: str) -> str:
     return f"model.layers.{layer}.{name}.weight"
 
 
+def test_what_mergekit_needs_for_models_is_accepted():
+    """In the long form of a model: no LoRA, and an architecture to take it for."""
+    model = "{model: {path: a@b, revision: v1}, lora: null, override_architecture: LlamaForCausalLM}"
+    text = f"merge_method: linear\nmodels: [{{model: {model}, parameters: {{weight: 1}}}}]\n"
+    (loaded,) = load_recipe(text).models
+    assert str(loaded) == "a@b@v1" and not load_recipe(text).warnings
+
+
 def test_ties():
     """Gradients over 5 layers, a filter with a fallback, and the first number where there is no layer."""
     recipe = load_recipe(TIES)

@@ -83,9 +83,10 @@ BAD = {
         "'a' is already listed as $.slices[0].sources[0]. mergekit would drop one of them. Give it to another slice"
         " - at $.slices[0].sources[1] (merge.yml:5)",
     ),
-    "residual_weight": (
-        SLICES + "    residual_weight: 1\n",
-        "`residual_weight` does nothing, in mergekit neither. Remove it - at $.slices[0] (merge.yml:7)",
+    "residual_weight of a recipe": (
+        w("1") + "residual_weight: 1\n",
+        "`residual_weight` is a key of a slice, where it has no effect, in mergekit neither. Leave it out"
+        " - at $ (merge.yml:7)",
     ),
     "a parameter as a key of a source": (
         SLICES.replace("[4, 8]}", "[4, 8], weight: 2}"),
@@ -155,9 +156,9 @@ BAD = {
         f"`weight` must be a finite number (at most 3.4e38), got [1, 2] - at {AT}[0] (merge.yml:6)",
     ),
     "out of range in a gradient": (
-        "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\nparameters:\n  t:\n"
+        "merge_method: sce\nbase_model: a\nmodels: [{model: b}]\nparameters:\n  select_topk:\n"
         "    - {filter: mlp, value: [0, 1.1]}\n    - value: 0\n",
-        "`t` must be in 0..1, got 1.1 - at $.parameters.t[0].value[1] (merge.yml:6)",
+        "`select_topk` must be in 0..1, got 1.1 - at $.parameters.select_topk[0].value[1] (merge.yml:6)",
     ),
     "a gradient of truth values": (
         w("1") + "parameters: {normalize: [0, 1]}\n",
@@ -224,6 +225,10 @@ BAD = {
 
 
 NEVER_USED = {
+    "residual_weight of a slice": (
+        SLICES + "    residual_weight: 1\n",
+        "`residual_weight` has no effect, in mergekit neither - at $.slices[0] (merge.yml:7)",
+    ),
     "of a source that is copied": (
         "merge_method: slerp\nbase_model: b\nslices:\n"
         "  - sources: [{model: a, layer_range: [0, 4], parameters: {weight: 1}}]\n",

@@ -61,6 +61,16 @@ FORMATS: dict[str, Format] = {
         "fp8 with scales", _module(weight=_W, weight_scale=("BF16", (64, 1))), _quantised("compressed-tensors"), _NORM
     ),
     "fp8 E5M2": Format("fp8 with scales", _module(weight=("F8_E5M2", (64, 64)), weight_scale=("F32", (1,))), {}, _NORM),
+    "fp8, TensorRT-LLM": Format(
+        "fp8 with scales",
+        _module(weight=_W, weights_scaling_factor=("F32", (1,)), bias=("BF16", (64,))), {}, (*_NORM, f"{P}.bias"),
+    ),
+    "fp8, ModelOpt's quantizer": Format(
+        "fp8 with scales", _module(weight=_W, **{"weight_quantizer._amax": ("F32", ())}), {}, _NORM
+    ),
+    "int8 per channel, TensorRT-LLM": Format(
+        "int8 with scales", _module(weight=("I8", (64, 64)), per_channel_scale=("F16", (64,))), {}, _NORM
+    ),
     "fp8 blocks": Format(
         "fp8 with scales of blocks", _module(weight=("F8_E4M3", (64, 32)), weight_scale_inv=("F32", (2, 2))),
         _quantised("fp8", weight_block_size=[32, 16]), _NORM,
@@ -237,6 +247,11 @@ NOT_QUANTISED: dict[str, Layout] = {
         "model.layers.0.self_attn.k_proj.k_scale": ("F32", ()),
         "model.layers.0.self_attn.k_proj.weight": ("BF16", (8, 8)),
     },
+    "scales of activations, beside fp8 as a number format": {
+        f"{P}.weight": ("F8_E4M3", (64, 64)), f"{P}.k_scale": ("F32", ()), f"{P}.logit_scale": ("F32", ()),
+        f"{P}.norm.scale": ("F32", (64,)),
+    },
+    "attention that calls its queries W_q": {"attn.W_q": ("F32", (8, 8)), "attn.scale": ("F32", (1,))},
     "layer scales": {
         "logit_scale": ("F32", ()), "vision.layers.0.gamma": ("F32", (64,)),
         "vision.layers.0.layer_scale": ("F32", (64,)),
