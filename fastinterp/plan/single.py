@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 from msgspec.structs import replace
 
 from fastinterp.checkpoint.origin_files import OriginFiles, origin_files
 from fastinterp.errors import CheckpointError
+from fastinterp.messages import listed
 from fastinterp.plan.compatibility import (
     compatibility_warnings,
     component_warnings,
@@ -25,6 +26,8 @@ from fastinterp.plan.vocabularies import AlignedModels, align_models
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef, not_there
 from fastinterp.recipe.targets import Assembly
+
+_LISTED = 5  # models in a remark before the rest is only counted
 
 
 class Document(msgspec.Struct, frozen=True):
@@ -125,4 +128,20 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     remarks += [*aligned.remarks, *assemblies[0].remarks]
     remarks += dtype_remarks(first, targets[0], aligned.models)
     remarks += [*([remark] if remark else []), *complex_remarks(first, tensors)]
-    return Document(aligned, origin, tensors, sidecars, tuple(warnings), tuple(dict.fromkeys(remarks)), files)
+    together = _together(dict.fromkeys(remarks), [model.name for model in opened])
+    return Document(aligned, origin, tensors, sidecars, tuple(warnings), together, files)
+
+
+def _together(remarks: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:
+    """The remarks, those as one that say the same of several models: `names of ft1, ft2 follow base: ...`."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for remark in remarks:
+        for lead in ("left out of ", "names of ", ""):
+            found = [name for name in names if remark.startswith((f"{lead}{name}: ", f"{lead}{name} follow "))]
+            if found:
+                name = max(found, key=len)
+                models.setdefault((lead, remark.removeprefix(lead + name)), []).append(name)
+                break
+        else:
+            models[remark, ""] = []
+    return tuple(lead + listed(of, _LISTED) + rest for (lead, rest), of in models.items())

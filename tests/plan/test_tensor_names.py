@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from types import SimpleNamespace
 
 import pytest
 
+import fastinterp
+from fastinterp.ops.dtypes import F32
 from fastinterp.plan.tensor_names import match_names
 from tests.support import architectures as arch
+from tests.support.checkpoints import tensor, write
 
 LAYERS = [f"layers.{i}.{rest}" for i in range(2) for rest in ("mlp.up_proj.weight", "norm.weight")]
 
@@ -99,6 +103,23 @@ def test_a_whole_model_under_another_name():
     """Any prefix may stand for any other, if the models share no name."""
     found = match_names(shaped(in_front("query.", LAYERS)), shaped(in_front("passage.", LAYERS)))
     assert found is not None and found.how == ("prefix `query.` became `passage.` (4 tensors)",)
+
+
+def test_models_of_which_the_same_is_to_be_said_share_a_note(tmp_path):
+    """Ten wrapped fine-tunes, each with the same other file beside it: two notes, not twenty."""
+    plain = {name: tensor([1.0, 2.0], F32) for name in LAYERS}
+    folders = [write(tmp_path / "base", plain)]
+    for i in range(10):
+        folder = write(tmp_path / f"ft{i}", {f"module.{name}": x for name, x in plain.items()})
+        shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors")
+        folders.append(folder)
+    models = [{"model": str(folder), "parameters": {"weight": 1}} for folder in folders]
+    report = fastinterp.merge({"merge_method": "linear", "models": models}, tmp_path / "out")
+    five = ", ".join(str(tmp_path / f"ft{i}") for i in range(5)) + " and 5 more"
+    assert report.remarks == (
+        f"left out of {five}: `model.fp16.safetensors`, because transformers loads `model.safetensors`",
+        f"names of {five} follow {tmp_path / 'base'}: prefix `module.` removed (4 tensors)",
+    )
 
 
 @pytest.mark.parametrize(
