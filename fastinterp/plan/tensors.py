@@ -25,7 +25,8 @@ from fastinterp.tokenizer.embedding_rows import named_as_embedding
 _LISTED = 5  # differences in a message before the rest is only counted
 _VOCABULARIES = (
     "The vocabularies differ in size: say which one the output has, `tokenizer_source: union` or `tokenizer_source: "
-    "base` in the recipe, --tokenizer-source union or base of interpolate and sweep"
+    "base` in the recipe, --tokenizer-source union or base of interpolate and sweep. Or `missing: base` copies these "
+    "tensors from the base"
 )
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # what a vocabulary is read from: one of them
 
