@@ -32,7 +32,7 @@ _PROGRAMS = {
     "EXL3": "GPTQModel",
     "bitsandbytes": "transformers and bitsandbytes",
     "MLX": "mlx-lm",
-    "MXFP4": "transformers",
+    "MXFP": "transformers",
     "fp8": "transformers",
     "compressed-tensors": "transformers and compressed-tensors",
 }
@@ -66,7 +66,8 @@ def command(
         return f"with GPTQModel: {python(code)}"
     if method == "mlx":
         return f"with mlx-lm: `mlx_lm.convert --hf-path {quote(str(root))} --mlx-path {_NEW} --dequantize`"
-    if format in _PRODUCTS and scale is not None and "amax" not in scale[0] and len(files) == 1:
+    exponents = format == "MXFP8" and scale is not None and scale[1].dtype.name == "F8_E8M0"  # torch reads as numbers
+    if (format in _PRODUCTS or exponents) and scale is not None and "amax" not in scale[0] and len(files) == 1:
         return _product(files[0], codes, scale)
     program = next((program for start, program in _PROGRAMS.items() if format.startswith(start)), "")
     return f"with {program}, which needs the model's config.json beside the weights" if program and not method else ""

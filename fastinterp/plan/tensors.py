@@ -25,8 +25,8 @@ from fastinterp.tokenizer.embedding_rows import named_as_embedding
 _LISTED = 5  # differences in a message before the rest is only counted
 _VOCABULARIES = (
     "The vocabularies differ in size: say which one the output has, `tokenizer_source: union` or `tokenizer_source: "
-    "base` in the recipe, --tokenizer-source union or base of interpolate and sweep. Or `missing: base` "
-    "(--missing base) copies these tensors from "
+    "base` in the recipe, --tokenizer-source union or base of interpolate and sweep. Or `missing: base` copies these "
+    "tensors from the base"
 )
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # what a vocabulary is read from: one of them
 
@@ -384,7 +384,7 @@ def _check_fit(
     if shapes:
         readable = all(any((m.root / file).is_file() for file in _VOCABULARY_FILES) for m in models)
         base = models[recipe.base_index].name
-        remedy = f"{_VOCABULARIES}{base}" if only_rows and readable else _of_other_shapes(base, narrow)
+        remedy = _VOCABULARIES if only_rows and readable else _of_other_shapes(base, narrow)
         remedy = ". ".join(layouts.values()) or remedy
         raise ShapeError(f"{listed(shapes, _LISTED)}. {remedy}")
     if kinds:

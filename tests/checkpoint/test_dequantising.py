@@ -15,7 +15,7 @@ import pytest
 
 import fastinterp
 from fastinterp.errors import CheckpointError
-from fastinterp.ops.dtypes import BF16, F8_E4M3, F32
+from fastinterp.ops.dtypes import BF16, DTYPES, F8_E4M3, F32
 from fastinterp.reference import combine as reference
 from tests.support.checkpoints import (
     Tensor,
@@ -98,6 +98,23 @@ def test_products(tmp_path, end, shape, codes):
     (tmp_path / "NEW.safetensors").rename(got / "model.safetensors")
     assert read_header(got / "model.safetensors")[0]["__metadata__"] == {"format": "pt", "config": "{}"}
     assert_same(read(got), wanted[0])
+
+
+@pytest.mark.slow
+def test_products_with_exponents(tmp_path):
+    """mxfp8: a scale is 2 to the power of its code less 127, one for 32 numbers of a row."""
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        stored = tensor(rng.integers(-100, 100, (64, 96)), F8_E4M3)
+        exponents = rng.integers(120, 134, (64, 3)).astype(np.uint8)
+        scale = Tensor(DTYPES["F8_E8M0"], (64, 3), exponents)
+        write_file(tmp_path / f"{name}.safetensors", {"wq.weight": stored, "wq.scale": scale})
+    [command] = commands([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")])
+    run(command.replace("a.safetensors", "b.safetensors"), tmp_path)
+    (tmp_path / "got").mkdir()
+    (tmp_path / "NEW.safetensors").rename(tmp_path / "got" / "model.safetensors")
+    numbers = floats(stored).reshape(64, 96) * np.exp2(exponents.astype(np.float32) - 127).repeat(32, 1)
+    assert_same(read(tmp_path / "got"), {"wq.weight": tensor(numbers, BF16)})
 
 
 # --- transformers ----------------------------------------------------------------------------------------------------

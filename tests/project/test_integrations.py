@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.tools import table
 from tests.support import backends
 from tests.support.modules import llama, saved
 
@@ -34,7 +36,13 @@ class Numbers(torch.utils.data.Dataset[Any]):
 
 def test_every_section_has_an_example():
     headings = re.findall(r"^##+ ([^\n]+)$", PAGE, re.MULTILINE)
-    assert headings == [*EXAMPLES] and len(headings) == 6
+    assert headings == [*EXAMPLES, "Speed of each"] and len(headings) == 7
+
+
+def test_speed_table_is_that_of_the_committed_results():
+    found = json.loads((ROOT / "benchmarks" / "results" / "tools.json").read_text("utf-8"))
+    shown = re.search(r"<!-- tools:begin -->\n(.*?)\n<!-- tools:end -->", PAGE, re.DOTALL)
+    assert shown and shown[1].splitlines() == table(found["cases"])
 
 
 def test_torch():
