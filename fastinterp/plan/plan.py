@@ -136,8 +136,8 @@ class Plan:
         if not own:
             return ()
         return (
-            f"the output needs files of its own, and those of {self._origin_name} do not fit it: {listed(own, 8)}. They "
-            "are written only into a folder: give the output the name of a folder",
+            f"the output needs files of its own, and those of {self._origin_name} do not fit it: {listed(own, 8)}. "
+            "They are written only into a folder: give the output the name of a folder",
         )
 
     @cached_property
