@@ -174,9 +174,10 @@ def average(
 
     checkpoints  2 to 64, in a list or as a pattern: "run/checkpoint-*". They are ordered by the numbers in their names
     weights      "uniform": the mean. "ema": an exponential moving average, decay^(n-1-i) / sum_j decay^j for i = 0, the
-                 oldest, to n-1: the newest counts most. "linear", "cosine" and "1-sqrt": the weights by which checkpoints of a run at constant learning rate stand for one whose rate decays so (`fastinterp
-                 methods ema` has the formulas): of 1-sqrt the oldest counts most, of cosine those in the middle, and
-                 linear is uniform
+                 oldest, to n-1: the newest counts most. "linear", "cosine" and "1-sqrt": the weights by which
+                 checkpoints of a run at constant learning rate stand for one whose rate decays so (`fastinterp methods
+                 ema` has the formulas): of 1-sqrt the oldest counts most, of cosine those in the middle, and linear is
+                 uniform
     decay        of "ema": the weight of each checkpoint over that of the next newer. None: 0.9
     last         only so many of the newest
     in_order     take them in the order given, oldest first, whatever their names are
