@@ -25,8 +25,8 @@ from fastinterp.tokenizer.embedding_rows import named_as_embedding
 _LISTED = 5  # differences in a message before the rest is only counted
 _VOCABULARIES = (
     "The vocabularies differ in size: say which one the output has, `tokenizer_source: union` or `tokenizer_source: "
-    "base` in the recipe, --tokenizer-source union or base of interpolate and sweep. Or `missing: base` copies these "
-    "tensors from the base"
+    "base` in the recipe, --tokenizer-source union or base of interpolate, average and sweep. Or `missing: base` "
+    "copies these tensors from the base"
 )
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # what a vocabulary is read from: one of them
 
@@ -305,7 +305,7 @@ def dtype_remarks(recipe: Recipe, targets: Sequence[Target], models: Sequence[Mo
     return [
         f"{counted(count, 'tensor')} of dtypes {', '.join(sorted(map(str, kinds)))}, which differ between the models: "
         f"stored as {promoted(kinds)}, which holds all. "
-        "Another one: `dtype` in the recipe, --dtype of `fastinterp merge`"
+        "Another one: `dtype` in the recipe, or --dtype"
         for kinds, count in counts.items()
     ]
 

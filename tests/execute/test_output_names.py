@@ -187,7 +187,7 @@ def test_what_an_output_file_replaces(tmp_path):
     assert equal(load_file(out), mean(arrays(0), arrays(1)))
     (tmp_path / "hard.safetensors").hardlink_to(a)
     for path in (a, tmp_path / "." / "b.safetensors", tmp_path / "hard.safetensors"):
-        assert "inputs are never overwritten, not even with --force" in refused(path)
+        assert "inputs are never overwritten, whatever the options" in refused(path)
     (tmp_path / "folder.safetensors").mkdir()
     assert "this is a folder" in refused(tmp_path / "folder.safetensors")
     (tmp_path / "link.safetensors").symlink_to("out.safetensors")
