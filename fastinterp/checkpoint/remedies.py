@@ -19,7 +19,7 @@ from fastinterp.messages import listed
 _TRAINER_STATE = re.compile(r"(?:optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args)\b.*|.*\.pkl")
 _CONSOLIDATED = re.compile(r"consolidated\.\d+\.pth")  # as Meta saves one for each process; each holds pieces
 _STEMS = {"pytorch_model": "model", "open_clip_pytorch_model": "open_clip_model"}  # pickled -> in safetensors
-# The files of a tokenizer that hold its vocabulary.
+# Files of a tokenizer that hold its vocabulary.
 _VOCABULARIES = re.compile(
     r"(tokenizer|vocab|tekken)\.json|vocab\.(txt|model)|(tokenizer|s(entence)?piece).*\.model|.*\.spm"
 )
