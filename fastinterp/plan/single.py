@@ -17,6 +17,7 @@ from fastinterp.plan.compatibility import (
     head_warnings,
     template_warnings,
 )
+from fastinterp.plan.fit import check_cuts
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
 from fastinterp.plan.quantised import about_configuration, refuse_differing, refuse_quantised
@@ -91,6 +92,8 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         for recipe in recipes
     ]
     layer_warnings: list[str] = []
+    if assemblies[0].cuts:
+        check_cuts(first, assemblies[0].cuts, assemblies[0].targets, aligned.models)
     if assemblies[0].counts:
         from fastinterp.plan.stacks import about_layers, counts_of
 

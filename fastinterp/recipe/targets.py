@@ -72,6 +72,17 @@ class LayerCount(msgspec.Struct, frozen=True):
     sizes: tuple[int, ...] = ()
 
 
+class Cut(msgspec.Struct, frozen=True):
+    """A stack that slices cut.
+
+    prefix  of the names of its tensors
+    models  for every slice, the index of its first source in Recipe.models; also of slices without layers
+    """
+
+    prefix: str
+    models: tuple[int, ...]
+
+
 def targets(recipe: Recipe, names: Sequence[Collection[str]]) -> list[Target]:
     """The output's tensors, in the order of the lead model.
 
@@ -87,6 +98,7 @@ class Assembly:
 
     targets    the output's tensors; not all, if errors were collected
     counts     stacks of which the output has other layers than its inputs
+    cuts       stacks that slices cut
     resolvers  with the values that were used, in the order of the groups
     remarks    what became of tensors that not all models have, for people
     """
@@ -113,6 +125,7 @@ class Assembly:
         self._layers: dict[tuple[int, str | None], Layers] = {}
         self.targets: list[Target] = []
         self.counts: list[LayerCount] = []
+        self.cuts: list[Cut] = []
         self.resolvers: list[Resolver] = []
         self._left: dict[str, None] = {}  # tensors that not all models have
         self._merging = False  # some are in all
@@ -202,6 +215,7 @@ class Assembly:
         if len(self._collector.errors) > before:  # a range may go beyond all that exists
             return
         leads = [group.sources[0] for group in groups]
+        self.cuts.append(Cut(stack.prefix, tuple(lead.model for lead in leads)))
         numbers = tuple(n for lead in leads if lead.layers for n in range(*lead.layers))
         models = tuple(lead.model for lead in leads for _ in range(lead.length))
         if numbers != tuple(range(stack.layers)) or len(set(models)) > 1:
