@@ -111,6 +111,26 @@ def _sizes(a: Model, b: Model) -> str:
     return f" ({listed(said, 3)})" if said else ""
 
 
+def other_sizes(models: Sequence[Model], base: int) -> dict[int, str]:
+    """By model, that it is of another size than the base: what both have, and is no embedding, has other shapes."""
+    sizes: dict[int, str] = {}
+    ours = models[base].tensors
+    for i, model in enumerate(models):
+        theirs = model.tensors
+        if theirs.keys() == ours.keys():
+            continue  # their shapes are compared when targets are
+        common = [n for n in ours if n in theirs and not named_as_embedding(n) and ours[n].merges and theirs[n].merges]
+        common = [n for n in common if len(ours[n].shape) > 1] or common
+        if common and all(ours[n].shape != theirs[n].shape for n in common):
+            name = common[0]
+            sizes[i] = (
+                f"What both have is of other shapes: {name} is {list(ours[name].shape)} in {models[base].name} but "
+                f"{list(theirs[name].shape)} in {model.name}. These are models of different sizes"
+                f"{_sizes(models[base], model)}, which do not merge"
+            )
+    return sizes
+
+
 def _has_vocabulary(model: Model) -> bool:
     return any((model.root / file).is_file() for file in _VOCABULARY_FILES)
 

@@ -117,3 +117,87 @@ def test_layers_that_differ_within_a_model_are_stacked(tmp_path):
     for i, (x, y) in enumerate(((a, a), (a, b), (b, a))):
         fastinterp.merge(stack((x, 0, 3), (y, 1, 4)), tmp_path / f"out {i}")
     assert read(tmp_path / "out 1")["model.layers.0.mlp.up_proj.weight"].shape == (24, 8)
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
+
+
+def average(*models: str, **keys: Any) -> dict[str, Any]:
+    return {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 1}} for m in models], **keys}
+
+
+def test_whole_models_of_other_sizes(tmp_path):
+    """`missing` is not offered: nothing would be merged but vectors of the length of a head."""
+    a, b = model(tmp_path / "a", 1), model(tmp_path / "b", 50, hidden=16)
+    said = refused(average(a, b), tmp_path / "out")
+    assert said.endswith("These are models of different sizes (hidden_size 8 and 16), which do not merge")
+    assert "missing" not in said
+    Path(a, "config.json").unlink()
+    said = refused(average(a, b), tmp_path / "out")
+    assert said.endswith("These are models of different sizes, which do not merge")
+
+
+def test_whole_models_of_other_sizes_and_numbers_of_layers(tmp_path):
+    a, b = model(tmp_path / "a", 1), model(tmp_path / "b", 50, hidden=16, layers=6)
+    with pytest.raises(ShapeError) as caught:
+        fastinterp.merge(average(a, b), tmp_path / "out")
+    said = str(caught.value)
+    q = "model.layers.0.self_attn.q_proj.weight"
+    assert "alone has model.layers.{4,5}.* (8 tensors)" in said and "missing" not in said
+    assert said.endswith(
+        f"What both have is of other shapes: {q} is [8, 8] in {a} but [16, 16] in {b}. These are models of different "
+        "sizes (hidden_size 8 and 16), which do not merge"
+    )
+
+
+def test_missing_is_offered_where_matrices_are_of_one_shape(tmp_path):
+    a, b = model(tmp_path / "a", 1), model(tmp_path / "b", 50, inner=20)
+    assert "`missing: base` in the recipe" in refused(average(a, b), tmp_path / "out")
+    fastinterp.merge(average(a, b, missing="base"), tmp_path / "out")
+    deep = model(tmp_path / "deep", 50, layers=5)
+    with pytest.raises(ShapeError, match="`missing: base` in the recipe"):
+        fastinterp.merge(average(a, deep), tmp_path / "other")
+    fastinterp.merge(average(a, deep, missing="base"), tmp_path / "other")
+
+
+# --- missing: skip ---------------------------------------------------------------------------------------------------
+
+
+def test_a_warning_about_tensors_that_software_will_make_up(tmp_path):
+    a, b = model(tmp_path / "a", 1), model(tmp_path / "b", 50, rows=32)
+    recipe = average(a, b, missing="skip")
+    report = fastinterp.merge(recipe, tmp_path / "out")
+    (warning,) = [w for w in report.warnings if "random numbers" in w]
+    assert warning == (
+        f"left out, because not all models have them in one shape: {EMBED}, {HEAD}. config.json, copied from {a}, "
+        "describes a model that has them, so software that loads the output puts random numbers there. `missing: base` "
+        f"(--missing base) copies them from {a} instead"
+    )
+    assert not any("left out" in remark for remark in report.remarks)
+    assert warning in [w.message for w in fastinterp.check(recipe).warnings]
+    report = fastinterp.merge(average(a, b, missing="base"), tmp_path / "copied")
+    assert not any("random numbers" in w for w in report.warnings) and EMBED in read(tmp_path / "copied")
+
+
+def test_layers_that_one_model_lacks(tmp_path):
+    a, b = model(tmp_path / "a", 1), model(tmp_path / "b", 50, layers=3)
+    report = fastinterp.merge(average(a, b, missing="skip"), tmp_path / "out")
+    (warning,) = [w for w in report.warnings if "random numbers" in w]
+    assert warning.startswith(f"left out, because {b} lacks them: model.layers.3.* (4 tensors). config.json")
+    # The other way round the configuration has no such layer.
+    report = fastinterp.merge(average(b, a, missing="skip"), tmp_path / "fewer")
+    assert not any("random numbers" in w for w in report.warnings)
+    assert f"left out, because {b} lacks them: model.layers.3.* (4 tensors)" in report.remarks
+
+
+def test_moving_averages_and_files_without_a_configuration_stay_notes(tmp_path):
+    a, b = model(tmp_path / "a", 1), model(tmp_path / "b", 50)
+    with_ema = {**read(Path(a)), "model_ema.decay": weights(9, F32, (3,)), "vae.conv.weight": weights(9, F32, (3,))}
+    write(Path(a), with_ema)
+    report = fastinterp.merge(average(a, b, missing="skip"), tmp_path / "out")
+    (warning,) = [w for w in report.warnings if "random numbers" in w]
+    assert f"{b} lacks it: vae." in warning and "ema" not in warning
+    assert f"left out, because {b} lacks it: model_ema.decay" in report.remarks
+    Path(a, "config.json").unlink()
+    report = fastinterp.merge(average(a, b, missing="skip"), tmp_path / "bare")
+    assert not any("random numbers" in w for w in report.warnings)
