@@ -421,18 +421,17 @@ class Assembly:
         ours, theirs = dict.fromkeys(tensors), dict.fromkeys(others_tensors)
         if ours.keys() == theirs.keys():
             return
+        both = lead.model, other.model
+        notes, layouts = ([of[i] for i in both if i in of] for of in (self._notes, self._layouts))
+        sizes = [] if layers[0] else [self._sizes_of[i] for i in both if i in self._sizes_of]
         raise ShapeError(
             different_tensors(
                 (str(lead.ref), layers[0], ours),
                 (str(other.ref), layers[1], theirs),
                 str(self._recipe.models[self._recipe.base_index]),
-                *(
-                    [of[source.model] for source in (lead, other) if source.model in of]
-                    for of in (self._notes, self._layouts)
-                ),
-                sizes=""
-                if layers[0]
-                else next((self._sizes_of[s.model] for s in (lead, other) if s.model in self._sizes_of), ""),
+                notes,
+                layouts,
+                next(iter(sizes), ""),
             )
         )
 
