@@ -100,7 +100,7 @@ test: $(VENV)/.built ## the whole test suite
 	@FASTINTERP_REQUIRE=scalar $(PY) -m pytest $(SHARED)
 
 oracle: $(VENV)/.built $(ORACLE_VENV)/.installed ## every method of mergekit, and recipes of sd-mecha, compared with them
-	@FASTINTERP_REQUIRE=mergekit,sd_mecha PYTHONPATH=. $(ORACLE_VENV)/bin/python -m pytest tests/methods/test_oracle_deltas.py \
+	@FASTINTERP_REQUIRE=mergekit,sd_mecha PYTHONPATH="$(CURDIR)" $(ORACLE_VENV)/bin/python -m pytest tests/methods/test_oracle_deltas.py \
 	  tests/methods/test_oracle_gram.py tests/integrations/test_mergekit.py tests/integrations/test_sd_mecha.py
 
 peer-suite: $(VENV)/.built $(ORACLE_VENV)/.installed build/peer/pytest.ini ## mergekit's own tests, with this engine installed in it

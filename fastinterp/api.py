@@ -147,6 +147,7 @@ def interpolate(
     )  # fmt: skip
 
 
+@without_recipe
 def average(
     checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     out: str | os.PathLike[str],
@@ -155,6 +156,7 @@ def average(
     decay: float | None = None,
     last: int | None = None,
     in_order: bool = False,
+    tokenizer_source: str | os.PathLike[str] | None = None,
     device: str = "auto",
     threads: int | None = None,
     max_shard_size: str | int | None = None,
@@ -171,17 +173,20 @@ def average(
     """Average checkpoints of one training run into the folder `out`.
 
     checkpoints  2 to 64, in a list or as a pattern: "run/checkpoint-*". They are ordered by the numbers in their names
-    weights      "uniform": the mean. "ema": an exponential moving average that starts at the oldest. "linear", "cosine"
-                 and "1-sqrt": the weights by which checkpoints of a run at constant learning rate stand for one whose
-                 rate decays so (`fastinterp methods ema` has the formulas; of linear decay they are uniform)
-    decay        of the moving average: what is kept of it at each checkpoint. None: 0.9
+    weights      "uniform": the mean. "ema": an exponential moving average, decay^(n-1-i) / sum_j decay^j for i = 0, the
+                 oldest, to n-1: the newest counts most. "linear", "cosine" and "1-sqrt": the weights by which
+                 checkpoints of a run at constant learning rate stand for one whose rate decays so (`fastinterp methods
+                 ema` has the formulas): of 1-sqrt the oldest counts most, of cosine those in the middle, and linear is
+                 uniform
+    decay        of "ema": the weight of each checkpoint over that of the next newer. None: 0.9
     last         only so many of the newest
     in_order     take them in the order given, oldest first, whatever their names are
+    tokenizer_source  "union", "base" (the newest) or one of the checkpoints: the vocabulary of the output
 
     It is a `linear` merge, whose recipe is in the output's README.md. Configuration, tokenizer and integer tensors are
     the newest checkpoint's. The other arguments and errors are those of `merge`.
     """
-    recipe = average_of(checkpoints, weights, decay, last, in_order).recipe
+    recipe = average_of(checkpoints, weights, decay, last, in_order, tokenizer_source).recipe
     return merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
         dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, force=force, durable=durable,

@@ -84,7 +84,8 @@ def fit(text: str, width: int) -> str:
 
 # A key of recipes, or an argument, with a value, and what may follow: where it stands.
 _KEY = re.compile(
-    r"`(\w+)(?:: |=)([^`]+)`(?: in the recipe(?: \(--[^)]*\)|, --[^.;]*? of interpolate(?: and sweep)?)?)?"
+    r"`(\w+)(?:: |=)([^`]+)`"
+    r"(?: \(--[^)]*\)| in the recipe(?: \(--[^)]*\)|, --[^.;]*? of interpolate(?:, average)?(?: and sweep)?)?)?"
 )
 
 

@@ -6,6 +6,7 @@ tensors are not merged one by one.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ import msgspec
 from fastinterp.checkpoint.header import MAX_HEADER, Entry, Header
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.regular_file import read_regular
-from fastinterp.checkpoint.remedies import literal, python
+from fastinterp.checkpoint.remedies import literal, python, saved_tokenizer
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.messages import listed
 
@@ -246,11 +247,21 @@ def _with_peft(folder: str, adapter: Adapter, tensors: Mapping[str, Entry]) -> s
         auto = "AutoPeftModel"
     save = '.merge_and_unload().save_pretrained("NEW")'
     if auto is None:
-        code = f"peft.PeftModel.from_pretrained(model, {source}){save}"
+        code = f"peft.PeftModel.from_pretrained(model, {source}){save}{_tokenizer(folder)}"
         return f"Merge it into its base first, with peft: `{code}`, where `model` is the base, loaded; then name NEW"
     labels = ""
     if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
         heads = [entry.shape[0] for name, entry in tensors.items() if _HEAD.fullmatch(name) and len(entry.shape) == 2]
         labels = f", num_labels={heads[-1]}" if heads else ""
-    command = python(f"import peft; peft.{auto}.from_pretrained({source}{labels}){save}")
+    command = python(f"import peft; peft.{auto}.from_pretrained({source}{labels}){save}{_tokenizer(folder)}")
     return f"Merge it into its base first, with peft: {command}; then name NEW"
+
+
+def _tokenizer(folder: str) -> str:
+    """What saves the tokenizer that was saved beside the adapter; empty, if there is none, or only that of the base."""
+    try:
+        present = os.listdir(os.path.expanduser(folder))
+    except OSError:
+        return ""
+    save = saved_tokenizer(folder, present) if "tokenizer_config.json" in present else ""
+    return f"; import transformers{save}" if save else ""

@@ -9,7 +9,7 @@ from shlex import quote
 from fastinterp.checkpoint.header import Header
 from fastinterp.checkpoint.quantised import declared_method
 from fastinterp.checkpoint.remedies import literal, python
-from fastinterp.checkpoint.sidecar_files import read_config
+from fastinterp.checkpoint.sidecar_files import CONFIG, read_config
 from fastinterp.errors import CheckpointError
 
 _NEW = "NEW"  # what the commands write
@@ -70,7 +70,14 @@ def command(
     if (format in _PRODUCTS or exponents) and scale is not None and "amax" not in scale[0] and len(files) == 1:
         return _product(files[0], codes, scale)
     program = next((program for start, program in _PROGRAMS.items() if format.startswith(start)), "")
-    return f"with {program}, which needs the model's config.json beside the weights" if program and not method else ""
+    if not program or method:
+        return ""
+    needs = (
+        "with the `quantization_config` of the model's config.json"
+        if (root / CONFIG).is_file()
+        else ("which needs the model's config.json beside the weights")
+    )
+    return f"with {program}, {needs}"
 
 
 def _transformers(load: str, needs: str) -> str:

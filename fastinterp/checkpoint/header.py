@@ -75,8 +75,15 @@ def _read_json(file: str) -> tuple[bytes, int]:
     fd, size = open_regular(file)
     try:
         if size < 8:
-            raise CheckpointError(f"a safetensors file has at least 8 bytes, this one has {size}", file=file)
+            what = f"a safetensors file has at least 8 bytes, this one has {size}" if size else "the file is empty"
+            raise CheckpointError(f"{what}. Download or copy it again", file=file)
         first = _read_exactly(fd, 8, file)
+        if b"<" in first and _is_markup(os.pread(fd, 64, 0)):
+            raise CheckpointError(
+                "this is a web page (HTML or XML), not the file: a download failed, or needs a login. Download it "
+                "again",
+                file=file,
+            )
         if first == b"version " and os.pread(fd, 15, 8) == b"https://git-lfs":
             raise CheckpointError(
                 "this is a Git LFS pointer; the file itself was not downloaded. Run `git lfs pull`", file=file
@@ -85,7 +92,7 @@ def _read_json(file: str) -> tuple[bytes, int]:
         if length > MAX_HEADER:
             raise CheckpointError(
                 f"the header claims {length} bytes, more than the allowed {MAX_HEADER}: "
-                "damaged, or not a safetensors file",
+                "damaged, or not a safetensors file. If it is one, download or copy it again",
                 file=file,
             )
         if length > size - 8:
@@ -99,6 +106,12 @@ def _read_json(file: str) -> tuple[bytes, int]:
         raise CheckpointError(f"the file cannot be read: {error.strerror}", file=file) from None
     finally:
         os.close(fd)
+
+
+def _is_markup(start: bytes) -> bool:
+    """Whether a file that begins so is HTML or XML."""
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<error", b"<!--"))
 
 
 def _read_exactly(fd: int, count: int, file: str) -> bytes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 
+from fastinterp.errors import UsageError
 from fastinterp.messages import listed
 
 WEIGHTS = ".safetensors"
@@ -71,5 +73,34 @@ def index_of(stem: str) -> str:
 
 
 def names_file(out: str) -> bool:
-    """True if an output of this name is one file, and no folder."""
-    return out.endswith(WEIGHTS)
+    """True if an output of this name is one file, and no folder.
+
+    Raises: UsageError, if it ends like the name of a file of weights, but is none that can be written. A folder that
+    is there may have any name.
+    """
+    if out.endswith(WEIGHTS):
+        return True
+    name = out.rstrip("/")
+    stem, suffix = os.path.splitext(name)
+    if name.endswith(INDEX):
+        stem, suffix = name.removesuffix(INDEX), INDEX
+    meant = suffix == INDEX or suffix.lower() in (*PICKLES, *OTHER_WEIGHTS, ".sft") or _nearly_weights(suffix)
+    if not (meant or out == "-") or os.path.isdir(out):
+        return False
+    if out == "-":
+        raise UsageError("`-` is no output: checkpoints are not written to stdout. Give a folder, or NAME.safetensors")
+    what = "ends in `/`, but its name is that of a file" if name.endswith(WEIGHTS) else f"ends in {quote(suffix)}"
+    raise UsageError(
+        f"the output {quote(out)} {what}. Give {quote(stem + WEIGHTS)} for one file, in the only format that is "
+        f"written, or {quote(stem)} for a folder"
+    )
+
+
+def _nearly_weights(suffix: str) -> bool:
+    """Whether this is `.safetensors`, or that misspelt: `.Safetensors`, `.safetensor`."""
+    written = suffix.lower()
+    if not 7 < len(written) < 17 or not written.startswith(".s"):
+        return False
+    from difflib import SequenceMatcher  # not on the path of a merge
+
+    return SequenceMatcher(None, written, WEIGHTS).ratio() > 0.8

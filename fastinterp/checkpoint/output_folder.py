@@ -392,4 +392,4 @@ class OutFolder:
 
 
 _FORCE = "Add --force (in Python force=True) to write into it all the same"
-_ELSEWHERE = "Choose another folder: inputs are never overwritten, not even with --force"
+_ELSEWHERE = "Choose another output: inputs are never overwritten, whatever the options"

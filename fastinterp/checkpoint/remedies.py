@@ -7,18 +7,20 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastinterp.checkpoint import hub
 from fastinterp.checkpoint.names import SHARD, WEIGHTS
+from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.messages import listed
 
 # What trainers save beside the weights.
 _TRAINER_STATE = re.compile(r"(?:optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args)\b.*|.*\.pkl")
 _CONSOLIDATED = re.compile(r"consolidated\.\d+\.pth")  # as Meta saves one for each process; each holds pieces
 _STEMS = {"pytorch_model": "model", "open_clip_pytorch_model": "open_clip_model"}  # pickled -> in safetensors
+_NO_VOCABULARIES = ("chat_template", "tokenizer_config", "added_tokens", "special_tokens_map")  # of tokenizer files
 _NEVER = "pickled weights are never loaded, because a pickle can run any code"
 
 
@@ -75,9 +77,20 @@ def _by_its_library(
             f'import sentence_transformers as st; st.SentenceTransformer({source}, device="cpu").save_pretrained("NEW")'
         )
     library, found = _library_class(config)
-    return (
-        python(f'import {library}; {library}.{found}.from_pretrained({source}).save_pretrained("NEW")') if found else ""
-    )
+    if not found:
+        return ""
+    load = f'import {library}; {library}.{found}.from_pretrained({source}).save_pretrained("NEW")'
+    return python(load + (saved_tokenizer(folder, present) if library == "transformers" else ""))
+
+
+def saved_tokenizer(folder: str, present: Iterable[str]) -> str:
+    """Python behind that which saves a model as NEW with transformers, for the tokenizer; empty, if there is none.
+
+    present  names of the files in `folder`
+    """
+    if not any(is_tokenizer_file(name) and not name.startswith(_NO_VOCABULARIES) for name in present):
+        return ""
+    return f'; transformers.AutoTokenizer.from_pretrained({literal(folder)}).save_pretrained("NEW")'
 
 
 def save_again(models: Sequence[tuple[str, Mapping[str, Any]]]) -> str:

@@ -13,6 +13,7 @@ from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, PIPELINES, WEIGH
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
+from fastinterp.messages import listed
 from fastinterp.ops.dtypes import DType
 
 CONFIG = "config.json"
@@ -56,6 +57,7 @@ def read_config(root: Path) -> dict[str, Any] | None:
     return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), "the model configuration", str(path))
 
 
+_DTYPES = ("torch_dtype", "dtype")  # keys of config.json
 _NAMED_FILE = "transformers_weights"  # of config.json: which file transformers reads in place of model.safetensors
 
 
@@ -82,6 +84,28 @@ def json_or_empty(path: Path) -> dict[str, Any]:
         return {}
 
 
+def content_of(content: bytes | Path) -> bytes:
+    """The content of a small file: itself, or what is in the file at a path."""
+    return content if isinstance(content, bytes) else read_regular(str(content))
+
+
+def what_differs(old: bytes, new: bytes) -> str | None:
+    """In what a small file `new` differs from `old`: `vocab_size 303, num_hidden_layers 6` of JSON objects; None, if in
+    nothing, or only in dtypes and in the name of the file of weights.
+    """
+    if old == new:
+        return None
+    try:
+        before, after = json.loads(old), json.loads(new)
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return ""
+    keys = [k for k in {**after, **before} if before.get(k) != after.get(k) and k not in (*_DTYPES, _NAMED_FILE)]
+    values = [f"{k} {json.dumps(after[k])}" for k in keys if k in after and not isinstance(after[k], (dict, list))]
+    return listed(values, 4) if keys else None
+
+
 def with_dtype(config: bytes, dtype: DType, file: str = CONFIG) -> bytes:
     """`config` with its `torch_dtype` and `dtype` set to `dtype`, at the top and in nested `*_config` objects.
 
@@ -98,7 +122,7 @@ def with_dtype(config: bytes, dtype: DType, file: str = CONFIG) -> bytes:
 def _set_dtype(table: dict[str, Any], name: str) -> bool:
     changed = False
     for key, value in table.items():
-        if key in ("torch_dtype", "dtype") and (value is None or isinstance(value, str)):
+        if key in _DTYPES and (value is None or isinstance(value, str)):
             changed |= value != name
             table[key] = name
         elif key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):

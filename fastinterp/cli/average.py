@@ -14,22 +14,31 @@ from fastinterp.paths.average import WEIGHT_NAMES
 
 @click.command()
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
-@click.option("-o", "--out", required=True, metavar="DIR", help="Output folder.")
+@click.option("-o", "--out", required=True, metavar="DIR", help="Output folder, or file NAME.safetensors.")
 @click.option(
     "--weights", type=click.Choice(WEIGHT_NAMES), default="uniform", show_default=True,
-    help="uniform: the mean. ema: a moving average. Others: those that stand for a learning rate that decays so.",
+    help="uniform: the mean. ema: decay^age over the sum of these, age 0 the newest, which counts most. Others: those "
+    "that stand for a learning rate that decays so; of 1-sqrt the oldest counts most, cosine those in the middle, "
+    "linear all the same.",
 )  # fmt: skip
-@click.option("--decay", type=float, metavar="B", help="Of --weights ema: what each checkpoint keeps. Default: 0.9.")
+@click.option(
+    "--decay",
+    type=float,
+    metavar="B",
+    help="Of --weights ema: the weight of each over that of the next newer. Default: 0.9.",
+)
 @click.option("--last", type=int, metavar="K", help="Only the K newest.")
 @click.option(
     "--in-order", is_flag=True, help="Take them as given, oldest first. Default: by the numbers in the names."
 )
+@options.tokenizer_source
 @options.output
 def average(checkpoints: tuple[str, ...], out: str, quiet: bool, as_json: bool, **settings: Any) -> None:
     """Average the checkpoints of a training run.
 
-    Each CHECKPOINT is a folder or .safetensors file, 2 to 64 of them, whose names differ in their step numbers. The
-    output has configuration and tokenizer of the newest.
+    Each CHECKPOINT is a folder or .safetensors file, or a pattern of such ('run/checkpoint-*'), 2 to 64 of them, whose
+    names differ in their step numbers. The output has configuration and tokenizer of the newest, which is also what
+    `base` stands for.
 
     \b
     Example:
@@ -42,7 +51,7 @@ def average(checkpoints: tuple[str, ...], out: str, quiet: bool, as_json: bool, 
     from fastinterp.paths.average import average_of
 
     options.refuse_ranks("average")
-    chosen = {name: settings.pop(name) for name in ("weights", "decay", "last", "in_order")}
+    chosen = {name: settings.pop(name) for name in ("weights", "decay", "last", "in_order", "tokenizer_source")}
     found = average_of(checkpoints, **chosen)
     with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
         report = api.merge(found.recipe, out, progress=shown, **settings)

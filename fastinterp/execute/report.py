@@ -313,6 +313,7 @@ def report_on(
             *_importances(plan),
             *(f"a device failed, and its work was done by others: {lost}" for lost in done.usage.lost),
             *plan.warnings,
+            *(plan.lone_file_warnings if folder is not None and folder.file else ()),
         ),
         remarks=(*plan.remarks, *_file_remarks(plan, folder)),
         left_out={} if folder is None or folder.file else plan.files.left_out,

@@ -195,7 +195,7 @@ def _check_document(
             findings.add_warning(warning)
         if outputs is None or not fit:
             return None
-        said = {str(warning) for warning in warnings}
+        said = {str(warning) for warning in (*warnings, *(w for one in recipes for w in one.warnings))}
         if not recipe.earlier:
             plan = make_plan([recipe], library=library)
             sampled = _check_samples(plan, said, findings)

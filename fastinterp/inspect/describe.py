@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint
+from fastinterp.checkpoint.quantised import quantised_in
 from fastinterp.messages import WIDTH, counted, fit, plain, size, table
 
 _NUMBER = re.compile(r"(?<=\.)\d{1,18}(?=\.|$)|^\d{1,18}(?=\.)")  # a part of a dotted name that is a number
@@ -32,6 +34,7 @@ class Pattern:
 def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
     """Plain values, as --json prints them."""
     entries, adapter = _sorted(checkpoint), checkpoint.adapter
+    formats = Counter(q.format for q in quantised_in(checkpoint))
     counts = [0] * len(checkpoint.files)
     for e in entries:
         counts[e.file] += 1
@@ -46,6 +49,7 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": sum(e.numel for e in entries if e.dtype.merges),
         "dtypes": _dtypes(entries),
         "adapter": None if adapter is None else adapter.as_dict(),
+        "quantised": [{"format": form, "tensors": count} for form, count in formats.items()],
         "metadata": checkpoint.metadata,
         "receipt": receipt(checkpoint),
         "tensors": [
@@ -71,6 +75,8 @@ def as_text(checkpoint: Checkpoint, *, every: bool = False) -> str:
     ]
     if checkpoint.adapter is not None:
         lines += [f"{'has built in: ' if checkpoint.adapter.whole else ''}{checkpoint.adapter.describe()}"]
+    for found in values["quantised"]:
+        lines += [f"quantised: {found['format']}, {counted(found['tensors'], 'tensor')}"]
     lines += ["dtypes"]
     dtypes = [
         [d["dtype"], counted(d["tensors"], "tensor"), f"{d['elements']:,} elements", size(d["bytes"])]

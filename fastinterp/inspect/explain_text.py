@@ -102,7 +102,8 @@ def _computes(values: dict[str, Any]) -> list[str]:
             what += f" in {len(step['reads'])} reads"
         lines.append(fit(f"         {counted(step['tensors'], 'tensor')}: {what}", WIDTH))
     if len(values["steps"]) > _SHOWN:
-        lines.append(f"         and {len(values['steps']) - _SHOWN} more formulas; --json lists all")
+        more = counted(len(values["steps"]) - _SHOWN, "more formula")
+        lines.append(f"         and {more}; --json lists all")
     lines += [
         f"         {counted(d['tensors'], 'tensor')} of {d['elements']:,} elements: {' and '.join(d['in'])} "
         f"-> {d['out']}, {'copied' if d['arithmetic'] is None else 'in ' + d['arithmetic']}"

@@ -27,7 +27,18 @@ from enum import Enum
 from importlib.metadata import entry_points
 from typing import Any
 
-import mergekit.merge
+try:
+    import mergekit.merge
+except ModuleNotFoundError as error:
+    if error.name != "mergekit":
+        raise
+    _needed = (
+        "fastinterp.integrations.mergekit needs mergekit, which is not installed here: `pip install mergekit==0.1.5`. "
+        "The command `fastinterp-mergekit config.yml merged/` merges as mergekit-yaml does, and needs none"
+    )
+    if __name__ == "__main__":
+        raise SystemExit(f"error: {_needed}") from None
+    raise ModuleNotFoundError(_needed, name=error.name) from None
 import tqdm
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration

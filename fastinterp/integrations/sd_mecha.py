@@ -16,14 +16,16 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastinterp.api import merge as merge_files
+from fastinterp.arguments import path_of, without_recipe
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
 from fastinterp.messages import listed
+from fastinterp.recipe.load import CHOICES
 from fastinterp.torch_models.load import load
 
 Number = float | Mapping[str, float]  # one for all tensors, or one for each block by its name
@@ -35,6 +37,7 @@ _VAE_FILTER = "first_stage_model."
 _KNOWN = "weighted_sum, add_difference, subtract, scale, n_average, slerp"
 
 
+@without_recipe
 def merge(
     recipe: Any,
     *,
@@ -43,6 +46,9 @@ def merge(
     threads: int | None = None,
     device: str = "auto",
     force: bool = False,
+    missing: str = "error",
+    channels: str = "same",
+    integers: str | os.PathLike[str] | None = None,
 ) -> Report | dict[str, Any]:
     """Carry out a recipe of sd-mecha.
 
@@ -50,13 +56,18 @@ def merge(
     output        a .safetensors file; None: the tensors are returned
     output_dtype  of all floating tensors, a name or a torch.dtype; None: as the models have it. sd-mecha's default
     threads, device, force   as of `fastinterp.merge`; force replaces a file
+    missing       of tensors that not all models have in one shape, as a VAE that only some files have: "error"; "base",
+                  take the first model's; "skip", leave them out
+    channels      "first": convolutions with fewer input channels merge into the first ones of the others, as of a model
+                  for inpainting; "same": refuse them
+    integers      the file whose integer tensors are copied. None: the first model
 
     All tensors of the first model are in the output, also those that sd-mecha leaves out, as it has no place for them.
-    Integer tensors are the first model's. Arithmetic is float32, as sd-mecha's, with one rounding.
+    Arithmetic is float32, as sd-mecha's, with one rounding.
     Returns the report of the merge; without `output` a dict of torch tensors.
     Raises: UsageError, which names what is not understood; what `fastinterp.merge` does.
     """
-    documents = recipe_of(recipe)
+    documents = recipe_of(recipe, missing=missing, channels=channels, integers=integers)
     dtype = None if output_dtype is None else str(output_dtype).removeprefix("torch.")
     if output is None:
         return load(documents, dtype=dtype, threads=threads)
@@ -66,14 +77,51 @@ def merge(
     return merge_files(documents, target, dtype=dtype, threads=threads, device=device, force=force)
 
 
-def recipe_of(recipe: Any) -> list[dict[str, Any]]:
+def recipe_of(
+    recipe: Any,
+    *,
+    missing: str = "error",
+    channels: str = "same",
+    integers: str | os.PathLike[str] | None = None,
+) -> list[dict[str, Any]]:
     """The documents of the recipe that does what a node of sd-mecha does, for `fastinterp.merge`, explain and load.
 
+    missing, channels, integers   as of `merge`
     Raises: UsageError, which names what is not understood.
     """
     reader = _Reader()
     last = reader.document(reader.form(recipe))
-    return [*reader.documents, last]
+    documents = [*reader.documents, last]
+    for key, word in (("missing", missing), ("channels", channels)):
+        if word not in CHOICES[key]:
+            raise UsageError(f"`{key}` must be {' or '.join(CHOICES[key])}, got {word!r}")
+        if word != CHOICES[key][0]:
+            for document in documents:
+                document[key] = word
+    if integers is not None:
+        _take_integers(documents, path_of(integers, "integers"))
+    return documents
+
+
+def _take_integers(documents: Sequence[dict[str, Any]], file: str) -> None:
+    """Set the key `integers` of the documents that read the file, and of those that read what these make.
+
+    Raises: UsageError, if none reads it.
+    """
+    have, read = set(), set()  # documents that have its integers; files
+    for document in documents:
+        models = [document.get("base_model"), *(entry["model"] for entry in document["models"])]
+        read |= {model for model in models if model is not None}
+        for model in models:
+            if model is not None and (model in have or os.path.abspath(model) == os.path.abspath(_found(Path(file)))):
+                document["integers"] = model
+                have.add(document.get("name"))
+                break
+    if not have:
+        files = sorted(read - {document.get("name") for document in documents})
+        raise UsageError(
+            f"`integers` must be one of the models that are read, got {file!r}. They are: {listed(files, 8)}"
+        )
 
 
 class _Reader:
@@ -121,6 +169,7 @@ class _Reader:
         name = f"slerp {len(self.documents) + 1}"
         self.documents.append({
             "name": name, "merge_method": "slerp_lengths", "base_model": ends[0], "models": [{"model": ends[1]}],
+            "integers": ends[0],
             "parameters": {"t": _value(_alpha(arguments.get("alpha"), 0.5))},
         })  # fmt: skip
         return {name: 1.0}

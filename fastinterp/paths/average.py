@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ class Average:
 
     checkpoints: tuple[str, ...]
     weights: tuple[float, ...]
+    tokenizer_source: str | None = None  # as the key of recipes; "base" is the newest
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -40,11 +42,17 @@ class Average:
             "base_model": newest,
             "models": [{"model": checkpoint, "parameters": {"weight": weight}} for checkpoint, weight in read],
             "integers": newest,
+            **({} if self.tokenizer_source is None else {"tokenizer_source": self.tokenizer_source}),
         }
 
 
 def average_of(
-    checkpoints: object, weights: str, decay: float | None, last: int | None, in_order: bool = False
+    checkpoints: object,
+    weights: str,
+    decay: float | None,
+    last: int | None,
+    in_order: bool = False,
+    tokenizer_source: object = None,
 ) -> Average:
     """The arguments of `fastinterp.average`, checked. Raises: UsageError."""
     if weights not in WEIGHT_NAMES:
@@ -67,12 +75,15 @@ def average_of(
             f"at most {MAX_INPUTS} checkpoints can be averaged at a time, got {len(paths)}. Give fewer, or `last` "
             f"(--last {MAX_INPUTS})"
         )
-    return Average(tuple(paths), weights_of(len(paths), weights, decay))
+    source = None if tokenizer_source is None else path_of(tokenizer_source, "tokenizer_source")
+    return Average(tuple(paths), weights_of(len(paths), weights, decay), source)
 
 
 def weights_of(n: int, name: str, decay: float | None = None) -> tuple[float, ...]:
-    """The weights of n checkpoints, oldest first, as method `ema` defines them; uniform: 1/n each.
+    """The weights of n checkpoints, oldest first, whose sum is 1.
 
+    uniform: 1/n each. ema: decay^(n-1-i) over their sum, so the newest counts most; it is the moving average with the
+    correction for its start, e_n / (1 - decay^n) with e_0 = 0. Others: as `weights` of method `ema` defines them.
     Raises: UsageError.
     """
     if name == "uniform":
@@ -83,8 +94,9 @@ def weights_of(n: int, name: str, decay: float | None = None) -> tuple[float, ..
     decay = _DEFAULT_DECAY if decay is None else decay
     if not 0 <= decay < 1:
         raise UsageError(f"`decay` must be a number from 0, the newest alone, to below 1, got {decay!r}")
-    combine = find("ema")(n, decay=float(decay))
-    return tuple(combine.weights)
+    powers = [float(decay) ** (n - 1 - i) for i in range(n)]
+    total = math.fsum(powers)
+    return tuple(power / total for power in powers)
 
 
 def by_step(paths: Sequence[str]) -> list[str]:
@@ -122,21 +134,26 @@ def _plain(path: str) -> str:
 
 
 def _listed(checkpoints: object) -> list[str]:
-    """Paths, or those that a pattern with * stands for. Raises: UsageError."""
+    """Paths; in place of each pattern with * those that it stands for. Raises: UsageError."""
     if isinstance(checkpoints, (str, os.PathLike)):
-        pattern = path_of(checkpoints, "checkpoints")
-        if not glob.has_magic(pattern):
-            return [pattern]
-        found = glob.glob(os.path.expanduser(pattern))
-        if not found:
-            raise UsageError(f"nothing matches {pattern!r}")
-        return sorted(found)
+        return _expanded(path_of(checkpoints, "checkpoints"))
     if isinstance(checkpoints, Mapping) or not isinstance(checkpoints, Iterable):
         raise UsageError(f"`checkpoints` must be paths in a list, or a pattern, got {type(checkpoints).__name__}")
-    paths = [path_of(c, "checkpoints") for c in checkpoints]
+    paths = [path for c in checkpoints for path in _expanded(path_of(c, "checkpoints"))]
     if not paths:
         raise UsageError("`checkpoints` is empty, so there is nothing to average")
     return paths
+
+
+def _expanded(path: str) -> list[str]:
+    """The paths that match a pattern; a path itself, also if there are * or [ in its name. Raises: UsageError."""
+    pattern = os.path.expanduser(path)
+    if not glob.has_magic(pattern) or os.path.exists(pattern):
+        return [path]
+    found = sorted(glob.glob(pattern))
+    if not found:
+        raise UsageError(f"nothing matches {path!r}")
+    return found
 
 
 def _inside(path: str) -> str:

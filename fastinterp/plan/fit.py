@@ -21,8 +21,8 @@ _TOKENIZER_SOURCE = (
     "base` in the recipe"
 )
 _VOCABULARIES = (
-    f"{_TOKENIZER_SOURCE}, --tokenizer-source union or base of interpolate and sweep. Or `missing: base` copies these "
-    "tensors from the base"
+    f"{_TOKENIZER_SOURCE}, --tokenizer-source union or base of interpolate, average and sweep. Or `missing: base` "
+    "copies these tensors from the base"
 )
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # what a vocabulary is read from: one of them
 _SIZES = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastinterp.checkpoint.layout import Layout
 from fastinterp.checkpoint.model_card import CARD, model_card
 from fastinterp.checkpoint.origin_files import OriginFiles
 from fastinterp.checkpoint.regular_file import CHANGED, Stamp, stamp_of
+from fastinterp.checkpoint.sidecar_files import content_of, what_differs
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.messages import counted, listed, size
 from fastinterp.ops.combine import MAX_OUTPUTS
@@ -117,14 +119,39 @@ class Plan:
     @property
     def file_remarks(self) -> tuple[str, ...]:
         """Remarks on the files in the origin's folder, if the output is a folder: which are left out, and why."""
-        return tuple(self.files.remarks(self._origin_name, self.remarks))
+        return (*self.aligned.about_config, *self.files.remarks(self._origin_name, self.remarks))
 
     @property
     def lone_file_remarks(self) -> tuple[str, ...]:
         """The same, if the output is one file."""
-        names = listed(sorted(self.files.copied), 5)
+        own = self._own_files
+        names = listed(sorted(name for name in self.files.copied if name not in own), 5)
         what = f"the output is one file, so nothing of {self._origin_name} is written beside it: {names}"
         return (f"{what}. Name a folder to have these files",) if names else ()
+
+    @property
+    def lone_file_warnings(self) -> tuple[str, ...]:
+        """A warning, if the output is one file, about those files that would not be the origin's: which they are."""
+        own = [f"{name} ({why})" if why else name for name, why in self._own_files.items()]
+        if not own:
+            return ()
+        return (
+            f"the output needs files of its own, and those of {self._origin_name} do not fit it: {listed(own, 8)}. "
+            "They are written only into a folder: give the output the name of a folder",
+        )
+
+    @cached_property
+    def _own_files(self) -> dict[str, str]:
+        """The small files of the output that differ from the origin's in more than dtypes, and in what."""
+        root = self.origin.root if self.origin.source is None else self.origin.source.root
+        rows = "" if self.aligned.rows is None else counted(self.aligned.rows, "row")
+        own = {}
+        for name, content in self.aligned.sidecars(self.files.contents(None)).items():
+            old = content_of(root / name) if (root / name).is_file() else b""
+            what = what_differs(old, content_of(content))
+            if what is not None:
+                own[name] = rows if name == "tokenizer.json" else what
+        return own
 
     @property
     def _origin_name(self) -> str:

@@ -111,7 +111,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
 
         aligned = replace(aligned, counts=counts_of(assemblies[0].counts, origin, aligned.models))
         layer_warnings, changed = about_layers(aligned.counts, origin, aligned.models)
-        aligned = replace(aligned, remarks=(*aligned.remarks, *changed))
+        aligned = replace(aligned, about_config=tuple(changed))
     targets = [assembly.targets for assembly in assemblies]
     refuse_differing(targets[0], aligned.models)
     base = aligned.models[first.base_index]

@@ -295,7 +295,7 @@ def dtype_remarks(recipe: Recipe, targets: Sequence[Target], models: Sequence[Mo
     return [
         f"{counted(count, 'tensor')} of dtypes {', '.join(sorted(map(str, kinds)))}, which differ between the models: "
         f"stored as {promoted(kinds)}, which holds all. "
-        "Another one: `dtype` in the recipe, --dtype of `fastinterp merge`"
+        "Another one: `dtype` in the recipe, or --dtype"
         for kinds, count in counts.items()
     ]
 

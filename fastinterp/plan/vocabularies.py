@@ -60,6 +60,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
     notes       by model: why a tensor that it lacks was not made from others
     layouts     by model: which tensors have another layout than the base's, and what to do
     counts      stacks of which the output has other layers than its inputs
+    about_config  remarks on what becomes of config.json
     numbers     the origin's configuration says that its weights are quantised, but the output has none that are
     """
 
@@ -78,6 +79,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
     layouts: Mapping[int, str] = {}
     counts: tuple[LayerCount, ...] = ()
     numbers: bool = False
+    about_config: tuple[str, ...] = ()
 
     def sidecars(self, files: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
         """The output's small files, from those of the origin.

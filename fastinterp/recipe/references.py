@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,10 +64,26 @@ def model_ref(document: Document, written: str | Reference, path: str) -> ModelR
         raise document.error("the name of a model must not be empty", path)
     instead = "If it belongs to the path, write `{model: {path: ...}}` for the name"
     if "+" in written:
-        raise document.error(f"a LoRA behind `+` is not supported yet: merge it into its model first. {instead}", path)
+        raise document.error(
+            f"a LoRA behind `+` is not supported yet: merge it into its model first. {_with_peft(written)}. {instead}",
+            path,
+        )
     if written.count("@") > 1:
         raise document.error(f"{shown(written)} has more than one `@`. {instead}", path)
     return ModelRef.of(written)
+
+
+def _with_peft(written: str) -> str:
+    """How peft merges the LoRA in `model+lora` into the model."""
+    base, _, adapter = written.partition("+")
+    model = ModelRef.of(base)
+    revision = "" if model.revision is None else f", revision={json.dumps(model.revision)}"
+    load = f"transformers.AutoModelForCausalLM.from_pretrained({json.dumps(model.path)}{revision})"
+    code = (
+        f"import peft, transformers; peft.PeftModel.from_pretrained({load}, {json.dumps(adapter)})"
+        '.merge_and_unload().save_pretrained("NEW")'
+    )
+    return f"Of a language model: `python -c {shlex.quote(code)}`; then copy the tokenizer's files to NEW, and name NEW"
 
 
 def _of_long_form(document: Document, written: ModelPath, path: str) -> ModelRef:

@@ -281,6 +281,8 @@ def _translated(document: Document, problem: str, path: str, struct: Any) -> Rec
     if mismatch := re.fullmatch(r"Expected `(.*)`, got `(.*)`", problem):
         expected = " or ".join(_PLAIN.get(kind, kind) for kind in mismatch[1].split(" | ") if kind != "null")
         hint = _EXPECTED.get(struct, "") if mismatch[1] == "object" else ""
+        if re.search(r"\.layer_range(\[\d+\])?$", path):
+            hint = ". Write `layer_range: [first, end]`, as [0, 16]: two whole numbers, and end is not in it"
         return document.error(f"expected {expected}, got {_PLAIN.get(mismatch[2], mismatch[2])}{hint}", path)
     return document.error(problem, path)
 

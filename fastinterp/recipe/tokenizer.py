@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastinterp.messages import clipped, shown, suggestion
+from fastinterp.messages import clipped, closest, shown, suggestion
 from fastinterp.recipe.document import Document, ErrorCollector
 from fastinterp.recipe.references import ModelRef, model_ref
 from fastinterp.recipe.schema import ModelTokenRow, RawRecipe, Reference, TokenItem, TokenizerItem, Unchecked, ZeroRow
@@ -132,7 +132,9 @@ def _model(document: Document, written: str | Reference, known: Sequence[ModelRe
     if model in known:
         return known[known.index(model)]
     words = "union, base, " if path in ("$.tokenizer_source", "$.tokenizer.source") else ""
-    raise document.error(f"expected {words}a model that is merged, or base_model, got {shown(str(model))}", path)
+    close = closest(str(model), [*(("union", "base") if words else ()), *map(str, known)])
+    hint = f", did you mean `{close}`?" if close else ""
+    raise document.error(f"expected {words}a model that is merged, or base_model, got {shown(str(model))}{hint}", path)
 
 
 def _token(

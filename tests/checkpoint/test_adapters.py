@@ -16,8 +16,9 @@ import fastinterp
 from fastinterp import interpolate
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.cli import commands
-from fastinterp.errors import CheckpointError, ShapeError
+from fastinterp.errors import CheckpointError, RecipeError, ShapeError
 from fastinterp.plan.models import open_model
+from tests.support import tokens
 from tests.support.remedies import follow
 
 # What the libraries warn of is theirs.
@@ -264,6 +265,40 @@ def test_the_remedy_of_peft(tmp_path, monkeypatch, base, task, model_class, opti
     assert all(x.equal(want[name]) for name, x in merged.state_dict().items())
     assert open_model("NEW").tensors.keys() == load_file("NEW/model.safetensors").keys()
     assert "rank 4, alpha 8" in CliRunner().invoke(commands, ["inspect", "adapter"]).stdout
+
+
+@pytest.mark.slow
+def test_the_remedy_of_peft_saves_the_tokenizer_beside_the_adapter(tmp_path, monkeypatch, base):
+    import transformers
+
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    trained(model, config).save_pretrained(tmp_path / "adapter")
+    tokens.words(tmp_path / "adapter", ["<unk>", "cat", "dog"])
+    monkeypatch.chdir(tmp_path)
+    follow(refusal("adapter"), monkeypatch)
+    assert transformers.AutoTokenizer.from_pretrained("NEW")("dog cat").input_ids == [2, 1]
+    assert len(open_model("NEW").tensors) == len(open_model(str(base)).tensors)
+    assert refusal("adapter/adapter_model.safetensors").count("AutoTokenizer") == 1
+
+
+@pytest.mark.slow
+def test_the_remedy_for_a_lora_behind_a_plus(tmp_path, monkeypatch, base):
+    import transformers
+
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    adapted = trained(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    want = {name: x.clone() for name, x in adapted.merge_and_unload().state_dict().items()}
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        fastinterp.interpolate(f"{base}+adapter", base, 0.5, "none")
+    follow(str(caught.value), monkeypatch)
+    made, info = transformers.AutoModelForCausalLM.from_pretrained("NEW", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert all(x.equal(want[name]) for name, x in made.state_dict().items())
 
 
 @pytest.mark.slow

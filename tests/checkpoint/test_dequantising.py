@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import fastinterp
+from fastinterp.cli import commands as fastinterp_commands
 from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import BF16, DTYPES, F8_E4M3, F32
 from fastinterp.reference import combine as reference
@@ -37,7 +39,7 @@ def commands(paths: list[str]) -> list[str]:
     """The commands in the error of a merge."""
     with pytest.raises(CheckpointError, match=r"(are|is) quantised") as caught:
         fastinterp.merge(recipe("linear", paths, weights=[1.0] * len(paths)), Path(paths[0]).parent / "none")
-    return re.findall(r"`([^`]*)`", str(caught.value))
+    return re.findall(r"`([^` ]+ [^`]*)`", str(caught.value))  # keys are quoted, too
 
 
 def run(command: str, folder: Path) -> None:
@@ -271,3 +273,34 @@ def test_names_that_a_shell_would_read(tmp_path):
     [command] = commands(paths)
     run(command, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*(Path(p).name for p in paths), "NEW.safetensors"])
+
+
+@pytest.mark.parametrize("name", ["GPTQ", "AWQ"])
+def test_configurations_that_say_nothing_of_the_format(tmp_path, name):
+    """It is told what is missing: the file, or a key of it."""
+    paths = [save_format(tmp_path / n, FORMATS[name], seed) for seed, n in enumerate("ab")]
+    made = recipe("linear", paths, weights=[1.0] * 2)
+    for path in paths:
+        (Path(path) / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16"}))
+    with pytest.raises(
+        CheckpointError, match=r"GPTQModel, with the `quantization_config` of the model's config\.json$"
+    ):
+        fastinterp.merge(made, tmp_path / "none")
+    for path in paths:
+        (Path(path) / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"GPTQModel, which needs the model's config\.json beside the weights"):
+        fastinterp.merge(made, tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["GPTQ", "AWQ", "HQQ"])
+def test_inspect_names_the_format(tmp_path, name):
+    path = save_format(tmp_path / "a", FORMATS[name], 1)
+    text = CliRunner().invoke(fastinterp_commands, ["inspect", path]).stdout
+    assert re.search(rf"^quantised: {name}, \d+ tensors?$", text, re.MULTILINE)
+    (found,) = json.loads(CliRunner().invoke(fastinterp_commands, ["inspect", path, "--json"]).stdout)["quantised"]
+    assert found["format"] == name and found["tensors"] > 0
+    plain = write_file(tmp_path / "plain.safetensors", {"a": tensor(np.zeros(4), F32)})
+    assert "quantised" not in CliRunner().invoke(fastinterp_commands, ["inspect", str(plain)]).stdout
+    assert (
+        json.loads(CliRunner().invoke(fastinterp_commands, ["inspect", str(plain), "--json"]).stdout)["quantised"] == []
+    )

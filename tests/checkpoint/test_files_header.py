@@ -34,7 +34,13 @@ def without(key: str) -> dict:
 
 
 HOSTILE = {
-    "empty file": (b"", "a safetensors file has at least 8 bytes, this one has 0"),
+    "empty file": (b"", "the file is empty. Download or copy it again"),
+    "a web page": (
+        b"\n<!DOCTYPE html>\n<html><body>404</body></html>",
+        "this is a web page (HTML or XML), not the file",
+    ),
+    "an error in XML": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "Download it again"),
+    "other text": (b"Invalid username or password.", "If it is one, download or copy it again"),
     "seven bytes": (b"\1\0\0\0\0\0\0", "a safetensors file has at least 8 bytes, this one has 7"),
     "header past the end": (framed(b"{}")[:-1], "the header claims 2 bytes, but only 1 follow: truncated"),
     "header over 100 MB": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from fastinterp import interpolate
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.errors import CheckpointError
+from tests.support import tokens
 from tests.support.remedies import commands, follow
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -273,3 +275,23 @@ def test_commands_are_not_wrapped(tmp_path, monkeypatch):
     text = str(check({"merge_method": "linear", "models": [{"model": f"{n}.safetensors"} for n in "xy"]}))
     assert all(command in text for command in commands(refusal("x.safetensors")))
     assert all(len(line) <= 100 for line in text.splitlines() if "python" not in line)
+
+
+@pytest.mark.slow
+def test_pickles_of_transformers_with_a_tokenizer(tmp_path, monkeypatch):
+    """The command saves the tokenizer, too."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    model = transformers.GPT2LMHeadModel(small("GPT2LMHeadModel"))
+    model.save_pretrained("OLD")
+    Path("OLD/model.safetensors").unlink()
+    torch.save(model.state_dict(), "OLD/pytorch_model.bin")
+    assert "AutoTokenizer" not in refusal("OLD")
+    tokens.words(Path("OLD"), ["<unk>", "cat", "dog"])
+    for name in ("OLD", "OLD/pytorch_model.bin"):
+        message = refusal(name)
+        assert 'AutoTokenizer.from_pretrained("OLD").save_pretrained("NEW")' in message
+        follow(message, monkeypatch)
+        assert tokens.load(Path("NEW")).get_vocab() == {"<unk>": 0, "cat": 1, "dog": 2}
+        assert transformers.AutoTokenizer.from_pretrained("NEW")("dog cat").input_ids == [2, 1]
+        shutil.rmtree("NEW")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -161,3 +163,24 @@ def test_models_from_the_hub_are_in_the_folder_that_is_named(models, monkeypatch
     assert seen == ["cache"]
     assert before == constants.HF_HUB_CACHE
     assert merged(models / "out") == merged(models / "a")  # the average of a and a
+
+
+ABSENT = """import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "mergekit":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["import {0}", "import runpy; runpy.run_module('{0}', run_name='__main__')"])
+def test_the_module_for_mergekit_says_that_it_needs_it(start):
+    """Where mergekit is not installed: no traceback of `python -m`, and an import error that says what to do."""
+    code = ABSENT + start.format("fastinterp.integrations.mergekit")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "needs mergekit, which is not installed here: `pip install mergekit==0.1.5`" in done.stderr
+    assert "`fastinterp-mergekit config.yml merged/` merges as mergekit-yaml does" in done.stderr
+    assert ("Traceback" in done.stderr) is start.startswith("import {")

@@ -110,7 +110,7 @@ def test_the_config_names_the_dtype_that_holds_all(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"torch_dtype": "float32"}
     note = (
         "1 tensor of dtypes BF16, F16, which differ between the models: stored as F32, which holds all. Another one: "
-        "`dtype` in the recipe, --dtype of `fastinterp merge`"
+        "`dtype` in the recipe, or --dtype"
     )
     how = recipe("linear", paths, weights=[1, 1])
     assert note in report.remarks

@@ -187,7 +187,7 @@ def test_what_an_output_file_replaces(tmp_path):
     assert equal(load_file(out), mean(arrays(0), arrays(1)))
     (tmp_path / "hard.safetensors").hardlink_to(a)
     for path in (a, tmp_path / "." / "b.safetensors", tmp_path / "hard.safetensors"):
-        assert "inputs are never overwritten, not even with --force" in refused(path)
+        assert "inputs are never overwritten, whatever the options" in refused(path)
     (tmp_path / "folder.safetensors").mkdir()
     assert "this is a folder" in refused(tmp_path / "folder.safetensors")
     (tmp_path / "link.safetensors").symlink_to("out.safetensors")
@@ -292,3 +292,49 @@ def test_a_file_of_weights_that_config_json_names(tmp_path, file, shards):
     for name, x in model.state_dict().items():
         torch.testing.assert_close(x, (loaded[0][name] + loaded[1][name]) / 2, atol=1e-6, rtol=0)
     assert list((tmp_path / "out").glob("model*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("a.ckpt", "a.safetensors"),
+        ("a.pt", "a.safetensors"),
+        ("a.BIN", "a.safetensors"),
+        ("a.gguf", "a.safetensors"),
+        ("v1.5.safetensor", "v1.5.safetensors"),
+        ("a.Safetensors", "a.safetensors"),
+        ("a.safetesnors", "a.safetensors"),
+        ("a.safe-tensors", "a.safetensors"),
+        ("a.sft", "a.safetensors"),
+        ("model.safetensors.index.json", "model.safetensors"),
+        ("a.safetensors/", "a.safetensors"),
+    ],
+)
+def test_names_of_other_files_are_no_folders(tmp_path, name, right):
+    a, b = model(tmp_path / "a", 1), model(tmp_path / "b", 2)
+    before = tree(tmp_path)
+    for folder in (tmp_path, tmp_path / "o"):
+        with pytest.raises(UsageError) as caught:
+            fastinterp.interpolate(a, b, 0.5, f"{folder}/{name}")
+        assert f"Give `{folder}/{right}` for one file" in str(caught.value)
+    with pytest.raises(UsageError):
+        fastinterp.interpolate(a, b, [0.25, 0.5], f"{tmp_path}/{name}")
+    assert tree(tmp_path) == before
+    (tmp_path / name).mkdir()
+    fastinterp.interpolate(a, b, 0.5, f"{tmp_path}/{name}")  # a folder that is there
+    assert equal(loaded(tmp_path / name), mean(arrays(1), arrays(2)))
+
+
+@pytest.mark.parametrize("name", ["llama-3.1", "alpha_0.5", "merged.d", "a.st", "x.sets", "v0.1/"])
+def test_dots_in_names_of_folders(tmp_path, name):
+    a, b = model(tmp_path / "a", 1), model(tmp_path / "b", 2)
+    fastinterp.interpolate(a, b, 0.5, f"{tmp_path}/{name}")
+    assert equal(loaded(tmp_path / name), mean(arrays(1), arrays(2)))
+
+
+def test_stdout_is_no_output(tmp_path, monkeypatch):
+    a, b = model(tmp_path / "a", 1), model(tmp_path / "b", 2)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="not written to stdout"):
+        fastinterp.interpolate(a, b, 0.5, "-")
+    assert not (tmp_path / "-").exists()

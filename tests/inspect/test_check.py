@@ -196,12 +196,29 @@ def test_vocabularies_of_different_size(folder):
     (wrong,), _ = messages(fastinterp.check(asked))
     assert wrong.endswith(
         "The vocabularies differ in size: say which one the output has, `tokenizer_source: union` or "
-        "`tokenizer_source: base` in the recipe, --tokenizer-source union or base of interpolate and sweep. "
-        "Or `missing: base` copies these tensors from the base"
+        "`tokenizer_source: base` in the recipe, --tokenizer-source union or base of interpolate, "
+        "average and sweep. Or `missing: base` copies these tensors from the base"
     )
     assert fastinterp.check({**asked, "missing": "base"}).errors == ()
     for source in ("union", "base"):
         assert fastinterp.check({**asked, "tokenizer_source": source}).errors == ()
+
+
+def test_parameters_that_are_never_used_are_said_once(folder):
+    """Planning has these warnings, too: of a document that is the whole recipe, and of one above another."""
+    text = """merge_method: linear
+models:
+  - {model: a, parameters: {weight: 1}}
+  - model: b
+    parameters: {weight: 1, int8_mask: true}
+"""
+    Path("li.yml").write_text(text)
+    _, warnings = messages(fastinterp.check("li.yml"))
+    assert warnings == ["5: `linear` has no parameter `int8_mask`: it is ignored"]
+    below = "---\nmerge_method: linear\nmodels:\n  - {model: x}\n  - {model: base}\nparameters: {weight: 1}\n"
+    Path("two.yml").write_text(f"name: x\n{text}{below}")
+    _, warnings = messages(fastinterp.check("two.yml"))
+    assert warnings == ["6: `linear` has no parameter `int8_mask`: it is ignored"]
 
 
 def test_integers_that_differ(folder):

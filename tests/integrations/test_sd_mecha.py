@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import fastinterp
-from fastinterp.errors import OutputError, UsageError
+from fastinterp.errors import OutputError, ShapeError, UsageError
 from fastinterp.integrations.sd_mecha import merge, recipe_of
 from tests.support import backends
 from tests.support.models import load, save
@@ -182,6 +182,63 @@ def test_refused(files: dict[str, Path], tmp_path: Path):
     (tmp_path / "old.safetensors").write_bytes(b"")
     merge(a, output=tmp_path / "old.safetensors", force=True)
     assert arrays(tmp_path / "old.safetensors").keys() == TENSORS.keys()
+
+
+def without_vae(file: Path) -> Arrays:
+    """Writes the file anew without the tensor of the VAE; what it has now."""
+    kept = {
+        name: array.astype(np.float32).reshape(6, 5) for name, array in arrays(file).items() if TENSORS[name] != "VAE"
+    }
+    folder = save(file.with_suffix(""), kept)
+    (folder / "model.safetensors").replace(file)
+    return arrays(file)
+
+
+def test_a_file_without_the_vae(files: dict[str, Path], tmp_path: Path):
+    """Each remedy of the message, in the spelling of this function, with and without `output`."""
+    b, a, c = without_vae(files["b"]), arrays(files["a"]), arrays(files["c"])
+    vae = next(name for name, block in TENSORS.items() if block == "VAE")
+    nodes = {name: model(file) for name, file in files.items()}
+    graph = node("weighted_sum", a=nodes["a"], b=nodes["b"])
+    with pytest.raises(ShapeError) as caught:
+        merge(graph)
+    assert "`missing='base'` " in str(caught.value) and "`missing='skip'` leaves out" in str(caught.value)
+    for output in (None, tmp_path / "out.safetensors"):
+        for how in ("base", "skip"):
+            found: Any = merge(graph, output=output, output_dtype="float32", missing=how, force=True)
+            got = arrays(output) if output else {n: x.double().numpy().ravel() for n, x in found.items()}
+            assert got.keys() == (TENSORS.keys() if how == "base" else b.keys())
+            for name in b:
+                np.testing.assert_allclose(got[name], (a[name] + b[name]) / 2, rtol=0, atol=1e-6)
+            assert how == "skip" or np.array_equal(got[vae], a[vae])
+    nested = node("weighted_sum", a=nodes["a"], b=node("slerp", a=nodes["c"], b=nodes["b"]), alpha=number(0.25))
+    made: Any = merge(nested, output_dtype="float32", missing="base")
+    np.testing.assert_allclose(made[vae].double().numpy().ravel(), 0.75 * a[vae] + 0.25 * c[vae], rtol=0, atol=1e-6)
+
+
+def test_integers_and_channels(files: dict[str, Path]):
+    for i, file in enumerate(files.values()):
+        kernel = np.full((2, 9 if i == 0 else 4, 3, 3), i, np.float32)
+        folder = save(file.with_suffix(""), {f"{UNET}input_blocks.0.0.weight": kernel, "position_ids": np.array([i])})
+        (folder / "model.safetensors").replace(file)
+    a, b, c = (model(file) for file in files.values())
+    with pytest.raises(ShapeError, match="channels='first'"):
+        merge(node("weighted_sum", a=a, b=b))
+    found: Any = merge(node("weighted_sum", a=a, b=b), channels="first")
+    kernel = found[f"{UNET}input_blocks.0.0.weight"]
+    assert kernel[:, :4].eq(0.5).all() and kernel[:, 4:].eq(0).all() and found["position_ids"].tolist() == [0]
+    for graph in (node("slerp", a=b, b=c), node("weighted_sum", a=b, b=node("slerp", a=b, b=c))):
+        for integers, value in ((None, 1), (files["b"], 1), (files["c"], 2)):
+            found = merge(graph, integers=integers)
+            assert found["position_ids"].tolist() == [value]
+    for settings, message in (
+        ({"integers": files["a"]}, "`integers` must be one of the models that are read, got "),
+        ({"missing": "bse"}, "`missing` must be error or base or skip, got 'bse'"),
+        ({"channels": "last"}, "`channels` must be same or first, got 'last'"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            merge(node("weighted_sum", a=b, b=c), **settings)
+        assert message in str(caught.value)
 
 
 @pytest.mark.skipif(bool(backends.sd_mecha_missing()), reason=backends.sd_mecha_missing() or "it is there")

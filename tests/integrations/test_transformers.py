@@ -214,7 +214,7 @@ def test_last_checkpoints_are_averaged_at_every_save(tmp_path: Path):
     run = trainer(llama(1), tmp_path, [AverageCheckpoints(3, weights="ema", decay=0.5)], save_total_limit=3)
     run.train()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["averaged", "checkpoint-2", "checkpoint-3", "checkpoint-4"]
-    weights = {2: 0.25, 3: 0.25, 4: 0.5}
+    weights = {2: 1 / 7, 3: 2 / 7, 4: 4 / 7}
     recipe = {
         "merge_method": "linear",
         "models": [

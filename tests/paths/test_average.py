@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 import fastinterp
 from fastinterp.cli import commands
-from fastinterp.errors import UsageError
+from fastinterp.errors import ShapeError, UsageError
 from fastinterp.methods._weights import shares
 from fastinterp.ops.combine import Combine
 from fastinterp.paths.average import average_of, by_step, weights_of
+from tests.support import tokens
 from tests.support.checkpoints import assert_same, expected, family, integers, read, write
+from tests.support.models import save
 
 STEPS = (500, 1000, 1500, 10500)  # as text, 10500 comes first
 
@@ -55,7 +59,7 @@ def left(name: str, s: float) -> float:
 # Oldest first, from the definitions: what a checkpoint adds to the steps before it is what the rate drops there.
 WEIGHTS = {
     "uniform": [0.25] * 4,
-    "ema": [0.9**3, *((1 - 0.9) * 0.9**i for i in (2, 1, 0))],
+    "ema": [0.9**age / (1 + 0.9 + 0.9**2 + 0.9**3) for age in (3, 2, 1, 0)],
     **{
         name: [left(name, i / 4) - left(name, (i + 1) / 4) for i in range(4)] for name in ("linear", "cosine", "1-sqrt")
     },
@@ -77,13 +81,13 @@ def test_weighted_sum_of_all(run, name):
 def test_command_in_order_of_steps_with_weights_and_recipe(run):
     text = command(*given(), "-o", "out", "--weights", "ema", "--decay", "0.5", "--last", "3")
     assert text.endswith(
-        "weights, oldest first:\n  0.2500  run/checkpoint-1000\n  0.2500  run/checkpoint-1500\n"
-        "  0.5000  run/checkpoint-10500\n"
+        "weights, oldest first:\n  0.1429  run/checkpoint-1000\n  0.2857  run/checkpoint-1500\n"
+        "  0.5714  run/checkpoint-10500\n"
     )
     floating = [{n: t for n, t in model.items() if n != "bn.num_batches_tracked"} for model in run[1:]]
     got = read(Path("out"))
     del got["bn.num_batches_tracked"]
-    assert_same(expected(floating, Combine((0.25, 0.25, 0.5), sums_to_one=True)), got)
+    assert_same(expected(floating, Combine(shares([1 / 7, 2 / 7, 4 / 7]), sums_to_one=True)), got)
     recipe = Path("out/README.md").read_text().partition("```yaml\n")[2].partition("```")[0]
     fastinterp.merge(recipe, "again")  # which the model card has
     assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
@@ -98,6 +102,62 @@ def test_json(run):
 def test_decay_0_reads_only_the_newest(run):
     fastinterp.average("run/checkpoint-*", "out", weights="ema", decay=0)
     assert_same(run[-1], read(Path("out")))
+
+
+@pytest.mark.parametrize("decay", [None, 0.5, 0.99])
+@pytest.mark.parametrize("n", [2, 4, 64])
+def test_ema_is_the_moving_average_with_the_correction_of_its_start(n, decay):
+    """Of values that grow: as the update e = b*e + (1-b)*x from 0, over 1 - b^n. The newest counts most."""
+    b, e = 0.9 if decay is None else decay, 0.0
+    for i in range(n):
+        e = b * e + (1 - b) * i**2
+    found = weights_of(n, "ema", decay)
+    assert math.isclose(sum(w * i**2 for i, w in enumerate(found)), e / (1 - b**n), rel_tol=1e-9)
+    assert sorted(set(found)) == [*found]
+
+
+def test_which_counts_most_is_as_the_help_says():
+    assert weights_of(4, "1-sqrt")[0] == max(weights_of(4, "1-sqrt"))
+    assert weights_of(4, "cosine")[1] == pytest.approx(max(weights_of(4, "cosine")))
+    assert weights_of(4, "linear") == pytest.approx(weights_of(4, "uniform"))
+    assert weights_of(4, "ema")[-1] == max(weights_of(4, "ema"))
+
+
+def test_patterns_in_the_command(run):
+    """As a shell would expand them; a name with such characters that exists is that."""
+    command("run/checkpoint-*", "-o", "out")
+    fastinterp.average(given(), "want")
+    assert Path("out/model.safetensors").read_bytes() == Path("want/model.safetensors").read_bytes()
+    command("run/checkpoint-5*", "run/checkpoint-1?00", "-o", "three")
+    fastinterp.average([f"run/checkpoint-{step}" for step in STEPS[:3]], "want3")
+    assert Path("three/model.safetensors").read_bytes() == Path("want3/model.safetensors").read_bytes()
+    assert "nothing matches 'run/step-*'" in command("run/step-*", "-o", "none", code=2)
+    Path("run").rename("run[1]")
+    command("run[1]/checkpoint-500", "run[1]/checkpoint-1000", "-o", "odd")
+
+
+def test_vocabularies_of_different_sizes(tmp_path, monkeypatch):
+    """Every remedy of the message, as printed, in the command and in Python."""
+    monkeypatch.chdir(tmp_path)
+    rows = [np.arange(2 * n, dtype=np.float32).reshape(n, 2) for n in (2, 3)]
+    for i, words in enumerate((["<unk>", "cat"], ["<unk>", "cat", "dog"])):
+        save(Path(f"c-{i}"), {"model.embed_tokens.weight": rows[i], "model.norm.weight": np.ones(2, np.float32)})
+        Path(f"c-{i}/config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": len(words)}))
+        tokens.words(Path(f"c-{i}"), words)
+    message = command("c-0", "c-1", "-o", "out", code=3)
+    assert "`--tokenizer-source union` or `--tokenizer-source base`. Or `--missing base` copies" in message
+    for words in re.findall(r"`(--[a-z-]+ \w+)`", message):
+        command("c-*", "-o", "out", *words.split(), "--force")
+    with pytest.raises(ShapeError) as caught:
+        fastinterp.average("c-*", "out2")
+    assert "`tokenizer_source='union'` or `tokenizer_source='base'`. Or `missing='base'` copies" in str(caught.value)
+    fastinterp.average("c-*", "out2", missing="base")
+    for source in ("base", "c-1", "union"):
+        fastinterp.average("c-*", "out2", tokenizer_source=source, force=True)
+        got = np.frombuffer(read(Path("out2"))["model.embed_tokens.weight"].raw.tobytes(), np.float32).reshape(-1, 2)
+        assert np.array_equal(got, np.vstack([(rows[0] + rows[1][:2]) / 2, rows[1][2:]]))
+    fastinterp.average("c-*", "out2", tokenizer_source="c-0", force=True)
+    assert read(Path("out2"))["model.embed_tokens.weight"].shape == (2, 2)
 
 
 @pytest.mark.parametrize(

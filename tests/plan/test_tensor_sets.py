@@ -277,6 +277,9 @@ def test_inpainting_plus_custom_minus_base(tmp_path, inpainting, base):
     recipe = {"merge_method": "task_arithmetic", "base_model": str(inpainting[base]), "models": models}
     with pytest.raises(ShapeError, match=r"`channels: first` \(--channels first\) merges the input channels that all"):
         merged(tmp_path, recipe)
+    with pytest.raises(ShapeError) as caught:
+        fastinterp.interpolate(inpainting["inpaint"], inpainting["custom"], 0.5, tmp_path / "none")
+    assert "`channels='first'` merges the input" in str(caught.value) and "--" not in str(caught.value)
     for keys, options in (({"channels": "first"}, {}), ({}, {"channels": "first"})):
         made, report = merged(tmp_path, recipe | keys, **options)
         want = conv(inpainting["inpaint"]).copy()

@@ -58,7 +58,7 @@ def test_all_that_is_wrong():
         "12: `seed` must be in 0..2**64-1, got -1",
         "13: expected a model that is merged, or base_model, got 'z'",
         "13: unknown key `kind`. Known: source, force",
-        "13: expected union, base, a model that is merged, or base_model, got 'basis'",
+        "13: expected union, base, a model that is merged, or base_model, got 'basis', did you mean `base`?",
         "14: `chat_template` must be a name, or a Jinja template (20 characters or more, with a `{`), got `short`."
         " Known: auto, alpaca, chatml, exaone, llama3, mistral",
         "15: `rounding` must be nearest or stochastic, got 'up'",

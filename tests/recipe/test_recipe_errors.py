@@ -76,7 +76,11 @@ BAD = {
     ),
     "lora": (
         LINEAR.replace("models/b", "b+lora"),
-        "a LoRA behind `+` is not supported yet: merge it into its model first. If it belongs to the path, write"
+        "a LoRA behind `+` is not supported yet: merge it into its model first. Of a language model: `python -c "
+        "'import "
+        'peft, transformers; peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("b"), '
+        '"lora").merge_and_unload().save_pretrained("NEW")\'`; then copy the tokenizer\'s files to NEW, and name NEW. '
+        "If it belongs to the path, write"
         " `{model: {path: ...}}` for the name - at $.models[1].model (merge.yml:6)",
     ),
     "lora key": (

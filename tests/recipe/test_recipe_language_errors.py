@@ -57,7 +57,13 @@ BAD = {
     ),
     "a layer_range of words": (
         SLICES.replace("[4, 8]", "[4, all]"),
-        "expected a whole number, got text - at $.slices[0].sources[1].layer_range[1] (merge.yml:5)",
+        "expected a whole number, got text. Write `layer_range: [first, end]`, as [0, 16]: two whole numbers, and end "
+        "is not in it - at $.slices[0].sources[1].layer_range[1] (merge.yml:5)",
+    ),
+    "a layer_range of text": (
+        SLICES.replace("[4, 8]", "4-8"),
+        "expected a list, got text. Write `layer_range: [first, end]`, as [0, 16]: two whole numbers, and end is not "
+        "in it - at $.slices[0].sources[1].layer_range (merge.yml:5)",
     ),
     "a layer_range of three": (
         SLICES.replace("[4, 8]", "[4, 8, 2]"),
@@ -175,7 +181,11 @@ BAD = {
     ),
     "a side-car that is no model": (
         PAIR.replace("linear", "words").replace("weight: 1", "fisher: a+b"),
-        "a LoRA behind `+` is not supported yet: merge it into its model first. If it belongs to the path, write"
+        "a LoRA behind `+` is not supported yet: merge it into its model first. Of a language model: `python -c "
+        "'import "
+        'peft, transformers; peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("a"), '
+        '"b").merge_and_unload().save_pretrained("NEW")\'`; then copy the tokenizer\'s files to NEW, and name NEW. '
+        "If it belongs to the path, write"
         " `{model: {path: ...}}` for the name - at $.parameters.fisher (merge.yml:2)",
     ),
     # tokenizer
@@ -185,12 +195,17 @@ BAD = {
     ),
     "a tokenizer of nothing": (
         PAIR + "tokenizer: {source: basis}\n",
-        "expected union, base, a model that is merged, or base_model, got 'basis'"
+        "expected union, base, a model that is merged, or base_model, got 'basis', did you mean `base`?"
         " - at $.tokenizer.source (merge.yml:4)",
     ),
     "a stranger's tokenizer": (
         PAIR + "tokenizer_source: c\n",
         "expected union, base, a model that is merged, or base_model, got 'c' - at $.tokenizer_source (merge.yml:4)",
+    ),
+    "a misspelled union": (
+        PAIR + "tokenizer_source: unoin\n",
+        "expected union, base, a model that is merged, or base_model, got 'unoin', did you mean `union`?"
+        " - at $.tokenizer_source (merge.yml:4)",
     ),
     "a stranger's token": (
         PAIR + "tokenizer:\n  tokens:\n    <s.x>:\n      source: c\n",

@@ -392,3 +392,36 @@ def test_model_without_a_known_embedding_is_refused(tmp_path):
     write_file(Path(a, "model.safetensors"), {"x.weight": tensor(np.zeros((1, 4)), F32)})
     with pytest.raises(CheckpointError, match="no embedding that is known by its name"):
         merged(tmp_path, [a], tokenizer_source="union")
+
+
+def test_one_file_names_the_files_that_it_needs(tmp_path, three):
+    """Those of the origin do not fit another vocabulary: nobody is invited to copy them."""
+    out = tmp_path / "one.safetensors"
+    report = fastinterp.merge(
+        recipe("linear", three, weights=[1.0] * 3, tokenizer_source="union", base_model=three[0]), out
+    )
+    (warning,) = [w for w in report.warnings if "needs files of its own" in w]
+    assert "tokenizer.json (8 rows)" in warning and "config.json (vocab_size 8)" in warning
+    assert "give the output the name of a folder" in warning
+    (note,) = [r for r in report.remarks if "the output is one file" in r]
+    assert "tokenizer.json" not in note and " config.json" not in note and "generation_config.json" in note
+
+
+def test_one_file_with_other_layers(tmp_path, three):
+    slices = [{"sources": [{"model": three[0], "layer_range": [0, 2]}]}] * 2
+    made = {"slices": slices, "merge_method": "passthrough", "dtype": "float32"}
+    report = fastinterp.merge(made, tmp_path / "one.safetensors")
+    (warning,) = [w for w in report.warnings if "needs files of its own" in w]
+    assert "config.json (num_hidden_layers 4" in warning and "tokenizer.json" not in warning
+    assert not any("config.json changed" in remark for remark in report.remarks)
+    folder = fastinterp.merge(made, tmp_path / "folder")
+    assert any("config.json changed for the layers" in remark for remark in folder.remarks)
+    assert not any("needs files of its own" in warning for warning in folder.warnings)
+
+
+def test_one_file_that_needs_no_files_of_its_own(tmp_path, three):
+    """A dtype alone is no reason: transformers reads the weights all the same."""
+    made = recipe("linear", three[:1], weights=[1.0], out_dtype="bfloat16")
+    report = fastinterp.merge(made, tmp_path / "one.safetensors")
+    assert not any("needs files of its own" in warning for warning in report.warnings)
+    assert any("config.json" in r and "the output is one file" in r for r in report.remarks)
