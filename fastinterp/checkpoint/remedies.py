@@ -13,14 +13,16 @@ from typing import Any
 
 from fastinterp.checkpoint import hub
 from fastinterp.checkpoint.names import SHARD, WEIGHTS
-from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.messages import listed
 
 # What trainers save beside the weights.
 _TRAINER_STATE = re.compile(r"(?:optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args)\b.*|.*\.pkl")
 _CONSOLIDATED = re.compile(r"consolidated\.\d+\.pth")  # as Meta saves one for each process; each holds pieces
 _STEMS = {"pytorch_model": "model", "open_clip_pytorch_model": "open_clip_model"}  # pickled -> in safetensors
-_NO_VOCABULARIES = ("chat_template", "tokenizer_config", "added_tokens", "special_tokens_map")  # of tokenizer files
+# The files of a tokenizer that hold its vocabulary.
+_VOCABULARIES = re.compile(
+    r"(tokenizer|vocab|tekken)\.json|vocab\.(txt|model)|(tokenizer|s(entence)?piece).*\.model|.*\.spm"
+)
 _NEVER = "pickled weights are never loaded, because a pickle can run any code"
 
 
@@ -88,7 +90,7 @@ def saved_tokenizer(folder: str, present: Iterable[str]) -> str:
 
     present  names of the files in `folder`
     """
-    if not any(is_tokenizer_file(name) and not name.startswith(_NO_VOCABULARIES) for name in present):
+    if not any(map(_VOCABULARIES.fullmatch, present)):
         return ""
     return f'; transformers.AutoTokenizer.from_pretrained({literal(folder)}).save_pretrained("NEW")'
 
