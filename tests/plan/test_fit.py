@@ -21,7 +21,7 @@ def model(
     folder: Path, seed: int, *, rows: int = 30, hidden: int = 8, inner: int = 12, layers: int = 4, wide: int = 0
 ) -> str:
     """A Llama. wide: so many of its first layers have a wider MLP"""
-    shapes = {EMBED: (rows, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {EMBED: (rows, hidden)}
     for i in range(layers):
         shapes |= {
             f"model.layers.{i}.input_layernorm.weight": (hidden,),
