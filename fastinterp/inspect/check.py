@@ -14,6 +14,7 @@ from fastinterp.inspect import samples
 from fastinterp.inspect.check_result import CheckResult, Finding
 from fastinterp.messages import counted, listed, plain
 from fastinterp.methods import Method, given
+from fastinterp.plan.fit import other_sizes
 from fastinterp.plan.models import Library, Model
 from fastinterp.plan.plan import Plan, make_plan
 from fastinterp.plan.quantised import refuse_quantised
@@ -247,7 +248,8 @@ def _models(
         findings.add_error(error, _tokenizer(recipe))
         return [m.tensors for m in models], {}, False
     tensors = [m.tensors for m in aligned.models]
-    return [*tensors], {"tensors": tensors, "copied": aligned.copied, "notes": aligned.notes}, True
+    sizes = other_sizes(aligned.models, recipe.base_index)
+    return [*tensors], {"tensors": tensors, "copied": aligned.copied, "notes": aligned.notes, "sizes": sizes}, True
 
 
 def _shapes(recipe: Recipe, known: Mapping[str, Any]) -> list[str]:

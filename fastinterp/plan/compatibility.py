@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, json_
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import fit, listed
 from fastinterp.plan.models import Model
-from fastinterp.recipe.tensor_groups import HasShape
+from fastinterp.plan.tensor_sets import is_recomputed
+from fastinterp.recipe.tensor_groups import HasShape, grouped, why
 from fastinterp.tokenizer.chat_template import template_file
-from fastinterp.tokenizer.tied_embeddings import lacks_head, says_tied
+from fastinterp.tokenizer.tied_embeddings import is_head, lacks_head, says_tied
 
 # Classes of transformers with a head that gives a number for each token of the vocabulary.
 _WITH_HEAD = re.compile(r"(For(CausalLM|ConditionalGeneration|MaskedLM|PreTraining)|LMHead(Model)?)$")
@@ -29,6 +30,7 @@ _KEYS = (
     "sliding_window", "rope_scaling",
 )  # fmt: skip
 _OFF_IF_ABSENT = ("sliding_window", "rope_scaling")
+_AVERAGES = ("model_ema.",)  # moving averages of the weights, beside them in one file: nothing loads them
 _SCHEDULER = "scheduler/scheduler_config.json"  # what a denoiser was trained to predict
 _COMPONENT_KEYS = (
     *_KEYS, "_class_name", "prediction_type", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr",
@@ -75,6 +77,49 @@ def head_warnings(origin: Model, tensors: Mapping[str, HasShape], tied: bool | N
         f"the output has no language-model head (lm_head): config.json of {origin.name} says {fit(kind, 60)}, which "
         "has one that is not tied to the input embedding, but no model stores it, so software makes it up of random "
         "numbers. If it was tied, set `tie_word_embeddings: true` in that config.json; else take models that have it"
+    ]
+
+
+def lost_tensors(origin: Model, own: Mapping[str, HasShape], names: Iterable[str], tied: bool | None) -> list[str]:
+    """Those of the tensors which the output lacks that software makes up when it loads the output, because the
+    configuration, which is the origin's, describes a model that has them.
+
+    own    the origin's tensors, by the names that the output has
+    names  of tensors that are left out
+    tied   what the output's config.json says of its output layer, if that is not what the origin's says
+    """
+    folders = [part.folder for part in (() if origin.source is None else origin.source.components) if part.folder]
+    described = {folder: (origin.root / folder / CONFIG).is_file() for folder in ("", *folders)}
+    tied = says_tied(json_or_empty(origin.root / CONFIG)) if tied is None else tied
+    lost = []
+    for name in names:
+        folder = next((folder for folder in folders if name.startswith(f"{folder}/")), "")
+        needed = name in own and not is_recomputed(name, own[name]) and not (tied and is_head(name))
+        if described[folder] and needed and not name.startswith(_AVERAGES):
+            lost.append(name)
+    return lost
+
+
+def lost_warnings(
+    origin: Model, lost: Mapping[str, Collection[str]], made: Collection[str], base: Model
+) -> list[str]:  # fmt: skip
+    """A warning about tensors that the output lacks and its configuration describes.
+
+    lost  by name, which models lack it
+    made  names of all tensors of the output
+    base  the model from which `missing: base` copies
+    """
+    if not lost:
+        return []
+    reasons = set(map(tuple, lost.values()))
+    reason = why(next(iter(reasons)) if len(reasons) == 1 else (), lost)
+    it = "it" if len(lost) == 1 else "them"
+    remedy = "Take models that have them in one shape"
+    if all(name in base.tensors for name in lost):
+        remedy = f"`missing: base` (--missing base) copies {it} from {base.name} instead"
+    return [
+        f"left out, because {reason}: {grouped(lost, made)}. {CONFIG}, copied from {origin.name}, describes a model "
+        f"that has {it}, so software that loads the output puts random numbers there. {remedy}"
     ]
 
 

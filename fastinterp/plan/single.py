@@ -15,8 +15,11 @@ from fastinterp.plan.compatibility import (
     compatibility_warnings,
     component_warnings,
     head_warnings,
+    lost_tensors,
+    lost_warnings,
     template_warnings,
 )
+from fastinterp.plan.fit import check_cuts, other_sizes
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
 from fastinterp.plan.quantised import about_configuration, refuse_differing, refuse_quantised
@@ -26,6 +29,7 @@ from fastinterp.plan.vocabularies import AlignedModels, align_models
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef, not_there
 from fastinterp.recipe.targets import Assembly
+from fastinterp.recipe.tensor_groups import missing_tensors
 
 _LISTED = 5  # models in a remark before the rest is only counted
 
@@ -86,11 +90,22 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     )  # before any of them is read: changes are noticed from here on
     aligned = align_models(first, models, origin)
     known = [c.tensors for c in aligned.models]
+    sizes = other_sizes(aligned.models, first.base_index)
     assemblies = [
-        Assembly(recipe, known, tensors=known, copied=aligned.copied, notes=aligned.notes, layouts=aligned.layouts)
+        Assembly(
+            recipe,
+            known,
+            tensors=known,
+            copied=aligned.copied,
+            notes=aligned.notes,
+            layouts=aligned.layouts,
+            sizes=sizes,
+        )
         for recipe in recipes
     ]
     layer_warnings: list[str] = []
+    if assemblies[0].cuts:
+        check_cuts(first, assemblies[0].cuts, assemblies[0].targets, aligned.models)
     if assemblies[0].counts:
         from fastinterp.plan.stacks import about_layers, counts_of
 
@@ -116,6 +131,10 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     if aligned.template is None and aligned.vocabulary is None:
         warnings += template_warnings(aligned.models, origin)
     warnings += head_warnings(origin, {t.name: t for t in tensors}, aligned.tied)
+    left, made = assemblies[0].left if first.missing != "error" else {}, {t.name for t in tensors}
+    own = next((model.tensors for model in aligned.models if model.root == origin.root), origin.tensors)
+    lost = lost_tensors(origin, own, [name for name in left if name not in made], aligned.tied)
+    warnings += lost_warnings(origin, {name: left[name] for name in lost}, made, base)
     warnings += component_warnings(aligned.models, origin)
     warnings += layer_warnings
     warnings += dtype_warnings(first, targets[0], origin)
@@ -125,7 +144,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         warnings += [str(warning) for warning in filter_warnings(first, assemblies[0])]
     opened = (*models, origin, *sidecars.values())
     remarks = [remark for model in opened if model.checkpoint is not None for remark in model.checkpoint.remarks]
-    remarks += [*aligned.remarks, *assemblies[0].remarks]
+    remarks += [*aligned.remarks, *missing_tensors({n: m for n, m in left.items() if n not in lost}, made, base.name)]
     remarks += dtype_remarks(first, targets[0], aligned.models)
     remarks += [*([remark] if remark else []), *complex_remarks(first, tensors)]
     together = _together(dict.fromkeys(remarks), [model.name for model in opened])

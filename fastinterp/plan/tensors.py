@@ -13,25 +13,15 @@ from fastinterp.messages import counted, listed
 from fastinterp.methods import Method, Sidecar
 from fastinterp.ops.combine import Combine, Tensor, check_coefficients, renumbered
 from fastinterp.ops.dtypes import DType, promoted
+from fastinterp.plan.fit import INTEGERS, check_fit, chosen_model
 from fastinterp.plan.inputs import ModelInput, PlannedTensor, Program, TensorInput
 from fastinterp.plan.models import Model
 from fastinterp.plan.quantised import agree, quantised_error
-from fastinterp.plan.row_blocks import other_channels
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
 from fastinterp.recipe.targets import Target
-from fastinterp.tokenizer.embedding_rows import named_as_embedding
 
 _LISTED = 5  # differences in a message before the rest is only counted
-_VOCABULARIES = (
-    "The vocabularies differ in size: say which one the output has, `tokenizer_source: union` or `tokenizer_source: "
-    "base` in the recipe, --tokenizer-source union or base of interpolate, average and sweep. Or `missing: base` "
-    "copies these tensors from the base"
-)
-_VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # what a vocabulary is read from: one of them
-
-
-_INTEGERS = "Say whose to take: `integers: MODEL`"  # the command line and Python replace keys by what they have
 
 
 def must_agree(differing: Sequence[tuple[PlannedTensor, int, int]], models: Sequence[Model]) -> CheckpointError:
@@ -55,7 +45,7 @@ def must_agree(differing: Sequence[tuple[PlannedTensor, int, int]], models: Sequ
             tensor=tensor.name,
         )
     are = "is not averaged, and differs" if len(names) == 1 else "are not averaged, and differ"
-    return ShapeError(f"{listed(names, _LISTED)} {are} {between}. {_INTEGERS}", tensor=tensor.name)
+    return ShapeError(f"{listed(names, _LISTED)} {are} {between}. {INTEGERS}", tensor=tensor.name)
 
 
 def sidecar_refs(targets: Sequence[Target], method: Method) -> list[ModelRef]:
@@ -92,7 +82,7 @@ def plan_tensors(
     for other in targets[1:]:
         if [(t.name, t.inputs) for t in other] != [(t.name, t.inputs) for t in targets[0]]:
             raise UsageError("recipes that share one read must make the same tensors of the same models")
-    _check_fit(recipes[0], targets[0], models, layouts or {})
+    check_fit(recipes[0], targets[0], models, layouts or {})
     planner = _Planner(recipes, models, sidecars, origin, targets[0])
     tensors = tuple(planner.planned(outputs) for outputs in zip(*targets, strict=True))
     whole = next((t.program for t in tensors if t.program is not None and t.program.whole), None)
@@ -154,7 +144,7 @@ class _Planner:
 
     def _unmerged(self, targets: Sequence[Target], inputs: list[ModelInput]) -> PlannedTensor:
         """A tensor of which not all inputs are numbers that methods average: it is copied, or a sum of pairs."""
-        target, chosen = targets[0], _chosen(self._recipes[0])
+        target, chosen = targets[0], chosen_model(self._recipes[0])
         tensors = [tensor for _, tensor in inputs]
         if len(inputs) > 1 and all(tensor.dtype.is_complex for tensor in tensors) and not agree(tensors):
             return self._complex(targets, inputs, chosen)
@@ -183,7 +173,7 @@ class _Planner:
         first, other = (self._models[inputs[k][0]].name for k in (0, 1))
         raise ShapeError(
             f"{target.name} ({lead.dtype}) differs between {first} and {other}, and {self._method.name} does more than "
-            f"weigh: it is not defined for complex numbers. {_INTEGERS}, or use `linear` or `task_arithmetic`",
+            f"weigh: it is not defined for complex numbers. {INTEGERS}, or use `linear` or `task_arithmetic`",
             tensor=target.name,
         )
 
@@ -341,51 +331,7 @@ def _summed(
     return PlannedTensor(name, dtype, lead.shape, numbers, tensors, rows, None, len(read), tuple(sums))
 
 
-def _chosen(recipe: Recipe) -> int | None:
-    """The model whose tensors are copied where they do not merge: its index."""
-    return None if recipe.integers is None else recipe.models.index(recipe.integers)
-
-
 def _is_copy(call: Callable[[], Any]) -> bool:
     """Whether a method leaves its one input as it is."""
     request = call()
     return isinstance(request, Combine) and request.row().is_copy
-
-
-def _of_other_shapes(base: str, narrow: bool) -> str:
-    """What to do about tensors of different shapes. narrow: they are convolutions with other numbers of channels."""
-    remedy = (
-        "Only tensors of the same shape merge: `missing: base` in the recipe (--missing base) takes those of "
-        f"{base}, `missing: skip` leaves them out"
-    )
-    first = "`channels: first` (--channels first) merges the input channels that all have, "
-    return f"{remedy}. {first}and keeps the others" if narrow else remedy
-
-
-def _check_fit(
-    recipe: Recipe, targets: Sequence[Target], models: Sequence[Model], layouts: Mapping[int, str]
-) -> None:  # fmt: skip
-    """Raises: ShapeError, if inputs of a tensor have several shapes, or only some of them can be merged, and the recipe
-    does not say whose to take.
-    """
-    shapes, kinds, only_rows, narrow = [], [], True, False
-    chosen = _chosen(recipe)
-    for target in targets:
-        (first, name), *others = target.inputs
-        lead, a = models[first], models[first].tensors[name]
-        for i, other_name in others:
-            b = models[i].tensors[other_name]
-            if a.shape != b.shape:
-                shapes.append(f"{other_name} is {list(a.shape)} in {lead.name} but {list(b.shape)} in {models[i].name}")
-                only_rows &= named_as_embedding(name) and a.shape[1:] == b.shape[1:]
-                narrow |= other_channels(a.shape, b.shape)
-            elif a.dtype != b.dtype and not (a.merges and b.merges) and chosen not in dict(target.inputs):
-                kinds.append(f"{other_name} is {a.dtype} in {lead.name} but {b.dtype} in {models[i].name}")
-    if shapes:
-        readable = all(any((m.root / file).is_file() for file in _VOCABULARY_FILES) for m in models)
-        base = models[recipe.base_index].name
-        remedy = _VOCABULARIES if only_rows and readable else _of_other_shapes(base, narrow)
-        remedy = ". ".join(layouts.values()) or remedy
-        raise ShapeError(f"{listed(shapes, _LISTED)}. {remedy}")
-    if kinds:
-        raise ShapeError(f"{listed(kinds, _LISTED)}. Only F64, F32, F16, BF16 and F8 tensors merge. {_INTEGERS}")

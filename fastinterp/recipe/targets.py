@@ -28,7 +28,7 @@ from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.merge_groups import MergeGroup, MergeSource, Section
 from fastinterp.recipe.module_tensors import module_tensors, no_tensor
 from fastinterp.recipe.parameters import Resolver
-from fastinterp.recipe.tensor_groups import HasShape, different_tensors, grouped, missing_tensors
+from fastinterp.recipe.tensor_groups import HasShape, different_tensors, grouped
 
 MAX_LAYERS = 100_000  # of a stack that slices make: far above any model, and all of it is held
 
@@ -72,6 +72,17 @@ class LayerCount(msgspec.Struct, frozen=True):
     sizes: tuple[int, ...] = ()
 
 
+class Cut(msgspec.Struct, frozen=True):
+    """A stack that slices cut.
+
+    prefix  of the names of its tensors
+    models  for every slice, the index of its first source in Recipe.models; also of slices without layers
+    """
+
+    prefix: str
+    models: tuple[int, ...]
+
+
 def targets(recipe: Recipe, names: Sequence[Collection[str]]) -> list[Target]:
     """The output's tensors, in the order of the lead model.
 
@@ -87,8 +98,9 @@ class Assembly:
 
     targets    the output's tensors; not all, if errors were collected
     counts     stacks of which the output has other layers than its inputs
+    cuts       stacks that slices cut
     resolvers  with the values that were used, in the order of the groups
-    remarks    what became of tensors that not all models have, for people
+    left       tensors that not all models have in one shape -> the models that lack them
     """
 
     def __init__(
@@ -101,20 +113,23 @@ class Assembly:
         copied: Mapping[str, int] | None = None,
         notes: Mapping[int, str] | None = None,
         layouts: Mapping[int, str] | None = None,
+        sizes: Mapping[int, str] | None = None,
     ):
         """tensors  of each of Recipe.models, by name; empty: their shapes are not known, and taken as equal
         copied   names of tensors of which those of one model are copied, as they are, and its index
         notes    by model: why it lacks what it lacks, for messages
         layouts  by model: which tensors have another layout than the base's, and what to do
+        sizes    by model: that its tensors have other shapes than the base's, so that nothing would merge
         """
         self._recipe, self._names, self._collector = recipe, names, collector or ErrorCollector()
         self._tensors_of, self._copied, self._notes = tensors, copied or {}, notes or {}
-        self._layouts = layouts or {}
+        self._layouts, self._sizes_of = layouts or {}, sizes or {}
         self._layers: dict[tuple[int, str | None], Layers] = {}
         self.targets: list[Target] = []
         self.counts: list[LayerCount] = []
+        self.cuts: list[Cut] = []
         self.resolvers: list[Resolver] = []
-        self._left: dict[str, None] = {}  # tensors that not all models have
+        self.left: dict[str, tuple[str, ...]] = {}
         self._merging = False  # some are in all
         for section in recipe.sections:
             with self._collector:
@@ -123,19 +138,15 @@ class Assembly:
                     self._stack(section)
                 else:
                     self._whole_models(section)
-                if (len(self.targets), len(self._collector.errors)) == before and not self._left:
+                if (len(self.targets), len(self._collector.errors)) == before and not self.left:
                     lead = section.groups[0].sources[0].model
                     raise self._error(no_tensor(section.name, self._names[lead]), section.path)
         if recipe.sections[0].name is not None:
             with self._collector:
                 self._outside_modules()
-        self.remarks: tuple[str, ...] = ()
-        if self._left and recipe.missing != "error":
+        if self.left and recipe.missing != "error" and not self._merging:
             with self._collector:
-                if not self._merging:
-                    raise ShapeError("no tensor is in all models in one shape, so nothing would be merged")
-            made = {target.name for target in self.targets}
-            self.remarks = missing_tensors(self._left, made, str(recipe.models[recipe.base_index]))
+                raise ShapeError("no tensor is in all models in one shape, so nothing would be merged")
 
     # whole models
 
@@ -165,7 +176,9 @@ class Assembly:
         """The names that all sources have, in one shape unless `missing` is `error`; the others are noted."""
         shared = set(names[0]).intersection(*names[1:])
         shared = {name for name in shared if self._fit([(source.model, name) for source in sources])}
-        self._left |= dict.fromkeys(name for each in names for name in each if name not in shared)
+        sets = [set(each) for each in names]
+        for name in dict.fromkeys(name for each in names for name in each if name not in shared):
+            self.left[name] = self._lacking(sources, [name in each for each in sets])
         self._merging |= bool(shared)
         return shared
 
@@ -176,6 +189,10 @@ class Assembly:
             or not self._tensors_of
             or len({self._tensors_of[model][name].shape for model, name in inputs}) == 1
         )
+
+    def _lacking(self, sources: Sequence[MergeSource], there: Sequence[bool]) -> tuple[str, ...]:
+        """The models that lack a tensor. there: whether each source has it"""
+        return tuple(str(source.ref) for source, has in zip(sources, there, strict=True) if not has)
 
     def _copy(self, model: int, tensor: str, name: str) -> None:
         self.targets.append(Target(name, ((model, tensor),), {}, copies=True, verbatim=name in self._copied))
@@ -202,6 +219,7 @@ class Assembly:
         if len(self._collector.errors) > before:  # a range may go beyond all that exists
             return
         leads = [group.sources[0] for group in groups]
+        self.cuts.append(Cut(stack.prefix, tuple(lead.model for lead in leads)))
         numbers = tuple(n for lead in leads if lead.layers for n in range(*lead.layers))
         models = tuple(lead.model for lead in leads for _ in range(lead.length))
         if numbers != tuple(range(stack.layers)) or len(set(models)) > 1:
@@ -257,12 +275,12 @@ class Assembly:
                 self._merging = True
                 self._add(group, resolver, name, inputs, position, out)
                 continue
-            self._left[name] = None
+            self.left[name] = self._lacking(group.sources, [rest in names for names in rests])
             if self._recipe.missing == "base" and rest in rests[home]:
                 self._copy(sources[home], inputs[home], name)
-        self._left |= dict.fromkeys(
-            f"{stack.prefix}.{out.layer}.{rest}" for names in rests for rest in names if rest not in rests[0]
-        )
+        for rest in dict.fromkeys(rest for names in rests for rest in names if rest not in rests[0]):
+            lacking = self._lacking(group.sources, [rest in names for names in rests])
+            self.left[f"{stack.prefix}.{out.layer}.{rest}"] = lacking
 
     def _home(self, group: MergeGroup) -> int:
         """Which source of a group has the tensors that `missing: base` copies: the base, else the first."""
@@ -403,15 +421,17 @@ class Assembly:
         ours, theirs = dict.fromkeys(tensors), dict.fromkeys(others_tensors)
         if ours.keys() == theirs.keys():
             return
+        both = lead.model, other.model
+        notes, layouts = ([of[i] for i in both if i in of] for of in (self._notes, self._layouts))
+        sizes = [] if layers[0] else [self._sizes_of[i] for i in both if i in self._sizes_of]
         raise ShapeError(
             different_tensors(
                 (str(lead.ref), layers[0], ours),
                 (str(other.ref), layers[1], theirs),
                 str(self._recipe.models[self._recipe.base_index]),
-                *(
-                    [of[source.model] for source in (lead, other) if source.model in of]
-                    for of in (self._notes, self._layouts)
-                ),
+                notes,
+                layouts,
+                next(iter(sizes), ""),
             )
         )
 

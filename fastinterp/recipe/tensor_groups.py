@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from fastinterp.messages import listed, plain
 
 _Side = tuple[str, str, Collection[str]]
 
+_REASONS = 4  # remarks of one kind, above which they become one
 _LISTED = 6  # groups in a message before the rest is only counted
 
 
@@ -35,8 +36,8 @@ def grouped(names: Iterable[str], others: Collection[str] = ()) -> str:
 
 
 def different_tensors(
-    ours: _Side, theirs: _Side, base: str, notes: Sequence[str] = (), layouts: Sequence[str] = ()
-) -> str:  # fmt: skip
+    ours: _Side, theirs: _Side, base: str, notes: Sequence[str] = (), layouts: Sequence[str] = (), sizes: str = ""
+) -> str:
     """The message about two models, or layers, with different tensors.
 
     ours, theirs  name of the model, which layer of it (empty: all of it), names of the tensors
@@ -44,6 +45,7 @@ def different_tensors(
     notes         why a model lacks what it lacks
     layouts       about tensors that have other names in one of the models because their layout differs, and what to do:
                   what all models have is no reason to copy it from one
+    sizes       that the tensors of both have other shapes, so that nothing would merge
     """
     if not set(ours[2]) & set(theirs[2]):
         return nothing_in_common(ours, theirs)
@@ -53,6 +55,8 @@ def different_tensors(
         if (only := [name for name in names if name not in others])
     ]
     why = "".join(f". {note}" for note in (*notes, *layouts))
+    if sizes and not layouts:
+        return f"the models have different tensors: {'; '.join(sides)}. {sizes}"
     if layouts:
         return f"the models have different tensors: {'; '.join(sides)}{why}"
     return (
@@ -71,20 +75,35 @@ def nothing_in_common(ours: _Side, theirs: _Side) -> str:
     )
 
 
-def missing_tensors(left: Collection[str], made: Collection[str], base: str) -> tuple[str, ...]:
+def missing_tensors(left: Mapping[str, Collection[str]], made: Collection[str], base: str) -> tuple[str, ...]:
     """Remarks on tensors that not all models have in one shape.
 
-    left  their names
+    left  by name, which models lack it; none, if all have it, but not in one shape
     made  names of all tensors of the output
     base  the model from which those of them that are made are copied
     """
     rest = [name for name in made if name not in left]
-    copied, skipped = ([name for name in left if (name in made) is there] for there in (True, False))
-    remarks = [f"copied from {base}, because not all models have it in one shape: {grouped(copied, rest)}"]
-    remarks = remarks if copied else []
-    if skipped:
-        remarks.append(f"left out, because not all models have it in one shape: {grouped(skipped, rest)}")
-    return tuple(remarks)
+    return tuple(
+        f"{what}, because {why(lacking, names)}: {grouped(names, rest)}"
+        for what, there in ((f"copied from {base}", True), ("left out", False))
+        for lacking, names in _by_lacking({n: models for n, models in left.items() if (n in made) is there})
+    )
+
+
+def why(lacking: Collection[str], names: Collection[str]) -> str:
+    """Why tensors are not merged: `ft lacks it`. lacking: the models without them"""
+    it = "it" if len(names) == 1 else "them"
+    if not lacking:
+        return f"not all models have {it} in one shape"
+    return f"{listed(lacking, 3)} {'lacks' if len(lacking) == 1 else 'lack'} {it}"
+
+
+def _by_lacking(left: Mapping[str, Collection[str]]) -> list[tuple[tuple[str, ...], list[str]]]:
+    """The names by the models that lack them; all together, if there are many such sets of models."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, models in left.items():
+        groups.setdefault(tuple(models), []).append(name)
+    return list(groups.items()) if len(groups) <= _REASONS else [((), list(left))]
 
 
 def _in(layer: str) -> str:

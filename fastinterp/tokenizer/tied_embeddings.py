@@ -93,14 +93,14 @@ def ties(
     def is_own(i: int, copy: str) -> bool:
         """Whether a copy that is stored has values of its own."""
         source = _source(copy, [*names[i], *aliases[i]])
-        if source is None or (_is_head(copy) and says_tied[i] is False):
+        if source is None or (is_head(copy) and says_tied[i] is False):
             return True
         return aliases[i].get(source) != copy and not equal(i, copy, source)
 
     for copy in copies:
         stored = [i for i, mine in enumerate(names) if copy in mine]
         lacking = [i for i in range(len(names)) if i not in stored]
-        head = _is_head(copy)
+        head = is_head(copy)
         own = [i for i in stored if (lacking or head) and is_own(i, copy)]
         trained += [(i, copy) for i in own if head and says_tied[i] is not False and _source(copy, names[i])]
         if not lacking:
@@ -133,7 +133,7 @@ def says_tied(config: Mapping[str, Any]) -> bool | None:
 def is_tied(names: Iterable[str]) -> bool:
     """Whether a model has an input embedding, and no output layer of its own."""
     every = list(names)
-    return any(_module(n) in _IN and n.endswith(".weight") for n in every) and not any(map(_is_head, every))
+    return any(_module(n) in _IN and n.endswith(".weight") for n in every) and not any(map(is_head, every))
 
 
 def lacks_head(tensors: Mapping[str, HasShape]) -> bool:
@@ -209,7 +209,7 @@ def vocab_size_of(config: Mapping[str, Any], file: str) -> int | None:
     return None
 
 
-def _is_head(name: str) -> bool:
+def is_head(name: str) -> bool:
     """Whether the name is that of an output layer's weight, which may be the input embedding."""
     kind = _module(name)
     if kind not in _OUT or not name.endswith(".weight"):
@@ -221,7 +221,7 @@ def _is_head(name: str) -> bool:
 
 def _is_copy(name: str) -> bool:
     """Whether the name is that of a tensor that may be a copy of another."""
-    return _is_head(name) or name.endswith(_COPIES) or name.endswith(_BIASES)
+    return is_head(name) or name.endswith(_COPIES) or name.endswith(_BIASES)
 
 
 def _source(copy: str, names: Iterable[str]) -> str | None:

@@ -80,7 +80,7 @@ def test_the_error_groups_what_differs_and_names_its_remedies(tmp_path, parts):
         assert code == 0 and read(tmp_path / f"sweep {i}" / "alpha_0.5").keys() == want.keys()
         assert fastinterp.check(average(a, b, missing=how)).errors == ()
         code, said = command("explain", json.dumps(average(a, b)) + "\n", "--missing", how)
-        assert code == 0 and "because not all models have it in one shape" in said
+        assert code == 0 and f"because {b} lacks them: {VAE}" in " ".join(said.split())
     modules = {UNET: {"models": average(a, b)["models"]}}
     made, _ = merged(tmp_path, {"merge_method": "linear", "base_model": str(a), "modules": modules})
     assert made.keys() == read(a).keys()
@@ -95,14 +95,20 @@ def test_missing_base_copies_and_skip_leaves_out(tmp_path, parts):
         want = (values(x[name]) + values(y[name])) / 2 if name.startswith(UNET) else values(x[name])
         np.testing.assert_allclose(values(made[name]), want, atol=1e-6)
     assert made[f"{VAE}.0.weight"].raw.tobytes() == x[f"{VAE}.0.weight"].raw.tobytes()
-    prefix, why = f"copied from {a}", "because not all models have it in one shape"
+    shape = "because not all models have it in one shape"
     assert report.remarks == (
-        f"{prefix}, {why}: {VAE}.* (4 tensors), {EMA}.decay, position.weight",
-        f"left out, {why}: score.weight",
+        f"copied from {a}, because {b} lacks them: {VAE}.* (4 tensors), {EMA}.decay",
+        f"copied from {a}, {shape}: position.weight",
+        f"left out, because {a} lacks it: score.weight",
     )
     skipped, report = merged(tmp_path, average(a, b), missing="skip")
     assert skipped.keys() == {name for name in x if name.startswith(UNET)}
-    assert len(report.remarks) == 1 and report.remarks[0].startswith(f"left out, {why}: {VAE}.* (4 tensors)")
+    assert report.remarks == (
+        f"left out, because {b} lacks them: {VAE}.* (4 tensors), {EMA}.decay",
+        f"left out, {shape}: position.weight",
+        f"left out, because {a} lacks it: score.weight",
+    )
+    assert report.warnings == ()
     assert receipt(tmp_path / "out 1")["missing"] == "skip" and "missing" not in receipt(parts_merged(tmp_path, a))
 
 

@@ -203,8 +203,8 @@ BAD = {
         "expected union, base, a model that is merged, or base_model, got 'c' - at $.tokenizer_source (merge.yml:4)",
     ),
     "a misspelled union": (
-        PAIR + "tokenizer_source: unoin\n",
-        "expected union, base, a model that is merged, or base_model, got 'unoin', did you mean `union`?"
+        PAIR + "tokenizer_source: unionx\n",
+        "expected union, base, a model that is merged, or base_model, got 'unionx', did you mean `union`?"
         " - at $.tokenizer_source (merge.yml:4)",
     ),
     "a stranger's token": (

@@ -36,7 +36,16 @@ def test_models_without_a_common_name_say_so():
 
 def test_what_became_of_tensors_that_not_all_have():
     made = ["m.a", "m.b", "vae.x"]
-    assert missing_tensors(["vae.x", "ema.y"], made, "base") == (
+    assert missing_tensors({"vae.x": (), "ema.y": ()}, made, "base") == (
         "copied from base, because not all models have it in one shape: vae.x",
         "left out, because not all models have it in one shape: ema.y",
+    )
+    left = {"vae.x": ("ft",), "vae.y": ("ft",), "ema.y": ("base", "b"), "ema.z": ()}
+    assert missing_tensors(left, [*made, "vae.y"], "base") == (
+        "copied from base, because ft lacks them: vae.* (2 tensors)",
+        "left out, because base, b lack it: ema.y",
+        "left out, because not all models have it in one shape: ema.z",
+    )
+    assert missing_tensors({f"ema.{i}": (f"ft{i}",) for i in range(5)}, made, "base") == (
+        "left out, because not all models have them in one shape: ema.* (5 tensors)",
     )
