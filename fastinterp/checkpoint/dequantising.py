@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from shlex import quote
 
 from fastinterp.checkpoint.header import Header
+from fastinterp.checkpoint.names import shell_word
 from fastinterp.checkpoint.quantised import declared_method
 from fastinterp.checkpoint.remedies import literal, python
 from fastinterp.checkpoint.sidecar_files import CONFIG, read_config
@@ -65,7 +65,7 @@ def command(
         code = f'from gptqmodel.utils.model_dequant import dequantize_model as d; d({folder}, "{_NEW}")'
         return f"with GPTQModel: {python(code)}"
     if method == "mlx":
-        return f"with mlx-lm: `mlx_lm.convert --hf-path {quote(str(root))} --mlx-path {_NEW} --dequantize`"
+        return f"with mlx-lm: `mlx_lm.convert --hf-path {shell_word(root)} --mlx-path {_NEW} --dequantize`"
     exponents = format == "MXFP8" and scale is not None and scale[1].dtype.name == "F8_E8M0"  # torch reads as numbers
     if (format in _PRODUCTS or exponents) and scale is not None and "amax" not in scale[0] and len(files) == 1:
         return _product(files[0], codes, scale)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 from operator import attrgetter
 from typing import Any, NoReturn, Protocol
 
 import msgspec
 
-from fastinterp.checkpoint.names import quote
+from fastinterp.checkpoint.names import quote, shell_word
 from fastinterp.checkpoint.regular_file import open_regular
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
@@ -231,7 +230,7 @@ def _check_cover(entries: list[Entry], start: int, size: int, file: str) -> None
             f"the tensors end at byte {before} of the file, but the file has {size}: "
             f"{size - before} bytes belong to no tensor. The safetensors library refuses it, too. If it was "
             "downloaded, do that again; if it was written so, cut them off: "
-            f"`head -c {before} {shlex.quote(file)} > NEW.safetensors`; then put that in its place",
+            f"`head -c {before} {shell_word(file)} > NEW.safetensors`; then put that in its place",
             file=file,
         )
 

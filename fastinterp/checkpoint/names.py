@@ -49,6 +49,13 @@ def quote(name: object, limit: int = 160) -> str:
     return "`" + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + "`"
 
 
+def shell_word(text: object) -> str:
+    """`text` as one word of a shell command."""
+    import shlex  # only messages need it
+
+    return shlex.quote(str(text))
+
+
 def listing(names: Iterable[str], limit: int = 3) -> str:
     """The first few names, quoted, and how many more there are."""
     return listed([quote(name) for name in names], limit)

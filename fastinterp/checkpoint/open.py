@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from fastinterp.checkpoint.names import (
     WEIGHTS,
     listing,
     quote,
+    shell_word,
 )
 from fastinterp.checkpoint.regular_file import Stamp, stamp_of
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
@@ -311,7 +311,7 @@ def _missing(root: Path, index: str, files: Sequence[str], missing: Sequence[str
     for shards in complete_shards(present):
         return (
             f"{message}. The shards {listing(shards)} are all there, so the index is of another set. Remove the index, "
-            f"and they are read without one: `rm {shlex.quote(str(root / index))}`"
+            f"and they are read without one: `rm {shell_word(root / index)}`"
         )
     single = index[: index.index(WEIGHTS)] + WEIGHTS
     if single in present:

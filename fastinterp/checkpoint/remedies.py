@@ -6,13 +6,12 @@ import glob
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastinterp.checkpoint import hub
-from fastinterp.checkpoint.names import SHARD, WEIGHTS
+from fastinterp.checkpoint.names import SHARD, WEIGHTS, shell_word
 from fastinterp.messages import listed
 
 # What trainers save beside the weights.
@@ -28,7 +27,7 @@ _NEVER = "pickled weights are never loaded, because a pickle can run any code"
 
 def python(code: str) -> str:
     """A shell command that runs `code`, in backquotes."""
-    return f"`python -c {shlex.quote(code)}`"
+    return f"`python -c {shell_word(code)}`"
 
 
 def literal(text: object) -> str:
@@ -211,7 +210,7 @@ def dcp_pieces(root: Path) -> str:
 
 def dcp_folder(root: Path) -> str:
     """How a folder of torch.distributed.checkpoint (`.metadata`, `__0_0.distcp`) becomes a file."""
-    join = f"`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(str(root))} NEW.pt`"
+    join = f"`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {shell_word(root)} NEW.pt`"
     return (
         f"the folder is a checkpoint of torch.distributed.checkpoint. Join its files first: {join}; "
         f"then {convert_pickle('NEW.pt', 'NEW.safetensors')}; then name NEW.safetensors"

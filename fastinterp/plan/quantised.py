@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from fastinterp.checkpoint.dequantising import command
 from fastinterp.checkpoint.quantised import QuantisedTensor, declared_method, quantised_in
 from fastinterp.checkpoint.same_bytes import same_bytes
 from fastinterp.checkpoint.sidecar_files import CONFIG
@@ -72,6 +71,8 @@ def _command(model: Model, found: Sequence[QuantisedTensor]) -> str:
     checkpoint = model.checkpoint
     if checkpoint is None:
         return ""
+    from fastinterp.checkpoint.dequantising import command
+
     first = next((q for q in found if q.companions), found[0])
     headers = checkpoint.tensors
     scale = (first.companions[0], headers[first.companions[0]]) if first.companions else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +82,8 @@ def _with_peft(written: str) -> str:
         f"import peft, transformers; peft.PeftModel.from_pretrained({load}, {json.dumps(adapter)})"
         '.merge_and_unload().save_pretrained("NEW")'
     )
+    import shlex  # a recipe without errors does not need it
+
     return f"Of a language model: `python -c {shlex.quote(code)}`; then copy the tokenizer's files to NEW, and name NEW"
 
 
