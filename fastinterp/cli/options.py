@@ -73,7 +73,8 @@ _OUTPUT = (
     click.option(
         "--dtype",
         metavar="NAME",
-        help="Output dtype: float32, bfloat16, ... Default: that of the recipe, else that of the inputs.",
+        help="Output dtype: float32, bfloat16, ... Default: that of the recipe, else that of the inputs, "
+        "or the one that holds all of theirs.",
     ),
     click.option(
         "--rounding",

@@ -85,9 +85,8 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     models = [find_named(first, find, model) for model in first.models]
     origin = find_named(first, find, first.origin)
     refuse_quantised(first, models)
-    files = origin_files(
-        origin.root, origin.source, origin.left_out
-    )  # before any of them is read: changes are noticed from here on
+    # Before any of them is read: changes are noticed from here on.
+    files = origin_files(origin.root, origin.source, origin.left_out)
     aligned = align_models(first, models, origin)
     known = [c.tensors for c in aligned.models]
     sizes = other_sizes(aligned.models, first.base_index)

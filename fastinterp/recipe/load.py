@@ -38,7 +38,8 @@ class Recipe:
                   earlier document, but what its config comes from
     parameters    arguments of the method, if they are the same for every tensor: name -> one value, or a tuple with one
                   per model other than the base; else None: see targets.py
-    dtype         as mergekit's: dtype of the output, unless `out_dtype` says otherwise; None keeps each tensor's own
+    dtype         as mergekit's: dtype of the output, unless `out_dtype` says otherwise; None keeps each tensor's own,
+                  or the one that holds those of all models
     rounding      "nearest" or "stochastic"
     seed          0 .. 2**64 - 1
     fp8_overflow  "saturate" or "nonfinite": what becomes of values beyond the range of an fp8 output
