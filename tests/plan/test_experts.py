@@ -8,13 +8,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
 import transformers
 from safetensors.torch import load_file
 
 import fastinterp
 from fastinterp.errors import ShapeError
-from tests.plan.test_tensor_sets_loaded import TEXT, Tensors, assert_average, averaged, saved
+from tests.plan.test_tensor_sets_loaded import TEXT, Tensors, assert_average, averaged, fused_experts, saved
 
 
 @pytest.mark.slow
@@ -24,13 +23,8 @@ def test_mixtral_of_older_and_newer_names(tmp_path):
     config = transformers.MixtralConfig(**TEXT, num_local_experts=3)
 
     def as_in_memory(tensors: Tensors) -> Tensors:
-        made = {n.replace("block_sparse_moe.", "mlp."): x for n, x in tensors.items() if ".experts." not in n}
-        for layer in range(2):
-            stem = f"model.layers.{layer}.block_sparse_moe.experts"
-            ways = [[tensors[f"{stem}.{e}.{w}.weight"] for w in ("w1", "w3", "w2")] for e in range(3)]
-            made[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = torch.stack([torch.cat(w[:2]) for w in ways])
-            made[f"model.layers.{layer}.mlp.experts.down_proj"] = torch.stack([w[2] for w in ways])
-        return made
+        made = fused_experts(tensors, "block_sparse_moe", ("w1", "w3", "w2"))
+        return {n.replace("block_sparse_moe.", "mlp."): x for n, x in made.items()}
 
     a, b = saved(tmp_path / "a", kind(config), 1), saved(tmp_path / "b", kind(config), 2, as_in_memory)
     plain = saved(tmp_path / "plain", kind(config), 2)

@@ -36,6 +36,21 @@ def saved(folder: Path, model: Any, seed: int, change: Callable[[Tensors], Tenso
     return folder
 
 
+def fused_experts(tensors: Tensors, block: str, ways: tuple[str, str, str]) -> Tensors:
+    """The names and shapes that transformers 5 has in memory: the three experts of each of two layers in two tensors.
+
+    block  of a layer, in which the experts are, one by one
+    ways   names of gate, up and down projection
+    """
+    made = {n: x for n, x in tensors.items() if ".experts." not in n}
+    for layer in range(2):
+        stem = f"model.layers.{layer}.{block}.experts"
+        parts = [[tensors[f"{stem}.{e}.{way}.weight"] for way in ways] for e in range(3)]
+        made[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = torch.stack([torch.cat(p[:2]) for p in parts])
+        made[f"model.layers.{layer}.mlp.experts.down_proj"] = torch.stack([p[2] for p in parts])
+    return made
+
+
 def averaged(tmp_path: Path, a: Path, b: Path, **keys: Any) -> tuple[Path, Any]:
     out = tmp_path / f"out {len(list(tmp_path.glob('out *')))}"
     models = [{"model": str(p), "parameters": {"weight": 0.5}} for p in (a, b)]
@@ -344,14 +359,8 @@ def test_experts_in_one_tensor_and_one_by_one(tmp_path):
     kind = transformers.Qwen3MoeForCausalLM
 
     def fused(tensors: Tensors) -> Tensors:
-        """The names and shapes that transformers 5 has in memory: 2 * 8 rows of 16, so that they are square."""
-        made = {n: x for n, x in tensors.items() if ".experts." not in n}
-        for layer in range(2):
-            stem = f"model.layers.{layer}.mlp.experts"
-            ways = [[tensors[f"{stem}.{e}.{p}_proj.weight"] for p in ("gate", "up", "down")] for e in range(3)]
-            made[f"{stem}.gate_up_proj"] = torch.stack([torch.cat(w[:2]) for w in ways])
-            made[f"{stem}.down_proj"] = torch.stack([w[2] for w in ways])
-        return made
+        """gate_up_proj has 2 * 8 rows of 16, so that it is square."""
+        return fused_experts(tensors, "mlp", ("gate_proj", "up_proj", "down_proj"))
 
     a, b = saved(tmp_path / "a", kind(config), 1), saved(tmp_path / "b", kind(config), 2, fused)
     plain = saved(tmp_path / "plain", kind(config), 2)
