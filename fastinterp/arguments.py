@@ -9,10 +9,10 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-from fastinterp.checkpoint.layout import parse_size
 from fastinterp.errors import FastinterpError, UsageError
 from fastinterp.messages import with_keys_as
 from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
+from fastinterp.output.layout import parse_size
 from fastinterp.recipe.load import CHOICES, Recipe
 
 # Alphas this close to 0 or 1 count as 0 or 1, where a model is copied exactly. numpy.arange(-1, 2, 0.001)[1000] is

@@ -1,1 +1,1 @@
-"""Checkpoints in and out, without tensor arithmetic."""
+"""Checkpoints: files, headers, names; no tensor arithmetic."""

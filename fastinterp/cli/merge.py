@@ -140,7 +140,7 @@ def _weights(out: Path) -> list[Path]:
 @contextmanager
 def resumable(out: Path) -> Iterator[None]:
     """Context manager: if a merge of several processes fails, note the complete files, with which it can be resumed."""
-    from fastinterp.checkpoint.shared_output_folder import journals
+    from fastinterp.output.shared_folder import journals
 
     try:
         yield

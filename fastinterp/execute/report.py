@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from fastinterp.messages import counted, plain, seconds, size
 
 if TYPE_CHECKING:
-    from fastinterp.checkpoint.output_folder import OutFolder
     from fastinterp.execute.jobs.densities import Density
     from fastinterp.execute.jobs.job import Job
     from fastinterp.execute.rounds import DeviceUsage
     from fastinterp.execute.run import Done
+    from fastinterp.output.folder import OutFolder
     from fastinterp.plan.plan import Plan
 
 COPIES = "all tensors are copies"

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
-from fastinterp.checkpoint.output_folder import OutFolder
 from fastinterp.errors import BackendError, OutputError
 from fastinterp.execute.report import Report, report_of
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
+from fastinterp.output.folder import OutFolder
 from fastinterp.plan.plan import Plan
 from fastinterp.recipe.load import Recipe
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastinterp.backends.registry import cpu_threads, maybe_devices
-from fastinterp.checkpoint.layout import OutFile
 from fastinterp.execute.device_choice import choose
 from fastinterp.execute.run import Window, make_window
 from fastinterp.inspect.explain_parameters import parameters_in_force, presets_in_force, symbols
 from fastinterp.inspect.explain_text import as_text
+from fastinterp.output.layout import OutFile
 from fastinterp.plan.inputs import PlannedTensor, TensorInput
 from fastinterp.plan.plan import Plan
 from fastinterp.recipe.load import Recipe

@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple
 
 from fastinterp.arguments import overridden, size_of
 from fastinterp.backends.cpu import Progress
-from fastinterp.checkpoint.model_card import CARD
 from fastinterp.checkpoint.names import names_file
 from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
+from fastinterp.output.model_card import CARD
 from fastinterp.plan.plan import make_plan
 from fastinterp.recipe.load import Recipe
 

@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastinterp.checkpoint.origin_files import missing_code
 from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, json_or_empty, read_config
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import fit, listed
+from fastinterp.output.origin_files import missing_code
 from fastinterp.plan.models import Model
 from fastinterp.plan.tensor_sets import is_recomputed
 from fastinterp.recipe.tensor_groups import HasShape, grouped, why

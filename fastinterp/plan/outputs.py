@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastinterp._version import __version__
-from fastinterp.checkpoint.layout import Layout, joined, make_layout
 from fastinterp.checkpoint.names import listing
 from fastinterp.checkpoint.open import Component
-from fastinterp.checkpoint.stems import MODEL, stem_of
 from fastinterp.errors import UsageError
 from fastinterp.messages import listed
 from fastinterp.ops.combine import NUMERICS, Combine
+from fastinterp.output.layout import Layout, joined, make_layout
+from fastinterp.output.stems import MODEL, stem_of
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
 from fastinterp.recipe.load import Recipe

@@ -16,15 +16,15 @@ from typing import Any
 
 from fastinterp._version import __version__
 from fastinterp.arguments import optional_size, overridden
-from fastinterp.checkpoint.layout import Layout
-from fastinterp.checkpoint.model_card import CARD, model_card
-from fastinterp.checkpoint.origin_files import OriginFiles
 from fastinterp.checkpoint.regular_file import CHANGED, Stamp, stamp_of
 from fastinterp.checkpoint.sidecar_files import content_of, what_differs
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.messages import counted, listed, size
 from fastinterp.ops.combine import MAX_OUTPUTS
 from fastinterp.ops.dtypes import DType
+from fastinterp.output.layout import Layout
+from fastinterp.output.model_card import CARD, model_card
+from fastinterp.output.origin_files import OriginFiles
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Library, Model
 from fastinterp.plan.outputs import Outputs, receipt

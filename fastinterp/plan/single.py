@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 from msgspec.structs import replace
 
-from fastinterp.checkpoint.origin_files import OriginFiles, origin_files
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import listed
+from fastinterp.output.origin_files import OriginFiles, origin_files
 from fastinterp.plan.compatibility import (
     compatibility_warnings,
     component_warnings,

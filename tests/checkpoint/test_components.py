@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 import fastinterp
 from fastinterp.checkpoint.open import open_checkpoint
-from fastinterp.checkpoint.output_folder import OutFolder
 from fastinterp.errors import CheckpointError, OutputError, ShapeError, UsageError
+from fastinterp.output.folder import OutFolder
 from tests.support.written import tree
 
 Arrays = dict[str, np.ndarray]

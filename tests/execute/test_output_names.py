@@ -207,7 +207,7 @@ def test_output_file_that_fails_leaves_nothing(tmp_path, monkeypatch):
             raise OSError(5, "Input/output error")
         real(source, target)
 
-    monkeypatch.setattr("fastinterp.checkpoint.output_folder.os.replace", failing)
+    monkeypatch.setattr("fastinterp.output.folder.os.replace", failing)
     with pytest.raises(OutputError, match="the output cannot be finished"):
         fastinterp.interpolate(a, b, 0.5, tmp_path / "out.safetensors")
     assert tree(tmp_path) == before

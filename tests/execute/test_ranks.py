@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from fastinterp.checkpoint.shared_output_folder import reserved, shared_file, stands
 from fastinterp.errors import BackendError
 from fastinterp.execute.distributed.peers import Rank, first_host, started
+from fastinterp.output.shared_folder import reserved, shared_file, stands
 from tests.support.models import layers, save
 from tests.support.written import tree
 

@@ -13,10 +13,10 @@ import yaml
 from click.testing import CliRunner
 
 import fastinterp
-from fastinterp.checkpoint.output_folder import OutFolder
 from fastinterp.cli import commands
 from fastinterp.errors import MethodError, OutputError, UsageError
 from fastinterp.execute import to_files
+from fastinterp.output.folder import OutFolder
 from fastinterp.torch_models.load import allocate
 from tests.support.checkpoints import Tensor, assert_same, family, read, saved, write
 from tests.support.written import tree

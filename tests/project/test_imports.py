@@ -24,7 +24,7 @@ SOURCES = sorted({*(ROOT / "fastinterp").rglob("*.py"), *(ROOT / "fastinterp" / 
 # ops/ that is not named here belongs to `ops`. Parts that import nothing but themselves are leaves.
 LEAVES = {"errors", "messages", "_version"}
 CONTRACT = {"ops", "ops.steps"}
-PLANNING = LEAVES | CONTRACT | {"arguments", "recipe", "methods", "checkpoint", "tokenizer"}
+PLANNING = LEAVES | CONTRACT | {"arguments", "recipe", "methods", "checkpoint", "output", "tokenizer"}
 RUNNING = PLANNING | {"plan", "backends", "execute"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -40,8 +40,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": LEAVES | CONTRACT,
     "recipe": LEAVES | CONTRACT | {"methods"},
     "checkpoint": LEAVES | CONTRACT,
+    "output": LEAVES | CONTRACT | {"checkpoint"},
     "tokenizer": LEAVES | CONTRACT | {"checkpoint"},
-    "arguments": LEAVES | CONTRACT | {"checkpoint", "recipe"},
+    "arguments": LEAVES | CONTRACT | {"checkpoint", "output", "recipe"},
     "plan": PLANNING,
     "execute": PLANNING | {"plan", "backends", "reference"},
     "inspect": RUNNING,
@@ -58,7 +59,7 @@ TOP = {"", "api", "cli", "__main__", "system.doctor", "system", "bench", "integr
 # What takes long to load, and which parts of the package a merge from the command line goes through.
 HEAVY = {"torch", "numpy", "rich", "huggingface_hub", "transformers", "triton", "safetensors", "pydantic", "asyncio"}
 MERGE_PATH = {"", "api", "arguments", "cli", "__main__", "_version", "errors", "messages", "methods", "recipe"}
-MERGE_PATH |= {"ops", "checkpoint", "tokenizer", "plan", "execute"}
+MERGE_PATH |= {"ops", "checkpoint", "output", "tokenizer", "plan", "execute"}
 
 # The same for csrc/: a file (or pattern) and the files of csrc/ that it may include.
 MAY_INCLUDE: dict[str, set[str]] = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fastinterp.checkpoint.layout import make_layout
-from fastinterp.checkpoint.output_folder import OutFolder
 from fastinterp.ops.dtypes import F32
+from fastinterp.output.folder import OutFolder
+from fastinterp.output.layout import make_layout
 
 GB = 10**9
 

@@ -22,15 +22,6 @@ from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.names import names_file
-from fastinterp.checkpoint.output_folder import OutFolder
-from fastinterp.checkpoint.shared_output_folder import (
-    SharedFolder,
-    read_journal,
-    reserved,
-    shared_file,
-    stands,
-    write_journal,
-)
 from fastinterp.errors import RankError
 from fastinterp.execute.distributed.peers import Peers, Rank
 from fastinterp.execute.jobs.densities import Density
@@ -40,6 +31,15 @@ from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
 from fastinterp.execute.to_files import devices_for, finish, write_small_files
 from fastinterp.messages import counted
+from fastinterp.output.folder import OutFolder
+from fastinterp.output.shared_folder import (
+    SharedFolder,
+    read_journal,
+    reserved,
+    shared_file,
+    stands,
+    write_journal,
+)
 from fastinterp.plan.plan import Plan, Source, plan_recipe
 
 _POLL_S = 0.05  # between polls of what the other ranks have finished

@@ -12,10 +12,10 @@ from safetensors.numpy import save_file
 
 import fastinterp
 from fastinterp.checkpoint.open import open_checkpoint
-from fastinterp.checkpoint.origin_files import OriginFiles, origin_files
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.execute.run import run
+from fastinterp.output.origin_files import OriginFiles, origin_files
 from tests.support.written import tree
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from fastinterp.checkpoint.open import open_checkpoint
-from fastinterp.checkpoint.output_folder import OutFolder
 from fastinterp.errors import CheckpointError, OutputError
+from fastinterp.output.folder import OutFolder
 from tests.support.written import GB, checkpoint, tree, write
 
 STEPS = 24  # more renames and removals than any case below needs
@@ -23,7 +23,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[3])
 from tests.support.written import write
-from fastinterp.checkpoint import output_folder as folder
+from fastinterp.output import folder as folder
 
 class Os:  # the module's os, whose renames and removals count; after `left` of them the process dies
     def __getattr__(self, name):
@@ -165,7 +165,7 @@ def commit_failing(folder: Path, new: int, failing: Failing, monkeypatch, *, dur
     with monkeypatch.context() as patch:
         try:
             with OutFolder(folder, [], force=True, durable=durable) as out:
-                patch.setattr("fastinterp.checkpoint.output_folder.os", failing)
+                patch.setattr("fastinterp.output.folder.os", failing)
                 write(out, limit=new)
         except (OutputError, KeyboardInterrupt) as error:
             return str(error)
@@ -262,7 +262,7 @@ def test_order_of_the_finish(tmp_path, monkeypatch):
         return call
 
     for kind in ("replace", "unlink"):
-        monkeypatch.setattr(f"fastinterp.checkpoint.output_folder.os.{kind}", logged(kind))
+        monkeypatch.setattr(f"fastinterp.output.folder.os.{kind}", logged(kind))
     shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     with OutFolder(folder, [], force=True) as out:
         write(out, limit=16)
@@ -296,8 +296,8 @@ def test_durable_syncs_before_renaming(tmp_path, monkeypatch):
         return fd
 
     for kind in ("fsync", "replace", "unlink"):
-        monkeypatch.setattr(f"fastinterp.checkpoint.output_folder.os.{kind}", note(kind))
-    monkeypatch.setattr("fastinterp.checkpoint.output_folder.os.open", opened)
+        monkeypatch.setattr(f"fastinterp.output.folder.os.{kind}", note(kind))
+    monkeypatch.setattr("fastinterp.output.folder.os.open", opened)
     with OutFolder(tmp_path / "out", [], durable=True) as out:
         write(out)
     kinds = [k for k, _ in log]
@@ -325,7 +325,7 @@ def test_failing_sync_after_the_last_name_keeps_both(tmp_path, monkeypatch):
             raise OSError(5, "Input/output error")
         real(fd)
 
-    monkeypatch.setattr("fastinterp.checkpoint.output_folder.os.fsync", fsync)
+    monkeypatch.setattr("fastinterp.output.folder.os.fsync", fsync)
     with (
         pytest.raises(OutputError, match=r"the output is complete, but its finish failed: Input/output error\. What"),
         OutFolder(folder, [], durable=True, force=True) as out,

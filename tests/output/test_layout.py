@@ -10,13 +10,13 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from fastinterp.checkpoint.layout import ALIGN, make_layout, parse_size
-from fastinterp.checkpoint.model_card import model_card
 from fastinterp.checkpoint.open import open_checkpoint
-from fastinterp.checkpoint.origin_files import origin_files
 from fastinterp.checkpoint.sidecar_files import is_sidecar, read_config, with_dtype
 from fastinterp.errors import CheckpointError, OutputError, UsageError
 from fastinterp.ops.dtypes import BF16, DTYPES, F8_E4M3, F16, F32, F64
+from fastinterp.output.layout import ALIGN, make_layout, parse_size
+from fastinterp.output.model_card import model_card
+from fastinterp.output.origin_files import origin_files
 
 U8, I64, F4 = DTYPES["U8"], DTYPES["I64"], DTYPES["F4"]
 GB = 10**9

@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from fastinterp.checkpoint.names import quote
-from fastinterp.checkpoint.output_folder import SHARED, OutFolder
-from fastinterp.checkpoint.output_names import hidden, place_of
 from fastinterp.checkpoint.regular_file import fsync, read_regular
 from fastinterp.errors import OutputError
+from fastinterp.output.folder import SHARED, OutFolder
+from fastinterp.output.names import hidden, place_of
 
 
 class SharedFolder(OutFolder):

@@ -15,8 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from fastinterp.checkpoint.open import open_checkpoint
-from fastinterp.checkpoint.output_folder import OutFolder
 from fastinterp.errors import CheckpointError, OutputError
+from fastinterp.output.folder import OutFolder
 from tests.support.written import checkpoint, tree, write
 
 
@@ -158,7 +158,7 @@ def test_no_space_left(tmp_path, monkeypatch):
     message = refused(tmp_path / "new" / "out", needed=10**18)
     assert "not enough space: the output takes 1000000000000000000 bytes (1000000000.00 GB), but " in message
     disk = SimpleNamespace(f_bavail=5, f_frsize=4096, f_blocks=100)
-    monkeypatch.setattr("fastinterp.checkpoint.output_folder.os.statvfs", lambda _: disk)
+    monkeypatch.setattr("fastinterp.output.folder.os.statvfs", lambda _: disk)
     assert "takes 20481 bytes (20.48 KB), but 20480 (20.48 KB) are free" in refused(
         tmp_path / "new" / "out", needed=20481
     )
@@ -173,7 +173,7 @@ def test_no_space_left(tmp_path, monkeypatch):
 READ_ONLY = """
 import os, sys
 from fastinterp.errors import OutputError
-from fastinterp.checkpoint.output_folder import OutFolder
+from fastinterp.output.folder import OutFolder
 if os.getuid() == 0:  # root may write everywhere; nobody may not
     os.setgroups([]), os.setgid(65534), os.setuid(65534)
 for path in sys.argv[1:]:

@@ -11,8 +11,8 @@ from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import ANY_INDEX, PICKLES, SHARD, TEMPLATES, WEIGHTS
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import is_sidecar
-from fastinterp.checkpoint.stems import is_known
 from fastinterp.errors import CheckpointError
+from fastinterp.output.stems import is_known
 
 
 def old_checkpoint(root: Path, present: Sequence[str], new: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -21,10 +21,10 @@ from pathlib import Path
 from types import TracebackType
 
 from fastinterp.checkpoint.names import ASIDE, PUT_BACK, TEMPLATES, is_relative, listing, quote
-from fastinterp.checkpoint.old_checkpoint import alive, identities, identity, old_checkpoint
-from fastinterp.checkpoint.output_names import hidden, place_of, rank, subfolders
 from fastinterp.checkpoint.regular_file import fsync, read_regular
 from fastinterp.errors import OutputError
+from fastinterp.output.names import hidden, place_of, rank, subfolders
+from fastinterp.output.old_checkpoint import alive, identities, identity, old_checkpoint
 
 _PARTIAL = re.compile(r"\..+\.partial-(?P<pid>\d+)-(?P<host>[0-9a-f]{8})-[0-9a-f]{12}", re.DOTALL)
 SHARED = "ffffffff"  # in the place of a host: what several processes write together (shared_output_folder.py)

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from fastinterp.checkpoint.open import open_checkpoint
-from fastinterp.checkpoint.output_folder import OutFolder
 from fastinterp.errors import OutputError
+from fastinterp.output.folder import OutFolder
 from tests.support.written import GB, checkpoint, tree, write
 
 
@@ -69,7 +69,7 @@ def test_failing_rename_leaves_nothing(tmp_path, monkeypatch):
             raise OSError(5, "Input/output error")
         real(source, target)
 
-    monkeypatch.setattr("fastinterp.checkpoint.output_folder.os.replace", failing)
+    monkeypatch.setattr("fastinterp.output.folder.os.replace", failing)
     with pytest.raises(OutputError, match="the output cannot be finished: Input/output error"):  # noqa: SIM117
         with OutFolder(tmp_path / "out", []) as out:
             write(out, limit=16)
@@ -78,7 +78,7 @@ def test_failing_rename_leaves_nothing(tmp_path, monkeypatch):
 
 def test_planted_temporary_is_not_opened(tmp_path, monkeypatch):
     """Who guesses a temporary name and puts a link there does not get another file overwritten."""
-    monkeypatch.setattr("fastinterp.checkpoint.output_folder.os.urandom", bytes)
+    monkeypatch.setattr("fastinterp.output.folder.os.urandom", bytes)
     (tmp_path / "precious").write_text("precious")
     with OutFolder(tmp_path / "out", []) as out:
         ending = out.temp("x").name.removeprefix(".x")

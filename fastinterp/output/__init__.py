@@ -1,0 +1,1 @@
+"""Output folders: their files, and how they are written."""
