@@ -1,7 +1,7 @@
 """Encoded tensors: which tensors of a checkpoint are codes, and what they are when decoded. One reader per format.
 
 A format is a reader here, which looks at headers and small descriptions only; a decoder in csrc/decoders/, with its row
-in csrc/decoder.cpp; and that decoder's definition in reference/decode.py. Nothing else knows of it: plans see float32
+in table.cpp there; and that decoder's definition in reference/decode.py. Nothing else knows of it: plans see float32
 tensors.
 """
 

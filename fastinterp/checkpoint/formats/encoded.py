@@ -24,7 +24,7 @@ class EncodedTensor(msgspec.Struct, frozen=True):
     codes       where the codes lie; decoders read a row after the other, as the numbers follow each other
     companions  where scales and the like lie, in the order in which the decoder takes them. They are no tensors of the
                 model any more
-    decoder     its name in csrc/decoder.cpp and reference/decode.py
+    decoder     its name in csrc/decoders/ and reference/decode.py
     parameters  numbers that it takes: block sizes, say
     kept_dtype  the dtype of an output tensor that keeps this one's
     activations  scales of what is multiplied with it: they mean nothing where it is numbers, and are no tensors of the

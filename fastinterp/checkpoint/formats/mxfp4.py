@@ -3,8 +3,8 @@
     number = E2M1 * 2^(s - 127)
 
 Written as `X_blocks` [..., groups, 16] and `X_scales` [..., groups] by gpt-oss, whose numbers X have the last two
-dimensions the other way round, as transformers loads them; as `P.weight_packed` [rows, columns/2] and `P.weight_scale` [rows,
-columns/32] by compressed-tensors; and under the names of fp8 codes, as bytes, in DeepSeek's checkpoints.
+dimensions the other way round, as transformers loads them; as `P.weight_packed` [rows, columns/2] and `P.weight_scale`
+[rows, columns/32] by compressed-tensors; and under the names of fp8 codes, as bytes, in DeepSeek's checkpoints.
 """
 
 from __future__ import annotations
