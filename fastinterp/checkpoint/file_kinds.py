@@ -4,26 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from fastinterp.checkpoint import header
-from fastinterp.checkpoint.header import Entry
-from fastinterp.checkpoint.names import WEIGHTS
+from fastinterp.checkpoint.header import FileHeader
+from fastinterp.checkpoint.names import PICKLES, WEIGHTS
 from fastinterp.errors import CheckpointError
-
-
-class FileHeader(NamedTuple):
-    """What a file of weights says without its data.
-
-    entries   its tensors, in the order of their offsets
-    metadata  strings by key
-    remarks   what was decided when it was read, for people
-    """
-
-    entries: list[Entry]
-    metadata: dict[str, str]
-    remarks: tuple[str, ...] = ()
-
 
 # Takes the path and its index in Checkpoint.files, which becomes Entry.file. Raises: CheckpointError, naming file and
 # tensor, if the file cannot be read or breaks its format in any way.
@@ -34,8 +19,14 @@ def _safetensors(path: Path, number: int) -> FileHeader:
     return FileHeader(*header.read_header(path, number))
 
 
+def _pytorch(path: Path, number: int) -> FileHeader:
+    from fastinterp.checkpoint.pytorch.file import read_header
+
+    return read_header(path, number)
+
+
 # By suffix. A new kind of file adds its row; its module is imported when a file of it is read.
-KINDS: dict[str, HeaderReader] = {WEIGHTS: _safetensors}
+KINDS: dict[str, HeaderReader] = {WEIGHTS: _safetensors, **dict.fromkeys(PICKLES, _pytorch)}
 
 
 def read_header(path: Path, number: int) -> FileHeader:

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from operator import attrgetter
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import msgspec
 
@@ -68,6 +68,19 @@ class Entry(msgspec.Struct, frozen=True):
         return math.prod(self.shape)
 
 
+class FileHeader(NamedTuple):
+    """What a file of weights says without its data.
+
+    entries   its tensors, in the order of their offsets
+    metadata  strings by key
+    remarks   what was decided when it was read, for people
+    """
+
+    entries: list[Entry]
+    metadata: dict[str, str]
+    remarks: tuple[str, ...] = ()
+
+
 def read_header(path: str | os.PathLike[str], file_index: int = 0) -> tuple[list[Entry], dict[str, str]]:
     """The tensors of the safetensors file at `path`, in the order of their offsets, and its metadata.
 
@@ -97,7 +110,7 @@ def _read_json(file: str) -> tuple[bytes, int]:
             what = f"a safetensors file has at least 8 bytes, this one has {size}" if size else "the file is empty"
             raise CheckpointError(f"{what}. Download or copy it again", file=file)
         first = _read_exactly(fd, 8, file)
-        if b"<" in first and _is_markup(os.pread(fd, 64, 0)):
+        if b"<" in first and is_markup(os.pread(fd, 64, 0)):
             raise CheckpointError(
                 "this is a web page (HTML or XML), not the file: a download failed, or needs a login. Download it "
                 "again",
@@ -127,7 +140,7 @@ def _read_json(file: str) -> tuple[bytes, int]:
         os.close(fd)
 
 
-def _is_markup(start: bytes) -> bool:
+def is_markup(start: bytes) -> bool:
     """Whether a file that begins so is HTML or XML."""
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     return text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<error", b"<!--"))

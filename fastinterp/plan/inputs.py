@@ -1,8 +1,8 @@
 """Inputs of output tensors: an interface, and one class for each kind.
 
 `TensorInput` is all that planning, running and reporting know of an input. Kinds: a tensor that a file holds, as it is
-or as codes that a decoder turns into float32 (`StoredInput`); one that Python converts first (`ConvertedInput`); rows that
-come from several places (`GatheredInput`); a tensor of a document above, which is in no file
+or as codes that a decoder turns into float32 (`StoredInput`); one that Python converts first (`ConvertedInput`); rows
+that come from several places (`GatheredInput`); a tensor of a document above, which is in no file
 (`IntermediateInput`). `PlannedTensor` is what is made of them.
 """
 
