@@ -151,6 +151,7 @@ class StoredInput(TensorInput, frozen=True, eq=False):
 
     encoding   None: its bytes are elements of `dtype`. Else they are codes, and dtype is F32
     low_rank   None: no adapter changes it. Else dtype is F32, whatever its bytes are
+    kept       the dtype of an output tensor that keeps this one's, if that is not its own
     factor     whether it belongs to an adapter that is built into its model: a factor of a product
     """
 
@@ -160,6 +161,7 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     quantised: str = ""
     factor: bool = False
     low_rank: LowRankInput | None = None
+    kept: DType | None = None
 
     @property
     def key(self) -> Hashable:
@@ -184,8 +186,8 @@ class StoredInput(TensorInput, frozen=True, eq=False):
 
     @property
     def kept_dtype(self) -> DType:
-        if self.low_rank is not None:
-            return self.low_rank.kept
+        if self.kept is not None:
+            return self.kept
         return self.dtype if self.encoding is None else self.encoding.kept_dtype
 
     @property
