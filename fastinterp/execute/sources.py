@@ -13,6 +13,7 @@ from fastinterp.backends.cpu import cached_fraction
 from fastinterp.checkpoint.open import changed_since
 from fastinterp.checkpoint.regular_file import write_all
 from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.execute.scales import refuse_scales
 from fastinterp.ops.dtypes import F32
 from fastinterp.ops.steps import Decoder, Factor, Gathered, LowRank, Operand, Product, ReplacedRows, Stored
 from fastinterp.plan.inputs import ConvertedInput, GatheredInput, IntermediateInput, StoredInput, TensorInput
@@ -74,6 +75,8 @@ class Sources:
         added = None if tensor.low_rank is None else self._low_rank(tensor.low_rank)
         if encoding is None:
             return Stored(number, tensor.start, code, low_rank=added)
+        with storage(tensor.path):
+            refuse_scales(tensor, encoding.companions, [self.fds[self._number[c.path]] for c in encoding.companions])
         columns = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.numel
         companions = tuple((self._number[c.path], c.start, c.nbytes) for c in encoding.companions)
         decoder = Decoder(encoding.decoder, columns, companions, encoding.parameters)

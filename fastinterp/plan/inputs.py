@@ -80,6 +80,11 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         return ""
 
     @property
+    def decoded(self) -> bool:
+        """Whether its numbers are decoded from codes, so that no dtype is its own."""
+        return False
+
+    @property
     def merges(self) -> bool:
         """Whether its elements are numbers that can be averaged. If not, it is copied, and equal in all models."""
         return self.dtype.merges and not self.quantised
@@ -187,6 +192,10 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     def describe(self) -> str:
         text = f"{self.dtype if self.low_rank is None else self.low_rank.stored} {list(self.shape)}"
         return text if self.encoding is None else f"{text} ({self.encoding.stored} with {self.encoding.decoder})"
+
+    @property
+    def decoded(self) -> bool:
+        return self.encoding is not None
 
     @property
     def kept_dtype(self) -> DType:
