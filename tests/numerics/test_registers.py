@@ -1,4 +1,4 @@
-"""Sums in one pass over registers: the bytes and counts of the tiles, where numbers are about to have no finite code."""
+"""Sums in one pass over registers: the bytes and counts of the tiles, up to the edges of every dtype."""
 
 from __future__ import annotations
 
