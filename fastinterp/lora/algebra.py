@@ -51,6 +51,12 @@ def singular(b: Any, a: Any, linalg: Any = np.linalg) -> tuple[Any, Any, Any]:
     return left @ u, s, v @ right.T
 
 
+def norm_of_product(b: Array, a: Array) -> float:
+    """The Frobenius norm of b @ a, in float64, without making it."""
+    left, right = (np.linalg.qr(x.astype(np.float64))[1] for x in (b, a.T))
+    return float(np.linalg.norm(left @ right.T))
+
+
 def balanced(u: Array, s: Array, v: Array, rank: int) -> tuple[Array, Array]:
     """(B, A) of the first `rank` singular values: both have their roots, so that neither is much larger than the other.
 

@@ -39,7 +39,7 @@ from fastinterp.lora.algebra import (
 from fastinterp.lora.parts import HasShape, Parts, divide, is_transposed, modules_of
 from fastinterp.lora.peft_rules import modules_to_save, target_modules
 from fastinterp.lora.report import AdapterReport, FactorisedModule
-from fastinterp.lora.tensors import TensorReader
+from fastinterp.lora.tensors import COPY, TensorReader
 from fastinterp.messages import counted
 from fastinterp.ops.combine import Row, philox_key
 from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
@@ -102,6 +102,12 @@ def extract_lora(
         norms = _norms(plan, inputs, reader, _part(progress, 0, total))
         config = json_or_empty(plan.checkpoints[0].root / CONFIG)
         parts = divide(_shapes(plan), norms.keys(), config, whole=whole_modules)
+        if not parts.factors:
+            raise CheckpointError(
+                f"no weight of a linear layer or convolution differs from the base's, but {listing(norms)}: there is "
+                "nothing for factors, and peft has no adapter without them",
+                file=names[1],
+            )
         left_out = _left_out(parts, norms, whole=whole_modules)
         run = _Extraction(plan, inputs, parts, norms, config, how, reader)
         folder = stack.enter_context(
@@ -115,7 +121,7 @@ def extract_lora(
         folder.commit()
     return AdapterReport(
         folder.name, modules, tuple(parts.saved), left_out, False, total, written, time.perf_counter() - start,
-        (*plan.remarks, *run.remarks()), (*plan.warnings, *_warnings(modules, left_out)),
+        (*plan.remarks, *run.remarks()), (*plan.warnings, *_warnings(left_out)),
     )  # fmt: skip
 
 
@@ -273,7 +279,9 @@ class _Extraction:
         for name, tensor in tensors:
             offset = writer.place(name, _kept(tensor), tensor.shape)
             if tensor.numel:
-                self._reader.write(tensor, _kept(tensor), writer.fd, offset, writer.path)
+                self._reader.write(
+                    [tensor], COPY if tensor.merges else None, _kept(tensor), writer.fd, offset, writer.path
+                )
 
     def _factorise(self, module: str, writer: AdapterWriter) -> FactorisedModule:
         name, how, shape = f"{module}.weight", self._how, self._shape(module)
@@ -359,11 +367,9 @@ def _card(names: tuple[str, str], how: _How, modules: Sequence[FactorisedModule]
     return model_card(base, text)
 
 
-def _warnings(modules: Sequence[FactorisedModule], left_out: Sequence[str]) -> list[str]:
+def _warnings(left_out: Sequence[str]) -> list[str]:
     warnings = []
     if left_out:
         verb = "differs, and is" if len(left_out) == 1 else "differ, and are"
         warnings.append(f"{counted(len(left_out), 'tensor')} {verb} not in the adapter: {listing(left_out)}")
-    if not modules:
-        warnings.append("no weight of a linear layer or convolution differs: the adapter has no factors")
     return warnings

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastinterp.backends.cpu import Handle, Progress, Pump, PumpOptions, survey, watch
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.errors import OutputError
+from fastinterp.errors import OutputError, ShapeError
 from fastinterp.execute.jobs.tensor_io import TensorIO
 from fastinterp.execute.sources import Sources, remedy
 from fastinterp.lora.algebra import Array
@@ -47,13 +47,16 @@ class TensorReader:
             self._run(inputs, (row,), F32, ("memory", out.ctypes.data, out.nbytes), 0, Path("memory"))
         return out
 
-    def write(self, tensor: TensorInput, dtype: DType, fd: int, offset: int, path: Path) -> None:
-        """Write a tensor to a place in a file: as elements of `dtype`; its bytes as they are, if it is no number.
+    def write(
+        self, inputs: Sequence[TensorInput], row: Row | None, dtype: DType, fd: int, offset: int, path: Path
+    ) -> None:
+        """Write a tensor to a place in a file.
 
+        row   a weighted sum of the inputs, rounded to `dtype`; None: the bytes of the first input, if all have the same
         path  of the file, for messages
-        Raises: OutputError.
+        Raises: OutputError; ShapeError, if bytes differ.
         """
-        self._run([tensor], (Row(0),) if tensor.merges else (), dtype, fd, offset, path)
+        self._run(inputs, () if row is None else (row,), dtype, fd, offset, path)
 
     def measured(self, pairs: Sequence[Sequence[TensorInput]], progress: Progress | None = None) -> list[Answer]:
         """Of each pair the sums of `Measure` (ops/steps.py): deltas from the first."""
@@ -95,5 +98,11 @@ class TensorReader:
         if error is not None and error[0] == "write":
             code = error[2]
             raise OutputError(f"{path}: {os.strerror(code)}, writing at {error[3]}{remedy(code)}")
+        if error is not None and error[0] == "differs":
+            raise ShapeError(
+                f"{inputs[0].name} is not the same in all adapters, and their weights do not add up to 1: without the "
+                "base its sum is not known",
+                tensor=inputs[0].name,
+            )
         if error is not None:
             raise self._sources.explained(error)
