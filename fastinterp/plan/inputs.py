@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import DType
+from fastinterp.plan.low_rank import LowRankInput
 from fastinterp.tokenizer.embedding_rows import RowMap
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     """A tensor in one file, from byte `start` on.
 
     encoding   None: its bytes are elements of `dtype`. Else they are codes, and dtype is F32
+    low_rank   None: no adapter changes it. Else dtype is F32, whatever its bytes are
     factor     whether it belongs to an adapter that is built into its model: a factor of a product
     """
 
@@ -157,29 +159,33 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     encoding: Encoding | None = None
     quantised: str = ""
     factor: bool = False
+    low_rank: LowRankInput | None = None
 
     @property
     def key(self) -> Hashable:
+        added = None if self.low_rank is None else self.low_rank.key
         if self.encoding is None:
-            return self.path, self.start, self.nbytes, self.dtype.name
+            return self.path, self.start, self.nbytes, self.dtype.name, added
         companions = tuple(companion.key for companion in self.encoding.companions)
-        return self.path, self.start, self.nbytes, self.encoding.decoder, self.encoding.parameters, companions
+        return self.path, self.start, self.nbytes, self.encoding.decoder, self.encoding.parameters, companions, added
 
     @property
     def files(self) -> tuple[Path, ...]:
-        if self.encoding is None:
-            return (self.path,)
-        return tuple(dict.fromkeys((self.path, *(companion.path for companion in self.encoding.companions))))
+        companions = () if self.encoding is None else self.encoding.companions
+        added = () if self.low_rank is None else self.low_rank.tensors
+        return tuple(dict.fromkeys((self.path, *(tensor.path for tensor in (*companions, *added)))))
 
     def open(self, files: OpenFiles) -> Operand:
         return files.stored(self)
 
     def describe(self) -> str:
-        text = f"{self.dtype} {list(self.shape)}"
+        text = f"{self.dtype if self.low_rank is None else self.low_rank.stored} {list(self.shape)}"
         return text if self.encoding is None else f"{text} ({self.encoding.stored} with {self.encoding.decoder})"
 
     @property
     def kept_dtype(self) -> DType:
+        if self.low_rank is not None:
+            return self.low_rank.kept
         return self.dtype if self.encoding is None else self.encoding.kept_dtype
 
     @property
@@ -188,7 +194,7 @@ class StoredInput(TensorInput, frozen=True, eq=False):
 
     @property
     def plain(self) -> StoredInput | None:
-        return self if self.encoding is None else None
+        return self if self.encoding is None and self.low_rank is None else None
 
 
 class GatheredInput(TensorInput, frozen=True, eq=False):

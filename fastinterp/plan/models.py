@@ -26,6 +26,7 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     checkpoint  what it was opened from; None: a document above makes it
     origin      if a document above makes it, the checkpoint from which it has its configuration and the names of files
     left_out    and those of that checkpoint's files which are not in `root`: reason -> names
+    warnings    about it and its adapters
     """
 
     name: str
@@ -34,6 +35,7 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     checkpoint: Checkpoint | None = None
     origin: Checkpoint | None = None
     left_out: Mapping[str, tuple[str, ...]] = {}
+    warnings: tuple[str, ...] = ()
 
     @property
     def source(self) -> Checkpoint | None:
@@ -64,7 +66,7 @@ class Library:
             raise self._errors[model]
         if model not in self._opened:
             try:
-                self._opened[model] = open_model(str(model))
+                self._opened[model] = open_model(model)
             except (CheckpointError, StorageError) as error:
                 self._errors[model] = error
                 raise
@@ -75,12 +77,20 @@ class Library:
         return tuple(self._opened.values())
 
 
-def open_model(name: str) -> Model:
-    """The model called `name`. Raises: CheckpointError, as open_checkpoint does, and for an adapter."""
-    checkpoint = open_checkpoint(name)
+def open_model(name: str | ModelRef) -> Model:
+    """The model called `name`, with its adapters. Raises: CheckpointError, as open_checkpoint does, for an adapter
+    alone, and for one that does not fit.
+    """
+    ref = ModelRef.of(name) if isinstance(name, str) else name
+    checkpoint = open_checkpoint(ref.name)
     if checkpoint.adapter is not None:
         refuse_adapter(checkpoint)
-    return model_of(checkpoint)
+    model = model_of(checkpoint)
+    if ref.adapters:
+        from fastinterp.plan.adapters import with_adapters  # few recipes have any
+
+        model = with_adapters(model, ref)
+    return model
 
 
 def model_of(checkpoint: Checkpoint) -> Model:
