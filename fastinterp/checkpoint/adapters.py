@@ -249,6 +249,8 @@ def refusal(name: str, root: Path, adapter: Adapter, tensors: Mapping[str, Entry
     base = adapter.config.get("base_model_name_or_path")
     to = f" to {quote(base)}" if isinstance(base, str) and base else ""
     what = f"this is {_article(adapter.kind)} adapter{to}, not a whole model, and adapters are not merged. "
+    if not unmergeable(adapter):
+        what += "With each other they are, into an adapter: write `out: lora` in the recipe. "
     if adapter.style == "peft":
         return what + _with_peft(
             name if Path(name).is_dir() or not Path(name).exists() else str(root), adapter, tensors

@@ -98,6 +98,10 @@ class ModelRef(msgspec.Struct, frozen=True, eq=False):
         return "+".join((*map(os.path.normpath, parts), *scales))
 
 
+# The base of adapters that are merged with each other, which is not read: their changes of it are zero there.
+UNCHANGED = ModelRef("the base, unchanged")
+
+
 def model_ref(document: Document, written: str | Reference, path: str) -> ModelRef:
     """The model that a recipe names at `path`, by its text form or by the long form `{model: ..., lora: ...}`.
 
