@@ -21,6 +21,7 @@ from fastinterp.checkpoint.formats.encoded import (
     start_of,
 )
 from fastinterp.checkpoint.formats.names import is_unread, scales_of, tensor_of
+from fastinterp.checkpoint.formats.said import said_of
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint
 
@@ -31,10 +32,11 @@ _BLOCKS, _SCALES = "_blocks", "_scales"
 
 def read(checkpoint: Checkpoint) -> Iterator[EncodedTensor]:
     """The MXFP4 tensors of a checkpoint."""
-    for _, entries in candidates(checkpoint, ("U8", "I8")):
+    for part, entries in candidates(checkpoint, ("U8", "I8")):
         transposed = any(
             e.name.endswith(_BLOCKS) and e.name.removesuffix(_BLOCKS) + _SCALES in checkpoint.tensors for e in entries
         )
+        transposed = transposed or said_of(part).method == "mxfp4"
         for codes in entries:
             if codes.name.endswith(_BLOCKS) and codes.dtype.name == "U8":
                 if transposed and len(codes.shape) > 2 and codes.shape[-1] == GROUP // 2:
