@@ -149,7 +149,7 @@ def test_mxfp4_of_experts(tmp_path: Path):
     tensors = open_model(saved(tmp_path, layout, said("mxfp4"))).tensors
     assert sorted(tensors) == ["experts.down_proj", "experts.down_proj_bias"]
     assert tensors["experts.down_proj"].shape == (2, 96, 8)
-    assert parameters(str(tmp_path), "experts.down_proj") == ("mxfp4_transposed", ())
+    assert parameters(str(tmp_path), "experts.down_proj") == ("mxfp4_transposed", (96,))
 
 
 def test_scales_of_activations_are_left_out(tmp_path: Path):

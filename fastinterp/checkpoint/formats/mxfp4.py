@@ -55,7 +55,9 @@ def _transposed(checkpoint: Checkpoint, codes: Entry) -> EncodedTensor:
     if scale.shape != (*lead, rows, groups):
         raise misshapen(checkpoint, scale, codes, f"{[*lead, rows, groups]}, one for each 16 bytes")
     shape = (*lead, groups * GROUP, rows)
-    return tensor_of(checkpoint, codes, [scale], "mxfp4_transposed", name=name, shape=shape, format="MXFP4")
+    return tensor_of(
+        checkpoint, codes, [scale], "mxfp4_transposed", shape[-2:-1], name=name, shape=shape, format="MXFP4"
+    )
 
 
 def _packed(checkpoint: Checkpoint, codes: Entry) -> Iterator[EncodedTensor]:
