@@ -13,8 +13,8 @@ _GROUPS = {"mxfp4": 32, "nvfp4": 16}  # numbers that have one scale of a byte
 def rows_of(tensor: StoredInput, first: int, count: int, name: str = "") -> StoredInput | None:
     """Rows [first, first + count) of an encoded tensor, all dimensions but the last taken as one: [count, columns].
 
-    None, if they are not stored behind each other: they begin or end within blocks of rows that have one scale or are
-    packed together, or products of an adapter are added to them.
+    None, if they are not stored behind each other: they begin within blocks of rows that have one scale, or are packed
+    together, or products of an adapter are added to them.
     """
     encoding = tensor.encoding
     if encoding is None or tensor.low_rank is not None or not tensor.numel:
@@ -67,7 +67,7 @@ def _scales(parameters: list[float], columns: int, first: int, count: int) -> tu
     matrix, row = divmod(first, rows)
     if row + count > rows:  # of several matrices: whole ones
         return (matrix * per_matrix, count // rows * per_matrix, rows) if row == count % rows == 0 else None
-    if row % block_rows or (count % block_rows and row + count < rows):
+    if row % block_rows and row // block_rows != (row + count - 1) // block_rows:
         return None
     start = matrix * per_matrix + row // block_rows * per_row
     return start, -(-count // block_rows) * per_row, count
