@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from fastinterp.plan.inputs import StoredInput
 
 _SCALE_BYTES = (4, 2, 2, 1)  # by the first parameter of the decoders of scaled codes
+_TILE_ROWS = 128
 _GROUPS = {"mxfp4": 32, "nvfp4": 16}  # numbers that have one scale of a byte
 
 
@@ -29,7 +30,15 @@ def rows_of(tensor: StoredInput, first: int, count: int, name: str = "") -> Stor
         return replace(tensor, name=name or tensor.name, shape=(count, columns))
     companions = list(encoding.companions)
     parameters = list(encoding.parameters)
-    if encoding.decoder.startswith("scaled_"):
+    if is_tiled(tensor):
+        if first % _TILE_ROWS:
+            return None
+        group = int(parameters[2]) if encoding.decoder.startswith("scaled_") else _GROUPS[encoding.decoder]
+        strip = _TILE_ROWS * -(-(columns // group) // 4) * 4  # bytes of a row of tiles
+        companions[0] = _part(companions[0], first // _TILE_ROWS * strip, -(-count // _TILE_ROWS) * strip)
+        if encoding.decoder.startswith("scaled_"):
+            parameters[3] = count
+    elif encoding.decoder.startswith("scaled_"):
         cut = _scales(parameters, columns, first, count)
         if cut is None:
             return None
@@ -37,8 +46,6 @@ def rows_of(tensor: StoredInput, first: int, count: int, name: str = "") -> Stor
         size = _SCALE_BYTES[int(parameters[0])]
         companions[0] = _part(companions[0], start * size, length * size)
     elif encoding.decoder in _GROUPS:
-        if any(parameters[3:]):  # scales in tiles
-            return None
         each = columns // _GROUPS[encoding.decoder]
         companions[0] = _part(companions[0], first * each, count * each)
         if encoding.decoder == "nvfp4" and parameters[1] > 1:
@@ -57,11 +64,18 @@ def rows_of(tensor: StoredInput, first: int, count: int, name: str = "") -> Stor
     )  # fmt: skip
 
 
+def is_tiled(tensor: StoredInput) -> bool:
+    """Whether scales of 128 rows and 4 columns lie in tiles."""
+    encoding = tensor.encoding
+    if encoding is None:
+        return False
+    last = encoding.parameters[4:] if encoding.decoder.startswith("scaled_") else encoding.parameters[3:]
+    return any(last)
+
+
 def _scales(parameters: list[float], columns: int, first: int, count: int) -> tuple[int, int, int] | None:
     """(first scale, number of scales, rows of a matrix) of some rows of scaled codes; None, if they cut a block."""
     block_rows, block_columns, rows = (int(p) for p in parameters[1:4])
-    if any(parameters[4:]):  # scales in tiles
-        return None
     per_row = -(-columns // block_columns)
     per_matrix = -(-rows // block_rows) * per_row
     matrix, row = divmod(first, rows)
@@ -85,7 +99,9 @@ def aligned(tensor: StoredInput, first: int, count: int) -> tuple[int, int]:
     every = tensor.numel // columns
     block, rows = 1, every
     encoding = tensor.encoding
-    if encoding is not None and encoding.decoder.startswith("scaled_"):
+    if is_tiled(tensor):
+        block = _TILE_ROWS
+    elif encoding is not None and encoding.decoder.startswith("scaled_"):
         block, rows = int(encoding.parameters[1]), int(encoding.parameters[3])
     end = first + count
     if first // rows != (end - 1) // rows:

@@ -15,7 +15,7 @@ from tests.support.checkpoints import Tensor, floats, integers, tensor
 Numbers = NDArray[np.float32]
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 ROWS, COLUMNS = 200, 320  # whole groups of 32 columns; partial blocks of 128, and partial tiles
-_ROW = (1, COLUMNS)
+_ROW = (1, 1 << 20)  # columns of a block: all
 LARGEST = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0, "I8": 127.0}
 
 
