@@ -40,7 +40,7 @@ class Conversion(Protocol):
 
     @property
     def stored_as(self) -> str:
-        """How the tensor is stored, for messages: `Q4_K`, say."""
+        """How the tensor is stored, for messages: `Q4_K`, say. Empty: as its elements, in another order."""
         ...
 
     def pieces(self, path: str) -> Iterator[bytes]:
@@ -115,6 +115,11 @@ def _read_json(file: str) -> tuple[bytes, int]:
                 "this is a web page (HTML or XML), not the file: a download failed, or needs a login. Download it "
                 "again",
                 file=file,
+            )
+        if first.startswith(b"PK\3\4"):
+            called = quote(os.path.splitext(os.path.basename(file))[0] + ".bin")
+            raise CheckpointError(
+                f"this is a zip file, as torch.save writes, not a safetensors file. Call it {called}", file=file
             )
         if first == b"version " and os.pread(fd, 15, 8) == b"https://git-lfs":
             raise CheckpointError(

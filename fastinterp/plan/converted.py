@@ -23,7 +23,8 @@ def conversion_warnings(tensors: Iterable[PlannedTensor], models: Sequence[Model
     warnings = []
     for model in dict.fromkeys(model for model, _ in converted.values()):
         every = [one for number, one in converted.values() if number == model]
-        kinds = [f"{count} {kind}" for kind, count in Counter(one.conversion.stored_as for one in every).items()]
+        counts = Counter(one.conversion.stored_as or "with strides" for one in every)
+        kinds = [f"{count} {kind}" for kind, count in counts.items()]
         are = "is" if len(every) == 1 else "are"
         warnings.append(
             f"{counted(len(every), 'tensor')} of {models[model].name} {are} converted by Python before the merge, "

@@ -225,7 +225,8 @@ class ConvertedInput(TensorInput, frozen=True, eq=False):
         return self.dtype.merges and not self.factor
 
     def describe(self) -> str:
-        return f"{self.dtype} {list(self.shape)} ({self.conversion.stored_as})"
+        stored = f" ({self.conversion.stored_as})" if self.conversion.stored_as else ""
+        return f"{self.dtype} {list(self.shape)}{stored}"
 
 
 class GatheredInput(TensorInput, frozen=True, eq=False):
