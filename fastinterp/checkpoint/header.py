@@ -71,7 +71,7 @@ class Entry(msgspec.Struct, frozen=True):
 class FileHeader(NamedTuple):
     """What a file of weights says without its data.
 
-    entries   its tensors, in the order of their offsets
+    entries   its tensors, in an order that is the model's: of their offsets, as a rule
     metadata  strings by key
     remarks   what was decided when it was read, for people
     """

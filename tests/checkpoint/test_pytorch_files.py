@@ -320,7 +320,7 @@ def test_tensors_that_are_not_read(tmp_path, case):
 # --- files of other forms --------------------------------------------------------------------------------------------
 
 
-class Small(torch.nn.Module):  # type: ignore[name-defined,misc]
+class Small(torch.nn.Module):  # type: ignore[name-defined]
     """A module whose class is known here only."""
 
     def __init__(self) -> None:
