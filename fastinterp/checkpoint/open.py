@@ -65,6 +65,7 @@ class Checkpoint:
     adapter: Adapter | None = None  # the adapter that it is, or has built in
     index_name: str = ""  # of the index file; empty, if there is none
     components: tuple[Component, ...] = ()  # if it consists of several: see components.py
+    adapters: tuple[Checkpoint, ...] = ()  # that are added to it
 
     @property
     def parts(self) -> tuple[Component, ...]:
@@ -74,7 +75,8 @@ class Checkpoint:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """What an output must not touch: the folder, if it was named, and every file."""
-        return (self.root, *self.files) if self.whole_folder else self.files
+        own = (self.root, *self.files) if self.whole_folder else self.files
+        return (*own, *(path for adapter in self.adapters for path in adapter.inputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,8 @@ def refuse_adapter(checkpoint: Checkpoint) -> None:
 
 def changed_since(checkpoint: Checkpoint) -> list[Path]:
     """The files that were changed, replaced or removed since the checkpoint was opened."""
-    return [p for p, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True) if stamp_of(p) != stamp]
+    own = [p for p, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True) if stamp_of(p) != stamp]
+    return [*own, *(path for adapter in checkpoint.adapters for path in changed_since(adapter))]
 
 
 def _similar(path: Path) -> str:
