@@ -101,24 +101,25 @@ def test_not_clear(tmp_path):
 @pytest.mark.parametrize("index", ["pytorch_model.bin.index.json", "pytorch_model.bin.index.fp16.json"])
 def test_indexes(tmp_path, index):
     """As transformers and diffusers read them; a missing shard, a tensor that is not there, a shard alone."""
+    folder = tmp_path / "m"
     stem = "pytorch_model.fp16" if "fp16" in index else "pytorch_model"
     shards = [f"{stem}-{i:05d}-of-00002.bin" for i in (1, 2)]
-    put(tmp_path, shards[0], "a", "b")
-    put(tmp_path, shards[1], "c")
-    put_index(tmp_path, index, {"a": shards[0], "b": shards[0], "c": shards[1]})
-    for name in (tmp_path, tmp_path / index):
+    put(folder, shards[0], "a", "b")
+    put(folder, shards[1], "c")
+    put_index(folder, index, {"a": shards[0], "b": shards[0], "c": shards[1]})
+    for name in (folder, folder / index):
         checkpoint = open_checkpoint(str(name))
         assert list(checkpoint.tensors) == ["a", "b", "c"] and checkpoint.index_name == index
-    assert "is one of 2 shards" in open_checkpoint(str(tmp_path / shards[1])).remarks[0]
+    assert "is one of 2 shards" in open_checkpoint(str(folder / shards[1])).remarks[0]
     other = put(tmp_path / "other", "x.pt", "a", "b", "c") / "x.pt"
-    fastinterp.interpolate(tmp_path, other, 0.5, tmp_path / "out", max_shard_size=30)
+    fastinterp.interpolate(folder, other, 0.5, tmp_path / "out", max_shard_size=30)
     got = {p.name for p in (tmp_path / "out").iterdir()}
     assert index.replace(f"{stem.partition('.')[0]}.bin", "model.safetensors") in got
     assert {f"{stem.replace('pytorch_', '')}-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)} <= got
-    put_index(tmp_path, index, {"a": shards[0], "d": shards[1]})
-    assert "tensor `d` is in" in refusal(tmp_path)
-    (tmp_path / shards[1]).unlink()
-    assert "1 of 2 files that" in refusal(tmp_path) and "Download or copy them again" in refusal(tmp_path)
+    put_index(folder, index, {"a": shards[0], "d": shards[1]})
+    assert "tensor `d` is in" in refusal(folder)
+    (folder / shards[1]).unlink()
+    assert "1 of 2 files that" in refusal(folder) and "Download or copy them again" in refusal(folder)
 
 
 def test_indexes_beside_one_file(tmp_path):
