@@ -43,7 +43,7 @@ def find_components(root: Path, present: Sequence[str]) -> Found:
     there = [folder for folder in named if os.path.isdir(root / folder)]
     missing = [folder for folder in named if folder not in there] if PIPELINE in present else []
     remarks = (f"{PIPELINE} names {listing(missing)}, but there is no such folder",) if missing else ()
-    return Found(tuple(folder for folder in there if _has_weights(root / folder)), remarks)
+    return Found(tuple(folder for folder in there if has_weights(root / folder)), remarks)
 
 
 def named_folders(root: Path) -> tuple[str, ...]:
@@ -84,7 +84,8 @@ def _of_modules(root: Path) -> list[str]:
     return list(dict.fromkeys(folders))
 
 
-def _has_weights(folder: Path) -> bool:
+def has_weights(folder: Path) -> bool:
+    """Whether a folder itself has files of weights. Raises: CheckpointError, if it cannot be read."""
     names = _listed(folder)
     return bool(weight_files(names) or pickled_files(names))
 

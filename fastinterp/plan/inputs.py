@@ -108,6 +108,11 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         """Whether its rows come from several places: of another vocabulary than its file's, or of other tensors."""
         return False
 
+    @property
+    def converted_from(self) -> str | None:
+        """How it is stored, if Python converts it into a temporary file first; None: it is read where it is."""
+        return None
+
     # What only a tensor of a document above answers in another way.
 
     @property
@@ -236,6 +241,10 @@ class ConvertedInput(TensorInput, frozen=True, eq=False):
 
     def open(self, files: OpenFiles) -> Operand:
         return files.converted(self)
+
+    @property
+    def converted_from(self) -> str | None:
+        return self.conversion.stored_as or "with strides"
 
     @property
     def merges(self) -> bool:

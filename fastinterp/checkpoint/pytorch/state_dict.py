@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from fastinterp.checkpoint.names import listing, quote
-from fastinterp.checkpoint.pytorch.pickle_reader import Foreign
+from fastinterp.checkpoint.pytorch.pickle_machine import Foreign
 from fastinterp.checkpoint.pytorch.remedies import save_again
 from fastinterp.checkpoint.pytorch.tensors import Tensor, Unread
 from fastinterp.checkpoint.remedies import literal

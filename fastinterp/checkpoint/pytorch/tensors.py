@@ -10,7 +10,7 @@ import msgspec
 
 from fastinterp.checkpoint.header import MAX_NUMEL
 from fastinterp.checkpoint.names import quote
-from fastinterp.checkpoint.pytorch.pickle_reader import Foreign, Named
+from fastinterp.checkpoint.pytorch.pickle_machine import Foreign, Named
 from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import DTYPES, DType
 
