@@ -256,3 +256,36 @@ def test_an_output_is_no_pickle(tmp_path):
     for suffix in ("bin", "pt", "pth", "ckpt"):
         with pytest.raises(fastinterp.UsageError, match="in the only format that is written"):
             fastinterp.interpolate(paths[0], paths[1], 0.5, tmp_path / f"x.{suffix}")
+
+
+def test_adapters(tmp_path, monkeypatch):
+    """adapter_model.bin, and a base in pytorch_model.bin: the bytes of the same in safetensors."""
+    from safetensors.torch import save_file
+
+    from tests.support.remedies import follow
+
+    monkeypatch.chdir(tmp_path)
+    base = {"model.layers.0.q_proj.weight": torch.randn(12, 8), "model.norm.weight": torch.randn(8)}
+    prefix = "base_model.model.model.layers.0.q_proj"
+    adapter = {f"{prefix}.lora_A.weight": torch.randn(2, 8), f"{prefix}.lora_B.weight": torch.randn(12, 2)}
+    for kind in ("safe", "torch", "strided"):
+        Path(f"{kind}-lora").mkdir()
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+        Path(f"{kind}-lora/adapter_config.json").write_text(json.dumps(config))
+    contiguous(base, tmp_path / "safe")
+    save_file(adapter, "safe-lora/adapter_model.safetensors")
+    Path("torch").mkdir()
+    torch.save(base, "torch/pytorch_model.bin")
+    torch.save(adapter, "torch-lora/adapter_model.bin")
+    want, _ = merged({"merge_method": "passthrough", "models": [{"model": "safe+safe-lora"}]}, tmp_path / "want")
+    for k, name in enumerate(("torch+torch-lora", "safe+torch-lora", "torch+safe-lora")):
+        got, _ = merged({"merge_method": "passthrough", "models": [{"model": name}]}, tmp_path / f"got{k}")
+        assert_same(want, got)
+    turned = {name: t.T.contiguous().T for name, t in adapter.items()}
+    torch.save(turned, "strided-lora/adapter_model.bin")
+    how = {"merge_method": "passthrough", "models": [{"model": "torch+strided-lora"}]}
+    with pytest.raises(fastinterp.CheckpointError, match="do not lie one after the other") as caught:
+        fastinterp.merge(how, tmp_path / "out")
+    follow(str(caught.value), monkeypatch)
+    os.replace("NEW.pt", "strided-lora/adapter_model.bin")
+    assert_same(want, merged(how, tmp_path / "out")[0])
