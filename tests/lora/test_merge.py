@@ -287,6 +287,10 @@ def test_a_model_among_the_adapters(tmp_path):
     )
 
 
+def test_adapters_behind_a_plus(tmp_path, two):
+    refused(tmp_path, RecipeError, "list each as a model of its own", recipe({"+".join(two): 1}))
+
+
 def test_a_model_as_base_is_what_the_adapters_change(tmp_path, two):
     model = tmp_path / "model"
     model.mkdir()
