@@ -160,8 +160,8 @@ def _source(recipe: Recipe, index: int) -> Source:
         return Source(str(ref), None, None)
     if ref.adapters:
         raise recipe.document.error(
-            f"{shown(str(ref))} has adapters behind `+`, which are added to a model. Of adapters (`out: lora`) list each "
-            "as a model of its own",
+            f"{shown(str(ref))} has adapters behind `+`, which are added to a model. Of adapters (`out: lora`) list "
+            "each as a model of its own",
             recipe.path_of(ref),
         )
     checkpoint = open_checkpoint(str(ref))
