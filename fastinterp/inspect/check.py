@@ -54,7 +54,8 @@ def _check(recipe: RecipeSource | Sequence[Mapping[str, Any]]) -> CheckResult:
         findings.add_error(fault)
     for warning in about_recipe.warnings:
         findings.add_warning(warning)
-    if len(documents) == 1 and documents[0].value.get("out") == "lora":
+    value = documents[0].value
+    if len(documents) == 1 and isinstance(value, dict) and value.get("out") == "lora":
         return _check_adapters(documents[0].file, recipes, findings)
     library = Library()
     _open_all(documents, recipes, library, findings)
