@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -154,6 +153,3 @@ def _by_underscores(
             )
         found[name] = places[0]
     return found
-
-
-EXPERT = re.compile(r"(?P<start>.+\.experts)\.(?P<number>\d+)\.(?P<part>[^.]+)\.weight", re.DOTALL)

@@ -20,16 +20,18 @@ from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.messages import closest
 from fastinterp.ops.dtypes import F32
+from fastinterp.plan.adapted_experts import parts_of, products_of
 from fastinterp.plan.adapter_names import places, weight_of
 from fastinterp.plan.inputs import StoredInput, TensorInput
 from fastinterp.plan.low_rank import FactorInput, LowRankInput, ProductInput, RowsInput
 from fastinterp.plan.models import Model
 from fastinterp.recipe.references import AdapterRef, ModelRef
+from fastinterp.tokenizer.tied_embeddings import embedding_of, is_input_embedding, is_tied
 
 # Models of transformers whose layers store weights as [in, out] (Conv1D).
 _TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "gpt_bigcode_conv1d"))
-# Models whose fused experts are stored as [experts, in, out]; those of others are [experts, out, in].
-_TRANSPOSED_EXPERTS = frozenset(("gpt_oss", "aria", "aria_text", "openai_privacy_filter"))
+_HEAD = "lm_head.weight"  # of language models
+_SCALE_TIED = frozenset(("t5", "mt5", "umt5", "longt5", "switch_transformers"))  # by the size of a tied embedding
 
 
 def with_adapters(model: Model, ref: ModelRef) -> Model:
@@ -59,11 +61,13 @@ class _Adding:
         self.checkpoint = adapter.checkpoint
         self.name = str(ref)
         self.label = os.path.basename(os.path.normpath(ref.path)) or ref.path
-        self.model_type = json_or_empty(model.root / CONFIG).get("model_type")
+        self.config = json_or_empty(model.root / CONFIG)
+        self.model_type = str(self.config.get("model_type"))
         self.places = places(adapter, tensors)
         self.transposed: bool | None = None
 
     def add(self) -> None:
+        self._untie()
         self._refuse_unknown()
         for name, entry in self.adapter.replaced.items():
             self._replace(self.places[name], entry)
@@ -71,6 +75,56 @@ class _Adding:
             self._add(module)
         for rows in self.adapter.rows:
             self._replace_rows(self.places[f"{rows.module}.weight"], rows.tokens, rows.rows)
+
+    # --- tied embeddings ----------------------------------------------------------------------------------------------
+
+    def _untie(self) -> None:
+        """Give the base an output layer of its own, if it has none and the adapter changes one of the two: attached, it
+        changes just that one.
+
+        Raises: CheckpointError, if that changes what the model does with it.
+        """
+        if self.adapter.config.get("ensure_weight_tying"):
+            self._without_copies()
+            return
+        changed = [weight_of(m) for m in self.adapter.modules if not m.parameters]
+        changed += [*self.adapter.replaced, *(f"{rows.module}.weight" for rows in self.adapter.rows)]
+        heads = {name: self.places[name] for name in changed if self.places[name] not in self.tensors}
+        heads = {name: head for name, head in heads.items() if embedding_of(head, self.tensors)}
+        inputs = [place for name in changed if is_input_embedding(place := self.places[name])]
+        made = [*heads.values()]
+        if not made and inputs and is_tied(self.tensors) and self._has_head():
+            made = [_HEAD]
+        if made and self.model_type in _SCALE_TIED:
+            raise CheckpointError(
+                f"the adapter changes {listing([*heads, *inputs])}, but the input embedding of {self.base} is its "
+                f"output layer, too, and models of the type {quote(self.model_type)} scale it because of that: one "
+                "cannot be changed alone",
+                file=self.checkpoint.name,
+            )
+        for head in made:
+            embedding = embedding_of(head, self.tensors)
+            assert embedding is not None
+            self.tensors[head] = replace(self.tensors[embedding], name=head)
+
+    def _without_copies(self) -> None:
+        """Leave out what the adapter has for an output layer that is the input embedding, if peft kept them tied: it is
+        a copy of what it has for that.
+        """
+
+        def copied(name: str) -> bool:
+            place = self.places[name]
+            return place not in self.tensors and embedding_of(place, self.tensors) is not None
+
+        modules = tuple(m for m in self.adapter.modules if m.parameters or not copied(weight_of(m)))
+        replaced = {name: entry for name, entry in self.adapter.replaced.items() if not copied(name)}
+        self.adapter = replace(self.adapter, modules=modules, replaced=replaced)
+
+    def _has_head(self) -> bool:
+        """Whether the base is a language model, whose output layer `lm_head` is its input embedding."""
+        architectures = self.config.get("architectures")
+        names = architectures if isinstance(architectures, list) else []
+        return any(isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
     # --- which tensors ------------------------------------------------------------------------------------------------
 
@@ -123,11 +177,7 @@ class _Adding:
             why = ". Its vocabulary was resized: resize that of the base first" if resized else ""
             raise self._misfit(f"{quote(entry.name)} is {list(entry.shape)}", name, old.shape, why)
         new = self._input(entry)
-        kept = old.kept_dtype
-        if kept != new.dtype:  # read as it is, and stored as the base's tensor is
-            stored = new.dtype
-            new = replace(new, dtype=F32, low_rank=LowRankInput(stored, kept, _as_rows(new.shape), ()))
-        self.tensors[name] = replace(new, name=name)
+        self.tensors[name] = replace(new, name=name, kept=old.kept_dtype)
 
     def _replace_rows(self, name: str, tokens: tuple[int, ...], entry: Entry) -> None:
         old = self._stored(name)
@@ -184,20 +234,42 @@ class _Adding:
         self._change(name, old, shape, ProductInput(left, right, 1, scale, None, True, self.label))
 
     def _add_parameter(self, module: LowRankModule) -> None:
-        raise NotImplementedError
+        """A product for each expert, of experts that are fused in the base or not."""
+        for parameter in module.parameters:
+            name = self.places[f"{module.module}.{parameter}"]
+            parts = parts_of(name, self.tensors)
+            products = products_of(module, parts, self.tensors, self._input, self.model_type)
+            if products is not None:
+                for part, (shape, left, right) in products.items():
+                    scale = module.scale * self.ref.scale
+                    change = ProductInput(left, right, module.rank, scale, None, True, self.label)
+                    self._change(part, self._stored(part), shape, change)
+                return
+        a, b = module.a, module.b
+        having = {name: list(self.tensors[name].shape) for name in parts if name in self.tensors}
+        what = "no such parameter is there" if not having else listing(f"{n} is {s}" for n, s in having.items())
+        raise ShapeError(
+            f"{quote(a.name)} is {list(a.shape)} and {quote(b.name)} {list(b.shape)}, of rank {module.rank} for each "
+            f"expert of {quote(module.module)} ({' or '.join(module.parameters)}), but in {self.base} {what}",
+            file=self.checkpoint.name,
+            tensor=a.name,
+        )
 
     def _change(
         self, name: str, old: StoredInput, shape: tuple[int, int, int], change: ProductInput | RowsInput
     ) -> None:  # fmt: skip
-        before = old.low_rank or LowRankInput(old.dtype, old.kept_dtype, shape, ())
-        shape = shape if not before.changes or shape[0] > 1 or isinstance(change, ProductInput) else before.shape
-        if before.changes and before.shape != shape:
+        before = old.low_rank or LowRankInput(old.dtype, shape, ())
+        if before.shape != shape:
             raise CheckpointError(
-                f"adapters change {quote(name)} in two ways that do not go together", file=self.checkpoint.name
+                f"adapters change {quote(name)} in two ways that do not go together: as {before.shape}, and as {shape}",
+                file=self.checkpoint.name,
+                tensor=name,
             )
-        added = replace(before, shape=shape, changes=(*before.changes, change))
+        added = replace(before, changes=(*before.changes, change))
         nbytes = old.nbytes + sum(tensor.nbytes for tensor in change.tensors)
-        self.tensors[name] = replace(old, dtype=F32, nbytes=nbytes, low_rank=added)
+        if isinstance(change, ProductInput) and change.magnitude is not None:  # the lengths are measured first
+            nbytes += old.nbytes if old.encoding is not None else before.stored.nbytes(old.numel) or 0
+        self.tensors[name] = replace(old, dtype=F32, kept=old.kept_dtype, nbytes=nbytes, low_rank=added)
 
     # --- transposed weights -------------------------------------------------------------------------------------------
 

@@ -80,13 +80,11 @@ class LowRankInput(msgspec.Struct, frozen=True, eq=False):
     """What adapters make of a stored tensor, which is float32 then.
 
     stored   the dtype of its elements, or of its codes' numbers
-    kept     the dtype of an output tensor that keeps this one's
     shape    matrices, rows, columns
     changes  in order
     """
 
     stored: DType
-    kept: DType
     shape: tuple[int, int, int]
     changes: tuple[ProductInput | RowsInput, ...]
 
@@ -94,11 +92,6 @@ class LowRankInput(msgspec.Struct, frozen=True, eq=False):
     def tensors(self) -> tuple[StoredInput, ...]:
         """The adapters' tensors, each once."""
         return tuple({t.key: t for change in self.changes for t in change.tensors}.values())
-
-    @property
-    def passes(self) -> int:
-        """How many times the tensor is read before its elements are known: once for each magnitude."""
-        return sum(isinstance(change, ProductInput) and change.magnitude is not None for change in self.changes)
 
     @property
     def key(self) -> Hashable:
