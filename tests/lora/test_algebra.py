@@ -9,6 +9,7 @@ from fastinterp.lora.algebra import (
     Blocks,
     balanced,
     concatenated,
+    norm_of_product,
     randomised_svd,
     rank_for_energy,
     singular,
@@ -49,11 +50,10 @@ def test_concatenated_keeps_bits_of_factors_that_are_not_scaled(sign):
     assert a.tobytes() == np.concatenate([p[1] for p in products]).tobytes()
 
 
-def test_concatenated_rounds_scaled_factors_once_to_float32():
+def test_concatenated_scales_in_float64():
     b16 = normal(4, 2).astype(np.float16)
     b, _ = concatenated([(b16, normal(2, 3).astype(np.float16), 0.3)])
-    assert b.dtype == np.float32
-    assert b.tobytes() == (b16.astype(np.float64) * 0.3).astype(np.float32).tobytes()
+    assert b.dtype == np.float64 and b.tobytes() == (b16.astype(np.float64) * 0.3).tobytes()
 
 
 @pytest.mark.parametrize(("m", "r", "n"), [(30, 6, 20), (4, 9, 20), (20, 9, 4), (5, 5, 5), (3, 1, 8)])
@@ -73,6 +73,12 @@ def test_singular_works_on_torch_tensors():
     b, a = normal(12, 4), normal(4, 9)
     u, s, v = singular(torch.from_numpy(b), torch.from_numpy(a), torch.linalg)
     assert np.abs(((u * s) @ v).numpy() - b @ a).max() < 1e-12
+
+
+@pytest.mark.parametrize(("m", "r", "n"), [(30, 6, 20), (4, 9, 20), (20, 9, 4)])
+def test_norm_of_product(m, r, n):
+    b, a = normal(m, r), normal(r, n)
+    assert norm_of_product(b, a) == pytest.approx(np.linalg.norm(b @ a), rel=1e-13)
 
 
 def test_balanced_factors_have_equal_norms_and_the_best_error():
@@ -136,6 +142,7 @@ def test_randomised_svd_of_zeros():
 
 
 def test_same_bytes_for_every_number_of_threads_and_seed(monkeypatch):
+    monkeypatch.setattr("fastinterp.lora.algebra._ROWS", 1)
     monkeypatch.setattr("fastinterp.lora.algebra._BLOCK", 64 * 90)  # several blocks
     matrix = normal(400, 90).astype(np.float32)
     assert len(list(Blocks(matrix))) == 7
@@ -147,6 +154,7 @@ def test_same_bytes_for_every_number_of_threads_and_seed(monkeypatch):
 
 
 def test_norms_in_blocks(monkeypatch):
+    monkeypatch.setattr("fastinterp.lora.algebra._ROWS", 1)
     monkeypatch.setattr("fastinterp.lora.algebra._BLOCK", 300)
     matrix, b, a = normal(70, 30).astype(np.float32), normal(70, 3), normal(3, 30)
     blocks = Blocks(matrix, 2)

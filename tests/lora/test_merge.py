@@ -49,7 +49,7 @@ def test_linear_is_the_sum_of_the_changes(tmp_path, two, weights):
     report = merge(tmp_path, recipe(weights))
     want = {module: change for module, change in summed(weights).items() if change.any()}
     assert_close(changes(tmp_path / "out"), want, EXACT)
-    assert report.exact and report.total.error == 0
+    assert report.exact and report.total.relative_error < 2**-24
 
 
 def test_ranks_are_added_and_the_configuration_says_so(tmp_path, two):
@@ -88,9 +88,9 @@ def test_factors_keep_their_bits_where_scales_are_equal(tmp_path, dtype):
     """The mean of adapters of one scale: alpha is that of each, and nothing is rounded."""
     pairs = [factors(seed, 12, 4, 10, dtype) for seed in (1, 2)]
     a, b = (write_adapter(tmp_path / name, {Q: p}, lora_alpha=16) for name, p in zip("ab", pairs, strict=True))
-    merge(tmp_path, recipe({a: 0.5, b: -0.5}))
+    report = merge(tmp_path, recipe({a: 0.5, b: -0.5}))
     tensors, config = read_adapter(tmp_path / "out")
-    assert (config["r"], config["lora_alpha"]) == (8, 16)
+    assert (config["r"], config["lora_alpha"]) == (8, 16) and report.total.error == 0
     assert tensors[f"{Q}.lora_A.weight"].tobytes() == np.concatenate([p[0] for p in pairs]).tobytes()
     want = np.concatenate([pairs[0][1], -pairs[1][1]], axis=1)
     assert tensors[f"{Q}.lora_B.weight"].dtype == dtype and tensors[f"{Q}.lora_B.weight"].tobytes() == want.tobytes()
