@@ -64,6 +64,12 @@ def balanced(u: Array, s: Array, v: Array, rank: int) -> tuple[Array, Array]:
     return u[:, :rank] * root, root[:, None] * v[:rank]
 
 
+def padded(b: Array, a: Array, rank: int) -> tuple[Array, Array]:
+    """(B, A) with columns and rows of zeros up to `rank`."""
+    more = max(0, rank - a.shape[0])
+    return np.pad(b, ((0, 0), (0, more))), np.pad(a, ((0, more), (0, 0)))
+
+
 def rank_for_energy(s: Array, energy: float, total: float, most: int) -> int:
     """The smallest rank, 1 to `most`, whose squared singular values add up to the fraction `energy` of `total`.
 

@@ -35,7 +35,7 @@ class AdapterExplanation:
     def _module(self, product: PlannedProduct) -> dict[str, Any]:
         wanted = self.plan.recipe.rank
         exact = product.coefficients is not None and (wanted is None or product.rank <= wanted)
-        rank = product.rank if exact else min(wanted or product.rank, *product.matrix)
+        rank = product.rank if exact or wanted is None else wanted
         ranks = [p.rank for p in product.products if p is not None]
         return {"ranks": ranks, "rank": rank, "exact": exact, "shape": list(product.matrix)}
 

@@ -34,6 +34,7 @@ from fastinterp.lora.algebra import (
     Array,
     Blocks,
     balanced,
+    padded,
     randomised_svd,
     rank_for_energy,
 )
@@ -256,9 +257,11 @@ class _Extraction:
         whole += [(f"{name.removesuffix('.bias')}.base_layer.bias", name) for name in parts.biases]
         self._whole = sorted(((PREFIX + name, inputs[of][1]) for name, of in whole), key=lambda x: -x[1].dtype.bits)
         self._largest = [(name, x.dtype, x.shape) for name, x in self._whole]
+        # One rank for all, unless energy chooses: peft needs it where transformers fuses modules as it loads them.
+        self._rank = min(how.rank, max(min(_matrix(self._shape(module))) for module in parts.factors))
         for module in parts.factors:
             shape = self._shape(module)
-            self._largest += _described(module, how.dtype, shape, min(how.rank, *_matrix(shape)))
+            self._largest += _described(module, how.dtype, shape, self._rank)
 
     @property
     def most_bytes(self) -> int:
@@ -295,8 +298,8 @@ class _Extraction:
         blocks = Blocks(delta.reshape(delta.shape[0], -1), how.threads)
         u, s, v = randomised_svd(blocks, how.rank, philox_key(how.seed, _RANDOM, name))
         norm = self._norms[name]
-        rank = len(s) if how.energy is None else rank_for_energy(s, how.energy, norm * norm, how.rank)
-        b, a = (_rounded(x, how.dtype) for x in balanced(u, s, v, rank))
+        rank = self._rank if how.energy is None else rank_for_energy(s, how.energy, norm * norm, how.rank)
+        b, a = (_rounded(x, how.dtype) for x in padded(*balanced(u, s, v, rank), rank))
         error = math.sqrt(blocks.residual(b, a))
         if is_transposed(module, self._config):
             b, a = a.T, b.T

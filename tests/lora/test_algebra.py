@@ -10,6 +10,7 @@ from fastinterp.lora.algebra import (
     balanced,
     concatenated,
     norm_of_product,
+    padded,
     randomised_svd,
     rank_for_energy,
     singular,
@@ -92,6 +93,13 @@ def test_balanced_factors_have_equal_norms_and_the_best_error():
 def test_balanced_has_no_more_than_the_singular_values_there_are():
     b, a = balanced(*np.linalg.svd(normal(3, 5), full_matrices=False), rank=8)
     assert b.shape == (3, 3) and a.shape == (3, 5)
+
+
+def test_padded_factors_have_the_same_product():
+    b, a = normal(4, 2), normal(2, 3)
+    wide_b, wide_a = padded(b, a, 5)
+    assert wide_b.shape == (4, 5) and wide_a.shape == (5, 3) and np.array_equal(wide_b @ wide_a, b @ a)
+    assert padded(b, a, 1)[0].shape == b.shape
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,11 @@ SHAPES = {
     **{f"{LAYERS}.{i}.input_layernorm.weight": (24,) for i in (0, 1)},
 }  # fmt: skip
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
+_CODES = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+FLOAT8 = {
+    "quant_method": "compressed-tensors", "format": "float-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": _CODES}},
+}  # fmt: skip
 WEIGHTS = [name.removesuffix(".weight") for name in SHAPES if "_proj.weight" in name]
 
 
@@ -194,6 +199,29 @@ def test_a_fine_tune_that_is_an_adapter_on_its_base(tmp_path):
 def _shape(module: str) -> tuple[int, int, int]:
     out, columns = SHAPES[f"{module}.weight"]
     return out, 4, columns
+
+
+def test_a_fine_tune_in_float8(tmp_path):
+    """Codes with a scale each tensor: the change is that of what they stand for."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    base, _, _ = models(tmp_path)
+    tensors, want = {}, {}
+    for name, x in load_file(f"{base}/model.safetensors").items():
+        tensors[name] = x
+        if "_proj.weight" in name:
+            codes = (x * 50).astype(ml_dtypes.float8_e4m3fn)
+            scale = np.float32(1 / 64)
+            want[name.removesuffix(".weight")] = codes.astype(np.float32) * scale - x
+            tensors[name], tensors[f"{name}_scale"] = codes.view(np.uint8), np.array(scale)
+    folder = tmp_path / "float8"
+    save(folder, tensors, CONFIG | {"quantization_config": FLOAT8})
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length].replace(b'"U8"', b'"F8_E4M3"')
+    file.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+    extract_lora(folder, base, tmp_path / "out", rank=24)
+    assert_close(changes(tmp_path / "out"), want, 1e-5)
 
 
 def test_extracted_adapters_can_be_merged(tmp_path):

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import fastinterp
+from fastinterp.cli import commands
 from fastinterp.errors import CheckpointError, MethodError, RecipeError, ShapeError, UsageError
 from tests.lora.adapters import (
     assert_close,
@@ -144,7 +146,7 @@ def test_other_methods_run_on_the_changes(tmp_path, two, method):
 
 def test_other_methods_have_the_sum_of_ranks_by_default(tmp_path, two):
     report = merge(tmp_path, recipe(dict.fromkeys(two, 1.0), "ties", parameters={"density": 0.5}))
-    assert {m.name: m.rank for m in report.modules} == {Q: 10, UP: 4, "model.layers.1.self_attn.q_proj": 2}
+    assert {m.name: m.rank for m in report.modules} == {Q: 12, UP: 4, "model.layers.1.self_attn.q_proj": 2}
 
 
 def test_convolutions(tmp_path):
@@ -373,3 +375,41 @@ def test_the_report_as_json(tmp_path, two):
     made = json.loads(json.dumps(report.as_dict()))
     assert made["modules"][Q]["rank"] == 2 and 0 < made["total"]["energy"] < 1 and made["exact"] is False
     assert "energy kept" in report.summary()
+
+
+# --- explain, check and the command ----------------------------------------------------------------------------------
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(commands, [*arguments])
+
+
+def test_explain_says_what_is_made(tmp_path, two):
+    made = fastinterp.explain(recipe(dict.fromkeys(two, 0.5), rank=6))
+    values = json.loads(json.dumps(made.as_dict()))
+    assert values["modules"][Q] == {"ranks": [4, 8], "rank": 6, "exact": False, "shape": [12, 10]}
+    assert values["modules"][UP]["exact"] and values["models"][0]["adapter"]["ranks"] == [4]
+    assert "2 concatenated, 1 approximated" in str(made) and "0.5*x0 + 0.5*x1" in str(made)
+
+
+def test_check_finds_what_merge_would_refuse(tmp_path, two):
+    assert not fastinterp.check(recipe(dict.fromkeys(two, 0.5))).warnings  # weights of changes need not add up to 1
+    other = write_adapter(tmp_path / "c", {Q: factors(1, 14, 4, 10)}, base_model_name_or_path="org/other")
+    found = fastinterp.check(recipe({two[0]: 1, other: 1}))
+    assert found.exit_code == 3 and "do not fit each other" in found.errors[0].message
+    wrong = fastinterp.check(recipe({two[0]: 1}) | {"rank": -1})
+    assert wrong.exit_code == 2 and "`rank` must be at least 1" in wrong.errors[0].message
+
+
+def test_commands(tmp_path, two):
+    file, out = tmp_path / "merge.yml", str(tmp_path / "out")
+    file.write_text(json.dumps(recipe(dict.fromkeys(two, 0.5))))
+    assert "an adapter of 3 modules" in run("explain", str(file)).stdout
+    assert run("check", str(file)).exit_code == 0
+    result = run("merge", str(file), out)
+    assert result.exit_code == 0 and "3 modules of ranks 2 to 12" in result.stdout
+    again = run("merge", str(file), out)
+    assert again.exit_code == 4 and "--force" in again.stderr
+    made = json.loads(run("merge", str(file), out, "--force", "--json").stdout)
+    assert made["exact"] and made["modules"].keys() == changes(out).keys()
+    assert "LoRA adapter (peft)" in run("inspect", out).stdout

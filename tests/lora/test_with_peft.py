@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,24 @@ def t5(seed: int) -> Any:
     return T5ForConditionalGeneration(config).eval()
 
 
+def experts(seed: int) -> Any:
+    """Its experts are modules in the checkpoint; transformers fuses them as it loads them, and peft their factors."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config).eval()
+
+
 def bare(seed: int) -> Any:
     return llama(seed, dtype=torch.float32).model
 
 
 MODELS = {
+    "experts": lambda: experts(1),
     "llama": lambda: llama(1, dtype=torch.float32),
     "tied": lambda: llama(1, tied=True, dtype=torch.float32),
     "gpt2": lambda: gpt2(1),
@@ -101,7 +115,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("part", ["", "1."])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "experts"])
 def test_extracted_adapters(tmp_path, kind, part):
     base, tune = saved(MODELS[kind](), tmp_path / "base"), saved(tuned(MODELS[kind](), part), tmp_path / "tuned")
     extract_lora(tune, base, tmp_path / "out", rank=64)
@@ -154,6 +168,20 @@ def test_convolutions(tmp_path):
     assert (loaded(net, tmp_path / "out")(x) - want).abs().max() <= BOUND
 
 
+def test_experts(tmp_path):
+    """Names are those of the checkpoint, and peft follows transformers in what becomes of them."""
+    extract_lora(
+        saved(tuned(experts(1)), tmp_path / "tuned"), saved(experts(1), tmp_path / "base"), tmp_path / "out", rank=32
+    )
+    assert not json.loads((tmp_path / "out" / "adapter_config.json").read_text())["rank_pattern"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "The following (rank|alpha)_pattern keys did not match"
+        )  # that it adds itself
+        model = peft.PeftModel.from_pretrained(experts(1), tmp_path / "out").eval()
+    assert (logits(model) - logits(tuned(experts(1)))).abs().max() <= BOUND
+
+
 # --- merged adapters --------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +192,7 @@ def adapter(make: Any, folder: Path, seed: int, **settings: Any) -> str:
     return str(folder)
 
 
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "plain": (
         "llama",
@@ -189,6 +218,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "gpt2",
         {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True},
         {"r": 3, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True},
+    ),
+    "experts": (
+        "experts",
+        {"r": 2, "target_modules": ["q_proj"], "target_parameters": EXPERTS},
+        {"r": 3, "target_modules": ["q_proj"], "target_parameters": EXPERTS},
     ),
     "biases": (
         "gpt2",
