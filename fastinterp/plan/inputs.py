@@ -115,6 +115,11 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         """Whether its rows come from several places: of another vocabulary than its file's, or of other tensors."""
         return False
 
+    @property
+    def converted_from(self) -> str | None:
+        """How it is stored, if Python converts it into a temporary file first; None: it is read where it is."""
+        return None
+
     # What only a tensor of a document above answers in another way.
 
     @property
@@ -249,11 +254,16 @@ class ConvertedInput(TensorInput, frozen=True, eq=False):
         return files.converted(self)
 
     @property
+    def converted_from(self) -> str | None:
+        return self.conversion.stored_as or "with strides"
+
+    @property
     def merges(self) -> bool:
         return self.dtype.merges and not self.factor
 
     def describe(self) -> str:
-        return f"{self.dtype} {list(self.shape)} ({self.conversion.stored_as})"
+        stored = f" ({self.conversion.stored_as})" if self.conversion.stored_as else ""
+        return f"{self.dtype} {list(self.shape)}{stored}"
 
 
 class GatheredInput(TensorInput, frozen=True, eq=False):
