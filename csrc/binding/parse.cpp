@@ -44,12 +44,8 @@ ParsedDecoder decoder_of(const py::handle& object) {
 }
 
 ParsedLowRank::Factor factor_of(const py::handle& object) {
-  return {get<int>(object, "source"),
-          get<int64_t>(object, "offset"),
-          dtype_of(get<int>(object, "dtype")),
-          get<int64_t>(object, "first"),
-          get<int64_t>(object, "by_matrix"),
-          get<int64_t>(object, "by_index"),
+  return {get<int>(object, "source"),     get<int64_t>(object, "offset"),    dtype_of(get<int>(object, "dtype")),
+          get<int64_t>(object, "first"),  get<int64_t>(object, "by_matrix"), get<int64_t>(object, "by_index"),
           get<int64_t>(object, "by_rank")};
 }
 
@@ -78,8 +74,7 @@ ParsedLowRank low_rank_of(const py::handle& object) {
   ParsedLowRank parsed;
   if (object.is_none()) return parsed;
   parsed.stored = dtype_of(get<int>(object, "stored"));
-  std::tie(parsed.matrices, parsed.rows, parsed.columns) =
-      get<std::tuple<int64_t, int64_t, int64_t>>(object, "shape");
+  std::tie(parsed.matrices, parsed.rows, parsed.columns) = get<std::tuple<int64_t, int64_t, int64_t>>(object, "shape");
   for (const py::handle change : attribute(object, "changes")) parsed.changes.push_back(change_of(change));
   if (parsed.changes.empty() || parsed.matrices < 1 || parsed.rows < 1 || parsed.columns < 1)
     throw py::value_error("what is added needs changes, and a shape");

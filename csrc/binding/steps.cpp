@@ -41,8 +41,9 @@ std::shared_ptr<RowMap> gathered_of(const ParsedOperand& operand, const Backend&
   for (size_t i = 0; i < operand.parts.size(); ++i) {
     const auto& [source, offset, count] = operand.parts[i];
     const int64_t numel = count * row_bytes / int64_t(size_of(operand.dtype));
-    map->parts.push_back({source_of(source, sources), offset,
-                          operand.decoders.empty() ? nullptr : decoding_of(operand.decoders[i], backend, sources, numel)});
+    map->parts.push_back(
+        {source_of(source, sources), offset,
+         operand.decoders.empty() ? nullptr : decoding_of(operand.decoders[i], backend, sources, numel)});
   }
   for (int64_t row : numbers_of<int64_t>(operand.rows.cast<py::buffer>(), rows)) {
     RowMap::Location location{-1, 0};

@@ -66,8 +66,8 @@ void Inputs::read(size_t input, int64_t first, int64_t count, void* to) const {
     if (!part) {
       memset(next, 0, size_t(bytes));
     } else if (part->decoding) {
-      part->decoding->read(sources_, part->source, part->offset, offset / from.width, bytes / from.width, next, scratch_,
-                           bytes_read_);
+      part->decoding->read(sources_, part->source, part->offset, offset / from.width, bytes / from.width, next,
+                           scratch_, bytes_read_);
     } else {
       sources_[size_t(part->source)].read(part->offset + offset, bytes, next);
       *bytes_read_ += bytes;
@@ -83,7 +83,8 @@ void Inputs::prefetch(size_t input, int64_t first, int64_t count) const {
     const auto [offset, bytes] = from.decoding->stored(first, count);
     return sources_[size_t(from.source)].prefetch(from.offset + offset, bytes);
   }
-  if (!from.gathered) return sources_[size_t(from.source)].prefetch(from.offset + first * from.width, count * from.width);
+  if (!from.gathered)
+    return sources_[size_t(from.source)].prefetch(from.offset + first * from.width, count * from.width);
   for_runs(from, first, count, [&](const RowMap::Part* part, int64_t offset, int64_t bytes) {
     if (!part) return;
     const auto [start, length] = part->decoding ? part->decoding->stored(offset / from.width, bytes / from.width)
