@@ -18,7 +18,7 @@ from fastinterp.ops import steps
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import BF16, F16, F32, MERGING
 from fastinterp.ops.requests import GroupCombine
-from fastinterp.ops.steps import Gathered, Stored
+from fastinterp.ops.steps import Decoder, Gathered, Stored
 from tests.support import pumps
 from tests.support.cases import fill
 from tests.support.pumps import code
@@ -119,6 +119,47 @@ def test_gathered_operands_are_as_good_as_gathered_tensors(tmp_path, kind, order
         assert found[0] == found[1]
         assert pump.bytes_read == read * int((wanted >= 0).sum())
         assert any(found[0][0]) or any(map(any, found[0][1])) or order == "zeros only"
+
+
+@pytest.mark.parametrize("order", MAPS)
+@pytest.mark.parametrize("kind", ["copy", "combine", "measure"])
+def test_rows_of_decoded_parts(kind, order):
+    """1000 rows in float32, then 1500 that are codes with a scale each: rows move among both."""
+    rng, wanted = np.random.default_rng(8), MAPS[order]
+    numbers = rng.normal(size=(1000, COLUMNS)).astype("<f4")
+    codes, scales = rng.integers(-127, 128, (1500, COLUMNS), np.int8), rng.random(1500).astype("<f4")
+    every = np.concatenate([numbers, codes.astype(np.float32) * scales[:, None]])
+    whole = np.where((wanted >= 0)[:, None], every[wanted], np.float32(0))
+    decoder = Decoder("scaled_i8", COLUMNS, ((2, 0, scales.nbytes),), (0, 1, COLUMNS, 1500))
+    parts, memory = (
+        ((0, 0, 1000), (1, 0, 1500)),
+        [("memory", v.ctypes.data, v.nbytes) for v in (numbers, codes, scales)],
+    )
+    gathered = Gathered(parts, code(F32), array("q", wanted.tolist()), (None, decoder))
+    found = []
+    for handles, one in (([("memory", whole.ctypes.data, whole.nbytes)], Stored(0, 0, code(F32))), (memory, gathered)):
+        out = np.zeros(whole.nbytes, np.uint8)
+        n = INPUTS.get(kind, 3)
+        full = KINDS[kind](inputs=(one,) * n, numel=whole.size, columns=COLUMNS)
+        sinks = [("memory", out.ctypes.data, out.size)] if isinstance(full, steps.WritingStep) else []
+        pump = run(handles, sinks, full)
+        assert pump.error() is None
+        found.append((out.tobytes(), [list(part) for part in pump.answers()[0] or []]))
+    assert found[0] == found[1]
+    assert gathered.decoders and KINDS[kind](inputs=(gathered,), numel=whole.size, columns=COLUMNS).decodes
+
+
+def test_decoders_of_gathered_parts_are_checked():
+    x = np.zeros(80, np.uint8)
+    decoder = Decoder("scaled_i8", 5, ((0, 0, 4),), (0, 4, 5, 4))
+    rows = array("q", [0, 1, 2])
+    for operand, said in (
+        (Gathered(((0, 0, 4),), code(F32), rows, (None, decoder)), "one, or None, for each part"),
+        (Gathered(((0, 0, 4),), code(BF16), rows, (decoder,)), "is float32"),
+        (Gathered(((0, 0, 4),), code(F32), rows, (Decoder("none", 5),)), "no such decoder"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run([("memory", x.ctypes.data, 80)], [], steps.Measure(inputs=(operand,), numel=15, columns=5))
 
 
 def test_bytes_that_must_agree_may_be_gathered():
