@@ -10,8 +10,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from fastinterp.arguments import path_of
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_threads
@@ -25,12 +23,12 @@ from fastinterp.lora.adapter_files import (
     Described,
     adapter_config,
     model_card,
+    rounded,
     write_small_files,
 )
 from fastinterp.lora.algebra import (
     ITERATIONS,
     OVERSAMPLING,
-    Array,
     Blocks,
     balanced,
     padded,
@@ -232,7 +230,7 @@ class _Extraction:
         u, s, v = randomised_svd(blocks, how.rank, philox_key(how.seed, _RANDOM, name))
         norm = self._norms[name]
         rank = self._rank if how.energy is None else rank_for_energy(s, how.energy, norm * norm, how.rank)
-        b, a = (_rounded(x, how.dtype) for x in padded(*balanced(u, s, v, rank), rank))
+        b, a = (rounded(x, how.dtype) for x in padded(*balanced(u, s, v, rank), rank))
         error = math.sqrt(blocks.residual(b, a))
         if is_transposed(module, self._config):
             b, a = a.T, b.T
@@ -297,17 +295,6 @@ def _described(module: str, dtype: DType, shape: tuple[int, ...], rank: int) -> 
         (f"{PREFIX}{module}.lora_A.weight", dtype, (rank, *shape[1:])),
         (f"{PREFIX}{module}.lora_B.weight", dtype, (shape[0], rank, *ones)),
     ]
-
-
-def _rounded(x: Array, dtype: DType) -> Array:
-    """The values that are stored, as f32 (of F64: as they are)."""
-    from fastinterp.ops.dtypes import F64
-    from fastinterp.reference.combine import narrow, widen
-
-    if dtype is F64:
-        return x
-    codes = narrow(np.ascontiguousarray(x).reshape(-1), dtype)
-    return widen(codes.view(np.uint8), dtype).reshape(x.shape)
 
 
 def _card(names: tuple[str, str], how: _How, modules: Sequence[FactorisedModule]) -> str:

@@ -344,6 +344,13 @@ def test_nan_in_factors(tmp_path):
     refused(tmp_path, CheckpointError, f"the factors of `{Q}` hold NaN or Inf", recipe({folder: 0.3}))
 
 
+def test_numbers_that_the_dtype_cannot_hold(tmp_path):
+    a, b = factors(1, 12, 4, 10)
+    folder = write_adapter(tmp_path / "a", {Q: (a, b * 1e6)})
+    refused(tmp_path, CheckpointError, "beyond the range of F16", recipe({folder: 0.3}, dtype="float16"))
+    merge(tmp_path, recipe({folder: 0.3}, dtype="float16"), dtype="float32")  # the remedy
+
+
 def test_inputs_and_existing_outputs_are_kept(tmp_path, two):
     merge(tmp_path, recipe(dict.fromkeys(two, 1.0)))
     before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
