@@ -80,8 +80,8 @@ def explain(
 def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
     """Show the contents of a checkpoint, from its headers.
 
-    CHECKPOINT is a folder, a .safetensors file, or a Hub id. Shows files, tensors, dtypes, metadata, and the receipt
-    of the merge that wrote it.
+    CHECKPOINT is a folder, a file of weights (.safetensors, .bin, .pt, .pth, .ckpt), or a Hub id. Shows files, tensors,
+    dtypes, metadata, and the receipt of the merge that wrote it.
 
     \b
     Example:

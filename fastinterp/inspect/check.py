@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
-from fastinterp.execute import chunks
+from fastinterp.execute import chunks, quantised_deltas
 from fastinterp.inspect import samples
 from fastinterp.inspect.check_result import CheckResult, Finding
 from fastinterp.messages import counted, listed, plain
@@ -331,6 +331,11 @@ def _check_samples(plan: Plan, known: Collection[str], findings: _Findings) -> i
         findings.add_warning(f"{names[i]} contains NaN or Inf, in {listed(where, _LISTED)}")
     for i, other in sampled.equal():
         findings.add_warning(f"{names[i]} and {names[other]} are equal in all samples: is one of them the wrong model?")
+    if any(i.decoded for t in plan.tensors for i in t.inputs):
+        deltas = quantised_deltas.quantised_deltas(plan, chunks.TENSORS)
+        findings.remarks += [plain(line) for line in quantised_deltas.about(deltas, [c.name for c in plan.checkpoints])]
+        for warning in quantised_deltas.noise(deltas, plan):
+            findings.add_warning(plain(warning))
     recipe = plan.recipes[0]
     if recipe.base is not None and recipe.method.sums_deltas:
         for i, base, delta, signal in sampled.noisy():

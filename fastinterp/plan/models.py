@@ -130,8 +130,8 @@ def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
     for entry in (encoded.codes, *encoded.companions):
         if entry.conversion is not None:
             raise CheckpointError(
-                f"{quote(entry.name)} is part of an encoded tensor and is stored as {entry.conversion.stored_as}: such "
-                "codes and scales are not read", file=checkpoint.name, tensor=entry.name,
+                f"{quote(entry.name)} is part of an encoded tensor, and is not stored as elements one after the other: "
+                "such codes and scales are not read", file=checkpoint.name, tensor=entry.name,
             )  # fmt: skip
     codes = _stored(encoded.codes, checkpoint)
     companions = tuple(_stored(entry, checkpoint) for entry in encoded.companions)

@@ -226,7 +226,7 @@ for name in {path!r}:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-KINDS = {"StoredInput", "GatheredInput", "IntermediateInput"}
+KINDS = {"StoredInput", "ConvertedInput", "GatheredInput", "IntermediateInput"}
 
 
 def asks_for_a_kind(node: ast.AST) -> bool:
