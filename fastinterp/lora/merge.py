@@ -58,6 +58,8 @@ def merge_adapters(
     Raises: what plan_adapters does; CheckpointError, StorageError, OutputError, UsageError.
     """
     start = time.perf_counter()
+    if recipe.rounding != "nearest":
+        raise recipe.document.error("factors of adapters are rounded to nearest: remove `rounding`", "$.rounding")
     plan = plan_adapters(recipe)
     target = os.fspath(out)
     if names_file(target) and plan.style == "peft":

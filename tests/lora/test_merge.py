@@ -313,6 +313,7 @@ def test_an_adapter_as_base_is_where_deltas_start(tmp_path, two):
         ({"out": "loar"}, RecipeError, "`out` must be model or lora"),
         ({"out": "model", "rank": 4}, RecipeError, "`rank` is that of an adapter: it needs `out: lora`"),
         ({"tokenizer_source": "union"}, RecipeError, "`tokenizer_source` has no meaning for adapters"),
+        ({"rounding": "stochastic"}, RecipeError, "rounded to nearest: remove `rounding`"),
         ({"missing": "skip"}, RecipeError, "`missing` has no meaning for adapters"),
         ({"merge_method": "slerp", "parameters": {"t": 0.5}}, RecipeError, "`slerp` needs the key `base_model`"),
     ],
