@@ -264,6 +264,8 @@ struct EncodeArgs {
   float* decoded;       // numel: the numbers that the codes stand for; null where they are not wanted
 };
 
+struct Decoder;
+
 struct Backend {
   const char* name;
   bool (*usable)();
@@ -280,6 +282,7 @@ struct Backend {
   // out.
   void (*magnitudes)(const EncodeArgs&, uint32_t* bits);
   void (*encode)(const EncodeArgs&);
+  const Decoder* const* decoders;  // decoder.h; null ends them
 };
 
 }  // namespace fi

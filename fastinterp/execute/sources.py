@@ -12,6 +12,7 @@ from typing import Any
 from fastinterp.backends.cpu import cached_fraction
 from fastinterp.checkpoint.open import changed_since
 from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.execute.scales import refuse_scales
 from fastinterp.ops.steps import Decoder, Gathered, Operand, Stored
 from fastinterp.plan.inputs import GatheredInput, IntermediateInput, StoredInput, TensorInput
 from fastinterp.plan.models import Model
@@ -69,6 +70,8 @@ class Sources:
         number, code, encoding = self._number[tensor.path], tensor.dtype.kernel_code, tensor.encoding
         if encoding is None:
             return Stored(number, tensor.start, code)
+        with storage(tensor.path):
+            refuse_scales(tensor, encoding.companions, [self.fds[self._number[c.path]] for c in encoding.companions])
         columns = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.numel
         companions = tuple((self._number[c.path], c.start, c.nbytes) for c in encoding.companions)
         return Stored(number, tensor.start, code, Decoder(encoding.decoder, columns, companions, encoding.parameters))

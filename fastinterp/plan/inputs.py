@@ -75,6 +75,11 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         return ""
 
     @property
+    def decoded(self) -> bool:
+        """Whether its numbers are decoded from codes, so that no dtype is its own."""
+        return False
+
+    @property
     def merges(self) -> bool:
         """Whether its elements are numbers that can be averaged. If not, it is copied, and equal in all models."""
         return self.dtype.merges and not self.quantised
@@ -133,7 +138,7 @@ class Encoding(msgspec.Struct, frozen=True):
 
     stored      the dtype of its codes
     kept_dtype  the dtype of an output tensor that keeps this one's
-    decoder     its name in csrc/decoder.cpp and reference/decode.py
+    decoder     its name in csrc/decoders/ and reference/decode.py
     companions  scales and the like, in the order in which the decoder takes them
     parameters  numbers that it takes
     """
@@ -177,6 +182,10 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     def describe(self) -> str:
         text = f"{self.dtype} {list(self.shape)}"
         return text if self.encoding is None else f"{text} ({self.encoding.stored} with {self.encoding.decoder})"
+
+    @property
+    def decoded(self) -> bool:
+        return self.encoding is not None
 
     @property
     def kept_dtype(self) -> DType:

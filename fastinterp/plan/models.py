@@ -8,6 +8,8 @@ from pathlib import Path
 import msgspec
 
 from fastinterp.checkpoint.formats import EncodedTensor, encoded_tensors
+from fastinterp.checkpoint.formats.activations import about_encoded, scales_of_activations
+from fastinterp.checkpoint.formats.left_over import refuse_left_over
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint, open_checkpoint, refuse_adapter
 from fastinterp.checkpoint.quantised import quantised_in
@@ -26,6 +28,7 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     checkpoint  what it was opened from; None: a document above makes it
     origin      if a document above makes it, the checkpoint from which it has its configuration and the names of files
     left_out    and those of that checkpoint's files which are not in `root`: reason -> names
+    remarks     what was decided about its tensors, for people: which were decoded
     """
 
     name: str
@@ -34,6 +37,7 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     checkpoint: Checkpoint | None = None
     origin: Checkpoint | None = None
     left_out: Mapping[str, tuple[str, ...]] = {}
+    remarks: tuple[str, ...] = ()
 
     @property
     def source(self) -> Checkpoint | None:
@@ -89,20 +93,23 @@ def model_of(checkpoint: Checkpoint) -> Model:
     Raises: CheckpointError, of a reader.
     """
     every = encoded_tensors(checkpoint)
-    companions = {entry.name for encoded in every for entry in encoded.companions}
+    activations = scales_of_activations(checkpoint, every)
+    beside = {entry.name for encoded in every for entry in encoded.beside} | set(activations)
     encoded_by_codes = {encoded.codes.name: encoded for encoded in every}
-    found = quantised_in(checkpoint, encoded_by_codes.keys() | companions)
+    found = quantised_in(checkpoint, encoded_by_codes.keys() | beside)
     formats = {name: q.format for q in found for name in (q.codes, *q.companions)}
+    refuse_left_over(checkpoint, every, formats.keys() | beside)
     tensors = {}
     for name, entry in checkpoint.tensors.items():
-        if name not in companions:
+        if name not in beside:
             encoded = encoded_by_codes.get(name)
             if encoded is None:
                 tensor = _stored(entry, checkpoint, formats.get(name, ""))
             else:
                 tensor = _decoded(encoded, checkpoint)
             tensors[tensor.name] = tensor
-    return Model(checkpoint.name, checkpoint.root, tensors, checkpoint)
+    remarks = about_encoded(checkpoint, every, activations)
+    return Model(checkpoint.name, checkpoint.root, tensors, checkpoint, remarks=remarks)
 
 
 def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:

@@ -107,9 +107,11 @@ class Plan:
         return {**files, CARD: card.encode(), **self.layouts[k].indexes}
 
     def _promoted(self) -> DType | None:
-        """Where models differ in their dtypes, and tensors are stored in one that holds all: that of most elements."""
+        """That of most elements, where models differ in their dtypes and tensors are stored in one that holds all, or
+        where tensors are decoded.
+        """
         merged = [t for t in self.tensors if t.merged and t.dtype.merges]
-        if all(t.dtype == t.inputs[0].kept_dtype for t in merged):
+        if all(t.dtype == t.inputs[0].kept_dtype and not any(i.decoded for i in t.inputs) for t in merged):
             return None
         elements: dict[DType, int] = {}
         for tensor in merged:
