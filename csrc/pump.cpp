@@ -256,8 +256,8 @@ int64_t Pump::span_of(const Step& step) const {
   return std::max(options_.read_bytes / widest(step) / whole, int64_t(1)) * whole;
 }
 
-Inputs Pump::inputs_of(const Step& step, char* scratch) {
-  return Inputs(sources_, step, &bytes_read_, scratch + scratch_bytes_ - decode_bytes_);
+Inputs Pump::inputs_of(const Step& step, char* scratch, std::atomic<int64_t>* bytes_read) const {
+  return Inputs(sources_, step, bytes_read, scratch + scratch_bytes_ - decode_bytes_);
 }
 
 void Pump::finish_piece(int step) {
@@ -284,12 +284,11 @@ void Pump::combine(const Piece& piece, int64_t done, int64_t count, char* scratc
   const int64_t first = piece.first + done;
   if (step.inputs.size() == 1 && step.sum->copies() && step.inputs[0].dtype == step.out_dtype)
     return inputs_of(step, scratch).read(0, first, count, out[0]);
-  sum(step, first, count, scratch, out, options_.stats_every, &stats_[piece.stats]);
+  sum(inputs_of(step, scratch), step, first, count, scratch, out, options_.stats_every, &stats_[piece.stats]);
 }
 
-std::vector<const void*> Pump::sum(const Step& step, int64_t first, int64_t count, char* scratch,
+std::vector<const void*> Pump::sum(const Inputs& inputs, const Step& step, int64_t first, int64_t count, char* scratch,
                                    const std::vector<void*>& out, int stats_every, RowStats* stats) {
-  const Inputs inputs = inputs_of(step, scratch);
   const size_t n = step.inputs.size();
   std::vector<const void*> x(n);
   std::vector<DType> dtypes(n);

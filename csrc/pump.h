@@ -79,7 +79,7 @@ class Pump {
   void run_encoded(const Block& block, char* scratch);
   void write_scales(const Encoding& encoding, size_t output, const ScaleRun& scales, int64_t from, int64_t count);
   // The sums of elements [first, first + count) of a step, into `out`. stats: of each output. Returns the inputs.
-  std::vector<const void*> sum(const Step& step, int64_t first, int64_t count, char* scratch,
+  std::vector<const void*> sum(const Inputs& inputs, const Step& step, int64_t first, int64_t count, char* scratch,
                                const std::vector<void*>& out, int stats_every, RowStats* stats);
   // Elements [done, done + count) of a piece, into `out`.
   void combine(const Piece& piece, int64_t done, int64_t count, char* scratch, const std::vector<void*>& out);
@@ -88,7 +88,8 @@ class Pump {
   void write(const Step& step, int64_t offset, int64_t size, const char* staged);
   void prefetch(size_t block) const;
   // The inputs of a step, for a thread with this scratch.
-  Inputs inputs_of(const Step& step, char* scratch);
+  Inputs inputs_of(const Step& step, char* scratch) { return inputs_of(step, scratch, &bytes_read_); }
+  Inputs inputs_of(const Step& step, char* scratch, std::atomic<int64_t>* bytes_read) const;
   // A piece of the step is done. With the last one, what its decoders hold is freed.
   void finish_piece(int step);
 

@@ -20,6 +20,8 @@ void Pump::run_encoded(const Block& block, char* scratch) {
   float* const decoded = static_cast<float*>(sums.back());
   char* const stats_scratch = scratch + encode_at_ + span * int64_t(sizeof(float) * (k + 1));
   sums.pop_back();
+  std::atomic<int64_t> uncounted{0};  // bytes that are read again, from the caches
+  const Inputs inputs = inputs_of(step, scratch), again = inputs_of(step, scratch, &uncounted);
   RowStats* const stats = &stats_[piece.stats];
   int64_t start = block.offset, at = start;  // what is staged, in the first sink
   for (int64_t first = piece.first, stop = first; first < end && !cancelled_; first = stop) {
@@ -33,7 +35,7 @@ void Pump::run_encoded(const Block& block, char* scratch) {
       std::vector<RowStats> ignored(k);
       for (int64_t e = first; e < stop && !cancelled_; e += span) {
         const int64_t count = std::min(span, stop - e);
-        x = sum(step, e, count, scratch, sums, 0, held ? stats : ignored.data());
+        x = sum(inputs, step, e, count, scratch, sums, 0, held ? stats : ignored.data());
         for (size_t i = 0; i < k; ++i)
           encoding.measure(static_cast<const float*>(sums[i]), e, count, from, magnitudes[i].data());
       }
@@ -44,7 +46,7 @@ void Pump::run_encoded(const Block& block, char* scratch) {
     for (size_t i = 0; i < k && !encoding.places().empty(); ++i) write_scales(encoding, i, scales[i], from, blocks);
     for (int64_t e = first; e < stop && !cancelled_; e += span) {
       const int64_t count = std::min(span, stop - e), size = encoding.codes(0, count).second;
-      if (!held) x = sum(step, e, count, scratch, sums, 0, stats);
+      if (!held) x = sum(encoding.known() ? inputs : again, step, e, count, scratch, sums, 0, stats);
       const int every = options_.stats_every;
       bool sampled = false;
       for (int64_t c = e / kChunk; every > 0 && c * kChunk < e + count; ++c) sampled = sampled || c % every == 0;

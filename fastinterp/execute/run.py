@@ -182,8 +182,9 @@ def opened(
             stats_every=STATS_EVERY,
         )
         # In the order of the outputs, which the pump writes in contiguous runs.
-        order = sorted(plan.tensors, key=lambda t: [at[0] for at in sinks.of.get(t.name, ())])
+        order = sorted(plan.tensors, key=lambda t: [at[0] for at in _sinks_of(sinks, t)])
         jobs = {t.name: _job(plan, t, sources, sinks, scratch) for t in order}
+        wanted = {t.name for t in order if t.entries[0][0] in sinks.of}
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
         where = sources.fds, sinks.handles, options, explained, total, progress, max_memory
@@ -193,7 +194,7 @@ def opened(
             executor: PumpExecutor = stack.enter_context(closing(DeviceExecutor(devices, *where)))
         else:
             executor = PumpExecutor(*where)
-        yield Run(plan, sources, isa, window.threads, executor, jobs, sinks.of)
+        yield Run(plan, sources, isa, window.threads, executor, jobs, wanted)
 
 
 def run(
@@ -244,19 +245,31 @@ def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folde
 def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: Sinks, scratch: ScratchFile | None) -> Job:
     stochastic = plan.recipes[0].rounding == "stochastic"
     if scratch is None or not tensor.before:
-        return _job_at(tensor, stochastic, sources.operand, *_sinks_of(sinks, tensor.name))
+        return _encoded(tensor, sinks, _job_at(tensor, stochastic, sources.operand, *_sinks_of(sinks, tensor)))
     from fastinterp.execute.jobs.chained_job import ChainedJob
 
     def make(stage: PlannedTensor, operand: Callable[[TensorInput], Operand], offset: int | None) -> Job:
-        where = _sinks_of(sinks, tensor.name) if offset is None else ([scratch.sink], [offset])
-        return _job_at(stage, stochastic, operand, *where)
+        if offset is None:
+            return _encoded(stage, sinks, _job_at(stage, stochastic, operand, *_sinks_of(sinks, stage)))
+        return _job_at(stage, stochastic, operand, [scratch.sink], [offset])
 
     return ChainedJob(tensor.stages, scratch, sources, make)
 
 
-def _sinks_of(sinks: Sinks, name: str) -> tuple[Sequence[int], Sequence[int]]:
-    """The sinks and offsets of a tensor; empty, if it is not wanted."""
-    return sinks.of.get(name, ((), ()))
+def _sinks_of(sinks: Sinks, tensor: PlannedTensor) -> tuple[Sequence[int], Sequence[int]]:
+    """The sinks and offsets of a tensor, or of its codes; empty, if it is not wanted."""
+    return sinks.of.get(tensor.entries[0][0], ((), ()))
+
+
+def _encoded(tensor: PlannedTensor, sinks: Sinks, job: Job) -> Job:
+    """The job that encodes what `job` sums, if the tensor is stored as codes."""
+    if tensor.encoding is None or not job.io.sinks:
+        return job
+    from fastinterp.execute.jobs.encoded_job import EncodedJob
+
+    places = [zip(*sinks.of[name], strict=True) for name, _, _ in tensor.encoding.scales]
+    scales = [tuple(of) for of in zip(*places, strict=True)] if places else [()] * len(job.io.sinks)
+    return EncodedJob(job, job.io, tensor.encoding, scales)
 
 
 def _job_at(
@@ -274,7 +287,7 @@ def _job_at(
         operands=tuple(operand(entry) for entry in tensor.inputs),
         nbytes=tuple(e.nbytes for e in tensor.inputs),
         out_dtype=tensor.dtype.kernel_code,
-        out_bytes=(tensor.dtype.nbytes(tensor.numel) or 0) if tensor.merged else tensor.inputs[0].nbytes,
+        out_bytes=tensor.nbytes if tensor.merged else tensor.inputs[0].nbytes,
         sinks=tuple(numbers),
         offsets=tuple(offsets),
         keys=tuple(philox_key(seed, _STORE, tensor.name) for seed in tensor.seeds) if stochastic else (),

@@ -23,8 +23,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe", "load_recipe", "load_recipes"]
 
-CHOICES = {"rounding": ("nearest", "stochastic"), "fp8_overflow": ("saturate", "nonfinite"),
-            "missing": ("error", "base", "skip"), "channels": ("same", "first")}  # fmt: skip
+CHOICES = {
+    "rounding": ("nearest", "stochastic"),
+    "fp8_overflow": ("saturate", "nonfinite"),
+    "missing": ("error", "base", "skip"),
+    "channels": ("same", "first"),
+    "quantize": ("none", "same"),
+}
+
+NEAREST_CODES = (
+    "`quantize: same` rounds codes to nearest: `rounding: stochastic` is not defined for it. Leave out one of the two"
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class Recipe:
     missing       what becomes of tensors that not all models have in one shape: "error"; "base": they are copied from
                   the base, see `base_index`; "skip": the output has none of them
     channels      "same"; or "first": convolutions may have different numbers of input channels: see docs/RECIPES.md
+    quantize      "none"; or "same": tensors that are quantised in `origin` are quantised anew, in the same format
     integers      the one of `models` whose integer tensors are taken where the models differ, or None: they must agree
     text          the recipe for receipts: the user's own text, or YAML of the mapping that was given
     file          what messages call the source, or None
@@ -74,6 +84,7 @@ class Recipe:
     fp8_overflow: str
     missing: str
     channels: str
+    quantize: str
     integers: ModelRef | None
     text: str
     file: str | None
@@ -196,6 +207,11 @@ def build_all(documents: Sequence[Document], collector: ErrorCollector) -> tuple
 def _check_used(recipes: Sequence[Recipe], collector: ErrorCollector) -> None:
     used = {i for recipe in recipes for i in recipe.earlier.values()}
     for i, recipe in enumerate(recipes[:-1]):
+        if recipe.quantize != "none":
+            with collector:
+                raise recipe.document.error(
+                    "`quantize` is about what is written: it belongs into the last document", "$.quantize"
+                )
         if i not in used and recipe.name is not None:
             with collector:
                 message = f"{shown(recipe.name)} is never used by another document"
@@ -237,6 +253,7 @@ def build(document: Document, above: Sequence[Recipe], collector: ErrorCollector
         fp8_overflow=raw.fp8_overflow,
         missing=raw.missing,
         channels=raw.channels,
+        quantize=raw.quantize,
         text=document.text,
         file=document.file,
         coefficients=coefficients,
@@ -276,6 +293,9 @@ def _settings(document: Document, raw: RawRecipe, builder: Builder, collector: E
             _check_choice(document, getattr(raw, key), key)
     with collector:
         _check_seed(document, raw.seed)
+    with collector:
+        if raw.quantize == "same" and raw.rounding == "stochastic":
+            raise document.error(NEAREST_CODES, "$.quantize")
     with collector:
         settings["integers"] = _integers(document, raw, builder.models)
     if raw.tokenizer is not None or raw.tokenizer_source is not None:

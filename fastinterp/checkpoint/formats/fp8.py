@@ -68,10 +68,11 @@ def _encoded(
     places = grid(codes.shape, scale.shape, said.blocks, said.strict)
     if places is None:
         raise misshapen(checkpoint, scale, codes, expected(codes.shape, said.blocks, said.strict))
-    yield tensor_of(
+    tensor = tensor_of(
         checkpoint, codes, [scale], DECODERS[codes.dtype.name], places.parameters(scale.dtype),
         format=f"fp8 with scales of {places.of(codes.shape)}", assumed=places.assumed,
     )  # fmt: skip
+    yield replace(tensor, power_of_two=said.power_of_two)
 
 
 def _refuse_bare(
