@@ -34,6 +34,14 @@ FI_INLINE float e8m0(uint8_t code) {
   return bit_cast<float>(choose(code == 255, 0x7fc00000u, power));
 }
 
+FI_INLINE float widen_f16(uint16_t bits) {
+#if defined(__F16C__)
+  return _cvtsh_ss(bits);
+#else
+  return widen_small<DType::F16>(bits);
+#endif
+}
+
 // ---- vectors -------------------------------------------------------------------------------------------------------
 
 // Bytes: 16 codes. Floats: 16 numbers.

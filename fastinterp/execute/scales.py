@@ -24,9 +24,9 @@ def refuse_scales(tensor: StoredInput, companions: Sequence[StoredInput], fds: S
             index = not_finite(data, companion.dtype.name)
             if index >= 0:
                 raise CheckpointError(
-                    f"{quote(companion.name)} ({companion.describe()}), the scale of {quote(tensor.name)}, holds NaN or "
-                    f"Inf: its element {at // size + index}, counted from 0. Download or copy the checkpoint again, or "
-                    "quantise the model anew",
+                    f"{quote(companion.name)} ({companion.describe()}), the scale of {quote(tensor.name)}, holds NaN "
+                    f"or Inf: its element {at // size + index}, counted from 0. Download or copy the checkpoint again, "
+                    "or quantise the model anew",
                     file=str(companion.path),
                     tensor=companion.name,
                 )

@@ -74,10 +74,7 @@ def _command(model: Model, found: Sequence[QuantisedTensor]) -> str:
         return ""
     from fastinterp.checkpoint.dequantising import command
 
-    first = next((q for q in found if q.companions), found[0])
-    headers = checkpoint.tensors
-    scale = (first.companions[0], headers[first.companions[0]]) if first.companions else None
-    return command(first.format, checkpoint.root, checkpoint.files, (first.codes, headers[first.codes]), scale)
+    return command(found[0].format, checkpoint.root)
 
 
 def refuse_quantised(recipe: Recipe, models: Sequence[Model]) -> None:

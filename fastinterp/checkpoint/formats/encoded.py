@@ -99,8 +99,8 @@ def missing(checkpoint: Checkpoint, codes: Entry, expected: Sequence[str], what:
     return fault(
         checkpoint,
         codes,
-        f"{described(codes)} holds codes, which mean nothing without their {what}: expected {names}, got none. Download "
-        "or copy the checkpoint again, or quantise the model anew",
+        f"{described(codes)} holds codes, which mean nothing without their {what}: expected {names}, got none. "
+        "Download or copy the checkpoint again, or quantise the model anew",
     )
 
 

@@ -19,8 +19,8 @@ _OWNERS = {
 
 
 def refuse_left_over(checkpoint: Checkpoint, encoded: Sequence[EncodedTensor], taken: Collection[str]) -> None:
-    """Raises: CheckpointError, naming it, if a scale belongs to no codes: whether the tensor beside it was multiplied is not
-    known.
+    """Raises: CheckpointError, naming it, if a scale belongs to no codes: whether the tensor beside it was multiplied
+    is not known.
 
     taken  names of the tensors that belong to codes, in whatever format
     """
