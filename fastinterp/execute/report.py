@@ -253,7 +253,7 @@ def warnings_of(
         warnings.append(
             f"rounding to {dtype} preserved {strength:.2f} of the intended change: the models differ by little more "
             "than the spacing of that dtype. Use "
-            + ("--quantize none, which writes BF16" if quantises else "--rounding stochastic, or --dtype float32")
+            + ("--quantize none, which writes numbers" if quantises else "--rounding stochastic, or --dtype float32")
         )
     if total.nan_in or total.inf_in:
         names = [n for n, e in tensors.items() if e.nan_in or e.inf_in]

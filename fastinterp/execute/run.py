@@ -20,6 +20,7 @@ from fastinterp.execute.sinks import Sinks
 from fastinterp.execute.sources import Sources, remedy
 from fastinterp.messages import counted
 from fastinterp.ops.combine import philox_key
+from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.steps import Operand
 from fastinterp.plan.inputs import PlannedTensor, TensorInput
 from fastinterp.plan.plan import Plan
@@ -41,6 +42,7 @@ class Window:
     larger than those of `cp`: docs/performance.md has the measurements.
 
     most  memory that may be used
+    encodes  whether any output is stored as codes
     asks  whether any method makes requests or masks its sums: these steps have scratch memory of their own, and run on
           fewer threads where it does not fit
     """
@@ -52,6 +54,7 @@ class Window:
     outputs: int
     most: int
     asks: bool
+    encodes: bool = False
 
     @property
     def bytes(self) -> int:
@@ -60,7 +63,10 @@ class Window:
 
     @property
     def plain_bytes(self) -> int:
-        return self.threads * (self.inputs * (self.read_bytes + 4096) + self.outputs * (self.write_bytes + 4096))
+        sums = self.inputs * (self.read_bytes + 4096) + self.outputs * (self.write_bytes + 4096)
+        # Of encoded outputs: sums in float32, what became of them, and room to compare both, 3 chunks of float64.
+        encoding = (2 * self.outputs + 1) * 4 * self.read_bytes + (3 * 8 * CHUNK) + 4096 if self.encodes else 0
+        return self.threads * (sums + encoding)
 
 
 def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
@@ -70,9 +76,10 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
     """
     inputs, outputs = max(len(s.inputs) for t in plan.tensors for s in t.stages), len(plan.recipes)
     asks = any(s.program is not None for t in plan.tensors for s in t.stages)
+    encodes = any(t.encoding is not None for t in plan.tensors)
     read, write = _pages(max(16 << 10, min(64 << 10, (512 << 10) // inputs))), 128 << 10
     while True:
-        window = Window(threads, write, read, inputs, outputs, max_memory, asks)
+        window = Window(threads, write, read, inputs, outputs, max_memory, asks, encodes)
         if window.plain_bytes <= max_memory:
             return window
         if write <= 4096 and read <= 4096:
@@ -87,7 +94,9 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
 def fitting_outputs(plan: Plan, threads: int, max_memory: int) -> int:
     """The number of outputs of a plan that can be computed from one read within `max_memory`; at least 1."""
     inputs = max(len(s.inputs) for t in plan.tensors for s in t.stages)
-    fixed, each = (Window(threads, 4096, 4096, i, k, max_memory, False).plain_bytes for i, k in ((inputs, 0), (0, 1)))
+    encodes = any(t.encoding is not None for t in plan.tensors)
+    both = (Window(threads, 4096, 4096, i, k, max_memory, False, encodes) for i, k in ((inputs, 0), (0, 1)))
+    fixed, each = (window.plain_bytes for window in both)
     return max(1, (max_memory - fixed) // each)
 
 

@@ -122,7 +122,7 @@ def _encoding(t: PlannedTensor, form: TensorInput, origin: str) -> OutputEncodin
             f"in {encoding.format}: its scales are of other blocks. {_INSTEAD}",
             tensor=name,
         )
-    alike = tuple(one.encoding is not None and _same(one.encoding, encoding) for one in t.inputs)
+    alike = tuple(_alike(one, encoding) for one in t.inputs)
     encoder = None
     if encoding.decoder in ENCODERS:
         columns = shape[-1] if len(shape) > 1 else prod(shape)
@@ -149,6 +149,11 @@ def _beside(name: str, form: TensorInput) -> list[tuple[str, StoredInput]]:
     """
     encoding = form.encoding
     return [] if encoding is None else [(_renamed(one.name, form.name, name), one) for one in encoding.beside]
+
+
+def _alike(one: TensorInput, form: Encoding) -> bool:
+    """Whether an input is stored in this way, and read as it is stored."""
+    return one.encoding is not None and getattr(one, "low_rank", None) is None and _same(one.encoding, form)
 
 
 def _same(a: Encoding, b: Encoding) -> bool:
