@@ -152,8 +152,8 @@ def _beside(name: str, form: TensorInput) -> list[tuple[str, StoredInput]]:
 
 
 def _alike(one: TensorInput, form: Encoding) -> bool:
-    """Whether an input is stored in this way, and read as it is stored."""
-    return one.encoding is not None and getattr(one, "low_rank", None) is None and _same(one.encoding, form)
+    """Whether a copy of an input may keep its codes and scales."""
+    return one.codes is not None and _same(one.codes, form)
 
 
 def _same(a: Encoding, b: Encoding) -> bool:

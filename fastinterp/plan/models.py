@@ -11,11 +11,12 @@ from fastinterp.checkpoint.formats import EncodedTensor, encoded_tensors
 from fastinterp.checkpoint.formats.activations import about_blocks, about_numbers, scales_of_activations
 from fastinterp.checkpoint.formats.left_over import refuse_left_over
 from fastinterp.checkpoint.header import Entry
+from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint, open_checkpoint, refuse_adapter
 from fastinterp.checkpoint.quantised import quantised_in
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.ops.dtypes import F32
-from fastinterp.plan.inputs import Encoding, StoredInput, TensorInput
+from fastinterp.plan.inputs import ConvertedInput, Encoding, StoredInput, TensorInput
 from fastinterp.recipe.references import ModelRef
 
 
@@ -28,6 +29,7 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     checkpoint  what it was opened from; None: a document above makes it
     origin      if a document above makes it, the checkpoint from which it has its configuration and the names of files
     left_out    and those of that checkpoint's files which are not in `root`: reason -> names
+    warnings    about it and its adapters
     remarks     what was decided about its tensors, for people
     as_numbers  what is true where weights are written as numbers: which were decoded, what is left out with their codes
     beside      tensors that mean nothing where weights are numbers, and belong to no single one: scales of keys
@@ -39,6 +41,7 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     checkpoint: Checkpoint | None = None
     origin: Checkpoint | None = None
     left_out: Mapping[str, tuple[str, ...]] = {}
+    warnings: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     as_numbers: tuple[str, ...] = ()
     beside: tuple[StoredInput, ...] = ()
@@ -72,7 +75,7 @@ class Library:
             raise self._errors[model]
         if model not in self._opened:
             try:
-                self._opened[model] = open_model(str(model))
+                self._opened[model] = open_model(model)
             except (CheckpointError, StorageError) as error:
                 self._errors[model] = error
                 raise
@@ -83,12 +86,20 @@ class Library:
         return tuple(self._opened.values())
 
 
-def open_model(name: str) -> Model:
-    """The model called `name`. Raises: CheckpointError, as open_checkpoint does, and for an adapter."""
-    checkpoint = open_checkpoint(name)
+def open_model(name: str | ModelRef) -> Model:
+    """The model called `name`, with its adapters. Raises: CheckpointError, as open_checkpoint does, for an adapter
+    alone, and for one that does not fit.
+    """
+    ref = ModelRef.of(name) if isinstance(name, str) else name
+    checkpoint = open_checkpoint(ref.name)
     if checkpoint.adapter is not None:
         refuse_adapter(checkpoint)
-    return model_of(checkpoint)
+    model = model_of(checkpoint)
+    if ref.adapters:
+        from fastinterp.plan.adapters import with_adapters  # few recipes have any
+
+        model = with_adapters(model, ref)
+    return model
 
 
 def model_of(checkpoint: Checkpoint) -> Model:
@@ -103,14 +114,17 @@ def model_of(checkpoint: Checkpoint) -> Model:
     found = quantised_in(checkpoint, encoded_by_codes.keys() | beside)
     formats = {name: q.format for q in found for name in (q.codes, *q.companions)}
     refuse_left_over(checkpoint, every, formats.keys() | beside)
-    tensors = {}
+    tensors: dict[str, TensorInput] = {}
     for name, entry in checkpoint.tensors.items():
         if name not in beside:
             encoded = encoded_by_codes.get(name)
-            if encoded is None:
-                tensor = _stored(entry, checkpoint, formats.get(name, ""))
-            else:
+            tensor: TensorInput
+            if encoded is not None:
                 tensor = _decoded(encoded, checkpoint)
+            elif entry.conversion is not None:
+                tensor = _converted(entry, checkpoint)
+            else:
+                tensor = _stored(entry, checkpoint, formats.get(name, ""))
             tensors[tensor.name] = tensor
     return Model(
         checkpoint.name, checkpoint.root, tensors, checkpoint, remarks=about_blocks(checkpoint, every),
@@ -120,6 +134,12 @@ def model_of(checkpoint: Checkpoint) -> Model:
 
 
 def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
+    for entry in (encoded.codes, *encoded.companions):
+        if entry.conversion is not None:
+            raise CheckpointError(
+                f"{quote(entry.name)} is part of an encoded tensor and is stored as {entry.conversion.stored_as}: such "
+                "codes and scales are not read", file=checkpoint.name, tensor=entry.name,
+            )  # fmt: skip
     codes = _stored(encoded.codes, checkpoint)
     companions = tuple(_stored(entry, checkpoint) for entry in encoded.companions)
     nbytes = codes.nbytes + sum(companion.nbytes for companion in companions)
@@ -131,9 +151,21 @@ def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
     return StoredInput(encoded.name, F32, encoded.shape, nbytes, codes.path, codes.start, encoding)
 
 
+def _converted(entry: Entry, checkpoint: Checkpoint) -> ConvertedInput:
+    assert entry.conversion is not None
+    path, factor = checkpoint.files[entry.file], _is_factor(entry, checkpoint)
+    return ConvertedInput(
+        entry.name, entry.dtype, entry.shape, entry.nbytes, path, entry.start, entry.conversion, factor
+    )
+
+
+def _is_factor(entry: Entry, checkpoint: Checkpoint) -> bool:
+    return checkpoint.adapter is not None and entry.name in checkpoint.adapter.tensors
+
+
 def _stored(entry: Entry, checkpoint: Checkpoint, quantised: str = "") -> StoredInput:
     path = checkpoint.files[entry.file]
-    factor = checkpoint.adapter is not None and entry.name in checkpoint.adapter.tensors
+    factor = _is_factor(entry, checkpoint)
     return StoredInput(
         entry.name, entry.dtype, entry.shape, entry.nbytes, path, entry.start, quantised=quantised, factor=factor
     )

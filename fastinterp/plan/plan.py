@@ -185,6 +185,7 @@ def make_plan(
     method does not accept its models or parameters; RecipeError, if documents do not fit each other; UsageError.
     """
     first = recipes[0]
+    _refuse_adapters([*above, *recipes])
     if len(recipes) > MAX_OUTPUTS:
         raise UsageError(f"one read can make at most {MAX_OUTPUTS} outputs, got {len(recipes)}")
     kept = [(r.models, r.dtype, r.out_dtype, r.quantize) for r in recipes]
@@ -217,6 +218,15 @@ def make_plan(
     )  # fmt: skip
 
 
+def _refuse_adapters(recipes: Sequence[Recipe]) -> None:
+    """Raises: RecipeError, if one of several documents is an adapter, or something else than `merge` has one."""
+    for recipe in recipes:
+        if recipe.out == "lora":
+            raise recipe.document.error(
+                "`out: lora` makes an adapter, which only `fastinterp merge` does, of a recipe of one document", "$.out"
+            )
+
+
 def _stamps(document: Document) -> dict[Path, Stamp | None]:
     copied = [c for c in (document.aligned.tokenizer or {}).values() if isinstance(c, Path)]
     return {**{path: stamp_of(path) for path in copied}, **document.files.stamps}
@@ -227,7 +237,7 @@ def plan_recipe(
     missing: object = None, channels: object = None, quantize: object = None, *, one_file: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge` and make_plan."""
-    *above, last = _documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+    *above, last = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
     return make_plan([last], max_shard_size=optional_size(max_shard_size), above=above, one_file=one_file)
 
 
@@ -236,7 +246,7 @@ def plan_documents(
     missing: object = None, channels: object = None, quantize: object = None, *, one_file: bool = False,
 ) -> list[Plan]:  # fmt: skip
     """A plan for each document of a recipe, the last for that which is written. Arguments and errors as of `merge`."""
-    every = _documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+    every = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
     size = optional_size(max_shard_size)
     return [
         make_plan([one], max_shard_size=size, above=every[:i], one_file=one_file and one is every[-1])
@@ -244,9 +254,10 @@ def plan_documents(
     ]
 
 
-def _documents(
+def documents(
     recipe: Source, dtype: object, rounding: object, seed: object, missing: object, channels: object, quantize: object
 ) -> list[Recipe]:
+    """The documents of a recipe, with what the arguments replace in them. Arguments and errors as of `merge`."""
     *above, last = load_recipes(recipe)
     changed = overridden(last, dtype, rounding, seed, missing, channels, quantize)
     if above:

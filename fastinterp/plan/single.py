@@ -19,6 +19,7 @@ from fastinterp.plan.compatibility import (
     lost_warnings,
     template_warnings,
 )
+from fastinterp.plan.converted import conversion_warnings
 from fastinterp.plan.fit import check_cuts, other_sizes
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
@@ -120,6 +121,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     tensors = plan_tensors(recipes, targets, aligned.models, sidecars, origin, aligned.layouts)
     warnings = [
         *map(str, first.warnings),
+        *dict.fromkeys(warning for model in models for warning in model.warnings),
         *aligned.warnings,
         *(aligned.layouts.values() if first.missing != "error" else ()),
         *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
@@ -137,6 +139,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     warnings += component_warnings(aligned.models, origin)
     warnings += layer_warnings
     warnings += dtype_warnings(first, targets[0], origin)
+    warnings += conversion_warnings(tensors, [*aligned.models, *sidecars.values()])
     if first.filters:
         from fastinterp.recipe.check import filter_warnings
 

@@ -113,6 +113,14 @@ def _mxfp4(codes: Codes, companions: Sequence[Codes], parameters: Sequence[float
     return numbers
 
 
+def _mxfp4_transposed(
+    codes: Codes, companions: Sequence[Codes], parameters: Sequence[float], numel: int, columns: int
+) -> Numbers:
+    """What is stored is the transpose of each matrix, as `mxfp4`. parameters: rows of a matrix."""
+    rows = int(parameters[0])
+    return _mxfp4(codes, companions, (), numel, rows).reshape(-1, columns, rows).transpose(0, 2, 1)
+
+
 def _nvfp4(codes: Codes, companions: Sequence[Codes], parameters: Sequence[float], numel: int, columns: int) -> Numbers:
     """Blocks of 16 E2M1 codes, with an E4M3 scale each, and a scale for the matrix.
 
@@ -144,6 +152,7 @@ DECODERS: dict[str, Decode] = {
     "scaled_f8_e5m2": _scaled(e5m2),
     "scaled_i8": _scaled(i8),
     "mxfp4": _mxfp4,
+    "mxfp4_transposed": _mxfp4_transposed,
     "nvfp4": _nvfp4,
     "q8_0": _q8_0,
 }
