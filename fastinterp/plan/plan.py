@@ -110,7 +110,7 @@ class Plan:
         """That of most elements, where models differ in their dtypes and tensors are stored in one that holds all, or
         where tensors are decoded.
         """
-        merged = [t for t in self.tensors if t.merged and t.dtype.merges]
+        merged = [t for t in self.tensors if t.merged and t.dtype.merges and t.encoding is None]
         if all(t.dtype == t.inputs[0].kept_dtype and not any(i.decoded for i in t.inputs) for t in merged):
             return None
         elements: dict[DType, int] = {}
@@ -188,18 +188,25 @@ def make_plan(
     _refuse_adapters([*above, *recipes])
     if len(recipes) > MAX_OUTPUTS:
         raise UsageError(f"one read can make at most {MAX_OUTPUTS} outputs, got {len(recipes)}")
-    if any(r.models != first.models or r.dtype != first.dtype or r.out_dtype != first.out_dtype for r in recipes):
+    kept = [(r.models, r.dtype, r.out_dtype, r.quantize) for r in recipes]
+    if any(one != kept[0] for one in kept):
         raise UsageError("recipes that share one read must have the same models and dtypes")
     library = library or Library()
     if above:
         from fastinterp.plan.chained import plan_chain
 
+        above = [replace(r, quantize=first.quantize) for r in above]  # their configurations say what the last one needs
         last, checkpoints, names, warnings, remarks, folders = plan_chain(above, first, library)
     else:
         last = plan_document(recipes, library.find)
         checkpoints, names, folders = last.checkpoints, tuple(map(str, first.models)), ()
         warnings, remarks = last.warnings, last.remarks
     tensors = last.tensors
+    if first.quantize == "same":
+        from fastinterp.plan.encoded_output import quantised_as
+
+        tensors, more = quantised_as(last.origin, tensors, checkpoints, stacked=any(s.stacked for s in first.sections))
+        remarks = (*remarks, *more)
     outputs = Outputs(last.origin, checkpoints[: len(names)], tensors)
     layouts = tuple(
         outputs.layout(receipt(recipe, k, tensors, names), max_shard_size, one_file) for k, recipe in enumerate(recipes)
@@ -227,19 +234,19 @@ def _stamps(document: Document) -> dict[Path, Stamp | None]:
 
 def plan_recipe(
     recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
-    missing: object = None, channels: object = None, *, one_file: bool = False,
+    missing: object = None, channels: object = None, quantize: object = None, *, one_file: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge` and make_plan."""
-    *above, last = documents(recipe, dtype, rounding, seed, missing, channels)
+    *above, last = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
     return make_plan([last], max_shard_size=optional_size(max_shard_size), above=above, one_file=one_file)
 
 
 def plan_documents(
     recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
-    missing: object = None, channels: object = None, *, one_file: bool = False,
+    missing: object = None, channels: object = None, quantize: object = None, *, one_file: bool = False,
 ) -> list[Plan]:  # fmt: skip
     """A plan for each document of a recipe, the last for that which is written. Arguments and errors as of `merge`."""
-    every = documents(recipe, dtype, rounding, seed, missing, channels)
+    every = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
     size = optional_size(max_shard_size)
     return [
         make_plan([one], max_shard_size=size, above=every[:i], one_file=one_file and one is every[-1])
@@ -248,11 +255,11 @@ def plan_documents(
 
 
 def documents(
-    recipe: Source, dtype: object, rounding: object, seed: object, missing: object, channels: object
+    recipe: Source, dtype: object, rounding: object, seed: object, missing: object, channels: object, quantize: object
 ) -> list[Recipe]:
     """The documents of a recipe, with what the arguments replace in them. Arguments and errors as of `merge`."""
     *above, last = load_recipes(recipe)
-    changed = overridden(last, dtype, rounding, seed, missing, channels)
+    changed = overridden(last, dtype, rounding, seed, missing, channels, quantize)
     if above:
         above = [overridden(r, None, None, None, missing, channels) for r in above]
         # They were stored as the last one is, and are; a seed that all have in common is replaced in all.

@@ -126,7 +126,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         *(aligned.layouts.values() if first.missing != "error" else ()),
         *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
     ]
-    about = about_configuration(origin, tensors)
+    about = about_configuration(origin, tensors, first.quantize == "same")
     aligned = replace(aligned, numbers=about.folders)
     warnings += about.warnings
     if aligned.template is None and aligned.vocabulary is None:
@@ -147,6 +147,8 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     opened = (*models, origin, *sidecars.values())
     remarks = [remark for model in opened if model.checkpoint is not None for remark in model.checkpoint.remarks]
     remarks += [remark for model in opened for remark in model.remarks]
+    if first.quantize == "none":
+        remarks += [remark for model in opened for remark in model.as_numbers]
     remarks += [*aligned.remarks, *missing_tensors({n: m for n, m in left.items() if n not in lost}, made, base.name)]
     remarks += dtype_remarks(first, targets[0], aligned.models, origin)
     remarks += [*about.remarks, *complex_remarks(first, tensors)]

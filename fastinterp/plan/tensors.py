@@ -120,7 +120,10 @@ class _Planner:
 
     def planned(self, targets: Sequence[Target]) -> PlannedTensor:
         """targets  one per output, of equal name and inputs"""
-        return replace(self._planned(targets), seeds=tuple(r.seed for r in self._recipes))
+        planned = replace(self._planned(targets), seeds=tuple(r.seed for r in self._recipes))
+        if not planned.merged:
+            return planned
+        return replace(planned, form=_dtype_source(targets[0], self._origin) or planned.inputs[0])
 
     def _planned(self, targets: Sequence[Target]) -> PlannedTensor:
         target, recipe = targets[0], self._recipes[0]
