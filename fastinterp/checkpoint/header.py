@@ -77,16 +77,7 @@ def _read_json(file: str) -> tuple[bytes, int]:
             what = f"a safetensors file has at least 8 bytes, this one has {size}" if size else "the file is empty"
             raise CheckpointError(f"{what}. Download or copy it again", file=file)
         first = _read_exactly(fd, 8, file)
-        if b"<" in first and _is_markup(os.pread(fd, 64, 0)):
-            raise CheckpointError(
-                "this is a web page (HTML or XML), not the file: a download failed, or needs a login. Download it "
-                "again",
-                file=file,
-            )
-        if first == b"version " and os.pread(fd, 15, 8) == b"https://git-lfs":
-            raise CheckpointError(
-                "this is a Git LFS pointer; the file itself was not downloaded. Run `git lfs pull`", file=file
-            )
+        refuse_download(first + os.pread(fd, 56, 8), file)
         length = int.from_bytes(first, "little")
         if length > MAX_HEADER:
             raise CheckpointError(
@@ -105,6 +96,19 @@ def _read_json(file: str) -> tuple[bytes, int]:
         raise CheckpointError(f"the file cannot be read: {error.strerror}", file=file) from None
     finally:
         os.close(fd)
+
+
+def refuse_download(start: bytes, file: str) -> None:
+    """Raises: CheckpointError, if a file that begins so is what a failed download leaves: a web page, a pointer."""
+    if b"<" in start[:8] and _is_markup(start):
+        raise CheckpointError(
+            "this is a web page (HTML or XML), not the file: a download failed, or needs a login. Download it again",
+            file=file,
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            "this is a Git LFS pointer; the file itself was not downloaded. Run `git lfs pull`", file=file
+        )
 
 
 def _is_markup(start: bytes) -> bool:

@@ -34,11 +34,12 @@ class DType:
     """One storage dtype.
 
     name          its safetensors tag
-    bits          per element; 4 and 6 occur
+    bits          per element; 4 and 6 occur. 0, if elements are stored in blocks
     code          its number in csrc/dtypes.h; None: stored and copied, never merged
     library_name  in torch and in config.json; empty: they have no such dtype
     in_numpy      whether numpy has it under that name; else ml_dtypes does, if there is a name
     layout        of those that merge
+    block         (elements, bytes) of a block of neighbouring elements, of those that are stored so: in GGUF files
     """
 
     name: str
@@ -47,6 +48,7 @@ class DType:
     library_name: str = field(default="", compare=False)
     in_numpy: bool = field(default=False, compare=False)
     layout: Layout | None = field(default=None, compare=False)
+    block: tuple[int, int] | None = None
 
     @property
     def merges(self) -> bool:
@@ -64,7 +66,10 @@ class DType:
         return 1 if self.is_complex else self.code or 0
 
     def nbytes(self, numel: int) -> int | None:
-        """Bytes of `numel` packed elements, or None if they do not fill whole bytes."""
+        """Bytes of `numel` packed elements, or None if they do not fill whole bytes, or blocks."""
+        if self.block is not None:
+            elements, nbytes = self.block
+            return None if numel % elements else numel // elements * nbytes
         bits = self.bits * numel
         return None if bits % 8 else bits // 8
 
