@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any, NoReturn, Protocol
 
@@ -32,6 +33,24 @@ class Header(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
+class Conversion(Protocol):
+    """How bytes that are not elements one after the other become such: frozen and hashable, equal to what does the
+    same. Python converts the tensor into a temporary file when a run opens its inputs.
+    """
+
+    @property
+    def stored_as(self) -> str:
+        """How the tensor is stored, for messages: `Q4_K`, say."""
+        ...
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """The elements, a piece of a bounded size after the other. path: the file that the tensor is in.
+
+        Raises: CheckpointError, if the file ends too early; OSError.
+        """
+        ...
+
+
 class Entry(msgspec.Struct, frozen=True):
     """One tensor of a file: dtype, shape and the place of its bytes."""
 
@@ -39,8 +58,9 @@ class Entry(msgspec.Struct, frozen=True):
     dtype: DType
     shape: tuple[int, ...]
     start: int  # byte offset in the file, from its first byte
-    nbytes: int
+    nbytes: int  # of its elements
     file: int  # index into Checkpoint.files
+    conversion: Conversion | None = None  # by which its bytes become elements of `dtype`; None: they are
 
     @property
     def numel(self) -> int:

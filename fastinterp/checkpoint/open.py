@@ -20,8 +20,9 @@ from fastinterp.checkpoint.adapters import (
     refusal,
 )
 from fastinterp.checkpoint.components import Found, find_components, named_folders
+from fastinterp.checkpoint.file_kinds import read_header
 from fastinterp.checkpoint.folder import ADAPTER, DIFFUSERS, choose, complete_shards, weight_files
-from fastinterp.checkpoint.header import Entry, read_header
+from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.index import index_remarks, read_index
 from fastinterp.checkpoint.names import (
     ANY_INDEX,
@@ -337,7 +338,7 @@ def _load(
         path = root / file
         # Taken before the header is read, so that a change in between is noticed too.
         stamp = stamp_of(path)
-        entries, file_metadata = read_header(path, number)
+        entries, file_metadata, file_remarks = read_header(path, number)
         if _PIECES in file_metadata:
             raise CheckpointError(remedies.dcp_pieces(root), file=str(path))
         stamps.append(stamp or (0, 0, 0, 0))
@@ -348,6 +349,7 @@ def _load(
                 superseded.add(entry.name)
             tensors[entry.name] = entry
         metadata = {**file_metadata, **metadata}
+        remarks = [*remarks, *(f"{name}: {r}" for r in file_remarks)]
     for tensor, file in (weight_map or {}).items():
         if tensor not in tensors:
             raise CheckpointError(

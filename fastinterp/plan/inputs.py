@@ -1,22 +1,25 @@
 """Inputs of output tensors: an interface, and one class for each kind.
 
 `TensorInput` is all that planning, running and reporting know of an input. Kinds: a tensor that a file holds, as it is
-or as codes that a decoder turns into float32 (`StoredInput`); rows that come from several places (`GatheredInput`); a
-tensor of a document above, which is in no file (`IntermediateInput`). `PlannedTensor` is what is made of them.
+or as codes that a decoder turns into float32 (`StoredInput`); one that Python converts first (`ConvertedInput`); rows that
+come from several places (`GatheredInput`); a tensor of a document above, which is in no file
+(`IntermediateInput`). `PlannedTensor` is what is made of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 from msgspec.structs import replace
 
+from fastinterp.checkpoint.header import Conversion
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import DType
+from fastinterp.plan.program import Program
 from fastinterp.tokenizer.embedding_rows import RowMap
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ class OpenFiles(Protocol):
     """The files of inputs, open: each kind of input has its operand made in one of these ways."""
 
     def stored(self, tensor: StoredInput) -> Operand: ...
+    def converted(self, tensor: ConvertedInput) -> Operand: ...
     def gathered(self, tensor: GatheredInput) -> Operand: ...
     def intermediate(self, tensor: IntermediateInput) -> Operand: ...
 
@@ -191,6 +195,39 @@ class StoredInput(TensorInput, frozen=True, eq=False):
         return self if self.encoding is None else None
 
 
+class ConvertedInput(TensorInput, frozen=True, eq=False):
+    """A tensor in one file whose bytes there are not elements of `dtype` one after the other, and which no decoder
+    reads: when a run opens its inputs, Python writes its elements into a temporary file.
+
+    path, start  the file, and the first byte of the tensor
+    conversion   how its bytes become elements
+    factor       whether it belongs to an adapter that is built into its model
+    """
+
+    path: Path
+    start: int
+    conversion: Conversion
+    factor: bool = False
+
+    @property
+    def key(self) -> Hashable:
+        return self.path, self.start, self.nbytes, self.dtype.name, self.shape, self.conversion
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+    def open(self, files: OpenFiles) -> Operand:
+        return files.converted(self)
+
+    @property
+    def merges(self) -> bool:
+        return self.dtype.merges and not self.factor
+
+    def describe(self) -> str:
+        return f"{self.dtype} {list(self.shape)} ({self.conversion.stored_as})"
+
+
 class GatheredInput(TensorInput, frozen=True, eq=False):
     """A tensor with rows, along its last dimension, from several: an embedding in the order of the output's vocabulary,
     where the sources are models; or one that is put together of others.
@@ -282,25 +319,6 @@ class IntermediateInput(TensorInput, frozen=True, eq=False):
 
     def as_read(self) -> TensorInput:
         return replace(self, dtype=self.tensor.dtype, nbytes=self.tensor.nbytes)
-
-
-class Program(msgspec.Struct, frozen=True, eq=False):
-    """The calls of a method that requests something of a tensor, or whose sum is more than plain.
-
-    calls   one per output: the method with all of its arguments
-    reads   the expected reads: what each is for, and which of the tensor's inputs it reads. Answers may change them
-    whole   whether a request is about the whole model
-    method  its name
-    name    of the tensor, under which random masks are drawn
-    seeds   from which they are drawn, one per output
-    """
-
-    calls: tuple[Callable[[], Any], ...]
-    reads: tuple[tuple[str, tuple[int, ...]], ...]
-    whole: bool
-    method: str
-    name: str
-    seeds: tuple[int, ...]
 
 
 class PlannedTensor(msgspec.Struct, frozen=True, eq=False):

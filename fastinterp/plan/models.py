@@ -9,11 +9,12 @@ import msgspec
 
 from fastinterp.checkpoint.formats import EncodedTensor, encoded_tensors
 from fastinterp.checkpoint.header import Entry
+from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint, open_checkpoint, refuse_adapter
 from fastinterp.checkpoint.quantised import quantised_in
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.ops.dtypes import F32
-from fastinterp.plan.inputs import Encoding, StoredInput, TensorInput
+from fastinterp.plan.inputs import ConvertedInput, Encoding, StoredInput, TensorInput
 from fastinterp.recipe.references import ModelRef
 
 
@@ -93,19 +94,28 @@ def model_of(checkpoint: Checkpoint) -> Model:
     encoded_by_codes = {encoded.codes.name: encoded for encoded in every}
     found = quantised_in(checkpoint, encoded_by_codes.keys() | companions)
     formats = {name: q.format for q in found for name in (q.codes, *q.companions)}
-    tensors = {}
+    tensors: dict[str, TensorInput] = {}
     for name, entry in checkpoint.tensors.items():
         if name not in companions:
             encoded = encoded_by_codes.get(name)
-            if encoded is None:
-                tensor = _stored(entry, checkpoint, formats.get(name, ""))
-            else:
+            tensor: TensorInput
+            if encoded is not None:
                 tensor = _decoded(encoded, checkpoint)
+            elif entry.conversion is not None:
+                tensor = _converted(entry, checkpoint)
+            else:
+                tensor = _stored(entry, checkpoint, formats.get(name, ""))
             tensors[tensor.name] = tensor
     return Model(checkpoint.name, checkpoint.root, tensors, checkpoint)
 
 
 def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
+    for entry in (encoded.codes, *encoded.companions):
+        if entry.conversion is not None:
+            raise CheckpointError(
+                f"{quote(entry.name)} is part of an encoded tensor and is stored as {entry.conversion.stored_as}: such "
+                "codes and scales are not read", file=checkpoint.name, tensor=entry.name,
+            )  # fmt: skip
     codes = _stored(encoded.codes, checkpoint)
     companions = tuple(_stored(entry, checkpoint) for entry in encoded.companions)
     nbytes = codes.nbytes + sum(companion.nbytes for companion in companions)
@@ -113,9 +123,21 @@ def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
     return StoredInput(encoded.name, F32, encoded.shape, nbytes, codes.path, codes.start, encoding)
 
 
+def _converted(entry: Entry, checkpoint: Checkpoint) -> ConvertedInput:
+    assert entry.conversion is not None
+    path, factor = checkpoint.files[entry.file], _is_factor(entry, checkpoint)
+    return ConvertedInput(
+        entry.name, entry.dtype, entry.shape, entry.nbytes, path, entry.start, entry.conversion, factor
+    )
+
+
+def _is_factor(entry: Entry, checkpoint: Checkpoint) -> bool:
+    return checkpoint.adapter is not None and entry.name in checkpoint.adapter.tensors
+
+
 def _stored(entry: Entry, checkpoint: Checkpoint, quantised: str = "") -> StoredInput:
     path = checkpoint.files[entry.file]
-    factor = checkpoint.adapter is not None and entry.name in checkpoint.adapter.tensors
+    factor = _is_factor(entry, checkpoint)
     return StoredInput(
         entry.name, entry.dtype, entry.shape, entry.nbytes, path, entry.start, quantised=quantised, factor=factor
     )

@@ -19,6 +19,7 @@ from fastinterp.plan.compatibility import (
     lost_warnings,
     template_warnings,
 )
+from fastinterp.plan.converted import conversion_warnings
 from fastinterp.plan.fit import check_cuts, other_sizes
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
@@ -137,6 +138,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     warnings += component_warnings(aligned.models, origin)
     warnings += layer_warnings
     warnings += dtype_warnings(first, targets[0], origin)
+    warnings += conversion_warnings(tensors, [*aligned.models, *sidecars.values()])
     if first.filters:
         from fastinterp.recipe.check import filter_warnings
 
