@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastinterp.checkpoint import header
 from fastinterp.checkpoint.header import Entry
-from fastinterp.checkpoint.names import WEIGHTS
+from fastinterp.checkpoint.names import GGUF, WEIGHTS
 from fastinterp.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from fastinterp.checkpoint.gguf_file import GgufHeader
 
 
 class FileHeader(NamedTuple):
@@ -18,11 +21,13 @@ class FileHeader(NamedTuple):
     entries   its tensors, in the order of their offsets
     metadata  strings by key
     remarks   what was decided when it was read, for people
+    gguf      the header of a GGUF file
     """
 
     entries: list[Entry]
     metadata: dict[str, str]
     remarks: tuple[str, ...] = ()
+    gguf: GgufHeader | None = None
 
 
 # Takes the path and its index in Checkpoint.files, which becomes Entry.file. Raises: CheckpointError, naming file and
@@ -34,8 +39,15 @@ def _safetensors(path: Path, number: int) -> FileHeader:
     return FileHeader(*header.read_header(path, number))
 
 
+def _gguf(path: Path, number: int) -> FileHeader:
+    from fastinterp.checkpoint.gguf_model import read_model
+
+    entries, found = read_model(path, number)
+    return FileHeader(entries, found.metadata(), gguf=found)
+
+
 # By suffix. A new kind of file adds its row; its module is imported when a file of it is read.
-KINDS: dict[str, HeaderReader] = {WEIGHTS: _safetensors}
+KINDS: dict[str, HeaderReader] = {WEIGHTS: _safetensors, GGUF: _gguf}
 
 
 def read_header(path: Path, number: int) -> FileHeader:

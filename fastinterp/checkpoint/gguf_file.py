@@ -177,21 +177,22 @@ class _Reader:
         return count
 
     def _name(self, what: str) -> str:
+        """The next string, which names something."""
         length = self._u64()
         if length > _LONGEST_NAME:
             self._fail(f"{what} has a name of {length} bytes, more than the allowed {_LONGEST_NAME}: damaged")
         self._need(self._at + length)
         self._at += length
         raw = self._data[self._at - length : self._at]
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            self._fail(f"{what} has a name that is not valid Unicode: {quote(raw.decode(errors='replace'))}")
+        text = raw.decode(errors="replace")
+        if text.encode() != raw:
+            self._fail(f"{what} has a name that is not valid Unicode: {quote(text)}")
+        return text
 
     def _version(self) -> int:
         if self._size < 24:
-            what = f"a GGUF file has at least 24 bytes, this one has {self._size}" if self._size else "the file is empty"
-            self._fail(f"{what}. Download or copy it again")
+            least = f"a GGUF file has at least 24 bytes, this one has {self._size}"
+            self._fail(f"{least if self._size else 'the file is empty'}. Download or copy it again")
         self._need(24)
         first = bytes(self._data[:64])
         refuse_download(first, self._file)
@@ -204,8 +205,11 @@ class _Reader:
             self._fail(f"this is not a GGUF file: it begins with {first[:4]!r}, not with {MAGIC!r}")
         self._at = 4
         version = self._u32()
-        if version in (2, 3):
-            return version
+        if version not in (2, 3):
+            self._refuse_version(version)
+        return version
+
+    def _refuse_version(self, version: int) -> NoReturn:
         if version & 0xFFFF == 0:
             self._fail(
                 "the file is big-endian, and only little-endian ones are read. Convert it with the package gguf, which "

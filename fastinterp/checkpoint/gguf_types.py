@@ -10,15 +10,15 @@ from fastinterp.ops.dtypes import DTYPES, DType
 class GgufType(msgspec.Struct, frozen=True):
     """One type.
 
-    number      in the file
-    dtype       of a tensor: one of safetensors' where elements are stored as there, else one of blocks
-    decoder     by which the engine reads its blocks, in csrc/decoder.cpp; empty: it needs none, or has none
-    convertible whether the package gguf turns its blocks into numbers
+    number       in the file
+    dtype        of a tensor: one of safetensors' where elements are stored as there, else one of blocks
+    decoded      whether csrc/decoder.cpp has a decoder for its blocks, of that name in lower case
+    convertible  whether the package gguf turns its blocks into numbers
     """
 
     number: int
     dtype: DType
-    decoder: str = ""
+    decoded: bool = False
     convertible: bool = False
 
     @property
@@ -31,8 +31,10 @@ class GgufType(msgspec.Struct, frozen=True):
         return self.dtype.block or (1, self.dtype.bits // 8)
 
 
-def _blocks(number: int, name: str, elements: int, nbytes: int, decoder: str = "", convertible: bool = True) -> GgufType:
-    return GgufType(number, DType(name, 0, block=(elements, nbytes)), decoder, convertible)
+def _blocks(
+    number: int, name: str, elements: int, nbytes: int, decoded: bool = False, convertible: bool = True
+) -> GgufType:  # fmt: skip
+    return GgufType(number, DType(name, 0, block=(elements, nbytes)), decoded, convertible)
 
 
 _PLAIN = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}

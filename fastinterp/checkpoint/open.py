@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
@@ -27,6 +27,7 @@ from fastinterp.checkpoint.index import index_remarks, read_index
 from fastinterp.checkpoint.names import (
     ANY_INDEX,
     ASIDE,
+    GGUF,
     OTHER_WEIGHTS,
     PICKLES,
     PIPELINES,
@@ -42,6 +43,9 @@ from fastinterp.checkpoint.regular_file import Stamp, stamp_of
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import closest
+
+if TYPE_CHECKING:
+    from fastinterp.checkpoint.gguf_file import GgufHeader
 
 _PIECES = "DCP_SHARDING_INFO"  # key of the metadata of files of torch.distributed.checkpoint
 
@@ -64,6 +68,7 @@ class Checkpoint:
     remarks: tuple[str, ...] = ()  # what was decided about its files: which were left out, say; for people
     adapter: Adapter | None = None  # the adapter that it is, or has built in
     index_name: str = ""  # of the index file; empty, if there is none
+    gguf: GgufHeader | None = None  # of the first file, if it is in GGUF
     components: tuple[Component, ...] = ()  # if it consists of several: see components.py
 
     @property
@@ -164,6 +169,10 @@ def _open_file(name: str, path: Path) -> Checkpoint:
         if shard and int(shard["count"]) > 1:
             remarks.append(f"{name} is one of {int(shard['count'])} shards: the tensors of the others are not read")
         return _load(name, root, [file], remarks=remarks)
+    if file.endswith(GGUF):
+        from fastinterp.checkpoint.gguf_model import files_of
+
+        return _load(name, root, files_of(name, root, file, _names(root)))
     if file.endswith(PICKLES):
         raise CheckpointError(remedies.pickles(name, root, [file], _names(root), _config(root)), file=name)
     if file.endswith(OTHER_WEIGHTS):
@@ -239,12 +248,23 @@ def _open_plain_folder(name: str, root: Path, present: Sequence[str]) -> Checkpo
     """The checkpoint in the folder itself, whatever folders in it hold. present: names in the folder, sorted."""
     choice = choose(name, root, present, _config(root))
     if choice is None:
-        raise CheckpointError(_no_weights(name, root, present), file=name)
+        return _open_gguf_folder(name, root, present)
     if choice.index is not None:
         return _open_indexed(name, root, choice.index, choice.reason, present)
     return _load(
         name, root, choice.files, whole_folder=True, remarks=_left_out(name, choice.files, choice.reason, present)
     )
+
+
+def _open_gguf_folder(name: str, root: Path, present: Sequence[str]) -> Checkpoint:
+    """The model in a folder that may have GGUF files, and has nothing else that is read."""
+    from fastinterp.checkpoint.gguf_model import choose as choose_gguf
+
+    files, others = choose_gguf(name, root, present)
+    if not files:
+        raise CheckpointError(_no_weights(name, root, present), file=name)
+    remarks = [f"left out of {name}: {listing(others)}, because the model is {quote(files[0])}"] if others else []
+    return _load(name, root, files, whole_folder=True, remarks=remarks)
 
 
 def _left_out(name: str, taken: Sequence[str], reason: str, present: Sequence[str]) -> list[str]:
@@ -334,11 +354,13 @@ def _load(
     superseded: set[str] = set()  # tensors that are in several files of an index
     metadata: dict[str, str] = {}
     stamps: list[Stamp] = []
+    headers: list[GgufHeader] = []
     for number, file in enumerate(files):
         path = root / file
         # Taken before the header is read, so that a change in between is noticed too.
         stamp = stamp_of(path)
-        entries, file_metadata, file_remarks = read_header(path, number)
+        entries, file_metadata, file_remarks, gguf = read_header(path, number)
+        headers += [gguf] if gguf else []
         if _PIECES in file_metadata:
             raise CheckpointError(remedies.dcp_pieces(root), file=str(path))
         stamps.append(stamp or (0, 0, 0, 0))
@@ -362,10 +384,15 @@ def _load(
     if weight_map is not None:
         found = {tensor: files[entry.file] for tensor, entry in tensors.items()}
         remarks = [*remarks, *(f"{name}: {r}" for r in index_remarks(str(index), weight_map, found, superseded))]
+    if headers:
+        from fastinterp.checkpoint.gguf_model import check_splits
+
+        check_splits([root / file for file in files], headers, len(tensors))
     nbytes = sum(e.nbytes for e in tensors.values())
     return Checkpoint(
         name, root, tuple(root / f for f in files), tensors, nbytes, index is not None, metadata, tuple(stamps),
         whole_folder, tuple(remarks), find_adapter(tensors, metadata, root / ADAPTER_CONFIG), index or "",
+        headers[0] if headers else None,
     )  # fmt: skip
 
 

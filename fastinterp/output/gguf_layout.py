@@ -15,12 +15,12 @@ from fastinterp.ops.dtypes import DType
 from fastinterp.output.layout import Layout, OutFile
 
 VERSION = 3
-WRITTEN = ("F32", "F16", "BF16", "Q8_0")  # types that are made; others are only copied
 _U32 = 4  # types of values
 _QUANTISATION_VERSION = 2  # of ggml's blocks
 
 # Keys that are not true of other weights: parts of a file, what quantised it, its identity.
 _UNTRUE = re.compile(r"split\..*|quantize\.imatrix\..*|general\.(uuid|quantized_by)|fastinterp")
+_GUESSED = 1024  # the file type that says that there is none
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # of llama.cpp, by the type of most elements
 
 # The name of a quantisation at the end of a file's: `llama-3-Q4_K_M`.
@@ -35,7 +35,7 @@ def gguf_layout(
     alignment: int,
     receipt: str,
     origin_name: str,
-    changes: Mapping[str, int] | None = None,
+    same_types: bool = False,
 ) -> Layout:
     """The layout of one GGUF file with these tensors, in the order given.
 
@@ -43,7 +43,7 @@ def gguf_layout(
     alignment    of the data section and of every tensor, bytes
     receipt      the value of the key `fastinterp`
     origin_name  of the origin's first file, by which that of the output is called
-    changes      integers that other keys have in the output: the number of layers, say
+    same_types   every tensor has the type that it has in the origin
     Raises: OutputError, if there are no tensors, a name occurs twice, or a dtype is none of GGUF's.
     """
     infos: list[bytes] = []
@@ -58,9 +58,7 @@ def gguf_layout(
             raise OutputError(f"tensor {quote(name)}: GGUF has no tensors of {dtype} {list(shape)}")
         if name in places:
             raise OutputError(f"tensor {quote(name)} would be written twice")
-        infos.append(
-            _string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind.number, end)
-        )
+        infos.append(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind.number, end))
         places[name] = end
         end += nbytes + -nbytes % alignment
         elements[kind.name] = elements.get(kind.name, 0) + numel
@@ -68,7 +66,7 @@ def gguf_layout(
     if not places:
         raise OutputError("there are no tensors to write")
     most = max(elements, key=lambda name: elements[name])
-    table = _true_keys(keys, changes or {}, most, blocks, alignment)
+    table = _true_keys(keys, None if same_types else _FILE_TYPES.get(most, _GUESSED), blocks, alignment)
     table["fastinterp"] = struct.pack("<I", STRING) + _string(receipt)
     header = b"".join(
         (
@@ -78,14 +76,9 @@ def gguf_layout(
         )
     )
     header += bytes(-len(header) % alignment)
-    total = sum(dtype_bytes(name, n) for name, n in elements.items())
+    total = sum(BY_NAME[name].dtype.nbytes(numel) or 0 for name, numel in elements.items())
     at = {name: len(header) + offset for name, offset in places.items()}
     return Layout((OutFile(file_name(origin_name, most), header, len(header) + end, at),), {}, total)
-
-
-def dtype_bytes(name: str, numel: int) -> int:
-    """Bytes of whole blocks of a type."""
-    return BY_NAME[name].dtype.nbytes(numel) or 0
 
 
 def file_name(origin_name: str, most: str) -> str:
@@ -102,19 +95,19 @@ def left_out(keys: Iterable[str]) -> list[str]:
     return [key for key in keys if key != "fastinterp" and _UNTRUE.fullmatch(key)]
 
 
-def _true_keys(
-    keys: Mapping[str, KeyValue], changes: Mapping[str, int], most: str, blocks: bool, alignment: int
-) -> dict[str, bytes]:
-    """The keys of the output with their values, in the order of the origin's: new ones come last."""
-    changed = {"general.file_type": _FILE_TYPES.get(most), **changes}
-    changed["general.quantization_version"] = _QUANTISATION_VERSION if blocks else None
+def _true_keys(keys: Mapping[str, KeyValue], file_type: int | None, blocks: bool, alignment: int) -> dict[str, bytes]:
+    """The keys of the output with their values, in the order of the origin's: new ones come last.
+
+    file_type  None: as in the origin
+    """
+    changed = {} if file_type is None else {"general.file_type": file_type}
+    if blocks:
+        changed["general.quantization_version"] = _QUANTISATION_VERSION
     if alignment != ALIGNMENT or "general.alignment" in keys:
         changed["general.alignment"] = alignment
     table = {key: found.raw for key, found in keys.items() if not _UNTRUE.fullmatch(key)}
     for key, value in changed.items():
-        if value is None:
-            table.pop(key, None)
-        elif key not in keys or keys[key].value != value:
+        if key not in keys or keys[key].value != value:
             table[key] = struct.pack("<II", _U32, value)
     return table
 

@@ -1,8 +1,8 @@
 """Inputs of output tensors: an interface, and one class for each kind.
 
 `TensorInput` is all that planning, running and reporting know of an input. Kinds: a tensor that a file holds, as it is
-or as codes that a decoder turns into float32 (`StoredInput`); one that Python converts first (`ConvertedInput`); rows that
-come from several places (`GatheredInput`); a tensor of a document above, which is in no file
+or as codes that a decoder turns into float32 (`StoredInput`); one that Python converts first (`ConvertedInput`); rows
+that come from several places (`GatheredInput`); a tensor of a document above, which is in no file
 (`IntermediateInput`). `PlannedTensor` is what is made of them.
 """
 
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 from msgspec.structs import replace
 
+from fastinterp.checkpoint.gguf_types import BY_NAME
 from fastinterp.checkpoint.header import Conversion
 from fastinterp.ops.combine import Combine, Row
-from fastinterp.ops.dtypes import DType
+from fastinterp.ops.dtypes import F16, DType
 from fastinterp.plan.program import Program
 from fastinterp.tokenizer.embedding_rows import RowMap
 
@@ -95,6 +96,11 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
     @property
     def plain(self) -> StoredInput | None:
         """Itself, if its elements lie in a file one after the other, as `dtype` stores them; else None."""
+        return None
+
+    @property
+    def blocks(self) -> StoredInput | None:
+        """The blocks of a GGUF file that it is stored in, to be copied as they are; None, if it is stored otherwise."""
         return None
 
     @property
@@ -194,6 +200,12 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     def plain(self) -> StoredInput | None:
         return self if self.encoding is None else None
 
+    @property
+    def blocks(self) -> StoredInput | None:
+        if self.encoding is None or self.encoding.stored.block is None:
+            return None
+        return replace(self, dtype=self.encoding.stored, encoding=None)
+
 
 class ConvertedInput(TensorInput, frozen=True, eq=False):
     """A tensor in one file whose bytes there are not elements of `dtype` one after the other, and which no decoder
@@ -226,6 +238,18 @@ class ConvertedInput(TensorInput, frozen=True, eq=False):
 
     def describe(self) -> str:
         return f"{self.dtype} {list(self.shape)} ({self.conversion.stored_as})"
+
+    @property
+    def kept_dtype(self) -> DType:
+        return self.dtype if self.blocks is None else F16
+
+    @property
+    def blocks(self) -> StoredInput | None:
+        kind = BY_NAME.get(self.conversion.stored_as)
+        nbytes = None if kind is None or kind.dtype.block is None else kind.dtype.nbytes(self.numel)
+        if kind is None or nbytes is None:
+            return None
+        return StoredInput(self.name, kind.dtype, self.shape, nbytes, self.path, self.start)
 
 
 class GatheredInput(TensorInput, frozen=True, eq=False):

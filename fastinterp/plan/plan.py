@@ -170,7 +170,7 @@ def make_plan(
     max_shard_size: int | None = None,
     above: Sequence[Recipe] = (),
     library: Library | None = None,
-    one_file: bool = False,
+    one_file: str = "",
 ) -> Plan:
     """Open the checkpoints' headers, see that they fit together, and lay out the output.
 
@@ -178,7 +178,7 @@ def make_plan(
     max_shard_size  bytes of tensor data in one file; None: one file where the origin has one, else 5 GB
     above           the documents above, if there are any; then `recipes` is the last document alone
     library         opens the checkpoints, and may have opened some already; None: a new one
-    one_file        every output is one file, and no folder
+    one_file        how the name of every output ends, if it is one file; empty: it is a folder
     Raises: CheckpointError and ShapeError, if a checkpoint is damaged or does not fit the others; MethodError, if a
     method does not accept its models or parameters; RecipeError, if documents do not fit each other; UsageError.
     """
@@ -197,7 +197,8 @@ def make_plan(
         checkpoints, names, folders = last.checkpoints, tuple(map(str, first.models)), ()
         warnings, remarks = last.warnings, last.remarks
     tensors = last.tensors
-    outputs = Outputs(last.origin, checkpoints[: len(names)], tensors)
+    stacked = any(section.stacked for recipe in (*above, first) for section in recipe.sections)
+    outputs = Outputs(last.origin, checkpoints[: len(names)], tensors, stacked)
     layouts = tuple(
         outputs.layout(receipt(recipe, k, tensors, names), max_shard_size, one_file) for k, recipe in enumerate(recipes)
     )
@@ -215,7 +216,7 @@ def _stamps(document: Document) -> dict[Path, Stamp | None]:
 
 def plan_recipe(
     recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
-    missing: object = None, channels: object = None, *, one_file: bool = False,
+    missing: object = None, channels: object = None, *, one_file: str = "",
 ) -> Plan:  # fmt: skip
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge` and make_plan."""
     *above, last = _documents(recipe, dtype, rounding, seed, missing, channels)
@@ -224,13 +225,13 @@ def plan_recipe(
 
 def plan_documents(
     recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
-    missing: object = None, channels: object = None, *, one_file: bool = False,
+    missing: object = None, channels: object = None, *, one_file: str = "",
 ) -> list[Plan]:  # fmt: skip
     """A plan for each document of a recipe, the last for that which is written. Arguments and errors as of `merge`."""
     every = _documents(recipe, dtype, rounding, seed, missing, channels)
     size = optional_size(max_shard_size)
     return [
-        make_plan([one], max_shard_size=size, above=every[:i], one_file=one_file and one is every[-1])
+        make_plan([one], max_shard_size=size, above=every[:i], one_file=one_file if one is every[-1] else "")
         for i, one in enumerate(every)
     ]
 

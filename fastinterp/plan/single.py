@@ -22,14 +22,14 @@ from fastinterp.plan.compatibility import (
 from fastinterp.plan.converted import conversion_warnings
 from fastinterp.plan.fit import check_cuts, other_sizes
 from fastinterp.plan.inputs import PlannedTensor
-from fastinterp.plan.models import Model
+from fastinterp.plan.models import Model, is_gguf
 from fastinterp.plan.quantised import about_configuration, refuse_differing, refuse_quantised
 from fastinterp.plan.tensor_sets import with_names_of
 from fastinterp.plan.tensors import complex_remarks, dtype_remarks, dtype_warnings, plan_tensors, sidecar_refs
 from fastinterp.plan.vocabularies import AlignedModels, align_models
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef, not_there
-from fastinterp.recipe.targets import Assembly
+from fastinterp.recipe.targets import Assembly, Target
 from fastinterp.recipe.tensor_groups import missing_tensors
 
 _LISTED = 5  # models in a remark before the rest is only counted
@@ -85,6 +85,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     first = recipes[0]
     models = [find_named(first, find, model) for model in first.models]
     origin = find_named(first, find, first.origin)
+    _refuse_formats(first, (*models, origin))
     refuse_quantised(first, models)
     # Before any of them is read: changes are noticed from here on.
     files = origin_files(origin.root, origin.source, origin.left_out)
@@ -124,6 +125,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         *aligned.warnings,
         *(aligned.layouts.values() if first.missing != "error" else ()),
         *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
+        *_about_keys(first, aligned.models, origin),
     ]
     remark, warning = about_configuration(origin, tensors)
     aligned = replace(aligned, numbers=bool(remark))
@@ -146,10 +148,40 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     opened = (*models, origin, *sidecars.values())
     remarks = [remark for model in opened if model.checkpoint is not None for remark in model.checkpoint.remarks]
     remarks += [*aligned.remarks, *missing_tensors({n: m for n, m in left.items() if n not in lost}, made, base.name)]
-    remarks += dtype_remarks(first, targets[0], aligned.models)
+    remarks += _about_dtypes(first, targets[0], aligned.models, origin, tensors)
     remarks += [*([remark] if remark else []), *complex_remarks(first, tensors)]
     together = _together(dict.fromkeys(remarks), [model.name for model in opened])
     return Document(aligned, origin, tensors, sidecars, tuple(warnings), together, files)
+
+
+def _refuse_formats(recipe: Recipe, models: Sequence[Model]) -> None:
+    """Raises: CheckpointError and UsageError, about GGUF models: see plan/gguf.py. models: the origin comes last"""
+    if any(map(is_gguf, models)):
+        from fastinterp.plan.gguf import refuse_keys, refuse_mixed
+
+        refuse_mixed(models)
+        refuse_keys(recipe, models[-1])
+
+
+def _about_keys(recipe: Recipe, models: Sequence[Model], origin: Model) -> list[str]:
+    """Warnings about the keys in the headers of GGUF models."""
+    if not is_gguf(origin):
+        return []
+    from fastinterp.plan.gguf import gguf_warnings, place_warnings
+
+    stacked = any(section.stacked for section in recipe.sections)
+    return [*gguf_warnings(models, origin), *place_warnings(origin, stacked)]
+
+
+def _about_dtypes(
+    recipe: Recipe, targets: Sequence[Target], models: Sequence[Model], origin: Model, tensors: Sequence[PlannedTensor]
+) -> list[str]:  # fmt: skip
+    """Remarks on the dtypes in which tensors are stored that have others in the models."""
+    if not is_gguf(origin):
+        return dtype_remarks(recipe, targets, models)
+    from fastinterp.plan.gguf_output import type_remarks
+
+    return type_remarks(tensors, origin, recipe.out_dtype or recipe.dtype)
 
 
 def _together(remarks: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from fastinterp.ops.combine import Combine, Tensor, check_coefficients, renumber
 from fastinterp.ops.dtypes import DType, promoted
 from fastinterp.plan.fit import INTEGERS, check_fit, chosen_model
 from fastinterp.plan.inputs import ModelInput, PlannedTensor, TensorInput
-from fastinterp.plan.models import Model
+from fastinterp.plan.models import Model, is_gguf
 from fastinterp.plan.program import Program
 from fastinterp.plan.quantised import agree, quantised_error
 from fastinterp.recipe.load import Recipe
@@ -113,6 +113,11 @@ class _Planner:
         self._sidecars = {ref: (len(models) + i, model) for i, (ref, model) in enumerate(sidecars.items())}
         self._keywords = [p.keyword for p in self._method.parameters if p.kind is Sidecar]
         leads = (models[t.inputs[0][0]].tensors[t.inputs[0][1]] for t in targets if not t.copies)
+        self._gguf = None
+        if is_gguf(origin):
+            from fastinterp.plan.gguf_output import StoredTypes
+
+            self._gguf = StoredTypes(origin, recipes[0].out_dtype or recipes[0].dtype)
         self._numel = sum(lead.numel for lead in leads if lead.merges)
         self._requests: dict[tuple[Any, ...], Any] = {}  # of methods that look at the number of models alone
         self._reads: dict[tuple[Any, ...], Any] = {}
@@ -120,7 +125,10 @@ class _Planner:
 
     def planned(self, targets: Sequence[Target]) -> PlannedTensor:
         """targets  one per output, of equal name and inputs"""
-        return replace(self._planned(targets), seeds=tuple(r.seed for r in self._recipes))
+        planned = replace(self._planned(targets), seeds=tuple(r.seed for r in self._recipes))
+        if self._gguf is None:
+            return planned
+        return self._gguf.unchanged(planned, _dtype_source(targets[0], self._origin))
 
     def _planned(self, targets: Sequence[Target]) -> PlannedTensor:
         target, recipe = targets[0], self._recipes[0]
@@ -133,8 +141,12 @@ class _Planner:
         # An output keeps the dtype of the model whose config.json is copied, which need not be merged itself.
         stored = (_dtype_source(target, self._origin) or lead).kept_dtype
         kept = {tensor.kept_dtype for _, tensor in inputs}
-        stored = promoted(kept) if len(kept) > 1 else stored if stored.merges else lead.kept_dtype
+        if self._gguf is None:
+            stored = promoted(kept) if len(kept) > 1 else stored if stored.merges else lead.kept_dtype
         dtype = recipe.out_dtype or recipe.dtype or stored
+        if self._gguf is not None:
+            own = _dtype_source(target, self._origin) or lead
+            dtype = self._gguf.dtype(target.name, lead.shape, own)
         if target.copies:
             return _summed(target.name, dtype, lead, inputs, [Combine((1.0,))] * len(targets))
         calls = self._calls(targets, lead)

@@ -14,7 +14,7 @@ from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import CheckpointError
-from fastinterp.ops.dtypes import BF16, DType
+from fastinterp.ops.dtypes import BF16, F16, DType
 
 
 class EncodedTensor(msgspec.Struct, frozen=True):
@@ -43,8 +43,17 @@ class EncodedTensor(msgspec.Struct, frozen=True):
 # Raises: CheckpointError, naming the tensor, if a companion is missing, misplaced or of the wrong dtype or shape.
 Reader = Callable[[Checkpoint], Iterable[EncodedTensor]]
 
+
+def _gguf(checkpoint: Checkpoint) -> Iterable[EncodedTensor]:
+    """Tensors of GGUF files in blocks, with their scales in between. They keep their type where it is written."""
+    if checkpoint.gguf is not None:
+        for name, entry in checkpoint.tensors.items():
+            if entry.dtype.block is not None:
+                yield EncodedTensor(name, entry.shape, entry, (), entry.dtype.name.lower(), kept_dtype=F16)
+
+
 # By the name of the format. A new format adds its row.
-READERS: dict[str, Reader] = {}
+READERS: dict[str, Reader] = {"gguf": _gguf}
 
 
 def encoded_tensors(checkpoint: Checkpoint) -> list[EncodedTensor]:

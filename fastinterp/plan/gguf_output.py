@@ -1,0 +1,157 @@
+"""The output of a merge of GGUF models: the types of its tensors, and the keys of its header."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterable, Sequence
+
+from msgspec.structs import replace
+
+from fastinterp.checkpoint.gguf_file import ARRAY, STRING, GgufHeader, KeyValue
+from fastinterp.checkpoint.gguf_types import BY_NAME
+from fastinterp.checkpoint.names import GGUF, quote
+from fastinterp.errors import CheckpointError, UsageError
+from fastinterp.messages import counted
+from fastinterp.ops.dtypes import F16, F32, DType
+from fastinterp.output.gguf_layout import gguf_layout
+from fastinterp.output.layout import Layout
+from fastinterp.plan.gguf import header_of
+from fastinterp.plan.inputs import PlannedTensor, TensorInput
+from fastinterp.plan.models import Model, is_gguf
+
+_LAYER = re.compile(r"blk\.(\d+)\.")
+_U32, _U64 = 4, 10  # types of values
+# Tensors of two or more dimensions that llama.cpp reads in F32 only, as its converter writes them.
+_ALWAYS_F32 = re.compile(
+    r".*_norm\.weight|.*(?:ffn_gate_inp(?:_shexp)?|ssm_conv1d\w*|shortconv\.conv|time_mix_(?:first|w[12]|decay_w[12]|lerp"
+    r"\w*)|position_embd|token_types|altup_\w+_coef)\.weight|.*(?<!\.weight)"
+)
+
+
+class StoredTypes:
+    """The types in which the tensors of a GGUF output are stored.
+
+    asked  by the recipe; None: those of the origin, as far as they are written
+    """
+
+    def __init__(self, origin: Model, asked: DType | None):
+        self._asked = asked
+        floats = [t for t in origin.tensors.values() if t.merges and len(t.shape) > 1]
+        self._mixed = any(t.kept_dtype != F32 for t in floats)
+        if asked is not None and asked.name not in BY_NAME:
+            raise UsageError(f"{asked} is none of the types of GGUF. `dtype` is float32, float16 or bfloat16 there")
+
+    def dtype(self, name: str, shape: tuple[int, ...], own: TensorInput) -> DType:
+        """That of one tensor. own: the one of the origin, or what stands for it."""
+        if self._asked is None:
+            return own.kept_dtype
+        if own.kept_dtype == F32 and (self._mixed or len(shape) < 2 or _ALWAYS_F32.fullmatch(name)):
+            return F32
+        block = self._asked.block
+        return F16 if block and (not shape or shape[-1] % block[0]) else self._asked
+
+    def unchanged(self, planned: PlannedTensor, own: TensorInput | None) -> PlannedTensor:
+        """A tensor that is a copy of one in blocks, as a copy of these, if the output has that type: else itself.
+
+        own  the tensor of the origin whose type it keeps
+        """
+        copies = not planned.program and all(row.is_copy for row in planned.rows)
+        blocks = planned.inputs[0].blocks if copies and len(planned.inputs) == 1 else None
+        if blocks is None:
+            return planned
+        kept = (own or planned.inputs[0]).blocks if self._asked is None else None
+        if blocks.dtype not in (self._asked, None if kept is None else kept.dtype):
+            return planned
+        return replace(planned, dtype=blocks.dtype, inputs=(blocks,), rows=(), sums=())
+
+
+def type_remarks(tensors: Iterable[PlannedTensor], origin: Model, asked: DType | None) -> list[str]:
+    """Remarks on tensors that are stored in another type than the origin's, or than the one that was asked for."""
+    changed: dict[tuple[str, str], int] = {}
+    wide = 0
+    for t in tensors:
+        own = origin.tensors.get(t.name)
+        blocks = None if own is None else own.blocks
+        if asked is None and blocks is not None and blocks.dtype != t.dtype:
+            kinds = blocks.dtype.name, t.dtype.name
+            changed[kinds] = changed.get(kinds, 0) + 1
+        wide += asked is not None and t.merged and t.dtype != asked
+    remarks = [
+        f"{counted(count, 'tensor')} that {origin.name} has in {before}, which is not written: stored in {after}. "
+        f"llama.cpp's llama-quantize makes {before} of it"
+        for (before, after), count in changed.items()
+    ]
+    if wide:
+        remarks.append(f"{counted(wide, 'tensor')} not stored in {asked}: llama.cpp reads them in another type only")
+    return remarks
+
+
+def refuse_ending(ending: str, origin: Model) -> None:
+    """Raises: UsageError, if the name of a one-file output says another format than that of the models.
+
+    ending  of the name; empty: the output is a folder
+    """
+    if (ending == GGUF) != is_gguf(origin) and ending:
+        wanted = "NAME.gguf" if is_gguf(origin) else "NAME.safetensors"
+        why = "is in GGUF, and so is the output" if is_gguf(origin) else "is not in GGUF, and neither is the output"
+        more = "" if is_gguf(origin) else ". llama.cpp's convert_hf_to_gguf.py makes GGUF of an output folder"
+        raise UsageError(f"the output is named *{ending}, but {origin.name} {why}. Name it {wanted}, or a folder{more}")
+
+
+def layout(origin: Model, tensors: Sequence[PlannedTensor], receipt: str, limit: int | None, stacked: bool) -> Layout:
+    """The layout of an output, which is one file.
+
+    limit    bytes of tensors in one file, if the user set one
+    stacked  the output may have the origin's layers in another order, or other layers
+    Raises: OutputError; UsageError, if the limit is less than the output takes; CheckpointError, if the keys cannot say
+    what its layers are.
+    """
+    source, header = origin.source, header_of(origin)
+    assert source is not None
+    own = {name: (e.conversion.stored_as if e.conversion else e.dtype.name) for name, e in source.tensors.items()}
+    order = {name: i for i, name in enumerate(own)}
+    if all(t.name in order for t in tensors):
+        tensors = sorted(tensors, key=lambda t: order[t.name])
+    same = all(own.get(t.name) == t.dtype.name for t in tensors)
+    made = gguf_layout(
+        [(t.name, t.dtype, t.shape) for t in tensors],
+        _layered(header, own, [t.name for t in tensors], origin.name) if stacked else header.keys,
+        header.alignment, receipt, source.files[0].name, same,
+    )  # fmt: skip
+    if limit is not None and made.total_size > limit:
+        raise UsageError(
+            f"a GGUF output is one file, here of {made.total_size} bytes, more than --max-shard-size {limit}. Leave "
+            "that out; llama.cpp's `llama-gguf-split --split-max-size 5G X.gguf X` splits the file"
+        )
+    return made
+
+
+def _layered(header: GgufHeader, own: Iterable[str], names: Iterable[str], origin: str) -> dict[str, KeyValue]:
+    """The keys of an output with other layers: their number, and arrays that have an element for each of them."""
+    before, after = _layers(own), _layers(names)
+    keys = dict(header.keys)
+    name = f"{header.architecture}.block_count"
+    count = header.value(name)
+    if not isinstance(count, int) or before == 0:
+        raise CheckpointError(f"{origin}: `{name}` does not say how many layers there are: got {count!r}")
+    count_now = count + after - before
+    kind = _U64 if keys[name].kind == _U64 else _U32
+    keys[name] = KeyValue(name, kind, kind, 1, struct.pack("<IQ" if kind == _U64 else "<II", kind, count_now))
+    for key, found in header.keys.items():
+        if found.kind != ARRAY or found.count != count or not key.startswith(f"{header.architecture}."):
+            continue
+        values = found.numbers()
+        if found.element == STRING or values is None or len(set(values)) > 1:
+            raise CheckpointError(
+                f"{origin}: {quote(key)} differs from layer to layer, so the layers cannot be put in another order. "
+                "Merge the models in safetensors, and convert the output with llama.cpp's convert_hf_to_gguf.py"
+            )
+        width = (len(found.raw) - 16) // found.count
+        new = found.raw[:8] + struct.pack("<Q", count_now) + found.raw[16 : 16 + width] * count_now
+        keys[key] = KeyValue(key, found.kind, found.element, count_now, new)
+    return keys
+
+
+def _layers(names: Iterable[str]) -> int:
+    return max((int(m[1]) + 1 for name in names if (m := _LAYER.match(name))), default=0)
