@@ -13,8 +13,8 @@
 
 namespace fi {
 
-// A decoder, with what it needs to know of one tensor. Companions are read when the first element is, and held until
-// `release`.
+// A decoder, with what it needs to know of one tensor. Small companions are read when the first element is, and held
+// until `release`; of large ones each span reads what it needs.
 class Decoding {
  public:
   struct Companion {
@@ -22,6 +22,7 @@ class Decoding {
     int64_t offset, bytes;
   };
   // numel, columns: of the tensor.
+  // Throws std::invalid_argument, if companions or parameters are not those that the decoder takes.
   Decoding(const Decoder& decoder, int64_t numel, int64_t columns, std::vector<Companion> companions,
            std::vector<double> parameters);
 
@@ -41,13 +42,19 @@ class Decoding {
 
  private:
   struct Held;
+  void check() const;
+  DecodeArgs args_of(int64_t first, int64_t count) const;
+  bool is_held(int companion) const;
   std::shared_ptr<const Held> held(const std::vector<Source>& sources, std::atomic<int64_t>* bytes_read) const;
+  void read_ranges(const std::vector<Source>& sources, DecodeArgs* args, std::vector<const void*>* at, char* scratch,
+                   std::atomic<int64_t>* bytes_read) const;
 
   const Decoder decoder_;
   const int64_t numel_, columns_;
   const int64_t most_;  // elements that are decoded at a time, whole blocks
   const std::vector<Companion> companions_;
   const std::vector<double> parameters_;
+  std::vector<int64_t> companion_bytes_;
   mutable std::mutex mutex_;
   mutable std::shared_ptr<const Held> held_;
 };

@@ -248,6 +248,8 @@ struct HistogramArgs {
   int64_t first;       // index, in the tensor, of this call's first element
 };
 
+struct Decoder;
+
 struct Backend {
   const char* name;
   bool (*usable)();
@@ -260,6 +262,7 @@ struct Backend {
   void (*ranked)(const RankArgs&);
   void (*masked_stats)(const MaskedStatsArgs&);
   void (*histogram)(const HistogramArgs&);
+  const Decoder* const* decoders;  // decoder.h; null ends them
 };
 
 }  // namespace fi

@@ -39,9 +39,10 @@ std::shared_ptr<RowMap> gathered_of(const ParsedOperand& operand, size_t sources
   return map;
 }
 
-std::shared_ptr<Decoding> decoding_of(const ParsedDecoder& parsed, size_t sources, int64_t numel) {
+std::shared_ptr<Decoding> decoding_of(const ParsedDecoder& parsed, const Backend& backend, size_t sources,
+                                      int64_t numel) {
   if (parsed.name.empty()) return nullptr;
-  const Decoder* decoder = find_decoder(parsed.name.c_str());
+  const Decoder* decoder = find_decoder(backend.decoders, parsed.name.c_str());
   if (!decoder) throw py::value_error("no such decoder: " + parsed.name);
   std::vector<Decoding::Companion> companions;
   for (const ParsedDecoder::Companion& c : parsed.companions)
@@ -49,7 +50,7 @@ std::shared_ptr<Decoding> decoding_of(const ParsedDecoder& parsed, size_t source
   return std::make_shared<Decoding>(*decoder, numel, parsed.columns, std::move(companions), parsed.parameters);
 }
 
-Operand operand_of(const ParsedStep& step, const ParsedOperand& operand, size_t sources) {
+Operand operand_of(const ParsedStep& step, const ParsedOperand& operand, const Backend& backend, size_t sources) {
   const bool bytes = step.kind == StepKind::kCopyEqual;
   const int width = bytes ? 1 : size_of(operand.dtype);
   if (operand.gathered) {
@@ -61,7 +62,7 @@ Operand operand_of(const ParsedStep& step, const ParsedOperand& operand, size_t 
           operand.dtype,
           width,
           nullptr,
-          bytes ? nullptr : decoding_of(operand.decoder, sources, step.numel)};
+          bytes ? nullptr : decoding_of(operand.decoder, backend, sources, step.numel)};
 }
 
 std::vector<DType> dtypes_of(const Step& step) {
@@ -206,7 +207,8 @@ Step step_of(const py::handle& object, const Backend& backend, size_t sources, s
   const ParsedStep parsed = parse_step(object);
   Step step;
   step.numel = parsed.numel;
-  for (const ParsedOperand& operand : parsed.inputs) step.inputs.push_back(operand_of(parsed, operand, sources));
+  for (const ParsedOperand& operand : parsed.inputs)
+    step.inputs.push_back(operand_of(parsed, operand, backend, sources));
   step.sinks = parsed.sinks;
   step.offsets = parsed.offsets;
   step.out_dtype = parsed.out_dtype;

@@ -143,7 +143,7 @@ class Encoding(msgspec.Struct, frozen=True):
 
     stored      the dtype of its codes
     kept_dtype  the dtype of an output tensor that keeps this one's
-    decoder     its name in csrc/decoder.cpp and reference/decode.py
+    decoder     its name in csrc/decoders/ and reference/decode.py
     companions  scales and the like, in the order in which the decoder takes them
     parameters  numbers that it takes
     """

@@ -1,6 +1,6 @@
 """Encoded tensors: which tensors of a checkpoint are codes, and what they are when decoded. One reader per format.
 
-A format is a reader here, which looks at headers only; a decoder in csrc/decoders/, with its row in csrc/decoder.cpp;
+A format is a reader here, which looks at headers only; a decoder in csrc/decoders/, with its row in table.cpp there;
 and that decoder's definition in reference/decode.py. Nothing else knows of it: plans see float32 tensors.
 """
 
@@ -25,7 +25,7 @@ class EncodedTensor(msgspec.Struct, frozen=True):
     codes       where the codes lie; decoders read a row after the other, as the numbers follow each other
     companions  where scales and the like lie, in the order in which the decoder takes them. They are no tensors of the
                 model any more
-    decoder     its name in csrc/decoder.cpp and reference/decode.py
+    decoder     its name in csrc/decoders/ and reference/decode.py
     parameters  numbers that it takes: block sizes, say
     kept_dtype  the dtype of an output tensor that keeps this one's
     """
