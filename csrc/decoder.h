@@ -29,6 +29,15 @@ struct ByteRange {
   int64_t from, bytes;
 };
 
+// Neighbouring columns of one matrix that is stored by columns, to be brought into the order of its rows.
+struct TransposeArgs {
+  const void* bytes;              // of these columns, one behind the other
+  const void* const* companions;  // what belongs to them of each companion, which is stored by columns, too
+  int64_t first, count;           // of the matrix's columns
+  int64_t rows, columns;          // of the matrix
+  char* to;                       // where the matrix begins: of as many bytes as its columns have, with companions
+};
+
 // One format: `block_elements` neighbours in the tensor are stored in `block_bytes` neighbouring bytes.
 struct Decoder {
   const char* name;
@@ -40,6 +49,10 @@ struct Decoder {
   // The bytes of a companion that elements [first, first + count) need; of all elements, those that it must have. Null:
   // all of them, always.
   ByteRange (*companion_range)(const DecodeArgs&, int companion) = nullptr;
+  // Of a format whose matrices are stored by columns, in which blocks follow each other; the first parameter is the
+  // number of rows. A matrix is transposed as a whole, in an order that is up to the format, before it is decoded:
+  // `bytes` are those of the transposed matrix, and all else in DecodeArgs is about that matrix, any of its elements.
+  void (*transpose)(const TransposeArgs&) = nullptr;
 };
 
 // The decoder called `name`: one of `own`, the table of an instruction set, which null ends; or a registered one. Null,

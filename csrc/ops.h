@@ -250,6 +250,27 @@ struct HistogramArgs {
 
 struct Decoder;
 
+// Columns of a right factor that lie together: of panel p, rank values of kLowRankPanel columns each.
+constexpr int kLowRankPanel = 32;
+
+// One product that is added to a matrix, packed. left: rank values a row. right: panels, the last one filled with 0.
+struct LowRankTerm {
+  const float *left, *right;
+  int64_t rank;
+  float scale;
+  const float* factors;  // null, or what each row or column is multiplied by then
+  bool factor_per_row;
+};
+
+struct LowRankArgs {
+  const void* x;  // elements [first, first + count) of one matrix; of any alignment
+  DType in;
+  int64_t first, count, columns;
+  const LowRankTerm* terms;
+  int n_terms;
+  float* to;  // may be x
+};
+
 struct Backend {
   const char* name;
   bool (*usable)();
@@ -263,6 +284,7 @@ struct Backend {
   void (*masked_stats)(const MaskedStatsArgs&);
   void (*histogram)(const HistogramArgs&);
   const Decoder* const* decoders;  // decoder.h; null ends them
+  void (*low_rank)(const LowRankArgs&);
 };
 
 }  // namespace fi

@@ -43,6 +43,49 @@ ParsedDecoder decoder_of(const py::handle& object) {
   return decoder;
 }
 
+ParsedLowRank::Factor factor_of(const py::handle& object) {
+  return {get<int>(object, "source"),
+          get<int64_t>(object, "offset"),
+          dtype_of(get<int>(object, "dtype")),
+          get<int64_t>(object, "first"),
+          get<int64_t>(object, "by_matrix"),
+          get<int64_t>(object, "by_index"),
+          get<int64_t>(object, "by_rank")};
+}
+
+ParsedLowRank::Change change_of(const py::handle& object) {
+  ParsedLowRank::Change change{};
+  change.replaces = get<bool>(object, "replaces");
+  if (change.replaces) {
+    change.rows = {get<int>(object, "source"), get<int64_t>(object, "offset"), dtype_of(get<int>(object, "dtype")),
+                   get<std::vector<int64_t>>(object, "rows")};
+    return change;
+  }
+  ParsedLowRank::Product& p = change.product;
+  p.left = factor_of(attribute(object, "left"));
+  p.right = factor_of(attribute(object, "right"));
+  p.rank = get<int64_t>(object, "rank");
+  p.scale = get<double>(object, "scale");
+  if (p.rank < 1) throw py::value_error("a product has a rank of 1 or more");
+  const py::object magnitude = attribute(object, "magnitude");
+  p.has_magnitude = !magnitude.is_none();
+  if (p.has_magnitude) p.magnitude = factor_of(magnitude);
+  p.per_row = get<bool>(object, "per_row");
+  return change;
+}
+
+ParsedLowRank low_rank_of(const py::handle& object) {
+  ParsedLowRank parsed;
+  if (object.is_none()) return parsed;
+  parsed.stored = dtype_of(get<int>(object, "stored"));
+  std::tie(parsed.matrices, parsed.rows, parsed.columns) =
+      get<std::tuple<int64_t, int64_t, int64_t>>(object, "shape");
+  for (const py::handle change : attribute(object, "changes")) parsed.changes.push_back(change_of(change));
+  if (parsed.changes.empty() || parsed.matrices < 1 || parsed.rows < 1 || parsed.columns < 1)
+    throw py::value_error("what is added needs changes, and a shape");
+  return parsed;
+}
+
 ParsedOperand operand_of(const py::handle& object) {
   ParsedOperand operand{};
   operand.dtype = dtype_of(get<int>(object, "dtype"));
@@ -57,6 +100,9 @@ ParsedOperand operand_of(const py::handle& object) {
   operand.decoder = decoder_of(attribute(object, "decoder"));
   if (!operand.decoder.name.empty() && operand.dtype != DType::F32)
     throw py::value_error("a decoded operand is float32");
+  operand.low_rank = low_rank_of(attribute(object, "low_rank"));
+  if (!operand.low_rank.changes.empty() && operand.dtype != DType::F32)
+    throw py::value_error("an operand with products added is float32");
   return operand;
 }
 

@@ -36,12 +36,43 @@ struct ParsedDecoder {
   std::vector<double> parameters;
 };
 
+// What is added to a stored operand: see ../low_rank.h.
+struct ParsedLowRank {
+  struct Factor {
+    int source;
+    int64_t offset;
+    DType dtype;
+    int64_t first, by_matrix, by_index, by_rank;
+  };
+  struct Product {
+    Factor left, right, magnitude;
+    int64_t rank;
+    double scale;
+    bool has_magnitude, per_row;
+  };
+  struct Rows {
+    int source;
+    int64_t offset;
+    DType dtype;
+    std::vector<int64_t> rows;  // one per stored row
+  };
+  struct Change {
+    bool replaces;  // rows; else a product is added
+    Product product;
+    Rows rows;
+  };
+  DType stored = DType::F32;  // of the elements, where there is no decoder
+  int64_t matrices = 0, rows = 0, columns = 0;
+  std::vector<Change> changes;  // none: nothing is added
+};
+
 struct ParsedOperand {
   DType dtype;
   bool gathered = false;
   int source = -1;  // of a stored one
   int64_t offset = 0;
   ParsedDecoder decoder;
+  ParsedLowRank low_rank;
   std::vector<std::tuple<int, int64_t, int64_t>> parts;  // of a gathered one: source, byte offset, rows
   pybind11::object rows;                                 // i64, a buffer
 };

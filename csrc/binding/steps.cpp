@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "../steps/histogram.h"
@@ -50,6 +51,57 @@ std::shared_ptr<Decoding> decoding_of(const ParsedDecoder& parsed, const Backend
   return std::make_shared<Decoding>(*decoder, numel, parsed.columns, std::move(companions), parsed.parameters);
 }
 
+// Checks that the elements of a factor that are used, `length` times `rank` of each matrix, do not run backwards: where
+// they end in the file is seen when they are read.
+LowRank::Factor factor_of(const ParsedLowRank::Factor& f, size_t sources, bool optional = false) {
+  if (f.first < 0 || f.by_matrix < 0 || f.by_index < 0 || f.by_rank < 0 || f.offset < 0)
+    throw py::value_error("a factor's strides must not be negative");
+  const int source = optional && f.source == -1 ? -1 : source_of(f.source, sources);
+  return {source, f.offset, f.dtype, f.first, f.by_matrix, f.by_index, f.by_rank};
+}
+
+LowRank::Rows rows_of(const ParsedLowRank::Rows& parsed, size_t sources, int64_t rows) {
+  LowRank::Rows result{source_of(parsed.source, sources), parsed.offset, parsed.dtype, {}};
+  for (size_t i = 0; i < parsed.rows.size(); ++i) result.places.emplace_back(parsed.rows[i], int64_t(i));
+  std::sort(result.places.begin(), result.places.end());
+  const auto same = [](const auto& a, const auto& b) { return a.first == b.first; };
+  if (result.places.empty() || result.places.front().first < 0 || result.places.back().first >= rows ||
+      std::adjacent_find(result.places.begin(), result.places.end(), same) != result.places.end())
+    throw py::value_error("rows that are replaced are rows of the tensor, each once");
+  return result;
+}
+
+std::shared_ptr<LowRank> low_rank_of(const ParsedOperand& operand, const Backend& backend, size_t sources,
+                                     int64_t numel) {
+  const ParsedLowRank& parsed = operand.low_rank;
+  if (parsed.changes.empty()) return nullptr;
+  if (parsed.matrices * parsed.rows * parsed.columns != numel)
+    throw py::value_error("a tensor to which products are added has matrices x rows x columns elements");
+  std::vector<LowRank::Change> changes;
+  for (const ParsedLowRank::Change& change : parsed.changes) {
+    LowRank::Change made{};
+    if (change.replaces) {
+      made.rows = rows_of(change.rows, sources, parsed.matrices * parsed.rows);
+    } else {
+      const ParsedLowRank::Product& p = change.product;
+      made.product = {factor_of(p.left, sources, true),
+                      factor_of(p.right, sources),
+                      p.rank,
+                      float(p.scale),
+                      p.has_magnitude,
+                      p.per_row,
+                      {}};
+      if (p.has_magnitude) made.product.magnitude = factor_of(p.magnitude, sources);
+      if (p.has_magnitude && parsed.matrices != 1) throw py::value_error("magnitudes are of one matrix");
+    }
+    changes.push_back(std::move(made));
+  }
+  LowRank::Base base{source_of(operand.source, sources), operand.offset, parsed.stored,
+                     decoding_of(operand.decoder, backend, sources, numel)};
+  return std::make_shared<LowRank>(backend, std::move(base), parsed.matrices, parsed.rows, parsed.columns,
+                                   std::move(changes));
+}
+
 Operand operand_of(const ParsedStep& step, const ParsedOperand& operand, const Backend& backend, size_t sources) {
   const bool bytes = step.kind == StepKind::kCopyEqual;
   const int width = bytes ? 1 : size_of(operand.dtype);
@@ -57,12 +109,16 @@ Operand operand_of(const ParsedStep& step, const ParsedOperand& operand, const B
     const int64_t columns = columns_of(step, step.numel);
     return {-1, 0, operand.dtype, width, gathered_of(operand, sources, columns * width, step.numel / columns)};
   }
+  if (bytes && !operand.low_rank.changes.empty())
+    throw py::value_error("bytes of a tensor to which products are added are not compared");
+  const std::shared_ptr<LowRank> low_rank = low_rank_of(operand, backend, sources, step.numel);
   return {source_of(operand.source, sources),
           operand.offset,
           operand.dtype,
           width,
           nullptr,
-          bytes ? nullptr : decoding_of(operand.decoder, backend, sources, step.numel)};
+          bytes || low_rank ? nullptr : decoding_of(operand.decoder, backend, sources, step.numel),
+          low_rank};
 }
 
 std::vector<DType> dtypes_of(const Step& step) {

@@ -2,6 +2,9 @@
 //
 // mxfp4: 32 elements of a block, the low half of a byte first, and a power of two as scale: code * scale.
 //   companions  scales E8M0
+// mxfp4_transposed: the same, but what is stored is the transpose of each matrix, so that a block belongs to a column.
+//   companions  scales E8M0
+//   parameters  rows of a matrix
 // nvfp4: 16 elements of a block, an E4M3 scale, and a scale of the whole matrix: code * (scale * scale of the matrix)
 //   companions  scales F8_E4M3, scales of the matrices F32
 //   parameters  how the scale of a matrix is applied (0: scale * it, 1: scale / it), number of matrices,
@@ -34,6 +37,82 @@ void decode_mxfp4(const DecodeArgs& a) {
     const Bytes packed = load_bytes(codes), low = low_nibbles(packed), high = high_nibbles(packed);
     put(to, times(widen_e2m1(interleave_low(low, high)), scale));
     put(to + kVector, times(widen_e2m1(interleave_high(low, high)), scale));
+  }
+}
+
+// ---- mxfp4_transposed ----------------------------------------------------------------------------------------------
+
+// Transposed, a byte holds two rows of one column: a row of bytes for each pair of rows, then a row of scales for each
+// block of rows.
+
+const char* wrong_transposed(const DecodeArgs& a) {
+  if (a.companion_count != 1) return "it takes 1 companion, the scales";
+  if (a.parameter_count != 1 || !(a.parameters[0] >= 1)) return "it takes 1 parameter, the rows of a matrix";
+  const int64_t rows = int64_t(a.parameters[0]);
+  return rows % kMxBlock == 0 && a.numel % (rows * a.columns) == 0 ? nullptr : "matrices have rows in blocks of 32";
+}
+
+// 16 rows of 16 bytes.
+FI_INLINE void transpose_tile(const char* from, int64_t from_stride, char* to, int64_t to_stride) {
+  Bytes x[kVector], y[kVector];
+  for (int i = 0; i < kVector; ++i) x[i] = load_bytes(from + i * from_stride);
+  for (int round = 0; round < 4; ++round) {
+    for (int i = 0; i < kVector / 2; ++i) {
+      y[2 * i] = interleave_low(x[i], x[i + kVector / 2]);
+      y[2 * i + 1] = interleave_high(x[i], x[i + kVector / 2]);
+    }
+    memcpy(x, y, sizeof x);
+  }
+  for (int i = 0; i < kVector; ++i) put_bytes(to + i * to_stride, x[i]);
+}
+
+// `count` columns of `length` bytes, one behind the other; each becomes a column of bytes `stride` apart.
+void transpose_bytes(const void* columns, int64_t count, int64_t length, char* to, int64_t stride) {
+  const char* const from = static_cast<const char*>(columns);
+  const int64_t whole_columns = count / kVector * kVector, whole_length = length / kVector * kVector;
+  for (int64_t at = 0; at < whole_length; at += kVector)
+    for (int64_t c = 0; c < whole_columns; c += kVector)
+      transpose_tile(from + c * length + at, length, to + at * stride + c, stride);
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t at = c < whole_columns ? whole_length : 0; at < length; ++at)
+      to[at * stride + c] = from[c * length + at];
+}
+
+void transpose_mxfp4(const TransposeArgs& a) {
+  const int64_t pairs = a.rows / 2;
+  transpose_bytes(a.bytes, a.count, pairs, a.to + a.first, a.columns);
+  transpose_bytes(a.companions[0], a.count, a.rows / kMxBlock, a.to + pairs * a.columns + a.first, a.columns);
+}
+
+FI_INLINE Floats scaled_e2m1(Bytes packed, bool high, Bytes scales) {
+  return times(widen_e2m1(high ? high_nibbles(packed) : low_nibbles(packed)), widen_e8m0(scales));
+}
+
+// `count` neighbours in a row.
+template <bool kHigh>
+void decode_row(const char* packed, const char* scales, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kVector <= count; i += kVector)
+    put(to + i, scaled_e2m1(load_bytes(packed + i), kHigh, load_bytes(scales + i)));
+  if (i == count) return;
+  char last_packed[kVector] = {}, last_scales[kVector] = {};
+  float numbers[kVector];
+  memcpy(last_packed, packed + i, size_t(count - i));
+  memcpy(last_scales, scales + i, size_t(count - i));
+  put(numbers, scaled_e2m1(load_bytes(last_packed), kHigh, load_bytes(last_scales)));
+  memcpy(to + i, numbers, size_t(count - i) * sizeof *to);
+}
+
+void decode_transposed(const DecodeArgs& a) {
+  const char* const codes = static_cast<const char*>(a.bytes);
+  const char* const scales = codes + a.numel / 2;
+  const int64_t end = a.first + a.count;
+  for (int64_t at = a.first; at < end;) {
+    const int64_t row = at / a.columns, column = at % a.columns, count = least(a.columns - column, end - at);
+    const auto decode = row % 2 == 0 ? decode_row<false> : decode_row<true>;
+    decode(codes + row / 2 * a.columns + column, scales + row / kMxBlock * a.columns + column, a.to + (at - a.first),
+           count);
+    at += count;
   }
 }
 
@@ -116,8 +195,10 @@ void decode_nvfp4(const DecodeArgs& a) {
 
 }  // namespace
 
-extern const Decoder kMxfp4, kNvfp4;
+extern const Decoder kMxfp4, kMxfp4Transposed, kNvfp4;
 const Decoder kMxfp4 = {"mxfp4", kMxBlock, kMxBlock / 2, decode_mxfp4, wrong_mxfp4, range_mxfp4};
+const Decoder kMxfp4Transposed = {"mxfp4_transposed", kMxBlock,    kMxBlock / 2,   decode_transposed,
+                                  wrong_transposed,   range_mxfp4, transpose_mxfp4};
 const Decoder kNvfp4 = {"nvfp4", kNvBlock, kNvBlock / 2, decode_nvfp4, wrong_nvfp4, range_nvfp4};
 
 }  // namespace FI_ISA

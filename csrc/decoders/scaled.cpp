@@ -31,10 +31,9 @@ struct Blocks {
         per_matrix((rows + block_rows - 1) / block_rows * per_row),
         tiled(a.parameter_count == 5 && a.parameters[4] == 1) {}
 
-  // The first scale of a row of the tensor.
+  // The first scale of a row of the tensor, if they are in no tiles.
   int64_t scales_of(int64_t row) const { return row / rows * per_matrix + row % rows / block_rows * per_row; }
-  int64_t scale_of(int64_t row, int64_t column) const {
-    const int64_t block = column / block_columns;
+  int64_t scale_of(int64_t row, int64_t block) const {
     return tiled ? tile_index(row, block, per_row) : scales_of(row) + block;
   }
 
@@ -103,26 +102,40 @@ void scaled_run(const char* codes, float scale, float* to, int64_t count) {
   memcpy(to + i, numbers, size_t(count - i) * sizeof *to);
 }
 
-// Elements that follow each other and have one scale are a run.
+// `count` elements of a row, from `column` on: a run for each block.
+template <class Code>
+void decode_row(const DecodeArgs& a, const Blocks& blocks, int64_t row, int64_t column, int64_t count,
+                const char* codes, float* to) {
+  const int64_t first = blocks.scales_of(row);
+  int64_t block = column / blocks.block_columns, left = blocks.block_columns - column % blocks.block_columns;
+  for (int64_t done = 0; done < count; ++block) {
+    const int64_t run = least(left, count - done);
+    const int64_t index = blocks.tiled ? tile_index(row, block, blocks.per_row) : first + block;
+    scaled_run<Code>(codes + done, blocks.scale(a.companions[0], index), to + done, run);
+    done += run;
+    left = blocks.block_columns;
+  }
+}
+
 template <class Code>
 void decode(const DecodeArgs& a) {
   const Blocks blocks(a);
-  const char* codes = static_cast<const char*>(a.bytes);
+  const char* const codes = static_cast<const char*>(a.bytes);
   const int64_t end = a.first + a.count;
   for (int64_t at = a.first; at < end;) {
     const int64_t row = at / a.columns, column = at % a.columns;
-    int64_t run = a.columns - column;
-    if (blocks.block_columns < a.columns) {
-      run = least(run, blocks.block_columns - column % blocks.block_columns);
-    } else {  // rows of the block that follow, up to the end of the matrix
+    int64_t count = a.columns - column;
+    if (blocks.per_row == 1) {  // one run with the rows of the block that follow, up to the end of the matrix
       const int64_t in_matrix = row % blocks.rows;
-      const int64_t others = least(blocks.block_rows - in_matrix % blocks.block_rows, blocks.rows - in_matrix) - 1;
-      run += others * a.columns;
+      count += (least(blocks.block_rows - in_matrix % blocks.block_rows, blocks.rows - in_matrix) - 1) * a.columns;
+      count = least(count, end - at);
+      const float scale = blocks.scale(a.companions[0], blocks.scale_of(row, 0));
+      scaled_run<Code>(codes + (at - a.first), scale, a.to + (at - a.first), count);
+    } else {
+      count = least(count, end - at);
+      decode_row<Code>(a, blocks, row, column, count, codes + (at - a.first), a.to + (at - a.first));
     }
-    run = least(run, end - at);
-    const float scale = blocks.scale(a.companions[0], blocks.scale_of(row, column));
-    scaled_run<Code>(codes + (at - a.first), scale, a.to + (at - a.first), run);
-    at += run;
+    at += count;
   }
 }
 

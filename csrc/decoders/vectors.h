@@ -45,17 +45,18 @@ FI_INLINE float widen_f16(uint16_t bits) {
 // ---- vectors -------------------------------------------------------------------------------------------------------
 
 // Bytes: 16 codes. Floats: 16 numbers.
-//   load_bytes, low_nibbles, high_nibbles, interleave   bytes to codes
+//   load_bytes, low_nibbles, high_nibbles, interleave_* bytes to codes
 //   look_up                                             table[code], codes 0..15
-//   widen_e5m2, widen_e4m3, widen_i8                    codes to numbers, exactly
+//   widen_e5m2, widen_e4m3, widen_i8, widen_e8m0        codes to numbers, exactly
 //   times                                               one rounding
-//   put                                                 stores 16 numbers, each NaN as 7FC00000
+//   put, put_bytes                                      store 16 numbers, each NaN as 7FC00000, or 16 bytes
 
 #if defined(__AVX2__)
 
 using Bytes = __m128i;
 
 FI_INLINE Bytes load_bytes(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+FI_INLINE void put_bytes(void* to, Bytes x) { _mm_storeu_si128(static_cast<__m128i*>(to), x); }
 FI_INLINE Bytes low_nibbles(Bytes x) { return _mm_and_si128(x, _mm_set1_epi8(15)); }
 FI_INLINE Bytes high_nibbles(Bytes x) { return _mm_and_si128(_mm_srli_epi16(x, 4), _mm_set1_epi8(15)); }
 FI_INLINE Bytes interleave_low(Bytes even, Bytes odd) { return _mm_unpacklo_epi8(even, odd); }
@@ -68,6 +69,14 @@ using Floats = __m512;
 
 FI_INLINE Floats widen_halves(__m256i halves) { return _mm512_cvtph_ps(halves); }
 FI_INLINE Floats widen_i8(Bytes codes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)); }
+FI_INLINE Floats widen_e8m0(Bytes codes) {
+  const __m512i wide = _mm512_cvtepu8_epi32(codes);
+  const __mmask16 least = _mm512_testn_epi32_mask(wide, wide),
+                  nan = _mm512_cmpeq_epi32_mask(wide, _mm512_set1_epi32(255));
+  __m512i bits = _mm512_slli_epi32(wide, 23);
+  bits = _mm512_mask_mov_epi32(bits, least, _mm512_set1_epi32(0x00400000));
+  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc00000)));
+}
 FI_INLINE Floats times(Floats x, float y) { return x * _mm512_set1_ps(y); }
 FI_INLINE Floats times(Floats x, Floats y) { return x * y; }
 FI_INLINE void put(float* to, Floats x) {
@@ -87,6 +96,16 @@ FI_INLINE Floats widen_halves(__m256i halves) {
 FI_INLINE Floats widen_i8(Bytes codes) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)),
           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(codes, 8)))};
+}
+FI_INLINE __m256 powers(__m256i wide) {  // of E8M0
+  const __m256i least = _mm256_cmpeq_epi32(wide, _mm256_setzero_si256());
+  const __m256i nan = _mm256_cmpeq_epi32(wide, _mm256_set1_epi32(255));
+  __m256i bits = _mm256_slli_epi32(wide, 23);
+  bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x00400000), least);
+  return _mm256_castsi256_ps(_mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7fc00000), nan));
+}
+FI_INLINE Floats widen_e8m0(Bytes codes) {
+  return {powers(_mm256_cvtepu8_epi32(codes)), powers(_mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8)))};
 }
 FI_INLINE Floats times(Floats x, float y) { return {x.low * _mm256_set1_ps(y), x.high * _mm256_set1_ps(y)}; }
 FI_INLINE Floats times(Floats x, Floats y) { return {x.low * y.low, x.high * y.high}; }
@@ -122,6 +141,7 @@ struct Floats {
 };
 
 FI_INLINE Bytes load_bytes(const void* from) { return vld1q_u8(static_cast<const uint8_t*>(from)); }
+FI_INLINE void put_bytes(void* to, Bytes x) { vst1q_u8(static_cast<uint8_t*>(to), x); }
 FI_INLINE Bytes low_nibbles(Bytes x) { return vandq_u8(x, vdupq_n_u8(15)); }
 FI_INLINE Bytes high_nibbles(Bytes x) { return vshrq_n_u8(x, 4); }
 FI_INLINE Bytes interleave_low(Bytes even, Bytes odd) { return vzip1q_u8(even, odd); }
@@ -137,6 +157,16 @@ FI_INLINE Floats widen_i8(Bytes codes) {
   const int16x8_t low = vmovl_s8(vget_low_s8(x)), high = vmovl_high_s8(x);
   return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
            vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))}};
+}
+FI_INLINE float32x4_t powers(uint32x4_t wide) {  // of E8M0
+  uint32x4_t bits = vshlq_n_u32(wide, 23);
+  bits = vbslq_u32(vceqzq_u32(wide), vdupq_n_u32(0x00400000u), bits);
+  return vreinterpretq_f32_u32(vbslq_u32(vceqq_u32(wide, vdupq_n_u32(255)), vdupq_n_u32(0x7fc00000u), bits));
+}
+FI_INLINE Floats widen_e8m0(Bytes codes) {
+  const uint16x8_t low = vmovl_u8(vget_low_u8(codes)), high = vmovl_high_u8(codes);
+  return {{powers(vmovl_u16(vget_low_u16(low))), powers(vmovl_high_u16(low)), powers(vmovl_u16(vget_low_u16(high))),
+           powers(vmovl_high_u16(high))}};
 }
 FI_INLINE Floats times(Floats x, float y) {
   for (float32x4_t& part : x.part) part = vmulq_n_f32(part, y);
@@ -175,6 +205,7 @@ struct Floats {
 #define FI_EACH for (int i = 0; i < kVector; ++i)
 
 FI_INLINE Bytes load_bytes(const void* from) { return load_at<Bytes>(from, 0); }
+FI_INLINE void put_bytes(void* to, Bytes x) { memcpy(to, &x, sizeof x); }
 FI_INLINE Bytes low_nibbles(Bytes x) {
   FI_EACH x.at[i] &= 15;
   return x;
@@ -210,6 +241,11 @@ FI_INLINE Floats widen_e4m3(Bytes codes) { return widen_fp8<DType::F8_E4M3>(code
 FI_INLINE Floats widen_i8(Bytes codes) {
   Floats x;
   FI_EACH x.at[i] = float(int8_t(codes.at[i]));
+  return x;
+}
+FI_INLINE Floats widen_e8m0(Bytes codes) {
+  Floats x;
+  FI_EACH x.at[i] = e8m0(codes.at[i]);
   return x;
 }
 FI_INLINE Floats times(Floats x, float y) {

@@ -44,7 +44,7 @@ int64_t read_span(const std::vector<DType>& dtypes) {
 
 const void* Inputs::get(size_t input, int64_t first, int64_t count, void* to) const {
   const Operand& from = step_.inputs[input];
-  if (from.gathered || from.decoding) {
+  if (from.gathered || from.decoding || from.low_rank) {
     read(input, first, count, to);
     return to;
   }
@@ -54,6 +54,7 @@ const void* Inputs::get(size_t input, int64_t first, int64_t count, void* to) co
 
 void Inputs::read(size_t input, int64_t first, int64_t count, void* to) const {
   const Operand& from = step_.inputs[input];
+  if (from.low_rank) return from.low_rank->read(sources_, first, count, to, scratch_, bytes_read_);
   if (from.decoding)
     return from.decoding->read(sources_, from.source, from.offset, first, count, to, scratch_, bytes_read_);
   char* next = static_cast<char*>(to);
@@ -70,6 +71,7 @@ void Inputs::read(size_t input, int64_t first, int64_t count, void* to) const {
 
 void Inputs::prefetch(size_t input, int64_t first, int64_t count) const {
   const Operand& from = step_.inputs[input];
+  if (from.low_rank) return from.low_rank->prefetch(sources_, first, count);
   if (from.decoding) {
     const auto [offset, bytes] = from.decoding->stored(first, count);
     return sources_[size_t(from.source)].prefetch(from.offset + offset, bytes);
@@ -82,7 +84,10 @@ void Inputs::prefetch(size_t input, int64_t first, int64_t count) const {
 int64_t decoding_scratch(const Step& step) {
   int64_t bytes = 0;
   for (const Operand& input : step.inputs)
-    if (input.decoding) bytes = std::max(bytes, input.decoding->scratch_bytes());
+    if (input.low_rank)
+      bytes = std::max(bytes, input.low_rank->scratch_bytes());
+    else if (input.decoding)
+      bytes = std::max(bytes, input.decoding->scratch_bytes());
   return bytes;
 }
 

@@ -8,6 +8,7 @@
 
 #include "../decoding.h"
 #include "../io.h"
+#include "../low_rank.h"
 #include "../ops.h"
 
 namespace fi {
@@ -30,6 +31,7 @@ struct Operand {
   int width;                                         // bytes of such an element; 1 where a step only compares bytes
   std::shared_ptr<const RowMap> gathered = nullptr;  // instead of source and offset
   std::shared_ptr<Decoding> decoding = nullptr;      // of bytes that are not elements of `dtype`, which is F32 then
+  std::shared_ptr<LowRank> low_rank = nullptr;       // instead of both: with products added; `dtype` is F32
 };
 
 class Counts;

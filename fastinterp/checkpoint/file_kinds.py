@@ -4,31 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 from fastinterp.checkpoint import header
-from fastinterp.checkpoint.header import Entry
-from fastinterp.checkpoint.names import GGUF, WEIGHTS
+from fastinterp.checkpoint.header import FileHeader
+from fastinterp.checkpoint.names import GGUF, PICKLES, WEIGHTS
 from fastinterp.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from fastinterp.checkpoint.gguf_file import GgufHeader
-
-
-class FileHeader(NamedTuple):
-    """What a file of weights says without its data.
-
-    entries   its tensors, in the order of their offsets
-    metadata  strings by key
-    remarks   what was decided when it was read, for people
-    gguf      the header of a GGUF file
-    """
-
-    entries: list[Entry]
-    metadata: dict[str, str]
-    remarks: tuple[str, ...] = ()
-    gguf: GgufHeader | None = None
-
 
 # Takes the path and its index in Checkpoint.files, which becomes Entry.file. Raises: CheckpointError, naming file and
 # tensor, if the file cannot be read or breaks its format in any way.
@@ -39,6 +19,12 @@ def _safetensors(path: Path, number: int) -> FileHeader:
     return FileHeader(*header.read_header(path, number))
 
 
+def _pytorch(path: Path, number: int) -> FileHeader:
+    from fastinterp.checkpoint.pytorch.file import read_header
+
+    return read_header(path, number)
+
+
 def _gguf(path: Path, number: int) -> FileHeader:
     from fastinterp.checkpoint.gguf_model import read_model
 
@@ -47,7 +33,7 @@ def _gguf(path: Path, number: int) -> FileHeader:
 
 
 # By suffix. A new kind of file adds its row; its module is imported when a file of it is read.
-KINDS: dict[str, HeaderReader] = {WEIGHTS: _safetensors, GGUF: _gguf}
+KINDS: dict[str, HeaderReader] = {WEIGHTS: _safetensors, **dict.fromkeys(PICKLES, _pytorch), GGUF: _gguf}
 
 
 def read_header(path: Path, number: int) -> FileHeader:

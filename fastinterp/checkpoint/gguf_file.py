@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import msgspec
 
+from fastinterp.checkpoint.gguf_keys import ARRAY, SCALARS, STRING, U32, GgufHeader, KeyValue
 from fastinterp.checkpoint.gguf_types import REMOVED, TYPES
 from fastinterp.checkpoint.header import MAX_NUMEL, Entry, refuse_download
 from fastinterp.checkpoint.names import quote, shell_word
@@ -29,75 +30,7 @@ _MOST_DIMENSIONS = 4  # of ggml
 _LARGEST_ALIGNMENT = 1 << 20
 _READ = 1 << 20  # bytes that are read at first; then twice as many each time
 
-STRING, ARRAY = 8, 9
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_NAMES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64")
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-
-
-class KeyValue(msgspec.Struct, frozen=True):
-    """A key of the header with its value.
-
-    kind     type of the value; of an array, ARRAY
-    element  type of an array's elements; of anything else, its own type
-    count    elements of an array; 1 of anything else
-    raw      the value as the file has it, its type included: the same bytes mean the same in any file
-    """
-
-    key: str
-    kind: int
-    element: int
-    count: int
-    raw: bytes
-
-    @property
-    def value(self) -> int | float | bool | str | None:
-        """The value; None of an array."""
-        if self.kind == ARRAY:
-            return None
-        if self.kind == STRING:
-            return self.raw[12:].decode(errors="replace")
-        number: int | float | bool = struct.unpack_from(_SCALARS[self.kind], self.raw, 4)[0]
-        return number
-
-    def numbers(self) -> tuple[int | float | bool, ...] | None:
-        """The elements of an array of numbers; None of anything else."""
-        if self.kind != ARRAY or self.element == STRING:
-            return None
-        return struct.unpack_from(f"<{self.count}{_SCALARS[self.element][1]}", self.raw, 16)
-
-    def describe(self) -> str:
-        """The value for people; of an array, its length and type."""
-        value = self.value
-        if value is not None:
-            return str(value)
-        numbers = self.numbers() if self.count <= 8 else None
-        return f"{self.count} x {_NAMES[self.element]}" if numbers is None else str(list(numbers))
-
-
-class GgufHeader(msgspec.Struct, frozen=True):
-    """What the header of a GGUF file says beside the tensors.
-
-    keys       by name, in the order of the file
-    alignment  of the data section and of every tensor in it, bytes
-    """
-
-    version: int
-    keys: dict[str, KeyValue]
-    alignment: int
-
-    def value(self, key: str) -> int | float | bool | str | None:
-        """The value of a key that is no array; None, if there is none."""
-        found = self.keys.get(key)
-        return None if found is None else found.value
-
-    @property
-    def architecture(self) -> str:
-        return str(self.value("general.architecture") or "")
-
-    def metadata(self) -> dict[str, str]:
-        """The keys with their values for people."""
-        return {key: found.describe() for key, found in self.keys.items()}
 
 
 def read_gguf(path: str | os.PathLike[str], file_index: int = 0) -> tuple[list[Entry], GgufHeader]:
@@ -239,10 +172,10 @@ class _Reader:
 
     def _skip(self, key: str, kind: int, count: int) -> None:
         """Go behind so many values of one type."""
-        if kind != STRING and kind not in _SCALARS:
+        if kind != STRING and kind not in SCALARS:
             what = "an array of arrays" if kind == ARRAY else f"a value of type {kind}"
             self._fail(f"the key {quote(key)} has {what}, which no program writes: damaged, or newer")
-        width = 8 if kind == STRING else struct.calcsize(_SCALARS[kind])
+        width = 8 if kind == STRING else struct.calcsize(SCALARS[kind])
         if count > (self._size - self._at) // width:
             self._fail(
                 f"the key {quote(key)} claims {count} values, more than the file can hold: truncated, or damaged. "
@@ -270,7 +203,7 @@ class _Reader:
         if found is None:
             return ALIGNMENT
         alignment = found.value
-        if found.kind != 4 or not isinstance(alignment, int) or not 1 <= alignment <= _LARGEST_ALIGNMENT:
+        if found.kind != U32 or not isinstance(alignment, int) or not 1 <= alignment <= _LARGEST_ALIGNMENT:
             self._fail(f"`general.alignment` must be a u32 of 1 to {_LARGEST_ALIGNMENT}, got {found.describe()}")
         if alignment & (alignment - 1):
             self._fail(f"`general.alignment` must be a power of two, got {alignment}")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from fastinterp.checkpoint.gguf_file import GgufHeader, read_gguf
+from fastinterp.checkpoint.gguf_file import read_gguf
+from fastinterp.checkpoint.gguf_keys import GgufHeader
 from fastinterp.checkpoint.gguf_types import BY_NAME
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import GGUF, GGUF_SPLIT, listing, quote, shell_word
@@ -71,7 +72,7 @@ def _readable(entry: Entry, file: str) -> Entry:
     if entry.dtype.block is None:
         return entry
     kind = BY_NAME[entry.dtype.name]
-    if kind.decoded:
+    if kind.decoder:
         return entry
     if not kind.convertible:
         raise CheckpointError(

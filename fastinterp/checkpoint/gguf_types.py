@@ -12,13 +12,13 @@ class GgufType(msgspec.Struct, frozen=True):
 
     number       in the file
     dtype        of a tensor: one of safetensors' where elements are stored as there, else one of blocks
-    decoded      whether csrc/decoder.cpp has a decoder for its blocks, of that name in lower case
+    decoder      that of csrc/decoders/ which reads its blocks; empty: there is none
     convertible  whether the package gguf turns its blocks into numbers
     """
 
     number: int
     dtype: DType
-    decoded: bool = False
+    decoder: str = ""
     convertible: bool = False
 
     @property
@@ -32,9 +32,9 @@ class GgufType(msgspec.Struct, frozen=True):
 
 
 def _blocks(
-    number: int, name: str, elements: int, nbytes: int, decoded: bool = False, convertible: bool = True
+    number: int, name: str, elements: int, nbytes: int, decoder: str = "", convertible: bool = True
 ) -> GgufType:  # fmt: skip
-    return GgufType(number, DType(name, 0, block=(elements, nbytes)), decoded, convertible)
+    return GgufType(number, DType(name, 0, block=(elements, nbytes)), decoder, convertible)
 
 
 _PLAIN = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
@@ -42,30 +42,30 @@ _PLAIN = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F6
 TYPES: dict[int, GgufType] = {number: GgufType(number, DTYPES[name]) for number, name in _PLAIN.items()} | {
     t.number: t
     for t in (
-        _blocks(2, "Q4_0", 32, 18),
-        _blocks(3, "Q4_1", 32, 20),
-        _blocks(6, "Q5_0", 32, 22),
-        _blocks(7, "Q5_1", 32, 24),
-        _blocks(8, "Q8_0", 32, 34),
+        _blocks(2, "Q4_0", 32, 18, "q4_0"),
+        _blocks(3, "Q4_1", 32, 20, "q4_1"),
+        _blocks(6, "Q5_0", 32, 22, "q5_0"),
+        _blocks(7, "Q5_1", 32, 24, "q5_1"),
+        _blocks(8, "Q8_0", 32, 34, "q8_0"),
         _blocks(9, "Q8_1", 32, 36, convertible=False),
-        _blocks(10, "Q2_K", 256, 84),
-        _blocks(11, "Q3_K", 256, 110),
-        _blocks(12, "Q4_K", 256, 144),
-        _blocks(13, "Q5_K", 256, 176),
-        _blocks(14, "Q6_K", 256, 210),
+        _blocks(10, "Q2_K", 256, 84, "q2_k"),
+        _blocks(11, "Q3_K", 256, 110, "q3_k"),
+        _blocks(12, "Q4_K", 256, 144, "q4_k"),
+        _blocks(13, "Q5_K", 256, 176, "q5_k"),
+        _blocks(14, "Q6_K", 256, 210, "q6_k"),
         _blocks(15, "Q8_K", 256, 292, convertible=False),
         _blocks(16, "IQ2_XXS", 256, 66),
         _blocks(17, "IQ2_XS", 256, 74),
         _blocks(18, "IQ3_XXS", 256, 98),
         _blocks(19, "IQ1_S", 256, 50),
-        _blocks(20, "IQ4_NL", 32, 18),
+        _blocks(20, "IQ4_NL", 32, 18, "iq4_nl"),
         _blocks(21, "IQ3_S", 256, 110),
         _blocks(22, "IQ2_S", 256, 82),
-        _blocks(23, "IQ4_XS", 256, 136),
+        _blocks(23, "IQ4_XS", 256, 136, "iq4_xs"),
         _blocks(29, "IQ1_M", 256, 56),
         _blocks(34, "TQ1_0", 256, 54),
         _blocks(35, "TQ2_0", 256, 66),
-        _blocks(39, "MXFP4", 32, 17),
+        _blocks(39, "MXFP4", 32, 17, "gguf_mxfp4"),
         _blocks(40, "NVFP4", 64, 36),
         _blocks(41, "Q1_0", 128, 18),
     )

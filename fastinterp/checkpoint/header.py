@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from operator import attrgetter
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 import msgspec
 
@@ -19,6 +19,9 @@ from fastinterp.checkpoint.regular_file import open_regular
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import DTYPES, DType
+
+if TYPE_CHECKING:
+    from fastinterp.checkpoint.gguf_keys import GgufHeader
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_NUMEL = 2**63 - 1
@@ -66,6 +69,21 @@ class Entry(msgspec.Struct, frozen=True):
     def numel(self) -> int:
         """Number of elements; 1 for a scalar."""
         return math.prod(self.shape)
+
+
+class FileHeader(NamedTuple):
+    """What a file of weights says without its data.
+
+    entries   its tensors, in the order of their offsets
+    metadata  strings by key
+    remarks   what was decided when it was read, for people
+    gguf      the rest of the header of a GGUF file
+    """
+
+    entries: list[Entry]
+    metadata: dict[str, str]
+    remarks: tuple[str, ...] = ()
+    gguf: GgufHeader | None = None
 
 
 def read_header(path: str | os.PathLike[str], file_index: int = 0) -> tuple[list[Entry], dict[str, str]]:
@@ -120,7 +138,7 @@ def _read_json(file: str) -> tuple[bytes, int]:
 
 def refuse_download(start: bytes, file: str) -> None:
     """Raises: CheckpointError, if a file that begins so is what a failed download leaves: a web page, a pointer."""
-    if b"<" in start[:8] and _is_markup(start):
+    if b"<" in start[:8] and is_markup(start):
         raise CheckpointError(
             "this is a web page (HTML or XML), not the file: a download failed, or needs a login. Download it again",
             file=file,
@@ -131,7 +149,7 @@ def refuse_download(start: bytes, file: str) -> None:
         )
 
 
-def _is_markup(start: bytes) -> bool:
+def is_markup(start: bytes) -> bool:
     """Whether a file that begins so is HTML or XML."""
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     return text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<error", b"<!--"))

@@ -13,8 +13,11 @@ from fastinterp.backends.cpu import cached_fraction
 from fastinterp.checkpoint.open import changed_since
 from fastinterp.checkpoint.regular_file import write_all
 from fastinterp.errors import CheckpointError, StorageError
-from fastinterp.ops.steps import Decoder, Gathered, Operand, Stored
+from fastinterp.execute.scales import refuse_scales
+from fastinterp.ops.dtypes import F32
+from fastinterp.ops.steps import Decoder, Factor, Gathered, LowRank, Operand, Product, ReplacedRows, Stored
 from fastinterp.plan.inputs import ConvertedInput, GatheredInput, IntermediateInput, StoredInput, TensorInput
+from fastinterp.plan.low_rank import FactorInput, LowRankInput, ProductInput, RowsInput
 from fastinterp.plan.models import Model
 
 _SPARE_FDS = 64  # for everything that is neither input nor output
@@ -69,11 +72,32 @@ class Sources:
 
     def stored(self, tensor: StoredInput) -> Stored:
         number, code, encoding = self._number[tensor.path], tensor.dtype.kernel_code, tensor.encoding
+        added = None if tensor.low_rank is None else self._low_rank(tensor.low_rank)
         if encoding is None:
-            return Stored(number, tensor.start, code)
+            return Stored(number, tensor.start, code, low_rank=added)
+        with storage(tensor.path):
+            refuse_scales(tensor, encoding.companions, [self.fds[self._number[c.path]] for c in encoding.companions])
         columns = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.numel
         companions = tuple((self._number[c.path], c.start, c.nbytes) for c in encoding.companions)
-        return Stored(number, tensor.start, code, Decoder(encoding.decoder, columns, companions, encoding.parameters))
+        decoder = Decoder(encoding.decoder, columns, companions, encoding.parameters)
+        return Stored(number, tensor.start, code, decoder, added)
+
+    def _low_rank(self, added: LowRankInput) -> LowRank:
+        """The form that the pump takes: tensors as places in sources."""
+
+        def factor(of: FactorInput) -> Factor:
+            if of.tensor is None:
+                return Factor(-1, 0, F32.kernel_code)
+            place = self._number[of.tensor.path], of.tensor.start, of.tensor.dtype.kernel_code
+            return Factor(*place, of.first, of.by_matrix, of.by_index, of.by_rank)
+
+        def change(of: ProductInput | RowsInput) -> Product | ReplacedRows:
+            if isinstance(of, RowsInput):
+                return ReplacedRows(self._number[of.tensor.path], of.tensor.start, of.tensor.dtype.kernel_code, of.rows)
+            magnitude = None if of.magnitude is None else factor(FactorInput(of.magnitude))
+            return Product(factor(of.left), factor(of.right), of.rank, of.scale, magnitude, of.per_row)
+
+        return LowRank(added.stored.kernel_code, added.shape, tuple(map(change, added.changes)))
 
     def converted(self, tensor: ConvertedInput) -> Stored:
         with storage(self._scratch or Path("a temporary file")):

@@ -46,13 +46,74 @@ class Decoder(msgspec.Struct, frozen=True):
     parameters: tuple[float, ...] = ()
 
 
+class Factor(msgspec.Struct, frozen=True):
+    """A view of a stored tensor: element (matrix, i, k) is its number
+    first + matrix * by_matrix + i * by_index + k * by_rank.
+
+    source  number of the source; -1: all elements are 1
+    offset  of the stored tensor in it, in bytes
+    dtype   code of its dtype
+    """
+
+    source: int
+    offset: int
+    dtype: int
+    first: int = 0
+    by_matrix: int = 0
+    by_index: int = 0
+    by_rank: int = 0
+
+
+class Product(msgspec.Struct, frozen=True):
+    """A product that is added to each matrix of a tensor: scale * left[row, k] * right[k, column], summed over k.
+
+    rank       number of k
+    magnitude  length to which each row (per_row) or column is brought then; None: none is
+    """
+
+    replaces: ClassVar[bool] = False
+    left: Factor
+    right: Factor
+    rank: int
+    scale: float
+    magnitude: Factor | None = None
+    per_row: bool = True
+
+
+class ReplacedRows(msgspec.Struct, frozen=True):
+    """Rows of a tensor that are replaced: by those of a stored one, in its order.
+
+    rows  number of each in the tensor
+    """
+
+    replaces: ClassVar[bool] = True
+    source: int
+    offset: int
+    dtype: int
+    rows: tuple[int, ...]
+
+
+class LowRank(msgspec.Struct, frozen=True):
+    """What adapters make of a stored tensor: rule 16 of docs/NUMERICS.md.
+
+    stored   code of the dtype of the stored elements, where no decoder reads them
+    shape    matrices, rows, columns
+    changes  in order
+    """
+
+    stored: int
+    shape: tuple[int, int, int]
+    changes: tuple[Product | ReplacedRows, ...]
+
+
 class Stored(msgspec.Struct, frozen=True):
     """An operand whose elements lie one behind the other in one source.
 
-    source   number of the source
-    offset   in it, in bytes
-    dtype    code of the dtype that kernels see; F32 of what is decoded
-    decoder  None: the bytes are elements of `dtype`
+    source    number of the source
+    offset    in it, in bytes
+    dtype     code of the dtype that kernels see; F32 of what is decoded
+    decoder   None: the bytes are elements of `dtype`, or of low_rank.stored
+    low_rank  None: nothing is added
     """
 
     gathered: ClassVar[bool] = False
@@ -60,6 +121,7 @@ class Stored(msgspec.Struct, frozen=True):
     offset: int
     dtype: int
     decoder: Decoder | None = None
+    low_rank: LowRank | None = None
 
 
 class Gathered(msgspec.Struct, frozen=True):
@@ -208,7 +270,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def decodes(self) -> bool:
-        return any(isinstance(operand, Stored) and operand.decoder is not None for operand in self.inputs)
+        """Whether an input is more than its stored bytes: decoded, or with adapters."""
+        return any(isinstance(o, Stored) and (o.decoder or o.low_rank) is not None for o in self.inputs)
 
     @property
     def by_rank(self) -> bool:

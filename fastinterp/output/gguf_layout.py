@@ -7,7 +7,8 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 
-from fastinterp.checkpoint.gguf_file import ALIGNMENT, MAGIC, STRING, KeyValue
+from fastinterp.checkpoint.gguf_file import ALIGNMENT, MAGIC
+from fastinterp.checkpoint.gguf_keys import STRING, U32, KeyValue
 from fastinterp.checkpoint.gguf_types import BY_NAME
 from fastinterp.checkpoint.names import GGUF, GGUF_SPLIT, quote
 from fastinterp.errors import OutputError
@@ -15,7 +16,6 @@ from fastinterp.ops.dtypes import DType
 from fastinterp.output.layout import Layout, OutFile
 
 VERSION = 3
-_U32 = 4  # types of values
 _QUANTISATION_VERSION = 2  # of ggml's blocks
 
 # Keys that are not true of other weights: parts of a file, what quantised it, its identity.
@@ -108,7 +108,7 @@ def _true_keys(keys: Mapping[str, KeyValue], file_type: int | None, blocks: bool
     table = {key: found.raw for key, found in keys.items() if not _UNTRUE.fullmatch(key)}
     for key, value in changed.items():
         if key not in keys or keys[key].value != value:
-            table[key] = struct.pack("<II", _U32, value)
+            table[key] = struct.pack("<II", U32, value)
     return table
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 
 from fastinterp.checkpoint import remedies
-from fastinterp.checkpoint.gguf_file import GgufHeader
+from fastinterp.checkpoint.gguf_keys import GgufHeader
 from fastinterp.checkpoint.names import listing, quote
 from fastinterp.errors import CheckpointError, ShapeError, UsageError
 from fastinterp.messages import fit, listed

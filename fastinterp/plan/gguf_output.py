@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from msgspec.structs import replace
 
-from fastinterp.checkpoint.gguf_file import ARRAY, STRING, GgufHeader, KeyValue
+from fastinterp.checkpoint.gguf_keys import ARRAY, STRING, U32, U64, GgufHeader, KeyValue
 from fastinterp.checkpoint.gguf_types import BY_NAME
 from fastinterp.checkpoint.names import GGUF, quote
 from fastinterp.errors import CheckpointError, UsageError
@@ -21,7 +21,6 @@ from fastinterp.plan.inputs import PlannedTensor, TensorInput
 from fastinterp.plan.models import Model, is_gguf
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
-_U32, _U64 = 4, 10  # types of values
 # Tensors of two or more dimensions that llama.cpp reads in F32 only, as its converter writes them.
 _ALWAYS_F32 = re.compile(
     r".*_norm\.weight|.*(?:ffn_gate_inp(?:_shexp)?|ssm_conv1d\w*|shortconv\.conv|time_mix_(?:first|w[12]|decay_w[12]|lerp"
@@ -136,8 +135,8 @@ def _layered(header: GgufHeader, own: Iterable[str], names: Iterable[str], origi
     if not isinstance(count, int) or before == 0:
         raise CheckpointError(f"{origin}: `{name}` does not say how many layers there are: got {count!r}")
     count_now = count + after - before
-    kind = _U64 if keys[name].kind == _U64 else _U32
-    keys[name] = KeyValue(name, kind, kind, 1, struct.pack("<IQ" if kind == _U64 else "<II", kind, count_now))
+    kind = U64 if keys[name].kind == U64 else U32
+    keys[name] = KeyValue(name, kind, kind, 1, struct.pack("<IQ" if kind == U64 else "<II", kind, count_now))
     for key, found in header.keys.items():
         if found.kind != ARRAY or found.count != count or not key.startswith(f"{header.architecture}."):
             continue

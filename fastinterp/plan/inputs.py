@@ -20,6 +20,7 @@ from fastinterp.checkpoint.gguf_types import BY_NAME
 from fastinterp.checkpoint.header import Conversion
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import F16, DType
+from fastinterp.plan.low_rank import LowRankInput
 from fastinterp.plan.program import Program
 from fastinterp.tokenizer.embedding_rows import RowMap
 
@@ -78,6 +79,11 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
     def quantised(self) -> str:
         """The format of quantised weights whose codes or scales it holds, which no decoder reads; empty: none."""
         return ""
+
+    @property
+    def decoded(self) -> bool:
+        """Whether its numbers are decoded from codes, so that no dtype is its own."""
+        return False
 
     @property
     def merges(self) -> bool:
@@ -159,6 +165,8 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     """A tensor in one file, from byte `start` on.
 
     encoding   None: its bytes are elements of `dtype`. Else they are codes, and dtype is F32
+    low_rank   None: no adapter changes it. Else dtype is F32, whatever its bytes are
+    kept       the dtype of an output tensor that keeps this one's, if that is not its own
     factor     whether it belongs to an adapter that is built into its model: a factor of a product
     """
 
@@ -167,29 +175,38 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     encoding: Encoding | None = None
     quantised: str = ""
     factor: bool = False
+    low_rank: LowRankInput | None = None
+    kept: DType | None = None
 
     @property
     def key(self) -> Hashable:
+        added = None if self.low_rank is None else self.low_rank.key
         if self.encoding is None:
-            return self.path, self.start, self.nbytes, self.dtype.name
+            return self.path, self.start, self.nbytes, self.dtype.name, added
         companions = tuple(companion.key for companion in self.encoding.companions)
-        return self.path, self.start, self.nbytes, self.encoding.decoder, self.encoding.parameters, companions
+        return self.path, self.start, self.nbytes, self.encoding.decoder, self.encoding.parameters, companions, added
 
     @property
     def files(self) -> tuple[Path, ...]:
-        if self.encoding is None:
-            return (self.path,)
-        return tuple(dict.fromkeys((self.path, *(companion.path for companion in self.encoding.companions))))
+        companions = () if self.encoding is None else self.encoding.companions
+        added = () if self.low_rank is None else self.low_rank.tensors
+        return tuple(dict.fromkeys((self.path, *(tensor.path for tensor in (*companions, *added)))))
 
     def open(self, files: OpenFiles) -> Operand:
         return files.stored(self)
 
     def describe(self) -> str:
-        text = f"{self.dtype} {list(self.shape)}"
+        text = f"{self.dtype if self.low_rank is None else self.low_rank.stored} {list(self.shape)}"
         return text if self.encoding is None else f"{text} ({self.encoding.stored} with {self.encoding.decoder})"
 
     @property
+    def decoded(self) -> bool:
+        return self.encoding is not None
+
+    @property
     def kept_dtype(self) -> DType:
+        if self.kept is not None:
+            return self.kept
         return self.dtype if self.encoding is None else self.encoding.kept_dtype
 
     @property
@@ -198,11 +215,11 @@ class StoredInput(TensorInput, frozen=True, eq=False):
 
     @property
     def plain(self) -> StoredInput | None:
-        return self if self.encoding is None else None
+        return self if self.encoding is None and self.low_rank is None else None
 
     @property
     def blocks(self) -> StoredInput | None:
-        if self.encoding is None or self.encoding.stored.block is None:
+        if self.encoding is None or self.encoding.stored.block is None or self.low_rank is not None:
             return None
         return replace(self, dtype=self.encoding.stored, encoding=None)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import msgspec
 
 from fastinterp.checkpoint.formats import EncodedTensor, encoded_tensors
+from fastinterp.checkpoint.formats.activations import about_encoded, scales_of_activations
+from fastinterp.checkpoint.formats.left_over import refuse_left_over
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint, open_checkpoint, refuse_adapter
@@ -27,6 +29,8 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     checkpoint  what it was opened from; None: a document above makes it
     origin      if a document above makes it, the checkpoint from which it has its configuration and the names of files
     left_out    and those of that checkpoint's files which are not in `root`: reason -> names
+    warnings    about it and its adapters
+    remarks     what was decided about its tensors, for people: which were decoded
     """
 
     name: str
@@ -35,6 +39,8 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     checkpoint: Checkpoint | None = None
     origin: Checkpoint | None = None
     left_out: Mapping[str, tuple[str, ...]] = {}
+    warnings: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def source(self) -> Checkpoint | None:
@@ -70,7 +76,7 @@ class Library:
             raise self._errors[model]
         if model not in self._opened:
             try:
-                self._opened[model] = open_model(str(model))
+                self._opened[model] = open_model(model)
             except (CheckpointError, StorageError) as error:
                 self._errors[model] = error
                 raise
@@ -81,12 +87,20 @@ class Library:
         return tuple(self._opened.values())
 
 
-def open_model(name: str) -> Model:
-    """The model called `name`. Raises: CheckpointError, as open_checkpoint does, and for an adapter."""
-    checkpoint = open_checkpoint(name)
+def open_model(name: str | ModelRef) -> Model:
+    """The model called `name`, with its adapters. Raises: CheckpointError, as open_checkpoint does, for an adapter
+    alone, and for one that does not fit.
+    """
+    ref = ModelRef.of(name) if isinstance(name, str) else name
+    checkpoint = open_checkpoint(ref.name)
     if checkpoint.adapter is not None:
         refuse_adapter(checkpoint)
-    return model_of(checkpoint)
+    model = model_of(checkpoint)
+    if ref.adapters:
+        from fastinterp.plan.adapters import with_adapters  # few recipes have any
+
+        model = with_adapters(model, ref)
+    return model
 
 
 def model_of(checkpoint: Checkpoint) -> Model:
@@ -95,13 +109,15 @@ def model_of(checkpoint: Checkpoint) -> Model:
     Raises: CheckpointError, of a reader.
     """
     every = encoded_tensors(checkpoint)
-    companions = {entry.name for encoded in every for entry in encoded.companions}
+    activations = scales_of_activations(checkpoint, every)
+    beside = {entry.name for encoded in every for entry in encoded.beside} | set(activations)
     encoded_by_codes = {encoded.codes.name: encoded for encoded in every}
-    found = quantised_in(checkpoint, encoded_by_codes.keys() | companions)
+    found = quantised_in(checkpoint, encoded_by_codes.keys() | beside)
     formats = {name: q.format for q in found for name in (q.codes, *q.companions)}
+    refuse_left_over(checkpoint, every, formats.keys() | beside)
     tensors: dict[str, TensorInput] = {}
     for name, entry in checkpoint.tensors.items():
-        if name not in companions:
+        if name not in beside:
             encoded = encoded_by_codes.get(name)
             tensor: TensorInput
             if encoded is not None:
@@ -111,7 +127,8 @@ def model_of(checkpoint: Checkpoint) -> Model:
             else:
                 tensor = _stored(entry, checkpoint, formats.get(name, ""))
             tensors[tensor.name] = tensor
-    return Model(checkpoint.name, checkpoint.root, tensors, checkpoint)
+    remarks = about_encoded(checkpoint, every, activations)
+    return Model(checkpoint.name, checkpoint.root, tensors, checkpoint, remarks=remarks)
 
 
 def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:

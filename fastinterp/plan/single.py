@@ -122,14 +122,15 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     tensors = plan_tensors(recipes, targets, aligned.models, sidecars, origin, aligned.layouts)
     warnings = [
         *map(str, first.warnings),
+        *dict.fromkeys(warning for model in models for warning in model.warnings),
         *aligned.warnings,
         *(aligned.layouts.values() if first.missing != "error" else ()),
         *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
         *_about_keys(first, aligned.models, origin),
     ]
-    remark, warning = about_configuration(origin, tensors)
-    aligned = replace(aligned, numbers=bool(remark))
-    warnings += [warning] if warning else []
+    about = about_configuration(origin, tensors)
+    aligned = replace(aligned, numbers=about.folders)
+    warnings += about.warnings
     if aligned.template is None and aligned.vocabulary is None:
         warnings += template_warnings(aligned.models, origin)
     warnings += head_warnings(origin, {t.name: t for t in tensors}, aligned.tied)
@@ -147,9 +148,10 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         warnings += [str(warning) for warning in filter_warnings(first, assemblies[0])]
     opened = (*models, origin, *sidecars.values())
     remarks = [remark for model in opened if model.checkpoint is not None for remark in model.checkpoint.remarks]
+    remarks += [remark for model in opened for remark in model.remarks]
     remarks += [*aligned.remarks, *missing_tensors({n: m for n, m in left.items() if n not in lost}, made, base.name)]
     remarks += _about_dtypes(first, targets[0], aligned.models, origin, tensors)
-    remarks += [*([remark] if remark else []), *complex_remarks(first, tensors)]
+    remarks += [*about.remarks, *complex_remarks(first, tensors)]
     together = _together(dict.fromkeys(remarks), [model.name for model in opened])
     return Document(aligned, origin, tensors, sidecars, tuple(warnings), together, files)
 
@@ -178,7 +180,7 @@ def _about_dtypes(
 ) -> list[str]:  # fmt: skip
     """Remarks on the dtypes in which tensors are stored that have others in the models."""
     if not is_gguf(origin):
-        return dtype_remarks(recipe, targets, models)
+        return dtype_remarks(recipe, targets, models, origin)
     from fastinterp.plan.gguf_output import type_remarks
 
     return type_remarks(tensors, origin, recipe.out_dtype or recipe.dtype)

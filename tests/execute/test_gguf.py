@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
 import fastinterp
+from fastinterp.checkpoint.gguf_types import TYPES
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.cli import commands
 from fastinterp.errors import CheckpointError, ShapeError, UsageError
@@ -349,22 +350,54 @@ def test_a_stack_of_layers_that_differ_by_place(tmp_path):
         fastinterp.merge(stacked(*paths), tmp_path / "out.gguf")
 
 
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+NATIVE = [Type(t.number) for t in TYPES.values() if t.decoder]
+
+
+@pytest.mark.parametrize("kind", NATIVE, ids=lambda kind: kind.name)
+def test_blocks_are_merged_as_the_package_reads_them(tmp_path, kind):
+    a, b = (write(tmp_path / f"{i}.gguf", numbers(i, width=256), kind) for i in range(2))
+    fastinterp.merge(linear([a, b], [0.7, 0.3]), tmp_path / "out.gguf", dtype="float32")
+    x, y, got = read(a), read(b), read(tmp_path / "out.gguf")
+    assert {kind for kind, _ in x.values()} == {kind.name, "F32"}
+    for name, (stored_as, values) in got.items():
+        assert stored_as == "F32"
+        assert values.tobytes() == combined([x[name][1], y[name][1]], [0.7, 0.3], "F32").tobytes(), name
+    total = compare(a, b).total
+    assert total.numel == sum(values.size for _, values in x.values()) and total.changed
+
+
+def test_what_is_not_written_becomes_f16(tmp_path):
+    kinds = {"output.weight": Type.Q6_K, "blk.0.attn_q.weight": Type.BF16}
+    a, b = (write(tmp_path / f"{i}.gguf", numbers(i, width=256), Type.Q4_K, kinds=kinds) for i in range(2))
+    report = fastinterp.merge(linear([a, b], [0.5, 0.5]), tmp_path / "out.gguf")
+    x, y, got = read(a), read(b), read(tmp_path / "out.gguf")
+    for name, (stored_as, values) in got.items():
+        assert stored_as == ("F32" if values.ndim < 2 else "BF16" if name == "blk.0.attn_q.weight" else "F16")
+        assert values.tobytes() == combined([x[name][1], y[name][1]], [0.5, 0.5], stored_as).tobytes()
+    remarks = "\n".join(report.remarks)
+    assert f"6 tensors that {a} has in Q4_K, which is not written: stored in F16" in remarks
+    assert f"1 tensor that {a} has in Q6_K" in remarks
+    assert header_of(tmp_path / "out.gguf")["general.file_type"] == 1
+
+
 # --- types without a decoder -----------------------------------------------------------------------------------------
 
 
 def test_types_that_only_the_package_reads(tmp_path):
     """They are converted by the package before the merge, with a warning; the output has F16 there."""
-    kinds = {"blk.0.ffn_down.weight": Type.IQ4_XS, "blk.1.ffn_down.weight": Type.TQ2_0, "output.weight": Type.IQ2_XXS}
+    kinds = {"blk.0.ffn_down.weight": Type.IQ3_S, "blk.1.ffn_down.weight": Type.TQ2_0, "output.weight": Type.IQ2_XXS}
     paths = [write(tmp_path / f"{i}.gguf", numbers(i, width=256), Type.F16, kinds=kinds) for i in range(2)]
     report = fastinterp.merge(linear(paths, [0.5, 0.5]), tmp_path / "out.gguf")
     warning = next(w for w in report.warnings if "converted by Python" in w)
-    assert "1 IQ4_XS" in warning and "1 TQ2_0" in warning
+    assert "1 IQ3_S" in warning and "1 TQ2_0" in warning
     x, y, got = read(paths[0]), read(paths[1]), read(tmp_path / "out.gguf")
     for name, (kind, values) in got.items():
         assert kind == ("F16" if values.ndim > 1 else "F32")
         assert values.tobytes() == combined([x[name][1], y[name][1]], [0.5, 0.5], kind).tobytes(), name
     remarks = "\n".join(report.remarks)
-    assert f"1 tensor that {paths[0]} has in IQ4_XS, which is not written: stored in F16" in remarks
+    assert f"1 tensor that {paths[0]} has in IQ3_S, which is not written: stored in F16" in remarks
     fastinterp.interpolate(paths[0], paths[1], 0, tmp_path / "copy.gguf")
     assert raw(tmp_path / "copy.gguf") == raw(paths[0])
     assert header_of(tmp_path / "copy.gguf")["general.file_type"] == header_of(paths[0])["general.file_type"]
