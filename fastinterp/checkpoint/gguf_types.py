@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from fastinterp.checkpoint.header import Entry
 from fastinterp.ops.dtypes import DTYPES, DType
 
 
@@ -71,6 +72,16 @@ TYPES: dict[int, GgufType] = {number: GgufType(number, DTYPES[name]) for number,
     )
 }
 BY_NAME = {t.name: t for t in TYPES.values()}
+
+
+def stored(entry: Entry) -> Entry:
+    """A tensor that is converted from blocks, as it is in its file; any other one itself."""
+    kind = None if entry.conversion is None else BY_NAME.get(entry.conversion.stored_as)
+    nbytes = None if kind is None else kind.dtype.nbytes(entry.numel)
+    if kind is None or nbytes is None:
+        return entry
+    return msgspec.structs.replace(entry, dtype=kind.dtype, nbytes=nbytes, conversion=None)
+
 
 # Types that llama.cpp had once: their numbers are not used again.
 REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"}

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from fastinterp.checkpoint.gguf_types import stored
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.quantised import quantised_in
@@ -46,7 +47,7 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
         ],
         "index": checkpoint.index,
         "bytes": checkpoint.nbytes,
-        "parameters": sum(e.numel for e in entries if e.dtype.merges),
+        "parameters": sum(e.numel for e in entries if e.dtype.merges or e.dtype.block),
         "dtypes": _dtypes(entries),
         "adapter": None if adapter is None else adapter.as_dict(),
         "quantised": [{"format": form, "tensors": count} for form, count in formats.items()],
@@ -130,7 +131,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def _sorted(checkpoint: Checkpoint) -> list[Entry]:
-    return sorted(checkpoint.tensors.values(), key=lambda e: natural(e.name))
+    return sorted(map(stored, checkpoint.tensors.values()), key=lambda e: natural(e.name))
 
 
 def _pattern(names: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from msgspec.structs import replace
@@ -12,7 +13,7 @@ from fastinterp.checkpoint.gguf_keys import ARRAY, STRING, U32, U64, GgufHeader,
 from fastinterp.checkpoint.gguf_types import BY_NAME
 from fastinterp.checkpoint.names import GGUF, quote
 from fastinterp.errors import CheckpointError, UsageError
-from fastinterp.messages import counted
+from fastinterp.messages import counted, listed
 from fastinterp.ops.dtypes import F16, F32, DType
 from fastinterp.output.gguf_layout import gguf_layout
 from fastinterp.output.layout import Layout
@@ -67,20 +68,21 @@ class StoredTypes:
 
 def type_remarks(tensors: Iterable[PlannedTensor], origin: Model, asked: DType | None) -> list[str]:
     """Remarks on tensors that are stored in another type than the origin's, or than the one that was asked for."""
-    changed: dict[tuple[str, str], int] = {}
+    changed: Counter[str] = Counter()
     wide = 0
     for t in tensors:
         own = origin.tensors.get(t.name)
         blocks = None if own is None else own.blocks
         if asked is None and blocks is not None and blocks.dtype != t.dtype:
-            kinds = blocks.dtype.name, t.dtype.name
-            changed[kinds] = changed.get(kinds, 0) + 1
+            changed[blocks.dtype.name] += 1
         wide += asked is not None and t.merged and t.dtype != asked
-    remarks = [
-        f"{counted(count, 'tensor')} that {origin.name} has in {before}, which is not written: stored in {after}. "
-        f"llama.cpp's llama-quantize makes {before} of it"
-        for (before, after), count in changed.items()
-    ]
+    remarks = []
+    if changed:
+        kinds = listed([f"{count} {kind}" for kind, count in changed.most_common()], 8)
+        remarks.append(
+            f"{counted(changed.total(), 'tensor')} that {origin.name} has in types that are not written ({kinds}): "
+            "stored in F16. llama.cpp's llama-quantize makes such types of the output"
+        )
     if wide:
         remarks.append(f"{counted(wide, 'tensor')} not stored in {asked}: llama.cpp reads them in another type only")
     return remarks
