@@ -84,6 +84,8 @@ BF16 = DType("BF16", 16, 3, "bfloat16", False, Layout(16, 7, 127, 0x7F7F, 0x7FC0
 F8_E4M3 = DType("F8_E4M3", 8, 4, "float8_e4m3fn", False, Layout(8, 3, 7, 0x7E, 0x7F))
 F8_E5M2 = DType("F8_E5M2", 8, 5, "float8_e5m2", False, Layout(8, 2, 15, 0x7B, 0x7E))
 
+Q8_0 = DType("Q8_0", 0, block=(32, 34))  # of GGUF files: int8 codes behind an F16 scale
+
 DTYPES: dict[str, DType] = {
     d.name: d
     for d in (
@@ -133,3 +135,8 @@ def parse_dtype(text: str) -> DType | None:
     name = text.strip().removeprefix("torch.")
     dtype = _ALIASES.get(name.lower()) or DTYPES.get(name.upper())
     return dtype if dtype and dtype.merges else None
+
+
+def parse_stored(text: str) -> DType | None:
+    """The dtype called `text` in which outputs are stored: a merging one, or `q8_0`, which GGUF files have; or None."""
+    return Q8_0 if text.strip().upper() == Q8_0.name else parse_dtype(text)

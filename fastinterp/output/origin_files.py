@@ -82,7 +82,7 @@ class OriginFiles(msgspec.Struct, frozen=True):
             if name not in files:
                 continue
             path = str(self.root / name)
-            if dtype is not None:
+            if dtype is not None and dtype.block is None:
                 files[name] = with_dtype(read_regular(path, MAX_HEADER), dtype, path)
             if named_file(self.root / folder):
                 content = files[name]

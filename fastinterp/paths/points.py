@@ -74,10 +74,12 @@ def point_recipe(
     return load_recipe({**point_mapping(a, b, alpha, base, integers), **(keys or {})})
 
 
-def further_keys(missing: str | None, channels: str | None, tokenizer_source: object) -> dict[str, str]:
+def further_keys(
+    missing: str | None, channels: str | None, quantize: str | None, tokenizer_source: object
+) -> dict[str, str]:
     """The keys of a point's recipe for those arguments that are not None. Raises: UsageError."""
     source = None if tokenizer_source is None else path_of(tokenizer_source, "tokenizer_source")
-    keys = {"missing": missing, "channels": channels, "tokenizer_source": source}
+    keys = {"missing": missing, "channels": channels, "quantize": quantize, "tokenizer_source": source}
     return {key: value for key, value in keys.items() if value is not None}
 
 

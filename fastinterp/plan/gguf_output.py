@@ -14,12 +14,15 @@ from fastinterp.checkpoint.gguf_types import BY_NAME
 from fastinterp.checkpoint.names import GGUF, quote
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.messages import counted, listed
-from fastinterp.ops.dtypes import F16, F32, DType
+from fastinterp.ops.dtypes import F16, F32, Q8_0, DType
+from fastinterp.ops.steps import Encoder
 from fastinterp.output.gguf_layout import gguf_layout
 from fastinterp.output.layout import Layout
+from fastinterp.plan.encoded_output import OutputEncoding
 from fastinterp.plan.gguf import header_of
 from fastinterp.plan.inputs import PlannedTensor, TensorInput
 from fastinterp.plan.models import Model, is_gguf
+from fastinterp.recipe.load import Recipe
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
 # Tensors of two or more dimensions that llama.cpp reads in F32 only, as its converter writes them.
@@ -33,59 +36,94 @@ class StoredTypes:
     """The types in which the tensors of a GGUF output are stored.
 
     asked  by the recipe; None: those of the origin, as far as they are written
+    Raises: UsageError, if GGUF has no such type.
     """
 
     def __init__(self, origin: Model, asked: DType | None):
         self._asked = asked
         floats = [t for t in origin.tensors.values() if t.merges and len(t.shape) > 1]
-        self._mixed = any(t.kept_dtype != F32 for t in floats)
+        self._mixed = any(_kept(t) != F32 for t in floats)
         if asked is not None and asked.name not in BY_NAME:
-            raise UsageError(f"{asked} is none of the types of GGUF. `dtype` is float32, float16 or bfloat16 there")
+            raise UsageError(
+                f"{asked} is none of the types of GGUF. `dtype` is float32, float16, bfloat16 or q8_0 there"
+            )
 
-    def dtype(self, name: str, shape: tuple[int, ...], own: TensorInput) -> DType:
+    def of(self, name: str, shape: tuple[int, ...], own: TensorInput) -> DType:
         """That of one tensor. own: the one of the origin, or what stands for it."""
-        if self._asked is None:
-            return own.kept_dtype
-        if own.kept_dtype == F32 and (self._mixed or len(shape) < 2 or _ALWAYS_F32.fullmatch(name)):
-            return F32
-        block = self._asked.block
-        return F16 if block and (not shape or shape[-1] % block[0]) else self._asked
+        dtype = _kept(own)
+        if self._asked is not None and not (
+            dtype == F32 and (self._mixed or len(shape) < 2 or _ALWAYS_F32.fullmatch(name))
+        ):
+            dtype = self._asked
+        return F16 if dtype.block and (not shape or shape[-1] % dtype.block[0]) else dtype
 
-    def unchanged(self, planned: PlannedTensor, own: TensorInput | None) -> PlannedTensor:
-        """A tensor that is a copy of one in blocks, as a copy of these, if the output has that type: else itself.
-
-        own  the tensor of the origin whose type it keeps
-        """
-        copies = not planned.program and all(row.is_copy for row in planned.rows)
-        blocks = planned.inputs[0].blocks if copies and len(planned.inputs) == 1 else None
-        if blocks is None:
-            return planned
-        kept = (own or planned.inputs[0]).blocks if self._asked is None else None
-        if blocks.dtype not in (self._asked, None if kept is None else kept.dtype):
-            return planned
-        return replace(planned, dtype=blocks.dtype, inputs=(blocks,), rows=(), sums=())
+    def of_sum(self, name: str, shape: tuple[int, ...], own: TensorInput) -> DType:
+        """The dtype of its sum, before it is encoded."""
+        dtype = self.of(name, shape, own)
+        return F32 if dtype.block else dtype
 
 
-def type_remarks(tensors: Iterable[PlannedTensor], origin: Model, asked: DType | None) -> list[str]:
-    """Remarks on tensors that are stored in another type than the origin's, or than the one that was asked for."""
-    changed: Counter[str] = Counter()
-    wide = 0
-    for t in tensors:
-        own = origin.tensors.get(t.name)
-        blocks = None if own is None else own.blocks
-        if asked is None and blocks is not None and blocks.dtype != t.dtype:
-            changed[blocks.dtype.name] += 1
-        wide += asked is not None and t.merged and t.dtype != asked
+def _kept(tensor: TensorInput) -> DType:
+    """The type of an output tensor that keeps this one's: F16 in the place of those that are not written."""
+    return tensor.blocks.dtype if tensor.blocks is not None and tensor.blocks.dtype == Q8_0 else tensor.kept_dtype
+
+
+def in_stored_types(
+    origin: Model, tensors: Sequence[PlannedTensor], recipe: Recipe
+) -> tuple[tuple[PlannedTensor, ...], list[str]]:
+    """The tensors of a GGUF output as they are stored, in blocks or not; and remarks.
+
+    Copies of blocks are copies of their bytes, where the output has their type, whatever it is.
+    Raises: CheckpointError, if `quantize: same` asks for types that are not written.
+    """
+    asked = recipe.out_dtype or recipe.dtype
+    types = StoredTypes(origin, asked)
+    every = tuple(_stored(t, types, asked) for t in tensors)
+    pairs = [(own.blocks.dtype, _type(t)) for t in every if (own := _own(t)) is not None and own.blocks is not None]
+    changed = Counter(before.name for before, after in pairs if before != after)
+    if recipe.quantize == "same" and changed:
+        raise CheckpointError(
+            f"`quantize: same` (--quantize same) asks for the types of {origin.name}, of which these are read and not "
+            f"written: {', '.join(changed)}. Leave it out to have F16 there; llama.cpp's llama-quantize makes such "
+            "types of the output",
+            file=origin.name,
+        )
     remarks = []
-    if changed:
+    if changed and asked is None:
         kinds = listed([f"{count} {kind}" for kind, count in changed.most_common()], 8)
         remarks.append(
             f"{counted(changed.total(), 'tensor')} that {origin.name} has in types that are not written ({kinds}): "
             "stored in F16. llama.cpp's llama-quantize makes such types of the output"
         )
-    if wide:
-        remarks.append(f"{counted(wide, 'tensor')} not stored in {asked}: llama.cpp reads them in another type only")
-    return remarks
+    if asked is not None and (others := sum(t.merged and _type(t) != asked for t in every)):
+        remarks.append(f"{counted(others, 'tensor')} not stored in {asked}: llama.cpp reads them in another type only")
+    return every, remarks
+
+
+def _own(planned: PlannedTensor) -> TensorInput | None:
+    """The tensor of the origin whose type an output tensor keeps."""
+    return None if planned.form is None else planned.form.form
+
+
+def _type(planned: PlannedTensor) -> DType:
+    return planned.entries[0][1]
+
+
+def _stored(planned: PlannedTensor, types: StoredTypes, asked: DType | None) -> PlannedTensor:
+    own = _own(planned)
+    if own is None or not planned.merged:
+        return planned
+    copies = planned.program is None and len(planned.inputs) == 1 and all(row.is_copy for row in planned.rows)
+    blocks = planned.inputs[0].blocks if copies else None
+    wanted = types.of(planned.name, planned.shape, own)
+    if blocks is not None and blocks.dtype in (wanted, own.blocks.dtype if own.blocks and asked is None else None):
+        return replace(planned, dtype=blocks.dtype, inputs=(blocks,), rows=(), sums=())
+    if wanted.block is None or planned.numel == 0:
+        return planned
+    alike = tuple(one.blocks is not None and one.blocks.dtype == wanted for one in planned.inputs)
+    encoder = Encoder(wanted.name.lower(), planned.shape[-1])
+    form = OutputEncoding(wanted.name, (planned.name, wanted, planned.shape), (), encoder, alike)
+    return replace(planned, dtype=F32, encoding=form)
 
 
 def refuse_ending(ending: str, origin: Model) -> None:
@@ -114,9 +152,9 @@ def layout(origin: Model, tensors: Sequence[PlannedTensor], receipt: str, limit:
     order = {name: i for i, name in enumerate(own)}
     if all(t.name in order for t in tensors):
         tensors = sorted(tensors, key=lambda t: order[t.name])
-    same = all(own.get(t.name) == t.dtype.name for t in tensors)
+    same = all(own.get(t.name) == _type(t).name for t in tensors)
     made = gguf_layout(
-        [(t.name, t.dtype, t.shape) for t in tensors],
+        [entry for t in tensors for entry in t.entries],
         _layered(header, own, [t.name for t in tensors], origin.name) if stacked else header.keys,
         header.alignment, receipt, source.files[0].name, same,
     )  # fmt: skip

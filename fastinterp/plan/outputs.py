@@ -45,7 +45,7 @@ class Outputs:
         for model in (origin, *models):
             for part in model.source.parts if model.source is not None else ():
                 self._parts.setdefault(part.folder, part)
-        quantised = any(i.quantised for t in tensors for i in t.inputs)
+        quantised = any(i.quantised for t in tensors for i in t.inputs) or any(t.encoding for t in tensors)
         self._untrue = {_RECEIPT, *_HASHES, *(() if quantised else _QUANTISED)}
         if is_gguf(origin):
             from fastinterp.output.gguf_layout import left_out
@@ -82,8 +82,9 @@ class Outputs:
             carried = {} if part is None else self._carried(part)
             whole = {"format": "pt", **carried, **metadata}
             stem = MODEL if part is None else stem_of(part.checkpoint)
-            shapes = [(t.name, t.dtype, t.shape) for t in tensors]
-            layouts.append(make_layout(shapes, whole, limit, stem, folder))
+            beside = {name: t.entries[0][0] for t in tensors for name, _, _ in t.entries[1:]}
+            shapes = [entry for t in tensors for entry in t.entries]
+            layouts.append(make_layout(shapes, whole, limit, stem, folder, beside))
         layout = joined(layouts)
         if one_file and len(layout.files) > 1:
             raise UsageError(
@@ -146,9 +147,9 @@ def _is_text(text: str) -> bool:
 def receipt(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Sequence[str]) -> dict[str, str]:
     """The receipt that is stored in every output file: the recipe, and the coefficients that were used.
 
-    `recipe` as it was given, with the merge's own `dtype`, `rounding`, `seed`, `missing` and `channels`, makes the same
-    bytes again. Models are stored as the user named them. Time, output folder and threads are not, so that the same
-    merge of the same names gives the same bytes everywhere.
+    `recipe` as it was given, with the merge's own `dtype`, `rounding`, `seed`, `missing`, `channels` and `quantize`,
+    makes the same bytes again. Models are stored as the user named them. Time, output folder and threads are not, so
+    that the same merge of the same names gives the same bytes everywhere.
     """
     stored = recipe.out_dtype or recipe.dtype
     content = {
@@ -165,6 +166,7 @@ def receipt(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Se
     }
     content |= {} if recipe.missing == "error" else {"missing": recipe.missing}
     content |= {} if recipe.channels == "same" else {"channels": recipe.channels}
+    content |= {} if recipe.quantize == "none" else {"quantize": recipe.quantize}
     return {_RECEIPT: json.dumps(content, separators=(",", ":"))}
 
 

@@ -29,7 +29,7 @@ from fastinterp.plan.tensors import complex_remarks, dtype_remarks, dtype_warnin
 from fastinterp.plan.vocabularies import AlignedModels, align_models
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef, not_there
-from fastinterp.recipe.targets import Assembly, Target
+from fastinterp.recipe.targets import Assembly
 from fastinterp.recipe.tensor_groups import missing_tensors
 
 _LISTED = 5  # models in a remark before the rest is only counted
@@ -128,7 +128,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
         *_about_keys(first, aligned.models, origin),
     ]
-    about = about_configuration(origin, tensors)
+    about = about_configuration(origin, tensors, first.quantize == "same")
     aligned = replace(aligned, numbers=about.folders)
     warnings += about.warnings
     if aligned.template is None and aligned.vocabulary is None:
@@ -139,8 +139,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     lost = lost_tensors(origin, own, [name for name in left if name not in made], aligned.tied)
     warnings += lost_warnings(origin, {name: left[name] for name in lost}, made, base)
     warnings += component_warnings(aligned.models, origin)
-    warnings += layer_warnings
-    warnings += dtype_warnings(first, targets[0], origin)
+    warnings += [*layer_warnings, *dtype_warnings(first, targets[0], origin)]
     warnings += conversion_warnings(tensors, [*aligned.models, *sidecars.values()])
     if first.filters:
         from fastinterp.recipe.check import filter_warnings
@@ -149,9 +148,11 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     opened = (*models, origin, *sidecars.values())
     remarks = [remark for model in opened if model.checkpoint is not None for remark in model.checkpoint.remarks]
     remarks += [remark for model in opened for remark in model.remarks]
+    if first.quantize == "none":
+        remarks += [remark for model in opened for remark in model.as_numbers]
     remarks += [*aligned.remarks, *missing_tensors({n: m for n, m in left.items() if n not in lost}, made, base.name)]
-    remarks += _about_dtypes(first, targets[0], aligned.models, origin, tensors)
-    remarks += [*about.remarks, *complex_remarks(first, tensors)]
+    about_dtypes = [] if is_gguf(origin) else dtype_remarks(first, targets[0], aligned.models, origin)
+    remarks += [*about_dtypes, *about.remarks, *complex_remarks(first, tensors)]
     together = _together(dict.fromkeys(remarks), [model.name for model in opened])
     return Document(aligned, origin, tensors, sidecars, tuple(warnings), together, files)
 
@@ -173,17 +174,6 @@ def _about_keys(recipe: Recipe, models: Sequence[Model], origin: Model) -> list[
 
     stacked = any(section.stacked for section in recipe.sections)
     return [*gguf_warnings(models, origin), *place_warnings(origin, stacked)]
-
-
-def _about_dtypes(
-    recipe: Recipe, targets: Sequence[Target], models: Sequence[Model], origin: Model, tensors: Sequence[PlannedTensor]
-) -> list[str]:  # fmt: skip
-    """Remarks on the dtypes in which tensors are stored that have others in the models."""
-    if not is_gguf(origin):
-        return dtype_remarks(recipe, targets, models, origin)
-    from fastinterp.plan.gguf_output import type_remarks
-
-    return type_remarks(tensors, origin, recipe.out_dtype or recipe.dtype)
 
 
 def _together(remarks: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:

@@ -126,9 +126,9 @@ class _Planner:
     def planned(self, targets: Sequence[Target]) -> PlannedTensor:
         """targets  one per output, of equal name and inputs"""
         planned = replace(self._planned(targets), seeds=tuple(r.seed for r in self._recipes))
-        if self._gguf is None:
+        if not planned.merged:
             return planned
-        return self._gguf.unchanged(planned, _dtype_source(targets[0], self._origin))
+        return replace(planned, form=_dtype_source(targets[0], self._origin) or planned.inputs[0])
 
     def _planned(self, targets: Sequence[Target]) -> PlannedTensor:
         target, recipe = targets[0], self._recipes[0]
@@ -141,7 +141,7 @@ class _Planner:
         # An output keeps the dtype of the model whose config.json is copied, which need not be merged itself.
         first = _dtype_source(target, self._origin) or lead
         if self._gguf is not None:
-            dtype = self._gguf.dtype(target.name, lead.shape, first)
+            dtype = self._gguf.of_sum(target.name, lead.shape, first)
         else:
             kept = _kept([tensor for _, tensor in inputs], first)
             own = first.kept_dtype if first.kept_dtype.merges else lead.kept_dtype

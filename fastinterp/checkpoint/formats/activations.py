@@ -35,20 +35,26 @@ def scales_of_activations(checkpoint: Checkpoint, encoded: Sequence[EncodedTenso
     )
 
 
-def about_encoded(
+def about_blocks(checkpoint: Checkpoint, encoded: Sequence[EncodedTensor]) -> tuple[str, ...]:
+    """A remark, if the size of blocks is said nowhere."""
+    assumed = [one for one in encoded if one.assumed]
+    if not assumed:
+        return ()
+    return (
+        f"{checkpoint.name}: no configuration says how large the blocks of {listing((one.name for one in assumed), 1)} "
+        f"are: taken as {assumed[0].format.partition('blocks of ')[2]}, by the number of scales",
+    )
+
+
+def about_numbers(
     checkpoint: Checkpoint, encoded: Sequence[EncodedTensor], activations: Sequence[str]
 ) -> tuple[str, ...]:
-    """Remarks: what is decoded, what is assumed of it, and what is left out with it."""
+    """Remarks on weights that are written as numbers: which were codes, and what is left out with these."""
     name = checkpoint.name
     remarks = [
         f"{name}: {counted(count, 'tensor')} de-quantised ({form})"
         for form, count in Counter(one.format for one in encoded if one.format).items()
     ]
-    if assumed := [one for one in encoded if one.assumed]:
-        remarks.append(
-            f"{name}: no configuration says how large the blocks of {listing((one.name for one in assumed), 1)} are: "
-            f"taken as {assumed[0].format.partition('blocks of ')[2]}, by the number of scales"
-        )
     left = [*activations, *(e.name for one in encoded for e in one.activations)]
     if left:
         what = "scales of activations, which mean nothing where weights are numbers"
