@@ -20,7 +20,7 @@ struct Encoder {
 // The encoder called `name`, or null.
 const Encoder* find_encoder(const char* name);
 
-// The scale of a block, rounded to `kind`: as it is stored, and as codes are divided by it. docs/NUMERICS.md, rule 16.
+// The scale of a block, rounded to `kind`: as it is stored, and as codes are divided by it. docs/NUMERICS.md, rule 17.
 struct Scale {
   float value;
   uint32_t bits;  // as many as `kind` has

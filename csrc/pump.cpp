@@ -74,9 +74,8 @@ Pump::Pump(std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Ste
       sum_scratch = std::max(sum_scratch, step.sum->scratch_bytes(most));
       if (whole > 1) read = std::max(read, whole * widest(step));
       if (step.encoding) {
-        const int64_t span = span_of(step);
-        encoding = std::max(encoding, (int64_t(step.sinks.size()) + 1) * span * int64_t(sizeof(float)));
-        late = std::max(late, step.encoding->codes(0, span).second);
+        encoding = std::max(encoding, encoding_scratch(step));
+        late = std::max(late, step.encoding->codes(0, span_of(step)).second);
       } else {
         if (in_memory(step)) stored += step.numel * element_bytes(step) * int64_t(step.sinks.size());
         if (whole > 1) late = std::max(late, grain_bytes(step));
@@ -88,8 +87,7 @@ Pump::Pump(std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Ste
   in_total_ = in_bytes_ * int64_t(inputs);
   out_stride_ = round_up(options_.write_bytes + late + kSlack, 4096);
   encode_at_ = in_total_ + round_up(sum_scratch, 4096);
-  if (encoding > 0) encoding = round_up(encoding + Encoding::kStatsBytes, 4096);
-  scratch_bytes_ = std::max(scratch_bytes_, encode_at_ + encoding + out_stride_ * int64_t(outputs));
+  scratch_bytes_ = std::max(scratch_bytes_, encode_at_ + round_up(encoding, 4096) + out_stride_ * int64_t(outputs));
   scratch_bytes_ += decode_bytes_;
   cut();
   for (const Piece& piece : pieces_) ++left_[size_t(piece.step)];
@@ -262,10 +260,7 @@ Inputs Pump::inputs_of(const Step& step, char* scratch, std::atomic<int64_t>* by
 
 void Pump::finish_piece(int step) {
   if (--left_[size_t(step)] > 0) return;
-  for (const Operand& input : steps_[size_t(step)].inputs) {
-    if (input.decoding) input.decoding->release();
-    if (input.low_rank) input.low_rank->release();
-  }
+  release_held(steps_[size_t(step)]);
 }
 
 bool Pump::in_memory(const Step& step) const {

@@ -75,8 +75,17 @@ class Pump {
   void run_block(const Block& block, char* scratch);
   // Elements that a step sums at a time: as many as `read_bytes` hold, but whole grains and stored blocks.
   int64_t span_of(const Step& step) const;
-  // A piece of a step that is encoded: its codes and scales.
+  // Pieces of steps that are encoded: their codes and scales. pump_encoded.cpp has all of it.
+  struct EncodedPiece;
+  static constexpr int64_t kKeptBytes = 1 << 20;
+  int64_t kept_of(const Step& step) const;
+  int64_t encoding_scratch(const Step& step) const;
   void run_encoded(const Block& block, char* scratch);
+  std::vector<ScaleRun> scales_of(const EncodedPiece& piece, int64_t first, int64_t stop, std::vector<const void*>* x);
+  void encode_span(const EncodedPiece& piece, int64_t first, int64_t count, int64_t done,
+                   const std::vector<const void*>& x, const std::vector<ScaleRun>& scales,
+                   const std::vector<void*>& out);
+  bool is_sampled(int64_t first, int64_t count) const;
   void write_scales(const Encoding& encoding, size_t output, const ScaleRun& scales, int64_t from, int64_t count);
   // The sums of elements [first, first + count) of a step, into `out`. stats: of each output. Returns the inputs.
   std::vector<const void*> sum(const Inputs& inputs, const Step& step, int64_t first, int64_t count, char* scratch,

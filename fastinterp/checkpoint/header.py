@@ -43,7 +43,7 @@ class Conversion(Protocol):
 
     @property
     def stored_as(self) -> str:
-        """How the tensor is stored, for messages: `Q4_K`, say."""
+        """How the tensor is stored, for messages: `Q4_K`, say. Empty: as its elements, in another order."""
         ...
 
     def pieces(self, path: str) -> Iterator[bytes]:
@@ -74,7 +74,7 @@ class Entry(msgspec.Struct, frozen=True):
 class FileHeader(NamedTuple):
     """What a file of weights says without its data.
 
-    entries   its tensors, in the order of their offsets
+    entries   its tensors, in an order that is the model's: of their offsets, as a rule
     metadata  strings by key
     remarks   what was decided when it was read, for people
     gguf      the rest of the header of a GGUF file
@@ -115,6 +115,11 @@ def _read_json(file: str) -> tuple[bytes, int]:
             what = f"a safetensors file has at least 8 bytes, this one has {size}" if size else "the file is empty"
             raise CheckpointError(f"{what}. Download or copy it again", file=file)
         first = _read_exactly(fd, 8, file)
+        if first.startswith(b"PK\3\4"):
+            called = quote(os.path.splitext(os.path.basename(file))[0] + ".bin")
+            raise CheckpointError(
+                f"this is a zip file, as torch.save writes, not a safetensors file. Call it {called}", file=file
+            )
         refuse_download(first + os.pread(fd, 56, 8), file)
         length = int.from_bytes(first, "little")
         if length > MAX_HEADER:

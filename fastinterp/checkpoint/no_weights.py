@@ -8,16 +8,16 @@ from pathlib import Path
 
 from fastinterp.checkpoint import remedies
 from fastinterp.checkpoint.adapters import ADAPTER_CONFIG, Adapter, read_adapter_config, refusal
-from fastinterp.checkpoint.folder import ADAPTER, names_in, pickled_files, weight_files
+from fastinterp.checkpoint.components import has_weights
+from fastinterp.checkpoint.folder import ADAPTER
 from fastinterp.checkpoint.names import ASIDE, OTHER_WEIGHTS, PICKLES, PUT_BACK, WEIGHTS, listing, quote
-from fastinterp.errors import CheckpointError
 
 
 def no_weights(name: str, root: Path, present: Sequence[str]) -> str:
     """What is there instead, and what to do about it."""
     if other := _other_weights(name, root, present):
         return other
-    below = [n for n in present if _has_weights(root / n)]
+    below = [n for n in present if (root / n).is_dir() and has_weights(root / n)]
     if below:
         return f"the folder itself has no {WEIGHTS} file, but {listing(below)} in it do: name one of them"
     hidden = os.listdir(root)
@@ -30,13 +30,6 @@ def no_weights(name: str, root: Path, present: Sequence[str]) -> str:
         return f"the folder has no {WEIGHTS} file; it is empty"
     hint = "" if os.path.isdir(os.path.expanduser(name)) else remedies.hub_files(name)
     return f"the folder has no {WEIGHTS} file, only {listing(present)}" + (f". {hint}" if hint else "")
-
-
-def _has_weights(folder: Path) -> bool:
-    try:
-        return folder.is_dir() and bool(weight_files(present := names_in(folder)) or pickled_files(present))
-    except (CheckpointError, OSError):
-        return False
 
 
 def _other_weights(name: str, root: Path, present: Sequence[str]) -> str:

@@ -55,7 +55,7 @@ class Checkpoint:
     name: str  # as the user wrote it
     root: Path  # the folder that holds the files
     files: tuple[Path, ...]
-    # In the order of the files, then of the offsets. Inputs are matched by name alone; an output's tensors, and so its
+    # In the order of the files, then of FileHeader. Inputs are matched by name alone; an output's tensors, and so its
     # shards, come in the order of its first model.
     tensors: dict[str, Entry]
     nbytes: int  # of all tensors

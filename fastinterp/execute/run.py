@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fastinterp.execute.jobs.chained_job import ScratchFile
 
 STATS_EVERY = 32  # one chunk of 16384 elements in so many is measured, which costs a few percent of the kernel's time
+_KEPT_BYTES = 1 << 20  # Pump::kKeptBytes
 _STORE = 0  # Philox stream of stochastic rounding at the store
 
 
@@ -64,9 +65,10 @@ class Window:
     @property
     def plain_bytes(self) -> int:
         sums = self.inputs * (self.read_bytes + 4096) + self.outputs * (self.write_bytes + 4096)
-        # Of encoded outputs: sums in float32, what became of them, and room to compare both, 3 chunks of float64.
-        encoding = (2 * self.outputs + 1) * 4 * self.read_bytes + (3 * 8 * CHUNK) + 4096 if self.encodes else 0
-        return self.threads * (sums + encoding)
+        # Of encoded outputs: float32 sums that are kept, a span of them, its codes, what these stand for, and room to
+        # compare both, 3 chunks of float64.
+        encoding = _KEPT_BYTES + (2 * self.outputs + 1) * 4 * self.read_bytes + 3 * 8 * CHUNK + 4096
+        return self.threads * (sums + (encoding if self.encodes else 0))
 
 
 def make_window(plan: Plan, threads: int, max_memory: int) -> Window:

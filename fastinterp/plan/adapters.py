@@ -16,6 +16,7 @@ from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.lora import LoraAdapter, LowRankModule, parse
 from fastinterp.checkpoint.names import listing, quote
 from fastinterp.checkpoint.open import open_checkpoint
+from fastinterp.checkpoint.pytorch.remedies import refuse_converted
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.messages import closest
@@ -163,6 +164,7 @@ class _Adding:
         return tensor
 
     def _input(self, entry: Entry) -> StoredInput:
+        refuse_converted(self.checkpoint.files, [entry])
         return StoredInput(
             entry.name, entry.dtype, entry.shape, entry.nbytes, self.checkpoint.files[entry.file], entry.start
         )

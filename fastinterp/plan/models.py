@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from fastinterp.checkpoint.formats import EncodedTensor, encoded_tensors
-from fastinterp.checkpoint.formats.activations import about_blocks, about_numbers, scales_of_activations
+from fastinterp.checkpoint.formats.activations import about_numbers, about_what_is_not_said, scales_of_activations
 from fastinterp.checkpoint.formats.left_over import refuse_left_over
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
@@ -132,7 +132,7 @@ def model_of(checkpoint: Checkpoint) -> Model:
                 tensor = _stored(entry, checkpoint, formats.get(name, ""))
             tensors[tensor.name] = tensor
     return Model(
-        checkpoint.name, checkpoint.root, tensors, checkpoint, remarks=about_blocks(checkpoint, every),
+        checkpoint.name, checkpoint.root, tensors, checkpoint, remarks=about_what_is_not_said(checkpoint, every),
         as_numbers=about_numbers(checkpoint, every, activations),
         beside=tuple(_stored(checkpoint.tensors[name], checkpoint) for name in activations),
     )  # fmt: skip
@@ -142,8 +142,8 @@ def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
     for entry in (encoded.codes, *encoded.companions):
         if entry.conversion is not None:
             raise CheckpointError(
-                f"{quote(entry.name)} is part of an encoded tensor and is stored as {entry.conversion.stored_as}: such "
-                "codes and scales are not read", file=checkpoint.name, tensor=entry.name,
+                f"{quote(entry.name)} is part of an encoded tensor, and is not stored as elements one after the other: "
+                "such codes and scales are not read", file=checkpoint.name, tensor=entry.name,
             )  # fmt: skip
     codes = _stored(encoded.codes, checkpoint)
     companions = tuple(_stored(entry, checkpoint) for entry in encoded.companions)

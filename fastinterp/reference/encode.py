@@ -1,4 +1,4 @@
-"""Encoders in numpy: the definition of what csrc/encoder.cpp's do, rule 16 of docs/NUMERICS.md.
+"""Encoders in numpy: the definition of what csrc/encoder.cpp's do, rule 17 of docs/NUMERICS.md.
 
 Every operation is float32 and rounded once to nearest even. What is encoded is a float32 tensor: the sums as they are
 stored in F32.

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import fastinterp
+from fastinterp.cli import commands
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F32
 from tests.support.checkpoints import Tensor, assert_same, bell, read, recipe, tensor, write_file
 from tests.support.encodings import COLUMNS, ENCODINGS, ROWS, Encoding
@@ -84,3 +86,51 @@ def test_one_model_alone_is_made_numbers(tmp_path: Path, form: Encoding) -> None
     for k, path in enumerate((*codes, *numbers)):
         fastinterp.merge(recipe("passthrough", [path], dtype="float32"), tmp_path / f"out{k}")
     assert_same(read(tmp_path / "out0"), read(tmp_path / "out1"))
+
+
+# --- scales that are not finite --------------------------------------------------------------------------------------
+
+# By the dtype of a scale: what is stored of it, and the form that has it.
+NOT_FINITE = {
+    "F32 NaN": ("fp8 blocks", b"\x00\x00\xc0\x7f"),
+    "F32 negative Inf": ("fp8, one scale", b"\x00\x00\x80\xff"),
+    "BF16 NaN": ("fp8 rows, BF16", b"\x81\xff"),
+    "F16 Inf": ("fp8 rows, a vector of F16", b"\x00\x7c"),
+    "E8M0 NaN": ("mxfp8, E8M0", b"\xff"),
+    "U8, an exponent": ("mxfp4, compressed-tensors", b"\xff"),
+    "E4M3 NaN": ("nvfp4, ModelOpt", b"\x7f"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), NOT_FINITE.values(), ids=NOT_FINITE)
+def test_scales_that_are_not_finite(tmp_path: Path, name: str, value: bytes) -> None:
+    """An error before anything is written, that names the scale, its element and its file."""
+    form = ENCODINGS[name]
+    stored, _ = models(form, 1)
+    scale = next(n for n in stored if "scale" in n.rpartition(".")[2] and not n.endswith(("scale_2", "scaled_fp8")))
+    raw = stored[scale].raw.copy()
+    at = raw.size // len(value) // 2
+    raw[at * len(value) : (at + 1) * len(value)] = np.frombuffer(value, np.uint8)
+    bad = saved(tmp_path / "bad", stored | {scale: Tensor(stored[scale].dtype, stored[scale].shape, raw)}, form)
+    good = saved(tmp_path / "good", models(form, 0)[0], form)
+    for values in (recipe("linear", [good, bad], weights=[0.5, 0.5]), recipe("passthrough", [bad])):
+        (tmp_path / "r.yml").write_text(json.dumps(values))
+        result = CliRunner().invoke(commands, ["merge", str(tmp_path / "r.yml"), str(tmp_path / "out")])
+        assert result.exit_code == 3, result.output
+        assert f"`{scale}`" in result.output and f"holds NaN or Inf: its element {at}, counted from 0" in result.output
+        assert f"{bad}/model.safetensors" in result.output
+        assert not (tmp_path / "out").exists() and sorted(p.name for p in tmp_path.iterdir()) == [
+            "bad",
+            "good",
+            "r.yml",
+        ]
+
+
+def test_large_scales_are_finite() -> None:
+    """Their first byte is that of NaN."""
+    from fastinterp.execute.scales import not_finite
+
+    large = np.full(1000, 3e38, "<f4")
+    assert not_finite(large.tobytes(), "F32") == -1
+    large[777] = np.nan
+    assert not_finite(large.tobytes(), "F32") == 777

@@ -15,11 +15,13 @@ import fastinterp
 from fastinterp.backends.registry import ISA_VARIABLE
 from fastinterp.cli import commands
 from fastinterp.errors import CheckpointError, RecipeError, UsageError
+from fastinterp.execute.report import Report
 from fastinterp.ops.combine import Combine
 from fastinterp.ops.dtypes import BF16, F32
 from fastinterp.plan import encoded_output
 from tests.support import backends
-from tests.support.checkpoints import Tensor, assert_same, expected, floats, integers, read, recipe, tensor
+from tests.support.checkpoints import Tensor, assert_same, bell, expected, floats, integers, read, recipe, tensor, write
+from tests.support.devices.fake_device import FakeDevice
 from tests.support.quantised_models import (
     EXPERTS,
     FORMS,
@@ -32,7 +34,10 @@ from tests.support.quantised_models import (
     requantised,
     saved,
     shapes_of,
+    stored,
 )
+
+pytest_plugins = ("tests.support.devices.device_fixtures",)
 
 every_form = pytest.mark.parametrize("name", FORMS)
 WEIGHTS = (0.5, 0.3, 0.2)
@@ -47,6 +52,12 @@ def wanted(form: Form, models: list[dict[str, Tensor]], combine: Combine) -> dic
     plain = [numbers(form, model) for model in models]
     sums = expected(plain, combine, out=F32)
     return requantised(form, {**sums, NORM: expected(plain, combine, out=BF16)[NORM]})
+
+
+def merge(*args: Any, **options: Any) -> Report:
+    report = fastinterp.merge(*args, **options)
+    assert isinstance(report, Report)
+    return report
 
 
 def run(*args: object) -> Result:
@@ -78,7 +89,7 @@ def test_magnitudes_are_measured_first_where_matrices_are_large(tmp_path, monkey
     plan = fastinterp.explain(linear(paths))
     twice = form.blocks == (None, None)
     assert ("reads 2x: magnitudes, combine" in str(plan)) == twice
-    report = fastinterp.merge(linear(paths), tmp_path / "twice", threads=2)
+    report = merge(linear(paths), tmp_path / "twice", threads=2)
     assert_same(read(tmp_path / "once"), read(tmp_path / "twice"))
     assert report.bytes_read == plan.as_dict()["bytes_read"]
 
@@ -119,7 +130,7 @@ def test_copies_keep_their_bytes(tmp_path, name):
     for model in models:
         model[Q] = Tensor(model[Q].dtype, model[Q].shape, np.where(model[Q].raw % 128 > 100, 3, model[Q].raw))
     paths = saved(tmp_path, form, models)
-    report = fastinterp.merge(recipe("passthrough", paths[:1], quantize="same"), tmp_path / "out")
+    report = merge(recipe("passthrough", paths[:1], quantize="same"), tmp_path / "out")
     assert_same(models[0], read(tmp_path / "out"))
     assert set(report.copied) == {*shapes_of(form), NORM}
     fastinterp.interpolate(paths[0], paths[1], [0, 0.3, 1], tmp_path / "line", quantize="same")
@@ -136,7 +147,7 @@ def test_a_copy_of_another_form_is_encoded(tmp_path):
     [base], [model] = family(form, 1), family(other, 2)[1:]
     paths = [*saved(tmp_path / "base", form, [base]), *saved(tmp_path / "other", other, [model])]
     values = {**recipe("linear", paths, weights=[0, 1]), "base_model": paths[0]}
-    report = fastinterp.merge(values, tmp_path / "out", quantize="same")
+    report = merge(values, tmp_path / "out", quantize="same")
     want = requantised(form, {**numbers(other, model)})
     assert_same(want, read(tmp_path / "out"))
     assert Q not in report.copied
@@ -194,7 +205,7 @@ def test_files_are_true(tmp_path, name):
     """Names, dtypes and shapes are the base's; its configuration stays; scales lie beside their codes."""
     form, models = FORMS[name], family(FORMS[name], 2)
     paths = saved(tmp_path, form, models)
-    report = fastinterp.merge(linear(paths), tmp_path / "out", max_shard_size=30_000)
+    report = merge(linear(paths), tmp_path / "out", max_shard_size=30_000)
     got = read(tmp_path / "out")
     assert {n: (t.dtype, t.shape) for n, t in got.items()} == {n: (t.dtype, t.shape) for n, t in models[0].items()}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -216,7 +227,7 @@ def test_what_belongs_to_codes_stays(tmp_path):
         model["model.layers.0.mlp.up_proj.input_scale"] = tensor(0.5 + i, F32)
         model["model.layers.0.self_attn.k_scale"] = tensor(0.25 + i, F32)
     paths = saved(tmp_path, form, models)
-    report = fastinterp.merge(linear(paths), tmp_path / "out")
+    report = merge(linear(paths), tmp_path / "out")
     got = read(tmp_path / "out")
     assert set(got) == set(models[0])
     for name in ("model.layers.0.mlp.up_proj.input_scale", "model.layers.0.self_attn.k_scale"):
@@ -243,7 +254,7 @@ def test_explain_and_check(tmp_path):
     assert "each byte once" in str(plan)
     assert "F32 -> fp8 with scales of blocks of 128 x 128" in str(plan)
     assert "quantised as in" in str(plan)
-    report = fastinterp.merge(linear(paths), tmp_path / "out")
+    report = merge(linear(paths), tmp_path / "out")
     values = plan.as_dict()
     assert (values["bytes_read"], values["bytes_written"]) == (report.bytes_read, report.bytes_written)
     (tmp_path / "recipe.yml").write_text(json.dumps(linear(paths)))
@@ -263,7 +274,7 @@ def test_statistics_tell_what_codes_preserve(tmp_path):
             tuned[name] = tensor(x * (1 + 0.01 * rng.normal(size=x.shape)), F32, t.shape)
     paths = [*saved(tmp_path / "base", form, [base]), *saved(tmp_path / "tuned", FORMS["e5m2"], [tuned])]
     values = recipe("linear", paths, weights=[0.9, 0.1])
-    report = fastinterp.merge(values, tmp_path / "out", quantize="same")
+    report = merge(values, tmp_path / "out", quantize="same")
     assert report.effect.strength is not None
     assert abs(report.effect.strength - 1) > 0.05
     [warning] = [w for w in report.warnings if "preserved" in w]
@@ -303,6 +314,52 @@ def test_dtype_is_that_of_what_is_not_quantised(tmp_path):
     fastinterp.merge(linear(saved(tmp_path, form, models), dtype="float32"), tmp_path / "out")
     got = read(tmp_path / "out")
     assert (got[NORM].dtype, got[Q].dtype.name) == (F32, "F8_E4M3")
+
+
+def test_shapes_that_differ_from_the_origins_are_refused(tmp_path):
+    form, models = FORMS["blocks"], family(FORMS["blocks"], 2)
+    [other] = family(form, 1)
+    other |= stored(form, Q, np.ones(64 * 192), (64, 192))
+    paths = saved(tmp_path, form, [other, *models])
+    values = {**recipe("linear", paths[1:], weights=[0.5, 0.5]), "base_model": paths[0], "quantize": "same"}
+    with pytest.raises(CheckpointError, match=r"is \[300, 192\] in the output.* is \[64, 192\].*Leave out `quantize`"):
+        fastinterp.merge(values, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_devices_leave_encoded_outputs_to_the_processor(tmp_path, use):
+    use(FakeDevice(0))
+    form, models = FORMS["blocks"], family(FORMS["blocks"], 2)
+    base = saved(tmp_path / "base", form, models[:1])
+    other = saved(tmp_path / "other", FORMS["e5m2"], [numbers(form, models[1])])
+    values = {**recipe("linear", [*base, *other], weights=[0, 0.5]), "base_model": base[0], "quantize": "same"}
+    report = merge(values, tmp_path / "device", device="cuda:0")
+    fastinterp.merge(values, tmp_path / "cpu", device="cpu")
+    assert_same(read(tmp_path / "cpu"), read(tmp_path / "device"))
+    assert report.on_cpu["encoded outputs"] == len(shapes_of(form))
+
+
+def test_an_adapter_on_quantised_weights_is_no_copy(tmp_path):
+    """W + s*B*A is quantised anew; what the adapter does not change keeps its bytes."""
+    form, models = FORMS["blocks"], family(FORMS["blocks"], 1)
+    [path] = saved(tmp_path, form, models)
+    rank, (rows, columns) = 2, shapes_of(form)[Q]
+    module = f"base_model.model.{Q.removesuffix('.weight')}"
+    adapter = {
+        f"{module}.lora_A.weight": tensor(bell(1, rank * columns), F32, (rank, columns)),
+        f"{module}.lora_B.weight": tensor(bell(2, rows * rank) * 1e-2, F32, (rows, rank)),
+    }
+    folder = write(tmp_path / "adapter", adapter)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    values = recipe("passthrough", [f"{path}+{folder}"])
+    fastinterp.merge(values, tmp_path / "float32", dtype="float32")
+    report = merge(values, tmp_path / "out", quantize="same")
+    got, sums = read(tmp_path / "out"), read(tmp_path / "float32")
+    assert_same({**models[0], **stored(form, Q, floats(sums[Q]), shapes_of(form)[Q])}, got)
+    assert Q not in report.copied
+    assert UP in report.copied
 
 
 def test_random_rounding_is_refused(tmp_path):

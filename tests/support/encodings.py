@@ -14,6 +14,8 @@ from tests.support.checkpoints import Tensor, floats, integers, tensor
 
 Numbers = NDArray[np.float32]
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+ROWS, COLUMNS = 200, 320  # whole groups of 32 columns; partial blocks of 128, and partial tiles
+_ROW = (1, 1 << 20)  # columns of a block: all
 LARGEST = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0, "I8": 127.0}
 
 
@@ -73,7 +75,7 @@ def scaled(
     """Codes with a scale for each block; for each matrix, if none are named. shape: in which the scales are stored."""
 
     def encode(x: NDArray[Any]) -> Stored:
-        size = blocks or x.shape[-2:]
+        size = (min(blocks[0], x.shape[-2]), min(blocks[1], x.shape[-1])) if blocks else x.shape[-2:]
         wanted = largest(x, size) / LARGEST[kind]
         if isinstance(scale, str):
             scales, values = exponents(wanted, scale)
@@ -199,10 +201,10 @@ ENCODINGS: dict[str, Encoding] = {
     "fp8, ComfyUI, described": Encoding(_comfy(scaled(shape=lambda _: ()), "float8_e4m3fn")),
     "fp8 E5M2, ComfyUI, described": Encoding(_comfy(scaled("F8_E5M2", shape=lambda _: ()), "float8_e5m2")),
     "fp8, Mistral": Encoding(scaled(end="qscale_weight", shape=lambda _: ())),
-    "fp8 rows": Encoding(scaled(blocks=(1, 1 << 20)), _groups(strategy="channel")),
-    "fp8 rows, BF16": Encoding(scaled(blocks=(1, 1 << 20), scale=BF16)),
-    "fp8 rows, a vector of F16": Encoding(scaled(blocks=(1, 1 << 20), scale=F16, shape=lambda s: s[:1])),
-    "fp8 columns": Encoding(scaled(blocks=(1 << 20, 1))),
+    "fp8 rows": Encoding(scaled(blocks=_ROW), _groups(strategy="channel")),
+    "fp8 rows, BF16": Encoding(scaled(blocks=_ROW, scale=BF16)),
+    "fp8 rows, a vector of F16": Encoding(scaled(blocks=_ROW, scale=F16, shape=lambda s: s[:1])),
+    "fp8 columns": Encoding(scaled(blocks=(ROWS, 1))),
     "fp8 blocks": Encoding(scaled(blocks=(128, 128), end="weight_scale_inv"), _FP8),
     "fp8 blocks, nothing said": Encoding(scaled(blocks=(128, 128), end="weight_scale_inv")),
     "fp8 blocks of 48 x 80": Encoding(
@@ -219,14 +221,13 @@ ENCODINGS: dict[str, Encoding] = {
     "mxfp8, E8M0": Encoding(scaled(blocks=(1, 32), scale="F8_E8M0")),
     "mxfp8, ComfyUI": Encoding(_mxfp8_in_tiles),
     "int8, one scale": Encoding(scaled("I8", shape=lambda _: (1,)), _groups(strategy="tensor")),
-    "int8 rows": Encoding(scaled("I8", (1, 1 << 20)), _groups(strategy="channel")),
-    "int8 rows, BF16": Encoding(scaled("I8", (1, 1 << 20), BF16)),
+    "int8 rows": Encoding(scaled("I8", _ROW), _groups(strategy="channel")),
+    "int8 rows, BF16": Encoding(scaled("I8", _ROW, BF16)),
     "int8 groups": Encoding(scaled("I8", (1, 32)), _groups(strategy="group", group_size=32)),
-    "int8, ComfyUI": Encoding(_comfy(scaled("I8", (1, 1 << 20)), "int8_tensorwise")),
+    "int8, ComfyUI": Encoding(_comfy(scaled("I8", _ROW), "int8_tensorwise")),
     "mxfp4, compressed-tensors": Encoding(_mxfp4_packed, _groups(strategy="group", group_size=32)),
     "mxfp4, DeepSeek": Encoding(_mxfp4_bytes, said("fp8", weight_block_size=[128, 128], expert_dtype="fp4")),
     "nvfp4, ModelOpt": Encoding(nvfp4("ModelOpt"), said("modelopt", quant_algo="NVFP4")),
     "nvfp4, compressed-tensors": Encoding(nvfp4("compressed-tensors"), _groups(strategy="tensor_group", group_size=16)),
     "nvfp4, ComfyUI": Encoding(nvfp4("ComfyUI")),
 }
-ROWS, COLUMNS = 200, 320  # whole groups of 32 columns; partial blocks of 128, and partial tiles

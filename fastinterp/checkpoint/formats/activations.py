@@ -13,11 +13,13 @@ from fastinterp.checkpoint.formats.encoded import EncodedTensor
 from fastinterp.checkpoint.names import listing
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.messages import counted
+from fastinterp.ops.dtypes import F8_E4M3, F8_E5M2
 
 # Of attention: what keys, values and queries are divided by before they are stored in 8 bits.
 _CACHE = re.compile(
     r"(^|\.)(attn|\w*attention\w*|self_attn|attn\.\w+|self_attn\.\w+)\.(k|v|q|kv|prob|qkv)_(scale|zero_point)$"
 )
+_FP8 = (F8_E4M3, F8_E5M2)
 _LISTED = 3  # names in a remark before the rest is only counted
 
 
@@ -35,15 +37,20 @@ def scales_of_activations(checkpoint: Checkpoint, encoded: Sequence[EncodedTenso
     )
 
 
-def about_blocks(checkpoint: Checkpoint, encoded: Sequence[EncodedTensor]) -> tuple[str, ...]:
-    """A remark, if the size of blocks is said nowhere."""
-    assumed = [one for one in encoded if one.assumed]
-    if not assumed:
-        return ()
-    return (
-        f"{checkpoint.name}: no configuration says how large the blocks of {listing((one.name for one in assumed), 1)} "
-        f"are: taken as {assumed[0].format.partition('blocks of ')[2]}, by the number of scales",
-    )
+def about_what_is_not_said(checkpoint: Checkpoint, encoded: Sequence[EncodedTensor]) -> tuple[str, ...]:
+    """Remarks on what is said nowhere: the size of blocks, and that tensors without a scale are numbers."""
+    name, remarks = checkpoint.name, []
+    if assumed := [one for one in encoded if one.assumed]:
+        remarks.append(
+            f"{name}: no configuration says how large the blocks of {listing((one.name for one in assumed), 1)} are: "
+            f"taken as {assumed[0].format.partition('blocks of ')[2]}, by the number of scales"
+        )
+    if any(one.decoder.startswith("scaled_f8") for one in encoded):
+        taken = {e.name for one in encoded for e in one.stored}
+        plain = [n for n, e in checkpoint.tensors.items() if e.dtype in _FP8 and len(e.shape) > 1 and n not in taken]
+        if plain:
+            remarks.append(f"{name}: without a scale, and taken for numbers as they are: {listing(plain, _LISTED)}")
+    return tuple(remarks)
 
 
 def about_numbers(
@@ -55,7 +62,7 @@ def about_numbers(
         f"{name}: {counted(count, 'tensor')} de-quantised ({form})"
         for form, count in Counter(one.format for one in encoded if one.format).items()
     ]
-    left = [*activations, *(e.name for one in encoded for e in one.activations)]
+    left = [*(e.name for one in encoded for e in one.activations), *activations]
     if left:
         what = "scales of activations, which mean nothing where weights are numbers"
         remarks.append(f"left out of {name}: {what}: {listing(left, _LISTED)}")
