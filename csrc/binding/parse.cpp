@@ -43,6 +43,21 @@ ParsedDecoder decoder_of(const py::handle& object) {
   return decoder;
 }
 
+ParsedEncoder encoder_of(const py::handle& object, const ParsedStep& step) {
+  ParsedEncoder encoder;
+  if (object.is_none()) return encoder;
+  encoder.name = get<std::string>(object, "name");
+  encoder.columns = get<int64_t>(object, "columns");
+  encoder.parameters = get<std::vector<int64_t>>(object, "parameters");
+  encoder.scales = get<std::vector<std::pair<int, int64_t>>>(object, "scales");
+  encoder.magnitudes = get<std::vector<float>>(object, "magnitudes");
+  if (encoder.name.empty() || encoder.columns < 1) throw py::value_error("an encoder has a name, and columns");
+  if (!encoder.scales.empty() && encoder.scales.size() != step.sinks.size())
+    throw py::value_error("an encoder has a place for the scales of every output, or of none");
+  if (step.out_dtype != DType::F32) throw py::value_error("what is encoded is float32");
+  return encoder;
+}
+
 ParsedLowRank::Factor factor_of(const py::handle& object) {
   return {get<int>(object, "source"),     get<int64_t>(object, "offset"),    dtype_of(get<int>(object, "dtype")),
           get<int64_t>(object, "first"),  get<int64_t>(object, "by_matrix"), get<int64_t>(object, "by_index"),
@@ -253,7 +268,14 @@ const KindRow& kind_of(const std::string& name) {
 }  // namespace
 
 ParsedStep parse_step(const py::handle& object) {
-  const KindRow& row = kind_of(get<std::string>(object, "kind"));
+  const std::string kind = get<std::string>(object, "kind");
+  if (kind == "largest_magnitudes") {
+    ParsedStep sum = parse_step(attribute(object, "of"));
+    if (sum.encoder.name.empty()) throw py::value_error("magnitudes are measured of sums that are encoded");
+    sum.measures = true;
+    return sum;
+  }
+  const KindRow& row = kind_of(kind);
   ParsedStep step;
   step.kind = row.kind;
   step.writes = row.writes;
@@ -273,6 +295,7 @@ ParsedStep parse_step(const py::handle& object) {
     step.keys = get<std::vector<uint64_t>>(object, "keys");
     if (!step.keys.empty() && step.keys.size() != step.sinks.size())
       throw py::value_error("stochastic rounding needs a key per output");
+    step.encoder = encoder_of(attribute(object, "encoder"), step);
   }
   if (row.parse) row.parse(object, &step);
   return step;

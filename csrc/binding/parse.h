@@ -36,6 +36,15 @@ struct ParsedDecoder {
   std::vector<double> parameters;
 };
 
+// How a sum is encoded: see ../encoder.h.
+struct ParsedEncoder {
+  std::string name;  // empty: the outputs are elements of a dtype
+  int64_t columns = 1;
+  std::vector<int64_t> parameters;
+  std::vector<std::pair<int, int64_t>> scales;  // sink and offset, of each output; none, if they are among the codes
+  std::vector<float> magnitudes;                // of each matrix of each output, if they are known
+};
+
 // What is added to a stored operand: see ../low_rank.h.
 struct ParsedLowRank {
   struct Factor {
@@ -129,6 +138,8 @@ struct ParsedStep {
   std::vector<int64_t> offsets;
   DType out_dtype = DType::F32;
   std::vector<uint64_t> keys;  // none: rounding to nearest
+  ParsedEncoder encoder;
+  bool measures = false;  // the largest magnitudes of its sums are measured, and nothing is written
 
   Per per = Per::kTensor;                   // of measure and group_combine
   std::vector<ParsedRow> rows;              // of combine

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../steps/histogram.h"
+#include "../steps/magnitudes.h"
 #include "../steps/masked.h"
 #include "../steps/sums.h"
 #include "../steps/survey.h"
@@ -135,6 +136,49 @@ std::vector<DType> dtypes_of(const Step& step) {
   std::vector<DType> dtypes;
   for (const Operand& input : step.inputs) dtypes.push_back(input.dtype);
   return dtypes;
+}
+
+// Parameters: the kind of the scales; rows and columns of a block; rows of a matrix; whether scales are powers of two.
+// A format whose scales are among the codes has none.
+void encode(const ParsedEncoder& parsed, const Backend& backend, size_t sinks, Step* step) {
+  const Encoder* encoder = find_encoder(parsed.name.c_str());
+  if (!encoder) throw py::value_error("no such encoder: " + parsed.name);
+  const bool among = encoder->block_elements > 1;
+  std::vector<int64_t> numbers = parsed.parameters;
+  if (among && numbers.empty())
+    numbers = {int64_t(ScaleKind::kF16), 1, encoder->block_elements, step->numel / parsed.columns, 0};
+  if (numbers.size() == 4) numbers.push_back(0);
+  if (numbers.size() != 5 || numbers[0] < 0 || numbers[0] > 3 || numbers[1] < 1 || numbers[2] < 1 || numbers[3] < 1)
+    throw py::value_error("the parameters of " + parsed.name + " are a kind of scales, and rows and columns of blocks");
+  const int64_t matrix = numbers[3] * parsed.columns;
+  if (step->numel % matrix != 0 || parsed.columns % encoder->block_elements != 0)
+    throw py::value_error("a tensor has whole matrices, and a row whole blocks of " + parsed.name);
+  if (parsed.scales.empty() != among) throw py::value_error("scales have a place where they are not among the codes");
+  std::vector<Encoding::Place> places;
+  for (const auto& [sink, offset] : parsed.scales) {
+    if (sink < 0 || size_t(sink) >= sinks) throw py::value_error("the sink of scales is none of the sinks");
+    places.push_back({sink, offset});
+  }
+  const bool whole = numbers[1] >= numbers[3] && numbers[2] >= parsed.columns;
+  const size_t matrices = size_t(step->numel / matrix) * step->sinks.size();
+  if (!parsed.magnitudes.empty() && (!whole || parsed.magnitudes.size() != matrices))
+    throw py::value_error("magnitudes are known of each matrix of each output, where it is one block");
+  step->encoding =
+      std::make_shared<Encoding>(backend, *encoder, Encoding::Format{ScaleKind(numbers[0]), numbers[4] != 0},
+                                 step->numel, Blocks{numbers[3], parsed.columns, numbers[1], numbers[2]},
+                                 step->sum->grain(), std::move(places), parsed.magnitudes);
+}
+
+// Turns a step that writes sums into one that measures them.
+void measure_sums_of(const ParsedEncoder& parsed, const Backend& backend, Step* step) {
+  const int64_t matrix = parsed.parameters.size() < 4 ? step->numel : parsed.parameters[3] * parsed.columns;
+  step->survey = std::make_shared<SumMagnitudes>(backend, step->sum, dtypes_of(*step), step->sinks.size(),
+                                                 find_encoder(parsed.name.c_str())->codes, step->numel, matrix);
+  step->sum = nullptr;
+  step->encoding = nullptr;
+  step->sinks.clear();
+  step->offsets.clear();
+  step->keys.clear();
 }
 
 // ---- kinds: each completes a step whose inputs, sinks, offsets, keys and numel are there already --------------------
@@ -283,8 +327,11 @@ Step step_of(const py::handle& object, const Backend& backend, size_t sources, s
     if (sink < 0 || size_t(sink) >= sinks) throw py::value_error("a step's sink is none of the sinks");
   for (const KindRow& row : kKinds)
     if (row.kind == parsed.kind && row.complete) row.complete(parsed, backend, &step);
-  if (step.sum && stochastic && step.keys.size() != step.sinks.size())
-    throw py::value_error("stochastic rounding needs a key per output");
+  const bool encodes = !parsed.encoder.name.empty();
+  if (step.sum && stochastic && (encodes || step.keys.size() != step.sinks.size()))
+    throw py::value_error(encodes ? "codes are rounded to nearest" : "stochastic rounding needs a key per output");
+  if (encodes && step.numel > 0) encode(parsed.encoder, backend, sinks, &step);
+  if (parsed.measures) measure_sums_of(parsed.encoder, backend, &step);
   return step;
 }
 

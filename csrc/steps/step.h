@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../decoding.h"
+#include "../encoding.h"
 #include "../io.h"
 #include "../low_rank.h"
 #include "../ops.h"
@@ -53,8 +54,9 @@ struct Step {
   std::vector<int> sinks;          // one per output
   std::vector<int64_t> offsets;    // bytes, one per output
   DType out_dtype = DType::F32;
-  int64_t numel = 0;           // elements; bytes where they are only compared
-  std::vector<uint64_t> keys;  // one per output
+  std::shared_ptr<const Encoding> encoding = nullptr;  // of sums that are not stored as elements of out_dtype: of F32
+  int64_t numel = 0;                                   // elements; bytes where they are only compared
+  std::vector<uint64_t> keys;                          // one per output
 };
 
 // The inputs of one step, to be read by elements.
@@ -99,6 +101,8 @@ class Sum {
   }
   // Spans begin and end at multiples of so many elements. numel is a multiple, too.
   virtual int64_t grain() const { return 1; }
+  // The input that an output is compared with, to tell how much of the change arrived; -1 of a copy.
+  virtual int pivot(size_t output) const = 0;
   // Whether the only output is the only input, bit for bit, if their dtypes agree.
   virtual bool copies() const { return false; }
 };

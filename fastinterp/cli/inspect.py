@@ -40,6 +40,7 @@ def check(recipe: str, strict: bool, as_json: bool) -> None:
 @click.option("--seed", type=int, metavar="N", help="As for merge.")
 @options.missing
 @options.channels
+@options.quantize
 @options.as_json
 def explain(
     recipe: str,
@@ -51,6 +52,7 @@ def explain(
     seed: int | None,
     missing: str | None,
     channels: str | None,
+    quantize: str | None,
     as_json: bool,
 ) -> None:
     """Describe what a merge would read, compute and write.
@@ -65,7 +67,7 @@ def explain(
     from fastinterp.arguments import size_of
     from fastinterp.plan.plan import documents
 
-    recipes = documents(recipe, dtype, rounding, seed, missing, channels)
+    recipes = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
     explanation = explanation_of(recipes, max_shard_size, threads, size_of(max_memory))
     if as_json:
         options.say_json(explanation.as_dict())

@@ -241,10 +241,13 @@ def _percent(total: RoundingEffect) -> str:
     return f"{total.sampled / total.numel:.0%}"
 
 
-def warnings_of(tensors: Mapping[str, RoundingEffect], dtype: str, stochastic: bool = False) -> tuple[str, ...]:
+def warnings_of(
+    tensors: Mapping[str, RoundingEffect], dtype: str, stochastic: bool = False, quantises: bool = False
+) -> tuple[str, ...]:
     """Warnings about precision, NaN and Inf in an output.
 
     stochastic  whether rounding was stochastic: it has no bias, so that a strength other than 1 is sampling noise
+    quantises   whether tensors are stored as codes
     """
     warnings = []
     total = RoundingEffect.total(tensors.values())
@@ -252,7 +255,8 @@ def warnings_of(tensors: Mapping[str, RoundingEffect], dtype: str, stochastic: b
     if strength is not None and abs(strength - 1) > _NOTICED and not stochastic:
         warnings.append(
             f"rounding to {dtype} preserved {strength:.2f} of the intended change: the models differ by little more "
-            "than the spacing of that dtype. Use --rounding stochastic, or --dtype float32"
+            "than the spacing of that dtype. Use "
+            + ("--quantize none, which writes numbers" if quantises else "--rounding stochastic, or --dtype float32")
         )
     if total.nan_in or total.inf_in:
         names = [n for n, e in tensors.items() if e.nan_in or e.inf_in]
@@ -295,7 +299,8 @@ def report_on(
     """The report of output k, from its record."""
     names = {*record.copied, *record.effects}
     quantised, about, noise = _quantised(plan)
-    dtypes = sorted({str(t.dtype) for t in plan.tensors if t.merged and t.name in names})
+    dtypes = sorted({t.stored_as for t in plan.tensors if t.merged and t.name in names})
+    quantises = any(t.encoding for t in plan.tensors)
     return Report(
         output="memory" if folder is None else folder.name,
         files=() if folder is None else (folder.file,) if folder.file else tuple(f.name for f in plan.layouts[k].files),
@@ -313,7 +318,7 @@ def report_on(
         merged=sum(t.numel for t in plan.tensors if t.merged),
         removed=() if folder is None else folder.removed,
         warnings=(
-            *warnings_of(record.effects, ", ".join(dtypes), plan.recipes[k].rounding == "stochastic"),
+            *warnings_of(record.effects, ", ".join(dtypes), plan.recipes[k].rounding == "stochastic", quantises),
             *_importances(plan),
             *noise,
             *(f"a device failed, and its work was done by others: {lost}" for lost in done.usage.lost),

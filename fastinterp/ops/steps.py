@@ -124,6 +124,32 @@ class Stored(msgspec.Struct, frozen=True):
     low_rank: LowRank | None = None
 
 
+class Encoder(msgspec.Struct, frozen=True):
+    """How float32 sums become codes and scales: csrc/encoder.h, rule 17 of docs/NUMERICS.md.
+
+    name        of the format: that of the decoder that reads it
+    columns     length of a row of the tensor
+    parameters  of blocks: kind of the scales, rows and columns of a block, rows of a matrix, and 1 if scales are powers
+                of two; none of a format whose scales are among the codes
+    scales      (sink, byte offset) of the scales of each output; none, if they are among the codes
+    magnitudes  the largest of each matrix of each output, if they are known: each matrix is one block then
+    """
+
+    name: str
+    columns: int
+    parameters: tuple[int, ...] = ()
+    scales: tuple[tuple[int, int], ...] = ()
+    magnitudes: tuple[float, ...] = ()
+
+    @property
+    def matrix(self) -> int:
+        """Elements of a matrix that is one block; 0, if matrices have several."""
+        if not self.parameters:
+            return 0
+        _, block_rows, block_columns, rows, *_ = self.parameters
+        return rows * self.columns if block_rows >= rows and block_columns >= self.columns else 0
+
+
 class Gathered(msgspec.Struct, frozen=True):
     """An operand whose rows come from several places.
 
@@ -278,6 +304,11 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     @property
+    def encodes(self) -> bool:
+        """Whether its outputs are codes."""
+        return False
+
+    @property
     def by_rank(self) -> bool:
         """Whether it has random masks whose limits depend on ranks: those look at whole rows."""
         return False
@@ -319,12 +350,18 @@ class WritingStep(Step, frozen=True, kw_only=True):
 class SumStep(WritingStep, frozen=True, kw_only=True):
     """A step that writes sums.
 
-    out_dtype  code of the dtype of all outputs
+    out_dtype  code of the dtype of all outputs; of F32, if they are encoded
     keys       Philox keys of the store, one per output; none where rounding is to nearest
+    encoder    None: outputs are elements of `out_dtype`
     """
 
     out_dtype: int
     keys: tuple[int, ...] = ()
+    encoder: Encoder | None = None
+
+    @property
+    def encodes(self) -> bool:
+        return self.encoder is not None
 
     @property
     def widths(self) -> list[int]:
@@ -382,6 +419,22 @@ class MaskedSum(SumStep, frozen=True, kw_only=True):
 
 def _is_filled(term: MaskedTerm) -> bool:
     return term.precomputed_mask is None or term.precomputed_mask.masks.filled
+
+
+class LargestMagnitudes(Step, frozen=True, kw_only=True):
+    """The largest magnitudes of sums that are encoded with one scale for each matrix: nothing is written.
+
+    of  the step that will write them, with the same inputs
+
+    Answers with float32 numbers, for each output those of its matrices; and with no counts.
+    """
+
+    kind = "largest_magnitudes"
+    of: SumStep
+
+    @property
+    def encodes(self) -> bool:
+        return True
 
 
 class Measure(Step, frozen=True, kw_only=True):

@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 from msgspec.structs import replace
 
+from fastinterp.checkpoint.gguf_types import BY_NAME
 from fastinterp.checkpoint.header import Conversion
 from fastinterp.ops.combine import Combine, Row
-from fastinterp.ops.dtypes import DType
+from fastinterp.ops.dtypes import F16, DType
 from fastinterp.plan.low_rank import LowRankInput
 from fastinterp.plan.program import Program
 from fastinterp.tokenizer.embedding_rows import RowMap
 
 if TYPE_CHECKING:
     from fastinterp.ops.steps import Operand
+    from fastinterp.plan.encoded_output import OutputEncoding
 
 ModelInput = tuple[int, "TensorInput"]  # number of its model in the plan, and a tensor of it
 
@@ -99,8 +101,28 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         return self.dtype
 
     @property
+    def encoding(self) -> Encoding | None:
+        """How its bytes in a file become numbers, if they are codes."""
+        return None
+
+    @property
+    def codes(self) -> Encoding | None:
+        """The same, if a copy may keep its bytes: nothing is added to what they stand for."""
+        return None
+
+    @property
+    def form(self) -> TensorInput:
+        """The tensor as whose kind an output is stored that keeps this one's: itself, if it is in a file."""
+        return self
+
+    @property
     def plain(self) -> StoredInput | None:
         """Itself, if its elements lie in a file one after the other, as `dtype` stores them; else None."""
+        return None
+
+    @property
+    def blocks(self) -> StoredInput | None:
+        """The blocks of a GGUF file that it is stored in, to be copied as they are; None, if it is stored otherwise."""
         return None
 
     @property
@@ -158,6 +180,10 @@ class Encoding(msgspec.Struct, frozen=True):
     decoder     its name in csrc/decoders/ and reference/decode.py
     companions  scales and the like, in the order in which the decoder takes them
     parameters  numbers that it takes
+    codes       the name of the tensor of codes, and its shape
+    beside      tensors that belong to the codes, too: scales of activations, descriptions
+    format      for people: `fp8 with scales of blocks of 128 x 128`
+    power_of_two  whether all scales are powers of two, whatever their dtype
     """
 
     stored: DType
@@ -165,6 +191,11 @@ class Encoding(msgspec.Struct, frozen=True):
     decoder: str
     companions: tuple[StoredInput, ...]
     parameters: tuple[float, ...]
+    codes: str = ""
+    codes_shape: tuple[int, ...] = ()
+    beside: tuple[StoredInput, ...] = ()
+    format: str = ""
+    power_of_two: bool = False
 
 
 class StoredInput(TensorInput, frozen=True, eq=False):
@@ -210,6 +241,10 @@ class StoredInput(TensorInput, frozen=True, eq=False):
         return self.encoding is not None
 
     @property
+    def codes(self) -> Encoding | None:
+        return self.encoding if self.low_rank is None else None
+
+    @property
     def kept_dtype(self) -> DType:
         if self.kept is not None:
             return self.kept
@@ -222,6 +257,12 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     @property
     def plain(self) -> StoredInput | None:
         return self if self.encoding is None and self.low_rank is None else None
+
+    @property
+    def blocks(self) -> StoredInput | None:
+        if self.encoding is None or self.encoding.stored.block is None or self.low_rank is not None:
+            return None
+        return replace(self, dtype=self.encoding.stored, encoding=None)
 
     @property
     def stored_rows(self) -> StoredInput | None:
@@ -264,6 +305,18 @@ class ConvertedInput(TensorInput, frozen=True, eq=False):
     def describe(self) -> str:
         stored = f" ({self.conversion.stored_as})" if self.conversion.stored_as else ""
         return f"{self.dtype} {list(self.shape)}{stored}"
+
+    @property
+    def kept_dtype(self) -> DType:
+        return self.dtype if self.blocks is None else F16
+
+    @property
+    def blocks(self) -> StoredInput | None:
+        kind = BY_NAME.get(self.conversion.stored_as)
+        nbytes = None if kind is None or kind.dtype.block is None else kind.dtype.nbytes(self.numel)
+        if kind is None or nbytes is None:
+            return None
+        return StoredInput(self.name, kind.dtype, self.shape, nbytes, self.path, self.start)
 
 
 class GatheredInput(TensorInput, frozen=True, eq=False):
@@ -347,6 +400,10 @@ class IntermediateInput(TensorInput, frozen=True, eq=False):
         return "" if self.tensor.merged else self.tensor.inputs[0].quantised
 
     @property
+    def form(self) -> TensorInput:
+        return self if self.tensor.form is None else self.tensor.form.form
+
+    @property
     def stages(self) -> tuple[PlannedTensor, ...]:
         return self.tensor.stages
 
@@ -382,6 +439,8 @@ class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
     model_count  how many of the inputs are models that the method merges; the others are side-cars
     sums         what the method returned, one per output, where `rows` come from it
     seeds        of the store's rounding, one per output
+    form         the tensor whose dtype it keeps, if it is merged
+    encoding     how it is stored as codes; dtype is F32 then. None: as elements of its dtype
     """
 
     name: str
@@ -394,6 +453,8 @@ class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
     model_count: int = 0
     sums: tuple[Combine, ...] = ()
     seeds: tuple[int, ...] = ()
+    form: TensorInput | None = None
+    encoding: OutputEncoding | None = None
 
     @property
     def numel(self) -> int:
@@ -411,7 +472,26 @@ class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
     @property
     def reads(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """The reads, in order: what each is for, and which of `inputs` it reads."""
-        return (("combine", tuple(range(len(self.inputs)))),) if self.program is None else self.program.reads
+        reads = (("combine", tuple(range(len(self.inputs)))),) if self.program is None else self.program.reads
+        if self.encoding is None or not self.encoding.measures or self.copies_codes:
+            return reads
+        return (*reads[:-1], ("magnitudes", reads[-1][1]), reads[-1])
+
+    @property
+    def copies_codes(self) -> bool:
+        """Whether all outputs are copies of the codes and scales of an input."""
+        alike = () if self.encoding is None else self.encoding.alike
+        return bool(self.rows) and bool(alike) and all(row.is_copy and alike[row.pivot] for row in self.rows)
+
+    @property
+    def entries(self) -> tuple[tuple[str, DType, tuple[int, ...]], ...]:
+        """The tensors of the file: name, dtype and shape of each."""
+        return ((self.name, self.dtype, self.shape),) if self.encoding is None else self.encoding.entries
+
+    @property
+    def stored_as(self) -> str:
+        """For people: its dtype, or the format of its codes."""
+        return self.dtype.name if self.encoding is None else self.encoding.format or self.encoding.codes[1].name
 
     @property
     def bytes_read(self) -> int:
@@ -420,7 +500,7 @@ class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
     @property
     def nbytes(self) -> int:
         """Bytes of one output."""
-        return self.dtype.nbytes(self.numel) or 0
+        return self.dtype.nbytes(self.numel) or 0 if self.encoding is None else self.encoding.nbytes
 
     @property
     def before(self) -> tuple[PlannedTensor, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from fastinterp.checkpoint.formats import EncodedTensor, encoded_tensors
-from fastinterp.checkpoint.formats.activations import about_encoded, scales_of_activations
+from fastinterp.checkpoint.formats.activations import about_numbers, about_what_is_not_said, scales_of_activations
 from fastinterp.checkpoint.formats.left_over import refuse_left_over
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
@@ -30,7 +30,9 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     origin      if a document above makes it, the checkpoint from which it has its configuration and the names of files
     left_out    and those of that checkpoint's files which are not in `root`: reason -> names
     warnings    about it and its adapters
-    remarks     what was decided about its tensors, for people: which were decoded
+    remarks     what was decided about its tensors, for people
+    as_numbers  what is true where weights are written as numbers: which were decoded, what is left out with their codes
+    beside      tensors that mean nothing where weights are numbers, and belong to no single one: scales of keys
     """
 
     name: str
@@ -41,6 +43,8 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     left_out: Mapping[str, tuple[str, ...]] = {}
     warnings: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    as_numbers: tuple[str, ...] = ()
+    beside: tuple[StoredInput, ...] = ()
 
     @property
     def source(self) -> Checkpoint | None:
@@ -56,6 +60,11 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     def nbytes(self) -> int:
         """Bytes of all tensors of the checkpoint."""
         return 0 if self.checkpoint is None else self.checkpoint.nbytes
+
+
+def is_gguf(model: Model) -> bool:
+    """Whether a model is in GGUF files, or made of such."""
+    return model.source is not None and model.source.gguf is not None
 
 
 class Library:
@@ -122,8 +131,11 @@ def model_of(checkpoint: Checkpoint) -> Model:
             else:
                 tensor = _stored(entry, checkpoint, formats.get(name, ""))
             tensors[tensor.name] = tensor
-    remarks = about_encoded(checkpoint, every, activations)
-    return Model(checkpoint.name, checkpoint.root, tensors, checkpoint, remarks=remarks)
+    return Model(
+        checkpoint.name, checkpoint.root, tensors, checkpoint, remarks=about_what_is_not_said(checkpoint, every),
+        as_numbers=about_numbers(checkpoint, every, activations),
+        beside=tuple(_stored(checkpoint.tensors[name], checkpoint) for name in activations),
+    )  # fmt: skip
 
 
 def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
@@ -136,7 +148,11 @@ def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
     codes = _stored(encoded.codes, checkpoint)
     companions = tuple(_stored(entry, checkpoint) for entry in encoded.companions)
     nbytes = codes.nbytes + sum(companion.nbytes for companion in companions)
-    encoding = Encoding(codes.dtype, encoded.kept_dtype, encoded.decoder, companions, encoded.parameters)
+    encoding = Encoding(
+        codes.dtype, encoded.kept_dtype, encoded.decoder, companions, encoded.parameters, codes.name, codes.shape,
+        tuple(_stored(entry, checkpoint) for entry in (*encoded.activations, *encoded.left_out)), encoded.format,
+        encoded.power_of_two,
+    )  # fmt: skip
     return StoredInput(encoded.name, F32, encoded.shape, nbytes, codes.path, codes.start, encoding)
 
 

@@ -163,10 +163,15 @@ class AboutConfiguration(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def about_configuration(origin: Model, tensors: Sequence[PlannedTensor]) -> AboutConfiguration:
-    """What the configurations of the origin and of its components say, beside what is written."""
+def about_configuration(origin: Model, tensors: Sequence[PlannedTensor], same: bool) -> AboutConfiguration:
+    """What the configurations of the origin and of its components say, beside what is written.
+
+    same  whether tensors are quantised anew, as the origin has them
+    """
     folders, remarks = [], []
     formats = {t.name: t.inputs[0].quantised for t in tensors if not t.merged and t.inputs[0].quantised}
+    forms = {t.name: t.form.form.encoding for t in tensors if same and t.form is not None}
+    formats |= {name: form.format for name, form in forms.items() if form is not None}
     parts = [("", "")] if origin.source is None else [(part.folder, part.prefix) for part in origin.source.parts]
     known = False
     for folder, prefix in parts:
@@ -176,7 +181,7 @@ def about_configuration(origin: Model, tensors: Sequence[PlannedTensor]) -> Abou
             folders.append(folder)
             what = f"{prefix}{CONFIG} of {origin.name} says that weights are quantised ({said})"
             remarks.append(f"{what}, and those here are not: left out")
-    own = any(t.quantised for t in origin.tensors.values())
+    own = same or any(t.quantised for t in origin.tensors.values())
     if not formats or known or own or not (origin.root / CONFIG).is_file():
         return AboutConfiguration(tuple(folders), tuple(remarks), ())
     warning = (

@@ -10,7 +10,7 @@ from fastinterp.errors import MethodError, RecipeError
 from fastinterp.messages import clipped, shown, suggestion
 from fastinterp.methods import Method
 from fastinterp.ops.combine import LARGEST, Combine, Tensor
-from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
+from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_stored
 from fastinterp.recipe.build import Builder
 from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read, read_all
 from fastinterp.recipe.merge_groups import MergeGroup, Section, sidecar_paths
@@ -31,10 +31,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe", "load_recipe", "load_recipes"]
 
-CHOICES = {"rounding": ("nearest", "stochastic"), "fp8_overflow": ("saturate", "nonfinite"),
-            "missing": ("error", "base", "skip"), "channels": ("same", "first"), "out": ("model", "lora")}  # fmt: skip
+CHOICES = {
+    "rounding": ("nearest", "stochastic"),
+    "fp8_overflow": ("saturate", "nonfinite"),
+    "missing": ("error", "base", "skip"),
+    "channels": ("same", "first"),
+    "quantize": ("none", "same"),
+    "out": ("model", "lora"),
+}
+
+NEAREST_CODES = (
+    "`quantize: same` rounds codes to nearest: `rounding: stochastic` is not defined for it. Leave out one of the two"
+)
 # Keys about whole models, which say nothing of adapters.
-_NOT_OF_ADAPTERS = ("slices", "modules", "missing", "channels", "integers", "tokenizer", "tokenizer_source",
+_NOT_OF_ADAPTERS = ("slices", "modules", "missing", "channels", "quantize", "integers", "tokenizer", "tokenizer_source",
                     "chat_template")  # fmt: skip
 
 
@@ -57,6 +67,7 @@ class Recipe:
     missing       what becomes of tensors that not all models have in one shape: "error"; "base": they are copied from
                   the base, see `base_index`; "skip": the output has none of them
     channels      "same"; or "first": convolutions may have different numbers of input channels: see docs/RECIPES.md
+    quantize      "none"; or "same": tensors that are quantised in `origin` are quantised anew, in the same format
     integers      the one of `models` whose integer tensors are taken where the models differ, or None: they must agree
     text          the recipe for receipts: the user's own text, or YAML of the mapping that was given
     file          what messages call the source, or None
@@ -87,6 +98,7 @@ class Recipe:
     fp8_overflow: str
     missing: str
     channels: str
+    quantize: str
     integers: ModelRef | None
     text: str
     file: str | None
@@ -211,6 +223,11 @@ def build_all(documents: Sequence[Document], collector: ErrorCollector) -> tuple
 def _check_used(recipes: Sequence[Recipe], collector: ErrorCollector) -> None:
     used = {i for recipe in recipes for i in recipe.earlier.values()}
     for i, recipe in enumerate(recipes[:-1]):
+        if recipe.quantize != "none":
+            with collector:
+                raise recipe.document.error(
+                    "`quantize` is about what is written: it belongs into the last document", "$.quantize"
+                )
         if i not in used and recipe.name is not None:
             with collector:
                 message = f"{shown(recipe.name)} is never used by another document"
@@ -252,6 +269,7 @@ def build(document: Document, above: Sequence[Recipe], collector: ErrorCollector
         fp8_overflow=raw.fp8_overflow,
         missing=raw.missing,
         channels=raw.channels,
+        quantize=raw.quantize,
         text=document.text,
         file=document.file,
         coefficients=coefficients,
@@ -294,6 +312,9 @@ def _settings(document: Document, raw: RawRecipe, builder: Builder, collector: E
     with collector:
         _check_seed(document, raw.seed)
     with collector:
+        if raw.quantize == "same" and raw.rounding == "stochastic":
+            raise document.error(NEAREST_CODES, "$.quantize")
+    with collector:
         _check_adapter_keys(document, raw)
     with collector:
         settings["integers"] = _integers(document, raw, builder.models)
@@ -332,7 +353,7 @@ def _constants(
 
 
 def _dtype(document: Document, name: str | None, path: str) -> DType | None:
-    dtype = None if name is None else parse_dtype(name)
+    dtype = None if name is None else parse_stored(name)
     if name is not None and dtype is None:
         raise document.error(f"unknown dtype `{clipped(name)}`{suggestion(name, DTYPE_NAMES)}", path)
     return dtype

@@ -37,15 +37,9 @@ def scales_of_activations(checkpoint: Checkpoint, encoded: Sequence[EncodedTenso
     )
 
 
-def about_encoded(
-    checkpoint: Checkpoint, encoded: Sequence[EncodedTensor], activations: Sequence[str]
-) -> tuple[str, ...]:
-    """Remarks: what is decoded, what is assumed of it, and what is left out with it."""
-    name = checkpoint.name
-    remarks = [
-        f"{name}: {counted(count, 'tensor')} de-quantised ({form})"
-        for form, count in Counter(one.format for one in encoded if one.format).items()
-    ]
+def about_what_is_not_said(checkpoint: Checkpoint, encoded: Sequence[EncodedTensor]) -> tuple[str, ...]:
+    """Remarks on what is said nowhere: the size of blocks, and that tensors without a scale are numbers."""
+    name, remarks = checkpoint.name, []
     if assumed := [one for one in encoded if one.assumed]:
         remarks.append(
             f"{name}: no configuration says how large the blocks of {listing((one.name for one in assumed), 1)} are: "
@@ -56,6 +50,18 @@ def about_encoded(
         plain = [n for n, e in checkpoint.tensors.items() if e.dtype in _FP8 and len(e.shape) > 1 and n not in taken]
         if plain:
             remarks.append(f"{name}: without a scale, and taken for numbers as they are: {listing(plain, _LISTED)}")
+    return tuple(remarks)
+
+
+def about_numbers(
+    checkpoint: Checkpoint, encoded: Sequence[EncodedTensor], activations: Sequence[str]
+) -> tuple[str, ...]:
+    """Remarks on weights that are written as numbers: which were codes, and what is left out with these."""
+    name = checkpoint.name
+    remarks = [
+        f"{name}: {counted(count, 'tensor')} de-quantised ({form})"
+        for form, count in Counter(one.format for one in encoded if one.format).items()
+    ]
     left = [*(e.name for one in encoded for e in one.activations), *activations]
     if left:
         what = "scales of activations, which mean nothing where weights are numbers"

@@ -32,6 +32,7 @@ class EncodedTensor(msgspec.Struct, frozen=True):
     left_out    descriptions and markers of codes: the same
     format      for people: `fp8 with scales of blocks of 128 x 128`
     assumed     whether the size of its blocks is not said anywhere, and follows from the shapes alone
+    power_of_two  whether all scales are powers of two, whatever their dtype
     """
 
     name: str
@@ -45,6 +46,7 @@ class EncodedTensor(msgspec.Struct, frozen=True):
     left_out: tuple[Entry, ...] = ()
     format: str = ""
     assumed: bool = False
+    power_of_two: bool = False
 
     @property
     def stored(self) -> tuple[Entry, ...]:

@@ -80,10 +80,11 @@ def _encoded(
         raise misshapen(checkpoint, scale, codes, expected(codes.shape, said.blocks, said.strict))
     exponents = scale.dtype.name in ("F8_E8M0", "U8")
     what = "MXFP8" if exponents and places.block_columns == _GROUP and places.block_rows == 1 else ""
-    yield tensor_of(
+    tensor = tensor_of(
         checkpoint, codes, [scale], decoder, places.parameters(scale.dtype),
         format=what or f"fp8 with scales of {places.of(codes.shape)}", assumed=places.assumed and not what,
     )  # fmt: skip
+    yield replace(tensor, power_of_two=said.power_of_two)
 
 
 def _refuse_bare(

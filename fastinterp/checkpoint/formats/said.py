@@ -26,11 +26,13 @@ class Said(msgspec.Struct, frozen=True):
     method  `fp8`, `compressed-tensors`, `modelopt`; empty: nothing
     blocks  rows and columns of a block, of each kind of blocks that it names
     strict  whether all codes have scales of these blocks
+    power_of_two  whether scales are powers of two: `scale_fmt` of DeepSeek and transformers is `ue8m0`
     """
 
     method: str = ""
     blocks: tuple[tuple[int, int], ...] = ()
     strict: bool = False
+    power_of_two: bool = False
 
 
 def said_of(part: Component) -> Said:
@@ -45,7 +47,8 @@ def said_of(part: Component) -> Said:
     other = json_or_empty(root / HF_QUANT_CONFIG).get("quantization")
     if isinstance(other, dict):
         blocks += _one_row(other.get("group_size"))
-    return Said(method, tuple(dict.fromkeys(blocks)), method == "fp8" and bool(sizes))
+    exponents = any(t.get("scale_fmt") == "ue8m0" for t in tables)
+    return Said(method, tuple(dict.fromkeys(blocks)), method == "fp8" and bool(sizes), exponents)
 
 
 def _tables(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
