@@ -39,6 +39,7 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
     """Plain values, as --json prints them."""
     entries, adapter = _sorted(checkpoint), checkpoint.adapter
     quantised, taken, decoded = _quantised(checkpoint)
+    numbers = [e for e in entries if (e.dtype.merges or e.dtype.block) and e.name not in taken]
     counts = [0] * len(checkpoint.files)
     for e in entries:
         counts[e.file] += 1
@@ -50,7 +51,7 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
         ],
         "index": checkpoint.index,
         "bytes": checkpoint.nbytes,
-        "parameters": decoded + sum(e.numel for e in entries if (e.dtype.merges or e.dtype.block) and e.name not in taken),
+        "parameters": decoded + sum(e.numel for e in numbers),
         "dtypes": _dtypes(entries),
         "adapter": None if adapter is None else adapter.as_dict(),
         "quantised": quantised,
