@@ -202,10 +202,19 @@ def unmergeable(adapter: Adapter) -> str:
             f"this is {_article(kind)} adapter: only those of LoRA (and DoRA) are added to a model here. Merge it into "
             "its base first, with the program that made it; then name the model that it writes"
         )
+    if reason := unmergeable_config(adapter.config):
+        return reason
+    if not adapter.style:
+        return "this adapter has names of no program that is known (peft, kohya, diffusers): its scales are not known"
+    return ""
+
+
+def unmergeable_config(config: Mapping[str, Any]) -> str:
+    """The same of a LoraConfig of peft alone."""
     for key, what in _OTHER.items():
-        if adapter.config.get(key):
+        if config.get(key):
             return f"this adapter {what}: it is no sum of products that is added to weights, and is not merged"
-    init = str(adapter.config.get("init_lora_weights")).lower()
+    init = str(config.get("init_lora_weights")).lower()
     if init.startswith(_MUTATING):
         return (
             f"this adapter was saved with `init_lora_weights` {quote(init)}, which also changed the weights of its "
@@ -213,8 +222,6 @@ def unmergeable(adapter: Adapter) -> str:
             "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`; or, if the base that you name is "
             f"the changed one, set `init_lora_weights` to true in {ADAPTER_CONFIG}"
         )
-    if not adapter.style:
-        return "this adapter has names of no program that is known (peft, kohya, diffusers): its scales are not known"
     return ""
 
 
