@@ -1,7 +1,7 @@
 """Adapters: what is trained beside a model and added to its weights. Recognised by the names of their tensors.
 
 Most are factors of a product, and the mean of two products is not the product of the means of their factors: such
-tensors are not merged one by one.
+tensors are not merged one by one. Those of LoRA are added to their base where that is read: checkpoint/lora/.
 """
 
 from __future__ import annotations
@@ -255,17 +255,18 @@ def refusal(name: str, root: Path, adapter: Adapter, tensors: Mapping[str, Entry
     """What it is, that it is not merged, and how it becomes a model."""
     base = adapter.config.get("base_model_name_or_path")
     to = f" to {quote(base)}" if isinstance(base, str) and base else ""
-    what = f"this is {_article(adapter.kind)} adapter{to}, not a whole model, and adapters are not merged. "
+    what = f"this is {_article(adapter.kind)} adapter{to}, not a whole model"
+    if not unmergeable(adapter):
+        source = name if Path(os.path.expanduser(name)).exists() or not root.is_dir() else str(file)
+        if adapter.style == "peft" and not adapter.config:
+            return f"{what}. Put its {ADAPTER_CONFIG} beside it, and name it behind its base: {quote(f'BASE+{source}')}"
+        owner = base if isinstance(base, str) and base else "BASE"
+        return f"{what}. Name it behind its base: {quote(f'{owner}+{source}', 400)}"
+    what += ", and adapters are not merged. "
     if adapter.style == "peft":
         return what + _with_peft(
             name if Path(name).is_dir() or not Path(name).exists() else str(root), adapter, tensors
         )
-    if adapter.kind == "LoRA" and adapter.style in ("kohya", "diffusers"):
-        command = python(
-            'import diffusers; p = diffusers.DiffusionPipeline.from_pretrained("BASE"); '
-            f'p.load_lora_weights({literal(file)}); p.fuse_lora(); p.unload_lora_weights(); p.save_pretrained("NEW")'
-        )
-        return f"{what}Merge it into its base first, the pipeline BASE: {command}; then name NEW"
     if adapter.style == "kohya":
         return (
             f"{what}Merge it into its base first, with `tools/merge.py` of LyCORIS; then name the file that it writes"

@@ -45,7 +45,13 @@ def with_adapters(model: Model, ref: ModelRef) -> Model:
     opened, warnings = [], list(model.warnings)
     for one in ref.adapters:
         adapter = parse(open_checkpoint(one.name))
-        _Adding(model, tensors, adapter, one).add()
+        adding = _Adding(model, tensors, adapter, one)
+        adding.add()
+        if adding.added:
+            warnings.append(
+                f"{adapter.checkpoint.name} has {listing(adding.added)}, which {ref.name} has not: they are in the "
+                f"output, but its {CONFIG} is that of {ref.name}, and does not say so"
+            )
         opened.append(adapter.checkpoint)
         warnings += _other_base(adapter, ref)
     name = str(ref)
@@ -65,12 +71,18 @@ class _Adding:
         self.model_type = str(self.config.get("model_type"))
         self.places = places(adapter, tensors)
         self.transposed: bool | None = None
+        self.added: list[str] = []
 
     def add(self) -> None:
+        """Raises: CheckpointError and ShapeError."""
         self._untie()
         self._refuse_unknown()
         for name, entry in self.adapter.replaced.items():
-            self._replace(self.places[name], entry)
+            if (place := self.places[name]) in self.tensors:
+                self._replace(place, entry)
+            else:
+                self.tensors[place] = replace(self._input(entry), name=place)
+                self.added.append(place)
         for module in self.adapter.modules:
             self._add(module)
         for rows in self.adapter.rows:
@@ -132,7 +144,8 @@ class _Adding:
         """Raises: CheckpointError, naming them, if the base lacks tensors that the adapter changes."""
         needed = [weight_of(m) for m in self.adapter.modules if not m.parameters]
         needed += [f"{m.module}.bias" for m in self.adapter.modules if m.bias is not None]
-        needed += [*self.adapter.replaced, *(f"{rows.module}.weight" for rows in self.adapter.rows)]
+        needed += [name for name in self.adapter.replaced if not self._is_new(name)]
+        needed += [f"{rows.module}.weight" for rows in self.adapter.rows]
         missing = [name for name in needed if self.places[name] not in self.tensors]
         if not missing:
             return
@@ -145,6 +158,15 @@ class _Adding:
             file=self.checkpoint.name,
             tensor=missing[0],
         )
+
+    def _is_new(self, name: str) -> bool:
+        """Whether a tensor is that of a module which was trained whole, and which the base has nothing of: the head of
+        a task.
+        """
+        place = self.places[name]
+        module, heads = place.rpartition(".")[0], self.adapter.config.get("modules_to_save")
+        named = isinstance(heads, list) and any(f".{module}.".find(f".{head}.") >= 0 for head in heads)
+        return named and place not in self.tensors and not any(t.startswith(f"{module}.") for t in self.tensors)
 
     def _trained_on(self) -> str:
         base = self.adapter.config.get("base_model_name_or_path")
