@@ -248,6 +248,8 @@ struct HistogramArgs {
   int64_t first;       // index, in the tensor, of this call's first element
 };
 
+struct Decoder;
+
 // Columns of a right factor that lie together: of panel p, rank values of kLowRankPanel columns each.
 constexpr int kLowRankPanel = 32;
 
@@ -281,6 +283,7 @@ struct Backend {
   void (*ranked)(const RankArgs&);
   void (*masked_stats)(const MaskedStatsArgs&);
   void (*histogram)(const HistogramArgs&);
+  const Decoder* const* decoders;  // decoder.h; null ends them
   void (*low_rank)(const LowRankArgs&);
 };
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
 from fastinterp.backends.cpu import Progress
@@ -17,10 +17,11 @@ from fastinterp.methods import Method, given
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.average import average_of
 from fastinterp.paths.points import further_keys, point_name, point_path, point_recipe
-from fastinterp.plan.plan import Source, make_plan, plan_documents, plan_recipe
+from fastinterp.plan.plan import Source, documents, make_plan, plan_documents, plan_recipe
 
 if TYPE_CHECKING:
     from fastinterp.inspect.explain import Explanation
+    from fastinterp.lora.report import AdapterReport
 
 
 def merge(
@@ -41,8 +42,10 @@ def merge(
     progress: Progress | None = None,
     methods: Sequence[Method] = (),
     keep_intermediates: str | os.PathLike[str] | None = None,
-) -> Report:
+) -> Report | AdapterReport:
     """Merge checkpoints into the folder `out`; or into the one file `out`, if that ends in `.safetensors`.
+
+    Of a recipe with `out: lora` the models and the output are adapters: see fastinterp/lora/merge.py.
 
     recipe          path of a YAML file, YAML text, or a mapping, in mergekit's schema. Of several documents (or a list
                     of mappings), which may name each other as models, one is written: that without a name, or the last
@@ -67,7 +70,12 @@ def merge(
     one_file = names_file(target)
     with given(methods):
         if keep_intermediates is None:
-            plans = [plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels, one_file=one_file)]
+            *above, last = documents(recipe, dtype, rounding, seed, missing, channels)
+            if last.out == "lora" and not above:
+                from fastinterp.lora.merge import merge_adapters
+
+                return merge_adapters(last, target, threads=threads, force=force, durable=durable, progress=progress)
+            plans = [make_plan([last], max_shard_size=optional_size(max_shard_size), above=above, one_file=one_file)]
         else:
             plans = plan_documents(recipe, max_shard_size, dtype, rounding, seed, missing, channels, one_file=one_file)
             folder = path_of(keep_intermediates, "keep_intermediates")
@@ -187,11 +195,12 @@ def average(
     the newest checkpoint's. The other arguments and errors are those of `merge`.
     """
     recipe = average_of(checkpoints, weights, decay, last, in_order, tokenizer_source).recipe
-    return merge(
+    report = merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
         dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, force=force, durable=durable,
         progress=progress,
     )  # fmt: skip
+    return cast("Report", report)  # of models
 
 
 def explain(

@@ -40,9 +40,10 @@ std::shared_ptr<RowMap> gathered_of(const ParsedOperand& operand, size_t sources
   return map;
 }
 
-std::shared_ptr<Decoding> decoding_of(const ParsedDecoder& parsed, size_t sources, int64_t numel) {
+std::shared_ptr<Decoding> decoding_of(const ParsedDecoder& parsed, const Backend& backend, size_t sources,
+                                      int64_t numel) {
   if (parsed.name.empty()) return nullptr;
-  const Decoder* decoder = find_decoder(parsed.name.c_str());
+  const Decoder* decoder = find_decoder(backend.decoders, parsed.name.c_str());
   if (!decoder) throw py::value_error("no such decoder: " + parsed.name);
   std::vector<Decoding::Companion> companions;
   for (const ParsedDecoder::Companion& c : parsed.companions)
@@ -83,20 +84,25 @@ std::shared_ptr<LowRank> low_rank_of(const ParsedOperand& operand, const Backend
       made.rows = rows_of(change.rows, sources, parsed.matrices * parsed.rows);
     } else {
       const ParsedLowRank::Product& p = change.product;
-      made.product = {factor_of(p.left, sources, true), factor_of(p.right, sources), p.rank, float(p.scale),
-                      p.has_magnitude, p.per_row, {}};
+      made.product = {factor_of(p.left, sources, true),
+                      factor_of(p.right, sources),
+                      p.rank,
+                      float(p.scale),
+                      p.has_magnitude,
+                      p.per_row,
+                      {}};
       if (p.has_magnitude) made.product.magnitude = factor_of(p.magnitude, sources);
       if (p.has_magnitude && parsed.matrices != 1) throw py::value_error("magnitudes are of one matrix");
     }
     changes.push_back(std::move(made));
   }
   LowRank::Base base{source_of(operand.source, sources), operand.offset, parsed.stored,
-                     decoding_of(operand.decoder, sources, numel)};
+                     decoding_of(operand.decoder, backend, sources, numel)};
   return std::make_shared<LowRank>(backend, std::move(base), parsed.matrices, parsed.rows, parsed.columns,
                                    std::move(changes));
 }
 
-Operand operand_of(const ParsedStep& step, const ParsedOperand& operand, size_t sources, const Backend& backend) {
+Operand operand_of(const ParsedStep& step, const ParsedOperand& operand, const Backend& backend, size_t sources) {
   const bool bytes = step.kind == StepKind::kCopyEqual;
   const int width = bytes ? 1 : size_of(operand.dtype);
   if (operand.gathered) {
@@ -111,7 +117,7 @@ Operand operand_of(const ParsedStep& step, const ParsedOperand& operand, size_t 
           operand.dtype,
           width,
           nullptr,
-          bytes || low_rank ? nullptr : decoding_of(operand.decoder, sources, step.numel),
+          bytes || low_rank ? nullptr : decoding_of(operand.decoder, backend, sources, step.numel),
           low_rank};
 }
 
@@ -257,7 +263,8 @@ Step step_of(const py::handle& object, const Backend& backend, size_t sources, s
   const ParsedStep parsed = parse_step(object);
   Step step;
   step.numel = parsed.numel;
-  for (const ParsedOperand& operand : parsed.inputs) step.inputs.push_back(operand_of(parsed, operand, sources, backend));
+  for (const ParsedOperand& operand : parsed.inputs)
+    step.inputs.push_back(operand_of(parsed, operand, backend, sources));
   step.sinks = parsed.sinks;
   step.offsets = parsed.offsets;
   step.out_dtype = parsed.out_dtype;

@@ -258,10 +258,13 @@ def refusal(name: str, root: Path, adapter: Adapter, tensors: Mapping[str, Entry
     what = f"this is {_article(adapter.kind)} adapter{to}, not a whole model"
     if not unmergeable(adapter):
         source = name if Path(os.path.expanduser(name)).exists() or not root.is_dir() else str(file)
-        if adapter.style == "peft" and not adapter.config:
-            return f"{what}. Put its {ADAPTER_CONFIG} beside it, and name it behind its base: {quote(f'BASE+{source}')}"
         owner = base if isinstance(base, str) and base else "BASE"
-        return f"{what}. Name it behind its base: {quote(f'{owner}+{source}', 400)}"
+        if adapter.style == "peft" and not adapter.config:
+            what += f". Put its {ADAPTER_CONFIG} beside it first"
+        return (
+            f"{what}. Name it behind its base: {quote(f'{owner}+{source}', 400)}. Adapters are merged with each other "
+            "into an adapter: write `out: lora` in the recipe"
+        )
     what += ", and adapters are not merged. "
     if adapter.style == "peft":
         return what + _with_peft(

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastinterp.checkpoint.folder import pickled_files, weight_files
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import ANY_INDEX, PICKLES, WEIGHTS, is_relative, listing, quote
+from fastinterp.checkpoint.names import is_relative, listing, quote
 from fastinterp.checkpoint.regular_file import read_regular
-from fastinterp.checkpoint.remedies import literal, python
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 
@@ -33,28 +33,15 @@ class Found(NamedTuple):
     remarks: tuple[str, ...]
 
 
-def find_components(name: str, root: Path, present: Sequence[str]) -> Found:
+def find_components(root: Path, present: Sequence[str]) -> Found:
     """The components that model_index.json or modules.json in the folder `root` names.
 
-    name     of the checkpoint, as the user wrote it
     present  names in the folder
-    Raises: CheckpointError, if a component has no weights but pickled ones, or the file that names them is damaged.
+    Raises: CheckpointError, if the file that names them is damaged.
     """
     remarks: list[str] = []
-    source = literal(root)
-    if PIPELINE in present:
-        folders = _of_pipeline(root, remarks)
-        convert = f'import diffusers; diffusers.DiffusionPipeline.from_pretrained({source}).save_pretrained("NEW")'
-    else:
-        folders = _of_modules(root)
-        convert = (
-            f'import sentence_transformers as st; st.SentenceTransformer({source}, device="cpu").save_pretrained("NEW")'
-        )
-    having = [folder for folder in folders if _has_weights(root / folder)]
-    if any(having):
-        for folder in having:
-            _refuse_pickles(name, root, folder, python(convert))
-    return Found(tuple(having), tuple(remarks))
+    folders = _of_pipeline(root, remarks) if PIPELINE in present else _of_modules(root)
+    return Found(tuple(folder for folder in folders if _has_weights(root / folder)), tuple(remarks))
 
 
 def named_folders(root: Path) -> tuple[str, ...]:
@@ -98,19 +85,8 @@ def _of_modules(root: Path) -> list[str]:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(n.endswith((WEIGHTS, *PICKLES)) or ANY_INDEX.fullmatch(n) for n in _listed(folder))
-
-
-def _refuse_pickles(name: str, root: Path, folder: str, convert: str) -> None:
-    names = _listed(root / folder)
-    if any(n.endswith(WEIGHTS) or ANY_INDEX.fullmatch(n) for n in names):
-        return
-    pickles = [n for n in names if n.endswith(PICKLES)]
-    raise CheckpointError(
-        f"its component {quote(folder or name)} has no {WEIGHTS} file, only {listing(pickles)}: pickled weights are "
-        f"never loaded, because a pickle can run any code. Convert it first: {convert}; then name NEW",
-        file=name,
-    )
+    names = _listed(folder)
+    return bool(weight_files(names) or pickled_files(names))
 
 
 def _listed(folder: Path) -> list[str]:

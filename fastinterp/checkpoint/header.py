@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from operator import attrgetter
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import msgspec
 
@@ -32,6 +33,24 @@ class Header(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
+class Conversion(Protocol):
+    """How bytes that are not elements one after the other become such: frozen and hashable, equal to what does the
+    same. Python converts the tensor into a temporary file when a run opens its inputs.
+    """
+
+    @property
+    def stored_as(self) -> str:
+        """How the tensor is stored, for messages: `Q4_K`, say."""
+        ...
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """The elements, a piece of a bounded size after the other. path: the file that the tensor is in.
+
+        Raises: CheckpointError, if the file ends too early; OSError.
+        """
+        ...
+
+
 class Entry(msgspec.Struct, frozen=True):
     """One tensor of a file: dtype, shape and the place of its bytes."""
 
@@ -39,13 +58,27 @@ class Entry(msgspec.Struct, frozen=True):
     dtype: DType
     shape: tuple[int, ...]
     start: int  # byte offset in the file, from its first byte
-    nbytes: int
+    nbytes: int  # of its elements
     file: int  # index into Checkpoint.files
+    conversion: Conversion | None = None  # by which its bytes become elements of `dtype`; None: they are
 
     @property
     def numel(self) -> int:
         """Number of elements; 1 for a scalar."""
         return math.prod(self.shape)
+
+
+class FileHeader(NamedTuple):
+    """What a file of weights says without its data.
+
+    entries   its tensors, in the order of their offsets
+    metadata  strings by key
+    remarks   what was decided when it was read, for people
+    """
+
+    entries: list[Entry]
+    metadata: dict[str, str]
+    remarks: tuple[str, ...] = ()
 
 
 def read_header(path: str | os.PathLike[str], file_index: int = 0) -> tuple[list[Entry], dict[str, str]]:
@@ -77,7 +110,7 @@ def _read_json(file: str) -> tuple[bytes, int]:
             what = f"a safetensors file has at least 8 bytes, this one has {size}" if size else "the file is empty"
             raise CheckpointError(f"{what}. Download or copy it again", file=file)
         first = _read_exactly(fd, 8, file)
-        if b"<" in first and _is_markup(os.pread(fd, 64, 0)):
+        if b"<" in first and is_markup(os.pread(fd, 64, 0)):
             raise CheckpointError(
                 "this is a web page (HTML or XML), not the file: a download failed, or needs a login. Download it "
                 "again",
@@ -107,7 +140,7 @@ def _read_json(file: str) -> tuple[bytes, int]:
         os.close(fd)
 
 
-def _is_markup(start: bytes) -> bool:
+def is_markup(start: bytes) -> bool:
     """Whether a file that begins so is HTML or XML."""
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     return text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<error", b"<!--"))

@@ -11,7 +11,7 @@ from fastinterp.messages import listed
 
 WEIGHTS = ".safetensors"
 INDEX = ".safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # as torch.save writes them: see pytorch/
 OTHER_WEIGHTS = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".tflite", ".nemo")
 
 # Of weights that a library looks for by their name.
@@ -26,11 +26,20 @@ STEMS = (
 PIPELINES = ("model_index.json", "modules.json")  # files that name the components of a folder: see components.py
 TEMPLATES = "additional_chat_templates"  # the folder in which transformers keeps those beside chat_template.jinja
 
-SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors", re.DOTALL)
+SHARD = re.compile(
+    r"(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})(?P<suffix>\.(?:safetensors|bin|pt|pth|ckpt))", re.DOTALL
+)
 # An index, or that of a variant: `model.safetensors.index.fp16.json`, and as diffusers wrote it before 0.30,
 # `model.safetensors.fp16.index.json`.
 ANY_INDEX = re.compile(
-    r"(?P<stem>.+)\.safetensors\.(?:(?P<old>[^.]+)\.)?index\.(?:(?P<variant>[^.]+)\.)?json", re.DOTALL
+    r"(?P<stem>.+)(?P<suffix>\.(?:safetensors|bin))\.(?:(?P<old>[^.]+)\.)?index\.(?:(?P<variant>[^.]+)\.)?json",
+    re.DOTALL,
+)
+
+# Pickles that are state of a training run, by what writes them: no weights.
+TRAINER_PICKLES = (
+    r"(?:optimizer|scheduler|scaler|sampler|dataloader|random_states|rng_state|custom_checkpoint|training_args)"
+    r"[^/]*\.(?:pt|pth|bin|pkl|ckpt)|[^/]*optim_states\.pt"
 )
 
 # A file of an old checkpoint, while a new one takes its place, and what to say about one that is found.

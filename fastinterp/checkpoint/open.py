@@ -20,8 +20,9 @@ from fastinterp.checkpoint.adapters import (
     refusal,
 )
 from fastinterp.checkpoint.components import Found, find_components, named_folders
-from fastinterp.checkpoint.folder import ADAPTER, DIFFUSERS, choose, complete_shards, weight_files
-from fastinterp.checkpoint.header import Entry, read_header
+from fastinterp.checkpoint.file_kinds import KINDS, read_header
+from fastinterp.checkpoint.folder import ADAPTER, DIFFUSERS, choose, complete_shards, pickled_files, weight_files
+from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.index import index_remarks, read_index
 from fastinterp.checkpoint.names import (
     ANY_INDEX,
@@ -40,7 +41,7 @@ from fastinterp.checkpoint.names import (
 from fastinterp.checkpoint.regular_file import Stamp, stamp_of
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.errors import CheckpointError
-from fastinterp.messages import closest
+from fastinterp.messages import closest, listed
 
 _PIECES = "DCP_SHARDING_INFO"  # key of the metadata of files of torch.distributed.checkpoint
 
@@ -95,7 +96,7 @@ class Component:
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """Open the checkpoint `name`: a folder, a .safetensors file, an index file, or a Hub id (`org/name@revision`).
+    """Open the checkpoint `name`: a folder, a file of weights, an index file, or a Hub id (`org/name@revision`).
 
     A name is looked for on the disk first, and on the Hub only if nothing there has it.
     Raises: CheckpointError, naming file and tensor, if it is missing, damaged, ambiguous or empty.
@@ -112,13 +113,19 @@ def open_checkpoint(name: str) -> Checkpoint:
         raise CheckpointError(f"there is no such folder or file.{_similar(path)}", file=name or "''")
     try:
         root = hub.fetch(*parsed)
-        if folders := (*named_folders(root), *_template_folders(root)):
+        named = named_folders(root)
+        if folders := (*named, *_template_folders(root)):
             hub.fetch(*parsed, folders)
+        if pickled := tuple(folder for folder in named or ("",) if _lacks_weights(root, folder)):
+            hub.fetch(*parsed, pickled, pickled=True)
     except CheckpointError as error:
         raise CheckpointError(
             f"there is no such folder here.{_similar(path)} As a Hub id: {error.message}", file=name
         ) from error
-    return _open_folder(name, root)
+    checkpoint = _open_folder(name, root)
+    if files := [file.relative_to(root).as_posix() for file in checkpoint.files if not file.name.endswith(WEIGHTS)]:
+        checkpoint.remarks += (f"{name}: the repository has no {WEIGHTS} files in their place: {listing(files)}",)
+    return checkpoint
 
 
 def refuse_adapter(checkpoint: Checkpoint) -> None:
@@ -160,19 +167,17 @@ def _open_file(name: str, path: Path) -> Checkpoint:
     root, file = path.parent, path.name
     if ANY_INDEX.fullmatch(file):
         return _open_indexed(name, root, file)
-    if file.endswith(WEIGHTS):
+    if file.endswith(tuple(KINDS)):
         shard = SHARD.fullmatch(file)
         remarks = []
         if shard and int(shard["count"]) > 1:
             remarks.append(f"{name} is one of {int(shard['count'])} shards: the tensors of the others are not read")
         return _load(name, root, [file], remarks=remarks)
-    if file.endswith(PICKLES):
-        raise CheckpointError(remedies.pickles(name, root, [file], _names(root), _config(root)), file=name)
     if file.endswith(OTHER_WEIGHTS):
         raise CheckpointError(remedies.other_format(root, [file]), file=name)
     if file.endswith(".distcp"):
         raise CheckpointError(remedies.dcp_folder(root), file=name)
-    raise CheckpointError(f"this file is not a checkpoint: expected a folder or a {WEIGHTS} file", file=name)
+    raise CheckpointError(f"this file is not a checkpoint: expected a folder, or one of {listed(KINDS, 8)}", file=name)
 
 
 def _names(root: Path) -> list[str]:
@@ -188,6 +193,14 @@ def _config(root: Path) -> dict[str, Any]:
     return json_or_empty(root / CONFIG)
 
 
+def _lacks_weights(root: Path, folder: str) -> bool:
+    """Whether a folder in that of a model has no .safetensors files: it may have others. Empty: `root` itself. One
+    without a configuration, as of a tokenizer, is not expected to have any.
+    """
+    expected = not folder or (root / folder / CONFIG).is_file()
+    return expected and not weight_files(_names(root / folder))
+
+
 def _template_folders(root: Path) -> tuple[str, ...]:
     """The folder in which transformers keeps chat templates beside the one of chat_template.jinja."""
     return (TEMPLATES,) if (root / "chat_template.jinja").is_file() else ()
@@ -196,7 +209,7 @@ def _template_folders(root: Path) -> tuple[str, ...]:
 def _open_folder(name: str, root: Path) -> Checkpoint:
     present = _names(root)
     if any(n in present for n in PIPELINES):
-        found = find_components(name, root, present)
+        found = find_components(root, present)
         if any(found.folders):
             return _open_components(name, root, present, found)
     return _open_plain_folder(name, root, present)
@@ -251,7 +264,10 @@ def _open_plain_folder(name: str, root: Path, present: Sequence[str]) -> Checkpo
 
 def _left_out(name: str, taken: Sequence[str], reason: str, present: Sequence[str]) -> list[str]:
     left = [file for file in weight_files(present) if file not in taken]
-    if not reason.startswith(("transformers loads", "diffusers loads")):  # they would load these then
+    pickled = pickled_files(present)
+    if taken[0] in pickled:
+        left += [file for file in pickled if file not in taken]
+    elif not reason.startswith(("transformers loads", "diffusers loads")):  # they would load these then
         left += [n for n in present if n.endswith(PICKLES) and n.startswith(("pytorch_model", f"{DIFFUSERS}."))]
     return [f"left out of {name}: {listing(left)}, because {reason}"] if left else []
 
@@ -260,7 +276,7 @@ def _no_weights(name: str, root: Path, present: Sequence[str]) -> str:
     """What is there instead, and what to do about it."""
     if other := _other_weights(name, root, present):
         return other
-    below = [n for n in present if any(f.name.endswith(WEIGHTS) for f in (root / n).glob("*" + WEIGHTS))]
+    below = [n for n in present if _has_weights(root / n)]
     if below:
         return f"the folder itself has no {WEIGHTS} file, but {listing(below)} in it do: name one of them"
     hidden = os.listdir(root)
@@ -271,8 +287,15 @@ def _no_weights(name: str, root: Path, present: Sequence[str]) -> str:
         return f"the folder has no {WEIGHTS} file, only those of a merge that did not finish: run it again"
     if not present:
         return f"the folder has no {WEIGHTS} file; it is empty"
-    hint = "" if os.path.isdir(os.path.expanduser(name)) else remedies.hub_pickles(name, _config(root))
+    hint = "" if os.path.isdir(os.path.expanduser(name)) else remedies.hub_files(name)
     return f"the folder has no {WEIGHTS} file, only {listing(present)}" + (f". {hint}" if hint else "")
+
+
+def _has_weights(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and bool(weight_files(present := _names(folder)) or pickled_files(present))
+    except (CheckpointError, OSError):
+        return False
 
 
 def _other_weights(name: str, root: Path, present: Sequence[str]) -> str:
@@ -288,7 +311,7 @@ def _other_weights(name: str, root: Path, present: Sequence[str]) -> str:
     for part in (n for n in present if not n.startswith("optimizer") and any((root / n).glob("*.distcp"))):
         return f"in {quote(part)}, {remedies.dcp_folder(root / part)}"
     if pickles := [n for n in present if n.endswith(PICKLES)]:
-        return f"{only} {listing(pickles)}: {remedies.pickles(name, root, pickles, present, _config(root))}"
+        return f"{only} {listing(pickles)}, which by their names hold no weights. If one does: name {root / pickles[0]}"
     if others := [n for n in present if n.endswith(OTHER_WEIGHTS)]:
         return f"{only} {listing(others)}: {remedies.other_format(root, others)}"
     return ""
@@ -316,7 +339,8 @@ def _missing(root: Path, index: str, files: Sequence[str], missing: Sequence[str
             f"{message}. The shards {listing(shards)} are all there, so the index is of another set. Remove the index, "
             f"and they are read without one: `rm {shell_word(root / index)}`"
         )
-    single = index[: index.index(WEIGHTS)] + WEIGHTS
+    match = ANY_INDEX.fullmatch(index)
+    single = match["stem"] + match["suffix"] if match else ""
     if single in present:
         return f"{message}. {quote(single)} is there: to read that instead, name {root / single}"
     return f"{message}. Download or copy them again"
@@ -340,7 +364,7 @@ def _load(
         path = root / file
         # Taken before the header is read, so that a change in between is noticed too.
         stamp = stamp_of(path)
-        entries, file_metadata = read_header(path, number)
+        entries, file_metadata, file_remarks = read_header(path, number)
         if _PIECES in file_metadata:
             raise CheckpointError(remedies.dcp_pieces(root), file=str(path))
         stamps.append(stamp or (0, 0, 0, 0))
@@ -351,6 +375,7 @@ def _load(
                 superseded.add(entry.name)
             tensors[entry.name] = entry
         metadata = {**file_metadata, **metadata}
+        remarks = [*remarks, *(f"{name}: {r}" for r in file_remarks)]
     for tensor, file in (weight_map or {}).items():
         if tensor not in tensors:
             raise CheckpointError(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastinterp.checkpoint.open import Checkpoint
 
 HF_QUANT_CONFIG = "hf_quant_config.json"  # as ModelOpt writes it, beside config.json
+MISTRAL_CONFIG = "params.json"  # of Mistral's own checkpoints
 
 
 Headers = Mapping[str, Header]
@@ -200,20 +201,20 @@ def _scaled(
     if leaf == "weight":
         scales += _there(headers, (start + end for end in _SCALES))
         scales += tuple(
-            n for n in _there(headers, (start + end for end in _MAYBE_SCALES)) if _may_scale(headers[n], header)
+            n for n in _there(headers, (start + end for end in _MAYBE_SCALES)) if may_scale(headers[n], header)
         )
         more += _there(headers, (start + end for end in _MORE))
         if not scales:
             scales = tuple(
                 n for n in (_starting(names, start) if start else ())
-                if _OTHER_SCALES.fullmatch(n, len(start)) and n not in more and _may_scale(headers[n], header)
+                if _OTHER_SCALES.fullmatch(n, len(start)) and n not in more and may_scale(headers[n], header)
             )  # fmt: skip
     if scales or name in described or start + "comfy_quant" in more:
         scale = headers[scales[0]] if scales else None
         yield QuantisedTensor(_scaled_format(header, scale, scales), name, (*scales, *more))
 
 
-def _may_scale(scale: Header, codes: Header) -> bool:
+def may_scale(scale: Header, codes: Header) -> bool:
     """Whether a tensor called `scale` fits codes: wider numbers or exponents, one for all, for a row or for a block."""
     if scale.dtype.name not in ("F64", "F32", "F16", "BF16", "F8_E8M0", "U8"):
         return False
@@ -290,6 +291,8 @@ def declared_method(root: Path, metadata: Mapping[str, str] | None = None) -> st
             return method
     if (quantisation := json_or_empty(root / HF_QUANT_CONFIG).get("quantization")) and isinstance(quantisation, dict):
         return "modelopt"
+    if isinstance(json_or_empty(root / MISTRAL_CONFIG).get("quantization"), dict):
+        return "mistral"
     return (metadata or {}).get("quantization_format", "")
 
 

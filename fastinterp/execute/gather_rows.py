@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.checkpoint.regular_file import open_regular
+from fastinterp.checkpoint.regular_file import open_regular, write_all
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.ops.dtypes import DType
 from fastinterp.plan.inputs import GatheredInput
@@ -84,7 +84,7 @@ def _computed(tensor: GatheredInput, codes: NDArray[Any], folder: Path | None, s
         reader = _RowReader(tensor, inputs)
         mean = reader.mean_of_all() if PADDING in codes else b""
         for first in range(0, codes.size, reader.step):
-            _write(fd, reader.rows(codes[first : first + reader.step], mean).tobytes(), first * reader.nbytes)
+            write_all(fd, reader.rows(codes[first : first + reader.step], mean).tobytes(), first * reader.nbytes)
     return fd
 
 
@@ -186,9 +186,3 @@ def _read(fd: int, path: Path, offset: int, count: int) -> bytes:
         parts.append(part)
         offset, count = offset + len(part), count - len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _write(fd: int, data: bytes, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, memoryview(data)[done:], offset + done)

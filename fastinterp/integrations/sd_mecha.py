@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastinterp.api import merge as merge_files
 from fastinterp.arguments import path_of, without_recipe
@@ -74,7 +74,8 @@ def merge(
     target = Path(output)
     if target.suffix != ".safetensors":
         raise UsageError(f"`output` must be a .safetensors file, got {os.fspath(output)!r}")
-    return merge_files(documents, target, dtype=dtype, threads=threads, device=device, force=force)
+    report = merge_files(documents, target, dtype=dtype, threads=threads, device=device, force=force)
+    return cast(Report, report)  # of models
 
 
 def recipe_of(

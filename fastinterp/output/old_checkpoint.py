@@ -23,7 +23,7 @@ def old_checkpoint(root: Path, present: Sequence[str], new: Iterable[str]) -> tu
     An index that is damaged or no regular file names nothing, but is one of them.
     """
     files = [n for n in present if not os.path.basename(n).startswith(".") and not os.path.isdir(root / n)]
-    indexes = [n for n in files if ANY_INDEX.fullmatch(n) or n.endswith(".bin.index.json")]
+    indexes = [n for n in files if ANY_INDEX.fullmatch(n)]
     listed: set[str] = set()
     for index in indexes:
         beside = index[: -len(os.path.basename(index))]

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from fastinterp.checkpoint.components import named_folders
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, TEMPLATES, WEIGHTS, quote
+from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, TEMPLATES, TRAINER_PICKLES, WEIGHTS, quote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import Stamp, read_regular, stamp_of
 from fastinterp.checkpoint.sidecar_files import CONFIG, is_sidecar, named_file, with_dtype, without_named_file
@@ -45,8 +45,7 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".bmp", ".ico", "
              ".flac", ".ogg", ".pdf")  # fmt: skip
 _FORMATS = (*PICKLES, *OTHER_WEIGHTS, ".distcp", ".engine", ".mlmodel", ".pte", ".ot", ".onnx_data")
 _STATE = re.compile(
-    r"(optimizer|scheduler|scaler|sampler|dataloader|random_states|rng_state|custom_checkpoint)[^/]*\.(pt|pth|bin|pkl)"
-    r"|training_args\.(bin|json)|trainer_state\.json|(all|train|eval|test|predict)_results\.json|events\.out\..*"
+    rf"{TRAINER_PICKLES}|training_args\.json|trainer_state\.json|(all|train|eval|test|predict)_results\.json|events\.out\..*"
     r"|zero_to_fp32\.py|latest|latest_checkpointed_iteration\.txt|.*\.log"
 )
 _STATE_FOLDERS = re.compile(r"(checkpoint|step|epoch|iter)[-_]?\d+|global_step\d*|runs|wandb|logs?|tensorboard|mlruns")

@@ -1,23 +1,26 @@
 """Inputs of output tensors: an interface, and one class for each kind.
 
 `TensorInput` is all that planning, running and reporting know of an input. Kinds: a tensor that a file holds, as it is
-or as codes that a decoder turns into float32 (`StoredInput`); rows that come from several places (`GatheredInput`); a
-tensor of a document above, which is in no file (`IntermediateInput`). `PlannedTensor` is what is made of them.
+or as codes that a decoder turns into float32 (`StoredInput`); one that Python converts first (`ConvertedInput`); rows
+that come from several places (`GatheredInput`); a tensor of a document above, which is in no file
+(`IntermediateInput`). `PlannedTensor` is what is made of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 from msgspec.structs import replace
 
+from fastinterp.checkpoint.header import Conversion
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import DType
 from fastinterp.plan.low_rank import LowRankInput
+from fastinterp.plan.program import Program
 from fastinterp.tokenizer.embedding_rows import RowMap
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ class OpenFiles(Protocol):
     """The files of inputs, open: each kind of input has its operand made in one of these ways."""
 
     def stored(self, tensor: StoredInput) -> Operand: ...
+    def converted(self, tensor: ConvertedInput) -> Operand: ...
     def gathered(self, tensor: GatheredInput) -> Operand: ...
     def intermediate(self, tensor: IntermediateInput) -> Operand: ...
 
@@ -74,6 +78,11 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
     def quantised(self) -> str:
         """The format of quantised weights whose codes or scales it holds, which no decoder reads; empty: none."""
         return ""
+
+    @property
+    def decoded(self) -> bool:
+        """Whether its numbers are decoded from codes, so that no dtype is its own."""
+        return False
 
     @property
     def merges(self) -> bool:
@@ -134,7 +143,7 @@ class Encoding(msgspec.Struct, frozen=True):
 
     stored      the dtype of its codes
     kept_dtype  the dtype of an output tensor that keeps this one's
-    decoder     its name in csrc/decoder.cpp and reference/decode.py
+    decoder     its name in csrc/decoders/ and reference/decode.py
     companions  scales and the like, in the order in which the decoder takes them
     parameters  numbers that it takes
     """
@@ -185,6 +194,10 @@ class StoredInput(TensorInput, frozen=True, eq=False):
         return text if self.encoding is None else f"{text} ({self.encoding.stored} with {self.encoding.decoder})"
 
     @property
+    def decoded(self) -> bool:
+        return self.encoding is not None
+
+    @property
     def kept_dtype(self) -> DType:
         if self.kept is not None:
             return self.kept
@@ -197,6 +210,39 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     @property
     def plain(self) -> StoredInput | None:
         return self if self.encoding is None and self.low_rank is None else None
+
+
+class ConvertedInput(TensorInput, frozen=True, eq=False):
+    """A tensor in one file whose bytes there are not elements of `dtype` one after the other, and which no decoder
+    reads: when a run opens its inputs, Python writes its elements into a temporary file.
+
+    path, start  the file, and the first byte of the tensor
+    conversion   how its bytes become elements
+    factor       whether it belongs to an adapter that is built into its model
+    """
+
+    path: Path
+    start: int
+    conversion: Conversion
+    factor: bool = False
+
+    @property
+    def key(self) -> Hashable:
+        return self.path, self.start, self.nbytes, self.dtype.name, self.shape, self.conversion
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+    def open(self, files: OpenFiles) -> Operand:
+        return files.converted(self)
+
+    @property
+    def merges(self) -> bool:
+        return self.dtype.merges and not self.factor
+
+    def describe(self) -> str:
+        return f"{self.dtype} {list(self.shape)} ({self.conversion.stored_as})"
 
 
 class GatheredInput(TensorInput, frozen=True, eq=False):
@@ -290,25 +336,6 @@ class IntermediateInput(TensorInput, frozen=True, eq=False):
 
     def as_read(self) -> TensorInput:
         return replace(self, dtype=self.tensor.dtype, nbytes=self.tensor.nbytes)
-
-
-class Program(msgspec.Struct, frozen=True, eq=False):
-    """The calls of a method that requests something of a tensor, or whose sum is more than plain.
-
-    calls   one per output: the method with all of its arguments
-    reads   the expected reads: what each is for, and which of the tensor's inputs it reads. Answers may change them
-    whole   whether a request is about the whole model
-    method  its name
-    name    of the tensor, under which random masks are drawn
-    seeds   from which they are drawn, one per output
-    """
-
-    calls: tuple[Callable[[], Any], ...]
-    reads: tuple[tuple[str, tuple[int, ...]], ...]
-    whole: bool
-    method: str
-    name: str
-    seeds: tuple[int, ...]
 
 
 class PlannedTensor(msgspec.Struct, frozen=True, eq=False):

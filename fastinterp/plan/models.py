@@ -8,12 +8,15 @@ from pathlib import Path
 import msgspec
 
 from fastinterp.checkpoint.formats import EncodedTensor, encoded_tensors
+from fastinterp.checkpoint.formats.activations import about_encoded, scales_of_activations
+from fastinterp.checkpoint.formats.left_over import refuse_left_over
 from fastinterp.checkpoint.header import Entry
+from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint, open_checkpoint, refuse_adapter
 from fastinterp.checkpoint.quantised import quantised_in
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.ops.dtypes import F32
-from fastinterp.plan.inputs import Encoding, StoredInput, TensorInput
+from fastinterp.plan.inputs import ConvertedInput, Encoding, StoredInput, TensorInput
 from fastinterp.recipe.references import ModelRef
 
 
@@ -27,6 +30,7 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     origin      if a document above makes it, the checkpoint from which it has its configuration and the names of files
     left_out    and those of that checkpoint's files which are not in `root`: reason -> names
     warnings    about it and its adapters
+    remarks     what was decided about its tensors, for people: which were decoded
     """
 
     name: str
@@ -36,6 +40,7 @@ class Model(msgspec.Struct, frozen=True, eq=False):
     origin: Checkpoint | None = None
     left_out: Mapping[str, tuple[str, ...]] = {}
     warnings: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def source(self) -> Checkpoint | None:
@@ -99,23 +104,35 @@ def model_of(checkpoint: Checkpoint) -> Model:
     Raises: CheckpointError, of a reader.
     """
     every = encoded_tensors(checkpoint)
-    companions = {entry.name for encoded in every for entry in encoded.companions}
+    activations = scales_of_activations(checkpoint, every)
+    beside = {entry.name for encoded in every for entry in encoded.beside} | set(activations)
     encoded_by_codes = {encoded.codes.name: encoded for encoded in every}
-    found = quantised_in(checkpoint, encoded_by_codes.keys() | companions)
+    found = quantised_in(checkpoint, encoded_by_codes.keys() | beside)
     formats = {name: q.format for q in found for name in (q.codes, *q.companions)}
-    tensors = {}
+    refuse_left_over(checkpoint, every, formats.keys() | beside)
+    tensors: dict[str, TensorInput] = {}
     for name, entry in checkpoint.tensors.items():
-        if name not in companions:
+        if name not in beside:
             encoded = encoded_by_codes.get(name)
-            if encoded is None:
-                tensor = _stored(entry, checkpoint, formats.get(name, ""))
-            else:
+            tensor: TensorInput
+            if encoded is not None:
                 tensor = _decoded(encoded, checkpoint)
+            elif entry.conversion is not None:
+                tensor = _converted(entry, checkpoint)
+            else:
+                tensor = _stored(entry, checkpoint, formats.get(name, ""))
             tensors[tensor.name] = tensor
-    return Model(checkpoint.name, checkpoint.root, tensors, checkpoint)
+    remarks = about_encoded(checkpoint, every, activations)
+    return Model(checkpoint.name, checkpoint.root, tensors, checkpoint, remarks=remarks)
 
 
 def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
+    for entry in (encoded.codes, *encoded.companions):
+        if entry.conversion is not None:
+            raise CheckpointError(
+                f"{quote(entry.name)} is part of an encoded tensor and is stored as {entry.conversion.stored_as}: such "
+                "codes and scales are not read", file=checkpoint.name, tensor=entry.name,
+            )  # fmt: skip
     codes = _stored(encoded.codes, checkpoint)
     companions = tuple(_stored(entry, checkpoint) for entry in encoded.companions)
     nbytes = codes.nbytes + sum(companion.nbytes for companion in companions)
@@ -123,9 +140,21 @@ def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
     return StoredInput(encoded.name, F32, encoded.shape, nbytes, codes.path, codes.start, encoding)
 
 
+def _converted(entry: Entry, checkpoint: Checkpoint) -> ConvertedInput:
+    assert entry.conversion is not None
+    path, factor = checkpoint.files[entry.file], _is_factor(entry, checkpoint)
+    return ConvertedInput(
+        entry.name, entry.dtype, entry.shape, entry.nbytes, path, entry.start, entry.conversion, factor
+    )
+
+
+def _is_factor(entry: Entry, checkpoint: Checkpoint) -> bool:
+    return checkpoint.adapter is not None and entry.name in checkpoint.adapter.tensors
+
+
 def _stored(entry: Entry, checkpoint: Checkpoint, quantised: str = "") -> StoredInput:
     path = checkpoint.files[entry.file]
-    factor = checkpoint.adapter is not None and entry.name in checkpoint.adapter.tensors
+    factor = _is_factor(entry, checkpoint)
     return StoredInput(
         entry.name, entry.dtype, entry.shape, entry.nbytes, path, entry.start, quantised=quantised, factor=factor
     )

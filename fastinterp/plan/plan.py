@@ -107,9 +107,11 @@ class Plan:
         return {**files, CARD: card.encode(), **self.layouts[k].indexes}
 
     def _promoted(self) -> DType | None:
-        """Where models differ in their dtypes, and tensors are stored in one that holds all: that of most elements."""
+        """That of most elements, where models differ in their dtypes and tensors are stored in one that holds all, or
+        where tensors are decoded.
+        """
         merged = [t for t in self.tensors if t.merged and t.dtype.merges]
-        if all(t.dtype == t.inputs[0].kept_dtype for t in merged):
+        if all(t.dtype == t.inputs[0].kept_dtype and not any(i.decoded for i in t.inputs) for t in merged):
             return None
         elements: dict[DType, int] = {}
         for tensor in merged:
@@ -183,6 +185,7 @@ def make_plan(
     method does not accept its models or parameters; RecipeError, if documents do not fit each other; UsageError.
     """
     first = recipes[0]
+    _refuse_adapters([*above, *recipes])
     if len(recipes) > MAX_OUTPUTS:
         raise UsageError(f"one read can make at most {MAX_OUTPUTS} outputs, got {len(recipes)}")
     if any(r.models != first.models or r.dtype != first.dtype or r.out_dtype != first.out_dtype for r in recipes):
@@ -208,6 +211,15 @@ def make_plan(
     )  # fmt: skip
 
 
+def _refuse_adapters(recipes: Sequence[Recipe]) -> None:
+    """Raises: RecipeError, if one of several documents is an adapter, or something else than `merge` has one."""
+    for recipe in recipes:
+        if recipe.out == "lora":
+            raise recipe.document.error(
+                "`out: lora` makes an adapter, which only `fastinterp merge` does, of a recipe of one document", "$.out"
+            )
+
+
 def _stamps(document: Document) -> dict[Path, Stamp | None]:
     copied = [c for c in (document.aligned.tokenizer or {}).values() if isinstance(c, Path)]
     return {**{path: stamp_of(path) for path in copied}, **document.files.stamps}
@@ -218,7 +230,7 @@ def plan_recipe(
     missing: object = None, channels: object = None, *, one_file: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge` and make_plan."""
-    *above, last = _documents(recipe, dtype, rounding, seed, missing, channels)
+    *above, last = documents(recipe, dtype, rounding, seed, missing, channels)
     return make_plan([last], max_shard_size=optional_size(max_shard_size), above=above, one_file=one_file)
 
 
@@ -227,7 +239,7 @@ def plan_documents(
     missing: object = None, channels: object = None, *, one_file: bool = False,
 ) -> list[Plan]:  # fmt: skip
     """A plan for each document of a recipe, the last for that which is written. Arguments and errors as of `merge`."""
-    every = _documents(recipe, dtype, rounding, seed, missing, channels)
+    every = documents(recipe, dtype, rounding, seed, missing, channels)
     size = optional_size(max_shard_size)
     return [
         make_plan([one], max_shard_size=size, above=every[:i], one_file=one_file and one is every[-1])
@@ -235,9 +247,10 @@ def plan_documents(
     ]
 
 
-def _documents(
+def documents(
     recipe: Source, dtype: object, rounding: object, seed: object, missing: object, channels: object
 ) -> list[Recipe]:
+    """The documents of a recipe, with what the arguments replace in them. Arguments and errors as of `merge`."""
     *above, last = load_recipes(recipe)
     changed = overridden(last, dtype, rounding, seed, missing, channels)
     if above:

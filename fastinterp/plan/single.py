@@ -19,6 +19,7 @@ from fastinterp.plan.compatibility import (
     lost_warnings,
     template_warnings,
 )
+from fastinterp.plan.converted import conversion_warnings
 from fastinterp.plan.fit import check_cuts, other_sizes
 from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model
@@ -125,9 +126,9 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         *(aligned.layouts.values() if first.missing != "error" else ()),
         *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
     ]
-    remark, warning = about_configuration(origin, tensors)
-    aligned = replace(aligned, numbers=bool(remark))
-    warnings += [warning] if warning else []
+    about = about_configuration(origin, tensors)
+    aligned = replace(aligned, numbers=about.folders)
+    warnings += about.warnings
     if aligned.template is None and aligned.vocabulary is None:
         warnings += template_warnings(aligned.models, origin)
     warnings += head_warnings(origin, {t.name: t for t in tensors}, aligned.tied)
@@ -138,15 +139,17 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     warnings += component_warnings(aligned.models, origin)
     warnings += layer_warnings
     warnings += dtype_warnings(first, targets[0], origin)
+    warnings += conversion_warnings(tensors, [*aligned.models, *sidecars.values()])
     if first.filters:
         from fastinterp.recipe.check import filter_warnings
 
         warnings += [str(warning) for warning in filter_warnings(first, assemblies[0])]
     opened = (*models, origin, *sidecars.values())
     remarks = [remark for model in opened if model.checkpoint is not None for remark in model.checkpoint.remarks]
+    remarks += [remark for model in opened for remark in model.remarks]
     remarks += [*aligned.remarks, *missing_tensors({n: m for n, m in left.items() if n not in lost}, made, base.name)]
-    remarks += dtype_remarks(first, targets[0], aligned.models)
-    remarks += [*([remark] if remark else []), *complex_remarks(first, tensors)]
+    remarks += dtype_remarks(first, targets[0], aligned.models, origin)
+    remarks += [*about.remarks, *complex_remarks(first, tensors)]
     together = _together(dict.fromkeys(remarks), [model.name for model in opened])
     return Document(aligned, origin, tensors, sidecars, tuple(warnings), together, files)
 

@@ -12,10 +12,11 @@ from fastinterp.errors import CheckpointError, MethodError, ShapeError, UsageErr
 from fastinterp.messages import counted, listed
 from fastinterp.methods import Method, Sidecar
 from fastinterp.ops.combine import Combine, Tensor, check_coefficients, renumbered
-from fastinterp.ops.dtypes import DType, promoted
+from fastinterp.ops.dtypes import F16, DType, promoted
 from fastinterp.plan.fit import INTEGERS, check_fit, chosen_model
-from fastinterp.plan.inputs import ModelInput, PlannedTensor, Program, TensorInput
+from fastinterp.plan.inputs import ModelInput, PlannedTensor, TensorInput
 from fastinterp.plan.models import Model
+from fastinterp.plan.program import Program
 from fastinterp.plan.quantised import agree, quantised_error
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
@@ -130,9 +131,9 @@ class _Planner:
         if not all(tensor.merges for _, tensor in inputs):
             return self._unmerged(targets, inputs)
         # An output keeps the dtype of the model whose config.json is copied, which need not be merged itself.
-        stored = (_dtype_source(target, self._origin) or lead).kept_dtype
-        kept = {tensor.kept_dtype for _, tensor in inputs}
-        stored = promoted(kept) if len(kept) > 1 else stored if stored.merges else lead.kept_dtype
+        first = _dtype_source(target, self._origin) or lead
+        kept = _kept([tensor for _, tensor in inputs], first)
+        stored = promoted(kept) if len(kept) > 1 else first.kept_dtype if first.kept_dtype.merges else lead.kept_dtype
         dtype = recipe.out_dtype or recipe.dtype or stored
         if target.copies:
             return _summed(target.name, dtype, lead, inputs, [Combine((1.0,))] * len(targets))
@@ -269,6 +270,17 @@ def _dtype_source(target: Target, origin: Model) -> TensorInput | None:
     return origin.tensors.get(target.inputs[0][1]) or origin.tensors.get(first)
 
 
+def _kept(tensors: Sequence[TensorInput], first: TensorInput) -> frozenset[DType]:
+    """The dtypes of tensors that are merged, of which one that holds all is stored.
+
+    What is decoded has none of its own: BF16, and beside F16 alone that of `first`, the one whose dtype is kept.
+    """
+    own = {tensor.kept_dtype for tensor in tensors if not tensor.decoded}
+    if own == {F16} and any(tensor.decoded for tensor in tensors):
+        return frozenset({first.kept_dtype})
+    return frozenset(tensor.kept_dtype for tensor in tensors)
+
+
 def dtype_warnings(recipe: Recipe, targets: Sequence[Target], origin: Model) -> list[str]:
     """A warning, if the origin does not tell the dtype of tensors in stacked layers, so that their source does."""
     if recipe.dtype is not None or recipe.out_dtype is not None:
@@ -282,14 +294,14 @@ def dtype_warnings(recipe: Recipe, targets: Sequence[Target], origin: Model) -> 
     ]
 
 
-def dtype_remarks(recipe: Recipe, targets: Sequence[Target], models: Sequence[Model]) -> list[str]:
+def dtype_remarks(recipe: Recipe, targets: Sequence[Target], models: Sequence[Model], origin: Model) -> list[str]:
     """What is stored where models have a tensor in different dtypes, and the recipe names none."""
     if recipe.dtype is not None or recipe.out_dtype is not None:
         return []
     counts: dict[frozenset[DType], int] = {}
     for target in targets:
         tensors = [models[i].tensors[name] for i, name in target.inputs]
-        kinds = frozenset(tensor.kept_dtype for tensor in tensors)
+        kinds = _kept(tensors, _dtype_source(target, origin) or tensors[0])
         if len(kinds) > 1 and not target.verbatim and all(tensor.merges for tensor in tensors):
             counts[kinds] = counts.get(kinds, 0) + 1
     return [

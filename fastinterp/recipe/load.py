@@ -15,7 +15,15 @@ from fastinterp.recipe.build import Builder
 from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read, read_all
 from fastinterp.recipe.merge_groups import MergeGroup, Section, sidecar_paths
 from fastinterp.recipe.parameters import Resolver
-from fastinterp.recipe.references import ModelRef, check_names, close_reference, in_order, model_ref, references
+from fastinterp.recipe.references import (
+    UNCHANGED,
+    ModelRef,
+    check_names,
+    close_reference,
+    in_order,
+    model_ref,
+    references,
+)
 from fastinterp.recipe.schema import RawRecipe, guessed_method, method_of, raw_recipe
 
 if TYPE_CHECKING:
@@ -24,7 +32,10 @@ if TYPE_CHECKING:
 __all__ = ["Recipe", "load_recipe", "load_recipes"]
 
 CHOICES = {"rounding": ("nearest", "stochastic"), "fp8_overflow": ("saturate", "nonfinite"),
-            "missing": ("error", "base", "skip"), "channels": ("same", "first")}  # fmt: skip
+            "missing": ("error", "base", "skip"), "channels": ("same", "first"), "out": ("model", "lora")}  # fmt: skip
+# Keys about whole models, which say nothing of adapters.
+_NOT_OF_ADAPTERS = ("slices", "modules", "missing", "channels", "integers", "tokenizer", "tokenizer_source",
+                    "chat_template")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,8 @@ class Recipe:
     name          of a document that others build on, or None
     warnings      values that nothing uses
     document      where messages about it point to
+    out           "model"; or "lora": the models are adapters, and so is the output
+    rank          of an adapter that is written; None: exact where that is possible, else the sum of the ranks
     """
 
     method: Method
@@ -87,6 +100,8 @@ class Recipe:
     name: str | None
     warnings: tuple[RecipeError, ...] = field(repr=False, compare=False)
     document: Document = field(repr=False, compare=False)
+    out: str = "model"
+    rank: int | None = None
 
     @property
     def groups(self) -> tuple[MergeGroup, ...]:
@@ -223,7 +238,7 @@ def build(document: Document, above: Sequence[Recipe], collector: ErrorCollector
     if not collector.errors:
         with collector:
             parameters, coefficients = _constants(document, method, sections)
-    origin = builder.base_model or builder.models[0]
+    origin = builder.base_model or next(model for model in builder.models if model is not UNCHANGED)
     sidecars = tuple(sidecar_paths(method, sections))
     used = (*builder.models, *([] if builder.base_model is None else [builder.base_model]), *sidecars)
     return Recipe(
@@ -247,6 +262,8 @@ def build(document: Document, above: Sequence[Recipe], collector: ErrorCollector
         name=raw.name,
         warnings=tuple(builder.levels.warnings),
         document=document,
+        out=raw.out,
+        rank=raw.rank,
         **settings,
     )
 
@@ -276,6 +293,8 @@ def _settings(document: Document, raw: RawRecipe, builder: Builder, collector: E
             _check_choice(document, getattr(raw, key), key)
     with collector:
         _check_seed(document, raw.seed)
+    with collector:
+        _check_adapter_keys(document, raw)
     with collector:
         settings["integers"] = _integers(document, raw, builder.models)
     if raw.tokenizer is not None or raw.tokenizer_source is not None:
@@ -327,6 +346,19 @@ def _check_choice(document: Document, word: str, key: str) -> None:
 def _check_seed(document: Document, seed: int) -> None:
     if not 0 <= seed < 2**64:
         raise document.error(f"`seed` must be in 0..2**64-1, got {shown(seed)}", "$.seed")
+
+
+def _check_adapter_keys(document: Document, raw: RawRecipe) -> None:
+    """Raises: RecipeError, if `out: lora` stands beside what only whole models have, or `rank` without it."""
+    if raw.out != "lora":
+        if raw.rank is not None:
+            raise document.error("`rank` is that of an adapter: it needs `out: lora`", "$.rank")
+        return
+    for key in _NOT_OF_ADAPTERS:
+        if key in document.value:
+            raise document.error(f"`{key}` has no meaning for adapters (`out: lora`). Remove it", f"$.{key}")
+    if raw.rank is not None and raw.rank < 1:
+        raise document.error(f"`rank` must be at least 1, got {shown(raw.rank)}", "$.rank")
 
 
 def _integers(document: Document, raw: RawRecipe, models: Sequence[ModelRef]) -> ModelRef | None:

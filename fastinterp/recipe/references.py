@@ -102,6 +102,10 @@ class ModelRef(msgspec.Struct, frozen=True, eq=False):
         return "+".join((*map(os.path.normpath, self.names), *scales))
 
 
+# The base of adapters that are merged with each other, which is not read: their changes of it are zero there.
+UNCHANGED = ModelRef("the base, unchanged")
+
+
 def model_ref(document: Document, written: str | Reference, path: str) -> ModelRef:
     """The model that a recipe names at `path`, by its text form or by the long form `{model: ..., lora: ...}`.
 
@@ -164,7 +168,8 @@ def _adapter(document: Document, item: Any, path: str) -> AdapterRef:
         raise document.error("an adapter is a name, or `{path: NAME, revision: ..., scale: ...}`", path)
     for key in item:
         if key not in known:
-            raise document.error(f"unknown key `{clipped(str(key))}`{suggestion(str(key), known)}", path, at=f"{path}.{key}")
+            unknown = f"unknown key `{clipped(str(key))}`{suggestion(str(key), known)}"
+            raise document.error(unknown, path, at=f"{path}.{key}")
     revision, scale = item.get("revision"), item.get("scale", 1.0)
     if revision is not None and not isinstance(revision, str):
         raise document.error(f"`revision` must be text, got {shown(revision)}", f"{path}.revision")

@@ -179,6 +179,8 @@ class RawRecipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     tokenizer_source: str | Reference | None = None
     chat_template: str | None = None
     name: str | None = None
+    out: str = "model"
+    rank: int | None = None
 
 
 # Keys with parts: each item of a list, or each value of a mapping.

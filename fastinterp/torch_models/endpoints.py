@@ -21,6 +21,7 @@ from fastinterp.in_memory.arrays import stored_dtype
 from fastinterp.in_memory.inputs import ArrayHeader, StoredTensor
 from fastinterp.messages import plain
 from fastinterp.ops.dtypes import DType, parse_dtype
+from fastinterp.ops.steps import Stored
 from fastinterp.plan.compatibility import path_warnings
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.models import Model as StoredModel
@@ -158,14 +159,13 @@ class Endpoints:
         return {name: self._whole(x) if isinstance(x, StoredTensor) else x for name, x in tensors}
 
     def _stored(self, tensor: TensorInput) -> Any:
-        plain = tensor.plain
-        if plain is None:
+        operand = self.files.operand(tensor)
+        if not isinstance(operand, Stored) or operand.decoder is not None:
             raise CheckpointError(
                 f"{tensor.name} is {tensor.describe()}: Live and paths read no encoded tensors. Convert the model to "
                 "BF16 first, by a merge of it alone",
                 file=str(tensor.files[0]), tensor=tensor.name,
             )  # fmt: skip
-        operand = self.files.stored(plain)
         stored = StoredTensor(operand.source, operand.offset, tensor.shape, tensor.dtype)
         return stored if tensor.merges else self._whole(stored)
 

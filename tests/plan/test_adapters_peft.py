@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 import fastinterp  # noqa: E402
-from fastinterp.errors import CheckpointError, ShapeError  # noqa: E402
 
 # What the libraries warn of is theirs.
 pytestmark = [
