@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace as dataclass_replace
 
+import msgspec
 from msgspec.structs import replace
 
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.lora import LoraAdapter, LowRankModule, parse
 from fastinterp.checkpoint.names import listing, quote
-from fastinterp.checkpoint.open import open_checkpoint
+from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.messages import closest
@@ -24,7 +25,6 @@ from fastinterp.plan.adapted_experts import parts_of, products_of
 from fastinterp.plan.adapter_names import places, weight_of
 from fastinterp.plan.inputs import StoredInput, TensorInput
 from fastinterp.plan.low_rank import FactorInput, LowRankInput, ProductInput, RowsInput
-from fastinterp.plan.models import Model
 from fastinterp.recipe.references import AdapterRef, ModelRef
 from fastinterp.tokenizer.tied_embeddings import embedding_of, is_input_embedding, is_tied
 
@@ -34,18 +34,24 @@ _HEAD = "lm_head.weight"  # of language models
 _SCALE_TIED = frozenset(("t5", "mt5", "umt5", "longt5", "switch_transformers"))  # by the size of a tied embedding
 
 
-def with_adapters(model: Model, ref: ModelRef) -> Model:
-    """A model with the adapters of `ref` added, in their order.
+class Adapted(msgspec.Struct, frozen=True):
+    """The tensors of a model with its adapters, its checkpoint with theirs, and warnings."""
 
-    Raises: CheckpointError and ShapeError, if one does not fit it, or if a tensor of one has no place in it.
+    tensors: dict[str, TensorInput]
+    checkpoint: Checkpoint
+    warnings: tuple[str, ...]
+
+
+def with_adapters(tensors: Mapping[str, TensorInput], checkpoint: Checkpoint, ref: ModelRef) -> Adapted:
+    """The tensors of a checkpoint with the adapters of `ref` added, in their order.
+
+    Raises: CheckpointError and ShapeError, if one does not fit, or if a tensor of one has no place in it.
     """
-    checkpoint = model.checkpoint
-    assert checkpoint is not None
-    tensors = dict(model.tensors)
-    opened, warnings = [], list(model.warnings)
+    tensors = dict(tensors)
+    opened, warnings = [], []
     for one in ref.adapters:
         adapter = parse(open_checkpoint(one.name))
-        adding = _Adding(model, tensors, adapter, one)
+        adding = _Adding(checkpoint, tensors, adapter, one)
         adding.add()
         if adding.added:
             warnings.append(
@@ -54,20 +60,17 @@ def with_adapters(model: Model, ref: ModelRef) -> Model:
             )
         opened.append(adapter.checkpoint)
         warnings += _other_base(adapter, ref)
-    name = str(ref)
-    changed = dataclass_replace(checkpoint, name=name, adapters=(*checkpoint.adapters, *opened))
-    return Model(name, model.root, tensors, changed, warnings=tuple(warnings))
+    return Adapted(tensors, dataclass_replace(checkpoint, name=str(ref), adapters=tuple(opened)), tuple(warnings))
 
 
 class _Adding:
     """Adds one adapter to the tensors of a model."""
 
-    def __init__(self, model: Model, tensors: dict[str, TensorInput], adapter: LoraAdapter, ref: AdapterRef):
-        self.base, self.tensors, self.adapter, self.ref = model.name, tensors, adapter, ref
+    def __init__(self, base: Checkpoint, tensors: dict[str, TensorInput], adapter: LoraAdapter, ref: AdapterRef):
+        self.base, self.tensors, self.adapter, self.ref = base.name, tensors, adapter, ref
         self.checkpoint = adapter.checkpoint
-        self.name = str(ref)
         self.label = os.path.basename(os.path.normpath(ref.path)) or ref.path
-        self.config = json_or_empty(model.root / CONFIG)
+        self.config = json_or_empty(base.root / CONFIG)
         self.model_type = str(self.config.get("model_type"))
         self.places = places(adapter, tensors)
         self.transposed: bool | None = None
@@ -175,16 +178,25 @@ class _Adding:
     def _stored(self, name: str) -> StoredInput:
         """The tensor of the base, to be changed. Raises: CheckpointError, if nothing can be added to it."""
         tensor = self.tensors[name]
-        if not isinstance(tensor, StoredInput) or not tensor.merges or tensor.dtype.is_complex:
+        stored = tensor.stored
+        if stored is None or not tensor.merges or tensor.dtype.is_complex:
             kind = tensor.quantised or str(tensor.dtype)
             raise CheckpointError(
                 f"the adapter changes {quote(name)}, which is {kind} in {self.base}: nothing can be added to that",
                 file=self.checkpoint.name,
                 tensor=name,
             )
-        return tensor
+        return stored
 
     def _input(self, entry: Entry) -> StoredInput:
+        """The input that reads a tensor of the adapter. Raises: CheckpointError, if it has to be converted first."""
+        if entry.conversion is not None:
+            raise CheckpointError(
+                f"{quote(entry.name)} is {entry.conversion.stored_as}: adapters are read as they are stored. Save it "
+                "again, its tensors contiguous, as safetensors does",
+                file=self.checkpoint.name,
+                tensor=entry.name,
+            )
         return StoredInput(
             entry.name, entry.dtype, entry.shape, entry.nbytes, self.checkpoint.files[entry.file], entry.start
         )

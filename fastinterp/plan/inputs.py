@@ -104,6 +104,16 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         return None
 
     @property
+    def stored(self) -> StoredInput | None:
+        """Itself, if one file holds it, whatever it is there; else None."""
+        return None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters change it."""
+        return False
+
+    @property
     def moves_rows(self) -> bool:
         """Whether its rows come from several places: of another vocabulary than its file's, or of other tensors."""
         return False
@@ -210,6 +220,14 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     @property
     def plain(self) -> StoredInput | None:
         return self if self.encoding is None and self.low_rank is None else None
+
+    @property
+    def stored(self) -> StoredInput | None:
+        return self
+
+    @property
+    def adapted(self) -> bool:
+        return self.low_rank is not None
 
 
 class ConvertedInput(TensorInput, frozen=True, eq=False):

@@ -94,7 +94,8 @@ def open_model(name: str | ModelRef) -> Model:
     if ref.adapters:
         from fastinterp.plan.adapters import with_adapters  # few recipes have any
 
-        model = with_adapters(model, ref)
+        adapted = with_adapters(model.tensors, checkpoint, ref)
+        model = Model(str(ref), model.root, adapted.tensors, adapted.checkpoint, warnings=adapted.warnings)
     return model
 
 
