@@ -114,6 +114,11 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         return False
 
     @property
+    def formula(self) -> str:
+        """What adapters make of it, W, for people; empty, if none change it."""
+        return ""
+
+    @property
     def moves_rows(self) -> bool:
         """Whether its rows come from several places: of another vocabulary than its file's, or of other tensors."""
         return False
@@ -228,6 +233,10 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     @property
     def adapted(self) -> bool:
         return self.low_rank is not None
+
+    @property
+    def formula(self) -> str:
+        return "" if self.low_rank is None else self.low_rank.formula()
 
 
 class ConvertedInput(TensorInput, frozen=True, eq=False):
