@@ -278,7 +278,7 @@ def refusal(name: str, root: Path, adapter: Adapter, tensors: Mapping[str, Entry
 
 
 def _article(kind: str) -> str:
-    return f"{'an' if kind[0] in 'IO' else 'a'} {kind}"
+    return f"{'an' if kind[0] in 'AIO' else 'a'} {kind}"
 
 
 def _with_peft(folder: str, adapter: Adapter, tensors: Mapping[str, Entry]) -> str:

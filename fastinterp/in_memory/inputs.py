@@ -33,14 +33,16 @@ class ArrayHeader(NamedTuple):
 class StoredTensor:
     """A floating tensor that is read from an open file as it is merged.
 
-    source  number of the file in the Sources that it is open in
-    start   byte offset in the file
+    source   number of the file in the Sources that it is open in
+    start    byte offset in the file
+    operand  how it is read, if its bytes are not all that it is: codes, tensors with adapters. dtype is F32 then
     """
 
     source: int
     start: int
     shape: tuple[int, ...]
     dtype: DType
+    operand: Stored | None = None
 
 
 View = ArrayView | StoredTensor
@@ -227,7 +229,7 @@ def operand_of(view: View, kind: str, sources: list[Handle]) -> Stored:
     """A view as an operand of a step. An array becomes one more of `sources`, memory of this kind."""
     code = view.dtype.code or 0
     if isinstance(view, StoredTensor):
-        return Stored(view.source, view.start, code)
+        return Stored(view.source, view.start, code) if view.operand is None else view.operand
     sources.append((kind, view.address, math.prod(view.shape) * view.dtype.bits // 8))
     return Stored(len(sources) - 1, 0, code)
 

@@ -74,7 +74,7 @@ class EndpointOperands:
 
     def _operand(self, tensor: Any, dtype: DType, weights: Sequence[Weight]) -> Stored:
         if isinstance(tensor, StoredTensor):
-            return Stored(tensor.source, tensor.start, dtype.code or 0)
+            return Stored(tensor.source, tensor.start, dtype.code or 0) if tensor.operand is None else tensor.operand
         tensor = tensor.detach()
         start, size = address_of(tensor), tensor.numel() * tensor.element_size()
         overlaps = any(start < w.address + w.nbytes and w.address < start + size for w in weights)
@@ -138,7 +138,11 @@ class EndpointOperands:
     def copy(self, operands: Sequence[Stored], sinks: Sequence[Handle], sizes: Sequence[int]) -> None:
         """Copy the bytes of operands into sinks, one into each. sizes: in bytes."""
         places = [(o, i, n) for i, (o, n) in enumerate(zip(operands, sizes, strict=True)) if n]
-        step = _copy if self.device is None else _copy_by_kernel
+
+        def step(operand: Stored, sink: int, nbytes: int) -> TensorStep:
+            plain = self.device is None and operand.decoder is None and operand.low_rank is None
+            return (_copy if plain else _copy_by_kernel)(operand, sink, nbytes)
+
         if places:
             self.executor(sinks).run([step(o, i, n) for o, i, n in places])
 

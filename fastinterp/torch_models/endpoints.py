@@ -14,7 +14,7 @@ from typing import Any
 from msgspec.structs import replace as struct_replace
 
 from fastinterp.checkpoint.open import changed_since, refuse_components
-from fastinterp.errors import CheckpointError, UsageError
+from fastinterp.errors import UsageError
 from fastinterp.execute.sources import Sources, storage
 from fastinterp.in_memory.allocate import torch_dtype
 from fastinterp.in_memory.arrays import stored_dtype
@@ -160,13 +160,9 @@ class Endpoints:
 
     def _stored(self, tensor: TensorInput) -> Any:
         operand = self.files.operand(tensor)
-        if not isinstance(operand, Stored) or operand.decoder is not None:
-            raise CheckpointError(
-                f"{tensor.name} is {tensor.describe()}: Live and paths read no encoded tensors. Convert the model to "
-                "BF16 first, by a merge of it alone",
-                file=str(tensor.files[0]), tensor=tensor.name,
-            )  # fmt: skip
-        stored = StoredTensor(operand.source, operand.offset, tensor.shape, tensor.dtype)
+        assert isinstance(operand, Stored)
+        plain = operand.decoder is None and operand.low_rank is None
+        stored = StoredTensor(operand.source, operand.offset, tensor.shape, tensor.dtype, None if plain else operand)
         return stored if tensor.merges else self._whole(stored)
 
     def check_tied(self, model: Endpoint, tensors: Mapping[str, Any], weights: Sequence[Weight]) -> None:
@@ -183,6 +179,8 @@ class Endpoints:
             return False
         if not isinstance(x, StoredTensor) or not isinstance(y, StoredTensor):
             return equal_bytes(x, y)
+        if x.operand is not None or y.operand is not None:
+            return x.operand == y.operand
         nbytes = x.dtype.nbytes(math.prod(x.shape)) or 0
         chunks = [(at, min(_CHUNK, nbytes - at)) for at in range(0, nbytes, _CHUNK)]
         return (x.source, x.start) == (y.source, y.start) or all(

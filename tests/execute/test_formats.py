@@ -304,12 +304,22 @@ def test_rows_of_encoded_embeddings_are_not_moved(tmp_path):
         fastinterp.merge(recipe("linear", paths, weights=[1, 1], tokenizer_source="union"), tmp_path / "out")
 
 
-def test_live_refuses_encoded_end_points(tmp_path):
+@pytest.mark.parametrize("resident", [True, False])
+def test_live_reads_encoded_end_points(tmp_path, resident):
+    """In memory, or at every point: the weights are those of a merge."""
     torch = pytest.importorskip("torch")
-    model = {"weight": tensor(np.arange(6).reshape(2, 3), F32)}
-    paths = [str(write(tmp_path / str(i), encoded(model))) for i in range(2)]
-    with pytest.raises(CheckpointError, match="Live and paths read no encoded tensors"):
-        fastinterp.Live(torch.nn.Linear(3, 2, bias=False), a=paths[0], b=paths[1])
+    rng = np.random.default_rng(0)
+    paths = [
+        str(write(tmp_path / str(i), encoded({"weight": tensor(rng.normal(size=(2, 3)), F32)}))) for i in range(2)
+    ]
+    module = torch.nn.Linear(3, 2, bias=False)
+    fastinterp.interpolate(*paths, 0.25, tmp_path / "out", dtype="float32")
+    from safetensors.numpy import load_file
+
+    want = load_file(tmp_path / "out" / "model.safetensors")["weight"]
+    with fastinterp.Live(module, a=paths[0], b=paths[1], resident=resident) as live:
+        live.set(0.25)
+        assert module.weight.detach().numpy().tobytes() == want.tobytes()
 
 
 def test_without_the_reader_codes_are_integers(tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def written(tmp_path: Path, form: str, pipe: Any) -> Path:
             }
         pipe.save_lora_weights(file.parent, unet_lora_layers=unet, text_encoder_lora_layers=text, **metadata)
     elif form in ("older", "processor"):
-        from diffusers.utils import convert_state_dict_to_diffusers
+        from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 
         renamed = {f"unet.{n}": t.contiguous() for n, t in convert_state_dict_to_diffusers(unet).items()}
         if form == "processor":
