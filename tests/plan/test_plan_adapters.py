@@ -157,7 +157,7 @@ def test_the_command_line(tmp_path):
     assert run(commands, ["average", "base+run/checkpoint-*", "--out", "o4"]).exit_code == 0
     card = Path("o4/README.md").read_text()
     assert "base+run/checkpoint-5" in card and "base+run/checkpoint-10" in card
-    assert run(commands, ["sweep", "base", "base+one", "--alpha", "0,1", "--out", "o3"]).exit_code == 0
+    assert run(commands, ["sweep", "base", "base+one", "--alphas", "0,1", "--out", "o3"]).exit_code == 0
     found = json.loads(run(commands, ["diff", "base", "base+one", "--json"]).stdout)
     assert found["tensors"]
     found = json.loads(run(commands, ["inspect", "base+one+two:0.5", "--json"]).stdout)

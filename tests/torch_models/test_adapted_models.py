@@ -17,13 +17,8 @@ from safetensors.torch import load_file  # noqa: E402
 import fastinterp  # noqa: E402
 
 
-class Net(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = torch.nn.Linear(24, 40), torch.nn.Linear(40, 24, bias=False)
-
-    def forward(self, x: Any) -> Any:
-        return self.b(torch.relu(self.a(x)))
+def net() -> Any:
+    return torch.nn.ModuleDict({"a": torch.nn.Linear(24, 40), "b": torch.nn.Linear(40, 24, bias=False)})
 
 
 @pytest.fixture
@@ -52,7 +47,7 @@ def assert_state(module: Any, file: str) -> None:
 
 @pytest.mark.parametrize("resident", [True, False])
 def test_live(models, resident):
-    module = Net()
+    module = net()
     module.load_state_dict(load_file("base/model.safetensors"))
     with fastinterp.Live(module, a="base", b="base+lora", resident=resident) as live:
         live.set(0.25)

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastinterp.checkpoint.adapters import unmergeable_config
 from fastinterp.checkpoint.header import Entry
-from fastinterp.checkpoint.lora import Kind, LoraAdapter, LowRankModule, check_pair, pair_error, refuse_left
+from fastinterp.checkpoint.lora.parts import Kind, LoraAdapter, LowRankModule, check_pair, pair_error, refuse_left
 from fastinterp.checkpoint.lora.peft import of_pattern
 from fastinterp.checkpoint.lora.scalars import read_scalars
 from fastinterp.checkpoint.open import Checkpoint

@@ -14,7 +14,15 @@ from typing import Any
 
 from fastinterp.checkpoint.adapters import ADAPTER_CONFIG
 from fastinterp.checkpoint.header import Entry
-from fastinterp.checkpoint.lora import Kind, LoraAdapter, LowRankModule, TokenRows, check_pair, pair_error, refuse_left
+from fastinterp.checkpoint.lora.parts import (
+    Kind,
+    LoraAdapter,
+    LowRankModule,
+    TokenRows,
+    check_pair,
+    pair_error,
+    refuse_left,
+)
 from fastinterp.checkpoint.names import listing, quote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import CheckpointError
