@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from ml_dtypes import bfloat16
+from ml_dtypes import bfloat16, float8_e4m3fn
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -139,6 +139,20 @@ def test_deltas_of_adapters(threads):
             return load_file("made/model.safetensors")[f"{Q}.weight"].tobytes()
 
         assert made("base+one", "base+two") == made("x1.safetensors", "x2.safetensors"), method
+
+
+def test_codes_are_decoded_before_an_adapter_is_added():
+    """fp8 with a scale: the sum is of what the codes stand for; it is stored as bf16, as models of codes are."""
+    codes = base()[f"{Q}.weight"].astype("f4").astype(float8_e4m3fn)
+    scale = np.float32(0.37)
+    coded = base() | {f"{Q}.weight": codes, f"{Q}.weight_scale": scale.reshape(1)}
+    put("coded", coded)
+    config = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "format": "float-quantized"}
+    Path("coded/config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
+    out = merged("coded+one")
+    a, b = adapter().values()
+    want = low_rank.add_product(codes.astype("f4") * scale, b, a, 2.0)
+    assert out.keys() == base().keys() and out[f"{Q}.weight"].tobytes() == rounded(want)
 
 
 def test_float32_is_not_rounded():
