@@ -173,7 +173,7 @@ int64_t Decoding::column_bytes() const {
 }
 
 int64_t Decoding::companion_column(int companion) const {
-  return companion_bytes_[size_t(companion)] / (numel_ / int64_t(parameters_[0]));
+  return numel_ == 0 ? 0 : companion_bytes_[size_t(companion)] / (numel_ / int64_t(parameters_[0]));
 }
 
 int64_t Decoding::slab_columns() const {

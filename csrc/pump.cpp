@@ -227,10 +227,7 @@ Inputs Pump::inputs_of(const Step& step, char* scratch) {
 
 void Pump::finish_piece(int step) {
   if (--left_[size_t(step)] > 0) return;
-  for (const Operand& input : steps_[size_t(step)].inputs) {
-    if (input.decoding) input.decoding->release();
-    if (input.low_rank) input.low_rank->release();
-  }
+  release_held(steps_[size_t(step)]);
 }
 
 bool Pump::in_memory(const Step& step) const {

@@ -17,10 +17,12 @@ from fastinterp.methods import Method, given
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.average import average_of
 from fastinterp.paths.points import further_keys, point_name, point_path, point_recipe
-from fastinterp.plan.plan import Source, documents, make_plan, plan_documents, plan_recipe
+from fastinterp.plan.plan import Source, documents, make_plan, plan_documents
+from fastinterp.recipe.load import Recipe
 
 if TYPE_CHECKING:
     from fastinterp.inspect.explain import Explanation
+    from fastinterp.lora.explain import AdapterExplanation
     from fastinterp.lora.report import AdapterReport
 
 
@@ -213,12 +215,29 @@ def explain(
     missing: str | None = None,
     channels: str | None = None,
     methods: Sequence[Method] = (),
-) -> Explanation:
+) -> Explanation | AdapterExplanation:
     """What `merge` would read, compute and write, from headers. print() shows it, `as_dict` gives plain values.
 
     Arguments and errors are those of `merge`.
     """
+    with given(methods):
+        return explanation_of(documents(recipe, dtype, rounding, seed, missing, channels), max_shard_size)
+
+
+def explanation_of(
+    recipes: Sequence[Recipe],
+    max_shard_size: str | int | None,
+    threads: int | None = None,
+    max_memory: int = 512_000_000,
+) -> Explanation | AdapterExplanation:
+    """The explanation of the documents of a recipe. Arguments and errors as of `merge`."""
+    *above, last = recipes
+    if last.out == "lora" and not above:
+        from fastinterp.lora.explain import AdapterExplanation
+        from fastinterp.lora.plan import plan_adapters
+
+        return AdapterExplanation(plan_adapters(last))
     from fastinterp.inspect.explain import Explanation
 
-    with given(methods):
-        return Explanation(plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels))
+    plan = make_plan([last], max_shard_size=optional_size(max_shard_size), above=above)
+    return Explanation(plan, threads, max_memory)

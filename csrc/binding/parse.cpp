@@ -93,6 +93,9 @@ ParsedOperand operand_of(const py::handle& object) {
   if (operand.gathered) {
     operand.parts = get<std::vector<std::tuple<int, int64_t, int64_t>>>(object, "parts");
     operand.rows = attribute(object, "rows");
+    for (const py::handle decoder : attribute(object, "decoders")) operand.decoders.push_back(decoder_of(decoder));
+    if (!operand.decoders.empty() && (operand.decoders.size() != operand.parts.size() || operand.dtype != DType::F32))
+      throw py::value_error("a gathered operand with decoders has one, or None, for each part, and is float32");
     return operand;
   }
   operand.source = get<int>(object, "source");

@@ -74,6 +74,7 @@ struct ParsedOperand {
   ParsedDecoder decoder;
   ParsedLowRank low_rank;
   std::vector<std::tuple<int, int64_t, int64_t>> parts;  // of a gathered one: source, byte offset, rows
+  std::vector<ParsedDecoder> decoders;                   // of each part; without a name: none. Empty: of no part
   pybind11::object rows;                                 // i64, a buffer
 };
 

@@ -22,24 +22,6 @@ int source_of(int source, size_t sources) {
   return source;
 }
 
-// Parts lie one behind the other, each some whole rows of a source; `rows` are taken out of them.
-std::shared_ptr<RowMap> gathered_of(const ParsedOperand& operand, size_t sources, int64_t row_bytes, int64_t rows) {
-  auto map = std::make_shared<RowMap>();
-  map->row_bytes = row_bytes;
-  for (int64_t row : numbers_of<int64_t>(operand.rows.cast<py::buffer>(), rows)) {
-    RowMap::Location location{-1, 0};
-    const bool zeros = row == -1;
-    for (const auto& [source, offset, count] : operand.parts) {
-      if (row >= 0 && row < count) location = {source_of(source, sources), offset + row * row_bytes};
-      if (row >= 0) row -= count;
-      if (location.source >= 0) break;
-    }
-    if (!zeros && location.source < 0) throw py::value_error("a gathered row is none of the parts' rows");
-    map->rows.push_back(location);
-  }
-  return map;
-}
-
 std::shared_ptr<Decoding> decoding_of(const ParsedDecoder& parsed, const Backend& backend, size_t sources,
                                       int64_t numel) {
   if (parsed.name.empty()) return nullptr;
@@ -49,6 +31,31 @@ std::shared_ptr<Decoding> decoding_of(const ParsedDecoder& parsed, const Backend
   for (const ParsedDecoder::Companion& c : parsed.companions)
     companions.push_back({source_of(c.source, sources), c.offset, c.bytes});
   return std::make_shared<Decoding>(*decoder, numel, parsed.columns, std::move(companions), parsed.parameters);
+}
+
+// Parts lie one behind the other, each some whole rows of a source; `rows` are taken out of them.
+std::shared_ptr<RowMap> gathered_of(const ParsedOperand& operand, const Backend& backend, size_t sources,
+                                    int64_t row_bytes, int64_t rows) {
+  auto map = std::make_shared<RowMap>();
+  map->row_bytes = row_bytes;
+  for (size_t i = 0; i < operand.parts.size(); ++i) {
+    const auto& [source, offset, count] = operand.parts[i];
+    const int64_t numel = count * row_bytes / int64_t(size_of(operand.dtype));
+    map->parts.push_back({source_of(source, sources), offset,
+                          operand.decoders.empty() ? nullptr : decoding_of(operand.decoders[i], backend, sources, numel)});
+  }
+  for (int64_t row : numbers_of<int64_t>(operand.rows.cast<py::buffer>(), rows)) {
+    RowMap::Location location{-1, 0};
+    const bool zeros = row == -1;
+    for (size_t i = 0; i < operand.parts.size() && location.part < 0; ++i) {
+      const int64_t count = std::get<2>(operand.parts[i]);
+      if (row >= 0 && row < count) location = {int(i), row * row_bytes};
+      if (row >= 0) row -= count;
+    }
+    if (!zeros && location.part < 0) throw py::value_error("a gathered row is none of the parts' rows");
+    map->rows.push_back(location);
+  }
+  return map;
 }
 
 // Checks that the elements of a factor that are used, `length` times `rank` of each matrix, do not run backwards: where
@@ -107,7 +114,9 @@ Operand operand_of(const ParsedStep& step, const ParsedOperand& operand, const B
   const int width = bytes ? 1 : size_of(operand.dtype);
   if (operand.gathered) {
     const int64_t columns = columns_of(step, step.numel);
-    return {-1, 0, operand.dtype, width, gathered_of(operand, sources, columns * width, step.numel / columns)};
+    if (bytes && !operand.decoders.empty()) throw py::value_error("bytes of decoded rows are not compared");
+    const int64_t rows = step.numel / columns;
+    return {-1, 0, operand.dtype, width, gathered_of(operand, backend, sources, columns * width, rows)};
   }
   if (bytes && !operand.low_rank.changes.empty())
     throw py::value_error("bytes of a tensor to which products are added are not compared");

@@ -7,8 +7,8 @@
 //   parameters  rows of a matrix
 // nvfp4: 16 elements of a block, an E4M3 scale, and a scale of the whole matrix: code * (scale * scale of the matrix)
 //   companions  scales F8_E4M3, scales of the matrices F32
-//   parameters  how the scale of a matrix is applied (0: scale * it, 1: scale / it), number of matrices,
-//               1 if the high half of a byte comes first, 1 if scales lie in tiles (tile_index of scales.h)
+//   parameters  1 if the scale of a block is divided by that of the matrix instead, number of matrices; and perhaps
+//               1 if the high half of a byte comes first, 1 if scales of blocks lie in tiles (tile_index of scales.h)
 #include "../decoder.h"
 #include "scales.h"
 #include "vectors.h"
@@ -121,10 +121,12 @@ void decode_transposed(const DecodeArgs& a) {
 constexpr int64_t kNvBlock = 16;
 enum NvParameter { kDivides, kMatrices, kHighFirst, kTiled, kNvParameters };
 
+bool is_set(const DecodeArgs& a, NvParameter flag) { return flag < a.parameter_count && a.parameters[flag] == 1; }
+
 const char* wrong_nvfp4(const DecodeArgs& a) {
   if (a.companion_count != 2) return "it takes 2 companions, the scales of blocks and of matrices";
-  if (a.parameter_count != kNvParameters) return "it takes 4 parameters";
-  for (int i = 0; i < kNvParameters; ++i)
+  if (a.parameter_count != kHighFirst && a.parameter_count != kNvParameters) return "it takes 2 or 4 parameters";
+  for (int i = 0; i < a.parameter_count; ++i)
     if (i != kMatrices && a.parameters[i] != 0 && a.parameters[i] != 1)
       return "its parameters but the second are flags";
   const int64_t matrices = a.parameters[kMatrices] >= 1 ? int64_t(a.parameters[kMatrices]) : 1;
@@ -135,14 +137,14 @@ const char* wrong_nvfp4(const DecodeArgs& a) {
 
 ByteRange range_nvfp4(const DecodeArgs& a, int companion) {
   if (companion == 1) return {0, int64_t(a.parameters[kMatrices]) * int64_t(sizeof(float))};
-  if (a.parameters[kTiled] == 1) return tile_range(a.first, a.count, a.numel, a.columns, kNvBlock);
+  if (is_set(a, kTiled)) return tile_range(a.first, a.count, a.numel, a.columns, kNvBlock);
   return {a.first / kNvBlock, a.count / kNvBlock};
 }
 
 // The scales of `count` blocks, at most kVector of them, from block `first` of the tensor on.
 void block_scales(const DecodeArgs& a, int64_t first, int64_t count, float* to) {
   uint8_t codes[kVector] = {};
-  if (a.parameters[kTiled] == 1) {
+  if (is_set(a, kTiled)) {
     const int64_t per_row = a.columns / kNvBlock;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t block = first + i;
@@ -154,7 +156,7 @@ void block_scales(const DecodeArgs& a, int64_t first, int64_t count, float* to) 
   put(to, widen_e4m3(load_bytes(codes)));
   const int64_t per_matrix = a.numel / int64_t(a.parameters[kMatrices]) / kNvBlock;
   const float matrix = load_at<float>(a.companions[1], first / per_matrix);
-  if (a.parameters[kDivides] == 1)
+  if (is_set(a, kDivides))
     for (int i = 0; i < kVector; ++i) to[i] /= matrix;
   else
     for (int i = 0; i < kVector; ++i) to[i] *= matrix;
@@ -185,7 +187,7 @@ void decode_nvfp4(const DecodeArgs& a) {
     block_scales(a, block, count, scales);
     const char* const codes = static_cast<const char*>(a.bytes) + (block - first) * (kNvBlock / 2);
     float* const to = a.to + (block - first) * kNvBlock;
-    if (a.parameters[kHighFirst] == 1)
+    if (is_set(a, kHighFirst))
       decode_blocks<true>(codes, scales, count, to);
     else
       decode_blocks<false>(codes, scales, count, to);

@@ -15,10 +15,17 @@ namespace fi {
 
 // Locations of the rows of a gathered operand, in the order of the output.
 struct RowMap {
-  struct Location {
-    int source;      // -1: a row of zeros
-    int64_t offset;  // bytes
+  // Some whole rows that lie one behind the other in a source.
+  struct Part {
+    int source;
+    int64_t offset;                      // bytes
+    std::shared_ptr<Decoding> decoding;  // of codes, which begin at `offset`; null: the bytes are elements
   };
+  struct Location {
+    int part;        // -1: a row of zeros
+    int64_t offset;  // bytes from the part's beginning; of codes, as if they were decoded
+  };
+  std::vector<Part> parts;
   std::vector<Location> rows;
   int64_t row_bytes;
 };
@@ -74,6 +81,9 @@ class Inputs {
 
 // Bytes that one thread needs to decode an input of the step; 0, if none is to be decoded.
 int64_t decoding_scratch(const Step& step);
+
+// When nothing of a step is read any more: frees what its inputs hold.
+void release_held(const Step& step);
 
 // Computes outputs from inputs, a span of elements at a time.
 class Sum {

@@ -39,30 +39,30 @@ def find_components(root: Path, present: Sequence[str]) -> Found:
     present  names in the folder
     Raises: CheckpointError, if the file that names them is damaged.
     """
-    remarks: list[str] = []
-    folders = _of_pipeline(root, remarks) if PIPELINE in present else _of_modules(root)
-    return Found(tuple(folder for folder in folders if _has_weights(root / folder)), tuple(remarks))
+    named = _of_pipeline(root) if PIPELINE in present else _of_modules(root)
+    there = [folder for folder in named if os.path.isdir(root / folder)]
+    missing = [folder for folder in named if folder not in there] if PIPELINE in present else []
+    remarks = (f"{PIPELINE} names {listing(missing)}, but there is no such folder",) if missing else ()
+    return Found(tuple(folder for folder in there if has_weights(root / folder)), remarks)
 
 
 def named_folders(root: Path) -> tuple[str, ...]:
-    """The folders that the files of a pipeline or sentence-transformer in `root` name, with weights or without."""
+    """The folders that the files of a pipeline or sentence-transformer in `root` name, with weights or without, there
+    or not.
+    """
     try:
         if (root / PIPELINE).is_file():
-            return tuple(_of_pipeline(root, []))
+            return tuple(_of_pipeline(root))
         return tuple(f for f in _of_modules(root) if f) if (root / MODULES).is_file() else ()
     except CheckpointError:
         return ()
 
 
-def _of_pipeline(root: Path, remarks: list[str]) -> list[str]:
-    """The folders of the components that model_index.json names. Those that are not there become remarks."""
+def _of_pipeline(root: Path) -> list[str]:
+    """The folders of the components that model_index.json names."""
     path = str(root / PIPELINE)
     table = parse_object(read_regular(path, MAX_HEADER).lstrip(), "the index of the pipeline", path)
-    named = [key for key, value in table.items() if is_relative(key) and _is_component(key, value)]
-    missing = [key for key in named if not os.path.isdir(root / key)]
-    if missing:
-        remarks.append(f"{PIPELINE} names {listing(missing)}, but there is no such folder")
-    return [key for key in named if key not in missing]
+    return [key for key, value in table.items() if is_relative(key) and _is_component(key, value)]
 
 
 def _is_component(key: str, value: Any) -> bool:
@@ -81,10 +81,11 @@ def _of_modules(root: Path) -> list[str]:
     wrong = [f for f in folders if f and not is_relative(f)]
     if wrong:
         raise CheckpointError(f"{quote(wrong[0])} is no folder in that of the model", file=path)
-    return [f for f in dict.fromkeys(folders) if os.path.isdir(root / f)]
+    return list(dict.fromkeys(folders))
 
 
-def _has_weights(folder: Path) -> bool:
+def has_weights(folder: Path) -> bool:
+    """Whether a folder itself has files of weights. Raises: CheckpointError, if it cannot be read."""
     names = _listed(folder)
     return bool(weight_files(names) or pickled_files(names))
 

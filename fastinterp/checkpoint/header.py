@@ -40,7 +40,7 @@ class Conversion(Protocol):
 
     @property
     def stored_as(self) -> str:
-        """How the tensor is stored, for messages: `Q4_K`, say."""
+        """How the tensor is stored, for messages: `Q4_K`, say. Empty: as its elements, in another order."""
         ...
 
     def pieces(self, path: str) -> Iterator[bytes]:
@@ -71,7 +71,7 @@ class Entry(msgspec.Struct, frozen=True):
 class FileHeader(NamedTuple):
     """What a file of weights says without its data.
 
-    entries   its tensors, in the order of their offsets
+    entries   its tensors, in an order that is the model's: of their offsets, as a rule
     metadata  strings by key
     remarks   what was decided when it was read, for people
     """
@@ -115,6 +115,11 @@ def _read_json(file: str) -> tuple[bytes, int]:
                 "this is a web page (HTML or XML), not the file: a download failed, or needs a login. Download it "
                 "again",
                 file=file,
+            )
+        if first.startswith(b"PK\3\4"):
+            called = quote(os.path.splitext(os.path.basename(file))[0] + ".bin")
+            raise CheckpointError(
+                f"this is a zip file, as torch.save writes, not a safetensors file. Call it {called}", file=file
             )
         if first == b"version " and os.pread(fd, 15, 8) == b"https://git-lfs":
             raise CheckpointError(

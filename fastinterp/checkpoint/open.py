@@ -19,7 +19,7 @@ from fastinterp.checkpoint.adapters import (
     read_adapter_config,
     refusal,
 )
-from fastinterp.checkpoint.components import Found, find_components, named_folders
+from fastinterp.checkpoint.components import Found, find_components, has_weights, named_folders
 from fastinterp.checkpoint.file_kinds import KINDS, read_header
 from fastinterp.checkpoint.folder import ADAPTER, DIFFUSERS, choose, complete_shards, pickled_files, weight_files
 from fastinterp.checkpoint.header import Entry
@@ -53,7 +53,7 @@ class Checkpoint:
     name: str  # as the user wrote it
     root: Path  # the folder that holds the files
     files: tuple[Path, ...]
-    # In the order of the files, then of the offsets. Inputs are matched by name alone; an output's tensors, and so its
+    # In the order of the files, then of FileHeader. Inputs are matched by name alone; an output's tensors, and so its
     # shards, come in the order of its first model.
     tensors: dict[str, Entry]
     nbytes: int  # of all tensors
@@ -276,7 +276,7 @@ def _no_weights(name: str, root: Path, present: Sequence[str]) -> str:
     """What is there instead, and what to do about it."""
     if other := _other_weights(name, root, present):
         return other
-    below = [n for n in present if _has_weights(root / n)]
+    below = [n for n in present if (root / n).is_dir() and has_weights(root / n)]
     if below:
         return f"the folder itself has no {WEIGHTS} file, but {listing(below)} in it do: name one of them"
     hidden = os.listdir(root)
@@ -289,13 +289,6 @@ def _no_weights(name: str, root: Path, present: Sequence[str]) -> str:
         return f"the folder has no {WEIGHTS} file; it is empty"
     hint = "" if os.path.isdir(os.path.expanduser(name)) else remedies.hub_files(name)
     return f"the folder has no {WEIGHTS} file, only {listing(present)}" + (f". {hint}" if hint else "")
-
-
-def _has_weights(folder: Path) -> bool:
-    try:
-        return folder.is_dir() and bool(weight_files(present := _names(folder)) or pickled_files(present))
-    except (CheckpointError, OSError):
-        return False
 
 
 def _other_weights(name: str, root: Path, present: Sequence[str]) -> str:

@@ -152,6 +152,10 @@ def quantised_in(checkpoint: Checkpoint, taken: Collection[str] = ()) -> list[Qu
     """
     headers = {n: e for n, e in checkpoint.tensors.items() if n not in taken} if taken else checkpoint.tensors
     found = quantised_tensors(headers, checkpoint.metadata)
+    if any(name.endswith(".comfy_quant") for q in found for name in q.companions):
+        from fastinterp.checkpoint.formats.said import described_format
+
+        found = [q._replace(format=described_format(checkpoint, q.codes) or q.format) for q in found]
     codes = [n for n, h in headers.items() if len(h.shape) > 1 and h.dtype.name in _UNNAMED and _WEIGHT.search(n)]
     for part in checkpoint.parts if codes and not found else ():
         method = declared_method(part.checkpoint.root, part.checkpoint.metadata)
@@ -211,7 +215,17 @@ def _scaled(
             )  # fmt: skip
     if scales or name in described or start + "comfy_quant" in more:
         scale = headers[scales[0]] if scales else None
-        yield QuantisedTensor(_scaled_format(header, scale, scales), name, (*scales, *more))
+        yield QuantisedTensor(_scaled_format(header, scale, scales) + _beside(more), name, (*scales, *more))
+
+
+def _beside(names: Iterable[str]) -> str:
+    """What else than scales makes numbers of codes, by the names of what is beside them, as the end of a format."""
+    ends = {
+        "_zero_point": " and zero points", "_g_idx": ", columns in another order",
+        ".pre_quant_scale": " with scaled activations",
+    }  # fmt: skip
+    found = [n for n in names if not n.endswith(".input_zero_point")]
+    return "".join(text for end, text in ends.items() if any(n.endswith(end) for n in found))
 
 
 def may_scale(scale: Header, codes: Header) -> bool:

@@ -61,12 +61,12 @@ def explain(
     Example:
       fastinterp explain recipe.yml
     """
+    from fastinterp.api import explanation_of
     from fastinterp.arguments import size_of
-    from fastinterp.inspect.explain import Explanation
-    from fastinterp.plan.plan import plan_recipe
+    from fastinterp.plan.plan import documents
 
-    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels)
-    explanation = Explanation(plan, threads, size_of(max_memory))
+    recipes = documents(recipe, dtype, rounding, seed, missing, channels)
+    explanation = explanation_of(recipes, max_shard_size, threads, size_of(max_memory))
     if as_json:
         options.say_json(explanation.as_dict())
     else:
@@ -80,9 +80,9 @@ def explain(
 def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
     """Show the contents of a checkpoint, from its headers.
 
-    CHECKPOINT is a folder, a file of weights, or a Hub id; adapters may stand behind it, as in MODEL+LORA: then it says
-    what they change, and shows the model and each of them. Shows files, tensors, dtypes, metadata, and the receipt
-    of the merge that wrote it.
+    CHECKPOINT is a folder, a file of weights (.safetensors, .bin, .pt, .pth, .ckpt), or a Hub id; adapters may stand
+    behind it, as in MODEL+LORA: then it says what they change, and shows the model and each of them. Shows files,
+    tensors, dtypes, metadata, and the receipt of the merge that wrote it.
 
     \b
     Example:

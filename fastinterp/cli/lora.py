@@ -40,7 +40,7 @@ from fastinterp.cli.merge import outcome_of
 @options.quiet
 @options.as_json
 def extract_lora(finetune: str, base: str, out: str, quiet: bool, as_json: bool, **settings: Any) -> None:
-    """Write what a fine-tune changed as a LoRA adapter of its base.
+    """Write a fine-tune as a LoRA adapter of its base.
 
     FINETUNE and CKPT are checkpoints with the same tensors. Each weight of a linear layer or convolution that differs
     becomes two factors, by a randomised singular value decomposition of FINETUNE - CKPT; what differs else is stored

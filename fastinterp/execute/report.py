@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastinterp.plan.plan import Plan
 
 COPIES = "all tensors are copies"
+_SAMPLED = 16  # tensors of which the differences of decoded models are sampled
 _NOTICED = 0.05  # a strength that differs from 1 by more than this is a warning
 
 
@@ -132,6 +133,8 @@ class Report:
     removed: tuple[str, ...] = ()  # files of the checkpoint that the output replaced
     warnings: tuple[str, ...] = field(default=())
     remarks: tuple[str, ...] = ()  # what was decided without being asked: see Plan
+    # model that is decoded from codes, or is compared with one -> its difference in steps of the quantisation
+    quantised: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # reason -> files that were not copied
 
     def __repr__(self) -> str:
@@ -291,6 +294,7 @@ def report_on(
 ) -> Report:
     """The report of output k, from its record."""
     names = {*record.copied, *record.effects}
+    quantised, about, noise = _quantised(plan)
     dtypes = sorted({str(t.dtype) for t in plan.tensors if t.merged and t.name in names})
     return Report(
         output="memory" if folder is None else folder.name,
@@ -311,11 +315,13 @@ def report_on(
         warnings=(
             *warnings_of(record.effects, ", ".join(dtypes), plan.recipes[k].rounding == "stochastic"),
             *_importances(plan),
+            *noise,
             *(f"a device failed, and its work was done by others: {lost}" for lost in done.usage.lost),
             *plan.warnings,
             *(plan.lone_file_warnings if folder is not None and folder.file else ()),
         ),
-        remarks=(*plan.remarks, *_file_remarks(plan, folder)),
+        remarks=(*plan.remarks, *_file_remarks(plan, folder), *about),
+        quantised=quantised,
         left_out={} if folder is None or folder.file else plan.files.left_out,
     )
 
@@ -324,6 +330,18 @@ def _file_remarks(plan: Plan, folder: OutFolder | None) -> tuple[str, ...]:
     if folder is None:
         return ()
     return plan.lone_file_remarks if folder.file else plan.file_remarks
+
+
+def _quantised(plan: Plan) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
+    """(by model, its difference in steps of the quantisation; the same as remarks; warnings), if some are decoded."""
+    if not any(i.decoded for t in plan.tensors if t.merged for i in t.inputs if len(t.inputs) > 1):
+        return {}, [], []
+    from fastinterp.execute.quantised_deltas import about, noise, quantised_deltas
+
+    deltas = quantised_deltas(plan, _SAMPLED)
+    names = [checkpoint.name for checkpoint in plan.checkpoints]
+    values = {names[i]: {"against": names[base], **delta.as_dict()} for (i, base), delta in deltas.items()}
+    return values, about(deltas, names), noise(deltas, plan)
 
 
 def _importances(plan: Plan) -> list[str]:

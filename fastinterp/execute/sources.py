@@ -131,10 +131,13 @@ class Sources:
         code = tensor.dtype.code or 0
         if rows.rows is None:
             return Stored(computed or 0, 0, code)
-        parts = [(self._number[path], start, count) for path, start, count in rows.parts]
+        stored = [self.stored(source) for source, _ in rows.parts]
+        parts = [(s.source, s.offset, count) for s, (_, count) in zip(stored, rows.parts, strict=True)]
+        decoders = [s.decoder for s in stored]
         if computed is not None:
             parts.append((computed, 0, rows.computed_rows))
-        return Gathered(tuple(parts), code, rows.rows)
+            decoders.append(None)
+        return Gathered(tuple(parts), code, rows.rows, tuple(decoders) if any(decoders) else ())
 
     def intermediate(self, tensor: IntermediateInput) -> Operand:
         raise LookupError(f"{tensor.name} is in no file before a chained job has computed it")

@@ -19,7 +19,8 @@ Array = NDArray[Any]
 
 OVERSAMPLING = 16  # further columns of the random matrix beyond the rank that is wanted
 ITERATIONS = 2  # power iterations: each multiplies by D D^T, so that small singular values fade by s^(2 * ITERATIONS)
-_BLOCK = 4 << 20  # elements of a block of rows, which one thread multiplies
+_BLOCK = 1 << 20  # elements of a block of rows, which one thread multiplies
+_ROWS = 128  # of a block at least, or products of wide matrices get slow
 
 
 def concatenated(products: Sequence[tuple[Array, Array, float]]) -> tuple[Array, Array]:
@@ -27,17 +28,14 @@ def concatenated(products: Sequence[tuple[Array, Array, float]]) -> tuple[Array,
 
     products  (B_i, A_i, c_i), of any floating dtypes
 
-    A is [A_1; A_2; ...], with the values that these have. B is [c_1 B_1, c_2 B_2, ...], in float32 or float64 where a
-    c_i is not 1 or -1; products are float64, and rounded to that. A negative c_i negates the product, not both of its
-    factors.
+    A is [A_1; A_2; ...], with the values that these have. B is [c_1 B_1, c_2 B_2, ...], float64 if a c_i is not 1 or
+    -1: a negative c_i negates the product, not both of its factors.
     """
     return np.concatenate([_scaled(b, c) for b, _, c in products], axis=1), np.concatenate([a for _, a, _ in products])
 
 
 def _scaled(b: Array, c: float) -> Array:
-    if abs(c) == 1.0:
-        return b if c > 0 else -b
-    return (b.astype(np.float64) * c).astype(np.result_type(b, np.float32))
+    return b if c == 1.0 else -b if c == -1.0 else b.astype(np.float64) * c
 
 
 def singular(b: Any, a: Any, linalg: Any = np.linalg) -> tuple[Any, Any, Any]:
@@ -66,6 +64,12 @@ def balanced(u: Array, s: Array, v: Array, rank: int) -> tuple[Array, Array]:
     return u[:, :rank] * root, root[:, None] * v[:rank]
 
 
+def padded(b: Array, a: Array, rank: int) -> tuple[Array, Array]:
+    """(B, A) with columns and rows of zeros up to `rank`."""
+    more = max(0, rank - a.shape[0])
+    return np.pad(b, ((0, 0), (0, more))), np.pad(a, ((0, more), (0, 0)))
+
+
 def rank_for_energy(s: Array, energy: float, total: float, most: int) -> int:
     """The smallest rank, 1 to `most`, whose squared singular values add up to the fraction `energy` of `total`.
 
@@ -88,7 +92,7 @@ class Blocks:
     threads: int = 1
 
     def __iter__(self) -> Iterator[slice]:
-        rows = max(1, _BLOCK // max(1, self.matrix.shape[1]))
+        rows = max(_ROWS, _BLOCK // max(1, self.matrix.shape[1]))
         return (slice(i, i + rows) for i in range(0, self.matrix.shape[0], rows))
 
     def _each(self, work: Callable[[slice], Any]) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastinterp.in_memory.merge import merge_tensors
-from fastinterp.lora.algebra import Array, Blocks, balanced, randomised_svd
+from fastinterp.lora.algebra import Array, Blocks, balanced, padded, randomised_svd
 from fastinterp.lora.plan import AdapterPlan, PlannedProduct
 from fastinterp.methods import Parameter
 from fastinterp.ops.combine import philox_key
@@ -44,7 +44,7 @@ def merged_factors(
     for expert in range(experts):
         blocks = Blocks(np.ascontiguousarray(merged.reshape(experts, merged.shape[-2], -1)[expert]), threads)
         u, s, v = randomised_svd(blocks, rank, philox_key(recipe.seed, _RANDOM, f"{product.name}.{expert}"))
-        b, a = balanced(u, s, v, rank)
+        b, a = padded(*balanced(u, s, v, rank), rank)
         norms.append(blocks.squares())
         errors.append(blocks.residual(b, a))
         made.append((a.T, b.T) if transposed else (b, a))

@@ -16,6 +16,7 @@ from fastinterp.arguments import path_of
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_threads
 from fastinterp.checkpoint.names import listing, names_file, quote
+from fastinterp.checkpoint.same_bytes import same_bytes
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.errors import CheckpointError, ShapeError, UsageError
 from fastinterp.lora.adapter_files import (
@@ -33,6 +34,7 @@ from fastinterp.lora.algebra import (
     Array,
     Blocks,
     balanced,
+    padded,
     randomised_svd,
     rank_for_energy,
 )
@@ -49,6 +51,7 @@ from fastinterp.plan.plan import Plan, plan_recipe
 
 MAX_RANK = 1 << 14
 _RANDOM = 16  # Philox stream of the random matrices
+_LARGE = 1 << 20  # bytes of a tensor that is worth a warning if it is stored whole
 _DELTA = Row(0, 0.0, ((1, 1.0),))  # x1 - x0, rounded once to float32
 
 
@@ -121,7 +124,7 @@ def extract_lora(
         folder.commit()
     return AdapterReport(
         folder.name, modules, tuple(parts.saved), left_out, False, total, written, time.perf_counter() - start,
-        (*plan.remarks, *run.remarks()), (*plan.warnings, *_warnings(left_out)),
+        (*plan.remarks, *run.remarks()), (*plan.warnings, *run.warnings(left_out)),
     )  # fmt: skip
 
 
@@ -191,7 +194,7 @@ def _shapes(plan: Plan) -> dict[str, HasShape]:
 def _norms(
     plan: Plan, inputs: Mapping[str, Sequence[TensorInput]], reader: TensorReader, progress: Progress | None
 ) -> dict[str, float]:
-    """The Frobenius norm of the change of each tensor that has one; of integers 0.
+    """The Frobenius norm of the change of each tensor that differs; of integers 0.
 
     Raises: CheckpointError, if there are NaN or Inf, or nothing differs.
     """
@@ -207,7 +210,11 @@ def _norms(
             )
         if nonzero[1]:
             norms[name] = math.sqrt(sums[2])
-    if not norms:
+    for name in (t.name for t in plan.tensors if not t.merged):
+        places = [(x.plain.path, x.plain.start, x.plain.nbytes) for x in inputs[name] if x.plain is not None]
+        if len(places) == 2 and not same_bytes(*places):
+            norms[name] = 0.0
+    if not any(norms.values()):
         raise CheckpointError(
             f"its numbers are those of the base {quote(plan.checkpoints[0].name)}: there is nothing to extract",
             file=plan.checkpoints[1].name,
@@ -248,11 +255,13 @@ class _Extraction:
         self._config, self._how, self._reader = config, how, reader
         whole = [(name, of) for tensors in parts.saved.values() for name, of in tensors.items()]
         whole += [(f"{name.removesuffix('.bias')}.base_layer.bias", name) for name in parts.biases]
-        self._whole = sorted(((PREFIX + name, inputs[of][1]) for name, of in whole), key=lambda x: -_kept(x[1]).bits)
-        self._largest = [(name, _kept(x), x.shape) for name, x in self._whole]
+        self._whole = sorted(((PREFIX + name, inputs[of][1]) for name, of in whole), key=lambda x: -x[1].dtype.bits)
+        self._largest = [(name, x.dtype, x.shape) for name, x in self._whole]
+        # One rank for all, unless energy chooses: peft needs it where transformers fuses modules as it loads them.
+        self._rank = min(how.rank, max(min(_matrix(self._shape(module))) for module in parts.factors))
         for module in parts.factors:
             shape = self._shape(module)
-            self._largest += _described(module, how.dtype, shape, min(how.rank, *_matrix(shape)))
+            self._largest += _described(module, how.dtype, shape, self._rank)
 
     @property
     def most_bytes(self) -> int:
@@ -264,7 +273,7 @@ class _Extraction:
         modules, done = [], 0
         path = folder.temp(WEIGHTS_FILE)
         # Wider elements come first, so that all are aligned to their own width.
-        wide = [x for x in self._whole if _kept(x[1]).bits >= self._how.dtype.bits]
+        wide = [x for x in self._whole if x[1].dtype.bits >= self._how.dtype.bits]
         with AdapterWriter(path, folder.name, self._largest, {"format": "pt"}) as writer:
             self._write_whole(wide, writer)
             for module in self._parts.factors:
@@ -277,10 +286,10 @@ class _Extraction:
 
     def _write_whole(self, tensors: Sequence[tuple[str, TensorInput]], writer: AdapterWriter) -> None:
         for name, tensor in tensors:
-            offset = writer.place(name, _kept(tensor), tensor.shape)
+            offset = writer.place(name, tensor.dtype, tensor.shape)
             if tensor.numel:
                 self._reader.write(
-                    [tensor], COPY if tensor.merges else None, _kept(tensor), writer.fd, offset, writer.path
+                    [tensor], COPY if tensor.merges else None, tensor.dtype, writer.fd, offset, writer.path
                 )
 
     def _factorise(self, module: str, writer: AdapterWriter) -> FactorisedModule:
@@ -289,8 +298,8 @@ class _Extraction:
         blocks = Blocks(delta.reshape(delta.shape[0], -1), how.threads)
         u, s, v = randomised_svd(blocks, how.rank, philox_key(how.seed, _RANDOM, name))
         norm = self._norms[name]
-        rank = len(s) if how.energy is None else rank_for_energy(s, how.energy, norm * norm, how.rank)
-        b, a = (_rounded(x, how.dtype) for x in balanced(u, s, v, rank))
+        rank = self._rank if how.energy is None else rank_for_energy(s, how.energy, norm * norm, how.rank)
+        b, a = (_rounded(x, how.dtype) for x in padded(*balanced(u, s, v, rank), rank))
         error = math.sqrt(blocks.residual(b, a))
         if is_transposed(module, self._config):
             b, a = a.T, b.T
@@ -315,6 +324,19 @@ class _Extraction:
             bias="lora_only" if parts.biases else "none", more={"revision": revision} if revision else {},
         )  # fmt: skip
 
+    def warnings(self, left_out: Sequence[str]) -> list[str]:
+        warnings = []
+        if left_out:
+            verb = "differs, and is" if len(left_out) == 1 else "differ, and are"
+            warnings.append(f"{counted(len(left_out), 'tensor')} {verb} not in the adapter: {listing(left_out)}")
+        experts = [name for name, tensor in self._whole if len(tensor.shape) == 3 and tensor.nbytes > _LARGE]
+        if experts:
+            warnings.append(
+                f"{counted(len(experts), 'tensor')} of three dimensions, as of fused experts, got no factors, and are "
+                f"stored whole: {listing(experts)}"
+            )
+        return warnings
+
     def remarks(self) -> list[str]:
         absorbed = self._parts.absorbed
         if not absorbed:
@@ -323,10 +345,6 @@ class _Extraction:
             f"{counted(len(absorbed), 'module')} stored whole instead of as factors, because they lie in modules that "
             f"are: {listing(absorbed)}"
         ]
-
-
-def _kept(tensor: TensorInput) -> DType:
-    return tensor.kept_dtype
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -365,11 +383,3 @@ def _card(names: tuple[str, str], how: _How, modules: Sequence[FactorisedModule]
         f"{total.energy:.4%} of the squared norm of the changes of {counted(len(modules), 'module')}."
     )
     return model_card(base, text)
-
-
-def _warnings(left_out: Sequence[str]) -> list[str]:
-    warnings = []
-    if left_out:
-        verb = "differs, and is" if len(left_out) == 1 else "differ, and are"
-        warnings.append(f"{counted(len(left_out), 'tensor')} {verb} not in the adapter: {listing(left_out)}")
-    return warnings

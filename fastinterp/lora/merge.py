@@ -19,7 +19,7 @@ from fastinterp.checkpoint.lora import LowRankModule
 from fastinterp.checkpoint.names import names_file, quote
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.lora.adapter_files import WEIGHTS_FILE, AdapterWriter, Described, model_card, write_small_files
-from fastinterp.lora.algebra import Array, balanced, concatenated, norm_of_product, singular
+from fastinterp.lora.algebra import Array, balanced, concatenated, norm_of_product, padded, singular
 from fastinterp.lora.merged_config import merged_config
 from fastinterp.lora.plan import AdapterPlan, PlannedProduct, PlannedWhole, plan_adapters
 from fastinterp.lora.report import AdapterReport, FactorisedModule
@@ -130,11 +130,11 @@ class AdapterMerge:
         return described
 
     def _rank(self, product: PlannedProduct) -> int:
-        """Of the stored product, at most."""
-        wanted, full = self._plan.recipe.rank, min(product.matrix)
+        """Of the stored product: one for all that are approximated, so that few need `rank_pattern`."""
+        wanted = self._plan.recipe.rank
         if product.coefficients is not None and (wanted is None or product.rank <= wanted):
             return product.rank  # concatenated
-        return min(wanted or product.rank, full)
+        return product.rank if wanted is None else min(wanted, max(min(p.matrix) for p in self._plan.products))
 
     def _whole_dtype(self, whole: PlannedWhole) -> DType:
         return promoted(entry.dtype for _, entry, _ in whole.entries)
@@ -244,7 +244,7 @@ class AdapterMerge:
                 self.exact = False
                 wide = [(b.astype(np.float64), a.astype(np.float64), w) for b, a, w in terms]
                 u, s, v = singular(*concatenated(wide))
-                b, a = balanced(u, s, v, self._rank(product))
+                b, a = padded(*balanced(u, s, v, self._rank(product)), self._rank(product))
                 norms.append(float(np.linalg.norm(s)))
                 errors.append(float(np.linalg.norm(s[self._rank(product) :])))
             made.append((b, a))

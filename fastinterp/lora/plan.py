@@ -158,6 +158,12 @@ def _source(recipe: Recipe, index: int) -> Source:
     ref = recipe.models[index]
     if ref is UNCHANGED:
         return Source(str(ref), None, None)
+    if ref.adapters:
+        raise recipe.document.error(
+            f"{shown(str(ref))} has adapters behind `+`, which are added to a model. Of adapters (`out: lora`) list "
+            "each as a model of its own",
+            recipe.path_of(ref),
+        )
     checkpoint = open_checkpoint(str(ref))
     if checkpoint.adapter is None or checkpoint.adapter.whole:
         if index == recipe.base and recipe.method.sums_deltas:

@@ -127,15 +127,17 @@ class Stored(msgspec.Struct, frozen=True):
 class Gathered(msgspec.Struct, frozen=True):
     """An operand whose rows come from several places.
 
-    parts  (source, byte offset, rows), which count as lying one behind the other
-    dtype  its code
-    rows   i64[rows of the tensor], a buffer: which of the parts' rows, -1 for a row of zeros
+    parts     (source, byte offset, rows), which count as lying one behind the other
+    dtype     its code
+    rows      i64[rows of the tensor], a buffer: which of the parts' rows, -1 for a row of zeros
+    decoders  of each part: None, if its bytes are elements of `dtype`. Empty: of no part
     """
 
     gathered: ClassVar[bool] = True
     parts: tuple[tuple[int, int, int], ...]
     dtype: int
     rows: Any
+    decoders: tuple[Decoder | None, ...] = ()
 
 
 Operand = Stored | Gathered
@@ -271,7 +273,9 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def decodes(self) -> bool:
         """Whether an input is more than its stored bytes: decoded, or with adapters."""
-        return any(isinstance(o, Stored) and (o.decoder or o.low_rank) is not None for o in self.inputs)
+        return any(
+            bool(o.decoders) if isinstance(o, Gathered) else (o.decoder or o.low_rank) is not None for o in self.inputs
+        )
 
     @property
     def by_rank(self) -> bool:

@@ -17,6 +17,7 @@ from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.lora import LoraAdapter, LowRankModule, parse
 from fastinterp.checkpoint.names import listing, quote
 from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
+from fastinterp.checkpoint.pytorch.remedies import refuse_converted
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.messages import closest
@@ -190,13 +191,7 @@ class _Adding:
 
     def _input(self, entry: Entry) -> StoredInput:
         """The input that reads a tensor of the adapter. Raises: CheckpointError, if it has to be converted first."""
-        if entry.conversion is not None:
-            raise CheckpointError(
-                f"{quote(entry.name)} is {entry.conversion.stored_as}: adapters are read as they are stored. Save it "
-                "again, its tensors contiguous, as safetensors does",
-                file=self.checkpoint.name,
-                tensor=entry.name,
-            )
+        refuse_converted(self.checkpoint.files, [entry])
         return StoredInput(
             entry.name, entry.dtype, entry.shape, entry.nbytes, self.checkpoint.files[entry.file], entry.start
         )

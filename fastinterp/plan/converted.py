@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 
 from fastinterp.messages import counted, listed, size
-from fastinterp.plan.inputs import ConvertedInput, PlannedTensor
+from fastinterp.plan.inputs import PlannedTensor, TensorInput
 from fastinterp.plan.models import Model
 
 
@@ -15,15 +15,16 @@ def conversion_warnings(tensors: Iterable[PlannedTensor], models: Sequence[Model
 
     models  those of the document, in its order
     """
-    converted: dict[Hashable, tuple[int, ConvertedInput]] = {}
+    converted: dict[Hashable, tuple[int, TensorInput]] = {}
     for tensor in tensors:
         for model, one in tensor.pairs:
-            if isinstance(one, ConvertedInput):
+            if one.converted_from is not None:
                 converted.setdefault(one.key, (model, one))
     warnings = []
     for model in dict.fromkeys(model for model, _ in converted.values()):
         every = [one for number, one in converted.values() if number == model]
-        kinds = [f"{count} {kind}" for kind, count in Counter(one.conversion.stored_as for one in every).items()]
+        counts = Counter(one.converted_from for one in every)
+        kinds = [f"{count} {kind}" for kind, count in counts.items()]
         are = "is" if len(every) == 1 else "are"
         warnings.append(
             f"{counted(len(every), 'tensor')} of {models[model].name} {are} converted by Python before the merge, "

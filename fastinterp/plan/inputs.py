@@ -119,9 +119,21 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         return ""
 
     @property
+    def stored_rows(self) -> StoredInput | None:
+        """Itself, if its rows lie in a file, as elements or as codes, so that those of others may stand beside them;
+        else None.
+        """
+        return self.plain
+
+    @property
     def moves_rows(self) -> bool:
         """Whether its rows come from several places: of another vocabulary than its file's, or of other tensors."""
         return False
+
+    @property
+    def converted_from(self) -> str | None:
+        """How it is stored, if Python converts it into a temporary file first; None: it is read where it is."""
+        return None
 
     # What only a tensor of a document above answers in another way.
 
@@ -238,6 +250,10 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     def formula(self) -> str:
         return "" if self.low_rank is None else self.low_rank.formula()
 
+    @property
+    def stored_rows(self) -> StoredInput | None:
+        return self if self.low_rank is None else None
+
 
 class ConvertedInput(TensorInput, frozen=True, eq=False):
     """A tensor in one file whose bytes there are not elements of `dtype` one after the other, and which no decoder
@@ -265,11 +281,16 @@ class ConvertedInput(TensorInput, frozen=True, eq=False):
         return files.converted(self)
 
     @property
+    def converted_from(self) -> str | None:
+        return self.conversion.stored_as or "with strides"
+
+    @property
     def merges(self) -> bool:
         return self.dtype.merges and not self.factor
 
     def describe(self) -> str:
-        return f"{self.dtype} {list(self.shape)} ({self.conversion.stored_as})"
+        stored = f" ({self.conversion.stored_as})" if self.conversion.stored_as else ""
+        return f"{self.dtype} {list(self.shape)}{stored}"
 
 
 class GatheredInput(TensorInput, frozen=True, eq=False):
@@ -280,12 +301,14 @@ class GatheredInput(TensorInput, frozen=True, eq=False):
     rows     where each row is from
     means    what rows of model len(sources) are: the rows, each (model, row), of which each is the mean
     sources  of each model, its tensor that corresponds; None: the model has none. Or the tensors it is put together of
+    kept     the dtype of an output tensor that keeps this one's, where some are decoded; None: its own
     """
 
     model: int
     rows: RowMap
     means: tuple[tuple[tuple[int, int], ...], ...]
     sources: tuple[StoredInput | None, ...]
+    kept: DType | None = None
 
     @property
     def models(self) -> list[int]:
@@ -303,7 +326,17 @@ class GatheredInput(TensorInput, frozen=True, eq=False):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return tuple(dict.fromkeys(source.path for i in self.models if (source := self.sources[i]) is not None))
+        used = (source for i in self.models if (source := self.sources[i]) is not None)
+        return tuple(dict.fromkeys(path for source in used for path in source.files))
+
+    @property
+    def decoded(self) -> bool:
+        used = [source for i in self.models if (source := self.sources[i]) is not None]
+        return bool(used) and all(source.decoded for source in used)
+
+    @property
+    def kept_dtype(self) -> DType:
+        return self.kept or self.dtype
 
     def open(self, files: OpenFiles) -> Operand:
         return files.gathered(self)

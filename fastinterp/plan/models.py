@@ -53,6 +53,12 @@ class Model(msgspec.Struct, frozen=True, eq=False):
         return () if self.checkpoint is None else self.checkpoint.files
 
     @property
+    def adapter_files(self) -> tuple[Path, ...]:
+        """Those of the adapters that are added to it."""
+        adapters = () if self.checkpoint is None else self.checkpoint.adapters
+        return tuple(path for adapter in adapters for path in adapter.files)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the checkpoint."""
         return 0 if self.checkpoint is None else self.checkpoint.nbytes
@@ -131,8 +137,8 @@ def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
     for entry in (encoded.codes, *encoded.companions):
         if entry.conversion is not None:
             raise CheckpointError(
-                f"{quote(entry.name)} is part of an encoded tensor and is stored as {entry.conversion.stored_as}: such "
-                "codes and scales are not read", file=checkpoint.name, tensor=entry.name,
+                f"{quote(entry.name)} is part of an encoded tensor, and is not stored as elements one after the other: "
+                "such codes and scales are not read", file=checkpoint.name, tensor=entry.name,
             )  # fmt: skip
     codes = _stored(encoded.codes, checkpoint)
     companions = tuple(_stored(entry, checkpoint) for entry in encoded.companions)

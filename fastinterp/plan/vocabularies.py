@@ -245,8 +245,10 @@ def _gathered(
     shape, nbytes = (plan.size, *tensor.shape[1:]), tensor.nbytes // tensor.shape[0] * plan.size
     if not nbytes:
         return replace(tensor, shape=shape, nbytes=0)
-    stored = tuple(None if source is None else source.plain for source in sources)
-    gathered = GatheredInput(name, tensor.dtype, shape, nbytes, model, rows, plan.means, stored)
+    stored = tuple(None if source is None else source.stored_rows for source in sources)
+    kept = tensor.kept_dtype if tensor.decoded else None
+    nbytes = nbytes if kept is None else (tensor.dtype.nbytes(tensor.numel) or 0) // tensor.shape[0] * plan.size
+    gathered = GatheredInput(name, tensor.dtype, shape, nbytes, model, rows, plan.means, stored, kept)
     for i in gathered.models:
         source = sources[i]
         if source is None or source.shape[1:] != tensor.shape[1:] or not source.merges:
@@ -274,8 +276,8 @@ def _gathered(
         )
     if unreadable:
         raise CheckpointError(
-            f"{name} of {listing([models[i].name for i in unreadable])} is encoded: its rows cannot be moved into "
-            "another vocabulary. Convert it to BF16 first, or leave `tokenizer` out of the recipe",
+            f"{name} of {listing([models[i].name for i in unreadable])} is not stored as rows: they cannot be moved "
+            "into another vocabulary. Convert it to BF16 first, or leave `tokenizer` out of the recipe",
             tensor=name,
         )
     return gathered

@@ -125,10 +125,10 @@ def _nvfp4(codes: Codes, companions: Sequence[Codes], parameters: Sequence[float
     """Blocks of 16 E2M1 codes, with an E4M3 scale each, and a scale for the matrix.
 
     companions  scales of blocks F8_E4M3, scales of matrices F32
-    parameters  1 if scales of blocks are divided by that of the matrix (0: multiplied), number of matrices,
-                1 if the high half of a byte comes first, 1 if scales of blocks lie in tiles
+    parameters  1 if the scale of a block is divided by that of the matrix (0: multiplied), number of matrices; and
+                perhaps 1 if the high half of a byte comes first, 1 if scales of blocks lie in tiles
     """
-    divides, matrices, high_first, tiled = (int(p) for p in parameters)
+    divides, matrices, high_first, tiled = (*(int(p) for p in parameters), 0, 0)[:4]
     raw, of_matrix = companions[0], companions[1].view(np.float32)[:, None]
     if tiled:
         raw = from_tiles(raw, numel // columns, columns // 16)

@@ -223,9 +223,7 @@ def test_folder_without_weights(tmp_path):
     (folder / "pytorch_model.bin").touch()
     assert "pytorch_model.bin: the file is empty" in refusal(folder)
     (folder / "pytorch_model.bin").rename(folder / "training_args.bin")
-    assert f"only `training_args.bin`, which by their names hold no weights. If one does: name {folder}" in refusal(
-        folder
-    )
+    assert "only `training_args.bin`, which by their names hold no weights. If one does: name" in refusal(folder)
     assert "this format is not read" in refusal(folder / "model.gguf")
     assert "this file is not a checkpoint" in refusal(folder / "notes.txt")
 

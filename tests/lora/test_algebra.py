@@ -9,6 +9,8 @@ from fastinterp.lora.algebra import (
     Blocks,
     balanced,
     concatenated,
+    norm_of_product,
+    padded,
     randomised_svd,
     rank_for_energy,
     singular,
@@ -49,11 +51,10 @@ def test_concatenated_keeps_bits_of_factors_that_are_not_scaled(sign):
     assert a.tobytes() == np.concatenate([p[1] for p in products]).tobytes()
 
 
-def test_concatenated_rounds_scaled_factors_once_to_float32():
+def test_concatenated_scales_in_float64():
     b16 = normal(4, 2).astype(np.float16)
     b, _ = concatenated([(b16, normal(2, 3).astype(np.float16), 0.3)])
-    assert b.dtype == np.float32
-    assert b.tobytes() == (b16.astype(np.float64) * 0.3).astype(np.float32).tobytes()
+    assert b.dtype == np.float64 and b.tobytes() == (b16.astype(np.float64) * 0.3).tobytes()
 
 
 @pytest.mark.parametrize(("m", "r", "n"), [(30, 6, 20), (4, 9, 20), (20, 9, 4), (5, 5, 5), (3, 1, 8)])
@@ -75,6 +76,12 @@ def test_singular_works_on_torch_tensors():
     assert np.abs(((u * s) @ v).numpy() - b @ a).max() < 1e-12
 
 
+@pytest.mark.parametrize(("m", "r", "n"), [(30, 6, 20), (4, 9, 20), (20, 9, 4)])
+def test_norm_of_product(m, r, n):
+    b, a = normal(m, r), normal(r, n)
+    assert norm_of_product(b, a) == pytest.approx(np.linalg.norm(b @ a), rel=1e-13)
+
+
 def test_balanced_factors_have_equal_norms_and_the_best_error():
     matrix = spectrum(40, 25, np.linspace(3, 0.1, 25)).astype(np.float64)
     b, a = balanced(*np.linalg.svd(matrix, full_matrices=False), rank=7)
@@ -86,6 +93,13 @@ def test_balanced_factors_have_equal_norms_and_the_best_error():
 def test_balanced_has_no_more_than_the_singular_values_there_are():
     b, a = balanced(*np.linalg.svd(normal(3, 5), full_matrices=False), rank=8)
     assert b.shape == (3, 3) and a.shape == (3, 5)
+
+
+def test_padded_factors_have_the_same_product():
+    b, a = normal(4, 2), normal(2, 3)
+    wide_b, wide_a = padded(b, a, 5)
+    assert wide_b.shape == (4, 5) and wide_a.shape == (5, 3) and np.array_equal(wide_b @ wide_a, b @ a)
+    assert padded(b, a, 1)[0].shape == b.shape
 
 
 @pytest.mark.parametrize(
@@ -136,6 +150,7 @@ def test_randomised_svd_of_zeros():
 
 
 def test_same_bytes_for_every_number_of_threads_and_seed(monkeypatch):
+    monkeypatch.setattr("fastinterp.lora.algebra._ROWS", 1)
     monkeypatch.setattr("fastinterp.lora.algebra._BLOCK", 64 * 90)  # several blocks
     matrix = normal(400, 90).astype(np.float32)
     assert len(list(Blocks(matrix))) == 7
@@ -147,6 +162,7 @@ def test_same_bytes_for_every_number_of_threads_and_seed(monkeypatch):
 
 
 def test_norms_in_blocks(monkeypatch):
+    monkeypatch.setattr("fastinterp.lora.algebra._ROWS", 1)
     monkeypatch.setattr("fastinterp.lora.algebra._BLOCK", 300)
     matrix, b, a = normal(70, 30).astype(np.float32), normal(70, 3), normal(3, 30)
     blocks = Blocks(matrix, 2)

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import fastinterp
+from fastinterp.cli import commands
 from fastinterp.errors import CheckpointError, MethodError, RecipeError, ShapeError, UsageError
 from tests.lora.adapters import (
     assert_close,
@@ -49,7 +51,7 @@ def test_linear_is_the_sum_of_the_changes(tmp_path, two, weights):
     report = merge(tmp_path, recipe(weights))
     want = {module: change for module, change in summed(weights).items() if change.any()}
     assert_close(changes(tmp_path / "out"), want, EXACT)
-    assert report.exact and report.total.error == 0
+    assert report.exact and report.total.relative_error < 2**-24
 
 
 def test_ranks_are_added_and_the_configuration_says_so(tmp_path, two):
@@ -88,9 +90,9 @@ def test_factors_keep_their_bits_where_scales_are_equal(tmp_path, dtype):
     """The mean of adapters of one scale: alpha is that of each, and nothing is rounded."""
     pairs = [factors(seed, 12, 4, 10, dtype) for seed in (1, 2)]
     a, b = (write_adapter(tmp_path / name, {Q: p}, lora_alpha=16) for name, p in zip("ab", pairs, strict=True))
-    merge(tmp_path, recipe({a: 0.5, b: -0.5}))
+    report = merge(tmp_path, recipe({a: 0.5, b: -0.5}))
     tensors, config = read_adapter(tmp_path / "out")
-    assert (config["r"], config["lora_alpha"]) == (8, 16)
+    assert (config["r"], config["lora_alpha"]) == (8, 16) and report.total.error == 0
     assert tensors[f"{Q}.lora_A.weight"].tobytes() == np.concatenate([p[0] for p in pairs]).tobytes()
     want = np.concatenate([pairs[0][1], -pairs[1][1]], axis=1)
     assert tensors[f"{Q}.lora_B.weight"].dtype == dtype and tensors[f"{Q}.lora_B.weight"].tobytes() == want.tobytes()
@@ -144,7 +146,7 @@ def test_other_methods_run_on_the_changes(tmp_path, two, method):
 
 def test_other_methods_have_the_sum_of_ranks_by_default(tmp_path, two):
     report = merge(tmp_path, recipe(dict.fromkeys(two, 1.0), "ties", parameters={"density": 0.5}))
-    assert {m.name: m.rank for m in report.modules} == {Q: 10, UP: 4, "model.layers.1.self_attn.q_proj": 2}
+    assert {m.name: m.rank for m in report.modules} == {Q: 12, UP: 4, "model.layers.1.self_attn.q_proj": 2}
 
 
 def test_convolutions(tmp_path):
@@ -287,6 +289,10 @@ def test_a_model_among_the_adapters(tmp_path):
     )
 
 
+def test_adapters_behind_a_plus(tmp_path, two):
+    refused(tmp_path, RecipeError, "list each as a model of its own", recipe({"+".join(two): 1}))
+
+
 def test_a_model_as_base_is_what_the_adapters_change(tmp_path, two):
     model = tmp_path / "model"
     model.mkdir()
@@ -369,3 +375,41 @@ def test_the_report_as_json(tmp_path, two):
     made = json.loads(json.dumps(report.as_dict()))
     assert made["modules"][Q]["rank"] == 2 and 0 < made["total"]["energy"] < 1 and made["exact"] is False
     assert "energy kept" in report.summary()
+
+
+# --- explain, check and the command ----------------------------------------------------------------------------------
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(commands, [*arguments])
+
+
+def test_explain_says_what_is_made(tmp_path, two):
+    made = fastinterp.explain(recipe(dict.fromkeys(two, 0.5), rank=6))
+    values = json.loads(json.dumps(made.as_dict()))
+    assert values["modules"][Q] == {"ranks": [4, 8], "rank": 6, "exact": False, "shape": [12, 10]}
+    assert values["modules"][UP]["exact"] and values["models"][0]["adapter"]["ranks"] == [4]
+    assert "2 concatenated, 1 approximated" in str(made) and "0.5*x0 + 0.5*x1" in str(made)
+
+
+def test_check_finds_what_merge_would_refuse(tmp_path, two):
+    assert not fastinterp.check(recipe(dict.fromkeys(two, 0.5))).warnings  # weights of changes need not add up to 1
+    other = write_adapter(tmp_path / "c", {Q: factors(1, 14, 4, 10)}, base_model_name_or_path="org/other")
+    found = fastinterp.check(recipe({two[0]: 1, other: 1}))
+    assert found.exit_code == 3 and "do not fit each other" in found.errors[0].message
+    wrong = fastinterp.check(recipe({two[0]: 1}) | {"rank": -1})
+    assert wrong.exit_code == 2 and "`rank` must be at least 1" in wrong.errors[0].message
+
+
+def test_commands(tmp_path, two):
+    file, out = tmp_path / "merge.yml", str(tmp_path / "out")
+    file.write_text(json.dumps(recipe(dict.fromkeys(two, 0.5))))
+    assert "an adapter of 3 modules" in run("explain", str(file)).stdout
+    assert run("check", str(file)).exit_code == 0
+    result = run("merge", str(file), out)
+    assert result.exit_code == 0 and "3 modules of ranks 2 to 12" in result.stdout
+    again = run("merge", str(file), out)
+    assert again.exit_code == 4 and "--force" in again.stderr
+    made = json.loads(run("merge", str(file), out, "--force", "--json").stdout)
+    assert made["exact"] and made["modules"].keys() == changes(out).keys()
+    assert "LoRA adapter (peft)" in run("inspect", out).stdout

@@ -45,8 +45,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arguments": LEAVES | CONTRACT | {"checkpoint", "output", "recipe"},
     "plan": PLANNING,
     "execute": PLANNING | {"plan", "backends", "reference"},
-    "inspect": RUNNING,
+    "lora.plan": PLANNING | {"plan"},
+    "inspect": RUNNING | {"lora.plan"},
     "in_memory": RUNNING,
+    "lora": RUNNING | {"in_memory", "reference", "lora.plan"},
     "system.available_memory": set(),
     # Points are recipes, and what became of them: loading a model takes one in place of a recipe.
     "paths.points": PLANNING | {"execute"},
@@ -226,7 +228,7 @@ for name in {path!r}:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-KINDS = {"StoredInput", "GatheredInput", "IntermediateInput"}
+KINDS = {"StoredInput", "ConvertedInput", "GatheredInput", "IntermediateInput"}
 
 
 def asks_for_a_kind(node: ast.AST) -> bool:

@@ -13,11 +13,13 @@ from fastinterp.checkpoint.formats.encoded import EncodedTensor
 from fastinterp.checkpoint.names import listing
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.messages import counted
+from fastinterp.ops.dtypes import F8_E4M3, F8_E5M2
 
 # Of attention: what keys, values and queries are divided by before they are stored in 8 bits.
 _CACHE = re.compile(
     r"(^|\.)(attn|\w*attention\w*|self_attn|attn\.\w+|self_attn\.\w+)\.(k|v|q|kv|prob|qkv)_(scale|zero_point)$"
 )
+_FP8 = (F8_E4M3, F8_E5M2)
 _LISTED = 3  # names in a remark before the rest is only counted
 
 
@@ -49,7 +51,12 @@ def about_encoded(
             f"{name}: no configuration says how large the blocks of {listing((one.name for one in assumed), 1)} are: "
             f"taken as {assumed[0].format.partition('blocks of ')[2]}, by the number of scales"
         )
-    left = [*activations, *(e.name for one in encoded for e in one.activations)]
+    if any(one.decoder.startswith("scaled_f8") for one in encoded):
+        taken = {e.name for one in encoded for e in one.stored}
+        plain = [n for n, e in checkpoint.tensors.items() if e.dtype in _FP8 and len(e.shape) > 1 and n not in taken]
+        if plain:
+            remarks.append(f"{name}: without a scale, and taken for numbers as they are: {listing(plain, _LISTED)}")
+    left = [*(e.name for one in encoded for e in one.activations), *activations]
     if left:
         what = "scales of activations, which mean nothing where weights are numbers"
         remarks.append(f"left out of {name}: {what}: {listing(left, _LISTED)}")

@@ -23,11 +23,12 @@ from fastinterp.checkpoint.formats.encoded import (
 )
 from fastinterp.checkpoint.formats.names import is_unread, numbered, only, scales_of, tensor_of
 from fastinterp.checkpoint.formats.said import Said, layer_of, layers_of, said_of
-from fastinterp.checkpoint.formats.scales import KINDS, expected, grid
+from fastinterp.checkpoint.formats.scales import KINDS, TILES, Grid, expected, grid, padded_to_tiles
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint
 
 DECODERS = {"F8_E4M3": "scaled_f8_e4m3", "F8_E5M2": "scaled_f8_e5m2"}
+_GROUP = 32  # columns that have one exponent in MXFP8
 _MARKER = "scaled_fp8"  # a tensor of ComfyUI's older files, beside `scale_weight` of each layer
 _DECLARED = ("fp8", "fbgemm_fp8", "modelopt", "compressed-tensors")  # whose fp8 tensors are codes
 
@@ -61,16 +62,27 @@ def _encoded(
     checkpoint: Checkpoint, codes: Entry, scales: Sequence[Entry], said: Said, layer: Mapping[str, Any]
 ) -> Iterator[EncodedTensor]:
     """The tensor of these codes; none, where ComfyUI says that they are of another format."""
-    if layer.get("format", "float8_e4m3fn") not in ("float8_e4m3fn", "float8_e5m2"):
+    form = layer.get("format", "")
+    if form not in ("", "float8_e4m3fn", "float8_e5m2", "mxfp8"):
         return
     scale = only(checkpoint, codes, scales)
-    check_dtype(checkpoint, scale, codes, KINDS)
+    check_dtype(checkpoint, scale, codes, ("F8_E8M0", "U8") if form == "mxfp8" else KINDS)
+    decoder = DECODERS[codes.dtype.name]
+    if form == "mxfp8":
+        if len(codes.shape) != 2 or scale.shape != tuple(padded_to_tiles([codes.shape[0], codes.shape[1] // _GROUP])):
+            shape = padded_to_tiles([codes.shape[0], -(-codes.shape[-1] // _GROUP)])
+            raise misshapen(checkpoint, scale, codes, f"{shape}, one for {_GROUP} columns{TILES}")
+        parameters = (*Grid(1, _GROUP, codes.shape[0]).parameters(scale.dtype), 1)
+        yield tensor_of(checkpoint, codes, [scale], decoder, parameters, format="MXFP8")
+        return
     places = grid(codes.shape, scale.shape, said.blocks, said.strict)
     if places is None:
         raise misshapen(checkpoint, scale, codes, expected(codes.shape, said.blocks, said.strict))
+    exponents = scale.dtype.name in ("F8_E8M0", "U8")
+    what = "MXFP8" if exponents and places.block_columns == _GROUP and places.block_rows == 1 else ""
     yield tensor_of(
-        checkpoint, codes, [scale], DECODERS[codes.dtype.name], places.parameters(scale.dtype),
-        format=f"fp8 with scales of {places.of(codes.shape)}", assumed=places.assumed,
+        checkpoint, codes, [scale], decoder, places.parameters(scale.dtype),
+        format=what or f"fp8 with scales of {places.of(codes.shape)}", assumed=places.assumed and not what,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from fastinterp.checkpoint.formats.encoded import (
     start_of,
 )
 from fastinterp.checkpoint.formats.names import is_unread, scales_of, tensor_of
+from fastinterp.checkpoint.formats.said import said_of
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint
 
@@ -31,10 +32,11 @@ _BLOCKS, _SCALES = "_blocks", "_scales"
 
 def read(checkpoint: Checkpoint) -> Iterator[EncodedTensor]:
     """The MXFP4 tensors of a checkpoint."""
-    for _, entries in candidates(checkpoint, ("U8", "I8")):
+    for part, entries in candidates(checkpoint, ("U8", "I8")):
         transposed = any(
             e.name.endswith(_BLOCKS) and e.name.removesuffix(_BLOCKS) + _SCALES in checkpoint.tensors for e in entries
         )
+        transposed = transposed or said_of(part).method == "mxfp4"
         for codes in entries:
             if codes.name.endswith(_BLOCKS) and codes.dtype.name == "U8":
                 if transposed and len(codes.shape) > 2 and codes.shape[-1] == GROUP // 2:
@@ -53,7 +55,9 @@ def _transposed(checkpoint: Checkpoint, codes: Entry) -> EncodedTensor:
     if scale.shape != (*lead, rows, groups):
         raise misshapen(checkpoint, scale, codes, f"{[*lead, rows, groups]}, one for each 16 bytes")
     shape = (*lead, groups * GROUP, rows)
-    return tensor_of(checkpoint, codes, [scale], "mxfp4_transposed", name=name, shape=shape, format="MXFP4")
+    return tensor_of(
+        checkpoint, codes, [scale], "mxfp4_transposed", shape[-2:-1], name=name, shape=shape, format="MXFP4"
+    )
 
 
 def _packed(checkpoint: Checkpoint, codes: Entry) -> Iterator[EncodedTensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from fastinterp.checkpoint.formats.encoded import fault, small_bytes
+from fastinterp.checkpoint.formats.encoded import fault, small_bytes, start_of
 from fastinterp.checkpoint.formats.names import COMFY
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint, Component
@@ -104,3 +104,12 @@ def layer_of(checkpoint: Checkpoint, part: Component, layers: Mapping[str, Any],
     if not isinstance(found, dict):
         raise fault(checkpoint, entry, f"{quote(entry.name)} must be a JSON object, as ComfyUI writes it")
     return found
+
+
+def described_format(checkpoint: Checkpoint, codes: str) -> str:
+    """What ComfyUI calls the format of codes, for messages; empty: it has no description of them."""
+    for part in checkpoint.parts:
+        if codes.startswith(part.prefix):
+            layer = layer_of(checkpoint, part, layers_of(part), start_of(codes))
+            return f"ComfyUI's {layer['format']}" if isinstance(layer.get("format"), str) else ""
+    return ""

@@ -13,6 +13,14 @@ _BLOCK = 128  # rows and columns of a block where nothing says otherwise: of Dee
 # How decoders know the dtype of scales: their first parameter. U8 scales are exponents, as F8_E8M0 are.
 KINDS = {"F32": 0, "F16": 1, "BF16": 2, "F8_E8M0": 3, "U8": 3}
 
+TILES = ", padded to the tiles of 128 x 4 in which ComfyUI stores them"
+
+
+def padded_to_tiles(shape: Sequence[int]) -> list[int]:
+    """The shape of scales that lie in tiles: rows and columns padded."""
+    *lead, rows, columns = shape
+    return [*lead, -(-rows // 128) * 128, -(-columns // 4) * 4]
+
 
 class Grid(msgspec.Struct, frozen=True):
     """Which scale an element has. A tensor is `matrices` of `rows` rows; scales are [matrices, ceil(rows/block_rows),

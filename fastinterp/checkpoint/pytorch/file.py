@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from operator import attrgetter
 from pathlib import Path
 
 from fastinterp.checkpoint.header import MAX_NUMEL, Entry, FileHeader
@@ -22,7 +21,7 @@ _MAX_EXPANDED = 1 << 30  # bytes of a tensor in a file that is smaller than the 
 
 
 def read_header(path: Path, number: int) -> FileHeader:
-    """The tensors of the file at `path`, in the order of their offsets.
+    """The tensors of the file at `path`, in the order of their dict; torch may have written storages in another.
 
     Reads the directory of the zip file and the pickle, no storages. `number` becomes `Entry.file`. Tensors that share a
     storage, tied weights, are entries with the same bytes.
@@ -44,7 +43,6 @@ def read_header(path: Path, number: int) -> FileHeader:
     calls = TensorCalls(file)
     tensors, remarks = choose_state_dict(read_pickle(pickle, calls, file), file, calls.foreign)
     entries = [_entry(name, tensor, directory, root, size, number, file) for name, tensor in tensors.items()]
-    entries.sort(key=attrgetter("start", "nbytes"))
     return FileHeader(entries, {}, remarks)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from fastinterp.checkpoint.header import is_markup
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fastinterp.checkpoint.header import Entry, is_markup
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.remedies import literal, python
+from fastinterp.errors import CheckpointError
 
 _TRUST = " (it runs what the file says: only if you trust who made it)"
 
@@ -18,6 +22,24 @@ def save_again(file: str, weights_only: bool = True, expression: str = "d") -> s
     load = f'd = torch.load({literal(file)}, map_location="cpu", weights_only={weights_only})'
     command = python(f'import torch; {load}; torch.save({expression}, "NEW.pt")')
     return f"{command}{'' if weights_only else _TRUST}; then name NEW.pt"
+
+
+def refuse_converted(files: Sequence[Path], entries: Iterable[Entry]) -> None:
+    """Raises: CheckpointError, if the elements of a tensor of an adapter do not lie one after the other in its file.
+
+    files  of the checkpoint
+    """
+    for entry in entries:
+        if entry.conversion is None:
+            continue
+        file = str(files[entry.file])
+        load = f'd = torch.load({literal(file)}, map_location="cpu", weights_only=True)'
+        save = 'torch.save({k: t.contiguous() for k, t in d.items()}, "NEW.pt")'
+        raise CheckpointError(
+            f"the elements of {quote(entry.name)} do not lie one after the other, and those of adapters have to. Save "
+            f"them so: {python(f'import torch; {load}; {save}')}; then put NEW.pt in its place",
+            file=file, tensor=entry.name,
+        )  # fmt: skip
 
 
 def other_form(first: bytes, file: str) -> str:

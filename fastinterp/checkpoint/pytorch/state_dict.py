@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from fastinterp.checkpoint.names import listing, quote
-from fastinterp.checkpoint.pytorch.pickle_reader import Foreign
+from fastinterp.checkpoint.pytorch.pickle_machine import Foreign
 from fastinterp.checkpoint.pytorch.remedies import save_again
 from fastinterp.checkpoint.pytorch.tensors import Tensor, Unread
 from fastinterp.checkpoint.remedies import literal
@@ -36,10 +36,11 @@ def choose_state_dict(value: Any, file: str, foreign: Collection[str]) -> tuple[
         raise CheckpointError(f"it holds one tensor without a name. Save it with one: {save}", file=file)
     if type(value) is not dict:
         raise CheckpointError("it does not hold the tensors of a model by name, in a dict", file=file)
-    places: dict[Any, dict[Any, Any]] = {k: v for k, v in value.items() if v is not value and _has_weights(v)}
-    places = {k: v for k, v in places.items() if not _STATE.search(_shown(k))} or places
+    every = {key: v for key, v in value.items() if v is not value and _has_weights(v)}
+    places: dict[Any, dict[Any, Any]] = {key: v for key, v in every.items() if not _STATE.search(_shown(key))}
     if _has_weights(value, but=_STATE):
         places = {_TOP: value, **places}
+    places = places or every
     if len(places) > 1:
         raise CheckpointError(_ambiguous(places, file, foreign), file=file)
     [(key, chosen)] = places.items() or [(_TOP, value)]

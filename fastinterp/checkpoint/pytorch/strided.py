@@ -45,7 +45,7 @@ class Strided(msgspec.Struct, frozen=True):
 
     @property
     def stored_as(self) -> str:
-        return "with strides"
+        return ""
 
     def pieces(self, path: str) -> Iterator[bytes]:
         """Memory: some times _PIECE, however large the tensor. Raises: what Conversion.pieces does."""

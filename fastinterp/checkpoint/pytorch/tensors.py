@@ -10,7 +10,7 @@ import msgspec
 
 from fastinterp.checkpoint.header import MAX_NUMEL
 from fastinterp.checkpoint.names import quote
-from fastinterp.checkpoint.pytorch.pickle_reader import Foreign, Named
+from fastinterp.checkpoint.pytorch.pickle_machine import Foreign, Named
 from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import DTYPES, DType
 
@@ -59,6 +59,9 @@ _CLASSES = re.compile(
     r"(?:omegaconf|pytorch_lightning|lightning|lightning_fabric|torchmetrics|yacs|easydict|transformers|accelerate"
     r"|deepspeed|fairseq)\.(?:\w+\.)*[A-Z]\w*"
 )
+
+
+_MAX_DIMENSIONS = 64  # of torch
 
 
 class Storage(msgspec.Struct, frozen=True):
@@ -169,6 +172,8 @@ class TensorCalls:
     def _view(self, storage: Storage, dtype: DType, offset: Any, shape: Any, strides: Any, metadata: Any) -> Any:
         if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
             self.fail("a tensor without shape or strides")
+        if len(shape) > _MAX_DIMENSIONS:
+            self.fail(f"a tensor of {len(shape)} dimensions")
         for number in (offset, *shape, *strides):
             if type(number) is not int or not 0 <= number <= MAX_NUMEL:
                 self.fail(f"a tensor whose place is no number from 0 up, {quote(number)}")
