@@ -20,6 +20,7 @@ from fastinterp.errors import CheckpointError, FastinterpError, ShapeError
 from fastinterp.inspect.check import check
 from fastinterp.ops.combine import Combine
 from fastinterp.ops.dtypes import BF16, F32
+from fastinterp.recipe.load import load_recipe
 from fastinterp.reference import combine as reference
 from fastinterp.reference import low_rank
 
@@ -105,7 +106,7 @@ def test_bytes_are_those_of_the_reference(model, adapters):
     assert all(out[name].tobytes() == x.tobytes() for name, x in base().items() if name != f"{Q}.weight")
     (metadata,) = [safe_open("out/model.safetensors", "np").metadata()]
     names = json.loads(metadata["fastinterp"])["models"]
-    assert names == [str(fastinterp.explain(passthrough(model)).plan.models[0])] and "+" in names[0]
+    assert names == [str(load_recipe(passthrough(model)).models[0])] and "+" in names[0]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -286,6 +287,20 @@ def test_an_adapter_that_is_a_model_and_one_that_is_not_there():
         merged("base+base")
     with pytest.raises(CheckpointError, match="there is no such folder"):
         merged("base+./none")
+
+
+def test_hub_ids_of_both(monkeypatch):
+    """With their revisions."""
+    asked = []
+
+    def fetch(repo: str, revision: str | None = None, folders: Any = ()) -> Path:
+        asked.append((repo, revision))
+        return Path(repo.partition("/")[2]).resolve()
+
+    monkeypatch.setattr("fastinterp.checkpoint.hub.fetch", fetch)
+    out = merged("org/base@v1+org/one@v2:0.5+org/two")
+    assert asked == [("org/base", "v1"), ("org/one", "v2"), ("org/two", None)]
+    assert out[f"{Q}.weight"].tobytes() == rounded(adapted((1, 1.0), (2, ROOT)))
 
 
 def test_integers_take_no_adapter():
