@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +148,15 @@ def gb_s(name: str, isa: str) -> float:
 # --- merges ----------------------------------------------------------------------------------------------------------
 
 
-def encoded(form: Form, shape: tuple[int, ...], name: str) -> Iterator[tuple[str, str, tuple[int, ...], Callable[[], Raw]]]:
+def encoded(
+    form: Form, shape: tuple[int, ...], name: str
+) -> Iterator[tuple[str, str, tuple[int, ...], Callable[[], Raw]]]:
     """(name, dtype, shape, bytes) of the tensors that stand for a weight: random codes, scales near 1e-4."""
     m, n = shape
     end, dtype = form.codes
-    yield name + end, dtype, (m, int(n * form.bits) // 8), lambda: _random(int(m * n * form.bits) // 8, name)
+    yield name + end, dtype, (m, int(n * form.bits) // 8), partial(_random, int(m * n * form.bits) // 8, name)
     for end, dtype, of in form.scales(m, n):
-        yield name + end, dtype, of, lambda end=end, dtype=dtype, of=of: _scales(math.prod(of), dtype, name + end)
+        yield name + end, dtype, of, partial(_scales, math.prod(of), dtype, name + end)
 
 
 def _random(count: int, name: str) -> Raw:
@@ -179,7 +182,7 @@ def write_encoded(form: Form, plain: Path, out: Path, seed: str) -> None:
         if ".layers." in name and len(tensor.shape) == 2:
             made += encoded(form, tensor.shape, name)
         else:
-            made.append((name, "BF16", tensor.shape, lambda tensor=tensor: _bytes_of(tensor)))
+            made.append((name, "BF16", tensor.shape, partial(_bytes_of, tensor)))
     header: dict[str, Any] = {}
     at = 0
     for name, dtype, shape, _ in made:
@@ -287,7 +290,9 @@ def main() -> None:
     for name in asked.only.split(",") if asked.merges else ():
         one = found["merges"][name] = measured(name, asked.merges.resolve(), asked.runs)
         walls = {racer: f"{v['median_wall_s']:.2f} s" for racer, v in one["racers"].items()}
-        print(f"{name:17} {one['wall_ratio']:.2f} x bf16 (processor time {one['cpu_ratio']:.2f} x)  {walls}", flush=True)
+        print(
+            f"{name:17} {one['wall_ratio']:.2f} x bf16 (processor time {one['cpu_ratio']:.2f} x)  {walls}", flush=True
+        )
     if asked.out:
         asked.out.write_text(json.dumps(found, indent=1) + "\n")
 

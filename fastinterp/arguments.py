@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 from fastinterp.errors import FastinterpError, UsageError
 from fastinterp.messages import with_keys_as
-from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
+from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_stored
 from fastinterp.output.layout import parse_size
 from fastinterp.recipe.load import CHOICES, NEAREST_CODES, Recipe
 
@@ -87,7 +87,7 @@ def dtype_named(text: object) -> DType:
 
     Raises: UsageError.
     """
-    dtype = parse_dtype(text) if isinstance(text, str) else None
+    dtype = parse_stored(text) if isinstance(text, str) else None
     if dtype is None:
         raise UsageError(f"unknown dtype {text!r}. Known: {', '.join(DTYPE_NAMES)}")
     return dtype

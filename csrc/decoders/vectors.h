@@ -67,13 +67,17 @@ FI_INLINE Bytes look_up(Bytes table, Bytes codes) { return _mm_shuffle_epi8(tabl
 
 using Floats = __m512;
 
-FI_INLINE Floats widen_halves(__m256i halves) { return _mm512_cvtph_ps(halves); }
-FI_INLINE Floats widen_i8(Bytes codes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)); }
+constexpr __mmask16 kAll = 0xffff;  // g++ 12 warns of conversions without a mask
+
+FI_INLINE Floats widen_halves(__m256i halves) { return _mm512_maskz_cvtph_ps(kAll, halves); }
+FI_INLINE Floats widen_i8(Bytes codes) {
+  return _mm512_maskz_cvtepi32_ps(kAll, _mm512_maskz_cvtepi8_epi32(kAll, codes));
+}
 FI_INLINE Floats widen_e8m0(Bytes codes) {
-  const __m512i wide = _mm512_cvtepu8_epi32(codes);
+  const __m512i wide = _mm512_maskz_cvtepu8_epi32(kAll, codes);
   const __mmask16 least = _mm512_testn_epi32_mask(wide, wide),
                   nan = _mm512_cmpeq_epi32_mask(wide, _mm512_set1_epi32(255));
-  __m512i bits = _mm512_slli_epi32(wide, 23);
+  __m512i bits = _mm512_maskz_slli_epi32(kAll, wide, 23);
   bits = _mm512_mask_mov_epi32(bits, least, _mm512_set1_epi32(0x00400000));
   return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc00000)));
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastinterp.checkpoint import header
 from fastinterp.checkpoint.header import FileHeader
-from fastinterp.checkpoint.names import PICKLES, WEIGHTS
+from fastinterp.checkpoint.names import GGUF, PICKLES, WEIGHTS
 from fastinterp.errors import CheckpointError
 
 # Takes the path and its index in Checkpoint.files, which becomes Entry.file. Raises: CheckpointError, naming file and
@@ -25,8 +25,15 @@ def _pytorch(path: Path, number: int) -> FileHeader:
     return read_header(path, number)
 
 
+def _gguf(path: Path, number: int) -> FileHeader:
+    from fastinterp.checkpoint.gguf_model import read_model
+
+    entries, found = read_model(path, number)
+    return FileHeader(entries, found.metadata(), gguf=found)
+
+
 # By suffix. A new kind of file adds its row; its module is imported when a file of it is read.
-KINDS: dict[str, HeaderReader] = {WEIGHTS: _safetensors, **dict.fromkeys(PICKLES, _pytorch)}
+KINDS: dict[str, HeaderReader] = {WEIGHTS: _safetensors, **dict.fromkeys(PICKLES, _pytorch), GGUF: _gguf}
 
 
 def read_header(path: Path, number: int) -> FileHeader:

@@ -65,6 +65,14 @@ class _Group:
         return self.single or self.index or next(iter(self.shards.values()))[0]
 
 
+def names_in(root: Path) -> list[str]:
+    """The names in a folder, sorted, hidden ones left out."""
+    try:
+        return sorted(n for n in os.listdir(root) if not n.startswith("."))
+    except OSError as error:
+        raise CheckpointError(f"the folder cannot be read: {error.strerror}", file=str(root)) from None
+
+
 def weight_files(present: Sequence[str]) -> list[str]:
     """The .safetensors files among the names of a folder's files, and indexes of such."""
     return [name for name in present if name.endswith(WEIGHTS) or _suffix_of_index(name) == WEIGHTS]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
@@ -16,21 +16,19 @@ from fastinterp.checkpoint.adapters import (
     Adapter,
     built_in_refusal,
     find_adapter,
-    read_adapter_config,
     refusal,
 )
-from fastinterp.checkpoint.components import Found, find_components, has_weights, named_folders
+from fastinterp.checkpoint.components import Found, find_components, named_folders
 from fastinterp.checkpoint.file_kinds import KINDS, read_header
-from fastinterp.checkpoint.folder import ADAPTER, DIFFUSERS, choose, complete_shards, pickled_files, weight_files
+from fastinterp.checkpoint.folder import DIFFUSERS, choose, complete_shards, names_in, pickled_files, weight_files
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.index import index_remarks, read_index
 from fastinterp.checkpoint.names import (
     ANY_INDEX,
-    ASIDE,
+    GGUF,
     OTHER_WEIGHTS,
     PICKLES,
     PIPELINES,
-    PUT_BACK,
     SHARD,
     TEMPLATES,
     WEIGHTS,
@@ -38,10 +36,14 @@ from fastinterp.checkpoint.names import (
     quote,
     shell_word,
 )
+from fastinterp.checkpoint.no_weights import no_weights
 from fastinterp.checkpoint.regular_file import Stamp, stamp_of
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import closest, listed
+
+if TYPE_CHECKING:
+    from fastinterp.checkpoint.gguf_keys import GgufHeader
 
 _PIECES = "DCP_SHARDING_INFO"  # key of the metadata of files of torch.distributed.checkpoint
 
@@ -64,6 +66,7 @@ class Checkpoint:
     remarks: tuple[str, ...] = ()  # what was decided about its files: which were left out, say; for people
     adapter: Adapter | None = None  # the adapter that it is, or has built in
     index_name: str = ""  # of the index file; empty, if there is none
+    gguf: GgufHeader | None = None  # of the first file, if it is in GGUF
     components: tuple[Component, ...] = ()  # if it consists of several: see components.py
     adapters: tuple[Checkpoint, ...] = ()  # that are added to it
 
@@ -167,6 +170,10 @@ def _open_file(name: str, path: Path) -> Checkpoint:
     root, file = path.parent, path.name
     if ANY_INDEX.fullmatch(file):
         return _open_indexed(name, root, file)
+    if file.endswith(GGUF):
+        from fastinterp.checkpoint.gguf_model import files_of
+
+        return _load(name, root, files_of(name, root, file, names_in(root)))
     if file.endswith(tuple(KINDS)):
         shard = SHARD.fullmatch(file)
         remarks = []
@@ -180,14 +187,6 @@ def _open_file(name: str, path: Path) -> Checkpoint:
     raise CheckpointError(f"this file is not a checkpoint: expected a folder, or one of {listed(KINDS, 8)}", file=name)
 
 
-def _names(root: Path) -> list[str]:
-    """The names in a folder, sorted, hidden ones left out."""
-    try:
-        return sorted(n for n in os.listdir(root) if not n.startswith("."))
-    except OSError as error:
-        raise CheckpointError(f"the folder cannot be read: {error.strerror}", file=str(root)) from None
-
-
 def _config(root: Path) -> dict[str, Any]:
     """config.json; empty, if there is none, or if it is damaged: who needs it to be right says so."""
     return json_or_empty(root / CONFIG)
@@ -198,7 +197,7 @@ def _lacks_weights(root: Path, folder: str) -> bool:
     without a configuration, as of a tokenizer, is not expected to have any.
     """
     expected = not folder or (root / folder / CONFIG).is_file()
-    return expected and not weight_files(_names(root / folder))
+    return expected and not weight_files(names_in(root / folder))
 
 
 def _template_folders(root: Path) -> tuple[str, ...]:
@@ -207,7 +206,7 @@ def _template_folders(root: Path) -> tuple[str, ...]:
 
 
 def _open_folder(name: str, root: Path) -> Checkpoint:
-    present = _names(root)
+    present = names_in(root)
     if any(n in present for n in PIPELINES):
         found = find_components(root, present)
         if any(found.folders):
@@ -254,12 +253,23 @@ def _open_plain_folder(name: str, root: Path, present: Sequence[str]) -> Checkpo
     """The checkpoint in the folder itself, whatever folders in it hold. present: names in the folder, sorted."""
     choice = choose(name, root, present, _config(root))
     if choice is None:
-        raise CheckpointError(_no_weights(name, root, present), file=name)
+        return _open_gguf_folder(name, root, present)
     if choice.index is not None:
         return _open_indexed(name, root, choice.index, choice.reason, present)
     return _load(
         name, root, choice.files, whole_folder=True, remarks=_left_out(name, choice.files, choice.reason, present)
     )
+
+
+def _open_gguf_folder(name: str, root: Path, present: Sequence[str]) -> Checkpoint:
+    """The model in a folder that may have GGUF files, and has nothing else that is read."""
+    from fastinterp.checkpoint.gguf_model import choose as choose_gguf
+
+    files, others = choose_gguf(name, root, present)
+    if not files:
+        raise CheckpointError(no_weights(name, root, present), file=name)
+    remarks = [f"left out of {name}: {listing(others)}, because the model is {quote(files[0])}"] if others else []
+    return _load(name, root, files, whole_folder=True, remarks=remarks)
 
 
 def _left_out(name: str, taken: Sequence[str], reason: str, present: Sequence[str]) -> list[str]:
@@ -270,44 +280,6 @@ def _left_out(name: str, taken: Sequence[str], reason: str, present: Sequence[st
     elif not reason.startswith(("transformers loads", "diffusers loads")):  # they would load these then
         left += [n for n in present if n.endswith(PICKLES) and n.startswith(("pytorch_model", f"{DIFFUSERS}."))]
     return [f"left out of {name}: {listing(left)}, because {reason}"] if left else []
-
-
-def _no_weights(name: str, root: Path, present: Sequence[str]) -> str:
-    """What is there instead, and what to do about it."""
-    if other := _other_weights(name, root, present):
-        return other
-    below = [n for n in present if (root / n).is_dir() and has_weights(root / n)]
-    if below:
-        return f"the folder itself has no {WEIGHTS} file, but {listing(below)} in it do: name one of them"
-    hidden = os.listdir(root)
-    aside = sorted(n for n in hidden if ASIDE.fullmatch(n))
-    if aside:
-        return f"the folder has no {WEIGHTS} file, but a merge died while it replaced {listing(aside)}. {PUT_BACK}"
-    if any(".partial-" in n for n in hidden):
-        return f"the folder has no {WEIGHTS} file, only those of a merge that did not finish: run it again"
-    if not present:
-        return f"the folder has no {WEIGHTS} file; it is empty"
-    hint = "" if os.path.isdir(os.path.expanduser(name)) else remedies.hub_files(name)
-    return f"the folder has no {WEIGHTS} file, only {listing(present)}" + (f". {hint}" if hint else "")
-
-
-def _other_weights(name: str, root: Path, present: Sequence[str]) -> str:
-    """About weights of other formats in a folder; empty, if there are none."""
-    only = f"the folder has no {WEIGHTS} file, only"
-    if ADAPTER_CONFIG in present or any(n.startswith(f"{ADAPTER}.") for n in present):
-        config = read_adapter_config(root / ADAPTER_CONFIG)
-        kind = {"LORA": "LoRA"}.get(str(config.get("peft_type")), "PEFT")
-        return refusal(name, root, Adapter(kind, "peft", (), None, False, frozenset(), config), {}, root)
-    if any(n.endswith(".distcp") for n in present):
-        return remedies.dcp_folder(root)
-    # As FSDP's trainers save: a folder for the model, others for its optimizer.
-    for part in (n for n in present if not n.startswith("optimizer") and any((root / n).glob("*.distcp"))):
-        return f"in {quote(part)}, {remedies.dcp_folder(root / part)}"
-    if pickles := [n for n in present if n.endswith(PICKLES)]:
-        return f"{only} {listing(pickles)}, which by their names hold no weights. If one does: name {root / pickles[0]}"
-    if others := [n for n in present if n.endswith(OTHER_WEIGHTS)]:
-        return f"{only} {listing(others)}: {remedies.other_format(root, others)}"
-    return ""
 
 
 def _open_indexed(
@@ -326,7 +298,7 @@ def _open_indexed(
 def _missing(root: Path, index: str, files: Sequence[str], missing: Sequence[str]) -> str:
     """The message about missing files that an index names, and what else is there."""
     message = f"{len(missing)} of {len(files)} files that {quote(index)} names are missing: {listing(missing)}"
-    present = _names(root)
+    present = names_in(root)
     for shards in complete_shards(present):
         return (
             f"{message}. The shards {listing(shards)} are all there, so the index is of another set. Remove the index, "
@@ -353,11 +325,13 @@ def _load(
     superseded: set[str] = set()  # tensors that are in several files of an index
     metadata: dict[str, str] = {}
     stamps: list[Stamp] = []
+    headers: list[GgufHeader] = []
     for number, file in enumerate(files):
         path = root / file
         # Taken before the header is read, so that a change in between is noticed too.
         stamp = stamp_of(path)
-        entries, file_metadata, file_remarks = read_header(path, number)
+        entries, file_metadata, file_remarks, gguf = read_header(path, number)
+        headers += [gguf] if gguf else []
         if _PIECES in file_metadata:
             raise CheckpointError(remedies.dcp_pieces(root), file=str(path))
         stamps.append(stamp or (0, 0, 0, 0))
@@ -381,10 +355,15 @@ def _load(
     if weight_map is not None:
         found = {tensor: files[entry.file] for tensor, entry in tensors.items()}
         remarks = [*remarks, *(f"{name}: {r}" for r in index_remarks(str(index), weight_map, found, superseded))]
+    if headers:
+        from fastinterp.checkpoint.gguf_model import check_splits
+
+        check_splits([root / file for file in files], headers, len(tensors))
     nbytes = sum(e.nbytes for e in tensors.values())
     return Checkpoint(
         name, root, tuple(root / f for f in files), tensors, nbytes, index is not None, metadata, tuple(stamps),
         whole_folder, tuple(remarks), find_adapter(tensors, metadata, root / ADAPTER_CONFIG), index or "",
+        headers[0] if headers else None,
     )  # fmt: skip
 
 

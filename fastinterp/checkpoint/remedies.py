@@ -84,16 +84,6 @@ def other_format(root: Path, files: Sequence[str]) -> str:
     """What is known about weights of another format; `files` are their names."""
     first, suffix = files[0], Path(files[0]).suffix
     target = root / (Path(first).stem + WEIGHTS)
-    if suffix == ".gguf":
-        command = python(
-            "import transformers as t; t.AutoModelForCausalLM.from_pretrained("
-            f"{literal(root)}, gguf_file={literal(first)}, quantization_config=t.GgufConfig(dequantize=True))"
-            '.save_pretrained("NEW")'
-        )
-        return (
-            "this format is not read. If it is a language model, convert it with transformers 5, which needs the "
-            f"package gguf: {command}; then name NEW. What its quantisation dropped is lost"
-        )
     if suffix == ".npz":
         command = python(
             "import numpy as np, safetensors.numpy as st; "
@@ -102,6 +92,15 @@ def other_format(root: Path, files: Sequence[str]) -> str:
         )
         return f"this format is not read. Convert it first: {command}; then name {target}"
     return "this format is not read. Use the model's weights in safetensors"
+
+
+def from_gguf(root: Path, file: str) -> str:
+    """The command with which transformers 5 makes safetensors of a language model in GGUF."""
+    return python(
+        "import transformers as t; t.AutoModelForCausalLM.from_pretrained("
+        f"{literal(root)}, gguf_file={literal(file)}, quantization_config=t.GgufConfig(dequantize=True))"
+        '.save_pretrained("NEW")'
+    )
 
 
 def rewrite(file: str) -> str:

@@ -37,7 +37,8 @@ def merge(
 
     RECIPE is a YAML file, or - for stdin; OUT a new folder, or a new file, NAME.safetensors. Each input byte is read
     once, and once more for each statistic that the method needs: see `fastinterp methods NAME`. Processes started by
-    torchrun or srun share the work: each writes a part of the output files.
+    torchrun or srun share the work: each writes a part of the output files. With `out: lora` in the recipe the models
+    are LoRA adapters, and so is the output: options about memory, files and devices have no effect then.
 
     \b
     Example:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastinterp.checkpoint.formats import EncodedTensor, encoded_tensors
+from fastinterp.checkpoint.gguf_types import stored
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.quantised import quantised_in
@@ -49,7 +50,7 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
         ],
         "index": checkpoint.index,
         "bytes": checkpoint.nbytes,
-        "parameters": decoded + sum(e.numel for e in entries if e.dtype.merges and e.name not in taken),
+        "parameters": decoded + sum(e.numel for e in entries if (e.dtype.merges or e.dtype.block) and e.name not in taken),
         "dtypes": _dtypes(entries),
         "adapter": None if adapter is None else adapter.as_dict(),
         "quantised": quantised,
@@ -170,7 +171,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def _sorted(checkpoint: Checkpoint) -> list[Entry]:
-    return sorted(checkpoint.tensors.values(), key=lambda e: natural(e.name))
+    return sorted(map(stored, checkpoint.tensors.values()), key=lambda e: natural(e.name))
 
 
 def _pattern(names: list[str]) -> str:

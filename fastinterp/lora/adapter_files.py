@@ -12,13 +12,13 @@ import numpy as np
 
 from fastinterp._version import __version__
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.errors import OutputError
+from fastinterp.errors import CheckpointError, OutputError
 from fastinterp.lora.algebra import Array
 from fastinterp.lora.peft_rules import patterns
 from fastinterp.ops.dtypes import DType
 from fastinterp.output.folder import OutFolder
 from fastinterp.output.layout import ALIGN
-from fastinterp.reference.combine import narrow
+from fastinterp.reference.combine import narrow, widen
 
 WEIGHTS_FILE = "adapter_model.safetensors"  # as peft names it
 PREFIX = "base_model.model."  # of names in it
@@ -80,10 +80,7 @@ class AdapterWriter:
         """Add a tensor of these values (f32 or f64), rounded to `dtype` to nearest even."""
         offset, flat = self.place(name, dtype, values.shape), np.ascontiguousarray(values).reshape(-1)
         for i in range(0, flat.size, _WRITE):
-            part = flat[i : i + _WRITE]
-            exact = dtype.in_numpy and np.dtype(dtype.library_name) == part.dtype
-            codes = part if exact else narrow(part, dtype)
-            self._write(codes.tobytes(), offset + i * dtype.bits // 8)
+            self._write(_stored(flat[i : i + _WRITE], dtype).tobytes(), offset + i * dtype.bits // 8)
 
     def _write(self, data: bytes, offset: int) -> None:
         done = 0
@@ -99,6 +96,27 @@ class AdapterWriter:
 
     def _error(self, error: OSError) -> OutputError:
         return OutputError(f"{self._shown}: it cannot be written: {error.strerror}")
+
+
+def rounded(x: Array, dtype: DType) -> Array:
+    """The values (f32 or f64) as they are stored; `x` itself, if that changes none."""
+    if dtype.in_numpy and x.dtype == np.dtype(dtype.library_name):
+        return x
+    wide = _stored(np.ascontiguousarray(x).reshape(-1), dtype)
+    values = (wide if dtype.in_numpy else widen(wide.view(np.uint8), dtype)).reshape(x.shape)
+    return x if np.array_equal(values, x) else values.astype(np.promote_types(values.dtype, np.float32))
+
+
+def _stored(flat: Array, dtype: DType) -> Array:
+    """Values, rounded once to nearest even: as numpy has the dtype, else as codes. Raises: CheckpointError."""
+    with np.errstate(over="ignore"):
+        stored: Array = flat.astype(dtype.library_name, copy=False) if dtype.in_numpy else narrow(flat, dtype)
+    if dtype.in_numpy and not np.isfinite(stored).all() and np.isfinite(flat).all():
+        raise CheckpointError(
+            f"factors have numbers beyond the range of {dtype}, up to {np.abs(flat).max():g}. Store them as float32: "
+            "`--dtype float32`"
+        )
+    return stored
 
 
 def _entry(dtype: DType, shape: tuple[int, ...], offsets: tuple[int, int]) -> dict[str, Any]:

@@ -10,13 +10,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from fastinterp.arguments import path_of
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_threads
 from fastinterp.checkpoint.names import listing, names_file, quote
-from fastinterp.checkpoint.same_bytes import same_bytes
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.errors import CheckpointError, ShapeError, UsageError
 from fastinterp.lora.adapter_files import (
@@ -26,19 +23,20 @@ from fastinterp.lora.adapter_files import (
     Described,
     adapter_config,
     model_card,
+    rounded,
     write_small_files,
 )
 from fastinterp.lora.algebra import (
     ITERATIONS,
     OVERSAMPLING,
-    Array,
     Blocks,
     balanced,
     padded,
     randomised_svd,
     rank_for_energy,
 )
-from fastinterp.lora.parts import HasShape, Parts, divide, is_transposed, modules_of
+from fastinterp.lora.changes import norms_of_changes, pair_of, plan_change, shapes_of
+from fastinterp.lora.parts import Parts, divide, is_transposed, modules_of
 from fastinterp.lora.peft_rules import modules_to_save, target_modules
 from fastinterp.lora.report import AdapterReport, FactorisedModule
 from fastinterp.lora.tensors import COPY, TensorReader
@@ -46,8 +44,9 @@ from fastinterp.messages import counted
 from fastinterp.ops.combine import Row, philox_key
 from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
 from fastinterp.output.folder import OutFolder
-from fastinterp.plan.inputs import PlannedTensor, TensorInput
-from fastinterp.plan.plan import Plan, plan_recipe
+from fastinterp.plan.inputs import TensorInput
+from fastinterp.plan.plan import Plan
+from fastinterp.recipe.references import ModelRef
 
 MAX_RANK = 1 << 14
 _RANDOM = 16  # Philox stream of the random matrices
@@ -97,14 +96,14 @@ def extract_lora(
     if names_file(target):
         raise UsageError(f"an adapter is a folder: it needs its adapter_config.json. Give {quote(target[:-12])}")
     names = path_of(base, "base"), path_of(finetune, "finetune")
-    plan = _plan(*names)
+    plan = plan_change(*names)
     with ExitStack() as stack:
-        inputs = {t.name: _pair(plan, t) for t in plan.tensors}
+        inputs = {t.name: pair_of(plan, t) for t in plan.tensors}
         reader = TensorReader(plan.checkpoints, (x for pair in inputs.values() for x in pair), stack, threads)
         total = 2 * sum(x.nbytes for t in plan.tensors for x in inputs[t.name] if t.merged)
-        norms = _norms(plan, inputs, reader, _part(progress, 0, total))
+        norms = norms_of_changes(plan, inputs, reader, _part(progress, 0, total))
         config = json_or_empty(plan.checkpoints[0].root / CONFIG)
-        parts = divide(_shapes(plan), norms.keys(), config, whole=whole_modules)
+        parts = divide(shapes_of(plan), norms.keys(), config, whole=whole_modules)
         if not parts.factors:
             raise CheckpointError(
                 f"no weight of a linear layer or convolution differs from the base's, but {listing(norms)}: there is "
@@ -124,7 +123,7 @@ def extract_lora(
         folder.commit()
     return AdapterReport(
         folder.name, modules, tuple(parts.saved), left_out, False, total, written, time.perf_counter() - start,
-        (*plan.remarks, *run.remarks()), (*plan.warnings, *run.warnings(left_out)),
+        (*plan.remarks, *run.remarks()), (*plan.warnings, *run.warnings(names[0], left_out)),
     )  # fmt: skip
 
 
@@ -152,74 +151,6 @@ def _checked(rank: object, energy: object, seed: object, dtype: object) -> tuple
         names = ", ".join(name for name in DTYPE_NAMES if "float8" not in name)
         raise UsageError(f"`dtype` must be one of {names}, got {dtype!r}")
     return rank, None if energy is None else float(energy), seed, found
-
-
-def _plan(base: str, finetune: str) -> Plan:
-    """The plan of finetune - base, in which names and shapes are matched. Raises: what plan_recipe does."""
-    models: list[dict[str, Any]] = [
-        {"model": base, "parameters": {"weight": -1.0}},
-        {"model": finetune, "parameters": {"weight": 1.0}},
-    ]
-    recipe = {"merge_method": "linear", "models": models, "parameters": {"normalize": False}, "integers": finetune}
-    if os.path.realpath(base) == os.path.realpath(finetune):
-        raise UsageError(f"the fine-tune and its base are the same checkpoint: {quote(base)}")
-    try:
-        plan = plan_recipe(recipe, None, "float32", None, None)
-    except ShapeError as error:  # without the keys of recipes that allow different tensors
-        message = error.message.partition(" `missing: ")[0]
-        raise ShapeError(
-            f"{message} An adapter needs a fine-tune that has the tensors of its base, in the same shapes"
-        ) from None
-    if plan.origin.source is not None and plan.origin.source.components:
-        raise CheckpointError(
-            "it consists of several components, each a model of its own. Name the folders of one, in both: "
-            f"{quote(f'{base}/{plan.origin.source.components[0].folder}')}, for example",
-            file=base,
-        )
-    return plan
-
-
-def _pair(plan: Plan, tensor: PlannedTensor) -> tuple[TensorInput, ...]:
-    """The tensor in the base and in the fine-tune."""
-    if tensor.merged:
-        return tensor.inputs
-    models = plan.checkpoints[:2]
-    return tuple(model.tensors[tensor.name] if tensor.name in model.tensors else tensor.inputs[0] for model in models)
-
-
-def _shapes(plan: Plan) -> dict[str, HasShape]:
-    return {t.name: HasShape(t.shape if t.merged else (), t.numel) for t in plan.tensors}
-
-
-def _norms(
-    plan: Plan, inputs: Mapping[str, Sequence[TensorInput]], reader: TensorReader, progress: Progress | None
-) -> dict[str, float]:
-    """The Frobenius norm of the change of each tensor that differs; of integers 0.
-
-    Raises: CheckpointError, if there are NaN or Inf, or nothing differs.
-    """
-    merged = [t.name for t in plan.tensors if t.merged]
-    answers = reader.measured([inputs[name] for name in merged], progress)
-    norms: dict[str, float] = {}
-    for name, (sums, nonzero) in zip(merged, answers, strict=True):
-        if not math.isfinite(sums[2]):
-            raise CheckpointError(
-                f"tensor {quote(name)}: there is NaN or Inf in it, or in that of the base, which no factors can hold",
-                file=plan.checkpoints[1].name,
-                tensor=name,
-            )
-        if nonzero[1]:
-            norms[name] = math.sqrt(sums[2])
-    for name in (t.name for t in plan.tensors if not t.merged):
-        places = [(x.plain.path, x.plain.start, x.plain.nbytes) for x in inputs[name] if x.plain is not None]
-        if len(places) == 2 and not same_bytes(*places):
-            norms[name] = 0.0
-    if not any(norms.values()):
-        raise CheckpointError(
-            f"its numbers are those of the base {quote(plan.checkpoints[0].name)}: there is nothing to extract",
-            file=plan.checkpoints[1].name,
-        )
-    return norms
 
 
 def _left_out(parts: Parts, norms: Mapping[str, float], *, whole: bool) -> tuple[str, ...]:
@@ -299,7 +230,7 @@ class _Extraction:
         u, s, v = randomised_svd(blocks, how.rank, philox_key(how.seed, _RANDOM, name))
         norm = self._norms[name]
         rank = self._rank if how.energy is None else rank_for_energy(s, how.energy, norm * norm, how.rank)
-        b, a = (_rounded(x, how.dtype) for x in padded(*balanced(u, s, v, rank), rank))
+        b, a = (rounded(x, how.dtype) for x in padded(*balanced(u, s, v, rank), rank))
         error = math.sqrt(blocks.residual(b, a))
         if is_transposed(module, self._config):
             b, a = a.T, b.T
@@ -324,8 +255,14 @@ class _Extraction:
             bias="lora_only" if parts.biases else "none", more={"revision": revision} if revision else {},
         )  # fmt: skip
 
-    def warnings(self, left_out: Sequence[str]) -> list[str]:
+    def warnings(self, base: str, left_out: Sequence[str]) -> list[str]:
+        """base: as it was named"""
         warnings = []
+        if ModelRef.of(base).adapters:
+            warnings.append(
+                f"the adapter belongs to {base}, and its configuration names that: peft loads it into the merged "
+                "model, which `fastinterp merge` writes"
+            )
         if left_out:
             verb = "differs, and is" if len(left_out) == 1 else "differ, and are"
             warnings.append(f"{counted(len(left_out), 'tensor')} {verb} not in the adapter: {listing(left_out)}")
@@ -358,17 +295,6 @@ def _described(module: str, dtype: DType, shape: tuple[int, ...], rank: int) -> 
         (f"{PREFIX}{module}.lora_A.weight", dtype, (rank, *shape[1:])),
         (f"{PREFIX}{module}.lora_B.weight", dtype, (shape[0], rank, *ones)),
     ]
-
-
-def _rounded(x: Array, dtype: DType) -> Array:
-    """The values that are stored, as f32 (of F64: as they are)."""
-    from fastinterp.ops.dtypes import F64
-    from fastinterp.reference.combine import narrow, widen
-
-    if dtype is F64:
-        return x
-    codes = narrow(np.ascontiguousarray(x).reshape(-1), dtype)
-    return widen(codes.view(np.uint8), dtype).reshape(x.shape)
 
 
 def _card(names: tuple[str, str], how: _How, modules: Sequence[FactorisedModule]) -> str:

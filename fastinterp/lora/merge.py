@@ -18,18 +18,17 @@ from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.lora import LowRankModule
 from fastinterp.checkpoint.names import names_file, quote
 from fastinterp.errors import CheckpointError, UsageError
-from fastinterp.lora.adapter_files import WEIGHTS_FILE, AdapterWriter, Described, model_card, write_small_files
+from fastinterp.lora.adapter_files import WEIGHTS_FILE, AdapterWriter, Described, model_card, rounded, write_small_files
 from fastinterp.lora.algebra import Array, balanced, concatenated, norm_of_product, padded, singular
 from fastinterp.lora.merged_config import merged_config
 from fastinterp.lora.plan import AdapterPlan, PlannedProduct, PlannedWhole, plan_adapters
 from fastinterp.lora.report import AdapterReport, FactorisedModule
 from fastinterp.lora.tensors import TensorReader
 from fastinterp.ops.combine import Combine
-from fastinterp.ops.dtypes import F32, F64, DType, promoted
+from fastinterp.ops.dtypes import F32, DType, promoted
 from fastinterp.output.folder import OutFolder
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.recipe.load import Recipe
-from fastinterp.reference.combine import narrow, widen
 
 _FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 
@@ -59,6 +58,8 @@ def merge_adapters(
     Raises: what plan_adapters does; CheckpointError, StorageError, OutputError, UsageError.
     """
     start = time.perf_counter()
+    if recipe.rounding != "nearest":
+        raise recipe.document.error("factors of adapters are rounded to nearest: remove `rounding`", "$.rounding")
     plan = plan_adapters(recipe)
     target = os.fspath(out)
     if names_file(target) and plan.style == "peft":
@@ -195,7 +196,7 @@ class AdapterMerge:
         else:
             scale = scale if self._rank(product) == product.rank and scale is not None else 1.0
             made, norm, error = self._summed(product, pairs, scale)
-        stored = [(_rounded(b, self.dtype), _rounded(a, self.dtype)) for b, a in made]
+        stored = [(rounded(b, self.dtype), rounded(a, self.dtype)) for b, a in made]
         if any(s[i] is not m[i] for s, m in zip(stored, made, strict=True) for i in (0, 1)):
             moved = [
                 norm_of_product(np.concatenate([b, -b2], axis=1) * scale, np.concatenate([a, a2]))
@@ -310,14 +311,6 @@ def _names(module: LowRankModule, style: str) -> tuple[str, str]:
         return module.a.name, module.b.name
     a, b = (re.sub(r"(lora_(?:embedding_)?[AB])\.(?!weight$)[^.]+", r"\1", x.name) for x in (module.a, module.b))
     return a, b
-
-
-def _rounded(x: Array, dtype: DType) -> Array:
-    """The values as they are stored; `x` itself, if that changes none."""
-    if dtype is F64 or (dtype is F32 and x.dtype == np.float32):
-        return x
-    wide = widen(narrow(np.ascontiguousarray(x).reshape(-1), dtype).view(np.uint8), dtype).reshape(x.shape)
-    return x if np.array_equal(wide, x) else wide
 
 
 def _card(plan: AdapterPlan) -> str:

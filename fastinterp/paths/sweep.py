@@ -146,7 +146,7 @@ def _points(
 
 
 def _plans(
-    points: Sequence[Point], max_shard_size: int | None, threads: int | None, max_memory: int, one_file: bool
+    points: Sequence[Point], max_shard_size: int | None, threads: int | None, max_memory: int, one_file: str
 ) -> list[Plan]:
     """One plan for as many points as fit into one read of the models; nearly always all of them."""
     cpu_isa()

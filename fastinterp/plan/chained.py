@@ -111,6 +111,7 @@ def made_by(recipe: Recipe, document: Document) -> tuple[Model, Folder | None]:
     """The output of the document as a model, and the folder of its small files, if it needs one."""
     name = recipe.name or ""
     named = recipe.out_dtype or recipe.dtype
+    named = None if named is not None and named.block else named
     tensors: dict[str, TensorInput] = {}
     for t in document.tensors:
         if t.program is not None and t.program.whole:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 from msgspec.structs import replace
 
+from fastinterp.checkpoint.gguf_types import BY_NAME
 from fastinterp.checkpoint.header import Conversion
 from fastinterp.ops.combine import Combine, Row
-from fastinterp.ops.dtypes import DType
+from fastinterp.ops.dtypes import F16, DType
 from fastinterp.plan.low_rank import LowRankInput
 from fastinterp.plan.program import Program
 from fastinterp.tokenizer.embedding_rows import RowMap
@@ -117,6 +118,11 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
     @property
     def plain(self) -> StoredInput | None:
         """Itself, if its elements lie in a file one after the other, as `dtype` stores them; else None."""
+        return None
+
+    @property
+    def blocks(self) -> StoredInput | None:
+        """The blocks of a GGUF file that it is stored in, to be copied as they are; None, if it is stored otherwise."""
         return None
 
     @property
@@ -253,6 +259,12 @@ class StoredInput(TensorInput, frozen=True, eq=False):
         return self if self.encoding is None and self.low_rank is None else None
 
     @property
+    def blocks(self) -> StoredInput | None:
+        if self.encoding is None or self.encoding.stored.block is None or self.low_rank is not None:
+            return None
+        return replace(self, dtype=self.encoding.stored, encoding=None)
+
+    @property
     def stored_rows(self) -> StoredInput | None:
         return self if self.low_rank is None else None
 
@@ -293,6 +305,18 @@ class ConvertedInput(TensorInput, frozen=True, eq=False):
     def describe(self) -> str:
         stored = f" ({self.conversion.stored_as})" if self.conversion.stored_as else ""
         return f"{self.dtype} {list(self.shape)}{stored}"
+
+    @property
+    def kept_dtype(self) -> DType:
+        return self.dtype if self.blocks is None else F16
+
+    @property
+    def blocks(self) -> StoredInput | None:
+        kind = BY_NAME.get(self.conversion.stored_as)
+        nbytes = None if kind is None or kind.dtype.block is None else kind.dtype.nbytes(self.numel)
+        if kind is None or nbytes is None:
+            return None
+        return StoredInput(self.name, kind.dtype, self.shape, nbytes, self.path, self.start)
 
 
 class GatheredInput(TensorInput, frozen=True, eq=False):

@@ -62,6 +62,11 @@ class Model(msgspec.Struct, frozen=True, eq=False):
         return 0 if self.checkpoint is None else self.checkpoint.nbytes
 
 
+def is_gguf(model: Model) -> bool:
+    """Whether a model is in GGUF files, or made of such."""
+    return model.source is not None and model.source.gguf is not None
+
+
 class Library:
     """Opens the models of recipes, each once; and raises the same error for one that cannot be opened."""
 

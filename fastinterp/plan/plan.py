@@ -26,7 +26,7 @@ from fastinterp.output.layout import Layout
 from fastinterp.output.model_card import CARD, model_card
 from fastinterp.output.origin_files import OriginFiles
 from fastinterp.plan.inputs import PlannedTensor
-from fastinterp.plan.models import Library, Model
+from fastinterp.plan.models import Library, Model, is_gguf
 from fastinterp.plan.outputs import Outputs, receipt
 from fastinterp.plan.single import Document, plan_document
 from fastinterp.plan.vocabularies import AlignedModels
@@ -172,7 +172,8 @@ def make_plan(
     max_shard_size: int | None = None,
     above: Sequence[Recipe] = (),
     library: Library | None = None,
-    one_file: bool = False,
+    one_file: str = "",
+    as_numbers: bool = False,
 ) -> Plan:
     """Open the checkpoints' headers, see that they fit together, and lay out the output.
 
@@ -180,7 +181,8 @@ def make_plan(
     max_shard_size  bytes of tensor data in one file; None: one file where the origin has one, else 5 GB
     above           the documents above, if there are any; then `recipes` is the last document alone
     library         opens the checkpoints, and may have opened some already; None: a new one
-    one_file        every output is one file, and no folder
+    one_file        how the name of every output ends, if it is one file; empty: it is a folder
+    as_numbers      every output is in memory: nothing is stored in blocks
     Raises: CheckpointError and ShapeError, if a checkpoint is damaged or does not fit the others; MethodError, if a
     method does not accept its models or parameters; RecipeError, if documents do not fit each other; UsageError.
     """
@@ -202,12 +204,20 @@ def make_plan(
         checkpoints, names, folders = last.checkpoints, tuple(map(str, first.models)), ()
         warnings, remarks = last.warnings, last.remarks
     tensors = last.tensors
-    if first.quantize == "same":
+    stacked = any(section.stacked for recipe in (*above, first) for section in recipe.sections)
+    if is_gguf(last.origin) and not as_numbers:
+        from fastinterp.plan.gguf_output import in_stored_types
+
+        tensors, more = in_stored_types(last.origin, tensors, first)
+        remarks = (*remarks, *more)
+    elif (asked := first.out_dtype or first.dtype) is not None and asked.block:
+        raise UsageError(f"`dtype: {asked.name.lower()}` is a type of GGUF files, and of outputs of GGUF models only")
+    elif first.quantize == "same":
         from fastinterp.plan.encoded_output import quantised_as
 
         tensors, more = quantised_as(last.origin, tensors, checkpoints, stacked=any(s.stacked for s in first.sections))
         remarks = (*remarks, *more)
-    outputs = Outputs(last.origin, checkpoints[: len(names)], tensors)
+    outputs = Outputs(last.origin, checkpoints[: len(names)], tensors, stacked)
     layouts = tuple(
         outputs.layout(receipt(recipe, k, tensors, names), max_shard_size, one_file) for k, recipe in enumerate(recipes)
     )
@@ -234,22 +244,24 @@ def _stamps(document: Document) -> dict[Path, Stamp | None]:
 
 def plan_recipe(
     recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
-    missing: object = None, channels: object = None, quantize: object = None, *, one_file: bool = False,
+    missing: object = None, channels: object = None, quantize: object = None, *, one_file: str = "",
+    as_numbers: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge` and make_plan."""
     *above, last = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
-    return make_plan([last], max_shard_size=optional_size(max_shard_size), above=above, one_file=one_file)
+    size = optional_size(max_shard_size)
+    return make_plan([last], max_shard_size=size, above=above, one_file=one_file, as_numbers=as_numbers)
 
 
 def plan_documents(
     recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
-    missing: object = None, channels: object = None, quantize: object = None, *, one_file: bool = False,
+    missing: object = None, channels: object = None, quantize: object = None, *, one_file: str = "",
 ) -> list[Plan]:  # fmt: skip
     """A plan for each document of a recipe, the last for that which is written. Arguments and errors as of `merge`."""
     every = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
     size = optional_size(max_shard_size)
     return [
-        make_plan([one], max_shard_size=size, above=every[:i], one_file=one_file and one is every[-1])
+        make_plan([one], max_shard_size=size, above=every[:i], one_file=one_file if one is every[-1] else "")
         for i, one in enumerate(every)
     ]
 

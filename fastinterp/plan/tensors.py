@@ -15,7 +15,7 @@ from fastinterp.ops.combine import Combine, Tensor, check_coefficients, renumber
 from fastinterp.ops.dtypes import F16, DType, promoted
 from fastinterp.plan.fit import INTEGERS, check_fit, chosen_model
 from fastinterp.plan.inputs import ModelInput, PlannedTensor, TensorInput
-from fastinterp.plan.models import Model
+from fastinterp.plan.models import Model, is_gguf
 from fastinterp.plan.program import Program
 from fastinterp.plan.quantised import agree, quantised_error
 from fastinterp.recipe.load import Recipe
@@ -113,6 +113,11 @@ class _Planner:
         self._sidecars = {ref: (len(models) + i, model) for i, (ref, model) in enumerate(sidecars.items())}
         self._keywords = [p.keyword for p in self._method.parameters if p.kind is Sidecar]
         leads = (models[t.inputs[0][0]].tensors[t.inputs[0][1]] for t in targets if not t.copies)
+        self._gguf = None
+        if is_gguf(origin):
+            from fastinterp.plan.gguf_output import StoredTypes
+
+            self._gguf = StoredTypes(origin, recipes[0].out_dtype or recipes[0].dtype)
         self._numel = sum(lead.numel for lead in leads if lead.merges)
         self._requests: dict[tuple[Any, ...], Any] = {}  # of methods that look at the number of models alone
         self._reads: dict[tuple[Any, ...], Any] = {}
@@ -135,9 +140,12 @@ class _Planner:
             return self._unmerged(targets, inputs)
         # An output keeps the dtype of the model whose config.json is copied, which need not be merged itself.
         first = _dtype_source(target, self._origin) or lead
-        kept = _kept([tensor for _, tensor in inputs], first)
-        stored = promoted(kept) if len(kept) > 1 else first.kept_dtype if first.kept_dtype.merges else lead.kept_dtype
-        dtype = recipe.out_dtype or recipe.dtype or stored
+        if self._gguf is not None:
+            dtype = self._gguf.of_sum(target.name, lead.shape, first)
+        else:
+            kept = _kept([tensor for _, tensor in inputs], first)
+            own = first.kept_dtype if first.kept_dtype.merges else lead.kept_dtype
+            dtype = recipe.out_dtype or recipe.dtype or (promoted(kept) if len(kept) > 1 else own)
         if target.copies:
             return _summed(target.name, dtype, lead, inputs, [Combine((1.0,))] * len(targets))
         calls = self._calls(targets, lead)

@@ -10,7 +10,7 @@ from fastinterp.errors import MethodError, RecipeError
 from fastinterp.messages import clipped, shown, suggestion
 from fastinterp.methods import Method
 from fastinterp.ops.combine import LARGEST, Combine, Tensor
-from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
+from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_stored
 from fastinterp.recipe.build import Builder
 from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read, read_all
 from fastinterp.recipe.merge_groups import MergeGroup, Section, sidecar_paths
@@ -353,7 +353,7 @@ def _constants(
 
 
 def _dtype(document: Document, name: str | None, path: str) -> DType | None:
-    dtype = None if name is None else parse_dtype(name)
+    dtype = None if name is None else parse_stored(name)
     if name is not None and dtype is None:
         raise document.error(f"unknown dtype `{clipped(name)}`{suggestion(name, DTYPE_NAMES)}", path)
     return dtype

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastinterp.reference import gguf_blocks
+
 # (codes u8[bytes], companions each u8[bytes], parameters, numel, columns) -> f32[numel]. Every operation is float32 and
 # rounded once to nearest even, in the order that docs/NUMERICS.md states for the format; nothing is fused.
 Decode = Callable[[NDArray[np.uint8], Sequence[NDArray[np.uint8]], Sequence[float], int, int], NDArray[np.float32]]
@@ -138,12 +140,15 @@ def _nvfp4(codes: Codes, companions: Sequence[Codes], parameters: Sequence[float
     return numbers
 
 
-def _q8_0(codes: Codes, companions: Sequence[Codes], parameters: Sequence[float], numel: int, columns: int) -> Numbers:
-    """Blocks of an F16 scale and 32 int8 codes."""
-    blocks = codes.reshape(-1, 34)
-    scales = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
-    numbers: Numbers = blocks[:, 2:].view(np.int8).astype(np.float32) * scales
-    return numbers
+def _blocks(of_blocks: Callable[[Codes], Numbers], nbytes: int) -> Decode:
+    """Blocks of GGUF files, of so many bytes."""
+
+    def decode(
+        codes: Codes, companions: Sequence[Codes], parameters: Sequence[float], numel: int, columns: int
+    ) -> Numbers:
+        return of_blocks(codes.reshape(-1, nbytes)).reshape(-1)
+
+    return decode
 
 
 # By the name of the decoder. A new format adds its row.
@@ -154,7 +159,19 @@ DECODERS: dict[str, Decode] = {
     "mxfp4": _mxfp4,
     "mxfp4_transposed": _mxfp4_transposed,
     "nvfp4": _nvfp4,
-    "q8_0": _q8_0,
+    "q8_0": _blocks(gguf_blocks.q8_0, 34),
+    "q4_0": _blocks(gguf_blocks.q4_0, 18),
+    "q4_1": _blocks(gguf_blocks.q4_1, 20),
+    "q5_0": _blocks(gguf_blocks.q5_0, 22),
+    "q5_1": _blocks(gguf_blocks.q5_1, 24),
+    "iq4_nl": _blocks(gguf_blocks.iq4_nl, 18),
+    "gguf_mxfp4": _blocks(gguf_blocks.mxfp4, 17),
+    "q2_k": _blocks(gguf_blocks.q2_k, 84),
+    "q3_k": _blocks(gguf_blocks.q3_k, 110),
+    "q4_k": _blocks(gguf_blocks.q4_k, 144),
+    "q5_k": _blocks(gguf_blocks.q5_k, 176),
+    "q6_k": _blocks(gguf_blocks.q6_k, 210),
+    "iq4_xs": _blocks(gguf_blocks.iq4_xs, 136),
 }
 
 

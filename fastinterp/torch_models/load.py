@@ -145,7 +145,7 @@ def _check_module(module: Any, recipe: Any) -> None:
 
 def planned(recipe: Source, dtype: str | None, rounding: str | None, seed: int | None) -> Plan:
     """The plan of one model in memory. Raises: CheckpointError, if it has several components; what plan_recipe does."""
-    plan = plan_recipe(_recipe(recipe), None, dtype, rounding, seed, quantize="none")  # weights in memory are numbers
+    plan = plan_recipe(_recipe(recipe), None, dtype, rounding, seed, quantize="none", as_numbers=True)
     if plan.origin.source is not None:
         refuse_components(plan.origin.source)
     return plan

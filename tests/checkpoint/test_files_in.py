@@ -219,12 +219,15 @@ def test_folder_without_weights(tmp_path):
     put(folder / "unet", "x.safetensors", "a")
     assert "but `unet` in it do: name one of them" in refusal(folder)
     (folder / "model.gguf").touch()
-    assert "only `model.gguf`: this format is not read" in refusal(folder)
+    assert "model.gguf: the file is empty" in refusal(folder)
+    (folder / "model.gguf").unlink()
+    (folder / "model.ggml").touch()
+    assert "only `model.ggml`: this format is not read" in refusal(folder)
     (folder / "pytorch_model.bin").touch()
     assert "pytorch_model.bin: the file is empty" in refusal(folder)
     (folder / "pytorch_model.bin").rename(folder / "training_args.bin")
     assert "only `training_args.bin`, which by their names hold no weights. If one does: name" in refusal(folder)
-    assert "this format is not read" in refusal(folder / "model.gguf")
+    assert "this format is not read" in refusal(folder / "model.ggml")
     assert "this file is not a checkpoint" in refusal(folder / "notes.txt")
 
 

@@ -27,7 +27,9 @@ def refusal(name: object) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_gguf(tmp_path, monkeypatch, tied):
-    """Where the package is installed that transformers reads GGUF with. A tied head stays tied."""
+    """Beside a model in safetensors. Where the package is installed that transformers reads GGUF with; a tied head
+    stays tied.
+    """
     gguf = pytest.importorskip("gguf", reason="the package gguf, which transformers reads such files with")
     monkeypatch.chdir(tmp_path)
     Path("OLD").mkdir()
@@ -49,8 +51,11 @@ def test_gguf(tmp_path, monkeypatch, tied):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    save_file(arrays, "other.safetensors")
     for name in ("OLD", "OLD/x.gguf"):
-        follow(refusal(name), monkeypatch)
+        with pytest.raises(CheckpointError, match="is in GGUF, and other") as caught:
+            interpolate(name, "other.safetensors", 0.5, "out")
+        follow(str(caught.value), monkeypatch)
     got = load_file("NEW/model.safetensors")
     np.testing.assert_array_equal(got["model.embed_tokens.weight"], arrays["token_embd.weight"])
     np.testing.assert_array_equal(got["model.layers.0.mlp.down_proj.weight"], arrays["blk.0.ffn_down.weight"])

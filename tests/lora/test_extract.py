@@ -196,6 +196,14 @@ def test_a_fine_tune_that_is_an_adapter_on_its_base(tmp_path):
     assert_close(changes(tmp_path / "out"), changes(adapter), 1e-4)  # W + D was rounded to float32
 
 
+def test_a_base_with_an_adapter_is_a_warning(tmp_path):
+    """peft would not find it by the name that the configuration has."""
+    base, tuned, _ = models(tmp_path)
+    adapter = write_adapter(tmp_path / "adapter", {m: factors(i, *_shape(m)) for i, m in enumerate(WEIGHTS)}, r=4)
+    report = extract_lora(tuned, f"{base}+{adapter}", tmp_path / "out", rank=8)
+    assert any("peft loads it into the merged model" in warning for warning in report.warnings)
+
+
 def _shape(module: str) -> tuple[int, int, int]:
     out, columns = SHAPES[f"{module}.weight"]
     return out, 4, columns

@@ -313,6 +313,7 @@ def test_an_adapter_as_base_is_where_deltas_start(tmp_path, two):
         ({"out": "loar"}, RecipeError, "`out` must be model or lora"),
         ({"out": "model", "rank": 4}, RecipeError, "`rank` is that of an adapter: it needs `out: lora`"),
         ({"tokenizer_source": "union"}, RecipeError, "`tokenizer_source` has no meaning for adapters"),
+        ({"rounding": "stochastic"}, RecipeError, "rounded to nearest: remove `rounding`"),
         ({"missing": "skip"}, RecipeError, "`missing` has no meaning for adapters"),
         ({"merge_method": "slerp", "parameters": {"t": 0.5}}, RecipeError, "`slerp` needs the key `base_model`"),
     ],
@@ -342,6 +343,13 @@ def test_nan_in_factors(tmp_path):
     a[0, 0] = np.nan
     folder = write_adapter(tmp_path / "a", {Q: (a, b)})
     refused(tmp_path, CheckpointError, f"the factors of `{Q}` hold NaN or Inf", recipe({folder: 0.3}))
+
+
+def test_numbers_that_the_dtype_cannot_hold(tmp_path):
+    a, b = factors(1, 12, 4, 10)
+    folder = write_adapter(tmp_path / "a", {Q: (a, b * 1e6)})
+    refused(tmp_path, CheckpointError, "beyond the range of F16", recipe({folder: 0.3}, dtype="float16"))
+    merge(tmp_path, recipe({folder: 0.3}, dtype="float16"), dtype="float32")  # the remedy
 
 
 def test_inputs_and_existing_outputs_are_kept(tmp_path, two):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from fastinterp.ops import steps
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import F32
 from fastinterp.ops.steps import Decoder, Stored
-from fastinterp.reference.decode import DECODERS, decode
+from fastinterp.reference.decode import decode
 from tests.support import backends, codes
 from tests.support.codes import Codes
 
@@ -61,10 +64,6 @@ def decoded(tensor: Codes, isa: str, folder: Path | None = None, **options: Any)
 
 def assert_bits(want: Any, got: Any, what: str) -> None:
     backends.assert_same_bits(want.view(np.uint8), got.view(np.uint8), F32, what)
-
-
-def test_there_are_cases_of_every_decoder():
-    assert {tensor.name for tensor in EVERY} == set(DECODERS)
 
 
 @pytest.mark.parametrize("tensor", EVERY, ids=str)
@@ -293,3 +292,51 @@ def test_products_of_torch():
     tensor = Codes("scaled_f8_e4m3", (300, 260), raw, [codes.raw(scales.numpy())], (0, 128, 128, 300))
     for isa in backends.usable():
         assert_bits(want.view(np.uint32), decoded(tensor, isa)[0], isa)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+# Prints RssAnon before a merge of two tensors of zeros, stored by columns, and its peak, in KiB.
+MEMORY = """
+    import os, sys, threading
+    from fastinterp.backends.cpu import Pump, PumpOptions
+    from fastinterp.ops import steps
+    from fastinterp.ops.combine import Combine
+    from fastinterp.ops.steps import Decoder, Stored
+
+    matrices, rows, columns = map(int, sys.argv[2:])
+    numel = matrices * rows * columns
+    codes, out = (os.open(os.path.join(sys.argv[1], name), os.O_RDWR | os.O_CREAT) for name in ("codes", "out"))
+    os.truncate(codes, numel // 2 + numel // 32)
+    operand = Stored(0, 0, 1, Decoder("mxfp4_transposed", columns, ((0, numel // 2, numel // 32),), (rows,)))
+    step = steps.Combine(
+        inputs=(operand, operand), numel=numel, columns=columns, sinks=(0,), offsets=(0,), out_dtype=3,
+        rows=(Combine((0.5, 0.5)).row(),), keys=(0,),
+    )
+
+    def anonymous():
+        with open("/proc/self/status") as stream:
+            return next(int(line.split()[1]) for line in stream if line.startswith("RssAnon"))
+
+    seen = [anonymous()]
+    pump = Pump([codes], [out], [step], PumpOptions(threads=3))
+    pump.start()
+    while not pump.wait(0.001):
+        seen.append(anonymous())
+    pump.join()
+    assert pump.error() is None
+    print(seen[0], max(seen), len(seen))
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_matrices_stored_by_columns(tmp_path):
+    """Two matrices of codes per input, and one more for each thread that is behind: not the tensor."""
+    shape = matrices, rows, columns = 48, 1024, 2048
+    command = [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path), *map(str, shape)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    idle, peak, samples = map(int, done.stdout.split())
+    matrix = rows * columns * 17 // 32
+    assert samples > 10
+    assert 2 * matrix < (peak - idle) * 1024 < 2 * 4 * matrix + (6 << 20) < 2 * matrices * matrix / 5

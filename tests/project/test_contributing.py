@@ -17,6 +17,7 @@ from fastinterp.backends.registry import DeviceSpec, device_spec, find_devices, 
 from fastinterp.errors import BackendError
 from fastinterp.ops.dtypes import F64, MERGING
 from fastinterp.reference.decode import DECODERS
+from tests.support import codes
 from tests.support.backends import ISAS
 from tests.support.checkpoints import assert_same, family, read, recipe, saved
 from tests.support.devices.fake_device import FakeDevice
@@ -101,6 +102,12 @@ def test_decoders_of_csrc_are_those_of_the_reference():
     assert sorted(re.findall(r"&(k\w+)", table)) == sorted(constants)
     (compiled,) = re.findall(r"^set\(decoders ([^)]*)\)", text("CMakeLists.txt"), re.MULTILINE)
     assert sorted(compiled.split()) == sorted(f"csrc/decoders/{path.name}" for path in (*files, CSRC / "table.cpp"))
+
+
+@pytest.mark.parametrize("name", [n for n in DECODERS if not re.match(r"i?q\d|gguf", n)])
+def test_decoders_have_cases(name):
+    """Those of GGUF's blocks are compared with the package gguf instead, type by type."""
+    assert name in {tensor.name for tensor in codes.every()}
 
 
 # --- device backends -------------------------------------------------------------------------------------------------

@@ -7,13 +7,27 @@ tensors.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from fastinterp.checkpoint.formats import fp8, int8, mxfp4, nvfp4
 from fastinterp.checkpoint.formats.encoded import EncodedTensor, Reader
+from fastinterp.checkpoint.gguf_types import BY_NAME
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import CheckpointError
+from fastinterp.ops.dtypes import F16
 
 __all__ = ["READERS", "EncodedTensor", "Reader", "encoded_tensors"]
+
+
+def _gguf(checkpoint: Checkpoint) -> Iterable[EncodedTensor]:
+    """Tensors of GGUF files in blocks, with their scales in between. They keep their type where it is written."""
+    if checkpoint.gguf is not None:
+        for name, entry in checkpoint.tensors.items():
+            if entry.dtype.block is not None:
+                decoder = BY_NAME[entry.dtype.name].decoder
+                yield EncodedTensor(name, entry.shape, entry, (), decoder, kept_dtype=F16)
+
 
 # By the name of the format. A new format adds its row.
 READERS: dict[str, Reader] = {
@@ -21,6 +35,7 @@ READERS: dict[str, Reader] = {
     "int8": int8.read,
     "mxfp4": mxfp4.read,
     "nvfp4": nvfp4.read,
+    "gguf": _gguf,
 }
 
 
