@@ -269,7 +269,7 @@ def test_descriptions_in_the_header_stay(tmp_path):
         write_file(path, model, metadata=said)
     for k, quantize in enumerate(("same", "none")):
         out = tmp_path / f"out{k}.safetensors"
-        fastinterp.interpolate(*paths, 0.4, out, quantize=quantize)
+        fastinterp.interpolate(paths[0], paths[1], 0.4, out, quantize=quantize)
         with safe_open(out, "np") as opened:
             assert opened.metadata().get("_quantization_metadata") == (None if k else said["_quantization_metadata"])
 
