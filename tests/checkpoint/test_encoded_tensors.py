@@ -163,7 +163,7 @@ def test_scales_of_activations_are_left_out(tmp_path: Path):
     }  # fmt: skip
     opened = open_model(saved(tmp_path, layout))
     assert sorted(opened.tensors) == [W, "logit_scale"]
-    [left] = [remark for remark in opened.remarks if remark.startswith("left out of ")]
+    [left] = [remark for remark in opened.as_numbers if remark.startswith("left out of ")]
     assert "scales of activations" in left and "input_scale" in left
     (tmp_path / "plain").mkdir()
     plain = open_model(saved(tmp_path / "plain", {"norm.weight": ("BF16", (4,)), **attention}))
