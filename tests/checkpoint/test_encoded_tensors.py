@@ -35,8 +35,8 @@ def saved(folder: Path, layout: Layout, config: Mapping[str, Any] | None = None,
 
 def parameters(path: str, name: str = W) -> tuple[str, tuple[float, ...]]:
     tensor = open_model(path).tensors[name]
-    assert tensor.decoded and tensor.encoding is not None  # type: ignore[attr-defined]
-    return tensor.encoding.decoder, tensor.encoding.parameters  # type: ignore[attr-defined]
+    assert tensor.decoded and tensor.encoding is not None
+    return tensor.encoding.decoder, tensor.encoding.parameters
 
 
 # --- which scale an element has --------------------------------------------------------------------------------------
