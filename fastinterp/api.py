@@ -46,7 +46,8 @@ def merge(
     methods: Sequence[Method] = (),
     keep_intermediates: str | os.PathLike[str] | None = None,
 ) -> Report | AdapterReport:
-    """Merge checkpoints into the folder `out`; or into the one file `out`, if that ends in `.safetensors`.
+    """Merge checkpoints into the folder `out`; or into the one file `out`, if that ends in `.safetensors`; in
+    `.gguf`, if they are GGUF models.
 
     Of a recipe with `out: lora` the models and the output are adapters: see fastinterp/lora/merge.py.
 

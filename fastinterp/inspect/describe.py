@@ -50,7 +50,8 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
         ],
         "index": checkpoint.index,
         "bytes": checkpoint.nbytes,
-        "parameters": decoded + sum(e.numel for e in entries if (e.dtype.merges or e.dtype.block) and e.name not in taken),
+        "parameters": decoded
+        + sum(e.numel for e in entries if (e.dtype.merges or e.dtype.block) and e.name not in taken),
         "dtypes": _dtypes(entries),
         "adapter": None if adapter is None else adapter.as_dict(),
         "quantised": quantised,
