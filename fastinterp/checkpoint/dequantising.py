@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastinterp.checkpoint.names import shell_word
-from fastinterp.checkpoint.quantised import declared_method
+from fastinterp.checkpoint.quantisation_config import declared_method
 from fastinterp.checkpoint.remedies import literal, python
 from fastinterp.checkpoint.sidecar_files import CONFIG, read_config
 from fastinterp.errors import CheckpointError

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from fastinterp.checkpoint.quantised import QuantisedTensor, declared_method, quantised_in
+from fastinterp.checkpoint.quantisation_config import declared_method
+from fastinterp.checkpoint.quantised import QuantisedTensor, quantised_in
 from fastinterp.checkpoint.same_bytes import same_bytes
 from fastinterp.checkpoint.sidecar_files import CONFIG
 from fastinterp.errors import CheckpointError

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import listing
-from fastinterp.checkpoint.quantised import HF_QUANT_CONFIG, MISTRAL_CONFIG, without_quantisation
+from fastinterp.checkpoint.quantisation_config import HF_QUANT_CONFIG, MISTRAL_CONFIG, without_quantisation
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, read_config
 from fastinterp.checkpoint.strict_json import parse_object

@@ -209,8 +209,8 @@ def test_bombs_beside_tensors_do_no_harm(tmp_path, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("piece", [b"]", b"}", b"N0", b"(", b")2"])
 def test_too_many_opcodes(tmp_path, piece):
-    path = made.put(tmp_path / "x.bin", piece * (9_000_000 // len(piece)))
-    assert "more than the allowed 8,000,000 opcodes" in refusal(path)
+    path = made.put(tmp_path / "x.bin", piece * (4_500_000 // len(piece)))
+    assert "more than the allowed 4,000,000 opcodes" in refusal(path)
 
 
 def test_large_pickles_are_not_read(tmp_path):
@@ -310,7 +310,7 @@ def test_mutated_files(tmp_path, seed):
     torch.save({"state_dict": state, "epoch": 1} if seed else state, tmp_path / "x.pt")
     right = (tmp_path / "x.pt").read_bytes()
     path, read = tmp_path / "y.pt", 0
-    for _ in range(300 if seed < 2 else 20_000):
+    for _ in range(300 if seed < 2 else 2_000):
         path.write_bytes(mutated(right, draw))
         try:
             found = open_checkpoint(str(path))
@@ -330,7 +330,7 @@ def test_mutated_pickles(tmp_path, seed):
     draw = random.Random(seed)
     right = pickled(mapping({"w": view(), "x": mapping({"a": many(whole(1), b"N", b"\x88"), "b": b"](K\1K\2e"})}))
     path = tmp_path / "y.pt"
-    for _ in range(300 if seed == 0 else 30_000):
+    for _ in range(300 if seed == 0 else 3_000):
         made.put(path, mutated(right, draw), {"0": bytes(16)})
         with suppress(CheckpointError):
             open_checkpoint(str(path))

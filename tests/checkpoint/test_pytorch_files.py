@@ -400,6 +400,15 @@ def test_called_by_the_wrong_suffix(tmp_path):
     named = tmp_path / message.rpartition("Call it ")[2].strip("`")
     (tmp_path / "x.safetensors").rename(named)
     assert_read(named, W)
+    (tmp_path / "x.pt").write_bytes(b"GGUF\3\0\0\0")
+    assert "this is a GGUF file. Call it `x.gguf`" in refusal(tmp_path / "x.pt")
+    from safetensors.torch import save_file
+
+    save_file(W, tmp_path / "x.pt")
+    message = refusal(tmp_path / "x.pt")
+    assert "this is a safetensors file. Call it `x.safetensors`" in message
+    (tmp_path / "x.pt").rename(tmp_path / "x.safetensors")
+    assert set(open_checkpoint(str(tmp_path / "x.safetensors")).tensors) == set(W)
 
 
 @pytest.mark.slow

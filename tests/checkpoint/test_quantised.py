@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from fastinterp.checkpoint.quantised import declared_method, quantised_tensors, without_quantisation
+from fastinterp.checkpoint.quantisation_config import declared_method, without_quantisation
+from fastinterp.checkpoint.quantised import quantised_tensors
 from fastinterp.ops.dtypes import DTYPES, DType
 from fastinterp.plan.models import open_model
 from tests.support.checkpoints import write_file

@@ -308,14 +308,6 @@ def test_rows_of_encoded_embeddings_move(tmp_path):
     assert_same(read(tmp_path / "numbers"), read(tmp_path / "codes"))
 
 
-def test_live_refuses_encoded_end_points(tmp_path):
-    torch = pytest.importorskip("torch")
-    model = {"weight": tensor(np.arange(6).reshape(2, 3), F32)}
-    paths = [str(write(tmp_path / str(i), encoded(model))) for i in range(2)]
-    with pytest.raises(CheckpointError, match="Live and paths read no encoded tensors"):
-        fastinterp.Live(torch.nn.Linear(3, 2, bias=False), a=paths[0], b=paths[1])
-
-
 def test_without_the_reader_codes_are_integers(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "READERS", {})
     [stored] = family(1)

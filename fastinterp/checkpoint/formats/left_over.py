@@ -8,7 +8,7 @@ from fastinterp.checkpoint.formats.encoded import EncodedTensor, described, faul
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint
-from fastinterp.checkpoint.quantised import declared_method
+from fastinterp.checkpoint.quantisation_config import declared_method
 
 # Ends of the names of scales, and of the codes that have them. Such names mean nothing else beside quantised weights.
 _OWNERS = {

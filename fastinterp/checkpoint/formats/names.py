@@ -13,9 +13,9 @@ from fastinterp.checkpoint.formats.encoded import (
     small_bytes,
     start_of,
 )
+from fastinterp.checkpoint.formats.scales import may_scale
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint
-from fastinterp.checkpoint.quantised import may_scale
 
 _OF_TENSOR = ("_scale_inv", "_scale")  # of X
 _OF_WEIGHT = ("scale_weight", "qscale_weight", "weights_scaling_factor")  # of P.weight

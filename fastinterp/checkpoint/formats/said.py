@@ -14,7 +14,7 @@ from fastinterp.checkpoint.formats.encoded import fault, small_bytes, start_of
 from fastinterp.checkpoint.formats.names import COMFY
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint, Component
-from fastinterp.checkpoint.quantised import HF_QUANT_CONFIG, declared_method
+from fastinterp.checkpoint.quantisation_config import HF_QUANT_CONFIG, declared_method
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 
 _METADATA = "_quantization_metadata"

@@ -7,6 +7,7 @@ from math import prod
 
 import msgspec
 
+from fastinterp.checkpoint.header import Header
 from fastinterp.ops.dtypes import DType
 
 _BLOCK = 128  # rows and columns of a block where nothing says otherwise: of DeepSeek, Qwen, GLM, transformers
@@ -114,3 +115,12 @@ def expected(shape: Sequence[int], blocks: Sequence[tuple[int, int]], strict: bo
     if strict:
         return " or ".join(of_blocks) + ", which config.json names"
     return f"[] or [1] for all, {list(shape[:-1])} or {[*shape[:-1], 1]} for each row, {', '.join(of_blocks)}"
+
+
+def may_scale(scale: Header, codes: Header) -> bool:
+    """Whether a tensor called `scale` fits codes: wider numbers or exponents, one for all, for a row or for a block."""
+    if scale.dtype.name not in ("F64", "F32", "F16", "BF16", "F8_E8M0", "U8"):
+        return False
+    if scale.shape in ((), (1,)) or scale.shape[0] == codes.shape[0]:
+        return True
+    return len(scale.shape) == len(codes.shape) and all(a <= b for a, b in zip(scale.shape, codes.shape, strict=True))

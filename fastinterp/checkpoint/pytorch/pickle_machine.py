@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol
 from fastinterp.checkpoint.names import quote
 from fastinterp.errors import CheckpointError
 
-_MAX_OPCODES = 8_000_000  # about 30 for each tensor
+_MAX_OPCODES = 4_000_000  # about 30 for each tensor
 _MAX_NUMBER = 600  # bytes or digits
 _KEYS = (str, int, float, bool, bytes, type(None))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -46,10 +47,6 @@ def other_form(first: bytes, file: str) -> str:
     """The message about a file that is no zip file, by its first bytes; empty, if it is one."""
     if first.startswith(b"PK"):
         return ""
-    if is_markup(first):
-        return "this is a web page (HTML or XML), not the file: a download failed, or needs a login. Download it again"
-    if first.startswith(b"version https://git-lfs"):
-        return "this is a Git LFS pointer; the file itself was not downloaded. Run `git lfs pull`"
     if first[:1] == b"\x80" and b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" in first[:16]:
         return (
             "torch before 1.6 wrote this file (or `_use_new_zipfile_serialization=False`): its tensors are not read in "
@@ -60,13 +57,26 @@ def other_form(first: bytes, file: str) -> str:
             "this is a tar file, as torch before 0.1.10 wrote: not read. Save it again: "
             f"{save_again(file, weights_only=False)}"
         )
-    if not first:
-        return "the file is empty. Download or copy it again"
     if first[:1] == b"\x80":
         return (
             "this is a pickle, not a file of torch.save, and pickles are never loaded, because they can run any code. "
             'Where it was made, save the weights alone: `torch.save(weights, "NEW.pt")`; then name that'
         )
+    return _no_file_of_torch(first, os.path.splitext(os.path.basename(file))[0])
+
+
+def _no_file_of_torch(first: bytes, stem: str) -> str:
+    """The same about one that torch never wrote. stem: its name without the suffix."""
+    if not first:
+        return "the file is empty. Download or copy it again"
+    if first.startswith(b"GGUF"):
+        return f"this is a GGUF file. Call it {quote(f'{stem}.gguf')}"
+    if first[6:9] == b"\0\0{":  # behind the length of the header
+        return f"this is a safetensors file. Call it {quote(f'{stem}.safetensors')}"
+    if is_markup(first):
+        return "this is a web page (HTML or XML), not the file: a download failed, or needs a login. Download it again"
+    if first.startswith(b"version https://git-lfs"):
+        return "this is a Git LFS pointer; the file itself was not downloaded. Run `git lfs pull`"
     return (
         "this is no zip file, as torch.save writes it: a file of another program, or damaged. If it is one of "
         "torch.save, download or copy it again"
