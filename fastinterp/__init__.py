@@ -4,6 +4,7 @@
     interpolate(a, b, ...)            interpolate between two checkpoints, or extrapolate
     average(checkpoints, out, ...)    average the checkpoints of a training run
     extract_lora(finetune, base, out) a fine-tune as a LoRA adapter of its base
+    merge_adapters(recipe, out)       LoRA adapters merged with each other; explain_adapters
     sweep(a, b, alphas, ...)          merge at many points of a path: to disk, in memory, or as recipes
     load(recipe)                      a merged model as tensors, without writing files; load_iter, load_into
     Live(module, ...)                 move a torch module along a path while it is in use
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING
 from fastinterp._version import __version__
 
 if TYPE_CHECKING:
-    from fastinterp.api import average, explain, interpolate, merge
+    from fastinterp.api import average, explain, explain_adapters, interpolate, merge, merge_adapters
     from fastinterp.errors import (
         BackendError,
         CheckpointError,
@@ -71,12 +72,14 @@ __all__ = [
     "check",
     "compare",
     "explain",
+    "explain_adapters",
     "extract_lora",
     "interpolate",
     "load",
     "load_into",
     "load_iter",
     "merge",
+    "merge_adapters",
     "merge_state_dicts",
     "merge_tensors",
     "path",
@@ -93,12 +96,14 @@ _MODULES = {
     "compare": "fastinterp.inspect.compare",
     "Report": "fastinterp.execute.report",
     "explain": "fastinterp.api",
+    "explain_adapters": "fastinterp.api",
     "extract_lora": "fastinterp.lora.extract",
     "interpolate": "fastinterp.api",
     "load": "fastinterp.torch_models.load",
     "load_into": "fastinterp.torch_models.load",
     "load_iter": "fastinterp.torch_models.load",
     "merge": "fastinterp.api",
+    "merge_adapters": "fastinterp.api",
     "merge_state_dicts": "fastinterp.in_memory.merge",
     "merge_tensors": "fastinterp.in_memory.merge",
     "path": "fastinterp.paths.path",

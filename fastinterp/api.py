@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
 from fastinterp.backends.cpu import Progress
@@ -18,7 +18,7 @@ from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.average import average_of
 from fastinterp.paths.points import further_keys, point_name, point_path, point_recipe
 from fastinterp.plan.plan import Source, documents, make_plan, plan_documents
-from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.load import Recipe, load_recipes
 
 if TYPE_CHECKING:
     from fastinterp.inspect.explain import Explanation
@@ -45,11 +45,8 @@ def merge(
     progress: Progress | None = None,
     methods: Sequence[Method] = (),
     keep_intermediates: str | os.PathLike[str] | None = None,
-) -> Report | AdapterReport:
-    """Merge checkpoints into the folder `out`; or into the one file `out`, if that ends in `.safetensors`; in
-    `.gguf`, if they are GGUF models.
-
-    Of a recipe with `out: lora` the models and the output are adapters: see fastinterp/lora/merge.py.
+) -> Report:
+    """Merge checkpoints into the folder `out`; or into the one file `out`, if that ends in `.safetensors` (of GGUF models `.gguf`).
 
     recipe          path of a YAML file, YAML text, or a mapping, in mergekit's schema. Of several documents (or a list
                     of mappings), which may name each other as models, one is written: that without a name, or the last
@@ -76,10 +73,7 @@ def merge(
     with given(methods):
         if keep_intermediates is None:
             *above, last = documents(recipe, *keys)
-            if last.out == "lora" and not above:
-                from fastinterp.lora.merge import merge_adapters
-
-                return merge_adapters(last, target, threads=threads, force=force, durable=durable, progress=progress)
+            _refuse_adapters(above, last, "merge_adapters")
             plans = [make_plan([last], max_shard_size=optional_size(max_shard_size), above=above, one_file=one_file)]
         else:
             plans = plan_documents(recipe, max_shard_size, *keys, one_file=one_file)
@@ -202,12 +196,11 @@ def average(
     the newest checkpoint's. The other arguments and errors are those of `merge`.
     """
     recipe = average_of(checkpoints, weights, decay, last, in_order, tokenizer_source).recipe
-    report = merge(
+    return merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
         dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, quantize=quantize,
         force=force, durable=durable, progress=progress,
     )  # fmt: skip
-    return cast("Report", report)  # of models
 
 
 def explain(
@@ -221,13 +214,89 @@ def explain(
     channels: str | None = None,
     quantize: str | None = None,
     methods: Sequence[Method] = (),
-) -> Explanation | AdapterExplanation:
+) -> Explanation:
     """What `merge` would read, compute and write, from headers. print() shows it, `as_dict` gives plain values.
 
     Arguments and errors are those of `merge`.
     """
     with given(methods):
-        return explanation_of(documents(recipe, dtype, rounding, seed, missing, channels, quantize), max_shard_size)
+        *above, last = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+        _refuse_adapters(above, last, "explain_adapters")
+        return _explanation(above, last, max_shard_size)
+
+
+def merge_adapters(
+    recipe: Source,
+    out: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    dtype: str | None = None,
+    seed: int | None = None,
+    force: bool = False,
+    durable: bool = False,
+    progress: Progress | None = None,
+    methods: Sequence[Method] = (),
+) -> AdapterReport:
+    """Merge LoRA adapters of one base with each other into an adapter, by a recipe with `out: lora`.
+
+    out  a folder, for adapters of peft; a folder or a .safetensors file, for those of kohya and diffusers
+    The other arguments are those of `merge`. How methods become products of low rank: see fastinterp/lora/merge.py.
+    Raises: as `merge`; UsageError, if the recipe has no `out: lora`.
+    """
+    with given(methods):
+        found = _of_adapters(documents(recipe, dtype, None, seed, None, None, None))
+        return _write_adapters(found, out, threads=threads, force=force, durable=durable, progress=progress)
+
+
+def merge_models_or_adapters(
+    recipe: Source, out: str | os.PathLike[str], **settings: Any
+) -> Report | AdapterReport:  # fmt: skip
+    """`merge`, or of a recipe with `out: lora` `merge_adapters`. settings: as of `merge`; adapters use some of them."""
+    try:
+        return merge(recipe, out, **settings)
+    except _AdapterRecipeError as found:
+        used = {name: settings[name] for name in ("threads", "force", "durable", "progress") if name in settings}
+        with given(settings.get("methods", ())):
+            return _write_adapters(found.recipe, out, **used)
+
+
+def _write_adapters(recipe: Recipe, out: str | os.PathLike[str], **settings: Any) -> AdapterReport:
+    from fastinterp.lora.merge import merge_adapters as write
+
+    return write(recipe, path_of(out, "out"), **settings)
+
+
+def explain_adapters(recipe: Source, *, methods: Sequence[Method] = ()) -> AdapterExplanation:
+    """What `merge_adapters` would read and write, from headers."""
+    from fastinterp.lora.explain import AdapterExplanation
+    from fastinterp.lora.plan import plan_adapters
+
+    with given(methods):
+        return AdapterExplanation(plan_adapters(_of_adapters(load_recipes(recipe))))
+
+
+def merges_adapters(recipes: Sequence[Recipe]) -> bool:
+    """Whether the documents of a recipe make an adapter of adapters."""
+    return len(recipes) == 1 and recipes[0].out == "lora"
+
+
+class _AdapterRecipeError(UsageError):
+    """A recipe with `out: lora` where one of models is wanted."""
+
+    def __init__(self, recipe: Recipe, instead: str):
+        super().__init__(f"this recipe merges adapters with each other (`out: lora`): call fastinterp.{instead}")
+        self.recipe = recipe
+
+
+def _refuse_adapters(above: Sequence[Recipe], last: Recipe, instead: str) -> None:
+    if merges_adapters([*above, last]):
+        raise _AdapterRecipeError(last, instead)
+
+
+def _of_adapters(recipes: Sequence[Recipe]) -> Recipe:
+    if not merges_adapters(recipes):
+        raise UsageError("this recipe makes a model. One that merges adapters is one document, with `out: lora`")
+    return recipes[0]
 
 
 def explanation_of(
@@ -236,13 +305,23 @@ def explanation_of(
     threads: int | None = None,
     max_memory: int = 512_000_000,
 ) -> Explanation | AdapterExplanation:
-    """The explanation of the documents of a recipe. Arguments and errors as of `merge`."""
-    *above, last = recipes
-    if last.out == "lora" and not above:
+    """The explanation of the documents of a recipe, whatever they make. Arguments and errors as of `merge`."""
+    if merges_adapters(recipes):
         from fastinterp.lora.explain import AdapterExplanation
         from fastinterp.lora.plan import plan_adapters
 
-        return AdapterExplanation(plan_adapters(last))
+        return AdapterExplanation(plan_adapters(recipes[0]))
+    *above, last = recipes
+    return _explanation(above, last, max_shard_size, threads, max_memory)
+
+
+def _explanation(
+    above: Sequence[Recipe],
+    last: Recipe,
+    max_shard_size: str | int | None,
+    threads: int | None = None,
+    max_memory: int = 512_000_000,
+) -> Explanation:
     from fastinterp.inspect.explain import Explanation
 
     plan = make_plan([last], max_shard_size=optional_size(max_shard_size), above=above)

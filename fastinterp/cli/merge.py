@@ -52,7 +52,9 @@ def merge(
     if me is None:
         one_blas_thread()  # of adapters
         with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
-            report = api.merge(recipe, out, progress=shown, keep_intermediates=keep_intermediates, **settings)
+            report = api.merge_models_or_adapters(
+                recipe, out, progress=shown, keep_intermediates=keep_intermediates, **settings
+            )
     else:
         if keep_intermediates is not None:
             options.refuse_ranks("merge --keep-intermediates")

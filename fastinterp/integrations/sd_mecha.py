@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fastinterp.api import merge as merge_files
 from fastinterp.arguments import path_of, without_recipe
@@ -74,8 +74,7 @@ def merge(
     target = Path(output)
     if target.suffix != ".safetensors":
         raise UsageError(f"`output` must be a .safetensors file, got {os.fspath(output)!r}")
-    report = merge_files(documents, target, dtype=dtype, threads=threads, device=device, force=force)
-    return cast(Report, report)  # of models
+    return merge_files(documents, target, dtype=dtype, threads=threads, device=device, force=force)
 
 
 def recipe_of(

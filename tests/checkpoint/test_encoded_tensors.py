@@ -35,8 +35,8 @@ def saved(folder: Path, layout: Layout, config: Mapping[str, Any] | None = None,
 
 def parameters(path: str, name: str = W) -> tuple[str, tuple[float, ...]]:
     tensor = open_model(path).tensors[name]
-    assert tensor.decoded and tensor.encoding is not None  # type: ignore[attr-defined]
-    return tensor.encoding.decoder, tensor.encoding.parameters  # type: ignore[attr-defined]
+    assert tensor.decoded and tensor.encoding is not None
+    return tensor.encoding.decoder, tensor.encoding.parameters
 
 
 # --- which scale an element has --------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_scales_of_activations_are_left_out(tmp_path: Path):
     }  # fmt: skip
     opened = open_model(saved(tmp_path, layout))
     assert sorted(opened.tensors) == [W, "logit_scale"]
-    [left] = [remark for remark in opened.remarks if remark.startswith("left out of ")]
+    [left] = [remark for remark in opened.as_numbers if remark.startswith("left out of ")]
     assert "scales of activations" in left and "input_scale" in left
     (tmp_path / "plain").mkdir()
     plain = open_model(saved(tmp_path / "plain", {"norm.weight": ("BF16", (4,)), **attention}))

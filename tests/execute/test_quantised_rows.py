@@ -107,7 +107,7 @@ def test_embeddings_in_another_vocabulary(
     made: dict[str, list[str]] = {"codes": [], "numbers": []}
     for i, (words, dtype) in enumerate(zip(tokens, dtypes, strict=True)):
         x = matrix(i, (len(words), 64))
-        one = Stored({"weight": tensor(x, dtype)}, np.zeros(0)) if dtype else FORMS[form](x)
+        one = Stored({"weight": tensor(x, dtype)}, np.zeros(0, np.float32)) if dtype else FORMS[form](x)
         numbers = {"weight": tensor(x, dtype) if dtype else tensor(one.numbers, F32)}
         vocabulary = {"version": "1.0", "model": {"type": "WordLevel", "unk_token": "t99", "vocab": {}}}
         vocabulary["model"]["vocab"] = {t: n for n, t in enumerate(words)}  # type: ignore[index]

@@ -20,7 +20,19 @@ from fastinterp.ops.combine import Combine
 from fastinterp.ops.dtypes import BF16, F32
 from fastinterp.plan import encoded_output
 from tests.support import backends
-from tests.support.checkpoints import Tensor, assert_same, bell, expected, floats, integers, read, recipe, tensor, write
+from tests.support.checkpoints import (
+    Tensor,
+    assert_same,
+    bell,
+    expected,
+    floats,
+    integers,
+    read,
+    recipe,
+    tensor,
+    write,
+    write_file,
+)
 from tests.support.devices.fake_device import FakeDevice
 from tests.support.quantised_models import (
     EXPERTS,
@@ -245,6 +257,21 @@ def test_comfy(tmp_path):
     got = read(tmp_path / "out")
     assert set(got) == set(models[0])
     assert got["model.layers.0.mlp.up_proj.comfy_quant"].raw.tobytes() == described.tobytes()
+
+
+def test_descriptions_in_the_header_stay(tmp_path):
+    """ComfyUI's of layers; they are left out where weights are written as numbers."""
+    models = family(FORMS["tensor"], 2)
+    layers = {name.removesuffix(".weight"): {"format": "float8_e4m3fn"} for name in (Q, UP)}
+    said = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for path, model in zip(paths, models, strict=True):
+        write_file(path, model, metadata=said)
+    for k, quantize in enumerate(("same", "none")):
+        out = tmp_path / f"out{k}.safetensors"
+        fastinterp.interpolate(paths[0], paths[1], 0.4, out, quantize=quantize)
+        with safe_open(out, "np") as opened:
+            assert opened.metadata().get("_quantization_metadata") == (None if k else said["_quantization_metadata"])
 
 
 def test_explain_and_check(tmp_path):

@@ -60,7 +60,7 @@ def changes(folder: str | Path) -> Changes:
             continue
         module = name.removesuffix(".lora_A.weight")
         b = tensors[f"{module}.lora_B.weight"]
-        rank = _of_pattern(config.get("rank_pattern") or {}, module, config["r"])
+        rank = int(_of_pattern(config.get("rank_pattern") or {}, module, config["r"]))
         alpha = _of_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
         assert a.shape[0] == b.shape[1] == rank, module
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

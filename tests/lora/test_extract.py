@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def save(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any] = 
 def models(
     tmp_path: Path,
     changed: tuple[str, ...] = ("_proj.weight",),
-    shapes: dict[str, tuple[int, ...]] = SHAPES,
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
     **config: Any,
 ) -> tuple[str, str, dict[str, np.ndarray]]:
     """(base, fine-tune, what differs: tensors whose names end so)"""

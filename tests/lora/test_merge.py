@@ -42,7 +42,7 @@ def two(tmp_path: Path) -> tuple[str, str]:
 
 
 def merge(tmp_path: Path, given: dict[str, Any], **settings: Any) -> Any:
-    return fastinterp.merge(given, tmp_path / "out", **settings)
+    return fastinterp.merge_adapters(given, tmp_path / "out", **settings)
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (0.7, -0.4), (-1.0, -1.0), (2.5, 0.0)])
@@ -172,7 +172,7 @@ def test_adapters_of_other_styles_give_files_of_their_style(tmp_path):
         tensors = {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": np.float16(alpha)}
         files.append(str(tmp_path / f"{seed}.safetensors"))
         save_file({name: np.asarray(x) for name, x in tensors.items()}, files[-1])
-    fastinterp.merge(recipe(dict(zip(files, (0.7, -0.4), strict=True))), tmp_path / "out.safetensors")
+    fastinterp.merge_adapters(recipe(dict(zip(files, (0.7, -0.4), strict=True))), tmp_path / "out.safetensors")
     made = load_file(tmp_path / "out.safetensors")
     assert made.keys() == tensors.keys() and made[f"{stem}.lora_down.weight"].shape == (8, 6)
 
@@ -335,7 +335,7 @@ def test_weights_of_0(tmp_path, two, method, match):
 
 def test_a_file_is_no_adapter_of_peft(tmp_path, two):
     with pytest.raises(UsageError, match="an adapter of peft is a folder"):
-        fastinterp.merge(recipe(dict.fromkeys(two, 1.0)), tmp_path / "out.safetensors")
+        fastinterp.merge_adapters(recipe(dict.fromkeys(two, 1.0)), tmp_path / "out.safetensors")
 
 
 def test_nan_in_factors(tmp_path):
@@ -361,7 +361,7 @@ def test_inputs_and_existing_outputs_are_kept(tmp_path, two):
     merge(tmp_path, recipe(dict.fromkeys(two, 2.0)), force=True)
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() != before
     with pytest.raises(fastinterp.errors.OutputError, match="inputs are never overwritten"):
-        fastinterp.merge(recipe(dict.fromkeys(two, 1.0)), two[0], force=True)
+        fastinterp.merge_adapters(recipe(dict.fromkeys(two, 1.0)), two[0], force=True)
 
 
 def test_only_merge_makes_adapters(tmp_path, two):
@@ -393,7 +393,7 @@ def run(*arguments: str) -> Any:
 
 
 def test_explain_says_what_is_made(tmp_path, two):
-    made = fastinterp.explain(recipe(dict.fromkeys(two, 0.5), rank=6))
+    made = fastinterp.explain_adapters(recipe(dict.fromkeys(two, 0.5), rank=6))
     values = json.loads(json.dumps(made.as_dict()))
     assert values["modules"][Q] == {"ranks": [4, 8], "rank": 6, "exact": False, "shape": [12, 10]}
     assert values["modules"][UP]["exact"] and values["models"][0]["adapter"]["ranks"] == [4]

@@ -241,7 +241,7 @@ def test_merged_adapters_are_the_sum(tmp_path, case, weights):
     folders = [
         adapter(make, tmp_path / name, i, **one) for i, (name, one) in enumerate(zip("ab", settings, strict=True))
     ]
-    fastinterp.merge(recipe(dict(zip(folders, weights, strict=True))), tmp_path / "out")
+    fastinterp.merge_adapters(recipe(dict(zip(folders, weights, strict=True))), tmp_path / "out")
     base = {name: x.double() for name, x in make().state_dict().items()}
     want = {name: x.clone() for name, x in base.items()}
     for folder, weight in zip(folders, weights, strict=True):
@@ -275,8 +275,8 @@ def test_concatenation_is_that_of_peft(tmp_path, weights):
     folders = [
         adapter(MODELS["llama"], tmp_path / n, i, **s) for i, (n, s) in enumerate(zip("ab", settings, strict=True))
     ]
-    fastinterp.merge(recipe(dict(zip(folders, weights, strict=True))), tmp_path / "out")
-    fastinterp.merge(recipe(dict(zip(folders, weights, strict=True)), rank=3), tmp_path / "three")
+    fastinterp.merge_adapters(recipe(dict(zip(folders, weights, strict=True))), tmp_path / "out")
+    fastinterp.merge_adapters(recipe(dict(zip(folders, weights, strict=True)), rank=3), tmp_path / "three")
     model = peft.PeftModel.from_pretrained(MODELS["llama"](), folders[0], adapter_name="a")
     model.load_adapter(folders[1], adapter_name="b")
     model.add_weighted_adapter(["a", "b"], list(weights), "cat", combination_type="cat")
@@ -304,7 +304,7 @@ def test_whole_modules_and_tokens(tmp_path):
         from safetensors.torch import save_file
 
         save_file(tensors, file, metadata={"format": "pt"})
-    fastinterp.merge(recipe(dict.fromkeys(folders, 0.5)), tmp_path / "out")
+    fastinterp.merge_adapters(recipe(dict.fromkeys(folders, 0.5)), tmp_path / "out")
     made = load_file(tmp_path / "out" / "adapter_model.safetensors")
     one, two = (load_file(Path(folder) / "adapter_model.safetensors") for folder in folders)
     whole = [name for name in made if "lora" not in name]

@@ -99,7 +99,8 @@ def packed(x: NDArray[Any]) -> tuple[NDArray[np.uint8], Numbers]:
 def bytes_of(codes: NDArray[np.uint8], high_first: bool = False) -> NDArray[np.uint8]:
     """Two codes of four bits in a byte."""
     first, second = codes[..., ::2], codes[..., 1::2]
-    return (first << 4 | second) if high_first else (second << 4 | first)
+    high, low = (first, second) if high_first else (second, first)
+    return (high << 4 | low).astype(np.uint8)
 
 
 def in_tiles(scales: NDArray[np.uint8]) -> NDArray[np.uint8]:

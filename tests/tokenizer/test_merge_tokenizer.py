@@ -329,7 +329,7 @@ def test_only_what_no_file_holds_is_made(tmp_path):
     assert isinstance(first, GatheredInput) and first.shape == (8, 3)
     with contextlib.ExitStack() as stack:
         found = gather(first, tmp_path, stack)
-        assert [(path.parent.name, rows) for path, _, rows in found.parts] == [("a", 2), ("b", 3)]
+        assert [(source.path.parent.name, rows) for source, rows in found.parts] == [("a", 2), ("b", 3)]
         assert found.rows is not None and found.computed is not None
         # <unk> a | p: the mean of b's and c's | b | c, converted | three rows of padding
         assert found.rows.tolist() == [0, 1, 5, 4, 6, 7, 8, 9]
