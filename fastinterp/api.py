@@ -46,7 +46,7 @@ def merge(
     methods: Sequence[Method] = (),
     keep_intermediates: str | os.PathLike[str] | None = None,
 ) -> Report:
-    """Merge checkpoints into the folder `out`; or into the one file `out`, if that ends in `.safetensors`.
+    """Merge checkpoints into the folder `out`; or into the one file `out`, if that ends in `.safetensors` or `.gguf`.
 
     recipe          path of a YAML file, YAML text, or a mapping, in mergekit's schema. Of several documents (or a list
                     of mappings), which may name each other as models, one is written: that without a name, or the last

@@ -14,7 +14,9 @@ from fastinterp.paths.average import WEIGHT_NAMES
 
 @click.command()
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
-@click.option("-o", "--out", required=True, metavar="DIR", help="Output folder, or file NAME.safetensors.")
+@click.option(
+    "-o", "--out", required=True, metavar="DIR", help="Output folder, or file NAME.safetensors (GGUF: NAME.gguf)."
+)
 @click.option(
     "--weights", type=click.Choice(WEIGHT_NAMES), default="uniform", show_default=True,
     help="uniform: the mean. ema: decay^age over the sum of these, age 0 the newest, which counts most. Others: those "

@@ -140,7 +140,7 @@ def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
 
 def _weights(out: Path) -> list[Path]:
     """The weights of an output that is in place."""
-    return [out] if out.is_file() else [*out.glob("*.safetensors"), *out.glob("*/*.safetensors")]
+    return [out] if out.is_file() else [*out.glob("*.safetensors"), *out.glob("*/*.safetensors"), *out.glob("*.gguf")]
 
 
 @contextmanager

@@ -78,8 +78,8 @@ _OUTPUT = (
     click.option(
         "--dtype",
         metavar="NAME",
-        help="Output dtype: float32, bfloat16, ... Default: that of the recipe, else that of the inputs, "
-        "or the one that holds all of theirs.",
+        help="Output dtype: float32, bfloat16, ...; q8_0 of GGUF models. Default: that of the recipe, else that of the "
+        "inputs, or the one that holds all of theirs.",
     ),
     click.option(
         "--rounding",

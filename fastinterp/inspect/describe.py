@@ -111,6 +111,8 @@ def _quantised(checkpoint: Checkpoint) -> tuple[list[dict[str, Any]], set[str], 
         encoded, fault = [], str(error)
     groups: dict[tuple[str, str, str], list[EncodedTensor]] = {}
     for one in encoded:
+        if one.codes.dtype.block is not None:  # of a GGUF file: its dtype says it
+            continue
         scales = ", ".join(_companion(one, e) for e in one.companions)
         groups.setdefault((one.format, one.codes.dtype.name, scales), []).append(one)
     found = [

@@ -514,6 +514,32 @@ def test_types_that_only_the_package_reads(tmp_path):
     assert header_of(tmp_path / "copy.gguf")["general.file_type"] == header_of(paths[0])["general.file_type"]
 
 
+def test_inspect_shows_the_types_of_the_file(tmp_path):
+    kinds = {"output.weight": Type.IQ2_XXS, "blk.0.attn_q.weight": Type.Q4_K}
+    path = write(tmp_path / "x.gguf", numbers(0, width=256), Type.Q8_0, kinds=kinds)
+    found = json.loads(command("inspect", path, "--json").output)
+    tensors = gguf.GGUFReader(path).tensors
+    want = {t.name: (t.tensor_type.name, t.shape[::-1].tolist(), t.n_bytes, t.data_offset) for t in tensors}
+    assert {t["name"]: (t["dtype"], t["shape"], t["bytes"], t["offset"]) for t in found["tensors"]} == want
+    assert found["parameters"] == sum(t.n_elements for t in tensors) and not found["quantised"]
+
+
+def test_projectors_are_merged_as_models_are(tmp_path):
+    """The vision part beside a model: other names, and a convolution of four dimensions."""
+    shapes = {"v.blk.0.attn_q.weight": (64, 64), "mm.0.bias": (64,), "v.patch_embd.weight": (8, 3, 4, 4)}
+    rng, paths = np.random.default_rng(0), [tmp_path / "a" / "mmproj.gguf", tmp_path / "b" / "mmproj.gguf"]
+    for path in paths:
+        model = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        header = {"clip.has_vision_encoder": True}
+        write(path, model, Type.F16, header=header, architecture="clip", general_type="mmproj")
+    fastinterp.merge(linear(paths, [0.5, 0.5]), tmp_path / "out.gguf")
+    x, y, got = read(paths[0]), read(paths[1]), read(tmp_path / "out.gguf")
+    for name, (kind, values) in got.items():
+        assert values.shape == shapes[name] and kind == ("F16" if values.ndim > 1 else "F32")
+        assert values.tobytes() == combined([x[name][1], y[name][1]], [0.5, 0.5], kind).tobytes()
+    assert header_of(tmp_path / "out.gguf")["general.type"] == "mmproj"
+
+
 def test_types_that_only_the_package_reads_without_it(tmp_path, monkeypatch):
     kinds = {"output.weight": Type.IQ2_XXS}
     paths = [write(tmp_path / f"{i}.gguf", numbers(i, width=256), Type.F16, kinds=kinds) for i in range(2)]
