@@ -98,6 +98,10 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         """Whether its rows come from several places: of another vocabulary than its file's, or of other tensors."""
         return False
 
+    def first_rows(self, count: int) -> TensorInput | None:
+        """The first rows of it, along its first dimension, read where they are; None, if it is not stored."""
+        return None
+
     # What only a tensor of a document above answers in another way.
 
     @property
@@ -189,6 +193,9 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     @property
     def plain(self) -> StoredInput | None:
         return self if self.encoding is None else None
+
+    def first_rows(self, count: int) -> StoredInput:
+        return replace(self, shape=(count, *self.shape[1:]), nbytes=self.nbytes // self.shape[0] * count)
 
 
 class GatheredInput(TensorInput, frozen=True, eq=False):

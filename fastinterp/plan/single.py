@@ -122,7 +122,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         *map(str, first.warnings),
         *aligned.warnings,
         *(aligned.layouts.values() if first.missing != "error" else ()),
-        *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
+        *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None, aligned.rows is not None),
     ]
     remark, warning = about_configuration(origin, tensors)
     aligned = replace(aligned, numbers=bool(remark))

@@ -46,6 +46,7 @@ class Recipe:
     missing       what becomes of tensors that not all models have in one shape: "error"; "base": they are copied from
                   the base, see `base_index`; "skip": the output has none of them
     channels      "same"; or "first": convolutions may have different numbers of input channels: see docs/RECIPES.md
+    truncate_embeddings  whether embeddings are cut to the rows that all models have
     integers      the one of `models` whose integer tensors are taken where the models differ, or None: they must agree
     text          the recipe for receipts: the user's own text, or YAML of the mapping that was given
     file          what messages call the source, or None
@@ -74,6 +75,7 @@ class Recipe:
     fp8_overflow: str
     missing: str
     channels: str
+    truncate_embeddings: bool
     integers: ModelRef | None
     text: str
     file: str | None
@@ -237,6 +239,7 @@ def build(document: Document, above: Sequence[Recipe], collector: ErrorCollector
         fp8_overflow=raw.fp8_overflow,
         missing=raw.missing,
         channels=raw.channels,
+        truncate_embeddings=raw.truncate_embeddings,
         text=document.text,
         file=document.file,
         coefficients=coefficients,

@@ -20,6 +20,7 @@ if missing:
 with warnings.catch_warnings():  # of what mergekit imports
     warnings.simplefilter("ignore")
     import torch
+    import transformers
     from mergekit import merge_methods
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions
@@ -92,6 +93,25 @@ def test_a_device_that_is_not_there(models, tmp_path, caplog, monkeypatch):
 
 
 # --- run_merge --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic"])
+def test_embeddings_are_cut_as_mergekit_cuts_them(tmp_path, caplog, method):
+    """The same tensors; and an output that transformers loads, where mergekit leaves the origin's vocab_size."""
+    torch.manual_seed(0)
+    large, small = make_picollama(tmp_path / "large", 10), make_picollama(tmp_path / "small", 8)
+    how = config(method, [large, small], base_model=large, parameters={"t": 0.3})
+    cut = MergeOptions(unsafe_truncate_embeddings=True)
+    mergekit.run_merge(how, str(tmp_path / "ours"), cut)
+    assert not [m for m in caplog.messages if THEIRS in m]
+    assert any(m.startswith("rows cut by `truncate_embeddings`: ") for m in caplog.messages)
+    mergekit._theirs(how, str(tmp_path / "theirs"), options=cut)
+    ours, theirs = tensors(tmp_path / "ours"), tensors(tmp_path / "theirs")
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert loaded.config.vocab_size == 8 and not any(info.values())
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
