@@ -73,11 +73,11 @@ $(VENV)/.built: $(VENV)/.installed setup.py CMakeLists.txt $(NATIVE)
 	$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
-# mergekit and sd-mecha ask for many packages of their own, so they do not share the environment of the tests.
+# mergekit, sd-mecha and Ray ask for many packages of their own, so they do not share the environment of the tests.
 $(ORACLE_VENV)/.installed: pyproject.toml constraints.txt
 	$(call make_venv,$(ORACLE_VENV))
-	@echo "installing mergekit and sd-mecha in $(ORACLE_VENV): a minute the first time"
-	$(ORACLE_VENV)/bin/python -m pip install --quiet mergekit==0.1.5 sd-mecha==1.1.8 click msgspec pytest
+	@echo "installing mergekit, sd-mecha and Ray in $(ORACLE_VENV): a minute the first time"
+	$(ORACLE_VENV)/bin/python -m pip install --quiet mergekit==0.1.5 sd-mecha==1.1.8 ray click msgspec pytest
 	@touch $@
 
 # mergekit's source distribution has its tests, but for tests/common.py: tests/peer/common.py stands in for that.
