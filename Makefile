@@ -2,7 +2,7 @@
 # tests in one process.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test oracle peer-suite check compare lint format werror neon cuda-check gpu-test gpu-bench bench race paper paper-quick clean distclean
+.PHONY: help demo test oracle peer-suite check compare lint format werror neon cuda-check gpu-test gpu-bench bench race tool-race paper paper-quick clean distclean
 
 PYTHON ?= python3
 SIZE ?= 1b
@@ -148,6 +148,11 @@ bench: $(VENV)/.bench ## the kernel benchmarks
 
 race: $(VENV)/.built ## whole commands against the alternatives; SIZE=1b picks the models
 	@$(VENV)/bin/fastinterp bench --size $(SIZE)
+
+tool-race: $(VENV)/.built $(ORACLE_VENV)/.installed ## mergekit, torch, peft and sd-mecha with this engine behind them and without: rows of a table; SIZE=1b
+	@test -d build/race-$(SIZE)/ft2 || $(VENV)/bin/fastinterp bench --size $(SIZE) --models build/race-$(SIZE) --runs 1 --against copy
+	@PYTHONPATH="$(CURDIR)" $(ORACLE_VENV)/bin/python -W ignore -m benchmarks.installed build/race-$(SIZE)
+	@PYTHONPATH="$(CURDIR)" $(ORACLE_VENV)/bin/python -W ignore -m benchmarks.tools
 
 # What is trained already, with the same settings, is kept: an interrupted run goes on where it was.
 paper: $(VENV)/.bench ## reproduce the paper's claim on a toy: three seeds, 45 to 70 minutes; renews docs/paper

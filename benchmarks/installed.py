@@ -145,17 +145,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     from importlib.metadata import version
 
+    from benchmarks.tools import HEAD, row
+
+    size = sum(file.stat().st_size for file in (given.models / "ft1").glob("*.safetensors"))
     results = {}
+    print("\n".join(HEAD), flush=True)
     for method in given.only.split(","):
         found = results[method] = measured(method, given.models, given.runs)
-        wall = found["median_wall_s"]
-        print(
-            f"{method:10} mergekit {wall['mergekit']:.2f} s, installed {wall['installed']:.2f} s: "
-            f"{found['ratio']['median']:.1f} times, {found['cpu_ratio']['median']:.1f} of processor time; "
-            f"{found['answer']['differing']:.1e} of the elements differ",
-            flush=True,
-        )
-    size = sum(file.stat().st_size for file in (given.models / "ft1").glob("*.safetensors"))
+        times = {
+            racer: {clock: found[clock][engine] for clock in ("wall_s", "cpu_s")}
+            for racer, engine in (("theirs", "mergekit"), ("ours", "installed"))
+        }
+        differing = found["answer"]["differing"]
+        same = "lengths of the changes" if method in _RANDOM else f"{1 - differing:.2%} of the elements, to a rounding"
+        print(row(f"mergekit {method}, models of {size / 1e9:.2f} GB", times, same), flush=True)
     values = {"benchmark": "installed", "model_bytes": size, "runs": given.runs, "mergekit": version("mergekit")}
     values |= {"provenance": provenance(given.models), "methods": results}
     if given.out:
