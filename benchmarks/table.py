@@ -36,7 +36,7 @@ def load(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
             races.append(found)
         elif "benchmarks" in found:
             kernels = found
-        elif found.get("benchmark") in ("installed", "methods", "tools"):
+        elif found.get("benchmark") in ("decoding", "installed", "methods", "tools"):
             continue
         else:
             raise SystemExit(f"{path}: neither a race nor pytest-benchmark's results")

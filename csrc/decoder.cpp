@@ -11,9 +11,6 @@ namespace fi {
 
 namespace {
 
-// The decoders of this build, a row each; null ends them.
-const Decoder* const kDecoders[] = {nullptr};
-
 struct Registered {
   std::string name;
   Decoder decoder;
@@ -29,8 +26,8 @@ std::mutex& registering() {
 
 }  // namespace
 
-const Decoder* find_decoder(const char* name) {
-  for (const Decoder* const* decoder = kDecoders; *decoder; ++decoder)
+const Decoder* find_decoder(const Decoder* const* own, const char* name) {
+  for (const Decoder* const* decoder = own; *decoder; ++decoder)
     if (strcmp((*decoder)->name, name) == 0) return *decoder;
   const std::lock_guard<std::mutex> lock(registering());
   for (const Registered& one : registered())
@@ -44,7 +41,8 @@ bool register_decoder(const Decoder& decoder) {
   const std::lock_guard<std::mutex> lock(registering());
   for (Registered& one : registered())
     if (one.name == decoder.name) {
-      one.decoder = {one.name.c_str(), elements, bytes, decoder.decode};
+      one.decoder = decoder;
+      one.decoder.name = one.name.c_str();
       return true;
     }
   registered().push_back({decoder.name, decoder});

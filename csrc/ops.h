@@ -248,6 +248,45 @@ struct HistogramArgs {
   int64_t first;       // index, in the tensor, of this call's first element
 };
 
+// Codes of numbers that were divided by a scale: E4M3 and E5M2 saturate, int8 rounds to nearest even. Q8_0, a block of
+// 34 bytes for 32 numbers, is multiplied by the reciprocal of the scale, and rounds halves away from zero.
+enum class Codes { kE4M3, kE5M2, kI8, kQ8_0 };
+
+// A part of one row, whose columns have a scale for each `block` of them, the last block perhaps for fewer.
+struct EncodeArgs {
+  const float* x;  // numel
+  int64_t column;  // of the first
+  int64_t numel, block;
+  Codes codes;
+  const float* scales;  // of the blocks from column 0 on; of Q8_0 their reciprocals
+  const char* stored;   // of Q8_0: the scales as they are stored, F16
+  void* out;            // of any alignment
+  float* decoded;       // numel: the numbers that the codes stand for; null where they are not wanted
+};
+
+struct Decoder;
+
+// Columns of a right factor that lie together: of panel p, rank values of kLowRankPanel columns each.
+constexpr int kLowRankPanel = 32;
+
+// One product that is added to a matrix, packed. left: rank values a row. right: panels, the last one filled with 0.
+struct LowRankTerm {
+  const float *left, *right;
+  int64_t rank;
+  float scale;
+  const float* factors;  // null, or what each row or column is multiplied by then
+  bool factor_per_row;
+};
+
+struct LowRankArgs {
+  const void* x;  // elements [first, first + count) of one matrix; of any alignment
+  DType in;
+  int64_t first, count, columns;
+  const LowRankTerm* terms;
+  int n_terms;
+  float* to;  // may be x
+};
+
 struct Backend {
   const char* name;
   bool (*usable)();
@@ -260,6 +299,12 @@ struct Backend {
   void (*ranked)(const RankArgs&);
   void (*masked_stats)(const MaskedStatsArgs&);
   void (*histogram)(const HistogramArgs&);
+  // bits[b] grows to the largest magnitude of block b, as float32 bits; codes that can store NaN and Inf leave these
+  // out.
+  void (*magnitudes)(const EncodeArgs&, uint32_t* bits);
+  void (*encode)(const EncodeArgs&);
+  const Decoder* const* decoders;  // decoder.h; null ends them
+  void (*low_rank)(const LowRankArgs&);
 };
 
 }  // namespace fi

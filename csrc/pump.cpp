@@ -60,6 +60,7 @@ Pump::Pump(std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Ste
   size_t inputs = 1, outputs = 1;
   int64_t stored = 0;                                             // bytes, in memory
   int64_t read = options_.read_bytes, late = 0, sum_scratch = 0;  // late: how far beyond its edge a write may end
+  int64_t encoding = 0;
   for (const Step& step : steps_) {
     decode_bytes_ = std::max(decode_bytes_, round_up(decoding_scratch(step), 4096));
     if (step.survey) {
@@ -69,18 +70,24 @@ Pump::Pump(std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Ste
       outputs = std::max(outputs, step.sinks.size());
     }
     if (step.sum) {
-      if (in_memory(step)) stored += step.numel * element_bytes(step) * int64_t(step.sinks.size());
       const int64_t whole = grain(step), most = std::max(options_.read_bytes / widest(step), whole);
       sum_scratch = std::max(sum_scratch, step.sum->scratch_bytes(most));
       if (whole > 1) read = std::max(read, whole * widest(step));
-      if (whole > 1) late = std::max(late, grain_bytes(step));
+      if (step.encoding) {
+        encoding = std::max(encoding, encoding_scratch(step));
+        late = std::max(late, step.encoding->codes(0, span_of(step)).second);
+      } else {
+        if (in_memory(step)) stored += step.numel * element_bytes(step) * int64_t(step.sinks.size());
+        if (whole > 1) late = std::max(late, grain_bytes(step));
+      }
     }
   }
   streamed_ = worth_streaming(stored);
   in_bytes_ = round_up(read + kSlack, 4096);
   in_total_ = in_bytes_ * int64_t(inputs);
   out_stride_ = round_up(options_.write_bytes + late + kSlack, 4096);
-  scratch_bytes_ = std::max(scratch_bytes_, in_total_ + round_up(sum_scratch, 4096) + out_stride_ * int64_t(outputs));
+  encode_at_ = in_total_ + round_up(sum_scratch, 4096);
+  scratch_bytes_ = std::max(scratch_bytes_, encode_at_ + round_up(encoding, 4096) + out_stride_ * int64_t(outputs));
   scratch_bytes_ += decode_bytes_;
   cut();
   for (const Piece& piece : pieces_) ++left_[size_t(piece.step)];
@@ -100,11 +107,16 @@ void Pump::cut() {
       cut_survey(int(s));
       continue;
     }
+    if (step.encoding) {
+      cut_encoded(int(s));
+      continue;
+    }
     const int64_t size = element_bytes(step);
     int64_t first = 0;
     while (first < step.numel) {
       const int64_t at = step.offsets[0] + first * size;
       const bool joins = !blocks_.empty() && !steps_[size_t(pieces_.back().step)].sinks.empty() &&
+                         !steps_[size_t(pieces_.back().step)].encoding &&
                          blocks_.back().offset + blocks_.back().bytes == at &&
                          steps_[size_t(pieces_.back().step)].sinks == step.sinks &&
                          at % kBlockBytes >= grain_bytes(steps_[size_t(pieces_.back().step)]);
@@ -126,6 +138,19 @@ void Pump::cut_survey(int step) {
   for (int64_t first = 0; first < numel; first += most) {
     blocks_.push_back({pieces_.size(), pieces_.size() + 1, 0, 0});
     pieces_.push_back({step, first, std::min(most, numel - first), 0});
+  }
+}
+
+// Blocks are whole bands, and of one step: their codes and scales go to different places.
+void Pump::cut_encoded(int step_index) {
+  const Step& step = steps_[size_t(step_index)];
+  for (int64_t first = 0; first < step.numel;) {
+    const int64_t count = step.encoding->end_of_bands(first, kBlockBytes) - first;
+    const auto [offset, bytes] = step.encoding->codes(first, count);
+    blocks_.push_back({pieces_.size(), pieces_.size() + 1, step.offsets[0] + offset, bytes});
+    pieces_.push_back({step_index, first, count, stats_.size()});
+    stats_.resize(stats_.size() + step.sinks.size(), RowStats{});
+    first += count;
   }
 }
 
@@ -194,14 +219,17 @@ void Pump::run_block(const Block& block, char* scratch) {
     head.survey->run(inputs_of(head, scratch), whole.first, whole.count, scratch);
     return finish_piece(whole.step);
   }
+  if (head.encoding) {
+    run_encoded(block, scratch);
+    return finish_piece(whole.step);
+  }
   char* const staged = scratch + scratch_bytes_ - decode_bytes_ - out_stride_ * int64_t(head.sinks.size());
   std::vector<void*> out(head.sinks.size());
   int64_t start = block.offset, at = start;  // what is staged, in the first sink
   for (size_t i = block.begin; i < block.end; ++i) {
     const Piece& piece = pieces_[i];
     const Step& step = steps_[size_t(piece.step)];
-    const int64_t size = element_bytes(step), whole = grain(step);
-    const int64_t most = std::max(options_.read_bytes / widest(step) / whole, int64_t(1)) * whole;
+    const int64_t size = element_bytes(step), whole = grain(step), most = span_of(step);
     for (int64_t done = 0; done < piece.count && !cancelled_;) {
       const int64_t edge = (start / options_.write_bytes + 1) * options_.write_bytes;
       const int64_t count = std::min({piece.count - done, most, round_up((edge - at + size - 1) / size, whole)});
@@ -221,14 +249,18 @@ void Pump::run_block(const Block& block, char* scratch) {
   }
 }
 
-Inputs Pump::inputs_of(const Step& step, char* scratch) {
-  return Inputs(sources_, step, &bytes_read_, scratch + scratch_bytes_ - decode_bytes_);
+int64_t Pump::span_of(const Step& step) const {
+  const int64_t whole = std::max(grain(step), step.encoding ? step.encoding->stored_block() : 1);
+  return std::max(options_.read_bytes / widest(step) / whole, int64_t(1)) * whole;
+}
+
+Inputs Pump::inputs_of(const Step& step, char* scratch, std::atomic<int64_t>* bytes_read) const {
+  return Inputs(sources_, step, bytes_read, scratch + scratch_bytes_ - decode_bytes_);
 }
 
 void Pump::finish_piece(int step) {
   if (--left_[size_t(step)] > 0) return;
-  for (const Operand& input : steps_[size_t(step)].inputs)
-    if (input.decoding) input.decoding->release();
+  release_held(steps_[size_t(step)]);
 }
 
 bool Pump::in_memory(const Step& step) const {
@@ -246,11 +278,15 @@ void Pump::write(const Step& step, int64_t offset, int64_t size, const char* sta
 
 void Pump::combine(const Piece& piece, int64_t done, int64_t count, char* scratch, const std::vector<void*>& out) {
   const Step& step = steps_[size_t(piece.step)];
-  const Inputs inputs = inputs_of(step, scratch);
-  const size_t n = step.inputs.size();
   const int64_t first = piece.first + done;
-  if (n == 1 && step.sum->copies() && step.inputs[0].dtype == step.out_dtype)
-    return inputs.read(0, first, count, out[0]);
+  if (step.inputs.size() == 1 && step.sum->copies() && step.inputs[0].dtype == step.out_dtype)
+    return inputs_of(step, scratch).read(0, first, count, out[0]);
+  sum(inputs_of(step, scratch), step, first, count, scratch, out, options_.stats_every, &stats_[piece.stats]);
+}
+
+std::vector<const void*> Pump::sum(const Inputs& inputs, const Step& step, int64_t first, int64_t count, char* scratch,
+                                   const std::vector<void*>& out, int stats_every, RowStats* stats) {
+  const size_t n = step.inputs.size();
   std::vector<const void*> x(n);
   std::vector<DType> dtypes(n);
   for (size_t i = 0; i < n; ++i) {
@@ -267,12 +303,13 @@ void Pump::combine(const Piece& piece, int64_t done, int64_t count, char* scratc
   args.out_dtype = step.out_dtype;
   args.stochastic = options_.stochastic;
   args.fp8_saturate = options_.fp8_saturate;
-  args.streamed = streamed_ && in_memory(step);
-  args.stats_every = options_.stats_every;
+  args.streamed = streamed_ && in_memory(step) && !step.encoding;
+  args.stats_every = stats_every;
   args.numel = count;
   args.first = first;
-  args.stats = &stats_[piece.stats];
+  args.stats = stats;
   step.sum->run(args, scratch + in_total_);
+  return x;
 }
 
 void Pump::compare(const Piece& piece, int64_t done, int64_t count, char* scratch, const std::vector<void*>& out) {

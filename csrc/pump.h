@@ -68,10 +68,28 @@ class Pump {
 
   void cut();
   void cut_survey(int step);
+  void cut_encoded(int step);
   void work();
   // The survey of a block; null if it writes.
   Survey* survey_of(const Block& block) const;
   void run_block(const Block& block, char* scratch);
+  // Elements that a step sums at a time: as many as `read_bytes` hold, but whole grains and stored blocks.
+  int64_t span_of(const Step& step) const;
+  // Pieces of steps that are encoded: their codes and scales. pump_encoded.cpp has all of it.
+  struct EncodedPiece;
+  static constexpr int64_t kKeptBytes = 1 << 20;
+  int64_t kept_of(const Step& step) const;
+  int64_t encoding_scratch(const Step& step) const;
+  void run_encoded(const Block& block, char* scratch);
+  std::vector<ScaleRun> scales_of(const EncodedPiece& piece, int64_t first, int64_t stop, std::vector<const void*>* x);
+  void encode_span(const EncodedPiece& piece, int64_t first, int64_t count, int64_t done,
+                   const std::vector<const void*>& x, const std::vector<ScaleRun>& scales,
+                   const std::vector<void*>& out);
+  bool is_sampled(int64_t first, int64_t count) const;
+  void write_scales(const Encoding& encoding, size_t output, const ScaleRun& scales, int64_t from, int64_t count);
+  // The sums of elements [first, first + count) of a step, into `out`. stats: of each output. Returns the inputs.
+  std::vector<const void*> sum(const Inputs& inputs, const Step& step, int64_t first, int64_t count, char* scratch,
+                               const std::vector<void*>& out, int stats_every, RowStats* stats);
   // Elements [done, done + count) of a piece, into `out`.
   void combine(const Piece& piece, int64_t done, int64_t count, char* scratch, const std::vector<void*>& out);
   void compare(const Piece& piece, int64_t done, int64_t count, char* scratch, const std::vector<void*>& out);
@@ -79,7 +97,8 @@ class Pump {
   void write(const Step& step, int64_t offset, int64_t size, const char* staged);
   void prefetch(size_t block) const;
   // The inputs of a step, for a thread with this scratch.
-  Inputs inputs_of(const Step& step, char* scratch);
+  Inputs inputs_of(const Step& step, char* scratch) { return inputs_of(step, scratch, &bytes_read_); }
+  Inputs inputs_of(const Step& step, char* scratch, std::atomic<int64_t>* bytes_read) const;
   // A piece of the step is done. With the last one, what its decoders hold is freed.
   void finish_piece(int step);
 
@@ -92,6 +111,7 @@ class Pump {
   std::vector<RowStats> stats_;
   bool streamed_ = false;  // outputs in memory are large
   int64_t scratch_bytes_ = 0, in_bytes_ = 0, in_total_ = 0, out_stride_ = 0, decode_bytes_ = 0;
+  int64_t encode_at_ = 0;  // in the scratch: sums that are encoded, what they become, and for statistics
   std::vector<std::atomic<int64_t>> left_;  // pieces of each step that are not done
 
   std::vector<std::thread> threads_;

@@ -3,6 +3,7 @@
     merge(recipe, out, ...)           carry out a recipe
     interpolate(a, b, ...)            interpolate between two checkpoints, or extrapolate
     average(checkpoints, out, ...)    average the checkpoints of a training run
+    extract_lora(finetune, base, out) a fine-tune as a LoRA adapter of its base
     sweep(a, b, alphas, ...)          merge at many points of a path: to disk, in memory, or as recipes
     load(recipe)                      a merged model as tensors, without writing files; load_iter, load_into
     Live(module, ...)                 move a torch module along a path while it is in use
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from fastinterp.in_memory.weighted_sum import weighted_sum
     from fastinterp.inspect.check import check
     from fastinterp.inspect.compare import compare
+    from fastinterp.lora.extract import extract_lora
     from fastinterp.paths.path import path
     from fastinterp.paths.points import Point
     from fastinterp.paths.report import PathReport
@@ -69,6 +71,7 @@ __all__ = [
     "check",
     "compare",
     "explain",
+    "extract_lora",
     "interpolate",
     "load",
     "load_into",
@@ -90,6 +93,7 @@ _MODULES = {
     "compare": "fastinterp.inspect.compare",
     "Report": "fastinterp.execute.report",
     "explain": "fastinterp.api",
+    "extract_lora": "fastinterp.lora.extract",
     "interpolate": "fastinterp.api",
     "load": "fastinterp.torch_models.load",
     "load_into": "fastinterp.torch_models.load",

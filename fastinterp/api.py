@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
 from fastinterp.backends.cpu import Progress
@@ -17,10 +17,13 @@ from fastinterp.methods import Method, given
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.average import average_of
 from fastinterp.paths.points import further_keys, point_name, point_path, point_recipe
-from fastinterp.plan.plan import Source, make_plan, plan_documents, plan_recipe
+from fastinterp.plan.plan import Source, documents, make_plan, plan_documents
+from fastinterp.recipe.load import Recipe
 
 if TYPE_CHECKING:
     from fastinterp.inspect.explain import Explanation
+    from fastinterp.lora.explain import AdapterExplanation
+    from fastinterp.lora.report import AdapterReport
 
 
 def merge(
@@ -36,13 +39,16 @@ def merge(
     seed: int | None = None,
     missing: str | None = None,
     channels: str | None = None,
+    quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
     progress: Progress | None = None,
     methods: Sequence[Method] = (),
     keep_intermediates: str | os.PathLike[str] | None = None,
-) -> Report:
+) -> Report | AdapterReport:
     """Merge checkpoints into the folder `out`; or into the one file `out`, if that ends in `.safetensors`.
+
+    Of a recipe with `out: lora` the models and the output are adapters: see fastinterp/lora/merge.py.
 
     recipe          path of a YAML file, YAML text, or a mapping, in mergekit's schema. Of several documents (or a list
                     of mappings), which may name each other as models, one is written: that without a name, or the last
@@ -52,7 +58,7 @@ def merge(
     max_shard_size  bytes of tensor data in one file, "5GB" or a number. None: one file, if the model from which the
                     configuration comes is one; else 5GB
     max_memory      limit of the scratch memory in bytes; with accelerators, of the host's
-    dtype, rounding, seed, missing, channels   replace those of the recipe (dtype: its out_dtype)
+    dtype, rounding, seed, missing, channels, quantize   replace those of the recipe (dtype: its out_dtype)
     force           replace a checkpoint in `out`, or the file `out`, but never an input
     durable         call fsync before finishing: the output survives a crash of the machine
     progress        called about ten times a second with (bytes done, total bytes)
@@ -65,11 +71,17 @@ def merge(
     target = path_of(out, "out")
     outs: list[list[str | os.PathLike[str]]] = [[target]]
     one_file = names_file(target)
+    keys = dtype, rounding, seed, missing, channels, quantize
     with given(methods):
         if keep_intermediates is None:
-            plans = [plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels, one_file=one_file)]
+            *above, last = documents(recipe, *keys)
+            if last.out == "lora" and not above:
+                from fastinterp.lora.merge import merge_adapters
+
+                return merge_adapters(last, target, threads=threads, force=force, durable=durable, progress=progress)
+            plans = [make_plan([last], max_shard_size=optional_size(max_shard_size), above=above, one_file=one_file)]
         else:
-            plans = plan_documents(recipe, max_shard_size, dtype, rounding, seed, missing, channels, one_file=one_file)
+            plans = plan_documents(recipe, max_shard_size, *keys, one_file=one_file)
             folder = path_of(keep_intermediates, "keep_intermediates")
             outs[:0] = [[os.path.join(folder, _folder_name(plan.recipes[0].name))] for plan in plans[:-1]]
     return write_outputs(
@@ -104,6 +116,7 @@ def interpolate(
     seed: int | None = None,
     missing: str | None = None,
     channels: str | None = None,
+    quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
     progress: Progress | None = None,
@@ -116,7 +129,7 @@ def interpolate(
     base     the task-vector form: out = base + (1 - alpha) * (a - base) + alpha * (b - base)
     integers the checkpoint whose integer tensors are copied; None: they must be equal
     tokenizer_source  "union", "base" (`base`, else `a`) or a checkpoint: the vocabulary of the outputs
-    missing, channels as the keys of recipes
+    missing, channels, quantize as the keys of recipes
 
     Alpha 0 and 1 give the bytes of `a` and `b`. The other arguments and errors are those of `merge`.
     """
@@ -132,7 +145,7 @@ def interpolate(
     ends = path_of(a, "a"), path_of(b, "b")
     origin = None if base is None else path_of(base, "base")
     whose = None if integers is None else path_of(integers, "integers")
-    keys = further_keys(missing, channels, tokenizer_source)
+    keys = further_keys(missing, channels, quantize, tokenizer_source)
     recipes = [overridden(point_recipe(*ends, p, origin, whose, keys), dtype, rounding, seed) for p in points]
     groups = [slice(i, i + MAX_OUTPUTS) for i in range(0, len(points), MAX_OUTPUTS)]
     target = path_of(out, "out")
@@ -166,6 +179,7 @@ def average(
     seed: int | None = None,
     missing: str | None = None,
     channels: str | None = None,
+    quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
     progress: Progress | None = None,
@@ -187,11 +201,12 @@ def average(
     the newest checkpoint's. The other arguments and errors are those of `merge`.
     """
     recipe = average_of(checkpoints, weights, decay, last, in_order, tokenizer_source).recipe
-    return merge(
+    report = merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
-        dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, force=force, durable=durable,
-        progress=progress,
+        dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, quantize=quantize,
+        force=force, durable=durable, progress=progress,
     )  # fmt: skip
+    return cast("Report", report)  # of models
 
 
 def explain(
@@ -203,13 +218,31 @@ def explain(
     seed: int | None = None,
     missing: str | None = None,
     channels: str | None = None,
+    quantize: str | None = None,
     methods: Sequence[Method] = (),
-) -> Explanation:
+) -> Explanation | AdapterExplanation:
     """What `merge` would read, compute and write, from headers. print() shows it, `as_dict` gives plain values.
 
     Arguments and errors are those of `merge`.
     """
+    with given(methods):
+        return explanation_of(documents(recipe, dtype, rounding, seed, missing, channels, quantize), max_shard_size)
+
+
+def explanation_of(
+    recipes: Sequence[Recipe],
+    max_shard_size: str | int | None,
+    threads: int | None = None,
+    max_memory: int = 512_000_000,
+) -> Explanation | AdapterExplanation:
+    """The explanation of the documents of a recipe. Arguments and errors as of `merge`."""
+    *above, last = recipes
+    if last.out == "lora" and not above:
+        from fastinterp.lora.explain import AdapterExplanation
+        from fastinterp.lora.plan import plan_adapters
+
+        return AdapterExplanation(plan_adapters(last))
     from fastinterp.inspect.explain import Explanation
 
-    with given(methods):
-        return Explanation(plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels))
+    plan = make_plan([last], max_shard_size=optional_size(max_shard_size), above=above)
+    return Explanation(plan, threads, max_memory)

@@ -11,9 +11,9 @@ from typing import Any, TypeVar, cast
 
 from fastinterp.errors import FastinterpError, UsageError
 from fastinterp.messages import with_keys_as
-from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
+from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_stored
 from fastinterp.output.layout import parse_size
-from fastinterp.recipe.load import CHOICES, Recipe
+from fastinterp.recipe.load import CHOICES, NEAREST_CODES, Recipe
 
 # Alphas this close to 0 or 1 count as 0 or 1, where a model is copied exactly. numpy.arange(-1, 2, 0.001)[1000] is
 # 9e-14: its step, (first + step) - first, is off by half an ulp of `first`, 2**-53 for up to 2, and a sweep has at most
@@ -52,16 +52,18 @@ def snapped(alpha: float) -> float:
 
 
 def overridden(
-    recipe: Recipe, dtype: object, rounding: object, seed: object, missing: object = None, channels: object = None
-) -> Recipe:
-    """`recipe` with those of dtype, rounding, seed, missing and channels that are not None.
+    recipe: Recipe, dtype: object, rounding: object, seed: object, missing: object = None, channels: object = None,
+    quantize: object = None,
+) -> Recipe:  # fmt: skip
+    """`recipe` with those of dtype, rounding, seed, missing, channels and quantize that are not None.
 
     Raises: UsageError.
     """
     changes: dict[str, Any] = {}
     if dtype is not None:
         changes["out_dtype"] = dtype_named(dtype)
-    for key, word in (("rounding", rounding), ("missing", missing), ("channels", channels)):
+    words = (("rounding", rounding), ("missing", missing), ("channels", channels), ("quantize", quantize))
+    for key, word in words:
         if word is not None:
             if word not in CHOICES[key]:
                 raise UsageError(f"{key} must be {' or '.join(CHOICES[key])}, got {word!r}")
@@ -74,7 +76,10 @@ def overridden(
         if not 0 <= seed < 2**64:
             raise UsageError(f"the seed must be in 0..2**64-1, got {seed}")
         changes["seed"] = seed
-    return replace(recipe, **changes)
+    changed = replace(recipe, **changes)
+    if changed.quantize == "same" and changed.rounding == "stochastic":
+        raise UsageError(NEAREST_CODES)
+    return changed
 
 
 def dtype_named(text: object) -> DType:
@@ -82,7 +87,7 @@ def dtype_named(text: object) -> DType:
 
     Raises: UsageError.
     """
-    dtype = parse_dtype(text) if isinstance(text, str) else None
+    dtype = parse_stored(text) if isinstance(text, str) else None
     if dtype is None:
         raise UsageError(f"unknown dtype {text!r}. Known: {', '.join(DTYPE_NAMES)}")
     return dtype

@@ -43,6 +43,59 @@ ParsedDecoder decoder_of(const py::handle& object) {
   return decoder;
 }
 
+ParsedEncoder encoder_of(const py::handle& object, const ParsedStep& step) {
+  ParsedEncoder encoder;
+  if (object.is_none()) return encoder;
+  encoder.name = get<std::string>(object, "name");
+  encoder.columns = get<int64_t>(object, "columns");
+  encoder.parameters = get<std::vector<int64_t>>(object, "parameters");
+  encoder.scales = get<std::vector<std::pair<int, int64_t>>>(object, "scales");
+  encoder.magnitudes = get<std::vector<float>>(object, "magnitudes");
+  if (encoder.name.empty() || encoder.columns < 1) throw py::value_error("an encoder has a name, and columns");
+  if (!encoder.scales.empty() && encoder.scales.size() != step.sinks.size())
+    throw py::value_error("an encoder has a place for the scales of every output, or of none");
+  if (step.out_dtype != DType::F32) throw py::value_error("what is encoded is float32");
+  return encoder;
+}
+
+ParsedLowRank::Factor factor_of(const py::handle& object) {
+  return {get<int>(object, "source"),     get<int64_t>(object, "offset"),    dtype_of(get<int>(object, "dtype")),
+          get<int64_t>(object, "first"),  get<int64_t>(object, "by_matrix"), get<int64_t>(object, "by_index"),
+          get<int64_t>(object, "by_rank")};
+}
+
+ParsedLowRank::Change change_of(const py::handle& object) {
+  ParsedLowRank::Change change{};
+  change.replaces = get<bool>(object, "replaces");
+  if (change.replaces) {
+    change.rows = {get<int>(object, "source"), get<int64_t>(object, "offset"), dtype_of(get<int>(object, "dtype")),
+                   get<std::vector<int64_t>>(object, "rows")};
+    return change;
+  }
+  ParsedLowRank::Product& p = change.product;
+  p.left = factor_of(attribute(object, "left"));
+  p.right = factor_of(attribute(object, "right"));
+  p.rank = get<int64_t>(object, "rank");
+  p.scale = get<double>(object, "scale");
+  if (p.rank < 1) throw py::value_error("a product has a rank of 1 or more");
+  const py::object magnitude = attribute(object, "magnitude");
+  p.has_magnitude = !magnitude.is_none();
+  if (p.has_magnitude) p.magnitude = factor_of(magnitude);
+  p.per_row = get<bool>(object, "per_row");
+  return change;
+}
+
+ParsedLowRank low_rank_of(const py::handle& object) {
+  ParsedLowRank parsed;
+  if (object.is_none()) return parsed;
+  parsed.stored = dtype_of(get<int>(object, "stored"));
+  std::tie(parsed.matrices, parsed.rows, parsed.columns) = get<std::tuple<int64_t, int64_t, int64_t>>(object, "shape");
+  for (const py::handle change : attribute(object, "changes")) parsed.changes.push_back(change_of(change));
+  if (parsed.changes.empty() || parsed.matrices < 1 || parsed.rows < 1 || parsed.columns < 1)
+    throw py::value_error("what is added needs changes, and a shape");
+  return parsed;
+}
+
 ParsedOperand operand_of(const py::handle& object) {
   ParsedOperand operand{};
   operand.dtype = dtype_of(get<int>(object, "dtype"));
@@ -50,6 +103,9 @@ ParsedOperand operand_of(const py::handle& object) {
   if (operand.gathered) {
     operand.parts = get<std::vector<std::tuple<int, int64_t, int64_t>>>(object, "parts");
     operand.rows = attribute(object, "rows");
+    for (const py::handle decoder : attribute(object, "decoders")) operand.decoders.push_back(decoder_of(decoder));
+    if (!operand.decoders.empty() && (operand.decoders.size() != operand.parts.size() || operand.dtype != DType::F32))
+      throw py::value_error("a gathered operand with decoders has one, or None, for each part, and is float32");
     return operand;
   }
   operand.source = get<int>(object, "source");
@@ -57,6 +113,9 @@ ParsedOperand operand_of(const py::handle& object) {
   operand.decoder = decoder_of(attribute(object, "decoder"));
   if (!operand.decoder.name.empty() && operand.dtype != DType::F32)
     throw py::value_error("a decoded operand is float32");
+  operand.low_rank = low_rank_of(attribute(object, "low_rank"));
+  if (!operand.low_rank.changes.empty() && operand.dtype != DType::F32)
+    throw py::value_error("an operand with products added is float32");
   return operand;
 }
 
@@ -209,7 +268,14 @@ const KindRow& kind_of(const std::string& name) {
 }  // namespace
 
 ParsedStep parse_step(const py::handle& object) {
-  const KindRow& row = kind_of(get<std::string>(object, "kind"));
+  const std::string kind = get<std::string>(object, "kind");
+  if (kind == "largest_magnitudes") {
+    ParsedStep sum = parse_step(attribute(object, "of"));
+    if (sum.encoder.name.empty()) throw py::value_error("magnitudes are measured of sums that are encoded");
+    sum.measures = true;
+    return sum;
+  }
+  const KindRow& row = kind_of(kind);
   ParsedStep step;
   step.kind = row.kind;
   step.writes = row.writes;
@@ -229,6 +295,7 @@ ParsedStep parse_step(const py::handle& object) {
     step.keys = get<std::vector<uint64_t>>(object, "keys");
     if (!step.keys.empty() && step.keys.size() != step.sinks.size())
       throw py::value_error("stochastic rounding needs a key per output");
+    step.encoder = encoder_of(attribute(object, "encoder"), step);
   }
   if (row.parse) row.parse(object, &step);
   return step;

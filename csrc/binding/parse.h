@@ -36,13 +36,54 @@ struct ParsedDecoder {
   std::vector<double> parameters;
 };
 
+// How a sum is encoded: see ../encoder.h.
+struct ParsedEncoder {
+  std::string name;  // empty: the outputs are elements of a dtype
+  int64_t columns = 1;
+  std::vector<int64_t> parameters;
+  std::vector<std::pair<int, int64_t>> scales;  // sink and offset, of each output; none, if they are among the codes
+  std::vector<float> magnitudes;                // of each matrix of each output, if they are known
+};
+
+// What is added to a stored operand: see ../low_rank.h.
+struct ParsedLowRank {
+  struct Factor {
+    int source;
+    int64_t offset;
+    DType dtype;
+    int64_t first, by_matrix, by_index, by_rank;
+  };
+  struct Product {
+    Factor left, right, magnitude;
+    int64_t rank;
+    double scale;
+    bool has_magnitude, per_row;
+  };
+  struct Rows {
+    int source;
+    int64_t offset;
+    DType dtype;
+    std::vector<int64_t> rows;  // one per stored row
+  };
+  struct Change {
+    bool replaces;  // rows; else a product is added
+    Product product;
+    Rows rows;
+  };
+  DType stored = DType::F32;  // of the elements, where there is no decoder
+  int64_t matrices = 0, rows = 0, columns = 0;
+  std::vector<Change> changes;  // none: nothing is added
+};
+
 struct ParsedOperand {
   DType dtype;
   bool gathered = false;
   int source = -1;  // of a stored one
   int64_t offset = 0;
   ParsedDecoder decoder;
+  ParsedLowRank low_rank;
   std::vector<std::tuple<int, int64_t, int64_t>> parts;  // of a gathered one: source, byte offset, rows
+  std::vector<ParsedDecoder> decoders;                   // of each part; without a name: none. Empty: of no part
   pybind11::object rows;                                 // i64, a buffer
 };
 
@@ -97,6 +138,8 @@ struct ParsedStep {
   std::vector<int64_t> offsets;
   DType out_dtype = DType::F32;
   std::vector<uint64_t> keys;  // none: rounding to nearest
+  ParsedEncoder encoder;
+  bool measures = false;  // the largest magnitudes of its sums are measured, and nothing is written
 
   Per per = Per::kTensor;                   // of measure and group_combine
   std::vector<ParsedRow> rows;              // of combine

@@ -2,9 +2,11 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "../steps/histogram.h"
+#include "../steps/magnitudes.h"
 #include "../steps/masked.h"
 #include "../steps/sums.h"
 #include "../steps/survey.h"
@@ -21,27 +23,10 @@ int source_of(int source, size_t sources) {
   return source;
 }
 
-// Parts lie one behind the other, each some whole rows of a source; `rows` are taken out of them.
-std::shared_ptr<RowMap> gathered_of(const ParsedOperand& operand, size_t sources, int64_t row_bytes, int64_t rows) {
-  auto map = std::make_shared<RowMap>();
-  map->row_bytes = row_bytes;
-  for (int64_t row : numbers_of<int64_t>(operand.rows.cast<py::buffer>(), rows)) {
-    RowMap::Location location{-1, 0};
-    const bool zeros = row == -1;
-    for (const auto& [source, offset, count] : operand.parts) {
-      if (row >= 0 && row < count) location = {source_of(source, sources), offset + row * row_bytes};
-      if (row >= 0) row -= count;
-      if (location.source >= 0) break;
-    }
-    if (!zeros && location.source < 0) throw py::value_error("a gathered row is none of the parts' rows");
-    map->rows.push_back(location);
-  }
-  return map;
-}
-
-std::shared_ptr<Decoding> decoding_of(const ParsedDecoder& parsed, size_t sources, int64_t numel) {
+std::shared_ptr<Decoding> decoding_of(const ParsedDecoder& parsed, const Backend& backend, size_t sources,
+                                      int64_t numel) {
   if (parsed.name.empty()) return nullptr;
-  const Decoder* decoder = find_decoder(parsed.name.c_str());
+  const Decoder* decoder = find_decoder(backend.decoders, parsed.name.c_str());
   if (!decoder) throw py::value_error("no such decoder: " + parsed.name);
   std::vector<Decoding::Companion> companions;
   for (const ParsedDecoder::Companion& c : parsed.companions)
@@ -49,25 +34,150 @@ std::shared_ptr<Decoding> decoding_of(const ParsedDecoder& parsed, size_t source
   return std::make_shared<Decoding>(*decoder, numel, parsed.columns, std::move(companions), parsed.parameters);
 }
 
-Operand operand_of(const ParsedStep& step, const ParsedOperand& operand, size_t sources) {
+// Parts lie one behind the other, each some whole rows of a source; `rows` are taken out of them.
+std::shared_ptr<RowMap> gathered_of(const ParsedOperand& operand, const Backend& backend, size_t sources,
+                                    int64_t row_bytes, int64_t rows) {
+  auto map = std::make_shared<RowMap>();
+  map->row_bytes = row_bytes;
+  for (size_t i = 0; i < operand.parts.size(); ++i) {
+    const auto& [source, offset, count] = operand.parts[i];
+    const int64_t numel = count * row_bytes / int64_t(size_of(operand.dtype));
+    map->parts.push_back({source_of(source, sources), offset,
+                          operand.decoders.empty() ? nullptr : decoding_of(operand.decoders[i], backend, sources, numel)});
+  }
+  for (int64_t row : numbers_of<int64_t>(operand.rows.cast<py::buffer>(), rows)) {
+    RowMap::Location location{-1, 0};
+    const bool zeros = row == -1;
+    for (size_t i = 0; i < operand.parts.size() && location.part < 0; ++i) {
+      const int64_t count = std::get<2>(operand.parts[i]);
+      if (row >= 0 && row < count) location = {int(i), row * row_bytes};
+      if (row >= 0) row -= count;
+    }
+    if (!zeros && location.part < 0) throw py::value_error("a gathered row is none of the parts' rows");
+    map->rows.push_back(location);
+  }
+  return map;
+}
+
+// Checks that the elements of a factor that are used, `length` times `rank` of each matrix, do not run backwards: where
+// they end in the file is seen when they are read.
+LowRank::Factor factor_of(const ParsedLowRank::Factor& f, size_t sources, bool optional = false) {
+  if (f.first < 0 || f.by_matrix < 0 || f.by_index < 0 || f.by_rank < 0 || f.offset < 0)
+    throw py::value_error("a factor's strides must not be negative");
+  const int source = optional && f.source == -1 ? -1 : source_of(f.source, sources);
+  return {source, f.offset, f.dtype, f.first, f.by_matrix, f.by_index, f.by_rank};
+}
+
+LowRank::Rows rows_of(const ParsedLowRank::Rows& parsed, size_t sources, int64_t rows) {
+  LowRank::Rows result{source_of(parsed.source, sources), parsed.offset, parsed.dtype, {}};
+  for (size_t i = 0; i < parsed.rows.size(); ++i) result.places.emplace_back(parsed.rows[i], int64_t(i));
+  std::sort(result.places.begin(), result.places.end());
+  const auto same = [](const auto& a, const auto& b) { return a.first == b.first; };
+  if (result.places.empty() || result.places.front().first < 0 || result.places.back().first >= rows ||
+      std::adjacent_find(result.places.begin(), result.places.end(), same) != result.places.end())
+    throw py::value_error("rows that are replaced are rows of the tensor, each once");
+  return result;
+}
+
+std::shared_ptr<LowRank> low_rank_of(const ParsedOperand& operand, const Backend& backend, size_t sources,
+                                     int64_t numel) {
+  const ParsedLowRank& parsed = operand.low_rank;
+  if (parsed.changes.empty()) return nullptr;
+  if (parsed.matrices * parsed.rows * parsed.columns != numel)
+    throw py::value_error("a tensor to which products are added has matrices x rows x columns elements");
+  std::vector<LowRank::Change> changes;
+  for (const ParsedLowRank::Change& change : parsed.changes) {
+    LowRank::Change made{};
+    if (change.replaces) {
+      made.rows = rows_of(change.rows, sources, parsed.matrices * parsed.rows);
+    } else {
+      const ParsedLowRank::Product& p = change.product;
+      made.product = {factor_of(p.left, sources, true),
+                      factor_of(p.right, sources),
+                      p.rank,
+                      float(p.scale),
+                      p.has_magnitude,
+                      p.per_row,
+                      {}};
+      if (p.has_magnitude) made.product.magnitude = factor_of(p.magnitude, sources);
+      if (p.has_magnitude && parsed.matrices != 1) throw py::value_error("magnitudes are of one matrix");
+    }
+    changes.push_back(std::move(made));
+  }
+  LowRank::Base base{source_of(operand.source, sources), operand.offset, parsed.stored,
+                     decoding_of(operand.decoder, backend, sources, numel)};
+  return std::make_shared<LowRank>(backend, std::move(base), parsed.matrices, parsed.rows, parsed.columns,
+                                   std::move(changes));
+}
+
+Operand operand_of(const ParsedStep& step, const ParsedOperand& operand, const Backend& backend, size_t sources) {
   const bool bytes = step.kind == StepKind::kCopyEqual;
   const int width = bytes ? 1 : size_of(operand.dtype);
   if (operand.gathered) {
     const int64_t columns = columns_of(step, step.numel);
-    return {-1, 0, operand.dtype, width, gathered_of(operand, sources, columns * width, step.numel / columns)};
+    if (bytes && !operand.decoders.empty()) throw py::value_error("bytes of decoded rows are not compared");
+    const int64_t rows = step.numel / columns;
+    return {-1, 0, operand.dtype, width, gathered_of(operand, backend, sources, columns * width, rows)};
   }
+  if (bytes && !operand.low_rank.changes.empty())
+    throw py::value_error("bytes of a tensor to which products are added are not compared");
+  const std::shared_ptr<LowRank> low_rank = low_rank_of(operand, backend, sources, step.numel);
   return {source_of(operand.source, sources),
           operand.offset,
           operand.dtype,
           width,
           nullptr,
-          bytes ? nullptr : decoding_of(operand.decoder, sources, step.numel)};
+          bytes || low_rank ? nullptr : decoding_of(operand.decoder, backend, sources, step.numel),
+          low_rank};
 }
 
 std::vector<DType> dtypes_of(const Step& step) {
   std::vector<DType> dtypes;
   for (const Operand& input : step.inputs) dtypes.push_back(input.dtype);
   return dtypes;
+}
+
+// Parameters: the kind of the scales; rows and columns of a block; rows of a matrix; whether scales are powers of two.
+// A format whose scales are among the codes has none.
+void encode(const ParsedEncoder& parsed, const Backend& backend, size_t sinks, Step* step) {
+  const Encoder* encoder = find_encoder(parsed.name.c_str());
+  if (!encoder) throw py::value_error("no such encoder: " + parsed.name);
+  const bool among = encoder->block_elements > 1;
+  std::vector<int64_t> numbers = parsed.parameters;
+  if (among && numbers.empty())
+    numbers = {int64_t(ScaleKind::kF16), 1, encoder->block_elements, step->numel / parsed.columns, 0};
+  if (numbers.size() == 4) numbers.push_back(0);
+  if (numbers.size() != 5 || numbers[0] < 0 || numbers[0] > 3 || numbers[1] < 1 || numbers[2] < 1 || numbers[3] < 1)
+    throw py::value_error("the parameters of " + parsed.name + " are a kind of scales, and rows and columns of blocks");
+  const int64_t matrix = numbers[3] * parsed.columns;
+  if (step->numel % matrix != 0 || parsed.columns % encoder->block_elements != 0)
+    throw py::value_error("a tensor has whole matrices, and a row whole blocks of " + parsed.name);
+  if (parsed.scales.empty() != among) throw py::value_error("scales have a place where they are not among the codes");
+  std::vector<Encoding::Place> places;
+  for (const auto& [sink, offset] : parsed.scales) {
+    if (sink < 0 || size_t(sink) >= sinks) throw py::value_error("the sink of scales is none of the sinks");
+    places.push_back({sink, offset});
+  }
+  const bool whole = numbers[1] >= numbers[3] && numbers[2] >= parsed.columns;
+  const size_t matrices = size_t(step->numel / matrix) * step->sinks.size();
+  if (!parsed.magnitudes.empty() && (!whole || parsed.magnitudes.size() != matrices))
+    throw py::value_error("magnitudes are known of each matrix of each output, where it is one block");
+  step->encoding =
+      std::make_shared<Encoding>(backend, *encoder, Encoding::Format{ScaleKind(numbers[0]), numbers[4] != 0},
+                                 step->numel, Blocks{numbers[3], parsed.columns, numbers[1], numbers[2]},
+                                 step->sum->grain(), std::move(places), parsed.magnitudes);
+}
+
+// Turns a step that writes sums into one that measures them.
+void measure_sums_of(const ParsedEncoder& parsed, const Backend& backend, Step* step) {
+  const int64_t matrix = parsed.parameters.size() < 4 ? step->numel : parsed.parameters[3] * parsed.columns;
+  step->survey = std::make_shared<SumMagnitudes>(backend, step->sum, dtypes_of(*step), step->sinks.size(),
+                                                 find_encoder(parsed.name.c_str())->codes, step->numel, matrix);
+  step->sum = nullptr;
+  step->encoding = nullptr;
+  step->sinks.clear();
+  step->offsets.clear();
+  step->keys.clear();
 }
 
 // ---- kinds: each completes a step whose inputs, sinks, offsets, keys and numel are there already --------------------
@@ -206,7 +316,8 @@ Step step_of(const py::handle& object, const Backend& backend, size_t sources, s
   const ParsedStep parsed = parse_step(object);
   Step step;
   step.numel = parsed.numel;
-  for (const ParsedOperand& operand : parsed.inputs) step.inputs.push_back(operand_of(parsed, operand, sources));
+  for (const ParsedOperand& operand : parsed.inputs)
+    step.inputs.push_back(operand_of(parsed, operand, backend, sources));
   step.sinks = parsed.sinks;
   step.offsets = parsed.offsets;
   step.out_dtype = parsed.out_dtype;
@@ -215,8 +326,11 @@ Step step_of(const py::handle& object, const Backend& backend, size_t sources, s
     if (sink < 0 || size_t(sink) >= sinks) throw py::value_error("a step's sink is none of the sinks");
   for (const KindRow& row : kKinds)
     if (row.kind == parsed.kind && row.complete) row.complete(parsed, backend, &step);
-  if (step.sum && stochastic && step.keys.size() != step.sinks.size())
-    throw py::value_error("stochastic rounding needs a key per output");
+  const bool encodes = !parsed.encoder.name.empty();
+  if (step.sum && stochastic && (encodes || step.keys.size() != step.sinks.size()))
+    throw py::value_error(encodes ? "codes are rounded to nearest" : "stochastic rounding needs a key per output");
+  if (encodes && step.numel > 0) encode(parsed.encoder, backend, sinks, &step);
+  if (parsed.measures) measure_sums_of(parsed.encoder, backend, &step);
   return step;
 }
 

@@ -47,6 +47,7 @@ class MaskedSum : public Sum {
             int64_t columns);
   void run(const CombineArgs& args, char* scratch) const override;
   int64_t scratch_bytes(int64_t most) const override;
+  int pivot(size_t output) const override { return rows_[output].base; }
   // Ranks need whole rows.
   int64_t grain() const override { return ranks_ ? columns_ : 1; }
 

@@ -7,12 +7,11 @@ namespace fi {
 
 namespace {
 
-// Calls take(source, offset, bytes) for every run of bytes that lie one behind the other, in order; source -1 for
-// zeros.
+// Calls take(part, offset, bytes) for every run of bytes of a gathered operand that lie one behind the other in one of
+// its parts, in order; null for zeros.
 template <class Take>
 void for_runs(const Operand& from, int64_t first, int64_t count, Take take) {
   const int64_t start = first * from.width, end = start + count * from.width;
-  if (!from.gathered) return take(from.source, from.offset + start, end - start);
   const std::vector<RowMap::Location>& rows = from.gathered->rows;
   const int64_t size = from.gathered->row_bytes;
   for (int64_t at = start; at < end;) {
@@ -21,11 +20,11 @@ void for_runs(const Operand& from, int64_t first, int64_t count, Take take) {
     const int64_t offset = location.offset + at % size;
     int64_t run = size - at % size;
     const auto goes_on = [&](const RowMap::Location& next) {
-      return next.source == location.source && (location.source < 0 || next.offset == offset + run);
+      return next.part == location.part && (location.part < 0 || next.offset == offset + run);
     };
     for (; at + run < end && goes_on(rows[size_t(row + 1)]); ++row) run += size;
     run = std::min(run, end - at);
-    take(location.source, offset, run);
+    take(location.part < 0 ? nullptr : &from.gathered->parts[size_t(location.part)], offset, run);
     at += run;
   }
 }
@@ -44,7 +43,7 @@ int64_t read_span(const std::vector<DType>& dtypes) {
 
 const void* Inputs::get(size_t input, int64_t first, int64_t count, void* to) const {
   const Operand& from = step_.inputs[input];
-  if (from.gathered || from.decoding) {
+  if (from.gathered || from.decoding || from.low_rank) {
     read(input, first, count, to);
     return to;
   }
@@ -54,14 +53,23 @@ const void* Inputs::get(size_t input, int64_t first, int64_t count, void* to) co
 
 void Inputs::read(size_t input, int64_t first, int64_t count, void* to) const {
   const Operand& from = step_.inputs[input];
+  if (from.low_rank) return from.low_rank->read(sources_, first, count, to, scratch_, bytes_read_);
   if (from.decoding)
     return from.decoding->read(sources_, from.source, from.offset, first, count, to, scratch_, bytes_read_);
+  if (!from.gathered) {
+    sources_[size_t(from.source)].read(from.offset + first * from.width, count * from.width, to);
+    *bytes_read_ += count * from.width;
+    return;
+  }
   char* next = static_cast<char*>(to);
-  for_runs(from, first, count, [&](int source, int64_t offset, int64_t bytes) {
-    if (source < 0) {
+  for_runs(from, first, count, [&](const RowMap::Part* part, int64_t offset, int64_t bytes) {
+    if (!part) {
       memset(next, 0, size_t(bytes));
+    } else if (part->decoding) {
+      part->decoding->read(sources_, part->source, part->offset, offset / from.width, bytes / from.width, next, scratch_,
+                           bytes_read_);
     } else {
-      sources_[size_t(source)].read(offset, bytes, next);
+      sources_[size_t(part->source)].read(part->offset + offset, bytes, next);
       *bytes_read_ += bytes;
     }
     next += bytes;
@@ -70,20 +78,40 @@ void Inputs::read(size_t input, int64_t first, int64_t count, void* to) const {
 
 void Inputs::prefetch(size_t input, int64_t first, int64_t count) const {
   const Operand& from = step_.inputs[input];
+  if (from.low_rank) return from.low_rank->prefetch(sources_, first, count);
   if (from.decoding) {
     const auto [offset, bytes] = from.decoding->stored(first, count);
     return sources_[size_t(from.source)].prefetch(from.offset + offset, bytes);
   }
-  for_runs(from, first, count, [&](int source, int64_t offset, int64_t bytes) {
-    if (source >= 0) sources_[size_t(source)].prefetch(offset, bytes);
+  if (!from.gathered) return sources_[size_t(from.source)].prefetch(from.offset + first * from.width, count * from.width);
+  for_runs(from, first, count, [&](const RowMap::Part* part, int64_t offset, int64_t bytes) {
+    if (!part) return;
+    const auto [start, length] = part->decoding ? part->decoding->stored(offset / from.width, bytes / from.width)
+                                                : std::make_pair(offset, bytes);
+    sources_[size_t(part->source)].prefetch(part->offset + start, length);
   });
 }
 
 int64_t decoding_scratch(const Step& step) {
   int64_t bytes = 0;
-  for (const Operand& input : step.inputs)
+  for (const Operand& input : step.inputs) {
+    if (input.low_rank) bytes = std::max(bytes, input.low_rank->scratch_bytes());
     if (input.decoding) bytes = std::max(bytes, input.decoding->scratch_bytes());
+    if (!input.gathered) continue;
+    for (const RowMap::Part& part : input.gathered->parts)
+      if (part.decoding) bytes = std::max(bytes, part.decoding->scratch_bytes());
+  }
   return bytes;
+}
+
+void release_held(const Step& step) {
+  for (const Operand& input : step.inputs) {
+    if (input.decoding) input.decoding->release();
+    if (input.low_rank) input.low_rank->release();
+    if (!input.gathered) continue;
+    for (const RowMap::Part& part : input.gathered->parts)
+      if (part.decoding) part.decoding->release();
+  }
 }
 
 }  // namespace fi

@@ -7,17 +7,26 @@
 #include <vector>
 
 #include "../decoding.h"
+#include "../encoding.h"
 #include "../io.h"
+#include "../low_rank.h"
 #include "../ops.h"
 
 namespace fi {
 
 // Locations of the rows of a gathered operand, in the order of the output.
 struct RowMap {
-  struct Location {
-    int source;      // -1: a row of zeros
-    int64_t offset;  // bytes
+  // Some whole rows that lie one behind the other in a source.
+  struct Part {
+    int source;
+    int64_t offset;                      // bytes
+    std::shared_ptr<Decoding> decoding;  // of codes, which begin at `offset`; null: the bytes are elements
   };
+  struct Location {
+    int part;        // -1: a row of zeros
+    int64_t offset;  // bytes from the part's beginning; of codes, as if they were decoded
+  };
+  std::vector<Part> parts;
   std::vector<Location> rows;
   int64_t row_bytes;
 };
@@ -30,6 +39,7 @@ struct Operand {
   int width;                                         // bytes of such an element; 1 where a step only compares bytes
   std::shared_ptr<const RowMap> gathered = nullptr;  // instead of source and offset
   std::shared_ptr<Decoding> decoding = nullptr;      // of bytes that are not elements of `dtype`, which is F32 then
+  std::shared_ptr<LowRank> low_rank = nullptr;       // instead of both: with products added; `dtype` is F32
 };
 
 class Counts;
@@ -44,8 +54,9 @@ struct Step {
   std::vector<int> sinks;          // one per output
   std::vector<int64_t> offsets;    // bytes, one per output
   DType out_dtype = DType::F32;
-  int64_t numel = 0;           // elements; bytes where they are only compared
-  std::vector<uint64_t> keys;  // one per output
+  std::shared_ptr<const Encoding> encoding = nullptr;  // of sums that are not stored as elements of out_dtype: of F32
+  int64_t numel = 0;                                   // elements; bytes where they are only compared
+  std::vector<uint64_t> keys;                          // one per output
 };
 
 // The inputs of one step, to be read by elements.
@@ -73,6 +84,9 @@ class Inputs {
 // Bytes that one thread needs to decode an input of the step; 0, if none is to be decoded.
 int64_t decoding_scratch(const Step& step);
 
+// When nothing of a step is read any more: frees what its inputs hold.
+void release_held(const Step& step);
+
 // Computes outputs from inputs, a span of elements at a time.
 class Sum {
  public:
@@ -87,6 +101,8 @@ class Sum {
   }
   // Spans begin and end at multiples of so many elements. numel is a multiple, too.
   virtual int64_t grain() const { return 1; }
+  // The input that an output is compared with, to tell how much of the change arrived; -1 of a copy.
+  virtual int pivot(size_t output) const = 0;
   // Whether the only output is the only input, bit for bit, if their dtypes agree.
   virtual bool copies() const { return false; }
 };

@@ -11,6 +11,7 @@ class PlainSum : public Sum {
   // The rows' terms are `terms`, one list per row.
   PlainSum(const Backend& backend, std::vector<Row> rows, std::vector<std::vector<Term>> terms);
   void run(const CombineArgs& args, char* scratch) const override;
+  int pivot(size_t output) const override { return is_copy(rows_[output]) ? -1 : rows_[output].pivot; }
   bool copies() const override { return rows_.size() == 1 && is_copy(rows_[0]); }
 
  private:
@@ -30,6 +31,7 @@ class GroupSum : public Sum {
   };
   GroupSum(const Backend& backend, std::vector<Output> outputs, bool per_row, int64_t columns, int64_t groups);
   void run(const CombineArgs& args, char* scratch) const override;
+  int pivot(size_t output) const override { return rows_[output].pivot; }
 
  private:
   const Backend& backend_;

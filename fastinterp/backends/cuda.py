@@ -89,4 +89,6 @@ class CudaDevice:
             return f"no CUDA kernel for {step.kind}"
         if step.decodes:
             return "encoded inputs"
+        if step.encodes:
+            return "encoded outputs"
         return "random masks by rank" if step.by_rank else None

@@ -180,6 +180,44 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     return parse_object(read_regular(str(path), MAX_HEADER).lstrip(), "the adapter's configuration", str(path))
 
 
+# Keys of adapter_config.json that make something else of an adapter than a sum of products, and what that is.
+_OTHER = {
+    "layer_replication": "repeats layers of its base (`layer_replication`)",
+    "use_qalora": "is QA-LoRA (`use_qalora`), whose factors are of pooled inputs",
+    "arrow_config": "routes between several (`arrow_config`)",
+    "alora_invocation_tokens": "is aLoRA (`alora_invocation_tokens`), which is off until those tokens come",
+    "use_bdlora": "has block-diagonal factors (`use_bdlora`)",
+    "kasa_config": "is KaSA (`kasa_config`), which changes the weights of its base",
+    "monteclora_config": "is MonteCLoRA (`monteclora_config`), whose weights are drawn at random",
+}
+_MUTATING = ("pissa", "corda", "olora", "loftq", "lora_ga")  # of init_lora_weights: these change the base
+
+
+def unmergeable(adapter: Adapter) -> str:
+    """Why an adapter is no sum of low-rank products that is added to its base; empty, if it is one."""
+    peft_type = str(adapter.config.get("peft_type", "LORA"))
+    if adapter.kind != "LoRA" or peft_type != "LORA":
+        kind = adapter.kind if peft_type == "LORA" else peft_type
+        return (
+            f"this is {_article(kind)} adapter: only those of LoRA (and DoRA) are added to a model here. Merge it into "
+            "its base first, with the program that made it; then name the model that it writes"
+        )
+    for key, what in _OTHER.items():
+        if adapter.config.get(key):
+            return f"this adapter {what}: it is no sum of products that is added to weights, and is not merged"
+    init = str(adapter.config.get("init_lora_weights")).lower()
+    if init.startswith(_MUTATING):
+        return (
+            f"this adapter was saved with `init_lora_weights` {quote(init)}, which also changed the weights of its "
+            "base: it does not fit the base as that is published. Save it with peft's "
+            "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`; or, if the base that you name is "
+            f"the changed one, set `init_lora_weights` to true in {ADAPTER_CONFIG}"
+        )
+    if not adapter.style:
+        return "this adapter has names of no program that is known (peft, kohya, diffusers): its scales are not known"
+    return ""
+
+
 def built_in_refusal(adapter: Adapter) -> str:
     """About a whole model of peft whose adapter is not merged into its weights; empty for other whole models."""
     if not any(tensor.startswith(_PEFT) for tensor in adapter.tensors):
@@ -211,6 +249,8 @@ def refusal(name: str, root: Path, adapter: Adapter, tensors: Mapping[str, Entry
     base = adapter.config.get("base_model_name_or_path")
     to = f" to {quote(base)}" if isinstance(base, str) and base else ""
     what = f"this is {_article(adapter.kind)} adapter{to}, not a whole model, and adapters are not merged. "
+    if not unmergeable(adapter):
+        what += "With each other they are, into an adapter: write `out: lora` in the recipe. "
     if adapter.style == "peft":
         return what + _with_peft(
             name if Path(name).is_dir() or not Path(name).exists() else str(root), adapter, tensors

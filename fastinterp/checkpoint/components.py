@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastinterp.checkpoint.folder import pickled_files, weight_files
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import ANY_INDEX, PICKLES, WEIGHTS, is_relative, listing, quote
+from fastinterp.checkpoint.names import is_relative, listing, quote
 from fastinterp.checkpoint.regular_file import read_regular
-from fastinterp.checkpoint.remedies import literal, python
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 
@@ -33,49 +33,36 @@ class Found(NamedTuple):
     remarks: tuple[str, ...]
 
 
-def find_components(name: str, root: Path, present: Sequence[str]) -> Found:
+def find_components(root: Path, present: Sequence[str]) -> Found:
     """The components that model_index.json or modules.json in the folder `root` names.
 
-    name     of the checkpoint, as the user wrote it
     present  names in the folder
-    Raises: CheckpointError, if a component has no weights but pickled ones, or the file that names them is damaged.
+    Raises: CheckpointError, if the file that names them is damaged.
     """
-    remarks: list[str] = []
-    source = literal(root)
-    if PIPELINE in present:
-        folders = _of_pipeline(root, remarks)
-        convert = f'import diffusers; diffusers.DiffusionPipeline.from_pretrained({source}).save_pretrained("NEW")'
-    else:
-        folders = _of_modules(root)
-        convert = (
-            f'import sentence_transformers as st; st.SentenceTransformer({source}, device="cpu").save_pretrained("NEW")'
-        )
-    having = [folder for folder in folders if _has_weights(root / folder)]
-    if any(having):
-        for folder in having:
-            _refuse_pickles(name, root, folder, python(convert))
-    return Found(tuple(having), tuple(remarks))
+    named = _of_pipeline(root) if PIPELINE in present else _of_modules(root)
+    there = [folder for folder in named if os.path.isdir(root / folder)]
+    missing = [folder for folder in named if folder not in there] if PIPELINE in present else []
+    remarks = (f"{PIPELINE} names {listing(missing)}, but there is no such folder",) if missing else ()
+    return Found(tuple(folder for folder in there if has_weights(root / folder)), remarks)
 
 
 def named_folders(root: Path) -> tuple[str, ...]:
-    """The folders that the files of a pipeline or sentence-transformer in `root` name, with weights or without."""
+    """The folders that the files of a pipeline or sentence-transformer in `root` name, with weights or without, there
+    or not.
+    """
     try:
         if (root / PIPELINE).is_file():
-            return tuple(_of_pipeline(root, []))
+            return tuple(_of_pipeline(root))
         return tuple(f for f in _of_modules(root) if f) if (root / MODULES).is_file() else ()
     except CheckpointError:
         return ()
 
 
-def _of_pipeline(root: Path, remarks: list[str]) -> list[str]:
-    """The folders of the components that model_index.json names. Those that are not there become remarks."""
+def _of_pipeline(root: Path) -> list[str]:
+    """The folders of the components that model_index.json names."""
     path = str(root / PIPELINE)
     table = parse_object(read_regular(path, MAX_HEADER).lstrip(), "the index of the pipeline", path)
-    named = [key for key, value in table.items() if is_relative(key) and _is_component(key, value)]
-    missing = [key for key in named if not os.path.isdir(root / key)]
-    if missing:
-        remarks.append(f"{PIPELINE} names {listing(missing)}, but there is no such folder")
-    return [key for key in named if key not in missing]
+    return [key for key, value in table.items() if is_relative(key) and _is_component(key, value)]
 
 
 def _is_component(key: str, value: Any) -> bool:
@@ -94,23 +81,13 @@ def _of_modules(root: Path) -> list[str]:
     wrong = [f for f in folders if f and not is_relative(f)]
     if wrong:
         raise CheckpointError(f"{quote(wrong[0])} is no folder in that of the model", file=path)
-    return [f for f in dict.fromkeys(folders) if os.path.isdir(root / f)]
+    return list(dict.fromkeys(folders))
 
 
-def _has_weights(folder: Path) -> bool:
-    return any(n.endswith((WEIGHTS, *PICKLES)) or ANY_INDEX.fullmatch(n) for n in _listed(folder))
-
-
-def _refuse_pickles(name: str, root: Path, folder: str, convert: str) -> None:
-    names = _listed(root / folder)
-    if any(n.endswith(WEIGHTS) or ANY_INDEX.fullmatch(n) for n in names):
-        return
-    pickles = [n for n in names if n.endswith(PICKLES)]
-    raise CheckpointError(
-        f"its component {quote(folder or name)} has no {WEIGHTS} file, only {listing(pickles)}: pickled weights are "
-        f"never loaded, because a pickle can run any code. Convert it first: {convert}; then name NEW",
-        file=name,
-    )
+def has_weights(folder: Path) -> bool:
+    """Whether a folder itself has files of weights. Raises: CheckpointError, if it cannot be read."""
+    names = _listed(folder)
+    return bool(weight_files(names) or pickled_files(names))
 
 
 def _listed(folder: Path) -> list[str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from operator import attrgetter
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 import msgspec
 
@@ -18,6 +19,9 @@ from fastinterp.checkpoint.regular_file import open_regular
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import DTYPES, DType
+
+if TYPE_CHECKING:
+    from fastinterp.checkpoint.gguf_keys import GgufHeader
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_NUMEL = 2**63 - 1
@@ -32,6 +36,24 @@ class Header(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
+class Conversion(Protocol):
+    """How bytes that are not elements one after the other become such: frozen and hashable, equal to what does the
+    same. Python converts the tensor into a temporary file when a run opens its inputs.
+    """
+
+    @property
+    def stored_as(self) -> str:
+        """How the tensor is stored, for messages: `Q4_K`, say. Empty: as its elements, in another order."""
+        ...
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """The elements, a piece of a bounded size after the other. path: the file that the tensor is in.
+
+        Raises: CheckpointError, if the file ends too early; OSError.
+        """
+        ...
+
+
 class Entry(msgspec.Struct, frozen=True):
     """One tensor of a file: dtype, shape and the place of its bytes."""
 
@@ -39,13 +61,29 @@ class Entry(msgspec.Struct, frozen=True):
     dtype: DType
     shape: tuple[int, ...]
     start: int  # byte offset in the file, from its first byte
-    nbytes: int
+    nbytes: int  # of its elements
     file: int  # index into Checkpoint.files
+    conversion: Conversion | None = None  # by which its bytes become elements of `dtype`; None: they are
 
     @property
     def numel(self) -> int:
         """Number of elements; 1 for a scalar."""
         return math.prod(self.shape)
+
+
+class FileHeader(NamedTuple):
+    """What a file of weights says without its data.
+
+    entries   its tensors, in an order that is the model's: of their offsets, as a rule
+    metadata  strings by key
+    remarks   what was decided when it was read, for people
+    gguf      the rest of the header of a GGUF file
+    """
+
+    entries: list[Entry]
+    metadata: dict[str, str]
+    remarks: tuple[str, ...] = ()
+    gguf: GgufHeader | None = None
 
 
 def read_header(path: str | os.PathLike[str], file_index: int = 0) -> tuple[list[Entry], dict[str, str]]:
@@ -77,16 +115,12 @@ def _read_json(file: str) -> tuple[bytes, int]:
             what = f"a safetensors file has at least 8 bytes, this one has {size}" if size else "the file is empty"
             raise CheckpointError(f"{what}. Download or copy it again", file=file)
         first = _read_exactly(fd, 8, file)
-        if b"<" in first and _is_markup(os.pread(fd, 64, 0)):
+        if first.startswith(b"PK\3\4"):
+            called = quote(os.path.splitext(os.path.basename(file))[0] + ".bin")
             raise CheckpointError(
-                "this is a web page (HTML or XML), not the file: a download failed, or needs a login. Download it "
-                "again",
-                file=file,
+                f"this is a zip file, as torch.save writes, not a safetensors file. Call it {called}", file=file
             )
-        if first == b"version " and os.pread(fd, 15, 8) == b"https://git-lfs":
-            raise CheckpointError(
-                "this is a Git LFS pointer; the file itself was not downloaded. Run `git lfs pull`", file=file
-            )
+        refuse_download(first + os.pread(fd, 56, 8), file)
         length = int.from_bytes(first, "little")
         if length > MAX_HEADER:
             raise CheckpointError(
@@ -107,7 +141,20 @@ def _read_json(file: str) -> tuple[bytes, int]:
         os.close(fd)
 
 
-def _is_markup(start: bytes) -> bool:
+def refuse_download(start: bytes, file: str) -> None:
+    """Raises: CheckpointError, if a file that begins so is what a failed download leaves: a web page, a pointer."""
+    if b"<" in start[:8] and is_markup(start):
+        raise CheckpointError(
+            "this is a web page (HTML or XML), not the file: a download failed, or needs a login. Download it again",
+            file=file,
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            "this is a Git LFS pointer; the file itself was not downloaded. Run `git lfs pull`", file=file
+        )
+
+
+def is_markup(start: bytes) -> bool:
     """Whether a file that begins so is HTML or XML."""
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     return text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<error", b"<!--"))

@@ -7,13 +7,18 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastinterp.checkpoint.names import WEIGHTS
+from fastinterp.checkpoint.names import PICKLES, WEIGHTS
 from fastinterp.errors import CheckpointError
 
 # From the top folder: weights, and the small files that may belong to a model, its code among them, which is never run.
 ALLOW = (
     "*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.vocab", "*.bpe", "*.codes",
     "*.yaml", "*.yml", "*.py", "tokenizer*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md",
+)  # fmt: skip
+# What libraries load of files of torch.save, in place of .safetensors files.
+PICKLED = (
+    *(f"{stem}{ending}" for stem in ("pytorch_model", "diffusion_pytorch_model") for ending in (".bin", "-*-of-*.bin")),
+    "open_clip_pytorch_model.bin", "adapter_model.bin", "pytorch_lora_weights.bin", "learned_embeds.bin",
 )  # fmt: skip
 IGNORE = ("*/*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
 
@@ -24,18 +29,21 @@ _ID = re.compile(rf"({_PART}(?:/{_PART})?)(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?")
 def parse(name: str) -> tuple[str, str | None] | None:
     """`org/name@revision` -> (id, revision or None); None if `name` cannot be a Hub id.
 
-    `./x`, `/x`, `a/b/c` and names of .safetensors files are paths, never ids.
+    `./x`, `/x`, `a/b/c` and names of files of weights are paths, never ids.
     """
     match = _ID.fullmatch(name)
-    if not match or "--" in match[1] or ".." in match[1] or match[1].endswith(WEIGHTS):
+    if not match or "--" in match[1] or ".." in match[1] or match[1].endswith((WEIGHTS, *PICKLES)):
         return None
     return match[1], match[2]
 
 
-def fetch(repo: str, revision: str | None = None, folders: Sequence[str] = ()) -> Path:
+def fetch(
+    repo: str, revision: str | None = None, folders: Sequence[str] = ("",), pickled: bool = False
+) -> Path:  # fmt: skip
     """The local folder with the model `repo`; downloads what the cache lacks unless HF_HUB_OFFLINE is set.
 
-    folders  what is wanted of the repository; empty: its top folder
+    folders  those of the repository that are wanted; empty: its top folder
+    pickled  files of torch.save are wanted, by their usual names, and nothing else
 
     Raises: CheckpointError, if huggingface_hub is missing, or the Hub and the cache cannot give the model.
     """
@@ -47,13 +55,18 @@ def fetch(repo: str, revision: str | None = None, folders: Sequence[str] = ()) -
             "this needs the Hub's client. Install it: pip install huggingface_hub", file=repo
         ) from None
 
+    patterns = PICKLED if pickled else ALLOW
+    allow = [f"{folder}/{pattern}".lstrip("/") for folder in folders for pattern in patterns]
+    ignore = [] if pickled else list(IGNORE[1:])
+    ignore += ["*/*"] if folders == ("",) else []
+
     def get(offline: bool) -> Path:
         return Path(
             snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=[f"{folder}/{pattern}" for folder in folders for pattern in ALLOW] or list(ALLOW),
-                ignore_patterns=list(IGNORE[1:] if folders else IGNORE),
+                allow_patterns=allow,
+                ignore_patterns=ignore,
                 local_files_only=offline,
             )
         )

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from fastinterp.checkpoint.file_kinds import KINDS
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import PICKLES, WEIGHTS, is_plain, listing, quote
+from fastinterp.checkpoint.names import is_plain, listing, quote
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
+from fastinterp.messages import listed
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The weight_map of an index: tensor name -> plain name of a .safetensors file beside it.
+    """The weight_map of an index: tensor name -> plain name of a file of weights beside it.
 
     Raises: CheckpointError, naming the tensor, if it is damaged or leads out of the folder.
     """
@@ -32,9 +34,8 @@ def read_index(path: Path) -> dict[str, str]:
                 file=file,
                 tensor=tensor,
             )
-        if not target.endswith(WEIGHTS):
-            pickled = "pickled weights are never loaded" if target.endswith(PICKLES) else ""
-            what = pickled or f"expected a {WEIGHTS} file"
+        if not target.endswith(tuple(KINDS)):
+            what = f"expected a file of {listed(KINDS, 8)}"
             raise CheckpointError(f"{where} {quote(target)}: {what}", file=file, tensor=tensor)
     return weight_map
 

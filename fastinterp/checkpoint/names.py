@@ -11,8 +11,9 @@ from fastinterp.messages import listed
 
 WEIGHTS = ".safetensors"
 INDEX = ".safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-OTHER_WEIGHTS = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".tflite", ".nemo")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # as torch.save writes them: see pytorch/
+GGUF = ".gguf"
+OTHER_WEIGHTS = (".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".tflite", ".nemo")
 
 # Of weights that a library looks for by their name.
 STEMS = (
@@ -26,11 +27,22 @@ STEMS = (
 PIPELINES = ("model_index.json", "modules.json")  # files that name the components of a folder: see components.py
 TEMPLATES = "additional_chat_templates"  # the folder in which transformers keeps those beside chat_template.jinja
 
-SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors", re.DOTALL)
+SHARD = re.compile(
+    r"(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})(?P<suffix>\.(?:safetensors|bin|pt|pth|ckpt))", re.DOTALL
+)
+# A part of a model in GGUF, as llama.cpp's gguf-split writes it.
+GGUF_SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.gguf", re.DOTALL)
 # An index, or that of a variant: `model.safetensors.index.fp16.json`, and as diffusers wrote it before 0.30,
 # `model.safetensors.fp16.index.json`.
 ANY_INDEX = re.compile(
-    r"(?P<stem>.+)\.safetensors\.(?:(?P<old>[^.]+)\.)?index\.(?:(?P<variant>[^.]+)\.)?json", re.DOTALL
+    r"(?P<stem>.+)(?P<suffix>\.(?:safetensors|bin))\.(?:(?P<old>[^.]+)\.)?index\.(?:(?P<variant>[^.]+)\.)?json",
+    re.DOTALL,
+)
+
+# Pickles that are state of a training run, by what writes them: no weights.
+TRAINER_PICKLES = (
+    r"(?:optimizer|scheduler|scaler|sampler|dataloader|random_states|rng_state|custom_checkpoint|training_args)"
+    r"[^/]*\.(?:pt|pth|bin|pkl|ckpt)|[^/]*optim_states\.pt"
 )
 
 # A file of an old checkpoint, while a new one takes its place, and what to say about one that is found.
@@ -79,27 +91,30 @@ def index_of(stem: str) -> str:
     return f"{base}{WEIGHTS}.index.{variant}.json" if variant and base in STEMS else stem + INDEX
 
 
-def names_file(out: str) -> bool:
-    """True if an output of this name is one file, and no folder.
+def names_file(out: str) -> str:
+    """How the name of an output ends that is one file, `.safetensors` or `.gguf`; empty, if it is a folder.
 
     Raises: UsageError, if it ends like the name of a file of weights, but is none that can be written. A folder that
     is there may have any name.
     """
-    if out.endswith(WEIGHTS):
-        return True
+    for ending in (WEIGHTS, GGUF):
+        if out.endswith(ending):
+            return ending
     name = out.rstrip("/")
     stem, suffix = os.path.splitext(name)
     if name.endswith(INDEX):
         stem, suffix = name.removesuffix(INDEX), INDEX
-    meant = suffix == INDEX or suffix.lower() in (*PICKLES, *OTHER_WEIGHTS, ".sft") or _nearly_weights(suffix)
+    meant = suffix == INDEX or suffix.lower() in (*PICKLES, *OTHER_WEIGHTS, GGUF, ".sft") or _nearly_weights(suffix)
     if not (meant or out == "-") or os.path.isdir(out):
-        return False
+        return ""
     if out == "-":
         raise UsageError("`-` is no output: checkpoints are not written to stdout. Give a folder, or NAME.safetensors")
-    what = "ends in `/`, but its name is that of a file" if name.endswith(WEIGHTS) else f"ends in {quote(suffix)}"
+    slash = name.endswith((WEIGHTS, GGUF))
+    what = "ends in `/`, but its name is that of a file" if slash else f"ends in {quote(suffix)}"
+    ending = GGUF if suffix.lower() == GGUF else WEIGHTS
     raise UsageError(
-        f"the output {quote(out)} {what}. Give {quote(stem + WEIGHTS)} for one file, in the only format that is "
-        f"written, or {quote(stem)} for a folder"
+        f"the output {quote(out)} {what}. Give {quote(stem + ending)} for one file, or {quote(stem)} for a folder"
+        + ("" if ending == GGUF else ". What is written is safetensors, and of GGUF files GGUF")
     )
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
@@ -16,20 +16,19 @@ from fastinterp.checkpoint.adapters import (
     Adapter,
     built_in_refusal,
     find_adapter,
-    read_adapter_config,
     refusal,
 )
 from fastinterp.checkpoint.components import Found, find_components, named_folders
-from fastinterp.checkpoint.folder import ADAPTER, DIFFUSERS, choose, complete_shards, weight_files
-from fastinterp.checkpoint.header import Entry, read_header
+from fastinterp.checkpoint.file_kinds import KINDS, read_header
+from fastinterp.checkpoint.folder import DIFFUSERS, choose, complete_shards, names_in, pickled_files, weight_files
+from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.index import index_remarks, read_index
 from fastinterp.checkpoint.names import (
     ANY_INDEX,
-    ASIDE,
+    GGUF,
     OTHER_WEIGHTS,
     PICKLES,
     PIPELINES,
-    PUT_BACK,
     SHARD,
     TEMPLATES,
     WEIGHTS,
@@ -37,10 +36,14 @@ from fastinterp.checkpoint.names import (
     quote,
     shell_word,
 )
+from fastinterp.checkpoint.no_weights import no_weights
 from fastinterp.checkpoint.regular_file import Stamp, stamp_of
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.errors import CheckpointError
-from fastinterp.messages import closest
+from fastinterp.messages import closest, listed
+
+if TYPE_CHECKING:
+    from fastinterp.checkpoint.gguf_keys import GgufHeader
 
 _PIECES = "DCP_SHARDING_INFO"  # key of the metadata of files of torch.distributed.checkpoint
 
@@ -52,7 +55,7 @@ class Checkpoint:
     name: str  # as the user wrote it
     root: Path  # the folder that holds the files
     files: tuple[Path, ...]
-    # In the order of the files, then of the offsets. Inputs are matched by name alone; an output's tensors, and so its
+    # In the order of the files, then of FileHeader. Inputs are matched by name alone; an output's tensors, and so its
     # shards, come in the order of its first model.
     tensors: dict[str, Entry]
     nbytes: int  # of all tensors
@@ -63,7 +66,9 @@ class Checkpoint:
     remarks: tuple[str, ...] = ()  # what was decided about its files: which were left out, say; for people
     adapter: Adapter | None = None  # the adapter that it is, or has built in
     index_name: str = ""  # of the index file; empty, if there is none
+    gguf: GgufHeader | None = None  # of the first file, if it is in GGUF
     components: tuple[Component, ...] = ()  # if it consists of several: see components.py
+    adapters: tuple[Checkpoint, ...] = ()  # that are added to it
 
     @property
     def parts(self) -> tuple[Component, ...]:
@@ -73,7 +78,8 @@ class Checkpoint:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """What an output must not touch: the folder, if it was named, and every file."""
-        return (self.root, *self.files) if self.whole_folder else self.files
+        own = (self.root, *self.files) if self.whole_folder else self.files
+        return (*own, *(path for adapter in self.adapters for path in adapter.inputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +99,7 @@ class Component:
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """Open the checkpoint `name`: a folder, a .safetensors file, an index file, or a Hub id (`org/name@revision`).
+    """Open the checkpoint `name`: a folder, a file of weights, an index file, or a Hub id (`org/name@revision`).
 
     A name is looked for on the disk first, and on the Hub only if nothing there has it.
     Raises: CheckpointError, naming file and tensor, if it is missing, damaged, ambiguous or empty.
@@ -110,13 +116,19 @@ def open_checkpoint(name: str) -> Checkpoint:
         raise CheckpointError(f"there is no such folder or file.{_similar(path)}", file=name or "''")
     try:
         root = hub.fetch(*parsed)
-        if folders := (*named_folders(root), *_template_folders(root)):
+        named = named_folders(root)
+        if folders := (*named, *_template_folders(root)):
             hub.fetch(*parsed, folders)
+        if pickled := tuple(folder for folder in named or ("",) if _lacks_weights(root, folder)):
+            hub.fetch(*parsed, pickled, pickled=True)
     except CheckpointError as error:
         raise CheckpointError(
             f"there is no such folder here.{_similar(path)} As a Hub id: {error.message}", file=name
         ) from error
-    return _open_folder(name, root)
+    checkpoint = _open_folder(name, root)
+    if files := [file.relative_to(root).as_posix() for file in checkpoint.files if not file.name.endswith(WEIGHTS)]:
+        checkpoint.remarks += (f"{name}: the repository has no {WEIGHTS} files in their place: {listing(files)}",)
+    return checkpoint
 
 
 def refuse_adapter(checkpoint: Checkpoint) -> None:
@@ -134,7 +146,8 @@ def refuse_adapter(checkpoint: Checkpoint) -> None:
 
 def changed_since(checkpoint: Checkpoint) -> list[Path]:
     """The files that were changed, replaced or removed since the checkpoint was opened."""
-    return [p for p, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True) if stamp_of(p) != stamp]
+    own = [p for p, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True) if stamp_of(p) != stamp]
+    return [*own, *(path for adapter in checkpoint.adapters for path in changed_since(adapter))]
 
 
 def _similar(path: Path) -> str:
@@ -157,32 +170,34 @@ def _open_file(name: str, path: Path) -> Checkpoint:
     root, file = path.parent, path.name
     if ANY_INDEX.fullmatch(file):
         return _open_indexed(name, root, file)
-    if file.endswith(WEIGHTS):
+    if file.endswith(GGUF):
+        from fastinterp.checkpoint.gguf_model import files_of
+
+        return _load(name, root, files_of(name, root, file, names_in(root)))
+    if file.endswith(tuple(KINDS)):
         shard = SHARD.fullmatch(file)
         remarks = []
         if shard and int(shard["count"]) > 1:
             remarks.append(f"{name} is one of {int(shard['count'])} shards: the tensors of the others are not read")
         return _load(name, root, [file], remarks=remarks)
-    if file.endswith(PICKLES):
-        raise CheckpointError(remedies.pickles(name, root, [file], _names(root), _config(root)), file=name)
     if file.endswith(OTHER_WEIGHTS):
         raise CheckpointError(remedies.other_format(root, [file]), file=name)
     if file.endswith(".distcp"):
         raise CheckpointError(remedies.dcp_folder(root), file=name)
-    raise CheckpointError(f"this file is not a checkpoint: expected a folder or a {WEIGHTS} file", file=name)
-
-
-def _names(root: Path) -> list[str]:
-    """The names in a folder, sorted, hidden ones left out."""
-    try:
-        return sorted(n for n in os.listdir(root) if not n.startswith("."))
-    except OSError as error:
-        raise CheckpointError(f"the folder cannot be read: {error.strerror}", file=str(root)) from None
+    raise CheckpointError(f"this file is not a checkpoint: expected a folder, or one of {listed(KINDS, 8)}", file=name)
 
 
 def _config(root: Path) -> dict[str, Any]:
     """config.json; empty, if there is none, or if it is damaged: who needs it to be right says so."""
     return json_or_empty(root / CONFIG)
+
+
+def _lacks_weights(root: Path, folder: str) -> bool:
+    """Whether a folder in that of a model has no .safetensors files: it may have others. Empty: `root` itself. One
+    without a configuration, as of a tokenizer, is not expected to have any.
+    """
+    expected = not folder or (root / folder / CONFIG).is_file()
+    return expected and not weight_files(names_in(root / folder))
 
 
 def _template_folders(root: Path) -> tuple[str, ...]:
@@ -191,9 +206,9 @@ def _template_folders(root: Path) -> tuple[str, ...]:
 
 
 def _open_folder(name: str, root: Path) -> Checkpoint:
-    present = _names(root)
+    present = names_in(root)
     if any(n in present for n in PIPELINES):
-        found = find_components(name, root, present)
+        found = find_components(root, present)
         if any(found.folders):
             return _open_components(name, root, present, found)
     return _open_plain_folder(name, root, present)
@@ -238,7 +253,7 @@ def _open_plain_folder(name: str, root: Path, present: Sequence[str]) -> Checkpo
     """The checkpoint in the folder itself, whatever folders in it hold. present: names in the folder, sorted."""
     choice = choose(name, root, present, _config(root))
     if choice is None:
-        raise CheckpointError(_no_weights(name, root, present), file=name)
+        return _open_gguf_folder(name, root, present)
     if choice.index is not None:
         return _open_indexed(name, root, choice.index, choice.reason, present)
     return _load(
@@ -246,49 +261,25 @@ def _open_plain_folder(name: str, root: Path, present: Sequence[str]) -> Checkpo
     )
 
 
+def _open_gguf_folder(name: str, root: Path, present: Sequence[str]) -> Checkpoint:
+    """The model in a folder that may have GGUF files, and has nothing else that is read."""
+    from fastinterp.checkpoint.gguf_model import choose as choose_gguf
+
+    files, others = choose_gguf(name, root, present)
+    if not files:
+        raise CheckpointError(no_weights(name, root, present), file=name)
+    remarks = [f"left out of {name}: {listing(others)}, because the model is {quote(files[0])}"] if others else []
+    return _load(name, root, files, whole_folder=True, remarks=remarks)
+
+
 def _left_out(name: str, taken: Sequence[str], reason: str, present: Sequence[str]) -> list[str]:
     left = [file for file in weight_files(present) if file not in taken]
-    if not reason.startswith(("transformers loads", "diffusers loads")):  # they would load these then
+    pickled = pickled_files(present)
+    if taken[0] in pickled:
+        left += [file for file in pickled if file not in taken]
+    elif not reason.startswith(("transformers loads", "diffusers loads")):  # they would load these then
         left += [n for n in present if n.endswith(PICKLES) and n.startswith(("pytorch_model", f"{DIFFUSERS}."))]
     return [f"left out of {name}: {listing(left)}, because {reason}"] if left else []
-
-
-def _no_weights(name: str, root: Path, present: Sequence[str]) -> str:
-    """What is there instead, and what to do about it."""
-    if other := _other_weights(name, root, present):
-        return other
-    below = [n for n in present if any(f.name.endswith(WEIGHTS) for f in (root / n).glob("*" + WEIGHTS))]
-    if below:
-        return f"the folder itself has no {WEIGHTS} file, but {listing(below)} in it do: name one of them"
-    hidden = os.listdir(root)
-    aside = sorted(n for n in hidden if ASIDE.fullmatch(n))
-    if aside:
-        return f"the folder has no {WEIGHTS} file, but a merge died while it replaced {listing(aside)}. {PUT_BACK}"
-    if any(".partial-" in n for n in hidden):
-        return f"the folder has no {WEIGHTS} file, only those of a merge that did not finish: run it again"
-    if not present:
-        return f"the folder has no {WEIGHTS} file; it is empty"
-    hint = "" if os.path.isdir(os.path.expanduser(name)) else remedies.hub_pickles(name, _config(root))
-    return f"the folder has no {WEIGHTS} file, only {listing(present)}" + (f". {hint}" if hint else "")
-
-
-def _other_weights(name: str, root: Path, present: Sequence[str]) -> str:
-    """About weights of other formats in a folder; empty, if there are none."""
-    only = f"the folder has no {WEIGHTS} file, only"
-    if ADAPTER_CONFIG in present or any(n.startswith(f"{ADAPTER}.") for n in present):
-        config = read_adapter_config(root / ADAPTER_CONFIG)
-        kind = {"LORA": "LoRA"}.get(str(config.get("peft_type")), "PEFT")
-        return refusal(name, root, Adapter(kind, "peft", (), None, False, frozenset(), config), {}, root)
-    if any(n.endswith(".distcp") for n in present):
-        return remedies.dcp_folder(root)
-    # As FSDP's trainers save: a folder for the model, others for its optimizer.
-    for part in (n for n in present if not n.startswith("optimizer") and any((root / n).glob("*.distcp"))):
-        return f"in {quote(part)}, {remedies.dcp_folder(root / part)}"
-    if pickles := [n for n in present if n.endswith(PICKLES)]:
-        return f"{only} {listing(pickles)}: {remedies.pickles(name, root, pickles, present, _config(root))}"
-    if others := [n for n in present if n.endswith(OTHER_WEIGHTS)]:
-        return f"{only} {listing(others)}: {remedies.other_format(root, others)}"
-    return ""
 
 
 def _open_indexed(
@@ -307,13 +298,14 @@ def _open_indexed(
 def _missing(root: Path, index: str, files: Sequence[str], missing: Sequence[str]) -> str:
     """The message about missing files that an index names, and what else is there."""
     message = f"{len(missing)} of {len(files)} files that {quote(index)} names are missing: {listing(missing)}"
-    present = _names(root)
+    present = names_in(root)
     for shards in complete_shards(present):
         return (
             f"{message}. The shards {listing(shards)} are all there, so the index is of another set. Remove the index, "
             f"and they are read without one: `rm {shell_word(root / index)}`"
         )
-    single = index[: index.index(WEIGHTS)] + WEIGHTS
+    match = ANY_INDEX.fullmatch(index)
+    single = match["stem"] + match["suffix"] if match else ""
     if single in present:
         return f"{message}. {quote(single)} is there: to read that instead, name {root / single}"
     return f"{message}. Download or copy them again"
@@ -333,11 +325,13 @@ def _load(
     superseded: set[str] = set()  # tensors that are in several files of an index
     metadata: dict[str, str] = {}
     stamps: list[Stamp] = []
+    headers: list[GgufHeader] = []
     for number, file in enumerate(files):
         path = root / file
         # Taken before the header is read, so that a change in between is noticed too.
         stamp = stamp_of(path)
-        entries, file_metadata = read_header(path, number)
+        entries, file_metadata, file_remarks, gguf = read_header(path, number)
+        headers += [gguf] if gguf else []
         if _PIECES in file_metadata:
             raise CheckpointError(remedies.dcp_pieces(root), file=str(path))
         stamps.append(stamp or (0, 0, 0, 0))
@@ -348,6 +342,7 @@ def _load(
                 superseded.add(entry.name)
             tensors[entry.name] = entry
         metadata = {**file_metadata, **metadata}
+        remarks = [*remarks, *(f"{name}: {r}" for r in file_remarks)]
     for tensor, file in (weight_map or {}).items():
         if tensor not in tensors:
             raise CheckpointError(
@@ -360,10 +355,15 @@ def _load(
     if weight_map is not None:
         found = {tensor: files[entry.file] for tensor, entry in tensors.items()}
         remarks = [*remarks, *(f"{name}: {r}" for r in index_remarks(str(index), weight_map, found, superseded))]
+    if headers:
+        from fastinterp.checkpoint.gguf_model import check_splits
+
+        check_splits([root / file for file in files], headers, len(tensors))
     nbytes = sum(e.nbytes for e in tensors.values())
     return Checkpoint(
         name, root, tuple(root / f for f in files), tensors, nbytes, index is not None, metadata, tuple(stamps),
         whole_folder, tuple(remarks), find_adapter(tensors, metadata, root / ADAPTER_CONFIG), index or "",
+        headers[0] if headers else None,
     )  # fmt: skip
 
 

@@ -10,16 +10,15 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from fastinterp.checkpoint.formats.said import described_format
+from fastinterp.checkpoint.formats.scales import may_scale
 from fastinterp.checkpoint.header import Header
-from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
+from fastinterp.checkpoint.quantisation_config import declared_method
 
 if TYPE_CHECKING:
     from fastinterp.checkpoint.open import Checkpoint
-
-HF_QUANT_CONFIG = "hf_quant_config.json"  # as ModelOpt writes it, beside config.json
 
 
 Headers = Mapping[str, Header]
@@ -151,6 +150,8 @@ def quantised_in(checkpoint: Checkpoint, taken: Collection[str] = ()) -> list[Qu
     """
     headers = {n: e for n, e in checkpoint.tensors.items() if n not in taken} if taken else checkpoint.tensors
     found = quantised_tensors(headers, checkpoint.metadata)
+    if any(name.endswith(".comfy_quant") for q in found for name in q.companions):
+        found = [q._replace(format=described_format(checkpoint, q.codes) or q.format) for q in found]
     codes = [n for n, h in headers.items() if len(h.shape) > 1 and h.dtype.name in _UNNAMED and _WEIGHT.search(n)]
     for part in checkpoint.parts if codes and not found else ():
         method = declared_method(part.checkpoint.root, part.checkpoint.metadata)
@@ -200,26 +201,27 @@ def _scaled(
     if leaf == "weight":
         scales += _there(headers, (start + end for end in _SCALES))
         scales += tuple(
-            n for n in _there(headers, (start + end for end in _MAYBE_SCALES)) if _may_scale(headers[n], header)
+            n for n in _there(headers, (start + end for end in _MAYBE_SCALES)) if may_scale(headers[n], header)
         )
         more += _there(headers, (start + end for end in _MORE))
         if not scales:
             scales = tuple(
                 n for n in (_starting(names, start) if start else ())
-                if _OTHER_SCALES.fullmatch(n, len(start)) and n not in more and _may_scale(headers[n], header)
+                if _OTHER_SCALES.fullmatch(n, len(start)) and n not in more and may_scale(headers[n], header)
             )  # fmt: skip
     if scales or name in described or start + "comfy_quant" in more:
         scale = headers[scales[0]] if scales else None
-        yield QuantisedTensor(_scaled_format(header, scale, scales), name, (*scales, *more))
+        yield QuantisedTensor(_scaled_format(header, scale, scales) + _beside(more), name, (*scales, *more))
 
 
-def _may_scale(scale: Header, codes: Header) -> bool:
-    """Whether a tensor called `scale` fits codes: wider numbers or exponents, one for all, for a row or for a block."""
-    if scale.dtype.name not in ("F64", "F32", "F16", "BF16", "F8_E8M0", "U8"):
-        return False
-    if scale.shape in ((), (1,)) or scale.shape[0] == codes.shape[0]:
-        return True
-    return len(scale.shape) == len(codes.shape) and all(a <= b for a, b in zip(scale.shape, codes.shape, strict=True))
+def _beside(names: Iterable[str]) -> str:
+    """What else than scales makes numbers of codes, by the names of what is beside them, as the end of a format."""
+    ends = {
+        "_zero_point": " and zero points", "_g_idx": ", columns in another order",
+        ".pre_quant_scale": " with scaled activations",
+    }  # fmt: skip
+    found = [n for n in names if not n.endswith(".input_zero_point")]
+    return "".join(text for end, text in ends.items() if any(n.endswith(end) for n in found))
 
 
 def _scaled_format(codes: Header, scale: Header | None, names: Sequence[str]) -> str:
@@ -272,47 +274,3 @@ def _described(headers: Headers, metadata: Mapping[str, str]) -> frozenset[str]:
         return frozenset()
     names = (f"{layer}.weight" for layer in layers) if isinstance(layers, (dict, list)) else ()
     return frozenset(name for name in names if name in headers and headers[name].dtype.name in _SCALED)
-
-
-# --- what files beside the weights say -------------------------------------------------------------------------------
-
-_KEYS = ("quantization_config", "compression_config", "quantization")
-
-
-def declared_method(root: Path, metadata: Mapping[str, str] | None = None) -> str:
-    """How a checkpoint's configuration says that its weights are quantised: `gptq`, `mlx`; empty: it does not.
-
-    A damaged configuration says nothing here.
-    """
-    table = json_or_empty(root / CONFIG)
-    for one in (table, table.get("text_config")):
-        if isinstance(one, dict) and (method := _method(one)):
-            return method
-    if (quantisation := json_or_empty(root / HF_QUANT_CONFIG).get("quantization")) and isinstance(quantisation, dict):
-        return "modelopt"
-    return (metadata or {}).get("quantization_format", "")
-
-
-def _method(table: Mapping[str, Any]) -> str:
-    for key in _KEYS:
-        entry = table.get(key)
-        if not isinstance(entry, dict) or not entry:
-            continue
-        method = entry.get("quant_method")
-        if isinstance(method, str):
-            return method
-        if "bits" in entry and "group_size" in entry and "quantization" in table:
-            return "mlx"
-        if key == "compression_config" or "config_groups" in entry:
-            return "compressed-tensors"
-        return "no method named"
-    return ""
-
-
-def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration that does not say that the weights are quantised."""
-    changed = {key: value for key, value in config.items() if key not in _KEYS or not isinstance(value, dict)}
-    return {
-        key: without_quantisation(value) if key.endswith("_config") and isinstance(value, dict) else value
-        for key, value in changed.items()
-    }

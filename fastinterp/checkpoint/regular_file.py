@@ -1,4 +1,4 @@
-"""Opening a file whose name may stand for anything: a pipe, a device, gigabytes. Changes of files; fsync by name."""
+"""Opening a file whose name may stand for anything: a pipe, a device, gigabytes. Changes of files; writes, fsync."""
 
 from __future__ import annotations
 
@@ -63,6 +63,13 @@ def read_regular(file: str, limit: int = 2**63) -> bytes:
     if len(content) != size or before != after:
         raise CheckpointError(CHANGED, file=file)
     return content
+
+
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at `offset` of a file, in as many writes as the system needs. Raises: OSError."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, memoryview(data)[done:], offset + done)
 
 
 def fsync(path: str | os.PathLike[str]) -> None:

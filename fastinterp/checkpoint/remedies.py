@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
@@ -11,18 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp.checkpoint import hub
-from fastinterp.checkpoint.names import SHARD, WEIGHTS, shell_word
+from fastinterp.checkpoint.names import WEIGHTS, shell_word
 from fastinterp.messages import listed
 
-# What trainers save beside the weights.
-_TRAINER_STATE = re.compile(r"(?:optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args)\b.*|.*\.pkl")
-_CONSOLIDATED = re.compile(r"consolidated\.\d+\.pth")  # as Meta saves one for each process; each holds pieces
-_STEMS = {"pytorch_model": "model", "open_clip_pytorch_model": "open_clip_model"}  # pickled -> in safetensors
 # Files of a tokenizer that hold its vocabulary.
 _VOCABULARIES = re.compile(
     r"(tokenizer|vocab|tekken)\.json|vocab\.(txt|model)|(tokenizer|s(entence)?piece).*\.model|.*\.spm"
 )
-_NEVER = "pickled weights are never loaded, because a pickle can run any code"
 
 
 def python(code: str) -> str:
@@ -35,53 +29,14 @@ def literal(text: object) -> str:
     return json.dumps(str(text), ensure_ascii=False)
 
 
-def pickles(name: str, root: Path, files: Sequence[str], present: Sequence[str], config: Mapping[str, Any]) -> str:
-    """How pickled weights become safetensors.
-
-    name     of the checkpoint: a folder or a Hub id; or of a file, whose folder is `root`
-    files    the pickles: one that was named, or those of the folder
-    present  names of the folder's files
-    config   its config.json, or empty
-    """
-    weights = [file for file in files if not _TRAINER_STATE.fullmatch(file)] or list(files)
-    if command := _by_its_library(name if os.path.isdir(name) else str(root), weights, present, config):
-        return f"{_NEVER}. Convert them first: {command}; then name NEW"
-    if sum(_CONSOLIDATED.fullmatch(file) is not None for file in weights) > 1:
-        return f"{_NEVER}, and each of these files has a piece of every tensor. Use the model's weights in safetensors"
-    shards = [file for file in weights if SHARD.fullmatch(Path(file).stem + WEIGHTS)]
-    if len(shards) > 1 and shards == weights:
-        return f"{_NEVER}. Convert them first: {_convert_shards(root, shards)}; then name {root} again"
-    target = root / (_STEMS.get(Path(weights[0]).stem, Path(weights[0]).stem) + WEIGHTS)
-    return f"{_NEVER}. Convert them first: {convert_pickle(root / weights[0], target)}; then name {target}"
-
-
-def hub_pickles(repo: str, config: Mapping[str, Any]) -> str:
-    """The same for a model on the Hub, of which no pickles are downloaded. Empty, if config.json names no class."""
+def hub_files(repo: str) -> str:
+    """What to do about a model on the Hub whose weights have names that are not looked for."""
     id_, revision = hub.parse(repo) or (repo, None)
-    library, found = _library_class(config)
-    if not found:
-        return ""
-    at = f", revision={literal(revision)}" if revision else ""
-    command = python(f'import {library}; {library}.{found}.from_pretrained({literal(id_)}{at}).save_pretrained("NEW")')
-    return f"If its weights are pickled, convert them first: {command}; then name NEW"
-
-
-def _by_its_library(
-    folder: str, weights: Sequence[str], present: Sequence[str], config: Mapping[str, Any]
-) -> str:  # fmt: skip
-    """The command with which the library that loads such folders saves them again; empty, if none is known."""
-    source = literal(folder)
-    if not any(file.startswith(("pytorch_model", "diffusion_pytorch_model", "tf_model")) for file in weights):
-        return ""
-    if "modules.json" in present:
-        return python(
-            f'import sentence_transformers as st; st.SentenceTransformer({source}, device="cpu").save_pretrained("NEW")'
-        )
-    library, found = _library_class(config)
-    if not found:
-        return ""
-    load = f'import {library}; {library}.{found}.from_pretrained({source}).save_pretrained("NEW")'
-    return python(load + (saved_tokenizer(folder, present) if library == "transformers" else ""))
+    at = f" --revision {shell_word(revision)}" if revision else ""
+    return (
+        "Weights of other names are not fetched: download the file that has them, as by "
+        f"`hf download {shell_word(id_)} FILE{at}`, and name the path that it prints"
+    )
 
 
 def saved_tokenizer(folder: str, present: Iterable[str]) -> str:
@@ -125,49 +80,10 @@ def _library_class(config: Mapping[str, Any]) -> tuple[str, str]:
     return "", ""
 
 
-# The state dict may be nested, under `state_dict` or `model`; tied tensors share memory, which safetensors refuses.
-_LOAD = (
-    'import torch, safetensors.torch as st; d = torch.load({source}, map_location="cpu", weights_only=True); '
-    "count = lambda d: sum(map(torch.is_tensor, d.values())); "
-    "d = max([d, *(v for v in d.values() if isinstance(v, dict))], key=count); "
-    "d = {{k: t.contiguous().clone() for k, t in d.items() if torch.is_tensor(t)}}; "
-    'st.save_file(d, {target}, {{"format": "pt"}})'
-)
-
-
-def convert_pickle(source: Path | str, target: Path | str) -> str:
-    """The command that converts one pickled file, of which it loads tensors only."""
-    return python(_LOAD.format(source=literal(source), target=literal(target)))
-
-
-def _convert_shards(root: Path, shards: Sequence[str]) -> str:
-    stem = re.sub(r"-\d+-of-\d+$", "", Path(shards[0]).stem)
-    new, suffix = _STEMS.get(stem, stem), Path(shards[0]).suffix
-    pattern = literal(os.path.join(glob.escape(str(root)), f"{glob.escape(stem)}-*-of-*{suffix}"))
-    return python(
-        "import glob, os, torch, safetensors.torch as st; "
-        'load = lambda f: torch.load(f, map_location="cpu", weights_only=True); '
-        f"to = lambda f: {literal(os.path.join(root, new))} + os.path.basename(f)[{len(stem)}:-{len(suffix)}] + "
-        f'"{WEIGHTS}"; '
-        '[st.save_file({k: t.contiguous().clone() for k, t in load(f).items()}, to(f), {"format": "pt"}) '
-        f"for f in glob.glob({pattern})]"
-    )
-
-
 def other_format(root: Path, files: Sequence[str]) -> str:
     """What is known about weights of another format; `files` are their names."""
     first, suffix = files[0], Path(files[0]).suffix
     target = root / (Path(first).stem + WEIGHTS)
-    if suffix == ".gguf":
-        command = python(
-            "import transformers as t; t.AutoModelForCausalLM.from_pretrained("
-            f"{literal(root)}, gguf_file={literal(first)}, quantization_config=t.GgufConfig(dequantize=True))"
-            '.save_pretrained("NEW")'
-        )
-        return (
-            "this format is not read. If it is a language model, convert it with transformers 5, which needs the "
-            f"package gguf: {command}; then name NEW. What its quantisation dropped is lost"
-        )
     if suffix == ".npz":
         command = python(
             "import numpy as np, safetensors.numpy as st; "
@@ -176,6 +92,15 @@ def other_format(root: Path, files: Sequence[str]) -> str:
         )
         return f"this format is not read. Convert it first: {command}; then name {target}"
     return "this format is not read. Use the model's weights in safetensors"
+
+
+def from_gguf(root: Path, file: str) -> str:
+    """The command with which transformers 5 makes safetensors of a language model in GGUF."""
+    return python(
+        "import transformers as t; t.AutoModelForCausalLM.from_pretrained("
+        f"{literal(root)}, gguf_file={literal(file)}, quantization_config=t.GgufConfig(dequantize=True))"
+        '.save_pretrained("NEW")'
+    )
 
 
 def rewrite(file: str) -> str:
@@ -211,7 +136,4 @@ def dcp_pieces(root: Path) -> str:
 def dcp_folder(root: Path) -> str:
     """How a folder of torch.distributed.checkpoint (`.metadata`, `__0_0.distcp`) becomes a file."""
     join = f"`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {shell_word(root)} NEW.pt`"
-    return (
-        f"the folder is a checkpoint of torch.distributed.checkpoint. Join its files first: {join}; "
-        f"then {convert_pickle('NEW.pt', 'NEW.safetensors')}; then name NEW.safetensors"
-    )
+    return f"the folder is a checkpoint of torch.distributed.checkpoint. Join its files first: {join}; then name NEW.pt"

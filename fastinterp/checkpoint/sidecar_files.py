@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, PIPELINES, WEIGHTS
+from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, PIPELINES, WEIGHTS
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
@@ -26,7 +26,7 @@ _CONFIGS = (
     CONFIG, "generation_config.json", "*processor_config.json", "hf_quant_config.json", "open_clip_config.json",
     "sentence_*_config.json", "config_sentence_transformers.json", *PIPELINES,
 )  # fmt: skip
-_NEVER = (WEIGHTS, *PICKLES, *OTHER_WEIGHTS, ".py", ".index.json")
+_NEVER = (WEIGHTS, *PICKLES, *OTHER_WEIGHTS, GGUF, ".py", ".index.json")
 
 
 def is_sidecar(name: str) -> bool:

@@ -21,6 +21,7 @@ _MODULES = {
     "interpolate": "fastinterp.cli.merge",
     "average": "fastinterp.cli.average",
     "sweep": "fastinterp.cli.sweep",
+    "extract-lora": "fastinterp.cli.lora",
     "check": "fastinterp.cli.inspect",
     "explain": "fastinterp.cli.inspect",
     "inspect": "fastinterp.cli.inspect",
@@ -70,7 +71,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _MODULES:
             return None
-        command: click.Command = getattr(import_module(_MODULES[cmd_name]), cmd_name)
+        command: click.Command = getattr(import_module(_MODULES[cmd_name]), cmd_name.replace("-", "_"))
         return command
 
     def resolve_command(

@@ -36,7 +36,7 @@ from fastinterp.paths.average import WEIGHT_NAMES
 def average(checkpoints: tuple[str, ...], out: str, quiet: bool, as_json: bool, **settings: Any) -> None:
     """Average the checkpoints of a training run.
 
-    Each CHECKPOINT is a folder or .safetensors file, or a pattern of such ('run/checkpoint-*'), 2 to 64 of them, whose
+    Each CHECKPOINT is a folder or a file of weights, or a pattern of such ('run/checkpoint-*'), 2 to 64 of them, whose
     names differ in their step numbers. The output has configuration and tokenizer of the newest, which is also what
     `base` stands for.
 

@@ -42,6 +42,7 @@ def check(recipe: str, strict: bool, as_json: bool) -> None:
 @click.option("--seed", type=int, metavar="N", help="As for merge.")
 @options.missing
 @options.channels
+@options.quantize
 @options.as_json
 def explain(
     recipe: str,
@@ -53,6 +54,7 @@ def explain(
     seed: int | None,
     missing: str | None,
     channels: str | None,
+    quantize: str | None,
     as_json: bool,
 ) -> None:
     """Describe what a merge would read, compute and write.
@@ -63,12 +65,12 @@ def explain(
     Example:
       fastinterp explain recipe.yml
     """
+    from fastinterp.api import explanation_of
     from fastinterp.arguments import size_of
-    from fastinterp.inspect.explain import Explanation
-    from fastinterp.plan.plan import plan_recipe
+    from fastinterp.plan.plan import documents
 
-    plan = plan_recipe(recipe, max_shard_size, dtype, rounding, seed, missing, channels)
-    explanation = Explanation(plan, threads, size_of(max_memory))
+    recipes = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+    explanation = explanation_of(recipes, max_shard_size, threads, size_of(max_memory))
     if as_json:
         options.say_json(explanation.as_dict())
     else:
@@ -82,8 +84,8 @@ def explain(
 def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
     """Show the contents of a checkpoint, from its headers.
 
-    CHECKPOINT is a folder, a .safetensors file, or a Hub id. Shows files, tensors, dtypes, metadata, and the receipt
-    of the merge that wrote it.
+    CHECKPOINT is a folder, a file of weights (.safetensors, .bin, .pt, .pth, .ckpt), or a Hub id. Shows files, tensors,
+    dtypes, metadata, and the receipt of the merge that wrote it.
 
     \b
     Example:

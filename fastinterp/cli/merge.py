@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastinterp.cli import OUTCOME, options
+from fastinterp.cli.blas import one_blas_thread
 from fastinterp.cli.ranges import alphas
 from fastinterp.errors import FastinterpError, OutputError
 
 if TYPE_CHECKING:
     from fastinterp.execute.report import Report
+    from fastinterp.lora.report import AdapterReport
 
 _VISIBLE = 0.01  # relative difference of an effective alpha from the alpha, above which it is shown
 
@@ -35,7 +37,8 @@ def merge(
 
     RECIPE is a YAML file, or - for stdin; OUT a new folder, or a new file, NAME.safetensors. Each input byte is read
     once, and once more for each statistic that the method needs: see `fastinterp methods NAME`. Processes started by
-    torchrun or srun share the work: each writes a part of the output files.
+    torchrun or srun share the work: each writes a part of the output files. With `out: lora` in the recipe the models
+    are LoRA adapters, and so is the output: options about memory, files and devices have no effect then.
 
     \b
     Example:
@@ -47,6 +50,7 @@ def merge(
 
     me = options.rank()
     if me is None:
+        one_blas_thread()  # of adapters
         with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
             report = api.merge(recipe, out, progress=shown, keep_intermediates=keep_intermediates, **settings)
     else:
@@ -197,7 +201,7 @@ def _shared(note: str, every: Sequence[Sequence[str]]) -> bool:
     return all(note in notes for notes in every)
 
 
-def warn(reports: Sequence[Report]) -> None:
+def warn(reports: Sequence[Report | AdapterReport]) -> None:
     from fastinterp.messages import plain
 
     every = [r.warnings for r in reports]

@@ -51,6 +51,11 @@ channels = click.option(
     type=click.Choice(["same", "first"]),
     help="first: convolutions with fewer input channels merge into the first ones of the others. Default: same.",
 )
+quantize = click.option(
+    "--quantize",
+    type=click.Choice(["none", "same"]),
+    help="same: weights that are quantised in the base are quantised anew, in its format. Default: none, numbers.",
+)
 tokenizer_source = click.option(
     "--tokenizer-source",
     metavar="NAME",
@@ -89,6 +94,7 @@ _OUTPUT = (
     ),
     missing,
     channels,
+    quantize,
     click.option("--force", is_flag=True, help="Replace a checkpoint in the output folder, or the output file."),
     click.option(
         "--durable",

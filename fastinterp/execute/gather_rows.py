@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.checkpoint.regular_file import open_regular
+from fastinterp.checkpoint.regular_file import open_regular, write_all
 from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.execute.decode_rows import decoded_rows
 from fastinterp.ops.dtypes import DType
-from fastinterp.plan.inputs import GatheredInput
+from fastinterp.plan.inputs import GatheredInput, StoredInput
 from fastinterp.tokenizer.embedding_rows import PADDING, ZEROS, split
 
 if TYPE_CHECKING:
@@ -29,13 +30,13 @@ _PIECE = 2 << 20  # bytes of rows that are held at a time
 class Gathered:
     """The location of each row of one embedding.
 
-    parts          (file, byte offset, rows): rows in files of checkpoints, numbered one part after the other
+    parts          (tensor, rows): tensors of checkpoints and how many rows they have, numbered one part after the other
     computed       descriptor of a temporary file of further rows, from byte 0, numbered after `parts`; or None
     computed_rows  number of rows in it
     rows           i64[rows of the output]: the number of the row, -1 for zeros; None: `computed` is the whole tensor
     """
 
-    parts: tuple[tuple[Path, int, int], ...]
+    parts: tuple[tuple[StoredInput, int], ...]
     computed: int | None
     computed_rows: int
     rows: NDArray[Any] | None
@@ -57,7 +58,8 @@ def gather(tensor: GatheredInput, folder: Path | None, stack: ExitStack) -> Gath
     codes = np.frombuffer(tensor.rows.codes, np.int64)
     if len(tensor.shape) == 1:
         return Gathered((), _computed(tensor, codes, folder, stack), codes.size, None)
-    parts, end = [], 0
+    parts: list[tuple[StoredInput, int]] = []
+    end = 0
     columns = tensor.numel // max(1, codes.size)
     starts = np.full(len(tensor.sources) + 1, -1, np.int64)  # of each source, its first row; the last stands for means
     for model in tensor.models:
@@ -65,7 +67,7 @@ def gather(tensor: GatheredInput, folder: Path | None, stack: ExitStack) -> Gath
         if source is not None and source.dtype == tensor.dtype:
             starts[model] = end
             count = source.numel // max(1, columns)
-            parts.append((source.path, source.start, count))
+            parts.append((source, count))
             end += count
     stored = (codes >= 0) & (starts[codes >> 40] >= 0)  # codes below 0 look at the last
     rows = np.where(stored, (codes & (1 << 40) - 1) + starts[codes >> 40], -1)
@@ -84,7 +86,7 @@ def _computed(tensor: GatheredInput, codes: NDArray[Any], folder: Path | None, s
         reader = _RowReader(tensor, inputs)
         mean = reader.mean_of_all() if PADDING in codes else b""
         for first in range(0, codes.size, reader.step):
-            _write(fd, reader.rows(codes[first : first + reader.step], mean).tobytes(), first * reader.nbytes)
+            write_all(fd, reader.rows(codes[first : first + reader.step], mean).tobytes(), first * reader.nbytes)
     return fd
 
 
@@ -151,13 +153,17 @@ class _RowReader:
     def _raw(self, model: int, row: int, count: int) -> tuple[NDArray[Any], DType]:
         source = self._tensor.sources[model]
         assert source is not None
-        path = source.path
+        if source.encoding is not None:
+            return decoded_rows(source, row, count, self.columns, self._bytes).view(self._np.uint8), source.dtype
+        nbytes = source.dtype.nbytes(self.columns) or 0
+        raw = self._bytes(source.path, source.start + row * nbytes, count * nbytes)
+        return self._np.frombuffer(raw, self._np.uint8), source.dtype
+
+    def _bytes(self, path: Path, start: int, nbytes: int) -> bytes:
         if path not in self._fds:
             self._fds[path] = open_regular(str(path))[0]
             self._stack.callback(os.close, self._fds[path])
-        nbytes = source.dtype.nbytes(self.columns) or 0
-        raw = _read(self._fds[path], path, source.start + row * nbytes, count * nbytes)
-        return self._np.frombuffer(raw, self._np.uint8), source.dtype
+        return _read(self._fds[path], path, start, nbytes)
 
     def _wide(self, raw: NDArray[Any], dtype: DType) -> NDArray[Any]:
         from fastinterp.reference.combine import widen
@@ -186,9 +192,3 @@ def _read(fd: int, path: Path, offset: int, count: int) -> bytes:
         parts.append(part)
         offset, count = offset + len(part), count - len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _write(fd: int, data: bytes, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, memoryview(data)[done:], offset + done)

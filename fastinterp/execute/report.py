@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastinterp.plan.plan import Plan
 
 COPIES = "all tensors are copies"
+_SAMPLED = 16  # tensors of which the differences of decoded models are sampled
 _NOTICED = 0.05  # a strength that differs from 1 by more than this is a warning
 
 
@@ -132,6 +133,8 @@ class Report:
     removed: tuple[str, ...] = ()  # files of the checkpoint that the output replaced
     warnings: tuple[str, ...] = field(default=())
     remarks: tuple[str, ...] = ()  # what was decided without being asked: see Plan
+    # model that is decoded from codes, or is compared with one -> its difference in steps of the quantisation
+    quantised: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # reason -> files that were not copied
 
     def __repr__(self) -> str:
@@ -238,10 +241,13 @@ def _percent(total: RoundingEffect) -> str:
     return f"{total.sampled / total.numel:.0%}"
 
 
-def warnings_of(tensors: Mapping[str, RoundingEffect], dtype: str, stochastic: bool = False) -> tuple[str, ...]:
+def warnings_of(
+    tensors: Mapping[str, RoundingEffect], dtype: str, stochastic: bool = False, quantises: bool = False
+) -> tuple[str, ...]:
     """Warnings about precision, NaN and Inf in an output.
 
     stochastic  whether rounding was stochastic: it has no bias, so that a strength other than 1 is sampling noise
+    quantises   whether tensors are stored as codes
     """
     warnings = []
     total = RoundingEffect.total(tensors.values())
@@ -249,7 +255,8 @@ def warnings_of(tensors: Mapping[str, RoundingEffect], dtype: str, stochastic: b
     if strength is not None and abs(strength - 1) > _NOTICED and not stochastic:
         warnings.append(
             f"rounding to {dtype} preserved {strength:.2f} of the intended change: the models differ by little more "
-            "than the spacing of that dtype. Use --rounding stochastic, or --dtype float32"
+            "than the spacing of that dtype. Use "
+            + ("--quantize none, which writes numbers" if quantises else "--rounding stochastic, or --dtype float32")
         )
     if total.nan_in or total.inf_in:
         names = [n for n, e in tensors.items() if e.nan_in or e.inf_in]
@@ -291,7 +298,9 @@ def report_on(
 ) -> Report:
     """The report of output k, from its record."""
     names = {*record.copied, *record.effects}
-    dtypes = sorted({str(t.dtype) for t in plan.tensors if t.merged and t.name in names})
+    quantised, about, noise = _quantised(plan)
+    dtypes = sorted({t.stored_as for t in plan.tensors if t.merged and t.name in names})
+    quantises = any(t.encoding for t in plan.tensors)
     return Report(
         output="memory" if folder is None else folder.name,
         files=() if folder is None else (folder.file,) if folder.file else tuple(f.name for f in plan.layouts[k].files),
@@ -309,13 +318,15 @@ def report_on(
         merged=sum(t.numel for t in plan.tensors if t.merged),
         removed=() if folder is None else folder.removed,
         warnings=(
-            *warnings_of(record.effects, ", ".join(dtypes), plan.recipes[k].rounding == "stochastic"),
+            *warnings_of(record.effects, ", ".join(dtypes), plan.recipes[k].rounding == "stochastic", quantises),
             *_importances(plan),
+            *noise,
             *(f"a device failed, and its work was done by others: {lost}" for lost in done.usage.lost),
             *plan.warnings,
             *(plan.lone_file_warnings if folder is not None and folder.file else ()),
         ),
-        remarks=(*plan.remarks, *_file_remarks(plan, folder)),
+        remarks=(*plan.remarks, *_file_remarks(plan, folder), *about),
+        quantised=quantised,
         left_out={} if folder is None or folder.file else plan.files.left_out,
     )
 
@@ -324,6 +335,18 @@ def _file_remarks(plan: Plan, folder: OutFolder | None) -> tuple[str, ...]:
     if folder is None:
         return ()
     return plan.lone_file_remarks if folder.file else plan.file_remarks
+
+
+def _quantised(plan: Plan) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
+    """(by model, its difference in steps of the quantisation; the same as remarks; warnings), if some are decoded."""
+    if not any(i.decoded for t in plan.tensors if t.merged for i in t.inputs if len(t.inputs) > 1):
+        return {}, [], []
+    from fastinterp.execute.quantised_deltas import about, noise, quantised_deltas
+
+    deltas = quantised_deltas(plan, _SAMPLED)
+    names = [checkpoint.name for checkpoint in plan.checkpoints]
+    values = {names[i]: {"against": names[base], **delta.as_dict()} for (i, base), delta in deltas.items()}
+    return values, about(deltas, names), noise(deltas, plan)
 
 
 def _importances(plan: Plan) -> list[str]:

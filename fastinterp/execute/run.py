@@ -20,6 +20,7 @@ from fastinterp.execute.sinks import Sinks
 from fastinterp.execute.sources import Sources, remedy
 from fastinterp.messages import counted
 from fastinterp.ops.combine import philox_key
+from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.steps import Operand
 from fastinterp.plan.inputs import PlannedTensor, TensorInput
 from fastinterp.plan.plan import Plan
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fastinterp.execute.jobs.chained_job import ScratchFile
 
 STATS_EVERY = 32  # one chunk of 16384 elements in so many is measured, which costs a few percent of the kernel's time
+_KEPT_BYTES = 1 << 20  # Pump::kKeptBytes
 _STORE = 0  # Philox stream of stochastic rounding at the store
 
 
@@ -41,6 +43,7 @@ class Window:
     larger than those of `cp`: docs/performance.md has the measurements.
 
     most  memory that may be used
+    encodes  whether any output is stored as codes
     asks  whether any method makes requests or masks its sums: these steps have scratch memory of their own, and run on
           fewer threads where it does not fit
     """
@@ -52,6 +55,7 @@ class Window:
     outputs: int
     most: int
     asks: bool
+    encodes: bool = False
 
     @property
     def bytes(self) -> int:
@@ -60,7 +64,11 @@ class Window:
 
     @property
     def plain_bytes(self) -> int:
-        return self.threads * (self.inputs * (self.read_bytes + 4096) + self.outputs * (self.write_bytes + 4096))
+        sums = self.inputs * (self.read_bytes + 4096) + self.outputs * (self.write_bytes + 4096)
+        # Of encoded outputs: float32 sums that are kept, a span of them, its codes, what these stand for, and room to
+        # compare both, 3 chunks of float64.
+        encoding = _KEPT_BYTES + (2 * self.outputs + 1) * 4 * self.read_bytes + 3 * 8 * CHUNK + 4096
+        return self.threads * (sums + (encoding if self.encodes else 0))
 
 
 def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
@@ -70,9 +78,10 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
     """
     inputs, outputs = max(len(s.inputs) for t in plan.tensors for s in t.stages), len(plan.recipes)
     asks = any(s.program is not None for t in plan.tensors for s in t.stages)
+    encodes = any(t.encoding is not None for t in plan.tensors)
     read, write = _pages(max(16 << 10, min(64 << 10, (512 << 10) // inputs))), 128 << 10
     while True:
-        window = Window(threads, write, read, inputs, outputs, max_memory, asks)
+        window = Window(threads, write, read, inputs, outputs, max_memory, asks, encodes)
         if window.plain_bytes <= max_memory:
             return window
         if write <= 4096 and read <= 4096:
@@ -87,7 +96,9 @@ def make_window(plan: Plan, threads: int, max_memory: int) -> Window:
 def fitting_outputs(plan: Plan, threads: int, max_memory: int) -> int:
     """The number of outputs of a plan that can be computed from one read within `max_memory`; at least 1."""
     inputs = max(len(s.inputs) for t in plan.tensors for s in t.stages)
-    fixed, each = (Window(threads, 4096, 4096, i, k, max_memory, False).plain_bytes for i, k in ((inputs, 0), (0, 1)))
+    encodes = any(t.encoding is not None for t in plan.tensors)
+    both = (Window(threads, 4096, 4096, i, k, max_memory, False, encodes) for i, k in ((inputs, 0), (0, 1)))
+    fixed, each = (window.plain_bytes for window in both)
     return max(1, (max_memory - fixed) // each)
 
 
@@ -182,8 +193,9 @@ def opened(
             stats_every=STATS_EVERY,
         )
         # In the order of the outputs, which the pump writes in contiguous runs.
-        order = sorted(plan.tensors, key=lambda t: [at[0] for at in sinks.of.get(t.name, ())])
+        order = sorted(plan.tensors, key=lambda t: [at[0] for at in _sinks_of(sinks, t)])
         jobs = {t.name: _job(plan, t, sources, sinks, scratch) for t in order}
+        wanted = {t.name for t in order if t.entries[0][0] in sinks.of}
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
         where = sources.fds, sinks.handles, options, explained, total, progress, max_memory
@@ -193,7 +205,7 @@ def opened(
             executor: PumpExecutor = stack.enter_context(closing(DeviceExecutor(devices, *where)))
         else:
             executor = PumpExecutor(*where)
-        yield Run(plan, sources, isa, window.threads, executor, jobs, sinks.of)
+        yield Run(plan, sources, isa, window.threads, executor, jobs, wanted)
 
 
 def run(
@@ -244,19 +256,31 @@ def _scratch(plan: Plan, sources: Sources, sinks: Sinks, stack: ExitStack, folde
 def _job(plan: Plan, tensor: PlannedTensor, sources: Sources, sinks: Sinks, scratch: ScratchFile | None) -> Job:
     stochastic = plan.recipes[0].rounding == "stochastic"
     if scratch is None or not tensor.before:
-        return _job_at(tensor, stochastic, sources.operand, *_sinks_of(sinks, tensor.name))
+        return _encoded(tensor, sinks, _job_at(tensor, stochastic, sources.operand, *_sinks_of(sinks, tensor)))
     from fastinterp.execute.jobs.chained_job import ChainedJob
 
     def make(stage: PlannedTensor, operand: Callable[[TensorInput], Operand], offset: int | None) -> Job:
-        where = _sinks_of(sinks, tensor.name) if offset is None else ([scratch.sink], [offset])
-        return _job_at(stage, stochastic, operand, *where)
+        if offset is None:
+            return _encoded(stage, sinks, _job_at(stage, stochastic, operand, *_sinks_of(sinks, stage)))
+        return _job_at(stage, stochastic, operand, [scratch.sink], [offset])
 
     return ChainedJob(tensor.stages, scratch, sources, make)
 
 
-def _sinks_of(sinks: Sinks, name: str) -> tuple[Sequence[int], Sequence[int]]:
-    """The sinks and offsets of a tensor; empty, if it is not wanted."""
-    return sinks.of.get(name, ((), ()))
+def _sinks_of(sinks: Sinks, tensor: PlannedTensor) -> tuple[Sequence[int], Sequence[int]]:
+    """The sinks and offsets of a tensor, or of its codes; empty, if it is not wanted."""
+    return sinks.of.get(tensor.entries[0][0], ((), ()))
+
+
+def _encoded(tensor: PlannedTensor, sinks: Sinks, job: Job) -> Job:
+    """The job that encodes what `job` sums, if the tensor is stored as codes."""
+    if tensor.encoding is None or not job.io.sinks:
+        return job
+    from fastinterp.execute.jobs.encoded_job import EncodedJob
+
+    places = [zip(*sinks.of[name], strict=True) for name, _, _ in tensor.encoding.scales]
+    scales = [tuple(of) for of in zip(*places, strict=True)] if places else [()] * len(job.io.sinks)
+    return EncodedJob(job, job.io, tensor.encoding, scales)
 
 
 def _job_at(
@@ -274,7 +298,7 @@ def _job_at(
         operands=tuple(operand(entry) for entry in tensor.inputs),
         nbytes=tuple(e.nbytes for e in tensor.inputs),
         out_dtype=tensor.dtype.kernel_code,
-        out_bytes=(tensor.dtype.nbytes(tensor.numel) or 0) if tensor.merged else tensor.inputs[0].nbytes,
+        out_bytes=tensor.nbytes if tensor.merged else tensor.inputs[0].nbytes,
         sinks=tuple(numbers),
         offsets=tuple(offsets),
         keys=tuple(philox_key(seed, _STORE, tensor.name) for seed in tensor.seeds) if stochastic else (),

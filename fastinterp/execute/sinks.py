@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fastinterp.backends.cpu import Handle, reserve
+from fastinterp.checkpoint.regular_file import write_all
 from fastinterp.errors import OutputError
 from fastinterp.execute.sources import storage
 from fastinterp.plan.plan import Plan
@@ -60,7 +61,7 @@ class FileSinks:
                     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                     stack.callback(os.close, fd)
                     reserve(fd, file.size)
-                    _write_first(fd, file.header)
+                    write_all(fd, file.header, 0)
                 for name, offset in file.places.items():
                     sinks, offsets = self.of.setdefault(name, ([], []))
                     sinks.append(len(self.handles))
@@ -90,10 +91,3 @@ class MemorySinks:
 
     def open(self, stack: ExitStack) -> None:
         """Does nothing: memory needs no opening."""
-
-
-def _write_first(fd: int, data: bytes) -> None:
-    """Write all of `data` at the start of a file, in as many writes as the system needs."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], done)

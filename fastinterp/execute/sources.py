@@ -11,9 +11,13 @@ from typing import Any
 
 from fastinterp.backends.cpu import cached_fraction
 from fastinterp.checkpoint.open import changed_since
+from fastinterp.checkpoint.regular_file import write_all
 from fastinterp.errors import CheckpointError, StorageError
-from fastinterp.ops.steps import Decoder, Gathered, Operand, Stored
-from fastinterp.plan.inputs import GatheredInput, IntermediateInput, StoredInput, TensorInput
+from fastinterp.execute.scales import refuse_scales
+from fastinterp.ops.dtypes import F32
+from fastinterp.ops.steps import Decoder, Factor, Gathered, LowRank, Operand, Product, ReplacedRows, Stored
+from fastinterp.plan.inputs import ConvertedInput, GatheredInput, IntermediateInput, StoredInput, TensorInput
+from fastinterp.plan.low_rank import FactorInput, LowRankInput, ProductInput, RowsInput
 from fastinterp.plan.models import Model
 
 _SPARE_FDS = 64  # for everything that is neither input nor output
@@ -25,7 +29,7 @@ class Sources:
     models   models whose checkpoints must not change during the run
     inputs   every tensor that will be read
     outputs  number of files that will be open for writing at the same time
-    scratch  folder for the computed rows of gathered embeddings; None: the system's for temporary files
+    scratch  folder for computed rows of gathered embeddings and converted tensors; None: that for temporary files
     Raises: StorageError, if a file cannot be opened.
     """
 
@@ -40,12 +44,13 @@ class Sources:
         every = list({tensor.key: tensor for tensor in inputs if tensor.files}.values())
         needed = list(dict.fromkeys(path for tensor in every for path in tensor.files))
         moved = sum(tensor.moves_rows for tensor in every)
-        _allow_files(len(needed) + moved + outputs)
+        _allow_files(len(needed) + moved + 1 + outputs)
         self.paths: list[Path] = []
         self.fds: list[int] = []
         self._checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
         self._number: dict[Path, int] = {}
         self._scratch, self._stack = scratch, stack
+        self._converted: tuple[int, int] | None = None  # number of the temporary file, and its size
         for path in needed:
             with storage(path):
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -67,11 +72,55 @@ class Sources:
 
     def stored(self, tensor: StoredInput) -> Stored:
         number, code, encoding = self._number[tensor.path], tensor.dtype.kernel_code, tensor.encoding
+        added = None if tensor.low_rank is None else self._low_rank(tensor.low_rank)
         if encoding is None:
-            return Stored(number, tensor.start, code)
+            return Stored(number, tensor.start, code, low_rank=added)
+        with storage(tensor.path):
+            refuse_scales(tensor, encoding.companions, [self.fds[self._number[c.path]] for c in encoding.companions])
         columns = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.numel
         companions = tuple((self._number[c.path], c.start, c.nbytes) for c in encoding.companions)
-        return Stored(number, tensor.start, code, Decoder(encoding.decoder, columns, companions, encoding.parameters))
+        decoder = Decoder(encoding.decoder, columns, companions, encoding.parameters)
+        return Stored(number, tensor.start, code, decoder, added)
+
+    def _low_rank(self, added: LowRankInput) -> LowRank:
+        """The form that the pump takes: tensors as places in sources."""
+
+        def factor(of: FactorInput) -> Factor:
+            if of.tensor is None:
+                return Factor(-1, 0, F32.kernel_code)
+            place = self._number[of.tensor.path], of.tensor.start, of.tensor.dtype.kernel_code
+            return Factor(*place, of.first, of.by_matrix, of.by_index, of.by_rank)
+
+        def change(of: ProductInput | RowsInput) -> Product | ReplacedRows:
+            if isinstance(of, RowsInput):
+                return ReplacedRows(self._number[of.tensor.path], of.tensor.start, of.tensor.dtype.kernel_code, of.rows)
+            magnitude = None if of.magnitude is None else factor(FactorInput(of.magnitude))
+            return Product(factor(of.left), factor(of.right), of.rank, of.scale, magnitude, of.per_row)
+
+        return LowRank(added.stored.kernel_code, added.shape, tuple(map(change, added.changes)))
+
+    def converted(self, tensor: ConvertedInput) -> Stored:
+        with storage(self._scratch or Path("a temporary file")):
+            if self._converted is None:
+                self._converted = self._temporary_file(tensor.path), 0
+            number, start = self._converted
+            end = start
+            for piece in tensor.conversion.pieces(os.fspath(tensor.path)):
+                write_all(self.fds[number], piece, end)
+                end += len(piece)
+        if end - start != tensor.nbytes:
+            raise CheckpointError(f"{end - start} bytes were made of it, not {tensor.nbytes}", tensor=tensor.name)
+        self._converted = number, (end + 63) // 64 * 64
+        return Stored(number, start, tensor.dtype.kernel_code)
+
+    def _temporary_file(self, path: Path) -> int:
+        """The number of a new file without a name. path: the first that is converted into it."""
+        import tempfile
+
+        with tempfile.TemporaryFile(dir=self._scratch) as file:
+            fd = os.dup(file.fileno())
+        self._stack.callback(os.close, fd)
+        return self.add(fd, path)
 
     def gathered(self, tensor: GatheredInput) -> Operand:
         from fastinterp.execute.gather_rows import gather
@@ -82,10 +131,13 @@ class Sources:
         code = tensor.dtype.code or 0
         if rows.rows is None:
             return Stored(computed or 0, 0, code)
-        parts = [(self._number[path], start, count) for path, start, count in rows.parts]
+        stored = [self.stored(source) for source, _ in rows.parts]
+        parts = [(s.source, s.offset, count) for s, (_, count) in zip(stored, rows.parts, strict=True)]
+        decoders = [s.decoder for s in stored]
         if computed is not None:
             parts.append((computed, 0, rows.computed_rows))
-        return Gathered(tuple(parts), code, rows.rows)
+            decoders.append(None)
+        return Gathered(tuple(parts), code, rows.rows, tuple(decoders) if any(decoders) else ())
 
     def intermediate(self, tensor: IntermediateInput) -> Operand:
         raise LookupError(f"{tensor.name} is in no file before a chained job has computed it")

@@ -33,14 +33,17 @@ class ArrayHeader(NamedTuple):
 class StoredTensor:
     """A floating tensor that is read from an open file as it is merged.
 
-    source  number of the file in the Sources that it is open in
-    start   byte offset in the file
+    source   number of the file in the Sources that it is open in
+    start    byte offset in the file
+    dtype    of its numbers
+    operand  how it is read, if its bytes there are not all that it is: codes, or with products of adapters; else None
     """
 
     source: int
     start: int
     shape: tuple[int, ...]
     dtype: DType
+    operand: Stored | None = None
 
 
 View = ArrayView | StoredTensor
@@ -227,7 +230,7 @@ def operand_of(view: View, kind: str, sources: list[Handle]) -> Stored:
     """A view as an operand of a step. An array becomes one more of `sources`, memory of this kind."""
     code = view.dtype.code or 0
     if isinstance(view, StoredTensor):
-        return Stored(view.source, view.start, code)
+        return view.operand or Stored(view.source, view.start, code)
     sources.append((kind, view.address, math.prod(view.shape) * view.dtype.bits // 8))
     return Stored(len(sources) - 1, 0, code)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
-from fastinterp.execute import chunks
+from fastinterp.execute import chunks, quantised_deltas
 from fastinterp.inspect import samples
 from fastinterp.inspect.check_result import CheckResult, Finding
 from fastinterp.messages import counted, listed, plain
@@ -54,6 +54,9 @@ def _check(recipe: RecipeSource | Sequence[Mapping[str, Any]]) -> CheckResult:
         findings.add_error(fault)
     for warning in about_recipe.warnings:
         findings.add_warning(warning)
+    value = documents[0].value
+    if len(documents) == 1 and isinstance(value, dict) and value.get("out") == "lora":
+        return _check_adapters(documents[0].file, recipes, findings)
     library = Library()
     _open_all(documents, recipes, library, findings)
     checked: dict[int, _Checked] = {}
@@ -67,6 +70,24 @@ def _check(recipe: RecipeSource | Sequence[Mapping[str, Any]]) -> CheckResult:
         if not about_recipe.errors:
             exit_code = _exit_code(recipes, library, exit_code)
     return findings.result(documents[0].file, recipes, checked, exit_code)
+
+
+def _check_adapters(file: str | None, recipes: Sequence[Recipe], findings: _Findings) -> CheckResult:
+    """The result for adapters that are merged with each other (`out: lora`)."""
+    from fastinterp.lora.plan import plan_adapters
+
+    if findings.errors:
+        return findings.result(file, recipes, exit_code=findings.errors[0].exit_code)
+    try:
+        plan = plan_adapters(recipes[0])
+    except FastinterpError as error:
+        findings.add_error(error)
+        return findings.result(file, recipes, exit_code=error.exit_code)
+    for warning in plan.warnings[len(recipes[0].warnings) :]:
+        findings.add_warning(warning)
+    findings.remarks += plan.remarks
+    outputs = [product.name for product in plan.products] + [whole.name for whole in plan.whole]
+    return findings.result(file, recipes, {0: _Checked(outputs, 0)})
 
 
 def _exit_code(recipes: Sequence[Recipe], library: Library, first: int) -> int:
@@ -310,6 +331,11 @@ def _check_samples(plan: Plan, known: Collection[str], findings: _Findings) -> i
         findings.add_warning(f"{names[i]} contains NaN or Inf, in {listed(where, _LISTED)}")
     for i, other in sampled.equal():
         findings.add_warning(f"{names[i]} and {names[other]} are equal in all samples: is one of them the wrong model?")
+    if any(i.decoded for t in plan.tensors for i in t.inputs):
+        deltas = quantised_deltas.quantised_deltas(plan, chunks.TENSORS)
+        findings.remarks += [plain(line) for line in quantised_deltas.about(deltas, [c.name for c in plan.checkpoints])]
+        for warning in quantised_deltas.noise(deltas, plan):
+            findings.add_warning(plain(warning))
     recipe = plan.recipes[0]
     if recipe.base is not None and recipe.method.sums_deltas:
         for i, base, delta, signal in sampled.noisy():

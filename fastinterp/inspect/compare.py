@@ -13,7 +13,8 @@ from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.execute.sources import Sources
 from fastinterp.ops.steps import Answer, Measure
-from fastinterp.plan.models import Model, open_model
+from fastinterp.plan.gguf import refuse_mixed
+from fastinterp.plan.models import Model, is_gguf, open_model
 from fastinterp.plan.tensor_sets import with_names_of
 from fastinterp.recipe.tensor_groups import nothing_in_common
 
@@ -117,6 +118,8 @@ def compare(
         if not isinstance(path, (str, os.PathLike)):
             raise UsageError(f"a checkpoint must be a path, got {path!r}")
     first, second = open_model(os.fspath(a)), open_model(os.fspath(b))
+    if is_gguf(first) != is_gguf(second):
+        refuse_mixed((first, second))
     remarks: list[str] = []
     second = with_names_of(first, second, remarks)
     if not first.tensors.keys() & second.tensors.keys():

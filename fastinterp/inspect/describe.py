@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastinterp.checkpoint.formats import EncodedTensor, encoded_tensors
+from fastinterp.checkpoint.gguf_types import stored
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.quantised import quantised_in
+from fastinterp.errors import CheckpointError
 from fastinterp.messages import WIDTH, counted, fit, plain, size, table
 
 _NUMBER = re.compile(r"(?<=\.)\d{1,18}(?=\.|$)|^\d{1,18}(?=\.)")  # a part of a dotted name that is a number
@@ -34,7 +38,7 @@ class Pattern:
 def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
     """Plain values, as --json prints them."""
     entries, adapter = _sorted(checkpoint), checkpoint.adapter
-    formats = Counter(q.format for q in quantised_in(checkpoint))
+    quantised, taken, decoded = _quantised(checkpoint)
     counts = [0] * len(checkpoint.files)
     for e in entries:
         counts[e.file] += 1
@@ -46,10 +50,11 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
         ],
         "index": checkpoint.index,
         "bytes": checkpoint.nbytes,
-        "parameters": sum(e.numel for e in entries if e.dtype.merges),
+        "parameters": decoded
+        + sum(e.numel for e in entries if (e.dtype.merges or e.dtype.block) and e.name not in taken),
         "dtypes": _dtypes(entries),
         "adapter": None if adapter is None else adapter.as_dict(),
-        "quantised": [{"format": form, "tensors": count} for form, count in formats.items()],
+        "quantised": quantised,
         "metadata": checkpoint.metadata,
         "receipt": receipt(checkpoint),
         "tensors": [
@@ -80,7 +85,7 @@ def as_text(checkpoint: Checkpoint, *, every: bool = False, whole: bool = False)
     if checkpoint.adapter is not None:
         lines += [f"{'has built in: ' if checkpoint.adapter.whole else ''}{checkpoint.adapter.describe()}"]
     for found in values["quantised"]:
-        lines += [f"quantised: {found['format']}, {counted(found['tensors'], 'tensor')}"]
+        lines += [_about_quantised(found)]
     lines += ["dtypes"]
     dtypes = [
         [d["dtype"], counted(d["tensors"], "tensor"), f"{d['elements']:,} elements", size(d["bytes"])]
@@ -99,6 +104,43 @@ def as_text(checkpoint: Checkpoint, *, every: bool = False, whole: bool = False)
         for p in patterns(_sorted(checkpoint))
     ]
     return "\n".join([*lines, *table(rows, "<<<>>", whole=whole)])
+
+
+def _quantised(checkpoint: Checkpoint) -> tuple[list[dict[str, Any]], set[str], int]:
+    """(formats of quantised tensors, names of the stored tensors that are decoded, how many numbers that makes)."""
+    fault = None
+    try:
+        encoded = encoded_tensors(checkpoint)
+    except CheckpointError as error:  # a scale that is missing, say: everything else is shown
+        encoded, fault = [], str(error)
+    groups: dict[tuple[str, str, str], list[EncodedTensor]] = {}
+    for one in encoded:
+        scales = ", ".join(_companion(one, e) for e in one.companions)
+        groups.setdefault((one.format, one.codes.dtype.name, scales), []).append(one)
+    found = [
+        {"format": form, "tensors": len(of), "read": True, "codes": codes, "scales": scales}
+        for (form, codes, scales), of in groups.items()
+    ]
+    taken = {e.name for one in encoded for e in one.stored}
+    others = Counter(q.format for q in quantised_in(checkpoint, taken))
+    found += [{"format": form, "tensors": n, "read": False, "fault": fault} for form, n in others.items()]
+    return found, taken, sum(math.prod(one.shape) for one in encoded)
+
+
+def _companion(encoded: EncodedTensor, entry: Entry) -> str:
+    """`weight_scale_inv F32`."""
+    start = 0
+    while start < len(encoded.name) and entry.name.startswith(encoded.name[: start + 1]):
+        start += 1
+    start = entry.name.rfind(".", 0, start) + 1
+    return f"{entry.name[start:]} {entry.dtype}"
+
+
+def _about_quantised(found: Mapping[str, Any]) -> str:
+    line = f"quantised: {found['format']}, {counted(found['tensors'], 'tensor')}"
+    if found["read"]:
+        return f"{line} of {found['codes']} with {found['scales']}, read as numbers"
+    return f"{line}; {plain(found['fault'])}" if found["fault"] else line
 
 
 def receipt(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -134,7 +176,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def _sorted(checkpoint: Checkpoint) -> list[Entry]:
-    return sorted(checkpoint.tensors.values(), key=lambda e: natural(e.name))
+    return sorted(map(stored, checkpoint.tensors.values()), key=lambda e: natural(e.name))
 
 
 def _pattern(names: list[str]) -> str:

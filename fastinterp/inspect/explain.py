@@ -216,13 +216,15 @@ def _lettered(text: str, letters: Sequence[str]) -> str:
 
 def _copies(tensor: PlannedTensor) -> bool:
     """Whether the output tensor is a copy of its input's bytes."""
+    if tensor.encoding is not None:
+        return tensor.copies_codes
     return not tensor.merged or (
         bool(tensor.rows) and tensor.rows[0].is_copy and tensor.dtype == tensor.inputs[0].dtype
     )
 
 
 def _out_bytes(tensor: PlannedTensor) -> int:
-    return tensor.dtype.nbytes(tensor.numel) or 0
+    return tensor.nbytes
 
 
 def _dtypes(plan: Plan) -> list[dict[str, Any]]:
@@ -230,7 +232,7 @@ def _dtypes(plan: Plan) -> list[dict[str, Any]]:
     for tensor in plan.tensors:
         inputs = tuple(dict.fromkeys(e.dtype.name for e in tensor.inputs))
         arithmetic = None if _copies(tensor) else "float64" if "F64" in inputs else "float32"
-        entry = counts.setdefault((inputs, tensor.dtype.name, arithmetic), [0, 0])
+        entry = counts.setdefault((inputs, tensor.stored_as, arithmetic), [0, 0])
         entry[0] += 1
         entry[1] += tensor.numel
     return [
@@ -241,13 +243,13 @@ def _dtypes(plan: Plan) -> list[dict[str, Any]]:
 def _with_files(plan: Plan, files: tuple[OutFile, ...]) -> list[tuple[PlannedTensor, str]]:
     """Each tensor with the name of its output file."""
     file_of = {name: f.name for f in files for name in f.places}
-    return [(t, file_of[t.name]) for t in plan.tensors]
+    return [(t, file_of[t.entries[0][0]]) for t in plan.tensors]
 
 
 def _tensor(plan: Plan, tensor: PlannedTensor, file: str) -> dict[str, Any]:
     return {
         "name": tensor.name,
-        "dtype": tensor.dtype.name,
+        "dtype": tensor.stored_as,
         "shape": list(tensor.shape),
         "reads": [plan.checkpoints[i].name for i in tensor.checkpoints],
         "out": _expression(tensor),

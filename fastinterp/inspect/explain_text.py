@@ -37,7 +37,7 @@ def _memory(w: dict[str, Any]) -> str:
         return f"{most}{counted(w['threads'], 'thread')}, or fewer where statistics need more than that"
     return (
         f"{most}{counted(w['threads'], 'thread')} x ({w['inputs']} x {w['read_bytes'] >> 10} KiB in + "
-        f"{w['outputs']} x {w['write_bytes'] >> 10} KiB out)"
+        f"{w['outputs']} x {w['write_bytes'] >> 10} KiB out{' + what encodes them' if w['encodes'] else ''})"
     )
 
 

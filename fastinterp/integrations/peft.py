@@ -22,6 +22,7 @@ from fastinterp.errors import ShapeError, UsageError
 from fastinterp.in_memory.arrays import TorchTensors
 from fastinterp.in_memory.many_sums import WeightedSum, run_sums
 from fastinterp.in_memory.merge import merge_state_dicts
+from fastinterp.lora.algebra import singular
 from fastinterp.messages import suggestion
 from fastinterp.ops.combine import Combine
 
@@ -343,9 +344,8 @@ def _best_of_rank(layer: _Layer, rank: int) -> tuple[Tensor, Tensor]:
     """The best approximation of the sum of the deltas: by the singular values of a matrix as small as all ranks."""
     b = torch.cat([x.flatten(1).double() * w for x, w in zip(layer.b, layer.scaled, strict=True)], dim=1)
     a = torch.cat([x.flatten(1).double() for x in layer.a])
-    (left, left_rest), (right, right_rest) = torch.linalg.qr(b), torch.linalg.qr(a.T)
-    u, s, v = torch.linalg.svd(left_rest @ right_rest.T, full_matrices=False)
-    return _shaped(layer, rank, left @ u, s, v @ right.T)
+    u, s, v = singular(b, a, torch.linalg)
+    return _shaped(layer, rank, u, s, v)
 
 
 def _of_delta(layer: _Layer, rank: int, how: _How, clamp: float | None, driver: str | None) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastinterp.api import merge as merge_files
 from fastinterp.arguments import path_of, without_recipe
@@ -90,7 +90,8 @@ def merge(
         return _theirs(recipe, target, dtype, threads, force=force)
     if target is None:
         return load(documents, dtype=dtype, threads=threads)
-    return merge_files(documents, target, dtype=dtype, threads=threads, device=device, force=force)
+    report = merge_files(documents, target, dtype=dtype, threads=threads, device=device, force=force)
+    return cast(Report, report)  # of models
 
 
 def _is_node(recipe: Any) -> bool:

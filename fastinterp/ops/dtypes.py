@@ -34,11 +34,12 @@ class DType:
     """One storage dtype.
 
     name          its safetensors tag
-    bits          per element; 4 and 6 occur
+    bits          per element; 4 and 6 occur. 0, if elements are stored in blocks
     code          its number in csrc/dtypes.h; None: stored and copied, never merged
     library_name  in torch and in config.json; empty: they have no such dtype
     in_numpy      whether numpy has it under that name; else ml_dtypes does, if there is a name
     layout        of those that merge
+    block         (elements, bytes) of a block of neighbouring elements, of those that are stored so: in GGUF files
     """
 
     name: str
@@ -47,6 +48,7 @@ class DType:
     library_name: str = field(default="", compare=False)
     in_numpy: bool = field(default=False, compare=False)
     layout: Layout | None = field(default=None, compare=False)
+    block: tuple[int, int] | None = None
 
     @property
     def merges(self) -> bool:
@@ -64,7 +66,10 @@ class DType:
         return 1 if self.is_complex else self.code or 0
 
     def nbytes(self, numel: int) -> int | None:
-        """Bytes of `numel` packed elements, or None if they do not fill whole bytes."""
+        """Bytes of `numel` packed elements, or None if they do not fill whole bytes, or blocks."""
+        if self.block is not None:
+            elements, nbytes = self.block
+            return None if numel % elements else numel // elements * nbytes
         bits = self.bits * numel
         return None if bits % 8 else bits // 8
 
@@ -78,6 +83,8 @@ F16 = DType("F16", 16, 2, "float16", True, Layout(16, 10, 15, 0x7BFF, 0x7E00))
 BF16 = DType("BF16", 16, 3, "bfloat16", False, Layout(16, 7, 127, 0x7F7F, 0x7FC0))
 F8_E4M3 = DType("F8_E4M3", 8, 4, "float8_e4m3fn", False, Layout(8, 3, 7, 0x7E, 0x7F))
 F8_E5M2 = DType("F8_E5M2", 8, 5, "float8_e5m2", False, Layout(8, 2, 15, 0x7B, 0x7E))
+
+Q8_0 = DType("Q8_0", 0, block=(32, 34))  # of GGUF files: int8 codes behind an F16 scale
 
 DTYPES: dict[str, DType] = {
     d.name: d
@@ -128,3 +135,8 @@ def parse_dtype(text: str) -> DType | None:
     name = text.strip().removeprefix("torch.")
     dtype = _ALIASES.get(name.lower()) or DTYPES.get(name.upper())
     return dtype if dtype and dtype.merges else None
+
+
+def parse_stored(text: str) -> DType | None:
+    """The dtype called `text` in which outputs are stored: a merging one, or `q8_0`, which GGUF files have; or None."""
+    return Q8_0 if text.strip().upper() == Q8_0.name else parse_dtype(text)

@@ -46,13 +46,74 @@ class Decoder(msgspec.Struct, frozen=True):
     parameters: tuple[float, ...] = ()
 
 
+class Factor(msgspec.Struct, frozen=True):
+    """A view of a stored tensor: element (matrix, i, k) is its number
+    first + matrix * by_matrix + i * by_index + k * by_rank.
+
+    source  number of the source; -1: all elements are 1
+    offset  of the stored tensor in it, in bytes
+    dtype   code of its dtype
+    """
+
+    source: int
+    offset: int
+    dtype: int
+    first: int = 0
+    by_matrix: int = 0
+    by_index: int = 0
+    by_rank: int = 0
+
+
+class Product(msgspec.Struct, frozen=True):
+    """A product that is added to each matrix of a tensor: scale * left[row, k] * right[k, column], summed over k.
+
+    rank       number of k
+    magnitude  length to which each row (per_row) or column is brought then; None: none is
+    """
+
+    replaces: ClassVar[bool] = False
+    left: Factor
+    right: Factor
+    rank: int
+    scale: float
+    magnitude: Factor | None = None
+    per_row: bool = True
+
+
+class ReplacedRows(msgspec.Struct, frozen=True):
+    """Rows of a tensor that are replaced: by those of a stored one, in its order.
+
+    rows  number of each in the tensor
+    """
+
+    replaces: ClassVar[bool] = True
+    source: int
+    offset: int
+    dtype: int
+    rows: tuple[int, ...]
+
+
+class LowRank(msgspec.Struct, frozen=True):
+    """What adapters make of a stored tensor: rule 16 of docs/NUMERICS.md.
+
+    stored   code of the dtype of the stored elements, where no decoder reads them
+    shape    matrices, rows, columns
+    changes  in order
+    """
+
+    stored: int
+    shape: tuple[int, int, int]
+    changes: tuple[Product | ReplacedRows, ...]
+
+
 class Stored(msgspec.Struct, frozen=True):
     """An operand whose elements lie one behind the other in one source.
 
-    source   number of the source
-    offset   in it, in bytes
-    dtype    code of the dtype that kernels see; F32 of what is decoded
-    decoder  None: the bytes are elements of `dtype`
+    source    number of the source
+    offset    in it, in bytes
+    dtype     code of the dtype that kernels see; F32 of what is decoded
+    decoder   None: the bytes are elements of `dtype`, or of low_rank.stored
+    low_rank  None: nothing is added
     """
 
     gathered: ClassVar[bool] = False
@@ -60,20 +121,49 @@ class Stored(msgspec.Struct, frozen=True):
     offset: int
     dtype: int
     decoder: Decoder | None = None
+    low_rank: LowRank | None = None
+
+
+class Encoder(msgspec.Struct, frozen=True):
+    """How float32 sums become codes and scales: csrc/encoder.h, rule 17 of docs/NUMERICS.md.
+
+    name        of the format: that of the decoder that reads it
+    columns     length of a row of the tensor
+    parameters  of blocks: kind of the scales, rows and columns of a block, rows of a matrix, and 1 if scales are powers
+                of two; none of a format whose scales are among the codes
+    scales      (sink, byte offset) of the scales of each output; none, if they are among the codes
+    magnitudes  the largest of each matrix of each output, if they are known: each matrix is one block then
+    """
+
+    name: str
+    columns: int
+    parameters: tuple[int, ...] = ()
+    scales: tuple[tuple[int, int], ...] = ()
+    magnitudes: tuple[float, ...] = ()
+
+    @property
+    def matrix(self) -> int:
+        """Elements of a matrix that is one block; 0, if matrices have several."""
+        if not self.parameters:
+            return 0
+        _, block_rows, block_columns, rows, *_ = self.parameters
+        return rows * self.columns if block_rows >= rows and block_columns >= self.columns else 0
 
 
 class Gathered(msgspec.Struct, frozen=True):
     """An operand whose rows come from several places.
 
-    parts  (source, byte offset, rows), which count as lying one behind the other
-    dtype  its code
-    rows   i64[rows of the tensor], a buffer: which of the parts' rows, -1 for a row of zeros
+    parts     (source, byte offset, rows), which count as lying one behind the other
+    dtype     its code
+    rows      i64[rows of the tensor], a buffer: which of the parts' rows, -1 for a row of zeros
+    decoders  of each part: None, if its bytes are elements of `dtype`. Empty: of no part
     """
 
     gathered: ClassVar[bool] = True
     parts: tuple[tuple[int, int, int], ...]
     dtype: int
     rows: Any
+    decoders: tuple[Decoder | None, ...] = ()
 
 
 Operand = Stored | Gathered
@@ -208,7 +298,15 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def decodes(self) -> bool:
-        return any(isinstance(operand, Stored) and operand.decoder is not None for operand in self.inputs)
+        """Whether an input is more than its stored bytes: decoded, or with adapters."""
+        return any(
+            bool(o.decoders) if isinstance(o, Gathered) else (o.decoder or o.low_rank) is not None for o in self.inputs
+        )
+
+    @property
+    def encodes(self) -> bool:
+        """Whether its outputs are codes."""
+        return False
 
     @property
     def by_rank(self) -> bool:
@@ -252,12 +350,18 @@ class WritingStep(Step, frozen=True, kw_only=True):
 class SumStep(WritingStep, frozen=True, kw_only=True):
     """A step that writes sums.
 
-    out_dtype  code of the dtype of all outputs
+    out_dtype  code of the dtype of all outputs; of F32, if they are encoded
     keys       Philox keys of the store, one per output; none where rounding is to nearest
+    encoder    None: outputs are elements of `out_dtype`
     """
 
     out_dtype: int
     keys: tuple[int, ...] = ()
+    encoder: Encoder | None = None
+
+    @property
+    def encodes(self) -> bool:
+        return self.encoder is not None
 
     @property
     def widths(self) -> list[int]:
@@ -315,6 +419,22 @@ class MaskedSum(SumStep, frozen=True, kw_only=True):
 
 def _is_filled(term: MaskedTerm) -> bool:
     return term.precomputed_mask is None or term.precomputed_mask.masks.filled
+
+
+class LargestMagnitudes(Step, frozen=True, kw_only=True):
+    """The largest magnitudes of sums that are encoded with one scale for each matrix: nothing is written.
+
+    of  the step that will write them, with the same inputs
+
+    Answers with float32 numbers, for each output those of its matrices; and with no counts.
+    """
+
+    kind = "largest_magnitudes"
+    of: SumStep
+
+    @property
+    def encodes(self) -> bool:
+        return True
 
 
 class Measure(Step, frozen=True, kw_only=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -75,17 +75,19 @@ def make_layout(
     max_shard_size: int,
     stem: str = "model",
     folder: str = "",
+    beside: Mapping[str, str] = {},
 ) -> Layout:
     """Lay `tensors` out in one file, or in shards of at most `max_shard_size` bytes of data, in the order given.
 
     A tensor larger than that gets a shard of its own. Within a file wider dtypes come first, as safetensors itself
     writes them, so that every tensor is aligned to its own width. `metadata` goes into every file.
 
+    beside  tensor -> the one before it whose shard it must be in: scales -> codes
     folder  of the files in the output's. All names of tensors start with `FOLDER/`, which is left out in the files
     Raises: OutputError, if there are no tensors, a name occurs twice or is reserved, or a header grows too large.
     """
     prefix = f"{folder}/" if folder else ""
-    shards = _cut(_checked(tensors, prefix), max_shard_size)
+    shards = _cut(_checked(tensors, prefix), max_shard_size, beside)
     files = []
     for number, shard in enumerate(shards, 1):
         name = f"{stem}{WEIGHTS}" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}{WEIGHTS}"
@@ -123,20 +125,24 @@ def _checked(tensors: Iterable[tuple[str, DType, tuple[int, ...]]], prefix: str)
     return list(checked.values())
 
 
-def _cut(tensors: list[_Tensor], max_shard_size: int) -> list[list[_Tensor]]:
+def _cut(tensors: list[_Tensor], max_shard_size: int, beside: Mapping[str, str]) -> list[list[_Tensor]]:
     """Fill one shard after the other, as huggingface_hub does, so that the shards are those of `save_pretrained`."""
+    groups: dict[str, list[_Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(beside.get(tensor.name, tensor.name), []).append(tensor)
     shards: list[list[_Tensor]] = []
     current: list[_Tensor] = []
     used = 0
-    for tensor in tensors:
-        if tensor.nbytes > max_shard_size:
-            shards.append([tensor])
+    for group in groups.values():
+        nbytes = sum(tensor.nbytes for tensor in group)
+        if nbytes > max_shard_size:
+            shards.append(group)
             continue
-        if used + tensor.nbytes > max_shard_size:
+        if used + nbytes > max_shard_size:
             shards.append(current)
             current, used = [], 0
-        current.append(tensor)
-        used += tensor.nbytes
+        current.extend(group)
+        used += nbytes
     return [*shards, current] if current else shards
 
 

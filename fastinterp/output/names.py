@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastinterp.checkpoint.names import PIPELINES, WEIGHTS, names_file
+from fastinterp.checkpoint.names import GGUF, PIPELINES, WEIGHTS, names_file
 
 
 def place_of(path: str | os.PathLike[str]) -> tuple[str, str | None]:
@@ -31,4 +31,4 @@ def rank(name: str) -> tuple[int, str]:
     """Order of the renames: what readers look for first comes last."""
     if name in PIPELINES:
         return 3, name
-    return (2 if name.endswith(".index.json") else 1 if name.endswith(WEIGHTS) else 0), name
+    return (2 if name.endswith(".index.json") else 1 if name.endswith((WEIGHTS, GGUF)) else 0), name

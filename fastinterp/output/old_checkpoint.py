@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import ANY_INDEX, PICKLES, SHARD, TEMPLATES, WEIGHTS
+from fastinterp.checkpoint.names import ANY_INDEX, GGUF, GGUF_SPLIT, PICKLES, SHARD, TEMPLATES, WEIGHTS
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import is_sidecar
 from fastinterp.errors import CheckpointError
 from fastinterp.output.stems import is_known
 
 
-def old_checkpoint(root: Path, present: Sequence[str], new: Iterable[str]) -> tuple[list[str], list[str]]:
+def old_checkpoint(root: Path, present: Sequence[str], new: Collection[str]) -> tuple[list[str], list[str]]:
     """The files in `root` that make up a checkpoint there (weights, indexes, sidecars), and weights of none.
 
     present  names relative to `root`
@@ -23,7 +23,7 @@ def old_checkpoint(root: Path, present: Sequence[str], new: Iterable[str]) -> tu
     An index that is damaged or no regular file names nothing, but is one of them.
     """
     files = [n for n in present if not os.path.basename(n).startswith(".") and not os.path.isdir(root / n)]
-    indexes = [n for n in files if ANY_INDEX.fullmatch(n) or n.endswith(".bin.index.json")]
+    indexes = [n for n in files if ANY_INDEX.fullmatch(n)]
     listed: set[str] = set()
     for index in indexes:
         beside = index[: -len(os.path.basename(index))]
@@ -32,14 +32,15 @@ def old_checkpoint(root: Path, present: Sequence[str], new: Iterable[str]) -> tu
             listed.update(beside + v for v in weight_map.values() if isinstance(v, str))
         except (CheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
-    written = {_stem(n) for n in new if n.endswith(WEIGHTS)}
+    written = {_stem(n) for n in new if n.endswith((WEIGHTS, GGUF))}
     weights, strangers = [], []
     for name in files:
         last = os.path.basename(name)
         known = last.endswith(WEIGHTS) and (SHARD.fullmatch(last) or is_known(last) or _stem(name) in written)
+        known = known or (last.endswith(GGUF) and _stem(name) in written)
         if known or (name in listed and name.endswith((WEIGHTS, *PICKLES))):
             weights.append(name)
-        elif name.endswith(WEIGHTS):
+        elif name.endswith(WEIGHTS) or (name.endswith(GGUF) and any(n.endswith(GGUF) for n in new)):
             strangers.append(name)
     # A chat template or vocabulary of the old model would be taken for the new one's.
     sidecars = [n for n in files if is_sidecar(os.path.basename(n)) or n.startswith(f"{TEMPLATES}/")]
@@ -47,7 +48,7 @@ def old_checkpoint(root: Path, present: Sequence[str], new: Iterable[str]) -> tu
 
 
 def _stem(name: str) -> str:
-    match = SHARD.fullmatch(name)
+    match = SHARD.fullmatch(name) or GGUF_SPLIT.fullmatch(name)
     return match["stem"] if match else name.removesuffix(WEIGHTS)
 
 

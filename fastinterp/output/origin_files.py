@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from fastinterp.checkpoint.components import named_folders
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, TEMPLATES, WEIGHTS, quote
+from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, TEMPLATES, TRAINER_PICKLES, WEIGHTS, quote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import Stamp, read_regular, stamp_of
 from fastinterp.checkpoint.sidecar_files import CONFIG, is_sidecar, named_file, with_dtype, without_named_file
@@ -43,10 +43,9 @@ _TEXTS = (".json", ".txt", ".jinja", ".yaml", ".yml", ".toml", ".cfg", ".ini", "
           ".codes", ".model", ".spm", ".tiktoken")  # fmt: skip
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".bmp", ".ico", ".mp4", ".webm", ".mov", ".mp3", ".wav",
              ".flac", ".ogg", ".pdf")  # fmt: skip
-_FORMATS = (*PICKLES, *OTHER_WEIGHTS, ".distcp", ".engine", ".mlmodel", ".pte", ".ot", ".onnx_data")
+_FORMATS = (*PICKLES, *OTHER_WEIGHTS, GGUF, ".distcp", ".engine", ".mlmodel", ".pte", ".ot", ".onnx_data")
 _STATE = re.compile(
-    r"(optimizer|scheduler|scaler|sampler|dataloader|random_states|rng_state|custom_checkpoint)[^/]*\.(pt|pth|bin|pkl)"
-    r"|training_args\.(bin|json)|trainer_state\.json|(all|train|eval|test|predict)_results\.json|events\.out\..*"
+    rf"{TRAINER_PICKLES}|training_args\.json|trainer_state\.json|(all|train|eval|test|predict)_results\.json|events\.out\..*"
     r"|zero_to_fp32\.py|latest|latest_checkpointed_iteration\.txt|.*\.log"
 )
 _STATE_FOLDERS = re.compile(r"(checkpoint|step|epoch|iter)[-_]?\d+|global_step\d*|runs|wandb|logs?|tensorboard|mlruns")
@@ -83,7 +82,7 @@ class OriginFiles(msgspec.Struct, frozen=True):
             if name not in files:
                 continue
             path = str(self.root / name)
-            if dtype is not None:
+            if dtype is not None and dtype.block is None:
                 files[name] = with_dtype(read_regular(path, MAX_HEADER), dtype, path)
             if named_file(self.root / folder):
                 content = files[name]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from pathlib import Path
 
 from fastinterp.checkpoint.names import ANY_INDEX, SHARD, STEMS, WEIGHTS
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty, named_file
 
 MODEL, DIFFUSERS, OPEN_CLIP = STEMS[:3]
+_SAFE = {"pytorch_model": MODEL, "open_clip_pytorch_model": OPEN_CLIP}
 
 
 def stem_of(checkpoint: Checkpoint) -> str:
@@ -22,14 +25,25 @@ def stem_of(checkpoint: Checkpoint) -> str:
         return MODEL
     if match := ANY_INDEX.fullmatch(checkpoint.index_name):
         variant = match["old"] or match["variant"]
-        return f"{match['stem']}.{variant}" if variant else match["stem"]
-    stems = Counter(
-        m["stem"] if (m := SHARD.fullmatch(p.name)) else p.name.removesuffix(WEIGHTS) for p in checkpoint.files
-    )
+        stem = match["stem"] if match["suffix"] == WEIGHTS else _safe(match["stem"])
+        return f"{stem}.{variant}" if variant else stem
+    stems = Counter(map(_stem_of_file, checkpoint.files))
     stem, _ = stems.most_common(1)[0]
     if len(stems) == 1 and (checkpoint.whole_folder or is_known(stem)):
         return stem
     return _expected(checkpoint)
+
+
+def _stem_of_file(path: Path) -> str:
+    shard = SHARD.fullmatch(path.name)
+    stem, suffix = (shard["stem"], shard["suffix"]) if shard else os.path.splitext(path.name)
+    return stem if suffix == WEIGHTS else _safe(stem)
+
+
+def _safe(stem: str) -> str:
+    """The stem that libraries look for in .safetensors files, where theirs of files of torch.save is this one."""
+    base, dot, variant = stem.partition(".")
+    return "consolidated" if stem == "consolidated.00" else _SAFE.get(base, base) + dot + variant
 
 
 def is_known(stem: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp.arguments import numbers, path_of
-from fastinterp.checkpoint.names import WEIGHTS, names_file
+from fastinterp.checkpoint.names import names_file
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
 from fastinterp.messages import clipped, suggestion
@@ -60,7 +60,8 @@ def point_name(alpha: float) -> str:
 
 def point_path(out: str, name: str) -> Path:
     """Where a point is written: `OUT/alpha_0.3`; if `out` is `x.safetensors`, `x_alpha_0.3.safetensors`."""
-    return Path(f"{out.removesuffix(WEIGHTS)}_{name}{WEIGHTS}") if names_file(out) else Path(out) / name
+    ending = names_file(out)
+    return Path(f"{out.removesuffix(ending)}_{name}{ending}") if ending else Path(out) / name
 
 
 def point_recipe(
@@ -73,10 +74,12 @@ def point_recipe(
     return load_recipe({**point_mapping(a, b, alpha, base, integers), **(keys or {})})
 
 
-def further_keys(missing: str | None, channels: str | None, tokenizer_source: object) -> dict[str, str]:
+def further_keys(
+    missing: str | None, channels: str | None, quantize: str | None, tokenizer_source: object
+) -> dict[str, str]:
     """The keys of a point's recipe for those arguments that are not None. Raises: UsageError."""
     source = None if tokenizer_source is None else path_of(tokenizer_source, "tokenizer_source")
-    keys = {"missing": missing, "channels": channels, "tokenizer_source": source}
+    keys = {"missing": missing, "channels": channels, "quantize": quantize, "tokenizer_source": source}
     return {key: value for key, value in keys.items() if value is not None}
 
 

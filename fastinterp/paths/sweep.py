@@ -41,6 +41,7 @@ def sweep(
     tokenizer_source: Model | None = None,
     missing: str | None = None,
     channels: str | None = None,
+    quantize: str | None = None,
     virtual: bool = False,
     in_memory: Callback | None = None,
     framework: str = "torch",
@@ -66,7 +67,7 @@ def sweep(
                 `t`, or its `weight` of each model, is what changes
     parameters  further parameters of the method, the same for all points
     integers    the model whose integer tensors are taken where models differ
-    tokenizer_source, missing, channels   as of `interpolate`
+    tokenizer_source, missing, channels, quantize   as of `interpolate`
     out         the folder of the outputs: `out/alpha_0.3`, `out/formal_-1_kind_0.5`; or a file `x.safetensors`, which
                 stands for `x_alpha_0.3.safetensors` and so on
     virtual     write a recipe for every point, `out/alpha_0.3.yml`, instead of a checkpoint: for `fastinterp.load`
@@ -79,7 +80,7 @@ def sweep(
     Returns the points, in their order.
     Raises: what `merge` does, and what the callback raises; OutputError names what was finished before it.
     """
-    settings = _settings(dtype, rounding, seed) | further_keys(missing, channels, tokenizer_source)
+    settings = _settings(dtype, rounding, seed) | further_keys(missing, channels, quantize, tokenizer_source)
     points = _points(
         a, b, alphas, add, grid, base=base, integers=integers, method=method, parameters=parameters or {},
         settings=settings,
@@ -145,7 +146,7 @@ def _points(
 
 
 def _plans(
-    points: Sequence[Point], max_shard_size: int | None, threads: int | None, max_memory: int, one_file: bool
+    points: Sequence[Point], max_shard_size: int | None, threads: int | None, max_memory: int, one_file: str
 ) -> list[Plan]:
     """One plan for as many points as fit into one read of the models; nearly always all of them."""
     cpu_isa()

@@ -39,12 +39,12 @@ def sweep_in_memory(
         raise UsageError(f"`in_memory` must be a function of a point and its tensors, got {callback!r}")
     maker(framework)
     recipes = [load_recipe(point.recipe) for point in points]
-    size = make_plan(recipes[:1]).bytes_written
+    size = make_plan(recipes[:1], as_numbers=True).bytes_written
     most = available_memory() // 2 if max_memory is None else max_memory
     at_a_time = max(1, min(MAX_OUTPUTS, most // max(1, size)))
     done = []
     for first in range(0, len(points), at_a_time):
-        plan = make_plan(recipes[first : first + at_a_time])
+        plan = make_plan(recipes[first : first + at_a_time], as_numbers=True)
         allocated = [allocate(plan.tensors, framework) for _ in plan.recipes]
         places = [p for _, p in allocated]
         reports = fill(plan, places, threads=threads, max_memory=_SCRATCH, progress=progress, devices=devices)

@@ -111,6 +111,7 @@ def made_by(recipe: Recipe, document: Document) -> tuple[Model, Folder | None]:
     """The output of the document as a model, and the folder of its small files, if it needs one."""
     name = recipe.name or ""
     named = recipe.out_dtype or recipe.dtype
+    named = None if named is not None and named.block else named
     tensors: dict[str, TensorInput] = {}
     for t in document.tensors:
         if t.program is not None and t.program.whole:
@@ -126,7 +127,8 @@ def made_by(recipe: Recipe, document: Document) -> tuple[Model, Folder | None]:
     folder = _small_files(recipe, document)
     root = document.origin.root if folder is None else folder.path
     left_out = {} if folder is None else document.files.left_out
-    return Model(name, root, tensors, origin=document.origin.source, left_out=left_out), folder
+    made = Model(name, root, tensors, origin=document.origin.source, left_out=left_out, beside=document.origin.beside)
+    return made, folder
 
 
 def _wide(t: PlannedTensor) -> DType:
@@ -180,7 +182,7 @@ def _resolved(t: PlannedTensor, numbers: Sequence[int], models: int) -> PlannedT
         row, used = t.rows[0], [_plainest(i) for i in inputs]
     direct = used[0][1].direct if row.is_copy else None
     if direct is not None:
-        return structs.replace(direct, name=t.name, dtype=t.dtype, seeds=t.seeds)
+        return structs.replace(direct, name=t.name, dtype=t.dtype, seeds=t.seeds, form=t.form)
     check_coefficients([row.total, *(w for _, w in row.terms)], t.name)
     return structs.replace(_with(t, used), rows=(row,), sums=_sums(row, used, models), model_count=len(used))
 

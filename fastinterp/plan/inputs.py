@@ -1,26 +1,32 @@
 """Inputs of output tensors: an interface, and one class for each kind.
 
 `TensorInput` is all that planning, running and reporting know of an input. Kinds: a tensor that a file holds, as it is
-or as codes that a decoder turns into float32 (`StoredInput`); rows that come from several places (`GatheredInput`); a
-tensor of a document above, which is in no file (`IntermediateInput`). `PlannedTensor` is what is made of them.
+or as codes that a decoder turns into float32 (`StoredInput`); one that Python converts first (`ConvertedInput`); rows
+that come from several places (`GatheredInput`); a tensor of a document above, which is in no file
+(`IntermediateInput`). `PlannedTensor` is what is made of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 from msgspec.structs import replace
 
+from fastinterp.checkpoint.gguf_types import BY_NAME
+from fastinterp.checkpoint.header import Conversion
 from fastinterp.ops.combine import Combine, Row
-from fastinterp.ops.dtypes import DType
+from fastinterp.ops.dtypes import F16, DType
+from fastinterp.plan.low_rank import LowRankInput
+from fastinterp.plan.program import Program
 from fastinterp.tokenizer.embedding_rows import RowMap
 
 if TYPE_CHECKING:
     from fastinterp.ops.steps import Operand
+    from fastinterp.plan.encoded_output import OutputEncoding
 
 ModelInput = tuple[int, "TensorInput"]  # number of its model in the plan, and a tensor of it
 
@@ -29,6 +35,7 @@ class OpenFiles(Protocol):
     """The files of inputs, open: each kind of input has its operand made in one of these ways."""
 
     def stored(self, tensor: StoredInput) -> Operand: ...
+    def converted(self, tensor: ConvertedInput) -> Operand: ...
     def gathered(self, tensor: GatheredInput) -> Operand: ...
     def intermediate(self, tensor: IntermediateInput) -> Operand: ...
 
@@ -75,6 +82,11 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         return ""
 
     @property
+    def decoded(self) -> bool:
+        """Whether its numbers are decoded from codes, so that no dtype is its own."""
+        return False
+
+    @property
     def merges(self) -> bool:
         """Whether its elements are numbers that can be averaged. If not, it is copied, and equal in all models."""
         return self.dtype.merges and not self.quantised
@@ -89,17 +101,49 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         return self.dtype
 
     @property
+    def encoding(self) -> Encoding | None:
+        """How its bytes in a file become numbers, if they are codes."""
+        return None
+
+    @property
+    def codes(self) -> Encoding | None:
+        """The same, if a copy may keep its bytes: nothing is added to what they stand for."""
+        return None
+
+    @property
+    def form(self) -> TensorInput:
+        """The tensor as whose kind an output is stored that keeps this one's: itself, if it is in a file."""
+        return self
+
+    @property
     def plain(self) -> StoredInput | None:
         """Itself, if its elements lie in a file one after the other, as `dtype` stores them; else None."""
         return None
+
+    @property
+    def blocks(self) -> StoredInput | None:
+        """The blocks of a GGUF file that it is stored in, to be copied as they are; None, if it is stored otherwise."""
+        return None
+
+    @property
+    def stored_rows(self) -> StoredInput | None:
+        """Itself, if its rows lie in a file, as elements or as codes, so that those of others may stand beside them;
+        else None.
+        """
+        return self.plain
 
     @property
     def moves_rows(self) -> bool:
         """Whether its rows come from several places: of another vocabulary than its file's, or of other tensors."""
         return False
 
+    @property
+    def converted_from(self) -> str | None:
+        """How it is stored, if Python converts it into a temporary file first; None: it is read where it is."""
+        return None
+
     def first_rows(self, count: int) -> TensorInput | None:
-        """The first rows of it, along its first dimension, read where they are; None, if it is not stored."""
+        """The first rows of it, along its first dimension, read where they are; None, if that is not possible."""
         return None
 
     # What only a tensor of a document above answers in another way.
@@ -137,9 +181,13 @@ class Encoding(msgspec.Struct, frozen=True):
 
     stored      the dtype of its codes
     kept_dtype  the dtype of an output tensor that keeps this one's
-    decoder     its name in csrc/decoder.cpp and reference/decode.py
+    decoder     its name in csrc/decoders/ and reference/decode.py
     companions  scales and the like, in the order in which the decoder takes them
     parameters  numbers that it takes
+    codes       the name of the tensor of codes, and its shape
+    beside      tensors that belong to the codes, too: scales of activations, descriptions
+    format      for people: `fp8 with scales of blocks of 128 x 128`
+    power_of_two  whether all scales are powers of two, whatever their dtype
     """
 
     stored: DType
@@ -147,12 +195,19 @@ class Encoding(msgspec.Struct, frozen=True):
     decoder: str
     companions: tuple[StoredInput, ...]
     parameters: tuple[float, ...]
+    codes: str = ""
+    codes_shape: tuple[int, ...] = ()
+    beside: tuple[StoredInput, ...] = ()
+    format: str = ""
+    power_of_two: bool = False
 
 
 class StoredInput(TensorInput, frozen=True, eq=False):
     """A tensor in one file, from byte `start` on.
 
     encoding   None: its bytes are elements of `dtype`. Else they are codes, and dtype is F32
+    low_rank   None: no adapter changes it. Else dtype is F32, whatever its bytes are
+    kept       the dtype of an output tensor that keeps this one's, if that is not its own
     factor     whether it belongs to an adapter that is built into its model: a factor of a product
     """
 
@@ -161,29 +216,42 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     encoding: Encoding | None = None
     quantised: str = ""
     factor: bool = False
+    low_rank: LowRankInput | None = None
+    kept: DType | None = None
 
     @property
     def key(self) -> Hashable:
+        added = None if self.low_rank is None else self.low_rank.key
         if self.encoding is None:
-            return self.path, self.start, self.nbytes, self.dtype.name
+            return self.path, self.start, self.nbytes, self.dtype.name, added
         companions = tuple(companion.key for companion in self.encoding.companions)
-        return self.path, self.start, self.nbytes, self.encoding.decoder, self.encoding.parameters, companions
+        return self.path, self.start, self.nbytes, self.encoding.decoder, self.encoding.parameters, companions, added
 
     @property
     def files(self) -> tuple[Path, ...]:
-        if self.encoding is None:
-            return (self.path,)
-        return tuple(dict.fromkeys((self.path, *(companion.path for companion in self.encoding.companions))))
+        companions = () if self.encoding is None else self.encoding.companions
+        added = () if self.low_rank is None else self.low_rank.tensors
+        return tuple(dict.fromkeys((self.path, *(tensor.path for tensor in (*companions, *added)))))
 
     def open(self, files: OpenFiles) -> Operand:
         return files.stored(self)
 
     def describe(self) -> str:
-        text = f"{self.dtype} {list(self.shape)}"
+        text = f"{self.dtype if self.low_rank is None else self.low_rank.stored} {list(self.shape)}"
         return text if self.encoding is None else f"{text} ({self.encoding.stored} with {self.encoding.decoder})"
 
     @property
+    def decoded(self) -> bool:
+        return self.encoding is not None
+
+    @property
+    def codes(self) -> Encoding | None:
+        return self.encoding if self.low_rank is None else None
+
+    @property
     def kept_dtype(self) -> DType:
+        if self.kept is not None:
+            return self.kept
         return self.dtype if self.encoding is None else self.encoding.kept_dtype
 
     @property
@@ -192,10 +260,72 @@ class StoredInput(TensorInput, frozen=True, eq=False):
 
     @property
     def plain(self) -> StoredInput | None:
-        return self if self.encoding is None else None
+        return self if self.encoding is None and self.low_rank is None else None
 
-    def first_rows(self, count: int) -> StoredInput:
+    @property
+    def blocks(self) -> StoredInput | None:
+        if self.encoding is None or self.encoding.stored.block is None or self.low_rank is not None:
+            return None
+        return replace(self, dtype=self.encoding.stored, encoding=None)
+
+    @property
+    def stored_rows(self) -> StoredInput | None:
+        return self if self.low_rank is None else None
+
+    def first_rows(self, count: int) -> StoredInput | None:
+        if self.low_rank is not None:
+            return None
         return replace(self, shape=(count, *self.shape[1:]), nbytes=self.nbytes // self.shape[0] * count)
+
+
+class ConvertedInput(TensorInput, frozen=True, eq=False):
+    """A tensor in one file whose bytes there are not elements of `dtype` one after the other, and which no decoder
+    reads: when a run opens its inputs, Python writes its elements into a temporary file.
+
+    path, start  the file, and the first byte of the tensor
+    conversion   how its bytes become elements
+    factor       whether it belongs to an adapter that is built into its model
+    """
+
+    path: Path
+    start: int
+    conversion: Conversion
+    factor: bool = False
+
+    @property
+    def key(self) -> Hashable:
+        return self.path, self.start, self.nbytes, self.dtype.name, self.shape, self.conversion
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+    def open(self, files: OpenFiles) -> Operand:
+        return files.converted(self)
+
+    @property
+    def converted_from(self) -> str | None:
+        return self.conversion.stored_as or "with strides"
+
+    @property
+    def merges(self) -> bool:
+        return self.dtype.merges and not self.factor
+
+    def describe(self) -> str:
+        stored = f" ({self.conversion.stored_as})" if self.conversion.stored_as else ""
+        return f"{self.dtype} {list(self.shape)}{stored}"
+
+    @property
+    def kept_dtype(self) -> DType:
+        return self.dtype if self.blocks is None else F16
+
+    @property
+    def blocks(self) -> StoredInput | None:
+        kind = BY_NAME.get(self.conversion.stored_as)
+        nbytes = None if kind is None or kind.dtype.block is None else kind.dtype.nbytes(self.numel)
+        if kind is None or nbytes is None:
+            return None
+        return StoredInput(self.name, kind.dtype, self.shape, nbytes, self.path, self.start)
 
 
 class GatheredInput(TensorInput, frozen=True, eq=False):
@@ -206,12 +336,14 @@ class GatheredInput(TensorInput, frozen=True, eq=False):
     rows     where each row is from
     means    what rows of model len(sources) are: the rows, each (model, row), of which each is the mean
     sources  of each model, its tensor that corresponds; None: the model has none. Or the tensors it is put together of
+    kept     the dtype of an output tensor that keeps this one's, where some are decoded; None: its own
     """
 
     model: int
     rows: RowMap
     means: tuple[tuple[tuple[int, int], ...], ...]
     sources: tuple[StoredInput | None, ...]
+    kept: DType | None = None
 
     @property
     def models(self) -> list[int]:
@@ -229,7 +361,17 @@ class GatheredInput(TensorInput, frozen=True, eq=False):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return tuple(dict.fromkeys(source.path for i in self.models if (source := self.sources[i]) is not None))
+        used = (source for i in self.models if (source := self.sources[i]) is not None)
+        return tuple(dict.fromkeys(path for source in used for path in source.files))
+
+    @property
+    def decoded(self) -> bool:
+        used = [source for i in self.models if (source := self.sources[i]) is not None]
+        return bool(used) and all(source.decoded for source in used)
+
+    @property
+    def kept_dtype(self) -> DType:
+        return self.kept or self.dtype
 
     def open(self, files: OpenFiles) -> Operand:
         return files.gathered(self)
@@ -267,6 +409,10 @@ class IntermediateInput(TensorInput, frozen=True, eq=False):
         return "" if self.tensor.merged else self.tensor.inputs[0].quantised
 
     @property
+    def form(self) -> TensorInput:
+        return self if self.tensor.form is None else self.tensor.form.form
+
+    @property
     def stages(self) -> tuple[PlannedTensor, ...]:
         return self.tensor.stages
 
@@ -291,25 +437,6 @@ class IntermediateInput(TensorInput, frozen=True, eq=False):
         return replace(self, dtype=self.tensor.dtype, nbytes=self.tensor.nbytes)
 
 
-class Program(msgspec.Struct, frozen=True, eq=False):
-    """The calls of a method that requests something of a tensor, or whose sum is more than plain.
-
-    calls   one per output: the method with all of its arguments
-    reads   the expected reads: what each is for, and which of the tensor's inputs it reads. Answers may change them
-    whole   whether a request is about the whole model
-    method  its name
-    name    of the tensor, under which random masks are drawn
-    seeds   from which they are drawn, one per output
-    """
-
-    calls: tuple[Callable[[], Any], ...]
-    reads: tuple[tuple[str, tuple[int, ...]], ...]
-    whole: bool
-    method: str
-    name: str
-    seeds: tuple[int, ...]
-
-
 class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
     """One output tensor.
 
@@ -321,6 +448,8 @@ class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
     model_count  how many of the inputs are models that the method merges; the others are side-cars
     sums         what the method returned, one per output, where `rows` come from it
     seeds        of the store's rounding, one per output
+    form         the tensor whose dtype it keeps, if it is merged
+    encoding     how it is stored as codes; dtype is F32 then. None: as elements of its dtype
     """
 
     name: str
@@ -333,6 +462,8 @@ class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
     model_count: int = 0
     sums: tuple[Combine, ...] = ()
     seeds: tuple[int, ...] = ()
+    form: TensorInput | None = None
+    encoding: OutputEncoding | None = None
 
     @property
     def numel(self) -> int:
@@ -350,7 +481,26 @@ class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
     @property
     def reads(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """The reads, in order: what each is for, and which of `inputs` it reads."""
-        return (("combine", tuple(range(len(self.inputs)))),) if self.program is None else self.program.reads
+        reads = (("combine", tuple(range(len(self.inputs)))),) if self.program is None else self.program.reads
+        if self.encoding is None or not self.encoding.measures or self.copies_codes:
+            return reads
+        return (*reads[:-1], ("magnitudes", reads[-1][1]), reads[-1])
+
+    @property
+    def copies_codes(self) -> bool:
+        """Whether all outputs are copies of the codes and scales of an input."""
+        alike = () if self.encoding is None else self.encoding.alike
+        return bool(self.rows) and bool(alike) and all(row.is_copy and alike[row.pivot] for row in self.rows)
+
+    @property
+    def entries(self) -> tuple[tuple[str, DType, tuple[int, ...]], ...]:
+        """The tensors of the file: name, dtype and shape of each."""
+        return ((self.name, self.dtype, self.shape),) if self.encoding is None else self.encoding.entries
+
+    @property
+    def stored_as(self) -> str:
+        """For people: its dtype, or the format of its codes."""
+        return self.dtype.name if self.encoding is None else self.encoding.format or self.encoding.codes[1].name
 
     @property
     def bytes_read(self) -> int:
@@ -359,7 +509,7 @@ class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
     @property
     def nbytes(self) -> int:
         """Bytes of one output."""
-        return self.dtype.nbytes(self.numel) or 0
+        return self.dtype.nbytes(self.numel) or 0 if self.encoding is None else self.encoding.nbytes
 
     @property
     def before(self) -> tuple[PlannedTensor, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastinterp._version import __version__
-from fastinterp.checkpoint.names import listing
+from fastinterp.checkpoint.names import GGUF, listing
 from fastinterp.checkpoint.open import Component
 from fastinterp.errors import UsageError
 from fastinterp.messages import listed
@@ -15,7 +15,7 @@ from fastinterp.ops.combine import NUMERICS, Combine
 from fastinterp.output.layout import Layout, joined, make_layout
 from fastinterp.output.stems import MODEL, stem_of
 from fastinterp.plan.inputs import PlannedTensor
-from fastinterp.plan.models import Model
+from fastinterp.plan.models import Model, is_gguf
 from fastinterp.recipe.load import Recipe
 
 SHARD_BYTES = 5 * 10**9  # of tensor data in one file, where the origin has several
@@ -33,26 +33,38 @@ class Outputs:
     origin    the model whose file names, number of files and header metadata the outputs have
     models    all models that are merged
     tensors   of every output, in its order
+    stacked   an output may have other layers than the origin, or in another order
     remarks   which entries of the header metadata differ or are left out
     """
 
-    def __init__(self, origin: Model, models: Sequence[Model], tensors: Sequence[PlannedTensor]):
-        self._tensors = tensors
+    def __init__(
+        self, origin: Model, models: Sequence[Model], tensors: Sequence[PlannedTensor], stacked: bool = False
+    ):  # fmt: skip
+        self._tensors, self._origin, self._stacked = tensors, origin, stacked
         self._parts: dict[str, Component] = {}
         for model in (origin, *models):
             for part in model.source.parts if model.source is not None else ():
                 self._parts.setdefault(part.folder, part)
-        quantised = any(i.quantised for t in tensors for i in t.inputs)
+        quantised = any(i.quantised for t in tensors for i in t.inputs) or any(t.encoding for t in tensors)
         self._untrue = {_RECEIPT, *_HASHES, *(() if quantised else _QUANTISED)}
+        if is_gguf(origin):
+            from fastinterp.output.gguf_layout import left_out
+
+            self._untrue.update(key for part in self._parts.values() for key in left_out(part.checkpoint.metadata))
         self.remarks = (*self._differing(origin, models), *self._left_out())
 
-    def layout(self, metadata: dict[str, str], max_shard_size: int | None, one_file: bool) -> Layout:
+    def layout(self, metadata: dict[str, str], max_shard_size: int | None, one_file: str) -> Layout:
         """metadata: of this output alone; the origin's goes before it.
 
         max_shard_size  None: one file where the origin has one, else shards of 5 GB
-        one_file        the output is one file, and no folder
+        one_file        how its name ends, if the output is one file; empty: it is a folder
         Raises: OutputError, as make_layout does; UsageError, if it cannot be one file.
         """
+        if one_file == GGUF or is_gguf(self._origin):
+            from fastinterp.plan import gguf_output
+
+            gguf_output.refuse_ending(one_file, self._origin)
+            return gguf_output.layout(self._origin, self._tensors, metadata[_RECEIPT], max_shard_size, self._stacked)
         groups: dict[str, list[PlannedTensor]] = {}
         for t in self._tensors:
             groups.setdefault(self._folder(t.name), []).append(t)
@@ -70,8 +82,9 @@ class Outputs:
             carried = {} if part is None else self._carried(part)
             whole = {"format": "pt", **carried, **metadata}
             stem = MODEL if part is None else stem_of(part.checkpoint)
-            shapes = [(t.name, t.dtype, t.shape) for t in tensors]
-            layouts.append(make_layout(shapes, whole, limit, stem, folder))
+            beside = {name: t.entries[0][0] for t in tensors for name, _, _ in t.entries[1:]}
+            shapes = [entry for t in tensors for entry in t.entries]
+            layouts.append(make_layout(shapes, whole, limit, stem, folder, beside))
         layout = joined(layouts)
         if one_file and len(layout.files) > 1:
             raise UsageError(
@@ -134,9 +147,9 @@ def _is_text(text: str) -> bool:
 def receipt(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Sequence[str]) -> dict[str, str]:
     """The receipt that is stored in every output file: the recipe, and the coefficients that were used.
 
-    `recipe` as it was given, with the merge's own `dtype`, `rounding`, `seed`, `missing` and `channels`, makes the same
-    bytes again. Models are stored as the user named them. Time, output folder and threads are not, so that the same
-    merge of the same names gives the same bytes everywhere.
+    `recipe` as it was given, with the merge's own `dtype`, `rounding`, `seed`, `missing`, `channels` and `quantize`,
+    makes the same bytes again. Models are stored as the user named them. Time, output folder and threads are not, so
+    that the same merge of the same names gives the same bytes everywhere.
     """
     stored = recipe.out_dtype or recipe.dtype
     content = {
@@ -154,6 +167,7 @@ def receipt(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Se
     content |= {} if recipe.missing == "error" else {"missing": recipe.missing}
     content |= {} if recipe.channels == "same" else {"channels": recipe.channels}
     content |= {"truncate_embeddings": True} if recipe.truncate_embeddings else {}
+    content |= {} if recipe.quantize == "none" else {"quantize": recipe.quantize}
     return {_RECEIPT: json.dumps(content, separators=(",", ":"))}
 
 

@@ -26,7 +26,7 @@ from fastinterp.output.layout import Layout
 from fastinterp.output.model_card import CARD, model_card
 from fastinterp.output.origin_files import OriginFiles
 from fastinterp.plan.inputs import PlannedTensor
-from fastinterp.plan.models import Library, Model
+from fastinterp.plan.models import Library, Model, is_gguf
 from fastinterp.plan.outputs import Outputs, receipt
 from fastinterp.plan.single import Document, plan_document
 from fastinterp.plan.vocabularies import AlignedModels
@@ -107,9 +107,11 @@ class Plan:
         return {**files, CARD: card.encode(), **self.layouts[k].indexes}
 
     def _promoted(self) -> DType | None:
-        """Where models differ in their dtypes, and tensors are stored in one that holds all: that of most elements."""
-        merged = [t for t in self.tensors if t.merged and t.dtype.merges]
-        if all(t.dtype == t.inputs[0].kept_dtype for t in merged):
+        """That of most elements, where models differ in their dtypes and tensors are stored in one that holds all, or
+        where tensors are decoded.
+        """
+        merged = [t for t in self.tensors if t.merged and t.dtype.merges and t.encoding is None]
+        if all(t.dtype == t.inputs[0].kept_dtype and not any(i.decoded for i in t.inputs) for t in merged):
             return None
         elements: dict[DType, int] = {}
         for tensor in merged:
@@ -170,7 +172,8 @@ def make_plan(
     max_shard_size: int | None = None,
     above: Sequence[Recipe] = (),
     library: Library | None = None,
-    one_file: bool = False,
+    one_file: str = "",
+    as_numbers: bool = False,
 ) -> Plan:
     """Open the checkpoints' headers, see that they fit together, and lay out the output.
 
@@ -178,26 +181,43 @@ def make_plan(
     max_shard_size  bytes of tensor data in one file; None: one file where the origin has one, else 5 GB
     above           the documents above, if there are any; then `recipes` is the last document alone
     library         opens the checkpoints, and may have opened some already; None: a new one
-    one_file        every output is one file, and no folder
+    one_file        how the name of every output ends, if it is one file; empty: it is a folder
+    as_numbers      every output is in memory: nothing is stored in blocks
     Raises: CheckpointError and ShapeError, if a checkpoint is damaged or does not fit the others; MethodError, if a
     method does not accept its models or parameters; RecipeError, if documents do not fit each other; UsageError.
     """
     first = recipes[0]
+    _refuse_adapters([*above, *recipes])
     if len(recipes) > MAX_OUTPUTS:
         raise UsageError(f"one read can make at most {MAX_OUTPUTS} outputs, got {len(recipes)}")
-    if any(r.models != first.models or r.dtype != first.dtype or r.out_dtype != first.out_dtype for r in recipes):
+    kept = [(r.models, r.dtype, r.out_dtype, r.quantize) for r in recipes]
+    if any(one != kept[0] for one in kept):
         raise UsageError("recipes that share one read must have the same models and dtypes")
     library = library or Library()
     if above:
         from fastinterp.plan.chained import plan_chain
 
+        above = [replace(r, quantize=first.quantize) for r in above]  # their configurations say what the last one needs
         last, checkpoints, names, warnings, remarks, folders = plan_chain(above, first, library)
     else:
         last = plan_document(recipes, library.find)
         checkpoints, names, folders = last.checkpoints, tuple(map(str, first.models)), ()
         warnings, remarks = last.warnings, last.remarks
     tensors = last.tensors
-    outputs = Outputs(last.origin, checkpoints[: len(names)], tensors)
+    stacked = any(section.stacked for recipe in (*above, first) for section in recipe.sections)
+    if is_gguf(last.origin) and not as_numbers:
+        from fastinterp.plan.gguf_output import in_stored_types
+
+        tensors, more = in_stored_types(last.origin, tensors, first)
+        remarks = (*remarks, *more)
+    elif (asked := first.out_dtype or first.dtype) is not None and asked.block:
+        raise UsageError(f"`dtype: {asked.name.lower()}` is a type of GGUF files, and of outputs of GGUF models only")
+    elif first.quantize == "same":
+        from fastinterp.plan.encoded_output import quantised_as
+
+        tensors, more = quantised_as(last.origin, tensors, checkpoints, stacked=any(s.stacked for s in first.sections))
+        remarks = (*remarks, *more)
+    outputs = Outputs(last.origin, checkpoints[: len(names)], tensors, stacked)
     layouts = tuple(
         outputs.layout(receipt(recipe, k, tensors, names), max_shard_size, one_file) for k, recipe in enumerate(recipes)
     )
@@ -208,6 +228,15 @@ def make_plan(
     )  # fmt: skip
 
 
+def _refuse_adapters(recipes: Sequence[Recipe]) -> None:
+    """Raises: RecipeError, if one of several documents is an adapter, or something else than `merge` has one."""
+    for recipe in recipes:
+        if recipe.out == "lora":
+            raise recipe.document.error(
+                "`out: lora` makes an adapter, which only `fastinterp merge` does, of a recipe of one document", "$.out"
+            )
+
+
 def _stamps(document: Document) -> dict[Path, Stamp | None]:
     copied = [c for c in (document.aligned.tokenizer or {}).values() if isinstance(c, Path)]
     return {**{path: stamp_of(path) for path in copied}, **document.files.stamps}
@@ -215,31 +244,34 @@ def _stamps(document: Document) -> dict[Path, Stamp | None]:
 
 def plan_recipe(
     recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
-    missing: object = None, channels: object = None, *, one_file: bool = False,
+    missing: object = None, channels: object = None, quantize: object = None, *, one_file: str = "",
+    as_numbers: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge` and make_plan."""
-    *above, last = _documents(recipe, dtype, rounding, seed, missing, channels)
-    return make_plan([last], max_shard_size=optional_size(max_shard_size), above=above, one_file=one_file)
+    *above, last = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+    size = optional_size(max_shard_size)
+    return make_plan([last], max_shard_size=size, above=above, one_file=one_file, as_numbers=as_numbers)
 
 
 def plan_documents(
     recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
-    missing: object = None, channels: object = None, *, one_file: bool = False,
+    missing: object = None, channels: object = None, quantize: object = None, *, one_file: str = "",
 ) -> list[Plan]:  # fmt: skip
     """A plan for each document of a recipe, the last for that which is written. Arguments and errors as of `merge`."""
-    every = _documents(recipe, dtype, rounding, seed, missing, channels)
+    every = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
     size = optional_size(max_shard_size)
     return [
-        make_plan([one], max_shard_size=size, above=every[:i], one_file=one_file and one is every[-1])
+        make_plan([one], max_shard_size=size, above=every[:i], one_file=one_file if one is every[-1] else "")
         for i, one in enumerate(every)
     ]
 
 
-def _documents(
-    recipe: Source, dtype: object, rounding: object, seed: object, missing: object, channels: object
+def documents(
+    recipe: Source, dtype: object, rounding: object, seed: object, missing: object, channels: object, quantize: object
 ) -> list[Recipe]:
+    """The documents of a recipe, with what the arguments replace in them. Arguments and errors as of `merge`."""
     *above, last = load_recipes(recipe)
-    changed = overridden(last, dtype, rounding, seed, missing, channels)
+    changed = overridden(last, dtype, rounding, seed, missing, channels, quantize)
     if above:
         above = [overridden(r, None, None, None, missing, channels) for r in above]
         # They were stored as the last one is, and are; a seed that all have in common is replaced in all.

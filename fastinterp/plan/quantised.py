@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from fastinterp.checkpoint.quantised import QuantisedTensor, declared_method, quantised_in
+from fastinterp.checkpoint.quantisation_config import declared_method
+from fastinterp.checkpoint.quantised import QuantisedTensor, quantised_in
 from fastinterp.checkpoint.same_bytes import same_bytes
 from fastinterp.checkpoint.sidecar_files import CONFIG
 from fastinterp.errors import CheckpointError
@@ -73,17 +75,16 @@ def _command(model: Model, found: Sequence[QuantisedTensor]) -> str:
         return ""
     from fastinterp.checkpoint.dequantising import command
 
-    first = next((q for q in found if q.companions), found[0])
-    headers = checkpoint.tensors
-    scale = (first.companions[0], headers[first.companions[0]]) if first.companions else None
-    return command(first.format, checkpoint.root, checkpoint.files, (first.codes, headers[first.codes]), scale)
+    return command(found[0].format, checkpoint.root)
 
 
 def refuse_quantised(recipe: Recipe, models: Sequence[Model]) -> None:
-    """Raises: CheckpointError, if models that the recipe merges with each other have different quantised tensors.
+    """Raises: CheckpointError, if models that the recipe merges with each other have different quantised tensors, or
+    one has some that are decoded beside some that are not.
 
     models  those of the recipe, as they were opened
     """
+    refuse_half_decoded(models)
     for section in recipe.sections:
         for group in section.groups:
             merged = [models[source.model] for source in group.sources]
@@ -93,6 +94,16 @@ def refuse_quantised(recipe: Recipe, models: Sequence[Model]) -> None:
             different = any(k != kinds[0] for k in kinds[1:])
             if any(kinds) and (not all(kinds) if section.stacked else different):
                 raise quantised_error(merged)
+
+
+def refuse_half_decoded(models: Iterable[Model]) -> None:
+    """Raises: CheckpointError, if a model has tensors that are decoded, and codes that are not: no configuration could
+    tell of both.
+    """
+    for model in models:
+        some = next((t.name for t in model.tensors.values() if t.decoded), None)
+        if some is not None and any(t.quantised for t in model.tensors.values()):
+            raise quantised_error([model], f"Others of its tensors are de-quantised, as {some}, and these cannot be")
 
 
 def _kinds(model: Model, module: str | None) -> dict[str, tuple[str, str, tuple[int, ...]]]:
@@ -119,6 +130,7 @@ def refuse_differing(targets: Sequence[Target], models: Sequence[Model]) -> None
 
 def refuse_models(models: Sequence[Model]) -> None:
     """The same of whole models, all of whose tensors are merged with each other."""
+    refuse_half_decoded(models)
     kinds = [_kinds(model, None) for model in models]
     for name in kinds[0] if all(k == kinds[0] for k in kinds) else ():
         if not agree([m.tensors[name] for m in models], _SAMPLE):
@@ -138,19 +150,43 @@ def agree(inputs: Sequence[TensorInput], limit: int | None = None) -> bool:
     return all(same_bytes(places[0], place) for place in places[1:])
 
 
-def about_configuration(origin: Model, tensors: Sequence[PlannedTensor]) -> tuple[str, str]:
-    """A remark, if the origin's configuration says that weights are quantised, and the output has none that are; and a
-    warning, if the output has some of another model, and it does not say so. Each may be empty.
+class AboutConfiguration(NamedTuple):
+    """What becomes of what configurations say of quantised weights.
+
+    folders   those of components whose configuration says that there are some, where the output has none
+    remarks   on these, for people
+    warnings  about codes in the output of which no configuration tells
     """
-    said = declared_method(origin.root)
-    formats = {t.inputs[0].quantised for t in tensors if not t.merged} - {""}
-    if said and not formats:
-        what = f"{CONFIG} of {origin.name} says that weights are quantised ({said})"
-        return f"{what}, and those here are not: left out", ""
-    own = any(t.quantised for t in origin.tensors.values())
-    if formats and not said and not own and (origin.root / CONFIG).is_file():
-        return "", (
-            f"the output has quantised weights ({', '.join(sorted(formats))}), and {CONFIG} of {origin.name}, which "
-            "it gets, does not say so: software may take codes for weights. Copy `quantization_config` from the model's"
-        )
-    return "", ""
+
+    folders: tuple[str, ...]
+    remarks: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def about_configuration(origin: Model, tensors: Sequence[PlannedTensor], same: bool) -> AboutConfiguration:
+    """What the configurations of the origin and of its components say, beside what is written.
+
+    same  whether tensors are quantised anew, as the origin has them
+    """
+    folders, remarks = [], []
+    formats = {t.name: t.inputs[0].quantised for t in tensors if not t.merged and t.inputs[0].quantised}
+    forms = {t.name: t.form.form.encoding for t in tensors if same and t.form is not None}
+    formats |= {name: form.format for name, form in forms.items() if form is not None}
+    parts = [("", "")] if origin.source is None else [(part.folder, part.prefix) for part in origin.source.parts]
+    known = False
+    for folder, prefix in parts:
+        said = declared_method(origin.root / folder)
+        known |= bool(said)
+        if said and not any(name.startswith(prefix) for name in formats):
+            folders.append(folder)
+            what = f"{prefix}{CONFIG} of {origin.name} says that weights are quantised ({said})"
+            remarks.append(f"{what}, and those here are not: left out")
+    own = same or any(t.quantised for t in origin.tensors.values())
+    if not formats or known or own or not (origin.root / CONFIG).is_file():
+        return AboutConfiguration(tuple(folders), tuple(remarks), ())
+    warning = (
+        f"the output has quantised weights ({', '.join(sorted({*formats.values()}))}), and {CONFIG} of {origin.name}, "
+        "which it gets, does not say so: software may take codes for weights. Copy `quantization_config` from the "
+        "model's"
+    )
+    return AboutConfiguration(tuple(folders), tuple(remarks), (warning,))

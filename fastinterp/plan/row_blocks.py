@@ -5,6 +5,7 @@ A row is what lies along the last dimension. Nothing is copied: a block is read 
 
 from __future__ import annotations
 
+import math
 import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,8 @@ from functools import cache
 from msgspec.structs import replace
 
 from fastinterp.messages import counted
-from fastinterp.ops.dtypes import F32, F64, DType
+from fastinterp.ops.dtypes import F32, F64, DType, promoted
+from fastinterp.plan.encoded_rows import rows_of
 from fastinterp.plan.inputs import GatheredInput, StoredInput, TensorInput
 from fastinterp.recipe.tensor_groups import HasShape
 from fastinterp.tokenizer.embedding_rows import RowMap, pack
@@ -141,13 +143,18 @@ def _fuse(name: str, parts: Sequence[str], reference: Tensors, tensors: Tensors)
     shape = reference[name].shape
     if len(shape) == 1 or not _fits(shape, [tensors[p].shape for p in parts], _by_rows(name, reference, tensors)):
         return None
-    sources = [source for part in parts if (source := tensors[part].plain) is not None and source.merges]
+    sources = [source for part in parts if (source := tensors[part].stored_rows) is not None and source.merges]
     if len(sources) < len(parts):
         return None
     rows = _stacked(tuple(source.shape[0] for source in sources))
     dtype = _dtype_of_all(sources)
     nbytes = (dtype.nbytes(1) or 0) * len(rows.codes) * shape[-1]
-    return GatheredInput(name, dtype, shape, nbytes, 0, rows, (), tuple(sources))
+    return GatheredInput(name, dtype, shape, nbytes, 0, rows, (), tuple(sources), _kept(sources))
+
+
+def _kept(sources: Sequence[StoredInput]) -> DType | None:
+    """The dtype that an output of these tensors keeps, if some are decoded."""
+    return promoted(source.kept_dtype for source in sources) if any(source.decoded for source in sources) else None
 
 
 def _dtype_of_all(sources: Iterable[StoredInput]) -> DType:
@@ -167,11 +174,20 @@ def _stacked(counts: tuple[int, ...]) -> RowMap:
 
 def _split(name: str, parts: Sequence[str], tensors: Tensors, reference: Tensors) -> dict[str, TensorInput]:
     """The parts of a fused tensor, in the shapes that the reference has; {}, if they do not fit."""
-    stored = tensors[name].plain
+    stored = tensors[name].stored_rows
     shapes = [reference[part].shape for part in parts]
     if stored is None or not _fits(stored.shape, shapes, _by_rows(name, tensors, reference)):
         return {}
     made: dict[str, TensorInput] = {}
+    if stored.encoding is not None:
+        first = 0
+        for part, shape in zip(parts, shapes, strict=True):
+            cut = rows_of(stored, first, math.prod(shape[:-1]), part)
+            if cut is None:
+                return {}
+            made[part] = replace(cut, shape=shape)
+            first += math.prod(shape[:-1])
+        return made
     start = stored.start
     for part in parts:
         made[part] = _block(stored, part, start, reference[part].shape)
@@ -202,7 +218,7 @@ def widened(tensor: TensorInput, widest: TensorInput) -> GatheredInput | None:
     tensor  [out, c, ...]
     widest  [out, more than c, ...]
     """
-    narrow, wide = tensor.plain, widest.plain
+    narrow, wide = tensor.stored_rows, widest.stored_rows
     if narrow is None or wide is None:
         return None
     own, every, below = tensor.shape[1], widest.shape[1], 1
@@ -217,5 +233,6 @@ def widened(tensor: TensorInput, widest: TensorInput) -> GatheredInput | None:
     dtype = _dtype_of_all((narrow, wide))
     nbytes = dtype.nbytes(widest.numel) or 0
     return GatheredInput(
-        tensor.name, dtype, widest.shape, nbytes, 0, RowMap(codes, frozenset((0, 1))), (), (narrow, wide)
-    )
+        tensor.name, dtype, widest.shape, nbytes, 0, RowMap(codes, frozenset((0, 1))), (), (narrow, wide),
+        _kept((narrow, wide)),
+    )  # fmt: skip

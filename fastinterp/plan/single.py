@@ -19,9 +19,10 @@ from fastinterp.plan.compatibility import (
     lost_warnings,
     template_warnings,
 )
+from fastinterp.plan.converted import conversion_warnings
 from fastinterp.plan.fit import check_cuts, other_sizes
 from fastinterp.plan.inputs import PlannedTensor
-from fastinterp.plan.models import Model
+from fastinterp.plan.models import Model, is_gguf
 from fastinterp.plan.quantised import about_configuration, refuse_differing, refuse_quantised
 from fastinterp.plan.tensor_sets import with_names_of
 from fastinterp.plan.tensors import complex_remarks, dtype_remarks, dtype_warnings, plan_tensors, sidecar_refs
@@ -84,6 +85,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     first = recipes[0]
     models = [find_named(first, find, model) for model in first.models]
     origin = find_named(first, find, first.origin)
+    _refuse_formats(first, (*models, origin))
     refuse_quantised(first, models)
     # Before any of them is read: changes are noticed from here on.
     files = origin_files(origin.root, origin.source, origin.left_out)
@@ -120,13 +122,15 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     tensors = plan_tensors(recipes, targets, aligned.models, sidecars, origin, aligned.layouts)
     warnings = [
         *map(str, first.warnings),
+        *dict.fromkeys(warning for model in models for warning in model.warnings),
         *aligned.warnings,
         *(aligned.layouts.values() if first.missing != "error" else ()),
         *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None, aligned.rows is not None),
+        *_about_keys(first, aligned.models, origin),
     ]
-    remark, warning = about_configuration(origin, tensors)
-    aligned = replace(aligned, numbers=bool(remark))
-    warnings += [warning] if warning else []
+    about = about_configuration(origin, tensors, first.quantize == "same")
+    aligned = replace(aligned, numbers=about.folders)
+    warnings += about.warnings
     if aligned.template is None and aligned.vocabulary is None:
         warnings += template_warnings(aligned.models, origin)
     warnings += head_warnings(origin, {t.name: t for t in tensors}, aligned.tied)
@@ -135,19 +139,41 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
     lost = lost_tensors(origin, own, [name for name in left if name not in made], aligned.tied)
     warnings += lost_warnings(origin, {name: left[name] for name in lost}, made, base)
     warnings += component_warnings(aligned.models, origin)
-    warnings += layer_warnings
-    warnings += dtype_warnings(first, targets[0], origin)
+    warnings += [*layer_warnings, *dtype_warnings(first, targets[0], origin)]
+    warnings += conversion_warnings(tensors, [*aligned.models, *sidecars.values()])
     if first.filters:
         from fastinterp.recipe.check import filter_warnings
 
         warnings += [str(warning) for warning in filter_warnings(first, assemblies[0])]
     opened = (*models, origin, *sidecars.values())
     remarks = [remark for model in opened if model.checkpoint is not None for remark in model.checkpoint.remarks]
+    remarks += [remark for model in opened for remark in model.remarks]
+    if first.quantize == "none":
+        remarks += [remark for model in opened for remark in model.as_numbers]
     remarks += [*aligned.remarks, *missing_tensors({n: m for n, m in left.items() if n not in lost}, made, base.name)]
-    remarks += dtype_remarks(first, targets[0], aligned.models)
-    remarks += [*([remark] if remark else []), *complex_remarks(first, tensors)]
+    about_dtypes = [] if is_gguf(origin) else dtype_remarks(first, targets[0], aligned.models, origin)
+    remarks += [*about_dtypes, *about.remarks, *complex_remarks(first, tensors)]
     together = _together(dict.fromkeys(remarks), [model.name for model in opened])
     return Document(aligned, origin, tensors, sidecars, tuple(warnings), together, files)
+
+
+def _refuse_formats(recipe: Recipe, models: Sequence[Model]) -> None:
+    """Raises: CheckpointError and UsageError, about GGUF models: see plan/gguf.py. models: the origin comes last"""
+    if any(map(is_gguf, models)):
+        from fastinterp.plan.gguf import refuse_keys, refuse_mixed
+
+        refuse_mixed(models)
+        refuse_keys(recipe, models[-1])
+
+
+def _about_keys(recipe: Recipe, models: Sequence[Model], origin: Model) -> list[str]:
+    """Warnings about the keys in the headers of GGUF models."""
+    if not is_gguf(origin):
+        return []
+    from fastinterp.plan.gguf import gguf_warnings, place_warnings
+
+    stacked = any(section.stacked for section in recipe.sections)
+    return [*gguf_warnings(models, origin), *place_warnings(origin, stacked)]
 
 
 def _together(remarks: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:

@@ -12,10 +12,11 @@ from fastinterp.errors import CheckpointError, MethodError, ShapeError, UsageErr
 from fastinterp.messages import counted, listed
 from fastinterp.methods import Method, Sidecar
 from fastinterp.ops.combine import Combine, Tensor, check_coefficients, renumbered
-from fastinterp.ops.dtypes import DType, promoted
+from fastinterp.ops.dtypes import F16, DType, promoted
 from fastinterp.plan.fit import INTEGERS, check_fit, chosen_model
-from fastinterp.plan.inputs import ModelInput, PlannedTensor, Program, TensorInput
-from fastinterp.plan.models import Model
+from fastinterp.plan.inputs import ModelInput, PlannedTensor, TensorInput
+from fastinterp.plan.models import Model, is_gguf
+from fastinterp.plan.program import Program
 from fastinterp.plan.quantised import agree, quantised_error
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
@@ -112,6 +113,11 @@ class _Planner:
         self._sidecars = {ref: (len(models) + i, model) for i, (ref, model) in enumerate(sidecars.items())}
         self._keywords = [p.keyword for p in self._method.parameters if p.kind is Sidecar]
         leads = (models[t.inputs[0][0]].tensors[t.inputs[0][1]] for t in targets if not t.copies)
+        self._gguf = None
+        if is_gguf(origin):
+            from fastinterp.plan.gguf_output import StoredTypes
+
+            self._gguf = StoredTypes(origin, recipes[0].out_dtype or recipes[0].dtype)
         self._numel = sum(lead.numel for lead in leads if lead.merges)
         self._requests: dict[tuple[Any, ...], Any] = {}  # of methods that look at the number of models alone
         self._reads: dict[tuple[Any, ...], Any] = {}
@@ -119,7 +125,10 @@ class _Planner:
 
     def planned(self, targets: Sequence[Target]) -> PlannedTensor:
         """targets  one per output, of equal name and inputs"""
-        return replace(self._planned(targets), seeds=tuple(r.seed for r in self._recipes))
+        planned = replace(self._planned(targets), seeds=tuple(r.seed for r in self._recipes))
+        if not planned.merged:
+            return planned
+        return replace(planned, form=_dtype_source(targets[0], self._origin) or planned.inputs[0])
 
     def _planned(self, targets: Sequence[Target]) -> PlannedTensor:
         target, recipe = targets[0], self._recipes[0]
@@ -130,10 +139,13 @@ class _Planner:
         if not all(tensor.merges for _, tensor in inputs):
             return self._unmerged(targets, inputs)
         # An output keeps the dtype of the model whose config.json is copied, which need not be merged itself.
-        stored = (_dtype_source(target, self._origin) or lead).kept_dtype
-        kept = {tensor.kept_dtype for _, tensor in inputs}
-        stored = promoted(kept) if len(kept) > 1 else stored if stored.merges else lead.kept_dtype
-        dtype = recipe.out_dtype or recipe.dtype or stored
+        first = _dtype_source(target, self._origin) or lead
+        if self._gguf is not None:
+            dtype = self._gguf.of_sum(target.name, lead.shape, first)
+        else:
+            kept = _kept([tensor for _, tensor in inputs], first)
+            own = first.kept_dtype if first.kept_dtype.merges else lead.kept_dtype
+            dtype = recipe.out_dtype or recipe.dtype or (promoted(kept) if len(kept) > 1 else own)
         if target.copies:
             return _summed(target.name, dtype, lead, inputs, [Combine((1.0,))] * len(targets))
         calls = self._calls(targets, lead)
@@ -269,6 +281,17 @@ def _dtype_source(target: Target, origin: Model) -> TensorInput | None:
     return origin.tensors.get(target.inputs[0][1]) or origin.tensors.get(first)
 
 
+def _kept(tensors: Sequence[TensorInput], first: TensorInput) -> frozenset[DType]:
+    """The dtypes of tensors that are merged, of which one that holds all is stored.
+
+    What is decoded has none of its own: BF16, and beside F16 alone that of `first`, the one whose dtype is kept.
+    """
+    own = {tensor.kept_dtype for tensor in tensors if not tensor.decoded}
+    if own == {F16} and any(tensor.decoded for tensor in tensors):
+        return frozenset({first.kept_dtype})
+    return frozenset(tensor.kept_dtype for tensor in tensors)
+
+
 def dtype_warnings(recipe: Recipe, targets: Sequence[Target], origin: Model) -> list[str]:
     """A warning, if the origin does not tell the dtype of tensors in stacked layers, so that their source does."""
     if recipe.dtype is not None or recipe.out_dtype is not None:
@@ -282,14 +305,14 @@ def dtype_warnings(recipe: Recipe, targets: Sequence[Target], origin: Model) -> 
     ]
 
 
-def dtype_remarks(recipe: Recipe, targets: Sequence[Target], models: Sequence[Model]) -> list[str]:
+def dtype_remarks(recipe: Recipe, targets: Sequence[Target], models: Sequence[Model], origin: Model) -> list[str]:
     """What is stored where models have a tensor in different dtypes, and the recipe names none."""
     if recipe.dtype is not None or recipe.out_dtype is not None:
         return []
     counts: dict[frozenset[DType], int] = {}
     for target in targets:
         tensors = [models[i].tensors[name] for i, name in target.inputs]
-        kinds = frozenset(tensor.kept_dtype for tensor in tensors)
+        kinds = _kept(tensors, _dtype_source(target, origin) or tensors[0])
         if len(kinds) > 1 and not target.verbatim and all(tensor.merges for tensor in tensors):
             counts[kinds] = counts.get(kinds, 0) + 1
     return [

@@ -82,9 +82,10 @@ def _first_rows(name: str, tensor: TensorInput, rows: int, model: Model) -> Tens
     """The first rows of a tensor: read where they are stored."""
     first = tensor if tensor.shape[0] == rows else tensor.first_rows(rows)
     if first is None:
+        why = "a document above makes it" if model.checkpoint is None else "it is not stored as rows of numbers"
         raise CheckpointError(
-            f"{name} of {model.name}, which a document above makes, cannot be cut here. Write `truncate_embeddings: "
-            "true` in that document, if it merges the same models, or write it as a checkpoint of its own first",
+            f"{name} of {model.name} cannot be cut to {rows} rows: {why}. Write that model as a checkpoint of its own "
+            "first",
             tensor=name,
         )
     return first

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import listing
-from fastinterp.checkpoint.quantised import HF_QUANT_CONFIG, without_quantisation
+from fastinterp.checkpoint.quantisation_config import HF_QUANT_CONFIG, MISTRAL_CONFIG, without_quantisation
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, read_config
 from fastinterp.checkpoint.strict_json import parse_object
@@ -61,7 +61,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
     layouts     by model: which tensors have another layout than the base's, and what to do
     counts      stacks of which the output has other layers than its inputs
     about_config  remarks on what becomes of config.json
-    numbers     the origin's configuration says that its weights are quantised, but the output has none that are
+    numbers     folders whose configuration says that weights are quantised, where the output has none that are
     """
 
     models: tuple[Model, ...]
@@ -78,7 +78,7 @@ class AlignedModels(msgspec.Struct, frozen=True):
     notes: Mapping[int, str] = {}
     layouts: Mapping[int, str] = {}
     counts: tuple[LayerCount, ...] = ()
-    numbers: bool = False
+    numbers: tuple[str, ...] = ()
     about_config: tuple[str, ...] = ()
 
     def sidecars(self, files: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
@@ -103,15 +103,17 @@ class AlignedModels(msgspec.Struct, frozen=True):
             from fastinterp.plan.stacks import layered_config
 
             changed[CONFIG] = layered_config(changed[CONFIG], self.counts, self.models)
-        if self.numbers:
-            changed.pop(HF_QUANT_CONFIG, None)
-            if CONFIG in changed:
-                changed[CONFIG] = self._unquantised(changed[CONFIG])
+        for folder in self.numbers:
+            start = f"{folder}/" if folder else ""
+            changed.pop(start + HF_QUANT_CONFIG, None)
+            for name in (start + CONFIG, start + MISTRAL_CONFIG):
+                if name in changed:
+                    changed[name] = self._unquantised(name, changed[name])
         return changed
 
-    def _unquantised(self, content: bytes | Path) -> bytes | Path:
-        """config.json without what it says of quantised weights."""
-        file = CONFIG if isinstance(content, bytes) else str(content)
+    def _unquantised(self, name: str, content: bytes | Path) -> bytes | Path:
+        """A configuration without what it says of quantised weights."""
+        file = name if isinstance(content, bytes) else str(content)
         raw = content if isinstance(content, bytes) else read_regular(file, MAX_HEADER)
         config = parse_object(raw.lstrip(), "the model configuration", file)
         new = without_quantisation(config)
@@ -259,8 +261,10 @@ def _gathered(
     shape, nbytes = (plan.size, *tensor.shape[1:]), tensor.nbytes // tensor.shape[0] * plan.size
     if not nbytes:
         return replace(tensor, shape=shape, nbytes=0)
-    stored = tuple(None if source is None else source.plain for source in sources)
-    gathered = GatheredInput(name, tensor.dtype, shape, nbytes, model, rows, plan.means, stored)
+    stored = tuple(None if source is None else source.stored_rows for source in sources)
+    kept = tensor.kept_dtype if tensor.decoded else None
+    nbytes = nbytes if kept is None else (tensor.dtype.nbytes(tensor.numel) or 0) // tensor.shape[0] * plan.size
+    gathered = GatheredInput(name, tensor.dtype, shape, nbytes, model, rows, plan.means, stored, kept)
     for i in gathered.models:
         source = sources[i]
         if source is None or source.shape[1:] != tensor.shape[1:] or not source.merges:
@@ -280,8 +284,8 @@ def _gathered(
         )
     if unreadable:
         raise CheckpointError(
-            f"{name} of {listing([models[i].name for i in unreadable])} is encoded: its rows cannot be moved into "
-            "another vocabulary. Convert it to BF16 first, or leave `tokenizer` out of the recipe",
+            f"{name} of {listing([models[i].name for i in unreadable])} is not stored as rows: they cannot be moved "
+            "into another vocabulary. Convert it to BF16 first, or leave `tokenizer` out of the recipe",
             tensor=name,
         )
     return gathered

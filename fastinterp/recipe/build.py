@@ -11,7 +11,7 @@ from fastinterp.methods import Method
 from fastinterp.recipe.document import Document, ErrorCollector
 from fastinterp.recipe.merge_groups import Level, MergeGroup, MergeSource, Section
 from fastinterp.recipe.parameters import TOP, Levels
-from fastinterp.recipe.references import ModelRef, model_ref, refuse_beside
+from fastinterp.recipe.references import UNCHANGED, ModelRef, model_ref, refuse_beside
 from fastinterp.recipe.schema import ModelItem, ModuleItem, RawRecipe, Reference, SliceItem, SourceItem, Unchecked
 
 T = TypeVar("T")
@@ -48,6 +48,8 @@ class Builder:
             with collector:
                 self.base_model = self._reference(raw.base_model, "$.base_model")
         self.base = self.base_model if method.base != "none" else None
+        if raw.out == "lora" and raw.base_model is None and method.base == "required" and not method.walks:
+            self.base = UNCHANGED
         if self.base is not None:
             self._index(self.base)
         self.top: Level = self.levels.level(raw.parameters, TOP)

@@ -4,7 +4,7 @@ The components of a name are what stands between its dots. A **stack** is a pref
 that the numbers are 0 .. layers-1 without a gap and the blocks are alike: at least half of them have a tensor in common
 with another block (the same name behind the number), and some tensor lies two or more components behind the number,
 which sets `layers.0.mlp.weight` apart from `mlp.0.weight`. A single block counts if the prefix ends in a word with
-`layer` or `block`, or in `h`. The first number of a name that makes a stack counts, so experts are in layers, and
+`layer` or `block`, in `h` or `blk`. The first number of a name that makes a stack counts, so experts are in layers, and
 embedders.0 and embedders.1, which have nothing in common, are no stack, but the layers inside them are.
 
 The **main** stack is the one that slices cut. Left out are those of other modalities and of helpers (a component with
@@ -22,7 +22,7 @@ import msgspec
 
 _NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,5})\.")
 # Text, not compiled: most merges look for none of these.
-_BLOCK = "layer|block|^h$"
+_BLOCK = "layer|block|^h$|^blk$"
 _ASIDE = (
     "vision|visual|image|audio|speech|video|^vit|^vae|patch|resampler|projector|connector|perceiver|merger|^mtp"
     "|conditioner|cond_stage|first_stage|text_encoder"

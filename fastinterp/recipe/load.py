@@ -10,12 +10,20 @@ from fastinterp.errors import MethodError, RecipeError
 from fastinterp.messages import clipped, shown, suggestion
 from fastinterp.methods import Method
 from fastinterp.ops.combine import LARGEST, Combine, Tensor
-from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
+from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_stored
 from fastinterp.recipe.build import Builder
 from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read, read_all
 from fastinterp.recipe.merge_groups import MergeGroup, Section, sidecar_paths
 from fastinterp.recipe.parameters import Resolver
-from fastinterp.recipe.references import ModelRef, check_names, close_reference, in_order, model_ref, references
+from fastinterp.recipe.references import (
+    UNCHANGED,
+    ModelRef,
+    check_names,
+    close_reference,
+    in_order,
+    model_ref,
+    references,
+)
 from fastinterp.recipe.schema import RawRecipe, guessed_method, method_of, raw_recipe
 
 if TYPE_CHECKING:
@@ -23,8 +31,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe", "load_recipe", "load_recipes"]
 
-CHOICES = {"rounding": ("nearest", "stochastic"), "fp8_overflow": ("saturate", "nonfinite"),
-            "missing": ("error", "base", "skip"), "channels": ("same", "first")}  # fmt: skip
+CHOICES = {
+    "rounding": ("nearest", "stochastic"),
+    "fp8_overflow": ("saturate", "nonfinite"),
+    "missing": ("error", "base", "skip"),
+    "channels": ("same", "first"),
+    "quantize": ("none", "same"),
+    "out": ("model", "lora"),
+}
+
+NEAREST_CODES = (
+    "`quantize: same` rounds codes to nearest: `rounding: stochastic` is not defined for it. Leave out one of the two"
+)
+# Keys about whole models, which say nothing of adapters.
+_NOT_OF_ADAPTERS = ("slices", "modules", "missing", "channels", "quantize", "integers", "tokenizer", "tokenizer_source",
+                    "chat_template")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,6 +68,7 @@ class Recipe:
                   the base, see `base_index`; "skip": the output has none of them
     channels      "same"; or "first": convolutions may have different numbers of input channels: see docs/RECIPES.md
     truncate_embeddings  whether embeddings are cut to the rows that all models have
+    quantize      "none"; or "same": tensors that are quantised in `origin` are quantised anew, in the same format
     integers      the one of `models` whose integer tensors are taken where the models differ, or None: they must agree
     text          the recipe for receipts: the user's own text, or YAML of the mapping that was given
     file          what messages call the source, or None
@@ -61,6 +83,8 @@ class Recipe:
     name          of a document that others build on, or None
     warnings      values that nothing uses
     document      where messages about it point to
+    out           "model"; or "lora": the models are adapters, and so is the output
+    rank          of an adapter that is written; None: exact where that is possible, else the sum of the ranks
     """
 
     method: Method
@@ -76,6 +100,7 @@ class Recipe:
     missing: str
     channels: str
     truncate_embeddings: bool
+    quantize: str
     integers: ModelRef | None
     text: str
     file: str | None
@@ -89,6 +114,8 @@ class Recipe:
     name: str | None
     warnings: tuple[RecipeError, ...] = field(repr=False, compare=False)
     document: Document = field(repr=False, compare=False)
+    out: str = "model"
+    rank: int | None = None
 
     @property
     def groups(self) -> tuple[MergeGroup, ...]:
@@ -198,6 +225,11 @@ def build_all(documents: Sequence[Document], collector: ErrorCollector) -> tuple
 def _check_used(recipes: Sequence[Recipe], collector: ErrorCollector) -> None:
     used = {i for recipe in recipes for i in recipe.earlier.values()}
     for i, recipe in enumerate(recipes[:-1]):
+        if recipe.quantize != "none":
+            with collector:
+                raise recipe.document.error(
+                    "`quantize` is about what is written: it belongs into the last document", "$.quantize"
+                )
         if i not in used and recipe.name is not None:
             with collector:
                 message = f"{shown(recipe.name)} is never used by another document"
@@ -225,7 +257,7 @@ def build(document: Document, above: Sequence[Recipe], collector: ErrorCollector
     if not collector.errors:
         with collector:
             parameters, coefficients = _constants(document, method, sections)
-    origin = builder.base_model or builder.models[0]
+    origin = builder.base_model or next(model for model in builder.models if model is not UNCHANGED)
     sidecars = tuple(sidecar_paths(method, sections))
     used = (*builder.models, *([] if builder.base_model is None else [builder.base_model]), *sidecars)
     return Recipe(
@@ -240,6 +272,7 @@ def build(document: Document, above: Sequence[Recipe], collector: ErrorCollector
         missing=raw.missing,
         channels=raw.channels,
         truncate_embeddings=raw.truncate_embeddings,
+        quantize=raw.quantize,
         text=document.text,
         file=document.file,
         coefficients=coefficients,
@@ -250,6 +283,8 @@ def build(document: Document, above: Sequence[Recipe], collector: ErrorCollector
         name=raw.name,
         warnings=tuple(builder.levels.warnings),
         document=document,
+        out=raw.out,
+        rank=raw.rank,
         **settings,
     )
 
@@ -279,6 +314,11 @@ def _settings(document: Document, raw: RawRecipe, builder: Builder, collector: E
             _check_choice(document, getattr(raw, key), key)
     with collector:
         _check_seed(document, raw.seed)
+    with collector:
+        if raw.quantize == "same" and raw.rounding == "stochastic":
+            raise document.error(NEAREST_CODES, "$.quantize")
+    with collector:
+        _check_adapter_keys(document, raw)
     with collector:
         settings["integers"] = _integers(document, raw, builder.models)
     if raw.tokenizer is not None or raw.tokenizer_source is not None:
@@ -316,7 +356,7 @@ def _constants(
 
 
 def _dtype(document: Document, name: str | None, path: str) -> DType | None:
-    dtype = None if name is None else parse_dtype(name)
+    dtype = None if name is None else parse_stored(name)
     if name is not None and dtype is None:
         raise document.error(f"unknown dtype `{clipped(name)}`{suggestion(name, DTYPE_NAMES)}", path)
     return dtype
@@ -330,6 +370,19 @@ def _check_choice(document: Document, word: str, key: str) -> None:
 def _check_seed(document: Document, seed: int) -> None:
     if not 0 <= seed < 2**64:
         raise document.error(f"`seed` must be in 0..2**64-1, got {shown(seed)}", "$.seed")
+
+
+def _check_adapter_keys(document: Document, raw: RawRecipe) -> None:
+    """Raises: RecipeError, if `out: lora` stands beside what only whole models have, or `rank` without it."""
+    if raw.out != "lora":
+        if raw.rank is not None:
+            raise document.error("`rank` is that of an adapter: it needs `out: lora`", "$.rank")
+        return
+    for key in _NOT_OF_ADAPTERS:
+        if key in document.value:
+            raise document.error(f"`{key}` has no meaning for adapters (`out: lora`). Remove it", f"$.{key}")
+    if raw.rank is not None and raw.rank < 1:
+        raise document.error(f"`rank` must be at least 1, got {shown(raw.rank)}", "$.rank")
 
 
 def _integers(document: Document, raw: RawRecipe, models: Sequence[ModelRef]) -> ModelRef | None:

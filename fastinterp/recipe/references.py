@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from fastinterp.messages import shown
+from fastinterp.messages import shown, suggestion
 from fastinterp.recipe.document import Document, ErrorCollector
 from fastinterp.recipe.schema import ModelPath, Reference
 
+_SCALE = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", re.DOTALL)
 _CLOSE = 0.8  # names as alike as this are one that was mistyped
+
+
+class AdapterRef(msgspec.Struct, frozen=True):
+    """An adapter that is added to a model.
+
+    path      a folder, a file or a Hub id, as it was written
+    revision  of a Hub id; None: its default branch
+    scale     by which what it adds is multiplied, beside its own scaling
+    """
+
+    path: str
+    revision: str | None = None
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, text: str) -> AdapterRef:
+        """The adapter of a text form: `path`, `path@revision`, `path:0.5`."""
+        rest, scale = text, 1.0
+        if found := _SCALE.fullmatch(text):
+            rest, scale = found[1], float(found[2])
+        path, at, revision = rest.rpartition("@")
+        return cls(path, revision, scale) if at else cls(rest, None, scale)
+
+    @property
+    def name(self) -> str:
+        """Of its checkpoint: path and revision."""
+        return self.path if self.revision is None else f"{self.path}@{self.revision}"
+
+    def __str__(self) -> str:
+        return self.name if self.scale == 1 else f"{self.name}:{self.scale:.17g}"
 
 
 class ModelRef(msgspec.Struct, frozen=True, eq=False):
@@ -22,69 +54,123 @@ class ModelRef(msgspec.Struct, frozen=True, eq=False):
 
     path      a folder, a .safetensors file or a Hub id, as it was written
     revision  of a Hub id; None: its default branch
-    adapters  of the model, in the order in which they are added; always empty, as `+` is refused
+    adapters  that are added to the model, in this order
 
     Two are equal, if their text forms are the same normalised path: `models/a` and `./models/a/` are.
     """
 
     path: str
     revision: str | None = None
-    adapters: tuple[str, ...] = ()
+    adapters: tuple[AdapterRef, ...] = ()
 
     @classmethod
     def of(cls, text: str) -> ModelRef:
-        """The model of a text form: `path` or `path@revision`."""
+        """The model of a text form: `path`, `path@revision`, and adapters behind it: `path+adapter+other:0.5`. What is
+        there under the whole text is a path, even if it has a `+`.
+        """
+        adapters: tuple[AdapterRef, ...] = ()
+        if "+" in text and not os.path.exists(os.path.expanduser(text)):
+            text, *others = text.split("+")
+            adapters = tuple(map(AdapterRef.of, others))
         path, at, revision = text.rpartition("@")
-        return cls(path, revision) if at else cls(text)
+        return cls(path, revision, adapters) if at else cls(text, None, adapters)
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint without adapters: path and revision."""
+        return self.path if self.revision is None else f"{self.path}@{self.revision}"
 
     def __str__(self) -> str:
-        revision = "" if self.revision is None else f"@{self.revision}"
-        return "+".join((f"{self.path}{revision}", *self.adapters))
+        return "+".join((self.name, *map(str, self.adapters)))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ModelRef) and os.path.normpath(str(self)) == os.path.normpath(str(other))
+        return isinstance(other, ModelRef) and self._normal == other._normal
 
     def __hash__(self) -> int:
-        return hash(os.path.normpath(str(self)))
+        return hash(self._normal)
+
+    @property
+    def _normal(self) -> str:
+        if not self.adapters:
+            return os.path.normpath(self.name)
+        parts = (self.name, *(adapter.name for adapter in self.adapters))
+        scales = (f":{adapter.scale!r}" for adapter in self.adapters)
+        return "+".join((*map(os.path.normpath, parts), *scales))
+
+
+# The base of adapters that are merged with each other, which is not read: their changes of it are zero there.
+UNCHANGED = ModelRef("the base, unchanged")
 
 
 def model_ref(document: Document, written: str | Reference, path: str) -> ModelRef:
-    """The model that a recipe names at `path`, by its text form or by the long form `{model: {path, revision}}`.
+    """The model that a recipe names at `path`, by its text form or by the long form `{model: ..., lora: ...}`.
 
-    Raises: RecipeError, if the name is empty, has an adapter or more than one revision.
+    Raises: RecipeError, if a name is empty, or has more than one revision.
     """
     if isinstance(written, Reference):
-        if written.lora is not None:
-            raise document.error("`lora` is not supported yet. Merge the LoRA into its model first", f"{path}.lora")
         if isinstance(written.model, str):
-            return model_ref(document, written.model, f"{path}.model")
-        return _of_long_form(document, written.model, f"{path}.model")
+            model = model_ref(document, written.model, f"{path}.model")
+        else:
+            model = _of_long_form(document, written.model, f"{path}.model")
+        own = _adapters(document, written, path)
+        return msgspec.structs.replace(model, adapters=(*model.adapters, *own)) if own else model
     if not written.strip():
         raise document.error("the name of a model must not be empty", path)
+    model = ModelRef.of(written)
     instead = "If it belongs to the path, write `{model: {path: ...}}` for the name"
-    if "+" in written:
-        raise document.error(
-            f"a LoRA behind `+` is not supported yet: merge it into its model first. {_with_peft(written)}. {instead}",
-            path,
-        )
-    if written.count("@") > 1:
-        raise document.error(f"{shown(written)} has more than one `@`. {instead}", path)
-    return ModelRef.of(written)
+    parts: tuple[ModelRef | AdapterRef, ...] = (model, *model.adapters)
+    for part in parts:
+        if not part.path.strip() or part.revision == "":
+            what = "of a model" if isinstance(part, ModelRef) else "of an adapter, behind `+`,"
+            raise document.error(f"the name {what} must not be empty: {shown(written)}. {instead}", path)
+        if "@" in part.path:
+            raise document.error(f"{shown(written)} has more than one `@`. {instead}", path)
+    return model
 
 
-def _with_peft(written: str) -> str:
-    """How peft merges the LoRA in `model+lora` into the model."""
-    base, _, adapter = written.partition("+")
-    model = ModelRef.of(base)
-    revision = "" if model.revision is None else f", revision={json.dumps(model.revision)}"
-    load = f"transformers.AutoModelForCausalLM.from_pretrained({json.dumps(model.path)}{revision})"
-    code = (
-        f"import peft, transformers; peft.PeftModel.from_pretrained({load}, {json.dumps(adapter)})"
-        '.merge_and_unload().save_pretrained("NEW")'
-    )
-    import shlex  # a recipe without errors does not need it
+def _adapters(document: Document, written: Reference, path: str) -> tuple[AdapterRef, ...]:
+    """The adapters of `lora`: a name, a mapping, or a list of both."""
+    if written.lora is None:
+        if written.scale is not None:
+            raise document.error("`scale` is that of a `lora`, and there is none", f"{path}.scale")
+        return ()
+    every = written.lora if isinstance(written.lora, list) else [written.lora]
+    if not every:
+        raise document.error("`lora` is an empty list. Leave it out", f"{path}.lora")
+    found = []
+    for i, item in enumerate(every):
+        at = f"{path}.lora[{i}]" if isinstance(written.lora, list) else f"{path}.lora"
+        if isinstance(item, str):
+            adapter = AdapterRef.of(item)
+            if "+" in item and not os.path.exists(os.path.expanduser(item)):
+                raise document.error(f"{shown(item)} is one adapter. Write several as a list, without `+`", at)
+        else:
+            adapter = _adapter(document, item, at)
+        if not adapter.path.strip() or adapter.revision == "":
+            raise document.error("the name of an adapter must not be empty", at)
+        given = isinstance(item, dict) and "scale" in item
+        if written.scale is not None and not given:
+            adapter = msgspec.structs.replace(adapter, scale=adapter.scale * written.scale)
+        if not math.isfinite(adapter.scale):
+            raise document.error(f"`scale` must be a finite number, got {adapter.scale}", at)
+        found.append(adapter)
+    return tuple(found)
 
-    return f"Of a language model: `python -c {shlex.quote(code)}`; then copy the tokenizer's files to NEW, and name NEW"
+
+def _adapter(document: Document, item: Any, path: str) -> AdapterRef:
+    """`{path: ..., revision: ..., scale: ...}`."""
+    known = ("path", "revision", "scale")
+    if not isinstance(item, dict) or not isinstance(item.get("path"), str):
+        raise document.error("an adapter is a name, or `{path: NAME, revision: ..., scale: ...}`", path)
+    for key in item:
+        if key not in known:
+            raise document.error(f"unknown key `{shown(key)}`{suggestion(str(key), known)}", path, at=f"{path}.{key}")
+    revision, scale = item.get("revision"), item.get("scale", 1.0)
+    if revision is not None and not isinstance(revision, str):
+        raise document.error(f"`revision` must be text, got {shown(revision)}", f"{path}.revision")
+    if type(scale) not in (int, float):
+        raise document.error(f"`scale` must be a number, got {shown(scale)}", f"{path}.scale")
+    return AdapterRef(item["path"], revision, float(scale))
 
 
 def _of_long_form(document: Document, written: ModelPath, path: str) -> ModelRef:
@@ -205,6 +291,8 @@ def references(value: Any, path: str) -> Iterator[tuple[str, str]]:
             yield from references(item, f"{path}[{i}]")
     elif isinstance(value, dict):
         for key, item in value.items():
+            if key == "lora":
+                continue  # adapters are none
             if key in ("model", "base_model", "path") and isinstance(item, str):
                 yield item, f"{path}.{key}"
             else:

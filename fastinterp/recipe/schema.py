@@ -82,11 +82,14 @@ class ModelPath(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class Reference(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """`{model: ...}`: the long form of a model's name.
 
+    lora                   adapters that are added: a name, `{path, revision, scale}`, or a list of these
+    scale                  of those that have none
     override_architecture  for mergekit, which needs one; has no effect
     """
 
     model: str | ModelPath
     lora: Any = None
+    scale: float | None = None
     override_architecture: str | None = None
 
 
@@ -172,11 +175,14 @@ class RawRecipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     missing: str = "error"
     channels: str = "same"
     truncate_embeddings: bool = False
+    quantize: str = "none"
     integers: str | Reference | None = None
     tokenizer: Unchecked[TokenizerItem] | None = None
     tokenizer_source: str | Reference | None = None
     chat_template: str | None = None
     name: str | None = None
+    out: str = "model"
+    rank: int | None = None
 
 
 # Keys with parts: each item of a list, or each value of a mapping.
@@ -192,7 +198,7 @@ _PARTS: dict[tuple[type, str], type] = {
 
 # Keys of mergekit that are refused, and the end of the message.
 _REFUSED = {
-    "lora": "is not supported yet. Merge the LoRA into its model first",
+    "lora": "is a key of a model's long form: `model: {model: NAME, lora: ADAPTER}`, or `model: NAME+ADAPTER`",
     "override_architecture": "is a key of a model's long form, `model: {model: ...}`, without effect. Leave it out",
     "residual_weight": "is a key of a slice, where it has no effect, in mergekit neither. Leave it out",
 }

@@ -54,7 +54,7 @@ def dot_rows(a: Array, b: Array) -> Array:
     return _fold(_fold(lanes.reshape(rows * chunks, LANES)).reshape(rows, chunks))
 
 
-def _dot_columns(a: Array, b: Array) -> Array:
+def dot_columns(a: Array, b: Array) -> Array:
     """<a, b> of every column, f64[rows, columns] to f64[columns]: by fma in blocks of 64 rows, which fold in pairs."""
     rows, columns = a.shape
     blocks = max(1, -(-rows // BLOCK))
@@ -69,7 +69,7 @@ def _dot_columns(a: Array, b: Array) -> Array:
 
 @np.errstate(all="ignore")
 def _measure(x: Array, per: Literal["row", "column"]) -> tuple[Array, Array]:
-    n, dot, axis = len(x), dot_rows if per == "row" else _dot_columns, 2 if per == "row" else 1
+    n, dot, axis = len(x), dot_rows if per == "row" else dot_columns, 2 if per == "row" else 1
     v = x.astype(np.float64)
     sums = [dot(v[i], v[j]) for i in range(n) for j in range(i, n)]
     sums += [dot(abs(v[i]), np.ones_like(v[i])) for i in range(n)]

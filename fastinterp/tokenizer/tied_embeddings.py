@@ -219,6 +219,16 @@ def is_head(name: str) -> bool:
     return kind not in ("output", "proj_out") or name in _HEADS_OF_TOP
 
 
+def embedding_of(head: str, names: Iterable[str]) -> str | None:
+    """The input embedding that an output layer may be, of the tensors called `names`; None, if there is none."""
+    return _source(head, names) if is_head(head) else None
+
+
+def is_input_embedding(name: str) -> bool:
+    """Whether the name is that of an input embedding's weight, which may be the output layer, too."""
+    return _module(name) in _IN and name.endswith(".weight")
+
+
 def _is_copy(name: str) -> bool:
     """Whether the name is that of a tensor that may be a copy of another."""
     return is_head(name) or name.endswith(_COPIES) or name.endswith(_BIASES)

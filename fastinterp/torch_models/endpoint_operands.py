@@ -16,10 +16,9 @@ from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.rounds import PumpExecutor
 from fastinterp.execute.sources import Sources
 from fastinterp.in_memory.inputs import StoredTensor
-from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import CODE_BYTES, DType
-from fastinterp.ops.steps import Combine, CopyEqual, Stored
-from fastinterp.torch_models.endpoints import Endpoint, Endpoints
+from fastinterp.ops.steps import CopyEqual, Stored
+from fastinterp.torch_models.endpoints import Endpoint, Endpoints, copy_by_kernel
 from fastinterp.torch_models.memory_block import MemoryBlock
 from fastinterp.torch_models.module_tensors import Weight, address_of
 
@@ -61,7 +60,12 @@ class EndpointOperands:
             endpoints.check_tied(model, tensors, weights)
             specs = model.specs()
             names = [next(name for name in w.names if name in tensors) for w in weights]
-            self.operands.append([self._operand(tensors[name], specs[name][0], weights) for name in names])
+            found = [tensors[name] for name in names]
+            if device is not None:  # whose kernels decode nothing
+                found = [endpoints.whole(x) if isinstance(x, StoredTensor) and x.operand else x for x in found]
+            self.operands.append(
+                [self._operand(x, specs[name][0], weights) for x, name in zip(found, names, strict=True)]
+            )
         if resident and (device is not None or self._files.fds) and self._read(weights):
             self._files = Sources([], [], stack)
 
@@ -74,7 +78,7 @@ class EndpointOperands:
 
     def _operand(self, tensor: Any, dtype: DType, weights: Sequence[Weight]) -> Stored:
         if isinstance(tensor, StoredTensor):
-            return Stored(tensor.source, tensor.start, dtype.code or 0)
+            return tensor.operand or Stored(tensor.source, tensor.start, dtype.code or 0)
         tensor = tensor.detach()
         start, size = address_of(tensor), tensor.numel() * tensor.element_size()
         overlaps = any(start < w.address + w.nbytes and w.address < start + size for w in weights)
@@ -138,9 +142,12 @@ class EndpointOperands:
     def copy(self, operands: Sequence[Stored], sinks: Sequence[Handle], sizes: Sequence[int]) -> None:
         """Copy the bytes of operands into sinks, one into each. sizes: in bytes."""
         places = [(o, i, n) for i, (o, n) in enumerate(zip(operands, sizes, strict=True)) if n]
-        step = _copy if self.device is None else _copy_by_kernel
         if places:
-            self.executor(sinks).run([step(o, i, n) for o, i, n in places])
+            self.executor(sinks).run([self._copied(o, i, n) for o, i, n in places])
+
+    def _copied(self, operand: Stored, sink: int, nbytes: int) -> TensorStep:
+        plain = operand.decoder is None and operand.low_rank is None
+        return (_copy if plain and self.device is None else copy_by_kernel)(operand, sink, nbytes)
 
     def _read(self, weights: Sequence[Weight]) -> bool:
         """Read what is in files into memory, and what the module's device does not reach into its memory.
@@ -187,15 +194,6 @@ def _is_device(handle: Handle) -> bool:
 def _copy(operand: Stored, sink: int, nbytes: int) -> TensorStep:
     """The pump's step that copies bytes."""
     return TensorStep("", CopyEqual(inputs=(operand,), numel=nbytes, sinks=(sink,), offsets=(0,)), nbytes * 2)
-
-
-def _copy_by_kernel(operand: Stored, sink: int, nbytes: int) -> TensorStep:
-    """The step of a copy for kernels of a device, which combine elements: a sum of one tensor, in its dtype."""
-    step = Combine(
-        inputs=(operand,), numel=nbytes // _width(operand), sinks=(sink,), offsets=(0,), out_dtype=operand.dtype,
-        rows=(Row(0),),
-    )  # fmt: skip
-    return TensorStep("", step, nbytes * 2)
 
 
 def _width(operand: Stored) -> int:

@@ -13,14 +13,20 @@ from typing import Any
 
 from msgspec.structs import replace as struct_replace
 
+from fastinterp.backends.cpu import Handle, PumpOptions
+from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.open import changed_since, refuse_components
-from fastinterp.errors import CheckpointError, UsageError
+from fastinterp.errors import UsageError
+from fastinterp.execute.jobs.tensor_io import TensorStep
+from fastinterp.execute.rounds import PumpExecutor
 from fastinterp.execute.sources import Sources, storage
 from fastinterp.in_memory.allocate import torch_dtype
 from fastinterp.in_memory.arrays import stored_dtype
 from fastinterp.in_memory.inputs import ArrayHeader, StoredTensor
 from fastinterp.messages import plain
-from fastinterp.ops.dtypes import DType, parse_dtype
+from fastinterp.ops.combine import Row
+from fastinterp.ops.dtypes import CODE_BYTES, DType, parse_dtype
+from fastinterp.ops.steps import Combine, Stored
 from fastinterp.plan.compatibility import path_warnings
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.models import Model as StoredModel
@@ -155,19 +161,14 @@ class Endpoints:
     def read(self, model: Endpoint) -> dict[str, Any]:
         """The tensors of one end point by name, as torch tensors in memory. Raises: StorageError, CheckpointError."""
         tensors = self.tensors(model).items()
-        return {name: self._whole(x) if isinstance(x, StoredTensor) else x for name, x in tensors}
+        return {name: self.whole(x) if isinstance(x, StoredTensor) else x for name, x in tensors}
 
     def _stored(self, tensor: TensorInput) -> Any:
-        plain = tensor.plain
-        if plain is None:
-            raise CheckpointError(
-                f"{tensor.name} is {tensor.describe()}: Live and paths read no encoded tensors. Convert the model to "
-                "BF16 first, by a merge of it alone",
-                file=str(tensor.files[0]), tensor=tensor.name,
-            )  # fmt: skip
-        operand = self.files.stored(plain)
-        stored = StoredTensor(operand.source, operand.offset, tensor.shape, tensor.dtype)
-        return stored if tensor.merges else self._whole(stored)
+        operand = self.files.operand(tensor)
+        assert isinstance(operand, Stored)  # rows are gathered for recipes alone
+        more = operand if operand.decoder is not None or operand.low_rank is not None else None
+        stored = StoredTensor(operand.source, operand.offset, tensor.shape, tensor.dtype, more)
+        return stored if tensor.merges else self.whole(stored)
 
     def check_tied(self, model: Endpoint, tensors: Mapping[str, Any], weights: Sequence[Weight]) -> None:
         """Raises: ShapeError, if tensors that are one in the module differ in the end point `model`."""
@@ -183,21 +184,33 @@ class Endpoints:
             return False
         if not isinstance(x, StoredTensor) or not isinstance(y, StoredTensor):
             return equal_bytes(x, y)
+        if x.operand is not None or y.operand is not None:
+            return x.operand == y.operand or equal_bytes(self.whole(x), self.whole(y))
         nbytes = x.dtype.nbytes(math.prod(x.shape)) or 0
         chunks = [(at, min(_CHUNK, nbytes - at)) for at in range(0, nbytes, _CHUNK)]
         return (x.source, x.start) == (y.source, y.start) or all(
             self._read(x.source, x.start + at, n) == self._read(y.source, y.start + at, n) for at, n in chunks
         )
 
-    def _whole(self, stored: StoredTensor) -> Any:
+    def whole(self, stored: StoredTensor) -> Any:
         """The tensor, read into a torch tensor in the CPU's memory."""
         import torch
 
         nbytes = stored.dtype.nbytes(math.prod(stored.shape))
         if not nbytes:
             return torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
+        if stored.operand is not None:
+            made = torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
+            step = copy_by_kernel(stored.operand, 0, nbytes)
+            options = PumpOptions(isa=cpu_isa(), threads=cpu_threads(None))
+            sinks: list[Handle] = [("memory", made.data_ptr(), nbytes)]
+            PumpExecutor(self.files.fds, sinks, options, self._explained, 0, None).run([step])
+            return made
         data = self._read(stored.source, stored.start, nbytes)
         return torch.frombuffer(data, dtype=torch_dtype(stored.dtype)).view(stored.shape)
+
+    def _explained(self, error: tuple[Any, ...], steps: Sequence[TensorStep]) -> Exception:
+        return self.files.explained(error)
 
     def _read(self, source: int, start: int, nbytes: int) -> bytearray:
         """Raises: StorageError; CheckpointError, if the file ends before."""
@@ -210,6 +223,15 @@ class Endpoints:
                     raise self.files.explained(("read", source, 0, start, nbytes, done))
                 done += count
         return data
+
+
+def copy_by_kernel(operand: Stored, sink: int, nbytes: int) -> TensorStep:
+    """The step of a copy for kernels, which combine elements: a sum of one tensor, in its dtype."""
+    step = Combine(
+        inputs=(operand,), numel=nbytes // CODE_BYTES[operand.dtype], sinks=(sink,), offsets=(0,),
+        out_dtype=operand.dtype, rows=(Row(0),),
+    )  # fmt: skip
+    return TensorStep("", step, nbytes * 2)
 
 
 def warn_unlike(models: Sequence[Endpoint], stacklevel: int) -> None:

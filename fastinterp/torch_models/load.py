@@ -10,7 +10,7 @@ from typing import Any
 from msgspec import structs
 
 from fastinterp.arguments import path_of, size_of
-from fastinterp.checkpoint.names import INDEX, WEIGHTS
+from fastinterp.checkpoint.names import INDEX, PICKLES, WEIGHTS
 from fastinterp.checkpoint.open import refuse_components
 from fastinterp.errors import BackendError, UsageError
 from fastinterp.execute.to_memory import fill, filling
@@ -145,7 +145,7 @@ def _check_module(module: Any, recipe: Any) -> None:
 
 def planned(recipe: Source, dtype: str | None, rounding: str | None, seed: int | None) -> Plan:
     """The plan of one model in memory. Raises: CheckpointError, if it has several components; what plan_recipe does."""
-    plan = plan_recipe(_recipe(recipe), None, dtype, rounding, seed)
+    plan = plan_recipe(_recipe(recipe), None, dtype, rounding, seed, quantize="none", as_numbers=True)
     if plan.origin.source is not None:
         refuse_components(plan.origin.source)
     return plan
@@ -158,7 +158,7 @@ def _recipe(source: Source) -> str | Mapping[str, Any] | Sequence[Mapping[str, A
     if isinstance(source, (Mapping, list, tuple)) or (isinstance(source, str) and "\n" in source):
         return source
     path = path_of(source, "recipe")
-    if os.path.isdir(os.path.expanduser(path)) or path.endswith((WEIGHTS, INDEX)):
+    if os.path.isdir(os.path.expanduser(path)) or path.endswith((WEIGHTS, INDEX, *PICKLES)):
         return {"merge_method": "passthrough", "models": [{"model": path}]}
     return path
 

@@ -427,7 +427,12 @@ def test_adapters_are_named(tmp_path, file):
     config = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 8, "task_type": "SEQ_2_SEQ_LM"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     if file:
-        put(folder / file, ADAPTERS["LoRA", "peft", (4,)][0])
+        put(folder / "adapter_model.safetensors", ADAPTERS["LoRA", "peft", (4,)][0])
+        if file.endswith(".bin"):
+            torch = pytest.importorskip("torch")
+            tensors = load_file(folder / "adapter_model.safetensors")
+            torch.save({name: torch.from_numpy(x) for name, x in tensors.items()}, folder / file)
+            (folder / "adapter_model.safetensors").unlink()
     message = refusal(folder)
     assert "this is a LoRA adapter to `org/base`, not a whole model, and adapters are not merged" in message
     assert f'AutoPeftModelForSeq2SeqLM.from_pretrained("{folder}").merge_and_unload().save_pretrained("NEW")' in message

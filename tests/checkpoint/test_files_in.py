@@ -147,8 +147,7 @@ def test_weight_map_of_odd_types(sharded):
     for weight_map, expected in (
         ([], "the index has no `weight_map` object"),
         ({"a": 5}, "`weight_map` puts tensor `a` into `5`, which is not a file name"),
-        ({"a": "pytorch_model.bin"}, "pickled weights are never loaded"),
-        ({"a": "x.gguf"}, "expected a .safetensors file"),
+        ({"a": "x.onnx"}, "expected a file of .safetensors, .bin, "),
         ({}, "the checkpoint has no tensors"),
     ):
         put_index(sharded, weight_map)
@@ -220,12 +219,15 @@ def test_folder_without_weights(tmp_path):
     put(folder / "unet", "x.safetensors", "a")
     assert "but `unet` in it do: name one of them" in refusal(folder)
     (folder / "model.gguf").touch()
-    assert "only `model.gguf`: this format is not read" in refusal(folder)
+    assert "model.gguf: the file is empty" in refusal(folder)
+    (folder / "model.gguf").unlink()
+    (folder / "model.ggml").touch()
+    assert "only `model.ggml`: this format is not read" in refusal(folder)
     (folder / "pytorch_model.bin").touch()
-    message = refusal(folder)
-    assert "only `pytorch_model.bin`: pickled weights are never loaded" in message and "Convert them first" in message
-    assert "pickled weights are never loaded" in refusal(folder / "pytorch_model.bin")
-    assert "this format is not read" in refusal(folder / "model.gguf")
+    assert "pytorch_model.bin: the file is empty" in refusal(folder)
+    (folder / "pytorch_model.bin").rename(folder / "training_args.bin")
+    assert "only `training_args.bin`, which by their names hold no weights. If one does: name" in refusal(folder)
+    assert "this format is not read" in refusal(folder / "model.ggml")
     assert "this file is not a checkpoint" in refusal(folder / "notes.txt")
 
 

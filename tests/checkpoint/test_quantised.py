@@ -9,11 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from fastinterp.checkpoint.quantised import declared_method, quantised_tensors, without_quantisation
+from fastinterp.checkpoint.quantisation_config import declared_method, without_quantisation
+from fastinterp.checkpoint.quantised import quantised_tensors
 from fastinterp.ops.dtypes import DTYPES, DType
 from fastinterp.plan.models import open_model
 from tests.support.checkpoints import write_file
-from tests.support.quantised_formats import FORMATS, NOT_QUANTISED, Format, Layout, model
+from tests.support.quantised_formats import FORMATS, NOT_QUANTISED, READ_FORMATS, Format, Layout, model
 
 
 class Header(NamedTuple):
@@ -25,9 +26,9 @@ def headers(layout: Layout) -> dict[str, Header]:
     return {name: Header(DTYPES[dtype], shape) for name, (dtype, shape) in layout.items()}
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("form", [*FORMATS.values(), *READ_FORMATS.values()], ids=[*FORMATS, *READ_FORMATS])
 def test_formats(form: Format, tmp_path: Path):
-    """Codes and all that belongs to them, whatever the order; the rest of the model merges."""
+    """Codes and all that belongs to them, whatever the order; the rest of the model merges, and what is decoded."""
     for layout in (form.layout, dict(reversed(list(form.layout.items())))):
         found = quantised_tensors(headers(layout), form.metadata)
         assert {q.format for q in found} == {form.name}
@@ -35,8 +36,9 @@ def test_formats(form: Format, tmp_path: Path):
         assert sorted(taken) == sorted(set(form.layout) - set(form.plain))
     write_file(tmp_path / "model.safetensors", model(form.layout, 0), metadata=form.metadata)
     opened = open_model(str(tmp_path)).tensors
-    assert {n for n, t in opened.items() if t.merges} == set(form.plain)
-    assert {t.quantised for n, t in opened.items() if n not in form.plain} == {form.name}
+    assert {n for n, t in opened.items() if t.merges} == {*form.plain, *form.read}
+    assert {n for n, t in opened.items() if t.decoded} == {*form.read}
+    assert {t.quantised for t in opened.values()} - {""} == (set() if form.read else {form.name})
 
 
 @pytest.mark.parametrize("layout", NOT_QUANTISED.values(), ids=NOT_QUANTISED)

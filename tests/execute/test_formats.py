@@ -291,25 +291,21 @@ def test_name_that_is_a_stored_tensor_too(tmp_path, monkeypatch):
         open_model(saved(tmp_path, family(1))[0])
 
 
-def test_rows_of_encoded_embeddings_are_not_moved(tmp_path):
+def test_rows_of_encoded_embeddings_move(tmp_path):
+    """Into another vocabulary, as those of numbers do."""
     vocabulary = {"version": "1.0", "model": {"type": "WordLevel", "unk_token": "a", "vocab": {}}}
-    paths = []
-    for i, tokens in enumerate((["a", "b"], ["b", "a"])):
-        model = {"model.embed_tokens.weight": tensor(np.arange(6).reshape(2, 3) + i, F32)}
-        path = write(tmp_path / str(i), encoded(model))
+    made: dict[str, list[str]] = {"codes": [], "numbers": []}
+    for i, tokens in enumerate((["a", "b"], ["b", "a", "c"])):
+        stored = encoded({"model.embed_tokens.weight": tensor(bell(i, len(tokens) * 3).reshape(-1, 3), F32)})
         vocabulary["model"]["vocab"] = {t: n for n, t in enumerate(tokens)}  # type: ignore[index]
-        (path / "tokenizer.json").write_text(json.dumps(vocabulary))
-        paths.append(str(path))
-    with pytest.raises(CheckpointError, match="is encoded: its rows cannot be moved into another vocabulary"):
-        fastinterp.merge(recipe("linear", paths, weights=[1, 1], tokenizer_source="union"), tmp_path / "out")
-
-
-def test_live_refuses_encoded_end_points(tmp_path):
-    torch = pytest.importorskip("torch")
-    model = {"weight": tensor(np.arange(6).reshape(2, 3), F32)}
-    paths = [str(write(tmp_path / str(i), encoded(model))) for i in range(2)]
-    with pytest.raises(CheckpointError, match="Live and paths read no encoded tensors"):
-        fastinterp.Live(torch.nn.Linear(3, 2, bias=False), a=paths[0], b=paths[1])
+        for kind, model in (("codes", stored), ("numbers", decoded(stored))):
+            path = write(tmp_path / f"{kind}{i}", model)
+            (path / "tokenizer.json").write_text(json.dumps(vocabulary))
+            made[kind].append(str(path))
+    for kind, paths in made.items():
+        values = recipe("linear", paths, weights=[1, 1], tokenizer_source="union", dtype="float32")
+        fastinterp.merge(values, tmp_path / kind)
+    assert_same(read(tmp_path / "numbers"), read(tmp_path / "codes"))
 
 
 def test_without_the_reader_codes_are_integers(tmp_path, monkeypatch):

@@ -11,11 +11,12 @@ from fastinterp.errors import CheckpointError, ShapeError, UsageError
 from fastinterp.in_memory.allocate import numpy_dtype, torch_dtype
 from fastinterp.ops.dtypes import DTYPES
 from tests.support.modules import same_bits
-from tests.support.quantised_formats import FORMATS, NOT_QUANTISED, model
+from tests.support.quantised_formats import FORMATS, NOT_QUANTISED, READ_FORMATS, model
 
 HALF = {"weight": 1.0}
 _WITHOUT = [name for name in FORMATS if "codes of" in name]  # torch has no such dtypes
-FORMATS_HERE = {name: form for name, form in FORMATS.items() if name not in (*_WITHOUT, "described by metadata")}
+_EVERY = {**FORMATS, **READ_FORMATS}  # in memory none is read
+FORMATS_HERE = {name: form for name, form in _EVERY.items() if name not in (*_WITHOUT, "described by metadata")}
 
 
 def state(layout, seed):
@@ -52,7 +53,7 @@ def test_quantised_state_dicts(form):
 
 def test_one_quantised_state_dict():
     """Is copied; a method that would change it is refused."""
-    a = state(FORMATS["fp8 per tensor"].layout, 0)
+    a = state(READ_FORMATS["fp8 per tensor"].layout, 0)
     copied = fastinterp.merge_state_dicts([a], "linear", parameters=HALF)
     assert all(same_bits(copied[name], a[name]) for name in a)
     with pytest.raises(CheckpointError, match="passthrough would change"):
@@ -68,7 +69,7 @@ def test_others_are_merged(name):
 
 
 def test_numpy_of_a_quantised_model():
-    form = FORMATS["mxfp8, exponents"]
+    form = READ_FORMATS["mxfp8, exponents"]
     arrays = [
         {n: t.raw.view(numpy_dtype(t.dtype)).reshape(t.shape) for n, t in model(form.layout, seed).items()}
         for seed in range(2)

@@ -17,6 +17,7 @@ from fastinterp.backends.registry import DeviceSpec, device_spec, find_devices, 
 from fastinterp.errors import BackendError
 from fastinterp.ops.dtypes import F64, MERGING
 from fastinterp.reference.decode import DECODERS
+from tests.support import codes
 from tests.support.backends import ISAS
 from tests.support.checkpoints import assert_same, family, read, recipe, saved
 from tests.support.devices.fake_device import FakeDevice
@@ -88,13 +89,25 @@ def test_instruction_sets():
 
 
 def test_decoders_of_csrc_are_those_of_the_reference():
-    files = sorted((CSRC / "decoders").glob("*.cpp"))
-    names = [re.findall(r'^const Decoder k\w+ = \{"(\w+)"', path.read_text("utf-8"), re.MULTILINE) for path in files]
-    assert names == [[path.stem] for path in files]
-    assert sorted(path.stem for path in files) == sorted(DECODERS)
-    (table,) = re.findall(r"kDecoders\[\] = \{([^}]*)\}", text("csrc/decoder.cpp"))
-    assert len(re.findall(r"&k\w+", table)) == len(files)
-    assert [path.name for path in files if f"csrc/decoders/{path.name}" not in text("CMakeLists.txt")] == []
+    """A row of the table each, and a file in the build: what is compiled for one instruction set is for all."""
+    files = sorted(path for path in (CSRC / "decoders").glob("*.cpp") if path.stem != "table")
+    constants: dict[str, str] = {}
+    for path in files:
+        found = dict(re.findall(r'^const Decoder (k\w+) = \{"(\w+)"', path.read_text("utf-8"), re.MULTILINE))
+        assert found, f"{path.name} has no decoder"
+        assert not found.keys() & constants.keys()
+        constants |= found
+    assert sorted(constants.values()) == sorted(DECODERS)
+    (table,) = re.findall(r"kDecoders\[\] = \{([^}]*)\}", text("csrc/decoders/table.cpp"))
+    assert sorted(re.findall(r"&(k\w+)", table)) == sorted(constants)
+    (compiled,) = re.findall(r"^set\(decoders ([^)]*)\)", text("CMakeLists.txt"), re.MULTILINE)
+    assert sorted(compiled.split()) == sorted(f"csrc/decoders/{path.name}" for path in (*files, CSRC / "table.cpp"))
+
+
+@pytest.mark.parametrize("name", [n for n in DECODERS if not re.match(r"i?q\d|gguf", n)])
+def test_decoders_have_cases(name):
+    """Those of GGUF's blocks are compared with the package gguf instead, type by type."""
+    assert name in {tensor.name for tensor in codes.every()}
 
 
 # --- device backends -------------------------------------------------------------------------------------------------
@@ -158,5 +171,5 @@ def test_commands_are_described(name):
 
 def test_every_module_of_commands_has_a_row():
     modules = {path.stem for path in (ROOT / "fastinterp" / "cli").glob("*.py")}
-    helpers = {"__init__", "mergekit", "options", "progress", "ranges"}  # mergekit is a program of its own
+    helpers = {"__init__", "blas", "mergekit", "options", "progress", "ranges"}  # mergekit is a program of its own
     assert modules - helpers == {m.rpartition(".")[2] for m in cli._MODULES.values() if m.startswith("fastinterp.cli.")}

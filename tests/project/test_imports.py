@@ -45,8 +45,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arguments": LEAVES | CONTRACT | {"checkpoint", "output", "recipe"},
     "plan": PLANNING,
     "execute": PLANNING | {"plan", "backends", "reference"},
-    "inspect": RUNNING,
+    "lora.plan": PLANNING | {"plan"},
+    "inspect": RUNNING | {"lora.plan"},
     "in_memory": RUNNING,
+    "lora": RUNNING | {"in_memory", "reference", "lora.plan"},
     "system.available_memory": set(),
     # Points are recipes, and what became of them: loading a model takes one in place of a recipe.
     "paths.points": PLANNING | {"execute"},
@@ -66,18 +68,23 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "dtypes.h": set(),
     "ops.h": {"dtypes.h"},
     "element.h": {"ops.h", "dtypes.h"},
-    "cpu/*": {"ops.h", "dtypes.h", "element.h", "cpu/*"},
+    "cpu/*": {"ops.h", "dtypes.h", "element.h", "cpu/*", "decoders/table.h"},
     "cuda/[!b]*": {"ops.h", "dtypes.h", "element.h", "cuda/*"},
     "cuda/binding/*": {"ops.h", "cuda/*", "binding/parse.h"},
     "io.*": {"io.h"},
     "decoder.*": {"decoder.h", "ops.h"},
-    "decoders/*": {"decoder.h"},
-    "decoding.*": {"decoding.h", "decoder.h", "io.h", "ops.h"},
-    "steps/step.*": {"steps/step.h", "decoding.h", "io.h", "ops.h"},
+    "decoders/*": {"decoder.h", "dtypes.h", "decoders/*.h"},
+    "transposed.*": {"transposed.h"},
+    "decoding.*": {"decoding.h", "decoder.h", "transposed.h", "io.h", "ops.h"},
+    "encoder.*": {"encoder.h", "ops.h"},
+    "encoding.*": {"encoding.h", "encoder.h"},
+    "steps/step.*": {"steps/step.h", "decoding.h", "encoding.h", "io.h", "ops.h"},
     "steps/masked.*": {"steps/masked.h", "steps/survey.h", "steps/step.h"},
+    "steps/magnitudes.*": {"steps/magnitudes.h", "steps/step.h"},
     "steps/sums.*": {"steps/sums.h", "steps/step.h"},
     "steps/survey.*": {"steps/survey.h", "steps/step.h"},
     "steps/histogram.*": {"steps/histogram.h", "steps/masked.h", "steps/step.h"},
+    "pump_encoded.cpp": {"pump.h"},
     "pump.*": {"pump.h", "steps/step.h", "io.h", "ops.h", "dtypes.h", "cpu/backend.h"},
     "memory.*": {"memory.h", "ops.h", "dtypes.h", "cpu/backend.h"},
     # What both extensions share knows neither the pump nor CUDA.
@@ -93,8 +100,11 @@ PER_ISA = [
     "dtypes.h",
     "ops.h",
     "element.h",
+    "decoder.h",
+    "decoders/*",
     "cpu/backend.h",
     "cpu/loops.inc",
+    "cpu/encode.inc",
     "cpu/histogram.inc",
     "cpu/masked_stats.inc",
     "cpu/masked_sum.inc",
@@ -221,7 +231,7 @@ for name in {path!r}:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-KINDS = {"StoredInput", "GatheredInput", "IntermediateInput"}
+KINDS = {"StoredInput", "ConvertedInput", "GatheredInput", "IntermediateInput"}
 
 
 def asks_for_a_kind(node: ast.AST) -> bool:

@@ -1,4 +1,4 @@
-"""Decoders for tests: C++ that is compiled here, and registered by address in place of a row in csrc/decoder.cpp."""
+"""Decoders for tests: C++ that is compiled here and registered by address, as those of csrc/decoders/ are by rows."""
 
 from __future__ import annotations
 

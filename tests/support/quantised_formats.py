@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class Format:
 
     plain     names that belong to no codes, and merge
     metadata  of the file's header
+    read      names of the tensors that its codes are decoded to; empty: its codes are not read
     """
 
     name: str
@@ -29,6 +30,7 @@ class Format:
     config: Mapping[str, Any] = field(default_factory=dict)
     plain: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    read: tuple[str, ...] = ()
 
 
 P = "model.layers.0.mlp.up_proj"
@@ -46,7 +48,7 @@ def _quantised(method: str, **more: Any) -> dict[str, Any]:
 _W = ("F8_E4M3", (64, 64))
 _NORM = ("model.norm.weight",)
 
-FORMATS: dict[str, Format] = {
+_FORMATS: dict[str, Format] = {
     "fp8 per tensor": Format(
         "fp8 with scales", _module(weight=_W, weight_scale=("F32", ()), input_scale=("F32", ()), bias=("BF16", (64,))),
         _quantised("modelopt"), (*_NORM, f"{P}.bias"),
@@ -86,10 +88,10 @@ FORMATS: dict[str, Format] = {
         {"mlp.experts.gate_up_proj": ("F8_E4M3", (2, 32, 16)), "mlp.experts.gate_up_proj_scale_inv": ("F32", (2, 2, 2)),
          "model.norm.weight": ("BF16", (64,))}, {}, _NORM,
     ),
-    "mxfp8": Format("MXFP8", _module(weight=_W, weight_scale=("U8", (64, 2)), comfy_quant=("U8", (26,))), {}, _NORM),
+    "mxfp8": Format("MXFP8", _module(weight=_W, weight_scale=("U8", (64, 2))), {}, _NORM),
     "mxfp8, exponents": Format("MXFP8", _module(weight=_W, scale=("F8_E8M0", (64, 2))), {}, _NORM),
     "described by metadata": Format(
-        "fp8 with scales", _module(weight=_W), {}, _NORM,
+        "fp8 with scales", _module(weight=_W, weight_scale=("F32", ())), {}, _NORM,
         {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": {P: {"format": "float8_e4m3fn"}}})},
     ),
     "mxfp4, gpt-oss": Format(
@@ -228,6 +230,18 @@ FORMATS: dict[str, Format] = {
     "codes of 6 bits": Format("F6_E2M3 with scales", _module(weight=("F6_E2M3", (64, 64)),
                                                              weight_scale=("F8_E8M0", (64, 2))), {}, _NORM),
 }  # fmt: skip
+
+_READ = {
+    **dict.fromkeys((
+        "fp8 per tensor", "fp8 per tensor, ComfyUI", "fp8 per row", "fp8 E5M2", "fp8, TensorRT-LLM", "fp8 blocks",
+        "fp8 blocks, DeepSeek's own", "fp8, Mistral's own", "mxfp8", "mxfp8, exponents", "described by metadata",
+        "nvfp4", "nvfp4, compressed-tensors", "int8",
+    ), (f"{P}.weight",)),
+    "fp8 experts": ("mlp.experts.gate_up_proj",), "mxfp4, gpt-oss": ("mlp.experts.down_proj",),
+}  # fmt: skip
+# Those whose codes are not read, and those that are decoded.
+FORMATS = {name: form for name, form in _FORMATS.items() if name not in _READ}
+READ_FORMATS = {name: replace(_FORMATS[name], read=read) for name, read in _READ.items()}
 
 # Models that have scales, integers or 8-bit floats, and are not quantised.
 NOT_QUANTISED: dict[str, Layout] = {

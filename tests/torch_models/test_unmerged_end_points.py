@@ -33,12 +33,13 @@ def quantised(seed: int) -> dict[str, torch.Tensor]:
     return {
         "up.weight": codes,
         "up.weight_scale": torch.tensor(0.5 + seed),
+        "up.weight_zero_point": torch.tensor([1.0]).to(torch.float8_e4m3fn),
         "norm.weight": torch.full((4,), float(seed)),
     }
 
 
 class Quantised(torch.nn.Module):
-    """Holds the tensors of a model with fp8 codes."""
+    """Holds the tensors of a model with fp8 codes, in a form that is not read."""
 
     def __init__(self):
         super().__init__()
@@ -46,6 +47,7 @@ class Quantised(torch.nn.Module):
         first = quantised(0)
         self.up.register_buffer("weight", first["up.weight"])
         self.up.register_buffer("weight_scale", first["up.weight_scale"])
+        self.up.register_buffer("weight_zero_point", first["up.weight_zero_point"])
         self.norm.register_buffer("weight", first["norm.weight"])
 
 
@@ -62,7 +64,7 @@ def test_live_refuses_quantised_end_points(tmp_path, stored):
     module = Quantised()
     own = state(module)
     with pytest.raises(
-        CheckpointError, match=r"is quantised \(fp8 with scales\): 1 tensor, as up.weight with"
+        CheckpointError, match=r"is quantised \(fp8 with scales and zero points\): 1 tensor, as up.weight with"
     ) as caught:
         fastinterp.Live(module, a=ends[0], b=ends[1])
     assert "integers" not in str(caught.value)
@@ -78,7 +80,7 @@ def test_path_refuses_quantised_end_points(tmp_path):
         save_file(quantised(k), tmp_path / f"{k}.safetensors")
     save_file({**quantised(0), "norm.weight": torch.full((4,), 8.0)}, tmp_path / "2.safetensors")
     a, b, c = (str(tmp_path / f"{k}.safetensors") for k in range(3))
-    with pytest.raises(CheckpointError, match=r"are quantised \(fp8 with scales\)"):
+    with pytest.raises(CheckpointError, match=r"are quantised \(fp8 with scales and zero points\)"):
         fastinterp.path(a, b)
     with pytest.raises(CheckpointError, match=r"are quantised|is quantised"):
         fastinterp.path(a, quantised(1)).weights(0.5)

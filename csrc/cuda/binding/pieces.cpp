@@ -9,7 +9,8 @@ ParsedPiece parse_piece(const py::handle& object) {
   ParsedPiece piece;
   piece.step = parse_step(object.attr("step"));
   for (const ParsedOperand& operand : piece.step.inputs) {
-    if (!operand.decoder.name.empty()) throw py::value_error("no kernel here reads encoded inputs");
+    if (!operand.decoder.name.empty() || !operand.decoders.empty() || !operand.low_rank.changes.empty())
+      throw py::value_error("no kernel here reads encoded inputs");
     piece.in.push_back(operand.dtype);
     piece.wide = piece.wide || operand.dtype == DType::F64;
   }

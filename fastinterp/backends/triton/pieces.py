@@ -19,6 +19,8 @@ def refuses(step: Step) -> str | None:
         return "rows gathered from several places"
     if step.decodes:
         return "encoded inputs"
+    if step.encodes:
+        return "encoded outputs"
     return "random masks by rank" if step.by_rank else None
 
 

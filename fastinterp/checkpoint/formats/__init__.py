@@ -1,50 +1,42 @@
 """Encoded tensors: which tensors of a checkpoint are codes, and what they are when decoded. One reader per format.
 
-A format is a reader here, which looks at headers only; a decoder in csrc/decoders/, with its row in csrc/decoder.cpp;
-and that decoder's definition in reference/decode.py. Nothing else knows of it: plans see float32 tensors.
+A format is a reader here, which looks at headers and small descriptions only; a decoder in csrc/decoders/, with its row
+in table.cpp there; and that decoder's definition in reference/decode.py. Nothing else knows of it: plans see float32
+tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-import msgspec
-
-from fastinterp.checkpoint.header import Entry
+from fastinterp.checkpoint.formats import fp8, int8, mxfp4, nvfp4
+from fastinterp.checkpoint.formats.encoded import EncodedTensor, Reader
+from fastinterp.checkpoint.gguf_types import BY_NAME
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import CheckpointError
-from fastinterp.ops.dtypes import BF16, DType
+from fastinterp.ops.dtypes import F16
+
+__all__ = ["READERS", "EncodedTensor", "Reader", "encoded_tensors"]
 
 
-class EncodedTensor(msgspec.Struct, frozen=True):
-    """A tensor of float32 numbers that is stored as codes.
+def _gguf(checkpoint: Checkpoint) -> Iterable[EncodedTensor]:
+    """Tensors of GGUF files in blocks, with their scales in between. They keep their type where it is written."""
+    if checkpoint.gguf is not None:
+        for name, entry in checkpoint.tensors.items():
+            if entry.dtype.block is not None:
+                decoder = BY_NAME[entry.dtype.name].decoder
+                yield EncodedTensor(name, entry.shape, entry, (), decoder, kept_dtype=F16)
 
-    name        of the tensor, by which other models and the output have it
-    shape       of the numbers
-    codes       where the codes lie; decoders read a row after the other, as the numbers follow each other
-    companions  where scales and the like lie, in the order in which the decoder takes them. They are no tensors of the
-                model any more
-    decoder     its name in csrc/decoder.cpp and reference/decode.py
-    parameters  numbers that it takes: block sizes, say
-    kept_dtype  the dtype of an output tensor that keeps this one's
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    codes: Entry
-    companions: tuple[Entry, ...]
-    decoder: str
-    parameters: tuple[float, ...] = ()
-    kept_dtype: DType = BF16
-
-
-# Yields the tensors of one format; nothing, if the checkpoint has none.
-# Raises: CheckpointError, naming the tensor, if a companion is missing, misplaced or of the wrong dtype or shape.
-Reader = Callable[[Checkpoint], Iterable[EncodedTensor]]
 
 # By the name of the format. A new format adds its row.
-READERS: dict[str, Reader] = {}
+READERS: dict[str, Reader] = {
+    "fp8": fp8.read,
+    "int8": int8.read,
+    "mxfp4": mxfp4.read,
+    "nvfp4": nvfp4.read,
+    "gguf": _gguf,
+}
 
 
 def encoded_tensors(checkpoint: Checkpoint) -> list[EncodedTensor]:
@@ -56,7 +48,7 @@ def encoded_tensors(checkpoint: Checkpoint) -> list[EncodedTensor]:
     taken: dict[str, str] = {}  # stored or made tensor -> format
     for format_name, reader in READERS.items():
         for encoded in reader(checkpoint):
-            stored = [entry.name for entry in (encoded.codes, *encoded.companions)]
+            stored = [entry.name for entry in encoded.stored]
             for name in {encoded.name, *stored}:
                 other = taken.get(name) or ("not encoded" if name not in stored and name in checkpoint.tensors else "")
                 if other:

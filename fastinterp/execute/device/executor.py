@@ -169,6 +169,8 @@ def _nothing_to_compute(step: Step) -> str | None:
         return "rows that are moved"
     if step.decodes:
         return "encoded inputs"
+    if step.encodes:
+        return "encoded outputs"
     if isinstance(step, CopyEqual):
         return "not averaged"
     if not step.numel:

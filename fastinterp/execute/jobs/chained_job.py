@@ -17,7 +17,14 @@ from fastinterp.execute.jobs.job import Job, Result
 from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.sources import Sources, storage
 from fastinterp.ops.steps import Operand, Stored
-from fastinterp.plan.inputs import GatheredInput, IntermediateInput, PlannedTensor, StoredInput, TensorInput
+from fastinterp.plan.inputs import (
+    ConvertedInput,
+    GatheredInput,
+    IntermediateInput,
+    PlannedTensor,
+    StoredInput,
+    TensorInput,
+)
 
 if TYPE_CHECKING:
     from fastinterp.execute.jobs.densities import Density
@@ -130,6 +137,9 @@ class ChainedJob(Job):
     # OpenFiles: how inputs are opened.
 
     def stored(self, tensor: StoredInput) -> Operand:
+        return self._sources.operand(tensor)
+
+    def converted(self, tensor: ConvertedInput) -> Operand:
         return self._sources.operand(tensor)
 
     def gathered(self, tensor: GatheredInput) -> Operand:

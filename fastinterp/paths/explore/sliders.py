@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fastinterp.checkpoint.names import PICKLES, WEIGHTS
 from fastinterp.errors import UsageError
 from fastinterp.paths.report import PathReport
 from fastinterp.recipe.load import load_recipe
@@ -44,7 +45,7 @@ class Sliders:
 
 
 def _of_recipe(source: str) -> Sliders:
-    if os.path.isdir(os.path.expanduser(source)) or source.endswith(".safetensors"):
+    if os.path.isdir(os.path.expanduser(source)) or source.endswith((WEIGHTS, *PICKLES)):
         raise UsageError(f"{source} is one checkpoint, and a path has two ends. Name the other, too, or give a recipe")
     recipe = load_recipe(source)
     coefficients = recipe.coefficients
@@ -69,7 +70,8 @@ def _names(models: Sequence[str]) -> list[str]:
     """Short names for models, all different: the last part of a path, as an identifier of Python."""
     names: list[str] = []
     for model in models:
-        last = os.path.basename(os.path.normpath(model)).split("@")[0].removesuffix(".safetensors")
+        last = os.path.basename(os.path.normpath(model)).split("@")[0]
+        last = os.path.splitext(last)[0] if last.endswith((WEIGHTS, *PICKLES)) else last
         name = re.sub(r"\W+", "_", last).strip("_") or "model"
         name = f"_{name}" if name[0].isdecimal() else name
         number = 2

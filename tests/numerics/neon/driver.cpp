@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../../../csrc/cpu/backend.h"
+#include "../../../csrc/decoder.h"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -211,6 +212,7 @@ void run_measure(const Backend& backend, int in, int n, int64_t numel, Fill fill
   for (int64_t count : nonzero) h.integer(count);
 }
 
+#include "decoders.inc"
 #include "groups.inc"
 #include "masked.inc"
 
@@ -341,6 +343,7 @@ int main() {
       run_measures(backend, true);
       run_masks(backend);
       run_groups(backend);
+      run_decoders(backend);
     }
     run_spoiled(backend);
   }

@@ -1,0 +1,84 @@
+"""Adapters as diffusers saves them: `unet.MODULE.lora_A.weight`, and the older `unet.MODULE.lora.down.weight`.
+
+Files that others write for models of diffusers have kohya's parts on paths with dots, `diffusion_model.MODULE.lora_down
+.weight`; they are read as well.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+
+from fastinterp.checkpoint.header import Entry
+from fastinterp.checkpoint.lora import Kind, LoraAdapter, LowRankModule, check_pair, pair_error, refuse_left
+from fastinterp.checkpoint.lora.scalars import read_scalars
+from fastinterp.checkpoint.open import Checkpoint
+
+_PART = re.compile(
+    r"(?P<module>.+?)(?:"
+    r"(?:\.processor)?[._](?:lora|lora_linear_layer)\.(?P<old>down|up)\.weight"
+    r"|(?:\.processor)?\.(?P<attention>to_(?:q|k|v|out))_lora\.(?P<older>down|up)\.weight"
+    r"|\.lora_(?P<kohya>down|up)\.weight"
+    r"|\.lora_(?P<new>[AB])(?:\.(?!weight$|bias$)[^.]+)?\.(?P<leaf>weight|bias)"
+    r"|\.lora_magnitude_vector(?:\.[^.]+)?(?P<magnitude>)"
+    r"|\.(?P<alpha>alpha)"
+    r")",
+    re.DOTALL,
+)
+_METADATA = "lora_adapter_metadata"  # of the file: a LoraConfig for each component, as JSON
+
+
+def parse_diffusers(checkpoint: Checkpoint) -> LoraAdapter:
+    """The adapter in a file of diffusers' names. Raises: CheckpointError."""
+    parts: dict[str, dict[str, Entry]] = {}
+    left = []
+    for name, entry in checkpoint.tensors.items():
+        found = _PART.fullmatch(name)
+        if not found or (found["leaf"] == "bias" and found["new"] == "A"):
+            left.append(name)
+            continue
+        module = found["module"]
+        if found["attention"]:
+            module += f".{found['attention']}"
+        if module.endswith(".to_out"):
+            module += ".0"  # a list of the layer and its dropout
+        which = found["old"] or found["older"] or found["kohya"] or found["new"]
+        part = (
+            "alpha" if found["alpha"] else "magnitude" if which is None else {"A": "down", "B": "up"}.get(which, which)
+        )
+        parts.setdefault(module, {})["bias" if found["leaf"] == "bias" else part] = entry
+    refuse_left(checkpoint, left, "Expected the names of diffusers, `unet.MODULE.lora_A.weight`")
+    alphas = read_scalars(checkpoint, [found["alpha"] for found in parts.values() if "alpha" in found])
+    config = _metadata(checkpoint)
+    return LoraAdapter(
+        checkpoint,
+        "diffusers",
+        tuple(_module(checkpoint, module, found, alphas, config) for module, found in parts.items()),
+    )
+
+
+def _module(
+    checkpoint: Checkpoint,
+    module: str,
+    parts: Mapping[str, Entry],
+    alphas: Mapping[str, float],
+    config: Mapping[str, object],
+) -> LowRankModule:
+    down, up = parts.get("down"), parts.get("up")
+    if down is None or up is None:
+        raise pair_error(checkpoint, module, next(iter(parts.values())), "down" if down is None else "up")
+    rank = down.shape[0] if down.shape else 0
+    check_pair(checkpoint, module, down, up, rank)
+    alpha = alphas[parts["alpha"].name] if "alpha" in parts else None
+    kind: Kind = "convolution" if len(down.shape) > 2 else "linear"
+    scale = 1.0 if alpha is None else alpha / rank
+    return LowRankModule(module, kind, down, up, rank, alpha, scale, parts.get("magnitude"), parts.get("bias"))
+
+
+def _metadata(checkpoint: Checkpoint) -> Mapping[str, object]:
+    try:
+        found = json.loads(checkpoint.metadata.get(_METADATA, "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

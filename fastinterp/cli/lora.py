@@ -1,0 +1,69 @@
+"""`extract-lora`: the command that writes a fine-tune as an adapter of its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastinterp.cli import options
+from fastinterp.cli.blas import one_blas_thread
+from fastinterp.cli.merge import outcome_of
+
+
+@click.command()
+@click.argument("finetune")
+@click.option("--base", required=True, metavar="CKPT", help="The checkpoint that FINETUNE was made from.")
+@click.option(
+    "--rank", type=click.IntRange(1), required=True, metavar="R",
+    help="Rank of the factors of each weight; with --energy the largest.",
+)  # fmt: skip
+@click.option("-o", "--out", required=True, metavar="DIR", help="Output folder.")
+@click.option(
+    "--energy", type=float, metavar="E",
+    help="Per module the smallest rank that keeps this part of the change's squared norm: above 0, at most 1, as 0.99.",
+)  # fmt: skip
+@click.option(
+    "--modules-to-save/--no-modules-to-save", "whole_modules", default=True,
+    help="Store what differs and has no factors whole: embeddings, heads, norms, biases. Or leave it out, and warn. "
+    "Default: store it.",
+)  # fmt: skip
+@click.option("--dtype", default="float32", show_default=True, metavar="NAME", help="Dtype of the factors.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random matrices.")
+@options.threads
+@click.option("--force", is_flag=True, help="Replace an adapter in the output folder.")
+@click.option(
+    "--durable", is_flag=True,
+    help="Call fsync on all files: slower, but the output survives a crash of the machine.",
+)  # fmt: skip
+@options.quiet
+@options.as_json
+def extract_lora(finetune: str, base: str, out: str, quiet: bool, as_json: bool, **settings: Any) -> None:
+    """Write a fine-tune as a LoRA adapter of its base.
+
+    FINETUNE and CKPT are checkpoints with the same tensors. Each weight of a linear layer or convolution that differs
+    becomes two factors, by a randomised singular value decomposition of FINETUNE - CKPT; what differs else is stored
+    whole. The output is a folder that peft loads. The report has the error, |D - B A| / |D| of the changes D, of all
+    and for each module (--json).
+
+    \b
+    Example:
+      fastinterp extract-lora fine-tune/ --base base/ --rank 32 -o adapter/
+      fastinterp extract-lora fine-tune/ --base base/ --rank 256 --energy 0.95 -o adapter/ --json
+    """
+    one_blas_thread()
+    from fastinterp.cli import progress
+    from fastinterp.lora.extract import extract_lora as extract
+    from fastinterp.messages import plain
+
+    options.refuse_ranks("extract-lora")
+    with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
+        report = extract(finetune, base, out, progress=shown, **settings)
+    if as_json:
+        options.say_json(report.as_dict())
+    elif quiet:
+        for warning in report.warnings:
+            click.echo(plain(f"{report.output}: warning: {warning}"), err=True)
+    else:
+        options.say(report.summary())

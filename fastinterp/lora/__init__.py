@@ -1,0 +1,1 @@
+"""Low-rank adapters as results: adapters merged with each other, and adapters extracted from fine-tunes."""

@@ -1,0 +1,81 @@
+"""Sums in one pass over registers: the bytes and counts of the tiles, up to the edges of every dtype."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastinterp.ops.combine import Row
+from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, DType
+from tests.support import backends
+from tests.support.cases import Guarded, fill
+
+SMALL = [F32, F16, BF16, F8_E4M3, F8_E5M2]
+vectors = pytest.mark.parametrize("isa", [isa for isa in backends.usable() if isa != "scalar"])
+# As float32 bits: around the halves between the largest finite number of a dtype and what would follow it, and NaN
+# whose payload a carry would run through.
+EDGES = [
+    edge + step
+    for edge in (0x477FF000, 0x7F7F8000, 0x7F7FFFFF, 0x43E00000, 0x43E80000, 0x47600000, 0x47700000, 0x43F00000)
+    for step in (-1, 0, 1)
+] + [0x7FFFFFFF, 0x7F800001, 0x7FC00000, 0x7F800000, 0x00000001, 0x007FFFFF]
+
+
+def check(isa: str, raws: list[np.ndarray], dtypes: list[DType], row: Row, out: DType, **options: Any) -> None:
+    """The row by `isa`, streamed or not, and by the plain loops of `scalar`, which has no pass over registers."""
+    inputs = [Guarded(raw.size, 16 * i) for i, raw in enumerate(raws)]
+    for buffer, raw in zip(inputs, raws, strict=True):
+        buffer.view[:] = raw
+    size = raws[0].size // (dtypes[0].bits // 8) * (out.bits // 8)
+    want, plain, streamed = Guarded(size, 0), Guarded(size, 0), Guarded(size, 0)
+    counts = backends.run("scalar", inputs, dtypes, [row], [want], out, stats_every=0, **options)
+    for buffer, way in ((plain, False), (streamed, True)):
+        found = backends.run(isa, inputs, dtypes, [row], [buffer], out, stats_every=0, streamed=way, **options)
+        backends.assert_same_bits(want.view, buffer.view, out, f"streamed: {way}")
+        assert buffer.intact()
+        assert found == counts
+
+
+@vectors
+@pytest.mark.parametrize("out", SMALL, ids=str)
+@pytest.mark.parametrize("saturate", [True, False])
+def test_edges_of_every_dtype(isa, out, saturate):
+    """Each edge alone among ordinary numbers, of either sign, at a place of its own."""
+    for sign, (place, edge) in itertools.product((0, 1 << 31), enumerate(EDGES)):
+        values = np.linspace(-3, 3, 256, dtype=np.float32)
+        values.view(np.uint32)[5 * place + 1] = edge | sign
+        pivot = np.zeros(256, np.float32)
+        check(isa, [pivot.view("u1"), values.view("u1")], [F32, F32], Row(0, 1.0, ((1, 1.0),)), out,
+              fp8_saturate=saturate)  # fmt: skip
+
+
+@vectors
+@pytest.mark.parametrize("dtype", SMALL, ids=str)
+@pytest.mark.parametrize("out", SMALL, ids=str)
+def test_all_codes(isa, dtype, out):
+    """Every code of a dtype of up to 16 bits, every exponent of the wide one, as pivot and as other input."""
+    width = dtype.bits // 8
+    codes = np.arange(1 << min(dtype.bits, 16), dtype=f"u{width}") << (16 if dtype is F32 else 0)
+    codes = np.concatenate([codes, codes])  # and a whole number of steps
+    raws = [np.roll(codes, by).view("u1") for by in (0, 1, 77)]
+    for weights in ((0.5,), (0.25, -0.5)):
+        row = Row(0, 1.0 if len(weights) == 1 else 0.75, tuple(enumerate(weights, 1)))
+        check(isa, raws[: len(weights) + 1], [dtype] * (len(weights) + 1), row, out)
+
+
+@vectors
+@pytest.mark.parametrize("n", [2, 3, 8, 9, 64])
+@pytest.mark.parametrize("out", SMALL, ids=str)
+def test_mixed_dtypes_and_lengths(isa, n, out):
+    """Inputs of different dtypes; lengths around a step; a part that begins within a chunk."""
+    dtypes = [SMALL[i % len(SMALL)] for i in range(n)]
+    for numel in (1, 31, 32, 63, 64, 65, 500, 20000):
+        raws = [
+            fill("normal", dtype, numel, i, np.random.default_rng([numel, i])).view(np.uint8)
+            for i, dtype in enumerate(dtypes)
+        ]
+        row = Row(n // 2, -0.5, tuple((i, 1 / n) for i in range(n) if i != n // 2))
+        check(isa, raws, dtypes, row, out, first=16384 - 40)
