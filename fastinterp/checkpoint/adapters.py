@@ -1,7 +1,7 @@
 """Adapters: what is trained beside a model and added to its weights. Recognised by the names of their tensors.
 
 Most are factors of a product, and the mean of two products is not the product of the means of their factors: such
-tensors are not merged one by one.
+tensors are not merged one by one. Those of LoRA are added to their base where that is read: checkpoint/lora/.
 """
 
 from __future__ import annotations
@@ -202,10 +202,19 @@ def unmergeable(adapter: Adapter) -> str:
             f"this is {_article(kind)} adapter: only those of LoRA (and DoRA) are added to a model here. Merge it into "
             "its base first, with the program that made it; then name the model that it writes"
         )
+    if reason := unmergeable_config(adapter.config):
+        return reason
+    if not adapter.style:
+        return "this adapter has names of no program that is known (peft, kohya, diffusers): its scales are not known"
+    return ""
+
+
+def unmergeable_config(config: Mapping[str, Any]) -> str:
+    """The same of a LoraConfig of peft alone."""
     for key, what in _OTHER.items():
-        if adapter.config.get(key):
+        if config.get(key):
             return f"this adapter {what}: it is no sum of products that is added to weights, and is not merged"
-    init = str(adapter.config.get("init_lora_weights")).lower()
+    init = str(config.get("init_lora_weights")).lower()
     if init.startswith(_MUTATING):
         return (
             f"this adapter was saved with `init_lora_weights` {quote(init)}, which also changed the weights of its "
@@ -213,8 +222,6 @@ def unmergeable(adapter: Adapter) -> str:
             "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`; or, if the base that you name is "
             f"the changed one, set `init_lora_weights` to true in {ADAPTER_CONFIG}"
         )
-    if not adapter.style:
-        return "this adapter has names of no program that is known (peft, kohya, diffusers): its scales are not known"
     return ""
 
 
@@ -248,19 +255,21 @@ def refusal(name: str, root: Path, adapter: Adapter, tensors: Mapping[str, Entry
     """What it is, that it is not merged, and how it becomes a model."""
     base = adapter.config.get("base_model_name_or_path")
     to = f" to {quote(base)}" if isinstance(base, str) and base else ""
-    what = f"this is {_article(adapter.kind)} adapter{to}, not a whole model, and adapters are not merged. "
+    what = f"this is {_article(adapter.kind)} adapter{to}, not a whole model"
     if not unmergeable(adapter):
-        what += "With each other they are, into an adapter: write `out: lora` in the recipe. "
+        source = name if Path(os.path.expanduser(name)).exists() or not root.is_dir() else str(file)
+        owner = base if isinstance(base, str) and base else "BASE"
+        if adapter.style == "peft" and not adapter.config:
+            what += f". Put its {ADAPTER_CONFIG} beside it first"
+        return (
+            f"{what}. Name it behind its base: {quote(f'{owner}+{source}', 400)}. Adapters are merged with each other "
+            "into an adapter: write `out: lora` in the recipe"
+        )
+    what += ", and adapters are not merged. "
     if adapter.style == "peft":
         return what + _with_peft(
             name if Path(name).is_dir() or not Path(name).exists() else str(root), adapter, tensors
         )
-    if adapter.kind == "LoRA" and adapter.style in ("kohya", "diffusers"):
-        command = python(
-            'import diffusers; p = diffusers.DiffusionPipeline.from_pretrained("BASE"); '
-            f'p.load_lora_weights({literal(file)}); p.fuse_lora(); p.unload_lora_weights(); p.save_pretrained("NEW")'
-        )
-        return f"{what}Merge it into its base first, the pipeline BASE: {command}; then name NEW"
     if adapter.style == "kohya":
         return (
             f"{what}Merge it into its base first, with `tools/merge.py` of LyCORIS; then name the file that it writes"
@@ -269,7 +278,7 @@ def refusal(name: str, root: Path, adapter: Adapter, tensors: Mapping[str, Entry
 
 
 def _article(kind: str) -> str:
-    return f"{'an' if kind[0] in 'IO' else 'a'} {kind}"
+    return f"{'an' if kind[0] in 'AIO' else 'a'} {kind}"
 
 
 def _with_peft(folder: str, adapter: Adapter, tensors: Mapping[str, Entry]) -> str:

@@ -232,9 +232,9 @@ def _refuse_adapter_beside(name: str, root: Path, present: Sequence[str], groups
     whole = [group.first for stem, group in groups.items() if stem.name.partition(".")[0] != ADAPTER]
     if adapters and whole and ADAPTER_CONFIG in present:
         model = next((file for file in whole if file.startswith((f"{MODEL}.", f"{PICKLED_MODEL}."))), whole[0])
-        remedy = f"To merge the model without it, name {root / model}"
         raise CheckpointError(
             f"the folder has an adapter, {listing(adapters)}, beside {listing(whole)}: transformers loads the model "
-            f"with the adapter on it, and adapters are not merged. {remedy}",
+            f"with the adapter on it. With it, name {root / model}+{root / adapters[0]}; without it, name "
+            f"{root / model}",
             file=name,
         )

@@ -84,8 +84,9 @@ def explain(
 def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
     """Show the contents of a checkpoint, from its headers.
 
-    CHECKPOINT is a folder, a file of weights (.safetensors, .bin, .pt, .pth, .ckpt), or a Hub id. Shows files, tensors,
-    dtypes, metadata, and the receipt of the merge that wrote it.
+    CHECKPOINT is a folder, a file of weights (.safetensors, .bin, .pt, .pth, .ckpt), or a Hub id; adapters may stand
+    behind it, as in MODEL+LORA: then it says what they change, and shows the model and each of them. Shows files,
+    tensors, dtypes, metadata, and the receipt of the merge that wrote it.
 
     \b
     Example:
@@ -93,7 +94,18 @@ def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
     """
     from fastinterp.checkpoint.open import open_checkpoint
     from fastinterp.inspect import describe
+    from fastinterp.recipe.references import ModelRef
 
+    if ModelRef.of(checkpoint).adapters:
+        from fastinterp.inspect.describe_adapted import adapted_as_dict, adapted_as_text
+        from fastinterp.plan.models import open_model
+
+        model = open_model(checkpoint)
+        if as_json:
+            options.say_json(adapted_as_dict(model))
+        else:
+            options.say(adapted_as_text(model, every=every))
+        return
     opened = open_checkpoint(checkpoint)
     if as_json:
         options.say_json(describe.as_dict(opened))

@@ -176,6 +176,7 @@ def _open_all(
         try:
             library.find(model)
         except (CheckpointError, StorageError) as error:
+            name = error.file if isinstance(error, CheckpointError) and error.file in model.names else name
             hint = "" if os.path.exists(os.path.expanduser(name)) else not_there(document, name, sorted(names))
             findings.add_error(error, (path, document.error("", path).line), hint)
 

@@ -69,6 +69,7 @@ def _as_dict(plan: Plan, window: Window) -> dict[str, Any]:
         "seed": recipe.seed,
         "draws": recipe.method.draws,
         "models": [_model(plan, i) for i, c in enumerate(plan.checkpoints) if c.files],
+        "adapters": _adapters(plan),
         "made": _made(plan),
         "origin": plan.origin.name,
         "vocabulary": plan.aligned.source,
@@ -214,12 +215,28 @@ def _lettered(text: str, letters: Sequence[str]) -> str:
     return re.sub(r"\bx(\d+)\b", lambda x: letters[int(x[1])] if int(x[1]) < len(letters) else x[0], text)
 
 
+def _adapters(plan: Plan) -> list[dict[str, Any]]:
+    """What adapters make of tensors of the models, each kind once: `W + 2*B*A[r=16] (lora)`."""
+    counts: dict[tuple[int, str], dict[Hashable, int]] = {}
+    for tensor in _all(plan):
+        for i, one in tensor.pairs:
+            if formula := one.formula:
+                counts.setdefault((i, formula), {})[one.key] = one.numel
+    return [
+        {"model": plan.checkpoints[i].name, "symbol": f"x{i}", "formula": formula, "tensors": len(keys)}
+        for (i, formula), keys in counts.items()
+    ]
+
+
 def _copies(tensor: PlannedTensor) -> bool:
     """Whether the output tensor is a copy of its input's bytes."""
     if tensor.encoding is not None:
         return tensor.copies_codes
     return not tensor.merged or (
-        bool(tensor.rows) and tensor.rows[0].is_copy and tensor.dtype == tensor.inputs[0].dtype
+        bool(tensor.rows)
+        and tensor.rows[0].is_copy
+        and tensor.dtype == tensor.inputs[0].dtype
+        and not tensor.inputs[0].adapted
     )
 
 

@@ -16,7 +16,7 @@ def as_text(values: dict[str, Any]) -> str:
     for preset in values["presets"]:
         lines += _wrapped(preset, "  ", " " * 8)
     lines += ["  in the formula of preset mergekit:"] if values["presets"] else []
-    lines += [*_formula_lines(values["formula"], values["symbols"]), ""]
+    lines += [*_formula_lines(values["formula"], values["symbols"]), *_adapter_lines(values["adapters"]), ""]
     lines += _parameters(values["given"])
     lines += _reads(values) + _computes(values) + _writes(values)
     floor = values["floor"]
@@ -55,6 +55,14 @@ def _formula_lines(formula: str, symbols: list[str]) -> list[str]:
     for symbol in symbols:
         lines += _wrapped(symbol, "  ", " " * 8)
     return [*lines, *(f"  {plain(line)}" for line in legend)]
+
+
+def _adapter_lines(adapters: list[dict[str, Any]]) -> list[str]:
+    """`W of x1 is W + 2*B*A[r=16] (lora) in 112 tensors`."""
+    texts = [f"W of {a['symbol']} is {a['formula']} in {counted(a['tensors'], 'tensor')}" for a in adapters[:_SHOWN]]
+    if len(adapters) > _SHOWN:
+        texts.append(f"and {len(adapters) - _SHOWN} more; --json lists all")
+    return [line for text in texts for line in _wrapped(plain(text), "  ", " " * 8)]
 
 
 def _parameters(values: dict[str, Any]) -> list[str]:

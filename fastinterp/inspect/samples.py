@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,7 @@ _MEAN_ABS = 0.8  # mean |d| of normally distributed d, in standard deviations
 class SampledDelta:
     """The delta d of one model from another (the base, where there is one), over samples.
 
+    adapted    whether adapters change tensors of one model, which are not sampled
     changed    number of sampled elements that differ
     numel      number of sampled elements
 
@@ -44,6 +45,7 @@ class SampledDelta:
     dtypes     names of those dtypes
     """
 
+    adapted: bool = False
     changed: int = 0
     numel: int = 0
     sum_dd: float = 0.0
@@ -90,7 +92,8 @@ class Samples:
 
     def equal(self) -> Iterator[tuple[int, int]]:
         """(model, other) that are equal in all samples."""
-        return ((i, base) for (i, base), delta in self.deltas.items() if delta.numel and not delta.changed)
+        known = ((pair, delta) for pair, delta in self.deltas.items() if delta.numel and not delta.adapted)
+        return (pair for pair, delta in known if not delta.changed)
 
 
 def sample(plan: Plan) -> Samples:
@@ -113,7 +116,19 @@ def sample(plan: Plan) -> Samples:
     for (tensor, reads), (sums, nonzero) in zip(pairs, answers, strict=True):
         _add(samples, tensor, reads, sums, nonzero)
     samples.not_finite = list(dict.fromkeys(samples.not_finite))
+    _mark_adapted(samples, merged)
     return samples
+
+
+def _mark_adapted(samples: Samples, tensors: Iterable[PlannedTensor]) -> None:
+    """Say of deltas that they are more than what is sampled: adapters change tensors of one model and not the other."""
+    adapted: dict[int, set[Hashable]] = {}
+    for tensor in tensors:
+        for i, one in tensor.pairs[: tensor.model_count]:
+            if one.adapted:
+                adapted.setdefault(i, set()).add(one.key)
+    for (i, other), delta in samples.deltas.items():
+        delta.adapted = adapted.get(i) != adapted.get(other)
 
 
 def compare_unmerged(plan: Plan) -> tuple[CheckpointError | None, list[PlannedTensor]]:

@@ -94,7 +94,7 @@ class ReplacedRows(msgspec.Struct, frozen=True):
 
 
 class LowRank(msgspec.Struct, frozen=True):
-    """What adapters make of a stored tensor: rule 16 of docs/NUMERICS.md.
+    """What adapters make of a stored tensor: rule 18 of docs/NUMERICS.md.
 
     stored   code of the dtype of the stored elements, where no decoder reads them
     shape    matrices, rows, columns

@@ -146,10 +146,16 @@ def _listed(checkpoints: object) -> list[str]:
 
 
 def _expanded(path: str) -> list[str]:
-    """The paths that match a pattern; a path itself, also if there are * or [ in its name. Raises: UsageError."""
+    """The paths that match a pattern; a path itself, also if there are * or [ in its name. What stands behind `+`, an
+    adapter, may be a pattern, too. Raises: UsageError.
+    """
     pattern = os.path.expanduser(path)
     if not glob.has_magic(pattern) or os.path.exists(pattern):
         return [path]
+    if "+" in path:
+        from itertools import product
+
+        return ["+".join(parts) for parts in product(*map(_expanded, path.split("+")))]
     found = sorted(glob.glob(pattern))
     if not found:
         raise UsageError(f"nothing matches {path!r}")

@@ -40,6 +40,7 @@ _IN_ONE_FILE = {
     "text_encoder_2": ("conditioner.embedders.1.model.", ""),
     "text_encoder_3": ("text_encoders.t5xxl.transformer.", ""),
 }
+_TEXT_MODEL = "text_model."
 
 
 class _Shape(NamedTuple):
@@ -120,9 +121,16 @@ def _of_component(name: str, tensors: Mapping[str, HasShape]) -> str:
     components = _DIFFUSERS.get(first)
     if components is None:
         return name
-    candidates = [f"{component}/{rest}" for component in components]
-    candidates += [start + rest for start in _IN_ONE_FILE[components[0]]]
+    rests = _spellings(rest) if components[0].startswith("text_encoder") else (rest,)
+    candidates = [f"{component}/{spelt}" for component in components for spelt in rests]
+    candidates += [start + spelt for start in _IN_ONE_FILE[components[0]] for spelt in rests]
     return next((candidate for candidate in candidates if candidate in tensors), name)
+
+
+def _spellings(path: str) -> tuple[str, str]:
+    """The path of a tensor in a text encoder as older and newer versions of transformers have it."""
+    short = path.removeprefix(_TEXT_MODEL)
+    return path, short if short != path else _TEXT_MODEL + path
 
 
 def _by_underscores(
@@ -139,8 +147,9 @@ def _by_underscores(
             starts = ("",) if slash else _IN_ONE_FILE[components[0]]
             start = next((start for start in starts if path.startswith(start)), None)
             if start is not None and dot:
-                key = prefix + module[len(start) :].replace(".", "_")
-                known.setdefault(f"{key}.{last}", []).append(name)
+                rest = module[len(start) :]
+                for spelt in _spellings(rest) if components[0].startswith("text_encoder") else (rest,):
+                    known.setdefault(f"{prefix}{spelt.replace('.', '_')}.{last}", []).append(name)
     found = {}
     for name in wanted:
         places = known.get(name, [name])

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace as dataclass_replace
 
+import msgspec
 from msgspec.structs import replace
 
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.lora import LoraAdapter, LowRankModule, parse
 from fastinterp.checkpoint.names import listing, quote
-from fastinterp.checkpoint.open import open_checkpoint
+from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
 from fastinterp.checkpoint.pytorch.remedies import refuse_converted
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.errors import CheckpointError, ShapeError
@@ -25,7 +26,6 @@ from fastinterp.plan.adapted_experts import parts_of, products_of
 from fastinterp.plan.adapter_names import places, weight_of
 from fastinterp.plan.inputs import StoredInput, TensorInput
 from fastinterp.plan.low_rank import FactorInput, LowRankInput, ProductInput, RowsInput
-from fastinterp.plan.models import Model
 from fastinterp.recipe.references import AdapterRef, ModelRef
 from fastinterp.tokenizer.tied_embeddings import embedding_of, is_input_embedding, is_tied
 
@@ -35,43 +35,58 @@ _HEAD = "lm_head.weight"  # of language models
 _SCALE_TIED = frozenset(("t5", "mt5", "umt5", "longt5", "switch_transformers"))  # by the size of a tied embedding
 
 
-def with_adapters(model: Model, ref: ModelRef) -> Model:
-    """A model with the adapters of `ref` added, in their order.
+class Adapted(msgspec.Struct, frozen=True):
+    """The tensors of a model with its adapters, its checkpoint with theirs, and warnings."""
 
-    Raises: CheckpointError and ShapeError, if one does not fit it, or if a tensor of one has no place in it.
+    tensors: dict[str, TensorInput]
+    checkpoint: Checkpoint
+    warnings: tuple[str, ...]
+
+
+def with_adapters(tensors: Mapping[str, TensorInput], checkpoint: Checkpoint, ref: ModelRef) -> Adapted:
+    """The tensors of a checkpoint with the adapters of `ref` added, in their order.
+
+    Raises: CheckpointError and ShapeError, if one does not fit, or if a tensor of one has no place in it.
     """
-    checkpoint = model.checkpoint
-    assert checkpoint is not None
-    tensors = dict(model.tensors)
-    opened, warnings = [], list(model.warnings)
+    tensors = dict(tensors)
+    opened, warnings = [], []
     for one in ref.adapters:
         adapter = parse(open_checkpoint(one.name))
-        _Adding(model, tensors, adapter, one).add()
+        adding = _Adding(checkpoint, tensors, adapter, one)
+        adding.add()
+        if adding.added:
+            warnings.append(
+                f"{adapter.checkpoint.name} has {listing(adding.added)}, which {ref.name} has not: they are in the "
+                f"output, but its {CONFIG} is that of {ref.name}, and does not say so"
+            )
         opened.append(adapter.checkpoint)
         warnings += _other_base(adapter, ref)
-    name = str(ref)
-    changed = dataclass_replace(checkpoint, name=name, adapters=(*checkpoint.adapters, *opened))
-    return Model(name, model.root, tensors, changed, warnings=tuple(warnings))
+    return Adapted(tensors, dataclass_replace(checkpoint, name=str(ref), adapters=tuple(opened)), tuple(warnings))
 
 
 class _Adding:
     """Adds one adapter to the tensors of a model."""
 
-    def __init__(self, model: Model, tensors: dict[str, TensorInput], adapter: LoraAdapter, ref: AdapterRef):
-        self.base, self.tensors, self.adapter, self.ref = model.name, tensors, adapter, ref
+    def __init__(self, base: Checkpoint, tensors: dict[str, TensorInput], adapter: LoraAdapter, ref: AdapterRef):
+        self.base, self.tensors, self.adapter, self.ref = base.name, tensors, adapter, ref
         self.checkpoint = adapter.checkpoint
-        self.name = str(ref)
         self.label = os.path.basename(os.path.normpath(ref.path)) or ref.path
-        self.config = json_or_empty(model.root / CONFIG)
+        self.config = json_or_empty(base.root / CONFIG)
         self.model_type = str(self.config.get("model_type"))
         self.places = places(adapter, tensors)
         self.transposed: bool | None = None
+        self.added: list[str] = []
 
     def add(self) -> None:
+        """Raises: CheckpointError and ShapeError."""
         self._untie()
         self._refuse_unknown()
         for name, entry in self.adapter.replaced.items():
-            self._replace(self.places[name], entry)
+            if (place := self.places[name]) in self.tensors:
+                self._replace(place, entry)
+            else:
+                self.tensors[place] = replace(self._input(entry), name=place)
+                self.added.append(place)
         for module in self.adapter.modules:
             self._add(module)
         for rows in self.adapter.rows:
@@ -133,7 +148,8 @@ class _Adding:
         """Raises: CheckpointError, naming them, if the base lacks tensors that the adapter changes."""
         needed = [weight_of(m) for m in self.adapter.modules if not m.parameters]
         needed += [f"{m.module}.bias" for m in self.adapter.modules if m.bias is not None]
-        needed += [*self.adapter.replaced, *(f"{rows.module}.weight" for rows in self.adapter.rows)]
+        needed += [name for name in self.adapter.replaced if not self._is_new(name)]
+        needed += [f"{rows.module}.weight" for rows in self.adapter.rows]
         missing = [name for name in needed if self.places[name] not in self.tensors]
         if not missing:
             return
@@ -147,6 +163,15 @@ class _Adding:
             tensor=missing[0],
         )
 
+    def _is_new(self, name: str) -> bool:
+        """Whether a tensor is that of a module which was trained whole, and which the base has nothing of: the head of
+        a task.
+        """
+        place = self.places[name]
+        module, heads = place.rpartition(".")[0], self.adapter.config.get("modules_to_save")
+        named = isinstance(heads, list) and any(f".{module}.".find(f".{head}.") >= 0 for head in heads)
+        return named and place not in self.tensors and not any(t.startswith(f"{module}.") for t in self.tensors)
+
     def _trained_on(self) -> str:
         base = self.adapter.config.get("base_model_name_or_path")
         return f"It says that it was trained on {quote(base)}" if isinstance(base, str) and base else ""
@@ -154,16 +179,18 @@ class _Adding:
     def _stored(self, name: str) -> StoredInput:
         """The tensor of the base, to be changed. Raises: CheckpointError, if nothing can be added to it."""
         tensor = self.tensors[name]
-        if not isinstance(tensor, StoredInput) or not tensor.merges or tensor.dtype.is_complex:
+        stored = tensor.stored
+        if stored is None or not tensor.merges or tensor.dtype.is_complex:
             kind = tensor.quantised or str(tensor.dtype)
             raise CheckpointError(
                 f"the adapter changes {quote(name)}, which is {kind} in {self.base}: nothing can be added to that",
                 file=self.checkpoint.name,
                 tensor=name,
             )
-        return tensor
+        return stored
 
     def _input(self, entry: Entry) -> StoredInput:
+        """The input that reads a tensor of the adapter. Raises: CheckpointError, if it has to be converted first."""
         refuse_converted(self.checkpoint.files, [entry])
         return StoredInput(
             entry.name, entry.dtype, entry.shape, entry.nbytes, self.checkpoint.files[entry.file], entry.start

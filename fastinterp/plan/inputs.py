@@ -126,6 +126,21 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         return None
 
     @property
+    def stored(self) -> StoredInput | None:
+        """Itself, if one file holds it, whatever it is there; else None."""
+        return None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters change it."""
+        return False
+
+    @property
+    def formula(self) -> str:
+        """What adapters make of it, W, for people; empty, if none change it."""
+        return ""
+
+    @property
     def stored_rows(self) -> StoredInput | None:
         """Itself, if its rows lie in a file, as elements or as codes, so that those of others may stand beside them;
         else None.
@@ -267,6 +282,18 @@ class StoredInput(TensorInput, frozen=True, eq=False):
         if self.encoding is None or self.encoding.stored.block is None or self.low_rank is not None:
             return None
         return replace(self, dtype=self.encoding.stored, encoding=None)
+
+    @property
+    def stored(self) -> StoredInput | None:
+        return self
+
+    @property
+    def adapted(self) -> bool:
+        return self.low_rank is not None
+
+    @property
+    def formula(self) -> str:
+        return "" if self.low_rank is None else self.low_rank.formula()
 
     @property
     def stored_rows(self) -> StoredInput | None:

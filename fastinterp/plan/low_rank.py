@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 from fastinterp.ops.dtypes import DType
 
-if TYPE_CHECKING:
-    from fastinterp.plan.inputs import StoredInput
+
+class StoredTensor(Protocol):
+    """A tensor in one file, its elements one after the other: a StoredInput."""
+
+    @property
+    def key(self) -> Hashable: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def dtype(self) -> DType: ...
+    @property
+    def nbytes(self) -> int: ...
 
 
 class FactorInput(msgspec.Struct, frozen=True, eq=False):
@@ -20,7 +33,7 @@ class FactorInput(msgspec.Struct, frozen=True, eq=False):
     tensor  None: all elements are 1
     """
 
-    tensor: StoredInput | None
+    tensor: StoredTensor | None
     first: int = 0
     by_matrix: int = 0
     by_index: int = 0
@@ -43,12 +56,12 @@ class ProductInput(msgspec.Struct, frozen=True, eq=False):
     right: FactorInput
     rank: int
     scale: float
-    magnitude: StoredInput | None
+    magnitude: StoredTensor | None
     per_row: bool
     adapter: str
 
     @property
-    def tensors(self) -> Iterator[StoredInput]:
+    def tensors(self) -> Iterator[StoredTensor]:
         yield from (t for t in (self.left.tensor, self.right.tensor, self.magnitude) if t is not None)
 
     @property
@@ -63,12 +76,12 @@ class RowsInput(msgspec.Struct, frozen=True, eq=False):
     rows  the number of each
     """
 
-    tensor: StoredInput
+    tensor: StoredTensor
     rows: tuple[int, ...]
     adapter: str
 
     @property
-    def tensors(self) -> Iterator[StoredInput]:
+    def tensors(self) -> Iterator[StoredTensor]:
         yield self.tensor
 
     @property
@@ -89,7 +102,7 @@ class LowRankInput(msgspec.Struct, frozen=True, eq=False):
     changes: tuple[ProductInput | RowsInput, ...]
 
     @property
-    def tensors(self) -> tuple[StoredInput, ...]:
+    def tensors(self) -> tuple[StoredTensor, ...]:
         """The adapters' tensors, each once."""
         return tuple({t.key: t for change in self.changes for t in change.tensors}.values())
 

@@ -57,6 +57,12 @@ class Model(msgspec.Struct, frozen=True, eq=False):
         return () if self.checkpoint is None else self.checkpoint.files
 
     @property
+    def adapter_files(self) -> tuple[Path, ...]:
+        """Those of the adapters that are added to it."""
+        adapters = () if self.checkpoint is None else self.checkpoint.adapters
+        return tuple(path for adapter in adapters for path in adapter.files)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the checkpoint."""
         return 0 if self.checkpoint is None else self.checkpoint.nbytes
@@ -103,7 +109,8 @@ def open_model(name: str | ModelRef) -> Model:
     if ref.adapters:
         from fastinterp.plan.adapters import with_adapters  # few recipes have any
 
-        model = with_adapters(model, ref)
+        adapted = with_adapters(model.tensors, checkpoint, ref)
+        model = Model(str(ref), model.root, adapted.tensors, adapted.checkpoint, warnings=adapted.warnings)
     return model
 
 

@@ -66,8 +66,8 @@ def find_named(recipe: Recipe, find: Callable[[ModelRef], Model], model: ModelRe
     try:
         return find(model)
     except CheckpointError as error:
-        document, name = recipe.document, str(model)
-        if document.file is None or error.file != name:  # a recipe that nobody wrote; a file of the model
+        document, name = recipe.document, error.file or ""
+        if document.file is None or name not in model.names:  # a recipe that nobody wrote; a file of the model
             raise
         path = recipe.path_of(model)
         hint = "" if os.path.exists(os.path.expanduser(name)) else not_there(document, name, ())

@@ -173,7 +173,7 @@ def _equal(tensors: Tensors, a: str, b: str, says: bool | None) -> bool:
     """
     if tensors[a].key == tensors[b].key:
         return True
-    if any(isinstance(t, StoredInput) and t.low_rank is not None for t in (tensors[a], tensors[b])):
+    if tensors[a].adapted or tensors[b].adapted:
         return False
     x, y = tensors[a].plain, tensors[b].plain
     return _same(x, y) if x is not None and y is not None else says is not False

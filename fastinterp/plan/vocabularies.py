@@ -282,6 +282,14 @@ def _gathered(
             "here. Ask for the vocabulary there, or write it as a checkpoint of its model first",
             tensor=name,
         )
+    adapted = [models[i].name for i in unreadable if (one := sources[i]) is not None and one.adapted]
+    if adapted:
+        raise CheckpointError(
+            f"an adapter changes {name} of {listing(adapted)}: its rows cannot be moved into another vocabulary. Merge "
+            "the adapter into its model first, by `merge_method: passthrough` of it alone, or leave `tokenizer` out of "
+            "the recipe",
+            tensor=name,
+        )
     if unreadable:
         raise CheckpointError(
             f"{name} of {listing([models[i].name for i in unreadable])} is not stored as rows: they cannot be moved "

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from fastinterp.messages import shown, suggestion
+from fastinterp.messages import clipped, shown, suggestion
 from fastinterp.recipe.document import Document, ErrorCollector
 from fastinterp.recipe.schema import ModelPath, Reference
 
@@ -80,6 +80,11 @@ class ModelRef(msgspec.Struct, frozen=True, eq=False):
         """Of the checkpoint without adapters: path and revision."""
         return self.path if self.revision is None else f"{self.path}@{self.revision}"
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all checkpoints: its own, then those of its adapters."""
+        return (self.name, *(adapter.name for adapter in self.adapters))
+
     def __str__(self) -> str:
         return "+".join((self.name, *map(str, self.adapters)))
 
@@ -93,9 +98,8 @@ class ModelRef(msgspec.Struct, frozen=True, eq=False):
     def _normal(self) -> str:
         if not self.adapters:
             return os.path.normpath(self.name)
-        parts = (self.name, *(adapter.name for adapter in self.adapters))
         scales = (f":{adapter.scale!r}" for adapter in self.adapters)
-        return "+".join((*map(os.path.normpath, parts), *scales))
+        return "+".join((*map(os.path.normpath, self.names), *scales))
 
 
 # The base of adapters that are merged with each other, which is not read: their changes of it are zero there.
@@ -164,7 +168,8 @@ def _adapter(document: Document, item: Any, path: str) -> AdapterRef:
         raise document.error("an adapter is a name, or `{path: NAME, revision: ..., scale: ...}`", path)
     for key in item:
         if key not in known:
-            raise document.error(f"unknown key `{shown(key)}`{suggestion(str(key), known)}", path, at=f"{path}.{key}")
+            unknown = f"unknown key `{clipped(str(key))}`{suggestion(str(key), known)}"
+            raise document.error(unknown, path, at=f"{path}.{key}")
     revision, scale = item.get("revision"), item.get("scale", 1.0)
     if revision is not None and not isinstance(revision, str):
         raise document.error(f"`revision` must be text, got {shown(revision)}", f"{path}.revision")
@@ -184,14 +189,15 @@ def refuse_beside(document: Document, model: ModelRef, path: str) -> None:
 
     Raises: RecipeError, if there is such a folder beside the recipe, and none where the name says.
     """
-    name, folder = str(model), os.path.dirname(document.file or "")
-    beside = os.path.join(folder, name)
-    if folder and not os.path.isabs(name) and os.path.exists(beside) and not os.path.exists(name):
-        raise document.error(
-            f"there is no {shown(name)} in the current folder, where relative paths start, but there is one beside the "
-            f"recipe. Write '{beside}', or run in '{folder}'",
-            path,
-        )
+    folder = os.path.dirname(document.file or "")
+    for name in model.names if folder else ():
+        beside = os.path.join(folder, name)
+        if not os.path.isabs(name) and os.path.exists(beside) and not os.path.exists(name):
+            raise document.error(
+                f"there is no {shown(name)} in the current folder, where relative paths start, but there is one beside "
+                f"the recipe. Write '{beside}', or run in '{folder}'",
+                path,
+            )
 
 
 def in_order(documents: Sequence[Document]) -> tuple[Document, ...]:

@@ -1,4 +1,4 @@
-"""What adapters make of a tensor, in numpy: the definition of csrc/low_rank.cpp, rule 16 of docs/NUMERICS.md."""
+"""What adapters make of a tensor, in numpy: the definition of csrc/low_rank.cpp, rule 18 of docs/NUMERICS.md."""
 
 from __future__ import annotations
 

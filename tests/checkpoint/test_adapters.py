@@ -16,7 +16,7 @@ import fastinterp
 from fastinterp import interpolate
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.cli import commands
-from fastinterp.errors import CheckpointError, RecipeError, ShapeError
+from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.plan.models import open_model
 from tests.support import tokens
 from tests.support.remedies import follow
@@ -106,7 +106,10 @@ def test_adapters_are_recognised_by_their_names(tmp_path, expected, shapes):
     path = put(tmp_path / "any.safetensors", shapes, {"ss_network_alpha": "1"} if style == "kohya" else None)
     message = refusal(path)
     assert f"this is {'an' if kind[0] in 'IO' else 'a'} {kind} adapter, not a whole model" in message
-    assert "adapters are not merged" in message
+    if kind == "LoRA" and style:
+        assert f"Name it behind its base: `BASE+{path}`. " in message
+    else:
+        assert "adapters are not merged" in message
     done = CliRunner().invoke(commands, ["inspect", str(path), "--json"])
     assert done.exit_code == 0
     found = json.loads(done.stdout)["adapter"]
@@ -232,28 +235,30 @@ def trained(model: Any, config: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("task", "model_class", "options", "load"),
+    ("task", "model_class", "load"),
     [
-        ("CAUSAL_LM", "AutoModelForCausalLM", {}, {}),
-        ("SEQ_CLS", "AutoModelForSequenceClassification", {}, {"num_labels": 3}),
-        ("TOKEN_CLS", "AutoModelForTokenClassification", {}, {"num_labels": 5}),
-        ("FEATURE_EXTRACTION", "AutoModel", {"use_dora": True}, {}),
-        (None, "AutoModelForCausalLM", {"use_rslora": True}, {}),
+        ("CAUSAL_LM", "AutoModelForCausalLM", {}),
+        ("SEQ_CLS", "AutoModelForSequenceClassification", {"num_labels": 3}),
+        ("TOKEN_CLS", "AutoModelForTokenClassification", {"num_labels": 5}),
+        ("FEATURE_EXTRACTION", "AutoModel", {}),
+        (None, "AutoModelForCausalLM", {}),
     ],
 )
-def test_the_remedy_of_peft(tmp_path, monkeypatch, base, task, model_class, options, load):
-    """The class of its task_type, with as many labels as its head has; the folder and the file alike."""
+def test_the_remedy_of_peft(tmp_path, monkeypatch, base, task, model_class, load):
+    """For adapters that are not LoRA's: the class of the task_type, with as many labels as its head has; the folder and
+    the file alike.
+    """
     import transformers
 
     peft = pytest.importorskip("peft")
     model = getattr(transformers, model_class).from_pretrained(base, **load)
-    config = peft.LoraConfig(task_type=task, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], **options)
+    config = peft.LoHaConfig(task_type=task, r=4, alpha=8, target_modules=["q_proj", "v_proj"])
     adapted = trained(model, config)
     adapted.save_pretrained(tmp_path / "adapter")
     want = {name: x.clone() for name, x in adapted.merge_and_unload().state_dict().items()}
     monkeypatch.chdir(tmp_path)
     message = refusal("adapter")
-    assert f"this is a LoRA adapter to `{base}`, not a whole model, and adapters are not merged" in message
+    assert f"this is a LoHa adapter to `{base}`, not a whole model, and adapters are not merged" in message
     assert refusal("adapter/adapter_model.safetensors").partition(": this")[2] == message.partition(": this")[2]
     shutil.copytree("adapter", "checkpoint-1/other")  # by another name, it is a file without its configuration
     Path("checkpoint-1/other/adapter_config.json").unlink()
@@ -264,7 +269,7 @@ def test_the_remedy_of_peft(tmp_path, monkeypatch, base, task, model_class, opti
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert all(x.equal(want[name]) for name, x in merged.state_dict().items())
     assert open_model("NEW").tensors.keys() == load_file("NEW/model.safetensors").keys()
-    assert "rank 4, alpha 8" in CliRunner().invoke(commands, ["inspect", "adapter"]).stdout
+    assert "rank 4" in CliRunner().invoke(commands, ["inspect", "adapter"]).stdout
 
 
 @pytest.mark.slow
@@ -273,7 +278,7 @@ def test_the_remedy_of_peft_saves_the_tokenizer_beside_the_adapter(tmp_path, mon
 
     peft = pytest.importorskip("peft")
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    config = peft.LoHaConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
     trained(model, config).save_pretrained(tmp_path / "adapter")
     tokens.words(tmp_path / "adapter", ["<unk>", "cat", "dog"])
     monkeypatch.chdir(tmp_path)
@@ -284,21 +289,42 @@ def test_the_remedy_of_peft_saves_the_tokenizer_beside_the_adapter(tmp_path, mon
 
 
 @pytest.mark.slow
-def test_the_remedy_for_a_lora_behind_a_plus(tmp_path, monkeypatch, base):
+@pytest.mark.parametrize(
+    ("task", "model_class", "load"),
+    [
+        ("CAUSAL_LM", "AutoModelForCausalLM", {}),
+        ("SEQ_CLS", "AutoModelForSequenceClassification", {"num_labels": 3}),
+        (None, "AutoModelForCausalLM", {}),
+    ],
+)
+def test_the_remedy_of_lora(tmp_path, monkeypatch, base, task, model_class, load):
+    """Its name behind that of its base; the folder and the file alike."""
     import transformers
 
     peft = pytest.importorskip("peft")
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    adapted = trained(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    model = getattr(transformers, model_class).from_pretrained(base, **load)
+    adapted = trained(model, peft.LoraConfig(task_type=task, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     adapted.save_pretrained(tmp_path / "adapter")
     want = {name: x.clone() for name, x in adapted.merge_and_unload().state_dict().items()}
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError) as caught:
-        fastinterp.interpolate(f"{base}+adapter", base, 0.5, "none")
-    follow(str(caught.value), monkeypatch)
-    made, info = transformers.AutoModelForCausalLM.from_pretrained("NEW", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert all(x.equal(want[name]) for name, x in made.state_dict().items())
+    assert "rank 4, alpha 8" in CliRunner().invoke(commands, ["inspect", "adapter"]).stdout
+    for name in ("adapter", "adapter/adapter_model.safetensors"):
+        message = refusal(name)
+        assert f"this is a LoRA adapter to `{base}`, not a whole model. Name it behind its base: " in message
+        written = message.partition("behind its base: `")[2].partition("`")[0]
+        recipe = {"merge_method": "passthrough", "models": [{"model": written}]}
+        shutil.rmtree("NEW", ignore_errors=True)
+        report = fastinterp.merge(recipe, "NEW")
+        assert any("`score.weight`, which" in text for text in report.warnings) == (task == "SEQ_CLS")
+        merged, info = getattr(transformers, model_class).from_pretrained("NEW", output_loading_info=True, **load)
+        assert not info["missing_keys"] and not info["mismatched_keys"]
+        for key, x in merged.state_dict().items():  # rounded in another order: two products of rank 4, twice
+            np.testing.assert_allclose(x.numpy(), want[key].numpy(), rtol=1e-6, atol=1e-6)
+    shutil.copytree("adapter", "checkpoint-1/other")
+    Path("checkpoint-1/other/adapter_config.json").unlink()
+    assert "Put its adapter_config.json beside it first. Name it behind its base: `BASE+" in refusal(
+        "checkpoint-1/other"
+    )
 
 
 @pytest.mark.slow
@@ -307,7 +333,7 @@ def test_the_remedy_for_a_class_that_peft_cannot_find(tmp_path, monkeypatch, bas
 
     peft = pytest.importorskip("peft")
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    trained(model, peft.LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    trained(model, peft.LoHaConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"auto_mapping": None}))
     monkeypatch.chdir(tmp_path)
@@ -345,11 +371,10 @@ def test_prompts_have_no_place_in_weights(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("style", ["kohya", "diffusers"])
-def test_the_remedy_of_diffusers(tmp_path, monkeypatch, style):
-    """The pipeline with the adapter fused into it."""
+def test_the_remedy_of_diffusion_models(tmp_path, monkeypatch, style):
+    """The pipeline with the adapter added to it."""
     diffusers = pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = small_pipeline(Path("pipeline"), diffusers)
     rng = np.random.default_rng(0)
     tensors: dict[str, Any] = {}
@@ -365,8 +390,8 @@ def test_the_remedy_of_diffusers(tmp_path, monkeypatch, style):
         want[name] = before[name] + (0.5 if style == "kohya" else 1.0) * (up @ down)
     save_file({name: np.asarray(x) for name, x in tensors.items()}, "style.safetensors")
     message = refusal("style.safetensors")
-    assert "Merge it into its base first, the pipeline BASE" in message
-    follow(message, monkeypatch, BASE="pipeline")
+    written = message.partition("Name it behind its base: `")[2].partition("`")[0].replace("BASE", "pipeline")
+    fastinterp.merge({"merge_method": "passthrough", "models": [{"model": written}]}, "NEW")
     after = diffusers.UNet2DConditionModel.from_pretrained("NEW/unet").state_dict()
     assert want and after.keys() == before.keys()
     for name, x in before.items():
@@ -414,6 +439,8 @@ def test_an_adapter_beside_a_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     message = refusal(tmp_path)
     assert "has an adapter, `adapter_model.safetensors`, beside `model.safetensors`" in message
+    both = message.partition("With it, name ")[2].partition(";")[0]
+    assert both == f"{tmp_path / 'model.safetensors'}+{tmp_path / 'adapter_model.safetensors'}"
     assert list(open_model(message.partition("without it, name ")[2]).tensors) == ["w"]
     (tmp_path / "adapter_model.safetensors").unlink()
     assert list(open_model(str(tmp_path)).tensors) == ["w"]
@@ -434,7 +461,8 @@ def test_adapters_are_named(tmp_path, file):
             torch.save({name: torch.from_numpy(x) for name, x in tensors.items()}, folder / file)
             (folder / "adapter_model.safetensors").unlink()
     message = refusal(folder)
-    assert "this is a LoRA adapter to `org/base`, not a whole model, and adapters are not merged" in message
-    assert f'AutoPeftModelForSeq2SeqLM.from_pretrained("{folder}").merge_and_unload().save_pretrained("NEW")' in message
+    assert f"this is a LoRA adapter to `org/base`, not a whole model. Name it behind its base: `org/base+{folder}`" in (
+        message
+    )
     (folder / "adapter_config.json").unlink()
     assert ("adapter, not a whole model" if file else "it is empty") in refusal(folder)

@@ -1,8 +1,7 @@
-"""Operands with low-rank products added: every kind of step gives what it gives for the float32 tensor of the reference."""
+"""Operands with low-rank products added: every step gives what it gives for the float32 tensor of the reference."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -164,7 +163,7 @@ def test_nan_is_one_nan(isa):
 
 @every_isa
 def test_matrices_have_factors_of_their_own(isa):
-    """[experts, rows, columns], as peft stores the factors of fused experts: a [r * experts, in], b [out, r * experts]."""
+    """As peft stores the factors of fused experts: a [r * experts, in], b [out, r * experts]."""
     experts, rows, columns, rank = 3, 10, 37, 4
     one = Adapted((experts * rows, columns, rank), (BF16, BF16))
     a_at, a = one.store(one.rng.normal(size=(rank * experts, columns)), BF16)
@@ -228,5 +227,5 @@ def test_a_factor_that_ends_too_early_is_an_error():
     pump.start()
     assert pump.wait(60)
     pump.join()
-    assert pump.error()[:2] == ("read", 1)
-    assert math.isfinite(pump.bytes_read)
+    error = pump.error()
+    assert error is not None and error[:2] == ("read", 1)

@@ -16,7 +16,7 @@ from fastinterp.ops.combine import Combine
 from fastinterp.ops.dtypes import BF16, F16, F32
 from fastinterp.recipe.check import check_recipe
 from fastinterp.recipe.load import load_recipe, load_recipes
-from fastinterp.recipe.references import ModelRef
+from fastinterp.recipe.references import AdapterRef, ModelRef
 from tests.support.recipes import LINEAR, PASS, TASK
 from tests.support.references import texts
 
@@ -312,7 +312,20 @@ def test_two_names_of_one_model_are_equal():
     assert ModelRef.of("a") != "a"
     for text in ("a", "a@", "@b", "a@b@c", "./a/", "with+plus"):
         assert str(ModelRef.of(text)) == text
-    assert str(ModelRef("a", "v1", ("x", "y"))) == "a@v1+x+y"
+    x, y = AdapterRef("x"), AdapterRef("org/y", "v2", 0.5)
+    assert str(ModelRef("a", "v1", (x, y))) == "a@v1+x+org/y@v2:0.5"
+    assert ModelRef.of("a@v1+x+org/y@v2:0.5") == ModelRef("./a", "v1", (AdapterRef("x/"), y))
+    assert ModelRef.of("a+x") != ModelRef.of("a") and ModelRef.of("a+x") != ModelRef.of("a+x:2")
+    assert ModelRef.of("a+x+y") != ModelRef.of("a+y+x")
+    assert AdapterRef.of("x:1e-3") == AdapterRef("x", None, 0.001)
+    assert AdapterRef.of("C:/x:y") == AdapterRef("C:/x:y")
+
+
+def test_what_is_there_under_the_whole_name_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a+b").mkdir()
+    assert ModelRef.of("a+b") == ModelRef("a+b") and not ModelRef.of("a+b").adapters
+    assert ModelRef.of("a+c").adapters == (AdapterRef("c"),)
 
 
 @pytest.mark.parametrize(
@@ -322,10 +335,19 @@ def test_two_names_of_one_model_are_equal():
         ("{model: org/m@v1}", ModelRef("org/m", "v1")),
         ("{model: {path: org/m, revision: v1}}", ModelRef("org/m", "v1")),
         ("{model: {path: 'a+b@c'}}", ModelRef("a+b@c")),
+        ("a+b", ModelRef("a", None, (AdapterRef("b"),))),
+        ("a+b@v+c:2", ModelRef("a", None, (AdapterRef("b", "v"), AdapterRef("c", None, 2.0)))),
+        ("{model: a, lora: b}", ModelRef("a", None, (AdapterRef("b"),))),
+        ("{model: a, lora: b, scale: -0.5}", ModelRef("a", None, (AdapterRef("b", None, -0.5),))),
+        ("{model: a, lora: {path: b, revision: v}}", ModelRef("a", None, (AdapterRef("b", "v"),))),
+        (
+            "{model: {path: a, revision: w}, lora: [{path: 'b:1', scale: 2}, c@v], scale: 3}",
+            ModelRef("a", "w", (AdapterRef("b:1", None, 2.0), AdapterRef("c", "v", 3.0))),
+        ),
     ],
 )
 def test_a_model_is_parsed_once(written, expected):
     recipe = load_recipe(f"merge_method: passthrough\nmodels: [{{model: {written}}}]\n")
     (model,) = recipe.models
-    assert (model.path, model.revision, model.adapters) == (expected.path, expected.revision, ())
+    assert (model.path, model.revision, model.adapters) == (expected.path, expected.revision, expected.adapters)
     assert recipe.sections[0].groups[0].sources[0].ref is recipe.origin

@@ -52,7 +52,7 @@ BAD = {
     ),
     "unknown key far from all": (
         LINEAR + "base_model: {zzz: 1}\n",
-        "unknown key `zzz`. Known: model, lora, override_architecture - at $.base_model (merge.yml:9)",
+        "unknown key `zzz`. Known: model, lora, scale, override_architecture - at $.base_model (merge.yml:9)",
     ),
     "unknown parameter": (
         LINEAR.replace("weight: 0.3", "wieght: 0.3"),
@@ -74,18 +74,50 @@ BAD = {
         LINEAR + "---\n" + LINEAR,
         "several documents (`---`) in one recipe are not supported yet - at $ (merge.yml:9)",
     ),
-    "lora": (
-        LINEAR.replace("models/b", "b+lora"),
-        "a LoRA behind `+` is not supported yet: merge it into its model first. Of a language model: `python -c "
-        "'import "
-        'peft, transformers; peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("b"), '
-        '"lora").merge_and_unload().save_pretrained("NEW")\'`; then copy the tokenizer\'s files to NEW, and name NEW. '
-        "If it belongs to the path, write"
+    # adapters
+    "no adapter": (
+        LINEAR.replace("models/b", "b+"),
+        "the name of an adapter, behind `+`, must not be empty: 'b+'. If it belongs to the path, write"
         " `{model: {path: ...}}` for the name - at $.models[1].model (merge.yml:6)",
     ),
-    "lora key": (
-        LINEAR.replace("models/b", "{model: b, lora: c}"),
-        "`lora` is not supported yet. Merge the LoRA into its model first - at $.models[1].model.lora (merge.yml:6)",
+    "two revisions of an adapter": (
+        LINEAR.replace("models/b", "b+c@d@e"),
+        "'b+c@d@e' has more than one `@`. If it belongs to the path, write `{model: {path: ...}}` for the name"
+        " - at $.models[1].model (merge.yml:6)",
+    ),
+    "lora beside the model": (
+        LINEAR.replace("models/b", "models/b\n    lora: c"),
+        "`lora` is a key of a model's long form: `model: {model: NAME, lora: ADAPTER}`, or `model: NAME+ADAPTER`"
+        " - at $.models[1] (merge.yml:7)",
+    ),
+    "no adapters": (
+        LINEAR.replace("models/b", "{model: b, lora: []}"),
+        "`lora` is an empty list. Leave it out - at $.models[1].model.lora (merge.yml:6)",
+    ),
+    "several adapters in one name": (
+        LINEAR.replace("models/b", "{model: b, lora: c+d}"),
+        "'c+d' is one adapter. Write several as a list, without `+` - at $.models[1].model.lora (merge.yml:6)",
+    ),
+    "an adapter that is a number": (
+        LINEAR.replace("models/b", "{model: b, lora: [c, 1]}"),
+        "an adapter is a name, or `{path: NAME, revision: ..., scale: ...}` - at $.models[1].model.lora[1]"
+        " (merge.yml:6)",
+    ),
+    "a misspelt key of an adapter": (
+        LINEAR.replace("models/b", "{model: b, lora: {path: c, scael: 1}}"),
+        "unknown key `scael`, did you mean `scale`? - at $.models[1].model.lora (merge.yml:6)",
+    ),
+    "a scale that is a word": (
+        LINEAR.replace("models/b", "{model: b, lora: {path: c, scale: half}}"),
+        "`scale` must be a number, got 'half' - at $.models[1].model.lora.scale (merge.yml:6)",
+    ),
+    "an infinite scale": (
+        LINEAR.replace("models/b", "{model: b, lora: c, scale: .inf}"),
+        "`scale` must be a finite number, got inf - at $.models[1].model.lora (merge.yml:6)",
+    ),
+    "a scale of nothing": (
+        LINEAR.replace("models/b", "{model: b, scale: 0.5}"),
+        "`scale` is that of a `lora`, and there is none - at $.models[1].model.scale (merge.yml:6)",
     ),
     # types and values
     "not a mapping": (

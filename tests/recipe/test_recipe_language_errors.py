@@ -180,12 +180,8 @@ BAD = {
         "`preset` must be one of paper, mergekit, got 'papr' - at $.parameters.preset (merge.yml:2)",
     ),
     "a side-car that is no model": (
-        PAIR.replace("linear", "words").replace("weight: 1", "fisher: a+b"),
-        "a LoRA behind `+` is not supported yet: merge it into its model first. Of a language model: `python -c "
-        "'import "
-        'peft, transformers; peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("a"), '
-        '"b").merge_and_unload().save_pretrained("NEW")\'`; then copy the tokenizer\'s files to NEW, and name NEW. '
-        "If it belongs to the path, write"
+        PAIR.replace("linear", "words").replace("weight: 1", "fisher: a+"),
+        "the name of an adapter, behind `+`, must not be empty: 'a+'. If it belongs to the path, write"
         " `{model: {path: ...}}` for the name - at $.parameters.fisher (merge.yml:2)",
     ),
     # tokenizer

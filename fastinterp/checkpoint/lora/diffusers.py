@@ -6,14 +6,19 @@ Files that others write for models of diffusers have kohya's parts on paths with
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
+from fastinterp.checkpoint.adapters import unmergeable_config
 from fastinterp.checkpoint.header import Entry
-from fastinterp.checkpoint.lora import Kind, LoraAdapter, LowRankModule, check_pair, pair_error, refuse_left
+from fastinterp.checkpoint.lora.parts import Kind, LoraAdapter, LowRankModule, check_pair, pair_error, refuse_left
+from fastinterp.checkpoint.lora.peft import of_pattern
 from fastinterp.checkpoint.lora.scalars import read_scalars
 from fastinterp.checkpoint.open import Checkpoint
+from fastinterp.checkpoint.strict_json import parse_object
+from fastinterp.errors import CheckpointError
 
 _PART = re.compile(
     r"(?P<module>.+?)(?:"
@@ -50,12 +55,9 @@ def parse_diffusers(checkpoint: Checkpoint) -> LoraAdapter:
         parts.setdefault(module, {})["bias" if found["leaf"] == "bias" else part] = entry
     refuse_left(checkpoint, left, "Expected the names of diffusers, `unet.MODULE.lora_A.weight`")
     alphas = read_scalars(checkpoint, [found["alpha"] for found in parts.values() if "alpha" in found])
-    config = _metadata(checkpoint)
-    return LoraAdapter(
-        checkpoint,
-        "diffusers",
-        tuple(_module(checkpoint, module, found, alphas, config) for module, found in parts.items()),
-    )
+    configs = _configurations(checkpoint)
+    modules = tuple(_module(checkpoint, module, found, alphas, configs) for module, found in parts.items())
+    return LoraAdapter(checkpoint, "diffusers", modules)
 
 
 def _module(
@@ -63,22 +65,38 @@ def _module(
     module: str,
     parts: Mapping[str, Entry],
     alphas: Mapping[str, float],
-    config: Mapping[str, object],
+    configs: Mapping[str, Mapping[str, Any]],
 ) -> LowRankModule:
     down, up = parts.get("down"), parts.get("up")
     if down is None or up is None:
         raise pair_error(checkpoint, module, next(iter(parts.values())), "down" if down is None else "up")
     rank = down.shape[0] if down.shape else 0
     check_pair(checkpoint, module, down, up, rank)
-    alpha = alphas[parts["alpha"].name] if "alpha" in parts else None
+    component, _, path = module.partition(".")
+    config = configs.get(component)
+    if "alpha" in parts:
+        alpha = alphas[parts["alpha"].name]
+    else:  # without a configuration, diffusers does not scale
+        alpha = of_pattern(checkpoint, config, "alpha_pattern", "lora_alpha", path, rank) if config else float(rank)
+    root = config is not None and config.get("use_rslora") is True
     kind: Kind = "convolution" if len(down.shape) > 2 else "linear"
-    scale = 1.0 if alpha is None else alpha / rank
+    scale = alpha / (math.sqrt(rank) if root else rank)
     return LowRankModule(module, kind, down, up, rank, alpha, scale, parts.get("magnitude"), parts.get("bias"))
 
 
-def _metadata(checkpoint: Checkpoint) -> Mapping[str, object]:
-    try:
-        found = json.loads(checkpoint.metadata.get(_METADATA, "{}"))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+def _configurations(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """The LoraConfig of each component, as diffusers stores them: `{"unet.lora_alpha": 6}`.
+
+    Raises: CheckpointError, if they are damaged, or ask for more than products.
+    """
+    written = checkpoint.metadata.get(_METADATA)
+    configs: dict[str, dict[str, Any]] = {}
+    if written is None:
+        return configs
+    for name, value in parse_object(written.encode(), f"`{_METADATA}`", str(checkpoint.files[0])).items():
+        component, _, key = name.partition(".")
+        configs.setdefault(component, {})[key] = value
+    for config in configs.values():
+        if reason := unmergeable_config(config):
+            raise CheckpointError(reason, file=checkpoint.name)
+    return configs

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from fastinterp.checkpoint.header import Entry
-from fastinterp.checkpoint.lora import Kind, LoraAdapter, LowRankModule, check_pair, pair_error, refuse_left
+from fastinterp.checkpoint.lora.parts import Kind, LoraAdapter, LowRankModule, check_pair, pair_error, refuse_left
 from fastinterp.checkpoint.lora.scalars import read_scalars
 from fastinterp.checkpoint.open import Checkpoint
 

@@ -14,7 +14,15 @@ from typing import Any
 
 from fastinterp.checkpoint.adapters import ADAPTER_CONFIG
 from fastinterp.checkpoint.header import Entry
-from fastinterp.checkpoint.lora import Kind, LoraAdapter, LowRankModule, TokenRows, check_pair, pair_error, refuse_left
+from fastinterp.checkpoint.lora.parts import (
+    Kind,
+    LoraAdapter,
+    LowRankModule,
+    TokenRows,
+    check_pair,
+    pair_error,
+    refuse_left,
+)
 from fastinterp.checkpoint.names import listing, quote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import CheckpointError
@@ -99,8 +107,8 @@ def _module(
     module = _without_base_layers(wrapped)
     parameters = _parameters(config, module, wrapped.count(".base_layer", len(module)), wraps[module])
     key = f"{module}.{parameters[0]}" if parameters else module
-    rank = _of_pattern(checkpoint, config, "rank_pattern", "r", key, 8)
-    alpha = _of_pattern(checkpoint, config, "alpha_pattern", "lora_alpha", key, 8)
+    rank = of_pattern(checkpoint, config, "rank_pattern", "r", key, 8)
+    alpha = of_pattern(checkpoint, config, "alpha_pattern", "lora_alpha", key, 8)
     if not parameters:
         check_pair(checkpoint, module, a, b, int(rank), ADAPTER_CONFIG)
     if config.get("use_dora") and magnitude is None:
@@ -143,10 +151,10 @@ def _parameters(config: Mapping[str, Any], module: str, depth: int, wraps: int) 
     return tuple(found)
 
 
-def _of_pattern(
-    checkpoint: Checkpoint, config: Mapping[str, Any], pattern: str, key: str, module: str, default: int
+def of_pattern(
+    checkpoint: Checkpoint, config: Mapping[str, Any], pattern: str, key: str, module: str, default: float
 ) -> float:
-    """A number of the configuration for one module: the first pattern that matches the end of its name, or `key`."""
+    """A number of a LoraConfig for one module: that of the first pattern that matches the end of its name, or `key`."""
     value = config.get(key, default)
     for regex, number in (config.get(pattern) or {}).items():
         try:

@@ -139,7 +139,7 @@ def fingerprint(plan: Plan) -> str:
         for file in layout.files:  # their headers hold the recipe, the dtypes, the seed
             digest.update(file.name.encode() + b"\0" + file.header)
     for checkpoint in plan.checkpoints:
-        for path in checkpoint.files:
+        for path in (*checkpoint.files, *checkpoint.adapter_files):
             info = os.stat(path)
             digest.update(f"{path.name} {info.st_size} {info.st_mtime_ns}\0".encode())
     return digest.hexdigest()
