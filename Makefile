@@ -2,7 +2,7 @@
 # tests in one process.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test oracle peer-suite check compare lint format werror neon cuda-check gpu-test gpu-bench bench race paper paper-quick clean distclean
+.PHONY: help demo test oracle peer-suite check compare lint format werror neon cuda-check gpu-test gpu-bench bench race tool-race paper paper-quick clean distclean
 
 PYTHON ?= python3
 SIZE ?= 1b
@@ -73,11 +73,11 @@ $(VENV)/.built: $(VENV)/.installed setup.py CMakeLists.txt $(NATIVE)
 	$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
-# mergekit and sd-mecha ask for many packages of their own, so they do not share the environment of the tests.
+# mergekit, sd-mecha and Ray ask for many packages of their own, so they do not share the environment of the tests.
 $(ORACLE_VENV)/.installed: pyproject.toml constraints.txt
 	$(call make_venv,$(ORACLE_VENV))
-	@echo "installing mergekit and sd-mecha in $(ORACLE_VENV): a minute the first time"
-	$(ORACLE_VENV)/bin/python -m pip install --quiet mergekit==0.1.5 sd-mecha==1.1.8 click msgspec pytest
+	@echo "installing mergekit, sd-mecha and Ray in $(ORACLE_VENV): a minute the first time"
+	$(ORACLE_VENV)/bin/python -m pip install --quiet mergekit==0.1.5 sd-mecha==1.1.8 ray click msgspec pytest
 	@touch $@
 
 # mergekit's source distribution has its tests, but for tests/common.py: tests/peer/common.py stands in for that.
@@ -148,6 +148,11 @@ bench: $(VENV)/.bench ## the kernel benchmarks
 
 race: $(VENV)/.built ## whole commands against the alternatives; SIZE=1b picks the models
 	@$(VENV)/bin/fastinterp bench --size $(SIZE)
+
+tool-race: $(VENV)/.built $(ORACLE_VENV)/.installed ## mergekit, torch, peft and sd-mecha with this engine behind them and without: rows of a table; SIZE=1b
+	@test -d build/race-$(SIZE)/ft2 || $(VENV)/bin/fastinterp bench --size $(SIZE) --models build/race-$(SIZE) --runs 1 --against copy
+	@PYTHONPATH="$(CURDIR)" $(ORACLE_VENV)/bin/python -W ignore -m benchmarks.installed build/race-$(SIZE)
+	@PYTHONPATH="$(CURDIR)" $(ORACLE_VENV)/bin/python -W ignore -m benchmarks.tools
 
 # What is trained already, with the same settings, is kept: an interrupted run goes on where it was.
 paper: $(VENV)/.bench ## reproduce the paper's claim on a toy: three seeds, 45 to 70 minutes; renews docs/paper

@@ -53,7 +53,7 @@ def recipe(method: str, models: Path) -> dict[str, Any]:
 
 
 def once(engine: str, method: str, models: Path, out: Path) -> dict[str, float]:
-    """Merge in this process: seconds of the call, and the most memory that the process had."""
+    """Merge in this process: seconds of the call, those of all processors, and the most memory that the process had."""
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
@@ -65,10 +65,10 @@ def once(engine: str, method: str, models: Path, out: Path) -> dict[str, float]:
     from mergekit.merge import run_merge
 
     options = MergeOptions(quiet=True, copy_tokenizer=False)
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     run_merge(config, str(out), options=options)
-    wall = time.perf_counter() - start
-    return {"wall_s": wall, "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"wall_s": wall, "cpu_s": cpu, "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
 def apart(engine: str, method: str, models: Path, out: Path) -> dict[str, float]:
@@ -105,6 +105,7 @@ def compared(method: str, models: Path, ours: Path, theirs: Path) -> dict[str, f
 
 def measured(method: str, models: Path, runs: int) -> dict[str, Any]:
     walls: dict[str, list[float]] = {engine: [] for engine in ENGINES}
+    cpus: dict[str, list[float]] = {engine: [] for engine in ENGINES}
     peaks: dict[str, float] = {}
     with tempfile.TemporaryDirectory(dir=models, prefix=".installed-") as work:
         outs = {engine: Path(work) / engine for engine in ENGINES}
@@ -115,13 +116,20 @@ def measured(method: str, models: Path, runs: int) -> dict[str, Any]:
             for engine in ENGINES:
                 for file in outs[engine].glob("*"):
                     file.unlink()
-                walls[engine].append(apart(engine, method, models, outs[engine])["wall_s"])
-    ratios = [theirs / ours for theirs, ours in zip(walls["mergekit"], walls["installed"], strict=True)]
+                found = apart(engine, method, models, outs[engine])
+                walls[engine].append(found["wall_s"])
+                cpus[engine].append(found["cpu_s"])
     return {
-        "same": True, "answer": answer, "wall_s": walls, "peak_rss_bytes": peaks,
+        "same": True, "answer": answer, "wall_s": walls, "cpu_s": cpus, "peak_rss_bytes": peaks,
         "median_wall_s": {engine: statistics.median(w) for engine, w in walls.items()},
-        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "ratio": _ratio(walls), "cpu_ratio": _ratio(cpus),
     }  # fmt: skip
+
+
+def _ratio(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """mergekit's over those with the engine installed, round by round."""
+    ratios = [theirs / ours for theirs, ours in zip(seconds["mergekit"], seconds["installed"], strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -137,16 +145,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     from importlib.metadata import version
 
+    from benchmarks.tools import HEAD, row
+
+    size = sum(file.stat().st_size for file in (given.models / "ft1").glob("*.safetensors"))
     results = {}
+    print("\n".join(HEAD), flush=True)
     for method in given.only.split(","):
         found = results[method] = measured(method, given.models, given.runs)
-        wall = found["median_wall_s"]
-        print(
-            f"{method:10} mergekit {wall['mergekit']:.2f} s, installed {wall['installed']:.2f} s: "
-            f"{found['ratio']['median']:.1f} times; {found['answer']['differing']:.1e} of the elements differ",
-            flush=True,
-        )
-    size = sum(file.stat().st_size for file in (given.models / "ft1").glob("*.safetensors"))
+        times = {
+            racer: {clock: found[clock][engine] for clock in ("wall_s", "cpu_s")}
+            for racer, engine in (("theirs", "mergekit"), ("ours", "installed"))
+        }
+        differing = found["answer"]["differing"]
+        same = "lengths of the changes" if method in _RANDOM else f"{1 - differing:.2%} of the elements, to a rounding"
+        print(row(f"mergekit {method}, models of {size / 1e9:.2f} GB", times, same), flush=True)
     values = {"benchmark": "installed", "model_bytes": size, "runs": given.runs, "mergekit": version("mergekit")}
     values |= {"provenance": provenance(given.models), "methods": results}
     if given.out:

@@ -237,10 +237,11 @@ HEAD = (
 
 def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """The rows of cases as they are in a file of results, as Markdown."""
-    return [*HEAD, *(_row(one["case"], one["times"], one["same"]) for one in found)]
+    return [*HEAD, *(row(one["case"], one["times"], one["same"]) for one in found)]
 
 
-def _row(name: str, times: Mapping[str, Mapping[str, Sequence[float]]], same: str) -> str:
+def row(name: str, times: Mapping[str, Mapping[str, Sequence[float]]], same: str) -> str:
+    """One row of the table."""
     best = {racer: min(of["wall_s"]) for racer, of in times.items()}
     copy = f"{_ratio(times, 'ours', 'copy', 'wall_s'):.2f}" if "copy" in times else ""
     wall, cpu = (f"{_ratio(times, 'theirs', 'ours', clock):.1f}" for clock in ("wall_s", "cpu_s"))
@@ -274,7 +275,7 @@ def main() -> None:
         for case in cases(asked.names, asked.scale, work):
             same = case.same()
             case.measure(asked.rounds)
-            print(_row(case.name, case.times, same), flush=True)
+            print(row(case.name, case.times, same), flush=True)
             found.append({"case": case.name, "bytes": case.nbytes, "same": same, "times": case.times})
     finally:
         shutil.rmtree(work)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 WIDTH = 100
 _NAME = 12  # the least width of a first column
+_LONGEST = 400  # the most, where it is not cut to fit into a line
 
 
 def size(nbytes: float) -> str:
@@ -102,17 +103,18 @@ def with_keys_as(text: str, spell: Callable[[str, str], str | None]) -> str:
     return _KEY.sub(spelled, text)
 
 
-def table(rows: Iterable[Sequence[str]], align: str, indent: int = 2) -> list[str]:
+def table(rows: Iterable[Sequence[str]], align: str, indent: int = 2, *, whole: bool = False) -> list[str]:
     """Lines of aligned columns, two spaces apart.
 
     align   a letter per column: `<` or `>`. The first column is cut in the middle where the line gets too long
+    whole   only beyond what names of models have
     """
     cells = [[plain(c) for c in row] for row in rows]
     if not cells:
         return []
     widths = [max(len(row[i]) for row in cells) for i in range(len(align))]
     others = indent + sum(2 + w for w in widths[1:])
-    widths[0] = min(widths[0], max(_NAME, WIDTH - others))
+    widths[0] = min(widths[0], _LONGEST if whole else max(_NAME, WIDTH - others))
     lines = []
     for row in cells:
         first, *rest = (

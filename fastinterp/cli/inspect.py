@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from fastinterp.cli import options
@@ -108,7 +110,7 @@ def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
     if as_json:
         options.say_json(describe.as_dict(opened))
     else:
-        options.say(describe.as_text(opened, every=every))
+        options.say(describe.as_text(opened, every=every, whole=not sys.stdout.isatty()))
 
 
 @click.command()
@@ -149,4 +151,4 @@ def diff(
     if as_json:
         options.say_json({"a": a, "b": b, **as_dict(comparison)})
     else:
-        options.say(as_text(comparison, every=every))
+        options.say(as_text(comparison, every=every, whole=not sys.stdout.isatty()))

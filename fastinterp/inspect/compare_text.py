@@ -45,20 +45,24 @@ def _layers(comparison: Comparison) -> dict[str, Difference]:
     return {name: Difference.total(some) for name, some in groups.items()}
 
 
-def as_text(comparison: Comparison, *, every: bool = False) -> str:
-    """Tables of layers and tensors. every: all tensors, not only those that differ most."""
+def as_text(comparison: Comparison, *, every: bool = False, whole: bool = False) -> str:
+    """Tables of layers and tensors.
+
+    every  all tensors, not only those that differ most
+    whole  names are not cut to fit into a line
+    """
     head = ["|d|/|a|", "cosine", "changed", "elements"]
     layers = [_row(n, d) for n, d in _layers(comparison).items()]
     total = _row(f"all {counted(len(comparison.tensors), 'tensor')}", comparison.total)
     notes = _notes(comparison)
-    lines = [*notes, *([""] if notes else []), *table([["layer", *head], *layers, total], "<>>>>", indent=0)]
+    lines = [*notes, *([""] if notes else []), *_table([["layer", *head], *layers, total], whole)]
     names = sorted(comparison.tensors, key=natural)
     if not every:
         differing = [n for n in names if comparison.tensors[n].changed]
         names = sorted(differing, key=lambda n: _rank(comparison.tensors[n]))[:_MOST]
     title = "tensor" if len(names) == len(comparison.tensors) else f"tensor, the {len(names)} that differ most"
     if names:
-        lines += ["", *table([[title, *head], *(_row(n, comparison.tensors[n]) for n in names)], "<>>>>", indent=0)]
+        lines += ["", *_table([[title, *head], *(_row(n, comparison.tensors[n]) for n in names)], whole)]
     return "\n".join(lines)
 
 
@@ -101,6 +105,10 @@ def _notes(comparison: Comparison) -> list[str]:
         partly = len(notes) > len(comparison.remarks)
         notes.append("all elements of A and B are equal" + (" in the tensors that were measured" if partly else ""))
     return notes
+
+
+def _table(rows: list[list[str]], whole: bool) -> list[str]:
+    return table(rows, "<>>>>", indent=0, whole=whole)
 
 
 def _names(names: Iterable[str]) -> str:

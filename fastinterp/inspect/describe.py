@@ -71,8 +71,12 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def as_text(checkpoint: Checkpoint, *, every: bool = False) -> str:
-    """The same as text. every: a line for each tensor, instead of one for those whose names differ in numbers only."""
+def as_text(checkpoint: Checkpoint, *, every: bool = False, whole: bool = False) -> str:
+    """The same as text.
+
+    every  a line for each tensor, instead of one for those whose names differ in numbers only
+    whole  names of tensors are not cut to fit into a line
+    """
     values = as_dict(checkpoint)
     lines = [
         f"{plain(checkpoint.name)}: {values['parameters']:,} parameters in "
@@ -94,12 +98,12 @@ def as_text(checkpoint: Checkpoint, *, every: bool = False) -> str:
     lines += ["tensors"]
     if every:
         rows = [[t["name"], t["dtype"], str(t["shape"]), size(t["bytes"])] for t in values["tensors"]]
-        return "\n".join([*lines, *table(rows, "<<<>")])
+        return "\n".join([*lines, *table(rows, "<<<>", whole=whole)])
     rows = [
         [p.name, p.dtype, str(list(p.shape)), f"x{p.count}" if p.count > 1 else "", size(p.nbytes)]
         for p in patterns(_sorted(checkpoint))
     ]
-    return "\n".join([*lines, *table(rows, "<<<>>")])
+    return "\n".join([*lines, *table(rows, "<<<>>", whole=whole)])
 
 
 def _quantised(checkpoint: Checkpoint) -> tuple[list[dict[str, Any]], set[str], int]:

@@ -9,8 +9,9 @@
 
 `install` replaces `run_merge` in every module that has it, those that were imported by name among them, and what the
 built-in methods of mergekit's registry compute (mergekit_methods.py), so that `merge_tensors`, `merge_state_dicts`,
-mergekit-pytorch and what is built on them use the same kernels. It works in this process: workers that are started with
-a fresh interpreter (Ray, multiprocessing with spawn) call it themselves.
+mergekit-pytorch and what is built on them use the same kernels. It works in this process, and in workers of Ray where
+that is started later (mergekit_workers.py); other processes with a fresh interpreter (multiprocessing with spawn) call
+it themselves.
 
 What cannot be expressed here runs as mergekit runs it, and the reason is logged as a warning of the logger
 `fastinterp.integrations.mergekit`; options that are not needed are logged as information.
@@ -48,7 +49,7 @@ from pydantic import BaseModel
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import device_spec, find_devices
 from fastinterp.errors import BackendError, CheckpointError, UsageError
-from fastinterp.integrations import mergekit_methods
+from fastinterp.integrations import mergekit_methods, mergekit_workers
 from fastinterp.integrations.mergekit_options import OPTIONS, Settings, run, settings_of
 from fastinterp.recipe.load import load_recipes
 
@@ -95,15 +96,17 @@ def recipe_of(config: BaseModel) -> dict[str, Any]:
 
 
 def install() -> None:
-    """Put the engine behind mergekit in this process. More than once is as good as once."""
+    """Put the engine behind mergekit, in this process and in Ray's workers. Twice is as good as once."""
     _replace_everywhere(_theirs, run_merge)
     mergekit_methods.install()
+    mergekit_workers.install()
 
 
 def uninstall() -> None:
     """Give mergekit back what `install` replaced."""
     _replace_everywhere(run_merge, _theirs)
     mergekit_methods.uninstall()
+    mergekit_workers.uninstall()
 
 
 def installed() -> bool:

@@ -48,9 +48,8 @@ class Option(NamedTuple):
 OPTIONS = (
     Option("allow_crimes", "flag", False, "Mix architectures.", "tensors are matched by name and shape alone"),
     Option(
-        "unsafe_truncate_embeddings", "flag", False, "Not supported: cut vocabularies to the smallest.",
-        refused="rows would be cut whatever their tokens are. Write `tokenizer_source: base` (or `union`) in the "
-        "recipe: rows are matched by token then",
+        "unsafe_truncate_embeddings", "flag", False,
+        "Cut embeddings to the rows that all models have, whatever their tokens are.",
     ),
     Option("transformers_cache", "text", None, "Folder for models from the Hub."),
     Option("lora_merge_cache", "text", None, "Folder for models with merged LoRAs.", "no model is written beforehand"),
@@ -86,6 +85,7 @@ class Settings(NamedTuple):
     device          as that of `fastinterp.merge`
     max_shard_size  bytes
     seed            None: that of the recipe
+    truncate        whether embeddings are cut to the rows that all models have
     copy_tokenizer  False: no tokenizer files, unless the recipe makes a tokenizer
     write_card      False: no README.md, and no copy of the recipe
     hub_cache       folder for models from the Hub, None: that of huggingface_hub
@@ -96,6 +96,7 @@ class Settings(NamedTuple):
     threads: int | None
     max_shard_size: int
     seed: int | None
+    truncate: bool
     copy_tokenizer: bool
     write_card: bool
     hub_cache: str | None
@@ -130,6 +131,7 @@ def settings_of(values: Mapping[str, Any], *, default_device: str = "cpu") -> Se
         threads=given["num_threads"],
         max_shard_size=shard if shard > 0 else _UNLIMITED,
         seed=given["random_seed"],
+        truncate=given["unsafe_truncate_embeddings"],
         copy_tokenizer=given["copy_tokenizer"],
         write_card=given["write_model_card"],
         hub_cache=given["transformers_cache"],
@@ -175,6 +177,8 @@ def run(
     last = overridden(last, None, None, settings.seed)
     if settings.seed is not None:
         above = [replace(recipe, seed=last.seed) for recipe in above]
+    if settings.truncate:
+        *above, last = [replace(recipe, truncate_embeddings=True) for recipe in (*above, last)]
 
     def edit(recipe: Recipe, files: dict[str, bytes | Path]) -> None:
         if settings.write_card:

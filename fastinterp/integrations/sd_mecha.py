@@ -6,13 +6,15 @@
     recipe = sd_mecha.weighted_sum(sd_mecha.model("a.safetensors"), sd_mecha.model("b.safetensors"), alpha=0.3)
     merge(recipe, output="merged.safetensors")          # in place of sd_mecha.merge(recipe, output=...)
 
-Understood are weighted_sum, add_difference, subtract, scale, n_average and slerp, of models in files, nested in any
-way, with numbers or numbers by block (`sd1-supermerger_blocks`, `sdxl-supermerger_blocks`) for alpha. Sums of sums
-become one sum: every file is read once, and nothing is rounded in between.
+Understood are weighted_sum, add_difference, subtract, scale, n_average, slerp, geometric_median and the model stock of
+two models, of models in files, nested in any way, with numbers or numbers by block (`sd1-supermerger_blocks`,
+`sdxl-supermerger_blocks`) for alpha. Sums of sums become one sum: every file is read once, and nothing is rounded in
+between. A graph with anything else is merged by sd-mecha, and the logger of this module warns of it with the reason.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -22,11 +24,13 @@ from typing import Any
 
 from fastinterp.api import merge as merge_files
 from fastinterp.arguments import path_of, without_recipe
-from fastinterp.errors import UsageError
+from fastinterp.errors import OutputError, UsageError
 from fastinterp.execute.report import Report
 from fastinterp.messages import listed
 from fastinterp.recipe.load import CHOICES
 from fastinterp.torch_models.load import load
+
+LOG = logging.getLogger(__name__)
 
 Number = float | Mapping[str, float]  # one for all tensors, or one for each block by its name
 Form = dict[str, Number]  # a weighted sum: name of a file, or of a document above -> its weight
@@ -34,7 +38,11 @@ Form = dict[str, Number]  # a weighted sum: name of a file, or of a document abo
 _BLOCKS = {"sd1-supermerger_blocks": 12, "sdxl-supermerger_blocks": 9}  # configurations: blocks on each side
 _VAE = "VAE"  # a further number of SDXL's; the filter of its tensors is below
 _VAE_FILTER = "first_stage_model."
-_KNOWN = "weighted_sum, add_difference, subtract, scale, n_average, slerp"
+_KNOWN = "weighted_sum, add_difference, subtract, scale, n_average, slerp, geometric_median, model_stock of two models"
+
+
+class NotUnderstood(UsageError):
+    """What sd-mecha can do and this package cannot."""
 
 
 @without_recipe
@@ -49,7 +57,7 @@ def merge(
     missing: str = "error",
     channels: str = "same",
     integers: str | os.PathLike[str] | None = None,
-) -> Report | dict[str, Any]:
+) -> Report | dict[str, Any] | None:
     """Carry out a recipe of sd-mecha.
 
     recipe        a node, as `sd_mecha.weighted_sum` returns it
@@ -63,18 +71,51 @@ def merge(
     integers      the file whose integer tensors are copied. None: the first model
 
     All tensors of the first model are in the output, also those that sd-mecha leaves out, as it has no place for them.
-    Arithmetic is float32, as sd-mecha's, with one rounding.
-    Returns the report of the merge; without `output` a dict of torch tensors.
+    Arithmetic is float32, as sd-mecha's, with one rounding. A graph that is not understood is merged by
+    `sd_mecha.merge`, with the reason in the log; where missing, channels or integers ask for what that cannot do, it is
+    an error.
+    Returns the report of the merge; without `output` a dict of torch tensors; None, if sd-mecha wrote the file.
     Raises: UsageError, which names what is not understood; what `fastinterp.merge` does.
     """
-    documents = recipe_of(recipe, missing=missing, channels=channels, integers=integers)
     dtype = None if output_dtype is None else str(output_dtype).removeprefix("torch.")
-    if output is None:
+    target = None if output is None else Path(output)
+    if target is not None and target.suffix != ".safetensors":
+        raise UsageError(f"`output` must be a .safetensors file, got {os.fspath(target)!r}")
+    try:
+        documents = recipe_of(recipe, missing=missing, channels=channels, integers=integers)
+    except NotUnderstood as error:
+        if not _is_node(recipe) or (missing, channels, integers) != ("error", "same", None):
+            raise
+        LOG.warning("merged by sd-mecha, not by fastinterp: %s", error)
+        return _theirs(recipe, target, dtype, threads, force=force)
+    if target is None:
         return load(documents, dtype=dtype, threads=threads)
-    target = Path(output)
-    if target.suffix != ".safetensors":
-        raise UsageError(f"`output` must be a .safetensors file, got {os.fspath(output)!r}")
     return merge_files(documents, target, dtype=dtype, threads=threads, device=device, force=force)
+
+
+def _is_node(recipe: Any) -> bool:
+    """Whether it is sd-mecha's own, which it can merge."""
+    nodes = sys.modules.get("sd_mecha.recipe_nodes")
+    return nodes is not None and isinstance(recipe, nodes.RecipeNode)
+
+
+def _theirs(
+    recipe: Any, target: Path | None, dtype: str | None, threads: int | None, *, force: bool
+) -> dict[str, Any] | None:
+    """The merge by sd-mecha. Raises: OutputError, if the file is there."""
+    import sd_mecha
+    import torch
+
+    if target is not None and target.exists() and not force:
+        raise OutputError(f"{target} exists already. Write force=True to replace it, or name another file")
+    settings: dict[str, Any] = {} if threads is None else {"threads": threads}
+    stored = None if dtype is None else getattr(torch, dtype)
+    if target is not None:
+        sd_mecha.merge(recipe, output=target, output_dtype=stored, **settings)
+        return None
+    found = dict(sd_mecha.merge(recipe, output_dtype=stored, **settings))
+    found.pop("__metadata__", None)
+    return found
 
 
 def recipe_of(
@@ -156,13 +197,44 @@ class _Reader:
             for model in arguments["models"]:
                 total = _add(total, _scaled(self.form(model), 1.0 / len(arguments["models"])))
             return total
-        if method == "slerp":
-            return self._slerp(arguments)
-        if method == "fallback":
-            return self._fallback(arguments)
-        raise UsageError(
+        others = {
+            "slerp": self._slerp, "geometric_median": self._median, "model_stock": self._stock,
+            "fallback": self._fallback,
+        }  # fmt: skip
+        if method in others:
+            return others[method](arguments)
+        raise NotUnderstood(
             f"`{method}` of sd-mecha is not understood here. Known: {_KNOWN}. sd_mecha.merge carries it out"
         )
+
+    def _median(self, arguments: Mapping[str, Any]) -> Form:
+        models = [self._model(self.form(model)) for model in arguments["models"]]
+        steps = _alpha(arguments.get("maxiter"), 100.0)
+        if len(models) < 2 or len(set(models)) < len(models) or not isinstance(steps, float):
+            raise NotUnderstood("the `geometric_median` of sd-mecha is understood only of several models, each once")
+        name = f"median {len(self.documents) + 1}"
+        self.documents.append({
+            "name": name, "merge_method": "geometric_median", "models": [{"model": model} for model in models],
+            "integers": models[0], "parameters": {"tol": 0.0, "max_iter": int(steps)},
+        })  # fmt: skip
+        return {name: 1.0}
+
+    def _stock(self, arguments: Mapping[str, Any]) -> Form:
+        """`model_stock` of the differences of two models from a third: what is added to that one.
+
+        sd-mecha takes the cosines of neighbours in the list: of more than two models those are not all pairs.
+        """
+        differences = [self.form(delta) for delta in arguments["deltas"]]
+        pairs = [{weight: model for model, weight in form.items()} for form in differences if len(form) == 2]
+        bases = {pair[-1.0] for pair in pairs if pair.keys() == {1.0, -1.0}}
+        if len(pairs) != 2 or len(differences) != 2 or len(bases) != 1 or any(-1.0 not in pair for pair in pairs):
+            raise NotUnderstood("`model_stock` of sd-mecha is understood only of two models less the same third one")
+        (base,), name = bases, f"stock {len(self.documents) + 1}"
+        self.documents.append({
+            "name": name, "merge_method": "model_stock", "base_model": base, "integers": base,
+            "models": [{"model": pair[1.0]} for pair in pairs], "parameters": {"filter_wise": True},
+        })  # fmt: skip
+        return {name: 1.0, base: -1.0}
 
     def _slerp(self, arguments: Mapping[str, Any]) -> Form:
         ends = [self._model(self.form(arguments[name])) for name in ("a", "b")]
@@ -179,7 +251,7 @@ class _Reader:
         form = self.form(arguments["a"])
         default = getattr(arguments["default"], "path", None)
         if default is None or _found(default) not in form:
-            raise UsageError("`fallback` of sd-mecha is understood only to a model that the merge reads anyway")
+            raise NotUnderstood("`fallback` of sd-mecha is understood only to a model that the merge reads anyway")
         return form
 
     def _model(self, form: Form) -> str:
@@ -229,7 +301,7 @@ def _alpha(node: Any, default: float) -> Number:
     while getattr(node, "merge_method", None) is not None:  # what converts it to the names of a model
         converter = node.merge_method.identifier
         if not converter.startswith("convert_"):
-            raise UsageError(f"alpha must be a number or numbers by block, and not what `{converter}` computes")
+            raise NotUnderstood(f"alpha must be a number or numbers by block, and not what `{converter}` computes")
         node = next(iter(node.bound_args.arguments.values()))
     values = getattr(node, "value_dict", None)
     config = getattr(getattr(node, "model_config", None), "identifier", None)
@@ -238,7 +310,7 @@ def _alpha(node: Any, default: float) -> Number:
     if config not in _BLOCKS and len(values) == 1:
         return _number(next(iter(values.values())))
     if config not in _BLOCKS:
-        raise UsageError(f"numbers for the tensors of {config} are not understood here. Known: {', '.join(_BLOCKS)}")
+        raise NotUnderstood(f"numbers for the tensors of {config} are not understood here. Known: {', '.join(_BLOCKS)}")
     names = _block_names(_BLOCKS[config])
     missing = [name for name in names if name not in values]
     if missing:

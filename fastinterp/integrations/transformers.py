@@ -21,6 +21,7 @@ from fastinterp.arguments import size_of
 from fastinterp.checkpoint.sidecar_files import CONFIG
 from fastinterp.errors import CheckpointError, ShapeError, UsageError
 from fastinterp.execute.to_memory import fill
+from fastinterp.integrations.sharded_parameters import Parts, unwrapped
 from fastinterp.integrations.torch_ops import ema_
 from fastinterp.messages import counted, listed
 from fastinterp.paths.average import average_of
@@ -130,8 +131,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     device  where the averages are; None: with the weights
 
     Averages are float32, whatever the weights are. Each checkpoint-N has a folder `ema` with the averaged model, which
-    from_pretrained loads; training that resumes from the checkpoint goes on with it. Weights must be whole in each
-    process, as under DDP; FSDP and ZeRO stage 3 are refused.
+    from_pretrained loads; training that resumes from the checkpoint goes on with it. Under FSDP each process averages
+    the part of the weights that it holds (`averages` are those parts), and the first one saves the whole; ZeRO stage 3
+    is refused.
     """
 
     def __init__(self, decay: float = 0.999, *, every: int = 1, device: Any = None):
@@ -144,46 +146,52 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """The averages begin at the weights, or where the checkpoint that training resumes from has them."""
-        weights = _trained(model)
+        parts = Parts(model)
         self.averages = {
-            name: p.detach().to(self._device or p.device, torch.float32, copy=True) for name, p in weights.items()
+            name: p.to(self._device or p.device, torch.float32, copy=True) for name, p in parts.local().items()
         }
         saved = _checkpoint(args, state) / _EMA
         if state.global_step and saved.is_dir():
-            self._resume(model, saved)
+            self._resume(model, parts, saved)
 
-    def _resume(self, model: Any, saved: Path) -> None:
+    def _resume(self, model: Any, parts: Parts, saved: Path) -> None:
         """Go on with the averages of a checkpoint. Raises: CheckpointError, if it does not have all of them."""
         found = _adapter(saved) if (saved / _ADAPTER).exists() else load(saved)
-        active = getattr(_unwrapped(model), "active_adapter", None)  # PEFT's files leave its name out
+        active = getattr(unwrapped(model), "active_adapter", None)  # PEFT's files leave its name out
         for name, average_of_it in self.averages.items():
             stored = name if name in found else name.replace(f".{active}.", ".")
             if stored not in found:
                 raise CheckpointError(f"it has no average of {name}. Remove the folder to begin anew", file=str(saved))
-            average_of_it.copy_(found[stored])
+            average_of_it.copy_(parts.part_of(name, found[stored]))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step % self.every:
             return
-        weights = _trained(model)
-        on = {name: p.detach().to(self.averages[name].device) for name, p in weights.items()}
+        on = {name: p.to(self.averages[name].device) for name, p in Parts(model).local().items()}
         ema_([self.averages[name] for name in on], on.values(), self.decay)
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if state.is_world_process_zero:
+        if state.is_world_process_zero or Parts(model).sharded:
             self.save(model, _checkpoint(args, state) / _EMA)
 
     def save(self, model: Any, folder: str | os.PathLike[str]) -> None:
-        """Save the model with the averages in place of its weights, as float32."""
-        own = _unwrapped(model)
-        by_weight = {id(p): self.averages[name] for name, p in _trained(model).items()}  # tied weights have one average
-        state = {name: by_weight.get(id(x), x) for name, x in own.state_dict(keep_vars=True).items()}
-        own.save_pretrained(folder, state_dict={name: x.detach() for name, x in state.items()})
+        """Save the model with the averages in place of its weights, as float32.
+
+        Under FSDP every process calls it, and the first one writes.
+        """
+        own, parts = unwrapped(model), Parts(model)
+        if parts.sharded:
+            state = parts.full_state(self.averages)
+        else:
+            by_weight = {id(p): self.averages[name] for name, p in parts.parameters.items()}  # one of tied weights
+            state = {name: by_weight.get(id(x), x) for name, x in own.state_dict(keep_vars=True).items()}
+        if state:
+            own.save_pretrained(folder, state_dict={name: x.detach() for name, x in state.items()})
 
     def copy_to(self, model: Any) -> None:
         """Give a model the averages as its weights, each rounded to the dtype that the model has."""
         with torch.no_grad():
-            for name, p in _trained(model).items():
+            for name, p in Parts(model).local().items():
                 p.copy_(self.averages[name])
 
 
@@ -236,21 +244,3 @@ def _adapter(folder: Path) -> dict[str, torch.Tensor]:
     from peft import load_peft_weights
 
     return dict(load_peft_weights(str(folder), device="cpu"))
-
-
-def _unwrapped(model: Any) -> Any:
-    """The model itself: DistributedDataParallel and DataParallel hold it as `module`."""
-    parallel = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    return model.module if isinstance(model, parallel) else model
-
-
-def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The parameters that are trained, by name. Raises: UsageError, if they are in parts in several processes."""
-    found = {name: p for name, p in _unwrapped(model).named_parameters() if p.requires_grad}
-    for name, p in found.items():
-        if hasattr(p, "ds_id") or hasattr(p, "to_local") or hasattr(p, "_flat_param"):
-            raise UsageError(
-                f"{name} is in parts in several processes (FSDP or ZeRO stage 3), so that it has no average here. "
-                "Use AverageCheckpoints"
-            )
-    return found

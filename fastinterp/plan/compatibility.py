@@ -38,10 +38,13 @@ _COMPONENT_KEYS = (
 )  # fmt: skip
 
 
-def compatibility_warnings(checkpoints: Sequence[Model], origin: Model, vocabulary: bool = False) -> tuple[str, ...]:
+def compatibility_warnings(
+    checkpoints: Sequence[Model], origin: Model, vocabulary: bool = False, rows: bool = False
+) -> tuple[str, ...]:
     """Warnings about the files that are copied from `origin`, each with what to do.
 
     vocabulary  the recipe says what becomes of it, so tokenizers may differ
+    rows        the number of rows that config.json says is the output's, whatever the models have
     Raises: CheckpointError, if the config.json of `origin` is damaged. Those of the others are only compared.
     """
     by_root = {origin.root: origin}
@@ -51,7 +54,7 @@ def compatibility_warnings(checkpoints: Sequence[Model], origin: Model, vocabula
     config = read_config(origin.root)
     warnings = [*_missing(origin, others), *([] if vocabulary else _tokenizers(origin, others))]
     if config is not None:
-        warnings += _configs(origin, config, others, {"vocab_size"} if vocabulary else set())
+        warnings += _configs(origin, config, others, {"vocab_size"} if vocabulary or rows else set())
     for file, code in missing_code(origin.root).items():
         warnings.append(
             f"{file} of {origin.name} names code (auto_map) that is not in its folder: {listed(code, _MOST)}. Copy it "

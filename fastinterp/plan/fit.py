@@ -24,6 +24,9 @@ _VOCABULARIES = (
     f"{_TOKENIZER_SOURCE}, --tokenizer-source union or base of interpolate, average and sweep. Or `missing: base` "
     "copies these tensors from the base"
 )
+_SAME_IDS = (
+    "If a row is of the same token in all models, `truncate_embeddings: true` in the recipe cuts to the fewest rows"
+)
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # what a vocabulary is read from: one of them
 _SIZES = (
     "hidden_size", "n_embd", "d_model", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -62,9 +65,9 @@ def check_fit(recipe: Recipe, targets: Sequence[Target], models: Sequence[Model]
     if differing is not None:
         base = models[recipe.base_index].name
         if only_rows and all(map(_has_vocabulary, models)):
-            remedy = _VOCABULARIES
+            remedy = f"{_VOCABULARIES}. {_SAME_IDS}"
         elif narrow or _in_one_shape(targets, models):
-            remedy = _of_other_shapes(base, narrow)
+            remedy = _of_other_shapes(base, narrow) + (f". {_SAME_IDS}" if only_rows else "")
         else:
             remedy = f"These are models of different sizes{_sizes(*differing)}, which do not merge"
         remedy = ". ".join(layouts.values()) or remedy

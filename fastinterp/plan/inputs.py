@@ -157,6 +157,10 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         """How it is stored, if Python converts it into a temporary file first; None: it is read where it is."""
         return None
 
+    def first_rows(self, count: int) -> TensorInput | None:
+        """The first rows of it, along its first dimension, read where they are; None, if that is not possible."""
+        return None
+
     # What only a tensor of a document above answers in another way.
 
     @property
@@ -294,6 +298,11 @@ class StoredInput(TensorInput, frozen=True, eq=False):
     @property
     def stored_rows(self) -> StoredInput | None:
         return self if self.low_rank is None else None
+
+    def first_rows(self, count: int) -> StoredInput | None:
+        if self.low_rank is not None:
+            return None
+        return replace(self, shape=(count, *self.shape[1:]), nbytes=self.nbytes // self.shape[0] * count)
 
 
 class ConvertedInput(TensorInput, frozen=True, eq=False):

@@ -166,6 +166,7 @@ def receipt(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Se
     }
     content |= {} if recipe.missing == "error" else {"missing": recipe.missing}
     content |= {} if recipe.channels == "same" else {"channels": recipe.channels}
+    content |= {"truncate_embeddings": True} if recipe.truncate_embeddings else {}
     content |= {} if recipe.quantize == "none" else {"quantize": recipe.quantize}
     return {_RECEIPT: json.dumps(content, separators=(",", ":"))}
 

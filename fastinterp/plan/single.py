@@ -125,7 +125,7 @@ def plan_document(recipes: Sequence[Recipe], find: Callable[[ModelRef], Model]) 
         *dict.fromkeys(warning for model in models for warning in model.warnings),
         *aligned.warnings,
         *(aligned.layouts.values() if first.missing != "error" else ()),
-        *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None),
+        *compatibility_warnings(aligned.models, origin, aligned.tokenizer is not None, aligned.rows is not None),
         *_about_keys(first, aligned.models, origin),
     ]
     about = about_configuration(origin, tensors, first.quantize == "same")

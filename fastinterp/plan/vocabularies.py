@@ -164,8 +164,24 @@ def align_models(recipe: Recipe, models: Sequence[Model], origin: Model) -> Alig
         layouts=sets.layouts,
     )
     if recipe.tokenizer is None:
-        return aligned
+        return _truncated(aligned, origin, configs) if recipe.truncate_embeddings else aligned
+    if recipe.truncate_embeddings:
+        ignored = (
+            "`truncate_embeddings` does nothing beside `tokenizer_source` or `tokenizer`: rows are matched by token"
+        )
+        aligned = replace(aligned, warnings=(*aligned.warnings, ignored))
     return _with_vocabulary(recipe, aligned, known, [dict(t) for t in sets.tensors], configs)
+
+
+def _truncated(aligned: AlignedModels, origin: Model, configs: Sequence[Mapping[str, Any]]) -> AlignedModels:
+    """The aligned models, with as many rows in their embeddings as the smallest of them has."""
+    from fastinterp.plan.truncation import truncate
+
+    tensors = [m.tensors for m in aligned.models]
+    sizes = [_known_rows(m, m.tensors, c) for m, c in zip(aligned.models, configs, strict=False)]
+    cut = truncate(aligned.models, tensors, sizes, origin)
+    models = tuple(_with(m, t) for m, t in zip(aligned.models, cut.tensors, strict=True))
+    return replace(aligned, models=models, rows=cut.rows, warnings=(*aligned.warnings, *cut.warnings))
 
 
 def _with_vocabulary(
@@ -317,16 +333,20 @@ def _index(known: Sequence[Model], model: ModelRef) -> int:
 
 
 def _rows(model: Model, tensors: Mapping[str, TensorInput], config: Mapping[str, Any]) -> int:
-    """Rows of a model's embeddings: as its configuration says, if there are such, else as the input embedding has."""
-    size = vocab_size_of(config, str(model.root / CONFIG))
-    if size is None or not embeddings(tensors, size):
-        size = embedding_row_count(tensors)
+    """As `_known_rows`. Raises: CheckpointError, if they are not known."""
+    size = _known_rows(model, tensors, config)
     if size is None:
         raise CheckpointError(
             f"{model.name} has no embedding that is known by its name, so no rows can follow a vocabulary. Leave "
             "`tokenizer` and `tokenizer_source` out of the recipe"
         )
     return size
+
+
+def _known_rows(model: Model, tensors: Mapping[str, TensorInput], config: Mapping[str, Any]) -> int | None:
+    """Rows of a model's embeddings: as its configuration says, if there are such, else as the input embedding has."""
+    size = vocab_size_of(config, str(model.root / CONFIG))
+    return embedding_row_count(tensors) if size is None or not embeddings(tensors, size) else size
 
 
 def _template(recipe: Recipe, models: Sequence[Model]) -> str | None:

@@ -67,6 +67,7 @@ class Recipe:
     missing       what becomes of tensors that not all models have in one shape: "error"; "base": they are copied from
                   the base, see `base_index`; "skip": the output has none of them
     channels      "same"; or "first": convolutions may have different numbers of input channels: see docs/RECIPES.md
+    truncate_embeddings  whether embeddings are cut to the rows that all models have
     quantize      "none"; or "same": tensors that are quantised in `origin` are quantised anew, in the same format
     integers      the one of `models` whose integer tensors are taken where the models differ, or None: they must agree
     text          the recipe for receipts: the user's own text, or YAML of the mapping that was given
@@ -98,6 +99,7 @@ class Recipe:
     fp8_overflow: str
     missing: str
     channels: str
+    truncate_embeddings: bool
     quantize: str
     integers: ModelRef | None
     text: str
@@ -269,6 +271,7 @@ def build(document: Document, above: Sequence[Recipe], collector: ErrorCollector
         fp8_overflow=raw.fp8_overflow,
         missing=raw.missing,
         channels=raw.channels,
+        truncate_embeddings=raw.truncate_embeddings,
         quantize=raw.quantize,
         text=document.text,
         file=document.file,

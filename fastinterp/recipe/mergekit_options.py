@@ -24,7 +24,7 @@ _OPTIONS = {
     "safe_serialization": ("", "the output is always safetensors"),
     "transformers_cache": ("", "models are found in the cache that HF_HOME names"),
     "trust_remote_code": ("", "code of a model is never run"),
-    "unsafe_truncate_embeddings": ("", "`tokenizer_source` in the recipe aligns vocabularies"),
+    "unsafe_truncate_embeddings": ("", "`truncate_embeddings: true` in the recipe does the same"),
     "verbose": ("", "`fastinterp explain` says more"),
     "verbosity": ("", "`fastinterp explain` says more"),
     "write_model_card": ("", "the model card is always written"),
@@ -32,6 +32,7 @@ _OPTIONS = {
 }
 # Keys that mergekit has, or had, in recipes.
 _KEYS = {
+    "unsafe_truncate_embeddings": "the key is `truncate_embeddings` here",
     "random_seed": "the key is `seed` here",
     "embed_slerp": "embeddings are merged by the method of the recipe, as all other tensors. Remove it; for spherical "
     "interpolation of all tensors write `merge_method: slerp`",

@@ -174,6 +174,7 @@ class RawRecipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     fp8_overflow: str = "saturate"
     missing: str = "error"
     channels: str = "same"
+    truncate_embeddings: bool = False
     quantize: str = "none"
     integers: str | Reference | None = None
     tokenizer: Unchecked[TokenizerItem] | None = None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fastinterp.cli import commands
+from fastinterp.cli import commands, inspect
 from tests.support.models import bf16, save
 
 
@@ -90,3 +91,15 @@ def test_a_name_with_a_number_that_python_makes_no_int_of(models):
     assert [t["name"] for t in json.loads(run("inspect", "x", "--json"))["tensors"]] == names
     assert "h.{2,10}.w" in run("inspect", "x") and "999...999" in run("inspect", "x")
     assert list(json.loads(run("diff", "x", "x", "--json"))["layers"]) == ["h.2", "h.010", f"h.{digits}", "h.w"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_names_are_cut_for_a_terminal_only(models, monkeypatch, terminal):
+    """What reads a pipe looks for them."""
+    name = "model.language_model.layers.0." + "encoder_decoder_cross_attention_block." * 3 + "weight"
+    save(models / "x", {name: bf16([1.0]), "short": bf16([1.0])})
+    save(models / "y", {name: bf16([2.0]), "short": bf16([1.0])})
+    if terminal:
+        monkeypatch.setattr(inspect, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+    for arguments in (["inspect", "x", "--all"], ["inspect", "x"], ["diff", "x", "y", "--all"], ["diff", "x", "y"]):
+        assert (name in run(*arguments)) != terminal, arguments

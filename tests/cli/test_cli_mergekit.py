@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 from fastinterp.cli.mergekit import command
 from fastinterp.integrations import mergekit_options
 from fastinterp.integrations.mergekit_options import OPTIONS, flag_of, settings_of
-from tests.support.models import layers, load, save
+from tests.support.models import bf16, layers, load, save
 
 RECIPE = """\
 # mine
@@ -91,6 +92,18 @@ def test_options_that_cannot_be_honoured_are_refused(models, option):
     _, err = run("recipe.yml", "out", flag, code=2)
     assert err == f"UsageError: {flag} is not supported: {option.refused}\n"
     assert not (models / "out").exists()
+
+
+def test_embeddings_are_cut(models):
+    for name, rows in (("a", 6), ("b", 4)):
+        save(models / name, {**layers(2), "model.embed_tokens.weight": bf16(np.ones((rows, 4)) * rows)})
+    assert "`truncate_embeddings: true`" in run("recipe.yml", "out", code=3)[1]
+    out, _ = run("recipe.yml", "out", "--unsafe-truncate-embeddings")
+    assert "model.embed_tokens.weight to 4 (6 in a, 4 in b)" in out
+    assert merged(models / "out")["model.embed_tokens.weight"] == ("BF16", [4, 4], bf16(np.full((4, 4), 4.5)).tobytes())
+    (models / "recipe.yml").write_text(RECIPE + "truncate_embeddings: true\n")
+    run("recipe.yml", "again")
+    assert merged(models / "again") == merged(models / "out")
 
 
 def test_files_that_are_left_out(models):

@@ -188,8 +188,10 @@ def test_vocabularies_of_different_size(folder):
     (wrong,), _ = messages(fastinterp.check(asked))
     assert wrong.endswith(
         "[25, 16] in a. Only tensors of the same shape merge: `missing: base` in the recipe (--missing base) takes "
-        "those of base, `missing: skip` leaves them out"
+        "those of base, `missing: skip` leaves them out. If a row is of the same token in all models, "
+        "`truncate_embeddings: true` in the recipe cuts to the fewest rows"
     )
+    assert fastinterp.check({**asked, "truncate_embeddings": True}).errors == ()
     assert fastinterp.check({**asked, "missing": "base"}).errors == ()
     for name in ("base", "a"):
         tokens.words(Path(name), ["<unk>", "cat"])
@@ -197,7 +199,8 @@ def test_vocabularies_of_different_size(folder):
     assert wrong.endswith(
         "The vocabularies differ in size: say which one the output has, `tokenizer_source: union` or "
         "`tokenizer_source: base` in the recipe, --tokenizer-source union or base of interpolate, "
-        "average and sweep. Or `missing: base` copies these tensors from the base"
+        "average and sweep. Or `missing: base` copies these tensors from the base. If a row is of the same token in "
+        "all models, `truncate_embeddings: true` in the recipe cuts to the fewest rows"
     )
     assert fastinterp.check({**asked, "missing": "base"}).errors == ()
     for source in ("union", "base"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -20,6 +22,7 @@ if missing:
 with warnings.catch_warnings():  # of what mergekit imports
     warnings.simplefilter("ignore")
     import torch
+    import transformers
     from mergekit import merge_methods
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions
@@ -27,7 +30,7 @@ with warnings.catch_warnings():  # of what mergekit imports
     from safetensors.torch import load_file
 
     from fastinterp.errors import OutputError
-    from fastinterp.integrations import mergekit, mergekit_methods
+    from fastinterp.integrations import mergekit, mergekit_methods, mergekit_workers
     from fastinterp.integrations.mergekit_options import OPTIONS
     from tests.peer.common import make_picollama
 
@@ -35,6 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
+KEY = "worker_process_setup_hook"
 THEIRS = "by mergekit, not by fastinterp"
 
 
@@ -92,6 +96,25 @@ def test_a_device_that_is_not_there(models, tmp_path, caplog, monkeypatch):
 
 
 # --- run_merge --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic"])
+def test_embeddings_are_cut_as_mergekit_cuts_them(tmp_path, caplog, method):
+    """The same tensors; and an output that transformers loads, where mergekit leaves the origin's vocab_size."""
+    torch.manual_seed(0)
+    large, small = make_picollama(tmp_path / "large", 10), make_picollama(tmp_path / "small", 8)
+    how = config(method, [large, small], base_model=large, parameters={"t": 0.3})
+    cut = MergeOptions(unsafe_truncate_embeddings=True)
+    mergekit.run_merge(how, str(tmp_path / "ours"), cut)
+    assert not [m for m in caplog.messages if THEIRS in m]
+    assert any(m.startswith("rows cut by `truncate_embeddings`: ") for m in caplog.messages)
+    mergekit._theirs(how, str(tmp_path / "theirs"), options=cut)
+    ours, theirs = tensors(tmp_path / "ours"), tensors(tmp_path / "theirs")
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert loaded.config.vocab_size == 8 and not any(info.values())
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -180,6 +203,70 @@ def test_install_reaches_those_who_imported_run_merge_by_name(models, tmp_path, 
     mergekit.uninstall()
     assert run_yaml.run_merge is multimerge.run_merge is theirs is sys.modules["mergekit.merge"].run_merge
     assert merge_methods.base.MergeMethod._execute_resolved is mergekit_methods._theirs
+
+
+WORKER = """
+import json, sys
+import ray
+from fastinterp.integrations import mergekit
+arguments = json.loads(sys.argv[1])
+if arguments["first"]:
+    mergekit.install()
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, **arguments["init"])
+else:
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, **arguments["init"])
+    mergekit.install()
+
+@ray.remote
+def in_a_worker():
+    import mergekit.merge
+    return mergekit.merge.run_merge.__module__
+
+print(ray.get(in_a_worker.remote()))
+"""
+
+
+@pytest.mark.slow(seconds=60)
+@pytest.mark.parametrize(
+    ("first", "init", "where", "warning"),
+    [
+        (True, {}, "fastinterp.integrations.mergekit", ""),
+        (False, {}, "mergekit.merge", "Ray was started before, so its workers merge with mergekit: "),
+        (
+            False, {"runtime_env": {"worker_process_setup_hook": "fastinterp.integrations.mergekit.install"}},
+            "fastinterp.integrations.mergekit", "",
+        ),
+    ],
+    ids=["install, then Ray", "Ray, then install", "as the warning says"],
+)  # fmt: skip
+def test_workers_of_ray(tmp_path, first, init, where, warning):
+    """What mergekit-evolve starts: processes of their own, where nothing is installed."""
+    pytest.importorskip("ray")
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, json.dumps({"first": first, "init": init})],
+        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [where]
+    assert warning in done.stderr and ("merge with mergekit" in done.stderr) == bool(warning)
+
+
+def test_what_ray_asks_for(monkeypatch, caplog):
+    """A hook or a set-up function of the user's stays, and the log says what to do."""
+    name, hook = "RAY_RUNTIME_ENV_HOOK", "fastinterp.integrations.mergekit_workers.runtime_env"
+    monkeypatch.delenv(name, raising=False)
+    mergekit.install()
+    assert os.environ[name] == hook
+    assert mergekit_workers.runtime_env(None) == {KEY: "fastinterp.integrations.mergekit.install"}
+    assert mergekit_workers.runtime_env({"pip": ["x"], KEY: "mine.setup"}) == {"pip": ["x"], KEY: "mine.setup"}
+    assert "Ray's workers have a worker_process_setup_hook of their own" in caplog.text
+    mergekit.uninstall()
+    assert name not in os.environ
+    monkeypatch.setenv(name, "mine.hook")
+    mergekit.install()
+    mergekit.uninstall()
+    assert os.environ[name] == "mine.hook" and "RAY_RUNTIME_ENV_HOOK is set to mine.hook" in caplog.text
 
 
 @pytest.mark.slow(seconds=20)

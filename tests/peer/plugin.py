@@ -3,7 +3,8 @@
     python -m pytest -p tests.peer.plugin FOLDER/tests      (`make peer-suite` does it)
 
 Every test must pass, and every merge of a test that stays with mergekit must be expected: `listed` has the tests and
-the reasons. What is listed and merges here after all is a failure, too.
+the reasons. What is listed and merges here after all is a failure, too, and so is a name in the lists that no test has,
+or no float64 that mergekit had to compute, once the whole suite ran.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tests.peer import common
 from tests.peer.listed import FLOAT64, STAYS, WITHOUT
 
 _FIRST = "merged by mergekit, not by fastinterp: "
+_WHOLE = 500  # tests: more than any part of the suite has
 _LOGGERS = ("fastinterp.integrations.mergekit", "fastinterp.integrations.mergekit_methods")
 
 
@@ -38,6 +40,7 @@ class _Reasons(logging.Handler):
 
 _reasons = _Reasons()
 _files: dict[str, Counter[str]] = {}
+_used: set[str] = set()  # names in the lists that a test needed
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,6 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _listed(nodeid: str, table: dict[str, str]) -> str | None:
     """The reason for a test: of the longest key that is a part of its id."""
     keys = [key for key in table if key in nodeid]
+    _used.update(keys)
     return table[max(keys, key=len)] if keys else None
 
 
@@ -71,7 +75,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         item.user_properties.append(("listed", stays))
         assert found, f"the test is listed ({stays}), but all of its merges ran here: remove it from the list"
         return result
-    if any(name in item.nodeid for name in FLOAT64) and found:
+    names = [name for name in FLOAT64 if name in item.nodeid]
+    if names and found:
+        _used.update(names)
         item.user_properties.append(("listed", "float64"))
         found = [reason for reason in found if "float32, not in torch.float64" not in reason]
     assert not found, f"merges stayed with mergekit: {found}"
@@ -83,6 +89,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
         listed = report.outcome == "passed" and any(name == "listed" for name, _ in report.user_properties)
         counts["listed" if listed else report.outcome] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    unused = {*WITHOUT, *STAYS, *FLOAT64} - _used
+    if unused and session.testscollected > _WHOLE and not session.config.getoption("keyword"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        _files["listed, but no test needs it: " + ", ".join(sorted(unused))] = Counter(failed=len(unused))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
