@@ -187,7 +187,8 @@ class _Adding:
                 kind += f" ({tensor.converted_from})"
                 more = ". Merge the base alone first, which writes its numbers as they are read; then name the output"
             raise CheckpointError(
-                f"the adapter changes {quote(name)}, which is {kind} in {self.base}: nothing can be added to that{more}",
+                f"the adapter changes {quote(name)}, which is {kind} in {self.base}: nothing can be added to that"
+                f"{more}",
                 file=self.checkpoint.name,
                 tensor=name,
             )

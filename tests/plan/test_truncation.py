@@ -14,8 +14,8 @@ import transformers
 import fastinterp
 from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.ops.dtypes import BF16, F32, DType
-from tests.support import tokens
 from fastinterp.reference.decode import decode
+from tests.support import tokens
 from tests.support.checkpoints import Tensor, assert_same, bell, read, recipe, tensor, weights, write
 from tests.support.quantised_models import FORMS, stored
 

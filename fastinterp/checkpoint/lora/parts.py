@@ -98,7 +98,7 @@ def pair_error(checkpoint: Checkpoint, module: str, have: Entry, missing: str) -
 
 
 def check_floats(checkpoint: Checkpoint, entries: Iterable[Entry | None]) -> None:
-    """Raises: CheckpointError, if what is multiplied or added holds no floating-point numbers. None: it is not there."""
+    """Raises: CheckpointError, if what is multiplied or added is not floating-point. None: it is not there."""
     for entry in entries:
         if entry is not None and (not entry.dtype.merges or entry.dtype.is_complex):
             raise CheckpointError(
