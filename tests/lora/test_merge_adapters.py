@@ -374,7 +374,7 @@ def test_without_out_lora_the_message_says_what_to_write(tmp_path, two):
     del given["out"]
     with pytest.raises(CheckpointError, match="`out: lora`") as caught:
         fastinterp.merge(given, tmp_path / "model")
-    assert "peft" in str(caught.value)
+    assert "Name it behind its base" in str(caught.value)
     merge(tmp_path, given | {"out": "lora"})  # the remedy
 
 
