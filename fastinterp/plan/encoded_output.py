@@ -9,55 +9,19 @@ from collections import Counter
 from collections.abc import Sequence
 from math import prod
 
-import msgspec
 from msgspec.structs import replace
 
 from fastinterp.checkpoint.names import listing, quote
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import counted
-from fastinterp.ops.dtypes import F32, DType
+from fastinterp.ops.dtypes import F32
 from fastinterp.ops.steps import Encoder
 from fastinterp.plan.inputs import Encoding, PlannedTensor, StoredInput, TensorInput
 from fastinterp.plan.models import Model
+from fastinterp.plan.output_encoding import OutputEncoding
 
 # Formats that csrc/encoder.cpp writes; the others are copied only.
 ENCODERS = ("scaled_f8_e4m3", "scaled_f8_e5m2", "scaled_i8", "q8_0")
-# Elements of a matrix with one scale that a thread measures and encodes at once; larger ones are measured before.
-_AT_ONCE = 2 << 20
-
-Entry = tuple[str, DType, tuple[int, ...]]  # a tensor of a file: name, dtype, shape
-
-
-class OutputEncoding(msgspec.Struct, frozen=True, eq=False):
-    """How an output tensor is stored as codes.
-
-    format     for people: `fp8 with scales of blocks of 128 x 128`
-    codes      the tensor of its codes
-    scales     the tensors of its scales: one of what is encoded, perhaps several of what is copied; none, if they are
-               among the codes
-    encoder    how sums become codes; None: of this format there are only copies
-    alike      of each input whether it is stored in this way, so that a copy is one of its codes and scales
-    """
-
-    format: str
-    codes: Entry
-    scales: tuple[Entry, ...]
-    encoder: Encoder | None
-    alike: tuple[bool, ...]
-
-    @property
-    def entries(self) -> tuple[Entry, ...]:
-        """The tensors of the file."""
-        return (self.codes, *self.scales)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(dtype.nbytes(prod(shape)) or 0 for _, dtype, shape in self.entries)
-
-    @property
-    def measures(self) -> bool:
-        """Whether the largest magnitudes are measured in a read of their own."""
-        return self.encoder is not None and self.encoder.matrix > _AT_ONCE
 
 
 def quantised_as(

@@ -26,7 +26,7 @@ from fastinterp.tokenizer.embedding_rows import RowMap
 
 if TYPE_CHECKING:
     from fastinterp.ops.steps import Operand
-    from fastinterp.plan.encoded_output import OutputEncoding
+    from fastinterp.plan.output_encoding import OutputEncoding
 
 ModelInput = tuple[int, "TensorInput"]  # number of its model in the plan, and a tensor of it
 

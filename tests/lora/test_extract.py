@@ -237,7 +237,7 @@ def test_extracted_adapters_can_be_merged(tmp_path):
     models(tmp_path)
     extract(tmp_path, rank=4)
     out = str(tmp_path / "out")
-    fastinterp.merge(recipe({out: 0.5}), tmp_path / "half")
+    fastinterp.merge_adapters(recipe({out: 0.5}), tmp_path / "half")
     assert_close(changes(tmp_path / "half"), {m: 0.5 * d for m, d in changes(out).items()}, 1e-6)
 
 

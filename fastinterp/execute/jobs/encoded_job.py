@@ -19,7 +19,7 @@ from fastinterp.ops.steps import Combine, CopyEqual, LargestMagnitudes, Operand,
 
 if TYPE_CHECKING:
     from fastinterp.execute.jobs.densities import Density
-    from fastinterp.plan.encoded_output import OutputEncoding
+    from fastinterp.plan.output_encoding import OutputEncoding
 
 Places = Sequence[tuple[int, int]]  # (sink, offset)
 _BYTES = F8_E4M3.kernel_code  # of a dtype of one byte: what is only copied
