@@ -10,8 +10,9 @@ from msgspec.structs import replace
 from fastinterp.execute.sources import storage
 from fastinterp.messages import plain
 from fastinterp.ops.contract import CHUNK
-from fastinterp.plan.inputs import PlannedTensor, StoredInput
+from fastinterp.plan.inputs import StoredInput
 from fastinterp.plan.plan import Plan
+from fastinterp.plan.planned import PlannedTensor
 
 _AGREE_BYTES = 1 << 20  # compared of a tensor that must be equal in all models
 TENSORS = 128  # that are sampled at most, spread over the model

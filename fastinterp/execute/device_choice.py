@@ -14,8 +14,8 @@ from typing import Any
 
 from fastinterp.backends.registry import built
 from fastinterp.messages import seconds
-from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.plan import Plan
+from fastinterp.plan.planned import PlannedTensor
 
 # Of one thread, measured on an EPYC with AVX-512 (docs/performance.md): reads and writes of files in the page cache,
 # 10^9 bytes a second. One thread at a time writes to a file.

@@ -19,7 +19,8 @@ from msgspec.structs import replace
 from fastinterp.errors import CheckpointError
 from fastinterp.execute.decode_rows import Read, decoded
 from fastinterp.plan.encoded_rows import aligned, rows_of
-from fastinterp.plan.inputs import PlannedTensor, StoredInput
+from fastinterp.plan.inputs import StoredInput
+from fastinterp.plan.planned import PlannedTensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -22,8 +22,9 @@ from fastinterp.messages import counted
 from fastinterp.ops.combine import philox_key
 from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.steps import Operand
-from fastinterp.plan.inputs import PlannedTensor, TensorInput
+from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.plan import Plan
+from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.tensors import must_agree
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.execute.scales import refuse_scales
 from fastinterp.ops.dtypes import F32
 from fastinterp.ops.steps import Decoder, Factor, Gathered, LowRank, Operand, Product, ReplacedRows, Stored
-from fastinterp.plan.inputs import ConvertedInput, GatheredInput, IntermediateInput, StoredInput, TensorInput
+from fastinterp.plan.inputs import ConvertedInput, GatheredInput, StoredInput, TensorInput
 from fastinterp.plan.low_rank import FactorInput, LowRankInput, ProductInput, RowsInput
 from fastinterp.plan.models import Model
 
@@ -139,7 +139,7 @@ class Sources:
             decoders.append(None)
         return Gathered(tuple(parts), code, rows.rows, tuple(decoders) if any(decoders) else ())
 
-    def intermediate(self, tensor: IntermediateInput) -> Operand:
+    def intermediate(self, tensor: TensorInput) -> Operand:
         raise LookupError(f"{tensor.name} is in no file before a chained job has computed it")
 
     def cached(self) -> bool:

@@ -13,8 +13,9 @@ from fastinterp.execute.run import Window, make_window
 from fastinterp.inspect.explain_parameters import parameters_in_force, presets_in_force, symbols
 from fastinterp.inspect.explain_text import as_text
 from fastinterp.output.layout import OutFile
-from fastinterp.plan.inputs import PlannedTensor, TensorInput
+from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.plan import Plan
+from fastinterp.plan.planned import PlannedTensor, stages_of
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
 
@@ -127,7 +128,7 @@ def _made(plan: Plan) -> list[dict[str, Any]]:
     by_model: dict[int, dict[Hashable, TensorInput]] = {}
     for tensor in _all(plan):
         for i, entry in tensor.pairs:
-            if entry.stages:
+            if stages_of(entry):
                 by_model.setdefault(i, {})[entry.key] = entry
     return [
         {

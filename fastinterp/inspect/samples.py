@@ -18,8 +18,9 @@ from fastinterp.errors import CheckpointError
 from fastinterp.execute.chunks import differing_unmerged, evenly_sampled, middle_chunk, read_bytes, stored_inputs
 from fastinterp.execute.sources import Sources
 from fastinterp.ops.steps import Measure
-from fastinterp.plan.inputs import PlannedTensor, StoredInput
+from fastinterp.plan.inputs import StoredInput
 from fastinterp.plan.plan import Plan
+from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.tensors import must_agree
 
 _NOISY = 0.7  # a share of signal below this is a warning

@@ -13,8 +13,9 @@ from fastinterp.checkpoint.same_bytes import same_bytes
 from fastinterp.errors import CheckpointError, ShapeError, UsageError
 from fastinterp.lora.parts import HasShape
 from fastinterp.lora.tensors import TensorReader
-from fastinterp.plan.inputs import PlannedTensor, TensorInput
+from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.plan import Plan, plan_recipe
+from fastinterp.plan.planned import PlannedTensor
 
 
 def plan_change(base: str, finetune: str) -> Plan:

@@ -23,8 +23,9 @@ from msgspec import structs
 from fastinterp.errors import RecipeError
 from fastinterp.ops.combine import MAX_INPUTS, Combine, Row, check_coefficients
 from fastinterp.ops.dtypes import DTYPES, DType
-from fastinterp.plan.inputs import IntermediateInput, ModelInput, PlannedTensor, TensorInput
+from fastinterp.plan.inputs import ModelInput, TensorInput
 from fastinterp.plan.models import Library, Model
+from fastinterp.plan.planned import IntermediateInput, PlannedTensor, direct_of
 from fastinterp.plan.single import Document, find_named, plan_document
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
@@ -180,7 +181,7 @@ def _resolved(t: PlannedTensor, numbers: Sequence[int], models: int) -> PlannedT
     row, used = _folded(t.rows[0], inputs)
     if len(used) > MAX_INPUTS:
         row, used = t.rows[0], [_plainest(i) for i in inputs]
-    direct = used[0][1].direct if row.is_copy else None
+    direct = direct_of(used[0][1]) if row.is_copy else None
     if direct is not None:
         return structs.replace(direct, name=t.name, dtype=t.dtype, seeds=t.seeds, form=t.form)
     check_coefficients([row.total, *(w for _, w in row.terms)], t.name)

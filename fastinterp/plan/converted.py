@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 
 from fastinterp.messages import counted, listed, size
-from fastinterp.plan.inputs import PlannedTensor, TensorInput
+from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.models import Model
+from fastinterp.plan.planned import PlannedTensor
 
 
 def conversion_warnings(tensors: Iterable[PlannedTensor], models: Sequence[Model]) -> list[str]:

@@ -16,9 +16,10 @@ from fastinterp.errors import CheckpointError
 from fastinterp.messages import counted
 from fastinterp.ops.dtypes import F32
 from fastinterp.ops.steps import Encoder
-from fastinterp.plan.inputs import Encoding, PlannedTensor, StoredInput, TensorInput
+from fastinterp.plan.inputs import Encoding, StoredInput, TensorInput
 from fastinterp.plan.models import Model
 from fastinterp.plan.output_encoding import OutputEncoding
+from fastinterp.plan.planned import PlannedTensor
 
 # Formats that csrc/encoder.cpp writes; the others are copied only.
 ENCODERS = ("scaled_f8_e4m3", "scaled_f8_e5m2", "scaled_i8", "q8_0")

@@ -19,9 +19,10 @@ from fastinterp.ops.steps import Encoder
 from fastinterp.output.gguf_layout import gguf_layout
 from fastinterp.output.layout import Layout
 from fastinterp.plan.gguf import header_of
-from fastinterp.plan.inputs import PlannedTensor, TensorInput
+from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.models import Model, is_gguf
 from fastinterp.plan.output_encoding import OutputEncoding
+from fastinterp.plan.planned import PlannedTensor
 from fastinterp.recipe.load import Recipe
 
 _LAYER = re.compile(r"blk\.(\d{1,9})\.")

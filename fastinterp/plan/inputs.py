@@ -2,14 +2,14 @@
 
 `TensorInput` is all that planning, running and reporting know of an input. Kinds: a tensor that a file holds, as it is
 or as codes that a decoder turns into float32 (`StoredInput`); one that Python converts first (`ConvertedInput`); rows
-that come from several places (`GatheredInput`); a tensor of a document above, which is in no file
-(`IntermediateInput`). `PlannedTensor` is what is made of them.
+that come from several places (`GatheredInput`); a tensor of a document above, which is in no file (`IntermediateInput`
+of planned.py, where the output tensors are, too).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,15 +18,13 @@ from msgspec.structs import replace
 
 from fastinterp.checkpoint.gguf_types import BY_NAME
 from fastinterp.checkpoint.header import Conversion
-from fastinterp.ops.combine import Combine, Row
+from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import F16, DType
 from fastinterp.plan.low_rank import LowRankInput
-from fastinterp.plan.program import Program
 from fastinterp.tokenizer.embedding_rows import RowMap
 
 if TYPE_CHECKING:
     from fastinterp.ops.steps import Operand
-    from fastinterp.plan.output_encoding import OutputEncoding
 
 ModelInput = tuple[int, "TensorInput"]  # number of its model in the plan, and a tensor of it
 
@@ -37,7 +35,7 @@ class OpenFiles(Protocol):
     def stored(self, tensor: StoredInput) -> Operand: ...
     def converted(self, tensor: ConvertedInput) -> Operand: ...
     def gathered(self, tensor: GatheredInput) -> Operand: ...
-    def intermediate(self, tensor: IntermediateInput) -> Operand: ...
+    def intermediate(self, tensor: TensorInput) -> Operand: ...
 
 
 class TensorInput(msgspec.Struct, frozen=True, eq=False):
@@ -163,11 +161,6 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
 
     # What only a tensor of a document above answers in another way.
 
-    @property
-    def stages(self) -> tuple[PlannedTensor, ...]:
-        """The tensors that have to be made before it can be read, in an order that works."""
-        return ()
-
     def origins(self, model: int) -> set[int]:
         """The models that it comes from in the end. model: the one that it is a tensor of."""
         return {model}
@@ -179,11 +172,6 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
     @property
     def weighted_sum(self) -> tuple[Row, list[ModelInput]] | None:
         """The sum of other inputs that it is, if that may become part of a sum that reads it."""
-        return None
-
-    @property
-    def direct(self) -> PlannedTensor | None:
-        """The plan of a copy that is made without storing it first; None if the copy has to read it."""
         return None
 
     def as_read(self) -> TensorInput:
@@ -406,152 +394,3 @@ class GatheredInput(TensorInput, frozen=True, eq=False):
     @property
     def moves_rows(self) -> bool:
         return True
-
-
-class IntermediateInput(TensorInput, frozen=True, eq=False):
-    """A tensor of a document above: it is in no file, and is made when it is needed.
-
-    tensor  how it is made, with the dtype in which it is stored until it is read
-    free    that document says nothing of its dtype
-    folds   its coefficients may become part of those of others, so that it need not be stored
-    """
-
-    tensor: PlannedTensor
-    free: bool
-    folds: bool
-
-    @property
-    def key(self) -> Hashable:
-        return id(self.tensor)
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return ()
-
-    def open(self, files: OpenFiles) -> Operand:
-        return files.intermediate(self)
-
-    @property
-    def quantised(self) -> str:
-        return "" if self.tensor.merged else self.tensor.inputs[0].quantised
-
-    @property
-    def form(self) -> TensorInput:
-        return self if self.tensor.form is None else self.tensor.form.form
-
-    @property
-    def stages(self) -> tuple[PlannedTensor, ...]:
-        return self.tensor.stages
-
-    def origins(self, model: int) -> set[int]:
-        return self.tensor.origins(range(self.tensor.model_count))
-
-    def agreeing(self, model: int) -> list[ModelInput]:
-        return self.tensor.pairs
-
-    @property
-    def weighted_sum(self) -> tuple[Row, list[ModelInput]] | None:
-        if not self.folds or not self.tensor.rows:
-            return None
-        return self.tensor.rows[0], self.tensor.pairs
-
-    @property
-    def direct(self) -> PlannedTensor | None:
-        # Its bytes are the same then: nothing is rounded on the way, or only once to nearest.
-        return self.tensor if self.free and self.tensor.program is not None else None
-
-    def as_read(self) -> TensorInput:
-        return replace(self, dtype=self.tensor.dtype, nbytes=self.tensor.nbytes)
-
-
-class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
-    """One output tensor.
-
-    inputs       what is read. Inputs of a program are all that its method sees, in its order, side-cars last
-    checkpoints  of each input the index of its model in Plan.checkpoints
-    rows         weighted sums of the inputs, one per output. None for a program, and none if the tensor is not merged
-                 but must be the same in every input (integers, and floats that only a quantiser can read)
-    program      the requests of the method, where `rows` are not all
-    model_count  how many of the inputs are models that the method merges; the others are side-cars
-    sums         what the method returned, one per output, where `rows` come from it
-    seeds        of the store's rounding, one per output
-    form         the tensor whose dtype it keeps, if it is merged
-    encoding     how it is stored as codes; dtype is F32 then. None: as elements of its dtype
-    """
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    checkpoints: tuple[int, ...]
-    inputs: tuple[TensorInput, ...]
-    rows: tuple[Row, ...]
-    program: Program | None = None
-    model_count: int = 0
-    sums: tuple[Combine, ...] = ()
-    seeds: tuple[int, ...] = ()
-    form: TensorInput | None = None
-    encoding: OutputEncoding | None = None
-
-    @property
-    def numel(self) -> int:
-        return self.inputs[0].numel
-
-    @property
-    def pairs(self) -> list[ModelInput]:
-        """Each input with the index of its model."""
-        return list(zip(self.checkpoints, self.inputs, strict=True))
-
-    @property
-    def merged(self) -> bool:
-        return bool(self.rows) or self.program is not None
-
-    @property
-    def reads(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """The reads, in order: what each is for, and which of `inputs` it reads."""
-        reads = (("combine", tuple(range(len(self.inputs)))),) if self.program is None else self.program.reads
-        if self.encoding is None or not self.encoding.measures or self.copies_codes:
-            return reads
-        return (*reads[:-1], ("magnitudes", reads[-1][1]), reads[-1])
-
-    @property
-    def copies_codes(self) -> bool:
-        """Whether all outputs are copies of the codes and scales of an input."""
-        alike = () if self.encoding is None else self.encoding.alike
-        return bool(self.rows) and bool(alike) and all(row.is_copy and alike[row.pivot] for row in self.rows)
-
-    @property
-    def entries(self) -> tuple[tuple[str, DType, tuple[int, ...]], ...]:
-        """The tensors of the file: name, dtype and shape of each."""
-        return ((self.name, self.dtype, self.shape),) if self.encoding is None else self.encoding.entries
-
-    @property
-    def stored_as(self) -> str:
-        """For people: its dtype, or the format of its codes."""
-        return self.dtype.name if self.encoding is None else self.encoding.format or self.encoding.codes[1].name
-
-    @property
-    def bytes_read(self) -> int:
-        return sum(self.inputs[i].nbytes for _, inputs in self.reads for i in inputs)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one output."""
-        return self.dtype.nbytes(self.numel) or 0 if self.encoding is None else self.encoding.nbytes
-
-    @property
-    def before(self) -> tuple[PlannedTensor, ...]:
-        """The tensors of documents above that have to be made before this one, each once, in an order that works."""
-        return tuple({id(t): t for tensor in self.inputs for t in tensor.stages}.values())
-
-    @property
-    def stages(self) -> tuple[PlannedTensor, ...]:
-        """The tensors that are computed before it, and this one."""
-        return (*self.before, self)
-
-    def origins(self, read: Iterable[int]) -> set[int]:
-        """The models that these of its inputs come from in the end; side-cars left out."""
-        models: set[int] = set()
-        for at in read:
-            if at < self.model_count:
-                models |= self.inputs[at].origins(self.checkpoints[at])
-        return models

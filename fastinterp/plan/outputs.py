@@ -14,8 +14,8 @@ from fastinterp.messages import listed
 from fastinterp.ops.combine import NUMERICS, Combine
 from fastinterp.output.layout import Layout, joined, make_layout
 from fastinterp.output.stems import MODEL, stem_of
-from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model, is_gguf
+from fastinterp.plan.planned import PlannedTensor
 from fastinterp.recipe.load import Recipe
 
 SHARD_BYTES = 5 * 10**9  # of tensor data in one file, where the origin has several

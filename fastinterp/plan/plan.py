@@ -25,9 +25,9 @@ from fastinterp.ops.dtypes import DType
 from fastinterp.output.layout import Layout
 from fastinterp.output.model_card import CARD, model_card
 from fastinterp.output.origin_files import OriginFiles
-from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Library, Model, is_gguf
 from fastinterp.plan.outputs import Outputs, receipt
+from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.single import Document, plan_document
 from fastinterp.plan.vocabularies import AlignedModels
 from fastinterp.recipe.load import Recipe, load_recipes

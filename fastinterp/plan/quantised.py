@@ -11,8 +11,9 @@ from fastinterp.checkpoint.same_bytes import same_bytes
 from fastinterp.checkpoint.sidecar_files import CONFIG
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import counted, listed
-from fastinterp.plan.inputs import PlannedTensor, TensorInput
+from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.models import Model
+from fastinterp.plan.planned import PlannedTensor
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.module_tensors import module_tensors
 from fastinterp.recipe.targets import Target

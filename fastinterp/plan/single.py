@@ -21,8 +21,8 @@ from fastinterp.plan.compatibility import (
 )
 from fastinterp.plan.converted import conversion_warnings
 from fastinterp.plan.fit import check_cuts, other_sizes
-from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.models import Model, is_gguf
+from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.quantised import about_configuration, refuse_differing, refuse_quantised
 from fastinterp.plan.tensor_sets import with_names_of
 from fastinterp.plan.tensors import complex_remarks, dtype_remarks, dtype_warnings, plan_tensors, sidecar_refs

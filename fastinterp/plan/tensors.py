@@ -14,8 +14,9 @@ from fastinterp.methods import Method, Sidecar
 from fastinterp.ops.combine import Combine, Tensor, check_coefficients, renumbered
 from fastinterp.ops.dtypes import F16, DType, promoted
 from fastinterp.plan.fit import INTEGERS, check_fit, chosen_model
-from fastinterp.plan.inputs import ModelInput, PlannedTensor, TensorInput
+from fastinterp.plan.inputs import ModelInput, TensorInput
 from fastinterp.plan.models import Model, is_gguf
+from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.program import Program
 from fastinterp.plan.quantised import agree, quantised_error
 from fastinterp.recipe.load import Recipe

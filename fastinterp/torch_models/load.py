@@ -16,8 +16,8 @@ from fastinterp.errors import BackendError, UsageError
 from fastinterp.execute.to_memory import fill, filling
 from fastinterp.in_memory.allocate import Framework, maker, torch_dtype
 from fastinterp.paths.points import Point
-from fastinterp.plan.inputs import PlannedTensor
 from fastinterp.plan.plan import Plan, plan_recipe
+from fastinterp.plan.planned import PlannedTensor
 from fastinterp.torch_models.module_tensors import (
     Mismatches,
     Weight,

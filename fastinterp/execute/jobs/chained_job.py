@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,14 +17,8 @@ from fastinterp.execute.jobs.job import Job, Result
 from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.sources import Sources, storage
 from fastinterp.ops.steps import Operand, Stored
-from fastinterp.plan.inputs import (
-    ConvertedInput,
-    GatheredInput,
-    IntermediateInput,
-    PlannedTensor,
-    StoredInput,
-    TensorInput,
-)
+from fastinterp.plan.inputs import ConvertedInput, GatheredInput, StoredInput, TensorInput
+from fastinterp.plan.planned import PlannedTensor
 
 if TYPE_CHECKING:
     from fastinterp.execute.jobs.densities import Density
@@ -78,7 +72,9 @@ class ChainedJob(Job):
         self._cost = sum(entry.nbytes for stage in stages for entry in stage.inputs)
         self._waiting = list(stages)
         self._scratch, self._sources, self._make = scratch, sources, make
-        self._extents: dict[int, tuple[int, int]] = {}  # id of an intermediate tensor -> (size, offset) in the file
+        self._extents: dict[
+            Hashable, tuple[int, int]
+        ] = {}  # id of an intermediate tensor -> (size, offset) in the file
         self.now: Job | None = None
 
     @property
@@ -145,5 +141,5 @@ class ChainedJob(Job):
     def gathered(self, tensor: GatheredInput) -> Operand:
         return self._sources.operand(tensor)
 
-    def intermediate(self, tensor: IntermediateInput) -> Operand:
-        return Stored(self._scratch.source, self._extents[id(tensor.tensor)][1], tensor.dtype.kernel_code)
+    def intermediate(self, tensor: TensorInput) -> Operand:
+        return Stored(self._scratch.source, self._extents[tensor.key][1], tensor.dtype.kernel_code)
