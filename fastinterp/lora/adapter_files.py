@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from fastinterp._version import __version__
 from fastinterp.checkpoint.header import MAX_HEADER
+from fastinterp.checkpoint.regular_file import write_all
 from fastinterp.errors import CheckpointError, OutputError
 from fastinterp.lora.algebra import Array
 from fastinterp.lora.peft_rules import patterns
@@ -39,7 +41,7 @@ class AdapterWriter:
 
     def __init__(self, path: Path, shown: str, largest: Sequence[Described], metadata: Mapping[str, str]):
         self.path, self._shown, self._metadata = path, shown, dict(metadata)
-        end = sum((dtype.nbytes(_numel(shape)) or 0) for _, dtype, shape in largest)
+        end = sum((dtype.nbytes(math.prod(shape)) or 0) for _, dtype, shape in largest)
         room = len(self._header({name: _entry(dtype, shape, (end, end)) for name, dtype, shape in largest}))
         self._start = -(-(8 + room) // ALIGN) * ALIGN
         if self._start > MAX_HEADER:
@@ -71,7 +73,7 @@ class AdapterWriter:
 
     def place(self, name: str, dtype: DType, shape: tuple[int, ...]) -> int:
         """Add a tensor: the byte offset in the file, where it is to be written."""
-        nbytes = dtype.nbytes(_numel(shape)) or 0
+        nbytes = dtype.nbytes(math.prod(shape)) or 0
         self._table[name] = _entry(dtype, shape, (self._end, self._end + nbytes))
         self._end += nbytes
         return self._start + self._end - nbytes
@@ -83,10 +85,8 @@ class AdapterWriter:
             self._write(_stored(flat[i : i + _WRITE], dtype).tobytes(), offset + i * dtype.bits // 8)
 
     def _write(self, data: bytes, offset: int) -> None:
-        done = 0
         try:
-            while done < len(data):
-                done += os.pwrite(self.fd, memoryview(data)[done:], offset + done)
+            write_all(self.fd, data, offset)
         except OSError as error:
             raise self._error(error) from error
 
@@ -121,10 +121,6 @@ def _stored(flat: Array, dtype: DType) -> Array:
 
 def _entry(dtype: DType, shape: tuple[int, ...], offsets: tuple[int, int]) -> dict[str, Any]:
     return {"dtype": dtype.name, "shape": shape, "data_offsets": offsets}
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
 
 
 def adapter_config(

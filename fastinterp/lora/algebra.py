@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+STREAM = 16  # Philox stream of random matrices
 OVERSAMPLING = 16  # further columns of the random matrix beyond the rank that is wanted
 ITERATIONS = 2  # power iterations: each multiplies by D D^T, so that small singular values fade by s^(2 * ITERATIONS)
 _BLOCK = 1 << 20  # elements of a block of rows, which one thread multiplies

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from fastinterp.in_memory.merge import merge_tensors
-from fastinterp.lora.algebra import Array, Blocks, balanced, padded, randomised_svd
+from fastinterp.lora.algebra import STREAM, Array, Blocks, balanced, padded, randomised_svd
 from fastinterp.lora.plan import AdapterPlan, PlannedProduct
 from fastinterp.methods import Parameter
 from fastinterp.ops.combine import philox_key
-
-_RANDOM = 16  # Philox stream of the random matrices, as of extract.py
 
 Pairs = list[tuple[Array, Array]]  # (B, A) of each expert
 
@@ -43,7 +41,7 @@ def merged_factors(
     norms, errors = [], []
     for expert in range(experts):
         blocks = Blocks(np.ascontiguousarray(merged.reshape(experts, merged.shape[-2], -1)[expert]), threads)
-        u, s, v = randomised_svd(blocks, rank, philox_key(recipe.seed, _RANDOM, f"{product.name}.{expert}"))
+        u, s, v = randomised_svd(blocks, rank, philox_key(recipe.seed, STREAM, f"{product.name}.{expert}"))
         b, a = padded(*balanced(u, s, v, rank), rank)
         norms.append(blocks.squares())
         errors.append(blocks.residual(b, a))

@@ -29,6 +29,7 @@ from fastinterp.lora.adapter_files import (
 from fastinterp.lora.algebra import (
     ITERATIONS,
     OVERSAMPLING,
+    STREAM,
     Blocks,
     balanced,
     padded,
@@ -49,7 +50,6 @@ from fastinterp.plan.plan import Plan
 from fastinterp.recipe.references import ModelRef
 
 MAX_RANK = 1 << 14
-_RANDOM = 16  # Philox stream of the random matrices
 _LARGE = 1 << 20  # bytes of a tensor that is worth a warning if it is stored whole
 _DELTA = Row(0, 0.0, ((1, 1.0),))  # x1 - x0, rounded once to float32
 
@@ -227,7 +227,7 @@ class _Extraction:
         name, how, shape = f"{module}.weight", self._how, self._shape(module)
         delta = self._reader.floats(self._inputs[name], _DELTA)
         blocks = Blocks(delta.reshape(delta.shape[0], -1), how.threads)
-        u, s, v = randomised_svd(blocks, how.rank, philox_key(how.seed, _RANDOM, name))
+        u, s, v = randomised_svd(blocks, how.rank, philox_key(how.seed, STREAM, name))
         norm = self._norms[name]
         rank = self._rank if how.energy is None else rank_for_energy(s, how.energy, norm * norm, how.rank)
         b, a = (rounded(x, how.dtype) for x in padded(*balanced(u, s, v, rank), rank))

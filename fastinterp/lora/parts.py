@@ -9,15 +9,14 @@ from typing import Any
 import msgspec
 
 from fastinterp.lora.peft_rules import saved_with, task_type
+from fastinterp.plan.adapters import CONV1D_MODELS
 from fastinterp.tokenizer.embedding_rows import embeddings
 from fastinterp.tokenizer.tied_embeddings import is_tied, says_tied
 
 # The last part of the names of modules that are embeddings, or output layers: a row per token, position or label.
 _EMBEDDING = re.compile(r"\w*emb(?:ed|eds|edding|eddings)?(?:_\w+)?|wte|wpe|shared|relative_attention_bias")
 _HEAD = re.compile(r"lm_head|embed_out|score|classifier|qa_outputs|lm_loss|generator_lm_head|vocab_projector")
-# Model types of transformers with layers whose weights are [in, out], and the last part of these layers' names.
-_TRANSPOSED_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_TRANSPOSED = ("c_attn", "c_proj", "c_fc", "q_attn")
+_CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")  # the last part of the names of layers whose weights are [in, out]
 _WITH_HEAD = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 _LARGEST = 0.5  # of all elements: a module with more of them is no part of the model, but nearly all of it
 
@@ -99,7 +98,7 @@ def modules_of(tensors: Iterable[str]) -> list[str]:
 
 def is_transposed(module: str, config: Mapping[str, Any]) -> bool:
     """Whether the weight of a module is [in, out]: of transformers' Conv1D."""
-    return config.get("model_type") in _TRANSPOSED_TYPES and module.rpartition(".")[2] in _TRANSPOSED
+    return config.get("model_type") in CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D
 
 
 def tied_modules(embedding: str, tensors: Mapping[str, Any], config: Mapping[str, Any], task: str | None) -> list[str]:

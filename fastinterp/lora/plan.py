@@ -180,7 +180,7 @@ def _by_weight(adapter: LoraAdapter) -> dict[str, LowRankModule]:
     """Its products by the weights that they change."""
     found: dict[str, LowRankModule] = {}
     for module in adapter.modules:
-        name = weight_of(module)
+        name = module.weight
         if name in found:
             raise CheckpointError(f"there are two products for {quote(name)}", file=adapter.checkpoint.name)
         if module.magnitude is not None:
@@ -192,11 +192,6 @@ def _by_weight(adapter: LoraAdapter) -> dict[str, LowRankModule]:
             )
         found[name] = module
     return found
-
-
-def weight_of(module: LowRankModule) -> str:
-    """The name of the weight in the base that a product is added to."""
-    return f"{module.module}.{module.parameters[0] if module.parameters else 'weight'}"
 
 
 def _check_alike(sources: Sequence[Source]) -> list[str]:

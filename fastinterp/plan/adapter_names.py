@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from fastinterp.checkpoint.lora import LoraAdapter, LowRankModule
+from fastinterp.checkpoint.lora import LoraAdapter
 from fastinterp.checkpoint.names import listing, quote
 from fastinterp.errors import CheckpointError
 from fastinterp.plan.tensor_names import match_names
@@ -89,19 +89,12 @@ def _follow(name: str, names: Mapping[str, str], tensors: Mapping[str, HasShape]
     return name
 
 
-def weight_of(module: LowRankModule) -> str:
-    """The adapter's name of the tensor that a module's product is added to; of parameters, the likeliest."""
-    if module.parameters:
-        return f"{module.module}.{module.parameters[0]}"
-    return f"{module.module}.weight"
-
-
 def _wanted(adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
     """The names of all tensors that the adapter changes, with their shapes; () where that is not known."""
     wanted: dict[str, tuple[int, ...]] = {}
     for module in adapter.modules:
         shape: tuple[int, ...] = (module.b.shape[0], *module.a.shape[1:])
-        wanted[weight_of(module)] = () if module.parameters else shape
+        wanted[module.weight] = () if module.parameters else shape
         for parameter in module.parameters:
             wanted.setdefault(f"{module.module}.{parameter}", ())
         if module.bias is not None:

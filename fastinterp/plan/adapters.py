@@ -23,14 +23,14 @@ from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.messages import closest
 from fastinterp.ops.dtypes import F32
 from fastinterp.plan.adapted_experts import parts_of, products_of
-from fastinterp.plan.adapter_names import places, weight_of
+from fastinterp.plan.adapter_names import places
 from fastinterp.plan.inputs import StoredInput, TensorInput
 from fastinterp.plan.low_rank import FactorInput, LowRankInput, ProductInput, RowsInput
 from fastinterp.recipe.references import AdapterRef, ModelRef
 from fastinterp.tokenizer.tied_embeddings import embedding_of, is_input_embedding, is_tied
 
-# Models of transformers whose layers store weights as [in, out] (Conv1D).
-_TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "gpt_bigcode_conv1d"))
+# Models of transformers with layers that store weights as [in, out] (Conv1D).
+CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
 _HEAD = "lm_head.weight"  # of language models
 _SCALE_TIED = frozenset(("t5", "mt5", "umt5", "longt5", "switch_transformers"))  # by the size of a tied embedding
 
@@ -103,7 +103,7 @@ class _Adding:
         if self.adapter.config.get("ensure_weight_tying"):
             self._without_copies()
             return
-        changed = [weight_of(m) for m in self.adapter.modules if not m.parameters]
+        changed = [m.weight for m in self.adapter.modules if not m.parameters]
         changed += [*self.adapter.replaced, *(f"{rows.module}.weight" for rows in self.adapter.rows)]
         heads = {name: self.places[name] for name in changed if self.places[name] not in self.tensors}
         heads = {name: head for name, head in heads.items() if embedding_of(head, self.tensors)}
@@ -132,7 +132,7 @@ class _Adding:
             place = self.places[name]
             return place not in self.tensors and embedding_of(place, self.tensors) is not None
 
-        modules = tuple(m for m in self.adapter.modules if m.parameters or not copied(weight_of(m)))
+        modules = tuple(m for m in self.adapter.modules if m.parameters or not copied(m.weight))
         replaced = {name: entry for name, entry in self.adapter.replaced.items() if not copied(name)}
         self.adapter = replace(self.adapter, modules=modules, replaced=replaced)
 
@@ -146,7 +146,7 @@ class _Adding:
 
     def _refuse_unknown(self) -> None:
         """Raises: CheckpointError, naming them, if the base lacks tensors that the adapter changes."""
-        needed = [weight_of(m) for m in self.adapter.modules if not m.parameters]
+        needed = [m.weight for m in self.adapter.modules if not m.parameters]
         needed += [f"{m.module}.bias" for m in self.adapter.modules if m.bias is not None]
         needed += [name for name in self.adapter.replaced if not self._is_new(name)]
         needed += [f"{rows.module}.weight" for rows in self.adapter.rows]
@@ -225,7 +225,7 @@ class _Adding:
         if module.parameters:
             self._add_parameter(module)
             return
-        name = self.places[weight_of(module)]
+        name = self.places[module.weight]
         old = self._stored(name)
         a, b, r = self._input(module.a), self._input(module.b), module.rank
         out, into = module.b.shape[0], module.a.shape[1]
@@ -310,13 +310,13 @@ class _Adding:
     def _is_transposed(self, module: LowRankModule) -> bool:
         """Whether a square weight is stored as [in, out]: as the others of its base are that are not square."""
         if self.transposed is None:
-            self.transposed = self.adapter.fan_in_fan_out or self.model_type in _TRANSPOSED or self._others_are()
+            self.transposed = self.adapter.fan_in_fan_out or self.model_type in CONV1D_MODELS or self._others_are()
         return self.transposed and module.module.rpartition(".")[2] not in ("lm_head", "score")
 
     def _others_are(self) -> bool:
         for module in self.adapter.modules:
             if module.kind == "linear" and not module.parameters:
-                shape = self.tensors[self.places[weight_of(module)]].shape
+                shape = self.tensors[self.places[module.weight]].shape
                 out, into = module.b.shape[0], module.a.shape[1]
                 if out != into and shape == (into, out):
                     return True

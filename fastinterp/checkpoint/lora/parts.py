@@ -45,6 +45,11 @@ class LowRankModule(msgspec.Struct, frozen=True):
     parameters: tuple[str, ...] = ()
 
     @property
+    def weight(self) -> str:
+        """The adapter's name of the tensor that the product is added to; of parameters, the likeliest."""
+        return f"{self.module}.{self.parameters[0] if self.parameters else 'weight'}"
+
+    @property
     def tensors(self) -> tuple[Entry, ...]:
         """The stored tensors that it consists of."""
         return tuple(entry for entry in (self.a, self.b, self.magnitude, self.bias) if entry is not None)
