@@ -34,7 +34,7 @@ from fastinterp.bench.race import Racer, race
 from fastinterp.ops import steps
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import F32
-from fastinterp.ops.steps import Decoder, Stored
+from fastinterp.ops.operands import Decoder, Stored
 from fastinterp.reference.decode import decode
 
 Raw = NDArray[np.uint8]

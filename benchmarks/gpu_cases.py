@@ -13,7 +13,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from fastinterp.backends.device import Piece
-from fastinterp.ops import steps
+from fastinterp.ops import operands, steps
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import BF16
 
@@ -302,6 +302,6 @@ def _measured_on_cpu(inputs: Sequence[Any]) -> list[list[float]]:
     return [list(part) for part in answer]
 
 
-def _stored(inputs: Sequence[Any]) -> tuple[steps.Stored, ...]:
+def _stored(inputs: Sequence[Any]) -> tuple[operands.Stored, ...]:
     """bf16 tensors as operands of a step: the first of source 0, and so on."""
-    return tuple(steps.Stored(i, 0, BF16.code or 0) for i in range(len(inputs)))
+    return tuple(operands.Stored(i, 0, BF16.code or 0) for i in range(len(inputs)))

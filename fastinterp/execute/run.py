@@ -21,7 +21,7 @@ from fastinterp.execute.sources import Sources, remedy
 from fastinterp.messages import counted
 from fastinterp.ops.combine import philox_key
 from fastinterp.ops.contract import CHUNK
-from fastinterp.ops.steps import Operand
+from fastinterp.ops.operands import Operand
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.plan import Plan
 from fastinterp.plan.planned import PlannedTensor

@@ -15,7 +15,7 @@ from fastinterp.checkpoint.regular_file import write_all
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.execute.scales import refuse_scales
 from fastinterp.ops.dtypes import F32
-from fastinterp.ops.steps import Decoder, Factor, Gathered, LowRank, Operand, Product, ReplacedRows, Stored
+from fastinterp.ops.operands import Decoder, Factor, Gathered, LowRank, Operand, Product, ReplacedRows, Stored
 from fastinterp.plan.inputs import ConvertedInput, GatheredInput, StoredInput, TensorInput
 from fastinterp.plan.low_rank import FactorInput, LowRankInput, ProductInput, RowsInput
 from fastinterp.plan.models import Model

@@ -11,7 +11,8 @@ from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, common_device, current_queue
 from fastinterp.errors import BackendError, ShapeError, StorageError
 from fastinterp.in_memory.arrays import ArrayView, TorchTensors
-from fastinterp.ops.steps import Answer, Measure, Stored
+from fastinterp.ops.operands import Stored
+from fastinterp.ops.steps import Answer, Measure
 
 _GROUP = 4  # arrays measured together: with more, products among themselves would cost more than reading `of` again
 _BYTES = 1 << 20

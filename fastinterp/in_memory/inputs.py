@@ -14,7 +14,7 @@ from fastinterp.errors import CheckpointError, ShapeError, UsageError
 from fastinterp.in_memory.arrays import ArrayView, DLPackArrays, Library, TorchTensors, library_of, stored_dtype
 from fastinterp.messages import listed
 from fastinterp.ops.dtypes import DType
-from fastinterp.ops.steps import Stored
+from fastinterp.ops.operands import Stored
 from fastinterp.plan.quantised import quantised_arrays
 
 Arrays = Mapping[str, Any]  # a state dict: arrays of one library, or `StoredTensor`s, by name

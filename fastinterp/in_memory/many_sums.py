@@ -13,7 +13,7 @@ from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import current_queue
 from fastinterp.errors import UsageError
 from fastinterp.in_memory.arrays import ArrayView
-from fastinterp.ops import steps
+from fastinterp.ops import operands, steps
 from fastinterp.ops.combine import Combine, Row
 
 _PIECE = 1 << 19  # elements that a thread takes at a time: any cuts give the same bytes
@@ -104,7 +104,7 @@ def _address(view: ArrayView, element: int) -> int:
 
 
 def _launched(one: WeightedSum) -> Piece:
-    inputs = tuple(steps.Stored(i, 0, x.dtype.code or 0) for i, x in enumerate(one.inputs))
+    inputs = tuple(operands.Stored(i, 0, x.dtype.code or 0) for i, x in enumerate(one.inputs))
     numel = _numel(one.out)
     step = steps.Combine(
         inputs=inputs, numel=numel, sinks=(0,), offsets=(0,), out_dtype=one.out.dtype.code or 0, rows=(one.row,)

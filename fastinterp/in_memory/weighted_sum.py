@@ -13,7 +13,7 @@ from fastinterp.backends.torch_device import common_device, current_queue
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.in_memory.arrays import MERGED_DTYPES, ArrayView, library_of
 from fastinterp.messages import counted
-from fastinterp.ops import steps
+from fastinterp.ops import operands, steps
 from fastinterp.ops.combine import MAX_INPUTS, Combine, Row
 from fastinterp.ops.dtypes import DType, parse_dtype
 
@@ -95,7 +95,7 @@ def _compute(views: Sequence[ArrayView], row: Row, out: ArrayView, device: Any, 
             numel, stats_every=0, threads=cpu_threads(threads), isa=cpu_isa(),
         )  # fmt: skip
     elif numel:
-        inputs = tuple(steps.Stored(i, 0, v.dtype.code or 0) for i, v in enumerate(views))
+        inputs = tuple(operands.Stored(i, 0, v.dtype.code or 0) for i, v in enumerate(views))
         step = steps.Combine(
             inputs=inputs, numel=numel, sinks=(0,), offsets=(0,), out_dtype=out.dtype.code or 0, rows=(row,)
         )

@@ -19,8 +19,9 @@ from typing import Protocol
 
 from fastinterp.ops.contract import STRIP
 from fastinterp.ops.masked import score_of
+from fastinterp.ops.operands import Operand
 from fastinterp.ops.requests import ALL_BITS, Select, Selected
-from fastinterp.ops.steps import Bracket, Histogram, Operand
+from fastinterp.ops.steps import Bracket, Histogram
 
 COARSE_BITS = 15  # of a magnitude that a coarse bin drops
 COARSE_BINS = (ALL_BITS >> COARSE_BITS) + 1

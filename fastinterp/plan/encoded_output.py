@@ -15,7 +15,7 @@ from fastinterp.checkpoint.names import listing, quote
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import counted
 from fastinterp.ops.dtypes import F32
-from fastinterp.ops.steps import Encoder
+from fastinterp.ops.operands import Encoder
 from fastinterp.plan.inputs import Encoding, StoredInput, TensorInput
 from fastinterp.plan.models import Model
 from fastinterp.plan.output_encoding import OutputEncoding

@@ -15,7 +15,7 @@ from fastinterp.checkpoint.names import GGUF, quote
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.messages import counted, listed
 from fastinterp.ops.dtypes import F16, F32, Q8_0, DType
-from fastinterp.ops.steps import Encoder
+from fastinterp.ops.operands import Encoder
 from fastinterp.output.gguf_layout import gguf_layout
 from fastinterp.output.layout import Layout
 from fastinterp.plan.gguf import header_of

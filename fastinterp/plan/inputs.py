@@ -24,7 +24,7 @@ from fastinterp.plan.low_rank import LowRankInput
 from fastinterp.tokenizer.embedding_rows import RowMap
 
 if TYPE_CHECKING:
-    from fastinterp.ops.steps import Operand
+    from fastinterp.ops.operands import Operand
 
 ModelInput = tuple[int, "TensorInput"]  # number of its model in the plan, and a tensor of it
 

@@ -7,7 +7,7 @@ from math import prod
 import msgspec
 
 from fastinterp.ops.dtypes import DType
-from fastinterp.ops.steps import Encoder
+from fastinterp.ops.operands import Encoder
 
 # Elements of a matrix with one scale that a thread measures and encodes at once; larger ones are measured before.
 _AT_ONCE = 2 << 20

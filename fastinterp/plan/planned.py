@@ -15,7 +15,7 @@ from fastinterp.plan.inputs import ModelInput, OpenFiles, TensorInput
 from fastinterp.plan.program import Program
 
 if TYPE_CHECKING:
-    from fastinterp.ops.steps import Operand
+    from fastinterp.ops.operands import Operand
     from fastinterp.plan.output_encoding import OutputEncoding
 
 

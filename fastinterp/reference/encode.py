@@ -29,7 +29,7 @@ def encode(name: str, x: Array, columns: int, parameters: Sequence[int] = ()) ->
 
     x           f32[numel]
     columns     length of a row
-    parameters  as in steps.Encoder
+    parameters  as in Encoder of ops/operands.py
     Returns u8[bytes] of codes and u8[bytes] of scales, which are among the codes in q8_0.
     """
     x = np.ascontiguousarray(x, np.float32).reshape(-1)

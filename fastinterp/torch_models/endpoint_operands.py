@@ -17,7 +17,8 @@ from fastinterp.execute.rounds import PumpExecutor
 from fastinterp.execute.sources import Sources
 from fastinterp.in_memory.inputs import StoredTensor
 from fastinterp.ops.dtypes import CODE_BYTES, DType
-from fastinterp.ops.steps import CopyEqual, Stored
+from fastinterp.ops.operands import Stored
+from fastinterp.ops.steps import CopyEqual
 from fastinterp.torch_models.endpoints import Endpoint, Endpoints, copy_by_kernel
 from fastinterp.torch_models.memory_block import MemoryBlock
 from fastinterp.torch_models.module_tensors import Weight, address_of

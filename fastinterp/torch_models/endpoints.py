@@ -26,7 +26,8 @@ from fastinterp.in_memory.inputs import ArrayHeader, StoredTensor
 from fastinterp.messages import plain
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import CODE_BYTES, DType, parse_dtype
-from fastinterp.ops.steps import Combine, Stored
+from fastinterp.ops.operands import Stored
+from fastinterp.ops.steps import Combine
 from fastinterp.plan.compatibility import path_warnings
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.models import Model as StoredModel

@@ -16,7 +16,7 @@ from fastinterp.errors import BackendError, CheckpointError, UsageError
 from fastinterp.execute.jobs.tensor_io import TensorIO
 from fastinterp.messages import suggestion
 from fastinterp.ops.combine import LARGEST, Combine, Row
-from fastinterp.ops.steps import Stored
+from fastinterp.ops.operands import Stored
 from fastinterp.plan.quantised import quantised_arrays, quantised_error
 from fastinterp.torch_models.copied_tensors import CopiedTensors
 from fastinterp.torch_models.endpoint_operands import EndpointOperands

@@ -23,7 +23,7 @@ import pytest
 from msgspec.structs import replace
 
 from fastinterp import _C
-from fastinterp.ops import steps
+from fastinterp.ops import operands, steps
 from fastinterp.ops.combine import Combine
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64
 from fastinterp.ops.requests import Mask, MaskedCombine, MeasureMasked, Score, Select
@@ -331,7 +331,7 @@ def test_what_is_refused(device):
         assert refuses(pumps.stats_step(ask, [F32, F32], (4,), name="", seed=0)) == why
         sums = [MaskedCombine((0.0, 1.0), masks=(Mask(), mask))]
         assert refuses(pumps.masked_step(sums, [F32, F32], F32, (4,), name="", seed=0)) == why
-    encoded = steps.Stored(0, 0, code(F32), steps.Decoder("int8", 4))
+    encoded = operands.Stored(0, 0, code(F32), operands.Decoder("int8", 4))
     assert refuses(steps.Measure(inputs=(encoded,), numel=4)) == "encoded inputs"
 
 

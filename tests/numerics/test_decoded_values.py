@@ -17,7 +17,7 @@ from fastinterp.backends.cpu import Handle, Pump, PumpOptions
 from fastinterp.ops import steps
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import F32
-from fastinterp.ops.steps import Decoder, Stored
+from fastinterp.ops.operands import Decoder, Stored
 from fastinterp.reference.decode import decode
 from tests.support import backends, codes
 from tests.support.codes import Codes
@@ -302,7 +302,7 @@ MEMORY = """
     from fastinterp.backends.cpu import Pump, PumpOptions
     from fastinterp.ops import steps
     from fastinterp.ops.combine import Combine
-    from fastinterp.ops.steps import Decoder, Stored
+    from fastinterp.ops.operands import Decoder, Stored
 
     matrices, rows, columns = map(int, sys.argv[2:])
     numel = matrices * rows * columns

@@ -23,8 +23,9 @@ from fastinterp.backends.cpu import Handle, Pump, PumpOptions
 from fastinterp.ops import steps
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F32
+from fastinterp.ops.operands import Decoder, Stored
 from fastinterp.ops.requests import GroupCombine, Mask, MaskedCombine, MeasureMasked
-from fastinterp.ops.steps import Bracket, Decoder, Stored
+from fastinterp.ops.steps import Bracket
 from fastinterp.reference import combine as reference
 from tests.support import backends, decoders
 from tests.support.devices import cuda_host

@@ -16,8 +16,9 @@ from fastinterp.backends.cpu import Pump, PumpOptions
 from fastinterp.ops import steps
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64
+from fastinterp.ops.operands import Encoder, Stored
 from fastinterp.ops.requests import GroupCombine, Mask, MaskedCombine
-from fastinterp.ops.steps import Encoder, LargestMagnitudes, Stored, SumStep
+from fastinterp.ops.steps import LargestMagnitudes, SumStep
 from fastinterp.reference import combine as reference
 from fastinterp.reference.encode import encode
 from tests.support import backends

@@ -17,8 +17,8 @@ from fastinterp.backends.cpu import Pump, PumpOptions
 from fastinterp.ops import steps
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import BF16, F16, F32, MERGING
+from fastinterp.ops.operands import Decoder, Gathered, Stored
 from fastinterp.ops.requests import GroupCombine
-from fastinterp.ops.steps import Decoder, Gathered, Stored
 from tests.support import pumps
 from tests.support.cases import fill
 from tests.support.pumps import code

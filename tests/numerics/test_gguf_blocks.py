@@ -12,7 +12,7 @@ from fastinterp.checkpoint.gguf_types import TYPES
 from fastinterp.ops import steps
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import F32
-from fastinterp.ops.steps import Decoder, Stored
+from fastinterp.ops.operands import Decoder, Stored
 from fastinterp.reference.decode import decode
 from tests.support import backends
 from tests.support.pumps import code, run

@@ -12,7 +12,7 @@ from fastinterp.backends.cpu import Pump, PumpOptions
 from fastinterp.ops import steps
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import BF16, F16, F32, F64, DType
-from fastinterp.ops.steps import Factor, LowRank, Product, ReplacedRows, Stored
+from fastinterp.ops.operands import Factor, LowRank, Product, ReplacedRows, Stored
 from fastinterp.reference import low_rank as reference
 from fastinterp.reference.combine import narrow, widen
 from tests.numerics.test_decoders import in_memory, kinds, run, told

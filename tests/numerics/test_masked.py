@@ -15,8 +15,9 @@ from msgspec.structs import replace
 from fastinterp.ops.combine import philox_key
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, MERGING, DType
 from fastinterp.ops.masked import NOTHING, read_inputs
+from fastinterp.ops.operands import Stored
 from fastinterp.ops.requests import ALL_BITS, Mask, MaskedCombine, Score
-from fastinterp.ops.steps import CopyEqual, Stored
+from fastinterp.ops.steps import CopyEqual
 from fastinterp.reference import masked as reference_masked
 from tests.support import backends
 from tests.support.cases import Guarded

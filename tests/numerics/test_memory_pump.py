@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fastinterp.backends.cpu import Pump, PumpOptions
+from fastinterp.ops import operands
 from fastinterp.ops import steps as kinds
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F32
@@ -83,7 +84,7 @@ def test_bounds_of_sources_are_kept(offset):
     """An error as of a file that ended too early; nothing is touched."""
     x, out = np.zeros(40, np.uint8), np.zeros(20, np.uint8)
     step = kinds.Combine(
-        inputs=(kinds.Stored(0, offset, code(BF16)), kinds.Stored(0, 0, code(BF16))), numel=10, sinks=(0,),
+        inputs=(operands.Stored(0, offset, code(BF16)), operands.Stored(0, 0, code(BF16))), numel=10, sinks=(0,),
         rows=(Row(0, 1.0, ((1, 0.5),)),), offsets=(0,), out_dtype=code(BF16),
     )  # fmt: skip
     error = run([memory(x)], [memory(out)], [step]).error()

@@ -16,8 +16,9 @@ from fastinterp.backends.cpu import Pump, PumpOptions, watch
 from fastinterp.execute.run import Window
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.operands import Stored
 from fastinterp.ops.steps import Combine as CombineStep
-from fastinterp.ops.steps import CopyEqual, Measure, Stored
+from fastinterp.ops.steps import CopyEqual, Measure
 from fastinterp.reference import combine as reference
 from tests.support import backends
 from tests.support.cases import fill

@@ -18,9 +18,10 @@ from fastinterp.ops import select as selecting_module
 from fastinterp.ops import steps
 from fastinterp.ops.contract import CHUNK, STRIP
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
+from fastinterp.ops.operands import Stored
 from fastinterp.ops.requests import ALL_BITS, Score, Select, Selected
 from fastinterp.ops.select import COARSE_BITS, Coarse, Fine, elements_read, selecting, step
-from fastinterp.ops.steps import Bracket, Step, Stored
+from fastinterp.ops.steps import Bracket, Step
 from fastinterp.reference.select import pick, ranked, select
 from tests.support import backends
 from tests.support.cases import fill

@@ -19,8 +19,9 @@ from fastinterp.ops import contract, steps
 from fastinterp.ops.combine import MAX_INPUTS, MAX_OUTPUTS
 from fastinterp.ops.contract import CHUNK, STRIP
 from fastinterp.ops.dtypes import BF16, CODE_BYTES, F8_E4M3, F16, F32, F64, DType
+from fastinterp.ops.operands import Gathered, Stored
 from fastinterp.ops.requests import ALL_BITS, MaskedCombine
-from fastinterp.ops.steps import Bracket, Gathered, MaskTest, Stored
+from fastinterp.ops.steps import Bracket, MaskTest
 from tests.support.cases import Guarded
 from tests.support.pumps import code, guarded, masked_step, memory, raws, run, stored
 

@@ -204,7 +204,7 @@ def every() -> Iterator[Codes]:
 def stored_operands(tensors: Sequence[Codes], place: Callable[[Raw], tuple[int, int]]) -> list[Any]:
     """The operands of these. place: puts bytes somewhere and says (source, offset)."""
     from fastinterp.ops.dtypes import F32
-    from fastinterp.ops.steps import Decoder, Stored
+    from fastinterp.ops.operands import Decoder, Stored
 
     operands = []
     for tensor in tensors:

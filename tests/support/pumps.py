@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from fastinterp.backends.cpu import Pump, PumpOptions
 from fastinterp.ops.dtypes import DType
 from fastinterp.ops.masked import Precomputed, mask_tests, masked_output, measured_inputs, read_inputs, score_of
+from fastinterp.ops.operands import Stored
 from fastinterp.ops.requests import MaskedCombine, MeasureMasked
-from fastinterp.ops.steps import MaskedStats, MaskedSum, Step, Stored
+from fastinterp.ops.steps import MaskedStats, MaskedSum, Step
 from tests.support.cases import Guarded, fill
 
 Raw = NDArray[np.uint8]

@@ -15,7 +15,8 @@ from typing import Any
 from fastinterp.errors import BackendError
 from fastinterp.execute.jobs.job import Result
 from fastinterp.ops.dtypes import CODE_BYTES
-from fastinterp.ops.steps import Step, Stored, SumStep, join_stats
+from fastinterp.ops.operands import Stored
+from fastinterp.ops.steps import Step, SumStep, join_stats
 
 ALIGN = 256  # bytes: alignment of operands in a slot, for the widest loads of any device
 _PARTS = 4096  # in a batch at most: a tensor of a few elements has few bytes, but takes time

@@ -10,7 +10,8 @@ from fastinterp.backends.device import Piece
 from fastinterp.errors import BackendError
 from fastinterp.execute.jobs.job import Result
 from fastinterp.execute.jobs.tensor_io import TensorStep
-from fastinterp.ops.steps import Step, Stored, SumStep, WritingStep
+from fastinterp.ops.operands import Stored
+from fastinterp.ops.steps import Step, SumStep, WritingStep
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device, Pending, Queue

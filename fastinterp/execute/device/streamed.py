@@ -15,7 +15,8 @@ from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.rounds import PumpExecutor
 from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.dtypes import CODE_BYTES
-from fastinterp.ops.steps import Combine, CopyEqual, Stored
+from fastinterp.ops.operands import Stored
+from fastinterp.ops.steps import Combine, CopyEqual
 
 if TYPE_CHECKING:
     from fastinterp.backends.device import Event, Queue

@@ -16,7 +16,7 @@ from fastinterp.errors import OutputError
 from fastinterp.execute.jobs.job import Job, Result
 from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.sources import Sources, storage
-from fastinterp.ops.steps import Operand, Stored
+from fastinterp.ops.operands import Operand, Stored
 from fastinterp.plan.inputs import ConvertedInput, GatheredInput, StoredInput, TensorInput
 from fastinterp.plan.planned import PlannedTensor
 

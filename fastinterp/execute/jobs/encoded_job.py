@@ -15,7 +15,8 @@ from fastinterp.execute.jobs.job import Job, Result
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.ops.combine import renumbered
 from fastinterp.ops.dtypes import F8_E4M3
-from fastinterp.ops.steps import Combine, CopyEqual, LargestMagnitudes, Operand, Stored, SumStep, WritingStep
+from fastinterp.ops.operands import Operand, Stored
+from fastinterp.ops.steps import Combine, CopyEqual, LargestMagnitudes, SumStep, WritingStep
 
 if TYPE_CHECKING:
     from fastinterp.execute.jobs.densities import Density

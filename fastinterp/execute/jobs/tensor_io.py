@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fastinterp.ops import steps
 from fastinterp.ops.combine import Row, renumbered
-from fastinterp.ops.steps import Operand
+from fastinterp.ops.operands import Operand
 
 
 @dataclass(frozen=True, slots=True)

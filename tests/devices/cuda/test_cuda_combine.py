@@ -14,7 +14,8 @@ from fastinterp.backends.device import Piece
 from fastinterp.errors import BackendError, OutOfMemory
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F16, F32, F64, DType
-from fastinterp.ops.steps import Decoder, Divergence, Measure, Stored
+from fastinterp.ops.operands import Decoder, Stored
+from fastinterp.ops.steps import Divergence, Measure
 from tests.numerics.test_same_bits import Wall
 from tests.support.backends import assert_same_bits
 from tests.support.cases import Guarded

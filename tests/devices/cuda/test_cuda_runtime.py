@@ -16,7 +16,8 @@ from fastinterp.backends.device import Device, Piece
 from fastinterp.errors import BackendError, OutOfMemory
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import F32
-from fastinterp.ops.steps import Decoder, Divergence, Measure, Stored
+from fastinterp.ops.operands import Decoder, Stored
+from fastinterp.ops.steps import Divergence, Measure
 from tests.support.devices import cuda_host
 from tests.support.devices.cuda_combine import piece_of
 from tests.support.devices.cuda_host import Fake

@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from fastinterp.backends.cpu import PumpOptions
 from fastinterp.backends.device import Piece
 from fastinterp.ops.dtypes import CODE_BYTES
-from fastinterp.ops.steps import Step, Stored, SumStep, join_stats
+from fastinterp.ops.operands import Stored
+from fastinterp.ops.steps import Step, SumStep, join_stats
 from tests.support.cases import GUARD, Guarded
 
 

@@ -23,17 +23,8 @@ from fastinterp.backends.cpu import PumpOptions
 from fastinterp.backends.device import Piece
 from fastinterp.errors import BackendError, OutOfMemory
 from fastinterp.ops.dtypes import CODE_BYTES
-from fastinterp.ops.steps import (
-    Combine,
-    Divergence,
-    GroupCombine,
-    Histogram,
-    MaskedStats,
-    MaskedSum,
-    Step,
-    Stored,
-    SumStep,
-)
+from fastinterp.ops.operands import Stored
+from fastinterp.ops.steps import Combine, Divergence, GroupCombine, Histogram, MaskedStats, MaskedSum, Step, SumStep
 
 POISON = 0xA5
 

@@ -17,7 +17,8 @@ from fastinterp.backends import torch_device as resident_devices
 from fastinterp.backends.cpu import Pump, PumpOptions
 from fastinterp.backends.device import Piece
 from fastinterp.ops.dtypes import CODE_BYTES, parse_dtype
-from fastinterp.ops.steps import Combine, Step, Stored, SumStep
+from fastinterp.ops.operands import Stored
+from fastinterp.ops.steps import Combine, Step, SumStep
 
 
 class OnHost(torch.Tensor):

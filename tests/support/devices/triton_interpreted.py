@@ -15,7 +15,8 @@ from fastinterp.backends.triton.device import TritonDevice, missing
 from fastinterp.errors import BackendError, OutOfMemory
 from fastinterp.ops.combine import Row
 from fastinterp.ops.dtypes import F32
-from fastinterp.ops.steps import Divergence, Gathered, Measure
+from fastinterp.ops.operands import Gathered
+from fastinterp.ops.steps import Divergence, Measure
 from tests.support.devices.cuda_combine import piece_of
 from tests.support.pumps import stored
 
