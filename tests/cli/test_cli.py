@@ -9,6 +9,7 @@ import sys
 import click
 import numpy as np
 import pytest
+from click import testing
 from click.testing import CliRunner
 
 from fastinterp.cli import commands, progress
@@ -262,14 +263,18 @@ def test_explain_says_what_is_not_read_copied_and_checked(models):
     assert "b  " in run("explain", "recipe.yml") and "not read" in run("explain", "recipe.yml")
 
 
-def test_explain_and_inspect_stay_within_100_columns(models):
+def test_explain_and_inspect_stay_within_100_columns(models, monkeypatch):
+    """On a terminal; elsewhere names are whole."""
     deep = {f"model.layers.{i}." + "very_long_name." * 9 + "weight": bf16([1.0]) for i in range(12)}
     save(models / ("m" * 60) / ("n" * 60), deep)
     name = f"{'m' * 60}/{'n' * 60}"
     (models / "long.yml").write_text(f"merge_method: passthrough\nmodels: [{{model: {name}}}]\n")
     for args in (["explain", "long.yml"], ["inspect", name], ["inspect", "--all", name], ["diff", name, name]):
-        lines = run(*args).splitlines()
+        with monkeypatch.context() as patch:
+            patch.setattr(testing._NamedTextIOWrapper, "isatty", lambda _: True, raising=False)
+            lines = run(*args).splitlines()
         assert [line for line in lines if len(line) > 100 and name not in line] == []
+    assert "very_long_name." * 9 in run("inspect", name)
 
 
 def test_inspect_groups_layers_and_counts(models):
