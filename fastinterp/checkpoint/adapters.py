@@ -133,7 +133,10 @@ def find_adapter(
     else:
         return None
     modules = {str(match["module"]) for match in found.values()}
-    whole = not kohya and _has_weights(tensors, adapter, modules, peft=len(peft) == len(tensors))
+    of_peft = len(peft) == len(tensors)
+    whole = not kohya and _has_weights(tensors, adapter, modules, peft=of_peft)
+    if whole and of_peft and config_file is not None and config_file.is_file():
+        whole = not _has_embeddings_only(tensors, adapter)
     config = read_adapter_config(config_file) if config_file is not None and not whole and not kohya else {}
     style = "kohya" if kohya else "peft" if len(peft) == len(tensors) or config else ""
     if not style and any(_DIFFUSERS.match(name) for name in found):
@@ -164,6 +167,14 @@ def _has_weights(tensors: Mapping[str, Header], adapter: frozenset[str], modules
         return 0 < len(layers) <= 2 * bases
     matrices = sum(len(entry.shape) > 1 for name, entry in tensors.items() if name not in adapter)
     return matrices >= len(modules)
+
+
+def _has_embeddings_only(tensors: Mapping[str, Header], adapter: frozenset[str]) -> bool:
+    """Whether all that is not the adapter's is what peft saves beside one that changes them: the input embedding and
+    the output layer of its base.
+    """
+    others = [name for name in tensors if name not in adapter]
+    return len(others) <= 2 and all(name.endswith(".base_layer.weight") for name in others)
 
 
 def _base_weights(module: str, tensors: Mapping[str, Header]) -> bool:
