@@ -207,6 +207,8 @@ _MUTATING = ("pissa", "corda", "olora", "loftq", "lora_ga")  # of init_lora_weig
 def unmergeable(adapter: Adapter) -> str:
     """Why an adapter is no sum of low-rank products that is added to its base; empty, if it is one."""
     peft_type = str(adapter.config.get("peft_type", "LORA"))
+    if peft_type in _PROMPTS or adapter.tensors == {"prompt_embeddings"}:
+        return "this is a prompt for its base, which has no place in weights"
     if adapter.kind != "LoRA" or peft_type != "LORA":
         kind = adapter.kind if peft_type == "LORA" else peft_type
         return (

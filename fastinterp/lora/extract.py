@@ -105,6 +105,13 @@ def extract_lora(
         config = json_or_empty(plan.checkpoints[0].root / CONFIG)
         parts = divide(shapes_of(plan), norms.keys(), config, whole=whole_modules)
         if not parts.factors:
+            if parts.absorbed:
+                raise CheckpointError(
+                    f"every layer that could have factors is in a module of which other tensors differ, too, and which "
+                    f"peft can only save whole: {listing(parts.absorbed)}. To leave those tensors out: "
+                    "--no-modules-to-save (in Python whole_modules=False)",
+                    file=names[1],
+                )
             raise CheckpointError(
                 f"no weight of a linear layer or convolution differs from the base's, but {listing(norms)}: there is "
                 "nothing for factors, and peft has no adapter without them",

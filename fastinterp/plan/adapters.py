@@ -23,18 +23,11 @@ from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.messages import closest
 from fastinterp.ops.dtypes import F32
 from fastinterp.plan.adapted_experts import parts_of, products_of
+from fastinterp.plan.adapted_ties import untie
 from fastinterp.plan.adapter_names import places, weight_of
-from fastinterp.plan.inputs import ConvertedInput, StoredInput, TensorInput
+from fastinterp.plan.inputs import StoredInput, TensorInput
 from fastinterp.plan.low_rank import FactorInput, LowRankInput, ProductInput, RowsInput
 from fastinterp.recipe.references import AdapterRef, ModelRef
-from fastinterp.tokenizer.tied_embeddings import (
-    bias_of_head,
-    embedding_of,
-    head_of,
-    is_input_embedding,
-    is_shared,
-    is_tied,
-)
 
 # Models of transformers whose layers store weights as [in, out] (Conv1D).
 _TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "gpt_bigcode_conv1d"))
@@ -84,7 +77,7 @@ class _Adding:
 
     def add(self) -> None:
         """Raises: CheckpointError and ShapeError."""
-        self._untie()
+        self.adapter = untie(self.adapter, self.places, self.tensors, self.config, self.base)
         self._refuse_unknown()
         for name, entry in self.adapter.replaced.items():
             if (place := self.places[name]) in self.tensors:
@@ -96,76 +89,6 @@ class _Adding:
             self._add(module)
         for rows in self.adapter.rows:
             self._replace_rows(self.places[f"{rows.module}.weight"], rows.tokens, rows.rows)
-
-    # --- tied embeddings ----------------------------------------------------------------------------------------------
-
-    def _untie(self) -> None:
-        """Give the base an output layer of its own, if it has none and the adapter changes one of the two: attached, it
-        changes just that one. Rows of tokens are changed in both.
-
-        Raises: CheckpointError, if that changes what the model does with it, or if it is not known what it is called.
-        """
-        if self.adapter.config.get("ensure_weight_tying"):
-            self._without_copies()
-            return
-        changed = [weight_of(m) for m in self.adapter.modules if not m.parameters] + [*self.adapter.replaced]
-        absent = [place for name in changed if (place := self.places[name]) not in self.tensors]
-        heads = [place for place in absent if embedding_of(place, self.tensors)]
-        own = [*heads]
-        inputs = [place for name in changed if is_input_embedding(place := self.places[name])]
-        if not heads and inputs and is_tied(self.tensors):
-            head = head_of(inputs[0], self.tensors, self._architectures())
-            heads = [] if head is None else [head]
-        if not heads:
-            self._one_bias()
-            return
-        rows = [
-            place for rows in self.adapter.rows if is_input_embedding(place := self.places[f"{rows.module}.weight"])
-        ]
-        if rows or "" in heads or any(is_shared(name) for name in self.tensors):
-            kind = quote(self.model_type)
-            what = "rows of tokens of one are rows of both" if rows else f"a model of the type {kind} needs them alike"
-            raise CheckpointError(
-                f"the adapter changes {listing([*own, *inputs, *rows])}, but the input embedding of {self.base} is its "
-                f"output layer, too, and {what}: one cannot be changed alone",
-                file=self.checkpoint.name,
-            )
-        for head in heads:
-            embedding = embedding_of(head, self.tensors)
-            assert embedding is not None
-            if bias := bias_of_head(head, self.tensors):
-                self.tensors[bias[0]] = replace(self.tensors[bias[1]], name=bias[0])
-            self.tensors[head] = replace(self.tensors[embedding], name=head)
-
-    def _one_bias(self) -> None:
-        """Leave out the bias of an output layer that is a copy of another, which the adapter replaces, too."""
-        places = {self.places[name] for name in self.adapter.replaced}
-
-        def copied(place: str) -> bool:
-            bias = bias_of_head(f"{place.removesuffix('.bias')}.weight", self.tensors)
-            return bias is not None and bias[0] == place and bias[1] in places
-
-        replaced = {name: entry for name, entry in self.adapter.replaced.items() if not copied(self.places[name])}
-        self.adapter = replace(self.adapter, replaced=replaced)
-
-    def _without_copies(self) -> None:
-        """Leave out what the adapter has for an output layer that is the input embedding, if peft kept them tied: it is
-        a copy of what it has for that.
-        """
-
-        def copied(name: str) -> bool:
-            place = self.places[name]
-            return place not in self.tensors and embedding_of(place, self.tensors) is not None
-
-        modules = tuple(m for m in self.adapter.modules if m.parameters or not copied(weight_of(m)))
-        replaced = {name: entry for name, entry in self.adapter.replaced.items() if not copied(name)}
-        self.adapter = replace(self.adapter, modules=modules, replaced=replaced)
-
-    def _architectures(self) -> list[str]:
-        """Of the base's config.json."""
-        architectures = self.config.get("architectures")
-        names = architectures if isinstance(architectures, list) else []
-        return [name for name in names if isinstance(name, str)]
 
     # --- which tensors ------------------------------------------------------------------------------------------------
 
@@ -205,11 +128,12 @@ class _Adding:
         """The tensor of the base, to be changed. Raises: CheckpointError, if nothing can be added to it."""
         tensor = self.tensors[name]
         stored = tensor.stored
-        if isinstance(tensor, ConvertedInput) and tensor.converted_from == "with strides":
+        if tensor.converted_from == "with strides":
+            file = str(tensor.files[0])
             raise CheckpointError(
                 f"the adapter changes {quote(name)}, whose elements do not lie one after the other in {self.base}, and "
-                f"they have to for that. {one_after_the_other(str(tensor.path))}",
-                file=str(tensor.path),
+                f"they have to for that. {one_after_the_other(file)}",
+                file=file,
                 tensor=name,
             )
         if stored is None or not tensor.merges or tensor.dtype.is_complex:

@@ -266,6 +266,11 @@ def bias_of_head(head: str, names: Collection[str]) -> tuple[str, str] | None:
     return None if source is None else (bias, source)
 
 
+def copied_from(name: str, names: Collection[str]) -> str | None:
+    """The tensor of those called `names` that one is a copy of by its name; None, if there is none."""
+    return _source(name, names) if _is_copy(name) else None
+
+
 def is_input_embedding(name: str) -> bool:
     """Whether the name is that of an input embedding's weight, which may be the output layer, too."""
     return _module(name) in _IN and name.endswith(".weight")

@@ -299,6 +299,19 @@ def test_only_norms_differ(tmp_path):
     refused(tmp_path, CheckpointError, "there is nothing for factors")
 
 
+def test_layers_in_modules_of_which_a_parameter_differs(tmp_path):
+    """As of Mamba, whose layers lie beside `A_log`: the remedy works."""
+    base = {"model.mixer.in_proj.weight": normal(1, (8, 8)), "model.mixer.A_log": normal(2, (8,))}
+    base |= {"model.mixer.out_proj.weight": normal(1, (8, 8)), "model.norm.weight": normal(5, (300,))}
+    tuned = {name: x + (normal(4, x.shape) if "mixer" in name else 0) for name, x in base.items()}
+    save(tmp_path / "base", base)
+    save(tmp_path / "tuned", tuned)
+    with pytest.raises(CheckpointError, match=r"in_proj.*To leave those tensors out: --no-modules-to-save"):
+        extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rank=4)
+    report = extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rank=4, whole_modules=False)
+    assert {module.name for module in report.modules} == {"model.mixer.in_proj", "model.mixer.out_proj"}
+
+
 def test_the_base_itself(tmp_path):
     base, _, _ = models(tmp_path)
     with pytest.raises(UsageError, match="the same checkpoint"):

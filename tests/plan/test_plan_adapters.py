@@ -23,6 +23,7 @@ from fastinterp.ops.dtypes import BF16, F32
 from fastinterp.recipe.load import load_recipe
 from fastinterp.reference import combine as reference
 from fastinterp.reference import low_rank
+from tests.support.remedies import follow
 
 Q, NORM = "model.layers.0.self_attn.q_proj", "model.norm.weight"
 Arrays = dict[str, Any]
@@ -320,3 +321,22 @@ def test_shapes_of_a_misfit_are_a_shape_error():
     put("bad", adapter() | {B: np.zeros((17, 3), "f4")}, base_model_name_or_path="base")
     with pytest.raises(ShapeError):
         merged("base+bad")
+
+
+def test_a_base_of_torch_with_strides(monkeypatch):
+    """The remedy writes a file that the adapter can be added to."""
+    torch = pytest.importorskip("torch")
+    weights = {name: x.astype("f4") for name, x in base().items()}
+    put("plain", weights)
+    Path("strided").mkdir()
+    file = Path("strided/pytorch_model.bin")
+    state = {name: torch.from_numpy(x) for name, x in weights.items()}
+    torch.save({"state_dict": {n: x.t().contiguous().t() if x.ndim == 2 else x for n, x in state.items()}}, file)
+    with pytest.raises(CheckpointError, match="whose elements do not lie one after the other in strided") as caught:
+        merged("strided+one")
+    follow(str(caught.value), monkeypatch)
+    Path("NEW.pt").replace(file)
+    want = merged("plain+one")
+    fastinterp.merge(passthrough("strided+one"), "out", force=True)
+    got = load_file(next(Path("out").glob("*.safetensors")))
+    assert {n: x.tobytes() for n, x in got.items()} == {n: x.tobytes() for n, x in want.items()}
