@@ -43,7 +43,15 @@ class Blocks(msgspec.Struct, frozen=True):
         import numpy as np
 
         elements, nbytes = BY_NAME[self.stored_as].block
-        kind = gguf.GGMLQuantizationType[self.stored_as]
+        try:
+            kind = gguf.GGMLQuantizationType[self.stored_as]
+            gguf.quants.dequantize(np.zeros((1, nbytes), np.uint8), kind)
+        except (KeyError, NotImplementedError):
+            raise CheckpointError(
+                f"the package gguf that is installed cannot read {self.stored_as}: `pip install -U gguf`, if a newer "
+                "one can",
+                file=path,
+            ) from None
         left, at = self.numel // elements, self.start
         with open(path, "rb", buffering=0) as stream:
             while left:
@@ -139,7 +147,8 @@ def check_splits(files: Sequence[Path], headers: Sequence[GgufHeader], tensors: 
     for number, (file, header) in enumerate(zip(files, headers, strict=True)):
         count, at = header.value("split.count"), header.value("split.no")
         if (count or 1) != len(files) or (at or 0) != number:
-            what = "is a whole model" if count is None else f"says that it is part {int(at or 0) + 1} of {count}"
+            part = at + 1 if isinstance(at, int) else at
+            what = "is a whole model" if count is None else f"says that it is part {part} of {count}"
             raise CheckpointError(
                 f"its name is that of part {number + 1} of {len(files)}, but it {what}"
                 if len(files) > 1

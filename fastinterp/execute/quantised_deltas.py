@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from fastinterp.errors import CheckpointError
 from fastinterp.execute.decode_rows import Read, decoded
 from fastinterp.plan.encoded_rows import aligned, rows_of
 from fastinterp.plan.inputs import PlannedTensor, StoredInput
@@ -127,7 +128,10 @@ def _reader(stack: ExitStack) -> Read:
             if path not in fds:
                 fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, fds[path])
-            return os.pread(fds[path], nbytes, start)
+            found = os.pread(fds[path], nbytes, start)
+        if len(found) < nbytes:
+            raise CheckpointError("it was truncated while it was being read. Retry", file=str(path))
+        return found
 
     return read
 

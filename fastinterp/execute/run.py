@@ -193,7 +193,7 @@ def opened(
             stats_every=STATS_EVERY,
         )
         # In the order of the outputs, which the pump writes in contiguous runs.
-        order = sorted(plan.tensors, key=lambda t: [at[:1] for at in _sinks_of(sinks, t)])
+        order = sorted(plan.tensors, key=lambda t: [tuple(at[:1]) for at in _sinks_of(sinks, t)])
         jobs = {t.name: _job(plan, t, sources, sinks, scratch) for t in order}
         wanted = {t.name for t in order if t.entries[0][0] in sinks.of}
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)

@@ -138,8 +138,12 @@ class _Adding:
             )
         if stored is None or not tensor.merges or tensor.dtype.is_complex:
             kind = tensor.quantised or str(tensor.dtype)
+            more = ""
+            if tensor.converted_from is not None:  # its numbers would have to be made first
+                kind += f" ({tensor.converted_from})"
+                more = ". Merge the base alone first, which writes its numbers as they are read; then name the output"
             raise CheckpointError(
-                f"the adapter changes {quote(name)}, which is {kind} in {self.base}: nothing can be added to that",
+                f"the adapter changes {quote(name)}, which is {kind} in {self.base}: nothing can be added to that{more}",
                 file=self.checkpoint.name,
                 tensor=name,
             )

@@ -24,7 +24,7 @@ from fastinterp.plan.models import Model, is_gguf
 from fastinterp.plan.output_encoding import OutputEncoding
 from fastinterp.recipe.load import Recipe
 
-_LAYER = re.compile(r"blk\.(\d+)\.")
+_LAYER = re.compile(r"blk\.(\d{1,9})\.")
 # Tensors of two or more dimensions that llama.cpp reads in F32 only, as its converter writes them.
 _ALWAYS_F32 = re.compile(
     r".*_norm\.weight|.*(?:ffn_gate_inp(?:_shexp)?|ssm_conv1d\w*|shortconv\.conv|time_mix_(?:first|w[12]|decay_w[12]|lerp"
@@ -172,7 +172,7 @@ def _layered(header: GgufHeader, own: Iterable[str], names: Iterable[str], origi
     keys = dict(header.keys)
     name = f"{header.architecture}.block_count"
     count = header.value(name)
-    if not isinstance(count, int) or before == 0:
+    if not isinstance(count, int) or not 0 < before <= count < 1 << 32:
         raise CheckpointError(f"{origin}: `{name}` does not say how many layers there are: got {count!r}")
     count_now = count + after - before
     kind = U64 if keys[name].kind == U64 else U32

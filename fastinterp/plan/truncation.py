@@ -14,6 +14,7 @@ from fastinterp.checkpoint.names import listing
 from fastinterp.checkpoint.sidecar_files import json_or_empty
 from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.messages import counted, listed
+from fastinterp.plan.encoded_rows import rows_of
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.models import Model
 from fastinterp.tokenizer.embedding_rows import embedding_row_count, embeddings
@@ -80,7 +81,13 @@ def _each(models: Sequence[Model], having: Sequence[int], what: Sequence[str]) -
 
 def _first_rows(name: str, tensor: TensorInput, rows: int, model: Model) -> TensorInput:
     """The first rows of a tensor: read where they are stored."""
-    first = tensor if tensor.shape[0] == rows else tensor.first_rows(rows)
+    stored = tensor.stored_rows
+    if tensor.shape[0] == rows:
+        first: TensorInput | None = tensor
+    elif stored is not None and stored.decoded:  # its scales are cut, too
+        first = rows_of(stored, 0, rows)
+    else:
+        first = tensor.first_rows(rows)
     if first is None:
         why = "a document above makes it" if model.checkpoint is None else "it is not stored as rows of numbers"
         raise CheckpointError(

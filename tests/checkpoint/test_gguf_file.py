@@ -245,13 +245,25 @@ def damage_renamed(first: Path) -> str:
     return "it says that it is part 1 of 3, and the others are not there"
 
 
+def damage_number(first: Path) -> str:
+    """A part that is called by a word."""
+    content = first.read_bytes()
+    key = b"split.no" + struct.pack("<IH", 2, 0)  # u16
+    word = b"split.no" + struct.pack("<IQ", 8, 3) + b"two"
+    assert content.count(key) == 1
+    start = content.index(key)
+    # The tensors lie elsewhere then, but keys are looked at before.
+    first.write_bytes(content[:start] + word + content[start + len(key) :] + bytes(64))
+    return "it says that it is part two of 3"
+
+
 def damage_another(first: Path) -> str:
     other = write(first.parent / "other" / "m.gguf", numbers(1, layers=3), Type.F16, split=7)
     (other.parent / "m-00003-of-00003.gguf").replace(first.parent / "m-00003-of-00003.gguf")
     return "is of another model"
 
 
-@pytest.mark.parametrize("damage", [damage_missing, damage_swapped, damage_renamed, damage_another])
+@pytest.mark.parametrize("damage", [damage_missing, damage_swapped, damage_renamed, damage_number, damage_another])
 def test_damaged_splits(tmp_path, damage: Callable[[Path], str]):
     first = write(tmp_path / "s" / "m.gguf", numbers(1), Type.F16, split=5)
     expected = damage(first)

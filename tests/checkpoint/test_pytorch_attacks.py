@@ -128,6 +128,11 @@ PICKLES = {
     "tensor without arguments": call("torch._utils._rebuild_tensor_v2") + b".",
     "tensor of a string": call("torch._utils._rebuild_tensor_v2", text("0"), whole(0), many(), many()) + b".",
     "parameter of a string": call("torch._utils._rebuild_parameter", text("w"), b"\x89", b"N") + b".",
+    "tensor at nested lists": call(
+        "torch._utils._rebuild_tensor_v2", storage(), b"]" * 100_000 + b"a" * 99_999, many(), many()
+    ) + b".",
+    "OrderedDicts of one list, again and again": named("collections.OrderedDict") + b"q\x00]("
+    + many(whole(1), whole(1)) * 3000 + b"eq\x01" + b"h\x00h\x01\x85R" * 3000 + b".",
     "class of a function": call(
         "torch._tensor._rebuild_from_type_v2", named("torch.Size"), named("torch.Tensor"), many(), b"N"
     ) + b".",

@@ -350,6 +350,13 @@ def test_a_stack_of_layers_that_differ_by_place(tmp_path):
         fastinterp.merge(stacked(*paths), tmp_path / "out.gguf")
 
 
+def test_a_stack_of_more_layers_than_the_header_has(tmp_path):
+    extra = {**keys(), "llama.block_count": 0}
+    paths = [write(tmp_path / f"{i}.gguf", numbers(i), Type.F16, header=extra) for i in range(2)]
+    with pytest.raises(CheckpointError, match=r"`llama.block_count` does not say how many layers there are: got 0"):
+        fastinterp.merge(stacked(*paths), tmp_path / "out.gguf")
+
+
 # --- blocks ----------------------------------------------------------------------------------------------------------
 
 NATIVE = [Type(t.number) for t in TYPES.values() if t.decoder]
@@ -547,3 +554,17 @@ def test_types_that_only_the_package_reads_without_it(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"IQ2_XXS are read with the package gguf.*`pip install gguf`"):
         fastinterp.merge(linear(paths, [0.5, 0.5]), tmp_path / "out.gguf")
     assert command("inspect", paths[0]).exit_code == 0
+
+
+@pytest.mark.parametrize("error", [KeyError, NotImplementedError])
+def test_types_that_the_package_does_not_know(tmp_path, monkeypatch, error):
+    kinds = {"output.weight": Type.IQ2_XXS}
+    paths = [write(tmp_path / f"{i}.gguf", numbers(i, width=256), Type.F16, kinds=kinds) for i in range(2)]
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(gguf.quants, "dequantize", fail)
+    with pytest.raises(CheckpointError, match=r"gguf that is installed cannot read IQ2_XXS: `pip install -U gguf`"):
+        fastinterp.merge(linear(paths, [0.5, 0.5]), tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()

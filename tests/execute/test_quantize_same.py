@@ -18,7 +18,7 @@ from fastinterp.errors import CheckpointError, RecipeError, UsageError
 from fastinterp.execute.report import Report
 from fastinterp.ops.combine import Combine
 from fastinterp.ops.dtypes import BF16, F32
-from fastinterp.plan import encoded_output
+from fastinterp.plan import output_encoding
 from tests.support import backends
 from tests.support.checkpoints import (
     Tensor,
@@ -97,7 +97,7 @@ def test_magnitudes_are_measured_first_where_matrices_are_large(tmp_path, monkey
     form, models = FORMS[name], family(FORMS[name], 2)
     paths = saved(tmp_path, form, models)
     fastinterp.merge(linear(paths), tmp_path / "once")
-    monkeypatch.setattr(encoded_output, "_AT_ONCE", 100)
+    monkeypatch.setattr(output_encoding, "_AT_ONCE", 100)
     plan = fastinterp.explain(linear(paths))
     twice = form.blocks == (None, None)
     assert ("reads 2x: magnitudes, combine" in str(plan)) == twice
@@ -123,7 +123,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def test_methods(tmp_path, monkeypatch, method, name, measured):
     """The codes are those of the float32 merge by the same method."""
     if measured:
-        monkeypatch.setattr(encoded_output, "_AT_ONCE", 100)
+        monkeypatch.setattr(output_encoding, "_AT_ONCE", 100)
     form, models = FORMS[name], family(FORMS[name], 2 if method == "slerp" else 3)
     paths = saved(tmp_path, form, models)
     values = recipe(method, paths, base_model=paths[0], **METHODS[method])

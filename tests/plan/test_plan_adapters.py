@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,7 @@ def test_an_adapter_is_an_input_that_the_output_must_not_touch():
     assert sorted(path.name for path in Path("one").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+TOKENS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 A, B = f"base_model.model.{Q}.lora_A.weight", f"base_model.model.{Q}.lora_B.weight"
 
 
@@ -244,7 +246,27 @@ BAD: dict[str, tuple[Callable[[], Arrays], Arrays, str]] = {
         r"base has not 1 of 2 of the tensors that the adapter changes: `lm_head.bias`",
     ),
     "integers": (lambda: adapter() | {A: np.zeros((3, 8), "i4")}, {}, r"is I32: a factor of an adapter is floating"),
-    "rank 0": (adapter, {"r": 0}, r"`r` of adapter_config.json must be a number above 0, got `0`"),
+    "rank 0": (adapter, {"r": 0}, r"`r` of adapter_config.json must be a whole number above 0, got `0`"),
+    "rank inf": (adapter, {"r": math.inf}, r"`r` of adapter_config.json must be a whole number above 0, got `inf`"),
+    "alpha inf": (adapter, {"lora_alpha": math.inf}, r"`lora_alpha` of .* must be a finite number, got `inf`"),
+    "alpha 1e400": (adapter, {"lora_alpha": 10**400}, r"`lora_alpha` of .* must be a finite number, got `1000"),
+    "a pattern that overflows": (adapter, {"rank_pattern": {"a{99999999999}": 3}}, r"which is no regular expression"),
+    "integers as lengths": (
+        lambda: adapter() | {A.replace("lora_A.weight", "lora_magnitude_vector"): np.ones(16, "i4")},
+        {"use_dora": True}, r"is I32: a factor of an adapter is floating",
+    ),
+    "integers as a bias": (
+        lambda: adapter() | {B.replace("weight", "bias"): np.ones(16, "i8")}, {"lora_bias": True},
+        r"is I64: a factor of an adapter is floating",
+    ),
+    "integers as rows": (
+        lambda: adapter() | {TOKENS: np.zeros((1, 8), "i4")}, {"trainable_token_indices": [1]},
+        r"is I32: a factor of an adapter is floating",
+    ),
+    "a token twice": (
+        lambda: adapter() | {TOKENS: np.zeros((2, 8), "f4")}, {"trainable_token_indices": [1, 1]},
+        r"names a token of module `model.embed_tokens` twice",
+    ),
     "a pattern": (adapter, {"rank_pattern": {"(": 3}}, r"`rank_pattern` .* has `\(`, which is no regular expression"),
     "no magnitude": (adapter, {"use_dora": True}, r"says `use_dora`, but module .* has no `lora_magnitude_vector`"),
     "lengths": (

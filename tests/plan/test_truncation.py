@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,7 +15,9 @@ import fastinterp
 from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.ops.dtypes import BF16, F32, DType
 from tests.support import tokens
-from tests.support.checkpoints import Tensor, assert_same, read, recipe, tensor, weights, write
+from fastinterp.reference.decode import decode
+from tests.support.checkpoints import Tensor, assert_same, bell, read, recipe, tensor, weights, write
+from tests.support.quantised_models import FORMS, stored
 
 EMBED, HEAD, BIAS = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"
 
@@ -180,3 +183,23 @@ def test_one_wrong_word_is_named(tmp_path):
     a = str(write(tmp_path / "a", {EMBED: tensor([[1.0]], F32)}))
     with pytest.raises(fastinterp.RecipeError, match="the key is `truncate_embeddings` here"):
         fastinterp.merge(recipe("linear", [a, a], weights=[1.0, 1.0], unsafe_truncate_embeddings=True), "out")
+
+
+@pytest.mark.parametrize("kind", ["blocks", "rows", "tensor", "mxfp8"])
+def test_codes_are_cut_with_their_scales(tmp_path, kind):
+    form = FORMS[kind]
+
+    def model(name: str, seed: int, rows: int, kept: int) -> str:
+        shape = (rows, 64)
+        made = stored(form, EMBED, bell(seed, rows * 64) * np.exp(bell(seed + 9, rows)).repeat(64), shape)
+        scale = form.scale_name(EMBED)
+        numbers = decode(form.decoder, made[EMBED].raw, [made[scale].raw], form.parameters(shape)[:4], rows * 64, 64)
+        write(tmp_path / f"{name}-cut", {EMBED: Tensor(F32, (kept, 64), numbers[: kept * 64].view(np.uint8))})
+        write(tmp_path / name, made)
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama", **form.config}))
+        return str(tmp_path / name)
+
+    models = [model("a", 0, 300, 200), model("b", 1, 200, 200)]
+    got, _ = merged(tmp_path / "got", "linear", models, weights=[0.5, 0.5], truncate_embeddings=True)
+    want, _ = merged(tmp_path / "want", "linear", [f"{m}-cut" for m in models], weights=[0.5, 0.5], dtype="bfloat16")
+    assert_same(want, got)

@@ -59,13 +59,8 @@ def test_examples(models: Path) -> None:
             words = shlex.split(line[2:])
             shown = words[1] if words[0] == "cat" else ""
             if words[0] == "fastinterp":
-                done = subprocess.run(
-                    [sys.executable, "-m", "fastinterp", *words[1:]],
-                    cwd=models,
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
+                command = [sys.executable, "-m", "fastinterp", *words[1:]]
+                done = subprocess.run(command, cwd=models, capture_output=True, text=True, check=False)
                 assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     assert {path.name for path in models.iterdir()} >= OUTPUTS
     want = gguf_models.read(models / "a.gguf"), gguf_models.read(models / "b.gguf")

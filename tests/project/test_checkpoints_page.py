@@ -36,10 +36,11 @@ def test_the_keys_and_options_exist():
     options = {name for parameter in merge.params for name in parameter.opts}
     keys = [text for row in ROWS if len(row) > 3 for text in re.findall(r"`([^`]+)`", row[3])]
     assert len(keys) > 10
+    fields = {*RawRecipe.__struct_fields__, *Reference.__struct_fields__, "skip"}
     wrong = []
     for key in keys:
         name = key.split(":")[0].split(" ")[0]
-        known = name in options if name.startswith("-") else name in (*RawRecipe.__struct_fields__, *Reference.__struct_fields__) or name == "skip"
+        known = name in (options if name.startswith("-") else fields)
         wrong += [] if known else [key]
     assert wrong == []
 

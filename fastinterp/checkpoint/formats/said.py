@@ -5,6 +5,7 @@ ComfyUI writes it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -65,7 +66,7 @@ def _of_groups(table: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
         if isinstance(weights, dict):
             structure = weights.get("block_structure")
             if isinstance(structure, str):  # as older versions wrote it: `128x128`
-                structure = [int(n) for n in structure.split("x") if n.isdecimal()]
+                structure = [int(n) for n in structure.split("x") if re.fullmatch("[0-9]{1,9}", n)]
             if (block := _pair(structure)) is not None:
                 yield block
             yield from _one_row(weights.get("group_size"))

@@ -13,7 +13,15 @@ from typing import Any
 
 from fastinterp.checkpoint.adapters import unmergeable_config
 from fastinterp.checkpoint.header import Entry
-from fastinterp.checkpoint.lora.parts import Kind, LoraAdapter, LowRankModule, check_pair, pair_error, refuse_left
+from fastinterp.checkpoint.lora.parts import (
+    Kind,
+    LoraAdapter,
+    LowRankModule,
+    check_floats,
+    check_pair,
+    pair_error,
+    refuse_left,
+)
 from fastinterp.checkpoint.lora.peft import of_pattern
 from fastinterp.checkpoint.lora.scalars import read_scalars
 from fastinterp.checkpoint.open import Checkpoint
@@ -72,6 +80,7 @@ def _module(
         raise pair_error(checkpoint, module, next(iter(parts.values())), "down" if down is None else "up")
     rank = down.shape[0] if down.shape else 0
     check_pair(checkpoint, module, down, up, rank)
+    check_floats(checkpoint, (parts.get("magnitude"), parts.get("bias")))
     component, _, path = module.partition(".")
     config = configs.get(component)
     if "alpha" in parts:

@@ -8,7 +8,15 @@ from __future__ import annotations
 import re
 
 from fastinterp.checkpoint.header import Entry
-from fastinterp.checkpoint.lora.parts import Kind, LoraAdapter, LowRankModule, check_pair, pair_error, refuse_left
+from fastinterp.checkpoint.lora.parts import (
+    Kind,
+    LoraAdapter,
+    LowRankModule,
+    check_floats,
+    check_pair,
+    pair_error,
+    refuse_left,
+)
 from fastinterp.checkpoint.lora.scalars import read_scalars
 from fastinterp.checkpoint.open import Checkpoint
 
@@ -39,6 +47,7 @@ def _module(checkpoint: Checkpoint, module: str, parts: dict[str, Entry], alphas
         raise pair_error(checkpoint, module, have, f"{module}.{missing}.weight")
     rank = down.shape[0] if down.shape else 0
     check_pair(checkpoint, module, down, up, rank)
+    check_floats(checkpoint, (parts.get("dora_scale"),))
     alpha = alphas[parts["alpha"].name] if "alpha" in parts else None
     kind: Kind = "convolution" if len(down.shape) > 2 else "linear"
     scale = 1.0 if alpha is None else alpha / rank

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -97,19 +97,24 @@ def pair_error(checkpoint: Checkpoint, module: str, have: Entry, missing: str) -
     )
 
 
-def check_pair(checkpoint: Checkpoint, module: str, a: Entry, b: Entry, rank: int, said: str = "") -> None:
-    """Raises: CheckpointError, if two factors do not fit each other, or are no floating-point numbers.
-
-    rank  the length that both have in common
-    said  who says what it is: `adapter_config.json`; empty: the factor a
-    """
-    for entry in (a, b):
-        if not entry.dtype.merges:
+def check_floats(checkpoint: Checkpoint, entries: Iterable[Entry | None]) -> None:
+    """Raises: CheckpointError, if what is multiplied or added holds no floating-point numbers. None: it is not there."""
+    for entry in entries:
+        if entry is not None and (not entry.dtype.merges or entry.dtype.is_complex):
             raise CheckpointError(
                 f"tensor {quote(entry.name)} is {entry.dtype}: a factor of an adapter is floating-point",
                 file=checkpoint.name,
                 tensor=entry.name,
             )
+
+
+def check_pair(checkpoint: Checkpoint, module: str, a: Entry, b: Entry, rank: int, said: str = "") -> None:
+    """Raises: CheckpointError, if two factors do not fit each other, or are not floating-point.
+
+    rank  the length that both have in common
+    said  who says what it is: `adapter_config.json`; empty: the factor a
+    """
+    check_floats(checkpoint, (a, b))
     fits = len(a.shape) > 1 and len(b.shape) > 1 and a.shape[0] == rank and b.shape[1] == rank
     if not fits or rank < 1:
         whose = f", and {said} gives rank {rank}" if said else ""

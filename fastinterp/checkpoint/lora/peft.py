@@ -19,6 +19,7 @@ from fastinterp.checkpoint.lora.parts import (
     LoraAdapter,
     LowRankModule,
     TokenRows,
+    check_floats,
     check_pair,
     pair_error,
     refuse_left,
@@ -28,6 +29,7 @@ from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.errors import CheckpointError
 
 _PREFIX = "base_model.model."
+_MOST = 2.0**63  # of a rank or an alpha
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_embedding_A|lora_embedding_B|lora_A|lora_B|lora_magnitude_vector)"
     r"(?:\.(?P<name>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?",
@@ -111,6 +113,7 @@ def _module(
     alpha = of_pattern(checkpoint, config, "alpha_pattern", "lora_alpha", key, 8)
     if not parameters:
         check_pair(checkpoint, module, a, b, int(rank), ADAPTER_CONFIG)
+    check_floats(checkpoint, (a, b, magnitude, parts.get("bias")))
     if config.get("use_dora") and magnitude is None:
         raise CheckpointError(
             f"{ADAPTER_CONFIG} says `use_dora`, but module {quote(module)} has no `lora_magnitude_vector`",
@@ -138,7 +141,8 @@ def _parameters(config: Mapping[str, Any], module: str, depth: int, wraps: int) 
 
     depth  how many wrappers are around this one: the first parameter of a module has the innermost
     """
-    named = [target for target in config.get("target_parameters") or () if isinstance(target, str)]
+    targets = config.get("target_parameters")
+    named = [target for target in targets if isinstance(target, str)] if isinstance(targets, list) else []
     found = []
     for target in named:
         owner, _, parameter = target.rpartition(".")
@@ -156,24 +160,27 @@ def of_pattern(
 ) -> float:
     """A number of a LoraConfig for one module: that of the first pattern that matches the end of its name, or `key`."""
     value = config.get(key, default)
-    for regex, number in (config.get(pattern) or {}).items():
+    patterns = config.get(pattern)
+    for regex, number in patterns.items() if isinstance(patterns, dict) else ():
         try:
             if re.match(rf"(.*\.)?({regex})$", module):
                 value = number
                 break
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise CheckpointError(
                 f"`{pattern}` of {ADAPTER_CONFIG} has {quote(regex)}, which is no regular expression: {error}",
                 file=checkpoint.name,
             ) from None
-    if type(value) not in (int, float) or not value > 0 or (key == "r" and value != int(value)):
-        if key != "r" and type(value) in (int, float) and math.isfinite(value):
-            return float(value)
+    found = math.nan
+    if type(value) in (int, float) and abs(value) <= _MOST:
+        found = float(value)
+    if not math.isfinite(found) or (key == "r" and not (found >= 1 and found.is_integer())):
+        wanted = "a whole number above 0" if key == "r" else "a finite number"
         raise CheckpointError(
-            f"`{key}` of {ADAPTER_CONFIG} must be a number above 0, got {quote(value)} for module {quote(module)}",
+            f"`{key}` of {ADAPTER_CONFIG} must be {wanted}, got {quote(value)} for module {quote(module)}",
             file=checkpoint.name,
         )
-    return float(value)
+    return found
 
 
 def _tokens(checkpoint: Checkpoint, config: Mapping[str, Any], module: str, rows: Entry) -> tuple[int, ...]:
@@ -182,11 +189,19 @@ def _tokens(checkpoint: Checkpoint, config: Mapping[str, Any], module: str, rows
     tokens = given
     if isinstance(given, dict):
         tokens = next((t for end, t in given.items() if module == end or module.endswith(f".{end}")), None)
+    check_floats(checkpoint, (rows,))
     valid = isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens)
     if not isinstance(tokens, list) or not valid or len(rows.shape) != 2 or len(tokens) != rows.shape[0]:
         raise CheckpointError(
             f"{quote(rows.name)} is {list(rows.shape)}, but `trainable_token_indices` of {ADAPTER_CONFIG} gives "
             f"{len(tokens) if isinstance(tokens, list) else 'no'} tokens for module {quote(module)}",
+            file=checkpoint.name,
+            tensor=rows.name,
+        )
+    if len(set(tokens)) < len(tokens):
+        raise CheckpointError(
+            f"`trainable_token_indices` of {ADAPTER_CONFIG} names a token of module {quote(module)} twice: which of "
+            "its rows counts is not known",
             file=checkpoint.name,
             tensor=rows.name,
         )

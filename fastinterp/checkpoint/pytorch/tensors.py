@@ -62,6 +62,7 @@ _CLASSES = re.compile(
 
 
 _MAX_DIMENSIONS = 64  # of torch
+_MAX_PAIRS = 4_000_000  # of all OrderedDicts that are made of lists: a list may be named again and again
 
 
 class Storage(msgspec.Struct, frozen=True):
@@ -105,6 +106,7 @@ class TensorCalls:
     def __init__(self, file: str):
         self._file = file
         self._storages: dict[str, Storage] = {}
+        self._pairs = 0
         self.foreign: dict[str, None] = {}
 
     def fail(self, what: str) -> NoReturn:
@@ -176,7 +178,8 @@ class TensorCalls:
             self.fail(f"a tensor of {len(shape)} dimensions")
         for number in (offset, *shape, *strides):
             if type(number) is not int or not 0 <= number <= MAX_NUMEL:
-                self.fail(f"a tensor whose place is no number from 0 up, {quote(number)}")
+                what = quote(number) if type(number) is int else type(number).__name__
+                self.fail(f"a tensor whose place is no number from 0 up, {what}")
         if metadata:  # conj, neg: the numbers are not those that are stored
             return Unread("a conjugate or negative view of another")
         return Tensor(storage, dtype, offset, shape, strides)
@@ -200,6 +203,9 @@ class TensorCalls:
     def mapping(self, args: tuple[Any, ...]) -> Any:
         """An OrderedDict: of nothing, or of a list of pairs, as Python 2 wrote it."""
         pairs = args[0] if args else []
+        self._pairs += len(pairs) if type(pairs) is list else 0
+        if self._pairs > _MAX_PAIRS:
+            self.fail(f"more than the allowed {_MAX_PAIRS:,} pairs for OrderedDicts")
         if type(pairs) is not list or any(type(p) not in (list, tuple) or len(p) != 2 for p in pairs):
             self.fail("an OrderedDict that is none of pairs")
         if any(type(key) is not str for key, _ in pairs):
