@@ -241,6 +241,13 @@ BAD: dict[str, tuple[Callable[[], Arrays], Arrays, str]] = {
     "another rank": (adapter, {"r": 4}, r"is \[3, 8\] and .* \[16, 3\], and adapter_config.json gives rank 4"),
     "no B": (lambda: without(B), {}, r"has `.*lora_A.weight`, but no `.*lora_B`: a product needs both"),
     "left over": (lambda: adapter() | {"x.lora_C": np.zeros(1, "f4")}, {}, r"1 of 3 tensors of the adapter have no pl"),
+    "two, one of them without a name": (
+        lambda: adapter() | renamed(".weight", ".x.weight"), {},
+        r"lora_A.weight` and `.*lora_A.x.weight` are the same part of one module: two adapters in one file",
+    ),
+    "with a prefix and without": (
+        lambda: adapter() | renamed("base_model.model.", ""), {}, r"are the same part of one module",
+    ),
     "a bias of nothing": (
         lambda: adapter() | {"base_model.model.lm_head.bias": np.zeros(3, "f4")}, {},
         r"base has not 1 of 2 of the tensors that the adapter changes: `lm_head.bias`",
