@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -50,6 +51,7 @@ from fastinterp.recipe.references import ModelRef
 
 MAX_RANK = 1 << 14
 _RANDOM = 16  # Philox stream of the random matrices
+_EXPERT = re.compile(r"\.experts\.\d+\.")  # a module of one expert
 _LARGE = 1 << 20  # bytes of a tensor that is worth a warning if it is stored whole
 _DELTA = Row(0, 0.0, ((1, 1.0),))  # x1 - x0, rounded once to float32
 
@@ -273,6 +275,11 @@ class _Extraction:
         if left_out:
             verb = "differs, and is" if len(left_out) == 1 else "differ, and are"
             warnings.append(f"{counted(len(left_out), 'tensor')} {verb} not in the adapter: {listing(left_out)}")
+        if self._how.energy is not None and any(_EXPERT.search(module) for module in self._parts.factors):
+            warnings.append(
+                "its experts are one by one, and transformers fuses them as it loads them: with --energy their ranks "
+                "differ, and peft may not load the adapter. Without --energy all have one rank"
+            )
         experts = [name for name, tensor in self._whole if len(tensor.shape) == 3 and tensor.nbytes > _LARGE]
         if experts:
             warnings.append(

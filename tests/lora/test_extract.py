@@ -104,6 +104,15 @@ def test_energy_chooses_the_rank_of_each_module(tmp_path):
     assert len(changes(tmp_path / "out")) == len(WEIGHTS)  # whose scales and ranks are read by the rules of peft
 
 
+@pytest.mark.parametrize("energy", [None, 0.5])
+def test_energy_of_experts_is_a_warning(tmp_path, energy):
+    """peft loads factors of modules that transformers fuses if they have one rank."""
+    shapes = {f"model.layers.0.mlp.experts.{i}.up_proj.weight": (8, 8) for i in range(3)}
+    models(tmp_path, shapes=shapes | {"model.norm.weight": (300,)})
+    warnings = extract(tmp_path, rank=8, energy=energy).warnings
+    assert any("Without --energy all have one rank" in text for text in warnings) is (energy is not None)
+
+
 def test_energy_has_the_rank_as_its_limit(tmp_path):
     models(tmp_path)
     assert {m.rank for m in extract(tmp_path, rank=3, energy=0.99).modules} == {3}
