@@ -133,7 +133,10 @@ def find_adapter(
     else:
         return None
     modules = {str(match["module"]) for match in found.values()}
-    whole = not kohya and _has_weights(tensors, adapter, modules, peft=len(peft) == len(tensors))
+    of_peft = len(peft) == len(tensors)
+    whole = not kohya and _has_weights(tensors, adapter, modules, peft=of_peft)
+    if whole and of_peft and config_file is not None and config_file.is_file():
+        whole = not _has_embeddings_only(tensors, adapter)
     config = read_adapter_config(config_file) if config_file is not None and not whole and not kohya else {}
     style = "kohya" if kohya else "peft" if len(peft) == len(tensors) or config else ""
     if not style and any(_DIFFUSERS.match(name) for name in found):
@@ -166,6 +169,14 @@ def _has_weights(tensors: Mapping[str, Header], adapter: frozenset[str], modules
     return matrices >= len(modules)
 
 
+def _has_embeddings_only(tensors: Mapping[str, Header], adapter: frozenset[str]) -> bool:
+    """Whether all that is not the adapter's is what peft saves beside one that changes them: the input embedding and
+    the output layer of its base.
+    """
+    others = [name for name in tensors if name not in adapter]
+    return len(others) <= 2 and all(name.endswith(".base_layer.weight") for name in others)
+
+
 def _base_weights(module: str, tensors: Mapping[str, Header]) -> bool:
     """Whether the weight that an adapter changes is there too; `.original`: as torch's parametrizations call it."""
     parent = module.rpartition(".")[0]
@@ -196,6 +207,8 @@ _MUTATING = ("pissa", "corda", "olora", "loftq", "lora_ga")  # of init_lora_weig
 def unmergeable(adapter: Adapter) -> str:
     """Why an adapter is no sum of low-rank products that is added to its base; empty, if it is one."""
     peft_type = str(adapter.config.get("peft_type", "LORA"))
+    if peft_type in _PROMPTS or adapter.tensors == {"prompt_embeddings"}:
+        return "this is a prompt for its base, which has no place in weights"
     if adapter.kind != "LoRA" or peft_type != "LORA":
         kind = adapter.kind if peft_type == "LORA" else peft_type
         return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -50,6 +51,7 @@ from fastinterp.plan.plan import Plan
 from fastinterp.recipe.references import ModelRef
 
 MAX_RANK = 1 << 14
+_EXPERT = re.compile(r"\.experts\.\d+\.")  # a module of one expert
 _LARGE = 1 << 20  # bytes of a tensor that is worth a warning if it is stored whole
 _DELTA = Row(0, 0.0, ((1, 1.0),))  # x1 - x0, rounded once to float32
 
@@ -105,6 +107,13 @@ def extract_lora(
         config = json_or_empty(plan.checkpoints[0].root / CONFIG)
         parts = divide(shapes_of(plan), norms.keys(), config, whole=whole_modules)
         if not parts.factors:
+            if parts.absorbed:
+                raise CheckpointError(
+                    f"every layer that could have factors is in a module of which other tensors differ, too, and which "
+                    f"peft can only save whole: {listing(parts.absorbed)}. To leave those tensors out: "
+                    "--no-modules-to-save (in Python whole_modules=False)",
+                    file=names[1],
+                )
             raise CheckpointError(
                 f"no weight of a linear layer or convolution differs from the base's, but {listing(norms)}: there is "
                 "nothing for factors, and peft has no adapter without them",
@@ -266,6 +275,11 @@ class _Extraction:
         if left_out:
             verb = "differs, and is" if len(left_out) == 1 else "differ, and are"
             warnings.append(f"{counted(len(left_out), 'tensor')} {verb} not in the adapter: {listing(left_out)}")
+        if self._how.energy is not None and any(_EXPERT.search(module) for module in self._parts.factors):
+            warnings.append(
+                "its experts are one by one, and transformers fuses them as it loads them: with --energy their ranks "
+                "differ, and peft may not load the adapter. Without --energy all have one rank"
+            )
         experts = [name for name, tensor in self._whole if len(tensor.shape) == 3 and tensor.nbytes > _LARGE]
         if experts:
             warnings.append(

@@ -11,7 +11,14 @@ import msgspec
 from fastinterp.lora.peft_rules import saved_with, task_type
 from fastinterp.plan.adapters import CONV1D_MODELS
 from fastinterp.tokenizer.embedding_rows import embeddings
-from fastinterp.tokenizer.tied_embeddings import is_tied, says_tied
+from fastinterp.tokenizer.tied_embeddings import (
+    bias_of_head,
+    head_of,
+    is_input_embedding,
+    is_shared,
+    is_tied,
+    says_tied,
+)
 
 # The last part of the names of modules that are embeddings, or output layers: a row per token, position or label.
 _EMBEDDING = re.compile(r"\w*emb(?:ed|eds|edding|eddings)?(?:_\w+)?|wte|wpe|shared|relative_attention_bias")
@@ -81,6 +88,7 @@ def divide(
     stored = {owner: {name: name for name in tensors if _is_in(name, owner)} for owner in saved}
     for copy, owner in tied.items():
         stored[copy] = {f"{copy}{name.removeprefix(owner)}": name for name in stored.get(owner, {})}
+    _add_head(stored, tensors, config)
     biases = [f"{module}.bias" for module in kept if f"{module}.bias" in tensors]
     if not whole or not any(name in changed for name in biases):
         biases = []
@@ -111,9 +119,24 @@ def tied_modules(embedding: str, tensors: Mapping[str, Any], config: Mapping[str
         return []
     before = f"{prefix}." if prefix else ""
     copies = [f"{before}{part}.embed_tokens" for part in ("encoder", "decoder")] if last == "shared" else []
-    if last in ("shared", "embed_tokens", "wte", "word_embeddings", "tok_embeddings") and task in _WITH_HEAD:
-        copies += ["lm_head"] if is_tied(tensors) and says_tied(config) is not False else []
+    if last == "shared" and task in _WITH_HEAD and is_tied(tensors) and says_tied(config) is not False:
+        copies.append("lm_head")
     return [copy for copy in copies if f"{copy}.weight" not in tensors]
+
+
+def _add_head(stored: dict[str, dict[str, str]], tensors: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Store the output layer that is a copy of an input embedding, if that is stored, or a module around the layer."""
+    named = config.get("architectures")
+    architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    embedding = next((name for name in tensors if is_input_embedding(name) and not is_shared(name)), "")
+    if not embedding or not is_tied(tensors) or says_tied(config) is False:
+        return
+    head = head_of(embedding, tensors, architectures)
+    around = next((module for module in stored if head and _is_in(_owner(head), module)), "")
+    if not head or not (around or _owner(embedding) in stored):
+        return
+    copies = {head: embedding} | dict(filter(None, [bias_of_head(head, tensors)]))
+    stored[around or _owner(head)] = stored.get(around, {}) | copies
 
 
 def _has_factors(name: str, tensor: HasShape) -> bool:

@@ -17,22 +17,20 @@ from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.lora import LoraAdapter, LowRankModule, parse
 from fastinterp.checkpoint.names import listing, quote
 from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
-from fastinterp.checkpoint.pytorch.remedies import refuse_converted
+from fastinterp.checkpoint.pytorch.remedies import one_after_the_other, refuse_converted
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 from fastinterp.errors import CheckpointError, ShapeError
 from fastinterp.messages import closest
 from fastinterp.ops.dtypes import F32
 from fastinterp.plan.adapted_experts import parts_of, products_of
+from fastinterp.plan.adapted_ties import untie
 from fastinterp.plan.adapter_names import places
 from fastinterp.plan.inputs import StoredInput, TensorInput
 from fastinterp.plan.low_rank import FactorInput, LowRankInput, ProductInput, RowsInput
 from fastinterp.recipe.references import AdapterRef, ModelRef
-from fastinterp.tokenizer.tied_embeddings import embedding_of, is_input_embedding, is_tied
 
 # Models of transformers with layers that store weights as [in, out] (Conv1D).
 CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
-_HEAD = "lm_head.weight"  # of language models
-_SCALE_TIED = frozenset(("t5", "mt5", "umt5", "longt5", "switch_transformers"))  # by the size of a tied embedding
 
 
 class Adapted(msgspec.Struct, frozen=True):
@@ -79,7 +77,7 @@ class _Adding:
 
     def add(self) -> None:
         """Raises: CheckpointError and ShapeError."""
-        self._untie()
+        self.adapter = untie(self.adapter, self.places, self.tensors, self.config, self.base)
         self._refuse_unknown()
         for name, entry in self.adapter.replaced.items():
             if (place := self.places[name]) in self.tensors:
@@ -91,56 +89,6 @@ class _Adding:
             self._add(module)
         for rows in self.adapter.rows:
             self._replace_rows(self.places[f"{rows.module}.weight"], rows.tokens, rows.rows)
-
-    # --- tied embeddings ----------------------------------------------------------------------------------------------
-
-    def _untie(self) -> None:
-        """Give the base an output layer of its own, if it has none and the adapter changes one of the two: attached, it
-        changes just that one.
-
-        Raises: CheckpointError, if that changes what the model does with it.
-        """
-        if self.adapter.config.get("ensure_weight_tying"):
-            self._without_copies()
-            return
-        changed = [m.weight for m in self.adapter.modules if not m.parameters]
-        changed += [*self.adapter.replaced, *(f"{rows.module}.weight" for rows in self.adapter.rows)]
-        heads = {name: self.places[name] for name in changed if self.places[name] not in self.tensors}
-        heads = {name: head for name, head in heads.items() if embedding_of(head, self.tensors)}
-        inputs = [place for name in changed if is_input_embedding(place := self.places[name])]
-        made = [*heads.values()]
-        if not made and inputs and is_tied(self.tensors) and self._has_head():
-            made = [_HEAD]
-        if made and self.model_type in _SCALE_TIED:
-            raise CheckpointError(
-                f"the adapter changes {listing([*heads, *inputs])}, but the input embedding of {self.base} is its "
-                f"output layer, too, and models of the type {quote(self.model_type)} scale it because of that: one "
-                "cannot be changed alone",
-                file=self.checkpoint.name,
-            )
-        for head in made:
-            embedding = embedding_of(head, self.tensors)
-            assert embedding is not None
-            self.tensors[head] = replace(self.tensors[embedding], name=head)
-
-    def _without_copies(self) -> None:
-        """Leave out what the adapter has for an output layer that is the input embedding, if peft kept them tied: it is
-        a copy of what it has for that.
-        """
-
-        def copied(name: str) -> bool:
-            place = self.places[name]
-            return place not in self.tensors and embedding_of(place, self.tensors) is not None
-
-        modules = tuple(m for m in self.adapter.modules if m.parameters or not copied(m.weight))
-        replaced = {name: entry for name, entry in self.adapter.replaced.items() if not copied(name)}
-        self.adapter = replace(self.adapter, modules=modules, replaced=replaced)
-
-    def _has_head(self) -> bool:
-        """Whether the base is a language model, whose output layer `lm_head` is its input embedding."""
-        architectures = self.config.get("architectures")
-        names = architectures if isinstance(architectures, list) else []
-        return any(isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
     # --- which tensors ------------------------------------------------------------------------------------------------
 
@@ -180,6 +128,14 @@ class _Adding:
         """The tensor of the base, to be changed. Raises: CheckpointError, if nothing can be added to it."""
         tensor = self.tensors[name]
         stored = tensor.stored
+        if tensor.converted_from == "with strides":
+            file = str(tensor.files[0])
+            raise CheckpointError(
+                f"the adapter changes {quote(name)}, whose elements do not lie one after the other in {self.base}, and "
+                f"they have to for that. {one_after_the_other(file)}",
+                file=file,
+                tensor=name,
+            )
         if stored is None or not tensor.merges or tensor.dtype.is_complex:
             kind = tensor.quantised or str(tensor.dtype)
             more = ""

@@ -152,9 +152,9 @@ def _adapters(document: Document, written: Reference, path: str) -> tuple[Adapte
             adapter = _adapter(document, item, at)
         if not adapter.path.strip() or adapter.revision == "":
             raise document.error("the name of an adapter must not be empty", at)
-        given = isinstance(item, dict) and "scale" in item
+        given = "scale" in item if isinstance(item, dict) else _SCALE.fullmatch(item)
         if written.scale is not None and not given:
-            adapter = msgspec.structs.replace(adapter, scale=adapter.scale * written.scale)
+            adapter = msgspec.structs.replace(adapter, scale=written.scale)
         if not math.isfinite(adapter.scale):
             raise document.error(f"`scale` must be a finite number, got {adapter.scale}", at)
         found.append(adapter)

@@ -6,7 +6,7 @@ are stored.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,17 @@ _IN = (
 _HEADS_OF_TOP = ("output.weight", "proj_out.weight")  # parts of layers have these names, too
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of `shared.weight`
 _BIASES = ("predictions.decoder.bias", "lm_head.decoder.bias")  # of the same without `decoder.`
+# How names of biases of output layers end, which are stored even where the weight is the input embedding, and how those
+# of the weights end.
+_HEADS_OF_BIASES = {
+    "predictions.bias": "predictions.decoder.weight",
+    "lm_head.bias": "lm_head.weight",
+    "vocab_projector.bias": "vocab_projector.weight",
+    "lm_loss.bias": "lm_loss.weight",
+    "generator_lm_head.bias": "generator_lm_head.weight",
+}
+# How classes of transformers end that have an output layer with a row for each token.
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 _TEXT = ("text_config", "llm_config", "language_config")  # where models of several parts describe their language model
 
 # Values of `model_type`, and what an absent `tie_word_embeddings` means there in transformers. Others: not known.
@@ -214,8 +225,8 @@ def is_head(name: str) -> bool:
     kind = _module(name)
     if kind not in _OUT or not name.endswith(".weight"):
         return False
-    if kind == "decoder":  # of BERT and RoBERTa: others have whole stacks of this name
-        return name.endswith(("predictions.decoder.weight", "lm_head.decoder.weight"))
+    if kind == "decoder":  # of BERT, RoBERTa and ModernBERT: others have whole stacks of this name
+        return name.endswith(("predictions.decoder.weight", "lm_head.decoder.weight")) or name == "decoder.weight"
     return kind not in ("output", "proj_out") or name in _HEADS_OF_TOP
 
 
@@ -224,9 +235,50 @@ def embedding_of(head: str, names: Iterable[str]) -> str | None:
     return _source(head, names) if is_head(head) else None
 
 
+def head_of(embedding: str, names: Collection[str], architectures: Sequence[str]) -> str | None:
+    """What the output layer is called of a model that stores none, because it is the input embedding.
+
+    architectures  of its config.json
+    Returns: None, if the model is of a class without one; the empty string, if the class has one of an unknown name
+    """
+    for name in names:
+        for bias, weight in _HEADS_OF_BIASES.items():
+            if name == bias or name.endswith(f".{bias}"):
+                stem = name.removesuffix(bias)
+                dense = f"{stem}lm_head.dense.weight" in names  # of RoBERTa: a layer more
+                return f"{stem}lm_head.decoder.weight" if dense and bias == "lm_head.bias" else stem + weight
+    if "decoder.bias" in names and "head.dense.weight" in names:  # ModernBERT
+        return "decoder.weight"
+    if not any(name.endswith(_LANGUAGE_MODELS) for name in architectures):
+        return None
+    if any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in architectures):
+        return ""
+    if any(name.startswith("Whisper") for name in architectures):
+        return "proj_out.weight"
+    inside = embedding.startswith("language_model.")  # a language model in one of several parts, as older files have it
+    return "language_model.lm_head.weight" if inside else "lm_head.weight"
+
+
+def bias_of_head(head: str, names: Collection[str]) -> tuple[str, str] | None:
+    """(bias of an output layer, the tensor that it is a copy of while the weight is one), if the model has such one."""
+    bias = head.removesuffix(".weight") + ".bias"
+    source = _source(bias, names) if bias.endswith(_BIASES) and bias not in names else None
+    return None if source is None else (bias, source)
+
+
+def copied_from(name: str, names: Collection[str]) -> str | None:
+    """The tensor of those called `names` that one is a copy of by its name; None, if there is none."""
+    return _source(name, names) if _is_copy(name) else None
+
+
 def is_input_embedding(name: str) -> bool:
     """Whether the name is that of an input embedding's weight, which may be the output layer, too."""
     return _module(name) in _IN and name.endswith(".weight")
+
+
+def is_shared(name: str) -> bool:
+    """Whether the name is that of an embedding which is those of an encoder and a decoder, too."""
+    return _module(name) == "shared" and name.endswith(".weight")
 
 
 def _is_copy(name: str) -> bool:

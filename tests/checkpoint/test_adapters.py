@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import fastinterp
 from fastinterp import interpolate
+from fastinterp.checkpoint.lora import parse
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.cli import commands
 from fastinterp.errors import CheckpointError, ShapeError
@@ -367,6 +368,8 @@ def test_prompts_have_no_place_in_weights(tmp_path):
     put(tmp_path / "p" / "adapter_model.safetensors", {"prompt_embeddings": (4, 8)})
     (tmp_path / "p" / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM"}')
     assert "It is a prompt for its base, which has no place in weights" in refusal(tmp_path / "p")
+    with pytest.raises(CheckpointError, match="this is a prompt for its base, which has no place in weights"):
+        parse(open_checkpoint(str(tmp_path / "p")))
 
 
 @pytest.mark.slow

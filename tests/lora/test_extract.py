@@ -104,6 +104,15 @@ def test_energy_chooses_the_rank_of_each_module(tmp_path):
     assert len(changes(tmp_path / "out")) == len(WEIGHTS)  # whose scales and ranks are read by the rules of peft
 
 
+@pytest.mark.parametrize("energy", [None, 0.5])
+def test_energy_of_experts_is_a_warning(tmp_path, energy):
+    """peft loads factors of modules that transformers fuses if they have one rank."""
+    shapes = {f"model.layers.0.mlp.experts.{i}.up_proj.weight": (8, 8) for i in range(3)}
+    models(tmp_path, shapes=shapes | {"model.norm.weight": (300,)})
+    warnings = extract(tmp_path, rank=8, energy=energy).warnings
+    assert any("Without --energy all have one rank" in text for text in warnings) is (energy is not None)
+
+
 def test_energy_has_the_rank_as_its_limit(tmp_path):
     models(tmp_path)
     assert {m.rank for m in extract(tmp_path, rank=3, energy=0.99).modules} == {3}
@@ -297,6 +306,19 @@ def test_nothing_differs(tmp_path):
 def test_only_norms_differ(tmp_path):
     models(tmp_path, ("norm.weight",))
     refused(tmp_path, CheckpointError, "there is nothing for factors")
+
+
+def test_layers_in_modules_of_which_a_parameter_differs(tmp_path):
+    """As of Mamba, whose layers lie beside `A_log`: the remedy works."""
+    base = {"model.mixer.in_proj.weight": normal(1, (8, 8)), "model.mixer.A_log": normal(2, (8,))}
+    base |= {"model.mixer.out_proj.weight": normal(1, (8, 8)), "model.norm.weight": normal(5, (300,))}
+    tuned = {name: x + (normal(4, x.shape) if "mixer" in name else 0) for name, x in base.items()}
+    save(tmp_path / "base", base)
+    save(tmp_path / "tuned", tuned)
+    with pytest.raises(CheckpointError, match=r"in_proj.*To leave those tensors out: --no-modules-to-save"):
+        extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rank=4)
+    report = extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rank=4, whole_modules=False)
+    assert {module.name for module in report.modules} == {"model.mixer.in_proj", "model.mixer.out_proj"}
 
 
 def test_the_base_itself(tmp_path):

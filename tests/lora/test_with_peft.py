@@ -75,6 +75,18 @@ def classifier(seed: int) -> Any:
     return BertForSequenceClassification(config).eval()
 
 
+def masked(seed: int) -> Any:
+    """Its head has a name of its own, and a bias, which both are copies."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    return BertForMaskedLM(config).eval()
+
+
 def t5(seed: int) -> Any:
     """Its encoder and decoder have the embedding `shared`, and its head is that, too."""
     from transformers import T5Config, T5ForConditionalGeneration
@@ -109,6 +121,7 @@ MODELS = {
     "tied": lambda: llama(1, tied=True, dtype=torch.float32),
     "gpt2": lambda: gpt2(1),
     "bert": lambda: classifier(1),
+    "masked": lambda: masked(1),
     "bare": lambda: bare(1),
     "t5": lambda: t5(1),
 }
@@ -124,6 +137,18 @@ def test_extracted_adapters(tmp_path, kind, part):
     assert (logits(MODELS[kind]()) - want).abs().max() > 20 * BOUND
     assert (logits(model) - want).abs().max() <= BOUND
     assert (logits(model.merge_and_unload()) - want).abs().max() <= BOUND
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied", "masked", "t5"])
+def test_extracted_adapters_behind_their_base(tmp_path, kind):
+    """Whole embeddings that are copies of each other stay one; what is written is what was extracted."""
+    base, tune = saved(MODELS[kind](), tmp_path / "base"), saved(tuned(MODELS[kind]()), tmp_path / "tuned")
+    extract_lora(tune, base, tmp_path / "out", rank=64)
+    recipe = {"merge_method": "passthrough", "models": [{"model": f"{base}+{tmp_path / 'out'}"}]}
+    fastinterp.merge(recipe, tmp_path / "merged")
+    model, info = type(MODELS[kind]()).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert (logits(model.eval()) - logits(tuned(MODELS[kind]()))).abs().max() <= BOUND
 
 
 def test_the_classifier_is_stored_though_it_is_unchanged(tmp_path):

@@ -51,6 +51,32 @@ def resnet() -> Any:
     return transformers.ResNetForImageClassification(config)
 
 
+def masked(kind: str) -> Any:
+    """A model whose output layer is its input embedding, under a name of its own, and has a bias."""
+    settings: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings |= {"intermediate_size": 48, "max_position_embeddings": 40, "pad_token_id": 0, "initializer_range": 0.3}
+    if kind == "modernbert":
+        tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+        model = transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**settings | tokens))
+    else:
+        name = {"bert": "Bert", "roberta": "Roberta", "electra": "Electra"}[kind]
+        own = {"embedding_size": 32} if kind == "electra" else {}
+        config = getattr(transformers, f"{name}Config")(**settings, **own)
+        model = getattr(transformers, f"{name}ForMaskedLM")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+def bart() -> Any:
+    sides = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in
+             (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
+    config = transformers.BartConfig(vocab_size=40, d_model=32, max_position_embeddings=32, **sides)
+    return transformers.BartForConditionalGeneration(config)
+
+
 def mixture(kind: str) -> Any:
     common = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2,
               "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2}  # fmt: skip
@@ -175,6 +201,22 @@ CASES: dict[str, tuple[Any, Any]] = {
     "tied embedding, saved": (
         lambda: llama(tie_word_embeddings=True), config(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     ),
+    "tied embedding, tokens": (
+        lambda: llama(tie_word_embeddings=True), config(target_modules=["q_proj"], trainable_token_indices=[3, 17])
+    ),
+    "embeddings and head alone": (llama, config(target_modules=["embed_tokens", "lm_head"], use_dora=True)),
+    "bert, embeddings": (lambda: masked("bert"), config(target_modules=["query", "word_embeddings"])),
+    "bert, head": (lambda: masked("bert"), config(target_modules=["query", "decoder"])),
+    "bert, biases": (lambda: masked("bert"), config(target_modules=["query"], bias="all")),
+    "bert, head and biases": (lambda: masked("bert"), config(target_modules=["query", "decoder"], bias="all")),
+    "bert, head saved": (
+        lambda: masked("bert"), config(target_modules=["query"], modules_to_save=["decoder"])
+    ),
+    "roberta, embeddings saved": (
+        lambda: masked("roberta"), config(target_modules=["query"], modules_to_save=["word_embeddings"])
+    ),
+    "electra, embeddings": (lambda: masked("electra"), config(target_modules=["query", "word_embeddings"])),
+    "modernbert, embeddings": (lambda: masked("modernbert"), config(target_modules=["Wqkv", "tok_embeddings"])),
     "tied, kept": (
         lambda: llama(tie_word_embeddings=True),
         config(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
@@ -190,3 +232,22 @@ def test_what_is_written_does_what_the_adapter_did(tmp_path, case):
     adapted = adapt(model, copy.deepcopy(settings))
     loaded = load(merged(tmp_path, model, [adapted]), model)
     assert_alike(logits(loaded), logits(adapted), logits(model))
+
+
+REFUSED: dict[str, tuple[Any, Any, str]] = {
+    "copies": (bart, config(target_modules=["q_proj", "shared"]), "a model of the type `bart` needs them alike"),
+    "rows and head": (
+        lambda: llama(tie_word_embeddings=True),
+        config(target_modules=["q_proj", "lm_head"], trainable_token_indices=[3]),
+        "rows of tokens of one are rows of both",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_tied_embeddings_that_cannot_be_changed_alone(tmp_path, case):
+    make, settings, why = REFUSED[case]
+    model = make()
+    with pytest.raises(fastinterp.CheckpointError, match="is its output layer, too") as caught:
+        merged(tmp_path, model, [adapt(model, copy.deepcopy(settings))])
+    assert why in str(caught.value)

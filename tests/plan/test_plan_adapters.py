@@ -24,6 +24,7 @@ from fastinterp.ops.dtypes import BF16, F32
 from fastinterp.recipe.load import load_recipe
 from fastinterp.reference import combine as reference
 from fastinterp.reference import low_rank
+from tests.support.remedies import follow
 
 Q, NORM = "model.layers.0.self_attn.q_proj", "model.norm.weight"
 Arrays = dict[str, Any]
@@ -240,6 +241,13 @@ BAD: dict[str, tuple[Callable[[], Arrays], Arrays, str]] = {
     "another rank": (adapter, {"r": 4}, r"is \[3, 8\] and .* \[16, 3\], and adapter_config.json gives rank 4"),
     "no B": (lambda: without(B), {}, r"has `.*lora_A.weight`, but no `.*lora_B`: a product needs both"),
     "left over": (lambda: adapter() | {"x.lora_C": np.zeros(1, "f4")}, {}, r"1 of 3 tensors of the adapter have no pl"),
+    "two, one of them without a name": (
+        lambda: adapter() | renamed(".weight", ".x.weight"), {},
+        r"lora_A.weight` and `.*lora_A.x.weight` are the same part of one module: two adapters in one file",
+    ),
+    "with a prefix and without": (
+        lambda: adapter() | renamed("base_model.model.", ""), {}, r"are the same part of one module",
+    ),
     "a bias of nothing": (
         lambda: adapter() | {"base_model.model.lm_head.bias": np.zeros(3, "f4")}, {},
         r"base has not 1 of 2 of the tensors that the adapter changes: `lm_head.bias`",
@@ -342,3 +350,22 @@ def test_shapes_of_a_misfit_are_a_shape_error():
     put("bad", adapter() | {B: np.zeros((17, 3), "f4")}, base_model_name_or_path="base")
     with pytest.raises(ShapeError):
         merged("base+bad")
+
+
+def test_a_base_of_torch_with_strides(monkeypatch):
+    """The remedy writes a file that the adapter can be added to."""
+    torch = pytest.importorskip("torch")
+    weights = {name: x.astype("f4") for name, x in base().items()}
+    put("plain", weights)
+    Path("strided").mkdir()
+    file = Path("strided/pytorch_model.bin")
+    state = {name: torch.from_numpy(x) for name, x in weights.items()}
+    torch.save({"state_dict": {n: x.t().contiguous().t() if x.ndim == 2 else x for n, x in state.items()}}, file)
+    with pytest.raises(CheckpointError, match="whose elements do not lie one after the other in strided") as caught:
+        merged("strided+one")
+    follow(str(caught.value), monkeypatch)
+    Path("NEW.pt").replace(file)
+    want = merged("plain+one")
+    fastinterp.merge(passthrough("strided+one"), "out", force=True)
+    got = load_file(next(Path("out").glob("*.safetensors")))
+    assert {n: x.tobytes() for n, x in got.items()} == {n: x.tobytes() for n, x in want.items()}

@@ -339,6 +339,10 @@ def test_what_is_there_under_the_whole_name_is_a_path(tmp_path, monkeypatch):
         ("a+b@v+c:2", ModelRef("a", None, (AdapterRef("b", "v"), AdapterRef("c", None, 2.0)))),
         ("{model: a, lora: b}", ModelRef("a", None, (AdapterRef("b"),))),
         ("{model: a, lora: b, scale: -0.5}", ModelRef("a", None, (AdapterRef("b", None, -0.5),))),
+        (
+            "{model: a, lora: ['b:1', 'c:2', d], scale: 3}",
+            ModelRef("a", None, (AdapterRef("b"), AdapterRef("c", None, 2.0), AdapterRef("d", None, 3.0))),
+        ),
         ("{model: a, lora: {path: b, revision: v}}", ModelRef("a", None, (AdapterRef("b", "v"),))),
         (
             "{model: {path: a, revision: w}, lora: [{path: 'b:1', scale: 2}, c@v], scale: 3}",

@@ -20,7 +20,9 @@ from fastinterp.checkpoint.lora.parts import (
     check_floats,
     check_pair,
     pair_error,
+    put,
     refuse_left,
+    refuse_twice,
 )
 from fastinterp.checkpoint.lora.peft import of_pattern
 from fastinterp.checkpoint.lora.scalars import read_scalars
@@ -46,6 +48,7 @@ def parse_diffusers(checkpoint: Checkpoint) -> LoraAdapter:
     """The adapter in a file of diffusers' names. Raises: CheckpointError."""
     parts: dict[str, dict[str, Entry]] = {}
     left = []
+    twice: list[tuple[Entry, Entry]] = []
     for name, entry in checkpoint.tensors.items():
         found = _PART.fullmatch(name)
         if not found or (found["leaf"] == "bias" and found["new"] == "A"):
@@ -60,8 +63,9 @@ def parse_diffusers(checkpoint: Checkpoint) -> LoraAdapter:
         part = (
             "alpha" if found["alpha"] else "magnitude" if which is None else {"A": "down", "B": "up"}.get(which, which)
         )
-        parts.setdefault(module, {})["bias" if found["leaf"] == "bias" else part] = entry
+        put(parts.setdefault(module, {}), "bias" if found["leaf"] == "bias" else part, entry, twice)
     refuse_left(checkpoint, left, "Expected the names of diffusers, `unet.MODULE.lora_A.weight`")
+    refuse_twice(checkpoint, twice)
     alphas = read_scalars(checkpoint, [found["alpha"] for found in parts.values() if "alpha" in found])
     configs = _configurations(checkpoint)
     modules = tuple(_module(checkpoint, module, found, alphas, configs) for module, found in parts.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -128,6 +128,25 @@ def check_pair(checkpoint: Checkpoint, module: str, a: Entry, b: Entry, rank: in
             f"{list(b.shape)}{whose}. Expected [r, in] and [out, r]",
             file=checkpoint.name,
             tensor=a.name,
+        )
+
+
+def put(found: dict[str, Entry], part: str, entry: Entry, twice: list[tuple[Entry, Entry]]) -> None:
+    """Add a tensor to those that are found; where it has the place of another, to `twice` with that."""
+    if part in found:
+        twice.append((found[part], entry))
+    found[part] = entry
+
+
+def refuse_twice(checkpoint: Checkpoint, twice: Sequence[tuple[Entry, Entry]]) -> None:
+    """Raises: CheckpointError, if two tensors of an adapter have one place."""
+    if twice:
+        first, second = twice[0]
+        raise CheckpointError(
+            f"{quote(first.name)} and {quote(second.name)} are the same part of one module: two adapters in one file? "
+            "Save the one that is wanted alone",
+            file=checkpoint.name,
+            tensor=second.name,
         )
 
 

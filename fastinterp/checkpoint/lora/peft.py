@@ -22,7 +22,9 @@ from fastinterp.checkpoint.lora.parts import (
     check_floats,
     check_pair,
     pair_error,
+    put,
     refuse_left,
+    refuse_twice,
 )
 from fastinterp.checkpoint.names import listing, quote
 from fastinterp.checkpoint.open import Checkpoint
@@ -56,6 +58,7 @@ def parse_peft(checkpoint: Checkpoint) -> LoraAdapter:
     replaced: dict[str, Entry] = {}
     rows: list[TokenRows] = []
     left: list[str] = []
+    twice: list[tuple[Entry, Entry]] = []
     names: dict[str, str] = {}  # names that adapters have -> a tensor with it
     for stored, entry in checkpoint.tensors.items():
         name = stored.removeprefix(_PREFIX)
@@ -64,13 +67,13 @@ def parse_peft(checkpoint: Checkpoint) -> LoraAdapter:
             if part == "bias" and found["part"] != "lora_B":
                 left.append(stored)
                 continue
-            parts.setdefault(found["module"], {})[part] = entry
+            put(parts.setdefault(found["module"], {}), part, entry, twice)
         elif found := _ROWS.fullmatch(name):
             rows.append(TokenRows(found["module"], _tokens(checkpoint, config, found["module"], entry), entry))
         elif found := _WRAPPED.fullmatch(name):
-            replaced[f"{found['module']}.{found['leaf']}"] = entry
+            put(replaced, f"{found['module']}.{found['leaf']}", entry, twice)
         elif stored.startswith(_PREFIX):
-            replaced[name] = entry
+            put(replaced, name, entry, twice)
         else:
             left.append(stored)
         if found and (own := found.groupdict().get("name")):
@@ -82,6 +85,7 @@ def parse_peft(checkpoint: Checkpoint) -> LoraAdapter:
             '`model.save_pretrained("NEW", selected_adapters=["NAME"])`',
             file=checkpoint.name,
         )
+    refuse_twice(checkpoint, twice)
     wraps = Counter(_without_base_layers(module) for module in parts)
     modules = tuple(_module(checkpoint, config, module, found, wraps) for module, found in parts.items())
     return LoraAdapter(checkpoint, "peft", modules, replaced, tuple(rows), config)

@@ -34,13 +34,19 @@ def refuse_converted(files: Sequence[Path], entries: Iterable[Entry]) -> None:
         if entry.conversion is None:
             continue
         file = str(files[entry.file])
-        load = f'd = torch.load({literal(file)}, map_location="cpu", weights_only=True)'
-        save = 'torch.save({k: t.contiguous() for k, t in d.items()}, "NEW.pt")'
         raise CheckpointError(
-            f"the elements of {quote(entry.name)} do not lie one after the other, and those of adapters have to. Save "
-            f"them so: {python(f'import torch; {load}; {save}')}; then put NEW.pt in its place",
-            file=file, tensor=entry.name,
-        )  # fmt: skip
+            f"the elements of {quote(entry.name)} do not lie one after the other, and those of adapters have to. "
+            f"{one_after_the_other(file)}",
+            file=file,
+            tensor=entry.name,
+        )
+
+
+def one_after_the_other(file: str) -> str:
+    """The remedy for a file whose tensors are views with strides."""
+    load = f'd = torch.load({literal(file)}, map_location="cpu", weights_only=True)'
+    save = 'torch.save(torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, d), "NEW.pt")'
+    return f"Save them so: {python(f'import torch; {load}; {save}')}; then put NEW.pt in its place"
 
 
 def other_form(first: bytes, file: str) -> str:
