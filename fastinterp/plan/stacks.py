@@ -10,14 +10,15 @@ from typing import Any
 from msgspec.structs import replace
 
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.quantisation_config import HF_QUANT_CONFIG
+from fastinterp.checkpoint.quantisation_config import HF_QUANT_CONFIG, QUANTISATION
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import CONFIG, read_config
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import listed
 from fastinterp.plan.models import Model
-from fastinterp.recipe.layer_config import config_of_layers, facts_of, with_quantised_layers
+from fastinterp.recipe.layer_config import config_of_layers, facts_of
+from fastinterp.recipe.layer_modules import with_layers
 from fastinterp.recipe.targets import LayerCount
 
 _SHOWN = 5  # names and layers in a message before the rest is only counted
@@ -41,7 +42,8 @@ def layered_config(content: bytes | Path, counts: Sequence[LayerCount], models: 
     raw = content if isinstance(content, bytes) else read_regular(file, MAX_HEADER)
     config = parse_object(raw.lstrip(), "the model configuration", file)
     made = config_of_layers(config, counts, _configs(models))
-    return _written(made.config) if made.config != config else content
+    new = _with_quantised_layers(made.config, counts)
+    return _written(new) if new != config else content
 
 
 def layered_quantisation(content: bytes | Path, counts: Sequence[LayerCount]) -> bytes | Path:
@@ -52,8 +54,20 @@ def layered_quantisation(content: bytes | Path, counts: Sequence[LayerCount]) ->
     file = HF_QUANT_CONFIG if isinstance(content, bytes) else str(content)
     raw = content if isinstance(content, bytes) else read_regular(file, MAX_HEADER)
     config = parse_object(raw.lstrip(), "the description of quantised weights", file)
-    new = with_quantised_layers(config, counts)
+    new = _with_quantised_layers(config, counts)
     return _written(new) if new != config else content
+
+
+def _with_quantised_layers(config: Mapping[str, Any], counts: Sequence[LayerCount]) -> dict[str, Any]:
+    """A configuration in which what is said of quantised weights has the names of the output's layers."""
+    return {
+        key: with_layers(value, counts)
+        if key in QUANTISATION
+        else _with_quantised_layers(value, counts)
+        if key.endswith("_config") and isinstance(value, Mapping)
+        else value
+        for key, value in config.items()
+    }
 
 
 def _written(config: Mapping[str, Any]) -> bytes:

@@ -13,11 +13,9 @@ from typing import Any
 
 import msgspec
 
-from fastinterp.checkpoint.quantisation_config import QUANTISATION
 from fastinterp.messages import listed
 from fastinterp.recipe.layer_defaults import Config, number
 from fastinterp.recipe.layer_kinds import FACTS, KEYS, Form, Kinds, changes_for, kinds_of
-from fastinterp.recipe.layer_modules import with_layers
 from fastinterp.recipe.layer_places import Stack, part_of, place_warnings, set_features
 from fastinterp.recipe.targets import LayerCount
 
@@ -98,20 +96,7 @@ def config_of_layers(
         new = section if not path else new | {path: section}
         if path == "vision_config":
             warnings += set_features(new, stack)
-    new = with_quantised_layers(new, counts)
     return LayeredConfig(new, changed, warnings)
-
-
-def with_quantised_layers(config: Config, counts: Sequence[LayerCount]) -> dict[str, Any]:
-    """A configuration in which what is said of quantised weights has the names of the output's layers."""
-    return {
-        key: with_layers(value, counts)
-        if key in QUANTISATION
-        else with_quantised_layers(value, counts)
-        if key.endswith("_config") and isinstance(value, Mapping)
-        else value
-        for key, value in config.items()
-    }
 
 
 def section_of(config: Config, prefix: str) -> str:
