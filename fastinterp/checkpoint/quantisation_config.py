@@ -10,7 +10,8 @@ from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 
 HF_QUANT_CONFIG = "hf_quant_config.json"  # as ModelOpt writes it, beside config.json
 MISTRAL_CONFIG = "params.json"  # of Mistral's own checkpoints
-_KEYS = ("quantization_config", "compression_config", "quantization")
+# Keys of configurations under which they describe quantised weights.
+QUANTISATION = ("quantization_config", "compression_config", "quantization")
 
 
 def declared_method(root: Path, metadata: Mapping[str, str] | None = None) -> str:
@@ -30,7 +31,7 @@ def declared_method(root: Path, metadata: Mapping[str, str] | None = None) -> st
 
 
 def _method(table: Mapping[str, Any]) -> str:
-    for key in _KEYS:
+    for key in QUANTISATION:
         entry = table.get(key)
         if not isinstance(entry, dict) or not entry:
             continue
@@ -47,7 +48,7 @@ def _method(table: Mapping[str, Any]) -> str:
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration that does not say that the weights are quantised."""
-    changed = {key: value for key, value in config.items() if key not in _KEYS or not isinstance(value, dict)}
+    changed = {key: value for key, value in config.items() if key not in QUANTISATION or not isinstance(value, dict)}
     return {
         key: without_quantisation(value) if key.endswith("_config") and isinstance(value, dict) else value
         for key, value in changed.items()

@@ -84,8 +84,8 @@ def explain(
 def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
     """Show the contents of a checkpoint, from its headers.
 
-    CHECKPOINT is a folder, a file of weights (.safetensors, .bin, .pt, .pth, .ckpt), or a Hub id; adapters may stand
-    behind it, as in MODEL+LORA: then it says what they change, and shows the model and each of them. Shows files,
+    CHECKPOINT is a folder, a file of weights (.safetensors, .gguf, .bin, .pt, .pth, .ckpt), or a Hub id; adapters may
+    stand behind it, as in MODEL+LORA: then it says what they change, and shows the model and each of them. Shows files,
     tensors, dtypes, metadata, and the receipt of the merge that wrote it.
 
     \b

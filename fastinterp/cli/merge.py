@@ -35,10 +35,11 @@ def merge(
 ) -> None:  # fmt: skip
     """Merge checkpoints according to a recipe.
 
-    RECIPE is a YAML file, or - for stdin; OUT a new folder, or a new file, NAME.safetensors. Each input byte is read
-    once, and once more for each statistic that the method needs: see `fastinterp methods NAME`. Processes started by
-    torchrun or srun share the work: each writes a part of the output files. With `out: lora` in the recipe the models
-    are LoRA adapters, and so is the output: options about memory, files and devices have no effect then.
+    RECIPE is a YAML file, or - for stdin; OUT a new folder, or a new file, NAME.safetensors (GGUF: NAME.gguf). Each
+    input byte is read once, and once more for each statistic that the method needs: see `fastinterp methods NAME`.
+    Processes started by torchrun or srun share the work: each writes a part of the output files. With `out: lora` in
+    the recipe the models are LoRA adapters, and so is the output: options about memory, files and devices have no
+    effect then.
 
     \b
     Example:
@@ -82,7 +83,8 @@ def merge(
 )  # fmt: skip
 @click.option(
     "-o", "--out", required=True, metavar="DIR",
-    help="Output folder, or file NAME.safetensors; of several outputs, DIR/alpha_0.3 or NAME_alpha_0.3.safetensors.",
+    help="Output folder, or file NAME.safetensors (GGUF: NAME.gguf); of several outputs, DIR/alpha_0.3 or "
+    "NAME_alpha_0.3.safetensors.",
 )  # fmt: skip
 @click.option("--base", metavar="CKPT", help="Task vectors: base + (1 - alpha)*(A - base) + alpha*(B - base).")
 @click.option("--integers", metavar="CKPT", help="Take integer tensors from CKPT. Default: they must be equal.")

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "-o", "--out", metavar="DIR",
-    help="Output folder: DIR/alpha_0.3, DIR/pos_0.25_formal_-1; or NAME.safetensors: NAME_alpha_0.3.safetensors.",
+    help="Output folder: DIR/alpha_0.3, DIR/pos_0.25_formal_-1; or NAME.safetensors (GGUF: NAME.gguf): "
+    "NAME_alpha_0.3.safetensors.",
 )  # fmt: skip
 @click.option("--base", metavar="CKPT", help="Start of the directions; with A and B: base + (1-alpha)*(A-base) + ...")
 @click.option("--add", callback=ranges.named, multiple=True, metavar="NAME=CKPT", help="A direction from the base.")

@@ -242,12 +242,12 @@ def _percent(total: RoundingEffect) -> str:
 
 
 def warnings_of(
-    tensors: Mapping[str, RoundingEffect], dtype: str, stochastic: bool = False, quantises: bool = False
+    tensors: Mapping[str, RoundingEffect], dtype: str, stochastic: bool = False, numbers: str = ""
 ) -> tuple[str, ...]:
     """Warnings about precision, NaN and Inf in an output.
 
     stochastic  whether rounding was stochastic: it has no bias, so that a strength other than 1 is sampling noise
-    quantises   whether tensors are stored as codes
+    numbers     the option that writes numbers, if tensors are stored as codes
     """
     warnings = []
     total = RoundingEffect.total(tensors.values())
@@ -256,7 +256,7 @@ def warnings_of(
         warnings.append(
             f"rounding to {dtype} preserved {strength:.2f} of the intended change: the models differ by little more "
             "than the spacing of that dtype. Use "
-            + ("--quantize none, which writes numbers" if quantises else "--rounding stochastic, or --dtype float32")
+            + (f"{numbers}, which writes numbers" if numbers else "--rounding stochastic, or --dtype float32")
         )
     if total.nan_in or total.inf_in:
         names = [n for n, e in tensors.items() if e.nan_in or e.inf_in]
@@ -297,10 +297,12 @@ def report_on(
     plan: Plan, done: Done, wall_s: float, k: int, record: OutputRecord, folder: OutFolder | None = None
 ) -> Report:
     """The report of output k, from its record."""
+    from fastinterp.plan.models import is_gguf
+
     names = {*record.copied, *record.effects}
     quantised, about, noise = _quantised(plan)
     dtypes = sorted({t.stored_as for t in plan.tensors if t.merged and t.name in names})
-    quantises = any(t.encoding for t in plan.tensors)
+    numbers = "--dtype float16" if is_gguf(plan.origin) else "--quantize none"
     return Report(
         output="memory" if folder is None else folder.name,
         files=() if folder is None else (folder.file,) if folder.file else tuple(f.name for f in plan.layouts[k].files),
@@ -318,7 +320,12 @@ def report_on(
         merged=sum(t.numel for t in plan.tensors if t.merged),
         removed=() if folder is None else folder.removed,
         warnings=(
-            *warnings_of(record.effects, ", ".join(dtypes), plan.recipes[k].rounding == "stochastic", quantises),
+            *warnings_of(
+                record.effects,
+                ", ".join(dtypes),
+                plan.recipes[k].rounding == "stochastic",
+                numbers if any(t.encoding for t in plan.tensors) else "",
+            ),
             *_importances(plan),
             *noise,
             *(f"a device failed, and its work was done by others: {lost}" for lost in done.usage.lost),

@@ -89,6 +89,8 @@ def sweep(
     if in_memory is not None:
         if out is not None or virtual:
             raise UsageError("`in_memory` writes nothing: leave `out` and `virtual` out")
+        if quantize == "same":
+            raise UsageError("weights in memory are numbers: leave `quantize: same` (--quantize same) out")
         from fastinterp.paths.sweep_in_memory import sweep_in_memory  # loads numpy: a sweep to disk does without
 
         most = None if max_memory is None else size_of(max_memory)

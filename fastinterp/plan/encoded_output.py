@@ -16,6 +16,7 @@ from fastinterp.errors import CheckpointError
 from fastinterp.messages import counted
 from fastinterp.ops.dtypes import F32
 from fastinterp.ops.operands import Encoder
+from fastinterp.plan.encoded_rows import is_tiled
 from fastinterp.plan.inputs import Encoding, StoredInput, TensorInput
 from fastinterp.plan.models import Model
 from fastinterp.plan.output_encoding import OutputEncoding
@@ -88,20 +89,21 @@ def _encoding(t: PlannedTensor, form: TensorInput, origin: str) -> OutputEncodin
             tensor=name,
         )
     alike = tuple(_alike(one, encoding) for one in t.inputs)
-    encoder = None
-    if encoding.decoder in ENCODERS:
+    encoder, format = None, encoding.format
+    if is_tiled(encoding):
+        format += " with scales in tiles"
+    elif encoding.decoder in ENCODERS:
         columns = shape[-1] if len(shape) > 1 else prod(shape)
         numbers = tuple(map(int, encoding.parameters))
         encoder = Encoder(encoding.decoder, max(1, columns), (*numbers, 1) if encoding.power_of_two else numbers)
-    elif not (t.rows and all(row.is_copy and alike[row.pivot] for row in t.rows)):
+    if encoder is None and not (t.rows and all(row.is_copy and alike[row.pivot] for row in t.rows)):
         raise CheckpointError(
-            f"{quote(name)} would change, and {origin} has it in {encoding.format}, which is read and not written. "
-            f"{_INSTEAD}",
+            f"{quote(name)} would change, and {origin} has it in {format}, which is read and not written. {_INSTEAD}",
             tensor=name,
         )
     codes = _renamed(encoding.codes, form.name, name), encoding.stored, encoding.codes_shape
     scales = tuple((_renamed(c.name, form.name, name), c.dtype, c.shape) for c in encoding.companions)
-    return OutputEncoding(encoding.format, codes, scales, encoder, alike)
+    return OutputEncoding(format, codes, scales, encoder, alike)
 
 
 _INSTEAD = "Leave out `quantize` (--quantize) to write numbers: BF16, or what --dtype names"

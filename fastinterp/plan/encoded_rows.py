@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from fastinterp.plan.inputs import StoredInput
+from fastinterp.plan.inputs import Encoding, StoredInput
 
 _SCALE_BYTES = (4, 2, 2, 1)  # by the first parameter of the decoders of scaled codes
 _TILE_ROWS = 128
@@ -30,7 +30,7 @@ def rows_of(tensor: StoredInput, first: int, count: int, name: str = "") -> Stor
         return replace(tensor, name=name or tensor.name, shape=(count, columns))
     companions = list(encoding.companions)
     parameters = list(encoding.parameters)
-    if is_tiled(tensor):
+    if is_tiled(encoding):
         if first % _TILE_ROWS:
             return None
         group = int(parameters[2]) if encoding.decoder.startswith("scaled_") else _GROUPS[encoding.decoder]
@@ -64,11 +64,8 @@ def rows_of(tensor: StoredInput, first: int, count: int, name: str = "") -> Stor
     )  # fmt: skip
 
 
-def is_tiled(tensor: StoredInput) -> bool:
+def is_tiled(encoding: Encoding) -> bool:
     """Whether scales of 128 rows and 4 columns lie in tiles."""
-    encoding = tensor.encoding
-    if encoding is None:
-        return False
     last = encoding.parameters[4:] if encoding.decoder.startswith("scaled_") else encoding.parameters[3:]
     return any(last)
 
@@ -99,7 +96,7 @@ def aligned(tensor: StoredInput, first: int, count: int) -> tuple[int, int]:
     every = tensor.numel // columns
     block, rows = 1, every
     encoding = tensor.encoding
-    if is_tiled(tensor):
+    if encoding is not None and is_tiled(encoding):
         block = _TILE_ROWS
     elif encoding is not None and encoding.decoder.startswith("scaled_"):
         block, rows = int(encoding.parameters[1]), int(encoding.parameters[3])

@@ -153,6 +153,8 @@ def _decoded(encoded: EncodedTensor, checkpoint: Checkpoint) -> StoredInput:
                 "such codes and scales are not read", file=checkpoint.name, tensor=entry.name,
             )  # fmt: skip
     codes = _stored(encoded.codes, checkpoint)
+    if codes.numel == 0:  # nothing to decode: the scale of no element
+        return StoredInput(encoded.name, encoded.kept_dtype, encoded.shape, 0, codes.path, codes.start)
     companions = tuple(_stored(entry, checkpoint) for entry in encoded.companions)
     nbytes = codes.nbytes + sum(companion.nbytes for companion in companions)
     encoding = Encoding(

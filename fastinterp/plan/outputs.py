@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastinterp._version import __version__
+from fastinterp.checkpoint.formats.encoded import start_of
+from fastinterp.checkpoint.formats.said import METADATA, layers_of
 from fastinterp.checkpoint.names import GGUF, listing
 from fastinterp.checkpoint.open import Component
 from fastinterp.errors import UsageError
@@ -23,7 +25,7 @@ _MOST_BYTES = 64 << 10  # of coefficients in a receipt, which is in every file
 _RECEIPT = "fastinterp"
 # Entries of the header that are not true of other weights: hashes of the data, the format of quantised weights.
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
-_QUANTISED = ("_quantization_metadata", "quantization_format")
+_QUANTISED = (METADATA, "quantization_format")
 _SHOWN = 5  # names in a remark, before the rest is only counted
 
 
@@ -100,7 +102,20 @@ class Outputs:
         return max((p.folder for p in self._parts.values() if tensor.startswith(p.prefix)), key=len, default="")
 
     def _carried(self, part: Component) -> dict[str, str]:
-        return {k: v for k, v in part.checkpoint.metadata.items() if k not in self._untrue and _is_text(k + v)}
+        carried = {k: v for k, v in part.checkpoint.metadata.items() if k not in self._untrue and _is_text(k + v)}
+        if self._stacked and (described := layers_of(part)) and METADATA in carried:
+            carried[METADATA] = json.dumps({**json.loads(carried[METADATA]), "layers": self._layers(part, described)})
+        return carried
+
+    def _layers(self, part: Component, described: Mapping[str, Any]) -> dict[str, Any]:
+        """What ComfyUI's metadata says of the layers of the origin, by the names of modules in the output."""
+        layers = {}
+        for t in self._tensors:
+            form = t.inputs[0] if t.form is None else t.form.form
+            own, module = (start_of(name)[len(part.prefix) :].rstrip(".") for name in (form.name, t.name))
+            if own in described and t.name.startswith(part.prefix):
+                layers[module] = described[own]
+        return layers
 
     def _left_out(self) -> list[str]:
         names = dict.fromkeys(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
 from fastinterp.checkpoint.header import MAX_HEADER
+from fastinterp.checkpoint.quantisation_config import HF_QUANT_CONFIG, QUANTISATION
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import CONFIG, read_config
 from fastinterp.checkpoint.strict_json import parse_object
@@ -17,6 +18,7 @@ from fastinterp.errors import CheckpointError
 from fastinterp.messages import listed
 from fastinterp.plan.models import Model
 from fastinterp.recipe.layer_config import config_of_layers, facts_of
+from fastinterp.recipe.layer_modules import with_layers
 from fastinterp.recipe.targets import LayerCount
 
 _SHOWN = 5  # names and layers in a message before the rest is only counted
@@ -40,7 +42,36 @@ def layered_config(content: bytes | Path, counts: Sequence[LayerCount], models: 
     raw = content if isinstance(content, bytes) else read_regular(file, MAX_HEADER)
     config = parse_object(raw.lstrip(), "the model configuration", file)
     made = config_of_layers(config, counts, _configs(models))
-    return (json.dumps(made.config, indent=2, ensure_ascii=False) + "\n").encode() if made.changes else content
+    new = _with_quantised_layers(made.config, counts)
+    return _written(new) if new != config else content
+
+
+def layered_quantisation(content: bytes | Path, counts: Sequence[LayerCount]) -> bytes | Path:
+    """hf_quant_config.json with the names that layers have in the output.
+
+    Raises: CheckpointError, if it is damaged.
+    """
+    file = HF_QUANT_CONFIG if isinstance(content, bytes) else str(content)
+    raw = content if isinstance(content, bytes) else read_regular(file, MAX_HEADER)
+    config = parse_object(raw.lstrip(), "the description of quantised weights", file)
+    new = _with_quantised_layers(config, counts)
+    return _written(new) if new != config else content
+
+
+def _with_quantised_layers(config: Mapping[str, Any], counts: Sequence[LayerCount]) -> dict[str, Any]:
+    """A configuration in which what is said of quantised weights has the names of the output's layers."""
+    return {
+        key: with_layers(value, counts)
+        if key in QUANTISATION
+        else _with_quantised_layers(value, counts)
+        if key.endswith("_config") and isinstance(value, Mapping)
+        else value
+        for key, value in config.items()
+    }
+
+
+def _written(config: Mapping[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def about_layers(counts: Sequence[LayerCount], origin: Model, models: Sequence[Model]) -> tuple[list[str], list[str]]:

@@ -100,9 +100,11 @@ class AlignedModels(msgspec.Struct, frozen=True):
         if self.channels is not None and CONFIG in changed:
             changed[CONFIG] = self._widened(changed[CONFIG], *self.channels)
         if self.counts and CONFIG in changed:
-            from fastinterp.plan.stacks import layered_config
+            from fastinterp.plan.stacks import layered_config, layered_quantisation
 
             changed[CONFIG] = layered_config(changed[CONFIG], self.counts, self.models)
+            if HF_QUANT_CONFIG in changed:
+                changed[HF_QUANT_CONFIG] = layered_quantisation(changed[HF_QUANT_CONFIG], self.counts)
         for folder in self.numbers:
             start = f"{folder}/" if folder else ""
             changed.pop(start + HF_QUANT_CONFIG, None)

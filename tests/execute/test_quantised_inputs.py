@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import fastinterp
 from fastinterp.cli import commands
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F32
-from tests.support.checkpoints import Tensor, assert_same, bell, read, recipe, tensor, write_file
+from tests.support.checkpoints import Tensor, assert_same, bell, read, recipe, tensor, write, write_file
 from tests.support.encodings import COLUMNS, ENCODINGS, ROWS, Encoding
 
 P = "model.layers.{}.mlp.up_proj"
@@ -86,6 +86,20 @@ def test_one_model_alone_is_made_numbers(tmp_path: Path, form: Encoding) -> None
     for k, path in enumerate((*codes, *numbers)):
         fastinterp.merge(recipe("passthrough", [path], dtype="float32"), tmp_path / f"out{k}")
     assert_same(read(tmp_path / "out0"), read(tmp_path / "out1"))
+
+
+def test_no_elements(tmp_path: Path) -> None:
+    """Codes of an empty tensor have a scale, too, which belongs to no element."""
+    paths = []
+    for name in "ab":
+        empty = {"p.weight": tensor(np.zeros((0, 8)), F8_E4M3), "p.weight_scale": tensor(2.0, F32, ())}
+        full = {"q.weight": tensor(np.ones((4, 8)), F8_E4M3), "q.weight_scale": tensor(2.0, F32, ())}
+        paths.append(str(write(tmp_path / name, empty | full)))
+    for quantize in ("none", "same"):
+        fastinterp.merge(recipe("linear", paths, weights=[0.3, 0.7], quantize=quantize), tmp_path / quantize)
+    numbers = {"p.weight": tensor(np.zeros((0, 8)), BF16), "q.weight": tensor(np.full((4, 8), 2), BF16)}
+    assert_same(read(tmp_path / "none"), numbers)
+    assert set(read(tmp_path / "same")) == {*numbers, "q.weight_scale"}
 
 
 # --- scales that are not finite --------------------------------------------------------------------------------------

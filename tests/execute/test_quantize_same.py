@@ -34,6 +34,7 @@ from tests.support.checkpoints import (
     write_file,
 )
 from tests.support.devices.fake_device import FakeDevice
+from tests.support.encodings import ENCODINGS
 from tests.support.quantised_models import (
     EXPERTS,
     FORMS,
@@ -274,6 +275,59 @@ def test_descriptions_in_the_header_stay(tmp_path):
             assert opened.metadata().get("_quantization_metadata") == (None if k else said["_quantization_metadata"])
 
 
+def test_descriptions_in_the_header_follow_the_layers(tmp_path):
+    """Of a stack each layer is described as the one that it is."""
+    [model] = family(FORMS["tensor"], 1)
+    names = [n for n in model if ".layers.0." in n]
+    model |= {n.replace(".0.", ".1."): model[n] for n in names}
+    layers = {
+        Q.removesuffix(".weight").replace(".0.", f".{i}."): {"format": "float8_e4m3fn", "of": i} for i in range(2)
+    }
+    path = tmp_path / "a.safetensors"
+    said = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    write_file(path, model, metadata=said)
+    slices = [{"sources": [{"model": str(path), "layer_range": list(pair)}]} for pair in ((1, 2), (0, 2))]
+    out = tmp_path / "out.safetensors"
+    fastinterp.merge({"merge_method": "passthrough", "slices": slices, "quantize": "same"}, out)
+    with safe_open(out, "np") as opened:
+        made = json.loads(opened.metadata()["_quantization_metadata"])
+    assert made["format_version"] == "1.0"
+    assert {name.split(".")[2]: of["of"] for name, of in made["layers"].items()} == {"0": 1, "1": 0, "2": 1}
+
+
+@pytest.mark.parametrize("file", ["config.json", "hf_quant_config.json"])
+def test_names_of_layers_in_configurations_follow_the_layers(tmp_path, file):
+    """Layers that the origin has as numbers are named by their new places."""
+    form, models = FORMS["blocks"], family(FORMS["blocks"], 2)
+    [path] = saved(tmp_path, form, models[:1])
+    model = models[0] | {n.replace("layers.0", "layers.1"): t for n, t in models[1].items() if "layers.0" in n}
+    del model[form.scale_name(UP)]
+    model[UP] = tensor(np.ones((130, 96)), BF16)
+    write(Path(path), model)
+    config: dict[str, Any] = {"model_type": "llama", "num_hidden_layers": 2}
+    config["quantization_config"] = dict(form.config["quantization_config"])
+    said = config["quantization_config"] if file == "config.json" else {"quantized_layers": {"model.layers.1.mlp": 8}}
+    said["ignore"] = ["lm_head", "model.layers.0.mlp.up_proj", r"re:.*layers\.1\.mlp\.gate$", "visual.layers.0"]
+    if file != "config.json":
+        Path(path, file).write_text(json.dumps({"producer": {}, "quantization": said}))
+    Path(path, "config.json").write_text(json.dumps(config))
+    slices = [{"sources": [{"model": path, "layer_range": list(pair)}]} for pair in ((1, 2), (0, 1), (0, 2))]
+    fastinterp.merge({"merge_method": "passthrough", "slices": slices, "quantize": "same"}, tmp_path / "out")
+    made = json.loads((tmp_path / "out" / file).read_text())
+    table = made["quantization_config" if file == "config.json" else "quantization"]
+    assert table.pop("ignore") == [
+        "lm_head", "model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj", r"re:.*layers\.0\.mlp\.gate$",
+        r"re:.*layers\.3\.mlp\.gate$", "visual.layers.0",
+    ]  # fmt: skip
+    if file == "config.json":
+        assert table == form.config["quantization_config"]
+        assert made["num_hidden_layers"] == 4
+    else:
+        assert table == {"quantized_layers": {"model.layers.0.mlp": 8, "model.layers.3.mlp": 8}}
+    got = read(tmp_path / "out")
+    assert [got[UP.replace(".0.", f".{i}.")].dtype.name for i in range(4)] == ["F8_E4M3", "BF16", "BF16", "F8_E4M3"]
+
+
 def test_explain_and_check(tmp_path):
     form, models = FORMS["blocks"], family(FORMS["blocks"], 2)
     paths = saved(tmp_path, form, models)
@@ -429,6 +483,21 @@ def test_formats_that_are_not_written(tmp_path):
     assert "--dtype" in refused.output
     assert not (tmp_path / "out").exists()
     assert run("merge", tmp_path / "recipe.yml", tmp_path / "out", "--dtype", "bfloat16").exit_code == 0
+    fastinterp.merge(recipe("passthrough", paths[:1], quantize="same"), tmp_path / "copy")
+    assert_same(models[0], read(tmp_path / "copy"))
+
+
+def test_scales_in_tiles_are_not_written(tmp_path):
+    """Those of ComfyUI's MXFP8: a merge is refused, and copies keep their bytes."""
+    start = UP.removesuffix("weight")
+    models = []
+    for seed in range(2):
+        made = ENCODINGS["mxfp8, ComfyUI"].encode(bell(seed, 200 * 320).reshape(200, 320))
+        models.append({start + name: t for name, t in made.tensors.items()} | {NORM: tensor(np.ones(32), BF16)})
+    paths = saved(tmp_path, Form("scaled_f8_e4m3", ""), models)
+    with pytest.raises(CheckpointError, match="MXFP8 with scales in tiles, which is read and not written"):
+        fastinterp.merge(linear(paths), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     fastinterp.merge(recipe("passthrough", paths[:1], quantize="same"), tmp_path / "copy")
     assert_same(models[0], read(tmp_path / "copy"))
 

@@ -150,6 +150,7 @@ def test_nuslerp_walks_by_weights(ends, tmp_path):
         ({"add": {"x": "y"}}, UsageError, "give either A, B and alphas, or a base"),
         ({"out": None}, UsageError, "the name of the output folder is missing. Give -o DIR"),
         ({"out": "x", "in_memory": print}, UsageError, "`in_memory` writes nothing"),
+        ({"out": None, "quantize": "same", "in_memory": print}, UsageError, "weights in memory are numbers"),
         ({"parameters": {"weight": 1}}, UsageError, "the parameter `weight` is what the sweep changes"),
         ({"parameters": 3}, UsageError, "`parameters` must be a mapping"),
         ({"device": "cuda"}, UsageError, "device 'cuda' cannot be used"),

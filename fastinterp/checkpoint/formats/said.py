@@ -18,7 +18,7 @@ from fastinterp.checkpoint.open import Checkpoint, Component
 from fastinterp.checkpoint.quantisation_config import HF_QUANT_CONFIG, declared_method
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
 
-_METADATA = "_quantization_metadata"
+METADATA = "_quantization_metadata"  # of headers, as ComfyUI writes it
 
 
 class Said(msgspec.Struct, frozen=True):
@@ -83,7 +83,7 @@ def _one_row(size: Any) -> list[tuple[int, int]]:
 
 def layers_of(part: Component) -> Mapping[str, Any]:
     """What ComfyUI's metadata in the header says of layers, by the names of modules in the component."""
-    text = part.checkpoint.metadata.get(_METADATA, "")
+    text = part.checkpoint.metadata.get(METADATA, "")
     try:
         layers = json.loads(text)["layers"] if text else {}
     except (ValueError, KeyError, TypeError, RecursionError):
