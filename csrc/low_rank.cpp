@@ -25,12 +25,18 @@ void widen_all(const char* x, int64_t count, float* to) {
 void widen_stored(DType dtype, const void* x, int64_t count, float* to) {
   const char* const bytes = static_cast<const char*>(x);
   switch (dtype) {
-    case DType::F64: return widen_all<DType::F64>(bytes, count, to);
-    case DType::F32: return widen_all<DType::F32>(bytes, count, to);
-    case DType::F16: return widen_all<DType::F16>(bytes, count, to);
-    case DType::BF16: return widen_all<DType::BF16>(bytes, count, to);
-    case DType::F8_E4M3: return widen_all<DType::F8_E4M3>(bytes, count, to);
-    case DType::F8_E5M2: return widen_all<DType::F8_E5M2>(bytes, count, to);
+    case DType::F64:
+      return widen_all<DType::F64>(bytes, count, to);
+    case DType::F32:
+      return widen_all<DType::F32>(bytes, count, to);
+    case DType::F16:
+      return widen_all<DType::F16>(bytes, count, to);
+    case DType::BF16:
+      return widen_all<DType::BF16>(bytes, count, to);
+    case DType::F8_E4M3:
+      return widen_all<DType::F8_E4M3>(bytes, count, to);
+    case DType::F8_E5M2:
+      return widen_all<DType::F8_E5M2>(bytes, count, to);
   }
 }
 
@@ -272,7 +278,8 @@ void LowRank::replace_rows(const std::vector<Source>& sources, const Rows& rows,
   auto at = std::lower_bound(rows.places.begin(), rows.places.end(), first / columns_, place);
   std::vector<char> raw;
   for (; at != rows.places.end() && at->first * columns_ < first + count; ++at) {
-    const int64_t begin = std::max(first, at->first * columns_), end = std::min(first + count, (at->first + 1) * columns_);
+    const int64_t begin = std::max(first, at->first * columns_),
+                  end = std::min(first + count, (at->first + 1) * columns_);
     const int64_t n = end - begin, stored = at->second * columns_ + begin % columns_;
     raw.resize(size_t(n * width));
     widen_stored(rows.dtype, sources[size_t(rows.source)].get(rows.offset + stored * width, n * width, raw.data()), n,

@@ -77,7 +77,8 @@ class LowRank {
             float* to, char* scratch, Bytes bytes_read) const;
   void replace_rows(const std::vector<Source>& sources, const Rows& rows, int64_t first, int64_t count, float* to,
                     Bytes bytes_read) const;
-  void add_factors(const std::vector<Source>& sources, size_t change, Held* held, char* scratch, Bytes bytes_read) const;
+  void add_factors(const std::vector<Source>& sources, size_t change, Held* held, char* scratch,
+                   Bytes bytes_read) const;
 
   const Backend& backend_;
   const Base base_;
