@@ -34,8 +34,9 @@ from fastinterp.backends.device import Piece  # noqa: E402
 from fastinterp.backends.triton.launch import LaunchContext  # noqa: E402
 from fastinterp.backends.triton.measure import launches  # noqa: E402
 from fastinterp.backends.triton.pieces import run  # noqa: E402
-from fastinterp.ops import operands, steps  # noqa: E402
+from fastinterp.ops import steps  # noqa: E402
 from fastinterp.ops.combine import Row  # noqa: E402
+from fastinterp.ops.operands import Stored  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted((ROOT / "fastinterp" / "_triton").glob("*.py"))
@@ -219,7 +220,7 @@ def room(monkeypatch):
 
 def pieces_of(n: int, numel: int = 98304, first: int = 1 << 20) -> dict[str, Piece]:
     """One of each kind, of bf16: what methods ask of most tensors."""
-    operands: Any = {"inputs": tuple(operands.Stored(i, 0, BF16) for i in range(n)), "numel": numel, "columns": numel}
+    operands: Any = {"inputs": tuple(Stored(i, 0, BF16) for i in range(n)), "numel": numel, "columns": numel}
     written: Any = {"sinks": (0,), "offsets": (0,), "out_dtype": BF16}
     test = steps.MaskTest(0, 1 << 30, 5, 5, 1 << 63)
     terms = tuple(
