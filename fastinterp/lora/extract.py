@@ -52,6 +52,8 @@ from fastinterp.recipe.references import ModelRef
 
 MAX_RANK = 1 << 14
 _EXPERT = re.compile(r"\.experts\.\d+\.")  # a module of one expert
+# Modules that transformers calls otherwise than checkpoints do: peft looks for the names of transformers.
+_RENAMED = re.compile(r"embed_out|.*\.attention\.attention\.(?:query|key|value)|(?:.*\.)?vision_tower\..*")
 _LARGE = 1 << 20  # bytes of a tensor that is worth a warning if it is stored whole
 _DELTA = Row(0, 0.0, ((1, 1.0),))  # x1 - x0, rounded once to float32
 
@@ -279,6 +281,12 @@ class _Extraction:
             warnings.append(
                 "its experts are one by one, and transformers fuses them as it loads them: with --energy their ranks "
                 "differ, and peft may not load the adapter. Without --energy all have one rank"
+            )
+        stored = [*self._parts.factors, *(name.removeprefix(PREFIX).rpartition(".")[0] for name, _ in self._whole)]
+        if renamed := [module for module in stored if _RENAMED.fullmatch(module)]:
+            warnings.append(
+                f"transformers has other names than the checkpoint for {listing(renamed)}, and peft may not find them: "
+                "their part of the adapter would be lost. Behind its base (`base+adapter`) here the adapter is whole"
             )
         experts = [name for name, tensor in self._whole if len(tensor.shape) == 3 and tensor.nbytes > _LARGE]
         if experts:

@@ -113,6 +113,18 @@ def test_energy_of_experts_is_a_warning(tmp_path, energy):
     assert any("Without --energy all have one rank" in text for text in warnings) is (energy is not None)
 
 
+@pytest.mark.parametrize("module", ["embed_out", "vit.encoder.layer.0.attention.attention.query"])
+def test_modules_that_transformers_renames_are_a_warning(tmp_path, module):
+    """peft looks for the new names; behind its base here the adapter is whole, as the warning says."""
+    shapes = {f"{module}.weight": (8, 8), "model.layers.0.up_proj.weight": (8, 8), "model.norm.weight": (8,)}
+    base, tuned, _ = models(tmp_path, (f"{module}.weight", "_proj.weight"), shapes)
+    assert any("transformers has other names" in text for text in extract(tmp_path, rank=8).warnings)
+    fastinterp.interpolate(base, f"{base}+{tmp_path / 'out'}", 1.0, tmp_path / "back", dtype="float32")
+    got, want = (load_file(Path(f) / "model.safetensors")[f"{module}.weight"] for f in (tmp_path / "back", tuned))
+    # Eight singular values of an 8 x 8 matrix are all; factors are rounded to float32.
+    np.testing.assert_allclose(got.astype(np.float64), np.asarray(want, np.float64), rtol=0, atol=1e-4)
+
+
 def test_energy_has_the_rank_as_its_limit(tmp_path):
     models(tmp_path)
     assert {m.rank for m in extract(tmp_path, rank=3, energy=0.99).modules} == {3}
