@@ -9,50 +9,26 @@ average in BF16: it may differ by the rounding of two inputs and of the output.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import statistics
-import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 
 import fastinterp
+from benchmarks.file_races import MODELS, main, median_seconds
 from fastinterp.bench.check import WrongAnswerError, read_tensors
-from fastinterp.bench.provenance import provenance
-from fastinterp.bench.race import Racer, race
 from fastinterp.checkpoint.gguf_file import read_gguf
-from fastinterp.checkpoint.open import open_checkpoint
 
-MODELS = ("ft1", "ft2")
-KINDS = ("safetensors", "q8_0")
 _TOKENS, _MERGES = 128_256, 280_147  # of the header that is timed: those of Llama 3
 _COMPARED = 4096  # elements of a tensor, whole blocks
 
 
-def main() -> None:
-    """Run the race and print, or write, what it found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
-    models = asked.models.resolve()
+def prepared(models: Path) -> dict[str, list[Path]]:
     for name in MODELS:
         converted(models, name)
-    found: dict[str, Any] = {"benchmark": "gguf_files", "provenance": provenance(models)}
-    found |= {"average": averages(models, asked.runs), "header_s": header(models, asked.runs)}
-    for name, racer in found["average"].items():
-        peak = racer["peak_anon_bytes"] / 1e6
-        print(f"{name:12} {racer['median_wall_s']:.3f} s  {peak:.0f} MB  x{1 / racer['ratio']['median']:.2f}")
-    print(f"header with {_TOKENS:,} tokens and {_MERGES:,} merges: {found['header_s']:.3f} s")
-    if asked.out:
-        asked.out.write_text(json.dumps(found, indent=1) + "\n")
+    return {"safetensors": [models / m for m in MODELS], "q8_0": [models / f"{m}-q8_0.gguf" for m in MODELS]}
 
 
 def converted(models: Path, name: str) -> None:
@@ -70,25 +46,6 @@ def converted(models: Path, name: str) -> None:
         recipe = {"merge_method": "passthrough", "models": [{"model": str(plain)}]}
         fastinterp.merge(recipe, blocks, dtype="q8_0", device="cpu")
         plain.unlink()
-
-
-def averages(models: Path, runs: int) -> dict[str, Any]:
-    """The race. Raises: WrongAnswerError, if an output is wrong."""
-    named = {k: [models / (m if k == "safetensors" else f"{m}-{k}.gguf") for m in MODELS] for k in KINDS}
-    files = [f for pair in named.values() for model in pair for f in open_checkpoint(str(model)).files]
-    with tempfile.TemporaryDirectory(dir=models, prefix=".race-") as scratch:
-        work = Path(scratch)
-        out = work / "out"
-        racers = [
-            Racer(
-                kind,
-                [sys.executable, "-m", "fastinterp", "average", *map(str, pair), "-o", str(out), "--quiet"],
-                lambda: check(out, models),
-            )
-            for kind, pair in named.items()
-        ]
-        race(racers, files, work, runs=runs, cold=False, say=lambda _: None)
-        return {r.name: r.as_dict(racers[0]) for r in racers}
 
 
 def check(out: Path, models: Path) -> int:
@@ -136,13 +93,11 @@ def header(folder: Path, runs: int) -> float:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        times = []
-        for _ in range(runs):
-            start = time.perf_counter()
-            read_gguf(path)
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+        return median_seconds(lambda: read_gguf(path), runs)
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        "gguf_files", __doc__, prepared, lambda models: lambda out: check(out, models), header,
+        f"a model with {_TOKENS:,} tokens and {_MERGES:,} merges",
+    )  # fmt: skip

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from fastinterp.errors import CheckpointError
 from fastinterp.execute.decode_rows import Read, decoded
+from fastinterp.execute.quantisation_noise import RoundedDelta
 from fastinterp.plan.encoded_rows import aligned, rows_of
 from fastinterp.plan.inputs import StoredInput
 from fastinterp.plan.planned import PlannedTensor
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
     from fastinterp.plan.plan import Plan
 
-NOISY = 0.7  # a share of signal below this is a warning
-_MEAN_ABS = 0.8  # mean |d| of normally distributed d, in standard deviations
 _ELEMENTS = 1 << 14  # of a sample
 # Codes of 1.0, by decoder: they decode to the scale of each element. And the bits of the mantissa, of floats of 8 bits.
 _ONES = {"scaled_f8_e4m3": 0x38, "scaled_f8_e5m2": 0x3C, "scaled_i8": 1, "mxfp4": 0x22, "nvfp4": 0x22}
@@ -37,24 +36,14 @@ _E2M1 = (0.5, 0.5, 0.5, 0.5, 1.0, 1.0, 2.0, 2.0)  # from a code to the next
 
 
 @dataclass
-class QuantisedDelta:
+class QuantisedDelta(RoundedDelta):
     """The difference d of one model from another (the base, where there is one), where one or both are decoded.
 
-    numel    number of sampled elements
     sum_d    sum of |d|
-    sum_dd   sum of d^2
-    steps    sum of the steps q: from the value of a code to the next; of two models, the larger
-    steps2   sum of q^2
-    both     whether both models are decoded
     formats  how they are stored
     """
 
-    numel: int = 0
     sum_d: float = 0.0
-    sum_dd: float = 0.0
-    steps: float = 0.0
-    steps2: float = 0.0
-    both: bool = True
     formats: set[str] = field(default_factory=set)
 
     @property
@@ -62,22 +51,8 @@ class QuantisedDelta:
         """Mean |d| over the mean step."""
         return self.sum_d / self.steps if self.steps > 0 else math.inf
 
-    @property
-    def signal(self) -> float:
-        """Estimated cosine of d with the difference of the models before they were quantised.
-
-        A small change c moves an element by a whole step q with probability |c|/q, so E d^2 = |c|*q where both models
-        are rounded; where one is, its rounding adds q^2/12.
-        """
-        if self.sum_dd <= 0 or not self.steps2:
-            return 0.0
-        mean = self.sum_dd / self.numel
-        if self.both:
-            return min(1.0, math.sqrt(mean) / (_MEAN_ABS * self.steps / self.numel))
-        return math.sqrt(max(0.0, mean - self.steps2 / self.numel / 12) / mean)
-
     def as_dict(self) -> dict[str, Any]:
-        return {"ratio": self.ratio, "signal": self.signal, "sampled": self.numel, "formats": sorted(self.formats)}
+        return {"ratio": self.ratio, "signal": self.signal, "sampled": self.rounded, "formats": sorted(self.formats)}
 
 
 def quantised_deltas(plan: Plan, tensors: int) -> dict[tuple[int, int], QuantisedDelta]:
@@ -92,14 +67,14 @@ def quantised_deltas(plan: Plan, tensors: int) -> dict[tuple[int, int], Quantise
         read = _reader(stack)
         for k in range(min(tensors, len(having))):
             _add(deltas, having[k * len(having) // min(tensors, len(having))], read)
-    return {key: delta for key, delta in deltas.items() if delta.numel}
+    return {key: delta for key, delta in deltas.items() if delta.rounded}
 
 
 def about(deltas: Mapping[tuple[int, int], QuantisedDelta], names: Sequence[str]) -> list[str]:
     """A remark for each difference. names: of the plan's checkpoints."""
     return [
         f"{names[i]} differs from {names[base]} by {delta.ratio:.2g} quantisation steps on average "
-        f"({', '.join(sorted(delta.formats))}; {delta.numel:,} elements sampled)"
+        f"({', '.join(sorted(delta.formats))}; {delta.rounded:,} elements sampled)"
         for (i, base), delta in deltas.items()
     ]
 
@@ -113,9 +88,9 @@ def noise(deltas: Mapping[tuple[int, int], QuantisedDelta], plan: Plan) -> list[
     return [
         f"the difference of {names[i]} from {names[base]} is mostly quantisation noise: {delta.ratio:.2g} steps on "
         f"average, stored as {' and '.join(sorted(delta.formats))}, about {delta.signal:.2f} of its norm is signal, "
-        f"estimated from {delta.numel:,} sampled elements. Use models from before they were quantised"
+        f"estimated from {delta.rounded:,} sampled elements. Use models from before they were quantised"
         for (i, base), delta in deltas.items()
-        if delta.sum_d > 0 and delta.signal < NOISY
+        if delta.is_noise
     ]
 
 
@@ -159,12 +134,9 @@ def _add(deltas: dict[tuple[int, int], QuantisedDelta], tensor: PlannedTensor, r
         q = np.maximum(both[0], both[-1]).astype(np.float64)
         good = np.isfinite(d) & np.isfinite(q)
         delta = deltas.setdefault((i, reads[pivot][0]), QuantisedDelta())
-        delta.numel += int(good.sum())
-        delta.sum_d += float(d[good].sum())
-        delta.sum_dd += float((d[good] ** 2).sum())
-        delta.steps += float(q[good].sum())
-        delta.steps2 += float((q[good] ** 2).sum())
-        delta.both &= len(both) == 2
+        d, q = d[good], q[good]
+        delta.add(d.size, float((d**2).sum()), float(q.sum()), float((q**2).sum()), len(both) == 2)
+        delta.sum_d += float(d.sum())
         delta.formats |= {_format(part) for part in (one, reads[pivot][1]) if part.encoding is not None}
 
 

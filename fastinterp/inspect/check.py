@@ -343,6 +343,6 @@ def _check_samples(plan: Plan, known: Collection[str], findings: _Findings) -> i
             findings.add_warning(
                 f"the difference of {names[i]} from {names[base]} is mostly rounding noise: stored as "
                 f"{' and '.join(sorted(delta.dtypes))}, about {signal:.2f} of its norm is signal, estimated from "
-                f"{delta.quantised:,} sampled elements. Use models that were never quantised"
+                f"{delta.rounded:,} sampled elements. Use models that were never quantised"
             )
     return sampled.tensors

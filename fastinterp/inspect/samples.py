@@ -16,6 +16,7 @@ from fastinterp.backends.cpu import PumpOptions, survey
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import CheckpointError
 from fastinterp.execute.chunks import differing_unmerged, evenly_sampled, middle_chunk, read_bytes, stored_inputs
+from fastinterp.execute.quantisation_noise import RoundedDelta
 from fastinterp.execute.sources import Sources
 from fastinterp.ops.steps import Measure
 from fastinterp.plan.inputs import StoredInput
@@ -23,52 +24,22 @@ from fastinterp.plan.plan import Plan
 from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.tensors import must_agree
 
-_NOISY = 0.7  # a share of signal below this is a warning
-
-_MEAN_ABS = 0.8  # mean |d| of normally distributed d, in standard deviations
-
 
 @dataclass
-class SampledDelta:
+class SampledDelta(RoundedDelta):
     """The delta d of one model from another (the base, where there is one), over samples.
 
     adapted    whether adapters change tensors of one model, which are not sampled
     changed    number of sampled elements that differ
     numel      number of sampled elements
 
-    Over those samples where one or both models are stored in 8 bits:
-
-    quantised  number of elements
-    sum_dd     sum of d^2
-    steps      sum of the distances q between neighbouring values of the dtype
-    steps2     sum of q^2
-    both       whether both models are stored in 8 bits
-    dtypes     names of those dtypes
+    dtypes     names of the 8-bit dtypes in which one or both models are stored, the rounded ones
     """
 
     adapted: bool = False
     changed: int = 0
     numel: int = 0
-    sum_dd: float = 0.0
-    steps: float = 0.0
-    steps2: float = 0.0
-    quantised: int = 0
-    both: bool = True
     dtypes: set[str] = field(default_factory=set)
-
-    @property
-    def signal(self) -> float | None:
-        """Estimated cosine of the delta with that before rounding to 8 bits. None if no model is stored in 8 bits.
-
-        A small change c moves an element by a whole step q with probability |c|/q, so E d^2 = |c|*q where both models
-        are rounded; where one is, its rounding adds q^2/12.
-        """
-        if not self.quantised or self.sum_dd <= 0 or not math.isfinite(self.sum_dd):
-            return None
-        mean = self.sum_dd / self.quantised
-        if self.both:
-            return min(1.0, math.sqrt(mean) / (_MEAN_ABS * self.steps / self.quantised))
-        return math.sqrt(max(0.0, mean - self.steps2 / self.quantised / 12) / mean)
 
 
 @dataclass
@@ -87,9 +58,8 @@ class Samples:
     def noisy(self) -> Iterator[tuple[int, int, SampledDelta, float]]:
         """(model, base, delta, its signal) of deltas that are mostly rounding noise."""
         for (i, base), delta in self.deltas.items():
-            signal = delta.signal
-            if signal is not None and signal < _NOISY:
-                yield i, base, delta, signal
+            if delta.is_noise:
+                yield i, base, delta, delta.signal or 0.0
 
     def equal(self) -> Iterator[tuple[int, int]]:
         """(model, other) that are equal in all samples."""
@@ -176,11 +146,7 @@ def _add(
     if rounded and math.isfinite(dd):
         # Where both are rounded, the steps of one are about those of the other: their deltas are small.
         steps, steps2 = _steps(rounded[0][1])
-        delta.sum_dd += dd
-        delta.steps += steps
-        delta.steps2 += steps2
-        delta.quantised += x.numel
-        delta.both &= len(rounded) == 2
+        delta.add(x.numel, dd, steps, steps2, len(rounded) == 2)
         delta.dtypes.update(e.dtype.name for _, e in rounded)
 
 
