@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
 from fastinterp.backends.cpu import Progress
@@ -66,19 +66,38 @@ def merge(
     The output appears when it is complete, or not at all.
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
+    with given(methods):
+        recipes = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+        _refuse_adapters(recipes, "merge_adapters")
+        return merge_documents(
+            recipes, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
+            force=force, durable=durable, progress=progress, keep_intermediates=keep_intermediates,
+        )  # fmt: skip
+
+
+def merge_documents(
+    recipes: Sequence[Recipe],
+    out: str | os.PathLike[str],
+    *,
+    device: str,
+    threads: int | None,
+    max_shard_size: str | int | None,
+    max_memory: str | int,
+    force: bool,
+    durable: bool,
+    progress: Progress | None,
+    keep_intermediates: str | os.PathLike[str] | None,
+) -> Report:
+    """`merge` of the documents of a recipe, which make models."""
     target = path_of(out, "out")
     outs: list[list[str | os.PathLike[str]]] = [[target]]
-    one_file = names_file(target)
-    keys = dtype, rounding, seed, missing, channels, quantize
-    with given(methods):
-        if keep_intermediates is None:
-            *above, last = documents(recipe, *keys)
-            _refuse_adapters(above, last, "merge_adapters")
-            plans = [make_plan([last], max_shard_size=optional_size(max_shard_size), above=above, one_file=one_file)]
-        else:
-            plans = plan_documents(recipe, max_shard_size, *keys, one_file=one_file)
-            folder = path_of(keep_intermediates, "keep_intermediates")
-            outs[:0] = [[os.path.join(folder, _folder_name(plan.recipes[0].name))] for plan in plans[:-1]]
+    one_file, size = names_file(target), optional_size(max_shard_size)
+    if keep_intermediates is None:
+        plans = [make_plan(recipes[-1:], max_shard_size=size, above=recipes[:-1], one_file=one_file)]
+    else:
+        plans = plan_documents(recipes, size, one_file)
+        folder = path_of(keep_intermediates, "keep_intermediates")
+        outs[:0] = [[os.path.join(folder, _folder_name(one.name))] for one in recipes[:-1]]
     return write_outputs(
         plans, outs, device=device, threads=threads, max_memory=size_of(max_memory), force=force,
         durable=durable, progress=progress,
@@ -220,9 +239,9 @@ def explain(
     Arguments and errors are those of `merge`.
     """
     with given(methods):
-        *above, last = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
-        _refuse_adapters(above, last, "explain_adapters")
-        return _explanation(above, last, max_shard_size)
+        recipes = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+        _refuse_adapters(recipes, "explain_adapters")
+        return _explanation(recipes, max_shard_size)
 
 
 def merge_adapters(
@@ -245,25 +264,22 @@ def merge_adapters(
     """
     with given(methods):
         found = _of_adapters(documents(recipe, dtype, None, seed, None, None, None))
-        return _write_adapters(found, out, threads=threads, force=force, durable=durable, progress=progress)
+        return merge_adapter_document(found, out, threads=threads, force=force, durable=durable, progress=progress)
 
 
-def merge_models_or_adapters(
-    recipe: Source, out: str | os.PathLike[str], **settings: Any
-) -> Report | AdapterReport:  # fmt: skip
-    """`merge`, or of a recipe with `out: lora` `merge_adapters`. settings: as of `merge`; adapters use some of them."""
-    try:
-        return merge(recipe, out, **settings)
-    except _AdapterRecipeError as found:
-        used = {name: settings[name] for name in ("threads", "force", "durable", "progress") if name in settings}
-        with given(settings.get("methods", ())):
-            return _write_adapters(found.recipe, out, **used)
-
-
-def _write_adapters(recipe: Recipe, out: str | os.PathLike[str], **settings: Any) -> AdapterReport:
+def merge_adapter_document(
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    threads: int | None,
+    force: bool,
+    durable: bool,
+    progress: Progress | None,
+) -> AdapterReport:
+    """`merge_adapters` of the document of a recipe with `out: lora`."""
     from fastinterp.lora.merge import merge_adapters as write
 
-    return write(recipe, path_of(out, "out"), **settings)
+    return write(recipe, path_of(out, "out"), threads=threads, force=force, durable=durable, progress=progress)
 
 
 def explain_adapters(recipe: Source, *, methods: Sequence[Method] = ()) -> AdapterExplanation:
@@ -280,17 +296,9 @@ def merges_adapters(recipes: Sequence[Recipe]) -> bool:
     return len(recipes) == 1 and recipes[0].out == "lora"
 
 
-class _AdapterRecipeError(UsageError):
-    """A recipe with `out: lora` where one of models is wanted."""
-
-    def __init__(self, recipe: Recipe, instead: str):
-        super().__init__(f"this recipe merges adapters with each other (`out: lora`): call fastinterp.{instead}")
-        self.recipe = recipe
-
-
-def _refuse_adapters(above: Sequence[Recipe], last: Recipe, instead: str) -> None:
-    if merges_adapters([*above, last]):
-        raise _AdapterRecipeError(last, instead)
+def _refuse_adapters(recipes: Sequence[Recipe], instead: str) -> None:
+    if merges_adapters(recipes):
+        raise UsageError(f"this recipe merges adapters with each other (`out: lora`): call fastinterp.{instead}")
 
 
 def _of_adapters(recipes: Sequence[Recipe]) -> Recipe:
@@ -311,18 +319,16 @@ def explanation_of(
         from fastinterp.lora.plan import plan_adapters
 
         return AdapterExplanation(plan_adapters(recipes[0]))
-    *above, last = recipes
-    return _explanation(above, last, max_shard_size, threads, max_memory)
+    return _explanation(recipes, max_shard_size, threads, max_memory)
 
 
 def _explanation(
-    above: Sequence[Recipe],
-    last: Recipe,
+    recipes: Sequence[Recipe],
     max_shard_size: str | int | None,
     threads: int | None = None,
     max_memory: int = 512_000_000,
 ) -> Explanation:
     from fastinterp.inspect.explain import Explanation
 
-    plan = make_plan([last], max_shard_size=optional_size(max_shard_size), above=above)
+    plan = make_plan(recipes[-1:], max_shard_size=optional_size(max_shard_size), above=recipes[:-1])
     return Explanation(plan, threads, max_memory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,18 @@ import click
 from fastinterp.cli import OUTCOME, options
 from fastinterp.cli.blas import one_blas_thread
 from fastinterp.cli.ranges import alphas
-from fastinterp.errors import FastinterpError, OutputError
+from fastinterp.errors import FastinterpError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from fastinterp.execute.report import Report
     from fastinterp.lora.report import AdapterReport
 
+_RECIPE_KEYS = ("dtype", "rounding", "seed", "missing", "channels", "quantize")  # options that replace a recipe's keys
+_OF_ADAPTERS = ("threads", "force", "durable", "progress")  # arguments of a merge of adapters
+_OF_MODELS = {
+    "device": "auto", "max_shard_size": None, "max_memory": "512MB", "rounding": None, "missing": None,
+    "channels": None, "quantize": None, "keep_intermediates": None,
+}  # fmt: skip
 _VISIBLE = 0.01  # relative difference of an effective alpha from the alpha, above which it is shown
 
 
@@ -48,14 +54,20 @@ def merge(
     """
     from fastinterp import api
     from fastinterp.cli import progress
+    from fastinterp.plan.plan import documents
 
+    report: Report | AdapterReport
     me = options.rank()
     if me is None:
         one_blas_thread()  # of adapters
         with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
-            report = api.merge_models_or_adapters(
-                recipe, out, progress=shown, keep_intermediates=keep_intermediates, **settings
-            )
+            keys = {name: settings.pop(name) for name in _RECIPE_KEYS}
+            recipes = documents(recipe, **keys)
+            settings |= {"progress": shown, "keep_intermediates": keep_intermediates}
+            if api.merges_adapters(recipes):
+                report = api.merge_adapter_document(recipes[0], out, **_of_adapters(settings | keys))
+            else:
+                report = api.merge_documents(recipes, out, **settings)
     else:
         if keep_intermediates is not None:
             options.refuse_ranks("merge --keep-intermediates")
@@ -124,6 +136,17 @@ def interpolate(
         if older:
             lines.append(f"  not changed: {counted(older, 'older alpha_* folder')} in {plain(out)}")
         options.say("\n".join(lines))
+
+
+def _of_adapters(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a merge of adapters. Raises: UsageError, if there are options that are about models only."""
+    given = [f"--{name.replace('_', '-')}" for name, default in _OF_MODELS.items() if settings[name] != default]
+    if given:
+        are = "is" if len(given) == 1 else "are"
+        raise UsageError(
+            f"the recipe merges adapters (`out: lora`), and {', '.join(given)} {are} about models. Leave that out"
+        )
+    return {name: settings[name] for name in _OF_ADAPTERS}
 
 
 @contextmanager

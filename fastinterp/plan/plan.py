@@ -253,16 +253,12 @@ def plan_recipe(
     return make_plan([last], max_shard_size=size, above=above, one_file=one_file, as_numbers=as_numbers)
 
 
-def plan_documents(
-    recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
-    missing: object = None, channels: object = None, quantize: object = None, *, one_file: str = "",
-) -> list[Plan]:  # fmt: skip
-    """A plan for each document of a recipe, the last for that which is written. Arguments and errors as of `merge`."""
-    every = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
-    size = optional_size(max_shard_size)
+def plan_documents(recipes: Sequence[Recipe], max_shard_size: int | None, one_file: str) -> list[Plan]:
+    """A plan for each document of a recipe. one_file: of the last, which is written; the others are folders."""
+    last = len(recipes) - 1
     return [
-        make_plan([one], max_shard_size=size, above=every[:i], one_file=one_file if one is every[-1] else "")
-        for i, one in enumerate(every)
+        make_plan([one], max_shard_size=max_shard_size, above=recipes[:i], one_file=one_file if i == last else "")
+        for i, one in enumerate(recipes)
     ]
 
 

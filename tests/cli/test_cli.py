@@ -128,7 +128,7 @@ def test_unexpected_exception_is_not_hidden(models, monkeypatch):
     def broken(*args, **settings):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("fastinterp.api.merge", broken)
+    monkeypatch.setattr("fastinterp.api.merge_documents", broken)
     with pytest.raises(ZeroDivisionError):
         run("merge", "recipe.yml", "out")
 

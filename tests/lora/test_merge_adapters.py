@@ -421,3 +421,14 @@ def test_commands(tmp_path, two):
     made = json.loads(run("merge", str(file), out, "--force", "--json").stdout)
     assert made["exact"] and made["modules"].keys() == changes(out).keys()
     assert "LoRA adapter (peft)" in run("inspect", out).stdout
+
+
+def test_options_of_models_are_errors(tmp_path, two):
+    """Options that would have no effect are named, and nothing is written."""
+    (tmp_path / "r.json").write_text(json.dumps(recipe(dict.fromkeys(two, 0.5))))
+    out = tmp_path / "out"
+    done = run("merge", str(tmp_path / "r.json"), str(out), "--quantize", "same")
+    assert done.exit_code == 2 and "--quantize is about models" in done.stderr
+    assert not out.exists()
+    done = run("merge", str(tmp_path / "r.json"), str(out), "--dtype", "float32")
+    assert done.exception is None and (out / "adapter_config.json").exists()
