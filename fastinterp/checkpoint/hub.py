@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastinterp.checkpoint.names import PICKLES, WEIGHTS
+from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, WEIGHTS
 from fastinterp.errors import CheckpointError
 
 # From the top folder: weights, and the small files that may belong to a model, its code among them, which is never run.
@@ -32,7 +32,7 @@ def parse(name: str) -> tuple[str, str | None] | None:
     `./x`, `/x`, `a/b/c` and names of files of weights are paths, never ids.
     """
     match = _ID.fullmatch(name)
-    if not match or "--" in match[1] or ".." in match[1] or match[1].endswith((WEIGHTS, *PICKLES)):
+    if not match or "--" in match[1] or ".." in match[1] or match[1].endswith((WEIGHTS, *PICKLES, GGUF, *OTHER_WEIGHTS)):
         return None
     return match[1], match[2]
 
