@@ -61,6 +61,7 @@ class Rival:
         return None
 
     def prepare(self, case: KernelCase, threads: int) -> Run:
+        """What computes the case. Every rival has its own. Raises: CannotError."""
         raise NotImplementedError
 
 
@@ -77,6 +78,7 @@ class _Torch(Rival):
         return self.run(case, inputs, outputs)
 
     def run(self, case: KernelCase, inputs: list[Any], outputs: list[Any]) -> Run:
+        """The same for tensors. Every rival of torch has its own."""
         raise NotImplementedError
 
 

@@ -39,7 +39,7 @@ class OpenFiles(Protocol):
 
 
 class TensorInput(msgspec.Struct, frozen=True, eq=False):
-    """One tensor that is read.
+    """One tensor that is read: the interface. Every kind implements key, files and open, which raise here.
 
     dtype, shape  of its numbers, whatever stores them
     nbytes        that are read for all of it
