@@ -23,6 +23,7 @@ PICKLED = (
 IGNORE = ("*/*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
+_FILES = (WEIGHTS, *PICKLES, GGUF, *OTHER_WEIGHTS)
 _ID = re.compile(rf"({_PART}(?:/{_PART})?)(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?")
 
 
@@ -32,7 +33,7 @@ def parse(name: str) -> tuple[str, str | None] | None:
     `./x`, `/x`, `a/b/c` and names of files of weights are paths, never ids.
     """
     match = _ID.fullmatch(name)
-    if not match or "--" in match[1] or ".." in match[1] or match[1].endswith((WEIGHTS, *PICKLES, GGUF, *OTHER_WEIGHTS)):
+    if not match or "--" in match[1] or ".." in match[1] or match[1].endswith(_FILES):
         return None
     return match[1], match[2]
 

@@ -366,4 +366,5 @@ def test_a_repository_with_files_of_other_names(repository):
 
 def test_names_of_files_are_no_ids():
     assert hub.parse("org/model") and hub.parse("org/v1.5")
-    assert not any(hub.parse(f"org/model{suffix}") for suffix in (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".onnx"))
+    suffixes = (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".onnx")
+    assert not any(hub.parse(f"org/model{suffix}") for suffix in suffixes)
