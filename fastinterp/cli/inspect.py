@@ -16,7 +16,8 @@ from fastinterp.cli import options
 def check(recipe: str, strict: bool, as_json: bool) -> None:
     """Report all errors of a recipe and its models, and warnings.
 
-    Reads headers and samples of the models, and writes nothing. The exit code is that which `merge` would have.
+    Reads headers, scales of quantised weights and samples of the models, and writes nothing. The exit code is that
+    which `merge` would have.
 
     \b
     Example:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
 from fastinterp.execute import chunks, quantised_deltas
+from fastinterp.execute.scales import refuse_scales_of
 from fastinterp.inspect import samples
 from fastinterp.inspect.check_result import CheckResult, Finding
 from fastinterp.messages import counted, listed, plain
@@ -323,6 +324,10 @@ def _check_samples(plan: Plan, known: Collection[str], findings: _Findings) -> i
             f"{counted(len(names), 'tensor')} with codes or scales of quantised weights must be the same in all "
             f"models, and only the first MB of each was compared: {listed(names, _LISTED)}"
         )
+    try:
+        refuse_scales_of(i for t in plan.tensors for stage in t.stages for i in stage.inputs)
+    except CheckpointError as error:
+        findings.add_error(error)
     for warning in chunks.negative_importances(plan):
         findings.add_warning(warning)
     sampled = samples.sample(plan)

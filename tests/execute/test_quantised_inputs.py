@@ -133,6 +133,8 @@ def test_scales_that_are_not_finite(tmp_path: Path, name: str, value: bytes) -> 
         assert result.exit_code == 3, result.output
         assert f"`{scale}`" in result.output and f"holds NaN or Inf: its element {at}, counted from 0" in result.output
         assert f"{bad}/model.safetensors" in result.output
+        checked = CliRunner().invoke(commands, ["check", str(tmp_path / "r.yml")])
+        assert checked.exit_code == 3 and f"`{scale}`" in checked.output
         assert not (tmp_path / "out").exists() and sorted(p.name for p in tmp_path.iterdir()) == [
             "bad",
             "good",
