@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 
 from fastinterp.checkpoint.names import quote
 from fastinterp.errors import CheckpointError
-from fastinterp.plan.inputs import StoredInput, TensorInput
+from fastinterp.plan.inputs import StoredInput
 
 _PIECE = 1 << 20  # bytes that are looked at at a time
 
@@ -31,23 +30,6 @@ def refuse_scales(tensor: StoredInput, companions: Sequence[StoredInput], fds: S
                     file=str(companion.path),
                     tensor=companion.name,
                 )
-
-
-def refuse_scales_of(inputs: Iterable[TensorInput]) -> None:
-    """The same of all encoded tensors among the inputs of a plan, each once. Raises: StorageError, too."""
-    from fastinterp.execute.sources import storage
-
-    every = {one.key: one for tensor in inputs if (one := tensor.stored) is not None and one.encoding is not None}
-    for tensor in every.values():
-        assert tensor.encoding is not None
-        with ExitStack() as stack:
-            fds = []
-            for companion in tensor.encoding.companions:
-                with storage(companion.path):
-                    fds.append(os.open(companion.path, os.O_RDONLY | os.O_CLOEXEC))
-                stack.callback(os.close, fds[-1])
-            with storage(tensor.path):
-                refuse_scales(tensor, tensor.encoding.companions, fds)
 
 
 def not_finite(data: bytes, dtype: str) -> int:
