@@ -6,6 +6,7 @@ process writes what the averages must be, from the whole weights after each step
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,3 +104,5 @@ def main(how: str, out: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # not through the destructors: on a busy machine, threads that gloo has left abort some exits
