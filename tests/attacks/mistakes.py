@@ -17,11 +17,11 @@ def beyond_the_end() -> None:
 
 def without_order() -> None:
     """Two threads write the same bytes; ctypes releases the lock of the interpreter."""
-    block = ctypes.c_void_p(libc.malloc(8))
+    block = ctypes.c_void_p(libc.malloc(1 << 20))
 
     def write() -> None:
         for _ in range(1000):
-            libc.memset(block, 0, 8)
+            libc.memset(block, 0, 1 << 20)
 
     threads = [threading.Thread(target=write) for _ in range(2)]
     for thread in threads:

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/../.."
 kind=$1 && shift
 python=$(readlink -e "$(dirname "${PYTHON:-.venv/bin/python}")")/python
 case $kind in
-  address) flags=address,undefined libraries="libasan.so libubsan.so" symbol=__asan_init ;;
+  address) flags=address,undefined libraries="libubsan.so libasan.so" symbol=__asan_init ;;
   thread) flags=thread libraries=libtsan.so symbol=__tsan_init ;;
   *) echo "sanitize.sh: address or thread, not $kind" >&2 && exit 2 ;;
 esac
@@ -28,7 +28,7 @@ cmake -S . -B "$folder/cmake" -G Ninja -DFASTINTERP_SANITIZE="$flags" -DFASTINTE
   -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$folder/built"
 cmake --build "$folder/cmake" | tail -n 1
 cp "$folder"/built/_C.* "$folder/tree/fastinterp/"
-nm -D "$folder"/built/_C.* | grep -q "$symbol" || { echo "sanitize.sh: the extension has no $symbol" >&2 && exit 1; }
+nm -D "$folder"/built/_C.* | grep "$symbol" >/dev/null || { echo "sanitize.sh: the extension has no $symbol" >&2 && exit 1; }
 
 # Python is not built with sanitizers, so their libraries are loaded first; libstdc++ too, for exceptions that they watch.
 preload=$("$compiler" -print-file-name=libstdc++.so.6)
