@@ -1,1 +1,1 @@
-"""What makes and describes a release: the wheel tried as a user installs it, the list of what is in it, hashes of the tools."""
+"""What makes and describes a release: wheels tried as users install them, their parts, hashes of the tools."""

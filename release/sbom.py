@@ -1,7 +1,7 @@
 """The software bill of materials of a wheel: `python -m release.sbom VENV OUT.json`, in CycloneDX.
 
-VENV has the wheel and what it requires, and nothing else (release/try_wheel.py makes it); `cyclonedx-py` lists that. What
-is compiled into the extension is added: pybind11, and csrc/third_party/.
+VENV has the wheel and what it requires, and nothing else (release/try_wheel.py makes it); `cyclonedx-py` lists that.
+What is compiled into the extension is added: pybind11, and csrc/third_party/.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def compiled_in() -> list[dict[str, Any]]:
     found = [("pybind11", version("pybind11"), "BSD-3-Clause", "pkg:pypi/pybind11@{}")]
     xxhash = ROOT / "csrc" / "third_party" / "xxhash.h"
     if xxhash.exists():
-        numbers = re.findall(r"^#define XXH_VERSION_(?:MAJOR|MINOR|RELEASE) +(\d+)", xxhash.read_text("utf-8"), re.MULTILINE)
+        numbers = re.findall(
+            r"^#define XXH_VERSION_(?:MAJOR|MINOR|RELEASE) +(\d+)", xxhash.read_text("utf-8"), re.MULTILINE
+        )
         found.append(("xxHash", ".".join(numbers), "BSD-2-Clause", "pkg:github/Cyan4973/xxHash@v{}"))
     return [
         {
@@ -46,7 +48,16 @@ def compiled_in() -> list[dict[str, Any]]:
 def main() -> None:
     """Write the list of the environment that the command line names."""
     environment, out = sys.argv[1], Path(sys.argv[2])
-    command = ["-m", "cyclonedx_py", "environment", environment, "--pyproject", "pyproject.toml", "--mc-type", "library"]
+    command = [
+        "-m",
+        "cyclonedx_py",
+        "environment",
+        environment,
+        "--pyproject",
+        "pyproject.toml",
+        "--mc-type",
+        "library",
+    ]
     listed = subprocess.run(
         [sys.executable, *command, "--output-reproducible"], cwd=ROOT, check=True, capture_output=True, text=True
     )
@@ -60,7 +71,9 @@ def main() -> None:
     depends = {ref: on for ref, on in depends.items() if ref in refs}
     depends[root["bom-ref"]] = sorted({*depends.get(root["bom-ref"], []), *(c["bom-ref"] for c in native)})
     depends |= {c["bom-ref"]: [] for c in native}
-    document["dependencies"] = [{"ref": ref, **({"dependsOn": on} if on else {})} for ref, on in sorted(depends.items())]
+    document["dependencies"] = [
+        {"ref": ref, **({"dependsOn": on} if on else {})} for ref, on in sorted(depends.items())
+    ]
     text = json.dumps(document, indent=2) + "\n"
     if error := JsonStrictValidator(SchemaVersion.V1_6).validate_str(text):
         sys.exit(f"{out}: not valid CycloneDX: {error}")

@@ -1,4 +1,4 @@
-"""Tries a wheel as a user gets it: `python -m release.try_wheel WHEEL VENV`. Prints its size; exit code 1, with the reason.
+"""Tries a wheel as a user gets it: `python -m release.try_wheel WHEEL VENV`. Prints its size, or what is wrong with it.
 
 The contents first; then it is installed in the new environment VENV, from wheels alone, and the demo runs there, which
 checks every value of four merges with numpy: with no compiler on PATH, without torch, outside of the source tree.
@@ -26,10 +26,8 @@ def wrong(wheel: Path, root: Path = ROOT) -> list[str]:
         licences = [name for name in names if ".dist-info/licenses/" in name]
         texts = {archive.read(name) for name in licences}
         native = {name: archive.read(name) for name in names if re.search(r"\.so(\.|$)", name)}
-    found = []
-    for file in LICENCES:
-        if (root / file).exists() and (root / file).read_bytes() not in texts:
-            found.append(f"the licence {file} is not in it")
+    needed = [file for file in LICENCES if (root / file).exists()]
+    found = [f"the licence {file} is not in it" for file in needed if (root / file).read_bytes() not in texts]
     for name in names:
         if name.endswith("/"):
             continue
@@ -56,7 +54,12 @@ def install_and_run(wheel: Path, folder: Path) -> None:
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--only-binary", ":all:"]
     subprocess.run([*pip, str(wheel)], check=True)
-    env = {"PATH": str(folder / "bin"), "HOME": str(folder), "TMPDIR": os.environ.get("TMPDIR", "/tmp"), "LANG": "C.UTF-8"}
+    env = {
+        "PATH": str(folder / "bin"),
+        "HOME": str(folder),
+        "TMPDIR": os.environ.get("TMPDIR", "/tmp"),
+        "LANG": "C.UTF-8",
+    }
     probe = (
         "import importlib.util, shutil, sys\n"
         "found = [x for x in ('torch', 'safetensors', 'pybind11') if importlib.util.find_spec(x)]\n"
@@ -65,12 +68,13 @@ def install_and_run(wheel: Path, folder: Path) -> None:
         "found += [] if fastinterp.__file__.startswith(sys.prefix) else [fastinterp.__file__]\n"
         "sys.exit(f'not expected here: {found}' if found else 0)"
     )
-    for command in (
+    commands: tuple[list[str | Path], ...] = (
         [python, "-c", probe],
         [folder / "bin" / "fastinterp", "--version"],
         [folder / "bin" / "fastinterp", "doctor"],
         [python, ROOT / "examples" / "demo.py", "--tiny"],
-    ):
+    )
+    for command in commands:
         done = subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True)
         if done.returncode:
             print(done.stdout + done.stderr, file=sys.stderr)
@@ -85,7 +89,7 @@ def main() -> None:
     install_and_run(wheel.resolve(), folder.resolve())
     with zipfile.ZipFile(wheel) as archive:
         unpacked = sum(info.file_size for info in archive.infolist())
-    print(f"{wheel.name}: {wheel.stat().st_size:,} bytes, {unpacked:,} installed; ran without a compiler and without torch")
+    print(f"{wheel.name}: {wheel.stat().st_size:,} bytes, {unpacked:,} installed; ran without compiler or torch")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m tests.attacks.faults [--most 50] [--only NAME,...] [--folder build/faults-cases]
 
-A command runs once undisturbed, its calls on files of the case are counted (tests/support/faults.c names the calls), and
+A command runs once undisturbed, its calls on files of the case are counted (tests/support/faults.c names them), and
 then it runs once for each call and each of its first occurrences, with that one failing. Prints a table by command and
 every case that went wrong, as the rule that repeats it; exit code 1, if there is one.
 """
@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # What each call fails with: what file systems and limits make of it in practice. Others: EIO.
 ERRORS = {
     "open": ("EACCES", "EMFILE"), "read": ("EIO", "ZERO", "SHORT"), "pread": ("EIO", "ZERO", "SHORT"),
-    "write": ("ENOSPC", "ZERO", "SHORT"), "pwrite": ("ENOSPC", "EIO", "ZERO", "SHORT"), "fallocate": ("ENOSPC", "EOPNOTSUPP"),
+    "write": ("ENOSPC", "ZERO", "SHORT"), "pwrite": ("ENOSPC", "EIO", "ZERO", "SHORT"),
+    "fallocate": ("ENOSPC", "EOPNOTSUPP"),
     "mkdir": ("EACCES", "ENOSPC"), "rename": ("EIO", "EXDEV"), "unlink": ("EACCES",), "fsync": ("EIO", "EINVAL"),
     "close": ("EIO", "ENOSPC"), "flock": ("ENOLCK", "EIO"), "pthread_create": ("EAGAIN",), "mmap": ("ENOMEM", "ENODEV"),
     "stat": ("EACCES", "ESTALE"), "ftruncate": ("EFBIG",), "opendir": ("EACCES",), "lseek": ("EINVAL",),
@@ -80,7 +81,9 @@ def complaint(done: Run, undisturbed: Run, command: str, got: dict[str, bytes], 
         return f"exit code {done.code}"
     if done.code == 0:
         if got != want:
-            return f"success, but other files: {sorted(k for k in got.keys() | want.keys() if got.get(k) != want.get(k))}"
+            return (
+                f"success, but other files: {sorted(k for k in got.keys() | want.keys() if got.get(k) != want.get(k))}"
+            )
         if command in REPORTS and _plain(done.out) != _plain(undisturbed.out) and not done.err.strip():
             return "success, but another text, without a remark"
         return ""
@@ -145,9 +148,11 @@ def main() -> None:
 
 
 # Imported before the faults begin, so that what fails is the command, not the import of its modules.
-MODULES = ["fastinterp.api", "fastinterp.cli.merge", "fastinterp.cli.sweep", "fastinterp.cli.inspect", "fastinterp.execute.run",
-           "fastinterp.execute.to_files", "fastinterp.inspect.check", "fastinterp.inspect.explain", "fastinterp.inspect.describe",
-           "fastinterp.paths.sweep", "numpy"]  # fmt: skip
+_MODULES = """
+api cli.merge cli.sweep cli.inspect execute.run execute.to_files inspect.check inspect.explain inspect.describe
+paths.sweep
+"""
+MODULES = ["numpy", *(f"fastinterp.{name}" for name in _MODULES.split())]
 
 
 def prepare(folder: Path) -> None:

@@ -2,10 +2,10 @@
 
     python -m tests.attacks.kills [--kills 200] [--seed 0] [--folder build/kills] [--mb 48] [--only NAME,...]
 
-Each case starts a command and sends its process a signal, up to three times in a row: at a moment drawn between its start
-and its end, or, most often, between the first change of the output and its end. Unless all was done by then, the same
-command runs again, undisturbed. The output must have the bytes of an undisturbed run, file for file, nothing else may lie
-beside it, and the inputs must be as they were. Prints a table; exit code 1, if a case failed, whose folder is left.
+Each case starts a command and sends its process a signal, up to three times in a row: at a moment drawn between its
+start and its end, or, most often, between the first change of the output and its end. Unless all was done by then, the
+same command runs again, undisturbed. The output must have the bytes of an undisturbed run, file for file, nothing else
+may lie beside it, and the inputs must be as they were. Prints a table; exit code 1, if a case failed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -27,6 +28,7 @@ from random import Random
 import numpy as np
 
 from tests.support.models import bf16, save
+from tests.support.processes import interruptible
 from tests.support.written import tree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +88,14 @@ def make_models(folder: Path, megabytes: int) -> None:
 
 def run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=folder, env=ENV, capture_output=True, text=True, timeout=LIMIT_S, check=False, stdin=subprocess.DEVNULL
+        command,
+        cwd=folder,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
 
 
@@ -120,10 +129,12 @@ def disturbed(
     times  what `duration` measured
     """
     before = names_of(out)
-    process = subprocess.Popen(
-        command, cwd=folder, env=ENV, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    with interruptible():
+        process = subprocess.Popen(
+            command, cwd=folder, env=ENV, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+    children: list[int] = []
     try:
         if random.random() < 0.8:
             begun(process, out, before)
@@ -131,10 +142,8 @@ def disturbed(
         else:
             time.sleep(random.uniform(0, times[0]))
         children = _children(process.pid)
-        try:
+        with suppress(ProcessLookupError):
             os.kill(random.choice([process.pid, *children]), number)
-        except ProcessLookupError:
-            pass
         return process.wait(LIMIT_S)
     finally:
         for left in [process.pid, *children]:
@@ -163,7 +172,9 @@ def _end(pid: int) -> None:
 
 def contents(out: Path) -> dict[str, bytes]:
     """Files of an output, beside which nothing else may lie: what a run left there counts as a file of it."""
-    beside = {f"../{p.name}": b"" for p in out.parent.iterdir() if p.name.startswith((".", f"{out.name}.", out.name + "-"))}
+    beside = {
+        f"../{p.name}": b"" for p in out.parent.iterdir() if p.name.startswith((".", f"{out.name}.", out.name + "-"))
+    }
     return {**tree(out), **beside}
 
 
@@ -172,7 +183,7 @@ def named(command: Sequence[str], out: Path) -> list[str]:
 
 
 def older(out: Path, folder: Path) -> None:
-    """An output of the same command on other models, that is, an older checkpoint: a copy of what `folder` has of it."""
+    """An older checkpoint at `out`: a copy of the one in `folder`."""
     shutil.copytree(folder / "older", out)
 
 
@@ -215,7 +226,9 @@ def cases(name: str, folder: Path, count: int, random: Random, signals: Sequence
             last = run(named(command, out), folder)
             tally.resumed += "resumed" in last.stderr + last.stdout
             if last.returncode:
-                tally.wrong.append(f"{case}: {'; '.join(history)}; then {last.returncode}: {last.stderr.strip()[-600:]}")
+                tally.wrong.append(
+                    f"{case}: {'; '.join(history)}; then {last.returncode}: {last.stderr.strip()[-600:]}"
+                )
                 continue
         got = contents(out)
         if got != want:

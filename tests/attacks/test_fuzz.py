@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from random import Random
 
 import pytest
 
 from fastinterp.errors import FastinterpError
-from tests.attacks.fuzz import LIMIT_S, TARGETS, Target, attempt, corpus, damaged, damaged_json
+from tests.attacks.fuzz import LIMIT_S, attempt, corpus, damaged, damaged_json
+from tests.attacks.targets import TARGETS, Target
 
 COUNT = 200
 
@@ -60,8 +62,6 @@ def test_other_exceptions_are_mistakes(tmp_path):
 
 
 def test_damage_to_json_keeps_it_json():
-    import json
-
     random = Random(0)
     seed = b'{"a": [1, {"b": "c"}], "d": null}'
     found = {damaged_json(seed, random) for _ in range(200)} - {None}

@@ -59,7 +59,14 @@ def test_tools_that_are_asked_for_are_pinned():
 def test_workflows_are_valid():
     """By the schema of GitHub, which check-jsonschema brings along."""
     assert len(WORKFLOWS) == 2
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", *WORKFLOWS]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "check_jsonschema",
+        "--builtin-schema",
+        "vendor.github-workflows",
+        *WORKFLOWS,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -118,7 +125,9 @@ def test_wrong_contents_of_a_wheel_are_noticed(tmp_path, changes, said):
 def test_parts_that_are_compiled_in_are_listed():
     """With version and licence, so that somebody who looks for a flaw in one finds it."""
     found = {part["name"]: part for part in sbom.compiled_in()}
-    assert found.keys() == {"pybind11"} | ({"xxHash"} if (ROOT / "csrc" / "third_party" / "xxhash.h").exists() else set())
+    assert found.keys() == {"pybind11"} | (
+        {"xxHash"} if (ROOT / "csrc" / "third_party" / "xxhash.h").exists() else set()
+    )
     for part in found.values():
         assert re.fullmatch(r"\d+\.\d+\.\d+", part["version"]) and part["purl"].endswith(part["version"])
         assert re.fullmatch(r"BSD-\d-Clause", part["licenses"][0]["license"]["id"])
