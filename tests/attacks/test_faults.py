@@ -47,4 +47,4 @@ def test_calls_that_fail_are_errors(server, folder, command):
     ],
 )
 def test_what_is_wrong_is_noticed(done, got, said):
-    assert faults.complaint(done, Run(0, "", ""), "merge", got, {"a": b"1"}) == said
+    assert faults.complaint(done, Run(0, "", ""), "merge", "close:1:EIO", got, {"a": b"1"}) == said
