@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,12 @@ def opened(path: Path) -> None:
     open_model(str(path))
 
 
-def in_folder(name: str, **others: bytes) -> Reader:
-    """The input is the file `name`, beside `others`: `_` in a name stands for a point."""
+def in_folder(name: str, others: Mapping[str, bytes]) -> Reader:
+    """The input is the file `name`, beside `others`."""
 
     def read(folder: Path, data: bytes) -> None:
         for other, content in others.items():
-            (folder / other.replace("__", "-").replace("_s", ".s").replace("_j", ".j")).write_bytes(content)
+            (folder / other).write_bytes(content)
         (folder / name).write_bytes(data)
         opened(folder)
 
@@ -92,6 +92,23 @@ def receipt(folder: Path, data: bytes) -> None:
 def pickle(folder: Path, data: bytes) -> None:
     """The pickle of a file of torch.save, in an archive that is right, with a storage of 16 bytes."""
     one_file("pytorch_model.bin")(folder, pickles.zipped(pickles.archive(data, {"0": bytes(16)})))
+
+
+def config(folder: Path, data: bytes) -> None:
+    """config.json of a model in two merges: of whole models, and of stacked layers, whose config.json is made of it."""
+    from fastinterp.api import explain
+
+    head = {"model.embed_tokens.weight": entry(0, 32, (2, 4)), LAYER: entry(32, 64, (2, 4))}
+    for name, content in (("a", data), ("b", json.dumps(CONFIG).encode())):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "model.safetensors").write_bytes(safetensors(head))
+        (folder / name / "config.json").write_bytes(content)
+    opened(folder / "a")
+    a, b = str(folder / "a"), str(folder / "b")
+    whole = {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 1}} for m in (a, b)]}
+    layers = [{"sources": [{"model": m, "layer_range": [0, 1]}]} for m in (a, b)]
+    for recipe in (whole, {"merge_method": "passthrough", "slices": layers}):
+        str(explain({"dtype": "float32", **recipe}))
 
 
 def adapter(folder: Path, data: bytes) -> None:
@@ -221,11 +238,16 @@ def _json(*values: object) -> tuple[bytes, ...]:
     return tuple(json.dumps(value).encode() for value in values)
 
 
-_SHARDS = {"a_safetensors": safetensors({LAYER: entry()}), "b_safetensors": safetensors({"x": entry()})}
+_SHARDS = {"a.safetensors": safetensors({LAYER: entry()}), "b.safetensors": safetensors({"x": entry()})}
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1, "vocab_size": 2,
     "hidden_size": 4, "tie_word_embeddings": True, "torch_dtype": "float32",
     "quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 2], "modules_to_not_convert": ["lm_head"]},
+}  # fmt: skip
+MOE_CONFIG = {
+    "model_type": "qwen3_moe", "num_hidden_layers": 1, "vocab_size": 2, "tie_word_embeddings": False,
+    "dtype": "bfloat16", "mlp_only_layers": [0], "layer_types": ["full_attention"],
+    "text_config": {"num_hidden_layers": 1, "vocab_size": 2},
 }  # fmt: skip
 PEFT = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"], "base_model_name_or_path": "x",
         "rank_pattern": {"up_proj": 2}, "alpha_pattern": {}, "use_rslora": False, "bias": "none"}  # fmt: skip
@@ -234,10 +256,10 @@ TARGETS: dict[str, Target] = {
     "header": Target(header, (*_json({"x": entry()}, {"__metadata__": {"format": "pt"}, **HALVES}), b"{}")),
     "file": Target(one_file("model.safetensors"), (safetensors({"x": entry()}), safetensors({}, b""), b"")),
     "index": Target(
-        in_folder("model.safetensors.index.json", **_SHARDS),
+        in_folder("model.safetensors.index.json", _SHARDS),
         _json({"metadata": {"total_size": 128}, "weight_map": {LAYER: "a.safetensors", "x": "b.safetensors"}}),
     ),
-    "config": Target(in_folder("config.json", model_safetensors=safetensors(HALVES)), _json(CONFIG, {})),
+    "config": Target(config, _json(CONFIG, MOE_CONFIG, {})),
     "adapter": Target(adapter, _json(PEFT)),
     "receipt": Target(receipt, _json(RECEIPT)),
     "bin": Target(one_file("pytorch_model.bin"), tuple(
