@@ -188,7 +188,7 @@ sanitize-quick: $(VENV)/.built ## some of them under ASan and UBSan: two minutes
 wheel: $(VENV)/.built ## the wheel of this machine in dist/, tried without a compiler and without torch
 	@rm -rf build/wheel build/lib* dist && mkdir -p dist
 	@FASTINTERP_CUDA=0 $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
-	@if [ "$$(uname)" = Linux ]; then PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel -q repair --wheel-dir dist build/wheel/*.whl; else cp build/wheel/*.whl dist; fi
+	@if [ "$$(uname)" = Linux ]; then PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --wheel-dir dist build/wheel/*.whl >build/wheel/auditwheel.log 2>&1 || { cat build/wheel/auditwheel.log; exit 1; }; else cp build/wheel/*.whl dist; fi
 	@$(PY) -m release.try_wheel dist/*.whl build/wheel/venv
 
 sbom: wheel ## the software bill of materials of that wheel, in CycloneDX
