@@ -1,7 +1,7 @@
 """The receipt of an output folder: `fastinterp_receipt.json`, beside the weights.
 
-It says what was merged, and has a checksum of every file, so that an output can be verified and made again. Nothing in it
-depends on time, machine, output folder, threads or device: the same merge gives the same receipt. Checksums are
+It says what was merged, and has a checksum of every file, so that an output can be verified and made again. Nothing in
+it depends on time, machine, output folder, threads or device: the same merge gives the same receipt. Checksums are
 hexadecimal numbers of 16 digits.
 """
 
