@@ -209,7 +209,7 @@ def opened(
         wanted = {t.name for t in order if t.entries[0][0] in sinks.of}
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
-        where = sources.fds, sinks.handles, options, explained, total, progress, max_memory
+        where = sources.fds, sinks.handles, options, explained, total, sinks.watched(progress), max_memory
         if devices:
             from fastinterp.execute.device.executor import DeviceExecutor
 

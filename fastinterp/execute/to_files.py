@@ -56,7 +56,8 @@ def write_outputs(
         total = sum(plan.bytes_read + plan.bytes_written for plan in plans)
         for plan, of_plan in zip(plans, folders, strict=True):
             pairs = zip(of_plan, plan.layouts, strict=True)
-            sinks = FileSinks(plan, [[folder.temp(file.name) for file in layout.files] for folder, layout in pairs])
+            paths = [[folder.temp(file.name) for file in layout.files] for folder, layout in pairs]
+            sinks = FileSinks(plan, paths, synced=durable or force)
             before = sum(d.bytes_read + d.bytes_written for d in every)
             shown = progress if len(plans) == 1 else _part(progress, before, total)
             every.append(run(plan, sinks, threads=threads, max_memory=max_memory, progress=shown, devices=devices))

@@ -262,3 +262,14 @@ def test_no_read_back_of_what_was_hashed(tmp_path, monkeypatch):
     fastinterp.interpolate(a, b, 0.5, tmp_path / "out", threads=1)
     cells = -(-(tmp_path / "out" / "model.safetensors").stat().st_size // CELL_BYTES)
     assert cells - 4 <= sum(read_back) <= cells  # not those at which runs of tensors of other steps begin
+
+
+@pytest.mark.parametrize("how", ["", "durable", "force"])
+def test_writing_to_the_disk_begins_before_a_sync(tmp_path, monkeypatch, how):
+    """Not where nothing is synced."""
+    a, b = large(tmp_path)
+    asked: list[int] = []
+    monkeypatch.setattr(sinks, "start_writeback", lambda fd: asked.append(os.fstat(fd).st_size))
+    fastinterp.interpolate(a, b, 0.5, tmp_path / "out", durable=how == "durable", force=how == "force")
+    assert bool(asked) == bool(how)
+    checked(tmp_path / "out")

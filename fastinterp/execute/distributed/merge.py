@@ -242,7 +242,7 @@ class _RankWork:
         ]
         before = self._peers.bytes_done
         done = run(
-            plan, FileSinks(plan, paths), threads=self._threads, max_memory=self._max_memory,
+            plan, FileSinks(plan, paths, synced=True), threads=self._threads, max_memory=self._max_memory,
             progress=lambda of_unit, _: self._report(before + of_unit - self._peers.bytes_done), devices=self._devices,
         )  # fmt: skip
         self._peers.bytes_done = before + done.bytes_read + done.bytes_written
