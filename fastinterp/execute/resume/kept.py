@@ -1,0 +1,158 @@
+"""What earlier processes of a run have finished of one plan, and which of it the files really hold."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+from fastinterp._C import CELL_BYTES, REGION_BYTES, FileChecksum
+from fastinterp.execute.resume.records import Effect, Region, Round, unpacked
+from fastinterp.output.layout import OutFile
+from fastinterp.plan.plan import Plan
+
+_SAMPLED = 16  # regions of one plan's outputs, of 64 MiB each, that are read where only a sample is verified
+_CELLS = REGION_BYTES // CELL_BYTES  # of a region
+
+
+@dataclass
+class Kept:
+    """The finished tensors of a plan.
+
+    tensors  by number in the plan: the statistics of each output, and its effects, if they are recorded
+    regions  (file, region) -> the checksum of what is finished in it
+    last     the last record; None: nothing is finished
+    answers  to requests about the whole model: see records.Round
+    """
+
+    tensors: dict[int, tuple[list[dict[str, float]], tuple[Effect, ...] | None]] = field(default_factory=dict)
+    regions: dict[tuple[int, int], Region] = field(default_factory=dict)
+    last: Round | None = None
+    answers: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(rounds: Iterable[Round], outputs: int) -> Kept:
+        """From the records of one plan, which has so many outputs. Raises: ValueError, if they are not those of it."""
+        kept = Kept()
+        for one in rounds:
+            for number, stats in zip(one.tensors, unpacked(one.stats, outputs), strict=True):
+                kept.tensors[number] = stats, one.effects.get(number)
+            kept.regions |= {(region.file, region.region): region for region in one.regions}
+            kept.answers |= one.answers
+            kept.last = one
+        return kept
+
+    def nbytes(self, plan: Plan) -> int:
+        """Bytes of the finished tensors in all outputs."""
+        return len(plan.recipes) * sum(plan.tensors[number].nbytes for number in self.tensors)
+
+
+class Places:
+    """Where the tensors of a plan lie in the files of its outputs, which are numbered through: those of the first
+    output first.
+    """
+
+    def __init__(self, plan: Plan):
+        self.files: list[OutFile] = [file for layout in plan.layouts for file in layout.files]
+        # Of each file the parts that are of one tensor: (begin, end, number of the tensor).
+        self._extents: list[list[tuple[int, int, int]]] = []
+        sizes = {
+            name: (number, dtype.nbytes(_numel(shape)) or 0)
+            for number, tensor in enumerate(plan.tensors)
+            for name, dtype, shape in tensor.entries
+        }
+        for file in self.files:
+            extents = ((at, at + sizes[name][1], sizes[name][0]) for name, at in file.places.items())
+            self._extents.append(sorted(extent for extent in extents if extent[0] < extent[1]))
+
+    def regions(self, tensors: Iterable[int]) -> list[tuple[int, int]]:
+        """The regions that these tensors touch, as (file, region)."""
+        wanted = set(tensors)
+        found = {
+            (file, region): None
+            for file, extents in enumerate(self._extents)
+            for begin, end, number in extents
+            if number in wanted
+            for region in range(begin // REGION_BYTES, (end - 1) // REGION_BYTES + 1)
+        }
+        return list(found)
+
+    def within(self, file: int, region: int) -> list[int]:
+        """The tensors that touch a region."""
+        start, stop = region * REGION_BYTES, (region + 1) * REGION_BYTES
+        return [number for begin, end, number in self._extents[file] if begin < stop and end > start]
+
+    def cells(self, tensors: Mapping[int, object]) -> Iterator[tuple[int, int, range]]:
+        """The cells of tensors, as (tensor, file, cells)."""
+        for file, extents in enumerate(self._extents):
+            for begin, end, number in extents:
+                if number in tensors:
+                    yield number, file, range(begin // CELL_BYTES, (end - 1) // CELL_BYTES + 1)
+
+
+def _numel(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def unsound(plan: Plan, kept: Kept, paths: Sequence[Path], *, every: bool, crashed: bool) -> list[int]:
+    """The tensors of `kept` that the files do not hold as they were written.
+
+    paths    of all files of all outputs
+    every    all is read; else a sample, and all if that does not match
+    crashed  the machine stopped meanwhile, so that what was written may be lost: all is read, and tensors count as
+             unsound of which not every byte is under a checksum yet
+    """
+    places = Places(plan)
+    regions = list(kept.regions.values())
+    some = regions if every or crashed or len(regions) <= _SAMPLED else random.sample(regions, _SAMPLED)
+    bad = _mismatched(places, some, paths)
+    if bad and len(some) < len(regions):
+        bad = _mismatched(places, regions, paths)
+    found = set(chain.from_iterable(places.within(*at) for at in bad))
+    if crashed:
+        found |= _not_under_checksum(places, kept)
+    gone = {file for file, path in enumerate(paths) if not path.is_file()}
+    found |= {number for number, file, _ in places.cells(kept.tensors) if file in gone}
+    return sorted(found & kept.tensors.keys())
+
+
+def _mismatched(places: Places, regions: Sequence[Region], paths: Sequence[Path]) -> list[tuple[int, int]]:
+    """Those regions, as (file, region), whose contents do not have their checksum."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def matches(region: Region) -> bool:
+        file = places.files[region.file]
+        try:
+            fd = os.open(paths[region.file], os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            checksum = FileChecksum(fd, len(file.header), file.size)
+            checksum.restore(region.region, region.sum, region.hashed)
+            return checksum.matches(region.region)
+        except (OSError, ValueError):  # it ends before that
+            return False
+        finally:
+            os.close(fd)
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return [(r.file, r.region) for r, same in zip(regions, pool.map(matches, regions), strict=True) if not same]
+
+
+def _not_under_checksum(places: Places, kept: Kept) -> set[int]:
+    """Tensors with bytes in cells that were not hashed when their round ended: the neighbour was not written yet."""
+    hashed = {at: int.from_bytes(region.hashed, "little") for at, region in kept.regions.items()}
+    found = set()
+    for number, file, cells in places.cells(kept.tensors):
+        for region in range(cells.start // _CELLS, (cells.stop - 1) // _CELLS + 1):
+            first, last = max(cells.start, region * _CELLS), min(cells.stop, (region + 1) * _CELLS)
+            mask = ((1 << (last - first)) - 1) << (first - region * _CELLS)
+            if hashed.get((file, region), 0) & mask != mask:
+                found.add(number)
+    return found

@@ -1,0 +1,116 @@
+"""What a run notes of finished tensors in the journal of its output, and the jobs that are made of it again."""
+
+from __future__ import annotations
+
+import binascii
+import sys
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from fastinterp.execute.jobs.densities import Density
+from fastinterp.execute.jobs.job import Job
+from fastinterp.execute.rounds import DeviceUsage
+
+# The statistics of one output of a tensor, as the kernels return them.
+STATS = ("sampled", "changed", "sum_pp", "sum_dd", "sum_od", "nan_in", "inf_in", "nan_out", "inf_out")
+
+
+class Effect(msgspec.Struct, frozen=True, array_like=True):
+    """What a job says of one output beside its statistics."""
+
+    reads: tuple[int, ...]
+    copies: bool
+    densities: dict[int, Density]
+
+
+class Region(msgspec.Struct, frozen=True, array_like=True):
+    """The checksum of a region of a file as far as it goes: see csrc/checksum.h.
+
+    file    number of the file among all files of the plan's outputs
+    region  number of the region
+    sum     of the hashes of its cells
+    hashed  a bit per cell
+    """
+
+    file: int
+    region: int
+    sum: int
+    hashed: bytes
+
+
+class Round(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The record of the kind `round`: what one round finished, and what all rounds did so far.
+
+    plan      number of the plan in the run
+    tensors   numbers of the tensors in the plan, which are finished
+    stats     float64 of each tensor and output: STATS; little endian, in base64
+    effects   those of tensors whose jobs do not know them beforehand, by number: one per output
+    begun     tensors that are not finished, of which a later round needs what earlier ones measured; and the number of
+              these rounds
+    answers   to requests about the whole model, those that are new: request -> (min_bits, count) of each rank
+    regions   the checksums so far, of regions in which the tensors lie
+    read, written, scratch   bytes, as executors count them
+    usage     of devices
+    seconds   that the run took so far, those before it was resumed included
+    """
+
+    plan: int
+    tensors: tuple[int, ...]
+    stats: str
+    effects: dict[int, tuple[Effect, ...]] = {}
+    begun: tuple[tuple[int, int], ...] = ()
+    answers: dict[str, tuple[tuple[int, int], ...]] = {}
+    regions: tuple[Region, ...] = ()
+    read: int = 0
+    written: int = 0
+    scratch: int = 0
+    usage: DeviceUsage = DeviceUsage()
+    seconds: float = 0.0
+
+
+def packed(stats: Sequence[Sequence[Mapping[str, float]]]) -> str:
+    """The statistics of tensors, each with its outputs, for Round.stats. Those of copies may be empty."""
+    values = array("d", (output.get(name, 0.0) for tensor in stats for output in tensor for name in STATS))
+    if sys.byteorder == "big":
+        values.byteswap()
+    return binascii.b2a_base64(values.tobytes(), newline=False).decode()
+
+
+def unpacked(text: str, outputs: int) -> list[list[dict[str, float]]]:
+    """The statistics of each tensor, a mapping per output. Raises: ValueError."""
+    values = array("d")
+    values.frombytes(binascii.a2b_base64(text))
+    if sys.byteorder == "big":
+        values.byteswap()
+    rows = [dict(zip(STATS, values[i : i + len(STATS)], strict=True)) for i in range(0, len(values), len(STATS))]
+    return [rows[i : i + outputs] for i in range(0, len(rows), outputs)]
+
+
+def effects_of(job: Job, outputs: int) -> tuple[Effect, ...] | None:
+    """What a finished job says of its outputs; None, if a job that has not run says the same."""
+    if type(job) is Job:
+        return None
+    return tuple(Effect(tuple(job.reads(k)), job.copies(k), dict(job.densities(k))) for k in range(outputs))
+
+
+class FinishedJob(Job):
+    """The job of a tensor that an earlier run has finished."""
+
+    def __init__(self, job: Job, stats: list[dict[str, float]], effects: Sequence[Effect] | None):
+        self._job, self._effects = job, effects
+        self.stats, self.done = stats, True
+
+    def steps(self) -> Any:
+        raise RuntimeError("this tensor is finished")
+
+    def reads(self, k: int) -> tuple[int, ...]:
+        return self._job.reads(k) if self._effects is None else self._effects[k].reads
+
+    def copies(self, k: int) -> bool:
+        return self._job.copies(k) if self._effects is None else self._effects[k].copies
+
+    def densities(self, k: int) -> Mapping[int, Density]:
+        return {} if self._effects is None else self._effects[k].densities
