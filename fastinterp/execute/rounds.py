@@ -60,7 +60,7 @@ class DeviceUsage:
         )
 
 
-Answers = dict["Select", "tuple[Selected, ...]"]  # requests about the whole model -> an answer per rank
+Answers = dict[str, "tuple[Selected, ...]"]  # requests about the whole model, as repr tells them -> an answer per rank
 
 
 class Executor(Protocol):
@@ -257,15 +257,15 @@ class Rounds:
         merged = [job for job in map(_adaptive, (*self._jobs, *self._others)) if job is not None]
         unanswered = [job for job in map(_adaptive, waiting) if job is not None]
         requests = dict.fromkeys(r for job in unanswered for r in job.whole_requests)
-        new = [request for request in requests if request not in self.answers]
+        new = [request for request in requests if repr(request) not in self.answers]
         for some in grouped(new, max(1, executor.most // RANK_BYTES)):
             ranks = tuple(dict.fromkeys(rank for request in some for rank in request.ranks))
             selected = select_whole(changed(some[0], ranks=ranks), merged, executor.run, executor.held_bytes)
             found = dict(zip(ranks, selected, strict=True))
-            self.answers |= {request: tuple(found[rank] for rank in request.ranks) for request in some}
+            self.answers |= {repr(request): tuple(found[rank] for rank in request.ranks) for request in some}
         for request in requests:
             for job in unanswered:
-                job.answer(request, self.answers[request])
+                job.answer(request, self.answers[repr(request)])
 
 
 def _admitted(waiting: deque[Job], again: int, most: int | None) -> list[Job]:

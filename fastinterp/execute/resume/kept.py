@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 from fastinterp._C import CELL_BYTES, REGION_BYTES, FileChecksum
 from fastinterp.execute.resume.records import Effect, Region, Round, unpacked
+from fastinterp.execute.rounds import Answers
 from fastinterp.output.layout import OutFile
 from fastinterp.plan.plan import Plan
 
@@ -25,19 +25,21 @@ class Kept:
     tensors  by number in the plan: the statistics of each output, and its effects, if they are recorded
     regions  (file, region) -> the checksum of what is finished in it
     last     the last record; None: nothing is finished
-    answers  to requests about the whole model: see records.Round
+    answers  to requests about the whole model: see Rounds
     """
 
     tensors: dict[int, tuple[list[dict[str, float]], tuple[Effect, ...] | None]] = field(default_factory=dict)
     regions: dict[tuple[int, int], Region] = field(default_factory=dict)
     last: Round | None = None
-    answers: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    answers: Answers = field(default_factory=dict)
 
     @staticmethod
     def of(rounds: Iterable[Round], outputs: int) -> Kept:
         """From the records of one plan, which has so many outputs. Raises: ValueError, if they are not those of it."""
         kept = Kept()
         for one in rounds:
+            for number in one.without:
+                kept.tensors.pop(number, None)
             for number, stats in zip(one.tensors, unpacked(one.stats, outputs), strict=True):
                 kept.tensors[number] = stats, one.effects.get(number)
             kept.regions |= {(region.file, region.region): region for region in one.regions}
@@ -53,44 +55,32 @@ class Kept:
 class Places:
     """Where the tensors of a plan lie in the files of its outputs, which are numbered through: those of the first
     output first.
+
+    of  tensor -> (file, begin, end) of each part that is not empty
     """
 
     def __init__(self, plan: Plan):
         self.files: list[OutFile] = [file for layout in plan.layouts for file in layout.files]
-        # Of each file the parts that are of one tensor: (begin, end, number of the tensor).
-        self._extents: list[list[tuple[int, int, int]]] = []
+        self.of: list[list[tuple[int, int, int]]] = [[] for _ in plan.tensors]
         sizes = {
             name: (number, dtype.nbytes(_numel(shape)) or 0)
             for number, tensor in enumerate(plan.tensors)
             for name, dtype, shape in tensor.entries
         }
-        for file in self.files:
-            extents = ((at, at + sizes[name][1], sizes[name][0]) for name, at in file.places.items())
-            self._extents.append(sorted(extent for extent in extents if extent[0] < extent[1]))
+        for at, file in enumerate(self.files):
+            for name, begin in file.places.items():
+                number, nbytes = sizes[name]
+                if nbytes:
+                    self.of[number].append((at, begin, begin + nbytes))
 
     def regions(self, tensors: Iterable[int]) -> list[tuple[int, int]]:
-        """The regions that these tensors touch, as (file, region)."""
-        wanted = set(tensors)
-        found = {
-            (file, region): None
-            for file, extents in enumerate(self._extents)
-            for begin, end, number in extents
-            if number in wanted
+        """The regions that these tensors touch, as (file, region), each once."""
+        return list(dict.fromkeys(
+            (file, region)
+            for number in tensors
+            for file, begin, end in self.of[number]
             for region in range(begin // REGION_BYTES, (end - 1) // REGION_BYTES + 1)
-        }
-        return list(found)
-
-    def within(self, file: int, region: int) -> list[int]:
-        """The tensors that touch a region."""
-        start, stop = region * REGION_BYTES, (region + 1) * REGION_BYTES
-        return [number for begin, end, number in self._extents[file] if begin < stop and end > start]
-
-    def cells(self, tensors: Mapping[int, object]) -> Iterator[tuple[int, int, range]]:
-        """The cells of tensors, as (tensor, file, cells)."""
-        for file, extents in enumerate(self._extents):
-            for begin, end, number in extents:
-                if number in tensors:
-                    yield number, file, range(begin // CELL_BYTES, (end - 1) // CELL_BYTES + 1)
+        ))  # fmt: skip
 
 
 def _numel(shape: Sequence[int]) -> int:
@@ -114,15 +104,18 @@ def unsound(plan: Plan, kept: Kept, paths: Sequence[Path], *, every: bool, crash
     bad = _mismatched(places, some, paths)
     if bad and len(some) < len(regions):
         bad = _mismatched(places, regions, paths)
-    found = set(chain.from_iterable(places.within(*at) for at in bad))
-    if crashed:
-        found |= _not_under_checksum(places, kept)
+    hashed = {at: int.from_bytes(region.hashed, "little") for at, region in kept.regions.items()} if crashed else None
     gone = {file for file, path in enumerate(paths) if not path.is_file()}
-    found |= {number for number, file, _ in places.cells(kept.tensors) if file in gone}
-    return sorted(found & kept.tensors.keys())
+    return [
+        number
+        for number in kept.tensors
+        if not bad.isdisjoint(places.regions([number]))
+        or any(file in gone for file, _, _ in places.of[number])
+        or (hashed is not None and not _under_checksum(places.of[number], hashed))
+    ]
 
 
-def _mismatched(places: Places, regions: Sequence[Region], paths: Sequence[Path]) -> list[tuple[int, int]]:
+def _mismatched(places: Places, regions: Sequence[Region], paths: Sequence[Path]) -> set[tuple[int, int]]:
     """Those regions, as (file, region), whose contents do not have their checksum."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -142,17 +135,18 @@ def _mismatched(places: Places, regions: Sequence[Region], paths: Sequence[Path]
             os.close(fd)
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return [(r.file, r.region) for r, same in zip(regions, pool.map(matches, regions), strict=True) if not same]
+        return {(r.file, r.region) for r, same in zip(regions, pool.map(matches, regions), strict=True) if not same}
 
 
-def _not_under_checksum(places: Places, kept: Kept) -> set[int]:
-    """Tensors with bytes in cells that were not hashed when their round ended: the neighbour was not written yet."""
-    hashed = {at: int.from_bytes(region.hashed, "little") for at, region in kept.regions.items()}
-    found = set()
-    for number, file, cells in places.cells(kept.tensors):
-        for region in range(cells.start // _CELLS, (cells.stop - 1) // _CELLS + 1):
-            first, last = max(cells.start, region * _CELLS), min(cells.stop, (region + 1) * _CELLS)
+def _under_checksum(parts: Iterable[tuple[int, int, int]], hashed: Mapping[tuple[int, int], int]) -> bool:
+    """Whether all cells of these parts had been hashed when their round ended: not, where the neighbour was not written
+    yet.
+    """
+    for file, begin, end in parts:
+        start, stop = begin // CELL_BYTES, (end - 1) // CELL_BYTES + 1
+        for region in range(start // _CELLS, (stop - 1) // _CELLS + 1):
+            first, last = max(start, region * _CELLS), min(stop, (region + 1) * _CELLS)
             mask = ((1 << (last - first)) - 1) << (first - region * _CELLS)
             if hashed.get((file, region), 0) & mask != mask:
-                found.add(number)
-    return found
+                return False
+    return True

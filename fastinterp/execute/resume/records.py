@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 
 from fastinterp.execute.jobs.densities import Density
-from fastinterp.execute.jobs.job import Job
+from fastinterp.execute.jobs.job import Coefficients, Job
 from fastinterp.execute.rounds import DeviceUsage
+from fastinterp.ops.requests import Selected
 
 # The statistics of one output of a tensor, as the kernels return them.
 STATS = ("sampled", "changed", "sum_pp", "sum_dd", "sum_od", "nan_in", "inf_in", "nan_out", "inf_out")
@@ -24,6 +25,7 @@ class Effect(msgspec.Struct, frozen=True, array_like=True):
     reads: tuple[int, ...]
     copies: bool
     densities: dict[int, Density]
+    coefficients: Any = None
 
 
 class Region(msgspec.Struct, frozen=True, array_like=True):
@@ -50,25 +52,29 @@ class Round(msgspec.Struct, frozen=True, omit_defaults=True):
     effects   those of tensors whose jobs do not know them beforehand, by number: one per output
     begun     tensors that are not finished, of which a later round needs what earlier ones measured; and the number of
               these rounds
-    answers   to requests about the whole model, those that are new: request -> (min_bits, count) of each rank
+    answers   to requests about the whole model, those that are new: see Rounds
     regions   the checksums so far, of regions in which the tensors lie
     read, written, scratch   bytes, as executors count them
     usage     of devices
     seconds   that the run took so far, those before it was resumed included
+    boot      of the machine, as its system calls it: after another one, all that records before said was verified
+    without   tensors that records before call finished, and that are not: their data was lost
     """
 
     plan: int
-    tensors: tuple[int, ...]
-    stats: str
+    tensors: tuple[int, ...] = ()
+    stats: str = ""
     effects: dict[int, tuple[Effect, ...]] = {}
     begun: tuple[tuple[int, int], ...] = ()
-    answers: dict[str, tuple[tuple[int, int], ...]] = {}
+    answers: dict[str, tuple[Selected, ...]] = {}
     regions: tuple[Region, ...] = ()
     read: int = 0
     written: int = 0
     scratch: int = 0
     usage: DeviceUsage = DeviceUsage()
     seconds: float = 0.0
+    boot: str = ""
+    without: tuple[int, ...] = ()
 
 
 def packed(stats: Sequence[Sequence[Mapping[str, float]]]) -> str:
@@ -93,7 +99,9 @@ def effects_of(job: Job, outputs: int) -> tuple[Effect, ...] | None:
     """What a finished job says of its outputs; None, if a job that has not run says the same."""
     if type(job) is Job:
         return None
-    return tuple(Effect(tuple(job.reads(k)), job.copies(k), dict(job.densities(k))) for k in range(outputs))
+    return tuple(
+        Effect(tuple(job.reads(k)), job.copies(k), dict(job.densities(k)), job.coefficients(k)) for k in range(outputs)
+    )
 
 
 class FinishedJob(Job):
@@ -114,3 +122,6 @@ class FinishedJob(Job):
 
     def densities(self, k: int) -> Mapping[int, Density]:
         return {} if self._effects is None else self._effects[k].densities
+
+    def coefficients(self, k: int) -> Coefficients | None:
+        return None if self._effects is None else self._effects[k].coefficients
