@@ -11,7 +11,7 @@ from fastinterp.messages import counted, plain, seconds, size
 
 if TYPE_CHECKING:
     from fastinterp.execute.jobs.densities import Density
-    from fastinterp.execute.jobs.job import Job
+    from fastinterp.execute.jobs.job import Coefficients, Job
     from fastinterp.execute.rounds import DeviceUsage
     from fastinterp.execute.run import Done
     from fastinterp.output.folder import OutFolder
@@ -98,12 +98,14 @@ class OutputRecord:
     copied     names of the tensors whose bytes were copied
     models     indices of the checkpoints that tensors come from
     densities  model -> tensor -> how many elements its thresholds kept
+    coefficients  sums that came from the data, as plain values, by tensor: see jobs/job.py
     """
 
     effects: dict[str, RoundingEffect] = field(default_factory=dict)
     copied: list[str] = field(default_factory=list)
     models: set[int] = field(default_factory=set)
     densities: dict[str, dict[str, Density]] = field(default_factory=dict)
+    coefficients: dict[str, Coefficients] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -286,6 +288,8 @@ def record_of(plan: Plan, jobs: Mapping[str, Job], k: int) -> OutputRecord:
             record.models |= tensor.origins(job.reads(k))
         for i, density in job.densities(k).items():
             record.densities.setdefault(plan.checkpoints[tensor.checkpoints[i]].name, {})[tensor.name] = density
+        if (sums := job.coefficients(k)) is not None:
+            record.coefficients[tensor.name] = sums
         if job.copies(k):
             record.copied.append(tensor.name)
         else:

@@ -279,6 +279,7 @@ def _record(plan: Plan, done: Done) -> dict[str, Any]:
                     model: {tensor: astuple(density) for tensor, density in by_tensor.items()}
                     for model, by_tensor in record.densities.items()
                 },
+                "coefficients": record.coefficients,
             }
             for record in records
         ],
@@ -297,6 +298,8 @@ def _together(plan: Plan, records: Sequence[dict[str, Any]], k: int) -> OutputRe
     record.effects = ordered({n: e for o in outputs for n, e in o["effects"].items()}, RoundingEffect)
     record.copied = sorted((n for o in outputs for n in o["copied"]), key=order.__getitem__)
     record.models = {m for o in outputs for m in o["models"]}
+    sums = {n: c for o in outputs for n, c in o["coefficients"].items()}
+    record.coefficients = {name: sums[name] for name in sorted(sums, key=order.__getitem__)}
     for model in dict.fromkeys(m for o in outputs for m in o["densities"]):
         record.densities[model] = ordered(
             {t: d for o in outputs for t, d in o["densities"].get(model, {}).items()}, Density
