@@ -212,36 +212,41 @@ class Rounds:
         return [(job, self._taken[id(job)]) for job in self._running if self._taken.get(id(job))]
 
     def catch_up(self, begun: Sequence[tuple[Job, int]]) -> None:
-        """Run the rounds again that `begun` names, of a run that has ended: the next ones are as they would have been.
-
-        To be called before `finished`.
+        """Run the rounds again whose results an earlier run had when it ended: those before the answers that are known,
+        and those that `begun` names. The next ones are as they would have been. To be called before `finished`.
         """
-        left = {id(job): count for job, count in begun}
-        behind = deque(job for job, _ in begun)
+        if self.answers:
+            while self._waiting or self._running:
+                self._next()
+            self._next()  # the answers
+        left = {id(job): count - self._taken.get(id(job), 0) for job, count in begun}
         self._waiting = deque(job for job in self._waiting if id(job) not in left)
+        behind = deque(job for job, _ in begun if left[id(job)])
         while behind:
             taken = self._round(behind)
             for job in taken:
                 left[id(job)] -= 1
-                if job.whole:
-                    self._answer_whole([job])
             behind.extend(job for job in taken if left[id(job)])
         self._running.extend(job for job, _ in begun)
 
     def finished(self) -> Iterator[list[Job]]:
         """Run all jobs, in their order, and yield after every round those that it finished."""
-        while True:
-            self._running += _admitted(self._waiting, self._executor.round_bytes, self._most)
-            if self._running:
-                taken = self._round(self._running)
-                self._running.extend(job for job in taken if not (job.done or job.whole))
-                yield [job for job in taken if job.done]
-                continue
-            waiting_for_all = [job for job in self._jobs if not job.done]
-            if not waiting_for_all:
-                return
-            self._answer_whole(waiting_for_all)
-            self._waiting.extend(waiting_for_all)
+        while (jobs := self._next()) is not None:
+            yield jobs
+
+    def _next(self) -> list[Job] | None:
+        """Run a round, or answer what all jobs wait for. Returns the jobs that it finished; None, if all were."""
+        self._running += _admitted(self._waiting, self._executor.round_bytes, self._most)
+        if not self._running:
+            waiting = [job for job in self._jobs if not job.done]
+            if not waiting:
+                return None
+            self._answer_whole(waiting)
+            self._waiting.extend(waiting)
+            return []
+        taken = self._round(self._running)
+        self._running.extend(job for job in taken if not (job.done or job.whole))
+        return [job for job in taken if job.done]
 
     def _round(self, running: deque[Job]) -> list[Job]:
         taken = _round(running, self._executor)
