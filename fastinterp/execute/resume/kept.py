@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from fastinterp._C import CELL_BYTES, REGION_BYTES, FileChecksum
-from fastinterp.execute.resume.records import Effect, Region, Round, unpacked
+from fastinterp.execute.resume.records import FinishedJob, Region, Round, unpacked
 from fastinterp.execute.rounds import Answers
 from fastinterp.output.layout import OutFile
 from fastinterp.plan.plan import Plan
@@ -22,13 +24,13 @@ _CELLS = REGION_BYTES // CELL_BYTES  # of a region
 class Kept:
     """The finished tensors of a plan.
 
-    tensors  by number in the plan: the statistics of each output, and its effects, if they are recorded
+    tensors  by number in the plan
     regions  (file, region) -> the checksum of what is finished in it
     last     the last record; None: nothing is finished
     answers  to requests about the whole model: see Rounds
     """
 
-    tensors: dict[int, tuple[list[dict[str, float]], tuple[Effect, ...] | None]] = field(default_factory=dict)
+    tensors: dict[int, FinishedJob] = field(default_factory=dict)
     regions: dict[tuple[int, int], Region] = field(default_factory=dict)
     last: Round | None = None
     answers: Answers = field(default_factory=dict)
@@ -40,12 +42,24 @@ class Kept:
         for one in rounds:
             for number in one.without:
                 kept.tensors.pop(number, None)
-            for number, stats in zip(one.tensors, unpacked(one.stats, outputs), strict=True):
-                kept.tensors[number] = stats, one.effects.get(number)
+            every = zip(one.tensors, unpacked(one.stats, outputs), one.effects, strict=True)
+            kept.tensors |= {number: FinishedJob(stats, effects) for number, stats, effects in every}
             kept.regions |= {(region.file, region.region): region for region in one.regions}
             kept.answers |= one.answers
             kept.last = one
         return kept
+
+    def baseline(self, number: int, without: Sequence[int], boot: str) -> Round:
+        """A record that nothing is finished but `tensors`, and that all of these were verified in this boot.
+
+        number   of the plan
+        without  tensors that were taken for finished
+        """
+        assert self.last is not None
+        return replace(
+            self.last, plan=number, tensors=(), stats="", effects=(), answers={}, regions=(), boot=boot,
+            without=tuple(without),
+        )  # fmt: skip
 
     def nbytes(self, plan: Plan) -> int:
         """Bytes of the finished tensors in all outputs."""
@@ -90,39 +104,49 @@ def _numel(shape: Sequence[int]) -> int:
     return count
 
 
-def unsound(plan: Plan, kept: Kept, paths: Sequence[Path], *, every: bool, crashed: bool) -> list[int]:
+def unsound(plan: Plan, kept: Kept, paths: Sequence[Path | None], *, every: bool, crashed: bool) -> list[int]:
     """The tensors of `kept` that the files do not hold as they were written.
 
-    paths    of all files of all outputs
+    paths    of all files of all outputs; None: a file that is not looked at
     every    all is read; else a sample, and all if that does not match
     crashed  the machine stopped meanwhile, so that what was written may be lost: all is read, and tensors count as
              unsound of which not every byte is under a checksum yet
     """
     places = Places(plan)
-    regions = list(kept.regions.values())
+    regions = [region for region in kept.regions.values() if paths[region.file] is not None]
     some = regions if every or crashed or len(regions) <= _SAMPLED else random.sample(regions, _SAMPLED)
     bad = _mismatched(places, some, paths)
     if bad and len(some) < len(regions):
         bad = _mismatched(places, regions, paths)
     hashed = {at: int.from_bytes(region.hashed, "little") for at, region in kept.regions.items()} if crashed else None
-    gone = {file for file, path in enumerate(paths) if not path.is_file()}
-    return [
-        number
-        for number in kept.tensors
-        if not bad.isdisjoint(places.regions([number]))
-        or any(file in gone for file, _, _ in places.of[number])
-        or (hashed is not None and not _under_checksum(places.of[number], hashed))
-    ]
+    sizes = [_size(path) for path in paths]
+
+    def sound(number: int) -> bool:
+        parts = [part for part in places.of[number] if paths[part[0]] is not None]
+        return (
+            all(end <= sizes[file] for file, _, end in parts)
+            and bad.isdisjoint(places.regions([number]))
+            and (hashed is None or _under_checksum(parts, hashed))
+        )
+
+    return [number for number in kept.tensors if not sound(number)]
 
 
-def _mismatched(places: Places, regions: Sequence[Region], paths: Sequence[Path]) -> set[tuple[int, int]]:
+def _size(path: Path | None) -> int:
+    try:
+        return 0 if path is None else os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def _mismatched(places: Places, regions: Sequence[Region], paths: Sequence[Path | None]) -> set[tuple[int, int]]:
     """Those regions, as (file, region), whose contents do not have their checksum."""
     from concurrent.futures import ThreadPoolExecutor
 
     def matches(region: Region) -> bool:
-        file = places.files[region.file]
+        file, path = places.files[region.file], paths[region.file]
         try:
-            fd = os.open(paths[region.file], os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(path or "", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
             return False
         try:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from fastinterp._C import FileChecksum
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.resume.kept import Kept, Places
-from fastinterp.execute.resume.records import FinishedJob, Region, Round, effects_of, packed
+from fastinterp.execute.resume.records import Region, Round, effects_of, packed
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor, Rounds
 from fastinterp.plan.plan import Plan
 
@@ -21,15 +20,21 @@ class Notes:
     kept    what is finished of it already
     append  adds a record to the journal
     boot    of this machine
-    seconds that the run took before
+    seconds tells how long the run took so far
     """
 
     def __init__(
-        self, plan: Plan, number: int, kept: Kept, append: Callable[[Round], None], boot: str, seconds: float = 0.0
+        self,
+        plan: Plan,
+        number: int,
+        kept: Kept,
+        append: Callable[[Round], None],
+        boot: str,
+        seconds: Callable[[], float],
     ):
         self._plan, self._number, self._kept, self._append = plan, number, kept, append
-        self._boot, self._before = boot, seconds
-        self._start, self._outputs = time.monotonic(), len(plan.recipes)
+        self._boot, self._seconds = boot, seconds
+        self._outputs = len(plan.recipes)
         self._places = Places(plan)
         self._numbers = {tensor.name: number for number, tensor in enumerate(plan.tensors)}
         self._whole = any(t.program is not None and t.program.whole for t in plan.tensors)
@@ -45,10 +50,7 @@ class Notes:
         kept = self._kept
         by_number = {self._numbers[name]: job for name, job in jobs.items()}
         left = [job for number, job in by_number.items() if number not in kept.tensors]
-        jobs |= {
-            self._plan.tensors[number].name: FinishedJob(by_number[number], *found)
-            for number, found in kept.tensors.items()
-        }
+        jobs |= {self._plan.tensors[number].name: job for number, job in kept.tensors.items()}
         for (file, region), one in kept.regions.items():
             checksums[file].restore(region, one.sum, one.hashed)
         # Tensors that are finished still belong to the whole model.
@@ -64,13 +66,12 @@ class Notes:
             if not done or (self._whole and not rounds.answers):
                 continue  # tensors are noted after the answers without which the others cannot go on
             numbers = [number_of[id(job)] for job in done]
-            effects = ((number, effects_of(job, self._outputs)) for number, job in zip(numbers, done, strict=True))
             self._append(
                 Round(
                     self._number,
                     tuple(numbers),
                     packed([job.stats for job in done]),
-                    {number: effect for number, effect in effects if effect is not None},
+                    tuple(effects_of(job, self._outputs) for job in done),
                     tuple((number_of[id(job)], count) for job, count in rounds.begun),
                     {request: answer for request, answer in rounds.answers.items() if request not in known},
                     self._regions(numbers, checksums),
@@ -78,18 +79,13 @@ class Notes:
                     executor.bytes_written,
                     executor.scratch_bytes,
                     DeviceUsage.together([before, executor.usage()]),
-                    self.seconds,
+                    self._seconds(),
                     self._boot,
                 )
             )
             known |= rounds.answers.keys()
             done = []
         return DeviceUsage.together([before, executor.usage()])
-
-    @property
-    def seconds(self) -> float:
-        """That the run took so far."""
-        return self._before + time.monotonic() - self._start
 
     def _go_on(self, rounds: Rounds, executor: PumpExecutor, jobs: Mapping[int, Job]) -> DeviceUsage:
         """Bring rounds and counters to where the last record has them. Returns the devices up to there."""

@@ -12,6 +12,7 @@ import msgspec
 
 from fastinterp.execute.jobs.densities import Density
 from fastinterp.execute.jobs.job import Coefficients, Job
+from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.ops.requests import Selected
 
@@ -20,11 +21,11 @@ STATS = ("sampled", "changed", "sum_pp", "sum_dd", "sum_od", "nan_in", "inf_in",
 
 
 class Effect(msgspec.Struct, frozen=True, array_like=True):
-    """What a job says of one output beside its statistics."""
+    """What the job of a tensor says of one output beside its statistics: see jobs/job.py."""
 
     reads: tuple[int, ...]
     copies: bool
-    densities: dict[int, Density]
+    densities: dict[int, Density] = {}
     coefficients: Any = None
 
 
@@ -49,7 +50,7 @@ class Round(msgspec.Struct, frozen=True, omit_defaults=True):
     plan      number of the plan in the run
     tensors   numbers of the tensors in the plan, which are finished
     stats     float64 of each tensor and output: STATS; little endian, in base64
-    effects   those of tensors whose jobs do not know them beforehand, by number: one per output
+    effects   of each tensor, one per output
     begun     tensors that are not finished, of which a later round needs what earlier ones measured; and the number of
               these rounds
     answers   to requests about the whole model, those that are new: see Rounds
@@ -64,7 +65,7 @@ class Round(msgspec.Struct, frozen=True, omit_defaults=True):
     plan: int
     tensors: tuple[int, ...] = ()
     stats: str = ""
-    effects: dict[int, tuple[Effect, ...]] = {}
+    effects: tuple[tuple[Effect, ...], ...] = ()
     begun: tuple[tuple[int, int], ...] = ()
     answers: dict[str, tuple[Selected, ...]] = {}
     regions: tuple[Region, ...] = ()
@@ -95,33 +96,32 @@ def unpacked(text: str, outputs: int) -> list[list[dict[str, float]]]:
     return [rows[i : i + outputs] for i in range(0, len(rows), outputs)]
 
 
-def effects_of(job: Job, outputs: int) -> tuple[Effect, ...] | None:
-    """What a finished job says of its outputs; None, if a job that has not run says the same."""
-    if type(job) is Job:
-        return None
+def effects_of(job: Job, outputs: int) -> tuple[Effect, ...]:
+    """What a finished job says of its outputs."""
     return tuple(
         Effect(tuple(job.reads(k)), job.copies(k), dict(job.densities(k)), job.coefficients(k)) for k in range(outputs)
     )
 
 
 class FinishedJob(Job):
-    """The job of a tensor that an earlier run has finished."""
+    """The job of a tensor that an earlier process has finished: what it said of its outputs."""
 
-    def __init__(self, job: Job, stats: list[dict[str, float]], effects: Sequence[Effect] | None):
-        self._job, self._effects = job, effects
+    def __init__(self, stats: list[dict[str, float]], effects: Sequence[Effect]):
+        self._effects = effects
         self.stats, self.done = stats, True
 
-    def steps(self) -> Any:
-        raise RuntimeError("this tensor is finished")
+    def steps(self) -> list[TensorStep]:
+        return []
 
     def reads(self, k: int) -> tuple[int, ...]:
-        return self._job.reads(k) if self._effects is None else self._effects[k].reads
+        return self._effects[k].reads
 
     def copies(self, k: int) -> bool:
-        return self._job.copies(k) if self._effects is None else self._effects[k].copies
+        return self._effects[k].copies
 
     def densities(self, k: int) -> Mapping[int, Density]:
-        return {} if self._effects is None else self._effects[k].densities
+        return self._effects[k].densities
 
     def coefficients(self, k: int) -> Coefficients | None:
-        return None if self._effects is None else self._effects[k].coefficients
+        found: Coefficients | None = self._effects[k].coefficients
+        return found
