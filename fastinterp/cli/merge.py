@@ -23,7 +23,7 @@ _RECIPE_KEYS = ("dtype", "rounding", "seed", "missing", "channels", "quantize") 
 _OF_ADAPTERS = ("threads", "force", "durable", "progress")  # arguments of a merge of adapters
 _OF_MODELS = {
     "device": "auto", "max_shard_size": None, "max_memory": "512MB", "rounding": None, "missing": None,
-    "channels": None, "quantize": None, "keep_intermediates": None,
+    "channels": None, "quantize": None, "keep_intermediates": None, "verify_kept": False,
 }  # fmt: skip
 _VISIBLE = 0.01  # relative difference of an effective alpha from the alpha, above which it is shown
 

@@ -101,6 +101,11 @@ _OUTPUT = (
         is_flag=True,
         help="Call fsync on all files: slower, but the output survives a crash of the machine.",
     ),
+    click.option(
+        "--verify-kept",
+        is_flag=True,
+        help="Where a killed run is resumed: compare all that it had written with its checksums, not a sample.",
+    ),
     quiet,
     as_json,
 )
