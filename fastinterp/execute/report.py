@@ -341,7 +341,8 @@ def report_on(
 def _file_remarks(plan: Plan, folder: OutFolder | None) -> tuple[str, ...]:
     if folder is None:
         return ()
-    return plan.lone_file_remarks if folder.file else plan.file_remarks
+    mended = (folder.mended,) if folder.mended else ()
+    return (*mended, *(plan.lone_file_remarks if folder.file else plan.file_remarks))
 
 
 def _quantised(plan: Plan) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
