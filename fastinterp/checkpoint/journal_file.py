@@ -2,34 +2,41 @@
 
 A journal is lines of text, `CRC32 KIND JSON`. Each has a checksum of its own, so a line that was being written when the
 process or the machine died is recognised, and it and all after it count for nothing. The first line is of the kind
-`begin`; `finishing`, if there is one, is the last. output/journal.py writes journals; here is what readers need.
+`begin`; while the last one is of the kind `finishing`, the output is being put in place. output/journal.py writes
+journals; here is what readers need.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from binascii import crc32
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from fastinterp.checkpoint.regular_file import open_regular
 from fastinterp.errors import CheckpointError
 
-BEGIN, FINISHING = "begin", "finishing"
+T = TypeVar("T")
+BEGIN, GOES_ON, SUBFOLDER = "begin", "goes-on", "subfolder"
+FINISHING, PLACED = "finishing", "placed"
 PARTIAL, ASIDE = "partial", "old"  # in temporary names: of a file that is being written; of one that is replaced
 _ENDING = "fastinterp-journal"
 _LONGEST = 255  # bytes in the name of a file
 _LINE = re.compile(rb"([0-9a-f]{8}) ([a-z-]+) (.*)", re.DOTALL)
-_TEMPORARY = re.compile(r"\..+\.(?P<what>partial|old)-(?P<run>[0-9a-f]{12})", re.DOTALL)
+RUN = re.compile("[0-9a-f]{12}")  # the number of a run
+_TEMPORARY = re.compile(r"\.(?P<of>.+)\.(?P<what>partial|old)-(?P<run>[0-9a-f]{12})", re.DOTALL)
+_LONGEST_ENDING = 48  # bytes: `.partial-0123456789ab`, and room for what several processes add to a name
 _TAIL = 1 << 16  # bytes of the first attempt to read the last line
 
 
 class Begin(msgspec.Struct, frozen=True):
-    """The record of the kind `begin`: which run writes the output, and the process that does.
+    """The record of the kinds `begin` and, of a later process, `goes-on`: the run that writes the output, its process.
 
     run      12 hexadecimal digits, part of every temporary name
     merge    what tells merges apart: the same text means the same output. Empty: unknown
@@ -48,6 +55,13 @@ class Begin(msgspec.Struct, frozen=True):
     cwd: str = ""
 
 
+class Subfolder(msgspec.Struct, frozen=True):
+    """The record of the kind `subfolder`: a folder in that of the output has temporary files. made: by the run"""
+
+    name: str
+    made: bool
+
+
 class Finishing(msgspec.Struct, frozen=True):
     """The record of the kind `finishing`: all temporary files are complete, and are given their names in this order.
 
@@ -55,11 +69,15 @@ class Finishing(msgspec.Struct, frozen=True):
     aside    of the files of an old output, moved out of the way in this order before, and removed when all names are
              given
     synced   whether all that it says, the contents of the files included, was on the disk before the record was
+    boot     of the machine, in which it was written: what was not synced is gone after another
+    replaces the inode of the file that the output, if it is one file, replaces at once; 0: none
     """
 
     names: tuple[str, ...]
     aside: tuple[str, ...] = ()
     synced: bool = False
+    boot: str = ""
+    replaces: int = 0
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -74,28 +92,35 @@ def journal_path(folder: Path, file: str | None = None) -> Path:
     return hidden(folder, file, _ENDING) if file else folder / f".{_ENDING}"
 
 
+def journal_of(name: str) -> str | None:
+    """The output file, its name perhaps shortened, whose journal a file is called as; empty: of a folder."""
+    if name == f".{_ENDING}":
+        return ""
+    return name[1:].removesuffix(f".{_ENDING}") if name.startswith(".") and name.endswith(f".{_ENDING}") else None
+
+
 def temporary(folder: Path, name: str, what: str, run: str) -> Path:
     """The temporary name that `name` in `folder` has in a run. what: PARTIAL or ASIDE"""
     return hidden(folder, name, f"{what}-{run}")
 
 
 def hidden(folder: Path, name: str, ending: str) -> Path:
-    """`.NAME.ENDING` beside `name` in `folder`. Of names that would be too long, a hash takes the place."""
+    """`.NAME.ENDING` beside `name` in `folder`."""
     below, _, last = name.rpartition("/")
-    if len(os.fsencode(last)) + len(ending) + 2 > _LONGEST:
-        last = hashlib.blake2b(os.fsencode(last), digest_size=16).hexdigest()
-    return folder / below / f".{last}.{ending}"
+    return folder / below / f".{shortened(last)}.{ending}"
 
 
-def is_journal(name: str) -> bool:
-    """Whether a file is called as a journal is."""
-    return name.startswith(".") and name.endswith(f".{_ENDING}")
+def shortened(name: str) -> str:
+    """`name`, or a hash of it, if the temporary names of a file that is called so would be too long."""
+    if len(os.fsencode(name)) + _LONGEST_ENDING < _LONGEST:
+        return name
+    return hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
 
 
-def temporary_of(name: str) -> tuple[str, str] | None:
-    """(PARTIAL or ASIDE, run), if a file is called as temporary ones are."""
+def temporary_of(name: str) -> tuple[str, str, str] | None:
+    """(name, perhaps shortened, that it stands for; PARTIAL or ASIDE; run) of a file called as temporary ones are."""
     match = _TEMPORARY.fullmatch(os.path.basename(name))
-    return (match["what"], match["run"]) if match else None
+    return (match["of"], match["what"], match["run"]) if match else None
 
 
 def line_of(kind: str, value: bytes) -> bytes:
@@ -124,8 +149,8 @@ def parsed_all(content: bytes) -> Iterator[tuple[Record, int]]:
 
 
 def state_of(path: Path) -> str | None:
-    """What an output's journal says of it: FINISHING, while files get their names; BEGIN, before that; None, if there
-    is no journal. Only its last line is read.
+    """What an output's journal says of it: FINISHING, while files get their names; PLACED, when they have them; BEGIN,
+    before that; None, if there is no journal. Only its last line is read.
 
     Raises: CheckpointError, if it is no regular file or cannot be read.
     """
@@ -145,4 +170,33 @@ def state_of(path: Path) -> str | None:
     finally:
         os.close(fd)
     last = parsed(tail[tail.rfind(b"\n", 0, -1) + 1 : -1]) if tail.endswith(b"\n") else None
-    return FINISHING if last is not None and last.kind == FINISHING else BEGIN
+    return last.kind if last is not None and last.kind in (FINISHING, PLACED) else BEGIN
+
+
+def begun_of(path: Path) -> Begin | None:
+    """The first record of a journal; None, if it is damaged, or of another version. Raises: CheckpointError."""
+    fd, _ = open_regular(str(path))
+    with open(fd, "rb") as stream:
+        record = parsed(stream.readline(_TAIL).rstrip(b"\n"))
+    if record is None or record.kind != BEGIN:
+        return None
+    try:
+        return decoded(record.value, Begin)
+    except (msgspec.DecodeError, ValueError):
+        return None
+
+
+def encoded(value: object) -> bytes:
+    """A value as JSON in one line."""
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:  # names of files that are no valid Unicode
+        return json.dumps(msgspec.to_builtins(value)).encode()
+
+
+def decoded(value: bytes, type_: type[T]) -> T:
+    """Raises: msgspec.DecodeError, ValueError."""
+    try:
+        return msgspec.json.decode(value, type=type_)
+    except (msgspec.DecodeError, UnicodeError):
+        return msgspec.convert(json.loads(value), type_)

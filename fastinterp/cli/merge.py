@@ -171,12 +171,12 @@ def _weights(out: Path) -> list[Path]:
 @contextmanager
 def resumable(out: Path) -> Iterator[None]:
     """Context manager: if a merge of several processes fails, note the complete files, with which it can be resumed."""
-    from fastinterp.output.shared_folder import journals
+    from fastinterp.output.shared_folder import complete_files
 
     try:
         yield
     except (KeyboardInterrupt, FastinterpError):
-        done = journals(out)
+        done = complete_files(out)
         if done:
             click.get_current_context().meta[OUTCOME] = [
                 f"{done} complete files are kept: run the same merge again to resume"

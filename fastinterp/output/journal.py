@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import sys
 from contextlib import suppress
@@ -24,12 +23,26 @@ from typing import TypeVar
 
 import msgspec
 
-from fastinterp.checkpoint.journal_file import BEGIN, FINISHING, Begin, Finishing, Record, line_of, parsed_all
+from fastinterp.checkpoint.journal_file import (
+    BEGIN,
+    FINISHING,
+    GOES_ON,
+    PLACED,
+    SUBFOLDER,
+    Begin,
+    Finishing,
+    Record,
+    decoded,
+    encoded,
+    line_of,
+    parsed_all,
+)
 from fastinterp.checkpoint.names import quote
 from fastinterp.errors import OutputError
 
 T = TypeVar("T")
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+_OWN = {BEGIN, GOES_ON, SUBFOLDER, FINISHING, PLACED}
 _MOST = 1 << 31  # bytes of a journal that are read
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -41,10 +54,13 @@ class Busy(OutputError):
 class Journal:
     """A journal that this process has locked, until `close` or `remove`.
 
-    begun      who began the output; the run that goes on with one keeps its number
-    finishing  the commit record, if there is one
-    same_boot  whether its records are of this boot of this machine: what the system had not written to the disk yet is
+    begun      who began the output; a run that goes on with it keeps its number
+    owner      the last process that worked on it
+    finishing  the commit record, if there is one in force
+    placed     all files have their names
+    same_boot  whether that process was of this boot of this machine: what the system had not written to the disk yet is
                there as well then
+    notes      whether there are records to resume from
 
         journal.append("round", Round(...))       a record of a kind of one's own, in lower-case letters
         journal.read("round", Round)              those that are there
@@ -52,9 +68,14 @@ class Journal:
 
     def __init__(self, path: Path, fd: int, records: list[Record], end: int):
         self.path = path
+        self.removed = False
         self._fd, self._records, self._end = fd, records, end
-        self.begun = self.read(BEGIN, Begin)[0] if records else Begin("")
-        self.same_boot = self.begun.boot == boot()
+        self._understood()
+
+    def _understood(self) -> None:
+        begun = self.read(BEGIN, Begin) or [Begin("")]
+        self.begun, self.owner = begun[0], [*begun, *self.read(GOES_ON, Begin)][-1]
+        self.same_boot = self.owner.boot == boot()
 
     @property
     def run(self) -> str:
@@ -66,9 +87,12 @@ class Journal:
         return found[-1] if found else None
 
     @property
+    def placed(self) -> bool:
+        return any(record.kind == PLACED for record in self._records)
+
+    @property
     def notes(self) -> bool:
-        """Whether the run noted anything that it can be resumed from."""
-        return any(record.kind not in (BEGIN, FINISHING) for record in self._records)
+        return any(record.kind not in _OWN for record in self._records)
 
     def read(self, kind: str, type_: type[T]) -> list[T]:
         """The values of all records of a kind, in order. type_: a msgspec.Struct, or any type of plain values
@@ -76,7 +100,7 @@ class Journal:
         Raises: OutputError, if one is of another type: a newer version may have written it.
         """
         try:
-            return [_decoded(r.value, type_) for r in self._records if r.kind == kind]
+            return [decoded(r.value, type_) for r in self._records if r.kind == kind]
         except (msgspec.DecodeError, ValueError) as error:
             raise OutputError(f"{self.path}: the journal has a record `{kind}` that is not read: {error}") from None
 
@@ -85,10 +109,10 @@ class Journal:
 
         Raises: OutputError.
         """
-        record = Record(kind, _encoded(value))
+        record = Record(kind, encoded(value))
         line = line_of(kind, record.value)
         try:
-            os.ftruncate(self._fd, self._end)  # what was torn off
+            self.settle()
             done = 0
             while done < len(line):
                 written = os.write(self._fd, memoryview(line)[done:])
@@ -97,21 +121,53 @@ class Journal:
                 done += written
             if sync:
                 os.fsync(self._fd)
-        except OSError as error:
+            self._end += len(line)
+        except BaseException as error:
             with suppress(OSError):
-                os.ftruncate(self._fd, self._end)
-            raise OutputError(f"{self.path}: the journal cannot be written: {error.strerror}") from None
-        self._end += len(line)
+                self.settle()
+            if isinstance(error, OSError):
+                raise OutputError(f"{self.path}: the journal cannot be written: {error.strerror}") from None
+            raise
         self._records.append(record)
 
-    def sync(self) -> None:
-        """Wait until all records are on the disk. Raises: OSError."""
-        os.fsync(self._fd)
+    def settle(self, *, sync: bool = False) -> None:
+        """Cut off what is not a whole record of this journal. Raises: OSError."""
+        os.ftruncate(self._fd, self._end)
+        if sync:
+            os.fsync(self._fd)
+
+    def withdraw(self, *, sync: bool = False) -> None:
+        """Cut the commit record off: the finish is taken back. Raises: OSError."""
+        kept = [record for record in self._records if record.kind not in (FINISHING, PLACED)]
+        self._end = sum(len(line_of(record.kind, record.value)) for record in kept)
+        self.settle(sync=sync)
+        self._records = kept
+
+    def go_on(self) -> None:
+        """This process works on the output from here on. Raises: OutputError."""
+        self.append(GOES_ON, this_process(self.run, self.begun.merge))
+        self._understood()
+
+    def begin(self, merge: str = "", run: str | None = None) -> None:
+        """Begin anew: what was noted is gone. The lock stays. Raises: OutputError.
+
+        merge  what tells merges apart
+        run    12 hexadecimal digits; by default drawn at random
+        """
+        self._records, self._end = [], 0
+        self.append(BEGIN, this_process(run or os.urandom(6).hex(), merge))
+        self._understood()
 
     def remove(self) -> None:
-        """The output is finished, or given up. Raises: OSError; the journal stays locked then."""
+        """The output is finished, or given up. Does nothing, if it is closed.
+
+        Raises: OSError; the journal stays locked then.
+        """
+        if self._fd < 0:
+            return
         with suppress(FileNotFoundError):
             os.unlink(self.path)
+        self.removed = True
         self.close()
 
     def close(self) -> None:
@@ -124,10 +180,8 @@ class Journal:
 
 
 def begin(path: Path, merge: str = "", run: str | None = None) -> Journal:
-    """Make the journal of a new output, and lock it.
+    """Make the journal of a new output, and lock it. merge, run: as of Journal.begin
 
-    merge  what tells merges apart
-    run    12 hexadecimal digits; by default drawn at random
     Raises: Busy, if another process has just made one; OSError.
     """
     flags = _FLAGS | os.O_CREAT | os.O_EXCL
@@ -143,9 +197,7 @@ def begin(path: Path, merge: str = "", run: str | None = None) -> Journal:
         raise
     journal = Journal(path, fd, [], 0)
     try:
-        record = this_process(run or os.urandom(6).hex(), merge)
-        journal.append(BEGIN, record)
-        journal.begun, journal.same_boot = record, True
+        journal.begin(merge, run)
     except BaseException:
         with suppress(OSError):
             journal.remove()
@@ -162,7 +214,7 @@ def take_over(path: Path, *, force: bool = False) -> Journal | None:
     while True:
         try:
             fd = os.open(path, _FLAGS)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise OutputError(f"{path}: the journal cannot be opened: {error.strerror}") from None
@@ -174,28 +226,14 @@ def take_over(path: Path, *, force: bool = False) -> Journal | None:
             records, end = _content(path, fd)
             journal = Journal(path, fd, records, end)
             if not locked:
-                raise Busy(_busy(journal.begun, path))
+                raise Busy(_busy(journal.owner, path))
             if locked == "unknown" and not force:
-                _refuse_living(journal.begun, path)
+                _refuse_living(journal.owner, path)
         except BaseException:
             with suppress(OSError):
                 os.close(fd)
             raise
         return journal
-
-
-def _encoded(value: object) -> bytes:
-    try:
-        return msgspec.json.encode(value)
-    except UnicodeEncodeError:  # names of files that are no valid Unicode
-        return json.dumps(msgspec.to_builtins(value)).encode()
-
-
-def _decoded(value: bytes, type_: type[T]) -> T:
-    try:
-        return msgspec.json.decode(value, type=type_)
-    except (msgspec.DecodeError, UnicodeError):
-        return msgspec.convert(json.loads(value), type_)
 
 
 def _locked(path: Path, fd: int) -> str | bool | None:

@@ -8,11 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
@@ -60,7 +58,7 @@ CASES: dict[str, tuple[Any, list[str]]] = {
         [*ONE, "--keep-intermediates", "OUT.kept"],
     ),
     "interpolate": (None, ["interpolate", "a", "c", "--alpha", "0:1:0.25", "-o", "OUT"]),
-    "average": (None, ["average", "a", "c", "-o", "OUT", "--weights", "ema"]),
+    "average": (None, ["average", "a", "c", "--in-order", "-o", "OUT", "--weights", "ema"]),
     "sweep": (None, ["sweep", "--base", "base", "--add", "one=a", "--add", "two=c", "--grid", "one=0:1:0.5",
                      "--grid", "two=0,1", "-o", "OUT"]),
     "sweep of a method": (None, ["sweep", "a", "c", "--alphas", "0.2,0.6", "--method", "slerp", "-o", "OUT"]),
@@ -98,7 +96,7 @@ class Case:
         self.ROUND = "200"
         done = self.run("whole")
         assert (done.returncode, done.stderr) == (0, "")
-        self.report, self.files = reports(done.stdout), self.outputs("whole")
+        self.report, self.files = reports(done.stdout, "whole"), self.outputs("whole")
 
     def run(self, out: str, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
         command = [part.replace("OUT", out) for part in self.command]
@@ -111,15 +109,17 @@ class Case:
     def outputs(self, out: str) -> dict[str, Any]:
         """All that lies there, by names without that of the output."""
         found = tree(self.folder)
-        return {name.replace(out, "OUT"): content for name, content in found.items() if name.startswith((out, f".{out}"))}
+        return {
+            name.replace(out, "OUT"): content for name, content in found.items() if name.startswith((out, f".{out}"))
+        }
 
 
-def reports(text: str) -> Any:
-    """The reports of a command, without times and names of outputs."""
-    every = json.loads(text)
+def reports(text: str, out: str) -> Any:
+    """The reports of a command, without times and the name of the output."""
+    every = json.loads(text.replace(f'"{out}', '"OUT'))
     for report in every if isinstance(every, list) else [every]:
         of_point = report.get("report") or report
-        for name in (*TIMES, "output", "path"):
+        for name in TIMES:
             of_point.pop(name, None)
             report.pop(name, None)
     return every
@@ -138,16 +138,110 @@ def shares(said: str) -> list[int]:
 
 
 @every_case
-def test_a_run_that_is_killed_again_and_again(case):
-    """Each process notes two rounds at most, and dies as it notes the next: at last it is done."""
-    kept: list[int] = []
-    for _ in range(60):
-        done = case.run("out", KILL="SIGKILL:2" if len(kept) % 2 else "SIGKILL:-2")
-        kept += shares(done.stderr) or [0]
-        if done.returncode == 0:
-            break
-        assert done.returncode == -signal.SIGKILL, done.stderr
+def test_a_run_that_is_killed_twice(case):
+    """Once before what it finished is noted, once after; then it ends."""
+    first = case.run("killed", KILL="SIGKILL:-2")
+    second = case.run("killed", KILL="SIGKILL:1")
+    third = case.run("killed")
+    assert [done.returncode for done in (first, second, third)] == [-signal.SIGKILL, -signal.SIGKILL, 0], third.stderr
+    kept = [share for done in (first, second, third) for share in shares(done.stderr)]
+    assert len(kept) == 2 and 0 <= kept[0] < kept[1] < 100
+    assert case.outputs("killed") == case.files
+    assert reports(third.stdout, "killed") == case.report
+    every = json.loads(third.stdout)
+    assert {int(100 * (r.get("report") or r)["resumed"]) for r in (every if isinstance(every, list) else [every])} == {kept[1]}
+
+
+def unfinished(case: Case, **env: str) -> None:
+    """An output of the case that a kill left, with the first rounds done."""
+    done = case.run("killed", KILL="SIGKILL:3", **env)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+CHANGES = {
+    "recipe": "the recipe, or its models, differ",
+    "option": "`seed` was 0, and is 4",
+    "input": "inputs have changed since",
+    "header": "inputs have changed since",
+    "small file": "inputs have changed since",
+    "new file": "files of its models have come or gone",
+    "shards": "its files are laid out otherwise",
+    "version": "it was begun by fastinterp",
+}
+
+
+@pytest.mark.parametrize("case", ["linear"], indirect=True)
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_left_of_another_run_is_refused(case, change):
+    """And is as it was: until --force throws it away. Both commands that the message names work."""
+    model = case.folder / "a"
+    files = shutil.copytree(model, case.folder / "copy")
+    model.unlink()
+    files.rename(model)
+    unfinished(case)
+    left = case.outputs("killed")
+    more: list[str] = []
+    before = (model / "model.safetensors").stat()
+    if change == "recipe":
+        (case.folder / "recipe.yml").write_text((case.folder / "recipe.yml").read_text().replace("0.3", "0.4"))
+    elif change in ("option", "shards"):
+        more = ["--seed", "4"] if change == "option" else ["--max-shard-size", "100"]
+    elif change == "input":  # one byte, with size and mtime as before: ctime tells
+        with open(model / "model.safetensors", "r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            stream.write(b"\x01")
+        os.utime(model / "model.safetensors", ns=(before.st_atime_ns, before.st_mtime_ns))
+    elif change == "header":
+        raw = (model / "model.safetensors").read_bytes()
+        (model / "model.safetensors").write_bytes(raw.replace(b'"shape": [4]', b'"shape":  [4]', 0) + b"")
+    elif change == "small file":
+        (model / "config.json").write_text('{"model_type": "llama" }')
+    elif change == "new file":
+        (model / "generation_config.json").write_text("{}")
+    env = {"VERSION": "9.9"} if change == "version" else {}
+    again = case.run("killed", *more, **env)
+    assert again.returncode == 4 and again.stdout == ""
+    assert "another merge is not finished here" in again.stderr and CHANGES[change] in again.stderr, again.stderr
+    assert case.outputs("killed") == left
+    forced = case.run("killed", "--force", *more, **env)
+    assert (forced.returncode, shares(forced.stderr)) == (0, []), forced.stderr
+    assert not [name for name in case.outputs("killed") if "/." in name]
+    assert json.loads(forced.stdout)["resumed"] is None
+
+
+@pytest.mark.parametrize("case", ["shards"], indirect=True)
+def test_threads_and_memory_are_not_part_of_what_is_computed(case):
+    unfinished(case)
+    done = case.run("killed", "--threads", "1", "--max-memory", "64MB", "--quiet")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert case.outputs("killed") == case.files
+
+
+@pytest.mark.parametrize("case", ["ties"], indirect=True)
+@pytest.mark.parametrize("damage", ["byte", "end", "file", "crash"])
+def test_what_was_lost_is_computed_again(case, damage):
+    """Also where the machine stopped: all is read then, and what is under no checksum yet is not kept."""
+    unfinished(case)
+    (partial,) = (case.folder / "killed").glob(".model.safetensors.partial-*")
+    env = {}
+    if damage == "byte":
+        size = partial.stat().st_size
+        with open(partial, "r+b") as stream:
+            stream.seek(size - 20)
+            byte = stream.read(1)[0]
+            stream.seek(size - 20)
+            stream.write(bytes([byte ^ 1]))
+    elif damage == "end":
+        os.truncate(partial, partial.stat().st_size - 20)
+    elif damage == "file":
+        partial.unlink()
+    else:
+        env = {"BOOT": "another"}
+    done = case.run("killed", **env)
     assert done.returncode == 0, done.stderr
-    assert len(kept) > 3 and kept == sorted(kept) and kept[-1] > 50
-    assert case.outputs("out") == case.files
-    assert reports(done.stdout) == case.report
+    assert "of what was kept" in done.stderr and "computed again" in done.stderr
+    assert case.outputs("killed") == case.files
+    report = json.loads(done.stdout)
+    assert any("computed again" in warning for warning in report["warnings"])
+    (share,) = shares(done.stderr)
+    assert share == int(100 * report["resumed"])

@@ -1,1 +1,1 @@
-"""Resuming a merge that was killed: what an unfinished output is of, what of it is finished, and whether it is sound."""
+"""Resuming a run that was killed: of which run an output is, what of it is finished, and whether that is sound."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from fastinterp._C import CELL_BYTES, REGION_BYTES, FileChecksum
+from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.resume.records import FinishedJob, Region, Round, unpacked
 from fastinterp.execute.rounds import Answers
 from fastinterp.output.layout import OutFile
@@ -30,7 +31,7 @@ class Kept:
     answers  to requests about the whole model: see Rounds
     """
 
-    tensors: dict[int, FinishedJob] = field(default_factory=dict)
+    tensors: dict[int, Job] = field(default_factory=dict)
     regions: dict[tuple[int, int], Region] = field(default_factory=dict)
     last: Round | None = None
     answers: Answers = field(default_factory=dict)
@@ -104,21 +105,20 @@ def _numel(shape: Sequence[int]) -> int:
     return count
 
 
-def unsound(plan: Plan, kept: Kept, paths: Sequence[Path | None], *, every: bool, crashed: bool) -> list[int]:
+def unsound(plan: Plan, kept: Kept, paths: Sequence[Path | None], *, every: bool) -> list[int]:
     """The tensors of `kept` that the files do not hold as they were written.
 
     paths    of all files of all outputs; None: a file that is not looked at
-    every    all is read; else a sample, and all if that does not match
-    crashed  the machine stopped meanwhile, so that what was written may be lost: all is read, and tensors count as
-             unsound of which not every byte is under a checksum yet
+    every    all is read, and tensors count as unsound of which not every byte is under a checksum yet; else a sample is
+             read, and all if that does not match
     """
     places = Places(plan)
     regions = [region for region in kept.regions.values() if paths[region.file] is not None]
-    some = regions if every or crashed or len(regions) <= _SAMPLED else random.sample(regions, _SAMPLED)
+    some = regions if every or len(regions) <= _SAMPLED else random.sample(regions, _SAMPLED)
     bad = _mismatched(places, some, paths)
     if bad and len(some) < len(regions):
         bad = _mismatched(places, regions, paths)
-    hashed = {at: int.from_bytes(region.hashed, "little") for at, region in kept.regions.items()} if crashed else None
+    hashed = {at: int.from_bytes(region.hashed, "little") for at, region in kept.regions.items()} if every else None
     sizes = [_size(path) for path in paths]
 
     def sound(number: int) -> bool:

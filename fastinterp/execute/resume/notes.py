@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from fastinterp._C import FileChecksum
+
+from fastinterp.backends.cpu import FileChecksum, SinkHandle
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.resume.kept import Kept, Places
 from fastinterp.execute.resume.records import Region, Round, effects_of, packed
@@ -40,14 +41,15 @@ class Notes:
         self._whole = any(t.program is not None and t.program.whole for t in plan.tensors)
 
     def run(
-        self, jobs: dict[str, Job], others: Sequence[Job], executor: PumpExecutor, checksums: Sequence[FileChecksum]
+        self, jobs: dict[str, Job], others: Sequence[Job], executor: PumpExecutor, sinks: Sequence[SinkHandle]
     ) -> DeviceUsage:
         """Run the jobs that are not finished; the others are replaced in `jobs` by finished ones.
 
-        checksums  of all files of all outputs
+        sinks  all files of all outputs, those of the first output first
         Returns the devices that ran all of them, those of earlier processes included.
         """
         kept = self._kept
+        checksums = [sink for sink in sinks if isinstance(sink, FileChecksum)]
         by_number = {self._numbers[name]: job for name, job in jobs.items()}
         left = [job for number, job in by_number.items() if number not in kept.tensors]
         jobs |= {self._plan.tensors[number].name: job for number, job in kept.tensors.items()}
