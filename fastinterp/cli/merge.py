@@ -151,14 +151,18 @@ def _of_adapters(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
-    """Context manager: if the run is interrupted or cannot write, note which of `outs` are complete for the message."""
+    """Context manager: if the run is interrupted or cannot write, note which of `outs` are complete for the message, or
+    what is kept of them.
+    """
     start = time.time()
     try:
         yield
-    except (KeyboardInterrupt, OutputError) as error:
+    except (KeyboardInterrupt, FastinterpError) as error:
         done = [str(o) for o in outs if any(p.stat().st_mtime >= start for p in _weights(o))]
-        note = f"finished before that: {', '.join(done)}" if done else "nothing was written"
-        if note not in str(error):
+        note: str = getattr(error, "outcome", "")  # what is kept, to be resumed
+        if not note and isinstance(error, (KeyboardInterrupt, OutputError)):
+            note = f"finished before that: {', '.join(done)}" if done else "nothing was written"
+        if note and note not in str(error):
             click.get_current_context().meta[OUTCOME] = [note]
         raise
 
