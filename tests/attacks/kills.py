@@ -38,8 +38,11 @@ SIGNALS = [
 ]  # fmt: skip
 LIMIT_S = 300  # of one command
 ENV = {k: v for k, v in os.environ.items() if not k.startswith("FASTINTERP_")} | {"PYTHONPATH": str(ROOT)}
-PROGRAM = [sys.executable, "-m", "fastinterp"]
-RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastinterp"]
+SCRIPT = str(ROOT / "tests" / "support" / "resume_program.py")
+PROGRAM = [sys.executable, SCRIPT]
+RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT]
+# With short rounds, and everything kept, a run of a second is one that is worth resuming. For three cases in four.
+SHORT_ROUNDS = {"ROUND": "4000000", "KEPT_S": "0"}
 
 JOBS: dict[str, list[str]] = {
     "merge": [*PROGRAM, "merge", "linear.yml", "OUT"],
@@ -86,11 +89,11 @@ def make_models(folder: Path, megabytes: int) -> None:
     )
 
 
-def run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def run(command: Sequence[str], folder: Path, env: dict[str, str] = ENV) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
         cwd=folder,
-        env=ENV,
+        env=env,
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
@@ -122,7 +125,13 @@ def duration(command: Sequence[str], folder: Path, out: Path) -> tuple[float, fl
 
 
 def disturbed(
-    command: Sequence[str], folder: Path, out: Path, times: tuple[float, float], number: signal.Signals, random: Random
+    command: Sequence[str],
+    folder: Path,
+    env: dict[str, str],
+    out: Path,
+    times: tuple[float, float],
+    number: signal.Signals,
+    random: Random,
 ) -> int:
     """The exit code of a command that gets a signal. Of several processes, one that is drawn gets it.
 
@@ -131,7 +140,7 @@ def disturbed(
     before = names_of(out)
     with interruptible():
         process = subprocess.Popen(
-            command, cwd=folder, env=ENV, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
     children: list[int] = []
@@ -209,10 +218,11 @@ def cases(name: str, folder: Path, count: int, random: Random, signals: Sequence
         if name in OVER_OLDER:
             older(out, folder)
         tally.cases += 1
+        env = ENV | (SHORT_ROUNDS if random.random() < 0.75 else {})
         ended, history = False, []
         for _ in range(random.randint(1, 3)):
             chosen = random.choice(list(signals))
-            code = disturbed(named(command, out), folder, out, times, chosen, random)
+            code = disturbed(named(command, out), folder, env, out, times, chosen, random)
             history.append(f"{chosen.name}: {code}")
             ended = contents(out) == want  # the signal may come when all is done
             if code == 0:
@@ -223,7 +233,7 @@ def cases(name: str, folder: Path, count: int, random: Random, signals: Sequence
             if ended:
                 break
         if not ended:
-            last = run(named(command, out), folder)
+            last = run(named(command, out), folder, env)
             tally.resumed += "resumed" in last.stderr + last.stdout
             if last.returncode:
                 tally.wrong.append(

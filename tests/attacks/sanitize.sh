@@ -37,6 +37,8 @@ cd "$folder/tree"
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1:allocator_may_return_null=1
 export UBSAN_OPTIONS=halt_on_error=1:abort_on_error=1:print_stacktrace=1
 export TSAN_OPTIONS=halt_on_error=1:abort_on_error=1:second_deadlock_stack=1:suppressions=$folder/tree/tests/attacks/tsan.txt
+# Threads of torch wait for each other in ways that ThreadSanitizer does not see.
+export OMP_NUM_THREADS=1
 export PYTHONPATH=$folder/tree LD_PRELOAD=$preload
 
 # A mistake of each kind must be noticed, or nothing below says anything.
