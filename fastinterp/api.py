@@ -58,7 +58,8 @@ def merge(
     max_memory      limit of the scratch memory in bytes; with accelerators, of the host's
     dtype, rounding, seed, missing, channels, quantize   replace those of the recipe (dtype: its out_dtype)
     force           replace a checkpoint in `out`, or the file `out`, but never an input
-    durable         call fsync before finishing: the output survives a crash of the machine
+    durable         sync data before names: the output survives a crash of the machine. So does, in any case, one that
+                    replaces an older one
     progress        called about ten times a second with (bytes done, total bytes)
     methods         merge methods of your own, which the recipe may name: functions below `fastinterp.methods.method`
     keep_intermediates  a folder: the other documents are written, too, each into a folder of its name there

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
+from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.errors import BackendError
+from fastinterp.execute.checksums import receipt_content, small_file
 from fastinterp.execute.report import OutputRecord, Report, report_of, report_on
 from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
 from fastinterp.output.earlier import earlier
 from fastinterp.output.folder import OutFolder
+from fastinterp.output.receipt import RECEIPT, SmallFile, WeightsFile
 from fastinterp.output.several import commit_all
 from fastinterp.plan.plan import Plan
 from fastinterp.recipe.load import Recipe
@@ -59,18 +62,22 @@ def write_outputs(
         for folder in every_folder:
             if folder.finished:
                 folder.anew()
-        for plan, of_plan in zip(plans, folders, strict=True):
-            for k, folder in enumerate(of_plan):
-                write_small_files(folder, plan, k, edit_files)
+        small = [
+            [write_small_files(folder, plan, k, edit_files) for k, folder in enumerate(of_plan)]
+            for plan, of_plan in zip(plans, folders, strict=True)
+        ]
         total = sum(plan.bytes_read + plan.bytes_written for plan in plans)
         for plan, of_plan in zip(plans, folders, strict=True):
             pairs = zip(of_plan, plan.layouts, strict=True)
-            sinks = FileSinks(plan, [[folder.temp(file.name) for file in layout.files] for folder, layout in pairs])
+            paths = [[folder.temp(file.name) for file in layout.files] for folder, layout in pairs]
+            sinks = FileSinks(plan, paths, synced=durable or force)
             before = sum(d.bytes_read + d.bytes_written for d in every)
             shown = progress if len(plans) == 1 else _part(progress, before, total)
             every.append(run(plan, sinks, threads=threads, max_memory=max_memory, progress=shown, devices=devices))
         for plan in plans:
             plan.refuse_changed_files()
+        for plan, done, of_plan, of_files in zip(plans, every, folders, small, strict=True):
+            write_receipts(plan, of_plan, done.files, of_files)
         commit_all(every_folder)
     wall = time.perf_counter() - start
     read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
@@ -123,7 +130,7 @@ def _opened_folders(
     for plan, of_plan in zip(plans, outs, strict=True):
         folders.append([])
         for out, layout in zip(of_plan, plan.layouts, strict=True):
-            names = [*(file.name for file in layout.files), *plan.files.copied]
+            names = [*(file.name for file in layout.files), *plan.files.copied, RECEIPT]
             folder = OutFolder(
                 out, plan.inputs, force=force, durable=durable, needed=needed or layout.disk_bytes, names=names,
                 merge=merge, earlier=before,
@@ -154,12 +161,30 @@ def _part(progress: Progress | None, before: int, total: int) -> Progress | None
     return lambda done, of_run: progress(before + done, max(total, before + of_run))
 
 
-def write_small_files(folder: OutFolder, plan: Plan, k: int, edit_files: EditFiles | None = None) -> None:
+def write_small_files(
+    folder: OutFolder, plan: Plan, k: int, edit_files: EditFiles | None = None
+) -> dict[str, SmallFile]:
     """Write everything beside the weights of output k: copied files, the model card, indexes. Nothing, if the output is
-    one file.
+    one file. Returns what the receipt says of them.
     """
     files = {} if folder.file else plan.small_files(k)
     if edit_files is not None and files:
         edit_files(plan.recipes[k], files)
+    small = {}
     for name, content in files.items():
-        folder.write(name, content)
+        written = read_regular(os.fspath(content)) if isinstance(content, Path) else content
+        folder.write(name, written)
+        small[name] = small_file(written)
+    return small
+
+
+def write_receipts(
+    plan: Plan,
+    folders: Sequence[OutFolder],
+    weights: Sequence[Mapping[str, WeightsFile]],
+    small: Sequence[Mapping[str, SmallFile]],
+) -> None:
+    """Write the receipt into every output that is a folder."""
+    for k, folder in enumerate(folders):
+        if not folder.file:
+            folder.write(RECEIPT, receipt_content(plan, k, weights[k], small[k]))
