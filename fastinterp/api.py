@@ -59,7 +59,8 @@ def merge(
     max_memory      limit of the scratch memory in bytes; with accelerators, of the host's
     dtype, rounding, seed, missing, channels, quantize   replace those of the recipe (dtype: its out_dtype)
     force           replace a checkpoint in `out`, or the file `out`, but never an input
-    durable         call fsync before finishing: the output survives a crash of the machine
+    durable         sync data before names: the output survives a crash of the machine. So does, in any case, one that
+                    replaces an older one
     verify_kept     where a run that was killed is resumed: compare all that it had written with its checksums, not a
                     sample
     progress        called about ten times a second with (bytes done, total bytes)

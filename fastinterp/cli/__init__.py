@@ -37,8 +37,13 @@ OUTCOME = (
 )
 
 
+# Of a terminal that is closed; of Ctrl-\, and of a limit on processor time, which would write the memory to a file.
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
+_stopped: list[BaseException] = []  # what such a signal raised
+
+
 class _Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM, as an exception in the main thread, so that context managers clean up."""
+    """A signal that ends the program, as an exception in the main thread, so that context managers clean up."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -58,8 +63,16 @@ def errors_reported(ctx: click.Context, worded: Callable[[str], str] = str) -> I
         click.echo(f"{click.style(type(error).__name__, fg='red')}: {message}", err=True)
         ctx.exit(error.exit_code)
     except KeyboardInterrupt as stopped:
-        click.echo("; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), err=True)
-        ctx.exit(getattr(stopped, "exit_code", 130))
+        _say_interrupted(ctx, stopped)
+    except Exception:
+        if not _stopped:
+            raise
+        _say_interrupted(ctx, _stopped[-1])  # a module that is imported makes another exception of it
+
+
+def _say_interrupted(ctx: click.Context, stopped: BaseException) -> None:
+    click.echo("; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), err=True)
+    ctx.exit(getattr(stopped, "exit_code", 130))
 
 
 class _Commands(click.Group):
@@ -135,14 +148,15 @@ def main() -> None:
 
 
 def stop_on_signals() -> None:
-    """Let SIGINT and SIGTERM end the program as exceptions, so that partial files are removed."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Let the signals that end a program do so as exceptions, so that partial files are removed."""
+    for number in _STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     # A second Ctrl-C must not interrupt the removal of partial files.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Stopped(number)
+    for every in _STOPPING:
+        signal.signal(every, signal.SIG_IGN)
+    _stopped.append(_Stopped(number))
+    raise _stopped[-1]

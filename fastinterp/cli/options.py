@@ -109,7 +109,7 @@ _OUTPUT = (
     click.option(
         "--durable",
         is_flag=True,
-        help="Call fsync on all files: slower, but the output survives a crash of the machine.",
+        help="Sync data before names: slower, but the output survives a crash of the machine. Implied where --force replaces one.",
     ),
     click.option(
         "--verify-kept",

@@ -147,7 +147,7 @@ def fingerprint(plan: Plan) -> str:
     for checkpoint in plan.checkpoints:
         for path in (*checkpoint.files, *checkpoint.adapter_files):
             info = os.stat(path)
-            digest.update(f"{path.name} {info.st_size} {info.st_mtime_ns}\0".encode())
+            digest.update(f"{path.name} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns}\0".encode())
     return digest.hexdigest()
 
 
