@@ -11,11 +11,13 @@ import msgspec
 
 from fastinterp.errors import RecipeError
 from fastinterp.recipe.document import as_yaml, from_text
-from fastinterp.recipe.references import ModelRef
+from fastinterp.recipe.references import UNCHANGED, ModelRef
 
 if TYPE_CHECKING:
     from fastinterp.recipe.load import Recipe
 
+# Keys whose values are words, whatever models are called.
+_WORDS = {"merge_method", "name", "dtype", "out_dtype", "rounding", "missing", "channels", "quantize", "out", "filter"}
 _LONGEST = 4096  # characters of a path
 _AROUND = r"(?<![\w./~-]){}(?![\w-]|/\w|\.\w)"  # a path as a whole, not the start or the end of another one
 
@@ -23,10 +25,12 @@ _AROUND = r"(?<![\w./~-]){}(?![\w-]|/\w|\.\w)"  # a path as a whole, not the sta
 class ShownNames(msgspec.Struct, frozen=True):
     """The names that are shown, by the path as the recipe has it. Paths that are missing are shown as they are.
 
+    local        the names that stand for absolute paths, of this machine or of another one
     values_only  recipes are shown as their values alone, without comments
     """
 
     names: Mapping[str, str]
+    local: tuple[str, ...] = ()
     values_only: bool = False
 
     def model(self, text: str) -> str:
@@ -59,18 +63,24 @@ def shown_names(recipes: Sequence[Recipe]) -> ShownNames:
     """The names for the documents of a recipe: of an absolute path its last part, with as many before it as tell it
     from others; of private recipes `model-1`, `model-2` and so on, in the order of the models.
     """
-    given = [recipe.names for recipe in recipes if recipe.names is not None]
-    if given:
-        return ShownNames(given[0], recipes[-1].private)
+    given = next((recipe.names for recipe in recipes if recipe.names is not None), None)
+    if given is not None:
+        return given
     texts = list(dict.fromkeys(text for recipe in recipes for text in strings(recipe.document.value)))
     paths = list(dict.fromkeys(path for text in texts for path in _paths_in(text)))
     if not recipes[-1].private:
-        return ShownNames(_shortened(paths))
-    made = {recipe.name for recipe in recipes if recipe.name is not None}
-    used = [ref for r in recipes for ref in (*r.models, *([r.base_model] if r.base_model else []), *r.sidecars)]
-    named = [path for ref in used if str(ref) not in made for path in (ref.path, *(a.path for a in ref.adapters))]
-    every = dict.fromkeys([*named, *(path for path in paths if _is_absolute(path))])
+        names = _shortened(paths)
+        return ShownNames(names, tuple(sorted(set(names.values()))))
+    every = dict.fromkeys([*used_paths(recipes), *(path for path in paths if _is_absolute(path))])
     return ShownNames({path: f"model-{i}" for i, path in enumerate(every, 1)}, values_only=True)
+
+
+def used_paths(recipes: Sequence[Recipe]) -> list[str]:
+    """The paths of all models, adapters and side-cars of the documents of a recipe, each once, as they are written."""
+    made = {recipe.name for recipe in recipes if recipe.name is not None}
+    refs = [ref for r in recipes for ref in (*r.models, *([r.base_model] if r.base_model else []), *r.sidecars)]
+    refs = [ref for ref in refs if str(ref) not in made and ref is not UNCHANGED]
+    return list(dict.fromkeys(path for ref in refs for path in (ref.path, *(a.path for a in ref.adapters))))
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -89,7 +99,9 @@ def renamed(value: Any, name: Callable[[str], str]) -> Any:
         return name(value) if "\n" not in value and len(value) < _LONGEST else value
     if isinstance(value, list):
         return [renamed(item, name) for item in value]
-    return {key: renamed(item, name) for key, item in value.items()} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    return {key: item if key in _WORDS else renamed(item, name) for key, item in value.items()}
 
 
 def _paths_in(text: str) -> list[str]:

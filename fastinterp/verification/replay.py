@@ -1,0 +1,73 @@
+"""`replay`: an output made again from its receipt."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from fastinterp.arguments import path_of, size_of
+from fastinterp.backends.cpu import Progress
+from fastinterp.checkpoint.names import names_file, quote
+from fastinterp.errors import UsageError
+from fastinterp.execute.report import Report
+from fastinterp.execute.to_files import write_outputs
+from fastinterp.methods import Method, given
+from fastinterp.verification.made_output import open_output, refuse_numerics
+from fastinterp.verification.models import Given, found_models
+from fastinterp.verification.recipes import plan_again
+
+class Replay(msgspec.Struct, frozen=True):
+    """What became of a replay.
+
+    report       of the merge
+    differences  files of the new output whose bytes are not those of the receipt, relative to its folder
+    """
+
+    report: Report
+    differences: tuple[str, ...] = ()
+
+    @property
+    def same(self) -> bool:
+        """Whether the new output has the bytes that the receipt says."""
+        return not self.differences
+
+
+def replay(
+    output: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    models: Given = None,
+    device: str = "auto",
+    threads: int | None = None,
+    max_memory: str | int = "512MB",
+    force: bool = False,
+    durable: bool = False,
+    progress: Progress | None = None,
+    methods: tuple[Method, ...] = (),
+) -> Replay:
+    """Make an output again from its receipt: the same bytes, if the models have theirs.
+
+    output  a folder or a file that fastinterp wrote
+    out     a new folder, or a new file, as `output` is one
+    models  where the models are, if they are not where the receipt says, or near the output: a folder that has them, or
+            `NAME=PATH`, or several of both; or a mapping by name
+    The other arguments are those of `merge`.
+
+    Coefficients that came from the data are those of the receipt, where it has them.
+    Raises: what `merge` does; CheckpointError, if `output` has no receipt, or a model is not found.
+    """
+    source, target = path_of(output, "output"), path_of(out, "out")
+    with given(methods):
+        made = open_output(source)
+        if names_file(target) != made.ending:
+            kind = f"one file: give a name that ends in {quote(made.ending)}" if made.ending else "a folder: name one"
+            raise UsageError(f"{quote(source)} is {kind}. Got {quote(target)}")
+        refuse_numerics(made.told, made.name)
+        plan = plan_again(made, found_models(made, models))
+        (report,) = write_outputs(
+            [plan], [[target]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
+            durable=durable, progress=progress,
+        )  # fmt: skip
+    return Replay(report)
