@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastinterp._version import __version__
+from fastinterp.checkpoint.checksum import KEY as CHECKSUM
+from fastinterp.checkpoint.checksum import UNKNOWN
 from fastinterp.checkpoint.formats.encoded import start_of
 from fastinterp.checkpoint.formats.said import METADATA, layers_of
 from fastinterp.checkpoint.names import GGUF, listing
@@ -49,7 +51,7 @@ class Outputs:
             for part in model.source.parts if model.source is not None else ():
                 self._parts.setdefault(part.folder, part)
         quantised = any(i.quantised for t in tensors for i in t.inputs) or any(t.encoding for t in tensors)
-        self._untrue = {_RECEIPT, *_HASHES, *(() if quantised else _QUANTISED)}
+        self._untrue = {_RECEIPT, CHECKSUM, *_HASHES, *(() if quantised else _QUANTISED)}
         if is_gguf(origin):
             from fastinterp.output.gguf_layout import left_out
 
@@ -83,7 +85,7 @@ class Outputs:
             if limit is None:
                 limit = SHARD_BYTES if part is not None and len(part.checkpoint.files) > 1 and not one_file else 1 << 62
             carried = {} if part is None else self._carried(part)
-            whole = {"format": "pt", **carried, **metadata}
+            whole = {"format": "pt", **carried, **metadata, CHECKSUM: UNKNOWN}
             stem = MODEL if part is None else stem_of(part.checkpoint)
             beside = {name: t.entries[0][0] for t in tensors for name, _, _ in t.entries[1:]}
             shapes = [entry for t in tensors for entry in t.entries]
@@ -123,7 +125,7 @@ class Outputs:
             key
             for part in self._parts.values()
             for key, value in part.checkpoint.metadata.items()
-            if key != _RECEIPT and (key in self._untrue or not _is_text(key + value))
+            if key not in (_RECEIPT, CHECKSUM) and (key in self._untrue or not _is_text(key + value))
         )
         what = "header metadata that is left out, since it would not be true of the output"
         return [f"{what}: {listed(names, len(_HASHES + _QUANTISED))}"] if names else []
