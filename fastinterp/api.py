@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
@@ -42,6 +43,7 @@ def merge(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    private: bool = False,
     progress: Progress | None = None,
     methods: Sequence[Method] = (),
     keep_intermediates: str | os.PathLike[str] | None = None,
@@ -59,6 +61,7 @@ def merge(
     dtype, rounding, seed, missing, channels, quantize   replace those of the recipe (dtype: its out_dtype)
     force           replace a checkpoint in `out`, or the file `out`, but never an input
     durable         call fsync before finishing: the output survives a crash of the machine
+    private         receipt and model card name no model: `replay` is told then where they are
     progress        called about ten times a second with (bytes done, total bytes)
     methods         merge methods of your own, which the recipe may name: functions below `fastinterp.methods.method`
     keep_intermediates  a folder: the other documents are written, too, each into a folder of its name there
@@ -67,7 +70,7 @@ def merge(
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
     with given(methods):
-        recipes = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+        recipes = documents(recipe, dtype, rounding, seed, missing, channels, quantize, private)
         _refuse_adapters(recipes, "merge_adapters")
         return merge_documents(
             recipes, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
@@ -133,6 +136,7 @@ def interpolate(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    private: bool = False,
     progress: Progress | None = None,
 ) -> list[Report]:
     """Interpolate between checkpoints `a` (alpha 0) and `b` (alpha 1), or extrapolate: out = a + alpha * (b - a).
@@ -161,6 +165,7 @@ def interpolate(
     whose = None if integers is None else path_of(integers, "integers")
     keys = further_keys(missing, channels, quantize, tokenizer_source)
     recipes = [overridden(point_recipe(*ends, p, origin, whose, keys), dtype, rounding, seed) for p in points]
+    recipes = [replace(recipe, private=private) for recipe in recipes]
     groups = [slice(i, i + MAX_OUTPUTS) for i in range(0, len(points), MAX_OUTPUTS)]
     target = path_of(out, "out")
     if not target:
@@ -196,6 +201,7 @@ def average(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    private: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Average checkpoints of one training run into the folder `out`.
@@ -218,7 +224,7 @@ def average(
     return merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
         dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, quantize=quantize,
-        force=force, durable=durable, progress=progress,
+        force=force, durable=durable, private=private, progress=progress,
     )  # fmt: skip
 
 
@@ -253,6 +259,7 @@ def merge_adapters(
     seed: int | None = None,
     force: bool = False,
     durable: bool = False,
+    private: bool = False,
     progress: Progress | None = None,
     methods: Sequence[Method] = (),
 ) -> AdapterReport:
@@ -263,7 +270,7 @@ def merge_adapters(
     Raises: as `merge`; UsageError, if the recipe has no `out: lora`.
     """
     with given(methods):
-        found = _of_adapters(documents(recipe, dtype, None, seed, None, None, None))
+        found = _of_adapters(documents(recipe, dtype, None, seed, None, None, None, private))
         return merge_adapter_document(found, out, threads=threads, force=force, durable=durable, progress=progress)
 
 

@@ -7,12 +7,21 @@ from typing import Any
 
 import msgspec
 
-from fastinterp._C import Masks, Pump, cached_fraction, combine, reserve
+from fastinterp._C import (
+    REGION_BYTES,
+    Masks,
+    Pump,
+    cached_fraction,
+    checksum,
+    combine,
+    reserve,
+    xxh3,
+)
 from fastinterp.ops.steps import Answer, Step
 
 __all__ = [
-    "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions", "cached_fraction", "combine", "memory_address",
-    "reserve", "survey", "watch",
+    "REGION_BYTES", "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions", "cached_fraction", "checksum",
+    "combine", "memory_address", "reserve", "survey", "watch", "xxh3",
 ]  # fmt: skip
 
 # (kind, address, bytes): kind "memory" is memory of the host; "device" that of an accelerator, which the pump rejects.

@@ -22,6 +22,8 @@ _MODULES = {
     "average": "fastinterp.cli.average",
     "sweep": "fastinterp.cli.sweep",
     "extract-lora": "fastinterp.cli.lora",
+    "verify": "fastinterp.cli.verify",
+    "replay": "fastinterp.cli.verify",
     "check": "fastinterp.cli.inspect",
     "explain": "fastinterp.cli.inspect",
     "inspect": "fastinterp.cli.inspect",

@@ -22,8 +22,8 @@ from fastinterp.output.receipt import RECEIPT, WeightsFile, hexadecimal, read_re
 
 
 def refuse_torn(checkpoint: Checkpoint, sampled: int = 0) -> None:
-    """Raises: CheckpointError, saying which file is damaged and what to do, if one of a checkpoint that fastinterp wrote
-    is not what its receipt says, as far as that shows at little cost; StorageError, if one cannot be read.
+    """Raises: CheckpointError, saying which file is damaged and what to do, if one of a checkpoint that fastinterp
+    wrote is not what its receipt says, as far as that shows at little cost; StorageError, if one cannot be read.
 
     sampled  how many regions of 64 MiB are read even if there are no holes, of different files
     """
@@ -65,7 +65,9 @@ def refuse_torn_file(
                 return
             if receipt is not None and receipt.data_start == start and receipt.size == size:
                 first = start // REGION_BYTES
-                numbers = sorted({r for begin, end in holes for r in range(begin // REGION_BYTES, -(-end // REGION_BYTES))})
+                numbers = sorted(
+                    {r for begin, end in holes for r in range(begin // REGION_BYTES, -(-end // REGION_BYTES))}
+                )
                 numbers = numbers or [_chosen(first, -(-size // REGION_BYTES), path.name)]
                 for number in numbers:
                     begin, end = max(start, number * REGION_BYTES), min(size, (number + 1) * REGION_BYTES)

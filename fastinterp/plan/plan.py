@@ -250,10 +250,10 @@ def _stamps(document: Document) -> dict[Path, Stamp | None]:
 def plan_recipe(
     recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
     missing: object = None, channels: object = None, quantize: object = None, *, one_file: str = "",
-    as_numbers: bool = False,
+    as_numbers: bool = False, private: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge` and make_plan."""
-    *above, last = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+    *above, last = documents(recipe, dtype, rounding, seed, missing, channels, quantize, private)
     size = optional_size(max_shard_size)
     return make_plan([last], max_shard_size=size, above=above, one_file=one_file, as_numbers=as_numbers)
 
@@ -268,8 +268,9 @@ def plan_documents(recipes: Sequence[Recipe], max_shard_size: int | None, one_fi
 
 
 def documents(
-    recipe: Source, dtype: object, rounding: object, seed: object, missing: object, channels: object, quantize: object
-) -> list[Recipe]:
+    recipe: Source, dtype: object, rounding: object, seed: object, missing: object, channels: object, quantize: object,
+    private: bool = False,
+) -> list[Recipe]:  # fmt: skip
     """The documents of a recipe, with what the arguments replace in them. Arguments and errors as of `merge`."""
     *above, last = load_recipes(recipe)
     changed = overridden(last, dtype, rounding, seed, missing, channels, quantize)
@@ -279,4 +280,4 @@ def documents(
         if rounding is not None:
             above = [replace(r, rounding=changed.rounding) if r.rounding == last.rounding else r for r in above]
         above = [replace(r, seed=changed.seed) if r.seed == last.seed else r for r in above]
-    return [*above, changed]
+    return [replace(r, private=True) for r in (*above, changed)] if private else [*above, changed]

@@ -116,6 +116,12 @@ def _is_absolute(path: str) -> bool:
     return os.path.isabs(path) or path.startswith("~")
 
 
+def shortened(names: Sequence[str]) -> list[str]:
+    """Models in their text form, as receipts name them."""
+    shown = ShownNames(_shortened([path for name in names for path in _paths_in(name)]))
+    return [shown.model(name) for name in names]
+
+
 def _shortened(paths: Iterable[str]) -> dict[str, str]:
     """Absolute path -> its last part, with as many before it as tell it from all others."""
     normal = {path: os.path.normpath(path) for path in paths}

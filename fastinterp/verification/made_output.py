@@ -1,23 +1,27 @@
-"""An output of fastinterp: its files, and the receipt by which it can be made again."""
+"""An output of fastinterp, and the receipt by which it can be checked, and made again."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from fastinterp.checkpoint.file_kinds import read_header
 from fastinterp.checkpoint.names import GGUF, WEIGHTS, quote
-from fastinterp.checkpoint.open import Checkpoint, open_checkpoint
+from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.messages import listed
 from fastinterp.ops.combine import NUMERICS
+from fastinterp.output.receipt import RECEIPT, ReceiptFile, read_receipt
 
 KEY = "fastinterp"  # of the receipt, in the metadata of a file of weights
 _SHOWN = 5  # names in a message, before the rest is only counted
+_NONE = (
+    "this is no output of fastinterp: it has no receipt. Only what `fastinterp merge`, `interpolate`, `average` or "
+    "`sweep` wrote can be checked against its recipe, or made again"
+)
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -48,17 +52,20 @@ class Told(msgspec.Struct, frozen=True):
 class MadeOutput(msgspec.Struct, frozen=True):
     """An output that fastinterp wrote.
 
-    name        as the user has it
-    path        its folder, or the one file that it is
-    file        the name of that file; empty, if it is a folder
-    told        what the receipt in the headers tells
+    name     as the user has it
+    path     its folder, or the one file that it is
+    file     the name of that file; empty, if it is a folder
+    weights  its files of weights
+    told     what its receipt tells
+    receipt  the file of the folder; None, if it has none
     """
 
     name: str
     path: Path
     file: str
-    checkpoint: Checkpoint
+    weights: tuple[Path, ...]
     told: Told
+    receipt: ReceiptFile | None
 
     @property
     def folder(self) -> Path:
@@ -71,33 +78,48 @@ class MadeOutput(msgspec.Struct, frozen=True):
 
 
 def open_output(name: str) -> MadeOutput:
-    """Open an output by its name: a folder, or one file.
+    """An output by its name: a folder, or one file. Its files need not be whole, if the folder has its receipt.
 
-    Raises: CheckpointError, if it is damaged, or no output of fastinterp; UsageError, if several are in it.
+    Raises: CheckpointError, if it is no output of fastinterp, or too damaged to tell; UsageError, if it holds several
+    outputs, or is a part of one.
     """
     path = Path(os.path.expanduser(name))
-    if path.is_dir() and (inside := outputs_in(path)) and not _has_weights(path):
-        raise UsageError(f"{quote(name)} holds several outputs. Name one: {listed([str(p) for p in inside], _SHOWN)}")
     if not path.exists():
         raise CheckpointError("there is no such folder or file", file=name or "''")
+    if path.is_dir():
+        return _of_folder(name, path)
+    if not path.name.endswith((WEIGHTS, GGUF)):
+        raise CheckpointError(_NONE, file=name)
+    beside = path.parent / RECEIPT
+    if beside.is_file() and path.name in read_receipt(str(beside)).weights:
+        raise UsageError(f"{quote(name)} is a part of the output {quote(str(path.parent))}. Name that")
+    told = _told(read_header(path, 0).metadata.get(KEY), name)
+    return MadeOutput(name, path, path.name, (path,), told, None)
+
+
+def _of_folder(name: str, path: Path) -> MadeOutput:
+    if (path / RECEIPT).is_file():
+        receipt = read_receipt(str(path / RECEIPT))
+        weights = tuple(path / file for file in receipt.weights)
+        return MadeOutput(name, path, "", weights, _told(receipt.merge, name), receipt)
+    if not _has_weights(path):
+        if inside := outputs_in(path):
+            raise UsageError(
+                f"{quote(name)} holds several outputs. Name one: {listed([str(p) for p in inside], _SHOWN)}"
+            )
+        raise CheckpointError(_NONE, file=name)
     checkpoint = open_checkpoint(name)
-    told = told_by(checkpoint.metadata, name)
-    return MadeOutput(name, path, "" if path.is_dir() else path.name, checkpoint, told)
+    return MadeOutput(name, path, "", checkpoint.files, _told(checkpoint.metadata.get(KEY), name), None)
 
 
-def told_by(metadata: Mapping[str, str], name: str) -> Told:
-    """What the metadata of a file of weights tells. Raises: CheckpointError, if it has no receipt of a merge."""
-    text = metadata.get(KEY)
-    if text is None:
-        raise CheckpointError(
-            "this is no output of fastinterp: its header has no receipt. Only what `fastinterp merge`, `interpolate`, "
-            "`average` or `sweep` wrote can be checked against its recipe",
-            file=name,
-        )
+def _told(value: object, name: str) -> Told:
+    """What a receipt tells: its text, or plain values. Raises: CheckpointError, if it is none of a merge."""
+    if value is None:
+        raise CheckpointError(_NONE, file=name)
     try:
-        return msgspec.convert(json.loads(text), Told)
+        return msgspec.convert(json.loads(value) if isinstance(value, str) else value, Told)
     except (ValueError, RecursionError, msgspec.ValidationError) as error:
-        raise CheckpointError(f"the receipt in its header is damaged: {error}", file=name) from None
+        raise CheckpointError(f"its receipt is damaged: {error}", file=name) from None
 
 
 def refuse_numerics(told: Told, name: str) -> None:
@@ -109,6 +131,25 @@ def refuse_numerics(told: Told, name: str) -> None:
             f"`pip install fastinterp=={told.fastinterp}`",
             file=name,
         )
+
+
+def several_in(name: str) -> list[str]:
+    """The outputs in a folder that is none itself; empty, if it is one, or has none."""
+    path = Path(os.path.expanduser(name))
+    if not path.is_dir() or (path / RECEIPT).is_file():
+        return []
+    folders = [p for p in outputs_in(path) if p.is_dir()]
+    files = [p for p in outputs_in(path) if not p.is_dir()]
+    if _has_weights(path):
+        return [str(p) for p in files] if len(files) > 1 and not folders and _alone(files) else []
+    return [str(p) for p in folders]
+
+
+def _alone(files: list[Path]) -> bool:
+    """Whether each of the files is an output of its own, and not a shard of one."""
+    from fastinterp.checkpoint.names import SHARD
+
+    return not any(SHARD.fullmatch(p.name) for p in files)
 
 
 def outputs_in(folder: Path) -> list[Path]:
@@ -125,23 +166,15 @@ def _is_output(path: Path) -> bool:
         return False
     try:
         if path.is_dir():
+            if (path / RECEIPT).is_file():
+                return True
             files = [p for p in sorted(path.iterdir()) if p.name.endswith((WEIGHTS, GGUF))]
             path = files[0] if files else path
-        if not path.is_file() or not path.name.endswith((WEIGHTS, GGUF)):
-            return False
-        from fastinterp.checkpoint.file_kinds import read_header
-
-        return KEY in read_header(path, 0)[1]
+        return path.name.endswith((WEIGHTS, GGUF)) and path.is_file() and KEY in read_header(path, 0).metadata
     except (OSError, CheckpointError):
         return False
 
 
 def _has_weights(folder: Path) -> bool:
-    names = [p.name for p in folder.iterdir()]
+    names = os.listdir(folder)
     return any(n.endswith((WEIGHTS, GGUF)) or n in ("model_index.json", "modules.json") for n in names)
-
-
-def receipt_as_dict(told: Told) -> dict[str, Any]:
-    """Plain values, as --json prints them."""
-    plain: dict[str, Any] = msgspec.to_builtins(told)
-    return plain

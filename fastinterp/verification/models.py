@@ -50,7 +50,9 @@ def _split(given: Given, wanted: Sequence[str]) -> tuple[dict[str, str], list[Pa
     else:
         items = [given] if isinstance(given, (str, os.PathLike)) else given
         every = [os.fspath(item) for item in items]
-        pairs = [(name, path) for item in every for name, equals, path in [item.partition("=")] if equals and name in wanted]
+        pairs = [
+            (name, path) for item in every for name, equals, path in [item.partition("=")] if equals and name in wanted
+        ]
         every = [item for item in every if item.partition("=")[0] not in wanted or "=" not in item]
     for name, path in pairs:
         if name not in wanted:

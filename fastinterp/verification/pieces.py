@@ -11,8 +11,8 @@ from msgspec import structs
 
 from fastinterp.ops.combine import Combine
 from fastinterp.ops.requests import MaskedCombine
-from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.plan import Plan
+from fastinterp.plan.planned import PlannedTensor
 
 BLOCK = 1 << 16  # elements: whole chunks of the kernels
 
@@ -78,7 +78,9 @@ def has_blocks(t: PlannedTensor, stochastic: bool) -> bool:
     if t.program is None:
         return True
     totals = [call() for call in t.program.calls]
-    return all(isinstance(total, Combine) or (isinstance(total, MaskedCombine) and _stands_alone(total)) for total in totals)
+    return all(
+        isinstance(total, Combine) or (isinstance(total, MaskedCombine) and _stands_alone(total)) for total in totals
+    )
 
 
 def _stands_alone(total: MaskedCombine) -> bool:

@@ -29,9 +29,7 @@ def plan_again(made: MadeOutput, places: Mapping[str, str]) -> Plan:
     """
     told = made.told
     recipes = _recipes(told, places, made.name)
-    return make_plan(
-        recipes[-1:], max_shard_size=told.max_shard_size, above=recipes[:-1], one_file=made.ending
-    )
+    return make_plan(recipes[-1:], max_shard_size=told.max_shard_size, above=recipes[:-1], one_file=made.ending)
 
 
 def _recipes(told: Told, places: Mapping[str, str], name: str) -> list[Recipe]:

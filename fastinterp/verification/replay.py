@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from fastinterp.arguments import path_of, size_of
 from fastinterp.backends.cpu import Progress
+from fastinterp.checkpoint.checksum import stated_checksum
+from fastinterp.checkpoint.file_kinds import read_header
 from fastinterp.checkpoint.names import names_file, quote
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
+from fastinterp.messages import listed
 from fastinterp.methods import Method, given
-from fastinterp.verification.made_output import open_output, refuse_numerics
+from fastinterp.output.receipt import RECEIPT
+from fastinterp.plan.given_sums import with_sums
+from fastinterp.verification.made_output import MadeOutput, open_output, refuse_numerics
 from fastinterp.verification.models import Given, found_models
 from fastinterp.verification.recipes import plan_again
+
 
 class Replay(msgspec.Struct, frozen=True):
     """What became of a replay.
@@ -32,6 +38,24 @@ class Replay(msgspec.Struct, frozen=True):
     def same(self) -> bool:
         """Whether the new output has the bytes that the receipt says."""
         return not self.differences
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.same else 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as --json prints them."""
+        return {"same": self.same, "differences": list(self.differences), "report": self.report.as_dict()}
+
+    def summary(self) -> str:
+        """The report in a few lines of text, and whether the bytes are those of the receipt."""
+        if self.same:
+            return f"{self.report.summary()}\n  the checksums are those of the receipt"
+        names = listed(self.differences, 5)
+        return f"{self.report.summary()}\n  different from the receipt, because an input has changed since: {names}"
+
+    def __str__(self) -> str:
+        return self.summary()
 
 
 def replay(
@@ -66,8 +90,22 @@ def replay(
             raise UsageError(f"{quote(source)} is {kind}. Got {quote(target)}")
         refuse_numerics(made.told, made.name)
         plan = plan_again(made, found_models(made, models))
+        if made.receipt is not None:
+            plan = with_sums(plan, made.receipt.coefficients, str(made.folder / RECEIPT))
         (report,) = write_outputs(
             [plan], [[target]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
             durable=durable, progress=progress,
         )  # fmt: skip
-    return Replay(report)
+    return Replay(report, _differences(made, open_output(target)))
+
+
+def _differences(made: MadeOutput, again: MadeOutput) -> tuple[str, ...]:
+    """The files of which checksums that receipts have differ, by name."""
+    if made.receipt is None or again.receipt is None:
+        own, other = ([stated_checksum(read_header(p, 0).metadata) for p in m.weights] for m in (made, again))
+        return tuple(str(p) for p, a, b in zip(again.weights, own, other, strict=True) if a != b)
+    weights = {n: f.checksum for n, f in made.receipt.weights.items()}
+    now = {n: f.checksum for n, f in again.receipt.weights.items()}
+    small, others = made.receipt.files, again.receipt.files
+    names = [*sorted({*weights, *now}), *sorted({*small, *others})]
+    return tuple(n for n in names if weights.get(n) != now.get(n) or small.get(n) != others.get(n))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp.methods import find
-from tests.support.checkpoints import BF16, F32, Model, Tensor, integers, moved, weights, write
-
+from fastinterp.ops.dtypes import BF16, F32
+from tests.support.checkpoints import Model, Tensor, integers, moved, weights, write
 
 _SHARED = {"t": 0.3, "alpha": 0.3, "beta": 0.2, "decay": 0.9}
 

@@ -66,12 +66,14 @@ def merge(
     missing: str | None = None,
     channels: str | None = None,
     quantize: str | None = None,
+    private: bool = False,
     **settings: Any,
 ) -> Report | None:
     """This process's part of `fastinterp.merge`, whose arguments these are. The report on rank 0, else None."""
     target = path_of(out, "out")
     plan = plan_recipe(
-        recipe, max_shard_size, dtype, rounding, seed, missing, channels, quantize, one_file=names_file(target)
+        recipe, max_shard_size, dtype, rounding, seed, missing, channels, quantize, one_file=names_file(target),
+        private=private,
     )  # fmt: skip
     reports = carry_out(plan, [target], me, max_memory=size_of(max_memory), **settings)
     return reports[0] if reports else None

@@ -78,7 +78,6 @@ class Job:
         """The density of each input of output k that thresholds mask."""
         return {}
 
-
     def coefficients(self, k: int) -> Coefficients | None:
         """The sum of output k, as it came from the data; None, if the recipe tells it without any."""
         return None
