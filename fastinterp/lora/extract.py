@@ -49,7 +49,7 @@ from fastinterp.output.folder import OutFolder
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.plan import Plan
 from fastinterp.recipe.references import ModelRef
-from fastinterp.recipe.shown_names import shortened
+from fastinterp.recipe.renaming import shortened
 
 MAX_RANK = 1 << 14
 _EXPERT = re.compile(r"\.experts\.\d+\.")  # a module of one expert

@@ -31,7 +31,8 @@ from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.single import Document, plan_document
 from fastinterp.plan.vocabularies import AlignedModels
 from fastinterp.recipe.load import Recipe, load_recipes
-from fastinterp.recipe.shown_names import ShownNames, shown_names
+from fastinterp.recipe.renaming import ShownNames
+from fastinterp.recipe.shown_names import shown_names
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 

@@ -27,7 +27,7 @@ from fastinterp.recipe.references import (
 from fastinterp.recipe.schema import RawRecipe, guessed_method, method_of, raw_recipe
 
 if TYPE_CHECKING:
-    from fastinterp.recipe.shown_names import ShownNames
+    from fastinterp.recipe.renaming import ShownNames
     from fastinterp.recipe.tokenizer import ChatTemplate, TokenizerSpec
 
 __all__ = ["Recipe", "load_recipe", "load_recipes"]

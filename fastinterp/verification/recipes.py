@@ -12,7 +12,8 @@ from fastinterp.plan.plan import Plan, documents, make_plan
 from fastinterp.recipe.document import from_text
 from fastinterp.recipe.load import Recipe
 from fastinterp.recipe.references import ModelRef
-from fastinterp.recipe.shown_names import ShownNames, renamed, used_paths
+from fastinterp.recipe.renaming import ShownNames, renamed
+from fastinterp.recipe.shown_names import used_paths
 from fastinterp.verification.made_output import MadeOutput, Told
 
 
