@@ -89,6 +89,10 @@ void Sink::write(int64_t offset, int64_t size, const void* from) const {
 
 int reserve(int fd, int64_t size) {
 #if defined(__linux__)
+  // A limit on the size of files shows only when they grow.
+  struct stat info;
+  if (fstat(fd, &info) != 0) return errno;
+  if (info.st_size < size && (ftruncate(fd, size) != 0 || ftruncate(fd, info.st_size) != 0)) return errno;
   if (size == 0) return 0;
   for (;;) {
     if (fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, size) == 0) return 0;

@@ -25,7 +25,7 @@ from fastinterp.recipe.renaming import ShownNames
 
 SHARD_BYTES = 5 * 10**9  # of tensor data in one file, where the origin has several
 _MOST_BYTES = 64 << 10  # of coefficients in a receipt, which is in every file
-_RECEIPT = "fastinterp"
+RECEIPT_KEY = "fastinterp"  # in the metadata of headers
 # Entries of the header that are not true of other weights: hashes of the data, the format of quantised weights.
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 _QUANTISED = (METADATA, "quantization_format")
@@ -51,7 +51,7 @@ class Outputs:
             for part in model.source.parts if model.source is not None else ():
                 self._parts.setdefault(part.folder, part)
         quantised = any(i.quantised for t in tensors for i in t.inputs) or any(t.encoding for t in tensors)
-        self._untrue = {_RECEIPT, CHECKSUM, *_HASHES, *(() if quantised else _QUANTISED)}
+        self._untrue = {RECEIPT_KEY, CHECKSUM, *_HASHES, *(() if quantised else _QUANTISED)}
         if is_gguf(origin):
             from fastinterp.output.gguf_layout import left_out
 
@@ -69,7 +69,7 @@ class Outputs:
             from fastinterp.plan import gguf_output
 
             gguf_output.refuse_ending(one_file, self._origin)
-            return gguf_output.layout(self._origin, self._tensors, metadata[_RECEIPT], max_shard_size, self._stacked)
+            return gguf_output.layout(self._origin, self._tensors, metadata[RECEIPT_KEY], max_shard_size, self._stacked)
         groups: dict[str, list[PlannedTensor]] = {}
         for t in self._tensors:
             groups.setdefault(self._folder(t.name), []).append(t)
@@ -125,7 +125,7 @@ class Outputs:
             key
             for part in self._parts.values()
             for key, value in part.checkpoint.metadata.items()
-            if key not in (_RECEIPT, CHECKSUM) and (key in self._untrue or not _is_text(key + value))
+            if key not in (RECEIPT_KEY, CHECKSUM) and (key in self._untrue or not _is_text(key + value))
         )
         what = "header metadata that is left out, since it would not be true of the output"
         return [f"{what}: {listed(names, len(_HASHES + _QUANTISED))}"] if names else []
@@ -198,7 +198,7 @@ def receipt(
     content |= {} if recipe.channels == "same" else {"channels": recipe.channels}
     content |= {"truncate_embeddings": True} if recipe.truncate_embeddings else {}
     content |= {} if recipe.quantize == "none" else {"quantize": recipe.quantize}
-    return {_RECEIPT: json.dumps(content, separators=(",", ":"))}
+    return {RECEIPT_KEY: json.dumps(content, separators=(",", ":"))}
 
 
 def _coefficients(k: int, tensors: Sequence[PlannedTensor]) -> dict[str, Any] | list[dict[str, Any]] | str:

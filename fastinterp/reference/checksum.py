@@ -1,8 +1,8 @@
 """The definition of the checksum of a file of weights: that of its data section, everything behind its header.
 
 The file is cut at multiples of CELL_BYTES. A cell's bytes are those of the section that lie in it, and its hash is
-XXH3-64 of them with the cell's index in the file as seed. The checksum of a region, REGION_BYTES of the file, is the sum
-of the hashes of its cells, modulo 2^64; that of the file is the sum of all of them.
+XXH3-64 of them with the cell's index in the file as seed. The checksum of a region, REGION_BYTES of the file, is the
+sum of the hashes of its cells, modulo 2^64; that of the file is the sum of all of them.
 
 So it depends on the bytes and on where they are in the file, and not on the order in which they are written.
 """

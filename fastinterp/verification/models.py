@@ -79,7 +79,7 @@ def _find(name: str, made: MadeOutput, folders: Sequence[Path]) -> str | None:
     if _is_there(Path(os.path.expanduser(name))):
         return name
     own = os.path.realpath(made.path)
-    for candidate in _near(name, made.folder):
+    for candidate in _near(name, made):
         if _is_there(candidate) and os.path.realpath(candidate) != own:
             return str(candidate)
     if name in made.told.local or made.told.private:
@@ -95,10 +95,9 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def _near(name: str, folder: Path) -> Iterator[Path]:
+def _near(name: str, made: MadeOutput) -> Iterator[Path]:
     """Places near an output where a model of this name may be: folders above it, and folders in these."""
-    above = [Path(os.path.realpath(folder)), *Path(os.path.realpath(folder)).parents][: 1 + _ABOVE]
-    for root in above[1:]:
+    for root in [*Path(os.path.realpath(made.path)).parents][:_ABOVE]:
         yield root / name
         try:
             inside = sorted(os.listdir(root))[:_MOST]

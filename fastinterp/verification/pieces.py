@@ -30,6 +30,11 @@ class Piece(msgspec.Struct, frozen=True):
     first: int = 0
 
     @property
+    def names(self) -> set[str]:
+        """The tensors of the files that it is compared with."""
+        return {name for name, _, _ in self.of.entries}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the output that it makes."""
         return self.tensor.nbytes

@@ -203,7 +203,7 @@ def _recompute(
     if not full and made.receipt is not None:
         plan = with_sums(plan, made.receipt.coefficients, file)
     places, headers, notes = _places(plan, made)
-    pieces = _pieces(plan, checked, fraction)
+    pieces = [piece for piece in _pieces(plan, checked, fraction) if piece.names <= places.keys()]
     try:
         found = differences(
             plan, pieces, places, made.folder, threads=threads, max_memory=max_memory, progress=progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+from itertools import pairwise
 
 import pytest
 import xxhash
@@ -76,7 +77,7 @@ def test_regions_add_up(file):
     assert len(every) == 3
     assert checksum(fd, start, size, 2) == every
     edges = [start, REGION_BYTES, 2 * REGION_BYTES, size]
-    assert [checksum(fd, a, b)[0] for a, b in zip(edges, edges[1:])] == every
+    assert [checksum(fd, a, b)[0] for a, b in pairwise(edges)] == every
     assert file_checksum(every) == sum(every) % 2**64
 
 
@@ -85,7 +86,7 @@ def pieces(rng: random.Random, start: int, size: int, most: int) -> list[tuple[i
     while at < size:
         at = min(size, at + rng.randint(1, most))
         edges.append(at)
-    return list(zip(edges, edges[1:]))
+    return list(pairwise(edges))
 
 
 @pytest.mark.parametrize("isa", ISAS)

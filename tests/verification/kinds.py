@@ -44,7 +44,9 @@ def _file(root: Path) -> Path:
 
 def _gguf(root: Path) -> Path:
     paths = [
-        gguf_models.write(root / f"{name}.gguf", gguf_models.numbers(seed), gguf_models.Type.Q8_0, header=gguf_models.keys())
+        gguf_models.write(
+            root / f"{name}.gguf", gguf_models.numbers(seed), gguf_models.Type.Q8_0, header=gguf_models.keys()
+        )
         for seed, name in enumerate(("base", "ft1"))
     ]
     models = [{"model": str(p), "parameters": {"weight": 0.5}} for p in paths]
@@ -74,7 +76,7 @@ def _path(root: Path) -> Path:
 
 def _sweep(root: Path) -> Path:
     paths = saved_in(root / "models", related(3))
-    fastinterp.sweep(paths[1], paths[2], [0.0, 0.3], root / "path", base=paths[0], method="slerp")
+    fastinterp.sweep(paths[1], paths[2], [0.0, 0.3], root / "path", base=paths[0], method="ties")
     return root / "path" / "alpha_0.3"
 
 

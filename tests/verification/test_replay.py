@@ -49,7 +49,9 @@ def test_models_that_are_elsewhere(tmp_path):
     recipe: dict[str, Any] = recipe_of("ties", paths)
     fastinterp.merge(recipe, tmp_path / "b" / "c" / "d" / "out")
     out = tmp_path / "b" / "c" / "d" / "out"
-    with pytest.raises(CheckpointError, match=r"the models base, ft1, ft2 are neither here nor near the output") as missing:
+    with pytest.raises(
+        CheckpointError, match=r"the models base, ft1, ft2 are neither here nor near the output"
+    ) as missing:
         fastinterp.replay(out, tmp_path / "again")
     assert "--models base=PATH --models ft1=PATH --models ft2=PATH, or --models FOLDER" in str(missing.value)
     fastinterp.replay(out, tmp_path / "again", models=tmp_path / "a" / "models")
