@@ -204,6 +204,10 @@ def _recompute(
         plan = with_sums(plan, made.receipt.coefficients, file)
     places, headers, notes = _places(plan, made)
     pieces = [piece for piece in _pieces(plan, checked, fraction) if piece.names <= places.keys()]
+    known = {finding.file for finding in checked.findings}
+    headers = [finding for finding in headers if finding.file not in known]
+    if not pieces:
+        return _with(result, findings=(*checked.findings, *headers), notes=notes)
     try:
         found = differences(
             plan, pieces, places, made.folder, threads=threads, max_memory=max_memory, progress=progress
