@@ -45,8 +45,8 @@ def whole_pieces(tensors: Iterable[PlannedTensor]) -> list[Piece]:
 
 
 def sampled(plan: Plan, fraction: float) -> list[Piece]:
-    """Blocks of all tensors that make about this fraction of the output, at least one of each; and this fraction of the
-    tensors that have no blocks, at least one. The choice is the same each time.
+    """Blocks of all tensors that make about this fraction of the output, at least one of each; and as many of those that
+    have no blocks, at least one. The choice is the same each time.
     """
     stochastic = plan.recipes[0].rounding == "stochastic"
     pieces: list[Piece] = []
@@ -60,9 +60,12 @@ def sampled(plan: Plan, fraction: float) -> list[Piece]:
         start = _unit(t.name)
         numbers = sorted({int((k + start) * blocks / count) for k in range(count)})
         pieces += [block(t, number) for number in numbers]
-    chosen = [t for t in others if _unit(t.name) < fraction]
-    if others and not chosen:
-        chosen = [min(others, key=lambda t: t.nbytes)]
+    wanted, chosen = fraction * sum(t.nbytes for t in others), []
+    for t in sorted(others, key=lambda t: _unit(t.name)):
+        if chosen and wanted <= 0:
+            break
+        chosen.append(t)
+        wanted -= t.nbytes
     return pieces + whole_pieces(chosen)
 
 

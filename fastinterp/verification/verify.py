@@ -95,7 +95,7 @@ class Verification:
     def _verdict(self) -> str:
         again = (
             f"{size(self.recomputed)} of {counted(self.tensors, 'tensor')} computed again "
-            f"({self.recomputed / max(1, self.of):.0%} of the data)"
+            f"({_percent(self.recomputed / max(1, self.of))} of the data)"
         )
         checked = f"{counted(self.files, 'file')}, {size(self.nbytes)}"
         if not self.files:
@@ -108,6 +108,10 @@ class Verification:
         if self.recomputed:
             return f"the same bytes: checksums of {checked}; {again}; {seconds(self.wall_s)}"
         return f"checksums of {checked}, are those of the receipt; {seconds(self.wall_s)}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
 
 
 def _described(one: Difference) -> str:

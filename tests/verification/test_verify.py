@@ -220,3 +220,14 @@ def test_samples_are_fractions(tmp_path, text):
     code, output = run(tmp_path, "--sample", text)
     assert code == 2
     assert "is no fraction: write 1%, or 0.01" in output
+
+
+def test_thresholds_of_the_whole_model_are_computed_from_all_of_it(tmp_path):
+    """Of one file, which has no coefficients from data: a sample of tensors, and statistics of all."""
+    paths = saved_in(tmp_path / "models", related(3))
+    recipe = recipe_of("ties", paths)
+    recipe["parameters"] = {"preset": "paper"}
+    fastinterp.merge(recipe, tmp_path / "out.safetensors")
+    for full in (False, True):
+        result = fastinterp.verify(tmp_path / "out.safetensors", sample=0.3, full=full)
+        assert result.ok, result.summary()
