@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_NUMEL = 2**63 - 1
 UNWRITTEN = (
-    "it begins with zeros: its header was never written, because the program or the machine stopped before the file was "
-    "complete. Download, copy or make it again"
+    "it begins with zeros: its header was never written, because the program or the machine stopped before the file "
+    "was complete. Download, copy or make it again"
 )
 
 
