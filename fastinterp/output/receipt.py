@@ -44,8 +44,8 @@ class SmallFile(msgspec.Struct, frozen=True):
 
 
 class InputFile(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A file of an input: its name in the input, size in bytes, XXH3-64 of its header, and of sixteen pieces of its data
-    of 4 KiB, at equal distances; the checksum of its data, if its header states that.
+    """A file of an input: its name in the input, size in bytes, XXH3-64 of its header, and of sixteen pieces of its
+    data of 4 KiB, at equal distances; the checksum of its data, if its header states that.
     """
 
     name: str

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from fastinterp.checkpoint.adapters import ADAPTER_CONFIG
 from fastinterp.checkpoint.file_kinds import read_header
 from fastinterp.checkpoint.names import GGUF, WEIGHTS, quote
 from fastinterp.checkpoint.open import open_checkpoint
@@ -22,6 +23,7 @@ _NONE = (
     "this is no output of fastinterp: it has no receipt. Only what `fastinterp merge`, `interpolate`, `average` or "
     "`sweep` wrote can be checked against its recipe, or made again"
 )
+_ADAPTER = "this is an adapter, and adapters have no receipt: only models can be checked against their recipe"
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -102,6 +104,8 @@ def _of_folder(name: str, path: Path) -> MadeOutput:
         receipt = read_receipt(str(path / RECEIPT))
         weights = tuple(path / file for file in receipt.weights)
         return MadeOutput(name, path, "", weights, _told(receipt.merge, name), receipt)
+    if (path / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(_ADAPTER, file=name)
     if not _has_weights(path):
         if inside := outputs_in(path):
             raise UsageError(

@@ -45,8 +45,8 @@ def whole_pieces(tensors: Iterable[PlannedTensor]) -> list[Piece]:
 
 
 def sampled(plan: Plan, fraction: float) -> list[Piece]:
-    """Blocks of all tensors that make about this fraction of the output, at least one of each; and as many of those that
-    have no blocks, at least one. The choice is the same each time.
+    """Blocks of all tensors that make about this fraction of the output, at least one of each; and as much of those
+    that have no blocks, at least one. The choice is the same each time.
     """
     stochastic = plan.recipes[0].rounding == "stochastic"
     pieces: list[Piece] = []

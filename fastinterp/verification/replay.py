@@ -11,7 +11,7 @@ from fastinterp.arguments import path_of, size_of
 from fastinterp.backends.cpu import Progress
 from fastinterp.checkpoint.checksum import stated_checksum
 from fastinterp.checkpoint.file_kinds import read_header
-from fastinterp.checkpoint.names import names_file, quote
+from fastinterp.checkpoint.names import GGUF, WEIGHTS, names_file, quote
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
@@ -51,8 +51,12 @@ class Replay(msgspec.Struct, frozen=True):
         """The report in a few lines of text, and whether the bytes are those of the receipt."""
         if self.same:
             return f"{self.report.summary()}\n  the checksums are those of the receipt"
-        names = listed(self.differences, 5)
-        return f"{self.report.summary()}\n  different from the receipt, because an input has changed since: {names}"
+        weights = [name for name in self.differences if name.endswith((WEIGHTS, GGUF))]
+        if weights:
+            what = f"different from the receipt, because an input has changed since: {listed(weights, 5)}"
+        else:
+            what = f"the weights are those of the receipt, but not all other files: {listed(self.differences, 5)}"
+        return f"{self.report.summary()}\n  {what}"
 
     def __str__(self) -> str:
         return self.summary()

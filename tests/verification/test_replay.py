@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from typing import Any
 
@@ -89,6 +90,24 @@ def test_private_outputs_name_no_model(tmp_path):
     assert fastinterp.replay(tmp_path / "private", tmp_path / "again", models=places).same
     assert tree(tmp_path / "private") == tree(tmp_path / "again")
     assert fastinterp.verify(tmp_path / "private", models=places, full=True).ok
+
+
+def test_recipes_in_every_form(tmp_path, monkeypatch):
+    """JSON with tabs, YAML with comments, a recipe on stdin: text that is not touched gives the same receipt."""
+    paths = saved_in(tmp_path / "models", related(2))
+    recipe = recipe_of("linear", paths)
+    (tmp_path / "a.json").write_text(json.dumps(recipe, indent="\t"))
+    (tmp_path / "b.yml").write_text(f"# {paths[0]} and the other\n{json.dumps(recipe)}\n# end")
+    monkeypatch.chdir(tmp_path / "models")  # relative names are found near the output
+    (tmp_path / "c.yml").write_text(json.dumps(recipe).replace(f"{tmp_path}/models/", ""))
+    for name in ("a.json", "b.yml", "c.yml"):
+        out = tmp_path / f"out of {name}"
+        fastinterp.merge(tmp_path / name, out)
+        monkeypatch.chdir("/")
+        assert fastinterp.replay(out, tmp_path / f"again {name}").same
+        assert tree(out) == tree(tmp_path / f"again {name}")
+        assert not [n for n, content in tree(out).items() if str(tmp_path).encode() in content]
+        monkeypatch.chdir(tmp_path / "models")
 
 
 def test_what_cannot_be_replayed(tmp_path):
