@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fastinterp.checkpoint.names import shell_word
 from fastinterp.errors import CheckpointError, RecipeError
 from fastinterp.messages import clipped
 from fastinterp.plan.plan import Plan, documents, make_plan
@@ -30,6 +32,17 @@ def plan_again(made: MadeOutput, places: Mapping[str, str]) -> Plan:
     """
     told = made.told
     recipes = _recipes(told, places, made.name)
+    try:
+        return _plan(made, recipes)
+    except CheckpointError as error:
+        if error.file is None or error.file not in used_paths(recipes) or os.path.exists(error.file):
+            raise
+        where = f"If it is a folder or a file, say where it is: --models {shell_word(error.file)}=PATH"
+        raise CheckpointError(f"{error.message.rstrip('. ')}. {where}", file=error.file) from None
+
+
+def _plan(made: MadeOutput, recipes: Sequence[Recipe]) -> Plan:
+    told = made.told
     return make_plan(recipes[-1:], max_shard_size=told.max_shard_size, above=recipes[:-1], one_file=made.ending)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,22 @@ def test_models_that_are_elsewhere(tmp_path):
     assert tree(out) == tree(tmp_path / "fifth")
     with pytest.raises(UsageError, match=r"the receipt names no model `ft3`.*base, ft1, ft2"):
         fastinterp.replay(out, tmp_path / "sixth", models={"ft3": paths[0]})
+
+
+def test_relative_names_that_lead_nowhere(tmp_path, monkeypatch):
+    """They may be ids of the Hub, or folders: the error says how to name these."""
+    saved_in(tmp_path / "models", related(2))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    recipe = recipe_of("linear", [Path("models/base"), Path("models/ft1")])
+    fastinterp.merge(recipe, tmp_path / "a" / "b" / "c" / "out")
+    shutil.move(tmp_path / "models", tmp_path / "x")
+    with pytest.raises(CheckpointError, match=r"^models/base: .*say where it is: --models models/base=PATH$"):
+        fastinterp.replay("a/b/c/out", tmp_path / "again")
+    monkeypatch.chdir("/")
+    places = [f"models/{name}={tmp_path / 'x' / name}" for name in ("base", "ft1")]
+    assert fastinterp.replay(tmp_path / "a/b/c/out", tmp_path / "again", models=places).same
+    assert fastinterp.verify(tmp_path / "a/b/c/out", models=tmp_path / "x").ok
 
 
 def test_private_outputs_name_no_model(tmp_path):
