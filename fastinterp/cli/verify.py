@@ -51,7 +51,7 @@ _models = click.option(
 def verify(
     ctx: click.Context, /, output: str, models: tuple[str, ...], quiet: bool, as_json: bool, **settings: Any
 ) -> None:  # fmt: skip
-    """Check that an output has the bytes that its receipt says, and that its recipe gives.
+    """Compare an output with its receipt and its recipe.
 
     OUTPUT is a folder or a file that fastinterp wrote; or a folder of several, as `sweep` writes. All files are
     compared with their checksums, then a sample of the data is computed again from the models and compared. Exit code
