@@ -60,7 +60,8 @@ def sampled(plan: Plan, fraction: float) -> list[Piece]:
         start = _unit(t.name)
         numbers = sorted({int((k + start) * blocks / count) for k in range(count)})
         pieces += [block(t, number) for number in numbers]
-    wanted, chosen = fraction * sum(t.nbytes for t in others), []
+    wanted = fraction * sum(t.nbytes for t in others)
+    chosen: list[PlannedTensor] = []
     for t in sorted(others, key=lambda t: _unit(t.name)):
         if chosen and wanted <= 0:
             break

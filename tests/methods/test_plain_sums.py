@@ -9,10 +9,10 @@ import pytest
 
 from fastinterp.ops.combine import Combine
 from fastinterp.ops.plain_sums import LARGEST, plain_sum, sum_of
-from fastinterp.ops.requests import GroupCombine, Mask, MaskedCombine, Score
+from fastinterp.ops.requests import GroupCombine, Mask, MaskedCombine, Score, Sum
 
 GROUPS = {"row": 3, "column": 5}
-SUMS = {
+SUMS: dict[str, Sum] = {
     "plain": Combine((1 / 3, -2e-300, 0.7)),
     "base": Combine((0.0, 0.1, 5e-324), base=0),
     "pivot": Combine((0.25, 0.75, 0.0), sums_to_one=True, pivot=1),
