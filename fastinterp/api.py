@@ -44,6 +44,7 @@ def merge(
     force: bool = False,
     durable: bool = False,
     private: bool = False,
+    verify_kept: bool = False,
     progress: Progress | None = None,
     methods: Sequence[Method] = (),
     keep_intermediates: str | os.PathLike[str] | None = None,
@@ -62,11 +63,14 @@ def merge(
     force           replace a checkpoint in `out`, or the file `out`, but never an input
     durable         call fsync before finishing: the output survives a crash of the machine
     private         receipt and model card name no model: `replay` is told then where they are
+    verify_kept     where a run that was killed is resumed: compare all that it had written with its checksums, not a
+                    sample
     progress        called about ten times a second with (bytes done, total bytes)
     methods         merge methods of your own, which the recipe may name: functions below `fastinterp.methods.method`
     keep_intermediates  a folder: the other documents are written, too, each into a folder of its name there
 
-    The output appears when it is complete, or not at all.
+    The output appears when it is complete, or not at all. Of a run that was killed, the same call goes on with what is
+    finished: see docs/RECIPES.md.
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
     with given(methods):
@@ -74,7 +78,8 @@ def merge(
         _refuse_adapters(recipes, "merge_adapters")
         return merge_documents(
             recipes, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
-            force=force, durable=durable, progress=progress, keep_intermediates=keep_intermediates,
+            force=force, durable=durable, verify_kept=verify_kept, progress=progress,
+            keep_intermediates=keep_intermediates,
         )  # fmt: skip
 
 
@@ -88,6 +93,7 @@ def merge_documents(
     max_memory: str | int,
     force: bool,
     durable: bool,
+    verify_kept: bool,
     progress: Progress | None,
     keep_intermediates: str | os.PathLike[str] | None,
 ) -> Report:
@@ -103,7 +109,7 @@ def merge_documents(
         outs[:0] = [[os.path.join(folder, _folder_name(one.name))] for one in recipes[:-1]]
     return write_outputs(
         plans, outs, device=device, threads=threads, max_memory=size_of(max_memory), force=force,
-        durable=durable, progress=progress,
+        durable=durable, verify_kept=verify_kept, progress=progress,
     )[-1]  # fmt: skip
 
 
@@ -137,6 +143,7 @@ def interpolate(
     force: bool = False,
     durable: bool = False,
     private: bool = False,
+    verify_kept: bool = False,
     progress: Progress | None = None,
 ) -> list[Report]:
     """Interpolate between checkpoints `a` (alpha 0) and `b` (alpha 1), or extrapolate: out = a + alpha * (b - a).
@@ -175,7 +182,7 @@ def interpolate(
     outs = [target] if len(points) == 1 else [point_path(target, name) for name in names]
     return write_outputs(
         plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
-        force=force, durable=durable, progress=progress,
+        force=force, durable=durable, verify_kept=verify_kept, progress=progress,
     )  # fmt: skip
 
 
@@ -202,6 +209,7 @@ def average(
     force: bool = False,
     durable: bool = False,
     private: bool = False,
+    verify_kept: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Average checkpoints of one training run into the folder `out`.
@@ -224,7 +232,7 @@ def average(
     return merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
         dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, quantize=quantize,
-        force=force, durable=durable, private=private, progress=progress,
+        force=force, durable=durable, private=private, verify_kept=verify_kept, progress=progress,
     )  # fmt: skip
 
 

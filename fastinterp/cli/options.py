@@ -62,7 +62,17 @@ tokenizer_source = click.option(
     help="Vocabulary of the output: union, base or CKPT. Default: the models must have the same.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-quiet = click.option("--quiet", is_flag=True, help="Print errors and warnings only.")
+
+
+def _listens(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
+    """Print on stderr what a run tells at once, unless the command is quiet."""
+    from fastinterp.messages import listen, plain
+
+    listen(None if quiet else lambda line: click.echo(plain(line), err=True))
+    return quiet
+
+
+quiet = click.option("--quiet", is_flag=True, callback=_listens, help="Print errors and warnings only.")
 
 device = click.option(
     "--device",
@@ -109,6 +119,11 @@ _OUTPUT = (
         "--private",
         is_flag=True,
         help="Name no model in the receipt and the model card. Default: names without the folders of absolute paths.",
+    ),
+    click.option(
+        "--verify-kept",
+        is_flag=True,
+        help="Where a killed run is resumed: compare all that it had written with its checksums, not a sample.",
     ),
     quiet,
     as_json,

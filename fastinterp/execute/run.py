@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from fastinterp.plan.tensors import must_agree
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device
     from fastinterp.execute.jobs.chained_job import ScratchFile
+    from fastinterp.execute.resume.notes import Notes
     from fastinterp.output.receipt import WeightsFile
 
 STATS_EVERY = 32  # one chunk of 16384 elements in so many is measured, which costs a few percent of the kernel's time
@@ -216,7 +217,7 @@ def opened(
         wanted = {t.name for t in order if t.entries[0][0] in sinks.of}
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
-        where = sources.fds, sinks.handles, options, explained, total, progress, max_memory
+        where = sources.fds, sinks.handles, options, explained, total, sinks.watched(progress), max_memory
         if devices:
             from fastinterp.execute.device.executor import DeviceExecutor
 
@@ -234,8 +235,9 @@ def run(
     max_memory: int,
     progress: Progress | None,
     devices: Sequence[Device] = (),
+    notes: Notes | None = None,
 ) -> Done:
-    """Run a plan.
+    """Run a plan. notes: goes on from what is finished, and notes what becomes so
 
     Ends all threads before it returns or raises, KeyboardInterrupt included.
     Raises: what `opened` does; CheckpointError, if an input was truncated or changed; ShapeError, if tensors that must
@@ -243,8 +245,11 @@ def run(
     is left.
     """
     with opened(plan, sinks, threads=threads, max_memory=max_memory, progress=progress, devices=devices) as running:
-        run_jobs([*running.jobs.values()], running.executor, running.others)
-        return running.done()
+        if notes is None:
+            run_jobs([*running.jobs.values()], running.executor, running.others)
+            return running.done()
+        usage = notes.run(running.jobs, running.others, running.executor, sinks.handles)
+        return replace(running.done(), usage=usage)
 
 
 def _device_bytes(devices: Sequence[Device], max_memory: int) -> int:

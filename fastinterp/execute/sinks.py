@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fastinterp.backends.cpu import FileChecksum, SinkHandle, reserve
+from fastinterp.backends.cpu import FileChecksum, Progress, SinkHandle, reserve, start_writeback
 from fastinterp.checkpoint.regular_file import write_all
 from fastinterp.errors import OutputError
 from fastinterp.execute.sources import storage
@@ -41,6 +41,9 @@ class Sinks(Protocol):
 
     def open(self, stack: ExitStack, isa: str) -> None: ...
 
+    def watched(self, progress: Progress | None) -> Progress | None:
+        """The callback that the run is to call, which calls `progress`."""
+
     def finish(self, threads: int) -> list[dict[str, WeightsFile]]:
         """Complete the files, when all data is written: for each output, what the receipt says of each."""
 
@@ -50,16 +53,17 @@ class FileSinks:
 
     outputs  for each output, the path of each file of its layout, which exists; None for files that other processes
              write. Contents that an earlier run has left are overwritten
+    synced   they will be synced to the disk: that is begun while the run is at work
     """
 
-    def __init__(self, plan: Plan, outputs: Sequence[Sequence[Path | None]]):
+    def __init__(self, plan: Plan, outputs: Sequence[Sequence[Path | None]], synced: bool = False):
         self.handles: list[SinkHandle] = []
         self.of: dict[str, tuple[list[int], list[int]]] = {}
         self.paths: list[Path] = []
         paths = [path for files in outputs for path in files if path is not None]
         self.files = len(paths)
         self.scratch: Path | None = paths[0].parent
-        self._plan, self._outputs = plan, outputs
+        self._plan, self._outputs, self._synced = plan, outputs, synced
         self._opened: list[tuple[int, OutFile, Path, FileChecksum]] = []  # index of the output, ...
 
     def open(self, stack: ExitStack, isa: str) -> None:
@@ -83,6 +87,19 @@ class FileSinks:
                 self.handles.append(checksum)
                 self.paths.append(shown)
                 self._opened.append((k, file, shown, checksum))
+
+    def watched(self, progress: Progress | None) -> Progress | None:
+        # Beginning to write 2 GB to the disk takes 0.05 s of processor time, which is the kernel's where nobody waits.
+        if not self._synced:
+            return progress
+
+        def report(done: int, total: int) -> None:
+            for _, _, _, checksum in self._opened:
+                start_writeback(checksum.fd)
+            if progress is not None:
+                progress(done, total)
+
+        return report
 
     def finish(self, threads: int) -> list[dict[str, WeightsFile]]:
         """Raises: OutputError, if a file cannot be written."""
@@ -118,6 +135,9 @@ class MemorySinks:
 
     def open(self, stack: ExitStack, isa: str) -> None:
         """Does nothing: memory needs no opening."""
+
+    def watched(self, progress: Progress | None) -> Progress | None:
+        return progress
 
     def finish(self, threads: int) -> list[dict[str, WeightsFile]]:
         """Does nothing: memory has no checksums."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from fastinterp.checkpoint.header import MAX_HEADER
@@ -65,17 +65,3 @@ def identities(path: Path) -> set[tuple[int, int] | None]:
     """Of `path` and every folder above it; those that do not exist are left out."""
     real = Path(os.path.realpath(path))
     return {identity(p) for p in (real, *real.parents)} - {None}
-
-
-def alive(pid: int, name: str, active: Iterable[str]) -> bool:
-    """Whether the run may be alive that wrote a temporary file. active: endings of those names in this process"""
-    if pid == os.getpid():
-        # The same number may be a run of before: in a restarted container the first process is always the same.
-        return any(name.endswith(ending) for ending in active)
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True

@@ -10,8 +10,10 @@ import msgspec
 
 from fastinterp.checkpoint.adapters import ADAPTER_CONFIG
 from fastinterp.checkpoint.file_kinds import read_header
+from fastinterp.checkpoint.journal_file import FINISHING, journal_path, state_of
 from fastinterp.checkpoint.names import GGUF, WEIGHTS, quote
 from fastinterp.checkpoint.open import open_checkpoint
+from fastinterp.checkpoint.unfinished import about_unfinished
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.messages import listed
 from fastinterp.ops.combine import NUMERICS
@@ -87,7 +89,9 @@ def open_output(name: str) -> MadeOutput:
     """
     path = Path(os.path.expanduser(name))
     if not path.exists():
-        raise CheckpointError("there is no such folder or file", file=name or "''")
+        unfinished = about_unfinished(path.parent, path.name) if path.name.endswith((WEIGHTS, GGUF)) else ""
+        missing = f"there is no such file yet: {unfinished}" if unfinished else "there is no such folder or file"
+        raise CheckpointError(missing, file=name or "''")
     if path.is_dir():
         return _of_folder(name, path)
     if not path.name.endswith((WEIGHTS, GGUF)):
@@ -100,6 +104,9 @@ def open_output(name: str) -> MadeOutput:
 
 
 def _of_folder(name: str, path: Path) -> MadeOutput:
+    unfinished = about_unfinished(path)
+    if unfinished and (state_of(journal_path(path)) == FINISHING or not (path / RECEIPT).is_file()):
+        raise CheckpointError(unfinished, file=name)
     if (path / RECEIPT).is_file():
         receipt = read_receipt(str(path / RECEIPT))
         weights = tuple(path / file for file in receipt.weights)

@@ -31,17 +31,18 @@ from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, reco
 from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
-from fastinterp.execute.to_files import devices_for, finish, write_receipts, write_small_files
+from fastinterp.execute.to_files import devices_for, write_receipts, write_small_files
 from fastinterp.messages import counted
 from fastinterp.output.folder import OutFolder
 from fastinterp.output.receipt import RECEIPT, SmallFile, WeightsFile
+from fastinterp.output.several import commit_all
 from fastinterp.output.shared_folder import (
     SharedFolder,
-    read_journal,
+    read_note,
     reserved,
     shared_file,
     stands,
-    write_journal,
+    write_note,
 )
 from fastinterp.plan.plan import Plan, Source, plan_recipe
 
@@ -131,7 +132,7 @@ def carry_out(
         weights = [_weights(records, k) for k in range(len(folders))]
         sums = [_together(plan, records, k).coefficients for k in range(len(folders))]
         write_receipts(plan, folders, weights, small, sums)
-        finish(folders)
+        commit_all(folders)
         peers.put("finished", "")
     wall = time.perf_counter() - start
     if progress is not None:
@@ -219,7 +220,7 @@ class _RankWork:
         """The record of a finished unit, or None. From the store first: a network file system may show files late."""
         record = _parsed(unit, self._peers.get(f"done/{unit.number}"))
         if record is None and self._complete(unit):
-            journal = read_journal(self._outs[0], self._name(unit), self._key)
+            journal = read_note(self._outs[0], self._name(unit), self._key)
             record = _parsed(unit, None if journal is None else journal.decode())
             if record is not None:
                 self._peers.put(f"done/{unit.number}", json.dumps(record))
@@ -245,7 +246,7 @@ class _RankWork:
         ]
         before = self._peers.bytes_done
         done = run(
-            plan, FileSinks(plan, paths), threads=self._threads, max_memory=self._max_memory,
+            plan, FileSinks(plan, paths, synced=True), threads=self._threads, max_memory=self._max_memory,
             progress=lambda of_unit, _: self._report(before + of_unit - self._peers.bytes_done), devices=self._devices,
         )  # fmt: skip
         self._peers.bytes_done = before + done.bytes_read + done.bytes_written
@@ -253,7 +254,7 @@ class _RankWork:
         text = json.dumps(record)
         for out, layout in zip(self._outs[::-1], plan.layouts[::-1], strict=True):  # the first output's journals last
             for f in unit.files:
-                write_journal(out, layout.files[f].name, self._key, text.encode())
+                write_note(out, layout.files[f].name, self._key, text.encode())
         self._peers.put(f"done/{unit.number}", text)
         return record
 
