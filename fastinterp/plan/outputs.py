@@ -190,7 +190,6 @@ def receipt(
         "fp8_overflow": recipe.fp8_overflow,
         "recipe": names.recipe(recipe.text),
     }
-    content |= {"local": names.local} if names.local else {}
     content |= {"private": True} if recipe.private else {}
     content |= {} if recipe.name is None else {"document": recipe.name}
     content |= {} if max_shard_size is None else {"max_shard_size": max_shard_size}

@@ -22,12 +22,10 @@ _AROUND = r"(?<![\w./~-]){}(?![\w-]|/\w|\.\w)"  # a path as a whole, not the sta
 class ShownNames(msgspec.Struct, frozen=True):
     """The names that are shown, by the path as the recipe has it. Paths that are missing are shown as they are.
 
-    local        the names that stand for absolute paths, of this machine or of another one
     values_only  recipes are shown as their values alone, without comments
     """
 
     names: Mapping[str, str]
-    local: tuple[str, ...] = ()
     values_only: bool = False
 
     def model(self, text: str) -> str:

@@ -19,8 +19,7 @@ def shown_names(recipes: Sequence[Recipe]) -> ShownNames:
     texts = list(dict.fromkeys(text for recipe in recipes for text in strings(recipe.document.value)))
     paths = list(dict.fromkeys(path for text in texts for path in paths_in(text)))
     if not recipes[-1].private:
-        names = short_names(paths)
-        return ShownNames(names, tuple(sorted(set(names.values()))))
+        return ShownNames(short_names(paths))
     every = dict.fromkeys([*used_paths(recipes), *(path for path in paths if is_absolute(path))])
     return ShownNames({path: f"model-{i}" for i, path in enumerate(every, 1)}, values_only=True)
 

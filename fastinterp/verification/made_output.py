@@ -32,7 +32,6 @@ class Told(msgspec.Struct, frozen=True):
     """What a receipt tells: everything by which the same bytes are made again. The fields are those of the header's.
 
     fastinterp  the version that wrote it
-    local       models that stand for folders of the machine that made it, named by the last parts of their paths
     """
 
     fastinterp: str
@@ -50,7 +49,6 @@ class Told(msgspec.Struct, frozen=True):
     document: str | None = None
     max_shard_size: int | None = None
     private: bool = False
-    local: list[str] = []
 
 
 class MadeOutput(msgspec.Struct, frozen=True):

@@ -82,10 +82,8 @@ def _find(name: str, made: MadeOutput, folders: Sequence[Path]) -> str | None:
     for candidate in _near(name, made):
         if _is_there(candidate) and os.path.realpath(candidate) != own:
             return str(candidate)
-    if name in made.told.local or made.told.private:
-        return None
-    parsed = hub.parse(name)
-    return None if parsed is None else name
+    # What has no `/` may be an id, too, of the first years; but most are the last parts of absolute paths.
+    return name if "/" in name and not made.told.private and hub.parse(name) is not None else None
 
 
 def _is_there(path: Path) -> bool:

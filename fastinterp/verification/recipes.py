@@ -64,7 +64,7 @@ def _recipes(told: Told, places: Mapping[str, str], name: str) -> list[Recipe]:
             recipes = _up_to(recipes, told.document)
     except RecipeError as error:
         raise CheckpointError(f"the recipe in its receipt cannot be used: {error}", file=name) from None
-    names = ShownNames({there: path for path, there in places.items()}, tuple(told.local), told.private)
+    names = ShownNames({there: path for path, there in places.items()}, told.private)
     return [replace(one, text=told.recipe, names=names, private=told.private) for one in recipes]
 
 
