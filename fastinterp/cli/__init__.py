@@ -22,6 +22,8 @@ _MODULES = {
     "average": "fastinterp.cli.average",
     "sweep": "fastinterp.cli.sweep",
     "extract-lora": "fastinterp.cli.lora",
+    "verify": "fastinterp.cli.verify",
+    "replay": "fastinterp.cli.verify",
     "check": "fastinterp.cli.inspect",
     "explain": "fastinterp.cli.inspect",
     "inspect": "fastinterp.cli.inspect",
@@ -128,7 +130,8 @@ _KNOWN = "Known: " + ", ".join(_MODULES)
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 success, 2 bad usage or recipe, 3 bad checkpoint, 4 input or output failed, 130 interrupted.",
+    epilog="Exit codes: 0 success, 1 verify and replay: a difference, 2 bad usage or recipe, 3 bad checkpoint, 4 input "
+    "or output failed, 130 interrupted.",
 )
 @click.version_option(__version__, prog_name="fastinterp", message="%(prog)s %(version)s")
 def commands() -> None:

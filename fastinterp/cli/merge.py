@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from fastinterp.execute.report import Report
     from fastinterp.lora.report import AdapterReport
 
-_RECIPE_KEYS = ("dtype", "rounding", "seed", "missing", "channels", "quantize")  # options that replace a recipe's keys
+_RECIPE_KEYS = (
+    "dtype",
+    "rounding",
+    "seed",
+    "missing",
+    "channels",
+    "quantize",
+    "private",
+)  # options that replace a recipe's keys
 _OF_ADAPTERS = ("threads", "force", "durable", "progress")  # arguments of a merge of adapters
 _OF_MODELS = {
     "device": "auto", "max_shard_size": None, "max_memory": "512MB", "rounding": None, "missing": None,
