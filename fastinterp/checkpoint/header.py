@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 import msgspec
 
 from fastinterp.checkpoint.names import quote, shell_word
-from fastinterp.checkpoint.regular_file import open_regular
+from fastinterp.checkpoint.regular_file import regular
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import DTYPES, DType
@@ -109,8 +109,7 @@ def read_header(path: str | os.PathLike[str], file_index: int = 0) -> tuple[list
 
 def _read_json(file: str) -> tuple[bytes, int]:
     """The JSON bytes and the size of the file in bytes."""
-    fd, size = open_regular(file)
-    try:
+    with regular(file) as (fd, size):
         if size < 8:
             what = f"a safetensors file has at least 8 bytes, this one has {size}" if size else "the file is empty"
             raise CheckpointError(f"{what}. Download or copy it again", file=file)
@@ -135,10 +134,6 @@ def _read_json(file: str) -> tuple[bytes, int]:
                 file=file,
             )
         return _read_exactly(fd, length, file), size
-    except OSError as error:
-        raise CheckpointError(f"the file cannot be read: {error.strerror}", file=file) from None
-    finally:
-        os.close(fd)
 
 
 def refuse_download(start: bytes, file: str) -> None:

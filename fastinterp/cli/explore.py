@@ -105,13 +105,13 @@ def _serve(
     gc.enable()  # it runs for long; and triton, in torch, warns at exit of objects that are left
     with server.bound(port) as sock:  # first: errors come before what takes long
         check_model(sliders.base)
-        click.echo("measuring what the directions change", err=True)
+        options.tell("measuring what the directions change")
         changes = deltas(sliders.base, list(sliders.models.values()), threads=threads)
-        click.echo("loading the model", err=True)
+        options.tell("loading the model")
         with open_session(sliders, threads=threads, chat=chat) as session:
             data = facts(
                 sliders, changes, report, prompt=prompt, low=span[0], high=span[1], most_tokens=session.most_tokens
             )
             app = server.make_app(session, data)
-            server.serve(app, sock, session, lambda url: click.echo(f"{url}  (Ctrl-C ends it)"))
-    click.echo("ended", err=True)
+            server.serve(app, sock, session, lambda url: options.say(f"{url}  (Ctrl-C ends it)"))
+    options.tell("ended")

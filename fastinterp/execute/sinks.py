@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fastinterp.backends.cpu import Handle, reserve
-from fastinterp.checkpoint.regular_file import write_all
+from fastinterp.checkpoint.regular_file import close, write_all
 from fastinterp.errors import OutputError
 from fastinterp.execute.sources import storage
 from fastinterp.plan.plan import Plan
@@ -59,7 +59,7 @@ class FileSinks:
                 shown = path.parent / os.path.basename(file.name)
                 with storage(shown, OutputError):
                     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                    stack.callback(os.close, fd)
+                    stack.callback(close, fd, shown)
                     reserve(fd, file.size)
                     write_all(fd, file.header, 0)
                 for name, offset in file.places.items():
