@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from fastinterp.errors import CheckpointError, StorageError
 
 Stamp = tuple[int, int, int, int]  # size in bytes, mtime in ns, ctime in ns, inode
+_PIECE = 4 << 20  # bytes that are read at a time of files that are copied
 CHANGED = "it changed while it was being read. Retry once nothing is writing to it"
 
 
@@ -122,6 +123,16 @@ def read_regular(file: str, limit: int = 2**63) -> bytes:
     if len(content) != size or before != after:
         raise CheckpointError(CHANGED, file=file)
     return bytes(content)
+
+
+def pieces_of(file: str) -> Iterator[bytes]:
+    """The content of `file`, however large, a piece at a time. Raises: what read_regular does."""
+    with regular(file) as (fd, size):
+        before = _stamp(os.fstat(fd))
+        for at in range(0, size, _PIECE):
+            yield read_at(fd, file, at, min(_PIECE, size - at))
+        if _stamp(os.fstat(fd)) != before:
+            raise CheckpointError(CHANGED, file=file)
 
 
 def write_all(fd: int, data: bytes, offset: int) -> None:

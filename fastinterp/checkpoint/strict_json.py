@@ -36,6 +36,11 @@ def parse_object(raw: bytes, what: str, file: str, *, most: int = MAX_VALUES, te
     # json.loads would also take UTF-16 and a byte order mark; safetensors allows neither.
     if raw[:1] != b"{":
         raise CheckpointError(f"{what} must start with '{{', got {bytes(raw[:8])!r}", file=file)
+    return parse_json(raw, what, file, most=most, text=text)  # type: ignore[no-any-return]  # it starts with '{'
+
+
+def parse_json(raw: bytes, what: str, file: str, *, most: int = MAX_VALUES, text: bool = True) -> Any:
+    """The JSON value in `raw`, as parse_object has it."""
     refuse_many(raw, what, file, most)
     try:
         table = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
@@ -47,7 +52,9 @@ def parse_object(raw: bytes, what: str, file: str, *, most: int = MAX_VALUES, te
         ) from None
     except UnicodeEncodeError as error:
         near = error.object[max(0, error.start - 20) : error.end + 10]
-        raise CheckpointError(f"{what} holds half of a pair of surrogates, near {quote(near)}", file=file) from None
+        raise CheckpointError(
+            f"{what} is not valid Unicode: it holds half of a pair of surrogates, near {quote(near)}", file=file
+        ) from None
     except _Duplicate as error:
         raise CheckpointError(f"{what} names {quote(error)} twice", file=file) from None
     except RecursionError:
@@ -56,7 +63,7 @@ def parse_object(raw: bytes, what: str, file: str, *, most: int = MAX_VALUES, te
         raise CheckpointError(f"{what} is not JSON: {error}", file=file) from None
     if nests_deeper(table, MAX_DEPTH):
         raise CheckpointError(f"{what} nests too deeply to be read: more than {MAX_DEPTH} levels", file=file)
-    return table  # type: ignore[no-any-return]  # it starts with '{', so it is a dict
+    return table
 
 
 def refuse_many(raw: bytes, what: str, file: str, most: int = MAX_VALUES) -> None:

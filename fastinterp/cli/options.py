@@ -24,8 +24,13 @@ def from_stdin(ctx: click.Context, param: click.Parameter, path: str) -> str:
     """The text on stdin for `-`, else the path."""
     if path != "-":
         return path
+    from fastinterp.recipe.document import MAX_BYTES
+
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig") + "\n"  # with a newline it is a recipe, not a path
+        raw = sys.stdin.buffer.read(MAX_BYTES + 1) if sys.stdin else b""  # None: it was closed before the start
+        if len(raw) > MAX_BYTES:
+            raise click.BadParameter(f"stdin has more than {MAX_BYTES} bytes, so it is hardly a recipe", ctx, param)
+        return raw.decode("utf-8-sig") + "\n"  # with a newline it is a recipe, not a path
     except UnicodeDecodeError as error:
         raise click.BadParameter(f"stdin is not UTF-8 text (byte {error.start})", ctx, param) from None
 

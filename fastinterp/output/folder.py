@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from fastinterp.checkpoint.names import ASIDE, PUT_BACK, TEMPLATES, is_relative, listing, quote
-from fastinterp.checkpoint.regular_file import fsync, read_regular
+from fastinterp.checkpoint.regular_file import fsync, pieces_of
 from fastinterp.errors import OutputError
 from fastinterp.output.names import hidden, place_of, rank, subfolders
 from fastinterp.output.old_checkpoint import alive, identities, identity, old_checkpoint
@@ -137,10 +137,11 @@ class OutFolder:
     def write(self, name: str, content: bytes | Path) -> None:
         """Put a small file into the output: bytes, or a copy of the file at a path."""
         path = self.temp(name)
-        data = read_regular(str(content)) if isinstance(content, Path) else content
+        pieces = pieces_of(str(content)) if isinstance(content, Path) else (content,)
         try:
             with open(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "wb") as stream:
-                stream.write(data)
+                for piece in pieces:
+                    stream.write(piece)
         except OSError as error:
             raise self._error(f"{quote(name)} cannot be written: {error.strerror}") from error
 
