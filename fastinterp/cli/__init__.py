@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import click
@@ -167,7 +169,25 @@ def commands() -> None:
 def main() -> None:
     """The program `fastinterp`. Ends the process."""
     stop_on_signals()
+    warnings.showwarning = _warn
+    sys.excepthook = _failed
     commands(prog_name="fastinterp")
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning of a library: it may repeat names, too."""
+    from fastinterp.cli.options import tell
+
+    tell(f"{category.__name__}: {message}")
+
+
+def _failed(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+    """The traceback of an error of the program itself."""
+    import traceback
+
+    from fastinterp.cli.options import tell
+
+    tell("".join(traceback.format_exception(kind, error, at)).rstrip())
 
 
 def stop_on_signals() -> None:
