@@ -266,4 +266,4 @@ def warn(reports: Sequence[Report | AdapterReport]) -> None:
     for report in reports:
         for warning in report.warnings:
             if report is reports[0] or not _shared(warning, every):
-                click.echo(plain(f"{report.output}: warning: {warning}"), err=True)
+                options.tell(plain(f"{report.output}: warning: {warning}"))
