@@ -80,7 +80,8 @@ def _serve(limit_s: int) -> None:
                 _run(asked, limit_s, out.fileno(), err.fileno())
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             texts = [os.pread(f.fileno(), 1 << 24, 0).decode(errors="surrogateescape") for f in (out, err)]
-        print(json.dumps({"code": code, "out": texts[0], "err": texts[1]}), flush=True)
+        sys.stdout.write(json.dumps({"code": code, "out": texts[0], "err": texts[1]}) + "\n")
+        sys.stdout.flush()
 
 
 def _run(asked: dict[str, object], limit_s: int, out: int, err: int) -> None:
