@@ -161,7 +161,7 @@ torture: $(VENV)/.built ## kill commands 200 times at random moments, and compar
 	@$(PY) -m tests.attacks.kills
 
 faults: $(VENV)/.built ## make the first 50 of each system call fail, one by one: ten minutes or more
-	@$(PY) -m tests.attacks.faults
+	@$(PY) -m tests.support.fault_survey
 
 # A million inputs together. FUZZ_RUNS=1000 is a quick one.
 FUZZ_RUNS ?= 80000
