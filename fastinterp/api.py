@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
-from fastinterp.backends.cpu import Progress
 from fastinterp.checkpoint.names import is_plain, names_file
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
@@ -18,6 +17,7 @@ from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.average import average_of
 from fastinterp.paths.points import further_keys, point_name, point_path, point_recipe
 from fastinterp.plan.plan import Source, documents, make_plan, plan_documents
+from fastinterp.progress import Progress, callback_of
 from fastinterp.recipe.load import Recipe, load_recipes
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def merge(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     methods: Sequence[Method] = (),
     keep_intermediates: str | os.PathLike[str] | None = None,
 ) -> Report:
@@ -59,7 +59,8 @@ def merge(
     dtype, rounding, seed, missing, channels, quantize   replace those of the recipe (dtype: its out_dtype)
     force           replace a checkpoint in `out`, or the file `out`, but never an input
     durable         call fsync before finishing: the output survives a crash of the machine
-    progress        called about ten times a second with (bytes done, total bytes)
+    progress        True: a line on stderr that shows it; or what is called about ten times a second with
+                    (bytes done, total bytes)
     methods         merge methods of your own, which the recipe may name: functions below `fastinterp.methods.method`
     keep_intermediates  a folder: the other documents are written, too, each into a folder of its name there
 
@@ -71,7 +72,7 @@ def merge(
         _refuse_adapters(recipes, "merge_adapters")
         return merge_documents(
             recipes, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
-            force=force, durable=durable, progress=progress, keep_intermediates=keep_intermediates,
+            force=force, durable=durable, progress=callback_of(progress), keep_intermediates=keep_intermediates,
         )  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def interpolate(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> list[Report]:
     """Interpolate between checkpoints `a` (alpha 0) and `b` (alpha 1), or extrapolate: out = a + alpha * (b - a).
 
@@ -170,7 +171,7 @@ def interpolate(
     outs = [target] if len(points) == 1 else [point_path(target, name) for name in names]
     return write_outputs(
         plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
-        force=force, durable=durable, progress=progress,
+        force=force, durable=durable, progress=callback_of(progress),
     )  # fmt: skip
 
 
@@ -196,7 +197,7 @@ def average(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Report:
     """Average checkpoints of one training run into the folder `out`.
 
@@ -253,7 +254,7 @@ def merge_adapters(
     seed: int | None = None,
     force: bool = False,
     durable: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     methods: Sequence[Method] = (),
 ) -> AdapterReport:
     """Merge LoRA adapters of one base with each other into an adapter, by a recipe with `out: lora`.
@@ -264,7 +265,9 @@ def merge_adapters(
     """
     with given(methods):
         found = _of_adapters(documents(recipe, dtype, None, seed, None, None, None))
-        return merge_adapter_document(found, out, threads=threads, force=force, durable=durable, progress=progress)
+        return merge_adapter_document(
+            found, out, threads=threads, force=force, durable=durable, progress=callback_of(progress)
+        )
 
 
 def merge_adapter_document(

@@ -9,6 +9,7 @@ import msgspec
 
 from fastinterp._C import Masks, Pump, cached_fraction, combine, reserve
 from fastinterp.ops.steps import Answer, Step
+from fastinterp.progress import Progress
 
 __all__ = [
     "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions", "cached_fraction", "combine", "memory_address",
@@ -29,7 +30,6 @@ def memory_address(handle: Handle) -> int:
 
 # Called from the thread that runs the merge, about ten times a second, with bytes done and bytes in total (read and
 # written together).
-Progress = Callable[[int, int], None]
 
 _TICK_S = 0.1
 
