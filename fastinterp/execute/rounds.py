@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec.structs import replace
 
-from fastinterp.backends.cpu import Handle, Progress, Pump, PumpOptions, watch
+from fastinterp.backends.cpu import Handle, Progress, Pump, PumpOptions, SinkHandle, watch
 from fastinterp.errors import UsageError
 from fastinterp.execute.jobs.job import Job, Result
 from fastinterp.execute.jobs.tensor_io import TensorStep
@@ -89,7 +89,7 @@ class PumpExecutor:
     def __init__(
         self,
         sources: Sequence[Handle],
-        sinks: Sequence[Handle],
+        sinks: Sequence[SinkHandle],
         options: PumpOptions,
         explained: Callable[[tuple[Any, ...], Sequence[TensorStep]], Exception],
         total: int,

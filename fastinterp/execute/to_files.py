@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
+from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.errors import BackendError, OutputError
+from fastinterp.execute.checksums import receipt_content, small_file
 from fastinterp.execute.report import Report, report_of
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
 from fastinterp.output.folder import OutFolder
+from fastinterp.output.receipt import RECEIPT, SmallFile, WeightsFile
 from fastinterp.plan.plan import Plan
 from fastinterp.recipe.load import Recipe
 
@@ -49,16 +52,19 @@ def write_outputs(
     devices, chosen = devices_for(device, plans, threads, max_memory)
     every: list[Done] = []
     with ExitStack() as stack:
-        folders = _opened_folders(plans, outs, stack, edit_files, force=force, durable=durable)
+        folders, small = _opened_folders(plans, outs, stack, edit_files, force=force, durable=durable)
         total = sum(plan.bytes_read + plan.bytes_written for plan in plans)
         for plan, of_plan in zip(plans, folders, strict=True):
             pairs = zip(of_plan, plan.layouts, strict=True)
-            sinks = FileSinks(plan, [[folder.temp(file.name) for file in layout.files] for folder, layout in pairs])
+            paths = [[folder.temp(file.name) for file in layout.files] for folder, layout in pairs]
+            sinks = FileSinks(plan, paths, synced=durable or force)
             before = sum(d.bytes_read + d.bytes_written for d in every)
             shown = progress if len(plans) == 1 else _part(progress, before, total)
             every.append(run(plan, sinks, threads=threads, max_memory=max_memory, progress=shown, devices=devices))
         for plan in plans:
             plan.refuse_changed_files()
+        for plan, done, of_plan, of_files in zip(plans, every, folders, small, strict=True):
+            write_receipts(plan, of_plan, done.files, of_files)
         finish([folder for of_plan in folders for folder in of_plan])
     wall = time.perf_counter() - start
     read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
@@ -99,20 +105,20 @@ def _opened_folders(
     stack: ExitStack,
     edit_files: EditFiles | None,
     **how: bool,
-) -> list[list[OutFolder]]:
-    """The output folders of all plans, with their small files written; all or none."""
+) -> tuple[list[list[OutFolder]], list[list[dict[str, SmallFile]]]]:
+    """The output folders of all plans, with their small files written, all or none; and these files."""
     needed = sum(plan.disk_bytes for plan in plans)  # outputs on one disk must fit together: the first checks for all
     folders: list[list[OutFolder]] = []
+    small: list[list[dict[str, SmallFile]]] = []
     for plan, of_plan in zip(plans, outs, strict=True):
         folders.append([])
         for out, layout in zip(of_plan, plan.layouts, strict=True):
-            names = [*(file.name for file in layout.files), *plan.files.copied]
+            names = [*(file.name for file in layout.files), *plan.files.copied, RECEIPT]
             folder = OutFolder(out, plan.inputs, needed=needed or layout.disk_bytes, names=names, **how)
             folders[-1].append(stack.enter_context(folder))
             needed = 0
-        for k, folder in enumerate(folders[-1]):
-            write_small_files(folder, plan, k, edit_files)
-    return folders
+        small.append([write_small_files(folder, plan, k, edit_files) for k, folder in enumerate(folders[-1])])
+    return folders, small
 
 
 def finish(folders: Sequence[OutFolder]) -> None:
@@ -132,12 +138,30 @@ def _part(progress: Progress | None, before: int, total: int) -> Progress | None
     return lambda done, of_run: progress(before + done, max(total, before + of_run))
 
 
-def write_small_files(folder: OutFolder, plan: Plan, k: int, edit_files: EditFiles | None = None) -> None:
+def write_small_files(
+    folder: OutFolder, plan: Plan, k: int, edit_files: EditFiles | None = None
+) -> dict[str, SmallFile]:
     """Write everything beside the weights of output k: copied files, the model card, indexes. Nothing, if the output is
-    one file.
+    one file. Returns what the receipt says of them.
     """
     files = {} if folder.file else plan.small_files(k)
     if edit_files is not None and files:
         edit_files(plan.recipes[k], files)
+    small = {}
     for name, content in files.items():
-        folder.write(name, content)
+        written = read_regular(os.fspath(content)) if isinstance(content, Path) else content
+        folder.write(name, written)
+        small[name] = small_file(written)
+    return small
+
+
+def write_receipts(
+    plan: Plan,
+    folders: Sequence[OutFolder],
+    weights: Sequence[Mapping[str, WeightsFile]],
+    small: Sequence[Mapping[str, SmallFile]],
+) -> None:
+    """Write the receipt into every output that is a folder."""
+    for k, folder in enumerate(folders):
+        if not folder.file:
+            folder.write(RECEIPT, receipt_content(plan, k, weights[k], small[k]))

@@ -12,6 +12,7 @@ from fastinterp.checkpoint.names import ANY_INDEX, GGUF, GGUF_SPLIT, PICKLES, SH
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import is_sidecar
 from fastinterp.errors import CheckpointError
+from fastinterp.output.receipt import RECEIPT
 from fastinterp.output.stems import is_known
 
 
@@ -43,7 +44,7 @@ def old_checkpoint(root: Path, present: Sequence[str], new: Collection[str]) -> 
         elif name.endswith(WEIGHTS) or (name.endswith(GGUF) and any(n.endswith(GGUF) for n in new)):
             strangers.append(name)
     # A chat template or vocabulary of the old model would be taken for the new one's.
-    sidecars = [n for n in files if is_sidecar(os.path.basename(n)) or n.startswith(f"{TEMPLATES}/")]
+    sidecars = [n for n in files if is_sidecar(os.path.basename(n)) or n.startswith(f"{TEMPLATES}/") or n == RECEIPT]
     return weights + indexes + (sidecars if indexes or weights else []), strangers
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastinterp._version import __version__
+from fastinterp.checkpoint.checksum import KEY as CHECKSUM
+from fastinterp.checkpoint.checksum import UNKNOWN
 from fastinterp.checkpoint.formats.encoded import start_of
 from fastinterp.checkpoint.formats.said import METADATA, layers_of
 from fastinterp.checkpoint.names import GGUF, listing
@@ -22,7 +24,7 @@ from fastinterp.recipe.load import Recipe
 
 SHARD_BYTES = 5 * 10**9  # of tensor data in one file, where the origin has several
 _MOST_BYTES = 64 << 10  # of coefficients in a receipt, which is in every file
-_RECEIPT = "fastinterp"
+RECEIPT_KEY = "fastinterp"  # in the metadata of headers
 # Entries of the header that are not true of other weights: hashes of the data, the format of quantised weights.
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 _QUANTISED = (METADATA, "quantization_format")
@@ -48,7 +50,7 @@ class Outputs:
             for part in model.source.parts if model.source is not None else ():
                 self._parts.setdefault(part.folder, part)
         quantised = any(i.quantised for t in tensors for i in t.inputs) or any(t.encoding for t in tensors)
-        self._untrue = {_RECEIPT, *_HASHES, *(() if quantised else _QUANTISED)}
+        self._untrue = {RECEIPT_KEY, CHECKSUM, *_HASHES, *(() if quantised else _QUANTISED)}
         if is_gguf(origin):
             from fastinterp.output.gguf_layout import left_out
 
@@ -66,7 +68,7 @@ class Outputs:
             from fastinterp.plan import gguf_output
 
             gguf_output.refuse_ending(one_file, self._origin)
-            return gguf_output.layout(self._origin, self._tensors, metadata[_RECEIPT], max_shard_size, self._stacked)
+            return gguf_output.layout(self._origin, self._tensors, metadata[RECEIPT_KEY], max_shard_size, self._stacked)
         groups: dict[str, list[PlannedTensor]] = {}
         for t in self._tensors:
             groups.setdefault(self._folder(t.name), []).append(t)
@@ -82,7 +84,7 @@ class Outputs:
             if limit is None:
                 limit = SHARD_BYTES if part is not None and len(part.checkpoint.files) > 1 and not one_file else 1 << 62
             carried = {} if part is None else self._carried(part)
-            whole = {"format": "pt", **carried, **metadata}
+            whole = {"format": "pt", **carried, **metadata, CHECKSUM: UNKNOWN}
             stem = MODEL if part is None else stem_of(part.checkpoint)
             beside = {name: t.entries[0][0] for t in tensors for name, _, _ in t.entries[1:]}
             shapes = [entry for t in tensors for entry in t.entries]
@@ -122,7 +124,7 @@ class Outputs:
             key
             for part in self._parts.values()
             for key, value in part.checkpoint.metadata.items()
-            if key != _RECEIPT and (key in self._untrue or not _is_text(key + value))
+            if key not in (RECEIPT_KEY, CHECKSUM) and (key in self._untrue or not _is_text(key + value))
         )
         what = "header metadata that is left out, since it would not be true of the output"
         return [f"{what}: {listed(names, len(_HASHES + _QUANTISED))}"] if names else []
@@ -183,7 +185,7 @@ def receipt(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Se
     content |= {} if recipe.channels == "same" else {"channels": recipe.channels}
     content |= {"truncate_embeddings": True} if recipe.truncate_embeddings else {}
     content |= {} if recipe.quantize == "none" else {"quantize": recipe.quantize}
-    return {_RECEIPT: json.dumps(content, separators=(",", ":"))}
+    return {RECEIPT_KEY: json.dumps(content, separators=(",", ":"))}
 
 
 def _coefficients(k: int, tensors: Sequence[PlannedTensor]) -> dict[str, Any] | list[dict[str, Any]] | str:

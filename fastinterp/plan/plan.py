@@ -26,7 +26,7 @@ from fastinterp.output.layout import Layout
 from fastinterp.output.model_card import CARD, model_card
 from fastinterp.output.origin_files import OriginFiles
 from fastinterp.plan.models import Library, Model, is_gguf
-from fastinterp.plan.outputs import Outputs, receipt
+from fastinterp.plan.outputs import RECEIPT_KEY, Outputs, receipt
 from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.single import Document, plan_document
 from fastinterp.plan.vocabularies import AlignedModels
@@ -51,6 +51,7 @@ class Plan:
     files        what becomes of the files in the origin's folder
     stamps       of the small files that are copied, as they were when the plan was made
     above        the documents above
+    receipts     one per output: the receipt in the headers of its files, JSON
     folders      held as long as the plan is: they have the small files of documents above
     """
 
@@ -67,6 +68,7 @@ class Plan:
     files: OriginFiles
     stamps: Mapping[Path, Stamp | None]
     above: tuple[Recipe, ...] = ()
+    receipts: tuple[str, ...] = ()
     folders: tuple[object, ...] = ()
 
     def __repr__(self) -> str:
@@ -218,13 +220,13 @@ def make_plan(
         tensors, more = quantised_as(last.origin, tensors, checkpoints, stacked=any(s.stacked for s in first.sections))
         remarks = (*remarks, *more)
     outputs = Outputs(last.origin, checkpoints[: len(names)], tensors, stacked)
-    layouts = tuple(
-        outputs.layout(receipt(recipe, k, tensors, names), max_shard_size, one_file) for k, recipe in enumerate(recipes)
-    )
+    receipts = [receipt(recipe, k, tensors, names) for k, recipe in enumerate(recipes)]
+    layouts = tuple(outputs.layout(metadata, max_shard_size, one_file) for metadata in receipts)
     inputs = tuple(dict.fromkeys(path for m in library.opened if m.checkpoint for path in m.checkpoint.inputs))
     return Plan(
         tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings,
-        (*remarks, *outputs.remarks), tuple(names), inputs, last.files, _stamps(last), tuple(above), folders,
+        (*remarks, *outputs.remarks), tuple(names), inputs, last.files, _stamps(last), tuple(above),
+        tuple(metadata[RECEIPT_KEY] for metadata in receipts), folders,
     )  # fmt: skip
 
 

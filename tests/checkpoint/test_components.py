@@ -17,6 +17,7 @@ import fastinterp
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.errors import CheckpointError, OutputError, ShapeError, UsageError
 from fastinterp.output.folder import OutFolder
+from fastinterp.output.receipt import RECEIPT
 from tests.support.written import tree
 
 Arrays = dict[str, np.ndarray]
@@ -75,7 +76,8 @@ def assert_is(out: Path, want: dict[str, Arrays]) -> None:
 
 
 WRITTEN = {
-    "README.md", "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+    "README.md", RECEIPT, "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
     "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json", "text_encoder/model.safetensors",
     "scheduler/scheduler_config.json", "tokenizer/vocab.json",
 }  # fmt: skip
@@ -196,7 +198,12 @@ def test_what_else_takes_a_pipeline(tmp_path):
     with pytest.raises(UsageError, match="3 components, `unet`, `vae`, `text_encoder`, each with files of its own"):
         fastinterp.merge(how, tmp_path / "x.safetensors")
     fastinterp.interpolate(a / "unet", b / "unet", 0.5, tmp_path / "unet")
-    assert files(tmp_path / "unet") == {"README.md", "config.json", "diffusion_pytorch_model.safetensors"}
+    assert files(tmp_path / "unet") == {
+        "README.md",
+        RECEIPT,
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    }
 
 
 def test_components_that_cannot_be_merged(tmp_path):

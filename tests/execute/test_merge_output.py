@@ -13,6 +13,7 @@ from safetensors import safe_open
 import fastinterp
 from fastinterp.ops.combine import NUMERICS, Combine
 from fastinterp.ops.dtypes import BF16, DTYPES, F16
+from fastinterp.output.receipt import RECEIPT
 from tests.support.checkpoints import assert_same, expected, family, read, receipt, recipe, saved, weights
 from tests.support.written import tree
 
@@ -97,7 +98,7 @@ def test_sidecars_come_along_and_the_config_names_the_dtype(tmp_path):
     (Path(paths[1]) / "vocab.json").write_text("{}")  # of the second model: stays behind
     fastinterp.merge(recipe("linear", paths, weights=[1, 1]), tmp_path / "kept")
     fastinterp.merge(recipe("linear", paths, weights=[1, 1]), tmp_path / "f32", dtype="float32")
-    assert sorted(tree(tmp_path / "kept")) == sorted([*small, "README.md", "model.safetensors"])
+    assert sorted(tree(tmp_path / "kept")) == sorted([*small, "README.md", RECEIPT, "model.safetensors"])
     assert json.loads((tmp_path / "kept" / "config.json").read_text()) == {"torch_dtype": "bfloat16"}
     assert json.loads((tmp_path / "f32" / "config.json").read_text()) == {"torch_dtype": "float32"}
 

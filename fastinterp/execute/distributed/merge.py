@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
+import msgspec
+
 from fastinterp._version import __version__
 from fastinterp.arguments import path_of, size_of
 from fastinterp.backends.cpu import Progress
@@ -29,9 +31,10 @@ from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, reco
 from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
-from fastinterp.execute.to_files import devices_for, finish, write_small_files
+from fastinterp.execute.to_files import devices_for, finish, write_receipts, write_small_files
 from fastinterp.messages import counted
 from fastinterp.output.folder import OutFolder
+from fastinterp.output.receipt import RECEIPT, SmallFile, WeightsFile
 from fastinterp.output.shared_folder import (
     SharedFolder,
     read_journal,
@@ -108,7 +111,7 @@ def carry_out(
     key = fingerprint(plan)
     with Peers(me, "0") as peers, ExitStack() as stack:
         if me.rank == 0:
-            folders = _open(plan, outs, key, stack, force=force, durable=durable)
+            folders, small = _open(plan, outs, key, stack, force=force, durable=durable)
             peers.put("key", key)
         elif (theirs := peers.await_("key", "open the output folder")) != key:
             raise RankError(
@@ -123,6 +126,8 @@ def carry_out(
             peers.await_("finished", "finish the output")
             return None
         plan.refuse_changed_files()
+        weights = [_weights(records, k) for k in range(len(folders))]
+        write_receipts(plan, folders, weights, small)
         finish(folders)
         peers.put("finished", "")
     wall = time.perf_counter() - start
@@ -147,18 +152,19 @@ def fingerprint(plan: Plan) -> str:
 
 def _open(
     plan: Plan, outs: Sequence[str | os.PathLike[str]], key: str, stack: ExitStack, *, force: bool, durable: bool
-) -> list[OutFolder]:
+) -> tuple[list[OutFolder], list[dict[str, SmallFile]]]:
     needed = max(0, plan.disk_bytes - sum(reserved(out, key) for out in outs))
     folders: list[OutFolder] = []
+    small = []
     for k, (out, layout) in enumerate(zip(outs, plan.layouts, strict=True)):
-        names = [*(file.name for file in layout.files), *plan.files.copied]
+        names = [*(file.name for file in layout.files), *plan.files.copied, RECEIPT]
         folder = SharedFolder(out, plan.inputs, key, force=force, durable=durable, needed=needed, names=names)
         folders.append(stack.enter_context(folder))
         needed = 0
-        write_small_files(folder, plan, k)
+        small.append(write_small_files(folder, plan, k))
         for file in layout.files:
             folder.temp(file.name)
-    return folders
+    return folders, small
 
 
 def _units(plan: Plan, world: int) -> list[Unit]:
@@ -236,7 +242,7 @@ class _RankWork:
         ]
         before = self._peers.bytes_done
         done = run(
-            plan, FileSinks(plan, paths), threads=self._threads, max_memory=self._max_memory,
+            plan, FileSinks(plan, paths, synced=True), threads=self._threads, max_memory=self._max_memory,
             progress=lambda of_unit, _: self._report(before + of_unit - self._peers.bytes_done), devices=self._devices,
         )  # fmt: skip
         self._peers.bytes_done = before + done.bytes_read + done.bytes_written
@@ -279,10 +285,17 @@ def _record(plan: Plan, done: Done) -> dict[str, Any]:
                     model: {tensor: astuple(density) for tensor, density in by_tensor.items()}
                     for model, by_tensor in record.densities.items()
                 },
+                "weights": {name: msgspec.to_builtins(file) for name, file in files.items()},
             }
-            for record in records
+            for record, files in zip(records, done.files, strict=True)
         ],
     }  # fmt: skip
+
+
+def _weights(records: Sequence[dict[str, Any]], k: int) -> dict[str, WeightsFile]:
+    """What the receipt of output k says of its files, over all units."""
+    files = {name: file for record in records for name, file in record["outputs"][k]["weights"].items()}
+    return msgspec.convert(files, dict[str, WeightsFile])
 
 
 def _together(plan: Plan, records: Sequence[dict[str, Any]], k: int) -> OutputRecord:
