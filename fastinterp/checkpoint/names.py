@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from fastinterp.errors import UsageError
-from fastinterp.messages import listed
+from fastinterp.messages import listed, plain
 
 WEIGHTS = ".safetensors"
 INDEX = ".safetensors.index.json"
@@ -45,20 +45,13 @@ TRAINER_PICKLES = (
     r"[^/]*\.(?:pt|pth|bin|pkl|ckpt)|[^/]*optim_states\.pt"
 )
 
-# A file of an old checkpoint, while a new one takes its place, and what to say about one that is found.
-ASIDE = re.compile(r"\..+\.old-\d+-[0-9a-f]{8}-[0-9a-f]{12}", re.DOTALL)
-PUT_BACK = (
-    "To have the old checkpoint again, rename each `.NAME.old-...` to `NAME` and remove weights that are newer; "
-    "to give it up, remove them"
-)
-
 
 def quote(name: object, limit: int = 160) -> str:
     """`name` in backquotes on one line: control characters escaped and the middle of long names cut out."""
     text = str(name)
     if len(text) > limit:
         text = f"{text[: limit // 2]}...{text[-limit // 4 :]}"
-    return "`" + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + "`"
+    return f"`{plain(text)}`"
 
 
 def shell_word(text: object) -> str:
