@@ -99,7 +99,7 @@ _OUTPUT = (
     click.option(
         "--durable",
         is_flag=True,
-        help="Sync data before names: slower, but the output survives a crash of the machine. Implied where --force replaces one.",
+        help="Sync data before names: slower, but the output survives a crash of the machine. --force does that, too.",
     ),
     quiet,
     as_json,

@@ -15,6 +15,7 @@ from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.errors import BackendError
 from fastinterp.execute.checksums import receipt_content, small_file
+from fastinterp.execute.fingerprint import fingerprint
 from fastinterp.execute.report import OutputRecord, Report, report_of, report_on
 from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.execute.run import Done, run
@@ -121,8 +122,6 @@ def _opened_folders(
     durable: bool,
 ) -> list[list[OutFolder]]:
     """The output folders of all plans; all or none."""
-    from fastinterp.execute.distributed.merge import fingerprint
-
     merge = " ".join(fingerprint(plan) for plan in plans)
     before = earlier([out for of_plan in outs for out in of_plan], merge)
     needed = sum(plan.disk_bytes for plan in plans)  # outputs on one disk must fit together: the first checks for all

@@ -7,7 +7,6 @@ exchange only which rank does what. The bytes are the same as those of one proce
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -18,7 +17,6 @@ from typing import Any
 
 import msgspec
 
-from fastinterp._version import __version__
 from fastinterp.arguments import path_of, size_of
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
@@ -26,6 +24,7 @@ from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.names import names_file
 from fastinterp.errors import RankError
 from fastinterp.execute.distributed.peers import Peers, Rank
+from fastinterp.execute.fingerprint import fingerprint
 from fastinterp.execute.jobs.densities import Density
 from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, record_of, report_on
 from fastinterp.execute.rounds import DeviceUsage
@@ -136,19 +135,6 @@ def carry_out(
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
         progress(total, total)
     return [replace(report, chosen=chosen) for report in _reports(plan, records, folders, wall, me.world)]
-
-
-def fingerprint(plan: Plan) -> str:
-    """A hash of 12 hexadecimal digits over the headers of the output, the version, and the input files."""
-    digest = hashlib.blake2b(__version__.encode(), digest_size=6)
-    for layout in plan.layouts:
-        for file in layout.files:  # their headers hold the recipe, the dtypes, the seed
-            digest.update(file.name.encode() + b"\0" + file.header)
-    for checkpoint in plan.checkpoints:
-        for path in (*checkpoint.files, *checkpoint.adapter_files):
-            info = os.stat(path)
-            digest.update(f"{path.name} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns}\0".encode())
-    return digest.hexdigest()
 
 
 def _open(
