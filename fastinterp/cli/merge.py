@@ -19,11 +19,19 @@ if TYPE_CHECKING:
     from fastinterp.execute.report import Report
     from fastinterp.lora.report import AdapterReport
 
-_RECIPE_KEYS = ("dtype", "rounding", "seed", "missing", "channels", "quantize")  # options that replace a recipe's keys
+_RECIPE_KEYS = (
+    "dtype",
+    "rounding",
+    "seed",
+    "missing",
+    "channels",
+    "quantize",
+    "private",
+)  # options that replace a recipe's keys
 _OF_ADAPTERS = ("threads", "force", "durable", "progress")  # arguments of a merge of adapters
 _OF_MODELS = {
     "device": "auto", "max_shard_size": None, "max_memory": "512MB", "rounding": None, "missing": None,
-    "channels": None, "quantize": None, "keep_intermediates": None,
+    "channels": None, "quantize": None, "keep_intermediates": None, "verify_kept": False,
 }  # fmt: skip
 _MENDED = "it is in place now"  # of a message that says what became of an earlier run
 _VISIBLE = 0.01  # relative difference of an effective alpha from the alpha, above which it is shown
@@ -152,14 +160,18 @@ def _of_adapters(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
-    """Context manager: if the run is interrupted or cannot write, note which of `outs` are in place for the message."""
+    """Context manager: if the run is interrupted or cannot write, note which of `outs` are in place for the message, or
+    what is kept of them.
+    """
     before = _in_place(outs)
     try:
         yield
-    except (KeyboardInterrupt, OutputError) as error:
-        done = [str(out) for out, files in _in_place(outs).items() if files - before.get(out, set())]
-        note = f"finished before that: {', '.join(done)}" if done else _nothing(outs)
-        if note not in str(error) and _MENDED not in str(error):
+    except (KeyboardInterrupt, FastinterpError) as error:
+        note: str = getattr(error, "outcome", "")  # what is kept, to be resumed
+        if not note and isinstance(error, (KeyboardInterrupt, OutputError)):
+            done = [str(out) for out, files in _in_place(outs).items() if files - before.get(out, set())]
+            note = f"finished before that: {', '.join(done)}" if done else _nothing(outs)
+        if note and note not in str(error) and _MENDED not in str(error):
             click.get_current_context().meta[OUTCOME] = [note]
         raise
 
@@ -255,4 +267,4 @@ def warn(reports: Sequence[Report | AdapterReport]) -> None:
     for report in reports:
         for warning in report.warnings:
             if report is reports[0] or not _shared(warning, every):
-                click.echo(plain(f"{report.output}: warning: {warning}"), err=True)
+                options.tell(plain(f"{report.output}: warning: {warning}"))

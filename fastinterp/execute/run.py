@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
+from fastinterp.checkpoint.checksum import KEY
 from fastinterp.errors import OutputError, StorageError, UsageError
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
@@ -30,6 +31,7 @@ from fastinterp.plan.tensors import must_agree
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device
     from fastinterp.execute.jobs.chained_job import ScratchFile
+    from fastinterp.execute.resume.notes import Notes
     from fastinterp.output.receipt import WeightsFile
 
 STATS_EVERY = 32  # one chunk of 16384 elements in so many is measured, which costs a few percent of the kernel's time
@@ -185,6 +187,12 @@ def opened(
     opened.
     """
     isa = cpu_isa()
+    for model in plan.checkpoints:
+        parts = () if model.checkpoint is None else model.checkpoint.parts
+        if model.checkpoint is not None and any(KEY in part.checkpoint.metadata for part in parts):  # it wrote that
+            from fastinterp.execute.torn import refuse_torn
+
+            refuse_torn(model.checkpoint)
     window = make_window(plan, cpu_threads(threads), max_memory - _device_bytes(devices, max_memory))
     with ExitStack() as stack:
         every = [s for t in plan.tensors for s in t.stages]
@@ -227,8 +235,9 @@ def run(
     max_memory: int,
     progress: Progress | None,
     devices: Sequence[Device] = (),
+    notes: Notes | None = None,
 ) -> Done:
-    """Run a plan.
+    """Run a plan. notes: goes on from what is finished, and notes what becomes so
 
     Ends all threads before it returns or raises, KeyboardInterrupt included.
     Raises: what `opened` does; CheckpointError, if an input was truncated or changed; ShapeError, if tensors that must
@@ -236,8 +245,11 @@ def run(
     is left.
     """
     with opened(plan, sinks, threads=threads, max_memory=max_memory, progress=progress, devices=devices) as running:
-        run_jobs([*running.jobs.values()], running.executor, running.others)
-        return running.done()
+        if notes is None:
+            run_jobs([*running.jobs.values()], running.executor, running.others)
+            return running.done()
+        usage = notes.run(running.jobs, running.others, running.executor, sinks.handles)
+        return replace(running.done(), usage=usage)
 
 
 def _device_bytes(devices: Sequence[Device], max_memory: int) -> int:

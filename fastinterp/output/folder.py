@@ -17,7 +17,7 @@ from types import TracebackType
 
 from fastinterp.checkpoint.journal_file import PARTIAL, SUBFOLDER, Finishing, Subfolder, temporary
 from fastinterp.checkpoint.names import is_relative, quote
-from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.regular_file import pieces_of
 from fastinterp.checkpoint.unfinished import what_ends
 from fastinterp.errors import OutputError
 from fastinterp.output import refusals
@@ -223,10 +223,11 @@ class OutFolder(Place):
     def write(self, name: str, content: bytes | Path) -> None:
         """Put a small file into the output: bytes, or a copy of the file at a path."""
         path = self.temp(name)
-        data = read_regular(str(content)) if isinstance(content, Path) else content
+        pieces = pieces_of(str(content)) if isinstance(content, Path) else (content,)
         try:
             with open(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "wb") as stream:
-                stream.write(data)
+                for piece in pieces:
+                    stream.write(piece)
         except OSError as error:
             raise self._error(f"{quote(name)} cannot be written: {error.strerror}") from error
 
@@ -303,6 +304,11 @@ class OutFolder(Place):
         if self._held.finishing is None or self._held.removed:
             return ""
         return ". It is complete, and the next run into it puts it in place: run this again"
+
+    def leave(self) -> None:
+        """Leave the output as it is, to be resumed, unless its finish has begun."""
+        if self.journal is not None and self.journal.finishing is None:
+            self._close()
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 

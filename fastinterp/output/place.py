@@ -87,6 +87,13 @@ class Place:
         old, _ = old_checkpoint(self.path, self._present(every), self._names)
         return (*old, *(n for n in every if n in new and n not in old))
 
+    def left(self) -> list[str]:
+        """The paths that have to be removed to be rid of an output that was left. Raises: OSError."""
+        every = entries(self.path, self._names)
+        if not self.file and not self._present(every):
+            return [self.name]
+        return [os.fspath(self.path / name) for name in left_by_runs(self.path, self.file, every)]
+
     def _make_folders(self) -> None:
         missing = []
         folder = self.path

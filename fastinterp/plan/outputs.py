@@ -21,6 +21,7 @@ from fastinterp.output.stems import MODEL, stem_of
 from fastinterp.plan.models import Model, is_gguf
 from fastinterp.plan.planned import PlannedTensor
 from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.renaming import ShownNames
 
 SHARD_BYTES = 5 * 10**9  # of tensor data in one file, where the origin has several
 _MOST_BYTES = 64 << 10  # of coefficients in a receipt, which is in every file
@@ -161,26 +162,37 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def receipt(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Sequence[str]) -> dict[str, str]:
+def receipt(
+    recipe: Recipe,
+    k: int,
+    tensors: Sequence[PlannedTensor],
+    models: Sequence[str],
+    names: ShownNames,
+    max_shard_size: int | None = None,
+) -> dict[str, str]:
     """The receipt that is stored in every output file: the recipe, and the coefficients that were used.
 
-    `recipe` as it was given, with the merge's own `dtype`, `rounding`, `seed`, `missing`, `channels` and `quantize`,
-    makes the same bytes again. Models are stored as the user named them. Time, output folder and threads are not, so
-    that the same merge of the same names gives the same bytes everywhere.
+    `recipe` as it was given, with the merge's own `dtype`, `rounding`, `seed`, `missing`, `channels`, `quantize` and
+    `max_shard_size`, makes the same bytes again. Models are stored as the user named them, absolute paths by their last
+    parts. Time, output folder and threads are not, so that the same merge of the same names gives the same bytes
+    everywhere.
     """
     stored = recipe.out_dtype or recipe.dtype
     content = {
         "fastinterp": __version__,
         "numerics": NUMERICS,
         "method": recipe.method.name,
-        "models": models,
+        "models": [names.model(model) for model in models],
         "coefficients": _coefficients(k, tensors),
         "dtype": None if stored is None else stored.name,
         "rounding": recipe.rounding,
         "seed": recipe.seed,
         "fp8_overflow": recipe.fp8_overflow,
-        "recipe": recipe.text,
+        "recipe": names.recipe(recipe.text),
     }
+    content |= {"private": True} if recipe.private else {}
+    content |= {} if recipe.name is None else {"document": recipe.name}
+    content |= {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     content |= {} if recipe.missing == "error" else {"missing": recipe.missing}
     content |= {} if recipe.channels == "same" else {"channels": recipe.channels}
     content |= {"truncate_embeddings": True} if recipe.truncate_embeddings else {}

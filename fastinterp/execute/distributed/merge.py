@@ -7,6 +7,7 @@ exchange only which rank does what. The bytes are the same as those of one proce
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from fastinterp._version import __version__
 from fastinterp.arguments import path_of, size_of
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
@@ -24,7 +26,6 @@ from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.names import names_file
 from fastinterp.errors import RankError
 from fastinterp.execute.distributed.peers import Peers, Rank
-from fastinterp.execute.fingerprint import fingerprint
 from fastinterp.execute.jobs.densities import Density
 from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, record_of, report_on
 from fastinterp.execute.rounds import DeviceUsage
@@ -69,12 +70,14 @@ def merge(
     missing: str | None = None,
     channels: str | None = None,
     quantize: str | None = None,
+    private: bool = False,
     **settings: Any,
 ) -> Report | None:
     """This process's part of `fastinterp.merge`, whose arguments these are. The report on rank 0, else None."""
     target = path_of(out, "out")
     plan = plan_recipe(
-        recipe, max_shard_size, dtype, rounding, seed, missing, channels, quantize, one_file=names_file(target)
+        recipe, max_shard_size, dtype, rounding, seed, missing, channels, quantize, one_file=names_file(target),
+        private=private,
     )  # fmt: skip
     reports = carry_out(plan, [target], me, max_memory=size_of(max_memory), **settings)
     return reports[0] if reports else None
@@ -127,7 +130,8 @@ def carry_out(
             return None
         plan.refuse_changed_files()
         weights = [_weights(records, k) for k in range(len(folders))]
-        write_receipts(plan, folders, weights, small)
+        sums = [_together(plan, records, k).coefficients for k in range(len(folders))]
+        write_receipts(plan, folders, weights, small, sums)
         commit_all(folders)
         peers.put("finished", "")
     wall = time.perf_counter() - start
@@ -135,6 +139,19 @@ def carry_out(
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
         progress(total, total)
     return [replace(report, chosen=chosen) for report in _reports(plan, records, folders, wall, me.world)]
+
+
+def fingerprint(plan: Plan) -> str:
+    """A hash of 12 hexadecimal digits over the headers of the output, the version, and the input files."""
+    digest = hashlib.blake2b(__version__.encode(), digest_size=6)
+    for layout in plan.layouts:
+        for file in layout.files:  # their headers hold the recipe, the dtypes, the seed
+            digest.update(file.name.encode() + b"\0" + file.header)
+    for checkpoint in plan.checkpoints:
+        for path in (*checkpoint.files, *checkpoint.adapter_files):
+            info = os.stat(path)
+            digest.update(f"{path.name} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns}\0".encode())
+    return digest.hexdigest()
 
 
 def _open(
@@ -272,6 +289,7 @@ def _record(plan: Plan, done: Done) -> dict[str, Any]:
                     model: {tensor: astuple(density) for tensor, density in by_tensor.items()}
                     for model, by_tensor in record.densities.items()
                 },
+                "coefficients": record.coefficients,
                 "weights": {name: msgspec.to_builtins(file) for name, file in files.items()},
             }
             for record, files in zip(records, done.files, strict=True)
@@ -297,6 +315,8 @@ def _together(plan: Plan, records: Sequence[dict[str, Any]], k: int) -> OutputRe
     record.effects = ordered({n: e for o in outputs for n, e in o["effects"].items()}, RoundingEffect)
     record.copied = sorted((n for o in outputs for n in o["copied"]), key=order.__getitem__)
     record.models = {m for o in outputs for m in o["models"]}
+    sums = {n: c for o in outputs for n, c in o["coefficients"].items()}
+    record.coefficients = {name: sums[name] for name in sorted(sums, key=order.__getitem__)}
     for model in dict.fromkeys(m for o in outputs for m in o["densities"]):
         record.densities[model] = ordered(
             {t: d for o in outputs for t, d in o["densities"].get(model, {}).items()}, Density
