@@ -44,6 +44,7 @@ from fastinterp.lora.tensors import COPY, TensorReader
 from fastinterp.messages import counted
 from fastinterp.ops.combine import Row, philox_key
 from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
+from fastinterp.output.earlier import key_of
 from fastinterp.output.folder import OutFolder
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.plan import Plan
@@ -124,11 +125,15 @@ def extract_lora(
             )
         left_out = _left_out(parts, norms, whole=whole_modules)
         run = _Extraction(plan, inputs, parts, norms, config, how, reader)
+        key = key_of((names, rank, energy, seed, how.dtype, whole_modules), plan.inputs)
         folder = stack.enter_context(
             OutFolder(
-                target, plan.inputs, force=force, durable=durable, needed=run.most_bytes, names=(WEIGHTS_FILE,)
+                target, plan.inputs, force=force, durable=durable, needed=run.most_bytes, names=(WEIGHTS_FILE,),
+                merge=key,
             )
         )  # fmt: skip
+        if folder.finished:  # an earlier run died in its last step: its report is not known
+            folder.anew()
         modules, written = run.write(folder, _part(shown, total // 2, total))
         reader.refuse_changed()
         write_small_files(folder, run.config(modules, names[0]), _card(names, how, modules))
