@@ -12,7 +12,6 @@ import msgspec
 from fastinterp._version import __version__
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import stamp_of
-from fastinterp.errors import StorageError
 from fastinterp.messages import listed
 from fastinterp.methods import is_own
 from fastinterp.ops.combine import NUMERICS
@@ -73,8 +72,6 @@ class Identity(msgspec.Struct, frozen=True):
 def identity_of(plans: Sequence[Plan]) -> Identity | None:
     """The identity of the run that carries out these plans; None, if a method is not of this package: its code may
     differ from one run to the next without a sign.
-
-    Raises: StorageError, if an input cannot be read.
     """
     recipes = [recipe for plan in plans for recipe in (*plan.above, *plan.recipes)]
     if not all(is_own(recipe.method) for recipe in recipes):
@@ -134,14 +131,14 @@ def _small_files(folder: Path) -> list[Path]:
 
 
 def _header(path: Path, size: int) -> str:
-    """A hash of the header of a file of weights."""
+    """A hash of the header of a file of weights; empty, if it cannot be read: it shows when data is."""
     try:
         with open(path, "rb") as stream:
             start = stream.read(8)
             length = int.from_bytes(start, "little") if path.name.endswith(".safetensors") else _START
             return _hashed([start, stream.read(min(length, size))])
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+    except OSError:
+        return ""
 
 
 def _hashed(parts: Iterable[bytes]) -> str:
