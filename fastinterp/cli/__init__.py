@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import click
 
 from fastinterp._version import __version__
-from fastinterp.errors import FastinterpError
+from fastinterp.errors import NO_MEMORY, CheckpointError, FastinterpError, StorageError
 
 # The commands in the order of --help, with their modules.
 _MODULES = {
@@ -22,6 +25,8 @@ _MODULES = {
     "average": "fastinterp.cli.average",
     "sweep": "fastinterp.cli.sweep",
     "extract-lora": "fastinterp.cli.lora",
+    "verify": "fastinterp.cli.verify",
+    "replay": "fastinterp.cli.verify",
     "check": "fastinterp.cli.inspect",
     "explain": "fastinterp.cli.inspect",
     "inspect": "fastinterp.cli.inspect",
@@ -37,8 +42,13 @@ OUTCOME = (
 )
 
 
+# Of a terminal that is closed; of Ctrl-\, and of a limit on processor time, which would write the memory to a file.
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
+_stopped: list[BaseException] = []  # what such a signal raised
+
+
 class _Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM, as an exception in the main thread, so that context managers clean up."""
+    """A signal that ends the program, as an exception in the main thread, so that context managers clean up."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -53,13 +63,51 @@ def errors_reported(ctx: click.Context, worded: Callable[[str], str] = str) -> I
     """
     try:
         yield
-    except FastinterpError as error:
-        message = "; ".join([worded(str(error)), *ctx.meta.get(OUTCOME, [])])
-        click.echo(f"{click.style(type(error).__name__, fg='red')}: {message}", err=True)
-        ctx.exit(error.exit_code)
+    except BrokenPipeError:
+        raise  # of stdout: click ends the program
+    except (FastinterpError, OSError, MemoryError, RecursionError) as error:
+        from fastinterp.cli.options import tell
+        from fastinterp.messages import plain
+
+        known = error if isinstance(error, FastinterpError) else of_the_system(error)
+        tell(plain("; ".join([worded(str(known)), *ctx.meta.get(OUTCOME, [])])), head=type(known).__name__)
+        ctx.exit(known.exit_code)
     except KeyboardInterrupt as stopped:
-        click.echo("; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), err=True)
-        ctx.exit(getattr(stopped, "exit_code", 130))
+        _say_interrupted(ctx, stopped)
+    except Exception:
+        if not _stopped:
+            raise
+        _say_interrupted(ctx, _stopped[-1])  # a module that is imported makes another exception of it
+
+
+def _say_interrupted(ctx: click.Context, stopped: BaseException) -> None:
+    from fastinterp.cli.options import tell
+
+    tell("; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]))
+    ctx.exit(getattr(stopped, "exit_code", 130))
+
+
+def of_the_system(error: OSError | MemoryError | RecursionError) -> FastinterpError:
+    """What is said of an error of Python's own that nothing expected: a system call failed, memory is used up."""
+    if isinstance(error, OSError):
+        what = error.strerror or str(error) or type(error).__name__
+        file = error.filename
+        return StorageError(f"{os.fsdecode(file)}: {what}" if isinstance(file, (str, bytes, os.PathLike)) else what)
+    if isinstance(error, MemoryError):
+        return StorageError(NO_MEMORY)
+    return CheckpointError("a file nests too deeply to be read: damaged, or made to do harm")
+
+
+@contextmanager
+def _usage_errors_plain() -> Iterator[None]:
+    """click prints its own errors, which repeat arguments."""
+    from fastinterp.messages import plain
+
+    try:
+        yield
+    except click.ClickException as error:
+        vars(error)["message"] = plain(error.message)
+        raise
 
 
 class _Commands(click.Group):
@@ -84,18 +132,23 @@ class _Commands(click.Group):
             ctx.fail(f"no such command '{args[0]}'. " + (f"Did you mean {close}?" if close else _KNOWN))
         return super().resolve_command(ctx, args)
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _usage_errors_plain():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with errors_reported(ctx, partial(self._with_options, ctx)):
+            with _usage_errors_plain(), errors_reported(ctx, partial(self._with_options, ctx)):
                 return super().invoke(ctx)
         except click.NoSuchOption as error:
+            from fastinterp.messages import plain
             from fastinterp.recipe.mergekit_options import instead_of_option
 
             instead = instead_of_option(error.option_name)
             if not instead:
                 raise
             message = f"No such option: {error.option_name}. {instead}"
-            raise click.NoSuchOption(error.option_name, message, ctx=error.ctx) from None
+            raise click.NoSuchOption(plain(error.option_name), plain(message), ctx=error.ctx) from None
 
     def _with_options(self, ctx: click.Context, message: str) -> str:
         """The message of a command without a recipe: what it has as an option is not called a key or an argument."""
@@ -115,7 +168,8 @@ _KNOWN = "Known: " + ", ".join(_MODULES)
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 success, 2 bad usage or recipe, 3 bad checkpoint, 4 input or output failed, 130 interrupted.",
+    epilog="Exit codes: 0 success, 1 verify and replay: a difference, 2 bad usage or recipe, 3 bad checkpoint, 4 input "
+    "or output failed, 130 interrupted.",
 )
 @click.version_option(__version__, prog_name="fastinterp", message="%(prog)s %(version)s")
 def commands() -> None:
@@ -131,18 +185,37 @@ def commands() -> None:
 def main() -> None:
     """The program `fastinterp`. Ends the process."""
     stop_on_signals()
+    warnings.showwarning = _warn
+    sys.excepthook = _failed
     commands(prog_name="fastinterp")
 
 
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning of a library: it may repeat names, too."""
+    from fastinterp.cli.options import tell
+
+    tell(f"{category.__name__}: {message}")
+
+
+def _failed(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+    """The traceback of an error of the program itself."""
+    import traceback
+
+    from fastinterp.cli.options import tell
+
+    tell("".join(traceback.format_exception(kind, error, at)).rstrip())
+
+
 def stop_on_signals() -> None:
-    """Let SIGINT and SIGTERM end the program as exceptions, so that partial files are removed."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Let the signals that end a program do so as exceptions, so that partial files are removed."""
+    for number in _STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     # A second Ctrl-C must not interrupt the removal of partial files.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Stopped(number)
+    for every in _STOPPING:
+        signal.signal(every, signal.SIG_IGN)
+    _stopped.append(_Stopped(number))
+    raise _stopped[-1]

@@ -64,6 +64,6 @@ def extract_lora(finetune: str, base: str, out: str, quiet: bool, as_json: bool,
         options.say_json(report.as_dict())
     elif quiet:
         for warning in report.warnings:
-            click.echo(plain(f"{report.output}: warning: {warning}"), err=True)
+            options.tell(plain(f"{report.output}: warning: {warning}"))
     else:
         options.say(report.summary())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.messages import counted, plain, seconds, size
@@ -75,7 +77,8 @@ class RoundingEffect:
     def total(effects: Iterable[RoundingEffect]) -> RoundingEffect:
         """The effects on several tensors, added up: of one with NaN or Inf in its samples, the counts of them alone."""
         every = [e if e.finite else replace(e, sampled=0, changed=0, sum_pp=0, sum_dd=0, sum_od=0) for e in effects]
-        return RoundingEffect(*(sum(getattr(e, name) for e in every) for name in RoundingEffect.__slots__))
+        columns = zip(*map(attrgetter(*RoundingEffect.__slots__), every), strict=True)
+        return RoundingEffect(*map(sum, columns)) if every else RoundingEffect(*[0] * len(RoundingEffect.__slots__))
 
     @property
     def finite(self) -> bool:
@@ -150,8 +153,9 @@ class Report:
     def __str__(self) -> str:
         return self.summary()
 
-    @property
+    @cached_property
     def effect(self) -> RoundingEffect:
+        """Of all tensors together."""
         return RoundingEffect.total(self.tensors.values())
 
     @property
@@ -161,7 +165,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as --json prints them."""
-        fields = {k: v for k, v in self.__dict__.items() if k not in ("tensors", "densities", "merged")}
+        fields = {k: v for k, v in self.__dict__.items() if k not in ("tensors", "densities", "merged", "effect")}
         densities = {}
         if self.densities:
             from fastinterp.execute.jobs.densities import as_dict
@@ -287,17 +291,21 @@ def report_of(plan: Plan, done: Done, wall_s: float, k: int, folder: OutFolder |
     return report_on(plan, done, wall_s, k, record_of(plan, done.jobs, k), folder)
 
 
+def coefficients_of(plan: Plan, jobs: Mapping[str, Job], k: int) -> dict[str, Coefficients]:
+    """The sums of output k that came from the data, by tensor."""
+    found = ((t.name, jobs[t.name].coefficients(k)) for t in plan.tensors if t.name in jobs)
+    return {name: sums for name, sums in found if sums is not None}
+
+
 def record_of(plan: Plan, jobs: Mapping[str, Job], k: int) -> OutputRecord:
     """What the jobs recorded about output k."""
-    record = OutputRecord()
+    record = OutputRecord(coefficients=coefficients_of(plan, jobs, k))
     for tensor in (t for t in plan.tensors if t.name in jobs):
         job = jobs[tensor.name]
         if tensor.merged:
             record.models |= tensor.origins(job.reads(k))
         for i, density in job.densities(k).items():
             record.densities.setdefault(plan.checkpoints[tensor.checkpoints[i]].name, {})[tensor.name] = density
-        if (sums := job.coefficients(k)) is not None:
-            record.coefficients[tensor.name] = sums
         if job.copies(k):
             record.copied.append(tensor.name)
         else:

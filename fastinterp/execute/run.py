@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
+from fastinterp.checkpoint.checksum import KEY
 from fastinterp.errors import OutputError, StorageError, UsageError
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
@@ -186,6 +187,12 @@ def opened(
     opened.
     """
     isa = cpu_isa()
+    for model in plan.checkpoints:
+        parts = () if model.checkpoint is None else model.checkpoint.parts
+        if model.checkpoint is not None and any(KEY in part.checkpoint.metadata for part in parts):  # it wrote that
+            from fastinterp.execute.torn import refuse_torn
+
+            refuse_torn(model.checkpoint)
     window = make_window(plan, cpu_threads(threads), max_memory - _device_bytes(devices, max_memory))
     with ExitStack() as stack:
         every = [s for t in plan.tensors for s in t.stages]
@@ -210,7 +217,7 @@ def opened(
         wanted = {t.name for t in order if t.entries[0][0] in sinks.of}
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
-        where = sources.fds, sinks.handles, options, explained, total, progress, max_memory
+        where = sources.fds, sinks.handles, options, explained, total, sinks.watched(progress), max_memory
         if devices:
             from fastinterp.execute.device.executor import DeviceExecutor
 

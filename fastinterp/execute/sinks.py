@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fastinterp.backends.cpu import FileChecksum, SinkHandle, reserve
-from fastinterp.checkpoint.regular_file import write_all
+from fastinterp.backends.cpu import FileChecksum, Progress, SinkHandle, reserve, start_writeback
+from fastinterp.checkpoint.regular_file import close, write_all
 from fastinterp.errors import OutputError
 from fastinterp.execute.sources import storage
 from fastinterp.output.layout import OutFile
@@ -43,6 +43,9 @@ class Sinks(Protocol):
 
     def open(self, stack: ExitStack, isa: str) -> None: ...
 
+    def watched(self, progress: Progress | None) -> Progress | None:
+        """The callback that the run is to call, which calls `progress`."""
+
     def finish(self, threads: int) -> list[dict[str, WeightsFile]]:
         """Complete the files, when all data is written: for each output, what the receipt says of each."""
 
@@ -52,9 +55,10 @@ class FileSinks:
 
     outputs  for each output, the path of each file of its layout, which exists; None for files that other processes
              write. Contents that an earlier run has left are overwritten
+    synced   they will be synced to the disk: that is begun while the run is at work
     """
 
-    def __init__(self, plan: Plan, outputs: Sequence[Sequence[Path | None]]):
+    def __init__(self, plan: Plan, outputs: Sequence[Sequence[Path | None]], synced: bool = False):
         self.handles: list[SinkHandle] = []
         self.of: dict[str, tuple[list[int], list[int]]] = {}
         self.paths: list[Path] = []
@@ -62,7 +66,7 @@ class FileSinks:
         self.files = len(paths)
         self.scratch: Path | None = paths[0].parent
         self.checksums: dict[int, FileChecksum] = {}
-        self._plan, self._outputs = plan, outputs
+        self._plan, self._outputs, self._synced = plan, outputs, synced
         self._opened: list[tuple[int, OutFile, Path, FileChecksum]] = []  # index of the output, ...
 
     def open(self, stack: ExitStack, isa: str) -> None:
@@ -76,7 +80,7 @@ class FileSinks:
                 shown = path.parent / os.path.basename(file.name)
                 with storage(shown, OutputError):
                     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-                    stack.callback(os.close, fd)
+                    stack.callback(close, fd, shown)
                     if os.fstat(fd).st_size:  # an earlier run's: its header must not stand before other data
                         write_all(fd, bytes(len(file.header)), 0)
                     reserve(fd, file.size)
@@ -89,6 +93,19 @@ class FileSinks:
                 self.checksums[number] = checksum
                 self.paths.append(shown)
                 self._opened.append((k, file, shown, checksum))
+
+    def watched(self, progress: Progress | None) -> Progress | None:
+        # Beginning to write 2 GB to the disk takes 0.05 s of processor time, which is the kernel's where nobody waits.
+        if not self._synced:
+            return progress
+
+        def report(done: int, total: int) -> None:
+            for _, _, _, checksum in self._opened:
+                start_writeback(checksum.fd)
+            if progress is not None:
+                progress(done, total)
+
+        return report
 
     def finish(self, threads: int) -> list[dict[str, WeightsFile]]:
         """Raises: OutputError, if a file cannot be written."""
@@ -125,6 +142,9 @@ class MemorySinks:
 
     def open(self, stack: ExitStack, isa: str) -> None:
         """Does nothing: memory needs no opening."""
+
+    def watched(self, progress: Progress | None) -> Progress | None:
+        return progress
 
     def finish(self, threads: int) -> list[dict[str, WeightsFile]]:
         """Does nothing: memory has no checksums."""

@@ -9,14 +9,15 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.errors import BackendError
 from fastinterp.execute.checksums import receipt_content, small_file
-from fastinterp.execute.report import Report, report_of
+from fastinterp.execute.input_files import input_files
+from fastinterp.execute.report import Report, coefficients_of, report_of
 from fastinterp.execute.resume.identity import Identity, identity_of
 from fastinterp.execute.resume.session import Session, difference
 from fastinterp.execute.run import Done, run
@@ -66,7 +67,8 @@ def write_outputs(
                 every = session.dones(cpu_isa(), cpu_threads(threads))
             else:
                 work = partial(run, threads=threads, max_memory=max_memory, devices=devices)
-                every = _written(plans, folders, session, work, progress, edit_files, verify_kept)
+                synced = durable or force
+                every = _written(plans, folders, session, work, progress, edit_files, verify_kept, synced)
         except BaseException as error:
             session.leave([folder for of_plan in folders for folder in of_plan], error)
             raise
@@ -93,8 +95,9 @@ def _written(
     progress: Progress | None,
     edit_files: EditFiles | None,
     verify_kept: bool,
+    synced: bool,
 ) -> list[Done]:
-    """Write the outputs, except for what is finished already, and put them in place."""
+    """Write the outputs, except for what is finished already, and put them in place. synced: they are before that."""
     flat = [folder for of_plan in folders for folder in of_plan]
     if any(folder.finished for folder in flat):  # others are gone
         session.forget()
@@ -115,11 +118,12 @@ def _written(
     for number, (plan, of_plan) in enumerate(zip(plans, files, strict=True)):
         before = sum(d.bytes_read + d.bytes_written for d in every)
         shown = progress if len(plans) == 1 else _part(progress, before, total)
-        every.append(work(plan, FileSinks(plan, of_plan), progress=shown, notes=session.notes(number)))
+        every.append(work(plan, FileSinks(plan, of_plan, synced=synced), progress=shown, notes=session.notes(number)))
     for plan in plans:
         plan.refuse_changed_files()
     for plan, done, of_outputs, of_files in zip(plans, every, folders, small, strict=True):
-        write_receipts(plan, of_outputs, done.files, of_files)
+        sums = [coefficients_of(plan, done.jobs, k) for k in range(len(of_outputs))]
+        write_receipts(plan, of_outputs, done.files, of_files, sums)
     commit_all([*flat[1:], flat[0]])  # the first has the notes about all of them
     return every
 
@@ -208,8 +212,15 @@ def write_receipts(
     folders: Sequence[OutFolder],
     weights: Sequence[Mapping[str, WeightsFile]],
     small: Sequence[Mapping[str, SmallFile]],
+    coefficients: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write the receipt into every output that is a folder."""
+    """Write the receipt into every output that is a folder.
+
+    coefficients  those of each that came from the data
+    """
+    if all(folder.file for folder in folders):
+        return
+    inputs = input_files(plan)
     for k, folder in enumerate(folders):
         if not folder.file:
-            folder.write(RECEIPT, receipt_content(plan, k, weights[k], small[k]))
+            folder.write(RECEIPT, receipt_content(plan, k, weights[k], small[k], inputs, coefficients[k]))

@@ -180,6 +180,6 @@ def _out_file(name: str, tensors: list[_Tensor], metadata: dict[str, str], skip:
     start = 8 + len(text)
     places = {tensor: start + offset for tensor, offset in offsets.items()}
     header = len(text).to_bytes(8, "little") + text
-    # Unescaped quotes: this is a key with a text, which no name of a tensor is.
-    found = header.find(f'"{KEY}":"{UNKNOWN}"'.encode())
-    return OutFile(name, header, start + end, places, found + len(f'"{KEY}":"') if found >= 0 else None)
+    # Within strings every quote follows on a backslash; and no tensor has a string for an entry.
+    found = re.search(rf'[{{,]"{re.escape(KEY)}":"(?={UNKNOWN}")'.encode(), header)
+    return OutFile(name, header, start + end, places, found.end() if found else None)

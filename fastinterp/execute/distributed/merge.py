@@ -72,12 +72,14 @@ def merge(
     missing: str | None = None,
     channels: str | None = None,
     quantize: str | None = None,
+    private: bool = False,
     **settings: Any,
 ) -> Report | None:
     """This process's part of `fastinterp.merge`, whose arguments these are. The report on rank 0, else None."""
     target = path_of(out, "out")
     plan = plan_recipe(
-        recipe, max_shard_size, dtype, rounding, seed, missing, channels, quantize, one_file=names_file(target)
+        recipe, max_shard_size, dtype, rounding, seed, missing, channels, quantize, one_file=names_file(target),
+        private=private,
     )  # fmt: skip
     reports = carry_out(plan, [target], me, max_memory=size_of(max_memory), **settings)
     return reports[0] if reports else None
@@ -135,7 +137,8 @@ def carry_out(
             return None
         plan.refuse_changed_files()
         weights = [_weights(records, k) for k in range(len(folders))]
-        write_receipts(plan, folders, weights, small)
+        sums = [_together(plan, records, k).coefficients for k in range(len(folders))]
+        write_receipts(plan, folders, weights, small, sums)
         commit_all(folders)
         peers.put("finished", "")
     wall = time.perf_counter() - start
@@ -257,7 +260,7 @@ class _RankWork:
         place = journal_of_file(self._outs[0], _name(plan, unit), self._key)
         with noted(plan, flat, place, unit.files, self._verify_kept) as notes:
             done = run(
-                plan, FileSinks(plan, paths), threads=self._threads, max_memory=self._max_memory,
+                plan, FileSinks(plan, paths, synced=True), threads=self._threads, max_memory=self._max_memory,
                 progress=lambda of_unit, _: self._report(before + of_unit - self._peers.bytes_done),
                 devices=self._devices, notes=notes,
             )  # fmt: skip
