@@ -155,13 +155,13 @@ def _opened_folders(
     plans: Sequence[Plan],
     outs: Sequence[Sequence[str | os.PathLike[str]]],
     stack: ExitStack,
-    identity: Identity | None,
+    identity: Identity,
     *,
     force: bool,
     durable: bool,
 ) -> tuple[list[list[OutFolder]], Session]:
     """The output folders of all plans, all or none; and what is finished of them."""
-    merge = "" if identity is None else identity.key
+    merge = identity.key if identity.sure else ""
     before = earlier([out for of_plan in outs for out in of_plan], merge) if merge else Earlier.NONE
     needed = sum(plan.disk_bytes for plan in plans)  # outputs on one disk must fit together: the first checks for all
     folders: list[list[OutFolder]] = []
@@ -172,7 +172,7 @@ def _opened_folders(
                 names = [*(file.name for file in layout.files), *plan.files.copied, RECEIPT]
                 folder = OutFolder(
                     out, plan.inputs, force=force, durable=durable, needed=needed or layout.disk_bytes, names=names,
-                    merge=merge, differs=None if identity is None else partial(difference, identity), earlier=before,
+                    merge=merge, differs=partial(difference, identity), earlier=before,
                 )  # fmt: skip
                 folders[-1].append(stack.enter_context(folder))
                 needed = 0
