@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from fastinterp._C import (
+    CELL_BYTES,
     REGION_BYTES,
     FileChecksum,
     Masks,
@@ -23,8 +24,9 @@ from fastinterp.errors import StorageError
 from fastinterp.ops.steps import Answer, Step
 
 __all__ = [
-    "REGION_BYTES", "FileChecksum", "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions", "SinkHandle",
-    "cached_fraction", "checksum", "combine", "memory_address", "reserve", "start_writeback", "survey", "watch", "xxh3",
+    "CELL_BYTES", "REGION_BYTES", "FileChecksum", "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions",
+    "SinkHandle", "cached_fraction", "checksum", "combine", "memory_address", "reserve", "start_writeback", "survey",
+    "watch", "xxh3",
 ]  # fmt: skip
 
 # (kind, address, bytes): kind "memory" is memory of the host; "device" that of an accelerator, which the pump rejects.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from fastinterp._C import CELL_BYTES, REGION_BYTES, FileChecksum
+from fastinterp.backends.cpu import CELL_BYTES, REGION_BYTES, FileChecksum
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.resume.records import FinishedJob, Region, Round, unpacked
 from fastinterp.execute.rounds import Answers
