@@ -227,7 +227,12 @@ class OutFolder:
 
     def _create(self, path: Path) -> None:
         try:
-            os.close(os.open(path, _FLAGS, 0o666))
+            fd = os.open(path, _FLAGS, 0o666)
+            try:
+                os.close(fd)
+            except OSError:
+                os.unlink(path)
+                raise
         except OSError as error:
             raise self._error(f"the folder cannot be written to: {error.strerror}") from error
 
