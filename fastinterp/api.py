@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
@@ -42,6 +43,8 @@ def merge(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    private: bool = False,
+    verify_kept: bool = False,
     progress: Progress | None = None,
     methods: Sequence[Method] = (),
     keep_intermediates: str | os.PathLike[str] | None = None,
@@ -58,20 +61,26 @@ def merge(
     max_memory      limit of the scratch memory in bytes; with accelerators, of the host's
     dtype, rounding, seed, missing, channels, quantize   replace those of the recipe (dtype: its out_dtype)
     force           replace a checkpoint in `out`, or the file `out`, but never an input
-    durable         call fsync before finishing: the output survives a crash of the machine
+    durable         sync data before names: the output survives a crash of the machine. So does, in any case, one that
+                    replaces an older one
+    private         receipt and model card name no model: `replay` is told then where they are
+    verify_kept     where a run that was killed is resumed: compare all that it had written with its checksums, not a
+                    sample
     progress        called about ten times a second with (bytes done, total bytes)
     methods         merge methods of your own, which the recipe may name: functions below `fastinterp.methods.method`
     keep_intermediates  a folder: the other documents are written, too, each into a folder of its name there
 
-    The output appears when it is complete, or not at all.
+    The output appears when it is complete, or not at all. Of a run that was killed, the same call goes on with what is
+    finished: see docs/RECIPES.md.
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
     with given(methods):
-        recipes = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+        recipes = documents(recipe, dtype, rounding, seed, missing, channels, quantize, private)
         _refuse_adapters(recipes, "merge_adapters")
         return merge_documents(
             recipes, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
-            force=force, durable=durable, progress=progress, keep_intermediates=keep_intermediates,
+            force=force, durable=durable, verify_kept=verify_kept, progress=progress,
+            keep_intermediates=keep_intermediates,
         )  # fmt: skip
 
 
@@ -85,6 +94,7 @@ def merge_documents(
     max_memory: str | int,
     force: bool,
     durable: bool,
+    verify_kept: bool,
     progress: Progress | None,
     keep_intermediates: str | os.PathLike[str] | None,
 ) -> Report:
@@ -100,7 +110,7 @@ def merge_documents(
         outs[:0] = [[os.path.join(folder, _folder_name(one.name))] for one in recipes[:-1]]
     return write_outputs(
         plans, outs, device=device, threads=threads, max_memory=size_of(max_memory), force=force,
-        durable=durable, progress=progress,
+        durable=durable, verify_kept=verify_kept, progress=progress,
     )[-1]  # fmt: skip
 
 
@@ -133,6 +143,8 @@ def interpolate(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    private: bool = False,
+    verify_kept: bool = False,
     progress: Progress | None = None,
 ) -> list[Report]:
     """Interpolate between checkpoints `a` (alpha 0) and `b` (alpha 1), or extrapolate: out = a + alpha * (b - a).
@@ -161,6 +173,7 @@ def interpolate(
     whose = None if integers is None else path_of(integers, "integers")
     keys = further_keys(missing, channels, quantize, tokenizer_source)
     recipes = [overridden(point_recipe(*ends, p, origin, whose, keys), dtype, rounding, seed) for p in points]
+    recipes = [replace(recipe, private=private) for recipe in recipes]
     groups = [slice(i, i + MAX_OUTPUTS) for i in range(0, len(points), MAX_OUTPUTS)]
     target = path_of(out, "out")
     if not target:
@@ -170,7 +183,7 @@ def interpolate(
     outs = [target] if len(points) == 1 else [point_path(target, name) for name in names]
     return write_outputs(
         plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
-        force=force, durable=durable, progress=progress,
+        force=force, durable=durable, verify_kept=verify_kept, progress=progress,
     )  # fmt: skip
 
 
@@ -196,6 +209,8 @@ def average(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    private: bool = False,
+    verify_kept: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Average checkpoints of one training run into the folder `out`.
@@ -218,7 +233,7 @@ def average(
     return merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
         dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, quantize=quantize,
-        force=force, durable=durable, progress=progress,
+        force=force, durable=durable, private=private, verify_kept=verify_kept, progress=progress,
     )  # fmt: skip
 
 
@@ -253,6 +268,7 @@ def merge_adapters(
     seed: int | None = None,
     force: bool = False,
     durable: bool = False,
+    private: bool = False,
     progress: Progress | None = None,
     methods: Sequence[Method] = (),
 ) -> AdapterReport:
@@ -263,7 +279,7 @@ def merge_adapters(
     Raises: as `merge`; UsageError, if the recipe has no `out: lora`.
     """
     with given(methods):
-        found = _of_adapters(documents(recipe, dtype, None, seed, None, None, None))
+        found = _of_adapters(documents(recipe, dtype, None, seed, None, None, None, private))
         return merge_adapter_document(found, out, threads=threads, force=force, durable=durable, progress=progress)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,25 @@ import click
 from fastinterp.cli import OUTCOME, options
 from fastinterp.cli.blas import one_blas_thread
 from fastinterp.cli.ranges import alphas
-from fastinterp.errors import FastinterpError, OutputError, UsageError
+from fastinterp.errors import CheckpointError, FastinterpError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from fastinterp.execute.report import Report
     from fastinterp.lora.report import AdapterReport
 
-_RECIPE_KEYS = ("dtype", "rounding", "seed", "missing", "channels", "quantize")  # options that replace a recipe's keys
+_RECIPE_KEYS = (
+    "dtype",
+    "rounding",
+    "seed",
+    "missing",
+    "channels",
+    "quantize",
+    "private",
+)  # options that replace a recipe's keys
 _OF_ADAPTERS = ("threads", "force", "durable", "progress")  # arguments of a merge of adapters
 _OF_MODELS = {
     "device": "auto", "max_shard_size": None, "max_memory": "512MB", "rounding": None, "missing": None,
-    "channels": None, "quantize": None, "keep_intermediates": None,
+    "channels": None, "quantize": None, "keep_intermediates": None, "verify_kept": False,
 }  # fmt: skip
 _VISIBLE = 0.01  # relative difference of an effective alpha from the alpha, above which it is shown
 
@@ -151,32 +159,55 @@ def _of_adapters(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
-    """Context manager: if the run is interrupted or cannot write, note which of `outs` are complete for the message."""
-    start = time.time()
+    """Context manager: if the run is interrupted or cannot write, note which of `outs` are in place for the message, or
+    what is kept of them.
+    """
+    before = _in_place(outs)
     try:
         yield
-    except (KeyboardInterrupt, OutputError) as error:
-        done = [str(o) for o in outs if any(p.stat().st_mtime >= start for p in _weights(o))]
-        note = f"finished before that: {', '.join(done)}" if done else "nothing was written"
-        if note not in str(error):
+    except (KeyboardInterrupt, FastinterpError) as error:
+        note: str = getattr(error, "outcome", "")  # what is kept, to be resumed
+        if not note and isinstance(error, (KeyboardInterrupt, OutputError)):
+            done = [str(out) for out, files in _in_place(outs).items() if files - before.get(out, set())]
+            note = f"finished before that: {', '.join(done)}" if done else _nothing(outs)
+        if note and note not in str(error):
             click.get_current_context().meta[OUTCOME] = [note]
         raise
 
 
-def _weights(out: Path) -> list[Path]:
-    """The weights of an output that is in place."""
-    return [out] if out.is_file() else [*out.glob("*.safetensors"), *out.glob("*/*.safetensors"), *out.glob("*.gguf")]
+def _nothing(outs: Iterable[Path]) -> str:
+    """What is said if no output is in place."""
+    from fastinterp.checkpoint.journal_file import FINISHING, journal_path, state_of
+    from fastinterp.checkpoint.names import names_file
+
+    with suppress(OSError, CheckpointError):
+        for out in outs:
+            path = journal_path(out.parent, out.name) if names_file(str(out)) else journal_path(out)
+            if state_of(path) == FINISHING:
+                return "the output is complete, and the next run into it puts it in place: run this again"
+    return "nothing was written"
+
+
+def _in_place(outs: Iterable[Path]) -> dict[Path, set[tuple[int, int]]]:
+    """The files of weights of outputs, by device and inode: times would tell nothing where a clock is wrong."""
+    found: dict[Path, set[tuple[int, int]]] = {}
+    with suppress(OSError, ValueError):  # a name that cannot be used, say: it is refused
+        for out in outs:
+            below = ("*.safetensors", "*/*.safetensors", "*.gguf")
+            files = [out] if out.is_file() else [path for pattern in below for path in out.glob(pattern)]
+            found[out] = {(info.st_dev, info.st_ino) for info in map(os.stat, files)}
+    return found
 
 
 @contextmanager
 def resumable(out: Path) -> Iterator[None]:
     """Context manager: if a merge of several processes fails, note the complete files, with which it can be resumed."""
-    from fastinterp.output.shared_folder import journals
+    from fastinterp.output.shared_folder import complete_files
 
     try:
         yield
     except (KeyboardInterrupt, FastinterpError):
-        done = journals(out)
+        done = complete_files(out)
         if done:
             click.get_current_context().meta[OUTCOME] = [
                 f"{done} complete files are kept: run the same merge again to resume"

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from fastinterp.checkpoint.components import named_folders
 from fastinterp.checkpoint.header import MAX_HEADER
+from fastinterp.checkpoint.links import refuse_outside
 from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, TEMPLATES, TRAINER_PICKLES, WEIGHTS, quote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import Stamp, read_regular, stamp_of
@@ -28,12 +29,14 @@ from fastinterp.checkpoint.strict_json import parse_json
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import listed
 from fastinterp.ops.dtypes import DType
+from fastinterp.output.receipt import RECEIPT
 
 LARGEST = 10_000_000  # bytes of a file that is copied without being known
 _DEPTH, _MOST = 6, 5000  # folders in folders, and files of one, that are looked at
 _SHOWN = 8  # names in a remark, before the rest is only counted
 
 _CARD = "the output has a model card of its own"
+_RECEIPT = "the output has a receipt of its own"
 _TRAINER = "state of a training run"
 _WEIGHTS = "other weights"
 _MEDIA = "pictures and other media"
@@ -126,12 +129,14 @@ def origin_files(
     in its folder are left out, and told if the folder has a configuration: else they are no part of a model.
 
     left_out  files of the source that are not in the folder, because they have been left out before: reason -> names
-    Raises: CheckpointError, if the folder cannot be read.
+    Raises: CheckpointError, if the folder cannot be read, or one of the files is a link out of it.
     """
     try:
         files = _sorted_out(root, source)
     except OSError as error:
         raise CheckpointError(f"it cannot be read: {error.strerror}", file=str(error.filename)) from None
+    for path in files.copied.values():
+        refuse_outside(path, root)
     return replace(files, left_out={**(left_out or {}), **files.left_out})
 
 
@@ -179,7 +184,8 @@ def _walk(root: Path, whole: bool, merged: set[Path], named: tuple[str, ...]) ->
         if path in merged:
             continue
         if not path.is_dir():
-            yield name, _CARD if name.lower() in ("readme.md", "readme") else _odd(path)
+            own = _CARD if name.lower() in ("readme.md", "readme") else _RECEIPT if name == RECEIPT else None
+            yield name, own or _odd(path)
             continue
         below = name in named or any(n.startswith(f"{name}/") for n in named)
         why = None if below else _why_no_folder(path, whole)

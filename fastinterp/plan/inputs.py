@@ -9,9 +9,9 @@ of planned.py, where the output tensors are, too).
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 from msgspec.structs import replace
@@ -173,6 +173,10 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
     def weighted_sum(self) -> tuple[Row, list[ModelInput]] | None:
         """The sum of other inputs that it is, if that may become part of a sum that reads it."""
         return None
+
+    def made_by(self, plan_of: Callable[[Any], Any]) -> TensorInput:
+        """This input, where the plan of a tensor of a document above is `plan_of` it."""
+        return self
 
     def as_read(self) -> TensorInput:
         """This input with the dtype and the bytes that it has when it is read."""

@@ -26,11 +26,13 @@ from fastinterp.output.layout import Layout
 from fastinterp.output.model_card import CARD, model_card
 from fastinterp.output.origin_files import OriginFiles
 from fastinterp.plan.models import Library, Model, is_gguf
-from fastinterp.plan.outputs import Outputs, receipt
+from fastinterp.plan.outputs import RECEIPT_KEY, Outputs, receipt
 from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.single import Document, plan_document
 from fastinterp.plan.vocabularies import AlignedModels
 from fastinterp.recipe.load import Recipe, load_recipes
+from fastinterp.recipe.renaming import ShownNames
+from fastinterp.recipe.shown_names import shown_names
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -50,7 +52,9 @@ class Plan:
     inputs       files and folders that an output must not touch
     files        what becomes of the files in the origin's folder
     stamps       of the small files that are copied, as they were when the plan was made
+    shown        names of models in receipts and model cards
     above        the documents above
+    receipts     one per output: the receipt in the headers of its files, JSON
     folders      held as long as the plan is: they have the small files of documents above
     """
 
@@ -66,7 +70,9 @@ class Plan:
     inputs: tuple[Path, ...]
     files: OriginFiles
     stamps: Mapping[Path, Stamp | None]
+    shown: ShownNames
     above: tuple[Recipe, ...] = ()
+    receipts: tuple[str, ...] = ()
     folders: tuple[object, ...] = ()
 
     def __repr__(self) -> str:
@@ -103,7 +109,9 @@ class Plan:
         recipe = self.recipes[k]
         files = self.aligned.sidecars(self.files.contents(recipe.out_dtype or recipe.dtype or self._promoted()))
         roots = [self.origin.root, *(model.root for model in self.checkpoints[: len(self.models)])]
-        card = model_card(recipe.text, self.models, recipe.method.name, __version__, roots)
+        names = [self.shown.model(model) for model in self.models]
+        local = [name for name, model in zip(names, self.models, strict=True) if name != model]
+        card = model_card(self.shown.recipe(recipe.text), names, recipe.method.name, __version__, roots, local)
         return {**files, CARD: card.encode(), **self.layouts[k].indexes}
 
     def _promoted(self) -> DType | None:
@@ -218,13 +226,14 @@ def make_plan(
         tensors, more = quantised_as(last.origin, tensors, checkpoints, stacked=any(s.stacked for s in first.sections))
         remarks = (*remarks, *more)
     outputs = Outputs(last.origin, checkpoints[: len(names)], tensors, stacked)
-    layouts = tuple(
-        outputs.layout(receipt(recipe, k, tensors, names), max_shard_size, one_file) for k, recipe in enumerate(recipes)
-    )
+    shown = shown_names([*above, *recipes])
+    receipts = [receipt(recipe, k, tensors, names, shown, max_shard_size) for k, recipe in enumerate(recipes)]
+    layouts = tuple(outputs.layout(metadata, max_shard_size, one_file) for metadata in receipts)
     inputs = tuple(dict.fromkeys(path for m in library.opened if m.checkpoint for path in m.checkpoint.inputs))
     return Plan(
         tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings,
-        (*remarks, *outputs.remarks), tuple(names), inputs, last.files, _stamps(last), tuple(above), folders,
+        (*remarks, *outputs.remarks), tuple(names), inputs, last.files, _stamps(last), shown, tuple(above),
+        tuple(metadata[RECEIPT_KEY] for metadata in receipts), folders,
     )  # fmt: skip
 
 
@@ -245,10 +254,10 @@ def _stamps(document: Document) -> dict[Path, Stamp | None]:
 def plan_recipe(
     recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
     missing: object = None, channels: object = None, quantize: object = None, *, one_file: str = "",
-    as_numbers: bool = False,
+    as_numbers: bool = False, private: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge` and make_plan."""
-    *above, last = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+    *above, last = documents(recipe, dtype, rounding, seed, missing, channels, quantize, private)
     size = optional_size(max_shard_size)
     return make_plan([last], max_shard_size=size, above=above, one_file=one_file, as_numbers=as_numbers)
 
@@ -263,8 +272,9 @@ def plan_documents(recipes: Sequence[Recipe], max_shard_size: int | None, one_fi
 
 
 def documents(
-    recipe: Source, dtype: object, rounding: object, seed: object, missing: object, channels: object, quantize: object
-) -> list[Recipe]:
+    recipe: Source, dtype: object, rounding: object, seed: object, missing: object, channels: object, quantize: object,
+    private: bool = False,
+) -> list[Recipe]:  # fmt: skip
     """The documents of a recipe, with what the arguments replace in them. Arguments and errors as of `merge`."""
     *above, last = load_recipes(recipe)
     changed = overridden(last, dtype, rounding, seed, missing, channels, quantize)
@@ -274,4 +284,4 @@ def documents(
         if rounding is not None:
             above = [replace(r, rounding=changed.rounding) if r.rounding == last.rounding else r for r in above]
         above = [replace(r, seed=changed.seed) if r.seed == last.seed else r for r in above]
-    return [*above, changed]
+    return [replace(r, private=True) for r in (*above, changed)] if private else [*above, changed]

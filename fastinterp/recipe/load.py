@@ -27,6 +27,7 @@ from fastinterp.recipe.references import (
 from fastinterp.recipe.schema import RawRecipe, guessed_method, method_of, raw_recipe
 
 if TYPE_CHECKING:
+    from fastinterp.recipe.renaming import ShownNames
     from fastinterp.recipe.tokenizer import ChatTemplate, TokenizerSpec
 
 __all__ = ["Recipe", "load_recipe", "load_recipes"]
@@ -85,6 +86,8 @@ class Recipe:
     document      where messages about it point to
     out           "model"; or "lora": the models are adapters, and so is the output
     rank          of an adapter that is written; None: exact where that is possible, else the sum of the ranks
+    private       receipts and model cards name no model
+    names         how they name models, if that is not as `shown_names` has it
     """
 
     method: Method
@@ -116,6 +119,8 @@ class Recipe:
     document: Document = field(repr=False, compare=False)
     out: str = "model"
     rank: int | None = None
+    private: bool = False
+    names: ShownNames | None = None
 
     @property
     def groups(self) -> tuple[MergeGroup, ...]:
