@@ -29,7 +29,7 @@ def command(*args: object, limit: tuple[int, int] | None = None, **more: object)
     return subprocess.run(
         [sys.executable, "-m", "fastinterp", *map(str, args)], capture_output=True, text=True, timeout=120,
         check=False, preexec_fn=before, **more,
-    )  # type: ignore[call-overload,no-any-return]  # fmt: skip
+    )  # type: ignore[call-overload]  # fmt: skip
 
 
 @pytest.fixture
@@ -161,12 +161,12 @@ def test_links_of_side_cars_that_leave_the_model_are_refused_and_the_remedy_work
     (tmp_path / "secret").write_text('{"x": 1}')
     (pair[0] / "generation_config.json").symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointError, match="outside of the model's folder, and is not followed") as raised:
-        fastinterp.interpolate(*pair, 0.5, tmp_path / "out")
+        fastinterp.interpolate(pair[0], pair[1], 0.5, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     remedy = re.search(r"`(rm .*)`", str(raised.value))
     assert remedy
     subprocess.run(["sh", "-c", remedy[1]], check=True)
-    fastinterp.interpolate(*pair, 0.5, tmp_path / "out")
+    fastinterp.interpolate(pair[0], pair[1], 0.5, tmp_path / "out")
     assert (tmp_path / "out" / "generation_config.json").read_text() == '{"x": 1}'
     assert (tmp_path / "secret").exists()
 
@@ -175,7 +175,7 @@ def test_links_within_the_model_and_into_the_hubs_blobs_are_followed(pair, tmp_p
     (pair[0] / "sub").mkdir()
     (pair[0] / "sub" / "own.json").write_text("{}")
     (pair[0] / "generation_config.json").symlink_to("sub/own.json")
-    fastinterp.interpolate(*pair, 0.5, tmp_path / "out")
+    fastinterp.interpolate(pair[0], pair[1], 0.5, tmp_path / "out")
     assert (tmp_path / "out" / "generation_config.json").read_text() == "{}"
     repository = tmp_path / "models--org--name"
     (repository / "blobs").mkdir(parents=True)
