@@ -346,6 +346,8 @@ def _report(document: dict[str, Any]) -> PathReport:
     base = document["base"]
     if not all(type(text) is str for text in (*ends, *ends.values(), *document["probabilities"], base or "")):
         raise TypeError
+    if not first.at:
+        raise ValueError("its points have no alpha")
     if not all(math.isfinite(at) for p in points for at in p.at.values()):
         raise ValueError("an alpha is not finite")
     if len({tuple(p.at.values()) for p in points}) < len(points):
