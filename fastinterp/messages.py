@@ -83,6 +83,22 @@ def fit(text: str, width: int) -> str:
     return f"{text[: width - 3 - tail]}...{text[-tail:]}"
 
 
+def broken(text: str, width: int) -> str:
+    """`text` with lines of more than `width` columns broken between words; what follows is indented by two more."""
+    if width < 20 or all(len(line) <= width for line in text.split("\n")):
+        return text
+    import textwrap
+
+    lines: list[str] = []
+    for line in text.split("\n"):
+        indent = " " * min(len(line) - len(line.lstrip(" ")) + 2, width // 2)
+        pieces = textwrap.wrap(
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )  # fmt: skip
+        lines += pieces if len(line) > width else [line]
+    return "\n".join(lines)
+
+
 # A key of recipes, or an argument, with a value, and what may follow: where it stands.
 _KEY = re.compile(
     r"`(\w+)(?:: |=)([^`]+)`"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -36,6 +37,8 @@ OUTCOME = (
     "fastinterp.outcome"  # key in click's Context.meta: list[str], notes about the output for the message of a failure
 )
 
+_JSON = "fastinterp.json"  # key in click's Context.meta: bool, whether the command has --json
+
 
 class _Stopped(KeyboardInterrupt):
     """SIGINT or SIGTERM, as an exception in the main thread, so that context managers clean up."""
@@ -46,20 +49,40 @@ class _Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def errors_reported(ctx: click.Context, worded: Callable[[str], str] = str) -> Iterator[None]:
-    """Context manager: an exception of the package ends the program with a line on stderr and its exit code.
+def errors_reported(ctx: click.Context, worded: Callable[[str], str] = str, *, as_json: bool = False) -> Iterator[None]:
+    """Context manager: an exception of the package ends the program with its exit code and a line on stderr for each
+    error; or with JSON on stdout.
 
     worded  its message, as the command words it
     """
     try:
         yield
     except FastinterpError as error:
+        from fastinterp.cli import faults, options
+
         message = "; ".join([worded(str(error)), *ctx.meta.get(OUTCOME, [])])
-        click.echo(f"{click.style(type(error).__name__, fg='red')}: {message}", err=True)
+        found = ctx.meta.get(faults.FOUND)
+        if as_json:
+            options.say_json(faults.values(error, message, found))
+        else:
+            for kind, text in faults.lines(error, message, found):
+                options.say_error(text, kind)
         ctx.exit(error.exit_code)
     except KeyboardInterrupt as stopped:
-        click.echo("; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), err=True)
-        ctx.exit(getattr(stopped, "exit_code", 130))
+        from fastinterp.cli import faults, options
+
+        message, code = "; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), getattr(stopped, "exit_code", 130)
+        if as_json:
+            options.say_json(faults.failed({"message": message, "kind": "Interrupted", "exit_code": code}))
+        else:
+            options.say_error(message)
+        ctx.exit(code)
+
+
+def _wants_json(args: Sequence[str]) -> bool:
+    """Whether a command line asks for JSON. Of the processes of one merge, the first prints it."""
+    options = args[: args.index("--")] if "--" in args else args
+    return "--json" in options and os.environ.get("RANK", "0") == "0"
 
 
 class _Commands(click.Group):
@@ -84,18 +107,30 @@ class _Commands(click.Group):
             ctx.fail(f"no such command '{args[0]}'. " + (f"Did you mean {close}?" if close else _KNOWN))
         return super().resolve_command(ctx, args)
 
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            with errors_reported(ctx, partial(self._with_options, ctx)):
-                return super().invoke(ctx)
-        except click.NoSuchOption as error:
-            from fastinterp.recipe.mergekit_options import instead_of_option
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_JSON] = _wants_json(args)
+        return super().parse_args(ctx, args)
 
-            instead = instead_of_option(error.option_name)
-            if not instead:
-                raise
-            message = f"No such option: {error.option_name}. {instead}"
-            raise click.NoSuchOption(error.option_name, message, ctx=error.ctx) from None
+    def invoke(self, ctx: click.Context) -> Any:
+        as_json = ctx.meta.get(_JSON, False)
+        try:
+            with errors_reported(ctx, partial(self._with_options, ctx), as_json=as_json):
+                return super().invoke(ctx)
+        except click.UsageError as error:
+            error = _with_remedy(error)
+            if not as_json:
+                raise error from None
+            from fastinterp.cli import faults, options
+
+            wrong = {
+                "message": error.format_message(),
+                "kind": "UsageError",
+                "path": None,
+                "line": None,
+                "exit_code": 2,
+            }
+            options.say_json(faults.failed(wrong))
+            ctx.exit(2)
 
     def _with_options(self, ctx: click.Context, message: str) -> str:
         """The message of a command without a recipe: what it has as an option is not called a key or an argument."""
@@ -107,6 +142,17 @@ class _Commands(click.Group):
 
         known = {name: option for name, option in names.items() if option.startswith("--")}
         return with_keys_as(message, lambda key, value: f"{known[key]} {value}" if key in known else None)
+
+
+def _with_remedy(error: click.UsageError) -> click.UsageError:
+    """The error of an option that is not known, with what to do instead, if it is one of mergekit's."""
+    if not isinstance(error, click.NoSuchOption):
+        return error
+    from fastinterp.recipe.mergekit_options import instead_of_option
+
+    instead = instead_of_option(error.option_name)
+    message = f"No such option: {error.option_name}. {instead}"
+    return click.NoSuchOption(error.option_name, message, ctx=error.ctx) if instead else error
 
 
 _KNOWN = "Known: " + ", ".join(_MODULES)

@@ -136,12 +136,12 @@ def refuse_ranks(command: str) -> None:
 
 
 def say(text: str) -> None:
-    """Print a result on stdout.
+    """Print a result on stdout; on a terminal no line is longer than it is wide, if its words allow.
 
     Raises: StorageError, if it cannot be written; a closed pipe (`| head`) ends the program without a message.
     """
     try:
-        click.echo(text)
+        click.echo(_fitting(text, sys.stdout))
     except BrokenPipeError:
         raise  # click ends the program
     except OSError as error:
@@ -149,6 +149,23 @@ def say(text: str) -> None:
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # or Python fails again when it flushes stdout at exit
         raise StorageError(f"stdout cannot be written: {error.strerror}") from None
+
+
+def say_error(text: str, kind: str = "") -> None:
+    """Print an error, a warning or what is being done on stderr, as `say` does. kind: of an error, before the text."""
+    text = _fitting(f"{kind}: {text}" if kind else text, sys.stderr)
+    click.echo(click.style(kind, fg="red") + text.removeprefix(kind), err=True)
+
+
+def _fitting(text: str, stream: Any) -> str:
+    """The text for a stream: lines that a terminal would cut are broken between words."""
+    if stream is None or not stream.isatty():
+        return text
+    from shutil import get_terminal_size
+
+    from fastinterp.messages import broken
+
+    return broken(text, get_terminal_size().columns)
 
 
 def say_json(value: Any) -> None:
