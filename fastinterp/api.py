@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
@@ -168,10 +169,13 @@ def interpolate(
     shard, one_file = optional_size(max_shard_size), names_file(target)
     plans = [make_plan(recipes[group], max_shard_size=shard, one_file=one_file) for group in groups]
     outs = [target] if len(points) == 1 else [point_path(target, name) for name in names]
-    return write_outputs(
+    reports = write_outputs(
         plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
         force=force, durable=durable, progress=progress,
     )  # fmt: skip
+    if base is not None:
+        return reports
+    return [replace(r, asked={"alpha": p} if r.asked else {}) for p, r in zip(points, reports, strict=True)]
 
 
 @without_recipe

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -118,10 +119,11 @@ class _Commands(click.Group):
                 return super().invoke(ctx)
         except click.UsageError as error:
             error = _with_remedy(error)
-            if not as_json:
-                raise error from None
             from fastinterp.cli import faults, options
 
+            if not as_json:
+                message = options.fitting(error.format_message(), sys.stderr, less=len("Error: "))
+                raise click.UsageError(message, ctx=error.ctx) from None
             wrong = {
                 "message": error.format_message(),
                 "kind": "UsageError",

@@ -53,7 +53,7 @@ def extract_lora(
     \b
     Example:
       fastinterp extract-lora fine-tune/ adapter/ --base base/ --rank 32
-      fastinterp extract-lora fine-tune/ adapter/ --base base/ --rank 256 --energy 0.95
+      fastinterp extract-lora fine-tune/ adapter/ --base base/ --rank 64 --energy 0.9
     """
     one_blas_thread()
     from fastinterp.cli import progress
@@ -68,6 +68,6 @@ def extract_lora(
         options.say_json(report.as_dict())
     elif quiet:
         for warning in report.warnings:
-            click.echo(plain(f"{report.output}: warning: {warning}"), err=True)
+            options.say_error(plain(f"{report.output}: warning: {warning}"))
     else:
         options.say(report.summary())

@@ -25,7 +25,6 @@ _OF_MODELS = {
     "device": "auto", "max_shard_size": None, "max_memory": "512MB", "rounding": None, "missing": None,
     "channels": None, "quantize": None, "keep_intermediates": None,
 }  # fmt: skip
-_VISIBLE = 0.01  # relative difference of an effective alpha from the alpha, above which it is shown
 
 
 @click.command()
@@ -200,16 +199,17 @@ def _acts_as(alpha: float, report: Report) -> float | None:
 
 def _path_lines(points: Sequence[float], acting: Sequence[float | None], reports: Sequence[Report]) -> list[str]:
     """The text about one or several outputs, with effective alphas where they differ from the alphas."""
+    from fastinterp.execute.kept import VISIBLE
     from fastinterp.execute.report import COPIES
     from fastinterp.messages import plain, size, table
     from fastinterp.ops.combine import MAX_OUTPUTS
 
+    if len(reports) == 1:
+        return [reports[0].summary()]
     effective = [
-        f"{acts:.3g}" if acts is not None and abs(acts - alpha) > _VISIBLE * abs(alpha) else ""
+        f"{acts:.3g}" if acts is not None and abs(acts - alpha) > VISIBLE * abs(alpha) else ""
         for alpha, acts in zip(points, acting, strict=True)
     ]
-    if len(reports) == 1:
-        return [reports[0].summary(), *(f"  alpha {points[0]:g} acts as {acts}" for acts in effective if acts)]
     run, reads = reports[0], -(-len(reports) // MAX_OUTPUTS)
     read = "one read" if reads == 1 else f"{reads} reads"
     lines = [f"{len(reports)} outputs from {read}: {size(run.bytes_read)} read, {run.pace()}"]
@@ -243,4 +243,4 @@ def warn(reports: Sequence[Report | AdapterReport]) -> None:
     for report in reports:
         for warning in report.warnings:
             if report is reports[0] or not _shared(warning, every):
-                click.echo(plain(f"{report.output}: warning: {warning}"), err=True)
+                options.say_error(plain(f"{report.output}: warning: {warning}"))

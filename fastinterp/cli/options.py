@@ -141,7 +141,7 @@ def say(text: str) -> None:
     Raises: StorageError, if it cannot be written; a closed pipe (`| head`) ends the program without a message.
     """
     try:
-        click.echo(_fitting(text, sys.stdout))
+        click.echo(fitting(text, sys.stdout))
     except BrokenPipeError:
         raise  # click ends the program
     except OSError as error:
@@ -153,19 +153,22 @@ def say(text: str) -> None:
 
 def say_error(text: str, kind: str = "") -> None:
     """Print an error, a warning or what is being done on stderr, as `say` does. kind: of an error, before the text."""
-    text = _fitting(f"{kind}: {text}" if kind else text, sys.stderr)
+    text = fitting(f"{kind}: {text}" if kind else text, sys.stderr)
     click.echo(click.style(kind, fg="red") + text.removeprefix(kind), err=True)
 
 
-def _fitting(text: str, stream: Any) -> str:
-    """The text for a stream: lines that a terminal would cut are broken between words."""
+def fitting(text: str, stream: Any, less: int = 0) -> str:
+    """The text for a stream: lines that a terminal would cut are broken between words.
+
+    less  columns that are taken already
+    """
     if stream is None or not stream.isatty():
         return text
     from shutil import get_terminal_size
 
     from fastinterp.messages import broken
 
-    return broken(text, get_terminal_size().columns)
+    return broken(text, get_terminal_size().columns - less)
 
 
 def say_json(value: Any) -> None:

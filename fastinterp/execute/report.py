@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from fastinterp.execute.kept import acting, acting_lines, asked_of, kept
 from fastinterp.messages import counted, plain, seconds, size
 
 if TYPE_CHECKING:
@@ -136,6 +137,9 @@ class Report:
     # model that is decoded from codes, or is compared with one -> its difference in steps of the quantisation
     quantised: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # reason -> files that were not copied
+    asked: Mapping[str, float] = field(
+        default_factory=dict
+    )  # numbers of the recipe that scale the whole change: kept.py
 
     def __repr__(self) -> str:
         """A short form; print() shows the summary."""
@@ -168,6 +172,7 @@ class Report:
             **fields,
             "densities": densities,
             "gb_per_s": self.gb_per_s,
+            "acting": acting(self.asked, self.effect.strength),
             "effect": self.effect.as_dict(),
             "tensors": {name: effect.as_dict() for name, effect in self.tensors.items()},
         }
@@ -225,9 +230,10 @@ class Report:
         if total.strength is not None and total.changed_fraction is not None:
             change = total.relative_change or 0
             lines.append(
-                f"  {total.changed_fraction:.1%} of elements changed, relative change {change:.1e}, "
-                f"{total.strength:.3f} of the intended change preserved (measured on {_percent(total)})"
+                f"  {total.changed_fraction:.1%} of elements changed, relative change {change:.1e}; "
+                f"{kept(total.strength, total.sampled < total.numel)}"
             )
+            lines += [f"  {plain(line)}" for line in acting_lines(self.asked, total.strength)]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes())])
 
 
@@ -254,8 +260,8 @@ def warnings_of(
     strength = total.strength
     if strength is not None and abs(strength - 1) > _NOTICED and not stochastic:
         warnings.append(
-            f"rounding to {dtype} preserved {strength:.2f} of the intended change: the models differ by little more "
-            "than the spacing of that dtype. Use "
+            f"{kept(strength, total.sampled < total.numel).replace('rounding', f'rounding to {dtype}', 1)}: the models "
+            "differ by little more than the spacing of that dtype. Use "
             + (f"{numbers}, which writes numbers" if numbers else "--rounding stochastic, or --dtype float32")
         )
     if total.nan_in or total.inf_in:
@@ -335,6 +341,7 @@ def report_on(
         remarks=(*plan.remarks, *_file_remarks(plan, folder), *about),
         quantised=quantised,
         left_out={} if folder is None or folder.file else plan.files.left_out,
+        asked=asked_of(plan.recipes[k]) if not plan.above else {},
     )
 
 
