@@ -96,6 +96,10 @@ class _Commands(click.Group):
         if cmd_name not in _MODULES:
             return None
         command: click.Command = getattr(import_module(_MODULES[cmd_name]), cmd_name.replace("-", "_"))
+        if "_FASTINTERP_COMPLETE" in os.environ:  # a shell asks what a word may become
+            from fastinterp.cli.complete import offered
+
+            return offered(command)
         return command
 
     def resolve_command(
