@@ -1,4 +1,4 @@
-"""What a shell offers for a word that is not complete: methods, dtypes, devices, files. Imported only when a shell asks.
+"""What a shell offers for a word that is not complete: methods, dtypes, files. Imported only when a shell asks.
 
 click offers commands, options and the words of a choice by itself; here is what it cannot know of the other values.
 """

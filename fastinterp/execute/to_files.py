@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
 from fastinterp.errors import BackendError, OutputError
-from fastinterp.execute.report import Report, report_of
+from fastinterp.execute.kept import acting_lines, asked_of, kept
+from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, record_of, report_of
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
 from fastinterp.output.folder import OutFolder
+from fastinterp.output.model_card import CARD
 from fastinterp.plan.plan import Plan
 from fastinterp.recipe.load import Recipe
 
@@ -49,7 +51,7 @@ def write_outputs(
     devices, chosen = devices_for(device, plans, threads, max_memory)
     every: list[Done] = []
     with ExitStack() as stack:
-        folders = _opened_folders(plans, outs, stack, edit_files, force=force, durable=durable)
+        folders, small = _opened_folders(plans, outs, stack, edit_files, force=force, durable=durable)
         total = sum(plan.bytes_read + plan.bytes_written for plan in plans)
         for plan, of_plan in zip(plans, folders, strict=True):
             pairs = zip(of_plan, plan.layouts, strict=True)
@@ -59,6 +61,10 @@ def write_outputs(
             every.append(run(plan, sinks, threads=threads, max_memory=max_memory, progress=shown, devices=devices))
         for plan in plans:
             plan.refuse_changed_files()
+        for plan, done, of_plan, of_files in zip(plans, every, folders, small, strict=True):
+            for k, folder in enumerate(of_plan):
+                if CARD in of_files[k]:
+                    write_card(folder, plan, k, record_of(plan, done.jobs, k))
         finish([folder for of_plan in folders for folder in of_plan])
     wall = time.perf_counter() - start
     read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
@@ -99,10 +105,11 @@ def _opened_folders(
     stack: ExitStack,
     edit_files: EditFiles | None,
     **how: bool,
-) -> list[list[OutFolder]]:
-    """The output folders of all plans, with their small files written; all or none."""
+) -> tuple[list[list[OutFolder]], list[list[set[str]]]]:
+    """The output folders of all plans, with their small files written, all or none; and the names of these files."""
     needed = sum(plan.disk_bytes for plan in plans)  # outputs on one disk must fit together: the first checks for all
     folders: list[list[OutFolder]] = []
+    small: list[list[set[str]]] = []
     for plan, of_plan in zip(plans, outs, strict=True):
         folders.append([])
         for out, layout in zip(of_plan, plan.layouts, strict=True):
@@ -110,9 +117,8 @@ def _opened_folders(
             folder = OutFolder(out, plan.inputs, needed=needed or layout.disk_bytes, names=names, **how)
             folders[-1].append(stack.enter_context(folder))
             needed = 0
-        for k, folder in enumerate(folders[-1]):
-            write_small_files(folder, plan, k, edit_files)
-    return folders
+        small.append([write_small_files(folder, plan, k, edit_files) for k, folder in enumerate(folders[-1])])
+    return folders, small
 
 
 def finish(folders: Sequence[OutFolder]) -> None:
@@ -132,12 +138,22 @@ def _part(progress: Progress | None, before: int, total: int) -> Progress | None
     return lambda done, of_run: progress(before + done, max(total, before + of_run))
 
 
-def write_small_files(folder: OutFolder, plan: Plan, k: int, edit_files: EditFiles | None = None) -> None:
+def write_small_files(folder: OutFolder, plan: Plan, k: int, edit_files: EditFiles | None = None) -> set[str]:
     """Write everything beside the weights of output k: copied files, the model card, indexes. Nothing, if the output is
-    one file.
+    one file. Returns the names of what was written.
     """
     files = {} if folder.file else plan.small_files(k)
     if edit_files is not None and files:
         edit_files(plan.recipes[k], files)
     for name, content in files.items():
         folder.write(name, content)
+    return set(files)
+
+
+def write_card(folder: OutFolder, plan: Plan, k: int, record: OutputRecord) -> None:
+    """Write the model card of output k anew, with how much of the change rounding kept."""
+    total = RoundingEffect.total(record.effects.values())
+    if total.strength is not None:
+        asked = {} if plan.above else asked_of(plan.recipes[k])
+        how_much = f"{kept(total.strength, total.sampled < total.numel)}: effective strength {total.strength:.3g}"
+        folder.write(CARD, plan.card(k, [how_much, *acting_lines(asked, total.strength)]))

@@ -52,6 +52,7 @@ class Plan:
     stamps       of the small files that are copied, as they were when the plan was made
     above        the documents above
     folders      held as long as the plan is: they have the small files of documents above
+    max_shard_size  as it was asked for
     """
 
     recipes: tuple[Recipe, ...]
@@ -68,6 +69,7 @@ class Plan:
     stamps: Mapping[Path, Stamp | None]
     above: tuple[Recipe, ...] = ()
     folders: tuple[object, ...] = ()
+    max_shard_size: int | None = None
 
     def __repr__(self) -> str:
         """Short: the fields hold every tensor and header."""
@@ -102,9 +104,16 @@ class Plan:
         """
         recipe = self.recipes[k]
         files = self.aligned.sidecars(self.files.contents(recipe.out_dtype or recipe.dtype or self._promoted()))
+        return {**files, CARD: self.card(k), **self.layouts[k].indexes}
+
+    def card(self, k: int, kept: Sequence[str] = ()) -> bytes:
+        """The model card of output k. kept: how much of the change rounding kept, once that is known, in sentences"""
+        from fastinterp.plan.card import told
+
+        recipe = self.recipes[k]
         roots = [self.origin.root, *(model.root for model in self.checkpoints[: len(self.models)])]
-        card = model_card(recipe.text, self.models, recipe.method.name, __version__, roots)
-        return {**files, CARD: card.encode(), **self.layouts[k].indexes}
+        how = told(recipe, self.tensors, self.max_shard_size, kept)
+        return model_card(recipe.text, self.models, recipe.method.name, __version__, roots, how).encode()
 
     def _promoted(self) -> DType | None:
         """That of most elements, where models differ in their dtypes and tensors are stored in one that holds all, or
@@ -225,6 +234,7 @@ def make_plan(
     return Plan(
         tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings,
         (*remarks, *outputs.remarks), tuple(names), inputs, last.files, _stamps(last), tuple(above), folders,
+        max_shard_size,
     )  # fmt: skip
 
 

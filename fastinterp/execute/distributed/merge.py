@@ -29,7 +29,7 @@ from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, reco
 from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
-from fastinterp.execute.to_files import devices_for, finish, write_small_files
+from fastinterp.execute.to_files import devices_for, finish, write_card, write_small_files
 from fastinterp.messages import counted
 from fastinterp.output.folder import OutFolder
 from fastinterp.output.shared_folder import (
@@ -123,6 +123,9 @@ def carry_out(
             peers.await_("finished", "finish the output")
             return None
         plan.refuse_changed_files()
+        for k, folder in enumerate(folders):
+            if not folder.file:
+                write_card(folder, plan, k, _together(plan, records, k))
         finish(folders)
         peers.put("finished", "")
     wall = time.perf_counter() - start
