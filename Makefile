@@ -60,11 +60,24 @@ help: ## list the targets
 
 # ---- environments ---------------------------------------------------------------------------------------------------
 
-# What pip and the compiler say is in a file; steps of the build are shown as they are done, and the end of that file if it fails.
+# What pip and the compiler say goes into a file. Steps of the build are shown as they are done; if it fails, the end of that file.
+define SHOW_STEPS
+import re, sys
+said = []
+for line in sys.stdin:
+    said.append(line)
+    if step := re.search(r"\[\d+/\d+\] .*", line):
+        print("  " + step[0], flush=True)
+    elif re.match(r" *(Collecting|Installing collected|Successfully)", line):
+        print("  " + line.strip()[:100], flush=True)
+if said and said[-1] == "fastinterp: the build failed\n":
+    sys.exit("".join(said[-40:]) + f"All that was said is in {sys.argv[1]}")
+endef
+export SHOW_STEPS
+
+# $(call shown,COMMAND,NAME)
 define shown
-@mkdir -p build; { $(1) 2>&1 || echo "fastinterp: the build failed"; } | tee build/$(2).log | \
-  awk '/\[[0-9]+\/[0-9]+\]/ { sub(/^ */, "  "); print } /^ *(Collecting|Installing collected)/ { print "  " $$1, $$2 } /^fastinterp: the build failed/ { bad = 1 } \
-    { fflush() } END { exit bad }' || { tail -n 40 build/$(2).log; echo "fastinterp: all that was said is in build/$(2).log" >&2; exit 1; }
+@mkdir -p build; { $(1) 2>&1 || echo "fastinterp: the build failed"; } | tee build/$(2).log | $(PYTHON) -c "$$SHOW_STEPS" build/$(2).log
 endef
 
 # Without torch and CUDA, else from the same kind of wheel that a user gets. Old copies of the package must not get into the wheel.

@@ -52,8 +52,8 @@ def extract_lora(
 
     \b
     Example:
-      fastinterp extract-lora fine-tune/ adapter/ --base base/ --rank 32
-      fastinterp extract-lora fine-tune/ adapter/ --base base/ --rank 64 --energy 0.9
+      fastinterp extract-lora tuned/ adapter/ --base base/ --rank 32
+      fastinterp extract-lora tuned/ adapter/ --base base/ --rank 64 --energy 0.9
     """
     one_blas_thread()
     from fastinterp.cli import progress
