@@ -80,7 +80,7 @@ def bench(
     \b
     Example:
       fastinterp bench --size 100m
-      fastinterp bench --models ~/mine --against copy,naive,mergekit --json > race.json
+      fastinterp bench --models ~/mine --against copy,naive --json > race.json
     """
     packages = _packages(python)
     names = _rivals(against, packages, python)

@@ -84,7 +84,7 @@ def explore(
     \b
     Example:
       fastinterp explore model-a/ model-b/ --prompt "The food was"
-      fastinterp explore --base base/ --add positive=p/ --add formal=f/ --report r.json
+      fastinterp explore --base base/ --add joy=j/ --add calm=c/ --report r.json
     """
     from fastinterp.paths.explore.sliders import Sliders, read_report
 

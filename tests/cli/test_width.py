@@ -80,7 +80,8 @@ def test_nothing_is_cut(tmp_path):
     lines = [
         "check r.yml", "explain r.yml", "merge r.yml out1", "merge wrong.yml out2", "check wrong.yml",
         "merge listed.yml out2", "explain listed.yml", "check listed.yml", "interpolate a b out3 --alpha 0:1:0.25",
-        "interpolate a b out4 --alpha 0.001", "sweep a b out5 --alpha 0,0.5", "average a b -o out6", "extract-lora a out7 --base base --rank 1", "inspect a",
+        "interpolate a b out4 --alpha 0.001",
+        "sweep a b out5 --alpha 0,0.5", "average a b -o out6", "extract-lora a out7 --base base --rank 1", "inspect a",
         "inspect a --all", "inspect out1", "diff base a", "methods", "methods ties", "methods karcher", "marge", "zzz",
         "merge a b", "merge r.yml out8 --forse", "merge r.yml a", "interpolate a b out9 --alpha 0 0.5 1", "--help",
         *(f"{name} --help" for name in ("merge", "interpolate", "average", "sweep", "extract-lora", "check", "explain",
@@ -103,7 +104,6 @@ def test_lines_are_broken_between_words():
     found = broken(text, COLUMNS).split("\n")
     assert found[0] == "short" and found[-1] == "x" * 100  # a word is never cut
     assert all(len(line) <= COLUMNS for line in found[:-1])
-    assert found[2].startswith("    word") and " " * 10 + "what" in "
-".join(found)
+    assert found[2].startswith("    word") and any(re.match(r" {10}\S", line) for line in found)
     assert " ".join(" ".join(found).split()) == " ".join(text.split())
     assert broken(text, 10) == text  # no terminal is so narrow
