@@ -318,4 +318,6 @@ def _card(plan: AdapterPlan) -> str:
     known = isinstance(base, str) and not os.path.exists(base) and hub.parse(base) is not None
     names = "\n".join(f"- {quote(source.name)}" for source in plan.sources if source.adapter is not None)
     text = f"Merged from adapters, method {quote(plan.recipe.method.name)}:\n\n{names}\n\nThe recipe:\n\n"
-    return model_card(base if known else None, f"{text}```yaml\n{plan.recipe.text.rstrip()}\n```")
+    command = "With it as recipe.yml: `fastinterp merge recipe.yml OUT`"
+    how = f"{text}```yaml\n{plan.recipe.text.rstrip()}\n```\n\n{command}"
+    return model_card(base if known else None, how, merged=True)

@@ -39,7 +39,7 @@ models:
   - {model: a, parameters: {weight: 0.5, density: 0.3}}
   - {model: b, parameters: {weight: 0.5, density: [{filter: mlp, value: 0.2}, {value: 0.4}]}}
 """
-WRONG = RECIPE.replace("weight: 0.5, density: 0.3", "wieght: 0.5, desnity: 3").replace("base_model", "bass_modell")
+WRONG = RECIPE.replace("weight: 0.5, density: 0.3", "wieght: 0.5, dencity: 3").replace("base_model", "bass_modell")
 LISTED = RECIPE.replace("weight: 0.5, density: 0.3", "density: 0.3") + "parameters: {weight: [0.3, 0.7]}\n"
 
 

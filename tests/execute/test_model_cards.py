@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import ModelCard, ModelCardData, constants
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._validators import validate_repo_id
 
 import fastinterp
 from fastinterp.cli import commands
@@ -91,9 +91,9 @@ def test_the_hubs_validator_gets_a_card_that_it_can_parse(monkeypatch):
     """ModelCard.validate sends the card to the Hub, which is not reached here: it gets the whole of it."""
     text = model_card("merge_method: ties\n", ["org/a@main", "org/b", "./local"], "ties", "0.1.0")
     card = ModelCard(text)
-    assert card.data.base_model == ["org/a", "org/b"]
-    assert card.data.to_dict()["base_model_relation"] == "merge"
-    for name in card.data.base_model:
+    found = card.data.to_dict()
+    assert (found["base_model"], found["base_model_relation"]) == (["org/a", "org/b"], "merge")
+    for name in found["base_model"]:
         validate_repo_id(name)
     sent: list[Any] = []
 
