@@ -43,6 +43,7 @@ def merge(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    verify_kept: bool = False,
     progress: Progress | None = None,
     methods: Sequence[Method] = (),
     keep_intermediates: str | os.PathLike[str] | None = None,
@@ -60,11 +61,14 @@ def merge(
     dtype, rounding, seed, missing, channels, quantize   replace those of the recipe (dtype: its out_dtype)
     force           replace a checkpoint in `out`, or the file `out`, but never an input
     durable         call fsync before finishing: the output survives a crash of the machine
+    verify_kept     where a run that was killed is resumed: compare all that it had written with its checksums, not a
+                    sample
     progress        called about ten times a second with (bytes done, total bytes)
     methods         merge methods of your own, which the recipe may name: functions below `fastinterp.methods.method`
     keep_intermediates  a folder: the other documents are written, too, each into a folder of its name there
 
-    The output appears when it is complete, or not at all.
+    The output appears when it is complete, or not at all. Of a run that was killed, the same call goes on with what is
+    finished: see docs/RECIPES.md.
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
     with given(methods):
@@ -72,7 +76,8 @@ def merge(
         _refuse_adapters(recipes, "merge_adapters")
         return merge_documents(
             recipes, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
-            force=force, durable=durable, progress=progress, keep_intermediates=keep_intermediates,
+            force=force, durable=durable, verify_kept=verify_kept, progress=progress,
+            keep_intermediates=keep_intermediates,
         )  # fmt: skip
 
 
@@ -86,6 +91,7 @@ def merge_documents(
     max_memory: str | int,
     force: bool,
     durable: bool,
+    verify_kept: bool,
     progress: Progress | None,
     keep_intermediates: str | os.PathLike[str] | None,
 ) -> Report:
@@ -101,7 +107,7 @@ def merge_documents(
         outs[:0] = [[os.path.join(folder, _folder_name(one.name))] for one in recipes[:-1]]
     return write_outputs(
         plans, outs, device=device, threads=threads, max_memory=size_of(max_memory), force=force,
-        durable=durable, progress=progress,
+        durable=durable, verify_kept=verify_kept, progress=progress,
     )[-1]  # fmt: skip
 
 
@@ -134,6 +140,7 @@ def interpolate(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    verify_kept: bool = False,
     progress: Progress | None = None,
 ) -> list[Report]:
     """Interpolate between checkpoints `a` (alpha 0) and `b` (alpha 1), or extrapolate: out = a + alpha * (b - a).
@@ -171,7 +178,7 @@ def interpolate(
     outs = [target] if len(points) == 1 else [point_path(target, name) for name in names]
     reports = write_outputs(
         plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
-        force=force, durable=durable, progress=progress,
+        force=force, durable=durable, verify_kept=verify_kept, progress=progress,
     )  # fmt: skip
     if base is not None:
         return reports
@@ -200,6 +207,7 @@ def average(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    verify_kept: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Average checkpoints of one training run into the folder `out`.
@@ -222,7 +230,7 @@ def average(
     return merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
         dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, quantize=quantize,
-        force=force, durable=durable, progress=progress,
+        force=force, durable=durable, verify_kept=verify_kept, progress=progress,
     )  # fmt: skip
 
 

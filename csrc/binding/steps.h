@@ -5,13 +5,15 @@
 
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
+#include "../checksum.h"
 #include "../steps/step.h"
 
 namespace fi {
 
-// A file descriptor, or ("memory", address, bytes).
+// A file descriptor, or ("memory", address, bytes); of a sink also the checksum of a file.
 template <class Handle>
 std::vector<Handle> handles_of(const pybind11::sequence& sequence) {
   std::vector<Handle> handles;
@@ -20,6 +22,12 @@ std::vector<Handle> handles_of(const pybind11::sequence& sequence) {
     if (pybind11::isinstance<pybind11::int_>(h)) {
       handles.emplace_back(index, h.cast<int>());
       continue;
+    }
+    if constexpr (std::is_same_v<Handle, Sink>) {
+      if (pybind11::isinstance<FileChecksum>(h)) {
+        handles.emplace_back(index, h.cast<std::shared_ptr<FileChecksum>>());
+        continue;
+      }
     }
     const auto [kind, address, size] = h.cast<std::tuple<std::string, uintptr_t, int64_t>>();
     if (kind != "memory" || size < 0) throw pybind11::value_error("a source or sink is a file descriptor or memory");
@@ -35,6 +43,9 @@ Step step_of(const pybind11::handle& object, const Backend& backend, size_t sour
 // Binds the classes Counts, the result of a histogram, and Masks, which statistics of masked deltas fill; and the
 // function that folds the results of a tensor's pieces.
 void bind_answers(pybind11::module_& m);
+
+// Binds the class FileChecksum, and functions about files.
+void bind_files(pybind11::module_& m);
 
 // (f64[...], i64[...]) as memoryviews; of a histogram a list of counts.
 pybind11::object answer_of(const Answer& answer);

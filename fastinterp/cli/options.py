@@ -62,7 +62,17 @@ tokenizer_source = click.option(
     help="Vocabulary of the output: union, base or CKPT. Default: the models must have the same.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-quiet = click.option("--quiet", is_flag=True, help="Print errors and warnings only.")
+
+
+def _listens(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
+    """Print on stderr what a run tells at once, unless the command is quiet."""
+    from fastinterp.messages import listen, plain
+
+    listen(None if quiet else lambda line: click.echo(plain(line), err=True))
+    return quiet
+
+
+quiet = click.option("--quiet", is_flag=True, callback=_listens, help="Print errors and warnings only.")
 
 _OUTPUT = (
     click.option(
@@ -100,6 +110,11 @@ _OUTPUT = (
         "--durable",
         is_flag=True,
         help="Call fsync on all files: slower, but the output survives a crash of the machine.",
+    ),
+    click.option(
+        "--verify-kept",
+        is_flag=True,
+        help="Where a killed run is resumed: compare all that it had written with its checksums, not a sample.",
     ),
     quiet,
     as_json,

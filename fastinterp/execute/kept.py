@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from fastinterp.recipe.load import Recipe
 
@@ -20,15 +20,19 @@ def kept(strength: float, sampled: bool) -> str:
     return f"rounding {what} {100 * strength:.3g} % of the change{' (sampled)' if sampled else ''}"
 
 
-def asked_of(recipe: Recipe) -> dict[str, float]:
+def asked_of(recipe: Recipe, shown: Callable[[str], str] = str) -> dict[str, float]:
     """The numbers of a recipe in proportion to which the output differs from the model that changes are measured from,
     by name; none, where there are no such numbers, or where rounding is stochastic, which is right on average.
+
+    shown  what a model is called
     """
     if recipe.rounding == "stochastic":
         return {}
     if recipe.coefficients is not None:
         row = recipe.coefficients.row()
-        return {f"weight of {recipe.models[i]}": weight for i, weight in row.terms} if row.total == 1.0 else {}
+        return (
+            {f"weight of {shown(str(recipe.models[i]))}": weight for i, weight in row.terms} if row.total == 1.0 else {}
+        )
     given = recipe.parameters or {}
     name = "t" if recipe.method.walks else "lambda"
     value = given.get(name)

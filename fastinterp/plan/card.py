@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastinterp.methods import Sidecar
 from fastinterp.ops.dtypes import parse_stored
 from fastinterp.output.model_card import Told
 from fastinterp.recipe.load import Recipe
@@ -57,7 +58,7 @@ def _rows(recipe: Recipe, name: _Name) -> list[list[str]]:
                 row += [section.name or ""] if modules else []
                 row += [f"{source.layers[0]} to {source.layers[1] - 1}" if source.layers else ""] if layers else []
                 base = group.has_base and i == 0
-                rows.append([*row, *(_of_model(group, p, i, base) for p in each)])
+                rows.append([*row, *(_of_model(group, p, i, base, name) for p in each)])
     used = [p for k, p in enumerate(each) if any(row[len(row) - len(each) + k] for row in rows)]
     kept = [len(rows[0]) - len(each) + each.index(p) for p in used] if rows else []
     first = len(rows[0]) - len(each) if rows else 0
@@ -68,14 +69,14 @@ def _rows(recipe: Recipe, name: _Name) -> list[list[str]]:
     return [head, *short]
 
 
-def _of_model(group: MergeGroup, parameter: str, i: int, base: bool) -> str:
+def _of_model(group: MergeGroup, parameter: str, i: int, base: bool, name: _Name) -> str:
     """The value that a model has for a parameter; `base` for the first one of the base."""
     if base:
         return "base" if parameter == "weight" else ""
     if group.copies:
         return "copied" if parameter == "weight" else ""
     value = next((level[parameter] for level in group.levels_of(i) if parameter in level), None)
-    return "" if value is None else _text(value)
+    return "" if value is None else _text(value, name)
 
 
 def _shared(recipe: Recipe) -> str:
@@ -91,8 +92,8 @@ def _shared(recipe: Recipe) -> str:
     return ", ".join(found)
 
 
-def _text(value: Value) -> str:
-    cases = [(pattern, _word(case)) for pattern, case in value.cases]
+def _text(value: Value, name: _Name = str) -> str:
+    cases = [(pattern, name(case) if isinstance(case, Sidecar) else _word(case)) for pattern, case in value.cases]
     if len(cases) == 1 and cases[0][0] is None:
         return cases[0][1]
     return ", ".join(f"{'others' if pattern is None else pattern} {word}" for pattern, word in cases)

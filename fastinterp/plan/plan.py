@@ -26,11 +26,12 @@ from fastinterp.output.layout import Layout
 from fastinterp.output.model_card import CARD, model_card
 from fastinterp.output.origin_files import OriginFiles
 from fastinterp.plan.models import Library, Model, is_gguf
-from fastinterp.plan.outputs import Outputs, receipt
+from fastinterp.plan.outputs import RECEIPT_KEY, Outputs, receipt
 from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.single import Document, plan_document
 from fastinterp.plan.vocabularies import AlignedModels
 from fastinterp.recipe.load import Recipe, load_recipes
+from fastinterp.recipe.shown_names import ShownNames, shown_names
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -50,7 +51,9 @@ class Plan:
     inputs       files and folders that an output must not touch
     files        what becomes of the files in the origin's folder
     stamps       of the small files that are copied, as they were when the plan was made
+    shown        names of models in receipts and model cards
     above        the documents above
+    receipts     one per output: the receipt in the headers of its files, JSON
     folders      held as long as the plan is: they have the small files of documents above
     max_shard_size  as it was asked for
     """
@@ -67,7 +70,9 @@ class Plan:
     inputs: tuple[Path, ...]
     files: OriginFiles
     stamps: Mapping[Path, Stamp | None]
+    shown: ShownNames
     above: tuple[Recipe, ...] = ()
+    receipts: tuple[str, ...] = ()
     folders: tuple[object, ...] = ()
     max_shard_size: int | None = None
 
@@ -112,8 +117,11 @@ class Plan:
 
         recipe = self.recipes[k]
         roots = [self.origin.root, *(model.root for model in self.checkpoints[: len(self.models)])]
-        how = told(recipe, self.tensors, self.max_shard_size, kept)
-        return model_card(recipe.text, self.models, recipe.method.name, __version__, roots, how).encode()
+        names = [self.shown.model(model) for model in self.models]
+        local = [name for name, model in zip(names, self.models, strict=True) if name != model]
+        how = told(recipe, self.tensors, self.max_shard_size, kept, self.shown.model)
+        text = self.shown.recipe(recipe.text)
+        return model_card(text, names, recipe.method.name, __version__, roots, local, how).encode()
 
     def _promoted(self) -> DType | None:
         """That of most elements, where models differ in their dtypes and tensors are stored in one that holds all, or
@@ -227,14 +235,14 @@ def make_plan(
         tensors, more = quantised_as(last.origin, tensors, checkpoints, stacked=any(s.stacked for s in first.sections))
         remarks = (*remarks, *more)
     outputs = Outputs(last.origin, checkpoints[: len(names)], tensors, stacked)
-    layouts = tuple(
-        outputs.layout(receipt(recipe, k, tensors, names), max_shard_size, one_file) for k, recipe in enumerate(recipes)
-    )
+    shown = shown_names([*above, *recipes])
+    receipts = [receipt(recipe, k, tensors, names, shown, max_shard_size) for k, recipe in enumerate(recipes)]
+    layouts = tuple(outputs.layout(metadata, max_shard_size, one_file) for metadata in receipts)
     inputs = tuple(dict.fromkeys(path for m in library.opened if m.checkpoint for path in m.checkpoint.inputs))
     return Plan(
         tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings,
-        (*remarks, *outputs.remarks), tuple(names), inputs, last.files, _stamps(last), tuple(above), folders,
-        max_shard_size,
+        (*remarks, *outputs.remarks), tuple(names), inputs, last.files, _stamps(last), shown, tuple(above),
+        tuple(metadata[RECEIPT_KEY] for metadata in receipts), folders, max_shard_size,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastinterp.backends.cpu import Handle, Progress, PumpOptions
+from fastinterp.backends.cpu import Handle, Progress, PumpOptions, SinkHandle
 from fastinterp.backends.device import Device
 from fastinterp.errors import UsageError
 from fastinterp.execute.device.batches import Part, Work, batches
@@ -54,7 +54,7 @@ class DeviceExecutor(PumpExecutor):
         self,
         devices: Sequence[Device],
         sources: Sequence[Handle],
-        sinks: Sequence[Handle],
+        sinks: Sequence[SinkHandle],
         options: PumpOptions,
         explained: Callable[[tuple[Any, ...], Sequence[TensorStep]], Exception],
         total: int,

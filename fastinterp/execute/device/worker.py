@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
-from fastinterp.backends.cpu import Handle, PumpOptions
+from fastinterp.backends.cpu import Handle, PumpOptions, SinkHandle
 from fastinterp.backends.device import Buffer, Device, Event, Pending, Piece, Queue
 from fastinterp.errors import BackendError, OutOfMemory
 from fastinterp.execute.device.batches import Batch, SlotRange, Work
@@ -32,7 +32,7 @@ class Files:
     """The sources and sinks of a round, and its options, in the form that the pump takes."""
 
     sources: Sequence[Handle]
-    sinks: Sequence[Handle]
+    sinks: Sequence[SinkHandle]
     options: PumpOptions
 
 
@@ -315,8 +315,8 @@ def _read_into(slot: Slot, o: SlotRange, source: Handle) -> None:
         done += got
 
 
-def _write_from(slot: Slot, o: SlotRange, sink: Handle) -> None:
-    if not isinstance(sink, int):
+def _write_from(slot: Slot, o: SlotRange, sink: SinkHandle) -> None:
+    if isinstance(sink, tuple):
         _, address, size = sink
         held = max(0, min(o.nbytes, size - o.offset))
         if held < o.nbytes:
@@ -324,6 +324,9 @@ def _write_from(slot: Slot, o: SlotRange, sink: Handle) -> None:
         ctypes.memmove(address + o.offset, slot.host.address + o.slot_offset, o.nbytes)
         return
     view, done = slot.host.view[o.slot_offset : o.slot_offset + o.nbytes], 0
+    if not isinstance(sink, int):
+        sink.add(o.offset, view)
+        sink = sink.fd
     while done < o.nbytes:
         try:
             put = os.pwrite(sink, view[done:], o.offset + done)
