@@ -13,6 +13,7 @@
     compare(a, b)                     measure how two checkpoints differ
     merge_tensors(tensors, method)    any method on tensors in memory
     merge_state_dicts(dicts, method)  the same, on whole models in memory
+    verify(output)                    whether an output has the bytes that its receipt says; replay(output, out)
     weighted_sum(arrays, weights)     the same arithmetic on arrays in memory
     path(a, b).evaluate(fn, alphas)   metrics along a path between models
     integrations.torch_ops            weighted sums for autograd, torch.compile and CUDA graphs; running averages
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from fastinterp.paths.sweep import sweep
     from fastinterp.torch_models.live import Live
     from fastinterp.torch_models.load import load, load_into, load_iter
+    from fastinterp.verification.replay import Replay, replay
+    from fastinterp.verification.verify import Verification, verify
 
 __all__ = [
     "BackendError",
@@ -63,10 +66,12 @@ __all__ = [
     "PathReport",
     "Point",
     "RecipeError",
+    "Replay",
     "Report",
     "ShapeError",
     "StorageError",
     "UsageError",
+    "Verification",
     "__version__",
     "average",
     "check",
@@ -83,7 +88,9 @@ __all__ = [
     "merge_state_dicts",
     "merge_tensors",
     "path",
+    "replay",
     "sweep",
+    "verify",
     "weighted_sum",
 ]
 
@@ -108,6 +115,10 @@ _MODULES = {
     "merge_tensors": "fastinterp.in_memory.merge",
     "path": "fastinterp.paths.path",
     "PathReport": "fastinterp.paths.report",
+    "Replay": "fastinterp.verification.replay",
+    "Verification": "fastinterp.verification.verify",
+    "replay": "fastinterp.verification.replay",
+    "verify": "fastinterp.verification.verify",
     "sweep": "fastinterp.paths.sweep",
     "weighted_sum": "fastinterp.in_memory.weighted_sum",
 }

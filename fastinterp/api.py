@@ -43,6 +43,7 @@ def merge(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    private: bool = False,
     verify_kept: bool = False,
     progress: Progress | None = None,
     methods: Sequence[Method] = (),
@@ -60,7 +61,9 @@ def merge(
     max_memory      limit of the scratch memory in bytes; with accelerators, of the host's
     dtype, rounding, seed, missing, channels, quantize   replace those of the recipe (dtype: its out_dtype)
     force           replace a checkpoint in `out`, or the file `out`, but never an input
-    durable         call fsync before finishing: the output survives a crash of the machine
+    durable         sync data before names: the output survives a crash of the machine. So does, in any case, one that
+                    replaces an older one
+    private         receipt and model card name no model: `replay` is told then where they are
     verify_kept     where a run that was killed is resumed: compare all that it had written with its checksums, not a
                     sample
     progress        called about ten times a second with (bytes done, total bytes)
@@ -72,7 +75,7 @@ def merge(
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
     with given(methods):
-        recipes = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+        recipes = documents(recipe, dtype, rounding, seed, missing, channels, quantize, private)
         _refuse_adapters(recipes, "merge_adapters")
         return merge_documents(
             recipes, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
@@ -140,6 +143,7 @@ def interpolate(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    private: bool = False,
     verify_kept: bool = False,
     progress: Progress | None = None,
 ) -> list[Report]:
@@ -169,6 +173,7 @@ def interpolate(
     whose = None if integers is None else path_of(integers, "integers")
     keys = further_keys(missing, channels, quantize, tokenizer_source)
     recipes = [overridden(point_recipe(*ends, p, origin, whose, keys), dtype, rounding, seed) for p in points]
+    recipes = [replace(recipe, private=private) for recipe in recipes]
     groups = [slice(i, i + MAX_OUTPUTS) for i in range(0, len(points), MAX_OUTPUTS)]
     target = path_of(out, "out")
     if not target:
@@ -207,6 +212,7 @@ def average(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    private: bool = False,
     verify_kept: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -230,7 +236,7 @@ def average(
     return merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
         dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, quantize=quantize,
-        force=force, durable=durable, verify_kept=verify_kept, progress=progress,
+        force=force, durable=durable, private=private, verify_kept=verify_kept, progress=progress,
     )  # fmt: skip
 
 
@@ -265,6 +271,7 @@ def merge_adapters(
     seed: int | None = None,
     force: bool = False,
     durable: bool = False,
+    private: bool = False,
     progress: Progress | None = None,
     methods: Sequence[Method] = (),
 ) -> AdapterReport:
@@ -275,7 +282,7 @@ def merge_adapters(
     Raises: as `merge`; UsageError, if the recipe has no `out: lora`.
     """
     with given(methods):
-        found = _of_adapters(documents(recipe, dtype, None, seed, None, None, None))
+        found = _of_adapters(documents(recipe, dtype, None, seed, None, None, None, private))
         return merge_adapter_document(found, out, threads=threads, force=force, durable=durable, progress=progress)
 
 

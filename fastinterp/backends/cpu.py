@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from fastinterp._C import (
+    REGION_BYTES,
     FileChecksum,
     Masks,
     Pump,
@@ -21,8 +22,8 @@ from fastinterp._C import (
 from fastinterp.ops.steps import Answer, Step
 
 __all__ = [
-    "FileChecksum", "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions", "SinkHandle", "cached_fraction",
-    "checksum", "combine", "memory_address", "reserve", "start_writeback", "survey", "watch", "xxh3",
+    "REGION_BYTES", "FileChecksum", "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions", "SinkHandle",
+    "cached_fraction", "checksum", "combine", "memory_address", "reserve", "start_writeback", "survey", "watch", "xxh3",
 ]  # fmt: skip
 
 # (kind, address, bytes): kind "memory" is memory of the host; "device" that of an accelerator, which the pump rejects.

@@ -17,7 +17,7 @@ import msgspec
 
 from fastinterp.checkpoint.gguf_keys import ARRAY, SCALARS, STRING, U32, GgufHeader, KeyValue
 from fastinterp.checkpoint.gguf_types import REMOVED, TYPES
-from fastinterp.checkpoint.header import MAX_NUMEL, Entry, refuse_download
+from fastinterp.checkpoint.header import MAX_NUMEL, UNWRITTEN, Entry, refuse_download
 from fastinterp.checkpoint.names import quote, shell_word
 from fastinterp.checkpoint.regular_file import open_regular
 from fastinterp.errors import CheckpointError
@@ -135,6 +135,8 @@ class _Reader:
                     "this is a GGML file, as llama.cpp had them before GGUF (August 2023): no longer read. Convert the "
                     "original model with llama.cpp's convert_hf_to_gguf.py"
                 )
+            if not any(first[:8]):
+                self._fail(UNWRITTEN)
             self._fail(f"this is not a GGUF file: it begins with {first[:4]!r}, not with {MAGIC!r}")
         self._at = 4
         version = self._u32()

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_NUMEL = 2**63 - 1
+UNWRITTEN = (
+    "it begins with zeros: its header was never written, because the program or the machine stopped before the file "
+    "was complete. Download, copy or make it again"
+)
 
 
 class Header(Protocol):
@@ -122,6 +126,8 @@ def _read_json(file: str) -> tuple[bytes, int]:
             )
         refuse_download(first + os.pread(fd, 56, 8), file)
         length = int.from_bytes(first, "little")
+        if not length:
+            raise CheckpointError(UNWRITTEN, file=file)
         if length > MAX_HEADER:
             raise CheckpointError(
                 f"the header claims {length} bytes, more than the allowed {MAX_HEADER}: "

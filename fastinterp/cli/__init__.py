@@ -24,6 +24,8 @@ _MODULES = {
     "average": "fastinterp.cli.average",
     "sweep": "fastinterp.cli.sweep",
     "extract-lora": "fastinterp.cli.lora",
+    "verify": "fastinterp.cli.verify",
+    "replay": "fastinterp.cli.verify",
     "check": "fastinterp.cli.inspect",
     "explain": "fastinterp.cli.inspect",
     "inspect": "fastinterp.cli.inspect",
@@ -41,8 +43,13 @@ OUTCOME = (
 _JSON = "fastinterp.json"  # key in click's Context.meta: bool, whether the command has --json
 
 
+# Of a terminal that is closed; of Ctrl-\, and of a limit on processor time, which would write the memory to a file.
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
+_stopped: list[BaseException] = []  # what such a signal raised
+
+
 class _Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM, as an exception in the main thread, so that context managers clean up."""
+    """A signal that ends the program, as an exception in the main thread, so that context managers clean up."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -70,14 +77,22 @@ def errors_reported(ctx: click.Context, worded: Callable[[str], str] = str, *, a
                 options.say_error(text, kind)
         ctx.exit(error.exit_code)
     except KeyboardInterrupt as stopped:
-        from fastinterp.cli import faults, options
+        _say_interrupted(ctx, stopped, as_json)
+    except Exception:
+        if not _stopped:
+            raise
+        _say_interrupted(ctx, _stopped[-1], as_json)  # a module that is imported makes another exception of it
 
-        message, code = "; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), getattr(stopped, "exit_code", 130)
-        if as_json:
-            options.say_json(faults.failed({"message": message, "kind": "Interrupted", "exit_code": code}))
-        else:
-            options.say_error(message)
-        ctx.exit(code)
+
+def _say_interrupted(ctx: click.Context, stopped: BaseException, as_json: bool) -> None:
+    from fastinterp.cli import faults, options
+
+    message, code = "; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), getattr(stopped, "exit_code", 130)
+    if as_json:
+        options.say_json(faults.failed({"message": message, "kind": "Interrupted", "exit_code": code}))
+    else:
+        options.say_error(message)
+    ctx.exit(code)
 
 
 def _wants_json(args: Sequence[str]) -> bool:
@@ -167,7 +182,8 @@ _KNOWN = "Known: " + ", ".join(_MODULES)
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 success, 2 bad usage or recipe, 3 bad checkpoint, 4 input or output failed, 130 interrupted.",
+    epilog="Exit codes: 0 success, 1 verify and replay: a difference, 2 bad usage or recipe, 3 bad checkpoint, 4 input "
+    "or output failed, 130 interrupted.",
 )
 @click.version_option(__version__, prog_name="fastinterp", message="%(prog)s %(version)s")
 def commands() -> None:
@@ -187,14 +203,15 @@ def main() -> None:
 
 
 def stop_on_signals() -> None:
-    """Let SIGINT and SIGTERM end the program as exceptions, so that partial files are removed."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Let the signals that end a program do so as exceptions, so that partial files are removed."""
+    for number in _STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     # A second Ctrl-C must not interrupt the removal of partial files.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Stopped(number)
+    for every in _STOPPING:
+        signal.signal(every, signal.SIG_IGN)
+    _stopped.append(_Stopped(number))
+    raise _stopped[-1]

@@ -90,6 +90,8 @@ def explain(
 def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
     """Show the contents of a checkpoint, from its headers.
 
+    Of what fastinterp wrote a part of the data is compared with its checksums: `fastinterp verify` compares all of it.
+
     CHECKPOINT is a folder, a file of weights (.safetensors, .gguf, .bin, .pt, .pth, .ckpt), or a Hub id; adapters may
     stand behind it, as in MODEL+LORA: then it says what they change, and shows the model and each of them. Shows files,
     tensors, dtypes, metadata, and the receipt of the merge that wrote it.
@@ -99,6 +101,7 @@ def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
       fastinterp inspect merged/
     """
     from fastinterp.checkpoint.open import open_checkpoint
+    from fastinterp.execute.torn import refuse_torn
     from fastinterp.inspect import describe
     from fastinterp.recipe.references import ModelRef
 
@@ -113,6 +116,7 @@ def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
             options.say(adapted_as_text(model, every=every))
         return
     opened = open_checkpoint(checkpoint)
+    refuse_torn(opened, sampled=1)
     if as_json:
         options.say_json(describe.as_dict(opened))
     else:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from fastinterp.cli import OUTCOME, faults, grammar, options
 from fastinterp.cli.blas import one_blas_thread
 from fastinterp.cli.faults import RECIPE_KEYS, told_together
 from fastinterp.cli.ranges import alphas
-from fastinterp.errors import FastinterpError, OutputError, UsageError
+from fastinterp.errors import CheckpointError, FastinterpError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from fastinterp.execute.report import Report
@@ -63,7 +63,7 @@ def merge(
     me = options.rank()
     if me is None:
         one_blas_thread()  # of adapters
-        keys = {name: settings.pop(name) for name in RECIPE_KEYS}
+        keys = {name: settings.pop(name) for name in (*RECIPE_KEYS, "private")}
         with told_together(recipe, keys), outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
             recipes = documents(recipe, **keys)
             settings |= {"progress": shown, "keep_intermediates": keep_intermediates}
@@ -158,25 +158,44 @@ def _of_adapters(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
-    """Context manager: if the run is interrupted or cannot write, note which of `outs` are complete for the message, or
+    """Context manager: if the run is interrupted or cannot write, note which of `outs` are in place for the message, or
     what is kept of them.
     """
-    start = time.time()
+    before = _in_place(outs)
     try:
         yield
     except (KeyboardInterrupt, FastinterpError) as error:
-        done = [str(o) for o in outs if any(p.stat().st_mtime >= start for p in _weights(o))]
         note: str = getattr(error, "outcome", "")  # what is kept, to be resumed
         if not note and isinstance(error, (KeyboardInterrupt, OutputError)):
-            note = f"finished before that: {', '.join(done)}" if done else "nothing was written"
+            done = [str(out) for out, files in _in_place(outs).items() if files - before.get(out, set())]
+            note = f"finished before that: {', '.join(done)}" if done else _nothing(outs)
         if note and note not in str(error):
             click.get_current_context().meta[OUTCOME] = [note]
         raise
 
 
-def _weights(out: Path) -> list[Path]:
-    """The weights of an output that is in place."""
-    return [out] if out.is_file() else [*out.glob("*.safetensors"), *out.glob("*/*.safetensors"), *out.glob("*.gguf")]
+def _nothing(outs: Iterable[Path]) -> str:
+    """What is said if no output is in place."""
+    from fastinterp.checkpoint.journal_file import FINISHING, journal_path, state_of
+    from fastinterp.checkpoint.names import names_file
+
+    with suppress(OSError, CheckpointError):
+        for out in outs:
+            path = journal_path(out.parent, out.name) if names_file(str(out)) else journal_path(out)
+            if state_of(path) == FINISHING:
+                return "the output is complete, and the next run into it puts it in place: run this again"
+    return "nothing was written"
+
+
+def _in_place(outs: Iterable[Path]) -> dict[Path, set[tuple[int, int]]]:
+    """The files of weights of outputs, by device and inode: times would tell nothing where a clock is wrong."""
+    found: dict[Path, set[tuple[int, int]]] = {}
+    with suppress(OSError, ValueError):  # a name that cannot be used, say: it is refused
+        for out in outs:
+            below = ("*.safetensors", "*/*.safetensors", "*.gguf")
+            files = [out] if out.is_file() else [path for pattern in below for path in out.glob(pattern)]
+            found[out] = {(info.st_dev, info.st_ino) for info in map(os.stat, files)}
+    return found
 
 
 @contextmanager

@@ -74,14 +74,22 @@ def _listens(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
 
 quiet = click.option("--quiet", is_flag=True, callback=_listens, help="Print errors and warnings only.")
 
+device = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="Where to compute: cpu, cuda, cuda:0,1 or triton; auto: the one estimated to be faster.",
+)
+force = click.option("--force", is_flag=True, help="Replace a checkpoint in the output folder, or the output file.")
+durable = click.option(
+    "--durable",
+    is_flag=True,
+    help="Sync data before names: slower, but the output survives a crash of the machine. --force implies it.",
+)
+
 _OUTPUT = (
-    click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        metavar="NAME",
-        help="Where to compute: cpu, cuda, cuda:0,1 or triton; auto: the one estimated to be faster.",
-    ),
+    device,
     threads,
     max_shard_size,
     max_memory,
@@ -105,11 +113,12 @@ _OUTPUT = (
     missing,
     channels,
     quantize,
-    click.option("--force", is_flag=True, help="Replace a checkpoint in the output folder, or the output file."),
+    force,
+    durable,
     click.option(
-        "--durable",
+        "--private",
         is_flag=True,
-        help="Call fsync on all files: slower, but the output survives a crash of the machine.",
+        help="Name no model in the receipt and the model card. Default: names without the folders of absolute paths.",
     ),
     click.option(
         "--verify-kept",

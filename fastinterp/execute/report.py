@@ -292,17 +292,21 @@ def report_of(plan: Plan, done: Done, wall_s: float, k: int, folder: OutFolder |
     return report_on(plan, done, wall_s, k, record_of(plan, done.jobs, k), folder)
 
 
+def coefficients_of(plan: Plan, jobs: Mapping[str, Job], k: int) -> dict[str, Coefficients]:
+    """The sums of output k that came from the data, by tensor."""
+    found = ((t.name, jobs[t.name].coefficients(k)) for t in plan.tensors if t.name in jobs)
+    return {name: sums for name, sums in found if sums is not None}
+
+
 def record_of(plan: Plan, jobs: Mapping[str, Job], k: int) -> OutputRecord:
     """What the jobs recorded about output k."""
-    record = OutputRecord()
+    record = OutputRecord(coefficients=coefficients_of(plan, jobs, k))
     for tensor in (t for t in plan.tensors if t.name in jobs):
         job = jobs[tensor.name]
         if tensor.merged:
             record.models |= tensor.origins(job.reads(k))
         for i, density in job.densities(k).items():
             record.densities.setdefault(plan.checkpoints[tensor.checkpoints[i]].name, {})[tensor.name] = density
-        if (sums := job.coefficients(k)) is not None:
-            record.coefficients[tensor.name] = sums
         if job.copies(k):
             record.copied.append(tensor.name)
         else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
+from fastinterp.checkpoint.checksum import KEY
 from fastinterp.errors import OutputError, StorageError, UsageError
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
@@ -186,6 +187,12 @@ def opened(
     opened.
     """
     isa = cpu_isa()
+    for model in plan.checkpoints:
+        parts = () if model.checkpoint is None else model.checkpoint.parts
+        if model.checkpoint is not None and any(KEY in part.checkpoint.metadata for part in parts):  # it wrote that
+            from fastinterp.execute.torn import refuse_torn
+
+            refuse_torn(model.checkpoint)
     window = make_window(plan, cpu_threads(threads), max_memory - _device_bytes(devices, max_memory))
     with ExitStack() as stack:
         every = [s for t in plan.tensors for s in t.stages]

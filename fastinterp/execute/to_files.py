@@ -9,15 +9,16 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.errors import BackendError
 from fastinterp.execute.checksums import receipt_content, small_file
+from fastinterp.execute.input_files import input_files
 from fastinterp.execute.kept import acting_lines, asked_of, kept
-from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, record_of, report_of
+from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, coefficients_of, record_of, report_of
 from fastinterp.execute.resume.identity import Identity, identity_of
 from fastinterp.execute.resume.session import Session, difference
 from fastinterp.execute.run import Done, run
@@ -125,7 +126,8 @@ def _written(
     for plan, done, of_outputs, of_files in zip(plans, every, folders, small, strict=True):
         for k, folder in enumerate(of_outputs):
             of_files[k] |= write_card(folder, plan, k, record_of(plan, done.jobs, k), of_files[k])
-        write_receipts(plan, of_outputs, done.files, of_files)
+        sums = [coefficients_of(plan, done.jobs, k) for k in range(len(of_outputs))]
+        write_receipts(plan, of_outputs, done.files, of_files, sums)
     commit_all([*flat[1:], flat[0]])  # the first has the notes about all of them
     return every
 
@@ -214,11 +216,18 @@ def write_receipts(
     folders: Sequence[OutFolder],
     weights: Sequence[Mapping[str, WeightsFile]],
     small: Sequence[Mapping[str, SmallFile]],
+    coefficients: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write the receipt into every output that is a folder."""
+    """Write the receipt into every output that is a folder.
+
+    coefficients  those of each that came from the data
+    """
+    if all(folder.file for folder in folders):
+        return
+    inputs = input_files(plan)
     for k, folder in enumerate(folders):
         if not folder.file:
-            folder.write(RECEIPT, receipt_content(plan, k, weights[k], small[k]))
+            folder.write(RECEIPT, receipt_content(plan, k, weights[k], small[k], inputs, coefficients[k]))
 
 
 def write_card(

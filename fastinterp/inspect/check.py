@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
 from fastinterp.execute import chunks, quantised_deltas
 from fastinterp.execute.sources import Sources
+from fastinterp.execute.torn import refuse_torn
 from fastinterp.inspect import samples
 from fastinterp.inspect.check_result import CheckResult, Finding
 from fastinterp.messages import counted, listed, plain
@@ -193,7 +194,9 @@ def _open_all(
             continue
         seen.add(model)
         try:
-            library.find(model)
+            opened = library.find(model).checkpoint
+            if opened is not None:
+                refuse_torn(opened, sampled=1)
         except (CheckpointError, StorageError) as error:
             name = error.file if isinstance(error, CheckpointError) and error.file in model.names else name
             hint = "" if os.path.exists(os.path.expanduser(name)) else not_there(document, name, sorted(names))

@@ -49,6 +49,7 @@ from fastinterp.output.folder import OutFolder
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.plan import Plan
 from fastinterp.recipe.references import ModelRef
+from fastinterp.recipe.renaming import shortened
 
 MAX_RANK = 1 << 14
 _EXPERT = re.compile(r"\.experts\.\d+\.")  # a module of one expert
@@ -325,8 +326,9 @@ def _card(names: tuple[str, str], how: _How, modules: Sequence[FactorisedModule]
     total = AdapterReport("", tuple(modules), (), (), False, 0, 0, 0.0).total
     energy = "" if how.energy is None else f", energy {how.energy:g}"
     base = None if os.path.exists(names[0]) or hub.parse(names[0]) is None else names[0].partition("@")[0]
+    shown = shortened(names)
     text = (
-        f"Extracted from {quote(names[1])}, a fine-tune of {quote(names[0])}: rank {how.rank}{energy}, "
+        f"Extracted from {quote(shown[1])}, a fine-tune of {quote(shown[0])}: rank {how.rank}{energy}, "
         f"seed {how.seed}, randomised SVD ({OVERSAMPLING} further columns, {ITERATIONS} power iterations). It keeps "
         f"{total.energy:.4%} of the squared norm of the changes of {counted(len(modules), 'module')}."
     )

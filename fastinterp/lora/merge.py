@@ -29,6 +29,7 @@ from fastinterp.ops.dtypes import F32, DType, promoted
 from fastinterp.output.folder import OutFolder
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.shown_names import shown_names
 
 _FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 
@@ -316,8 +317,9 @@ def _names(module: LowRankModule, style: str) -> tuple[str, str]:
 def _card(plan: AdapterPlan) -> str:
     base = plan.adapters[0].config.get("base_model_name_or_path")
     known = isinstance(base, str) and not os.path.exists(base) and hub.parse(base) is not None
-    names = "\n".join(f"- {quote(source.name)}" for source in plan.sources if source.adapter is not None)
+    shown = shown_names([plan.recipe])
+    names = "\n".join(f"- {quote(shown.model(s.name))}" for s in plan.sources if s.adapter is not None)
     text = f"Merged from adapters, method {quote(plan.recipe.method.name)}:\n\n{names}\n\nThe recipe:\n\n"
     command = "With it as recipe.yml: `fastinterp merge recipe.yml OUT`"
-    how = f"{text}```yaml\n{plan.recipe.text.rstrip()}\n```\n\n{command}"
-    return model_card(base if known else None, how, merged=True)
+    how = f"{text}```yaml\n{shown.recipe(plan.recipe.text).rstrip()}\n```\n\n{command}"
+    return model_card(base if known and not plan.recipe.private else None, how, merged=True)

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from fastinterp.checkpoint.components import named_folders
 from fastinterp.checkpoint.header import MAX_HEADER
+from fastinterp.checkpoint.links import refuse_outside
 from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, TEMPLATES, TRAINER_PICKLES, WEIGHTS, quote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import Stamp, read_regular, stamp_of
@@ -121,12 +122,14 @@ def origin_files(
     in its folder are left out, and told if the folder has a configuration: else they are no part of a model.
 
     left_out  files of the source that are not in the folder, because they have been left out before: reason -> names
-    Raises: CheckpointError, if the folder cannot be read.
+    Raises: CheckpointError, if the folder cannot be read, or one of the files is a link out of it.
     """
     try:
         files = _sorted_out(root, source)
     except OSError as error:
         raise CheckpointError(f"it cannot be read: {error.strerror}", file=str(error.filename)) from None
+    for path in files.copied.values():
+        refuse_outside(path, root)
     return replace(files, left_out={**(left_out or {}), **files.left_out})
 
 

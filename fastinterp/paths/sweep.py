@@ -54,6 +54,7 @@ def sweep(
     seed: int | None = None,
     force: bool = False,
     durable: bool = False,
+    private: bool = False,
     verify_kept: bool = False,
     progress: Progress | None = None,
 ) -> list[Point]:
@@ -109,7 +110,7 @@ def sweep(
         recipes = [load_recipe(point.recipe) for point in points]
         make_plan(recipes[:1], max_shard_size=shard)  # whether the models are there, and fit
         return _recipes(points, Path(target), force)
-    plans = _plans(points, shard, threads, most, names_file(target))
+    plans = _plans(points, shard, threads, most, names_file(target), private)
     paths = [point_path(target, point.name) for point in points]
     starts = [sum(len(p.recipes) for p in plans[:i]) for i in range(len(plans))]
     outs = [paths[at : at + len(p.recipes)] for at, p in zip(starts, plans, strict=True)]
@@ -150,11 +151,12 @@ def _points(
 
 
 def _plans(
-    points: Sequence[Point], max_shard_size: int | None, threads: int | None, max_memory: int, one_file: str
-) -> list[Plan]:
+    points: Sequence[Point], max_shard_size: int | None, threads: int | None, max_memory: int, one_file: str,
+    private: bool,
+) -> list[Plan]:  # fmt: skip
     """One plan for as many points as fit into one read of the models; nearly always all of them."""
     cpu_isa()
-    recipes = [load_recipe(point.recipe) for point in points]
+    recipes = [replace(load_recipe(point.recipe), private=private) for point in points]
     first = make_plan(recipes[:MAX_OUTPUTS], max_shard_size=max_shard_size, one_file=one_file)
     most = min(MAX_OUTPUTS, fitting_outputs(first, cpu_threads(threads), max_memory))
     if len(recipes) <= most:

@@ -31,7 +31,8 @@ from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.single import Document, plan_document
 from fastinterp.plan.vocabularies import AlignedModels
 from fastinterp.recipe.load import Recipe, load_recipes
-from fastinterp.recipe.shown_names import ShownNames, shown_names
+from fastinterp.recipe.renaming import ShownNames
+from fastinterp.recipe.shown_names import shown_names
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -263,10 +264,10 @@ def _stamps(document: Document) -> dict[Path, Stamp | None]:
 def plan_recipe(
     recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
     missing: object = None, channels: object = None, quantize: object = None, *, one_file: str = "",
-    as_numbers: bool = False,
+    as_numbers: bool = False, private: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge` and make_plan."""
-    *above, last = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+    *above, last = documents(recipe, dtype, rounding, seed, missing, channels, quantize, private)
     size = optional_size(max_shard_size)
     return make_plan([last], max_shard_size=size, above=above, one_file=one_file, as_numbers=as_numbers)
 
@@ -281,8 +282,9 @@ def plan_documents(recipes: Sequence[Recipe], max_shard_size: int | None, one_fi
 
 
 def documents(
-    recipe: Source, dtype: object, rounding: object, seed: object, missing: object, channels: object, quantize: object
-) -> list[Recipe]:
+    recipe: Source, dtype: object, rounding: object, seed: object, missing: object, channels: object, quantize: object,
+    private: bool = False,
+) -> list[Recipe]:  # fmt: skip
     """The documents of a recipe, with what the arguments replace in them. Arguments and errors as of `merge`."""
     *above, last = load_recipes(recipe)
     changed = overridden(last, dtype, rounding, seed, missing, channels, quantize)
@@ -292,4 +294,4 @@ def documents(
         if rounding is not None:
             above = [replace(r, rounding=changed.rounding) if r.rounding == last.rounding else r for r in above]
         above = [replace(r, seed=changed.seed) if r.seed == last.seed else r for r in above]
-    return [*above, changed]
+    return [replace(r, private=True) for r in (*above, changed)] if private else [*above, changed]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec.structs import replace
@@ -155,7 +155,7 @@ class IntermediateInput(TensorInput, frozen=True, eq=False):
             return None
         return self.tensor.rows[0], self.tensor.pairs
 
-    def made_by(self, plan_of: Callable[[PlannedTensor], PlannedTensor]) -> TensorInput:
+    def made_by(self, plan_of: Callable[[Any], Any]) -> TensorInput:
         return replace(self, tensor=plan_of(self.tensor))
 
     def as_read(self) -> TensorInput:

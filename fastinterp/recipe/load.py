@@ -29,6 +29,7 @@ from fastinterp.recipe.references import (
 from fastinterp.recipe.schema import RawRecipe, guessed_method, method_of, raw_recipe
 
 if TYPE_CHECKING:
+    from fastinterp.recipe.renaming import ShownNames
     from fastinterp.recipe.tokenizer import ChatTemplate, TokenizerSpec
 
 __all__ = ["Recipe", "load_recipe", "load_recipes"]
@@ -88,7 +89,7 @@ class Recipe:
     out           "model"; or "lora": the models are adapters, and so is the output
     rank          of an adapter that is written; None: exact where that is possible, else the sum of the ranks
     private       receipts and model cards name no model
-    names         path -> how they name it, if that is not as shown_names.py has it
+    names         how they name models, if that is not as `shown_names` has it
     """
 
     method: Method
@@ -121,7 +122,7 @@ class Recipe:
     out: str = "model"
     rank: int | None = None
     private: bool = False
-    names: Mapping[str, str] | None = None
+    names: ShownNames | None = None
 
     @property
     def groups(self) -> tuple[MergeGroup, ...]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastinterp.checkpoint.links import refuse_outside
 from fastinterp.checkpoint.names import listing, quote
 from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.errors import CheckpointError
@@ -27,12 +28,14 @@ _STALE = (".model", ".tiktoken", ".spm", "vocab.txt", "tekken.json", "bpe.codes"
 def tokenizer_files(joined: Joined) -> tuple[dict[str, bytes | Path], list[str]]:
     """The tokenizer's files by name, each a path to copy or new content; and what the user should know of them.
 
-    Raises: CheckpointError, if the base's cannot be extended.
+    Raises: CheckpointError, if the base's cannot be extended, or one of them is a link out of its folder.
     """
     base = joined.base
     files: dict[str, bytes | Path] = {
         p.name: p for p in sorted(base.root.iterdir()) if is_tokenizer_file(p.name) and p.is_file()
     }
+    for name in files:
+        refuse_outside(base.root / name, base.root)
     if not joined.changed:
         return files, []
     warnings = _warnings(joined)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 import fastinterp
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.errors import CheckpointError, OutputError, ShapeError, UsageError
-from fastinterp.output.folder import OutFolder
 from fastinterp.output.receipt import RECEIPT
 from tests.support.written import tree
 

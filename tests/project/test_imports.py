@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "execute": PLANNING | {"plan", "backends", "reference"},
     "lora.plan": PLANNING | {"plan"},
     "inspect": RUNNING | {"lora.plan"},
+    "verification": RUNNING,
     "in_memory": RUNNING,
     "lora": RUNNING | {"in_memory", "reference", "lora.plan"},
     "system.available_memory": set(),

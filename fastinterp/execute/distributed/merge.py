@@ -70,12 +70,14 @@ def merge(
     missing: str | None = None,
     channels: str | None = None,
     quantize: str | None = None,
+    private: bool = False,
     **settings: Any,
 ) -> Report | None:
     """This process's part of `fastinterp.merge`, whose arguments these are. The report on rank 0, else None."""
     target = path_of(out, "out")
     plan = plan_recipe(
-        recipe, max_shard_size, dtype, rounding, seed, missing, channels, quantize, one_file=names_file(target)
+        recipe, max_shard_size, dtype, rounding, seed, missing, channels, quantize, one_file=names_file(target),
+        private=private,
     )  # fmt: skip
     reports = carry_out(plan, [target], me, max_memory=size_of(max_memory), **settings)
     return reports[0] if reports else None
@@ -130,7 +132,8 @@ def carry_out(
         for k, folder in enumerate(folders):
             small[k] |= write_card(folder, plan, k, _together(plan, records, k), small[k])
         weights = [_weights(records, k) for k in range(len(folders))]
-        write_receipts(plan, folders, weights, small)
+        sums = [_together(plan, records, k).coefficients for k in range(len(folders))]
+        write_receipts(plan, folders, weights, small, sums)
         commit_all(folders)
         peers.put("finished", "")
     wall = time.perf_counter() - start
@@ -149,7 +152,7 @@ def fingerprint(plan: Plan) -> str:
     for checkpoint in plan.checkpoints:
         for path in (*checkpoint.files, *checkpoint.adapter_files):
             info = os.stat(path)
-            digest.update(f"{path.name} {info.st_size} {info.st_mtime_ns}\0".encode())
+            digest.update(f"{path.name} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns}\0".encode())
     return digest.hexdigest()
 
 
