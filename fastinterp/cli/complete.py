@@ -37,7 +37,14 @@ def _by_name(param: click.Parameter) -> _Offer | None:
         return _parameters
     if "tokenizer-source" in names:
         return _vocabularies
-    if isinstance(param, click.Argument) or (param.metavar or "").rpartition("=")[2] in ("CKPT", "FILE", "OUT", "EXE"):
+    if isinstance(param, click.Argument) or (param.metavar or "").rpartition("=")[2] in (
+        "CKPT",
+        "FILE",
+        "OUT",
+        "NEW",
+        "PLACE",
+        "EXE",
+    ):
         return _files
     return _folders if param.metavar in _FOLDERS else None
 

@@ -112,8 +112,8 @@ def _command(recipe: Recipe, max_shard_size: int | None) -> str:
     """The command that makes the same weights of the recipe: with the options that replace something in it."""
     written = recipe.document.value
     options: list[str] = []
-    stored = recipe.out_dtype
-    if stored is not None and parse_stored(str(written.get("out_dtype"))) != stored:
+    stored, asked = recipe.out_dtype or recipe.dtype, written.get("out_dtype") or written.get("dtype")
+    if stored is not None and parse_stored(str(asked)) != stored:
         options += ["--dtype", stored.library_name or stored.name.lower()]
     usual = {"rounding": "nearest", "seed": 0, "missing": "error", "channels": "same", "quantize": "none"}
     for key, default in usual.items():
