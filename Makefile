@@ -2,7 +2,7 @@
 # tests in one process.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo about-test test oracle peer-suite check compare lint format werror neon cuda-check gpu-test gpu-bench bench race tool-race paper paper-quick clean distclean
+.PHONY: help demo about-test test oracle peer-suite check compare lint format werror neon cuda-check gpu-test gpu-bench bench race tool-race torture faults fuzz sanitize sanitize-quick wheel sbom hashes paper paper-quick clean distclean
 
 PYTHON ?= python3
 SIZE ?= 1b
@@ -11,6 +11,7 @@ VENV := .venv
 DEMO_VENV := .venv-demo
 ORACLE_VENV := .venv-oracle
 PY := $(VENV)/bin/python
+SANITIZED_QUICKLY := tests/numerics/test_pump.py tests/numerics/test_steps.py tests/numerics/test_decoders.py tests/execute/test_merge.py
 SHARED := -n $(WORKERS) --dist worksteal
 
 # nvcc takes most of the time where it is used; FASTINTERP_CUDA=0 is for the build and for the tests.
@@ -28,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Byte code is kept, whatever the shell says: without it, each start of the tests takes twice as long.
 unexport PYTHONDONTWRITEBYTECODE
 
-BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt
+BUILD_FILES := pyproject.toml constraints.txt release/hashes.txt setup.py CMakeLists.txt
 NATIVE := $(shell find csrc -type f)
 PACKAGE := $(shell find fastinterp kernels -name '*.py' -o -name '*.pyi')
 CXX_FILES := $(shell find csrc tests -not -path '*/third_party/*' \( -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' \))
@@ -89,10 +90,10 @@ $(DEMO_VENV)/.installed: $(BUILD_FILES) $(NATIVE) $(PACKAGE)
 	@touch $@
 
 # Everything that tests and lint need, CPU torch included, and fastinterp itself from this source tree.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt release/hashes.txt
 	$(call make_venv,$(VENV))
 	@echo "installing the tools, torch and fastinterp in $(VENV): a few minutes the first time"
-	$(call shown,$(PY) -m pip install setuptools wheel pybind11 cmake ninja,tools)
+	$(call shown,$(PY) -m pip install --require-hashes -r release/hashes.txt,tools)
 	$(call shown,$(PY) -m pip install --verbose --no-build-isolation --editable '.[dev]',install)
 	@touch $@ $(VENV)/.built
 
@@ -191,6 +192,49 @@ tool-race: $(VENV)/.built $(ORACLE_VENV)/.installed ## mergekit, torch, peft and
 	@test -d build/race-$(SIZE)/ft2 || $(VENV)/bin/fastinterp bench --size $(SIZE) --models build/race-$(SIZE) --runs 1 --against copy
 	@PYTHONPATH="$(CURDIR)" $(ORACLE_VENV)/bin/python -W ignore -m benchmarks.installed build/race-$(SIZE)
 	@PYTHONPATH="$(CURDIR)" $(ORACLE_VENV)/bin/python -W ignore -m benchmarks.tools
+
+# ---- attacks --------------------------------------------------------------------------------------------------------
+
+torture: $(VENV)/.built ## kill commands 200 times at random moments, and compare what the next run makes: ten minutes or more
+	@$(PY) -m tests.attacks.kills
+
+faults: $(VENV)/.built ## make the first 50 of each system call fail, one by one: ten minutes or more
+	@$(PY) -m tests.attacks.faults
+
+# A million inputs together. FUZZ_RUNS=1000 is a quick one.
+FUZZ_RUNS ?= 80000
+FUZZ_TARGETS := header file index config adapter receipt bin pickle gguf recipe tokenizer tokenizer-config report
+$(VENV)/.fuzz: $(VENV)/.built
+	$(PY) -m pip install --quiet atheris
+	@touch $@
+
+fuzz: $(VENV)/.fuzz ## damaged files of every kind that is read, guided by coverage: half an hour
+	@rm -rf build/fuzz/*/crashes
+	@for target in $(FUZZ_TARGETS); do echo "$$target"; $(PY) -m tests.attacks.fuzz $$target -runs=$(FUZZ_RUNS) > build/fuzz-$$target.log 2>&1 || \
+	  { tail -n 30 build/fuzz-$$target.log; exit 1; }; grep -h executed_units build/fuzz-$$target.log; done
+	@test -z "$$(ls build/fuzz/*/crashes)" || { tail -n 5 build/fuzz/*/crashes/*.txt; exit 1; }
+
+sanitize: $(VENV)/.built ## the native tests and those of whole merges under ASan, UBSan and TSan: an hour
+	@tests/attacks/sanitize.sh address tests/numerics tests/execute
+	@tests/attacks/sanitize.sh thread tests/numerics tests/execute
+
+sanitize-quick: $(VENV)/.built ## some of them under ASan and UBSan: two minutes
+	@tests/attacks/sanitize.sh address --quiet -m "not slow" $(SANITIZED_QUICKLY)
+
+# ---- releases -------------------------------------------------------------------------------------------------------
+
+wheel: $(VENV)/.built ## the wheel of this machine in dist/, tried without a compiler and without torch
+	@rm -rf build/wheel build/lib* dist && mkdir -p dist
+	@FASTINTERP_CUDA=0 $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	@if [ "$$(uname)" = Linux ]; then PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --wheel-dir dist build/wheel/*.whl >build/wheel/auditwheel.log 2>&1 || { cat build/wheel/auditwheel.log; exit 1; }; else cp build/wheel/*.whl dist; fi
+	@$(PY) -m release.try_wheel dist/*.whl build/wheel/venv
+
+sbom: wheel ## the software bill of materials of that wheel, in CycloneDX
+	@$(PY) -m release.sbom build/wheel/venv dist/fastinterp.cdx.json
+
+hashes: ## pin the tools of release/requirements.in by hash, in the versions of constraints.txt; needs uv
+	@uv pip compile --quiet --universal --generate-hashes --python-version 3.10 --constraint constraints.txt --no-config \
+	  --custom-compile-command "make hashes" release/requirements.in -o release/hashes.txt
 
 # What is trained already, with the same settings, is kept: an interrupted run goes on where it was.
 paper: $(VENV)/.bench ## reproduce the paper's claim on a toy: three seeds, 45 to 70 minutes; renews docs/paper

@@ -85,8 +85,17 @@ def clipped(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` on one line with control characters escaped, so that names read from files cannot control a terminal."""
+    """`text` on one line, with what does not print escaped, so that names read from files cannot control a terminal:
+    control characters, marks of the direction of writing, halves of surrogates.
+    """
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def plain_lines(text: str) -> str:
+    """The same of text of several lines."""
+    return "\n".join(map(plain, text.split("\n")))
 
 
 def fit(text: str, width: int) -> str:

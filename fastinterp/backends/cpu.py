@@ -19,6 +19,7 @@ from fastinterp._C import (
     start_writeback,
     xxh3,
 )  # fmt: skip
+from fastinterp.errors import StorageError
 from fastinterp.ops.steps import Answer, Step
 
 __all__ = [
@@ -75,9 +76,13 @@ def watch(pump: Pump, total: int, progress: Progress | None) -> None:
     are closed next.
 
     total  bytes that it will read and write, for `progress`
+    Raises: StorageError, if the system allows no thread.
     """
     try:
-        pump.start()
+        try:
+            pump.start()
+        except RuntimeError as error:
+            raise StorageError(f"no thread can be started: {error}. Allow more (ulimit -u, -v)") from None
         while not pump.wait(_TICK_S):
             if progress:
                 progress(pump.bytes_read + pump.bytes_written, total)

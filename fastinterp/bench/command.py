@@ -98,7 +98,7 @@ def bench(
 
 
 def _say(text: str) -> None:
-    options.say_error(text)
+    options.tell(text)
 
 
 def _folder(scratch: str) -> Path:

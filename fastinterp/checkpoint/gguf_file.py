@@ -19,7 +19,7 @@ from fastinterp.checkpoint.gguf_keys import ARRAY, SCALARS, STRING, U32, GgufHea
 from fastinterp.checkpoint.gguf_types import REMOVED, TYPES
 from fastinterp.checkpoint.header import MAX_NUMEL, UNWRITTEN, Entry, refuse_download
 from fastinterp.checkpoint.names import quote, shell_word
-from fastinterp.checkpoint.regular_file import open_regular
+from fastinterp.checkpoint.regular_file import regular
 from fastinterp.errors import CheckpointError
 
 MAGIC = b"GGUF"
@@ -40,13 +40,8 @@ def read_gguf(path: str | os.PathLike[str], file_index: int = 0) -> tuple[list[E
     Raises: CheckpointError, naming file and tensor, if the file cannot be read or breaks the format in any way.
     """
     file = os.fspath(path)
-    fd, size = open_regular(file)
-    try:
+    with regular(file) as (fd, size):
         return _Reader(fd, size, file, file_index).header()
-    except OSError as error:
-        raise CheckpointError(f"the file cannot be read: {error.strerror}", file=file) from None
-    finally:
-        os.close(fd)
 
 
 class _Reader:

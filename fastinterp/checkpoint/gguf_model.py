@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from fastinterp.checkpoint.gguf_keys import GgufHeader
 from fastinterp.checkpoint.gguf_types import BY_NAME
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import GGUF, GGUF_SPLIT, listing, quote, shell_word
+from fastinterp.checkpoint.regular_file import read_at, regular
 from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import F32
 
@@ -53,12 +53,10 @@ class Blocks(msgspec.Struct, frozen=True):
                 file=path,
             ) from None
         left, at = self.numel // elements, self.start
-        with open(path, "rb", buffering=0) as stream:
+        with regular(path) as (fd, _):
             while left:
                 count = min(left, max(1, _PIECE // (4 * elements)))
-                raw = os.pread(stream.fileno(), count * nbytes, at)
-                if len(raw) < count * nbytes:
-                    raise CheckpointError("it was truncated while it was being read. Retry", file=path)
+                raw = read_at(fd, path, at, count * nbytes)
                 blocks = np.frombuffer(raw, np.uint8).reshape(count, nbytes)
                 yield np.ascontiguousarray(gguf.quants.dequantize(blocks, kind), dtype=np.float32).tobytes()
                 left, at = left - count, at + count * nbytes

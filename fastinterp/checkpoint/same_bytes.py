@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from pathlib import Path
 
-from fastinterp.checkpoint.regular_file import open_regular
-from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.checkpoint.regular_file import read_at, regular
 
 Place = tuple[Path, int, int]  # file, first byte, number of bytes
 
@@ -24,28 +22,10 @@ def same_bytes(a: Place, b: Place) -> bool:
     if a[2] != b[2]:
         return False
     with ExitStack() as stack:
-        files = [open_regular(str(place[0]))[0] for place in (a, b)]
-        for file in files:
-            stack.callback(os.close, file)
+        files = [stack.enter_context(regular(str(place[0])))[0] for place in (a, b)]
         for done in range(0, a[2], _PIECE):
             count = min(_PIECE, a[2] - done)
-            first, second = (_read(f, p[0], p[1] + done, count) for f, p in zip(files, (a, b), strict=True))
+            first, second = (read_at(f, p[0], p[1] + done, count) for f, p in zip(files, (a, b), strict=True))
             if first != second:
                 return False
     return True
-
-
-def _read(file: int, path: Path, offset: int, count: int) -> bytes:
-    try:
-        piece = os.pread(file, count, offset)
-        while len(piece) < count and (more := os.pread(file, count - len(piece), offset + len(piece))):
-            piece += more
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}, reading {count} bytes at {offset}") from None
-    if len(piece) < count:
-        raise CheckpointError(
-            f"only {len(piece)} of {count} bytes are left at byte {offset}: it was truncated or replaced. Retry once "
-            "nothing is writing to it",
-            file=str(path),
-        )
-    return piece

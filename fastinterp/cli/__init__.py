@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import click
 
 from fastinterp._version import __version__
-from fastinterp.errors import FastinterpError
+from fastinterp.errors import NO_MEMORY, CheckpointError, FastinterpError, StorageError
 
 # The commands in the order of --help, with their modules.
 _MODULES = {
@@ -65,17 +66,21 @@ def errors_reported(ctx: click.Context, worded: Callable[[str], str] = str, *, a
     """
     try:
         yield
-    except FastinterpError as error:
+    except BrokenPipeError:
+        raise  # of stdout: click ends the program
+    except (FastinterpError, OSError, MemoryError, RecursionError) as error:
         from fastinterp.cli import faults, options
+        from fastinterp.messages import plain
 
-        message = "; ".join([worded(str(error)), *ctx.meta.get(OUTCOME, [])])
+        known = error if isinstance(error, FastinterpError) else of_the_system(error)
+        message = "; ".join([worded(str(known)), *ctx.meta.get(OUTCOME, [])])
         found = ctx.meta.get(faults.FOUND)
         if as_json:
-            options.say_json(faults.values(error, message, found))
+            options.say_json(faults.values(known, message, found))
         else:
-            for kind, text in faults.lines(error, message, found):
-                options.say_error(text, kind)
-        ctx.exit(error.exit_code)
+            for kind, text in faults.lines(known, message, found):
+                options.tell(plain(text), head=kind)
+        ctx.exit(known.exit_code)
     except KeyboardInterrupt as stopped:
         _say_interrupted(ctx, stopped, as_json)
     except Exception:
@@ -91,7 +96,7 @@ def _say_interrupted(ctx: click.Context, stopped: BaseException, as_json: bool) 
     if as_json:
         options.say_json(faults.failed({"message": message, "kind": "Interrupted", "exit_code": code}))
     else:
-        options.say_error(message)
+        options.tell(message)
     ctx.exit(code)
 
 
@@ -99,6 +104,29 @@ def _wants_json(args: Sequence[str]) -> bool:
     """Whether a command line asks for JSON. Of the processes of one merge, the first prints it."""
     options = args[: args.index("--")] if "--" in args else args
     return "--json" in options and os.environ.get("RANK", "0") == "0"
+
+
+def of_the_system(error: OSError | MemoryError | RecursionError) -> FastinterpError:
+    """What is said of an error of Python's own that nothing expected: a system call failed, memory is used up."""
+    if isinstance(error, OSError):
+        what = error.strerror or str(error) or type(error).__name__
+        file = error.filename
+        return StorageError(f"{os.fsdecode(file)}: {what}" if isinstance(file, (str, bytes, os.PathLike)) else what)
+    if isinstance(error, MemoryError):
+        return StorageError(NO_MEMORY)
+    return CheckpointError("a file nests too deeply to be read: damaged, or made to do harm")
+
+
+@contextmanager
+def _usage_errors_plain() -> Iterator[None]:
+    """click prints its own errors, which repeat arguments."""
+    from fastinterp.messages import plain
+
+    try:
+        yield
+    except click.ClickException as error:
+        vars(error)["message"] = plain(error.message)
+        raise
 
 
 class _Commands(click.Group):
@@ -127,6 +155,10 @@ class _Commands(click.Group):
             ctx.fail(f"no such command '{args[0]}'. " + (f"Did you mean {close}?" if close else _KNOWN))
         return super().resolve_command(ctx, args)
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _usage_errors_plain():
+            return super().make_context(*args, **extra)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[_JSON] = _wants_json(args)
         return super().parse_args(ctx, args)
@@ -134,7 +166,7 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         as_json = ctx.meta.get(_JSON, False)
         try:
-            with errors_reported(ctx, partial(self._with_options, ctx), as_json=as_json):
+            with _usage_errors_plain(), errors_reported(ctx, partial(self._with_options, ctx), as_json=as_json):
                 return super().invoke(ctx)
         except click.UsageError as error:
             error = _with_remedy(error)
@@ -199,7 +231,25 @@ def commands() -> None:
 def main() -> None:
     """The program `fastinterp`. Ends the process."""
     stop_on_signals()
+    warnings.showwarning = _warn
+    sys.excepthook = _failed
     commands(prog_name="fastinterp")
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning of a library: it may repeat names, too."""
+    from fastinterp.cli.options import tell
+
+    tell(f"{category.__name__}: {message}")
+
+
+def _failed(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+    """The traceback of an error of the program itself."""
+    import traceback
+
+    from fastinterp.cli.options import tell
+
+    tell("".join(traceback.format_exception(kind, error, at)).rstrip())
 
 
 def stop_on_signals() -> None:

@@ -111,9 +111,9 @@ def _serve(
     gc.enable()  # it runs for long; and triton, in torch, warns at exit of objects that are left
     with server.bound(port) as sock:  # first: errors come before what takes long
         check_model(sliders.base)
-        click.echo("measuring what the directions change", err=True)
+        options.tell("measuring what the directions change")
         changes = deltas(sliders.base, list(sliders.models.values()), threads=threads)
-        click.echo("loading the model", err=True)
+        options.tell("loading the model")
         with (
             CheckpointWriter(sliders, threads=threads) as writer,
             open_session(sliders, threads=threads, chat=chat) as session,
@@ -129,5 +129,5 @@ def _serve(
                 session.end()
                 writer.end()
 
-            server.serve(app, sock, token, end, lambda url: click.echo(f"{url}  (Ctrl-C ends it)"))
-    click.echo("ended", err=True)
+            server.serve(app, sock, token, end, lambda url: options.say(f"{url}  (Ctrl-C ends it)"))
+    options.tell("ended")

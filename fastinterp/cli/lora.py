@@ -68,6 +68,6 @@ def extract_lora(
         options.say_json(report.as_dict())
     elif quiet:
         for warning in report.warnings:
-            options.say_error(plain(f"{report.output}: warning: {warning}"))
+            options.tell(plain(f"{report.output}: warning: {warning}"))
     else:
         options.say(report.summary())

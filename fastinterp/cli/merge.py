@@ -266,4 +266,4 @@ def warn(reports: Sequence[Report | AdapterReport]) -> None:
     for report in reports:
         for warning in report.warnings:
             if report is reports[0] or not _shared(warning, every):
-                options.say_error(plain(f"{report.output}: warning: {warning}"))
+                options.tell(plain(f"{report.output}: warning: {warning}"))

@@ -1,4 +1,4 @@
-"""Options that several commands have, and output to stdout."""
+"""Options that several commands have, and output to stdout and stderr."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from fastinterp.errors import StorageError, UsageError
+from fastinterp.messages import plain, plain_lines
 
 if TYPE_CHECKING:
     from fastinterp.execute.distributed.peers import Rank
@@ -23,8 +24,13 @@ def from_stdin(ctx: click.Context, param: click.Parameter, path: str) -> str:
     """The text on stdin for `-`, else the path."""
     if path != "-":
         return path
+    from fastinterp.recipe.document import MAX_BYTES
+
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig") + "\n"  # with a newline it is a recipe, not a path
+        raw = sys.stdin.buffer.read(MAX_BYTES + 1) if sys.stdin else b""  # None: it was closed before the start
+        if len(raw) > MAX_BYTES:
+            raise click.BadParameter(f"stdin has more than {MAX_BYTES} bytes, so it is hardly a recipe", ctx, param)
+        return raw.decode("utf-8-sig") + "\n"  # with a newline it is a recipe, not a path
     except UnicodeDecodeError as error:
         raise click.BadParameter(f"stdin is not UTF-8 text (byte {error.start})", ctx, param) from None
 
@@ -160,12 +166,13 @@ def refuse_ranks(command: str) -> None:
 
 
 def say(text: str) -> None:
-    """Print a result on stdout; on a terminal no line is longer than it is wide, if its words allow.
+    """Print a result on stdout, in lines; on a terminal none is cut inside a word. What does not print is escaped: this
+    and `tell` are the only ways out.
 
     Raises: StorageError, if it cannot be written; a closed pipe (`| head`) ends the program without a message.
     """
     try:
-        click.echo(fitting(text, sys.stdout))
+        _print(fitting(plain_lines(text), sys.stdout))
     except BrokenPipeError:
         raise  # click ends the program
     except OSError as error:
@@ -175,10 +182,14 @@ def say(text: str) -> None:
         raise StorageError(f"stdout cannot be written: {error.strerror}") from None
 
 
-def say_error(text: str, kind: str = "") -> None:
-    """Print an error, a warning or what is being done on stderr, as `say` does. kind: of an error, before the text."""
-    text = fitting(f"{kind}: {text}" if kind else text, sys.stderr)
-    click.echo(click.style(kind, fg="red") + text.removeprefix(kind), err=True)
+def tell(text: str, *, head: str = "") -> None:
+    """Print lines on stderr: an error, a warning, what is going on. What does not print is escaped.
+
+    head  a word in red before it, and a colon
+    """
+    start = f"{plain(head)}: " if head else ""
+    text = fitting(start + plain_lines(text), sys.stderr)
+    _print(click.style(plain(head), fg="red") + text.removeprefix(plain(head)) if head else text, err=True)
 
 
 def fitting(text: str, stream: Any, less: int = 0) -> str:
@@ -193,6 +204,13 @@ def fitting(text: str, stream: Any, less: int = 0) -> str:
     from fastinterp.messages import broken
 
     return broken(text, get_terminal_size().columns - less)
+
+
+def _print(text: str, *, err: bool = False) -> None:
+    try:
+        click.echo(text, err=err)
+    except UnicodeEncodeError as error:  # a stream that is neither UTF-8 nor ASCII, which click makes UTF-8
+        click.echo(text.encode(error.encoding, "backslashreplace").decode(error.encoding), err=err)
 
 
 def say_json(value: Any) -> None:

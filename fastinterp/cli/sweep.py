@@ -164,7 +164,7 @@ def _callback(function: Callable[..., Any], argument: str, as_json: bool) -> Cal
         try:
             result = function(point, tensors)
         except Exception as error:  # any: it is the user's own
-            click.echo("".join(traceback.format_exception(error.with_traceback(_below(error)))).rstrip(), err=True)
+            options.tell("".join(traceback.format_exception(error.with_traceback(_below(error)))).rstrip())
             what = f"{type(error).__name__}: {error}".rstrip(": ")
             raise UsageError(f"--in-memory {argument} raised {what} at {point.name}") from None
         try:

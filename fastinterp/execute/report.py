@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.execute.kept import acting, acting_lines, asked_of, kept
@@ -76,7 +78,8 @@ class RoundingEffect:
     def total(effects: Iterable[RoundingEffect]) -> RoundingEffect:
         """The effects on several tensors, added up: of one with NaN or Inf in its samples, the counts of them alone."""
         every = [e if e.finite else replace(e, sampled=0, changed=0, sum_pp=0, sum_dd=0, sum_od=0) for e in effects]
-        return RoundingEffect(*(sum(getattr(e, name) for e in every) for name in RoundingEffect.__slots__))
+        columns = zip(*map(attrgetter(*RoundingEffect.__slots__), every), strict=True)
+        return RoundingEffect(*map(sum, columns)) if every else RoundingEffect(*[0] * len(RoundingEffect.__slots__))
 
     @property
     def finite(self) -> bool:
@@ -153,8 +156,9 @@ class Report:
     def __str__(self) -> str:
         return self.summary()
 
-    @property
+    @cached_property
     def effect(self) -> RoundingEffect:
+        """Of all tensors together."""
         return RoundingEffect.total(self.tensors.values())
 
     @property
@@ -164,7 +168,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as --json prints them."""
-        fields = {k: v for k, v in self.__dict__.items() if k not in ("tensors", "densities", "merged")}
+        fields = {k: v for k, v in self.__dict__.items() if k not in ("tensors", "densities", "merged", "effect")}
         densities = {}
         if self.densities:
             from fastinterp.execute.jobs.densities import as_dict

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from fastinterp.checkpoint.names import quote
+from fastinterp.checkpoint.regular_file import read_at
 from fastinterp.errors import CheckpointError
 from fastinterp.plan.inputs import StoredInput
 
@@ -13,14 +13,14 @@ _PIECE = 1 << 20  # bytes that are looked at at a time
 
 
 def refuse_scales(tensor: StoredInput, companions: Sequence[StoredInput], fds: Sequence[int]) -> None:
-    """Raises: CheckpointError, if a scale of an encoded tensor is not finite; OSError.
+    """Raises: CheckpointError, if a scale of an encoded tensor is not finite; StorageError.
 
     fds  of the files of the companions
     """
     for companion, fd in zip(companions, fds, strict=True):
         size = max(1, companion.dtype.bits // 8)
         for at in range(0, companion.nbytes, _PIECE):
-            data = os.pread(fd, min(_PIECE, companion.nbytes - at), companion.start + at)
+            data = read_at(fd, companion.path, companion.start + at, min(_PIECE, companion.nbytes - at))
             index = not_finite(data, companion.dtype.name)
             if index >= 0:
                 raise CheckpointError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fastinterp.backends.cpu import FileChecksum, Progress, SinkHandle, reserve, start_writeback
-from fastinterp.checkpoint.regular_file import write_all
+from fastinterp.checkpoint.regular_file import close, write_all
 from fastinterp.errors import OutputError
 from fastinterp.execute.sources import storage
 from fastinterp.output.layout import OutFile
@@ -75,7 +75,7 @@ class FileSinks:
                 shown = path.parent / os.path.basename(file.name)
                 with storage(shown, OutputError):
                     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-                    stack.callback(os.close, fd)
+                    stack.callback(close, fd, shown)
                     if os.fstat(fd).st_size:  # an earlier run's: its header must not stand before other data
                         write_all(fd, bytes(len(file.header)), 0)
                     reserve(fd, file.size)

@@ -11,8 +11,8 @@ from typing import Any
 
 from fastinterp.backends.cpu import cached_fraction
 from fastinterp.checkpoint.open import changed_since
-from fastinterp.checkpoint.regular_file import write_all
-from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.checkpoint.regular_file import close, write_all
+from fastinterp.errors import NO_MEMORY, CheckpointError, StorageError
 from fastinterp.execute.scales import refuse_scales
 from fastinterp.ops.dtypes import F32
 from fastinterp.ops.operands import Decoder, Factor, Gathered, LowRank, Operand, Product, ReplacedRows, Stored
@@ -54,7 +54,7 @@ class Sources:
         for path in needed:
             with storage(path):
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, fd)
+            stack.callback(close, fd, path)
             self._number[path] = self.add(fd, path)
         self._operands: dict[Hashable, Operand] = {}
         for tensor in every:
@@ -75,8 +75,7 @@ class Sources:
         added = None if tensor.low_rank is None else self._low_rank(tensor.low_rank)
         if encoding is None:
             return Stored(number, tensor.start, code, low_rank=added)
-        with storage(tensor.path):
-            refuse_scales(tensor, encoding.companions, [self.fds[self._number[c.path]] for c in encoding.companions])
+        refuse_scales(tensor, encoding.companions, [self.fds[self._number[c.path]] for c in encoding.companions])
         columns = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.numel
         companions = tuple((self._number[c.path], c.start, c.nbytes) for c in encoding.companions)
         decoder = Decoder(encoding.decoder, columns, companions, encoding.parameters)
@@ -119,7 +118,7 @@ class Sources:
 
         with tempfile.TemporaryFile(dir=self._scratch) as file:
             fd = os.dup(file.fileno())
-        self._stack.callback(os.close, fd)
+        self._stack.callback(close, fd, self._scratch or "a temporary file")
         return self.add(fd, path)
 
     def gathered(self, tensor: GatheredInput) -> Operand:
@@ -144,7 +143,12 @@ class Sources:
 
     def cached(self) -> bool:
         """Whether all files are known to be in the page cache, so that nothing needs to be read ahead."""
-        return all(cached_fraction(fd, os.fstat(fd).st_size) > 0.95 for fd in self.fds)
+        for fd, path in zip(self.fds, self.paths, strict=True):
+            with storage(path):
+                size = os.fstat(fd).st_size
+            if cached_fraction(fd, size) <= 0.95:
+                return False
+        return True
 
     def refuse_changed(
         self, message: str = "it changed while it was being read. Retry once nothing is writing to it"
@@ -158,7 +162,7 @@ class Sources:
         """The exception for an error tuple of the pump (_C.pyi): a failed read, or another error that ended the run."""
         kind, *rest = error
         if kind == "other":
-            return StorageError(f"the run stopped: {rest[0]}")
+            return StorageError(NO_MEMORY if "bad_alloc" in rest[0] else f"the run stopped: {rest[0]}")
         source, code, offset, expected, done = rest
         if code:
             return StorageError(f"{self.paths[source]}: {os.strerror(code)}, reading {expected} bytes at {offset}")

@@ -15,7 +15,7 @@ from fastinterp._version import __version__
 from fastinterp.backends.cpu import checksum
 from fastinterp.checkpoint.checksum import KEY, UNKNOWN, checksum_text
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.regular_file import write_all
+from fastinterp.checkpoint.regular_file import close, write_all
 from fastinterp.errors import CheckpointError, OutputError
 from fastinterp.lora.algebra import Array
 from fastinterp.lora.peft_rules import patterns
@@ -69,7 +69,7 @@ class AdapterWriter:
                 size = self._start - 8
                 self._write(size.to_bytes(8, "little") + text.ljust(size), 0)
         finally:
-            os.close(self.fd)
+            close(self.fd, self.path)
 
     @property
     def nbytes(self) -> int:

@@ -18,7 +18,7 @@ from types import TracebackType
 
 from fastinterp.checkpoint.journal_file import PARTIAL, SUBFOLDER, Finishing, Subfolder, journal_path, temporary
 from fastinterp.checkpoint.names import is_relative, quote
-from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.regular_file import pieces_of
 from fastinterp.errors import OutputError
 from fastinterp.output import refusals
 from fastinterp.output.earlier import Earlier
@@ -270,10 +270,11 @@ class OutFolder:
     def write(self, name: str, content: bytes | Path) -> None:
         """Put a small file into the output: bytes, or a copy of the file at a path."""
         path = self.temp(name)
-        data = read_regular(str(content)) if isinstance(content, Path) else content
+        pieces = pieces_of(str(content)) if isinstance(content, Path) else (content,)
         try:
             with open(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "wb") as stream:
-                stream.write(data)
+                for piece in pieces:
+                    stream.write(piece)
         except OSError as error:
             raise self._error(f"{quote(name)} cannot be written: {error.strerror}") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,15 @@ from fastinterp.checkpoint.links import refuse_outside
 from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, TEMPLATES, TRAINER_PICKLES, WEIGHTS, quote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import Stamp, read_regular, stamp_of
-from fastinterp.checkpoint.sidecar_files import CONFIG, is_sidecar, named_file, with_dtype, without_named_file
+from fastinterp.checkpoint.sidecar_files import (
+    CONFIG,
+    is_sidecar,
+    named_file,
+    refuse_link,
+    with_dtype,
+    without_named_file,
+)
+from fastinterp.checkpoint.strict_json import parse_json
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import listed
 from fastinterp.ops.dtypes import DType
@@ -147,6 +154,7 @@ def _sorted_out(root: Path, source: Checkpoint | None) -> OriginFiles:
     for name, reason in found:
         why = reason or (None if name in code else _why_not(root, name, whole))
         if why is None:
+            refuse_link(root, name)
             copied[name] = root / name
         elif is_model:
             left_out.setdefault(why, []).append(name)
@@ -262,8 +270,8 @@ def _named_modules(root: Path, names: list[str]) -> set[str]:
 
 def _modules_in(path: Path, kind: str) -> set[str]:
     try:
-        table = json.loads(read_regular(str(path), LARGEST))
-    except (CheckpointError, ValueError, RecursionError):
+        table = parse_json(read_regular(str(path), LARGEST), path.name, str(path))
+    except CheckpointError:
         return set()  # who needs it says what is wrong with it
     values: list[Any] = []
     if kind == "modules.json" and isinstance(table, list):

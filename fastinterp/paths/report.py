@@ -14,12 +14,15 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from fastinterp.arguments import snapped
-from fastinterp.errors import StorageError, UsageError
+from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.strict_json import parse_json
+from fastinterp.errors import CheckpointError, StorageError, UsageError
 from fastinterp.messages import table
 from fastinterp.paths import curve
 
 FORMAT = "fastinterp path report"
 _VERSION = 1
+_LARGEST = 50_000_000  # bytes of a file
 _STAIRCASE = 0.05  # a strength that is off by more than this is warned of
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # strings in JSON: it has no such numbers
 _HEADER = ["from 0 to 1", "above chord", "below chord", "Spearman", "step up", "down", "kink", "logit slope", "R^2"]
@@ -229,17 +232,23 @@ class PathReport:
         if not text.lstrip().startswith("{"):
             name = text
             try:
-                text = FilePath(name).read_text("utf-8")
-            except (OSError, ValueError) as error:
-                raise StorageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+                raw = read_regular(name, _LARGEST)
+            except CheckpointError as error:
+                raise StorageError(f"{name} cannot be read: {error.message}") from None
+        else:
+            raw = text.encode(errors="replace")
         try:
-            document = json.loads(text)
+            document = parse_json(raw, "the report", name)
             if document["format"] != FORMAT or document["version"] != _VERSION:
                 raise ValueError
             return _report(document)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except CheckpointError as error:
+            raise UsageError(f"{name} is not a path report: {error.message}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            why = str(error) if type(error) is ValueError else ""
             raise UsageError(
                 f"{name} is not a path report of version {_VERSION}, as PathReport.to_json writes"
+                f"{f': {why}' if why else ''}"
             ) from None
 
     def to_csv(self, file: str | os.PathLike[str] | None = None) -> str:
@@ -299,15 +308,22 @@ def _report(document: dict[str, Any]) -> PathReport:
         )
         for p in document["points"]
     )
-    seeds = tuple(document["seeds"])
+    seeds, ends = tuple(map(int, document["seeds"])), dict(document["ends"])
     first = points[0]
+    base = document["base"]
+    if not all(type(text) is str for text in (*ends, *ends.values(), *document["probabilities"], base or "")):
+        raise TypeError
+    if not all(math.isfinite(at) for p in points for at in p.at.values()):
+        raise ValueError("an alpha is not finite")
+    if len({tuple(p.at.values()) for p in points}) < len(points):
+        raise ValueError("it has a point twice")
     for p in points:
         if list(p.at) != list(first.at) or list(p.samples) != list(first.samples):
             raise ValueError
         if any(len(s) != len(seeds) for s in p.samples.values()):
             raise ValueError
     probabilities, line = tuple(document["probabilities"]), bool(document["line"])
-    return PathReport(dict(document["ends"]), document["base"], seeds, points, probabilities, line)
+    return PathReport(ends, base, seeds, points, probabilities, line)
 
 
 def _json(value: Any) -> Any:

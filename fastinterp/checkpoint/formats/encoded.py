@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import msgspec
@@ -10,7 +9,8 @@ import msgspec
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint, Component
-from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.checkpoint.regular_file import read_at, regular
+from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import BF16, DType
 
 _SMALL = 1 << 16  # bytes of a companion that is read when a checkpoint is opened: a description, zero points
@@ -125,12 +125,12 @@ def misshapen(checkpoint: Checkpoint, entry: Entry, codes: Entry, expected: str)
 
 
 def small_bytes(checkpoint: Checkpoint, entry: Entry) -> bytes | None:
-    """The bytes of a small tensor: a description, say; None, if it is not small. Raises: StorageError."""
+    """The bytes of a small tensor: a description, say; None, if it is not small.
+
+    Raises: CheckpointError; StorageError.
+    """
     if entry.nbytes > _SMALL:
         return None
-    path = checkpoint.files[entry.file]
-    try:
-        with open(path, "rb", buffering=0) as stream:
-            return os.pread(stream.fileno(), entry.nbytes, entry.start)
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+    path = str(checkpoint.files[entry.file])
+    with regular(path) as (fd, _):
+        return read_at(fd, path, entry.start, entry.nbytes)

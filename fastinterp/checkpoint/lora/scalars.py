@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint
-from fastinterp.checkpoint.regular_file import open_regular
+from fastinterp.checkpoint.regular_file import read_at, regular
 from fastinterp.errors import CheckpointError
 
 _FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
@@ -23,16 +23,14 @@ def read_scalars(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, 
     """
     found: dict[str, float] = {}
     open_files: dict[int, int] = {}
-    try:
+    with ExitStack() as stack:
         for entry in entries:
             file = str(checkpoint.files[entry.file])
             if entry.file not in open_files:
-                open_files[entry.file] = open_regular(file)[0]
+                open_files[entry.file] = stack.enter_context(regular(file))[0]
             if entry.numel != 1 or not (entry.dtype.name in _FORMATS or entry.dtype.name == "BF16"):
                 raise _not_a_number(file, entry, f"{entry.dtype} {list(entry.shape)}")
-            raw = os.pread(open_files[entry.file], entry.nbytes, entry.start)
-            if len(raw) < entry.nbytes:
-                raise CheckpointError("it was truncated while it was read", file=file, tensor=entry.name)
+            raw = read_at(open_files[entry.file], file, entry.start, entry.nbytes)
             if entry.dtype.name == "BF16":
                 value = struct.unpack("<f", b"\0\0" + raw)[0]
             else:
@@ -40,9 +38,6 @@ def read_scalars(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, 
             if not math.isfinite(value):
                 raise _not_a_number(file, entry, str(value))
             found[entry.name] = value
-    finally:
-        for fd in open_files.values():
-            os.close(fd)
     return found
 
 

@@ -13,7 +13,7 @@ from fastinterp.checkpoint.pytorch.state_dict import choose_state_dict
 from fastinterp.checkpoint.pytorch.strided import Strided, is_contiguous
 from fastinterp.checkpoint.pytorch.tensors import Tensor, TensorCalls
 from fastinterp.checkpoint.pytorch.zip_file import ZipEntry, read_directory
-from fastinterp.checkpoint.regular_file import open_regular
+from fastinterp.checkpoint.regular_file import read_at, regular
 from fastinterp.errors import CheckpointError
 
 _MAX_PICKLE = 100_000_000  # bytes
@@ -29,17 +29,12 @@ def read_header(path: Path, number: int) -> FileHeader:
     not read.
     """
     file = os.fspath(path)
-    fd, size = open_regular(file)
-    try:
+    with regular(file) as (fd, size):
         if message := remedies.other_form(os.pread(fd, 512, 0), file):
             raise CheckpointError(message, file=file)
         directory = read_directory(fd, size, file)
         root = _root(directory, file)
         pickle = _pickle(fd, directory, root, file)
-    except OSError as error:
-        raise CheckpointError(f"the file cannot be read: {error.strerror}", file=file) from None
-    finally:
-        os.close(fd)
     calls = TensorCalls(file)
     tensors, remarks = choose_state_dict(read_pickle(pickle, calls, file), file, calls.foreign)
     entries = [_entry(name, tensor, directory, root, size, number, file) for name, tensor in tensors.items()]
@@ -66,7 +61,7 @@ def _pickle(fd: int, directory: dict[str, ZipEntry], root: str, file: str) -> by
     entry = directory[f"{root}/data.pkl"]
     if entry.nbytes > _MAX_PICKLE:
         raise CheckpointError(f"its pickle has {entry.nbytes} bytes, more than the allowed {_MAX_PICKLE}", file=file)
-    return os.pread(fd, entry.nbytes, entry.start)
+    return read_at(fd, file, entry.start, entry.nbytes)
 
 
 def _entry(

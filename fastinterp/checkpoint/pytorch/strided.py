@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fastinterp.checkpoint.regular_file import open_regular
-from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.checkpoint.regular_file import read_at, regular
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,11 +47,8 @@ class Strided(msgspec.Struct, frozen=True):
 
     def pieces(self, path: str) -> Iterator[bytes]:
         """Memory: some times _PIECE, however large the tensor. Raises: what Conversion.pieces does."""
-        fd, _ = open_regular(path)
-        try:
+        with regular(path) as (fd, _):
             yield from self._pieces(_Source(fd, path, self.size), self.start, self.shape, self.strides)
-        finally:
-            os.close(fd)
 
     def _pieces(self, source: _Source, start: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Iterator[bytes]:
         """The elements in order, of as many indices of the first dimension at a time as fit a piece."""
@@ -113,17 +108,4 @@ class _Source:
         return sum((n - 1) * s for n, s in zip(lengths, steps, strict=True)) + self._size
 
     def _bytes(self, offset: int, count: int) -> bytes:
-        parts = []
-        while count:
-            try:
-                part = os.pread(self._fd, count, offset)
-            except OSError as error:
-                raise StorageError(f"{self._path}: {error.strerror}, reading {count} bytes at {offset}") from None
-            if not part:
-                raise CheckpointError(
-                    f"{count} bytes are missing at byte {offset}: it was truncated or replaced. Retry once nothing is "
-                    "writing to it", file=self._path,
-                )  # fmt: skip
-            parts.append(part)
-            offset, count = offset + len(part), count - len(part)
-        return b"".join(parts)
+        return read_at(self._fd, self._path, offset, count)
