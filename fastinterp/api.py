@@ -182,10 +182,13 @@ def interpolate(
     shard, one_file = optional_size(max_shard_size), names_file(target)
     plans = [make_plan(recipes[group], max_shard_size=shard, one_file=one_file) for group in groups]
     outs = [target] if len(points) == 1 else [point_path(target, name) for name in names]
-    return write_outputs(
+    reports = write_outputs(
         plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
         force=force, durable=durable, verify_kept=verify_kept, progress=callback_of(progress),
     )  # fmt: skip
+    if base is not None:
+        return reports
+    return [replace(r, asked={"alpha": p} if r.asked else {}) for p, r in zip(points, reports, strict=True)]
 
 
 @without_recipe

@@ -168,10 +168,11 @@ class PathReport:
             return ()
         worst = max(off, key=lambda p: abs((p.strength or 0) - 1))
         effective = self.effective_alpha(worst)
-        left = f"lets {worst.strength:.2f} of its change arrive" if effective is None else f"acts as {effective:.2g}"
+        share = f"{100 * (worst.strength or 0):.3g} % of its change"
+        left = f"keeps {share}" if effective is None else f"acts as {effective:.2g}"
         return (
-            f"rounding makes a staircase of the path: at {len(off)} of {len(self.points)} points the change that "
-            f"arrives is off by more than 5%, most at {_position(worst)}, which {left}. Use dtype='float32', or "
+            f"rounding makes a staircase of the path: at {len(off)} of {len(self.points)} points it keeps 5 % less or "
+            f"more of the change, most at {_position(worst)}, which {left}. Use dtype='float32', or "
             "rounding='stochastic'",
         )
 

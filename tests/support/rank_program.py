@@ -38,7 +38,7 @@ if "ROUNDS" in os.environ:
         if len(seen) == most:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    journal.Journal.append = counted  # type: ignore[method-assign]
+    journal.Journal.append = counted  # type: ignore[method-assign, assignment]
 
 if "DIES" in os.environ or "FAILS" in os.environ:
     rank, units, noted = os.environ.get("DIES", os.environ.get("FAILS", "")).split(":")

@@ -57,6 +57,6 @@ if "KILL" in os.environ:
         if noted[0] == int(at):
             os.kill(os.getpid(), signal.Signals[name])
 
-    session.Session._append = counted  # type: ignore[method-assign]
+    session.Session._append = counted  # type: ignore[method-assign, assignment]
 
 main()

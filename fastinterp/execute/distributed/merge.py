@@ -31,7 +31,7 @@ from fastinterp.execute.resume.identity import identity_of
 from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
-from fastinterp.execute.to_files import devices_for, write_receipts, write_small_files
+from fastinterp.execute.to_files import devices_for, write_card, write_receipts, write_small_files
 from fastinterp.messages import counted, tell
 from fastinterp.output.folder import OutFolder
 from fastinterp.output.receipt import RECEIPT, SmallFile, WeightsFile
@@ -136,6 +136,8 @@ def carry_out(
             peers.await_("finished", "finish the output")
             return None
         plan.refuse_changed_files()
+        for k, folder in enumerate(folders):
+            small[k] |= write_card(folder, plan, k, _together(plan, records, k), small[k])
         weights = [_weights(records, k) for k in range(len(folders))]
         sums = [_together(plan, records, k).coefficients for k in range(len(folders))]
         write_receipts(plan, folders, weights, small, sums)
