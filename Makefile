@@ -203,7 +203,7 @@ faults: $(VENV)/.built ## make the first 50 of each system call fail, one by one
 
 # A million inputs together. FUZZ_RUNS=1000 is a quick one.
 FUZZ_RUNS ?= 80000
-FUZZ_TARGETS := header file index config adapter receipt bin pickle gguf recipe tokenizer tokenizer-config report
+FUZZ_TARGETS := header file index config adapter receipt receipt-file journal bin pickle gguf recipe tokenizer tokenizer-config report
 $(VENV)/.fuzz: $(VENV)/.built
 	$(PY) -m pip install --quiet atheris
 	@touch $@
