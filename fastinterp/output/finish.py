@@ -47,8 +47,10 @@ def refuse_odd(root: Path, journal: Journal) -> None:
     """Raises: OutputError, if the journal names files outside of the folder: nothing of ours wrote it."""
     record = journal.finishing or Finishing(())
     names = (*record.names, *record.aside)
+    # Surrogates stand for bytes of a name that are no text, but for these, which no name has.
+    odd = any("\ud800" <= c <= "\udfff" and not "\udc80" <= c <= "\udcff" for name in names for c in name)
     linked = any(os.path.islink(root / folder) for folder in subfolders(names))
-    if linked or not all(map(is_relative, names)) or not RUN.fullmatch(journal.run or "0" * 12):
+    if odd or linked or not all(map(is_relative, names)) or not RUN.fullmatch(journal.run or "0" * 12):
         raise OutputError(
             f"{journal.path}: the journal was not written by this program. Remove it, then run this again"
         )
