@@ -326,7 +326,6 @@ def _card(plan: AdapterPlan) -> str:
     shown = shown_names([plan.recipe])
     names = "\n".join(f"- {quote(shown.model(s.name))}" for s in plan.sources if s.adapter is not None)
     text = f"Merged from adapters, method {quote(plan.recipe.method.name)}:\n\n{names}\n\nThe recipe:\n\n"
-    return model_card(
-        base if known and not plan.recipe.private else None,
-        f"{text}```yaml\n{shown.recipe(plan.recipe.text).rstrip()}\n```",
-    )
+    command = "With it as recipe.yml: `fastinterp merge recipe.yml OUT`"
+    how = f"{text}```yaml\n{shown.recipe(plan.recipe.text).rstrip()}\n```\n\n{command}"
+    return model_card(base if known and not plan.recipe.private else None, how, merged=True)

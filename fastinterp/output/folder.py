@@ -235,7 +235,12 @@ class OutFolder(Place):
         if self.resumed and os.path.lexists(path):
             return
         try:
-            os.close(os.open(path, _FLAGS, 0o666))
+            fd = os.open(path, _FLAGS, 0o666)
+            try:
+                os.close(fd)
+            except OSError:
+                os.unlink(path)
+                raise
         except OSError as error:
             raise self._error(f"the folder cannot be written to: {error.strerror}") from error
 
