@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
 from fastinterp.checkpoint.regular_file import read_regular
-from fastinterp.errors import BackendError
+from fastinterp.errors import BackendError, FastinterpError
 from fastinterp.execute.checksums import receipt_content, small_file
 from fastinterp.execute.input_files import input_files
 from fastinterp.execute.report import Report, coefficients_of, report_of
@@ -75,9 +75,13 @@ def write_outputs(
     wall = session.before + time.perf_counter() - start
     read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
     reports = []
-    for plan, done, of_plan in zip(plans, every, folders, strict=True):
-        whole = replace(done, bytes_read=read, bytes_written=written)
-        reports += [report_of(plan, whole, wall, k, folder) for k, folder in enumerate(of_plan)]
+    try:
+        for plan, done, of_plan in zip(plans, every, folders, strict=True):
+            whole = replace(done, bytes_read=read, bytes_written=written)
+            reports += [report_of(plan, whole, wall, k, folder) for k, folder in enumerate(of_plan)]
+    except FastinterpError as error:  # it looks at configurations of the inputs once more
+        error.outcome = "the output is complete, but its report is not"  # type: ignore[attr-defined]
+        raise
     return [
         replace(
             report, outputs=sum(map(len, outs)), chosen=chosen, resumed=session.share,
