@@ -22,6 +22,7 @@ from fastinterp._C import (
 )  # fmt: skip
 from fastinterp.errors import StorageError
 from fastinterp.ops.steps import Answer, Step
+from fastinterp.progress import Progress
 
 __all__ = [
     "CELL_BYTES", "REGION_BYTES", "FileChecksum", "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions",
@@ -44,7 +45,6 @@ def memory_address(handle: SinkHandle) -> int:
 
 # Called from the thread that runs the merge, about ten times a second, with bytes done and bytes in total (read and
 # written together).
-Progress = Callable[[int, int], None]
 
 _TICK_S = 0.1
 
