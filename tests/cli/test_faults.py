@@ -1,4 +1,4 @@
-"""System calls that fail, in a short form: `python -m tests.support.fault_survey` has every occurrence of every call."""
+"""System calls that fail, in a short form. `python -m tests.support.fault_survey`: every occurrence of every call."""
 
 from __future__ import annotations
 
