@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -41,6 +41,8 @@ OUTCOME = (
     "fastinterp.outcome"  # key in click's Context.meta: list[str], notes about the output for the message of a failure
 )
 
+_JSON = "fastinterp.json"  # key in click's Context.meta: bool, whether the command has --json
+
 
 # Of a terminal that is closed; of Ctrl-\, and of a limit on processor time, which would write the memory to a file.
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
@@ -56,8 +58,9 @@ class _Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def errors_reported(ctx: click.Context, worded: Callable[[str], str] = str) -> Iterator[None]:
-    """Context manager: an exception of the package ends the program with a line on stderr and its exit code.
+def errors_reported(ctx: click.Context, worded: Callable[[str], str] = str, *, as_json: bool = False) -> Iterator[None]:
+    """Context manager: an exception of the package ends the program with its exit code and a line on stderr for each
+    error; or with JSON on stdout.
 
     worded  its message, as the command words it
     """
@@ -69,26 +72,42 @@ def errors_reported(ctx: click.Context, worded: Callable[[str], str] = str) -> I
         if isinstance(error, ImportError) and "failed to map segment" not in str(error):  # of a shared library
             if not _stopped:
                 raise
-            _say_interrupted(ctx, _stopped[-1])
-        from fastinterp.cli.options import tell
+            _say_interrupted(ctx, _stopped[-1], as_json)
+        from fastinterp.cli import faults, options
         from fastinterp.messages import plain
 
         known = error if isinstance(error, FastinterpError) else of_the_system(error)
-        tell(plain("; ".join([worded(str(known)), *ctx.meta.get(OUTCOME, [])])), head=type(known).__name__)
+        message = "; ".join([worded(str(known)), *ctx.meta.get(OUTCOME, [])])
+        found = ctx.meta.get(faults.FOUND)
+        if as_json:
+            options.say_json(faults.values(known, message, found))
+        else:
+            for kind, text in faults.lines(known, message, found):
+                options.tell(plain(text), head=kind)
         ctx.exit(known.exit_code)
     except KeyboardInterrupt as stopped:
-        _say_interrupted(ctx, stopped)
+        _say_interrupted(ctx, stopped, as_json)
     except Exception:
         if not _stopped:
             raise
-        _say_interrupted(ctx, _stopped[-1])  # a module that is imported makes another exception of it
+        _say_interrupted(ctx, _stopped[-1], as_json)  # a module that is imported makes another exception of it
 
 
-def _say_interrupted(ctx: click.Context, stopped: BaseException) -> None:
-    from fastinterp.cli.options import tell
+def _say_interrupted(ctx: click.Context, stopped: BaseException, as_json: bool) -> None:
+    from fastinterp.cli import faults, options
 
-    tell("; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]))
-    ctx.exit(getattr(stopped, "exit_code", 130))
+    message, code = "; ".join(["interrupted", *ctx.meta.get(OUTCOME, [])]), getattr(stopped, "exit_code", 130)
+    if as_json:
+        options.say_json(faults.failed({"message": message, "kind": "Interrupted", "exit_code": code}))
+    else:
+        options.tell(message)
+    ctx.exit(code)
+
+
+def _wants_json(args: Sequence[str]) -> bool:
+    """Whether a command line asks for JSON. Of the processes of one merge, the first prints it."""
+    options = args[: args.index("--")] if "--" in args else args
+    return "--json" in options and os.environ.get("RANK", "0") == "0"
 
 
 def of_the_system(error: OSError | MemoryError | RecursionError | ImportError) -> FastinterpError:
@@ -124,6 +143,10 @@ class _Commands(click.Group):
         if cmd_name not in _MODULES:
             return None
         command: click.Command = getattr(import_module(_MODULES[cmd_name]), cmd_name.replace("-", "_"))
+        if "_FASTINTERP_COMPLETE" in os.environ:  # a shell asks what a word may become
+            from fastinterp.cli.complete import offered
+
+            return offered(command)
         return command
 
     def resolve_command(
@@ -140,19 +163,31 @@ class _Commands(click.Group):
         with _usage_errors_plain():
             return super().make_context(*args, **extra)
 
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            with _usage_errors_plain(), errors_reported(ctx, partial(self._with_options, ctx)):
-                return super().invoke(ctx)
-        except click.NoSuchOption as error:
-            from fastinterp.messages import plain
-            from fastinterp.recipe.mergekit_options import instead_of_option
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_JSON] = _wants_json(args)
+        return super().parse_args(ctx, args)
 
-            instead = instead_of_option(error.option_name)
-            if not instead:
-                raise
-            message = f"No such option: {error.option_name}. {instead}"
-            raise click.NoSuchOption(plain(error.option_name), plain(message), ctx=error.ctx) from None
+    def invoke(self, ctx: click.Context) -> Any:
+        as_json = ctx.meta.get(_JSON, False)
+        try:
+            with _usage_errors_plain(), errors_reported(ctx, partial(self._with_options, ctx), as_json=as_json):
+                return super().invoke(ctx)
+        except click.UsageError as error:
+            error = _with_remedy(error)
+            from fastinterp.cli import faults, options
+
+            if not as_json:
+                message = options.fitting(error.format_message(), sys.stderr, less=len("Error: "))
+                raise click.UsageError(message, ctx=error.ctx) from None
+            wrong = {
+                "message": error.format_message(),
+                "kind": "UsageError",
+                "path": None,
+                "line": None,
+                "exit_code": 2,
+            }
+            options.say_json(faults.failed(wrong))
+            ctx.exit(2)
 
     def _with_options(self, ctx: click.Context, message: str) -> str:
         """The message of a command without a recipe: what it has as an option is not called a key or an argument."""
@@ -164,6 +199,17 @@ class _Commands(click.Group):
 
         known = {name: option for name, option in names.items() if option.startswith("--")}
         return with_keys_as(message, lambda key, value: f"{known[key]} {value}" if key in known else None)
+
+
+def _with_remedy(error: click.UsageError) -> click.UsageError:
+    """The error of an option that is not known, with what to do instead, if it is one of mergekit's."""
+    if not isinstance(error, click.NoSuchOption):
+        return error
+    from fastinterp.recipe.mergekit_options import instead_of_option
+
+    instead = instead_of_option(error.option_name)
+    message = f"No such option: {error.option_name}. {instead}"
+    return click.NoSuchOption(error.option_name, message, ctx=error.ctx) if instead else error
 
 
 _KNOWN = "Known: " + ", ".join(_MODULES)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastinterp.cli import options, ranges
+from fastinterp.cli import grammar, options, ranges
 
 if TYPE_CHECKING:
     from fastinterp.paths.explore.sliders import Sliders
@@ -15,20 +15,23 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("report")
-@click.option("-o", "--out", required=True, metavar="FILE", help="The figure: .png, .svg or .pdf.")
+@click.argument("outs", nargs=-1, metavar="[FILE]")
+@grammar.out_option("The figure, in place of FILE.", metavar="FILE")
 @click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Draw only this metric. Repeatable.")
-def plot(report: str, out: str, metrics: tuple[str, ...]) -> None:
+def plot(report: str, outs: tuple[str, ...], named_out: str | None, metrics: tuple[str, ...]) -> None:
     """Draw metrics along a path.
 
-    REPORT is a JSON file, as PathReport.to_json writes it. Along one direction each metric is a curve with error bars,
-    the chord between the ends and the range between them shaded; over two directions it is a heat map.
+    REPORT is a JSON file, as PathReport.to_json writes it; FILE the figure: .png, .svg or .pdf. Along one direction
+    each metric is a curve with error bars, the chord between the ends and the range between them shaded; over two
+    directions it is a heat map.
 
     \b
     Example:
-      fastinterp plot report.json -o figure.png
+      fastinterp plot report.json figure.png
     """
     from fastinterp.paths.report import PathReport
 
+    out = grammar.only_output(outs, named_out, "plot REPORT")
     PathReport.from_json(report).plot(out, metrics or None)
 
 
@@ -82,7 +85,7 @@ def explore(
     \b
     Example:
       fastinterp explore model-a/ model-b/ --prompt "The food was"
-      fastinterp explore --base base/ --add positive=p/ --add formal=f/ --report report.json
+      fastinterp explore --base base/ --add joy=j/ --add calm=c/ --report r.json
     """
     from fastinterp.paths.explore.sliders import Sliders, read_report
 

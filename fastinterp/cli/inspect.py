@@ -6,7 +6,8 @@ import sys
 
 import click
 
-from fastinterp.cli import options
+from fastinterp.cli import grammar, options
+from fastinterp.cli.faults import told_together
 
 
 @click.command()
@@ -25,6 +26,7 @@ def check(recipe: str, strict: bool, as_json: bool) -> None:
     """
     from fastinterp.inspect.check import check as checked
 
+    grammar.refuse_checkpoints("check", recipe)
     result = checked(recipe)
     if as_json:
         options.say_json(result.as_dict())
@@ -70,8 +72,11 @@ def explain(
     from fastinterp.arguments import size_of
     from fastinterp.plan.plan import documents
 
-    recipes = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
-    explanation = explanation_of(recipes, max_shard_size, threads, size_of(max_memory))
+    grammar.refuse_checkpoints("explain", recipe)
+    keys = {"dtype": dtype, "rounding": rounding, "seed": seed, "missing": missing, "channels": channels}
+    with told_together(recipe, keys | {"quantize": quantize}):
+        recipes = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+        explanation = explanation_of(recipes, max_shard_size, threads, size_of(max_memory))
     if as_json:
         options.say_json(explanation.as_dict())
     else:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastinterp.cli import OUTCOME, options
+from fastinterp.cli import OUTCOME, faults, grammar, options
 from fastinterp.cli.blas import one_blas_thread
+from fastinterp.cli.faults import RECIPE_KEYS, told_together
 from fastinterp.cli.ranges import alphas
 from fastinterp.errors import CheckpointError, FastinterpError, OutputError, UsageError
 
@@ -19,33 +20,26 @@ if TYPE_CHECKING:
     from fastinterp.execute.report import Report
     from fastinterp.lora.report import AdapterReport
 
-_RECIPE_KEYS = (
-    "dtype",
-    "rounding",
-    "seed",
-    "missing",
-    "channels",
-    "quantize",
-    "private",
-)  # options that replace a recipe's keys
 _OF_ADAPTERS = ("threads", "force", "durable", "progress")  # arguments of a merge of adapters
 _OF_MODELS = {
     "device": "auto", "max_shard_size": None, "max_memory": "512MB", "rounding": None, "missing": None,
     "channels": None, "quantize": None, "keep_intermediates": None, "verify_kept": False,
 }  # fmt: skip
-_VISIBLE = 0.01  # relative difference of an effective alpha from the alpha, above which it is shown
+_MENDED = "it is in place now"  # of a message that says what became of an earlier run
 
 
 @click.command()
 @options.recipe
-@click.argument("out")
+@click.argument("outs", nargs=-1, metavar="[OUT]")
+@grammar.out_option("The output, in place of OUT.")
 @click.option(
     "--keep-intermediates", metavar="DIR",
     help="Of several documents: write the others, too, each into a folder of its name in DIR.",
 )  # fmt: skip
 @options.output
 def merge(
-    recipe: str, out: str, keep_intermediates: str | None, quiet: bool, as_json: bool, **settings: Any
+    recipe: str, outs: tuple[str, ...], named_out: str | None, keep_intermediates: str | None, quiet: bool,
+    as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Merge checkpoints according to a recipe.
 
@@ -64,12 +58,14 @@ def merge(
     from fastinterp.cli import progress
     from fastinterp.plan.plan import documents
 
+    grammar.refuse_checkpoints("merge", recipe, outs)
+    out = grammar.only_output(outs, named_out, "merge RECIPE")
     report: Report | AdapterReport
     me = options.rank()
     if me is None:
         one_blas_thread()  # of adapters
-        with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
-            keys = {name: settings.pop(name) for name in _RECIPE_KEYS}
+        keys = {name: settings.pop(name) for name in (*RECIPE_KEYS, "private")}
+        with told_together(recipe, keys), outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
             recipes = documents(recipe, **keys)
             settings |= {"progress": shown, "keep_intermediates": keep_intermediates}
             if api.merges_adapters(recipes):
@@ -94,34 +90,32 @@ def merge(
         options.say(report.summary())
 
 
-@click.command()
-@click.argument("a")
-@click.argument("b")
+@click.command(cls=grammar.Command)
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.argument("outs", nargs=-1, metavar="[OUT]")
 @click.option(
-    "--alpha", "points", callback=alphas, multiple=True, required=True, metavar="ALPHA",
+    "--alpha", "--alphas", "points", callback=alphas, multiple=True, required=True, metavar="ALPHA",
     help="Position on the line: 0 is A, 1 is B. A number, a list 0,0.5,1 or a range 0:1:0.25. Repeatable.",
 )  # fmt: skip
-@click.option(
-    "-o", "--out", required=True, metavar="DIR",
-    help="Output folder, or file NAME.safetensors (GGUF: NAME.gguf); of several outputs, DIR/alpha_0.3 or "
-    "NAME_alpha_0.3.safetensors.",
-)  # fmt: skip
+@grammar.out_option("The output, in place of OUT.")
 @click.option("--base", metavar="CKPT", help="Task vectors: base + (1 - alpha)*(A - base) + alpha*(B - base).")
 @click.option("--integers", metavar="CKPT", help="Take integer tensors from CKPT. Default: they must be equal.")
 @options.tokenizer_source
 @options.output
 def interpolate(
-    a: str, b: str, points: list[float], out: str, base: str | None, quiet: bool, as_json: bool,
-    **settings: Any,
+    a: str, b: str, outs: tuple[str, ...], points: list[float], named_out: str | None, base: str | None, quiet: bool,
+    as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Interpolate between checkpoints A and B, or extrapolate.
 
-    The output is A + alpha*(B - A). One read of A and B makes up to 256 outputs.
+    The output is A + alpha*(B - A): the folder OUT, or a file NAME.safetensors (GGUF: NAME.gguf). Of several alphas it
+    is OUT/alpha_0.3 and so on, or NAME_alpha_0.3.safetensors; one read of A and B makes up to 256 of them.
 
     \b
     Example:
-      fastinterp interpolate model-a/ model-b/ --alpha 0.3 -o mixed/
-      fastinterp interpolate model-a/ model-b/ --alpha -0.5 --alpha 0:1:0.25 --alpha 1.5 -o path/
+      fastinterp interpolate model-a/ model-b/ mixed/ --alpha 0.3
+      fastinterp interpolate model-a/ model-b/ -o path/ --alpha -0.5,0:1:0.25,1.5
     """
     from fastinterp import api
     from fastinterp.cli import progress
@@ -129,8 +123,14 @@ def interpolate(
     from fastinterp.paths.points import point_name, point_path
 
     options.refuse_ranks("interpolate")
-    outs = [Path(out)] if len(points) == 1 else [point_path(out, point_name(p)) for p in points]
-    with outcome_of(outs), progress.shown(quiet or as_json) as shown:
+    out = grammar.only_output(outs, named_out, "interpolate A B --alpha ...")
+    paths = [Path(out)] if len(points) == 1 else [point_path(out, point_name(p)) for p in points]
+    models = [a, b] if base is None else [base, a, b]
+    with (
+        told_together(faults.of_models(models), settings),
+        outcome_of(paths),
+        progress.shown(quiet or as_json) as shown,
+    ):
         reports = api.interpolate(a, b, points, out, base=base, progress=shown, **settings)
     acting = [_acts_as(p, r) if base is None else None for p, r in zip(points, reports, strict=True)]
     if as_json:
@@ -140,7 +140,7 @@ def interpolate(
         warn(reports)
     else:
         lines = _path_lines(points, acting, reports)
-        older = _older_points(Path(out), outs) if len(outs) > 1 else 0
+        older = _older_points(Path(out), paths) if len(paths) > 1 else 0
         if older:
             lines.append(f"  not changed: {counted(older, 'older alpha_* folder')} in {plain(out)}")
         options.say("\n".join(lines))
@@ -170,7 +170,7 @@ def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
         if not note and isinstance(error, (KeyboardInterrupt, OutputError)):
             done = [str(out) for out, files in _in_place(outs).items() if files - before.get(out, set())]
             note = f"finished before that: {', '.join(done)}" if done else _nothing(outs)
-        if note and note not in str(error):
+        if note and note not in str(error) and _MENDED not in str(error):
             click.get_current_context().meta[OUTCOME] = [note]
         raise
 
@@ -223,16 +223,17 @@ def _acts_as(alpha: float, report: Report) -> float | None:
 
 def _path_lines(points: Sequence[float], acting: Sequence[float | None], reports: Sequence[Report]) -> list[str]:
     """The text about one or several outputs, with effective alphas where they differ from the alphas."""
+    from fastinterp.execute.kept import VISIBLE
     from fastinterp.execute.report import COPIES
     from fastinterp.messages import plain, size, table
     from fastinterp.ops.combine import MAX_OUTPUTS
 
+    if len(reports) == 1:
+        return [reports[0].summary()]
     effective = [
-        f"{acts:.3g}" if acts is not None and abs(acts - alpha) > _VISIBLE * abs(alpha) else ""
+        f"{acts:.3g}" if acts is not None and abs(acts - alpha) > VISIBLE * abs(alpha) else ""
         for alpha, acts in zip(points, acting, strict=True)
     ]
-    if len(reports) == 1:
-        return [reports[0].summary(), *(f"  alpha {points[0]:g} acts as {acts}" for acts in effective if acts)]
     run, reads = reports[0], -(-len(reports) // MAX_OUTPUTS)
     read = "one read" if reads == 1 else f"{reads} reads"
     lines = [f"{len(reports)} outputs from {read}: {size(run.bytes_read)} read, {run.pace()}"]

@@ -166,12 +166,13 @@ def refuse_ranks(command: str) -> None:
 
 
 def say(text: str) -> None:
-    """Print a result on stdout, in lines. What does not print is escaped: this and `tell` are the only ways out.
+    """Print a result on stdout, in lines; on a terminal none is cut inside a word. What does not print is escaped: this
+    and `tell` are the only ways out.
 
     Raises: StorageError, if it cannot be written; a closed pipe (`| head`) ends the program without a message.
     """
     try:
-        _print(plain_lines(text))
+        _print(fitting(plain_lines(text), sys.stdout))
     except BrokenPipeError:
         raise  # click ends the program
     except OSError as error:
@@ -186,7 +187,23 @@ def tell(text: str, *, head: str = "") -> None:
 
     head  a word in red before it, and a colon
     """
-    _print((click.style(plain(head), fg="red") + ": " if head else "") + plain_lines(text), err=True)
+    start = f"{plain(head)}: " if head else ""
+    text = fitting(start + plain_lines(text), sys.stderr)
+    _print(click.style(plain(head), fg="red") + text.removeprefix(plain(head)) if head else text, err=True)
+
+
+def fitting(text: str, stream: Any, less: int = 0) -> str:
+    """The text for a stream: lines that a terminal would cut are broken between words.
+
+    less  columns that are taken already
+    """
+    if stream is None or not stream.isatty():
+        return text
+    from shutil import get_terminal_size
+
+    from fastinterp.messages import broken
+
+    return broken(text, get_terminal_size().columns - less)
 
 
 def _print(text: str, *, err: bool = False) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fastinterp.cli import options
+from fastinterp.cli import grammar, options
 from fastinterp.cli.merge import outcome_of, warn
 
 
@@ -81,7 +81,8 @@ def verify(
 
 @click.command()
 @click.argument("output")
-@click.option("-o", "--out", required=True, metavar="NEW", help="A new folder; a new file, if OUTPUT is one file.")
+@click.argument("outs", nargs=-1, metavar="[NEW]")
+@grammar.out_option("The new output, in place of NEW.", metavar="NEW")
 @_models
 @options.device
 @options.threads
@@ -92,22 +93,25 @@ def verify(
 @options.as_json
 @click.pass_context
 def replay(
-    ctx: click.Context, /, output: str, out: str, models: tuple[str, ...], quiet: bool, as_json: bool, **settings: Any
+    ctx: click.Context, /, output: str, outs: tuple[str, ...], named_out: str | None, models: tuple[str, ...],
+    quiet: bool, as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Make an output again from its receipt: the same bytes.
 
-    OUTPUT is a folder or a file that fastinterp wrote; only its receipt is read. Exit code 1: the new output differs
+    OUTPUT is a folder or a file that fastinterp wrote, of which only the receipt is read; NEW a new folder, or a new
+    file, if OUTPUT is one. Exit code 1: the new output differs
     from the receipt, because an input has changed since.
 
     \b
     Example:
-      fastinterp replay merged/ -o again/
-      fastinterp replay merged/ -o again/ --models ft1=/data/ft1
+      fastinterp replay merged/ again/
+      fastinterp replay merged/ again/ --models ft1=/data/ft1
     """
     from fastinterp.cli import progress
     from fastinterp.verification.replay import replay as run
 
     options.refuse_ranks("replay")
+    out = grammar.only_output(outs, named_out, "replay OUTPUT")
     with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
         result = run(output, out, models=models or None, progress=shown, **settings)
     if as_json:

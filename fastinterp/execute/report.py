@@ -9,6 +9,7 @@ from functools import cached_property
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from fastinterp.execute.kept import acting, acting_lines, asked_of, kept
 from fastinterp.messages import counted, plain, seconds, size
 
 if TYPE_CHECKING:
@@ -141,6 +142,8 @@ class Report:
     # model that is decoded from codes, or is compared with one -> its difference in steps of the quantisation
     quantised: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # reason -> files that were not copied
+    # numbers of the recipe in proportion to which the output differs from its base: see kept.py
+    asked: Mapping[str, float] = field(default_factory=dict)
     resumed: float | None = None  # how much of all outputs was finished before, 0 to 1; None: the run was not resumed
 
     def __repr__(self) -> str:
@@ -152,6 +155,26 @@ class Report:
 
     def __str__(self) -> str:
         return self.summary()
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a table, and the notes."""
+        from fastinterp import html
+
+        total = self.effect
+        rows = [
+            ("files", ", ".join(self.files)),
+            ("read, written", f"{size(self.bytes_read)}, {size(self.bytes_written)}"),
+            ("time", f"{seconds(self.wall_s)}, {size(self.gb_per_s * 1e9)}/s"),
+            ("device", f"{self.device}, {counted(self.threads, 'thread')}"),
+        ]
+        if total.strength is not None and total.changed_fraction is not None:
+            rows += [
+                ("elements changed", f"{total.changed_fraction:.1%}"),
+                ("relative change", f"{total.relative_change or 0:.1e}"),
+                ("intended change that rounding kept", f"{total.strength:.1%}"),
+                ("measured on", f"{_percent(total)} of the elements"),
+            ]
+        return html.heading(self.output) + html.table((), rows) + html.notes(self.notes())
 
     @cached_property
     def effect(self) -> RoundingEffect:
@@ -175,6 +198,7 @@ class Report:
             **fields,
             "densities": densities,
             "gb_per_s": self.gb_per_s,
+            "acting": acting(self.asked, self.effect.strength),
             "effect": self.effect.as_dict(),
             "tensors": {name: effect.as_dict() for name, effect in self.tensors.items()},
         }
@@ -234,9 +258,10 @@ class Report:
         if total.strength is not None and total.changed_fraction is not None:
             change = total.relative_change or 0
             lines.append(
-                f"  {total.changed_fraction:.1%} of elements changed, relative change {change:.1e}, "
-                f"{total.strength:.3f} of the intended change preserved (measured on {_percent(total)})"
+                f"  {total.changed_fraction:.1%} of elements changed, relative change {change:.1e}; "
+                f"{kept(total.strength, total.sampled < total.numel)}"
             )
+            lines += [f"  {plain(line)}" for line in acting_lines(self.asked, total.strength)]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes())])
 
 
@@ -268,8 +293,8 @@ def warnings_of(
     strength = total.strength
     if strength is not None and abs(strength - 1) > _NOTICED and not stochastic:
         warnings.append(
-            f"rounding to {dtype} preserved {strength:.2f} of the intended change: the models differ by little more "
-            "than the spacing of that dtype. Use "
+            f"{kept(strength, total.sampled < total.numel).replace('rounding', f'rounding to {dtype}', 1)}: the models "
+            "differ by little more than the spacing of that dtype. Use "
             + (f"{numbers}, which writes numbers" if numbers else "--rounding stochastic, or --dtype float32")
         )
     if total.nan_in or total.inf_in:
@@ -355,6 +380,7 @@ def report_on(
         remarks=(*plan.remarks, *_file_remarks(plan, folder), *about),
         quantised=quantised,
         left_out={} if folder is None or folder.file else plan.files.left_out,
+        asked=asked_of(plan.recipes[k]) if not plan.above else {},
     )
 
 

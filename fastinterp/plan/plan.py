@@ -56,6 +56,7 @@ class Plan:
     above        the documents above
     receipts     one per output: the receipt in the headers of its files, JSON
     folders      held as long as the plan is: they have the small files of documents above
+    max_shard_size  as it was asked for
     """
 
     recipes: tuple[Recipe, ...]
@@ -74,6 +75,7 @@ class Plan:
     above: tuple[Recipe, ...] = ()
     receipts: tuple[str, ...] = ()
     folders: tuple[object, ...] = ()
+    max_shard_size: int | None = None
 
     def __repr__(self) -> str:
         """Short: the fields hold every tensor and header."""
@@ -108,11 +110,19 @@ class Plan:
         """
         recipe = self.recipes[k]
         files = self.aligned.sidecars(self.files.contents(recipe.out_dtype or recipe.dtype or self._promoted()))
+        return {**files, CARD: self.card(k), **self.layouts[k].indexes}
+
+    def card(self, k: int, kept: Sequence[str] = ()) -> bytes:
+        """The model card of output k. kept: how much of the change rounding kept, once that is known, in sentences"""
+        from fastinterp.plan.card import told
+
+        recipe = self.recipes[k]
         roots = [self.origin.root, *(model.root for model in self.checkpoints[: len(self.models)])]
         names = [self.shown.model(model) for model in self.models]
         local = [name for name, model in zip(names, self.models, strict=True) if name != model]
-        card = model_card(self.shown.recipe(recipe.text), names, recipe.method.name, __version__, roots, local)
-        return {**files, CARD: card.encode(), **self.layouts[k].indexes}
+        how = told(recipe, self.tensors, self.max_shard_size, kept, self.shown.model)
+        text = self.shown.recipe(recipe.text)
+        return model_card(text, names, recipe.method.name, __version__, roots, local, how).encode()
 
     def _promoted(self) -> DType | None:
         """That of most elements, where models differ in their dtypes and tensors are stored in one that holds all, or
@@ -233,7 +243,7 @@ def make_plan(
     return Plan(
         tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings,
         (*remarks, *outputs.remarks), tuple(names), inputs, last.files, _stamps(last), shown, tuple(above),
-        tuple(metadata[RECEIPT_KEY] for metadata in receipts), folders,
+        tuple(metadata[RECEIPT_KEY] for metadata in receipts), folders, max_shard_size,
     )  # fmt: skip
 
 
