@@ -41,9 +41,13 @@ class Sources:
         outputs: int = 0,
         scratch: Path | None = None,
     ):
-        every = list({tensor.key: tensor for tensor in inputs if tensor.files}.values())
-        needed = list(dict.fromkeys(path for tensor in every for path in tensor.files))
-        moved = sum(tensor.moves_rows for tensor in every)
+        every: dict[Hashable, TensorInput] = {}
+        needed: dict[Path, None] = {}
+        for tensor in inputs:
+            if (files := tensor.files) and (key := tensor.key) not in every:
+                every[key] = tensor
+                needed.update(dict.fromkeys(files))
+        moved = sum(tensor.moves_rows for tensor in every.values())
         _allow_files(len(needed) + moved + 1 + outputs)
         self.paths: list[Path] = []
         self.fds: list[int] = []
@@ -57,8 +61,8 @@ class Sources:
             stack.callback(close, fd, path)
             self._number[path] = self.add(fd, path)
         self._operands: dict[Hashable, Operand] = {}
-        for tensor in every:
-            self._operands[tensor.key] = tensor.open(self)
+        for key, tensor in every.items():
+            self._operands[key] = tensor.open(self)
 
     def add(self, fd: int, path: Path) -> int:
         """Add a file that is already open; returns its index."""
