@@ -199,11 +199,11 @@ torture: $(VENV)/.built ## kill commands 200 times at random moments, and compar
 	@$(PY) -m tests.attacks.kills
 
 faults: $(VENV)/.built ## make the first 50 of each system call fail, one by one: ten minutes or more
-	@$(PY) -m tests.attacks.faults
+	@$(PY) -m tests.support.fault_survey
 
 # A million inputs together. FUZZ_RUNS=1000 is a quick one.
 FUZZ_RUNS ?= 80000
-FUZZ_TARGETS := header file index config adapter receipt bin pickle gguf recipe tokenizer tokenizer-config report
+FUZZ_TARGETS := header file index config adapter receipt receipt-file journal bin pickle gguf recipe tokenizer tokenizer-config report
 $(VENV)/.fuzz: $(VENV)/.built
 	$(PY) -m pip install --quiet atheris
 	@touch $@

@@ -192,7 +192,10 @@ def begin(path: Path, merge: str = "", run: str | None = None) -> Journal:
     try:
         if not _locked(path, fd):
             raise Busy(f"another process begins to write there: {quote(path)}. Wait for it, then run this again")
-    except BaseException:
+    except BaseException as error:
+        if not isinstance(error, Busy):  # it is this process's own, and empty
+            with suppress(OSError):
+                os.unlink(path)
         os.close(fd)
         raise
     journal = Journal(path, fd, [], 0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.errors import CheckpointError
 
@@ -95,6 +96,10 @@ def encode_receipt(receipt: ReceiptFile) -> bytes:
 def read_receipt(path: str) -> ReceiptFile:
     """Read a receipt, which is not trusted. Raises: CheckpointError, if it cannot be read, or is none."""
     try:
-        return msgspec.json.decode(read_regular(path, MAX_RECEIPT), type=ReceiptFile)
+        receipt = msgspec.json.decode(read_regular(path, MAX_RECEIPT), type=ReceiptFile)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"this is no receipt of a merge: {error}", file=path) from None
+    for name, file in receipt.weights.items():
+        if not 0 <= file.data_start <= file.size < 1 << 63:
+            raise CheckpointError(f"of {quote(name)} it says sizes that no file has: it is damaged", file=path)
+    return receipt

@@ -137,7 +137,7 @@ def says_tied(config: Mapping[str, Any]) -> bool | None:
         value = part.get("tie_word_embeddings") if isinstance(part, Mapping) else None
         if isinstance(value, bool):
             return value
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     return True if kind in _TIED_BY_DEFAULT else False if kind in _UNTIED_BY_DEFAULT else None
 
 

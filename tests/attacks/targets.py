@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastinterp.errors import FastinterpError
 from tests.support import torch_files as pickles
+from tests.support.models import layers, save
 
 Reader = Callable[[Path, bytes], object]
 
@@ -43,7 +47,13 @@ NAMES = [f"model.layers.{i}.{x}.weight" for i in range(4) for x in ("mlp.up_proj
     "lm_head.weight"
 ]
 HALVES = {LAYER: entry(0, 32, (2, 4)), "model.embed_tokens.weight": entry(32, 64, (2, 4))}
-RECEIPT = {"version": "0.2.0", "numerics": 1, "method": "linear", "recipe": "merge_method: linear\n", "models": ["a"]}
+RECEIPT = {
+    "fastinterp": "0.2.0",
+    "numerics": 1,
+    "method": "linear",
+    "recipe": "merge_method: linear\n",
+    "models": ["a"],
+}
 
 
 def opened(path: Path) -> None:
@@ -87,6 +97,45 @@ def receipt(folder: Path, data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     head = {"__metadata__": {"fastinterp": text, "format": "pt"}, **HALVES}
     one_file("model.safetensors")(folder, safetensors(head))
+
+
+def receipt_file(folder: Path, data: bytes) -> None:
+    """The receipt beside the weights of an output, which is verified and whose recipe is carried out for that."""
+    from fastinterp.api import merge
+    from fastinterp.verification.verify import verify
+
+    out = folder / "out"
+    if not out.exists():
+        for name, noise in (("a", 0.0), ("b", 0.1)):
+            save(folder / name, layers(1, noise=noise))
+        models = [{"model": str(folder / name), "parameters": {"weight": 1}} for name in "ab"]
+        merge({"merge_method": "linear", "dtype": "float32", "models": models}, out)
+    (out / "fastinterp_receipt.json").write_bytes(data)
+    verify(out, sample=1.0, inputs=True, models=[str(folder)]).summary()
+
+
+def journal(folder: Path, data: bytes) -> None:
+    """Lines of the journal of an output that was left, each with its checksum; the next run goes on from it."""
+    from fastinterp.checkpoint.journal_file import journal_path, line_of
+    from fastinterp.checkpoint.open import open_checkpoint
+    from fastinterp.output.folder import OutFolder
+    from tests.support.written import checkpoint, write
+
+    precious, out = folder / "precious.txt", folder / "out"
+    precious.write_bytes(b"x")
+    shutil.rmtree(out, ignore_errors=True)
+    checkpoint(out)
+    lines = [line.partition(b" ") for line in data.split(b"\n")]
+    kinds = [(kind.decode("latin-1"), value) for kind, _, value in lines]
+    journal_path(out).write_bytes(b"".join(line_of(kind, value) for kind, value in kinds if kind.isascii()))
+    try:
+        with suppress(FastinterpError):
+            opened(out)
+        with OutFolder(out, [], force=True) as output:
+            write(output)
+        open_checkpoint(str(out))
+    finally:
+        assert precious.read_bytes() == b"x" and {p.name for p in folder.iterdir()} == {"out", "precious.txt"}
 
 
 def pickle(folder: Path, data: bytes) -> None:
@@ -249,6 +298,29 @@ MOE_CONFIG = {
     "dtype": "bfloat16", "mlp_only_layers": [0], "layer_types": ["full_attention"],
     "text_config": {"num_hidden_layers": 1, "vocab_size": 2},
 }  # fmt: skip
+WHOLE_RECEIPT = {
+    "fastinterp": "0.2.0", "numerics": 1, "merge": RECEIPT | {
+        "models": ["a", "b"], "dtype": "F32", "rounding": "nearest", "seed": 0, "fp8_overflow": "saturate",
+        "coefficients": {"weights": [0.5, 0.5], "base": None, "sums_to_one": True},
+        "recipe": "merge_method: linear\ndtype: float32\nmodels:\n- model: a\n  parameters:\n    weight: 1\n"
+        "- model: b\n  parameters:\n    weight: 1\n",
+    },
+    "weights": {"model.safetensors": {
+        "size": 4560, "data_start": 4096, "header_xxh3": "de518314ea3c4880", "checksum": "b2dc9fc86ebb6736",
+        "regions": ["b2dc9fc86ebb6736"],
+    }},
+    "files": {"config.json": {"size": 23, "xxh3": "888747e855e163cc"}},
+    "inputs": {"a": [{
+        "name": "model.safetensors", "size": 905, "header_xxh3": "42c6f6301715ed96", "sample_xxh3": "98620ce004cdd1fb",
+        "checksum": "b2dc9fc86ebb6736",
+    }]},
+    "coefficients": {"model.norm.weight": {"weights": [0.5, 0.5]}},
+}  # fmt: skip
+_BEGIN = b'begin {"run":"0123456789ab","merge":"m","pid":1,"started":1,"boot":"b","command":["fastinterp"],"cwd":"/"}'
+JOURNALS = (
+    _BEGIN + b'\nfinishing {"names":["model.safetensors","config.json"],"aside":["model.safetensors"],"synced":true}',
+    _BEGIN + b'\nplan {"x":1}\nround {"tensors":[["a",1]],"regions":{"0":[1,2]}}',
+)
 PEFT = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"], "base_model_name_or_path": "x",
         "rank_pattern": {"up_proj": 2}, "alpha_pattern": {}, "use_rslora": False, "bias": "none"}  # fmt: skip
 
@@ -262,6 +334,8 @@ TARGETS: dict[str, Target] = {
     "config": Target(config, _json(CONFIG, MOE_CONFIG, {})),
     "adapter": Target(adapter, _json(PEFT)),
     "receipt": Target(receipt, _json(RECEIPT)),
+    "receipt-file": Target(receipt_file, _json(WHOLE_RECEIPT)),
+    "journal": Target(journal, JOURNALS),
     "bin": Target(one_file("pytorch_model.bin"), tuple(
         pickles.zipped(pickles.archive(body, {"0": bytes(16)}), wide=wide)
         for body in _pickles() for wide in (False, True)

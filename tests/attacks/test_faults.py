@@ -1,50 +1,53 @@
-"""A short form of `make faults`: the first occurrence of every call fails, in every command."""
+"""A short form of `make faults`: the first occurrence of every system call fails, in every command."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.attacks import faults
 from tests.support.fault_server import FaultServer, Run
+from tests.support.fault_survey import MODULES, Place, survey, traced
 from tests.support.faults import library
+from tests.support.written import tree
+
+COMMANDS = ["interpolate", "merge", "force", "durable", "file", "sweep", "check", "explain", "inspect"]
 
 
 @pytest.fixture(scope="module")
 def server():
     library()  # skips, where there is no C compiler
-    with FaultServer(faults.MODULES) as running:
+    with FaultServer(MODULES) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("faults") / "case"
-    faults.prepare(made)
-    return made
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("faults").resolve() / "faults")
 
 
 @pytest.mark.slow(8)
-@pytest.mark.parametrize("command", faults.COMMANDS)
-def test_calls_that_fail_are_errors(server, folder, command):
-    tally = faults.cases(server, command, folder, 1)
-    assert tally.wrong == []
-    assert tally.cases > 10 and tally.refused > 5
+@pytest.mark.parametrize("command", COMMANDS)
+def test_calls_that_fail_are_errors(server, place, command):
+    """The right exit code and one line that names the file; no part of an output; inputs as they were."""
+    before = [tree(place.a), tree(place.b)]
+    every = traced(server, place, command)[2]
+    ends = list(survey(server, place, command, [call for call in every if call.nth == 1]))
+    assert [str(end) for end in ends if end is not None] == []
+    assert len(ends) > 10 and [tree(place.a), tree(place.b)] == before
 
 
-@pytest.mark.parametrize(
-    ("done", "got", "said"),
-    [
-        (Run(4, "", "OutputError: x"), {}, ""),
-        (Run(0, "", ""), {"a": b"1"}, ""),
-        (Run(1, "", "Traceback (most recent call last)"), {}, "traceback"),
-        (Run(1, "", "x"), {}, "exit code 1"),
-        (Run(-11, "", ""), {}, "exit code -11"),
-        (Run(2, "", "RecipeError: cannot read the recipe"), {}, ""),
-        (Run(2, "", "UsageError"), {}, "exit code 2"),
-        (Run(4, "", ""), {}, "no message"),
-        (Run(4, "", "OutputError"), {"a": b""}, "error, and files: ['a']"),
-        (Run(0, "", ""), {"a": b""}, "success, but other files: ['a']"),
-    ],
-)
-def test_what_is_wrong_is_noticed(done, got, said):
-    assert faults.complaint(done, Run(0, "", ""), "merge", "close:1:EIO", got, {"a": b"1"}) == said
+@pytest.mark.slow
+def test_what_ends_otherwise_is_noticed(place):
+    """With a program that writes something and fails as no command does."""
+
+    class Careless:
+        def run(self, _args: object, rules: str = "", *_: object, **options: object) -> Run:
+            if trace := options.get("trace"):
+                trace.write_text(f"1 open {place.a}\n")  # type: ignore[attr-defined]  # a Path
+                return Run(0, "", "")
+            place.out.mkdir(exist_ok=True)
+            (place.out / "left").write_bytes(rules.encode())
+            return Run(4, "", f"OutputError: {place.root}")
+
+    found = list(survey(Careless(), place, "merge", None))  # type: ignore[arg-type]
+    assert [end is not None and "it leaves" in end.why for end in found] == [True] * 3
+    place.clear()

@@ -127,7 +127,8 @@ def _wrong(run: Run, place: Place, name: str, good: Run, expected: Mapping[str, 
     """What is wrong about how a run ended; empty: nothing."""
     if "Traceback" in run.out + run.err or "Exception ignored" in run.err:
         return run.err.strip().splitlines()[-1]
-    if run.code not in (0, 3, 4) and not (name == "check" and run.code == 2):
+    unread = "cannot read the recipe" in run.err or "the recipe is empty" in run.err  # a bad recipe: exit code 2
+    if run.code not in (0, 3, 4) and not (run.code == 2 and (name == "check" or unread)):
         return f"it exits with {run.code}: {run.err}"
     if run.code == 0:
         if place.written() != expected:
