@@ -16,8 +16,18 @@
     verify(output)                    whether an output has the bytes that its receipt says; replay(output, out)
     weighted_sum(arrays, weights)     the same arithmetic on arrays in memory
     path(a, b).evaluate(fn, alphas)   metrics along a path between models
+    Report                            what merge, interpolate and average return: bytes, time, the effect of rounding
+    Point                             what sweep returns for each point: its place, recipe, path, report
+    PathReport                        what path(...).evaluate returns: metrics at each point; tables, files, figures
+    Verification, Replay              what verify and replay return
     integrations.torch_ops            weighted sums for autograd, torch.compile and CUDA graphs; running averages
     integrations.transformers, .peft, .sd_mecha    for users of these: docs/INTEGRATIONS.md
+
+All errors are FastinterpErrors, with the exit_code that the command line ends with: UsageError for arguments, its kinds
+RecipeError and MethodError for recipes and methods, and BackendError for devices: 2; CheckpointError, and its kind
+ShapeError where models do not fit: 3; StorageError where the system cannot read or write, its kind OutputError for
+outputs: 4. `progress=True` shows a line on stderr while a function works.
+__version__ is the version.
 
 Public names are imported on first use, so that the command line, which needs few of them, starts fast.
 """

@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 from contextlib import suppress
 
 
@@ -13,8 +14,13 @@ def main() -> None:
         signal.signal(signal.SIGINT, _interrupted)
     # A short-lived process: going through its modules for garbage, above all at the end, takes a sixth of its start-up.
     gc.disable()
-    from fastinterp.cli import main as run
-
+    try:
+        from fastinterp.cli import main as run
+    except (ImportError, MemoryError) as error:
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):
+            raise
+        sys.stderr.write("StorageError: not enough memory to start. Allow more (ulimit -v)\n")
+        sys.exit(4)
     try:
         run()
     finally:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
-from fastinterp.backends.cpu import Progress
 from fastinterp.checkpoint.names import is_plain, names_file
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
@@ -19,6 +18,7 @@ from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.average import average_of
 from fastinterp.paths.points import further_keys, point_name, point_path, point_recipe
 from fastinterp.plan.plan import Source, documents, make_plan, plan_documents
+from fastinterp.progress import Progress, callback_of
 from fastinterp.recipe.load import Recipe, load_recipes
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def merge(
     durable: bool = False,
     private: bool = False,
     verify_kept: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     methods: Sequence[Method] = (),
     keep_intermediates: str | os.PathLike[str] | None = None,
 ) -> Report:
@@ -66,7 +66,8 @@ def merge(
     private         receipt and model card name no model: `replay` is told then where they are
     verify_kept     where a run that was killed is resumed: compare all that it had written with its checksums, not a
                     sample
-    progress        called about ten times a second with (bytes done, total bytes)
+    progress        True: a line on stderr that shows it; or what is called about ten times a second with
+                    (bytes done, total bytes)
     methods         merge methods of your own, which the recipe may name: functions below `fastinterp.methods.method`
     keep_intermediates  a folder: the other documents are written, too, each into a folder of its name there
 
@@ -79,7 +80,7 @@ def merge(
         _refuse_adapters(recipes, "merge_adapters")
         return merge_documents(
             recipes, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
-            force=force, durable=durable, verify_kept=verify_kept, progress=progress,
+            force=force, durable=durable, verify_kept=verify_kept, progress=callback_of(progress),
             keep_intermediates=keep_intermediates,
         )  # fmt: skip
 
@@ -145,7 +146,7 @@ def interpolate(
     durable: bool = False,
     private: bool = False,
     verify_kept: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> list[Report]:
     """Interpolate between checkpoints `a` (alpha 0) and `b` (alpha 1), or extrapolate: out = a + alpha * (b - a).
 
@@ -183,7 +184,7 @@ def interpolate(
     outs = [target] if len(points) == 1 else [point_path(target, name) for name in names]
     reports = write_outputs(
         plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
-        force=force, durable=durable, verify_kept=verify_kept, progress=progress,
+        force=force, durable=durable, verify_kept=verify_kept, progress=callback_of(progress),
     )  # fmt: skip
     if base is not None:
         return reports
@@ -214,7 +215,7 @@ def average(
     durable: bool = False,
     private: bool = False,
     verify_kept: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Report:
     """Average checkpoints of one training run into the folder `out`.
 
@@ -272,7 +273,7 @@ def merge_adapters(
     force: bool = False,
     durable: bool = False,
     private: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     methods: Sequence[Method] = (),
 ) -> AdapterReport:
     """Merge LoRA adapters of one base with each other into an adapter, by a recipe with `out: lora`.
@@ -283,7 +284,8 @@ def merge_adapters(
     """
     with given(methods):
         found = _of_adapters(documents(recipe, dtype, None, seed, None, None, None, private))
-        return merge_adapter_document(found, out, threads=threads, force=force, durable=durable, progress=progress)
+        shown = callback_of(progress)
+        return merge_adapter_document(found, out, threads=threads, force=force, durable=durable, progress=shown)
 
 
 def merge_adapter_document(

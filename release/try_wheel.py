@@ -34,7 +34,7 @@ def wrong(wheel: Path, root: Path = ROOT) -> list[str]:
         top = PurePosixPath(name).parts[0]
         if top != "fastinterp" and not re.fullmatch(r"fastinterp(-[\d.]+\.dist-info|\.libs)", top):
             found.append(f"{name} is neither the package nor its metadata")
-        elif not re.search(r"\.(py|pyi|html|typed)$|\.so(\.|$)", name) and ".dist-info/" not in name:
+        elif not re.search(r"\.(py|pyi|typed|html|css|js|svg)$|\.so(\.|$)", name) and ".dist-info/" not in name:
             found.append(f"{name} is no file of a package")
     if [name for name in native if "/_C." in name] != [name for name in native if name.startswith("fastinterp/")]:
         found.append(f"native code is the extension _C alone, not {', '.join(native)}")

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from fastinterp._C import (
+    CELL_BYTES,
     REGION_BYTES,
     FileChecksum,
     Masks,
@@ -21,10 +22,12 @@ from fastinterp._C import (
 )  # fmt: skip
 from fastinterp.errors import StorageError
 from fastinterp.ops.steps import Answer, Step
+from fastinterp.progress import Progress
 
 __all__ = [
-    "REGION_BYTES", "FileChecksum", "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions", "SinkHandle",
-    "cached_fraction", "checksum", "combine", "memory_address", "reserve", "start_writeback", "survey", "watch", "xxh3",
+    "CELL_BYTES", "REGION_BYTES", "FileChecksum", "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions",
+    "SinkHandle", "cached_fraction", "checksum", "combine", "memory_address", "reserve", "start_writeback", "survey",
+    "watch", "xxh3",
 ]  # fmt: skip
 
 # (kind, address, bytes): kind "memory" is memory of the host; "device" that of an accelerator, which the pump rejects.
@@ -42,7 +45,6 @@ def memory_address(handle: SinkHandle) -> int:
 
 # Called from the thread that runs the merge, about ten times a second, with bytes done and bytes in total (read and
 # written together).
-Progress = Callable[[int, int], None]
 
 _TICK_S = 0.1
 

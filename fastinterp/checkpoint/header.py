@@ -158,7 +158,7 @@ def _info(name: str, info: Any, file: str) -> _Info:
         return (
             msgspec.convert(info, _Info) if all(key.decode() in info for key in _KEYS) else _explain(name, info, file)
         )
-    except (msgspec.MsgspecError, TypeError):
+    except (msgspec.MsgspecError, TypeError, UnicodeEncodeError):
         _explain(name, info, file)
 
 

@@ -77,7 +77,7 @@ def refuse_many(raw: bytes, what: str, file: str, most: int = MAX_VALUES) -> Non
 
 def nests_deeper(value: Any, most: int) -> bool:
     """Whether lists and dicts are nested in more than `most` levels."""
-    level = [value]
+    level = [value] if type(value) is dict or type(value) is list else []
     for _ in range(most + 1):
         level = [
             inner

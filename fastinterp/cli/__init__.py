@@ -68,7 +68,11 @@ def errors_reported(ctx: click.Context, worded: Callable[[str], str] = str, *, a
         yield
     except BrokenPipeError:
         raise  # of stdout: click ends the program
-    except (FastinterpError, OSError, MemoryError, RecursionError) as error:
+    except (FastinterpError, OSError, MemoryError, RecursionError, ImportError) as error:
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):  # of a shared library
+            if not _stopped:
+                raise
+            _say_interrupted(ctx, _stopped[-1], as_json)
         from fastinterp.cli import faults, options
         from fastinterp.messages import plain
 
@@ -106,13 +110,13 @@ def _wants_json(args: Sequence[str]) -> bool:
     return "--json" in options and os.environ.get("RANK", "0") == "0"
 
 
-def of_the_system(error: OSError | MemoryError | RecursionError) -> FastinterpError:
+def of_the_system(error: OSError | MemoryError | RecursionError | ImportError) -> FastinterpError:
     """What is said of an error of Python's own that nothing expected: a system call failed, memory is used up."""
     if isinstance(error, OSError):
         what = error.strerror or str(error) or type(error).__name__
         file = error.filename
         return StorageError(f"{os.fsdecode(file)}: {what}" if isinstance(file, (str, bytes, os.PathLike)) else what)
-    if isinstance(error, MemoryError):
+    if isinstance(error, (MemoryError, ImportError)):
         return StorageError(NO_MEMORY)
     return CheckpointError("a file nests too deeply to be read: damaged, or made to do harm")
 

@@ -72,9 +72,9 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print the result
 
 def _listens(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
     """Print on stderr what a run tells at once, unless the command is quiet."""
-    from fastinterp.messages import listen, plain
+    from fastinterp.messages import listen
 
-    listen(None if quiet else lambda line: click.echo(plain(line), err=True))
+    listen(None if quiet else tell)
     return quiet
 
 

@@ -156,6 +156,26 @@ class Report:
     def __str__(self) -> str:
         return self.summary()
 
+    def _repr_html_(self) -> str:
+        """For notebooks: a table, and the notes."""
+        from fastinterp import html
+
+        total = self.effect
+        rows = [
+            ("files", ", ".join(self.files)),
+            ("read, written", f"{size(self.bytes_read)}, {size(self.bytes_written)}"),
+            ("time", f"{seconds(self.wall_s)}, {size(self.gb_per_s * 1e9)}/s"),
+            ("device", f"{self.device}, {counted(self.threads, 'thread')}"),
+        ]
+        if total.strength is not None and total.changed_fraction is not None:
+            rows += [
+                ("elements changed", f"{total.changed_fraction:.1%}"),
+                ("relative change", f"{total.relative_change or 0:.1e}"),
+                ("intended change that rounding kept", f"{total.strength:.1%}"),
+                ("measured on", f"{_percent(total)} of the elements"),
+            ]
+        return html.heading(self.output) + html.table((), rows) + html.notes(self.notes())
+
     @cached_property
     def effect(self) -> RoundingEffect:
         """Of all tensors together."""

@@ -248,7 +248,7 @@ def run(
         if notes is None:
             run_jobs([*running.jobs.values()], running.executor, running.others)
             return running.done()
-        usage = notes.run(running.jobs, running.others, running.executor, sinks.handles)
+        usage = notes.run(running.jobs, running.others, running.executor, sinks.checksums)
         return replace(running.done(), usage=usage)
 
 

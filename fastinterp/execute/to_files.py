@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
 from fastinterp.checkpoint.regular_file import read_regular
-from fastinterp.errors import BackendError
+from fastinterp.errors import BackendError, FastinterpError
 from fastinterp.execute.checksums import receipt_content, small_file
 from fastinterp.execute.input_files import input_files
 from fastinterp.execute.kept import acting_lines, asked_of, kept
@@ -77,9 +77,13 @@ def write_outputs(
     wall = session.before + time.perf_counter() - start
     read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
     reports = []
-    for plan, done, of_plan in zip(plans, every, folders, strict=True):
-        whole = replace(done, bytes_read=read, bytes_written=written)
-        reports += [report_of(plan, whole, wall, k, folder) for k, folder in enumerate(of_plan)]
+    try:
+        for plan, done, of_plan in zip(plans, every, folders, strict=True):
+            whole = replace(done, bytes_read=read, bytes_written=written)
+            reports += [report_of(plan, whole, wall, k, folder) for k, folder in enumerate(of_plan)]
+    except FastinterpError as error:  # it looks at configurations of the inputs once more
+        error.outcome = "the output is complete, but its report is not"  # type: ignore[attr-defined]
+        raise
     return [
         replace(
             report, outputs=sum(map(len, outs)), chosen=chosen, resumed=session.share,
@@ -159,13 +163,13 @@ def _opened_folders(
     plans: Sequence[Plan],
     outs: Sequence[Sequence[str | os.PathLike[str]]],
     stack: ExitStack,
-    identity: Identity | None,
+    identity: Identity,
     *,
     force: bool,
     durable: bool,
 ) -> tuple[list[list[OutFolder]], Session]:
     """The output folders of all plans, all or none; and what is finished of them."""
-    merge = "" if identity is None else identity.key
+    merge = identity.key if identity.sure else ""
     before = earlier([out for of_plan in outs for out in of_plan], merge) if merge else Earlier.NONE
     needed = sum(plan.disk_bytes for plan in plans)  # outputs on one disk must fit together: the first checks for all
     folders: list[list[OutFolder]] = []
@@ -176,7 +180,7 @@ def _opened_folders(
                 names = [*(file.name for file in layout.files), *plan.files.copied, RECEIPT]
                 folder = OutFolder(
                     out, plan.inputs, force=force, durable=durable, needed=needed or layout.disk_bytes, names=names,
-                    merge=merge, differs=None if identity is None else partial(difference, identity), earlier=before,
+                    merge=merge, differs=partial(difference, identity), earlier=before,
                 )  # fmt: skip
                 folders[-1].append(stack.enter_context(folder))
                 needed = 0

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from fastinterp.backends.cpu import Progress, PumpOptions, survey
+from fastinterp.backends.cpu import PumpOptions, survey
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.execute.sources import Sources
@@ -16,6 +16,7 @@ from fastinterp.ops.steps import Answer, Measure
 from fastinterp.plan.gguf import refuse_mixed
 from fastinterp.plan.models import Model, is_gguf, open_model
 from fastinterp.plan.tensor_sets import with_names_of
+from fastinterp.progress import Progress, callback_of
 from fastinterp.recipe.tensor_groups import nothing_in_common
 
 
@@ -119,7 +120,7 @@ def compare(
     b: str | os.PathLike[str],
     *,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Comparison:
     """Measure b - a for every tensor of two checkpoints, reading every byte once.
 
@@ -140,7 +141,7 @@ def compare(
     shapes = [n for n in common if first.tensors[n].shape != second.tensors[n].shape]
     same_shape = [n for n in common if first.tensors[n].shape == second.tensors[n].shape]
     names = [n for n in same_shape if first.tensors[n].merges and second.tensors[n].merges]
-    answers = _measured((first, second), names, threads, progress)
+    answers = _measured((first, second), names, threads, callback_of(progress))
     tensors = {}
     for name, (sums, nonzero) in zip(names, answers, strict=True):
         aa, ad, dd = sums[:3]

@@ -26,6 +26,7 @@ from fastinterp.lora.report import AdapterReport, FactorisedModule
 from fastinterp.lora.tensors import TensorReader
 from fastinterp.ops.combine import Combine
 from fastinterp.ops.dtypes import F32, DType, promoted
+from fastinterp.output.earlier import key_of
 from fastinterp.output.folder import OutFolder
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.recipe.load import Recipe
@@ -69,9 +70,14 @@ def merge_adapters(
         merge = AdapterMerge(plan, stack, threads)
         name = WEIGHTS_FILE if plan.style == "peft" else _FILE
         inputs = [path for adapter in plan.adapters for path in adapter.checkpoint.inputs]
+        key = key_of((recipe.text, recipe.out_dtype, recipe.dtype, recipe.rank, recipe.seed), inputs)
         folder = stack.enter_context(
-            OutFolder(target, inputs, force=force, durable=durable, needed=merge.most_bytes, names=(name,))
-        )
+            OutFolder(
+                target, inputs, force=force, durable=durable, needed=merge.most_bytes, names=(name,), merge=key
+            )
+        )  # fmt: skip
+        if folder.finished:  # an earlier run died in its last step: its report is not known
+            folder.anew()
         modules, written = merge.write(folder, name, progress)
         merge.reader.refuse_changed()
         if plan.style == "peft":

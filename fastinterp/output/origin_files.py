@@ -13,7 +13,6 @@ from msgspec.structs import replace
 
 from fastinterp.checkpoint.components import named_folders
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.links import refuse_outside
 from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, TEMPLATES, TRAINER_PICKLES, WEIGHTS, quote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import Stamp, read_regular, stamp_of
@@ -135,8 +134,6 @@ def origin_files(
         files = _sorted_out(root, source)
     except OSError as error:
         raise CheckpointError(f"it cannot be read: {error.strerror}", file=str(error.filename)) from None
-    for path in files.copied.values():
-        refuse_outside(path, root)
     return replace(files, left_out={**(left_out or {}), **files.left_out})
 
 

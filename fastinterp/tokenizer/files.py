@@ -14,9 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastinterp.checkpoint.links import refuse_outside
 from fastinterp.checkpoint.names import listing, quote
-from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
+from fastinterp.checkpoint.sidecar_files import is_tokenizer_file, refuse_link
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import counted
 from fastinterp.tokenizer.vocabulary import ADDED, MERGES, TOKENIZER, TOKENIZER_CONFIG, VOCAB, Joined, Vocabulary
@@ -35,7 +34,7 @@ def tokenizer_files(joined: Joined) -> tuple[dict[str, bytes | Path], list[str]]
         p.name: p for p in sorted(base.root.iterdir()) if is_tokenizer_file(p.name) and p.is_file()
     }
     for name in files:
-        refuse_outside(base.root / name, base.root)
+        refuse_link(base.root, name)
     if not joined.changed:
         return files, []
     warnings = _warnings(joined)

@@ -117,6 +117,7 @@ class Disk:
     def cut(self) -> None:
         fd = os.open(self.at, os.O_RDONLY)
         fcntl.ioctl(fd, SHUTDOWN, struct.pack("I", NO_FLUSH))
+        os.close(fd)
 
 
 @pytest.fixture
@@ -125,8 +126,10 @@ def disk(tmp_path) -> Iterator[Disk]:
         made = Disk(tmp_path)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"this machine mounts no file systems: {error}")
-    yield made
-    made.unmount()
+    try:
+        yield made
+    finally:
+        subprocess.run(["umount", "-l", str(made.at)], check=True)  # also if a failed test has files open
 
 
 @pytest.mark.slow
