@@ -120,7 +120,7 @@ class Plan:
         roots = [self.origin.root, *(model.root for model in self.checkpoints[: len(self.models)])]
         names = [self.shown.model(model) for model in self.models]
         local = [name for name, model in zip(names, self.models, strict=True) if name != model]
-        how = told(recipe, self.tensors, self.max_shard_size, kept, self.shown.model)
+        how = told(recipe, self.tensors, self.max_shard_size, kept, names, self.shown.model)
         text = self.shown.recipe(recipe.text)
         return model_card(text, names, recipe.method.name, __version__, roots, local, how).encode()
 
