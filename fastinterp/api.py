@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
 from fastinterp.backends.cpu import Progress
+from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.names import is_plain, names_file
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
@@ -287,7 +288,7 @@ def explain_adapters(recipe: Source, *, methods: Sequence[Method] = ()) -> Adapt
     from fastinterp.lora.explain import AdapterExplanation
     from fastinterp.lora.plan import plan_adapters
 
-    with given(methods):
+    with given(methods), remote.headers_only():
         return AdapterExplanation(plan_adapters(_of_adapters(load_recipes(recipe))))
 
 
@@ -318,7 +319,8 @@ def explanation_of(
         from fastinterp.lora.explain import AdapterExplanation
         from fastinterp.lora.plan import plan_adapters
 
-        return AdapterExplanation(plan_adapters(recipes[0]))
+        with remote.headers_only():
+            return AdapterExplanation(plan_adapters(recipes[0]))
     return _explanation(recipes, max_shard_size, threads, max_memory)
 
 
@@ -330,5 +332,6 @@ def _explanation(
 ) -> Explanation:
     from fastinterp.inspect.explain import Explanation
 
-    plan = make_plan(recipes[-1:], max_shard_size=optional_size(max_shard_size), above=recipes[:-1])
+    with remote.headers_only():
+        plan = make_plan(recipes[-1:], max_shard_size=optional_size(max_shard_size), above=recipes[:-1])
     return Explanation(plan, threads, max_memory)

@@ -85,8 +85,11 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        from fastinterp.checkpoint import hub, remote
+
+        remote.tell(_fetching, _downloading)
         try:
-            with errors_reported(ctx, partial(self._with_options, ctx)):
+            with hub.one_run(), errors_reported(ctx, partial(self._with_options, ctx)):
                 return super().invoke(ctx)
         except click.NoSuchOption as error:
             from fastinterp.recipe.mergekit_options import instead_of_option
@@ -107,6 +110,25 @@ class _Commands(click.Group):
 
         known = {name: option for name, option in names.items() if option.startswith("--")}
         return with_keys_as(message, lambda key, value: f"{known[key]} {value}" if key in known else None)
+
+
+def _is_quiet() -> bool:
+    ctx = click.get_current_context(silent=True)
+    return ctx is not None and bool(ctx.params.get("quiet"))
+
+
+def _fetching(text: str) -> None:
+    """Print what is fetched."""
+    from fastinterp.messages import plain
+
+    if not _is_quiet():
+        click.echo(plain(text), err=True)
+
+
+def _downloading() -> Any:
+    from fastinterp.cli import progress
+
+    return progress.shown(_is_quiet())
 
 
 _KNOWN = "Known: " + ", ".join(_MODULES)

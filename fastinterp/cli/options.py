@@ -62,6 +62,19 @@ tokenizer_source = click.option(
     help="Vocabulary of the output: union, base or CKPT. Default: the models must have the same.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def _go_offline(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        from fastinterp.checkpoint import hub
+
+        hub.refuse("--offline was given")
+
+
+offline = click.option(
+    "--offline", is_flag=True, expose_value=False, callback=_go_offline,
+    help="Fetch nothing: models named by Hub ids are those in the Hub's cache.",
+)  # fmt: skip
 quiet = click.option("--quiet", is_flag=True, help="Print errors and warnings only.")
 
 _OUTPUT = (
@@ -101,6 +114,7 @@ _OUTPUT = (
         is_flag=True,
         help="Call fsync on all files: slower, but the output survives a crash of the machine.",
     ),
+    offline,
     quiet,
     as_json,
 )

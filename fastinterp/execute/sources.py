@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp.backends.cpu import cached_fraction
+from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.open import changed_since
 from fastinterp.checkpoint.regular_file import write_all
 from fastinterp.errors import CheckpointError, StorageError
@@ -43,6 +44,7 @@ class Sources:
     ):
         every = list({tensor.key: tensor for tensor in inputs if tensor.files}.values())
         needed = list(dict.fromkeys(path for tensor in every for path in tensor.files))
+        remote.fetch(needed)
         moved = sum(tensor.moves_rows for tensor in every)
         _allow_files(len(needed) + moved + 1 + outputs)
         self.paths: list[Path] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,17 @@ _LIBRARIES = (
 
 
 def model_card(
-    recipe_text: str, models: Sequence[str], method: str, version: str, roots: Sequence[Path] = ()
-) -> str:  # fmt: skip
+    recipe_text: str,
+    models: Sequence[str],
+    method: str,
+    version: str,
+    roots: Sequence[Path] = (),
+    commits: Mapping[str, str] = {},
+) -> str:
     """README.md for the output: YAML front matter for the Hub, then how the model was made.
 
     models  names; `base_model` lists those that can be Hub ids: the Hub refuses other names there
+    commits of models from the Hub, by their names
     roots   the folders of the models, that of the configuration first: the licence is stated if all state the same one
     """
     ids = list(dict.fromkeys(parsed[0] for m in models if not os.path.exists(m) and (parsed := hub.parse(m))))
@@ -48,13 +54,21 @@ def model_card(
         else "\n".join([f"{key}:", *(f"- {_quoted(v)}" for v in value)])
         for key, value in front.items()
     )
-    names = "\n".join(f"- {_code(m)}" for m in models)
+    names = "\n".join(f"- {_code(m)}{_at_commit(m, commits)}" for m in models)
     fence = "`" * max(3, 1 + _longest_run(recipe_text))
     return (
         f"---\n{front_matter}\n---\n\n"
         f"# Merged model\n\nMade with fastinterp {version}, method {_code(method)}, from:\n\n{names}\n\n"
         f"The recipe:\n\n{fence}yaml\n{recipe_text.rstrip()}\n{fence}\n"
     )
+
+
+def _at_commit(model: str, commits: Mapping[str, str]) -> str:
+    """` at commit ...`, of a model from the Hub, and of adapters on it."""
+    found = [name for name in re.split(r"\+", model) if name.partition(":")[0] in commits]
+    if not found:
+        return ""
+    return f" at commit {', '.join(_code(commits[name.partition(':')[0]]) for name in found)}"
 
 
 def _licence(root: Path) -> dict[str, str] | None:

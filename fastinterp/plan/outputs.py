@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastinterp._version import __version__
@@ -159,12 +159,22 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def receipt(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Sequence[str]) -> dict[str, str]:
+def commits_of(models: Iterable[Model]) -> dict[str, str]:
+    """The commits of the models, and adapters on them, that come from the Hub, by their names."""
+    every = [c for m in models if m.checkpoint is not None for c in (m.checkpoint, *m.checkpoint.adapters)]
+    return {c.snapshot.name: c.snapshot.commit for c in every if c.snapshot is not None}
+
+
+def receipt(
+    recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Sequence[str], commits: Mapping[str, str] = {}
+) -> dict[str, str]:
     """The receipt that is stored in every output file: the recipe, and the coefficients that were used.
 
     `recipe` as it was given, with the merge's own `dtype`, `rounding`, `seed`, `missing`, `channels` and `quantize`,
     makes the same bytes again. Models are stored as the user named them. Time, output folder and threads are not, so
     that the same merge of the same names gives the same bytes everywhere.
+
+    commits  of models from the Hub, by their names
     """
     stored = recipe.out_dtype or recipe.dtype
     content = {
@@ -179,6 +189,7 @@ def receipt(recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Se
         "fp8_overflow": recipe.fp8_overflow,
         "recipe": recipe.text,
     }
+    content |= {"commits": dict(sorted(commits.items()))} if commits else {}
     content |= {} if recipe.missing == "error" else {"missing": recipe.missing}
     content |= {} if recipe.channels == "same" else {"channels": recipe.channels}
     content |= {"truncate_embeddings": True} if recipe.truncate_embeddings else {}

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fastinterp._version import __version__
 from fastinterp.arguments import optional_size, overridden
+from fastinterp.checkpoint import hub, remote
 from fastinterp.checkpoint.regular_file import CHANGED, Stamp, stamp_of
 from fastinterp.checkpoint.sidecar_files import content_of, what_differs
 from fastinterp.errors import CheckpointError, UsageError
@@ -26,7 +27,7 @@ from fastinterp.output.layout import Layout
 from fastinterp.output.model_card import CARD, model_card
 from fastinterp.output.origin_files import OriginFiles
 from fastinterp.plan.models import Library, Model, is_gguf
-from fastinterp.plan.outputs import Outputs, receipt
+from fastinterp.plan.outputs import Outputs, commits_of, receipt
 from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.single import Document, plan_document
 from fastinterp.plan.vocabularies import AlignedModels
@@ -52,6 +53,7 @@ class Plan:
     stamps       of the small files that are copied, as they were when the plan was made
     above        the documents above
     folders      held as long as the plan is: they have the small files of documents above
+    commits      of models from the Hub, by their names
     """
 
     recipes: tuple[Recipe, ...]
@@ -68,6 +70,7 @@ class Plan:
     stamps: Mapping[Path, Stamp | None]
     above: tuple[Recipe, ...] = ()
     folders: tuple[object, ...] = ()
+    commits: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Short: the fields hold every tensor and header."""
@@ -95,6 +98,12 @@ class Plan:
     def disk_bytes(self) -> int:
         return sum(layout.disk_bytes for layout in self.layouts)
 
+    @property
+    def elsewhere(self) -> tuple[str, ...]:
+        """The names of models with files that are not on the disk: on the Hub, say."""
+        files = ((m.name, (*m.files, *m.adapter_files)) for m in self.checkpoints)
+        return tuple(name for name, paths in files if any(remote.find(path) for path in paths))
+
     def small_files(self, k: int) -> dict[str, bytes | Path]:
         """What is written beside the weights of output k, by name: the path of a file to copy, or content.
 
@@ -103,7 +112,7 @@ class Plan:
         recipe = self.recipes[k]
         files = self.aligned.sidecars(self.files.contents(recipe.out_dtype or recipe.dtype or self._promoted()))
         roots = [self.origin.root, *(model.root for model in self.checkpoints[: len(self.models)])]
-        card = model_card(recipe.text, self.models, recipe.method.name, __version__, roots)
+        card = model_card(recipe.text, self.models, recipe.method.name, __version__, roots, self.commits)
         return {**files, CARD: card.encode(), **self.layouts[k].indexes}
 
     def _promoted(self) -> DType | None:
@@ -186,6 +195,17 @@ def make_plan(
     Raises: CheckpointError and ShapeError, if a checkpoint is damaged or does not fit the others; MethodError, if a
     method does not accept its models or parameters; RecipeError, if documents do not fit each other; UsageError.
     """
+    with hub.one_run():
+        return _make_plan(
+            recipes, max_shard_size=max_shard_size, above=above, library=library or Library(), one_file=one_file,
+            as_numbers=as_numbers,
+        )  # fmt: skip
+
+
+def _make_plan(
+    recipes: Sequence[Recipe], *, max_shard_size: int | None, above: Sequence[Recipe], library: Library, one_file: str,
+    as_numbers: bool,
+) -> Plan:  # fmt: skip
     first = recipes[0]
     _refuse_adapters([*above, *recipes])
     if len(recipes) > MAX_OUTPUTS:
@@ -193,7 +213,6 @@ def make_plan(
     kept = [(r.models, r.dtype, r.out_dtype, r.quantize) for r in recipes]
     if any(one != kept[0] for one in kept):
         raise UsageError("recipes that share one read must have the same models and dtypes")
-    library = library or Library()
     if above:
         from fastinterp.plan.chained import plan_chain
 
@@ -218,13 +237,15 @@ def make_plan(
         tensors, more = quantised_as(last.origin, tensors, checkpoints, stacked=any(s.stacked for s in first.sections))
         remarks = (*remarks, *more)
     outputs = Outputs(last.origin, checkpoints[: len(names)], tensors, stacked)
+    commits = commits_of(library.opened)
     layouts = tuple(
-        outputs.layout(receipt(recipe, k, tensors, names), max_shard_size, one_file) for k, recipe in enumerate(recipes)
+        outputs.layout(receipt(recipe, k, tensors, names, commits), max_shard_size, one_file)
+        for k, recipe in enumerate(recipes)
     )
     inputs = tuple(dict.fromkeys(path for m in library.opened if m.checkpoint for path in m.checkpoint.inputs))
     return Plan(
         tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings,
-        (*remarks, *outputs.remarks), tuple(names), inputs, last.files, _stamps(last), tuple(above), folders,
+        (*remarks, *outputs.remarks), tuple(names), inputs, last.files, _stamps(last), tuple(above), folders, commits,
     )  # fmt: skip
 
 

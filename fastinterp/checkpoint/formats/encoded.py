@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import closing
 
 import msgspec
 
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint, Component
+from fastinterp.checkpoint.remote import open_readable
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.ops.dtypes import BF16, DType
 
@@ -130,7 +131,7 @@ def small_bytes(checkpoint: Checkpoint, entry: Entry) -> bytes | None:
         return None
     path = checkpoint.files[entry.file]
     try:
-        with open(path, "rb", buffering=0) as stream:
-            return os.pread(stream.fileno(), entry.nbytes, entry.start)
+        with closing(open_readable(str(path))) as file:
+            return file.pread(entry.nbytes, entry.start)
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Sequence
 
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint
-from fastinterp.checkpoint.regular_file import open_regular
+from fastinterp.checkpoint.remote import Readable, open_readable
 from fastinterp.errors import CheckpointError
 
 _FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
@@ -22,15 +21,15 @@ def read_scalars(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, 
     Raises: CheckpointError, if one has not one element, or is no finite number.
     """
     found: dict[str, float] = {}
-    open_files: dict[int, int] = {}
+    open_files: dict[int, Readable] = {}
     try:
         for entry in entries:
             file = str(checkpoint.files[entry.file])
             if entry.file not in open_files:
-                open_files[entry.file] = open_regular(file)[0]
+                open_files[entry.file] = open_readable(file)
             if entry.numel != 1 or not (entry.dtype.name in _FORMATS or entry.dtype.name == "BF16"):
                 raise _not_a_number(file, entry, f"{entry.dtype} {list(entry.shape)}")
-            raw = os.pread(open_files[entry.file], entry.nbytes, entry.start)
+            raw = open_files[entry.file].pread(entry.nbytes, entry.start)
             if len(raw) < entry.nbytes:
                 raise CheckpointError("it was truncated while it was read", file=file, tensor=entry.name)
             if entry.dtype.name == "BF16":
@@ -41,8 +40,8 @@ def read_scalars(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, 
                 raise _not_a_number(file, entry, str(value))
             found[entry.name] = value
     finally:
-        for fd in open_files.values():
-            os.close(fd)
+        for source in open_files.values():
+            source.close()
     return found
 
 
