@@ -50,7 +50,7 @@ def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dcp")
     (folder / "save.py").write_text(_SAVE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "save.py"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return folder
 
