@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp.checkpoint import remote
+from fastinterp.checkpoint.hub_download import HubFiles, Snapshot, first_line
 from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, WEIGHTS, shell_word
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.messages import counted, size
@@ -53,28 +54,6 @@ def parse(name: str) -> tuple[str, str | None] | None:
     if not match or "--" in match[1] or ".." in match[1] or match[1].endswith(_FILES):
         return None
     return match[1], match[2]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A model on the Hub as it is at one commit.
-
-    id, revision  as they were asked for
-    commit        its hash
-    root          the folder here that has its files, or will have them
-    sizes         bytes of every file there, by its path; None: the Hub was not asked, and what is in `root` is all
-    """
-
-    id: str
-    revision: str | None
-    commit: str
-    root: Path
-    sizes: dict[str, int | None] | None = None
-
-    @property
-    def name(self) -> str:
-        """As people write it: `org/name@revision`."""
-        return self.id + (f"@{self.revision}" if self.revision else "")
 
 
 @dataclass
@@ -250,8 +229,6 @@ def take(snapshot: Snapshot, folders: Sequence[str] = ("",), weights: Sequence[s
     there = [n for n in heavy if not remote.exists(snapshot.root / n)]
     if lacking or there:
         remote.say(_about(snapshot, lacking, there))
-    from fastinterp.checkpoint.hub_download import HubFiles
-
     files = HubFiles(snapshot)
     files.fetch_small(lacking, _AT_ONCE)
     for name in there:
@@ -277,9 +254,3 @@ def _about(snapshot: Snapshot, small: Sequence[str], weights: Sequence[str]) -> 
         parts.append(f"the {'header' if len(weights) == 1 else 'headers'} of {of} of weights, which stay there "
                      f"({size(sum(sizes[n] or 0 for n in weights))})")  # fmt: skip
     return f"{snapshot.name}: fetching {' and '.join(parts)}, from the Hub at {snapshot.commit[:12]}"
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the names of Python classes in front."""
-    lines = re.sub(r"(Got: )?(\w+(Error|Exception): )*", "", str(error).strip(), count=1).splitlines()
-    return lines[0][:200] if lines else "no details"

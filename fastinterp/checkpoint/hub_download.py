@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-import inspect
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastinterp.checkpoint import remote
-from fastinterp.checkpoint.http_ranges import HttpFile
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.messages import counted, size
 
-if TYPE_CHECKING:
-    from fastinterp.checkpoint.hub import Snapshot
-
 _AT_ONCE = 4  # files of weights that are downloaded at the same time
 _TICK_S = 0.1
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model on the Hub as it is at one commit.
+
+    id, revision  as they were asked for
+    commit        its hash
+    root          the folder here that has its files, or will have them
+    sizes         bytes of every file there, by its path; None: the Hub was not asked, and what is in `root` is all
+    """
+
+    id: str
+    revision: str | None
+    commit: str
+    root: Path
+    sizes: dict[str, int | None] | None = None
+
+    @property
+    def name(self) -> str:
+        """As people write it: `org/name@revision`."""
+        return self.id + (f"@{self.revision}" if self.revision else "")
 
 
 class _Stop(Exception):
@@ -41,6 +60,8 @@ class HubFiles:
         """Let the path that a file of weights has once it is downloaded stand for the file there."""
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        from fastinterp.checkpoint.http_ranges import HttpFile
 
         snapshot = self._snapshot
         path = snapshot.root / name
@@ -110,8 +131,6 @@ class HubFiles:
             raise self._failed(*errors[0])
 
     def _failed(self, name: str, error: BaseException) -> Exception:
-        from fastinterp.checkpoint.hub import first_line
-
         if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
             return StorageError(f"{error.filename}: {error.strerror}")
         return StorageError(
@@ -133,6 +152,8 @@ class _Counter:
 
 
 def _download_one(snapshot: Snapshot, name: str, counter: _Counter) -> None:
+    import inspect
+
     from huggingface_hub import constants, hf_hub_download
 
     options: dict[str, Any] = {"revision": snapshot.commit, "endpoint": constants.ENDPOINT}
@@ -178,3 +199,9 @@ def _free(folder: Path) -> int:
         return shutil.disk_usage(folder).free
     except OSError as error:
         raise CheckpointError(f"the Hub's cache cannot be used: {error.strerror}", file=str(folder)) from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the names of Python classes in front."""
+    lines = re.sub(r"(Got: )?(\w+(Error|Exception): )*", "", str(error).strip(), count=1).splitlines()
+    return lines[0][:200] if lines else "no details"

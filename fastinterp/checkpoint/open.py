@@ -44,7 +44,7 @@ from fastinterp.messages import closest, listed
 
 if TYPE_CHECKING:
     from fastinterp.checkpoint.gguf_keys import GgufHeader
-    from fastinterp.checkpoint.hub import Snapshot
+    from fastinterp.checkpoint.hub_download import Snapshot
 
 _ELSEWHERE = (0, 0, 0)  # in place of times and inode, in the stamp of a file that is not on the disk
 _PIECES = "DCP_SHARDING_INFO"  # key of the metadata of files of torch.distributed.checkpoint
