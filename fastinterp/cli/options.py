@@ -15,6 +15,7 @@ from fastinterp.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from fastinterp.execute.distributed.peers import Rank
+    from fastinterp.output.hub_upload import Upload
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -69,6 +70,42 @@ def _go_offline(ctx: click.Context, param: click.Parameter, value: bool) -> None
         from fastinterp.checkpoint import hub
 
         hub.refuse("--offline was given")
+
+
+def push(command: F) -> F:
+    """Decorator: the options for an upload of the output."""
+    help_ = "With --push-to: a new model is public. Default: private."
+    command = click.option("--public", is_flag=True, help=help_)(command)
+    return click.option(
+        "--push-to", metavar="ORG/NAME", help="Upload the output folder to the Hugging Face Hub, when it is finished."
+    )(command)
+
+
+def upload(push_to: str | None, public: bool, out: str, force: bool) -> Upload | None:
+    """The upload that --push-to asks for, before the merge. Raises: UsageError and OutputError, as Upload does."""
+    if push_to is None:
+        if public:
+            raise UsageError("--public is about an upload: it goes with --push-to ORG/NAME")
+        return None
+    from fastinterp.output.hub_upload import Upload
+
+    return Upload(push_to, out, public, force)
+
+
+def uploaded(upload: Upload | None) -> str:
+    """Upload after the merge; the address of what is there now, empty if there is nothing to upload.
+
+    Raises: OutputError, as Upload.run does.
+    """
+    if upload is None:
+        return ""
+    from fastinterp.cli import OUTCOME
+
+    try:
+        return upload.run()
+    except KeyboardInterrupt:
+        click.get_current_context().meta[OUTCOME] = [f"the output is complete; to upload it: {upload.command}"]
+        raise
 
 
 offline = click.option(

@@ -269,6 +269,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"error": "Invalid credentials in Authorization header"}, 401)
         if path == "/api/whoami-v2":
             return self._json({"type": "user", "name": "org", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            return self._json(
+                [
+                    {"type": "file", "path": n, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                    for n, data in hub.repos[match[1]].files.items()
+                ]
+            )
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'org'}/{asked['name']}"
