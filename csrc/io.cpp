@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "range_cache.h"
+
 namespace fi {
 
 IoError::IoError(bool on_write, int which, int code, int64_t at, int64_t wanted, int64_t got)
@@ -45,6 +47,16 @@ void Source::read(int64_t offset, int64_t size, void* to) const {
     return;
   }
   char* const bytes = static_cast<char*>(to);
+  if (cache_) {
+    int64_t got = 0;
+    try {
+      got = cache_->read(fd_, offset, size, bytes, cancelled_);
+    } catch (const RangeCache::Stopped&) {
+      throw IoError(false, index_, EIO, offset, size, 0);
+    }
+    if (got < size) throw IoError(false, index_, 0, offset, size, got);
+    return;
+  }
   for (int64_t done = 0; done < size;) {
     const ssize_t got = pread(fd_, bytes + done, size_t(size - done), offset + done);
     if (got > 0)
@@ -58,6 +70,7 @@ void Source::read(int64_t offset, int64_t size, void* to) const {
 
 void Source::prefetch(int64_t offset, int64_t size) const {
   if (memory_) return;
+  if (cache_) return cache_->want(fd_, offset, size);
 #if defined(POSIX_FADV_WILLNEED)
   posix_fadvise(fd_, offset, size, POSIX_FADV_WILLNEED);
 #endif

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
 from fastinterp.backends.cpu import Progress
-from fastinterp.checkpoint import remote
+from fastinterp.checkpoint import hub, remote
 from fastinterp.checkpoint.names import is_plain, names_file
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
@@ -43,6 +43,7 @@ def merge(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    stream: bool = False,
     progress: Progress | None = None,
     methods: Sequence[Method] = (),
     keep_intermediates: str | os.PathLike[str] | None = None,
@@ -60,6 +61,7 @@ def merge(
     dtype, rounding, seed, missing, channels, quantize   replace those of the recipe (dtype: its out_dtype)
     force           replace a checkpoint in `out`, or the file `out`, but never an input
     durable         call fsync before finishing: the output survives a crash of the machine
+    stream          read models that are on the Hub while they are merged, on the CPU, without storing them
     progress        called about ten times a second with (bytes done, total bytes)
     methods         merge methods of your own, which the recipe may name: functions below `fastinterp.methods.method`
     keep_intermediates  a folder: the other documents are written, too, each into a folder of its name there
@@ -72,7 +74,7 @@ def merge(
         _refuse_adapters(recipes, "merge_adapters")
         return merge_documents(
             recipes, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
-            force=force, durable=durable, progress=progress, keep_intermediates=keep_intermediates,
+            force=force, durable=durable, stream=stream, progress=progress, keep_intermediates=keep_intermediates,
         )  # fmt: skip
 
 
@@ -86,23 +88,33 @@ def merge_documents(
     max_memory: str | int,
     force: bool,
     durable: bool,
+    stream: bool,
     progress: Progress | None,
     keep_intermediates: str | os.PathLike[str] | None,
 ) -> Report:
     """`merge` of the documents of a recipe, which make models."""
+    device = _streaming_device(device, stream)
     target = path_of(out, "out")
     outs: list[list[str | os.PathLike[str]]] = [[target]]
     one_file, size = names_file(target), optional_size(max_shard_size)
-    if keep_intermediates is None:
-        plans = [make_plan(recipes[-1:], max_shard_size=size, above=recipes[:-1], one_file=one_file)]
-    else:
-        plans = plan_documents(recipes, size, one_file)
-        folder = path_of(keep_intermediates, "keep_intermediates")
-        outs[:0] = [[os.path.join(folder, _folder_name(one.name))] for one in recipes[:-1]]
-    return write_outputs(
-        plans, outs, device=device, threads=threads, max_memory=size_of(max_memory), force=force,
-        durable=durable, progress=progress,
-    )[-1]  # fmt: skip
+    with hub.one_run(), remote.streaming(stream):
+        if keep_intermediates is None:
+            plans = [make_plan(recipes[-1:], max_shard_size=size, above=recipes[:-1], one_file=one_file)]
+        else:
+            plans = plan_documents(recipes, size, one_file)
+            folder = path_of(keep_intermediates, "keep_intermediates")
+            outs[:0] = [[os.path.join(folder, _folder_name(one.name))] for one in recipes[:-1]]
+        return write_outputs(
+            plans, outs, device=device, threads=threads, max_memory=size_of(max_memory), force=force,
+            durable=durable, progress=progress,
+        )[-1]  # fmt: skip
+
+
+def _streaming_device(device: str, stream: bool) -> str:
+    """The device of a merge. Raises: UsageError, if it reads what is elsewhere, and is not the CPU."""
+    if stream and device not in ("auto", "cpu"):
+        raise UsageError(f"--stream reads models into the CPU's memory, and cannot go with --device {device}")
+    return "cpu" if stream else device
 
 
 def _folder_name(document: str | None) -> str:
@@ -134,6 +146,7 @@ def interpolate(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    stream: bool = False,
     progress: Progress | None = None,
 ) -> list[Report]:
     """Interpolate between checkpoints `a` (alpha 0) and `b` (alpha 1), or extrapolate: out = a + alpha * (b - a).
@@ -167,12 +180,14 @@ def interpolate(
     if not target:
         raise UsageError("the name of the output folder is empty")
     shard, one_file = optional_size(max_shard_size), names_file(target)
-    plans = [make_plan(recipes[group], max_shard_size=shard, one_file=one_file) for group in groups]
+    device = _streaming_device(device, stream)
     outs = [target] if len(points) == 1 else [point_path(target, name) for name in names]
-    return write_outputs(
-        plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
-        force=force, durable=durable, progress=progress,
-    )  # fmt: skip
+    with hub.one_run(), remote.streaming(stream):
+        plans = [make_plan(recipes[group], max_shard_size=shard, one_file=one_file) for group in groups]
+        return write_outputs(
+            plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
+            force=force, durable=durable, progress=progress,
+        )  # fmt: skip
 
 
 @without_recipe
@@ -197,6 +212,7 @@ def average(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    stream: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Average checkpoints of one training run into the folder `out`.
@@ -219,7 +235,7 @@ def average(
     return merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
         dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, quantize=quantize,
-        force=force, durable=durable, progress=progress,
+        force=force, durable=durable, stream=stream, progress=progress,
     )  # fmt: skip
 
 

@@ -5,13 +5,21 @@
 
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
+#include "../range_cache.h"
 #include "../steps/step.h"
 
 namespace fi {
 
-// A file descriptor, or ("memory", address, bytes).
+// A file of a RangeCache, as a source.
+struct RemoteSource {
+  std::shared_ptr<RangeCache> cache;
+  int file;
+};
+
+// A file descriptor, ("memory", address, bytes), or of sources a RemoteSource.
 template <class Handle>
 std::vector<Handle> handles_of(const pybind11::sequence& sequence) {
   std::vector<Handle> handles;
@@ -20,6 +28,13 @@ std::vector<Handle> handles_of(const pybind11::sequence& sequence) {
     if (pybind11::isinstance<pybind11::int_>(h)) {
       handles.emplace_back(index, h.cast<int>());
       continue;
+    }
+    if constexpr (std::is_same_v<Handle, Source>) {
+      if (pybind11::isinstance<RemoteSource>(h)) {
+        const RemoteSource& remote = h.cast<const RemoteSource&>();
+        handles.emplace_back(index, remote.cache, remote.file);
+        continue;
+      }
     }
     const auto [kind, address, size] = h.cast<std::tuple<std::string, uintptr_t, int64_t>>();
     if (kind != "memory" || size < 0) throw pybind11::value_error("a source or sink is a file descriptor or memory");
@@ -35,6 +50,9 @@ Step step_of(const pybind11::handle& object, const Backend& backend, size_t sour
 // Binds the classes Counts, the result of a histogram, and Masks, which statistics of masked deltas fill; and the
 // function that folds the results of a tensor's pieces.
 void bind_answers(pybind11::module_& m);
+
+// Binds RangeCache, with which the caller feeds the pump what is elsewhere, and RemoteSource.
+void bind_range_cache(pybind11::module_& m);
 
 // (f64[...], i64[...]) as memoryviews; of a histogram a list of counts.
 pybind11::object answer_of(const Answer& answer);

@@ -7,23 +7,23 @@ from typing import Any
 
 import msgspec
 
-from fastinterp._C import Masks, Pump, cached_fraction, combine, reserve
+from fastinterp._C import Masks, Pump, RangeCache, RemoteSource, cached_fraction, combine, reserve
 from fastinterp.ops.steps import Answer, Step
 
 __all__ = [
-    "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions", "cached_fraction", "combine", "memory_address",
-    "reserve", "survey", "watch",
+    "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions", "RangeCache", "RemoteSource", "cached_fraction",
+    "combine", "memory_address", "reserve", "survey", "watch",
 ]  # fmt: skip
 
 # (kind, address, bytes): kind "memory" is memory of the host; "device" that of an accelerator, which the pump rejects.
 Memory = tuple[str, int, int]
-Handle = int | Memory  # a source or sink: a file descriptor, or memory
+Handle = int | Memory | RemoteSource  # a source or sink: a file descriptor, memory; a source may be elsewhere
 
 
 def memory_address(handle: Handle) -> int:
     """The address of a source or sink in memory. Raises: TypeError, if it is a file."""
-    if isinstance(handle, int):
-        raise TypeError(f"file descriptor {handle} has no address")
+    if not isinstance(handle, tuple):
+        raise TypeError(f"{handle} is a file, and has no address")
     return handle[1]
 
 
@@ -43,6 +43,7 @@ class PumpOptions(msgspec.Struct, frozen=True, kw_only=True):
     stochastic    round stochastically at the store, by the keys of the steps
     fp8_saturate  numbers beyond the range of an 8-bit float become the largest; else Inf or NaN
     prefetch      files are not in the page cache: request read-ahead
+    ahead         so many blocks of 2 MiB of an output ahead of the work
     stats_every   in steps that write: chunk c of a tensor is sampled iff c % stats_every == 0; 0 samples none
     """
 
@@ -53,6 +54,7 @@ class PumpOptions(msgspec.Struct, frozen=True, kw_only=True):
     stochastic: bool = False
     fp8_saturate: bool = True
     prefetch: bool = False
+    ahead: int = 8
     stats_every: int = 0
 
 

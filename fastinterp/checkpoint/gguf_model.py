@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -13,6 +13,7 @@ from fastinterp.checkpoint.gguf_keys import GgufHeader
 from fastinterp.checkpoint.gguf_types import BY_NAME
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import GGUF, GGUF_SPLIT, listing, quote, shell_word
+from fastinterp.checkpoint.remote import open_readable
 from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import F32
 
@@ -53,10 +54,10 @@ class Blocks(msgspec.Struct, frozen=True):
                 file=path,
             ) from None
         left, at = self.numel // elements, self.start
-        with open(path, "rb", buffering=0) as stream:
+        with closing(open_readable(path)) as file:
             while left:
                 count = min(left, max(1, _PIECE // (4 * elements)))
-                raw = os.pread(stream.fileno(), count * nbytes, at)
+                raw = file.pread(count * nbytes, at)
                 if len(raw) < count * nbytes:
                     raise CheckpointError("it was truncated while it was being read. Retry", file=path)
                 blocks = np.frombuffer(raw, np.uint8).reshape(count, nbytes)

@@ -16,7 +16,7 @@ from typing import Protocol
 from fastinterp.checkpoint.regular_file import open_regular
 
 _AHEAD = 64 << 10  # bytes that are fetched at least, since a header is read in several small pieces
-_KEPT = 64  # pieces of a file that are kept
+_KEPT, _LARGEST_KEPT = 16, 1 << 20  # pieces of a file that are kept, and bytes of each
 _AT_ONCE = 16  # small pieces that are fetched at the same time
 
 
@@ -49,6 +49,7 @@ _files: dict[Path, RemoteFile] = {}
 _fetchers: dict[Path, Fetcher] = {}
 _say: Callable[[str], None] | None = None
 _progress: Callable[[], AbstractContextManager[Callable[[int, int], None] | None]] = nullcontext
+_streaming: ContextVar[bool] = ContextVar("streaming", default=False)
 _headers_only: ContextVar[bool] = ContextVar("headers_only", default=False)
 
 
@@ -130,6 +131,21 @@ def headers_only() -> Iterator[None]:
         _headers_only.reset(token)
 
 
+@contextmanager
+def streaming(wanted: bool = True) -> Iterator[None]:
+    """Context manager: what is elsewhere is read from there, never fetched as a whole. wanted: or as usual."""
+    token = _streaming.set(wanted)
+    try:
+        yield
+    finally:
+        _streaming.reset(token)
+
+
+def is_streaming() -> bool:
+    """Whether `streaming` is in effect."""
+    return _streaming.get()
+
+
 def only_headers() -> bool:
     """Whether `headers_only` is in effect."""
     return _headers_only.get()
@@ -188,8 +204,10 @@ class _Remote:
         wanted = max(count, min(_AHEAD, self.size - offset))
         if not count:
             return b""
-        self._keep(offset, self._fetched(offset, wanted))
-        return self._pieces[offset][:count]
+        piece = self._fetched(offset, wanted)
+        if len(piece) <= _LARGEST_KEPT:
+            self._keep(offset, piece)
+        return piece[:count]
 
     def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
         from concurrent.futures import ThreadPoolExecutor

@@ -35,6 +35,7 @@ from fastinterp.paths.average import WEIGHT_NAMES
 )
 @options.tokenizer_source
 @options.push
+@options.stream
 @options.output
 def average(
     checkpoints: tuple[str, ...], out: str, push_to: str | None, public: bool, quiet: bool, as_json: bool,

@@ -23,7 +23,7 @@ _RECIPE_KEYS = ("dtype", "rounding", "seed", "missing", "channels", "quantize") 
 _OF_ADAPTERS = ("threads", "force", "durable", "progress")  # arguments of a merge of adapters
 _OF_MODELS = {
     "device": "auto", "max_shard_size": None, "max_memory": "512MB", "rounding": None, "missing": None,
-    "channels": None, "quantize": None, "keep_intermediates": None,
+    "channels": None, "quantize": None, "keep_intermediates": None, "stream": False,
 }  # fmt: skip
 _VISIBLE = 0.01  # relative difference of an effective alpha from the alpha, above which it is shown
 
@@ -36,6 +36,7 @@ _VISIBLE = 0.01  # relative difference of an effective alpha from the alpha, abo
     help="Of several documents: write the others, too, each into a folder of its name in DIR.",
 )  # fmt: skip
 @options.push
+@options.stream
 @options.output
 def merge(
     recipe: str, out: str, keep_intermediates: str | None, push_to: str | None, public: bool, quiet: bool,
@@ -75,6 +76,8 @@ def merge(
     else:
         if push_to is not None or public:
             options.refuse_ranks("merge --push-to")
+        if settings.pop("stream"):
+            options.refuse_ranks("merge --stream")
         address = ""
         if keep_intermediates is not None:
             options.refuse_ranks("merge --keep-intermediates")
@@ -109,6 +112,7 @@ def merge(
 @click.option("--integers", metavar="CKPT", help="Take integer tensors from CKPT. Default: they must be equal.")
 @options.tokenizer_source
 @options.push
+@options.stream
 @options.output
 def interpolate(
     a: str, b: str, points: list[float], out: str, base: str | None, push_to: str | None, public: bool, quiet: bool,

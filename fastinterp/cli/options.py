@@ -155,6 +155,11 @@ _OUTPUT = (
     quiet,
     as_json,
 )
+stream = click.option(
+    "--stream",
+    is_flag=True,
+    help="Read models on the Hub while they are merged, without storing them: nothing but the output is written.",
+)
 
 
 def output(command: F) -> F:

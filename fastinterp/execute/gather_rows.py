@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.checkpoint.regular_file import open_regular, write_all
+from fastinterp.checkpoint.regular_file import write_all
+from fastinterp.checkpoint.remote import Readable, open_readable
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.execute.decode_rows import decoded_rows
 from fastinterp.ops.dtypes import DType
@@ -101,7 +102,7 @@ class _RowReader:
         import numpy as np
 
         self._np, self._tensor, self._stack = np, tensor, stack
-        self._fds: dict[Path, int] = {}
+        self._files: dict[Path, Readable] = {}
         self.columns = tensor.numel // max(1, len(tensor.rows.codes))
         self.nbytes = tensor.dtype.nbytes(self.columns) or 0
         self.step = max(1, _PIECE // max(1, self.nbytes))
@@ -160,10 +161,9 @@ class _RowReader:
         return self._np.frombuffer(raw, self._np.uint8), source.dtype
 
     def _bytes(self, path: Path, start: int, nbytes: int) -> bytes:
-        if path not in self._fds:
-            self._fds[path] = open_regular(str(path))[0]
-            self._stack.callback(os.close, self._fds[path])
-        return _read(self._fds[path], path, start, nbytes)
+        if path not in self._files:
+            self._files[path] = self._stack.enter_context(closing(open_readable(str(path))))
+        return _read(self._files[path], path, start, nbytes)
 
     def _wide(self, raw: NDArray[Any], dtype: DType) -> NDArray[Any]:
         from fastinterp.reference.combine import widen
@@ -176,11 +176,11 @@ class _RowReader:
         return narrow(values, self._tensor.dtype).view(self._np.uint8)
 
 
-def _read(fd: int, path: Path, offset: int, count: int) -> bytes:
+def _read(file: Readable, path: Path, offset: int, count: int) -> bytes:
     parts: list[bytes] = []
     while count:
         try:
-            part = os.pread(fd, count, offset)
+            part = file.pread(count, offset)
         except OSError as error:
             raise StorageError(f"{path}: {error.strerror}, reading {count} bytes at {offset}") from None
         if not part:

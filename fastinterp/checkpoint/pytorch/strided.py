@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fastinterp.checkpoint.regular_file import open_regular
+from fastinterp.checkpoint.remote import Readable, open_readable
 from fastinterp.errors import CheckpointError, StorageError
 
 if TYPE_CHECKING:
@@ -49,11 +49,8 @@ class Strided(msgspec.Struct, frozen=True):
 
     def pieces(self, path: str) -> Iterator[bytes]:
         """Memory: some times _PIECE, however large the tensor. Raises: what Conversion.pieces does."""
-        fd, _ = open_regular(path)
-        try:
-            yield from self._pieces(_Source(fd, path, self.size), self.start, self.shape, self.strides)
-        finally:
-            os.close(fd)
+        with closing(open_readable(path)) as file:
+            yield from self._pieces(_Source(file, path, self.size), self.start, self.shape, self.strides)
 
     def _pieces(self, source: _Source, start: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Iterator[bytes]:
         """The elements in order, of as many indices of the first dimension at a time as fit a piece."""
@@ -71,8 +68,8 @@ class Strided(msgspec.Struct, frozen=True):
 class _Source:
     """Reads views of a file. size: bytes of an element."""
 
-    def __init__(self, fd: int, path: str, size: int):
-        self._fd, self._path, self._size = fd, path, size
+    def __init__(self, file: Readable, path: str, size: int):
+        self._file, self._path, self._size = file, path, size
 
     def read(self, start: int, shape: Sequence[int], strides: Sequence[int]) -> NDArray[Any]:
         """The elements of a view, u8[*shape, size], read in long runs.
@@ -116,7 +113,7 @@ class _Source:
         parts = []
         while count:
             try:
-                part = os.pread(self._fd, count, offset)
+                part = self._file.pread(count, offset)
             except OSError as error:
                 raise StorageError(f"{self._path}: {error.strerror}, reading {count} bytes at {offset}") from None
             if not part:

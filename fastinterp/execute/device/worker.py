@@ -297,7 +297,7 @@ class _Session:
 
 
 def _read_into(slot: Slot, o: SlotRange, source: Handle) -> None:
-    if not isinstance(source, int):
+    if isinstance(source, tuple):
         _, address, size = source
         held = max(0, min(o.nbytes, size - o.offset))
         if held < o.nbytes:
@@ -307,6 +307,7 @@ def _read_into(slot: Slot, o: SlotRange, source: Handle) -> None:
     view, done = slot.host.view[o.slot_offset : o.slot_offset + o.nbytes], 0
     while done < o.nbytes:
         try:
+            assert isinstance(source, int)  # what is elsewhere is read on the CPU
             got = os.preadv(source, [view[done:]], o.offset + done)
         except OSError as error:
             raise FileError("read", o.handle, error.errno, o.offset, o.nbytes, done) from None
@@ -316,7 +317,7 @@ def _read_into(slot: Slot, o: SlotRange, source: Handle) -> None:
 
 
 def _write_from(slot: Slot, o: SlotRange, sink: Handle) -> None:
-    if not isinstance(sink, int):
+    if isinstance(sink, tuple):
         _, address, size = sink
         held = max(0, min(o.nbytes, size - o.offset))
         if held < o.nbytes:
@@ -326,6 +327,7 @@ def _write_from(slot: Slot, o: SlotRange, sink: Handle) -> None:
     view, done = slot.host.view[o.slot_offset : o.slot_offset + o.nbytes], 0
     while done < o.nbytes:
         try:
+            assert isinstance(sink, int)
             put = os.pwrite(sink, view[done:], o.offset + done)
         except OSError as error:
             raise FileError("write", o.handle, error.errno, o.offset, o.nbytes, done) from None
