@@ -23,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt
 NATIVE := $(shell find csrc -type f)
 PACKAGE := $(shell find fastinterp kernels -name '*.py' -o -name '*.pyi')
-CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
+CXX_FILES := $(shell find csrc tests -not -path '*/third_party/*' \( -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' \))
 
 define CHECK_PYTHON
 import importlib.util, os, shutil, sys, sysconfig

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "checksum.h"
 #include "range_cache.h"
 
 namespace fi {
@@ -76,6 +77,9 @@ void Source::prefetch(int64_t offset, int64_t size) const {
 #endif
 }
 
+Sink::Sink(int index, std::shared_ptr<FileChecksum> checksum)
+    : index_(index), fd_(checksum->fd()), checksum_(std::move(checksum)) {}
+
 char* Sink::address(int64_t offset, int64_t size) const {
   if (!memory_) return nullptr;
   const int64_t held = within(offset, size, size_);
@@ -85,6 +89,7 @@ char* Sink::address(int64_t offset, int64_t size) const {
 
 void Sink::write(int64_t offset, int64_t size, const void* from) const {
   const char* const bytes = static_cast<const char*>(from);
+  if (checksum_) checksum_->add(offset, size, from);  // while they are in the caches
   for (int64_t done = 0; done < size;) {
     const ssize_t put = pwrite(fd_, bytes + done, size_t(size - done), offset + done);
     if (put > 0)
@@ -96,13 +101,26 @@ void Sink::write(int64_t offset, int64_t size, const void* from) const {
 
 int reserve(int fd, int64_t size) {
 #if defined(__linux__)
-  while (fallocate(fd, 0, 0, size) != 0) {
+  // A limit on the size of files shows only when they grow.
+  struct stat info;
+  if (fstat(fd, &info) != 0) return errno;
+  if (info.st_size < size && (ftruncate(fd, size) != 0 || ftruncate(fd, info.st_size) != 0)) return errno;
+  if (size == 0) return 0;
+  for (;;) {
+    if (fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, size) == 0) return 0;
     if (errno == EINTR) continue;
     if (errno == EOPNOTSUPP || errno == ENOSYS) break;  // not posix_fallocate: it would write every block there
     return errno;
   }
 #endif
   return ftruncate(fd, size) == 0 ? 0 : errno;
+}
+
+void start_writeback(int fd) {
+#if defined(__linux__)
+  sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE);
+#endif
+  (void)fd;
 }
 
 double cached_fraction(int fd, int64_t size) {

@@ -9,6 +9,8 @@
 
 namespace fi {
 
+class FileChecksum;
+
 // A read or write that failed. `handle` is the index of the source or sink; `error` is errno, or 0 for a file that
 // ended too early: it was cut while it was being read.
 struct IoError : std::runtime_error {
@@ -53,6 +55,8 @@ class Source {
 class Sink {
  public:
   Sink(int index, int fd) : index_(index), fd_(fd) {}
+  // checksum: of the file, which hashes all that is written
+  Sink(int index, std::shared_ptr<FileChecksum> checksum);
   Sink(int index, void* memory, int64_t size) : index_(index), memory_(static_cast<char*>(memory)), size_(size) {}
 
   bool in_memory() const { return memory_ != nullptr; }
@@ -68,11 +72,16 @@ class Sink {
   int index_, fd_ = -1;
   char* memory_ = nullptr;
   int64_t size_ = 0;
+  std::shared_ptr<FileChecksum> checksum_ = nullptr;
 };
 
-// Reserves `size` bytes of a file that is open for writing, so that a full disk shows before any work is done. File
-// systems that cannot reserve get a file of that length. Returns 0 or errno.
+// Reserves `size` bytes of a file that is open for writing, so that a full disk shows before any work is done. The file
+// does not grow: it has no more bytes than were written. File systems that cannot reserve get a file of that length.
+// Returns 0 or errno.
 int reserve(int fd, int64_t size);
+
+// Asks the kernel to begin writing to the disk what was written to the file. A hint: errors do not matter.
+void start_writeback(int fd);
 
 // The part of a file's first `size` bytes that is in the page cache, from 64 sampled pages: 0..1, or -1 if unknown.
 double cached_fraction(int fd, int64_t size);

@@ -265,6 +265,7 @@ struct EncodeArgs {
 };
 
 struct Decoder;
+struct Xxh3;
 
 // Columns of a right factor that lie together: of panel p, rank values of kLowRankPanel columns each.
 constexpr int kLowRankPanel = 32;
@@ -305,6 +306,7 @@ struct Backend {
   void (*encode)(const EncodeArgs&);
   const Decoder* const* decoders;  // decoder.h; null ends them
   void (*low_rank)(const LowRankArgs&);
+  const Xxh3* xxh3;  // xxh3.h
 };
 
 }  // namespace fi

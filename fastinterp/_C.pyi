@@ -11,6 +11,8 @@ MAX_INPUTS: int
 MAX_OUTPUTS: int
 CHUNK: int
 LANES: int
+CELL_BYTES: int
+REGION_BYTES: int
 STRIP: int
 BLOCK_ROWS: int
 DTYPE_BYTES: tuple[int, ...]  # of an element, by code
@@ -44,9 +46,9 @@ class RemoteSource:
 
     def __init__(self, cache: RangeCache, file: int) -> None: ...
 
-# A file descriptor, ("memory", address, bytes), or of sources a RemoteSource: the caller keeps it alive and lets nobody
-# write to it.
-_Handle = int | tuple[str, int, int] | RemoteSource
+# A file descriptor, ("memory", address, bytes), or a file elsewhere: the caller keeps it alive and lets nobody write to
+# it.
+_Source = int | tuple[str, int, int] | RemoteSource
 
 def isas() -> list[str]: ...
 def built_isas() -> list[str]: ...
@@ -67,8 +69,49 @@ def combine(
     isa: str = "",
     streamed: bool | None = None,
 ) -> list[dict[str, float]]: ...
-def reserve(fd: int, size: int) -> None: ...
+def reserve(fd: int, size: int) -> None:
+    """Reserve the bytes of an output file, which does not grow. Raises: OSError, if the disk is full."""
+
+def start_writeback(fd: int) -> None: ...
 def cached_fraction(fd: int, size: int) -> float: ...
+def xxh3(bytes: bytes, seed: int = 0) -> int: ...
+def checksum(fd: int, begin: int, end: int, threads: int = 1, isa: str = "") -> list[int]:
+    """The checksums of the regions of a file's section [begin, end), from that of `begin` on.
+
+    A part of a section that begins and ends at multiples of REGION_BYTES, or where the section does, has the same
+    checksums for its regions: long sections are read a few regions at a time, between which Ctrl-C is noticed.
+    Raises: OSError, if it cannot be read; ValueError, if the file is shorter.
+    """
+
+class FileChecksum:
+    """The checksum of the section [begin, end) of a file, of what is written to it: a sink of the pump.
+
+    fd  open for reading and writing; its owner keeps it open
+    """
+
+    def __init__(self, fd: int, begin: int, end: int, isa: str = "") -> None: ...
+    @property
+    def fd(self) -> int: ...
+    @property
+    def first_region(self) -> int: ...
+    @property
+    def region_count(self) -> int: ...
+    def add(self, offset: int, bytes: Any) -> None:
+        """Hash bytes (any buffer) that are written at `offset` of the file, before or after they are. Thread-safe."""
+
+    def regions(self, threads: int = 1) -> list[int]:
+        """The checksum of every region, from `first_region` on. Reads from the file what has not been hashed, so that
+        all must be written. Raises: what `checksum` does.
+        """
+
+    def progress(self, region: int) -> tuple[int, bytes]:
+        """What was hashed of a region, while nothing is written: the sum, and a bit per cell, the lowest first."""
+
+    def restore(self, region: int, sum: int, hashed: bytes) -> None:
+        """Take over the progress of an earlier process, before anything is written."""
+
+    def matches(self, region: int) -> bool:
+        """Whether the file still has the cells that were hashed. Reads them. Raises: what `checksum` does."""
 
 class Counts:
     elements: int  # that were looked at
@@ -112,7 +155,11 @@ class Pump:
     """Carries out steps, each with its own kernels, on threads of its own. `answers` has an entry per step."""
 
     def __init__(
-        self, sources: Sequence[_Handle], sinks: Sequence[_Handle], steps: Sequence[Step], options: PumpOptions
+        self,
+        sources: Sequence[_Source],
+        sinks: Sequence[_Source | FileChecksum],
+        steps: Sequence[Step],
+        options: PumpOptions,
     ) -> None: ...
     def start(self) -> None: ...
     def wait(self, seconds: float) -> bool: ...

@@ -44,6 +44,7 @@ def merge(
     force: bool = False,
     durable: bool = False,
     stream: bool = False,
+    verify_kept: bool = False,
     progress: Progress | None = None,
     methods: Sequence[Method] = (),
     keep_intermediates: str | os.PathLike[str] | None = None,
@@ -62,11 +63,14 @@ def merge(
     force           replace a checkpoint in `out`, or the file `out`, but never an input
     durable         call fsync before finishing: the output survives a crash of the machine
     stream          read models that are on the Hub while they are merged, on the CPU, without storing them
+    verify_kept     where a run that was killed is resumed: compare all that it had written with its checksums, not a
+                    sample
     progress        called about ten times a second with (bytes done, total bytes)
     methods         merge methods of your own, which the recipe may name: functions below `fastinterp.methods.method`
     keep_intermediates  a folder: the other documents are written, too, each into a folder of its name there
 
-    The output appears when it is complete, or not at all.
+    The output appears when it is complete, or not at all. Of a run that was killed, the same call goes on with what is
+    finished: see docs/RECIPES.md.
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
     with given(methods):
@@ -74,7 +78,8 @@ def merge(
         _refuse_adapters(recipes, "merge_adapters")
         return merge_documents(
             recipes, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
-            force=force, durable=durable, stream=stream, progress=progress, keep_intermediates=keep_intermediates,
+            force=force, durable=durable, verify_kept=verify_kept, stream=stream, progress=progress,
+            keep_intermediates=keep_intermediates,
         )  # fmt: skip
 
 
@@ -89,6 +94,7 @@ def merge_documents(
     force: bool,
     durable: bool,
     stream: bool,
+    verify_kept: bool,
     progress: Progress | None,
     keep_intermediates: str | os.PathLike[str] | None,
 ) -> Report:
@@ -106,7 +112,7 @@ def merge_documents(
             outs[:0] = [[os.path.join(folder, _folder_name(one.name))] for one in recipes[:-1]]
         return write_outputs(
             plans, outs, device=device, threads=threads, max_memory=size_of(max_memory), force=force,
-            durable=durable, progress=progress,
+            durable=durable, verify_kept=verify_kept, progress=progress,
         )[-1]  # fmt: skip
 
 
@@ -147,6 +153,7 @@ def interpolate(
     force: bool = False,
     durable: bool = False,
     stream: bool = False,
+    verify_kept: bool = False,
     progress: Progress | None = None,
 ) -> list[Report]:
     """Interpolate between checkpoints `a` (alpha 0) and `b` (alpha 1), or extrapolate: out = a + alpha * (b - a).
@@ -186,7 +193,7 @@ def interpolate(
         plans = [make_plan(recipes[group], max_shard_size=shard, one_file=one_file) for group in groups]
         return write_outputs(
             plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
-            force=force, durable=durable, progress=progress,
+            force=force, durable=durable, verify_kept=verify_kept, progress=progress,
         )  # fmt: skip
 
 
@@ -213,6 +220,7 @@ def average(
     force: bool = False,
     durable: bool = False,
     stream: bool = False,
+    verify_kept: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Average checkpoints of one training run into the folder `out`.
@@ -235,7 +243,7 @@ def average(
     return merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
         dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, quantize=quantize,
-        force=force, durable=durable, stream=stream, progress=progress,
+        force=force, durable=durable, verify_kept=verify_kept, stream=stream, progress=progress,
     )  # fmt: skip
 
 

@@ -10,6 +10,21 @@ _NAME = 12  # the least width of a first column
 _LONGEST = 400  # the most, where it is not cut to fit into a line
 
 
+_listener: Callable[[str], None] | None = None
+
+
+def listen(to: Callable[[str], None] | None) -> None:
+    """Have `to` called with every line of `tell` from here on, instead of what was called before."""
+    global _listener  # noqa: PLW0603 - one per process
+    _listener = to
+
+
+def tell(line: str) -> None:
+    """Say at once what a run does of its own accord: the command line prints it on stderr; Python hears nothing."""
+    if _listener is not None:
+        _listener(line)
+
+
 def size(nbytes: float) -> str:
     """Bytes in powers of 1000, with three digits: `2.20 GB`, `12.1 KB`, `512 B`."""
     if nbytes < 1000:

@@ -191,26 +191,13 @@ PYBIND11_MODULE(_C, m) {
         "Weighted sums of arrays in memory, by address. The caller answers for the addresses. streamed: store the "
         "outputs around the caches; None decides by their size.");
 
-  m.def(
-      "reserve",
-      [](int fd, int64_t size) {
-        const int code = fi::reserve(fd, size);
-        if (code != 0) {
-          errno = code;
-          PyErr_SetFromErrno(PyExc_OSError);
-          throw py::error_already_set();
-        }
-      },
-      py::arg("fd"), py::arg("size"), "Reserve the bytes of an output file. Raises: OSError, if the disk is full.");
-  m.def("cached_fraction", &fi::cached_fraction, py::arg("fd"), py::arg("size"),
-        "Fraction of a file in the page cache, from 64 sampled pages; -1 if unknown.");
-
   m.def("register_decoder", &register_decoder, py::arg("name"), py::arg("decode"), py::arg("block_elements"),
         py::arg("block_bytes"),
         "Add a decoder, or replace one that was added: the address of a function as csrc/decoder.h has it.");
 
   fi::bind_answers(m);
   fi::bind_range_cache(m);
+  fi::bind_files(m);
   py::class_<fi::Pump>(m, "Pump", "Reads, combines and writes steps on its own threads.")
       .def(py::init(&make_pump), py::arg("sources"), py::arg("sinks"), py::arg("steps"), py::arg("options"))
       .def("start", &fi::Pump::start)

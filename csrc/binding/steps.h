@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../checksum.h"
 #include "../range_cache.h"
 #include "../steps/step.h"
 
@@ -19,7 +20,7 @@ struct RemoteSource {
   int file;
 };
 
-// A file descriptor, ("memory", address, bytes), or of sources a RemoteSource.
+// A file descriptor, or ("memory", address, bytes); of a source also a RemoteSource, of a sink the checksum of a file.
 template <class Handle>
 std::vector<Handle> handles_of(const pybind11::sequence& sequence) {
   std::vector<Handle> handles;
@@ -33,6 +34,12 @@ std::vector<Handle> handles_of(const pybind11::sequence& sequence) {
       if (pybind11::isinstance<RemoteSource>(h)) {
         const RemoteSource& remote = h.cast<const RemoteSource&>();
         handles.emplace_back(index, remote.cache, remote.file);
+        continue;
+      }
+    }
+    if constexpr (std::is_same_v<Handle, Sink>) {
+      if (pybind11::isinstance<FileChecksum>(h)) {
+        handles.emplace_back(index, h.cast<std::shared_ptr<FileChecksum>>());
         continue;
       }
     }
@@ -53,6 +60,8 @@ void bind_answers(pybind11::module_& m);
 
 // Binds RangeCache, with which the caller feeds the pump what is elsewhere, and RemoteSource.
 void bind_range_cache(pybind11::module_& m);
+// Binds the class FileChecksum, and functions about files.
+void bind_files(pybind11::module_& m);
 
 // (f64[...], i64[...]) as memoryviews; of a histogram a list of counts.
 pybind11::object answer_of(const Answer& answer);

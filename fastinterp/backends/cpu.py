@@ -7,20 +7,35 @@ from typing import Any
 
 import msgspec
 
-from fastinterp._C import Masks, Pump, RangeCache, RemoteSource, cached_fraction, combine, reserve
+from fastinterp._C import (
+    FileChecksum,
+    Masks,
+    Pump,
+    RangeCache,
+    RemoteSource,
+    cached_fraction,
+    checksum,
+    combine,
+    reserve,
+    start_writeback,
+    xxh3,
+)  # fmt: skip
 from fastinterp.ops.steps import Answer, Step
 
 __all__ = [
-    "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions", "RangeCache", "RemoteSource", "cached_fraction",
-    "combine", "memory_address", "reserve", "survey", "watch",
+    "FileChecksum", "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions", "RangeCache", "RemoteSource",
+    "SinkHandle", "SourceHandle", "cached_fraction", "checksum", "combine", "memory_address", "reserve",
+    "start_writeback", "survey", "watch", "xxh3",
 ]  # fmt: skip
 
 # (kind, address, bytes): kind "memory" is memory of the host; "device" that of an accelerator, which the pump rejects.
 Memory = tuple[str, int, int]
-Handle = int | Memory | RemoteSource  # a source or sink: a file descriptor, memory; a source may be elsewhere
+Handle = int | Memory  # a source or sink: a file descriptor, or memory
+SourceHandle = Handle | RemoteSource  # also a file that is elsewhere
+SinkHandle = Handle | FileChecksum  # also a file with the checksum of what is written
 
 
-def memory_address(handle: Handle) -> int:
+def memory_address(handle: SinkHandle) -> int:
     """The address of a source or sink in memory. Raises: TypeError, if it is a file."""
     if not isinstance(handle, tuple):
         raise TypeError(f"{handle} is a file, and has no address")

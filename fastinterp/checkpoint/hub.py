@@ -20,7 +20,7 @@ from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.hub_download import HubFiles, Snapshot, first_line
 from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, WEIGHTS, shell_word
 from fastinterp.errors import CheckpointError, StorageError
-from fastinterp.messages import counted, size
+from fastinterp.messages import counted, size, tell
 
 # Small files that may belong to a model, its code among them, which is never run.
 SMALL = (
@@ -228,7 +228,7 @@ def take(snapshot: Snapshot, folders: Sequence[str] = ("",), weights: Sequence[s
     lacking = [n for n in small if not (snapshot.root / n).exists()]
     there = [n for n in heavy if not remote.exists(snapshot.root / n)]
     if lacking or there:
-        remote.say(_about(snapshot, lacking, there))
+        tell(_about(snapshot, lacking, there))
     files = HubFiles(snapshot)
     files.fetch_small(lacking, _AT_ONCE)
     for name in there:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastinterp.checkpoint import remote
 from fastinterp.errors import CheckpointError, StorageError
-from fastinterp.messages import counted, size
+from fastinterp.messages import counted, size, tell
 
 _AT_ONCE = 4  # files of weights that are downloaded at the same time
 _TICK_S = 0.1
@@ -90,7 +90,7 @@ class HubFiles:
                 f"{snapshot.id}: {what}, do not fit into the Hub's cache, {cache}, where {size(free)} are free. Free "
                 "some, set HF_HOME to a folder on another disk, or merge with --stream, which stores no inputs"
             )
-        remote.say(f"{snapshot.id}: downloading {what}, to {cache} ({size(free)} free)")
+        tell(f"{snapshot.id}: downloading {what}, to {cache} ({size(free)} free)")
         with remote.progress() as shown:
             self._download(names, _AT_ONCE, lambda done: shown(min(done, total), total))
         for path in paths:

@@ -45,13 +45,6 @@ TRAINER_PICKLES = (
     r"[^/]*\.(?:pt|pth|bin|pkl|ckpt)|[^/]*optim_states\.pt"
 )
 
-# A file of an old checkpoint, while a new one takes its place, and what to say about one that is found.
-ASIDE = re.compile(r"\..+\.old-\d+-[0-9a-f]{8}-[0-9a-f]{12}", re.DOTALL)
-PUT_BACK = (
-    "To have the old checkpoint again, rename each `.NAME.old-...` to `NAME` and remove weights that are newer; "
-    "to give it up, remove them"
-)
-
 
 def quote(name: object, limit: int = 160) -> str:
     """`name` in backquotes on one line: control characters escaped and the middle of long names cut out."""

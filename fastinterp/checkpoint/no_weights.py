@@ -10,7 +10,9 @@ from fastinterp.checkpoint import remedies
 from fastinterp.checkpoint.adapters import ADAPTER_CONFIG, Adapter, read_adapter_config, refusal
 from fastinterp.checkpoint.components import has_weights
 from fastinterp.checkpoint.folder import ADAPTER
-from fastinterp.checkpoint.names import ASIDE, OTHER_WEIGHTS, PICKLES, PUT_BACK, WEIGHTS, listing, quote
+from fastinterp.checkpoint.journal_file import temporary_of
+from fastinterp.checkpoint.names import OTHER_WEIGHTS, PICKLES, WEIGHTS, listing, quote
+from fastinterp.checkpoint.unfinished import about_unfinished
 
 
 def no_weights(name: str, root: Path, present: Sequence[str]) -> str:
@@ -20,11 +22,9 @@ def no_weights(name: str, root: Path, present: Sequence[str]) -> str:
     below = [n for n in present if (root / n).is_dir() and has_weights(root / n)]
     if below:
         return f"the folder itself has no {WEIGHTS} file, but {listing(below)} in it do: name one of them"
-    hidden = os.listdir(root)
-    aside = sorted(n for n in hidden if ASIDE.fullmatch(n))
-    if aside:
-        return f"the folder has no {WEIGHTS} file, but a merge died while it replaced {listing(aside)}. {PUT_BACK}"
-    if any(".partial-" in n for n in hidden):
+    if unfinished := about_unfinished(root):
+        return f"the folder has no {WEIGHTS} file: {unfinished}"
+    if any(temporary_of(n) for n in os.listdir(root)):
         return f"the folder has no {WEIGHTS} file, only those of a merge that did not finish: run it again"
     if not present:
         return f"the folder has no {WEIGHTS} file; it is empty"

@@ -33,12 +33,14 @@ from fastinterp.checkpoint.names import (
     TEMPLATES,
     WEIGHTS,
     listing,
+    names_file,
     quote,
     shell_word,
 )
 from fastinterp.checkpoint.no_weights import no_weights
 from fastinterp.checkpoint.regular_file import Stamp, stamp_of
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
+from fastinterp.checkpoint.unfinished import about_unfinished, read_steady
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import closest, listed
 
@@ -109,13 +111,15 @@ def open_checkpoint(name: str) -> Checkpoint:
     """
     path = Path(os.path.expanduser(name))
     if name.strip() and os.path.isdir(path):
-        return _open_folder(name, path)
+        return read_steady(name, path, lambda: _open_folder(name, path), lambda found: not changed_since(found))
     if name.strip() and os.path.exists(path):
-        return _open_file(name, path)
+        return read_steady(name, path.parent, lambda: _open_file(name, path), lambda found: not changed_since(found))
     from fastinterp.checkpoint import hub
 
     parsed = hub.parse(name)
     if parsed is None:
+        if name.strip() and names_file(name) and (unfinished := about_unfinished(path.parent, path.name)):
+            raise CheckpointError(f"there is no such file yet: {unfinished}", file=name)
         raise CheckpointError(f"there is no such folder or file.{_similar(path)}", file=name or "''")
     try:
         snapshot = hub.find(*parsed)

@@ -47,7 +47,6 @@ class Fetcher(Protocol):
 
 _files: dict[Path, RemoteFile] = {}
 _fetchers: dict[Path, Fetcher] = {}
-_say: Callable[[str], None] | None = None
 _progress: Callable[[], AbstractContextManager[Callable[[int, int], None] | None]] = nullcontext
 _streaming: ContextVar[bool] = ContextVar("streaming", default=False)
 _headers_only: ContextVar[bool] = ContextVar("headers_only", default=False)
@@ -94,22 +93,13 @@ def fetch(paths: Iterable[Path]) -> None:
         fetcher.fetch(some)
 
 
-def say(text: str) -> None:
-    """Tell the user what is fetched, if anybody listens."""
-    if _say is not None:
-        _say(text)
+def show_progress(of: Callable[[], AbstractContextManager[Callable[[int, int], None] | None]]) -> None:
+    """Have downloads shown. For programs, at their start.
 
-
-def tell(
-    listener: Callable[[str], None] | None,
-    progress: Callable[[], AbstractContextManager[Callable[[int, int], None] | None]] = nullcontext,
-) -> None:
-    """Have `listener` called with a line for everything that is fetched; None: nobody. For programs, at their start.
-
-    progress  makes context managers, each of which shows one download: called with bytes done and to do
+    of  makes context managers, each of which shows one download: called with bytes done and to do
     """
-    global _say, _progress  # of a process, as its stderr is
-    _say, _progress = listener, progress
+    global _progress  # noqa: PLW0603 - one per process
+    _progress = of
 
 
 @contextmanager

@@ -86,8 +86,10 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from fastinterp.checkpoint import hub, remote
+        from fastinterp.messages import listen
 
-        remote.tell(_fetching, _downloading)
+        listen(_told)  # --quiet ends that
+        remote.show_progress(_downloading)
         try:
             with hub.one_run(), errors_reported(ctx, partial(self._with_options, ctx)):
                 return super().invoke(ctx)
@@ -112,23 +114,18 @@ class _Commands(click.Group):
         return with_keys_as(message, lambda key, value: f"{known[key]} {value}" if key in known else None)
 
 
-def _is_quiet() -> bool:
-    ctx = click.get_current_context(silent=True)
-    return ctx is not None and bool(ctx.params.get("quiet"))
-
-
-def _fetching(text: str) -> None:
-    """Print what is fetched."""
+def _told(line: str) -> None:
+    """Print what a run tells at once."""
     from fastinterp.messages import plain
 
-    if not _is_quiet():
-        click.echo(plain(text), err=True)
+    click.echo(plain(line), err=True)
 
 
 def _downloading() -> Any:
     from fastinterp.cli import progress
 
-    return progress.shown(_is_quiet())
+    ctx = click.get_current_context(silent=True)
+    return progress.shown(ctx is not None and bool(ctx.params.get("quiet")))
 
 
 _KNOWN = "Known: " + ", ".join(_MODULES)

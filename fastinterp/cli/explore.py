@@ -75,9 +75,10 @@ def explore(
 ) -> None:  # fmt: skip
     """Explore a path of language models on a local page.
 
-    The page has a slider for each direction, the text that the model generates there, and how much each layer changes.
-    RECIPE is a linear or task_arithmetic recipe; A B the line from one checkpoint to another. Nothing is written;
-    Ctrl-C ends it. The page is served to this machine alone, and connects to no other.
+    The page has a slider for each direction, the text that the model generates there and at the ends, and how much each
+    layer changes; it gives the recipe and the command of a setting, and writes its checkpoint. RECIPE is a linear or
+    task_arithmetic recipe; A B the line from one checkpoint to another. Ctrl-C ends it. The page is served to this
+    machine alone, to whoever has the token in the printed address, and connects to no other.
 
     \b
     Example:
@@ -97,9 +98,11 @@ def _serve(
 ) -> None:  # fmt: skip
     """Load the model and serve the page until it is interrupted."""
     import gc
+    import secrets
 
     from fastinterp.inspect.compare import deltas
     from fastinterp.paths.explore import server
+    from fastinterp.paths.explore.checkpoint import CheckpointWriter
     from fastinterp.paths.explore.facts import facts
     from fastinterp.paths.explore.session import check_model, open_session
 
@@ -109,10 +112,20 @@ def _serve(
         click.echo("measuring what the directions change", err=True)
         changes = deltas(sliders.base, list(sliders.models.values()), threads=threads)
         click.echo("loading the model", err=True)
-        with open_session(sliders, threads=threads, chat=chat) as session:
+        with (
+            CheckpointWriter(sliders, threads=threads) as writer,
+            open_session(sliders, threads=threads, chat=chat) as session,
+        ):
             data = facts(
-                sliders, changes, report, prompt=prompt, low=span[0], high=span[1], most_tokens=session.most_tokens
-            )
-            app = server.make_app(session, data)
-            server.serve(app, sock, session, lambda url: click.echo(f"{url}  (Ctrl-C ends it)"))
+                sliders, changes, report, prompt=prompt, low=span[0], high=span[1], most_tokens=session.most_tokens,
+                chat=chat,
+            )  # fmt: skip
+            token = secrets.token_urlsafe(16)
+            app = server.make_app(server.Page(sliders, session, writer, data, token))
+
+            def end() -> None:
+                session.end()
+                writer.end()
+
+            server.serve(app, sock, token, end, lambda url: click.echo(f"{url}  (Ctrl-C ends it)"))
     click.echo("ended", err=True)

@@ -23,7 +23,7 @@ _RECIPE_KEYS = ("dtype", "rounding", "seed", "missing", "channels", "quantize") 
 _OF_ADAPTERS = ("threads", "force", "durable", "progress")  # arguments of a merge of adapters
 _OF_MODELS = {
     "device": "auto", "max_shard_size": None, "max_memory": "512MB", "rounding": None, "missing": None,
-    "channels": None, "quantize": None, "keep_intermediates": None, "stream": False,
+    "channels": None, "quantize": None, "keep_intermediates": None, "verify_kept": False, "stream": False,
 }  # fmt: skip
 _VISIBLE = 0.01  # relative difference of an effective alpha from the alpha, above which it is shown
 
@@ -170,14 +170,18 @@ def _of_adapters(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
-    """Context manager: if the run is interrupted or cannot write, note which of `outs` are complete for the message."""
+    """Context manager: if the run is interrupted or cannot write, note which of `outs` are complete for the message, or
+    what is kept of them.
+    """
     start = time.time()
     try:
         yield
-    except (KeyboardInterrupt, OutputError) as error:
+    except (KeyboardInterrupt, FastinterpError) as error:
         done = [str(o) for o in outs if any(p.stat().st_mtime >= start for p in _weights(o))]
-        note = f"finished before that: {', '.join(done)}" if done else "nothing was written"
-        if note not in str(error):
+        note: str = getattr(error, "outcome", "")  # what is kept, to be resumed
+        if not note and isinstance(error, (KeyboardInterrupt, OutputError)):
+            note = f"finished before that: {', '.join(done)}" if done else "nothing was written"
+        if note and note not in str(error):
             click.get_current_context().meta[OUTCOME] = [note]
         raise
 
@@ -190,12 +194,12 @@ def _weights(out: Path) -> list[Path]:
 @contextmanager
 def resumable(out: Path) -> Iterator[None]:
     """Context manager: if a merge of several processes fails, note the complete files, with which it can be resumed."""
-    from fastinterp.output.shared_folder import journals
+    from fastinterp.output.shared_folder import complete_files
 
     try:
         yield
     except (KeyboardInterrupt, FastinterpError):
-        done = journals(out)
+        done = complete_files(out)
         if done:
             click.get_current_context().meta[OUTCOME] = [
                 f"{done} complete files are kept: run the same merge again to resume"

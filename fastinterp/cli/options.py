@@ -112,7 +112,17 @@ offline = click.option(
     "--offline", is_flag=True, expose_value=False, callback=_go_offline,
     help="Fetch nothing: models named by Hub ids are those in the Hub's cache.",
 )  # fmt: skip
-quiet = click.option("--quiet", is_flag=True, help="Print errors and warnings only.")
+
+
+def _listens(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
+    """Print on stderr what a run tells at once, unless the command is quiet."""
+    from fastinterp.messages import listen, plain
+
+    listen(None if quiet else lambda line: click.echo(plain(line), err=True))
+    return quiet
+
+
+quiet = click.option("--quiet", is_flag=True, callback=_listens, help="Print errors and warnings only.")
 
 _OUTPUT = (
     click.option(
@@ -150,6 +160,11 @@ _OUTPUT = (
         "--durable",
         is_flag=True,
         help="Call fsync on all files: slower, but the output survives a crash of the machine.",
+    ),
+    click.option(
+        "--verify-kept",
+        is_flag=True,
+        help="Where a killed run is resumed: compare all that it had written with its checksums, not a sample.",
     ),
     offline,
     quiet,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec.structs import replace
 
-from fastinterp.backends.cpu import Handle, Progress, Pump, PumpOptions, watch
+from fastinterp.backends.cpu import Progress, Pump, PumpOptions, SinkHandle, SourceHandle, watch
 from fastinterp.errors import UsageError
 from fastinterp.execute.jobs.job import Job, Result
 from fastinterp.execute.jobs.tensor_io import TensorStep
@@ -23,7 +23,7 @@ from fastinterp.ops.steps import WritingStep
 
 if TYPE_CHECKING:
     from fastinterp.execute.jobs.adaptive_job import AdaptiveJob
-    from fastinterp.ops.requests import Select
+    from fastinterp.ops.requests import Select, Selected
 
 ROUND_BYTES = 256 << 20  # of inputs that a round reads for the first time; at least one tensor
 HELD_BYTES = 64 << 20  # of answers that are held at a time
@@ -60,6 +60,9 @@ class DeviceUsage:
         )
 
 
+Answers = dict[str, "tuple[Selected, ...]"]  # requests about the whole model, as repr tells them -> an answer per rank
+
+
 class Executor(Protocol):
     """Runs the steps of a round, and returns their results.
 
@@ -88,8 +91,8 @@ class PumpExecutor:
 
     def __init__(
         self,
-        sources: Sequence[Handle],
-        sinks: Sequence[Handle],
+        sources: Sequence[SourceHandle],
+        sinks: Sequence[SinkHandle],
         options: PumpOptions,
         explained: Callable[[tuple[Any, ...], Sequence[TensorStep]], Exception],
         total: int,
@@ -177,40 +180,111 @@ def run_jobs(jobs: Sequence[Job], executor: Executor, others: Sequence[Job] = ()
 
     others  jobs that are not run, but belong to the whole model, which requests may be about
     """
-    for _ in finished_jobs(jobs, executor, others):
+    for _ in Rounds(jobs, executor, others).finished():
         pass
 
 
-def finished_jobs(
-    jobs: Sequence[Job], executor: Executor, others: Sequence[Job] = (), small: bool = False
-) -> Iterator[list[Job]]:
-    """Run all jobs as run_jobs does, and yield after every round the jobs that it finished.
+class Rounds:
+    """Jobs, and how far they are.
 
-    small  rounds have at most the executor's round_bytes of inputs even where methods make no requests
+    others   as run_jobs has them
+    most     bytes of inputs in a round even where methods make no requests; None: no limit
+    answers  to requests about the whole model. Those that are known are not computed again; others are added
     """
-    waiting = deque(jobs)
-    running: deque[Job] = deque()
-    while True:
-        running += _admitted(waiting, executor.round_bytes, small)
-        if running:
-            taken = _round(running, executor)
-            running.extend(job for job in taken if not (job.done or job.whole))
-            yield [job for job in taken if job.done]
-            continue
-        waiting_for_all = [job for job in jobs if not job.done]
-        if not waiting_for_all:
-            return
-        _answer_whole(waiting_for_all, [*jobs, *others], executor)
-        waiting.extend(waiting_for_all)
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        executor: Executor,
+        others: Sequence[Job] = (),
+        most: int | None = None,
+        answers: Answers | None = None,
+    ):
+        self.answers: Answers = {} if answers is None else answers
+        self._jobs, self._executor, self._others, self._most = jobs, executor, others, most
+        self._waiting = deque(jobs)
+        self._running: deque[Job] = deque()
+        self._taken: dict[int, int] = {}  # id of a job -> rounds that it took part in
+
+    @property
+    def begun(self) -> list[tuple[Job, int]]:
+        """The jobs of which a later round needs results of earlier ones, each with the number of these rounds."""
+        return [(job, self._taken[id(job)]) for job in self._running if self._taken.get(id(job))]
+
+    def catch_up(self, begun: Sequence[tuple[Job, int]]) -> None:
+        """Run the rounds again whose results an earlier run had when it ended: those before the answers that are known,
+        and those that `begun` names. The next ones are as they would have been. To be called before `finished`.
+        """
+        if self.answers:
+            while self._waiting or self._running:
+                self._next()
+            self._next()  # the answers
+        left = {id(job): count - self._taken.get(id(job), 0) for job, count in begun}
+        self._waiting = deque(job for job in self._waiting if id(job) not in left)
+        behind = deque(job for job, _ in begun if left[id(job)])
+        while behind:
+            taken = self._round(behind)
+            for job in taken:
+                left[id(job)] -= 1
+            behind.extend(job for job in taken if left[id(job)])
+        self._running.extend(job for job, _ in begun)
+
+    def finished(self) -> Iterator[list[Job]]:
+        """Run all jobs, in their order, and yield after every round those that it finished."""
+        while (jobs := self._next()) is not None:
+            yield jobs
+
+    def _next(self) -> list[Job] | None:
+        """Run a round, or answer what all jobs wait for. Returns the jobs that it finished; None, if all were."""
+        self._running += _admitted(self._waiting, self._executor.round_bytes, self._most)
+        if not self._running:
+            waiting = [job for job in self._jobs if not job.done]
+            if not waiting:
+                return None
+            self._answer_whole(waiting)
+            self._waiting.extend(waiting)
+            return []
+        taken = self._round(self._running)
+        self._running.extend(job for job in taken if not (job.done or job.whole))
+        return [job for job in taken if job.done]
+
+    def _round(self, running: deque[Job]) -> list[Job]:
+        taken = _round(running, self._executor)
+        for job in taken:
+            self._taken[id(job)] = self._taken.get(id(job), 0) + 1
+        return taken
+
+    def _answer_whole(self, waiting: Sequence[Job]) -> None:
+        """Answer the requests about the whole model, on which all unfinished jobs wait."""
+        from fastinterp.execute.jobs.adaptive_job import select_whole
+
+        executor = self._executor
+        merged = [job for job in map(_adaptive, (*self._jobs, *self._others)) if job is not None]
+        unanswered = [job for job in map(_adaptive, waiting) if job is not None]
+        requests = dict.fromkeys(r for job in unanswered for r in job.whole_requests)
+        new = [request for request in requests if repr(request) not in self.answers]
+        for some in grouped(new, max(1, executor.most // RANK_BYTES)):
+            ranks = tuple(dict.fromkeys(rank for request in some for rank in request.ranks))
+            selected = select_whole(changed(some[0], ranks=ranks), merged, executor.run, executor.held_bytes)
+            found = dict(zip(ranks, selected, strict=True))
+            self.answers |= {repr(request): tuple(found[rank] for rank in request.ranks) for request in some}
+        for request in requests:
+            for job in unanswered:
+                job.answer(request, self.answers[repr(request)])
 
 
-def _admitted(waiting: deque[Job], most: int, small: bool) -> list[Job]:
-    """The jobs that enter a round: as many as have `most` bytes of inputs together, at least one if any waits."""
+def _admitted(waiting: deque[Job], again: int, most: int | None) -> list[Job]:
+    """The jobs that enter a round, at least one if any waits.
+
+    again  bytes of inputs, of all together, that are read again later
+    most   bytes of inputs of all together; None: no limit
+    """
     taken: list[Job] = []
-    nbytes = 0
+    cost = nbytes = 0
     while waiting:
-        nbytes += waiting[0].nbytes if small else waiting[0].cost
-        if taken and nbytes > most:
+        cost += waiting[0].cost
+        nbytes += waiting[0].nbytes if most is not None else 0
+        if taken and (cost > again or (most is not None and nbytes > most)):
             break
         taken.append(waiting.popleft())
     return taken
@@ -239,22 +313,6 @@ def _round(running: deque[Job], executor: Executor) -> list[Job]:
     for job, of_job in zip(taken, results, strict=True):
         job.take(of_job)
     return taken
-
-
-def _answer_whole(waiting: Sequence[Job], jobs: Sequence[Job], executor: Executor) -> None:
-    """Answer the requests about the whole model, on which all unfinished jobs wait."""
-    from fastinterp.execute.jobs.adaptive_job import select_whole
-
-    merged = [job for job in map(_adaptive, jobs) if job is not None]
-    unanswered = [job for job in map(_adaptive, waiting) if job is not None]
-    requests = list(dict.fromkeys(r for job in unanswered for r in job.whole_requests))
-    for some in grouped(requests, max(1, executor.most // RANK_BYTES)):
-        ranks = tuple(dict.fromkeys(rank for request in some for rank in request.ranks))
-        selected = select_whole(changed(some[0], ranks=ranks), merged, executor.run, executor.held_bytes)
-        answers = dict(zip(ranks, selected, strict=True))
-        for request in some:
-            for job in unanswered:
-                job.answer(request, tuple(answers[rank] for rank in request.ranks))
 
 
 def grouped(requests: Sequence[Select], most: int) -> list[list[Select]]:

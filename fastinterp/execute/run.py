@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,8 @@ from fastinterp.plan.tensors import must_agree
 if TYPE_CHECKING:
     from fastinterp.backends.device import Device
     from fastinterp.execute.jobs.chained_job import ScratchFile
+    from fastinterp.execute.resume.notes import Notes
+    from fastinterp.output.receipt import WeightsFile
 
 STATS_EVERY = 32  # one chunk of 16384 elements in so many is measured, which costs a few percent of the kernel's time
 _KEPT_BYTES = 1 << 20  # Pump::kKeptBytes
@@ -112,7 +114,10 @@ def _pages(size: int) -> int:
 
 @dataclass(frozen=True)
 class Done:
-    """The result of a run: the job of each output tensor, which has the statistics of every output, and counters."""
+    """The result of a run: the job of each output tensor, which has the statistics of every output, and counters.
+
+    files  for each output, what its receipt says of the files of weights, by name; empty for outputs in memory
+    """
 
     jobs: dict[str, Job]
     bytes_read: int
@@ -121,6 +126,7 @@ class Done:
     isa: str
     scratch_bytes: int
     usage: DeviceUsage
+    files: Sequence[Mapping[str, WeightsFile]] = ()
 
 
 class Run:
@@ -134,6 +140,7 @@ class Run:
         self,
         plan: Plan,
         sources: Sources,
+        sinks: Sinks,
         isa: str,
         threads: int,
         executor: PumpExecutor,
@@ -143,21 +150,25 @@ class Run:
         self.jobs = {name: job for name, job in jobs.items() if name in wanted}
         self.others = [job for name, job in jobs.items() if name not in wanted]
         self.executor = executor
-        self._plan, self._sources, self._isa, self._threads = plan, sources, isa, threads
+        self._plan, self._sources, self._sinks, self._isa, self._threads = plan, sources, sinks, isa, threads
 
     def refuse_changed(self) -> None:
         """Raises: CheckpointError, if an input file has changed since its header was read."""
         self._sources.refuse_changed()
 
     def done(self) -> Done:
-        """The result, after all jobs are done. Raises what `refuse_changed` does."""
+        """Complete the outputs, after all jobs are done. Raises: what `refuse_changed` does; OutputError, if a file
+        cannot be written.
+        """
         self.refuse_changed()
+        files = self._sinks.finish(self._threads)
         executor = self.executor
         executor.finish()
         written = executor.bytes_written - self._plan.bytes_made
         return Done(
-            self.jobs, executor.bytes_read, written, self._threads, self._isa, executor.scratch_bytes, executor.usage()
-        )
+            self.jobs, executor.bytes_read, written, self._threads, self._isa, executor.scratch_bytes,
+            executor.usage(), files,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -184,7 +195,7 @@ def opened(
         every = [s for t in plan.tensors for s in t.stages]
         inputs = (tensor for s in every for tensor in s.inputs)
         sources = Sources(plan.checkpoints, inputs, stack, sinks.files, sinks.scratch, stream_bytes)
-        sinks.open(stack)
+        sinks.open(stack, isa)
         recipe = plan.recipes[0]
         scratch = _scratch(plan, sources, sinks, stack, sinks.scratch) if len(every) > len(plan.tensors) else None
         options = PumpOptions(
@@ -204,14 +215,15 @@ def opened(
         wanted = {t.name for t in order if t.entries[0][0] in sinks.of}
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
-        where = sources.handles, sinks.handles, options, explained, total, progress, max_memory - stream_bytes
+        most = max_memory - stream_bytes
+        where = sources.handles, sinks.handles, options, explained, total, sinks.watched(progress), most
         if devices:
             from fastinterp.execute.device.executor import DeviceExecutor
 
             executor: PumpExecutor = stack.enter_context(closing(DeviceExecutor(devices, *where)))
         else:
             executor = PumpExecutor(*where)
-        yield Run(plan, sources, isa, window.threads, executor, jobs, wanted)
+        yield Run(plan, sources, sinks, isa, window.threads, executor, jobs, wanted)
 
 
 def run(
@@ -222,8 +234,9 @@ def run(
     max_memory: int,
     progress: Progress | None,
     devices: Sequence[Device] = (),
+    notes: Notes | None = None,
 ) -> Done:
-    """Run a plan.
+    """Run a plan. notes: goes on from what is finished, and notes what becomes so
 
     Ends all threads before it returns or raises, KeyboardInterrupt included.
     Raises: what `opened` does; CheckpointError, if an input was truncated or changed; ShapeError, if tensors that must
@@ -231,8 +244,11 @@ def run(
     is left.
     """
     with opened(plan, sinks, threads=threads, max_memory=max_memory, progress=progress, devices=devices) as running:
-        run_jobs([*running.jobs.values()], running.executor, running.others)
-        return running.done()
+        if notes is None:
+            run_jobs([*running.jobs.values()], running.executor, running.others)
+            return running.done()
+        usage = notes.run(running.jobs, running.others, running.executor, sinks.handles)
+        return replace(running.done(), usage=usage)
 
 
 def _device_bytes(devices: Sequence[Device], max_memory: int) -> int:

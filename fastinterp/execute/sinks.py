@@ -1,4 +1,8 @@
-"""The sinks of a run: output files, with headers written and space reserved, or memory."""
+"""The sinks of a run: output files, or memory.
+
+Of a file, space is reserved first, without the file growing; then its data is written, and last its header, which has
+the checksum of the data. So a file that was not finished has no header, or is shorter than the header says.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,17 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from fastinterp.backends.cpu import Handle, reserve
+from fastinterp.backends.cpu import FileChecksum, Progress, SinkHandle, reserve, start_writeback
 from fastinterp.checkpoint.regular_file import write_all
 from fastinterp.errors import OutputError
 from fastinterp.execute.sources import storage
+from fastinterp.output.layout import OutFile
 from fastinterp.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from fastinterp.output.receipt import WeightsFile
 
 
 class Sinks(Protocol):
@@ -25,49 +33,85 @@ class Sinks(Protocol):
     scratch  a folder for temporary files; None: the system's
     """
 
-    handles: list[Handle]
+    handles: list[SinkHandle]
     of: dict[str, tuple[list[int], list[int]]]
     paths: list[Path]
     files: int
     scratch: Path | None
 
-    def open(self, stack: ExitStack) -> None: ...
+    def open(self, stack: ExitStack, isa: str) -> None: ...
+
+    def watched(self, progress: Progress | None) -> Progress | None:
+        """The callback that the run is to call, which calls `progress`."""
+
+    def finish(self, threads: int) -> list[dict[str, WeightsFile]]:
+        """Complete the files, when all data is written: for each output, what the receipt says of each."""
 
 
 class FileSinks:
-    """The output files, open for writing until `stack` closes.
+    """The output files, open until `stack` closes.
 
     outputs  for each output, the path of each file of its layout, which exists; None for files that other processes
              write. Contents that an earlier run has left are overwritten
+    synced   they will be synced to the disk: that is begun while the run is at work
     """
 
-    def __init__(self, plan: Plan, outputs: Sequence[Sequence[Path | None]]):
-        self.handles: list[Handle] = []
+    def __init__(self, plan: Plan, outputs: Sequence[Sequence[Path | None]], synced: bool = False):
+        self.handles: list[SinkHandle] = []
         self.of: dict[str, tuple[list[int], list[int]]] = {}
         self.paths: list[Path] = []
         paths = [path for files in outputs for path in files if path is not None]
         self.files = len(paths)
         self.scratch: Path | None = paths[0].parent
-        self._plan, self._outputs = plan, outputs
+        self._plan, self._outputs, self._synced = plan, outputs, synced
+        self._opened: list[tuple[int, OutFile, Path, FileChecksum]] = []  # index of the output, ...
 
-    def open(self, stack: ExitStack) -> None:
+    def open(self, stack: ExitStack, isa: str) -> None:
         """Raises: OutputError, if a file cannot be opened, or the disk is full."""
-        for layout, paths in zip(self._plan.layouts, self._outputs, strict=True):
+        for k, (layout, paths) in enumerate(zip(self._plan.layouts, self._outputs, strict=True)):
             for file, path in zip(layout.files, paths, strict=True):
                 if path is None:
                     continue
                 shown = path.parent / os.path.basename(file.name)
                 with storage(shown, OutputError):
-                    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
                     stack.callback(os.close, fd)
+                    if os.fstat(fd).st_size:  # an earlier run's: its header must not stand before other data
+                        write_all(fd, bytes(len(file.header)), 0)
                     reserve(fd, file.size)
-                    write_all(fd, file.header, 0)
                 for name, offset in file.places.items():
                     sinks, offsets = self.of.setdefault(name, ([], []))
                     sinks.append(len(self.handles))
                     offsets.append(offset)
-                self.handles.append(fd)
+                checksum = FileChecksum(fd, len(file.header), file.size, isa)
+                self.handles.append(checksum)
                 self.paths.append(shown)
+                self._opened.append((k, file, shown, checksum))
+
+    def watched(self, progress: Progress | None) -> Progress | None:
+        # Beginning to write 2 GB to the disk takes 0.05 s of processor time, which is the kernel's where nobody waits.
+        if not self._synced:
+            return progress
+
+        def report(done: int, total: int) -> None:
+            for _, _, _, checksum in self._opened:
+                start_writeback(checksum.fd)
+            if progress is not None:
+                progress(done, total)
+
+        return report
+
+    def finish(self, threads: int) -> list[dict[str, WeightsFile]]:
+        """Raises: OutputError, if a file cannot be written."""
+        from fastinterp.execute.checksums import finished_file
+
+        finished: list[dict[str, WeightsFile]] = [{} for _ in self._outputs]
+        for k, file, shown, checksum in self._opened:
+            with storage(shown, OutputError):
+                os.truncate(checksum.fd, file.size)  # where it ends with bytes that no tensor has
+                header, finished[k][file.name] = finished_file(file, checksum.regions(threads))
+                write_all(checksum.fd, header, 0)
+        return finished
 
 
 class MemorySinks:
@@ -77,7 +121,7 @@ class MemorySinks:
     """
 
     def __init__(self, outputs: Sequence[Mapping[str, tuple[int, int]]]):
-        self.handles: list[Handle] = []
+        self.handles: list[SinkHandle] = []
         self.of: dict[str, tuple[list[int], list[int]]] = {}
         self.paths: list[Path] = []
         self.files = 0
@@ -89,5 +133,12 @@ class MemorySinks:
                 offsets.append(0)
                 self.handles.append(("memory", address, nbytes))
 
-    def open(self, stack: ExitStack) -> None:
+    def open(self, stack: ExitStack, isa: str) -> None:
         """Does nothing: memory needs no opening."""
+
+    def watched(self, progress: Progress | None) -> Progress | None:
+        return progress
+
+    def finish(self, threads: int) -> list[dict[str, WeightsFile]]:
+        """Does nothing: memory has no checksums."""
+        return []

@@ -9,14 +9,14 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.backends.cpu import Handle, cached_fraction
+from fastinterp.backends.cpu import SourceHandle, cached_fraction
 from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.open import changed_since
 from fastinterp.checkpoint.regular_file import write_all
 from fastinterp.checkpoint.remote import open_readable
 from fastinterp.errors import CheckpointError, FastinterpError, StorageError
 from fastinterp.execute.scales import refuse_scales
-from fastinterp.messages import counted, listed, size
+from fastinterp.messages import counted, listed, size, tell
 from fastinterp.ops.dtypes import F32
 from fastinterp.ops.operands import Decoder, Factor, Gathered, LowRank, Operand, Product, ReplacedRows, Stored
 from fastinterp.plan.inputs import ConvertedInput, GatheredInput, StoredInput, TensorInput
@@ -56,7 +56,7 @@ class Sources:
         moved = sum(tensor.moves_rows for tensor in every)
         _allow_files(len(needed) - len(elsewhere) + moved + 1 + outputs)
         self.paths: list[Path] = []
-        self.handles: list[Handle] = []
+        self.handles: list[SourceHandle] = []
         self._checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
         self._number: dict[Path, int] = {}
         self._scratch, self._stack = scratch, stack
@@ -81,7 +81,7 @@ class Sources:
         """The files, open, where none is elsewhere."""
         return [handle for handle in self.handles if isinstance(handle, int)]
 
-    def add(self, handle: Handle, path: Path) -> int:
+    def add(self, handle: SourceHandle, path: Path) -> int:
         """Add a file that is already open; returns its index."""
         self.handles.append(handle)
         self.paths.append(path)
@@ -206,7 +206,7 @@ def _streams(elsewhere: Sequence[Path], inputs: Sequence[TensorInput], most: int
     models = dict.fromkeys(path.parent for path in elsewhere)
     total = sum(tensor.nbytes for tensor in inputs if not {*tensor.files}.isdisjoint(elsewhere))
     what = f"{counted(len(files), 'file')}, {size(total)}, as they are merged, and not stored"
-    remote.say(f"reading {what}: {listed([file.name for file in files], 4)}")
+    tell(f"reading {what}: {listed([file.name for file in files], 4)}")
     return Streams(files, len(models), most, stack)
 
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
-from fastinterp.errors import BackendError, OutputError
+from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.errors import BackendError
+from fastinterp.execute.checksums import receipt_content, small_file
 from fastinterp.execute.report import Report, report_of
+from fastinterp.execute.resume.identity import Identity, identity_of
+from fastinterp.execute.resume.session import Session, difference
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
+from fastinterp.output.earlier import Earlier, earlier
 from fastinterp.output.folder import OutFolder
+from fastinterp.output.receipt import RECEIPT, SmallFile, WeightsFile
+from fastinterp.output.several import commit_all
 from fastinterp.plan.plan import Plan
 from fastinterp.recipe.load import Recipe
 
@@ -37,37 +45,85 @@ def write_outputs(
     durable: bool,
     progress: Progress | None,
     edit_files: EditFiles | None = None,
+    verify_kept: bool = False,
 ) -> list[Report]:
     """Write the outputs of several plans. All of them are renamed into place at the end, one after the other.
 
-    outs        a folder, or a file (`x.safetensors`), for each output of each plan
-    edit_files  what is called with the small files of each output, contents or files to copy, before they are written
-    Raises: what `merge` does; OutputError names the outputs that were finished before it.
+    outs         a folder, or a file (`x.safetensors`), for each output of each plan
+    edit_files   what is called with the small files of each output, contents or files to copy, before they are written
+    verify_kept  where a run is resumed: compare all that it had written with its checksums, not a sample
+    Raises: what `merge` does; OutputError names the outputs that were finished before it. If much work was done, it is
+    left to be resumed, and the exception has an attribute `outcome`, which says so.
     """
     start = time.perf_counter()
     cpu_isa()  # an unusable FASTINTERP_ISA shows before a folder is made
     devices, chosen = devices_for(device, plans, threads, max_memory)
-    every: list[Done] = []
     with ExitStack() as stack:
-        folders = _opened_folders(plans, outs, stack, edit_files, force=force, durable=durable)
-        total = sum(plan.bytes_read + plan.bytes_written for plan in plans)
-        for plan, of_plan in zip(plans, folders, strict=True):
-            pairs = zip(of_plan, plan.layouts, strict=True)
-            sinks = FileSinks(plan, [[folder.temp(file.name) for file in layout.files] for folder, layout in pairs])
-            before = sum(d.bytes_read + d.bytes_written for d in every)
-            shown = progress if len(plans) == 1 else _part(progress, before, total)
-            every.append(run(plan, sinks, threads=threads, max_memory=max_memory, progress=shown, devices=devices))
-        for plan in plans:
-            plan.refuse_changed_files()
-        finish([folder for of_plan in folders for folder in of_plan])
-    wall = time.perf_counter() - start
+        folders, session = _opened_folders(plans, outs, stack, identity_of(plans), force=force, durable=durable)
+        try:
+            if all(folder.finished for of_plan in folders for folder in of_plan):
+                session.tell()
+                every = session.dones(cpu_isa(), cpu_threads(threads))
+            else:
+                work = partial(run, threads=threads, max_memory=max_memory, devices=devices)
+                synced = durable or force
+                every = _written(plans, folders, session, work, progress, edit_files, verify_kept, synced)
+        except BaseException as error:
+            session.leave([folder for of_plan in folders for folder in of_plan], error)
+            raise
+    wall = session.before + time.perf_counter() - start
     read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
     reports = []
     for plan, done, of_plan in zip(plans, every, folders, strict=True):
         whole = replace(done, bytes_read=read, bytes_written=written)
-        of_outputs = [report_of(plan, whole, wall, k, folder) for k, folder in enumerate(of_plan)]
-        reports += [replace(report, outputs=sum(map(len, outs)), chosen=chosen) for report in of_outputs]
-    return reports
+        reports += [report_of(plan, whole, wall, k, folder) for k, folder in enumerate(of_plan)]
+    return [
+        replace(
+            report, outputs=sum(map(len, outs)), chosen=chosen, resumed=session.share,
+            warnings=(*report.warnings, *session.warnings),
+        )
+        for report in reports
+    ]  # fmt: skip
+
+
+def _written(
+    plans: Sequence[Plan],
+    folders: Sequence[Sequence[OutFolder]],
+    session: Session,
+    work: Callable[..., Done],
+    progress: Progress | None,
+    edit_files: EditFiles | None,
+    verify_kept: bool,
+    synced: bool,
+) -> list[Done]:
+    """Write the outputs, except for what is finished already, and put them in place. synced: they are before that."""
+    flat = [folder for of_plan in folders for folder in of_plan]
+    if any(folder.finished for folder in flat):  # others are gone
+        session.forget()
+        for folder in (folder for folder in flat if folder.finished):
+            folder.anew()
+    small = [
+        [write_small_files(folder, plan, k, edit_files) for k, folder in enumerate(of_plan)]
+        for plan, of_plan in zip(plans, folders, strict=True)
+    ]
+    files = [
+        [[folder.temp(f.name) for f in layout.files] for folder, layout in zip(of_plan, plan.layouts, strict=True)]
+        for plan, of_plan in zip(plans, folders, strict=True)
+    ]
+    session.verify([[path for of_output in of_plan for path in of_output] for of_plan in files], verify_kept)
+    session.tell()
+    every: list[Done] = []
+    total = sum(plan.bytes_read + plan.bytes_written for plan in plans)
+    for number, (plan, of_plan) in enumerate(zip(plans, files, strict=True)):
+        before = sum(d.bytes_read + d.bytes_written for d in every)
+        shown = progress if len(plans) == 1 else _part(progress, before, total)
+        every.append(work(plan, FileSinks(plan, of_plan, synced=synced), progress=shown, notes=session.notes(number)))
+    for plan in plans:
+        plan.refuse_changed_files()
+    for plan, done, of_outputs, of_files in zip(plans, every, folders, small, strict=True):
+        write_receipts(plan, of_outputs, done.files, of_files)
+    commit_all([*flat[1:], flat[0]])  # the first has the notes about all of them
+    return every
 
 
 def devices_for(
@@ -97,32 +153,32 @@ def _opened_folders(
     plans: Sequence[Plan],
     outs: Sequence[Sequence[str | os.PathLike[str]]],
     stack: ExitStack,
-    edit_files: EditFiles | None,
-    **how: bool,
-) -> list[list[OutFolder]]:
-    """The output folders of all plans, with their small files written; all or none."""
+    identity: Identity | None,
+    *,
+    force: bool,
+    durable: bool,
+) -> tuple[list[list[OutFolder]], Session]:
+    """The output folders of all plans, all or none; and what is finished of them."""
+    merge = "" if identity is None else identity.key
+    before = earlier([out for of_plan in outs for out in of_plan], merge) if merge else Earlier.NONE
     needed = sum(plan.disk_bytes for plan in plans)  # outputs on one disk must fit together: the first checks for all
     folders: list[list[OutFolder]] = []
-    for plan, of_plan in zip(plans, outs, strict=True):
-        folders.append([])
-        for out, layout in zip(of_plan, plan.layouts, strict=True):
-            names = [*(file.name for file in layout.files), *plan.files.copied]
-            folder = OutFolder(out, plan.inputs, needed=needed or layout.disk_bytes, names=names, **how)
-            folders[-1].append(stack.enter_context(folder))
-            needed = 0
-        for k, folder in enumerate(folders[-1]):
-            write_small_files(folder, plan, k, edit_files)
-    return folders
-
-
-def finish(folders: Sequence[OutFolder]) -> None:
-    """Rename all outputs to their final names, one folder after the other."""
-    for i, folder in enumerate(folders):
-        try:
-            folder.commit()
-        except OutputError as error:
-            finished = ", ".join(f.name for f in folders[:i])
-            raise OutputError(f"{error}; finished before that: {finished}" if finished else str(error)) from error
+    try:
+        for plan, of_plan in zip(plans, outs, strict=True):
+            folders.append([])
+            for out, layout in zip(of_plan, plan.layouts, strict=True):
+                names = [*(file.name for file in layout.files), *plan.files.copied, RECEIPT]
+                folder = OutFolder(
+                    out, plan.inputs, force=force, durable=durable, needed=needed or layout.disk_bytes, names=names,
+                    merge=merge, differs=None if identity is None else partial(difference, identity), earlier=before,
+                )  # fmt: skip
+                folders[-1].append(stack.enter_context(folder))
+                needed = 0
+    except BaseException:
+        for folder in (folder for of_plan in folders for folder in of_plan if folder.resumed):
+            folder.leave()
+        raise
+    return folders, Session(plans, folders[0][0], identity)
 
 
 def _part(progress: Progress | None, before: int, total: int) -> Progress | None:
@@ -132,12 +188,30 @@ def _part(progress: Progress | None, before: int, total: int) -> Progress | None
     return lambda done, of_run: progress(before + done, max(total, before + of_run))
 
 
-def write_small_files(folder: OutFolder, plan: Plan, k: int, edit_files: EditFiles | None = None) -> None:
+def write_small_files(
+    folder: OutFolder, plan: Plan, k: int, edit_files: EditFiles | None = None
+) -> dict[str, SmallFile]:
     """Write everything beside the weights of output k: copied files, the model card, indexes. Nothing, if the output is
-    one file.
+    one file. Returns what the receipt says of them.
     """
     files = {} if folder.file else plan.small_files(k)
     if edit_files is not None and files:
         edit_files(plan.recipes[k], files)
+    small = {}
     for name, content in files.items():
-        folder.write(name, content)
+        written = read_regular(os.fspath(content)) if isinstance(content, Path) else content
+        folder.write(name, written)
+        small[name] = small_file(written)
+    return small
+
+
+def write_receipts(
+    plan: Plan,
+    folders: Sequence[OutFolder],
+    weights: Sequence[Mapping[str, WeightsFile]],
+    small: Sequence[Mapping[str, SmallFile]],
+) -> None:
+    """Write the receipt into every output that is a folder."""
+    for k, folder in enumerate(folders):
+        if not folder.file:
+            folder.write(RECEIPT, receipt_content(plan, k, weights[k], small[k]))

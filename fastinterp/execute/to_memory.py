@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
 from fastinterp.execute.report import Report, report_of
-from fastinterp.execute.rounds import finished_jobs
+from fastinterp.execute.rounds import Rounds
 from fastinterp.execute.run import opened, run
 from fastinterp.execute.sinks import MemorySinks
 from fastinterp.plan.plan import Plan
@@ -43,7 +43,9 @@ def filling(plan: Plan, output: Addresses, *, threads: int | None, max_memory: i
     """
     with opened(plan, MemorySinks([output]), threads=threads, max_memory=max_memory, progress=None) as running:
         names = {id(job): name for name, job in running.jobs.items()}
-        for jobs in finished_jobs([*running.jobs.values()], running.executor, running.others, small=True):
+        executor = running.executor
+        rounds = Rounds([*running.jobs.values()], executor, running.others, executor.round_bytes)
+        for jobs in rounds.finished():
             running.refuse_changed()
             yield [names[id(job)] for job in jobs]
         running.done()

@@ -13,6 +13,7 @@ from fastinterp.execute.run import Window, make_window
 from fastinterp.inspect.explain_parameters import parameters_in_force, presets_in_force, symbols
 from fastinterp.inspect.explain_text import as_text
 from fastinterp.output.layout import OutFile
+from fastinterp.output.receipt import RECEIPT
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.plan import Plan
 from fastinterp.plan.planned import PlannedTensor, stages_of
@@ -59,7 +60,7 @@ def _as_dict(plan: Plan, window: Window) -> dict[str, Any]:
     choice = choose([plan], window.threads, window.most) if maybe_devices() else None
     (recipe,), (layout,) = plan.recipes, plan.layouts
     letters = _letters(plan, recipe)
-    sidecars = sorted(plan.small_files(0).keys() - layout.indexes.keys())
+    sidecars = sorted((plan.small_files(0).keys() | {RECEIPT}) - layout.indexes.keys())
     return {
         "method": recipe.method.name,
         "formula": _formula(plan),

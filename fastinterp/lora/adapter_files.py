@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from fastinterp._version import __version__
+from fastinterp.backends.cpu import checksum
+from fastinterp.checkpoint.checksum import KEY, UNKNOWN, checksum_text
 from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.regular_file import write_all
 from fastinterp.errors import CheckpointError, OutputError
@@ -36,11 +38,12 @@ class AdapterWriter:
     largest   every tensor that may come, as large as it may be: room is left for a header of all of them
     metadata  goes into the header
 
-    A context manager: leaving it without an error writes the header. Raises: OutputError, from every method.
+    A context manager: leaving it without an error writes the header, which states the checksum of the data. Raises:
+    OutputError, from every method.
     """
 
     def __init__(self, path: Path, shown: str, largest: Sequence[Described], metadata: Mapping[str, str]):
-        self.path, self._shown, self._metadata = path, shown, dict(metadata)
+        self.path, self._shown, self._metadata = path, shown, {**metadata, KEY: UNKNOWN}
         end = sum((dtype.nbytes(math.prod(shape)) or 0) for _, dtype, shape in largest)
         room = len(self._header({name: _entry(dtype, shape, (end, end)) for name, dtype, shape in largest}))
         self._start = -(-(8 + room) // ALIGN) * ALIGN
@@ -60,6 +63,7 @@ class AdapterWriter:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
             if kind is None:
+                self._metadata[KEY] = checksum_text(self._checksum())
                 text = self._header(self._table)
                 size = self._start - 8
                 self._write(size.to_bytes(8, "little") + text.ljust(size), 0)
@@ -90,8 +94,15 @@ class AdapterWriter:
         except OSError as error:
             raise self._error(error) from error
 
+    def _checksum(self) -> int:
+        """Of the data, which is read again: an adapter is small, and in the page cache."""
+        try:
+            return sum(checksum(self.fd, self._start, self._start + self._end)) % 2**64
+        except OSError as error:
+            raise self._error(error) from error
+
     def _header(self, table: Mapping[str, Any]) -> bytes:
-        every = {"__metadata__": self._metadata, **table} if self._metadata else table
+        every = {"__metadata__": self._metadata, **table}
         return json.dumps(every, ensure_ascii=False, separators=(",", ":")).encode()
 
     def _error(self, error: OSError) -> OutputError:

@@ -223,6 +223,11 @@ def find(name: str) -> Method:
     return _loaded[name]
 
 
+def is_own(method: Method) -> bool:
+    """Whether it is a method of this package: its code is known by the version."""
+    return method.fn.__module__.startswith(f"{__name__}.")
+
+
 @contextmanager
 def given(methods: Iterable[Method]) -> Iterator[None]:
     """Context manager: these methods are found by their names, too.

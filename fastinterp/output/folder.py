@@ -1,49 +1,61 @@
 """The output folder, or the output file: what is written appears together at the end, or not at all.
 
-Everything is written under temporary names, `.NAME.partial-...`, and renamed at the end, what makes a checkpoint
-readable last. A process that is killed leaves only temporary files, which readers do not look at and the next run
-removes.
-
-An old checkpoint that is replaced is first renamed to `.NAME.old-...`, and removed when the new one is complete. If
-anything fails before that, it gets its names back. If the process is killed in between, the `.old-` files stay, since
-they may be the only copy: no run ever removes those of another, and the next run refuses and says how to put them back.
+Everything is written under temporary names, `.NAME.partial-RUN`. When all of it is complete, the journal says so, and
+the files get their names, what makes a checkpoint readable last; an old checkpoint that is replaced is moved aside
+before, and removed after. A process that is killed leaves a journal. The next run into the folder ends the finish that
+the journal says was begun; else it goes on with what is there, if it is the same merge, or removes it. Nothing needs to
+be put in order by hand.
 """
 
 from __future__ import annotations
 
-import binascii
-import errno
 import os
-import re
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from fastinterp.checkpoint.names import ASIDE, PUT_BACK, TEMPLATES, is_relative, listing, quote
-from fastinterp.checkpoint.regular_file import fsync, read_regular
+from fastinterp.checkpoint.journal_file import PARTIAL, SUBFOLDER, Finishing, Subfolder, journal_path, temporary
+from fastinterp.checkpoint.names import is_relative, quote
+from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.errors import OutputError
-from fastinterp.output.names import hidden, place_of, rank, subfolders
-from fastinterp.output.old_checkpoint import alive, identities, identity, old_checkpoint
+from fastinterp.output import refusals
+from fastinterp.output.earlier import Earlier
+from fastinterp.output.finish import begin_finish, complete, end_finish, place, refuse_odd, take_back
+from fastinterp.output.journal import Busy, Journal, begin, boot, take_over
+from fastinterp.output.leftovers import complete_files, entries, left_by_runs, remove, reserved
+from fastinterp.output.names import place_of, rank, subfolders
+from fastinterp.output.old_checkpoint import old_checkpoint
 
-_PARTIAL = re.compile(r"\..+\.partial-(?P<pid>\d+)-(?P<host>[0-9a-f]{8})-[0-9a-f]{12}", re.DOTALL)
-SHARED = "ffffffff"  # in the place of a host: what several processes write together (shared_output_folder.py)
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW  # a planted link is never written through
-_active: set[str] = set()  # endings of the temporary names that this process has in use
 
 
 class OutFolder:
     """A context manager around writing one checkpoint into the folder `path`.
 
-    path     ending in `.safetensors`: the output is this one file. All that else is in its folder is left alone
+    path     ending in `.safetensors` or `.gguf`: the output is this one file. All that else is in its folder is left
+             alone
     inputs   files and folders that must not be touched (Checkpoint.inputs of every input)
     force    replace the checkpoint, or the regular file, that is there
-    durable  fsync files and folder before the finish, so that the output outlives a crash of the machine
+    durable  the output is on the disk before it appears, so that it outlives a crash of the machine; so is one that
+             replaces an older one, in any case
     needed   bytes that will be written; less free space than that is refused
     names    of the files that will be written, as far as they are known
+    merge    what tells merges apart: the same text, the same output. Empty: unknown, and nothing is resumed
+    differs  called with the journal of an unfinished output of another merge: says how that one differs
+    earlier  how far the outputs of an earlier run of this merge are together, if there are several
 
     Names are relative to the folder: `config.json`, `unet/config.json`.
-    After `commit`, `removed` names the files of an old checkpoint that were removed and not replaced.
+
+    journal   held while the output is written
+    ended     the journal of the earlier run, of which there are only the records
+    resumed   an unfinished output of this merge is there, and this run goes on with its temporary files
+    finished  the output of this merge was complete, and has got its names. It may be left at that, or, with `anew`,
+              be written again
+    mended    what was done about an earlier run, in a line for people; empty: nothing
+    removed   after the finish: the files of an old checkpoint that were removed and not replaced
+
     Raises: OutputError, from every method; CheckpointError, from `write`, if the file to copy cannot be read.
     """
 
@@ -56,6 +68,9 @@ class OutFolder:
         durable: bool = False,
         needed: int = 0,
         names: Iterable[str] = (),
+        merge: str = "",
+        differs: Callable[[Journal], str] | None = None,
+        earlier: Earlier = Earlier.NONE,
     ):
         self.name = os.fspath(path)
         if not self.name:
@@ -63,48 +78,181 @@ class OutFolder:
         folder, self.file = place_of(path)
         try:
             self.path = Path(os.path.realpath(folder))
-            with suppress(FileNotFoundError, NotADirectoryError):  # it is made later, or refused with more detail
-                os.lstat(self.path)
-        except (OSError, ValueError) as error:  # ValueError: a NUL, or no valid Unicode
-            why = getattr(error, "strerror", None) or error
-            raise OutputError(f"{quote(self.name)}: this path cannot be used: {why}") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL
+            raise OutputError(f"{quote(self.name)}: this path cannot be used: {error}") from None
+        self._refuse_name()
+        self.journal: Journal | None = None
+        self.ended: Journal | None = None
+        self.resumed = self.finished = False
+        self.mended = ""
         self.removed: tuple[str, ...] = ()
         self._names = {self.file} if self.file else set(names)
         self._inputs, self._force, self._durable, self._needed = inputs, force, durable, needed
-        self._host = f"{binascii.crc32(os.uname().nodename.encode()):08x}"
-        run = f"{os.getpid()}-{self._host}-{os.urandom(6).hex()}"
-        self._ending, self._old_ending = f".partial-{run}", f".old-{run}"
+        self._merge, self._differs, self._earlier = merge, differs, earlier
+        self._run: str | None = None  # the number of the run; None: drawn at random
         self._created: list[Path] = []  # folders, outermost first
         self._temps: dict[str, Path] = {}  # final name -> temporary
-        self._tried: list[str] = []  # final names whose rename was begun
-        self._aside: dict[str, Path] = {}  # name of an old file -> where it is until the new checkpoint is complete
+        self._subfolders: set[str] = set()
         self._done = False
 
-    def __enter__(self) -> OutFolder:
-        self._refuse_inputs()
-        self._refuse_contents()
-        self._refuse_full_disk()
-        _active.add(self._ending)
+    def _refuse_name(self) -> None:
+        """Names may be too long for the system, say. What is in a folder that is missing yet is refused later."""
         try:
-            self._make_folders()
-            # Shows that the folder can be written, and to a run that starts at the same moment that it is taken.
-            self._create(self._marker)
-            self._remove_leftovers(refuse_only=True)
-        except BaseException:
-            self._undo()
-            raise
+            with suppress(FileNotFoundError, NotADirectoryError):
+                os.lstat(self.path / self.file if self.file else self.path)
+        except (OSError, ValueError) as error:  # ValueError: a NUL, or no valid Unicode
+            why = getattr(error, "strerror", None) or error
+            raise OutputError(f"{quote(self.name)}: this path cannot be used: {why}") from None
+
+    # ---- before anything is written ---------------------------------------------------------------------------------
+
+    def __enter__(self) -> OutFolder:
+        try:
+            self._refuse(refusals.about_inputs(self.path, self.file, self._inputs))
+            self._refuse(refusals.about_place(self.name, self.path, self.file))
+            found = self._left_over()
+            if not self.finished:
+                self._begin(found)
+        except OSError as error:
+            raise self._error(f"the folder cannot be read: {error.strerror}") from error
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._done:
-            self._undo()
+    def anew(self) -> None:
+        """Write an output that is finished once more."""
+        self.finished, self._force = False, True
+        self._begin(None)
+
+    def _left_over(self) -> Journal | None:
+        """The journal of a run that died, locked, unless it is done with: a finish that the run began is ended."""
+        try:
+            found = take_over(self._journal_path, force=self._force)
+        except Busy as error:
+            raise self._error(str(error)) from None
+        if found is None:
+            self.finished = self._earlier is Earlier.PLACING and not self._is_new()
+            return None
+        try:
+            refuse_odd(self.path, found)
+            together = self._same(found) and self._earlier is Earlier.WRITING  # and so this one is not in place either
+            if found.finishing is not None and not together and complete(self.path, found):
+                self._end_finish_of(found)
+                return None
+            if found.finishing is not None:
+                take_back(self.path, found)
+            self._refuse(self._about_unfinished(found))
+        except BaseException:
+            found.close()
+            raise
+        return found
+
+    def _end_finish_of(self, found: Journal) -> None:
+        try:
+            place(self.path, found)
+            end_finish(self.path, self.file, found)
+        except (OSError, OutputError) as error:
+            raise self._error(
+                f"a run that died had completed the output, but it cannot be put in place: {_reason(error)}"
+            ) from error
+        self.ended = found
+        self.finished = self._same(found)
+        self.mended = "a run that had died had completed it: it is in place now"
+
+    def _same(self, found: Journal | None) -> bool:
+        """Whether a journal is of this merge."""
+        return found is not None and bool(self._merge) and found.begun.merge == self._merge
+
+    def _about_unfinished(self, found: Journal) -> str:
+        """Why the rest of a run that died is not thrown away, if another run can go on with it."""
+        if self._force or self._same(found) or not self._kept(found):
+            return ""
+        began, how = found.begun, self._differs(found) if self._differs else ""
+        command = f": {quote(shlex.join(began.command), 300)} in {quote(began.cwd)}" if began.command else ""
+        return (
+            f"another merge is not finished here{f' ({how})' if how else ''}. To finish it, run it again{command}; to "
+            "throw it away, add --force (in Python force=True)"
+        )
+
+    def _kept(self, found: Journal) -> bool:
+        """Whether a run that died left anything that its merge can be resumed from."""
+        return found.notes or complete_files(self.path, self.file, self._names, found.run) > 0
+
+    def _begin(self, found: Journal | None) -> None:
+        """From here on the output belongs to this run. found: the journal that is there"""
+        self.resumed, self.journal = self._same(found), found
+        try:
+            if found is not None and not self.resumed:
+                remove(self.path, self.file, self._names, found)
+            self._refuse(self._about_contents())
+            held = reserved(self.path, self.file, self._names, found.run) if found is not None and self.resumed else 0
+            self._refuse(refusals.about_space(self.path, max(0, self._needed - held)))
+            self._make_folders()
+            self._refuse_name()
+            self._hold()
+            self._refuse(self._about_contents())  # another run may have ended since
+            remove(self.path, self.file, self._names, self._held, keep=self._held.run, folders=False)
+        except BaseException:
+            if self.resumed:
+                self._close()
+            else:
+                self._undo()
+            raise
+
+    def _hold(self) -> None:
+        try:
+            if self.journal is None:
+                self.journal = begin(self._journal_path, self._merge, self._run)
+            elif self.resumed:
+                self.journal.go_on()
+            else:
+                self.journal.begin(self._merge, self._run)
+        except Busy as error:
+            raise self._error(str(error)) from None
+        except OSError as error:
+            raise self._error(f"the folder cannot be written to: {error.strerror}") from error
+
+    def _about_contents(self) -> str:
+        if not self.path.is_dir():
+            return ""
+        if self.file:
+            return refusals.about_file(self.path, self.file, self._inputs, force=self._force)
+        every = entries(self.path, self._names)
+        return refusals.about_contents(
+            self.path, every, self._present(every), self._inputs, self._names, force=self._force
+        )
+
+    def _is_new(self) -> bool:
+        """Whether there is nothing in the place of the output."""
+        if self.file:
+            return not os.path.lexists(self.path / self.file)
+        return not (self.path.is_dir() and os.listdir(self.path))
+
+    def _present(self, every: Sequence[str]) -> list[str]:
+        """Of the names in the folder, those that no run left."""
+        left = set(left_by_runs(self.path, self.file, every))
+        return [n for n in every if n not in left]
+
+    def _refuse(self, reason: str) -> None:
+        if reason:
+            raise self._error(f"{self.mended}. Now {reason}" if self.mended else reason)
+
+    def _error(self, message: str) -> OutputError:
+        return OutputError(f"{self.name}: {message}")
+
+    @property
+    def _journal_path(self) -> Path:
+        return journal_path(self.path, self.file)
+
+    @property
+    def _held(self) -> Journal:
+        assert self.journal is not None  # it is entered
+        return self.journal
+
+    # ---- while it is written ----------------------------------------------------------------------------------------
 
     def temp(self, name: str) -> Path:
-        """The temporary file that becomes `name` at `commit`. It exists, empty: open it without O_CREAT or O_EXCL.
+        """The temporary file that becomes `name` at the finish. It exists: open it without O_CREAT or O_EXCL.
 
-        If the output is one file, it becomes that.
+        It is empty, unless the output is resumed. If the output is one file, it becomes that.
         """
         name = self.file or name
         if not is_relative(name):
@@ -114,25 +262,10 @@ class OutFolder:
                 raise self._error(f"{quote(name)} is a folder there, but a file of that name must be written")
             self._names.add(name)
             self._make_subfolder(os.path.dirname(name))
-            path = self._hidden(name, self._ending)
+            path = temporary(self.path, name, PARTIAL, self._held.run)
             self._create(path)
             self._temps[name] = path
         return self._temps[name]
-
-    def _hidden(self, name: str, ending: str) -> Path:
-        return hidden(self.path, name, ending)
-
-    def _make_subfolder(self, name: str) -> None:
-        """Links are not followed: they may lead out of the folder."""
-        folder = self.path
-        for part in name.split("/") if name else ():
-            folder = folder / part
-            try:
-                if os.path.islink(folder) or not os.path.isdir(folder):
-                    os.mkdir(folder)
-                    self._created.append(folder)
-            except OSError as error:
-                raise self._error(f"the folder {quote(name)} in it cannot be created: {error.strerror}") from error
 
     def write(self, name: str, content: bytes | Path) -> None:
         """Put a small file into the output: bytes, or a copy of the file at a path."""
@@ -144,91 +277,28 @@ class OutFolder:
         except OSError as error:
             raise self._error(f"{quote(name)} cannot be written: {error.strerror}") from error
 
-    def commit(self) -> None:
-        """Finish: move an old checkpoint aside, give every file its name, then remove the old one.
-
-        What fails before the last name is taken back, so that the old checkpoint is there again.
-        """
-        try:
-            self._rename_files()
-            self._clean_up()
-        except OSError as error:
-            if self._complete():
-                self._deactivate()
-                what = "the output is complete, but its finish failed"
-            else:
-                self._undo()
-                what = "the output cannot be finished"
-            backups = [p.name for p in self._aside.values() if os.path.lexists(p)]
-            more = f". What it replaces is kept: {listing(backups)}. {PUT_BACK}" if backups else ""
-            raise self._error(f"{what}: {error.strerror}{more}") from error
-
-    def _rename_files(self) -> None:
-        if self._durable:
-            for path in self._temps.values():
-                fsync(path)
-        if self._force:
-            self._move_aside()
-            if self._durable and self._aside:
-                self._fsync_folders()  # a new name must not reach the disk beside an old index
-        order = sorted(self._temps, key=rank)
-        for name in order:
-            if self._durable and name == order[-1]:
-                self._fsync_folders()  # the last name must not reach the disk before the others
-            self._tried.append(name)
-            os.replace(self._temps[name], self.path / name)
-
-    def _move_aside(self) -> None:
-        """Weights go first and their index after them: while one of its files is missing, readers refuse it."""
-        entries = self._entries()
-        old, _ = ([], []) if self.file else old_checkpoint(self.path, entries, self._names)
-        self.removed = tuple(n for n in old if n not in self._temps)
-        for name in (*old, *(n for n in entries if n in self._temps and n not in old)):
-            aside = self._hidden(name, self._old_ending)
-            self._aside[name] = aside
-            os.replace(self.path / name, aside)
-
-    def _placed(self, name: str) -> bool:
-        """Asks the disk, because an interrupt may come between a rename and a note of it."""
-        gone = name in self._tried and not os.path.lexists(self._temps[name])
-        return gone and os.path.lexists(self.path / name)
-
-    def _complete(self) -> bool:
-        return bool(self._temps) and all(self._placed(n) for n in self._temps)
-
-    def _clean_up(self) -> None:
-        """The output is complete: make it last, then remove what it replaced."""
-        if self._durable and self._aside:
-            self._fsync_folders()
-        for path in (*self._aside.values(), self._marker):
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-        if self._durable:
-            self._fsync_folders()
-            for folder in reversed(self._created):
-                fsync(folder.parent)
-        self._deactivate()
-
-    def _fsync_folders(self) -> None:
-        for folder in (*subfolders(self._temps), ""):
-            fsync(self.path / folder)
-
-    def _deactivate(self) -> None:
-        self._done = True
-        _active.discard(self._ending)
-
-    @property
-    def _marker(self) -> Path:
-        return self._hidden(f"{self.file}.fastinterp" if self.file else "fastinterp", self._ending)
-
-    def _error(self, message: str) -> OutputError:
-        return OutputError(f"{self.name}: {message}")
-
     def _create(self, path: Path) -> None:
+        if self.resumed and os.path.lexists(path):
+            return
         try:
             os.close(os.open(path, _FLAGS, 0o666))
         except OSError as error:
             raise self._error(f"the folder cannot be written to: {error.strerror}") from error
+
+    def _make_subfolder(self, name: str) -> None:
+        """Links are not followed: they may lead out of the folder."""
+        for folder in subfolders([f"{name}/"]) if name else ():
+            path = self.path / folder
+            try:
+                missing = os.path.islink(path) or not os.path.isdir(path)
+                if folder not in self._subfolders:
+                    self._subfolders.add(folder)
+                    self._held.append(SUBFOLDER, Subfolder(folder, missing))
+                if missing:
+                    os.mkdir(path)
+                    self._created.append(path)
+            except OSError as error:
+                raise self._error(f"the folder {quote(folder)} in it cannot be created: {error.strerror}") from error
 
     def _make_folders(self) -> None:
         missing = []
@@ -243,153 +313,119 @@ class OutFolder:
         except OSError as error:
             raise self._error(f"the folder cannot be created: {error.strerror}") from error
 
+    # ---- the finish -------------------------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """Finish: move an old checkpoint aside, give every file its name, then remove the old one."""
+        self.begin_finish()
+        self.place()
+        self.end_finish()
+
+    def begin_finish(self) -> None:
+        """The commit point: from here on every run that comes by ends the finish. Before it, nothing is changed."""
+        names = tuple(sorted(self._temps, key=rank))
+        try:
+            aside = self._replaced()
+            inode = os.lstat(self.path / self.file).st_ino if self.file and not self._is_new() else 0
+            sync = self._durable or bool(aside) or bool(inode)
+            made = [self.path, *self.path.parents[:-1]] if self.resumed else self._created
+            begin_finish(self.path, self._held, Finishing(names, aside, sync, boot(), inode), made)
+        except (OSError, OutputError) as error:
+            raise self._error(f"the output cannot be finished: {_reason(error)}") from error
+        self.removed = tuple(n for n in aside if n not in self._temps)
+
+    def withdraw(self) -> None:
+        """Take back `begin_finish`."""
+        if self.journal is not None and self.journal.finishing is not None:
+            with suppress(OSError, OutputError):  # it is ended then
+                take_back(self.path, self.journal)
+
+    def place(self) -> None:
+        """Put the output in place. What fails is taken back, so that the old checkpoint is there again."""
+        try:
+            place(self.path, self._held)
+        except (OSError, OutputError) as error:
+            self.withdraw()
+            raise self._error(f"the output cannot be finished: {_reason(error)}{self._left()}") from error
+
+    def end_finish(self) -> None:
+        """Remove what the output replaced, and the journal."""
+        try:
+            end_finish(self.path, self.file, self._held)
+        except OSError as error:
+            self._undo()
+            reason = f"the output is complete, but its finish failed: {error.strerror}{self._left()}"
+            raise self._error(reason) from error
+        self._close()
+
+    def _left(self) -> str:
+        """What a finish that failed left, and what to do, as the end of a message."""
+        if self._held.finishing is None or self._held.removed:
+            return ""
+        return ". It is complete, and the next run into it puts it in place: run this again"
+
+    def _replaced(self) -> tuple[str, ...]:
+        """The files that are moved aside: weights first, and their index after them. While one of its files is missing,
+        readers refuse a checkpoint. One file replaces another at once.
+        """
+        if self.file or not self._force:
+            return ()
+        every = entries(self.path, self._names)
+        old, _ = old_checkpoint(self.path, self._present(every), self._names)
+        return (*old, *(n for n in every if n in self._temps and n not in old))
+
+    def leave(self) -> None:
+        """Leave the output as it is, to be resumed, unless its finish has begun."""
+        if self.journal is not None and self.journal.finishing is None:
+            self._close()
+
+    def left(self) -> list[str]:
+        """The paths that have to be removed to be rid of an output that was left."""
+        every = entries(self.path, self._names)
+        if not self.file and not self._present(every):
+            return [self.name]
+        return [os.fspath(self.path / name) for name in left_by_runs(self.path, self.file, every)]
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._done and not self.finished:
+            self._undo()
+
     def _undo(self) -> None:
-        """Take everything back, or, after the last name, finish. An interrupt in here may call it once more."""
-        if self._complete():
-            with suppress(OSError):
-                self._clean_up()
-        else:
-            self._take_back()
-        self._deactivate()
+        """Take everything back, or, after the commit point, finish. What an interrupt stops here, the next run does."""
+        try:
+            if self.journal is not None and self.journal.finishing is not None:
+                with suppress(OSError, OutputError):
+                    place(self.path, self.journal)
+                    end_finish(self.path, self.file, self.journal)
+            else:
+                self._take_back()
+        finally:
+            self._close()
 
     def _take_back(self) -> None:
-        for name in reversed(self._tried):
-            if self._placed(name):
-                with suppress(OSError):
-                    os.unlink(self.path / name)
-        self._tried.clear()  # from here on those names are the old files'
-        for name, aside in reversed(self._aside.items()):
-            with suppress(OSError):  # also those that were not moved yet
-                os.replace(aside, self.path / name)
-        for path in (self._marker, *self._temps.values()):
+        if self.journal is not None:
+            with suppress(OSError):
+                self.journal.settle(sync=self._durable or self._force)  # before any file that it speaks of is gone
+        for path in self._temps.values():
             with suppress(OSError):
                 os.unlink(path)
+        if self.journal is not None:
+            remove(self.path, self.file, self._names, self.journal)
+            with suppress(OSError):
+                self.journal.remove()
         for folder in reversed(self._created):
             with suppress(OSError):  # not empty: somebody else put something there
                 os.rmdir(folder)
 
-    def _refuse_inputs(self) -> None:
-        """Folders are compared by device and inode all the way up, so links and bind mounts do not hide anything."""
-        own, out = identity(self.path), identities(self.path)
-        place = identity(self.path / self.file) if self.file else None
-        for name in self._inputs:
-            path = Path(name)
-            if path.is_dir():
-                if identity(path) in out:
-                    inside = "is" if identity(path) == own and not self.file else "lies inside"
-                    raise self._error(f"the output {inside} the input folder {quote(path)}. {_ELSEWHERE}")
-                folders = [path]
-            elif self.file:  # other files in its folder are left alone
-                if place is not None and identity(path) == place:
-                    raise self._error(f"the output is the input {quote(path)}. {_ELSEWHERE}")
-                continue
-            else:
-                folders = [path.parent, Path(os.path.realpath(path)).parent]
-            if own and not self.file and any(own in identities(f) for f in folders):
-                raise self._error(f"the output folder holds the input {quote(path)}. {_ELSEWHERE}")
-
-    def _refuse_contents(self) -> None:
-        """Refuse a folder whose contents must not be replaced; else remove the temporary files of dead runs."""
-        if not self.path.is_dir():
-            if os.path.lexists(self.path) or (os.path.islink(self.name) and not self.file):
-                what = "it is in no folder: its parent is something else" if self.file else "this is not a folder"
-                raise self._error(f"{what}, and it will not be replaced. Give the name of a new folder")
-            return
-        inputs = {identity(Path(p)): p for p in self._inputs}
-        inputs.pop(None, None)
-        entries = self._entries()
-        for name in entries:
-            same = inputs.get(identity(self.path / name))
-            if same is not None:
-                raise self._error(f"{quote(name)} there is the same file as the input {quote(same)}. {_ELSEWHERE}")
-        aside = [n for n in entries if ASIDE.fullmatch(os.path.basename(n))]
-        if aside:
-            self._remove_leftovers(refuse_only=True)  # the run that moved them may be alive
-            raise self._error(f"a merge died here while it replaced a checkpoint: {listing(aside)}. {PUT_BACK}")
-        present = [n for n in entries if not _PARTIAL.fullmatch(os.path.basename(n))]
-        if self.file:
-            self._refuse_existing_file()
-        elif present and not self._force:
-            raise self._error(f"the folder is not empty: {listing(present)}. {_FORCE}")
-        _, strangers = ([], []) if self.file else old_checkpoint(self.path, present, self._names)
-        if strangers:
-            raise self._error(
-                f"the folder holds weights that no index there names: {listing(strangers)}. They would be mixed with "
-                "the output, and --force does not remove them: move them away, or choose another folder"
-            )
-        if not os.access(self.path, os.W_OK | os.X_OK):
-            read_only = os.statvfs(self.path).f_flag & os.ST_RDONLY
-            why = os.strerror(errno.EROFS if read_only else errno.EACCES)
-            raise self._error(f"the folder cannot be written to: {why}")
-        self._remove_leftovers()
-
-    def _refuse_existing_file(self) -> None:
-        path = self.path / (self.file or "")
-        if not os.path.lexists(path):
-            return
-        if os.path.isdir(path):
-            raise self._error("this is a folder, but the name ends as that of a file. Give another name")
-        if os.path.islink(path) or not os.path.isfile(path):
-            raise self._error("this is no regular file, and it will not be replaced. Give another name")
-        if not self._force:
-            raise self._error("this file exists already. Add --force (in Python force=True) to replace it")
-
-    def _remove_leftovers(self, refuse_only: bool = False) -> None:
-        """Remove temporary files of runs that are dead; refuse if one may be alive."""
-        for name in self._entries():
-            match = _PARTIAL.fullmatch(os.path.basename(name))
-            if not match or name.endswith(self._ending):
-                continue
-            pid = int(match["pid"])
-            if match["host"] == SHARED and not self._force:
-                raise self._error(
-                    f"a merge that several processes began is not finished: {quote(name)}. Start the same one again "
-                    "with torchrun or srun, inputs and options unchanged, and it goes on; or replace it: --force"
-                )
-            if match["host"] not in (self._host, SHARED) and not self._force:
-                raise self._error(
-                    f"another machine is writing here, or died doing so: {quote(name)}. If it died: --force"
-                )
-            if match["host"] == self._host and alive(pid, name, _active):
-                raise self._error(
-                    f"process {pid} is writing here: {quote(name)}. Wait for it; if that process is something else, "
-                    "remove the file"
-                )
-            if not refuse_only:
-                with suppress(OSError):
-                    os.unlink(self.path / name)
-
-    def _refuse_full_disk(self) -> None:
-        folder = self.path
-        while not folder.exists():
-            folder = folder.parent
-        info = os.statvfs(folder)
-        free = info.f_bavail * info.f_frsize
-        # Some network file systems report no sizes at all.
-        if info.f_blocks and free < self._needed:
-            large = self._needed >= 10**9
-            factor, unit = (1e9, "GB") if large else (1e6, "MB") if self._needed >= 10**6 else (1e3, "KB")
-            raise self._error(
-                f"not enough space: the output takes {self._needed} bytes ({self._needed / factor:.2f} {unit}), "
-                f"but {free} ({free / factor:.2f} {unit}) are free. Free some, or choose another folder"
-            )
-
-    def _entries(self) -> list[str]:
-        """Names in the folder, and in those folders in it that are written to; of one file, what belongs to it."""
-        entries: list[str] = []
-        folders = subfolders((*self._names, f"{TEMPLATES}/"))
-        try:
-            for folder in ("", *folders):
-                path = self.path / folder
-                if not folder or (path.is_dir() and not path.is_symlink()):
-                    names = (f"{folder}/{n}" if folder else n for n in os.listdir(path))
-                    entries += (n for n in names if n not in folders or os.path.islink(self.path / n))
-        except OSError as error:
-            raise self._error(f"the folder cannot be read: {error.strerror}") from error
-        if self.file:
-            entries = [n for n in entries if n == self.file or n.startswith(f".{self.file}.")]
-        return sorted(entries)
+    def _close(self) -> None:
+        self._done = True
+        if self.journal is not None:
+            self.journal.close()
 
 
-_FORCE = "Add --force (in Python force=True) to write into it all the same"
-_ELSEWHERE = "Choose another output: inputs are never overwritten, whatever the options"
+def _reason(error: OSError | OutputError) -> str:
+    return f"{error.strerror}" if isinstance(error, OSError) else str(error)

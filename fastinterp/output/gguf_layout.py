@@ -7,6 +7,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 
+from fastinterp.checkpoint.checksum import KEY, UNKNOWN
 from fastinterp.checkpoint.gguf_file import ALIGNMENT, MAGIC
 from fastinterp.checkpoint.gguf_keys import STRING, U32, KeyValue
 from fastinterp.checkpoint.gguf_types import BY_NAME
@@ -19,7 +20,7 @@ VERSION = 3
 _QUANTISATION_VERSION = 2  # of ggml's blocks
 
 # Keys that are not true of other weights: parts of a file, what quantised it, its identity.
-_UNTRUE = re.compile(r"split\..*|quantize\.imatrix\..*|general\.(uuid|quantized_by)|fastinterp")
+_UNTRUE = re.compile(r"split\..*|quantize\.imatrix\..*|general\.(uuid|quantized_by)|fastinterp(\.checksum)?")
 _GUESSED = 1024  # the file type that says that there is none
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # of llama.cpp, by the type of most elements
 
@@ -68,17 +69,16 @@ def gguf_layout(
     most = max(elements, key=lambda name: elements[name])
     table = _true_keys(keys, None if same_types else _FILE_TYPES.get(most, _GUESSED), blocks, alignment)
     table["fastinterp"] = struct.pack("<I", STRING) + _string(receipt)
-    header = b"".join(
-        (
-            struct.pack("<4sIQQ", MAGIC, VERSION, len(places), len(table)),
-            *(_string(key) + raw for key, raw in table.items()),
-            *infos,
-        )
-    )
+    table[KEY] = struct.pack("<I", STRING) + _string(UNKNOWN)
+    header = struct.pack("<4sIQQ", MAGIC, VERSION, len(places), len(table))
+    header += b"".join(_string(key) + raw for key, raw in table.items())
+    checksum_at = len(header) - len(UNKNOWN)  # of the last key
+    header += b"".join(infos)
     header += bytes(-len(header) % alignment)
     total = sum(BY_NAME[name].dtype.nbytes(numel) or 0 for name, numel in elements.items())
     at = {name: len(header) + offset for name, offset in places.items()}
-    return Layout((OutFile(file_name(origin_name, most), header, len(header) + end, at),), {}, total)
+    file = OutFile(file_name(origin_name, most), header, len(header) + end, at, checksum_at)
+    return Layout((file,), {}, total)
 
 
 def file_name(origin_name: str, most: str) -> str:
@@ -92,7 +92,7 @@ def file_name(origin_name: str, most: str) -> str:
 
 def left_out(keys: Iterable[str]) -> list[str]:
     """Those of the origin's keys that are not true of the output."""
-    return [key for key in keys if key != "fastinterp" and _UNTRUE.fullmatch(key)]
+    return [key for key in keys if not key.startswith("fastinterp") and _UNTRUE.fullmatch(key)]
 
 
 def _true_keys(keys: Mapping[str, KeyValue], file_type: int | None, blocks: bool, alignment: int) -> dict[str, bytes]:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from fastinterp._version import __version__
-from fastinterp.checkpoint import hub, remote
+from fastinterp.checkpoint import hub
 from fastinterp.checkpoint.hub_download import first_line
 from fastinterp.checkpoint.names import listing, names_file, quote, shell_word
 from fastinterp.errors import OutputError, UsageError
-from fastinterp.messages import counted, size
+from fastinterp.messages import counted, size, tell
 
 # Files of an older model that a new one must not be mixed with: those there that are not uploaded are removed.
 _REPLACED = ("*.safetensors", "*.bin", "*.gguf", "*.index.json", "*.index.*.json")
@@ -101,7 +101,7 @@ class Upload:
         names = [os.path.join(folder, name) for folder, _, names in os.walk(self._out) for name in names]
         total = sum(os.path.getsize(name) for name in names)
         kind = "public" if self._public else "private"
-        remote.say(f"{self._repo}: uploading {counted(len(names), 'file')}, {size(total)}, as a {kind} model")
+        tell(f"{self._repo}: uploading {counted(len(names), 'file')}, {size(total)}, as a {kind} model")
         try:
             self._api.create_repo(self._repo, private=not self._public, exist_ok=True)
             commit = self._api.upload_folder(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from fastinterp.checkpoint.checksum import KEY, UNKNOWN, checksum_text
 from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import WEIGHTS, index_of, quote
 from fastinterp.errors import OutputError, UsageError
@@ -47,6 +48,14 @@ class OutFile(msgspec.Struct, frozen=True):
     header: bytes  # length and JSON, padded with spaces to a multiple of ALIGN
     size: int  # of the whole file, bytes
     places: dict[str, int]  # tensor name -> byte offset in the file, from its first byte
+    checksum_at: int | None = None  # where the header states the checksum of the data; None: it states none
+
+    def header_with(self, checksum: int) -> bytes:
+        """The header, with the checksum of the data in the place of UNKNOWN."""
+        if self.checksum_at is None:
+            return self.header
+        text = checksum_text(checksum).encode()
+        return self.header[: self.checksum_at] + text + self.header[self.checksum_at + len(text) :]
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -80,7 +89,8 @@ def make_layout(
     """Lay `tensors` out in one file, or in shards of at most `max_shard_size` bytes of data, in the order given.
 
     A tensor larger than that gets a shard of its own. Within a file wider dtypes come first, as safetensors itself
-    writes them, so that every tensor is aligned to its own width. `metadata` goes into every file.
+    writes them, so that every tensor is aligned to its own width. `metadata` goes into every file; a checksum in it is
+    UNKNOWN.
 
     beside  tensor -> the one before it whose shard it must be in: scales -> codes
     folder  of the files in the output's. All names of tensors start with `FOLDER/`, which is left out in the files
@@ -169,4 +179,7 @@ def _out_file(name: str, tensors: list[_Tensor], metadata: dict[str, str], skip:
         )
     start = 8 + len(text)
     places = {tensor: start + offset for tensor, offset in offsets.items()}
-    return OutFile(name, len(text).to_bytes(8, "little") + text, start + end, places)
+    header = len(text).to_bytes(8, "little") + text
+    # Within strings every quote follows on a backslash; and no tensor has a string for an entry.
+    found = re.search(rf'[{{,]"{re.escape(KEY)}":"(?={UNKNOWN}")'.encode(), header)
+    return OutFile(name, header, start + end, places, found.end() if found else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,18 @@ def model_card(
     method: str,
     version: str,
     roots: Sequence[Path] = (),
+    local: Collection[str] = (),
     commits: Mapping[str, str] = {},
 ) -> str:
     """README.md for the output: YAML front matter for the Hub, then how the model was made.
 
     models  names; `base_model` lists those that can be Hub ids: the Hub refuses other names there
+    local   those of the names that stand for folders elsewhere on this machine, and are no Hub ids
     commits of models from the Hub, by their names
     roots   the folders of the models, that of the configuration first: the licence is stated if all state the same one
     """
-    ids = list(dict.fromkeys(parsed[0] for m in models if not os.path.exists(m) and (parsed := hub.parse(m))))
+    named = [m for m in models if m not in local]
+    ids = list(dict.fromkeys(parsed[0] for m in named if not os.path.exists(m) and (parsed := hub.parse(m))))
     front: dict[str, Any] = {"base_model": ids} if ids else {}
     library = next((name for file, name in _LIBRARIES if roots and (roots[0] / file).is_file()), None)
     if library is not None:

@@ -1,10 +1,9 @@
-"""Names in an output folder: temporary ones, those of folders in it, and the order in which files get theirs."""
+"""Names in an output folder: those of folders in it, and the order in which files get theirs."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 from fastinterp.checkpoint.names import GGUF, PIPELINES, WEIGHTS, names_file
 
@@ -13,12 +12,6 @@ def place_of(path: str | os.PathLike[str]) -> tuple[str, str | None]:
     """The folder of an output, and the name of the file in it, if the output is one file."""
     text = os.fspath(path)
     return (os.path.dirname(text) or ".", os.path.basename(text)) if names_file(text) else (text, None)
-
-
-def hidden(folder: Path, name: str, ending: str) -> Path:
-    """A temporary name beside `name` in `folder`."""
-    below, _, last = name.rpartition("/")
-    return folder / below / f".{last}{ending}"
 
 
 def subfolders(names: Iterable[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from fastinterp.checkpoint.header import MAX_HEADER
@@ -12,6 +12,7 @@ from fastinterp.checkpoint.names import ANY_INDEX, GGUF, GGUF_SPLIT, PICKLES, SH
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import is_sidecar
 from fastinterp.errors import CheckpointError
+from fastinterp.output.receipt import RECEIPT
 from fastinterp.output.stems import is_known
 
 
@@ -43,7 +44,7 @@ def old_checkpoint(root: Path, present: Sequence[str], new: Collection[str]) -> 
         elif name.endswith(WEIGHTS) or (name.endswith(GGUF) and any(n.endswith(GGUF) for n in new)):
             strangers.append(name)
     # A chat template or vocabulary of the old model would be taken for the new one's.
-    sidecars = [n for n in files if is_sidecar(os.path.basename(n)) or n.startswith(f"{TEMPLATES}/")]
+    sidecars = [n for n in files if is_sidecar(os.path.basename(n)) or n.startswith(f"{TEMPLATES}/") or n == RECEIPT]
     return weights + indexes + (sidecars if indexes or weights else []), strangers
 
 
@@ -64,17 +65,3 @@ def identities(path: Path) -> set[tuple[int, int] | None]:
     """Of `path` and every folder above it; those that do not exist are left out."""
     real = Path(os.path.realpath(path))
     return {identity(p) for p in (real, *real.parents)} - {None}
-
-
-def alive(pid: int, name: str, active: Iterable[str]) -> bool:
-    """Whether the run may be alive that wrote a temporary file. active: endings of those names in this process"""
-    if pid == os.getpid():
-        # The same number may be a run of before: in a restarted container the first process is always the same.
-        return any(name.endswith(ending) for ending in active)
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True

@@ -21,12 +21,14 @@ from fastinterp.checkpoint.sidecar_files import CONFIG, is_sidecar, named_file, 
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import listed
 from fastinterp.ops.dtypes import DType
+from fastinterp.output.receipt import RECEIPT
 
 LARGEST = 10_000_000  # bytes of a file that is copied without being known
 _DEPTH, _MOST = 6, 5000  # folders in folders, and files of one, that are looked at
 _SHOWN = 8  # names in a remark, before the rest is only counted
 
 _CARD = "the output has a model card of its own"
+_RECEIPT = "the output has a receipt of its own"
 _TRAINER = "state of a training run"
 _WEIGHTS = "other weights"
 _MEDIA = "pictures and other media"
@@ -171,7 +173,8 @@ def _walk(root: Path, whole: bool, merged: set[Path], named: tuple[str, ...]) ->
         if path in merged:
             continue
         if not path.is_dir():
-            yield name, _CARD if name.lower() in ("readme.md", "readme") else _odd(path)
+            own = _CARD if name.lower() in ("readme.md", "readme") else _RECEIPT if name == RECEIPT else None
+            yield name, own or _odd(path)
             continue
         below = name in named or any(n.startswith(f"{name}/") for n in named)
         why = None if below else _why_no_folder(path, whole)

@@ -1,8 +1,8 @@
 """An output folder that several processes fill, perhaps on several machines, and that outlives them.
 
 The first process opens it and finishes it, as any other output folder; the others write into its temporary files, whose
-names all of them know. A file that is complete, and on the disk, has a journal beside it; when a run ends before its
-time, what has a journal is kept, and the next run of the same merge goes on from there.
+names all of them know. A file that is complete, and on the disk, has a note of that beside it; when a run ends before
+its time, what has one is kept, and the next run of the same merge goes on from there.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from fastinterp.checkpoint.journal_file import PARTIAL, shortened, temporary, temporary_of
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.regular_file import fsync, read_regular
 from fastinterp.errors import OutputError
-from fastinterp.output.folder import SHARED, OutFolder
-from fastinterp.output.names import hidden, place_of
+from fastinterp.output.folder import OutFolder
+from fastinterp.output.leftovers import DONE
+from fastinterp.output.names import place_of
 
 
 class SharedFolder(OutFolder):
@@ -38,43 +40,33 @@ class SharedFolder(OutFolder):
         needed: int = 0,
         names: Iterable[str] = (),
     ):
-        super().__init__(path, inputs, force=force, durable=durable, needed=needed, names=names)
-        self._ending = _ending(key)
-        self._key = key
+        super().__init__(path, inputs, force=force, durable=durable, needed=needed, names=names, merge=key)
+        self._run = key
 
     def _create(self, path: Path) -> None:
         if not os.path.lexists(path):  # else an earlier run has made it
             super()._create(path)
 
     def _undo(self) -> None:
-        if self._complete() or not any(name.endswith(f".done{self._ending}") for name in self._entries_or_none()):
-            super()._undo()
+        if self.journal is not None and self.journal.finishing is None and self._kept(self.journal):
+            self._close()
         else:
-            self._deactivate()
-
-    def _clean_up(self) -> None:
-        for name in self._entries_or_none():  # journals, and those that somebody died over
-            if name.endswith(self._ending):
-                os.unlink(self.path / name)
-        super()._clean_up()
-
-    def _entries_or_none(self) -> list[str]:
-        return self._entries() if self.path.is_dir() else []
+            super()._undo()
 
 
 def shared_file(out: str | os.PathLike[str], name: str, key: str) -> Path:
     """Where `name` is written until the folder is finished."""
     folder, file = place_of(out)
-    return hidden(Path(os.path.realpath(folder)), file or name, _ending(key))
+    return temporary(Path(os.path.realpath(folder)), file or name, PARTIAL, key)
 
 
-def write_journal(out: str | os.PathLike[str], name: str, key: str, content: bytes) -> None:
+def write_note(out: str | os.PathLike[str], name: str, key: str, content: bytes) -> None:
     """Note that `name` is complete; it is made to last first.
 
     Raises: OutputError.
     """
-    path = _journal(out, name, key)
-    draft = path.with_name(f"{path.name.removesuffix(_ending(key))}.{os.getpid()}-{os.urandom(4).hex()}{_ending(key)}")
+    path = _note(out, name, key)
+    draft = _beside(out, name, key, f"{os.getpid()}-{os.urandom(4).hex()}")
     try:
         fsync(shared_file(out, name, key))
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as stream:
@@ -85,19 +77,25 @@ def write_journal(out: str | os.PathLike[str], name: str, key: str, content: byt
         fsync(path.parent)
     except OSError as error:
         raise OutputError(
-            f"{os.fspath(out)}: the journal of {quote(name)} cannot be written: {error.strerror}"
+            f"{os.fspath(out)}: the note that {quote(name)} is complete cannot be written: {error.strerror}"
         ) from None
 
 
-def read_journal(out: str | os.PathLike[str], name: str, key: str) -> bytes | None:
+def read_note(out: str | os.PathLike[str], name: str, key: str) -> bytes | None:
     """What was noted of `name`; None if it is not complete."""
-    path = _journal(out, name, key)
+    path = _note(out, name, key)
     return read_regular(str(path)) if os.path.lexists(path) else None
 
 
-def _journal(out: str | os.PathLike[str], name: str, key: str) -> Path:
+def _note(out: str | os.PathLike[str], name: str, key: str) -> Path:
+    return _beside(out, name, key, DONE)
+
+
+def _beside(out: str | os.PathLike[str], name: str, key: str, what: str) -> Path:
+    """`.NAME.WHAT.partial-KEY`; `.NAME.partial-KEY` is the file itself."""
     path = shared_file(out, name, key)
-    return path.with_name(f"{path.name.removesuffix(_ending(key))}.done{_ending(key)}")
+    _, dot, ending = path.name.rpartition(f".{PARTIAL}-")
+    return path.with_name(f"{path.name.removesuffix(dot + ending)}.{what}{dot}{ending}")
 
 
 def stands(out: str | os.PathLike[str], name: str, key: str, size: int) -> bool:
@@ -112,17 +110,19 @@ def reserved(out: str | os.PathLike[str], key: str) -> int:
     """Bytes of the disk that an earlier run of the same merge has taken, and this one takes over."""
     total = 0
     for path in _below(out):
-        if path.name.endswith(_ending(key)):
+        match = temporary_of(path.name)
+        if match is not None and match[2] == key:
             with suppress(OSError):
                 total += path.lstat().st_blocks * 512
     return total
 
 
-def journals(out: str | os.PathLike[str]) -> int:
+def complete_files(out: str | os.PathLike[str]) -> int:
     """How many files are complete in a folder that is not finished."""
     _, file = place_of(out)
-    names = (path.name for path in _below(out))
-    return sum(f".done.partial-0-{SHARED}-" in n and (file is None or n.startswith(f".{file}.")) for n in names)
+    found = filter(None, (temporary_of(path.name) for path in _below(out)))
+    of = [of.removesuffix(f".{DONE}") for of, what, _ in found if what == PARTIAL and of.endswith(f".{DONE}")]
+    return sum(file is None or name == shortened(file) for name in of)
 
 
 def _below(out: str | os.PathLike[str]) -> Iterator[Path]:
@@ -132,7 +132,3 @@ def _below(out: str | os.PathLike[str]) -> Iterator[Path]:
         yield from (Path(path, name) for name in names)
         if file is not None:
             folders.clear()
-
-
-def _ending(key: str) -> str:
-    return f".partial-0-{SHARED}-{key}"

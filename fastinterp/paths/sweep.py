@@ -54,6 +54,7 @@ def sweep(
     seed: int | None = None,
     force: bool = False,
     durable: bool = False,
+    verify_kept: bool = False,
     progress: Progress | None = None,
 ) -> list[Point]:
     """Compute many points of a path from one read of its models.
@@ -113,8 +114,9 @@ def sweep(
     starts = [sum(len(p.recipes) for p in plans[:i]) for i in range(len(plans))]
     outs = [paths[at : at + len(p.recipes)] for at, p in zip(starts, plans, strict=True)]
     reports = write_outputs(
-        plans, outs, device=device, threads=threads, max_memory=most, force=force, durable=durable, progress=progress
-    )
+        plans, outs, device=device, threads=threads, max_memory=most, force=force, durable=durable,
+        verify_kept=verify_kept, progress=progress,
+    )  # fmt: skip
     done = zip(points, paths, reports, strict=True)
     return [replace(point, path=path, report=report) for point, path, report in done]
 

@@ -9,7 +9,7 @@ of planned.py, where the output tensors are, too).
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +25,7 @@ from fastinterp.tokenizer.embedding_rows import RowMap
 
 if TYPE_CHECKING:
     from fastinterp.ops.operands import Operand
+    from fastinterp.plan.planned import PlannedTensor
 
 ModelInput = tuple[int, "TensorInput"]  # number of its model in the plan, and a tensor of it
 
@@ -173,6 +174,10 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
     def weighted_sum(self) -> tuple[Row, list[ModelInput]] | None:
         """The sum of other inputs that it is, if that may become part of a sum that reads it."""
         return None
+
+    def made_by(self, plan_of: Callable[[PlannedTensor], PlannedTensor]) -> TensorInput:
+        """This input where the tensor of a document above is made as `plan_of` its plan says."""
+        return self
 
     def as_read(self) -> TensorInput:
         """This input with the dtype and the bytes that it has when it is read."""

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastinterp._version import __version__
+from fastinterp.checkpoint.checksum import KEY as CHECKSUM
+from fastinterp.checkpoint.checksum import UNKNOWN
 from fastinterp.checkpoint.formats.encoded import start_of
 from fastinterp.checkpoint.formats.said import METADATA, layers_of
 from fastinterp.checkpoint.names import GGUF, listing
@@ -19,10 +21,11 @@ from fastinterp.output.stems import MODEL, stem_of
 from fastinterp.plan.models import Model, is_gguf
 from fastinterp.plan.planned import PlannedTensor
 from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.shown_names import ShownNames
 
 SHARD_BYTES = 5 * 10**9  # of tensor data in one file, where the origin has several
 _MOST_BYTES = 64 << 10  # of coefficients in a receipt, which is in every file
-_RECEIPT = "fastinterp"
+RECEIPT_KEY = "fastinterp"  # in the metadata of headers
 # Entries of the header that are not true of other weights: hashes of the data, the format of quantised weights.
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 _QUANTISED = (METADATA, "quantization_format")
@@ -48,7 +51,7 @@ class Outputs:
             for part in model.source.parts if model.source is not None else ():
                 self._parts.setdefault(part.folder, part)
         quantised = any(i.quantised for t in tensors for i in t.inputs) or any(t.encoding for t in tensors)
-        self._untrue = {_RECEIPT, *_HASHES, *(() if quantised else _QUANTISED)}
+        self._untrue = {RECEIPT_KEY, CHECKSUM, *_HASHES, *(() if quantised else _QUANTISED)}
         if is_gguf(origin):
             from fastinterp.output.gguf_layout import left_out
 
@@ -66,7 +69,7 @@ class Outputs:
             from fastinterp.plan import gguf_output
 
             gguf_output.refuse_ending(one_file, self._origin)
-            return gguf_output.layout(self._origin, self._tensors, metadata[_RECEIPT], max_shard_size, self._stacked)
+            return gguf_output.layout(self._origin, self._tensors, metadata[RECEIPT_KEY], max_shard_size, self._stacked)
         groups: dict[str, list[PlannedTensor]] = {}
         for t in self._tensors:
             groups.setdefault(self._folder(t.name), []).append(t)
@@ -82,7 +85,7 @@ class Outputs:
             if limit is None:
                 limit = SHARD_BYTES if part is not None and len(part.checkpoint.files) > 1 and not one_file else 1 << 62
             carried = {} if part is None else self._carried(part)
-            whole = {"format": "pt", **carried, **metadata}
+            whole = {"format": "pt", **carried, **metadata, CHECKSUM: UNKNOWN}
             stem = MODEL if part is None else stem_of(part.checkpoint)
             beside = {name: t.entries[0][0] for t in tensors for name, _, _ in t.entries[1:]}
             shapes = [entry for t in tensors for entry in t.entries]
@@ -122,7 +125,7 @@ class Outputs:
             key
             for part in self._parts.values()
             for key, value in part.checkpoint.metadata.items()
-            if key != _RECEIPT and (key in self._untrue or not _is_text(key + value))
+            if key not in (RECEIPT_KEY, CHECKSUM) and (key in self._untrue or not _is_text(key + value))
         )
         what = "header metadata that is left out, since it would not be true of the output"
         return [f"{what}: {listed(names, len(_HASHES + _QUANTISED))}"] if names else []
@@ -166,13 +169,20 @@ def commits_of(models: Iterable[Model]) -> dict[str, str]:
 
 
 def receipt(
-    recipe: Recipe, k: int, tensors: Sequence[PlannedTensor], models: Sequence[str], commits: Mapping[str, str] = {}
+    recipe: Recipe,
+    k: int,
+    tensors: Sequence[PlannedTensor],
+    models: Sequence[str],
+    names: ShownNames,
+    max_shard_size: int | None = None,
+    commits: Mapping[str, str] = {},
 ) -> dict[str, str]:
     """The receipt that is stored in every output file: the recipe, and the coefficients that were used.
 
-    `recipe` as it was given, with the merge's own `dtype`, `rounding`, `seed`, `missing`, `channels` and `quantize`,
-    makes the same bytes again. Models are stored as the user named them. Time, output folder and threads are not, so
-    that the same merge of the same names gives the same bytes everywhere.
+    `recipe` as it was given, with the merge's own `dtype`, `rounding`, `seed`, `missing`, `channels`, `quantize` and
+    `max_shard_size`, makes the same bytes again. Models are stored as the user named them, absolute paths by their last
+    parts. Time, output folder and threads are not, so that the same merge of the same names gives the same bytes
+    everywhere.
 
     commits  of models from the Hub, by their names
     """
@@ -181,20 +191,22 @@ def receipt(
         "fastinterp": __version__,
         "numerics": NUMERICS,
         "method": recipe.method.name,
-        "models": models,
+        "models": [names.model(model) for model in models],
         "coefficients": _coefficients(k, tensors),
         "dtype": None if stored is None else stored.name,
         "rounding": recipe.rounding,
         "seed": recipe.seed,
         "fp8_overflow": recipe.fp8_overflow,
-        "recipe": recipe.text,
+        "recipe": names.recipe(recipe.text),
     }
     content |= {"commits": dict(sorted(commits.items()))} if commits else {}
+    content |= {} if recipe.name is None else {"document": recipe.name}
+    content |= {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     content |= {} if recipe.missing == "error" else {"missing": recipe.missing}
     content |= {} if recipe.channels == "same" else {"channels": recipe.channels}
     content |= {"truncate_embeddings": True} if recipe.truncate_embeddings else {}
     content |= {} if recipe.quantize == "none" else {"quantize": recipe.quantize}
-    return {_RECEIPT: json.dumps(content, separators=(",", ":"))}
+    return {RECEIPT_KEY: json.dumps(content, separators=(",", ":"))}
 
 
 def _coefficients(k: int, tensors: Sequence[PlannedTensor]) -> dict[str, Any] | list[dict[str, Any]] | str:

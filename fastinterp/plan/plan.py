@@ -27,11 +27,12 @@ from fastinterp.output.layout import Layout
 from fastinterp.output.model_card import CARD, model_card
 from fastinterp.output.origin_files import OriginFiles
 from fastinterp.plan.models import Library, Model, is_gguf
-from fastinterp.plan.outputs import Outputs, commits_of, receipt
+from fastinterp.plan.outputs import RECEIPT_KEY, Outputs, commits_of, receipt
 from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.single import Document, plan_document
 from fastinterp.plan.vocabularies import AlignedModels
 from fastinterp.recipe.load import Recipe, load_recipes
+from fastinterp.recipe.shown_names import ShownNames, shown_names
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -51,7 +52,9 @@ class Plan:
     inputs       files and folders that an output must not touch
     files        what becomes of the files in the origin's folder
     stamps       of the small files that are copied, as they were when the plan was made
+    shown        names of models in receipts and model cards
     above        the documents above
+    receipts     one per output: the receipt in the headers of its files, JSON
     folders      held as long as the plan is: they have the small files of documents above
     commits      of models from the Hub, by their names
     """
@@ -68,7 +71,9 @@ class Plan:
     inputs: tuple[Path, ...]
     files: OriginFiles
     stamps: Mapping[Path, Stamp | None]
+    shown: ShownNames
     above: tuple[Recipe, ...] = ()
+    receipts: tuple[str, ...] = ()
     folders: tuple[object, ...] = ()
     commits: Mapping[str, str] = field(default_factory=dict)
 
@@ -112,7 +117,11 @@ class Plan:
         recipe = self.recipes[k]
         files = self.aligned.sidecars(self.files.contents(recipe.out_dtype or recipe.dtype or self._promoted()))
         roots = [self.origin.root, *(model.root for model in self.checkpoints[: len(self.models)])]
-        card = model_card(recipe.text, self.models, recipe.method.name, __version__, roots, self.commits)
+        names = [self.shown.model(model) for model in self.models]
+        local = [name for name, model in zip(names, self.models, strict=True) if name != model]
+        card = model_card(
+            self.shown.recipe(recipe.text), names, recipe.method.name, __version__, roots, local, self.commits
+        )
         return {**files, CARD: card.encode(), **self.layouts[k].indexes}
 
     def _promoted(self) -> DType | None:
@@ -238,14 +247,14 @@ def _make_plan(
         remarks = (*remarks, *more)
     outputs = Outputs(last.origin, checkpoints[: len(names)], tensors, stacked)
     commits = commits_of(library.opened)
-    layouts = tuple(
-        outputs.layout(receipt(recipe, k, tensors, names, commits), max_shard_size, one_file)
-        for k, recipe in enumerate(recipes)
-    )
+    shown = shown_names([*above, *recipes])
+    receipts = [receipt(recipe, k, tensors, names, shown, max_shard_size, commits) for k, recipe in enumerate(recipes)]
+    layouts = tuple(outputs.layout(metadata, max_shard_size, one_file) for metadata in receipts)
     inputs = tuple(dict.fromkeys(path for m in library.opened if m.checkpoint for path in m.checkpoint.inputs))
     return Plan(
         tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings,
-        (*remarks, *outputs.remarks), tuple(names), inputs, last.files, _stamps(last), tuple(above), folders, commits,
+        (*remarks, *outputs.remarks), tuple(names), inputs, last.files, _stamps(last), shown, tuple(above),
+        tuple(metadata[RECEIPT_KEY] for metadata in receipts), folders, commits,
     )  # fmt: skip
 
 

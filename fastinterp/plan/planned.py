@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,6 +154,9 @@ class IntermediateInput(TensorInput, frozen=True, eq=False):
         if not self.folds or not self.tensor.rows:
             return None
         return self.tensor.rows[0], self.tensor.pairs
+
+    def made_by(self, plan_of: Callable[[PlannedTensor], PlannedTensor]) -> TensorInput:
+        return replace(self, tensor=plan_of(self.tensor))
 
     def as_read(self) -> TensorInput:
         return replace(self, dtype=self.tensor.dtype, nbytes=self.tensor.nbytes)

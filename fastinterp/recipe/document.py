@@ -99,9 +99,8 @@ def read_all(source: RecipeSource | Sequence[Mapping[str, Any]], file: str | Non
     if isinstance(source, Mapping):
         source = [source]
     if isinstance(source, (list, tuple)):
-        several = len(source) > 1
         values = [_plain(value, "$", file, 0) for value in source]
-        text = yaml.dump_all(values, Dumper=_DUMPER, sort_keys=False, allow_unicode=True, explicit_start=several)
+        text = as_yaml(values)
         if not values:
             raise RecipeError("the recipe is empty", file=file)
         return tuple(Document(value, text, file) for value in values)
@@ -112,6 +111,19 @@ def read_all(source: RecipeSource | Sequence[Mapping[str, Any]], file: str | Non
     path = os.fspath(source)
     text = _text(path, file or path)
     return (_from_json if path.endswith(".json") else _from_yaml)(text, file or path)
+
+
+def from_text(text: str) -> tuple[Document, ...]:
+    """The documents in YAML text, which may be one line. Raises: RecipeError."""
+    return _from_yaml(text, "<recipe>")
+
+
+def as_yaml(values: Sequence[Any]) -> str:
+    """Plain values as YAML text, a document each."""
+    text: str = yaml.dump_all(
+        values, Dumper=_DUMPER, sort_keys=False, allow_unicode=True, explicit_start=len(values) > 1
+    )
+    return text
 
 
 def _text(path: str, file: str) -> str:

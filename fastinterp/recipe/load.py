@@ -85,6 +85,8 @@ class Recipe:
     document      where messages about it point to
     out           "model"; or "lora": the models are adapters, and so is the output
     rank          of an adapter that is written; None: exact where that is possible, else the sum of the ranks
+    private       receipts and model cards name no model
+    names         path -> how they name it, if that is not as shown_names.py has it
     """
 
     method: Method
@@ -116,6 +118,8 @@ class Recipe:
     document: Document = field(repr=False, compare=False)
     out: str = "model"
     rank: int | None = None
+    private: bool = False
+    names: Mapping[str, str] | None = None
 
     @property
     def groups(self) -> tuple[MergeGroup, ...]:

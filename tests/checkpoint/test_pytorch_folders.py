@@ -12,6 +12,7 @@ import fastinterp
 from fastinterp.checkpoint import hub
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.errors import CheckpointError
+from fastinterp.output.receipt import RECEIPT
 from tests.support.hub_server import hub_server, in_this_process
 
 torch = pytest.importorskip("torch")
@@ -161,7 +162,13 @@ def test_names_and_side_cars_of_the_output(tmp_path, file):
         for state in TRAINER:
             (tmp_path / name / state).write_bytes(b"\x80\x02.")
     report = fastinterp.interpolate(tmp_path / "a", tmp_path / "b", 0.5, tmp_path / "out")[0]
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {STEMS[file], "config.json", "tokenizer.json", "README.md"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        STEMS[file],
+        "config.json",
+        "tokenizer.json",
+        "README.md",
+        RECEIPT,
+    }
     assert set(report.left_out["state of a training run"]) == set(TRAINER)
     assert list(open_checkpoint(str(tmp_path / "out")).tensors) == ["w"]
 

@@ -14,11 +14,13 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
 import fastinterp
+from fastinterp.checkpoint.checksum import KEY, stated_checksum
 from fastinterp.checkpoint.gguf_types import TYPES
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.cli import commands
 from fastinterp.errors import CheckpointError, ShapeError, UsageError
 from fastinterp.inspect.compare import compare
+from fastinterp.output.receipt import RECEIPT
 from tests.support import backends
 from tests.support.gguf_models import Type, combined, header_of, keys, numbers, raw, read, write
 from tests.support.written import tree
@@ -116,7 +118,8 @@ def test_header_is_the_bases_made_true(tmp_path, alignment):
     report = fastinterp.merge(linear([b, a], [0.5, 0.5], base_model=str(a)), tmp_path / "out.gguf", dtype="float32")
     want, got = header_of(a), header_of(tmp_path / "out.gguf")
     receipt = json.loads(got.pop("fastinterp"))
-    assert receipt["models"] == [str(b), str(a)] and receipt["method"] == "linear"
+    assert stated_checksum({KEY: got.pop(KEY)}) is not None
+    assert receipt["models"] == [b.name, a.name] and receipt["method"] == "linear"
     for untrue in ("general.uuid", "split.count", "quantize.imatrix.file"):
         want.pop(untrue)
     want["general.file_type"] = 0
@@ -167,12 +170,22 @@ def test_a_folder_gets_one_file_named_after_the_bases(tmp_path, name, dtype, wri
     (tmp_path / "a" / "LICENSE").write_text("free")
     b = write(tmp_path / "b" / "b.gguf", numbers(1), Type.F16)
     fastinterp.merge(linear([a.parent, b], [0.5, 0.5]), tmp_path / "out", dtype=dtype)
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {written, "LICENSE", "README.md"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        written,
+        "LICENSE",
+        "README.md",
+        RECEIPT,
+    }
     assert open_checkpoint(str(tmp_path / "out")).tensors.keys() == numbers(0).keys()
     with pytest.raises(fastinterp.OutputError, match="not empty"):
         fastinterp.merge(linear([a.parent, b], [0.5, 0.5]), tmp_path / "out")
     fastinterp.merge(linear([a.parent, b], [0.1, 0.9]), tmp_path / "out", dtype=dtype, force=True)
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {written, "LICENSE", "README.md"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        written,
+        "LICENSE",
+        "README.md",
+        RECEIPT,
+    }
     shutil.copy(b, tmp_path / "out" / "other.gguf")
     with pytest.raises(fastinterp.OutputError, match=r"weights that no index there names: `other\.gguf`"):
         fastinterp.merge(linear([a.parent, b], [0.1, 0.9]), tmp_path / "out", dtype=dtype, force=True)
@@ -182,7 +195,7 @@ def test_a_split_base_gives_one_file(tmp_path):
     a = write(tmp_path / "a" / "m.gguf", numbers(0), Type.F16, split=4)
     b = write(tmp_path / "b.gguf", numbers(1), Type.F16)
     fastinterp.interpolate(a, b, 0.5, tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"m.gguf", "README.md"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"m.gguf", "README.md", RECEIPT}
     whole = write(tmp_path / "a.gguf", numbers(0), Type.F16)
     fastinterp.interpolate(whole, b, 0.5, tmp_path / "whole.gguf")
     assert raw(tmp_path / "out" / "m.gguf") == raw(tmp_path / "whole.gguf")

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import fastinterp
+from fastinterp.checkpoint.checksum import KEY, stated_checksum
 from fastinterp.errors import OutputError, UsageError
 from tests.support.written import tree
 
@@ -227,7 +228,13 @@ def test_metadata_of_the_origin_is_carried_over(tmp_path):
         "format": "mlx", "config": json.dumps({"vae": {"latent_channels": 128}}), "modelspec.title": "ふたば ü",
         "ss_tag_frequency": json.dumps({f"tag {i}": i for i in range(100_000)}), "license": "mit", "empty": "",
     }  # fmt: skip
-    untrue = {"modelspec.hash_sha256": "0x12", "sshs_model_hash": "a", "sshs_legacy_hash": "b", "fastinterp": "{}"}
+    untrue = {
+        "modelspec.hash_sha256": "0x12",
+        "sshs_model_hash": "a",
+        "sshs_legacy_hash": "b",
+        "fastinterp": "{}",
+        KEY: "x",
+    }
     quantised = {"_quantization_metadata": "{}", "quantization_format": "fp8"}
     a = model(tmp_path / "a", 0, metadata={**kept, **untrue, **quantised})
     b = model(tmp_path / "b", 1, metadata={**kept, "license": "gpl", "ss_seed": "1"})
@@ -235,7 +242,8 @@ def test_metadata_of_the_origin_is_carried_over(tmp_path):
     assert len(report.files) == 2
     for file in report.files:
         written = header(tmp_path / "out" / file)
-        assert json.loads(written.pop("fastinterp"))["models"] == [str(a), str(b)]
+        assert json.loads(written.pop("fastinterp"))["models"] == [a.name, b.name]
+        assert stated_checksum({KEY: written.pop(KEY)}) is not None
         assert written == kept
     differing, left_out = (r for r in report.remarks if "header metadata" in r)
     assert differing.endswith(
@@ -251,7 +259,7 @@ def test_metadata_of_an_origin_without_any(tmp_path):
     a, b = model(tmp_path / "a", 0), model(tmp_path / "b", 1, metadata={"x": "y"})
     report = fastinterp.interpolate(a, b, 0.5, tmp_path / "out")[0]
     written = header(tmp_path / "out" / "model.safetensors")
-    assert written.keys() == {"format", "fastinterp"} and written["format"] == "pt"
+    assert written.keys() == {"format", "fastinterp", KEY} and written["format"] == "pt"
     assert [r for r in report.remarks if "header metadata" in r] == [
         f"the output has the header metadata of {a}; entries of {b} are in no header of {a}: x"
     ]

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import fastinterp
 from fastinterp.cli import commands
 from fastinterp.errors import StorageError
+from fastinterp.output.receipt import RECEIPT
 from tests.support.checkpoints import Tensor, assert_same, family, read, recipe, saved, write
 
 torch = pytest.importorskip("torch")
@@ -116,7 +117,7 @@ def test_strides(tmp_path, method):
         f"4 tensors of {name} are converted by Python before the merge, which takes time and {sizes / 1000:.0f} KB of "
         "disk space: 4 with strides" for name in names
     )  # fmt: skip
-    assert sorted(os.listdir(tmp_path / "got")) == ["README.md", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "got")) == ["README.md", RECEIPT, "model.safetensors"]
 
 
 def test_strides_of_earlier_documents(tmp_path):

@@ -17,6 +17,7 @@ from fastinterp.cli import commands
 from fastinterp.errors import CheckpointError, OutputError, ShapeError, UsageError
 from fastinterp.lora.extract import extract_lora
 from tests.lora.adapters import assert_close, changes, factors, read_adapter, recipe, write_adapter
+from tests.support.stated_checksums import checked_weights
 
 LAYERS = "model.layers"
 SHAPES = {
@@ -75,6 +76,7 @@ def test_of_full_rank_it_is_the_change(tmp_path):
     assert sorted(config["target_modules"]) == ["down_proj", "q_proj"]
     assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", str(tmp_path / "base"))
     assert report.total.relative_error < 1e-6 and not report.warnings
+    checked_weights(tmp_path / "out" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16])

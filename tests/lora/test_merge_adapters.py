@@ -23,6 +23,7 @@ from tests.lora.adapters import (
     summed,
     write_adapter,
 )
+from tests.support.stated_checksums import checked_weights
 
 Q, UP, CONV = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "unet.conv_in"
 # Products of stored factors of float32 in float64: what differs are roundings of B * c to float32, at most 2^-24 each.
@@ -64,6 +65,7 @@ def test_ranks_are_added_and_the_configuration_says_so(tmp_path, two):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
+    checked_weights(tmp_path / "out" / "adapter_model.safetensors")
 
 
 def test_task_arithmetic_needs_no_base(tmp_path, two):

@@ -16,6 +16,7 @@ from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.execute.run import run
 from fastinterp.output.origin_files import OriginFiles, origin_files
+from fastinterp.output.receipt import RECEIPT
 from tests.support.written import tree
 
 
@@ -50,6 +51,7 @@ LEFT_OUT = {
     "pictures and other media": "thumbnail.png assets/logo.SVG",
     "hidden": ".gitattributes .cache/",
     "the output has a model card of its own": "README.md",
+    "the output has a receipt of its own": RECEIPT,
     "code that no configuration names": "train.py",
     "of unknown use": "notes.xyz",
     "of unknown use, and larger than 10 MB": "corpus.txt",
@@ -88,7 +90,7 @@ def test_every_file_has_a_fate(tmp_path):
     assert {why: set(names) for why, names in files.left_out.items()} == want
     merged = fastinterp.interpolate(folder, model(tmp_path / "b", value=3.0), 0.5, tmp_path / "out")[0]
     assert {n for n, content in tree(tmp_path / "out").items() if (tmp_path / "out" / n).is_file()} == {
-        *COPIED, "config.json", "README.md", "model.safetensors"
+        *COPIED, "config.json", "README.md", RECEIPT, "model.safetensors"
     }  # fmt: skip
     assert {why: set(names) for why, names in merged.left_out.items()} == want
     lines = [r for r in merged.remarks if r.startswith(f"not copied from {folder}, ")]
@@ -96,7 +98,7 @@ def test_every_file_has_a_fate(tmp_path):
     how = {"merge_method": "linear", "models": [{"model": str(folder)}, {"model": str(tmp_path / "b")}],
            "parameters": {"weight": 1}}  # fmt: skip
     explained = fastinterp.explain(how)
-    assert set(explained.as_dict()["sidecars"]) == {*COPIED, "config.json", "README.md"}
+    assert set(explained.as_dict()["sidecars"]) == {*COPIED, "config.json", "README.md", RECEIPT}
     assert "optimizer.pt" in str(explained) and "optimizer.pt" in str(fastinterp.check(how))
 
 
@@ -122,10 +124,12 @@ def test_a_lone_file_brings_no_strangers(tmp_path):
         save_file({"w": np.ones(4, "f4")}, lone / name)
     (lone / "secrets.json").write_text("{}")
     report = fastinterp.interpolate(lone / "a.safetensors", lone / "b.safetensors", 0.5, tmp_path / "out")[0]
-    assert set(tree(tmp_path / "out")) == {"README.md", "model.safetensors"} and not report.left_out
+    assert set(tree(tmp_path / "out")) == {"README.md", RECEIPT, "model.safetensors"} and not report.left_out
     folder = model(tmp_path / "m", {"tokenizer.json": "{}", "results.json": "{}", "LICENSE": "x", "sub/x.json": "{}"})
     report = fastinterp.interpolate(folder / "model.safetensors", model(tmp_path / "n"), 0.5, tmp_path / "o")[0]
-    assert set(tree(tmp_path / "o")) == {"README.md", "model.safetensors", "config.json", "tokenizer.json", "LICENSE"}
+    assert set(tree(tmp_path / "o")) == {
+        "README.md", RECEIPT, "model.safetensors", "config.json", "tokenizer.json", "LICENSE"
+    }  # fmt: skip
     assert report.left_out == {"beside the one file that was named": ("results.json", "sub/")}
 
 
@@ -156,7 +160,7 @@ def test_code_that_a_configuration_names_is_copied(tmp_path, file, content):
     code = {"modeling_x.py": "raise SystemExit", "layers.py": "raise SystemExit", file: json.dumps(content)}
     a = model(tmp_path / "a", code)
     report = fastinterp.interpolate(a, model(tmp_path / "b"), 0.5, tmp_path / "out")[0]
-    assert {*code, "README.md", "config.json", "model.safetensors"} == set(tree(tmp_path / "out"))
+    assert {*code, "README.md", RECEIPT, "config.json", "model.safetensors"} == set(tree(tmp_path / "out"))
     assert f"code is copied from {a}, and never run: layers.py, modeling_x.py" in report.remarks
     assert not any("auto_map" in w for w in report.warnings)
 

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from fastinterp.checkpoint.journal_file import journal_path
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.errors import CheckpointError, OutputError
 from fastinterp.output.folder import OutFolder
+from fastinterp.output.journal import begin
 from tests.support.written import checkpoint, tree, write
 
 
@@ -105,10 +107,13 @@ def test_output_folder_may_be_a_link(tmp_path):
         ("", "the name of the output folder is empty. Give the name of a new folder"),
         ("x" * 300, "this path cannot be used: File name too long"),
         ("new/" + "x" * 300, "the folder cannot be created: File name too long"),
+        ("x" * 300 + ".safetensors", "this path cannot be used: File name too long"),
+        ("new/" + "x" * 300 + ".safetensors", "this path cannot be used: File name too long"),
+        ("/".join(["x" * 200] * 25), "this path cannot be used: File name too long"),
         ("a\0b", "this path cannot be used: embedded null byte"),
         ("a\ud800b", "this path cannot be used: 'utf-8' codec can't encode character"),
     ],
-    ids=["empty", "long", "long below", "NUL", "not Unicode"],
+    ids=["empty", "long", "long below", "long file", "long file below", "long path", "NUL", "not Unicode"],
 )
 def test_names_that_no_folder_can_have(tmp_path, monkeypatch, name, expected):
     monkeypatch.chdir(tmp_path)
@@ -224,32 +229,72 @@ def test_two_runs_at_once(tmp_path):
         first.write("config.json", b"{}")
         for force in (False, True):
             message = refused(tmp_path / "out", force=force)
-            assert f"process {os.getpid()} is writing here: `.config.json.partial-{os.getpid()}-" in message
+            assert f"process {os.getpid()} is writing here: `.fastinterp-journal`. Wait for it" in message
         write(first)
     assert sorted(tree(tmp_path / "out")) == ["config.json", "model.safetensors"]
 
 
 def test_leftovers(tmp_path):
-    """Those of dead processes here are removed, also if they had our number; those of other machines need --force."""
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    with OutFolder(tmp_path / "probe", []) as out:
-        host = out.temp("x").name.split("-")[2]
+    """Of runs that died and left no journal, or an empty one: they are removed, and the folder is not called full. What
+    belongs to others stays: other outputs, in the same folder, and what is called like an old file."""
     folder = tmp_path / "out"
     folder.mkdir()
-    for pid in (dead.pid, os.getpid()):
-        (folder / f".model.safetensors.partial-{pid}-{host}-0123456789ab").touch()
+    (folder / ".model.safetensors.partial-0123456789ab").touch()
+    (folder / ".fastinterp-journal").touch()
     with OutFolder(folder, []) as out:
-        assert len(tree(folder)) == 1  # the marker of this run
+        assert set(tree(folder)) == {".fastinterp-journal"}
         write(out)
     assert sorted(tree(folder)) == ["config.json", "model.safetensors"]
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / f".model.safetensors.partial-1-{int(host, 16) ^ 1:08x}-0123456789ab").touch()
-    assert "another machine is writing here, or died doing so" in refused(foreign)
-    with OutFolder(foreign, [], force=True) as out:
+    (folder / ".model.safetensors.old-0123456789ab").touch()
+    with OutFolder(folder, [], force=True) as out:
         write(out)
-    assert sorted(tree(foreign)) == ["config.json", "model.safetensors"]
-    (parent := tmp_path / "alive").mkdir()
-    (parent / f".x.partial-{os.getppid()}-{host}-0123456789ab").touch()
-    assert f"process {os.getppid()} is writing here" in refused(parent, force=True)
+    assert ".model.safetensors.old-0123456789ab" in tree(folder)
+
+
+def test_leftovers_of_other_outputs_in_the_folder_stay(tmp_path):
+    """A file that is written there, or was: each output knows its own by their names."""
+    with OutFolder(tmp_path / "a.safetensors", []) as a, OutFolder(tmp_path / "a.safetensors.safetensors", []) as b:
+        for out in (a, b):
+            out.temp("").write_bytes(b"1")
+        (tmp_path / ".a.safetensors.partial-0123456789ab").touch()
+        (tmp_path / ".model.safetensors.partial-0123456789ab").touch()
+        before = tree(tmp_path)
+        with OutFolder(tmp_path, [], force=True) as folder:
+            write(folder)
+        gone = {".model.safetensors.partial-0123456789ab"}
+        assert set(tree(tmp_path)) == (set(before) - gone) | {"config.json", "model.safetensors"}
+        for out in (a, b):
+            out.commit()
+    (tmp_path / ".a.safetensors.partial-0123456789ab").touch()
+    with OutFolder(tmp_path / "a.safetensors.safetensors", [], force=True):
+        assert ".a.safetensors.partial-0123456789ab" in tree(tmp_path)
+    with OutFolder(tmp_path / "a.safetensors", [], force=True):
+        assert ".a.safetensors.partial-0123456789ab" not in tree(tmp_path)
+
+
+def test_unfinished_merge_of_another_kind_is_not_thrown_away(tmp_path):
+    """If it noted what there is to resume from. The refusal says how it differs, and what ends it."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    journal = begin(journal_path(folder), "ties")
+    journal.append("round", {"number": 1})
+    journal.close()
+    (folder / f".model.safetensors.partial-{journal.run}").write_bytes(b"half")
+    before = tree(folder)
+    with pytest.raises(OutputError) as caught:
+        OutFolder(folder, [], merge="linear", differs=lambda j: f"that was {j.begun.merge}").__enter__()
+    assert str(caught.value) == (
+        f"{folder}: another merge is not finished here (that was ties). To finish it, run it again; to throw it away, "
+        "add --force (in Python force=True)"
+    )
+    assert tree(folder) == before
+    with OutFolder(folder, [], merge="ties") as out:
+        assert out.resumed and out.journal is not None and out.journal.read("round", dict) == [{"number": 1}]
+        assert out.temp("model.safetensors").read_bytes() == b"half"
+        out.journal.close()  # as if it were killed
+        os.replace(folder / ".fastinterp-journal", tmp_path / "kept")
+    os.replace(tmp_path / "kept", folder / ".fastinterp-journal")
+    with OutFolder(folder, [], merge="linear", force=True) as out:
+        assert not out.resumed and set(tree(folder)) == {".fastinterp-journal"}
+        write(out)
+    assert sorted(tree(folder)) == ["config.json", "model.safetensors"]

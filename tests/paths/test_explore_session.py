@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from click.testing import CliRunner
 
 from fastinterp.cli import commands
 from fastinterp.errors import CheckpointError, UsageError
-from fastinterp.paths.explore.session import GenerationRequest, check_model, open_session
+from fastinterp.paths.explore.requests import GenerationRequest
+from fastinterp.paths.explore.session import check_model, open_session
 from fastinterp.paths.explore.sliders import Sliders
 from tests.support.models import layers, save
 
@@ -21,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def request(turn, x=0.0, q=0.0, **changes):
     given = {"prompt": "the ", "sampled": False, "seed": 0, "length": 8, "temperature": 1.0, **changes}
-    return GenerationRequest(turn=turn, alphas={"x": x, "q": q}, **given)
+    return GenerationRequest(page="p", turn=turn, alphas={"x": x, "q": q}, **given)
 
 
 @pytest.fixture
@@ -53,9 +55,8 @@ def test_prompt_longer_than_the_context_keeps_its_end(session):
 def test_no_more_tokens_than_the_model_has_positions(session):
     """64: one for the prompt, 63 for the text."""
     assert session.most_tokens == 63
-    for turn, length in enumerate((63, 64, 4096)):
-        assert session.text(request(turn, x=1, length=length)) == "x" * 63
-    assert session.text(request(3, length=4096, prompt="abc " * 100, sampled=True))
+    assert session.text(request(0, x=1, length=63)) == "x" * 63
+    assert session.text(request(3, length=63, prompt="abc " * 100, sampled=True))
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -70,13 +71,13 @@ def test_later_request_cancels_an_earlier_one(session):
     begun, seen = threading.Event(), {}
     stops = session._stops
 
-    def watched(ids, request):
+    def watched(ids, request, dropped):
         begun.set()
         deadline = time.monotonic() + 10
-        while request.turn == 1 and session._newest < 2 and time.monotonic() < deadline:
+        while request.turn == 1 and session._newest[1] < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         seen[request.turn] = ids.shape[1]
-        return stops(ids, request)
+        return stops(ids, request, dropped)
 
     session._stops = watched
     first = threading.Thread(target=lambda: seen.update(text=session.text(request(1, length=50))))
@@ -86,6 +87,41 @@ def test_later_request_cancels_an_earlier_one(session):
     first.join(10)
     assert seen["text"] is None and seen[1] == len("the ") + 1
     assert session.text(request(1)) is None
+
+
+def test_a_text_that_nobody_waits_for_is_not_written(session):
+    gone = threading.Event()
+    gone.set()
+    assert session.text(request(1), gone) is None
+    assert session.text(request(1), threading.Event()) is not None
+
+
+def test_no_turn_of_one_page_is_too_high_for_another(session):
+    assert session.text(replace(request(2**53, x=1), page="one")) == "x" * 8
+    assert session.text(replace(request(0, q=1), page="two")) == "q" * 8
+    assert session.text(replace(request(0, x=1), page="one")) == "x" * 8
+
+
+@pytest.mark.slow
+def test_messages_of_a_conversation_are_kept_apart(models, tmp_path):
+    """The model gets what the chat template makes of all messages; what a template refuses is told."""
+    template = "{% for m in messages %}{{ m.role[0] }}.{{ m.content }}\n{% endfor %}a."
+    shutil.copytree(models / "base", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text(template)
+    sliders = Sliders.of([], str(tmp_path / "base"), {"x": str(models / "x"), "q": str(models / "q")})
+    said = (("user", "one"), ("assistant", "two"))
+    with open_session(sliders, threads=1, chat=True) as chat:
+        asked = replace(request(0, prompt="three", length=20), history=said)
+        assert chat._tokenizer.decode(chat._tokens(asked)) == "u.one\na.two\nu.three\na."
+        found = chat.text(asked)
+    with open_session(sliders, threads=1) as plain:
+        assert plain.text(request(0, prompt="u.one\na.two\nu.three\na.", length=20)) == found
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ raise_exception('no more') }}")
+    with (
+        open_session(sliders, threads=1, chat=True) as chat,
+        pytest.raises(UsageError, match="the chat template refuses the conversation: no more"),
+    ):
+        chat.text(asked)
 
 
 def test_nothing_is_written_after_the_end(session):

@@ -34,6 +34,12 @@ def checkpoint(folder: Path, tensors=("a", "b", "c"), limit: int = GB) -> Path:
 
 def write(out: OutFolder, tensors=("a", "b", "c"), limit: int = GB, value: bytes = b"\1") -> None:
     """A merge in small: temporaries, data, sidecars, commit."""
+    write_files(out, tensors, limit, value)
+    out.commit()
+
+
+def write_files(out: OutFolder, tensors=("a", "b", "c"), limit: int = GB, value: bytes = b"\1") -> None:
+    """The same without the last."""
     layout = make_layout([(t, F32, (4,)) for t in tensors], {}, limit)
     for file in layout.files:
         with open(out.temp(file.name), "r+b") as stream:
@@ -41,4 +47,3 @@ def write(out: OutFolder, tensors=("a", "b", "c"), limit: int = GB, value: bytes
     for name, content in layout.indexes.items():
         out.write(name, content)
     out.write("config.json", b"{}")
-    out.commit()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastinterp.backends.cpu import Handle, memory_address
+from fastinterp.backends.cpu import Handle, SinkHandle, memory_address
 from fastinterp.backends.device import Piece
 from fastinterp.errors import BackendError
 from fastinterp.execute.jobs.job import Result
@@ -37,7 +37,7 @@ class ResidentExecutor:
         device: Device,
         queue: Queue,
         sources: Sequence[Handle],
-        sinks: Sequence[Handle],
+        sinks: Sequence[SinkHandle],
         *,
         stats_every: int = 0,
         capturing: bool = False,

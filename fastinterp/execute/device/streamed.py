@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from fastinterp.backends.cpu import Handle, memory_address
+from fastinterp.backends.cpu import Handle, SinkHandle, memory_address
 from fastinterp.backends.device import Piece
 from fastinterp.backends.torch_device import pinned
 from fastinterp.errors import BackendError
@@ -54,7 +54,7 @@ class StreamedExecutor:
         self,
         queue: Queue,
         sources: Sequence[Handle],
-        sinks: Sequence[Handle],
+        sinks: Sequence[SinkHandle],
         filler: Callable[[list[Handle]], PumpExecutor],
     ):
         self._queue, self._sources, self._sinks, self._filler = queue, sources, sinks, filler

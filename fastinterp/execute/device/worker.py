@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
-from fastinterp.backends.cpu import Handle, PumpOptions
+from fastinterp.backends.cpu import PumpOptions, SinkHandle, SourceHandle
 from fastinterp.backends.device import Buffer, Device, Event, Pending, Piece, Queue
 from fastinterp.errors import BackendError, OutOfMemory
 from fastinterp.execute.device.batches import Batch, SlotRange, Work
@@ -31,8 +31,8 @@ _READERS, _WRITERS = 8, 4  # threads for one device at most: so many copies satu
 class Files:
     """The sources and sinks of a round, and its options, in the form that the pump takes."""
 
-    sources: Sequence[Handle]
-    sinks: Sequence[Handle]
+    sources: Sequence[SourceHandle]
+    sinks: Sequence[SinkHandle]
     options: PumpOptions
 
 
@@ -296,7 +296,7 @@ class _Session:
 # --- reads and writes, with the pump's errors ------------------------------------------------------------------------
 
 
-def _read_into(slot: Slot, o: SlotRange, source: Handle) -> None:
+def _read_into(slot: Slot, o: SlotRange, source: SourceHandle) -> None:
     if isinstance(source, tuple):
         _, address, size = source
         held = max(0, min(o.nbytes, size - o.offset))
@@ -316,7 +316,7 @@ def _read_into(slot: Slot, o: SlotRange, source: Handle) -> None:
         done += got
 
 
-def _write_from(slot: Slot, o: SlotRange, sink: Handle) -> None:
+def _write_from(slot: Slot, o: SlotRange, sink: SinkHandle) -> None:
     if isinstance(sink, tuple):
         _, address, size = sink
         held = max(0, min(o.nbytes, size - o.offset))
@@ -325,9 +325,11 @@ def _write_from(slot: Slot, o: SlotRange, sink: Handle) -> None:
         ctypes.memmove(address + o.offset, slot.host.address + o.slot_offset, o.nbytes)
         return
     view, done = slot.host.view[o.slot_offset : o.slot_offset + o.nbytes], 0
+    if not isinstance(sink, int):
+        sink.add(o.offset, view)
+        sink = sink.fd
     while done < o.nbytes:
         try:
-            assert isinstance(sink, int)
             put = os.pwrite(sink, view[done:], o.offset + done)
         except OSError as error:
             raise FileError("write", o.handle, error.errno, o.offset, o.nbytes, done) from None

@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
+import msgspec
+
 from fastinterp._version import __version__
 from fastinterp.arguments import path_of, size_of
 from fastinterp.backends.cpu import Progress
@@ -29,16 +31,18 @@ from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, reco
 from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
-from fastinterp.execute.to_files import devices_for, finish, write_small_files
+from fastinterp.execute.to_files import devices_for, write_receipts, write_small_files
 from fastinterp.messages import counted
 from fastinterp.output.folder import OutFolder
+from fastinterp.output.receipt import RECEIPT, SmallFile, WeightsFile
+from fastinterp.output.several import commit_all
 from fastinterp.output.shared_folder import (
     SharedFolder,
-    read_journal,
+    read_note,
     reserved,
     shared_file,
     stands,
-    write_journal,
+    write_note,
 )
 from fastinterp.plan.plan import Plan, Source, plan_recipe
 
@@ -108,7 +112,7 @@ def carry_out(
     key = fingerprint(plan)
     with Peers(me, "0") as peers, ExitStack() as stack:
         if me.rank == 0:
-            folders = _open(plan, outs, key, stack, force=force, durable=durable)
+            folders, small = _open(plan, outs, key, stack, force=force, durable=durable)
             peers.put("key", key)
         elif (theirs := peers.await_("key", "open the output folder")) != key:
             raise RankError(
@@ -123,7 +127,9 @@ def carry_out(
             peers.await_("finished", "finish the output")
             return None
         plan.refuse_changed_files()
-        finish(folders)
+        weights = [_weights(records, k) for k in range(len(folders))]
+        write_receipts(plan, folders, weights, small)
+        commit_all(folders)
         peers.put("finished", "")
     wall = time.perf_counter() - start
     if progress is not None:
@@ -147,18 +153,19 @@ def fingerprint(plan: Plan) -> str:
 
 def _open(
     plan: Plan, outs: Sequence[str | os.PathLike[str]], key: str, stack: ExitStack, *, force: bool, durable: bool
-) -> list[OutFolder]:
+) -> tuple[list[OutFolder], list[dict[str, SmallFile]]]:
     needed = max(0, plan.disk_bytes - sum(reserved(out, key) for out in outs))
     folders: list[OutFolder] = []
+    small = []
     for k, (out, layout) in enumerate(zip(outs, plan.layouts, strict=True)):
-        names = [*(file.name for file in layout.files), *plan.files.copied]
+        names = [*(file.name for file in layout.files), *plan.files.copied, RECEIPT]
         folder = SharedFolder(out, plan.inputs, key, force=force, durable=durable, needed=needed, names=names)
         folders.append(stack.enter_context(folder))
         needed = 0
-        write_small_files(folder, plan, k)
+        small.append(write_small_files(folder, plan, k))
         for file in layout.files:
             folder.temp(file.name)
-    return folders
+    return folders, small
 
 
 def _units(plan: Plan, world: int) -> list[Unit]:
@@ -210,7 +217,7 @@ class _RankWork:
         """The record of a finished unit, or None. From the store first: a network file system may show files late."""
         record = _parsed(unit, self._peers.get(f"done/{unit.number}"))
         if record is None and self._complete(unit):
-            journal = read_journal(self._outs[0], self._name(unit), self._key)
+            journal = read_note(self._outs[0], self._name(unit), self._key)
             record = _parsed(unit, None if journal is None else journal.decode())
             if record is not None:
                 self._peers.put(f"done/{unit.number}", json.dumps(record))
@@ -236,7 +243,7 @@ class _RankWork:
         ]
         before = self._peers.bytes_done
         done = run(
-            plan, FileSinks(plan, paths), threads=self._threads, max_memory=self._max_memory,
+            plan, FileSinks(plan, paths, synced=True), threads=self._threads, max_memory=self._max_memory,
             progress=lambda of_unit, _: self._report(before + of_unit - self._peers.bytes_done), devices=self._devices,
         )  # fmt: skip
         self._peers.bytes_done = before + done.bytes_read + done.bytes_written
@@ -244,7 +251,7 @@ class _RankWork:
         text = json.dumps(record)
         for out, layout in zip(self._outs[::-1], plan.layouts[::-1], strict=True):  # the first output's journals last
             for f in unit.files:
-                write_journal(out, layout.files[f].name, self._key, text.encode())
+                write_note(out, layout.files[f].name, self._key, text.encode())
         self._peers.put(f"done/{unit.number}", text)
         return record
 
@@ -279,10 +286,18 @@ def _record(plan: Plan, done: Done) -> dict[str, Any]:
                     model: {tensor: astuple(density) for tensor, density in by_tensor.items()}
                     for model, by_tensor in record.densities.items()
                 },
+                "coefficients": record.coefficients,
+                "weights": {name: msgspec.to_builtins(file) for name, file in files.items()},
             }
-            for record in records
+            for record, files in zip(records, done.files, strict=True)
         ],
     }  # fmt: skip
+
+
+def _weights(records: Sequence[dict[str, Any]], k: int) -> dict[str, WeightsFile]:
+    """What the receipt of output k says of its files, over all units."""
+    files = {name: file for record in records for name, file in record["outputs"][k]["weights"].items()}
+    return msgspec.convert(files, dict[str, WeightsFile])
 
 
 def _together(plan: Plan, records: Sequence[dict[str, Any]], k: int) -> OutputRecord:
@@ -297,6 +312,8 @@ def _together(plan: Plan, records: Sequence[dict[str, Any]], k: int) -> OutputRe
     record.effects = ordered({n: e for o in outputs for n, e in o["effects"].items()}, RoundingEffect)
     record.copied = sorted((n for o in outputs for n in o["copied"]), key=order.__getitem__)
     record.models = {m for o in outputs for m in o["models"]}
+    sums = {n: c for o in outputs for n, c in o["coefficients"].items()}
+    record.coefficients = {name: sums[name] for name in sorted(sums, key=order.__getitem__)}
     for model in dict.fromkeys(m for o in outputs for m in o["densities"]):
         record.densities[model] = ordered(
             {t: d for o in outputs for t, d in o["densities"].get(model, {}).items()}, Density

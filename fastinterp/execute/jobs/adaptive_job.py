@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 
 from fastinterp.backends import cpu
 from fastinterp.execute.jobs.densities import Density, densities
-from fastinterp.execute.jobs.job import Job, Result, is_copy
+from fastinterp.execute.jobs.job import Coefficients, Job, Result, is_copy
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.ops import steps
 from fastinterp.ops.combine import GroupRow, Row
@@ -26,6 +26,7 @@ from fastinterp.ops.masked import (
     score_of,
     terms,
 )
+from fastinterp.ops.plain_sums import plain_sum
 from fastinterp.ops.requests import (
     Divergence,
     GroupCombine,
@@ -70,6 +71,7 @@ class AdaptiveJob(Job):
         self._written: list[tuple[int, ...]] = []
         # Per output: the inputs it reads, whether it is a copy, and the densities of its inputs.
         self._effects: list[tuple[tuple[int, ...], bool, dict[int, Density]]] = []
+        self._plain: list[dict[str, Any] | None] = []
         # Masks that statistics have filled; None: they fill none.
         self._masks: Masks | None = {} if fills_masks else None
         self._begin()
@@ -109,6 +111,7 @@ class AdaptiveJob(Job):
             )
             for row, total, selected in zip(rows, sums, self._run.selected, strict=True)
         ]
+        self._plain = [plain_sum(total) for total in sums]
         writers = _writers(self.io, rows, sums, self._name, self._seeds, self._masks or {})
         self._written = [outputs for outputs, _ in writers]
         return [step for _, step in writers]
@@ -137,6 +140,9 @@ class AdaptiveJob(Job):
 
     def densities(self, k: int) -> Mapping[int, Density]:
         return self._effects[k][2]
+
+    def coefficients(self, k: int) -> Coefficients | None:
+        return [self._plain[k]]
 
     def _begin(self) -> None:
         for request, seed in self._run.requests:

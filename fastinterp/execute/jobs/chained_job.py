@@ -10,10 +10,10 @@ import tempfile
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastinterp.errors import OutputError
-from fastinterp.execute.jobs.job import Job, Result
+from fastinterp.execute.jobs.job import Coefficients, Job, Result
 from fastinterp.execute.jobs.tensor_io import TensorStep
 from fastinterp.execute.sources import Sources, storage
 from fastinterp.ops.operands import Operand, Stored
@@ -75,6 +75,7 @@ class ChainedJob(Job):
         self._extents: dict[
             Hashable, tuple[int, int]
         ] = {}  # id of an intermediate tensor -> (size, offset) in the file
+        self._sums: list[Mapping[str, Any] | None] = []  # of the stages that are done
         self.now: Job | None = None
 
     @property
@@ -102,6 +103,7 @@ class ChainedJob(Job):
         if not job.done:
             return
         if self._waiting:
+            self._sums += job.coefficients(0) or [None]
             self._current(job)
             return
         self.stats, self.done = job.stats, True
@@ -115,6 +117,12 @@ class ChainedJob(Job):
 
     def densities(self, k: int) -> Mapping[int, Density]:
         return self._current().densities(k)
+
+    def coefficients(self, k: int) -> Coefficients | None:
+        own = self._current().coefficients(k)
+        if own is None and not any(self._sums):
+            return None
+        return [*self._sums, *(own or [None])]
 
     def _current(self, ended: Job | None = None) -> Job:
         """The job of the current stage; of the next one, if `ended` is the current job."""

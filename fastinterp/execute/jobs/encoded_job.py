@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from fastinterp.execute.jobs.job import Job, Result
+from fastinterp.execute.jobs.job import Coefficients, Job, Result
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.ops.combine import renumbered
 from fastinterp.ops.dtypes import F8_E4M3
@@ -96,6 +96,9 @@ class EncodedJob(Job):
 
     def densities(self, k: int) -> Mapping[int, Density]:
         return self._job.densities(k)
+
+    def coefficients(self, k: int) -> Coefficients | None:
+        return self._job.coefficients(k)
 
 
 class _Writer:

@@ -12,6 +12,10 @@ from fastinterp.ops.combine import Row
 if TYPE_CHECKING:
     from fastinterp.execute.jobs.densities import Density
 
+# The sums of one output tensor as plain values (ops/plain_sums.py), those of the tensors of documents above that it
+# depends on before its own; None for a sum without a plain form.
+Coefficients = Sequence[Mapping[str, Any] | None]
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -73,6 +77,10 @@ class Job:
     def densities(self, k: int) -> Mapping[int, Density]:
         """The density of each input of output k that thresholds mask."""
         return {}
+
+    def coefficients(self, k: int) -> Coefficients | None:
+        """The sum of output k, as it came from the data; None, if the recipe tells it without any."""
+        return None
 
 
 def is_copy(io: TensorIO, row: Row) -> bool:

@@ -21,14 +21,17 @@ def facts(
     low: float,
     high: float,
     most_tokens: int,
+    chat: bool = False,
 ) -> dict[str, Any]:
     """What the page loads once, as plain values for JSON, without NaN and Inf.
 
     changes  of each tensor the squared norm of the base, and the Gram matrix of the deltas
     low, high  range of the sliders
+    chat     prompts are messages of a conversation
     """
     return {
         "most_tokens": most_tokens,
+        "chat": chat,
         "base": sliders.base,
         "sliders": [
             {"name": name, "model": model, "start": sliders.start[name], "low": low, "high": high}

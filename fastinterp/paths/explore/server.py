@@ -1,10 +1,13 @@
-"""The HTTP server of the page: on the loopback interface alone, for requests whose Host is this machine."""
+"""The HTTP server of the page: on the loopback interface alone, for requests that have the program's token."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
-import math
+import hmac
+import json
 import socket
+import threading
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +15,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.errors import FastinterpError, StorageError, UsageError
-from fastinterp.paths.explore.session import LONGEST, GenerationRequest, Session
+from fastinterp.messages import plain
+from fastinterp.paths.explore.checkpoint import CheckpointWriter, command_of, recipe_text
+from fastinterp.paths.explore.requests import GenerationRequest, read_alphas, read_folder, read_generation
+from fastinterp.paths.explore.session import Session
+from fastinterp.paths.explore.sliders import Sliders
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -23,16 +30,25 @@ HOST = "127.0.0.1"
 # Accepted Host headers: a page elsewhere whose name resolves to this machine (DNS rebinding) sends another.
 _HOSTS = [HOST, "localhost"]
 _REQUEST_BYTES = 1 << 20  # most bytes of a request
-_LARGEST = 1e6  # of a slider's value
+_CONNECTIONS = 64  # at the same time
 _INTERRUPTED = 130  # exit code after SIGINT
 _HEADERS = {
     # The page loads nothing from elsewhere, and no page elsewhere may frame it.
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+_ASSETS = {"page.css": "text/css", "page.js": "text/javascript", "figures.js": "text/javascript"}
+
+
+class _Refused(Exception):
+    """A request that is not carried out, with its status."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
 
 
 def bound(port: int) -> socket.socket:
@@ -58,57 +74,145 @@ def bound(port: int) -> socket.socket:
     return sock
 
 
-def make_app(session: Session, facts: Mapping[str, Any]) -> Starlette:
-    """The web application: `/` the page, `/facts` its data, `/text` generates. facts: as `facts.facts` makes them."""
+class Page:
+    """What the routes of the page answer.
+
+    facts  its data, as `facts.facts` makes them
+    token  what every request but that for the page itself must have in its header X-Token
+    """
+
+    def __init__(
+        self, sliders: Sliders, session: Session, writer: CheckpointWriter, facts: Mapping[str, Any], token: str
+    ):
+        self._sliders, self._session, self._writer, self._facts, self._token = sliders, session, writer, facts, token
+        self._names = list(sliders.models)
+
+    async def page(self, request: Request) -> Response:
+        from starlette.responses import HTMLResponse
+
+        if not self._knows(request.query_params.get("token", "")):
+            text = "Open the address that fastinterp explore printed, with its token: <code>...?token=...</code>"
+            return HTMLResponse(f"<title>fastinterp explore</title><p>{text}", 403, headers=_HEADERS)
+        html = Path(__file__).with_name("page.html").read_text("utf-8")
+        return HTMLResponse(html, headers=_HEADERS)
+
+    async def asset(self, request: Request) -> Response:
+        from starlette.responses import Response
+
+        name = request.url.path.lstrip("/")
+        return Response(Path(__file__).with_name(name).read_bytes(), headers=_HEADERS, media_type=_ASSETS[name])
+
+    async def data(self, request: Request) -> Any:
+        self._refuse_strangers(request)
+        return self._facts
+
+    async def progress(self, request: Request) -> Any:
+        self._refuse_strangers(request)
+        return {"fraction": self._writer.fraction}
+
+    async def text(self, request: Request) -> Any:
+        generation = read_generation(await self._document(request), self._names, self._session.most_tokens)
+        text = await self._generated(request, generation)
+        if text is None:
+            raise _Refused(409, "superseded")
+        return {"text": text}
+
+    async def recipe(self, request: Request) -> Any:
+        alphas = read_alphas(await self._document(request), self._names)
+        return {"recipe": recipe_text(self._sliders, alphas), "command": command_of(self._sliders, alphas)}
+
+    async def save(self, request: Request) -> Any:
+        from starlette.concurrency import run_in_threadpool
+
+        document = await self._document(request)
+        alphas, folder = read_alphas(document, self._names), read_folder(document)
+        report = await run_in_threadpool(self._writer.write, alphas, folder)
+        return {"folder": str(Path(folder).expanduser().resolve()), "report": report.summary()}
+
+    async def _generated(self, request: Request, generation: GenerationRequest) -> str | None:
+        """The text; the generation ends early if the client goes away."""
+        from starlette.concurrency import run_in_threadpool
+
+        dropped = threading.Event()
+
+        async def listen() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            dropped.set()
+
+        listening = asyncio.create_task(listen())
+        try:
+            return await run_in_threadpool(self._session.text, generation, dropped)
+        finally:
+            listening.cancel()
+
+    async def _document(self, request: Request) -> Any:
+        """The JSON of a request that this page sent. Raises: _Refused; ClientDisconnect."""
+        self._refuse_strangers(request)
+        if not _is_json(request):
+            raise _Refused(403, "only this page may send requests")
+        if int(request.headers.get("content-length", _REQUEST_BYTES + 1)) > _REQUEST_BYTES:
+            raise _Refused(413, "the request is too long")
+        try:
+            return json.loads(await request.body())
+        except (ValueError, RecursionError) as error:
+            raise _Refused(400, f"the request is not JSON: {error}") from None
+
+    def _refuse_strangers(self, request: Request) -> None:
+        origin = f"http://{request.headers.get('host', '')}"
+        if request.headers.get("origin", origin) != origin or not self._knows(request.headers.get("x-token", "")):
+            raise _Refused(403, "only this page may send requests. Open the address that the program printed")
+
+    def _knows(self, token: str) -> bool:
+        return hmac.compare_digest(token.encode(errors="replace"), self._token.encode())
+
+
+def make_app(page: Page) -> Starlette:
+    """The web application: the page, its data, and what it asks for, as JSON; errors as `{"error": ...}`."""
     from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.responses import HTMLResponse, JSONResponse
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
-    html = Path(__file__).with_name("page.html").read_text("utf-8")
-    names = [slider["name"] for slider in facts["sliders"]]
+    def answered(call: Callable[[Request], Any]) -> Callable[[Request], Any]:
+        async def answer(request: Request) -> Response:
+            try:
+                result = await call(request)
+            except _Refused as error:
+                return _json({"error": str(error)}, error.status)
+            except ValueError as error:
+                return _json({"error": plain(str(error))}, 400)
+            except FastinterpError as error:
+                return _json({"error": plain(str(error))}, 422)
+            except ClientDisconnect:  # nobody reads the answer
+                return Response(status_code=400)
+            return result if isinstance(result, Response) else _json(result, 200)
 
-    async def page(request: Request) -> Response:
-        return HTMLResponse(html, headers=_HEADERS)
+        return answer
 
-    async def data(request: Request) -> Response:
-        return JSONResponse(facts, headers=_HEADERS)
-
-    async def generate(request: Request) -> Response:
-        def refused(status: int, message: str) -> Response:
-            return JSONResponse({"error": message}, status, headers=_HEADERS)
-
-        origin = f"http://{request.headers.get('host', '')}"
-        if request.headers.get("origin", origin) != origin or not _is_json(request):
-            return refused(403, "only this page may send requests")
-        if int(request.headers.get("content-length", _REQUEST_BYTES + 1)) > _REQUEST_BYTES:
-            return refused(413, "the request is too long")
-        try:
-            document = await request.json()
-        except (ValueError, RecursionError) as error:
-            return refused(400, f"the request is not JSON: {error}")
-        try:
-            generation = read_request(document, names)
-        except ValueError as error:
-            return refused(400, str(error))
-        try:
-            text = await run_in_threadpool(session.text, generation)
-        except FastinterpError as error:
-            return refused(422, str(error))
-        return refused(409, "superseded") if text is None else JSONResponse({"text": text}, headers=_HEADERS)
+    def _json(content: Any, status: int) -> Response:
+        return JSONResponse(content, status, headers=_HEADERS)
 
     async def failed(request: Request, error: Exception) -> Response:
         """A programming error, whose traceback is on the terminal."""
         message = f"{type(error).__name__}: {error}"[:300].encode(errors="backslashreplace").decode()
-        return JSONResponse({"error": f"the program failed: {message}"}, 500, headers=_HEADERS)
+        return _json({"error": f"the program failed: {message}"}, 500)
 
     async def refuse(request: Request, error: Any) -> Response:
-        return JSONResponse({"error": error.detail}, error.status_code, headers=_HEADERS)
+        return _json({"error": error.detail}, error.status_code)
 
-    routes = [Route("/", page), Route("/facts", data), Route("/text", generate, methods=["POST"])]
+    routes = [
+        Route("/", answered(page.page)),
+        Route("/facts", answered(page.data)),
+        Route("/progress", answered(page.progress)),
+        Route("/text", answered(page.text), methods=["POST"]),
+        Route("/recipe", answered(page.recipe), methods=["POST"]),
+        Route("/save", answered(page.save), methods=["POST"]),
+        *(Route(f"/{name}", answered(page.asset)) for name in _ASSETS),
+    ]
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=_HOSTS, www_redirect=False)
     return Starlette(routes=routes, middleware=[hosts], exception_handlers={Exception: failed, HTTPException: refuse})
 
@@ -118,64 +222,27 @@ def _is_json(request: Request) -> bool:
     return request.headers.get("content-type", "").split(";")[0].strip().lower() == "application/json"
 
 
-def read_request(document: Any, names: list[str]) -> GenerationRequest:
-    """A request from its JSON. names: of the sliders. Raises: ValueError, with what is wrong."""
-    if not isinstance(document, dict) or not isinstance(document.get("alphas"), dict):
-        raise ValueError("a request is an object with `alphas`")
-    alphas = document["alphas"]
-    if sorted(alphas) != sorted(names):
-        raise ValueError(f"`alphas` must be {', '.join(names)}, got {', '.join(map(repr, alphas)) or 'none'}"[:200])
-    values = {name: _number(alphas[name], name, -_LARGEST, _LARGEST) for name in names}
-    prompt = document.get("prompt")
-    if not isinstance(prompt, str) or not isinstance(document.get("sampled"), bool):
-        raise ValueError("`prompt` must be text, and `sampled` true or false")
-    surrogate = next((i for i, c in enumerate(prompt) if "\ud800" <= c <= "\udfff"), None)
-    if surrogate is not None:
-        raise ValueError(f"`prompt` is not valid Unicode text: character {surrogate + 1} is a surrogate. Remove it")
-    return GenerationRequest(
-        turn=_whole(document.get("turn"), "turn", 0, 2**53),
-        alphas=values,
-        prompt=prompt,
-        sampled=document["sampled"],
-        seed=_whole(document.get("seed"), "seed", 0, 2**32),
-        length=_whole(document.get("length"), "length", 1, LONGEST),
-        temperature=_number(document.get("temperature"), "temperature", 0.01, 100),
-    )
-
-
-def _number(value: Any, name: str, low: float, high: float) -> float:
-    is_nan = isinstance(value, float) and math.isnan(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or is_nan:
-        raise ValueError(f"`{name}` must be a number, got {value!r}"[:200])
-    if not low <= value <= high:  # before float(): an integer may be beyond it
-        shown = repr(value) if len(repr(value)) < 40 else f"{repr(value)[:20]}..."
-        raise ValueError(f"`{name}` must be in {low:.10g}..{high:.10g}, got {shown}")
-    return float(value)
-
-
-def _whole(value: Any, name: str, low: int, high: int) -> int:
-    number = _number(value, name, low, high)
-    if number != int(number):
-        raise ValueError(f"`{name}` must be a whole number, got {value!r}")
-    return int(number)
-
-
-def serve(app: Starlette, sock: socket.socket, session: Session, ready: Callable[[str], object]) -> None:
-    """Serve until SIGINT or SIGTERM, which cancel a generation that runs. `ready` is called with the page's address.
+def serve(
+    app: Starlette, sock: socket.socket, token: str, end: Callable[[], object], ready: Callable[[str], object]
+) -> None:
+    """Serve until SIGINT or SIGTERM. `ready` is called with the page's address, `end` at the signal, in its handler.
 
     Returns after SIGINT, the usual end; SIGTERM is raised again for the program's own handler.
     """
     import uvicorn
 
+    from fastinterp.paths.explore.connection import TimedConnection
+
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            session.end()
+            end()
             super().handle_exit(sig, frame)
 
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=5, workers=1
-    )
-    ready(f"http://{HOST}:{sock.getsockname()[1]}/")
+        app, log_config=None, access_log=False, lifespan="off", ws="none", http=TimedConnection, workers=1,
+        timeout_graceful_shutdown=5, limit_concurrency=_CONNECTIONS,
+    )  # fmt: skip
+    ready(f"http://{HOST}:{sock.getsockname()[1]}/?token={token}")
     try:
         Server(config).run(sockets=[sock])
     except KeyboardInterrupt as stopped:  # what the program's handler raises when uvicorn, at its end, signals again

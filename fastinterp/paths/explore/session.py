@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +11,13 @@ from fastinterp.checkpoint.names import listing
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.errors import CheckpointError, UsageError
+from fastinterp.paths.explore.requests import LONGEST, GenerationRequest
 from fastinterp.paths.explore.sliders import Sliders
 from fastinterp.torch_models.live import Live
 
-LONGEST = 4096  # tokens of a text
 # Of the tokenizer's files, those that hold no vocabulary; and the tokenizers that need none: their tokens are bytes.
 _NO_VOCABULARY = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template")
 _BYTE_LEVEL = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """A request for one text.
-
-    turn     grows with every request: a later one cancels an earlier one
-    alphas   values of the sliders, by name
-    sampled  draw tokens by `temperature` and `seed`; else the most likely one each time (greedy)
-    length   most tokens of the text
-    """
-
-    turn: int
-    alphas: Mapping[str, float]
-    prompt: str
-    sampled: bool
-    seed: int
-    length: int
-    temperature: float
 
 
 class Session:
@@ -50,12 +29,13 @@ class Session:
         self._module, self._tokenizer, self._live, self._chat = module, tokenizer, live, chat
         self._positions = _positions(module.config)
         self._one_at_a_time = threading.Lock()
-        self._newest = -1
+        self._newest: tuple[str, int] = ("", -1)  # page and turn of the request that is served
+        self._choosing = threading.Lock()
         self._ended = False
 
     @property
     def most_tokens(self) -> int:
-        """The most tokens of a text: the model's positions less one, for the prompt; at most LONGEST."""
+        """The most tokens of a text, the one limit: the model's positions less one, for the prompt; at most LONGEST."""
         return LONGEST if self._positions is None else min(LONGEST, self._positions - 1)
 
     def __enter__(self) -> Session:
@@ -70,18 +50,25 @@ class Session:
         """Stop the generation that runs, and refuse any other."""
         self._ended = True
 
-    def text(self, request: GenerationRequest) -> str | None:
-        """The model's continuation of the prompt, or None if a later request came in between. From any thread.
+    def text(self, request: GenerationRequest, dropped: threading.Event | None = None) -> str | None:
+        """The model's continuation of the prompt; None, if a later request came in between, or nobody waits any more.
+        From any thread.
 
+        Of one page's requests the one with the highest turn counts, of several pages' the one that came last.
+
+        dropped  set when the one who asked has gone
         Raises: UsageError, if generation fails: weights or scores are NaN or Inf, say.
         """
-        self._newest = max(self._newest, request.turn)
+        with self._choosing:
+            page, turn = self._newest
+            if page != request.page or turn < request.turn:
+                self._newest = request.page, request.turn
         with self._one_at_a_time:
-            if self._cancelled(request):
+            if self._cancelled(request, dropped):
                 return None
             self._live.set(request.alphas)
             try:
-                return self._generate(request)
+                return self._generate(request, dropped)
             except (RuntimeError, ValueError, IndexError) as error:  # torch and transformers refuse what they get
                 reason = " ".join(str(error).split())[:200]
                 raise UsageError(
@@ -89,17 +76,17 @@ class Session:
                     "points its weights may be NaN or Inf: move the sliders towards 0"
                 ) from error
 
-    def _cancelled(self, request: GenerationRequest) -> bool:
-        return self._ended or request.turn < self._newest
+    def _cancelled(self, request: GenerationRequest, dropped: threading.Event | None) -> bool:
+        gone = dropped is not None and dropped.is_set()
+        return self._ended or gone or (request.page, request.turn) != self._newest
 
-    def _generate(self, request: GenerationRequest) -> str | None:
+    def _generate(self, request: GenerationRequest, dropped: threading.Event | None) -> str | None:
         import torch
 
-        tokens = self._tokens(request.prompt)
+        tokens = self._tokens(request)
         device = self._module.device
-        length = min(request.length, self.most_tokens)
         if self._positions is not None:  # the end of a long prompt is what counts
-            tokens = tokens[-max(1, self._positions - length) :]
+            tokens = tokens[-max(1, self._positions - request.length) :]
         prompt = torch.tensor([tokens], device=device)
         settings: dict[str, Any] = {"do_sample": False}
         if request.sampled:
@@ -107,24 +94,30 @@ class Session:
         with torch.inference_mode(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(request.seed)
             output = self._module.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, pad_token_id=self._padding(),
-                stopping_criteria=[lambda ids, scores, **_: self._stops(ids, request)],
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=request.length,
+                pad_token_id=self._padding(),
+                stopping_criteria=[lambda ids, scores, **_: self._stops(ids, request, dropped)],
                 logits_processor=[_checked], **settings,
             )  # fmt: skip
-        if self._cancelled(request):
+        if self._cancelled(request, dropped):
             return None
         text: str = self._tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)
         return text
 
-    def _stops(self, ids: Any, request: GenerationRequest) -> Any:
+    def _stops(self, ids: Any, request: GenerationRequest, dropped: threading.Event | None) -> Any:
         import torch
 
-        return torch.full((ids.shape[0],), self._cancelled(request), device=ids.device, dtype=torch.bool)
+        return torch.full((ids.shape[0],), self._cancelled(request, dropped), device=ids.device, dtype=torch.bool)
 
-    def _tokens(self, prompt: str) -> list[int]:
+    def _tokens(self, request: GenerationRequest) -> list[int]:
+        prompt = request.prompt
         if self._chat:
-            messages = [{"role": "user", "content": prompt}]
-            prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            turns = (*request.history, ("user", prompt))
+            messages = [{"role": role, "content": content} for role, content in turns]
+            try:
+                prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # a template is a program of the checkpoint's, which raises what it likes
+                raise UsageError(f"the chat template refuses the conversation: {error}"[:300]) from None
         tokens = list(self._tokenizer(prompt, add_special_tokens=not self._chat)["input_ids"])
         start = self._tokenizer.bos_token_id
         if not tokens and start is None:

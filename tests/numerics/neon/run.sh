@@ -24,7 +24,7 @@ fi
 lists=$root/CMakeLists.txt
 common="-std=c++$(sed -n 's/^set(CMAKE_CXX_STANDARD \([0-9]*\))$/\1/p' "$lists") -Wall -Wextra -Werror \
 $(sed -n 's/^target_compile_options(_C PRIVATE \(-O.*\))$/\1/p' "$lists")"
-decoders=$(sed -n 's/^set(decoders \(.*\))$/\1/p' "$lists")
+per_isa="$(sed -n '/^set(decoders/,/)$/p' "$lists" | tr -d '()' | sed 's/^setdecoders//') csrc/xxh3.cpp"
 isa_flags() { sed -n "s/^ *add_isa($1 *\(.*\))\$/\1/p" "$lists"; }
 case $common in *-ffp-contract=off*) ;; *)
   echo "make neon: found no -ffp-contract=off in $lists; this script looks for target_compile_options(_C PRIVATE -O...)." >&2
@@ -39,7 +39,7 @@ compile() {
   for isa in "$@"; do
     $compiler $common $(isa_flags "$isa") -c "$root/csrc/cpu/$isa.cpp" -o "$build/$compiler/$isa.o"
     objects="$objects $build/$compiler/$isa.o"
-    for source in $decoders; do
+    for source in $per_isa; do
       object=$build/$compiler/$isa-$(basename "$source" .cpp).o
       $compiler $common $(isa_flags "$isa") -DFI_ISA="$isa" -c "$root/$source" -o "$object"
       objects="$objects $object"

@@ -1,0 +1,47 @@
+"""Checksums of the files of an output, as its receipt states them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from fastinterp._version import __version__
+from fastinterp.backends.cpu import xxh3
+from fastinterp.ops.combine import NUMERICS
+from fastinterp.output.layout import OutFile
+from fastinterp.output.receipt import ReceiptFile, SmallFile, WeightsFile, encode_receipt, hexadecimal
+from fastinterp.plan.plan import Plan
+
+
+def finished_file(file: OutFile, regions: Sequence[int]) -> tuple[bytes, WeightsFile]:
+    """The header of a file whose data is written, and what the receipt says of the file.
+
+    regions  the checksums of its data section
+    """
+    checksum = sum(regions) % 2**64
+    header = file.header_with(checksum)
+    return header, WeightsFile(
+        size=file.size,
+        data_start=len(header),
+        header_xxh3=hexadecimal(xxh3(header)),
+        checksum=hexadecimal(checksum),
+        regions=tuple(map(hexadecimal, regions)),
+    )
+
+
+def small_file(content: bytes) -> SmallFile:
+    """What the receipt says of any other file."""
+    return SmallFile(len(content), hexadecimal(xxh3(content)))
+
+
+def receipt_content(plan: Plan, k: int, weights: Mapping[str, WeightsFile], small: Mapping[str, SmallFile]) -> bytes:
+    """The content of `fastinterp_receipt.json` of output k."""
+    return encode_receipt(
+        ReceiptFile(
+            __version__,
+            NUMERICS,
+            json.loads(plan.receipts[k]),
+            dict(sorted(weights.items())),
+            dict(sorted(small.items())),
+        )
+    )

@@ -1,0 +1,142 @@
+"""A run over its plans: what earlier processes have finished of it, and what this one notes."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastinterp.errors import CheckpointError, UsageError
+from fastinterp.execute.report import kept_line
+from fastinterp.execute.resume.identity import Identity
+from fastinterp.execute.resume.kept import Kept, unsound
+from fastinterp.execute.resume.notes import Notes
+from fastinterp.execute.resume.records import Round
+from fastinterp.execute.run import Done
+from fastinterp.messages import counted, listed, tell
+from fastinterp.output.folder import OutFolder
+from fastinterp.output.journal import Journal, boot
+from fastinterp.plan.plan import Plan
+
+IDENTITY, ROUND = "identity", "round"  # kinds of records
+KEPT_S = 10.0  # seconds of work, from which on an interrupted run leaves its output to be resumed
+
+
+class Session:
+    """The notes of a run, in the journal of its first output.
+
+    plans     which the run carries out one after the other
+    first     the first output, open
+    identity  of the run; None: it cannot be resumed
+
+    before    seconds of earlier processes
+    share     of the bytes of all outputs that these have finished, 0 to 1; None: they noted nothing
+    warnings  about what was lost of it
+    """
+
+    def __init__(self, plans: Sequence[Plan], first: OutFolder, identity: Identity | None):
+        self._plans, self._identity = plans, identity
+        self._journal: Journal | None = first.ended if first.finished else first.journal
+        self._boot = boot()
+        rounds: list[Round] = []
+        if identity is not None and self._journal is not None and (first.resumed or first.finished):
+            rounds = self._journal.read(ROUND, Round)
+        self._kept = [
+            Kept.of((one for one in rounds if one.plan == number), len(plan.recipes))
+            for number, plan in enumerate(plans)
+        ]
+        self._noted = bool(rounds)
+        self.before = rounds[-1].seconds if rounds else 0.0
+        self._start = time.monotonic()
+        self.warnings: list[str] = []
+        self._count()
+
+    def _count(self) -> None:
+        self._total = max(1, sum(plan.bytes_written for plan in self._plans))
+        self._finished = sum(kept.nbytes(plan) for kept, plan in zip(self._kept, self._plans, strict=True))
+        self.share = self._finished / self._total if self._noted else None
+
+    def forget(self) -> None:
+        """Keep nothing: the outputs are written anew."""
+        self._kept = [Kept() for _ in self._plans]
+        self.before, self._noted = 0.0, False
+        self._count()
+
+    def verify(self, files: Sequence[Sequence[Path]], every: bool) -> None:
+        """Compare what is kept with its checksums; what does not match is to be computed again, with a warning.
+
+        files  of each plan the temporary files, those of the first output first
+        every  all of it; else a sample, or all, if the machine stopped since it was written
+        """
+        for number, (plan, kept, paths) in enumerate(zip(self._plans, self._kept, files, strict=True)):
+            if kept.last is None:
+                continue
+            crashed = not self._boot or kept.last.boot != self._boot
+            lost = unsound(plan, kept, paths, every=every or crashed)
+            for tensor in lost:
+                del kept.tensors[tensor]
+            if lost:
+                names = listed((plan.tensors[number].name for number in lost), 2)
+                self.warnings.append(
+                    f"{counted(len(lost), 'tensor')} of what was kept {'is' if len(lost) == 1 else 'are'} not there as "
+                    f"written, and computed again: {names}"
+                )
+            if lost or crashed:
+                self._append(kept.baseline(number, lost, self._boot))
+        self._count()
+
+    def tell(self) -> None:
+        """Say what is kept, and what was lost."""
+        if self.share is not None:
+            tell(kept_line(self.share))
+        for warning in self.warnings:
+            tell(f"warning: {warning}")
+
+    def notes(self, number: int) -> Notes | None:
+        """The notes of a plan; None, if the run cannot be resumed."""
+        if self._identity is None:
+            return None
+        return Notes(self._plans[number], number, self._kept[number], self._append, self._boot, self._seconds)
+
+    def dones(self, isa: str, threads: int) -> list[Done]:
+        """The results of all plans, where earlier processes have finished all of them."""
+        results = []
+        for plan, kept in zip(self._plans, self._kept, strict=True):
+            jobs = {plan.tensors[number].name: job for number, job in kept.tensors.items()}
+            last = kept.last or Round(0)
+            made = plan.bytes_made if kept.last else 0
+            results.append(Done(jobs, last.read, last.written - made, threads, isa, last.scratch, last.usage))
+        return results
+
+    def leave(self, folders: Sequence[OutFolder], error: BaseException) -> None:
+        """Leave the outputs to be resumed after an error, if enough work would be lost otherwise, and note that in the
+        error. Not, if they cannot be resumed: inputs have changed, say.
+        """
+        if not self._noted or self._seconds() < KEPT_S or isinstance(error, (CheckpointError, UsageError)):
+            return
+        for folder in folders:
+            folder.leave()
+        remove = shlex.join(path for folder in folders for path in folder.left())
+        error.outcome = (  # type: ignore[attr-defined]
+            f"{int(100 * self._finished / self._total)} % is kept: run the same command again to go on. To throw it "
+            f"away: rm -r {remove}"
+        )
+
+    def _seconds(self) -> float:
+        return self.before + time.monotonic() - self._start
+
+    def _append(self, record: Round) -> None:
+        assert self._journal is not None
+        if not self._noted:
+            self._journal.append(IDENTITY, self._identity)
+            self._noted = True
+        self._journal.append(ROUND, record)
+        plan = self._plans[record.plan]
+        self._finished += len(plan.recipes) * sum(plan.tensors[number].nbytes for number in record.tensors)
+
+
+def difference(identity: Identity, journal: Journal) -> str:
+    """How the run that a journal is of differs from the one that `identity` is of; empty, if that is unknown."""
+    before = journal.read(IDENTITY, Identity)
+    return before[-1].difference(identity) if before else ""

@@ -1,0 +1,34 @@
+"""How far an earlier run of the same merge came, which died."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from enum import Enum
+from pathlib import Path
+
+from fastinterp.checkpoint.journal_file import BEGIN, begun_of, journal_path, state_of
+from fastinterp.output.names import place_of
+
+
+class Earlier(Enum):
+    """How far the outputs of an earlier run of the same merge are, together."""
+
+    NONE = "there was none, or all of it is in place"
+    WRITING = "one of them is not complete: none is in place"
+    PLACING = "all are complete: those without a journal are in place"
+
+
+def earlier(outs: Iterable[str | os.PathLike[str]], merge: str) -> Earlier:
+    """outs: all outputs of a run. Raises: CheckpointError, if a journal is no regular file or cannot be read."""
+    steps = set()
+    for out in outs:
+        folder, file = place_of(out)
+        path = journal_path(Path(os.path.realpath(folder)), file)
+        step = state_of(path)
+        begun = begun_of(path) if step is not None else None
+        if begun is not None and begun.merge == merge:
+            steps.add(step)
+    if BEGIN in steps:
+        return Earlier.WRITING
+    return Earlier.PLACING if steps else Earlier.NONE
