@@ -33,7 +33,7 @@ class Identity(msgspec.Struct, frozen=True):
     recipes   a hash of the text of each of its documents, in the same order
     headers   a hash of the headers and names of the files of each output
     inputs    path -> size, mtime and ctime in ns, and a hash of the header: every file of weights, and of small files
-              that plans read
+              that plans read. Of weights from the Hub: size, zeros, and the commit
     """
 
     version: str
@@ -107,6 +107,9 @@ def _inputs(models: Sequence[Model]) -> dict[str, tuple[int, int, int, str]]:
     found: dict[str, tuple[int, int, int, str]] = {}
     for checkpoint in _with_adapters(model.checkpoint for model in models):
         for path, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True):
+            if checkpoint.snapshot is not None:  # the commit is in the path, whether the file is here or still there
+                found[str(path)] = (stamp[0], 0, 0, checkpoint.snapshot.commit)
+                continue
             real = os.path.realpath(path)
             if real not in found:
                 found[real] = (*stamp[:3], _header(path, stamp[0]))
