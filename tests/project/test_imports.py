@@ -96,7 +96,8 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "binding/numbers.h": {"ops.h"},
     "binding/parse.*": {"binding/parse.h", "binding/numbers.h"},
     "binding/answers.cpp": {"binding/steps.h", "binding/numbers.h", "steps/*"},
-    "binding/steps.*": {"binding/steps.h", "binding/parse.h", "checksum.h", "steps/*"},
+    "binding/steps.*": {"binding/steps.h", "binding/parse.h", "checksum.h", "range_cache.h", "steps/*"},
+    "binding/range_cache.cpp": {"binding/steps.h", "range_cache.h"},
     "binding/files.cpp": {"binding/steps.h", "cpu/backend.h"},
     "binding/module.cpp": {"binding/*", "decoder.h", "steps/histogram.h", "memory.h", "pump.h", "cpu/backend.h"},
 }

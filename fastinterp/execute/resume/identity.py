@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ import msgspec
 from fastinterp._version import __version__
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import stamp_of
+from fastinterp.checkpoint.remote import open_readable
 from fastinterp.errors import StorageError
 from fastinterp.messages import listed
 from fastinterp.methods import is_own
@@ -139,10 +141,10 @@ def _small_files(folder: Path) -> list[Path]:
 def _header(path: Path, size: int) -> str:
     """A hash of the header of a file of weights."""
     try:
-        with open(path, "rb") as stream:
-            start = stream.read(8)
+        with closing(open_readable(str(path))) as file:
+            start = file.pread(8, 0)
             length = int.from_bytes(start, "little") if path.name.endswith(".safetensors") else _START
-            return _hashed([start, stream.read(min(length, size))])
+            return _hashed([start, file.pread(min(length, size), 8)])
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
 
