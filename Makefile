@@ -2,7 +2,7 @@
 # tests in one process.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test oracle peer-suite check compare lint format werror neon cuda-check gpu-test gpu-bench bench race tool-race paper paper-quick clean distclean
+.PHONY: help demo about-test test oracle peer-suite check compare lint format werror neon cuda-check gpu-test gpu-bench bench race tool-race torture faults fuzz sanitize sanitize-quick wheel sbom hashes paper paper-quick clean distclean
 
 PYTHON ?= python3
 SIZE ?= 1b
@@ -11,7 +11,16 @@ VENV := .venv
 DEMO_VENV := .venv-demo
 ORACLE_VENV := .venv-oracle
 PY := $(VENV)/bin/python
+SANITIZED_QUICKLY := tests/numerics/test_pump.py tests/numerics/test_steps.py tests/numerics/test_decoders.py tests/execute/test_merge.py
 SHARED := -n $(WORKERS) --dist worksteal
+
+# nvcc takes most of the time where it is used; FASTINTERP_CUDA=0 is for the build and for the tests.
+ifneq ($(FASTINTERP_CUDA),0)
+ifneq ($(shell command -v nvcc),)
+NVCC_BUILD := , and ten more for the CUDA kernels (none with FASTINTERP_CUDA=0)
+NVCC_TESTS := , some of it nvcc's (not with FASTINTERP_CUDA=0)
+endif
+endif
 
 # For every pip, those inside isolated builds included; newer ones read the second name there.
 export PIP_CONSTRAINT := constraints.txt
@@ -20,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Byte code is kept, whatever the shell says: without it, each start of the tests takes twice as long.
 unexport PYTHONDONTWRITEBYTECODE
 
-BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt
+BUILD_FILES := pyproject.toml constraints.txt release/hashes.txt setup.py CMakeLists.txt
 NATIVE := $(shell find csrc -type f)
 PACKAGE := $(shell find fastinterp kernels -name '*.py' -o -name '*.pyi')
 CXX_FILES := $(shell find csrc tests -not -path '*/third_party/*' \( -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' \))
@@ -52,20 +61,40 @@ help: ## list the targets
 
 # ---- environments ---------------------------------------------------------------------------------------------------
 
+# What pip and the compiler say goes into a file. Steps of the build are shown as they are done; if it fails, the end of that file.
+define SHOW_STEPS
+import re, sys
+said = []
+for line in sys.stdin:
+    said.append(line)
+    if step := re.search(r"\[\d+/\d+\] .*", line):
+        print("  " + step[0], flush=True)
+    elif re.match(r" *(Collecting|Installing collected|Successfully)", line):
+        print("  " + line.strip()[:100], flush=True)
+if said and said[-1] == "fastinterp: the build failed\n":
+    sys.exit("".join(said[-40:]) + f"All that was said is in {sys.argv[1]}")
+endef
+export SHOW_STEPS
+
+# $(call shown,COMMAND,NAME)
+define shown
+@mkdir -p build; { $(1) 2>&1 || echo "fastinterp: the build failed"; } | tee build/$(2).log | $(PYTHON) -c "$$SHOW_STEPS" build/$(2).log
+endef
+
 # Without torch and CUDA, else from the same kind of wheel that a user gets. Old copies of the package must not get into the wheel.
 $(DEMO_VENV)/.installed: $(BUILD_FILES) $(NATIVE) $(PACKAGE)
 	$(call make_venv,$(DEMO_VENV))
-	@echo "building and installing fastinterp in $(DEMO_VENV)"
+	@echo "building and installing fastinterp in $(DEMO_VENV): one to five minutes of a processor"
 	@rm -rf build/lib*
-	FASTINTERP_CUDA=0 $(DEMO_VENV)/bin/python -m pip install --quiet .
+	$(call shown,FASTINTERP_CUDA=0 $(DEMO_VENV)/bin/python -m pip install --verbose .,demo)
 	@touch $@
 
 # Everything that tests and lint need, CPU torch included, and fastinterp itself from this source tree.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt release/hashes.txt
 	$(call make_venv,$(VENV))
 	@echo "installing the tools, torch and fastinterp in $(VENV): a few minutes the first time"
-	$(PY) -m pip install --quiet setuptools wheel pybind11 cmake ninja
-	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(call shown,$(PY) -m pip install --require-hashes -r release/hashes.txt,tools)
+	$(call shown,$(PY) -m pip install --verbose --no-build-isolation --editable '.[dev]',install)
 	@touch $@ $(VENV)/.built
 
 # The editable install above has built the extension; this does it again when the sources have changed.
@@ -93,11 +122,21 @@ $(VENV)/.bench: $(VENV)/.built
 
 # ---- targets --------------------------------------------------------------------------------------------------------
 
-demo: $(DEMO_VENV)/.installed ## build, install without torch, and merge small models in several ways
-	@$(DEMO_VENV)/bin/python examples/demo.py
+demo: $(DEMO_VENV)/.installed ## build, install without torch, merge small models in several ways, and leave them in build/demo
+	@$(DEMO_VENV)/bin/python examples/demo.py build/demo --again
+	@echo; echo "They are in build/demo. Go on there:"
+	@echo '  $$ . $(DEMO_VENV)/bin/activate && cd build/demo'
+	@echo '  $$ fastinterp diff chat code'
+	@echo '  $$ fastinterp interpolate chat code out/path --alpha 0:1:0.25'
 
-test: $(VENV)/.built ## the whole test suite
+test: about-test $(VENV)/.built ## the whole test suite, and before it what it takes
 	@FASTINTERP_REQUIRE=scalar $(PY) -m pytest $(SHARED)
+
+about-test:
+	@test -e $(VENV)/.installed || echo "make test installs torch and the test tools in $(VENV) first: 3 GB to download and 7 GB on disk" \
+	  "from plain PyPI, 0.5 and 2 GB with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
+	@test -e $(VENV)/.built || echo "then it builds the extension: one to five minutes of a processor$(NVCC_BUILD)"
+	@echo "the tests take 10 to 20 minutes on two processors$(NVCC_TESTS); make check runs the quick ones"
 
 oracle: $(VENV)/.built $(ORACLE_VENV)/.installed ## every method of mergekit, and recipes of sd-mecha, compared with them
 	@FASTINTERP_REQUIRE=mergekit,sd_mecha PYTHONPATH="$(CURDIR)" $(ORACLE_VENV)/bin/python -m pytest tests/methods/test_oracle_deltas.py \
@@ -153,6 +192,49 @@ tool-race: $(VENV)/.built $(ORACLE_VENV)/.installed ## mergekit, torch, peft and
 	@test -d build/race-$(SIZE)/ft2 || $(VENV)/bin/fastinterp bench --size $(SIZE) --models build/race-$(SIZE) --runs 1 --against copy
 	@PYTHONPATH="$(CURDIR)" $(ORACLE_VENV)/bin/python -W ignore -m benchmarks.installed build/race-$(SIZE)
 	@PYTHONPATH="$(CURDIR)" $(ORACLE_VENV)/bin/python -W ignore -m benchmarks.tools
+
+# ---- attacks --------------------------------------------------------------------------------------------------------
+
+torture: $(VENV)/.built ## kill commands 200 times at random moments, and compare what the next run makes: ten minutes or more
+	@$(PY) -m tests.attacks.kills
+
+faults: $(VENV)/.built ## make the first 50 of each system call fail, one by one: ten minutes or more
+	@$(PY) -m tests.attacks.faults
+
+# A million inputs together. FUZZ_RUNS=1000 is a quick one.
+FUZZ_RUNS ?= 80000
+FUZZ_TARGETS := header file index config adapter receipt bin pickle gguf recipe tokenizer tokenizer-config report
+$(VENV)/.fuzz: $(VENV)/.built
+	$(PY) -m pip install --quiet atheris
+	@touch $@
+
+fuzz: $(VENV)/.fuzz ## damaged files of every kind that is read, guided by coverage: half an hour
+	@rm -rf build/fuzz/*/crashes
+	@for target in $(FUZZ_TARGETS); do echo "$$target"; $(PY) -m tests.attacks.fuzz $$target -runs=$(FUZZ_RUNS) > build/fuzz-$$target.log 2>&1 || \
+	  { tail -n 30 build/fuzz-$$target.log; exit 1; }; grep -h executed_units build/fuzz-$$target.log; done
+	@test -z "$$(ls build/fuzz/*/crashes)" || { tail -n 5 build/fuzz/*/crashes/*.txt; exit 1; }
+
+sanitize: $(VENV)/.built ## the native tests and those of whole merges under ASan, UBSan and TSan: an hour
+	@tests/attacks/sanitize.sh address tests/numerics tests/execute
+	@tests/attacks/sanitize.sh thread tests/numerics tests/execute
+
+sanitize-quick: $(VENV)/.built ## some of them under ASan and UBSan: two minutes
+	@tests/attacks/sanitize.sh address --quiet -m "not slow" $(SANITIZED_QUICKLY)
+
+# ---- releases -------------------------------------------------------------------------------------------------------
+
+wheel: $(VENV)/.built ## the wheel of this machine in dist/, tried without a compiler and without torch
+	@rm -rf build/wheel build/lib* dist && mkdir -p dist
+	@FASTINTERP_CUDA=0 $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	@if [ "$$(uname)" = Linux ]; then PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --wheel-dir dist build/wheel/*.whl >build/wheel/auditwheel.log 2>&1 || { cat build/wheel/auditwheel.log; exit 1; }; else cp build/wheel/*.whl dist; fi
+	@$(PY) -m release.try_wheel dist/*.whl build/wheel/venv
+
+sbom: wheel ## the software bill of materials of that wheel, in CycloneDX
+	@$(PY) -m release.sbom build/wheel/venv dist/fastinterp.cdx.json
+
+hashes: ## pin the tools of release/requirements.in by hash, in the versions of constraints.txt; needs uv
+	@uv pip compile --quiet --universal --generate-hashes --python-version 3.10 --constraint constraints.txt --no-config \
+	  --custom-compile-command "make hashes" release/requirements.in -o release/hashes.txt
 
 # What is trained already, with the same settings, is kept: an interrupted run goes on where it was.
 paper: $(VENV)/.bench ## reproduce the paper's claim on a toy: three seeds, 45 to 70 minutes; renews docs/paper

@@ -1,4 +1,4 @@
-// Checksums of the data section of a file, computed while it is written: docs/checkpoints.md defines them.
+// Checksums of the data section of a file, computed while it is written: fastinterp/reference/checksum.py defines them.
 //
 // The file is cut at multiples of kCellBytes; a cell's bytes are those of the section that lie in it, and its hash is
 // XXH3-64 of them with the cell's index as seed. A region is as many cells as have kRegionBytes, and its checksum is

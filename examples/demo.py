@@ -1,8 +1,8 @@
 """The main job in a few seconds: write small models, merge them in four ways, and check each result with numpy.
 
-    python examples/demo.py [FOLDER] [--tiny]
+    python examples/demo.py [FOLDER] [--tiny] [--again]
 
-Works in a temporary folder and removes it, unless a FOLDER is given, where everything stays to be looked at. Needs
+Works in a temporary folder and removes it, unless a FOLDER is given, where everything stays to be played with. Needs
 nothing but fastinterp and numpy.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,8 @@ class Size:
         return found | {"model.norm.weight": (h,), "lm_head.weight": (self.vocabulary, h)}
 
 
+MODELS = ("base", "chat", "code")
+MARK = ".fastinterp-demo"  # a file in the folder of a demo
 SMALL, TINY = Size(256, 688, 8, 8000), Size(32, 48, 2, 100)
 
 
@@ -231,8 +234,18 @@ def check(folder: Path, job: Job) -> str:
     return f"checked: all {count:,} values are numpy's float64 result, rounded to bf16{rest}"
 
 
+def remove(folder: Path) -> None:
+    """Remove what an earlier demo made, and nothing else."""
+    for name in (*MODELS, *(job.out for job in JOBS)):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in RECIPES:
+        (folder / name).unlink(missing_ok=True)
+
+
 def demonstrate(folder: Path, size: Size) -> None:
     start = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text("made by examples/demo.py, which may make it anew\n")
     write_models(folder, size)
     for name, text in RECIPES.items():
         (folder / name).write_text(text)
@@ -252,13 +265,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write small models, merge them in four ways, check the results.")
     parser.add_argument("folder", nargs="?", type=Path, help="a new folder that is kept; default: a temporary one")
     parser.add_argument("--tiny", action="store_true", help="models of kilobytes, for tests")
+    parser.add_argument("--again", action="store_true", help="make what an earlier demo left in FOLDER anew")
     given = parser.parse_args()
     size = TINY if given.tiny else SMALL
     if given.folder is not None:
-        if given.folder.exists() and any(given.folder.iterdir()):
+        if given.again and (given.folder / MARK).is_file():
+            remove(given.folder)
+        elif given.folder.exists() and any(given.folder.iterdir()):
             parser.error(f"{given.folder} is not empty. Give a new folder")
         demonstrate(given.folder, size)
-        print(f"Everything is in {given.folder}")
         return
     with tempfile.TemporaryDirectory(prefix="fastinterp-demo-") as folder:
         demonstrate(Path(folder), size)

@@ -13,10 +13,21 @@
     compare(a, b)                     measure how two checkpoints differ
     merge_tensors(tensors, method)    any method on tensors in memory
     merge_state_dicts(dicts, method)  the same, on whole models in memory
+    verify(output)                    whether an output has the bytes that its receipt says; replay(output, out)
     weighted_sum(arrays, weights)     the same arithmetic on arrays in memory
     path(a, b).evaluate(fn, alphas)   metrics along a path between models
+    Report                            what merge, interpolate and average return: bytes, time, the effect of rounding
+    Point                             what sweep returns for each point: its place, recipe, path, report
+    PathReport                        what path(...).evaluate returns: metrics at each point; tables, files, figures
+    Verification, Replay              what verify and replay return
     integrations.torch_ops            weighted sums for autograd, torch.compile and CUDA graphs; running averages
     integrations.transformers, .peft, .sd_mecha    for users of these: docs/INTEGRATIONS.md
+
+All errors are FastinterpErrors, with the exit_code that the command line ends with: UsageError for arguments, its kinds
+RecipeError and MethodError for recipes and methods, and BackendError for devices: 2; CheckpointError, and its kind
+ShapeError where models do not fit: 3; StorageError where the system cannot read or write, its kind OutputError for
+outputs: 4. `progress=True` shows a line on stderr while a function works.
+__version__ is the version.
 
 Public names are imported on first use, so that the command line, which needs few of them, starts fast.
 """
@@ -52,6 +63,8 @@ if TYPE_CHECKING:
     from fastinterp.paths.sweep import sweep
     from fastinterp.torch_models.live import Live
     from fastinterp.torch_models.load import load, load_into, load_iter
+    from fastinterp.verification.replay import Replay, replay
+    from fastinterp.verification.verify import Verification, verify
 
 __all__ = [
     "BackendError",
@@ -63,10 +76,12 @@ __all__ = [
     "PathReport",
     "Point",
     "RecipeError",
+    "Replay",
     "Report",
     "ShapeError",
     "StorageError",
     "UsageError",
+    "Verification",
     "__version__",
     "average",
     "check",
@@ -83,7 +98,9 @@ __all__ = [
     "merge_state_dicts",
     "merge_tensors",
     "path",
+    "replay",
     "sweep",
+    "verify",
     "weighted_sum",
 ]
 
@@ -108,6 +125,10 @@ _MODULES = {
     "merge_tensors": "fastinterp.in_memory.merge",
     "path": "fastinterp.paths.path",
     "PathReport": "fastinterp.paths.report",
+    "Replay": "fastinterp.verification.replay",
+    "Verification": "fastinterp.verification.verify",
+    "replay": "fastinterp.verification.replay",
+    "verify": "fastinterp.verification.verify",
     "sweep": "fastinterp.paths.sweep",
     "weighted_sum": "fastinterp.in_memory.weighted_sum",
 }

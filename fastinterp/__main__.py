@@ -1,19 +1,37 @@
 """The program: `fastinterp`, or `python -m fastinterp`."""
 
 import gc
+import os
+import signal
+import sys
+from contextlib import suppress
 
 
 def main() -> None:
     """Run the command line and end the process."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # While modules are imported there is nothing to clean up, and an exception would end somewhere in their code.
+        signal.signal(signal.SIGINT, _interrupted)
     # A short-lived process: going through its modules for garbage, above all at the end, takes a sixth of its start-up.
     gc.disable()
-    from fastinterp.cli import main as run
-
+    try:
+        from fastinterp.cli import main as run
+    except (ImportError, MemoryError) as error:
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):
+            raise
+        sys.stderr.write("StorageError: not enough memory to start. Allow more (ulimit -v)\n")
+        sys.exit(4)
     try:
         run()
     finally:
         if not gc.isenabled():  # a command that runs others' code enabled it
             gc.freeze()
+
+
+def _interrupted(*_: object) -> None:
+    with suppress(OSError):
+        os.write(2, b"interrupted; nothing was written\n")
+    os._exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
-from fastinterp.backends.cpu import Progress
 from fastinterp.checkpoint import hub, remote
 from fastinterp.checkpoint.names import is_plain, names_file
 from fastinterp.errors import UsageError
@@ -19,6 +19,7 @@ from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
 from fastinterp.paths.average import average_of
 from fastinterp.paths.points import further_keys, point_name, point_path, point_recipe
 from fastinterp.plan.plan import Source, documents, make_plan, plan_documents
+from fastinterp.progress import Progress, callback_of
 from fastinterp.recipe.load import Recipe, load_recipes
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ def merge(
     force: bool = False,
     durable: bool = False,
     stream: bool = False,
+    private: bool = False,
     verify_kept: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     methods: Sequence[Method] = (),
     keep_intermediates: str | os.PathLike[str] | None = None,
 ) -> Report:
@@ -61,11 +63,14 @@ def merge(
     max_memory      limit of the scratch memory in bytes; with accelerators, of the host's
     dtype, rounding, seed, missing, channels, quantize   replace those of the recipe (dtype: its out_dtype)
     force           replace a checkpoint in `out`, or the file `out`, but never an input
-    durable         call fsync before finishing: the output survives a crash of the machine
+    durable         sync data before names: the output survives a crash of the machine. So does, in any case, one that
+                    replaces an older one
+    private         receipt and model card name no model: `replay` is told then where they are
     stream          read models that are on the Hub while they are merged, on the CPU, without storing them
     verify_kept     where a run that was killed is resumed: compare all that it had written with its checksums, not a
                     sample
-    progress        called about ten times a second with (bytes done, total bytes)
+    progress        True: a line on stderr that shows it; or what is called about ten times a second with
+                    (bytes done, total bytes)
     methods         merge methods of your own, which the recipe may name: functions below `fastinterp.methods.method`
     keep_intermediates  a folder: the other documents are written, too, each into a folder of its name there
 
@@ -74,11 +79,11 @@ def merge(
     Raises: RecipeError, CheckpointError, ShapeError, OutputError, StorageError, BackendError, UsageError.
     """
     with given(methods):
-        recipes = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+        recipes = documents(recipe, dtype, rounding, seed, missing, channels, quantize, private)
         _refuse_adapters(recipes, "merge_adapters")
         return merge_documents(
             recipes, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
-            force=force, durable=durable, verify_kept=verify_kept, stream=stream, progress=progress,
+            force=force, durable=durable, verify_kept=verify_kept, stream=stream, progress=callback_of(progress),
             keep_intermediates=keep_intermediates,
         )  # fmt: skip
 
@@ -153,8 +158,9 @@ def interpolate(
     force: bool = False,
     durable: bool = False,
     stream: bool = False,
+    private: bool = False,
     verify_kept: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> list[Report]:
     """Interpolate between checkpoints `a` (alpha 0) and `b` (alpha 1), or extrapolate: out = a + alpha * (b - a).
 
@@ -182,6 +188,7 @@ def interpolate(
     whose = None if integers is None else path_of(integers, "integers")
     keys = further_keys(missing, channels, quantize, tokenizer_source)
     recipes = [overridden(point_recipe(*ends, p, origin, whose, keys), dtype, rounding, seed) for p in points]
+    recipes = [replace(recipe, private=private) for recipe in recipes]
     groups = [slice(i, i + MAX_OUTPUTS) for i in range(0, len(points), MAX_OUTPUTS)]
     target = path_of(out, "out")
     if not target:
@@ -191,10 +198,13 @@ def interpolate(
     outs = [target] if len(points) == 1 else [point_path(target, name) for name in names]
     with hub.one_run(), remote.streaming(stream):
         plans = [make_plan(recipes[group], max_shard_size=shard, one_file=one_file) for group in groups]
-        return write_outputs(
+        reports = write_outputs(
             plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
-            force=force, durable=durable, verify_kept=verify_kept, progress=progress,
+            force=force, durable=durable, verify_kept=verify_kept, progress=callback_of(progress),
         )  # fmt: skip
+    if base is not None:
+        return reports
+    return [replace(r, asked={"alpha": p} if r.asked else {}) for p, r in zip(points, reports, strict=True)]
 
 
 @without_recipe
@@ -220,8 +230,9 @@ def average(
     force: bool = False,
     durable: bool = False,
     stream: bool = False,
+    private: bool = False,
     verify_kept: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Report:
     """Average checkpoints of one training run into the folder `out`.
 
@@ -243,7 +254,7 @@ def average(
     return merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
         dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, quantize=quantize,
-        force=force, durable=durable, verify_kept=verify_kept, stream=stream, progress=progress,
+        force=force, durable=durable, private=private, verify_kept=verify_kept, stream=stream, progress=progress,
     )  # fmt: skip
 
 
@@ -278,7 +289,8 @@ def merge_adapters(
     seed: int | None = None,
     force: bool = False,
     durable: bool = False,
-    progress: Progress | None = None,
+    private: bool = False,
+    progress: Progress | bool | None = None,
     methods: Sequence[Method] = (),
 ) -> AdapterReport:
     """Merge LoRA adapters of one base with each other into an adapter, by a recipe with `out: lora`.
@@ -288,8 +300,9 @@ def merge_adapters(
     Raises: as `merge`; UsageError, if the recipe has no `out: lora`.
     """
     with given(methods):
-        found = _of_adapters(documents(recipe, dtype, None, seed, None, None, None))
-        return merge_adapter_document(found, out, threads=threads, force=force, durable=durable, progress=progress)
+        found = _of_adapters(documents(recipe, dtype, None, seed, None, None, None, private))
+        shown = callback_of(progress)
+        return merge_adapter_document(found, out, threads=threads, force=force, durable=durable, progress=shown)
 
 
 def merge_adapter_document(

@@ -58,6 +58,9 @@ class StorageError(FastinterpError):
     exit_code = 4
 
 
+NO_MEMORY = "not enough memory. Allow more (ulimit -v, control groups), or use a larger machine"
+
+
 class OutputError(StorageError):
     """The output cannot be written, or must not be: it exists, contains an input, or the disk is full."""
 

@@ -1,11 +1,11 @@
-"""Formatting of values, lists, sizes and tables for messages and terminal output, at most 100 columns wide."""
+"""Formatting of values, lists, sizes and tables for messages and terminal output, at most 80 columns wide."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-WIDTH = 100
+WIDTH = 80
 _NAME = 12  # the least width of a first column
 _LONGEST = 400  # the most, where it is not cut to fit into a line
 
@@ -85,8 +85,17 @@ def clipped(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` on one line with control characters escaped, so that names read from files cannot control a terminal."""
+    """`text` on one line, with what does not print escaped, so that names read from files cannot control a terminal:
+    control characters, marks of the direction of writing, halves of surrogates.
+    """
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def plain_lines(text: str) -> str:
+    """The same of text of several lines."""
+    return "\n".join(map(plain, text.split("\n")))
 
 
 def fit(text: str, width: int) -> str:
@@ -96,6 +105,29 @@ def fit(text: str, width: int) -> str:
         return text
     tail = (width - 3) * 2 // 3
     return f"{text[: width - 3 - tail]}...{text[-tail:]}"
+
+
+_HEAD = re.compile(r" *\S+(?: \S+)? {2,}(?=\S)")  # `memory   `: what follows is in a column of its own
+
+
+def broken(text: str, width: int) -> str:
+    """`text` with lines of more than `width` columns broken between words; what follows is indented by two more, or to
+    the second column.
+    """
+    if width < 20 or all(len(line) <= width for line in text.split("\n")):
+        return text
+    import textwrap
+
+    lines: list[str] = []
+    for line in text.split("\n"):
+        head = _HEAD.match(line)
+        indent = head.end() if head and head.end() <= width // 3 else len(line) - len(line.lstrip(" ")) + 2
+        pieces = textwrap.wrap(
+            line, width, subsequent_indent=" " * min(indent, width // 2), break_long_words=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+        lines += pieces if len(line) > width else [line]
+    return "\n".join(lines)
 
 
 # A key of recipes, or an argument, with a value, and what may follow: where it stands.

@@ -134,7 +134,7 @@ def staircase(folder: Path, seed: int, *, numel: int = 1 << 22, spread: float = 
             out = checkpoints.load(made.folders[alpha])["weight"].double().flatten()
             arrived = ((out - start.double()) @ way / (way @ way)).item()
             told = None if report.effect.strength is None else report.effect.strength * alpha
-            warned = any("of the intended change" in w for w in report.warnings)
+            warned = any("% of the change" in w for w in report.warnings)
             points.append({"alpha": alpha, "arrived": arrived, "told": told, "warned": warned})
         found[form] = points
     return found

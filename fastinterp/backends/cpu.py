@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 
 from fastinterp._C import (
+    CELL_BYTES,
+    REGION_BYTES,
     FileChecksum,
     Masks,
     Pump,
@@ -20,12 +22,14 @@ from fastinterp._C import (
     start_writeback,
     xxh3,
 )  # fmt: skip
+from fastinterp.errors import StorageError
 from fastinterp.ops.steps import Answer, Step
+from fastinterp.progress import Progress
 
 __all__ = [
-    "FileChecksum", "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions", "RangeCache", "RemoteSource",
-    "SinkHandle", "SourceHandle", "cached_fraction", "checksum", "combine", "memory_address", "reserve",
-    "start_writeback", "survey", "watch", "xxh3",
+    "CELL_BYTES", "REGION_BYTES", "FileChecksum", "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions",
+    "RangeCache", "RemoteSource", "SinkHandle", "SourceHandle", "cached_fraction", "checksum", "combine",
+    "memory_address", "reserve", "start_writeback", "survey", "watch", "xxh3",
 ]  # fmt: skip
 
 # (kind, address, bytes): kind "memory" is memory of the host; "device" that of an accelerator, which the pump rejects.
@@ -44,7 +48,6 @@ def memory_address(handle: SinkHandle) -> int:
 
 # Called from the thread that runs the merge, about ten times a second, with bytes done and bytes in total (read and
 # written together).
-Progress = Callable[[int, int], None]
 
 _TICK_S = 0.1
 
@@ -80,9 +83,13 @@ def watch(pump: Pump, total: int, progress: Progress | None) -> None:
     are closed next.
 
     total  bytes that it will read and write, for `progress`
+    Raises: StorageError, if the system allows no thread.
     """
     try:
-        pump.start()
+        try:
+            pump.start()
+        except RuntimeError as error:
+            raise StorageError(f"no thread can be started: {error}. Allow more (ulimit -u, -v)") from None
         while not pump.wait(_TICK_S):
             if progress:
                 progress(pump.bytes_read + pump.bytes_written, total)

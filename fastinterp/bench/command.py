@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastinterp._version import __version__
+from fastinterp.cli import options
 from fastinterp.errors import CheckpointError, FastinterpError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def bench(
     \b
     Example:
       fastinterp bench --size 100m
-      fastinterp bench --models ~/models/mine --against copy,naive,mergekit --json > race.json
+      fastinterp bench --models ~/mine --against copy,naive --json > race.json
     """
     packages = _packages(python)
     names = _rivals(against, packages, python)
@@ -90,11 +91,14 @@ def bench(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     values = {"benchmark": "race", "recipe": recipe, "size": None if models else size, **values}
-    click.echo(json.dumps(values, indent=1) if as_json else "\n".join(as_text(values)))
+    if as_json:
+        click.echo(json.dumps(values, indent=1))
+    else:
+        options.say("\n".join(as_text(values)))
 
 
 def _say(text: str) -> None:
-    click.echo(text, err=True)
+    options.tell(text)
 
 
 def _folder(scratch: str) -> Path:

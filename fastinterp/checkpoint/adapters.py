@@ -291,7 +291,7 @@ def refusal(name: str, root: Path, adapter: Adapter, tensors: Mapping[str, Entry
 
 
 def _article(kind: str) -> str:
-    return f"{'an' if kind[0] in 'AIO' else 'a'} {kind}"
+    return f"{'an' if kind[:1] in ('A', 'I', 'O') else 'a'} {kind or quote(kind)}"
 
 
 def _with_peft(folder: str, adapter: Adapter, tensors: Mapping[str, Entry]) -> str:

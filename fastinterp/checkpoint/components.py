@@ -6,7 +6,6 @@ Such a folder is opened as one checkpoint, in which the names of tensors begin w
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from fastinterp.checkpoint.folder import names_in, pickled_files, weight_files
 from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import is_relative, listing, quote
 from fastinterp.checkpoint.regular_file import read_regular
-from fastinterp.checkpoint.strict_json import parse_object
+from fastinterp.checkpoint.strict_json import parse_json, parse_object
 from fastinterp.errors import CheckpointError
 
 PIPELINE, MODULES = "model_index.json", "modules.json"
@@ -74,9 +73,9 @@ def _of_modules(root: Path) -> list[str]:
     """The folders of the modules that modules.json names, each once; empty for the root."""
     path = str(root / MODULES)
     try:
-        table = json.loads(read_regular(path, MAX_HEADER))
+        table = parse_json(read_regular(path, MAX_HEADER), "the list of modules", path)
         folders = [module["path"].strip("/") for module in table]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (KeyError, TypeError, AttributeError):
         raise CheckpointError("this is no list of modules, each with a `path`", file=path) from None
     wrong = [f for f in folders if f and not is_relative(f)]
     if wrong:

@@ -17,9 +17,9 @@ import msgspec
 
 from fastinterp.checkpoint.gguf_keys import ARRAY, SCALARS, STRING, U32, GgufHeader, KeyValue
 from fastinterp.checkpoint.gguf_types import REMOVED, TYPES
-from fastinterp.checkpoint.header import MAX_NUMEL, Entry, refuse_download
+from fastinterp.checkpoint.header import MAX_NUMEL, UNWRITTEN, Entry, refuse_download
 from fastinterp.checkpoint.names import quote, shell_word
-from fastinterp.checkpoint.remote import Readable, open_readable
+from fastinterp.checkpoint.remote import Readable, opened
 from fastinterp.errors import CheckpointError
 
 MAGIC = b"GGUF"
@@ -40,13 +40,8 @@ def read_gguf(path: str | os.PathLike[str], file_index: int = 0) -> tuple[list[E
     Raises: CheckpointError, naming file and tensor, if the file cannot be read or breaks the format in any way.
     """
     file = os.fspath(path)
-    source = open_readable(file)
-    try:
+    with opened(file) as source:
         return _Reader(source, file, file_index).header()
-    except OSError as error:
-        raise CheckpointError(f"the file cannot be read: {error.strerror}", file=file) from None
-    finally:
-        source.close()
 
 
 class _Reader:
@@ -135,6 +130,8 @@ class _Reader:
                     "this is a GGML file, as llama.cpp had them before GGUF (August 2023): no longer read. Convert the "
                     "original model with llama.cpp's convert_hf_to_gguf.py"
                 )
+            if not any(first[:8]):
+                self._fail(UNWRITTEN)
             self._fail(f"this is not a GGUF file: it begins with {first[:4]!r}, not with {MAGIC!r}")
         self._at = 4
         version = self._u32()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 import msgspec
 
 from fastinterp.checkpoint.names import quote, shell_word
-from fastinterp.checkpoint.remote import Readable, open_readable
+from fastinterp.checkpoint.remote import Readable, opened
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import DTYPES, DType
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_NUMEL = 2**63 - 1
+UNWRITTEN = (
+    "it begins with zeros: its header was never written, because the program or the machine stopped before the file "
+    "was complete. Download, copy or make it again"
+)
+_MAX_METADATA = 200_000  # values
+_KEYS = b"dtype", b"shape", b"data_offsets"  # of a tensor
 
 
 class Header(Protocol):
@@ -94,24 +100,72 @@ def read_header(path: str | os.PathLike[str], file_index: int = 0) -> tuple[list
     """
     file = os.fspath(path)
     raw, size = _read_json(file)
-    table = parse_object(raw, "the header", file)
-    metadata = _metadata(table.pop("__metadata__", None), file)
     start = 8 + len(raw)
-    try:
-        "".join(table).encode()
-    except UnicodeEncodeError:
-        name = next(n for n in table if any("\ud800" <= c <= "\udfff" for c in n))
-        raise CheckpointError(f"the tensor name {quote(name)} is not valid Unicode", file=file, tensor=name) from None
+    table, metadata = _quickly(raw, file) or _slowly(raw, file)
     entries = _entries(table, start, size - start, file_index, file)
     _check_cover(entries, start, size, file)
     return entries, metadata
 
 
+class _Info(msgspec.Struct):
+    """What the header says of a tensor. The fields have values for `__metadata__`, which is an object of others."""
+
+    dtype: str = ""
+    shape: list[int] = []
+    data_offsets: tuple[int, int] = (0, 0)
+
+
+class _Rest(msgspec.Struct):
+    """What the header says beside the tensors, as JSON."""
+
+    metadata: msgspec.Raw = msgspec.field(name="__metadata__", default=msgspec.Raw(b"{}"))
+
+
+_QUICK = msgspec.json.Decoder(dict[str, _Info]), msgspec.json.Decoder(_Rest)
+
+
+def _quickly(raw: bytes, file: str) -> tuple[dict[str, _Info], dict[str, str]] | None:
+    """The tensors and the metadata of a header, read in a third of the time and memory; None, if anything about it is
+    unusual, down to keys that may be there twice.
+    """
+    if raw[:1] != b"{" or b"\\u" in raw:
+        return None
+    try:
+        table, rest = _QUICK[0].decode(raw), _QUICK[1].decode(raw)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    there = table.pop("__metadata__", None) is not None
+    if raw.count(b'"__metadata__"') != there or any(raw.count(b'"%b"' % k) != len(table) for k in _KEYS):
+        return None
+    return table, _metadata(parse_object(bytes(rest.metadata), "the metadata", file, most=_MAX_METADATA), file)
+
+
+def _slowly(raw: bytes, file: str) -> tuple[dict[str, _Info], dict[str, str]]:
+    """The same of any header, or what is wrong with it."""
+    table = parse_object(raw, "the header", file, text=False)
+    metadata = _metadata(table.pop("__metadata__", None), file)
+    try:
+        "".join(table).encode()
+    except UnicodeEncodeError:
+        name = next(n for n in table if any("\ud800" <= c <= "\udfff" for c in n))
+        raise CheckpointError(f"the tensor name {quote(name)} is not valid Unicode", file=file, tensor=name) from None
+    return {name: _info(name, info, file) for name, info in table.items()}, metadata
+
+
+def _info(name: str, info: Any, file: str) -> _Info:
+    """Raises: CheckpointError, if it is not of these types."""
+    try:
+        return (
+            msgspec.convert(info, _Info) if all(key.decode() in info for key in _KEYS) else _explain(name, info, file)
+        )
+    except (msgspec.MsgspecError, TypeError, UnicodeEncodeError):
+        _explain(name, info, file)
+
+
 def _read_json(file: str) -> tuple[bytes, int]:
     """The JSON bytes and the size of the file in bytes."""
-    source = open_readable(file)
-    size = source.size
-    try:
+    with opened(file) as source:
+        size = source.size
         if size < 8:
             what = f"a safetensors file has at least 8 bytes, this one has {size}" if size else "the file is empty"
             raise CheckpointError(f"{what}. Download or copy it again", file=file)
@@ -123,6 +177,8 @@ def _read_json(file: str) -> tuple[bytes, int]:
             )
         refuse_download(first + source.pread(56, 8), file)
         length = int.from_bytes(first, "little")
+        if not length:
+            raise CheckpointError(UNWRITTEN, file=file)
         if length > MAX_HEADER:
             raise CheckpointError(
                 f"the header claims {length} bytes, more than the allowed {MAX_HEADER}: "
@@ -136,10 +192,6 @@ def _read_json(file: str) -> tuple[bytes, int]:
                 file=file,
             )
         return _read_exactly(source, length, 8, file), size
-    except OSError as error:
-        raise CheckpointError(f"the file cannot be read: {error.strerror}", file=file) from None
-    finally:
-        source.close()
 
 
 def refuse_download(start: bytes, file: str) -> None:
@@ -194,36 +246,25 @@ def _rewritten(file: str) -> str:
     return f"The safetensors library refuses it, too. Write the file anew: {rewrite(file)}; then put that in its place"
 
 
-def _entries(table: dict[str, Any], start: int, size: int, file_index: int, file: str) -> list[Entry]:
+def _entries(table: dict[str, _Info], start: int, size: int, file_index: int, file: str) -> list[Entry]:
     """Check every tensor by itself. start: of the data section in the file, bytes; size: of the data section, bytes."""
     entries: list[Entry] = []
     for name, info in table.items():
-        try:
-            dims, (begin, end) = info["shape"], info["data_offsets"]
-            dtype = DTYPES[info["dtype"]]
-        except (KeyError, TypeError, ValueError):
-            _explain(name, info, size, file)
-        if type(dims) is not list:
-            _explain(name, info, size, file)
+        dtype, (begin, end) = DTYPES.get(info.dtype), info.data_offsets
         numel = 1
-        for dim in dims:
+        for dim in info.shape:
             # Stop at once: the product of a million hostile numbers would take hours.
-            if type(dim) is not int or dim < 0 or numel * dim > MAX_NUMEL:
+            if dim < 0 or numel * dim > MAX_NUMEL:
                 numel = -1
                 break
             numel *= dim
-        if (
-            not type(begin) is type(end) is int
-            or not 0 <= begin <= end <= size
-            or numel < 0
-            or numel * dtype.bits != (end - begin) * 8
-        ):
-            _explain(name, info, size, file)
-        entries.append(Entry(name, dtype, tuple(dims), start + begin, end - begin, file_index))
+        if dtype is None or not 0 <= begin <= end <= size or numel < 0 or numel * dtype.bits != (end - begin) * 8:
+            _explain(name, msgspec.to_builtins(info), file, size)
+        entries.append(Entry(name, dtype, tuple(info.shape), start + begin, end - begin, file_index))
     return entries
 
 
-def _explain(name: str, info: Any, size: int, file: str) -> NoReturn:
+def _explain(name: str, info: Any, file: str, size: int = MAX_NUMEL) -> NoReturn:
     """Say what is wrong with an entry that was found to be wrong; slow and complete, where the check is quick."""
 
     def fail(message: str) -> NoReturn:
@@ -244,7 +285,7 @@ def _explain(name: str, info: Any, size: int, file: str) -> NoReturn:
         count *= dim
         if count > MAX_NUMEL:
             fail(f"shape {quote(dims)} has more than 2^63 - 1 elements")
-    if type(offsets) is not list or len(offsets) != 2 or any(type(o) is not int for o in offsets):
+    if type(offsets) not in (list, tuple) or len(offsets) != 2 or any(type(o) is not int for o in offsets):
         fail(f"`data_offsets` must be two integers, got {quote(offsets)}")
     begin, end = offsets
     if begin < 0 or end < begin:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from fastinterp.errors import UsageError
-from fastinterp.messages import listed
+from fastinterp.messages import listed, plain
 
 WEIGHTS = ".safetensors"
 INDEX = ".safetensors.index.json"
@@ -51,7 +51,7 @@ def quote(name: object, limit: int = 160) -> str:
     text = str(name)
     if len(text) > limit:
         text = f"{text[: limit // 2]}...{text[-limit // 4 :]}"
-    return "`" + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + "`"
+    return f"`{plain(text)}`"
 
 
 def shell_word(text: object) -> str:

@@ -6,7 +6,6 @@ decode it; one that has a reader (formats.py) is not: its tensors are left out b
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,8 @@ from fastinterp.checkpoint.formats.said import described_format
 from fastinterp.checkpoint.formats.scales import may_scale
 from fastinterp.checkpoint.header import Header
 from fastinterp.checkpoint.quantisation_config import declared_method
+from fastinterp.checkpoint.strict_json import parse_json
+from fastinterp.errors import CheckpointError
 
 if TYPE_CHECKING:
     from fastinterp.checkpoint.open import Checkpoint
@@ -269,8 +270,8 @@ def _described(headers: Headers, metadata: Mapping[str, str]) -> frozenset[str]:
     """The weights that ComfyUI's metadata says are quantised."""
     text = metadata.get("_quantization_metadata", "")
     try:
-        layers = json.loads(text)["layers"] if text else {}
-    except (ValueError, KeyError, TypeError, RecursionError):
+        layers = parse_json(text.encode(errors="replace"), "the metadata", "")["layers"] if text else {}
+    except (CheckpointError, KeyError, TypeError):
         return frozenset()
     names = (f"{layer}.weight" for layer in layers) if isinstance(layers, (dict, list)) else ()
     return frozenset(name for name in names if name in headers and headers[name].dtype.name in _SCALED)

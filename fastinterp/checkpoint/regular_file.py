@@ -1,13 +1,20 @@
-"""Opening a file whose name may stand for anything: a pipe, a device, gigabytes. Changes of files; writes, fsync."""
+"""Files whose names may stand for anything: a pipe, a device, gigabytes. Reads, writes, fsync; changes of files.
+
+Errors of system calls that have a path have it as their `filename`; those of calls on descriptors get it here.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, StorageError
 
 Stamp = tuple[int, int, int, int]  # size in bytes, mtime in ns, ctime in ns, inode
+_PIECE = 4 << 20  # bytes that are read at a time of files that are copied
 CHANGED = "it changed while it was being read. Retry once nothing is writing to it"
 
 
@@ -39,10 +46,65 @@ def open_regular(file: str) -> tuple[int, int]:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             raise CheckpointError("this is not a regular file", file=file)
-    except BaseException:
+    except BaseException as error:
         os.close(fd)
+        if isinstance(error, OSError):
+            raise _unreadable(error, file) from None
         raise
     return fd, info.st_size
+
+
+@contextmanager
+def regular(file: str) -> Iterator[tuple[int, int]]:
+    """A context manager: a descriptor for reading `file` in the block, and the size in bytes.
+
+    Raises: CheckpointError, naming `file`, if it cannot be opened, is not a regular file, or an OSError is raised in
+    the block.
+    """
+    fd, size = open_regular(file)
+    try:
+        try:
+            yield fd, size
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise _unreadable(error, file) from None
+
+
+def _unreadable(error: OSError, file: str) -> CheckpointError:
+    return CheckpointError(f"the file cannot be read: {error.strerror}", file=file)
+
+
+def close(fd: int, path: str | os.PathLike[str]) -> None:
+    """Close a descriptor of the file at `path`. Raises: StorageError."""
+    try:
+        os.close(fd)
+    except OSError as error:
+        raise StorageError(f"{os.fspath(path)}: it cannot be closed: {error.strerror}") from None
+
+
+def read_at(fd: int, path: str | os.PathLike[str], offset: int, count: int) -> bytes:
+    """The `count` bytes at `offset` of a file, in as many reads as the system needs.
+
+    Raises: StorageError, if they cannot be read; CheckpointError, if the file ends before. Both name `path`.
+    """
+    parts: list[bytes] = []
+    done = 0
+    while done < count:
+        try:
+            part = os.pread(fd, count - done, offset + done)
+        except OSError as error:
+            at = f"reading {count - done} bytes at {offset + done}"
+            raise StorageError(f"{os.fspath(path)}: {error.strerror}, {at}") from None
+        if not part:
+            raise CheckpointError(
+                f"only {done} of {count} bytes are left at byte {offset}: it was truncated or replaced. Retry once "
+                "nothing is writing to it",
+                file=os.fspath(path),
+            )
+        parts.append(part)
+        done += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def read_regular(file: str, limit: int = 2**63) -> bytes:
@@ -50,26 +112,37 @@ def read_regular(file: str, limit: int = 2**63) -> bytes:
 
     Raises: CheckpointError, naming `file`, if it is larger, not a regular file, cannot be read, or changes meanwhile.
     """
-    fd, size = open_regular(file)
-    with open(fd, "rb") as stream:
+    with regular(file) as (fd, size):
         if size > limit:
             raise CheckpointError(f"the file has {size} bytes, more than the allowed {limit}", file=file)
-        try:
-            before = _stamp(os.fstat(fd))
-            content = stream.read(size)
-            after = _stamp(os.fstat(fd))
-        except OSError as error:
-            raise CheckpointError(f"the file cannot be read: {error.strerror}", file=file) from None
+        before = _stamp(os.fstat(fd))
+        content = bytearray()
+        while len(content) < size and (part := os.read(fd, size - len(content))):
+            content += part
+        after = _stamp(os.fstat(fd))
     if len(content) != size or before != after:
         raise CheckpointError(CHANGED, file=file)
-    return content
+    return bytes(content)
+
+
+def pieces_of(file: str) -> Iterator[bytes]:
+    """The content of `file`, however large, a piece at a time. Raises: what read_regular does."""
+    with regular(file) as (fd, size):
+        before = _stamp(os.fstat(fd))
+        for at in range(0, size, _PIECE):
+            yield read_at(fd, file, at, min(_PIECE, size - at))
+        if _stamp(os.fstat(fd)) != before:
+            raise CheckpointError(CHANGED, file=file)
 
 
 def write_all(fd: int, data: bytes, offset: int) -> None:
     """Write all of `data` at `offset` of a file, in as many writes as the system needs. Raises: OSError."""
     done = 0
     while done < len(data):
-        done += os.pwrite(fd, memoryview(data)[done:], offset + done)
+        put = os.pwrite(fd, memoryview(data)[done:], offset + done)
+        if put == 0:  # as some file systems say that they are full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done += put
 
 
 def fsync(path: str | os.PathLike[str]) -> None:

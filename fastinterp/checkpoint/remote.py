@@ -13,7 +13,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Protocol
 
-from fastinterp.checkpoint.regular_file import open_regular
+from fastinterp.checkpoint.regular_file import open_regular, read_at
+from fastinterp.errors import CheckpointError
 
 _AHEAD = 64 << 10  # bytes that are fetched at least, since a header is read in several small pieces
 _KEPT, _LARGEST_KEPT = 16, 1 << 20  # pieces of a file that are kept, and bytes of each
@@ -166,17 +167,39 @@ def open_readable(file: str) -> Readable:
     return _Local(file) if found is None else _Remote(found)
 
 
+@contextmanager
+def opened(file: str) -> Iterator[Readable]:
+    """Context manager: a file by its path, wherever it is, open in the block.
+
+    Raises: CheckpointError, naming `file`, if it cannot be opened, is not a regular file, or an OSError is raised in
+    the block.
+    """
+    source = open_readable(file)
+    try:
+        try:
+            yield source
+        finally:
+            source.close()
+    except OSError as error:
+        raise CheckpointError(f"the file cannot be read: {error.strerror}", file=file) from None
+
+
+def read_from(source: Readable, path: str | os.PathLike[str], offset: int, count: int) -> bytes:
+    """`count` bytes of an open file from `offset` on. Raises: what read_at of regular_file.py does."""
+    return read_at(source.fd, path, offset, count) if isinstance(source, _Local) else source.pread(count, offset)
+
+
 class _Local:
     def __init__(self, file: str):
-        self._fd, self.size = open_regular(file)
+        self.fd, self.size = open_regular(file)
 
     def pread(self, count: int, offset: int) -> bytes:
-        return os.pread(self._fd, count, offset)
+        return os.pread(self.fd, count, offset)
 
     def expect(self, ranges: Sequence[tuple[int, int]]) -> None: ...
 
     def close(self) -> None:
-        os.close(self._fd)
+        os.close(self.fd)
 
 
 class _Remote:

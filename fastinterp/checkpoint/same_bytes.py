@@ -6,8 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from fastinterp.checkpoint import remote
-from fastinterp.checkpoint.remote import Readable, open_readable
-from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.checkpoint.remote import opened, read_from
 
 Place = tuple[Path, int, int]  # file, first byte, number of bytes
 
@@ -34,12 +33,10 @@ def same_bytes(a: Place, b: Place) -> bool:
         if not remote.is_streaming():
             remote.fetch([a[0], b[0]])  # they are read anyway
     with ExitStack() as stack:
-        files = [open_readable(str(place[0])) for place in (a, b)]
-        for file in files:
-            stack.callback(file.close)
+        files = [stack.enter_context(opened(str(place[0]))) for place in (a, b)]
         for done in range(0, a[2], _PIECE):
             count = min(_PIECE, a[2] - done)
-            first, second = (_read(f, p[0], p[1] + done, count) for f, p in zip(files, (a, b), strict=True))
+            first, second = (read_from(f, p[0], p[1] + done, count) for f, p in zip(files, (a, b), strict=True))
             if first != second:
                 return False
     return True
@@ -48,29 +45,11 @@ def same_bytes(a: Place, b: Place) -> bool:
 def _same_samples(a: Place, b: Place) -> bool:
     """Whether samples of two places of one size are equal."""
     with ExitStack() as stack:
-        files = [open_readable(str(place[0])) for place in (a, b)]
-        for file in files:
-            stack.callback(file.close)
+        files = [stack.enter_context(opened(str(place[0]))) for place in (a, b)]
         for k in range(_SAMPLES):
             count = min(_SAMPLE, a[2])
             done = (a[2] - count) * k // (_SAMPLES - 1)
-            first, second = (_read(f, p[0], p[1] + done, count) for f, p in zip(files, (a, b), strict=True))
+            first, second = (read_from(f, p[0], p[1] + done, count) for f, p in zip(files, (a, b), strict=True))
             if first != second:
                 return False
     return True
-
-
-def _read(file: Readable, path: Path, offset: int, count: int) -> bytes:
-    try:
-        piece = file.pread(count, offset)
-        while len(piece) < count and (more := file.pread(count - len(piece), offset + len(piece))):
-            piece += more
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}, reading {count} bytes at {offset}") from None
-    if len(piece) < count:
-        raise CheckpointError(
-            f"only {len(piece)} of {count} bytes are left at byte {offset}: it was truncated or replaced. Retry once "
-            "nothing is writing to it",
-            file=str(path),
-        )
-    return piece

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, PIPELINES, WEIGHTS
+from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, PIPELINES, WEIGHTS, quote, shell_word
 from fastinterp.checkpoint.regular_file import read_regular
-from fastinterp.checkpoint.strict_json import parse_object
+from fastinterp.checkpoint.strict_json import parse_json, parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import listed
 from fastinterp.ops.dtypes import DType
@@ -41,6 +42,27 @@ def is_tokenizer_file(name: str) -> bool:
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return not name.endswith(_NEVER) and "/" not in name and any(fnmatchcase(name, p) for p in patterns)
+
+
+def refuse_link(root: Path, name: str) -> None:
+    """Refuse a small file that is a link to something outside of its model: any file could get into an output so.
+
+    The Hub's cache is no such case: its models are links to blobs beside them.
+    Raises: CheckpointError; OSError.
+    """
+    path, home = root / name, os.path.realpath(root)
+    target = os.path.realpath(path)
+    if target == os.path.join(home, name) or f"{target}/".startswith(f"{home}/"):
+        return
+    repository, snapshots, _ = f"{home}/".rpartition("/snapshots/")
+    if snapshots and os.path.dirname(target) == f"{repository}/blobs":
+        return
+    here, there = shell_word(path), shell_word(target)
+    raise CheckpointError(
+        f"this is a link to {quote(target)}, outside of the model's folder, and is not followed. If it belongs to the "
+        f"model, copy it: `rm {here} && cp {there} {here}`",
+        file=str(path),
+    )
 
 
 def read_config(root: Path) -> dict[str, Any] | None:
@@ -96,8 +118,8 @@ def what_differs(old: bytes, new: bytes) -> str | None:
     if old == new:
         return None
     try:
-        before, after = json.loads(old), json.loads(new)
-    except (ValueError, RecursionError):
+        before, after = parse_json(old, "the old file", ""), parse_json(new, "the new file", "")
+    except CheckpointError:
         return ""
     if not isinstance(before, dict) or not isinstance(after, dict):
         return ""

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from fastinterp.cli import options
+from fastinterp.cli import faults, options
+from fastinterp.cli.faults import told_together
 from fastinterp.cli.merge import outcome_of, warn
 from fastinterp.paths.average import WEIGHT_NAMES
 
@@ -15,7 +16,7 @@ from fastinterp.paths.average import WEIGHT_NAMES
 @click.command()
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
 @click.option(
-    "-o", "--out", required=True, metavar="DIR", help="Output folder, or file NAME.safetensors (GGUF: NAME.gguf)."
+    "-o", "--out", required=True, metavar="OUT", help="Output folder, or file NAME.safetensors (GGUF: NAME.gguf)."
 )
 @click.option(
     "--weights", type=click.Choice(WEIGHT_NAMES), default="uniform", show_default=True,
@@ -60,7 +61,8 @@ def average(
     options.refuse_ranks("average")
     chosen = {name: settings.pop(name) for name in ("weights", "decay", "last", "in_order", "tokenizer_source")}
     found = average_of(checkpoints, **chosen)
-    with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
+    models = faults.of_models(found.checkpoints)
+    with told_together(models, settings), outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
         upload = options.upload(push_to, public, out, settings["force"])
         report = api.merge(found.recipe, out, progress=shown, **settings)
     address = options.uploaded(upload)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastinterp.cli import options, ranges
+from fastinterp.cli import grammar, options, ranges
 
 if TYPE_CHECKING:
     from fastinterp.paths.explore.sliders import Sliders
@@ -15,20 +15,23 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("report")
-@click.option("-o", "--out", required=True, metavar="FILE", help="The figure: .png, .svg or .pdf.")
+@click.argument("outs", nargs=-1, metavar="[FILE]")
+@grammar.out_option("The figure, in place of FILE.", metavar="FILE")
 @click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Draw only this metric. Repeatable.")
-def plot(report: str, out: str, metrics: tuple[str, ...]) -> None:
+def plot(report: str, outs: tuple[str, ...], named_out: str | None, metrics: tuple[str, ...]) -> None:
     """Draw metrics along a path.
 
-    REPORT is a JSON file, as PathReport.to_json writes it. Along one direction each metric is a curve with error bars,
-    the chord between the ends and the range between them shaded; over two directions it is a heat map.
+    REPORT is a JSON file, as PathReport.to_json writes it; FILE the figure: .png, .svg or .pdf. Along one direction
+    each metric is a curve with error bars, the chord between the ends and the range between them shaded; over two
+    directions it is a heat map.
 
     \b
     Example:
-      fastinterp plot report.json -o figure.png
+      fastinterp plot report.json figure.png
     """
     from fastinterp.paths.report import PathReport
 
+    out = grammar.only_output(outs, named_out, "plot REPORT")
     PathReport.from_json(report).plot(out, metrics or None)
 
 
@@ -83,7 +86,7 @@ def explore(
     \b
     Example:
       fastinterp explore model-a/ model-b/ --prompt "The food was"
-      fastinterp explore --base base/ --add positive=p/ --add formal=f/ --report report.json
+      fastinterp explore --base base/ --add joy=j/ --add calm=c/ --report r.json
     """
     from fastinterp.paths.explore.sliders import Sliders, read_report
 
@@ -109,9 +112,9 @@ def _serve(
     gc.enable()  # it runs for long; and triton, in torch, warns at exit of objects that are left
     with server.bound(port) as sock:  # first: errors come before what takes long
         check_model(sliders.base)
-        click.echo("measuring what the directions change", err=True)
+        options.tell("measuring what the directions change")
         changes = deltas(sliders.base, list(sliders.models.values()), threads=threads)
-        click.echo("loading the model", err=True)
+        options.tell("loading the model")
         with (
             CheckpointWriter(sliders, threads=threads) as writer,
             open_session(sliders, threads=threads, chat=chat) as session,
@@ -127,5 +130,5 @@ def _serve(
                 session.end()
                 writer.end()
 
-            server.serve(app, sock, token, end, lambda url: click.echo(f"{url}  (Ctrl-C ends it)"))
-    click.echo("ended", err=True)
+            server.serve(app, sock, token, end, lambda url: options.say(f"{url}  (Ctrl-C ends it)"))
+    options.tell("ended")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from fastinterp.cli import options
+from fastinterp.messages import WIDTH
+
+_NEARLY = 95  # columns of a line of a docstring, above which it goes on in the next one
 
 if TYPE_CHECKING:
     from fastinterp.methods import Method, Parameter
@@ -27,14 +32,53 @@ def methods(name: str | None, markdown: bool) -> None:
 
     if name is not None:
         method = find(name)
-        options.say(f"{method.doc}\n\nExample recipe:\n\n{example(method)}")
+        options.say("\n".join([*_described(method.doc), "", "Example recipe:", "", example(method)]))
         return
     if markdown:
         options.say(table())
         return
     rows = [(n, *_headline(find(n))) for n in sorted({*names(), *names_of_others()})]
-    wide, wider = (max(len(row[i]) for row in rows) for i in (0, 1))
-    options.say("\n".join(f"{n:{wide}}  {does:{wider}}  {formula}" for n, does, formula in rows))
+    options.say("\n".join(_listed(rows)))
+
+
+def _listed(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Lines of at most 80 columns: name, summary and formula of each method."""
+    import textwrap
+
+    wide = 2 + max(len(name) for name, _, _ in rows)
+    lines: list[str] = []
+    for name, does, formula in rows:
+        first, *rest = textwrap.wrap(does, WIDTH - wide, break_long_words=False, break_on_hyphens=False)
+        rest += textwrap.wrap(formula, WIDTH - wide, subsequent_indent="  ", break_long_words=False)
+        lines += [f"{name:{wide}}{first}", *(" " * wide + line for line in rest)]
+    return lines
+
+
+def _described(doc: str) -> list[str]:
+    """The docstring of a method in lines of at most 80 columns: summary, formula with its symbols, the rest."""
+    first, _, rest = doc.partition("\n")
+    summary, _, formula = first.partition("     ")
+    lines = [*_wrapped(summary, ""), "", *(_wrapped(f"    {formula}", " " * 8) if formula else [])]
+    items: list[tuple[str, str]] = []  # of the rest: text, and the indent of its further lines
+    before = ""
+    for line in filter(None, rest.split("\n")):
+        text = line.strip()
+        gap = re.match(r"\S[^.:]{0,24}?(?::)? {2,}(?=\S)", line)
+        heading = re.match(r"(Reads|Models|Source|Differs)\b", line)
+        if line.startswith(" ") and not items:  # the formula, and its symbols beside it
+            lines += [part for cell in re.split(r" {2,}", text) for part in _wrapped(f"    {cell}", " " * 8)]
+        elif line.startswith(" ") or (len(before) > _NEARLY and items and not (gap or heading or items[-1][1])):
+            items[-1] = f"{items[-1][0]} {text}", items[-1][1]
+        else:
+            items.append((text, " " * gap.end() if gap else ""))
+        before = line
+    return [*lines, "", *(part for item in items for part in _wrapped(*item))]
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _headline(method: Method) -> tuple[str, str]:

@@ -6,7 +6,8 @@ import sys
 
 import click
 
-from fastinterp.cli import options
+from fastinterp.cli import grammar, options
+from fastinterp.cli.faults import told_together
 
 
 @click.command()
@@ -26,6 +27,7 @@ def check(recipe: str, strict: bool, as_json: bool) -> None:
     """
     from fastinterp.inspect.check import check as checked
 
+    grammar.refuse_checkpoints("check", recipe)
     result = checked(recipe)
     if as_json:
         options.say_json(result.as_dict())
@@ -72,8 +74,11 @@ def explain(
     from fastinterp.arguments import size_of
     from fastinterp.plan.plan import documents
 
-    recipes = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
-    explanation = explanation_of(recipes, max_shard_size, threads, size_of(max_memory))
+    grammar.refuse_checkpoints("explain", recipe)
+    keys = {"dtype": dtype, "rounding": rounding, "seed": seed, "missing": missing, "channels": channels}
+    with told_together(recipe, keys | {"quantize": quantize}):
+        recipes = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+        explanation = explanation_of(recipes, max_shard_size, threads, size_of(max_memory))
     if as_json:
         options.say_json(explanation.as_dict())
     else:
@@ -88,6 +93,8 @@ def explain(
 def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
     """Show the contents of a checkpoint, from its headers.
 
+    Of what fastinterp wrote a part of the data is compared with its checksums: `fastinterp verify` compares all of it.
+
     CHECKPOINT is a folder, a file of weights (.safetensors, .gguf, .bin, .pt, .pth, .ckpt), or a Hub id; adapters may
     stand behind it, as in MODEL+LORA: then it says what they change, and shows the model and each of them. Shows files,
     tensors, dtypes, metadata, and the receipt of the merge that wrote it.
@@ -98,6 +105,7 @@ def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
     """
     from fastinterp.checkpoint import remote
     from fastinterp.checkpoint.open import open_checkpoint
+    from fastinterp.execute.torn import refuse_torn
     from fastinterp.inspect import describe
     from fastinterp.recipe.references import ModelRef
 
@@ -113,6 +121,7 @@ def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
             options.say(adapted_as_text(model, every=every))
         return
     opened = open_checkpoint(checkpoint)
+    refuse_torn(opened, sampled=1)
     if as_json:
         options.say_json(describe.as_dict(opened))
     else:

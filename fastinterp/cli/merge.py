@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastinterp.cli import OUTCOME, options
+from fastinterp.cli import OUTCOME, faults, grammar, options
 from fastinterp.cli.blas import one_blas_thread
+from fastinterp.cli.faults import RECIPE_KEYS, told_together
 from fastinterp.cli.ranges import alphas
-from fastinterp.errors import FastinterpError, OutputError, UsageError
+from fastinterp.errors import CheckpointError, FastinterpError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from fastinterp.execute.report import Report
     from fastinterp.lora.report import AdapterReport
 
-_RECIPE_KEYS = ("dtype", "rounding", "seed", "missing", "channels", "quantize")  # options that replace a recipe's keys
 _OF_ADAPTERS = ("threads", "force", "durable", "progress")  # arguments of a merge of adapters
 _OF_MODELS = {
     "device": "auto", "max_shard_size": None, "max_memory": "512MB", "rounding": None, "missing": None,
     "channels": None, "quantize": None, "keep_intermediates": None, "verify_kept": False, "stream": False,
 }  # fmt: skip
-_VISIBLE = 0.01  # relative difference of an effective alpha from the alpha, above which it is shown
+_MENDED = "it is in place now"  # of a message that says what became of an earlier run
 
 
 @click.command()
 @options.recipe
-@click.argument("out")
+@click.argument("outs", nargs=-1, metavar="[OUT]")
+@grammar.out_option("The output, in place of OUT.")
 @click.option(
     "--keep-intermediates", metavar="DIR",
     help="Of several documents: write the others, too, each into a folder of its name in DIR.",
@@ -39,7 +40,8 @@ _VISIBLE = 0.01  # relative difference of an effective alpha from the alpha, abo
 @options.stream
 @options.output
 def merge(
-    recipe: str, out: str, keep_intermediates: str | None, push_to: str | None, public: bool, quiet: bool,
+    recipe: str, outs: tuple[str, ...], named_out: str | None, keep_intermediates: str | None, push_to: str | None,
+    public: bool, quiet: bool,
     as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Merge checkpoints according to a recipe.
@@ -59,12 +61,14 @@ def merge(
     from fastinterp.cli import progress
     from fastinterp.plan.plan import documents
 
+    grammar.refuse_checkpoints("merge", recipe, outs)
+    out = grammar.only_output(outs, named_out, "merge RECIPE")
     report: Report | AdapterReport
     me = options.rank()
     if me is None:
         one_blas_thread()  # of adapters
-        with outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
-            keys = {name: settings.pop(name) for name in _RECIPE_KEYS}
+        keys = {name: settings.pop(name) for name in (*RECIPE_KEYS, "private")}
+        with told_together(recipe, keys), outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
             recipes = documents(recipe, **keys)
             upload = options.upload(push_to, public, out, settings["force"])
             settings |= {"progress": shown, "keep_intermediates": keep_intermediates}
@@ -96,18 +100,15 @@ def merge(
         options.say("\n".join([report.summary(), *([f"  uploaded: {address}"] if address else [])]))
 
 
-@click.command()
-@click.argument("a")
-@click.argument("b")
+@click.command(cls=grammar.Command)
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.argument("outs", nargs=-1, metavar="[OUT]")
 @click.option(
-    "--alpha", "points", callback=alphas, multiple=True, required=True, metavar="ALPHA",
+    "--alpha", "--alphas", "points", callback=alphas, multiple=True, required=True, metavar="ALPHA",
     help="Position on the line: 0 is A, 1 is B. A number, a list 0,0.5,1 or a range 0:1:0.25. Repeatable.",
 )  # fmt: skip
-@click.option(
-    "-o", "--out", required=True, metavar="DIR",
-    help="Output folder, or file NAME.safetensors (GGUF: NAME.gguf); of several outputs, DIR/alpha_0.3 or "
-    "NAME_alpha_0.3.safetensors.",
-)  # fmt: skip
+@grammar.out_option("The output, in place of OUT.")
 @click.option("--base", metavar="CKPT", help="Task vectors: base + (1 - alpha)*(A - base) + alpha*(B - base).")
 @click.option("--integers", metavar="CKPT", help="Take integer tensors from CKPT. Default: they must be equal.")
 @options.tokenizer_source
@@ -115,17 +116,19 @@ def merge(
 @options.stream
 @options.output
 def interpolate(
-    a: str, b: str, points: list[float], out: str, base: str | None, push_to: str | None, public: bool, quiet: bool,
+    a: str, b: str, outs: tuple[str, ...], points: list[float], named_out: str | None, base: str | None,
+    push_to: str | None, public: bool, quiet: bool,
     as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Interpolate between checkpoints A and B, or extrapolate.
 
-    The output is A + alpha*(B - A). One read of A and B makes up to 256 outputs.
+    The output is A + alpha*(B - A): the folder OUT, or a file NAME.safetensors (GGUF: NAME.gguf). Of several alphas it
+    is OUT/alpha_0.3 and so on, or NAME_alpha_0.3.safetensors; one read of A and B makes up to 256 of them.
 
     \b
     Example:
-      fastinterp interpolate model-a/ model-b/ --alpha 0.3 -o mixed/
-      fastinterp interpolate model-a/ model-b/ --alpha -0.5 --alpha 0:1:0.25 --alpha 1.5 -o path/
+      fastinterp interpolate model-a/ model-b/ mixed/ --alpha 0.3
+      fastinterp interpolate model-a/ model-b/ -o path/ --alpha -0.5,0:1:0.25,1.5
     """
     from fastinterp import api
     from fastinterp.cli import progress
@@ -133,8 +136,14 @@ def interpolate(
     from fastinterp.paths.points import point_name, point_path
 
     options.refuse_ranks("interpolate")
-    outs = [Path(out)] if len(points) == 1 else [point_path(out, point_name(p)) for p in points]
-    with outcome_of(outs), progress.shown(quiet or as_json) as shown:
+    out = grammar.only_output(outs, named_out, "interpolate A B --alpha ...")
+    paths = [Path(out)] if len(points) == 1 else [point_path(out, point_name(p)) for p in points]
+    models = [a, b] if base is None else [base, a, b]
+    with (
+        told_together(faults.of_models(models), settings),
+        outcome_of(paths),
+        progress.shown(quiet or as_json) as shown,
+    ):
         if push_to is not None and len(points) > 1:
             raise UsageError("--push-to uploads one model: give one --alpha")
         upload = options.upload(push_to, public, out, settings["force"])
@@ -149,7 +158,7 @@ def interpolate(
         warn(reports)
     else:
         lines = _path_lines(points, acting, reports)
-        older = _older_points(Path(out), outs) if len(outs) > 1 else 0
+        older = _older_points(Path(out), paths) if len(paths) > 1 else 0
         if older:
             lines.append(f"  not changed: {counted(older, 'older alpha_* folder')} in {plain(out)}")
         if address:
@@ -170,25 +179,44 @@ def _of_adapters(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def outcome_of(outs: Iterable[Path]) -> Iterator[None]:
-    """Context manager: if the run is interrupted or cannot write, note which of `outs` are complete for the message, or
+    """Context manager: if the run is interrupted or cannot write, note which of `outs` are in place for the message, or
     what is kept of them.
     """
-    start = time.time()
+    before = _in_place(outs)
     try:
         yield
     except (KeyboardInterrupt, FastinterpError) as error:
-        done = [str(o) for o in outs if any(p.stat().st_mtime >= start for p in _weights(o))]
         note: str = getattr(error, "outcome", "")  # what is kept, to be resumed
         if not note and isinstance(error, (KeyboardInterrupt, OutputError)):
-            note = f"finished before that: {', '.join(done)}" if done else "nothing was written"
-        if note and note not in str(error):
+            done = [str(out) for out, files in _in_place(outs).items() if files - before.get(out, set())]
+            note = f"finished before that: {', '.join(done)}" if done else _nothing(outs)
+        if note and note not in str(error) and _MENDED not in str(error):
             click.get_current_context().meta[OUTCOME] = [note]
         raise
 
 
-def _weights(out: Path) -> list[Path]:
-    """The weights of an output that is in place."""
-    return [out] if out.is_file() else [*out.glob("*.safetensors"), *out.glob("*/*.safetensors"), *out.glob("*.gguf")]
+def _nothing(outs: Iterable[Path]) -> str:
+    """What is said if no output is in place."""
+    from fastinterp.checkpoint.journal_file import FINISHING, journal_path, state_of
+    from fastinterp.checkpoint.names import names_file
+
+    with suppress(OSError, CheckpointError):
+        for out in outs:
+            path = journal_path(out.parent, out.name) if names_file(str(out)) else journal_path(out)
+            if state_of(path) == FINISHING:
+                return "the output is complete, and the next run into it puts it in place: run this again"
+    return "nothing was written"
+
+
+def _in_place(outs: Iterable[Path]) -> dict[Path, set[tuple[int, int]]]:
+    """The files of weights of outputs, by device and inode: times would tell nothing where a clock is wrong."""
+    found: dict[Path, set[tuple[int, int]]] = {}
+    with suppress(OSError, ValueError):  # a name that cannot be used, say: it is refused
+        for out in outs:
+            below = ("*.safetensors", "*/*.safetensors", "*.gguf")
+            files = [out] if out.is_file() else [path for pattern in below for path in out.glob(pattern)]
+            found[out] = {(info.st_dev, info.st_ino) for info in map(os.stat, files)}
+    return found
 
 
 @contextmanager
@@ -215,16 +243,17 @@ def _acts_as(alpha: float, report: Report) -> float | None:
 
 def _path_lines(points: Sequence[float], acting: Sequence[float | None], reports: Sequence[Report]) -> list[str]:
     """The text about one or several outputs, with effective alphas where they differ from the alphas."""
+    from fastinterp.execute.kept import VISIBLE
     from fastinterp.execute.report import COPIES
     from fastinterp.messages import plain, size, table
     from fastinterp.ops.combine import MAX_OUTPUTS
 
+    if len(reports) == 1:
+        return [reports[0].summary()]
     effective = [
-        f"{acts:.3g}" if acts is not None and abs(acts - alpha) > _VISIBLE * abs(alpha) else ""
+        f"{acts:.3g}" if acts is not None and abs(acts - alpha) > VISIBLE * abs(alpha) else ""
         for alpha, acts in zip(points, acting, strict=True)
     ]
-    if len(reports) == 1:
-        return [reports[0].summary(), *(f"  alpha {points[0]:g} acts as {acts}" for acts in effective if acts)]
     run, reads = reports[0], -(-len(reports) // MAX_OUTPUTS)
     read = "one read" if reads == 1 else f"{reads} reads"
     lines = [f"{len(reports)} outputs from {read}: {size(run.bytes_read)} read, {run.pace()}"]
@@ -258,4 +287,4 @@ def warn(reports: Sequence[Report | AdapterReport]) -> None:
     for report in reports:
         for warning in report.warnings:
             if report is reports[0] or not _shared(warning, every):
-                click.echo(plain(f"{report.output}: warning: {warning}"), err=True)
+                options.tell(plain(f"{report.output}: warning: {warning}"))

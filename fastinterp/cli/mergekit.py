@@ -80,7 +80,7 @@ def command(config_file: str, out_path: str, **values: Any) -> None:
     settings = settings_of(values, default_device="auto")
     for note in settings.notes:
         if not quiet:
-            click.echo(f"note: {note}", err=True)
+            options.tell(f"note: {note}")
     recipes = load_recipes(config_file)
     with progress.shown(quiet) as shown:
         report = run(recipes, recipes[-1].text, out_path, settings, shown)

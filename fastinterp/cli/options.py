@@ -1,4 +1,4 @@
-"""Options that several commands have, and output to stdout."""
+"""Options that several commands have, and output to stdout and stderr."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from fastinterp.errors import StorageError, UsageError
+from fastinterp.messages import plain, plain_lines
 
 if TYPE_CHECKING:
     from fastinterp.execute.distributed.peers import Rank
@@ -24,8 +25,13 @@ def from_stdin(ctx: click.Context, param: click.Parameter, path: str) -> str:
     """The text on stdin for `-`, else the path."""
     if path != "-":
         return path
+    from fastinterp.recipe.document import MAX_BYTES
+
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig") + "\n"  # with a newline it is a recipe, not a path
+        raw = sys.stdin.buffer.read(MAX_BYTES + 1) if sys.stdin else b""  # None: it was closed before the start
+        if len(raw) > MAX_BYTES:
+            raise click.BadParameter(f"stdin has more than {MAX_BYTES} bytes, so it is hardly a recipe", ctx, param)
+        return raw.decode("utf-8-sig") + "\n"  # with a newline it is a recipe, not a path
     except UnicodeDecodeError as error:
         raise click.BadParameter(f"stdin is not UTF-8 text (byte {error.start})", ctx, param) from None
 
@@ -116,22 +122,30 @@ offline = click.option(
 
 def _listens(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
     """Print on stderr what a run tells at once, unless the command is quiet."""
-    from fastinterp.messages import listen, plain
+    from fastinterp.messages import listen
 
-    listen(None if quiet else lambda line: click.echo(plain(line), err=True))
+    listen(None if quiet else tell)
     return quiet
 
 
 quiet = click.option("--quiet", is_flag=True, callback=_listens, help="Print errors and warnings only.")
 
+device = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="Where to compute: cpu, cuda, cuda:0,1 or triton; auto: the one estimated to be faster.",
+)
+force = click.option("--force", is_flag=True, help="Replace a checkpoint in the output folder, or the output file.")
+durable = click.option(
+    "--durable",
+    is_flag=True,
+    help="Sync data before names: slower, but the output survives a crash of the machine. --force implies it.",
+)
+
 _OUTPUT = (
-    click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        metavar="NAME",
-        help="Where to compute: cpu, cuda, cuda:0,1 or triton; auto: the one estimated to be faster.",
-    ),
+    device,
     threads,
     max_shard_size,
     max_memory,
@@ -155,11 +169,12 @@ _OUTPUT = (
     missing,
     channels,
     quantize,
-    click.option("--force", is_flag=True, help="Replace a checkpoint in the output folder, or the output file."),
+    force,
+    durable,
     click.option(
-        "--durable",
+        "--private",
         is_flag=True,
-        help="Call fsync on all files: slower, but the output survives a crash of the machine.",
+        help="Name no model in the receipt and the model card. Default: names without the folders of absolute paths.",
     ),
     click.option(
         "--verify-kept",
@@ -207,12 +222,13 @@ def refuse_ranks(command: str) -> None:
 
 
 def say(text: str) -> None:
-    """Print a result on stdout.
+    """Print a result on stdout, in lines; on a terminal none is cut inside a word. What does not print is escaped: this
+    and `tell` are the only ways out.
 
     Raises: StorageError, if it cannot be written; a closed pipe (`| head`) ends the program without a message.
     """
     try:
-        click.echo(text)
+        _print(fitting(plain_lines(text), sys.stdout))
     except BrokenPipeError:
         raise  # click ends the program
     except OSError as error:
@@ -220,6 +236,37 @@ def say(text: str) -> None:
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # or Python fails again when it flushes stdout at exit
         raise StorageError(f"stdout cannot be written: {error.strerror}") from None
+
+
+def tell(text: str, *, head: str = "") -> None:
+    """Print lines on stderr: an error, a warning, what is going on. What does not print is escaped.
+
+    head  a word in red before it, and a colon
+    """
+    start = f"{plain(head)}: " if head else ""
+    text = fitting(start + plain_lines(text), sys.stderr)
+    _print(click.style(plain(head), fg="red") + text.removeprefix(plain(head)) if head else text, err=True)
+
+
+def fitting(text: str, stream: Any, less: int = 0) -> str:
+    """The text for a stream: lines that a terminal would cut are broken between words.
+
+    less  columns that are taken already
+    """
+    if stream is None or not stream.isatty():
+        return text
+    from shutil import get_terminal_size
+
+    from fastinterp.messages import broken
+
+    return broken(text, get_terminal_size().columns - less)
+
+
+def _print(text: str, *, err: bool = False) -> None:
+    try:
+        click.echo(text, err=err)
+    except UnicodeEncodeError as error:  # a stream that is neither UTF-8 nor ASCII, which click makes UTF-8
+        click.echo(text.encode(error.encoding, "backslashreplace").decode(error.encoding), err=err)
 
 
 def say_json(value: Any) -> None:

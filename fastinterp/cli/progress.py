@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-Progress = Callable[[int, int], None]  # bytes done and bytes to do, about ten times a second
+from fastinterp.progress import Progress, Rate
 
 _LINE_S = 10.0  # between plain lines
 _PATIENCE_S = 0.3  # a shorter run shows no bar
-_RECENT_S = 5.0  # the rate is an average over this time
 
 
 @contextmanager
@@ -32,28 +30,9 @@ def shown(quiet: bool) -> Iterator[Progress | None]:
         yield _Lines()
 
 
-class _Rate:
-    """Bytes per second over the last few seconds."""
-
-    def __init__(self) -> None:
-        self.start = time.monotonic()
-        self._seen: deque[tuple[float, int]] = deque([(self.start, 0)])
-
-    def text(self, done: int, total: int) -> str:
-        """`1.2 of 9.8 GB, 2.1 GB/s, 4 s left`"""
-        now = time.monotonic()
-        self._seen.append((now, done))
-        while now - self._seen[0][0] > _RECENT_S and len(self._seen) > 2:
-            self._seen.popleft()
-        then, before = self._seen[0]
-        rate = (done - before) / (now - then) if now > then else 0.0
-        left = f", {_duration((total - done) / rate)} left" if rate > 0 else ""
-        return f"{done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.1f} GB/s{left}"
-
-
 class _Lines:
     def __init__(self) -> None:
-        self._rate = _Rate()
+        self._rate = Rate()
         self._last = self._rate.start
 
     def __call__(self, done: int, total: int) -> None:
@@ -67,7 +46,7 @@ class _Bar:
     """A progress bar, drawn in the thread that calls it, about ten times a second."""
 
     def __init__(self) -> None:
-        self._rate = _Rate()
+        self._rate = Rate()
         self._bar: Any = None
         self._task: Any = None
 
@@ -91,10 +70,3 @@ class _Bar:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def _duration(seconds: float) -> str:
-    """A duration with one unit: `4 s`, `3 min`, `2 h`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.0f} h"

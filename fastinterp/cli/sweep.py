@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastinterp.checkpoint.names import names_file
-from fastinterp.cli import options, ranges
+from fastinterp.cli import faults, grammar, options, ranges
+from fastinterp.cli.faults import told_together
 from fastinterp.cli.merge import outcome_of, warn
 from fastinterp.errors import UsageError
 from fastinterp.messages import counted, plain, size, table
@@ -24,18 +25,13 @@ if TYPE_CHECKING:
     from fastinterp.paths.points import Point
 
 
-@click.command()
-@click.argument("a", required=False)
-@click.argument("b", required=False)
+@click.command(cls=grammar.Command)
+@click.argument("names", nargs=-1, metavar="[A B] [OUT]")
 @click.option(
-    "--alphas", callback=ranges.alphas, multiple=True, metavar="ALPHAS",
+    "--alphas", "--alpha", callback=ranges.alphas, multiple=True, metavar="ALPHAS",
     help="Points from A (0) to B (1), and beyond: -0.5:1.5:0.1, or 0,0.5,1. Repeatable.",
 )  # fmt: skip
-@click.option(
-    "-o", "--out", metavar="DIR",
-    help="Output folder: DIR/alpha_0.3, DIR/pos_0.25_formal_-1; or NAME.safetensors (GGUF: NAME.gguf): "
-    "NAME_alpha_0.3.safetensors.",
-)  # fmt: skip
+@grammar.out_option("The output, in place of OUT.")
 @click.option("--base", metavar="CKPT", help="Start of the directions; with A and B: base + (1-alpha)*(A-base) + ...")
 @click.option("--add", callback=ranges.named, multiple=True, metavar="NAME=CKPT", help="A direction from the base.")
 @click.option(
@@ -66,22 +62,29 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @options.output
 def sweep(
-    a: str | None, b: str | None, out: str | None, in_memory: str | None, parameters: dict[str, str], quiet: bool,
+    names: tuple[str, ...], named_out: str | None, in_memory: str | None, parameters: dict[str, str], quiet: bool,
     as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Merge at many points of a path, reading the models once.
 
-    Points are on the line from A to B, and beyond; or on a grid of directions from a base.
+    Points are on the line from A to B, and beyond; or on a grid of directions from a base. Outputs are the folders
+    OUT/alpha_0.3, or OUT/pos_0.25_formal_-1; for a file NAME.safetensors (GGUF: NAME.gguf) NAME_alpha_0.3.safetensors.
 
     \b
     Example:
-      fastinterp sweep model-a/ model-b/ --alphas -0.5:1.5:0.1 -o path/
-      fastinterp sweep --base base/ --add pos=P/ --add formal=F/ --grid pos=0:1:0.25 --grid formal=-1:1:0.5 -o grid/
+      fastinterp sweep model-a/ model-b/ path/ --alphas -0.5:1.5:0.1
+      fastinterp sweep grid/ --base base/ --add pos=P/ --add formal=F/ \\
+        --grid pos=0:1:0.25 --grid formal=-1:1:0.5
     """
     from fastinterp.cli import progress
     from fastinterp.paths.sweep import sweep as run_sweep
 
     options.refuse_ranks("sweep")
+    ends, outs = (names[:2], names[2:]) if not settings["add"] or len(names) > 1 else ((), names)
+    a, b = (*ends, None, None)[:2]
+    out = None
+    if in_memory is None or outs or named_out is not None:
+        out = grammar.only_output(outs, named_out, "sweep A B --alphas ...")
     if not settings["alphas"]:
         settings["alphas"] = None
     if in_memory is not None:
@@ -91,7 +94,13 @@ def sweep(
     if in_memory is not None:
         gc.enable()  # the function may leave garbage at every point
         callback = _callback(_function(in_memory), in_memory, as_json)
-    with outcome_of([] if out is None else _Folders(out)), progress.shown(quiet or as_json) as shown:
+    models = [name for name in (settings["base"], a, b, *settings["add"].values()) if name is not None]
+    of_models = faults.of_models(models) if models else None
+    with (
+        told_together(of_models, settings),
+        outcome_of([] if out is None else _Folders(out)),
+        progress.shown(quiet or as_json) as shown,
+    ):
         points = run_sweep(a, b, out=out, in_memory=callback, progress=shown, **settings)
     if as_json:
         options.say_json([_as_dict(point) for point in points])
@@ -155,7 +164,7 @@ def _callback(function: Callable[..., Any], argument: str, as_json: bool) -> Cal
         try:
             result = function(point, tensors)
         except Exception as error:  # any: it is the user's own
-            click.echo("".join(traceback.format_exception(error.with_traceback(_below(error)))).rstrip(), err=True)
+            options.tell("".join(traceback.format_exception(error.with_traceback(_below(error)))).rstrip())
             what = f"{type(error).__name__}: {error}".rstrip(": ")
             raise UsageError(f"--in-memory {argument} raised {what} at {point.name}") from None
         try:

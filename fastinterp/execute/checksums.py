@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from msgspec.structs import replace
 
 from fastinterp._version import __version__
 from fastinterp.backends.cpu import xxh3
 from fastinterp.ops.combine import NUMERICS
 from fastinterp.output.layout import OutFile
-from fastinterp.output.receipt import ReceiptFile, SmallFile, WeightsFile, encode_receipt, hexadecimal
+from fastinterp.output.receipt import InputFile, ReceiptFile, SmallFile, WeightsFile, encode_receipt, hexadecimal
 from fastinterp.plan.plan import Plan
+
+_MOST_BYTES = 32_000_000  # of a receipt
 
 
 def finished_file(file: OutFile, regions: Sequence[int]) -> tuple[bytes, WeightsFile]:
@@ -34,14 +39,25 @@ def small_file(content: bytes) -> SmallFile:
     return SmallFile(len(content), hexadecimal(xxh3(content)))
 
 
-def receipt_content(plan: Plan, k: int, weights: Mapping[str, WeightsFile], small: Mapping[str, SmallFile]) -> bytes:
-    """The content of `fastinterp_receipt.json` of output k."""
-    return encode_receipt(
-        ReceiptFile(
-            __version__,
-            NUMERICS,
-            json.loads(plan.receipts[k]),
-            dict(sorted(weights.items())),
-            dict(sorted(small.items())),
-        )
+def receipt_content(
+    plan: Plan,
+    k: int,
+    weights: Mapping[str, WeightsFile],
+    small: Mapping[str, SmallFile],
+    inputs: Mapping[str, tuple[InputFile, ...]],
+    coefficients: Mapping[str, Any],
+) -> bytes:
+    """The content of `fastinterp_receipt.json` of output k. Coefficients that take more than 32 MB are left out."""
+    receipt = ReceiptFile(
+        __version__,
+        NUMERICS,
+        json.loads(plan.receipts[k]),
+        dict(sorted(weights.items())),
+        dict(sorted(small.items())),
+        dict(inputs),
+        dict(coefficients),
     )
+    content = encode_receipt(receipt)
+    if len(content) > _MOST_BYTES and coefficients:
+        content = encode_receipt(replace(receipt, coefficients={}))
+    return content

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from msgspec.structs import replace
 
-from fastinterp.execute.sources import storage
+from fastinterp.checkpoint.regular_file import read_at, regular
 from fastinterp.messages import plain
 from fastinterp.ops.contract import CHUNK
 from fastinterp.plan.inputs import StoredInput
@@ -35,8 +34,8 @@ def middle_chunk(tensor: StoredInput) -> StoredInput:
 
 def read_bytes(tensor: StoredInput, *, limit: int) -> bytes:
     """The first bytes of a tensor, or of a chunk of it."""
-    with storage(tensor.path), open(tensor.path, "rb", buffering=0) as stream:
-        return os.pread(stream.fileno(), min(tensor.nbytes, limit), tensor.start)
+    with regular(str(tensor.path)) as (fd, _):
+        return read_at(fd, tensor.path, tensor.start, min(tensor.nbytes, limit))
 
 
 def stored_inputs(tensor: PlannedTensor) -> list[tuple[int, StoredInput]]:

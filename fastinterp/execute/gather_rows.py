@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.checkpoint.regular_file import write_all
-from fastinterp.checkpoint.remote import Readable, open_readable
-from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.checkpoint.regular_file import close, write_all
+from fastinterp.checkpoint.remote import Readable, opened, read_from
 from fastinterp.execute.decode_rows import decoded_rows
 from fastinterp.ops.dtypes import DType
 from fastinterp.plan.inputs import GatheredInput, StoredInput
@@ -82,7 +81,7 @@ def _computed(tensor: GatheredInput, codes: NDArray[Any], folder: Path | None, s
     """A descriptor of an unnamed temporary file that holds the rows of these codes."""
     with tempfile.TemporaryFile(dir=folder) as file:
         fd = os.dup(file.fileno())
-    stack.callback(os.close, fd)
+    stack.callback(close, fd, folder or "a temporary file")
     with ExitStack() as inputs:
         reader = _RowReader(tensor, inputs)
         mean = reader.mean_of_all() if PADDING in codes else b""
@@ -162,8 +161,8 @@ class _RowReader:
 
     def _bytes(self, path: Path, start: int, nbytes: int) -> bytes:
         if path not in self._files:
-            self._files[path] = self._stack.enter_context(closing(open_readable(str(path))))
-        return _read(self._files[path], path, start, nbytes)
+            self._files[path] = self._stack.enter_context(opened(str(path)))
+        return read_from(self._files[path], path, start, nbytes)
 
     def _wide(self, raw: NDArray[Any], dtype: DType) -> NDArray[Any]:
         from fastinterp.reference.combine import widen
@@ -174,21 +173,3 @@ class _RowReader:
         from fastinterp.reference.combine import narrow
 
         return narrow(values, self._tensor.dtype).view(self._np.uint8)
-
-
-def _read(file: Readable, path: Path, offset: int, count: int) -> bytes:
-    parts: list[bytes] = []
-    while count:
-        try:
-            part = file.pread(count, offset)
-        except OSError as error:
-            raise StorageError(f"{path}: {error.strerror}, reading {count} bytes at {offset}") from None
-        if not part:
-            raise CheckpointError(
-                f"{count} bytes are missing at byte {offset}: it was truncated or replaced. Retry once nothing is "
-                "writing to it",
-                file=str(path),
-            )
-        parts.append(part)
-        offset, count = offset + len(part), count - len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -7,7 +7,6 @@ other side in the other.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from fastinterp.errors import CheckpointError
+from fastinterp.checkpoint.regular_file import read_at, regular
 from fastinterp.execute.decode_rows import Read, decoded
 from fastinterp.execute.quantisation_noise import RoundedDelta
 from fastinterp.plan.encoded_rows import aligned, rows_of
@@ -95,19 +94,12 @@ def noise(deltas: Mapping[tuple[int, int], QuantisedDelta], plan: Plan) -> list[
 
 
 def _reader(stack: ExitStack) -> Read:
-    from fastinterp.execute.sources import storage
-
     fds: dict[Path, int] = {}
 
     def read(path: Path, start: int, nbytes: int) -> bytes:
-        with storage(path):
-            if path not in fds:
-                fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                stack.callback(os.close, fds[path])
-            found = os.pread(fds[path], nbytes, start)
-        if len(found) < nbytes:
-            raise CheckpointError("it was truncated while it was being read. Retry", file=str(path))
-        return found
+        if path not in fds:
+            fds[path] = stack.enter_context(regular(str(path)))[0]
+        return read_at(fds[path], path, start, nbytes)
 
     return read
 

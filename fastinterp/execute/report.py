@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from fastinterp.execute.kept import acting, acting_lines, asked_of, kept
 from fastinterp.messages import counted, plain, seconds, size
 
 if TYPE_CHECKING:
@@ -75,7 +78,8 @@ class RoundingEffect:
     def total(effects: Iterable[RoundingEffect]) -> RoundingEffect:
         """The effects on several tensors, added up: of one with NaN or Inf in its samples, the counts of them alone."""
         every = [e if e.finite else replace(e, sampled=0, changed=0, sum_pp=0, sum_dd=0, sum_od=0) for e in effects]
-        return RoundingEffect(*(sum(getattr(e, name) for e in every) for name in RoundingEffect.__slots__))
+        columns = zip(*map(attrgetter(*RoundingEffect.__slots__), every), strict=True)
+        return RoundingEffect(*map(sum, columns)) if every else RoundingEffect(*[0] * len(RoundingEffect.__slots__))
 
     @property
     def finite(self) -> bool:
@@ -138,6 +142,8 @@ class Report:
     # model that is decoded from codes, or is compared with one -> its difference in steps of the quantisation
     quantised: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # reason -> files that were not copied
+    # numbers of the recipe in proportion to which the output differs from its base: see kept.py
+    asked: Mapping[str, float] = field(default_factory=dict)
     resumed: float | None = None  # how much of all outputs was finished before, 0 to 1; None: the run was not resumed
 
     def __repr__(self) -> str:
@@ -150,8 +156,29 @@ class Report:
     def __str__(self) -> str:
         return self.summary()
 
-    @property
+    def _repr_html_(self) -> str:
+        """For notebooks: a table, and the notes."""
+        from fastinterp import html
+
+        total = self.effect
+        rows = [
+            ("files", ", ".join(self.files)),
+            ("read, written", f"{size(self.bytes_read)}, {size(self.bytes_written)}"),
+            ("time", f"{seconds(self.wall_s)}, {size(self.gb_per_s * 1e9)}/s"),
+            ("device", f"{self.device}, {counted(self.threads, 'thread')}"),
+        ]
+        if total.strength is not None and total.changed_fraction is not None:
+            rows += [
+                ("elements changed", f"{total.changed_fraction:.1%}"),
+                ("relative change", f"{total.relative_change or 0:.1e}"),
+                ("intended change that rounding kept", f"{total.strength:.1%}"),
+                ("measured on", f"{_percent(total)} of the elements"),
+            ]
+        return html.heading(self.output) + html.table((), rows) + html.notes(self.notes())
+
+    @cached_property
     def effect(self) -> RoundingEffect:
+        """Of all tensors together."""
         return RoundingEffect.total(self.tensors.values())
 
     @property
@@ -161,7 +188,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as --json prints them."""
-        fields = {k: v for k, v in self.__dict__.items() if k not in ("tensors", "densities", "merged")}
+        fields = {k: v for k, v in self.__dict__.items() if k not in ("tensors", "densities", "merged", "effect")}
         densities = {}
         if self.densities:
             from fastinterp.execute.jobs.densities import as_dict
@@ -171,6 +198,7 @@ class Report:
             **fields,
             "densities": densities,
             "gb_per_s": self.gb_per_s,
+            "acting": acting(self.asked, self.effect.strength),
             "effect": self.effect.as_dict(),
             "tensors": {name: effect.as_dict() for name, effect in self.tensors.items()},
         }
@@ -230,9 +258,10 @@ class Report:
         if total.strength is not None and total.changed_fraction is not None:
             change = total.relative_change or 0
             lines.append(
-                f"  {total.changed_fraction:.1%} of elements changed, relative change {change:.1e}, "
-                f"{total.strength:.3f} of the intended change preserved (measured on {_percent(total)})"
+                f"  {total.changed_fraction:.1%} of elements changed, relative change {change:.1e}; "
+                f"{kept(total.strength, total.sampled < total.numel)}"
             )
+            lines += [f"  {plain(line)}" for line in acting_lines(self.asked, total.strength)]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes())])
 
 
@@ -264,8 +293,8 @@ def warnings_of(
     strength = total.strength
     if strength is not None and abs(strength - 1) > _NOTICED and not stochastic:
         warnings.append(
-            f"rounding to {dtype} preserved {strength:.2f} of the intended change: the models differ by little more "
-            "than the spacing of that dtype. Use "
+            f"{kept(strength, total.sampled < total.numel).replace('rounding', f'rounding to {dtype}', 1)}: the models "
+            "differ by little more than the spacing of that dtype. Use "
             + (f"{numbers}, which writes numbers" if numbers else "--rounding stochastic, or --dtype float32")
         )
     if total.nan_in or total.inf_in:
@@ -287,17 +316,21 @@ def report_of(plan: Plan, done: Done, wall_s: float, k: int, folder: OutFolder |
     return report_on(plan, done, wall_s, k, record_of(plan, done.jobs, k), folder)
 
 
+def coefficients_of(plan: Plan, jobs: Mapping[str, Job], k: int) -> dict[str, Coefficients]:
+    """The sums of output k that came from the data, by tensor."""
+    found = ((t.name, jobs[t.name].coefficients(k)) for t in plan.tensors if t.name in jobs)
+    return {name: sums for name, sums in found if sums is not None}
+
+
 def record_of(plan: Plan, jobs: Mapping[str, Job], k: int) -> OutputRecord:
     """What the jobs recorded about output k."""
-    record = OutputRecord()
+    record = OutputRecord(coefficients=coefficients_of(plan, jobs, k))
     for tensor in (t for t in plan.tensors if t.name in jobs):
         job = jobs[tensor.name]
         if tensor.merged:
             record.models |= tensor.origins(job.reads(k))
         for i, density in job.densities(k).items():
             record.densities.setdefault(plan.checkpoints[tensor.checkpoints[i]].name, {})[tensor.name] = density
-        if (sums := job.coefficients(k)) is not None:
-            record.coefficients[tensor.name] = sums
         if job.copies(k):
             record.copied.append(tensor.name)
         else:
@@ -347,6 +380,7 @@ def report_on(
         remarks=(*plan.remarks, *_file_remarks(plan, folder), *about),
         quantised=quantised,
         left_out={} if folder is None or folder.file else plan.files.left_out,
+        asked=asked_of(plan.recipes[k]) if not plan.above else {},
     )
 
 

@@ -2,7 +2,7 @@
 
 A round is one run of the pump. It holds the sums of the tensors whose requests are answered and the next requests of
 the tensors after them, so that no thread waits for an answer, and so that what is read again was read just before: it
-comes from the page cache. Where no method makes requests, all tensors are one round.
+comes from the page cache. Where no method makes requests, all tensors are one round, up to ROUND_TENSORS.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastinterp.ops.requests import Select, Selected
 
 ROUND_BYTES = 256 << 20  # of inputs that a round reads for the first time; at least one tensor
+ROUND_TENSORS = 16384  # of a round: their steps and results take memory at the same time, two KB for each
 HELD_BYTES = 64 << 20  # of answers that are held at a time
 RANK_BYTES = 32_000_000  # of memory for one rank of a request about the whole model: 1 MB of counts in each thread
 
@@ -301,7 +302,7 @@ def _round(running: deque[Job], executor: Executor) -> list[Job]:
     while running:
         steps_of_job = running[0].steps()
         held += sum(step.held for step in steps_of_job)
-        if taken and held > executor.held_bytes:
+        if taken and (held > executor.held_bytes or len(taken) == ROUND_TENSORS):
             break
         steps += [(len(taken), step) for step in steps_of_job]
         taken.append(running.popleft())

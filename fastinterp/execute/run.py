@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastinterp.backends.cpu import Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint import remote
+from fastinterp.checkpoint.checksum import KEY
 from fastinterp.errors import OutputError, StorageError, UsageError
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
@@ -188,6 +189,12 @@ def opened(
     opened.
     """
     isa = cpu_isa()
+    for model in plan.checkpoints:
+        parts = () if model.checkpoint is None else model.checkpoint.parts
+        if model.checkpoint is not None and any(KEY in part.checkpoint.metadata for part in parts):  # it wrote that
+            from fastinterp.execute.torn import refuse_torn
+
+            refuse_torn(model.checkpoint)
     stream_bytes = max_memory // 2 if remote.is_streaming() and plan.elsewhere else 0
     most = max_memory - _device_bytes(devices, max_memory) - stream_bytes
     window = make_window(plan, cpu_threads(threads), most)
@@ -247,7 +254,7 @@ def run(
         if notes is None:
             run_jobs([*running.jobs.values()], running.executor, running.others)
             return running.done()
-        usage = notes.run(running.jobs, running.others, running.executor, sinks.handles)
+        usage = notes.run(running.jobs, running.others, running.executor, sinks.checksums)
         return replace(running.done(), usage=usage)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastinterp.checkpoint.names import quote
-from fastinterp.checkpoint.remote import Readable
+from fastinterp.checkpoint.remote import Readable, read_from
 from fastinterp.errors import CheckpointError
 from fastinterp.plan.inputs import StoredInput
 
@@ -13,14 +13,14 @@ _PIECE = 1 << 20  # bytes that are looked at at a time
 
 
 def refuse_scales(tensor: StoredInput, companions: Sequence[StoredInput], files: Sequence[Readable]) -> None:
-    """Raises: CheckpointError, if a scale of an encoded tensor is not finite; OSError.
+    """Raises: CheckpointError, if a scale of an encoded tensor is not finite; StorageError.
 
     files  of the companions
     """
     for companion, file in zip(companions, files, strict=True):
         size = max(1, companion.dtype.bits // 8)
         for at in range(0, companion.nbytes, _PIECE):
-            data = file.pread(min(_PIECE, companion.nbytes - at), companion.start + at)
+            data = read_from(file, companion.path, companion.start + at, min(_PIECE, companion.nbytes - at))
             index = not_finite(data, companion.dtype.name)
             if index >= 0:
                 raise CheckpointError(

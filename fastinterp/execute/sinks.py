@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fastinterp.backends.cpu import FileChecksum, Progress, SinkHandle, reserve, start_writeback
-from fastinterp.checkpoint.regular_file import write_all
+from fastinterp.checkpoint.regular_file import close, write_all
 from fastinterp.errors import OutputError
 from fastinterp.execute.sources import storage
 from fastinterp.output.layout import OutFile
@@ -31,6 +31,7 @@ class Sinks(Protocol):
     paths    paths of the sinks that are files, for messages
     files    number of files that are open at the same time
     scratch  a folder for temporary files; None: the system's
+    checksums  of the files that are open, by their numbers among all files of all outputs
     """
 
     handles: list[SinkHandle]
@@ -38,6 +39,7 @@ class Sinks(Protocol):
     paths: list[Path]
     files: int
     scratch: Path | None
+    checksums: dict[int, FileChecksum]
 
     def open(self, stack: ExitStack, isa: str) -> None: ...
 
@@ -63,19 +65,22 @@ class FileSinks:
         paths = [path for files in outputs for path in files if path is not None]
         self.files = len(paths)
         self.scratch: Path | None = paths[0].parent
+        self.checksums: dict[int, FileChecksum] = {}
         self._plan, self._outputs, self._synced = plan, outputs, synced
         self._opened: list[tuple[int, OutFile, Path, FileChecksum]] = []  # index of the output, ...
 
     def open(self, stack: ExitStack, isa: str) -> None:
         """Raises: OutputError, if a file cannot be opened, or the disk is full."""
+        number = -1
         for k, (layout, paths) in enumerate(zip(self._plan.layouts, self._outputs, strict=True)):
             for file, path in zip(layout.files, paths, strict=True):
+                number += 1
                 if path is None:
                     continue
                 shown = path.parent / os.path.basename(file.name)
                 with storage(shown, OutputError):
                     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-                    stack.callback(os.close, fd)
+                    stack.callback(close, fd, shown)
                     if os.fstat(fd).st_size:  # an earlier run's: its header must not stand before other data
                         write_all(fd, bytes(len(file.header)), 0)
                     reserve(fd, file.size)
@@ -85,6 +90,7 @@ class FileSinks:
                     offsets.append(offset)
                 checksum = FileChecksum(fd, len(file.header), file.size, isa)
                 self.handles.append(checksum)
+                self.checksums[number] = checksum
                 self.paths.append(shown)
                 self._opened.append((k, file, shown, checksum))
 
@@ -126,6 +132,7 @@ class MemorySinks:
         self.paths: list[Path] = []
         self.files = 0
         self.scratch: Path | None = None
+        self.checksums: dict[int, FileChecksum] = {}
         for tensors in outputs:
             for name, (address, nbytes) in tensors.items():
                 sinks, offsets = self.of.setdefault(name, ([], []))

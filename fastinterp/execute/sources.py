@@ -5,16 +5,16 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import SourceHandle, cached_fraction
 from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.open import changed_since
-from fastinterp.checkpoint.regular_file import write_all
-from fastinterp.checkpoint.remote import open_readable
-from fastinterp.errors import CheckpointError, FastinterpError, StorageError
+from fastinterp.checkpoint.regular_file import close, write_all
+from fastinterp.checkpoint.remote import opened
+from fastinterp.errors import NO_MEMORY, CheckpointError, FastinterpError, StorageError
 from fastinterp.execute.scales import refuse_scales
 from fastinterp.messages import counted, listed, size, tell
 from fastinterp.ops.dtypes import F32
@@ -70,7 +70,7 @@ class Sources:
                 continue
             with storage(path):
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, fd)
+            stack.callback(close, fd, path)
             self._number[path] = self.add(fd, path)
         self._operands: dict[Hashable, Operand] = {}
         for tensor in every:
@@ -96,8 +96,8 @@ class Sources:
         added = None if tensor.low_rank is None else self._low_rank(tensor.low_rank)
         if encoding is None:
             return Stored(number, tensor.start, code, low_rank=added)
-        with storage(tensor.path), ExitStack() as stack:
-            files = [stack.enter_context(closing(open_readable(str(c.path)))) for c in encoding.companions]
+        with ExitStack() as stack:
+            files = [stack.enter_context(opened(str(c.path))) for c in encoding.companions]
             refuse_scales(tensor, encoding.companions, files)
         columns = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.numel
         companions = tuple((self._number[c.path], c.start, c.nbytes) for c in encoding.companions)
@@ -141,7 +141,7 @@ class Sources:
 
         with tempfile.TemporaryFile(dir=self._scratch) as file:
             fd = os.dup(file.fileno())
-        self._stack.callback(os.close, fd)
+        self._stack.callback(close, fd, self._scratch or "a temporary file")
         self._temporary = fd
         return self.add(fd, path)
 
@@ -167,7 +167,14 @@ class Sources:
 
     def cached(self) -> bool:
         """Whether all files are known to be in the page cache, so that nothing needs to be read ahead."""
-        return self._streams is None and all(cached_fraction(fd, os.fstat(fd).st_size) > 0.95 for fd in self.fds)
+        if self._streams is not None:
+            return False
+        for fd, path in zip(self.fds, self.paths, strict=True):
+            with storage(path):
+                nbytes = os.fstat(fd).st_size
+            if cached_fraction(fd, nbytes) <= 0.95:
+                return False
+        return True
 
     def refuse_changed(
         self, message: str = "it changed while it was being read. Retry once nothing is writing to it"
@@ -181,7 +188,7 @@ class Sources:
         """The exception for an error tuple of the pump (_C.pyi): a failed read, or another error that ended the run."""
         kind, *rest = error
         if kind == "other":
-            return StorageError(f"the run stopped: {rest[0]}")
+            return StorageError(NO_MEMORY if "bad_alloc" in rest[0] else f"the run stopped: {rest[0]}")
         source, code, offset, expected, done = rest
         if self._streams is not None and self.paths[source] in self._streamed:
             failed = self._streams.error(self._streamed[self.paths[source]])

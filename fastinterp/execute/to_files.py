@@ -9,20 +9,23 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
 from fastinterp.checkpoint.regular_file import read_regular
-from fastinterp.errors import BackendError
+from fastinterp.errors import BackendError, FastinterpError
 from fastinterp.execute.checksums import receipt_content, small_file
-from fastinterp.execute.report import Report, report_of
+from fastinterp.execute.input_files import input_files
+from fastinterp.execute.kept import acting_lines, asked_of, kept
+from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, coefficients_of, record_of, report_of
 from fastinterp.execute.resume.identity import Identity, identity_of
 from fastinterp.execute.resume.session import Session, difference
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
 from fastinterp.output.earlier import Earlier, earlier
 from fastinterp.output.folder import OutFolder
+from fastinterp.output.model_card import CARD
 from fastinterp.output.receipt import RECEIPT, SmallFile, WeightsFile
 from fastinterp.output.several import commit_all
 from fastinterp.plan.plan import Plan
@@ -74,9 +77,13 @@ def write_outputs(
     wall = session.before + time.perf_counter() - start
     read, written = sum(d.bytes_read for d in every), sum(d.bytes_written for d in every)
     reports = []
-    for plan, done, of_plan in zip(plans, every, folders, strict=True):
-        whole = replace(done, bytes_read=read, bytes_written=written)
-        reports += [report_of(plan, whole, wall, k, folder) for k, folder in enumerate(of_plan)]
+    try:
+        for plan, done, of_plan in zip(plans, every, folders, strict=True):
+            whole = replace(done, bytes_read=read, bytes_written=written)
+            reports += [report_of(plan, whole, wall, k, folder) for k, folder in enumerate(of_plan)]
+    except FastinterpError as error:  # it looks at configurations of the inputs once more
+        error.outcome = "the output is complete, but its report is not"  # type: ignore[attr-defined]
+        raise
     return [
         replace(
             report, outputs=sum(map(len, outs)), chosen=chosen, resumed=session.share,
@@ -121,7 +128,10 @@ def _written(
     for plan in plans:
         plan.refuse_changed_files()
     for plan, done, of_outputs, of_files in zip(plans, every, folders, small, strict=True):
-        write_receipts(plan, of_outputs, done.files, of_files)
+        for k, folder in enumerate(of_outputs):
+            of_files[k] |= write_card(folder, plan, k, record_of(plan, done.jobs, k), of_files[k])
+        sums = [coefficients_of(plan, done.jobs, k) for k in range(len(of_outputs))]
+        write_receipts(plan, of_outputs, done.files, of_files, sums)
     commit_all([*flat[1:], flat[0]])  # the first has the notes about all of them
     return every
 
@@ -153,13 +163,13 @@ def _opened_folders(
     plans: Sequence[Plan],
     outs: Sequence[Sequence[str | os.PathLike[str]]],
     stack: ExitStack,
-    identity: Identity | None,
+    identity: Identity,
     *,
     force: bool,
     durable: bool,
 ) -> tuple[list[list[OutFolder]], Session]:
     """The output folders of all plans, all or none; and what is finished of them."""
-    merge = "" if identity is None else identity.key
+    merge = identity.key if identity.sure else ""
     before = earlier([out for of_plan in outs for out in of_plan], merge) if merge else Earlier.NONE
     needed = sum(plan.disk_bytes for plan in plans)  # outputs on one disk must fit together: the first checks for all
     folders: list[list[OutFolder]] = []
@@ -170,7 +180,7 @@ def _opened_folders(
                 names = [*(file.name for file in layout.files), *plan.files.copied, RECEIPT]
                 folder = OutFolder(
                     out, plan.inputs, force=force, durable=durable, needed=needed or layout.disk_bytes, names=names,
-                    merge=merge, differs=None if identity is None else partial(difference, identity), earlier=before,
+                    merge=merge, differs=partial(difference, identity), earlier=before,
                 )  # fmt: skip
                 folders[-1].append(stack.enter_context(folder))
                 needed = 0
@@ -210,8 +220,33 @@ def write_receipts(
     folders: Sequence[OutFolder],
     weights: Sequence[Mapping[str, WeightsFile]],
     small: Sequence[Mapping[str, SmallFile]],
+    coefficients: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write the receipt into every output that is a folder."""
+    """Write the receipt into every output that is a folder.
+
+    coefficients  those of each that came from the data
+    """
+    if all(folder.file for folder in folders):
+        return
+    inputs = input_files(plan)
     for k, folder in enumerate(folders):
         if not folder.file:
-            folder.write(RECEIPT, receipt_content(plan, k, weights[k], small[k]))
+            folder.write(RECEIPT, receipt_content(plan, k, weights[k], small[k], inputs, coefficients[k]))
+
+
+def write_card(
+    folder: OutFolder, plan: Plan, k: int, record: OutputRecord, small: Mapping[str, SmallFile]
+) -> dict[str, SmallFile]:
+    """Write the model card of output k anew, with how much of the change rounding kept. Returns what the receipt says
+    of it: nothing, if there is no card, or no change.
+
+    small  the files beside the weights
+    """
+    total = RoundingEffect.total(record.effects.values())
+    if total.strength is None or CARD not in small:
+        return {}
+    asked = {} if plan.above else asked_of(plan.recipes[k], plan.shown.model)
+    how_much = f"{kept(total.strength, total.sampled < total.numel)}: effective strength {total.strength:.3g}"
+    content = plan.card(k, [how_much, *acting_lines(asked, total.strength)])
+    folder.write(CARD, content)
+    return {CARD: small_file(content)}

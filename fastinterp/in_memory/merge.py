@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastinterp.backends.cpu import Handle, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
@@ -26,22 +26,23 @@ from fastinterp.ops.combine import Combine, Tensor, philox_key
 from fastinterp.ops.dtypes import DType, parse_dtype, promoted
 from fastinterp.recipe.layers import Layers
 
+Array = TypeVar("Array")  # of numpy, torch, or another library: the result has the type of the inputs
 _STORE = 0  # Philox stream of the store's rounding
 _UNBOUNDED = 1 << 62  # bytes of scratch: whoever holds whole models in memory sets the bound
 
 
 def merge_tensors(
-    tensors: Sequence[Any],
+    tensors: Sequence[Array],
     method: str | Method,
     *,
-    base: Any = None,
+    base: Array | None = None,
     parameters: Mapping[str, Any] | None = None,
     name: str = "tensor",
     dtype: str | None = None,
     seed: int = 0,
     rounding: str = "nearest",
     threads: int | None = None,
-) -> Any:
+) -> Array:
     """Merge tensors of one shape as `fastinterp merge` merges those of checkpoints: the same bytes.
 
     tensors     contiguous numpy arrays or torch tensors, not both, or what has `__dlpack__`, as cupy's; float64,
@@ -74,21 +75,21 @@ def merge_tensors(
     for key in (p.name for p in method.parameters if p.kind is Sidecar):
         if isinstance(values.get(key), (list, tuple)):
             values[key] = [{name: x} if hasattr(x, "dtype") else x for x in values[key]]
-    return _Merge(dicts, origin, labels, method, values, dtype, seed, rounding, threads).run()[name]
+    return _Merge(dicts, origin, labels, method, values, dtype, seed, rounding, threads).run()[name]  # type: ignore[no-any-return]
 
 
 def merge_state_dicts(
-    state_dicts: Sequence[Arrays],
+    state_dicts: Sequence[Mapping[str, Array]],
     method: str | Method,
     *,
-    base: Arrays | None = None,
+    base: Mapping[str, Array] | None = None,
     parameters: Mapping[str, Any] | None = None,
     integers: int | str | None = None,
     dtype: str | None = None,
     seed: int = 0,
     rounding: str = "nearest",
     threads: int | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Array]:
     """Merge state dicts, mappings of names to tensors, as `fastinterp merge` merges checkpoints: the same bytes.
 
     state_dicts  with the same names, and tensors of the same shapes; tensors as in `merge_tensors`. Integer and boolean

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fastinterp.backends.cpu import combine
 from fastinterp.backends.device import Piece
@@ -17,16 +17,18 @@ from fastinterp.ops import operands, steps
 from fastinterp.ops.combine import MAX_INPUTS, Combine, Row
 from fastinterp.ops.dtypes import DType, parse_dtype
 
+Array = TypeVar("Array")  # of numpy, torch, or another library: the result has the type of the inputs
+
 
 def weighted_sum(
-    arrays: Sequence[Any],
+    arrays: Sequence[Array],
     weights: Sequence[float],
     *,
-    pivot: Any = None,
-    out: Any = None,
+    pivot: Array | None = None,
+    out: Array | None = None,
     dtype: str | None = None,
     threads: int | None = None,
-) -> Any:
+) -> Array:
     """sum_i weights[i] * arrays[i], or with a pivot p: p + sum_i weights[i] * (arrays[i] - p).
 
     arrays   1 to 64 contiguous arrays of one shape, each float64, float32, float16, bfloat16, float8_e4m3fn or

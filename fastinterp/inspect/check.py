@@ -13,6 +13,7 @@ from fastinterp.checkpoint import hub, remote
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
 from fastinterp.execute import chunks, quantised_deltas
 from fastinterp.execute.sources import Sources
+from fastinterp.execute.torn import refuse_torn
 from fastinterp.inspect import samples
 from fastinterp.inspect.check_result import CheckResult, Finding
 from fastinterp.messages import counted, listed, plain
@@ -23,9 +24,10 @@ from fastinterp.plan.plan import Plan, make_plan
 from fastinterp.plan.quantised import refuse_quantised
 from fastinterp.plan.single import plan_document
 from fastinterp.plan.vocabularies import align_models
-from fastinterp.recipe.check import check_recipe, check_tensors
+from fastinterp.recipe.check import check_documents, check_tensors
 from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read_all
 from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.mergekit_options import other_file
 from fastinterp.recipe.references import ModelRef, in_order, not_there, references
 
 _LISTED = 3  # names in a message, before the rest is only counted
@@ -40,23 +42,36 @@ def check(recipe: RecipeSource | Sequence[Mapping[str, Any]], *, methods: Sequen
     Raises: MethodError, if one of `methods` is none; BackendError, if FASTINTERP_ISA names an instruction set that
     cannot be used.
     """
-    with given(methods), hub.one_run(), remote.headers_only():
-        return _check(recipe)
+    with given(methods):
+        return check_with(recipe, {})
 
 
-def _check(recipe: RecipeSource | Sequence[Mapping[str, Any]]) -> CheckResult:
+def check_with(recipe: RecipeSource | Sequence[Mapping[str, Any]], keys: Mapping[str, Any]) -> CheckResult:
+    """`check` of a recipe as options of `merge` change it.
+
+    keys  dtype, rounding, seed, missing, channels, quantize, as of `merge`; None: as the recipe has it
+    """
+    with hub.one_run(), remote.headers_only():
+        return _check(recipe, keys)
+
+
+def _check(recipe: RecipeSource | Sequence[Mapping[str, Any]], keys: Mapping[str, Any]) -> CheckResult:
     findings = _Findings()
     try:
-        documents = in_order(read_all(recipe))
+        *above, last = in_order(read_all(recipe))
     except RecipeError as error:
         findings.add_error(error)
         return findings.result(error.file, exit_code=error.exit_code)
-    about_recipe = check_recipe(recipe)
+    shared = {key: keys.get(key) for key in ("missing", "channels")}
+    documents = (*(_changed(document, shared) for document in above), _changed(last, keys))
+    about_recipe = check_documents(documents)
     recipes = about_recipe.recipes
     for fault in about_recipe.errors:
         findings.add_error(fault)
     for warning in about_recipe.warnings:
         findings.add_warning(warning)
+    if any(other_file(document.value) for document in documents):
+        return findings.result(documents[0].file, exit_code=about_recipe.errors[0].exit_code)
     value = documents[0].value
     if len(documents) == 1 and isinstance(value, dict) and value.get("out") == "lora":
         return _check_adapters(documents[0].file, recipes, findings)
@@ -75,6 +90,14 @@ def _check(recipe: RecipeSource | Sequence[Mapping[str, Any]]) -> CheckResult:
         if not about_recipe.errors:
             exit_code = _exit_code(recipes, library, exit_code)
     return findings.result(documents[0].file, recipes, checked, exit_code)
+
+
+def _changed(document: Document, keys: Mapping[str, Any]) -> Document:
+    """The document with these keys, those of None left as they are."""
+    given = {"out_dtype" if key == "dtype" else key: value for key, value in keys.items() if value is not None}
+    if not given or not isinstance(document.value, dict):
+        return document
+    return replace(document, value={**document.value, **given})
 
 
 def _check_adapters(file: str | None, recipes: Sequence[Recipe], findings: _Findings) -> CheckResult:
@@ -180,7 +203,9 @@ def _open_all(
             continue
         seen.add(model)
         try:
-            library.find(model)
+            opened = library.find(model).checkpoint
+            if opened is not None:
+                refuse_torn(opened, sampled=1)
         except (CheckpointError, StorageError) as error:
             if isinstance(error.__cause__, hub.NotAsked) and about_recipe and "Did you mean" not in str(error):
                 continue  # it may be on the Hub

@@ -94,6 +94,12 @@ class CheckResult:
     def __repr__(self) -> str:
         return f"<CheckResult of {plain(self.name)}: {self._counts()}>"
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from fastinterp import html
+
+        return html.text(str(self))
+
     def __str__(self) -> str:
         lines = [f"{plain(self.name)}: {self._counts()}"]
         lines += _lines("error", self.errors) + _lines("warning", self.warnings)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from fastinterp.backends.cpu import Progress, PumpOptions, survey
+from fastinterp.backends.cpu import PumpOptions, survey
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.errors import ShapeError, UsageError
 from fastinterp.execute.sources import Sources
@@ -16,6 +16,7 @@ from fastinterp.ops.steps import Answer, Measure
 from fastinterp.plan.gguf import refuse_mixed
 from fastinterp.plan.models import Model, is_gguf, open_model
 from fastinterp.plan.tensor_sets import with_names_of
+from fastinterp.progress import Progress, callback_of
 from fastinterp.recipe.tensor_groups import nothing_in_common
 
 
@@ -78,6 +79,8 @@ class Comparison:
     only_b      names of tensors that a lacks
     shapes      names of tensors whose shapes differ
     unmeasured  names of tensors that both have, of dtypes that are not merged, or quantised
+    vectors     names of those tensors that are no matrices: norms, biases, scalars. Their numbers are near 1 or 0 in
+                every model, so that a cosine over them and matrices together says little of either
     kinds       dtype and shape in a and in b where these differ: name -> ("BF16 [4, 2]", "F32 [4, 2]")
     quantised   names of tensors that hold codes or scales of quantised weights in a or in b, and the format
     remarks     how names of b were made to follow those of a, for people
@@ -91,6 +94,7 @@ class Comparison:
     kinds: dict[str, tuple[str, str]]
     quantised: dict[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    vectors: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         """Short: there is an entry for every tensor."""
@@ -99,7 +103,16 @@ class Comparison:
 
     @property
     def total(self) -> Difference:
+        """Of all tensors as one vector: its counts mean something, its norms and cosine mix matrices and vectors."""
         return Difference.total(self.tensors.values())
+
+    @property
+    def total_of_matrices(self) -> Difference:
+        return Difference.total(d for name, d in self.tensors.items() if name not in self.vectors)
+
+    @property
+    def total_of_vectors(self) -> Difference:
+        return Difference.total(d for name, d in self.tensors.items() if name in self.vectors)
 
 
 def compare(
@@ -107,7 +120,7 @@ def compare(
     b: str | os.PathLike[str],
     *,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Comparison:
     """Measure b - a for every tensor of two checkpoints, reading every byte once.
 
@@ -128,7 +141,7 @@ def compare(
     shapes = [n for n in common if first.tensors[n].shape != second.tensors[n].shape]
     same_shape = [n for n in common if first.tensors[n].shape == second.tensors[n].shape]
     names = [n for n in same_shape if first.tensors[n].merges and second.tensors[n].merges]
-    answers = _measured((first, second), names, threads, progress)
+    answers = _measured((first, second), names, threads, callback_of(progress))
     tensors = {}
     for name, (sums, nonzero) in zip(names, answers, strict=True):
         aa, ad, dd = sums[:3]
@@ -142,7 +155,13 @@ def compare(
         _kinds(first, second, common),
         {n: t.quantised for c in (second, first) for n, t in c.tensors.items() if t.quantised},
         tuple(remarks),
+        frozenset(name for name in names if _is_vector(name, first.tensors[name].shape)),
     )
+
+
+def _is_vector(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor has one dimension, but for those of length 1, or is the biases of several modules."""
+    return sum(length != 1 for length in shape) < 2 or name.rpartition(".")[2].endswith("bias")
 
 
 @dataclass(frozen=True, slots=True)

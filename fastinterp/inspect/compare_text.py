@@ -12,13 +12,14 @@ from fastinterp.messages import WIDTH, counted, fit, listed, table
 
 _MOST = 10  # tensors in the table that has those that differ most
 _LISTED = 3  # names in a note
+_APART, _ENOUGH = 0.1, 1000  # the cosine below which matrices have nothing in common, of how many elements at least
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
     """Plain values, as `diff --json` prints them."""
     return {
-        "total": _values(comparison.total),
-        "layers": {name: _values(d) for name, d in _layers(comparison).items()},
+        "total": _values_of(comparison, comparison.tensors),
+        "layers": {layer: _values_of(comparison, names) for layer, names in _layers(comparison.tensors).items()},
         "tensors": {name: _values(d) for name, d in comparison.tensors.items()},
         "only_a": comparison.only_a,
         "only_b": comparison.only_b,
@@ -35,14 +36,37 @@ def _values(d: Difference) -> dict[str, Any]:
     return {name: getattr(d, name) for name in named}
 
 
-def _layers(comparison: Comparison) -> dict[str, Difference]:
-    """One entry per layer (the name up to its first number), and per tensor that is in no layer, in natural order."""
-    groups: dict[str, list[Difference]] = {}
-    for name in sorted(comparison.tensors, key=natural):
+def _values_of(comparison: Comparison, names: Iterable[str]) -> dict[str, Any]:
+    """Some tensors together: how many elements differ; and the rest, of matrices and vectors apart."""
+    every = {name: comparison.tensors[name] for name in names}
+    matrices = [d for name, d in every.items() if name not in comparison.vectors]
+    vectors = [d for name, d in every.items() if name in comparison.vectors]
+    total = Difference.total(every.values())
+    return {
+        "numel": total.numel,
+        "changed": total.changed,
+        "changed_fraction": total.changed_fraction,
+        "matrices": _values(Difference.total(matrices)) if matrices else None,
+        "vectors": _values(Difference.total(vectors)) if vectors else None,
+    }
+
+
+def _layers(names: Iterable[str]) -> dict[str, list[str]]:
+    """The tensors of each layer (a name up to its first number), and each that is in no layer, in natural order."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names, key=natural):
         parts = name.split(".")
         at = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
-        groups.setdefault(".".join(parts[: at + 1]), []).append(comparison.tensors[name])
-    return {name: Difference.total(some) for name, some in groups.items()}
+        groups.setdefault(".".join(parts[: at + 1]), []).append(name)
+    return groups
+
+
+def _kinds(names: Iterable[str]) -> dict[str, list[str]]:
+    """Tensors whose names differ in numbers alone, as `model.layers.*.input_layernorm.weight`, in natural order."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names, key=natural):
+        groups.setdefault(".".join("*" if part.isdecimal() else part for part in name.split(".")), []).append(name)
+    return {names[0] if len(names) == 1 else kind: names for kind, names in groups.items()}
 
 
 def as_text(comparison: Comparison, *, every: bool = False, whole: bool = False) -> str:
@@ -52,10 +76,18 @@ def as_text(comparison: Comparison, *, every: bool = False, whole: bool = False)
     whole  names are not cut to fit into a line
     """
     head = ["|d|/|a|", "cosine", "changed", "elements"]
-    layers = [_row(n, d) for n, d in _layers(comparison).items()]
-    total = _row(f"all {counted(len(comparison.tensors), 'tensor')}", comparison.total)
     notes = _notes(comparison)
-    lines = [*notes, *([""] if notes else []), *_table([["layer", *head], *layers, total], whole)]
+    lines = [*notes]
+    matrices = [name for name in comparison.tensors if name not in comparison.vectors]
+    parts = (("layer", "matrix", matrices, _layers), ("kind", "vector", comparison.vectors, _kinds))
+    for group, noun, some, grouped in parts:
+        if not some:
+            continue
+        title = f"{group}, {'matrices' if noun == 'matrix' else 'vectors'}"
+        rows = [_row(title_of, _total(comparison, names)) for title_of, names in grouped(some).items()]
+        count = f"{len(some):,} {noun}" if len(some) == 1 else f"{len(some):,} {title.partition(', ')[2]}"
+        rows.append(_row(f"all {count}", _total(comparison, some)))
+        lines += [*([""] if lines else []), *_table([[title, *head], *rows], whole)]
     names = sorted(comparison.tensors, key=natural)
     if not every:
         differing = [n for n in names if comparison.tensors[n].changed]
@@ -64,6 +96,10 @@ def as_text(comparison: Comparison, *, every: bool = False, whole: bool = False)
     if names:
         lines += ["", *_table([[title, *head], *(_row(n, comparison.tensors[n]) for n in names)], whole)]
     return "\n".join(lines)
+
+
+def _total(comparison: Comparison, names: Iterable[str]) -> Difference:
+    return Difference.total(comparison.tensors[name] for name in names)
 
 
 def _rank(d: Difference) -> float:
@@ -104,6 +140,12 @@ def _notes(comparison: Comparison) -> list[str]:
     if comparison.tensors and not comparison.total.changed:
         partly = len(notes) > len(comparison.remarks)
         notes.append("all elements of A and B are equal" + (" in the tensors that were measured" if partly else ""))
+    matrices = comparison.total_of_matrices
+    if matrices.numel >= _ENOUGH and matrices.finite and matrices.cosine is not None and abs(matrices.cosine) < _APART:
+        notes.append(
+            f"the matrices of A and B are nearly orthogonal (cosine {matrices.cosine:.3f}), as those of models that "
+            "were trained independently: such models do not interpolate"
+        )
     return notes
 
 

@@ -16,6 +16,7 @@ from fastinterp.checkpoint.gguf_types import stored
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.quantised import quantised_in
+from fastinterp.checkpoint.strict_json import parse_json
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import WIDTH, counted, fit, plain, size, table
 
@@ -148,8 +149,8 @@ def _about_quantised(found: Mapping[str, Any]) -> str:
 def receipt(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The receipt that a merge wrote into the metadata, or None. It is as trustworthy as the file."""
     try:
-        value = json.loads(checkpoint.metadata.get(_RECEIPT, ""))
-    except (ValueError, RecursionError):
+        value = parse_json(checkpoint.metadata.get(_RECEIPT, "").encode(errors="replace"), "the receipt", "")
+    except CheckpointError:
         return None
     return value if isinstance(value, dict) else None
 

@@ -12,6 +12,7 @@ from fastinterp.execute.device_choice import choose
 from fastinterp.execute.run import Window, make_window
 from fastinterp.inspect.explain_parameters import parameters_in_force, presets_in_force, symbols
 from fastinterp.inspect.explain_text import as_text
+from fastinterp.messages import counted, size
 from fastinterp.output.layout import OutFile
 from fastinterp.output.receipt import RECEIPT
 from fastinterp.plan.inputs import TensorInput
@@ -49,6 +50,25 @@ class Explanation:
 
     def __repr__(self) -> str:
         return repr(self.plan)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the formula, tables of models and files, and what is to be noted."""
+        from fastinterp import html
+
+        d = self.as_dict()
+        formula = "\n".join([*d["presets"], d["formula"], *d["symbols"]])
+        models = [(m["symbol"], m["name"], str(m["tensors_read"]), size(m["bytes_read"])) for m in d["models"]]
+        files = [(f["name"], str(f["tensors"]), size(f["bytes"])) for f in d["files"]]
+        lines = [*d["remarks"], *(f"warning: {w}" for w in d["warnings"])]
+        return "".join(
+            [
+                html.heading(f"{d['method']} of {counted(len(models), 'model')}"),
+                html.text(formula),
+                html.table(("", "model", "tensors read", "bytes read"), models),
+                html.table(("file", "tensors", "bytes"), files),
+                html.notes(lines),
+            ]
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name == "plan" or name.startswith("__"):  # not there yet while a copy is made of it

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastinterp.messages import WIDTH, counted, fit, plain, seconds, shown, size, table
+from fastinterp.messages import WIDTH, broken, counted, fit, plain, seconds, shown, size, table
 
 _SHOWN = 8  # items of one kind, before the rest is only counted
 
 
 def as_text(values: dict[str, Any]) -> str:
-    """The values of Explanation.as_dict as text, at most 100 columns wide where names allow."""
+    """The values of Explanation.as_dict as text, at most 80 columns wide where names allow."""
     lines = [f"{values['method']} of {counted(len(values['models']), 'model')}", ""]
     for preset in values["presets"]:
         lines += _wrapped(preset, "  ", " " * 8)
@@ -28,7 +28,7 @@ def as_text(values: dict[str, Any]) -> str:
         *(line for r in values["remarks"] for line in _wrapped(plain(r), "note     ", " " * 9)),
         *(line for w in values["warnings"] for line in _wrapped(plain(w), "warning  ", " " * 9)),
     ]
-    return "\n".join(lines)
+    return broken("\n".join(lines), WIDTH)
 
 
 def _memory(w: dict[str, Any]) -> str:

@@ -15,13 +15,14 @@ from fastinterp._version import __version__
 from fastinterp.backends.cpu import checksum
 from fastinterp.checkpoint.checksum import KEY, UNKNOWN, checksum_text
 from fastinterp.checkpoint.header import MAX_HEADER
-from fastinterp.checkpoint.regular_file import write_all
+from fastinterp.checkpoint.regular_file import close, write_all
 from fastinterp.errors import CheckpointError, OutputError
 from fastinterp.lora.algebra import Array
 from fastinterp.lora.peft_rules import patterns
 from fastinterp.ops.dtypes import DType
 from fastinterp.output.folder import OutFolder
 from fastinterp.output.layout import ALIGN
+from fastinterp.output.model_card import front_matter
 from fastinterp.reference.combine import narrow, widen
 
 WEIGHTS_FILE = "adapter_model.safetensors"  # as peft names it
@@ -68,7 +69,7 @@ class AdapterWriter:
                 size = self._start - 8
                 self._write(size.to_bytes(8, "little") + text.ljust(size), 0)
         finally:
-            os.close(self.fd)
+            close(self.fd, self.path)
 
     @property
     def nbytes(self) -> int:
@@ -192,8 +193,9 @@ def write_small_files(folder: OutFolder, config: Mapping[str, Any], card: str) -
         folder.write("README.md", card.encode())
 
 
-def model_card(base: str | None, how: str) -> str:
-    """README.md. base: a Hub id, or None; how: text that says how the adapter was made"""
-    front = ["library_name: peft", *([f"base_model: {json.dumps(base)}"] if base else [])]
-    lines = "\n".join([*front, "tags:", "- lora", "- fastinterp"])
-    return f"---\n{lines}\n---\n\n# LoRA adapter\n\nMade with fastinterp {__version__}.\n\n{how}\n"
+def model_card(base: str | None, how: str, *, merged: bool = False) -> str:
+    """README.md. base: a Hub id, or None; how: text that says how the adapter was made; merged: of others"""
+    front: dict[str, Any] = {"library_name": "peft"}
+    front |= {"base_model": [base], "base_model_relation": "adapter"} if base else {}
+    front["tags"] = ["lora", *(["merge"] if merged else []), "fastinterp"]
+    return f"{front_matter(front)}\n\n# LoRA adapter\n\nMade with fastinterp {__version__}.\n\n{how}\n"

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastinterp.arguments import path_of
-from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_threads
 from fastinterp.checkpoint.names import listing, names_file, quote
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
@@ -45,10 +44,13 @@ from fastinterp.lora.tensors import COPY, TensorReader
 from fastinterp.messages import counted
 from fastinterp.ops.combine import Row, philox_key
 from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_dtype
+from fastinterp.output.earlier import key_of
 from fastinterp.output.folder import OutFolder
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.plan.plan import Plan
+from fastinterp.progress import Progress, callback_of
 from fastinterp.recipe.references import ModelRef
+from fastinterp.recipe.renaming import shortened
 
 MAX_RANK = 1 << 14
 _EXPERT = re.compile(r"\.experts\.\d+\.")  # a module of one expert
@@ -71,7 +73,7 @@ def extract_lora(
     threads: int | None = None,
     force: bool = False,
     durable: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> AdapterReport:
     """Write what a fine-tune changed in its base as a LoRA adapter of peft into the folder `out`.
 
@@ -87,14 +89,14 @@ def extract_lora(
                command line sees to; else, and on another kind of processor or with another BLAS, the last bits may
     force      replace an adapter that is there
     durable    call fsync before finishing
-    progress   called with (bytes done, total bytes)
+    progress   as of `merge`
 
     The change of one module at a time is in memory, float32, as are blocks of it: for an m x n weight 4 m n bytes, and
     8 (rank + 16) (m + n) bytes a few times. What is stored whole is streamed. The randomised decomposition reads
     the change 6 times (16 further columns, 2 power iterations): see algebra.py.
     Raises: UsageError, CheckpointError (ShapeError, if the two differ in their tensors), StorageError, OutputError.
     """
-    start = time.perf_counter()
+    start, shown = time.perf_counter(), callback_of(progress)
     how = _How(*_checked(rank, energy, seed, dtype), threads=cpu_threads(threads))
     target = path_of(out, "out")
     if names_file(target):
@@ -105,7 +107,7 @@ def extract_lora(
         inputs = {t.name: pair_of(plan, t) for t in plan.tensors}
         reader = TensorReader(plan.checkpoints, (x for pair in inputs.values() for x in pair), stack, threads)
         total = 2 * sum(x.nbytes for t in plan.tensors for x in inputs[t.name] if t.merged)
-        norms = norms_of_changes(plan, inputs, reader, _part(progress, 0, total))
+        norms = norms_of_changes(plan, inputs, reader, _part(shown, 0, total))
         config = json_or_empty(plan.checkpoints[0].root / CONFIG)
         parts = divide(shapes_of(plan), norms.keys(), config, whole=whole_modules)
         if not parts.factors:
@@ -123,12 +125,16 @@ def extract_lora(
             )
         left_out = _left_out(parts, norms, whole=whole_modules)
         run = _Extraction(plan, inputs, parts, norms, config, how, reader)
+        key = key_of((names, rank, energy, seed, how.dtype, whole_modules), plan.inputs)
         folder = stack.enter_context(
             OutFolder(
-                target, plan.inputs, force=force, durable=durable, needed=run.most_bytes, names=(WEIGHTS_FILE,)
+                target, plan.inputs, force=force, durable=durable, needed=run.most_bytes, names=(WEIGHTS_FILE,),
+                merge=key,
             )
         )  # fmt: skip
-        modules, written = run.write(folder, _part(progress, total // 2, total))
+        if folder.finished:  # an earlier run died in its last step: its report is not known
+            folder.anew()
+        modules, written = run.write(folder, _part(shown, total // 2, total))
         reader.refuse_changed()
         write_small_files(folder, run.config(modules, names[0]), _card(names, how, modules))
         folder.commit()
@@ -325,8 +331,9 @@ def _card(names: tuple[str, str], how: _How, modules: Sequence[FactorisedModule]
     total = AdapterReport("", tuple(modules), (), (), False, 0, 0, 0.0).total
     energy = "" if how.energy is None else f", energy {how.energy:g}"
     base = None if os.path.exists(names[0]) or hub.parse(names[0]) is None else names[0].partition("@")[0]
+    shown = shortened(names)
     text = (
-        f"Extracted from {quote(names[1])}, a fine-tune of {quote(names[0])}: rank {how.rank}{energy}, "
+        f"Extracted from {quote(shown[1])}, a fine-tune of {quote(shown[0])}: rank {how.rank}{energy}, "
         f"seed {how.seed}, randomised SVD ({OVERSAMPLING} further columns, {ITERATIONS} power iterations). It keeps "
         f"{total.energy:.4%} of the squared norm of the changes of {counted(len(modules), 'module')}."
     )

@@ -26,9 +26,11 @@ from fastinterp.lora.report import AdapterReport, FactorisedModule
 from fastinterp.lora.tensors import TensorReader
 from fastinterp.ops.combine import Combine
 from fastinterp.ops.dtypes import F32, DType, promoted
+from fastinterp.output.earlier import key_of
 from fastinterp.output.folder import OutFolder
 from fastinterp.plan.inputs import TensorInput
 from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.shown_names import shown_names
 
 _FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 
@@ -68,9 +70,14 @@ def merge_adapters(
         merge = AdapterMerge(plan, stack, threads)
         name = WEIGHTS_FILE if plan.style == "peft" else _FILE
         inputs = [path for adapter in plan.adapters for path in adapter.checkpoint.inputs]
+        key = key_of((recipe.text, recipe.out_dtype, recipe.dtype, recipe.rank, recipe.seed), inputs)
         folder = stack.enter_context(
-            OutFolder(target, inputs, force=force, durable=durable, needed=merge.most_bytes, names=(name,))
-        )
+            OutFolder(
+                target, inputs, force=force, durable=durable, needed=merge.most_bytes, names=(name,), merge=key
+            )
+        )  # fmt: skip
+        if folder.finished:  # an earlier run died in its last step: its report is not known
+            folder.anew()
         modules, written = merge.write(folder, name, progress)
         merge.reader.refuse_changed()
         if plan.style == "peft":
@@ -316,6 +323,9 @@ def _names(module: LowRankModule, style: str) -> tuple[str, str]:
 def _card(plan: AdapterPlan) -> str:
     base = plan.adapters[0].config.get("base_model_name_or_path")
     known = isinstance(base, str) and not os.path.exists(base) and hub.parse(base) is not None
-    names = "\n".join(f"- {quote(source.name)}" for source in plan.sources if source.adapter is not None)
+    shown = shown_names([plan.recipe])
+    names = "\n".join(f"- {quote(shown.model(s.name))}" for s in plan.sources if s.adapter is not None)
     text = f"Merged from adapters, method {quote(plan.recipe.method.name)}:\n\n{names}\n\nThe recipe:\n\n"
-    return model_card(base if known else None, f"{text}```yaml\n{plan.recipe.text.rstrip()}\n```")
+    command = "With it as recipe.yml: `fastinterp merge recipe.yml OUT`"
+    how = f"{text}```yaml\n{shown.recipe(plan.recipe.text).rstrip()}\n```\n\n{command}"
+    return model_card(base if known and not plan.recipe.private else None, how, merged=True)

@@ -147,6 +147,7 @@ class Method:
     draws        which elements are left out is drawn at random: the output depends on the seed
     elects       for each element it elects a sign, and leaves out deltas of the other sign
     walks        its parameter `t` walks from the first input, 0, to the second, 1
+    relative     only the ratios of its weights count, whatever its other parameters are
     for_more     what to use for more inputs than it takes, as a message has it
     """
 
@@ -162,6 +163,7 @@ class Method:
     draws: bool = False
     elects: bool = False
     walks: bool = False
+    relative: bool = False
     for_more: str = ""
 
     def __call__(self, n: int, tensor: Tensor | None = None, **parameters: Any) -> Any:
@@ -171,7 +173,7 @@ class Method:
 
 def method(
     *, base: Base, models: tuple[int, int], sums_deltas: bool = False, drops: bool = False, draws: bool = False,
-    elects: bool = False, walks: bool = False, for_more: str = "",
+    elects: bool = False, walks: bool = False, relative: bool = False, for_more: str = "",
 ) -> Callable[[Callable[..., Any]], Method]:  # fmt: skip
     """Declare the function below to be a merge method. Arguments: those of `Method`.
 
@@ -183,7 +185,7 @@ def method(
         doc, generator = inspect.cleandoc(fn.__doc__ or ""), inspect.isgeneratorfunction(fn)
         return Method(
             fn.__name__, fn, doc, base, models, _parameters(fn), generator, sums_deltas=sums_deltas, drops=drops,
-            draws=draws, elects=elects, walks=walks, for_more=for_more,
+            draws=draws, elects=elects, walks=walks, relative=relative, for_more=for_more,
         )  # fmt: skip
 
     return declare

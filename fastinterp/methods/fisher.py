@@ -8,7 +8,7 @@ from fastinterp.methods._weights import level
 from fastinterp.ops.requests import MaskedCombine
 
 
-@method(base="none", models=(2, 32))
+@method(base="none", models=(2, 32), relative=True)
 def fisher(n: int, *, fisher: Each[Sidecar], weight: Each[NotNegative] = (1.0,)) -> MaskedCombine:
     """Average the models, elements weighted by importance.     out = sum_i g_i*x_i / sum_i g_i, g_i = w_i*(F_i + 1e-6)
 

@@ -12,7 +12,7 @@ from fastinterp.ops.combine import Combine, Tensor
 from fastinterp.ops.requests import Steps
 
 
-@method(base="none", models=(2, 64))
+@method(base="none", models=(2, 64), relative=True)
 def geometric_median(
     n: int,
     tensor: Tensor,

@@ -12,7 +12,7 @@ from fastinterp.ops.combine import Combine, Tensor
 from fastinterp.ops.requests import GroupCombine, Measure, Per, Steps
 
 
-@method(base="optional", models=(2, 3), sums_deltas=True, for_more="`multislerp`, `karcher`")
+@method(base="optional", models=(2, 3), sums_deltas=True, relative=True, for_more="`multislerp`, `karcher`")
 def nuslerp(
     n: int, tensor: Tensor, *, weight: Each[float], nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
 ) -> Steps:

@@ -11,6 +11,7 @@ import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from fastinterp.errors import MethodError
 
@@ -140,7 +141,11 @@ def philox_key(seed: int, stream: int, name: str) -> int:
 
 def renumbered(rows: Iterable[Row]) -> tuple[tuple[int, ...], tuple[Row, ...]]:
     """The inputs that any of the rows reads, ascending, and the rows with indices among these as inputs."""
-    rows = tuple(rows)
+    return _renumbered(tuple(rows))
+
+
+@lru_cache(maxsize=64)  # most tensors of a model have the sums of the one before
+def _renumbered(rows: tuple[Row, ...]) -> tuple[tuple[int, ...], tuple[Row, ...]]:
     inputs = tuple(sorted({i for row in rows for i in row.inputs}))
     at = {i: k for k, i in enumerate(inputs)}
     moved = (replace(row, pivot=at[row.pivot], terms=tuple((at[i], w) for i, w in row.terms)) for row in rows)

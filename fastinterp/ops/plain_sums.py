@@ -33,15 +33,15 @@ def plain_sum(total: Sum) -> dict[str, Any] | None:
         if sys.byteorder == "big":
             values.byteswap()
         encoded = binascii.b2a_base64(values.tobytes(), newline=False).decode()
-        rest = {"n": total.n, "per": total.per, "base": total.base, "sums_to_one": total.sums_to_one}
-        return {"groups": {_BASE64: encoded, **_shortened(GroupCombine, rest)}}
+        group: dict[str, Any] = {"n": total.n, "per": total.per, "base": total.base, "sums_to_one": total.sums_to_one}
+        return {"groups": {_BASE64: encoded, **_shortened(GroupCombine, group)}}
     if isinstance(total, MaskedCombine):
         if total.score is not None and len(total.score.factors) > LARGEST:
             return None
-        rest = _shortened(MaskedCombine, {f.name: getattr(total, f.name) for f in fields(total)})
+        masked: dict[str, Any] = _shortened(MaskedCombine, {f.name: getattr(total, f.name) for f in fields(total)})
         if total.masks is not None:
-            rest["masks"] = [_shortened(Mask, {f.name: getattr(m, f.name) for f in fields(m)}) for m in total.masks]
-        return {"masked": _builtins(rest)}
+            masked["masks"] = [_shortened(Mask, {f.name: getattr(m, f.name) for f in fields(m)}) for m in total.masks]
+        return {"masked": _builtins(masked)}
     return {"combine": _builtins(_shortened(Combine, {f.name: getattr(total, f.name) for f in fields(total)}))}
 
 

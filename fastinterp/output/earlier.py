@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 
+from fastinterp._version import __version__
 from fastinterp.checkpoint.journal_file import BEGIN, begun_of, journal_path, state_of
+from fastinterp.checkpoint.regular_file import stamp_of
 from fastinterp.output.names import place_of
 
 
@@ -32,3 +35,15 @@ def earlier(outs: Iterable[str | os.PathLike[str]], merge: str) -> Earlier:
     if BEGIN in steps:
         return Earlier.WRITING
     return Earlier.PLACING if steps else Earlier.NONE
+
+
+def key_of(values: object, inputs: Iterable[str | os.PathLike[str]]) -> str:
+    """What tells merges apart that have no plan: a hash of their arguments and of their inputs' sizes and times.
+
+    values  anything whose repr says all of it
+    """
+    digest = hashlib.blake2b(f"{__version__} {values!r}".encode("utf-8", "surrogatepass"), digest_size=16)
+    for path in inputs:
+        if not os.path.isdir(path):
+            digest.update(f"{os.fspath(path)!r} {stamp_of(path)}".encode())
+    return digest.hexdigest()

@@ -10,28 +10,29 @@ be put in order by hand.
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from fastinterp.checkpoint.journal_file import PARTIAL, SUBFOLDER, Finishing, Subfolder, journal_path, temporary
+from fastinterp.checkpoint.journal_file import PARTIAL, SUBFOLDER, Finishing, Subfolder, temporary
 from fastinterp.checkpoint.names import is_relative, quote
-from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.regular_file import pieces_of
+from fastinterp.checkpoint.unfinished import what_ends
 from fastinterp.errors import OutputError
 from fastinterp.output import refusals
 from fastinterp.output.earlier import Earlier
 from fastinterp.output.finish import begin_finish, complete, end_finish, place, refuse_odd, take_back
 from fastinterp.output.journal import Busy, Journal, begin, boot, take_over
-from fastinterp.output.leftovers import complete_files, entries, left_by_runs, remove, reserved
-from fastinterp.output.names import place_of, rank, subfolders
-from fastinterp.output.old_checkpoint import old_checkpoint
+from fastinterp.output.leftovers import complete_files, remove, reserved
+from fastinterp.output.names import rank, subfolders
+from fastinterp.output.place import Place
 
+MENDED = "a run that had died had completed it: it is in place now"
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW  # a planted link is never written through
 
 
-class OutFolder:
+class OutFolder(Place):
     """A context manager around writing one checkpoint into the folder `path`.
 
     path     ending in `.safetensors` or `.gguf`: the output is this one file. All that else is in its folder is left
@@ -72,37 +73,18 @@ class OutFolder:
         differs: Callable[[Journal], str] | None = None,
         earlier: Earlier = Earlier.NONE,
     ):
-        self.name = os.fspath(path)
-        if not self.name:
-            raise OutputError("the name of the output folder is empty. Give the name of a new folder")
-        folder, self.file = place_of(path)
-        try:
-            self.path = Path(os.path.realpath(folder))
-        except (OSError, ValueError) as error:  # ValueError: a NUL
-            raise OutputError(f"{quote(self.name)}: this path cannot be used: {error}") from None
-        self._refuse_name()
+        super().__init__(path, inputs, names)
         self.journal: Journal | None = None
         self.ended: Journal | None = None
         self.resumed = self.finished = False
         self.mended = ""
         self.removed: tuple[str, ...] = ()
-        self._names = {self.file} if self.file else set(names)
-        self._inputs, self._force, self._durable, self._needed = inputs, force, durable, needed
+        self._force, self._durable, self._needed = force, durable, needed
         self._merge, self._differs, self._earlier = merge, differs, earlier
         self._run: str | None = None  # the number of the run; None: drawn at random
-        self._created: list[Path] = []  # folders, outermost first
         self._temps: dict[str, Path] = {}  # final name -> temporary
         self._subfolders: set[str] = set()
         self._done = False
-
-    def _refuse_name(self) -> None:
-        """Names may be too long for the system, say. What is in a folder that is missing yet is refused later."""
-        try:
-            with suppress(FileNotFoundError, NotADirectoryError):
-                os.lstat(self.path / self.file if self.file else self.path)
-        except (OSError, ValueError) as error:  # ValueError: a NUL, or no valid Unicode
-            why = getattr(error, "strerror", None) or error
-            raise OutputError(f"{quote(self.name)}: this path cannot be used: {why}") from None
 
     # ---- before anything is written ---------------------------------------------------------------------------------
 
@@ -155,7 +137,7 @@ class OutFolder:
             ) from error
         self.ended = found
         self.finished = self._same(found)
-        self.mended = "a run that had died had completed it: it is in place now"
+        self.mended = MENDED
 
     def _same(self, found: Journal | None) -> bool:
         """Whether a journal is of this merge."""
@@ -165,11 +147,10 @@ class OutFolder:
         """Why the rest of a run that died is not thrown away, if another run can go on with it."""
         if self._force or self._same(found) or not self._kept(found):
             return ""
-        began, how = found.begun, self._differs(found) if self._differs else ""
-        command = f": {quote(shlex.join(began.command), 300)} in {quote(began.cwd)}" if began.command else ""
+        how = self._differs(found) if self._differs else ""
         return (
-            f"another merge is not finished here{f' ({how})' if how else ''}. To finish it, run it again{command}; to "
-            "throw it away, add --force (in Python force=True)"
+            f"another merge is not finished here{f' ({how})' if how else ''}. To throw it away, add --force (in Python "
+            f"force=True); to finish it, {what_ends(found.begun)}"
         )
 
     def _kept(self, found: Journal) -> bool:
@@ -182,13 +163,13 @@ class OutFolder:
         try:
             if found is not None and not self.resumed:
                 remove(self.path, self.file, self._names, found)
-            self._refuse(self._about_contents())
+            self._refuse(self._about_contents(force=self._force))
             held = reserved(self.path, self.file, self._names, found.run) if found is not None and self.resumed else 0
             self._refuse(refusals.about_space(self.path, max(0, self._needed - held)))
             self._make_folders()
             self._refuse_name()
             self._hold()
-            self._refuse(self._about_contents())  # another run may have ended since
+            self._refuse(self._about_contents(force=self._force))  # another run may have ended since
             remove(self.path, self.file, self._names, self._held, keep=self._held.run, folders=False)
         except BaseException:
             if self.resumed:
@@ -210,37 +191,9 @@ class OutFolder:
         except OSError as error:
             raise self._error(f"the folder cannot be written to: {error.strerror}") from error
 
-    def _about_contents(self) -> str:
-        if not self.path.is_dir():
-            return ""
-        if self.file:
-            return refusals.about_file(self.path, self.file, self._inputs, force=self._force)
-        every = entries(self.path, self._names)
-        return refusals.about_contents(
-            self.path, every, self._present(every), self._inputs, self._names, force=self._force
-        )
-
-    def _is_new(self) -> bool:
-        """Whether there is nothing in the place of the output."""
-        if self.file:
-            return not os.path.lexists(self.path / self.file)
-        return not (self.path.is_dir() and os.listdir(self.path))
-
-    def _present(self, every: Sequence[str]) -> list[str]:
-        """Of the names in the folder, those that no run left."""
-        left = set(left_by_runs(self.path, self.file, every))
-        return [n for n in every if n not in left]
-
     def _refuse(self, reason: str) -> None:
         if reason:
             raise self._error(f"{self.mended}. Now {reason}" if self.mended else reason)
-
-    def _error(self, message: str) -> OutputError:
-        return OutputError(f"{self.name}: {message}")
-
-    @property
-    def _journal_path(self) -> Path:
-        return journal_path(self.path, self.file)
 
     @property
     def _held(self) -> Journal:
@@ -270,10 +223,11 @@ class OutFolder:
     def write(self, name: str, content: bytes | Path) -> None:
         """Put a small file into the output: bytes, or a copy of the file at a path."""
         path = self.temp(name)
-        data = read_regular(str(content)) if isinstance(content, Path) else content
+        pieces = pieces_of(str(content)) if isinstance(content, Path) else (content,)
         try:
             with open(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "wb") as stream:
-                stream.write(data)
+                for piece in pieces:
+                    stream.write(piece)
         except OSError as error:
             raise self._error(f"{quote(name)} cannot be written: {error.strerror}") from error
 
@@ -281,7 +235,12 @@ class OutFolder:
         if self.resumed and os.path.lexists(path):
             return
         try:
-            os.close(os.open(path, _FLAGS, 0o666))
+            fd = os.open(path, _FLAGS, 0o666)
+            try:
+                os.close(fd)
+            except OSError:
+                os.unlink(path)
+                raise
         except OSError as error:
             raise self._error(f"the folder cannot be written to: {error.strerror}") from error
 
@@ -300,19 +259,6 @@ class OutFolder:
             except OSError as error:
                 raise self._error(f"the folder {quote(folder)} in it cannot be created: {error.strerror}") from error
 
-    def _make_folders(self) -> None:
-        missing = []
-        folder = self.path
-        while not folder.exists():
-            missing.append(folder)
-            folder = folder.parent
-        try:
-            for folder in reversed(missing):
-                folder.mkdir(exist_ok=True)
-                self._created.append(folder)
-        except OSError as error:
-            raise self._error(f"the folder cannot be created: {error.strerror}") from error
-
     # ---- the finish -------------------------------------------------------------------------------------------------
 
     def commit(self) -> None:
@@ -325,7 +271,7 @@ class OutFolder:
         """The commit point: from here on every run that comes by ends the finish. Before it, nothing is changed."""
         names = tuple(sorted(self._temps, key=rank))
         try:
-            aside = self._replaced()
+            aside = self._replaced(self._temps) if self._force else ()
             inode = os.lstat(self.path / self.file).st_ino if self.file and not self._is_new() else 0
             sync = self._durable or bool(aside) or bool(inode)
             made = [self.path, *self.path.parents[:-1]] if self.resumed else self._created
@@ -364,27 +310,10 @@ class OutFolder:
             return ""
         return ". It is complete, and the next run into it puts it in place: run this again"
 
-    def _replaced(self) -> tuple[str, ...]:
-        """The files that are moved aside: weights first, and their index after them. While one of its files is missing,
-        readers refuse a checkpoint. One file replaces another at once.
-        """
-        if self.file or not self._force:
-            return ()
-        every = entries(self.path, self._names)
-        old, _ = old_checkpoint(self.path, self._present(every), self._names)
-        return (*old, *(n for n in every if n in self._temps and n not in old))
-
     def leave(self) -> None:
         """Leave the output as it is, to be resumed, unless its finish has begun."""
         if self.journal is not None and self.journal.finishing is None:
             self._close()
-
-    def left(self) -> list[str]:
-        """The paths that have to be removed to be rid of an output that was left."""
-        every = entries(self.path, self._names)
-        if not self.file and not self._present(every):
-            return [self.name]
-        return [os.fspath(self.path / name) for name in left_by_runs(self.path, self.file, every)]
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 

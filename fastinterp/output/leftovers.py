@@ -12,7 +12,9 @@ from fastinterp.checkpoint.names import TEMPLATES
 from fastinterp.output.journal import Journal
 from fastinterp.output.names import subfolders
 
-DONE = "done"  # `.NAME.done.partial-RUN` notes that a file is complete: shared_folder.py
+# `.NAME.done.partial-RUN` notes that a file is complete, `.NAME.rounds.partial-RUN` what is finished of it:
+# shared_folder.py
+DONE, ROUNDS = "done", "rounds"
 
 
 def entries(root: Path, names: Iterable[str]) -> list[str]:
@@ -74,9 +76,14 @@ def remove(
 
 
 def complete_files(root: Path, file: str | None, names: Iterable[str], run: str) -> int:
-    """How many files several processes have noted as complete in a run that is not finished. Raises: OSError."""
+    """How many files several processes have noted as complete, or finished in part, in a run that is not finished.
+
+    Raises: OSError.
+    """
     found = map(temporary_of, left_by_runs(root, file, entries(root, names)))
-    return sum(match is not None and match[2] == run and match[0].endswith(f".{DONE}") for match in found)
+    return sum(
+        match is not None and match[2] == run and match[0].endswith((f".{DONE}", f".{ROUNDS}")) for match in found
+    )
 
 
 def reserved(root: Path, file: str | None, names: Iterable[str], run: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import ANY_INDEX, GGUF, GGUF_SPLIT, PICKLES, SHARD, TEMPLATES, WEIGHTS
 from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import is_sidecar
+from fastinterp.checkpoint.strict_json import parse_json
 from fastinterp.errors import CheckpointError
 from fastinterp.output.receipt import RECEIPT
 from fastinterp.output.stems import is_known
@@ -29,9 +29,9 @@ def old_checkpoint(root: Path, present: Sequence[str], new: Collection[str]) -> 
     for index in indexes:
         beside = index[: -len(os.path.basename(index))]
         try:
-            weight_map = json.loads(read_regular(str(root / index), MAX_HEADER))["weight_map"]
+            weight_map = parse_json(read_regular(str(root / index), MAX_HEADER), "the index", index)["weight_map"]
             listed.update(beside + v for v in weight_map.values() if isinstance(v, str))
-        except (CheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (CheckpointError, KeyError, TypeError, AttributeError):
             continue
     written = {_stem(n) for n in new if n.endswith((WEIGHTS, GGUF))}
     weights, strangers = [], []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,15 @@ from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, TEMPLATES, TRAINER_PICKLES, WEIGHTS, quote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import Stamp, read_regular, stamp_of
-from fastinterp.checkpoint.sidecar_files import CONFIG, is_sidecar, named_file, with_dtype, without_named_file
+from fastinterp.checkpoint.sidecar_files import (
+    CONFIG,
+    is_sidecar,
+    named_file,
+    refuse_link,
+    with_dtype,
+    without_named_file,
+)
+from fastinterp.checkpoint.strict_json import parse_json
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import listed
 from fastinterp.ops.dtypes import DType
@@ -121,7 +128,7 @@ def origin_files(
     in its folder are left out, and told if the folder has a configuration: else they are no part of a model.
 
     left_out  files of the source that are not in the folder, because they have been left out before: reason -> names
-    Raises: CheckpointError, if the folder cannot be read.
+    Raises: CheckpointError, if the folder cannot be read, or one of the files is a link out of it.
     """
     try:
         files = _sorted_out(root, source)
@@ -144,6 +151,7 @@ def _sorted_out(root: Path, source: Checkpoint | None) -> OriginFiles:
     for name, reason in found:
         why = reason or (None if name in code else _why_not(root, name, whole))
         if why is None:
+            refuse_link(root, name)
             copied[name] = root / name
         elif is_model:
             left_out.setdefault(why, []).append(name)
@@ -259,8 +267,8 @@ def _named_modules(root: Path, names: list[str]) -> set[str]:
 
 def _modules_in(path: Path, kind: str) -> set[str]:
     try:
-        table = json.loads(read_regular(str(path), LARGEST))
-    except (CheckpointError, ValueError, RecursionError):
+        table = parse_json(read_regular(str(path), LARGEST), path.name, str(path))
+    except CheckpointError:
         return set()  # who needs it says what is wrong with it
     values: list[Any] = []
     if kind == "modules.json" and isinstance(table, list):

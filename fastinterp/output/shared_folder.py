@@ -17,7 +17,7 @@ from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.regular_file import fsync, read_regular
 from fastinterp.errors import OutputError
 from fastinterp.output.folder import OutFolder
-from fastinterp.output.leftovers import DONE
+from fastinterp.output.leftovers import DONE, ROUNDS
 from fastinterp.output.names import place_of
 
 
@@ -85,6 +85,11 @@ def read_note(out: str | os.PathLike[str], name: str, key: str) -> bytes | None:
     """What was noted of `name`; None if it is not complete."""
     path = _note(out, name, key)
     return read_regular(str(path)) if os.path.lexists(path) else None
+
+
+def journal_of_file(out: str | os.PathLike[str], name: str, key: str) -> Path:
+    """The journal of what is finished of `name`."""
+    return _beside(out, name, key, ROUNDS)
 
 
 def _note(out: str | os.PathLike[str], name: str, key: str) -> Path:

@@ -41,8 +41,8 @@ _MOST_LABELLED = 64  # cells of a heat map with their value in them; more cells 
 _TICKS = 24  # most labels of layers on an axis
 
 
-def plot_report(report: Report, file: str | os.PathLike[str], metrics: Sequence[str] | None = None) -> None:
-    """Curves along one direction, heat maps over two. See PathReport.plot."""
+def plot_report(report: Report, file: str | os.PathLike[str] | None, metrics: Sequence[str] | None = None) -> Any:
+    """Curves along one direction, heat maps over two, as a figure of matplotlib. See PathReport.plot."""
     chosen = list(report.metrics if metrics is None else metrics)
     for name in chosen:
         report.check_metric(name)
@@ -52,11 +52,10 @@ def plot_report(report: Report, file: str | os.PathLike[str], metrics: Sequence[
             f"{', '.join(report.varied) or 'there is one point'}"
         )
     if len(report.varied) == 2:
-        _save(file, len(chosen), (4.6, 3.9), lambda axes: _maps(report, chosen, axes))
-        return
+        return _figure(file, len(chosen), (4.6, 3.9), lambda axes: _maps(report, chosen, axes))
     staircase = any("staircase" in w for w in report.warnings) and report.line and report.base is None
     panels = len(chosen) + staircase
-    _save(file, panels, (4.4, 3.4), lambda axes: _curves(report, chosen, axes[:panels]))
+    return _figure(file, panels, (4.4, 3.4), lambda axes: _curves(report, chosen, axes[:panels]))
 
 
 def plot_difference(comparison: Comparison, file: str | os.PathLike[str], title: str) -> None:
@@ -72,7 +71,7 @@ def plot_difference(comparison: Comparison, file: str | os.PathLike[str], title:
     width = 3.4 + 0.075 * max(map(len, cells.kinds)) + min(0.3 * len(cells.layers), 11)
     height = 1.5 + 0.26 * len(cells.kinds)
     title = fit(title, int(width * 9))
-    _save(file, 1, (width, height), lambda axes: _change_map(axes[0], values, cells.layers, cells.kinds, title))
+    _figure(file, 1, (width, height), lambda axes: _change_map(axes[0], values, cells.layers, cells.kinds, title))
 
 
 def _change(difference: Difference | None) -> float | None:
@@ -89,8 +88,7 @@ def check_figure(file: str | os.PathLike[str]) -> tuple[Path, str]:
 
     Raises: UsageError, without matplotlib, or if the suffix is another one; StorageError, if there is no such folder.
     """
-    if find_spec("matplotlib") is None:
-        raise UsageError("figures need matplotlib: pip install 'fastinterp[plot]'")
+    _check_matplotlib()
     path = Path(file)
     kind = path.suffix.lower().removeprefix(".")
     if kind not in ("png", "svg", "pdf"):
@@ -100,10 +98,30 @@ def check_figure(file: str | os.PathLike[str]) -> tuple[Path, str]:
     return path, kind
 
 
-def _save(
-    file: str | os.PathLike[str], panels: int, size: tuple[float, float], draw: Callable[[list[Any]], None]
-) -> None:
-    path, kind = check_figure(file)  # first: it says that matplotlib is missing
+def _check_matplotlib() -> None:
+    if find_spec("matplotlib") is None:
+        raise UsageError("figures need matplotlib: pip install 'fastinterp[plot]'")
+
+
+def as_svg(figure: Any) -> str:
+    """A figure as the text of an SVG element."""
+    import io
+
+    import matplotlib as mpl
+
+    stream = io.StringIO()
+    with mpl.rc_context(_STYLE):
+        figure.savefig(stream, format="svg", metadata={"Date": None}, facecolor="white")
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _figure(
+    file: str | os.PathLike[str] | None, panels: int, size: tuple[float, float], draw: Callable[[list[Any]], None]
+) -> Any:
+    """A figure of so many panels; written, if a file is named."""
+    place = None if file is None else check_figure(file)  # first: it says that matplotlib is missing
+    _check_matplotlib()
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -115,11 +133,14 @@ def _save(
         draw(axes)
         for spare in axes[panels:]:
             spare.remove()
-        dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-        try:
-            figure.savefig(path, format=kind, metadata=dates.get(kind), facecolor="white")
-        except OSError as error:
-            raise StorageError(f"{path} cannot be written: {error.strerror}") from None
+        if place is not None:
+            path, kind = place
+            dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+            try:
+                figure.savefig(path, format=kind, metadata=dates.get(kind), facecolor="white")
+            except OSError as error:
+                raise StorageError(f"{path} cannot be written: {error.strerror}") from None
+    return figure
 
 
 # --- curves

@@ -140,6 +140,8 @@ def _curve(method: Method, a: str, b: str, alpha: float, base: str | None) -> di
         inner = {"base_model": a} if method.base != "none" else {}
         return recipe | inner | {"models": [{"model": a}, {"model": b}], "parameters": {"t": alpha}}
     if "weight" not in parameters or not parameters["weight"].each:
+        if "t" in parameters:
+            raise UsageError(f"`{method.name}` leads from A to B without a base: leave --base out (in Python base=...)")
         raise UsageError(f"`{method.name}` has no parameter that leads from A to B: `t`, or a `weight` for each model")
     if method.base == "required" and base is None:
         raise UsageError(f"`{method.name}` needs a base: name it with --base (in Python base=...)")

@@ -14,15 +14,25 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from fastinterp.arguments import snapped
-from fastinterp.errors import StorageError, UsageError
+from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.strict_json import parse_json
+from fastinterp.errors import CheckpointError, StorageError, UsageError
 from fastinterp.messages import table
 from fastinterp.paths import curve
 
 FORMAT = "fastinterp path report"
 _VERSION = 1
+_LARGEST = 50_000_000  # bytes of a file
 _STAIRCASE = 0.05  # a strength that is off by more than this is warned of
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # strings in JSON: it has no such numbers
 _HEADER = ["from 0 to 1", "above chord", "below chord", "Spearman", "step up", "down", "kink", "logit slope", "R^2"]
+_LEGEND = (
+    "above, below chord: the largest distances from the line between the ends; of a loss, above is the barrier",
+    "Spearman: rank correlation with alpha; 1 rises at every step, -1 falls",
+    "step up, down: the largest rise and the largest fall between neighbouring points",
+    "kink: the largest distance of a point from the line between its neighbours, in percent of the metric's range",
+)
+_LOG_ODDS = ("logit slope, R^2: of the line through log(p / (1 - p)); R^2 near 1 is a logistic curve",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,22 +168,48 @@ class PathReport:
             return ()
         worst = max(off, key=lambda p: abs((p.strength or 0) - 1))
         effective = self.effective_alpha(worst)
-        left = f"lets {worst.strength:.2f} of its change arrive" if effective is None else f"acts as {effective:.2g}"
+        share = f"{100 * (worst.strength or 0):.3g} % of its change"
+        left = f"keeps {share}" if effective is None else f"acts as {effective:.2g}"
         return (
-            f"rounding makes a staircase of the path: at {len(off)} of {len(self.points)} points the change that "
-            f"arrives is off by more than 5%, most at {_position(worst)}, which {left}. Use dtype='float32', or "
+            f"rounding makes a staircase of the path: at {len(off)} of {len(self.points)} points it keeps 5 % less or "
+            f"more of the change, most at {_position(worst)}, which {left}. Use dtype='float32', or "
             "rounding='stochastic'",
         )
 
     def summary(self) -> str:
         """Tables of the points and of the metrics' shapes, and the warnings, as text."""
-        names = [*self.directions, *(self._alpha_column()), *self.metrics]
-        rows = [names, *(self._row(p) for p in self.points)]
-        lines = table(rows, ">" * len(names))
-        if len(self.varied) == 1:
-            shapes = [_HEADER, *(self._shape_row(m) for m in self.metrics)]
-            lines += ["", *table(shapes, "<" + ">" * (len(_HEADER) - 1))]
+        points, shapes = self._tables()
+        lines = table(points, ">" * len(points[0]))
+        if shapes:
+            lines += ["", *table(shapes, "<" + ">" * (len(_HEADER) - 1)), *(f"  {line}" for line in self._legend())]
         return "\n".join([*lines, *(f"  warning: {w}" for w in self.warnings)])
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the tables, and the figure if there is matplotlib."""
+        from importlib.util import find_spec
+
+        from fastinterp import html
+
+        points, shapes = self._tables()
+        parts = [html.table(points[0], points[1:])]
+        if shapes:
+            parts += [html.table(shapes[0], shapes[1:]), html.notes(self._legend())]
+        parts.append(html.notes([f"warning: {w}" for w in self.warnings]))
+        if 1 <= len(self.varied) <= 2 and find_spec("matplotlib") is not None:
+            from fastinterp.paths.plot import as_svg
+
+            parts.append(as_svg(self.plot()))
+        return "".join(parts)
+
+    def _tables(self) -> tuple[list[list[str]], list[list[str]]]:
+        """The points, and the shapes of the metrics along one direction; each with its header."""
+        names = [*self.directions, *(self._alpha_column()), *self.metrics]
+        points = [names, *(self._row(p) for p in self.points)]
+        return points, [_HEADER, *(self._shape_row(m) for m in self.metrics)] if len(self.varied) == 1 else []
+
+    def _legend(self) -> list[str]:
+        """What the columns of the shapes are."""
+        return [*_LEGEND, *(_LOG_ODDS if self.probabilities else ())]
 
     def _alpha_column(self) -> list[str]:
         return ["acts as"] if any(self._off(p) for p in self.points) else []
@@ -228,17 +264,23 @@ class PathReport:
         if not text.lstrip().startswith("{"):
             name = text
             try:
-                text = FilePath(name).read_text("utf-8")
-            except (OSError, ValueError) as error:
-                raise StorageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+                raw = read_regular(name, _LARGEST)
+            except CheckpointError as error:
+                raise StorageError(f"{name} cannot be read: {error.message}") from None
+        else:
+            raw = text.encode(errors="replace")
         try:
-            document = json.loads(text)
+            document = parse_json(raw, "the report", name)
             if document["format"] != FORMAT or document["version"] != _VERSION:
                 raise ValueError
             return _report(document)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except CheckpointError as error:
+            raise UsageError(f"{name} is not a path report: {error.message}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            why = str(error) if type(error) is ValueError else ""
             raise UsageError(
                 f"{name} is not a path report of version {_VERSION}, as PathReport.to_json writes"
+                f"{f': {why}' if why else ''}"
             ) from None
 
     def to_csv(self, file: str | os.PathLike[str] | None = None) -> str:
@@ -254,14 +296,16 @@ class PathReport:
         _write(file, stream.getvalue())
         return stream.getvalue()
 
-    def plot(self, file: str | os.PathLike[str], metrics: Sequence[str] | None = None) -> None:
-        """Draw the metrics: curves along one direction, heat maps over two. By the name's suffix .png, .svg or .pdf.
+    def plot(self, file: str | os.PathLike[str] | None = None, metrics: Sequence[str] | None = None) -> Any:
+        """Draw the metrics: curves along one direction, heat maps over two. Returns the figure of matplotlib.
+
+        file  where it is written, as .png, .svg or .pdf; None: it is only returned, for a notebook or further drawing
 
         Raises: UsageError, if there is no matplotlib or nothing to draw; StorageError.
         """
         from fastinterp.paths.plot import plot_report  # loads numpy
 
-        plot_report(self, file, metrics)
+        return plot_report(self, file, metrics)
 
     def check_metric(self, metric: str) -> None:
         """Raises: UsageError, if there is no such metric."""
@@ -298,15 +342,24 @@ def _report(document: dict[str, Any]) -> PathReport:
         )
         for p in document["points"]
     )
-    seeds = tuple(document["seeds"])
+    seeds, ends = tuple(map(int, document["seeds"])), dict(document["ends"])
     first = points[0]
+    base = document["base"]
+    if not all(type(text) is str for text in (*ends, *ends.values(), *document["probabilities"], base or "")):
+        raise TypeError
+    if not first.at:
+        raise ValueError("its points have no alpha")
+    if not all(math.isfinite(at) for p in points for at in p.at.values()):
+        raise ValueError("an alpha is not finite")
+    if len({tuple(p.at.values()) for p in points}) < len(points):
+        raise ValueError("it has a point twice")
     for p in points:
         if list(p.at) != list(first.at) or list(p.samples) != list(first.samples):
             raise ValueError
         if any(len(s) != len(seeds) for s in p.samples.values()):
             raise ValueError
     probabilities, line = tuple(document["probabilities"]), bool(document["line"])
-    return PathReport(dict(document["ends"]), document["base"], seeds, points, probabilities, line)
+    return PathReport(ends, base, seeds, points, probabilities, line)
 
 
 def _json(value: Any) -> Any:

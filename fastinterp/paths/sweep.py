@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp.arguments import dtype_named, optional_size, path_of, size_of, without_recipe
-from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices
 from fastinterp.checkpoint.names import names_file
 from fastinterp.errors import OutputError, UsageError
@@ -18,6 +17,7 @@ from fastinterp.execute.to_files import write_outputs
 from fastinterp.ops.combine import MAX_OUTPUTS
 from fastinterp.paths.points import Point, further_keys, grid, line, point_path
 from fastinterp.plan.plan import Plan, make_plan
+from fastinterp.progress import Progress, callback_of
 from fastinterp.recipe.load import load_recipe
 
 Model = str | os.PathLike[str]
@@ -54,8 +54,9 @@ def sweep(
     seed: int | None = None,
     force: bool = False,
     durable: bool = False,
+    private: bool = False,
     verify_kept: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> list[Point]:
     """Compute many points of a path from one read of its models.
 
@@ -86,7 +87,7 @@ def sweep(
         a, b, alphas, add, grid, base=base, integers=integers, method=method, parameters=parameters or {},
         settings=settings,
     )  # fmt: skip
-    spec = device_spec(device)
+    spec, shown = device_spec(device), callback_of(progress)
     if in_memory is not None:
         if out is not None or virtual:
             raise UsageError("`in_memory` writes nothing: leave `out` and `virtual` out")
@@ -97,7 +98,7 @@ def sweep(
         most = None if max_memory is None else size_of(max_memory)
         return sweep_in_memory(
             points, in_memory, framework=framework, devices=find_devices(spec), threads=threads, max_memory=most,
-            progress=progress,
+            progress=shown,
         )  # fmt: skip
     target = path_of("" if out is None else out, "out")
     if not target:
@@ -109,13 +110,13 @@ def sweep(
         recipes = [load_recipe(point.recipe) for point in points]
         make_plan(recipes[:1], max_shard_size=shard)  # whether the models are there, and fit
         return _recipes(points, Path(target), force)
-    plans = _plans(points, shard, threads, most, names_file(target))
+    plans = _plans(points, shard, threads, most, names_file(target), private)
     paths = [point_path(target, point.name) for point in points]
     starts = [sum(len(p.recipes) for p in plans[:i]) for i in range(len(plans))]
     outs = [paths[at : at + len(p.recipes)] for at, p in zip(starts, plans, strict=True)]
     reports = write_outputs(
         plans, outs, device=device, threads=threads, max_memory=most, force=force, durable=durable,
-        verify_kept=verify_kept, progress=progress,
+        verify_kept=verify_kept, progress=shown,
     )  # fmt: skip
     done = zip(points, paths, reports, strict=True)
     return [replace(point, path=path, report=report) for point, path, report in done]
@@ -150,11 +151,12 @@ def _points(
 
 
 def _plans(
-    points: Sequence[Point], max_shard_size: int | None, threads: int | None, max_memory: int, one_file: str
-) -> list[Plan]:
+    points: Sequence[Point], max_shard_size: int | None, threads: int | None, max_memory: int, one_file: str,
+    private: bool,
+) -> list[Plan]:  # fmt: skip
     """One plan for as many points as fit into one read of the models; nearly always all of them."""
     cpu_isa()
-    recipes = [load_recipe(point.recipe) for point in points]
+    recipes = [replace(load_recipe(point.recipe), private=private) for point in points]
     first = make_plan(recipes[:MAX_OUTPUTS], max_shard_size=max_shard_size, one_file=one_file)
     most = min(MAX_OUTPUTS, fitting_outputs(first, cpu_threads(threads), max_memory))
     if len(recipes) <= most:

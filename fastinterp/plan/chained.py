@@ -9,7 +9,6 @@ execute/jobs/chained_job.py.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
 import weakref
@@ -20,6 +19,7 @@ from typing import NamedTuple
 
 from msgspec import structs
 
+from fastinterp.checkpoint.sidecar_files import content_of
 from fastinterp.errors import RecipeError
 from fastinterp.ops.combine import MAX_INPUTS, Combine, Row, check_coefficients
 from fastinterp.ops.dtypes import DTYPES, DType
@@ -157,10 +157,7 @@ def _small_files(recipe: Recipe, document: Document) -> Folder | None:
     for name, content in files.items():
         path = folder.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, Path):
-            os.symlink(os.path.abspath(content), path)
-        else:
-            path.write_bytes(content)
+        path.write_bytes(content_of(content))
     return folder
 
 

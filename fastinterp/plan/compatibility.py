@@ -8,8 +8,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastinterp.checkpoint.same_bytes import same_bytes
 from fastinterp.checkpoint.sidecar_files import CONFIG, is_tokenizer_file, json_or_empty, read_config
-from fastinterp.errors import CheckpointError
+from fastinterp.errors import CheckpointError, StorageError
 from fastinterp.messages import fit, listed
 from fastinterp.output.origin_files import missing_code
 from fastinterp.plan.models import Model
@@ -250,8 +251,8 @@ def _tokenizer_files(checkpoint: Model) -> set[str]:
 def _same_bytes(a: Path, b: Path) -> bool:
     """Sizes first: most files that differ need not be read."""
     try:
-        return os.path.samefile(a, b) or (a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes())
-    except OSError:
+        return os.path.samefile(a, b) or same_bytes((a, 0, a.stat().st_size), (b, 0, b.stat().st_size))
+    except (OSError, CheckpointError, StorageError):
         return False
 
 

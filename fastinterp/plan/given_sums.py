@@ -43,7 +43,7 @@ def _given(tensor: PlannedTensor, sums: Sequence[Any], file: str) -> PlannedTens
         if program is not None and value is not None:
             total = _checked(stage, value, file)
             reads = (("combine", tuple(range(len(stage.inputs)))),)
-            program = structs.replace(program, calls=(lambda total=total: total,), reads=reads, whole=False)  # type: ignore[misc]
+            program = structs.replace(program, calls=(lambda total=total: total,), reads=reads, whole=False)
         made[id(stage)] = structs.replace(stage, inputs=inputs, program=program)
     return made[id(tensor)]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 from msgspec.structs import replace
@@ -25,7 +25,6 @@ from fastinterp.tokenizer.embedding_rows import RowMap
 
 if TYPE_CHECKING:
     from fastinterp.ops.operands import Operand
-    from fastinterp.plan.planned import PlannedTensor
 
 ModelInput = tuple[int, "TensorInput"]  # number of its model in the plan, and a tensor of it
 
@@ -175,8 +174,8 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
         """The sum of other inputs that it is, if that may become part of a sum that reads it."""
         return None
 
-    def made_by(self, plan_of: Callable[[PlannedTensor], PlannedTensor]) -> TensorInput:
-        """This input where the tensor of a document above is made as `plan_of` its plan says."""
+    def made_by(self, plan_of: Callable[[Any], Any]) -> TensorInput:
+        """This input, where the plan of a tensor of a document above is `plan_of` it."""
         return self
 
     def as_read(self) -> TensorInput:

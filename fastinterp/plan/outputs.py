@@ -21,7 +21,7 @@ from fastinterp.output.stems import MODEL, stem_of
 from fastinterp.plan.models import Model, is_gguf
 from fastinterp.plan.planned import PlannedTensor
 from fastinterp.recipe.load import Recipe
-from fastinterp.recipe.shown_names import ShownNames
+from fastinterp.recipe.renaming import ShownNames
 
 SHARD_BYTES = 5 * 10**9  # of tensor data in one file, where the origin has several
 _MOST_BYTES = 64 << 10  # of coefficients in a receipt, which is in every file
@@ -200,6 +200,7 @@ def receipt(
         "recipe": names.recipe(recipe.text),
     }
     content |= {"commits": dict(sorted(commits.items()))} if commits else {}
+    content |= {"private": True} if recipe.private else {}
     content |= {} if recipe.name is None else {"document": recipe.name}
     content |= {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     content |= {} if recipe.missing == "error" else {"missing": recipe.missing}

@@ -32,7 +32,8 @@ from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.single import Document, plan_document
 from fastinterp.plan.vocabularies import AlignedModels
 from fastinterp.recipe.load import Recipe, load_recipes
-from fastinterp.recipe.shown_names import ShownNames, shown_names
+from fastinterp.recipe.renaming import ShownNames
+from fastinterp.recipe.shown_names import shown_names
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -56,6 +57,7 @@ class Plan:
     above        the documents above
     receipts     one per output: the receipt in the headers of its files, JSON
     folders      held as long as the plan is: they have the small files of documents above
+    max_shard_size  as it was asked for
     commits      of models from the Hub, by their names
     """
 
@@ -75,6 +77,7 @@ class Plan:
     above: tuple[Recipe, ...] = ()
     receipts: tuple[str, ...] = ()
     folders: tuple[object, ...] = ()
+    max_shard_size: int | None = None
     commits: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -116,13 +119,20 @@ class Plan:
         """
         recipe = self.recipes[k]
         files = self.aligned.sidecars(self.files.contents(recipe.out_dtype or recipe.dtype or self._promoted()))
+        return {**files, CARD: self.card(k), **self.layouts[k].indexes}
+
+    def card(self, k: int, kept: Sequence[str] = ()) -> bytes:
+        """The model card of output k. kept: how much of the change rounding kept, once that is known, in sentences"""
+        from fastinterp.plan.card import told
+
+        recipe = self.recipes[k]
         roots = [self.origin.root, *(model.root for model in self.checkpoints[: len(self.models)])]
         names = [self.shown.model(model) for model in self.models]
         local = [name for name, model in zip(names, self.models, strict=True) if name != model]
-        card = model_card(
-            self.shown.recipe(recipe.text), names, recipe.method.name, __version__, roots, local, self.commits
-        )
-        return {**files, CARD: card.encode(), **self.layouts[k].indexes}
+        how = told(recipe, self.tensors, self.max_shard_size, kept, self.shown.model)
+        text = self.shown.recipe(recipe.text)
+        commits = {} if recipe.private else self.commits
+        return model_card(text, names, recipe.method.name, __version__, roots, local, how, commits).encode()
 
     def _promoted(self) -> DType | None:
         """That of most elements, where models differ in their dtypes and tensors are stored in one that holds all, or
@@ -254,7 +264,7 @@ def _make_plan(
     return Plan(
         tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings,
         (*remarks, *outputs.remarks), tuple(names), inputs, last.files, _stamps(last), shown, tuple(above),
-        tuple(metadata[RECEIPT_KEY] for metadata in receipts), folders, commits,
+        tuple(metadata[RECEIPT_KEY] for metadata in receipts), folders, max_shard_size, commits,
     )  # fmt: skip
 
 
@@ -275,10 +285,10 @@ def _stamps(document: Document) -> dict[Path, Stamp | None]:
 def plan_recipe(
     recipe: Source, max_shard_size: str | int | None, dtype: object, rounding: object, seed: object,
     missing: object = None, channels: object = None, quantize: object = None, *, one_file: str = "",
-    as_numbers: bool = False,
+    as_numbers: bool = False, private: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of one recipe, of one or more documents. Arguments and errors as of `merge` and make_plan."""
-    *above, last = documents(recipe, dtype, rounding, seed, missing, channels, quantize)
+    *above, last = documents(recipe, dtype, rounding, seed, missing, channels, quantize, private)
     size = optional_size(max_shard_size)
     return make_plan([last], max_shard_size=size, above=above, one_file=one_file, as_numbers=as_numbers)
 
@@ -293,8 +303,9 @@ def plan_documents(recipes: Sequence[Recipe], max_shard_size: int | None, one_fi
 
 
 def documents(
-    recipe: Source, dtype: object, rounding: object, seed: object, missing: object, channels: object, quantize: object
-) -> list[Recipe]:
+    recipe: Source, dtype: object, rounding: object, seed: object, missing: object, channels: object, quantize: object,
+    private: bool = False,
+) -> list[Recipe]:  # fmt: skip
     """The documents of a recipe, with what the arguments replace in them. Arguments and errors as of `merge`."""
     *above, last = load_recipes(recipe)
     changed = overridden(last, dtype, rounding, seed, missing, channels, quantize)
@@ -304,4 +315,4 @@ def documents(
         if rounding is not None:
             above = [replace(r, rounding=changed.rounding) if r.rounding == last.rounding else r for r in above]
         above = [replace(r, seed=changed.seed) if r.seed == last.seed else r for r in above]
-    return [*above, changed]
+    return [replace(r, private=True) for r in (*above, changed)] if private else [*above, changed]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec.structs import replace
@@ -96,7 +96,8 @@ class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
     @property
     def before(self) -> tuple[PlannedTensor, ...]:
         """The tensors of documents above that have to be made before this one, each once, in an order that works."""
-        return tuple({id(t): t for tensor in self.inputs for t in stages_of(tensor)}.values())
+        made = [tensor for tensor in self.inputs if isinstance(tensor, IntermediateInput)]
+        return tuple({id(t): t for tensor in made for t in tensor.tensor.stages}.values()) if made else ()
 
     @property
     def stages(self) -> tuple[PlannedTensor, ...]:
@@ -155,7 +156,7 @@ class IntermediateInput(TensorInput, frozen=True, eq=False):
             return None
         return self.tensor.rows[0], self.tensor.pairs
 
-    def made_by(self, plan_of: Callable[[PlannedTensor], PlannedTensor]) -> TensorInput:
+    def made_by(self, plan_of: Callable[[Any], Any]) -> TensorInput:
         return replace(self, tensor=plan_of(self.tensor))
 
     def as_read(self) -> TensorInput:

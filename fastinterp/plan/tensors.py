@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from fastinterp.errors import CheckpointError, MethodError, ShapeError, UsageError
 from fastinterp.messages import counted, listed
 from fastinterp.methods import Method, Sidecar
-from fastinterp.ops.combine import Combine, Tensor, check_coefficients, renumbered
+from fastinterp.ops.combine import Combine, Row, Tensor, check_coefficients, renumbered
 from fastinterp.ops.dtypes import F16, DType, promoted
 from fastinterp.plan.fit import INTEGERS, check_fit, chosen_model
 from fastinterp.plan.inputs import ModelInput, TensorInput
@@ -287,10 +287,13 @@ def _kept(tensors: Sequence[TensorInput], first: TensorInput) -> frozenset[DType
 
     What is decoded has none of its own: BF16, and beside F16 alone that of `first`, the one whose dtype is kept.
     """
+    kept = frozenset([tensor.kept_dtype for tensor in tensors])
+    if F16 not in kept:
+        return kept
     own = {tensor.kept_dtype for tensor in tensors if not tensor.decoded}
     if own == {F16} and any(tensor.decoded for tensor in tensors):
         return frozenset({first.kept_dtype})
-    return frozenset(tensor.kept_dtype for tensor in tensors)
+    return kept
 
 
 def dtype_warnings(recipe: Recipe, targets: Sequence[Target], origin: Model) -> list[str]:
@@ -350,9 +353,15 @@ def _summed(
     name: str, dtype: DType, lead: TensorInput, inputs: Sequence[ModelInput], sums: Sequence[Combine]
 ) -> PlannedTensor:
     """A tensor whose sums are known. An input of weight 0 is not read."""
-    read, rows = renumbered(s.row() for s in sums)
+    sums = tuple(sums)
+    read, rows = _rows(sums)
     numbers, tensors = tuple(inputs[i][0] for i in read), tuple(inputs[i][1] for i in read)
-    return PlannedTensor(name, dtype, lead.shape, numbers, tensors, rows, None, len(read), tuple(sums))
+    return PlannedTensor(name, dtype, lead.shape, numbers, tensors, rows, None, len(read), sums)
+
+
+@lru_cache(maxsize=64)  # most tensors of a model have the sums of the one before
+def _rows(sums: tuple[Combine, ...]) -> tuple[tuple[int, ...], tuple[Row, ...]]:
+    return renumbered(s.row() for s in sums)
 
 
 def _is_copy(call: Callable[[], Any]) -> bool:

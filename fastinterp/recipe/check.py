@@ -10,7 +10,7 @@ from typing import Any
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError
 from fastinterp.messages import listed, shown, suggestion
 from fastinterp.recipe.blocks import BlockFilter, ForeignBlock
-from fastinterp.recipe.document import ErrorCollector, RecipeSource, read_all
+from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read_all
 from fastinterp.recipe.load import Recipe, build_all, run_to_first_request
 from fastinterp.recipe.merge_groups import MergeGroup
 from fastinterp.recipe.references import ModelRef
@@ -46,9 +46,20 @@ def check_recipe(
                   not checked
     """
     collector = ErrorCollector(collect=True)
+    documents: tuple[Document, ...] = ()
+    with collector:
+        documents = read_all(source, file)
+    if collector.errors:
+        return Findings(ordered(collector.errors), (), ())
+    return check_documents(documents, names)
+
+
+def check_documents(documents: Sequence[Document], names: TensorNames | None = None) -> Findings:
+    """`check_recipe` of documents that were read."""
+    collector = ErrorCollector(collect=True)
     recipes: tuple[Recipe, ...] = ()
     with collector:
-        recipes = build_all(read_all(source, file), collector)
+        recipes = build_all(documents, collector)
     if collector.errors:
         return Findings(ordered(collector.errors), (), ())
     warnings = [warning for recipe in recipes for warning in value_warnings(recipe)]

@@ -114,7 +114,12 @@ def read_all(source: RecipeSource | Sequence[Mapping[str, Any]], file: str | Non
 
 
 def from_text(text: str) -> tuple[Document, ...]:
-    """The documents in YAML text, which may be one line. Raises: RecipeError."""
+    """The documents in the text of a recipe, YAML or JSON, which may be one line. Raises: RecipeError."""
+    if text.lstrip().startswith("{"):
+        try:
+            return _from_json(text, "<recipe>")
+        except RecipeError:  # YAML has braces, too
+            pass
     return _from_yaml(text, "<recipe>")
 
 

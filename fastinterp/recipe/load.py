@@ -13,7 +13,9 @@ from fastinterp.ops.combine import LARGEST, Combine, Tensor
 from fastinterp.ops.dtypes import DTYPE_NAMES, DType, parse_stored
 from fastinterp.recipe.build import Builder
 from fastinterp.recipe.document import Document, ErrorCollector, RecipeSource, read, read_all
+from fastinterp.recipe.gradients import gradient_warnings
 from fastinterp.recipe.merge_groups import MergeGroup, Section, sidecar_paths
+from fastinterp.recipe.mergekit_options import other_file
 from fastinterp.recipe.parameters import Resolver
 from fastinterp.recipe.references import (
     UNCHANGED,
@@ -27,6 +29,7 @@ from fastinterp.recipe.references import (
 from fastinterp.recipe.schema import RawRecipe, guessed_method, method_of, raw_recipe
 
 if TYPE_CHECKING:
+    from fastinterp.recipe.renaming import ShownNames
     from fastinterp.recipe.tokenizer import ChatTemplate, TokenizerSpec
 
 __all__ = ["Recipe", "load_recipe", "load_recipes"]
@@ -86,7 +89,7 @@ class Recipe:
     out           "model"; or "lora": the models are adapters, and so is the output
     rank          of an adapter that is written; None: exact where that is possible, else the sum of the ranks
     private       receipts and model cards name no model
-    names         path -> how they name it, if that is not as shown_names.py has it
+    names         how they name models, if that is not as `shown_names` has it
     """
 
     method: Method
@@ -119,7 +122,7 @@ class Recipe:
     out: str = "model"
     rank: int | None = None
     private: bool = False
-    names: Mapping[str, str] | None = None
+    names: ShownNames | None = None
 
     @property
     def groups(self) -> tuple[MergeGroup, ...]:
@@ -258,9 +261,11 @@ def build(document: Document, above: Sequence[Recipe], collector: ErrorCollector
     if not builder.models or guessed:
         return None
     parameters, coefficients = None, None
+    gradients: list[RecipeError] = []
     if not collector.errors:
         with collector:
             parameters, coefficients = _constants(document, method, sections)
+        gradients = list(gradient_warnings(document, method, sections))
     origin = builder.base_model or next(model for model in builder.models if model is not UNCHANGED)
     sidecars = tuple(sidecar_paths(method, sections))
     used = (*builder.models, *([] if builder.base_model is None else [builder.base_model]), *sidecars)
@@ -285,7 +290,7 @@ def build(document: Document, above: Sequence[Recipe], collector: ErrorCollector
         earlier={str(model): names[str(model)] for model in used if str(model) in names},
         sidecars=sidecars,
         name=raw.name,
-        warnings=tuple(builder.levels.warnings),
+        warnings=(*builder.levels.warnings, *gradients),
         document=document,
         out=raw.out,
         rank=raw.rank,
@@ -297,6 +302,10 @@ def _raw_recipe(document: Document, collector: ErrorCollector) -> tuple[RawRecip
     """(the document's keys, its method, whether that is a stand-in for an unknown one, whose error was collected)"""
     name = document.value.get("merge_method") if isinstance(document.value, dict) else None
     method: Method | None = None
+    if (other := other_file(document.value)) is not None:
+        with collector:
+            raise document.error(other[1], f"$.{other[0]}")
+        return None, guessed_method(name), True
     if isinstance(name, str):
         with collector:  # before anything else: recipes of other programs have other keys
             method = method_of(document, name)

@@ -1,4 +1,4 @@
-"""Options of mergekit's commands, and what to do instead here: in a recipe, or on the command line."""
+"""Options of mergekit's commands, and what to do instead here: in a recipe, or on the command line. Its other files."""
 
 from __future__ import annotations
 
@@ -37,6 +37,35 @@ _KEYS = {
     "embed_slerp": "embeddings are merged by the method of the recipe, as all other tensors. Remove it; for spherical "
     "interpolation of all tensors write `merge_method: slerp`",
 }
+
+_MOE = (
+    "this is a file of mergekit-moe, which builds a mixture of experts from dense models: not a recipe, and not done"
+    " here. Run `mergekit-moe` with it. What it writes is a model, which a recipe can merge"
+)
+_EVOLVE = (
+    "this is a file of mergekit-evolve, which searches for parameters by evaluating merges: not a recipe, and not done"
+    " here. Run `mergekit-evolve` with it, and give the best_config.yaml that it writes to `fastinterp merge`"
+)
+_BAKLLAMA = (
+    "this is a file of bakllama, an old command of mergekit: not a recipe. Write its `layer_slices` as `slices` of"
+    " `merge_method: passthrough`"
+)
+# Keys of a document without `merge_method` -> of which program it is the file, and what to do.
+_OTHER_FILES = {
+    "gate_mode": _MOE,
+    "experts": _MOE,
+    "experts_per_token": _MOE,
+    "shared_experts": _MOE,
+    "genome": _EVOLVE,
+    "layer_slices": _BAKLLAMA,
+}
+
+
+def other_file(document: object) -> tuple[str, str] | None:
+    """(a key of it, what it is) of a document that is the file of another program of mergekit; None, if it is not."""
+    if not isinstance(document, dict) or "merge_method" in document:
+        return None
+    return next(((key, what) for key, what in _OTHER_FILES.items() if key in document), None)
 
 
 def instead_of_key(key: str) -> str:

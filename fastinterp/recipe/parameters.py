@@ -69,7 +69,11 @@ class Levels:
                     self.warn(f"`{self.method.name}` has no parameter `{name}`: it is ignored", path, at)
                 return None
             of = "" if self.guessed else f" of `{self.method.name}`"
-            known = known_parameters() if self.guessed else list(self.declared)
+            known = (
+                known_parameters()
+                if self.guessed
+                else [p.name for p in self.declared.values() if p.each or not per_model]
+            )
             instead = instead_of_key(name)
             message = f"unknown parameter `{clipped(name)}`{of}{f': {instead}' if instead else suggestion(name, known)}"
             raise self.document.error(message, path, at=at)

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from fastinterp.errors import MethodError, RecipeError
-from fastinterp.messages import clipped, suggestion
+from fastinterp.messages import clipped, closest, suggestion
 from fastinterp.methods import Method, find, names
 from fastinterp.recipe.document import Document, ErrorCollector
 from fastinterp.recipe.mergekit_options import instead_of_key
@@ -305,7 +305,10 @@ def _unknown_key(document: Document, key: str, path: str, struct: Any) -> Recipe
         parameters = _parameter_names(document)
         if key in parameters:
             return document.error(f"unknown key `{key}`: what a method takes goes under `parameters`", path, at=at)
-        known += parameters if struct is not RawRecipe else ()
+        meant = closest(key.lower(), (*known, *parameters))
+        if meant in parameters and meant not in known:
+            message = f"unknown key `{clipped(key)}`, did you mean `{meant}`? It goes under `parameters`"
+            return document.error(message, path, at=at)
     return document.error(f"unknown key `{clipped(key)}`{suggestion(key, known)}", path, at=at)
 
 

@@ -2,119 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-import msgspec
-
-from fastinterp.errors import RecipeError
-from fastinterp.recipe.document import as_yaml, from_text
-from fastinterp.recipe.references import ModelRef
-
-if TYPE_CHECKING:
-    from fastinterp.recipe.load import Recipe
-
-_LONGEST = 4096  # characters of a path
-_AROUND = r"(?<![\w./~-]){}(?![\w-]|/\w|\.\w)"  # a path as a whole, not the start or the end of another one
-
-
-class ShownNames(msgspec.Struct, frozen=True):
-    """The names that are shown, by the path as the recipe has it. Paths that are missing are shown as they are.
-
-    values_only  recipes are shown as their values alone, without comments
-    """
-
-    names: Mapping[str, str]
-    values_only: bool = False
-
-    def model(self, text: str) -> str:
-        """A model in its text form, `path@revision+adapter:0.5`, with the names that are shown."""
-        paths = _paths_in(text)
-        return self._replaced(text) if any(path in self.names for path in paths) else text
-
-    def recipe(self, text: str) -> str:
-        """The text of a recipe, with the names that are shown."""
-        if not self.names and not self.values_only:
-            return text
-        try:
-            values = [document.value for document in from_text(text)]
-            wanted = [renamed(value, self.model) for value in values]
-            replaced = self._replaced(text)
-            if not self.values_only and [document.value for document in from_text(replaced)] == wanted:
-                return replaced
-        except RecipeError:
-            return self._replaced(text)
-        return as_yaml(wanted)
-
-    def _replaced(self, text: str) -> str:
-        for path in sorted(self.names, key=len, reverse=True):
-            shown = self.names[path]
-            text = re.sub(_AROUND.format(re.escape(path)), lambda _, shown=shown: shown, text)  # type: ignore[misc]
-        return text
+from fastinterp.recipe.load import Recipe
+from fastinterp.recipe.references import UNCHANGED
+from fastinterp.recipe.renaming import ShownNames, is_absolute, paths_in, short_names, strings
 
 
 def shown_names(recipes: Sequence[Recipe]) -> ShownNames:
     """The names for the documents of a recipe: of an absolute path its last part, with as many before it as tell it
     from others; of private recipes `model-1`, `model-2` and so on, in the order of the models.
     """
-    given = [recipe.names for recipe in recipes if recipe.names is not None]
-    if given:
-        return ShownNames(given[0], recipes[-1].private)
+    given = next((recipe.names for recipe in recipes if recipe.names is not None), None)
+    if given is not None:
+        return given
     texts = list(dict.fromkeys(text for recipe in recipes for text in strings(recipe.document.value)))
-    paths = list(dict.fromkeys(path for text in texts for path in _paths_in(text)))
+    paths = list(dict.fromkeys(path for text in texts for path in paths_in(text)))
     if not recipes[-1].private:
-        return ShownNames(_shortened(paths))
-    made = {recipe.name for recipe in recipes if recipe.name is not None}
-    used = [ref for r in recipes for ref in (*r.models, *([r.base_model] if r.base_model else []), *r.sidecars)]
-    named = [path for ref in used if str(ref) not in made for path in (ref.path, *(a.path for a in ref.adapters))]
-    every = dict.fromkeys([*named, *(path for path in paths if _is_absolute(path))])
+        return ShownNames(short_names(paths))
+    every = dict.fromkeys([*used_paths(recipes), *(path for path in paths if is_absolute(path))])
     return ShownNames({path: f"model-{i}" for i, path in enumerate(every, 1)}, values_only=True)
 
 
-def strings(value: Any) -> Iterator[str]:
-    """All strings in the values of a recipe that may name a model: one line, no longer than a path."""
-    if isinstance(value, str):
-        if "\n" not in value and len(value) < _LONGEST:
-            yield value
-    elif isinstance(value, (list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from strings(item)
-
-
-def renamed(value: Any, name: Callable[[str], str]) -> Any:
-    """The values of a recipe with `name` of all `strings` in it."""
-    if isinstance(value, str):
-        return name(value) if "\n" not in value and len(value) < _LONGEST else value
-    if isinstance(value, list):
-        return [renamed(item, name) for item in value]
-    return {key: renamed(item, name) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _paths_in(text: str) -> list[str]:
-    """The paths of a model in its text form: its own, and those of its adapters."""
-    if "/" not in text and "+" not in text and "@" not in text and ":" not in text:
-        return [text]
-    ref = ModelRef.of(text)
-    return [ref.path, *(adapter.path for adapter in ref.adapters)]
-
-
-def _is_absolute(path: str) -> bool:
-    return os.path.isabs(path) or path.startswith("~")
-
-
-def _shortened(paths: Iterable[str]) -> dict[str, str]:
-    """Absolute path -> its last part, with as many before it as tell it from all others."""
-    normal = {path: os.path.normpath(path) for path in paths}
-    absolute = {path: [part for part in normal[path].split("/") if part] for path in normal if _is_absolute(path)}
-    taken = {os.path.normpath(path) for path in normal if path not in absolute}
-    shown: dict[str, str] = {}
-    for path, parts in absolute.items():
-        others = [p for other, p in absolute.items() if normal[other] != normal[path]]
-        for count in range(1, len(parts) + 1):
-            name = "/".join(parts[-count:])
-            if name not in taken and not any(p[-count:] == parts[-count:] for p in others):
-                break
-        shown[path] = name if parts else path
-    return shown
+def used_paths(recipes: Sequence[Recipe]) -> list[str]:
+    """The paths of all models, adapters and side-cars of the documents of a recipe, each once, as they are written."""
+    made = {recipe.name for recipe in recipes if recipe.name is not None}
+    refs = [ref for r in recipes for ref in (*r.models, *([r.base_model] if r.base_model else []), *r.sidecars)]
+    refs = [ref for ref in refs if str(ref) not in made and ref is not UNCHANGED]
+    return list(dict.fromkeys(path for ref in refs for path in (ref.path, *(a.path for a in ref.adapters))))

@@ -171,7 +171,7 @@ def _gradient(
     if not parameter.varies:
         raise document.error(
             f"`{parameter.name}` cannot have a gradient (a list of numbers): there is nothing between its values. Give "
-            "one value, or filters (`filter`, `value`)",
+            f"one value, {'one under each model, ' if parameter.each else ''}or filters (`filter`, `value`)",
             path,
         )
     numbers: list[float] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastinterp.checkpoint.names import TEMPLATES
 from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.sidecar_files import refuse_link
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 
@@ -67,6 +68,7 @@ def template_of(root: Path) -> str | None:
     Raises: CheckpointError, if a file that may hold it is damaged.
     """
     if (root / JINJA).is_file():
+        refuse_link(root, JINJA)
         path = str(root / JINJA)
         try:
             return read_regular(path, _LARGEST).decode()
@@ -74,6 +76,7 @@ def template_of(root: Path) -> str | None:
             raise CheckpointError("the chat template is not UTF-8", file=path) from None
     for name in (CONFIG, PROCESSOR):
         if (root / name).is_file():
+            refuse_link(root, name)
             path = str(root / name)
             template = parse_object(read_regular(path, _LARGEST).lstrip(), f"`{name}`", path).get("chat_template")
             if isinstance(template, list):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastinterp.checkpoint.names import listing, quote
-from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
+from fastinterp.checkpoint.sidecar_files import is_tokenizer_file, refuse_link
 from fastinterp.errors import CheckpointError
 from fastinterp.messages import counted
 from fastinterp.tokenizer.vocabulary import ADDED, MERGES, TOKENIZER, TOKENIZER_CONFIG, VOCAB, Joined, Vocabulary
@@ -27,12 +27,14 @@ _STALE = (".model", ".tiktoken", ".spm", "vocab.txt", "tekken.json", "bpe.codes"
 def tokenizer_files(joined: Joined) -> tuple[dict[str, bytes | Path], list[str]]:
     """The tokenizer's files by name, each a path to copy or new content; and what the user should know of them.
 
-    Raises: CheckpointError, if the base's cannot be extended.
+    Raises: CheckpointError, if the base's cannot be extended, or one of them is a link out of its folder.
     """
     base = joined.base
     files: dict[str, bytes | Path] = {
         p.name: p for p in sorted(base.root.iterdir()) if is_tokenizer_file(p.name) and p.is_file()
     }
+    for name in files:
+        refuse_link(base.root, name)
     if not joined.changed:
         return files, []
     warnings = _warnings(joined)
@@ -112,23 +114,32 @@ def _merges(joined: Joined) -> list[Any]:
     """The base's, less those of stripped tokens; then the others' that make a new token, in their order."""
     model = joined.base.table["model"]
     prefix = model.get("continuing_subword_prefix") or ""
-    pairs = [_pair(m, joined.base) for m in model.get("merges", [])]
+    if type(prefix) is not str:
+        raise CheckpointError("`model.continuing_subword_prefix` is no text", file=str(joined.base.root))
+    pairs = [_pair(m, joined.base) for m in _merges_of(joined.base)]
     if joined.base.stripped:
         ids = joined.ids
         pairs = [(a, b) for a, b in pairs if a in ids and b in ids and a + b.removeprefix(prefix) in ids]
     known = set(pairs)
     for other in dict.fromkeys(v for v in joined.ordinary.values() if v.kind == "BPE"):
-        for merge in other.table["model"].get("merges", []):
+        for merge in _merges_of(other):
             pair = a, b = _pair(merge, other)
             new = a + b.removeprefix(prefix) in joined.ordinary and pair not in known
             if new and a in joined.ids and b in joined.ids:
                 known.add(pair)
                 pairs.append(pair)
     # Older files write a merge as one string, which newer software still reads; a space in a token forbids it.
-    first = next(iter(model.get("merges", [])), None)
+    first = next(iter(_merges_of(joined.base)), None)
     if isinstance(first, str) and not any(" " in a or " " in b for a, b in pairs):
         return [f"{a} {b}" for a, b in pairs]
     return [[a, b] for a, b in pairs]
+
+
+def _merges_of(vocabulary: Vocabulary) -> list[Any]:
+    merges = vocabulary.table["model"].get("merges") or []
+    if type(merges) is not list:
+        raise CheckpointError("`model.merges` is not a list of merges", file=str(vocabulary.root))
+    return merges
 
 
 def _pair(merge: Any, vocabulary: Vocabulary) -> tuple[str, str]:
@@ -176,7 +187,4 @@ def _config(joined: Joined, needed: bool) -> dict[str, Any]:
 
 
 def _json(value: Any, indent: int | None = None) -> bytes:
-    try:
-        return (json.dumps(value, ensure_ascii=False, indent=indent) + "\n").encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, as it may stand in a configuration
-        return (json.dumps(value, indent=indent) + "\n").encode()
+    return (json.dumps(value, ensure_ascii=False, indent=indent) + "\n").encode()

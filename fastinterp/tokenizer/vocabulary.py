@@ -13,6 +13,7 @@ from typing import Any
 
 from fastinterp.checkpoint.names import listing, quote
 from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.sidecar_files import refuse_link
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 
@@ -159,6 +160,7 @@ def rows_of(joined: Joined, padded: int, multiple: int | None) -> int:
 
 
 def _object(path: Path) -> dict[str, Any]:
+    refuse_link(path.parent, path.name)
     return parse_object(read_regular(str(path), MAX_TOKENIZER).lstrip(), f"{quote(path.name)}", str(path))
 
 
@@ -189,6 +191,7 @@ def _plain_files(root: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"the folder has {VOCAB}, but neither {MERGES} nor {TOKENIZER}. {_remedy(root)}", file=str(root)
         )
+    refuse_link(root, MERGES)
     try:
         text = read_regular(str(root / MERGES), MAX_TOKENIZER).decode()
     except UnicodeDecodeError:
@@ -237,7 +240,7 @@ def _added_tokens(
         raise CheckpointError("`added_tokens_decoder` is not an object", file=where)
     for key, entry in decoder.items():
         token = entry.get("content") if type(entry) is dict else None
-        if type(token) is not str or not key.isdecimal():
+        if type(token) is not str or not key.isdecimal() or len(key) > 10:
             raise CheckpointError(f"`added_tokens_decoder` has the entry {quote(key)}, which is no token", file=where)
         ids.setdefault(token, int(key))
         added.setdefault(token, _settings(entry))

@@ -52,7 +52,7 @@ HOSTILE = {
         "this is a Git LFS pointer; the file itself was not downloaded. Run `git lfs pull`",
     ),
     "length 2^64 - 1": (b"\xff" * 8 + b"{}", "the header claims 18446744073709551615 bytes, more than the allowed"),
-    "no header": (framed(b""), "the header must start with '{', got b''"),
+    "no header": (framed(b""), "it begins with zeros: its header was never written"),
     "an array": (framed(b"[1]"), "the header must start with '{', got b'[1]'"),
     "a byte order mark": (framed(b"\xef\xbb\xbf{}"), "the header must start with '{', got b'\\xef\\xbb\\xbf{}'"),
     "utf-16": (framed("{}".encode("utf-16-be")), "the header must start with '{', got b'\\x00{\\x00}'"),

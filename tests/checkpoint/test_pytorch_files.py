@@ -150,7 +150,7 @@ def test_a_view_that_is_truncated_meanwhile(tmp_path):
     conversion = open_checkpoint(str(tmp_path / "x.pt")).tensors["x"].conversion
     assert conversion is not None
     os.truncate(tmp_path / "x.pt", 2000)
-    with pytest.raises(CheckpointError, match=r"are missing at byte \d+: it was truncated or replaced"):
+    with pytest.raises(CheckpointError, match=r"are left at byte \d+: it was truncated or replaced"):
         list(conversion.pieces(str(tmp_path / "x.pt")))
 
 

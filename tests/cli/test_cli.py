@@ -65,8 +65,8 @@ def test_list_of_commands_cuts_no_sentence():
     [
         (["merge", "recipe.yml", "out", "--forse"], 2, "--force"),
         (["marge"], 2, "no such command 'marge'. Did you mean merge?"),
-        (["zzz"], 2, "Known: merge, interpolate, average, sweep, extract-lora, check, explain"),
-        (["merge", "recipe.yml"], 2, "Missing argument 'OUT'"),
+        (["zzz"], 2, "Known: merge, interpolate, average, sweep, extract-lora, verify, replay, check, explain"),
+        (["merge", "recipe.yml"], 2, "Write it last, `fastinterp merge RECIPE OUT`, or as -o OUT"),
         (["merge", "none.yml", "out"], 2, "RecipeError: there is no such recipe file - at none.yml"),
         (["merge", "typo.yml", "out"], 2, "did you mean `weight`? - at $.models[0].parameters (typo.yml:4)"),
         (["merge", "recipe.yml", "out", "--device", "gpu7"], 2, "BackendError: device 'gpu7'"),
@@ -136,7 +136,7 @@ def test_unexpected_exception_is_not_hidden(models, monkeypatch):
 def test_merge_prints_a_summary_and_writes_the_checkpoint(models):
     text = run("merge", "recipe.yml", "out")
     assert text.startswith("out: 1 file, ")
-    assert "of the intended change preserved" in text
+    assert "; rounding kept 100 % of the change\n" in text
     assert set(layers(1)) == set(load(models / "out" / "model.safetensors"))
 
 
@@ -168,7 +168,7 @@ def test_quiet_prints_warnings_only(models):
     assert run("merge", "recipe.yml", "out", "--quiet") == ""
     done = CliRunner().invoke(commands, ["interpolate", "base", "a", "--alpha", "0.001", "-o", "p", "--quiet"])
     assert (done.exit_code, done.stdout) == (0, "")
-    assert "p: warning: rounding to BF16 preserved" in done.stderr
+    assert "p: warning: rounding to BF16 kept" in done.stderr
 
 
 def test_force_replaces_a_checkpoint(models):
@@ -347,15 +347,18 @@ def test_seconds(wall_s, text):
 
 
 def test_methods_lists_all():
-    text = run("methods")
-    assert len({line.index(" out = ") for line in text.splitlines()}) == 1
-    assert names() == [line.split()[0] for line in text.splitlines()]
+    lines = run("methods").splitlines()
+    assert names() == [line.split()[0] for line in lines if not line.startswith(" ")]
+    assert len({line.index("out = ") for line in lines if "  out = " in line}) == 1
+    assert max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize("name", names())
 def test_example_of_a_method_is_a_recipe(name):
     text = run("methods", name)
-    assert text.startswith(find(name).doc)
+    words = text.partition("Example recipe:")[0].split()
+    assert sorted(words) == sorted(find(name).doc.split())  # the same in other lines: no column is beyond the 80th
+    assert max(map(len, text.splitlines())) <= 80
     assert load_recipe(example(find(name)) + "\n").method.name == name
     assert example(find(name)) in text
 
@@ -414,5 +417,5 @@ def test_size_has_three_digits(nbytes, text):
 
 def test_table_cuts_the_first_column_only():
     lines = table([["x" * 200, "12"], ["y", "3"]], "<>")
-    assert [len(line) for line in lines] == [100, 100] and lines[0].endswith("xx  12")
+    assert [len(line) for line in lines] == [80, 80] and lines[0].endswith("xx  12")
     assert fit("abcdefghijklmn", 12) == "abc...ijklmn"

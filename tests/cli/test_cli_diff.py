@@ -41,7 +41,8 @@ def test_diff_measures_by_layer_and_tensor(models):
     save(models / "x", {**x, "only": np.ones(1), "s": np.ones(2)})
     save(models / "y", {**y, "s": np.ones(3)})
     found = json.loads(run("diff", "x", "y", "--json"))
-    assert (found["layers"]["h.0"]["relative"], found["layers"]["h.0"]["changed_fraction"]) == (0.1, 0.25)
+    layer = found["layers"]["h.0"]
+    assert (layer["vectors"]["relative"], layer["changed_fraction"], layer["matrices"]) == (0.1, 0.25, None)
     assert (found["tensors"]["h.1.w"]["cosine"], found["tensors"]["h.1.w"]["changed"]) == (0.0, 2)
     assert found["tensors"]["n"]["relative"] is None and found["total"]["numel"] == 7
     assert tuple(found[k] for k in ("only_a", "only_b", "shapes", "unmeasured")) == (["only"], [], ["s"], ["i"])
@@ -52,6 +53,44 @@ def test_diff_measures_by_layer_and_tensor(models):
         and "measured: i" in text
     )
     assert "h.0.w 1.000e-01 0.995037 25.00% 4" in " ".join(text.split())
+
+
+def independent(seed: int, scale: float = 1.0) -> dict[str, np.ndarray]:
+    """A model of two layers as it is before training: matrices at random, norms of 1, biases of 0; a stacked bias."""
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, np.ndarray] = {"embed.weight": bf16(scale * rng.standard_normal((50, 16)))}
+    for i in range(2):
+        tensors |= {
+            f"layers.{i}.mlp.weight": bf16(0.02 * scale * rng.standard_normal((32, 16))),
+            f"layers.{i}.mlp.bias": np.zeros(32, np.float32),
+            f"layers.{i}.norm.weight": np.ones(16, np.float32) + 0.01 * rng.standard_normal(16).astype(np.float32),
+            f"layers.{i}.gate.scale": np.ones((1, 16, 1), np.float32),
+            f"layers.{i}.experts.up_bias": np.ones((4, 16), np.float32),
+        }
+    return tensors
+
+
+def test_matrices_and_vectors_are_told_apart_so_that_independent_models_look_so(models):
+    for seed, name in enumerate(("x", "y")):
+        save(models / name, independent(seed))
+    found = json.loads(run("diff", "x", "y", "--json"))
+    every = [found["total"], *(found["layers"][f"layers.{i}"] for i in range(2))]
+    for total in every:
+        assert abs(total["matrices"]["cosine"]) < 0.15 and total["matrices"]["relative"] == pytest.approx(
+            2**0.5, rel=0.1
+        )
+        assert total["vectors"]["cosine"] > 0.999
+    assert found["total"]["matrices"]["numel"] == 50 * 16 + 2 * 32 * 16
+    assert found["total"]["vectors"]["numel"] == 2 * (32 + 16 + 16 + 64)
+    assert found["total"]["numel"] == sum(found["total"][kind]["numel"] for kind in ("matrices", "vectors"))
+    text = run("diff", "x", "y")
+    assert text.startswith("the matrices of A and B are nearly orthogonal (cosine ")
+    assert [line.split()[0] for line in text.splitlines() if line.startswith(("layers.*", "all"))] == [
+        "all", "layers.*.experts.up_bias", "layers.*.gate.scale", "layers.*.mlp.bias", "layers.*.norm.weight", "all"
+    ]  # fmt: skip
+    assert "all 3 matrices" in text and "all 8 vectors" in text
+    save(models / "z", independent(0, scale=1.1))
+    assert "orthogonal" not in run("diff", "x", "z")
 
 
 def test_diff_lists_the_tensors_that_differ_most_or_all(models):

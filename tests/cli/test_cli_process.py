@@ -51,8 +51,17 @@ def partial_data(out: Path) -> bool:
         return False
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("command", ["merge", "interpolate"])
+@pytest.mark.parametrize(
+    ("number", "code", "command"),
+    [
+        (signal.SIGINT, 130, "merge"),
+        (signal.SIGINT, 130, "interpolate"),
+        (signal.SIGTERM, 143, "interpolate"),
+        (signal.SIGHUP, 129, "merge"),
+        (signal.SIGQUIT, 131, "merge"),
+        (signal.SIGXCPU, 152, "merge"),
+    ],
+)
 def test_interrupted_merge_leaves_nothing(env, models, tmp_path, number, code, command):
     out = tmp_path / "new" / "out"
     args = ["merge", "large_recipe.yml", out, "--threads", "1"]
@@ -86,6 +95,91 @@ def test_second_signal_does_not_stop_the_cleaning_up(env, models, tmp_path):
         process.communicate(timeout=60)
     assert process.returncode == 130
     assert not out.exists()
+
+
+IMPORTING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+module = sys.argv.pop(1)
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == module:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts())
+from fastinterp.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["fastinterp.cli", "click", "fastinterp.cli.merge", "fastinterp.api", "msgspec", "yaml", "fastinterp._C",
+     "fastinterp.output.folder", "fastinterp.execute.report"],
+)  # fmt: skip
+def test_interrupt_while_modules_are_imported(env, models, tmp_path, module):
+    program = [sys.executable, "-c", IMPORTING, module, "merge", "recipe.yml", str(tmp_path / "out")]
+    done = subprocess.run(program, env=env, cwd=models, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.split(";")[0].strip()) == (130, "", "interrupted")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_interrupt_that_a_module_makes_another_error_of(env, models, tmp_path):
+    """As numpy's extension modules do."""
+    program = IMPORTING.replace("os.kill(os.getpid(), signal.SIGINT)", """
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                raise ImportError("numpy.core.multiarray failed to import")
+""")  # fmt: skip
+    command = [sys.executable, "-c", program, "fastinterp.api", "merge", "recipe.yml", str(tmp_path / "out")]
+    done = subprocess.run(command, env=env, cwd=models, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["merge", "recipe.yml", "OUT"], ["interpolate", "a", "b", "--alpha", "0.5", "-o", "OUT"],
+     ["interpolate", "a", "b", "--alpha", "0,1", "-o", "OUT"], ["average", "a", "b", "--in-order", "-o", "OUT"],
+     ["sweep", "a", "b", "--alphas", "0,1", "-o", "OUT"]],
+    ids=["merge", "interpolate", "several", "average", "sweep"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["n" * 300, "n" * 300 + ".safetensors", "new/" + "n" * 300, "n/" * 2500])
+def test_name_of_an_output_that_no_file_can_have(env, models, tmp_path, args, name):
+    args = [str(tmp_path / name) if a == "OUT" else a for a in args]
+    done = subprocess.run([*PROGRAM, *args], env=env, cwd=models, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "File name too long" in done.stderr and done.stderr.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_clock_that_is_wrong_does_not_tell_what_was_finished(env, models, tmp_path):
+    """Of an output that was there before, with times of the far future, nothing was written; of one that was finished
+    when the run failed, in 1970, it is said."""
+    old = tmp_path / "out"
+    save(old, layers(1))
+    os.utime(old / "model.safetensors", (2**33, 2**33))
+    args = ["interpolate", "a", "b", "--alpha", "0.5", "-o", str(old)]
+    done = subprocess.run([*PROGRAM, *args], env=env, cwd=models, capture_output=True, text=True, check=False)
+    assert done.returncode == 4 and done.stderr.endswith("all the same; nothing was written\n")
+    program = """
+import os, signal, sys
+from fastinterp.cli import main
+unlink = os.unlink
+def late(path, *args):
+    unlink(path, *args)
+    if str(path).endswith("alpha_0/.fastinterp-journal"):
+        for name in ("out/alpha_0", "out/alpha_1"):
+            os.utime(f"{sys.argv[-1]}/{name.split('/')[1]}/model.safetensors", (0, 0))
+        os.kill(os.getpid(), signal.SIGTERM)
+os.unlink = late
+main()
+"""
+    out = str(tmp_path / "two")
+    command = [sys.executable, "-c", program, "interpolate", "a", "b", "--alpha", "0,1", "-o", out]
+    done = subprocess.run(command, env=env, cwd=models, capture_output=True, text=True, check=False)
+    expected = f"interrupted; finished before that: {out}/alpha_0, {out}/alpha_1\n"
+    assert (done.returncode, done.stderr) == (143, expected)
 
 
 @pytest.mark.parametrize("args", [["inspect", "a", "--json"], ["methods"], ["merge", "recipe.yml"]], ids=lambda a: a[0])

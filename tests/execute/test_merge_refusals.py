@@ -125,13 +125,19 @@ def test_input_that_is_cut_while_it_is_read(tmp_path, pair, monkeypatch, keep):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("how", ["replaced", "rewritten", "removed"])
+@pytest.mark.parametrize("how", ["replaced", "rewritten", "rewritten in secret", "removed"])
 def test_input_that_changes_while_it_is_read(tmp_path, pair, monkeypatch, how):
     file = pair[0] / "model-00002-of-00002.safetensors"
 
     def change() -> None:
         if how == "rewritten":
             os.utime(file, ns=(0, 0))
+        elif how == "rewritten in secret":  # in place, and its time is put back
+            before = file.stat()
+            with open(file, "r+b") as stream:
+                stream.seek(-1, os.SEEK_END)
+                stream.write(b"\x55")
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
         elif how == "removed":
             file.unlink()
         else:

@@ -358,7 +358,7 @@ def test_statistics_tell_what_codes_preserve(tmp_path):
     report = merge(values, tmp_path / "out", quantize="same")
     assert report.effect.strength is not None
     assert abs(report.effect.strength - 1) > 0.05
-    [warning] = [w for w in report.warnings if "preserved" in w]
+    [warning] = [w for w in report.warnings if "of the change" in w]
     assert "--quantize none" in warning
     (tmp_path / "recipe.yml").write_text(json.dumps({**values, "quantize": "same"}))
     done = run("merge", tmp_path / "recipe.yml", tmp_path / "other", "--quantize", "none")

@@ -215,6 +215,31 @@ def test_another_number_of_ranks_goes_on_and_shares_otherwise(models, tmp_path):
     assert contents(out) == contents(models / "one-paper")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["ties", "paper"])
+def test_what_ranks_had_finished_of_a_file_is_kept(models, tmp_path, recipe):
+    """Both are killed within their files; any number of ranks goes on."""
+    shards = ("--max-shard-size", "400")
+    alone = subprocess.run(
+        [sys.executable, "-m", "fastinterp", "merge", f"{recipe}.yml", str(tmp_path / "alone"), *shards],
+        cwd=models, env={**CLEAN, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert not alone.stderr
+    args = ["merge", f"{recipe}.yml", str(tmp_path / "out"), "--json", *shards]
+    first = torchrun(2, args, models, ROUNDS="100:2")
+    assert first.returncode != 0 and not list((tmp_path / "out").glob("*.safetensors"))
+    lone = subprocess.run(
+        [sys.executable, "-m", "fastinterp", *args], cwd=models, env={**CLEAN, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert lone.returncode == 4 and "several processes began it, with torchrun or srun" in lone.stderr
+    again = torchrun(3 if recipe == "ties" else 2, args, models, ROUNDS="100:99")
+    assert again.returncode == 0, again.stderr
+    (kept,) = [int(line.split()[1]) for line in again.stderr.splitlines() if line.startswith("resumed: ")]
+    assert 0 < kept < 100 and int(100 * json.loads(again.stdout)["resumed"]) == kept
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
 def test_what_stands_in_a_folder_that_is_not_finished(tmp_path):
     key = "0123456789ab"
     assert not stands(tmp_path, "x", key, 0)
@@ -235,9 +260,7 @@ def test_another_merge_does_not_go_on_from_what_is_there(models, tmp_path):
     assert left
     done = torchrun(2, ["merge", "linear.yml", str(out), *SHARDS], models)
     assert done.returncode != 0
-    assert (
-        "another merge is not finished here. To finish it, run it again; to throw it away, add --force" in done.stderr
-    )
+    assert "another merge is not finished here. To throw it away, add --force" in done.stderr
     assert contents(out) == left
     done = torchrun(2, ["merge", "linear.yml", str(out), "--force", *SHARDS], models)
     assert done.returncode == 0, done.stderr

@@ -317,3 +317,24 @@ def test_an_older_checkpoint_outlives_a_run_that_is_left(case):
     done = case.run("killed", "--force")
     assert done.returncode == 0 and shares(done.stderr)[0] > 0
     assert case.outputs("killed") == case.files
+
+
+@pytest.mark.parametrize("case", ["interpolate", "shards", "one file"], indirect=True)
+def test_a_run_that_is_killed_while_it_puts_its_outputs_in_place(case):
+    """The next one has nothing to compute, and tells the same."""
+    for step in range(1, 60, 3):
+        done = case.run("killed", FINISH=f"SIGKILL:{step}")
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL
+        again = case.run("killed")
+        assert again.returncode == 0, again.stderr
+        assert shares(again.stderr) == [100]
+        assert case.outputs("killed") == case.files
+        found = reports(again.stdout, "killed")
+        for report in found if isinstance(found, list) else [found]:
+            report["remarks"] = [remark for remark in report["remarks"] if "a run that had died" not in remark]
+        assert found == case.report
+        for path in case.folder.glob("killed*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert step > 1

@@ -52,8 +52,8 @@ def test_parameters_filters_and_slices(folder):
     text = explained(SLICES)
     assert text.partition("params")[2].partition("read")[0] == (
         "   weight   0.2 to 0.8 over the layers\n"
-        "         density  mlp 0.3 (2 tensors), norm [0.4, 0.5, 0.6] over the layers (2 tensors), others 0.5\n"
-        "           (1 tensor)\n"
+        "         density  mlp 0.3 (2 tensors), norm [0.4, 0.5, 0.6] over the layers (2\n"
+        "           tensors), others 0.5 (1 tensor)\n"
         "         preset   paper\n"
         "         defaults: normalize true, rescale false, lambda 1, int8_mask false\n"
         "layers   0..1 = x0 0..1, x1 0..1, x2 0..1\n"
@@ -64,7 +64,7 @@ def test_parameters_filters_and_slices(folder):
 def test_formula_in_force(folder):
     text = explained(SLICES)
     assert "  t_i = x_i - x0 where |x_i - x0| is among the largest, else 0\n  A: the models with t_i != 0" in text
-    assert text.splitlines()[2].startswith("  preset paper: like peft, and `density` is a fraction of the whole model")
+    assert text.splitlines()[2].startswith("  preset paper: like peft, and `density` is a fraction of the whole")
     told, _, formula = text.partition("  in the formula of preset mergekit:\n")
     assert "(peft: the sign is that of sum t_i, without weights," in " ".join(told.split()) and "out = x0" in formula
     assert "preset" not in explained(SLICES.replace("preset: paper", "preset: mergekit")).partition("params")[0]
@@ -165,8 +165,7 @@ def test_nothing_is_wider_than_a_terminal(folder):
 
 
 def test_an_explanation_has_the_plan_its_attributes_and_a_text(folder):
-    (folder / "recipe.yml").write_text(SLICES)
-    explanation = fastinterp.explain("recipe.yml")
+    explanation = fastinterp.explain(SLICES)
     assert str(explanation) == explained(SLICES).rstrip("\n")
     assert json.loads(explained(SLICES, "--json")) == explanation.as_dict()
     assert explanation.bytes_read == explanation.plan.bytes_read and repr(explanation) == repr(explanation.plan)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fastinterp
@@ -49,6 +50,17 @@ def test_declarations_are_true(name):
     for case in walks:
         a, b = case.draw()
         assert (case.merge([a, b], t=0.0) == a).all() and (case.merge([a, b], t=1.0) == b).all()
+
+
+@pytest.mark.parametrize("name", names())
+def test_weights_that_are_divided_by_their_sum(name):
+    """Twice the weights make the same tensor where the recipe's warnings take that for granted, and only there."""
+    for case in (case for case in cases() if case.m.name == name and "weight" in case.parameters):
+        inputs, weight = case.draw(), case.parameters["weight"]
+        same = np.allclose(case.merge(inputs), case.merge(inputs, weight=tuple(2 * w for w in weight)), rtol=1e-6)
+        given = {p.name: case.parameters.get(p.name, p.default) for p in case.m.parameters}
+        divides = [given[key] for key in ("normalize", "normalize_weights") if key in given]
+        assert same == (case.m.relative or (divides == [True] and given.get("preset", "mergekit") == "mergekit"))
 
 
 @pytest.mark.parametrize("name", names())

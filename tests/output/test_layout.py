@@ -234,7 +234,7 @@ def test_with_dtype_that_has_no_name():
         with_dtype(b"{}", U8)
 
 
-TAGS = ["mergekit", "merge", "fastinterp"]
+TAGS = ["merge", "mergekit", "fastinterp", "linear"]
 
 
 def front_matter(card: str) -> dict:
@@ -249,9 +249,10 @@ def test_model_card(tmp_path, monkeypatch):
     (tmp_path / "local").mkdir()
     names = ["org/a@main", "org/a", "gpt2", "./x", "/elsewhere/y", "local", "null", "1e3"]
     card = model_card("merge_method: linear\n", names, "linear", "0.1.0")
-    assert front_matter(card) == {"base_model": ["org/a", "gpt2", "null", "1e3"], "tags": TAGS}
-    assert "Made with fastinterp 0.1.0, method `linear`, from:" in card
-    assert all(f"- `{n}`\n" in card for n in names)
+    ids = ["org/a", "gpt2", "null", "1e3"]
+    assert front_matter(card) == {"base_model": ids, "base_model_relation": "merge", "tags": TAGS}
+    assert "Made with fastinterp 0.1.0 by the method `linear`." in card
+    assert all(f"| `{n}` |\n" in card for n in names)
     assert "```yaml\nmerge_method: linear\n```\n" in card
     assert "base_model" not in model_card("x", ["./x"], "linear", "0.1.0")
 
@@ -310,6 +311,6 @@ def test_model_card_with_odd_names():
     recipe = "models:\n# ```\n# ````\n---\n"
     card = model_card(recipe, names, "linear", "0.1.0")
     assert front_matter(card) == {"tags": TAGS}
-    assert "- `a\\n---\\nlicense: mit`\n" in card and "- `` `x` ``\n" in card
+    assert "| `a\\n---\\nlicense: mit` |\n" in card and "| `` `x` `` |\n" in card
     assert card.endswith(f"`````yaml\n{recipe}`````\n")
     assert card.encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -104,16 +105,39 @@ def test_every_file_has_a_fate(tmp_path):
 
 def test_links_of_the_hubs_cache_are_copied(tmp_path):
     """Files there are links into a folder of blobs; they are copied as files."""
-    blobs = tmp_path / "blobs"
-    stored = model(blobs, {"tokenizer.json": "{}", "1_Pooling/config.json": "{}"})
-    snapshot = tmp_path / "snapshot"
-    for path in sorted(p for p in stored.rglob("*") if p.is_file()):
+    blobs = tmp_path / "models--org--a" / "blobs"
+    blobs.mkdir(parents=True)
+    stored = model(tmp_path / "stored", {"tokenizer.json": "{}", "1_Pooling/config.json": "{}"})
+    snapshot = tmp_path / "models--org--a" / "snapshots" / "0123"
+    for number, path in enumerate(sorted(p for p in stored.rglob("*") if p.is_file())):
         link = snapshot / path.relative_to(stored)
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path)
+        link.symlink_to(path.rename(blobs / f"{number:064x}"))
     fastinterp.interpolate(snapshot, model(tmp_path / "b"), 0.5, tmp_path / "out")
     for name in ("tokenizer.json", "1_Pooling/config.json"):
         assert (tmp_path / "out" / name).read_text() == "{}" and not (tmp_path / "out" / name).is_symlink()
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path):
+    """Their content would be published with the output. The printed command makes files of them."""
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"key": 1}')
+    a, b = model(tmp_path / "a"), model(tmp_path / "b")
+    (a / "tokenizer.json").symlink_to(secret)
+    (a / "inner.json").write_text("{}")
+    (a / "special_tokens_map.json").symlink_to("inner.json")  # within the folder
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json: this is a link to .* outside of the model's folder"
+    ) as refused:
+        fastinterp.interpolate(a, b, 0.5, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    models = [{"model": str(m), "parameters": {"weight": 1}} for m in (a, b)]
+    found = fastinterp.check({"merge_method": "linear", "models": models})
+    assert any("outside of the model's folder" in error.message for error in found.errors)
+    subprocess.run(str(refused.value).split("`")[-2], shell=True, check=True)
+    fastinterp.interpolate(a, b, 0.5, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"key": 1}'
+    assert (tmp_path / "out" / "special_tokens_map.json").read_text() == "{}"
 
 
 def test_a_lone_file_brings_no_strangers(tmp_path):

@@ -284,8 +284,8 @@ def test_unfinished_merge_of_another_kind_is_not_thrown_away(tmp_path):
     with pytest.raises(OutputError) as caught:
         OutFolder(folder, [], merge="linear", differs=lambda j: f"that was {j.begun.merge}").__enter__()
     assert str(caught.value) == (
-        f"{folder}: another merge is not finished here (that was ties). To finish it, run it again; to throw it away, "
-        "add --force (in Python force=True)"
+        f"{folder}: another merge is not finished here (that was ties). To throw it away, add --force (in Python "
+        "force=True); to finish it, run what wrote it once more, and that ends it"
     )
     assert tree(folder) == before
     with OutFolder(folder, [], merge="ties") as out:

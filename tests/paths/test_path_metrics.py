@@ -218,7 +218,7 @@ def test_what_is_no_report_is_refused(text, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UsageError, match="is not a path report"):
         PathReport.from_json(tmp_path / "x.json")
-    with pytest.raises(StorageError, match="No such file"):
+    with pytest.raises(StorageError, match="does not exist"):
         PathReport.from_json(tmp_path / "none.json")
 
 

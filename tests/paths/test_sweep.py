@@ -46,7 +46,7 @@ def command(*args, code=0):
     if done.exception and not isinstance(done.exception, SystemExit):
         raise done.exception
     assert done.exit_code == code, done.output
-    return done.stderr if code else done.stdout
+    return done.stderr if code and "--json" not in args else done.stdout
 
 
 def test_line(ends, tmp_path):

@@ -99,7 +99,7 @@ def key(point, tensors):
         ("thing", "a builtins.object"),
         ("key", "a mapping with the key 3"),
     ):
-        said = command(*given, f"results:{name}", "--json", code=2)
+        said = json.loads(command(*given, f"results:{name}", "--json", code=2))["wrong"][0]["message"]
         assert f"--in-memory results:{name} returned {what} at alpha_0.5, which JSON does not have" in said
         assert command(*given, f"results:{name}")
 

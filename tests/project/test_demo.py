@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,51 @@ def test_folder_that_is_given_is_kept(kept):
     assert {len(list((kept / m).glob("*.safetensors"))) for m in ("base", "chat", "code")} == {2, 3, 4}
     done = run(kept)
     assert done.returncode == 2 and "is not empty. Give a new folder" in done.stderr
+
+
+@pytest.mark.slow(3)
+def test_a_folder_of_an_earlier_demo_is_made_anew(kept, tmp_path):
+    """What the user made in it stays; a folder of something else is refused."""
+    folder = tmp_path / "demo"
+    shutil.copytree(kept, folder)
+    shutil.rmtree(folder / "chat")
+    (folder / "out" / "mine").mkdir()
+    assert run(folder, "--again").returncode == 0
+    assert (folder / "chat").is_dir() and (folder / "out" / "mine").is_dir()
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "chat").write_text("mine")
+    done = run(tmp_path / "else", "--again")
+    assert done.returncode == 2 and "is not empty. Give a new folder" in done.stderr
+    assert (tmp_path / "else" / "chat").read_text() == "mine"
+
+
+def make(target: str, **environment: str) -> str:
+    """The commands of a target, which are not run."""
+    env = {name: value for name, value in os.environ.items() if name != "FASTINTERP_CUDA"} | environment
+    done = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.slow(2)
+def test_make_demo_prints_commands_that_run_in_its_folder(kept):
+    said = re.findall(r"^echo '  \$ (.*)'$", make("demo"), re.MULTILINE)
+    assert said[0].endswith("/bin/activate && cd build/demo") and len(said) == 3
+    for command in said[1:]:
+        program, *args = command.split()
+        assert program == "fastinterp"
+        done = subprocess.run(
+            [sys.executable, "-m", program, *args], cwd=kept, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+def test_make_test_says_what_it_takes_and_obeys_fastinterp_cuda():
+    said = make("test")
+    assert said.index("7 GB on disk") < said.index("pip install") < said.index("-m pytest")
+    assert "minutes of a processor" in said and "tests take" in said
+    without = make("test", FASTINTERP_CUDA="0")
+    assert "nvcc" not in without and "CUDA kernels" not in without
 
 
 @pytest.mark.parametrize("job", demo.JOBS, ids=lambda job: job.out)

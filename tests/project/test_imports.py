@@ -22,13 +22,15 @@ SOURCES = sorted({*(ROOT / "fastinterp").rglob("*.py"), *(ROOT / "fastinterp" / 
 
 # Each part of the package, and the parts it may import beside itself. The most specific name counts: a module of
 # ops/ that is not named here belongs to `ops`. Parts that import nothing but themselves are leaves.
-LEAVES = {"errors", "messages", "_version"}
+LEAVES = {"errors", "messages", "html", "progress", "_version"}
 CONTRACT = {"ops", "ops.steps"}
 PLANNING = LEAVES | CONTRACT | {"arguments", "recipe", "methods", "checkpoint", "output", "tokenizer"}
 RUNNING = PLANNING | {"plan", "backends", "execute"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "messages": set(),
+    "html": set(),
+    "progress": set(),
     "_version": set(),
     "_C": set(),
     "_cuda": set(),
@@ -47,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "execute": PLANNING | {"plan", "backends", "reference"},
     "lora.plan": PLANNING | {"plan"},
     "inspect": RUNNING | {"lora.plan"},
+    "verification": RUNNING,
     "in_memory": RUNNING,
     "lora": RUNNING | {"in_memory", "reference", "lora.plan"},
     "system.available_memory": set(),

@@ -90,7 +90,7 @@ def test_all_that_is_wrong():
             [
                 "3: `layer_range` [first, end) ends before it begins, got [3, 1]",
                 "4: `sources` lists no model. Write `- {model: NAME, layer_range: [0, 16]}` for each",
-                "5: unknown parameter `x` of `linear`. Known: weight, normalize",
+                "5: unknown parameter `x` of `linear`. Known: weight",
             ],
         ),
         (

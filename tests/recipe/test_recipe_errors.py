@@ -40,7 +40,7 @@ BAD = {
     "unknown key": (LINEAR + "dtyp: f\n", "unknown key `dtyp`, did you mean `dtype`? - at $ (merge.yml:9)"),
     "unknown key in a model": (
         LINEAR.replace("    parameters:\n      weight: 0.3", "    wieght: 0.3"),
-        "unknown key `wieght`, did you mean `weight`? - at $.models[1] (merge.yml:7)",
+        "unknown key `wieght`, did you mean `weight`? It goes under `parameters` - at $.models[1] (merge.yml:7)",
     ),
     "parameter as a key": (
         LINEAR.replace("    parameters:\n      weight: 0.3", "    weight: 0.3"),

@@ -39,6 +39,13 @@ def combining() -> list[str]:
     return usable() + [name for name in ("cuda", EMULATED) if name not in _cuda_skipped()]
 
 
+def nvcc_missing() -> str:
+    """Why nvcc is not tried here; empty if it is."""
+    if os.environ.get("FASTINTERP_CUDA") == "0":
+        return "FASTINTERP_CUDA is 0"
+    return "" if shutil.which("nvcc") else "it is not on PATH"
+
+
 @cache
 def _cuda_skipped() -> dict[str, str]:
     from fastinterp.backends import cuda
@@ -51,8 +58,8 @@ def _cuda_skipped() -> dict[str, str]:
         reasons["cuda"] = str(error)
     if why := cuda_host.missing():
         reasons[EMULATED] = why
-    if not shutil.which("nvcc"):
-        reasons["nvcc"] = "it is not on PATH, so what it makes of the CUDA kernels is not looked at"
+    if why := nvcc_missing():
+        reasons["nvcc"] = f"{why}, so what it makes of the CUDA kernels is not looked at"
     return reasons
 
 

@@ -16,8 +16,8 @@ CALLS = ("mkdir", "rmdir", "replace", "rename", "unlink", "write", "pwrite", "ft
 class _Counter:
     """Calls of the module `os`, counted; the process dies before or after the one of the number `at`."""
 
-    def __init__(self, at: int, late: bool):
-        self.at, self.late, self.count = at, late, 0
+    def __init__(self, at: int, late: bool, die: Callable[[], object]):
+        self.at, self.late, self.die, self.count = at, late, die, 0
 
     def wrap(self, name: str) -> None:
         real = getattr(os, name)
@@ -27,25 +27,30 @@ class _Counter:
                 return real(*args, **options)
             self.count += 1
             if self.count == self.at and not self.late:
-                os.kill(os.getpid(), signal.SIGKILL)
+                self.die()
             result = real(*args, **options)
             if self.count == self.at and self.late:
-                os.kill(os.getpid(), signal.SIGKILL)
+                self.die()
             return result
 
         setattr(os, name, call)
 
 
-def killed(action: Callable[[], object], at: int, *, late: bool = False) -> bool:
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(action: Callable[[], object], at: int, *, late: bool = False, die: Callable[[], object] = die) -> bool:
     """Run `action` in a child process, which is killed by SIGKILL at its call number `at`, from 1. False, if it ended
     before that; its exceptions are errors.
 
     late  after the call, not before it
+    die   what ends the process instead: by SIGKILL in the end
     """
     child = os.fork()
     if not child:
         with suppress(BaseException):
-            counter = _Counter(at, late)
+            counter = _Counter(at, late, die)
             for name in ("open", *CALLS):
                 counter.wrap(name)
             try:

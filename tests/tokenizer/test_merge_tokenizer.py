@@ -361,7 +361,7 @@ def test_model_that_is_cut_while_its_rows_are_made(tmp_path, monkeypatch):
         os.truncate(Path(b, "model.safetensors"), 100)
 
     monkeypatch.setattr(gather._RowReader, "__init__", cut)
-    with pytest.raises(CheckpointError, match="bytes are missing at byte"):
+    with pytest.raises(CheckpointError, match="bytes are left at byte"):
         merged(tmp_path, [a, b], tokenizer_source="union")
     assert not (tmp_path / "out").exists()
 

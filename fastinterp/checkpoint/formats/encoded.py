@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import closing
 
 import msgspec
 
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint, Component
-from fastinterp.checkpoint.remote import open_readable
-from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.checkpoint.remote import opened, read_from
+from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import BF16, DType
 
 _SMALL = 1 << 16  # bytes of a companion that is read when a checkpoint is opened: a description, zero points
@@ -126,12 +125,12 @@ def misshapen(checkpoint: Checkpoint, entry: Entry, codes: Entry, expected: str)
 
 
 def small_bytes(checkpoint: Checkpoint, entry: Entry) -> bytes | None:
-    """The bytes of a small tensor: a description, say; None, if it is not small. Raises: StorageError."""
+    """The bytes of a small tensor: a description, say; None, if it is not small.
+
+    Raises: CheckpointError; StorageError.
+    """
     if entry.nbytes > _SMALL:
         return None
-    path = checkpoint.files[entry.file]
-    try:
-        with closing(open_readable(str(path))) as file:
-            return file.pread(entry.nbytes, entry.start)
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+    path = str(checkpoint.files[entry.file])
+    with opened(path) as file:
+        return read_from(file, path, entry.start, entry.nbytes)

@@ -4,7 +4,6 @@ ComfyUI writes it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +16,8 @@ from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint, Component
 from fastinterp.checkpoint.quantisation_config import HF_QUANT_CONFIG, declared_method
 from fastinterp.checkpoint.sidecar_files import CONFIG, json_or_empty
+from fastinterp.checkpoint.strict_json import parse_json
+from fastinterp.errors import CheckpointError
 
 METADATA = "_quantization_metadata"  # of headers, as ComfyUI writes it
 
@@ -85,8 +86,8 @@ def layers_of(part: Component) -> Mapping[str, Any]:
     """What ComfyUI's metadata in the header says of layers, by the names of modules in the component."""
     text = part.checkpoint.metadata.get(METADATA, "")
     try:
-        layers = json.loads(text)["layers"] if text else {}
-    except (ValueError, KeyError, TypeError, RecursionError):
+        layers = parse_json(text.encode(errors="replace"), "the metadata", "")["layers"] if text else {}
+    except (CheckpointError, KeyError, TypeError):
         return {}
     return layers if isinstance(layers, dict) else {}
 
@@ -102,8 +103,8 @@ def layer_of(checkpoint: Checkpoint, part: Component, layers: Mapping[str, Any],
         return found if isinstance(found, dict) else {}
     raw = small_bytes(checkpoint, entry)
     try:
-        found = json.loads(raw or b"")
-    except (ValueError, RecursionError):
+        found = parse_json(raw or b"", entry.name, checkpoint.name)
+    except CheckpointError:
         found = None
     if not isinstance(found, dict):
         raise fault(checkpoint, entry, f"{quote(entry.name)} must be a JSON object, as ComfyUI writes it")

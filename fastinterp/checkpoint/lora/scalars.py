@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint
-from fastinterp.checkpoint.remote import Readable, open_readable
+from fastinterp.checkpoint.remote import Readable, opened, read_from
 from fastinterp.errors import CheckpointError
 
 _FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
@@ -22,16 +23,14 @@ def read_scalars(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, 
     """
     found: dict[str, float] = {}
     open_files: dict[int, Readable] = {}
-    try:
+    with ExitStack() as stack:
         for entry in entries:
             file = str(checkpoint.files[entry.file])
             if entry.file not in open_files:
-                open_files[entry.file] = open_readable(file)
+                open_files[entry.file] = stack.enter_context(opened(file))
             if entry.numel != 1 or not (entry.dtype.name in _FORMATS or entry.dtype.name == "BF16"):
                 raise _not_a_number(file, entry, f"{entry.dtype} {list(entry.shape)}")
-            raw = open_files[entry.file].pread(entry.nbytes, entry.start)
-            if len(raw) < entry.nbytes:
-                raise CheckpointError("it was truncated while it was read", file=file, tensor=entry.name)
+            raw = read_from(open_files[entry.file], file, entry.start, entry.nbytes)
             if entry.dtype.name == "BF16":
                 value = struct.unpack("<f", b"\0\0" + raw)[0]
             else:
@@ -39,9 +38,6 @@ def read_scalars(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, 
             if not math.isfinite(value):
                 raise _not_a_number(file, entry, str(value))
             found[entry.name] = value
-    finally:
-        for source in open_files.values():
-            source.close()
     return found
 
 

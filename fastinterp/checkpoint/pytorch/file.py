@@ -13,7 +13,7 @@ from fastinterp.checkpoint.pytorch.state_dict import choose_state_dict
 from fastinterp.checkpoint.pytorch.strided import Strided, is_contiguous
 from fastinterp.checkpoint.pytorch.tensors import Tensor, TensorCalls
 from fastinterp.checkpoint.pytorch.zip_file import ZipEntry, read_directory
-from fastinterp.checkpoint.remote import Readable, open_readable
+from fastinterp.checkpoint.remote import Readable, opened, read_from
 from fastinterp.errors import CheckpointError
 
 _MAX_PICKLE = 100_000_000  # bytes
@@ -29,17 +29,12 @@ def read_header(path: Path, number: int) -> FileHeader:
     not read.
     """
     file = os.fspath(path)
-    source = open_readable(file)
-    try:
+    with opened(file) as source:
         if message := remedies.other_form(source.pread(512, 0), file):
             raise CheckpointError(message, file=file)
         directory = read_directory(source, file)
         root = _root(directory, file)
         pickle = _pickle(source, directory, root, file)
-    except OSError as error:
-        raise CheckpointError(f"the file cannot be read: {error.strerror}", file=file) from None
-    finally:
-        source.close()
     calls = TensorCalls(file)
     tensors, remarks = choose_state_dict(read_pickle(pickle, calls, file), file, calls.foreign)
     entries = [_entry(name, tensor, directory, root, source.size, number, file) for name, tensor in tensors.items()]
@@ -66,7 +61,7 @@ def _pickle(source: Readable, directory: dict[str, ZipEntry], root: str, file: s
     entry = directory[f"{root}/data.pkl"]
     if entry.nbytes > _MAX_PICKLE:
         raise CheckpointError(f"its pickle has {entry.nbytes} bytes, more than the allowed {_MAX_PICKLE}", file=file)
-    return source.pread(entry.nbytes, entry.start)
+    return read_from(source, file, entry.start, entry.nbytes)
 
 
 def _entry(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fastinterp.checkpoint.remote import Readable, open_readable
-from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.checkpoint.remote import Readable, opened, read_from
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,7 +47,7 @@ class Strided(msgspec.Struct, frozen=True):
 
     def pieces(self, path: str) -> Iterator[bytes]:
         """Memory: some times _PIECE, however large the tensor. Raises: what Conversion.pieces does."""
-        with closing(open_readable(path)) as file:
+        with opened(path) as file:
             yield from self._pieces(_Source(file, path, self.size), self.start, self.shape, self.strides)
 
     def _pieces(self, source: _Source, start: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Iterator[bytes]:
@@ -110,17 +108,4 @@ class _Source:
         return sum((n - 1) * s for n, s in zip(lengths, steps, strict=True)) + self._size
 
     def _bytes(self, offset: int, count: int) -> bytes:
-        parts = []
-        while count:
-            try:
-                part = self._file.pread(count, offset)
-            except OSError as error:
-                raise StorageError(f"{self._path}: {error.strerror}, reading {count} bytes at {offset}") from None
-            if not part:
-                raise CheckpointError(
-                    f"{count} bytes are missing at byte {offset}: it was truncated or replaced. Retry once nothing is "
-                    "writing to it", file=self._path,
-                )  # fmt: skip
-            parts.append(part)
-            offset, count = offset + len(part), count - len(part)
-        return b"".join(parts)
+        return read_from(self._file, self._path, offset, count)

@@ -7,7 +7,6 @@ exchange only which rank does what. The bytes are the same as those of one proce
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -18,7 +17,6 @@ from typing import Any
 
 import msgspec
 
-from fastinterp._version import __version__
 from fastinterp.arguments import path_of, size_of
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
@@ -26,18 +24,21 @@ from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.names import names_file
 from fastinterp.errors import RankError
 from fastinterp.execute.distributed.peers import Peers, Rank
+from fastinterp.execute.distributed.unit_notes import kept_bytes, noted
 from fastinterp.execute.jobs.densities import Density
-from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, record_of, report_on
+from fastinterp.execute.report import OutputRecord, Report, RoundingEffect, kept_line, record_of, report_on
+from fastinterp.execute.resume.identity import identity_of
 from fastinterp.execute.rounds import DeviceUsage
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
-from fastinterp.execute.to_files import devices_for, write_receipts, write_small_files
-from fastinterp.messages import counted
+from fastinterp.execute.to_files import devices_for, write_card, write_receipts, write_small_files
+from fastinterp.messages import counted, tell
 from fastinterp.output.folder import OutFolder
 from fastinterp.output.receipt import RECEIPT, SmallFile, WeightsFile
 from fastinterp.output.several import commit_all
 from fastinterp.output.shared_folder import (
     SharedFolder,
+    journal_of_file,
     read_note,
     reserved,
     shared_file,
@@ -46,6 +47,7 @@ from fastinterp.output.shared_folder import (
 )
 from fastinterp.plan.plan import Plan, Source, plan_recipe
 
+_KEY = 12  # digits of the key of a merge
 _POLL_S = 0.05  # between polls of what the other ranks have finished
 
 
@@ -70,12 +72,14 @@ def merge(
     missing: str | None = None,
     channels: str | None = None,
     quantize: str | None = None,
+    private: bool = False,
     **settings: Any,
 ) -> Report | None:
     """This process's part of `fastinterp.merge`, whose arguments these are. The report on rank 0, else None."""
     target = path_of(out, "out")
     plan = plan_recipe(
-        recipe, max_shard_size, dtype, rounding, seed, missing, channels, quantize, one_file=names_file(target)
+        recipe, max_shard_size, dtype, rounding, seed, missing, channels, quantize, one_file=names_file(target),
+        private=private,
     )  # fmt: skip
     reports = carry_out(plan, [target], me, max_memory=size_of(max_memory), **settings)
     return reports[0] if reports else None
@@ -92,6 +96,7 @@ def carry_out(
     force: bool,
     durable: bool,
     progress: Progress | None,
+    verify_kept: bool = False,
 ) -> list[Report] | None:
     """This process's part of writing the outputs of a plan: all ranks call it with the same arguments.
 
@@ -100,8 +105,8 @@ def carry_out(
     threads   number of threads of this process. None: its share of the machine's CPUs
     progress  called on rank 0, for all ranks together
 
-    Returns the reports on rank 0 and None on the others, when the outputs are in place. If it ends before that,
-    complete files are kept under temporary names, and the same merge resumes from them.
+    Returns the reports on rank 0 and None on the others, when the outputs are in place. If it ends before that, what is
+    finished is kept under temporary names, and the same merge resumes from it.
     Raises: what `write_outputs` does; RankError, if another rank failed, or cannot be reached.
     """
     start = time.perf_counter()
@@ -109,10 +114,13 @@ def carry_out(
     if threads is None:
         threads = max(1, cpu_threads() // me.local_world)
     devices, chosen = devices_for(device, [plan], threads, max_memory, me.local)
-    key = fingerprint(plan)
+    key, units, share = identity_of([plan]).key[:_KEY], _units(plan, me.world), None
     with Peers(me, "0") as peers, ExitStack() as stack:
         if me.rank == 0:
             folders, small = _open(plan, outs, key, stack, force=force, durable=durable)
+            share = _share(plan, outs, units, key) if folders[0].resumed else None
+            if share is not None:
+                tell(kept_line(share))
             peers.put("key", key)
         elif (theirs := peers.await_("key", "open the output folder")) != key:
             raise RankError(
@@ -120,35 +128,28 @@ def carry_out(
                 f"the models' files differ between the two ({key} and {theirs}). All ranks must see the same files"
             )
         work = _RankWork(
-            plan, outs, key, peers, threads=threads, max_memory=max_memory, progress=progress, devices=devices
-        )
-        records = work.run(_units(plan, me.world))
+            plan, outs, key, peers, threads=threads, max_memory=max_memory, progress=progress, devices=devices,
+            verify_kept=verify_kept,
+        )  # fmt: skip
+        records = work.run(units)
         if me.rank != 0:
             peers.await_("finished", "finish the output")
             return None
         plan.refuse_changed_files()
+        for k, folder in enumerate(folders):
+            small[k] |= write_card(folder, plan, k, _together(plan, records, k), small[k])
         weights = [_weights(records, k) for k in range(len(folders))]
-        write_receipts(plan, folders, weights, small)
+        sums = [_together(plan, records, k).coefficients for k in range(len(folders))]
+        write_receipts(plan, folders, weights, small, sums)
         commit_all(folders)
         peers.put("finished", "")
     wall = time.perf_counter() - start
     if progress is not None:
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
         progress(total, total)
-    return [replace(report, chosen=chosen) for report in _reports(plan, records, folders, wall, me.world)]
-
-
-def fingerprint(plan: Plan) -> str:
-    """A hash of 12 hexadecimal digits over the headers of the output, the version, and the input files."""
-    digest = hashlib.blake2b(__version__.encode(), digest_size=6)
-    for layout in plan.layouts:
-        for file in layout.files:  # their headers hold the recipe, the dtypes, the seed
-            digest.update(file.name.encode() + b"\0" + file.header)
-    for checkpoint in plan.checkpoints:
-        for path in (*checkpoint.files, *checkpoint.adapter_files):
-            info = os.stat(path)
-            digest.update(f"{path.name} {info.st_size} {info.st_mtime_ns}\0".encode())
-    return digest.hexdigest()
+    return [
+        replace(report, chosen=chosen, resumed=share) for report in _reports(plan, records, folders, wall, me.world)
+    ]
 
 
 def _open(
@@ -181,16 +182,35 @@ def _units(plan: Plan, world: int) -> list[Unit]:
     return [Unit(i, tuple(share)) for i, share in enumerate(shares)]
 
 
+def _name(plan: Plan, unit: Unit) -> str:
+    """The name of the file beside which the notes of a unit are: its last file."""
+    return plan.layouts[0].files[unit.files[-1]].name
+
+
+def _share(plan: Plan, outs: Sequence[str | os.PathLike[str]], units: Sequence[Unit], key: str) -> float:
+    """How much of the bytes of all outputs is finished already."""
+    finished = 0
+    for unit in units:
+        note = read_note(outs[0], _name(plan, unit), key)
+        if _parsed(unit, None if note is None else note.decode()) is None:
+            finished += kept_bytes(plan, journal_of_file(outs[0], _name(plan, unit), key), unit.files)
+        else:
+            finished += sum(
+                f.size - len(f.header) for layout in plan.layouts for f in map(layout.files.__getitem__, unit.files)
+            )
+    return min(1.0, finished / max(1, plan.bytes_written))
+
+
 class _RankWork:
     """Claims and runs the units of one rank, and collects the records of all."""
 
     def __init__(
         self, plan: Plan, outs: Sequence[str | os.PathLike[str]], key: str, peers: Peers, *, threads: int,
-        max_memory: int, progress: Progress | None, devices: Sequence[Device],
+        max_memory: int, progress: Progress | None, devices: Sequence[Device], verify_kept: bool,
     ):  # fmt: skip
         self._plan, self._outs, self._key, self._peers = plan, outs, key, peers
         self._threads, self._max_memory, self._progress = threads, max_memory, progress
-        self._devices = devices
+        self._devices, self._verify_kept = devices, verify_kept
         self._total = plan.bytes_read + plan.bytes_made + plan.bytes_written
 
     def run(self, units: Sequence[Unit]) -> list[dict[str, Any]]:
@@ -217,7 +237,7 @@ class _RankWork:
         """The record of a finished unit, or None. From the store first: a network file system may show files late."""
         record = _parsed(unit, self._peers.get(f"done/{unit.number}"))
         if record is None and self._complete(unit):
-            journal = read_note(self._outs[0], self._name(unit), self._key)
+            journal = read_note(self._outs[0], _name(self._plan, unit), self._key)
             record = _parsed(unit, None if journal is None else journal.decode())
             if record is not None:
                 self._peers.put(f"done/{unit.number}", json.dumps(record))
@@ -231,10 +251,6 @@ class _RankWork:
             for f in unit.files
         )
 
-    def _name(self, unit: Unit) -> str:
-        """The name of the file whose journal holds the record of the unit: its last file."""
-        return self._plan.layouts[0].files[unit.files[-1]].name
-
     def _merge(self, unit: Unit) -> dict[str, Any]:
         plan = self._plan
         paths = [
@@ -242,16 +258,21 @@ class _RankWork:
             for out, layout in zip(self._outs, plan.layouts, strict=True)
         ]
         before = self._peers.bytes_done
-        done = run(
-            plan, FileSinks(plan, paths, synced=True), threads=self._threads, max_memory=self._max_memory,
-            progress=lambda of_unit, _: self._report(before + of_unit - self._peers.bytes_done), devices=self._devices,
-        )  # fmt: skip
-        self._peers.bytes_done = before + done.bytes_read + done.bytes_written
-        record = {"files": list(unit.files), **_record(plan, done)}
-        text = json.dumps(record)
-        for out, layout in zip(self._outs[::-1], plan.layouts[::-1], strict=True):  # the first output's journals last
-            for f in unit.files:
-                write_note(out, layout.files[f].name, self._key, text.encode())
+        flat = [path for of_output in paths for path in of_output]
+        place = journal_of_file(self._outs[0], _name(plan, unit), self._key)
+        with noted(plan, flat, place, unit.files, self._verify_kept) as notes:
+            done = run(
+                plan, FileSinks(plan, paths, synced=True), threads=self._threads, max_memory=self._max_memory,
+                progress=lambda of_unit, _: self._report(before + of_unit - self._peers.bytes_done),
+                devices=self._devices, notes=notes,
+            )  # fmt: skip
+            self._peers.bytes_done = before + done.bytes_read + done.bytes_written
+            record = {"files": list(unit.files), **_record(plan, done)}
+            text = json.dumps(record)
+            pairs = zip(self._outs[::-1], plan.layouts[::-1], strict=True)
+            for out, layout in pairs:  # the first output's notes last
+                for f in unit.files:
+                    write_note(out, layout.files[f].name, self._key, text.encode())
         self._peers.put(f"done/{unit.number}", text)
         return record
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastinterp.checkpoint.regular_file import close
 from fastinterp.errors import OutputError
 from fastinterp.execute.jobs.job import Coefficients, Job, Result
 from fastinterp.execute.jobs.tensor_io import TensorStep
@@ -39,7 +40,7 @@ class ScratchFile:
     def __init__(self, folder: Path, stack: ExitStack, never_free: bool):
         with storage(folder, OutputError), tempfile.TemporaryFile(dir=folder) as file:
             self.fd = os.dup(file.fileno())
-        stack.callback(os.close, self.fd)
+        stack.callback(close, self.fd, folder)
         self.never_free = never_free
         self.source = self.sink = -1
         self.size = 0

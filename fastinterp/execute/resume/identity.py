@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import CodeType
 
 import msgspec
 
@@ -14,7 +15,7 @@ from fastinterp._version import __version__
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import stamp_of
 from fastinterp.checkpoint.remote import open_readable
-from fastinterp.errors import StorageError
+from fastinterp.errors import CheckpointError
 from fastinterp.messages import listed
 from fastinterp.methods import is_own
 from fastinterp.ops.combine import NUMERICS
@@ -33,6 +34,7 @@ class Identity(msgspec.Struct, frozen=True):
 
     options   of every output, in order: names and values, those of documents above among them
     recipes   a hash of the text of each of its documents, in the same order
+    methods   a hash of the code of each method that is not of this package, as far as it shows: not of what it calls
     headers   a hash of the headers and names of the files of each output
     inputs    path -> size, mtime and ctime in ns, and a hash of the header: every file of weights, and of small files
               that plans read. Of weights from the Hub: size, zeros, and the commit
@@ -42,6 +44,7 @@ class Identity(msgspec.Struct, frozen=True):
     numerics: int
     options: tuple[Mapping[str, str | int | bool | None], ...]
     recipes: tuple[str, ...]
+    methods: tuple[str, ...]
     headers: tuple[str, ...]
     inputs: Mapping[str, tuple[int, int, int, str]]
 
@@ -50,13 +53,18 @@ class Identity(msgspec.Struct, frozen=True):
         """A hash over all of it, of 32 hexadecimal digits."""
         return _hashed([msgspec.json.encode(self, order="sorted")])
 
+    @property
+    def sure(self) -> bool:
+        """Whether runs of the same identity write the same bytes without doubt."""
+        return not self.methods
+
     def difference(self, other: Identity) -> str:
         """In what `other`, which is told to people as the present one, differs: `the recipe differs`."""
         if (self.version, self.numerics) != (other.version, other.numerics):
             return f"it was begun by fastinterp {self.version}, and this is {other.version}"
         if len(self.recipes) != len(other.recipes) or len(self.headers) != len(other.headers):
             return "the number of its outputs, or of the documents of the recipe, was another one"
-        if self.recipes != other.recipes:
+        if self.recipes != other.recipes or self.methods != other.methods:
             return "the recipe, or its models, differ"
         if self.options != other.options:
             pairs = zip(self.options, other.options, strict=True)
@@ -72,21 +80,17 @@ class Identity(msgspec.Struct, frozen=True):
         return "its files are laid out otherwise: another --max-shard-size, say"
 
 
-def identity_of(plans: Sequence[Plan]) -> Identity | None:
-    """The identity of the run that carries out these plans; None, if a method is not of this package: its code may
-    differ from one run to the next without a sign.
-
-    Raises: StorageError, if an input cannot be read.
-    """
+def identity_of(plans: Sequence[Plan]) -> Identity:
+    """The identity of the run that carries out these plans."""
     recipes = [recipe for plan in plans for recipe in (*plan.above, *plan.recipes)]
-    if not all(is_own(recipe.method) for recipe in recipes):
-        return None
+    others = [recipe.method.fn.__code__ for recipe in recipes if not is_own(recipe.method)]
     models = [model for plan in plans for model in plan.checkpoints]
     return Identity(
         __version__,
         NUMERICS,
         tuple(_options(recipe) for recipe in recipes),
         tuple(_hashed([recipe.text.encode("utf-8", "surrogatepass")]) for recipe in recipes),
+        tuple(_hashed(_parts(code)) for code in others),
         tuple(
             _hashed(part for file in layout.files for part in (os.fsencode(file.name), b"\0", file.header))
             for plan in plans
@@ -94,6 +98,16 @@ def identity_of(plans: Sequence[Plan]) -> Identity | None:
         ),
         _inputs(models),
     )
+
+
+def _parts(code: CodeType) -> Iterator[bytes]:
+    """The instructions and constants of a function, and of those in it."""
+    yield code.co_code
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            yield from _parts(value)
+        else:
+            yield repr(value).encode("utf-8", "surrogatepass")
 
 
 def _options(recipe: Recipe) -> dict[str, str | int | bool | None]:
@@ -139,14 +153,14 @@ def _small_files(folder: Path) -> list[Path]:
 
 
 def _header(path: Path, size: int) -> str:
-    """A hash of the header of a file of weights."""
+    """A hash of the header of a file of weights; empty, if it cannot be read: it shows when data is."""
     try:
         with closing(open_readable(str(path))) as file:
             start = file.pread(8, 0)
             length = int.from_bytes(start, "little") if path.name.endswith(".safetensors") else _START
             return _hashed([start, file.pread(min(length, size), 8)])
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+    except (OSError, CheckpointError):
+        return ""
 
 
 def _hashed(parts: Iterable[bytes]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from fastinterp._C import CELL_BYTES, REGION_BYTES, FileChecksum
+from fastinterp.backends.cpu import CELL_BYTES, REGION_BYTES, FileChecksum
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.resume.records import FinishedJob, Region, Round, unpacked
 from fastinterp.execute.rounds import Answers
@@ -103,6 +103,25 @@ def _numel(shape: Sequence[int]) -> int:
     for size in shape:
         count *= size
     return count
+
+
+def verified(
+    plan: Plan, number: int, kept: Kept, paths: Sequence[Path | None], *, every: bool, boot: str
+) -> tuple[list[int], Round | None]:
+    """Compare what is kept with its checksums, and leave in `kept` what matches.
+
+    number  of the plan in its run
+    paths   of all files of all outputs; None: a file that is not looked at
+    every   all is read; else a sample, or all, if the machine stopped since it was written
+    Returns the tensors that were lost, and the record to note, if there is one.
+    """
+    if kept.last is None:
+        return [], None
+    crashed = not boot or kept.last.boot != boot
+    lost = unsound(plan, kept, paths, every=every or crashed)
+    for tensor in lost:
+        del kept.tensors[tensor]
+    return lost, kept.baseline(number, lost, boot) if lost or crashed else None
 
 
 def unsound(plan: Plan, kept: Kept, paths: Sequence[Path | None], *, every: bool) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from fastinterp.backends.cpu import FileChecksum, SinkHandle
+from fastinterp.backends.cpu import FileChecksum
 from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.resume.kept import Kept, Places
 from fastinterp.execute.resume.records import Region, Round, effects_of, packed
@@ -41,15 +41,14 @@ class Notes:
         self._whole = any(t.program is not None and t.program.whole for t in plan.tensors)
 
     def run(
-        self, jobs: dict[str, Job], others: Sequence[Job], executor: PumpExecutor, sinks: Sequence[SinkHandle]
+        self, jobs: dict[str, Job], others: Sequence[Job], executor: PumpExecutor, checksums: Mapping[int, FileChecksum]
     ) -> DeviceUsage:
         """Run the jobs that are not finished; the others are replaced in `jobs` by finished ones.
 
-        sinks  all files of all outputs, those of the first output first
+        checksums  of the files that are written, by their numbers among all files of all outputs
         Returns the devices that ran all of them, those of earlier processes included.
         """
         kept = self._kept
-        checksums = [sink for sink in sinks if isinstance(sink, FileChecksum)]
         by_number = {self._numbers[name]: job for name, job in jobs.items()}
         left = [job for number, job in by_number.items() if number not in kept.tensors]
         jobs |= {self._plan.tensors[number].name: job for number, job in kept.tensors.items()}
@@ -100,6 +99,6 @@ class Notes:
         executor.scratch_bytes = max(executor.scratch_bytes, last.scratch)
         return last.usage
 
-    def _regions(self, numbers: Sequence[int], checksums: Sequence[FileChecksum]) -> tuple[Region, ...]:
+    def _regions(self, numbers: Sequence[int], checksums: Mapping[int, FileChecksum]) -> tuple[Region, ...]:
         touched = self._places.regions(numbers)
         return tuple(Region(file, region, *checksums[file].progress(region)) for file, region in touched)

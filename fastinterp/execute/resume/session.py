@@ -10,7 +10,7 @@ from pathlib import Path
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.execute.report import kept_line
 from fastinterp.execute.resume.identity import Identity
-from fastinterp.execute.resume.kept import Kept, unsound
+from fastinterp.execute.resume.kept import Kept, verified
 from fastinterp.execute.resume.notes import Notes
 from fastinterp.execute.resume.records import Round
 from fastinterp.execute.run import Done
@@ -28,19 +28,19 @@ class Session:
 
     plans     which the run carries out one after the other
     first     the first output, open
-    identity  of the run; None: it cannot be resumed
+    identity  of the run; one that is not sure cannot be resumed
 
     before    seconds of earlier processes
     share     of the bytes of all outputs that these have finished, 0 to 1; None: they noted nothing
     warnings  about what was lost of it
     """
 
-    def __init__(self, plans: Sequence[Plan], first: OutFolder, identity: Identity | None):
+    def __init__(self, plans: Sequence[Plan], first: OutFolder, identity: Identity):
         self._plans, self._identity = plans, identity
         self._journal: Journal | None = first.ended if first.finished else first.journal
         self._boot = boot()
         rounds: list[Round] = []
-        if identity is not None and self._journal is not None and (first.resumed or first.finished):
+        if identity.sure and self._journal is not None and (first.resumed or first.finished):
             rounds = self._journal.read(ROUND, Round)
         self._kept = [
             Kept.of((one for one in rounds if one.plan == number), len(plan.recipes))
@@ -70,20 +70,11 @@ class Session:
         every  all of it; else a sample, or all, if the machine stopped since it was written
         """
         for number, (plan, kept, paths) in enumerate(zip(self._plans, self._kept, files, strict=True)):
-            if kept.last is None:
-                continue
-            crashed = not self._boot or kept.last.boot != self._boot
-            lost = unsound(plan, kept, paths, every=every or crashed)
-            for tensor in lost:
-                del kept.tensors[tensor]
+            lost, record = verified(plan, number, kept, paths, every=every, boot=self._boot)
             if lost:
-                names = listed((plan.tensors[number].name for number in lost), 2)
-                self.warnings.append(
-                    f"{counted(len(lost), 'tensor')} of what was kept {'is' if len(lost) == 1 else 'are'} not there as "
-                    f"written, and computed again: {names}"
-                )
-            if lost or crashed:
-                self._append(kept.baseline(number, lost, self._boot))
+                self.warnings.append(about_lost(plan, lost))
+            if record is not None:
+                self._append(record)
         self._count()
 
     def tell(self) -> None:
@@ -95,7 +86,7 @@ class Session:
 
     def notes(self, number: int) -> Notes | None:
         """The notes of a plan; None, if the run cannot be resumed."""
-        if self._identity is None:
+        if not self._identity.sure:
             return None
         return Notes(self._plans[number], number, self._kept[number], self._append, self._boot, self._seconds)
 
@@ -136,7 +127,16 @@ class Session:
         self._finished += len(plan.recipes) * sum(plan.tensors[number].nbytes for number in record.tensors)
 
 
+def about_lost(plan: Plan, lost: Sequence[int]) -> str:
+    """The warning about tensors that were kept, but are not as they were written."""
+    names = listed((plan.tensors[number].name for number in lost), 2)
+    are = "is" if len(lost) == 1 else "are"
+    return f"{counted(len(lost), 'tensor')} of what was kept {are} not there as written, and computed again: {names}"
+
+
 def difference(identity: Identity, journal: Journal) -> str:
     """How the run that a journal is of differs from the one that `identity` is of; empty, if that is unknown."""
+    if journal.begun.merge == journal.run:
+        return "several processes began it, with torchrun or srun, and go on with it"
     before = journal.read(IDENTITY, Identity)
     return before[-1].difference(identity) if before else ""

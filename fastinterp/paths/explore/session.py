@@ -9,10 +9,12 @@ from typing import Any
 
 from fastinterp.checkpoint.names import listing
 from fastinterp.checkpoint.open import open_checkpoint
+from fastinterp.checkpoint.regular_file import read_regular
 from fastinterp.checkpoint.sidecar_files import is_tokenizer_file
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.paths.explore.requests import LONGEST, GenerationRequest
 from fastinterp.paths.explore.sliders import Sliders
+from fastinterp.tokenizer.vocabulary import MAX_TOKENIZER
 from fastinterp.torch_models.live import Live
 
 # Of the tokenizer's files, those that hold no vocabulary; and the tokenizers that need none: their tokens are bytes.
@@ -158,7 +160,7 @@ def check_model(checkpoint: str) -> Path:
         raise CheckpointError(f"config.json is missing. {remedy.format('it')}", file=str(root))
     files = [n for n in sorted(os.listdir(root)) if is_tokenizer_file(n)]
     settings = root / "tokenizer_config.json"
-    text = settings.read_text("utf-8", "replace") if settings.is_file() else ""
+    text = read_regular(str(settings), MAX_TOKENIZER).decode(errors="replace") if settings.is_file() else ""
     byte_level = any(f'"{name}"' in text for name in _BYTE_LEVEL)
     if not byte_level and all(n.startswith(_NO_VOCABULARY) for n in files):
         only = f" (only {listing(files)})" if files else ""

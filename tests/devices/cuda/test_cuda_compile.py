@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
 
 import pytest
 
+from tests.support.backends import nvcc_missing
 from tests.support.devices import cuda_compile
 from tests.support.devices.cuda_compile import ARCHITECTURES, SOURCES, compiled, machine_code, ptx
 
 pytestmark = [
     pytest.mark.slow(20),
-    pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH"),
+    pytest.mark.skipif(bool(nvcc_missing()), reason=f"nvcc: {nvcc_missing()}"),
 ]
 FAST = cuda_compile.CSRC / "cuda" / "combine_fast.cu"
 

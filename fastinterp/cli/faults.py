@@ -1,0 +1,104 @@
+"""Errors as the command line prints them: those of a recipe all at once, as lines of text or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastinterp.errors import CheckpointError, FastinterpError, RecipeError
+
+if TYPE_CHECKING:
+    from fastinterp.inspect.check_result import CheckResult, Finding
+    from fastinterp.plan.plan import Source
+
+RECIPE_KEYS = ("dtype", "rounding", "seed", "missing", "channels", "quantize")  # options that replace a recipe's keys
+FOUND = (
+    "fastinterp.found"  # key in click's Context.meta: CheckResult, with all errors of the recipe of a failed command
+)
+
+
+@contextmanager
+def told_together(recipe: Source | None, keys: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Context manager: if the recipe or its models end the command with an error, all their errors are told.
+
+    recipe  as of `merge`; None: there is none. Of a mapping, which no user wrote, places are not told
+    keys    options of the command, of which those of RECIPE_KEYS, where given, change the recipe
+    """
+    try:
+        yield
+    except (RecipeError, CheckpointError):
+        if recipe is not None:
+            from fastinterp.inspect.check import check_with
+
+            given = {key: value for key, value in (keys or {}).items() if key in RECIPE_KEYS}
+            with suppress(FastinterpError):  # the error that ended the command is told
+                found = check_with(recipe, given)
+                if isinstance(recipe, Mapping):
+                    found = replace(found, errors=tuple(replace(f, path=None, line=None) for f in found.errors))
+                click.get_current_context().meta[FOUND] = found
+        raise
+
+
+def of_models(models: Sequence[str]) -> dict[str, Any]:
+    """A recipe that merges these models: for its errors."""
+    weighed = [{"model": name, "parameters": {"weight": 1.0}} for name in dict.fromkeys(models)]
+    return {"merge_method": "linear", "models": weighed}
+
+
+def lines(error: FastinterpError, message: str, found: CheckResult | None) -> list[tuple[str, str]]:
+    """(kind, text) of each error: that which ended the command, and others of its recipe, in the order of its lines.
+
+    message  of the error, as the command words it
+    """
+    others = _others(error, found)
+    if found is None or not others:
+        return [(type(error).__name__, message)]
+    every = [(f.kind, _text(f, found.name)) for f in found.errors]
+    if len(others) == len(found.errors):  # the error is none of those
+        every.insert(0, (type(error).__name__, message))
+    return every
+
+
+def values(error: FastinterpError, message: str, found: CheckResult | None) -> dict[str, Any]:
+    """The same as plain values, as `check --json` has them."""
+    own = {
+        "message": error.message if isinstance(error, RecipeError) else message,
+        "kind": type(error).__name__,
+        "path": getattr(error, "path", None),
+        "line": getattr(error, "line", None),
+        "exit_code": error.exit_code,
+    }
+    if found is None or not found.errors:
+        return failed(own)
+    every = found.as_dict()
+    if len(_others(error, found)) == len(found.errors):
+        every["wrong"].insert(0, own)
+    return every
+
+
+def failed(*wrong: dict[str, Any]) -> dict[str, Any]:
+    """What a command with --json prints if it fails."""
+    return {"ok": False, "wrong": list(wrong)}
+
+
+def _others(error: FastinterpError, found: CheckResult | None) -> Sequence[Finding]:
+    """The errors that were found beside this one."""
+    if found is None:
+        return ()
+    message = error.message if isinstance(error, RecipeError) else str(error)
+    message = message.partition(" - at $.")[0]  # planning adds the place in the recipe
+    kind = type(error).__name__
+    same = next((f for f in found.errors if f.kind == kind and f.message.startswith(message)), None)
+    return [f for f in found.errors if f is not same]
+
+
+def _text(finding: Finding, file: str) -> str:
+    """The finding in a line, as the error itself has it."""
+    if finding.path is None:
+        return finding.message
+    source = f"{file}:{finding.line}" if finding.line else file
+    return f"{finding.message} - at {finding.path} ({source})"

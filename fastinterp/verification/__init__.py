@@ -1,0 +1,1 @@
+"""Outputs checked against their receipts, and made again from them."""

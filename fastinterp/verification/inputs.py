@@ -1,0 +1,60 @@
+"""Whether the inputs of an output are still those that it was made of, as far as the receipt tells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastinterp.backends.cpu import Progress
+from fastinterp.checkpoint.open import Checkpoint
+from fastinterp.execute.input_files import input_files
+from fastinterp.output.receipt import InputFile, hexadecimal
+from fastinterp.plan.plan import Plan
+from fastinterp.verification.checks import regions_of
+
+
+def changed_inputs(
+    plan: Plan, said: dict[str, tuple[InputFile, ...]], whole: bool, threads: int | None, progress: Progress | None
+) -> list[str]:
+    """What differs between the inputs of a plan and those of a receipt, for people; nothing, if nothing does.
+
+    whole  read all of the data of which the receipt has a checksum, instead of some pages
+    Raises: StorageError, if a file cannot be read.
+    """
+    found = []
+    now = input_files(plan)
+    for name, files in said.items():
+        if name not in now:
+            found.append(f"{name} is not read by this recipe")
+        elif what := _differs(now[name], files):
+            found.append(f"{name}: {what}")
+    if whole and not found:
+        for model in plan.checkpoints:
+            if model.checkpoint is not None:
+                found += _whole(model.checkpoint, [f for files in said.values() for f in files], threads, progress)
+    return list(dict.fromkeys(found))
+
+
+def _differs(now: tuple[InputFile, ...], said: tuple[InputFile, ...]) -> str:
+    if [f.name for f in now] != [f.name for f in said] and len(now) != len(said):
+        return f"it has {len(now)} files of weights, and had {len(said)}"
+    for one, other in zip(now, said, strict=True):
+        if one.size != other.size:
+            return f"{one.name} has {one.size} bytes, and had {other.size}"
+        if one.header_xxh3 != other.header_xxh3:
+            return f"the header of {one.name} is not the one that was read"
+        if one.sample_xxh3 != other.sample_xxh3:
+            return f"the data of {one.name} is not what was read"
+    return ""
+
+
+def _whole(
+    checkpoint: Checkpoint, said: list[InputFile], threads: int | None, progress: Progress | None
+) -> Iterator[str]:  # fmt: skip
+    for i, path in enumerate(checkpoint.files):
+        size = path.stat().st_size
+        stated = {f.checksum for f in said if f.size == size and f.name == path.name and f.checksum is not None}
+        start = min((e.start for e in checkpoint.tensors.values() if e.file == i), default=size)
+        if stated and hexadecimal(sum(regions_of(path, start, size, threads, progress)) % 2**64) not in stated:
+            yield f"the data of {path} has another checksum than the receipt says"
+    for adapter in checkpoint.adapters:
+        yield from _whole(adapter, said, threads, progress)

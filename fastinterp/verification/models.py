@@ -1,0 +1,121 @@
+"""Where the models of a receipt are now: a receipt names them without the folders of the machine that made it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from fastinterp.checkpoint import hub
+from fastinterp.checkpoint.names import quote, shell_word
+from fastinterp.errors import CheckpointError, UsageError
+from fastinterp.messages import listed, suggestion
+from fastinterp.verification.made_output import MadeOutput
+from fastinterp.verification.recipes import named_paths
+
+Given = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]] | None
+
+_ABOVE = 3  # folders above the output that are searched, and the folders in each of them
+_MOST = 2000  # entries of a folder that are looked at
+
+
+def found_models(made: MadeOutput, given: Given) -> dict[str, str]:
+    """Name in the receipt -> where that model is, for those that are not where their names say.
+
+    given  where models are: `NAME=PATH` for one of them, or a folder that has several; or a mapping by name
+    Raises: CheckpointError, naming all that are not found, and how to say where they are; UsageError.
+    """
+    wanted = named_paths(made.told, made.name)
+    by_name, folders = _split(given, wanted)
+    found: dict[str, str] = {}
+    missing: list[str] = []
+    for name in wanted:
+        place = by_name.get(name) or _find(name, made, folders)
+        if place is None:
+            missing.append(name)
+        elif place != name:
+            found[name] = place
+    if missing:
+        raise CheckpointError(_missing(missing, made), file=made.name)
+    return found
+
+
+def _split(given: Given, wanted: Sequence[str]) -> tuple[dict[str, str], list[Path]]:
+    """What is given for single models, and folders to look in."""
+    if given is None:
+        return {}, []
+    if isinstance(given, Mapping):
+        pairs = [(name, os.fspath(path)) for name, path in given.items()]
+        every: list[str] = []
+    else:
+        items = [given] if isinstance(given, (str, os.PathLike)) else given
+        every = [os.fspath(item) for item in items]
+        pairs = [
+            (name, path) for item in every for name, equals, path in [item.partition("=")] if equals and name in wanted
+        ]
+        every = [item for item in every if item.partition("=")[0] not in wanted or "=" not in item]
+    for name, path in pairs:
+        if name not in wanted:
+            raise UsageError(f"the receipt names no model {quote(name)}{suggestion(name, wanted)}: {listed(wanted, 8)}")
+        if not path:
+            raise UsageError(f"{quote(name + '=')} says no place")
+    folders = []
+    for item in every:
+        folder = Path(os.path.expanduser(item))
+        if not folder.is_dir():
+            name = item.partition("=")[0]
+            hint = f"the receipt names no model {quote(name)}{suggestion(name, wanted)}" if "=" in item else "no folder"
+            raise UsageError(f"{quote(item)}: {hint}. The models are {listed(wanted, 8)}")
+        folders.append(folder)
+    return dict(pairs), folders
+
+
+def _find(name: str, made: MadeOutput, folders: Sequence[Path]) -> str | None:
+    last = os.path.basename(os.path.normpath(name))
+    for folder in folders:
+        for candidate in (folder / name, folder / last):
+            if _is_there(candidate):
+                return str(candidate)
+    if _is_there(Path(os.path.expanduser(name))):
+        return name
+    own = os.path.realpath(made.path)
+    for candidate in _near(name, made):
+        if _is_there(candidate) and os.path.realpath(candidate) != own:
+            return str(candidate)
+    # What has no `/` may be an id, too, of the first years; but most are the last parts of absolute paths.
+    return name if "/" in name and not made.told.private and hub.parse(name) is not None else None
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _near(name: str, made: MadeOutput) -> Iterator[Path]:
+    """Places near an output where a model of this name may be: folders above it, and folders in these."""
+    for root in [*Path(os.path.realpath(made.path)).parents][:_ABOVE]:
+        yield root / name
+        try:
+            inside = sorted(os.listdir(root))[:_MOST]
+        except OSError:
+            continue
+        for one in inside:
+            if not one.startswith(".") and (root / one).is_dir():
+                yield root / one / name
+
+
+def _missing(missing: Sequence[str], made: MadeOutput) -> str:
+    places = " ".join(f"--models {shell_word(name)}=PATH" for name in missing[:4])
+    if made.told.private:
+        names = listed(missing, 8)
+        return (
+            f"its receipt names no models, because it was made with --private. Say where they are, in the order of the "
+            f"recipe ({names}): {places}"
+        )
+    what = f"the model {quote(missing[0])} is" if len(missing) == 1 else f"the models {listed(missing, 8)} are"
+    return (
+        f"{what} neither here nor near the output. Say where: {places}, or --models FOLDER for a folder that has "
+        f"{'it' if len(missing) == 1 else 'them'}"
+    )

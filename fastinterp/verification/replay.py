@@ -1,0 +1,115 @@
+"""`replay`: an output made again from its receipt."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+
+from fastinterp.arguments import path_of, size_of
+from fastinterp.backends.cpu import Progress
+from fastinterp.checkpoint.checksum import stated_checksum
+from fastinterp.checkpoint.file_kinds import read_header
+from fastinterp.checkpoint.names import GGUF, WEIGHTS, names_file, quote
+from fastinterp.errors import UsageError
+from fastinterp.execute.report import Report
+from fastinterp.execute.to_files import write_outputs
+from fastinterp.messages import listed
+from fastinterp.methods import Method, given
+from fastinterp.output.receipt import RECEIPT
+from fastinterp.plan.given_sums import with_sums
+from fastinterp.verification.made_output import MadeOutput, open_output, refuse_numerics
+from fastinterp.verification.models import Given, found_models
+from fastinterp.verification.recipes import plan_again
+
+
+class Replay(msgspec.Struct, frozen=True):
+    """What became of a replay.
+
+    report       of the merge
+    differences  files of the new output whose bytes are not those of the receipt, relative to its folder
+    """
+
+    report: Report
+    differences: tuple[str, ...] = ()
+
+    @property
+    def same(self) -> bool:
+        """Whether the new output has the bytes that the receipt says."""
+        return not self.differences
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.same else 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as --json prints them."""
+        return {"same": self.same, "differences": list(self.differences), "report": self.report.as_dict()}
+
+    def summary(self) -> str:
+        """The report in a few lines of text, and whether the bytes are those of the receipt."""
+        if self.same:
+            return f"{self.report.summary()}\n  the checksums are those of the receipt"
+        weights = [name for name in self.differences if name.endswith((WEIGHTS, GGUF))]
+        if weights:
+            what = f"different from the receipt, because an input has changed since: {listed(weights, 5)}"
+        else:
+            what = f"the weights are those of the receipt, but not all other files: {listed(self.differences, 5)}"
+        return f"{self.report.summary()}\n  {what}"
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+def replay(
+    output: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    models: Given = None,
+    device: str = "auto",
+    threads: int | None = None,
+    max_memory: str | int = "512MB",
+    force: bool = False,
+    durable: bool = False,
+    progress: Progress | None = None,
+    methods: tuple[Method, ...] = (),
+) -> Replay:
+    """Make an output again from its receipt: the same bytes, if the models have theirs.
+
+    output  a folder or a file that fastinterp wrote
+    out     a new folder, or a new file, as `output` is one
+    models  where the models are, if they are not where the receipt says, or near the output: a folder that has them, or
+            `NAME=PATH`, or several of both; or a mapping by name
+    The other arguments are those of `merge`.
+
+    Coefficients that came from the data are those of the receipt, where it has them.
+    Raises: what `merge` does; CheckpointError, if `output` has no receipt, or a model is not found.
+    """
+    source, target = path_of(output, "output"), path_of(out, "out")
+    with given(methods):
+        made = open_output(source)
+        if names_file(target) != made.ending:
+            kind = f"one file: give a name that ends in {quote(made.ending)}" if made.ending else "a folder: name one"
+            raise UsageError(f"{quote(source)} is {kind}. Got {quote(target)}")
+        refuse_numerics(made.told, made.name)
+        plan = plan_again(made, found_models(made, models))
+        if made.receipt is not None:
+            plan = with_sums(plan, made.receipt.coefficients, str(made.folder / RECEIPT))
+        (report,) = write_outputs(
+            [plan], [[target]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
+            durable=durable, progress=progress,
+        )  # fmt: skip
+    return Replay(report, _differences(made, open_output(target)))
+
+
+def _differences(made: MadeOutput, again: MadeOutput) -> tuple[str, ...]:
+    """The files of which checksums that receipts have differ, by name."""
+    if made.receipt is None or again.receipt is None:
+        own, other = ([stated_checksum(read_header(p, 0).metadata) for p in m.weights] for m in (made, again))
+        return tuple(str(p) for p, a, b in zip(again.weights, own, other, strict=True) if a != b)
+    weights = {n: f.checksum for n, f in made.receipt.weights.items()}
+    now = {n: f.checksum for n, f in again.receipt.weights.items()}
+    small, others = made.receipt.files, again.receipt.files
+    names = [*sorted({*weights, *now}), *sorted({*small, *others})]
+    return tuple(n for n in names if weights.get(n) != now.get(n) or small.get(n) != others.get(n))
