@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec.structs import replace
 
-from fastinterp.backends.cpu import Handle, Progress, Pump, PumpOptions, SinkHandle, watch
+from fastinterp.backends.cpu import Progress, Pump, PumpOptions, SinkHandle, SourceHandle, watch
 from fastinterp.errors import UsageError
 from fastinterp.execute.jobs.job import Job, Result
 from fastinterp.execute.jobs.tensor_io import TensorStep
@@ -92,7 +92,7 @@ class PumpExecutor:
 
     def __init__(
         self,
-        sources: Sequence[Handle],
+        sources: Sequence[SourceHandle],
         sinks: Sequence[SinkHandle],
         options: PumpOptions,
         explained: Callable[[tuple[Any, ...], Sequence[TensorStep]], Exception],
