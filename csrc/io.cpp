@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "checksum.h"
+#include "range_cache.h"
 
 namespace fi {
 
@@ -47,6 +48,16 @@ void Source::read(int64_t offset, int64_t size, void* to) const {
     return;
   }
   char* const bytes = static_cast<char*>(to);
+  if (cache_) {
+    int64_t got = 0;
+    try {
+      got = cache_->read(fd_, offset, size, bytes, cancelled_);
+    } catch (const RangeCache::Stopped&) {
+      throw IoError(false, index_, EIO, offset, size, 0);
+    }
+    if (got < size) throw IoError(false, index_, 0, offset, size, got);
+    return;
+  }
   for (int64_t done = 0; done < size;) {
     const ssize_t got = pread(fd_, bytes + done, size_t(size - done), offset + done);
     if (got > 0)
@@ -60,6 +71,7 @@ void Source::read(int64_t offset, int64_t size, void* to) const {
 
 void Source::prefetch(int64_t offset, int64_t size) const {
   if (memory_) return;
+  if (cache_) return cache_->want(fd_, offset, size);
 #if defined(POSIX_FADV_WILLNEED)
   posix_fadvise(fd_, offset, size, POSIX_FADV_WILLNEED);
 #endif

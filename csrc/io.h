@@ -1,6 +1,7 @@
 // Sources and sinks of bytes: files, by positioned reads and writes only, so that threads share one handle, and memory.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -19,12 +20,19 @@ struct IoError : std::runtime_error {
   int64_t offset, expected, done;
 };
 
-// Bytes to read: a file, or a range of memory that its owner neither frees nor changes meanwhile.
+class RangeCache;
+
+// Bytes to read: a file, one that is elsewhere, or a range of memory that its owner neither frees nor changes
+// meanwhile.
 class Source {
  public:
   Source(int index, int fd) : index_(index), fd_(fd) {}
   Source(int index, const void* memory, int64_t size)
       : index_(index), memory_(static_cast<const char*>(memory)), size_(size) {}
+  Source(int index, std::shared_ptr<RangeCache> cache, int file) : index_(index), fd_(file), cache_(std::move(cache)) {}
+
+  // Reads of a file elsewhere end with an error when this becomes true.
+  void end_with(const std::atomic<bool>* cancelled) { cancelled_ = cancelled; }
 
   // The bytes [offset, offset + size): where they lie, if that is memory, else `to`, into which they are read.
   const void* get(int64_t offset, int64_t size, void* to) const;
@@ -36,9 +44,11 @@ class Source {
   void prefetch(int64_t offset, int64_t size) const;
 
  private:
-  int index_, fd_ = -1;
+  int index_, fd_ = -1;  // or the number of a file elsewhere
   const char* memory_ = nullptr;
   int64_t size_ = 0;
+  std::shared_ptr<RangeCache> cache_ = nullptr;
+  const std::atomic<bool>* cancelled_ = nullptr;
 };
 
 // Bytes to write: a file, or a range of memory, which overlaps no source.

@@ -16,7 +16,6 @@ namespace {
 
 constexpr int64_t kSlack = 64;            // a block may end a few bytes late, at the end of an element
 constexpr int64_t kBlockBytes = 2 << 20;  // of one output: what a thread takes at a time
-constexpr size_t kPrefetchBlocks = 8;     // how far ahead of the work the kernel is asked to read
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -30,6 +29,11 @@ int widest(const Step& step) {
   int bytes = 1;
   for (const Operand& input : step.inputs) bytes = std::max(bytes, input.width);
   return bytes;
+}
+
+std::vector<Source> ended_by(std::vector<Source> sources, const std::atomic<bool>* cancelled) {
+  for (Source& source : sources) source.end_with(cancelled);
+  return sources;
 }
 
 // One thread's scratch: mapped, so that it goes back to the system and is never mixed with the heap.
@@ -52,7 +56,7 @@ class Scratch {
 }  // namespace
 
 Pump::Pump(std::vector<Source> sources, std::vector<Sink> sinks, std::vector<Step> steps, const PumpOptions& options)
-    : sources_(std::move(sources)),
+    : sources_(ended_by(std::move(sources), &cancelled_)),
       sinks_(std::move(sinks)),
       steps_(std::move(steps)),
       options_(options),
@@ -324,8 +328,8 @@ void Pump::compare(const Piece& piece, int64_t done, int64_t count, char* scratc
 
 void Pump::prefetch(size_t block) const {
   // The first block asks for the whole window, every later one for the block that enters it.
-  const size_t begin = block == 0 ? 1 : block + kPrefetchBlocks;
-  for (size_t b = begin; b < blocks_.size() && b <= block + kPrefetchBlocks; ++b)
+  const size_t ahead = size_t(options_.ahead), begin = block == 0 ? 1 : block + ahead;
+  for (size_t b = begin; b < blocks_.size() && b <= block + ahead; ++b)
     for (size_t i = blocks_[b].begin; i < blocks_[b].end; ++i) {
       const Piece& piece = pieces_[i];
       const Step& step = steps_[size_t(piece.step)];

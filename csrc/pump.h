@@ -21,6 +21,7 @@ struct PumpOptions {
   int64_t write_bytes = 128 << 10;  // of one output, per write
   int64_t read_bytes = 64 << 10;    // of one input, per read
   bool stochastic = false, fp8_saturate = true, prefetch = false;
+  int ahead = 8;  // blocks that are requested ahead of the work, with prefetch
   int stats_every = 32;
 };
 

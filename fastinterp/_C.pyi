@@ -17,8 +17,38 @@ STRIP: int
 BLOCK_ROWS: int
 DTYPE_BYTES: tuple[int, ...]  # of an element, by code
 
-# A file descriptor, or ("memory", address, bytes): the caller keeps it alive and lets nobody write to it.
-_Source = int | tuple[str, int, int]
+class RangeCache:
+    """Files that are elsewhere, as far as they are in memory: cells that the caller's threads fetch when a pump asks
+    for them, and that make room for others when they have been read.
+
+    sizes       bytes of each file
+    cell_bytes  of a cell, which is fetched at once
+    most        bytes of all cells together; 8 cells are held at least
+    """
+
+    def __init__(self, sizes: Sequence[int], cell_bytes: int, most: int) -> None: ...
+    def take(self, seconds: float) -> tuple[int, int, memoryview] | None:
+        """(file, offset, memory to fill) of a cell that is wanted; None, if there is none in this time."""
+
+    def filled(self, file: int, offset: int) -> None: ...
+    def fail(self, file: int) -> None:
+        """Nothing of the file can be had any more: what reads it stops."""
+
+    def stop(self) -> None: ...
+    @property
+    def stopped(self) -> bool: ...
+    @property
+    def fetched(self) -> int:
+        """Bytes that were fetched, those that were fetched again included."""
+
+class RemoteSource:
+    """A file of a RangeCache, as a source of a Pump."""
+
+    def __init__(self, cache: RangeCache, file: int) -> None: ...
+
+# A file descriptor, ("memory", address, bytes), or a file elsewhere: the caller keeps it alive and lets nobody write to
+# it.
+_Source = int | tuple[str, int, int] | RemoteSource
 
 def isas() -> list[str]: ...
 def built_isas() -> list[str]: ...

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastinterp.arguments import numbers, optional_size, overridden, path_of, size_of, without_recipe
+from fastinterp.checkpoint import hub, remote
 from fastinterp.checkpoint.names import is_plain, names_file
 from fastinterp.errors import UsageError
 from fastinterp.execute.report import Report
@@ -43,6 +44,7 @@ def merge(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    stream: bool = False,
     private: bool = False,
     verify_kept: bool = False,
     progress: Progress | bool | None = None,
@@ -64,6 +66,7 @@ def merge(
     durable         sync data before names: the output survives a crash of the machine. So does, in any case, one that
                     replaces an older one
     private         receipt and model card name no model: `replay` is told then where they are
+    stream          read models that are on the Hub while they are merged, on the CPU, without storing them
     verify_kept     where a run that was killed is resumed: compare all that it had written with its checksums, not a
                     sample
     progress        True: a line on stderr that shows it; or what is called about ten times a second with
@@ -80,7 +83,7 @@ def merge(
         _refuse_adapters(recipes, "merge_adapters")
         return merge_documents(
             recipes, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
-            force=force, durable=durable, verify_kept=verify_kept, progress=callback_of(progress),
+            force=force, durable=durable, verify_kept=verify_kept, stream=stream, progress=callback_of(progress),
             keep_intermediates=keep_intermediates,
         )  # fmt: skip
 
@@ -95,24 +98,34 @@ def merge_documents(
     max_memory: str | int,
     force: bool,
     durable: bool,
+    stream: bool,
     verify_kept: bool,
     progress: Progress | None,
     keep_intermediates: str | os.PathLike[str] | None,
 ) -> Report:
     """`merge` of the documents of a recipe, which make models."""
+    device = _streaming_device(device, stream)
     target = path_of(out, "out")
     outs: list[list[str | os.PathLike[str]]] = [[target]]
     one_file, size = names_file(target), optional_size(max_shard_size)
-    if keep_intermediates is None:
-        plans = [make_plan(recipes[-1:], max_shard_size=size, above=recipes[:-1], one_file=one_file)]
-    else:
-        plans = plan_documents(recipes, size, one_file)
-        folder = path_of(keep_intermediates, "keep_intermediates")
-        outs[:0] = [[os.path.join(folder, _folder_name(one.name))] for one in recipes[:-1]]
-    return write_outputs(
-        plans, outs, device=device, threads=threads, max_memory=size_of(max_memory), force=force,
-        durable=durable, verify_kept=verify_kept, progress=progress,
-    )[-1]  # fmt: skip
+    with hub.one_run(), remote.streaming(stream):
+        if keep_intermediates is None:
+            plans = [make_plan(recipes[-1:], max_shard_size=size, above=recipes[:-1], one_file=one_file)]
+        else:
+            plans = plan_documents(recipes, size, one_file)
+            folder = path_of(keep_intermediates, "keep_intermediates")
+            outs[:0] = [[os.path.join(folder, _folder_name(one.name))] for one in recipes[:-1]]
+        return write_outputs(
+            plans, outs, device=device, threads=threads, max_memory=size_of(max_memory), force=force,
+            durable=durable, verify_kept=verify_kept, progress=progress,
+        )[-1]  # fmt: skip
+
+
+def _streaming_device(device: str, stream: bool) -> str:
+    """The device of a merge. Raises: UsageError, if it reads what is elsewhere, and is not the CPU."""
+    if stream and device not in ("auto", "cpu"):
+        raise UsageError(f"--stream reads models into the CPU's memory, and cannot go with --device {device}")
+    return "cpu" if stream else device
 
 
 def _folder_name(document: str | None) -> str:
@@ -144,6 +157,7 @@ def interpolate(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    stream: bool = False,
     private: bool = False,
     verify_kept: bool = False,
     progress: Progress | bool | None = None,
@@ -180,12 +194,14 @@ def interpolate(
     if not target:
         raise UsageError("the name of the output folder is empty")
     shard, one_file = optional_size(max_shard_size), names_file(target)
-    plans = [make_plan(recipes[group], max_shard_size=shard, one_file=one_file) for group in groups]
+    device = _streaming_device(device, stream)
     outs = [target] if len(points) == 1 else [point_path(target, name) for name in names]
-    reports = write_outputs(
-        plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
-        force=force, durable=durable, verify_kept=verify_kept, progress=callback_of(progress),
-    )  # fmt: skip
+    with hub.one_run(), remote.streaming(stream):
+        plans = [make_plan(recipes[group], max_shard_size=shard, one_file=one_file) for group in groups]
+        reports = write_outputs(
+            plans, [outs[group] for group in groups], device=device, threads=threads, max_memory=size_of(max_memory),
+            force=force, durable=durable, verify_kept=verify_kept, progress=callback_of(progress),
+        )  # fmt: skip
     if base is not None:
         return reports
     return [replace(r, asked={"alpha": p} if r.asked else {}) for p, r in zip(points, reports, strict=True)]
@@ -213,6 +229,7 @@ def average(
     quantize: str | None = None,
     force: bool = False,
     durable: bool = False,
+    stream: bool = False,
     private: bool = False,
     verify_kept: bool = False,
     progress: Progress | bool | None = None,
@@ -237,7 +254,7 @@ def average(
     return merge(
         recipe, out, device=device, threads=threads, max_shard_size=max_shard_size, max_memory=max_memory,
         dtype=dtype, rounding=rounding, seed=seed, missing=missing, channels=channels, quantize=quantize,
-        force=force, durable=durable, private=private, verify_kept=verify_kept, progress=progress,
+        force=force, durable=durable, private=private, verify_kept=verify_kept, stream=stream, progress=progress,
     )  # fmt: skip
 
 
@@ -308,7 +325,7 @@ def explain_adapters(recipe: Source, *, methods: Sequence[Method] = ()) -> Adapt
     from fastinterp.lora.explain import AdapterExplanation
     from fastinterp.lora.plan import plan_adapters
 
-    with given(methods):
+    with given(methods), remote.headers_only():
         return AdapterExplanation(plan_adapters(_of_adapters(load_recipes(recipe))))
 
 
@@ -339,7 +356,8 @@ def explanation_of(
         from fastinterp.lora.explain import AdapterExplanation
         from fastinterp.lora.plan import plan_adapters
 
-        return AdapterExplanation(plan_adapters(recipes[0]))
+        with remote.headers_only():
+            return AdapterExplanation(plan_adapters(recipes[0]))
     return _explanation(recipes, max_shard_size, threads, max_memory)
 
 
@@ -351,5 +369,6 @@ def _explanation(
 ) -> Explanation:
     from fastinterp.inspect.explain import Explanation
 
-    plan = make_plan(recipes[-1:], max_shard_size=optional_size(max_shard_size), above=recipes[:-1])
+    with remote.headers_only():
+        plan = make_plan(recipes[-1:], max_shard_size=optional_size(max_shard_size), above=recipes[:-1])
     return Explanation(plan, threads, max_memory)

@@ -25,10 +25,16 @@ class Rate:
 
     def __init__(self) -> None:
         self.start = time.monotonic()
-        self._seen: deque[tuple[float, int]] = deque([(self.start, 0)])
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def see(self, done: int) -> None:
+        """To be called whenever something was done: a run that is resumed does not begin at 0."""
+        if not self._seen:
+            self._seen.append((time.monotonic(), done))
 
     def text(self, done: int, total: int) -> str:
         """`1.2 of 9.8 GB, 2.1 GB/s, 4 s left`"""
+        self.see(done)
         now = time.monotonic()
         self._seen.append((now, done))
         while now - self._seen[0][0] > _RECENT_S and len(self._seen) > 2:

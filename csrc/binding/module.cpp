@@ -91,6 +91,7 @@ fi::PumpOptions options_of(const py::object& object) {
   options.stochastic = object.attr("stochastic").cast<bool>();
   options.fp8_saturate = object.attr("fp8_saturate").cast<bool>();
   options.prefetch = object.attr("prefetch").cast<bool>();
+  options.ahead = object.attr("ahead").cast<int>();
   options.stats_every = object.attr("stats_every").cast<int>();
   if (options.threads < 1) throw py::value_error("at least one thread is needed");
   if (options.write_bytes < 4096 || options.read_bytes < 4096)
@@ -195,6 +196,7 @@ PYBIND11_MODULE(_C, m) {
         "Add a decoder, or replace one that was added: the address of a function as csrc/decoder.h has it.");
 
   fi::bind_answers(m);
+  fi::bind_range_cache(m);
   fi::bind_files(m);
   py::class_<fi::Pump>(m, "Pump", "Reads, combines and writes steps on its own threads.")
       .def(py::init(&make_pump), py::arg("sources"), py::arg("sinks"), py::arg("steps"), py::arg("options"))

@@ -9,11 +9,18 @@
 #include <vector>
 
 #include "../checksum.h"
+#include "../range_cache.h"
 #include "../steps/step.h"
 
 namespace fi {
 
-// A file descriptor, or ("memory", address, bytes); of a sink also the checksum of a file.
+// A file of a RangeCache, as a source.
+struct RemoteSource {
+  std::shared_ptr<RangeCache> cache;
+  int file;
+};
+
+// A file descriptor, or ("memory", address, bytes); of a source also a RemoteSource, of a sink the checksum of a file.
 template <class Handle>
 std::vector<Handle> handles_of(const pybind11::sequence& sequence) {
   std::vector<Handle> handles;
@@ -22,6 +29,13 @@ std::vector<Handle> handles_of(const pybind11::sequence& sequence) {
     if (pybind11::isinstance<pybind11::int_>(h)) {
       handles.emplace_back(index, h.cast<int>());
       continue;
+    }
+    if constexpr (std::is_same_v<Handle, Source>) {
+      if (pybind11::isinstance<RemoteSource>(h)) {
+        const RemoteSource& remote = h.cast<const RemoteSource&>();
+        handles.emplace_back(index, remote.cache, remote.file);
+        continue;
+      }
     }
     if constexpr (std::is_same_v<Handle, Sink>) {
       if (pybind11::isinstance<FileChecksum>(h)) {
@@ -44,6 +58,8 @@ Step step_of(const pybind11::handle& object, const Backend& backend, size_t sour
 // function that folds the results of a tensor's pieces.
 void bind_answers(pybind11::module_& m);
 
+// Binds RangeCache, with which the caller feeds the pump what is elsewhere, and RemoteSource.
+void bind_range_cache(pybind11::module_& m);
 // Binds the class FileChecksum, and functions about files.
 void bind_files(pybind11::module_& m);
 

@@ -13,6 +13,8 @@ from fastinterp._C import (
     FileChecksum,
     Masks,
     Pump,
+    RangeCache,
+    RemoteSource,
     cached_fraction,
     checksum,
     combine,
@@ -26,13 +28,14 @@ from fastinterp.progress import Progress
 
 __all__ = [
     "CELL_BYTES", "REGION_BYTES", "FileChecksum", "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions",
-    "SinkHandle", "cached_fraction", "checksum", "combine", "memory_address", "reserve", "start_writeback", "survey",
-    "watch", "xxh3",
+    "RangeCache", "RemoteSource", "SinkHandle", "SourceHandle", "cached_fraction", "checksum", "combine",
+    "memory_address", "reserve", "start_writeback", "survey", "watch", "xxh3",
 ]  # fmt: skip
 
 # (kind, address, bytes): kind "memory" is memory of the host; "device" that of an accelerator, which the pump rejects.
 Memory = tuple[str, int, int]
 Handle = int | Memory  # a source or sink: a file descriptor, or memory
+SourceHandle = Handle | RemoteSource  # also a file that is elsewhere
 SinkHandle = Handle | FileChecksum  # also a file with the checksum of what is written
 
 
@@ -58,6 +61,7 @@ class PumpOptions(msgspec.Struct, frozen=True, kw_only=True):
     stochastic    round stochastically at the store, by the keys of the steps
     fp8_saturate  numbers beyond the range of an 8-bit float become the largest; else Inf or NaN
     prefetch      files are not in the page cache: request read-ahead
+    ahead         so many blocks of 2 MiB of an output ahead of the work
     stats_every   in steps that write: chunk c of a tensor is sampled iff c % stats_every == 0; 0 samples none
     """
 
@@ -68,6 +72,7 @@ class PumpOptions(msgspec.Struct, frozen=True, kw_only=True):
     stochastic: bool = False
     fp8_saturate: bool = True
     prefetch: bool = False
+    ahead: int = 8
     stats_every: int = 0
 
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastinterp._version import __version__
-from fastinterp.cli import options
 from fastinterp.errors import CheckpointError, FastinterpError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -94,11 +93,18 @@ def bench(
     if as_json:
         click.echo(json.dumps(values, indent=1))
     else:
-        options.say("\n".join(as_text(values)))
+        click.echo(_fitting("\n".join(as_text(values)), sys.stdout))
 
 
 def _say(text: str) -> None:
-    options.tell(text)
+    click.echo(_fitting(text, sys.stderr), err=True)
+
+
+def _fitting(text: str, stream: Any) -> str:
+    """On a terminal no line is cut inside a word."""
+    from fastinterp.messages import broken
+
+    return broken(text, shutil.get_terminal_size().columns) if stream is not None and stream.isatty() else text
 
 
 def _folder(scratch: str) -> Path:

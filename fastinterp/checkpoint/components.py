@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastinterp.checkpoint.folder import pickled_files, weight_files
+from fastinterp.checkpoint.folder import names_in, pickled_files, weight_files
 from fastinterp.checkpoint.header import MAX_HEADER
 from fastinterp.checkpoint.names import is_relative, listing, quote
 from fastinterp.checkpoint.regular_file import read_regular
@@ -85,12 +85,5 @@ def _of_modules(root: Path) -> list[str]:
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder itself has files of weights. Raises: CheckpointError, if it cannot be read."""
-    names = _listed(folder)
+    names = names_in(folder)
     return bool(weight_files(names) or pickled_files(names))
-
-
-def _listed(folder: Path) -> list[str]:
-    try:
-        return sorted(n for n in os.listdir(folder) if not n.startswith("."))
-    except OSError as error:
-        raise CheckpointError(f"the folder cannot be read: {error.strerror}", file=str(folder)) from None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.index import read_index
 from fastinterp.checkpoint.names import (
     ANY_INDEX,
@@ -68,7 +69,7 @@ class _Group:
 def names_in(root: Path) -> list[str]:
     """The names in a folder, sorted, hidden ones left out."""
     try:
-        return sorted(n for n in os.listdir(root) if not n.startswith("."))
+        return sorted(n for n in {*os.listdir(root), *remote.names_in(root)} if not n.startswith("."))
     except OSError as error:
         raise CheckpointError(f"the folder cannot be read: {error.strerror}", file=str(root)) from None
 

@@ -19,7 +19,7 @@ from fastinterp.checkpoint.gguf_keys import ARRAY, SCALARS, STRING, U32, GgufHea
 from fastinterp.checkpoint.gguf_types import REMOVED, TYPES
 from fastinterp.checkpoint.header import MAX_NUMEL, UNWRITTEN, Entry, refuse_download
 from fastinterp.checkpoint.names import quote, shell_word
-from fastinterp.checkpoint.regular_file import regular
+from fastinterp.checkpoint.remote import Readable, opened
 from fastinterp.errors import CheckpointError
 
 MAGIC = b"GGUF"
@@ -40,15 +40,15 @@ def read_gguf(path: str | os.PathLike[str], file_index: int = 0) -> tuple[list[E
     Raises: CheckpointError, naming file and tensor, if the file cannot be read or breaks the format in any way.
     """
     file = os.fspath(path)
-    with regular(file) as (fd, size):
-        return _Reader(fd, size, file, file_index).header()
+    with opened(file) as source:
+        return _Reader(source, file, file_index).header()
 
 
 class _Reader:
     """Reads the header from the front: `at` is the next byte, `_data` what was read of the file so far."""
 
-    def __init__(self, fd: int, size: int, file: str, file_index: int):
-        self._fd, self._size, self._file, self._index = fd, size, file, file_index
+    def __init__(self, source: Readable, file: str, file_index: int):
+        self._source, self._size, self._file, self._index = source, source.size, file, file_index
         self._data = bytearray()
         self._at = 0
 
@@ -77,7 +77,7 @@ class _Reader:
             self._fail(f"the header has more than {MAX_HEADER} bytes: damaged. Download or copy the file again")
         while len(self._data) < end:
             wanted = max(_READ, len(self._data), end - len(self._data))
-            part = os.pread(self._fd, min(wanted, self._size - len(self._data)), len(self._data))
+            part = self._source.pread(min(wanted, self._size - len(self._data)), len(self._data))
             if not part:
                 self._fail("the file ended while its header was read: it is being changed")
             self._data += part

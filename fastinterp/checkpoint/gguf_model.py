@@ -12,7 +12,7 @@ from fastinterp.checkpoint.gguf_keys import GgufHeader
 from fastinterp.checkpoint.gguf_types import BY_NAME
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import GGUF, GGUF_SPLIT, listing, quote, shell_word
-from fastinterp.checkpoint.regular_file import read_at, regular
+from fastinterp.checkpoint.remote import opened, read_from
 from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import F32
 
@@ -53,10 +53,10 @@ class Blocks(msgspec.Struct, frozen=True):
                 file=path,
             ) from None
         left, at = self.numel // elements, self.start
-        with regular(path) as (fd, _):
+        with opened(path) as file:
             while left:
                 count = min(left, max(1, _PIECE // (4 * elements)))
-                raw = read_at(fd, path, at, count * nbytes)
+                raw = read_from(file, path, at, count * nbytes)
                 blocks = np.frombuffer(raw, np.uint8).reshape(count, nbytes)
                 yield np.ascontiguousarray(gguf.quants.dequantize(blocks, kind), dtype=np.float32).tobytes()
                 left, at = left - count, at + count * nbytes

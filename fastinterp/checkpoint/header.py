@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 import msgspec
 
 from fastinterp.checkpoint.names import quote, shell_word
-from fastinterp.checkpoint.regular_file import regular
+from fastinterp.checkpoint.remote import Readable, opened
 from fastinterp.checkpoint.strict_json import parse_object
 from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import DTYPES, DType
@@ -164,17 +164,18 @@ def _info(name: str, info: Any, file: str) -> _Info:
 
 def _read_json(file: str) -> tuple[bytes, int]:
     """The JSON bytes and the size of the file in bytes."""
-    with regular(file) as (fd, size):
+    with opened(file) as source:
+        size = source.size
         if size < 8:
             what = f"a safetensors file has at least 8 bytes, this one has {size}" if size else "the file is empty"
             raise CheckpointError(f"{what}. Download or copy it again", file=file)
-        first = _read_exactly(fd, 8, file)
+        first = _read_exactly(source, 8, 0, file)
         if first.startswith(b"PK\3\4"):
             called = quote(os.path.splitext(os.path.basename(file))[0] + ".bin")
             raise CheckpointError(
                 f"this is a zip file, as torch.save writes, not a safetensors file. Call it {called}", file=file
             )
-        refuse_download(first + os.pread(fd, 56, 8), file)
+        refuse_download(first + source.pread(56, 8), file)
         length = int.from_bytes(first, "little")
         if not length:
             raise CheckpointError(UNWRITTEN, file=file)
@@ -190,7 +191,7 @@ def _read_json(file: str) -> tuple[bytes, int]:
                 "Download or copy it again",
                 file=file,
             )
-        return _read_exactly(fd, length, file), size
+        return _read_exactly(source, length, 8, file), size
 
 
 def refuse_download(start: bytes, file: str) -> None:
@@ -212,15 +213,16 @@ def is_markup(start: bytes) -> bool:
     return text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<error", b"<!--"))
 
 
-def _read_exactly(fd: int, count: int, file: str) -> bytes:
-    """The next `count` bytes; a read may return fewer, and none when the file shrinks meanwhile."""
+def _read_exactly(source: Readable, count: int, offset: int, file: str) -> bytes:
+    """`count` bytes from `offset` on; a read may return fewer, and none when the file shrinks meanwhile."""
     parts: list[bytes] = []
     while count:
-        part = os.read(fd, count)
+        part = source.pread(count, offset)
         if not part:
             raise CheckpointError("the file ended while its header was read: it is being changed", file=file)
         parts.append(part)
         count -= len(part)
+        offset += len(part)
     return b"".join(parts)
 
 

@@ -1,30 +1,48 @@
-"""Checkpoints named by their id on the Hugging Face Hub: from the local cache, else downloaded into it."""
+"""Models named by their id on the Hugging Face Hub: looked up once a run, small files fetched, weights left there.
+
+What is fetched at once are the small files, into the Hub's cache. Weights are registered (remote.py): headers are read
+by ranges, and whole files come into the same cache when something reads their data.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
-from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, WEIGHTS
-from fastinterp.errors import CheckpointError
+from fastinterp.checkpoint import remote
+from fastinterp.checkpoint.hub_download import HubFiles, Snapshot, first_line
+from fastinterp.checkpoint.names import GGUF, OTHER_WEIGHTS, PICKLES, WEIGHTS, shell_word
+from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.messages import counted, size, tell
 
-# From the top folder: weights, and the small files that may belong to a model, its code among them, which is never run.
-ALLOW = (
-    "*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.vocab", "*.bpe", "*.codes",
+# Small files that may belong to a model, its code among them, which is never run.
+SMALL = (
+    "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.vocab", "*.bpe", "*.codes",
     "*.yaml", "*.yml", "*.py", "tokenizer*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md",
 )  # fmt: skip
+SAFETENSORS, GGUFS = (f"*{WEIGHTS}",), (f"*{GGUF}",)
+_MOST_SMALL = 200_000_000  # bytes of a file that is called small
 # What libraries load of files of torch.save, in place of .safetensors files.
 PICKLED = (
     *(f"{stem}{ending}" for stem in ("pytorch_model", "diffusion_pytorch_model") for ending in (".bin", "-*-of-*.bin")),
     "open_clip_pytorch_model.bin", "adapter_model.bin", "pytorch_lora_weights.bin", "learned_embeds.bin",
 )  # fmt: skip
-IGNORE = ("*/*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
+_NEVER = (WEIGHTS, *PICKLES, *OTHER_WEIGHTS, GGUF)
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
 _FILES = (WEIGHTS, *PICKLES, GGUF, *OTHER_WEIGHTS)
 _ID = re.compile(rf"({_PART}(?:/{_PART})?)(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?")
+_COMMIT = re.compile("[0-9a-f]{40}")
+_MOST_UNKNOWN = 20  # ids that the Hub does not know, after which no more are looked up
+_AT_ONCE = 8  # small files that are fetched at the same time
+_TIMEOUT_S = 15.0  # of a look-up
 
 
 def parse(name: str) -> tuple[str, str | None] | None:
@@ -38,63 +56,201 @@ def parse(name: str) -> tuple[str, str | None] | None:
     return match[1], match[2]
 
 
-def fetch(
-    repo: str, revision: str | None = None, folders: Sequence[str] = ("",), pickled: bool = False
-) -> Path:  # fmt: skip
-    """The local folder with the model `repo`; downloads what the cache lacks unless HF_HUB_OFFLINE is set.
+@dataclass
+class _Run:
+    """What is remembered while a run lasts."""
 
-    folders  those of the repository that are wanted; empty: its top folder
-    pickled  files of torch.save are wanted, by their usual names, and nothing else
+    found: dict[tuple[str, str | None], Snapshot | CheckpointError] = field(default_factory=dict)
+    unknown: int = 0
+    refused: str = ""  # why nothing may be fetched, or cannot
+
+
+_run: ContextVar[_Run | None] = ContextVar("hub_run", default=None)
+
+
+@contextmanager
+def one_run() -> Iterator[None]:
+    """Context manager: inside, every id is looked up once, and means the same commit each time."""
+    token = _run.set(_run.get() or _Run())
+    try:
+        yield
+    finally:
+        _run.reset(token)
+
+
+class NotAsked(CheckpointError):
+    """The Hub was not asked for a model that may be there, and its cache does not have it."""
+
+
+def refuse(why: str) -> None:
+    """Have nothing fetched until the `one_run` ends that is in effect. why: `--offline was given`."""
+    run = _run.get()
+    if run is not None:
+        run.refused = run.refused or why
+
+
+def offline() -> str:
+    """Why nothing is to be fetched: `HF_HUB_OFFLINE is set`; empty, if something may be."""
+    run = _run.get()
+    if run is not None and run.refused:
+        return run.refused
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set"
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+
+
+def find(repo: str, revision: str | None = None) -> Snapshot:
+    """The model `repo` on the Hub; offline, or where that cannot be reached, in its cache.
 
     Raises: CheckpointError, if huggingface_hub is missing, or the Hub and the cache cannot give the model.
     """
+    with one_run():
+        run = _run.get()
+        assert run is not None
+        key = repo, revision
+        if key not in run.found:
+            try:
+                run.found[key] = _found(repo, revision, run)
+            except CheckpointError as error:
+                run.found[key] = error
+        found = run.found[key]
+    if isinstance(found, CheckpointError):
+        raise found
+    return found
+
+
+def _found(repo: str, revision: str | None, run: _Run) -> Snapshot:
     try:
-        from huggingface_hub import constants, snapshot_download
+        from huggingface_hub import HfApi, constants
         from huggingface_hub import errors as hub_errors
     except ImportError:
         raise CheckpointError(
             "this needs the Hub's client. Install it: pip install huggingface_hub", file=repo
         ) from None
 
-    patterns = PICKLED if pickled else ALLOW
-    allow = [f"{folder}/{pattern}".lstrip("/") for folder in folders for pattern in patterns]
-    ignore = [] if pickled else list(IGNORE[1:])
-    ignore += ["*/*"] if folders == ("",) else []
-
-    def get(offline: bool) -> Path:
-        return Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=allow,
-                ignore_patterns=ignore,
-                local_files_only=offline,
-            )
-        )
-
-    offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if why := offline():
+        return _cached(repo, revision, why)
+    if run.unknown >= _MOST_UNKNOWN:
+        raise CheckpointError(f"not looked up: the Hub does not know {run.unknown} names before it", file=repo)
     try:
-        return get(offline)
+        info = HfApi(endpoint=constants.ENDPOINT).model_info(
+            repo, revision=revision, files_metadata=True, timeout=_TIMEOUT_S
+        )
     except hub_errors.RevisionNotFoundError:
         problem = f"it has no revision `{revision}`"
     except hub_errors.GatedRepoError:
         problem = "it is gated: ask for access on its page, then run `hf auth login`"
     except hub_errors.RepositoryNotFoundError:
+        run.unknown += 1
         problem = "the Hub has no such model, or it is private (then run `hf auth login`)"
     except hub_errors.HFValidationError as error:
         problem = f"it is not a valid id: {error}"
     except Exception as error:  # the client's HTTP library (requests, httpx) differs by version, and so do its errors
-        if not offline:
-            try:
-                return get(offline=True)  # proxies and broken connections do not make the client try its cache
-            except Exception:
-                pass
-        cached = "HF_HUB_OFFLINE is set and" if offline else f"the Hub cannot be reached ({_first_line(error)}), and"
-        problem = f"{cached} the local cache ({constants.HF_HUB_CACHE}) does not hold it in full."
+        run.refused = f"the Hub cannot be reached ({first_line(error)})"
+        return _cached(repo, revision, run.refused)
+    else:
+        commit = str(info.sha)
+        if not _COMMIT.fullmatch(commit):
+            raise CheckpointError("the Hub names no commit of it", file=repo)
+        folder = _cache_of(repo)
+        _note_commit(folder, revision or constants.DEFAULT_REVISION, commit)
+        sizes = {s.rfilename: s.size for s in info.siblings or () if _is_safe(s.rfilename)}
+        return Snapshot(repo, revision, commit, folder / "snapshots" / commit, sizes)
     raise CheckpointError(problem, file=repo)
 
 
-def _first_line(error: Exception) -> str:
-    """What it says, without the names of Python classes in front."""
-    lines = re.sub(r"(Got: )?(\w+(Error|Exception): )*", "", str(error).strip(), count=1).splitlines()
-    return lines[0][:200] if lines else "no details"
+def _is_safe(name: str) -> bool:
+    return all(part not in ("", ".", "..") and "\\" not in part and "\0" not in part for part in name.split("/"))
+
+
+def _cache_of(repo: str) -> Path:
+    """The folder of a model in the Hub's cache: `refs`, `blobs`, `snapshots`."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / "--".join(("models", *repo.split("/")))
+
+
+def _note_commit(folder: Path, revision: str, commit: str) -> None:
+    """Write into the cache which commit a branch or tag is, so that it is found offline."""
+    if revision == commit:
+        return
+    path = folder / "refs" / revision
+    try:
+        if path.is_file() and path.read_text() == commit:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
+        draft.write_text(commit)
+        os.replace(draft, path)
+    except OSError as error:
+        raise StorageError(f"{path}: the Hub's cache cannot be written: {error.strerror}") from None
+
+
+def _cached(repo: str, revision: str | None, why: str) -> Snapshot:
+    """The model as the cache has it. why: the Hub is not asked."""
+    from huggingface_hub import constants
+
+    folder = _cache_of(repo)
+    wanted = revision or constants.DEFAULT_REVISION
+    try:
+        ref = folder / "refs" / wanted
+        commit = ref.read_text().strip() if ref.is_file() else wanted
+        root = folder / "snapshots" / commit
+        if _is_safe(commit) and "/" not in commit and root.is_dir():
+            remote.forget(root)
+            return Snapshot(repo, revision, commit, root)
+    except (OSError, ValueError):
+        pass
+    where = f"the local cache ({constants.HF_HUB_CACHE}) does not hold it"
+    raise NotAsked(f"{why}, and {where}. {download(repo, revision)}", file=repo)
+
+
+def download(repo: str, revision: str | None) -> str:
+    """How a model comes into the cache."""
+    at = f" --revision {shell_word(revision)}" if revision else ""
+    return f"Download it first, where there is a connection: `hf download {shell_word(repo)}{at}`"
+
+
+def take(snapshot: Snapshot, folders: Sequence[str] = ("",), weights: Sequence[str] = SAFETENSORS) -> None:
+    """Fetch the small files of folders of a model, and register the weights there, which stay where they are.
+
+    folders  empty: the top folder
+    weights  patterns of their names
+    Raises: StorageError and CheckpointError, if they cannot be had.
+    """
+    if snapshot.sizes is None:
+        return
+    names = [name for name in snapshot.sizes if name.rpartition("/")[0] in folders]
+    small = [n for n in names if is_small(n, snapshot.sizes[n])]
+    heavy = [n for n in names if any(fnmatchcase(n.rpartition("/")[2], pattern) for pattern in weights)]
+    lacking = [n for n in small if not (snapshot.root / n).exists()]
+    there = [n for n in heavy if not remote.exists(snapshot.root / n)]
+    if lacking or there:
+        tell(_about(snapshot, lacking, there))
+    files = HubFiles(snapshot)
+    files.fetch_small(lacking, _AT_ONCE)
+    for name in there:
+        files.register(name)
+
+
+def is_small(name: str, nbytes: int | None) -> bool:
+    """Whether a file, by its path, is one of the small ones beside the weights."""
+    base = name.rpartition("/")[2]
+    return (
+        not base.startswith(".") and not base.endswith(_NEVER) and any(fnmatchcase(base, pattern) for pattern in SMALL)
+    ) and (nbytes or 0) <= _MOST_SMALL
+
+
+def _about(snapshot: Snapshot, small: Sequence[str], weights: Sequence[str]) -> str:
+    """The line about what is fetched: `org/name@1234abc: fetching 9 small files, 11.4 MB, and headers of 2 files`."""
+    sizes: dict[str, Any] = snapshot.sizes or {}
+    parts = []
+    if small:
+        parts.append(f"{counted(len(small), 'small file')}, {size(sum(sizes[n] or 0 for n in small))}")
+    if weights:
+        of = counted(len(weights), "file")
+        parts.append(f"the {'header' if len(weights) == 1 else 'headers'} of {of} of weights, which stay there "
+                     f"({size(sum(sizes[n] or 0 for n in weights))})")  # fmt: skip
+    return f"{snapshot.name}: fetching {' and '.join(parts)}, from the Hub at {snapshot.commit[:12]}"

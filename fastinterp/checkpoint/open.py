@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from fastinterp.checkpoint import remedies
+from fastinterp.checkpoint import remedies, remote
 from fastinterp.checkpoint.adapters import (
     ADAPTER_CONFIG,
     Adapter,
@@ -46,7 +46,9 @@ from fastinterp.messages import closest, listed
 
 if TYPE_CHECKING:
     from fastinterp.checkpoint.gguf_keys import GgufHeader
+    from fastinterp.checkpoint.hub_download import Snapshot
 
+_ELSEWHERE = (0, 0, 0)  # in place of times and inode, in the stamp of a file that is not on the disk
 _PIECES = "DCP_SHARDING_INFO"  # key of the metadata of files of torch.distributed.checkpoint
 
 
@@ -71,6 +73,7 @@ class Checkpoint:
     gguf: GgufHeader | None = None  # of the first file, if it is in GGUF
     components: tuple[Component, ...] = ()  # if it consists of several: see components.py
     adapters: tuple[Checkpoint, ...] = ()  # that are added to it
+    snapshot: Snapshot | None = None  # on the Hub, if it was named by an id
 
     @property
     def parts(self) -> tuple[Component, ...]:
@@ -119,17 +122,28 @@ def open_checkpoint(name: str) -> Checkpoint:
             raise CheckpointError(f"there is no such file yet: {unfinished}", file=name)
         raise CheckpointError(f"there is no such folder or file.{_similar(path)}", file=name or "''")
     try:
-        root = hub.fetch(*parsed)
-        named = named_folders(root)
-        if folders := (*named, *_template_folders(root)):
-            hub.fetch(*parsed, folders)
-        if pickled := tuple(folder for folder in named or ("",) if _lacks_weights(root, folder)):
-            hub.fetch(*parsed, pickled, pickled=True)
+        snapshot = hub.find(*parsed)
     except CheckpointError as error:
         raise CheckpointError(
             f"there is no such folder here.{_similar(path)} As a Hub id: {error.message}", file=name
         ) from error
-    checkpoint = _open_folder(name, root)
+    root = snapshot.root
+    hub.take(snapshot)
+    named = named_folders(root)
+    if folders := (*named, *_template_folders(root)):
+        hub.take(snapshot, folders)
+    if lacking := tuple(folder for folder in named or ("",) if _lacks_weights(root, folder)):
+        hub.take(snapshot, lacking, hub.PICKLED)
+    if not named and _lacks_weights(root, "") and not pickled_files(names_in(root)):
+        hub.take(snapshot, weights=hub.GGUFS)
+    try:
+        checkpoint = _open_folder(name, root)
+    except CheckpointError as error:
+        if snapshot.sizes is not None:
+            raise
+        message = f"{error.message}. Nothing was fetched, since {hub.offline()}. {hub.download(*parsed)}"
+        raise CheckpointError(message, file=error.file, tensor=error.tensor) from error
+    checkpoint.snapshot = snapshot
     if files := [file.relative_to(root).as_posix() for file in checkpoint.files if not file.name.endswith(WEIGHTS)]:
         checkpoint.remarks += (f"{name}: the repository has no {WEIGHTS} files in their place: {listing(files)}",)
     return checkpoint
@@ -150,8 +164,19 @@ def refuse_adapter(checkpoint: Checkpoint) -> None:
 
 def changed_since(checkpoint: Checkpoint) -> list[Path]:
     """The files that were changed, replaced or removed since the checkpoint was opened."""
-    own = [p for p, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True) if stamp_of(p) != stamp]
+    own = [p for p, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True) if _changed(p, stamp)]
     return [*own, *(path for adapter in checkpoint.adapters for path in changed_since(adapter))]
+
+
+def _changed(path: Path, before: Stamp) -> bool:
+    """Of a file that was elsewhere when it was opened, the size tells: it has the same address, and that a version."""
+    now = _stamp(path)
+    return now[0] != before[0] if before[1:] == _ELSEWHERE else now != before
+
+
+def _stamp(path: Path) -> Stamp:
+    found = remote.find(path)
+    return (stamp_of(path) or (0, 0, 0, 0)) if found is None else (found.size, *_ELSEWHERE)
 
 
 def _similar(path: Path) -> str:
@@ -292,7 +317,7 @@ def _open_indexed(
     """reason: why this index, if the user named the folder; `present`: names of its files."""
     weight_map = read_index(root / index)
     files = sorted(set(weight_map.values()))
-    missing = [f for f in files if not os.path.exists(root / f)]
+    missing = [f for f in files if not remote.exists(root / f)]
     if missing:
         raise CheckpointError(_missing(root, index, files, missing), file=name)
     remarks = [] if reason is None else _left_out(name, [index, *files], reason, present)
@@ -333,12 +358,12 @@ def _load(
     for number, file in enumerate(files):
         path = root / file
         # Taken before the header is read, so that a change in between is noticed too.
-        stamp = stamp_of(path)
+        stamp = _stamp(path)
         entries, file_metadata, file_remarks, gguf = read_header(path, number)
         headers += [gguf] if gguf else []
         if _PIECES in file_metadata:
             raise CheckpointError(remedies.dcp_pieces(root), file=str(path))
-        stamps.append(stamp or (0, 0, 0, 0))
+        stamps.append(stamp)
         for entry in entries:
             if (earlier := tensors.pop(entry.name, None)) is not None:
                 if weight_map is None:

@@ -75,6 +75,15 @@ def _unreadable(error: OSError, file: str) -> CheckpointError:
     return CheckpointError(f"the file cannot be read: {error.strerror}", file=file)
 
 
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Whether there is anything of this name, a broken link too. Raises: OSError, where os.path.lexists says no."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def close(fd: int, path: str | os.PathLike[str]) -> None:
     """Close a descriptor of the file at `path`. Raises: StorageError."""
     try:

@@ -168,9 +168,18 @@ class _Commands(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        from fastinterp.checkpoint import hub, remote
+        from fastinterp.messages import listen
+
+        listen(_told)  # --quiet ends that
+        remote.show_progress(_downloading)
         as_json = ctx.meta.get(_JSON, False)
         try:
-            with _usage_errors_plain(), errors_reported(ctx, partial(self._with_options, ctx), as_json=as_json):
+            with (
+                hub.one_run(),
+                _usage_errors_plain(),
+                errors_reported(ctx, partial(self._with_options, ctx), as_json=as_json),
+            ):
                 return super().invoke(ctx)
         except click.UsageError as error:
             error = _with_remedy(error)
@@ -199,6 +208,20 @@ class _Commands(click.Group):
 
         known = {name: option for name, option in names.items() if option.startswith("--")}
         return with_keys_as(message, lambda key, value: f"{known[key]} {value}" if key in known else None)
+
+
+def _told(line: str) -> None:
+    """Print what a run tells at once."""
+    from fastinterp.messages import plain
+
+    click.echo(plain(line), err=True)
+
+
+def _downloading() -> Any:
+    from fastinterp.cli import progress
+
+    ctx = click.get_current_context(silent=True)
+    return progress.shown(ctx is not None and bool(ctx.params.get("quiet")))
 
 
 def _with_remedy(error: click.UsageError) -> click.UsageError:

@@ -35,8 +35,13 @@ from fastinterp.paths.average import WEIGHT_NAMES
     "--in-order", is_flag=True, help="Take them as given, oldest first. Default: by the numbers in the names."
 )
 @options.tokenizer_source
+@options.push
+@options.stream
 @options.output
-def average(checkpoints: tuple[str, ...], out: str, quiet: bool, as_json: bool, **settings: Any) -> None:
+def average(
+    checkpoints: tuple[str, ...], out: str, push_to: str | None, public: bool, quiet: bool, as_json: bool,
+    **settings: Any,
+) -> None:  # fmt: skip
     """Average the checkpoints of a training run.
 
     Each CHECKPOINT is a folder or a file of weights, or a pattern of such ('run/checkpoint-*'), 2 to 64 of them, whose
@@ -58,13 +63,16 @@ def average(checkpoints: tuple[str, ...], out: str, quiet: bool, as_json: bool, 
     found = average_of(checkpoints, **chosen)
     models = faults.of_models(found.checkpoints)
     with told_together(models, settings), outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
+        upload = options.upload(push_to, public, out, settings["force"])
         report = api.merge(found.recipe, out, progress=shown, **settings)
+    address = options.uploaded(upload)
     rows = list(zip(found.checkpoints, found.weights, strict=True))
     if as_json:
         weights = [{"checkpoint": checkpoint, "weight": weight} for checkpoint, weight in rows]
-        options.say_json({"weights": weights, **report.as_dict()})
+        options.say_json({"weights": weights, **report.as_dict(), **({"uploaded": address} if address else {})})
     elif quiet:
         warn([report])
     else:
         lines = [f"  {weight:.4f}  {plain(checkpoint)}" for checkpoint, weight in rows]
+        lines += [f"  uploaded: {address}"] if address else []
         options.say("\n".join([report.summary(), "weights, oldest first:", *lines]))

@@ -70,6 +70,7 @@ def _range(ctx: click.Context, param: click.Parameter, value: str) -> tuple[floa
 )
 @click.option("--chat", is_flag=True, help="Format the prompt with the base's chat template.")
 @click.option("--port", default=8765, show_default=True, type=click.IntRange(0, 65535), help="Port; 0: any free one.")
+@options.offline
 @options.threads
 def explore(
     models: tuple[str, ...], base: str | None, added: dict[str, str], prompt: str, report: str | None,

@@ -13,6 +13,7 @@ from fastinterp.cli.faults import told_together
 @click.command()
 @options.recipe
 @click.option("--strict", is_flag=True, help="Exit with code 2 if there are warnings.")
+@options.offline
 @options.as_json
 def check(recipe: str, strict: bool, as_json: bool) -> None:
     """Report all errors of a recipe and its models, and warnings.
@@ -46,6 +47,7 @@ def check(recipe: str, strict: bool, as_json: bool) -> None:
 @options.missing
 @options.channels
 @options.quantize
+@options.offline
 @options.as_json
 def explain(
     recipe: str,
@@ -86,6 +88,7 @@ def explain(
 @click.command()
 @click.argument("checkpoint")
 @click.option("--all", "every", is_flag=True, help="List every tensor. Default: a line for each kind.")
+@options.offline
 @options.as_json
 def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
     """Show the contents of a checkpoint, from its headers.
@@ -100,6 +103,7 @@ def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
     Example:
       fastinterp inspect merged/
     """
+    from fastinterp.checkpoint import remote
     from fastinterp.checkpoint.open import open_checkpoint
     from fastinterp.execute.torn import refuse_torn
     from fastinterp.inspect import describe
@@ -109,7 +113,8 @@ def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
         from fastinterp.inspect.describe_adapted import adapted_as_dict, adapted_as_text
         from fastinterp.plan.models import open_model
 
-        model = open_model(checkpoint)
+        with remote.headers_only():
+            model = open_model(checkpoint)
         if as_json:
             options.say_json(adapted_as_dict(model))
         else:
@@ -130,6 +135,7 @@ def inspect(checkpoint: str, every: bool, as_json: bool) -> None:
 @options.threads
 @click.option("--plot", metavar="FILE", help="Plot the relative change by layer to FILE: .png, .svg or .pdf.")
 @click.option("--quiet", is_flag=True, help="Do not show progress.")
+@options.offline
 @options.as_json
 def diff(
     a: str, b: str, every: bool, threads: int | None, plot: str | None, quiet: bool, as_json: bool

@@ -38,6 +38,7 @@ from fastinterp.cli.merge import outcome_of
     "--durable", is_flag=True,
     help="Call fsync on all files: slower, but the output survives a crash of the machine.",
 )  # fmt: skip
+@options.offline
 @options.quiet
 @options.as_json
 def extract_lora(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _OF_ADAPTERS = ("threads", "force", "durable", "progress")  # arguments of a merge of adapters
 _OF_MODELS = {
     "device": "auto", "max_shard_size": None, "max_memory": "512MB", "rounding": None, "missing": None,
-    "channels": None, "quantize": None, "keep_intermediates": None, "verify_kept": False,
+    "channels": None, "quantize": None, "keep_intermediates": None, "verify_kept": False, "stream": False,
 }  # fmt: skip
 _MENDED = "it is in place now"  # of a message that says what became of an earlier run
 
@@ -36,9 +36,12 @@ _MENDED = "it is in place now"  # of a message that says what became of an earli
     "--keep-intermediates", metavar="DIR",
     help="Of several documents: write the others, too, each into a folder of its name in DIR.",
 )  # fmt: skip
+@options.push
+@options.stream
 @options.output
 def merge(
-    recipe: str, outs: tuple[str, ...], named_out: str | None, keep_intermediates: str | None, quiet: bool,
+    recipe: str, outs: tuple[str, ...], named_out: str | None, keep_intermediates: str | None, push_to: str | None,
+    public: bool, quiet: bool,
     as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Merge checkpoints according to a recipe.
@@ -67,12 +70,19 @@ def merge(
         keys = {name: settings.pop(name) for name in (*RECIPE_KEYS, "private")}
         with told_together(recipe, keys), outcome_of([Path(out)]), progress.shown(quiet or as_json) as shown:
             recipes = documents(recipe, **keys)
+            upload = options.upload(push_to, public, out, settings["force"])
             settings |= {"progress": shown, "keep_intermediates": keep_intermediates}
             if api.merges_adapters(recipes):
                 report = api.merge_adapter_document(recipes[0], out, **_of_adapters(settings | keys))
             else:
                 report = api.merge_documents(recipes, out, **settings)
+        address = options.uploaded(upload)
     else:
+        if push_to is not None or public:
+            options.refuse_ranks("merge --push-to")
+        if settings.pop("stream"):
+            options.refuse_ranks("merge --stream")
+        address = ""
         if keep_intermediates is not None:
             options.refuse_ranks("merge --keep-intermediates")
         from fastinterp.execute.distributed import merge as distributed
@@ -83,11 +93,11 @@ def merge(
             return  # rank 0 prints the report
         report = shared
     if as_json:
-        options.say_json(report.as_dict())
+        options.say_json(report.as_dict() | ({"uploaded": address} if address else {}))
     elif quiet:
         warn([report])
     else:
-        options.say(report.summary())
+        options.say("\n".join([report.summary(), *([f"  uploaded: {address}"] if address else [])]))
 
 
 @click.command(cls=grammar.Command)
@@ -102,9 +112,12 @@ def merge(
 @click.option("--base", metavar="CKPT", help="Task vectors: base + (1 - alpha)*(A - base) + alpha*(B - base).")
 @click.option("--integers", metavar="CKPT", help="Take integer tensors from CKPT. Default: they must be equal.")
 @options.tokenizer_source
+@options.push
+@options.stream
 @options.output
 def interpolate(
-    a: str, b: str, outs: tuple[str, ...], points: list[float], named_out: str | None, base: str | None, quiet: bool,
+    a: str, b: str, outs: tuple[str, ...], points: list[float], named_out: str | None, base: str | None,
+    push_to: str | None, public: bool, quiet: bool,
     as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Interpolate between checkpoints A and B, or extrapolate.
@@ -131,11 +144,16 @@ def interpolate(
         outcome_of(paths),
         progress.shown(quiet or as_json) as shown,
     ):
+        if push_to is not None and len(points) > 1:
+            raise UsageError("--push-to uploads one model: give one --alpha")
+        upload = options.upload(push_to, public, out, settings["force"])
         reports = api.interpolate(a, b, points, out, base=base, progress=shown, **settings)
+    address = options.uploaded(upload)
     acting = [_acts_as(p, r) if base is None else None for p, r in zip(points, reports, strict=True)]
     if as_json:
         rows = zip(points, acting, reports, strict=True)
-        options.say_json([{"alpha": p, "acts_as": x, **r.as_dict()} for p, x, r in rows])
+        uploaded = {"uploaded": address} if address else {}
+        options.say_json([{"alpha": p, "acts_as": x, **r.as_dict(), **uploaded} for p, x, r in rows])
     elif quiet:
         warn(reports)
     else:
@@ -143,6 +161,8 @@ def interpolate(
         older = _older_points(Path(out), paths) if len(paths) > 1 else 0
         if older:
             lines.append(f"  not changed: {counted(older, 'older alpha_* folder')} in {plain(out)}")
+        if address:
+            lines.append(f"  uploaded: {address}")
         options.say("\n".join(lines))
 
 

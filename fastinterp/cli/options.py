@@ -16,6 +16,7 @@ from fastinterp.messages import plain, plain_lines
 
 if TYPE_CHECKING:
     from fastinterp.execute.distributed.peers import Rank
+    from fastinterp.output.hub_upload import Upload
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,6 +69,55 @@ tokenizer_source = click.option(
     help="Vocabulary of the output: union, base or CKPT. Default: the models must have the same.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def _go_offline(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        from fastinterp.checkpoint import hub
+
+        hub.refuse("--offline was given")
+
+
+def push(command: F) -> F:
+    """Decorator: the options for an upload of the output."""
+    help_ = "With --push-to: a new model is public. Default: private."
+    command = click.option("--public", is_flag=True, help=help_)(command)
+    return click.option(
+        "--push-to", metavar="ORG/NAME", help="Upload the output folder to the Hugging Face Hub, when it is finished."
+    )(command)
+
+
+def upload(push_to: str | None, public: bool, out: str, force: bool) -> Upload | None:
+    """The upload that --push-to asks for, before the merge. Raises: UsageError and OutputError, as Upload does."""
+    if push_to is None:
+        if public:
+            raise UsageError("--public is about an upload: it goes with --push-to ORG/NAME")
+        return None
+    from fastinterp.output.hub_upload import Upload
+
+    return Upload(push_to, out, public, force)
+
+
+def uploaded(upload: Upload | None) -> str:
+    """Upload after the merge; the address of what is there now, empty if there is nothing to upload.
+
+    Raises: OutputError, as Upload.run does.
+    """
+    if upload is None:
+        return ""
+    from fastinterp.cli import OUTCOME
+
+    try:
+        return upload.run()
+    except KeyboardInterrupt:
+        click.get_current_context().meta[OUTCOME] = [f"the output is complete; to upload it: {upload.command}"]
+        raise
+
+
+offline = click.option(
+    "--offline", is_flag=True, expose_value=False, callback=_go_offline,
+    help="Fetch nothing: models named by Hub ids are those in the Hub's cache.",
+)  # fmt: skip
 
 
 def _listens(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
@@ -131,8 +181,14 @@ _OUTPUT = (
         is_flag=True,
         help="Where a killed run is resumed: compare all that it had written with its checksums, not a sample.",
     ),
+    offline,
     quiet,
     as_json,
+)
+stream = click.option(
+    "--stream",
+    is_flag=True,
+    help="Read models on the Hub while they are merged, without storing them: nothing but the output is written.",
 )
 
 

@@ -36,6 +36,7 @@ class _Lines:
         self._last = self._rate.start
 
     def __call__(self, done: int, total: int) -> None:
+        self._rate.see(done)
         now = time.monotonic()
         if now - self._last >= _LINE_S and done < total:
             self._last = now
@@ -51,6 +52,7 @@ class _Bar:
         self._task: Any = None
 
     def __call__(self, done: int, total: int) -> None:
+        self._rate.see(done)
         if self._bar is None:
             if time.monotonic() - self._rate.start < _PATIENCE_S or done >= total:
                 return

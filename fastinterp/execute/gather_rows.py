@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinterp.checkpoint.regular_file import close, read_at, regular, write_all
+from fastinterp.checkpoint.regular_file import close, write_all
+from fastinterp.checkpoint.remote import Readable, opened, read_from
 from fastinterp.execute.decode_rows import decoded_rows
 from fastinterp.ops.dtypes import DType
 from fastinterp.plan.inputs import GatheredInput, StoredInput
@@ -100,7 +101,7 @@ class _RowReader:
         import numpy as np
 
         self._np, self._tensor, self._stack = np, tensor, stack
-        self._fds: dict[Path, int] = {}
+        self._files: dict[Path, Readable] = {}
         self.columns = tensor.numel // max(1, len(tensor.rows.codes))
         self.nbytes = tensor.dtype.nbytes(self.columns) or 0
         self.step = max(1, _PIECE // max(1, self.nbytes))
@@ -159,9 +160,9 @@ class _RowReader:
         return self._np.frombuffer(raw, self._np.uint8), source.dtype
 
     def _bytes(self, path: Path, start: int, nbytes: int) -> bytes:
-        if path not in self._fds:
-            self._fds[path] = self._stack.enter_context(regular(str(path)))[0]
-        return read_at(self._fds[path], path, start, nbytes)
+        if path not in self._files:
+            self._files[path] = self._stack.enter_context(opened(str(path)))
+        return read_from(self._files[path], path, start, nbytes)
 
     def _wide(self, raw: NDArray[Any], dtype: DType) -> NDArray[Any]:
         from fastinterp.reference.combine import widen

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from fastinterp.backends.cpu import xxh3
 from fastinterp.checkpoint.checksum import stated_checksum
 from fastinterp.checkpoint.open import Checkpoint
+from fastinterp.checkpoint.remote import Readable, open_readable
 from fastinterp.execute.sources import storage
 from fastinterp.output.receipt import InputFile, hexadecimal
 from fastinterp.plan.plan import Plan
@@ -48,14 +50,11 @@ def files_of(checkpoint: Checkpoint) -> tuple[InputFile, ...]:
 
 def _file(path: Path, name: str, start: int) -> InputFile:
     """start: of its data, as far as that is known: the bytes before it are the header"""
-    with storage(path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            size = os.fstat(fd).st_size
-            header = _read(fd, 0, min(start, _MOST_HEADER))
-            sample = b"".join(_read(fd, at, SAMPLE_BYTES) for at in _places(start, size))
-        finally:
-            os.close(fd)
+    with storage(path), closing(open_readable(str(path))) as file:
+        size = file.size
+        header = _read(file, 0, min(start, _MOST_HEADER))
+        file.expect([(at, SAMPLE_BYTES) for at in _places(start, size)])
+        sample = b"".join(_read(file, at, SAMPLE_BYTES) for at in _places(start, size))
     return InputFile(name, size, hexadecimal(xxh3(header)), hexadecimal(xxh3(sample)))
 
 
@@ -64,11 +63,11 @@ def _places(start: int, size: int) -> Sequence[int]:
     return sorted({start + span * k // (SAMPLES - 1) for k in range(SAMPLES)})
 
 
-def _read(fd: int, offset: int, size: int) -> bytes:
+def _read(file: Readable, offset: int, size: int) -> bytes:
     """As many of the bytes as there are."""
     parts = []
     while size:
-        part = os.pread(fd, size, offset)
+        part = file.pread(size, offset)
         if not part:
             break
         parts.append(part)

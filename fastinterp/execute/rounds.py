@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec.structs import replace
 
-from fastinterp.backends.cpu import Handle, Progress, Pump, PumpOptions, SinkHandle, watch
+from fastinterp.backends.cpu import Progress, Pump, PumpOptions, SinkHandle, SourceHandle, watch
 from fastinterp.errors import UsageError
 from fastinterp.execute.jobs.job import Job, Result
 from fastinterp.execute.jobs.tensor_io import TensorStep
@@ -92,7 +92,7 @@ class PumpExecutor:
 
     def __init__(
         self,
-        sources: Sequence[Handle],
+        sources: Sequence[SourceHandle],
         sinks: Sequence[SinkHandle],
         options: PumpOptions,
         explained: Callable[[tuple[Any, ...], Sequence[TensorStep]], Exception],
@@ -189,7 +189,7 @@ class Rounds:
     """Jobs, and how far they are.
 
     others   as run_jobs has them
-    most     bytes of inputs in a round even where methods make no requests; None: no limit
+    most     bytes of inputs in a round even where methods make no requests; None: no limit. It may be changed
     answers  to requests about the whole model. Those that are known are not computed again; others are added
     """
 
@@ -202,7 +202,7 @@ class Rounds:
         answers: Answers | None = None,
     ):
         self.answers: Answers = {} if answers is None else answers
-        self._jobs, self._executor, self._others, self._most = jobs, executor, others, most
+        self._jobs, self._executor, self._others, self.most = jobs, executor, others, most
         self._waiting = deque(jobs)
         self._running: deque[Job] = deque()
         self._taken: dict[int, int] = {}  # id of a job -> rounds that it took part in
@@ -237,7 +237,7 @@ class Rounds:
 
     def _next(self) -> list[Job] | None:
         """Run a round, or answer what all jobs wait for. Returns the jobs that it finished; None, if all were."""
-        self._running += _admitted(self._waiting, self._executor.round_bytes, self._most)
+        self._running += _admitted(self._waiting, self._executor.round_bytes, self.most)
         if not self._running:
             waiting = [job for job in self._jobs if not job.done]
             if not waiting:

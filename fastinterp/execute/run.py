@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
+from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.checksum import KEY
 from fastinterp.errors import OutputError, StorageError, UsageError
 from fastinterp.execute.jobs.job import Job
@@ -19,6 +20,7 @@ from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor, run_jobs
 from fastinterp.execute.sinks import Sinks
 from fastinterp.execute.sources import Sources, remedy
+from fastinterp.execute.streams import blocks_ahead
 from fastinterp.messages import counted
 from fastinterp.ops.combine import philox_key
 from fastinterp.ops.contract import CHUNK
@@ -193,11 +195,13 @@ def opened(
             from fastinterp.execute.torn import refuse_torn
 
             refuse_torn(model.checkpoint)
-    window = make_window(plan, cpu_threads(threads), max_memory - _device_bytes(devices, max_memory))
+    stream_bytes = max_memory // 2 if remote.is_streaming() and plan.elsewhere else 0
+    most = max_memory - _device_bytes(devices, max_memory) - stream_bytes
+    window = make_window(plan, cpu_threads(threads), most)
     with ExitStack() as stack:
         every = [s for t in plan.tensors for s in t.stages]
         inputs = (tensor for s in every for tensor in s.inputs)
-        sources = Sources(plan.checkpoints, inputs, stack, sinks.files, sinks.scratch)
+        sources = Sources(plan.checkpoints, inputs, stack, sinks.files, sinks.scratch, stream_bytes)
         sinks.open(stack, isa)
         recipe = plan.recipes[0]
         scratch = _scratch(plan, sources, sinks, stack, sinks.scratch) if len(every) > len(plan.tensors) else None
@@ -209,6 +213,7 @@ def opened(
             stochastic=recipe.rounding == "stochastic",
             fp8_saturate=recipe.fp8_overflow == "saturate",
             prefetch=not sources.cached(),
+            **({"ahead": blocks_ahead(window.inputs, stream_bytes)} if stream_bytes else {}),
             stats_every=STATS_EVERY,
         )
         # In the order of the outputs, which the pump writes in contiguous runs.
@@ -217,7 +222,8 @@ def opened(
         wanted = {t.name for t in order if t.entries[0][0] in sinks.of}
         explained = partial(_explained, {t.name: t for t in plan.tensors}, plan, sources, sinks)
         total = plan.bytes_read + plan.bytes_made + plan.bytes_written
-        where = sources.fds, sinks.handles, options, explained, total, sinks.watched(progress), max_memory
+        most = max_memory - stream_bytes
+        where = sources.handles, sinks.handles, options, explained, total, sinks.watched(progress), most
         if devices:
             from fastinterp.execute.device.executor import DeviceExecutor
 

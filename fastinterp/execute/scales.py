@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastinterp.checkpoint.names import quote
-from fastinterp.checkpoint.regular_file import read_at
+from fastinterp.checkpoint.remote import Readable, read_from
 from fastinterp.errors import CheckpointError
 from fastinterp.plan.inputs import StoredInput
 
 _PIECE = 1 << 20  # bytes that are looked at at a time
 
 
-def refuse_scales(tensor: StoredInput, companions: Sequence[StoredInput], fds: Sequence[int]) -> None:
+def refuse_scales(tensor: StoredInput, companions: Sequence[StoredInput], files: Sequence[Readable]) -> None:
     """Raises: CheckpointError, if a scale of an encoded tensor is not finite; StorageError.
 
-    fds  of the files of the companions
+    files  of the companions
     """
-    for companion, fd in zip(companions, fds, strict=True):
+    for companion, file in zip(companions, files, strict=True):
         size = max(1, companion.dtype.bits // 8)
         for at in range(0, companion.nbytes, _PIECE):
-            data = read_at(fd, companion.path, companion.start + at, min(_PIECE, companion.nbytes - at))
+            data = read_from(file, companion.path, companion.start + at, min(_PIECE, companion.nbytes - at))
             index = not_finite(data, companion.dtype.name)
             if index >= 0:
                 raise CheckpointError(

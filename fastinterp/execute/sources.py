@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastinterp.backends.cpu import cached_fraction
+from fastinterp.backends.cpu import SourceHandle, cached_fraction
+from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.open import changed_since
 from fastinterp.checkpoint.regular_file import close, write_all
-from fastinterp.errors import NO_MEMORY, CheckpointError, StorageError
+from fastinterp.checkpoint.remote import opened
+from fastinterp.errors import NO_MEMORY, CheckpointError, FastinterpError, StorageError
 from fastinterp.execute.scales import refuse_scales
+from fastinterp.messages import counted, listed, size, tell
 from fastinterp.ops.dtypes import F32
 from fastinterp.ops.operands import Decoder, Factor, Gathered, LowRank, Operand, Product, ReplacedRows, Stored
 from fastinterp.plan.inputs import ConvertedInput, GatheredInput, StoredInput, TensorInput
 from fastinterp.plan.low_rank import FactorInput, LowRankInput, ProductInput, RowsInput
 from fastinterp.plan.models import Model
+
+if TYPE_CHECKING:
+    from fastinterp.execute.streams import Streams
 
 _SPARE_FDS = 64  # for everything that is neither input nor output
 
@@ -30,6 +36,7 @@ class Sources:
     inputs   every tensor that will be read
     outputs  number of files that will be open for writing at the same time
     scratch  folder for computed rows of gathered embeddings and converted tensors; None: that for temporary files
+    stream_bytes  memory for what is read of files elsewhere, while the run reads it; 0: those are fetched first
     Raises: StorageError, if a file cannot be opened.
     """
 
@@ -40,31 +47,48 @@ class Sources:
         stack: ExitStack,
         outputs: int = 0,
         scratch: Path | None = None,
+        stream_bytes: int = 0,
     ):
-        every = list({tensor.key: tensor for tensor in inputs if tensor.files}.values())
-        needed = list(dict.fromkeys(path for tensor in every for path in tensor.files))
-        moved = sum(tensor.moves_rows for tensor in every)
-        _allow_files(len(needed) + moved + 1 + outputs)
+        every: dict[Hashable, TensorInput] = {}
+        needed: dict[Path, None] = {}
+        for tensor in inputs:
+            if (files := tensor.files) and (key := tensor.key) not in every:
+                every[key] = tensor
+                needed.update(dict.fromkeys(files))
+        elsewhere = [path for path in needed if remote.find(path)] if stream_bytes else []
+        self._streamed = {path: i for i, path in enumerate(elsewhere)}
+        remote.fetch(path for path in needed if path not in self._streamed)
+        moved = sum(tensor.moves_rows for tensor in every.values())
+        _allow_files(len(needed) - len(elsewhere) + moved + 1 + outputs)
         self.paths: list[Path] = []
-        self.fds: list[int] = []
+        self.handles: list[SourceHandle] = []
         self._checkpoints = [model.checkpoint for model in models if model.checkpoint is not None]
         self._number: dict[Path, int] = {}
         self._scratch, self._stack = scratch, stack
         self._converted: tuple[int, int] | None = None  # number of the temporary file, and its size
+        self._streams = _streams(elsewhere, list(every.values()), stream_bytes, stack) if elsewhere else None
         for path in needed:
+            if self._streams is not None and path in self._streamed:
+                self._number[path] = self.add(self._streams.source(self._streamed[path]), path)
+                continue
             with storage(path):
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(close, fd, path)
             self._number[path] = self.add(fd, path)
         self._operands: dict[Hashable, Operand] = {}
-        for tensor in every:
-            self._operands[tensor.key] = tensor.open(self)
+        for key, tensor in every.items():
+            self._operands[key] = tensor.open(self)
 
-    def add(self, fd: int, path: Path) -> int:
+    @property
+    def fds(self) -> list[int]:
+        """The files, open, where none is elsewhere."""
+        return [handle for handle in self.handles if isinstance(handle, int)]
+
+    def add(self, handle: SourceHandle, path: Path) -> int:
         """Add a file that is already open; returns its index."""
-        self.fds.append(fd)
+        self.handles.append(handle)
         self.paths.append(path)
-        return len(self.fds) - 1
+        return len(self.handles) - 1
 
     def operand(self, tensor: TensorInput) -> Operand:
         """The operand of one of the inputs, in the form that the pump takes."""
@@ -75,7 +99,9 @@ class Sources:
         added = None if tensor.low_rank is None else self._low_rank(tensor.low_rank)
         if encoding is None:
             return Stored(number, tensor.start, code, low_rank=added)
-        refuse_scales(tensor, encoding.companions, [self.fds[self._number[c.path]] for c in encoding.companions])
+        with ExitStack() as stack:
+            files = [stack.enter_context(opened(str(c.path))) for c in encoding.companions]
+            refuse_scales(tensor, encoding.companions, files)
         columns = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.numel
         companions = tuple((self._number[c.path], c.start, c.nbytes) for c in encoding.companions)
         decoder = Decoder(encoding.decoder, columns, companions, encoding.parameters)
@@ -105,7 +131,7 @@ class Sources:
             number, start = self._converted
             end = start
             for piece in tensor.conversion.pieces(os.fspath(tensor.path)):
-                write_all(self.fds[number], piece, end)
+                write_all(self._temporary, piece, end)
                 end += len(piece)
         if end - start != tensor.nbytes:
             raise CheckpointError(f"{end - start} bytes were made of it, not {tensor.nbytes}", tensor=tensor.name)
@@ -119,6 +145,7 @@ class Sources:
         with tempfile.TemporaryFile(dir=self._scratch) as file:
             fd = os.dup(file.fileno())
         self._stack.callback(close, fd, self._scratch or "a temporary file")
+        self._temporary = fd
         return self.add(fd, path)
 
     def gathered(self, tensor: GatheredInput) -> Operand:
@@ -143,10 +170,12 @@ class Sources:
 
     def cached(self) -> bool:
         """Whether all files are known to be in the page cache, so that nothing needs to be read ahead."""
+        if self._streams is not None:
+            return False
         for fd, path in zip(self.fds, self.paths, strict=True):
             with storage(path):
-                size = os.fstat(fd).st_size
-            if cached_fraction(fd, size) <= 0.95:
+                nbytes = os.fstat(fd).st_size
+            if cached_fraction(fd, nbytes) <= 0.95:
                 return False
         return True
 
@@ -164,6 +193,12 @@ class Sources:
         if kind == "other":
             return StorageError(NO_MEMORY if "bad_alloc" in rest[0] else f"the run stopped: {rest[0]}")
         source, code, offset, expected, done = rest
+        if self._streams is not None and self.paths[source] in self._streamed:
+            failed = self._streams.error(self._streamed[self.paths[source]])
+            if isinstance(failed, FastinterpError):
+                return failed
+            if failed is not None:
+                return StorageError(f"{self.paths[source].name}: it cannot be read: {failed}")
         if code:
             return StorageError(f"{self.paths[source]}: {os.strerror(code)}, reading {expected} bytes at {offset}")
         return CheckpointError(
@@ -171,6 +206,18 @@ class Sources:
             "being read. Retry once nothing is writing to it",
             file=str(self.paths[source]),
         )
+
+
+def _streams(elsewhere: Sequence[Path], inputs: Sequence[TensorInput], most: int, stack: ExitStack) -> Streams:
+    """Threads that fetch what is read of files elsewhere, and a line that says so."""
+    from fastinterp.execute.streams import Streams
+
+    files = [file for path in elsewhere if (file := remote.find(path)) is not None]
+    models = dict.fromkeys(path.parent for path in elsewhere)
+    total = sum(tensor.nbytes for tensor in inputs if not {*tensor.files}.isdisjoint(elsewhere))
+    what = f"{counted(len(files), 'file')}, {size(total)}, as they are merged, and not stored"
+    tell(f"reading {what}: {listed([file.name for file in files], 4)}")
+    return Streams(files, len(models), most, stack)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fastinterp.backends.cpu import REGION_BYTES, checksum
+from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.checksum import stated_checksum
 from fastinterp.checkpoint.file_kinds import read_header
 from fastinterp.checkpoint.names import quote, shell_word
@@ -37,6 +38,8 @@ def refuse_torn(checkpoint: Checkpoint, sampled: int = 0) -> None:
         receipt = _weights_of(checkpoint.root, own.root)
         for i, start in sorted(starts.items()):
             path = own.files[i]
+            if remote.find(path) is not None:  # nothing of it was written here
+                continue
             refuse_torn_file(path, start, receipt.get(os.path.relpath(path, checkpoint.root)), checkpoint, sampled > 0)
             sampled -= 1
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from fastinterp.checkpoint import hub, remote
 from fastinterp.errors import CheckpointError, FastinterpError, RecipeError, ShapeError, StorageError
 from fastinterp.execute import chunks, quantised_deltas
 from fastinterp.execute.sources import Sources
@@ -50,6 +51,11 @@ def check_with(recipe: RecipeSource | Sequence[Mapping[str, Any]], keys: Mapping
 
     keys  dtype, rounding, seed, missing, channels, quantize, as of `merge`; None: as the recipe has it
     """
+    with hub.one_run(), remote.headers_only():
+        return _check(recipe, keys)
+
+
+def _check(recipe: RecipeSource | Sequence[Mapping[str, Any]], keys: Mapping[str, Any]) -> CheckResult:
     findings = _Findings()
     try:
         *above, last = in_order(read_all(recipe))
@@ -70,6 +76,8 @@ def check_with(recipe: RecipeSource | Sequence[Mapping[str, Any]], keys: Mapping
     if len(documents) == 1 and isinstance(value, dict) and value.get("out") == "lora":
         return _check_adapters(documents[0].file, recipes, findings)
     library = Library()
+    if findings.errors:
+        hub.refuse("the recipe has errors")
     _open_all(documents, recipes, library, findings)
     checked: dict[int, _Checked] = {}
     for i, one in enumerate(() if findings.errors else recipes):
@@ -188,6 +196,7 @@ def _open_all(
     names = {name for name in (*named, *(r.name for r in recipes)) if isinstance(name, str)}
     seen: set[ModelRef] = set()
     reported = {error.path for error in findings.errors}
+    about_recipe = bool(findings.errors)
     for model, document, path in _named(documents, recipes):
         name = str(model)
         if path in reported or name in names or model in seen:
@@ -198,6 +207,8 @@ def _open_all(
             if opened is not None:
                 refuse_torn(opened, sampled=1)
         except (CheckpointError, StorageError) as error:
+            if isinstance(error.__cause__, hub.NotAsked) and about_recipe and "Did you mean" not in str(error):
+                continue  # it may be on the Hub
             name = error.file if isinstance(error, CheckpointError) and error.file in model.names else name
             hint = "" if os.path.exists(os.path.expanduser(name)) else not_there(document, name, sorted(names))
             findings.add_error(error, (path, document.error("", path).line), hint)
@@ -332,6 +343,11 @@ def _check_samples(plan: Plan, known: Collection[str], findings: _Findings) -> i
         if warning not in known:
             findings.add_warning(warning)
     findings.remarks += [*plan.remarks, *plan.file_remarks]
+    if elsewhere := plan.elsewhere:
+        findings.remarks.append(
+            f"no samples were read, since only the headers of {listed([plain(n) for n in elsewhere], _LISTED)} are here"
+        )
+        return 0
     error, longer = samples.compare_unmerged(plan)
     if error is not None:
         findings.add_error(error)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fastinterp.checkpoint.journal_file import ASIDE, FINISHING, PARTIAL, PLACED, RUN, Finishing, temporary
 from fastinterp.checkpoint.names import is_relative
-from fastinterp.checkpoint.regular_file import fsync
+from fastinterp.checkpoint.regular_file import fsync, is_there
 from fastinterp.errors import OutputError
 from fastinterp.output.journal import Journal, boot
 from fastinterp.output.leftovers import remove
@@ -64,7 +64,7 @@ def complete(root: Path, journal: Journal) -> bool:
     assert record is not None
     sure = record.synced or record.boot == boot()
     return sure and all(
-        os.path.lexists(temporary(root, name, PARTIAL, journal.run)) or _is_new(root, name, journal, record)
+        is_there(temporary(root, name, PARTIAL, journal.run)) or _is_new(root, name, journal, record)
         for name in record.names
     )
 
@@ -77,7 +77,7 @@ def _is_new(root: Path, name: str, journal: Journal, record: Finishing) -> bool:
         return False
     if record.replaces:
         return inode != record.replaces
-    return journal.placed or name not in record.aside or os.path.lexists(temporary(root, name, ASIDE, journal.run))
+    return journal.placed or name not in record.aside or is_there(temporary(root, name, ASIDE, journal.run))
 
 
 def place(root: Path, journal: Journal) -> None:
@@ -89,12 +89,12 @@ def place(root: Path, journal: Journal) -> None:
     new = set(record.names)
     for name in record.aside:
         aside = temporary(root, name, ASIDE, journal.run)
-        waits = name not in new or os.path.lexists(temporary(root, name, PARTIAL, journal.run))
-        if waits and not os.path.lexists(aside) and os.path.lexists(root / name):
+        waits = name not in new or is_there(temporary(root, name, PARTIAL, journal.run))
+        if waits and not is_there(aside) and is_there(root / name):
             os.replace(root / name, aside)
     for name in record.names:
         temp = temporary(root, name, PARTIAL, journal.run)
-        if os.path.lexists(temp):
+        if is_there(temp):
             os.replace(temp, root / name)
     if record.synced:
         sync_folders(root, record.names)
@@ -132,11 +132,11 @@ def take_back(root: Path, journal: Journal) -> None:
         return
     for name in reversed(record.names):
         temp = temporary(root, name, PARTIAL, journal.run)
-        if not os.path.lexists(temp) and _is_new(root, name, journal, record):
+        if not is_there(temp) and _is_new(root, name, journal, record):
             os.replace(root / name, temp)
     for name in reversed(record.aside):
         aside = temporary(root, name, ASIDE, journal.run)
-        if os.path.lexists(aside):
+        if is_there(aside):
             os.replace(aside, root / name)
     if record.synced:
         sync_folders(root, record.names)

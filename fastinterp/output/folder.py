@@ -17,7 +17,7 @@ from types import TracebackType
 
 from fastinterp.checkpoint.journal_file import PARTIAL, SUBFOLDER, Finishing, Subfolder, temporary
 from fastinterp.checkpoint.names import is_relative, quote
-from fastinterp.checkpoint.regular_file import pieces_of
+from fastinterp.checkpoint.regular_file import is_there, pieces_of
 from fastinterp.checkpoint.unfinished import what_ends
 from fastinterp.errors import OutputError
 from fastinterp.output import refusals
@@ -232,7 +232,7 @@ class OutFolder(Place):
             raise self._error(f"{quote(name)} cannot be written: {error.strerror}") from error
 
     def _create(self, path: Path) -> None:
-        if self.resumed and os.path.lexists(path):
+        if self.resumed and is_there(path):
             return
         try:
             fd = os.open(path, _FLAGS, 0o666)

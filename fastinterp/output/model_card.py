@@ -53,11 +53,13 @@ def model_card(
     roots: Sequence[Path] = (),
     local: Collection[str] = (),
     told: Told = Told(),
+    commits: Mapping[str, str] = {},
 ) -> str:
     """README.md for the output: YAML front matter for the Hub, then how the model was made.
 
     models  names; `base_model` lists those that can be Hub ids: the Hub refuses other names there
     local   those of the names that stand for folders elsewhere on this machine, and are no Hub ids
+    commits of models from the Hub, by their names
     roots   the folders of the models, that of the configuration first: the licence is stated if all state the same one
     """
     named = [m for m in models if m not in local]
@@ -77,7 +79,7 @@ def model_card(
         f"Made with fastinterp {version} by the method {_code(method)}{f': {told.summary}' if told.summary else ''}.",
         _fenced(told.formula) if told.formula else "",
         table(rows, code=[column for column, head in enumerate(rows[0]) if head in ("", "model")]),
-        "\n".join(f"* {_line(fact)}" for fact in told.facts),
+        "\n".join(f"* {_line(fact)}" for fact in (*told.facts, *_from_the_hub(models, commits))),
         f"The recipe{', as recipe.yml:' if told.command else ':'}",
         _fenced(recipe_text, "yaml"),
     ]
@@ -112,6 +114,12 @@ def table(rows: Sequence[Sequence[str]], code: Collection[int] = ()) -> str:
 def _fenced(text: str, language: str = "") -> str:
     fence = "`" * max(3, 1 + _longest_run(text))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _from_the_hub(models: Sequence[str], commits: Mapping[str, str]) -> list[str]:
+    """Which commit was read of each model, and adapter, from the Hub."""
+    named = dict.fromkeys(name.partition(":")[0] for model in models for name in model.split("+"))
+    return [f"{name} was read at commit {commits[name]}" for name in named if name in commits]
 
 
 def _licence(root: Path) -> dict[str, str] | None:

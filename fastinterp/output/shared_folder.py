@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastinterp.checkpoint.journal_file import PARTIAL, shortened, temporary, temporary_of
 from fastinterp.checkpoint.names import quote
-from fastinterp.checkpoint.regular_file import fsync, read_regular
+from fastinterp.checkpoint.regular_file import fsync, is_there, read_regular
 from fastinterp.errors import OutputError
 from fastinterp.output.folder import OutFolder
 from fastinterp.output.leftovers import DONE, ROUNDS
@@ -44,7 +44,7 @@ class SharedFolder(OutFolder):
         self._run = key
 
     def _create(self, path: Path) -> None:
-        if not os.path.lexists(path):  # else an earlier run has made it
+        if not is_there(path):  # else an earlier run has made it
             super()._create(path)
 
     def _undo(self) -> None:
@@ -84,7 +84,7 @@ def write_note(out: str | os.PathLike[str], name: str, key: str, content: bytes)
 def read_note(out: str | os.PathLike[str], name: str, key: str) -> bytes | None:
     """What was noted of `name`; None if it is not complete."""
     path = _note(out, name, key)
-    return read_regular(str(path)) if os.path.lexists(path) else None
+    return read_regular(str(path)) if is_there(path) else None
 
 
 def journal_of_file(out: str | os.PathLike[str], name: str, key: str) -> Path:

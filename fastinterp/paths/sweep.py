@@ -177,10 +177,12 @@ def _recipes(points: Sequence[Point], folder: Path, force: bool) -> list[Point]:
     for point, path in zip(points, paths, strict=True):
         recipe = _with_absolute_paths(point.recipe)
         text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        partial = path.with_name(f".{path.name}.partial")  # what a run that died left has the same name
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text, "utf-8")
+            partial.unlink(missing_ok=True)
+            with open(partial, "x", encoding="utf-8") as stream:
+                stream.write(text)
             os.replace(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)

@@ -22,12 +22,13 @@ _Name = Callable[[str], str]
 
 def told(
     recipe: Recipe, tensors: Sequence[PlannedTensor], max_shard_size: int | None, kept: Sequence[str],
-    name: _Name = str,
+    models: Sequence[str], name: _Name = str,
 ) -> Told:  # fmt: skip
     """Of one output.
 
     max_shard_size  as it was asked for
     kept            how much of the change rounding kept, once that is known, in sentences
+    models          those of all documents, as cards call them: the table has those, too, that only earlier ones name
     name            what a card calls a model
     """
     stored = sorted({t.stored_as for t in tensors if t.merged})
@@ -41,7 +42,9 @@ def told(
         facts.append(f"the symbols of the formula: `fastinterp methods {recipe.method.name}`")
     summary = recipe.method.doc.partition("\n")[0].partition("     ")[0].rstrip(".")
     formula = recipe.formula().partition("\n")[0]
-    rows = tuple(tuple(row) for row in _rows(recipe, name))
+    rows = _rows(recipe, name)
+    listed = {row[1] for row in rows}
+    rows += [["", model, *[""] * (len(rows[0]) - 2)] for model in models if model not in listed]
     return Told(summary, formula, rows, tuple(facts), _command(recipe, max_shard_size))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastinterp._version import __version__
@@ -162,6 +162,12 @@ def _is_text(text: str) -> bool:
     return True
 
 
+def commits_of(models: Iterable[Model]) -> dict[str, str]:
+    """The commits of the models, and adapters on them, that come from the Hub, by their names."""
+    every = [c for m in models if m.checkpoint is not None for c in (m.checkpoint, *m.checkpoint.adapters)]
+    return {c.snapshot.name: c.snapshot.commit for c in every if c.snapshot is not None}
+
+
 def receipt(
     recipe: Recipe,
     k: int,
@@ -169,6 +175,7 @@ def receipt(
     models: Sequence[str],
     names: ShownNames,
     max_shard_size: int | None = None,
+    commits: Mapping[str, str] = {},
 ) -> dict[str, str]:
     """The receipt that is stored in every output file: the recipe, and the coefficients that were used.
 
@@ -176,6 +183,8 @@ def receipt(
     `max_shard_size`, makes the same bytes again. Models are stored as the user named them, absolute paths by their last
     parts. Time, output folder and threads are not, so that the same merge of the same names gives the same bytes
     everywhere.
+
+    commits  of models from the Hub, by their names
     """
     stored = recipe.out_dtype or recipe.dtype
     content = {
@@ -190,6 +199,7 @@ def receipt(
         "fp8_overflow": recipe.fp8_overflow,
         "recipe": names.recipe(recipe.text),
     }
+    content |= {"commits": dict(sorted(commits.items()))} if commits else {}
     content |= {"private": True} if recipe.private else {}
     content |= {} if recipe.name is None else {"document": recipe.name}
     content |= {} if max_shard_size is None else {"max_shard_size": max_shard_size}

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fastinterp._version import __version__
 from fastinterp.arguments import optional_size, overridden
+from fastinterp.checkpoint import hub, remote
 from fastinterp.checkpoint.regular_file import CHANGED, Stamp, stamp_of
 from fastinterp.checkpoint.sidecar_files import content_of, what_differs
 from fastinterp.errors import CheckpointError, UsageError
@@ -26,7 +27,7 @@ from fastinterp.output.layout import Layout
 from fastinterp.output.model_card import CARD, model_card
 from fastinterp.output.origin_files import OriginFiles
 from fastinterp.plan.models import Library, Model, is_gguf
-from fastinterp.plan.outputs import RECEIPT_KEY, Outputs, receipt
+from fastinterp.plan.outputs import RECEIPT_KEY, Outputs, commits_of, receipt
 from fastinterp.plan.planned import PlannedTensor
 from fastinterp.plan.single import Document, plan_document
 from fastinterp.plan.vocabularies import AlignedModels
@@ -57,6 +58,7 @@ class Plan:
     receipts     one per output: the receipt in the headers of its files, JSON
     folders      held as long as the plan is: they have the small files of documents above
     max_shard_size  as it was asked for
+    commits      of models from the Hub, by their names
     """
 
     recipes: tuple[Recipe, ...]
@@ -76,6 +78,7 @@ class Plan:
     receipts: tuple[str, ...] = ()
     folders: tuple[object, ...] = ()
     max_shard_size: int | None = None
+    commits: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Short: the fields hold every tensor and header."""
@@ -103,6 +106,12 @@ class Plan:
     def disk_bytes(self) -> int:
         return sum(layout.disk_bytes for layout in self.layouts)
 
+    @property
+    def elsewhere(self) -> tuple[str, ...]:
+        """The names of models with files that are not on the disk: on the Hub, say."""
+        files = ((m.name, (*m.files, *m.adapter_files)) for m in self.checkpoints)
+        return tuple(name for name, paths in files if any(remote.find(path) for path in paths))
+
     def small_files(self, k: int) -> dict[str, bytes | Path]:
         """What is written beside the weights of output k, by name: the path of a file to copy, or content.
 
@@ -120,9 +129,10 @@ class Plan:
         roots = [self.origin.root, *(model.root for model in self.checkpoints[: len(self.models)])]
         names = [self.shown.model(model) for model in self.models]
         local = [name for name, model in zip(names, self.models, strict=True) if name != model]
-        how = told(recipe, self.tensors, self.max_shard_size, kept, self.shown.model)
+        how = told(recipe, self.tensors, self.max_shard_size, kept, names, self.shown.model)
         text = self.shown.recipe(recipe.text)
-        return model_card(text, names, recipe.method.name, __version__, roots, local, how).encode()
+        commits = {} if recipe.private else self.commits
+        return model_card(text, names, recipe.method.name, __version__, roots, local, how, commits).encode()
 
     def _promoted(self) -> DType | None:
         """That of most elements, where models differ in their dtypes and tensors are stored in one that holds all, or
@@ -204,6 +214,17 @@ def make_plan(
     Raises: CheckpointError and ShapeError, if a checkpoint is damaged or does not fit the others; MethodError, if a
     method does not accept its models or parameters; RecipeError, if documents do not fit each other; UsageError.
     """
+    with hub.one_run():
+        return _make_plan(
+            recipes, max_shard_size=max_shard_size, above=above, library=library or Library(), one_file=one_file,
+            as_numbers=as_numbers,
+        )  # fmt: skip
+
+
+def _make_plan(
+    recipes: Sequence[Recipe], *, max_shard_size: int | None, above: Sequence[Recipe], library: Library, one_file: str,
+    as_numbers: bool,
+) -> Plan:  # fmt: skip
     first = recipes[0]
     _refuse_adapters([*above, *recipes])
     if len(recipes) > MAX_OUTPUTS:
@@ -211,7 +232,6 @@ def make_plan(
     kept = [(r.models, r.dtype, r.out_dtype, r.quantize) for r in recipes]
     if any(one != kept[0] for one in kept):
         raise UsageError("recipes that share one read must have the same models and dtypes")
-    library = library or Library()
     if above:
         from fastinterp.plan.chained import plan_chain
 
@@ -236,14 +256,15 @@ def make_plan(
         tensors, more = quantised_as(last.origin, tensors, checkpoints, stacked=any(s.stacked for s in first.sections))
         remarks = (*remarks, *more)
     outputs = Outputs(last.origin, checkpoints[: len(names)], tensors, stacked)
+    commits = commits_of(library.opened)
     shown = shown_names([*above, *recipes])
-    receipts = [receipt(recipe, k, tensors, names, shown, max_shard_size) for k, recipe in enumerate(recipes)]
+    receipts = [receipt(recipe, k, tensors, names, shown, max_shard_size, commits) for k, recipe in enumerate(recipes)]
     layouts = tuple(outputs.layout(metadata, max_shard_size, one_file) for metadata in receipts)
     inputs = tuple(dict.fromkeys(path for m in library.opened if m.checkpoint for path in m.checkpoint.inputs))
     return Plan(
         tuple(recipes), checkpoints, last.origin, tensors, layouts, last.aligned, warnings,
         (*remarks, *outputs.remarks), tuple(names), inputs, last.files, _stamps(last), shown, tuple(above),
-        tuple(metadata[RECEIPT_KEY] for metadata in receipts), folders, max_shard_size,
+        tuple(metadata[RECEIPT_KEY] for metadata in receipts), folders, max_shard_size, commits,
     )  # fmt: skip
 
 

@@ -96,8 +96,10 @@ class PlannedTensor(msgspec.Struct, frozen=True, eq=False):
     @property
     def before(self) -> tuple[PlannedTensor, ...]:
         """The tensors of documents above that have to be made before this one, each once, in an order that works."""
-        made = [tensor for tensor in self.inputs if isinstance(tensor, IntermediateInput)]
-        return tuple({id(t): t for tensor in made for t in tensor.tensor.stages}.values()) if made else ()
+        for tensor in self.inputs:
+            if isinstance(tensor, IntermediateInput):  # few are
+                return tuple({id(t): t for tensor in self.inputs for t in stages_of(tensor)}.values())
+        return ()
 
     @property
     def stages(self) -> tuple[PlannedTensor, ...]:

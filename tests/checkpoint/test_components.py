@@ -15,6 +15,7 @@ import fastinterp
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.errors import CheckpointError, OutputError, ShapeError, UsageError
 from fastinterp.output.receipt import RECEIPT
+from tests.support.hub_server import hub_server, in_this_process
 from tests.support.written import tree
 
 Arrays = dict[str, np.ndarray]
@@ -237,22 +238,14 @@ def test_components_that_were_trained_for_something_else(tmp_path):
 
 def test_a_pipeline_on_the_hub(tmp_path, monkeypatch):
     """Its components' folders are fetched, too; those that model_index.json does not name are not."""
-    import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
-
-    a, asked = pipeline(tmp_path / "a", 1), []
-
-    def snapshot(repo, *, allow_patterns, ignore_patterns, **_):
-        names = [p.relative_to(a).as_posix() for p in a.rglob("*") if p.is_file()]
-        kept = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-        asked.append(sorted(kept))
-        return str(a)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    pipeline(tmp_path / "a", 1)
     monkeypatch.chdir(tmp_path)
-    assert len(open_checkpoint("org/pipeline").tensors) == 5
-    assert asked[0] == ["model_index.json", "v1-5-pruned.safetensors"]
-    assert set(asked[1]) == {
+    with hub_server() as hub, in_this_process(hub, tmp_path / "cache"):
+        hub.add("org/pipeline", tmp_path / "a")
+        assert len(open_checkpoint("org/pipeline").tensors) == 5
+        asked = hub.fetched("org/pipeline")
+    assert set(asked) == {
+        "model_index.json",
         "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "text_encoder/config.json",
         "vae/diffusion_pytorch_model.safetensors.index.json", "text_encoder/model.safetensors",
         "scheduler/scheduler_config.json",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from fastinterp.checkpoint import hub
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.errors import CheckpointError
 from fastinterp.output.receipt import RECEIPT
+from tests.support.hub_server import hub_server, in_this_process
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -289,26 +289,13 @@ def test_models_of_sentence_transformers(tmp_path):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A folder as a model on the Hub, and what is fetched of it, in the order of the calls."""
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    there, cache = tmp_path / "there", tmp_path / "cache"
-    asked: list[list[str]] = []
-    cache.mkdir()
-
-    def snapshot(repo: str, *, allow_patterns: list[str], ignore_patterns: list[str], **_: Any) -> str:
-        names = [p.relative_to(there).as_posix() for p in sorted(there.rglob("*")) if p.is_file()]
-        filtered = huggingface_hub.utils.filter_repo_objects(
-            names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
-        )
-        asked.append(list(filtered))
-        for name in asked[-1]:
-            (cache / name).parent.mkdir(exist_ok=True, parents=True)
-            shutil.copy(there / name, cache / name)
-        return str(cache)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    """A folder as a model on the Hub, and what has been asked for of its files."""
+    there = tmp_path / "there"
+    there.mkdir()
     monkeypatch.chdir(tmp_path)
-    return there, asked
+    with hub_server() as server, in_this_process(server, tmp_path / "cache"):
+        server.mirror("org/name", there)
+        yield there, lambda: server.fetched("org/name")
 
 
 def test_a_repository_without_safetensors(repository):
@@ -320,7 +307,7 @@ def test_a_repository_without_safetensors(repository):
         (there / other).touch()
     (there / "config.json").write_text("{}")
     checkpoint = open_checkpoint("org/name@main")
-    assert asked == [["config.json"], ["pytorch_model.bin"]] and list(checkpoint.tensors) == ["w"]
+    assert asked() == ["config.json", "pytorch_model.bin"] and list(checkpoint.tensors) == ["w"]
     assert checkpoint.remarks == (
         "org/name@main: the repository has no .safetensors files in their place: `pytorch_model.bin`",
     )
@@ -333,21 +320,20 @@ def test_shards_of_a_repository(repository):
     put(there, shards[1], "b")
     put_index(there, "pytorch_model.bin.index.json", dict(zip("ab", shards, strict=True)))
     assert list(open_checkpoint("org/name").tensors) == ["a", "b"]
-    assert asked == [["pytorch_model.bin.index.json"], shards]
+    assert asked() == [*shards, "pytorch_model.bin.index.json"]
 
 
 def test_nothing_more_is_fetched_beside_safetensors(repository):
     there, asked = repository
     put(there, "model.safetensors", "a")
     put(there, "pytorch_model.bin", "a")
-    assert open_checkpoint("org/name").remarks == () and asked == [["model.safetensors"]]
+    assert open_checkpoint("org/name").remarks == () and asked() == ["model.safetensors"]
 
 
 def test_components_of_a_repository(repository):
     """Only those with a configuration and without safetensors."""
     there, asked = repository
     index = {"_class_name": "X", "unet": ["diffusers", "U"], "vae": ["diffusers", "V"], "tokenizer": ["t", "T"]}
-    there.mkdir()
     (there / "model_index.json").write_text(json.dumps(index))
     (there / "v1-5-pruned.ckpt").touch()
     put(there / "unet", "diffusion_pytorch_model.bin", "a")
@@ -358,7 +344,8 @@ def test_components_of_a_repository(repository):
         (there / folder / file).write_text("{}")
     checkpoint = open_checkpoint("org/name")
     assert list(checkpoint.tensors) == ["unet/a", "vae/b"]
-    assert asked[2:] == [["unet/diffusion_pytorch_model.bin"]] and asked[0] == ["model_index.json"]
+    weights = ["unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.safetensors"]
+    assert [name for name in asked() if not name.endswith("json")] == weights
     assert "no .safetensors files in their place: `unet/diffusion_pytorch_model.bin`" in checkpoint.remarks[-1]
 
 
@@ -368,7 +355,7 @@ def test_a_repository_with_files_of_other_names(repository):
     (there / "config.json").write_text("{}")
     message = refusal("org/name@v1")
     assert "`hf download org/name FILE --revision v1`, and name the path that it prints" in message
-    assert asked == [["config.json"], []]
+    assert asked() == ["config.json"]
 
 
 def test_names_of_files_are_no_ids():

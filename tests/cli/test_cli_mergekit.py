@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from fastinterp.cli.mergekit import command
 from fastinterp.integrations import mergekit_options
 from fastinterp.integrations.mergekit_options import OPTIONS, flag_of, settings_of
+from tests.support.hub_server import hub_server, in_this_process
 from tests.support.models import bf16, layers, load, save
 
 RECIPE = """\
@@ -163,17 +164,12 @@ def test_devices(monkeypatch, values, device):
 def test_models_from_the_hub_are_in_the_folder_that_is_named(models, monkeypatch):
     from huggingface_hub import constants
 
-    seen = []
-
-    def snapshot_download(*args, **keys):
-        seen.append(constants.HF_HUB_CACHE)
-        return "a"
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    (models / "recipe.yml").write_text(RECIPE.replace("model: b", "model: org/b"))
     before = constants.HF_HUB_CACHE
-    run("recipe.yml", "out", "--transformers-cache", "cache")
-    assert seen == ["cache"]
+    (models / "recipe.yml").write_text(RECIPE.replace("model: b", "model: org/b"))
+    with hub_server() as hub, in_this_process(hub, models / "other"):
+        hub.add("org/b", models / "a")
+        run("recipe.yml", "out", "--transformers-cache", "cache")
+    assert (models / "cache" / "models--org--b").is_dir() and not (models / "other").exists()
     assert before == constants.HF_HUB_CACHE
     assert merged(models / "out") == merged(models / "a")  # the average of a and a
 

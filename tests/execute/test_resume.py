@@ -322,7 +322,7 @@ def test_an_older_checkpoint_outlives_a_run_that_is_left(case):
 @pytest.mark.parametrize("case", ["interpolate", "shards", "one file"], indirect=True)
 def test_a_run_that_is_killed_while_it_puts_its_outputs_in_place(case):
     """The next one has nothing to compute, and tells the same."""
-    for step in range(1, 60, 3):
+    for step in range(1, 60, 5):
         done = case.run("killed", FINISH=f"SIGKILL:{step}")
         if done.returncode == 0:
             break
@@ -338,3 +338,13 @@ def test_a_run_that_is_killed_while_it_puts_its_outputs_in_place(case):
         for path in case.folder.glob("killed*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert step > 1
+
+
+@pytest.mark.parametrize("case", ["interpolate"], indirect=True)
+def test_outputs_that_were_complete_are_written_again_where_one_is_gone(case):
+    steps = sum(path.is_file() for path in (case.folder / "whole").rglob("*"))
+    assert case.run("killed", FINISH=f"SIGKILL:{steps + 2}").returncode == -signal.SIGKILL  # all are in place
+    shutil.rmtree(case.folder / "killed" / "alpha_0.25")
+    again = case.run("killed")
+    assert (again.returncode, shares(again.stderr)) == (0, []), again.stderr
+    assert case.outputs("killed") == case.files

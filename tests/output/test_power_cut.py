@@ -13,17 +13,22 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import fastinterp
 from fastinterp.checkpoint.open import open_checkpoint
+from fastinterp.checkpoint.regular_file import fsync
 from fastinterp.errors import CheckpointError
 from fastinterp.output.folder import OutFolder
 from tests.output.test_kills import KINDS, Kind, again, expected, loaded, model, opened, pipeline
 from tests.support.crashes import Crashes
 from tests.support.kills import die, killed
+from tests.support.models import save
 from tests.support.written import GB, checkpoint, tree, write
 
 OLD = bytes(16)
@@ -179,3 +184,42 @@ def _cut(action: Callable[[], object], at: int, disk: Disk) -> bool:
         die()
 
     return killed(action, at, die=cut)
+
+
+@pytest.mark.slow
+def test_torn_output_is_evident(disk, tmp_path):
+    """Without --durable the disk may hold names without data after success. Then inspect or verify say so, and the same
+    command with --force makes it whole.
+    """
+    models, draw = tmp_path / "models", random.Random(0)
+    for name in "ab":
+        rng = np.random.default_rng(ord(name))
+        save(models / name, {f"layer.{k}.weight": rng.random((1 << 16,)).astype("f4") for k in range(16)})
+    merge = partial(
+        fastinterp.interpolate, models / "a", models / "b", 0.5, disk.at / "out", device="cpu", max_shard_size="256KiB"
+    )
+    outcomes = []
+    for attempt in range(8):
+        merge(force=True)
+        right = tree(disk.at / "out")
+        shutil.rmtree(disk.at / "out")
+        os.sync()
+        merge()
+        files = sorted(path for path in (disk.at / "out").iterdir() if path.is_file())
+        for path in draw.sample(files, attempt * len(files) // 8):  # what the system happens to write, names too
+            fsync(path)
+        disk.cut()
+        disk.unmount()
+        disk.mount()
+        if not (disk.at / "out").exists():
+            outcomes.append("nothing")
+        elif tree(disk.at / "out") == right:
+            outcomes.append("whole")
+        else:
+            outcomes.append("torn")
+            with suppress(CheckpointError):
+                open_checkpoint(str(disk.at / "out"))
+                assert not fastinterp.verify(disk.at / "out").ok
+        merge(force=True)
+        assert tree(disk.at / "out") == right
+    assert "torn" in outcomes

@@ -304,20 +304,21 @@ def test_space_for_all_is_seen_to_first(ends, tmp_path, monkeypatch):
 
 def test_failed_finish_names_what_was_finished(ends, tmp_path, monkeypatch):
     a, b, _ = ends
-    commit, calls = OutFolder.commit, []
+    place, calls = OutFolder.place, []
 
     def fails(self):
         calls.append(self.name)
         if len(calls) == 3:
             raise OutputError(f"{self.name}: no more")
-        commit(self)
+        place(self)
 
-    monkeypatch.setattr(OutFolder, "commit", fails)
-    done = f"{tmp_path / 'path' / 'alpha_0.1'}, {tmp_path / 'path' / 'alpha_0.2'}"
+    monkeypatch.setattr(OutFolder, "place", fails)
+    # The first one comes last: its journal says what there is to resume from.
+    done = f"{tmp_path / 'path' / 'alpha_0.2'}, {tmp_path / 'path' / 'alpha_0.3'}"
     with pytest.raises(OutputError) as caught:
         sweep(a, b, [0.1, 0.2, 0.3], tmp_path / "path")
-    assert str(caught.value).endswith(f"alpha_0.3: no more; finished before that: {done}")
-    assert sorted(p.name for p in (tmp_path / "path").iterdir()) == ["alpha_0.1", "alpha_0.2"]
+    assert str(caught.value).endswith(f"alpha_0.1: no more; finished before that: {done}")
+    assert sorted(p.name for p in (tmp_path / "path").iterdir()) == ["alpha_0.2", "alpha_0.3"]
     calls.clear()
     said = command("sweep", a, b, "--alphas", "0.1:0.3:0.1", "-o", tmp_path / "path", "--force", code=4)
     assert said.count("finished before that") == 1 and done in said

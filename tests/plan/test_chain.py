@@ -92,7 +92,7 @@ def test_sums_of_sums_are_one_sum(tmp_path, three):
     assert found["models"] == [Path(name).name for name in three]
     assert found["coefficients"] == {"weights": [0.125, 0.375, 0.5], "base": None, "sums_to_one": True}
     card = (tmp_path / "out" / "README.md").read_text()
-    assert all(f"- `{Path(name).name}`" in card for name in three)
+    assert all(f"| `{Path(name).name}` |" in card for name in three)
     text = str(fastinterp.explain(documents))
     assert "out = 0.5*x3 + 0.5*x2" in text and "x3 = 0.25*x0 + 0.75*x1, first" in text and "made" not in text
 

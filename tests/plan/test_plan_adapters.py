@@ -24,6 +24,7 @@ from fastinterp.ops.dtypes import BF16, F32
 from fastinterp.recipe.load import load_recipe
 from fastinterp.reference import combine as reference
 from fastinterp.reference import low_rank
+from tests.support.hub_server import hub_server, in_this_process
 from tests.support.remedies import follow
 
 Q, NORM = "model.layers.0.self_attn.q_proj", "model.norm.weight"
@@ -319,17 +320,15 @@ def test_an_adapter_that_is_a_model_and_one_that_is_not_there():
         merged("base+./none")
 
 
-def test_hub_ids_of_both(monkeypatch):
-    """With their revisions."""
-    asked = []
-
-    def fetch(repo: str, revision: str | None = None, folders: Any = ()) -> Path:
-        asked.append((repo, revision))
-        return Path(repo.partition("/")[2]).resolve()
-
-    monkeypatch.setattr("fastinterp.checkpoint.hub.fetch", fetch)
-    out = merged("org/base@v1+org/one@v2:0.5+org/two")
-    assert asked == [("org/base", "v1"), ("org/one", "v2"), ("org/two", None)]
+def test_hub_ids_of_both(tmp_path):
+    """With their revisions, which are looked up once."""
+    revisions = {"base": "v1", "one": "v2", "two": "main"}
+    with hub_server() as hub, in_this_process(hub, tmp_path / "cache"):
+        for name, revision in revisions.items():
+            hub.add(f"org/{name}", Path(name), **{revision: Path(name)})
+        out = merged("org/base@v1+org/one@v2:0.5+org/two")
+        looked_up = [request.path for request in hub.asked if request.path.startswith("/api/")]
+    assert looked_up == ["/api/models/org/base/revision/v1", "/api/models/org/one/revision/v2", "/api/models/org/two"]
     assert out[f"{Q}.weight"].tobytes() == rounded(adapted((1, 1.0), (2, ROOT)))
 
 

@@ -35,7 +35,7 @@ def test_methods_table_is_what_the_program_prints():
 def test_every_command_that_the_readme_shows_exists():
     assert isinstance(commands, click.Group)
     known = set(commands.list_commands(click.Context(commands)))
-    shown = set(re.findall(r"^\$ fastinterp ([a-z]+)", README, re.MULTILINE))
+    shown = set(re.findall(r"^\$ fastinterp ([a-z-]+)", README, re.MULTILINE))
     assert shown, "the README shows no command"
     assert shown <= known
 

@@ -104,5 +104,5 @@ def test_the_readme_runs_as_printed(tmp_path):
             count += 1
     assert count >= 14
     assert sorted(p.name for p in folder.iterdir()) == [
-        "adapter", "again", "averaged", "curve", "ema", "merged", "mixed", "models", "path", "recipe.yml",
+        "adapter", "again", "averaged", "curve", "ema", "merged", "mixed", "models", "path", "recipe.yml", "replayed",
     ]  # fmt: skip

@@ -28,6 +28,7 @@ if "PATIENCE" in os.environ:
 
 if "ROUNDS" in os.environ:
     nbytes, most = map(int, os.environ["ROUNDS"].split(":"))
+    notes.ROUND_S = 0
     rounds.ROUND_BYTES = notes.ROUND_BYTES = nbytes
     seen: list[str] = []
     append = journal.Journal.append

@@ -17,6 +17,7 @@ from fastinterp.execute.resume import identity, notes, session
 from fastinterp.output import finish, journal
 
 if "ROUND" in os.environ:
+    notes.ROUND_S = 0
     rounds.ROUND_BYTES = notes.ROUND_BYTES = int(os.environ["ROUND"])
 if "KEPT_S" in os.environ:
     session.KEPT_S = float(os.environ["KEPT_S"])

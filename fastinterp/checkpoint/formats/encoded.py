@@ -9,7 +9,7 @@ import msgspec
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint, Component
-from fastinterp.checkpoint.regular_file import read_at, regular
+from fastinterp.checkpoint.remote import opened, read_from
 from fastinterp.errors import CheckpointError
 from fastinterp.ops.dtypes import BF16, DType
 
@@ -132,5 +132,5 @@ def small_bytes(checkpoint: Checkpoint, entry: Entry) -> bytes | None:
     if entry.nbytes > _SMALL:
         return None
     path = str(checkpoint.files[entry.file])
-    with regular(path) as (fd, _):
-        return read_at(fd, path, entry.start, entry.nbytes)
+    with opened(path) as file:
+        return read_from(file, path, entry.start, entry.nbytes)

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from fastinterp.checkpoint.header import Entry
 from fastinterp.checkpoint.names import quote
 from fastinterp.checkpoint.open import Checkpoint
-from fastinterp.checkpoint.regular_file import read_at, regular
+from fastinterp.checkpoint.remote import Readable, opened, read_from
 from fastinterp.errors import CheckpointError
 
 _FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
@@ -22,15 +22,15 @@ def read_scalars(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, 
     Raises: CheckpointError, if one has not one element, or is no finite number.
     """
     found: dict[str, float] = {}
-    open_files: dict[int, int] = {}
+    open_files: dict[int, Readable] = {}
     with ExitStack() as stack:
         for entry in entries:
             file = str(checkpoint.files[entry.file])
             if entry.file not in open_files:
-                open_files[entry.file] = stack.enter_context(regular(file))[0]
+                open_files[entry.file] = stack.enter_context(opened(file))
             if entry.numel != 1 or not (entry.dtype.name in _FORMATS or entry.dtype.name == "BF16"):
                 raise _not_a_number(file, entry, f"{entry.dtype} {list(entry.shape)}")
-            raw = read_at(open_files[entry.file], file, entry.start, entry.nbytes)
+            raw = read_from(open_files[entry.file], file, entry.start, entry.nbytes)
             if entry.dtype.name == "BF16":
                 value = struct.unpack("<f", b"\0\0" + raw)[0]
             else:

@@ -13,7 +13,7 @@ from fastinterp.checkpoint.pytorch.state_dict import choose_state_dict
 from fastinterp.checkpoint.pytorch.strided import Strided, is_contiguous
 from fastinterp.checkpoint.pytorch.tensors import Tensor, TensorCalls
 from fastinterp.checkpoint.pytorch.zip_file import ZipEntry, read_directory
-from fastinterp.checkpoint.regular_file import read_at, regular
+from fastinterp.checkpoint.remote import Readable, opened, read_from
 from fastinterp.errors import CheckpointError
 
 _MAX_PICKLE = 100_000_000  # bytes
@@ -29,15 +29,15 @@ def read_header(path: Path, number: int) -> FileHeader:
     not read.
     """
     file = os.fspath(path)
-    with regular(file) as (fd, size):
-        if message := remedies.other_form(os.pread(fd, 512, 0), file):
+    with opened(file) as source:
+        if message := remedies.other_form(source.pread(512, 0), file):
             raise CheckpointError(message, file=file)
-        directory = read_directory(fd, size, file)
+        directory = read_directory(source, file)
         root = _root(directory, file)
-        pickle = _pickle(fd, directory, root, file)
+        pickle = _pickle(source, directory, root, file)
     calls = TensorCalls(file)
     tensors, remarks = choose_state_dict(read_pickle(pickle, calls, file), file, calls.foreign)
-    entries = [_entry(name, tensor, directory, root, size, number, file) for name, tensor in tensors.items()]
+    entries = [_entry(name, tensor, directory, root, source.size, number, file) for name, tensor in tensors.items()]
     return FileHeader(entries, {}, remarks)
 
 
@@ -52,16 +52,16 @@ def _root(directory: dict[str, ZipEntry], file: str) -> str:
     return root
 
 
-def _pickle(fd: int, directory: dict[str, ZipEntry], root: str, file: str) -> bytes:
+def _pickle(source: Readable, directory: dict[str, ZipEntry], root: str, file: str) -> bytes:
     if any(entry.compressed for name, entry in directory.items() if name.startswith(f"{root}/")):
         raise CheckpointError(remedies.compressed(file), file=file)
     order = directory.get(f"{root}/byteorder")
-    if order is not None and (found := os.pread(fd, min(order.nbytes, 16), order.start)) != b"little":
+    if order is not None and (found := source.pread(min(order.nbytes, 16), order.start)) != b"little":
         raise CheckpointError(remedies.byte_order(file, found), file=file)
     entry = directory[f"{root}/data.pkl"]
     if entry.nbytes > _MAX_PICKLE:
         raise CheckpointError(f"its pickle has {entry.nbytes} bytes, more than the allowed {_MAX_PICKLE}", file=file)
-    return read_at(fd, file, entry.start, entry.nbytes)
+    return read_from(source, file, entry.start, entry.nbytes)
 
 
 def _entry(

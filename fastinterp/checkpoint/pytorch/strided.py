@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fastinterp.checkpoint.regular_file import read_at, regular
+from fastinterp.checkpoint.remote import Readable, opened, read_from
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,8 +47,8 @@ class Strided(msgspec.Struct, frozen=True):
 
     def pieces(self, path: str) -> Iterator[bytes]:
         """Memory: some times _PIECE, however large the tensor. Raises: what Conversion.pieces does."""
-        with regular(path) as (fd, _):
-            yield from self._pieces(_Source(fd, path, self.size), self.start, self.shape, self.strides)
+        with opened(path) as file:
+            yield from self._pieces(_Source(file, path, self.size), self.start, self.shape, self.strides)
 
     def _pieces(self, source: _Source, start: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Iterator[bytes]:
         """The elements in order, of as many indices of the first dimension at a time as fit a piece."""
@@ -66,8 +66,8 @@ class Strided(msgspec.Struct, frozen=True):
 class _Source:
     """Reads views of a file. size: bytes of an element."""
 
-    def __init__(self, fd: int, path: str, size: int):
-        self._fd, self._path, self._size = fd, path, size
+    def __init__(self, file: Readable, path: str, size: int):
+        self._file, self._path, self._size = file, path, size
 
     def read(self, start: int, shape: Sequence[int], strides: Sequence[int]) -> NDArray[Any]:
         """The elements of a view, u8[*shape, size], read in long runs.
@@ -108,4 +108,4 @@ class _Source:
         return sum((n - 1) * s for n, s in zip(lengths, steps, strict=True)) + self._size
 
     def _bytes(self, offset: int, count: int) -> bytes:
-        return read_at(self._fd, self._path, offset, count)
+        return read_from(self._file, self._path, offset, count)

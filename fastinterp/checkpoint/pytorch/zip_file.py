@@ -6,12 +6,12 @@ Format: a local header before each entry's bytes, and a directory of all entries
 
 from __future__ import annotations
 
-import os
 import struct
 from itertools import pairwise
 from typing import NamedTuple, NoReturn
 
 from fastinterp.checkpoint.names import is_relative, quote
+from fastinterp.checkpoint.remote import Readable
 from fastinterp.errors import CheckpointError
 
 _MAX_DIRECTORY = 100_000_000  # bytes
@@ -35,20 +35,24 @@ class ZipEntry(NamedTuple):
     compressed: bool
 
 
-def read_directory(fd: int, size: int, file: str) -> dict[str, ZipEntry]:
-    """The entries of the zip file `file`, which is open as `fd` and has `size` bytes: by name, in the file's order of
-    names. Reads the directory and the local headers.
+def read_directory(source: Readable, file: str) -> dict[str, ZipEntry]:
+    """The entries of the zip file `file`, which is open as `source`: by name, in the file's order of names. Reads the
+    directory and the local headers.
 
     Raises: CheckpointError, if directory and headers are damaged, contradict each other, or are not safe; OSError.
     """
-    count, start, nbytes = _find_directory(fd, size, file)
+    count, start, nbytes = _find_directory(source, file)
     found: dict[str, ZipEntry] = {}
     extents: list[tuple[int, int]] = []
-    directory = os.pread(fd, nbytes, start)
+    directory = source.pread(nbytes, start)
     at = 0
+    entries = []
     for _ in range(count):
-        name, raw, flags, method, packed, unpacked, header, at = _central(directory, at, file)
-        local = os.pread(fd, _LOCAL.size + len(raw), header) if header < start else b""
+        entries.append(entry := _central(directory, at, file))
+        at = entry[-1]
+    source.expect([(header, _LOCAL.size + len(raw)) for _, raw, _, _, _, _, header, _ in entries])
+    for name, raw, flags, method, packed, unpacked, header, _ in entries:
+        local = source.pread(_LOCAL.size + len(raw), header) if header < start else b""
         if len(local) < _LOCAL.size + len(raw) or local[:4] != b"PK\3\4" or local[_LOCAL.size :] != raw:
             _damaged(file, f"the entry {quote(name)} is not at byte {header}, where the directory has it")
         _, _, flags_here, method_here, _, _, _, packed_here, unpacked_here, length, extra = _LOCAL.unpack_from(local)
@@ -74,9 +78,10 @@ def read_directory(fd: int, size: int, file: str) -> dict[str, ZipEntry]:
     return found
 
 
-def _find_directory(fd: int, size: int, file: str) -> tuple[int, int, int]:
+def _find_directory(source: Readable, file: str) -> tuple[int, int, int]:
     """(number of entries, offset of the directory, its bytes)."""
-    tail = os.pread(fd, _END.size + _SHORT, max(0, size - _END.size - _SHORT))
+    size = source.size
+    tail = source.pread(_END.size + _SHORT, max(0, size - _END.size - _SHORT))
     at = tail.rfind(b"PK\5\6")
     while at >= 0 and (len(tail) < at + _END.size or at + _END.size + _END.unpack_from(tail, at)[7] != len(tail)):
         at = tail.rfind(b"PK\5\6", 0, at)
@@ -86,7 +91,7 @@ def _find_directory(fd: int, size: int, file: str) -> tuple[int, int, int]:
     end = size - len(tail) + at
     if at >= _LOCATOR.size and tail[at - _LOCATOR.size :][:4] == b"PK\6\7":
         _, _, where, _ = _LOCATOR.unpack_from(tail, at - _LOCATOR.size)
-        record = os.pread(fd, _END64.size, where) if where <= size else b""
+        record = source.pread(_END64.size, where) if where <= size else b""
         if len(record) < _END64.size or record[:4] != b"PK\6\6":
             _damaged(file, "its directory of 64 bits is not where it should be")
         _, _, _, _, disk, first_disk, here, count, nbytes, start = _END64.unpack(record)

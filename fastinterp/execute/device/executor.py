@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastinterp.backends.cpu import Handle, Progress, PumpOptions, SinkHandle
+from fastinterp.backends.cpu import Progress, PumpOptions, SinkHandle, SourceHandle
 from fastinterp.backends.device import Device
 from fastinterp.errors import UsageError
 from fastinterp.execute.device.batches import Part, Work, batches
@@ -53,7 +53,7 @@ class DeviceExecutor(PumpExecutor):
     def __init__(
         self,
         devices: Sequence[Device],
-        sources: Sequence[Handle],
+        sources: Sequence[SourceHandle],
         sinks: Sequence[SinkHandle],
         options: PumpOptions,
         explained: Callable[[tuple[Any, ...], Sequence[TensorStep]], Exception],

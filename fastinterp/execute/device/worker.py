@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
-from fastinterp.backends.cpu import Handle, PumpOptions, SinkHandle
+from fastinterp.backends.cpu import PumpOptions, SinkHandle, SourceHandle
 from fastinterp.backends.device import Buffer, Device, Event, Pending, Piece, Queue
 from fastinterp.errors import BackendError, OutOfMemory
 from fastinterp.execute.device.batches import Batch, SlotRange, Work
@@ -31,7 +31,7 @@ _READERS, _WRITERS = 8, 4  # threads for one device at most: so many copies satu
 class Files:
     """The sources and sinks of a round, and its options, in the form that the pump takes."""
 
-    sources: Sequence[Handle]
+    sources: Sequence[SourceHandle]
     sinks: Sequence[SinkHandle]
     options: PumpOptions
 
@@ -296,8 +296,8 @@ class _Session:
 # --- reads and writes, with the pump's errors ------------------------------------------------------------------------
 
 
-def _read_into(slot: Slot, o: SlotRange, source: Handle) -> None:
-    if not isinstance(source, int):
+def _read_into(slot: Slot, o: SlotRange, source: SourceHandle) -> None:
+    if isinstance(source, tuple):
         _, address, size = source
         held = max(0, min(o.nbytes, size - o.offset))
         if held < o.nbytes:
@@ -307,6 +307,7 @@ def _read_into(slot: Slot, o: SlotRange, source: Handle) -> None:
     view, done = slot.host.view[o.slot_offset : o.slot_offset + o.nbytes], 0
     while done < o.nbytes:
         try:
+            assert isinstance(source, int)  # what is elsewhere is read on the CPU
             got = os.preadv(source, [view[done:]], o.offset + done)
         except OSError as error:
             raise FileError("read", o.handle, error.errno, o.offset, o.nbytes, done) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import CodeType
 
@@ -13,6 +14,8 @@ import msgspec
 from fastinterp._version import __version__
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.checkpoint.regular_file import stamp_of
+from fastinterp.checkpoint.remote import open_readable
+from fastinterp.errors import CheckpointError
 from fastinterp.messages import listed
 from fastinterp.methods import is_own
 from fastinterp.ops.combine import NUMERICS
@@ -34,7 +37,7 @@ class Identity(msgspec.Struct, frozen=True):
     methods   a hash of the code of each method that is not of this package, as far as it shows: not of what it calls
     headers   a hash of the headers and names of the files of each output
     inputs    path -> size, mtime and ctime in ns, and a hash of the header: every file of weights, and of small files
-              that plans read
+              that plans read. Of weights from the Hub: size, zeros, and the commit
     """
 
     version: str
@@ -120,6 +123,9 @@ def _inputs(models: Sequence[Model]) -> dict[str, tuple[int, int, int, str]]:
     found: dict[str, tuple[int, int, int, str]] = {}
     for checkpoint in _with_adapters(model.checkpoint for model in models):
         for path, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True):
+            if checkpoint.snapshot is not None:  # the commit is in the path, whether the file is here or still there
+                found[str(path)] = (stamp[0], 0, 0, checkpoint.snapshot.commit)
+                continue
             real = os.path.realpath(path)
             if real not in found:
                 found[real] = (*stamp[:3], _header(path, stamp[0]))
@@ -149,11 +155,11 @@ def _small_files(folder: Path) -> list[Path]:
 def _header(path: Path, size: int) -> str:
     """A hash of the header of a file of weights; empty, if it cannot be read: it shows when data is."""
     try:
-        with open(path, "rb") as stream:
-            start = stream.read(8)
+        with closing(open_readable(str(path))) as file:
+            start = file.pread(8, 0)
             length = int.from_bytes(start, "little") if path.name.endswith(".safetensors") else _START
-            return _hashed([start, stream.read(min(length, size))])
-    except OSError:
+            return _hashed([start, file.pread(min(length, size), 8)])
+    except (OSError, CheckpointError):
         return ""
 
 

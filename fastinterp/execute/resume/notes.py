@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 from fastinterp.backends.cpu import FileChecksum
@@ -11,7 +12,10 @@ from fastinterp.execute.resume.records import Region, Round, effects_of, packed
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor, Rounds
 from fastinterp.plan.plan import Plan
 
-ROUND_BYTES = 1 << 30  # of inputs between two records; at least one tensor
+# Of inputs between two records, and at least one tensor: so few that a slow run loses little, and as many as a fast one
+# reads in so many seconds, since a round ends with threads that wait for the last one.
+ROUND_BYTES = 256 << 20
+ROUND_S = 0.5
 
 
 class Notes:
@@ -62,7 +66,11 @@ class Notes:
         number_of = {id(job): number for number, job in by_number.items()}
         known = set(rounds.answers)
         done: list[Job] = []
+        began, read = time.monotonic(), executor.bytes_read
         for some in rounds.finished():
+            now = time.monotonic()
+            rate = (executor.bytes_read - read) / max(1e-9, now - began)
+            rounds.most, began, read = max(ROUND_BYTES, int(rate * ROUND_S)), now, executor.bytes_read
             done += some
             if not done or (self._whole and not rounds.answers):
                 continue  # tensors are noted after the answers without which the others cannot go on

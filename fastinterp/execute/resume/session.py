@@ -36,12 +36,12 @@ class Session:
     """
 
     def __init__(self, plans: Sequence[Plan], first: OutFolder, identity: Identity):
-        self._plans, self._identity = plans, identity
-        self._journal: Journal | None = first.ended if first.finished else first.journal
+        self._plans, self._first, self._identity = plans, first, identity
         self._boot = boot()
         rounds: list[Round] = []
-        if identity.sure and self._journal is not None and (first.resumed or first.finished):
-            rounds = self._journal.read(ROUND, Round)
+        journal = first.ended if first.finished else first.journal
+        if identity.sure and journal is not None and (first.resumed or first.finished):
+            rounds = journal.read(ROUND, Round)
         self._kept = [
             Kept.of((one for one in rounds if one.plan == number), len(plan.recipes))
             for number, plan in enumerate(plans)
@@ -118,11 +118,12 @@ class Session:
         return self.before + time.monotonic() - self._start
 
     def _append(self, record: Round) -> None:
-        assert self._journal is not None
+        journal = self._first.journal
+        assert journal is not None  # it is open
         if not self._noted:
-            self._journal.append(IDENTITY, self._identity)
+            journal.append(IDENTITY, self._identity)
             self._noted = True
-        self._journal.append(ROUND, record)
+        journal.append(ROUND, record)
         plan = self._plans[record.plan]
         self._finished += len(plan.recipes) * sum(plan.tensors[number].nbytes for number in record.tensors)
 
