@@ -225,7 +225,8 @@ def _failure(build: Build, variant: Variant, done: subprocess.CompletedProcess[s
 
 def methods_of(build: Build, work: Path) -> list[str]:
     """The methods that `fastinterp methods` lists."""
-    return [line.split()[0] for line in build.output_of(["-m", "fastinterp", "methods"], work).splitlines()]
+    table = build.output_of(["-m", "fastinterp", "methods", "--markdown"], work)
+    return [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
 
 
 def _plan(before: Build, after: Build, work: Path, device: str) -> tuple[list[Command], list[Variant], list[str]]:

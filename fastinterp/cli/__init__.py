@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from fastinterp._version import __version__
+from fastinterp.cli.faults import OUTCOME
 from fastinterp.errors import NO_MEMORY, CheckpointError, FastinterpError, StorageError
 
 # The commands in the order of --help, with their modules.
@@ -37,10 +38,6 @@ _MODULES = {
     "doctor": "fastinterp.cli.info",
     "bench": "fastinterp.bench.command",
 }
-OUTCOME = (
-    "fastinterp.outcome"  # key in click's Context.meta: list[str], notes about the output for the message of a failure
-)
-
 _JSON = "fastinterp.json"  # key in click's Context.meta: bool, whether the command has --json
 
 
@@ -212,9 +209,10 @@ class _Commands(click.Group):
 
 def _told(line: str) -> None:
     """Print what a run tells at once."""
+    from fastinterp.cli.options import tell
     from fastinterp.messages import plain
 
-    click.echo(plain(line), err=True)
+    tell(plain(line))
 
 
 def _downloading() -> Any:

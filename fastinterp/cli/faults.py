@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from fastinterp.plan.plan import Source
 
 RECIPE_KEYS = ("dtype", "rounding", "seed", "missing", "channels", "quantize")  # options that replace a recipe's keys
+OUTCOME = (
+    "fastinterp.outcome"  # key in click's Context.meta: list[str], notes about the output for the message of a failure
+)
 FOUND = (
     "fastinterp.found"  # key in click's Context.meta: CheckResult, with all errors of the recipe of a failed command
 )
@@ -92,8 +95,18 @@ def _others(error: FastinterpError, found: CheckResult | None) -> Sequence[Findi
     message = error.message if isinstance(error, RecipeError) else str(error)
     message = message.partition(" - at $.")[0]  # planning adds the place in the recipe
     kind = type(error).__name__
-    same = next((f for f in found.errors if f.kind == kind and f.message.startswith(message)), None)
+    of_kind = [f for f in found.errors if f.kind == kind]
+    same = next((f for f in of_kind if f.message.startswith(message)), None)
+    if same is None:  # `check` may tell more tensors, and then the same remedy, which names a key, no option
+        same = next((f for f in of_kind if _remedy(f.message) == _remedy(message)), None)
     return [f for f in found.errors if f is not same]
+
+
+def _remedy(message: str) -> str:
+    """The last sentence of a message, without what it quotes."""
+    import re
+
+    return re.sub("`[^`]*`", "``", message.rpartition(". ")[2])
 
 
 def _text(finding: Finding, file: str) -> str:

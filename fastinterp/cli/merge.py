@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastinterp.cli import OUTCOME, faults, grammar, options
+from fastinterp.cli import faults, grammar, options
 from fastinterp.cli.blas import one_blas_thread
-from fastinterp.cli.faults import RECIPE_KEYS, told_together
+from fastinterp.cli.faults import OUTCOME, RECIPE_KEYS, told_together
 from fastinterp.cli.ranges import alphas
 from fastinterp.errors import CheckpointError, FastinterpError, OutputError, UsageError
 

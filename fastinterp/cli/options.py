@@ -105,7 +105,7 @@ def uploaded(upload: Upload | None) -> str:
     """
     if upload is None:
         return ""
-    from fastinterp.cli import OUTCOME
+    from fastinterp.cli.faults import OUTCOME
 
     try:
         return upload.run()

@@ -297,7 +297,7 @@ def test_full_disk(pair, small_disk):
 
 def test_disk_that_fills_up_meanwhile(pair, small_disk, monkeypatch):
     """Somebody else takes the room after it was found to be enough."""
-    monkeypatch.setattr("fastinterp.output.folder.OutFolder._refuse_full_disk", lambda self: None)
+    monkeypatch.setattr("fastinterp.output.refusals.about_space", lambda *_: "")
     with pytest.raises(fastinterp.OutputError, match=os.strerror(errno.ENOSPC)):
         fastinterp.interpolate(pair[0], pair[1], 0.5, small_disk / "out")
     assert list(small_disk.iterdir()) == []

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fastinterp.backends.cpu import Pump, PumpOptions, watch
+from fastinterp.errors import StorageError
 from fastinterp.execute.run import Window
 from fastinterp.ops.combine import Combine, Row
 from fastinterp.ops.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
@@ -201,7 +202,7 @@ class Interrupted:
 @pytest.mark.parametrize("at", ["", "cancel", "join"])
 def test_threads_are_waited_for_whatever_comes(at):
     pump: Any = Interrupted(at)
-    with pytest.raises(KeyboardInterrupt if at else RuntimeError):
+    with pytest.raises(KeyboardInterrupt if at else StorageError):
         watch(pump, 0, None)
     assert pump.ended == 1
 

@@ -327,7 +327,7 @@ def test_hub_ids_of_both(tmp_path):
         for name, revision in revisions.items():
             hub.add(f"org/{name}", Path(name), **{revision: Path(name)})
         out = merged("org/base@v1+org/one@v2:0.5+org/two")
-        looked_up = [request.path for request in hub.asked if request.path.startswith("/api/")]
+        looked_up = [request.path for request in hub.asked if request.path.startswith("/api/models/")]
     assert looked_up == ["/api/models/org/base/revision/v1", "/api/models/org/one/revision/v2", "/api/models/org/two"]
     assert out[f"{Q}.weight"].tobytes() == rounded(adapted((1, 1.0), (2, ROOT)))
 

@@ -95,8 +95,8 @@ def test_filters_without_a_match(tmp_path, tall):
     weight = [{"filter": "mpl", "value": 0.3}, {"filter": "layers.1.", "value": 0.2}, {"value": 1.0}]
     values = {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": weight}} for m in tall]}
     report = fastinterp.merge(values, tmp_path / "out")
-    assert len(report.warnings) == 2, "one for each model"
-    assert "the filter 'mpl' matches nothing: no tensor's name has it" in report.warnings[0]
+    found = [w for w in report.warnings if "the filter 'mpl' matches nothing: no tensor's name has it" in w]
+    assert len(found) == 2, "one for each model"
     assert "matches nothing" in str(fastinterp.explain(values))
 
 

@@ -358,7 +358,7 @@ def test_diff_of_models_whose_names_differ(tmp_path):
     a, b = write(tmp_path / "a", unet(1)), write(tmp_path / "b", in_front("module.", unet(1)))
     code, said = command("diff", a, b, "--quiet")
     assert code == 0 and f"names of {b} follow {a}: prefix `module.` removed (3 tensors)" in said
-    assert "all elements of A and B are equal\n" in said and "all 3 tensors" in said
+    assert "all elements of A and B are equal\n" in said and "all 3 matrices" in said
 
 
 # --- fused projections -----------------------------------------------------------------------------------------------

@@ -167,5 +167,5 @@ def test_language_models_have_no_blocks(tmp_path):
 
 
 def test_explained(tmp_path):
-    text = str(fastinterp.explain(recipe(tmp_path, SD15, NUMBERS)))
+    text = " ".join(str(fastinterp.explain(recipe(tmp_path, SD15, NUMBERS))).split())
     assert "IN00 0.08 (1 tensor)" in text and "OUT11 0.8 (2 tensors)" in text and "others 0.05 (4 tensors)" in text
