@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def test_two_ranks_write_a_pipeline_and_one_file(models, tmp_path):
     for name in "ab":
         for part in ("unet", "vae"):
             (tmp_path / name).mkdir(exist_ok=True)
-            (tmp_path / name / part).symlink_to(models / name)
+            shutil.copytree(models / name, tmp_path / name / part)
         index = {"unet": ["diffusers", "U"], "vae": ["diffusers", "V"]}
         (tmp_path / name / "model_index.json").write_text(json.dumps(index))
     (tmp_path / "linear.yml").write_text((models / "linear.yml").read_text())
@@ -232,7 +233,7 @@ def test_what_ranks_had_finished_of_a_file_is_kept(models, tmp_path, recipe):
         [sys.executable, "-m", "fastinterp", *args], cwd=models, env={**CLEAN, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert lone.returncode == 4 and "several processes began it, with torchrun or srun" in lone.stderr
+    assert lone.returncode == 4 and "several processes began it, with torchrun or srun" in lone.stdout
     again = torchrun(3 if recipe == "ties" else 2, args, models, ROUNDS="100:99")
     assert again.returncode == 0, again.stderr
     (kept,) = [int(line.split()[1]) for line in again.stderr.splitlines() if line.startswith("resumed: ")]

@@ -131,18 +131,19 @@ def reports(text: str, out: str) -> Any:
     return every
 
 
-def failure(done: subprocess.CompletedProcess[str]) -> str:
-    """The message of a command that failed, from its JSON."""
-    message: str = json.loads(done.stdout)["wrong"][0]["message"]
-    return message
-
-
 @pytest.fixture
 def case(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path: Path) -> Case:
     return Case(request.param, models, tmp_path)
 
 
 every_case = pytest.mark.parametrize("case", CASES, indirect=True)
+
+
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The message with which a command failed."""
+    (error,) = json.loads(done.stdout)["wrong"]
+    message: str = error["message"]
+    return message
 
 
 def shares(said: str) -> list[int]:
@@ -214,7 +215,7 @@ def test_what_is_left_of_another_run_is_refused(case, change):
     env = {"VERSION": "9.9"} if change == "version" else {}
     again = case.run("killed", *more, **env)
     assert again.returncode == 4
-    assert "another merge is not finished here" in failure(again) and CHANGES[change] in failure(again)
+    assert "another merge is not finished here" in error_of(again) and CHANGES[change] in error_of(again)
     assert case.outputs("killed") == left
     forced = case.run("killed", "--force", *more, **env)
     assert (forced.returncode, shares(forced.stderr)) == (0, []), forced.stderr
@@ -284,7 +285,7 @@ STOPS = ["SIGINT", "SIGTERM"]
 def test_an_interrupted_run_of_a_few_seconds_leaves_nothing(case, stop):
     done = case.run("killed", KILL=f"{stop}:3")
     assert done.returncode == 128 + signal.Signals[stop]
-    assert failure(done) == "interrupted; nothing was written"
+    assert error_of(done) == "interrupted; nothing was written"
     assert case.outputs("killed") == {}
 
 
@@ -295,8 +296,8 @@ def test_an_interrupted_run_of_much_work_is_kept(case, stop):
     for _ in range(2):
         done = case.run("killed", KILL=f"{stop}:3", KEPT_S="0")
         assert done.returncode == 128 + signal.Signals[stop]
-        message, _, remedy = failure(done).partition(" To throw it away: ")
-        assert re.fullmatch(r"interrupted; \d+ % is kept: run the same command again to go on\.", message), done.stderr
+        message, _, remedy = error_of(done).partition(" To throw it away: ")
+        assert re.fullmatch(r"interrupted; \d+ % is kept: run the same command again to go on\.", message), message
         assert case.outputs("killed")
         subprocess.run(remedy, shell=True, cwd=case.folder, check=True)
         assert case.outputs("killed") in ({}, {"OUT": b""})  # the folder of several outputs stays
@@ -318,7 +319,7 @@ def test_an_older_checkpoint_outlives_a_run_that_is_left(case):
         done = case.run("killed", "--force", KILL="SIGTERM:3", KEPT_S="0")
         assert done.returncode == 143
         if remedy:
-            subprocess.run(failure(done).rpartition(": ")[2], shell=True, cwd=case.folder, check=True)
+            subprocess.run(error_of(done).rpartition(": ")[2], shell=True, cwd=case.folder, check=True)
             assert case.outputs("killed") == old
     done = case.run("killed", "--force")
     assert done.returncode == 0 and shares(done.stderr)[0] > 0
