@@ -197,6 +197,7 @@ tool-race: $(VENV)/.built $(ORACLE_VENV)/.installed ## mergekit, torch, peft and
 
 torture: $(VENV)/.built ## kill commands 200 times at random moments, and compare what the next run makes: ten minutes or more
 	@$(PY) -m tests.attacks.kills
+	@FASTINTERP_LONG=1 $(PY) -m pytest -m long $(SHARED)
 
 faults: $(VENV)/.built ## make the first 50 of each system call fail, one by one: ten minutes or more
 	@$(PY) -m tests.support.fault_survey

@@ -175,8 +175,12 @@ def starts(kind: Kind, models: Path, tmp_path: Path) -> Callable[[int], Path]:
     return prepare
 
 
+SHORT = ("shards", "over shards by the same", "several", "file")
+SHORT_AND_LONG = [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in KINDS]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", SHORT_AND_LONG)
 def test_next_run_after_a_kill_needs_nobody(models, tmp_path, name):
     kind = KINDS[name]
     whole, states = expected(kind, models, tmp_path / "whole")
@@ -191,7 +195,7 @@ def test_next_run_after_a_kill_needs_nobody(models, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", SHORT_AND_LONG)
 def test_kill_of_the_run_that_mends(models, tmp_path, name):
     """Killed, and the run after it killed as well, at calls drawn at random; then the next one."""
     kind, draw = KINDS[name], random.Random(name)
@@ -206,7 +210,7 @@ def test_kill_of_the_run_that_mends(models, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["shards", "over shards by the same", "several", "over several", "file"])
+@pytest.mark.parametrize("name", [*SHORT, pytest.param("over several", marks=pytest.mark.long)])
 def test_another_merge_after_a_kill(models, tmp_path, name):
     """It ends the finish of the first one, and is refused for that; with force, or where nothing was finished, it
     writes its own. Never a mix."""

@@ -138,6 +138,7 @@ def disk(tmp_path) -> Iterator[Disk]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     ["durable", "over shards by the same", "over one by shards", "over a file", "over a pipeline", "over several"],
