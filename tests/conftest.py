@@ -39,8 +39,8 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that are long wait for `make torture`. Where workers share the tests, modules with the longest come first, so
-    that none is left alone at the end.
+    """Tests that are long wait for `make torture`. Where workers share the tests, modules with the longest come first,
+    so that none is left alone at the end.
     """
     if "FASTINTERP_LONG" not in os.environ:
         for item in items:
