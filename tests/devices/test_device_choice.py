@@ -240,10 +240,10 @@ def test_commands_take_a_device(tmp_path, monkeypatch):
     device = FakeDevice()
     monkeypatch.setattr(backends, "_backend", lambda name: backends._Backend(None, 1, lambda i: device))
     done = json.loads(
-        command("interpolate", *paths, "--alpha", "0.5", "-o", tmp_path / "one", "--device", "cuda", "--json")
+        command("interpolate", *paths, "--alpha", "0.5", "-o", str(tmp_path / "one"), "--device", "cuda", "--json")
     )
     assert done[0]["device"].startswith("cuda:0 Fake (fake), cpu ") and done[0]["on_cpu"]["not averaged"] == 3
-    command("sweep", *paths, "--alphas", "0.5", "-o", tmp_path / "many", "--device", "cuda:0")
+    command("sweep", *paths, "--alphas", "0.5", "-o", str(tmp_path / "many"), "--device", "cuda:0")
     assert tree(tmp_path / "many" / "alpha_0.5").keys() == tree(tmp_path / "one").keys()
 
 

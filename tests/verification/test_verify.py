@@ -137,8 +137,9 @@ def test_what_is_no_output(tmp_path):
 
 def test_missing_and_changed_inputs(tmp_path):
     """The checksums are compared anyway; exit code 3 says that nothing is known of the recipe."""
-    paths = saved_in(tmp_path / "models", related(2))
-    out = tmp_path / "out"
+    place = tmp_path / "deep" / "in"  # folders near tmp_path are those of other tests, some with models of these names
+    paths = saved_in(place / "models", related(2))
+    out = place / "out"
     fastinterp.merge(recipe_of("linear", paths), out)
     paths[1].rename(tmp_path / "elsewhere")
     code, text = run(out)
@@ -149,7 +150,7 @@ def test_missing_and_changed_inputs(tmp_path):
     code, text = run(out, "--models", f"ft1={tmp_path / 'elsewhere'}")
     assert code == 0, text
     (tmp_path / "elsewhere").rename(paths[1])
-    saved_in(tmp_path / "models", related(2, seed=9))
+    saved_in(place / "models", related(2, seed=9))
     code, text = run(out)
     assert code == 3
     assert "inputs have changed since: base: the data of model.safetensors is not what was read" in text

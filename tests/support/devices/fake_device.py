@@ -22,6 +22,7 @@ from fastinterp.backends import device
 from fastinterp.backends.cpu import PumpOptions
 from fastinterp.backends.device import Piece
 from fastinterp.errors import BackendError, OutOfMemory
+from fastinterp.ops.contract import CHUNK
 from fastinterp.ops.dtypes import CODE_BYTES
 from fastinterp.ops.operands import Stored
 from fastinterp.ops.steps import Combine, Divergence, GroupCombine, Histogram, MaskedStats, MaskedSum, Step, SumStep
@@ -293,14 +294,22 @@ def _embedded(piece: Piece, codes: Sequence[int]) -> tuple[Any, list[dict[str, f
     pump = _pump(piece, step, sources, sinks, numel)
     for address, (_, made, _) in zip(piece.outputs, sinks, strict=True):
         _copy(address, made + first * width, count * width)
-    stats = [dict.fromkeys(s, 0.0) for s in pump.stats()[0]]  # those of zeros would be among them
-    if piece.outputs:
-        return None, stats
+    if piece.outputs:  # zeros add nothing but their number
+        sampled = float(_sampled(first, first + count, piece.stats_every))
+        return None, [{**stats, "sampled": sampled} for stats in pump.stats()[0]]
     reals, counts = pump.answers()[0]
     for x, code in zip(held, codes, strict=True):
         x[first * CODE_BYTES[code] : (first + count) * CODE_BYTES[code]] = 0
     zeros = np.asarray(_pump(piece, step, sources, [], numel).answers()[0][1])
     return (reals, memoryview((np.asarray(counts) - zeros).tobytes()).cast("q")), []
+
+
+def _sampled(first: int, stop: int, every: int) -> int:
+    """Elements of [first, stop) in the chunks whose statistics are taken: each of `every`, from the first on."""
+    if not every:
+        return 0
+    starts = range(first // CHUNK // every * every * CHUNK, stop, every * CHUNK)
+    return sum(max(0, min(stop, at + CHUNK) - max(first, at)) for at in starts)
 
 
 def _whole(step: Step, end: int) -> int:
