@@ -58,16 +58,16 @@ class TensorInput(msgspec.Struct, frozen=True, eq=False):
     @property
     def key(self) -> Hashable:
         """Identity: inputs of one key are the same tensor, under whatever names."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of input has its own
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that it is read from; none if it has to be made first."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of input has its own
 
     def open(self, files: OpenFiles) -> Operand:
         """The operand by which steps read it."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of input has its own
 
     @property
     def factor(self) -> bool:

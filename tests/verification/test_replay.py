@@ -92,7 +92,7 @@ def test_relative_names_that_lead_nowhere(tmp_path, monkeypatch):
 def test_private_outputs_name_no_model(tmp_path):
     paths = saved_in(tmp_path / "secret-models", related(3))
     recipe = recipe_of("ties", paths)
-    text = f"# of /home/alice\nmerge_method: ties\nbase_model: {paths[0]}\nmodels:\n" + "".join(
+    text = f"# of /srv/alice\nmerge_method: ties\nbase_model: {paths[0]}\nmodels:\n" + "".join(
         f"- model: {p}\n  parameters: {{weight: 0.4, density: 0.5}}\n" for p in paths[1:]
     )
     fastinterp.merge(text, tmp_path / "private", private=True)
