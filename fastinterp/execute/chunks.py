@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from fastinterp.checkpoint.regular_file import read_at, regular
+from fastinterp.checkpoint.remote import opened, read_from
 from fastinterp.messages import plain
 from fastinterp.ops.contract import CHUNK
 from fastinterp.plan.inputs import StoredInput
@@ -34,8 +34,8 @@ def middle_chunk(tensor: StoredInput) -> StoredInput:
 
 def read_bytes(tensor: StoredInput, *, limit: int) -> bytes:
     """The first bytes of a tensor, or of a chunk of it."""
-    with regular(str(tensor.path)) as (fd, _):
-        return read_at(fd, tensor.path, tensor.start, min(tensor.nbytes, limit))
+    with opened(str(tensor.path)) as file:
+        return read_from(file, tensor.path, tensor.start, min(tensor.nbytes, limit))
 
 
 def stored_inputs(tensor: PlannedTensor) -> list[tuple[int, StoredInput]]:

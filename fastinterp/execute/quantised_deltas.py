@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from fastinterp.checkpoint.regular_file import read_at, regular
+from fastinterp.checkpoint.remote import Readable, opened, read_from
 from fastinterp.execute.decode_rows import Read, decoded
 from fastinterp.execute.quantisation_noise import RoundedDelta
 from fastinterp.plan.encoded_rows import aligned, rows_of
@@ -94,12 +94,12 @@ def noise(deltas: Mapping[tuple[int, int], QuantisedDelta], plan: Plan) -> list[
 
 
 def _reader(stack: ExitStack) -> Read:
-    fds: dict[Path, int] = {}
+    files: dict[Path, Readable] = {}
 
     def read(path: Path, start: int, nbytes: int) -> bytes:
-        if path not in fds:
-            fds[path] = stack.enter_context(regular(str(path)))[0]
-        return read_at(fds[path], path, start, nbytes)
+        if path not in files:
+            files[path] = stack.enter_context(opened(str(path)))
+        return read_from(files[path], path, start, nbytes)
 
     return read
 

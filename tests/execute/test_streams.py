@@ -13,10 +13,11 @@ import pytest
 import fastinterp
 from fastinterp._C import RangeCache
 from fastinterp.checkpoint.http_ranges import HttpFile
-from fastinterp.errors import CheckpointError, StorageError, UsageError
+from fastinterp.errors import CheckpointError, ShapeError, StorageError, UsageError
 from fastinterp.ops.dtypes import BF16, F32
-from tests.support.checkpoints import tensor, words, write
+from tests.support.checkpoints import integers, tensor, words, write
 from tests.support.hub_server import hub_server, in_this_process
+from tests.support.quantised_models import FORMS, family, saved
 
 pytestmark = pytest.mark.slow(3)
 
@@ -149,6 +150,35 @@ def test_dtypes_and_rows(hub, tmp_path):
     fastinterp.merge(recipe("linear", "a", "c", dtype="bfloat16"), "local")
     fastinterp.merge(recipe("linear", "org/a", "org/c", dtype="bfloat16"), "out", stream=True)
     assert weights("out") == weights("local")
+
+
+def test_reports_of_quantised_models(hub, tmp_path):
+    """The difference in steps of the quantisation is told as of files on the disk."""
+    form = FORMS["tensor"]
+    paths = saved(tmp_path / "fp8", form, family(form, 2))
+    for name, path in zip(("org/q", "org/r"), paths, strict=True):
+        hub.add(name, Path(path))
+    local = fastinterp.merge(recipe("linear", *paths), "local")
+    report = fastinterp.merge(recipe("linear", "org/q", "org/r"), "out", stream=True)
+    assert weights("out") == weights("local")
+    (found,), (expected,) = report.quantised.values(), local.quantised.values()
+    assert found == {**expected, "against": "org/q"}
+
+
+def test_reports_of_negative_importances(hub):
+    """The side-car is sampled where it is: a model of numbers from -1 to 1 is none."""
+    models = [{"model": name, "parameters": {"fisher": name}} for name in ("org/a", "org/b")]
+    report = fastinterp.merge({"merge_method": "fisher", "models": models}, "out", stream=True)
+    assert any("the side-car org/a holds numbers below 0" in warning for warning in report.warnings)
+
+
+def test_integers_that_differ(hub, tmp_path):
+    for name, last in (("i", 1), ("j", 2)):
+        write(tmp_path / name, {"w": tensor([1.0], F32), "n": integers([0, last], "I64")})
+        (tmp_path / name / "config.json").write_text("{}")
+        hub.add(f"org/{name}", tmp_path / name)
+    with pytest.raises(ShapeError, match="n differs between org/i and org/j"):
+        fastinterp.merge(recipe("linear", "org/i", "org/j"), "out", stream=True)
 
 
 # --- the cells -------------------------------------------------------------------------------------------------------
