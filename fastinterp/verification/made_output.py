@@ -48,6 +48,7 @@ class Told(msgspec.Struct, frozen=True):
     quantize: str = "none"
     document: str | None = None
     max_shard_size: int | None = None
+    truncate_embeddings: bool = False
     private: bool = False
 
 

@@ -65,7 +65,14 @@ def _recipes(told: Told, places: Mapping[str, str], name: str) -> list[Recipe]:
     except RecipeError as error:
         raise CheckpointError(f"the recipe in its receipt cannot be used: {error}", file=name) from None
     names = ShownNames({there: path for path, there in places.items()}, told.private)
-    return [replace(one, text=told.recipe, names=names, private=told.private) for one in recipes]
+    cut = told.truncate_embeddings  # as an option of mergekit's, which the text of the recipe does not have
+    return [
+        replace(
+            one, text=told.recipe, names=names, private=told.private,
+            truncate_embeddings=cut or one.truncate_embeddings,
+        )
+        for one in recipes
+    ]  # fmt: skip
 
 
 def _up_to(recipes: Sequence[Recipe], document: str) -> list[Recipe]:

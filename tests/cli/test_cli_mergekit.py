@@ -11,6 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from fastinterp import replay, verify
 from fastinterp.cli.mergekit import command
 from fastinterp.integrations import mergekit_options
 from fastinterp.integrations.mergekit_options import OPTIONS, flag_of, settings_of
@@ -102,6 +103,9 @@ def test_embeddings_are_cut(models):
     out, _ = run("recipe.yml", "out", "--unsafe-truncate-embeddings")
     assert "model.embed_tokens.weight to 4 (6 in a, 4 in b)" in out
     assert merged(models / "out")["model.embed_tokens.weight"] == ("BF16", [4, 4], bf16(np.full((4, 4), 4.5)).tobytes())
+    assert verify("out", full=True).ok  # the option is not in the recipe, but in the receipt
+    replay("out", "replayed")
+    assert merged(models / "replayed") == merged(models / "out")
     (models / "recipe.yml").write_text(RECIPE + "truncate_embeddings: true\n")
     run("recipe.yml", "again")
     assert merged(models / "again") == merged(models / "out")
