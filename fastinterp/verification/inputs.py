@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastinterp.backends.cpu import Progress
+from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.open import Checkpoint
 from fastinterp.execute.input_files import input_files
 from fastinterp.output.receipt import InputFile, hexadecimal
@@ -50,11 +51,13 @@ def _differs(now: tuple[InputFile, ...], said: tuple[InputFile, ...]) -> str:
 def _whole(
     checkpoint: Checkpoint, said: list[InputFile], threads: int | None, progress: Progress | None
 ) -> Iterator[str]:  # fmt: skip
-    for i, path in enumerate(checkpoint.files):
-        size = path.stat().st_size
+    for i, (path, (size, *_)) in enumerate(zip(checkpoint.files, checkpoint.stamps, strict=True)):
         stated = {f.checksum for f in said if f.size == size and f.name == path.name and f.checksum is not None}
+        if not stated:
+            continue
+        remote.fetch([path])
         start = min((e.start for e in checkpoint.tensors.values() if e.file == i), default=size)
-        if stated and hexadecimal(sum(regions_of(path, start, size, threads, progress)) % 2**64) not in stated:
+        if hexadecimal(sum(regions_of(path, start, size, threads, progress)) % 2**64) not in stated:
             yield f"the data of {path} has another checksum than the receipt says"
     for adapter in checkpoint.adapters:
         yield from _whole(adapter, said, threads, progress)

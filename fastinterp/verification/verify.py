@@ -16,13 +16,12 @@ from fastinterp.checkpoint.file_kinds import read_header
 from fastinterp.errors import CheckpointError, ShapeError, StorageError, UsageError
 from fastinterp.messages import counted, listed, plain, seconds, size
 from fastinterp.methods import Method, given
-from fastinterp.ops.combine import NUMERICS
 from fastinterp.output.receipt import RECEIPT
 from fastinterp.plan.given_sums import with_sums
 from fastinterp.plan.plan import Plan
 from fastinterp.verification.checks import Checked, Finding, check_files, check_stated
 from fastinterp.verification.inputs import changed_inputs
-from fastinterp.verification.made_output import MadeOutput, open_output
+from fastinterp.verification.made_output import MadeOutput, open_output, refuse_numerics
 from fastinterp.verification.models import Given, found_models
 from fastinterp.verification.pieces import Piece, pieces_of, sampled, whole_pieces
 from fastinterp.verification.recipes import plan_again
@@ -187,14 +186,8 @@ def _recompute(
     result = Verification(made.name, checked.findings, files=checked.weights + checked.others, nbytes=checked.nbytes)
     if not fraction and not inputs:
         return result
-    told = made.told
-    if told.numerics != NUMERICS:
-        why = (
-            f"it was made under version {told.numerics} of the numeric contract, and this fastinterp has version "
-            f"{NUMERICS}. Use the one that made it: `pip install fastinterp=={told.fastinterp}`"
-        )
-        return _with(result, unverified=why)
     try:
+        refuse_numerics(made.told, made.name)
         plan = plan_again(made, found_models(made, models))
         changed = [] if made.receipt is None else changed_inputs(plan, made.receipt.inputs, inputs, threads, progress)
     except (CheckpointError, ShapeError, StorageError) as error:

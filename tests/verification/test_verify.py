@@ -17,6 +17,7 @@ from fastinterp.cli import commands
 from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.methods import names
 from fastinterp.output.receipt import RECEIPT
+from tests.support.hub_server import hub_server, in_this_process
 from tests.support.merged import recipe_of, related, saved_in, tree
 from tests.verification.kinds import KINDS
 
@@ -184,6 +185,19 @@ def test_inputs_that_are_outputs_have_checksums(tmp_path):
     assert "has another checksum than the receipt says" in result.unverified
 
 
+@pytest.mark.slow
+def test_inputs_on_the_hub_have_checksums(tmp_path, monkeypatch):
+    """They are fetched for that, if only their headers are here."""
+    monkeypatch.chdir(tmp_path)
+    base, first = saved_in(tmp_path / "models", related(2))
+    fastinterp.merge(recipe_of("linear", [base, first]), "mix")
+    with hub_server() as server, in_this_process(server, tmp_path / "cache"):
+        server.add("org/mix", tmp_path / "mix")
+        fastinterp.merge(recipe_of("linear", ["org/mix", base]), "out", stream=True)
+        assert fastinterp.verify("out", sample=0, inputs=True).ok
+        assert [*(tmp_path / "cache").rglob("model.safetensors")]
+
+
 def test_a_folder_of_several_outputs(tmp_path):
     """Each is verified; the exit code is that of the worst."""
     base, tuned = saved_in(tmp_path / "models", related(2))
@@ -207,7 +221,6 @@ def test_versions_and_numerics(tmp_path, monkeypatch):
     result = fastinterp.verify(tmp_path / "out", full=True)
     assert result.ok
     assert any("made it, and this is 9.9.9" in note for note in result.notes)
-    monkeypatch.setattr("fastinterp.verification.verify.NUMERICS", 2)
     monkeypatch.setattr("fastinterp.verification.made_output.NUMERICS", 2)
     result = fastinterp.verify(tmp_path / "out")
     assert result.exit_code == 3
