@@ -23,8 +23,9 @@ from fastinterp.execute.resume.identity import Identity, identity_of
 from fastinterp.execute.resume.session import Session, difference
 from fastinterp.execute.run import Done, run
 from fastinterp.execute.sinks import FileSinks
-from fastinterp.output.earlier import Earlier, earlier
+from fastinterp.output.earlier import Earlier, earlier, held
 from fastinterp.output.folder import OutFolder
+from fastinterp.output.layout import Layout
 from fastinterp.output.model_card import CARD
 from fastinterp.output.receipt import RECEIPT, SmallFile, WeightsFile
 from fastinterp.output.several import commit_all
@@ -171,16 +172,21 @@ def _opened_folders(
     """The output folders of all plans, all or none; and what is finished of them."""
     merge = identity.key if identity.sure else ""
     before = earlier([out for of_plan in outs for out in of_plan], merge) if merge else Earlier.NONE
-    needed = sum(plan.disk_bytes for plan in plans)  # outputs on one disk must fit together: the first checks for all
+    every = [
+        (out, _names(plan, layout))
+        for plan, of_plan in zip(plans, outs, strict=True)
+        for out, layout in zip(of_plan, plan.layouts, strict=True)
+    ]
+    # Outputs on one disk must fit together: the first checks for all, and takes off what it has itself.
+    needed = max(0, sum(plan.disk_bytes for plan in plans) - (held(every[1:], merge) if merge else 0))
     folders: list[list[OutFolder]] = []
     try:
         for plan, of_plan in zip(plans, outs, strict=True):
             folders.append([])
             for out, layout in zip(of_plan, plan.layouts, strict=True):
-                names = [*(file.name for file in layout.files), *plan.files.copied, RECEIPT]
                 folder = OutFolder(
-                    out, plan.inputs, force=force, durable=durable, needed=needed or layout.disk_bytes, names=names,
-                    merge=merge, differs=partial(difference, identity), earlier=before,
+                    out, plan.inputs, force=force, durable=durable, needed=needed or layout.disk_bytes,
+                    names=_names(plan, layout), merge=merge, differs=partial(difference, identity), earlier=before,
                 )  # fmt: skip
                 folders[-1].append(stack.enter_context(folder))
                 needed = 0
@@ -189,6 +195,11 @@ def _opened_folders(
             folder.leave()
         raise
     return folders, Session(plans, folders[0][0], identity)
+
+
+def _names(plan: Plan, layout: Layout) -> list[str]:
+    """The files of an output that are known before it is written."""
+    return [*(file.name for file in layout.files), *plan.files.copied, RECEIPT]
 
 
 def _part(progress: Progress | None, before: int, total: int) -> Progress | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 
 from fastinterp._version import __version__
 from fastinterp.checkpoint.journal_file import BEGIN, begun_of, journal_path, state_of
 from fastinterp.checkpoint.regular_file import stamp_of
+from fastinterp.output.leftovers import reserved
 from fastinterp.output.names import place_of
 
 
@@ -35,6 +36,23 @@ def earlier(outs: Iterable[str | os.PathLike[str]], merge: str) -> Earlier:
     if BEGIN in steps:
         return Earlier.WRITING
     return Earlier.PLACING if steps else Earlier.NONE
+
+
+def held(outs: Iterable[tuple[str | os.PathLike[str], Sequence[str]]], merge: str) -> int:
+    """Bytes of the disk that an earlier run of the same merge has taken for these outputs, and this one takes over.
+
+    outs  each with the names of the files that will be written
+
+    Raises: CheckpointError, as `earlier` does.
+    """
+    total = 0
+    for out, names in outs:
+        folder, file = place_of(out)
+        path = journal_path(Path(os.path.realpath(folder)), file)
+        begun = begun_of(path) if state_of(path) is not None else None
+        if begun is not None and begun.merge == merge:
+            total += reserved(Path(os.path.realpath(folder)), file, names, begun.run)
+    return total
 
 
 def key_of(values: object, inputs: Iterable[str | os.PathLike[str]]) -> str:

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from fastinterp.checkpoint.journal_file import journal_path
 from fastinterp.checkpoint.open import open_checkpoint
 from fastinterp.errors import CheckpointError, OutputError
+from fastinterp.output.earlier import held
 from fastinterp.output.folder import OutFolder
 from fastinterp.output.journal import begin
 from tests.support.written import checkpoint, tree, write
@@ -173,6 +174,20 @@ def test_no_space_left(tmp_path, monkeypatch):
     with OutFolder(tmp_path / "other", [], needed=20480) as out:
         write(out)
     assert open_checkpoint(str(tmp_path / "other")).nbytes == 48
+
+
+def test_space_that_an_earlier_run_has_taken(tmp_path):
+    """It counts for the same merge alone, of all outputs: the first of them checks the space for all."""
+    outs = [(tmp_path / "a", ["x"]), (tmp_path / "b", ["part/x"]), (tmp_path / "c.safetensors", [])]
+    assert held(outs, "mine") == 0
+    for path, names in outs:
+        with OutFolder(path, [], merge="mine") as out:
+            for name in names or ["c.safetensors"]:
+                out.temp(name).write_bytes(bytes(8192))
+            out.leave()
+    taken = sum(path.stat().st_blocks * 512 for path in tmp_path.rglob(".*.partial-*"))
+    assert taken >= 3 * 8192 and held(outs, "mine") == taken
+    assert held(outs, "another") == 0
 
 
 READ_ONLY = """

@@ -155,7 +155,8 @@ def carry_out(
 def _open(
     plan: Plan, outs: Sequence[str | os.PathLike[str]], key: str, stack: ExitStack, *, force: bool, durable: bool
 ) -> tuple[list[OutFolder], list[dict[str, SmallFile]]]:
-    needed = max(0, plan.disk_bytes - sum(reserved(out, key) for out in outs))
+    # The first checks for all, and takes off what it has itself.
+    needed = max(0, plan.disk_bytes - sum(reserved(out, key) for out in outs[1:]))
     folders: list[OutFolder] = []
     small = []
     for k, (out, layout) in enumerate(zip(outs, plan.layouts, strict=True)):
