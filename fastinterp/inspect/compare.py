@@ -110,10 +110,6 @@ class Comparison:
     def total_of_matrices(self) -> Difference:
         return Difference.total(d for name, d in self.tensors.items() if name not in self.vectors)
 
-    @property
-    def total_of_vectors(self) -> Difference:
-        return Difference.total(d for name, d in self.tensors.items() if name in self.vectors)
-
 
 def compare(
     a: str | os.PathLike[str],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,8 +20,8 @@ from fastinterp.execute.torn import holes_in
 from fastinterp.messages import listed
 from fastinterp.messages import size as shown_size
 from fastinterp.output.receipt import ReceiptFile, SmallFile, WeightsFile, hexadecimal
+from fastinterp.progress import Progress
 
-Progress = Callable[[int, int], None]
 _SHOWN = 3  # tensors in a message, before the rest is only counted
 _AT_A_TIME = 4  # regions between two looks at the keyboard
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,10 @@ from fastinterp.execute.sources import storage
 from fastinterp.execute.to_memory import filling
 from fastinterp.ops.dtypes import DType
 from fastinterp.plan.plan import Plan
+from fastinterp.progress import Progress
 from fastinterp.verification.pieces import Piece
 
 _COMPARED = 16 << 20  # bytes of a file that are read at a time
-
-Progress = Callable[[int, int], None]
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -93,10 +93,7 @@ def _allocated(pieces: Iterable[Piece]) -> tuple[dict[str, np.ndarray], dict[str
     addresses: dict[str, tuple[int, int]] = {}
     for piece in pieces:
         for name, dtype, shape in piece.tensor.entries:
-            numel = 1
-            for size in shape:
-                numel *= size
-            arrays[name] = np.empty(dtype.nbytes(numel) or 0, np.uint8)
+            arrays[name] = np.empty(dtype.nbytes(math.prod(shape)) or 0, np.uint8)
             addresses[name] = arrays[name].ctypes.data, arrays[name].nbytes
     return arrays, addresses
 

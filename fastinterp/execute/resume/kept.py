@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -78,7 +79,7 @@ class Places:
         self.files: list[OutFile] = [file for layout in plan.layouts for file in layout.files]
         self.of: list[list[tuple[int, int, int]]] = [[] for _ in plan.tensors]
         sizes = {
-            name: (number, dtype.nbytes(_numel(shape)) or 0)
+            name: (number, dtype.nbytes(math.prod(shape)) or 0)
             for number, tensor in enumerate(plan.tensors)
             for name, dtype, shape in tensor.entries
         }
@@ -96,13 +97,6 @@ class Places:
             for file, begin, end in self.of[number]
             for region in range(begin // REGION_BYTES, (end - 1) // REGION_BYTES + 1)
         ))  # fmt: skip
-
-
-def _numel(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def verified(
