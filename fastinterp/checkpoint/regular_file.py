@@ -55,7 +55,7 @@ def open_regular(file: str) -> tuple[int, int]:
 
 
 @contextmanager
-def regular(file: str) -> Iterator[tuple[int, int]]:
+def _regular(file: str) -> Iterator[tuple[int, int]]:
     """A context manager: a descriptor for reading `file` in the block, and the size in bytes.
 
     Raises: CheckpointError, naming `file`, if it cannot be opened, is not a regular file, or an OSError is raised in
@@ -121,7 +121,7 @@ def read_regular(file: str, limit: int = 2**63) -> bytes:
 
     Raises: CheckpointError, naming `file`, if it is larger, not a regular file, cannot be read, or changes meanwhile.
     """
-    with regular(file) as (fd, size):
+    with _regular(file) as (fd, size):
         if size > limit:
             raise CheckpointError(f"the file has {size} bytes, more than the allowed {limit}", file=file)
         before = _stamp(os.fstat(fd))
@@ -136,7 +136,7 @@ def read_regular(file: str, limit: int = 2**63) -> bytes:
 
 def pieces_of(file: str) -> Iterator[bytes]:
     """The content of `file`, however large, a piece at a time. Raises: what read_regular does."""
-    with regular(file) as (fd, size):
+    with _regular(file) as (fd, size):
         before = _stamp(os.fstat(fd))
         for at in range(0, size, _PIECE):
             yield read_at(fd, file, at, min(_PIECE, size - at))

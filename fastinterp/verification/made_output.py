@@ -18,8 +18,8 @@ from fastinterp.errors import CheckpointError, UsageError
 from fastinterp.messages import listed
 from fastinterp.ops.combine import NUMERICS
 from fastinterp.output.receipt import RECEIPT, ReceiptFile, read_receipt
+from fastinterp.plan.outputs import RECEIPT_KEY
 
-KEY = "fastinterp"  # of the receipt, in the metadata of a file of weights
 _SHOWN = 5  # names in a message, before the rest is only counted
 _NONE = (
     "this is no output of fastinterp: it has no receipt. Only what `fastinterp merge`, `interpolate`, `average` or "
@@ -98,7 +98,7 @@ def open_output(name: str) -> MadeOutput:
     beside = path.parent / RECEIPT
     if beside.is_file() and path.name in read_receipt(str(beside)).weights:
         raise UsageError(f"{quote(name)} is a part of the output {quote(str(path.parent))}. Name that")
-    told = _told(read_header(path, 0).metadata.get(KEY), name)
+    told = _told(read_header(path, 0).metadata.get(RECEIPT_KEY), name)
     return MadeOutput(name, path, path.name, (path,), told, None)
 
 
@@ -119,7 +119,7 @@ def _of_folder(name: str, path: Path) -> MadeOutput:
             )
         raise CheckpointError(_NONE, file=name)
     checkpoint = open_checkpoint(name)
-    return MadeOutput(name, path, "", checkpoint.files, _told(checkpoint.metadata.get(KEY), name), None)
+    return MadeOutput(name, path, "", checkpoint.files, _told(checkpoint.metadata.get(RECEIPT_KEY), name), None)
 
 
 def _told(value: object, name: str) -> Told:
@@ -180,7 +180,7 @@ def _is_output(path: Path) -> bool:
                 return True
             files = [p for p in sorted(path.iterdir()) if p.name.endswith((WEIGHTS, GGUF))]
             path = files[0] if files else path
-        return path.name.endswith((WEIGHTS, GGUF)) and path.is_file() and KEY in read_header(path, 0).metadata
+        return path.name.endswith((WEIGHTS, GGUF)) and path.is_file() and RECEIPT_KEY in read_header(path, 0).metadata
     except (OSError, CheckpointError):
         return False
 

@@ -16,7 +16,7 @@ import pytest
 
 from fastinterp.ops.dtypes import F32
 from tests.support.checkpoints import receipt, tensor, write
-from tests.support.hub_server import commit_of, hub_server
+from tests.support.hub_server import commit_of, environment, hub_server
 
 WIDTH = 1 << 16  # elements of the large tensor
 
@@ -32,10 +32,7 @@ def run(hub, tmp_path):
     """Runs the program with the stand-in for the Hub and a cache of its own."""
 
     def started(*args, **env):
-        settings = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("HF_")}, "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **env,
-        }  # fmt: skip
+        settings = {**environment(hub, tmp_path / "hf"), **env}
         return subprocess.run(
             [sys.executable, "-m", "fastinterp", *map(str, args)], env=settings, cwd=tmp_path, capture_output=True,
             text=True, check=False, timeout=60,

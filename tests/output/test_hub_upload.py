@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 from fastinterp.ops.dtypes import F32
 from tests.support.checkpoints import tensor, write
-from tests.support.hub_server import TOKEN, Repo, hub_server
+from tests.support.hub_server import TOKEN, Repo, environment, hub_server
 
 pytestmark = pytest.mark.slow(3)
 
@@ -33,11 +32,9 @@ def run(hub, tmp_path):
     (tmp_path / "recipe.yml").write_text(json.dumps({"merge_method": "linear", "models": models}))
 
     def started(*args, program=("-m", "fastinterp"), **env):
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
-                    "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
+        settings = {**environment(hub, tmp_path / "hf"), "HF_TOKEN": TOKEN, **env}
         return subprocess.run(
-            [sys.executable, *program, *args], env={**kept, **settings, **env}, cwd=tmp_path, capture_output=True,
+            [sys.executable, *program, *args], env=settings, cwd=tmp_path, capture_output=True,
             text=True, check=False, timeout=60,
         )  # fmt: skip
 

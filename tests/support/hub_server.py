@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 import time
@@ -125,6 +126,15 @@ def hub_server() -> Iterator[HubServer]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def environment(server: HubServer, home: Path) -> dict[str, str]:
+    """The variables of this process for one that has the stand-in for the Hub, and a cache of its own in `home`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return {
+        **kept, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip
 
 
 @contextmanager
