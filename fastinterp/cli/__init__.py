@@ -240,7 +240,7 @@ _KNOWN = "Known: " + ", ".join(_MODULES)
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 success, 1 verify and replay: a difference, 2 bad usage or recipe, 3 bad checkpoint, 4 input "
-    "or output failed, 130 interrupted.",
+    "or output failed, 130 interrupted (by another signal: 128 and its number).",
 )
 @click.version_option(__version__, prog_name="fastinterp", message="%(prog)s %(version)s")
 def commands() -> None:

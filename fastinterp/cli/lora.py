@@ -34,10 +34,7 @@ from fastinterp.cli.merge import outcome_of
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random matrices.")
 @options.threads
 @click.option("--force", is_flag=True, help="Replace an adapter in the output folder.")
-@click.option(
-    "--durable", is_flag=True,
-    help="Call fsync on all files: slower, but the output survives a crash of the machine.",
-)  # fmt: skip
+@options.durable
 @options.offline
 @options.quiet
 @options.as_json

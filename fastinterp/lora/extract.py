@@ -88,7 +88,7 @@ def extract_lora(
     threads    None: one per CPU, at most 32. The bytes do not depend on it where numpy's BLAS uses one thread, as the
                command line sees to; else, and on another kind of processor or with another BLAS, the last bits may
     force      replace an adapter that is there
-    durable    call fsync before finishing
+    durable    as of `merge`
     progress   as of `merge`
 
     The change of one module at a time is in memory, float32, as are blocks of it: for an m x n weight 4 m n bytes, and

@@ -19,6 +19,7 @@ from fastinterp.messages import listed
 from fastinterp.methods import Method, given
 from fastinterp.output.receipt import RECEIPT
 from fastinterp.plan.given_sums import with_sums
+from fastinterp.progress import callback_of
 from fastinterp.verification.made_output import MadeOutput, open_output, refuse_numerics
 from fastinterp.verification.models import Given, found_models
 from fastinterp.verification.recipes import plan_again
@@ -72,7 +73,7 @@ def replay(
     max_memory: str | int = "512MB",
     force: bool = False,
     durable: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     methods: tuple[Method, ...] = (),
 ) -> Replay:
     """Make an output again from its receipt: the same bytes, if the models have theirs.
@@ -98,7 +99,7 @@ def replay(
             plan = with_sums(plan, made.receipt.coefficients, str(made.folder / RECEIPT))
         (report,) = write_outputs(
             [plan], [[target]], device=device, threads=threads, max_memory=size_of(max_memory), force=force,
-            durable=durable, progress=progress,
+            durable=durable, progress=callback_of(progress),
         )  # fmt: skip
     return Replay(report, _differences(made, open_output(target)))
 

@@ -19,6 +19,7 @@ from fastinterp.methods import Method, given
 from fastinterp.output.receipt import RECEIPT
 from fastinterp.plan.given_sums import with_sums
 from fastinterp.plan.plan import Plan
+from fastinterp.progress import callback_of
 from fastinterp.verification.checks import Checked, Finding, check_files, check_stated
 from fastinterp.verification.inputs import changed_inputs
 from fastinterp.verification.made_output import MadeOutput, open_output, refuse_numerics
@@ -126,7 +127,7 @@ def verify(
     models: Given = None,
     threads: int | None = None,
     max_memory: str | int = "512MB",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     methods: Sequence[Method] = (),
 ) -> Verification:
     """Compare an output with its receipt: its files with their checksums, and a sample of its data, or all of it, with
@@ -142,12 +143,12 @@ def verify(
 
     Raises: CheckpointError, if it is no output of fastinterp, or unfinished; StorageError; UsageError.
     """
-    start = time.perf_counter()
+    start, shown = time.perf_counter(), callback_of(progress)
     fraction = _fraction(sample, full)
     made = open_output(path_of(output, "output"))
-    checked = _check(made, threads, progress)
+    checked = _check(made, threads, shown)
     with given(methods):
-        result = _recompute(made, checked, fraction, full, inputs, models, threads, size_of(max_memory), progress)
+        result = _recompute(made, checked, fraction, full, inputs, models, threads, size_of(max_memory), shown)
     return _with(result, wall_s=time.perf_counter() - start)
 
 

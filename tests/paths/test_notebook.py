@@ -132,7 +132,10 @@ def test_progress_true_shows_a_line_and_false_none(pair, capsys):
     fastinterp.average(["a", "b"], "v", in_order=True, progress=True)
     fastinterp.sweep("a", "b", [0.5], "s", progress=True)
     fastinterp.compare("a", "b", progress=True)
-    assert capsys.readouterr().err.count("100% [####") == 5
+    fastinterp.replay("m", "r", progress=True)
+    assert capsys.readouterr().err.count("100% [####") == 6
+    fastinterp.verify("m", progress=True)  # of checksums, and of what is computed again
+    assert capsys.readouterr().err.count("100% [####") >= 1
     fastinterp.merge(pair, "m2", progress=False)
     assert capsys.readouterr().err == ""
     seen = []
