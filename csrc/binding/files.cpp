@@ -59,6 +59,22 @@ std::vector<uint64_t> checksum_of(int fd, int64_t begin, int64_t end, int thread
   return reading([&] { return checksum.regions(threads); });
 }
 
+// XXH3-64 of bytes that come one after the other.
+class Hash {
+ public:
+  Hash() : xxh3_(*best_backend().xxh3), state_(std::make_unique<Xxh3State>()) { xxh3_.begin(state_.get(), 0); }
+  void add(const py::bytes& bytes) {
+    const std::string_view view = bytes;
+    const py::gil_scoped_release release;
+    xxh3_.add(state_.get(), view.data(), view.size());
+  }
+  uint64_t end() const { return xxh3_.end(state_.get()); }
+
+ private:
+  const Xxh3& xxh3_;
+  const std::unique_ptr<Xxh3State> state_;  // aligned by `new`
+};
+
 }  // namespace
 
 void bind_files(py::module_& m) {
@@ -84,6 +100,11 @@ void bind_files(py::module_& m) {
       py::arg("bytes"), py::arg("seed") = 0, "XXH3-64.");
   m.def("checksum", &checksum_of, py::arg("fd"), py::arg("begin"), py::arg("end"), py::arg("threads") = 1,
         py::arg("isa") = "", "The checksum of each region of a file's section.");
+
+  py::class_<Hash>(m, "Xxh3", "XXH3-64 of bytes that come one after the other.")
+      .def(py::init<>())
+      .def("add", &Hash::add, py::arg("bytes"))
+      .def("end", &Hash::end);
 
   py::class_<FileChecksum, std::shared_ptr<FileChecksum>>(m, "FileChecksum", "The checksum of a file that is written.")
       .def(py::init([](int fd, int64_t begin, int64_t end, const std::string& isa) {

@@ -15,6 +15,7 @@ from fastinterp._C import (
     Pump,
     RangeCache,
     RemoteSource,
+    Xxh3,
     cached_fraction,
     checksum,
     combine,
@@ -27,9 +28,29 @@ from fastinterp.ops.steps import Answer, Step
 from fastinterp.progress import Progress
 
 __all__ = [
-    "CELL_BYTES", "REGION_BYTES", "FileChecksum", "Handle", "Masks", "Memory", "Progress", "Pump", "PumpOptions",
-    "RangeCache", "RemoteSource", "SinkHandle", "SourceHandle", "cached_fraction", "checksum", "combine",
-    "memory_address", "reserve", "start_writeback", "survey", "watch", "xxh3",
+    "CELL_BYTES",
+    "REGION_BYTES",
+    "FileChecksum",
+    "Handle",
+    "Masks",
+    "Memory",
+    "Progress",
+    "Pump",
+    "PumpOptions",
+    "RangeCache",
+    "RemoteSource",
+    "SinkHandle",
+    "SourceHandle",
+    "Xxh3",
+    "cached_fraction",
+    "checksum",
+    "combine",
+    "memory_address",
+    "reserve",
+    "start_writeback",
+    "survey",
+    "watch",
+    "xxh3",
 ]  # fmt: skip
 
 # (kind, address, bytes): kind "memory" is memory of the host; "device" that of an accelerator, which the pump rejects.

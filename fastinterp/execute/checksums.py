@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from msgspec.structs import replace
 
 from fastinterp._version import __version__
-from fastinterp.backends.cpu import xxh3
+from fastinterp.backends.cpu import Xxh3, xxh3
 from fastinterp.ops.combine import NUMERICS
 from fastinterp.output.layout import OutFile
 from fastinterp.output.receipt import InputFile, ReceiptFile, SmallFile, WeightsFile, encode_receipt, hexadecimal
@@ -34,9 +34,13 @@ def finished_file(file: OutFile, regions: Sequence[int]) -> tuple[bytes, Weights
     )
 
 
-def small_file(content: bytes) -> SmallFile:
-    """What the receipt says of any other file."""
-    return SmallFile(len(content), hexadecimal(xxh3(content)))
+def small_file(pieces: Iterable[bytes]) -> SmallFile:
+    """What the receipt says of any other file. pieces: its content, in parts."""
+    size, hashed = 0, Xxh3()
+    for piece in pieces:
+        size += len(piece)
+        hashed.add(piece)
+    return SmallFile(size, hexadecimal(hashed.end()))
 
 
 def receipt_content(

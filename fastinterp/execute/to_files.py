@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
-from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.regular_file import pieces_of
 from fastinterp.errors import BackendError, FastinterpError
 from fastinterp.execute.checksums import receipt_content, small_file
 from fastinterp.execute.input_files import input_files
@@ -220,9 +220,8 @@ def write_small_files(
         edit_files(plan.recipes[k], files)
     small = {}
     for name, content in files.items():
-        written = read_regular(os.fspath(content)) if isinstance(content, Path) else content
-        folder.write(name, written)
-        small[name] = small_file(written)
+        folder.write(name, content)
+        small[name] = small_file(pieces_of(str(folder.temp(name))) if isinstance(content, Path) else (content,))
     return small
 
 
@@ -260,4 +259,4 @@ def write_card(
     how_much = f"{kept(total.strength, total.sampled < total.numel)}: effective strength {total.strength:.3g}"
     content = plan.card(k, [how_much, *acting_lines(asked, total.strength)])
     folder.write(CARD, content)
-    return {CARD: small_file(content)}
+    return {CARD: small_file([content])}

@@ -13,8 +13,9 @@ from fastinterp.backends.registry import cpu_threads
 from fastinterp.checkpoint.checksum import stated_checksum
 from fastinterp.checkpoint.file_kinds import read_header
 from fastinterp.checkpoint.header import Entry
-from fastinterp.checkpoint.regular_file import read_regular
+from fastinterp.checkpoint.regular_file import pieces_of
 from fastinterp.errors import CheckpointError
+from fastinterp.execute.checksums import small_file
 from fastinterp.execute.sources import storage
 from fastinterp.execute.torn import holes_in
 from fastinterp.messages import listed
@@ -147,7 +148,7 @@ def _check_small(path: Path, name: str, receipt: SmallFile) -> list[Finding]:
         return [Finding(name, "it is missing")]
     if path.stat().st_size != receipt.size:
         return [Finding(name, f"it has {path.stat().st_size} bytes, and the receipt says {receipt.size}")]
-    if hexadecimal(xxh3(read_regular(str(path)))) != receipt.xxh3:
+    if small_file(pieces_of(str(path))) != receipt:
         return [Finding(name, "its content is not what was written")]
     return []
 

@@ -137,7 +137,7 @@ def _wrong(run: Run, place: Place, name: str, good: Run, expected: Mapping[str, 
         return "" if same or expected else "it says success, but its text differs"
     if len(run.err.strip().splitlines()) > 1:
         return f"several lines: {run.err}"
-    said = run.out if name == "check" else run.err
+    said = run.out + run.err if name == "check" else run.err  # of what it cannot check it tells on stderr
     if str(place.root) not in said and "not enough memory" not in said and "no thread" not in said:
         return f"it names no file: {said}"
     # A journal without a record: the next run takes it.

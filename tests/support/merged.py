@@ -35,7 +35,7 @@ def saved_in(folder: Path, models: Sequence[Model], shards: int = 1) -> list[Pat
     return [write(folder / name, model, shards=shards) for name, model in zip(names, models, strict=True)]
 
 
-def recipe_of(method: str, paths: Sequence[Path], **keys: Any) -> dict[str, Any]:
+def recipe_of(method: str, paths: Sequence[Path | str], **keys: Any) -> dict[str, Any]:
     """A recipe by which the method merges these models, the first of which is the base, if it takes one."""
     found = find(method)
     most = found.models[1]
