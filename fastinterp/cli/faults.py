@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -34,7 +36,7 @@ def told_together(recipe: Source | None, keys: Mapping[str, Any] | None = None) 
     try:
         yield
     except (RecipeError, CheckpointError):
-        if recipe is not None:
+        if recipe is not None and _readable_again(recipe):
             from fastinterp.inspect.check import check_with
 
             given = {key: value for key, value in (keys or {}).items() if key in RECIPE_KEYS}
@@ -44,6 +46,16 @@ def told_together(recipe: Source | None, keys: Mapping[str, Any] | None = None) 
                     found = replace(found, errors=tuple(replace(f, path=None, line=None) for f in found.errors))
                 click.get_current_context().meta[FOUND] = found
         raise
+
+
+def _readable_again(recipe: Source) -> bool:
+    """Not the path of a pipe, as of `<(...)` in a shell: what it held is gone."""
+    if not isinstance(recipe, str) or "\n" in recipe:
+        return True
+    try:
+        return not stat.S_ISFIFO(os.stat(os.path.expanduser(recipe)).st_mode)
+    except (OSError, ValueError):  # ValueError: a NUL in the path
+        return True
 
 
 def of_models(models: Sequence[str]) -> dict[str, Any]:

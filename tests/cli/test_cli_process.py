@@ -217,6 +217,22 @@ def test_error_is_one_line_without_colours_in_a_log(env, models):
     assert done.stderr.startswith("CheckpointError: ./none: ") and done.stderr.count("\n") == 1
 
 
+def test_errors_of_a_recipe_from_a_pipe_are_not_looked_for_twice(env, models, tmp_path):
+    """As `merge <(...)`: the pipe is empty when it is read again."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    process = subprocess.Popen(
+        [*PROGRAM, "merge", pipe, tmp_path / "out"], env=env, cwd=models, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        pipe.write_text("merge_metod: linear\n")
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 2
+    assert "did you mean `merge_method`?" in said and said.count("\n") == 1, said
+
+
 @pytest.mark.parametrize(
     "args", [["merge", "recipe.yml", "OUT"], ["explain", "recipe.yml"], ["--version"]], ids=lambda a: a[0]
 )
