@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -193,6 +192,8 @@ def _no_bars() -> Iterator[None]:
 
 def _free(folder: Path) -> int:
     """Bytes that are free on the disk of a folder, which need not be there yet."""
+    import shutil  # takes milliseconds: not on the path of models that are here
+
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:

@@ -8,7 +8,6 @@ journals; here is what readers need.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -114,6 +113,8 @@ def shortened(name: str) -> str:
     """`name`, or a hash of it, if the temporary names of a file that is called so would be too long."""
     if len(os.fsencode(name)) + _LONGEST_ENDING < _LONGEST:
         return name
+    import hashlib  # takes milliseconds: few names are long
+
     return hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from enum import Enum
@@ -60,6 +59,8 @@ def key_of(values: object, inputs: Iterable[str | os.PathLike[str]]) -> str:
 
     values  anything whose repr says all of it
     """
+    import hashlib  # takes milliseconds: not on the path of `explain`
+
     digest = hashlib.blake2b(f"{__version__} {values!r}".encode("utf-8", "surrogatepass"), digest_size=16)
     for path in inputs:
         if not os.path.isdir(path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -164,6 +163,8 @@ def _header(path: Path, size: int) -> str:
 
 
 def _hashed(parts: Iterable[bytes]) -> str:
+    import hashlib  # takes milliseconds: not on the path of `explain`
+
     digest = hashlib.blake2b(digest_size=_DIGEST)
     for part in parts:
         digest.update(part)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,6 +124,8 @@ def unsound(plan: Plan, kept: Kept, paths: Sequence[Path | None], *, every: bool
     every    all is read, and tensors count as unsound of which not every byte is under a checksum yet; else a sample is
              read, and all if that does not match
     """
+    import random  # takes milliseconds: not on the path of a merge that begins
+
     places = Places(plan)
     regions = [region for region in kept.regions.values() if paths[region.file] is not None]
     some = regions if every or len(regions) <= _SAMPLED else random.sample(regions, _SAMPLED)
