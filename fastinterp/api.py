@@ -11,8 +11,6 @@ from fastinterp.arguments import numbers, optional_size, overridden, path_of, si
 from fastinterp.checkpoint import hub, remote
 from fastinterp.checkpoint.names import is_plain, names_file
 from fastinterp.errors import UsageError
-from fastinterp.execute.report import Report
-from fastinterp.execute.to_files import write_outputs
 from fastinterp.messages import shown
 from fastinterp.methods import Method, given
 from fastinterp.ops.combine import MAX_OUTPUTS, MAX_POINTS
@@ -23,6 +21,7 @@ from fastinterp.progress import Progress, callback_of
 from fastinterp.recipe.load import Recipe, load_recipes
 
 if TYPE_CHECKING:
+    from fastinterp.execute.report import Report
     from fastinterp.inspect.explain import Explanation
     from fastinterp.lora.explain import AdapterExplanation
     from fastinterp.lora.report import AdapterReport
@@ -104,6 +103,8 @@ def merge_documents(
     keep_intermediates: str | os.PathLike[str] | None,
 ) -> Report:
     """`merge` of the documents of a recipe, which make models."""
+    from fastinterp.execute.to_files import write_outputs  # explain does without
+
     device = _streaming_device(device, stream)
     target = path_of(out, "out")
     outs: list[list[str | os.PathLike[str]]] = [[target]]
@@ -174,6 +175,8 @@ def interpolate(
 
     Alpha 0 and 1 give the bytes of `a` and `b`. The other arguments and errors are those of `merge`.
     """
+    from fastinterp.execute.to_files import write_outputs  # explain does without
+
     points = numbers(alphas)
     if not points:
         raise UsageError("at least one alpha is needed")
