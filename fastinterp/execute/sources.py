@@ -232,7 +232,13 @@ def storage(path: Path, kind: type[StorageError] = StorageError) -> Iterator[Non
 def remedy(code: int | None) -> str:
     """A remedy for an error number of the operating system, as the end of a message; or an empty string."""
     if code == errno.EFBIG:
-        return ". This file system or ulimit allows only smaller files: --max-shard-size 1GB, say"
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if limit == resource.RLIM_INFINITY:
+            return ". This file system allows only smaller files: --max-shard-size 1GB, say"
+        size = max(1, limit * 9 // 10)  # of tensor data: headers take room, too
+        return f". ulimit -f allows files of {limit} bytes: --max-shard-size {size}, or raise it for larger tensors"
     if code == errno.EMFILE:
         return ". Allow more open files (ulimit -n), or make fewer and larger shards"
     return ". Free some space, or choose another folder" if code in (errno.ENOSPC, errno.EDQUOT) else ""

@@ -263,15 +263,22 @@ def test_file_size_limit(tmp_path, pair):
             import resource, sys, fastinterp
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
             try:
-                fastinterp.interpolate(*sys.argv[1:3], 0.5, sys.argv[3], progress=lambda *_: print("worked"))
+                size = sys.argv[4] if sys.argv[4:] else None
+                fastinterp.interpolate(
+                    *sys.argv[1:3], 0.5, sys.argv[3], max_shard_size=size, progress=lambda *_: print("worked")
+                )
             except fastinterp.OutputError as error:
                 print(error)
         """
         done = run_python(program, *pair, tmp_path / "out")
         assert (done.returncode, done.stderr) == (0, "")
         file = tmp_path / "out" / "model.safetensors"
-        assert done.stdout.startswith(f"{file}: {os.strerror(errno.EFBIG)}. ") and "--max-shard-size" in done.stdout
+        assert done.stdout.startswith(f"{file}: {os.strerror(errno.EFBIG)}. ulimit -f allows files of 1048576 bytes: ")
         assert "worked" not in done.stdout
+    (size,) = re.findall(r"--max-shard-size (\d+),", done.stdout)
+    done = run_python(program, *pair, tmp_path / "out", size)
+    assert (done.returncode, done.stderr) == (0, "") and "worked" in done.stdout
+    assert len([*(tmp_path / "out").glob("*.safetensors")]) > 1
 
 
 @pytest.fixture
