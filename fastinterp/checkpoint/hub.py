@@ -63,6 +63,8 @@ class _Run:
     found: dict[tuple[str, str | None], Snapshot | CheckpointError] = field(default_factory=dict)
     unknown: int = 0
     refused: str = ""  # why nothing may be fetched, or cannot
+    wished: str = ""  # the same, if somebody wants it so: other places than the Hub are not asked either
+    addresses: dict[str, Any] = field(default_factory=dict)  # of url_model.py
 
 
 _run: ContextVar[_Run | None] = ContextVar("hub_run", default=None)
@@ -87,6 +89,12 @@ def refuse(why: str) -> None:
     run = _run.get()
     if run is not None:
         run.refused = run.refused or why
+        run.wished = run.wished or why
+
+
+def this_run() -> _Run:
+    """What is remembered while a run lasts; outside of one, nothing is."""
+    return _run.get() or _Run()
 
 
 def offline() -> str:
@@ -156,12 +164,13 @@ def _found(repo: str, revision: str | None, run: _Run) -> Snapshot:
             raise CheckpointError("the Hub names no commit of it", file=repo)
         folder = _cache_of(repo)
         _note_commit(folder, revision or constants.DEFAULT_REVISION, commit)
-        sizes = {s.rfilename: s.size for s in info.siblings or () if _is_safe(s.rfilename)}
+        sizes = {s.rfilename: s.size for s in info.siblings or () if is_safe(s.rfilename)}
         return Snapshot(repo, revision, commit, folder / "snapshots" / commit, sizes)
     raise CheckpointError(problem, file=repo)
 
 
-def _is_safe(name: str) -> bool:
+def is_safe(name: str) -> bool:
+    """Whether a name of a file elsewhere stays within a folder here."""
     return all(part not in ("", ".", "..") and "\\" not in part and "\0" not in part for part in name.split("/"))
 
 
@@ -198,7 +207,7 @@ def _cached(repo: str, revision: str | None, why: str) -> Snapshot:
         ref = folder / "refs" / wanted
         commit = ref.read_text().strip() if ref.is_file() else wanted
         root = folder / "snapshots" / commit
-        if _is_safe(commit) and "/" not in commit and root.is_dir():
+        if is_safe(commit) and "/" not in commit and root.is_dir():
             remote.forget(root)
             return Snapshot(repo, revision, commit, root)
     except (OSError, ValueError):

@@ -19,7 +19,7 @@ from fastinterp.execute.jobs.job import Job
 from fastinterp.execute.jobs.tensor_io import TensorIO, TensorStep
 from fastinterp.execute.rounds import DeviceUsage, PumpExecutor, run_jobs
 from fastinterp.execute.sinks import Sinks
-from fastinterp.execute.sources import Sources, remedy
+from fastinterp.execute.sources import STREAM_BYTES, Sources, remedy
 from fastinterp.execute.streams import blocks_ahead
 from fastinterp.messages import counted
 from fastinterp.ops.combine import philox_key
@@ -195,13 +195,13 @@ def opened(
             from fastinterp.execute.torn import refuse_torn
 
             refuse_torn(model.checkpoint)
-    stream_bytes = max_memory // 2 if remote.is_streaming() and plan.elsewhere else 0
+    stream_bytes = max_memory // 2 if plan.streamed else 0
     most = max_memory - _device_bytes(devices, max_memory) - stream_bytes
     window = make_window(plan, cpu_threads(threads), most)
     with ExitStack() as stack:
         every = [s for t in plan.tensors for s in t.stages]
         inputs = (tensor for s in every for tensor in s.inputs)
-        sources = Sources(plan.checkpoints, inputs, stack, sinks.files, sinks.scratch, stream_bytes)
+        sources = Sources(plan.checkpoints, inputs, stack, sinks.files, sinks.scratch, stream_bytes or STREAM_BYTES)
         sinks.open(stack, isa)
         recipe = plan.recipes[0]
         scratch = _scratch(plan, sources, sinks, stack, sinks.scratch) if len(every) > len(plan.tensors) else None

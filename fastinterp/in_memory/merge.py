@@ -235,7 +235,7 @@ class _Merge:
         count = len(inputs.models)
         kept = {n: promoted(view.dtype for view in views[:count]) for n, views in merged.items()}
         out = {n: library.copy(copied[n]) if n in copied else self._empty(n, kept[n]) for n in first}
-        sources: list[Handle] = [*self.files.fds] if self.files else []
+        sources: list[Handle] = [*self.files.handles] if self.files else []
         sinks: list[Handle] = []
         jobs = []
         for name, views in merged.items():

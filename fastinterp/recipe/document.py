@@ -17,6 +17,7 @@ from yaml.constructor import SafeConstructor
 
 from fastinterp.errors import RecipeError, ShapeError
 from fastinterp.messages import clipped, shown
+from fastinterp.urls import public
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -105,16 +106,17 @@ def read_all(source: RecipeSource | Sequence[Mapping[str, Any]], file: str | Non
             raise RecipeError("the recipe is empty", file=file)
         return tuple(Document(value, text, file) for value in values)
     if isinstance(source, str) and "\n" in source:
-        return _from_yaml(source, file or "<recipe>")
+        return _from_yaml(public(source), file or "<recipe>")
     if not isinstance(source, (str, os.PathLike)):
         raise RecipeError(f"a recipe is a path, YAML text or a mapping, got {type(source).__name__}", file=file)
     path = os.fspath(source)
-    text = _text(path, file or path)
+    text = public(_text(path, file or path))  # logins in addresses go no further than this
     return (_from_json if path.endswith(".json") else _from_yaml)(text, file or path)
 
 
 def from_text(text: str) -> tuple[Document, ...]:
     """The documents in the text of a recipe, YAML or JSON, which may be one line. Raises: RecipeError."""
+    text = public(text)
     if text.lstrip().startswith("{"):
         try:
             return _from_json(text, "<recipe>")
@@ -337,7 +339,7 @@ def _plain(value: Any, path: str, file: str | None, depth: int) -> Any:
             value.encode()
         except UnicodeEncodeError:
             raise RecipeError(f"{shown(value)} is not valid Unicode text", path=path, file=file) from None
-        return str(value)
+        return public(value)
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int) and abs(value) < 2**64:
