@@ -8,8 +8,8 @@ from fastinterp.errors import UsageError
 
 # Protocols that people mean by `s3:/bucket` or `S3//bucket`; fsspec knows more.
 SCHEMES = (
-    "s3", "s3a", "gs", "gcs", "hf", "http", "https", "abfs", "abfss", "az", "adl", "memory", "file", "local", "ftp", "sftp",
-    "ssh", "webhdfs", "hdfs", "oss", "oci", "github", "smb", "dbfs", "r2",
+    "s3", "s3a", "gs", "gcs", "hf", "http", "https", "abfs", "abfss", "az", "adl", "memory", "file", "local", "ftp",
+    "sftp", "ssh", "webhdfs", "hdfs", "oss", "oci", "github", "smb", "dbfs", "r2",
 )  # fmt: skip
 
 _URL = re.compile(r"((?:[a-z0-9]+::)*)([A-Za-z][A-Za-z0-9.+-]*)://([^/?]*)(.*)", re.DOTALL)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
-from typing import TypeVar
 from urllib.parse import quote as percent
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
@@ -27,12 +26,10 @@ _WEIGHTS = (
 )  # fmt: skip
 _SMALL = (
     "config.json", "generation_config.json", "model_index.json", "modules.json", "adapter_config.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "preprocessor_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "preprocessor_config.json",
     "processor_config.json", "quantize_config.json", "hf_quant_config.json", "fastinterp_receipt.json", "LICENSE",
 )  # fmt: skip
-
-T, U = TypeVar("T"), TypeVar("U")
 
 
 class HttpStore:
@@ -46,7 +43,9 @@ class HttpStore:
         parts = urlsplit(given)
         login, _, host = parts.netloc.rpartition("@")
         self._address = urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
-        self._headers = {"Authorization": f"Basic {base64.b64encode(unquote(login).encode()).decode()}"} if login else {}
+        self._headers = (
+            {"Authorization": f"Basic {base64.b64encode(unquote(login).encode()).decode()}"} if login else {}
+        )
         self._files: dict[str, HttpFile] = {}
 
     def look(self) -> There | None:
@@ -68,8 +67,9 @@ class HttpStore:
         return self._files[name]
 
     def listed(self, folder: str) -> dict[str, There]:
+        address = urlsplit(self._of(folder))
         page = HttpFile.whole(
-            self._of(folder).partition("?")[0].rstrip("/") + "/" + _query(self._address), self.shown(folder), self._headers,
+            urlunsplit(address._replace(path=address.path.rstrip("/") + "/")), self.shown(folder), self._headers,
             _MOST_PAGE, wanted="text/html",
         )  # fmt: skip
         names = [] if page is None else _links(page[1].decode(errors="replace"), page[0])
@@ -103,7 +103,8 @@ class HttpStore:
             return []
 
     def _are_there(self, start: str, names: Sequence[str]) -> Mapping[str, There | None]:
-        return dict(zip(names, _at_once(lambda name: self.find(start + name), names), strict=True))
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return dict(zip(names, pool.map(lambda name: self.find(start + name), names), strict=True))
 
     def find(self, name: str) -> There | None:
         """What the server says of a file; None, if there is none, or it is not let out."""
@@ -128,16 +129,6 @@ class HttpStore:
             raise StorageError(str(error)) from None
 
 
-def _at_once(function: Callable[[T], U], items: Sequence[T]) -> list[U]:
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return [*pool.map(function, items)]
-
-
-def _query(address: str) -> str:
-    query = urlsplit(address).query
-    return f"?{query}" if query else ""
-
-
 class _Links(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +145,7 @@ def _links(page: str, address: str) -> list[str]:
     parser.feed(page)
     home = urlsplit(address)
     start = home.path if home.path.endswith("/") else home.path.rpartition("/")[0] + "/"
-    names = {}
+    names: dict[str, None] = {}
     for link in parser.found:
         parts = urlsplit(urljoin(address, link))
         name = unquote(parts.path.removeprefix(start))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -65,6 +65,7 @@ class _Run:
     refused: str = ""  # why nothing may be fetched, or cannot
     wished: str = ""  # the same, if somebody wants it so: other places than the Hub are not asked either
     addresses: dict[str, Any] = field(default_factory=dict)  # of url_model.py
+    outputs: list[str] = field(default_factory=list)  # addresses that are written
 
 
 _run: ContextVar[_Run | None] = ContextVar("hub_run", default=None)
@@ -242,6 +243,14 @@ def take(snapshot: Snapshot, folders: Sequence[str] = ("",), weights: Sequence[s
     files.fetch_small(lacking, _AT_ONCE)
     for name in there:
         files.register(name)
+
+
+def fetch(snapshot: Snapshot, folder: Path, names: Iterable[str]) -> None:
+    """Fetch small files of a folder of a model, whatever they are called. Raises: StorageError."""
+    start = folder.relative_to(snapshot.root).as_posix().removeprefix(".")
+    every = [f"{start}/{name}".strip("/") for name in names]
+    lacking = [n for n in every if n in (snapshot.sizes or {}) and not (snapshot.root / n).exists()]
+    HubFiles(snapshot).fetch_small(lacking, _AT_ONCE)
 
 
 def is_small(name: str, nbytes: int | None) -> bool:

@@ -176,9 +176,9 @@ def _open_address(name: str) -> Checkpoint:
 
         return open_checkpoint(unquote(name.partition("://")[2]) or "/")
     if (on_hub := url_model.on_hub(name)) is not None:
-        *wanted, below = on_hub
+        repo, revision, below = on_hub
         try:
-            snapshot = hub.find(*wanted)
+            snapshot = hub.find(repo, revision)
         except CheckpointError as error:
             raise CheckpointError(error.message, file=name) from error
         return _open_snapshot(name, snapshot, below)
@@ -229,7 +229,11 @@ def changed_since(checkpoint: Checkpoint) -> list[Path]:
         from concurrent.futures import ThreadPoolExecutor  # stores are asked
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            own = [path for (path, _), differs in zip(pairs, pool.map(_changed, *zip(*pairs)), strict=True) if differs]
+            own = [
+                path
+                for (path, _), differs in zip(pairs, pool.map(lambda pair: _changed(*pair), pairs), strict=True)
+                if differs
+            ]
     else:
         own = [path for path, stamp in pairs if _changed(path, stamp)]
     return [*own, *(path for adapter in checkpoint.adapters for path in changed_since(adapter))]

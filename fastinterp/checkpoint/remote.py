@@ -38,6 +38,7 @@ class RemoteFile(Protocol):
     def changed(self) -> bool:
         """Whether its store says that it is another file by now. Raises: as read_into."""
         ...
+
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes from `offset` on. From several threads at once.
 
@@ -60,7 +61,7 @@ _headers_only: ContextVar[bool] = ContextVar("headers_only", default=False)
 
 
 def register(path: Path, file: RemoteFile, fetcher: Fetcher | None) -> None:
-    """Let `path`, which is not there, stand for a file elsewhere, until it is fetched. fetcher: None, if it never is."""
+    """Let `path`, which is not there, stand for a file elsewhere, until it is fetched. fetcher: None: it never is"""
     _files[path], _fetchers[path] = file, fetcher
 
 

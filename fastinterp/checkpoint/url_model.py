@@ -1,4 +1,4 @@
-"""Models at addresses, `s3://bucket/model` and `https://host/model.safetensors`: small files fetched, weights left there.
+"""Models at addresses, `s3://bucket/model`, `https://host/m.safetensors`: small files fetched, weights left there.
 
 Small files come into a temporary folder, which goes when the program ends; weights are registered (remote.py) and read
 by ranges wherever their headers or their data are needed. There is no cache: every run asks for them anew.
@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 from fastinterp.checkpoint import hub, remote
 from fastinterp.checkpoint.names import names_weights
 from fastinterp.checkpoint.url_store import FsspecStore, Store, There
-from fastinterp.errors import CheckpointError, StorageError
+from fastinterp.errors import CheckpointError, OutputError, StorageError
 from fastinterp.messages import counted, size, tell
 from fastinterp.urls import full, scheme_of
 
@@ -81,6 +81,14 @@ class Site:
             remote.register(self.root / name, file, None)
             self.versions[name] = file.size, file.version
 
+    def fetch(self, names: Iterable[str]) -> None:
+        """Fetch small files, whatever they are called: those that are there. Raises: StorageError."""
+        assert self.store is not None
+        for name in names:
+            folder, _, base = name.rpartition("/")
+            if hub.is_safe(name) and base in self._listed(folder) and not (self.root / name).exists():
+                _write(self.root / name, self.store.read(name))
+
     def _listed(self, folder: str) -> Mapping[str, There]:
         """What is in a folder; of the top folder at least the file that was named."""
         if folder not in self.found:
@@ -103,6 +111,9 @@ def find(url: str) -> Site:
     run = hub.this_run()
     if run.wished and scheme_of(url) not in _HERE:
         raise hub.NotAsked(f"nothing is read from there: {run.wished}. Download it, and name the folder", file=url)
+    for out in run.outputs:
+        if f"{out}/".startswith(f"{url.rstrip('/')}/") or f"{url}/".startswith(f"{out}/"):
+            raise OutputError(f"{out}: it is an input of the merge, or contains one, or is in one. Give another name")
     if url not in run.addresses:
         run.addresses[url] = _found(url)
     site: Site = run.addresses[url]
@@ -118,10 +129,10 @@ def on_hub(url: str) -> tuple[str, str | None, str] | None:
             return None
         parsed = hub.parse("/".join(parts[:2]))
         return None if parsed is None else (*parsed, "/".join(parts[2:]))
-    parts = urlsplit(url)
-    if scheme_of(url) not in ("http", "https") or parts.netloc not in _HUB_HOSTS:
+    address = urlsplit(url)
+    if scheme_of(url) not in ("http", "https") or address.netloc not in _HUB_HOSTS:
         return None
-    match = _ON_HUB.fullmatch(unquote(parts.path))
+    match = _ON_HUB.fullmatch(unquote(address.path))
     return None if match is None or hub.parse(match[1]) is None else (match[1], match[2], match[3] or "")
 
 

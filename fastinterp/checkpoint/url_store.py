@@ -1,4 +1,4 @@
-"""Files at an address of a protocol that fsspec knows: `s3://bucket/model`, `gs://`, `memory://`; see http_folder.py."""
+"""Files at an address of a protocol that fsspec knows: `s3://bucket/model`, `gs://`. For HTTP see http_folder.py."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _VERSIONS = (
     "last_modified", "modificationTime", "mtime", "modified", "updated", "created",
 )  # fmt: skip
 _LOGIN = {
-    "s3": "Log in as for the AWS command line (`aws configure`); for a bucket that is public, run it with FSSPEC_S3='{\"anon\": true}'",
-    "gs": "Log in with `gcloud auth application-default login`; for a bucket that is public, run it with FSSPEC_GS='{\"token\": \"anon\"}'",
+    "s3": "Log in with `aws configure`; of a bucket that is public, set FSSPEC_S3='{\"anon\": true}'",
+    "gs": "Log in with `gcloud auth application-default login`; of a public one, set FSSPEC_GS='{\"token\": \"anon\"}'",
     "hf": "Log in with `hf auth login`",
 }  # fmt: skip
 _LOGIN |= {"s3a": _LOGIN["s3"], "gcs": _LOGIN["gs"]}
@@ -147,7 +147,9 @@ class FsspecStore:
         if there.size is None:
             there = _there(asked(lambda: self.fs.info(self.path(name)), self.shown(name)))
         if there.size is None:
-            raise StorageError(f"{self.shown(name)}: the store does not say how large it is. Download it, and name that")
+            raise StorageError(
+                f"{self.shown(name)}: the store does not say how large it is. Download it, and name that"
+            )
         return FsspecFile(self.fs, self.path(name), self.shown(name), there.size, there.version)
 
 
@@ -206,8 +208,8 @@ def asked(ask: Callable[[], T], shown: str, doing: str = "") -> T:
         except FastinterpError:
             raise
         except (FileNotFoundError, NotADirectoryError) as error:
-            what = "there is no such bucket" if "bucket does not exist" in str(error) else "there is no such file or folder"
-            raise CheckpointError(f"{what} there", file=shown) from None
+            what = "bucket" if "bucket does not exist" in str(error) else "file or folder"
+            raise CheckpointError(f"there is no such {what}", file=shown) from None
         except Exception as error:  # every store has errors of its own
             if (refused := _refused(error, shown)) is not None:
                 raise refused from None

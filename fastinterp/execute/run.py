@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastinterp.backends.cpu import Progress, PumpOptions
 from fastinterp.backends.registry import cpu_isa, cpu_threads
-from fastinterp.checkpoint import remote
 from fastinterp.checkpoint.checksum import KEY
 from fastinterp.errors import OutputError, StorageError, UsageError
 from fastinterp.execute.jobs.job import Job
@@ -195,6 +194,9 @@ def opened(
             from fastinterp.execute.torn import refuse_torn
 
             refuse_torn(model.checkpoint)
+    if plan.streamed and devices:
+        what = f"{plan.streamed[0]} is read from where it is, into the CPU's memory"
+        raise UsageError(f"{what}, and that cannot go with an accelerator. Use --device cpu, or download it first")
     stream_bytes = max_memory // 2 if plan.streamed else 0
     most = max_memory - _device_bytes(devices, max_memory) - stream_bytes
     window = make_window(plan, cpu_threads(threads), most)

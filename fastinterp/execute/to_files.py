@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastinterp.backends.cpu import Progress
 from fastinterp.backends.registry import cpu_isa, cpu_threads, device_spec, find_devices, maybe_devices
 from fastinterp.checkpoint.regular_file import pieces_of
-from fastinterp.errors import BackendError, FastinterpError, UsageError
+from fastinterp.errors import BackendError, FastinterpError
 from fastinterp.execute.checksums import receipt_content, small_file
 from fastinterp.execute.input_files import input_files
 from fastinterp.execute.kept import acting_lines, asked_of, kept
@@ -146,12 +146,7 @@ def devices_for(
     """
     spec = device_spec(device)
     streamed = next((name for plan in plans for name in plan.streamed), None)
-    if streamed is not None and spec.kind not in ("auto", "cpu"):
-        raise UsageError(
-            f"{streamed} is read from where it is, into the CPU's memory, and that cannot go with --device {device}. "
-            "Use --device cpu, or download it first"
-        )
-    if streamed is not None:
+    if streamed is not None and spec.kind == "auto":
         return (), ""
     if spec.kind != "auto":
         return find_devices(spec, local), ""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from fastinterp.backends.cpu import Handle, PumpOptions
+from fastinterp.backends.cpu import Handle, PumpOptions, SourceHandle
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.backends.torch_device import capturing, current_queue, device_of, is_followed
 from fastinterp.errors import CheckpointError, MethodError, ShapeError, StorageError, UsageError
@@ -235,7 +235,7 @@ class _Merge:
         count = len(inputs.models)
         kept = {n: promoted(view.dtype for view in views[:count]) for n, views in merged.items()}
         out = {n: library.copy(copied[n]) if n in copied else self._empty(n, kept[n]) for n in first}
-        sources: list[Handle] = [*self.files.handles] if self.files else []
+        sources: list[SourceHandle] = [*self.files.handles] if self.files else []
         sinks: list[Handle] = []
         jobs = []
         for name, views in merged.items():

@@ -46,8 +46,8 @@ class SmallFile(msgspec.Struct, frozen=True):
 
 class InputFile(msgspec.Struct, frozen=True, omit_defaults=True):
     """A file of an input: its name in the input, size in bytes, XXH3-64 of its header, and of sixteen pieces of its
-    data of 4 KiB, at equal distances; the checksum of its data, if its header states that; if it was read at an address,
-    what the store there calls its version: `ETag 1f3a`.
+    data of 4 KiB, at equal distances; the checksum of its data, if its header states that; and what a store elsewhere,
+    from which it was read, calls its version: `ETag 1f3a`.
     """
 
     name: str

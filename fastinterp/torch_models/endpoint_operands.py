@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from fastinterp.backends.cpu import Handle, PumpOptions
+from fastinterp.backends.cpu import Handle, PumpOptions, SourceHandle
 from fastinterp.backends.torch_device import current_queue, device_of, memory, pinned
 from fastinterp.errors import BackendError, UsageError
 from fastinterp.execute.device.resident import ResidentExecutor
@@ -49,7 +49,7 @@ class EndpointOperands:
         self._isa, self._threads, self.device = isa, threads, device
         endpoints = Endpoints(models, stack, {name for w in weights for name in w.names})
         self._files = endpoints.files
-        self.handles: list[Handle] = list(self._files.handles)
+        self.handles: list[SourceHandle] = list(self._files.handles)
         self._held: list[Any] = []  # memory that handles point to
         self._addresses: list[tuple[Any, int]] = []  # tensors of the caller's state dicts, and where they were
         self.operands: list[list[Stored]] = []

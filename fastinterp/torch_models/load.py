@@ -27,6 +27,7 @@ from fastinterp.torch_models.module_tensors import (
     tied_error,
     weights_of,
 )
+from fastinterp.urls import is_url
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Point
 Places = dict[str, tuple[int, int]]  # tensor name -> address, bytes
@@ -158,6 +159,8 @@ def _recipe(source: Source) -> str | Mapping[str, Any] | Sequence[Mapping[str, A
     if isinstance(source, (Mapping, list, tuple)) or (isinstance(source, str) and "\n" in source):
         return source
     path = path_of(source, "recipe")
+    if is_url(path) and not path.endswith((".yml", ".yaml")):
+        return {"merge_method": "passthrough", "models": [{"model": path}]}
     if os.path.isdir(os.path.expanduser(path)) or path.endswith((WEIGHTS, INDEX, *PICKLES)):
         return {"merge_method": "passthrough", "models": [{"model": path}]}
     return path

@@ -17,6 +17,7 @@ from fastinterp.execute.report import Report
 from fastinterp.execute.to_files import write_outputs
 from fastinterp.messages import listed
 from fastinterp.methods import Method, given
+from fastinterp.output.address import uploads
 from fastinterp.output.receipt import RECEIPT
 from fastinterp.plan.given_sums import with_sums
 from fastinterp.progress import callback_of
@@ -63,6 +64,7 @@ class Replay(msgspec.Struct, frozen=True):
         return self.summary()
 
 
+@uploads
 def replay(
     output: str | os.PathLike[str],
     out: str | os.PathLike[str],

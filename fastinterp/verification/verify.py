@@ -13,6 +13,7 @@ from fastinterp.arguments import path_of, size_of
 from fastinterp.backends.cpu import Progress
 from fastinterp.checkpoint.checksum import UNKNOWN
 from fastinterp.checkpoint.file_kinds import read_header
+from fastinterp.checkpoint.remote import opened
 from fastinterp.errors import CheckpointError, ShapeError, StorageError, UsageError
 from fastinterp.messages import counted, listed, plain, seconds, size
 from fastinterp.methods import Method, given
@@ -251,8 +252,8 @@ def _places(plan: Plan, made: MadeOutput) -> tuple[dict[str, Place], list[Findin
         except CheckpointError as error:
             findings.append(Finding(file.name, str(error)))
             continue
-        with open(path, "rb") as stream:
-            own = stream.read(len(file.header))
+        with opened(str(path)) as stream:
+            own = stream.pread(len(file.header), 0)
         at, length = file.checksum_at, len(UNKNOWN)
         if at is not None:
             own = own[:at] + file.header[at : at + length] + own[at + length :]

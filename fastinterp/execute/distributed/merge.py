@@ -22,7 +22,7 @@ from fastinterp.backends.cpu import Progress
 from fastinterp.backends.device import Device
 from fastinterp.backends.registry import cpu_isa, cpu_threads
 from fastinterp.checkpoint.names import names_file
-from fastinterp.errors import RankError
+from fastinterp.errors import RankError, UsageError
 from fastinterp.execute.distributed.peers import Peers, Rank
 from fastinterp.execute.distributed.unit_notes import kept_bytes, noted
 from fastinterp.execute.jobs.densities import Density
@@ -46,6 +46,7 @@ from fastinterp.output.shared_folder import (
     write_note,
 )
 from fastinterp.plan.plan import Plan, Source, plan_recipe
+from fastinterp.urls import is_url
 
 _KEY = 12  # digits of the key of a merge
 _POLL_S = 0.05  # between polls of what the other ranks have finished
@@ -81,6 +82,12 @@ def merge(
         recipe, max_shard_size, dtype, rounding, seed, missing, channels, quantize, one_file=names_file(target),
         private=private,
     )  # fmt: skip
+    if is_url(target) or plan.streamed:
+        what = target if is_url(target) else plan.streamed[0]
+        raise UsageError(
+            f"{what} is an address, and processes of torchrun or srun share folders only. Run it in one process, or "
+            "copy it first"
+        )
     reports = carry_out(plan, [target], me, max_memory=size_of(max_memory), **settings)
     return reports[0] if reports else None
 
