@@ -261,7 +261,7 @@ class _Merge:
         names = [name for name in self.inputs.first if name not in copied]
         return merged(self.method.name, self.inputs.models, names, run)
 
-    def _executor(self, sources: list[Handle], sinks: list[Handle], stats_every: int) -> Executor:
+    def _executor(self, sources: list[SourceHandle], sinks: list[Handle], stats_every: int) -> Executor:
         if self.device is not None:
             return ResidentExecutor(
                 device_of(self.device), current_queue(self.device), sources, sinks,
@@ -276,7 +276,7 @@ class _Merge:
         views: Sequence[View],
         out: ArrayView,
         numel: int,
-        sources: list[Handle],
+        sources: list[SourceHandle],
         sinks: list[Handle],
     ) -> AdaptiveJob:
         kind = "memory" if self.device is None else "device"

@@ -188,7 +188,7 @@ class EndpointOperands:
         return None if block is None else MemoryBlock(sizes, block)
 
 
-def _is_device(handle: Handle) -> bool:
+def _is_device(handle: SourceHandle) -> bool:
     return isinstance(handle, tuple) and handle[0] == "device"
 
 
